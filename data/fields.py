@@ -1,0 +1,40 @@
+"""Types of recipe fields: plain types with a range that the recipe reader checks.
+
+A field written `hidden: PositiveInt` is an `int` to every reader and type checker; the range travels beside it as
+`typing.Annotated` metadata and is enforced in one place, `train.recipe`. Standard library only.
+"""
+
+from dataclasses import dataclass
+from typing import Annotated
+
+
+@dataclass(frozen=True)
+class Range:
+    """Bounds of a number. `ge`/`le` include the bound, `gt`/`lt` exclude it; None means unbounded."""
+
+    ge: float | None = None
+    gt: float | None = None
+    le: float | None = None
+    lt: float | None = None
+
+    def admits(self, value: float) -> bool:
+        """Whether `value` lies inside all bounds (NaN never does)."""
+        return (
+            (self.ge is None or value >= self.ge)
+            and (self.gt is None or value > self.gt)
+            and (self.le is None or value <= self.le)
+            and (self.lt is None or value < self.lt)
+            and value == value
+        )
+
+    def __str__(self) -> str:
+        bounds = ((">=", self.ge), (">", self.gt), ("<=", self.le), ("<", self.lt))
+        return " and ".join(f"{sign} {bound:g}" for sign, bound in bounds if bound is not None)
+
+
+PositiveInt = Annotated[int, Range(ge=1)]
+Count = Annotated[int, Range(ge=0)]
+PositiveFloat = Annotated[float, Range(gt=0)]
+NonNegativeFloat = Annotated[float, Range(ge=0)]
+Fraction = Annotated[float, Range(ge=0, le=1)]
+OpenFraction = Annotated[float, Range(ge=0, lt=1)]

@@ -1,0 +1,181 @@
+"""The Mamba-2 core against the recurrence it stands for, run step by step in float64 under torch's own autograd."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.nn import functional as F
+
+from train.model import ssd
+
+
+def sequential(zxbcdt, *, conv_weight_CW, conv_bias_C, dt_bias_H, A_log_H, D_H, heads, head_dim, state, groups, document_BL):
+    """The definition: one token after the other, nothing chunked. [L, B, D] -> [L, B, H*P]."""
+    inner = heads * head_dim
+    width = groups * state
+    z, xbc, dt = zxbcdt.split([inner, inner + 2 * width, heads], dim=-1)
+    length, rows, _ = zxbcdt.shape
+    taps = conv_weight_CW.shape[1]
+    dt = F.softplus(dt + dt_bias_H)
+    A = -torch.exp(A_log_H)
+    h = zxbcdt.new_zeros(rows, heads, head_dim, state)
+    outputs = []
+    for t in range(length):
+        conv = conv_bias_C.expand(rows, -1)
+        for k in range(taps):
+            source = t - (taps - 1) + k
+            if source < 0:
+                continue
+            same = torch.ones(rows, dtype=torch.bool) if document_BL is None else document_BL[:, source] == document_BL[:, t]
+            conv = conv + xbc[source] * conv_weight_CW[:, k] * same.unsqueeze(-1)
+        conv = F.silu(conv)
+        x = conv[:, :inner].view(rows, heads, head_dim)
+        B = conv[:, inner : inner + width].view(rows, groups, state).repeat_interleave(heads // groups, dim=1)
+        C = conv[:, inner + width :].view(rows, groups, state).repeat_interleave(heads // groups, dim=1)
+        if document_BL is not None and t > 0:
+            h = h * (document_BL[:, t] == document_BL[:, t - 1]).view(-1, 1, 1, 1)
+        h = torch.exp(dt[t] * A)[..., None, None] * h + (dt[t][..., None] * x)[..., None] * B[:, :, None, :]
+        y = (h * C[:, :, None, :]).sum(-1) + D_H[:, None] * x
+        outputs.append(y.reshape(rows, inner) * F.silu(z[t]))
+    return torch.stack(outputs)
+
+
+def arguments(*, length, rows, heads, head_dim, state, groups, taps=4, seed=0, dtype=torch.float64, dt_scale=1.0):
+    g = torch.Generator().manual_seed(seed)
+    inner, width = heads * head_dim, groups * state
+    tensors = {
+        "zxbcdt": torch.randn(length, rows, 2 * inner + 2 * width + heads, generator=g, dtype=torch.float64),
+        "conv_weight_CW": torch.randn(inner + 2 * width, taps, generator=g, dtype=torch.float64) / 2,
+        "conv_bias_C": torch.randn(inner + 2 * width, generator=g, dtype=torch.float64) / 2,
+        "dt_bias_H": torch.randn(heads, generator=g, dtype=torch.float64) * dt_scale,
+        "A_log_H": torch.rand(heads, generator=g, dtype=torch.float64) * math.log(16),
+        "D_H": torch.randn(heads, generator=g, dtype=torch.float64),
+    }
+    sizes = {"heads": heads, "head_dim": head_dim, "state": state, "groups": groups}
+    return {k: v.to(dtype).requires_grad_() for k, v in tensors.items()}, sizes
+
+
+def documents(rows, length, seed):
+    g = torch.Generator().manual_seed(seed)
+    starts = torch.rand(rows, length, generator=g) < 0.15
+    return starts.long().cumsum(1)
+
+
+def close(a, b, tolerance):
+    scale = b.abs().max().clamp(min=1e-3)  # a gradient that is exactly zero may come out as rounding
+    assert torch.isfinite(a).all()
+    assert ((a - b).abs().max() / scale).item() <= tolerance
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize(
+    ("length", "chunk", "heads", "groups"), [(1, 4, 2, 1), (3, 8, 2, 2), (16, 4, 4, 2), (37, 8, 4, 1), (37, 16, 6, 3)]
+)
+def test_forward_and_every_gradient_equal_the_recurrence(length, chunk, heads, groups, packed):
+    tensors, sizes = arguments(length=length, rows=2, heads=heads, head_dim=3, state=5, groups=groups)
+    document = documents(2, length, seed=1) if packed else None
+    zxbcdt = tensors.pop("zxbcdt")
+    expected = sequential(zxbcdt, **tensors, **sizes, document_BL=document)
+    got = ssd.mamba_core(zxbcdt, **tensors, **sizes, chunk=chunk, document_BL=document)
+    close(got, expected, 1e-12)
+    weights = torch.randn(expected.shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    inputs = [zxbcdt, *tensors.values()]
+    for name, a, b in zip(
+        ["zxbcdt", *tensors],
+        torch.autograd.grad(got, inputs, weights),
+        torch.autograd.grad(expected, inputs, weights, materialize_grads=True),
+        strict=True,
+    ):
+        assert a.shape == b.shape, name
+        close(a, b, 1e-11)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_training_precision_stays_near_float64(dtype):
+    tensors, sizes = arguments(length=200, rows=2, heads=4, head_dim=16, state=16, groups=2, seed=3)
+    zxbcdt = tensors.pop("zxbcdt")
+    stored = {k: v.detach().to(torch.float32).requires_grad_() for k, v in tensors.items()}
+    rounded = zxbcdt.detach().to(dtype).requires_grad_()
+    got = ssd.mamba_core(rounded, **stored, **sizes, chunk=64)
+    exact_in = rounded.detach().double().requires_grad_()
+    exact = {k: v.detach().double().requires_grad_() for k, v in stored.items()}
+    expected = sequential(exact_in, **exact, **sizes, document_BL=None)
+    forward, backward = (2e-6, 2e-5) if dtype == torch.float32 else (4e-3, 8e-3)
+    close(got.double(), expected, forward)
+    weights = torch.randn(expected.shape, generator=torch.Generator().manual_seed(4)).to(dtype)
+    grads = torch.autograd.grad(got, [rounded, *stored.values()], weights)
+    references = torch.autograd.grad(expected, [exact_in, *exact.values()], weights.double())
+    for a, b in zip(grads, references, strict=True):
+        close(a.double(), b, backward)
+
+
+@settings(max_examples=15, deadline=None)
+@given(
+    length=st.integers(1, 40),
+    chunk=st.integers(1, 50),
+    groups=st.sampled_from([1, 2, 4]),
+    per_group=st.integers(1, 3),
+    seed=st.integers(0, 1000),
+)
+def test_the_chunk_changes_nothing_but_rounding(length, chunk, groups, per_group, seed):
+    tensors, sizes = arguments(
+        length=length, rows=2, heads=groups * per_group, head_dim=2, state=3, groups=groups, seed=seed
+    )
+    zxbcdt = tensors.pop("zxbcdt")
+    document = documents(2, length, seed)
+    one = ssd.mamba_core(zxbcdt, **tensors, **sizes, chunk=chunk, document_BL=document)
+    whole = ssd.mamba_core(zxbcdt, **tensors, **sizes, chunk=length, document_BL=document)
+    close(one, whole, 1e-12)
+
+
+@pytest.mark.parametrize("dt_scale", [30.0, 1e-3])
+def test_extreme_rates_give_finite_gradients(dt_scale):
+    tensors, sizes = arguments(length=96, rows=1, heads=4, head_dim=4, state=4, groups=1, dtype=torch.float32, dt_scale=dt_scale)
+    zxbcdt = tensors.pop("zxbcdt")
+    y = ssd.mamba_core(zxbcdt, **tensors, **sizes, chunk=32)
+    for grad in torch.autograd.grad(y.square().sum(), [zxbcdt, *tensors.values()]):
+        assert torch.isfinite(grad).all()
+
+
+def test_packed_documents_equal_documents_alone():
+    tensors, sizes = arguments(length=50, rows=1, heads=4, head_dim=3, state=4, groups=2)
+    zxbcdt = tensors.pop("zxbcdt")
+    document = torch.tensor([[0] * 19 + [1] * 31])
+    packed = ssd.mamba_core(zxbcdt, **tensors, **sizes, chunk=16, document_BL=document)
+    alone = torch.cat([ssd.mamba_core(part, **tensors, **sizes, chunk=16) for part in zxbcdt.split([19, 31])])
+    close(packed, alone, 1e-13)
+    together = ssd.mamba_core(zxbcdt, **tensors, **sizes, chunk=16)
+    assert (together[19:] - alone[19:]).abs().max() > 1e-2  # so that the test could fail
+
+
+@pytest.mark.parametrize("cuts", [[50], [20, 30], [1, 1, 48], [17] + [1] * 33])
+def test_reading_in_parts_equals_reading_at_once(cuts):
+    tensors, sizes = arguments(length=50, rows=2, heads=4, head_dim=3, state=4, groups=2)
+    zxbcdt = tensors.pop("zxbcdt")
+    whole = ssd.mamba_core(zxbcdt, **tensors, **sizes, chunk=16)
+    state, parts = None, []
+    for part in zxbcdt.split(cuts):
+        y, state = ssd.mamba_core_continue(part, **tensors, **sizes, chunk=16, state_pair=state)
+        parts.append(y)
+    close(torch.cat(parts), whole, 1e-12)
+
+
+def test_grouped_norm_equals_its_formula():
+    g = torch.Generator().manual_seed(5)
+    y = torch.randn(7, 2, 24, generator=g, dtype=torch.float64)
+    weight = torch.randn(24, generator=g, dtype=torch.float64)
+    parts = y.view(7, 2, 3, 8)
+    expected = (parts / torch.sqrt((parts**2).mean(-1, keepdim=True) + 1e-5)).reshape(7, 2, 24) * weight
+    close(ssd.group_rms_norm(y, weight, groups=3, eps=1e-5), expected, 1e-13)
+
+
+def test_the_same_input_gives_the_same_bits():
+    tensors, sizes = arguments(length=64, rows=4, heads=8, head_dim=16, state=16, groups=2, dtype=torch.float32)
+    zxbcdt = tensors.pop("zxbcdt")
+    runs = []
+    for _ in range(2):
+        y = ssd.mamba_core(zxbcdt, **tensors, **sizes, chunk=16)
+        runs.append([y.detach(), *torch.autograd.grad(y.sum(), [zxbcdt, *tensors.values()])])
+    assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))

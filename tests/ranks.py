@@ -1,0 +1,91 @@
+"""Worlds of gloo ranks for tests: forked from this already-imported process, so a rank costs a fork instead of an import.
+
+    results = run_ranks(4, work, argument)      # work(rank, argument) runs in 4 processes that form one world
+
+The parent must not have process groups or busy threads of its own when it forks; tests keep torch on one thread.
+"""
+
+import os
+import pickle
+import socket
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+
+class RankFailed(AssertionError):
+    """A rank raised or died; carries its traceback."""
+
+
+def run_ranks(world: int, work: Callable[..., Any], *arguments: Any, timeout_s: float = 120.0) -> list[Any]:
+    """Run `work(rank, *arguments)` in `world` forked processes with torchrun's environment. -> results by rank.
+
+    Results must pickle. Raises RankFailed with the first failing rank's traceback; every process is gone afterwards.
+    """
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    with tempfile.TemporaryDirectory() as folder:
+        children = {}
+        for rank in range(world):
+            sys.stdout.flush()
+            sys.stderr.flush()
+            pid = os.fork()
+            if pid == 0:
+                _child(rank, world, port, Path(folder) / f"{rank}.pickle", work, arguments)
+            children[pid] = rank
+        return _collect(children, Path(folder), world, timeout_s)
+
+
+def _child(rank: int, world: int, port: int, out: Path, work: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+    """Runs in the child and never returns."""
+    os.environ |= {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(world),
+        "LOCAL_WORLD_SIZE": str(world),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
+    status = 1
+    try:
+        result = ("ok", work(rank, *arguments))
+        status = 0
+    except BaseException:
+        result = ("error", traceback.format_exc())
+    try:
+        out.write_bytes(pickle.dumps(result))
+    finally:
+        os._exit(status)
+
+
+def _collect(children: dict[int, int], folder: Path, world: int, timeout_s: float) -> list[Any]:
+    deadline = time.monotonic() + timeout_s
+    failed: list[int] = []
+    waiting = dict(children)
+    while waiting and not failed:
+        for pid in list(waiting):
+            done, status = os.waitpid(pid, os.WNOHANG)
+            if done:
+                rank = waiting.pop(pid)
+                if status:
+                    failed.append(rank)
+        if time.monotonic() > deadline:
+            failed.append(-1)
+        time.sleep(0.005)
+    for pid in waiting:
+        os.kill(pid, 9)
+        os.waitpid(pid, 0)
+    if failed == [-1]:
+        raise RankFailed(f"ranks {sorted(waiting.values())} were still running after {timeout_s} s")
+    results = []
+    for rank in range(world):
+        path = folder / f"{rank}.pickle"
+        results.append(pickle.loads(path.read_bytes()) if path.exists() else ("error", f"rank {rank} died"))
+    for rank in failed:
+        raise RankFailed(f"rank {rank}:\n{results[rank][1]}")
+    return [value for _, value in results]

@@ -1,0 +1,50 @@
+"""`python -m train -cn RECIPE [key=value ...]`: train a recipe. Hydra's own command line, with errors that help.
+
+    python -m train -cn smoke                              train the smoke recipe
+    python -m train -cn smoke optim.lr=3e-4 precision=bf16     override a field, swap a group
+    python -m train -cn smoke --cfg job                    print the composed recipe
+    python -m train --config-dir mine -cn my_recipe        your own recipes beside the shipped ones
+    torchrun --nproc-per-node 4 -m train -cn smoke parallel.tensor=2 parallel.pipeline=2
+
+Exit status: 0 finished or paused as the recipe asked; 2 a recipe, data, checkpoint or machine that cannot be used;
+128 + the signal's number when a signal asked the run to stop (a checkpoint was written).
+"""
+
+import logging
+import os
+import signal
+import sys
+
+from train.command import run_command
+
+
+def main() -> int:
+    """Entry point of `python -m train` and of the `stratum-train` script."""
+    return run_command(_train, default="smoke", program="train")
+
+
+def _train(composed: object) -> int:
+    from train.recipe import read_recipe
+    from train.run import train
+
+    recipe = read_recipe(composed)
+    logging.getLogger("train").info("recipe %s", recipe.run.name)
+    end = train(recipe)
+    if int(os.environ.get("RANK", "0")) == 0:
+        if end.reason == "finished":
+            from train.report import write_report
+
+            write_report(end.folder)
+            print(f"Finished at step {end.step}. Summary: {end.folder}/summary.md, picture: {end.folder}/loss.png")
+        else:
+            print(
+                f"Stopped at step {end.step} ({end.reason}); the checkpoint is written. The same command continues "
+                f"from there."
+            )
+    if end.reason.startswith("SIG"):
+        return 128 + int(getattr(signal, end.reason))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,230 @@
+"""Every recipe field of the train side, typed and documented. Standard library only: it runs on a login node.
+
+The text under a field is its documentation: meaning, unit, range, and why the default (docs/recipes.md is made from it).
+Checks that need more than one field live where the knowledge is: `train.parallel.layout`, `train.recipe`.
+"""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from data.config import DataConfig
+from data.fields import Count, Fraction, NonNegativeFloat, OpenFraction, PositiveFloat, PositiveInt
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """What one run is called, how long it lasts, and how big a step is."""
+
+    name: str
+    """Name of the run: its files lie in `folder`/`name`."""
+    steps: PositiveInt
+    """Optimizer steps to train in all (a resumed run counts the steps before it)."""
+    folder: str = "runs"
+    """Folder of all runs."""
+    seed: int = 1234
+    """Seed of the initial weights. The data order has its own, `data.seed`."""
+    global_rows: PositiveInt = 8
+    """Rows in one optimizer step, over all ranks. Independent of the layout, so is the training."""
+    microbatch_rows: PositiveInt = 8
+    """Rows one rank runs at once; `global_rows` = microbatch_rows x data-parallel size x accumulation."""
+    deterministic: bool = True
+    """Use deterministic algorithms, so that a resumed run repeats the same bits. On a GPU this costs some speed."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """`auto` takes a GPU when there is one."""
+    threads: Count = 0
+    """CPU threads of a process; 0 shares the machine's cores among the processes on it."""
+    stop_after_steps: PositiveInt | None = None
+    """Stop (with a checkpoint) after this many steps of this process; null runs to `steps`. For time-sliced machines."""
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Shape of the model. Sizes are whole-model sizes; ranks get their share."""
+
+    pattern: str
+    """One character a layer: `M` Mamba-2, `*` attention, `-` MLP. `|` may fix where pipeline stages are cut."""
+    hidden: PositiveInt
+    """Width of the residual stream."""
+    vocab: PositiveInt
+    """Vocabulary size; must equal the tokenizer's and divide by `parallel.tensor`."""
+    ffn: PositiveInt = 1024
+    """Inner width of an MLP layer (per branch where gated)."""
+    activation: Literal["squared_relu", "swiglu", "geglu", "gelu", "silu"] = "squared_relu"
+    """MLP nonlinearity; `swiglu` and `geglu` are gated. Nemotron-H uses squared ReLU (arXiv 2504.03624)."""
+    heads: PositiveInt = 4
+    """Query heads of an attention layer."""
+    kv_heads: PositiveInt = 4
+    """Key/value heads; fewer than `heads` is grouped-query attention. Must divide `heads`."""
+    head_dim: PositiveInt = 64
+    """Width of one attention head; heads x head_dim need not equal `hidden` (Nemotron Nano 9B-v2: 40 x 128 on 4,480)."""
+    mamba_heads: PositiveInt = 8
+    """Heads of a Mamba-2 layer; inner width = mamba_heads x mamba_head_dim."""
+    mamba_head_dim: PositiveInt = 64
+    """Channels of one Mamba-2 head."""
+    mamba_state: PositiveInt = 64
+    """State size N of a Mamba-2 head."""
+    mamba_groups: PositiveInt = 1
+    """Groups of heads that share B and C. Must divide `mamba_heads` and be divisible by `parallel.tensor`."""
+    mamba_conv: PositiveInt = 4
+    """Taps of the causal convolution before the scan."""
+    mamba_chunk: PositiveInt = 64
+    """Chunk of the scan, in tokens: changes speed and rounding, not the function computed."""
+    position: Literal["none", "rope"] = "none"
+    """Positional embedding of attention layers. Hybrids need none: the Mamba layers carry order."""
+    rope_base: PositiveFloat = 10000.0
+    """Base of the rotary angles, where `position` is `rope`."""
+    norm_eps: PositiveFloat = 1e-5
+    """Epsilon of every RMSNorm."""
+    tie_embeddings: bool = False
+    """Use the embedding matrix as output head too."""
+    init_std: PositiveFloat = 0.02
+    """Standard deviation of initial weights; projections back into the residual stream get it divided by
+    sqrt(number of layers)."""
+
+
+@dataclass(frozen=True)
+class ParallelConfig:
+    """Degrees of parallelism; the data-parallel degree is what is left of the world."""
+
+    tensor: PositiveInt = 1
+    """Ranks that share each matrix."""
+    pipeline: PositiveInt = 1
+    """Stages the layers are cut into."""
+    virtual_pipeline: PositiveInt = 1
+    """Model chunks per stage (interleaved schedule); 1 is the plain schedule."""
+    context: PositiveInt = 1
+    """Ranks that share each sequence."""
+    sequence: bool = False
+    """Sequence parallelism: norms and residuals split over the tensor ranks along the sequence. Needs tensor > 1."""
+    recompute: Literal["none", "full"] = "none"
+    """`full` keeps only layer inputs and recomputes the rest in the backward pass: less memory, about 1/3 more work."""
+    overlap_grad_reduce: bool = False
+    """Reduce gradients while the backward pass still runs."""
+    overlap_param_gather: bool = False
+    """Gather updated parameters while the next forward pass already runs. Needs overlap_grad_reduce."""
+
+
+@dataclass(frozen=True)
+class PrecisionConfig:
+    """Number formats, and who multiplies."""
+
+    params: Literal["fp32", "bf16"] = "fp32"
+    """Format of weights and activations. Masters, moments and gradient sums are always fp32; so are A_log, D, dt_bias."""
+    backend: Literal["auto", "reference", "te"] = "auto"
+    """`te`: Transformer Engine modules and mamba-ssm kernels on a GPU; `reference`: plain torch on any device;
+    `auto`: `te` where a GPU and both packages are there."""
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """AdamW (arXiv 1711.05101) with fp32 masters, sharded over the data-parallel ranks."""
+
+    lr: PositiveFloat = 1e-3
+    """Peak learning rate; the schedule multiplies it."""
+    beta1: OpenFraction = 0.9
+    """Decay of the first moment."""
+    beta2: OpenFraction = 0.95
+    """Decay of the second moment."""
+    eps: PositiveFloat = 1e-8
+    """Added to the root of the second moment."""
+    weight_decay: NonNegativeFloat = 0.1
+    """Decoupled weight decay. Norm weights, biases, A_log, D and dt_bias are never decayed."""
+    clip_norm: NonNegativeFloat = 1.0
+    """Global gradient norm is scaled down to this; 0 turns clipping off."""
+
+
+@dataclass(frozen=True)
+class ScheduleConfig:
+    """Learning rate over time, as a factor of `optim.lr`."""
+
+    kind: Literal["wsd", "cosine", "constant"] = "wsd"
+    """`wsd`: warm-up, stable, decay; `cosine`: warm-up, half a cosine; `constant`: warm-up, then 1."""
+    unit: Literal["steps", "tokens"] = "steps"
+    """Unit of `warmup`, `decay` and `total`."""
+    warmup: Count = 0
+    """Linear rise from 0 over this long."""
+    decay: Count = 0
+    """`wsd` only: length of the decay at the end."""
+    total: PositiveInt | None = None
+    """Where the decay ends; null is the end of the run (`run.steps`)."""
+    final_fraction: Fraction = 0.01
+    """Factor at the end of the decay (Nemotron Nano 2: 4.5e-6 / 4.5e-4 = 0.01)."""
+    decay_shape: Literal["linear", "cosine", "minus_sqrt", "exponential"] = "minus_sqrt"
+    """Shape of the `wsd` decay: with t from 0 to 1, `minus_sqrt` is 1 - sqrt(t) (arXiv 2405.18392)."""
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """When to save and what to keep."""
+
+    every_steps: Count = 100
+    """Save at every multiple of this step; 0 saves at the end only."""
+    keep_last: PositiveInt = 2
+    """Checkpoints kept, newest first."""
+    keep_every_steps: Count = 0
+    """Also keep every checkpoint at a multiple of this step for good; 0 keeps none."""
+    resume: Literal["auto", "never", "required"] = "auto"
+    """`auto` continues where the run's folder left off; `never` refuses a folder that already holds checkpoints;
+    `required` refuses one that holds none."""
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+    """Held-out evaluation during training."""
+
+    every_steps: Count = 100
+    """Evaluate at every multiple of this step, and at the start and end; 0 evaluates at the start and end only."""
+    rows_per_source: PositiveInt = 32
+    """Held-out rows of each source that are scored (all of them where there are fewer)."""
+
+
+@dataclass(frozen=True)
+class TelemetryConfig:
+    """What is shown and recorded."""
+
+    log_every_steps: PositiveInt = 10
+    """Steps between reductions of the metrics over ranks; every step of the interval is still recorded."""
+    progress: bool = True
+    """Live progress bar (a plain line per interval where the output is not a terminal)."""
+    tensorboard: bool = True
+    """Write TensorBoard events into the run's folder."""
+    wandb: Literal["off", "offline", "online"] = "off"
+    """Weights & Biases; `offline` needs no network (`wandb sync` sends it later). Never stops a run."""
+    wandb_project: str = "stratum"
+    """Project name at Weights & Biases."""
+
+
+@dataclass(frozen=True)
+class LaunchConfig:
+    """How processes find each other."""
+
+    timeout_s: PositiveFloat = 600.0
+    """Collective operations that take longer fail, instead of hanging for ever."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A whole run. Groups can be swapped on the command line (`precision=bf16`), fields overridden (`optim.lr=3e-4`)."""
+
+    run: RunConfig
+    """Name, length and size of a step."""
+    model: ModelConfig
+    """Shape of the model."""
+    data: DataConfig
+    """Where the tokens come from."""
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    """Degrees of parallelism."""
+    precision: PrecisionConfig = field(default_factory=PrecisionConfig)
+    """Number formats and backend."""
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    """Optimizer."""
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    """Learning rate over time."""
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    """When to save, what to keep."""
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    """Held-out evaluation."""
+    telemetry: TelemetryConfig = field(default_factory=TelemetryConfig)
+    """Progress, metrics files, Weights & Biases."""
+    launch: LaunchConfig = field(default_factory=LaunchConfig)
+    """Process groups."""

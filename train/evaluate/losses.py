@@ -1,0 +1,62 @@
+"""Held-out loss by source, in bits per byte: comparable across tokenizers and vocabularies.
+
+bits per byte = (sum of -log2 p(label)) / (UTF-8 bytes the labels stand for)
+
+Rows are dealt to the data-parallel ranks in turn; a rank's last microbatch is filled up with rows that do not count, so
+that every microbatch has the shape the pipeline expects. The sums do not depend on the layout but for rounding.
+"""
+
+import math
+from typing import Any
+
+import numpy as np
+import torch
+
+from train.engine import Engine, run_schedule
+from train.objective.next_token import local_rows
+
+
+def heldout_bits_per_byte(engine: Engine, dataset: Any, *, rows_per_source: int) -> dict[str, float]:
+    """Bits per byte of each source's first held-out rows. Collective over the world; the same result on every rank."""
+    token_bytes = dataset.tokenizer.token_bytes()
+    for chunk in engine.chunks:
+        chunk.eval()
+    try:
+        with torch.no_grad():
+            return {
+                name: _bits_per_byte(engine, dataset, name, limit=rows_per_source, token_bytes=token_bytes)
+                for name in dataset.source_names
+            }
+    finally:
+        for chunk in engine.chunks:
+            chunk.train()
+
+
+def _bits_per_byte(engine: Engine, dataset: Any, name: str, *, limit: int, token_bytes: np.ndarray) -> float:
+    layout, mesh = engine.mesh.layout, engine.mesh
+    count = min(limit, dataset.heldout_count(name))
+    batch = dataset.heldout_rows(name, 0, count)
+    size = engine.microbatch_rows
+    per_rank = math.ceil(count / (layout.data * size)) * size
+    indices = np.arange(per_rank) * layout.data + mesh.data_rank
+    counts = indices < count
+    indices = np.where(counts, indices, 0)
+    microbatches = [batch.select(indices[start : start + size]) for start in range(0, per_rank, size)]
+
+    def step(iterator: Any, model: torch.nn.Module) -> Any:
+        rows = local_rows(next(iterator), mesh, reset_at_documents=engine.reset_at_documents)
+        output = model(rows.tokens, rows.positions, None, labels=rows.labels, packed_seq_params=rows.context)
+
+        def loss_of(token_losses: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            per_row = token_losses.double().sum(dim=1)
+            return per_row.sum().float(), per_row
+
+        return output, loss_of
+
+    reports = run_schedule(engine, microbatches, forward_step=step, forward_only=True)
+    nats = torch.zeros((), dtype=torch.float64, device=mesh.device)
+    if reports:
+        nats = (torch.cat(reports) * torch.from_numpy(counts).to(mesh.device)).sum()
+    nats = mesh.sum_over_world(nats) / layout.tensor
+    total_bytes = int(token_bytes[batch.labels.numpy()].sum())
+    return float(nats) / math.log(2) / total_bytes

@@ -1,0 +1,95 @@
+"""Everything that happens at a step, in order, on one page.
+
+    rows --> forward, backward, update --> record --> evaluate when due --> save when due --> stop when asked
+
+The loop's whole state is two integers, `step` and `position`; everything else is in the engine or on disk.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from data.stream import Stream
+from train.config import Recipe
+from train.engine import Engine
+from train.faults import StopSignals, check_numbers
+from train.optim.schedule import learning_rate_factor
+from train.step import train_step
+from train.stopwatch import Stopwatch
+from train.telemetry import Telemetry
+
+
+@dataclass(frozen=True)
+class LoopEnd:
+    """Where and why the loop stopped."""
+
+    step: int
+    reason: str
+    """"finished", "paused" (run.stop_after_steps) or the name of the signal that asked."""
+
+
+def train_loop(
+    recipe: Recipe,
+    *,
+    engine: Engine,
+    stream: Stream,
+    telemetry: Telemetry,
+    first_step: int,
+    evaluate: Callable[[int], None],
+    save: Callable[[int, int], None],
+    is_save_due: Callable[[int], bool],
+    newest_checkpoint: Callable[[], str | None],
+) -> LoopEnd:
+    """Train from step `first_step` (steps already finished) to `recipe.run.steps`. Collective over the world.
+
+    evaluate(step), save(step, position): called on every rank. Raises NumericsError, CheckpointError, DataError.
+    """
+    run, mesh = recipe.run, engine.mesh
+    step, saved_step = first_step, first_step
+    tokens_per_step = run.global_rows * engine.row_tokens
+    last_step = run.steps
+    if run.stop_after_steps is not None:
+        last_step = min(last_step, first_step + run.stop_after_steps)
+
+    with StopSignals() as signals:
+        while step < last_step:
+            watch = Stopwatch()
+            microbatches: list[Any] = next(stream)
+            watch.lap("data")
+
+            factor = learning_rate_factor(
+                recipe.schedule,
+                step=step,
+                tokens=step * tokens_per_step,
+                total_steps=run.steps,
+                tokens_per_step=tokens_per_step,
+            )
+            result = train_step(engine, microbatches, learning_rate=recipe.optim.lr * factor, watch=watch)
+            check_numbers(step + 1, grad_norm=result.grad_norm, newest_checkpoint=newest_checkpoint())
+            step += 1
+            telemetry.record(
+                step,
+                loss=result.loss,
+                grad_norm=result.grad_norm,
+                learning_rate=recipe.optim.lr * factor,
+                seconds=watch.seconds(),
+            )
+
+            if recipe.evaluate.every_steps and step % recipe.evaluate.every_steps == 0 and step < run.steps:
+                telemetry.flush()
+                evaluate(step)
+            if is_save_due(step):
+                telemetry.flush()
+                save(step, stream.position)
+                saved_step = step
+            if mesh.any_rank(signals.received is not None):
+                break
+
+        telemetry.flush()
+        if step > saved_step:
+            save(step, stream.position)
+        received = signals.received
+    if step >= run.steps:
+        evaluate(step)
+        return LoopEnd(step, "finished")
+    return LoopEnd(step, received.name if received is not None else "paused")

@@ -1,0 +1,202 @@
+"""From a recipe's model group to Megatron's HybridModel: config, layer spec, and this rank's chunks of the model.
+
+    ModelConfig, ParallelConfig, Backend --> TransformerConfig + spec --> [Model] one per virtual pipeline chunk
+
+The checkpoint names of all backends are the same: where a backend fuses norm and linear, the spec maps the fused names
+onto the separate ones.
+"""
+
+from functools import partial
+
+import torch
+from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+from megatron.core.models.hybrid import hybrid_block
+from megatron.core.models.hybrid.hybrid_block import HybridStack, HybridStackSubmodules
+from megatron.core.models.hybrid.hybrid_model import HybridModel
+from megatron.core.ssm.mamba_layer import MambaLayer, MambaLayerSubmodules
+from megatron.core.ssm.mamba_mixer import MambaMixerSubmodules
+from megatron.core.ssm.mlp_layer import MLPLayer
+from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+
+from train.config import ModelConfig, ParallelConfig, PrecisionConfig, RunConfig
+from train.model.activation import activation_function
+from train.model.backend import Backend
+from train.model.cross_entropy import vocab_parallel_cross_entropy
+from train.model.initial import initialize
+from train.model.linear import use_fast_product
+from train.model.pattern import cut, layer_kinds
+from train.parallel.mesh import Mesh
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+class Model(HybridModel):
+    """Megatron's HybridModel with this project's cross-entropy."""
+
+    def compute_language_model_loss(self, labels: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+        """labels [rows, sequence], logits [sequence, rows, vocabulary of this rank] -> nats per token [rows, sequence].
+
+        Collective over the tensor group.
+        """
+        loss_SB = vocab_parallel_cross_entropy(logits, labels.t().contiguous(), group=self.pg_collection.tp)
+        return loss_SB.t()
+
+
+def transformer_config(
+    model: ModelConfig, *, parallel: ParallelConfig, precision: PrecisionConfig, run: RunConfig
+) -> TransformerConfig:
+    """Megatron's own configuration for a recipe. Megatron validates it again and completes it."""
+    layers = len(layer_kinds(model.pattern))
+    dtype = DTYPES[precision.params]
+    activation, gated = activation_function(model.activation)
+    virtual = parallel.virtual_pipeline if parallel.virtual_pipeline > 1 else None
+    return TransformerConfig(
+        num_layers=layers,
+        hidden_size=model.hidden,
+        ffn_hidden_size=model.ffn,
+        num_attention_heads=model.heads,
+        num_query_groups=model.kv_heads,
+        kv_channels=model.head_dim,
+        mamba_num_heads=model.mamba_heads,
+        mamba_head_dim=model.mamba_head_dim,
+        mamba_state_dim=model.mamba_state,
+        mamba_num_groups=model.mamba_groups,
+        normalization="RMSNorm",
+        layernorm_epsilon=model.norm_eps,
+        add_bias_linear=False,
+        activation_func=activation,
+        gated_linear_unit=gated,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        is_hybrid_model=True,
+        params_dtype=dtype,
+        bf16=precision.params == "bf16",
+        pipeline_dtype=dtype,
+        # Initial weights come from `train.model.initial`, the same at every layout; Megatron's depend on it.
+        perform_initialization=False,
+        tensor_model_parallel_size=parallel.tensor,
+        pipeline_model_parallel_size=parallel.pipeline,
+        virtual_pipeline_model_parallel_size=virtual,
+        context_parallel_size=parallel.context,
+        sequence_parallel=parallel.sequence,
+        # With two stages and a virtual pipeline, batched messages to the one neighbour pair up wrongly and training goes
+        # wrong without an error (docs/megatron.md); overlapped single messages do not.
+        overlap_p2p_comm=virtual is not None,
+        batch_p2p_comm=virtual is None,
+        recompute_granularity="full" if parallel.recompute == "full" else None,
+        recompute_method="uniform" if parallel.recompute == "full" else None,
+        recompute_num_layers=1 if parallel.recompute == "full" else None,
+        # Fused kernels that need Apex or a GPU.
+        gradient_accumulation_fusion=False,
+        masked_softmax_fusion=False,
+        bias_activation_fusion=False,
+        bias_dropout_fusion=False,
+        apply_rope_fusion=False,
+        persist_layer_norm=False,
+    )
+
+
+def stack_spec(model: ModelConfig, backend: Backend) -> ModuleSpec:
+    """Megatron's spec of the layer stack, naming the backend's modules."""
+    fused = backend.column_parallel_layer_norm_linear()
+    column = fused if fused is not None else backend.column_parallel_linear()
+    norm = IdentityOp if fused is not None else backend.norm()
+    row = backend.row_parallel_linear()
+
+    def names(fused_linear: str, separate_norm: str) -> dict[str, str]:
+        return {f"{fused_linear}.layer_norm_": f"{separate_norm}."} if fused is not None else {}
+
+    mamba = ModuleSpec(
+        module=MambaLayer,
+        submodules=MambaLayerSubmodules(
+            norm=norm,
+            mixer=ModuleSpec(
+                module=backend.mixer(),
+                params={"chunk_size": model.mamba_chunk, "d_conv": model.mamba_conv},
+                submodules=MambaMixerSubmodules(in_proj=column, out_proj=row),
+            ),
+            mamba_bda=get_bias_dropout_add,
+            sharded_state_dict_keys_map=names("mixer.in_proj", "norm"),
+        ),
+    )
+    attention = ModuleSpec(
+        module=TransformerLayer,
+        submodules=TransformerLayerSubmodules(
+            input_layernorm=norm,
+            self_attention=ModuleSpec(
+                module=SelfAttention,
+                params={"attn_mask_type": AttnMaskType.causal},
+                submodules=SelfAttentionSubmodules(
+                    linear_qkv=column, core_attention=backend.core_attention(), linear_proj=row
+                ),
+            ),
+            self_attn_bda=get_bias_dropout_add,
+            sharded_state_dict_keys_map=names("self_attention.linear_qkv", "input_layernorm"),
+        ),
+    )
+    mlp = ModuleSpec(
+        module=MLPLayer,
+        submodules=TransformerLayerSubmodules(
+            pre_mlp_layernorm=norm,
+            mlp=partial(MLP.as_mlp_submodule, submodules=MLPSubmodules(linear_fc1=column, linear_fc2=row)),
+            mlp_bda=get_bias_dropout_add,
+            sharded_state_dict_keys_map=names("mlp.linear_fc1", "pre_mlp_layernorm"),
+        ),
+    )
+    return ModuleSpec(
+        module=HybridStack,
+        submodules=HybridStackSubmodules(mamba_layer=mamba, attention_layer=attention, mlp_layer=mlp),
+    )
+
+
+def build_model(
+    model: ModelConfig,
+    *,
+    parallel: ParallelConfig,
+    precision: PrecisionConfig,
+    run: RunConfig,
+    row_tokens: int,
+    mesh: Mesh,
+    backend: Backend,
+) -> list[Model]:
+    """This rank's part of the model, initialized: one chunk per virtual pipeline stage, first stage first.
+
+    Weights depend on `run.seed` and the parameter's name only, not on the layout. Collective (tied embeddings).
+    """
+    config = transformer_config(model, parallel=parallel, precision=precision, run=run)
+    # HybridStack names Transformer Engine's norm for its final norm whatever the spec says.
+    hybrid_block.TENorm = backend.norm()
+    spec = stack_spec(model, backend)
+    chunks_per_rank = parallel.virtual_pipeline
+    stages = parallel.pipeline * chunks_per_rank
+    pattern = "|".join(cut(model.pattern, stages, model=model))
+    pipeline_rank = mesh.groups.pp.rank()
+    chunks = []
+    for chunk in range(chunks_per_rank):
+        stage = chunk * parallel.pipeline + pipeline_rank
+        part = Model(
+            config=config,
+            hybrid_stack_spec=spec,
+            vocab_size=model.vocab,
+            max_sequence_length=row_tokens,
+            hybrid_layer_pattern=pattern,
+            pre_process=stage == 0,
+            post_process=stage == stages - 1,
+            parallel_output=True,
+            share_embeddings_and_output_weights=model.tie_embeddings,
+            position_embedding_type=model.position,
+            rotary_base=int(model.rope_base),
+            pg_collection=mesh.groups,
+            vp_stage=chunk if chunks_per_rank > 1 else None,
+        )
+        use_fast_product(part)
+        initialize(part, model=model, seed=run.seed, tensor_group=mesh.groups.tp)
+        chunks.append(part)
+    return chunks
+

@@ -1,0 +1,33 @@
+"""What a batch carries to every layer besides its hidden states: document boundaries, and caches when generating.
+
+Megatron hands `packed_seq_params` through the schedules, the recompute function and every layer down to the mixer and
+the attention core, so `RowContext` extends that class instead of adding a second way.
+"""
+
+from dataclasses import dataclass, field
+
+import torch
+from megatron.core.packed_seq_params import PackedSeqParams
+
+
+@dataclass
+class LayerCaches:
+    """State of a generation in progress: grows with the text for attention only, stays the same size for Mamba-2."""
+
+    length: int = 0
+    """Tokens already in the caches."""
+    keys_values: dict[int, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
+    """By layer number: keys and values, each [length, rows, kv heads, head width]."""
+    mamba: dict[int, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
+    """By layer number: the convolution's last inputs and the scan's fp32 state (shapes: train.model.ssd)."""
+
+
+@dataclass
+class RowContext(PackedSeqParams):
+    """Extras of one microbatch. Rows stay [sequence, rows, hidden] ("sbhd"); documents are told apart by index."""
+
+    qkv_format: str = "sbhd"
+    documents: torch.Tensor | None = None
+    """[rows, sequence] int: document of each token of the whole row (also under context parallelism); None: one."""
+    caches: LayerCaches | None = None
+    """Set while generating."""

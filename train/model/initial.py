@@ -1,0 +1,95 @@
+"""Initial weights that depend on the seed and the parameter's name only.
+
+Megatron draws each rank's shard from a stream of its own, so the same seed gives another model at another layout. Here
+the whole tensor of each parameter is drawn from a generator seeded with (seed, global name), and the rank keeps its
+part: training starts from the same weights at every layout, and losses can be compared across layouts.
+
+Rules (h hidden, L layers): projections N(0, init_std), those writing into the residual stream N(0, init_std / sqrt(L));
+norm weights and D one; A uniform in [1, 16]; softplus(dt_bias) log-uniform in [0.001, 0.1]; convolution uniform in
++-1/sqrt(taps) (mamba-ssm's Mamba2 module, arXiv 2405.21060).
+
+Cost: a rank draws the full tensor of each of its parameters, one at a time, on the CPU.
+"""
+
+import hashlib
+import math
+import re
+from collections.abc import Iterator
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from train.config import ModelConfig
+from train.model.pattern import layer_kinds
+
+_RESIDUAL = ("linear_proj.weight", "linear_fc2.weight", "out_proj.weight")
+_PLAIN = ("linear_qkv.weight", "linear_fc1.weight", "in_proj.weight", "word_embeddings.weight", "output_layer.weight")
+_ONES = ("norm.weight", "layernorm.weight", "layer_norm_weight", "mixer.D")
+A_RANGE = (1.0, 16.0)
+DT_RANGE = (1e-3, 0.1)
+DT_FLOOR = 1e-4
+
+
+def global_names(chunk: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """(name with whole-model layer indices from 0, parameter) of every parameter in this rank's chunk."""
+    layers = chunk.decoder.layers
+    for name, parameter in chunk.named_parameters():
+        match = re.match(r"decoder\.layers\.(\d+)\.", name)
+        if match is not None:
+            index = layers[int(match.group(1))].layer_number - 1
+            name = f"decoder.layers.{index}.{name[match.end() :]}"
+        yield name, parameter
+
+
+def initialize(chunk: nn.Module, *, model: ModelConfig, seed: int, tensor_group: dist.ProcessGroup) -> None:
+    """Fill every parameter of `chunk` in place. Same result for the same seed at every layout. Not collective."""
+    layers = len(layer_kinds(model.pattern))
+    for name, parameter in global_names(chunk):
+        whole = _draw(name, _whole_shape(parameter, tensor_group.size()), model=model, layers=layers, seed=seed)
+        parameter.data.copy_(_part(whole, parameter, rank=tensor_group.rank(), ranks=tensor_group.size()))
+
+
+def _whole_shape(parameter: nn.Parameter, ranks: int) -> list[int]:
+    shape = list(parameter.shape)
+    if getattr(parameter, "tensor_model_parallel", False):
+        shape[parameter.partition_dim] *= ranks
+    return shape
+
+
+def _part(whole: torch.Tensor, parameter: nn.Parameter, *, rank: int, ranks: int) -> torch.Tensor:
+    """This rank's part of a whole tensor. A fused projection is cut component by component, as Megatron lays it out."""
+    if ranks == 1 or not getattr(parameter, "tensor_model_parallel", False):
+        return whole
+    dim = parameter.partition_dim
+    pieces = getattr(parameter, "partition_sizes", None)
+    if pieces is None:
+        stride = getattr(parameter, "partition_stride", 1)
+        pieces = [parameter.shape[dim] // stride] * stride
+    components = whole.split([size * ranks for size in pieces], dim)
+    return torch.cat([component.chunk(ranks, dim)[rank] for component in components], dim)
+
+
+def _draw(name: str, shape: list[int], *, model: ModelConfig, layers: int, seed: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(
+        int.from_bytes(hashlib.sha256(f"{seed}/{name}".encode()).digest()[:8], "little") >> 1
+    )
+
+    def uniform(low: float, high: float) -> torch.Tensor:
+        return torch.empty(shape).uniform_(low, high, generator=generator)
+
+    if name.endswith(_RESIDUAL):
+        return torch.empty(shape).normal_(0.0, model.init_std / math.sqrt(layers), generator=generator)
+    if name.endswith(_PLAIN):
+        return torch.empty(shape).normal_(0.0, model.init_std, generator=generator)
+    if name.endswith(_ONES):
+        return torch.ones(shape)
+    if name.endswith(("conv1d_weight", "conv1d_bias")):
+        bound = 1 / math.sqrt(model.mamba_conv)
+        return uniform(-bound, bound)
+    if name.endswith("A_log"):
+        return uniform(*A_RANGE).log()
+    if name.endswith("dt_bias"):
+        dt = uniform(math.log(DT_RANGE[0]), math.log(DT_RANGE[1])).exp().clamp(min=DT_FLOOR)
+        return dt + torch.log(-torch.expm1(-dt))  # inverse of softplus
+    raise AssertionError(f"no rule for the initial value of {name}: add one to train/model/initial.py")

@@ -1,0 +1,116 @@
+"""The Mamba-2 mixer: Megatron's, with its scan in plain torch (`train.model.ssd`) on any device.
+
+Megatron's MambaMixer owns the projections, the sharding over tensor and context ranks and the checkpoint layout; it
+takes convolution, scan and gated norm from the mamba-ssm package, which needs a GPU. `ReferenceMixer` keeps everything
+but those three. On a GPU with mamba-ssm the stock mixer is used (`train.model.build`); this module is the only one that
+knows the package exists.
+"""
+
+import importlib.util
+from typing import Any
+from unittest import mock
+
+import torch
+from megatron.core.ssm import mamba_mixer
+from megatron.core.ssm.mamba_mixer import MambaMixer
+from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
+from torch import nn
+
+from train.model import ssd
+from train.model.context import LayerCaches, RowContext
+
+
+def have_mamba_kernels() -> bool:
+    """Whether the packages behind Megatron's stock mixer can be imported here."""
+    return all(importlib.util.find_spec(name) is not None for name in ("mamba_ssm", "causal_conv1d"))
+
+
+class GroupedRMSNorm(nn.Module):
+    """RMSNorm over each of the channel groups of the mixer's gated output (the gate is already multiplied in).
+
+    Takes the arguments Megatron gives mamba-ssm's class of the same job; weight [channels of this tensor rank].
+    """
+
+    def __init__(
+        self, channels: int, eps: float, group_size: int, norm_before_gate: bool, device: Any, dtype: torch.dtype
+    ) -> None:
+        super().__init__()
+        assert not norm_before_gate, "the gate comes first in Mamba-2 as trained here"
+        self.eps = eps
+        self.group_size = group_size
+        self.weight = nn.Parameter(torch.ones(channels, device=device, dtype=dtype))
+
+    def forward(self, y: torch.Tensor) -> torch.Tensor:
+        """y: [..., channels] -> the same shape."""
+        return ssd.group_rms_norm(y, self.weight, groups=y.shape[-1] // self.group_size, eps=self.eps)
+
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: dict[str, Any] | None = None
+    ) -> dict[str, Any]:
+        """Split over the tensor ranks along its only axis, as Megatron's own class does."""
+        assert metadata is not None
+        return make_sharded_tensors_for_checkpoint(
+            self.state_dict(prefix="", keep_vars=True),
+            prefix,
+            {"weight": 0},
+            sharded_offsets,
+            tp_group=self.tp_group,
+            dp_cp_group=metadata["dp_cp_group"],
+        )
+
+
+class ReferenceMixer(MambaMixer):
+    """Mamba-2 mixer in plain torch: in-projection, causal convolution, chunked scan, gate, grouped norm, out-projection."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        with mock.patch.multiple(mamba_mixer, HAVE_MAMBA_SSM=True, ExtendedRMSNorm=GroupedRMSNorm):
+            super().__init__(*args, **kwargs)
+        self.norm.eps = self.config.layernorm_epsilon
+        # Small rates want more digits than bf16 has (0.001 rounds by 0.4 %): the scan's parameters stay fp32.
+        self.dt_bias.data = self.dt_bias.data.float()
+
+    def forward(
+        self,
+        hidden_SBH: torch.Tensor,
+        inference_context: None = None,
+        *,
+        inference_params: None = None,
+        packed_seq_params: RowContext | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """hidden: [sequence, rows, hidden] (this tensor and context rank's part of the sequence) -> the same shape.
+
+        Collective over the tensor group (projections) and the context group (all-to-all around the scan).
+        """
+        zxbcdt, _ = self.in_proj(hidden_SBH)
+        if packed_seq_params is not None and packed_seq_params.caches is not None:
+            y = self._continue(zxbcdt, packed_seq_params.caches)
+        else:
+            zxbcdt = self.cp.pre_conv_ssm(zxbcdt, None)
+            documents = packed_seq_params.documents if packed_seq_params is not None else None
+            y = ssd.mamba_core(zxbcdt, **self._scan_arguments(), chunk=self.chunk_size, document_BL=documents)
+            y = self.cp.post_conv_ssm(y, None)
+        return self.out_proj(self.norm(y))
+
+    def _scan_arguments(self) -> dict[str, Any]:
+        """Parameters and sizes of the scan on this rank (context ranks use a slice of the tensor rank's heads)."""
+        return {
+            "conv_weight_CW": self.cp.get_conv1d_weight().squeeze(1),
+            "conv_bias_C": self.cp.get_conv1d_bias(),
+            "dt_bias_H": self.cp.get_dt_bias(),
+            "A_log_H": self.cp.get_A_log(),
+            "D_H": self.cp.get_D(),
+            "heads": self.cp.nheads_local_tpcp,
+            "head_dim": self.headdim,
+            "state": self.d_state,
+            "groups": self.cp.ngroups_local_tpcp,
+        }
+
+    def _continue(self, zxbcdt_SBD: torch.Tensor, caches: LayerCaches) -> torch.Tensor:
+        """Run the scan from the cached state and leave the new one: any number of tokens, constant memory."""
+        state = caches.mamba.get(self.layer_number)
+        y, new_state = ssd.mamba_core_continue(
+            zxbcdt_SBD, **self._scan_arguments(), chunk=self.chunk_size, state_pair=state
+        )
+        caches.mamba[self.layer_number] = new_state
+        return y
+

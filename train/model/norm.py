@@ -1,0 +1,25 @@
+"""RMSNorm as Megatron's specs want it: built from (config, hidden_size, eps), usable under sequence parallelism."""
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight over the last dim (arXiv 1910.07467).
+
+    Under sequence parallelism each tensor rank sees a part of the sequence, so the weight's gradient is a partial sum;
+    the `sequence_parallel` mark tells Megatron to add it up over the tensor group.
+    """
+
+    def __init__(self, config: "TransformerConfig", hidden_size: int, eps: float) -> None:  # noqa: F821
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(
+            torch.ones(hidden_size, dtype=config.params_dtype, device=torch.cuda.current_device())
+        )
+        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x: [..., hidden] -> the same shape and dtype."""
+        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)

@@ -1,0 +1,513 @@
+"""The Mamba-2 core in plain torch: causal convolution, chunked scan, gate; and its single-step form for generation.
+
+Mamba-2 (arXiv 2405.21060) keeps a state per head and updates it at every token t:
+
+    dt_t = softplus(dt_t + dt_bias)      state_t = exp(dt_t A) state_{t-1} + dt_t B_t x_t^T      y_t = C_t state_t + D x_t
+
+Run in chunks of Q tokens this becomes matrix products (section 6 of the paper). With s the running sum of dt A inside a
+chunk, the outputs of a chunk are
+
+    y = tril(C B^T  exp(s_i - s_j)) (dt x)  +  exp(s) C state_before  +  D x        state_after = exp(s_Q) state_before
+                                                                                      + (B exp(s_Q - s))^T (dt x)
+
+`mamba_core` is one autograd function with the gradient written out, because that is where the time goes on a CPU: the
+Q x Q matrices are rebuilt in the backward pass instead of kept. The gradient of a_k = dt_k A, of which s is the running
+sum, adds up what passes over token k: pairs i >= k > j within the chunk, what enters from before the chunk to i >= k,
+what leaves from j < k at its end. (The shorter way, <dy_i, y_i> - <dt x_i, d(dt x)_i> summed over i >= k, lets pairs on
+one side of k cancel instead of leaving them out, and costs three of fp32's seven digits: measured, docs/log.md.)
+
+Shape letters: L sequence, B rows, D = [z | x | B | C | dt] channels of the in-projection, C convolution channels (x, B, C),
+W taps, H heads, P channels of a head, G groups of heads sharing B and C, N state size; Q tokens of a chunk, K chunks of
+all rows (K = B * ceil(L / Q)). Arithmetic is fp32 (float64 for float64 inputs) whatever the storage.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.nn import functional as F
+
+StatePair = tuple[torch.Tensor, torch.Tensor]
+"""(last W-1 convolution inputs [W-1, B, C], scan state [B, G, N, H/G, P] fp32): constant size whatever was read."""
+
+
+@dataclass(frozen=True)
+class ScanSizes:
+    """Sizes of the scan on this rank."""
+
+    heads: int
+    head_dim: int
+    state: int
+    groups: int
+    chunk: int
+
+    @property
+    def inner(self) -> int:
+        return self.heads * self.head_dim
+
+    @property
+    def conv_channels(self) -> int:
+        return self.inner + 2 * self.groups * self.state
+
+    @property
+    def heads_per_group(self) -> int:
+        return self.heads // self.groups
+
+
+def mamba_core(
+    zxbcdt_LBD: torch.Tensor,
+    *,
+    conv_weight_CW: torch.Tensor,
+    conv_bias_C: torch.Tensor,
+    dt_bias_H: torch.Tensor,
+    A_log_H: torch.Tensor,
+    D_H: torch.Tensor,
+    heads: int,
+    head_dim: int,
+    state: int,
+    groups: int,
+    chunk: int,
+    document_BL: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """y * silu(z) of the Mamba-2 recurrence over whole rows, [L, B, H*P] in the input's dtype.
+
+    zxbcdt_LBD: output of the in-projection. document_BL: increasing document index of each token; convolution and state
+    start anew where it changes. Any L. Deterministic. Differentiable once in all tensors but the documents.
+    """
+    sizes = ScanSizes(heads=heads, head_dim=head_dim, state=state, groups=groups, chunk=min(chunk, zxbcdt_LBD.shape[0]))
+    return _MambaCore.apply(
+        zxbcdt_LBD, conv_weight_CW, conv_bias_C, dt_bias_H, A_log_H, D_H, document_BL, sizes
+    )
+
+
+@torch.no_grad()
+def mamba_core_continue(
+    zxbcdt_LBD: torch.Tensor,
+    *,
+    conv_weight_CW: torch.Tensor,
+    conv_bias_C: torch.Tensor,
+    dt_bias_H: torch.Tensor,
+    A_log_H: torch.Tensor,
+    D_H: torch.Tensor,
+    heads: int,
+    head_dim: int,
+    state: int,
+    groups: int,
+    chunk: int,
+    state_pair: StatePair | None,
+) -> tuple[torch.Tensor, StatePair]:
+    """The same recurrence continued from `state_pair` (None: from nothing). -> (y * silu(z) [L, B, H*P], new state)."""
+    sizes = ScanSizes(heads=heads, head_dim=head_dim, state=state, groups=groups, chunk=min(chunk, zxbcdt_LBD.shape[0]))
+    work = _work_dtype(zxbcdt_LBD)
+    z, xbc, dt = _split(zxbcdt_LBD, sizes)
+    taps = conv_weight_CW.shape[1]
+    rows = xbc.shape[1]
+    if state_pair is None:
+        past = xbc.new_zeros(taps - 1, rows, sizes.conv_channels)
+        before = torch.zeros(rows, groups, state, sizes.heads_per_group, head_dim, dtype=work, device=z.device)
+    else:
+        past, before = state_pair
+    window = torch.cat([past, xbc])
+    conv = _conv(window, conv_weight_CW.to(work), conv_bias_C.to(work), document_BL=None)[:, taps - 1 :]
+    conv = F.silu(conv)
+    A = -torch.exp(A_log_H.to(work))
+    dt = F.softplus(dt.to(work) + dt_bias_H.to(work))
+    if zxbcdt_LBD.shape[0] == 1:
+        y, after = _single_step(conv[:, 0], dt[0], A, D_H.to(work), before, sizes)
+        y_LBI = y.unsqueeze(0)
+    else:
+        scan = _Chunked(conv, dt, A, sizes, document_BL=None)
+        y_KQI, _, after = scan.forward(D_H.to(work), before=before)
+        y_LBI = scan.unchunk(y_KQI).transpose(0, 1)
+    out = (y_LBI * F.silu(z.to(work))).to(zxbcdt_LBD.dtype)
+    return out, (window[window.shape[0] - (taps - 1) :].clone(), after)
+
+
+def group_rms_norm(y: torch.Tensor, weight: torch.Tensor, *, groups: int, eps: float) -> torch.Tensor:
+    """RMSNorm over each of `groups` equal parts of the last dim, times weight. y: [..., channels] -> the same."""
+    if groups == 1:
+        return F.rms_norm(y, weight.shape, weight, eps)
+    parts = y.unflatten(-1, (groups, y.shape[-1] // groups))
+    return F.rms_norm(parts, parts.shape[-1:], None, eps).flatten(-2) * weight
+
+
+class _MambaCore(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        zxbcdt: torch.Tensor,
+        conv_weight: torch.Tensor,
+        conv_bias: torch.Tensor,
+        dt_bias: torch.Tensor,
+        A_log: torch.Tensor,
+        D: torch.Tensor,
+        document_BL: torch.Tensor | None,
+        sizes: ScanSizes,
+    ) -> torch.Tensor:
+        work = _work_dtype(zxbcdt)
+        z, xbc, dt_raw = _split(zxbcdt, sizes)
+        pre = _conv(xbc, conv_weight.to(work), conv_bias.to(work), document_BL=document_BL)
+        dt = F.softplus(dt_raw.to(work) + dt_bias.to(work))
+        scan = _Chunked(F.silu(pre), dt, -torch.exp(A_log.to(work)), sizes, document_BL=document_BL)
+        y_KQI, states, _ = scan.forward(D.to(work), before=None)
+        y_BLI = scan.unchunk(y_KQI)
+        out = torch.empty(*zxbcdt.shape[:2], sizes.inner, dtype=work, device=zxbcdt.device)
+        torch.mul(y_BLI.transpose(0, 1), F.silu(z.to(work)), out=out)
+        ctx.save_for_backward(zxbcdt, conv_weight, conv_bias, dt_bias, A_log, D, document_BL, pre, y_BLI, states)
+        ctx.sizes = sizes
+        return out.to(zxbcdt.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, grad_out: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
+        zxbcdt, conv_weight, conv_bias, dt_bias, A_log, D, document_BL, pre, y_BLI, states = ctx.saved_tensors
+        sizes: ScanSizes = ctx.sizes
+        work = _work_dtype(zxbcdt)
+        z, xbc, dt_raw = _split(zxbcdt, sizes)
+        grad_zxbcdt = torch.empty(zxbcdt.shape, dtype=work, device=zxbcdt.device)
+        grad_z, grad_xbc, grad_dt = _split(grad_zxbcdt, sizes)
+
+        # Gate: out = y silu(z)
+        grad_out = grad_out.to(work)
+        z = z.to(work)
+        sigmoid = torch.sigmoid(z)
+        gate = z * sigmoid
+        grad_y_BLI = torch.empty_like(y_BLI)
+        torch.mul(grad_out, gate, out=grad_y_BLI.transpose(0, 1))
+        # silu' = sigmoid + silu (1 - sigmoid) = gate + sigmoid (1 - gate)
+        slope = gate.add_(sigmoid * (1 - gate))
+        torch.mul(slope.mul_(y_BLI.transpose(0, 1)), grad_out, out=grad_z)
+
+        # Scan
+        dt_shifted = dt_raw.to(work) + dt_bias.to(work)
+        dt = F.softplus(dt_shifted)
+        A = -torch.exp(A_log.to(work))
+        sigmoid = torch.sigmoid(pre)
+        scan = _Chunked(pre * sigmoid, dt, A, sizes, document_BL=document_BL)
+        grads = scan.backward(grad_y_BLI, states, D.to(work))
+        grad_dt_LBH = grads.dt.transpose(0, 1)
+        torch.mul(grad_dt_LBH, torch.sigmoid(dt_shifted), out=grad_dt)
+
+        # Convolution
+        silu = pre * sigmoid
+        grad_pre = grads.xbc.mul_(silu + sigmoid * (1 - silu))
+        grad_conv_weight, grad_conv_bias = _conv_backward(
+            grad_pre, xbc, conv_weight.to(work), document_BL=document_BL, grad_input=grad_xbc
+        )
+        return (
+            grad_zxbcdt.to(zxbcdt.dtype),
+            grad_conv_weight.to(conv_weight.dtype),
+            grad_conv_bias.to(conv_bias.dtype),
+            grad_dt.sum((0, 1)).to(dt_bias.dtype),
+            (grads.A * A).to(A_log.dtype),
+            grads.D.to(D.dtype),
+            None,
+            None,
+        )
+
+
+@dataclass(frozen=True)
+class _ScanGrads:
+    xbc: torch.Tensor
+    """[B, L, C]"""
+    dt: torch.Tensor
+    """[B, L, H], of dt after softplus"""
+    A: torch.Tensor
+    D: torch.Tensor
+
+
+class _Chunked:
+    """One scan laid out in chunks: tensors [K, Q, ...], rows padded to whole chunks with dt = 0, which changes nothing."""
+
+    def __init__(
+        self,
+        xbc_BLC: torch.Tensor,
+        dt_LBH: torch.Tensor,
+        A_H: torch.Tensor,
+        sizes: ScanSizes,
+        *,
+        document_BL: torch.Tensor | None,
+    ) -> None:
+        s = self.sizes = sizes
+        self.rows, self.length, _ = xbc_BLC.shape
+        self.per_row = -(-self.length // s.chunk)
+        self.A = A_H
+        xbc = self.chunked(xbc_BLC)
+        self.x = xbc[..., : s.inner]  # [K, Q, H*P] view
+        self.B = xbc[..., s.inner : s.inner + s.groups * s.state]
+        self.C = xbc[..., s.inner + s.groups * s.state :]
+        self.dt = self.chunked(dt_LBH.transpose(0, 1))  # [K, Q, H]
+        self.decay = torch.cumsum(self.dt * A_H, dim=1)  # s in the module text, [K, Q, H], never increasing
+        self.total = self.decay[:, -1]  # [K, H]
+        self.document = None if document_BL is None else self.chunked(document_BL, fill_last=True)
+
+    def chunked(self, rows_BL: torch.Tensor, *, fill_last: bool = False) -> torch.Tensor:
+        """[B, L, ...] -> [K, Q, ...]; a ragged end is filled with zeros, or with the last value."""
+        missing = self.per_row * self.sizes.chunk - self.length
+        if missing:
+            end = rows_BL[:, -1:].expand(-1, missing) if fill_last else rows_BL.new_zeros(self.rows, missing, *rows_BL.shape[2:])
+            rows_BL = torch.cat([rows_BL, end], dim=1)
+        return rows_BL.reshape(self.rows * self.per_row, self.sizes.chunk, *rows_BL.shape[2:])
+
+    def unchunk(self, chunks_KQ: torch.Tensor) -> torch.Tensor:
+        """[K, Q, ...] -> [B, L, ...] (a view)."""
+        return chunks_KQ.view(self.rows, -1, *chunks_KQ.shape[2:])[:, : self.length]
+
+    def forward(
+        self, D_H: torch.Tensor, *, before: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """-> (y [K, Q, H*P], states before each chunk [B, chunks, G, N, H/G, P], state after the last)."""
+        s = self.sizes
+        x_dt_KHQP = self.scaled_inputs()
+        y_KHQP = torch.matmul(self.mixing(), x_dt_KHQP)
+        gain = self.state_weights()
+        weighted = self.by_group(x_dt_KHQP.transpose(1, 2) * gain.unsqueeze(-1))
+        added = torch.matmul(self.grouped(self.B).transpose(-1, -2), weighted)  # [K, G, N, H/G*P]
+        states, after = self.pass_states(added, before)
+        carried = torch.matmul(self.grouped(self.C), states.flatten(0, 1).flatten(-2))  # [K, G, Q, H/G*P]
+        y = self.from_groups(carried).mul_(self.carry_weights().unsqueeze(-1))  # [K, Q, H, P]
+        y += y_KHQP.transpose(1, 2)
+        y.addcmul_(self.x.unflatten(-1, (s.heads, s.head_dim)), D_H.unsqueeze(-1))
+        return y.flatten(-2), states, after
+
+    def backward(
+        self, grad_y_BLI: torch.Tensor, states: torch.Tensor, D_H: torch.Tensor
+    ) -> _ScanGrads:
+        s = self.sizes
+        heads = (s.heads, s.head_dim)
+        x = self.x.unflatten(-1, heads)  # [K, Q, H, P]
+        grad_y = self.chunked(grad_y_BLI).unflatten(-1, heads)
+        grad_y_KHQP = grad_y.transpose(1, 2).contiguous()
+        x_dt_KHQP = self.scaled_inputs()
+        B, C = self.grouped(self.B), self.grouped(self.C)
+
+        # Inside the chunk: y = M (dt x), M = decays * tril(C B^T)
+        decays = self.pairwise_decays()
+        scores = self.scores()
+        per_head = torch.matmul(grad_y_KHQP, x_dt_KHQP.transpose(-1, -2)).mul_(decays)
+        per_head = per_head.unflatten(1, (s.groups, s.heads_per_group))
+        grad_scores = self.causal_(per_head.sum(2))
+        grad_a = self.across(per_head.mul_(scores.unsqueeze(2)).flatten(1, 2))  # [K, Q, H]
+        mixing = decays.unflatten(1, (s.groups, s.heads_per_group)).mul_(scores.unsqueeze(2)).flatten(1, 2)
+        grad_x_dt = torch.matmul(mixing.transpose(-1, -2), grad_y_KHQP).transpose(1, 2)  # [K, Q, H, P]
+        grad_C = torch.matmul(grad_scores, B)
+        grad_B = torch.matmul(grad_scores.transpose(-1, -2), C)
+
+        # State carried in: y += w C state_before
+        carried = self.by_group(grad_y * self.carry_weights().unsqueeze(-1))  # [K, G, Q, H/G*P]
+        before = states.flatten(0, 1).flatten(-2)
+        grad_C += torch.matmul(carried, before.transpose(-1, -2))
+        grad_before = torch.matmul(C.transpose(-1, -2), carried)
+        entered = self.from_groups(torch.matmul(C, before).mul_(carried)).sum(-1)  # [K, Q, H]
+        grad_a += entered.flip(1).cumsum(1).flip(1)
+        grad_added, grad_total = self.pass_states_backward(grad_before, states)
+
+        # State built here: added = B^T (gain dt x)
+        gain = self.state_weights()
+        weighted = self.by_group(x_dt_KHQP.transpose(1, 2) * gain.unsqueeze(-1))
+        grad_B += torch.matmul(weighted, grad_added.transpose(-1, -2))
+        grad_weighted = self.from_groups(torch.matmul(B, grad_added))  # [K, Q, H, P]
+        from_states = grad_weighted.mul_(gain.unsqueeze(-1))  # the part of d(dt x) that came through the state
+        left = (from_states * x).sum(-1).mul_(self.dt)  # [K, Q, H]
+        grad_a[:, 1:] += left.cumsum(1)[:, :-1]
+        grad_a += grad_total.unsqueeze(1)
+        grad_x_dt = grad_x_dt + from_states
+
+        # dt, A, D, x
+        through_x = (grad_x_dt * x).sum(-1)  # [K, Q, H]
+        grad_D = (grad_y * x).sum(-1)
+        grad_dt = grad_a * self.A + through_x
+        grad_xbc = torch.empty(*self.x.shape[:2], s.conv_channels, dtype=x.dtype, device=x.device)
+        grad_x = grad_xbc[..., : s.inner].unflatten(-1, heads)
+        torch.mul(grad_x_dt, self.dt.unsqueeze(-1), out=grad_x)
+        grad_x.addcmul_(grad_y, D_H.unsqueeze(-1))
+        width = s.groups * s.state
+        grad_xbc[..., s.inner : s.inner + width].unflatten(-1, (s.groups, s.state)).copy_(grad_B.transpose(1, 2))
+        grad_xbc[..., s.inner + width :].unflatten(-1, (s.groups, s.state)).copy_(grad_C.transpose(1, 2))
+        return _ScanGrads(
+            xbc=self.unchunk(grad_xbc),
+            dt=self.unchunk(grad_dt),
+            A=(grad_a * self.dt).sum((0, 1)),
+            D=grad_D.sum((0, 1)),
+        )
+
+    def scaled_inputs(self) -> torch.Tensor:
+        """dt x, [K, H, Q, P] contiguous: one matrix per head."""
+        s = self.sizes
+        x = self.x.unflatten(-1, (s.heads, s.head_dim))
+        out = torch.empty(x.shape[0], s.heads, s.chunk, s.head_dim, dtype=x.dtype, device=x.device)
+        torch.mul(x, self.dt.unsqueeze(-1), out=out.transpose(1, 2))
+        return out
+
+    def pairwise_decays(self) -> torch.Tensor:
+        """exp(s_i - s_j) for i >= j, [K, H, Q, Q]; above the diagonal 1, to be masked by the scores."""
+        s_KHQ = self.decay.transpose(1, 2)
+        return (s_KHQ.unsqueeze(-1) - s_KHQ.unsqueeze(-2)).clamp_(max=0).exp_()
+
+    def scores(self) -> torch.Tensor:
+        """tril(C B^T) within the chunk and the document, once a group, [K, G, Q, Q]."""
+        return self.causal_(torch.matmul(self.grouped(self.C), self.grouped(self.B).transpose(-1, -2)))
+
+    def causal_(self, square: torch.Tensor) -> torch.Tensor:
+        """Zero what looks ahead or into another document, in place. [K, G, Q, Q]."""
+        square = square.tril_()
+        if self.document is not None:
+            other = self.document.unsqueeze(-1) != self.document.unsqueeze(-2)
+            square.masked_fill_(other.unsqueeze(1), 0)
+        return square
+
+    def mixing(self) -> torch.Tensor:
+        """What each token takes from each earlier one in its chunk, [K, H, Q, Q]."""
+        s = self.sizes
+        decays = self.pairwise_decays().unflatten(1, (s.groups, s.heads_per_group))
+        return decays.mul_(self.scores().unsqueeze(2)).flatten(1, 2)
+
+    def across(self, pairs: torch.Tensor) -> torch.Tensor:
+        """Sum over i >= k > j of pairs[i, j] (lower triangle), for every k: [K, H, Q, Q] -> [K, Q, H]."""
+        size = self.sizes.chunk
+        before = torch.ones(size, size, dtype=pairs.dtype, device=pairs.device).triu_(1)  # [j, k]: 1 where j < k
+        return torch.matmul(pairs, before).tril_().sum(-2).transpose(1, 2).contiguous()
+
+    def state_weights(self) -> torch.Tensor:
+        """exp(s_Q - s_j): how much of token j is left in the state at the end of its chunk, [K, Q, H]."""
+        weights = torch.exp(self.total.unsqueeze(1) - self.decay)
+        if self.document is not None:
+            weights = weights * (self.document == self.document[:, -1:]).unsqueeze(-1)
+        return weights
+
+    def carry_weights(self) -> torch.Tensor:
+        """exp(s_i): how much of the state before the chunk token i still sees, [K, Q, H]."""
+        weights = torch.exp(self.decay)
+        if self.document is not None:
+            weights = weights * (self.document == self.document_before().unsqueeze(-1)).unsqueeze(-1)
+        return weights
+
+    def document_before(self) -> torch.Tensor:
+        """Document of the token before each chunk, [K]; a row's first chunk has none (its own first is as good)."""
+        assert self.document is not None
+        last = self.document[:, -1].view(self.rows, self.per_row)
+        first = self.document[:, 0].view(self.rows, self.per_row)
+        return torch.cat([first[:, :1], last[:, :-1]], dim=1).flatten()
+
+    def chunk_decays(self) -> torch.Tensor:
+        """exp(s_Q): what is left of the state before a chunk after it, [B, chunks, H]."""
+        decays = torch.exp(self.total)
+        if self.document is not None:
+            assert self.document is not None
+            decays = decays * (self.document[:, -1] == self.document_before()).unsqueeze(-1)
+        return decays.view(self.rows, self.per_row, -1)
+
+    def pass_states(
+        self, added: torch.Tensor, before: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Run the state over the chunks. added [K, G, N, H/G*P] -> (before each chunk [B, chunks, G, N, H/G, P], last)."""
+        s = self.sizes
+        added = added.view(self.rows, self.per_row, s.groups, s.state, s.heads_per_group, s.head_dim)
+        decays = self.chunk_decays().view(self.rows, self.per_row, s.groups, 1, s.heads_per_group, 1)
+        states = torch.empty_like(added)
+        states[:, 0] = 0 if before is None else before
+        for chunk in range(1, self.per_row):
+            torch.addcmul(added[:, chunk - 1], states[:, chunk - 1], decays[:, chunk - 1], out=states[:, chunk])
+        return states, torch.addcmul(added[:, -1], states[:, -1], decays[:, -1])
+
+    def pass_states_backward(self, grad_before: torch.Tensor, states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Gradients of `pass_states`: -> (of added [K, G, N, H/G*P], of s_Q through the chunk decays [K, H])."""
+        s = self.sizes
+        grad_before = grad_before.view(states.shape)
+        decays = self.chunk_decays().view(self.rows, self.per_row, s.groups, 1, s.heads_per_group, 1)
+        grad_added = torch.empty_like(states)
+        grad_added[:, -1] = 0
+        for chunk in range(self.per_row - 1, 0, -1):
+            torch.addcmul(grad_before[:, chunk], grad_added[:, chunk], decays[:, chunk], out=grad_added[:, chunk - 1])
+        grad_decays = (grad_added * states).sum((3, 5), keepdim=True) * decays
+        return grad_added.flatten(0, 1).flatten(-2), grad_decays.reshape(-1, s.heads)
+
+    def grouped(self, flat: torch.Tensor) -> torch.Tensor:
+        """[K, Q, G*N] -> [K, G, Q, N]."""
+        return flat.unflatten(-1, (self.sizes.groups, self.sizes.state)).transpose(1, 2)
+
+    def by_group(self, per_head: torch.Tensor) -> torch.Tensor:
+        """[K, Q, H, P] -> [K, G, Q, H/G*P]: the heads of a group side by side, so that one product serves them all."""
+        s = self.sizes
+        return per_head.unflatten(2, (s.groups, s.heads_per_group)).flatten(-2).transpose(1, 2)
+
+    def from_groups(self, grouped: torch.Tensor) -> torch.Tensor:
+        """[K, G, Q, H/G*P] -> [K, Q, H, P] contiguous."""
+        s = self.sizes
+        return grouped.transpose(1, 2).unflatten(-1, (s.heads_per_group, s.head_dim)).flatten(2, 3).contiguous()
+
+
+def _single_step(
+    xbc_BC: torch.Tensor,
+    dt_BH: torch.Tensor,
+    A_H: torch.Tensor,
+    D_H: torch.Tensor,
+    state: torch.Tensor,
+    sizes: ScanSizes,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """One token of the recurrence. -> (y [B, H*P], new state); the state given is left alone."""
+    g, n, hg = sizes.groups, sizes.state, sizes.heads_per_group
+    x = xbc_BC[:, : sizes.inner].view(-1, g, 1, hg, sizes.head_dim)
+    B = xbc_BC[:, sizes.inner : sizes.inner + g * n].view(-1, g, n, 1, 1)
+    C = xbc_BC[:, sizes.inner + g * n :].view(-1, g, n, 1, 1)
+    dt = dt_BH.view(-1, g, 1, hg, 1)
+    after = state * torch.exp(dt * A_H.view(g, 1, hg, 1)) + B * (dt * x)
+    y = (C * after).sum(2, keepdim=True) + D_H.view(g, 1, hg, 1) * x
+    return y.reshape(-1, sizes.inner), after
+
+
+def _split(zxbcdt: torch.Tensor, sizes: ScanSizes) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Views of the gate z, the convolution's channels and dt."""
+    z, xbc, dt = zxbcdt.split([sizes.inner, sizes.conv_channels, sizes.heads], dim=-1)
+    return z, xbc, dt
+
+
+def _work_dtype(x: torch.Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def _same_document(document_BL: torch.Tensor, shift: int) -> torch.Tensor:
+    """Whether a token and the one `shift` before it share a document, [L - shift, B, 1]."""
+    return (document_BL[:, shift:] == document_BL[:, :-shift]).t().unsqueeze(-1)
+
+
+def _conv(
+    x_LBC: torch.Tensor, weight_CW: torch.Tensor, bias_C: torch.Tensor, *, document_BL: torch.Tensor | None
+) -> torch.Tensor:
+    """Causal depthwise convolution without its activation, [B, L, C]: one shifted multiply-add per tap."""
+    work = weight_CW.dtype
+    length, rows, channels = x_LBC.shape
+    x_LBC = x_LBC.to(work)
+    taps = weight_CW.shape[1]
+    out = torch.empty(rows, length, channels, dtype=work, device=x_LBC.device)
+    out_LBC = out.transpose(0, 1)
+    torch.mul(x_LBC, weight_CW[:, -1], out=out_LBC)
+    out_LBC.add_(bias_C)
+    for shift in range(1, min(taps, length)):
+        earlier = x_LBC[:-shift]
+        if document_BL is not None:
+            earlier = earlier * _same_document(document_BL, shift)
+        out_LBC[shift:].addcmul_(earlier, weight_CW[:, -1 - shift])
+    return out
+
+
+def _conv_backward(
+    grad_BLC: torch.Tensor,
+    x_LBC: torch.Tensor,
+    weight_CW: torch.Tensor,
+    *,
+    document_BL: torch.Tensor | None,
+    grad_input: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Gradients of `_conv`: writes the input's into `grad_input` [L, B, C], -> (of the weight, of the bias)."""
+    grad = grad_BLC.transpose(0, 1)
+    x_LBC = x_LBC.to(weight_CW.dtype)
+    torch.mul(grad, weight_CW[:, -1], out=grad_input)
+    grad_weight = torch.zeros_like(weight_CW)
+    grad_weight[:, -1] = (x_LBC * grad).sum((0, 1))
+    for shift in range(1, min(weight_CW.shape[1], x_LBC.shape[0])):
+        later = grad[shift:]
+        if document_BL is not None:
+            later = later * _same_document(document_BL, shift)
+        grad_input[:-shift].addcmul_(later, weight_CW[:, -1 - shift])
+        grad_weight[:, -1 - shift] = (x_LBC[:-shift] * later).sum((0, 1))
+    return grad_weight, grad.sum((0, 1))

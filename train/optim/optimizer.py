@@ -1,0 +1,129 @@
+"""AdamW over fp32 masters, sharded over the data-parallel ranks by Megatron's distributed optimizer.
+
+Megatron keeps parameters, gradients and optimizer state in flat buffers and gives each data-parallel rank a slice; the
+arithmetic on a slice is an ordinary Adam. That Adam is ours, because Megatron's checkpoints expect the step count in
+the parameter group: with torch's own AdamW, which keeps a count per parameter, a reloaded optimizer ends up with all
+parameters sharing one counter that every one of them advances (docs/megatron.md).
+"""
+
+from typing import Any
+
+import torch
+from megatron.core import optimizer as megatron_optimizer
+from megatron.core.optimizer import OptimizerConfig, distrib_optimizer, get_megatron_optimizer
+from megatron.core.optimizer.optimizer import MegatronOptimizer
+from torch.optim.adamw import adamw
+
+from train.config import OptimConfig, PrecisionConfig
+from train.parallel.mesh import Mesh
+
+
+class GroupStepAdamW(torch.optim.Optimizer):
+    """AdamW (arXiv 1711.05101, algorithm 2) whose step count lives in the parameter group.
+
+    State of a parameter: `exp_avg`, `exp_avg_sq`, both fp32 and of its shape. One fused kernel per group.
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float,
+        weight_decay: float,
+        betas: tuple[float, float],
+        eps: float,
+        adam_w_mode: bool = True,
+        capturable: bool = False,
+    ) -> None:
+        assert adam_w_mode and not capturable, "decoupled weight decay, without CUDA graphs"
+        super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "betas": betas, "eps": eps})
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """Update every parameter that has a gradient, in place."""
+        for group in self.param_groups:
+            params = [p for p in group["params"] if p.grad is not None and p.numel() > 0]
+            if not params:
+                continue
+            for p in params:
+                if not self.state[p]:
+                    self.state[p]["exp_avg"] = torch.zeros_like(p)
+                    self.state[p]["exp_avg_sq"] = torch.zeros_like(p)
+            done = float(group.get("step", 0))
+            counts = [torch.full((), done, dtype=torch.float32, device=p.device) for p in params]
+            adamw(
+                params,
+                [p.grad for p in params],
+                [self.state[p]["exp_avg"] for p in params],
+                [self.state[p]["exp_avg_sq"] for p in params],
+                [],
+                counts,
+                fused=True,
+                amsgrad=False,
+                beta1=group["betas"][0],
+                beta2=group["betas"][1],
+                lr=group["lr"],
+                weight_decay=group["weight_decay"],
+                eps=group["eps"],
+                maximize=False,
+            )
+            group["step"] = int(done) + 1
+
+
+def build_optimizer(chunks: list[Any], *, optim: OptimConfig, precision: PrecisionConfig, mesh: Mesh) -> MegatronOptimizer:
+    """Megatron's distributed optimizer over DDP-wrapped chunks. Collective over the world.
+
+    Weight decay falls on matrices only: one-dimensional parameters (norms, biases, A_log, D, dt_bias) are excluded.
+    """
+    _use_group_step_adamw()
+    config = OptimizerConfig(
+        optimizer="adam",
+        lr=optim.lr,
+        min_lr=0.0,
+        weight_decay=optim.weight_decay,
+        adam_beta1=optim.beta1,
+        adam_beta2=optim.beta2,
+        adam_eps=optim.eps,
+        clip_grad=optim.clip_norm,
+        bf16=precision.params == "bf16",
+        params_dtype=torch.bfloat16 if precision.params == "bf16" else torch.float32,
+        use_distributed_optimizer=True,
+        overlap_param_gather=chunks[0].ddp_config.overlap_param_gather,
+    )
+    optimizer = get_megatron_optimizer(
+        config, chunks, use_gloo_process_groups=mesh.device.type == "cuda", pg_collection=mesh.groups
+    )
+    for part in _parts(optimizer):
+        _repair_group_index(part)
+    for group in optimizer.param_groups:
+        group["weight_decay"] = optim.weight_decay * group["wd_mult"]
+    return optimizer
+
+
+def set_learning_rate(optimizer: MegatronOptimizer, lr: float) -> None:
+    """Use `lr` from the next step on, for every parameter."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+
+
+def _parts(optimizer: MegatronOptimizer) -> list[Any]:
+    return list(getattr(optimizer, "chained_optimizers", [optimizer]))
+
+
+def _use_group_step_adamw() -> None:
+    """Put our Adam where Megatron looks for a fused one, so that it reads and writes the group's step count."""
+    megatron_optimizer.Adam = GroupStepAdamW
+    megatron_optimizer.USING_PYTORCH_OPTIMIZER = False
+    distrib_optimizer.HAVE_APEX_OR_TE = True
+    distrib_optimizer.USING_APEX_OPTIMIZER = True
+
+
+def _repair_group_index(part: Any) -> None:
+    """Make Megatron's parameter index agree with the order of its own groups.
+
+    In 0.19.2 the index follows the order of the gradient buffers (bf16 first), the groups are built fp32 first. With
+    both kinds of parameters in a model (fp32 scan parameters beside bf16 weights), checkpoints would mix up states, or
+    fail where the shapes differ.
+    """
+    for group_index, (fp32, bf16) in enumerate(zip(part.model_fp32_groups, part.model_float16_groups, strict=True)):
+        for order, parameter in enumerate([*fp32, *bf16]):
+            part.model_param_group_index_map[parameter] = (group_index, order)

@@ -1,0 +1,190 @@
+"""Megatron-Core on a machine without CUDA: the one place that knows how.
+
+Megatron names `torch.cuda` in about 280 places, as a device for new tensors, for streams and events, and for the random
+state. On a GPU nothing here happens. On a CPU, `prepare` redirects exactly the names Megatron's training path uses to
+their CPU meaning, once per process and before `megatron.core` is imported; the rest of this project never asks which
+machine it runs on.
+
+What is redirected, and why:
+
+    torch.cuda.current_device()      the CPU device: Megatron passes it as `device=` everywhere
+    device="cuda" in factories       the CPU device: optimizer, clipping and the schedules make scalars that way
+    Tensor.cuda, Module.cuda         identity
+    Tensor.type()                    the CUDA name: the distributed optimizer sorts parameters by that string
+    streams and events               inert stand-ins: CPU work is synchronous
+    CUDA random state                the CPU generator's
+    malloc                           keeps freed memory: returning and re-faulting the pages of activation-sized tensors
+                                     every step costs up to 4x of the memory-bound operations (docs/log.md)
+    torch.compile                    not applied while `megatron.core` is imported (saves seconds of start-up; its fused
+                                     functions are not on the CPU path)
+"""
+
+import contextlib
+import ctypes
+import functools
+import logging
+import os
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any, Literal
+
+import torch
+
+from train.errors import BackendError
+
+DeviceKind = Literal["auto", "cpu", "cuda"]
+
+_FACTORIES = ("tensor", "empty", "zeros", "ones", "full", "arange", "rand", "randn", "empty_like", "zeros_like")
+"""torch functions through which Megatron makes tensors with a literal CUDA device."""
+
+
+class _InertStream:
+    """Stands in for `torch.cuda.Stream` and `torch.cuda.Event`: on a CPU, work is finished when the call returns."""
+
+    def __init__(self, *_args: object, **_kwargs: object) -> None: ...
+
+    def wait_stream(self, *_args: object) -> None: ...
+
+    def wait_event(self, *_args: object) -> None: ...
+
+    def record(self, *_args: object) -> None: ...
+
+    def record_event(self, *_args: object) -> "_InertStream":
+        return self
+
+    def wait(self, *_args: object) -> None: ...
+
+    def synchronize(self) -> None: ...
+
+    def query(self) -> bool:
+        return True
+
+    def elapsed_time(self, *_args: object) -> float:
+        return 0.0
+
+
+def choose_device(kind: DeviceKind) -> torch.device:
+    """The device of this process: with `auto`, its own GPU (by LOCAL_RANK) where there is one, else the CPU.
+
+    Raises BackendError if `cuda` is asked for and there is none.
+    """
+    if kind == "cpu" or (kind == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise BackendError("run.device=cuda, but torch sees no GPU on this machine. Use run.device=auto or cpu.")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+
+
+def prepare(device: torch.device) -> None:
+    """Make `megatron.core` importable and runnable on `device`. Call once, before the first Megatron import.
+
+    Mutates the `torch` module on a CPU (see the module text); does nothing but select the device on a GPU.
+    """
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        return
+    if getattr(torch.cuda.current_device, "is_redirected", False):
+        return
+    _keep_freed_memory()
+    _redirect_devices(device)
+    _redirect_streams()
+    _redirect_random_state()
+    _import_megatron()
+
+
+def _keep_freed_memory() -> None:
+    """Tell glibc to serve large blocks from its heap and never to trim it (mallopt(3)); other C libraries: no change."""
+    m_trim_threshold, m_mmap_threshold = -1, -3
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(m_mmap_threshold, 1 << 30)
+        mallopt(m_trim_threshold, -1)
+
+
+def _redirect_devices(cpu: torch.device) -> None:
+    def current_device() -> torch.device:
+        return cpu
+
+    current_device.is_redirected = True  # type: ignore[attr-defined]
+    torch.cuda.current_device = current_device  # type: ignore[assignment]
+    torch.cuda.set_device = lambda _device: None
+    torch.cuda.synchronize = lambda *_args: None
+    torch.cuda.empty_cache = lambda: None
+    torch.cuda.is_current_stream_capturing = lambda: False
+
+    def on_cpu(factory: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+        @functools.wraps(factory)
+        def make(*args: Any, **kwargs: Any) -> torch.Tensor:
+            device = kwargs.get("device")
+            if device is not None and (isinstance(device, int) or str(device).startswith("cuda")):
+                kwargs["device"] = cpu
+            return factory(*args, **kwargs)
+
+        return make
+
+    for name in _FACTORIES:
+        setattr(torch, name, on_cpu(getattr(torch, name)))
+
+    torch.Tensor.cuda = lambda self, *_args, **_kwargs: self  # type: ignore[method-assign]
+    torch.nn.Module.cuda = lambda self, *_args, **_kwargs: self  # type: ignore[method-assign]
+    type_of = torch.Tensor.type
+
+    def cuda_type(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        name = type_of(self, *args, **kwargs)
+        return name.replace("torch.", "torch.cuda.", 1) if isinstance(name, str) else name
+
+    torch.Tensor.type = cuda_type  # type: ignore[method-assign]
+
+
+def _redirect_streams() -> None:
+    stream = _InertStream()
+    torch.cuda.Stream = torch.cuda.Event = _InertStream  # type: ignore[assignment,misc]
+    torch.cuda.current_stream = torch.cuda.default_stream = lambda *_args: stream  # type: ignore[assignment]
+    torch.cuda.set_stream = lambda _stream: None
+    torch.cuda.stream = lambda _stream: contextlib.nullcontext()  # type: ignore[assignment,return-value]
+    torch.Tensor.record_stream = lambda self, _stream: None  # type: ignore[method-assign]
+
+
+def _redirect_random_state() -> None:
+    torch.cuda.get_rng_state = lambda *_args, **_kwargs: torch.get_rng_state()
+    torch.cuda.set_rng_state = lambda state, *_args, **_kwargs: torch.set_rng_state(state)
+    torch.cuda.manual_seed = torch.manual_seed  # type: ignore[assignment]
+
+
+def _import_megatron() -> None:
+    """Import Megatron-Core with `torch.compile` held off, and give its random-state tracker the CPU generator."""
+    compiler = torch.compile
+
+    def uncompiled(function: Any = None, *_args: Any, **_kwargs: Any) -> Any:
+        return function if function is not None else (lambda inner: inner)
+
+    torch.compile = uncompiled  # type: ignore[assignment]
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Apex and Transformer Engine are absent on a CPU, as they should be
+            import megatron.core.dist_checkpointing
+            import megatron.core.models.hybrid.hybrid_model
+            import megatron.core.optimizer
+            import megatron.core.pipeline_parallel  # noqa: F401
+            from megatron.core.tensor_parallel import random
+    finally:
+        torch.compile = compiler
+
+    random._get_cuda_rng_state = lambda *_args, **_kwargs: torch.get_rng_state()
+    random._set_cuda_rng_state = lambda state, *_args, **_kwargs: torch.set_rng_state(state)
+
+    @contextlib.contextmanager
+    def fork(tracker: Any, name: str = random._MODEL_PARALLEL_RNG_TRACKER_NAME) -> Iterator[None]:
+        """Draw from the named state and return to the old one (Megatron's own warns that the CPU state moved)."""
+        if name not in tracker.states_:
+            raise RuntimeError(f"random state {name!r} was never seeded: build the mesh before the model")
+        outer = torch.get_rng_state()
+        torch.set_rng_state(tracker.states_[name])
+        try:
+            yield
+        finally:
+            tracker.states_[name] = torch.get_rng_state()
+            torch.set_rng_state(outer)
+
+    random.CudaRNGStatesTracker.fork = fork
+    logging.getLogger("megatron.core").setLevel(logging.ERROR)

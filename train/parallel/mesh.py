@@ -1,0 +1,106 @@
+"""Process groups: from a layout of degrees to Megatron's groups, handed on as one value.
+
+Megatron keeps its groups in module globals; `open_mesh` creates them, reads them out once into a `Mesh`, and nothing
+outside this room asks the globals again. `close_mesh` undoes it, so that one process can run several recipes in a row.
+"""
+
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from train.parallel.layout import Layout
+
+
+@dataclass(frozen=True)
+class Mesh:
+    """This process's place in the world and the groups it talks in."""
+
+    layout: Layout
+    rank: int
+    device: torch.device
+    groups: "ProcessGroupCollection"  # noqa: F821  Megatron's collection; its import must wait for `device.prepare`
+
+    @property
+    def data_rank(self) -> int:
+        """Index among the data-parallel ranks, context ranks not counted: which share of the rows is read."""
+        return self.groups.dp.rank()
+
+    @property
+    def is_last_stage(self) -> bool:
+        """Whether this rank holds the end of the model, where losses exist."""
+        return self.groups.pp.rank() == self.groups.pp.size() - 1
+
+    def sum_over_world(self, values: torch.Tensor) -> torch.Tensor:
+        """Sum `values` over all ranks, in place. Collective over the world."""
+        if self.layout.world > 1:
+            dist.all_reduce(values)
+        return values
+
+    def broadcast_from_last_stage(self, values: torch.Tensor) -> torch.Tensor:
+        """Give every pipeline rank the last stage's `values`, in place. Collective over the pipeline group."""
+        if self.groups.pp.size() > 1:
+            ranks = dist.get_process_group_ranks(self.groups.pp)
+            dist.broadcast(values, src=ranks[-1], group=self.groups.pp)
+        return values
+
+    def any_rank(self, flag: bool) -> bool:
+        """Whether `flag` holds on at least one rank. Collective over the world."""
+        if self.layout.world == 1:
+            return flag
+        value = torch.tensor([float(flag)], device=self.device)
+        dist.all_reduce(value, op=dist.ReduceOp.MAX)
+        return bool(value.item())
+
+    def barrier(self) -> None:
+        """Wait for all ranks. Collective over the world."""
+        if self.layout.world > 1:
+            dist.barrier()
+
+
+def world_from_environment() -> tuple[int, int]:
+    """(rank, world size) as torchrun or Slurm's `srun` set them; (0, 1) for a plain process."""
+    env = os.environ
+    if "RANK" in env:
+        return int(env["RANK"]), int(env.get("WORLD_SIZE", "1"))
+    if "SLURM_PROCID" in env and "MASTER_ADDR" in env:
+        return int(env["SLURM_PROCID"]), int(env["SLURM_NTASKS"])
+    return 0, 1
+
+
+def open_mesh(layout: Layout, device: torch.device, *, rank: int, seed: int, timeout_s: float) -> Mesh:
+    """Join the world and build the groups of `layout`. Collective over the world; undone by `close_mesh`."""
+    from megatron.core import parallel_state
+    from megatron.core.num_microbatches_calculator import unset_num_microbatches_calculator
+    from megatron.core.process_groups_config import ProcessGroupCollection
+    from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    timeout = timedelta(seconds=timeout_s)
+    if not dist.is_initialized():
+        if "MASTER_ADDR" in os.environ:
+            dist.init_process_group(backend, rank=rank, world_size=layout.world, timeout=timeout)
+        else:
+            dist.init_process_group(backend, rank=0, world_size=1, timeout=timeout, store=dist.HashStore())
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=layout.tensor,
+        pipeline_model_parallel_size=layout.pipeline,
+        virtual_pipeline_model_parallel_size=layout.virtual if layout.virtual > 1 else None,
+        context_parallel_size=layout.context,
+        distributed_timeout_minutes=max(1, round(timeout_s / 60)),
+        create_gloo_process_groups=device.type == "cuda",
+    )
+    unset_num_microbatches_calculator()
+    model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
+    return Mesh(layout=layout, rank=rank, device=device, groups=ProcessGroupCollection.use_mpu_process_groups())
+
+
+def close_mesh() -> None:
+    """Leave the world. Safe to call when `open_mesh` failed half-way."""
+    from megatron.core import parallel_state
+
+    parallel_state.destroy_model_parallel()
+    if dist.is_initialized():
+        dist.destroy_process_group()

@@ -1,0 +1,51 @@
+"""Data parallelism around the model's chunks: Megatron's DDP with fp32 gradient buffers, overlap as the recipe asks."""
+
+from typing import Any
+
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.optimizer.optimizer import MegatronOptimizer
+
+from train.config import ParallelConfig
+from train.parallel.mesh import Mesh
+
+
+def wrap_chunks(chunks: list[Any], *, parallel: ParallelConfig, mesh: Mesh) -> list[DistributedDataParallel]:
+    """DDP around each chunk, sharing one config. Gradients are summed in fp32 and averaged over data and context ranks.
+
+    Collective: parameters are broadcast from each data-parallel group's first rank.
+    """
+    config = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True,
+        use_distributed_optimizer=True,
+        overlap_grad_reduce=parallel.overlap_grad_reduce,
+        overlap_param_gather=parallel.overlap_param_gather,
+    )
+    wrapped = [
+        DistributedDataParallel(
+            config=chunk.config,
+            ddp_config=config,
+            module=chunk,
+            disable_bucketing=index > 0,
+            pg_collection=mesh.groups,
+        )
+        for index, chunk in enumerate(chunks)
+    ]
+    for chunk in wrapped:
+        chunk.broadcast_params()
+    return wrapped
+
+
+def connect(chunks: list[DistributedDataParallel], optimizer: MegatronOptimizer) -> None:
+    """Tell Megatron's schedules how to finish gradients and when to hold back their reduction."""
+    config = chunks[0].module.config
+    config.finalize_model_grads_func = finalize_model_grads
+    config.grad_scale_func = optimizer.scale_loss
+    if chunks[0].ddp_config.overlap_grad_reduce:
+        holds = [chunk.no_sync for chunk in chunks]
+        config.no_sync_func = holds if len(chunks) > 1 else holds[0]
+        if len(chunks) > 1:
+            starts = [chunk.start_grad_sync for chunk in chunks]
+            config.grad_sync_func = starts
+    if chunks[0].ddp_config.overlap_param_gather:
+        gathers = [chunk.start_param_sync for chunk in chunks]
+        config.param_sync_func = gathers if len(chunks) > 1 else gathers[0]

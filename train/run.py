@@ -1,0 +1,274 @@
+"""Assembly of a training run, in the order things depend on each other; the only module that sees the whole recipe.
+
+    device -> layout -> data -> run folder -> mesh -> model -> DDP -> optimizer -> resume -> stream -> loop -> report
+"""
+
+import json
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from data.errors import DataError
+from data.stream import Dataset, Stream, open_dataset
+from train.config import Recipe
+from train.errors import CheckpointError, RecipeError
+from train.model.pattern import flops_per_token, parameters
+from train.parallel.device import choose_device, prepare
+from train.parallel.layout import Layout, lay_out
+from train.parallel.mesh import Mesh, close_mesh, open_mesh, world_from_environment
+from train.recipe import differences
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class RunEnd:
+    """How a run ended."""
+
+    folder: Path
+    step: int
+    reason: str
+    """"finished", "paused" or a signal's name."""
+
+
+def train(recipe: Recipe) -> RunEnd:
+    """Run a recipe to its end, from wherever its folder left off. Every process of the world calls it.
+
+    Raises RecipeError, DataError, BackendError, CheckpointError, NumericsError; whatever was saved stays.
+    """
+    rank, world = world_from_environment()
+    layout = check(recipe, world=world)
+    device = choose_device(recipe.run.device)
+    _use_threads(recipe.run.threads)
+    dataset = open_data(recipe)
+    folder = Path(recipe.run.folder) / recipe.run.name
+    check_folder(folder, recipe)
+    prepare(device)
+    with mesh_of(recipe, layout, device=device, rank=rank) as mesh:
+        return _train(recipe, mesh=mesh, dataset=dataset, folder=folder)
+
+
+def check(recipe: Recipe, *, world: int) -> Layout:
+    """The layout of a recipe on `world` processes, with every divisibility check. RecipeError lists what does not fit."""
+    return lay_out(
+        model=recipe.model,
+        parallel=recipe.parallel,
+        run=recipe.run,
+        row_tokens=recipe.data.row_tokens,
+        world=world,
+    )
+
+
+def open_data(recipe: Recipe) -> Dataset:
+    """The prepared data of a recipe, checked against its model. DataError names what does not match."""
+    dataset = open_dataset(recipe.data)
+    if dataset.vocab_size > recipe.model.vocab:
+        raise DataError(
+            f"the shards in {recipe.data.folder} hold token ids up to {dataset.vocab_size - 1:,} (vocabulary "
+            f"{dataset.vocab_size:,}), but model.vocab={recipe.model.vocab:,}. Set model.vocab={dataset.vocab_size}, or "
+            f"prepare the data again with a tokenizer of {recipe.model.vocab:,}."
+        )
+    return dataset
+
+
+def check_folder(folder: Path, recipe: Recipe) -> None:
+    """Refuse a run folder that belongs to another recipe, naming the fields that differ. Changes nothing."""
+    path = folder / "recipe.yaml"
+    if not path.exists():
+        strangers = [p.name for p in folder.iterdir()] if folder.is_dir() else []
+        if strangers:
+            raise RecipeError(
+                f"{folder} is not empty ({', '.join(sorted(strangers)[:3])}) and holds no recipe.yaml, so it is not a "
+                f"run of this project. Choose another run.name or run.folder."
+            )
+        return
+    try:
+        old = yaml.safe_load(path.read_text())
+    except (OSError, yaml.YAMLError) as error:
+        raise RecipeError(f"{path} cannot be read: {error}. Choose another run.name, or move {folder} away.") from error
+    changed = differences(old, recipe_mapping(recipe))
+    if changed:
+        raise RecipeError(
+            f"{folder} holds a run of another recipe:\n  " + "\n  ".join(changed) + "\nChoose another run.name to start a "
+            "new run, or take the differences back to continue this one."
+        )
+
+
+def recipe_mapping(recipe: Recipe) -> dict[str, Any]:
+    """A recipe as plain mappings and numbers: what `recipe.yaml` and checkpoints hold."""
+    return json.loads(json.dumps(asdict(recipe)))
+
+
+@contextmanager
+def mesh_of(recipe: Recipe, layout: Layout, *, device: torch.device, rank: int) -> Iterator[Mesh]:
+    """The process groups of a recipe, closed again at the end whatever happens. Collective over the world."""
+    if recipe.run.deterministic:
+        _be_deterministic(device)
+    try:
+        yield open_mesh(layout, device, rank=rank, seed=recipe.run.seed, timeout_s=recipe.launch.timeout_s)
+    finally:
+        close_mesh()
+
+
+def build_engine(recipe: Recipe, mesh: Mesh) -> "Engine":  # noqa: F821  imports Megatron: after `prepare`
+    """Model, data parallelism and optimizer of a recipe on this rank. Collective over the world."""
+    from train.engine import Engine
+    from train.model.backend import choose_backend
+    from train.model.build import build_model
+    from train.objective.next_token import forward_step
+    from train.optim.optimizer import build_optimizer
+    from train.parallel.wrap import connect, wrap_chunks
+
+    backend = choose_backend(recipe.precision, mesh.device)
+    chunks = build_model(
+        recipe.model,
+        parallel=recipe.parallel,
+        precision=recipe.precision,
+        run=recipe.run,
+        row_tokens=recipe.data.row_tokens,
+        mesh=mesh,
+        backend=backend,
+    )
+    wrapped = wrap_chunks(chunks, parallel=recipe.parallel, mesh=mesh)
+    optimizer = build_optimizer(wrapped, optim=recipe.optim, precision=recipe.precision, mesh=mesh)
+    connect(wrapped, optimizer)
+    return Engine(
+        mesh=mesh,
+        chunks=wrapped,
+        optimizer=optimizer,
+        forward_step=forward_step(mesh, reset_at_documents=recipe.data.reset_at_documents),
+        row_tokens=recipe.data.row_tokens,
+        microbatch_rows=recipe.run.microbatch_rows,
+        reset_at_documents=recipe.data.reset_at_documents,
+    )
+
+
+def _train(recipe: Recipe, *, mesh: Mesh, dataset: Dataset, folder: Path) -> RunEnd:
+    from train.checkpoint.manager import CheckpointFolder
+    from train.evaluate.losses import heldout_bits_per_byte
+    from train.loop import train_loop
+    from train.telemetry import Telemetry, peak_flops
+
+    engine = build_engine(recipe, mesh)
+    mapping = recipe_mapping(recipe)
+    checkpoints = CheckpointFolder(folder / "checkpoints", recipe.checkpoint)
+    step, position = _resume(recipe, engine=engine, checkpoints=checkpoints, dataset=dataset)
+    if mesh.rank == 0:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "recipe.yaml").write_text(yaml.safe_dump(mapping, sort_keys=False))
+    mesh.barrier()
+
+    with ExitStack() as stack:
+        telemetry = Telemetry(
+            folder,
+            recipe.telemetry,
+            is_writer=mesh.rank == 0,
+            reduce=mesh.sum_over_world,
+            device=mesh.device,
+            total_steps=recipe.run.steps,
+            first_step=step,
+            tokens_per_step=recipe.run.global_rows * recipe.data.row_tokens,
+            flops_per_token=flops_per_token(recipe.model, recipe.data.row_tokens).total,
+            peak_flops=_world_peak(peak_flops(mesh.device), mesh),
+            recipe_dict=mapping,
+        )
+        stack.callback(telemetry.close)
+        stream = stack.enter_context(
+            Stream(
+                dataset,
+                position=position,
+                global_rows=recipe.run.global_rows,
+                microbatch_rows=recipe.run.microbatch_rows,
+                rank=mesh.data_rank,
+                ranks=mesh.layout.data,
+                prefetch_steps=recipe.data.prefetch_steps,
+                pin=mesh.device.type == "cuda",
+            )
+        )
+
+        def evaluate(at: int) -> None:
+            scores = heldout_bits_per_byte(engine, dataset, rows_per_source=recipe.evaluate.rows_per_source)
+            telemetry.evaluation(at, scores)
+
+        def save(at: int, rows: int) -> None:
+            path = checkpoints.save(engine, step=at, position=rows, recipe=mapping, data_hash=dataset.manifest_hash)
+            telemetry.event("save", step=at, path=str(path))
+
+        def newest() -> str | None:
+            found = checkpoints.whole()
+            return found[-1].name if found else None
+
+        telemetry.event(
+            "resume" if step else "start",
+            step=step,
+            parameters=parameters(recipe.model).total,
+            layout=mesh.layout.describe(),
+            device=str(mesh.device),
+        )
+        if step == 0:
+            evaluate(0)
+        end = train_loop(
+            recipe,
+            engine=engine,
+            stream=stream,
+            telemetry=telemetry,
+            first_step=step,
+            evaluate=evaluate,
+            save=save,
+            is_save_due=checkpoints.is_due,
+            newest_checkpoint=newest,
+        )
+    return RunEnd(folder=folder, step=end.step, reason=end.reason)
+
+
+def _resume(recipe: Recipe, *, engine: Any, checkpoints: Any, dataset: Dataset) -> tuple[int, int]:
+    """Load the newest whole checkpoint where the recipe allows it. -> (steps finished, rows consumed)."""
+    found = checkpoints.newest()
+    mode = recipe.checkpoint.resume
+    if found is None:
+        if mode == "required":
+            raise CheckpointError(
+                f"checkpoint.resume=required, but {checkpoints.folder} holds no checkpoint. Use checkpoint.resume=auto "
+                f"to start from the beginning."
+            )
+        return 0, 0
+    path, manifest = found
+    if mode == "never":
+        raise CheckpointError(
+            f"checkpoint.resume=never, but {checkpoints.folder} already holds {path.name}. Choose another run.name, or "
+            f"checkpoint.resume=auto to continue."
+        )
+    if manifest.data_hash != dataset.manifest_hash:
+        raise DataError(
+            f"{path} was trained on data {manifest.data_hash[:12]}, but {recipe.data.folder} now holds "
+            f"{dataset.manifest_hash[:12]}: rows would no longer be the ones counted. Point data.folder at the old data, "
+            f"or start a new run with another run.name."
+        )
+    checkpoints.load(engine, path)
+    return manifest.step, manifest.position
+
+
+def _world_peak(per_rank: float | None, mesh: Mesh) -> float | None:
+    """Peak of all devices; CPU ranks of one machine share one measured peak."""
+    if per_rank is None:
+        return None
+    return per_rank * (mesh.layout.world if mesh.device.type == "cuda" else 1)
+
+
+def _use_threads(threads: int) -> None:
+    cores = len(os.sched_getaffinity(0))
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    torch.set_num_threads(threads or max(1, cores // local))
+
+
+def _be_deterministic(device: torch.device) -> None:
+    if device.type == "cuda":
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)

@@ -1,0 +1,36 @@
+"""One optimizer step: microbatches through Megatron's forward-backward schedule, gradients finished, weights updated."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from train.engine import Engine, run_schedule
+from train.optim.optimizer import set_learning_rate
+from train.stopwatch import Stopwatch
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """Numbers of one step, still on the device."""
+
+    loss: torch.Tensor
+    """This rank's share of the mean loss: summed over the world it is the step's mean loss, in nats per token."""
+    grad_norm: float
+    """Norm of the whole gradient before clipping; the same on every rank."""
+
+
+def train_step(engine: Engine, microbatches: list[Any], *, learning_rate: float, watch: Stopwatch) -> StepResult:
+    """One update of the weights. Collective over the world."""
+    for chunk in engine.chunks:
+        chunk.zero_grad_buffer()
+    engine.optimizer.zero_grad()
+    losses = run_schedule(engine, microbatches, forward_step=engine.forward_step)
+    total = torch.stack(losses).sum() if losses else torch.zeros((), device=engine.mesh.device)
+    # Tensor ranks all hold the same loss, data ranks a share each: divided so that the sum over the world is the mean.
+    loss = total / (len(microbatches) * engine.mesh.layout.data * engine.mesh.layout.tensor)
+    watch.lap("forward_backward")
+    set_learning_rate(engine.optimizer, learning_rate)
+    _succeeded, grad_norm, _zeros = engine.optimizer.step()
+    watch.lap("optimizer")
+    return StepResult(loss=loss, grad_norm=grad_norm)
