@@ -10,25 +10,27 @@ Exit status: 0 finished or paused as the recipe asked; 2 a recipe, data, checkpo
 128 + the signal's number when a signal asked the run to stop (a checkpoint was written).
 """
 
-import logging
 import os
 import signal
 import sys
 
-from train.command import run_command
+from omegaconf import DictConfig
+
+from data.command import dotted_keys, run_command
+from train.config import Recipe
+from train.errors import USER_ERRORS
 
 
 def main() -> int:
     """Entry point of `python -m train` and of the `stratum-train` script."""
-    return run_command(_train, default="smoke", program="train")
+    return run_command(_train, program="train", keys=dotted_keys(Recipe), user_errors=USER_ERRORS)
 
 
-def _train(composed: object) -> int:
+def _train(composed: DictConfig) -> int:
     from train.recipe import read_recipe
     from train.run import train
 
     recipe = read_recipe(composed)
-    logging.getLogger("train").info("recipe %s", recipe.run.name)
     end = train(recipe)
     if int(os.environ.get("RANK", "0")) == 0:
         if end.reason == "finished":

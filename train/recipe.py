@@ -5,7 +5,6 @@
 Hydra decides what is composed; nothing of it goes further than this module and the entry points.
 """
 
-from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
@@ -16,9 +15,6 @@ from train.config import Recipe
 from train.errors import RecipeError
 from train.model.pattern import layer_kinds
 from train.optim.schedule import check as check_schedule
-
-RECIPES = Path(__file__).resolve().parent.parent / "recipes"
-"""Folder of the recipes shipped with this project: Hydra's search path starts here."""
 
 _MAY_DIFFER = (
     "run.folder", "run.name", "run.steps", "run.microbatch_rows", "run.device", "run.threads", "run.stop_after_steps",

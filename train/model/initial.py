@@ -46,6 +46,8 @@ def initialize(chunk: nn.Module, *, model: ModelConfig, seed: int, tensor_group:
     """Fill every parameter of `chunk` in place. Same result for the same seed at every layout. Not collective."""
     layers = len(layer_kinds(model.pattern))
     for name, parameter in global_names(chunk):
+        if model.tie_embeddings and name == "output_layer.weight":
+            name = "embedding.word_embeddings.weight"  # the last pipeline stage's copy of the one matrix
         whole = _draw(name, _whole_shape(parameter, tensor_group.size()), model=model, layers=layers, seed=seed)
         parameter.data.copy_(_part(whole, parameter, rank=tensor_group.rank(), ranks=tensor_group.size()))
 

@@ -4,7 +4,10 @@ A pattern such as `M-M*-M-M*-` names one residual layer per character: `M` Mamba
 where pipeline stages are cut. Standard library only: the planner runs this on a login node.
 """
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Literal, cast
 
 from train.config import ModelConfig
@@ -31,13 +34,21 @@ def layer_kinds(pattern: str) -> list[LayerKind]:
     return kinds
 
 
+def counts(pattern: str) -> dict[LayerKind, int]:
+    """How many layers of each kind a pattern has; all three kinds are keys."""
+    kinds = layer_kinds(pattern)
+    return {"M": kinds.count("M"), "*": kinds.count("*"), "-": kinds.count("-")}
+
+
 def cut(pattern: str, stages: int, *, model: ModelConfig) -> list[str]:
-    """The pattern of each pipeline stage, first to last.
+    """The pattern of each pipeline stage, first to last (with virtual stages: of each model chunk, in layer order).
 
     `|` cuts are followed where the pattern has them (their number must fit) and ignored for a single stage. Without
-    them the layers are cut into contiguous parts whose largest share of the matrix FLOPs is as small as possible.
+    them the layers are cut into contiguous parts whose largest share of the forward FLOPs in matrix products is as
+    small as possible, the head counted with the last part; of the cuts that reach this, the most even one is taken.
     """
-    layers = "".join(layer_kinds(pattern))
+    kinds = layer_kinds(pattern)
+    layers = "".join(kinds)
     if stages == 1:
         return [layers]
     if CUT in pattern:
@@ -53,35 +64,55 @@ def cut(pattern: str, stages: int, *, model: ModelConfig) -> list[str]:
             f"parallel.pipeline x parallel.virtual_pipeline = {stages} stages, but model.pattern={pattern} has only "
             f"{len(layers)} layers. Use at most {len(layers)}."
         )
-    costs = [_layer_matmul_weights(kind, model) for kind in layer_kinds(pattern)]
-    return [layers[start:end] for start, end in _balanced(costs, stages)]
+    costs = [layer_matmul_weights(kind, model) for kind in kinds]
+    costs[-1] += model.vocab * model.hidden
+    return [layers[start:end] for start, end in balanced_ranges(costs, stages)]
 
 
-def _balanced(costs: list[int], parts: int) -> list[tuple[int, int]]:
-    """Contiguous ranges minimising the largest sum (dynamic programme over cuts; first best choice, deterministic)."""
-    total = len(costs)
-    sums = [0]
-    for cost in costs:
-        sums.append(sums[-1] + cost)
-    best: list[list[tuple[int, int]]] = [[(0, 0)] * (total + 1) for _ in range(parts + 1)]
-    for end in range(1, total + 1):
-        best[1][end] = (sums[end], 0)
+def balanced_ranges(costs: list[int], parts: int) -> list[tuple[int, int]]:
+    """Cut a list into `parts` non-empty contiguous ranges [start, end) with the smallest largest sum.
+
+    Among those, the smallest sum of squared sums, then the earliest cuts: the answer does not depend on the machine.
+    """
+    assert 1 <= parts <= len(costs), f"{len(costs)} costs cannot be cut into {parts} non-empty parts"
+    sums = list(accumulate(costs, initial=0))
+    largest, _ = _cheapest(sums, parts, join=max, cost_of=lambda cost: cost)
+    _, ranges = _cheapest(
+        sums, parts, join=lambda a, b: a + b, cost_of=lambda cost: cost * cost if cost <= largest else math.inf
+    )
+    return ranges
+
+
+def _cheapest(
+    sums: list[int],
+    parts: int,
+    *,
+    join: Callable[[float, float], float],
+    cost_of: Callable[[int], float],
+) -> tuple[float, list[tuple[int, int]]]:
+    """The cheapest cut of a list given by its running sums; `join` adds the cost of one more part (monotone)."""
+    size = len(sums) - 1
+    best = [[(math.inf, 0)] * (size + 1) for _ in range(parts + 1)]
+    for end in range(1, size + 1):
+        best[1][end] = (cost_of(sums[end]), 0)
     for part in range(2, parts + 1):
-        for end in range(part, total + 1):
-            options = [(max(best[part - 1][mid][0], sums[end] - sums[mid]), mid) for mid in range(part - 1, end)]
-            best[part][end] = min(options)
-    ranges = []
-    end = total
+        for end in range(part, size + 1):
+            best[part][end] = min(
+                (join(best[part - 1][middle][0], cost_of(sums[end] - sums[middle])), middle)
+                for middle in range(part - 1, end)
+            )
+    ranges: list[tuple[int, int]] = []
+    end = size
     for part in range(parts, 0, -1):
         start = best[part][end][1]
-        ranges.append((start, end))
+        ranges.insert(0, (start, end))
         end = start
-    return ranges[::-1]
+    return best[parts][size][0], ranges
 
 
 @dataclass(frozen=True)
 class ParameterCount:
-    """Parameters of a whole model. Vocabulary unpadded."""
+    """Parameters of a whole model, vocabulary unpadded; `mamba`, `attention` and `mlp` are all layers of that kind."""
 
     embedding: int
     head: int
@@ -90,9 +121,12 @@ class ParameterCount:
     attention: int
     mlp: int
     final_norm: int
+    norms: int
+    """All RMSNorm weights (each layer's pre-norm, the gated norms of Mamba-2, the final norm): part of the above."""
 
     @property
     def total(self) -> int:
+        """Every parameter once."""
         return self.embedding + self.head + self.mamba + self.attention + self.mlp + self.final_norm
 
 
@@ -100,30 +134,31 @@ def mamba_layer_parameters(model: ModelConfig) -> int:
     """One Mamba-2 layer with its pre-norm: in and out projection, convolution, A_log, D, dt_bias, gated norm."""
     inner = model.mamba_heads * model.mamba_head_dim
     conv_channels = inner + 2 * model.mamba_groups * model.mamba_state
-    projections = _layer_matmul_weights("M", model)
+    projections = layer_matmul_weights("M", model)
     return projections + (model.mamba_conv + 1) * conv_channels + 3 * model.mamba_heads + inner + model.hidden
 
 
 def attention_layer_parameters(model: ModelConfig) -> int:
     """One attention layer with its pre-norm; no biases."""
-    return _layer_matmul_weights("*", model) + model.hidden
+    return layer_matmul_weights("*", model) + model.hidden
 
 
 def mlp_layer_parameters(model: ModelConfig) -> int:
     """One MLP layer with its pre-norm; three matrices where the activation gates."""
-    return _layer_matmul_weights("-", model) + model.hidden
+    return layer_matmul_weights("-", model) + model.hidden
 
 
 def parameters(model: ModelConfig) -> ParameterCount:
-    """Exact parameter count of a model."""
-    kinds = layer_kinds(model.pattern)
+    """Exact parameter count of a model (arXiv 2504.03624 architecture; Mamba-2 as in arXiv 2405.21060)."""
+    layers = counts(model.pattern)
     return ParameterCount(
         embedding=model.vocab * model.hidden,
         head=0 if model.tie_embeddings else model.vocab * model.hidden,
-        mamba=kinds.count("M") * mamba_layer_parameters(model),
-        attention=kinds.count("*") * attention_layer_parameters(model),
-        mlp=kinds.count("-") * mlp_layer_parameters(model),
+        mamba=layers["M"] * mamba_layer_parameters(model),
+        attention=layers["*"] * attention_layer_parameters(model),
+        mlp=layers["-"] * mlp_layer_parameters(model),
         final_norm=model.hidden,
+        norms=(sum(layers.values()) + 1) * model.hidden + layers["M"] * model.mamba_heads * model.mamba_head_dim,
     )
 
 
@@ -140,6 +175,7 @@ class Flops:
 
     @property
     def total(self) -> float:
+        """All of them: the numerator of MFU."""
         return (
             self.mamba_projections
             + self.scan
@@ -151,28 +187,35 @@ class Flops:
 
 
 def flops_per_token(model: ModelConfig, sequence: int) -> Flops:
-    """FLOPs per token of a model at `sequence` tokens a row.
+    """Training FLOPs per token of a model at `sequence` tokens a row.
 
-    Convention: 6 per weight of a matrix product (2 forward, 4 backward), embedding look-up free, head counted;
-    attention scores and values over the causal half; the scan as the chunked algorithm computes it (arXiv 2405.21060,
-    section 6: scores within a chunk once a group, outputs, states in and out once a head), whole chunks. Norms,
-    activations and the convolution are not counted.
+    Convention: a multiply-add is 2 FLOPs, the backward pass is twice the forward pass. So 6 for each weight of a matrix
+    product; the embedding look-up is free, the head counts. Attention scores and values over the causal half, forward:
+    2 products x 2 FLOPs x S/2 keys x heads x head_dim.
+
+    The scan as the chunked algorithm computes it (arXiv 2405.21060, section 6), whole chunks of Q tokens, forward, per
+    token, with G groups, H heads of P channels and N states: scores C B^T once a group, 2 Q N G; scores times inputs,
+    2 Q P H; the state each chunk leaves, B^T x, 2 N P H; what the entering state adds, C state, 2 N P H. Elementwise
+    work is left out: states passed from chunk to chunk (2 N P H / Q), decays, norms, activations, the convolution.
     """
-    kinds = layer_kinds(model.pattern)
+    layers = counts(model.pattern)
     chunk = min(model.mamba_chunk, sequence)
-    heads, width, state = model.mamba_heads, model.mamba_head_dim, model.mamba_state
-    scan_forward = 2 * chunk * state * model.mamba_groups + 2 * chunk * width * heads + 4 * state * width * heads
+    inner = model.mamba_heads * model.mamba_head_dim
+    scan_forward = (
+        2 * chunk * model.mamba_state * model.mamba_groups + 2 * chunk * inner + 4 * model.mamba_state * inner
+    )
     return Flops(
-        mamba_projections=6 * kinds.count("M") * _layer_matmul_weights("M", model),
-        scan=3 * kinds.count("M") * scan_forward,
-        attention_projections=6 * kinds.count("*") * _layer_matmul_weights("*", model),
-        attention_scores=6 * kinds.count("*") * sequence * model.heads * model.head_dim,
-        mlp=6 * kinds.count("-") * _layer_matmul_weights("-", model),
+        mamba_projections=6 * layers["M"] * layer_matmul_weights("M", model),
+        scan=3 * layers["M"] * scan_forward,
+        attention_projections=6 * layers["*"] * layer_matmul_weights("*", model),
+        attention_scores=3 * layers["*"] * 2 * sequence * model.heads * model.head_dim,
+        mlp=6 * layers["-"] * layer_matmul_weights("-", model),
         head=6 * model.vocab * model.hidden,
     )
 
 
-def _layer_matmul_weights(kind: LayerKind, model: ModelConfig) -> int:
+def layer_matmul_weights(kind: LayerKind, model: ModelConfig) -> int:
+    """Weights of a layer that enter matrix products: each costs 2 FLOPs per token forward."""
     match kind:
         case "M":
             inner = model.mamba_heads * model.mamba_head_dim

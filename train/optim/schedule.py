@@ -1,10 +1,17 @@
 """Learning rate over time as a pure function of the step (or the tokens): nothing to save, nothing to restore.
 
-Convention: update number `step` counts from 0. Warm-up rises linearly and reaches 1 with update number `warmup`, never
-starting at 0; a decay reaches exactly `final_fraction` with the last update of `total`.
+Convention: update number `step` counts from 0, and its factor is that of the moment after it, when step + 1 updates
+(or their tokens) are done. So no update is lost at factor 0, a warm-up of W updates reaches exactly 1 with its last, a
+decay of D updates reaches exactly `final_fraction` with its last, and warm-up + stable + decay is the whole run.
+
+      1 |    ____________
+        |   /            \\           wsd: warm-up, stable, decay over the last `decay`
+        |  /              \\__       the factor stays at `final_fraction` after `total`
+        +-------------------------> steps or tokens
 """
 
 import math
+from typing import Literal
 
 from train.config import ScheduleConfig
 from train.errors import RecipeError
@@ -13,55 +20,71 @@ from train.errors import RecipeError
 def learning_rate_factor(
     schedule: ScheduleConfig, *, step: int, tokens: int, total_steps: int, tokens_per_step: int
 ) -> float:
-    """Factor of `optim.lr` for update number `step`, which trains on the tokens after `tokens`."""
-    if schedule.unit == "steps":
-        now, unit, end = step, 1, schedule.total or total_steps
-    else:
-        now, unit, end = tokens, tokens_per_step, schedule.total or total_steps * tokens_per_step
-    if now < schedule.warmup:
-        return (now + unit) / (schedule.warmup + unit)
-    last = end - unit  # where the last update stands
+    """Factor of `optim.lr` for update number `step` (from 0), with `tokens` trained on before it.
+
+    total_steps: where the schedule ends if `schedule.total` is null. A schedule that `check` accepts is assumed.
+    """
+    in_steps = schedule.unit == "steps"
+    done = step + 1 if in_steps else tokens + tokens_per_step
+    end = schedule.total or (total_steps if in_steps else total_steps * tokens_per_step)
+    if done < schedule.warmup:
+        return done / schedule.warmup
     match schedule.kind:
         case "constant":
             return 1.0
         case "cosine":
-            t = _progress(now, schedule.warmup, last)
-            return _between(0.5 * (1 + math.cos(math.pi * t)), schedule.final_fraction)
+            return _decayed("cosine", _progress(done, schedule.warmup, end), schedule.final_fraction)
         case "wsd":
-            t = _progress(now, end - schedule.decay - unit, last) if schedule.decay else 0.0
-            match schedule.decay_shape:
-                case "linear":
-                    return _between(1 - t, schedule.final_fraction)
-                case "cosine":
-                    return _between(0.5 * (1 + math.cos(math.pi * t)), schedule.final_fraction)
-                case "minus_sqrt":
-                    return _between(1 - math.sqrt(t), schedule.final_fraction)
-                case "exponential":
-                    return schedule.final_fraction**t
+            if schedule.decay == 0:
+                return 1.0
+            return _decayed(schedule.decay_shape, _progress(done, end - schedule.decay, end), schedule.final_fraction)
 
 
 def check(schedule: ScheduleConfig, *, total_steps: int, tokens_per_step: int) -> None:
-    """Raise RecipeError where the phases of a schedule do not fit into the run."""
-    end = schedule.total or (total_steps if schedule.unit == "steps" else total_steps * tokens_per_step)
+    """Raise RecipeError, one line for each thing, where the phases of a schedule do not fit into the run."""
+    in_steps = schedule.unit == "steps"
+    whole = f"schedule.total={schedule.total}"
+    end = schedule.total
+    if end is None:
+        whole = f"run.steps={total_steps}" + ("" if in_steps else f" x {tokens_per_step} tokens a step")
+        end = total_steps if in_steps else total_steps * tokens_per_step
+    problems = []
     decay = schedule.decay if schedule.kind == "wsd" else 0
     if schedule.warmup + decay > end:
-        raise RecipeError(
-            f"schedule.warmup={schedule.warmup} + schedule.decay={decay} is longer than the {end} {schedule.unit} of the "
-            f"schedule. Shorten them, or lengthen run.steps or schedule.total."
+        problems.append(
+            f"schedule.warmup={schedule.warmup} + schedule.decay={decay} {schedule.unit} are longer than the whole "
+            f"schedule, {whole}. Shorten them to {end} together, or lengthen run.steps or schedule.total."
         )
-    if schedule.kind == "wsd" and schedule.decay and schedule.decay_shape == "exponential" and not schedule.final_fraction:
-        raise RecipeError(
-            "schedule.decay_shape=exponential cannot reach schedule.final_fraction=0. Use a fraction above 0, or linear."
+    if schedule.decay and schedule.kind != "wsd":
+        problems.append(
+            f"schedule.decay={schedule.decay} means nothing to schedule.kind={schedule.kind}. Use "
+            f"schedule.kind=wsd, or schedule.decay=0."
         )
+    if schedule.kind == "wsd" and decay and schedule.decay_shape == "exponential" and schedule.final_fraction == 0:
+        problems.append(
+            "schedule.decay_shape=exponential cannot reach schedule.final_fraction=0. Use a fraction above 0, or "
+            "schedule.decay_shape=linear."
+        )
+    if problems:
+        raise RecipeError("\n".join(problems))
 
 
-def _progress(now: int, start: int, last: int) -> float:
-    """How far `now` is from `start` (0) to `last` (1), clamped."""
-    if last <= start:
-        return 1.0 if now >= last else 0.0
-    return min(1.0, max(0.0, (now - start) / (last - start)))
+def _progress(done: int, start: int, end: int) -> float:
+    """How far `done` is from `start` (0) to `end` (1), clamped; exact at both ends."""
+    if done >= end:
+        return 1.0
+    return max(0.0, (done - start) / (end - start))
 
 
-def _between(shape: float, final: float) -> float:
-    """A shape falling from 1 to 0, stretched to fall from 1 to `final`."""
-    return final + (1 - final) * shape
+def _decayed(shape: Literal["linear", "cosine", "minus_sqrt", "exponential"], progress: float, final: float) -> float:
+    """From 1 at progress 0 to exactly `final` at progress 1. `minus_sqrt`: arXiv 2405.18392, section 3.2."""
+    match shape:
+        case "exponential":
+            return final**progress
+        case "linear":
+            left = 1 - progress
+        case "cosine":
+            left = 0.5 * (1 + math.cos(math.pi * progress))
+        case "minus_sqrt":
+            left = 1 - math.sqrt(progress)
+    return final + (1 - final) * left

@@ -2,14 +2,16 @@
 
     world = tensor x context x data x pipeline      ranks count tensor first, then context, then data, then pipeline
 
-`lay_out` collects everything that does not fit into one error, so that a recipe is mended in one go.
+`lay_out` collects everything that does not fit into one error, so that a recipe is mended in one go. A layout it
+returns keeps Megatron-Core's rules and ours; what it cannot know is the machine (memory, fabric).
 """
 
+import math
 from dataclasses import dataclass
 
 from train.config import ModelConfig, ParallelConfig, RunConfig
 from train.errors import RecipeError
-from train.model.pattern import CUT, cut, layer_kinds
+from train.model.pattern import LayerKind, cut, layer_kinds
 
 
 @dataclass(frozen=True)
@@ -22,8 +24,8 @@ class Layout:
     virtual: int
     context: int
     data: int
-    microbatches: int
-    """Microbatches of one data-parallel rank in one step."""
+    microbatches_per_step: int
+    """Microbatches each data-parallel rank runs in one step (gradient accumulation)."""
 
     def describe(self) -> str:
         """The degrees in one short line, e.g. `TP2 PP2 DP1`."""
@@ -34,7 +36,7 @@ class Layout:
 
 @dataclass(frozen=True)
 class Coordinates:
-    """A rank's place along each axis."""
+    """A rank's place along each axis, each from 0."""
 
     tensor: int
     context: int
@@ -43,40 +45,48 @@ class Coordinates:
 
 
 def rank_coordinates(layout: Layout, rank: int) -> Coordinates:
-    """Where `rank` sits, in Megatron's default order (tensor fastest, pipeline slowest)."""
+    """Where `rank` sits, in Megatron-Core's default order "tp-cp-ep-dp-pp": tensor fastest, pipeline slowest."""
+    assert 0 <= rank < layout.world, f"rank {rank} is not one of the {layout.world} ranks"
     rest, tensor = divmod(rank, layout.tensor)
     rest, context = divmod(rest, layout.context)
     pipeline, data = divmod(rest, layout.data)
     return Coordinates(tensor=tensor, context=context, data=data, pipeline=pipeline)
 
 
-def lay_out(
-    *, model: ModelConfig, parallel: ParallelConfig, run: RunConfig, row_tokens: int, world: int
-) -> Layout:
-    """The layout of a recipe on `world` processes. RecipeError lists every rule it breaks: value, place, remedy."""
-    problems = [
-        *_world_problems(parallel, world),
-        *_shape_problems(model),
-        *_tensor_problems(model, parallel, row_tokens),
-        *_context_problems(model, parallel, row_tokens),
-        *_pipeline_problems(model, parallel),
-    ]
+def lay_out(*, model: ModelConfig, parallel: ParallelConfig, run: RunConfig, row_tokens: int, world: int) -> Layout:
+    """The layout of a recipe on `world` processes. RecipeError has a line (value, place, remedy) for each rule broken."""
+    problems = _switch_problems(parallel)
+    try:
+        kinds = set(layer_kinds(model.pattern))
+    except RecipeError as error:
+        problems.append(str(error))
+        kinds = set()
+    else:
+        problems += _shape_problems(model, kinds)
+        problems += _tensor_problems(model, parallel, kinds)
+        problems += _context_problems(model, parallel, kinds)
+        problems += _pipeline_problems(model, parallel)
+    problems += _row_problems(parallel, row_tokens)
+
     degrees = parallel.tensor * parallel.pipeline * parallel.context
-    data = max(1, world // degrees)
-    per_turn = run.microbatch_rows * data
-    if run.global_rows % per_turn:
-        near = sorted({max(1, run.global_rows // per_turn) * per_turn, (run.global_rows // per_turn + 1) * per_turn})
+    data, microbatches = 0, 0
+    if world % degrees:
         problems.append(
-            f"run.global_rows={run.global_rows} is not a multiple of run.microbatch_rows={run.microbatch_rows} x "
-            f"{data} data-parallel ranks. Use run.global_rows={' or '.join(map(str, near))}, or "
-            f"run.microbatch_rows={_divisors_below(run.global_rows // data, run.microbatch_rows) if run.global_rows % data == 0 else 1}."
+            f"parallel.tensor={parallel.tensor} x pipeline={parallel.pipeline} x context={parallel.context} = {degrees}"
+            f" does not divide the {world} process{'es' * (world > 1)} of this run. Start a multiple of {degrees} "
+            f"(torchrun --nproc-per-node {degrees} -m train ...), or lower the degrees."
         )
-    microbatches = max(1, run.global_rows // per_turn)
-    if parallel.virtual_pipeline > 1 and microbatches % parallel.pipeline:
-        problems.append(
-            f"parallel.virtual_pipeline={parallel.virtual_pipeline} needs the microbatches of a step ({microbatches}) to "
-            f"be a multiple of parallel.pipeline={parallel.pipeline}. Change run.global_rows or run.microbatch_rows."
-        )
+    else:
+        data = world // degrees
+        microbatches, not_whole = divmod(run.global_rows, run.microbatch_rows * data)
+        problems += _step_problems(parallel, run, data=data) if not_whole else []
+        if not not_whole and parallel.virtual_pipeline > 1 and microbatches % parallel.pipeline:
+            turn = run.microbatch_rows * data * parallel.pipeline
+            problems.append(
+                f"parallel.virtual_pipeline={parallel.virtual_pipeline} needs the microbatches of a step "
+                f"({microbatches}) to be a multiple of parallel.pipeline={parallel.pipeline}. Use "
+                f"run.global_rows={_nearest_multiples(run.global_rows, turn)}, or parallel.virtual_pipeline=1."
+            )
     if problems:
         raise RecipeError("\n".join(problems))
     return Layout(
@@ -86,85 +96,18 @@ def lay_out(
         virtual=parallel.virtual_pipeline,
         context=parallel.context,
         data=data,
-        microbatches=microbatches,
+        microbatches_per_step=microbatches,
     )
 
 
-def _world_problems(parallel: ParallelConfig, world: int) -> list[str]:
-    degrees = parallel.tensor * parallel.pipeline * parallel.context
-    if world % degrees:
-        return [
-            f"parallel.tensor={parallel.tensor} x pipeline={parallel.pipeline} x context={parallel.context} = {degrees} "
-            f"does not divide the {world} processes of this run. Start a multiple of {degrees} processes "
-            f"(torchrun --nproc-per-node {degrees} -m train ...), or lower the degrees."
-        ]
-    return []
-
-
-def _shape_problems(model: ModelConfig) -> list[str]:
+def _switch_problems(parallel: ParallelConfig) -> list[str]:
+    """Switches that need another one."""
     problems = []
-    for parts, whole in (("kv_heads", "heads"), ("mamba_groups", "mamba_heads")):
-        part, total = getattr(model, parts), getattr(model, whole)
-        if total % part:
-            problems.append(f"model.{parts}={part} does not divide model.{whole}={total}. Use {_choices(total)}.")
-    return problems
-
-
-def _tensor_problems(model: ModelConfig, parallel: ParallelConfig, row_tokens: int) -> list[str]:
-    tensor = parallel.tensor
-    problems = []
-    kinds = set(layer_kinds(model.pattern))
-    sizes = {"model.vocab": model.vocab}
-    if "*" in kinds:
-        sizes |= {"model.heads": model.heads, "model.kv_heads": model.kv_heads}
-    if "M" in kinds:
-        sizes |= {"model.mamba_heads": model.mamba_heads, "model.mamba_groups": model.mamba_groups}
-    if "-" in kinds:
-        sizes["model.ffn"] = model.ffn
-    for name, size in sizes.items():
-        if size % tensor:
-            problems.append(f"parallel.tensor={tensor} does not divide {name}={size}. Use {_choices(size)}.")
-    if parallel.sequence and tensor == 1:
+    if parallel.sequence and parallel.tensor == 1:
         problems.append(
             "parallel.sequence=true needs parallel.tensor > 1: it splits the sequence over the tensor ranks. "
             "Use parallel.sequence=false."
         )
-    if parallel.sequence and row_tokens % (tensor * parallel.context):
-        problems.append(
-            f"parallel.sequence=true splits data.row_tokens={row_tokens} over {tensor * parallel.context} ranks (tensor x "
-            f"context), which does not divide. Use a multiple of {tensor * parallel.context}."
-        )
-    return problems
-
-
-def _context_problems(model: ModelConfig, parallel: ParallelConfig, row_tokens: int) -> list[str]:
-    context = parallel.context
-    if context == 1:
-        return []
-    problems = []
-    if row_tokens % (2 * context):
-        problems.append(
-            f"parallel.context={context} cuts a row into {2 * context} chunks, which does not divide "
-            f"data.row_tokens={row_tokens}. Use a multiple of {2 * context}."
-        )
-    if "M" in layer_kinds(model.pattern) and model.mamba_heads % parallel.tensor == 0:
-        heads = model.mamba_heads // parallel.tensor
-        groups = max(1, model.mamba_groups // parallel.tensor)
-        if heads % context:
-            problems.append(
-                f"parallel.context={context} does not divide the {heads} Mamba heads of a tensor rank "
-                f"(model.mamba_heads={model.mamba_heads}). Use {_choices(heads)}."
-            )
-        if groups % context and context % groups:
-            problems.append(
-                f"parallel.context={context} neither divides nor is a multiple of the {groups} Mamba groups of a tensor "
-                f"rank (model.mamba_groups={model.mamba_groups}). Use {_choices(groups)}."
-            )
-    return problems
-
-
-def _pipeline_problems(model: ModelConfig, parallel: ParallelConfig) -> list[str]:
-    problems = []
     if parallel.virtual_pipeline > 1 and parallel.pipeline == 1:
         problems.append(
             f"parallel.virtual_pipeline={parallel.virtual_pipeline} needs parallel.pipeline > 1. "
@@ -174,21 +117,126 @@ def _pipeline_problems(model: ModelConfig, parallel: ParallelConfig) -> list[str
         problems.append(
             "parallel.overlap_param_gather=true needs parallel.overlap_grad_reduce=true. Set both, or neither."
         )
-    stages = parallel.pipeline * parallel.virtual_pipeline
-    if stages > 1 or CUT in model.pattern:
-        try:
-            cut(model.pattern, stages, model=model)
-        except RecipeError as error:
-            problems.append(str(error))
     return problems
+
+
+def _shape_problems(model: ModelConfig, kinds: set[LayerKind]) -> list[str]:
+    """Rules of the model alone, for the kinds of layers it has."""
+    problems = []
+    for kind, part_name, whole_name in (("*", "kv_heads", "heads"), ("M", "mamba_groups", "mamba_heads")):
+        part, whole = getattr(model, part_name), getattr(model, whole_name)
+        if kind in kinds and whole % part:
+            problems.append(
+                f"model.{part_name}={part} does not divide model.{whole_name}={whole}. Use {_choices(whole)}."
+            )
+    if "*" in kinds and model.position == "rope" and model.head_dim % 2:
+        problems.append(
+            f"model.head_dim={model.head_dim} is odd, but model.position=rope turns pairs of channels. "
+            f"Use {model.head_dim + 1}, or model.position=none."
+        )
+    return problems
+
+
+def _tensor_problems(model: ModelConfig, parallel: ParallelConfig, kinds: set[LayerKind]) -> list[str]:
+    """What each tensor rank takes an equal share of. Key/value heads are never copied: there must be one a rank."""
+    sizes = {"model.vocab": model.vocab}
+    if "*" in kinds:
+        sizes |= {"model.heads": model.heads, "model.kv_heads": model.kv_heads}
+    if "M" in kinds:
+        sizes |= {"model.mamba_heads": model.mamba_heads, "model.mamba_groups": model.mamba_groups}
+    if "-" in kinds:
+        sizes["model.ffn"] = model.ffn
+    fit = [degree for degree in range(1, min(sizes.values()) + 1) if all(size % degree == 0 for size in sizes.values())]
+    return [
+        f"parallel.tensor={parallel.tensor} does not divide {name}={size}. Use {_phrase(fit)} (what all sizes of this "
+        f"model allow), or change {name}."
+        for name, size in sizes.items()
+        if size % parallel.tensor
+    ]
+
+
+def _row_problems(parallel: ParallelConfig, row_tokens: int) -> list[str]:
+    """A row is cut into 2 x context chunks (each rank takes an early and a late one), then over the tensor ranks."""
+    problems = []
+    context, tensor = parallel.context, parallel.tensor
+    whole = math.lcm(tensor * context, 2 * context) if context > 1 else tensor
+    if context > 1 and row_tokens % (2 * context):
+        problems.append(
+            f"parallel.context={context} cuts a row into {2 * context} chunks, which does not divide "
+            f"data.row_tokens={row_tokens}. Use data.row_tokens={_nearest_multiples(row_tokens, 2 * context)}."
+        )
+    if parallel.sequence and row_tokens % (tensor * context):
+        problems.append(
+            f"parallel.sequence=true splits a row over {tensor * context} ranks (tensor={tensor} x context={context}), "
+            f"which does not divide data.row_tokens={row_tokens}. "
+            f"Use data.row_tokens={_nearest_multiples(row_tokens, whole)}."
+        )
+    return problems
+
+
+def _context_problems(model: ModelConfig, parallel: ParallelConfig, kinds: set[LayerKind]) -> list[str]:
+    """Mamba layers trade sequence for heads over the context ranks (megatron.core.ssm.mamba_context_parallel)."""
+    context, tensor = parallel.context, parallel.tensor
+    if context == 1 or "M" not in kinds or model.mamba_heads % tensor or model.mamba_groups % tensor:
+        return []
+    heads, groups = model.mamba_heads // tensor, model.mamba_groups // tensor
+    fit = [
+        degree
+        for degree in range(1, heads + 1)
+        if heads % degree == 0 and (groups % degree == 0 or degree % groups == 0)
+    ]
+    problems = []
+    if heads % context:
+        problems.append(
+            f"parallel.context={context} does not divide the {heads} Mamba heads of a tensor rank "
+            f"(model.mamba_heads={model.mamba_heads}, parallel.tensor={tensor}). Use {_phrase(fit)}."
+        )
+    if groups % context and context % groups:
+        problems.append(
+            f"parallel.context={context} neither divides nor is a multiple of the {groups} Mamba groups of a tensor "
+            f"rank (model.mamba_groups={model.mamba_groups}, parallel.tensor={tensor}). Use {_phrase(fit)}."
+        )
+    return problems
+
+
+def _pipeline_problems(model: ModelConfig, parallel: ParallelConfig) -> list[str]:
+    """There must be layers for each stage, and cuts given by hand must be as many as the stages need."""
+    stages = parallel.pipeline * parallel.virtual_pipeline
+    try:
+        cut(model.pattern, stages, model=model)
+    except RecipeError as error:
+        return [str(error)]
+    return []
+
+
+def _step_problems(parallel: ParallelConfig, run: RunConfig, *, data: int) -> list[str]:
+    """The rows of a step that cannot be dealt out in whole microbatches, with what could be."""
+    turn = run.microbatch_rows * data
+    remedy = f"run.global_rows={_nearest_multiples(run.global_rows, turn)}"
+    if run.global_rows % data == 0:
+        share = run.global_rows // data
+        fit = max(rows for rows in range(1, run.microbatch_rows + 1) if share % rows == 0)
+        remedy += f", or run.microbatch_rows={fit}"
+    return [
+        f"run.global_rows={run.global_rows} is not a multiple of run.microbatch_rows={run.microbatch_rows} x {data} "
+        f"data-parallel ranks (world / (tensor x pipeline x context)). Use {remedy}."
+    ]
+
+
+def _nearest_multiples(value: int, step: int) -> str:
+    """The multiples of `step` around `value`, as a phrase: `96 or 128`."""
+    below = value // step * step
+    return _phrase([multiple for multiple in (below, below + step) if multiple > 0])
 
 
 def _choices(size: int) -> str:
     """The divisors of a size as a phrase: `1, 2, 4 or 8`."""
-    divisors = [d for d in range(1, min(size, 1024) + 1) if size % d == 0]
-    return str(divisors[0]) if len(divisors) == 1 else ", ".join(map(str, divisors[:-1])) + f" or {divisors[-1]}"
+    return _phrase([divisor for divisor in range(1, size + 1) if size % divisor == 0])
 
 
-def _divisors_below(size: int, limit: int) -> int:
-    """Largest divisor of `size` that is at most `limit`."""
-    return max((d for d in range(1, min(size, limit) + 1) if size % d == 0), default=1)
+def _phrase(numbers: list[int]) -> str:
+    """Numbers as words; the middle of a long list is left out."""
+    words = [str(number) for number in numbers]
+    if len(words) > 12:
+        words = [*words[:8], "...", *words[-2:]]
+    return words[0] if len(words) == 1 else ", ".join(words[:-1]) + f" or {words[-1]}"

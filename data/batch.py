@@ -1,0 +1,43 @@
+"""The unit the trainer sees: some rows of tokens with their labels."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Rows side by side; all tensors on the CPU."""
+
+    tokens: torch.Tensor
+    """[rows, row_tokens] int64."""
+    labels: torch.Tensor
+    """[rows, row_tokens] int64: the token after each of `tokens`."""
+    document_index: torch.Tensor
+    """[rows, row_tokens] int32: document within the row, increasing from 0."""
+    source: torch.Tensor
+    """[rows] int32: index of the source in the recipe's order."""
+    positions: np.ndarray
+    """[rows] int64: place in the global row order (row of the source, for held-out rows)."""
+
+    def select(self, rows: np.ndarray) -> "Batch":
+        """Some of the rows, in the given order (a row may come twice)."""
+        index = torch.from_numpy(np.asarray(rows, dtype=np.int64))
+        return Batch(
+            tokens=self.tokens[index],
+            labels=self.labels[index],
+            document_index=self.document_index[index],
+            source=self.source[index],
+            positions=self.positions[rows],
+        )
+
+    def pinned(self) -> "Batch":
+        """The same rows in page-locked memory, from which a GPU copies without waiting."""
+        return Batch(
+            tokens=self.tokens.pin_memory(),
+            labels=self.labels.pin_memory(),
+            document_index=self.document_index.pin_memory(),
+            source=self.source,
+            positions=self.positions,
+        )

@@ -1,0 +1,119 @@
+"""Hydra's command line for every program of this project, with errors that say what to do.
+
+Hydra parses the words, composes the YAML and calls the job; nothing else of it is used: no working folders of its own,
+no logging set-up, no `_target_`. Errors a user can cause end in one message on stderr and exit status 2.
+"""
+
+import dataclasses
+import difflib
+import logging
+import os
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf, open_dict
+
+from data.errors import DataError
+
+RECIPES = Path(__file__).resolve().parent.parent / "recipes"
+"""Folder of the recipes shipped with this project: Hydra's search path starts here."""
+
+_QUIET = {
+    "hydra.run.dir": ".",
+    "hydra.output_subdir": "null",
+    "hydra.sweep.dir": ".",
+    "hydra.sweep.subdir": ".",
+    "hydra/job_logging": "none",
+    "hydra/hydra_logging": "none",
+}
+"""Hydra's own folders and logging, turned off: a run's files lie in its run folder, and nowhere else."""
+
+
+def run_command(
+    job: Callable[[DictConfig], int], *, program: str, keys: list[str], user_errors: tuple[type[Exception], ...]
+) -> int:
+    """Parse sys.argv, compose the recipe and call `job` with it (once per job of a sweep). -> exit status.
+
+    keys: every dotted key a recipe can have, to name the nearest; user_errors: what ends in a message, not a traceback.
+    """
+    rank = int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")))
+    logging.basicConfig(level=logging.WARNING, format=f"%(asctime)s rank {rank} %(name)s: %(message)s", stream=sys.stderr)
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # errors come here instead of Hydra's own report
+    given = {word.split("=", 1)[0].lstrip("+~") for word in sys.argv[1:]}
+    sys.argv += [f"{key}={value}" for key, value in _QUIET.items() if key not in given]
+    statuses: list[int] = []
+
+    @hydra.main(version_base="1.3", config_path=str(RECIPES), config_name=None)
+    def entry(composed: DictConfig) -> None:
+        if "run" not in composed:
+            raise DataError(f"no recipe named. Start with `python -m {program} -cn NAME`; {_shipped()}")
+        if HydraConfig.get().mode == RunMode.MULTIRUN:
+            _name_sweep_job(composed)
+        try:
+            statuses.append(job(composed))
+        except user_errors as error:
+            _complain(str(error), rank=rank)
+            statuses.append(2)
+
+    try:
+        entry()
+    except user_errors as error:
+        _complain(str(error), rank=rank)
+        return 2
+    except HydraException as error:
+        _complain(_explain(str(error), program=program, keys=keys), rank=rank)
+        return 2
+    except KeyboardInterrupt:
+        _complain("interrupted before a step was finished; nothing was written.", rank=rank)
+        return 130
+    return max(statuses, default=0)
+
+
+def dotted_keys(cls: type, prefix: str = "") -> list[str]:
+    """Every dotted key of a dataclass of fields and groups, groups included."""
+    keys = []
+    for field in dataclasses.fields(cls):
+        keys.append(f"{prefix}{field.name}")
+        if dataclasses.is_dataclass(field.type) and isinstance(field.type, type):
+            keys += dotted_keys(field.type, f"{prefix}{field.name}.")
+    return keys
+
+
+def _name_sweep_job(composed: DictConfig) -> None:
+    """Give each job of a sweep a run folder of its own, named after what it overrides."""
+    overrides = HydraConfig.get().job.override_dirname
+    with open_dict(composed):
+        composed.run.name = f"{composed.run.name}-{re.sub(r'[^A-Za-z0-9_.=,+-]', '_', overrides)}"
+    OmegaConf.set_struct(composed, True)
+
+
+def _explain(message: str, *, program: str, keys: list[str]) -> str:
+    """Hydra's message with a remedy: the nearest key, or the recipes there are."""
+    unknown = re.search(r"Could not override '([^']+)'", message)
+    if unknown:
+        key = unknown.group(1)
+        near = difflib.get_close_matches(key, keys, n=1, cutoff=0.5)
+        hint = f" Did you mean {near[0]}?" if near else f" `python -m {program} -cn NAME --cfg job` shows every key."
+        return f"unknown recipe key {key!r} on the command line.{hint}"
+    if "primary config" in message:
+        return f"{message.strip().splitlines()[0]} {_shipped()}"
+    return message.strip()
+
+
+def _shipped() -> str:
+    names = sorted(path.stem for path in RECIPES.glob("*.yaml"))
+    return f"the recipes are: {', '.join(names)} (your own: --config-dir FOLDER)."
+
+
+def _complain(message: str, *, rank: int) -> None:
+    """One message; with several processes the others' are marked with their rank, as theirs may differ."""
+    head = "error" if rank == 0 else f"error on rank {rank}"
+    sys.stderr.write(f"{head}: {message}\n")
+    sys.stderr.flush()
+

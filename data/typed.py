@@ -1,0 +1,151 @@
+"""From a plain mapping to a typed dataclass, with every mistake named at once. Standard library only.
+
+    {"hidden": 256, ...} --build--> ModelConfig(hidden=256, ...)   or one FieldError listing what is wrong, line by line
+
+Understood types: dataclasses, int, float, str, bool, Literal, X | None, dict[str, X], list[X], tuple[X, ...], and any of
+them inside `typing.Annotated` with a `data.fields.Range`. Numbers are not converted silently: `2.0` is no int, `true` is
+no number; only what YAML cannot write otherwise is accepted (an int, or a text such as `1e-3`, for a float).
+"""
+
+import ast
+import dataclasses
+import difflib
+import inspect
+import textwrap
+import types
+import typing
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+from data.errors import DataError
+from data.fields import Range
+
+T = TypeVar("T")
+
+
+class FieldError(DataError):
+    """A mapping that is not what its dataclass asks for."""
+
+
+class _Bad(Exception):
+    """One value that does not fit; caught by the reader, which goes on to find the others."""
+
+
+def build(cls: type[T], mapping: Any, where: str) -> T:
+    """An instance of dataclass `cls` from `mapping`; `where` is the dotted place of the mapping in its recipe.
+
+    Raises FieldError with a line per problem: the key or value, its place, and the nearest key, range or choices.
+    """
+    problems: list[str] = []
+    result = _dataclass(cls, mapping, where, problems)
+    if problems:
+        raise FieldError("\n".join(problems))
+    return typing.cast(T, result)
+
+
+def field_docs(cls: type) -> dict[str, str]:
+    """The text under each field of a dataclass, one line each, in order."""
+    tree = ast.parse(textwrap.dedent(inspect.getsource(cls)))
+    body = typing.cast(ast.ClassDef, tree.body[0]).body
+    docs: dict[str, str] = {}
+    for statement, following in zip(body, body[1:], strict=False):
+        if isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name):
+            text = following.value if isinstance(following, ast.Expr) else None
+            if isinstance(text, ast.Constant) and isinstance(text.value, str):
+                docs[statement.target.id] = " ".join(text.value.split())
+    return docs
+
+
+def _dataclass(cls: type, mapping: Any, where: str, problems: list[str]) -> Any:
+    if not isinstance(mapping, Mapping):
+        problems.append(f"{where or 'recipe'}={mapping!r} is a {_kind(mapping)}, not a group of fields.")
+        return None
+    fields = {field.name: field for field in dataclasses.fields(cls)}
+    hints = typing.get_type_hints(cls, include_extras=True)
+    values: dict[str, Any] = {}
+    for key in mapping:
+        if key not in fields:
+            near = difflib.get_close_matches(str(key), fields, n=1, cutoff=0.5)
+            hint = f"Did you mean {_at(where, near[0])}?" if near else f"There are: {', '.join(fields)}."
+            problems.append(f"{_at(where, key)} is not a field. {hint}")
+    for name, field in fields.items():
+        if name in mapping and mapping[name] != "???":
+            values[name] = _value(hints[name], mapping[name], _at(where, name), problems)
+        elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
+            problems.append(f"{_at(where, name)} is missing: {field_docs(cls).get(name, 'it has no default.')}")
+    return None if problems else cls(**values)
+
+
+def _value(hint: Any, value: Any, where: str, problems: list[str]) -> Any:
+    """`value` as `hint` asks, or None with a line in `problems`."""
+    bounds = None
+    if typing.get_origin(hint) is typing.Annotated:
+        hint, *extras = typing.get_args(hint)
+        bounds = next((extra for extra in extras if isinstance(extra, Range)), None)
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        if value is None and type(None) in arguments:
+            return None
+        (inner,) = (a for a in arguments if a is not type(None))
+        return _value(inner, value, where, problems)
+    if dataclasses.is_dataclass(hint):
+        return _dataclass(typing.cast(type, hint), value, where, problems)
+    if origin is dict:
+        if not isinstance(value, Mapping):
+            problems.append(f"{where}={value!r} is a {_kind(value)}, not a group.")
+            return None
+        return {str(key): _value(arguments[1], item, _at(where, key), problems) for key, item in value.items()}
+    if origin in (list, tuple):
+        if not isinstance(value, list | tuple):
+            problems.append(f"{where}={value!r} is a {_kind(value)}, not a list.")
+            return None
+        items = [_value(arguments[0], item, f"{where}[{index}]", problems) for index, item in enumerate(value)]
+        return tuple(items) if origin is tuple else items
+    try:
+        if origin is typing.Literal:
+            return _choice(arguments, value)
+        number = _scalar(hint, value)
+        if bounds is not None and not bounds.admits(number):
+            raise _Bad(f"is out of range. Use a value {bounds}.")
+        return number
+    except _Bad as problem:
+        problems.append(f"{where}={value!r} {problem}")
+        return None
+
+
+def _choice(choices: tuple[Any, ...], value: Any) -> Any:
+    if value in choices and not isinstance(value, bool):
+        return value
+    near = difflib.get_close_matches(str(value), [str(c) for c in choices], n=1, cutoff=0.5)
+    hint = f"Did you mean {near[0]}? " if near else ""
+    raise _Bad(f"is not a choice. {hint}Use one of: {', '.join(map(str, choices))}.")
+
+
+def _scalar(kind: Any, value: Any) -> Any:
+    if kind is float:
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            return float(value)
+        if isinstance(value, str):
+            try:
+                return float(value)
+            except ValueError:
+                pass
+        raise _Bad(f"is a {_kind(value)}, not a number.")
+    if kind is int and isinstance(value, int) and not isinstance(value, bool):
+        return value
+    if kind in (str, bool) and isinstance(value, kind):
+        return value
+    names = {int: "a whole number", str: "a text", bool: "true or false"}
+    assert kind in names, f"fields of type {kind} are not understood"
+    raise _Bad(f"is a {_kind(value)}, not {names[kind]}.")
+
+
+def _kind(value: Any) -> str:
+    if value is None:
+        return "null"
+    names = {bool: "true/false", int: "whole number", float: "number with a fraction", str: "text", dict: "group"}
+    return names.get(type(value), type(value).__name__)
+
+
+def _at(where: str, key: Any) -> str:
+    return f"{where}.{key}" if where else str(key)

@@ -1,0 +1,270 @@
+"""Patterns, parameter counts and FLOPs against published totals and against torch's own FLOP counter."""
+
+import math
+from dataclasses import replace
+from itertools import combinations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.utils.flop_counter import FlopCounterMode
+
+from train.config import ModelConfig
+from train.errors import RecipeError
+from train.model.pattern import balanced_ranges, counts, cut, flops_per_token, layer_kinds, parameters
+
+H_8B = "M-M-M-M*-M-M-M-M-M*-M-M-M-M-M*-M-M-M-M-M*-M-M-M-M-M-"
+H_47B = "M-M-M-M-M-M-M-M-M*-M-M-M-M-M-M-M-M-M-M*-M-M-M-M-M*-M-M-M-M-M*-M-M-M-M-M-M-M---MM---M-M*-M-M-M-M-M-"
+H_56B = "M-M-M-M*-" + "M-M-M-M-M*-" * 9 + "M-M-M-M-M-"
+NANO_9B = "M-M-M-MM-M-M-M*-M-M-M*-M-M-M-M*-M-M-M-M*-M-MM-M-M-M-M-M-"
+NANO_12B = "M-M-M-M*-" + "M-M-M-M*-" * 5 + "M-M-M-M-"
+
+
+def nemotron(pattern: str, hidden: int, ffn: int, heads: int, mamba: tuple[int, int, int]) -> ModelConfig:
+    return ModelConfig(
+        pattern=pattern,
+        hidden=hidden,
+        vocab=131_072,
+        ffn=ffn,
+        heads=heads,
+        kv_heads=8,
+        head_dim=128,
+        mamba_heads=mamba[0],
+        mamba_head_dim=mamba[1],
+        mamba_state=mamba[2],
+        mamba_groups=8,
+        mamba_chunk=128,
+    )
+
+
+MODELS = {
+    "H-4B": nemotron(H_8B, 3072, 12288, 32, (112, 64, 128)),
+    "H-8B": nemotron(H_8B, 4096, 21504, 32, (128, 64, 128)),
+    "H-47B": nemotron(H_47B, 8192, 30720, 64, (256, 64, 256)),
+    "H-56B": nemotron(H_56B, 8192, 32768, 64, (256, 64, 256)),
+    "9B-v2": nemotron(NANO_9B, 4480, 15680, 40, (128, 80, 128)),
+    "12B-v2": nemotron(NANO_12B, 5120, 20480, 40, (128, 80, 128)),
+}
+# Shapes and layer counts: public Nemotron-H (arXiv 2504.03624) and Nemotron Nano 2 (arXiv 2508.14444) configurations.
+# 9B-v2's total is that of its public safetensors files, to the unit.
+TOTALS = {
+    "H-4B": (24, 4, 24, 4_489_223_040),
+    "H-8B": (24, 4, 24, 8_100_852_736),
+    "H-47B": (45, 5, 48, 46_791_554_816),
+    "H-56B": (54, 10, 54, 56_324_350_464),
+    "9B-v2": (27, 4, 25, 8_888_227_328),
+    "12B-v2": (28, 6, 28, 12_310_001_152),
+}
+SMALL = ModelConfig(
+    pattern="M-M*-M-M*-",
+    hidden=256,
+    vocab=4096,
+    ffn=1024,
+    heads=4,
+    kv_heads=2,
+    head_dim=64,
+    mamba_heads=8,
+    mamba_head_dim=64,
+    mamba_state=64,
+    mamba_groups=2,
+)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_nemotron_totals_to_the_unit(name: str) -> None:
+    mamba, attention, mlp, total = TOTALS[name]
+    assert counts(MODELS[name].pattern) == {"M": mamba, "*": attention, "-": mlp}
+    assert parameters(MODELS[name]).total == total
+
+
+def test_published_9b_attention_places() -> None:
+    places = [place for place, kind in enumerate(layer_kinds(NANO_9B)) if kind == "*"]
+    assert places == [14, 21, 30, 39]
+
+
+def test_parts_of_the_12b() -> None:
+    count = parameters(MODELS["12B-v2"])
+    assert count.mamba == 28 * 168_504_704
+    assert count.attention == 6 * 62_919_680
+    assert count.mlp == 28 * 209_720_320
+    assert count.total - count.embedding - count.head == 10_967_823_872
+    assert count.norms == 63 * 5120 + 28 * 10_240
+
+
+def test_gate_is_a_third_matrix_and_a_tied_head_is_free() -> None:
+    mlps = SMALL.pattern.count("-")
+    plain, gated = parameters(SMALL), parameters(replace(SMALL, activation="swiglu"))
+    assert gated.total - plain.total == mlps * SMALL.hidden * SMALL.ffn
+    assert parameters(replace(SMALL, activation="geglu")) == gated
+    assert plain.total - parameters(replace(SMALL, tie_embeddings=True)).total == SMALL.vocab * SMALL.hidden
+
+
+def test_gemma_mlp_of_three_matrices() -> None:
+    # Gemma 2 9B (arXiv 2408.00118, table 1): 3 x 3584 x 14336 weights in the MLP of a layer.
+    model = ModelConfig(pattern="-", hidden=3584, vocab=8, ffn=14336, activation="geglu")
+    assert parameters(model).mlp == 3 * 3584 * 14336 + 3584
+
+
+def test_counts_equal_a_model_written_with_torch_modules() -> None:
+    """The formula against modules that torch sizes itself."""
+    model, nn = SMALL, torch.nn
+    inner = model.mamba_heads * model.mamba_head_dim
+    conv = inner + 2 * model.mamba_groups * model.mamba_state
+    head_dim = model.head_dim
+
+    def layer(kind: str) -> list[nn.Module]:
+        norm = nn.RMSNorm(model.hidden)
+        match kind:
+            case "M":
+                scalars = nn.ParameterList([nn.Parameter(torch.zeros(model.mamba_heads)) for _ in range(3)])
+                into = nn.Linear(model.hidden, inner + conv + model.mamba_heads, bias=False)
+                taps = nn.Conv1d(conv, conv, model.mamba_conv, groups=conv)
+                return [norm, into, taps, scalars, nn.RMSNorm(inner), nn.Linear(inner, model.hidden, bias=False)]
+            case "*":
+                qkv = nn.Linear(model.hidden, (model.heads + 2 * model.kv_heads) * head_dim, bias=False)
+                return [norm, qkv, nn.Linear(model.heads * head_dim, model.hidden, bias=False)]
+            case _:
+                up = nn.Linear(model.hidden, model.ffn, bias=False)
+                return [norm, up, nn.Linear(model.ffn, model.hidden, bias=False)]
+
+    modules = [module for kind in model.pattern for module in layer(kind)]
+    modules += [nn.Embedding(model.vocab, model.hidden), nn.RMSNorm(model.hidden)]
+    modules += [nn.Linear(model.hidden, model.vocab, bias=False)]
+    assert parameters(model).total == sum(p.numel() for module in modules for p in module.parameters())
+
+
+def test_unknown_character_is_named_with_its_place() -> None:
+    with pytest.raises(RecipeError, match=r"M-X\*.*character 3 is 'X'.*`M` Mamba-2.*`\*` attention.*`-` MLP"):
+        layer_kinds("M-X*")
+
+
+@pytest.mark.parametrize("pattern", ["", "|", "||"])
+def test_pattern_without_layers(pattern: str) -> None:
+    with pytest.raises(RecipeError, match="no layers"):
+        layer_kinds(pattern)
+
+
+@pytest.mark.parametrize("pattern", ["|M-", "M-|", "M||-"])
+def test_stage_without_layers(pattern: str) -> None:
+    with pytest.raises(RecipeError, match="stage without layers"):
+        layer_kinds(pattern)
+
+
+def test_cuts_by_hand() -> None:
+    assert cut("M-M*-|M-|M*-", 3, model=SMALL) == ["M-M*-", "M-", "M*-"]
+    assert cut("M-M*-|M-|M*-", 1, model=SMALL) == ["M-M*-M-M*-"]
+    with pytest.raises(RecipeError, match="into 3 stages.*= 2.*Use 1 `|`"):
+        cut("M-M*-|M-|M*-", 2, model=SMALL)
+
+
+def test_more_stages_than_layers() -> None:
+    with pytest.raises(RecipeError, match="4 stages.*only 3 layers.*at most 3"):
+        cut("M*-", 4, model=SMALL)
+
+
+def test_the_head_lightens_the_last_stage() -> None:
+    # A head as heavy as four MLP layers: 4 + 4 layers would be 4 : 8, six and two are 6 : 6.
+    model = replace(SMALL, pattern="--------", vocab=8 * SMALL.ffn)
+    assert cut(model.pattern, 2, model=model) == ["------", "--"]
+
+
+@given(st.data())
+def test_ranges_are_contiguous_and_best(data: st.DataObject) -> None:
+    costs = data.draw(st.lists(st.integers(1, 50), min_size=1, max_size=9))
+    parts = data.draw(st.integers(1, len(costs)))
+    ranges = balanced_ranges(costs, parts)
+    edges = [0, *(end for _, end in ranges)]
+    assert [start for start, _ in ranges] == edges[:-1] and edges[-1] == len(costs)
+
+    def price(cuts: tuple[int, ...]) -> tuple[int, int]:
+        sums = [sum(costs[a:b]) for a, b in zip((0, *cuts), (*cuts, len(costs)), strict=True)]
+        return max(sums), sum(x * x for x in sums)
+
+    everything = combinations(range(1, len(costs)), parts - 1)
+    assert all(start < end for start, end in ranges)
+    assert price(tuple(edges[1:-1])) == min(map(price, everything))
+
+
+@given(st.integers(1, 52))
+def test_a_cut_loses_no_layer(stages: int) -> None:
+    parts = cut(H_8B, stages, model=MODELS["H-8B"])
+    assert len(parts) == stages and all(parts) and "".join(parts) == H_8B
+
+
+def test_12b_flops_against_the_published_convention() -> None:
+    # 6 (N - V h) + 6 L h S for a token: NVIDIA's throughput tables, with L the attention layers.
+    flops = flops_per_token(MODELS["12B-v2"], 8192)
+    published = 6 * (12_310_001_152 - 131_072 * 5120) + 6 * 6 * 5120 * 8192
+    assert published == pytest.approx(71.3e9, rel=1e-3)
+    assert flops.total - flops.scan == pytest.approx(published, rel=1e-3)
+    assert flops.total == sum(
+        (
+            flops.mamba_projections,
+            flops.scan,
+            flops.attention_projections,
+            flops.attention_scores,
+            flops.mlp,
+            flops.head,
+        )
+    )
+
+
+def test_flops_equal_torchs_count_of_the_same_products() -> None:
+    """Every matrix product of a forward pass run on the meta device under torch's FLOP counter, times three."""
+    model, rows, length = SMALL, 2, 256
+    tokens = rows * length
+    flops = flops_per_token(model, length)
+    inner = model.mamba_heads * model.mamba_head_dim
+    fan_out = 2 * inner + 2 * model.mamba_groups * model.mamba_state + model.mamba_heads
+    chunk, state, groups, heads, width = (
+        model.mamba_chunk,
+        model.mamba_state,
+        model.mamba_groups,
+        model.mamba_heads,
+        model.mamba_head_dim,
+    )
+
+    def matrix(*shape: int) -> torch.Tensor:
+        return torch.empty(shape, device="meta")
+
+    def counted(*products: tuple[torch.Tensor, torch.Tensor]) -> int:
+        with FlopCounterMode(display=False) as counter:
+            for left, right in products:
+                torch.matmul(left, right)
+        return counter.get_total_flops()
+
+    hidden = matrix(tokens, model.hidden)
+    mamba = counted((hidden, matrix(model.hidden, fan_out)), (matrix(tokens, inner), matrix(inner, model.hidden)))
+    chunks = tokens // chunk
+    scan = counted(
+        (matrix(chunks * groups, chunk, state), matrix(chunks * groups, state, chunk)),
+        (matrix(chunks * heads, chunk, chunk), matrix(chunks * heads, chunk, width)),
+        (matrix(chunks * heads, state, chunk), matrix(chunks * heads, chunk, width)),
+        (matrix(chunks * heads, chunk, state), matrix(chunks * heads, state, width)),
+    )
+    attention_width = model.heads * model.head_dim
+    projections = counted(
+        (hidden, matrix(model.hidden, attention_width + 2 * model.kv_heads * model.head_dim)),
+        (matrix(tokens, attention_width), matrix(attention_width, model.hidden)),
+    )
+    full_scores = counted(
+        (matrix(rows * model.heads, length, model.head_dim), matrix(rows * model.heads, model.head_dim, length)),
+        (matrix(rows * model.heads, length, length), matrix(rows * model.heads, length, model.head_dim)),
+    )
+    mlp = counted(
+        (hidden, matrix(model.hidden, model.ffn)), (matrix(tokens, model.ffn), matrix(model.ffn, model.hidden))
+    )
+    layers = counts(model.pattern)
+    assert flops.mamba_projections * tokens == 3 * layers["M"] * mamba
+    assert flops.scan * tokens == 3 * layers["M"] * scan
+    assert flops.attention_projections * tokens == 3 * layers["*"] * projections
+    assert flops.attention_scores * tokens == 3 * layers["*"] * full_scores / 2
+    assert flops.mlp * tokens == 3 * layers["-"] * mlp
+    assert flops.head * tokens == 3 * counted((hidden, matrix(model.hidden, model.vocab)))
+
+
+def test_a_row_shorter_than_a_chunk_scans_one_short_chunk() -> None:
+    long = replace(SMALL, mamba_chunk=256)
+    assert flops_per_token(long, 64).scan == flops_per_token(replace(SMALL, mamba_chunk=64), 64).scan
+    assert math.isfinite(flops_per_token(long, 1).total)

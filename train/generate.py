@@ -1,0 +1,120 @@
+"""`python -m train.generate -cn RECIPE`: stream text from the newest checkpoint of a recipe's run.
+
+    python -m train.generate -cn smoke +generate.prompt="ROMEO."
+    python -m train.generate -cn smoke +generate.temperature=0            greedy
+    python -m train.generate -cn smoke +generate.top_p=0.9 +generate.tokens=400 +generate.seed=7
+    python -m train.generate -cn smoke +generate.checkpoint=runs/smoke/checkpoints/step_00000120
+"""
+
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from omegaconf import DictConfig, OmegaConf
+
+from data.command import dotted_keys, run_command
+from data.fields import Count, Fraction, NonNegativeFloat, PositiveInt
+from data.typed import FieldError, build
+from train.config import ParallelConfig, Recipe
+from train.errors import USER_ERRORS, CheckpointError, RecipeError
+
+
+@dataclass(frozen=True)
+class GenerateConfig:
+    """Fields of `+generate.*` on the command line."""
+
+    prompt: str = "\n"
+    """Text to continue."""
+    tokens: PositiveInt = 200
+    """Tokens to write at most."""
+    temperature: NonNegativeFloat = 0.8
+    """0 is greedy."""
+    top_k: Count = 0
+    """Only the k likeliest tokens; 0: all."""
+    top_p: Fraction = 0.95
+    """Only the likeliest tokens that hold this share of the probability."""
+    seed: int = 0
+    """Seed of the picks: the same seed and checkpoint give the same text."""
+    checkpoint: str | None = None
+    """A checkpoint folder; null takes the newest of the run."""
+
+
+def main() -> int:
+    """Entry point of `python -m train.generate`."""
+    return run_command(_generate, program="train.generate", keys=dotted_keys(Recipe), user_errors=USER_ERRORS)
+
+
+def _generate(composed: DictConfig) -> int:
+    from train.recipe import read_recipe
+
+    plain = OmegaConf.to_container(composed.get("generate", {}) or {}, resolve=True)
+    try:
+        config = build(GenerateConfig, plain, "generate")
+    except FieldError as error:
+        raise RecipeError(str(error)) from error
+    for piece in stream_text(read_recipe(composed), config):
+        sys.stdout.write(piece)
+        sys.stdout.flush()
+    sys.stdout.write("\n")
+    return 0
+
+
+def stream_text(recipe: Recipe, config: GenerateConfig) -> "Iterator[str]":  # noqa: F821
+    """Yield the prompt and then the text the model writes, in pieces as they become whole characters.
+
+    Raises CheckpointError where the run has no checkpoint yet.
+    """
+    from train.parallel.device import choose_device, prepare
+    from train.run import check, mesh_of, open_data
+
+    one = replace(
+        recipe, parallel=ParallelConfig(), run=replace(recipe.run, global_rows=1, microbatch_rows=1)
+    )
+    layout = check(one, world=1)
+    device = choose_device(recipe.run.device)
+    dataset = open_data(recipe)
+    prepare(device)
+
+    from train.checkpoint.manager import CheckpointFolder
+    from train.checkpoint.storage import read_manifest, read_weights
+    from train.evaluate.generate import Sampling, generate
+    from train.model.backend import ReferenceBackend
+    from train.model.build import build_model
+
+    if config.checkpoint is not None:
+        path = Path(config.checkpoint)
+        read_manifest(path)
+    else:
+        folder = Path(recipe.run.folder) / recipe.run.name / "checkpoints"
+        found = CheckpointFolder(folder, recipe.checkpoint).newest()
+        if found is None:
+            raise CheckpointError(f"{folder} holds no checkpoint. Train first: python -m train -cn <recipe>.")
+        path = found[0]
+
+    tokenizer = dataset.tokenizer
+    with mesh_of(one, layout, device=device, rank=0) as mesh:
+        chunks = build_model(
+            one.model,
+            parallel=one.parallel,
+            precision=one.precision,
+            run=one.run,
+            row_tokens=one.data.row_tokens,
+            mesh=mesh,
+            backend=ReferenceBackend(),
+        )
+        read_weights(path, chunks, groups=mesh.groups)
+        ids = tokenizer.encode(config.prompt) or [tokenizer.eod]
+        sampling = Sampling(
+            temperature=config.temperature, top_k=config.top_k, top_p=config.top_p, seed=config.seed
+        )
+        decoder = tokenizer.incremental_decoder()
+        yield config.prompt
+        for token in generate(
+            chunks[0], ids, tokens=config.tokens, sampling=sampling, end_of_document=tokenizer.eod
+        ):
+            yield decoder.feed(token)
+        yield decoder.finish()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
