@@ -208,6 +208,7 @@ def _train(recipe: Recipe, *, mesh: Mesh, dataset: Dataset, folder: Path) -> Run
         telemetry.event(
             "resume" if step else "start",
             step=step,
+            total_steps=recipe.run.steps,
             parameters=parameters(recipe.model).total,
             layout=mesh.layout.describe(),
             device=str(mesh.device),

@@ -80,6 +80,7 @@ def prepare(device: torch.device) -> None:
 
     Mutates the `torch` module on a CPU (see the module text); does nothing but select the device on a GPU.
     """
+    _quieten()
     if device.type == "cuda":
         torch.cuda.set_device(device)
         return
@@ -90,6 +91,14 @@ def prepare(device: torch.device) -> None:
     _redirect_streams()
     _redirect_random_state()
     _import_megatron()
+
+
+def _quieten() -> None:
+    """Silence what Megatron and torch say about themselves on every start: nothing in it is for the user of a recipe."""
+    for module in (r"megatron\.", r"torch\.distributed\.(c10d_logger|checkpoint)"):
+        warnings.filterwarnings("ignore", module=module)
+    for name in ("megatron.core", "torch.utils.cpp_extension", "torch.distributed.checkpoint"):
+        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 def _keep_freed_memory() -> None:
@@ -187,4 +196,3 @@ def _import_megatron() -> None:
             torch.set_rng_state(outer)
 
     random.CudaRNGStatesTracker.fork = fork
-    logging.getLogger("megatron.core").setLevel(logging.ERROR)

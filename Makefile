@@ -1,0 +1,42 @@
+# Commands of this project. Every target sets up .venv first if need be.
+SHELL := /bin/bash
+PY := .venv/bin/python
+
+help: ## list the commands
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
+
+setup: ## make .venv and install everything (2 to 5 minutes, once)
+	@bash launch/setup.sh
+
+smoke: setup ## the whole story in about 5 minutes: prepare, train, kill, resume, evaluate, generate
+	@$(PY) -m launch.smoke
+
+test: setup ## the fast tests
+	@OMP_NUM_THREADS=1 $(PY) -m pytest -q -n 2 --dist loadfile
+
+test-slow: setup ## the slow tests
+	@OMP_NUM_THREADS=1 $(PY) -m pytest -q -m slow
+
+test-oracle: setup ## compare with mamba-ssm's real Triton kernels, interpreted on the CPU
+	@bash tests/parity/install.sh
+	@OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(PY) -m pytest -q -m oracle tests/parity
+
+check: setup ## format, lint, types, architecture rules (under a minute)
+	@$(PY) -m ruff format --check .
+	@$(PY) -m ruff check .
+	@$(PY) -m mypy
+	@$(PY) -m pytest -q tests/rules
+
+format: setup ## format the code
+	@$(PY) -m ruff format .
+	@$(PY) -m ruff check --fix .
+
+bench: setup ## speed of the smoke recipe, the scan and the loop, as a table
+	@$(PY) -m tests.bench
+
+clean: ## remove caches and the environment; runs/ is left alone
+	rm -rf .venv .oracle .mypy_cache .ruff_cache .pytest_cache *.egg-info
+	find . -name __pycache__ -not -path './runs/*' -prune -exec rm -rf {} +
+
+.PHONY: help setup smoke test test-slow test-oracle check format bench clean
+.DEFAULT_GOAL := help
