@@ -175,8 +175,8 @@ def _first(record: RunRecord) -> float:
 
 
 def _smooth(values: list[float]) -> list[float]:
-    """Mean over the last tenth of the run up to each point (at most 50 steps)."""
-    window = max(1, min(50, len(values) // 10))
+    """Mean over the last twentieth of the run up to each point (at most 50 steps)."""
+    window = max(1, min(50, len(values) // 20))
     return [statistics.fmean(values[max(0, i - window + 1) : i + 1]) for i in range(len(values))]
 
 

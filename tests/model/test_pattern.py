@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from train.config import ModelConfig
@@ -108,7 +109,7 @@ def test_gemma_mlp_of_three_matrices() -> None:
 
 def test_counts_equal_a_model_written_with_torch_modules() -> None:
     """The formula against modules that torch sizes itself."""
-    model, nn = SMALL, torch.nn
+    model = SMALL
     inner = model.mamba_heads * model.mamba_head_dim
     conv = inner + 2 * model.mamba_groups * model.mamba_state
     head_dim = model.head_dim
@@ -154,12 +155,12 @@ def test_stage_without_layers(pattern: str) -> None:
 def test_cuts_by_hand() -> None:
     assert cut("M-M*-|M-|M*-", 3, model=SMALL) == ["M-M*-", "M-", "M*-"]
     assert cut("M-M*-|M-|M*-", 1, model=SMALL) == ["M-M*-M-M*-"]
-    with pytest.raises(RecipeError, match="into 3 stages.*= 2.*Use 1 `|`"):
+    with pytest.raises(RecipeError, match=r"into 3 stages.*= 2.*Use 1 `\|`"):
         cut("M-M*-|M-|M*-", 2, model=SMALL)
 
 
 def test_more_stages_than_layers() -> None:
-    with pytest.raises(RecipeError, match="4 stages.*only 3 layers.*at most 3"):
+    with pytest.raises(RecipeError, match=r"4 stages.*only 3 layers.*at most 3"):
         cut("M*-", 4, model=SMALL)
 
 

@@ -1,8 +1,9 @@
 """Cross-entropy over a vocabulary that is split over the tensor ranks, without gathering it.
 
 Each rank holds logits of its own slice of the vocabulary. The softmax of a slice needs two numbers from the others: the
-largest log-sum-exp and the sum of the slices' exponentials below it. The probabilities computed in the forward pass are
-kept and turned into the gradient in place, so one tensor of logits' size is alive besides the logits themselves.
+largest log-sum-exp and the sum of the slices' exponentials below it. fp32 logits are overwritten by the probabilities in
+the forward pass, and those by the gradient in the backward pass: no second tensor of their size is ever alive, which at
+a vocabulary of 131,072 is what decides how many rows fit.
 """
 
 from typing import Any
@@ -18,13 +19,18 @@ class _VocabParallelCrossEntropy(torch.autograd.Function):
     ) -> torch.Tensor:
         storage = logits_SBV.dtype
         logits_SBV = logits_SBV.float()
-        probabilities = torch.softmax(logits_SBV, dim=-1)
+        ranks, size = group.size(), logits_SBV.shape[-1]
+        local_labels, is_here = labels_SB, None
+        if ranks > 1:
+            local_labels = labels_SB - group.rank() * size
+            is_here = (local_labels >= 0) & (local_labels < size)
+            local_labels = torch.where(is_here, local_labels, 0)
+        target = logits_SBV.gather(-1, local_labels.unsqueeze(-1)).squeeze(-1)
         largest, where = logits_SBV.max(dim=-1)
+        probabilities = torch.softmax(logits_SBV, dim=-1, out=logits_SBV)
         # log-sum-exp from the largest entry alone: log p_max lies in [-log V, 0], so nothing cancels.
         log_sum = largest - torch.log(probabilities.gather(-1, where.unsqueeze(-1)).squeeze(-1))
-        ranks = group.size()
-        local_labels = labels_SB
-        if ranks > 1:
+        if is_here is not None:
             slice_log_sum = log_sum
             log_sum = slice_log_sum.clone()
             dist.all_reduce(log_sum, op=dist.ReduceOp.MAX, group=group)
@@ -32,16 +38,9 @@ class _VocabParallelCrossEntropy(torch.autograd.Function):
             dist.all_reduce(total, group=group)
             log_sum = log_sum + torch.log(total)
             probabilities.mul_(torch.exp(slice_log_sum - log_sum).unsqueeze(-1))
-            first = group.rank() * logits_SBV.shape[-1]
-            local_labels = labels_SB - first
-            is_here = (local_labels >= 0) & (local_labels < logits_SBV.shape[-1])
-            local_labels = torch.where(is_here, local_labels, 0)
-            target = logits_SBV.gather(-1, local_labels.unsqueeze(-1)).squeeze(-1) * is_here
+            target = target * is_here
             dist.all_reduce(target, group=group)
-            ctx.save_for_backward(probabilities, local_labels, is_here)
-        else:
-            target = logits_SBV.gather(-1, local_labels.unsqueeze(-1)).squeeze(-1)
-            ctx.save_for_backward(probabilities, local_labels, None)
+        ctx.save_for_backward(probabilities, local_labels, is_here)
         ctx.storage = storage
         return log_sum - target
 
@@ -61,6 +60,6 @@ def vocab_parallel_cross_entropy(
     """-log softmax(logits)[label] per token, in nats, fp32.
 
     logits_SBV: this rank's slice of the vocabulary, slices in rank order; labels_SB: ids in the whole vocabulary.
-    -> [sequence, rows]. Collective over `group` in the forward pass. The backward pass may run once: it reuses its input.
+    -> [sequence, rows]. Mutates fp32 `logits_SBV`. Collective over `group` in the forward pass. Differentiable once.
     """
     return _VocabParallelCrossEntropy.apply(logits_SBV, labels_SB, group)

@@ -216,7 +216,12 @@ class _ScanGrads:
 
 
 class _Chunked:
-    """One scan laid out in chunks: tensors [K, Q, ...], rows padded to whole chunks with dt = 0, which changes nothing."""
+    """One scan laid out in chunks: tensors [K, Q, ...], rows padded to whole chunks with dt = 0, which changes nothing.
+
+    Heads are taken one by one and groups one by one: each then works on strided views of the token-major tensors, which
+    batched products take without a copy, and on Q x Q matrices that stay in the cache. (All heads at once needs a
+    transposed copy of every operand and streams the matrices through memory: 1.9 times slower, docs/log.md.)
+    """
 
     def __init__(
         self,
@@ -231,10 +236,7 @@ class _Chunked:
         self.rows, self.length, _ = xbc_BLC.shape
         self.per_row = -(-self.length // s.chunk)
         self.A = A_H
-        xbc = self.chunked(xbc_BLC)
-        self.x = xbc[..., : s.inner]  # [K, Q, H*P] view
-        self.B = xbc[..., s.inner : s.inner + s.groups * s.state]
-        self.C = xbc[..., s.inner + s.groups * s.state :]
+        self.xbc = self.chunked(xbc_BLC)
         self.dt = self.chunked(dt_LBH.transpose(0, 1))  # [K, Q, H]
         self.decay = torch.cumsum(self.dt * A_H, dim=1)  # s in the module text, [K, Q, H], never increasing
         self.total = self.decay[:, -1]  # [K, H]
@@ -244,7 +246,8 @@ class _Chunked:
         """[B, L, ...] -> [K, Q, ...]; a ragged end is filled with zeros, or with the last value."""
         missing = self.per_row * self.sizes.chunk - self.length
         if missing:
-            end = rows_BL[:, -1:].expand(-1, missing) if fill_last else rows_BL.new_zeros(self.rows, missing, *rows_BL.shape[2:])
+            shape = (self.rows, missing, *rows_BL.shape[2:])
+            end = rows_BL[:, -1:].expand(shape) if fill_last else rows_BL.new_zeros(shape)
             rows_BL = torch.cat([rows_BL, end], dim=1)
         return rows_BL.reshape(self.rows * self.per_row, self.sizes.chunk, *rows_BL.shape[2:])
 
@@ -255,130 +258,154 @@ class _Chunked:
     def forward(
         self, D_H: torch.Tensor, *, before: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """-> (y [K, Q, H*P], states before each chunk [B, chunks, G, N, H/G, P], state after the last)."""
+        """-> (y [K, Q, H*P], states before each chunk [G, B, chunks, N, H/G, P], state after the last [B, G, N, H/G, P])."""
         s = self.sizes
-        x_dt_KHQP = self.scaled_inputs()
-        y_KHQP = torch.matmul(self.mixing(), x_dt_KHQP)
-        gain = self.state_weights()
-        weighted = self.by_group(x_dt_KHQP.transpose(1, 2) * gain.unsqueeze(-1))
-        added = torch.matmul(self.grouped(self.B).transpose(-1, -2), weighted)  # [K, G, N, H/G*P]
+        gain = self.state_weights().mul_(self.dt)  # of x instead of dt x
+        added = torch.stack(
+            [torch.bmm(self.B(g).transpose(1, 2), self.weighted(self.group_x(g), gain, g)) for g in range(s.groups)]
+        )
         states, after = self.pass_states(added, before)
-        carried = torch.matmul(self.grouped(self.C), states.flatten(0, 1).flatten(-2))  # [K, G, Q, H/G*P]
-        y = self.from_groups(carried).mul_(self.carry_weights().unsqueeze(-1))  # [K, Q, H, P]
-        y += y_KHQP.transpose(1, 2)
-        y.addcmul_(self.x.unflatten(-1, (s.heads, s.head_dim)), D_H.unsqueeze(-1))
+        carry = self.carry_weights()
+        y = torch.empty(self.xbc.shape[0], s.chunk, s.heads, s.head_dim, dtype=self.xbc.dtype, device=self.xbc.device)
+        for g in range(s.groups):
+            scores = self.scores(g)
+            carried = torch.bmm(self.C(g), self.flat(states, g)).unflatten(-1, (s.heads_per_group, s.head_dim))
+            for index, h in enumerate(self.heads(g)):
+                x = self.head_x(h)
+                part = torch.bmm(self.decays(h).mul_(scores), x * self.dt[:, :, h, None])
+                part.addcmul_(carried[:, :, index], carry[:, :, h, None])
+                y[:, :, h] = part.addcmul_(x, D_H[h])
         return y.flatten(-2), states, after
 
-    def backward(
-        self, grad_y_BLI: torch.Tensor, states: torch.Tensor, D_H: torch.Tensor
-    ) -> _ScanGrads:
+    def backward(self, grad_y_BLI: torch.Tensor, states: torch.Tensor, D_H: torch.Tensor) -> _ScanGrads:
+        """Gradients of `forward` (without `before`), given its output's and the states it returned."""
         s = self.sizes
-        heads = (s.heads, s.head_dim)
-        x = self.x.unflatten(-1, heads)  # [K, Q, H, P]
-        grad_y = self.chunked(grad_y_BLI).unflatten(-1, heads)
-        grad_y_KHQP = grad_y.transpose(1, 2).contiguous()
-        x_dt_KHQP = self.scaled_inputs()
-        B, C = self.grouped(self.B), self.grouped(self.C)
+        grad_y = self.chunked(grad_y_BLI).unflatten(-1, (s.heads, s.head_dim))
+        carry, gain = self.carry_weights(), self.state_weights()
+        grad_xbc = torch.empty_like(self.xbc)
+        grad_a = torch.empty_like(self.dt)  # of dt A at each token
+        through_x = torch.empty_like(self.dt)  # <x, d(dt x)>
+        left = torch.empty_like(self.dt)  # what the state built in this chunk takes from each token
+        grad_D = torch.empty_like(D_H)
 
-        # Inside the chunk: y = M (dt x), M = decays * tril(C B^T)
-        decays = self.pairwise_decays()
-        scores = self.scores()
-        per_head = torch.matmul(grad_y_KHQP, x_dt_KHQP.transpose(-1, -2)).mul_(decays)
-        per_head = per_head.unflatten(1, (s.groups, s.heads_per_group))
-        grad_scores = self.causal_(per_head.sum(2))
-        grad_a = self.across(per_head.mul_(scores.unsqueeze(2)).flatten(1, 2))  # [K, Q, H]
-        mixing = decays.unflatten(1, (s.groups, s.heads_per_group)).mul_(scores.unsqueeze(2)).flatten(1, 2)
-        grad_x_dt = torch.matmul(mixing.transpose(-1, -2), grad_y_KHQP).transpose(1, 2)  # [K, Q, H, P]
-        grad_C = torch.matmul(grad_scores, B)
-        grad_B = torch.matmul(grad_scores.transpose(-1, -2), C)
-
-        # State carried in: y += w C state_before
-        carried = self.by_group(grad_y * self.carry_weights().unsqueeze(-1))  # [K, G, Q, H/G*P]
-        before = states.flatten(0, 1).flatten(-2)
-        grad_C += torch.matmul(carried, before.transpose(-1, -2))
-        grad_before = torch.matmul(C.transpose(-1, -2), carried)
-        entered = self.from_groups(torch.matmul(C, before).mul_(carried)).sum(-1)  # [K, Q, H]
-        grad_a += entered.flip(1).cumsum(1).flip(1)
+        carried = [self.weighted(grad_y[:, :, self.span(g)], carry, g) for g in range(s.groups)]
+        grad_before = torch.stack([torch.bmm(self.C(g).transpose(1, 2), carried[g]) for g in range(s.groups)])
         grad_added, grad_total = self.pass_states_backward(grad_before, states)
+        for g in range(s.groups):
+            B, C, scores = self.B(g), self.C(g), self.scores(g)
+            before, built = self.flat(states, g), self.flat(grad_added, g)
+            grad_C = torch.bmm(carried[g], before.transpose(1, 2))
+            entered = torch.bmm(C, before).mul_(carried[g]).unflatten(-1, (s.heads_per_group, s.head_dim)).sum(-1)
+            grad_a[:, :, self.span(g)] = entered.flip(1).cumsum(1).flip(1)
+            grad_B = torch.bmm(self.weighted(self.group_x(g), gain * self.dt, g), built.transpose(1, 2))
+            from_state = torch.bmm(B, built).unflatten(-1, (s.heads_per_group, s.head_dim))
+            grad_scores = torch.zeros_like(scores)
+            for index, h in enumerate(self.heads(g)):
+                x, grad = self.head_x(h), grad_y[:, :, h]
+                dt = self.dt[:, :, h, None]
+                # Inside the chunk: y = M (dt x) with M = decays * scores
+                decays = self.decays(h)
+                pairs = torch.bmm(grad, (x * dt).transpose(1, 2)).mul_(decays)
+                grad_scores += pairs
+                grad_a[:, :, h] += self.across(pairs.mul_(scores))
+                grad_x_dt = torch.bmm(decays.mul_(scores).transpose(1, 2), grad)
+                # Through the state built here: added = B^T (gain dt x)
+                out_of_state = from_state[:, :, index] * gain[:, :, h, None]
+                torch.sum(out_of_state * x, -1, out=left[:, :, h])
+                grad_x_dt += out_of_state
+                torch.sum(grad_x_dt * x, -1, out=through_x[:, :, h])
+                grad_D[h] = torch.sum(grad * x)
+                torch.addcmul(grad_x_dt.mul_(dt), grad, D_H[h], out=grad_xbc[..., self.channels(h)])
+            grad_scores = self.causal_(grad_scores)
+            grad_xbc[..., self.B_channels(g)] = grad_B.baddbmm_(grad_scores.transpose(1, 2), C)
+            grad_xbc[..., self.C_channels(g)] = grad_C.baddbmm_(grad_scores, B)
 
-        # State built here: added = B^T (gain dt x)
-        gain = self.state_weights()
-        weighted = self.by_group(x_dt_KHQP.transpose(1, 2) * gain.unsqueeze(-1))
-        grad_B += torch.matmul(weighted, grad_added.transpose(-1, -2))
-        grad_weighted = self.from_groups(torch.matmul(B, grad_added))  # [K, Q, H, P]
-        from_states = grad_weighted.mul_(gain.unsqueeze(-1))  # the part of d(dt x) that came through the state
-        left = (from_states * x).sum(-1).mul_(self.dt)  # [K, Q, H]
+        left.mul_(self.dt)
         grad_a[:, 1:] += left.cumsum(1)[:, :-1]
         grad_a += grad_total.unsqueeze(1)
-        grad_x_dt = grad_x_dt + from_states
-
-        # dt, A, D, x
-        through_x = (grad_x_dt * x).sum(-1)  # [K, Q, H]
-        grad_D = (grad_y * x).sum(-1)
-        grad_dt = grad_a * self.A + through_x
-        grad_xbc = torch.empty(*self.x.shape[:2], s.conv_channels, dtype=x.dtype, device=x.device)
-        grad_x = grad_xbc[..., : s.inner].unflatten(-1, heads)
-        torch.mul(grad_x_dt, self.dt.unsqueeze(-1), out=grad_x)
-        grad_x.addcmul_(grad_y, D_H.unsqueeze(-1))
-        width = s.groups * s.state
-        grad_xbc[..., s.inner : s.inner + width].unflatten(-1, (s.groups, s.state)).copy_(grad_B.transpose(1, 2))
-        grad_xbc[..., s.inner + width :].unflatten(-1, (s.groups, s.state)).copy_(grad_C.transpose(1, 2))
         return _ScanGrads(
             xbc=self.unchunk(grad_xbc),
-            dt=self.unchunk(grad_dt),
+            dt=self.unchunk(grad_a * self.A + through_x),
             A=(grad_a * self.dt).sum((0, 1)),
-            D=grad_D.sum((0, 1)),
+            D=grad_D,
         )
 
-    def scaled_inputs(self) -> torch.Tensor:
-        """dt x, [K, H, Q, P] contiguous: one matrix per head."""
-        s = self.sizes
-        x = self.x.unflatten(-1, (s.heads, s.head_dim))
-        out = torch.empty(x.shape[0], s.heads, s.chunk, s.head_dim, dtype=x.dtype, device=x.device)
-        torch.mul(x, self.dt.unsqueeze(-1), out=out.transpose(1, 2))
-        return out
+    def heads(self, g: int) -> range:
+        """Heads of a group."""
+        return range(g * self.sizes.heads_per_group, (g + 1) * self.sizes.heads_per_group)
 
-    def pairwise_decays(self) -> torch.Tensor:
-        """exp(s_i - s_j) for i >= j, [K, H, Q, Q]; above the diagonal 1, to be masked by the scores."""
-        s_KHQ = self.decay.transpose(1, 2)
-        return (s_KHQ.unsqueeze(-1) - s_KHQ.unsqueeze(-2)).clamp_(max=0).exp_()
+    def span(self, g: int) -> slice:
+        """The heads of a group as a slice."""
+        return slice(g * self.sizes.heads_per_group, (g + 1) * self.sizes.heads_per_group)
 
-    def scores(self) -> torch.Tensor:
-        """tril(C B^T) within the chunk and the document, once a group, [K, G, Q, Q]."""
-        return self.causal_(torch.matmul(self.grouped(self.C), self.grouped(self.B).transpose(-1, -2)))
+    def channels(self, h: int) -> slice:
+        return slice(h * self.sizes.head_dim, (h + 1) * self.sizes.head_dim)
+
+    def B_channels(self, g: int) -> slice:
+        return slice(self.sizes.inner + g * self.sizes.state, self.sizes.inner + (g + 1) * self.sizes.state)
+
+    def C_channels(self, g: int) -> slice:
+        first = self.sizes.inner + (self.sizes.groups + g) * self.sizes.state
+        return slice(first, first + self.sizes.state)
+
+    def head_x(self, h: int) -> torch.Tensor:
+        """[K, Q, P] view."""
+        return self.xbc[..., self.channels(h)]
+
+    def group_x(self, g: int) -> torch.Tensor:
+        """[K, Q, H/G, P] view."""
+        return self.xbc[..., : self.sizes.inner].unflatten(-1, (self.sizes.heads, self.sizes.head_dim))[:, :, self.span(g)]
+
+    def B(self, g: int) -> torch.Tensor:
+        """[K, Q, N] view."""
+        return self.xbc[..., self.B_channels(g)]
+
+    def C(self, g: int) -> torch.Tensor:
+        """[K, Q, N] view."""
+        return self.xbc[..., self.C_channels(g)]
+
+    def weighted(self, values: torch.Tensor, weights: torch.Tensor, g: int) -> torch.Tensor:
+        """values [K, Q, H/G, P] of a group times weights [K, Q, H]: [K, Q, H/G*P], one matrix for all its heads."""
+        return (values * weights[:, :, self.span(g), None]).flatten(-2)
+
+    def flat(self, states: torch.Tensor, g: int) -> torch.Tensor:
+        """States of a group as matrices, [K, N, H/G*P]."""
+        return states[g].flatten(0, 1).flatten(-2)
+
+    def decays(self, h: int) -> torch.Tensor:
+        """exp(s_i - s_j) for i >= j, [K, Q, Q]; above the diagonal 1, to be masked by the scores."""
+        s_KQ = self.decay[:, :, h]
+        return (s_KQ.unsqueeze(-1) - s_KQ.unsqueeze(-2)).clamp_(max=0).exp_()
+
+    def scores(self, g: int) -> torch.Tensor:
+        """tril(C B^T) within the chunk and the document, [K, Q, Q]."""
+        return self.causal_(torch.bmm(self.C(g), self.B(g).transpose(1, 2)))
 
     def causal_(self, square: torch.Tensor) -> torch.Tensor:
-        """Zero what looks ahead or into another document, in place. [K, G, Q, Q]."""
+        """Zero what looks ahead or into another document, in place. [K, Q, Q]."""
         square = square.tril_()
         if self.document is not None:
-            other = self.document.unsqueeze(-1) != self.document.unsqueeze(-2)
-            square.masked_fill_(other.unsqueeze(1), 0)
+            square.masked_fill_(self.document.unsqueeze(-1) != self.document.unsqueeze(-2), 0)
         return square
 
-    def mixing(self) -> torch.Tensor:
-        """What each token takes from each earlier one in its chunk, [K, H, Q, Q]."""
-        s = self.sizes
-        decays = self.pairwise_decays().unflatten(1, (s.groups, s.heads_per_group))
-        return decays.mul_(self.scores().unsqueeze(2)).flatten(1, 2)
-
     def across(self, pairs: torch.Tensor) -> torch.Tensor:
-        """Sum over i >= k > j of pairs[i, j] (lower triangle), for every k: [K, H, Q, Q] -> [K, Q, H]."""
+        """Sum over i >= k > j of pairs[i, j] (lower triangle), for every k: [K, Q, Q] -> [K, Q]."""
         size = self.sizes.chunk
         before = torch.ones(size, size, dtype=pairs.dtype, device=pairs.device).triu_(1)  # [j, k]: 1 where j < k
-        return torch.matmul(pairs, before).tril_().sum(-2).transpose(1, 2).contiguous()
+        return torch.matmul(pairs, before).tril_().sum(-2)
 
     def state_weights(self) -> torch.Tensor:
         """exp(s_Q - s_j): how much of token j is left in the state at the end of its chunk, [K, Q, H]."""
         weights = torch.exp(self.total.unsqueeze(1) - self.decay)
         if self.document is not None:
-            weights = weights * (self.document == self.document[:, -1:]).unsqueeze(-1)
+            weights *= (self.document == self.document[:, -1:]).unsqueeze(-1)
         return weights
 
     def carry_weights(self) -> torch.Tensor:
         """exp(s_i): how much of the state before the chunk token i still sees, [K, Q, H]."""
         weights = torch.exp(self.decay)
         if self.document is not None:
-            weights = weights * (self.document == self.document_before().unsqueeze(-1)).unsqueeze(-1)
+            weights *= (self.document == self.document_before().unsqueeze(-1)).unsqueeze(-1)
         return weights
 
     def document_before(self) -> torch.Tensor:
@@ -389,51 +416,36 @@ class _Chunked:
         return torch.cat([first[:, :1], last[:, :-1]], dim=1).flatten()
 
     def chunk_decays(self) -> torch.Tensor:
-        """exp(s_Q): what is left of the state before a chunk after it, [B, chunks, H]."""
+        """exp(s_Q): what is left after a chunk of the state before it, [G, B, chunks, 1, H/G, 1]."""
+        s = self.sizes
         decays = torch.exp(self.total)
         if self.document is not None:
-            assert self.document is not None
             decays = decays * (self.document[:, -1] == self.document_before()).unsqueeze(-1)
-        return decays.view(self.rows, self.per_row, -1)
+        by_group = decays.view(self.rows, self.per_row, s.groups, 1, s.heads_per_group, 1)
+        return by_group.permute(2, 0, 1, 3, 4, 5)
 
-    def pass_states(
-        self, added: torch.Tensor, before: torch.Tensor | None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Run the state over the chunks. added [K, G, N, H/G*P] -> (before each chunk [B, chunks, G, N, H/G, P], last)."""
+    def pass_states(self, added: torch.Tensor, before: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+        """Run the state over the chunks: added [G, K, N, H/G*P] -> (before each chunk [G, B, chunks, ...], after the last)."""
         s = self.sizes
-        added = added.view(self.rows, self.per_row, s.groups, s.state, s.heads_per_group, s.head_dim)
-        decays = self.chunk_decays().view(self.rows, self.per_row, s.groups, 1, s.heads_per_group, 1)
+        added = added.view(s.groups, self.rows, self.per_row, s.state, s.heads_per_group, s.head_dim)
+        decays = self.chunk_decays()
         states = torch.empty_like(added)
-        states[:, 0] = 0 if before is None else before
-        for chunk in range(1, self.per_row):
-            torch.addcmul(added[:, chunk - 1], states[:, chunk - 1], decays[:, chunk - 1], out=states[:, chunk])
-        return states, torch.addcmul(added[:, -1], states[:, -1], decays[:, -1])
+        states[:, :, 0] = 0 if before is None else before.transpose(0, 1)
+        for c in range(1, self.per_row):
+            torch.addcmul(added[:, :, c - 1], states[:, :, c - 1], decays[:, :, c - 1], out=states[:, :, c])
+        after = torch.addcmul(added[:, :, -1], states[:, :, -1], decays[:, :, -1])
+        return states, after.transpose(0, 1)
 
     def pass_states_backward(self, grad_before: torch.Tensor, states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Gradients of `pass_states`: -> (of added [K, G, N, H/G*P], of s_Q through the chunk decays [K, H])."""
-        s = self.sizes
+        """Gradients of `pass_states`: -> (of added, shaped as the states; of s_Q through the chunk decays [K, H])."""
         grad_before = grad_before.view(states.shape)
-        decays = self.chunk_decays().view(self.rows, self.per_row, s.groups, 1, s.heads_per_group, 1)
+        decays = self.chunk_decays()
         grad_added = torch.empty_like(states)
-        grad_added[:, -1] = 0
-        for chunk in range(self.per_row - 1, 0, -1):
-            torch.addcmul(grad_before[:, chunk], grad_added[:, chunk], decays[:, chunk], out=grad_added[:, chunk - 1])
+        grad_added[:, :, -1] = 0
+        for c in range(self.per_row - 1, 0, -1):
+            torch.addcmul(grad_before[:, :, c], grad_added[:, :, c], decays[:, :, c], out=grad_added[:, :, c - 1])
         grad_decays = (grad_added * states).sum((3, 5), keepdim=True) * decays
-        return grad_added.flatten(0, 1).flatten(-2), grad_decays.reshape(-1, s.heads)
-
-    def grouped(self, flat: torch.Tensor) -> torch.Tensor:
-        """[K, Q, G*N] -> [K, G, Q, N]."""
-        return flat.unflatten(-1, (self.sizes.groups, self.sizes.state)).transpose(1, 2)
-
-    def by_group(self, per_head: torch.Tensor) -> torch.Tensor:
-        """[K, Q, H, P] -> [K, G, Q, H/G*P]: the heads of a group side by side, so that one product serves them all."""
-        s = self.sizes
-        return per_head.unflatten(2, (s.groups, s.heads_per_group)).flatten(-2).transpose(1, 2)
-
-    def from_groups(self, grouped: torch.Tensor) -> torch.Tensor:
-        """[K, G, Q, H/G*P] -> [K, Q, H, P] contiguous."""
-        s = self.sizes
-        return grouped.transpose(1, 2).unflatten(-1, (s.heads_per_group, s.head_dim)).flatten(2, 3).contiguous()
+        return grad_added, grad_decays.permute(1, 2, 0, 3, 4, 5).reshape(-1, self.sizes.heads)
 
 
 def _single_step(

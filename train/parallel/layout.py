@@ -54,7 +54,7 @@ def rank_coordinates(layout: Layout, rank: int) -> Coordinates:
 
 
 def lay_out(*, model: ModelConfig, parallel: ParallelConfig, run: RunConfig, row_tokens: int, world: int) -> Layout:
-    """The layout of a recipe on `world` processes. RecipeError has a line (value, place, remedy) for each rule broken."""
+    """The layout of a recipe on `world` processes. RecipeError: a line (value, place, remedy) for each rule broken."""
     problems = _switch_problems(parallel)
     try:
         kinds = set(layer_kinds(model.pattern))
@@ -146,12 +146,13 @@ def _tensor_problems(model: ModelConfig, parallel: ParallelConfig, kinds: set[La
         sizes |= {"model.mamba_heads": model.mamba_heads, "model.mamba_groups": model.mamba_groups}
     if "-" in kinds:
         sizes["model.ffn"] = model.ffn
+    broken = [f"{name}={size}" for name, size in sizes.items() if size % parallel.tensor]
+    if not broken:
+        return []
     fit = [degree for degree in range(1, min(sizes.values()) + 1) if all(size % degree == 0 for size in sizes.values())]
     return [
-        f"parallel.tensor={parallel.tensor} does not divide {name}={size}. Use {_phrase(fit)} (what all sizes of this "
-        f"model allow), or change {name}."
-        for name, size in sizes.items()
-        if size % parallel.tensor
+        f"parallel.tensor={parallel.tensor} does not divide {', '.join(broken)}. Use {_phrase(fit)} (what all sizes of "
+        f"this model allow), or change {'it' if len(broken) == 1 else 'them'}."
     ]
 
 
