@@ -1,0 +1,40 @@
+"""Vocabulary-parallel cross-entropy against torch's own in float64, whole and split over two ranks."""
+
+import pytest
+import torch
+import torch.distributed as dist
+from ranks import run_ranks
+from torch.nn import functional as F
+
+from train.model.cross_entropy import vocab_parallel_cross_entropy
+
+SHAPE = (5, 3, 32)
+
+
+def inputs() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    g = torch.Generator().manual_seed(0)
+    logits = 20 * torch.randn(SHAPE, generator=g)
+    return logits, torch.randint(0, SHAPE[-1], SHAPE[:2], generator=g), torch.randn(SHAPE[:2], generator=g)
+
+
+def split(rank: int, world: int) -> tuple[torch.Tensor, torch.Tensor]:
+    dist.init_process_group("gloo", rank=rank, world_size=world)
+    logits, labels, weights = inputs()
+    mine = logits.chunk(world, dim=-1)[rank].contiguous().requires_grad_()
+    loss = vocab_parallel_cross_entropy(mine * 1.0, labels, group=dist.group.WORLD)
+    (loss * weights).sum().backward()
+    assert mine.grad is not None
+    return loss.detach(), mine.grad
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_loss_and_gradient_equal_torchs_in_float64(world: int) -> None:
+    logits, labels, weights = inputs()
+    exact = logits.double().requires_grad_()
+    expected = F.cross_entropy(exact.flatten(0, 1), labels.flatten(), reduction="none").view(SHAPE[:2])
+    (expected * weights).sum().backward()
+    results = run_ranks(world, split, world)
+    for loss, _ in results:
+        torch.testing.assert_close(loss.double(), expected.detach(), rtol=1e-6, atol=1e-6)
+    gradient = torch.cat([grad for _, grad in results], dim=-1)
+    torch.testing.assert_close(gradient.double(), exact.grad, rtol=1e-5, atol=1e-7)

@@ -1,0 +1,96 @@
+"""A tiny hybrid and synthetic rows for engine tests: build it in a rank, train a few steps, get exact numbers back."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+
+from data.batch import Batch
+from data.config import DataConfig, SourceConfig
+from train.config import Recipe, RunConfig, ModelConfig
+from train.engine import Engine
+from train.parallel.mesh import Mesh
+from train.run import build_engine, check, mesh_of
+from train.step import train_step
+from train.stopwatch import Stopwatch
+
+ROW_TOKENS = 64
+VOCAB = 256
+TINY = ModelConfig(
+    pattern="M-M*-M-M*-",
+    hidden=64,
+    vocab=VOCAB,
+    ffn=128,
+    heads=4,
+    kv_heads=2,
+    head_dim=16,
+    mamba_heads=8,
+    mamba_head_dim=16,
+    mamba_state=16,
+    mamba_groups=2,
+    mamba_chunk=16,
+)
+RECIPE = Recipe(
+    run=RunConfig(name="tiny", steps=8, global_rows=4, microbatch_rows=1, threads=1),
+    model=TINY,
+    data=DataConfig(row_tokens=ROW_TOKENS, sources={"none": SourceConfig(path="none")}),
+)
+
+def recipe_with(**changes: Any) -> Recipe:
+    """RECIPE with dotted fields changed: recipe_with(**{"parallel.tensor": 2})."""
+    recipe = RECIPE
+    for key, value in changes.items():
+        group, field = key.split(".")
+        recipe = replace(recipe, **{group: replace(getattr(recipe, group), **{field: value})})
+    return recipe
+
+def rows_of(step: int, positions: np.ndarray) -> Batch:
+    """Synthetic rows: a function of step and position only, with documents of about 30 tokens."""
+    tokens = np.stack([np.random.default_rng((step, int(p))).integers(0, VOCAB, ROW_TOKENS + 1) for p in positions])
+    ends = np.stack([np.random.default_rng((step, int(p), 1)).random(ROW_TOKENS) < 1 / 30 for p in positions])
+    both = torch.from_numpy(tokens)
+    return Batch(
+        tokens=both[:, :-1].contiguous(),
+        labels=both[:, 1:].contiguous(),
+        document_index=torch.from_numpy(ends.cumsum(1).astype(np.int32)),
+        source=torch.zeros(len(positions), dtype=torch.int32),
+        positions=positions,
+    )
+
+def microbatches(recipe: Recipe, mesh: Mesh, step: int) -> list[Batch]:
+    """This rank's microbatches of a step, dealt as `data.stream` deals them."""
+    size, ranks = recipe.run.microbatch_rows, mesh.layout.data
+    starts = range(mesh.data_rank * size, recipe.run.global_rows, ranks * size)
+    return [rows_of(step, np.arange(start, start + size)) for start in starts]
+
+@contextmanager
+def engine_of(recipe: Recipe, *, rank: int, world: int) -> Iterator[Engine]:
+    """A built engine inside its process groups."""
+    torch.set_num_threads(1)
+    layout = check(recipe, world=world)
+    with mesh_of(recipe, layout, device=torch.device("cpu"), rank=rank) as mesh:
+        yield build_engine(recipe, mesh)
+
+@dataclass(frozen=True)
+class Numbers:
+    """What a few steps gave: full-precision losses and gradient norms."""
+
+    losses: list[float]
+    grad_norms: list[float]
+
+def steps_of(engine: Engine, recipe: Recipe, steps: range) -> Numbers:
+    """Train the given steps. Collective."""
+    losses, norms = [], []
+    for step in steps:
+        result = train_step(engine, microbatches(recipe, engine.mesh, step), learning_rate=1e-3, watch=Stopwatch())
+        losses.append(float(engine.mesh.sum_over_world(result.loss.clone())))
+        norms.append(float(result.grad_norm))
+    return Numbers(losses, norms)
+
+def train_tiny(rank: int, recipe: Recipe, world: int, steps: int = 3) -> Numbers:
+    """For `run_ranks`: build and train from scratch."""
+    with engine_of(recipe, rank=rank, world=world) as engine:
+        return steps_of(engine, recipe, range(steps))
