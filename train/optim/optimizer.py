@@ -35,20 +35,16 @@ class GroupStepAdamW(torch.optim.Optimizer):
         capturable: bool = False,
     ) -> None:
         assert adam_w_mode and not capturable, "decoupled weight decay, without CUDA graphs"
-        super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "betas": betas, "eps": eps})
+        super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "betas": betas, "eps": eps, "step": 0})
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
-        """Update every parameter that has a gradient, in place."""
+        """Update every parameter that has a gradient, in place. Moments must be there (`build_optimizer` makes them)."""
         for group in self.param_groups:
             params = [p for p in group["params"] if p.grad is not None and p.numel() > 0]
             if not params:
                 continue
-            for p in params:
-                if not self.state[p]:
-                    self.state[p]["exp_avg"] = torch.zeros_like(p)
-                    self.state[p]["exp_avg_sq"] = torch.zeros_like(p)
-            done = float(group.get("step", 0))
+            done = float(group["step"])
             counts = [torch.full((), done, dtype=torch.float32, device=p.device) for p in params]
             adamw(
                 params,
@@ -94,6 +90,7 @@ def build_optimizer(chunks: list[Any], *, optim: OptimConfig, precision: Precisi
     )
     for part in _parts(optimizer):
         _repair_group_index(part)
+        part.init_state_fn(part.optimizer, part.config)  # moments exist from the start: a run can be saved at any step
     for group in optimizer.param_groups:
         group["weight_decay"] = optim.weight_decay * group["wd_mult"]
     return optimizer
