@@ -43,7 +43,9 @@ def run_command(
     keys: every dotted key a recipe can have, to name the nearest; user_errors: what ends in a message, not a traceback.
     """
     rank = int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")))
-    logging.basicConfig(level=logging.WARNING, format=f"%(asctime)s rank {rank} %(name)s: %(message)s", stream=sys.stderr)
+    logging.basicConfig(
+        level=logging.WARNING, format=f"%(asctime)s rank {rank} %(name)s: %(message)s", stream=sys.stderr
+    )
     os.environ["HYDRA_FULL_ERROR"] = "1"  # errors come here instead of Hydra's own report
     given = {word.split("=", 1)[0].lstrip("+~") for word in sys.argv[1:]}
     sys.argv += [f"{key}={value}" for key, value in _QUIET.items() if key not in given]
@@ -116,4 +118,3 @@ def _complain(message: str, *, rank: int) -> None:
     head = "error" if rank == 0 else f"error on rank {rank}"
     sys.stderr.write(f"{head}: {message}\n")
     sys.stderr.flush()
-

@@ -177,9 +177,7 @@ def _tokenizer(config: DataConfig, folder: Path, bars: Progress) -> Tokenizer:
     return tokenizer
 
 
-def _source(
-    config: DataConfig, name: str, folder: Path, tokenizer: Tokenizer, bars: Progress
-) -> dict[str, SplitEntry]:
+def _source(config: DataConfig, name: str, folder: Path, tokenizer: Tokenizer, bars: Progress) -> dict[str, SplitEntry]:
     """Tokenize one source, or find that it was done."""
     done = folder / f"{name}.json"
     if done.exists():

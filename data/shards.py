@@ -23,7 +23,7 @@ from data.errors import DataError
 
 _MAGIC = b"MMIDIDX\x00\x00"
 _HEADER = struct.Struct("<9sQBQQ")
-_DTYPES = {4: np.dtype("<i4"), 8: np.dtype("<u2")}
+_DTYPES: dict[int, np.dtype[Any]] = {4: np.dtype("<i4"), 8: np.dtype("<u2")}
 """Megatron's dtype codes for the two kinds token ids are stored as."""
 _CODES = {dtype: code for code, dtype in _DTYPES.items()}
 MANIFEST = "manifest.json"
@@ -53,7 +53,9 @@ class ShardWriter:
         """Append one document, its end-of-document token included. DataError for an id outside the vocabulary."""
         array = np.asarray(ids, dtype=np.int64)
         if array.size == 0 or array.min() < 0 or array.max() >= self.vocab_size:
-            raise DataError(f"{self.prefix}: a document is empty or has ids outside the vocabulary of {self.vocab_size:,}")
+            raise DataError(
+                f"{self.prefix}: a document is empty or has ids outside the vocabulary of {self.vocab_size:,}"
+            )
         self._stream.write(array.astype(self.dtype).tobytes())
         self.lengths.append(array.size)
 

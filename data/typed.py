@@ -11,16 +11,15 @@ import ast
 import dataclasses
 import difflib
 import inspect
+import itertools
 import textwrap
 import types
 import typing
 from collections.abc import Mapping
-from typing import Any, TypeVar
+from typing import Any
 
 from data.errors import DataError
 from data.fields import Range
-
-T = TypeVar("T")
 
 
 class FieldError(DataError):
@@ -31,7 +30,7 @@ class _Bad(Exception):
     """One value that does not fit; caught by the reader, which goes on to find the others."""
 
 
-def build(cls: type[T], mapping: Any, where: str) -> T:
+def build[T](cls: type[T], mapping: Any, where: str) -> T:
     """An instance of dataclass `cls` from `mapping`; `where` is the dotted place of the mapping in its recipe.
 
     Raises FieldError with a line per problem: the key or value, its place, and the nearest key, range or choices.
@@ -48,7 +47,7 @@ def field_docs(cls: type) -> dict[str, str]:
     tree = ast.parse(textwrap.dedent(inspect.getsource(cls)))
     body = typing.cast(ast.ClassDef, tree.body[0]).body
     docs: dict[str, str] = {}
-    for statement, following in zip(body, body[1:], strict=False):
+    for statement, following in itertools.pairwise(body):
         if isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name):
             text = following.value if isinstance(following, ast.Expr) else None
             if isinstance(text, ast.Constant) and isinstance(text.value, str):

@@ -56,7 +56,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Tell the story. -> 0 if every part came out right."""
     parser = argparse.ArgumentParser(prog="python -m launch.smoke", description=__doc__.splitlines()[0])
     parser.add_argument("-cn", "--recipe", default="smoke", help="recipe to use (default: smoke)")
-    parser.add_argument("--name", default="smoke", help="run name; a number is added if the run exists (default: smoke)")
+    parser.add_argument(
+        "--name", default="smoke", help="run name; a number is added if the run exists (default: smoke)"
+    )
     parser.add_argument("overrides", nargs="*", help="recipe overrides, key=value")
     parsed = parser.parse_args(arguments)
     story = Story(_free_name(parsed.name), parsed.recipe, parsed.overrides, Console(stderr=True))

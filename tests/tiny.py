@@ -10,7 +10,7 @@ import torch
 
 from data.batch import Batch
 from data.config import DataConfig, SourceConfig
-from train.config import Recipe, RunConfig, ModelConfig
+from train.config import ModelConfig, Recipe, RunConfig
 from train.engine import Engine
 from train.parallel.mesh import Mesh
 from train.run import build_engine, check, mesh_of
@@ -39,6 +39,7 @@ RECIPE = Recipe(
     data=DataConfig(row_tokens=ROW_TOKENS, sources={"none": SourceConfig(path="none")}),
 )
 
+
 def recipe_with(**changes: Any) -> Recipe:
     """RECIPE with dotted fields changed: recipe_with(**{"parallel.tensor": 2})."""
     recipe = RECIPE
@@ -46,6 +47,7 @@ def recipe_with(**changes: Any) -> Recipe:
         group, field = key.split(".")
         recipe = replace(recipe, **{group: replace(getattr(recipe, group), **{field: value})})
     return recipe
+
 
 def rows_of(step: int, positions: np.ndarray) -> Batch:
     """Synthetic rows: a function of step and position only, with documents of about 30 tokens."""
@@ -60,11 +62,13 @@ def rows_of(step: int, positions: np.ndarray) -> Batch:
         positions=positions,
     )
 
+
 def microbatches(recipe: Recipe, mesh: Mesh, step: int) -> list[Batch]:
     """This rank's microbatches of a step, dealt as `data.stream` deals them."""
     size, ranks = recipe.run.microbatch_rows, mesh.layout.data
     starts = range(mesh.data_rank * size, recipe.run.global_rows, ranks * size)
     return [rows_of(step, np.arange(start, start + size)) for start in starts]
+
 
 @contextmanager
 def engine_of(recipe: Recipe, *, rank: int, world: int) -> Iterator[Engine]:
@@ -74,12 +78,14 @@ def engine_of(recipe: Recipe, *, rank: int, world: int) -> Iterator[Engine]:
     with mesh_of(recipe, layout, device=torch.device("cpu"), rank=rank) as mesh:
         yield build_engine(recipe, mesh)
 
+
 @dataclass(frozen=True)
 class Numbers:
     """What a few steps gave: full-precision losses and gradient norms."""
 
     losses: list[float]
     grad_norms: list[float]
+
 
 def steps_of(engine: Engine, recipe: Recipe, steps: range) -> Numbers:
     """Train the given steps. Collective."""
@@ -89,6 +95,7 @@ def steps_of(engine: Engine, recipe: Recipe, steps: range) -> Numbers:
         losses.append(float(engine.mesh.sum_over_world(result.loss.clone())))
         norms.append(float(result.grad_norm))
     return Numbers(losses, norms)
+
 
 def train_tiny(rank: int, recipe: Recipe, world: int, steps: int = 3) -> Numbers:
     """For `run_ranks`: build and train from scratch."""

@@ -1,12 +1,13 @@
 """`python -m train.generate -cn RECIPE`: stream text from the newest checkpoint of a recipe's run.
 
-    python -m train.generate -cn smoke +generate.prompt="ROMEO."
-    python -m train.generate -cn smoke +generate.temperature=0            greedy
-    python -m train.generate -cn smoke +generate.top_p=0.9 +generate.tokens=400 +generate.seed=7
-    python -m train.generate -cn smoke +generate.checkpoint=runs/smoke/checkpoints/step_00000120
+python -m train.generate -cn smoke +generate.prompt="ROMEO."
+python -m train.generate -cn smoke +generate.temperature=0            greedy
+python -m train.generate -cn smoke +generate.top_p=0.9 +generate.tokens=400 +generate.seed=7
+python -m train.generate -cn smoke +generate.checkpoint=runs/smoke/checkpoints/step_00000120
 """
 
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -59,7 +60,7 @@ def _generate(composed: DictConfig) -> int:
     return 0
 
 
-def stream_text(recipe: Recipe, config: GenerateConfig) -> "Iterator[str]":  # noqa: F821
+def stream_text(recipe: Recipe, config: GenerateConfig) -> Iterator[str]:
     """Yield the prompt and then the text the model writes, in pieces as they become whole characters.
 
     Raises CheckpointError where the run has no checkpoint yet.
@@ -67,9 +68,7 @@ def stream_text(recipe: Recipe, config: GenerateConfig) -> "Iterator[str]":  # n
     from train.parallel.device import choose_device, prepare
     from train.run import check, mesh_of, open_data
 
-    one = replace(
-        recipe, parallel=ParallelConfig(), run=replace(recipe.run, global_rows=1, microbatch_rows=1)
-    )
+    one = replace(recipe, parallel=ParallelConfig(), run=replace(recipe.run, global_rows=1, microbatch_rows=1))
     layout = check(one, world=1)
     device = choose_device(recipe.run.device)
     dataset = open_data(recipe)
@@ -104,14 +103,10 @@ def stream_text(recipe: Recipe, config: GenerateConfig) -> "Iterator[str]":  # n
         )
         read_weights(path, chunks, groups=mesh.groups)
         ids = tokenizer.encode(config.prompt) or [tokenizer.eod]
-        sampling = Sampling(
-            temperature=config.temperature, top_k=config.top_k, top_p=config.top_p, seed=config.seed
-        )
+        sampling = Sampling(temperature=config.temperature, top_k=config.top_k, top_p=config.top_p, seed=config.seed)
         decoder = tokenizer.incremental_decoder()
         yield config.prompt
-        for token in generate(
-            chunks[0], ids, tokens=config.tokens, sampling=sampling, end_of_document=tokenizer.eod
-        ):
+        for token in generate(chunks[0], ids, tokens=config.tokens, sampling=sampling, end_of_document=tokenizer.eod):
             yield decoder.feed(token)
         yield decoder.finish()
 

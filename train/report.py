@@ -1,6 +1,6 @@
 """`python -m train.report runs/NAME`: a picture and a page about a run, made from its metrics.jsonl.
 
-    metrics.jsonl, recipe.yaml --> loss.png (loss, held-out bits per byte, learning rate), summary.md
+metrics.jsonl, recipe.yaml --> loss.png (loss, held-out bits per byte, learning rate), summary.md
 """
 
 import argparse

@@ -1,6 +1,6 @@
 """Assembly of a training run, in the order things depend on each other; the only module that sees the whole recipe.
 
-    device -> layout -> data -> run folder -> mesh -> model -> DDP -> optimizer -> resume -> stream -> loop -> report
+device -> layout -> data -> run folder -> mesh -> model -> DDP -> optimizer -> resume -> stream -> loop -> report
 """
 
 import json
@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import yaml
@@ -24,6 +24,9 @@ from train.parallel.device import choose_device, prepare
 from train.parallel.layout import Layout, lay_out
 from train.parallel.mesh import Mesh, close_mesh, open_mesh, world_from_environment
 from train.recipe import differences
+
+if TYPE_CHECKING:  # at run time Megatron must wait for `prepare`
+    from train.engine import Engine
 
 log = logging.getLogger(__name__)
 
@@ -96,7 +99,9 @@ def check_folder(folder: Path, recipe: Recipe) -> None:
     changed = differences(old, recipe_mapping(recipe))
     if changed:
         raise RecipeError(
-            f"{folder} holds a run of another recipe:\n  " + "\n  ".join(changed) + "\nChoose another run.name to start a "
+            f"{folder} holds a run of another recipe:\n  "
+            + "\n  ".join(changed)
+            + "\nChoose another run.name to start a "
             "new run, or take the differences back to continue this one."
         )
 
@@ -117,7 +122,7 @@ def mesh_of(recipe: Recipe, layout: Layout, *, device: torch.device, rank: int) 
         close_mesh()
 
 
-def build_engine(recipe: Recipe, mesh: Mesh) -> "Engine":  # noqa: F821  imports Megatron: after `prepare`
+def build_engine(recipe: Recipe, mesh: Mesh) -> "Engine":
     """Model, data parallelism and optimizer of a recipe on this rank. Collective over the world."""
     from train.engine import Engine
     from train.model.backend import choose_backend

@@ -72,7 +72,15 @@ def test_same_layout_continues_bit_for_bit(name: str, precision: str, tmp_path: 
 
 @pytest.mark.parametrize(
     ("saved_at", "loaded_at"),
-    [("one", "TP2 PP2"), ("TP2 PP2", "one"), ("DP2", "TP2"), ("TP2", "DP2"), ("PP2", "VP2"), ("VP2", "PP2"), ("CP2", "one")],
+    [
+        ("one", "TP2 PP2"),
+        ("TP2 PP2", "one"),
+        ("DP2", "TP2"),
+        ("TP2", "DP2"),
+        ("PP2", "VP2"),
+        ("VP2", "PP2"),
+        ("CP2", "one"),
+    ],
 )
 def test_another_layout_continues_the_same_training(saved_at: str, loaded_at: str, tmp_path: Path) -> None:
     world, changes = LAYOUTS[saved_at]
@@ -100,7 +108,12 @@ class engine_of_fp32:
 
         from train.model.initial import _draw
 
-        names = [f"decoder.layers.{i}.mixer.{n}" for i, k in enumerate(TINY.pattern) if k == "M" for n in ("A_log", "dt_bias", "D")]
+        names = [
+            f"decoder.layers.{i}.mixer.{n}"
+            for i, k in enumerate(TINY.pattern)
+            if k == "M"
+            for n in ("A_log", "dt_bias", "D")
+        ]
         return {n: _draw(n, [TINY.mamba_heads], model=TINY, layers=len(TINY.pattern), seed=1234) for n in names}
 
     def __exit__(self, *_: object) -> None: ...

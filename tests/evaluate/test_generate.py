@@ -34,8 +34,12 @@ def test_cached_logits_equal_the_full_pass(position: str) -> None:
 def greedy_twice(rank: int) -> tuple[list[int], list[int], int]:
     with engine_of(recipe_with(), rank=rank, world=1) as engine:
         model = engine.chunks[0].module
-        draw = [list(generate(model, [1, 2, 3], tokens=8, sampling=Sampling(temperature=t, seed=5))) for t in (0.0, 1.0)]
-        stopped = list(generate(model, [1, 2, 3], tokens=8, sampling=Sampling(temperature=0.0), end_of_document=draw[0][0]))
+        draw = [
+            list(generate(model, [1, 2, 3], tokens=8, sampling=Sampling(temperature=t, seed=5))) for t in (0.0, 1.0)
+        ]
+        stopped = list(
+            generate(model, [1, 2, 3], tokens=8, sampling=Sampling(temperature=0.0), end_of_document=draw[0][0])
+        )
         return draw[0], list(generate(model, [1, 2, 3], tokens=8, sampling=Sampling(temperature=0.0))), len(stopped)
 
 

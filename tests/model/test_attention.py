@@ -24,7 +24,9 @@ def core(scale: float | None = None) -> AttentionCore:
     return AttentionCore(config, 1, AttnMaskType.causal, "self", softmax_scale=scale, pg_collection=groups)
 
 
-def written_out(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, documents: torch.Tensor | None, scale: float) -> torch.Tensor:
+def written_out(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, documents: torch.Tensor | None, scale: float
+) -> torch.Tensor:
     s, b, h, d = q.shape
     k, v = (t.repeat_interleave(h // t.shape[2], dim=2).double() for t in (k, v))
     scores = torch.einsum("sbhd,tbhd->bhst", q.double(), k) * scale
@@ -60,7 +62,10 @@ def test_reading_through_a_cache_equals_reading_at_once(cuts: list[int]) -> None
     q, k, v = qkv(17, 4, 2)
     whole = core()(q, k, v)
     module, context = core(), RowContext(caches=LayerCaches())
-    parts = [module(*part, packed_seq_params=context) for part in zip(q.split(cuts), k.split(cuts), v.split(cuts), strict=True)]
+    parts = [
+        module(*part, packed_seq_params=context)
+        for part in zip(q.split(cuts), k.split(cuts), v.split(cuts), strict=True)
+    ]
     torch.testing.assert_close(torch.cat(parts), whole, rtol=1e-5, atol=1e-6)
 
 

@@ -11,7 +11,9 @@ from torch.nn import functional as F
 from train.model import ssd
 
 
-def sequential(zxbcdt, *, conv_weight_CW, conv_bias_C, dt_bias_H, A_log_H, D_H, heads, head_dim, state, groups, document_BL):
+def sequential(
+    zxbcdt, *, conv_weight_CW, conv_bias_C, dt_bias_H, A_log_H, D_H, heads, head_dim, state, groups, document_BL
+):
     """The definition: one token after the other, nothing chunked. [L, B, D] -> [L, B, H*P]."""
     inner = heads * head_dim
     width = groups * state
@@ -28,7 +30,11 @@ def sequential(zxbcdt, *, conv_weight_CW, conv_bias_C, dt_bias_H, A_log_H, D_H, 
             source = t - (taps - 1) + k
             if source < 0:
                 continue
-            same = torch.ones(rows, dtype=torch.bool) if document_BL is None else document_BL[:, source] == document_BL[:, t]
+            same = (
+                torch.ones(rows, dtype=torch.bool)
+                if document_BL is None
+                else document_BL[:, source] == document_BL[:, t]
+            )
             conv = conv + xbc[source] * conv_weight_CW[:, k] * same.unsqueeze(-1)
         conv = F.silu(conv)
         x = conv[:, :inner].view(rows, heads, head_dim)
@@ -132,7 +138,9 @@ def test_the_chunk_changes_nothing_but_rounding(length, chunk, groups, per_group
 
 @pytest.mark.parametrize("dt_scale", [30.0, 1e-3])
 def test_extreme_rates_give_finite_gradients(dt_scale):
-    tensors, sizes = arguments(length=96, rows=1, heads=4, head_dim=4, state=4, groups=1, dtype=torch.float32, dt_scale=dt_scale)
+    tensors, sizes = arguments(
+        length=96, rows=1, heads=4, head_dim=4, state=4, groups=1, dtype=torch.float32, dt_scale=dt_scale
+    )
     zxbcdt = tensors.pop("zxbcdt")
     y = ssd.mamba_core(zxbcdt, **tensors, **sizes, chunk=32)
     for grad in torch.autograd.grad(y.square().sum(), [zxbcdt, *tensors.values()]):

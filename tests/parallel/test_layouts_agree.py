@@ -63,7 +63,11 @@ def test_layout_trains_as_one_process_with_documents_apart(name: str, single_pac
 
 
 def test_tied_embeddings_agree_over_a_pipeline() -> None:
-    agree(trained(2, **{"model.tie_embeddings": True, "parallel.pipeline": 2}), trained(1, **{"model.tie_embeddings": True}), ROUNDING)
+    agree(
+        trained(2, **{"model.tie_embeddings": True, "parallel.pipeline": 2}),
+        trained(1, **{"model.tie_embeddings": True}),
+        ROUNDING,
+    )
 
 
 def test_bf16_layouts_agree_to_bf16_rounding() -> None:

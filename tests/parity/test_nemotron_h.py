@@ -59,7 +59,9 @@ def our_parts(name: str, oracle: dict[str, torch.Tensor], model: ModelConfig) ->
     if tail == "self_attention.linear_qkv.weight":  # Megatron: per key/value group its queries, its key, its value
         q, k, v = (oracle[f"{layer}mixer.{x}_proj.weight"].unflatten(0, (-1, model.head_dim)) for x in "qkv")
         per_group = model.heads // model.kv_heads
-        groups = [torch.cat([q[g * per_group : (g + 1) * per_group], k[g : g + 1], v[g : g + 1]]) for g in range(len(k))]
+        groups = [
+            torch.cat([q[g * per_group : (g + 1) * per_group], k[g : g + 1], v[g : g + 1]]) for g in range(len(k))
+        ]
         return torch.cat(groups).flatten(0, 1)
     same = {
         "self_attention.linear_proj.weight": "mixer.o_proj.weight",
@@ -97,9 +99,7 @@ def compare(rank: int, changes: dict[str, object]) -> dict[str, float]:
         found["loss"] = abs(float(mean) / float(loss) - 1)
         for name, parameter in ours.named_parameters():
             expected = our_parts(name, gradients, recipe.model)
-            found[f"gradient of {name}"] = float(
-                (parameter.main_grad - expected).abs().max() / expected.abs().max()
-            )
+            found[f"gradient of {name}"] = float((parameter.main_grad - expected).abs().max() / expected.abs().max())
     return found
 
 

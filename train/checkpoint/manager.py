@@ -1,8 +1,8 @@
 """When to save, what to keep, and where to resume: the folder `checkpoints/` of one run.
 
-    checkpoints/latest            name of the newest whole checkpoint, replaced atomically and last
-    checkpoints/step_00000100/    whole (train.checkpoint.storage)
-    checkpoints/.step_00000150.writing/    not whole: left by a process that died while saving, removed by the next save
+checkpoints/latest            name of the newest whole checkpoint, replaced atomically and last
+checkpoints/step_00000100/    whole (train.checkpoint.storage)
+checkpoints/.step_00000150.writing/    not whole: left by a process that died while saving, removed by the next save
 """
 
 import os

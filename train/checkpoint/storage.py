@@ -63,9 +63,7 @@ def write_tensors(folder: Path, engine: Engine) -> None:
     # Without this Megatron starts a helper process that imports everything again (15 s) and outlives a killed trainer.
     filesystem_async._results_queue = queue.Queue()
     with _as_checkpoint_error(folder, "write"):
-        dist_checkpointing.save(
-            _sharded_state(engine, is_loading=False), str(folder), content_metadata=dict(_SHARDING)
-        )
+        dist_checkpointing.save(_sharded_state(engine, is_loading=False), str(folder), content_metadata=dict(_SHARDING))
 
 
 def read_tensors(folder: Path, engine: Engine) -> None:

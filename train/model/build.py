@@ -199,4 +199,3 @@ def build_model(
         initialize(part, model=model, seed=run.seed, tensor_group=mesh.groups.tp)
         chunks.append(part)
     return chunks
-

@@ -14,9 +14,7 @@ import torch.distributed as dist
 
 class _VocabParallelCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, logits_SBV: torch.Tensor, labels_SB: torch.Tensor, group: dist.ProcessGroup
-    ) -> torch.Tensor:
+    def forward(ctx: Any, logits_SBV: torch.Tensor, labels_SB: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
         storage = logits_SBV.dtype
         logits_SBV = logits_SBV.float()
         ranks, size = group.size(), logits_SBV.shape[-1]

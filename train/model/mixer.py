@@ -113,4 +113,3 @@ class ReferenceMixer(MambaMixer):
         )
         caches.mamba[self.layer_number] = new_state
         return y
-

@@ -1,6 +1,7 @@
 """RMSNorm as Megatron's specs want it: built from (config, hidden_size, eps), usable under sequence parallelism."""
 
 import torch
+from megatron.core.transformer import TransformerConfig
 from torch import nn
 from torch.nn import functional as F
 
@@ -12,7 +13,7 @@ class RMSNorm(nn.Module):
     the `sequence_parallel` mark tells Megatron to add it up over the tensor group.
     """
 
-    def __init__(self, config: "TransformerConfig", hidden_size: int, eps: float) -> None:  # noqa: F821
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float) -> None:
         super().__init__()
         self.eps = eps
         self.weight = nn.Parameter(

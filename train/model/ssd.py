@@ -75,9 +75,7 @@ def mamba_core(
     start anew where it changes. Any L. Deterministic. Differentiable once in all tensors but the documents.
     """
     sizes = ScanSizes(heads=heads, head_dim=head_dim, state=state, groups=groups, chunk=min(chunk, zxbcdt_LBD.shape[0]))
-    return _MambaCore.apply(
-        zxbcdt_LBD, conv_weight_CW, conv_bias_C, dt_bias_H, A_log_H, D_H, document_BL, sizes
-    )
+    return _MambaCore.apply(zxbcdt_LBD, conv_weight_CW, conv_bias_C, dt_bias_H, A_log_H, D_H, document_BL, sizes)
 
 
 @torch.no_grad()
@@ -354,7 +352,9 @@ class _Chunked:
 
     def group_x(self, g: int) -> torch.Tensor:
         """[K, Q, H/G, P] view."""
-        return self.xbc[..., : self.sizes.inner].unflatten(-1, (self.sizes.heads, self.sizes.head_dim))[:, :, self.span(g)]
+        return self.xbc[..., : self.sizes.inner].unflatten(-1, (self.sizes.heads, self.sizes.head_dim))[
+            :, :, self.span(g)
+        ]
 
     def B(self, g: int) -> torch.Tensor:
         """[K, Q, N] view."""
@@ -436,7 +436,9 @@ class _Chunked:
         after = torch.addcmul(added[:, :, -1], states[:, :, -1], decays[:, :, -1])
         return states, after.transpose(0, 1)
 
-    def pass_states_backward(self, grad_before: torch.Tensor, states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def pass_states_backward(
+        self, grad_before: torch.Tensor, states: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Gradients of `pass_states`: -> (of added, shaped as the states; of s_Q through the chunk decays [K, H])."""
         grad_before = grad_before.view(states.shape)
         decays = self.chunk_decays()

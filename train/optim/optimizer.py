@@ -65,7 +65,9 @@ class GroupStepAdamW(torch.optim.Optimizer):
             group["step"] = int(done) + 1
 
 
-def build_optimizer(chunks: list[Any], *, optim: OptimConfig, precision: PrecisionConfig, mesh: Mesh) -> MegatronOptimizer:
+def build_optimizer(
+    chunks: list[Any], *, optim: OptimConfig, precision: PrecisionConfig, mesh: Mesh
+) -> MegatronOptimizer:
     """Megatron's distributed optimizer over DDP-wrapped chunks. Collective over the world.
 
     Weight decay falls on matrices only: one-dimensional parameters (norms, biases, A_log, D, dt_bias) are excluded.

@@ -27,7 +27,7 @@ def learning_rate_factor(
     in_steps = schedule.unit == "steps"
     done = step + 1 if in_steps else tokens + tokens_per_step
     end = schedule.total or (total_steps if in_steps else total_steps * tokens_per_step)
-    if done < schedule.warmup:
+    if done <= schedule.warmup:
         return done / schedule.warmup
     match schedule.kind:
         case "constant":

@@ -7,11 +7,15 @@ outside this room asks the globals again. `close_mesh` undoes it, so that one pr
 import os
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
 
 from train.parallel.layout import Layout
+
+if TYPE_CHECKING:  # at run time Megatron must wait for `device.prepare`
+    from megatron.core.process_groups_config import ProcessGroupCollection
 
 
 @dataclass(frozen=True)
@@ -21,7 +25,7 @@ class Mesh:
     layout: Layout
     rank: int
     device: torch.device
-    groups: "ProcessGroupCollection"  # noqa: F821  Megatron's collection; its import must wait for `device.prepare`
+    groups: "ProcessGroupCollection"
 
     @property
     def data_rank(self) -> int:

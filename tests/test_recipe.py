@@ -1,0 +1,148 @@
+"""Recipes: what is shipped is complete and right, what is wrong is said before anything is allocated."""
+
+import dataclasses
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from tiny import RECIPE, TINY
+
+from data.command import RECIPES, dotted_keys
+from train.config import Recipe, ScheduleConfig
+from train.errors import RecipeError
+from train.model.pattern import parameters
+from train.recipe import differences, recipe_from_mapping
+from train.run import check_folder, recipe_mapping
+
+PRIMARY = sorted(path.stem for path in RECIPES.glob("*.yaml"))
+
+
+def composed(name: str, *overrides: str) -> dict:
+    """A recipe composed by Hydra's own API."""
+    from hydra import compose, initialize_config_dir
+    from omegaconf import OmegaConf
+
+    with initialize_config_dir(config_dir=str(RECIPES), version_base="1.3"):
+        plain = OmegaConf.to_container(compose(name, overrides=list(overrides)), resolve=True)
+    assert isinstance(plain, dict)
+    return {str(key): value for key, value in plain.items()}
+
+
+def leaves(tree: dict, prefix: str = "") -> set[str]:
+    keys = set()
+    for key, value in tree.items():
+        keys.add(f"{prefix}{key}")
+        if isinstance(value, dict) and f"{prefix}{key}" != "data.sources":
+            keys |= leaves(value, f"{prefix}{key}.")
+    return keys
+
+
+@pytest.mark.parametrize("name", PRIMARY)
+def test_shipped_recipes_build_and_name_every_field(name: str) -> None:
+    plain = composed(name)
+    recipe_from_mapping(plain)
+    assert leaves(plain) == set(dotted_keys(Recipe)), (
+        "fields missing in YAML could not be overridden on the command line"
+    )
+
+
+@pytest.mark.parametrize("override", ["precision=bf16", "schedule=cosine", "schedule=constant"])
+def test_groups_can_be_swapped(override: str) -> None:
+    overrides = [override] if override.startswith("precision") else [override, "schedule.decay=0"]
+    recipe_from_mapping(composed("smoke", *overrides))
+
+
+def test_smoke_is_a_small_hybrid_of_every_kind_of_layer() -> None:
+    recipe = recipe_from_mapping(composed("smoke"))
+    assert set(recipe.model.pattern) == {"M", "*", "-"}
+    assert 5e6 <= parameters(recipe.model).total <= 10e6
+
+
+def test_a_resolved_recipe_reads_back_as_itself(tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(recipe_mapping(RECIPE)))
+    assert recipe_from_mapping(yaml.safe_load(path.read_text())) == RECIPE
+
+
+def changed(**groups: object) -> Recipe:
+    return dataclasses.replace(RECIPE, **groups)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("recipe", "message"),
+    [
+        (changed(model=dataclasses.replace(TINY, pattern="M-X")), "character 3 is 'X'"),
+        (changed(schedule=ScheduleConfig(warmup=100)), "schedule.warmup=100"),
+        (changed(data=dataclasses.replace(RECIPE.data, sources={})), "data.sources is empty"),
+    ],
+)
+def test_cross_field_mistakes_are_named(recipe: Recipe, message: str) -> None:
+    with pytest.raises(RecipeError) as caught:
+        recipe_from_mapping(recipe_mapping(recipe))
+    assert message in str(caught.value)
+
+
+def test_a_run_may_move_to_another_layout_but_not_to_another_model() -> None:
+    old = recipe_mapping(RECIPE)
+    moved = changed(parallel=dataclasses.replace(RECIPE.parallel, tensor=2))
+    other = changed(model=dataclasses.replace(TINY, hidden=128))
+    assert differences(old, recipe_mapping(moved)) == []
+    assert differences(old, recipe_mapping(other)) == ["model.hidden: 64 in the run's folder, 128 now"]
+
+
+def test_a_folder_of_another_recipe_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe_mapping(RECIPE)))
+    check_folder(tmp_path, RECIPE)
+    other = changed(optim=dataclasses.replace(RECIPE.optim, lr=1.0))
+    with pytest.raises(RecipeError, match=r"optim\.lr: 0\.001 in the run's folder, 1\.0 now"):
+        check_folder(tmp_path, other)
+
+
+def test_a_folder_of_something_else_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").write_text("years of work")
+    with pytest.raises(RecipeError, match=r"thesis\.tex"):
+        check_folder(tmp_path, RECIPE)
+    assert (tmp_path / "thesis.tex").read_text() == "years of work"
+
+
+def command(*words: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "-m", "train", *words], capture_output=True, text=True, check=False, cwd=RECIPES.parent
+    )
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (
+            ["-cn", "smoke", "model.hiden=3"],
+            "unknown recipe key 'model.hiden' on the command line. Did you mean model.hidden?",
+        ),
+        (["-cn", "smok"], "the recipes are: "),
+        ([], "no recipe named. Start with `python -m train -cn NAME`"),
+        (["-cn", "smoke", "precision=fp3"], "Available options in 'precision'"),
+        (
+            ["-cn", "smoke", "optim.lr=-1", "model.heads=x", "model.activation=relu"],
+            "optim.lr=-1 is out of range. Use a value > 0.",
+        ),
+        (["-cn", "smoke", "parallel.tensor=2"], "does not divide the 1 process of this run"),
+        (["-cn", "smoke", "data.folder=nowhere"], "no prepared data in nowhere"),
+    ],
+)
+def test_the_command_line_explains_mistakes(words: list[str], message: str) -> None:
+    result = command(*words)
+    assert result.returncode == 2
+    assert message in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_hydras_own_switches_work() -> None:
+    shown = command("-cn", "smoke", "--cfg", "job", "optim.lr=3e-4")
+    assert (
+        shown.returncode == 0 and yaml.safe_load(shown.stdout)["optim"]["lr"] == "3e-4" or "lr: 0.0003" in shown.stdout
+    )
+    assert "Powered by Hydra" in command("--help").stdout
+    json.dumps(yaml.safe_load(shown.stdout))
