@@ -142,7 +142,7 @@ def test_the_command_line_explains_mistakes(words: list[str], message: str) -> N
 def test_hydras_own_switches_work() -> None:
     shown = command("-cn", "smoke", "--cfg", "job", "optim.lr=3e-4")
     assert (
-        shown.returncode == 0 and yaml.safe_load(shown.stdout)["optim"]["lr"] == "3e-4" or "lr: 0.0003" in shown.stdout
-    )
+        shown.returncode == 0 and yaml.safe_load(shown.stdout)["optim"]["lr"] == "3e-4"
+    ) or "lr: 0.0003" in shown.stdout
     assert "Powered by Hydra" in command("--help").stdout
     json.dumps(yaml.safe_load(shown.stdout))
