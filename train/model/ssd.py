@@ -165,31 +165,25 @@ class _MambaCore(torch.autograd.Function):
         grad_z, grad_xbc, grad_dt = _split(grad_zxbcdt, sizes)
 
         # Gate: out = y silu(z)
-        grad_out = grad_out.to(work)
-        z = z.to(work)
-        sigmoid = torch.sigmoid(z)
-        gate = z * sigmoid
+        grad_out, z = grad_out.to(work), z.to(work)
         grad_y_BLI = torch.empty_like(y_BLI)
-        torch.mul(grad_out, gate, out=grad_y_BLI.transpose(0, 1))
-        # silu' = sigmoid + silu (1 - sigmoid) = gate + sigmoid (1 - gate)
-        slope = gate.add_(sigmoid * (1 - gate))
-        torch.mul(slope.mul_(y_BLI.transpose(0, 1)), grad_out, out=grad_z)
+        torch.mul(grad_out, F.silu(z), out=grad_y_BLI.transpose(0, 1))
+        grad_z.copy_(torch.ops.aten.silu_backward(grad_out * y_BLI.transpose(0, 1), z))
 
         # Scan
         dt_shifted = dt_raw.to(work) + dt_bias.to(work)
-        dt = F.softplus(dt_shifted)
         A = -torch.exp(A_log.to(work))
-        sigmoid = torch.sigmoid(pre)
-        scan = _Chunked(pre * sigmoid, dt, A, sizes, document_BL=document_BL)
+        scan = _Chunked(F.silu(pre), F.softplus(dt_shifted), A, sizes, document_BL=document_BL)
         grads = scan.backward(grad_y_BLI, states, D.to(work))
-        grad_dt_LBH = grads.dt.transpose(0, 1)
-        torch.mul(grad_dt_LBH, torch.sigmoid(dt_shifted), out=grad_dt)
+        torch.mul(grads.dt.transpose(0, 1), torch.sigmoid(dt_shifted), out=grad_dt)
 
         # Convolution
-        silu = pre * sigmoid
-        grad_pre = grads.xbc.mul_(silu + sigmoid * (1 - silu))
         grad_conv_weight, grad_conv_bias = _conv_backward(
-            grad_pre, xbc, conv_weight.to(work), document_BL=document_BL, grad_input=grad_xbc
+            torch.ops.aten.silu_backward(grads.xbc, pre),
+            xbc,
+            conv_weight.to(work),
+            document_BL=document_BL,
+            grad_input=grad_xbc,
         )
         return (
             grad_zxbcdt.to(zxbcdt.dtype),
@@ -487,21 +481,38 @@ def _same_document(document_BL: torch.Tensor, shift: int) -> torch.Tensor:
 def _conv(
     x_LBC: torch.Tensor, weight_CW: torch.Tensor, bias_C: torch.Tensor, *, document_BL: torch.Tensor | None
 ) -> torch.Tensor:
-    """Causal depthwise convolution without its activation, [B, L, C]: one shifted multiply-add per tap."""
+    """Causal depthwise convolution without its activation, [B, L, C]."""
     work = weight_CW.dtype
     length, rows, channels = x_LBC.shape
     x_LBC = x_LBC.to(work)
     taps = weight_CW.shape[1]
+    if document_BL is None:
+        return _correlate(x_LBC, weight_CW, bias_C)[:, :length]
     out = torch.empty(rows, length, channels, dtype=work, device=x_LBC.device)
     out_LBC = out.transpose(0, 1)
     torch.mul(x_LBC, weight_CW[:, -1], out=out_LBC)
     out_LBC.add_(bias_C)
-    for shift in range(1, min(taps, length)):
-        earlier = x_LBC[:-shift]
-        if document_BL is not None:
-            earlier = earlier * _same_document(document_BL, shift)
+    for shift in range(1, min(taps, length)):  # one shifted multiply-add per tap, cut where documents end
+        earlier = x_LBC[:-shift] * _same_document(document_BL, shift)
         out_LBC[shift:].addcmul_(earlier, weight_CW[:, -1 - shift])
     return out
+
+
+def _correlate(x_LBC: torch.Tensor, weight_CW: torch.Tensor, bias_C: torch.Tensor) -> torch.Tensor:
+    """bias + sum over taps k of weight[k] x[l - (W-1) + k] for l = 0 ... L + W - 2, zeros outside, [B, L + W - 1, C].
+
+    The rows are seen as channels-last images of width one, which the depthwise kernels of oneDNN and cuDNN take.
+    """
+    length, rows, channels = x_LBC.shape
+    taps = weight_CW.shape[1]
+    # Strides are spelled out: those of a width of one are ambiguous, and read the other way the kernel is 10 times slower.
+    image = (
+        x_LBC.transpose(0, 1)
+        .contiguous()
+        .as_strided((rows, channels, length, 1), (length * channels, 1, channels, channels))
+    )
+    out = F.conv2d(image, weight_CW.reshape(channels, 1, taps, 1), bias_C, padding=(taps - 1, 0), groups=channels)
+    return out.squeeze(-1).transpose(1, 2)
 
 
 def _conv_backward(
@@ -515,13 +526,19 @@ def _conv_backward(
     """Gradients of `_conv`: writes the input's into `grad_input` [L, B, C], -> (of the weight, of the bias)."""
     grad = grad_BLC.transpose(0, 1)
     x_LBC = x_LBC.to(weight_CW.dtype)
-    torch.mul(grad, weight_CW[:, -1], out=grad_input)
+    taps = weight_CW.shape[1]
+    if document_BL is None:
+        grad_input.copy_(
+            _correlate(grad, weight_CW.flip(1), torch.zeros_like(weight_CW[:, 0]))[:, taps - 1 :].transpose(0, 1)
+        )
+    else:
+        torch.mul(grad, weight_CW[:, -1], out=grad_input)
     grad_weight = torch.zeros_like(weight_CW)
     grad_weight[:, -1] = (x_LBC * grad).sum((0, 1))
-    for shift in range(1, min(weight_CW.shape[1], x_LBC.shape[0])):
+    for shift in range(1, min(taps, x_LBC.shape[0])):
         later = grad[shift:]
         if document_BL is not None:
             later = later * _same_document(document_BL, shift)
-        grad_input[:-shift].addcmul_(later, weight_CW[:, -1 - shift])
+            grad_input[:-shift].addcmul_(later, weight_CW[:, -1 - shift])
         grad_weight[:, -1 - shift] = (x_LBC[:-shift] * later).sum((0, 1))
     return grad_weight, grad.sum((0, 1))
