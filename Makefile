@@ -19,7 +19,7 @@ test-slow: setup ## the slow tests
 
 test-oracle: setup ## compare with mamba-ssm's real Triton kernels, interpreted on the CPU
 	@bash tests/parity/install.sh
-	@OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(PY) -m pytest -q -m oracle tests/parity
+	@OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(PY) -m pytest -q -m oracle tests/parity/test_mamba_ssm.py
 
 check: setup ## format, lint, types, architecture rules (under a minute)
 	@$(PY) -m ruff format --check .
