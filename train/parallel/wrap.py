@@ -1,8 +1,16 @@
 """Data parallelism around the model's chunks: Megatron's DDP with fp32 gradient buffers, overlap as the recipe asks."""
 
+from collections.abc import Callable
 from typing import Any
 
-from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+import torch
+import torch.distributed as dist
+from megatron.core.distributed import (
+    DistributedDataParallel,
+    DistributedDataParallelConfig,
+    finalize_model_grads,
+    param_and_grad_buffer,
+)
 from megatron.core.optimizer.optimizer import MegatronOptimizer
 
 from train.config import ParallelConfig
@@ -14,6 +22,7 @@ def wrap_chunks(chunks: list[Any], *, parallel: ParallelConfig, mesh: Mesh) -> l
 
     Collective: parameters are broadcast from each data-parallel group's first rank.
     """
+    _spare_collectives_with_oneself()
     config = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
         use_distributed_optimizer=True,
@@ -49,3 +58,21 @@ def connect(chunks: list[DistributedDataParallel], optimizer: MegatronOptimizer)
     if chunks[0].ddp_config.overlap_param_gather:
         gathers = [chunk.start_param_sync for chunk in chunks]
         config.param_sync_func = gathers if len(chunks) > 1 else gathers[0]
+
+
+def _spare_collectives_with_oneself() -> None:
+    """Let a data-parallel group of one rank skip its reduce-scatter and all-gather.
+
+    Input and output are then the same memory, and gloo copies it out and back: 6 % of a step of the smoke recipe.
+    """
+
+    def unless_alone(collective: Callable[..., Any]) -> Callable[..., Any]:
+        def call(output: torch.Tensor, input: torch.Tensor, *args: Any, group: dist.ProcessGroup, **kwargs: Any) -> Any:
+            if group.size() == 1 and output.data_ptr() == input.data_ptr():
+                return None
+            return collective(output, input, *args, group=group, **kwargs)
+
+        return call
+
+    param_and_grad_buffer.dist_all_gather_func = unless_alone(dist.all_gather_into_tensor)
+    param_and_grad_buffer.dist_reduce_scatter_func = unless_alone(dist.reduce_scatter_tensor)

@@ -1,0 +1,99 @@
+"""`python -m launch.fields [GROUP ...]`: every recipe field with its default, range and meaning, as Markdown.
+
+docs/recipes.md is made from it (`python -m launch.fields > docs/recipes.md`), and a test keeps the two equal.
+"""
+
+import argparse
+import dataclasses
+import sys
+import typing
+from collections.abc import Sequence
+from typing import Any
+
+from data.config import SourceConfig
+from data.fields import Range
+from data.typed import field_docs
+from train.config import Recipe
+
+_HEAD = """# Recipe fields
+
+Made by `python -m launch.fields`; the texts stand under the fields in `train/config.py` and `data/config.py`.
+A recipe is YAML composed by Hydra from the groups below (`recipes/GROUP/*.yaml`). Swap a group with `precision=bf16`,
+override a field with `optim.lr=3e-4`; `python -m train -cn smoke --cfg job` prints the result. Your own recipes lie in
+a folder of yours: `python -m train --config-dir mine -cn my_recipe`.
+"""
+
+
+def page(groups: Sequence[str] = ()) -> str:
+    """The Markdown page of some groups, all by default."""
+    parts = [_HEAD]
+    for field in dataclasses.fields(Recipe):
+        if groups and field.name not in groups:
+            continue
+        assert isinstance(field.type, type)
+        parts.append(_table(field.name, field.type))
+        if field.name == "data":
+            parts.append(_table("data.sources.NAME", SourceConfig))
+    return "\n".join(parts)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Entry point of `python -m launch.fields`."""
+    names = [field.name for field in dataclasses.fields(Recipe)]
+    parser = argparse.ArgumentParser(prog="python -m launch.fields", description="Every recipe field, as Markdown.")
+    parser.add_argument("groups", nargs="*", metavar="GROUP", help=f"only these: {', '.join(names)}")
+    groups = parser.parse_args(arguments).groups
+    for group in groups:
+        if group not in names:
+            parser.error(f"no group {group!r}; there are: {', '.join(names)}")
+    sys.stdout.write(page(groups))
+    return 0
+
+
+def _table(place: str, cls: type) -> str:
+    docs, hints = field_docs(cls), typing.get_type_hints(cls, include_extras=True)
+    lines = [
+        f"## {place}",
+        "",
+        (cls.__doc__ or "").strip(),
+        "",
+        "| field | type | default | meaning |",
+        "|---|---|---|---|",
+    ]
+    for field in dataclasses.fields(cls):
+        hint = hints[field.name]
+        if dataclasses.is_dataclass(hint):
+            lines += [
+                f"| `{field.name}.{inner.name}` | {_type(typing.get_type_hints(hint, include_extras=True)[inner.name])} "
+                f"| {_default(inner)} | {field_docs(typing.cast(type, hint))[inner.name]} |"
+                for inner in dataclasses.fields(hint)
+            ]
+            continue
+        lines.append(f"| `{field.name}` | {_type(hint)} | {_default(field)} | {docs[field.name]} |")
+    return "\n".join([*lines, ""])
+
+
+def _type(hint: Any) -> str:
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin is typing.Annotated:
+        bounds = next((str(extra) for extra in arguments[1:] if isinstance(extra, Range)), "")
+        return f"{_type(arguments[0])} {bounds}".strip()
+    if origin is typing.Literal:
+        return " or ".join(f"`{choice}`" for choice in arguments)
+    if type(None) in arguments:
+        (inner,) = (a for a in arguments if a is not type(None))
+        return f"{_type(inner)} or null"
+    if origin is dict:
+        return "named group"
+    return {int: "int", float: "float", str: "text", bool: "true/false"}[hint]
+
+
+def _default(field: dataclasses.Field[Any]) -> str:
+    if field.default is dataclasses.MISSING:
+        return "" if field.default_factory is not dataclasses.MISSING else "*required*"
+    value = field.default
+    return "null" if value is None else f"`{str(value).lower() if isinstance(value, bool) else value}`"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
