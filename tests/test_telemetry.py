@@ -1,17 +1,19 @@
 """Records survive kills and read back to the same bits; one reduction an interval; nothing optional can stop a run."""
 
+import errno
 import json
 import math
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from train.config import TelemetryConfig
 from train.errors import StratumError
-from train.report import main, read_run, write_report
-from train.telemetry import METRICS, Telemetry, peak_flops, read_metrics
+from train.report import read_run
+from train.telemetry import METRICS, Telemetry, peak_by_name, peak_flops, read_metrics
 
 
 class Reducer:
@@ -60,7 +62,8 @@ def test_losses_read_back_to_the_same_bits_with_one_reduction_an_interval(tmp_pa
     telemetry.close()
     lines = read_metrics(tmp_path / METRICS)
     assert reduce.sizes == [4, 4, 2]
-    for line, loss in zip(lines, losses(), strict=True):
+    assert lines[0]["kind"] == "machine" and lines[0]["torch"] == torch.__version__
+    for line, loss in zip(lines[1:], losses(), strict=True):
         assert torch.tensor(line["loss"]).equal(loss * 2)
         assert line["tokens_per_s"] == pytest.approx(200) and line["mfu"] == pytest.approx(0.2)
         assert line["tokens"] == line["step"] * 100
@@ -101,7 +104,200 @@ def test_weights_and_biases_never_stops_a_run(tmp_path: Path, monkeypatch: pytes
     telemetry.close()
     lines = read_metrics(tmp_path / METRICS)
     assert lines[0]["kind"] == "warning" and "Weights & Biases is off" in lines[0]["text"]
-    assert len(lines) == 11
+    assert [line["kind"] for line in lines[1:]] == ["machine", *["step"] * 10]
+
+
+class Backend:
+    """Stands in for the wandb module: a run whose methods fail from the given call on."""
+
+    Settings = SimpleNamespace
+
+    def __init__(self, fail_at: int) -> None:
+        self.calls, self.fail_at, self.asked = 0, fail_at, {}  # type: ignore[var-annotated]
+
+    def _call(self) -> None:
+        self.calls += 1
+        if self.calls >= self.fail_at:
+            raise ConnectionError("no route")
+
+    def init(self, **asked: object) -> "Backend":
+        self.asked = dict(asked)
+        self._call()
+        return self
+
+    def define_metric(self, *_names: str, **_asked: str) -> None:
+        pass
+
+    def log(self, _scalars: dict[str, float]) -> None:
+        self._call()
+
+    def finish(self) -> None:
+        self._call()
+
+
+@pytest.mark.parametrize(("fail_at", "off"), [(1, "is off:"), (4, "is off from here:"), (12, "is off from here:")])
+def test_weights_and_biases_may_fail_at_any_call(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fail_at: int, off: str
+) -> None:
+    backend = Backend(fail_at)  # call 1 is init, 2 to 11 are steps, 12 is finish
+    monkeypatch.setitem(sys.modules, "wandb", backend)
+    telemetry = recorder(tmp_path, Reducer(), wandb="online")
+    run(telemetry, losses())
+    telemetry.close()
+    lines = read_metrics(tmp_path / METRICS)
+    warnings = [line["text"] for line in lines if line["kind"] == "warning"]
+    assert len(warnings) == 1 and off in warnings[0] and "ConnectionError: no route" in warnings[0]
+    assert [line["step"] for line in lines if line["kind"] == "step"] == list(range(1, 11))
+    assert backend.calls == fail_at
+
+
+def test_a_resumed_run_keeps_its_name_at_weights_and_biases(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    for _ in range(2):
+        backend = Backend(99)
+        monkeypatch.setitem(sys.modules, "wandb", backend)
+        recorder(tmp_path, Reducer(), wandb="online").close()
+        asked.append((backend.asked["id"], backend.asked["resume"]))
+    assert asked[0] == asked[1] and asked[0][1] == "allow"
+
+
+def test_tensorboard_that_fails_is_a_warning(tmp_path: Path) -> None:
+    (tmp_path / "tensorboard").write_text("a file where a folder should be")
+    telemetry = recorder(tmp_path, Reducer(), tensorboard=True)
+    run(telemetry, losses())
+    telemetry.close()
+    lines = read_metrics(tmp_path / METRICS)
+    assert "TensorBoard is off" in lines[0]["text"] and sum(line["kind"] == "step" for line in lines) == 10
+
+
+def test_numbers_that_are_none_are_strict_json_and_read_back(tmp_path: Path) -> None:
+    telemetry = recorder(tmp_path, Reducer())
+    run(telemetry, [torch.tensor(value) for value in (math.nan, math.inf, -math.inf, 1.0)])
+    telemetry.close()
+
+    def refuse(name: str) -> None:
+        raise AssertionError(f"{name} is not JSON")
+
+    for text in (tmp_path / METRICS).read_text().splitlines():
+        json.loads(text, parse_constant=refuse)
+    values = [line["loss"] for line in read_metrics(tmp_path / METRICS) if line["kind"] == "step"]
+    assert math.isnan(values[0]) and values[1:] == [math.inf, -math.inf, 2.0]
+
+
+def test_other_ranks_reduce_and_write_nothing(tmp_path: Path) -> None:
+    reduce = Reducer()
+    silent = Telemetry(
+        tmp_path / "run",
+        TelemetryConfig(log_every_steps=4, wandb="online"),
+        is_writer=False,
+        reduce=reduce,
+        device=torch.device("cpu"),
+        total_steps=10,
+        first_step=0,
+        tokens_per_step=100,
+        flops_per_token=1.0,
+        peak_flops=None,
+        recipe_dict={},
+    )
+    with silent.phase("evaluating"):
+        silent.evaluation(0, {"verse": 1.0})
+    run(silent, losses())
+    silent.close()
+    assert reduce.sizes == [4, 4, 2] and not (tmp_path / "run").exists()
+
+
+def test_steps_before_a_failure_are_kept_without_reducing(tmp_path: Path) -> None:
+    reduce = Reducer()
+    telemetry = recorder(tmp_path, reduce)
+    telemetry.record(1, loss=torch.tensor(1.0), grad_norm=torch.tensor(3.5), learning_rate=1e-3, seconds={"data": 0.5})
+    telemetry.close()
+    last = read_metrics(tmp_path / METRICS)[-1]
+    assert reduce.sizes == [] and last["kind"] == "unreduced_step"
+    assert (last["step"], last["loss"], last["grad_norm"], last["tokens_per_s"]) == (1, None, 3.5, 200)
+
+
+def test_the_loss_is_let_go_of(tmp_path: Path) -> None:
+    """A recorded loss must not keep its graph, nor be read back from the device, before the flush."""
+    telemetry = recorder(tmp_path, Reducer())
+    weight = torch.ones((), requires_grad=True)
+    with torch.device("meta"):  # a device that cannot be read back
+        unread = torch.empty(())
+    telemetry._losses = telemetry._losses.to("meta")
+    for value in (weight * 2, unread):
+        seconds = {"data": 1.0}
+        telemetry.record(1, loss=value.to("meta"), grad_norm=1.0, learning_rate=1.0, seconds=seconds)
+    assert not telemetry._losses.requires_grad
+    telemetry.close()
+
+
+def test_a_full_disk_is_one_clear_error(tmp_path: Path) -> None:
+    telemetry = recorder(tmp_path, Reducer())
+
+    class Full:
+        def write(self, _text: bytes) -> None:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        def close(self) -> None:
+            pass
+
+    telemetry._record._stream.close()  # type: ignore[union-attr]
+    telemetry._record._stream = Full()  # type: ignore[union-attr, assignment]
+    with pytest.raises(StratumError, match=r"metrics\.jsonl cannot be written: No space left.*Free space"):
+        telemetry.event("save", step=1, path="x")
+
+
+def test_phases_are_timed(tmp_path: Path) -> None:
+    telemetry = recorder(tmp_path, Reducer())
+    with telemetry.phase("saving"):
+        pass
+    telemetry.close()
+    last = read_metrics(tmp_path / METRICS)[-1]
+    assert (last["kind"], last["name"]) == ("phase", "saving") and 0 <= last["seconds"] < 1
+
+
+def test_a_plain_line_an_interval(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    telemetry = recorder(tmp_path, Reducer(), progress=True)  # captured output is no terminal
+    run(telemetry, losses())
+    telemetry.close()
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.split()[1] for line in lines] == ["4/10", "8/10", "10/10"]
+    assert all("loss " in line and "200 tok/s" in line and "MFU 20 %" in line for line in lines)
+
+
+def test_a_live_bar_on_a_terminal(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("COLUMNS", "160")
+    telemetry = recorder(tmp_path, Reducer(), progress=True)
+    run(telemetry, losses())
+    with telemetry.phase("evaluating"):
+        telemetry.evaluation(10, {"verse": 2.5})
+    telemetry.close()
+    shown = capsys.readouterr().err
+    assert "10/10" in shown and "200 tok/s" in shown and "verse 2.500" in shown
+
+
+# Dense bf16 from NVIDIA's data sheets, names as drivers give them.
+@pytest.mark.parametrize(
+    ("name", "peak"),
+    [
+        ("NVIDIA H100 80GB HBM3", 989e12),
+        ("NVIDIA H100 PCIe", 756e12),
+        ("NVIDIA H200", 989e12),
+        ("NVIDIA A100-SXM4-80GB", 312e12),
+        ("NVIDIA A10G", 70e12),
+        ("NVIDIA A10", 125e12),
+        ("NVIDIA L4", 121e12),
+        ("NVIDIA L40S", 362e12),
+        ("NVIDIA B200", 2250e12),
+        ("NVIDIA GB200", 2450e12),
+        ("NVIDIA GeForce RTX 4090", 165.2e12),
+        ("Tesla T4", None),
+    ],
+)
+def test_peaks_by_name(name: str, peak: float | None) -> None:
+    assert peak_by_name(name) == peak
 
 
 @pytest.mark.slow
@@ -115,28 +311,3 @@ def test_weights_and_biases_works_without_a_network(tmp_path: Path) -> None:
 def test_the_measured_peak_is_a_sensible_number() -> None:
     peak = peak_flops(torch.device("cpu"))
     assert peak is not None and 1e9 < peak < 1e14
-
-
-def test_a_report_says_what_happened(tmp_path: Path) -> None:
-    telemetry = recorder(tmp_path, Reducer())
-    telemetry.event("start", step=0, parameters=1234, layout="TP1 PP1 DP1", device="cpu")
-    telemetry.evaluation(0, {"verse": 4.0, "code": 3.0})
-    run(telemetry, losses()[:6])
-    telemetry.event("resume", step=4, parameters=1234, layout="TP1 PP1 DP1", device="cpu")
-    run(telemetry, losses()[4:], first=5)
-    telemetry.evaluation(10, {"verse": 2.0, "code": 1.5})
-    telemetry.close()
-    recipe = {"model": {"pattern": "M-", "hidden": 8}, "precision": {"params": "fp32"}, "run": {"steps": 10}}
-    (tmp_path / "recipe.yaml").write_text(json.dumps(recipe))
-    write_report(tmp_path, sample="To be")
-    text = (tmp_path / "summary.md").read_text()
-    for part in ("1,234 parameters", "| verse | 4.000 | 2.000 |", "2 of 2 steps", "To be", "200 tokens/s"):
-        assert part in text
-    assert (tmp_path / "loss.png").stat().st_size > 10_000
-    assert not math.isnan(read_run(tmp_path).steps[10]["loss"])
-
-
-def test_a_report_of_nothing_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(StratumError, match="is not a run folder"):
-        read_run(tmp_path)
-    assert main([str(tmp_path)]) == 2

@@ -5,6 +5,7 @@
 The loop's whole state is two integers, `step` and `position`; everything else is in the engine or on disk.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -65,7 +66,6 @@ def train_loop(
                 tokens_per_step=tokens_per_step,
             )
             result = train_step(engine, microbatches, learning_rate=recipe.optim.lr * factor, watch=watch)
-            check_numbers(step + 1, grad_norm=result.grad_norm, newest_checkpoint=newest_checkpoint())
             step += 1
             telemetry.record(
                 step,
@@ -74,6 +74,9 @@ def train_loop(
                 learning_rate=recipe.optim.lr * factor,
                 seconds=watch.seconds(),
             )
+            if not math.isfinite(result.grad_norm):
+                telemetry.flush()  # the steps that led here are the ones to look at
+            check_numbers(step, grad_norm=result.grad_norm, newest_checkpoint=newest_checkpoint())
 
             if recipe.evaluate.every_steps and step % recipe.evaluate.every_steps == 0 and step < run.steps:
                 telemetry.flush()

@@ -4,7 +4,8 @@ metrics.jsonl, recipe.yaml --> loss.png (loss, held-out bits per byte, learning 
 """
 
 import argparse
-import platform
+import math
+import re
 import statistics
 import sys
 from collections.abc import Sequence
@@ -28,7 +29,14 @@ class RunRecord:
     resumes: list[int]
     repeated: dict[int, list[float]]
     """Losses of steps that were run more than once, in order."""
+    repeated_norms: dict[int, list[float]]
+    """Gradient norms of the same steps."""
     events: list[dict[str, Any]]
+    """Everything else, in order."""
+    machine: dict[str, Any]
+    """What the last process ran on; empty where it was not written."""
+    phase_s: dict[str, float]
+    """Seconds spent in each phase outside steps (saving, evaluating), all processes together."""
 
 
 def read_run(folder: Path) -> RunRecord:
@@ -37,122 +45,216 @@ def read_run(folder: Path) -> RunRecord:
     if not path.exists():
         raise StratumError(f"{folder} holds no {METRICS}, so it is not a run folder. Give one, e.g. runs/smoke.")
     lines = read_metrics(path)
-    losses: dict[int, list[float]] = {}
-    steps: dict[int, dict[str, Any]] = {}
+    runs: dict[int, list[dict[str, Any]]] = {}
+    phases: dict[str, float] = {}
     for line in lines:
         if line["kind"] == "step":
-            losses.setdefault(line["step"], []).append(line["loss"])
-            steps[line["step"]] = line
+            runs.setdefault(line["step"], []).append(line)
+        elif line["kind"] == "phase":
+            phases[line["name"]] = phases.get(line["name"], 0.0) + line["seconds"]
+    again = {step: times for step, times in runs.items() if len(times) > 1}
+    machines = [line for line in lines if line["kind"] == "machine"]
     return RunRecord(
-        steps=dict(sorted(steps.items())),
+        steps={step: runs[step][-1] for step in sorted(runs)},
         evaluations={line["step"]: line["bits_per_byte"] for line in lines if line["kind"] == "evaluation"},
         resumes=[line["step"] for line in lines if line["kind"] == "resume"],
-        repeated={step: values for step, values in losses.items() if len(values) > 1},
-        events=[line for line in lines if line["kind"] not in ("step", "evaluation")],
+        repeated={step: [line["loss"] for line in times] for step, times in again.items()},
+        repeated_norms={step: [line["grad_norm"] for line in times] for step, times in again.items()},
+        events=[line for line in lines if line["kind"] not in ("step", "evaluation", "machine", "phase")],
+        machine=machines[-1] if machines else {},
+        phase_s=phases,
     )
 
 
 def write_report(folder: Path, *, sample: str | None = None) -> None:
-    """Write loss.png and summary.md into a run folder; an earlier sample in summary.md is replaced by `sample`."""
+    """Write loss.png and summary.md into a run folder, replacing earlier ones. StratumError if it is no run folder.
+
+    sample: text shown in the summary; None takes sample.txt of the run folder where there is one.
+    """
     record = read_run(folder)
-    recipe = yaml.safe_load((folder / "recipe.yaml").read_text())
+    path = folder / "recipe.yaml"
+    try:
+        recipe = yaml.safe_load(path.read_text())
+    except (OSError, yaml.YAMLError) as error:
+        raise StratumError(f"{path} cannot be read: {error}. Without it a run cannot be described.") from error
+    if sample is None and (folder / "sample.txt").exists():
+        sample = (folder / "sample.txt").read_text()
     if record.steps:
         draw(record, folder / "loss.png", title=folder.name)
     (folder / "summary.md").write_text(summary(record, recipe, name=folder.name, sample=sample))
 
 
+_INK, _MUTED, _GRID, _RESUME = "#1f2933", "#7b8794", "#e4e7eb", "#d9480f"
+_SOURCES = ("#2b6cb0", "#2f9e44", "#9c36b5", "#e67700", "#0b7285", "#c2255c")
+_STYLE = {
+    "axes.edgecolor": _MUTED,
+    "axes.labelcolor": _INK,
+    "axes.spines.right": False,
+    "axes.spines.top": False,
+    "axes.titlesize": 11,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.grid": True,
+    "grid.color": _GRID,
+    "font.size": 9,
+    "legend.frameon": False,
+    "text.color": _INK,
+    "xtick.color": _MUTED,
+    "ytick.color": _MUTED,
+}
+
+
 def draw(record: RunRecord, path: Path, *, title: str) -> None:
-    """The loss curve with resumes marked, held-out bits per byte by source, and the learning rate below."""
+    """Training loss with the learning rate under it, and held-out bits per byte by source; resumes are marked."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
     steps = list(record.steps)
-    losses = [record.steps[s]["loss"] for s in steps]
-    rates = [record.steps[s]["learning_rate"] for s in steps]
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4.2), width_ratios=(3, 2), layout="constrained")
-    left.plot(steps, losses, color="#9ecae1", linewidth=1, label="each step")
-    left.plot(steps, _smooth(losses), color="#08519c", linewidth=2, label="running mean")
-    for index, step in enumerate(record.resumes):
-        left.axvline(step, color="#d94801", linestyle="--", linewidth=1.2, label="resumed" if index == 0 else None)
-    left.set(xlabel="step", ylabel="training loss, nats per token", title=title)
-    left.grid(alpha=0.3)
-    below = left.twinx()
-    below.plot(steps, rates, color="#969696", linewidth=1)
-    below.set_ylim(0, 4 * max(rates))
-    below.set_yticks([0, max(rates)])
-    below.set_yticklabels(["0", f"lr {max(rates):.1e}"], color="#737373", fontsize=8)
-    left.legend(loc="upper right", frameon=False)
-    for name in next(iter(record.evaluations.values()), {}):
-        points = sorted((step, scores[name]) for step, scores in record.evaluations.items() if name in scores)
-        right.plot(*zip(*points, strict=True), marker="o", markersize=4, label=name)
-        right.annotate(f"{points[-1][1]:.2f}", points[-1], textcoords="offset points", xytext=(0, 6), ha="center")
-    right.set(xlabel="step", ylabel="held-out bits per byte", ylim=(0, None))
-    right.grid(alpha=0.3)
-    if record.evaluations:
-        right.legend(frameon=False)
-    figure.savefig(path, dpi=130)
-    pyplot.close(figure)
+    losses = [record.steps[step]["loss"] for step in steps]
+    with pyplot.rc_context(_STYLE):
+        figure = pyplot.figure(figsize=(11, 4.6), layout="constrained")
+        grid = figure.add_gridspec(2, 2, width_ratios=(3, 2), height_ratios=(4, 1))
+        top = figure.add_subplot(grid[0, 0])
+        below = figure.add_subplot(grid[1, 0], sharex=top)
+        right = figure.add_subplot(grid[:, 1])
+
+        top.plot(steps, losses, color="#a5c8ec", linewidth=0.9, label="each step")
+        top.plot(steps, _smooth(losses), color=_SOURCES[0], linewidth=2, label="running mean")
+        top.set(title=f"{title}: training loss", ylabel="nats per token")
+        top.tick_params(labelbottom=False)
+        below.plot(steps, [record.steps[step]["learning_rate"] for step in steps], color=_MUTED, linewidth=1.4)
+        below.set(xlabel="step", ylabel="learning rate", ylim=(0, None))
+        below.ticklabel_format(axis="y", style="sci", scilimits=(-2, 2))
+        for axes in (top, below, right):
+            for index, step in enumerate(record.resumes):
+                label = "resumed" if index == 0 and axes is top else None
+                axes.axvline(step, color=_RESUME, linestyle=(0, (4, 3)), linewidth=1.1, label=label)
+        top.legend(loc="upper right")
+
+        sources = list(dict.fromkeys(name for scores in record.evaluations.values() for name in scores))
+        for index, name in enumerate(sources):
+            color = _SOURCES[index % len(_SOURCES)]
+            points = sorted((step, scores[name]) for step, scores in record.evaluations.items() if name in scores)
+            if points[0][0] == 0:
+                right.axhline(points[0][1], color=color, linestyle=":", linewidth=1, alpha=0.8)
+                place = (points[-1][0], points[0][1])
+                note = {"color": color, "ha": "right", "va": "bottom", "fontsize": 8}
+                right.annotate("random start", place, textcoords="offset points", xytext=(0, 2), **note)
+            right.plot(*zip(*points, strict=True), color=color, marker="o", markersize=4, linewidth=2, label=name)
+            note = {"color": color, "ha": "center", "va": "bottom", "fontweight": "bold"}
+            right.annotate(f"{points[-1][1]:.2f}", points[-1], textcoords="offset points", xytext=(0, 5), **note)
+        right.set(title="Held-out text", xlabel="step", ylabel="bits per byte")
+        if sources:
+            right.set_ylim(0, 1.1 * max(score for scores in record.evaluations.values() for score in scores.values()))
+            right.legend(loc="lower left")
+        figure.savefig(path, dpi=140)
+        pyplot.close(figure)
 
 
 def summary(record: RunRecord, recipe: dict[str, Any], *, name: str, sample: str | None) -> str:
     """The page about a run, Markdown."""
-    start = next((e for e in record.events if e["kind"] in ("start", "resume")), {})
-    last = record.steps[max(record.steps)] if record.steps else None
     lines = [f"# Run `{name}`", ""]
-    if last is None:
+    if not record.steps:
         return "\n".join([*lines, "No step was finished yet.", ""])
-    speeds = [line["tokens_per_s"] for line in record.steps.values()]
     lines += [
-        "| | |",
-        "|---|---|",
-        f"| model | `{recipe['model']['pattern']}`, hidden {recipe['model']['hidden']}, "
-        f"{start.get('parameters', 0):,} parameters |",
-        f"| precision | {recipe['precision']['params']} |",
-        f"| layout | {start.get('layout', '?')} on {start.get('device', '?')} |",
-        f"| steps | {last['step']:,} of {recipe['run']['steps']:,} |",
-        f"| tokens | {last['tokens']:,} |",
-        f"| training loss | {_first(record):.4f} -> {last['loss']:.4f} nats per token |",
-        f"| speed | {statistics.median(speeds):,.0f} tokens/s (median) |",
-    ]
-    if "mfu" in last:
-        share = statistics.median(line["mfu"] for line in record.steps.values() if "mfu" in line)
-        lines.append(f"| model FLOPs utilisation | {100 * share:.1f} % of the measured or published peak (median) |")
-    lines += [
-        f"| peak memory | {last['memory_bytes'] / 2**30:.2f} GiB per process |",
-        f"| machine | {platform.machine()}, Python {platform.python_version()} |",
+        *_facts(record, recipe),
         "",
-        "![loss](loss.png)",
+        "![training loss, learning rate and held-out bits per byte](loss.png)",
+        *_heldout(record),
+        *_times(record),
+        *_resumes(record),
+    ]
+    if sample:
+        fence = "`" * max(3, 1 + max(map(len, re.findall("`+", sample)), default=0))
+        lines += ["", "## Sample", "", fence, sample.rstrip(), fence]
+    files = "[recipe.yaml](recipe.yaml) (resolved), [metrics.jsonl](metrics.jsonl), [tensorboard/](tensorboard), "
+    lines += ["", f"Files: {files}[checkpoints/](checkpoints).", ""]
+    return "\n".join(lines)
+
+
+def _facts(record: RunRecord, recipe: dict[str, Any]) -> list[str]:
+    """What was trained, how far, how fast, on what."""
+    steps = list(record.steps.values())
+    first, last, machine = steps[0], steps[-1], record.machine
+    start: dict[str, Any] = next((e for e in reversed(record.events) if e["kind"] in ("start", "resume")), {})
+    rows = {
+        "model": f"`{recipe['model']['pattern']}`, hidden {recipe['model']['hidden']}, "
+        f"{start.get('parameters', 0):,} parameters",
+        "precision": recipe["precision"]["params"],
+        "layout": f"{start.get('layout', '?')} on {start.get('device', '?')}",
+        "steps": f"{last['step']:,} of {recipe['run']['steps']:,}",
+        "tokens": f"{last['tokens']:,}",
+        "training loss": f"{first['loss']:.4f} -> {last['loss']:.4f} nats per token",
+        "speed": f"{statistics.median(line['tokens_per_s'] for line in steps):,.0f} tokens/s (median)",
+    }
+    shares = [line["mfu"] for line in steps if "mfu" in line]
+    if shares:
+        of = "published bf16 peak" if str(start.get("device", "cpu")).startswith("cuda") else "measured fp32 peak"
+        peak = f" of {machine['peak_flops'] / 1e12:.3g} TFLOP/s" if machine.get("peak_flops") else ""
+        rows["model FLOPs utilisation"] = f"{100 * statistics.median(shares):.1f} % of the {of}{peak} (median)"
+    rows["peak memory"] = f"{max(line['memory_bytes'] for line in steps) / 2**30:.2f} GiB in the first process"
+    if machine:
+        where = machine["cpu"] if machine["device"] == "cpu" else f"{machine['device']}, host {machine['cpu']}"
+        threads = f"{machine['threads']} thread{'s' * (machine['threads'] != 1)}"
+        rows["machine"] = f"{where}, {threads} a process; torch {machine['torch']}, Python {machine['python']}"
+    return ["| | |", "|---|---|", *(f"| {key} | {value} |" for key, value in rows.items())]
+
+
+def _heldout(record: RunRecord) -> list[str]:
+    """First and last held-out bits per byte of every source."""
+    if not record.evaluations:
+        return []
+    at_start, at_end = min(record.evaluations), max(record.evaluations)
+    first, last = record.evaluations[at_start], record.evaluations[at_end]
+    return [
         "",
         "## Held-out bits per byte",
         "",
-        "| source | first | last |",
+        f"| source | step {at_start} | step {at_end} |",
         "|---|---|---|",
+        *(f"| {name} | {first.get(name, math.nan):.3f} | {last[name]:.3f} |" for name in last),
     ]
-    if record.evaluations:
-        first, final = (record.evaluations[pick(record.evaluations)] for pick in (min, max))
-        lines += [f"| {source} | {first[source]:.3f} | {final[source]:.3f} |" for source in final if source in first]
-    lines += ["", "## Where a step's time goes", "", "| part | median ms | share |", "|---|---|---|"]
-    parts = {part for line in record.steps.values() for part in line["seconds"]}
-    medians = {
-        part: statistics.median(line["seconds"].get(part, 0.0) for line in record.steps.values()) for part in parts
-    }
+
+
+def _times(record: RunRecord) -> list[str]:
+    """Where a step's time goes, and what was spent outside steps."""
+    steps = list(record.steps.values())
+    names = dict.fromkeys(part for line in steps for part in line["seconds"])
+    medians = {name: statistics.median(line["seconds"].get(name, 0.0) for line in steps) for name in names}
     whole = sum(medians.values())
-    for part, value in sorted(medians.items(), key=lambda item: -item[1]):
-        lines.append(f"| {part} | {1000 * value:.1f} | {100 * value / whole:.1f} % |")
-    lines += ["", "## Resumes", ""]
-    if not record.resumes:
-        lines.append("None: the run went through in one piece.")
-    for step in record.resumes:
-        lines.append(f"- resumed after step {step}")
+    lines = ["", "## Where a step's time goes", "", "| part | median ms | share |", "|---|---|---|"]
+    for name, value in sorted(medians.items(), key=lambda item: -item[1]):
+        lines.append(f"| {name} | {1000 * value:.1f} | {100 * value / whole:.1f} % |")
+    if record.phase_s:
+        trained = sum(line["step_s"] for line in steps)
+        spent = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in record.phase_s.items())
+        lines += ["", f"Outside steps: {spent}; steps took {trained:.1f} s."]
+    return lines
+
+
+def _resumes(record: RunRecord) -> list[str]:
+    """Where the run was taken up again, and whether steps that were run again came out the same."""
+    lines = ["", "## Resumes", ""]
+    if not record.resumes and not record.repeated:
+        return [*lines, "None: the run went through in one piece."]
+    lines += [f"- resumed after step {step}" for step in record.resumes]
     if record.repeated:
-        same = sum(len(set(values)) == 1 for values in record.repeated.values())
-        lines += ["", f"{same} of {len(record.repeated)} steps that were run again gave the same loss to the last bit."]
-    if sample:
-        lines += ["", "## Sample", "", "```", sample.rstrip(), "```"]
-    lines += ["", "Files: `recipe.yaml` (resolved), `metrics.jsonl`, `tensorboard/`, `checkpoints/`.", ""]
-    return "\n".join(lines)
+        total = len(record.repeated)
+        same = sum(
+            len(set(values)) == 1 and len(set(record.repeated_norms[step])) == 1
+            for step, values in record.repeated.items()
+        )
+        text = f"{same} of {total} steps that were run again gave the same loss and gradient norm to the last bit."
+        if same < total:
+            gap = max(max(values) - min(values) for values in record.repeated.values())
+            layouts = {e["layout"] for e in record.events if e["kind"] in ("start", "resume") and "layout" in e}
+            text += f" Largest difference in loss: {gap:.3g} nats per token."
+            if len(layouts) > 1:
+                text += f" The layout changed ({', '.join(sorted(layouts))}), which changes the order of sums."
+        lines += ["", text]
+    return lines
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -170,14 +272,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _first(record: RunRecord) -> float:
-    return record.steps[min(record.steps)]["loss"]
-
-
 def _smooth(values: list[float]) -> list[float]:
-    """Mean over the last twentieth of the run up to each point (at most 50 steps)."""
-    window = max(1, min(50, len(values) // 20))
-    return [statistics.fmean(values[max(0, i - window + 1) : i + 1]) for i in range(len(values))]
+    """Mean of the values around each point, as many before as after: at most a tenth of the run or 100 steps.
+
+    Values that are not finite are left out.
+    """
+    half = min(50, len(values) // 20)
+    means = []
+    for place in range(len(values)):
+        reach = min(half, place, len(values) - 1 - place)
+        near = [value for value in values[place - reach : place + reach + 1] if math.isfinite(value)]
+        means.append(statistics.fmean(near) if near else math.nan)
+    return means
 
 
 if __name__ == "__main__":

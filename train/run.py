@@ -199,11 +199,13 @@ def _train(recipe: Recipe, *, mesh: Mesh, dataset: Dataset, folder: Path) -> Run
         )
 
         def evaluate(at: int) -> None:
-            scores = heldout_bits_per_byte(engine, dataset, rows_per_source=recipe.evaluate.rows_per_source)
+            with telemetry.phase("evaluating"):
+                scores = heldout_bits_per_byte(engine, dataset, rows_per_source=recipe.evaluate.rows_per_source)
             telemetry.evaluation(at, scores)
 
         def save(at: int, rows: int) -> None:
-            path = checkpoints.save(engine, step=at, position=rows, recipe=mapping, data_hash=dataset.manifest_hash)
+            with telemetry.phase("saving"):
+                path = checkpoints.save(engine, step=at, position=rows, recipe=mapping, data_hash=dataset.manifest_hash)
             telemetry.event("save", step=at, path=str(path))
 
         def newest() -> str | None:
@@ -262,10 +264,8 @@ def _resume(recipe: Recipe, *, engine: Any, checkpoints: Any, dataset: Dataset) 
 
 
 def _world_peak(per_rank: float | None, mesh: Mesh) -> float | None:
-    """Peak of all devices; CPU ranks of one machine share one measured peak."""
-    if per_rank is None:
-        return None
-    return per_rank * (mesh.layout.world if mesh.device.type == "cuda" else 1)
+    """Peak of all devices. A CPU rank measures what its own share of the threads reaches."""
+    return None if per_rank is None else per_rank * mesh.layout.world
 
 
 def _use_threads(threads: int) -> None:

@@ -1,0 +1,146 @@
+"""A report tells what a run's files say: numbers worked out here by hand, a picture that is one, errors that help."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from train.errors import StratumError
+from train.report import main, read_run, write_report
+from train.telemetry import METRICS
+
+RECIPE = {"model": {"pattern": "M-", "hidden": 8}, "precision": {"params": "fp32"}, "run": {"steps": 8}}
+
+
+def step(number: int, loss: float, **changes: Any) -> dict[str, Any]:
+    line = {
+        "kind": "step",
+        "step": number,
+        "tokens": 100 * number,
+        "loss": loss,
+        "grad_norm": 1.0 + number,
+        "learning_rate": 1e-3,
+        "seconds": {"data": 0.1, "forward_backward": 0.3, "optimizer": 0.1},
+        "step_s": 0.5,
+        "tokens_per_s": 200.0,
+        "mfu": 0.25,
+        "memory_bytes": 3 * 2**30,
+    }
+    return line | changes
+
+
+def begin(kind: str, number: int, layout: str = "TP1 PP1 DP1") -> dict[str, Any]:
+    return {"kind": kind, "step": number, "parameters": 1234567, "layout": layout, "device": "cpu"}
+
+
+MACHINE = {"kind": "machine", "cpu": "Abacus 2000", "device": "cpu", "threads": 2, "torch": "9.9", "python": "3.12"}
+LINES = [
+    MACHINE,
+    begin("start", 0),
+    {"kind": "evaluation", "step": 0, "bits_per_byte": {"verse": 4.0, "code": 3.0}},
+    *(step(number, 8.0 - number) for number in range(1, 7)),
+    MACHINE | {"peak_flops": 1.5e11},
+    begin("resume", 4),
+    *(step(number, 8.0 - number) for number in range(5, 9)),
+    {"kind": "phase", "name": "saving", "seconds": 1.5},
+    {"kind": "phase", "name": "saving", "seconds": 0.5},
+    {"kind": "evaluation", "step": 8, "bits_per_byte": {"verse": 2.0, "code": 1.5}},
+]
+
+
+def folder_of(path: Path, lines: list[dict[str, Any]]) -> Path:
+    (path / METRICS).write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (path / "recipe.yaml").write_text(json.dumps(RECIPE))
+    return path
+
+
+def test_a_report_says_what_happened(tmp_path: Path) -> None:
+    write_report(folder_of(tmp_path, LINES), sample="To be")
+    text = (tmp_path / "summary.md").read_text()
+    for part in (
+        "1,234,567 parameters",
+        "| steps | 8 of 8 |",
+        "| tokens | 800 |",
+        "7.0000 -> 0.0000 nats",
+        "200 tokens/s",
+        "25.0 % of the measured fp32 peak of 0.15 TFLOP/s",
+        "3.00 GiB",
+        "Abacus 2000, 2 threads a process; torch 9.9",
+        "| verse | 4.000 | 2.000 |",
+        "| code | 3.000 | 1.500 |",
+        "| forward_backward | 300.0 | 60.0 % |",
+        "saving 2.0 s; steps took 4.0 s",
+        "- resumed after step 4",
+        "2 of 2 steps that were run again gave the same loss and gradient norm to the last bit.",
+        "```\nTo be\n```",
+        "[metrics.jsonl](metrics.jsonl)",
+    ):
+        assert part in text, part
+
+
+def test_the_picture_is_a_picture(tmp_path: Path) -> None:
+    from matplotlib import image
+
+    write_report(folder_of(tmp_path, LINES))
+    pixels = image.imread(tmp_path / "loss.png")
+    assert pixels.shape[0] > 400 and pixels.shape[1] > 1000
+    assert pixels[..., :3].std() > 0.05
+
+
+def test_steps_that_came_out_otherwise_are_told(tmp_path: Path) -> None:
+    other = [*LINES[:11], begin("resume", 4, layout="TP2 PP1 DP1"), step(5, 3.25), step(6, 2.0), step(7, math.pi)]
+    write_report(folder_of(tmp_path, other))
+    text = (tmp_path / "summary.md").read_text()
+    assert "1 of 2 steps that were run again" in text
+    assert "Largest difference in loss: 0.25 nats" in text
+    assert "The layout changed (TP1 PP1 DP1, TP2 PP1 DP1)" in text
+
+
+def test_a_gradient_norm_that_differs_is_a_difference(tmp_path: Path) -> None:
+    write_report(folder_of(tmp_path, [*LINES[:-1], step(8, 0.0, grad_norm=9.000000000000002)]))
+    assert "2 of 3 steps" in (tmp_path / "summary.md").read_text()
+
+
+def test_steps_run_again_without_a_checkpoint_count_too(tmp_path: Path) -> None:
+    """Killed before the first save, a run starts again: no resume, and still the same steps twice."""
+    write_report(folder_of(tmp_path, [begin("start", 0), step(1, 7.0), begin("start", 0), step(1, 7.0), step(2, 6.0)]))
+    assert "1 of 1 steps" in (tmp_path / "summary.md").read_text()
+
+
+def test_losses_that_are_none_do_not_stop_a_report(tmp_path: Path) -> None:
+    lines = [begin("start", 0), step(1, 7.0), step(2, 0.0) | {"loss": "NaN"}, step(3, 0.0) | {"loss": "Infinity"}]
+    write_report(folder_of(tmp_path, lines))
+    assert math.isnan(read_run(tmp_path).steps[2]["loss"])
+    assert "7.0000 -> inf nats" in (tmp_path / "summary.md").read_text()
+
+
+def test_a_sample_kept_in_the_folder_stays_in_the_summary(tmp_path: Path) -> None:
+    folder_of(tmp_path, LINES)
+    (tmp_path / "sample.txt").write_text("with ``` inside")
+    write_report(tmp_path)
+    assert "````\nwith ``` inside\n````" in (tmp_path / "summary.md").read_text()
+
+
+def test_a_run_without_steps(tmp_path: Path) -> None:
+    write_report(folder_of(tmp_path, LINES[:2]))
+    assert "No step was finished yet." in (tmp_path / "summary.md").read_text()
+    assert not (tmp_path / "loss.png").exists()
+
+
+def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "text").write_text("Out, out")
+    assert main([str(folder_of(tmp_path, LINES)), "--sample", str(tmp_path / "text")]) == 0
+    assert "Out, out" in (tmp_path / "summary.md").read_text()
+    assert "summary.md" in capsys.readouterr().out
+
+
+def test_a_report_of_nothing_is_an_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(StratumError, match="is not a run folder"):
+        read_run(tmp_path)
+    assert main([str(tmp_path)]) == 2
+    assert "Give one, e.g. runs/smoke" in capsys.readouterr().err
+    (tmp_path / METRICS).write_text("")
+    with pytest.raises(StratumError, match=r"recipe\.yaml cannot be read"):
+        write_report(tmp_path)
