@@ -18,7 +18,7 @@ import yaml
 from data.errors import DataError
 from data.stream import Dataset, Stream, open_dataset
 from train.config import Recipe
-from train.errors import CheckpointError, RecipeError
+from train.errors import BackendError, CheckpointError, RecipeError
 from train.model.pattern import flops_per_token, parameters
 from train.parallel.device import choose_device, prepare
 from train.parallel.layout import Layout, lay_out
@@ -132,6 +132,11 @@ def build_engine(recipe: Recipe, mesh: Mesh) -> "Engine":
     from train.parallel.wrap import connect, wrap_chunks
 
     backend = choose_backend(recipe.precision, mesh.device)
+    if recipe.data.reset_at_documents and not backend.separates_documents:
+        raise BackendError(
+            f"data.reset_at_documents=true: the {backend.name} backend cannot tell documents apart yet. Use "
+            f"precision.backend=reference, or data.reset_at_documents=false."
+        )
     chunks = build_model(
         recipe.model,
         parallel=recipe.parallel,

@@ -70,6 +70,13 @@ def test_tied_embeddings_agree_over_a_pipeline() -> None:
     )
 
 
+@pytest.mark.parametrize("activation", ["swiglu", "geglu"])
+def test_gated_mlps_agree_when_split(activation: str) -> None:
+    gated = {"model.activation": activation}
+    split = {"parallel.tensor": 2, "parallel.sequence": True}
+    agree(trained(2, **gated, **split), trained(1, **gated), ROUNDING)
+
+
 def test_bf16_layouts_agree_to_bf16_rounding() -> None:
     """bf16 keeps 8 bits (4e-3): partial sums rounded at other places move a loss by far less, as errors average out."""
     bf16 = {"precision.params": "bf16"}

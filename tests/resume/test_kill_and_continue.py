@@ -126,6 +126,10 @@ def test_killed_and_interrupted_runs_end_as_the_undisturbed_one(words: list[str]
         ][-1]
     )
 
+    too_small = finish(start(words, "other", extra=("model.vocab=256",)), status=2)
+    assert f"vocabulary {VOCAB}), but model.vocab=256. Set model.vocab={VOCAB}" in too_small
+    assert not (tmp_path / "other").exists()
+
     refused = finish(start(words, "killed", extra=("optim.lr=1",)), status=2)
     assert "optim.lr: 0.003 in the run's folder, 1.0 now" in refused
 

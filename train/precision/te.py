@@ -20,6 +20,7 @@ class TransformerEngineBackend:
     """Megatron's Transformer Engine modules, with the stock Mamba-2 mixer on mamba-ssm kernels."""
 
     name = "te"
+    separates_documents = False  # Megatron's stock modules want cumulative lengths instead of RowContext
 
     def column_parallel_linear(self) -> type:
         from megatron.core.extensions.transformer_engine import TEColumnParallelLinear

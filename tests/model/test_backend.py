@@ -1,0 +1,38 @@
+"""Choosing a backend: what is missing is named, and what a backend cannot do is refused instead of done wrongly."""
+
+import pytest
+import torch
+from ranks import RankFailed, run_ranks
+from tiny import engine_of, recipe_with
+
+from train.config import PrecisionConfig
+from train.errors import BackendError
+from train.model.backend import ReferenceBackend, choose_backend
+from train.parallel.device import choose_device
+
+
+def test_without_a_gpu_the_reference_is_chosen() -> None:
+    assert choose_backend(PrecisionConfig(), torch.device("cpu")).name == "reference"
+
+
+def test_an_explicit_te_names_what_is_missing() -> None:
+    with pytest.raises(BackendError, match=r"precision\.backend=te needs a GPU"):
+        choose_backend(PrecisionConfig(backend="te"), torch.device("cpu"))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="says what happens on a machine without a GPU")
+def test_asking_for_a_gpu_without_one_is_an_error() -> None:
+    assert choose_device("auto").type == "cpu"
+    with pytest.raises(BackendError, match=r"run\.device=cuda, but torch sees no GPU"):
+        choose_device("cuda")
+
+
+def build_with_documents(rank: int) -> None:
+    ReferenceBackend.separates_documents = False
+    with engine_of(recipe_with(**{"data.reset_at_documents": True}), rank=rank, world=1):
+        pass
+
+
+def test_documents_are_refused_where_a_backend_cannot_tell_them_apart() -> None:
+    with pytest.raises(RankFailed, match=r"data\.reset_at_documents=true: the reference backend cannot"):
+        run_ranks(1, build_with_documents)
