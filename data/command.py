@@ -43,11 +43,13 @@ def run_command(
     keys: every dotted key a recipe can have, to name the nearest; user_errors: what ends in a message, not a traceback.
     """
     rank = int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")))
-    logging.basicConfig(
-        level=logging.WARNING, format=f"%(asctime)s rank {rank} %(name)s: %(message)s", stream=sys.stderr
-    )
+    if "--info" not in sys.argv:  # which prints through Hydra's own logging
+        head = f"%(asctime)s rank {rank} %(name)s: %(message)s"
+        logging.basicConfig(level=logging.WARNING, format=head, stream=sys.stderr)
     os.environ["HYDRA_FULL_ERROR"] = "1"  # errors come here instead of Hydra's own report
     given = {word.split("=", 1)[0].lstrip("+~") for word in sys.argv[1:]}
+    if sys.argv[-1] == "--info":
+        sys.argv.append("all")  # or the words added below would be taken for what --info is about
     sys.argv += [f"{key}={value}" for key, value in _QUIET.items() if key not in given]
     statuses: list[int] = []
 
