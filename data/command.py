@@ -47,10 +47,7 @@ def run_command(
         head = f"%(asctime)s rank {rank} %(name)s: %(message)s"
         logging.basicConfig(level=logging.WARNING, format=head, stream=sys.stderr)
     os.environ["HYDRA_FULL_ERROR"] = "1"  # errors come here instead of Hydra's own report
-    given = {word.split("=", 1)[0].lstrip("+~") for word in sys.argv[1:]}
-    if sys.argv[-1] == "--info":
-        sys.argv.append("all")  # or the words added below would be taken for what --info is about
-    sys.argv += [f"{key}={value}" for key, value in _QUIET.items() if key not in given]
+    sys.argv[:] = with_overrides(sys.argv, _QUIET)
     statuses: list[int] = []
 
     @hydra.main(version_base="1.3", config_path=str(RECIPES), config_name=None)
@@ -79,6 +76,21 @@ def run_command(
     return max(statuses, default=0)
 
 
+def with_overrides(words: list[str], overrides: dict[str, str]) -> list[str]:
+    """A command line with overrides added, those aside that it has already.
+
+    They go right behind the user's last override: Hydra's parser wants all of them side by side.
+    """
+    given = {word.split("=", 1)[0].lstrip("+~") for word in words}
+    added = [f"{key}={value}" for key, value in overrides.items() if key not in given]
+    places = [i for i, word in enumerate(words) if i and not word.startswith("-") and ("=" in word or word[0] == "~")]
+    if places:
+        return [*words[: places[-1] + 1], *added, *words[places[-1] + 1 :]]
+    if words[-1] == "--info":
+        words = [*words, "all"]  # or the first word added would be taken for what --info is about
+    return [*words, *added]
+
+
 def dotted_keys(cls: type, prefix: str = "") -> list[str]:
     """Every dotted key of a dataclass of fields and groups, groups included."""
     keys = []
@@ -91,7 +103,7 @@ def dotted_keys(cls: type, prefix: str = "") -> list[str]:
 
 def _name_sweep_job(composed: DictConfig) -> None:
     """Give each job of a sweep a run folder of its own, named after what it overrides."""
-    overrides = HydraConfig.get().job.override_dirname
+    overrides = re.sub(r"(^|,)run\.name=[^,]*", "", HydraConfig.get().job.override_dirname).lstrip(",")
     with open_dict(composed):
         composed.run.name = f"{composed.run.name}-{re.sub(r'[^A-Za-z0-9_.=,+-]', '_', overrides)}"
     OmegaConf.set_struct(composed, True)

@@ -9,7 +9,7 @@ import pytest
 import yaml
 from tiny import RECIPE, TINY
 
-from data.command import RECIPES, dotted_keys
+from data.command import RECIPES, dotted_keys, with_overrides
 from train.config import Recipe, ScheduleConfig
 from train.errors import RecipeError
 from train.model.pattern import parameters
@@ -105,6 +105,20 @@ def test_a_folder_of_something_else_is_refused(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match=r"thesis\.tex"):
         check_folder(tmp_path, RECIPE)
     assert (tmp_path / "thesis.tex").read_text() == "years of work"
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["train", "-cn", "smoke"], ["train", "-cn", "smoke", "x=1"]),
+        (["train", "-cn", "smoke", "a=1,2", "-m"], ["train", "-cn", "smoke", "a=1,2", "x=1", "-m"]),
+        (["train", "~b", "--cfg", "job"], ["train", "~b", "x=1", "--cfg", "job"]),
+        (["train", "x=2", "-cn", "smoke"], ["train", "x=2", "-cn", "smoke"]),
+        (["train", "-cn", "smoke", "--info"], ["train", "-cn", "smoke", "--info", "all", "x=1"]),
+    ],
+)
+def test_overrides_are_added_where_hydra_takes_them(words: list[str], expected: list[str]) -> None:
+    assert with_overrides(words, {"x": "1"}) == expected
 
 
 def command(*words: str) -> subprocess.CompletedProcess:
