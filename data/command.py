@@ -27,12 +27,12 @@ RECIPES = Path(__file__).resolve().parent.parent / "recipes"
 _QUIET = {
     "hydra.run.dir": ".",
     "hydra.output_subdir": "null",
-    "hydra.sweep.dir": ".",
+    "hydra.sweep.dir": "runs",
     "hydra.sweep.subdir": ".",
     "hydra/job_logging": "none",
     "hydra/hydra_logging": "none",
 }
-"""Hydra's own folders and logging, turned off: a run's files lie in its run folder, and nowhere else."""
+"""Hydra's own folders and logging, turned off: a run's files lie in its run folder. (A sweep leaves runs/multirun.yaml.)"""
 
 
 def run_command(
