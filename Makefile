@@ -17,9 +17,11 @@ test: setup ## the fast tests
 test-slow: setup ## the slow tests
 	@OMP_NUM_THREADS=1 $(PY) -m pytest -q -m slow
 
-test-oracle: setup ## compare with mamba-ssm's real Triton kernels, interpreted on the CPU
+test-oracle: setup ## compare with mamba-ssm's Triton kernels, torchao and Transformer Engine, on the CPU
 	@bash tests/parity/install.sh
 	@OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(PY) -m pytest -q -m oracle tests/parity/test_mamba_ssm.py
+	@OMP_NUM_THREADS=1 $(PY) -m pytest -q -m oracle tests/parity/test_torchao.py
+	@STRATUM_TEST_TE=1 OMP_NUM_THREADS=1 $(PY) -m pytest -q -m oracle tests/parity/test_te.py
 
 check: setup ## format, lint, types, architecture rules (under a minute)
 	@$(PY) -m ruff format --check .

@@ -11,4 +11,8 @@ import torch
 from train.parallel.device import prepare
 
 torch.set_num_threads(1)
+if os.environ.get("STRATUM_TEST_TE") == "1":
+    from parity import te_on_cpu
+
+    te_on_cpu.install()
 prepare(torch.device("cpu"))

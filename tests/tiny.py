@@ -91,7 +91,9 @@ def steps_of(engine: Engine, recipe: Recipe, steps: range) -> Numbers:
     """Train the given steps. Collective."""
     losses, norms = [], []
     for step in steps:
-        result = train_step(engine, microbatches(recipe, engine.mesh, step), learning_rate=1e-3, watch=Stopwatch())
+        result = train_step(
+            engine, microbatches(recipe, engine.mesh, step), step=step, learning_rate=1e-3, watch=Stopwatch()
+        )
         losses.append(float(engine.mesh.sum_over_world(result.loss.clone())))
         norms.append(float(result.grad_norm))
     return Numbers(losses, norms)

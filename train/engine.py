@@ -9,6 +9,7 @@ from megatron.core.optimizer.optimizer import MegatronOptimizer
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from train.parallel.mesh import Mesh
+from train.precision.control import PrecisionControl
 
 
 @dataclass(frozen=True)
@@ -19,6 +20,7 @@ class Engine:
     chunks: list[Any]
     """DDP-wrapped parts of the model on this rank, one per virtual pipeline stage."""
     optimizer: MegatronOptimizer
+    precision: PrecisionControl
     forward_step: Callable[..., Any]
     """Called by Megatron's schedules for each microbatch (`train.objective`)."""
     row_tokens: int

@@ -52,6 +52,10 @@ def train_loop(
     if run.stop_after_steps is not None:
         last_step = min(last_step, first_step + run.stop_after_steps)
 
+    def is_measured(at: int) -> bool:
+        """Whether the step that ends as step `at` is one of those whose quantisation errors are looked at."""
+        return recipe.precision.health and at % recipe.telemetry.log_every_steps == 0
+
     with StopSignals() as signals:
         while step < last_step:
             watch = Stopwatch()
@@ -65,7 +69,14 @@ def train_loop(
                 total_steps=run.steps,
                 tokens_per_step=tokens_per_step,
             )
-            result = train_step(engine, microbatches, learning_rate=recipe.optim.lr * factor, watch=watch)
+            result = train_step(
+                engine,
+                microbatches,
+                step=step,
+                learning_rate=recipe.optim.lr * factor,
+                watch=watch,
+                measure=is_measured(step + 1),
+            )
             step += 1
             telemetry.record(
                 step,
@@ -74,6 +85,9 @@ def train_loop(
                 learning_rate=recipe.optim.lr * factor,
                 seconds=watch.seconds(),
             )
+            if is_measured(step):
+                telemetry.flush()
+                telemetry.precision(step, scaling=engine.precision.active(), readings=engine.precision.health())
             if not math.isfinite(result.grad_norm):
                 telemetry.flush()  # the steps that led here are the ones to look at
             check_numbers(step, grad_norm=result.grad_norm, newest_checkpoint=newest_checkpoint())

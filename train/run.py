@@ -23,6 +23,7 @@ from train.model.pattern import flops_per_token, parameters
 from train.parallel.device import choose_device, prepare
 from train.parallel.layout import Layout, lay_out
 from train.parallel.mesh import Mesh, close_mesh, open_mesh, world_from_environment
+from train.precision.scaling import shape_problems
 from train.recipe import differences
 
 if TYPE_CHECKING:  # at run time Megatron must wait for `prepare`
@@ -137,6 +138,16 @@ def build_engine(recipe: Recipe, mesh: Mesh) -> "Engine":
             f"data.reset_at_documents=true: the {backend.name} backend cannot tell documents apart yet. Use "
             f"precision.backend=reference, or data.reset_at_documents=false."
         )
+    problems = shape_problems(
+        recipe.model,
+        parallel=recipe.parallel,
+        precision=recipe.precision,
+        rank_tokens=recipe.run.microbatch_rows * recipe.data.row_tokens // recipe.parallel.context,
+    )
+    if problems and backend.name == "te":
+        raise RecipeError("\n".join(problems))
+    if problems and mesh.rank == 0:
+        log.warning("A GPU would refuse this recipe:\n  %s", "\n  ".join(problems))
     chunks = build_model(
         recipe.model,
         parallel=recipe.parallel,
@@ -146,13 +157,14 @@ def build_engine(recipe: Recipe, mesh: Mesh) -> "Engine":
         mesh=mesh,
         backend=backend,
     )
-    wrapped = wrap_chunks(chunks, parallel=recipe.parallel, mesh=mesh)
+    wrapped = wrap_chunks(chunks, parallel=recipe.parallel, mesh=mesh, fp8_weights=recipe.precision.fp8_weights)
     optimizer = build_optimizer(wrapped, optim=recipe.optim, precision=recipe.precision, mesh=mesh)
     connect(wrapped, optimizer)
     return Engine(
         mesh=mesh,
         chunks=wrapped,
         optimizer=optimizer,
+        precision=backend.control(wrapped, precision=recipe.precision, mesh=mesh, seed=recipe.run.seed),
         forward_step=forward_step(mesh, reset_at_documents=recipe.data.reset_at_documents),
         row_tokens=recipe.data.row_tokens,
         microbatch_rows=recipe.run.microbatch_rows,

@@ -20,8 +20,15 @@ class StepResult:
     """Norm of the whole gradient before clipping; the same on every rank."""
 
 
-def train_step(engine: Engine, microbatches: list[Any], *, learning_rate: float, watch: Stopwatch) -> StepResult:
-    """One update of the weights. Collective over the world."""
+def train_step(
+    engine: Engine, microbatches: list[Any], *, step: int, learning_rate: float, watch: Stopwatch, measure: bool = False
+) -> StepResult:
+    """One update of the weights. Collective over the world.
+
+    step: steps finished before this one. measure: take readings of quantised operands (`engine.precision.health`).
+    """
+    tokens = len(microbatches) * engine.microbatch_rows * engine.mesh.layout.data * engine.row_tokens
+    engine.precision.begin_step(step=step, tokens=step * tokens, measure=measure)
     for chunk in engine.chunks:
         chunk.zero_grad_buffer()
     engine.optimizer.zero_grad()
@@ -32,5 +39,6 @@ def train_step(engine: Engine, microbatches: list[Any], *, learning_rate: float,
     watch.lap("forward_backward")
     set_learning_rate(engine.optimizer, learning_rate)
     _succeeded, grad_norm, _zeros = engine.optimizer.step()
+    engine.precision.finish_step()
     watch.lap("optimizer")
     return StepResult(loss=loss, grad_norm=grad_norm)

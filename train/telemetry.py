@@ -6,6 +6,7 @@ per step. metrics.jsonl is the record the others are made from:
     {"kind": "machine", "cpu": ..., "device": ..., "threads": 2, "torch": ..., "flops_per_token": ..., ...}
     {"kind": "step", "step": 12, "tokens": 24576, "loss": ..., "grad_norm": ..., "learning_rate": ..., "seconds": {...}}
     {"kind": "evaluation", "step": 80, "bits_per_byte": {"shakespeare": ..., "python": ...}}
+    {"kind": "precision", "step": 20, "scaling": "blockwise", "readings": [{"layer": 0, "linear": ..., "snr_db": ...}]}
     {"kind": "phase", "name": "saving", "seconds": ...}
     {"kind": "start" | "resume" | "save" | "warning" | ..., "step": ..., ...}
 
@@ -23,8 +24,9 @@ import resource
 import sys
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -154,6 +156,21 @@ class Telemetry:
     def event(self, kind: str, **fields: Any) -> None:
         """Write an event at once. Steps noted before it are flushed by the loop, not here."""
         self._write([{"kind": kind, **fields, "time": time.time()}])
+
+    def precision(self, step: int, *, scaling: str, readings: Sequence[Any]) -> None:
+        """Write how well each low-precision operand was quantised (`train.precision.control.Reading`), and warn of the
+        worst that left its band."""
+        if not readings:
+            return
+        self.event("precision", step=step, scaling=scaling, readings=[asdict(reading) for reading in readings])
+        sick = sorted((r for r in readings if not r.is_healthy), key=lambda r: r.snr_db)
+        if sick and self._record is not None:
+            worst = sick[0]
+            self._warn(
+                f"step {step}: {len(sick)} of {len(readings)} quantised operands below their band; the worst: {worst.operand} "
+                f"of layer {worst.layer} {worst.linear} at {worst.snr_db:.1f} dB (band from {worst.floor_db:g} dB), "
+                f"{worst.saturated:.1%} saturated, {worst.underflowed:.1%} underflowed"
+            )
 
     def evaluation(self, step: int, by_source: dict[str, float]) -> None:
         """Write held-out bits per byte by source."""

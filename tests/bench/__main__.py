@@ -79,7 +79,7 @@ def in_turn(rounds: int, *works: Callable[[], object], warmup: int = 2) -> list[
 
 def bare_step(engine: Engine, batch: Batch) -> None:
     """Forward, backward and update, and nothing else."""
-    train_step(engine, [batch], learning_rate=1e-3, watch=Stopwatch())
+    train_step(engine, [batch], step=0, learning_rate=1e-3, watch=Stopwatch())
 
 
 def loop_body(
@@ -92,7 +92,7 @@ def loop_body(
         step, watch = next(steps), Stopwatch()
         watch.lap("data")
         factor = learning_rate_factor(recipe.schedule, step=step, tokens=0, total_steps=1 << 30, tokens_per_step=TOKENS)
-        result = train_step(engine, [batch], learning_rate=1e-3 * factor, watch=watch)
+        result = train_step(engine, [batch], step=0, learning_rate=1e-3 * factor, watch=watch)
         check_numbers(step, grad_norm=result.grad_norm, newest_checkpoint=None)
         telemetry.record(
             step, loss=result.loss, grad_norm=result.grad_norm, learning_rate=1e-3, seconds=watch.seconds()

@@ -1,23 +1,27 @@
 """Which modules a model is made of: the backend is a value, chosen once, and nothing else asks which one it is.
 
-A backend is Megatron's BackendSpecProvider (linear layers, norm, attention core) plus the Mamba-2 mixer. `reference`
-is plain torch on any device; `te` is Transformer Engine with mamba-ssm kernels on a GPU (`train.precision.te`).
+A backend is Megatron's BackendSpecProvider (linear layers, norm, attention core) plus the Mamba-2 mixer, and what low
+precision needs of it. `reference` is plain torch on any device; `emulated` is the same modules with low-precision numbers
+(`train.precision.emulated`); `te` is Transformer Engine with mamba-ssm kernels on a GPU (`train.precision.te`).
 """
 
 from abc import abstractmethod
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from megatron.core.models.backends import LocalSpecProvider
 from megatron.core.ssm.mamba_mixer import MambaMixer
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 
-from train.config import PrecisionConfig
+from train.config import ModelConfig, PrecisionConfig
 from train.errors import BackendError
 from train.model.attention import AttentionCore
+from train.model.linear import use_fast_product
 from train.model.mixer import ReferenceMixer, have_mamba_kernels
 from train.model.norm import RMSNorm
-from train.precision import te
+from train.parallel.mesh import Mesh
+from train.precision import emulated, te
+from train.precision.control import PrecisionControl
 
 
 class Backend(Protocol):
@@ -46,6 +50,18 @@ class Backend(Protocol):
     @abstractmethod
     def mixer(self) -> type[MambaMixer]: ...
 
+    @abstractmethod
+    def options(self, model: ModelConfig, precision: PrecisionConfig) -> dict[str, Any]:
+        """Fields of Megatron's TransformerConfig that low precision needs."""
+
+    @abstractmethod
+    def equip(self, chunk: torch.nn.Module, *, model: ModelConfig, precision: PrecisionConfig) -> None:
+        """Finish a freshly built model chunk."""
+
+    @abstractmethod
+    def control(self, chunks: list[Any], *, precision: PrecisionConfig, mesh: Mesh, seed: int) -> PrecisionControl:
+        """What the training loop steers low precision with, over all chunks of this rank."""
+
 
 class ReferenceBackend(LocalSpecProvider):
     """Plain torch modules, any device."""
@@ -68,12 +84,36 @@ class ReferenceBackend(LocalSpecProvider):
     def mixer(self) -> type[MambaMixer]:
         return ReferenceMixer
 
+    def options(self, model: ModelConfig, precision: PrecisionConfig) -> dict[str, Any]:
+        return {}
+
+    def equip(self, chunk: torch.nn.Module, *, model: ModelConfig, precision: PrecisionConfig) -> None:
+        use_fast_product(chunk)
+
+    def control(self, chunks: list[Any], *, precision: PrecisionConfig, mesh: Mesh, seed: int) -> PrecisionControl:
+        return emulated.EmulatedPrecision(
+            chunks, precision=precision, amax_group=mesh.groups.tp_dp_cp, seed=seed * 1_000_003 + mesh.rank
+        )
+
+
+class EmulatedBackend(ReferenceBackend):
+    """The reference modules, with the GEMMs of the recipe's scaling computed in low precision."""
+
+    name = "emulated"
+
+    def equip(self, chunk: torch.nn.Module, *, model: ModelConfig, precision: PrecisionConfig) -> None:
+        use_fast_product(chunk)
+        emulated.equip(chunk, model=model, precision=precision)
+
 
 def choose_backend(precision: PrecisionConfig, device: torch.device) -> Backend:
-    """The backend a recipe asks for on this device; `auto` is `te` where that can run, else `reference`.
+    """The backend a recipe asks for on this device.
 
-    Raises BackendError naming what is missing for an explicit `te`.
+    `auto` is `te` where that can run, else `emulated` for a low-precision recipe, else `reference`. Raises BackendError
+    naming what is missing for an explicit `te`, or a scaling that a backend does not have.
     """
+    scalings = {precision.scaling, precision.scaling_after if precision.switch_at_tokens is not None else "none"}
+    is_low = scalings != {"none"}
     missing = []
     if device.type != "cuda":
         missing.append("a GPU")
@@ -81,15 +121,29 @@ def choose_backend(precision: PrecisionConfig, device: torch.device) -> Backend:
         missing.append("transformer-engine")
     if not have_mamba_kernels():
         missing.append("mamba-ssm with causal-conv1d")
+    if precision.fp8_weights and (missing or precision.backend in ("reference", "emulated")):
+        why = f"which needs {', '.join(missing)}" if missing else f"but precision.backend={precision.backend}"
+        raise BackendError(f"precision.fp8_weights=true: only `te` keeps weights in FP8, {why}. Set fp8_weights=false.")
     match precision.backend:
         case "te" if missing:
             raise BackendError(
-                f"precision.backend=te needs {', '.join(missing)}. Use precision.backend=reference, or install the "
-                f"`gpu` extra (`pip install -e '.[gpu]'`) on a machine with a GPU."
+                f"precision.backend=te needs {', '.join(missing)}. Use precision.backend=emulated (low precision) or "
+                f"reference, or install the `gpu` extra (`pip install -e '.[gpu]'`) on a machine with a GPU."
+            )
+        case "te" if "unscaled" in scalings:
+            raise BackendError("precision.scaling=unscaled is an example of what goes wrong; only `emulated` has it.")
+        case "reference" if is_low:
+            raise BackendError(
+                f"precision.backend=reference computes in high precision only, but precision.scaling={precision.scaling}"
+                f" (scaling_after={precision.scaling_after}). Use precision.backend=emulated or te, or scaling=none."
             )
         case "te":
             return te.TransformerEngineBackend()
-        case "auto" if not missing:
+        case "auto" if not missing and "unscaled" not in scalings:
             return te.TransformerEngineBackend()
+        case "emulated":
+            return EmulatedBackend()
+        case "auto" if is_low:
+            return EmulatedBackend()
         case _:
             return ReferenceBackend()

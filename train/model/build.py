@@ -29,7 +29,6 @@ from train.model.activation import activation_function
 from train.model.backend import Backend
 from train.model.cross_entropy import vocab_parallel_cross_entropy
 from train.model.initial import initialize
-from train.model.linear import use_fast_product
 from train.model.pattern import cut, layer_kinds
 from train.parallel.mesh import Mesh
 
@@ -49,7 +48,12 @@ class Model(HybridModel):
 
 
 def transformer_config(
-    model: ModelConfig, *, parallel: ParallelConfig, precision: PrecisionConfig, run: RunConfig
+    model: ModelConfig,
+    *,
+    parallel: ParallelConfig,
+    precision: PrecisionConfig,
+    run: RunConfig,
+    backend: Backend,
 ) -> TransformerConfig:
     """Megatron's own configuration for a recipe. Megatron validates it again and completes it."""
     layers = len(layer_kinds(model.pattern))
@@ -99,6 +103,7 @@ def transformer_config(
         bias_dropout_fusion=False,
         apply_rope_fusion=False,
         persist_layer_norm=False,
+        **backend.options(model, precision),
     )
 
 
@@ -169,7 +174,7 @@ def build_model(
 
     Weights depend on `run.seed` and the parameter's name only, not on the layout. Collective (tied embeddings).
     """
-    config = transformer_config(model, parallel=parallel, precision=precision, run=run)
+    config = transformer_config(model, parallel=parallel, precision=precision, run=run, backend=backend)
     # HybridStack names Transformer Engine's norm for its final norm whatever the spec says.
     hybrid_block.TENorm = backend.norm()
     spec = stack_spec(model, backend)
@@ -195,7 +200,7 @@ def build_model(
             pg_collection=mesh.groups,
             vp_stage=chunk if chunks_per_rank > 1 else None,
         )
-        use_fast_product(part)
+        backend.equip(part, model=model, precision=precision)
         initialize(part, model=model, seed=run.seed, tensor_group=mesh.groups.tp)
         chunks.append(part)
     return chunks

@@ -86,6 +86,7 @@ def build_optimizer(
         params_dtype=torch.bfloat16 if precision.params == "bf16" else torch.float32,
         use_distributed_optimizer=True,
         overlap_param_gather=chunks[0].ddp_config.overlap_param_gather,
+        fp8_recipe=chunks[0].module.config.fp8_recipe if precision.fp8_weights else None,
     )
     optimizer = get_megatron_optimizer(
         config, chunks, use_gloo_process_groups=mesh.device.type == "cuda", pg_collection=mesh.groups

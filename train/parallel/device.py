@@ -140,7 +140,9 @@ def _redirect_devices(cpu: torch.device) -> None:
 
     def cuda_type(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         name = type_of(self, *args, **kwargs)
-        return name.replace("torch.", "torch.cuda.", 1) if isinstance(name, str) else name
+        if not isinstance(name, str) or name.startswith("torch.cuda."):
+            return name
+        return name.replace("torch.", "torch.cuda.", 1)
 
     torch.Tensor.type = cuda_type  # type: ignore[method-assign]
 

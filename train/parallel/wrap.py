@@ -17,8 +17,12 @@ from train.config import ParallelConfig
 from train.parallel.mesh import Mesh
 
 
-def wrap_chunks(chunks: list[Any], *, parallel: ParallelConfig, mesh: Mesh) -> list[DistributedDataParallel]:
+def wrap_chunks(
+    chunks: list[Any], *, parallel: ParallelConfig, mesh: Mesh, fp8_weights: bool = False
+) -> list[DistributedDataParallel]:
     """DDP around each chunk, sharing one config. Gradients are summed in fp32 and averaged over data and context ranks.
+
+    fp8_weights: gather updated weights in FP8 (`te` only).
 
     Collective: parameters are broadcast from each data-parallel group's first rank.
     """
@@ -28,6 +32,7 @@ def wrap_chunks(chunks: list[Any], *, parallel: ParallelConfig, mesh: Mesh) -> l
         use_distributed_optimizer=True,
         overlap_grad_reduce=parallel.overlap_grad_reduce,
         overlap_param_gather=parallel.overlap_param_gather,
+        fp8_param_gather=fp8_weights,
     )
     wrapped = [
         DistributedDataParallel(

@@ -1,11 +1,25 @@
 """Transformer Engine as a backend: the only module that names it.
 
-Not run on a GPU yet: what is known without one is that the modules named here exist in the pinned versions and build
-Megatron's production hybrid stack from (see docs/fp8.md once FP8 is in).
+Megatron owns the modules and enters Transformer Engine's autocast around each layer; this module chooses them, translates
+a recipe's scaling into Megatron's fields, and switches scaling during a run.
+
+**Not run on a GPU.** On a CPU, Transformer Engine's Python layer and Megatron's Transformer Engine modules run over a
+stand-in for its compiled extension, with its own reference quantisers (tests/parity/test_te.py); the native kernels,
+the native recipes' quantisers and FP8 primary weights have not been run. docs/fp8.md says what that leaves open.
 """
 
+import functools
 import importlib.util
-from typing import TYPE_CHECKING
+import os
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from train.config import ModelConfig, PrecisionConfig
+from train.errors import BackendError
+from train.parallel.mesh import Mesh
+from train.precision.control import PrecisionControl, Reading
+from train.precision.scaling import active_scaling, low_precision_linears
 
 if TYPE_CHECKING:
     from megatron.core.ssm.mamba_mixer import MambaMixer
@@ -14,6 +28,26 @@ if TYPE_CHECKING:
 def is_installed() -> bool:
     """Whether Transformer Engine's torch package can be imported here."""
     return importlib.util.find_spec("transformer_engine_torch") is not None
+
+
+def megatron_fields(precision: PrecisionConfig, scaling: str) -> dict[str, Any]:
+    """Megatron's TransformerConfig fields that select a scaling; every field is set, so that one can follow another."""
+    off: dict[str, Any] = {"fp8": None, "fp8_recipe": "delayed", "fp4": None}
+    match scaling:
+        case "none":
+            return off
+        case "delayed":
+            return off | {"fp8": "hybrid"}
+        case "current":
+            return off | {"fp8": "hybrid", "fp8_recipe": "tensorwise"}
+        case "blockwise":
+            return off | {"fp8": "e4m3", "fp8_recipe": "blockwise"}
+        case "mxfp8":
+            return off | {"fp8": "e4m3", "fp8_recipe": "mxfp8"}
+        case "nvfp4":
+            return off | {"fp4": "e2m1"}
+        case other:
+            raise BackendError(f"precision.scaling={other}: Transformer Engine has no such recipe.")
 
 
 class TransformerEngineBackend:
@@ -51,3 +85,76 @@ class TransformerEngineBackend:
         from megatron.core.ssm.mamba_mixer import MambaMixer
 
         return MambaMixer
+
+    def options(self, model: ModelConfig, precision: PrecisionConfig) -> dict[str, Any]:
+        if not precision.power_of_two_scales:  # read by Transformer Engine when it is imported
+            os.environ.setdefault("NVTE_FP8_BLOCK_SCALING_FP32_SCALES", "1")
+        first, last = precision.high_precision_first, precision.high_precision_last
+        by_megatron = bool(first or last) and not _uses_delayed(precision)
+        if precision.fp8_weights and not by_megatron and (first or last):
+            raise BackendError(
+                "precision.fp8_weights=true with delayed scaling keeps the weights of every layer in FP8. Set "
+                "high_precision_first and high_precision_last to 0, or use another scaling, or fp8_weights=false."
+            )
+        return megatron_fields(precision, precision.scaling) | {
+            "fp8_amax_history_len": precision.amax_history,
+            "fp8_amax_compute_algo": precision.amax_from,
+            "fp8_param": precision.fp8_weights,
+            "first_last_layers_bf16": by_megatron,
+            "num_layers_at_start_in_bf16": first if by_megatron else 0,
+            "num_layers_at_end_in_bf16": last if by_megatron else 0,
+        }
+
+    def equip(self, chunk: torch.nn.Module, *, model: ModelConfig, precision: PrecisionConfig) -> None:
+        """Keep the chosen layers in high precision under delayed scaling too, which Megatron refuses.
+
+        Delayed scaling needs one autocast around the whole stack, so Megatron cannot leave single layers out; an inner
+        autocast that is switched off can, without disturbing the amax reduction at the end of the outer one.
+        """
+        if not _uses_delayed(precision):
+            return
+        low = low_precision_linears(model, precision)
+        for layer in chunk.decoder.layers:  # type: ignore[union-attr]
+            if low and layer.layer_number - 1 not in low:
+                layer.forward = functools.partial(_without_low_precision, layer.forward)
+
+    def control(self, chunks: list[Any], *, precision: PrecisionConfig, mesh: Mesh, seed: int) -> PrecisionControl:
+        return _TransformerEnginePrecision(chunks, precision)
+
+
+class _TransformerEnginePrecision:
+    """Switches scaling at a token count. Amaxes, scales and their reduction are Transformer Engine's own."""
+
+    def __init__(self, chunks: list[Any], precision: PrecisionConfig) -> None:
+        stacks = [part for chunk in chunks for part in chunk.modules() if hasattr(part, "layer_type_list")]
+        self.configs = [stack.config for stack in stacks]
+        self.precision = precision
+        self.name: str = precision.scaling
+
+    def active(self) -> str:
+        return self.name
+
+    def begin_step(self, *, step: int, tokens: int, measure: bool = False) -> None:
+        scaling = active_scaling(self.precision, tokens)
+        name = "none" if scaling is None else scaling.name
+        if name != self.name:
+            for config in self.configs:
+                for field, value in megatron_fields(self.precision, name).items():
+                    setattr(config, field, value)
+            self.name = name
+
+    def finish_step(self) -> None: ...
+
+    def health(self) -> list[Reading]:
+        return []
+
+
+def _uses_delayed(precision: PrecisionConfig) -> bool:
+    return "delayed" in (precision.scaling, precision.scaling_after)
+
+
+def _without_low_precision(forward: Any, *args: Any, **kwargs: Any) -> Any:
+    import transformer_engine.pytorch as te
+
+    with te.autocast(enabled=False):
+        return forward(*args, **kwargs)

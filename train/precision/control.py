@@ -1,0 +1,59 @@
+"""What a training loop tells the precision machinery, whatever the backend: a step begins, a step is done, how healthy is it."""
+
+from abc import abstractmethod
+from dataclasses import dataclass
+from typing import Protocol
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How well one operand of one linear layer was quantised, over all ranks that hold a part of it."""
+
+    layer: int
+    """Index in the pattern, 0 is the first."""
+    linear: str
+    """Name of the module inside the layer."""
+    operand: str
+    """input, weight, grad, input_for_weight_grad or grad_for_weight_grad (where that differs)."""
+    format: str
+    amax: float
+    scale: float
+    """Smallest encoding scale of any block: what the largest block was multiplied with."""
+    saturated: float
+    """Fraction of elements beyond the format's largest number after scaling."""
+    underflowed: float
+    """Fraction of elements that were not zero and became zero."""
+    snr_db: float | None
+    """10 log10(sum x^2 / sum (decoded - x)^2); None where x is all zero or nothing was lost."""
+    floor_db: float
+    """Lower end of the band."""
+
+    @property
+    def is_healthy(self) -> bool:
+        return self.snr_db is None or self.snr_db >= self.floor_db
+
+
+class PrecisionControl(Protocol):
+    """The low-precision state of this rank's part of the model."""
+
+    @abstractmethod
+    def begin_step(self, *, step: int, tokens: int, measure: bool = False) -> None:
+        """Before the first microbatch of a step that starts after `step` steps and `tokens` tokens.
+
+        measure: take readings of this step's quantised operands.
+        """
+
+    @abstractmethod
+    def finish_step(self) -> None:
+        """After the weights were updated: move amax histories and scales on. Collective over the ranks that share amaxes."""
+
+    @abstractmethod
+    def health(self) -> list[Reading]:
+        """Readings of the last measured step, merged over ranks, in the order of the layers. Collective over the world.
+
+        The policy is carried out here: see `precision.health_policy`.
+        """
+
+    @abstractmethod
+    def active(self) -> str:
+        """Name of the scaling in use now; "none" for high precision."""

@@ -1,0 +1,275 @@
+"""Low-precision linear layers on any device: Megatron's parallel linears with the GEMMs' operands quantised exactly.
+
+    x, weight --quantise--> values that the small format can hold --fp32 GEMM--> output   (and so both gradients)
+
+A module keeps its class, weight, names and sharded checkpoint; only the function it calls for its product changes. What
+is quantised how is `train.precision.scaling`'s table, the numbers are `train.precision.quantize`'s. A GPU adds the same
+products in another order and, per tensor core, with fewer bits; that is the whole difference.
+
+Delayed scaling keeps state: a scale and an amax history for input, weight and gradient of each linear, as buffers of the
+module, so that checkpoints carry them to any layout. They move on once a step, after the amaxes of all microbatches and
+ranks were reduced, and so do not depend on how a step was cut into microbatches or ranks.
+"""
+
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.tensor_parallel.mappings import (
+    copy_to_tensor_model_parallel_region,
+    gather_from_sequence_parallel_region,
+)
+
+from train.config import ModelConfig, PrecisionConfig
+from train.precision import health
+from train.precision.control import Reading
+from train.precision.quantize import Quantized, quantize, rotate, scale_from_history
+from train.precision.scaling import (
+    Operand,
+    Orientation,
+    Scaling,
+    active_scaling,
+    low_precision_linears,
+    scaling_of,
+)
+
+OPERANDS = ("input", "weight", "grad")
+"""Columns of the delayed-scaling state."""
+
+
+@dataclass
+class LowPrecisionLinear:
+    """What one linear layer needs to know at a step. Mutable: it is the state of that layer."""
+
+    layer: int
+    name: str
+    module: torch.nn.Module
+    scaling: Scaling | None = None
+    """Of the step now running; None multiplies in high precision."""
+    scales: tuple[float, float, float] = (1.0, 1.0, 1.0)
+    """Delayed scaling's encoding scales of input, weight and gradient."""
+    amaxes: list[float] = field(default_factory=lambda: [0.0, 0.0, 0.0])
+    """Largest magnitudes seen in this step."""
+    seed: int = 0
+    """Of this step's stochastic rounding, on this rank."""
+    backwards: int = 0
+    """Backward passes of this step so far: each rounds with its own seed."""
+    weight_cache: tuple[Any, Quantized] | None = None
+    """The quantised weight, kept for the step's other microbatches and backward passes."""
+    sums: dict[str, health.Sums] | None = None
+    """Measurements of this step by operand; None when it is not measured."""
+
+    def operand(self, name: str) -> Operand:
+        assert self.scaling is not None
+        return getattr(self.scaling, name)
+
+    def quantized(self, x: torch.Tensor, name: str, along: Orientation, *, record: bool) -> Quantized:
+        """Quantise operand `name` of this layer; with `record`, note its amax (and how well it went)."""
+        operand = self.operand(name)
+        index = OPERANDS.index(name.removesuffix("_for_weight_grad"))
+        scale = self.scales[index] if operand.rule == "history" else 1.0
+        seed = zlib.crc32(f"{self.seed} {self.backwards} {name}".encode()) if operand.stochastic else 0
+        result = quantize(x, operand, along, scale=scale, seed=seed)
+        if record and result.amax is not None:
+            self.amaxes[index] = max(self.amaxes[index], result.amax)
+        if record and self.sums is not None and name not in self.sums:
+            seen = rotate(x.contiguous()) if operand.hadamard else x
+            self.sums[name] = health.measure(seen, result, operand, along, scale=scale)
+        return result
+
+    def quantized_weight(self, weight: torch.Tensor, along: Orientation, *, record: bool) -> Quantized:
+        """The weight for the forward (`rows`) or the data-gradient GEMM (`columns`)."""
+        if not self.operand("weight").same_both_ways:
+            return self.quantized(weight, "weight", along, record=record)
+        key = (weight.data_ptr(), weight._version)
+        if self.weight_cache is None or self.weight_cache[0] != key or (record and self.scaling_needs_record()):
+            self.weight_cache = (key, self.quantized(weight, "weight", along, record=record))
+        return self.weight_cache[1]
+
+    def scaling_needs_record(self) -> bool:
+        """Whether the weight's amax or measurements of this step are still missing."""
+        assert self.scaling is not None
+        return (self.scaling.uses_history and self.amaxes[1] == 0.0) or (
+            self.sums is not None and "weight" not in self.sums
+        )
+
+
+class _Product(torch.autograd.Function):
+    """y = x W' with every operand of the three GEMMs quantised."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: torch.Tensor, weight: torch.Tensor, linear: LowPrecisionLinear, record: bool
+    ) -> torch.Tensor:
+        rows = x.reshape(-1, x.shape[-1])
+        scaling = linear.scaling
+        assert scaling is not None
+        qx = linear.quantized(rows, "input", "rows", record=record)
+        qw = linear.quantized_weight(weight, "rows", record=record)
+        ctx.linear, ctx.scaling, ctx.x_shape = linear, scaling, x.shape
+        ctx.shares_input = scaling.input == scaling.input_for_weight_grad and scaling.input.same_both_ways
+        ctx.input_factor = qx.factor
+        ctx.save_for_backward(qx.values if ctx.shares_input else rows, weight)
+        output = gemm("forward", linear, qx.values, qw.values.t(), qx.factor * qw.factor)
+        return output.to(x.dtype).view(*x.shape[:-1], weight.shape[0])
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None, None, None]:  # type: ignore[override]
+        kept, weight = ctx.saved_tensors
+        linear, scaling = ctx.linear, ctx.scaling
+        rows = grad.reshape(-1, grad.shape[-1])
+        linear.backwards += 1
+        qg = linear.quantized(rows, "grad", "rows", record=True)
+        grad_x = grad_weight = None
+        if ctx.needs_input_grad[0]:
+            qw = linear.quantized_weight(weight, "columns", record=False)
+            product = gemm("data_grad", linear, qg.values, qw.values, qg.factor * qw.factor)
+            grad_x = product.to(grad.dtype).view(ctx.x_shape)
+        if ctx.needs_input_grad[1]:
+            if ctx.shares_input:
+                qx = Quantized(kept, ctx.input_factor)
+            else:
+                qx = linear.quantized(kept, "input_for_weight_grad", "columns", record=True)
+            if not (scaling.grad == scaling.grad_for_weight_grad and scaling.grad.same_both_ways):
+                qg = linear.quantized(rows, "grad_for_weight_grad", "columns", record=True)
+            product = gemm("weight_grad", linear, qg.values.t(), qx.values, qg.factor * qx.factor)
+            grad_weight = product.to(weight.dtype)
+        return grad_x, grad_weight, None, None
+
+
+def gemm(name: str, linear: LowPrecisionLinear, a: torch.Tensor, b: torch.Tensor, factor: float) -> torch.Tensor:
+    """factor * a b in fp32. name: forward, data_grad or weight_grad; every low-precision GEMM comes through here."""
+    del name, linear
+    return torch.addmm(a.new_empty(()), a, b, beta=0, alpha=factor)
+
+
+def equip(chunk: torch.nn.Module, *, model: ModelConfig, precision: PrecisionConfig) -> None:
+    """Give the linears of a model chunk that a recipe wants in low precision their product and their state."""
+    chosen = low_precision_linears(model, precision)
+    scalings = [scaling_of(precision), scaling_of(precision, precision.scaling_after)]
+    has_history = any(scaling is not None and scaling.uses_history for scaling in scalings)
+    for layer in chunk.decoder.layers:  # type: ignore[union-attr]
+        index = layer.layer_number - 1
+        for name in chosen.get(index, ()):
+            module = layer.get_submodule(name)
+            linear = LowPrecisionLinear(layer=index, name=name, module=module)
+            device = module.weight.device
+            if has_history:
+                scale = torch.ones(len(OPERANDS), device=device)
+                history = torch.zeros(precision.amax_history, len(OPERANDS), device=device)
+                module.register_buffer("low_precision_scale", scale)
+                module.register_buffer("low_precision_history", history)
+            if precision.health_policy == "high_precision":
+                module.register_buffer("low_precision_off", torch.zeros(1, device=device))
+            module.low_precision = linear
+            module._forward_impl = _product_of(linear, module._forward_impl)
+
+
+def _product_of(linear: LowPrecisionLinear, plain: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """The function a parallel linear calls for its product and collectives; same contract as Megatron's.
+
+    The input is gathered before it is quantised: the same numbers as quantising each rank's part with an amax reduced
+    over the tensor group, which is what Transformer Engine does.
+    """
+
+    def product(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, **arguments: Any) -> torch.Tensor:
+        if linear.scaling is None:
+            return plain(input=input, weight=weight, bias=bias, **arguments)
+        assert bias is None, "low-precision linears have no bias"
+        if arguments["sequence_parallel"]:
+            input = gather_from_sequence_parallel_region(input, group=arguments["tp_group"])
+        elif arguments["allreduce_dgrad"]:
+            input = copy_to_tensor_model_parallel_region(input, group=arguments["tp_group"])
+        return _Product.apply(input, weight, linear, torch.is_grad_enabled())
+
+    return product
+
+
+class EmulatedPrecision:
+    """PrecisionControl over the equipped linears of this rank's chunks; without any, it does nothing."""
+
+    def __init__(
+        self, chunks: list[Any], *, precision: PrecisionConfig, amax_group: dist.ProcessGroup, seed: int
+    ) -> None:
+        """amax_group: ranks that agree on delayed scaling's amaxes. seed: of stochastic rounding, this rank's own."""
+        parts = [part for chunk in chunks for part in chunk.modules()]
+        self.linears = [part.low_precision for part in parts if hasattr(part, "low_precision")]
+        self.precision = precision
+        self.amax_group = amax_group
+        self.seed = seed
+        self.begin_step(step=0, tokens=0)
+
+    def active(self) -> str:
+        scaling = next((linear.scaling for linear in self.linears if linear.scaling is not None), None)
+        return "none" if scaling is None else scaling.name
+
+    def begin_step(self, *, step: int, tokens: int, measure: bool = False) -> None:
+        scaling = active_scaling(self.precision, tokens)
+        for linear in self.linears:
+            linear.scaling = None if _is_off(linear) else scaling
+            if scaling is not None and scaling.uses_history:
+                input, weight, grad = linear.module.low_precision_scale.tolist()
+                linear.scales = (input, weight, grad)
+            linear.amaxes = [0.0, 0.0, 0.0]
+            linear.seed = zlib.crc32(f"{self.seed} {step} {linear.layer} {linear.name}".encode())
+            linear.backwards = 0
+            linear.weight_cache = None
+            linear.sums = {} if measure else None
+
+    def finish_step(self) -> None:
+        for linear in self.linears:
+            linear.weight_cache = None
+        live = [linear for linear in self.linears if linear.scaling is not None and linear.scaling.uses_history]
+        if not live:
+            return
+        amaxes = torch.tensor([linear.amaxes for linear in live], device=live[0].module.low_precision_scale.device)
+        if self.amax_group.size() > 1:
+            dist.all_reduce(amaxes, op=dist.ReduceOp.MAX, group=self.amax_group)
+        for linear, amax in zip(live, amaxes, strict=True):
+            assert linear.scaling is not None
+            maxima = torch.tensor([linear.operand(name).format.max for name in OPERANDS], device=amax.device)
+            history = linear.module.low_precision_history
+            history[0] = torch.maximum(history[0], amax)
+            most_recent = self.precision.amax_from == "most_recent"
+            scale_from_history(history, linear.module.low_precision_scale, maxima, most_recent=most_recent)
+
+    def health(self) -> list[Reading]:
+        mine = {
+            (linear.layer, linear.name, operand): (sums, linear.operand(operand))
+            for linear in self.linears
+            if linear.sums and linear.scaling is not None
+            for operand, sums in linear.sums.items()
+        }
+        ranks: list[Any] = [mine]
+        if dist.is_initialized() and dist.get_world_size() > 1:
+            ranks = [None] * dist.get_world_size()
+            dist.all_gather_object(ranks, mine)
+        readings = []
+        for key in sorted({key for rank in ranks for key in rank}):
+            found = [rank[key] for rank in ranks if key in rank]
+            layer, name, operand = key
+            readings.append(
+                health.reading(
+                    health.merged([sums for sums, _ in found]),
+                    layer=layer,
+                    linear=name,
+                    name=operand,
+                    operand=found[0][1],
+                    floor_db=self.precision.health_floor_db,
+                )
+            )
+        if self.precision.health_policy == "high_precision":
+            sick = {(r.layer, r.linear) for r in readings if not r.is_healthy}
+            for linear in self.linears:
+                if (linear.layer, linear.name) in sick:
+                    linear.module.low_precision_off.fill_(1.0)
+        return readings
+
+
+def _is_off(linear: LowPrecisionLinear) -> bool:
+    """Whether the health policy moved this layer to high precision, in this run or the one it resumed from."""
+    off = getattr(linear.module, "low_precision_off", None)
+    return off is not None and bool(off.item())

@@ -1,0 +1,163 @@
+"""The compiled form of the quantisers: `kernels.c`, built once for this machine with its C compiler, or not used at all.
+
+Where there is no compiler everything works all the same, several times slower, through `train.precision.quantize`; the
+numbers are the same bits. STRATUM_NATIVE=0 turns the compiled form off.
+"""
+
+import ctypes
+import functools
+import hashlib
+import logging
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+import torch
+
+log = logging.getLogger(__name__)
+
+SOURCE = Path(__file__).with_name("kernels.c")
+FLAGS = ["-O3", "-march=native", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-fopenmp"]
+"""No fast math and no contraction: both change results."""
+
+
+class Spec(ctypes.Structure):
+    """Mirror of `Spec` in kernels.c."""
+
+    _fields_ = [
+        ("mantissa", ctypes.c_int32),
+        ("min_exponent", ctypes.c_int32),
+        ("max", ctypes.c_float),
+        ("rule", ctypes.c_int32),
+        ("stochastic", ctypes.c_int32),
+        ("seed", ctypes.c_uint32),
+        ("tensor_encode", ctypes.c_float),
+        ("tensor_multiplier", ctypes.c_float),
+        ("tensor_decode", ctypes.c_float),
+    ]
+
+
+@functools.cache
+def library() -> ctypes.CDLL | None:
+    """The compiled kernels, built if need be; None where that is not possible here (said once, at info level)."""
+    if os.environ.get("STRATUM_NATIVE", "1") == "0":
+        return None
+    try:
+        loaded = ctypes.CDLL(str(_built()))
+    except (OSError, subprocess.CalledProcessError) as error:
+        reason = getattr(error, "stderr", None) or error
+        log.info("low-precision kernels are not compiled (%s); plain torch is used instead", reason)
+        return None
+    pointer, i64, i32 = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
+    spec = ctypes.POINTER(Spec)
+    loaded.stratum_amax.restype = loaded.stratum_tensor.restype = ctypes.c_float
+    loaded.stratum_amax.argtypes = [pointer, i64, i32, i32]
+    loaded.stratum_tensor.argtypes = [pointer, i64, i32, ctypes.c_float, spec, pointer, i32]
+    loaded.stratum_blocks.argtypes = [pointer, i64, i64, i32, i64, i64, spec, pointer, i32]
+    loaded.stratum_rotate.argtypes = [pointer, i64, i64, i32, pointer, pointer, i32]
+    return loaded
+
+
+def usable(x: torch.Tensor) -> bool:
+    """Whether the compiled kernels take this matrix."""
+    return (
+        x.device.type == "cpu"
+        and x.dtype in (torch.float32, torch.bfloat16)
+        and x.is_contiguous()
+        and library() is not None
+    )
+
+
+def amax(x: torch.Tensor) -> float:
+    """Largest magnitude of a matrix, NaN not counted."""
+    kernels = library()
+    assert kernels is not None
+    return kernels.stratum_amax(x.data_ptr(), x.numel(), _kind(x), torch.get_num_threads())
+
+
+def tensor(x: torch.Tensor, spec: Spec, *, encode: float) -> tuple[torch.Tensor, float]:
+    """Round x * encode. -> (rounded values [rows, columns] fp32, amax of x)."""
+    kernels = library()
+    assert kernels is not None
+    out = torch.empty(x.shape, dtype=torch.float32)
+    threads = torch.get_num_threads()
+    seen = kernels.stratum_tensor(
+        x.data_ptr(), x.numel(), _kind(x), encode, ctypes.byref(spec), out.data_ptr(), threads
+    )
+    return out, seen
+
+
+def blocks(x: torch.Tensor, spec: Spec, *, height: int, width: int) -> torch.Tensor:
+    """Quantise and decode by blocks of height x width. -> [rows, columns] fp32."""
+    kernels = library()
+    assert kernels is not None
+    out = torch.empty(x.shape, dtype=torch.float32)
+    rows, columns = x.shape
+    kernels.stratum_blocks(
+        x.data_ptr(),
+        rows,
+        columns,
+        _kind(x),
+        height,
+        width,
+        ctypes.byref(spec),
+        out.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return out
+
+
+def rotate(x: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
+    """matrix' times every 16 rows of x, matrix: [16, 16] fp32. -> fp32, rounded to bf16 where x is bf16."""
+    kernels = library()
+    assert kernels is not None
+    out = torch.empty(x.shape, dtype=torch.float32)
+    rows, columns = x.shape
+    kernels.stratum_rotate(
+        x.data_ptr(), rows, columns, _kind(x), matrix.data_ptr(), out.data_ptr(), torch.get_num_threads()
+    )
+    return out
+
+
+def _kind(x: torch.Tensor) -> int:
+    return 1 if x.dtype == torch.bfloat16 else 0
+
+
+def _built() -> Path:
+    """Path of the shared library for this source, these flags and this processor; built under another name, then renamed,
+    so that ranks that start together do not read each other's unfinished file."""
+    compiler = shutil.which(os.environ.get("CC", "cc")) or shutil.which("gcc") or shutil.which("clang")
+    if compiler is None:
+        raise OSError("no C compiler found: install gcc, or set CC")
+    key = hashlib.sha256("\n".join([SOURCE.read_text(), *FLAGS, compiler, _processor()]).encode()).hexdigest()[:16]
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "stratum"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        folder = Path(tempfile.gettempdir()) / f"stratum-{os.getuid()}"
+        folder.mkdir(mode=0o700, exist_ok=True)
+        if folder.stat().st_uid != os.getuid():
+            raise OSError(f"{folder} belongs to someone else") from None
+    path = folder / f"kernels-{key}.so"
+    if not path.exists():
+        handle, aside = tempfile.mkstemp(suffix=".so", dir=folder)
+        os.close(handle)
+        command = [compiler, *FLAGS, "-shared", "-fPIC", "-o", aside, str(SOURCE), "-lm"]
+        try:
+            subprocess.run(command, check=True, capture_output=True, text=True)
+            os.replace(aside, path)
+        finally:
+            Path(aside).unlink(missing_ok=True)
+    return path
+
+
+def _processor() -> str:
+    """What -march=native depends on."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.machine() + platform.processor()
+    return next((line for line in lines if line.startswith(("flags", "Features"))), platform.machine())

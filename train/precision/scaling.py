@@ -1,0 +1,224 @@
+"""What each low-precision recipe is: number formats, blocks and scale rules of the six GEMM operands, and which layers.
+
+One linear layer has three GEMMs and six quantised operands:
+
+    output        = input        x weight          forward
+    input grad    = output grad  x weight          data gradient
+    weight grad   = output grad' x input           weight gradient (summed over tokens)
+
+A GEMM needs its scales along the dimension it sums over. So blocks of one row lie along features for the first two, and
+along tokens for the weight gradient: recipes with such blocks quantise a tensor twice, each time from the original.
+
+Both backends read this table: `emulated` computes it, `te` asks Transformer Engine for the recipe object of that name.
+Standard library only, so that a launch can be planned on a login node. Tables: docs/fp8.md.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from train.config import ModelConfig, ParallelConfig, PrecisionConfig
+from train.model.pattern import layer_kinds
+
+Orientation = Literal["rows", "columns"]
+"""`rows`: one-dimensional blocks lie along the last dimension (features); `columns`: along the first (tokens)."""
+
+
+@dataclass(frozen=True)
+class Format:
+    """A small floating-point format."""
+
+    name: str
+    mantissa: int
+    """Mantissa bits after the leading one."""
+    min_exponent: int
+    """Exponent of the smallest normal number; below it the spacing stays 2**(min_exponent - mantissa)."""
+    max: float
+    """Largest finite number; larger ones saturate to it."""
+    snr_floor_db: float
+    """Quantising well-scaled values keeps more signal over noise than this; below it something is wrong (docs/fp8.md)."""
+
+
+E4M3 = Format("e4m3", mantissa=3, min_exponent=-6, max=448.0, snr_floor_db=20.0)
+E5M2 = Format("e5m2", mantissa=2, min_exponent=-14, max=57344.0, snr_floor_db=15.0)
+E2M1 = Format("e2m1", mantissa=1, min_exponent=0, max=6.0, snr_floor_db=10.0)
+"""OCP formats: OFP8 (E4M3 without infinities, E5M2) and MX (E2M1)."""
+
+Rule = Literal["fp32", "power_of_two", "e8m0", "nvfp4", "history", "unit"]
+"""How a scale follows from a block's largest magnitude (amax):
+
+fp32           format.max / amax, rounded to fp32
+power_of_two   the same, rounded down to a power of two
+e8m0           amax / format.max as a power of two, rounded up (OCP MX scales, as Transformer Engine rounds them)
+nvfp4          E4M3 scale per block on top of one fp32 scale per tensor
+history        from the amax of earlier steps (delayed scaling)
+unit           1, always: not a recipe but what happens without one
+"""
+
+
+@dataclass(frozen=True)
+class Operand:
+    """How one GEMM operand is quantised."""
+
+    format: Format
+    rule: Rule
+    block: tuple[int, int] | None = None
+    """(across, along): extent of a scale's block, `along` in the direction of the sum; None is the whole tensor."""
+    hadamard: bool = False
+    """Rotate blocks of 16 along the sum by a signed Hadamard matrix first. Both operands of the GEMM must do it."""
+    stochastic: bool = False
+    """Round up or down with probability by distance, instead of to the nearest."""
+
+    @property
+    def same_both_ways(self) -> bool:
+        """Whether the two orientations give the same numbers, so that one quantisation serves two GEMMs."""
+        square = self.block is None or self.block[0] == self.block[1]
+        return square and not self.hadamard and not self.stochastic
+
+
+@dataclass(frozen=True)
+class Scaling:
+    """The operands of a linear layer's three GEMMs."""
+
+    name: str
+    input: Operand
+    weight: Operand
+    grad: Operand
+    """Output gradient in the data-gradient GEMM."""
+    input_for_weight_grad: Operand
+    grad_for_weight_grad: Operand
+    multiple: int
+    """Both dimensions of a low-precision GEMM's matrices must be multiples of this on the GPU."""
+
+    @property
+    def uses_history(self) -> bool:
+        return self.input.rule == "history"
+
+
+def scaling_of(precision: PrecisionConfig, name: str | None = None) -> Scaling | None:
+    """The scaling a recipe asks for (or the one called `name`, with the recipe's options); None for high precision."""
+
+    def uniform(name: str, input: Operand, weight: Operand, grad: Operand, multiple: int = 16) -> Scaling:
+        return Scaling(name, input, weight, grad, input, grad, multiple)
+
+    match name or precision.scaling:
+        case "none":
+            return None
+        case "delayed":
+            forward, backward = Operand(E4M3, "history"), Operand(E5M2, "history")
+            return uniform("delayed", forward, forward, backward)
+        case "current":
+            forward, backward = Operand(E4M3, "fp32"), Operand(E5M2, "fp32")
+            return uniform("current", forward, forward, backward)
+        case "blockwise":
+            rule: Rule = "power_of_two" if precision.power_of_two_scales else "fp32"
+            row = Operand(E4M3, rule, block=(1, 128))
+            return uniform("blockwise", row, Operand(E4M3, rule, block=(128, 128)), row)
+        case "mxfp8":
+            row = Operand(E4M3, "e8m0", block=(1, 32))
+            return uniform("mxfp8", row, row, row, multiple=32)
+        case "nvfp4":
+            row = Operand(E2M1, "nvfp4", block=(1, 16))
+            return Scaling(
+                "nvfp4",
+                input=row,
+                weight=Operand(E2M1, "nvfp4", block=(16, 16)),
+                grad=Operand(E2M1, "nvfp4", block=(1, 16), stochastic=True),
+                input_for_weight_grad=Operand(E2M1, "nvfp4", block=(1, 16), hadamard=True),
+                grad_for_weight_grad=Operand(E2M1, "nvfp4", block=(1, 16), hadamard=True, stochastic=True),
+                multiple=32,
+            )
+        case "unscaled":
+            forward, backward = Operand(E4M3, "unit"), Operand(E5M2, "unit")
+            return uniform("unscaled", forward, forward, backward)
+        case other:
+            raise ValueError(f"unknown scaling {other!r}")
+
+
+LINEARS = {
+    "M": ("mixer.in_proj", "mixer.out_proj"),
+    "*": ("self_attention.linear_qkv", "self_attention.linear_proj"),
+    "-": ("mlp.linear_fc1", "mlp.linear_fc2"),
+}
+"""The linear modules of each layer kind, by their name inside the layer: all that ever runs in low precision. The
+convolution, the scan, softmax, norms, embedding and head never do."""
+
+
+def low_precision_linears(model: ModelConfig, precision: PrecisionConfig) -> dict[int, tuple[str, ...]]:
+    """Global layer index (0 is the first of the pattern) -> names of its low-precision linears; absent: none.
+
+    The first `high_precision_first` and last `high_precision_last` layers of the pattern stay in high precision.
+    """
+    if precision.scaling == "none" and (precision.switch_at_tokens is None or precision.scaling_after == "none"):
+        return {}
+    kinds = layer_kinds(model.pattern)
+    first, last = precision.high_precision_first, len(kinds) - precision.high_precision_last
+    return {index: LINEARS[kind] for index, kind in enumerate(kinds) if first <= index < last}
+
+
+def active_scaling(precision: PrecisionConfig, tokens: int) -> Scaling | None:
+    """The scaling of a step that starts after `tokens` tokens of training."""
+    switched = precision.switch_at_tokens is not None and tokens >= precision.switch_at_tokens
+    return scaling_of(precision, precision.scaling_after if switched else precision.scaling)
+
+
+def linear_shapes(model: ModelConfig, kind: str, *, tensor: int = 1) -> dict[str, tuple[int, int]]:
+    """Name of each linear of a layer kind -> (out, in) of one tensor rank's part."""
+    gates = 2 if model.activation in ("swiglu", "geglu") else 1
+    inner = model.mamba_heads * model.mamba_head_dim
+    conv = inner + 2 * model.mamba_groups * model.mamba_state
+    query, key = model.heads * model.head_dim, model.kv_heads * model.head_dim
+    whole = {
+        "M": ((inner + conv + model.mamba_heads, model.hidden), (model.hidden, inner)),
+        "*": ((query + 2 * key, model.hidden), (model.hidden, query)),
+        "-": ((gates * model.ffn, model.hidden), (model.hidden, model.ffn)),
+    }[kind]
+    column, row = LINEARS[kind]
+    return {column: (whole[0][0] // tensor, whole[0][1]), row: (whole[1][0], whole[1][1] // tensor)}
+
+
+def shape_problems(
+    model: ModelConfig, *, parallel: ParallelConfig, precision: PrecisionConfig, rank_tokens: int
+) -> list[str]:
+    """Why a recipe's shapes cannot run in low precision on a GPU; each line names the field and a remedy.
+
+    rank_tokens: tokens of one microbatch on one rank (rows x tokens of a row, over context ranks). cuBLASLt wants both
+    dimensions of each FP8 matrix to be multiples of 16; MXFP8 and NVFP4 of 32; under sequence parallelism 128-blocks
+    along tokens must not straddle ranks.
+    """
+    layers = low_precision_linears(model, precision)
+    if not layers:
+        return []
+    scalings = [scaling_of(precision, name) for name in (precision.scaling, precision.scaling_after)]
+    active = [scaling for scaling in scalings if scaling is not None]
+    multiple = max(scaling.multiple for scaling in active)
+    names = "/".join(dict.fromkeys(scaling.name for scaling in active))
+    kinds = layer_kinds(model.pattern)
+    remedy = {
+        "M": "model.mamba_heads, mamba_head_dim, mamba_state and mamba_groups",
+        "*": "model.heads, kv_heads and head_dim",
+        "-": "model.ffn",
+    }
+    problems = []
+    for kind in dict.fromkeys(kinds[index] for index in layers):
+        for name, (out, into) in linear_shapes(model, kind, tensor=parallel.tensor).items():
+            for what, value in (("output", out), ("input", into)):
+                if value % multiple:
+                    problems.append(
+                        f"precision.scaling={names}: {name} of `{kind}` layers has {what} width {value:,} on each of "
+                        f"{parallel.tensor} tensor ranks, not a multiple of {multiple}. Lower parallel.tensor, or change "
+                        f"{remedy[kind]} (or model.hidden)."
+                    )
+    if rank_tokens % multiple:
+        problems.append(
+            f"precision.scaling={names}: a microbatch has {rank_tokens:,} tokens per rank, not a multiple of {multiple}. "
+            f"Change run.microbatch_rows or data.row_tokens."
+        )
+    blocks = [scaling.input.block for scaling in active if scaling.input.block is not None]
+    if parallel.sequence and blocks and (rank_tokens // parallel.tensor) % max(along for _, along in blocks):
+        along = max(along for _, along in blocks)
+        problems.append(
+            f"precision.scaling={names} with parallel.sequence=true: {rank_tokens:,} tokens over {parallel.tensor} tensor "
+            f"ranks leave {rank_tokens / parallel.tensor:g} each, not a multiple of the {along}-token block. Use a longer "
+            f"data.row_tokens or more run.microbatch_rows."
+        )
+    return problems
