@@ -348,8 +348,9 @@ def test_the_pinned_versions_have_every_name_we_rely_on(te: Any) -> None:
         assert isinstance(found, getattr(recipe, classes[scaling])), scaling
         ours = scaling_of(PrecisionConfig(), scaling)
         assert ours is not None
-        if not config.fp4:  # E4M3 forward; gradients E5M2 exactly where the table says so
-            assert found.fp8_format.value.fwd == "e4m3" or found.fp8_format.name in ("E4M3", "HYBRID")
+        if not config.fp4:  # gradients are E5M2 exactly where the table says so
+            forward, backward = found.fp8_format.value.max_fwd, found.fp8_format.value.max_bwd
+            assert (forward, backward) == (ours.input.format.max, ours.grad.format.max)
             assert (found.fp8_format.name == "HYBRID") == (ours.grad.format is E5M2)
         if scaling == "delayed":
             assert (found.amax_history_len, found.amax_compute_algo, found.margin) == (1024, "max", 0)

@@ -92,7 +92,11 @@ class ReferenceBackend(LocalSpecProvider):
 
     def control(self, chunks: list[Any], *, precision: PrecisionConfig, mesh: Mesh, seed: int) -> PrecisionControl:
         return emulated.EmulatedPrecision(
-            chunks, precision=precision, amax_group=mesh.groups.tp_dp_cp, seed=seed * 1_000_003 + mesh.rank
+            chunks,
+            precision=precision,
+            amax_group=mesh.groups.tp_dp_cp,
+            shards=mesh.layout.data * mesh.layout.context,
+            seed=seed * 1_000_003 + mesh.rank,
         )
 
 

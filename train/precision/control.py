@@ -20,7 +20,7 @@ class Reading:
     scale: float
     """Smallest encoding scale of any block: what the largest block was multiplied with."""
     saturated: float
-    """Fraction of elements beyond the format's largest number after scaling."""
+    """Fraction of elements more than half a step beyond the format's largest number after scaling."""
     underflowed: float
     """Fraction of elements that were not zero and became zero."""
     snr_db: float | None

@@ -8,7 +8,8 @@ products in another order and, per tensor core, with fewer bits; that is the who
 
 Delayed scaling keeps state: a scale and an amax history for input, weight and gradient of each linear, as buffers of the
 module, so that checkpoints carry them to any layout. They move on once a step, after the amaxes of all microbatches and
-ranks were reduced, and so do not depend on how a step was cut into microbatches or ranks.
+ranks were reduced, and so do not depend on how a step was cut into microbatches or ranks. A rank computes the gradient of
+its own tokens' mean, which grows with the number of data shards: gradient scales are kept for one shard.
 """
 
 import zlib
@@ -192,13 +193,17 @@ class EmulatedPrecision:
     """PrecisionControl over the equipped linears of this rank's chunks; without any, it does nothing."""
 
     def __init__(
-        self, chunks: list[Any], *, precision: PrecisionConfig, amax_group: dist.ProcessGroup, seed: int
+        self, chunks: list[Any], *, precision: PrecisionConfig, amax_group: dist.ProcessGroup, shards: int, seed: int
     ) -> None:
-        """amax_group: ranks that agree on delayed scaling's amaxes. seed: of stochastic rounding, this rank's own."""
+        """amax_group: ranks that agree on delayed scaling's amaxes. shards: data-parallel times context ranks.
+
+        seed: of stochastic rounding, this rank's own.
+        """
         parts = [part for chunk in chunks for part in chunk.modules()]
         self.linears = [part.low_precision for part in parts if hasattr(part, "low_precision")]
         self.precision = precision
         self.amax_group = amax_group
+        self.shards = shards
         self.seed = seed
         self.begin_step(step=0, tokens=0)
 
@@ -212,7 +217,7 @@ class EmulatedPrecision:
             linear.scaling = None if _is_off(linear) else scaling
             if scaling is not None and scaling.uses_history:
                 input, weight, grad = linear.module.low_precision_scale.tolist()
-                linear.scales = (input, weight, grad)
+                linear.scales = (input, weight, grad / self.shards)
             linear.amaxes = [0.0, 0.0, 0.0]
             linear.seed = zlib.crc32(f"{self.seed} {step} {linear.layer} {linear.name}".encode())
             linear.backwards = 0
@@ -226,6 +231,7 @@ class EmulatedPrecision:
         if not live:
             return
         amaxes = torch.tensor([linear.amaxes for linear in live], device=live[0].module.low_precision_scale.device)
+        amaxes[:, OPERANDS.index("grad")] /= self.shards
         if self.amax_group.size() > 1:
             dist.all_reduce(amaxes, op=dist.ReduceOp.MAX, group=self.amax_group)
         for linear, amax in zip(live, amaxes, strict=True):

@@ -34,7 +34,7 @@ def measure(x: torch.Tensor, quantized: Quantized, operand: Operand, along: Orie
     kept = torch.isfinite(exact)
     return Sums(
         elements=exact.numel(),
-        saturated=int(((exact * encode).abs() > operand.format.max).sum()),
+        saturated=int(((exact * encode).abs() > operand.format.overflow).sum()),
         underflowed=int(((decoded == 0) & (exact != 0)).sum()),
         signal=float(exact[kept].double().square().sum()),
         noise=float((decoded - exact)[kept].double().square().sum()),

@@ -13,6 +13,7 @@ Both backends read this table: `emulated` computes it, `te` asks Transformer Eng
 Standard library only, so that a launch can be planned on a login node. Tables: docs/fp8.md.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -36,6 +37,11 @@ class Format:
     """Largest finite number; larger ones saturate to it."""
     snr_floor_db: float
     """Quantising well-scaled values keeps more signal over noise than this; below it something is wrong (docs/fp8.md)."""
+
+    @property
+    def overflow(self) -> float:
+        """Half a step beyond the largest number: what lies above is not rounded to it but cut off."""
+        return self.max + 2.0 ** (math.frexp(self.max)[1] - 2 - self.mantissa)
 
 
 E4M3 = Format("e4m3", mantissa=3, min_exponent=-6, max=448.0, snr_floor_db=20.0)
