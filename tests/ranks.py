@@ -18,13 +18,13 @@ from typing import Any
 
 
 class RankFailed(AssertionError):
-    """A rank raised or died; carries its traceback."""
+    """Ranks raised or died; carries their tracebacks."""
 
 
 def run_ranks(world: int, work: Callable[..., Any], *arguments: Any, timeout_s: float = 120.0) -> list[Any]:
     """Run `work(rank, *arguments)` in `world` forked processes with torchrun's environment. -> results by rank.
 
-    Results must pickle. Raises RankFailed with the first failing rank's traceback; every process is gone afterwards.
+    Results must pickle. Raises RankFailed with the tracebacks of the ranks that failed; every process is gone afterwards.
     """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -67,14 +67,15 @@ def _collect(children: dict[int, int], folder: Path, world: int, timeout_s: floa
     deadline = time.monotonic() + timeout_s
     failed: list[int] = []
     waiting = dict(children)
-    while waiting and not failed:
+    while waiting and not (failed and time.monotonic() > deadline):
         for pid in list(waiting):
             done, status = os.waitpid(pid, os.WNOHANG)
             if done:
                 rank = waiting.pop(pid)
                 if status:
                     failed.append(rank)
-        if time.monotonic() > deadline:
+                    deadline = min(deadline, time.monotonic() + 2)  # others may be about to say why
+        if not failed and time.monotonic() > deadline:
             failed.append(-1)
         time.sleep(0.005)
     for pid in waiting:
@@ -86,6 +87,6 @@ def _collect(children: dict[int, int], folder: Path, world: int, timeout_s: floa
     for rank in range(world):
         path = folder / f"{rank}.pickle"
         results.append(pickle.loads(path.read_bytes()) if path.exists() else ("error", f"rank {rank} died"))
-    for rank in failed:
-        raise RankFailed(f"rank {rank}:\n{results[rank][1]}")
+    if failed:
+        raise RankFailed("\n".join(f"rank {rank}:\n{results[rank][1]}" for rank in failed))
     return [value for _, value in results]

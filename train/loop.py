@@ -87,7 +87,12 @@ def train_loop(
             )
             if is_measured(step):
                 telemetry.flush()
-                telemetry.precision(step, scaling=engine.precision.active(), readings=engine.precision.health())
+                telemetry.precision(
+                    step,
+                    scaling=engine.precision.active(),
+                    readings=engine.precision.health(),
+                    policy=recipe.precision.health_policy,
+                )
             if not math.isfinite(result.grad_norm):
                 telemetry.flush()  # the steps that led here are the ones to look at
             check_numbers(step, grad_norm=result.grad_norm, newest_checkpoint=newest_checkpoint())

@@ -1,6 +1,7 @@
 """`python -m train.report runs/NAME`: a picture and a page about a run, made from its metrics.jsonl.
 
-metrics.jsonl, recipe.yaml --> loss.png (loss, held-out bits per byte, learning rate), summary.md
+metrics.jsonl, recipe.yaml --> loss.png (loss, held-out bits per byte, learning rate), summary.md, and for a
+low-precision run precision.png (quantisation errors)
 """
 
 import argparse
@@ -16,6 +17,7 @@ from typing import Any
 import yaml
 
 from train.errors import StratumError
+from train.precision_report import draw_precision, precision_section
 from train.telemetry import METRICS, read_metrics
 
 
@@ -37,6 +39,11 @@ class RunRecord:
     """What the last process ran on; empty where it was not written."""
     phase_s: dict[str, float]
     """Seconds spent in each phase outside steps (saving, evaluating), all processes together."""
+
+    def precision(self) -> list[dict[str, Any]]:
+        """Measurements of quantised operands, the last of each step."""
+        last = {line["step"]: line for line in self.events if line["kind"] == "precision"}
+        return [last[step] for step in sorted(last)]
 
 
 def read_run(folder: Path) -> RunRecord:
@@ -81,6 +88,8 @@ def write_report(folder: Path, *, sample: str | None = None) -> None:
         sample = (folder / "sample.txt").read_text()
     if record.steps:
         draw(record, folder / "loss.png", title=folder.name)
+    if measured := record.precision():
+        draw_precision(measured, folder / "precision.png", title=folder.name)
     (folder / "summary.md").write_text(summary(record, recipe, name=folder.name, sample=sample))
 
 
@@ -163,6 +172,7 @@ def summary(record: RunRecord, recipe: dict[str, Any], *, name: str, sample: str
         "",
         "![training loss, learning rate and held-out bits per byte](loss.png)",
         *_heldout(record),
+        *(precision_section(measured) if (measured := record.precision()) else []),
         *_times(record),
         *_resumes(record),
     ]
@@ -182,7 +192,7 @@ def _facts(record: RunRecord, recipe: dict[str, Any]) -> list[str]:
     rows = {
         "model": f"`{recipe['model']['pattern']}`, hidden {recipe['model']['hidden']}, "
         f"{start.get('parameters', 0):,} parameters",
-        "precision": recipe["precision"]["params"],
+        "precision": _precision(recipe["precision"]),
         "layout": f"{start.get('layout', '?')} on {start.get('device', '?')}",
         "steps": f"{last['step']:,} of {recipe['run']['steps']:,}",
         "tokens": f"{last['tokens']:,}",
@@ -200,6 +210,15 @@ def _facts(record: RunRecord, recipe: dict[str, Any]) -> list[str]:
         threads = f"{machine['threads']} thread{'s' * (machine['threads'] != 1)}"
         rows["machine"] = f"{where}, {threads} a process; torch {machine['torch']}, Python {machine['python']}"
     return ["| | |", "|---|---|", *(f"| {key} | {value} |" for key, value in rows.items())]
+
+
+def _precision(precision: dict[str, Any]) -> str:
+    """Number formats in words."""
+    scaling = precision.get("scaling", "none")
+    text = precision["params"] if scaling == "none" else f"{precision['params']}, linear layers in {scaling}"
+    if precision.get("switch_at_tokens") is not None:
+        text += f", {precision['scaling_after']} from token {precision['switch_at_tokens']:,}"
+    return text
 
 
 def _heldout(record: RunRecord) -> list[str]:

@@ -93,6 +93,7 @@ class Telemetry:
         self._peak_flops = peak_flops
         self._losses = torch.zeros(config.log_every_steps, device=device)
         self._pending: list[Line] = []
+        self._sick: set[tuple[int, str, str]] = set()
         self._record: _JsonLines | None = None
         self._displays: list[_Display] = []
         self._screen: _Screen | None = None
@@ -157,19 +158,22 @@ class Telemetry:
         """Write an event at once. Steps noted before it are flushed by the loop, not here."""
         self._write([{"kind": kind, **fields, "time": time.time()}])
 
-    def precision(self, step: int, *, scaling: str, readings: Sequence[Any]) -> None:
-        """Write how well each low-precision operand was quantised (`train.precision.control.Reading`), and warn of the
-        worst that left its band."""
+    def precision(self, step: int, *, scaling: str, readings: Sequence[Any], policy: str) -> None:
+        """Write how well each low-precision operand was quantised (`train.precision.control.Reading`), and warn of those
+        that left their band since the last time, by the worst of them."""
         if not readings:
             return
         self.event("precision", step=step, scaling=scaling, readings=[asdict(reading) for reading in readings])
         sick = sorted((r for r in readings if not r.is_healthy), key=lambda r: r.snr_db)
-        if sick and self._record is not None:
+        names = {(r.layer, r.linear, r.operand) for r in sick}
+        news, self._sick = names - self._sick, names
+        if news:
             worst = sick[0]
             self._warn(
                 f"step {step}: {len(sick)} of {len(readings)} quantised operands below their band; the worst: {worst.operand} "
                 f"of layer {worst.layer} {worst.linear} at {worst.snr_db:.1f} dB (band from {worst.floor_db:g} dB), "
                 f"{worst.saturated:.1%} saturated, {worst.underflowed:.1%} underflowed"
+                + ("; their layers continue in high precision" if policy == "high_precision" else "")
             )
 
     def evaluation(self, step: int, by_source: dict[str, float]) -> None:
@@ -443,6 +447,13 @@ def _scalars(line: Line) -> dict[str, float]:
             return {f"train/{name}": line[name] for name in names if name in line} | seconds
         case "evaluation":
             return {f"heldout_bits_per_byte/{name}": value for name, value in line["bits_per_byte"].items()}
+        case "precision":
+            lowest: dict[str, float] = {}
+            for reading in line["readings"]:
+                if reading["snr_db"] is not None:
+                    name = f"precision/lowest_snr_db/{reading['operand']}"
+                    lowest[name] = min(reading["snr_db"], lowest.get(name, math.inf))
+            return lowest
         case _:
             return {}
 

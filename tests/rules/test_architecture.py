@@ -25,6 +25,7 @@ FLOORS = {
     "train.model": 2, "train.precision": 2, "train.parallel": 2, "train.optim": 2, "train.telemetry": 2,
     "train.faults": 2, "train.engine": 2,
     "train.objective": 3, "train.evaluate": 3, "train.checkpoint": 3, "train.report": 3,
+    "train.precision_report": 3, "train.precision.scaling": 0, "train.precision.control": 0,
     "train.step": 4, "train.loop": 5, "train.run": 6,
     "train.__main__": 7, "train.generate": 7, "data.prepare": 7, "launch": 7,
 }  # fmt: skip
@@ -38,7 +39,7 @@ DOORS = {
     "omegaconf": {"data.command", "data.prepare", "train.recipe", "train.__main__", "train.generate"},
     "wandb": {"train.telemetry"},
     "tensorboard": {"train.telemetry"},
-    "matplotlib": {"train.report"},
+    "matplotlib": {"train.report", "train.precision_report"},
     "transformers": {"train.hf"},
     "safetensors": {"train.hf"},
     "tokenizers": {"data.tokenizer"},

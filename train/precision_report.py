@@ -1,0 +1,111 @@
+"""The page and the picture about a run's low precision, made from the precision lines of its metrics.jsonl.
+
+lines of kind "precision" --> precision.png (how much each operand keeps, now and over time), a section of summary.md
+"""
+
+import math
+from pathlib import Path
+from typing import Any
+
+Line = dict[str, Any]
+
+_ORDER = ("input", "weight", "grad", "input_for_weight_grad", "grad_for_weight_grad")
+_SHORT = {"input_for_weight_grad": "input\n(weight grad)", "grad_for_weight_grad": "grad\n(weight grad)"}
+_COLORS = ("#2b6cb0", "#2f9e44", "#d9480f", "#0b7285", "#9c36b5")
+
+
+def draw_precision(lines: list[Line], path: Path, *, title: str) -> None:
+    """Left: signal over noise of every operand of every low-precision layer at the last measured step, by color; right:
+    over time, the lowest of each operand, and the largest share of numbers that became zero."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    last = lines[-1]
+    operands = _operands(lines)
+    layers = list(dict.fromkeys((r["layer"], r["linear"]) for r in last["readings"]))
+    table = {(r["layer"], r["linear"], r["operand"]): r for r in last["readings"]}
+    values = [
+        [_snr(table[layer, linear, name]) if (layer, linear, name) in table else math.nan for name in operands]
+        for layer, linear in layers
+    ]
+    floor = min(r["floor_db"] for r in last["readings"])
+    height = max(4.6, 1.6 + 0.22 * len(layers))
+    figure = pyplot.figure(figsize=(11, height), layout="constrained")
+    grid = figure.add_gridspec(2, 2, width_ratios=(1.1, 1))
+    left = figure.add_subplot(grid[:, 0])
+    image = left.imshow(values, aspect="auto", cmap="RdYlGn", vmin=floor - 5, vmax=40)
+    left.set_xticks(range(len(operands)), [_SHORT.get(name, name) for name in operands], fontsize=8)
+    left.set_yticks(range(len(layers)), [f"{layer} {linear.split('.')[-1]}" for layer, linear in layers], fontsize=7)
+    left.set_title(f"{title}: {last['scaling']}, step {last['step']:,}", loc="left", fontweight="bold", fontsize=11)
+    for row, cells in enumerate(values):
+        for column, value in enumerate(cells):
+            if math.isfinite(value) and len(layers) <= 60:
+                left.text(column, row, f"{value:.0f}", ha="center", va="center", fontsize=6.5)
+    figure.colorbar(image, ax=left, label="signal over quantisation noise, dB", shrink=0.8)
+
+    above, below = figure.add_subplot(grid[0, 1]), figure.add_subplot(grid[1, 1])
+    for color, name in zip(_COLORS, operands, strict=False):
+        steps, lowest, underflow = [], [], []
+        for line in lines:
+            mine = [r for r in line["readings"] if r["operand"] == name]
+            if mine:
+                steps.append(line["step"])
+                lowest.append(min(_snr(r) for r in mine))
+                underflow.append(100 * max(r["underflowed"] for r in mine))
+        above.plot(steps, lowest, color=color, label=name.replace("_", " "), marker=".")
+        below.plot(steps, underflow, color=color, marker=".")
+    for value, style in sorted({(r["floor_db"], ":") for r in last["readings"]}):
+        above.axhline(value, color="#7b8794", linestyle=style, linewidth=1)
+    above.set(ylabel="lowest of any layer, dB")
+    above.set_title("Signal over noise (dotted: the band's floor)", loc="left", fontweight="bold", fontsize=11)
+    above.legend(fontsize=7, frameon=False)
+    below.set(xlabel="step", ylabel="most of any layer, %", ylim=(0, None))
+    below.set_title("Numbers that became zero", loc="left", fontweight="bold", fontsize=11)
+    for axes in (above, below):
+        axes.grid(color="#e4e7eb")
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=140)
+    pyplot.close(figure)
+
+
+def precision_section(lines: list[Line]) -> list[str]:
+    """Markdown: the operands that lost most at the last measured step, and how many left their band when."""
+    last = lines[-1]
+    worst = sorted(last["readings"], key=_snr)[:5]
+    sick_steps = [line["step"] for line in lines if any(_snr(r) < r["floor_db"] for r in line["readings"])]
+    text = (
+        "Every measured operand stayed in its band."
+        if not sick_steps
+        else (
+            f"Some operand was below its band at {len(sick_steps)} of {len(lines)} measured steps, the first of them "
+            f"step {sick_steps[0]:,}."
+        )
+    )
+    return [
+        "",
+        "## Low precision",
+        "",
+        f"`{last['scaling']}`. {text} At step {last['step']:,} these lost most:",
+        "",
+        "| layer | linear | operand | format | signal over noise, dB | largest magnitude | saturated | became zero |",
+        "|---|---|---|---|---|---|---|---|",
+        *(
+            f"| {r['layer']} | {r['linear']} | {r['operand'].replace('_', ' ')} | {r['format']} | {_snr(r):.1f} | "
+            f"{r['amax']:.3g} | {r['saturated']:.2%} | {r['underflowed']:.2%} |"
+            for r in worst
+        ),
+        "",
+        "![signal over noise of every low-precision operand](precision.png)",
+    ]
+
+
+def _operands(lines: list[Line]) -> list[str]:
+    found = {r["operand"] for line in lines for r in line["readings"]}
+    return [name for name in _ORDER if name in found]
+
+
+def _snr(reading: Line) -> float:
+    """Decibels; infinite where nothing was lost."""
+    return math.inf if reading["snr_db"] is None else reading["snr_db"]
