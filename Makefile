@@ -33,12 +33,21 @@ format: setup ## format the code
 	@$(PY) -m ruff format .
 	@$(PY) -m ruff check --fix .
 
+test-gpu: setup ## the tests that need a GPU and the `gpu` extra (not run yet by anyone: docs/fp8.md)
+	@$(PY) -m pytest -q -m gpu
+
 bench: setup ## speed of the smoke recipe, the scan and the loop, as a table
 	@$(PY) -m tests.bench
+
+bench-fp8: setup ## what emulating each low-precision recipe costs, as a table
+	@$(PY) -m tests.bench.precision
+
+precision-gap: setup ## train a small hybrid in every precision and compare the losses (hours; resumes)
+	@$(PY) -m tests.bench.precision_gap
 
 clean: ## remove caches and the environment; runs/ is left alone
 	rm -rf .venv .oracle .mypy_cache .ruff_cache .pytest_cache *.egg-info
 	find . -name __pycache__ -not -path './runs/*' -prune -exec rm -rf {} +
 
-.PHONY: help setup smoke test test-slow test-oracle check format bench clean
+.PHONY: help setup smoke test test-slow test-oracle test-gpu check format bench bench-fp8 precision-gap clean
 .DEFAULT_GOAL := help
