@@ -161,8 +161,10 @@ def test_resume_is_bit_exact_under_every_recipe(name: str, params: str, tmp_path
         (2, {"parallel.pipeline": 2}),
         (2, {}),
         (4, {"parallel.tensor": 2, "parallel.sequence": True, "parallel.pipeline": 2}),
+        (2, {"parallel.pipeline": 2, "parallel.virtual_pipeline": 2}),
+        (2, {"parallel.context": 2}),
     ],
-    ids=["TP2", "PP2", "DP2", "TP2 SP PP2"],
+    ids=["TP2", "PP2", "DP2", "TP2 SP PP2", "VP2", "CP2"],
 )
 def test_delayed_scales_come_along_to_another_layout(world: int, changes: dict[str, Any], tmp_path: Path) -> None:
     """The saved scales arrive to the bit. What is trained on from there: the same, but for codes that the other order of
@@ -178,6 +180,39 @@ def test_delayed_scales_come_along_to_another_layout(world: int, changes: dict[s
         assert again.losses == pytest.approx(numbers.losses, rel=2e-4)
         assert again.grad_norms == pytest.approx(numbers.grad_norms, rel=5e-3)
     assert seen == state.keys()
+
+
+@pytest.mark.parametrize(("saved_as", "loaded_as"), [("none", "delayed"), ("delayed", "none"), ("current", "none")])
+def test_another_backends_checkpoint_loads_with_fresh_scales(saved_as: str, loaded_as: str, tmp_path: Path) -> None:
+    """Weights and optimizer state come along; what only one side has is left out and said."""
+    base = {"run.microbatch_rows": 4, "precision.amax_history": 3}
+    run_ranks(1, save_weights, recipe_with(**base, **{"precision.scaling": saved_as}), tmp_path)
+    same, text = run_ranks(1, load_weights, recipe_with(**base, **{"precision.scaling": loaded_as}), tmp_path)[0]
+    assert same and "scales and amax histories start anew" in text
+
+
+def save_weights(rank: int, recipe: Recipe, folder: Path) -> None:
+    with engine_of(recipe, rank=rank, world=1) as engine:
+        steps_of(engine, recipe, range(1))
+        CheckpointFolder(folder, recipe.checkpoint).save(engine, step=1, position=4, recipe={}, data_hash="h")
+        torch.save([p.detach().clone() for p in engine.chunks[0].parameters()], folder / "weights.pt")
+
+
+def load_weights(rank: int, recipe: Recipe, folder: Path) -> tuple[bool, str]:
+    import io
+    import logging
+
+    said = io.StringIO()
+    logging.getLogger("train.checkpoint.storage").addHandler(logging.StreamHandler(said))
+    with engine_of(recipe, rank=rank, world=1) as engine:
+        checkpoints = CheckpointFolder(folder, recipe.checkpoint)
+        found = checkpoints.newest()
+        assert found is not None
+        checkpoints.load(engine, found[0])
+        want = torch.load(folder / "weights.pt")
+        same = all(torch.equal(p, w) for p, w in zip(engine.chunks[0].parameters(), want, strict=True))
+        steps_of(engine, recipe, range(1, 2))
+        return same, said.getvalue()
 
 
 def final_state(rank: int, recipe: Recipe, world: int) -> Any:

@@ -1,5 +1,6 @@
 """Block quantisers: the compiled and the plain form agree to the bit, scales are exact, rounding at random is unbiased."""
 
+import dataclasses
 import math
 
 import numpy as np
@@ -9,7 +10,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from train.config import PrecisionConfig
-from train.precision.quantize import hadamard_matrix, quantize, round_stochastically, round_to, scale_from_history
+from train.precision import health
+from train.precision.quantize import (
+    encoding_scale,
+    hadamard_matrix,
+    quantize,
+    round_stochastically,
+    round_to,
+    scale_from_history,
+)
 from train.precision.scaling import E2M1, E4M3, E5M2, Operand, scaling_of
 
 NAMES = ("delayed", "current", "blockwise", "mxfp8", "nvfp4", "unscaled")
@@ -158,3 +167,38 @@ def test_without_a_compiler_the_same_numbers_come_out(monkeypatch: pytest.Monkey
     finally:
         monkeypatch.undo()
         native.library.cache_clear()
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    name=st.sampled_from(NAMES),
+    columns=st.integers(1, 300),
+    spread=st.sampled_from([0.0, 3.0, 12.0]),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+    special=st.sampled_from([None, 0.0, math.inf, math.nan]),
+    seed=st.integers(0, 2**31),
+)
+def test_measurements_are_those_of_the_definition(
+    name: str, columns: int, spread: float, dtype: torch.dtype, special: float | None, seed: int
+) -> None:
+    """Compiled against plain torch, and both against what every element was scaled with."""
+    scaling = scaling_of(PrecisionConfig(), name)
+    assert scaling is not None
+    g = torch.Generator().manual_seed(seed)
+    x = torch.randn(96, columns, generator=g) * torch.exp(spread * torch.randn(96, columns, generator=g))
+    if special is not None:
+        x[::7, :: max(1, columns // 2)] = special
+    x = x.to(dtype)
+    for operand, along in ((scaling.input, "rows"), (scaling.weight, "columns"), (scaling.grad, "rows")):
+        operand = dataclasses.replace(operand, stochastic=False)
+        result = quantize(x, operand, along, scale=5.0)  # type: ignore[arg-type]
+        fast = health.measure(x, result, operand, along, scale=5.0)  # type: ignore[arg-type]
+        plain = health.measure(x, result, operand, along, scale=5.0, torch_only=True)  # type: ignore[arg-type]
+        assert fast.signal == pytest.approx(plain.signal, rel=1e-12)
+        assert fast.noise == pytest.approx(plain.noise, rel=1e-12, nan_ok=True)
+        assert dataclasses.replace(fast, signal=0, noise=0) == dataclasses.replace(plain, signal=0, noise=0)
+        encode = encoding_scale(x.float(), operand, along, scale=5.0)  # type: ignore[arg-type]
+        assert fast.saturated == int(((x.float() * encode).abs() > operand.format.overflow).sum())
+        if special != math.inf:
+            largest = int(x.float().abs().nan_to_num(nan=0.0).argmax())
+            assert fast.scale == float(encode.expand(x.shape).reshape(-1)[largest])

@@ -9,6 +9,7 @@ rename the folder is called `.step_00000100.writing`; a reader that sees `step_.
 """
 
 import json
+import logging
 import os
 import queue
 import shutil
@@ -23,6 +24,8 @@ from megatron.core.dist_checkpointing.validation import StrictHandling
 
 from train.engine import Engine
 from train.errors import CheckpointError
+
+log = logging.getLogger(__name__)
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -69,11 +72,22 @@ def write_tensors(folder: Path, engine: Engine) -> None:
 def read_tensors(folder: Path, engine: Engine) -> None:
     """Fill weights and optimizer state of this rank from `folder`, whatever layout wrote it. Collective."""
     with _as_checkpoint_error(folder, "read"):
-        state = dist_checkpointing.load(
-            _sharded_state(engine, is_loading=True), str(folder), strict=StrictHandling.RAISE_ALL
+        state, missing, unexpected = dist_checkpointing.load(
+            _sharded_state(engine, is_loading=True), str(folder), strict=StrictHandling.RETURN_ALL
+        )
+    strange = sorted(key for key in {*missing, *unexpected} if not _is_precision_state(key))
+    if strange:
+        raise CheckpointError(
+            f"{folder} does not hold this model: {len(strange)} names are on one side only, e.g. {', '.join(strange[:3])}."
+        )
+    if missing or unexpected:
+        log.warning(
+            "%s was written by another precision backend: scales and amax histories start anew, so the first steps will "
+            "not repeat those of the run that wrote it.",
+            folder,
         )
     for key, chunk in _named_chunks(engine):
-        chunk.module.load_state_dict(state[key])
+        chunk.module.load_state_dict(state[key], strict=not (missing or unexpected))
     engine.optimizer.load_state_dict(state["optimizer"])
 
 
@@ -139,6 +153,11 @@ def versions() -> dict[str, str]:
     import megatron.core
 
     return {"torch": torch.__version__, "megatron-core": megatron.core.__version__}
+
+
+def _is_precision_state(key: str) -> bool:
+    """Whether a name in a checkpoint is a precision backend's own state: ours, or Transformer Engine's."""
+    return ".low_precision_" in key or key.endswith("._extra_state") or "._extra_state/" in key
 
 
 def _named_chunks(engine: Engine) -> list[tuple[str, Any]]:

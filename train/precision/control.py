@@ -18,7 +18,7 @@ class Reading:
     format: str
     amax: float
     scale: float
-    """Smallest encoding scale of any block: what the largest block was multiplied with."""
+    """Encoding scale of the block with the largest magnitude."""
     saturated: float
     """Fraction of elements more than half a step beyond the format's largest number after scaling."""
     underflowed: float

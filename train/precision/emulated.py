@@ -7,9 +7,10 @@ is quantised how is `train.precision.scaling`'s table, the numbers are `train.pr
 products in another order and, per tensor core, with fewer bits; that is the whole difference.
 
 Delayed scaling keeps state: a scale and an amax history for input, weight and gradient of each linear, as buffers of the
-module, so that checkpoints carry them to any layout. They move on once a step, after the amaxes of all microbatches and
-ranks were reduced, and so do not depend on how a step was cut into microbatches or ranks. A rank computes the gradient of
-its own tokens' mean, which grows with the number of data shards: gradient scales are kept for one shard.
+module, so that checkpoints carry them to any layout; the mark of a layer that the health policy took out is another.
+Scales move on once a step, after the amaxes of all microbatches and ranks were reduced, and so do not depend on how a step
+was cut into microbatches or ranks. A rank computes the gradient of its own tokens' mean, which grows with the number of
+data shards: gradient scales are kept for one shard.
 """
 
 import zlib
@@ -163,8 +164,7 @@ def equip(chunk: torch.nn.Module, *, model: ModelConfig, precision: PrecisionCon
                 history = torch.zeros(precision.amax_history, len(OPERANDS), device=device)
                 module.register_buffer("low_precision_scale", scale)
                 module.register_buffer("low_precision_history", history)
-            if precision.health_policy == "high_precision":
-                module.register_buffer("low_precision_off", torch.zeros(1, device=device))
+            module.register_buffer("low_precision_off", torch.zeros(1, device=device))
             module.low_precision = linear
             module._forward_impl = _product_of(linear, module._forward_impl)
 
@@ -277,5 +277,4 @@ class EmulatedPrecision:
 
 def _is_off(linear: LowPrecisionLinear) -> bool:
     """Whether the health policy moved this layer to high precision, in this run or the one it resumed from."""
-    off = getattr(linear.module, "low_precision_off", None)
-    return off is not None and bool(off.item())
+    return bool(linear.module.low_precision_off.item())

@@ -1,6 +1,6 @@
 """How much a quantised operand lost: sums that add up over ranks, and the readings made of them.
 
-Plain torch, several passes over memory: used on the steps a recipe logs, not on every step.
+Done on the steps a recipe logs, not on every step.
 """
 
 import math
@@ -8,8 +8,9 @@ from dataclasses import dataclass
 
 import torch
 
+from train.precision import native
 from train.precision.control import Reading
-from train.precision.quantize import Quantized, encoding_scale
+from train.precision.quantize import Quantized, encoding_scale, scale_of_the_largest
 from train.precision.scaling import Operand, Orientation
 
 
@@ -26,20 +27,38 @@ class Sums:
     scale: float
 
 
-def measure(x: torch.Tensor, quantized: Quantized, operand: Operand, along: Orientation, *, scale: float) -> Sums:
-    """Compare a matrix (as it entered quantisation: after the Hadamard rotation, where there is one) with its decoding."""
-    exact = x.float()
-    decoded = quantized.decoded()
-    encode = encoding_scale(exact, operand, along, scale=scale)
-    kept = torch.isfinite(exact)
+def measure(
+    x: torch.Tensor,
+    quantized: Quantized,
+    operand: Operand,
+    along: Orientation,
+    *,
+    scale: float,
+    torch_only: bool = False,
+) -> Sums:
+    """Compare a matrix (as it entered quantisation: after the Hadamard rotation, where there is one) with its decoding.
+
+    scale: the encoding scale, where the operand's rule is `history` or `unit`. torch_only: do not use the compiled form.
+    """
+    largest_scale = scale_of_the_largest(x, operand, scale=scale)
+    # A block's own amax never leaves the format, but where NVFP4 rounds the scale to few bits or there is an infinity.
+    limit = operand.format.overflow / largest_scale if operand.block is None else math.inf
+    if not torch_only and native.usable(x):
+        signal, noise, zero, over = native.compare(x, quantized.values, factor=quantized.factor, limit=limit)
+        amax = native.amax(x)
+    else:
+        exact, decoded = x.float(), quantized.decoded()
+        kept = torch.isfinite(exact)
+        signal = float(exact[kept].double().square().sum())
+        noise = float((decoded - exact)[kept].double().square().sum())
+        zero = int(((decoded == 0) & (exact != 0)).sum())
+        over = int((exact.abs() > limit).sum())
+        amax = float(exact.abs().nan_to_num(nan=0.0, posinf=math.inf).max()) if x.numel() else 0.0
+    if operand.rule == "nvfp4" or math.isinf(amax):
+        encode = encoding_scale(x.float(), operand, along, scale=scale)
+        over = int(((x.float() * encode).abs() > operand.format.overflow).sum())
     return Sums(
-        elements=exact.numel(),
-        saturated=int(((exact * encode).abs() > operand.format.overflow).sum()),
-        underflowed=int(((decoded == 0) & (exact != 0)).sum()),
-        signal=float(exact[kept].double().square().sum()),
-        noise=float((decoded - exact)[kept].double().square().sum()),
-        amax=float(exact[kept].abs().max()) if bool(kept.any()) else math.inf,
-        scale=float(encode.min()),
+        elements=x.numel(), saturated=over, underflowed=zero, signal=signal, noise=noise, amax=amax, scale=largest_scale
     )
 
 
@@ -58,7 +77,12 @@ def merged(parts: list[Sums]) -> Sums:
 
 def reading(sums: Sums, *, layer: int, linear: str, name: str, operand: Operand, floor_db: float | None) -> Reading:
     """Fractions and decibels of merged sums."""
-    lossless = sums.signal == 0.0 or sums.noise == 0.0
+    if sums.signal == 0.0 or sums.noise == 0.0:
+        snr_db = None
+    elif math.isfinite(sums.noise):
+        snr_db = 10 * math.log10(sums.signal / sums.noise)
+    else:
+        snr_db = -math.inf  # an infinity took the whole tensor's scale with it
     return Reading(
         layer=layer,
         linear=linear,
@@ -68,6 +92,6 @@ def reading(sums: Sums, *, layer: int, linear: str, name: str, operand: Operand,
         scale=sums.scale,
         saturated=sums.saturated / max(1, sums.elements),
         underflowed=sums.underflowed / max(1, sums.elements),
-        snr_db=None if lossless else 10 * math.log10(sums.signal / sums.noise),
+        snr_db=snr_db,
         floor_db=operand.format.snr_floor_db if floor_db is None else floor_db,
     )

@@ -8,6 +8,7 @@
 
 #include <math.h>
 #include <stdint.h>
+#include <stdlib.h>
 #include <string.h>
 
 enum { RULE_FP32 = 0, RULE_POWER_OF_TWO = 1, RULE_E8M0 = 2, RULE_NVFP4 = 3 };
@@ -236,4 +237,39 @@ void stratum_rotate(const void *x, int64_t rows, int64_t columns, int kind, cons
           }
       }
     }
+}
+
+/* How far values * factor is from x, over the finite elements of x. sums: sum of x^2, sum of squared differences, elements
+   that were not zero and became zero, elements with |x| > limit. Added up piece by piece in order: the same on any number
+   of threads. */
+int stratum_compare(const void *x, const float *values, int64_t count, int kind, float factor, float limit, double *sums,
+                    int threads) {
+  enum { PIECE = 8192, LANES = 8 };
+  int64_t pieces = (count + PIECE - 1) / PIECE;
+  double(*part)[4] = malloc(pieces * sizeof *part);
+  if (part == NULL && pieces > 0) return 1;
+#pragma omp parallel for num_threads(threads) if (pieces > 4)
+  for (int64_t p = 0; p < pieces; p++) {
+    int64_t start = p * PIECE, n = count - start < PIECE ? count - start : PIECE;
+    double signal[LANES] = {0}, noise[LANES] = {0};
+    int32_t zero = 0, over = 0;
+    for (int64_t j = 0; j < n; j++) {
+      float a = load(x, start + j, kind), d = values[start + j] * factor;
+      int32_t finite = (bits_of(a) & 0x7F800000u) != 0x7F800000u;
+      zero += (d == 0.0f) & (a != 0.0f);
+      over += fabsf(a) > limit;
+      double e = finite ? (double)(d - a) : 0.0, s = finite ? (double)a : 0.0;
+      signal[j % LANES] += s * s;
+      noise[j % LANES] += e * e;
+    }
+    part[p][0] = part[p][1] = 0.0;
+    for (int k = 0; k < LANES; k++) { part[p][0] += signal[k]; part[p][1] += noise[k]; }
+    part[p][2] = zero;
+    part[p][3] = over;
+  }
+  for (int k = 0; k < 4; k++) sums[k] = 0.0;
+  for (int64_t p = 0; p < pieces; p++)
+    for (int k = 0; k < 4; k++) sums[k] += part[p][k];
+  free(part);
+  return 0;
 }

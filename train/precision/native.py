@@ -58,6 +58,8 @@ def library() -> ctypes.CDLL | None:
     loaded.stratum_tensor.argtypes = [pointer, i64, i32, ctypes.c_float, spec, pointer, i32]
     loaded.stratum_blocks.argtypes = [pointer, i64, i64, i32, i64, i64, spec, pointer, i32]
     loaded.stratum_rotate.argtypes = [pointer, i64, i64, i32, pointer, pointer, i32]
+    loaded.stratum_compare.restype = i32
+    loaded.stratum_compare.argtypes = [pointer, pointer, i64, i32, ctypes.c_float, ctypes.c_float, pointer, i32]
     return loaded
 
 
@@ -120,6 +122,20 @@ def rotate(x: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
         x.data_ptr(), rows, columns, _kind(x), matrix.data_ptr(), out.data_ptr(), torch.get_num_threads()
     )
     return out
+
+
+def compare(x: torch.Tensor, values: torch.Tensor, *, factor: float, limit: float) -> tuple[float, float, int, int]:
+    """values * factor against x, over finite elements. -> sum of x^2, sum of squared differences, elements that became
+    zero, elements with |x| > limit. values: contiguous fp32, x's shape."""
+    kernels = library()
+    assert kernels is not None
+    sums = (ctypes.c_double * 4)()
+    failed = kernels.stratum_compare(
+        x.data_ptr(), values.data_ptr(), x.numel(), _kind(x), factor, limit, sums, torch.get_num_threads()
+    )
+    if failed:
+        raise MemoryError("no memory to measure quantisation errors")
+    return sums[0], sums[1], int(sums[2]), int(sums[3])
 
 
 def _kind(x: torch.Tensor) -> int:

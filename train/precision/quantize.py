@@ -112,6 +112,17 @@ def encoding_scale(x: torch.Tensor, operand: Operand, along: Orientation, *, sca
     return _per_element(x, operand, height, width, multiplier=multiplier, tensor_decode=decode)[0]
 
 
+def scale_of_the_largest(x: torch.Tensor, operand: Operand, *, scale: float = 1.0) -> float:
+    """The encoding scale of the block with the largest magnitude."""
+    if operand.block is None and operand.rule != "fp32":
+        return scale
+    amax = native.amax(x) if native.usable(x) else float(_magnitude(x).amax()) if x.numel() else 0.0
+    multiplier, decode = 1.0, 1.0
+    if operand.rule == "nvfp4":
+        _, multiplier, decode, _ = _nvfp4_tensor_scale(amax, operand.format)
+    return float(_block_scales(torch.tensor(amax), operand, multiplier, decode)[0])
+
+
 def hadamard_matrix(device: torch.device | None = None) -> torch.Tensor:
     """[16, 16] fp32: signs x Sylvester's Hadamard matrix / 4, orthogonal."""
     h = torch.ones(1, 1)
