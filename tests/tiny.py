@@ -13,6 +13,7 @@ from data.config import DataConfig, SourceConfig
 from train.config import ModelConfig, Recipe, RunConfig
 from train.engine import Engine
 from train.parallel.mesh import Mesh
+from train.precision.control import Reading
 from train.run import build_engine, check, mesh_of
 from train.step import train_step
 from train.stopwatch import Stopwatch
@@ -103,3 +104,14 @@ def train_tiny(rank: int, recipe: Recipe, world: int, steps: int = 3) -> Numbers
     """For `run_ranks`: build and train from scratch."""
     with engine_of(recipe, rank=rank, world=world) as engine:
         return steps_of(engine, recipe, range(steps))
+
+
+def health(rank: int, recipe: Recipe, world: int) -> tuple[list[list[Reading]], list[bool]]:
+    """For `run_ranks`: two measured steps. -> the readings of each, and which layers then run in high precision."""
+    with engine_of(recipe, rank=rank, world=world) as engine:
+        results = []
+        for step in range(2):
+            rows = microbatches(recipe, engine.mesh, step)
+            train_step(engine, rows, step=step, learning_rate=1e-3, watch=Stopwatch(), measure=True)
+            results.append(engine.precision.health())
+        return results, [linear.scaling is None for linear in engine.precision.linears]  # type: ignore[attr-defined]
