@@ -144,3 +144,30 @@ def test_a_report_of_nothing_is_an_error(tmp_path: Path, capsys: pytest.CaptureF
     (tmp_path / METRICS).write_text("")
     with pytest.raises(StratumError, match=r"recipe\.yaml cannot be read"):
         write_report(tmp_path)
+
+
+def test_a_low_precision_run_gets_a_picture_and_a_table(tmp_path: Path) -> None:
+    def measured(number: int, low: float | None) -> dict[str, Any]:
+        reading = {
+            "linear": "mlp.linear_fc1", "format": "e4m3", "amax": 0.25, "scale": 1792.0, "saturated": 0.125,
+            "underflowed": 0.5, "floor_db": 20.0,
+        }  # fmt: skip
+        values = {(1, "input"): 31.0, (1, "grad"): low, (3, "input"): 30.0}
+        return {
+            "kind": "precision",
+            "step": number,
+            "scaling": "blockwise",
+            "readings": [{"layer": at, "operand": name, "snr_db": v, **reading} for (at, name), v in values.items()],
+        }
+
+    lines = [*LINES, measured(4, 12.5), measured(4, 13.5), measured(8, None)]
+    (tmp_path / METRICS).write_text("".join(json.dumps(line) + "\n" for line in lines))
+    precision = {"params": "bf16", "scaling": "blockwise", "switch_at_tokens": 700, "scaling_after": "none"}
+    (tmp_path / "recipe.yaml").write_text(json.dumps(RECIPE | {"precision": precision}))
+    write_report(tmp_path)
+    text = (tmp_path / "summary.md").read_text()
+    assert "| precision | bf16, linear layers in blockwise, none from token 700 |" in text
+    assert "below its band at 1 of 2 measured steps, the first of them step 4." in text
+    assert "| 3 | mlp.linear_fc1 | input | e4m3 | 30.0 | 0.25 | 12.50% | 50.00% |" in text
+    assert text.index("30.0 | 0.25") < text.index("inf | 0.25"), "the operand that lost most comes first"
+    assert (tmp_path / "precision.png").read_bytes()[:4] == b"\x89PNG"

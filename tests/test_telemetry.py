@@ -12,6 +12,7 @@ import torch
 
 from train.config import TelemetryConfig
 from train.errors import StratumError
+from train.precision.control import Reading
 from train.report import read_run
 from train.telemetry import METRICS, Telemetry, peak_by_name, peak_flops, read_metrics
 
@@ -311,3 +312,34 @@ def test_weights_and_biases_works_without_a_network(tmp_path: Path) -> None:
 def test_the_measured_peak_is_a_sensible_number() -> None:
     peak = peak_flops(torch.device("cpu"))
     assert peak is not None and 1e9 < peak < 1e14
+
+
+def readings(snr_db: float | None, layer: int = 3) -> list[Reading]:
+    return [
+        Reading(
+            layer=layer, linear="mlp.linear_fc1", operand=operand, format="e4m3", amax=2.0, scale=224.0, saturated=0.01,
+            underflowed=0.02, snr_db=value, floor_db=20.0,
+        )
+        for operand, value in (("input", 31.0), ("grad", snr_db))
+    ]  # fmt: skip
+
+
+def test_an_operand_that_leaves_its_band_is_warned_of_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    telemetry = recorder(tmp_path, Reducer())
+    for step, snr_db in enumerate((31.0, 12.0, 11.0, 30.0, 13.0, None), start=1):
+        telemetry.precision(step, scaling="current", readings=readings(snr_db), policy="warn")
+    telemetry.precision(7, scaling="none", readings=[], policy="warn")
+    telemetry.close()
+    lines = read_metrics(tmp_path / METRICS)
+    measured = [line for line in lines if line["kind"] == "precision"]
+    assert [line["step"] for line in measured] == [1, 2, 3, 4, 5, 6]
+    assert measured[1]["readings"][1] == {
+        "layer": 3, "linear": "mlp.linear_fc1", "operand": "grad", "format": "e4m3", "amax": 2.0, "scale": 224.0,
+        "saturated": 0.01, "underflowed": 0.02, "snr_db": 12.0, "floor_db": 20.0,
+    }  # fmt: skip
+    warnings = [line["text"] for line in lines if line["kind"] == "warning"]
+    assert len(warnings) == 2 and warnings[0].startswith("step 2: 1 of 2") and warnings[1].startswith("step 5")
+    assert (
+        "grad of layer 3 mlp.linear_fc1 at 12.0 dB (band from 20 dB), 1.0% saturated, 2.0% underflowed" in warnings[0]
+    )
+    assert capsys.readouterr().err.count("below their band") == 2
