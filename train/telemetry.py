@@ -172,7 +172,7 @@ class Telemetry:
             self._warn(
                 f"step {step}: {len(sick)} of {len(readings)} quantised operands below their band; the worst: {worst.operand} "
                 f"of layer {worst.layer} {worst.linear} at {worst.snr_db:.1f} dB (band from {worst.floor_db:g} dB), "
-                f"{worst.saturated:.1%} saturated, {worst.underflowed:.1%} underflowed"
+                f"{worst.saturated:.3%} saturated, {worst.underflowed:.3%} became zero"
                 + ("; their layers continue in high precision" if policy == "high_precision" else "")
             )
 

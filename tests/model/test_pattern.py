@@ -3,9 +3,11 @@
 import math
 from dataclasses import replace
 from itertools import combinations
+from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
@@ -22,31 +24,21 @@ NANO_9B = "M-M-M-MM-M-M-M*-M-M-M*-M-M-M-M*-M-M-M-M*-M-MM-M-M-M-M-M-"
 NANO_12B = "M-M-M-M*-" + "M-M-M-M*-" * 5 + "M-M-M-M-"
 
 
-def nemotron(pattern: str, hidden: int, ffn: int, heads: int, mamba: tuple[int, int, int]) -> ModelConfig:
-    return ModelConfig(
-        pattern=pattern,
-        hidden=hidden,
-        vocab=131_072,
-        ffn=ffn,
-        heads=heads,
-        kv_heads=8,
-        head_dim=128,
-        mamba_heads=mamba[0],
-        mamba_head_dim=mamba[1],
-        mamba_state=mamba[2],
-        mamba_groups=8,
-        mamba_chunk=128,
-    )
+def published(name: str) -> ModelConfig:
+    """A published model, as its recipe group says it."""
+    path = Path(__file__).resolve().parents[2] / "recipes" / "model" / f"{name}.yaml"
+    return ModelConfig(**yaml.safe_load(path.read_text()))
 
 
 MODELS = {
-    "H-4B": nemotron(H_8B, 3072, 12288, 32, (112, 64, 128)),
-    "H-8B": nemotron(H_8B, 4096, 21504, 32, (128, 64, 128)),
-    "H-47B": nemotron(H_47B, 8192, 30720, 64, (256, 64, 256)),
-    "H-56B": nemotron(H_56B, 8192, 32768, 64, (256, 64, 256)),
-    "9B-v2": nemotron(NANO_9B, 4480, 15680, 40, (128, 80, 128)),
-    "12B-v2": nemotron(NANO_12B, 5120, 20480, 40, (128, 80, 128)),
+    "H-4B": published("nemotron_h_4b"),
+    "H-8B": published("nemotron_h_8b"),
+    "H-47B": published("nemotron_h_47b"),
+    "H-56B": published("nemotron_h_56b"),
+    "9B-v2": published("nemotron_nano_9b_v2"),
+    "12B-v2": published("nemotron_nano_12b_v2"),
 }
+PATTERNS = {"H-4B": H_8B, "H-8B": H_8B, "H-47B": H_47B, "H-56B": H_56B, "9B-v2": NANO_9B, "12B-v2": NANO_12B}
 # Shapes and layer counts: public Nemotron-H (arXiv 2504.03624) and Nemotron Nano 2 (arXiv 2508.14444) configurations.
 # 9B-v2's total is that of its public safetensors files, to the unit.
 TOTALS = {
@@ -77,6 +69,7 @@ def test_nemotron_totals_to_the_unit(name: str) -> None:
     mamba, attention, mlp, total = TOTALS[name]
     assert counts(MODELS[name].pattern) == {"M": mamba, "*": attention, "-": mlp}
     assert parameters(MODELS[name]).total == total
+    assert MODELS[name].pattern == PATTERNS[name]
 
 
 def test_published_9b_attention_places() -> None:

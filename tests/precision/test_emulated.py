@@ -1,12 +1,13 @@
 """Emulated low-precision layers: gradients in float64, which GEMMs are low, state that survives, policies."""
 
-import dataclasses
 import math
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import yaml
 from ranks import RankFailed, run_ranks
 from tiny import TINY, engine_of, health, recipe_with, steps_of
 
@@ -204,10 +205,9 @@ def test_backends_refuse_what_they_cannot_do() -> None:
         choose_backend(PrecisionConfig(fp8_weights=True, scaling="blockwise"), cpu)
 
 
-NANO_9B = dataclasses.replace(
-    TINY, hidden=4480, ffn=15680, heads=40, kv_heads=8, head_dim=128, mamba_heads=128, mamba_head_dim=80, mamba_state=128,
-    mamba_groups=8, vocab=131072,
-)  # fmt: skip
+NANO_9B = ModelConfig(
+    **yaml.safe_load((Path(__file__).resolve().parents[2] / "recipes/model/nemotron_nano_9b_v2.yaml").read_text())
+)
 
 
 def problems(model: ModelConfig, scaling: str = "blockwise", tokens: int = 8192, **parallel: Any) -> list[str]:
