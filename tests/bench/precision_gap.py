@@ -101,7 +101,7 @@ def compare() -> int:
     below.set_ylabel("gap to bf16, % (mean of 16 steps)")
     below.set_xlabel("step (2,048 tokens each)")
     below.axhspan(-0.5, 0.5, color="0.92", zorder=0)
-    below.set_ylim(-3, 6)
+    below.set_ylim(-1.5, 3)
     above.legend(fontsize=7, ncols=2)
     figure.tight_layout()
     picture = ROOT / "docs" / "pictures" / "precision_gap.png"

@@ -189,7 +189,9 @@ def _factory(path: str) -> Callable[..., Any]:
     return getattr(importlib.import_module(module), name)
 
 
-def _train(te_recipe: str | None, scaling: str, *, params: str = "bf16", backend: str) -> Any:
+def _train(
+    te_recipe: str | None, scaling: str, *, params: str = "bf16", backend: str, switch_at: int | None = None
+) -> Any:
     """Four steps of the tiny hybrid at widths that FP8 takes. te_recipe: Transformer Engine's factory of quantisers."""
     import functools
     from unittest import mock
@@ -229,6 +231,7 @@ def _train(te_recipe: str | None, scaling: str, *, params: str = "bf16", backend
             "model.hidden": 64,
             "precision.params": params,
             "precision.scaling": scaling,
+            "precision.switch_at_tokens": switch_at,
             "precision.high_precision_first": 2,
             "precision.high_precision_last": 1,
             "run.microbatch_rows": 4,
@@ -276,6 +279,18 @@ def test_the_te_backend_trains_like_the_emulated_one(
     if scaling != "none":
         plain, _, _ = _train(None, "none", params=params, backend="te")
         assert abs(theirs.losses[0] / plain.losses[0] - 1) > 1e-5, "Transformer Engine did not quantise"
+
+
+def test_the_te_backend_switches_to_high_precision() -> None:
+    """After the switch the step from the same weights is a plain one: the first step, switched at token 0, is `none`'s."""
+    plain, _, _ = _train(None, "none", params="fp32", backend="te")
+    at_once, _, _ = _train(CURRENT, "current", params="fp32", backend="te", switch_at=0)
+    assert at_once == plain
+    step_tokens = 4 * 64
+    theirs, _, _ = _train(CURRENT, "current", params="fp32", backend="te", switch_at=2 * step_tokens)
+    ours, _, _ = _train(CURRENT, "current", params="fp32", backend="emulated", switch_at=2 * step_tokens)
+    assert theirs.losses[0] == pytest.approx(ours.losses[0], rel=1e-6) and theirs.losses[0] != plain.losses[0]
+    assert theirs.losses == pytest.approx(ours.losses, rel=1e-3)
 
 
 def test_delayed_scaling_keeps_chosen_layers_in_high_precision() -> None:
