@@ -81,6 +81,7 @@ def install() -> Any:
     sys.path.insert(0, str(PACKAGES))
     os.environ["NVTE_PROJECT_BUILDING"] = "1"  # the package's own switch: do not load the compiled library
     os.environ["TORCHDYNAMO_DISABLE"] = "1"  # compiling would look for the GPU's Triton
+    os.environ["NVTE_UNFUSED_FP8_UPDATE"] = "1"  # delayed scaling moves on by the package's own Python
     extension = _extension()
     sys.modules["transformer_engine_torch"] = extension
     found = importlib.util.find_spec("transformer_engine")
@@ -137,6 +138,7 @@ def _extension() -> types.ModuleType:
     module.rmsnorm_fwd, module.rmsnorm_bwd, module.generic_gemm = rmsnorm_fwd, rmsnorm_bwd, generic_gemm
     module.multi_tensor_l2norm = multi_tensor_l2norm
     module.multi_tensor_scale = module.multi_tensor_scale_tensor = multi_tensor_scale
+    module.quantize, module.dequantize, module.fp8_transpose = quantize, dequantize, fp8_transpose
     module.get_cudnn_version = lambda: 92400
     module.get_cublasLt_version = lambda: 130000
     module.__getattr__ = _missing
@@ -204,8 +206,9 @@ def generic_gemm(
 ) -> tuple[Any, torch.Tensor | None, None, None]:
     """op(B) op(A) of high-precision matrices in fp32: cuBLAS's column-major product, read row-major."""
     assert not gelu and others.get("comm_overlap") is None
-    lead = None if transpose_B else B.shape[:-1]
-    a, b = A.float().reshape(-1, A.shape[-1]), B.float().reshape(-1, B.shape[-1])
+    lead = None if transpose_B else _plain(B).shape[:-1]
+    a, b = _plain(A), _plain(B)
+    a, b = a.reshape(-1, a.shape[-1]), b.reshape(-1, b.shape[-1])
     y = (b.t() if transpose_B else b) @ (a.t() if transpose_A else a)
     grad_bias = None
     if bias is not None:
@@ -213,7 +216,7 @@ def generic_gemm(
             grad_bias = b.sum(0).to(bias.dtype)
         else:
             y = y + bias.float()
-    y = y.to(_dtype(out_dtype, A.dtype))
+    y = y.to(_dtype(out_dtype, torch.float32))
     if lead is not None and len(lead) > 1:
         y = y.view(*lead, -1)
     if out is not None:
@@ -234,3 +237,51 @@ def multi_tensor_scale(chunk: int, noop: torch.Tensor, lists: list[list[torch.Te
     """Second list = first list * scale."""
     for source, target in zip(*lists, strict=True):
         target.copy_(source * scale)
+
+
+def quantize(tensor: torch.Tensor, quantizer: Any, out: Any = None, noop: Any = None) -> Any:
+    """Per-tensor FP8: with the quantiser's scale (delayed scaling; notes the amax), or one from the tensor."""
+    from transformer_engine.pytorch.tensor.float8_tensor import Float8CurrentScalingQuantizer, Float8Quantizer
+
+    kind = _FP8[int(quantizer.dtype)]
+    most = torch.finfo(kind).max
+    amax = tensor.detach().float().abs().max()
+    if isinstance(quantizer, Float8Quantizer):
+        scale = quantizer.scale.clone()
+        quantizer.amax.copy_(torch.maximum(quantizer.amax, amax))
+    elif isinstance(quantizer, Float8CurrentScalingQuantizer):
+        scale = torch.where(amax > 0, torch.div(torch.tensor(most), amax), 1.0).view(1)
+    else:
+        return Missing(f"quantize for {type(quantizer).__name__}")._refuse()
+    data = (tensor.detach().float() * scale).clamp(-most, most).to(kind).view(torch.uint8)
+    if out is not None:
+        out._data.copy_(data)
+        out._scale_inv.copy_(scale.reciprocal())
+        out._transpose, out._transpose_invalid = None, True
+        return out
+    made = Float8Quantizer(scale, torch.zeros(1), quantizer.dtype)
+    made.internal = quantizer.internal
+    result = made.create_tensor_from_data(data, fake_dtype=tensor.dtype, internal=quantizer.internal)
+    result._quantizer = quantizer
+    return result
+
+
+_FP8 = {DType.kFloat8E4M3.value: torch.float8_e4m3fn, DType.kFloat8E5M2.value: torch.float8_e5m2}
+
+
+def dequantize(tensor: Any, dtype: Any) -> torch.Tensor:
+    """FP8 storage to a plain tensor."""
+    return _plain(tensor).to(_dtype(dtype, torch.float32))
+
+
+def fp8_transpose(data: torch.Tensor, dtype: Any, out: Any = None) -> torch.Tensor:
+    """Codes with rows and columns exchanged."""
+    return data.reshape(-1, data.shape[-1]).t().contiguous()
+
+
+def _plain(tensor: Any) -> torch.Tensor:
+    """fp32 values of a plain tensor or of FP8 storage, whichever way round it is kept."""
+    if not hasattr(tensor, "_fp8_dtype"):
+        return tensor.float()
+    data = tensor._data if tensor._data is not None else tensor._transpose.t().contiguous()
+    return data.view(_FP8[int(tensor._fp8_dtype)]).float() * tensor._scale_inv

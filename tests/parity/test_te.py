@@ -190,7 +190,13 @@ def _factory(path: str) -> Callable[..., Any]:
 
 
 def _train(
-    te_recipe: str | None, scaling: str, *, params: str = "bf16", backend: str, switch_at: int | None = None
+    te_recipe: str | None,
+    scaling: str,
+    *,
+    params: str = "bf16",
+    backend: str,
+    switch_at: int | None = None,
+    scales_after_one_step: bool = False,
 ) -> Any:
     """Four steps of the tiny hybrid at widths that FP8 takes. te_recipe: Transformer Engine's factory of quantisers."""
     import functools
@@ -248,7 +254,22 @@ def _train(
         engine = build_engine(recipe, mesh)
         names = {name: tuple(p.shape) for name, p in engine.chunks[0].module.named_parameters()}
         kinds = {type(part).__name__ for part in engine.chunks[0].modules()}
+        if scales_after_one_step:
+            steps_of(engine, recipe, range(1))
+            return _scales(engine)
         return steps_of(engine, recipe, range(4)), names, kinds
+
+
+def _scales(engine: Any) -> dict[str, list[float]]:
+    """Delayed scaling's scales of input, weight and gradient by module, whichever backend holds them."""
+    found = {}
+    for name, part in engine.chunks[0].named_modules():
+        if hasattr(part, "low_precision_scale"):
+            found[name] = part.low_precision_scale.tolist()
+        elif "scaling_bwd" in getattr(part, "fp8_meta", {}):
+            forward, backward = part.fp8_meta["scaling_fwd"].scale, part.fp8_meta["scaling_bwd"].scale
+            found[name] = [*forward[:2].tolist(), float(backward[0])]
+    return found
 
 
 @pytest.mark.parametrize(
@@ -256,6 +277,8 @@ def _train(
     [
         (None, "none", "fp32", 1e-6),
         (CURRENT, "current", "fp32", 1e-6),
+        (None, "current", "fp32", 1e-6),  # Transformer Engine's native recipes, over the stand-in's quantiser
+        (None, "delayed", "fp32", 1e-6),
         (NVFP4, "nvfp4", "fp32", 3e-4),  # our sums of the Hadamard rotation round in another order
         (None, "none", "bf16", 1e-6),
         (CURRENT, "current", "bf16", 1e-3),  # the norm and the residual sum round to bf16 in other places
@@ -279,6 +302,16 @@ def test_the_te_backend_trains_like_the_emulated_one(
     if scaling != "none":
         plain, _, _ = _train(None, "none", params=params, backend="te")
         assert abs(theirs.losses[0] / plain.losses[0] - 1) > 1e-5, "Transformer Engine did not quantise"
+
+
+def test_delayed_scales_are_those_transformer_engine_keeps() -> None:
+    """After one step every linear layer of both backends has the same three scales, and the same layers have them."""
+    theirs = _train(None, "delayed", params="fp32", backend="te", scales_after_one_step=True)
+    ours = _train(None, "delayed", params="fp32", backend="emulated", scales_after_one_step=True)
+    assert theirs.keys() == ours.keys() and len(ours) == 14  # two in each of ten layers, without three layers' six
+    for name, scales in ours.items():
+        assert theirs[name] == pytest.approx(scales, rel=1e-5), name
+        assert 1.0 not in scales
 
 
 def test_the_te_backend_switches_to_high_precision() -> None:
