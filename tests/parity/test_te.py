@@ -8,12 +8,14 @@ import inspect
 import os
 from collections.abc import Callable
 from dataclasses import fields, replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from matrices import matrices, same
 
+from train.checkpoint.manager import CheckpointFolder
 from train.config import PrecisionConfig
 from train.precision.quantize import hadamard_matrix, quantize, scale_from_history
 from train.precision.scaling import E2M1, E4M3, E5M2, Operand, scaling_of
@@ -197,6 +199,8 @@ def _train(
     backend: str,
     switch_at: int | None = None,
     scales_after_one_step: bool = False,
+    resume_in: Path | None = None,
+    load_from: Path | None = None,
 ) -> Any:
     """Four steps of the tiny hybrid at widths that FP8 takes. te_recipe: Transformer Engine's factory of quantisers."""
     import functools
@@ -257,18 +261,26 @@ def _train(
         if scales_after_one_step:
             steps_of(engine, recipe, range(1))
             return _scales(engine)
+        if load_from is not None:
+            folder = CheckpointFolder(load_from, recipe.checkpoint)
+            folder.load(engine, folder.path_of(2))
+            return _scales(engine), steps_of(engine, recipe, range(2, 4))
+        if resume_in is not None:
+            folder = CheckpointFolder(resume_in, recipe.checkpoint)
+            steps_of(engine, recipe, range(2))
+            folder.save(engine, step=2, position=8, recipe={}, data_hash="h")
+            whole = steps_of(engine, recipe, range(2, 4))
+            fresh = build_engine(recipe, mesh)
+            folder.load(fresh, folder.path_of(2))
+            return whole, steps_of(fresh, recipe, range(2, 4))
         return steps_of(engine, recipe, range(4)), names, kinds
 
 
 def _scales(engine: Any) -> dict[str, list[float]]:
     """Delayed scaling's scales of input, weight and gradient by module, whichever backend holds them."""
-    found = {}
-    for name, part in engine.chunks[0].named_modules():
-        if hasattr(part, "low_precision_scale"):
-            found[name] = part.low_precision_scale.tolist()
-        elif "scaling_bwd" in getattr(part, "fp8_meta", {}):
-            forward, backward = part.fp8_meta["scaling_fwd"].scale, part.fp8_meta["scaling_bwd"].scale
-            found[name] = [*forward[:2].tolist(), float(backward[0])]
+    engine.precision.gather_state()
+    parts = engine.chunks[0].named_modules()
+    found = {name: part.low_precision_scale.tolist() for name, part in parts if hasattr(part, "low_precision_scale")}
     return found
 
 
@@ -312,6 +324,23 @@ def test_delayed_scales_are_those_transformer_engine_keeps() -> None:
     for name, scales in ours.items():
         assert theirs[name] == pytest.approx(scales, rel=1e-5), name
         assert 1.0 not in scales
+
+
+@pytest.mark.parametrize(("te_recipe", "scaling"), [(None, "none"), (None, "delayed"), (None, "current")])
+def test_the_te_backend_resumes_bit_for_bit(te_recipe: str | None, scaling: str, tmp_path: Path) -> None:
+    whole, resumed = _train(te_recipe, scaling, backend="te", resume_in=tmp_path)
+    assert resumed == whole
+
+
+@pytest.mark.parametrize(("first", "second"), [("te", "emulated"), ("emulated", "te")])
+def test_delayed_scales_move_between_backends(first: str, second: str, tmp_path: Path) -> None:
+    """A run saved by one backend goes on with the other: the same scales to the bit, the same loss."""
+    numbers, _ = _train(None, "delayed", params="fp32", backend=first, resume_in=tmp_path)
+    same, again = _train(None, "delayed", params="fp32", backend=first, load_from=tmp_path)
+    moved, elsewhere = _train(None, "delayed", params="fp32", backend=second, load_from=tmp_path)
+    assert moved == same and len(moved) == 14
+    assert again == numbers
+    assert elsewhere.losses == pytest.approx(numbers.losses, rel=1e-4)
 
 
 def test_the_te_backend_switches_to_high_precision() -> None:

@@ -65,6 +65,7 @@ def write_tensors(folder: Path, engine: Engine) -> None:
     """Write weights and optimizer state of all ranks into `folder`. Collective over the world."""
     # Without this Megatron starts a helper process that imports everything again (15 s) and outlives a killed trainer.
     filesystem_async._results_queue = queue.Queue()
+    engine.precision.gather_state()
     with _as_checkpoint_error(folder, "write"):
         dist_checkpointing.save(_sharded_state(engine, is_loading=False), str(folder), content_metadata=dict(_SHARDING))
 
@@ -89,6 +90,7 @@ def read_tensors(folder: Path, engine: Engine) -> None:
     for key, chunk in _named_chunks(engine):
         chunk.module.load_state_dict(state[key], strict=not (missing or unexpected))
     engine.optimizer.load_state_dict(state["optimizer"])
+    engine.precision.apply_state()
 
 
 def read_weights(folder: Path, chunks: list[Any], *, groups: Any) -> None:

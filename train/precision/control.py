@@ -55,5 +55,13 @@ class PrecisionControl(Protocol):
         """
 
     @abstractmethod
+    def gather_state(self) -> None:
+        """Before a checkpoint is written: put scales and amax histories into the modules' buffers."""
+
+    @abstractmethod
+    def apply_state(self) -> None:
+        """After a checkpoint was read: take them from the modules' buffers."""
+
+    @abstractmethod
     def active(self) -> str:
         """Name of the scaling in use now; "none" for high precision."""

@@ -242,6 +242,10 @@ class EmulatedPrecision:
             most_recent = self.precision.amax_from == "most_recent"
             scale_from_history(history, linear.module.low_precision_scale, maxima, most_recent=most_recent)
 
+    def gather_state(self) -> None: ...  # the buffers are the state
+
+    def apply_state(self) -> None: ...
+
     def health(self) -> list[Reading]:
         mine = {
             (linear.layer, linear.name, operand): (sums, linear.operand(operand))

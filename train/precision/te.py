@@ -110,23 +110,33 @@ class TransformerEngineBackend:
 
         Delayed scaling needs one autocast around the whole stack, so Megatron cannot leave single layers out; an inner
         autocast that is switched off can, without disturbing the amax reduction at the end of the outer one.
+
+        Scales and histories get the buffers that the emulated backend has. Transformer Engine would store them as pickled
+        objects, and refuses to load those.
         """
         if not _uses_delayed(precision):
             return
         low = low_precision_linears(model, precision)
         for layer in chunk.decoder.layers:  # type: ignore[union-attr]
-            if low and layer.layer_number - 1 not in low:
+            index = layer.layer_number - 1
+            if low and index not in low:
                 layer.forward = functools.partial(_without_low_precision, layer.forward)
+            for name in low.get(index, ()):
+                _keep_scales_in_buffers(layer.get_submodule(name), precision)
 
     def control(self, chunks: list[Any], *, precision: PrecisionConfig, mesh: Mesh, seed: int) -> PrecisionControl:
-        return _TransformerEnginePrecision(chunks, precision)
+        return _TransformerEnginePrecision(chunks, precision, shards=mesh.layout.data * mesh.layout.context)
 
 
 class _TransformerEnginePrecision:
     """Switches scaling at a token count. Amaxes, scales and their reduction are Transformer Engine's own."""
 
-    def __init__(self, chunks: list[Any], precision: PrecisionConfig) -> None:
-        stacks = [part for chunk in chunks for part in chunk.modules() if hasattr(part, "layer_type_list")]
+    def __init__(self, chunks: list[Any], precision: PrecisionConfig, *, shards: int) -> None:
+        """shards: data-parallel times context ranks; gradient scales are stored for one (`train.precision.emulated`)."""
+        parts = [part for chunk in chunks for part in chunk.modules()]
+        stacks = [part for part in parts if hasattr(part, "layer_type_list")]
+        self.delayed = [part for part in parts if hasattr(part, "low_precision_scale")]
+        self.shards = shards
         self.configs = [stack.config for stack in stacks]
         self.precision = precision
         self.name: str = precision.scaling
@@ -145,8 +155,43 @@ class _TransformerEnginePrecision:
 
     def finish_step(self) -> None: ...
 
+    def gather_state(self) -> None:
+        for part in self.delayed:
+            if "scaling_bwd" not in part.fp8_meta:
+                continue  # no step was run yet: the buffers say so
+            forward, backward = part.fp8_meta["scaling_fwd"], part.fp8_meta["scaling_bwd"]
+            part.low_precision_scale[:2] = forward.scale[:2]
+            part.low_precision_scale[2] = backward.scale[0] * self.shards
+            part.low_precision_history[:, :2] = forward.amax_history[:, :2]
+            part.low_precision_history[:, 2] = backward.amax_history[:, 0] / self.shards
+
+    def apply_state(self) -> None:
+        from megatron.core.fp8_utils import get_fp8_recipe
+
+        if not self.delayed or self.precision.scaling != "delayed":
+            return
+        recipe = get_fp8_recipe(self.configs[0])
+        for part in self.delayed:
+            part.fp8_meta |= {"num_gemms": 1, "recipe": recipe}
+            part.init_fp8_meta_tensors(recipe)
+            forward, backward = part.fp8_meta["scaling_fwd"], part.fp8_meta["scaling_bwd"]
+            forward.scale[:2] = part.low_precision_scale[:2]
+            backward.scale[0] = part.low_precision_scale[2] / self.shards
+            forward.amax_history[:, :2] = part.low_precision_history[:, :2]
+            backward.amax_history[:, 0] = part.low_precision_history[:, 2] * self.shards
+
     def health(self) -> list[Reading]:
         return []
+
+
+def _keep_scales_in_buffers(part: torch.nn.Module, precision: PrecisionConfig) -> None:
+    """Buffers for input, weight and gradient as in `train.precision.emulated`, instead of pickled extra state."""
+    device = part.weight.device
+    part.register_buffer("low_precision_scale", torch.ones(3, device=device))  # type: ignore[arg-type]
+    part.register_buffer("low_precision_history", torch.zeros(precision.amax_history, 3, device=device))  # type: ignore[arg-type]
+    part.register_buffer("low_precision_off", torch.zeros(1, device=device))  # type: ignore[arg-type]
+    part.get_extra_state = lambda: torch.empty(0, dtype=torch.uint8)  # type: ignore[method-assign,assignment]
+    part.set_extra_state = lambda state: None  # type: ignore[method-assign,assignment]
 
 
 def _uses_delayed(precision: PrecisionConfig) -> bool:
