@@ -18,7 +18,7 @@ from matrices import matrices, same
 from train.checkpoint.manager import CheckpointFolder
 from train.config import PrecisionConfig
 from train.precision.quantize import hadamard_matrix, quantize, scale_from_history
-from train.precision.scaling import E2M1, E4M3, E5M2, Operand, scaling_of
+from train.precision.scaling import E2M1, E4M3, E5M2, LINEARS, Operand, scaling_of
 
 pytestmark = [
     pytest.mark.oracle,
@@ -364,9 +364,14 @@ def test_delayed_scaling_keeps_chosen_layers_in_high_precision() -> None:
     seen = {}
 
     class Layer(torch.nn.Module):
-        def __init__(self, number: int) -> None:
+        def __init__(self, number: int, kind: str) -> None:
             super().__init__()
             self.layer_number = number
+            for name in LINEARS[kind]:
+                parent, child = name.split(".")
+                if not hasattr(self, parent):
+                    setattr(self, parent, torch.nn.Module())
+                setattr(getattr(self, parent), child, torch.nn.Linear(2, 2))
 
         def forward(self, x: int) -> int:
             seen[self.layer_number - 1] = FP8GlobalStateManager.is_fp8_enabled()
@@ -376,7 +381,7 @@ def test_delayed_scaling_keeps_chosen_layers_in_high_precision() -> None:
 
     chunk = torch.nn.Module()
     chunk.decoder = torch.nn.Module()
-    chunk.decoder.layers = torch.nn.ModuleList([Layer(index + 1) for index in range(10)])
+    chunk.decoder.layers = torch.nn.ModuleList([Layer(index + 1, kind) for index, kind in enumerate(TINY.pattern)])
     precision = PrecisionConfig(scaling="delayed", high_precision_first=2, high_precision_last=1)
     backend = TransformerEngineBackend()
     backend.equip(chunk, model=TINY, precision=precision)
