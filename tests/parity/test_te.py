@@ -209,7 +209,6 @@ def _train(
     from tiny import recipe_with, steps_of
 
     from train.model.backend import EmulatedBackend
-    from train.parallel.mesh import Mesh  # noqa: F401
     from train.precision.te import TransformerEngineBackend
     from train.run import build_engine, check, mesh_of
 

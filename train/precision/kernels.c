@@ -19,7 +19,7 @@ typedef struct {
   float max;
   int32_t rule, stochastic;
   uint32_t seed;
-  float tensor_encode, tensor_multiplier, tensor_decode; /* nvfp4: the fp32 scale of the whole tensor */
+  float tensor_multiplier, tensor_decode; /* nvfp4: the fp32 scale of the whole tensor */
 } Spec;
 
 static inline uint32_t bits_of(float x) { uint32_t b; memcpy(&b, &x, 4); return b; }

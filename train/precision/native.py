@@ -34,7 +34,6 @@ class Spec(ctypes.Structure):
         ("rule", ctypes.c_int32),
         ("stochastic", ctypes.c_int32),
         ("seed", ctypes.c_uint32),
-        ("tensor_encode", ctypes.c_float),
         ("tensor_multiplier", ctypes.c_float),
         ("tensor_decode", ctypes.c_float),
     ]

@@ -62,13 +62,13 @@ def quantize(
         return _quantize_tensor(x, operand, scale, use_native=use_native)
     across, length = operand.block
     height, width = (across, length) if along == "rows" else (length, across)
-    encode, multiplier, decode, factor, amax = 1.0, 1.0, 1.0, 1.0, None
+    multiplier, decode, factor, amax = 1.0, 1.0, 1.0, None
     if operand.rule == "nvfp4":
-        amax = native.amax(x) if use_native else float(_magnitude(x).amax()) if x.numel() else 0.0
-        encode, multiplier, decode, factor = _nvfp4_tensor_scale(amax, operand.format)
+        amax = _amax(x, use_native=use_native)
+        multiplier, decode, factor = _nvfp4_tensor_scale(amax, operand.format)
     if use_native:
         spec = _spec(operand, seed)
-        spec.tensor_encode, spec.tensor_multiplier, spec.tensor_decode = encode, multiplier, decode
+        spec.tensor_multiplier, spec.tensor_decode = multiplier, decode
         values = native.blocks(x, spec, height=height, width=width)
     else:
         values = _blocks(x, operand, height, width, multiplier=multiplier, tensor_decode=decode, seed=seed)
@@ -106,7 +106,7 @@ def encoding_scale(x: torch.Tensor, operand: Operand, along: Orientation, *, sca
         return _tensor_scale(amax, operand.format) if operand.rule == "fp32" else torch.tensor(scale, device=x.device)
     multiplier, decode = 1.0, 1.0
     if operand.rule == "nvfp4":
-        _, multiplier, decode, _ = _nvfp4_tensor_scale(float(_magnitude(x).amax()), operand.format)
+        multiplier, decode, _ = _nvfp4_tensor_scale(_amax(x, use_native=False), operand.format)
     across, length = operand.block
     height, width = (across, length) if along == "rows" else (length, across)
     return _per_element(x, operand, height, width, multiplier=multiplier, tensor_decode=decode)[0]
@@ -116,10 +116,10 @@ def scale_of_the_largest(x: torch.Tensor, operand: Operand, *, scale: float = 1.
     """The encoding scale of the block with the largest magnitude."""
     if operand.block is None and operand.rule != "fp32":
         return scale
-    amax = native.amax(x) if native.usable(x) else float(_magnitude(x).amax()) if x.numel() else 0.0
+    amax = _amax(x, use_native=native.usable(x))
     multiplier, decode = 1.0, 1.0
     if operand.rule == "nvfp4":
-        _, multiplier, decode, _ = _nvfp4_tensor_scale(amax, operand.format)
+        multiplier, decode, _ = _nvfp4_tensor_scale(amax, operand.format)
     return float(_block_scales(torch.tensor(amax), operand, multiplier, decode)[0])
 
 
@@ -147,17 +147,13 @@ def scale_from_history(history: torch.Tensor, scale: torch.Tensor, maxima: torch
 
 
 def _quantize_tensor(x: torch.Tensor, operand: Operand, scale: float, *, use_native: bool) -> Quantized:
-    amax = None
     if operand.rule == "fp32":
-        amax = native.amax(x) if use_native else float(_magnitude(x).amax()) if x.numel() else 0.0
+        amax = _amax(x, use_native=use_native)
         scale = float(_tensor_scale(torch.tensor(amax), operand.format))
     if use_native:
-        values, seen = native.tensor(x, _spec(operand, 0), encode=scale)
-        amax = seen
+        values, amax = native.tensor(x, _spec(operand, 0), encode=scale)
     else:
-        values = round_to(x.float() * scale, operand.format)
-        if amax is None:
-            amax = float(_magnitude(x).amax()) if x.numel() else 0.0
+        values, amax = round_to(x.float() * scale, operand.format), _amax(x, use_native=False)
     return Quantized(values, float(torch.tensor(scale).reciprocal()), amax)
 
 
@@ -214,14 +210,14 @@ def _tensor_scale(amax: torch.Tensor, format: Format) -> torch.Tensor:
     return torch.where((amax > 0) & torch.isfinite(amax), scale, 1.0)
 
 
-def _nvfp4_tensor_scale(amax: float, format: Format) -> tuple[float, float, float, float]:
-    """-> encode, multiplier of a block's amax, decode, factor of the product; each rounded to fp32 as on the GPU."""
+def _nvfp4_tensor_scale(amax: float, format: Format) -> tuple[float, float, float]:
+    """-> multiplier of a block's amax, decode, factor of the product; each rounded to fp32 as on the GPU."""
     tensor = torch.tensor(amax)
     top = torch.tensor(E4M3.max * format.max)
     encode = torch.div(top, tensor).clamp(max=FP32_MAX)
     encode = torch.where(encode == 0, 1.0, encode)
     multiplier = encode * torch.tensor(format.max).reciprocal()
-    return float(encode), float(multiplier), float(encode.reciprocal()), float(torch.div(tensor, top))
+    return float(multiplier), float(encode.reciprocal()), float(torch.div(tensor, top))
 
 
 def _power_of_two(biased: torch.Tensor) -> torch.Tensor:
@@ -232,6 +228,13 @@ def _power_of_two(biased: torch.Tensor) -> torch.Tensor:
 def _magnitude(x: torch.Tensor) -> torch.Tensor:
     """|x| in fp32 with NaN as zero."""
     return x.float().abs().nan_to_num_(nan=0.0, posinf=torch.inf)
+
+
+def _amax(x: torch.Tensor, *, use_native: bool) -> float:
+    """Largest magnitude of a matrix, NaN not counted; 0 where it is empty."""
+    if use_native:
+        return native.amax(x)
+    return float(_magnitude(x).amax()) if x.numel() else 0.0
 
 
 def _exponent(a: torch.Tensor, format: Format) -> torch.Tensor:
