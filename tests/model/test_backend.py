@@ -3,12 +3,13 @@
 import pytest
 import torch
 from ranks import RankFailed, run_ranks
-from tiny import engine_of, recipe_with
+from tiny import TINY, engine_of, recipe_with
 
 from train.config import PrecisionConfig
 from train.errors import BackendError
 from train.model.backend import ReferenceBackend, choose_backend
 from train.parallel.device import choose_device
+from train.precision.te import TransformerEngineBackend
 
 
 def test_without_a_gpu_the_reference_is_chosen() -> None:
@@ -36,3 +37,17 @@ def build_with_documents(rank: int) -> None:
 def test_documents_are_refused_where_a_backend_cannot_tell_them_apart() -> None:
     with pytest.raises(RankFailed, match=r"data\.reset_at_documents=true: the reference backend cannot"):
         run_ranks(1, build_with_documents)
+
+
+def test_te_refuses_block_scales_that_its_environment_contradicts(monkeypatch: pytest.MonkeyPatch) -> None:
+    variable = "NVTE_FP8_BLOCK_SCALING_FP32_SCALES"
+    backend = TransformerEngineBackend()
+    for value, power_of_two, remedy in ((None, False, f"{variable}=1"), ("1", True, f"{variable}=0")):
+        monkeypatch.delenv(variable, raising=False)
+        if value is not None:
+            monkeypatch.setenv(variable, value)
+        wrong = PrecisionConfig(scaling="blockwise", power_of_two_scales=power_of_two)
+        with pytest.raises(BackendError, match=f"Start with {remedy}"):
+            backend.options(TINY, wrong)
+        right = PrecisionConfig(scaling="blockwise", power_of_two_scales=not power_of_two)
+        assert backend.options(TINY, right)["fp8_recipe"] == "blockwise"

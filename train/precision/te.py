@@ -87,8 +87,7 @@ class TransformerEngineBackend:
         return MambaMixer
 
     def options(self, model: ModelConfig, precision: PrecisionConfig) -> dict[str, Any]:
-        if not precision.power_of_two_scales:  # read by Transformer Engine when it is imported
-            os.environ.setdefault("NVTE_FP8_BLOCK_SCALING_FP32_SCALES", "1")
+        _check_block_scales(precision)
         first, last = precision.high_precision_first, precision.high_precision_last
         by_megatron = bool(first or last) and not _uses_delayed(precision)
         if precision.fp8_weights and not by_megatron and (first or last):
@@ -192,6 +191,17 @@ def _keep_scales_in_buffers(part: torch.nn.Module, precision: PrecisionConfig) -
     part.register_buffer("low_precision_off", torch.zeros(1, device=device))  # type: ignore[arg-type]
     part.get_extra_state = lambda: torch.empty(0, dtype=torch.uint8)  # type: ignore[method-assign,assignment]
     part.set_extra_state = lambda state: None  # type: ignore[method-assign,assignment]
+
+
+def _check_block_scales(precision: PrecisionConfig) -> None:
+    """Transformer Engine takes the kind of block scales from the environment when it is imported, which was long ago."""
+    variable = "NVTE_FP8_BLOCK_SCALING_FP32_SCALES"
+    is_fp32 = os.environ.get(variable, "0") == "1"
+    if "blockwise" in (precision.scaling, precision.scaling_after) and is_fp32 == precision.power_of_two_scales:
+        raise BackendError(
+            f"precision.power_of_two_scales={str(precision.power_of_two_scales).lower()}, but {variable} is "
+            f"{'1' if is_fp32 else 'not 1'} in the environment. Start with {variable}={int(not precision.power_of_two_scales)}."
+        )
 
 
 def _uses_delayed(precision: PrecisionConfig) -> bool:
