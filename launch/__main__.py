@@ -1,0 +1,54 @@
+"""`python -m launch COMMAND ...`: plan a run before paying for it, then start it. Each command is loaded only when asked for.
+
+A command is a function `(arguments) -> exit status` in a module of its own; nothing here knows what it does.
+"""
+
+import difflib
+import importlib
+import sys
+from collections.abc import Sequence
+
+COMMANDS = {
+    "plan": ("launch.plan:main", "memory, FLOPs, time and every recipe error, before anything is started (no torch)"),
+    "validate": ("launch.validate:main", "compare the planner with published throughput: ROWS.csv"),
+    "local": ("launch.local:main", "start 1..N processes on this machine"),
+    "slurm": ("launch.slurm:main", "write and submit a Slurm job that continues to the recipe's last step"),
+    "status": ("launch.slurm:status", "what a Slurm run is doing"),
+    "cancel": ("launch.slurm:cancel", "end a Slurm run cleanly"),
+}
+"""Name -> (module:function, one line of help)."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Entry point of `python -m launch`. -> the command's exit status; 2 for a command that there is not."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    if not words or words[0] in ("-h", "--help", "help"):
+        sys.stdout.write(_help())
+        return 0 if words else 2
+    name, rest = words[0], words[1:]
+    if name not in COMMANDS:
+        near = difflib.get_close_matches(name, COMMANDS, n=1, cutoff=0.5)
+        hint = f"Did you mean `{near[0]}`?" if near else f"There are: {', '.join(COMMANDS)}."
+        sys.stderr.write(f"error: `python -m launch {name}` is no command. {hint}\n")
+        return 2
+    module, function = COMMANDS[name][0].split(":")
+    return int(getattr(importlib.import_module(module), function)(rest))
+
+
+def _help() -> str:
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name:{width}}  {text}" for name, (_, text) in COMMANDS.items()]
+    return "\n".join(
+        [
+            "usage: python -m launch COMMAND [arguments]",
+            "",
+            *lines,
+            "",
+            "`python -m launch COMMAND --help` explains a command. `python -m launch.fields` lists every recipe field.",
+            "",
+        ]
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
