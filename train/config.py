@@ -42,7 +42,8 @@ class ModelConfig:
     """Shape of the model. Sizes are whole-model sizes; ranks get their share."""
 
     pattern: str
-    """One character a layer: `M` Mamba-2, `*` attention, `-` MLP. `|` may fix where pipeline stages are cut."""
+    """One character a layer: `M` Mamba-2, `*` attention, `w` attention over a window, `-` MLP. `|` may fix where pipeline
+    stages are cut. A transformer block is two characters: Gemma 2 (arXiv 2408.00118) is `w-*-` again and again."""
     hidden: PositiveInt
     """Width of the residual stream."""
     vocab: PositiveInt
@@ -57,6 +58,12 @@ class ModelConfig:
     """Key/value heads; fewer than `heads` is grouped-query attention. Must divide `heads`."""
     head_dim: PositiveInt = 64
     """Width of one attention head; heads x head_dim need not equal `hidden` (Nemotron Nano 9B-v2: 40 x 128 on 4,480)."""
+    query_scale: PositiveFloat | None = None
+    """Attention scores are divided by the square root of this; null is `head_dim`. Gemma 2 27B: 144 (hidden / heads)."""
+    window_tokens: PositiveInt = 4096
+    """Tokens a `w` layer sees: the query's own and those before it. Gemma 2 (arXiv 2408.00118): 4,096."""
+    attention_softcap: PositiveFloat | None = None
+    """Attention scores s become c tanh(s / c) before mask and softmax; null leaves them. Gemma 2: 50."""
     mamba_heads: PositiveInt = 8
     """Heads of a Mamba-2 layer; inner width = mamba_heads x mamba_head_dim."""
     mamba_head_dim: PositiveInt = 64
@@ -73,10 +80,26 @@ class ModelConfig:
     """Positional embedding of attention layers. Hybrids need none: the Mamba layers carry order."""
     rope_base: PositiveFloat = 10000.0
     """Base of the rotary angles, where `position` is `rope`."""
+    rope_scaling: Literal["none", "linear", "yarn", "llama3"] = "none"
+    """How angles change for rows longer than those the model was trained on: `linear` divides them all by `rope_factor`
+    (arXiv 2306.15595), `yarn` only the slow ones, and sharpens the softmax (arXiv 2309.00071), `llama3` only the slow ones
+    (arXiv 2407.21783)."""
+    rope_factor: PositiveFloat = 1.0
+    """`rope_scaling`: how many times longer rows become."""
+    rope_original_tokens: PositiveInt = 8192
+    """`yarn`, `llama3`: row length the model was trained on before the scaling."""
     norm_eps: PositiveFloat = 1e-5
     """Epsilon of every RMSNorm."""
+    norm_offset: Literal[0, 1] = 0
+    """RMSNorm multiplies by this plus its weight: 1 (Gemma 2) has weights start at zero. Not the gated norm of Mamba-2."""
+    post_norms: bool = False
+    """Also norm what a layer gives, before it is added to the residual stream (Gemma 2)."""
+    scale_embedding: bool = False
+    """Multiply embeddings by sqrt(hidden), rounded to the format of activations (Gemma 2)."""
     tie_embeddings: bool = False
     """Use the embedding matrix as output head too."""
+    logit_softcap: PositiveFloat | None = None
+    """Logits z become c tanh(z / c) before the softmax; null leaves them. Gemma 2: 30."""
     init_std: PositiveFloat = 0.02
     """Standard deviation of initial weights; projections back into the residual stream get it divided by
     sqrt(number of layers)."""

@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from train.config import ModelConfig
 from train.errors import RecipeError
-from train.model.pattern import balanced_ranges, counts, cut, flops_per_token, layer_kinds, parameters
+from train.model.pattern import balanced_ranges, counts, cut, flops_per_token, layer_kinds, parameters, visible_keys
 
 H_8B = "M-M-M-M*-M-M-M-M-M*-M-M-M-M-M*-M-M-M-M-M*-M-M-M-M-M-"
 H_47B = "M-M-M-M-M-M-M-M-M*-M-M-M-M-M-M-M-M-M-M*-M-M-M-M-M*-M-M-M-M-M*-M-M-M-M-M-M-M---MM---M-M*-M-M-M-M-M-"
@@ -31,6 +31,9 @@ def published(name: str) -> ModelConfig:
 
 
 MODELS = {
+    "Gemma 2 2B": published("gemma2_2b"),
+    "Gemma 2 9B": published("gemma2_9b"),
+    "Gemma 2 27B": published("gemma2_27b"),
     "H-4B": published("nemotron_h_4b"),
     "H-8B": published("nemotron_h_8b"),
     "H-47B": published("nemotron_h_47b"),
@@ -38,10 +41,24 @@ MODELS = {
     "9B-v2": published("nemotron_nano_9b_v2"),
     "12B-v2": published("nemotron_nano_12b_v2"),
 }
-PATTERNS = {"H-4B": H_8B, "H-8B": H_8B, "H-47B": H_47B, "H-56B": H_56B, "9B-v2": NANO_9B, "12B-v2": NANO_12B}
+PATTERNS = {
+    "H-4B": H_8B,
+    "H-8B": H_8B,
+    "H-47B": H_47B,
+    "H-56B": H_56B,
+    "9B-v2": NANO_9B,
+    "12B-v2": NANO_12B,
+    "Gemma 2 2B": "w-*-" * 13,
+    "Gemma 2 9B": "w-*-" * 21,
+    "Gemma 2 27B": "w-*-" * 23,
+}
 # Shapes and layer counts: public Nemotron-H (arXiv 2504.03624) and Nemotron Nano 2 (arXiv 2508.14444) configurations.
-# 9B-v2's total is that of its public safetensors files, to the unit.
+# 9B-v2's total is that of its public safetensors files, to the unit; Gemma 2's are those of the public weights (vocabulary
+# 256,000), and without embeddings those of table 2 in arXiv 2408.00118.
 TOTALS = {
+    "Gemma 2 2B": (0, 26, 26, 2_614_341_888),
+    "Gemma 2 9B": (0, 42, 42, 9_241_705_984),
+    "Gemma 2 27B": (0, 46, 46, 27_227_128_320),
     "H-4B": (24, 4, 24, 4_489_223_040),
     "H-8B": (24, 4, 24, 8_100_852_736),
     "H-47B": (45, 5, 48, 46_791_554_816),
@@ -65,9 +82,10 @@ SMALL = ModelConfig(
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_nemotron_totals_to_the_unit(name: str) -> None:
+def test_published_totals_to_the_unit(name: str) -> None:
     mamba, attention, mlp, total = TOTALS[name]
-    assert counts(MODELS[name].pattern) == {"M": mamba, "*": attention, "-": mlp}
+    layers = counts(MODELS[name].pattern)
+    assert (layers["M"], layers["*"] + layers["w"], layers["-"]) == (mamba, attention, mlp)
     assert parameters(MODELS[name]).total == total
     assert MODELS[name].pattern == PATTERNS[name]
 
@@ -84,6 +102,24 @@ def test_parts_of_the_12b() -> None:
     assert count.mlp == 28 * 209_720_320
     assert count.total - count.embedding - count.head == 10_967_823_872
     assert count.norms == 63 * 5120 + 28 * 10_240
+
+
+def test_gemma_without_embeddings_as_its_paper_counts() -> None:
+    table = {"Gemma 2 2B": 2_024_517_888, "Gemma 2 9B": 8_324_201_984, "Gemma 2 27B": 26_047_480_320}
+    for name, total in table.items():
+        count = parameters(MODELS[name])
+        assert count.total - count.embedding == total and count.head == 0
+        assert count.norms == (2 * len(MODELS[name].pattern) + 1) * MODELS[name].hidden
+
+
+def test_a_window_saves_scores_and_nothing_else() -> None:
+    model, length = MODELS["Gemma 2 9B"], 8192
+    flops, everywhere = flops_per_token(model, length), flops_per_token(replace(model, window_tokens=length), length)
+    seen = sum(min(place + 1, model.window_tokens) for place in range(length)) / length
+    assert visible_keys(length, window=model.window_tokens) == pytest.approx(seen, rel=1 / model.window_tokens)
+    assert visible_keys(length, window=length) == length / 2
+    assert flops.attention_scores / everywhere.attention_scores == pytest.approx((seen + length / 2) / length, rel=1e-3)
+    assert flops.total - flops.attention_scores == everywhere.total - everywhere.attention_scores
 
 
 def test_gate_is_a_third_matrix_and_a_tied_head_is_free() -> None:

@@ -1,7 +1,8 @@
 """The layer pattern of a hybrid model, and what follows from it alone: stages, parameter counts, FLOPs.
 
-A pattern such as `M-M*-M-M*-` names one residual layer per character: `M` Mamba-2, `*` attention, `-` MLP. `|` fixes
-where pipeline stages are cut. Standard library only: the planner runs this on a login node.
+A pattern such as `M-M*-M-M*-` names one residual layer per character: `M` Mamba-2, `*` attention, `w` attention over a
+window of earlier tokens, `-` MLP. `|` fixes where pipeline stages are cut. Standard library only: the planner runs this
+on a login node.
 """
 
 import math
@@ -13,8 +14,10 @@ from typing import Literal, cast
 from train.config import ModelConfig
 from train.errors import RecipeError
 
-LayerKind = Literal["M", "*", "-"]
-KINDS: dict[str, str] = {"M": "Mamba-2", "*": "attention", "-": "MLP"}
+LayerKind = Literal["M", "*", "w", "-"]
+KINDS: dict[str, str] = {"M": "Mamba-2", "*": "attention", "w": "attention over a window", "-": "MLP"}
+ATTENTION: tuple[LayerKind, ...] = ("*", "w")
+"""The kinds that are attention: the same parameters, another mask."""
 CUT = "|"
 
 
@@ -35,9 +38,9 @@ def layer_kinds(pattern: str) -> list[LayerKind]:
 
 
 def counts(pattern: str) -> dict[LayerKind, int]:
-    """How many layers of each kind a pattern has; all three kinds are keys."""
+    """How many layers of each kind a pattern has; all kinds are keys."""
     kinds = layer_kinds(pattern)
-    return {"M": kinds.count("M"), "*": kinds.count("*"), "-": kinds.count("-")}
+    return {kind: kinds.count(kind) for kind in ("M", "*", "w", "-")}
 
 
 def cut(pattern: str, stages: int, *, model: ModelConfig) -> list[str]:
@@ -112,7 +115,8 @@ def _cheapest(
 
 @dataclass(frozen=True)
 class ParameterCount:
-    """Parameters of a whole model, vocabulary unpadded; `mamba`, `attention` and `mlp` are all layers of that kind."""
+    """Parameters of a whole model, vocabulary unpadded; `mamba`, `attention` (with or without a window) and `mlp` are all
+    layers of that kind."""
 
     embedding: int
     head: int
@@ -122,7 +126,8 @@ class ParameterCount:
     mlp: int
     final_norm: int
     norms: int
-    """All RMSNorm weights (each layer's pre-norm, the gated norms of Mamba-2, the final norm): part of the above."""
+    """All RMSNorm weights (each layer's pre- and post-norm, the gated norms of Mamba-2, the final norm): part of the
+    above."""
 
     @property
     def total(self) -> int:
@@ -131,34 +136,40 @@ class ParameterCount:
 
 
 def mamba_layer_parameters(model: ModelConfig) -> int:
-    """One Mamba-2 layer with its pre-norm: in and out projection, convolution, A_log, D, dt_bias, gated norm."""
+    """One Mamba-2 layer with its norms: in and out projection, convolution, A_log, D, dt_bias, gated norm."""
     inner = model.mamba_heads * model.mamba_head_dim
     conv_channels = inner + 2 * model.mamba_groups * model.mamba_state
     projections = layer_matmul_weights("M", model)
-    return projections + (model.mamba_conv + 1) * conv_channels + 3 * model.mamba_heads + inner + model.hidden
+    return projections + (model.mamba_conv + 1) * conv_channels + 3 * model.mamba_heads + inner + layer_norms(model)
 
 
 def attention_layer_parameters(model: ModelConfig) -> int:
-    """One attention layer with its pre-norm; no biases."""
-    return layer_matmul_weights("*", model) + model.hidden
+    """One attention layer with its norms; no biases."""
+    return layer_matmul_weights("*", model) + layer_norms(model)
 
 
 def mlp_layer_parameters(model: ModelConfig) -> int:
-    """One MLP layer with its pre-norm; three matrices where the activation gates."""
-    return layer_matmul_weights("-", model) + model.hidden
+    """One MLP layer with its norms; three matrices where the activation gates."""
+    return layer_matmul_weights("-", model) + layer_norms(model)
+
+
+def layer_norms(model: ModelConfig) -> int:
+    """Weights of the norms around a layer: before it, and after it where `post_norms`."""
+    return (2 if model.post_norms else 1) * model.hidden
 
 
 def parameters(model: ModelConfig) -> ParameterCount:
-    """Exact parameter count of a model (arXiv 2504.03624 architecture; Mamba-2 as in arXiv 2405.21060)."""
+    """Exact parameter count of a model (Nemotron-H, arXiv 2504.03624; Mamba-2, arXiv 2405.21060; Gemma 2, arXiv 2408.00118)."""
     layers = counts(model.pattern)
+    norms = sum(layers.values()) * layer_norms(model) + model.hidden
     return ParameterCount(
         embedding=model.vocab * model.hidden,
         head=0 if model.tie_embeddings else model.vocab * model.hidden,
         mamba=layers["M"] * mamba_layer_parameters(model),
-        attention=layers["*"] * attention_layer_parameters(model),
+        attention=(layers["*"] + layers["w"]) * attention_layer_parameters(model),
         mlp=layers["-"] * mlp_layer_parameters(model),
         final_norm=model.hidden,
-        norms=(sum(layers.values()) + 1) * model.hidden + layers["M"] * model.mamba_heads * model.mamba_head_dim,
+        norms=norms + layers["M"] * model.mamba_heads * model.mamba_head_dim,
     )
 
 
@@ -190,8 +201,9 @@ def flops_per_token(model: ModelConfig, sequence: int) -> Flops:
     """Training FLOPs per token of a model at `sequence` tokens a row.
 
     Convention: a multiply-add is 2 FLOPs, the backward pass is twice the forward pass. So 6 for each weight of a matrix
-    product; the embedding look-up is free, the head counts. Attention scores and values over the causal half, forward:
-    2 products x 2 FLOPs x S/2 keys x heads x head_dim.
+    product; the embedding look-up is free, the head counts. Attention scores and values over the keys a token sees,
+    forward: 2 products x 2 FLOPs x keys x heads x head_dim, with `visible_keys` the mean number of keys. Soft caps,
+    rotations, norms and gates are elementwise work and left out.
 
     The scan as the chunked algorithm computes it (arXiv 2405.21060, section 6), whole chunks of Q tokens, forward, per
     token, with G groups, H heads of P channels and N states: scores C B^T once a group, 2 Q N G; scores times inputs,
@@ -204,14 +216,23 @@ def flops_per_token(model: ModelConfig, sequence: int) -> Flops:
     scan_forward = (
         2 * chunk * model.mamba_state * model.mamba_groups + 2 * chunk * inner + 4 * model.mamba_state * inner
     )
+    attention_layers = layers["*"] + layers["w"]
+    keys = layers["*"] * visible_keys(sequence) + layers["w"] * visible_keys(sequence, window=model.window_tokens)
     return Flops(
         mamba_projections=6 * layers["M"] * layer_matmul_weights("M", model),
         scan=3 * layers["M"] * scan_forward,
-        attention_projections=6 * layers["*"] * layer_matmul_weights("*", model),
-        attention_scores=3 * layers["*"] * 2 * sequence * model.heads * model.head_dim,
+        attention_projections=6 * attention_layers * layer_matmul_weights("*", model),
+        attention_scores=3 * 4 * keys * model.heads * model.head_dim,
         mlp=6 * layers["-"] * layer_matmul_weights("-", model),
         head=6 * model.vocab * model.hidden,
     )
+
+
+def visible_keys(sequence: int, *, window: int | None = None) -> float:
+    """Keys a token sees on average in a row of `sequence` tokens: the causal half S/2, within a window W - W^2 / 2S."""
+    if window is None or window >= sequence:
+        return sequence / 2
+    return window - window * window / (2 * sequence)
 
 
 def layer_matmul_weights(kind: LayerKind, model: ModelConfig) -> int:
@@ -221,7 +242,7 @@ def layer_matmul_weights(kind: LayerKind, model: ModelConfig) -> int:
             inner = model.mamba_heads * model.mamba_head_dim
             fan_out = 2 * inner + 2 * model.mamba_groups * model.mamba_state + model.mamba_heads
             return model.hidden * fan_out + inner * model.hidden
-        case "*":
+        case "*" | "w":
             return 2 * model.hidden * model.head_dim * (model.heads + model.kv_heads)
         case "-":
             return (3 if model.activation in ("swiglu", "geglu") else 2) * model.hidden * model.ffn

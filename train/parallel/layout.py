@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from train.config import ModelConfig, ParallelConfig, RunConfig
 from train.errors import RecipeError
-from train.model.pattern import LayerKind, cut, layer_kinds
+from train.model.pattern import ATTENTION, LayerKind, cut, layer_kinds
 
 
 @dataclass(frozen=True)
@@ -123,16 +123,23 @@ def _switch_problems(parallel: ParallelConfig) -> list[str]:
 def _shape_problems(model: ModelConfig, kinds: set[LayerKind]) -> list[str]:
     """Rules of the model alone, for the kinds of layers it has."""
     problems = []
-    for kind, part_name, whole_name in (("*", "kv_heads", "heads"), ("M", "mamba_groups", "mamba_heads")):
+    for owners, part_name, whole_name in ((ATTENTION, "kv_heads", "heads"), (("M",), "mamba_groups", "mamba_heads")):
         part, whole = getattr(model, part_name), getattr(model, whole_name)
-        if kind in kinds and whole % part:
+        if not kinds.isdisjoint(owners) and whole % part:
             problems.append(
                 f"model.{part_name}={part} does not divide model.{whole_name}={whole}. Use {_choices(whole)}."
             )
-    if "*" in kinds and model.position == "rope" and model.head_dim % 2:
+    has_attention = not kinds.isdisjoint(ATTENTION)
+    if has_attention and model.position == "rope" and model.head_dim % 2:
         problems.append(
             f"model.head_dim={model.head_dim} is odd, but model.position=rope turns pairs of channels. "
             f"Use {model.head_dim + 1}, or model.position=none."
+        )
+    if model.rope_scaling != "none" and (model.position != "rope" or model.rope_factor <= 1):
+        wrong = "position=none" if model.position != "rope" else f"rope_factor={model.rope_factor:g}"
+        problems.append(
+            f"model.rope_scaling={model.rope_scaling} stretches rotary angles, but model.{wrong}. Use model.position=rope "
+            f"with model.rope_factor > 1, or model.rope_scaling=none."
         )
     return problems
 
@@ -140,7 +147,7 @@ def _shape_problems(model: ModelConfig, kinds: set[LayerKind]) -> list[str]:
 def _tensor_problems(model: ModelConfig, parallel: ParallelConfig, kinds: set[LayerKind]) -> list[str]:
     """What each tensor rank takes an equal share of. Key/value heads are never copied: there must be one a rank."""
     sizes = {"model.vocab": model.vocab}
-    if "*" in kinds:
+    if not kinds.isdisjoint(ATTENTION):
         sizes |= {"model.heads": model.heads, "model.kv_heads": model.kv_heads}
     if "M" in kinds:
         sizes |= {"model.mamba_heads": model.mamba_heads, "model.mamba_groups": model.mamba_groups}

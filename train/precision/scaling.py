@@ -143,6 +143,7 @@ def scaling_of(precision: PrecisionConfig, name: str | None = None) -> Scaling |
 LINEARS = {
     "M": ("mixer.in_proj", "mixer.out_proj"),
     "*": ("self_attention.linear_qkv", "self_attention.linear_proj"),
+    "w": ("self_attention.linear_qkv", "self_attention.linear_proj"),
     "-": ("mlp.linear_fc1", "mlp.linear_fc2"),
 }
 """The linear modules of each layer kind, by their name inside the layer: all that ever runs in low precision. The
@@ -176,6 +177,7 @@ def linear_shapes(model: ModelConfig, kind: str, *, tensor: int = 1) -> dict[str
     whole = {
         "M": ((inner + conv + model.mamba_heads, model.hidden), (model.hidden, inner)),
         "*": ((query + 2 * key, model.hidden), (model.hidden, query)),
+        "w": ((query + 2 * key, model.hidden), (model.hidden, query)),
         "-": ((gates * model.ffn, model.hidden), (model.hidden, model.ffn)),
     }[kind]
     column, row = LINEARS[kind]
@@ -202,6 +204,7 @@ def shape_problems(
     remedy = {
         "M": "model.mamba_heads, mamba_head_dim, mamba_state and mamba_groups",
         "*": "model.heads, kv_heads and head_dim",
+        "w": "model.heads, kv_heads and head_dim",
         "-": "model.ffn",
     }
     problems = []
