@@ -15,24 +15,37 @@ import sys
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from data.command import dotted_keys, run_command
 from data.config import DataConfig, SourceConfig
-from data.corpus import documents, source_files
+from data.corpus import Document, documents, source_files
 from data.errors import DataError
-from data.shards import MANIFEST, Manifest, ShardWriter, SplitEntry, describe_split, read_manifest, write_manifest
-from data.stream import TOKENIZER_FILE
-from data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
+from data.manifest import (
+    MANIFEST,
+    SPLITS,
+    Manifest,
+    ShardEntry,
+    SourceEntry,
+    TokenizerEntry,
+    file_sha256,
+    read_manifest,
+    source_entry,
+    write_durably,
+    write_manifest,
+)
+from data.origins import pack_origins
+from data.shards import ShardWriter, write_bytes_durably
+from data.tokenizer import TOKENIZER_FILE, Tokenizer, load_tokenizer, train_tokenizer
 from data.typed import build
 
-SPLITS = ("train", "heldout")
 _BATCH = 64
 """Documents handed to the tokenizer at once."""
 
@@ -69,49 +82,53 @@ def prepare(config: DataConfig, *, console: Console) -> Manifest:
             tokenizer = _tokenizer(config, folder, bars)
             sources = {name: _source(config, name, folder, tokenizer, bars) for name in config.sources}
         manifest = Manifest(
-            tokenizer=tokenizer.fingerprint,
-            vocab_size=tokenizer.vocab_size,
-            eod=tokenizer.eod,
+            tokenizer=TokenizerEntry(
+                file=TOKENIZER_FILE,
+                sha256=file_sha256(folder / TOKENIZER_FILE),
+                fingerprint=tokenizer.fingerprint,
+                vocab_size=tokenizer.vocab_size,
+                eod=tokenizer.eod,
+            ),
             request=request,
             sources=sources,
         )
         write_manifest(folder, manifest)
     except OSError as error:
         raise DataError(f"cannot write {folder}: {error.strerror or error}. Finished sources are kept.") from error
-    for name, splits in sources.items():
-        train, heldout = splits["train"], splits["heldout"]
+    for name, entry in sources.items():
+        tokens = entry.count("train", "tokens")
         console.print(
-            f"{name}: {train.documents:,} documents, {train.tokens:,} tokens, "
-            f"{train.text_bytes / train.tokens:.2f} bytes per token; held out: {heldout.documents:,} documents, "
-            f"{heldout.tokens:,} tokens"
+            f"{name}: {entry.count('train', 'documents'):,} documents, {tokens:,} tokens, "
+            f"{entry.count('train', 'text_bytes') / tokens:.2f} bytes per token; held out: "
+            f"{entry.count('heldout', 'documents'):,} documents, {entry.count('heldout', 'tokens'):,} tokens"
         )
     console.print(f"Prepared {folder} in {time.perf_counter() - started:.1f} s.")
     return manifest
 
 
-def split_documents(config: DataConfig, name: str) -> Iterator[tuple[str, str]]:
-    """(split, text) of every document of a source; deterministic, and at least one document in each split.
+def split_documents(config: DataConfig, name: str) -> Iterator[tuple[str, Document]]:
+    """(split, document) of every document of a source; deterministic, and at least one document in each split.
 
     A document is held out when its number, hashed with the seed, falls below `heldout_fraction`; the first one always is
     and the second never, so that neither split is empty. A source of a single document is cut in two at a line end.
     """
-    texts = (document.text for document in documents(name, config.sources[name]))
-    first = next(texts)
-    second = next(texts, None)
+    found = documents(name, config.sources[name])
+    first = next(found)
+    second = next(found, None)
     if second is None:
-        lines = first.splitlines(keepends=True)
+        lines = first.text.splitlines(keepends=True)
         if len(lines) < 2:
             raise DataError(f"source {name!r} is a single line, so nothing can be held out. Give it more documents.")
         keep = min(len(lines) - 1, max(1, round(len(lines) * (1 - config.heldout_fraction))))
-        yield "train", "".join(lines[:keep])
-        yield "heldout", "".join(lines[keep:])
+        yield "train", replace(first, text="".join(lines[:keep]))
+        yield "heldout", replace(first, text="".join(lines[keep:]))
         return
     yield "heldout", first
     yield "train", second
-    for number, text in enumerate(texts, start=2):
+    for number, document in enumerate(found, start=2):
         digest = hashlib.sha256(f"{config.seed}/{name}/{number}".encode()).digest()
         held = int.from_bytes(digest[:8], "little") < config.heldout_fraction * 2**64
-        yield ("heldout" if held else "train"), text
+        yield ("heldout" if held else "train"), document
 
 
 def _prepare(composed: DictConfig) -> int:
@@ -164,10 +181,10 @@ def _tokenizer(config: DataConfig, folder: Path, bars: Progress) -> Tokenizer:
 
         def texts() -> Iterator[str]:
             for name in config.sources:
-                for split, text in split_documents(config, name):
+                for split, document in split_documents(config, name):
                     if split == "train":
                         bars.advance(bar)
-                        yield text
+                        yield document.text
 
         tokenizer = train_tokenizer(texts(), config.tokenizer)
         bars.update(bar, total=1, completed=1)
@@ -177,40 +194,53 @@ def _tokenizer(config: DataConfig, folder: Path, bars: Progress) -> Tokenizer:
     return tokenizer
 
 
-def _source(config: DataConfig, name: str, folder: Path, tokenizer: Tokenizer, bars: Progress) -> dict[str, SplitEntry]:
+def _source(config: DataConfig, name: str, folder: Path, tokenizer: Tokenizer, bars: Progress) -> SourceEntry:
     """Tokenize one source, or find that it was done."""
     done = folder / f"{name}.json"
     if done.exists():
-        return {split: SplitEntry(**entry) for split, entry in json.loads(done.read_text()).items()}
+        return source_entry(json.loads(done.read_text()))
     bar = bars.add_task(f"tokenizing {name}", total=_expected_bytes(config.sources[name], name))
-    counts = {split: [0, 0, 0] for split in SPLITS}  # tokens, documents, bytes of text
+    text_bytes = dict.fromkeys(SPLITS, 0)
+    files: dict[str, list[str]] = {split: [] for split in SPLITS}
+    starts: dict[str, list[int]] = {split: [] for split in SPLITS}
+    records: dict[str, list[int]] = {split: [] for split in SPLITS}
     with ExitStack() as stack:
         writers = {
             split: stack.enter_context(ShardWriter(folder / f"{name}.{split}", vocab_size=tokenizer.vocab_size))
             for split in SPLITS
         }
         for batch in _batches(split_documents(config, name)):
-            encoded = tokenizer.encode_batch([text for _, text in batch])
-            for (split, text), ids in zip(batch, encoded, strict=True):
+            encoded = tokenizer.encode_batch([document.text for _, document in batch])
+            for (split, document), ids in zip(batch, encoded, strict=True):
+                if files[split][-1:] != [document.file]:
+                    files[split].append(document.file)
+                    starts[split].append(len(records[split]))
+                records[split].append(document.ordinal)
                 writers[split].add([*ids, tokenizer.eod])
-                size = len(text.encode())
-                for index, amount in enumerate((len(ids) + 1, 1, size)):
-                    counts[split][index] += amount
+                size = len(document.text.encode())
+                text_bytes[split] += size
                 bars.advance(bar, size)
-        for writer in writers.values():
-            writer.finish()
+        entries: dict[str, list[ShardEntry]] = {}
+        for split, writer in writers.items():
+            facts = writer.finish()
+            content = pack_origins(files[split], starts[split], np.array(records[split], dtype=np.uint32))
+            facts["origins"] = write_bytes_durably(folder / f"{name}.{split}.origins", content)
+            entry = ShardEntry(
+                path=f"{name}.{split}",
+                documents=len(writer.lengths),
+                tokens=writer.tokens,
+                text_bytes=text_bytes[split],
+                dtype=writer.dtype.name,
+                files=facts,
+            )
+            entries[split] = [entry]
     bars.update(bar, total=bars.tasks[bar].completed)
-    entries = {
-        split: describe_split(folder, f"{name}.{split}", tokens=tokens, documents=count, text_bytes=size)
-        for split, (tokens, count, size) in counts.items()
-    }
-    aside = folder / f"{name}.json.writing"
-    aside.write_text(json.dumps({split: asdict(entry) for split, entry in entries.items()}))
-    aside.rename(done)
-    return entries
+    source = SourceEntry(description={"path": config.sources[name].path}, splits=entries)
+    write_durably(done, json.dumps(asdict(source)))
+    return source
 
 
-def _batches(items: Iterable[tuple[str, str]]) -> Iterator[list[tuple[str, str]]]:
+def _batches(items: Iterable[tuple[str, Document]]) -> Iterator[list[tuple[str, Document]]]:
     iterator = iter(items)
     while batch := list(itertools.islice(iterator, _BATCH)):
         yield batch

@@ -1,33 +1,33 @@
-"""Token shards on disk, in Megatron-LM's indexed format, and the manifest that vouches for them.
+"""Token shards on disk, in Megatron-LM's indexed format.
 
-    NAME.bin    token ids of all documents, one after the other, uint16 or int32
+    NAME.bin    token ids of all documents, one after the other, any of Megatron's whole-number types
     NAME.idx    "MMIDIDX\\0\\0", version 1, dtype code, counts; then lengths int32, byte offsets int64, document ends int64
-    manifest.json   what lies here: tokenizer, sources, counts, sizes and checksums of every file
 
 Data moves both ways between Megatron-LM and this project unchanged. Files are written aside, made durable, then renamed.
 """
 
 import hashlib
-import json
 import os
 import struct
+from array import array
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 
 from data.errors import DataError
+from data.manifest import FileFacts, ShardEntry
 
 _MAGIC = b"MMIDIDX\x00\x00"
 _HEADER = struct.Struct("<9sQBQQ")
-_DTYPES: dict[int, np.dtype[Any]] = {4: np.dtype("<i4"), 8: np.dtype("<u2")}
-"""Megatron's dtype codes for the two kinds token ids are stored as."""
+_DTYPES: dict[int, np.dtype[Any]] = {
+    1: np.dtype("u1"), 2: np.dtype("i1"), 3: np.dtype("<i2"), 4: np.dtype("<i4"), 5: np.dtype("<i8"), 8: np.dtype("<u2")
+}  # fmt: skip
+"""Megatron's dtype codes that hold token ids (6 and 7 are floating point)."""
 _CODES = {dtype: code for code, dtype in _DTYPES.items()}
-MANIFEST = "manifest.json"
-FORMAT = 1
 
 
 def token_dtype(vocab_size: int) -> np.dtype[Any]:
@@ -38,44 +38,49 @@ def token_dtype(vocab_size: int) -> np.dtype[Any]:
 class ShardWriter:
     """Writes one shard, document by document. Nothing appears under its name before `finish`.
 
-    Used as a context manager: leaving it by an error removes what was written aside.
+    Used as a context manager: leaving it without `finish` removes what was written aside. Two writers of the same shard
+    (a run that was thought dead) do not meet: each writes aside under a name of its own.
     """
 
     def __init__(self, prefix: Path, *, vocab_size: int) -> None:
         self.prefix = prefix
         self.dtype = token_dtype(vocab_size)
         self.vocab_size = vocab_size
-        self.lengths: list[int] = []
-        self._aside = Path(f"{prefix}.bin.writing")
+        self.lengths = array("i")
+        self.tokens = 0
+        self._own = f"writing-{os.uname().nodename}-{os.getpid()}"
+        self._aside = Path(f"{prefix}.bin.{self._own}")
         self._stream = self._aside.open("wb")
+        self._sha256 = hashlib.sha256()
 
-    def add(self, ids: Sequence[int]) -> None:
+    def add(self, ids: Sequence[int] | np.ndarray) -> None:
         """Append one document, its end-of-document token included. DataError for an id outside the vocabulary."""
-        array = np.asarray(ids, dtype=np.int64)
-        if array.size == 0 or array.min() < 0 or array.max() >= self.vocab_size:
+        numbers = np.asarray(ids, dtype=np.int64)
+        if numbers.size == 0 or numbers.min() < 0 or numbers.max() >= self.vocab_size:
             raise DataError(
                 f"{self.prefix}: a document is empty or has ids outside the vocabulary of {self.vocab_size:,}"
             )
-        self._stream.write(array.astype(self.dtype).tobytes())
-        self.lengths.append(array.size)
+        content = numbers.astype(self.dtype).tobytes()
+        self._stream.write(content)
+        self._sha256.update(content)
+        self.lengths.append(numbers.size)
+        self.tokens += numbers.size
 
-    def finish(self) -> None:
-        """Make the shard durable and visible: the token file first, the index last."""
+    def finish(self) -> dict[str, FileFacts]:
+        """Make the shard durable and visible: the token file first, the index last. -> facts by suffix."""
         _close_durably(self._stream)
         count = len(self.lengths)
         lengths = np.asarray(self.lengths, dtype="<i4")
         ends = np.cumsum(lengths, dtype=np.int64)
         offsets = np.concatenate([[0], ends[:-1]]).astype("<i8") * self.dtype.itemsize if count else ends.astype("<i8")
-        aside = Path(f"{self.prefix}.idx.writing")
-        with aside.open("wb") as stream:
-            stream.write(_HEADER.pack(_MAGIC, 1, _CODES[self.dtype], count, count + 1))
-            stream.write(lengths.tobytes())
-            stream.write(offsets.tobytes())
-            stream.write(np.arange(count + 1, dtype="<i8").tobytes())
-            stream.flush()
-            os.fsync(stream.fileno())
+        header = _HEADER.pack(_MAGIC, 1, _CODES[self.dtype], count, count + 1)
+        index = header + lengths.tobytes() + offsets.tobytes() + np.arange(count + 1, dtype="<i8").tobytes()
+        size = self._aside.stat().st_size
         self._aside.rename(f"{self.prefix}.bin")
-        aside.rename(f"{self.prefix}.idx")
+        return {
+            "bin": FileFacts(bytes=size, sha256=self._sha256.hexdigest()),
+            "idx": write_bytes_durably(Path(f"{self.prefix}.idx"), index),
+        }
 
     def __enter__(self) -> "ShardWriter":
         return self
@@ -83,9 +88,18 @@ class ShardWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if kind is not None:
-            self._stream.close()
-            self._aside.unlink(missing_ok=True)
+        self._stream.close()
+        self._aside.unlink(missing_ok=True)
+
+
+def write_bytes_durably(path: Path, content: bytes) -> FileFacts:
+    """Write a file aside and rename it. -> its facts."""
+    aside = path.with_name(f"{path.name}.writing-{os.uname().nodename}-{os.getpid()}")
+    stream = aside.open("wb")
+    stream.write(content)
+    _close_durably(stream)
+    aside.rename(path)
+    return FileFacts(bytes=len(content), sha256=hashlib.sha256(content).hexdigest())
 
 
 @dataclass(frozen=True)
@@ -95,6 +109,24 @@ class Shard:
     prefix: Path
     tokens: np.ndarray
     ends: np.ndarray
+
+
+def open_entry(folder: Path, entry: ShardEntry) -> Shard:
+    """The documents of one entry of a manifest, its counts checked. DataError names the file that does not fit."""
+    shard = open_shard(entry.prefix(folder))
+    stop = entry.first_document + entry.documents
+    start = int(shard.ends[entry.first_document - 1]) if entry.first_document else 0
+    tokens = int(shard.ends[stop - 1]) - start if 0 < stop <= len(shard.ends) else -1
+    if tokens != entry.tokens or shard.tokens.dtype != np.dtype(entry.dtype):
+        raise DataError(
+            f"{shard.prefix}.idx does not hold the {entry.documents:,} documents of {entry.tokens:,} {entry.dtype} tokens "
+            f"that the manifest says: it was replaced. Prepare the data again."
+        )
+    return Shard(
+        prefix=shard.prefix,
+        tokens=shard.tokens[start : start + tokens],
+        ends=shard.ends[entry.first_document : stop] - start,
+    )
 
 
 def open_shard(prefix: Path) -> Shard:
@@ -110,7 +142,7 @@ def open_shard(prefix: Path) -> Shard:
     if magic != _MAGIC or version != 1:
         raise DataError(f"{index} is not a Megatron index of version 1. Prepare the data again.")
     if code not in _DTYPES:
-        raise DataError(f"{index} stores tokens as dtype code {code}; only uint16 (8) and int32 (4) hold token ids.")
+        raise DataError(f"{index} stores tokens as dtype code {code}; token ids are whole numbers: codes 1-5 and 8.")
     expected = _HEADER.size + count * 12 + documents * 8
     if len(raw) != expected:
         raise DataError(f"{index} is {len(raw):,} bytes long, {expected:,} expected: it is damaged. Prepare again.")
@@ -130,99 +162,7 @@ def open_shard(prefix: Path) -> Shard:
     return Shard(prefix=prefix, tokens=array, ends=ends)
 
 
-@dataclass(frozen=True)
-class SplitEntry:
-    """One split of one source: a shard and what it holds."""
-
-    shard: str
-    """Name of the shard's files in the folder, without suffix."""
-    tokens: int
-    documents: int
-    text_bytes: int
-    files: dict[str, dict[str, Any]]
-    """By file name: `bytes` and `sha256`."""
-
-
-@dataclass(frozen=True)
-class Manifest:
-    """What a folder of prepared data holds."""
-
-    tokenizer: str
-    """Fingerprint of the tokenizer the ids belong to."""
-    vocab_size: int
-    eod: int
-    request: dict[str, Any]
-    """The recipe fields the content depends on."""
-    sources: dict[str, dict[str, SplitEntry]] = field(default_factory=dict)
-    """By source, then split (`train`, `heldout`)."""
-    format: int = FORMAT
-
-    @property
-    def hash(self) -> str:
-        """sha256 of the content: the identity of this data."""
-        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()
-
-
-def describe_split(folder: Path, shard: str, *, tokens: int, documents: int, text_bytes: int) -> SplitEntry:
-    """The manifest's entry for a finished shard, checksums read back from the disk."""
-    files = {}
-    for suffix in ("bin", "idx"):
-        path = folder / f"{shard}.{suffix}"
-        files[path.name] = {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
-    return SplitEntry(shard=shard, tokens=tokens, documents=documents, text_bytes=text_bytes, files=files)
-
-
-def write_manifest(folder: Path, manifest: Manifest) -> None:
-    """Write `manifest.json` aside and rename it: its presence says that the data is complete."""
-    aside = folder / f"{MANIFEST}.writing"
-    with aside.open("w") as stream:
-        json.dump(asdict(manifest), stream, indent=1)
-        stream.flush()
-        os.fsync(stream.fileno())
-    aside.rename(folder / MANIFEST)
-
-
-def read_manifest(folder: Path, *, verify: bool = False) -> Manifest:
-    """The manifest of a folder, sizes checked; with `verify` every checksum too. DataError names what is wrong."""
-    path = folder / MANIFEST
-    if not path.is_file():
-        raise DataError(
-            f"no prepared data in {folder} (no {MANIFEST}). Prepare it: python -m data.prepare -cn <recipe>."
-        )
-    try:
-        raw = json.loads(path.read_text())
-        sources = {
-            name: {split: SplitEntry(**entry) for split, entry in splits.items()}
-            for name, splits in raw.pop("sources").items()
-        }
-        manifest = Manifest(sources=sources, **raw)
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise DataError(f"{path} cannot be read as a data manifest: {error}. Prepare the data again.") from error
-    if manifest.format != FORMAT:
-        raise DataError(f"{path} has format {manifest.format}; this version reads {FORMAT}. Prepare the data again.")
-    for splits in manifest.sources.values():
-        for entry in splits.values():
-            for name, facts in entry.files.items():
-                _check_file(folder / name, facts, verify=verify)
-    return manifest
-
-
-def file_sha256(path: Path) -> str:
-    """sha256 of a file's content."""
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def _check_file(path: Path, facts: dict[str, Any], *, verify: bool) -> None:
-    size = path.stat().st_size if path.is_file() else None
-    if size != facts["bytes"]:
-        found = "missing" if size is None else f"{size:,} bytes long"
-        raise DataError(f"{path} is {found}, the manifest says {facts['bytes']:,} bytes. Prepare the data again.")
-    if verify and file_sha256(path) != facts["sha256"]:
-        raise DataError(f"{path} does not match its checksum: it was changed or damaged. Prepare the data again.")
-
-
-def _close_durably(stream: Any) -> None:
+def _close_durably(stream: IO[bytes]) -> None:
     stream.flush()
     os.fsync(stream.fileno())
     stream.close()

@@ -21,11 +21,10 @@ from data.batch import Batch
 from data.blend import Blend
 from data.config import DataConfig
 from data.errors import DataError
+from data.manifest import SPLITS, read_manifest
 from data.pack import Rows
-from data.shards import open_shard, read_manifest
+from data.shards import open_entry
 from data.tokenizer import Tokenizer, load_tokenizer
-
-TOKENIZER_FILE = "tokenizer.json"
 
 
 @dataclass(frozen=True)
@@ -76,7 +75,7 @@ class Dataset:
         if tokens.size and int(tokens.max()) >= self.vocab_size:
             raise DataError(
                 f"{what} rows hold token id {int(tokens.max()):,}, outside the vocabulary of {self.vocab_size:,}: a "
-                f"shard was replaced or damaged. Check with data.shards.read_manifest(verify=True), or prepare again."
+                f"shard was replaced or damaged. Check with data.manifest.read_manifest(verify=True), or prepare again."
             )
         both = torch.from_numpy(tokens)
         return Batch(
@@ -95,10 +94,10 @@ def open_dataset(config: DataConfig) -> Dataset:
     """
     folder = Path(config.folder)
     manifest = read_manifest(folder)
-    tokenizer = load_tokenizer(folder / TOKENIZER_FILE, config.tokenizer)
-    if tokenizer.fingerprint != manifest.tokenizer:
+    tokenizer = load_tokenizer(folder / manifest.tokenizer.file, config.tokenizer)
+    if tokenizer.fingerprint != manifest.tokenizer.fingerprint:
         raise DataError(
-            f"{folder / TOKENIZER_FILE} is not the tokenizer the shards were made with. Prepare the data again."
+            f"{folder / manifest.tokenizer.file} is not the tokenizer the shards were made with. Prepare the data again."
         )
     missing = [name for name in config.sources if name not in manifest.sources]
     if missing:
@@ -107,13 +106,14 @@ def open_dataset(config: DataConfig) -> Dataset:
             f"again, or take the source out of data.sources."
         )
     names = list(config.sources)
-    parts: dict[str, list[Rows]] = {"train": [], "heldout": []}
+    parts: dict[str, list[Rows]] = {split: [] for split in SPLITS}
     for name in names:
         for split, rows in parts.items():
-            rows.append(Rows(open_shard(folder / manifest.sources[name][split].shard), config.row_tokens))
+            shards = [open_entry(folder, entry) for entry in manifest.sources[name].splits[split]]
+            rows.append(Rows(shards, config.row_tokens))
             if rows[-1].count == 0:
                 raise DataError(
-                    f"the {split} part of source {name!r} has {len(rows[-1].shard.tokens):,} tokens, fewer than one row of "
+                    f"the {split} part of source {name!r} has {rows[-1].total_tokens:,} tokens, fewer than one row of "
                     f"data.row_tokens={config.row_tokens} and its label. Lower data.row_tokens, add text, or raise "
                     f"data.heldout_fraction."
                 )

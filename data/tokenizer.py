@@ -17,6 +17,9 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 from data.config import TokenizerConfig
 from data.errors import DataError
 
+TOKENIZER_FILE = "tokenizer.json"
+"""A trained tokenizer's file in the folder of prepared data."""
+
 
 class Tokenizer:
     """A loaded tokenizer. Byte-level: any text can be encoded, and decoding gives it back exactly."""

@@ -12,10 +12,12 @@ from rich.console import Console
 from texts import config_of
 
 from data.config import DataConfig, SourceConfig, TokenizerConfig
-from data.corpus import documents
+from data.corpus import Document, documents
 from data.errors import DataError
+from data.manifest import read_manifest
+from data.origins import Origin, read_origins
 from data.prepare import prepare, split_documents
-from data.shards import open_shard, read_manifest
+from data.shards import open_entry, open_shard
 from data.stream import open_dataset
 from data.tokenizer import load_tokenizer
 
@@ -31,20 +33,23 @@ def test_shards_hold_every_document_and_decode_to_it(prepared: DataConfig) -> No
     tokenizer = load_tokenizer(folder / "tokenizer.json", prepared.tokenizer)
     manifest = read_manifest(folder, verify=True)
     for name in prepared.sources:
-        wanted: dict[str, list[str]] = {"train": [], "heldout": []}
-        for split, text in split_documents(prepared, name):
-            wanted[split].append(text)
+        wanted: dict[str, list[Document]] = {"train": [], "heldout": []}
+        for split, document in split_documents(prepared, name):
+            wanted[split].append(document)
         assert wanted["train"] and wanted["heldout"]
-        for split, texts in wanted.items():
-            entry = manifest.sources[name][split]
-            shard = open_shard(folder / entry.shard)
+        for split, found in wanted.items():
+            (entry,) = manifest.sources[name].splits[split]
+            shard = open_entry(folder, entry)
             pieces = np.split(np.asarray(shard.tokens), shard.ends[:-1])
             assert all(piece[-1] == tokenizer.eod for piece in pieces)
-            assert [tokenizer.decode(piece) for piece in pieces] == texts
-            assert entry.documents == len(texts)
+            assert [tokenizer.decode(piece) for piece in pieces] == [d.text for d in found]
+            assert entry.documents == len(found)
             assert entry.tokens == len(shard.tokens)
-            assert entry.text_bytes == sum(len(t.encode()) for t in texts)
+            assert entry.text_bytes == sum(len(d.text.encode()) for d in found)
             assert tokenizer.token_bytes()[shard.tokens].sum() == entry.text_bytes
+            origins = read_origins(folder, entry)
+            assert [origins.of(i) for i in range(len(found))] == [Origin(d.file, d.ordinal) for d in found]
+            assert [origins.find(d.file, d.ordinal) for d in found] == list(range(len(found)))
 
 
 def test_megatron_reads_our_shards_and_we_read_megatrons(prepared: DataConfig, tmp_path: Path) -> None:

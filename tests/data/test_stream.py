@@ -77,7 +77,7 @@ def test_weights_become_the_smallest_whole_numbers() -> None:
 @given(length=st.integers(2, 200), row_tokens=st.integers(1, 30), cuts=st.lists(st.integers(1, 199), max_size=5))
 def test_every_token_but_the_first_is_a_label_once(length: int, row_tokens: int, cuts: list[int]) -> None:
     ends = np.array(sorted({c for c in cuts if c < length} | {length}))
-    rows = Rows(Shard(prefix=Path("x"), tokens=np.arange(length), ends=ends), row_tokens)
+    rows = Rows([Shard(prefix=Path("x"), tokens=np.arange(length), ends=ends)], row_tokens)
     if rows.count == 0:
         assert length <= row_tokens
         return
@@ -88,6 +88,18 @@ def test_every_token_but_the_first_is_a_label_once(length: int, row_tokens: int,
     assert rows.cropped_tokens == length - used - 1
     documents = np.searchsorted(ends, np.arange(used), side="right").reshape(rows.count, row_tokens)
     assert np.array_equal(rows.documents(np.arange(rows.count)), documents - documents[:, :1])
+
+
+@given(lengths=st.lists(st.integers(1, 40), min_size=1, max_size=5), row_tokens=st.integers(1, 30))
+def test_rows_do_not_see_where_shards_end(lengths: list[int], row_tokens: int) -> None:
+    stream = np.arange(sum(lengths))
+    whole = Rows([Shard(prefix=Path("x"), tokens=stream, ends=np.cumsum(lengths))], row_tokens)
+    pieces = np.split(stream, np.cumsum(lengths)[:-1])  # each document in a shard of its own
+    cut = Rows([Shard(prefix=Path("x"), tokens=p, ends=np.array([len(p)])) for p in pieces], row_tokens)
+    rows = np.arange(whole.count)
+    assert (cut.count, cut.cropped_tokens) == (whole.count, whole.cropped_tokens)
+    assert np.array_equal(cut.tokens(rows), whole.tokens(rows))
+    assert np.array_equal(cut.documents(rows), whole.documents(rows))
 
 
 def steps_of(dataset, *, ranks: int, microbatch_rows: int, steps: int, position: int = 0) -> dict[int, tuple]:

@@ -1,0 +1,189 @@
+"""What a folder of prepared data holds: the manifest, written last, that vouches for every file.
+
+    manifest.json
+      tokenizer   file, sha256, fingerprint, vocabulary size, end-of-document id
+      request     the recipe fields the content depends on
+      sources     by name: description, counts, and per split the list of shards in reading order
+        shard     path (or an existing Megatron set, read where it lies), documents, tokens, dtype, bytes and sha256 of its files
+
+A source's stream of tokens is its shards one after the other. Which file and record a document came from is kept beside
+each shard (`data.origins`), not here, so that the manifest stays small at any number of documents.
+"""
+
+import functools
+import hashlib
+import json
+import os
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from data.errors import DataError
+
+MANIFEST = "manifest.json"
+FORMAT = 2
+SPLITS = ("train", "heldout")
+
+
+@dataclass(frozen=True)
+class FileFacts:
+    """Size and content of one file."""
+
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class ShardEntry:
+    """One shard, or a run of documents of one."""
+
+    path: str
+    """The shard's files without suffix: relative to the folder, or the absolute path of a set that is read in place."""
+    documents: int
+    tokens: int
+    text_bytes: int
+    """UTF-8 bytes of the documents' text."""
+    dtype: str
+    """How ids are stored, a numpy name (`uint16`)."""
+    files: dict[str, FileFacts]
+    """By suffix: `bin`, `idx`, and `origins` (absent for a set read in place)."""
+    first_document: int = 0
+    """Where this entry's documents begin in the shard's index; not 0 only for a set read in place."""
+    first_record: int = 0
+    """Added to the record numbers of the shard's origins: records of the file before the part this shard was made of."""
+
+    def prefix(self, folder: Path) -> Path:
+        """The shard's files without suffix, for data prepared in `folder`."""
+        return folder / self.path  # an absolute path stays as it is
+
+    def file(self, folder: Path, suffix: str) -> Path:
+        """One file of the shard."""
+        return Path(f"{self.prefix(folder)}.{suffix}")
+
+
+@dataclass(frozen=True)
+class SourceEntry:
+    """One source, prepared."""
+
+    description: dict[str, Any]
+    """What it was made from: path, format, number and bytes of its files."""
+    splits: dict[str, list[ShardEntry]]
+    """By split (`train`, `heldout`): shards in reading order, none empty."""
+    bad_records: int = 0
+    """Records left out because they could not be used (`on_bad_record: skip`)."""
+    empty_documents: int = 0
+    """Records whose text is empty, left out."""
+
+    def count(self, split: str, what: str) -> int:
+        """Sum of `documents`, `tokens` or `text_bytes` over a split's shards."""
+        return sum(getattr(entry, what) for entry in self.splits[split])
+
+
+@dataclass(frozen=True)
+class TokenizerEntry:
+    """The tokenizer the ids belong to."""
+
+    file: str
+    """Its file in the folder."""
+    sha256: str
+    """Of that file."""
+    fingerprint: str
+    """Of its content, whatever the kind of file."""
+    vocab_size: int
+    eod: int
+    """Id of the end-of-document token, the last of every document."""
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a folder of prepared data holds."""
+
+    tokenizer: TokenizerEntry
+    request: dict[str, Any]
+    """The recipe fields the content depends on."""
+    sources: dict[str, SourceEntry] = field(default_factory=dict)
+    format: int = FORMAT
+
+    @functools.cached_property
+    def hash(self) -> str:
+        """sha256 of the content: the identity of this data."""
+        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()
+
+
+def write_manifest(folder: Path, manifest: Manifest) -> None:
+    """Write `manifest.json` aside and rename it: its presence says that the data is complete."""
+    write_durably(folder / MANIFEST, json.dumps(asdict(manifest), indent=1))
+
+
+def read_manifest(folder: Path, *, verify: bool = False) -> Manifest:
+    """The manifest of a folder, sizes checked; with `verify` every checksum too. DataError names what is wrong."""
+    path = folder / MANIFEST
+    if not path.is_file():
+        raise DataError(
+            f"no prepared data in {folder} (no {MANIFEST}). Prepare it: python -m data.prepare -cn <recipe>."
+        )
+    try:
+        raw = json.loads(path.read_text())
+        if raw["format"] != FORMAT:
+            raise DataError(
+                f"{path} has format {raw['format']}; this version reads {FORMAT}. Prepare the data again, into another "
+                f"data.folder."
+            )
+        manifest = Manifest(
+            tokenizer=TokenizerEntry(**raw["tokenizer"]),
+            request=raw["request"],
+            sources={name: source_entry(entry) for name, entry in raw["sources"].items()},
+        )
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise DataError(f"{path} cannot be read as a data manifest: {error!r}. Prepare the data again.") from error
+    for source in manifest.sources.values():
+        for entries in source.splits.values():
+            for entry in entries:
+                for suffix, facts in entry.files.items():
+                    _check_file(entry.file(folder, suffix), facts, verify=verify)
+    if verify:
+        tokenizer = folder / manifest.tokenizer.file
+        if not tokenizer.is_file() or file_sha256(tokenizer) != manifest.tokenizer.sha256:
+            raise DataError(f"{tokenizer} is not the tokenizer the shards were made with. Prepare the data again.")
+    return manifest
+
+
+def source_entry(raw: dict[str, Any]) -> SourceEntry:
+    """A SourceEntry from what `asdict` made of it. TypeError or KeyError where it is something else."""
+    splits = {split: [shard_entry(entry) for entry in raw["splits"][split]] for split in SPLITS}
+    return SourceEntry(**(raw | {"splits": splits}))
+
+
+def shard_entry(raw: dict[str, Any]) -> ShardEntry:
+    """A ShardEntry from what `asdict` made of it. TypeError or KeyError where it is something else."""
+    return ShardEntry(**(raw | {"files": {suffix: FileFacts(**facts) for suffix, facts in raw["files"].items()}}))
+
+
+def file_facts(path: Path) -> FileFacts:
+    """Size and checksum, read from the disk."""
+    return FileFacts(bytes=path.stat().st_size, sha256=file_sha256(path))
+
+
+def file_sha256(path: Path) -> str:
+    """sha256 of a file's content."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def write_durably(path: Path, text: str) -> None:
+    """Write a text file so that it is there whole or not at all, also after a crash."""
+    aside = path.with_name(f"{path.name}.writing-{os.uname().nodename}-{os.getpid()}")
+    with aside.open("w") as stream:
+        stream.write(text)
+        stream.flush()
+        os.fsync(stream.fileno())
+    aside.rename(path)
+
+
+def _check_file(path: Path, facts: FileFacts, *, verify: bool) -> None:
+    size = path.stat().st_size if path.is_file() else None
+    if size != facts.bytes:
+        found = "missing" if size is None else f"{size:,} bytes long"
+        raise DataError(f"{path} is {found}, the manifest says {facts.bytes:,} bytes. Prepare the data again.")
+    if verify and file_sha256(path) != facts.sha256:
+        raise DataError(f"{path} does not match its checksum: it was changed or damaged. Prepare the data again.")

@@ -1,0 +1,78 @@
+"""Where a shard's documents came from: file and record of each, kept beside the shard, and the way back.
+
+    PREFIX.origins    numpy .npz: `files` (their names, UTF-8, a line each), `starts` (first document of each file, and the
+                      count), `records` (record number of every document, from 0: line, row, or 0 for a text file)
+
+Four bytes a document and no text. Documents of a file are neighbours and in the order of its records.
+"""
+
+import io
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from data.errors import DataError
+from data.manifest import ShardEntry
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where one document came from."""
+
+    file: str
+    """The source's file as it was named when prepared."""
+    record: int
+    """Number of the record in it, from 0: line of a jsonl file, row of a table, document of a Megatron set."""
+
+
+@dataclass(frozen=True)
+class Origins:
+    """Origins of one shard entry's documents, numbered from 0."""
+
+    files: list[str]
+    starts: np.ndarray
+    """int64 [files + 1]: first document of each file, then the number of documents."""
+    records: np.ndarray
+    """int64 [documents]: increasing within a file."""
+
+    def of(self, document: int) -> Origin:
+        """Where document number `document` of the entry came from."""
+        file = int(np.searchsorted(self.starts, document, side="right")) - 1
+        return Origin(self.files[file], int(self.records[document]))
+
+    def find(self, file: str, record: int) -> int | None:
+        """The document made from a record; None if this entry has none from it."""
+        for index, name in enumerate(self.files):
+            if name == file:
+                start, stop = int(self.starts[index]), int(self.starts[index + 1])
+                place = start + int(np.searchsorted(self.records[start:stop], record))
+                if place < stop and self.records[place] == record:
+                    return place
+        return None
+
+
+def pack_origins(files: list[str], starts: list[int], records: np.ndarray) -> bytes:
+    """Content of an origins file. starts: first document of each file; records: uint32 [documents]."""
+    stream = io.BytesIO()
+    names = np.frombuffer("\n".join(files).encode(), dtype=np.uint8)
+    bounds = np.asarray([*starts, len(records)], dtype="<i8")
+    np.savez(stream, files=names, starts=bounds, records=records.astype("<u4"))
+    return stream.getvalue()
+
+
+def read_origins(folder: Path, entry: ShardEntry) -> Origins:
+    """Origins of an entry's documents. DataError where their file is damaged."""
+    if "origins" not in entry.files:  # a Megatron set read where it lies
+        numbers = np.arange(entry.first_document, entry.first_document + entry.documents)
+        return Origins([f"{entry.prefix(folder)}.bin"], np.array([0, entry.documents]), numbers)
+    path = entry.file(folder, "origins")
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            files = bytes(arrays["files"]).decode().split("\n")
+            starts, records = arrays["starts"].astype(np.int64), arrays["records"].astype(np.int64)
+    except (OSError, ValueError, KeyError, EOFError) as error:
+        raise DataError(f"{path} cannot be read as origins of documents: {error}. Prepare the data again.") from error
+    if len(starts) != len(files) + 1 or len(records) != entry.documents or int(starts[-1]) != entry.documents:
+        raise DataError(f"{path} does not fit the {entry.documents:,} documents of its shard. Prepare the data again.")
+    return Origins(files, starts, records + entry.first_record)
