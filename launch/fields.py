@@ -92,7 +92,9 @@ def _default(field: dataclasses.Field[Any]) -> str:
     if field.default is dataclasses.MISSING:
         return "" if field.default_factory is not dataclasses.MISSING else "*required*"
     value = field.default
-    return "null" if value is None else f"`{str(value).lower() if isinstance(value, bool) else value}`"
+    if value in (None, ""):
+        return "null" if value is None else '`""`'
+    return f"`{str(value).lower() if isinstance(value, bool) else value}`"
 
 
 if __name__ == "__main__":

@@ -48,9 +48,13 @@ def test_shipped_recipes_build_and_name_every_field(name: str) -> None:
     )
 
 
-@pytest.mark.parametrize("override", ["precision=bf16", "schedule=cosine", "schedule=constant"])
+@pytest.mark.parametrize(
+    "override",
+    ["precision=bf16", "schedule=cosine", "schedule=constant"]
+    + [f"launch={name}" for name in ("slurm_gpu", "slurm_pyxis", "slurm_apptainer")],
+)
 def test_groups_can_be_swapped(override: str) -> None:
-    overrides = [override] if override.startswith("precision") else [override, "schedule.decay=0"]
+    overrides = [override, "schedule.decay=0"] if override.startswith("schedule") else [override]
     recipe_from_mapping(composed("smoke", *overrides))
 
 
