@@ -123,8 +123,12 @@ def mesh_of(recipe: Recipe, layout: Layout, *, device: torch.device, rank: int) 
         close_mesh()
 
 
-def build_engine(recipe: Recipe, mesh: Mesh) -> "Engine":
-    """Model, data parallelism and optimizer of a recipe on this rank. Collective over the world."""
+def build_engine(recipe: Recipe, mesh: Mesh, *, weights: Path | None = None) -> "Engine":
+    """Model, data parallelism and optimizer of a recipe on this rank. Collective over the world.
+
+    weights: a checkpoint whose weights the model begins with, instead of random ones.
+    """
+    from train.checkpoint.storage import read_weights
     from train.engine import Engine
     from train.model.backend import choose_backend
     from train.model.build import build_model
@@ -157,6 +161,8 @@ def build_engine(recipe: Recipe, mesh: Mesh) -> "Engine":
         mesh=mesh,
         backend=backend,
     )
+    if weights is not None:
+        read_weights(weights, chunks, groups=mesh.groups)
     wrapped = wrap_chunks(chunks, parallel=recipe.parallel, mesh=mesh, fp8_weights=recipe.precision.fp8_weights)
     optimizer = build_optimizer(wrapped, optim=recipe.optim, precision=recipe.precision, mesh=mesh)
     connect(wrapped, optimizer)
@@ -173,14 +179,17 @@ def build_engine(recipe: Recipe, mesh: Mesh) -> "Engine":
 
 
 def _train(recipe: Recipe, *, mesh: Mesh, dataset: Dataset, folder: Path) -> RunEnd:
-    from train.checkpoint.manager import CheckpointFolder
+    from train.checkpoint.manager import CheckpointFolder, checkpoint_at
     from train.evaluate.losses import heldout_bits_per_byte
     from train.loop import train_loop
     from train.telemetry import Telemetry, peak_flops
 
-    engine = build_engine(recipe, mesh)
-    mapping = recipe_mapping(recipe)
     checkpoints = CheckpointFolder(folder / "checkpoints", recipe.checkpoint)
+    initial = None
+    if recipe.run.start_from is not None and not checkpoints.whole():
+        initial, _ = checkpoint_at(recipe.run.start_from)
+    engine = build_engine(recipe, mesh, weights=initial)
+    mapping = recipe_mapping(recipe)
     step, position = _resume(recipe, engine=engine, checkpoints=checkpoints, dataset=dataset)
     if mesh.rank == 0:
         folder.mkdir(parents=True, exist_ok=True)
@@ -222,7 +231,14 @@ def _train(recipe: Recipe, *, mesh: Mesh, dataset: Dataset, folder: Path) -> Run
 
         def save(at: int, rows: int) -> None:
             with telemetry.phase("saving"):
-                path = checkpoints.save(engine, step=at, position=rows, recipe=mapping, data_hash=dataset.manifest_hash)
+                path = checkpoints.save(
+                    engine,
+                    step=at,
+                    position=rows,
+                    recipe=mapping,
+                    data_hash=dataset.manifest_hash,
+                    tokenizer=dataset.tokenizer.fingerprint,
+                )
             telemetry.event("save", step=at, path=str(path))
 
         def newest() -> str | None:

@@ -20,6 +20,24 @@ from train.engine import Engine
 from train.errors import CheckpointError
 
 
+def checkpoint_at(place: str | Path) -> tuple[Path, Manifest]:
+    """The checkpoint a recipe names: a checkpoint folder itself, or the newest of a run's folder; its manifest is checked.
+
+    Raises CheckpointError where there is none, or none is whole.
+    """
+    path = Path(place)
+    if (path / storage.MANIFEST).is_file():
+        return path, storage.read_manifest(path)
+    for folder in (path / "checkpoints", path):
+        found = CheckpointFolder(folder, CheckpointConfig()).newest()
+        if found is not None:
+            return found
+    raise CheckpointError(
+        f"{path} is no checkpoint (no {storage.MANIFEST}) and no run that has one. Name a folder like "
+        f"runs/NAME or runs/NAME/checkpoints/step_00001000."
+    )
+
+
 class CheckpointFolder:
     """The checkpoints of one run. Collective methods say so; the others only look at the disk."""
 
@@ -60,7 +78,16 @@ class CheckpointFolder:
             )
         return None
 
-    def save(self, engine: Engine, *, step: int, position: int, recipe: dict[str, Any], data_hash: str) -> Path:
+    def save(
+        self,
+        engine: Engine,
+        *,
+        step: int,
+        position: int,
+        recipe: dict[str, Any],
+        data_hash: str,
+        tokenizer: str = "",
+    ) -> Path:
         """Write a checkpoint, publish it, point at it, drop what retention no longer keeps. Collective over the world.
 
         Raises CheckpointError on every rank if any rank could not write; the checkpoints that were there stay.
@@ -76,6 +103,7 @@ class CheckpointFolder:
             layout={key: value for key, value in asdict(layout).items() if isinstance(value, int)},
             recipe=recipe,
             data_hash=data_hash,
+            tokenizer=tokenizer,
             files={},
             versions=storage.versions(),
         )

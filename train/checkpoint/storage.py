@@ -58,6 +58,8 @@ class Manifest:
     """Size in bytes of every other file of the checkpoint."""
     versions: dict[str, str]
     """Versions of torch and Megatron-Core."""
+    tokenizer: str = ""
+    """Fingerprint of the tokenizer the model was trained with; empty where it is not known."""
     format: int = FORMAT
 
 
