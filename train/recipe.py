@@ -20,7 +20,8 @@ _MAY_DIFFER = (
     "run.folder", "run.name", "run.steps", "run.microbatch_rows", "run.device", "run.threads", "run.stop_after_steps",
     "run.deterministic", "run.start_from", "objective.teacher_tensor", "objective.chunk_tokens", "parallel",
     "precision.backend", "precision.health", "precision.health_policy", "precision.health_floor_db",
-    "checkpoint", "evaluate", "telemetry", "launch", "data.folder", "data.workers", "data.prefetch_steps", "generate", "model.mamba_chunk",
+    "checkpoint", "evaluate", "telemetry", "launch", "data.folder", "data.workers", "data.prefetch_steps",
+    "generate", "model.mamba_chunk",
 )  # fmt: skip
 """Fields a run may change when it resumes: they do not change which model is trained, on which rows, how."""
 
