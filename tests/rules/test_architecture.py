@@ -24,10 +24,10 @@ FLOORS = {
     "data.pack": 1, "data.blend": 1, "data.batch": 1, "data.stream": 1, "data.command": 1, "train.recipe": 1,
     "train.model": 2, "train.precision": 2, "train.parallel": 2, "train.optim": 2, "train.telemetry": 2,
     "train.faults": 2, "train.engine": 2,
-    "train.objective": 3, "train.evaluate": 3, "train.checkpoint": 3, "train.report": 3,
+    "train.objective": 3, "train.evaluate": 3, "train.checkpoint": 3, "train.report": 3, "train.hf": 3,
     "train.precision_report": 3, "train.precision.scaling": 0, "train.precision.control": 0,
     "train.step": 4, "train.loop": 5, "train.run": 6,
-    "train.__main__": 7, "train.generate": 7, "data.prepare": 7, "launch": 7,
+    "train.__main__": 7, "train.generate": 7, "train.hf.__main__": 7, "data.prepare": 7, "launch": 7,
 }  # fmt: skip
 """Floor of each module or package (the longest matching name counts). Imports point down or stay level."""
 

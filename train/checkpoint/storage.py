@@ -96,14 +96,22 @@ def read_tensors(folder: Path, engine: Engine) -> None:
 
 
 def read_weights(folder: Path, chunks: list[Any], *, groups: Any) -> None:
-    """Fill the weights of unwrapped model chunks only (evaluation, generation). Collective."""
+    """Fill the weights of unwrapped model chunks only (evaluation, generation, starting from other weights). Collective.
+
+    CheckpointError names weights that only one side has. A precision backend's own state may be missing.
+    """
     metadata = {**_SHARDING, "dp_cp_group": groups.dp_cp}
     keys = ["model"] if len(chunks) == 1 else [f"model{i}" for i in range(len(chunks))]
     wanted = {key: chunk.sharded_state_dict(metadata=metadata) for key, chunk in zip(keys, chunks, strict=True)}
     with _as_checkpoint_error(folder, "read"):
-        state = dist_checkpointing.load(wanted, str(folder), strict=StrictHandling.ASSUME_OK_UNEXPECTED)
+        state, unused, absent = dist_checkpointing.load(wanted, str(folder), strict=StrictHandling.RETURN_ALL)
+    for names, problem in ((absent, "lacks"), (unused, "holds, and this model lacks,")):
+        if weights := sorted(k for k in names if not (_is_precision_state(k) or k.startswith("optimizer."))):
+            raise CheckpointError(
+                f"{folder} is of another model: it {problem} {len(weights)} weights, e.g. {', '.join(weights[:3])}."
+            )
     for key, chunk in zip(keys, chunks, strict=True):
-        chunk.load_state_dict(state[key])
+        chunk.load_state_dict(state[key], strict=not absent)
 
 
 def publish(aside: Path, final: Path, manifest: Manifest) -> None:

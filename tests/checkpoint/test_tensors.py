@@ -1,0 +1,69 @@
+"""Weights read and written one at a time, without a model: whole from any layout, into a checkpoint any layout reads."""
+
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+from ranks import run_ranks
+from tiny import engine_of, recipe_with, steps_of
+
+from train.checkpoint.manager import CheckpointFolder
+from train.checkpoint.storage import read_weights
+from train.checkpoint.tensors import StoredTensors, write_weights
+from train.config import Recipe
+from train.errors import CheckpointError
+from train.model.initial import global_names
+
+FOUR = {"parallel.tensor": 2, "parallel.pipeline": 2, "parallel.sequence": True, "precision.params": "bf16"}
+
+
+def save(rank: int, recipe: Recipe, world: int, folder: Path) -> Path:
+    with engine_of(recipe, rank=rank, world=world) as engine:
+        steps_of(engine, recipe, range(1))
+        return CheckpointFolder(folder, recipe.checkpoint).save(engine, step=1, position=4, recipe={}, data_hash="h")
+
+
+def weights_at(rank: int, recipe: Recipe, world: int, folder: Path) -> dict[str, torch.Tensor]:
+    with engine_of(recipe, rank=rank, world=world) as engine:
+        chunks = [chunk.module for chunk in engine.chunks]
+        read_weights(folder, chunks, groups=engine.mesh.groups)
+        return {name: p.detach().clone() for chunk in chunks for name, p in global_names(chunk)}
+
+
+def test_any_layout_is_read_whole_and_written_for_any_layout(tmp_path: Path) -> None:
+    recipe = recipe_with(**FOUR)
+    path = run_ranks(4, save, recipe, 4, tmp_path / "four")[0]
+    stored = StoredTensors(path)
+    copy = tmp_path / "copy"
+    copy.mkdir()
+    write_weights(copy, stored.weights, stored.read)
+    assert StoredTensors(copy).weights == stored.weights
+    assert not [name for name in stored.weights if "optimizer" in name or "extra_state" in name]
+
+    original = run_ranks(1, weights_at, recipe_with(**{"precision.params": "bf16"}), 1, path)[0]
+    for name in ("embedding.word_embeddings.weight", "decoder.layers.3.self_attention.linear_qkv.weight"):
+        assert torch.equal(stored.read(name), original[name])
+    parts = [stored.read(f"decoder.layers.0.mixer.in_proj.weight.{part}") for part in ("z", "x", "B", "C", "dt")]
+    assert torch.equal(torch.cat(parts), original["decoder.layers.0.mixer.in_proj.weight"])
+    again = run_ranks(1, weights_at, recipe_with(**{"precision.params": "bf16"}), 1, copy)[0]
+    assert original.keys() == again.keys() and all(torch.equal(original[name], again[name]) for name in original)
+
+
+def test_weights_of_another_model_are_refused_by_name(tmp_path: Path) -> None:
+    path = run_ranks(1, save, recipe_with(), 1, tmp_path)[0]
+    with pytest.raises(AssertionError, match=r"holds, and this model lacks.*decoder\.layers\.[0-9]"):
+        run_ranks(1, weights_at, recipe_with(**{"model.pattern": "M-M*-M-M*"}), 1, path)
+    with pytest.raises(AssertionError, match=r"it lacks 3 weights.*decoder\.layers\.10"):
+        run_ranks(1, weights_at, recipe_with(**{"model.pattern": "M-M*-M-M*-*"}), 1, path)
+
+
+class Mischief:
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return open, ("/dev/null",)
+
+
+def test_an_index_cannot_run_code(tmp_path: Path) -> None:
+    (tmp_path / ".metadata").write_bytes(pickle.dumps(Mischief()))
+    with pytest.raises(CheckpointError, match=r"names (io|_io)\.open"):
+        StoredTensors(tmp_path)

@@ -1,0 +1,328 @@
+"""A model's shape as Hugging Face's config.json, and back: every field written, nothing read without being understood.
+
+    ModelConfig --family_of--> "nemotron_h" | "gemma2" | RecipeError naming the field that neither has
+    ModelConfig --to_config--> dict for config.json        config.json --from_config--> ModelConfig
+
+Each family has fields that carry a value of ours under another name, and fields that have one value because our layers do
+only that; a config that asks for something else there is refused, by name.
+
+transformers' Nemotron-H clamps dt from below at `time_step_min` (0.001 in the published configs); Megatron, which trained
+the published weights, and this project do not. An exported config sets it to 1e-30, which clamps nothing: files and code
+then compute the function that was trained. It stays above zero because random initialization takes its logarithm.
+"""
+
+import json
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from data.typed import FieldError, build
+from train.config import ModelConfig
+from train.errors import RecipeError
+from train.hf.mapping import Family
+from train.model.pattern import layer_kinds
+
+log = logging.getLogger(__name__)
+
+CONFIG = "config.json"
+NO_CLAMP = 1e-30
+
+
+@dataclass(frozen=True)
+class SpecialTokens:
+    """Ids that Hugging Face's configs and tokenizers name; None where there is none."""
+
+    bos: int | None
+    eos: int | None
+    pad: int | None
+
+
+_CLASSES: dict[Family, str] = {"nemotron_h": "NemotronHForCausalLM", "gemma2": "Gemma2ForCausalLM"}
+
+_SHARED = {
+    "hidden_size": "hidden",
+    "intermediate_size": "ffn",
+    "num_attention_heads": "heads",
+    "num_key_value_heads": "kv_heads",
+    "head_dim": "head_dim",
+    "initializer_range": "init_std",
+}
+_NAMES: dict[Family, dict[str, str]] = {
+    "nemotron_h": _SHARED
+    | {
+        "layer_norm_epsilon": "norm_eps",
+        "mamba_num_heads": "mamba_heads",
+        "mamba_head_dim": "mamba_head_dim",
+        "ssm_state_size": "mamba_state",
+        "n_groups": "mamba_groups",
+        "conv_kernel": "mamba_conv",
+        "chunk_size": "mamba_chunk",
+    },
+    "gemma2": _SHARED
+    | {
+        "rms_norm_eps": "norm_eps",
+        "sliding_window": "window_tokens",
+        "attn_logit_softcapping": "attention_softcap",
+        "final_logit_softcapping": "logit_softcap",
+    },
+}
+"""Their name: our field, where the value is the same."""
+
+_FIXED: dict[Family, dict[str, Any]] = {
+    "nemotron_h": {
+        "attention_bias": False,
+        "mlp_bias": False,
+        "use_bias": False,
+        "mamba_proj_bias": False,
+        "use_conv_bias": True,
+        "mamba_hidden_act": "silu",
+        "tie_word_embeddings": False,
+        "sliding_window": None,
+        "residual_in_fp32": False,
+        "num_nextn_predict_layers": 0,
+        "attention_dropout": 0.0,
+        "hidden_dropout": 0.0,
+    },
+    "gemma2": {
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "tie_word_embeddings": True,
+        "use_bidirectional_attention": None,
+        "hidden_activation": "gelu_pytorch_tanh",
+    },
+}
+"""What our layers do, whatever the recipe says."""
+
+_WRITTEN: dict[Family, dict[str, Any]] = {
+    "nemotron_h": {
+        "expand": 2,  # read by nobody: the inner width is mamba_num_heads x mamba_head_dim
+        "mamba_ssm_cache_dtype": "float32",
+        "num_logits_to_keep": 1,
+        "rescale_prenorm_residual": True,
+        "time_step_min": NO_CLAMP,
+        "time_step_max": 0.1,
+        "time_step_floor": 1e-4,
+        "use_cache": True,
+        "use_mamba_kernels": True,
+    },
+    "gemma2": {"cache_implementation": "hybrid", "hidden_act": "gelu_pytorch_tanh", "use_cache": True},
+}
+"""Fields that do not change what our model computes; not looked at when a config is read."""
+
+_NOT_READ = (
+    "_name_or_path", "architectures", "auto_map", "bos_token_id", "eos_token_id", "pad_token_id", "torch_dtype", "dtype",
+    "transformers_version", "model_type", "vocab_size", "num_hidden_layers", "max_position_embeddings",
+    "hybrid_override_pattern", "layers_block_type", "layer_types", "mlp_hidden_act", "attention_head_dim",
+    "rms_norm_eps", "query_pre_attn_scalar", "rope_theta", "rope_parameters", "rope_scaling", "time_step_limit",
+    "sliding_window_size", "_attn_implementation", "attn_implementation",
+    # Fields of layers that Nemotron-H's class has and a pattern of M, * and - does not use.
+    "moe_intermediate_size", "moe_latent_size", "moe_shared_expert_intermediate_size", "moe_shared_expert_overlap",
+    "mtp_layers_block_type", "mtp_hybrid_override_pattern", "n_group", "n_routed_experts", "n_shared_experts",
+    "norm_topk_prob", "num_experts_per_tok", "output_router_logits", "routed_scaling_factor", "topk_group",
+)  # fmt: skip
+"""Fields that are read on their own below, or say nothing about the function computed."""
+
+_ACTIVATIONS = {"squared_relu": "relu2", "gelu": "gelu_pytorch_tanh", "silu": "silu"}
+_LAYERS = {"M": "linear_attention", "*": "full_attention", "-": "mlp", "E": "moe"}
+_OLD_LAYERS = {"mamba": "M", "attention": "*"}
+_LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
+
+
+def family_of(model: ModelConfig) -> Family:
+    """The family whose class computes this model. RecipeError names the fields that keep it out of each."""
+    problems: dict[Family, list[str]] = {"nemotron_h": _not_nemotron(model), "gemma2": _not_gemma(model)}
+    for family, found in problems.items():
+        if not found:
+            return family
+    listed = "\n".join(f"  {_CLASSES[family]}: {'; '.join(found)}" for family, found in problems.items())
+    raise RecipeError(f"no class of transformers computes this model without extra code:\n{listed}")
+
+
+def to_config(
+    model: ModelConfig, *, tokens: SpecialTokens, max_positions: int, dtype: str, vocab: int | None = None
+) -> dict[str, Any]:
+    """config.json of a model, keys sorted. dtype: torch's name of the stored format. vocab: theirs, None is ours."""
+    family = family_of(model)
+    kinds = layer_kinds(model.pattern)
+    config: dict[str, Any] = {
+        "architectures": [_CLASSES[family]],
+        "model_type": family,
+        "vocab_size": model.vocab if vocab is None else vocab,
+        "max_position_embeddings": max_positions,
+        "bos_token_id": tokens.bos,
+        "eos_token_id": tokens.eos,
+        "pad_token_id": tokens.pad,
+        "torch_dtype": dtype,
+        **{theirs: getattr(model, ours) for theirs, ours in _NAMES[family].items()},
+        **_FIXED[family],
+        **_WRITTEN[family],
+    }
+    match family:
+        case "nemotron_h":
+            config |= {
+                "hybrid_override_pattern": "".join(kinds),
+                "num_hidden_layers": len(kinds),
+                "mlp_hidden_act": _ACTIVATIONS[model.activation],
+                "rms_norm_eps": model.norm_eps,
+            }
+        case "gemma2":
+            attention = [kind for kind in kinds if kind != "-"]
+            config |= {
+                "num_hidden_layers": len(attention),
+                "layer_types": ["sliding_attention" if kind == "w" else "full_attention" for kind in attention],
+                "query_pre_attn_scalar": int(model.query_scale or model.head_dim),
+                "rope_theta": model.rope_base,
+                "rope_parameters": _rope(model),
+            }
+    return dict(sorted(config.items()))
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """config.json of a Hugging Face directory. RecipeError where there is none."""
+    path = folder / CONFIG
+    try:
+        config = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise RecipeError(f"{path} cannot be read: {error}. Give a directory in Hugging Face's format.") from error
+    return config
+
+
+def from_config(config: dict[str, Any], *, where: str) -> ModelConfig:
+    """The model a config.json describes. RecipeError lists every field that is missing or not supported."""
+    family = config.get("model_type")
+    if family not in _CLASSES:
+        raise RecipeError(f"{where}: model_type={family!r} is not supported. Supported: {', '.join(_CLASSES)}.")
+    problems: list[str] = []
+    for key, value in _FIXED[family].items():
+        if key in config and config[key] != value:
+            problems.append(f"{key}={config[key]!r}: only {value!r} is supported")
+    known = {*_FIXED[family], *_WRITTEN[family], *_NAMES[family], *_NOT_READ}
+    if strange := sorted(config.keys() - known):
+        log.warning("%s: not looked at: %s", where, ", ".join(strange))
+
+    def need(key: str, *others: str) -> Any:
+        for name in (key, *others):
+            if name in config:
+                return config[name]
+        problems.append(f"{key} is missing")
+        return None
+
+    fields = {ours: need(theirs) for theirs, ours in _NAMES[family].items() if theirs != "head_dim"}
+    fields["head_dim"] = need("head_dim", "attention_head_dim")
+    fields["vocab"] = need("vocab_size")
+    if family == "nemotron_h":
+        fields["pattern"] = _nemotron_pattern(config, problems)
+        acts = {theirs: ours for ours, theirs in _ACTIVATIONS.items()}
+        act = need("mlp_hidden_act")
+        fields["activation"] = acts.get(act)
+        if act is not None and act not in acts:
+            problems.append(f"mlp_hidden_act={act!r}: supported are {', '.join(acts)}")
+    else:
+        fields |= _gemma_fields(config, problems)
+        scale = need("query_pre_attn_scalar")
+        fields["query_scale"] = None if scale == fields["head_dim"] else scale
+    if problems:
+        raise RecipeError(f"{where} cannot be converted:\n  " + "\n  ".join(problems))
+    try:
+        return build(ModelConfig, fields, "model")
+    except FieldError as error:
+        raise RecipeError(f"{where} cannot be converted:\n{error}") from error
+
+
+def clamp_of(config: dict[str, Any]) -> float:
+    """The lower bound that transformers puts on dt for this config; 0 where it has none worth the name."""
+    if config.get("model_type") != "nemotron_h":
+        return 0.0
+    floor = float(config.get("time_step_min", 1e-3))
+    return floor if floor > 1e-9 else 0.0
+
+
+def _not_nemotron(model: ModelConfig) -> list[str]:
+    wanted = {
+        "position": "none", "attention_softcap": None, "logit_softcap": None, "norm_offset": 0, "post_norms": False,
+        "scale_embedding": False,
+    }  # fmt: skip
+    problems = [f"model.{key}={getattr(model, key)}" for key, value in wanted.items() if getattr(model, key) != value]
+    if "w" in model.pattern:
+        problems.append("attention over a window (`w`) in model.pattern")
+    if model.activation not in _ACTIVATIONS:
+        problems.append(f"model.activation={model.activation}")
+    if model.query_scale not in (None, model.head_dim):
+        problems.append(f"model.query_scale={model.query_scale}")
+    return problems
+
+
+def _not_gemma(model: ModelConfig) -> list[str]:
+    wanted = {
+        "position": "rope", "activation": "geglu", "norm_offset": 1, "post_norms": True, "scale_embedding": True,
+        "tie_embeddings": True,
+    }  # fmt: skip
+    problems = [f"model.{key}={getattr(model, key)}" for key, value in wanted.items() if getattr(model, key) != value]
+    kinds = layer_kinds(model.pattern)
+    if len(kinds) % 2 or set(kinds[::2]) - {"w", "*"} or set(kinds[1::2]) != {"-"}:
+        problems.append("model.pattern is not attention and MLP in turn")
+    if model.query_scale is not None and model.query_scale != int(model.query_scale):
+        problems.append(f"model.query_scale={model.query_scale} is not a whole number")
+    if model.hidden % model.heads:
+        problems.append(f"model.heads={model.heads} does not divide model.hidden={model.hidden}")
+    return problems
+
+
+def _nemotron_pattern(config: dict[str, Any], problems: list[str]) -> str | None:
+    pattern = config.get("hybrid_override_pattern")
+    if pattern is None and "layers_block_type" in config:
+        signs = {name: sign for sign, name in _LAYERS.items()} | _OLD_LAYERS
+        pattern = "".join(signs.get(name, "?") for name in config["layers_block_type"])
+    if pattern is None:
+        problems.append("hybrid_override_pattern (or layers_block_type) is missing")
+    elif strange := sorted(set(pattern) - set("M*-")):
+        problems.append(f"hybrid_override_pattern={pattern}: no layers of kind {', '.join(strange)} here")
+    return pattern
+
+
+def _rope(model: ModelConfig) -> dict[str, Any]:
+    parameters: dict[str, Any] = {"rope_theta": model.rope_base, "rope_type": "default"}
+    if model.rope_scaling != "none":
+        parameters |= {"rope_type": model.rope_scaling, "factor": model.rope_factor}
+    if model.rope_scaling in ("yarn", "llama3"):
+        parameters["original_max_position_embeddings"] = model.rope_original_tokens
+    if model.rope_scaling == "llama3":
+        parameters |= _LLAMA3
+    return parameters
+
+
+def _gemma_fields(config: dict[str, Any], problems: list[str]) -> dict[str, Any]:
+    rope = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
+    kind = rope.pop("rope_type", rope.pop("type", "default"))
+    base = rope.pop("rope_theta", config.get("rope_theta", 10000.0))
+    fields: dict[str, Any] = {
+        "activation": "geglu",
+        "position": "rope",
+        "rope_base": base,
+        "norm_offset": 1,
+        "post_norms": True,
+        "scale_embedding": True,
+        "tie_embeddings": True,
+    }
+    if kind in ("linear", "yarn", "llama3"):
+        fields |= {"rope_scaling": kind, "rope_factor": float(rope.pop("factor", 1.0))}
+        fields["rope_original_tokens"] = rope.pop("original_max_position_embeddings", 8192)
+    elif kind != "default":
+        problems.append(f"rope_type={kind!r}: supported are default, linear, yarn, llama3")
+    if kind == "llama3":
+        rope = {key: value for key, value in rope.items() if (key, value) not in _LLAMA3.items()}
+    if rope:
+        problems.append(f"rope_parameters: {', '.join(sorted(rope))} not supported here")
+    count = config.get("num_hidden_layers")
+    kinds = config.get("layer_types")
+    if kinds is None and isinstance(count, int):
+        kinds = ["full_attention" if index % 2 else "sliding_attention" for index in range(count)]
+    if kinds is None:
+        problems.append("num_hidden_layers is missing")
+        return fields
+    signs = {"sliding_attention": "w", "full_attention": "*"}
+    if strange := sorted(set(kinds) - signs.keys()):
+        problems.append(f"layer_types: {', '.join(strange)} not supported")
+    fields["pattern"] = "".join(f"{signs.get(name, '?')}-" for name in kinds)
+    return fields

@@ -1,0 +1,218 @@
+"""One table: what each tensor of our checkpoints is called in Hugging Face's files, and how one becomes the other.
+
+    pairs(model) -> [Pair]      ours: names and shapes in a checkpoint (whole model, any layout)
+                                theirs: names and shapes in `*.safetensors`
+    to_theirs(pair, tensors)  <-->  to_ours(pair, tensors)     exact: no arithmetic, so there and back is bitwise
+
+Two families: Nemotron-H (arXiv 2504.03624, Nemotron Nano 2 too) with transformers' NemotronHForCausalLM, and Gemma 2
+(arXiv 2408.00118) with Gemma2ForCausalLM. Two ways of moving are enough for both:
+
+- `rows`: ours below each other are theirs below each other. Fused projections that one side cuts and the other does not
+  (Mamba's z, x, B, C, dt; the two branches of a gated MLP), and everything that is the same on both sides.
+- `groups`: Megatron keeps, for each key/value head, its query heads, the key, the value; Hugging Face keeps all queries,
+  all keys, all values.
+
+Letters of a shape: h hidden, v our vocabulary, u theirs, f ffn, q heads x head_dim, e kv_heads x head_dim, d inner width
+of Mamba, n groups x state, m Mamba heads, k taps of the convolution. `2d+2n+m` adds up.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from train.config import ModelConfig
+from train.errors import RecipeError
+from train.model.pattern import layer_kinds
+
+Shape = tuple[int, ...]
+Family = Literal["nemotron_h", "gemma2"]
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One row of the table; names go behind the name of the layer."""
+
+    ours: dict[str, str]
+    theirs: dict[str, str]
+    move: Literal["rows", "groups"] = "rows"
+    pads: bool = False
+    """Ours may have more rows than theirs: vocabularies rounded up for parallelism."""
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Tensors of ours that hold the same numbers as tensors of theirs. Full names, exact shapes."""
+
+    ours: dict[str, Shape]
+    theirs: dict[str, Shape]
+    move: Literal["rows", "groups"]
+    pads: bool
+    queries_per_group: int
+    head_dim: int
+
+
+_EMBEDDING = "embedding.word_embeddings.weight"
+_MAMBA = (
+    Rule({"norm.weight": "h"}, {"norm.weight": "h"}),
+    Rule(
+        {
+            "mixer.in_proj.weight.z": "d h",
+            "mixer.in_proj.weight.x": "d h",
+            "mixer.in_proj.weight.B": "n h",
+            "mixer.in_proj.weight.C": "n h",
+            "mixer.in_proj.weight.dt": "m h",
+        },
+        {"mixer.in_proj.weight": "2d+2n+m h"},
+    ),
+    Rule(
+        {"mixer.conv1d.weight.x": "d 1 k", "mixer.conv1d.weight.B": "n 1 k", "mixer.conv1d.weight.C": "n 1 k"},
+        {"mixer.conv1d.weight": "d+2n 1 k"},
+    ),
+    Rule(
+        {"mixer.conv1d.bias.x": "d", "mixer.conv1d.bias.B": "n", "mixer.conv1d.bias.C": "n"},
+        {"mixer.conv1d.bias": "d+2n"},
+    ),
+    Rule({"mixer.dt_bias": "m"}, {"mixer.dt_bias": "m"}),
+    Rule({"mixer.A_log": "m"}, {"mixer.A_log": "m"}),
+    Rule({"mixer.D": "m"}, {"mixer.D": "m"}),
+    Rule({"mixer.norm.weight": "d"}, {"mixer.norm.weight": "d"}),
+    Rule({"mixer.out_proj.weight": "h d"}, {"mixer.out_proj.weight": "h d"}),
+)
+
+
+def _attention(norm: str, mixer: str) -> tuple[Rule, ...]:
+    return (
+        Rule({"input_layernorm.weight": "h"}, {f"{norm}.weight": "h"}),
+        Rule(
+            {"self_attention.linear_qkv.weight": "q+2e h"},
+            {f"{mixer}.q_proj.weight": "q h", f"{mixer}.k_proj.weight": "e h", f"{mixer}.v_proj.weight": "e h"},
+            move="groups",
+        ),
+        Rule({"self_attention.linear_proj.weight": "h q"}, {f"{mixer}.o_proj.weight": "h q"}),
+    )
+
+
+_NEMOTRON: dict[str, tuple[Rule, ...]] = {
+    "first": (Rule({_EMBEDDING: "v h"}, {"backbone.embeddings.weight": "u h"}, pads=True),),
+    "M": _MAMBA,
+    "*": _attention("norm", "mixer"),
+    "-": (
+        Rule({"pre_mlp_layernorm.weight": "h"}, {"norm.weight": "h"}),
+        Rule({"mlp.linear_fc1.weight": "f h"}, {"mixer.up_proj.weight": "f h"}),
+        Rule({"mlp.linear_fc2.weight": "h f"}, {"mixer.down_proj.weight": "h f"}),
+    ),
+    "last": (
+        Rule({"decoder.final_norm.weight": "h"}, {"backbone.norm_f.weight": "h"}),
+        Rule({"output_layer.weight": "v h"}, {"lm_head.weight": "u h"}, pads=True),
+    ),
+}
+
+TABLE: dict[Family, dict[str, tuple[Rule, ...]]] = {"nemotron_h": _NEMOTRON}
+
+
+def pairs(model: ModelConfig, family: Family, *, vocab: int | None = None) -> list[Pair]:
+    """Every correspondence of a model, in the order of Hugging Face's files: embedding, layers, final norm, head.
+
+    vocab: rows of Hugging Face's embedding where ours has more (padding); None: the same. RecipeError where larger.
+    """
+    theirs_vocab = model.vocab if vocab is None else vocab
+    if theirs_vocab > model.vocab:
+        raise RecipeError(f"model.vocab={model.vocab:,} is smaller than the vocabulary of {theirs_vocab:,} to convert.")
+    sizes = _sizes(model, theirs_vocab)
+    table = TABLE[family]
+    found = [_pair(rule, "", "", sizes=sizes, model=model) for rule in table["first"]]
+    for index, kind in enumerate(layer_kinds(model.pattern)):
+        ours, theirs = f"decoder.layers.{index}.", f"{layer_name(family, index)}."
+        found += [_pair(rule, ours, theirs, sizes=sizes, model=model) for rule in table[kind]]
+    found += [
+        _pair(rule, "", "", sizes=sizes, model=model)
+        for rule in table["last"]
+        if not (model.tie_embeddings and "output_layer.weight" in rule.ours)
+    ]
+    if model.tie_embeddings and family == "nemotron_h":  # whose class has a head of its own, always
+        head = Rule({_EMBEDDING: "v h"}, {"lm_head.weight": "u h"}, pads=True)
+        found.append(_pair(head, "", "", sizes=sizes, model=model))
+    return found
+
+
+def layer_name(family: Family, index: int) -> str:
+    """Where our layer `index` lies in Hugging Face's model."""
+    match family:
+        case "nemotron_h":
+            return f"backbone.layers.{index}"
+        case "gemma2":  # a block of theirs is attention and MLP, two layers of ours
+            return f"model.layers.{index // 2}"
+
+
+def to_theirs(pair: Pair, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Our tensors of a pair, in its order, as theirs."""
+    if pair.move == "groups":
+        (fused,) = tensors
+        grouped = fused.unflatten(0, (-1, pair.queries_per_group + 2, pair.head_dim))
+        parts = grouped.split([pair.queries_per_group, 1, 1], dim=1)
+        return [part.flatten(0, 2) for part in parts]
+    return _cut(tensors, list(pair.theirs.values()))
+
+
+def to_ours(pair: Pair, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Their tensors of a pair, in its order, as ours.
+
+    Rows that only our vocabulary has get the mean of the others: their logit is the mean logit, never the largest.
+    """
+    if pair.move == "groups":
+        query, key, value = (tensor.unflatten(0, (-1, pair.head_dim)) for tensor in tensors)
+        grouped = [query.unflatten(0, (-1, pair.queries_per_group)), key[:, None], value[:, None]]
+        return [torch.cat(grouped, dim=1).flatten(0, 2)]
+    shapes = list(pair.ours.values())
+    missing = sum(shape[0] for shape in shapes) - sum(tensor.shape[0] for tensor in tensors)
+    if missing and pair.pads:
+        (tensor,) = tensors
+        mean = tensor.mean(dim=0, keepdim=True, dtype=torch.float32).to(tensor.dtype)
+        return [torch.cat([tensor, mean.expand(missing, -1)])]
+    return _cut(tensors, shapes)
+
+
+def _cut(tensors: Sequence[torch.Tensor], shapes: list[Shape]) -> list[torch.Tensor]:
+    """Tensors below each other, cut again after the first dims of `shapes`; rows beyond them are dropped."""
+    whole = tensors[0] if len(tensors) == 1 else torch.cat(list(tensors))
+    rows = [shape[0] for shape in shapes]
+    return list(whole[: sum(rows)].split(rows))
+
+
+def _pair(rule: Rule, ours: str, theirs: str, *, sizes: dict[str, int], model: ModelConfig) -> Pair:
+    return Pair(
+        ours={ours + name: _shape(text, sizes) for name, text in rule.ours.items()},
+        theirs={theirs + name: _shape(text, sizes) for name, text in rule.theirs.items()},
+        move=rule.move,
+        pads=rule.pads,
+        queries_per_group=model.heads // model.kv_heads,
+        head_dim=model.head_dim,
+    )
+
+
+def _sizes(model: ModelConfig, theirs_vocab: int) -> dict[str, int]:
+    return {
+        "h": model.hidden,
+        "v": model.vocab,
+        "u": theirs_vocab,
+        "f": model.ffn,
+        "q": model.heads * model.head_dim,
+        "e": model.kv_heads * model.head_dim,
+        "d": model.mamba_heads * model.mamba_head_dim,
+        "n": model.mamba_groups * model.mamba_state,
+        "m": model.mamba_heads,
+        "k": model.mamba_conv,
+    }
+
+
+def _shape(text: str, sizes: dict[str, int]) -> Shape:
+    """`2d+2n+m h` as numbers."""
+
+    def value(term: str) -> int:
+        if term.isdigit():
+            return int(term)
+        return int(term[:-1] or 1) * sizes[term[-1]]
+
+    return tuple(sum(value(term) for term in dim.split("+")) for dim in text.split())
