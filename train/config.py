@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from data.config import DataConfig
-from data.fields import Count, Fraction, NonNegativeFloat, OpenFraction, PositiveFloat, PositiveInt
+from data.fields import Count, Fraction, NonNegativeFloat, OpenFraction, PositiveFloat, PositiveInt, SoftCap
 
 
 @dataclass(frozen=True)
@@ -65,8 +65,9 @@ class ModelConfig:
     """Attention scores are divided by the square root of this; null is `head_dim`. Gemma 2 27B: 144 (hidden / heads)."""
     window_tokens: PositiveInt = 4096
     """Tokens a `w` layer sees: the query's own and those before it. Gemma 2 (arXiv 2408.00118): 4,096."""
-    attention_softcap: PositiveFloat | None = None
-    """Attention scores s become c tanh(s / c) before mask and softmax; null leaves them. Gemma 2: 50."""
+    attention_softcap: SoftCap | None = None
+    """Attention scores s become c tanh(s / c) before mask and softmax; null leaves them. At most 70: kernels add up exponentials
+    without taking out the largest. Gemma 2: 50."""
     mamba_heads: PositiveInt = 8
     """Heads of a Mamba-2 layer; inner width = mamba_heads x mamba_head_dim."""
     mamba_head_dim: PositiveInt = 64
@@ -101,7 +102,7 @@ class ModelConfig:
     """Multiply embeddings by sqrt(hidden), rounded to the format of activations (Gemma 2)."""
     tie_embeddings: bool = False
     """Use the embedding matrix as output head too."""
-    logit_softcap: PositiveFloat | None = None
+    logit_softcap: SoftCap | None = None
     """Logits z become c tanh(z / c) before the softmax; null leaves them. Gemma 2: 30."""
     init_std: PositiveFloat = 0.02
     """Standard deviation of initial weights; projections back into the residual stream get it divided by

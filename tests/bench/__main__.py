@@ -136,11 +136,11 @@ def smoke_rows(rounds: int, peak: float) -> list[tuple[str, str]]:
 
 def peer_rows(rounds: int, peak: float) -> list[tuple[str, str]]:
     """Against transformers' Nemotron-H of the same shape, with torch's fused AdamW and clipping."""
-    from parity.test_nemotron_h import oracle_of
+    from parity.peers import peer_of
     from torch.nn import functional as F
 
     torch.set_num_threads(THREADS)
-    oracle = oracle_of(PEER)
+    oracle = peer_of(PEER)
     optimizer = torch.optim.AdamW(oracle.parameters(), lr=1e-3, weight_decay=0.1, betas=(0.9, 0.95), fused=True)
     batch = batch_of(PEER.vocab)
 

@@ -9,9 +9,9 @@ from train.evaluate.generate import Sampling, forward_cached, generate, pick
 from train.model.context import LayerCaches
 
 
-def cached_against_full(rank: int, position: str) -> float:
+def cached_against_full(rank: int, changes: dict[str, object]) -> float:
     """Largest difference of logits, cached in uneven parts against one pass, over their spread."""
-    recipe = recipe_with(**{"model.position": position})
+    recipe = recipe_with(**changes)
     with engine_of(recipe, rank=rank, world=1) as engine, torch.no_grad():
         model = engine.chunks[0].module.eval()
         tokens = torch.randint(0, VOCAB, (2, 40), generator=torch.Generator().manual_seed(3))
@@ -26,9 +26,15 @@ def cached_against_full(rank: int, position: str) -> float:
         return worst / float(full.std())
 
 
-@pytest.mark.parametrize("position", ["none", "rope"])
-def test_cached_logits_equal_the_full_pass(position: str) -> None:
-    assert run_ranks(1, cached_against_full, position)[0] < 1e-5
+GEMMA = {
+    "model.pattern": "w-*-M", "model.position": "rope", "model.window_tokens": 6, "model.attention_softcap": 5.0,
+    "model.logit_softcap": 3.0, "model.norm_offset": 1, "model.post_norms": True, "model.scale_embedding": True,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("changes", [{}, {"model.position": "rope"}, GEMMA], ids=["hybrid", "rotary", "gemma"])
+def test_cached_logits_equal_the_full_pass(changes: dict[str, object]) -> None:
+    assert run_ranks(1, cached_against_full, changes)[0] < 1e-5
 
 
 def greedy_twice(rank: int) -> tuple[list[int], list[int], int]:

@@ -1,4 +1,6 @@
-"""The attention core against softmax(Q K^T) V written out in float64: grouped heads, documents, and a growing cache."""
+"""The attention core against softmax(Q K^T) V written out in float64: grouped heads, windows, soft caps, documents, a
+growing cache, blocks; and the gradients of capped attention.
+"""
 
 from types import SimpleNamespace
 
@@ -6,7 +8,8 @@ import pytest
 import torch
 from megatron.core.transformer.enums import AttnMaskType
 
-from train.model.attention import AttentionCore, zigzag_positions
+from train.model.attention import AttentionCore, document_starts, flex, zigzag_positions
+from train.model.capped import capped_attention
 from train.model.context import LayerCaches, RowContext
 
 
@@ -18,19 +21,33 @@ class OneRank:
         return 0
 
 
-def core(scale: float | None = None) -> AttentionCore:
-    config = SimpleNamespace(context_parallel_size=1)
+def core(scale: float | None = None, *, softcap: float | None = None, window: int | None = None) -> AttentionCore:
+    size = None if window is None else (window - 1, 0)
+    config = SimpleNamespace(context_parallel_size=1, window_size=size, window_attn_skip_freq=None)
     groups = SimpleNamespace(cp=OneRank())
-    return AttentionCore(config, 1, AttnMaskType.causal, "self", softmax_scale=scale, pg_collection=groups)
+    return AttentionCore(
+        config, 1, AttnMaskType.causal, "self", softmax_scale=scale, pg_collection=groups, softcap=softcap
+    )
 
 
 def written_out(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, documents: torch.Tensor | None, scale: float
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    documents: torch.Tensor | None,
+    scale: float,
+    *,
+    softcap: float | None = None,
+    window: int | None = None,
 ) -> torch.Tensor:
     s, b, h, d = q.shape
     k, v = (t.repeat_interleave(h // t.shape[2], dim=2).double() for t in (k, v))
     scores = torch.einsum("sbhd,tbhd->bhst", q.double(), k) * scale
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
     allowed = torch.ones(s, s, dtype=torch.bool).tril()[None, None]
+    if window is not None:
+        allowed = allowed & torch.ones(s, s, dtype=torch.bool).triu(1 - window)
     if documents is not None:
         allowed = allowed & (documents[:, None, :, None] == documents[:, None, None, :])
     weights = torch.softmax(scores.masked_fill(~allowed, -torch.inf), dim=-1)
@@ -44,12 +61,51 @@ def qkv(sequence: int, heads: int, groups: int) -> tuple[torch.Tensor, torch.Ten
 
 @pytest.mark.parametrize(("heads", "groups"), [(4, 4), (4, 2), (6, 1)])
 @pytest.mark.parametrize("packed", [False, True])
-def test_output_equals_the_formula(heads: int, groups: int, packed: bool) -> None:
+@pytest.mark.parametrize("window", [None, 1, 4, 30])
+@pytest.mark.parametrize("softcap", [None, 50.0, 0.7])
+def test_output_equals_the_formula(
+    heads: int, groups: int, packed: bool, window: int | None, softcap: float | None
+) -> None:
     q, k, v = qkv(17, heads, groups)
     documents = (torch.arange(17) // 5).expand(2, -1) if packed else None
     context = RowContext(documents=documents) if packed else None
-    got = core()(q, k, v, packed_seq_params=context)
-    torch.testing.assert_close(got.double(), written_out(q, k, v, documents, 8**-0.5), rtol=1e-5, atol=1e-6)
+    got = core(softcap=softcap, window=window)(q, k, v, packed_seq_params=context)
+    expected = written_out(q, k, v, documents, 8**-0.5, softcap=softcap, window=window)
+    torch.testing.assert_close(got.double(), expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("length", "window", "edges"), [(300, None, ()), (300, 90, ()), (300, 200, (70, 71, 160)), (650, 560, (600,))]
+)
+def test_capped_gradients_over_many_blocks(length: int, window: int | None, edges: tuple[int, ...]) -> None:
+    """fp32 against autograd through the formula in float64."""
+    q, k, v = (t.requires_grad_() for t in qkv(length, 4, 2))
+    places = torch.arange(length)
+    rows = [sum((places >= edge).int() for edge in edges[row:]) + 0 * places for row in range(2)]
+    documents = torch.stack(rows) if edges else None
+    context = RowContext(documents=documents) if edges else None
+    got = core(0.4, softcap=3.0, window=window)(q, k, v, packed_seq_params=context)
+    expected = written_out(q, k, v, documents, 0.4, softcap=3.0, window=window)
+    torch.testing.assert_close(got.double(), expected, rtol=1e-5, atol=2e-6)
+    weights = torch.randn(got.shape, generator=torch.Generator().manual_seed(2))
+    ours = torch.autograd.grad(got, (q, k, v), weights)
+    exact = torch.autograd.grad(expected, (q, k, v), weights.double())
+    for mine, true in zip(ours, exact, strict=True):
+        assert float((mine - true).abs().max() / true.abs().max()) < 1e-5  # sums over hundreds of keys
+
+
+def test_flex_attention_means_the_same() -> None:
+    """The GPU's mask and score functions, run unfused by torch on a CPU."""
+    q, k, v = qkv(40, 4, 2)
+    first = torch.stack([(torch.arange(40) - 12).clamp(min=0), torch.arange(40) // 13 * 13]).to(torch.int32)
+    options = {"offset": 10, "scale": 0.4, "softcap": 2.0}
+    got = flex(q[10:], k, v, first_key_BQ=first[:, 10:], **options)
+    torch.testing.assert_close(got, capped_attention(q[10:], k, v, first_key_BQ=first[:, 10:], **options))
+
+
+def test_documents_start_where_their_index_changes() -> None:
+    documents = torch.tensor([[0, 0, 1, 1, 1, 4], [2, 3, 3, 3, 3, 3]])
+    assert document_starts(documents).tolist() == [[0, 0, 2, 2, 2, 5], [0, 1, 1, 1, 1, 1]]
 
 
 def test_a_given_scale_is_used() -> None:
@@ -58,15 +114,19 @@ def test_a_given_scale_is_used() -> None:
 
 
 @pytest.mark.parametrize("cuts", [[17], [9, 8], [5, 1, 1, 10], [1] * 17])
-def test_reading_through_a_cache_equals_reading_at_once(cuts: list[int]) -> None:
+@pytest.mark.parametrize(("softcap", "window"), [(None, None), (None, 4), (2.0, None), (2.0, 4), (2.0, 1)])
+def test_reading_through_a_cache_equals_reading_at_once(
+    cuts: list[int], softcap: float | None, window: int | None
+) -> None:
     q, k, v = qkv(17, 4, 2)
-    whole = core()(q, k, v)
-    module, context = core(), RowContext(caches=LayerCaches())
-    parts = [
-        module(*part, packed_seq_params=context)
-        for part in zip(q.split(cuts), k.split(cuts), v.split(cuts), strict=True)
-    ]
+    whole = core(softcap=softcap, window=window)(q, k, v)
+    module, caches = core(softcap=softcap, window=window), LayerCaches()
+    parts = []
+    for part in zip(q.split(cuts), k.split(cuts), v.split(cuts), strict=True):
+        parts.append(module(*part, packed_seq_params=RowContext(caches=caches)))
+        caches.length += part[0].shape[0]
     torch.testing.assert_close(torch.cat(parts), whole, rtol=1e-5, atol=1e-6)
+    assert caches.keys_values[1][0].shape[0] == (17 if window is None else window - 1)
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 4])

@@ -1,4 +1,4 @@
-"""Vocabulary-parallel cross-entropy against torch's own in float64, whole and split over two ranks."""
+"""Vocabulary-parallel cross-entropy against torch's own in float64, whole or split over two ranks, with a soft cap or without."""
 
 import pytest
 import torch
@@ -17,23 +17,25 @@ def inputs() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     return logits, torch.randint(0, SHAPE[-1], SHAPE[:2], generator=g), torch.randn(SHAPE[:2], generator=g)
 
 
-def split(rank: int, world: int) -> tuple[torch.Tensor, torch.Tensor]:
+def split(rank: int, world: int, cap: float | None) -> tuple[torch.Tensor, torch.Tensor]:
     dist.init_process_group("gloo", rank=rank, world_size=world)
     logits, labels, weights = inputs()
     mine = logits.chunk(world, dim=-1)[rank].contiguous().requires_grad_()
-    loss = vocab_parallel_cross_entropy(mine * 1.0, labels, group=dist.group.WORLD)
+    loss = vocab_parallel_cross_entropy(mine * 1.0, labels, group=dist.group.WORLD, softcap=cap)
     (loss * weights).sum().backward()
     assert mine.grad is not None
     return loss.detach(), mine.grad
 
 
 @pytest.mark.parametrize("world", [1, 2])
-def test_loss_and_gradient_equal_torchs_in_float64(world: int) -> None:
+@pytest.mark.parametrize("cap", [None, 30.0, 2.0])
+def test_loss_and_gradient_equal_torchs_in_float64(world: int, cap: float | None) -> None:
     logits, labels, weights = inputs()
     exact = logits.double().requires_grad_()
-    expected = F.cross_entropy(exact.flatten(0, 1), labels.flatten(), reduction="none").view(SHAPE[:2])
+    capped = exact if cap is None else cap * torch.tanh(exact / cap)
+    expected = F.cross_entropy(capped.flatten(0, 1), labels.flatten(), reduction="none").view(SHAPE[:2])
     (expected * weights).sum().backward()
-    results = run_ranks(world, split, world)
+    results = run_ranks(world, split, world, cap)
     for loss, _ in results:
         torch.testing.assert_close(loss.double(), expected.detach(), rtol=1e-6, atol=1e-6)
     gradient = torch.cat([grad for _, grad in results], dim=-1)

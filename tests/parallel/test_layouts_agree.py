@@ -25,6 +25,20 @@ LAYOUTS = {
     "TP2 SP CP2": (4, {"parallel.tensor": 2, "parallel.sequence": True, "parallel.context": 2}),
 }
 PACKED = {"data.reset_at_documents": True}
+GEMMA = {
+    "model.pattern": "w-*-w-*-", "model.activation": "geglu", "model.position": "rope", "model.window_tokens": 20,
+    "model.attention_softcap": 5.0, "model.logit_softcap": 3.0, "model.norm_offset": 1, "model.post_norms": True,
+    "model.scale_embedding": True, "model.tie_embeddings": True, "model.init_std": 0.1,
+}  # fmt: skip
+"""Low caps and large weights, so that they matter."""
+GEMMA_LAYOUTS = {
+    "recompute": (1, {"parallel.recompute": "full"}),
+    "TP2 SP": (2, {"parallel.tensor": 2, "parallel.sequence": True}),
+    "CP2": (2, {"parallel.context": 2}),
+    "PP2 VP2": (2, {"parallel.pipeline": 2, "parallel.virtual_pipeline": 2}),
+    "TP2 SP CP2": (4, {"parallel.tensor": 2, "parallel.sequence": True, "parallel.context": 2}),
+    "TP2 PP2": (4, {"parallel.tensor": 2, "parallel.pipeline": 2}),
+}
 
 
 def agree(numbers: Numbers, reference: Numbers, tolerance: float) -> None:
@@ -49,6 +63,11 @@ def single_packed() -> Numbers:
     return trained(1, **PACKED)
 
 
+@pytest.fixture(scope="module")
+def single_gemma() -> Numbers:
+    return trained(1, **GEMMA, **PACKED)
+
+
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_layout_trains_as_one_process(name: str, single: Numbers) -> None:
     world, changes = LAYOUTS[name]
@@ -68,6 +87,17 @@ def test_tied_embeddings_agree_over_a_pipeline() -> None:
         trained(1, **{"model.tie_embeddings": True}),
         ROUNDING,
     )
+
+
+@pytest.mark.parametrize("name", GEMMA_LAYOUTS)
+def test_gemma_trains_as_one_process(name: str, single_gemma: Numbers) -> None:
+    world, changes = GEMMA_LAYOUTS[name]
+    agree(trained(world, **GEMMA, **PACKED, **changes), single_gemma, ROUNDING)
+
+
+def test_rotary_hybrid_agrees_over_context_ranks() -> None:
+    rope = {"model.position": "rope", "model.pattern": "M-w-*-", "model.window_tokens": 24}
+    agree(trained(2, **rope, **{"parallel.context": 2}), trained(1, **rope), ROUNDING)
 
 
 @pytest.mark.parametrize("activation", ["swiglu", "geglu"])

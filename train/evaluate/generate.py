@@ -32,18 +32,15 @@ def forward_cached(model: Any, tokens_BS: torch.Tensor, caches: LayerCaches) -> 
     start, length = caches.length, tokens_BS.shape[1]
     positions = torch.arange(start, start + length, device=tokens_BS.device).expand_as(tokens_BS)
     hidden = model.embedding(input_ids=tokens_BS, position_ids=positions)
-    rotary = None
-    if model.position_embedding_type == "rope":
-        rotary = model.rotary_pos_emb(start + length)[start:]
     context = RowContext(caches=caches)
     for layer in model.decoder.layers:
-        hidden = layer(hidden_states=hidden, attention_mask=None, packed_seq_params=context, rotary_pos_emb=rotary)
+        hidden = layer(hidden_states=hidden, attention_mask=None, packed_seq_params=context)
         if isinstance(hidden, tuple):
             hidden = hidden[0]
     caches.length = start + length
     weight = model.shared_embedding_or_output_weight() if model.share_embeddings_and_output_weights else None
     logits_SBV, _ = model.output_layer(model.decoder.final_norm(hidden[-1:]), weight=weight)
-    return logits_SBV[0].float()
+    return model.capped(logits_SBV[0].float())
 
 
 def pick(logits_BV: torch.Tensor, sampling: Sampling, generator: torch.Generator) -> torch.Tensor:

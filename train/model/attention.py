@@ -1,14 +1,25 @@
-"""The attention core: scaled dot-product attention over grouped queries, with documents, context ranks and a cache.
+"""The attention core: scaled dot-product attention over grouped queries, with rotary positions, a window, a soft cap,
+documents, context ranks and a cache.
 
-Megatron's own core needs Transformer Engine for packed documents and for context parallelism; this one does both in
-plain torch on any device. It stands inside Megatron's SelfAttention, which owns the projections and their sharding.
+Megatron's own core needs Transformer Engine for packed documents and for context parallelism, and has no soft cap; this
+one does all of it on any device. It stands inside Megatron's SelfAttention, which owns the projections and their sharding.
 
-    query_SBHD, key_SBGD, value_SBGD --> output_SB(HD)      S sequence, B rows, H query heads, G key/value heads, D width
+    query_SBHD, key_SBGD, value_SBGD --turn--> scores --cap--> mask --> softmax --> output_SB(HD)
 
-Context parallelism: context rank r of c holds chunks r and 2c-1-r of 2c equal chunks of the row (the order Megatron's
-Mamba all-to-all assumes, balanced for causal masks). Keys and values are gathered over the group; the gather's backward
-is the matching reduce-scatter. Masks go by true positions, so nothing needs reordering.
+    S sequence, B rows, H query heads, G key/value heads, D width
+
+A query sees the keys from its first one (start of its window, start of its document) to its own: an interval, whatever is
+combined. Context parallelism: context rank r of c holds chunks r and 2c-1-r of 2c equal chunks of the row (the order
+Megatron's Mamba all-to-all assumes, balanced for causal masks). Keys and values are gathered over the group and put into
+true order; the gather's backward is the matching reduce-scatter.
+
+Which arithmetic: without a soft cap torch's scaled_dot_product_attention (FlashAttention on a GPU); with one
+`train.model.capped` on a CPU and torch's FlexAttention on a GPU (**not run on a GPU**; its mask and score functions are
+tested on a CPU, where torch runs them unfused).
 """
+
+from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -16,9 +27,13 @@ from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.utils import is_layer_window_attention
 from torch.nn import functional as F
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-from train.model.context import LayerCaches, RowContext
+from train.model.capped import capped_attention
+from train.model.context import RowContext
+from train.model.rotary import Rotary
 
 
 def zigzag_positions(sequence: int, *, rank: int, ranks: int, device: torch.device) -> torch.Tensor:
@@ -30,8 +45,21 @@ def zigzag_positions(sequence: int, *, rank: int, ranks: int, device: torch.devi
     return torch.cat([torch.arange(start, start + chunk, device=device) for start in starts])
 
 
+@dataclass(frozen=True)
+class Stretch:
+    """Queries that follow one another in the row."""
+
+    queries: slice
+    """Among this rank's queries."""
+    offset: int
+    """Place of the first of them among the keys."""
+
+
 class AttentionCore(MegatronModule):
-    """Causal attention through torch's scaled_dot_product_attention; fp32 arithmetic on a CPU whatever the storage."""
+    """Causal attention; fp32 arithmetic on a CPU whatever the storage.
+
+    softcap, rotary: of the whole model (`train.model.build` binds them). The window comes from Megatron's config.
+    """
 
     def __init__(
         self,
@@ -42,6 +70,9 @@ class AttentionCore(MegatronModule):
         cp_comm_type: str | None = None,
         softmax_scale: float | None = None,
         pg_collection: ProcessGroupCollection | None = None,
+        *,
+        softcap: float | None = None,
+        rotary: Rotary | None = None,
     ) -> None:
         super().__init__(config=config)
         assert attn_mask_type == AttnMaskType.causal, "language models here are causal"
@@ -49,6 +80,10 @@ class AttentionCore(MegatronModule):
         self.layer_number = layer_number
         self.softmax_scale = softmax_scale
         self.context_group = pg_collection.cp
+        self.softcap = softcap
+        self.rotary = rotary
+        has_window = is_layer_window_attention(config.window_size, config.window_attn_skip_freq, layer_number)
+        self.window_tokens = config.window_size[0] + 1 if has_window else None
 
     def forward(
         self,
@@ -61,62 +96,167 @@ class AttentionCore(MegatronModule):
         packed_seq_params: RowContext | None = None,
     ) -> torch.Tensor:
         """See the module text for shapes. Collective over the context group where that has more than one rank."""
-        caches = packed_seq_params.caches if packed_seq_params is not None else None
-        documents = packed_seq_params.documents if packed_seq_params is not None else None
-        if caches is not None:
-            key_SBGD, value_SBGD = self._extend_cache(caches, key_SBGD, value_SBGD)
-        ranks = self.context_group.size()
+        row = packed_seq_params if packed_seq_params is not None else RowContext()
+        ranks, here = self.context_group.size(), self.context_group.rank()
+        queries, device, storage = query_SBHD.shape[0], query_SBHD.device, query_SBHD.dtype
+        before = row.caches.length if row.caches is not None else 0
+        sequence = before + queries * ranks
+        if self.rotary is not None:
+            positions = before + zigzag_positions(queries * ranks, rank=here, ranks=ranks, device=device)
+            query_SBHD = self.rotary(query_SBHD, positions, length=sequence)
+            key_SBGD = self.rotary(key_SBGD, positions, length=sequence)
+        if row.caches is not None:
+            key_SBGD, value_SBGD = self._extend_cache(row, key_SBGD, value_SBGD)
         if ranks > 1:
-            key_SBGD = gather_from_sequence_parallel_region(key_SBGD, group=self.context_group)
-            value_SBGD = gather_from_sequence_parallel_region(value_SBGD, group=self.context_group)
-        mask = self._mask(query_SBHD, key_SBGD, documents=documents, caches=caches)
-
-        storage = query_SBHD.dtype
-        if query_SBHD.device.type == "cpu" and storage == torch.bfloat16:
+            key_SBGD, value_SBGD = self._gathered(key_SBGD), self._gathered(value_SBGD)
+        if device.type == "cpu" and storage == torch.bfloat16:
             query_SBHD, key_SBGD, value_SBGD = query_SBHD.float(), key_SBGD.float(), value_SBGD.float()
-        out_BHSD = F.scaled_dot_product_attention(
-            query_SBHD.permute(1, 2, 0, 3),
-            key_SBGD.permute(1, 2, 0, 3),
-            value_SBGD.permute(1, 2, 0, 3),
-            attn_mask=mask,
-            is_causal=mask is None and query_SBHD.shape[0] > 1,
-            scale=self.softmax_scale,
-            enable_gqa=query_SBHD.shape[2] != key_SBGD.shape[2],
-        )
-        return out_BHSD.permute(2, 0, 1, 3).flatten(2).to(storage)
+        scale = self.softmax_scale if self.softmax_scale is not None else query_SBHD.shape[-1] ** -0.5
+        keys = key_SBGD.shape[0]
+        outputs = []
+        for stretch in _stretches(queries, keys, rank=here, ranks=ranks):
+            q = query_SBHD[stretch.queries]
+            first_BQ = self._first_keys(q.shape[0], stretch.offset, keys, row, rows=q.shape[1], device=device)
+            outputs.append(self._attend(q, key_SBGD, value_SBGD, first_BQ, offset=stretch.offset, scale=scale))
+        output = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+        return output.to(storage)
 
-    def _mask(
+    def _attend(
         self,
-        query_SBHD: torch.Tensor,
-        key_SBGD: torch.Tensor,
+        query_QBHD: torch.Tensor,
+        key_KBGD: torch.Tensor,
+        value_KBGD: torch.Tensor,
+        first_BQ: torch.Tensor | None,
         *,
-        documents: torch.Tensor | None,
-        caches: LayerCaches | None,
+        offset: int,
+        scale: float,
+    ) -> torch.Tensor:
+        """Attention of a stretch of queries, each from its first key (None: the first of all) to its own."""
+        if self.softcap is None:
+            return _plain(query_QBHD, key_KBGD, value_KBGD, first_BQ, offset=offset, scale=scale)
+        if first_BQ is None:
+            first_BQ = torch.zeros(*query_QBHD.shape[1::-1], dtype=torch.int32, device=query_QBHD.device)
+        attend = capped_attention if query_QBHD.device.type == "cpu" else flex
+        return attend(
+            query_QBHD, key_KBGD, value_KBGD, first_key_BQ=first_BQ, offset=offset, scale=scale, softcap=self.softcap
+        )
+
+    def _first_keys(
+        self, queries: int, offset: int, keys: int, row: RowContext, *, rows: int, device: torch.device
     ) -> torch.Tensor | None:
-        """Which keys a query may see: bool, broadcast to [rows, heads, queries, keys]; None means plain causal."""
-        ranks = self.context_group.size()
-        keys, queries, device = key_SBGD.shape[0], query_SBHD.shape[0], query_SBHD.device
-        if caches is not None:
-            if queries == 1 or keys == queries:
-                return None  # one new token sees everything before it; a first prompt is plain causal
-            key_positions = torch.arange(keys, device=device)
-            return key_positions[None, :] <= key_positions[keys - queries :, None]
-        if ranks == 1 and documents is None:
+        """First key each query sees, [rows, queries] int32; None where that is the first of all for every query."""
+        window = self.window_tokens
+        if row.documents is None and (window is None or offset + queries <= window):
             return None
-        query_positions = zigzag_positions(keys, rank=self.context_group.rank(), ranks=ranks, device=device)
-        key_positions = torch.cat([zigzag_positions(keys, rank=r, ranks=ranks, device=device) for r in range(ranks)])
-        mask = key_positions[None, :] <= query_positions[:, None]
-        if documents is None:
-            return mask
-        same = documents[:, query_positions][:, :, None] == documents[:, key_positions][:, None, :]
-        return (mask & same)[:, None]
+        places = torch.arange(offset, offset + queries, device=device)
+        first = (places - (window - 1)).clamp(min=0) if window is not None else torch.zeros_like(places)
+        if row.documents is None:
+            return first.to(torch.int32).expand(rows, -1)
+        starts = document_starts(row.documents)[:, offset : offset + queries]
+        return torch.maximum(first, starts).to(torch.int32)
+
+    def _gathered(self, part_SBGD: torch.Tensor) -> torch.Tensor:
+        """Keys or values of all context ranks in true order. Collective."""
+        ranks = self.context_group.size()
+        by_rank = gather_from_sequence_parallel_region(part_SBGD, group=self.context_group)
+        chunks = by_rank.chunk(2 * ranks)  # rank r's two chunks stand at 2r and 2r + 1
+        return torch.cat([*chunks[0::2], *chunks[:0:-2]])
 
     def _extend_cache(
-        self, caches: LayerCaches, key_SBGD: torch.Tensor, value_SBGD: torch.Tensor
+        self, row: RowContext, key_SBGD: torch.Tensor, value_SBGD: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        if self.layer_number in caches.keys_values:
-            past_key, past_value = caches.keys_values[self.layer_number]
+        """All keys and values the new queries may see. The cache of a layer with a window keeps no more than that."""
+        assert row.caches is not None
+        cached = row.caches.keys_values
+        if self.layer_number in cached:
+            past_key, past_value = cached[self.layer_number]
             key_SBGD = torch.cat([past_key, key_SBGD])
             value_SBGD = torch.cat([past_value, value_SBGD])
-        caches.keys_values[self.layer_number] = (key_SBGD, value_SBGD)
+        keep = key_SBGD.shape[0] if self.window_tokens is None else min(self.window_tokens - 1, key_SBGD.shape[0])
+        start = key_SBGD.shape[0] - keep
+        kept = (key_SBGD[start:], value_SBGD[start:])
+        # A copy where something is dropped, so that the dropped part is freed.
+        cached[self.layer_number] = kept if start == 0 else (kept[0].clone(), kept[1].clone())
         return key_SBGD, value_SBGD
+
+
+def document_starts(documents_BS: torch.Tensor) -> torch.Tensor:
+    """Place of the first token of each token's document, [B, S]; documents: index of each token, never decreasing."""
+    places = torch.arange(documents_BS.shape[1], device=documents_BS.device).expand_as(documents_BS)
+    is_first = torch.ones_like(documents_BS, dtype=torch.bool)
+    is_first[:, 1:] = documents_BS[:, 1:] != documents_BS[:, :-1]
+    return torch.where(is_first, places, 0).cummax(dim=1).values
+
+
+def _stretches(queries: int, keys: int, *, rank: int, ranks: int) -> Iterator[Stretch]:
+    """This rank's queries as runs of neighbours: all of them, or its two chunks of the row."""
+    if ranks == 1:
+        yield Stretch(slice(0, queries), keys - queries)
+        return
+    chunk = queries // 2
+    yield Stretch(slice(0, chunk), rank * chunk)
+    yield Stretch(slice(chunk, queries), (2 * ranks - 1 - rank) * chunk)
+
+
+def _plain(
+    query_QBHD: torch.Tensor,
+    key_KBGD: torch.Tensor,
+    value_KBGD: torch.Tensor,
+    first_BQ: torch.Tensor | None,
+    *,
+    offset: int,
+    scale: float,
+) -> torch.Tensor:
+    """Without a soft cap: torch's attention, plain causal where it can be told so, else with a mask. -> [Q, B, H * D]."""
+    queries = query_QBHD.shape[0]
+    key_KBGD, value_KBGD = key_KBGD[: offset + queries], value_KBGD[: offset + queries]
+    mask = None
+    if first_BQ is not None or (offset > 0 and queries > 1):
+        keys = torch.arange(offset + queries, device=query_QBHD.device)
+        mask = keys <= keys[offset:, None]
+        if first_BQ is not None:
+            mask = (mask & (keys >= first_BQ[:, :, None]))[:, None]
+    out_BHQD = F.scaled_dot_product_attention(
+        query_QBHD.permute(1, 2, 0, 3),
+        key_KBGD.permute(1, 2, 0, 3),
+        value_KBGD.permute(1, 2, 0, 3),
+        attn_mask=mask,
+        is_causal=mask is None and queries > 1,
+        scale=scale,
+        enable_gqa=query_QBHD.shape[2] != key_KBGD.shape[2],
+    )
+    return out_BHQD.permute(2, 0, 1, 3).flatten(2)
+
+
+def flex(
+    query_QBHD: torch.Tensor,
+    key_KBGD: torch.Tensor,
+    value_KBGD: torch.Tensor,
+    *,
+    first_key_BQ: torch.Tensor,
+    offset: int,
+    scale: float,
+    softcap: float,
+) -> torch.Tensor:
+    """The contract of `capped_attention` through torch's FlexAttention, which fuses cap and mask into one GPU kernel."""
+
+    def cap(score: torch.Tensor, b: torch.Tensor, h: torch.Tensor, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+        return softcap * torch.tanh(score / softcap)
+
+    def visible(b: torch.Tensor, h: torch.Tensor, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+        return (k <= q + offset) & (k >= first_key_BQ[b, q])
+
+    queries, rows = query_QBHD.shape[:2]
+    device = query_QBHD.device
+    mask = create_block_mask(visible, rows, None, queries, key_KBGD.shape[0], device=device)
+    fused = torch.compile(flex_attention) if device.type == "cuda" else flex_attention
+    out_BHQD = fused(
+        query_QBHD.permute(1, 2, 0, 3),
+        key_KBGD.permute(1, 2, 0, 3),
+        value_KBGD.permute(1, 2, 0, 3),
+        score_mod=cap,
+        block_mask=mask,
+        scale=scale,
+        enable_gqa=query_QBHD.shape[2] != key_KBGD.shape[2],
+    )
+    return out_BHQD.permute(2, 0, 1, 3).flatten(2)

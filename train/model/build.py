@@ -6,7 +6,9 @@ The checkpoint names of all backends are the same: where a backend fuses norm an
 onto the separate ones.
 """
 
+import math
 from functools import partial
+from typing import Any
 
 import torch
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
@@ -26,25 +28,50 @@ from megatron.core.transformer.transformer_layer import TransformerLayer, Transf
 
 from train.config import ModelConfig, ParallelConfig, PrecisionConfig, RunConfig
 from train.model.activation import activation_function
+from train.model.attention import AttentionCore
 from train.model.backend import Backend
-from train.model.cross_entropy import vocab_parallel_cross_entropy
+from train.model.cross_entropy import soft_cap, vocab_parallel_cross_entropy
 from train.model.initial import initialize
 from train.model.pattern import cut, layer_kinds
+from train.model.postnorm import PostNormAttention, PostNormMamba, PostNormMLP
+from train.model.rotary import Rotary, score_factor
 from train.parallel.mesh import Mesh
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 class Model(HybridModel):
-    """Megatron's HybridModel with this project's cross-entropy."""
+    """Megatron's HybridModel with this project's cross-entropy, and what Gemma 2 does to embeddings and logits."""
+
+    def __init__(self, *, model: ModelConfig, **arguments: Any) -> None:
+        super().__init__(**arguments)
+        self.logit_softcap = model.logit_softcap
+        if model.scale_embedding and self.pre_process:
+            self.embedding.register_forward_hook(_times_root_of_hidden)
+
+    def forward(self, *args: Any, labels: torch.Tensor | None = None, **kwargs: Any) -> torch.Tensor:
+        """Megatron's forward pass; logits that leave the model are capped."""
+        output = super().forward(*args, labels=labels, **kwargs)
+        return self.capped(output) if labels is None and self.post_process else output
+
+    def capped(self, logits: torch.Tensor) -> torch.Tensor:
+        """Logits of the head as the model means them."""
+        return logits if self.logit_softcap is None else soft_cap(logits, self.logit_softcap)
 
     def compute_language_model_loss(self, labels: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
         """labels [rows, sequence], logits [sequence, rows, vocabulary of this rank] -> nats per token [rows, sequence].
 
         Collective over the tensor group.
         """
-        loss_SB = vocab_parallel_cross_entropy(logits, labels.t().contiguous(), group=self.pg_collection.tp)
+        loss_SB = vocab_parallel_cross_entropy(
+            logits, labels.t().contiguous(), group=self.pg_collection.tp, softcap=self.logit_softcap
+        )
         return loss_SB.t()
+
+
+def _times_root_of_hidden(_module: torch.nn.Module, _inputs: Any, output: torch.Tensor) -> torch.Tensor:
+    """Embeddings times sqrt(hidden), the factor rounded to their format as Gemma's own code does."""
+    return output * torch.tensor(output.shape[-1] ** 0.5, dtype=output.dtype, device=output.device)
 
 
 def transformer_config(
@@ -56,12 +83,12 @@ def transformer_config(
     backend: Backend,
 ) -> TransformerConfig:
     """Megatron's own configuration for a recipe. Megatron validates it again and completes it."""
-    layers = len(layer_kinds(model.pattern))
+    kinds = layer_kinds(model.pattern)
     dtype = DTYPES[precision.params]
     activation, gated = activation_function(model.activation)
     virtual = parallel.virtual_pipeline if parallel.virtual_pipeline > 1 else None
     return TransformerConfig(
-        num_layers=layers,
+        num_layers=len(kinds),
         hidden_size=model.hidden,
         ffn_hidden_size=model.ffn,
         num_attention_heads=model.heads,
@@ -73,6 +100,10 @@ def transformer_config(
         mamba_num_groups=model.mamba_groups,
         normalization="RMSNorm",
         layernorm_epsilon=model.norm_eps,
+        layernorm_zero_centered_gamma=model.norm_offset == 1,
+        softmax_scale=score_factor(model) / math.sqrt(model.query_scale or model.head_dim),
+        window_size=(model.window_tokens - 1, 0) if "w" in kinds else None,
+        window_attn_skip_freq=[int(kind == "w") for kind in kinds] if "w" in kinds else None,
         add_bias_linear=False,
         activation_func=activation,
         gated_linear_unit=gated,
@@ -117,8 +148,10 @@ def stack_spec(model: ModelConfig, backend: Backend) -> ModuleSpec:
     def names(fused_linear: str, separate_norm: str) -> dict[str, str]:
         return {f"{fused_linear}.layer_norm_": f"{separate_norm}."} if fused is not None else {}
 
+    after = {"norm": backend.norm()} if model.post_norms else {}
     mamba = ModuleSpec(
-        module=MambaLayer,
+        module=PostNormMamba if model.post_norms else MambaLayer,
+        params=after,
         submodules=MambaLayerSubmodules(
             norm=norm,
             mixer=ModuleSpec(
@@ -131,14 +164,15 @@ def stack_spec(model: ModelConfig, backend: Backend) -> ModuleSpec:
         ),
     )
     attention = ModuleSpec(
-        module=TransformerLayer,
+        module=PostNormAttention if model.post_norms else TransformerLayer,
+        params=after,
         submodules=TransformerLayerSubmodules(
             input_layernorm=norm,
             self_attention=ModuleSpec(
                 module=SelfAttention,
                 params={"attn_mask_type": AttnMaskType.causal},
                 submodules=SelfAttentionSubmodules(
-                    linear_qkv=column, core_attention=backend.core_attention(), linear_proj=row
+                    linear_qkv=column, core_attention=_attention_core(model, backend), linear_proj=row
                 ),
             ),
             self_attn_bda=get_bias_dropout_add,
@@ -146,7 +180,8 @@ def stack_spec(model: ModelConfig, backend: Backend) -> ModuleSpec:
         ),
     )
     mlp = ModuleSpec(
-        module=MLPLayer,
+        module=PostNormMLP if model.post_norms else MLPLayer,
+        params=after,
         submodules=TransformerLayerSubmodules(
             pre_mlp_layernorm=norm,
             mlp=partial(MLP.as_mlp_submodule, submodules=MLPSubmodules(linear_fc1=column, linear_fc2=row)),
@@ -158,6 +193,16 @@ def stack_spec(model: ModelConfig, backend: Backend) -> ModuleSpec:
         module=HybridStack,
         submodules=HybridStackSubmodules(mamba_layer=mamba, attention_layer=attention, mlp_layer=mlp),
     )
+
+
+def _attention_core(model: ModelConfig, backend: Backend) -> Any:
+    """The backend's attention core, or this project's where that lacks something: no stock core has a soft cap."""
+    core = backend.core_attention()
+    needs_own = model.attention_softcap is not None or model.position == "rope"
+    if core is not AttentionCore and not needs_own:
+        return core
+    rotary = Rotary(model) if model.position == "rope" else None
+    return partial(AttentionCore, softcap=model.attention_softcap, rotary=rotary)
 
 
 def build_model(
@@ -180,12 +225,14 @@ def build_model(
     spec = stack_spec(model, backend)
     chunks_per_rank = parallel.virtual_pipeline
     stages = parallel.pipeline * chunks_per_rank
-    pattern = "|".join(cut(model.pattern, stages, model=model))
+    # Megatron knows one kind of attention layer; which of them have a window stands in its config.
+    pattern = "|".join(cut(model.pattern, stages, model=model)).replace("w", "*")
     pipeline_rank = mesh.groups.pp.rank()
     chunks = []
     for chunk in range(chunks_per_rank):
         stage = chunk * parallel.pipeline + pipeline_rank
         part = Model(
+            model=model,
             config=config,
             hybrid_stack_spec=spec,
             vocab_size=model.vocab,
@@ -195,8 +242,7 @@ def build_model(
             post_process=stage == stages - 1,
             parallel_output=True,
             share_embeddings_and_output_weights=model.tie_embeddings,
-            position_embedding_type=model.position,
-            rotary_base=int(model.rope_base),
+            position_embedding_type="none",  # the attention core turns queries and keys itself
             pg_collection=mesh.groups,
             vp_stage=chunk if chunks_per_rank > 1 else None,
         )

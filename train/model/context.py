@@ -12,12 +12,14 @@ from megatron.core.packed_seq_params import PackedSeqParams
 
 @dataclass
 class LayerCaches:
-    """State of a generation in progress: grows with the text for attention only, stays the same size for Mamba-2."""
+    """State of a generation in progress: grows with the text for attention only, up to its window where it has
+    one; stays the same size for Mamba-2."""
 
     length: int = 0
     """Tokens already in the caches."""
     keys_values: dict[int, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
-    """By layer number: keys and values, each [length, rows, kv heads, head width]."""
+    """By layer number: keys and values, each [length, rows, kv heads, head width]; a layer with a window keeps the last
+    window_tokens - 1 only."""
     mamba: dict[int, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
     """By layer number: the convolution's last inputs and the scan's fp32 state (shapes: train.model.ssd)."""
 

@@ -5,8 +5,8 @@ the whole tensor of each parameter is drawn from a generator seeded with (seed, 
 part: training starts from the same weights at every layout, and losses can be compared across layouts.
 
 Rules (h hidden, L layers): projections N(0, init_std), those writing into the residual stream N(0, init_std / sqrt(L));
-norm weights and D one; A uniform in [1, 16]; softplus(dt_bias) log-uniform in [0.001, 0.1]; convolution uniform in
-+-1/sqrt(taps) (mamba-ssm's Mamba2 module, arXiv 2405.21060).
+norm factors and D one (norm weights that are added to one: zero); A uniform in [1, 16]; softplus(dt_bias) log-uniform in
+[0.001, 0.1]; convolution uniform in +-1/sqrt(taps) (mamba-ssm's Mamba2 module, arXiv 2405.21060).
 
 Cost: a rank draws the full tensor of each of its parameters, one at a time, on the CPU.
 """
@@ -25,7 +25,8 @@ from train.model.pattern import layer_kinds
 
 _RESIDUAL = ("linear_proj.weight", "linear_fc2.weight", "out_proj.weight")
 _PLAIN = ("linear_qkv.weight", "linear_fc1.weight", "in_proj.weight", "word_embeddings.weight", "output_layer.weight")
-_ONES = ("norm.weight", "layernorm.weight", "layer_norm_weight", "mixer.D")
+_GATED_NORM = "mixer.norm.weight"
+_NORMS = ("norm.weight", "layernorm.weight", "layer_norm_weight")
 A_RANGE = (1.0, 16.0)
 DT_RANGE = (1e-3, 0.1)
 DT_FLOOR = 1e-4
@@ -43,9 +44,14 @@ def global_names(chunk: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
 
 
 def initialize(chunk: nn.Module, *, model: ModelConfig, seed: int, tensor_group: dist.ProcessGroup) -> None:
-    """Fill every parameter of `chunk` in place. Same result for the same seed at every layout. Not collective."""
+    """Fill every parameter of `chunk` in place. Same result for the same seed at every layout. Not collective.
+
+    Parameters without memory (meta device) are left alone.
+    """
     layers = len(layer_kinds(model.pattern))
     for name, parameter in global_names(chunk):
+        if parameter.is_meta:
+            continue
         if model.tie_embeddings and name == "output_layer.weight":
             name = "embedding.word_embeddings.weight"  # the last pipeline stage's copy of the one matrix
         whole = _draw(name, _whole_shape(parameter, tensor_group.size()), model=model, layers=layers, seed=seed)
@@ -84,7 +90,9 @@ def _draw(name: str, shape: list[int], *, model: ModelConfig, layers: int, seed:
         return torch.empty(shape).normal_(0.0, model.init_std / math.sqrt(layers), generator=generator)
     if name.endswith(_PLAIN):
         return torch.empty(shape).normal_(0.0, model.init_std, generator=generator)
-    if name.endswith(_ONES):
+    if name.endswith(_NORMS) and not name.endswith(_GATED_NORM):
+        return torch.full(shape, 1.0 - model.norm_offset)
+    if name.endswith((_GATED_NORM, "mixer.D")):
         return torch.ones(shape)
     if name.endswith(("conv1d_weight", "conv1d_bias")):
         bound = 1 / math.sqrt(model.mamba_conv)

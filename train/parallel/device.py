@@ -93,6 +93,17 @@ def prepare(device: torch.device) -> None:
     _import_megatron()
 
 
+@contextlib.contextmanager
+def without_memory() -> Iterator[None]:
+    """Build modules on the meta device inside: shapes and names of a model of any size, no weights."""
+    current = torch.cuda.current_device
+    torch.cuda.current_device = lambda: torch.device("meta")  # type: ignore[assignment,return-value]
+    try:
+        yield
+    finally:
+        torch.cuda.current_device = current
+
+
 def _quieten() -> None:
     """Silence what Megatron and torch say about themselves on every start: nothing in it is for the user of a recipe."""
     for module in (r"megatron\.", r"torch\.distributed\.(c10d_logger|checkpoint)"):

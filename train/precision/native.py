@@ -6,22 +6,19 @@ numbers are the same bits. STRATUM_NATIVE=0 turns the compiled form off.
 
 import ctypes
 import functools
-import hashlib
 import logging
-import os
-import platform
-import shutil
 import subprocess
-import tempfile
 from pathlib import Path
 
 import torch
 
+from train import build_c
+
 log = logging.getLogger(__name__)
 
 SOURCE = Path(__file__).with_name("kernels.c")
-FLAGS = ["-O3", "-march=native", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-fopenmp"]
-"""No fast math and no contraction: both change results."""
+FLAGS = ("-ffp-contract=off",)
+"""No contraction: these kernels promise exact bits."""
 
 
 class Spec(ctypes.Structure):
@@ -42,10 +39,10 @@ class Spec(ctypes.Structure):
 @functools.cache
 def library() -> ctypes.CDLL | None:
     """The compiled kernels, built if need be; None where that is not possible here (said once, at info level)."""
-    if os.environ.get("STRATUM_NATIVE", "1") == "0":
+    if not build_c.wanted():
         return None
     try:
-        loaded = ctypes.CDLL(str(_built()))
+        loaded = build_c.load(SOURCE, flags=FLAGS)
     except (OSError, subprocess.CalledProcessError) as error:
         reason = getattr(error, "stderr", None) or error
         log.info("low-precision kernels are not compiled (%s); plain torch is used instead", reason)
@@ -139,40 +136,3 @@ def compare(x: torch.Tensor, values: torch.Tensor, *, factor: float, limit: floa
 
 def _kind(x: torch.Tensor) -> int:
     return 1 if x.dtype == torch.bfloat16 else 0
-
-
-def _built() -> Path:
-    """Path of the shared library for this source, these flags and this processor; built under another name, then renamed,
-    so that ranks that start together do not read each other's unfinished file."""
-    compiler = shutil.which(os.environ.get("CC", "cc")) or shutil.which("gcc") or shutil.which("clang")
-    if compiler is None:
-        raise OSError("no C compiler found: install gcc, or set CC")
-    key = hashlib.sha256("\n".join([SOURCE.read_text(), *FLAGS, compiler, _processor()]).encode()).hexdigest()[:16]
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "stratum"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError:
-        folder = Path(tempfile.gettempdir()) / f"stratum-{os.getuid()}"
-        folder.mkdir(mode=0o700, exist_ok=True)
-        if folder.stat().st_uid != os.getuid():
-            raise OSError(f"{folder} belongs to someone else") from None
-    path = folder / f"kernels-{key}.so"
-    if not path.exists():
-        handle, aside = tempfile.mkstemp(suffix=".so", dir=folder)
-        os.close(handle)
-        command = [compiler, *FLAGS, "-shared", "-fPIC", "-o", aside, str(SOURCE), "-lm"]
-        try:
-            subprocess.run(command, check=True, capture_output=True, text=True)
-            os.replace(aside, path)
-        finally:
-            Path(aside).unlink(missing_ok=True)
-    return path
-
-
-def _processor() -> str:
-    """What -march=native depends on."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.machine() + platform.processor()
-    return next((line for line in lines if line.startswith(("flags", "Features"))), platform.machine())

@@ -1,0 +1,197 @@
+"""Attention with a soft cap, blocked: scores are made, capped and used a block at a time, never all [S, S] of them.
+
+    p = exp(c tanh(q k^T scale / c))  on first_key <= key <= the query's own place      out = (p v) / (sum of p)
+
+The cap bounds every score by c, so exponentials need no largest score taken out first (exp(70) x 10^6 keys fits fp32):
+blocks of keys simply add up. The backward pass makes p again from the saved sums, as FlashAttention does (arXiv
+2205.14135). Masks are intervals: causal, within a window, within a document, which keeps all of a query's keys together,
+so blocks outside it are skipped.
+
+Shape letters: Q queries, K keys, B rows, H query heads, G key/value heads, R = H / G, D width. The queries are the last Q
+of the K positions or a stretch of them (`offset`). Arithmetic is fp32 (float64 for float64) whatever the storage.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+LARGEST_CAP = 70.0
+QUERIES, KEYS = 128, 512
+"""Block sizes in tokens: a block of scores of one key/value head stays in the cache."""
+BLOCK_SCORES = 1 << 19
+"""Scores worked on at once, over all rows and heads taken together."""
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What the passes share besides tensors."""
+
+    groups: int
+    offset: int
+    """Place among the keys of the first query."""
+    scale: float
+    softcap: float
+
+
+def capped_attention(
+    query_QBHD: torch.Tensor,
+    key_KBGD: torch.Tensor,
+    value_KBGD: torch.Tensor,
+    *,
+    first_key_BQ: torch.Tensor,
+    offset: int,
+    scale: float,
+    softcap: float,
+) -> torch.Tensor:
+    """Attention of queries at places offset ... offset + Q - 1 among the keys, each from its first key to its own place.
+
+    first_key_BQ: int32, never decreasing along Q. -> [Q, B, H * D]. Deterministic. Differentiable once.
+    """
+    assert softcap <= LARGEST_CAP, f"exponentials of scores up to {softcap} overflow"
+    plan = _Plan(groups=key_KBGD.shape[2], offset=offset, scale=scale, softcap=softcap)
+    return _Capped.apply(query_QBHD, key_KBGD, value_KBGD, first_key_BQ, plan)
+
+
+@dataclass(frozen=True)
+class _Block:
+    """A block of scores: rows x groups `pairs`, queries, keys."""
+
+    pairs: slice
+    queries: slice
+    keys: slice
+
+
+def _blocks(first_key_BQ: torch.Tensor, plan: _Plan, *, heads_per_group: int) -> Iterator[list[_Block]]:
+    """All blocks that hold visible pairs; the blocks of one list share their queries."""
+    rows, queries = first_key_BQ.shape
+    pairs = rows * plan.groups
+    lowest = first_key_BQ.min(dim=0).values.tolist()
+    for start in range(0, queries, QUERIES):
+        end = min(start + QUERIES, queries)
+        first, last = lowest[start], plan.offset + end
+        width = min(KEYS, last - first)
+        together = max(1, BLOCK_SCORES // (heads_per_group * (end - start) * width))
+        for pair in range(0, pairs, together):
+            yield [
+                _Block(
+                    pairs=slice(pair, min(pair + together, pairs)),
+                    queries=slice(start, end),
+                    keys=slice(key, min(key + KEYS, last)),
+                )
+                for key in range(first, last, KEYS)
+            ]
+
+
+class _Capped(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, first_key_BQ: torch.Tensor, plan: _Plan
+    ) -> torch.Tensor:
+        q, k, v = _by_pair(query, plan.groups), _by_pair(key, plan.groups), _by_pair(value, plan.groups)
+        per_group = query.shape[2] // plan.groups
+        out = torch.empty_like(q)
+        sums = torch.zeros(q.shape[:2], dtype=q.dtype, device=q.device)
+        for blocks in _blocks(first_key_BQ, plan, heads_per_group=per_group):
+            where = (blocks[0].pairs, _lines(blocks[0].queries, per_group))
+            for index, block in enumerate(blocks):
+                p = torch.bmm(q[where], k[block.pairs, block.keys].transpose(1, 2))
+                _exponentials_(p, sums[where], first_key_BQ, block, plan)
+                values = v[block.pairs, block.keys]
+                out[where].baddbmm_(p, values, beta=min(index, 1))
+        out /= sums.unsqueeze(-1)
+        ctx.save_for_backward(query, key, value, first_key_BQ, out, sums)
+        ctx.plan = plan
+        return _by_token(out, query).flatten(2).to(query.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, grad_out: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
+        query, key, value, first_key_BQ, out, sums = ctx.saved_tensors
+        plan: _Plan = ctx.plan
+        q, k, v = _by_pair(query, plan.groups), _by_pair(key, plan.groups), _by_pair(value, plan.groups)
+        grad = _by_pair(grad_out.view(query.shape), plan.groups)
+        per_group = query.shape[2] // plan.groups
+        # d p = (grad v^T - <grad, out>) / sum: the second term is the same for all keys of a query.
+        grad = grad / sums.unsqueeze(-1)
+        constant = (grad * out).sum(-1)
+        grad_q, grad_k, grad_v = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
+        for blocks in _blocks(first_key_BQ, plan, heads_per_group=per_group):
+            where = (blocks[0].pairs, _lines(blocks[0].queries, per_group))
+            for index, block in enumerate(blocks):
+                at = (block.pairs, block.keys)
+                scores = torch.bmm(q[where], k[at].transpose(1, 2))
+                grad_p = torch.bmm(grad[where], v[at].transpose(1, 2))
+                p = _gradients_(scores, grad_p, constant[where], first_key_BQ, block, plan)
+                grad_v[at].baddbmm_(p.transpose(1, 2), grad[where])
+                grad_q[where].baddbmm_(grad_p, k[at], beta=min(index, 1))
+                grad_k[at].baddbmm_(grad_p.transpose(1, 2), q[where])
+        return (
+            _by_token(grad_q, query).to(query.dtype),
+            _by_token(grad_k, key).to(key.dtype),
+            _by_token(grad_v, value).to(value.dtype),
+            None,
+            None,
+        )
+
+
+def _by_pair(x_SBHD: torch.Tensor, groups: int) -> torch.Tensor:
+    """[S, B, H, D] -> [B * G, S * R, D] contiguous: a matrix for each row and key/value head, its query heads in turn."""
+    sequence, rows, heads, width = x_SBHD.shape
+    work = torch.promote_types(x_SBHD.dtype, torch.float32)
+    by_group = x_SBHD.to(work).view(sequence, rows, groups, heads // groups, width)
+    return by_group.permute(1, 2, 0, 3, 4).reshape(rows * groups, -1, width)
+
+
+def _by_token(x: torch.Tensor, like_SBHD: torch.Tensor) -> torch.Tensor:
+    """The way back from `_by_pair`: [S, B, H, D]."""
+    sequence, rows, heads, width = like_SBHD.shape
+    return x.view(rows, -1, sequence, heads * rows // x.shape[0], width).permute(2, 0, 1, 3, 4).reshape(like_SBHD.shape)
+
+
+def _lines(queries: slice, per_group: int) -> slice:
+    """The lines of `_by_pair` that belong to a stretch of queries."""
+    return slice(queries.start * per_group, queries.stop * per_group)
+
+
+def _hidden(first_key_BQ: torch.Tensor, block: _Block, plan: _Plan, lines: int) -> torch.Tensor | None:
+    """True where a query must not see a key, [pairs, lines, keys]; None where it may see them all."""
+    first = first_key_BQ[:, block.queries]
+    if block.keys.stop <= plan.offset + block.queries.start + 1 and int(first.max()) <= block.keys.start:
+        return None
+    device = first.device
+    keys = torch.arange(block.keys.start, block.keys.stop, device=device)
+    own = torch.arange(block.queries.start, block.queries.stop, device=device) + plan.offset
+    hidden = (keys > own[:, None]) | (keys < first[:, :, None])  # [B, Q, K]
+    per_pair = hidden.repeat_interleave(plan.groups, dim=0)[block.pairs]
+    return per_pair.repeat_interleave(lines // own.shape[0], dim=1)
+
+
+def _exponentials_(
+    scores: torch.Tensor, sums: torch.Tensor, first_key_BQ: torch.Tensor, block: _Block, plan: _Plan
+) -> None:
+    """Raw products -> p in place, 0 where hidden; their sums over the keys are added to `sums`."""
+    scores.mul_(plan.scale / plan.softcap).tanh_().mul_(plan.softcap).exp_()
+    hidden = _hidden(first_key_BQ, block, plan, scores.shape[1])
+    if hidden is not None:
+        scores.masked_fill_(hidden, 0)
+    sums += scores.sum(-1)
+
+
+def _gradients_(
+    scores: torch.Tensor,
+    grad_p: torch.Tensor,
+    constant: torch.Tensor,
+    first_key_BQ: torch.Tensor,
+    block: _Block,
+    plan: _Plan,
+) -> torch.Tensor:
+    """Raw products -> p; grad_p -> gradient of the raw products, in place."""
+    t = scores.mul_(plan.scale / plan.softcap).tanh_()
+    slope = torch.addcmul(torch.full((), plan.scale, dtype=t.dtype, device=t.device), t, t, value=-plan.scale)
+    p = t.mul_(plan.softcap).exp_()
+    hidden = _hidden(first_key_BQ, block, plan, scores.shape[1])
+    if hidden is not None:
+        p.masked_fill_(hidden, 0)
+    grad_p.sub_(constant.unsqueeze(-1)).mul_(p).mul_(slope)
+    return p
