@@ -26,6 +26,8 @@ class Engine:
     row_tokens: int
     microbatch_rows: int
     reset_at_documents: bool
+    loss_parts: tuple[str, ...] = ()
+    """What the objective reports beside the loss."""
 
 
 def run_schedule(

@@ -81,6 +81,7 @@ def train_loop(
             telemetry.record(
                 step,
                 loss=result.loss,
+                parts=result.parts,
                 grad_norm=result.grad_norm,
                 learning_rate=recipe.optim.lr * factor,
                 seconds=watch.seconds(),

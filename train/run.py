@@ -123,16 +123,17 @@ def mesh_of(recipe: Recipe, layout: Layout, *, device: torch.device, rank: int) 
         close_mesh()
 
 
-def build_engine(recipe: Recipe, mesh: Mesh, *, weights: Path | None = None) -> "Engine":
+def build_engine(recipe: Recipe, mesh: Mesh, *, weights: Path | None = None, tokenizer: str | None = None) -> "Engine":
     """Model, data parallelism and optimizer of a recipe on this rank. Collective over the world.
 
-    weights: a checkpoint whose weights the model begins with, instead of random ones.
+    weights: a checkpoint whose weights the model begins with, instead of random ones. tokenizer: fingerprint of the
+    data's, which a teacher must share.
     """
     from train.checkpoint.storage import read_weights
     from train.engine import Engine
     from train.model.backend import choose_backend
     from train.model.build import build_model
-    from train.objective.next_token import forward_step
+    from train.objective.build import build_objective
     from train.optim.optimizer import build_optimizer
     from train.parallel.wrap import connect, wrap_chunks
 
@@ -163,6 +164,7 @@ def build_engine(recipe: Recipe, mesh: Mesh, *, weights: Path | None = None) -> 
     )
     if weights is not None:
         read_weights(weights, chunks, groups=mesh.groups)
+    objective = build_objective(recipe, mesh=mesh, chunks=chunks, tokenizer=tokenizer)
     wrapped = wrap_chunks(chunks, parallel=recipe.parallel, mesh=mesh, fp8_weights=recipe.precision.fp8_weights)
     optimizer = build_optimizer(wrapped, optim=recipe.optim, precision=recipe.precision, mesh=mesh)
     connect(wrapped, optimizer)
@@ -171,7 +173,8 @@ def build_engine(recipe: Recipe, mesh: Mesh, *, weights: Path | None = None) -> 
         chunks=wrapped,
         optimizer=optimizer,
         precision=backend.control(wrapped, precision=recipe.precision, mesh=mesh, seed=recipe.run.seed),
-        forward_step=forward_step(mesh, reset_at_documents=recipe.data.reset_at_documents),
+        forward_step=objective.forward_step,
+        loss_parts=objective.parts,
         row_tokens=recipe.data.row_tokens,
         microbatch_rows=recipe.run.microbatch_rows,
         reset_at_documents=recipe.data.reset_at_documents,
@@ -188,7 +191,7 @@ def _train(recipe: Recipe, *, mesh: Mesh, dataset: Dataset, folder: Path) -> Run
     initial = None
     if recipe.run.start_from is not None and not checkpoints.whole():
         initial, _ = checkpoint_at(recipe.run.start_from)
-    engine = build_engine(recipe, mesh, weights=initial)
+    engine = build_engine(recipe, mesh, weights=initial, tokenizer=dataset.tokenizer.fingerprint)
     mapping = recipe_mapping(recipe)
     step, position = _resume(recipe, engine=engine, checkpoints=checkpoints, dataset=dataset)
     if mesh.rank == 0:
@@ -209,6 +212,7 @@ def _train(recipe: Recipe, *, mesh: Mesh, dataset: Dataset, folder: Path) -> Run
             flops_per_token=flops_per_token(recipe.model, recipe.data.row_tokens).total,
             peak_flops=_world_peak(peak_flops(mesh.device), mesh),
             recipe_dict=mapping,
+            loss_parts=engine.loss_parts,
         )
         stack.callback(telemetry.close)
         stream = stack.enter_context(

@@ -18,6 +18,8 @@ class StepResult:
     """This rank's share of the mean loss: summed over the world it is the step's mean loss, in nats per token."""
     grad_norm: float
     """Norm of the whole gradient before clipping; the same on every rank."""
+    parts: torch.Tensor
+    """This rank's share of what the objective reports beside the loss (`Engine.loss_parts`), summed likewise."""
 
 
 def train_step(
@@ -32,13 +34,16 @@ def train_step(
     for chunk in engine.chunks:
         chunk.zero_grad_buffer()
     engine.optimizer.zero_grad()
-    losses = run_schedule(engine, microbatches, forward_step=engine.forward_step)
-    total = torch.stack(losses).sum() if losses else torch.zeros((), device=engine.mesh.device)
+    reports = run_schedule(engine, microbatches, forward_step=engine.forward_step)
+    # One report a microbatch: the loss, then its parts.
+    total = torch.zeros(1 + len(engine.loss_parts), device=engine.mesh.device)
+    if reports:
+        total = torch.stack(reports).view(len(reports), -1).sum(0)
     # Tensor ranks all hold the same loss, data ranks a share each: divided so that the sum over the world is the mean.
-    loss = total / (len(microbatches) * engine.mesh.layout.data * engine.mesh.layout.tensor)
+    total = total / (len(microbatches) * engine.mesh.layout.data * engine.mesh.layout.tensor)
     watch.lap("forward_backward")
     set_learning_rate(engine.optimizer, learning_rate)
     _succeeded, grad_norm, _zeros = engine.optimizer.step()
     engine.precision.finish_step()
     watch.lap("optimizer")
-    return StepResult(loss=loss, grad_norm=grad_norm)
+    return StepResult(loss=total[0], parts=total[1:], grad_norm=grad_norm)

@@ -81,6 +81,7 @@ class Telemetry:
         flops_per_token: float,
         peak_flops: float | None,
         recipe_dict: dict[str, Any],
+        loss_parts: tuple[str, ...] = (),
     ) -> None:
         """reduce: sums a tensor over all ranks, in place; collective. peak_flops: of all devices together.
 
@@ -91,7 +92,8 @@ class Telemetry:
         self._tokens_per_step = tokens_per_step
         self._flops_per_token = flops_per_token
         self._peak_flops = peak_flops
-        self._losses = torch.zeros(config.log_every_steps, device=device)
+        self._loss_parts = loss_parts
+        self._losses = torch.zeros(config.log_every_steps, 1 + len(loss_parts), device=device)
         self._pending: list[Line] = []
         self._sick: set[tuple[int, str, str]] = set()
         self._record: _JsonLines | None = None
@@ -118,12 +120,17 @@ class Telemetry:
         grad_norm: torch.Tensor | float,
         learning_rate: float,
         seconds: dict[str, float],
+        parts: torch.Tensor | None = None,
     ) -> None:
         """Note one finished step; `loss` is this rank's share, summed over ranks at the next flush (which this may be).
 
         Nothing is read back from the device before the flush. seconds: of each part of the step; their sum is the step.
+        parts: this rank's share of the loss's parts (`loss_parts`).
         """
-        self._losses[len(self._pending)] = loss.detach()
+        self._losses[len(self._pending), 0] = loss.detach()
+        if self._loss_parts:
+            assert parts is not None
+            self._losses[len(self._pending), 1:] = parts.detach()
         self._pending.append(
             {
                 "kind": "step",
@@ -149,8 +156,10 @@ class Telemetry:
         lines, self._pending = self._pending, []
         if self._record is None:
             return
-        for line, loss in zip(lines, losses, strict=True):
+        for line, (loss, *parts) in zip(lines, losses, strict=True):
             line["loss"] = loss
+            if parts:
+                line["loss_parts"] = dict(zip(self._loss_parts, parts, strict=True))
             self._finish(line)
         self._write(lines)
 

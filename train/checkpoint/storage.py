@@ -13,7 +13,7 @@ import logging
 import os
 import queue
 import shutil
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +60,8 @@ class Manifest:
     """Versions of torch and Megatron-Core."""
     tokenizer: str = ""
     """Fingerprint of the tokenizer the model was trained with; empty where it is not known."""
+    lineage: dict[str, Any] = field(default_factory=dict)
+    """Where the weights come from, when not from training alone: a pruned checkpoint's parent and what was kept."""
     format: int = FORMAT
 
 

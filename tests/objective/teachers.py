@@ -1,0 +1,47 @@
+"""A teacher checkpoint for tests, and students that learn from it at any layout."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from tiny import RECIPE, TINY, Numbers, engine_of, recipe_with, steps_of
+
+from train.checkpoint.manager import CheckpointFolder
+from train.config import Recipe
+from train.run import recipe_mapping
+
+TOKENIZER = "0123456789abcdef"
+TEACHER = replace(
+    RECIPE,
+    run=replace(RECIPE.run, seed=77),
+    model=replace(TINY, pattern="M-*-M-", ffn=192, mamba_heads=4, mamba_head_dim=32, init_std=0.06),
+)
+"""Another pattern, other widths and (untrained) quite another opinion than TINY; the same vocabulary."""
+
+
+def save_teacher(folder: Path, recipe: Recipe = TEACHER, *, tokenizer: str = TOKENIZER) -> Path:
+    """Write the initial weights of a recipe as a run's checkpoint. -> the checkpoint's folder."""
+    from ranks import run_ranks
+
+    (path,) = run_ranks(1, _save, folder, recipe, tokenizer)
+    return path
+
+
+def _save(rank: int, folder: Path, recipe: Recipe, tokenizer: str) -> Path:
+    with engine_of(recipe, rank=rank, world=1) as engine:
+        return CheckpointFolder(folder / "checkpoints", recipe.checkpoint).save(
+            engine, step=3, position=12, recipe=recipe_mapping(recipe), data_hash="h", tokenizer=tokenizer
+        )
+
+
+def student_of(teacher: Path, **changes: Any) -> Recipe:
+    """TINY learning from a checkpoint; changes are dotted fields."""
+    return recipe_with(
+        **{"objective.kind": "distill", "objective.teacher": str(teacher), "objective.trust_tokenizer": True, **changes}
+    )
+
+
+def distill_tiny(rank: int, recipe: Recipe, world: int, steps: int = 2) -> Numbers:
+    """For `run_ranks`: build student and teacher and train."""
+    with engine_of(recipe, rank=rank, world=world) as engine:
+        return steps_of(engine, recipe, range(steps))

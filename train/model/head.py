@@ -1,0 +1,43 @@
+"""The model up to its output head, for objectives that compute the head themselves, a few tokens at a time."""
+
+from typing import Any
+
+import torch
+
+from train.model.context import RowContext
+
+
+def hidden_states(
+    model: Any, tokens_BS: torch.Tensor, positions_BS: torch.Tensor, *, context: RowContext | None
+) -> torch.Tensor:
+    """Hidden states after the final norm, [sequence of this rank, rows, hidden]; on other pipeline stages, what they send.
+
+    model: an unwrapped chunk. Collective as its forward pass is.
+    """
+    has_head = model.post_process
+    model.post_process = False  # Megatron then returns what it would have given to the head
+    try:
+        return model(tokens_BS, positions_BS, None, packed_seq_params=context)
+    finally:
+        model.post_process = has_head
+
+
+def head_weight(model: Any) -> torch.Tensor:
+    """The head's weight on this tensor rank, [vocabulary of this rank, hidden]; `model` is the chunk that has the head.
+
+    Waits until the data-parallel ranks have gathered it, where that overlaps with the forward pass.
+    """
+    head = model.output_layer
+    if head._forward_pre_hooks:  # the gather is finished by a hook of the module's call: call it with no tokens
+        splits_sequence, head.sequence_parallel = head.sequence_parallel, False
+        weight = _weight(model)
+        with torch.no_grad():
+            head(weight.new_empty(0, 1, weight.shape[1]), weight=weight)
+        head.sequence_parallel = splits_sequence
+    return _weight(model)
+
+
+def _weight(model: Any) -> torch.Tensor:
+    if model.share_embeddings_and_output_weights:
+        return model.shared_embedding_or_output_weight()
+    return model.output_layer.weight

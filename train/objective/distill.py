@@ -1,0 +1,254 @@
+"""The distillation objective: agree with a teacher's distribution, token by token.
+
+    rows --> teacher (train.objective.teacher) or its kept answers (train.objective.kept) --+
+      |                                                                                      +--> loss (train.objective.soft_targets)
+      +----> student, up to its head --------------------------------------------------------+
+
+    loss = w_d divergence + w_n next-token + a hidden match        mean over the tokens of a step
+
+Forward KL on logits alone, temperature 1, is what Minitron found best (arXiv 2407.14679, section 4.3) and Nemotron Nano 2
+used (arXiv 2508.14444, section 4); the teacher's whole distribution in place of the label is Gemma 2's (arXiv 2408.00118,
+section 3.3). With Minitron's balance, a = divergence / match of the same row, so that it does not depend on how rows are
+dealt out. All is computed on the student's last pipeline stage.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.tensor_parallel.mappings import (
+    copy_to_tensor_model_parallel_region,
+    gather_from_sequence_parallel_region,
+)
+
+from train.checkpoint.manager import checkpoint_at
+from train.config import ObjectiveConfig, Recipe
+from train.errors import RecipeError
+from train.model.attention import zigzag_positions
+from train.model.head import head_weight, hidden_states
+from train.model.pattern import layer_kinds
+from train.objective.kept import KeptAnswers
+from train.objective.next_token import LocalRows, local_rows
+from train.objective.soft_targets import Head, KeptTargets, LossWeights, OnlineTargets, Targets, TopK, head_losses
+from train.objective.teacher import LayerOutputs, Teacher
+from train.parallel.mesh import Mesh
+
+PARTS = ("divergence", "next_token", "hidden")
+"""Names of the loss's parts, as they are reported beside it."""
+FINAL = "final"
+
+
+@dataclass(frozen=True)
+class HiddenMatch:
+    """Which hidden states are compared, and how."""
+
+    kind: str
+    final: bool
+    """After the final norms."""
+    student_layers: tuple[int, ...]
+    teacher_layers: tuple[int, ...]
+    weight: float | None
+    channels: torch.Tensor | None
+    """Of the teacher, those the student kept; None: all."""
+
+
+def distill_step(
+    recipe: Recipe, *, mesh: Mesh, source: "Teacher | KeptAnswers | None", match: HiddenMatch | None
+) -> Callable[..., Any]:
+    """The function Megatron's schedules call for each microbatch. source: None on ranks of earlier stages.
+
+    Its report for a microbatch is [loss, *PARTS]. Scaled as the next-token objective's loss is (`next_token.forward_step`).
+    """
+    objective, model_config = recipe.objective, recipe.model
+    weights = LossWeights(
+        divergence=objective.distill_weight,
+        next_token=objective.next_token_weight,
+        temperature=objective.temperature,
+        is_cross_entropy=objective.divergence == "cross_entropy",
+    )
+    context_ranks = mesh.groups.cp.size()
+
+    def step(microbatches: Any, model: torch.nn.Module) -> Any:
+        batch = next(microbatches)
+        chunk: Any = getattr(model, "module", model)
+        rows = local_rows(batch, mesh, reset_at_documents=recipe.data.reset_at_documents)
+        if not chunk.post_process or source is None:
+            return hidden_states(chunk, rows.tokens, rows.positions, context=rows.context), None
+        targets, teacher_layers = _targets(source, batch, rows, mesh=mesh, objective=objective, match=match)
+        with LayerOutputs(chunk, match.student_layers if match else ()) as outputs:
+            final = hidden_states(chunk, rows.tokens, rows.positions, context=rows.context)
+
+        def loss_of(hidden_SBH: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            sequence, count = rows.labels.shape[1], rows.labels.shape[0]
+            losses = head_losses(
+                _whole_on_every_rank(hidden_SBH, chunk, mesh).flatten(0, 1),
+                Head(head_weight(chunk), softcap=model_config.logit_softcap),
+                targets=targets,
+                labels_N=rows.labels.t().reshape(-1),
+                weights=weights,
+                group=mesh.groups.tp,
+                chunk_tokens=objective.chunk_tokens,
+            )
+            total = losses.total
+            matched = torch.zeros((), device=total.device)
+            if match is not None:
+                states = [outputs.taken[layer] for layer in match.student_layers]
+                pairs = list(zip([*([hidden_SBH] if match.final else []), *states], teacher_layers, strict=True))
+                divergence_B = losses.divergence_N.view(sequence, count).sum(0)
+                extra, matched = _match(pairs, match, divergence_B, mesh=mesh, splits_sequence=_splits(chunk))
+                total = total + extra
+            scale = 1 / (sequence * count * context_ranks)
+            parts = [total, losses.divergence_N.sum(), losses.next_token_N.sum(), matched]
+            return total * scale, torch.stack([part.detach().float() for part in parts]) * scale
+
+        return final, loss_of
+
+    return step
+
+
+def _targets(
+    source: Teacher | KeptAnswers,
+    batch: Any,
+    rows: LocalRows,
+    *,
+    mesh: Mesh,
+    objective: ObjectiveConfig,
+    match: HiddenMatch | None,
+) -> tuple[Targets, list[torch.Tensor]]:
+    """What the teacher says of this context rank's tokens, and its hidden states to match there."""
+    cp = mesh.groups.cp
+    tokens = batch.tokens.to(mesh.device, non_blocking=True)
+    where = zigzag_positions(tokens.shape[1], rank=cp.rank(), ranks=cp.size(), device=mesh.device)
+    if isinstance(source, KeptAnswers):
+        kept = source.read(batch, documents=rows.context is not None)
+
+        def mine(x: torch.Tensor) -> torch.Tensor:  # [rows, sequence, ...] of whole rows -> [tokens here, ...]
+            return x.to(mesh.device)[:, where].transpose(0, 1).flatten(0, 1)
+
+        return KeptTargets(TopK(mine(kept.ids_NK).long(), mine(kept.log_p_NK), mine(kept.rest_N))), []
+    documents = rows.context.documents if rows.context is not None else None
+    states = source.hidden(tokens, documents, layers=match.teacher_layers if match else ())
+    states = [state[where] if cp.size() > 1 else state for state in states]
+    targets = OnlineTargets(states[0].flatten(0, 1), source.head, top_k=objective.top_k)
+    return targets, states if match is not None and match.final else states[1:]
+
+
+def _splits(chunk: Any) -> bool:
+    """Whether hidden states are split over the tensor ranks along the sequence."""
+    return bool(chunk.config.sequence_parallel)
+
+
+def _whole_on_every_rank(hidden_SBH: torch.Tensor, chunk: Any, mesh: Mesh) -> torch.Tensor:
+    """Hidden states as the head needs them; the backward pass adds up the ranks' gradients."""
+    if _splits(chunk):
+        return gather_from_sequence_parallel_region(hidden_SBH, group=mesh.groups.tp)
+    return copy_to_tensor_model_parallel_region(hidden_SBH, group=mesh.groups.tp)
+
+
+def _match(
+    pairs: list[tuple[torch.Tensor, torch.Tensor]],
+    match: HiddenMatch,
+    divergence_B: torch.Tensor,
+    *,
+    mesh: Mesh,
+    splits_sequence: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(weighted sum over tokens for the loss, plain sum): the mean over the pairs of each token's distance.
+
+    Under sequence parallelism a rank has a part of the tokens; values are those of all, gradients of its own.
+    """
+    distance_B = torch.zeros_like(divergence_B)
+    for student, teacher in pairs:
+        if splits_sequence:
+            teacher = teacher.chunk(mesh.groups.tp.size())[mesh.groups.tp.rank()]
+        if match.channels is not None:
+            teacher = teacher[..., match.channels]
+        distance_B = distance_B + _distance(student.float(), teacher.float(), match.kind).sum(0) / len(pairs)
+    whole_B = distance_B.detach().clone()
+    if splits_sequence:
+        dist.all_reduce(whole_B, group=mesh.groups.tp)
+    if match.weight is not None:
+        alpha_B = torch.full_like(whole_B, match.weight)
+    else:
+        ratio = torch.stack([divergence_B, whole_B])
+        if mesh.groups.cp.size() > 1:
+            dist.all_reduce(ratio, group=mesh.groups.cp)
+        alpha_B = ratio[0] / ratio[1].clamp_min(torch.finfo(ratio.dtype).tiny)
+    weighted = (alpha_B * distance_B).sum()
+    return weighted + ((alpha_B * whole_B).sum() - weighted).detach(), whole_B.sum()
+
+
+def _distance(student: torch.Tensor, teacher: torch.Tensor, kind: str) -> torch.Tensor:
+    """Per token, [sequence, rows]: 1 - cosine, or squared error over the teacher's square."""
+    if kind == "cosine":
+        return 1 - torch.nn.functional.cosine_similarity(student, teacher, dim=-1)
+    return (student - teacher).square().sum(-1) / teacher.square().sum(-1).clamp_min(1e-12)
+
+
+def hidden_match(recipe: Recipe, teacher: Teacher | None, *, last_stage_layers: tuple[int, ...]) -> HiddenMatch | None:
+    """What `objective.hidden_*` ask for. RecipeError where it cannot be done. teacher: None on earlier stages.
+
+    last_stage_layers: the student's layers that lie where the loss is.
+    """
+    objective = recipe.objective
+    if objective.hidden_match == "none" or teacher is None:
+        return None
+    pairs = _pairs(objective.hidden_layers)
+    depth = len(layer_kinds(recipe.model.pattern))
+    teacher_depth = len(layer_kinds(teacher.model.pattern))
+    for student_layer, teacher_layer in pairs or []:
+        place = f"objective.hidden_layers={objective.hidden_layers}: "
+        if student_layer >= depth or teacher_layer >= teacher_depth:
+            raise RecipeError(
+                f"{place}{student_layer}:{teacher_layer} does not exist; the student has layers 0 to {depth - 1}, the "
+                f"teacher 0 to {teacher_depth - 1}."
+            )
+        if student_layer not in last_stage_layers:
+            raise RecipeError(
+                f"{place}layer {student_layer} of the student is not on its last pipeline stage (layers "
+                f"{min(last_stage_layers)} to {max(last_stage_layers)}), where the teacher is. Match one of those."
+            )
+    if pairs and recipe.parallel.recompute != "none":
+        raise RecipeError(
+            f"objective.hidden_layers={objective.hidden_layers} needs activations that parallel.recompute="
+            f"{recipe.parallel.recompute} throws away. Use hidden_layers=final, or parallel.recompute=none."
+        )
+    return HiddenMatch(
+        kind=objective.hidden_match,
+        final=pairs is None,
+        student_layers=tuple(s for s, _ in pairs or []),
+        teacher_layers=tuple(t for _, t in pairs or []),
+        weight=objective.hidden_weight,
+        channels=_kept_channels(recipe, teacher),
+    )
+
+
+def _pairs(text: str) -> list[tuple[int, int]] | None:
+    """`3:5,7:11` -> pairs; `final` -> None."""
+    if text == FINAL:
+        return None
+    try:
+        return [(int(student), int(teacher)) for student, teacher in (pair.split(":") for pair in text.split(","))]
+    except ValueError:
+        raise RecipeError(
+            f"objective.hidden_layers={text!r} is neither `final` nor pairs student:teacher such as 3:5,7:11."
+        ) from None
+
+
+def _kept_channels(recipe: Recipe, teacher: Teacher) -> torch.Tensor | None:
+    """Of the teacher's residual channels, those a pruned student kept, from the lineage of what it started from."""
+    if recipe.model.hidden == teacher.model.hidden:
+        return None
+    lineage = {}
+    if recipe.run.start_from is not None:
+        lineage = checkpoint_at(recipe.run.start_from)[1].lineage
+    kept = lineage.get("kept", {}).get("hidden")
+    if kept is None or len(kept) != recipe.model.hidden or max(kept) >= teacher.model.hidden:
+        raise RecipeError(
+            f"objective.hidden_match={recipe.objective.hidden_match} compares hidden states of width "
+            f"{recipe.model.hidden} (student) and {teacher.model.hidden} (teacher). That needs one width, or a student "
+            f"that starts from a checkpoint pruned from this teacher (run.start_from). Use hidden_match=none."
+        )
+    return torch.tensor(kept, device=teacher.head.weight_VH.device)
