@@ -13,7 +13,6 @@ from train.objective.soft_targets import (
     KeptTargets,
     LossWeights,
     OnlineTargets,
-    TopK,
     head_losses,
     log_softmax_over_ranks,
     top_k_of,

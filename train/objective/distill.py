@@ -1,8 +1,8 @@
 """The distillation objective: agree with a teacher's distribution, token by token.
 
-    rows --> teacher (train.objective.teacher) or its kept answers (train.objective.kept) --+
-      |                                                                                      +--> loss (train.objective.soft_targets)
-      +----> student, up to its head --------------------------------------------------------+
+    rows --> teacher (objective.teacher) or its kept answers (objective.kept) --+
+      |                                                                          +--> loss (objective.soft_targets)
+      +----> student, up to its head --------------------------------------------+
 
     loss = w_d divergence + w_n next-token + a hidden match        mean over the tokens of a step
 
