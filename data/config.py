@@ -6,7 +6,7 @@ The text under a field is its documentation: meaning, unit, and why the default 
 from dataclasses import dataclass, field
 from typing import Literal
 
-from data.fields import OpenFraction, PositiveFloat, PositiveInt
+from data.fields import Count, OpenFraction, PositiveFloat, PositiveInt
 
 
 @dataclass(frozen=True)
@@ -14,14 +14,31 @@ class SourceConfig:
     """One named source of documents; its name is its key under `data.sources`."""
 
     path: str
-    """File, folder or glob of text; `.gz` and `.zst` are read as they are. `package:NAME` is a corpus shipped with
-    this project (data/corpora), `python-stdlib` the standard library sources of the running Python."""
+    """File, folder or glob of text, here or behind `s3://`, `gs://`, `https://`, `hf://` (any fsspec protocol); `.gz`,
+    `.zst`, `.bz2`, `.xz` are decompressed, `{000..063}` and `{a,b}` stand for several paths. `hf:NAME` is a Hugging Face
+    `datasets` set. `package:NAME` is a corpus shipped with this project (data/corpora), `python-stdlib` the standard
+    library sources of the running Python."""
     weight: PositiveFloat = 1.0
     """Share of training rows drawn from this source, relative to the other weights (they need not sum to 1)."""
-    format: Literal["auto", "text", "jsonl", "parquet"] = "auto"
-    """How a file is read; `auto` goes by the file's name. A text file is one document."""
+    format: Literal["auto", "text", "jsonl", "parquet", "dataset", "megatron"] = "auto"
+    """How it is read; `auto` goes by the file's name. A text file is one document; `dataset` is a folder written by
+    `save_to_disk`; `megatron` reads existing `.bin/.idx` sets where they lie (path without suffix, or a glob)."""
     text_field: str = "text"
-    """Field of a jsonl or parquet record that holds the text."""
+    """Field of a record that holds the text; `a.b` looks inside the group `a`."""
+    template: str | None = None
+    """Text made of several fields, such as `"{title}\\n{body}"`; takes the place of text_field."""
+    config: str | None = None
+    """Configuration of a Hugging Face set, such as `sample-10BT`."""
+    split: str = "train"
+    """Split of a Hugging Face set that is read; what is held out for evaluation is taken from it."""
+    streaming: bool = False
+    """Read a Hugging Face set as a stream instead of downloading it first."""
+    on_bad_record: Literal["error", "skip"] = "error"
+    """A record that is no JSON, no UTF-8, too large, or without text: stop and name it, or leave it out and count it."""
+    max_record_bytes: PositiveInt = 67_108_864
+    """A larger record is a bad record: no single document may fill the memory."""
+    max_expansion: PositiveInt = 200
+    """A file that decompresses to more than this times its size (beyond 64 MiB) is refused. Text expands 3 to 20 times."""
     max_bytes: PositiveInt | None = None
     """Stop after about this many bytes of text (whole documents); null reads everything."""
 
@@ -31,11 +48,25 @@ class TokenizerConfig:
     """Which tokenizer turns text into token ids."""
 
     path: str | None = None
-    """A `tokenizer.json` to load; null trains a byte-level BPE on the sources and keeps it beside the shards."""
+    """A tokenizer to load: `tokenizer.json`, SentencePiece `.model`, tekken or tiktoken file; null trains a byte-level BPE
+    on the sources. Either way it is kept beside the shards."""
     vocab_size: PositiveInt = 4096
     """Size of the trained vocabulary, special tokens included. Checked against `model.vocab`."""
     end_of_document: str = "<|endoftext|>"
     """Special token written after every document."""
+    special_tokens: dict[str, int] = field(default_factory=dict)
+    """Further special tokens and their ids, for a trained tokenizer (ids from 1 up) or a file of ranks that names none."""
+    pattern: str | None = None
+    """Regular expression that cuts a text before tokens are made, or one of gpt2, cl100k, o200k, nemotron; for a trained
+    tokenizer (null: gpt2) and for files of ranks without one."""
+    rank_offset: Count = 0
+    """Id of the first token of a file of ranks without special tokens (Nemotron's: 1000)."""
+    keep_vocab: PositiveInt | None = None
+    """Use only the ids below this of a file of ranks; null: what the file says, or all."""
+    train_bytes: PositiveInt = 1_000_000_000
+    """Bytes of text a trained tokenizer looks at, taken from the beginning of each source in equal parts."""
+    encoder: Literal["auto", "tokenizers"] = "auto"
+    """`auto` encodes a `tokenizer.json` with tiktoken where that provably gives the same ids, several times faster."""
 
 
 @dataclass(frozen=True)
@@ -58,5 +89,8 @@ class DataConfig:
     """Seed of the order of rows and of the held-out split; change it and the data order changes."""
     workers: PositiveInt = 2
     """Processes that tokenize. The output does not depend on it."""
+    shard_bytes: PositiveInt = 268_435_456
+    """Input files are grouped, and large ones cut where their format allows, to shards of about this many stored bytes. A
+    shard is what one process makes in one go, and what is made again after a kill."""
     prefetch_steps: PositiveInt = 2
     """Steps of batches read ahead by a thread."""

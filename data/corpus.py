@@ -1,152 +1,146 @@
-"""Documents out of files: text, jsonl and parquet, plain or compressed, local, shipped or of this machine's Python.
+"""Documents of a source, with the policy for records that cannot be used, and the rule that holds some back.
 
-    SourceConfig --documents--> Document(text, file, ordinal), in an order that depends on the files' names only
-
-Every problem is a DataError with file (and line), before anything downstream has seen half a document.
+parts --Reader--> Document(text, file, record), in an order that depends on the files' names only
+text --held_out--> whether it is kept for evaluation: a function of seed and text, so that a text that comes twice is
+                   never in both splits, however files are named, ordered, cut or shared among sources
 """
 
-import glob
-import gzip
-import io
-import json
-import sysconfig
-from collections.abc import Iterator
-from dataclasses import dataclass
-from pathlib import Path
-from typing import IO, Any
+import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 
 from data.config import SourceConfig
 from data.errors import DataError
+from data.sources.files import file_size
+from data.sources.parts import cut, limited, problem_of, read
+from data.sources.records import Part
 
-CORPORA = Path(__file__).resolve().parent / "corpora"
-PACKAGE = "package:"
-STDLIB = "python-stdlib"
-_FORMATS = {".txt": "text", ".md": "text", ".py": "text", ".jsonl": "jsonl", ".json": "jsonl", ".parquet": "parquet"}
+SHOWN_PROBLEMS = 3
+"""Messages of bad records that are kept to be shown."""
+_WHOLE = 1 << 62
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Document:
     """One text, and where it came from."""
 
     text: str
     file: str
-    ordinal: int
-    """Number of the document in its file, from 0."""
+    record: int
+    """Number of its record in the part it was read from, from 0."""
+
+
+@dataclass
+class Reader:
+    """Reads parts of one source and keeps count of what it leaves out."""
+
+    name: str
+    source: SourceConfig
+    bad_records: int = 0
+    empty_documents: int = 0
+    problems: list[str] = field(default_factory=list)
+    """The first messages about bad records."""
+    records: dict[str, int] = field(default_factory=dict)
+    """Records seen by file."""
+    stored_bytes: int = 0
+    """Of the current part, read so far."""
+
+    @property
+    def place(self) -> str:
+        """Dotted place of the source in the recipe."""
+        return f"data.sources.{self.name}"
+
+    def documents(self, part: Part) -> Iterator[Document]:
+        """The documents of one part. Empty texts are left out.
+
+        Raises DataError for a file that cannot be read or is not the one planned with, and for a bad record unless the
+        source's policy is to skip them.
+        """
+        if part.file_size and file_size(part.file) != part.file_size:
+            raise DataError(
+                f"{part.file} ({self.place}) is no longer {part.file_size:,} bytes long: it changed while this data was "
+                f"being prepared. Prepare into another data.folder."
+            )
+        self.stored_bytes = 0
+        self.records.setdefault(part.file, 0)
+        for record in read(self.place, self.source, part):
+            self.stored_bytes = min(record.stored_bytes, part.size)
+            self.records[part.file] += 1
+            if record.problem is not None:
+                self.refuse(part, record.number, record.problem)
+            elif not record.text:
+                self.empty_documents += 1
+            else:
+                yield Document(record.text, part.file, record.number)
+
+    def refuse(self, part: Part, number: int, problem: str) -> None:
+        """Stop at, or count, a record that cannot be used."""
+        skip = self.source.on_bad_record == "skip"
+        if not skip or len(self.problems) < SHOWN_PROBLEMS:
+            message = problem_of(self.place, self.source, part, number, problem)
+            if not skip:
+                raise DataError(f"{message}. To leave such records out, set {self.place}.on_bad_record=skip.")
+            self.problems.append(message)
+        self.bad_records += 1
 
 
 def documents(name: str, source: SourceConfig) -> Iterator[Document]:
-    """The documents of one source, up to `max_bytes` of UTF-8 text. Empty texts are left out.
-
-    Raises DataError for a path without files, an unreadable or undecodable file, a bad record, or a source without text.
-    """
-    read = count = 0
-    for file in source_files(name, source):
-        for ordinal, text in enumerate(_texts(name, source, file)):
-            if not text:
-                continue
-            yield Document(text=text, file=str(file), ordinal=ordinal)
-            count += 1
-            read += len(text.encode())
-            if source.max_bytes is not None and read >= source.max_bytes:
-                return
+    """All documents of one source, up to `max_bytes` of UTF-8 text. DataError where there is none, or as Reader says."""
+    reader = Reader(name, source)
+    count = 0
+    for group in limited(reader.place, source, cut(reader.place, source, _WHOLE)):
+        for part in group:
+            for document in reader.documents(part):
+                count += 1
+                yield document
     if count == 0:
         raise DataError(f"data.sources.{name}.path={source.path} holds no text: every document is empty.")
 
 
-def source_files(name: str, source: SourceConfig) -> list[Path]:
-    """The files of a source, sorted by name. DataError where there are none."""
-    path = source.path
-    if path == STDLIB:
-        folder = Path(sysconfig.get_paths()["stdlib"])
-        skipped = ("site-packages", "test", "tests", "idlelib", "lib2to3", "__pycache__")
-        files = [f for f in folder.rglob("*.py") if not any(part in skipped for part in f.relative_to(folder).parts)]
-        files = [f for f in files if f.stat().st_size > 0]
-    elif path.startswith(PACKAGE):
-        files = sorted(CORPORA.glob(path.removeprefix(PACKAGE) + ".*"))
-        if not files:
-            shipped = ", ".join(sorted({f.name.split(".")[0] for f in CORPORA.glob("*.gz")}))
-            raise DataError(f"data.sources.{name}.path={path}: no such corpus is shipped. There are: {shipped}.")
-    elif Path(path).is_dir():
-        files = [f for f in Path(path).rglob("*") if f.is_file() and not f.name.startswith(".")]
-    else:
-        files = [Path(f) for f in glob.glob(path, recursive=True) if Path(f).is_file()]
-    if not files:
+def digest(text: bytes, *, seed: int) -> str:
+    """What a text is known by when it is dealt to a split."""
+    return hashlib.blake2b(text, digest_size=8, key=seed.to_bytes(8, "little", signed=True)).hexdigest()
+
+
+def held_out(known: str, *, fraction: float) -> bool:
+    """Whether the text of this digest is kept for evaluation."""
+    return int(known, 16) < fraction * 2**64
+
+
+def cut_in_two(name: str, text: str, *, fraction: float) -> tuple[str, str]:
+    """(train, held out) of a source that is a single document: cut at a line end. DataError for a single line."""
+    lines = text.splitlines(keepends=True)
+    if len(lines) < 2:
+        raise DataError(f"source {name!r} is a single line, so nothing can be held out. Give it more documents.")
+    keep = min(len(lines) - 1, max(1, round(len(lines) * (1 - fraction))))
+    return "".join(lines[:keep]), "".join(lines[keep:])
+
+
+def first_two(
+    name: str, source: SourceConfig, shards: Sequence[Sequence[Part]], *, seed: int, fraction: float
+) -> list[str]:
+    """Digests of the first two different texts: one goes to each split, so that neither is empty.
+
+    One digest where the source is a single document, which can be cut in two. DataError where it cannot, where there is no
+    text, or one text several times.
+    """
+    reader = Reader(name, source)
+    found: list[str] = []
+    count, only = 0, ""
+    for group in shards:
+        for part in group:
+            for document in reader.documents(part):
+                count += 1
+                known, only = digest(document.text.encode(), seed=seed), document.text
+                if known not in found:
+                    found.append(known)
+                    if len(found) == 2:
+                        return found
+    if count == 0:
+        raise DataError(f"{reader.place}.path={source.path} holds no text: every document is empty.")
+    if count > 1:
         raise DataError(
-            f"data.sources.{name}.path={path}: no file there (looked from {Path.cwd()}). Give a file, a folder, or a "
-            f"glob such as texts/*.jsonl."
+            f"source {name!r} is one text {count} times, so nothing can be held out. Give it more documents."
         )
-    return sorted(files)
-
-
-def _texts(name: str, source: SourceConfig, file: Path) -> Iterator[str]:
-    plain = file.with_suffix("") if file.suffix in (".gz", ".zst") else file
-    kind = source.format if source.format != "auto" else _FORMATS.get(plain.suffix, "text")
-    try:
-        match kind:
-            case "parquet":
-                yield from _parquet_texts(source, file)
-            case "jsonl":
-                with _open(file) as lines:
-                    yield from _jsonl_texts(source, file, lines)
-            case _:
-                with _open(file) as whole:
-                    yield whole.read()
-    except UnicodeDecodeError as error:
-        raise DataError(
-            f"{file} (data.sources.{name}) is not UTF-8 text: {error.reason} at byte {error.start}. Convert it, or leave "
-            f"it out of the path."
-        ) from error
-    except (OSError, EOFError) as error:
-        raise DataError(f"{file} (data.sources.{name}) cannot be read: {error}") from error
-
-
-def _open(file: Path) -> IO[str]:
-    match file.suffix:
-        case ".gz":
-            return gzip.open(file, "rt", encoding="utf-8", newline="")
-        case ".zst":
-            try:
-                import zstandard
-            except ImportError as error:
-                raise DataError(f"{file} is zstd-compressed: install the package `zstandard`, or use .gz.") from error
-            raw: Any = zstandard.ZstdDecompressor().stream_reader(file.open("rb"), closefd=True)
-            return io.TextIOWrapper(raw, encoding="utf-8", newline="")
-        case _:
-            return file.open("r", encoding="utf-8", newline="")
-
-
-def _jsonl_texts(source: SourceConfig, file: Path, lines: IO[str]) -> Iterator[str]:
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-        except ValueError as error:
-            raise DataError(f"{file}:{number} is not JSON: {error}") from error
-        text = record.get(source.text_field) if isinstance(record, dict) else None
-        if not isinstance(text, str):
-            keys = ", ".join(record) if isinstance(record, dict) else type(record).__name__
-            raise DataError(
-                f"{file}:{number} has no text under {source.text_field!r} (it has: {keys}). Set text_field of this source."
-            )
-        yield text
-
-
-def _parquet_texts(source: SourceConfig, file: Path) -> Iterator[str]:
-    import pyarrow
-    import pyarrow.parquet as parquet
-
-    try:
-        table = parquet.ParquetFile(file)
-        if source.text_field not in table.schema_arrow.names:
-            raise DataError(
-                f"{file} has no column {source.text_field!r} (it has: {', '.join(table.schema_arrow.names)}). Set "
-                f"text_field of this source."
-            )
-        for batch in table.iter_batches(columns=[source.text_field]):
-            for value in batch.column(0).to_pylist():
-                if not isinstance(value, str):
-                    raise DataError(f"{file}: column {source.text_field!r} holds {type(value).__name__}, not text.")
-                yield value
-    except pyarrow.ArrowException as error:
-        raise DataError(f"{file} cannot be read as parquet: {error}") from error
+    cut_in_two(name, only, fraction=fraction)  # it can be
+    return found

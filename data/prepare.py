@@ -1,270 +1,284 @@
 """`python -m data.prepare -cn RECIPE [data.key=value ...]`: raw text -> tokenizer, token shards, manifest.
 
-    sources --split by document--> (train texts) --> BPE --> tokenizer.json
-                              \\--> tokenize --> SOURCE.train.bin/.idx, SOURCE.heldout.bin/.idx --> manifest.json
+    sources --plan--> shards to make --> plan.json
+            --train split, or a file--> tokenizer
+    each shard: read, tokenize, write --> SOURCE/00000.train.bin/.idx/.origins, ...heldout..., SOURCE/00000.json
+    all shards done --> manifest.json
 
-A second run finds the finished work and stops; after a kill, finished sources are not tokenized again. The output does
-not depend on the number of workers. A folder with other data is never overwritten.
+A second run finds the finished work and stops; after a kill, finished shards are not made again. The output does not
+depend on the number of workers or tasks. A folder with other data is never overwritten.
 """
 
-import hashlib
-import itertools
-import json
 import os
+import re
 import sys
 import time
-from collections.abc import Iterable, Iterator
-from contextlib import ExitStack
-from dataclasses import asdict, replace
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from data.command import dotted_keys, run_command
-from data.config import DataConfig, SourceConfig
-from data.corpus import Document, documents, source_files
+from data.config import DataConfig
+from data.corpus import Reader
 from data.errors import DataError
 from data.manifest import (
     MANIFEST,
     SPLITS,
     Manifest,
-    ShardEntry,
     SourceEntry,
     TokenizerEntry,
     file_sha256,
     read_manifest,
-    source_entry,
-    write_durably,
     write_manifest,
 )
-from data.origins import pack_origins
-from data.shards import ShardWriter, write_bytes_durably
-from data.tokenizer import TOKENIZER_FILE, Tokenizer, load_tokenizer, train_tokenizer
+from data.pool import make_shards
+from data.progress import Display, megabytes
+from data.shard_job import ShardJob, dealt, read_result
+from data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 from data.typed import build
+from data.work import Work, plan_work, request_of, same_request
 
-_BATCH = 64
-"""Documents handed to the tokenizer at once."""
+HELP = """python -m data.prepare -cn RECIPE [data.key=value ...] [+task=TASK]
+
+Turns the recipe's data.sources into token shards in data.folder, with a manifest that vouches for them.
+Run it again after any interruption: finished shards are kept, and the bytes come out the same.
+
+  python -m data.prepare -cn smoke                        everything on this machine
+  python -m data.prepare -cn smoke data.workers=16        on 16 processes; same bytes
+  python -m data.prepare -cn smoke --cfg job              print the composed recipe, make nothing
+  python -m launch.fields data                            what every field means
+
+As an array job, all tasks with the same folder on a shared file system; any number of tasks gives the same bytes:
+  +task=plan     once, first: decide what goes into which shard, train or copy the tokenizer
+  +task=3/16     the fourth of 16 tasks (counted from 0): every 16th shard
+  +task=merge    once, last: check that every shard is there and write the manifest
+Without +task all three are done, and what other tasks left undone.
+
+  #SBATCH --array=0-15
+  srun python -m data.prepare -cn RECIPE +task=$SLURM_ARRAY_TASK_ID/16
+
+Your own texts:
+  python -m data.prepare -cn smoke data.folder=runs/data/mine '~data.sources.python' '~data.sources.shakespeare' \\
+      '+data.sources.mine={path: "texts/*.jsonl.zst", text_field: body}' data.tokenizer.path=tokenizer.json
+
+Your own recipes lie in a folder of yours: --config-dir FOLDER. Hydra's own help: --hydra-help.
+"""
+
+
+@dataclass(frozen=True)
+class Task:
+    """Which part of the work this process does."""
+
+    plan: bool = True
+    index: int = 0
+    count: int = 1
+    """Shards index, index + count, ... of all; none where count is 0."""
+    merge: bool = True
 
 
 def main() -> int:
     """Entry point of `python -m data.prepare`."""
+    if {"-h", "--help"} & set(sys.argv[1:]):
+        sys.stdout.write(HELP)
+        return 0
     return run_command(
-        _prepare, program="data.prepare", keys=dotted_keys(DataConfig, "data."), user_errors=(DataError,)
+        _prepare, program="data.prepare", keys=[*dotted_keys(DataConfig, "data."), "task"], user_errors=(DataError,)
     )
 
 
-def prepare(config: DataConfig, *, console: Console) -> Manifest:
-    """Bring `config.folder` to hold what `config` asks for. -> its manifest.
+def parse_task(text: str | None) -> Task:
+    """What `+task=...` asks for. DataError with what may be asked for."""
+    if text is None:
+        return Task()
+    if text == "plan":
+        return Task(count=0, merge=False)
+    if text == "merge":
+        return Task(count=0)
+    numbers = re.fullmatch(r"(\d+)/(\d+)", text)
+    if numbers:
+        index, count = map(int, numbers.groups())
+        if index < count:
+            return Task(index=index, count=count, merge=False)
+    raise DataError(f"task={text} is no task. Use plan, merge, or a number below a count, 0/16 to 15/16.")
+
+
+def prepare(config: DataConfig, *, console: Console, task: str | None = None) -> Manifest | None:
+    """Bring `config.folder` to hold what `config` asks for. -> its manifest; None where the task is only a part of it.
 
     Raises DataError for bad input, and for a folder that holds other data, which is left as it is.
     """
+    todo = parse_task(task)
     if not config.sources:
         raise DataError("data.sources is empty. Name at least one source, e.g. data.sources.mine.path=texts/*.jsonl.")
     folder = Path(config.folder)
-    request = _request(config)
     if (folder / MANIFEST).exists():
         manifest = read_manifest(folder)
-        _same_request(folder, manifest.request, request)
-        console.print(f"{folder} is up to date.")
+        same_request(folder, manifest.request, request_of(config))
+        console.print(f"{folder} is up to date.", highlight=False)
         return manifest
-    for name, source in config.sources.items():
-        source_files(name, source)  # a missing file is found before anything is written
-    os.environ["RAYON_NUM_THREADS"] = str(config.workers)  # the tokenizers library's own thread pool
+    os.environ.setdefault("RAYON_NUM_THREADS", str(config.workers))  # the tokenizers library's own thread pool
     started = time.perf_counter()
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        _keep_request(folder, request)
-        with _bars(console) as bars:
-            tokenizer = _tokenizer(config, folder, bars)
-            sources = {name: _source(config, name, folder, tokenizer, bars) for name in config.sources}
-        manifest = Manifest(
-            tokenizer=TokenizerEntry(
-                file=TOKENIZER_FILE,
-                sha256=file_sha256(folder / TOKENIZER_FILE),
-                fingerprint=tokenizer.fingerprint,
-                vocab_size=tokenizer.vocab_size,
-                eod=tokenizer.eod,
-            ),
-            request=request,
-            sources=sources,
-        )
-        write_manifest(folder, manifest)
+        work = plan_work(config, folder)
+        jobs = jobs_of(config, work)
+        tokenizer = _tokenizer(config, folder, jobs, console)
+        _make_missing(config, todo, jobs, folder / tokenizer.file, console)
+        if not todo.merge:
+            console.print(f"Task {task} of {folder} is done in {time.perf_counter() - started:.1f} s.", highlight=False)
+            return None
+        manifest = _merge(folder, work, jobs, tokenizer, console)
     except OSError as error:
-        raise DataError(f"cannot write {folder}: {error.strerror or error}. Finished sources are kept.") from error
-    for name, entry in sources.items():
-        tokens = entry.count("train", "tokens")
-        console.print(
-            f"{name}: {entry.count('train', 'documents'):,} documents, {tokens:,} tokens, "
-            f"{entry.count('train', 'text_bytes') / tokens:.2f} bytes per token; held out: "
-            f"{entry.count('heldout', 'documents'):,} documents, {entry.count('heldout', 'tokens'):,} tokens"
-        )
-    console.print(f"Prepared {folder} in {time.perf_counter() - started:.1f} s.")
+        raise DataError(f"cannot write {folder}: {error.strerror or error}. Finished shards are kept.") from error
+    console.print(f"Prepared {folder} in {time.perf_counter() - started:.1f} s.", highlight=False)
     return manifest
 
 
-def split_documents(config: DataConfig, name: str) -> Iterator[tuple[str, Document]]:
-    """(split, document) of every document of a source; deterministic, and at least one document in each split.
-
-    A document is held out when its number, hashed with the seed, falls below `heldout_fraction`; the first one always is
-    and the second never, so that neither split is empty. A source of a single document is cut in two at a line end.
-    """
-    found = documents(name, config.sources[name])
-    first = next(found)
-    second = next(found, None)
-    if second is None:
-        lines = first.text.splitlines(keepends=True)
-        if len(lines) < 2:
-            raise DataError(f"source {name!r} is a single line, so nothing can be held out. Give it more documents.")
-        keep = min(len(lines) - 1, max(1, round(len(lines) * (1 - config.heldout_fraction))))
-        yield "train", replace(first, text="".join(lines[:keep]))
-        yield "heldout", replace(first, text="".join(lines[keep:]))
-        return
-    yield "heldout", first
-    yield "train", second
-    for number, document in enumerate(found, start=2):
-        digest = hashlib.sha256(f"{config.seed}/{name}/{number}".encode()).digest()
-        held = int.from_bytes(digest[:8], "little") < config.heldout_fraction * 2**64
-        yield ("heldout" if held else "train"), document
+def jobs_of(config: DataConfig, work: Work) -> list[ShardJob]:
+    """Every shard of the folder, source by source."""
+    return [
+        ShardJob(
+            folder=Path(config.folder),
+            name=name,
+            number=number,
+            source=config.sources[name],
+            parts=parts,
+            heldout=source.heldout,
+            train=source.train,
+            seed=config.seed,
+            fraction=config.heldout_fraction,
+        )
+        for name, source in work.sources.items()
+        for number, parts in enumerate(source.shards)
+    ]
 
 
 def _prepare(composed: DictConfig) -> int:
+    task = composed.get("task")
     plain: Any = OmegaConf.to_container(composed.data, resolve=True)
-    prepare(build(DataConfig, plain, "data"), console=Console(stderr=True))
+    console = Console(stderr=True)
+    prepare(build(DataConfig, plain, "data"), console=console, task=None if task is None else str(task))
     return 0
 
 
-def _request(config: DataConfig) -> dict[str, Any]:
-    """The fields the prepared files depend on."""
-    sources = {
-        name: {key: value for key, value in asdict(source).items() if key != "weight"}
-        for name, source in config.sources.items()
-    }
-    request = {
-        "sources": sources,
-        "tokenizer": asdict(config.tokenizer),
-        "heldout_fraction": config.heldout_fraction,
-        "seed": config.seed,
-    }
-    return json.loads(json.dumps(request))
-
-
-def _keep_request(folder: Path, request: dict[str, Any]) -> None:
-    """Remember what unfinished work was for; refuse to mix it with other work."""
-    path = folder / "request.json"
-    if path.exists():
-        _same_request(folder, json.loads(path.read_text()), request)
-    path.write_text(json.dumps(request, indent=1))
-
-
-def _same_request(folder: Path, there: dict[str, Any], asked: dict[str, Any]) -> None:
-    if there == asked:
-        return
-    changed = ", ".join(key for key in asked if there.get(key) != asked[key])
-    raise DataError(
-        f"{folder} holds data prepared differently ({changed} changed). Nothing was overwritten: choose another "
-        f"data.folder, or remove {folder}."
-    )
-
-
-def _tokenizer(config: DataConfig, folder: Path, bars: Progress) -> Tokenizer:
-    path = folder / TOKENIZER_FILE
-    if path.exists():
-        return load_tokenizer(path, config.tokenizer)
+def _tokenizer(config: DataConfig, folder: Path, jobs: list[ShardJob], console: Console) -> Tokenizer:
+    """The folder's tokenizer: what is there, a copy of the recipe's, or one trained on the training texts."""
+    for name in ("tokenizer.json", "tokenizer.model", "tokenizer.ranks.json"):
+        if (folder / name).is_file():
+            return load_tokenizer(folder / name, config.tokenizer)
     if config.tokenizer.path is not None:
         tokenizer = load_tokenizer(Path(config.tokenizer.path), config.tokenizer)
     else:
-        bar = bars.add_task(f"training a BPE of {config.tokenizer.vocab_size:,}", total=None)
-
-        def texts() -> Iterator[str]:
-            for name in config.sources:
-                for split, document in split_documents(config, name):
-                    if split == "train":
-                        bars.advance(bar)
-                        yield document.text
-
-        tokenizer = train_tokenizer(texts(), config.tokenizer)
-        bars.update(bar, total=1, completed=1)
-    aside = folder / f"{TOKENIZER_FILE}.writing"
+        if all(job.source.format == "megatron" for job in jobs):
+            raise DataError(
+                "the sources are Megatron sets, which are tokenized already. Set data.tokenizer.path to the tokenizer they "
+                "were made with."
+            )
+        with console.status(f"training a BPE of {config.tokenizer.vocab_size:,} tokens"):
+            tokenizer = train_tokenizer(_training_texts(config, jobs), config.tokenizer)
+    aside = folder / f"{tokenizer.file}.writing-{os.uname().nodename}-{os.getpid()}"
     tokenizer.save(aside)
-    aside.rename(path)
+    aside.rename(folder / tokenizer.file)
     return tokenizer
 
 
-def _source(config: DataConfig, name: str, folder: Path, tokenizer: Tokenizer, bars: Progress) -> SourceEntry:
-    """Tokenize one source, or find that it was done."""
-    done = folder / f"{name}.json"
-    if done.exists():
-        return source_entry(json.loads(done.read_text()))
-    bar = bars.add_task(f"tokenizing {name}", total=_expected_bytes(config.sources[name], name))
-    text_bytes = dict.fromkeys(SPLITS, 0)
-    files: dict[str, list[str]] = {split: [] for split in SPLITS}
-    starts: dict[str, list[int]] = {split: [] for split in SPLITS}
-    records: dict[str, list[int]] = {split: [] for split in SPLITS}
-    with ExitStack() as stack:
-        writers = {
-            split: stack.enter_context(ShardWriter(folder / f"{name}.{split}", vocab_size=tokenizer.vocab_size))
-            for split in SPLITS
-        }
-        for batch in _batches(split_documents(config, name)):
-            encoded = tokenizer.encode_batch([document.text for _, document in batch])
-            for (split, document), ids in zip(batch, encoded, strict=True):
-                if files[split][-1:] != [document.file]:
-                    files[split].append(document.file)
-                    starts[split].append(len(records[split]))
-                records[split].append(document.ordinal)
-                writers[split].add([*ids, tokenizer.eod])
-                size = len(document.text.encode())
-                text_bytes[split] += size
-                bars.advance(bar, size)
-        entries: dict[str, list[ShardEntry]] = {}
-        for split, writer in writers.items():
-            facts = writer.finish()
-            content = pack_origins(files[split], starts[split], np.array(records[split], dtype=np.uint32))
-            facts["origins"] = write_bytes_durably(folder / f"{name}.{split}.origins", content)
-            entry = ShardEntry(
-                path=f"{name}.{split}",
-                documents=len(writer.lengths),
-                tokens=writer.tokens,
-                text_bytes=text_bytes[split],
-                dtype=writer.dtype.name,
-                files=facts,
-            )
-            entries[split] = [entry]
-    bars.update(bar, total=bars.tasks[bar].completed)
-    source = SourceEntry(description={"path": config.sources[name].path}, splits=entries)
-    write_durably(done, json.dumps(asdict(source)))
-    return source
+def _training_texts(config: DataConfig, jobs: list[ShardJob]) -> Iterator[str]:
+    """Training texts of every source, `train_bytes` in all at most, in equal parts from the beginning of each."""
+    names = {job.name for job in jobs if job.source.format != "megatron"}
+    for name in sorted(names):
+        left = config.tokenizer.train_bytes // len(names)
+        reader = Reader(name, replace(config.sources[name], on_bad_record="skip"))  # the shard will tell
+        for job in jobs:
+            for part in job.parts if job.name == name else []:
+                for text in dealt(job, reader.documents(part)) if left > 0 else ():
+                    if text.split == "train":
+                        left -= text.bytes
+                        yield text.document.text
+                    if left <= 0:
+                        break
 
 
-def _batches(items: Iterable[tuple[str, Document]]) -> Iterator[list[tuple[str, Document]]]:
-    iterator = iter(items)
-    while batch := list(itertools.islice(iterator, _BATCH)):
-        yield batch
+def _make_missing(config: DataConfig, todo: Task, jobs: list[ShardJob], tokenizer_file: Path, console: Console) -> None:
+    """Make this task's shards that are not done."""
+    mine = jobs[todo.index :: todo.count] if todo.count else []
+    missing = [job for job in mine if not job.result.exists()]
+    if len(missing) < len(mine):
+        console.print(f"{len(mine) - len(missing)} of {len(mine)} shards were done before.", highlight=False)
+    if not missing:
+        return
+    sizes: dict[str, int] = {}
+    for job in missing:
+        sizes[job.name] = sizes.get(job.name, 0) + job.size
+    with Display(console, sizes) as display:
+        make_shards(missing, tokenizer_file, config.tokenizer, workers=config.workers, advance=display.advance)
+    console.print(f"tokenized {megabytes(sum(sizes.values()))}; {display.speed}", highlight=False)
 
 
-def _expected_bytes(source: SourceConfig, name: str) -> float | None:
-    """Size of the source's text where the files tell it; None shows a bar without an end."""
-    files = source_files(name, source)
-    if any(file.suffix in (".gz", ".zst", ".parquet", ".jsonl") for file in files):
-        return source.max_bytes
-    total = sum(file.stat().st_size for file in files)
-    return min(total, source.max_bytes or total)
-
-
-def _bars(console: Console) -> Progress:
-    return Progress(
-        SpinnerColumn(),
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        console=console,
-        disable=not console.is_terminal,
+def _merge(folder: Path, work: Work, jobs: list[ShardJob], tokenizer: Tokenizer, console: Console) -> Manifest:
+    """Write the manifest of finished shards. DataError names what is missing."""
+    missing = [job.prefix for job in jobs if not job.result.exists()]
+    if missing:
+        raise DataError(
+            f"{folder} lacks {len(missing)} of {len(jobs)} shards (the first: {missing[0]}). Run their tasks again, or run "
+            f"without +task, which makes what is missing."
+        )
+    manifest = Manifest(
+        tokenizer=TokenizerEntry(
+            file=tokenizer.file,
+            sha256=file_sha256(folder / tokenizer.file),
+            fingerprint=tokenizer.fingerprint,
+            vocab_size=tokenizer.vocab_size,
+            eod=tokenizer.eod,
+        ),
+        request=work.request,
+        sources={name: _merge_source(name, work, jobs, console) for name in work.sources},
     )
+    write_manifest(folder, manifest)
+    for left in folder.rglob("*.writing-*"):  # of tasks that were killed
+        left.unlink(missing_ok=True)
+    return manifest
+
+
+def _merge_source(name: str, work: Work, jobs: list[ShardJob], console: Console) -> SourceEntry:
+    entry = SourceEntry(
+        description={
+            "path": work.request["sources"][name]["path"],
+            "files": work.sources[name].files,
+            "bytes": work.sources[name].size,
+        },
+        splits={split: [] for split in SPLITS},
+    )
+    before: dict[str, int] = {}
+    problems: list[str] = []
+    for job in jobs:
+        if job.name != name:
+            continue
+        result = read_result(job)
+        first = before.get(job.parts[0].file, 0)
+        for split, shard in result.splits.items():
+            entry.splits[split].append(replace(shard, first_record=first))
+        for file, records in result.records.items():
+            before[file] = before.get(file, 0) + records
+        problems += result.problems
+        entry = replace(
+            entry,
+            bad_records=entry.bad_records + result.bad_records,
+            empty_documents=entry.empty_documents + result.empty_documents,
+        )
+    tokens = entry.count("train", "tokens")
+    console.print(
+        f"{name}: {entry.count('train', 'documents'):,} documents, {tokens:,} tokens, "
+        f"{entry.count('train', 'text_bytes') / max(1, tokens):.2f} bytes per token; held out: "
+        f"{entry.count('heldout', 'documents'):,} documents, {entry.count('heldout', 'tokens'):,} tokens",
+        highlight=False,
+    )
+    if entry.bad_records:
+        console.print(f"{name}: left out {entry.bad_records:,} bad records, e.g. {problems[0]}", highlight=False)
+    return entry
 
 
 if __name__ == "__main__":

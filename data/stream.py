@@ -21,7 +21,7 @@ from data.batch import Batch
 from data.blend import Blend
 from data.config import DataConfig
 from data.errors import DataError
-from data.manifest import SPLITS, read_manifest
+from data.manifest import SPLITS, TokenizerEntry, file_sha256, read_manifest
 from data.pack import Rows
 from data.shards import open_entry
 from data.tokenizer import Tokenizer, load_tokenizer
@@ -94,11 +94,7 @@ def open_dataset(config: DataConfig) -> Dataset:
     """
     folder = Path(config.folder)
     manifest = read_manifest(folder)
-    tokenizer = load_tokenizer(folder / manifest.tokenizer.file, config.tokenizer)
-    if tokenizer.fingerprint != manifest.tokenizer.fingerprint:
-        raise DataError(
-            f"{folder / manifest.tokenizer.file} is not the tokenizer the shards were made with. Prepare the data again."
-        )
+    tokenizer = _tokenizer(folder, manifest.tokenizer, config)
     missing = [name for name in config.sources if name not in manifest.sources]
     if missing:
         raise DataError(
@@ -132,6 +128,14 @@ def open_dataset(config: DataConfig) -> Dataset:
         train=parts["train"],
         heldout=parts["heldout"],
     )
+
+
+def _tokenizer(folder: Path, entry: TokenizerEntry, config: DataConfig) -> Tokenizer:
+    """The folder's tokenizer, refused if it is not the one the shards were made with, to the byte."""
+    path = folder / entry.file
+    if path.is_file() and file_sha256(path) != entry.sha256:
+        raise DataError(f"{path} is not the tokenizer the shards were made with. Prepare the data again.")
+    return load_tokenizer(path, config.tokenizer, known_fingerprint=entry.fingerprint)
 
 
 class Stream:

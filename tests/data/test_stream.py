@@ -149,7 +149,7 @@ def test_order_depends_on_the_seed(prepared: DataConfig) -> None:
 
 def test_what_the_reader_thread_raises_reaches_the_trainer(prepared: DataConfig) -> None:
     dataset = open_dataset(prepared)
-    shard = Path(prepared.folder) / "verse.train.bin"
+    shard = Path(prepared.folder) / "verse/00000.train.bin"
     shard.write_bytes(b"\xff" * shard.stat().st_size)  # replaced in mid-run
     with (
         Stream(dataset, position=0, global_rows=8, microbatch_rows=8, rank=0, ranks=1, prefetch_steps=1) as stream,

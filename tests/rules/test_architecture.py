@@ -20,7 +20,8 @@ PACKAGES = ("train", "data", "launch")
 FLOORS = {
     "train.errors": 0, "train.config": 0, "train.stopwatch": 0, "train.model.pattern": 0, "train.parallel.layout": 0,
     "train.build_c": 0, "train.optim.schedule": 0, "data.errors": 0, "data.fields": 0, "data.config": 0, "data.typed": 0,
-    "data.corpus": 1, "data.tokenizer": 1, "data.shards": 1, "data.manifest": 1, "data.origins": 1,
+    "data.sources": 1, "data.corpus": 1, "data.work": 1, "data.megatron_sets": 1, "data.shard_job": 1,
+    "data.pool": 1, "data.progress": 1, "data.tokenizer": 1, "data.shards": 1, "data.manifest": 1, "data.origins": 1,
     "data.pack": 1, "data.blend": 1, "data.batch": 1, "data.stream": 1, "data.command": 1, "train.recipe": 1,
     "train.model": 2, "train.precision": 2, "train.parallel": 2, "train.optim": 2, "train.telemetry": 2,
     "train.faults": 2, "train.engine": 2,
@@ -42,9 +43,12 @@ DOORS = {
     "matplotlib": {"train.report", "train.precision_report"},
     "transformers": {"train.hf"},
     "safetensors": {"train.hf"},
-    "tokenizers": {"data.tokenizer"},
-    "pyarrow": {"data.corpus"},
-    "zstandard": {"data.corpus"},
+    "tokenizers": {"data.tokenizer.hf"},
+    "tiktoken": {"data.tokenizer.ranks"},
+    "sentencepiece": {"data.tokenizer.pieces"},
+    "pyarrow": {"data.sources"},
+    "fsspec": {"data.sources.files"},
+    "datasets": {"data.sources.sets"},
 }
 """Modules that may import an outside library."""
 

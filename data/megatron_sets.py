@@ -1,0 +1,110 @@
+"""Existing Megatron `.bin/.idx` sets as a source: read where they lie, never copied, checked once.
+
+The last documents of each set are held out, as Megatron-LM's own split of a data set does. Checksums, the largest id and
+bytes of text are found in one pass over the tokens.
+"""
+
+import glob
+import hashlib
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+from data.config import SourceConfig
+from data.errors import DataError
+from data.manifest import FileFacts, ShardEntry, file_facts
+from data.shards import Shard, open_shard
+from data.sources.files import is_remote
+from data.sources.records import Part
+from data.tokenizer import Tokenizer
+
+_TOKENS = 1 << 24
+"""Tokens looked at at once."""
+
+
+def find_sets(place: str, source: SourceConfig) -> list[Part]:
+    """The sets that a path stands for: a path without suffix, a folder, or a glob. DataError where there are none."""
+    if is_remote(source.path):
+        raise DataError(
+            f"{place}.path={source.path}: Megatron sets are read where they lie, so they must be local files."
+        )
+    pattern = source.path.removesuffix(".bin").removesuffix(".idx")
+    if Path(pattern).is_dir():
+        found = sorted(Path(pattern).rglob("*.idx"))
+    else:
+        found = [Path(f) for f in sorted(glob.glob(f"{pattern}.idx", recursive=True))]
+    if not found:
+        raise DataError(
+            f"{place}.path={source.path}: no Megatron set there (no {pattern}.idx). Give it without suffix."
+        )
+    prefixes = [str(path.resolve().with_suffix("")) for path in found]
+    sizes = [Path(f"{prefix}.bin").stat().st_size if Path(f"{prefix}.bin").is_file() else 0 for prefix in prefixes]
+    return [Part(p, "megatron", size=size, file_size=size) for p, size in zip(prefixes, sizes, strict=True)]
+
+
+def describe_set(
+    prefix: str, tokenizer: Tokenizer, *, fraction: float, first: bool, report: Callable[[int, int, int], None]
+) -> dict[str, ShardEntry]:
+    """Entries of a set's splits, by split; a split without documents is left out.
+
+    first: hold out at least one document, as the source's first set does. report: called with bytes, bytes of text and
+    tokens gone through. DataError for a damaged set, and for ids beyond the tokenizer's vocabulary.
+    """
+    shard = open_shard(Path(prefix))
+    count = len(shard.ends)
+    held = max(int(first), round(count * fraction))
+    if count < held + int(first):
+        raise DataError(
+            f"{prefix}.idx holds {count} documents: too few to hold some out. Give a set with more of them."
+        )
+    sha256 = hashlib.sha256()
+    text_bytes = {}
+    middle = int(shard.ends[count - held - 1]) if count > held else 0
+    token_bytes = tokenizer.token_bytes()
+    for split, start, stop in (("train", 0, middle), ("heldout", middle, len(shard.tokens))):
+        text_bytes[split] = _look_through(shard, start, stop, sha256, token_bytes, report)
+    files = {
+        "bin": FileFacts(bytes=len(shard.tokens) * shard.tokens.dtype.itemsize, sha256=sha256.hexdigest()),
+        "idx": file_facts(Path(f"{prefix}.idx")),
+    }
+    tokens = {"train": middle, "heldout": len(shard.tokens) - middle}
+    documents = {"train": count - held, "heldout": held}
+    return {
+        split: ShardEntry(
+            path=prefix,
+            documents=documents[split],
+            tokens=tokens[split],
+            text_bytes=text_bytes[split],
+            dtype=shard.tokens.dtype.name,
+            files=files,
+            first_document=0 if split == "train" else count - held,
+        )
+        for split in documents
+        if documents[split]
+    }
+
+
+def _look_through(
+    shard: Shard,
+    start: int,
+    stop: int,
+    sha256: "hashlib._Hash",
+    token_bytes: np.ndarray,
+    report: Callable[[int, int, int], None],
+) -> int:
+    """Bytes of text of tokens start to stop; adds them to the checksum. DataError for ids beyond the vocabulary."""
+    text_bytes = 0
+    for place in range(start, stop, _TOKENS):
+        block = np.asarray(shard.tokens[place : min(place + _TOKENS, stop)])
+        sha256.update(block.tobytes())
+        least, most = int(block.min()), int(block.max())
+        if least < 0 or most >= len(token_bytes):
+            raise DataError(
+                f"{shard.prefix}.bin holds token id {most if least >= 0 else least:,}, outside the tokenizer's vocabulary "
+                f"of {len(token_bytes):,}. Set data.tokenizer.path to the tokenizer this set was made with."
+            )
+        size = int(token_bytes[block].sum(dtype=np.int64))
+        text_bytes += size
+        report(block.nbytes, size, block.size)
+    return text_bytes

@@ -1,0 +1,119 @@
+"""Processes that make shards: each loads the tokenizer once, then takes one shard after the other.
+
+A process that dies is noticed and named; when this process dies, however suddenly, the others see their pipe close at the
+next batch and end.
+"""
+
+import multiprocessing
+import os
+from collections.abc import Callable, Sequence
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+from data.config import TokenizerConfig
+from data.errors import DataError
+from data.shard_job import ShardJob, make_shard
+from data.tokenizer import Tokenizer, load_tokenizer
+
+Advance = Callable[[str, int, int, int], None]
+"""Called with a source's name, and stored bytes, bytes of text and tokens since the call before."""
+
+
+def make_shards(
+    jobs: Sequence[ShardJob], tokenizer_file: Path, config: TokenizerConfig, *, workers: int, advance: Advance
+) -> None:
+    """Make all shards, on up to `workers` processes (threads, where there are fewer shards). DataError as the first fails."""
+    count = min(workers, len(jobs))
+    threads = max(1, workers // max(1, count))
+    if count <= 1:
+        tokenizer = load_tokenizer(tokenizer_file, config)
+        for job in jobs:
+            make_shard(job, tokenizer, threads=threads, report=_named(advance, job.name))
+        return
+    context = multiprocessing.get_context("spawn")
+    waiting = sorted(jobs, key=lambda job: -job.size)  # the largest first, so that none is left over at the end
+    connections: dict[Connection, tuple[BaseProcess, ShardJob]] = {}
+    processes = []
+    try:
+        for _ in range(count):
+            ours, theirs = context.Pipe()
+            process: BaseProcess = context.Process(
+                target=_work, args=(theirs, tokenizer_file, config, threads), daemon=True
+            )
+            process.start()
+            theirs.close()
+            processes.append(process)
+            connections[ours] = (process, _give(ours, waiting))
+        while connections:
+            for connection in wait(list(connections)):
+                assert isinstance(connection, Connection)
+                process, job = connections[connection]
+                match _received(connection, process, job):
+                    case ("progress", stored, text, tokens):
+                        advance(job.name, stored, text, tokens)
+                    case ("failed", message):
+                        raise DataError(message)
+                    case "done":
+                        if waiting:
+                            connections[connection] = (process, _give(connection, waiting))
+                        else:
+                            connection.close()
+                            del connections[connection]
+    finally:
+        for process in processes:
+            if connections:  # something failed: the others would go on for nothing
+                process.terminate()
+            process.join()
+
+
+def _named(advance: Advance, name: str) -> Callable[[int, int, int], None]:
+    return lambda stored, text, tokens: advance(name, stored, text, tokens)
+
+
+def _give(connection: Connection, waiting: list[ShardJob]) -> ShardJob:
+    job = waiting.pop(0)
+    connection.send(job)
+    return job
+
+
+def _received(connection: Connection, process: BaseProcess, job: ShardJob) -> Any:
+    try:
+        return connection.recv()
+    except (EOFError, OSError) as error:
+        process.join(timeout=5)
+        raise DataError(
+            f"the process that made {job.prefix} ended by itself (exit status {process.exitcode}); -9 is what running out of "
+            f"memory looks like. Finished shards are kept: run again with a lower data.workers or data.shard_bytes."
+        ) from error
+
+
+def _work(connection: Connection, tokenizer_file: Path, config: TokenizerConfig, threads: int) -> None:
+    """A worker process: shards in, progress and results out, until the pipe closes."""
+    os.environ["RAYON_NUM_THREADS"] = str(threads)  # the tokenizers library's own thread pool
+    tokenizer: Tokenizer | None = None
+
+    def report(stored: int, text: int, tokens: int) -> None:
+        connection.send(("progress", stored, text, tokens))
+
+    try:
+        while True:
+            job: ShardJob = connection.recv()
+            try:
+                tokenizer = tokenizer or load_tokenizer(tokenizer_file, config)
+                make_shard(job, tokenizer, threads=threads, report=report)
+            except DataError as error:
+                connection.send(("failed", str(error)))
+                return
+            except MemoryError:
+                connection.send(("failed", f"out of memory making {job.prefix}. Lower data.workers."))
+                return
+            except OSError as error:
+                if isinstance(error, BrokenPipeError):
+                    raise
+                connection.send(("failed", f"cannot write {job.folder}: {error}. Finished shards are kept."))
+                return
+            connection.send("done")
+    except (EOFError, BrokenPipeError, KeyboardInterrupt):
+        return

@@ -1,0 +1,80 @@
+"""How far preparing has come: bars on a terminal, now and then a line elsewhere (a Slurm job's log)."""
+
+import time
+from types import TracebackType
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    Progress,
+    SpinnerColumn,
+    TaskID,
+    TaskProgressColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+_LINE_EVERY_S = 20.0
+
+
+class Display:
+    """Progress by source in stored bytes, with the speed of the whole in bytes of text and tokens. A context manager."""
+
+    def __init__(self, console: Console, sizes: dict[str, int]) -> None:
+        """sizes: stored bytes to go through, by source; 0 where they are unknown."""
+        self._console = console
+        self._sizes = sizes
+        self._started = self._said = time.monotonic()
+        self._stored = self._text = self._tokens = 0
+        self._bars = Progress(
+            SpinnerColumn(),
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TaskProgressColumn(),
+            TextColumn("{task.fields[speed]}"),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            console=console,
+            disable=not console.is_terminal,
+        )
+        self._tasks: dict[str, TaskID] = {
+            name: self._bars.add_task(name, total=size or None, speed="") for name, size in sizes.items()
+        }
+
+    def __enter__(self) -> "Display":
+        self._bars.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._bars.stop()
+
+    def advance(self, name: str, stored: int, text: int, tokens: int) -> None:
+        """Some more of a source is done: stored bytes read, bytes of text and tokens written."""
+        self._stored += stored
+        self._text += text
+        self._tokens += tokens
+        self._bars.update(self._tasks[name], advance=stored, speed=self.speed)
+        now = time.monotonic()
+        if not self._console.is_terminal and now - self._said > _LINE_EVERY_S:
+            self._said = now
+            total = sum(self._sizes.values())
+            share = f"{self._stored / total:.0%} of {megabytes(total)}" if total else megabytes(self._stored)
+            self._console.print(f"tokenized {share}; {self.speed}", highlight=False)
+
+    @property
+    def speed(self) -> str:
+        """Bytes of text and tokens a second since the start."""
+        seconds = max(1e-3, time.monotonic() - self._started)
+        return f"{self._text / seconds / 1e6:.1f} MB/s of text, {self._tokens / seconds / 1e6:.2f}M tokens/s"
+
+
+def megabytes(size: float) -> str:
+    """A size for people."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if size < 1000:
+            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1000
+    return f"{size:.1f} TB"

@@ -1,0 +1,298 @@
+"""Files of a source: finding them, and reading their bytes with bounds; the only module that knows fsspec.
+
+A path is a file, a folder or a glob, here or behind a protocol (`s3://`, `gs://`, `https://`, `hf://`, `memory://`, ...);
+`{000..063}` and `{a,b}` stand for several paths, which also works where nothing can be listed. Two kinds of names belong to
+this project: `package:NAME`, a corpus shipped with it, and `python-stdlib`, the sources of the running Python.
+"""
+
+import bz2
+import glob
+import gzip
+import io
+import itertools
+import lzma
+import re
+import sysconfig
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import fsspec
+import pyarrow
+
+from data.errors import DataError
+
+CORPORA = Path(__file__).resolve().parents[1] / "corpora"
+PACKAGE = "package:"
+STDLIB = "python-stdlib"
+COMPRESSED = (".gz", ".zst", ".bz2", ".xz")
+EXPANSION_FREE_BYTES = 64 << 20
+"""Decompressed bytes below which the expansion of a file is not looked at."""
+_EXTRA = {"s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "http": "aiohttp", "https": "aiohttp",
+          "hf": "huggingface_hub", "abfs": "adlfs", "az": "adlfs"}  # fmt: skip
+"""The package that each protocol needs besides fsspec."""
+_BLOCK = 1 << 20
+
+
+class ReadError(DataError):
+    """A file that cannot be read (now): worth another try where it is remote."""
+
+
+@dataclass(frozen=True)
+class File:
+    """One file of a source."""
+
+    name: str
+    """As it is opened and shown: a path, a URL, `package:...` or `python-stdlib/...`."""
+    size: int
+    """Bytes as stored; 0 where the server does not tell."""
+
+
+def find_files(place: str, path: str) -> list[File]:
+    """The files a source's path stands for, sorted by name. DataError, naming `place`, where there are none."""
+    if path == STDLIB:
+        found = _standard_library()
+    elif path.startswith(PACKAGE):
+        found = [File(f"{PACKAGE}{f.name}", f.stat().st_size) for f in _shipped(place, path)]
+    else:
+        found = [file for pattern in expand_braces(path) for file in _matching(place, pattern)]
+    if not found:
+        raise DataError(
+            f"{place}.path={path}: no file there (looked from {Path.cwd()}). Give a file, a folder, or a glob such as "
+            f"texts/*.jsonl."
+        )
+    return sorted(set(found), key=lambda file: file.name)
+
+
+def is_remote(name: str) -> bool:
+    """Whether a name leads over a network (or to any other file system behind fsspec)."""
+    return "://" in name and not name.startswith("file://")
+
+
+def file_size(name: str) -> int:
+    """Bytes of a file now. ReadError where it is gone."""
+    with reading(name):
+        if is_remote(name):
+            return int(_filesystem(name)[0].info(name).get("size") or 0)
+        return local_path(name).stat().st_size
+    raise AssertionError("reading() raises")
+
+
+def local_path(name: str) -> Path:
+    """The place of a file that is not remote."""
+    if name.startswith(PACKAGE):
+        return CORPORA / name.removeprefix(PACKAGE)
+    if name.startswith(f"{STDLIB}/"):
+        return Path(sysconfig.get_paths()["stdlib"]) / name.removeprefix(f"{STDLIB}/")
+    return Path(name.removeprefix("file://"))
+
+
+def plain_suffix(name: str) -> str:
+    """The suffix that tells the format: `.jsonl` of `a.jsonl.gz`."""
+    parts = Path(name.split("?")[0])
+    return Path(parts.stem).suffix if parts.suffix in COMPRESSED else parts.suffix
+
+
+def is_compressed(name: str) -> bool:
+    """Whether a file is decompressed when read."""
+    return Path(name.split("?")[0]).suffix in COMPRESSED
+
+
+def open_binary(name: str) -> IO[bytes]:
+    """A file's bytes as stored, seekable wherever the server can give parts."""
+    if is_remote(name):
+        filesystem, path = _filesystem(name)
+        stream: IO[bytes] = filesystem.open(path, "rb")
+        return stream
+    return local_path(name).open("rb")
+
+
+class Plain:
+    """A file's decompressed bytes, read forwards; counts what was read of the file as stored.
+
+    Raises DataError where the file expands more than `max_expansion` times: what a few bytes can unfold to has no end.
+    """
+
+    def __init__(self, name: str, *, max_expansion: int, start: int = 0) -> None:
+        self._name = name
+        self._stored = _Counting(open_binary(name), name)
+        if start:
+            self._stored.seek(start)
+        self._max_expansion = max_expansion
+        plain: Any = self._stored
+        match Path(name.split("?")[0]).suffix:
+            case ".gz":
+                plain = gzip.GzipFile(fileobj=io.BufferedReader(self._stored, _BLOCK), mode="rb")
+            case ".zst":
+                plain = pyarrow.CompressedInputStream(pyarrow.PythonFile(self._stored, "r"), "zstd")
+            case ".bz2":
+                plain = bz2.BZ2File(io.BufferedReader(self._stored, _BLOCK))
+            case ".xz":
+                plain = lzma.LZMAFile(io.BufferedReader(self._stored, _BLOCK))  # noqa: SIM115 (closed with the file below)
+        self._plain = plain
+        self.lines = io.BufferedReader(_Bounded(self, plain), _BLOCK)
+        """The bytes; `readline` takes a bound."""
+
+    @property
+    def stored_bytes(self) -> int:
+        """Bytes of the stored file read so far, some ahead of what was handed out."""
+        return self._stored.count
+
+    def check(self, given: int) -> None:
+        """Stop an expansion without end; `given` bytes have come out so far."""
+        if given > EXPANSION_FREE_BYTES and given > self._max_expansion * max(1, self._stored.count):
+            raise DataError(
+                f"{self._name} expands more than max_expansion={self._max_expansion} times: {given:,} bytes out of "
+                f"{self._stored.count:,}. Leave it out, or raise max_expansion of this source if it is meant to."
+            )
+
+    def __enter__(self) -> "Plain":
+        return self
+
+    def __exit__(self, *ended: object) -> None:
+        self._stored.close()
+
+
+@contextmanager
+def reading(name: str) -> Iterator[None]:
+    """Every way of failing to read a file, as one ReadError that names it."""
+    try:
+        yield
+    except DataError:
+        raise
+    except (OSError, EOFError, zlib.error, lzma.LZMAError, pyarrow.ArrowException) as error:
+        raise ReadError(f"{name} cannot be read: {error or type(error).__name__}") from error
+    except Exception as error:  # each remote file system has errors of its own
+        if not is_remote(name):
+            raise
+        raise ReadError(f"{name} cannot be read: {type(error).__name__}: {error}") from error
+
+
+def expand_braces(path: str) -> list[str]:
+    """`a{0..2}{x,y}` -> the six paths. Numbers keep the width they are written with."""
+    parts = re.split(r"(\{[^{}]*\})", path)
+    choices = []
+    for part in parts:
+        span = re.fullmatch(r"\{(\d+)\.\.(\d+)\}", part)
+        if span:
+            first, last = span.groups()
+            choices.append([str(n).zfill(len(first)) for n in range(int(first), int(last) + 1)])
+        elif part.startswith("{") and "," in part:
+            choices.append(part[1:-1].split(","))
+        else:
+            choices.append([part])
+    return ["".join(picked) for picked in itertools.product(*choices)]
+
+
+class _Counting(io.RawIOBase):
+    """A stream that counts what is read through it."""
+
+    def __init__(self, stream: IO[bytes], name: str) -> None:
+        self._stream = stream
+        self.name = name
+        self.count = 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = 0) -> int:
+        return self._stream.seek(offset, whence)
+
+    def readinto(self, buffer: Any) -> int:
+        content = self._stream.read(len(buffer))
+        buffer[: len(content)] = content
+        self.count += len(content)
+        return len(content)
+
+    def close(self) -> None:
+        self._stream.close()
+        super().close()
+
+
+class _Bounded(io.RawIOBase):
+    """Decompressed bytes, checked as they come."""
+
+    def __init__(self, owner: Plain, stream: Any) -> None:
+        self._owner = owner
+        self._stream = stream
+        self._given = 0
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        content = self._stream.read(len(buffer))
+        buffer[: len(content)] = content
+        self._given += len(content)
+        self._owner.check(self._given)
+        return len(content)
+
+
+def _matching(place: str, pattern: str) -> list[File]:
+    if is_remote(pattern):
+        return _matching_remote(place, pattern)
+    path = pattern.removeprefix("file://")
+    if Path(path).is_dir():
+        files = [f for f in Path(path).rglob("*") if f.is_file() and not f.name.startswith(".")]
+    elif Path(path).is_file():
+        files = [Path(path)]
+    else:
+        files = [Path(f) for f in glob.glob(path, recursive=True) if Path(f).is_file()]
+    return [File(str(f), f.stat().st_size) for f in files]
+
+
+def _matching_remote(place: str, pattern: str) -> list[File]:
+    try:
+        filesystem, path = _filesystem(pattern)
+    except DataError as error:
+        raise DataError(f"{place}.path={pattern}: {error}") from error
+    with reading(pattern):
+        if glob.has_magic(path):
+            found = filesystem.glob(path, detail=True)
+        elif not filesystem.exists(path):
+            found = {}
+        elif filesystem.isfile(path):
+            found = {path: filesystem.info(path)}
+        else:
+            found = filesystem.find(path, detail=True)
+    return [
+        File(filesystem.unstrip_protocol(name), int(info.get("size") or 0))
+        for name, info in found.items()
+        if info.get("type", "file") == "file" and not name.rsplit("/", 1)[-1].startswith(".")
+    ]
+
+
+def _filesystem(name: str) -> tuple[Any, str]:
+    protocol = name.split("://", 1)[0]
+    try:
+        filesystem, path = fsspec.core.url_to_fs(name)
+    except ImportError as error:
+        needed = _EXTRA.get(protocol)
+        hint = f"pip install {needed}" if needed else str(error)
+        raise DataError(f"reading {protocol}:// needs a package that is not installed: {hint}") from error
+    except ValueError as error:
+        raise DataError(f"{error}; known protocols: file, s3, gs, http, https, hf, ...") from error
+    return filesystem, path
+
+
+def _standard_library() -> list[File]:
+    folder = Path(sysconfig.get_paths()["stdlib"])
+    skipped = ("site-packages", "test", "tests", "idlelib", "lib2to3", "__pycache__")
+    inside = ((f, f.relative_to(folder)) for f in folder.rglob("*.py"))
+    found = [
+        File(f"{STDLIB}/{name}", f.stat().st_size)
+        for f, name in inside
+        if not any(part in skipped for part in name.parts)
+    ]
+    return [file for file in found if file.size]
+
+
+def _shipped(place: str, path: str) -> list[Path]:
+    files = sorted(CORPORA.glob(path.removeprefix(PACKAGE) + ".*"))
+    if not files:
+        shipped = ", ".join(sorted({f.name.split(".")[0] for f in CORPORA.glob("*.gz")}))
+        raise DataError(f"{place}.path={path}: no such corpus is shipped. There are: {shipped}.")
+    return files

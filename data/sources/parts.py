@@ -1,0 +1,144 @@
+"""A source -> the work of each of its shards: lists of parts, decided once, before anything is read.
+
+    files or rows --cut at about shard_bytes--> [[Part, ...], ...]
+
+The cut depends on the names and sizes of the files only, so the shards come out the same with any number of workers and
+tasks. A large file is cut where its format allows it: jsonl at line ends, parquet between row groups, a set between rows.
+Compressed files and text files are read whole.
+"""
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import pyarrow.parquet
+
+from data.config import SourceConfig
+from data.errors import DataError
+from data.sources.files import File, find_files, is_compressed, open_binary, plain_suffix, reading
+from data.sources.records import Part, Record, lines_before, read_part, row_group_bytes
+from data.sources.sets import is_set, read_set, set_facts
+
+MAX_FILES = 8192
+"""Files of one shard at most, however small they are."""
+_KINDS = {".txt": "text", ".md": "text", ".py": "text", ".jsonl": "jsonl", ".json": "jsonl", ".ndjson": "jsonl",
+          ".parquet": "parquet"}  # fmt: skip
+
+
+def cut(place: str, source: SourceConfig, shard_bytes: int) -> list[list[Part]]:
+    """The parts of each shard of a source. DataError where the source cannot be found or opened."""
+    if is_set(source):
+        return _cut_set(place, source, shard_bytes)
+    if source.streaming:
+        raise DataError(f"{place}.streaming is for `datasets` sets (path hf:NAME); {source.path} is read as it comes.")
+    shards: list[list[Part]] = []
+    group: list[Part] = []
+    for file in find_files(place, source.path):
+        kind = kind_of(source, file)
+        pieces = _cut_file(file, kind, shard_bytes) if file.size > shard_bytes * 3 // 2 else []
+        if len(pieces) > 1:
+            shards += [group] if group else []
+            group = []
+            shards += [[piece] for piece in pieces]
+            continue
+        group.append(Part(file=file.name, kind=kind, size=file.size, file_size=file.size))
+        if sum(part.size for part in group) >= shard_bytes or len(group) == MAX_FILES:
+            shards.append(group)
+            group = []
+    return [*shards, group] if group else shards
+
+
+def kind_of(source: SourceConfig, file: File) -> str:
+    """How a file is read."""
+    return source.format if source.format != "auto" else _KINDS.get(plain_suffix(file.name), "text")
+
+
+def read(place: str, source: SourceConfig, part: Part) -> Iterator[Record]:
+    """The records of one part, whatever it is a part of."""
+    records = read_set(place, source, part) if part.kind == "dataset" else read_part(place, source, part)
+    for record in records:
+        if part.records is not None and record.number >= part.records:
+            return
+        yield record
+
+
+def problem_of(place: str, source: SourceConfig, part: Part, number: int, problem: str) -> str:
+    """A bad record's message: file, line or row (from 1), what is wrong."""
+    if part.kind == "text":
+        return f"{part.file} ({place}) {problem}"
+    if part.kind == "jsonl":
+        return f"{part.file}:{number + 1 + lines_before(part)} {problem}"
+    if part.kind == "dataset" and source.streaming:
+        return f"{part.file} shard {part.start} row {number + 1} {problem}"
+    first = part.start if part.kind == "dataset" else _rows_before(part)
+    return f"{part.file} row {first + number + 1} {problem}"
+
+
+def limited(place: str, source: SourceConfig, shards: list[list[Part]]) -> list[list[Part]]:
+    """The shards cut off where `max_bytes` of text are reached (whole documents): reads that much, once."""
+    if source.max_bytes is None:
+        return shards
+    read_bytes = 0
+    kept: list[list[Part]] = []
+    for group in shards:
+        kept.append([])
+        for part in group:
+            for record in read(place, source, part):
+                if record.problem is not None or not record.text:
+                    continue
+                read_bytes += len(record.text.encode())
+                if read_bytes >= source.max_bytes:
+                    kept[-1].append(replace(part, records=record.number + 1))
+                    return kept
+            kept[-1].append(part)
+    return kept
+
+
+def _cut_file(file: File, kind: str, shard_bytes: int) -> list[Part]:
+    """Parts of a large file; an empty list where it is read whole."""
+    if is_compressed(file.name):
+        return []
+    if kind == "jsonl":
+        count = -(-file.size // shard_bytes)
+        bounds: list[Any] = [*(file.size * i // count for i in range(count)), None]
+        return [
+            _part(file, kind, (stop or file.size) - start, start, stop) for start, stop in itertools.pairwise(bounds)
+        ]
+    if kind == "parquet":
+        bounds, size, sizes = [0], 0, []
+        with reading(file.name), open_binary(file.name) as stream:
+            table = pyarrow.parquet.ParquetFile(stream)
+            for group in range(table.num_row_groups):
+                size += row_group_bytes(table, group)
+                if size >= shard_bytes and group + 1 < table.num_row_groups:
+                    bounds.append(group + 1)
+                    sizes.append(size)
+                    size = 0
+        sizes.append(size)
+        pairs = itertools.pairwise([*bounds, table.num_row_groups])
+        return [_part(file, kind, size, start, stop) for size, (start, stop) in zip(sizes, pairs, strict=True)]
+    return []
+
+
+def _part(file: File, kind: str, size: int, start: int, stop: int | None) -> Part:
+    return Part(file=file.name, kind=kind, size=size, file_size=file.size, start=start, stop=stop)
+
+
+def _cut_set(place: str, source: SourceConfig, shard_bytes: int) -> list[list[Part]]:
+    facts = set_facts(place, source)
+    name = f"{source.path}/{source.config or 'default'}/{source.split}"
+    if source.streaming:
+        return [[Part(name, "dataset", size=0, file_size=0, start=shard)] for shard in range(facts.shards)]
+    count = max(1, min(facts.rows, -(-facts.bytes // shard_bytes)))
+    bounds = [facts.rows * i // count for i in range(count + 1)]
+    return [
+        [Part(name, "dataset", size=facts.bytes // count, file_size=0, start=start, stop=stop)]
+        for start, stop in itertools.pairwise(bounds)
+    ]
+
+
+def _rows_before(part: Part) -> int:
+    with open_binary(part.file) as stream:
+        table = pyarrow.parquet.ParquetFile(stream)
+        return sum(table.metadata.row_group(group).num_rows for group in range(part.start))

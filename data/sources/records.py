@@ -1,0 +1,241 @@
+"""Texts out of one part of a file: a text file, lines of jsonl, row groups of parquet.
+
+    Part --read_part--> Record(number, text)  or  Record(number, problem), one for every line or row, in order
+
+What is wrong with one record is told in it, and the caller decides; what is wrong with the file is a DataError.
+"""
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from string import Formatter
+from typing import Any
+
+import pyarrow
+import pyarrow.parquet
+
+from data.config import SourceConfig
+from data.errors import DataError
+from data.sources.files import Plain, open_binary, reading
+
+_ROWS = 64
+"""Rows of parquet decoded at once."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """What is read in one go: a file, or a range of one."""
+
+    file: str
+    """Name of the file, or of the set."""
+    kind: str
+    """`text`, `jsonl`, `parquet`, `dataset` or `megatron`."""
+    size: int
+    """Stored bytes of this part, for progress; 0 where unknown."""
+    file_size: int
+    """Of the whole file when the work was planned; 0 where unknown."""
+    start: int = 0
+    """First byte (jsonl), row group (parquet), row (a set on disk) or shard (a streamed set)."""
+    stop: int | None = None
+    """Where the next part starts; None: to the end."""
+    records: int | None = None
+    """At most so many records; None: all."""
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """One line or row: its text, or what is wrong with it."""
+
+    number: int
+    """From 0 in its part."""
+    text: str
+    problem: str | None = None
+    stored_bytes: int = 0
+    """Bytes of the part read so far, for progress."""
+
+
+def read_part(place: str, source: SourceConfig, part: Part) -> Iterator[Record]:
+    """The records of one part, of the kinds that are files. place: dotted place of the source, for messages."""
+    with reading(part.file):
+        match part.kind:
+            case "text":
+                yield _text(source, part)
+            case "jsonl":
+                yield from _jsonl(source, part)
+            case "parquet":
+                yield from _parquet(place, source, part)
+            case _:
+                raise AssertionError(part.kind)
+
+
+def text_of(source: SourceConfig) -> Callable[[Any], str]:
+    """A function from a record to its text: the field or the template of a source. It raises ValueError with the reason."""
+    if source.template is None:
+        return lambda record: _plain_text(record, source.text_field)
+    try:
+        pieces = [(literal, name) for literal, name, *_ in Formatter().parse(source.template)]
+    except ValueError as error:
+        raise DataError(f"template={source.template!r} cannot be read: {error}. Write it as {{field}} text.") from error
+    return lambda record: "".join(
+        literal + (str(_field(record, name)) if name is not None else "") for literal, name in pieces
+    )
+
+
+def columns_of(place: str, source: SourceConfig, names: list[str], what: str) -> list[str]:
+    """Columns that a source's text is made of. DataError where `what`, a table with columns `names`, has not got them."""
+    wanted = [source.text_field]
+    if source.template is not None:
+        wanted = [name for _, name, *_ in Formatter().parse(source.template) if name]
+    columns = []
+    for name in wanted:
+        column = name if name in names else name.split(".")[0]
+        if column not in names:
+            raise DataError(
+                f"{what} has no column {name!r} (it has: {', '.join(names)}). Set text_field or template of {place}."
+            )
+        columns.append(column)
+    return list(dict.fromkeys(columns))
+
+
+def _plain_text(record: Any, name: str) -> str:
+    value = _field(record, name)
+    if not isinstance(value, str):
+        raise ValueError(f"has {type(value).__name__} under {name!r}, not text")
+    return value
+
+
+def _field(record: Any, name: str) -> Any:
+    """A field, by its name or by a dotted way into groups."""
+    if isinstance(record, dict):
+        if record.get(name) is not None:
+            return record[name]
+        head, _, rest = name.partition(".")
+        if rest and isinstance(record.get(head), dict):
+            return _field(record[head], rest)
+    keys = ", ".join(map(str, record)) if isinstance(record, dict) else f"a {type(record).__name__}"
+    raise ValueError(f"has no text under {name!r} (it has: {keys}). Set text_field or template of this source")
+
+
+def checked(text: str, limit: int) -> str | None:
+    """What makes a text unusable; None where it is fine."""
+    try:
+        size = len(text.encode()) if len(text) * 4 > limit or not text.isascii() else 0
+    except UnicodeEncodeError as error:
+        return f"holds half a character (lone surrogate) at {error.start}"
+    if size > limit:
+        return f"holds {size:,} bytes of text, more than max_record_bytes={limit:,}"
+    return None
+
+
+def _record(number: int, record: Any, extract: Callable[[Any], str], source: SourceConfig, stored: int) -> Record:
+    try:
+        text = extract(record)
+    except ValueError as error:
+        return Record(number, "", str(error), stored)
+    return Record(number, text, checked(text, source.max_record_bytes), stored)
+
+
+def _text(source: SourceConfig, part: Part) -> Record:
+    limit = source.max_record_bytes
+    with Plain(part.file, max_expansion=source.max_expansion) as plain:
+        content = plain.lines.read(limit + 1)
+    if len(content) > limit:
+        return Record(0, "", f"is larger than max_record_bytes={limit:,}", part.size)
+    try:
+        return Record(0, content.decode("utf-8-sig"), None, part.size)
+    except UnicodeDecodeError as error:
+        return Record(0, "", f"is not UTF-8 text: {error.reason} at byte {error.start}", part.size)
+
+
+def _jsonl(source: SourceConfig, part: Part) -> Iterator[Record]:
+    """Lines that begin inside the part. A line that begins before it belongs to the part before."""
+    limit = source.max_record_bytes
+    extract = text_of(source)
+    with Plain(part.file, max_expansion=source.max_expansion, start=max(0, part.start - 1)) as plain:
+        place = part.start
+        if part.start:
+            place += _rest_of_line(plain) - 1
+        number = -1
+        while part.stop is None or place < part.stop:
+            line = plain.lines.readline(limit + 1)
+            if not line:
+                return
+            number += 1
+            place += len(line)
+            if len(line) > limit and not line.endswith(b"\n"):
+                place += _rest_of_line(plain)
+                yield Record(number, "", f"is a line longer than max_record_bytes={limit:,}", plain.stored_bytes)
+                continue
+            if number == 0 and part.start == 0:
+                line = line.removeprefix(b"\xef\xbb\xbf")
+            if not line.strip():
+                yield Record(number, "", None, plain.stored_bytes)
+                continue
+            try:
+                record = json.loads(line.decode())
+            except UnicodeDecodeError as error:
+                yield Record(number, "", f"is not UTF-8: {error.reason} at byte {error.start}", plain.stored_bytes)
+            except (ValueError, RecursionError) as error:
+                yield Record(number, "", f"is not JSON: {error}", plain.stored_bytes)
+            else:
+                yield _record(number, record, extract, source, plain.stored_bytes)
+
+
+def _rest_of_line(plain: Plain) -> int:
+    """Skip to behind the next line end. -> bytes skipped."""
+    skipped = 0
+    while True:
+        piece = plain.lines.readline(1 << 20)
+        skipped += len(piece)
+        if not piece or piece.endswith(b"\n"):
+            return skipped
+
+
+def lines_before(part: Part) -> int:
+    """Lines of the file that begin before a part of it, to say which line a problem is in."""
+    lines, left = 0, part.start
+    with open_binary(part.file) as stream:
+        while left > 0:
+            block = stream.read(min(left, 1 << 22))
+            if not block:
+                break
+            lines += block.count(b"\n")
+            left -= len(block)
+            if left == 0 and not block.endswith(b"\n"):
+                lines += 1  # the line that crosses into the part
+    return lines
+
+
+def _parquet(place: str, source: SourceConfig, part: Part) -> Iterator[Record]:
+    extract = text_of(source)
+    with open_binary(part.file) as stream:
+        try:
+            table = pyarrow.parquet.ParquetFile(stream)
+        except pyarrow.ArrowException as error:
+            raise DataError(f"{part.file} cannot be read as parquet: {error}") from error
+        columns = columns_of(place, source, table.schema_arrow.names, part.file)
+        groups = range(part.start, table.num_row_groups if part.stop is None else part.stop)
+        done, number = 0, 0
+        for group in groups:
+            _check_expansion(table, group, source, part)
+            for batch in table.iter_batches(batch_size=_ROWS, row_groups=[group], columns=columns):
+                for row in batch.to_pylist():
+                    yield _record(number, row, extract, source, done)
+                    number += 1
+            done += row_group_bytes(table, group)
+
+
+def row_group_bytes(table: Any, group: int) -> int:
+    """Stored bytes of one row group."""
+    facts = table.metadata.row_group(group)
+    return sum(facts.column(index).total_compressed_size for index in range(facts.num_columns))
+
+
+def _check_expansion(table: Any, group: int, source: SourceConfig, part: Part) -> None:
+    facts = table.metadata.row_group(group)
+    stored, plain = row_group_bytes(table, group), facts.total_byte_size
+    if plain > (64 << 20) and plain > source.max_expansion * max(1, stored):
+        raise DataError(
+            f"{part.file} row group {group} expands more than max_expansion={source.max_expansion} times: {plain:,} bytes "
+            f"out of {stored:,}. Leave the file out, or raise max_expansion of this source if it is meant to."
+        )

@@ -1,0 +1,115 @@
+"""Texts out of a Hugging Face `datasets` set; the only module that knows the `datasets` library.
+
+    hf:NAME             a set of the Hub, or a local folder that holds one's files: downloaded once, or streamed
+    format: dataset     a folder written by `save_to_disk`
+
+On disk a part is a range of rows; streamed, it is one of the set's own shards.
+"""
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from data.config import SourceConfig
+from data.errors import DataError
+from data.sources.files import ReadError
+from data.sources.records import Part, Record, checked, columns_of, text_of
+
+HUB = "hf:"
+_ROWS = 64
+
+
+@dataclass(frozen=True)
+class SetFacts:
+    """What the planning of a set needs to know."""
+
+    rows: int
+    """Of a set on disk; 0 for a streamed one."""
+    bytes: int
+    shards: int
+    """Of a streamed set; 0 for one on disk."""
+
+
+def is_set(source: SourceConfig) -> bool:
+    """Whether a source is a `datasets` set: by its path, its format, or what lies in the folder."""
+    if source.format == "dataset" or (source.path.startswith(HUB) and not source.path.startswith(f"{HUB}//")):
+        return True
+    folder = Path(source.path)
+    return source.format == "auto" and (
+        (folder / "dataset_dict.json").is_file()
+        or ((folder / "state.json").is_file() and (folder / "dataset_info.json").is_file())
+    )
+
+
+def set_facts(place: str, source: SourceConfig) -> SetFacts:
+    """Size of a set. DataError where it cannot be opened."""
+    opened = _open(place, source)
+    if source.streaming:
+        return SetFacts(rows=0, bytes=0, shards=opened.num_shards)
+    return SetFacts(rows=len(opened), bytes=int(opened.data.nbytes), shards=0)
+
+
+def read_set(place: str, source: SourceConfig, part: Part) -> Iterator[Record]:
+    """The records of one part of a set."""
+    opened = _open(place, source)
+    extract = text_of(source)
+    if not source.streaming:
+        columns = columns_of(place, source, opened.column_names, f"the set {source.path}")
+    try:
+        if source.streaming:
+            opened = opened.shard(num_shards=opened.num_shards, index=part.start)
+            rows: Iterator[dict[str, Any]] = iter(opened)
+        else:
+            rows = _rows(opened.select_columns(columns), part.start, part.stop or len(opened))
+        span = max(1, (part.stop or 1) - part.start)
+        for number, row in enumerate(rows):
+            done = 0 if source.streaming else part.size * (number + 1) // span
+            try:
+                text = extract(row)
+            except ValueError as error:
+                yield Record(number, "", str(error), done)
+            else:
+                yield Record(number, text, checked(text, source.max_record_bytes), done)
+    except DataError:
+        raise
+    except Exception as error:  # the library and the Hub raise errors of many kinds
+        raise ReadError(f"{place}: the set {source.path} cannot be read: {type(error).__name__}: {error}") from error
+
+
+def _rows(opened: Any, start: int, stop: int) -> Iterator[dict[str, Any]]:
+    for first in range(start, stop, _ROWS):
+        columns = opened[first : min(first + _ROWS, stop)]
+        names = list(columns)
+        for values in zip(*columns.values(), strict=True):
+            yield dict(zip(names, values, strict=True))
+
+
+def _open(place: str, source: SourceConfig) -> Any:
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+    import datasets
+
+    name = source.path.removeprefix(HUB)
+    try:
+        if source.path.startswith(HUB):
+            opened = datasets.load_dataset(name, source.config, split=source.split, streaming=source.streaming)
+        else:
+            opened = datasets.load_from_disk(name)
+            if isinstance(opened, datasets.DatasetDict):
+                if source.split not in opened:
+                    raise DataError(
+                        f"{place}: {name} has no split {source.split!r} (it has: {', '.join(opened)}). Set split of this "
+                        f"source."
+                    )
+                opened = opened[source.split]
+            if source.streaming:
+                opened = opened.to_iterable_dataset(num_shards=max(1, len(opened.data.chunks or [0])))
+    except DataError:
+        raise
+    except Exception as error:  # a wrong name, no network, a wrong split: the library's message says which
+        raise DataError(
+            f"{place}: the set {source.path} (config {source.config}, split {source.split}) cannot be opened: "
+            f"{type(error).__name__}: {error}"
+        ) from error
+    return opened

@@ -1,0 +1,127 @@
+"""Text to token ids and back, from any of the usual tokenizer files.
+
+    tokenizer.json     `tokenizers`; byte-level BPEs are encoded in bulk by tiktoken, with the same ids   (hf)
+    *.model            SentencePiece                                                                     (pieces)
+    *.tiktoken, tekken and rank-list .json    tiktoken                                                   (ranks)
+
+A tokenizer is identified by a fingerprint of its content, whatever the kind of file: shards remember it, and data prepared
+with another tokenizer is refused. `token_bytes` says how many UTF-8 bytes each token stands for, so losses can be given in
+bits per byte.
+"""
+
+import codecs
+import functools
+import json
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+
+from data.config import TokenizerConfig
+from data.errors import DataError
+from data.tokenizer import hf, ranks
+from data.tokenizer.backend import Backend, fingerprint
+from data.tokenizer.backend import Unencodable as Unencodable
+
+
+class Tokenizer:
+    """A loaded tokenizer. A byte-level one encodes any text, and decoding gives it back exactly."""
+
+    def __init__(self, backend: Backend, end_of_document: str, *, known_fingerprint: str | None = None) -> None:
+        """known_fingerprint: what a manifest says of this very file, so that it need not be computed again."""
+        self._backend = backend
+        if end_of_document not in backend.special:
+            names = list(backend.special)
+            some = ", ".join(names[:12]) + (f", ... ({len(names):,} in all)" if len(names) > 12 else "")
+            raise DataError(
+                f"the tokenizer has no special token {end_of_document!r}. Set data.tokenizer.end_of_document to one it "
+                f"has: {some or 'it has none'}."
+            )
+        self.eod: int = backend.special[end_of_document]
+        self.vocab_size: int = backend.vocab_size
+        self._known_fingerprint = known_fingerprint
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """sha256 of the tokenizer's content, whatever the kind and formatting of the file."""
+        return self._known_fingerprint or fingerprint(self._backend)
+
+    @property
+    def special(self) -> dict[str, int]:
+        """Ids of the special tokens by name."""
+        return dict(self._backend.special)
+
+    @property
+    def file(self) -> str:
+        """Name its file has in a folder of prepared data."""
+        return self._backend.file
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of a text, no special tokens added; special tokens spelled out in the text are text."""
+        return self._backend.encode(text)
+
+    def encode_batch(self, texts: list[str], *, threads: int = 1) -> list[np.ndarray]:
+        """Ids of several texts, the same as `encode` gives, faster."""
+        return self._backend.encode_batch(texts, threads)
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of ids; special tokens are left out."""
+        return self._backend.decode([int(i) for i in ids])
+
+    def token_bytes(self) -> np.ndarray:
+        """UTF-8 bytes each id stands for, int32 [vocab_size]; 0 for special tokens."""
+        return np.array([len(self._backend.bytes_of(i)) for i in range(self.vocab_size)], dtype=np.int32)
+
+    def incremental_decoder(self) -> "IncrementalDecoder":
+        """A decoder that takes ids one by one and gives text as soon as its characters are whole."""
+        return IncrementalDecoder(self._backend)
+
+    def save(self, path: Path) -> None:
+        """Write a file that `load_tokenizer` reads."""
+        self._backend.save(path)
+
+
+class IncrementalDecoder:
+    """Bytes of tokens in, whole characters out."""
+
+    def __init__(self, backend: Backend) -> None:
+        self._backend = backend
+        self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
+
+    def feed(self, token: int) -> str:
+        """Text completed by `token`; may be empty in the middle of a character."""
+        return self._utf8.decode(self._backend.bytes_of(token))
+
+    def finish(self) -> str:
+        """What is left at the end, a broken character replaced."""
+        return self._utf8.decode(b"", final=True)
+
+
+def train_tokenizer(texts: Iterable[str], config: TokenizerConfig) -> Tokenizer:
+    """A byte-level BPE of exactly `vocab_size` tokens. The same texts give the same tokenizer.
+
+    Raises DataError where the texts are too few for so many tokens.
+    """
+    return Tokenizer(hf.train(texts, config), config.end_of_document)
+
+
+def load_tokenizer(path: Path, config: TokenizerConfig, *, known_fingerprint: str | None = None) -> Tokenizer:
+    """Read a tokenizer of any kind. DataError where it cannot be read, or lacks the end-of-document token."""
+    if not path.is_file():
+        raise DataError(f"no tokenizer at {path}. Set data.tokenizer.path to a file, or null to train one.")
+    return Tokenizer(_backend(path, config), config.end_of_document, known_fingerprint=known_fingerprint)
+
+
+def _backend(path: Path, config: TokenizerConfig) -> Backend:
+    if ".model" in path.name:
+        from data.tokenizer.pieces import SentencePiece
+
+        return SentencePiece(path)
+    if path.suffix == ".json":
+        try:
+            parsed = json.loads(path.read_bytes())
+        except ValueError as error:
+            raise DataError(f"{path} is not JSON: {error}") from error
+        if isinstance(parsed, dict) and "model" in parsed:
+            return hf.load(path, fast=config.encoder == "auto")
+    return ranks.Tiktoken(ranks.load(path, config))

@@ -1,0 +1,53 @@
+"""What a tokenizer library must give: the seam between `data.tokenizer` and the three kinds of files there are."""
+
+import hashlib
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+
+class Unencodable(ValueError):
+    """A text that a tokenizer library gives up on."""
+
+
+class Backend(ABC):
+    """One loaded tokenizer file. Encoding adds no special tokens and reads none in a text: what looks like one is text."""
+
+    file: str
+    """Name its file is kept under in a folder of prepared data."""
+    vocab_size: int
+    special: Mapping[str, int]
+    """Special tokens by name."""
+
+    @abstractmethod
+    def encode(self, text: str) -> list[int]:
+        """Ids of a text."""
+
+    @abstractmethod
+    def encode_batch(self, texts: list[str], threads: int) -> list[np.ndarray]:
+        """Ids of several texts, whole-number arrays, on up to `threads` threads. Unencodable where one of them is."""
+
+    @abstractmethod
+    def bytes_of(self, token: int) -> bytes:
+        """UTF-8 bytes an id stands for, a part of a character perhaps; nothing for special tokens."""
+
+    @abstractmethod
+    def content(self) -> Any:
+        """All that decides the ids of a text, without what is chance in the file; the same content is one tokenizer."""
+
+    @abstractmethod
+    def save(self, path: Path) -> None:
+        """Write a file that loads to the same tokenizer."""
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of ids, special tokens left out."""
+        return b"".join(map(self.bytes_of, ids)).decode(errors="replace")
+
+
+def fingerprint(backend: Backend) -> str:
+    """sha256 of a tokenizer's content."""
+    return hashlib.sha256(json.dumps(backend.content(), sort_keys=True).encode()).hexdigest()

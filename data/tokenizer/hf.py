@@ -1,0 +1,278 @@
+"""`tokenizer.json` files; the only module that knows the `tokenizers` library.
+
+Any such file loads. Where it is a byte-level BPE whose merges follow the order of its ids, which is what training makes and
+most published files are, bulk encoding goes through tiktoken, several times faster: `as_ranks` proves that the ids are the
+same, token by token, and the first text of every shard is encoded both ways and compared.
+"""
+
+import contextlib
+import functools
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer as Library
+
+from data.config import TokenizerConfig
+from data.errors import DataError
+from data.tokenizer.backend import Backend, Unencodable
+from data.tokenizer.ranks import PATTERNS, Ranks, encode_batch, encoding_of
+
+FILE = "tokenizer.json"
+_COMPARED_CHARACTERS = 1 << 16
+
+
+class HuggingFace(Backend):
+    """A loaded `tokenizer.json`."""
+
+    file = FILE
+
+    def __init__(self, library: Library, *, fast: bool = True) -> None:
+        """fast: encode in bulk with tiktoken where `as_ranks` allows."""
+        library.no_truncation()  # either would silently change documents
+        library.no_padding()
+        library.encode_special_tokens = True  # a special token spelled out in a text is text
+        self._library = library
+        self._parsed: dict[str, Any] = json.loads(library.to_str())
+        vocab = library.get_vocab(with_added_tokens=True)
+        self.vocab_size = 1 + max(vocab.values(), default=-1)
+        self._tokens = {number: token for token, number in vocab.items()}
+        added = self._parsed["added_tokens"]
+        self.special = {entry["content"]: entry["id"] for entry in added if entry["special"]}
+        self._added = {entry["id"]: b"" if entry["special"] else entry["content"].encode() for entry in added}
+        self._kind = _kind_of_pieces(self._parsed)
+        self._wants_fast = fast
+        self._compared = False
+
+    @functools.cached_property
+    def ranks(self) -> Ranks | None:
+        """The same tokenizer by ranks; None where it is none, or cannot be shown to be."""
+        return as_ranks(self._parsed)
+
+    @functools.cached_property
+    def _fast(self) -> Any:
+        return encoding_of(self.ranks) if self._wants_fast and self.ranks is not None else None
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of a text."""
+        ids: list[int] = self._library.encode(text, add_special_tokens=False).ids
+        return ids
+
+    def encode_batch(self, texts: list[str], threads: int) -> list[np.ndarray]:
+        """Ids of several texts. DataError where the two libraries differ on the first call's first text."""
+        if self._fast is not None:
+            if texts and not self._compared:
+                self._compare(texts[0][:_COMPARED_CHARACTERS])
+            with contextlib.suppress(Unencodable):  # what tiktoken gives up on, this library may not
+                return encode_batch(self._fast, texts, threads)
+        return [np.asarray(e.ids) for e in self._library.encode_batch_fast(texts, add_special_tokens=False)]
+
+    def _compare(self, text: str) -> None:
+        if self._fast.encode_ordinary(text) != self.encode(text):
+            raise DataError(
+                "tokenizers and tiktoken give different ids for the same text and vocabulary; please report the "
+                "tokenizer.json and this text, and set data.tokenizer.encoder=tokenizers."
+            )
+        self._compared = True
+
+    def bytes_of(self, token: int) -> bytes:
+        """Bytes of an id, by the kind of its pieces."""
+        if token in self._added:
+            return self._added[token]
+        piece = self._tokens.get(token)
+        if piece is None:
+            if 0 <= token < self.vocab_size:
+                return b""  # an id that no token has
+            raise DataError(f"token id {token} is not in the tokenizer's vocabulary of {self.vocab_size:,}.")
+        match self._kind:
+            case "bytes":
+                return bytes(_BYTE_OF[character] for character in piece)
+            case "pieces":
+                if len(piece) == 6 and piece.startswith("<0x") and piece.endswith(">"):
+                    return bytes([int(piece[3:5], 16)])
+                return piece.replace("▁", " ").encode()
+            case _:
+                text: str = self._library.decode([token], skip_special_tokens=True)
+                return text.encode()
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of ids, special tokens left out."""
+        if self._kind == "bytes":
+            return super().decode(ids)
+        text: str = self._library.decode([int(n) for n in ids], skip_special_tokens=True)
+        return text
+
+    def content(self) -> Any:
+        """The ranks where it has some, so that the same vocabulary in a tekken file is the same tokenizer; else the parts
+        of the file that encoding uses."""
+        if self.ranks is not None:
+            return self.ranks.content()
+        return {key: self._parsed[key] for key in ("added_tokens", "normalizer", "pre_tokenizer", "model")}
+
+    def save(self, path: Path) -> None:
+        """Write `tokenizer.json`."""
+        self._library.save(str(path))
+
+
+def load(path: Path, *, fast: bool = True) -> HuggingFace:
+    """Read a `tokenizer.json`. DataError where it cannot be read."""
+    try:
+        return HuggingFace(Library.from_file(str(path)), fast=fast)
+    except Exception as error:  # the library raises plain Exception for every kind of bad file
+        raise DataError(f"{path} is not a tokenizer.json: {error}") from error
+
+
+def train(texts: Iterable[str], config: TokenizerConfig) -> HuggingFace:
+    """A byte-level BPE of exactly `vocab_size` tokens. The same texts give the same tokenizer.
+
+    Raises DataError where the texts are too few for so many tokens.
+    """
+    library = Library(models.BPE())
+    if config.pattern in (None, "gpt2"):
+        library.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+    else:
+        pattern = PATTERNS.get(str(config.pattern), str(config.pattern))
+        try:
+            cut = pre_tokenizers.Split(Regex(pattern), behavior="isolated")
+        except Exception as error:  # the library's own type
+            raise DataError(
+                f"data.tokenizer.pattern={config.pattern!r} is no regular expression, and none of "
+                f"{', '.join(PATTERNS)}: {error}"
+            ) from error
+        whole = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+        library.pre_tokenizer = pre_tokenizers.Sequence([cut, whole])
+    library.decoder = decoders.ByteLevel()
+    special = {config.end_of_document: 0} | dict(config.special_tokens)
+    if sorted(special.values()) != list(range(len(special))):
+        raise DataError(
+            f"data.tokenizer.special_tokens of a trained tokenizer take the ids after {config.end_of_document!r}, which has "
+            f"0 unless it is listed: 1, 2, ... without holes. They are {', '.join(f'{k}={v}' for k, v in special.items())}."
+        )
+    trainer = trainers.BpeTrainer(
+        vocab_size=config.vocab_size,
+        special_tokens=sorted(special, key=lambda name: special[name]),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    library.train_from_iterator(texts, trainer)
+    size = library.get_vocab_size()
+    if size != config.vocab_size:
+        raise DataError(
+            f"data.tokenizer.vocab_size={config.vocab_size}, but these texts only give {size} tokens. Use more text, or "
+            f"data.tokenizer.vocab_size={size}."
+        )
+    return HuggingFace(library)
+
+
+def as_ranks(parsed: dict[str, Any]) -> Ranks | None:
+    """A `tokenizer.json` as ranks with the same ids for every text; None where that cannot be shown.
+
+    BPE by merges joins the listed pair of lowest number; BPE by ranks joins any two neighbours whose union is a token, lowest
+    rank first. They agree where, for every token t, joining the bytes of t by ranks ends in t through a pair that is a listed
+    merge, and these pairs are listed in the order of their tokens' ids. For what happens inside a stretch of bytes before
+    anything is joined across its ends does not depend on what lies around it: whenever two neighbours make up t, they are the
+    very two that joining t alone ends with. So both ways make the same joins in the same order.
+    """
+    pattern = _pattern_of(parsed["pre_tokenizer"])
+    model = parsed["model"]
+    added = parsed["added_tokens"]
+    plain = (
+        pattern is not None
+        and parsed["normalizer"] is None
+        and model["type"] == "BPE"
+        and not any(model.get(key) for key in ("dropout", "continuing_subword_prefix", "end_of_word_suffix"))
+        and all(entry["special"] for entry in added)
+    )
+    if not plain or pattern is None:
+        return None
+    special = {entry["content"]: entry["id"] for entry in added}
+    ordered = sorted((number, token) for token, number in model["vocab"].items() if token not in special)
+    if not ordered or [number for number, _ in ordered] != list(range(ordered[0][0], ordered[0][0] + len(ordered))):
+        return None
+    if not all(set(token) <= _BYTE_OF.keys() for _, token in ordered):
+        return None
+    tokens = [bytes(_BYTE_OF[character] for character in token) for _, token in ordered]
+    rank = {token: number for number, token in enumerate(tokens)}
+    if len(rank) != len(tokens) or not all(bytes([byte]) in rank for byte in range(256)):
+        return None
+    listed: dict[tuple[bytes, bytes], int] = {}
+    for number, merge in enumerate(model["merges"]):
+        left, right = merge.split(" ") if isinstance(merge, str) else merge
+        listed[_bytes_of(left), _bytes_of(right)] = number
+    if any(left + right not in rank for left, right in listed):
+        return None
+    before = -1
+    for token in tokens:
+        if len(token) == 1:
+            continue
+        pair = _last_pair(token, rank)
+        number = listed.get(pair, -1) if pair else -1
+        if number < before or number < 0:
+            return None
+        before = number
+    return Ranks(tokens, ordered[0][0], pattern, special)
+
+
+def _last_pair(token: bytes, rank: dict[bytes, int]) -> tuple[bytes, bytes] | None:
+    """The two parts whose joining makes `token` when its bytes are joined by ranks; None where they end otherwise."""
+    parts = [token[i : i + 1] for i in range(len(token))]
+    while len(parts) > 2:
+        best, where = None, -1
+        for i in range(len(parts) - 1):
+            found = rank.get(parts[i] + parts[i + 1])
+            if found is not None and (best is None or found < best):
+                best, where = found, i
+        if best is None:
+            return None
+        parts[where : where + 2] = [parts[where] + parts[where + 1]]
+    return parts[0], parts[1]
+
+
+def _pattern_of(pre: dict[str, Any] | None) -> str | None:
+    """The pattern of a byte-level pre-tokenizer; None for any other kind."""
+    if pre is None:
+        return None
+    if pre["type"] == "ByteLevel" and not pre["add_prefix_space"] and pre.get("use_regex", True):
+        return PATTERNS["gpt2"]
+    if pre["type"] != "Sequence" or len(pre["pretokenizers"]) != 2:
+        return None
+    cut, whole = pre["pretokenizers"]
+    if cut["type"] != "Split" or cut["behavior"] != "Isolated" or cut["invert"] or "Regex" not in cut["pattern"]:
+        return None
+    if whole["type"] != "ByteLevel" or whole["add_prefix_space"] or whole.get("use_regex", True):
+        return None
+    return str(cut["pattern"]["Regex"])
+
+
+def _kind_of_pieces(parsed: dict[str, Any]) -> str:
+    """`bytes` (GPT-2's alphabet), `pieces` (SentencePiece's), or `words` (any other)."""
+    text = json.dumps([parsed["pre_tokenizer"], parsed["decoder"]])
+    if '"ByteLevel"' in text and all(set(token) <= _BYTE_OF.keys() for token in _sample(parsed)):
+        return "bytes"
+    return "pieces" if '"Metaspace"' in text or "▁" in text or parsed["model"].get("byte_fallback") else "words"
+
+
+def _sample(parsed: dict[str, Any]) -> Iterable[str]:
+    vocab = parsed["model"]["vocab"]
+    special = {entry["content"] for entry in parsed["added_tokens"]}
+    tokens = vocab if isinstance(vocab, dict) else [entry[0] for entry in vocab]
+    return (token for token in tokens if token not in special)
+
+
+def _byte_alphabet() -> dict[str, int]:
+    """The byte each character of a byte-level token stands for (GPT-2's table: printable bytes are themselves, the
+    others take the code points from 256 on, in order)."""
+    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    table = {chr(byte): byte for byte in printable}
+    others = (byte for byte in range(256) if byte not in set(printable))
+    return table | {chr(256 + index): byte for index, byte in enumerate(others)}
+
+
+_BYTE_OF = _byte_alphabet()
+
+
+def _bytes_of(piece: str) -> bytes:
+    return bytes(_BYTE_OF.get(character, 0) for character in piece)

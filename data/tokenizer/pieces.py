@@ -1,0 +1,85 @@
+"""SentencePiece `.model` files; the only module that knows the `sentencepiece` library.
+
+SentencePiece may normalise a text and put a space before it, as the file says: decoding gives the normalised text, and
+bytes per token are counted on it.
+"""
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import sentencepiece
+
+from data.errors import DataError
+from data.tokenizer.backend import Backend
+
+FILE = "tokenizer.model"
+_SPACE = "▁"
+
+
+class SentencePiece(Backend):
+    """A loaded `.model`."""
+
+    file = FILE
+
+    def __init__(self, path: Path) -> None:
+        try:
+            self._model = path.read_bytes()
+            self._processor = sentencepiece.SentencePieceProcessor(model_proto=self._model)
+        except (OSError, RuntimeError) as error:
+            raise DataError(f"{path} is not a SentencePiece model: {error}") from error
+        p = self._processor
+        self.vocab_size = p.vocab_size()
+        numbers = range(self.vocab_size)
+        self._silent = [p.is_control(n) or p.is_unknown(n) or p.is_unused(n) for n in numbers]
+        self.special = {p.id_to_piece(n): n for n in numbers if p.is_control(n) or p.is_unknown(n)}
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of a text."""
+        ids: list[int] = self._processor.encode(text, out_type=int)
+        return ids
+
+    def encode_batch(self, texts: list[str], threads: int) -> list[np.ndarray]:
+        """Ids of several texts."""
+        return [np.asarray(ids) for ids in self._processor.encode(texts, out_type=int, num_threads=threads)]
+
+    def bytes_of(self, token: int) -> bytes:
+        """Bytes of an id, a space for each `▁`."""
+        if not 0 <= token < self.vocab_size:
+            raise DataError(f"token id {token} is not in the tokenizer's vocabulary of {self.vocab_size:,}.")
+        if self._silent[token]:
+            return b""
+        piece = self._processor.id_to_piece(token)
+        return bytes([int(piece[3:5], 16)]) if self._processor.is_byte(token) else piece.replace(_SPACE, " ").encode()
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of ids as the library joins them: without the space it put before the text."""
+        text: str = self._processor.decode([int(n) for n in ids if not self._silent[n]])
+        return text
+
+    def content(self) -> Any:
+        """Pieces, scores, kinds, and the rules of normalising; not how the model was trained."""
+        from sentencepiece import sentencepiece_model_pb2
+
+        model = sentencepiece_model_pb2.ModelProto.FromString(self._model)
+        pieces = hashlib.sha256()
+        for piece in model.pieces:
+            text = piece.piece.encode()
+            pieces.update(
+                len(text).to_bytes(4, "little") + text + np.float32(piece.score).tobytes() + bytes([piece.type])
+            )
+        trained = model.trainer_spec
+        return {
+            "model": "sentencepiece",
+            "kind": int(trained.model_type),
+            "byte_fallback": bool(trained.byte_fallback),
+            "space_behind": bool(trained.treat_whitespace_as_suffix),
+            "normalizer": hashlib.sha256(model.normalizer_spec.SerializeToString(deterministic=True)).hexdigest(),
+            "pieces": pieces.hexdigest(),
+        }
+
+    def save(self, path: Path) -> None:
+        """The file as it was read."""
+        path.write_bytes(self._model)

@@ -1,0 +1,228 @@
+"""Byte-level BPE given by ranks: tiktoken's and tekken's files, encoded by tiktoken.
+
+Ranks are tokens (byte strings) in the order they are merged; `offset` is the id of rank 0, and `pattern` the regular
+expression that cuts a text into pieces first. Three kinds of files:
+
+    *.tiktoken        a line per token: base64 and rank. No pattern and no special tokens inside
+    tekken .json      Mistral's: `config`, `vocab`, `special_tokens`
+    rank list .json   a list of {rank, token_bytes, token_str}, as Megatron-LM and Nemotron use it. Nothing else inside
+
+What a file does not say comes from `data.tokenizer` of the recipe: pattern, rank_offset, special_tokens.
+"""
+
+import base64
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tiktoken
+
+from data.config import TokenizerConfig
+from data.errors import DataError
+from data.tokenizer.backend import Backend, Unencodable
+
+FILE = "tokenizer.ranks.json"
+_FORMAT = "stratum-ranks-1"
+_TEKKEN_SPECIAL = ("<unk>", "<s>", "</s>", "[INST]", "[/INST]", "[AVAILABLE_TOOLS]", "[/AVAILABLE_TOOLS]",
+                   "[TOOL_RESULTS]", "[/TOOL_RESULTS]", "[TOOL_CALLS]", "[IMG]", "<pad>", "[IMG_BREAK]", "[IMG_END]",
+                   "[PREFIX]", "[MIDDLE]", "[SUFFIX]", "[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]", "[TOOL_CONTENT]")  # fmt: skip
+"""Names of the first ids of tekken files that name none (mistral-common, Tekkenizer, files up to version 7)."""
+
+_CL100K = r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+| ?[^\s\p{L}\p{N}]++[\r\n]*+|\s++$|\s*[\r\n]|\s+(?!\S)|\s"
+_CASED = r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
+_UPPER = r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
+_SHORT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+_REST = r" ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+PATTERNS = {
+    "gpt2": r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+",
+    "cl100k": _CL100K,
+    "o200k": f"{_CASED}{_SHORT}|{_UPPER}{_SHORT}|" + r"\p{N}{1,3}|" + _REST,
+    "nemotron": f"{_CASED}|{_UPPER}|" + r"\p{N}|" + _REST,
+}
+"""Published patterns by name: GPT-2, OpenAI's two encodings (tiktoken_ext/openai_public.py), and the one of tekken files,
+which is Megatron-LM's `v2` and Nemotron's."""
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """A byte-level BPE by its ranks."""
+
+    tokens: list[bytes]
+    """By rank; every single byte is among them."""
+    offset: int
+    pattern: str
+    special: Mapping[str, int]
+
+    @property
+    def vocab_size(self) -> int:
+        """One more than the largest id."""
+        return max(self.offset + len(self.tokens), 1 + max(self.special.values(), default=-1))
+
+    def content(self) -> Any:
+        """What decides the ids."""
+        digest = hashlib.sha256()
+        for token in self.tokens:
+            digest.update(len(token).to_bytes(4, "little") + token)
+        return {
+            "model": "byte-level BPE by ranks",
+            "pattern": self.pattern,
+            "offset": self.offset,
+            "tokens": digest.hexdigest(),
+            "special": dict(self.special),
+        }
+
+
+class Tiktoken(Backend):
+    """Ranks, encoded by tiktoken."""
+
+    file = FILE
+
+    def __init__(self, ranks: Ranks) -> None:
+        self.ranks = ranks
+        self.vocab_size = ranks.vocab_size
+        self.special = ranks.special
+        self._names = {number: name for name, number in ranks.special.items()}
+        self._encoding = encoding_of(ranks)
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of a text."""
+        return encode_batch(self._encoding, [text], 1)[0].tolist()
+
+    def encode_batch(self, texts: list[str], threads: int) -> list[np.ndarray]:
+        """Ids of several texts; tiktoken works outside of Python's lock."""
+        return encode_batch(self._encoding, texts, threads)
+
+    def bytes_of(self, token: int) -> bytes:
+        """Bytes of an id; DataError beyond the vocabulary."""
+        if token in self._names:
+            return b""
+        rank = token - self.ranks.offset
+        if not 0 <= rank < len(self.ranks.tokens):
+            if 0 <= token < self.vocab_size:
+                return b""  # an id that no token has
+            raise DataError(f"token id {token} is not in the tokenizer's vocabulary of {self.vocab_size:,}.")
+        return self.ranks.tokens[rank]
+
+    def content(self) -> Any:
+        """The ranks."""
+        return self.ranks.content()
+
+    def save(self, path: Path) -> None:
+        """All of it in one JSON file of this project, pattern and special tokens included."""
+        tokens = [base64.b64encode(token).decode() for token in self.ranks.tokens]
+        content = {
+            "format": _FORMAT,
+            "pattern": self.ranks.pattern,
+            "offset": self.ranks.offset,
+            "special": dict(self.ranks.special),
+            "tokens": tokens,
+        }
+        path.write_text(json.dumps(content, indent=0))
+
+
+def encoding_of(ranks: Ranks) -> tiktoken.Encoding:
+    """tiktoken's encoder. DataError for ranks it would not survive."""
+    if len(set(ranks.tokens)) != len(ranks.tokens):
+        raise DataError("the tokenizer has the same token twice.")
+    lacking = {bytes([byte]) for byte in range(256)} - set(ranks.tokens)
+    if lacking:
+        raise DataError(f"the tokenizer has no token for {len(lacking)} of the 256 bytes, e.g. {min(lacking)!r}.")
+    try:
+        return tiktoken.Encoding(
+            name="stratum",
+            pat_str=ranks.pattern,
+            mergeable_ranks={token: ranks.offset + rank for rank, token in enumerate(ranks.tokens)},
+            special_tokens=dict(ranks.special),
+        )
+    except ValueError as error:
+        raise DataError(f"the tokenizer's pattern {ranks.pattern!r} is not understood: {error}") from error
+
+
+def encode_batch(encoding: tiktoken.Encoding, texts: list[str], threads: int) -> list[np.ndarray]:
+    """Ids of several texts."""
+
+    def encode(text: str) -> np.ndarray:
+        try:
+            return encoding.encode_to_numpy(text, disallowed_special=())
+        except ValueError as error:  # hundreds of thousands of blanks in a row: its regular expressions have a bound
+            raise Unencodable(f"is a text that tiktoken cannot cut into pieces: {error}") from error
+
+    if threads == 1 or len(texts) == 1:
+        return [encode(text) for text in texts]
+    with ThreadPoolExecutor(threads) as pool:
+        return list(pool.map(encode, texts))
+
+
+def load(path: Path, config: TokenizerConfig) -> Ranks:
+    """Ranks out of any of the files. DataError where it is none of them, or something it does not say is not given."""
+    try:
+        content = path.read_bytes()
+        if path.suffix == ".json":
+            parsed = json.loads(content)
+            if isinstance(parsed, dict) and parsed.get("format") == _FORMAT:
+                tokens = [base64.b64decode(token) for token in parsed["tokens"]]
+                return Ranks(tokens, parsed["offset"], parsed["pattern"], parsed["special"])
+            if isinstance(parsed, dict):
+                return _tekken(parsed, config)
+            return _completed(_ranked(parsed, config), config, path)
+        lines = (line.split() for line in content.splitlines() if line)
+        pairs = sorted((int(rank), base64.b64decode(token)) for token, rank in lines)
+        return _completed(_in_order(pairs, config), config, path)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{path} is not a tiktoken or tekken file: {error!r}") from error
+
+
+def _tekken(parsed: dict[str, Any], config: TokenizerConfig) -> Ranks:
+    settings = parsed["config"]
+    offset = settings["default_num_special_tokens"]
+    size = config.keep_vocab or settings["default_vocab_size"]
+    given = parsed.get("special_tokens")
+    names = {entry["token_str"]: entry["rank"] for entry in given} if given else _numbered(_TEKKEN_SPECIAL)
+    pairs = [(row["rank"], base64.b64decode(row["token_bytes"])) for row in parsed["vocab"]]
+    tokens = _in_order(pairs, config)[: size - offset]
+    return Ranks(tokens, offset, settings["pattern"], _filled(names | config.special_tokens, range(offset)))
+
+
+def _ranked(parsed: Sequence[dict[str, Any]], config: TokenizerConfig) -> list[bytes]:
+    return _in_order([(row["rank"], base64.b64decode(row["token_bytes"])) for row in parsed], config)
+
+
+def _in_order(pairs: Sequence[tuple[int, bytes]], config: TokenizerConfig) -> list[bytes]:
+    if [rank for rank, _ in pairs] != list(range(len(pairs))):
+        raise ValueError("its ranks do not run from 0 without holes")
+    return [token for _, token in pairs]
+
+
+def _completed(tokens: list[bytes], config: TokenizerConfig, path: Path) -> Ranks:
+    """Ranks of a file without pattern and special tokens, completed by the recipe."""
+    if config.pattern is None:
+        raise DataError(
+            f"{path} does not say how texts are cut into pieces. Set data.tokenizer.pattern to {', '.join(PATTERNS)}, or to "
+            f"a regular expression."
+        )
+    if config.keep_vocab is not None:
+        tokens = tokens[: config.keep_vocab - config.rank_offset]
+    pattern = PATTERNS.get(config.pattern, config.pattern)
+    special = _filled(config.special_tokens, range(config.rank_offset))
+    taken = [f"{name}={n}" for name, n in special.items() if 0 <= n - config.rank_offset < len(tokens)]
+    if taken:
+        raise DataError(
+            f"data.tokenizer.special_tokens: {taken[0]} is the id of an ordinary token of {path}, whose ids are "
+            f"{config.rank_offset} to {config.rank_offset + len(tokens) - 1}. Use another id, or set rank_offset."
+        )
+    return Ranks(tokens, config.rank_offset, pattern, special)
+
+
+def _numbered(names: Sequence[str]) -> dict[str, int]:
+    return {name: number for number, name in enumerate(names)}
+
+
+def _filled(special: Mapping[str, int], numbers: range) -> dict[str, int]:
+    """Special tokens with a name for every id of `numbers`, as Megatron-LM and Mistral name the spare ones."""
+    taken = set(special.values())
+    return dict(special) | {f"<SPECIAL_{n}>": n for n in numbers if n not in taken}
