@@ -13,8 +13,8 @@ COMMANDS = {
     "validate": ("launch.validate:main", "compare the planner with published throughput: ROWS.csv"),
     "local": ("launch.local:main", "start 1..N processes on this machine"),
     "slurm": ("launch.slurm:main", "write and submit a Slurm job that continues to the recipe's last step"),
-    "status": ("launch.slurm:status", "what a Slurm run is doing"),
-    "cancel": ("launch.slurm:cancel", "end a Slurm run cleanly"),
+    "status": ("launch.status:main", "what runs are doing: Slurm job, step, time left, checkpoint, first error"),
+    "cancel": ("launch.cancel:main", "end a Slurm run after a save; no further job follows"),
 }
 """Name -> (module:function, one line of help)."""
 

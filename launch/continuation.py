@@ -1,0 +1,67 @@
+"""What comes after a run's processes have ended: nothing more, the same again, or giving up. Standard library only.
+
+One rule for `launch local` and for Slurm jobs. It looks at the exit status and at whether a new checkpoint was written:
+
+    0 at the last step                 finished
+    0 before it                        paused, as run.stop_after_steps asked: in a queue the next job continues
+    138 (SIGUSR1: time is nearly up)   in a queue the next job continues
+    130, 143 (SIGINT, SIGTERM)         someone asked it to stop; Slurm itself brings back what it preempted
+    2 (recipe, data, machine)          a mistake stays one: never again by itself
+    else                               a failure: again, until `restarts` of them in a row brought no new checkpoint
+"""
+
+import signal
+from dataclasses import dataclass
+from typing import Literal
+
+USER_ERROR = 2
+TIME_IS_UP = 128 + signal.SIGUSR1
+STOPPED = (128 + signal.SIGINT, 128 + signal.SIGTERM)
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What to do now, why, and how many failures in a row without a new checkpoint there are by now."""
+
+    action: Literal["finished", "again", "stop"]
+    reason: str
+    failures: int = 0
+
+
+def decide(
+    status: int, *, at_last_step: bool, has_new_checkpoint: bool, failures: int, restarts: int, in_queue: bool
+) -> Decision:
+    """What follows an end with `status`. failures: in a row before this one; in_queue: a next job can continue."""
+    if status == 0 and (at_last_step or not in_queue):
+        return Decision("finished", "finished")
+    if status == USER_ERROR:
+        return Decision("stop", "the recipe, the data or the machine has to be changed first", failures)
+    if status in STOPPED or (status == TIME_IS_UP and not in_queue):
+        return Decision("stop", f"stopped by {describe(status)}", failures)
+    planned = status in (0, TIME_IS_UP)
+    if planned and has_new_checkpoint:
+        return Decision("again", "time was up" if status else "paused by run.stop_after_steps")
+    what = "it ended before a new checkpoint was written" if planned else f"it failed with {describe(status)}"
+    now = 1 if has_new_checkpoint else failures + 1
+    if now > restarts:
+        return Decision("stop", f"{what}; {restarts} restarts in a row brought no new checkpoint", now)
+    return Decision("again", f"{what}; restart {now} of {restarts} without a new checkpoint", now)
+
+
+def backoff_s(failures: int, *, first_s: float) -> float:
+    """Seconds to wait before the restart after so many failures in a row: doubling, at most five minutes."""
+    return min(300.0, first_s * 2.0 ** max(0, failures - 1))
+
+
+def describe(status: int) -> str:
+    """An exit status in words: `status 1`, `SIGKILL (status 137; out of memory?)`."""
+    try:
+        name = signal.Signals(status - 128).name
+    except ValueError:
+        return f"status {status}"
+    return f"{name} (status {status}{'; out of memory?' if name == 'SIGKILL' else ''})"
+
+
+def shell_status(returncode: int) -> int:
+    """subprocess's return code as shells and Slurm give it: 128 + the signal's number where one killed the process."""
+    return 128 - returncode if returncode < 0 else returncode

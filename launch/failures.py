@@ -1,0 +1,110 @@
+"""Which rank failed first, and its error once: records that failing ranks leave beside their logs, and how they are told.
+
+    rank 3: exception --> failure-00003.json {status, time, traceback}      (launch.rank)
+    all records of an attempt --> the cause: the earliest that is not "my peer is gone" --> one message
+
+When one rank dies, the others die of its absence moments later, each with a long traceback of its own: those are
+consequences, and stay in the log files.
+"""
+
+import json
+import re
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from launch.continuation import describe
+from launch.runs import tail
+
+_CONSEQUENCE = re.compile(
+    r"Connection (closed|reset|refused)|Broken pipe|DistBackendError|DistNetworkError|connectFullMesh|"
+    r"Timed out waiting|remote process exited|another rank|see its message",
+    re.IGNORECASE,
+)
+_SHOWN_LINES = 30
+
+
+@dataclass(frozen=True)
+class RankFailure:
+    """One rank that ended otherwise than it should."""
+
+    rank: int
+    status: int
+    """As a shell gives it: 128 + the signal's number where a signal killed the process."""
+    time: float
+    """Seconds since the epoch, by the clock of its host."""
+    host: str = ""
+    error: str = ""
+    """Traceback; empty where the rank told its error in its log, or had no time to."""
+
+
+def log_of(folder: Path, rank: int) -> Path:
+    """Where a rank's output goes."""
+    return folder / f"rank-{rank:05d}.log"
+
+
+def write_failure(folder: Path, failure: RankFailure) -> None:
+    """Leave a record. Failing to is no error: the exit status still tells."""
+    try:
+        (folder / f"failure-{failure.rank:05d}.json").write_text(json.dumps(asdict(failure)))
+    except OSError:
+        return
+
+
+def read_failures(folder: Path) -> list[RankFailure]:
+    """Records of an attempt, the likeliest cause first."""
+    found = []
+    for path in folder.glob("failure-*.json"):
+        try:
+            found.append(RankFailure(**json.loads(path.read_text())))
+        except (OSError, ValueError, TypeError):
+            continue  # half-written by a rank that was killed
+    return by_cause(folder, found)
+
+
+def by_cause(folder: Path, failures: list[RankFailure]) -> list[RankFailure]:
+    """Failures in the order in which they explain each other: causes before consequences, then by time."""
+    return sorted(failures, key=lambda f: (bool(_CONSEQUENCE.search(error_text(folder, f))), f.time))
+
+
+def error_text(folder: Path, failure: RankFailure) -> str:
+    """What the rank said: its traceback, or the last error message in its log. "" where it had no time to say anything."""
+    if failure.error:
+        return failure.error.rstrip()
+    lines = tail(log_of(folder, failure.rank), 400)
+    starts = [i for i, line in enumerate(lines) if re.match(r"(error( on rank \d+)?: |Fatal Python error)", line)]
+    return "\n".join(lines[starts[-1] :]).rstrip() if starts else ""
+
+
+def tell(folder: Path, failures: list[RankFailure], *, seen_live: frozenset[int] = frozenset()) -> str:
+    """One message for an attempt's failures, causes first as `by_cause` gives them.
+
+    seen_live: ranks whose output the reader has seen already; what they said themselves is not said again.
+    """
+    first, others = failures[0], failures[1:]
+    text = error_text(folder, first)
+    said = {_bare(error_text(folder, f)) for f in failures if f.rank in seen_live and not f.error}
+    head = f"rank {first.rank}{f' on {first.host}' if first.host else ''} failed first, with {describe(first.status)}"
+    if not text:
+        last = [f"    {line}" for line in tail(log_of(folder, first.rank), 5) if first.rank not in seen_live]
+        message = [f"{head}, without a word."] + (["Its last lines:", *last] if last else [])
+    elif _bare(text) in said:
+        message = [f"{head}: the error above."]
+    else:
+        message = [f"{head}:", *(f"    {line}" for line in _shortened(text))]
+    if others:
+        ranks = sorted(f.rank for f in others)
+        names = ", ".join(map(str, ranks[:8])) + (f" and {len(ranks) - 8} more" if len(ranks) > 8 else "")
+        message.append(f"{'Ranks' if len(ranks) > 1 else 'Rank'} {names} ended after it.")
+    message.append(f"Logs: {folder}")
+    return "\n".join(message)
+
+
+def _bare(text: str) -> str:
+    return re.sub(r"^error on rank \d+: ", "error: ", text)
+
+
+def _shortened(text: str) -> list[str]:
+    lines = text.splitlines()
+    if len(lines) <= _SHOWN_LINES:
+        return lines
+    return [lines[0], f"  ... {len(lines) - _SHOWN_LINES} lines in its log ...", *lines[1 - _SHOWN_LINES :]]

@@ -1,0 +1,108 @@
+"""`python -m launch.rank MODULE words...`: what each process of a run starts as; becomes `python -m MODULE words...`.
+
+It runs in the process itself, so a signal sent to the process reaches the trainer and nothing else. It adds three things:
+torchrun's variables where Slurm's `srun` started the process; an end together with the launcher, should that be killed;
+and a record of how the process failed, written at once, so that the first of a thousand errors can be found.
+"""
+
+import ctypes
+import os
+import runpy
+import signal
+import socket
+import sys
+import time
+import traceback
+from collections.abc import MutableMapping
+from pathlib import Path
+from types import TracebackType
+
+from launch.continuation import STOPPED, TIME_IS_UP
+from launch.failures import RankFailure, write_failure
+
+LOGS = "STRATUM_LOGS"
+"""Variable: folder of this attempt's logs and records."""
+RANK_LOG = "STRATUM_RANK_LOG"
+"""Variable: log that tracebacks go to instead of stderr, where the launcher shows this rank's output live."""
+LAUNCHER = "STRATUM_LAUNCHER"
+"""Variable: process id of the launcher this process ends with."""
+_PR_SET_PDEATHSIG = 1
+
+
+def main() -> None:
+    """Entry point of `python -m launch.rank`. Ends the process with the module's own exit status."""
+    module, words = sys.argv[1], sys.argv[2:]
+    adopt_slurm(os.environ)
+    _end_with_launcher()
+    sys.argv = [module, *words]
+    try:
+        runpy.run_module(module, run_name="__main__", alter_sys=True)
+    except SystemExit as end:
+        if isinstance(end.code, str):
+            sys.stderr.write(end.code + "\n")
+        status = end.code if isinstance(end.code, int) else int(end.code is not None)
+        _record(status, "")
+        sys.exit(status)
+    except KeyboardInterrupt:
+        sys.exit(128 + signal.SIGINT)
+    except BaseException as error:
+        text = "".join(traceback.format_exception(type(error), error, _from_module(error.__traceback__)))
+        _record(1, text)
+        _say(text)
+        os._exit(1)  # threads and process groups that wait for lost peers would hold up a normal end
+
+
+def adopt_slurm(environment: MutableMapping[str, str]) -> None:
+    """Set torchrun's variables from Slurm's, where `srun` started this process, one task a rank."""
+    if "RANK" in environment or "SLURM_PROCID" not in environment or "MASTER_ADDR" not in environment:
+        return
+    world = int(environment.get("SLURM_STEP_NUM_TASKS") or environment["SLURM_NTASKS"])
+    nodes = int(environment.get("SLURM_STEP_NUM_NODES") or environment.get("SLURM_NNODES", "1"))
+    environment["RANK"] = environment["SLURM_PROCID"]
+    environment["WORLD_SIZE"] = str(world)
+    environment["LOCAL_RANK"] = environment["SLURM_LOCALID"]
+    environment["LOCAL_WORLD_SIZE"] = str(world // nodes)
+    environment["GROUP_RANK"] = environment.get("SLURM_NODEID", "0")
+
+
+def _end_with_launcher() -> None:
+    """Have Linux send SIGTERM when the launcher dies, so that no process stays behind: it saves and stops."""
+    launcher = os.environ.get(LAUNCHER)
+    if launcher is None or sys.platform != "linux":
+        return
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(signal.SIGTERM))
+    if os.getppid() != int(launcher):
+        sys.exit(128 + signal.SIGTERM)  # it died before we asked
+
+
+def _record(status: int, error: str) -> None:
+    folder = os.environ.get(LOGS)
+    if folder is None or status in (0, TIME_IS_UP, *STOPPED):
+        return
+    rank = int(os.environ.get("RANK", "0"))
+    write_failure(Path(folder), RankFailure(rank, status, time.time(), socket.gethostname(), error))
+
+
+def _say(text: str) -> None:
+    path = os.environ.get(RANK_LOG)
+    try:
+        if path is None:
+            sys.stderr.write(text)
+            sys.stderr.flush()
+        else:
+            with open(path, "a") as stream:
+                stream.write(text)
+    except OSError:
+        return  # it stands in the record
+
+
+def _from_module(trace: TracebackType | None) -> TracebackType | None:
+    """The traceback without the frames of this module and of runpy."""
+    start = trace
+    while start is not None and start.tb_frame.f_code.co_filename in (__file__, "<frozen runpy>"):
+        start = start.tb_next
+    return start or trace
+
+
+if __name__ == "__main__":
+    main()

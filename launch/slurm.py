@@ -1,0 +1,194 @@
+"""`python -m launch slurm -cn RECIPE [overrides]`: check a recipe, write its job script, submit it.
+
+    words --compose--> recipe --checks--> Job --launch.sbatch--> runs/NAME/logs/job.sh --sbatch--> job number in logs/jobs
+
+What happens then is in the script and in `launch.after`; `launch status` and `launch cancel` look at it and end it.
+"""
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from launch.after import start_afresh
+from launch.compose import compose, extra_environment, layout_of, run_folder, split_words
+from launch.runs import RunFolder
+from launch.sbatch import Job, Preparation, preparation_script, training_script
+from launch.slurm_queue import QueuedJob, SlurmError, look_up, submit
+from train.config import Recipe
+from train.errors import USER_ERRORS, RecipeError
+
+_HELP = """
+examples:
+  python -m launch slurm -cn smoke --dry-run                              show the script; needs no Slurm
+  python -m launch slurm -cn smoke run.name=two launch.nodes=2            two nodes
+  python -m launch slurm -cn smoke run.name=big launch=slurm_gpu launch.nodes=16 launch.slurm.partition=h100
+  python -m launch slurm -cn smoke launch=slurm_pyxis launch.container.image=stratum.sqsh
+  python -m launch slurm -cn smoke --prepare --tasks 64                   an array job that prepares the recipe's data
+  python -m launch status runs/two;  python -m launch cancel runs/two
+
+The run continues over as many jobs as its last step needs (launch.slurm.continuation): before a job's time limit, and when
+it is preempted, the processes save and stop. Everything a job says lies in runs/NAME/logs/. All other words go to the
+trainer; `python -m launch.fields launch` lists the fields.
+"""
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Entry point of `python -m launch slurm`. -> exit status."""
+    parser = argparse.ArgumentParser(
+        prog="python -m launch slurm",
+        description="Submit a run to Slurm; it continues, job after job, to the recipe's last step.",
+        epilog=_HELP,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--dry-run", action="store_true", help="print the script, submit nothing")
+    parser.add_argument("--prepare", action="store_true", help="prepare the recipe's data instead of training")
+    parser.add_argument(
+        "--tasks", type=int, default=8, metavar="N", help="with --prepare: tasks that share the work (8)"
+    )
+    own, words = split_words(parser, arguments)
+    recipe = compose(words, program="launch slurm")
+    if isinstance(recipe, int):
+        return recipe
+    try:
+        if own.prepare:
+            return _prepare(recipe, words, tasks=own.tasks, dry_run=own.dry_run)
+        return _train(recipe, words, dry_run=own.dry_run)
+    except USER_ERRORS as error:
+        sys.stderr.write(f"error: {error}\n")
+        return 2
+
+
+def active_jobs(run: RunFolder) -> list[QueuedJob]:
+    """Jobs of a run that wait or run."""
+    return [job for job in look_up(job_numbers(run)[-8:]) if job.is_active]
+
+
+def job_numbers(run: RunFolder) -> list[int]:
+    """Every job this run was given, oldest first."""
+    try:
+        return [int(word) for word in (run.logs / "jobs").read_text().split()]
+    except OSError:
+        return []
+
+
+def _train(recipe: Recipe, words: list[str], *, dry_run: bool) -> int:
+    job = training_job(recipe, words)
+    script = training_script(job)
+    run = run_folder(recipe)
+    path = run.logs / "job.sh"
+    if dry_run:
+        sys.stdout.write(script)
+        sys.stderr.write(f"Not submitted. Without --dry-run it is written to {path} and handed to sbatch.\n")
+        return 0
+    if run.checkpoint_step() >= recipe.run.steps:
+        sys.stderr.write(f"{run.path} is at its last step ({recipe.run.steps}) already; nothing to submit.\n")
+        return 0
+    _refuse_second(run)
+    run.logs.mkdir(parents=True, exist_ok=True)
+    start_afresh(run)
+    path.write_text(script)
+    number = submit(path)
+    with (run.logs / "jobs").open("a") as stream:
+        stream.write(f"{number}\n")
+    processes = f"{job.nodes} node{'s' * (job.nodes > 1)} x {job.processes}"
+    sys.stdout.write(
+        f"Submitted job {number} ({processes} processes) for {run.path}, to step {recipe.run.steps}.\n"
+        f"  python -m launch status {run.path}\n"
+        f"  python -m launch cancel {run.path}\n"
+    )
+    return 0
+
+
+def training_job(recipe: Recipe, words: Sequence[str]) -> Job:
+    """The job of a recipe, checked. RecipeError names what cannot work."""
+    launch = recipe.launch
+    degrees = recipe.parallel.tensor * recipe.parallel.pipeline * recipe.parallel.context
+    processes = launch.processes or launch.gpus_per_node or -(-degrees // launch.nodes)
+    layout_of(recipe, processes=processes, nodes=launch.nodes)
+    _check_container(recipe)
+    if launch.gpus_per_node and processes > launch.gpus_per_node:
+        raise RecipeError(
+            f"launch.processes={processes} is more than launch.gpus_per_node={launch.gpus_per_node}: each process needs a "
+            f"GPU of its own. Use launch.processes={launch.gpus_per_node}, or null."
+        )
+    if launch.slurm.save_before_end_s >= 60 * launch.slurm.time_limit_minutes:
+        raise RecipeError(
+            f"launch.slurm.save_before_end_s={launch.slurm.save_before_end_s} is not inside the time limit "
+            f"(launch.slurm.time_limit_minutes={launch.slurm.time_limit_minutes}): a job would be told to stop before it "
+            f"starts. Raise the limit, or lower save_before_end_s to a step and a save."
+        )
+    environment = {"PYTHONUNBUFFERED": "1"}
+    threads = launch.slurm.cpus_per_process or recipe.run.threads
+    if threads:
+        environment["OMP_NUM_THREADS"] = str(threads)
+    if launch.gpus_per_node and (recipe.parallel.tensor > 1 or recipe.parallel.context > 1):
+        environment["CUDA_DEVICE_MAX_CONNECTIONS"] = "1"
+    return Job(
+        name=recipe.run.name,
+        folder=str(run_folder(recipe).path),
+        directory=os.getcwd(),
+        words=words,
+        python=sys.executable,
+        nodes=launch.nodes,
+        processes=processes,
+        gpus_per_node=launch.gpus_per_node,
+        steps=recipe.run.steps,
+        restarts=launch.restarts,
+        environment={**environment, **extra_environment(recipe)},
+        slurm=launch.slurm,
+        container=launch.container,
+    )
+
+
+def _prepare(recipe: Recipe, words: list[str], *, tasks: int, dry_run: bool) -> int:
+    _check_container(recipe)
+    if tasks < 1:
+        raise RecipeError(f"--tasks={tasks}: use 1 or more")
+    folder = Path(recipe.data.folder)
+    job = Preparation(
+        name=f"prepare-{folder.name}",
+        folder=str(folder),
+        directory=os.getcwd(),
+        words=words,
+        python=sys.executable,
+        tasks=tasks,
+        cpus=recipe.data.workers,
+        slurm=recipe.launch.slurm,
+        container=recipe.launch.container,
+    )
+    script = preparation_script(job)
+    path = folder / "logs" / "prepare.sh"
+    if dry_run:
+        sys.stdout.write(script)
+        sys.stderr.write(f"Not submitted. Without --dry-run it is written to {path} and handed to sbatch.\n")
+        return 0
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(script)
+    number = submit(path)
+    sys.stdout.write(
+        f"Submitted array job {number} ({tasks} tasks) for {folder}; logs: {path.parent}/{number}_TASK.log\n"
+    )
+    return 0
+
+
+def _check_container(recipe: Recipe) -> None:
+    container = recipe.launch.container
+    if container.kind != "none" and not container.image:
+        example = "stratum.sqsh" if container.kind == "pyxis" else "stratum.sif"
+        raise RecipeError(
+            f"launch.container.kind={container.kind}, but launch.container.image is empty. "
+            f"Name an image: launch.container.image={example}."
+        )
+
+
+def _refuse_second(run: RunFolder) -> None:
+    """Two jobs writing into one run would spoil it."""
+    active = active_jobs(run)
+    if active:
+        raise SlurmError(
+            f"job {active[0].number} of {run.path} is {active[0].state.lower()} already. Look at it with `python -m launch "
+            f"status {run.path}`, end it with `python -m launch cancel {run.path}`, or choose another run.name."
+        )

@@ -1,0 +1,266 @@
+"""Start the processes of a run on this machine, watch them, end them: one attempt, from first start to last exit.
+
+    command x N --> ranks (own sessions, logs) --> wait --> AttemptEnd(status, failures)
+                                                    |  a signal: passed on once; after grace_s, or a second one: SIGKILL
+                                                    |  a rank fails: the others get SETTLE_S to end by themselves
+
+torchrun's contract towards the processes (its variables, its rendezvous by address and port) without its two habits that
+cost runs: there one timeout serves both the save after a signal and the ranks that hang because a peer has died, and the
+exit status of a failed rank is lost (always 1), so that a mistake in the recipe is tried again like a broken cable.
+"""
+
+import contextlib
+import os
+import select
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+
+from launch.continuation import STOPPED, TIME_IS_UP, shell_status
+from launch.failures import RankFailure, by_cause, log_of, read_failures
+from launch.rank import LAUNCHER, LOGS, RANK_LOG
+from launch.terminal import Output
+
+SETTLE_S = 2.0
+"""After the first failure: long enough for the others to notice and say so, short enough to restart at once."""
+_POLL_S = 0.05
+
+
+class StopRequest:
+    """Signals that ask the launcher to stop, noted while the context is open. SIGHUP (terminal closed) counts as SIGTERM."""
+
+    def __init__(self) -> None:
+        self.received: list[signal.Signals] = []
+        self._previous: dict[signal.Signals, object] = {}
+
+    def __enter__(self) -> "StopRequest":
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
+            if signal.getsignal(number) is not signal.SIG_IGN:  # nohup
+                self._previous[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(self, *_exc: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)  # type: ignore[arg-type]
+
+    def _note(self, number: int, _frame: FrameType | None) -> None:
+        name = signal.Signals(number)
+        self.received.append(signal.SIGTERM if name == signal.SIGHUP else name)
+
+    def wait(self, seconds: float) -> bool:
+        """Sleep, or return early. -> whether a signal has come."""
+        deadline = time.monotonic() + seconds
+        while not self.received and time.monotonic() < deadline:
+            time.sleep(min(_POLL_S, seconds))
+        return bool(self.received)
+
+
+@dataclass(frozen=True)
+class AttemptEnd:
+    """How an attempt ended."""
+
+    status: int
+    """0; 128 + the signal's number where a signal asked it to stop; else the status of the rank that failed first."""
+    failures: list[RankFailure]
+    """Ranks that failed, causes first; not those that were killed because of them."""
+
+
+def say(text: str) -> None:
+    """One message of the launcher on stderr. A closed terminal is no reason to stop a run."""
+    with contextlib.suppress(OSError, ValueError):
+        sys.stderr.write(f"launch: {text}\n")
+        sys.stderr.flush()
+
+
+@dataclass
+class _Rank:
+    number: int
+    process: subprocess.Popen[bytes]
+    output: Output | None
+
+
+def run_attempt(
+    command: Sequence[str],
+    *,
+    processes: int,
+    environment: Mapping[str, str],
+    logs: Path,
+    shown: frozenset[int],
+    grace_s: float,
+    stop: StopRequest,
+    use_terminal: bool,
+) -> AttemptEnd:
+    """Run `command` as `processes` ranks of one world and see them to their end; none is left when it returns.
+
+    logs: a new folder; shown: ranks whose output is also shown live; use_terminal: draw progress bars (one rank shown).
+    """
+    logs.mkdir(parents=True)
+    port = _free_port()
+    ranks: list[_Rank] = []
+    try:
+        for number in range(processes):
+            contract = {
+                "RANK": str(number),
+                "LOCAL_RANK": str(number),
+                "WORLD_SIZE": str(processes),
+                "LOCAL_WORLD_SIZE": str(processes),
+                "GROUP_RANK": "0",
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": str(port),
+                LOGS: str(logs),
+                LAUNCHER: str(os.getpid()),
+            }
+            ranks.append(
+                _start(
+                    command,
+                    number,
+                    environment={**environment, **contract},
+                    log=log_of(logs, number),
+                    prefix=f"[{number}] " if len(shown) > 1 else "",
+                    is_shown=number in shown,
+                    use_terminal=use_terminal,
+                )
+            )
+        return _Watch(ranks, logs=logs, grace_s=grace_s, stop=stop).until_end()
+    finally:
+        for rank in ranks:
+            _kill(rank)
+            rank.process.wait()
+            if rank.output:
+                rank.output.close()
+
+
+class _Watch:
+    """The ranks of one attempt from their start to the last exit."""
+
+    def __init__(self, ranks: list[_Rank], *, logs: Path, grace_s: float, stop: StopRequest) -> None:
+        self._running = list(ranks)
+        self._logs = logs
+        self._grace_s = grace_s
+        self._stop = stop
+        self._forwarded: signal.Signals | None = None
+        self._stopped_status: int | None = None
+        self._failures: dict[int, RankFailure] = {}
+        self._deadline: float | None = None
+        self._is_killing = False
+
+    def until_end(self) -> AttemptEnd:
+        """Watch until no rank runs any more."""
+        while self._running:
+            self._pump()
+            for rank in list(self._running):
+                if (returncode := rank.process.poll()) is not None:
+                    self._running.remove(rank)
+                    self._note_end(rank, returncode)
+            if not self._is_killing:
+                self._pass_signals_on()
+                if self._deadline is not None and time.monotonic() > self._deadline:
+                    if not self._failures:
+                        say(f"still running {self._grace_s:g} s after the signal (launch.grace_s): killed")
+                    self._kill()
+        records = {failure.rank: failure for failure in read_failures(self._logs)}
+        failures = by_cause(self._logs, [records.get(rank, own) for rank, own in self._failures.items()])
+        stopped = self._stopped_status or 0
+        if self._forwarded and self._is_killing:
+            stopped = 128 + self._forwarded
+        return AttemptEnd(status=failures[0].status if failures else stopped, failures=failures)
+
+    def _note_end(self, rank: _Rank, returncode: int) -> None:
+        status = shell_status(returncode)
+        if returncode == 0 or self._is_killing:
+            return
+        was_asked = self._forwarded is not None and status == 128 + self._forwarded
+        if was_asked or (returncode > 0 and status in (TIME_IS_UP, *STOPPED)):
+            self._stopped_status = status
+            self._end_within(self._grace_s)
+        else:
+            self._failures[rank.number] = RankFailure(rank.number, status, time.time())
+            self._end_within(SETTLE_S)
+
+    def _pass_signals_on(self) -> None:
+        """The first signal goes to every rank once: a second would end it before it has saved."""
+        received = self._stop.received
+        if received and self._forwarded is None:
+            self._forwarded = received[0]
+            say(f"{received[0].name}: the processes finish their step, save and stop. Once more kills them.")
+            for rank in self._running:
+                rank.process.send_signal(self._forwarded)
+            self._end_within(self._grace_s)
+        elif len(received) > 1:
+            say(f"{received[1].name} again: killed. The newest checkpoint stays.")
+            self._kill()
+
+    def _end_within(self, seconds: float) -> None:
+        deadline = time.monotonic() + seconds
+        self._deadline = deadline if self._deadline is None else min(deadline, self._deadline)
+
+    def _kill(self) -> None:
+        self._is_killing = True
+        for rank in self._running:
+            _kill(rank)
+
+    def _pump(self) -> None:
+        """Pass output on as it comes; wait a moment where there is none."""
+        outputs = [rank.output for rank in self._running if rank.output]
+        descriptors = [descriptor for output in outputs for descriptor in output.descriptors()]
+        if not descriptors:
+            time.sleep(_POLL_S)
+            return
+        select.select(descriptors, [], [], _POLL_S)
+        for output in outputs:
+            output.pump()
+
+
+def _start(
+    command: Sequence[str],
+    number: int,
+    *,
+    environment: Mapping[str, str],
+    log: Path,
+    prefix: str,
+    is_shown: bool,
+    use_terminal: bool,
+) -> _Rank:
+    """Start one rank in a session of its own: Ctrl-C in the terminal reaches the launcher only, which passes it on once."""
+    if not is_shown:
+        with log.open("ab") as stream:
+            process = subprocess.Popen(
+                command,
+                env=dict(environment),
+                stdin=subprocess.DEVNULL,
+                stdout=stream,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+        return _Rank(number, process, None)
+    output = Output(log, prefix=prefix, use_terminal=use_terminal)
+    try:
+        process = subprocess.Popen(
+            command,
+            env={**environment, RANK_LOG: str(log)},
+            stdin=subprocess.DEVNULL,
+            stdout=output.stdout,
+            stderr=output.stderr,
+            start_new_session=True,
+        )
+    finally:
+        output.close_child_ends()
+    return _Rank(number, process, output)
+
+
+def _kill(rank: _Rank) -> None:
+    """SIGKILL for a rank and whatever it has started; also what it left behind when it ended."""
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(rank.process.pid, signal.SIGKILL)
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])

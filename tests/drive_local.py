@@ -1,0 +1,40 @@
+"""`python drive_local.py FOLDER PROCESSES [--show N] -- words of tests/pretend.py`: `launch local`, of pretended training."""
+
+import argparse
+import os
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+from data.config import DataConfig, SourceConfig
+from launch.local import run_to_end
+from launch.runs import RunFolder
+from train.config import LaunchConfig, ModelConfig, Recipe, RunConfig
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("processes", type=int)
+    parser.add_argument("--grace", type=float, default=20.0)
+    parser.add_argument("--show", type=int, default=1)
+    parser.add_argument("words", nargs="*")
+    own = parser.parse_args()
+    recipe = Recipe(
+        run=RunConfig(name=own.folder.name, folder=str(own.folder.parent), steps=20),
+        model=ModelConfig(pattern="M", hidden=8, vocab=8),
+        data=DataConfig(sources={"none": SourceConfig(path="none")}),
+        launch=replace(LaunchConfig(), restarts=2, backoff_s=0.2, grace_s=own.grace),
+    )
+    return run_to_end(
+        [sys.executable, "-m", "launch.rank", "pretend", str(own.folder), *own.words],
+        recipe=recipe,
+        run=RunFolder(own.folder),
+        processes=own.processes,
+        environment=dict(os.environ),
+        shown=frozenset(range(own.show)),
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

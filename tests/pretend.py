@@ -1,0 +1,103 @@
+"""Stands in for `python -m train` where the launcher is tested: the same signals, exit statuses, files, and no torch.
+
+    python -m launch.rank pretend RUN_FOLDER --steps 40 [--fail RANK:STEP:HOW]...
+
+Each step takes `--step-s`. Rank 0 writes metrics.jsonl and checkpoints/latest; a `--fail` happens once per run folder
+(or each time, with `always`), so that a restart gets past it. HOW: raise, error (status 2), kill (SIGKILL), peer (raise
+"Connection closed by peer", a moment late), hang (go on for ever, whatever signal comes).
+"""
+
+import argparse
+import json
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+SAVE_EVERY = 10
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--step-s", type=float, default=0.02)
+    parser.add_argument("--save-s", type=float, default=0.0)
+    parser.add_argument("--fail", action="append", default=[])
+    own = parser.parse_args()
+    rank = int(os.environ["RANK"])
+    received: list[int] = []
+
+    def note(number: int, _frame: object) -> None:
+        received.append(number)
+        for watched in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+            signal.signal(watched, signal.SIG_DFL)
+
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, note)
+    checkpoints = own.folder / "checkpoints"
+    checkpoints.mkdir(parents=True, exist_ok=True)
+    (own.folder / "recipe.yaml").write_text(f"run: {{steps: {own.steps}}}\n")
+    latest = checkpoints / "latest"
+    step = int(latest.read_text()[5:]) if latest.exists() else 0
+    print(f"rank {rank} of {os.environ['WORLD_SIZE']} starts after step {step}", flush=True)
+    while step < own.steps:
+        time.sleep(own.step_s)
+        step += 1
+        if rank == 0:
+            line = {"kind": "step", "step": step, "loss": 1 / step, "tokens_per_s": 100.0, "time": time.time()}
+            with (own.folder / "metrics.jsonl").open("a") as stream:
+                stream.write(json.dumps(line) + "\n")
+        for failure in own.fail:
+            _fail(failure, own.folder, rank=rank, step=step)
+        _meet(rank, step, received=received)
+        if step % SAVE_EVERY == 0 or received or step == own.steps:
+            time.sleep(own.save_s)
+            if rank == 0:
+                name = f"step_{step:08d}"
+                (checkpoints / name).mkdir(exist_ok=True)
+                latest.write_text(name)
+        if received:
+            print(f"stopped at step {step}", flush=True)
+            return 128 + received[0]
+    print("finished", flush=True)
+    return 0
+
+
+def _meet(rank: int, step: int, *, received: list[int]) -> None:
+    """Wait for the other ranks to come to this step, for ever if one has died: what a collective operation does."""
+    folder, world = Path(os.environ["STRATUM_LOGS"]), int(os.environ["WORLD_SIZE"])
+    (folder / f".at-{rank}-{step}").touch()
+    while not received and not all((folder / f".at-{peer}-{step}").exists() for peer in range(world)):
+        time.sleep(0.002)
+
+
+def _fail(failure: str, folder: Path, *, rank: int, step: int) -> None:
+    who, when, how, *often = failure.split(":")
+    if rank != int(who) or step != int(when):
+        return
+    once = folder / f"failed-{who}-{when}-{how}"
+    if once.exists() and not often:
+        return
+    once.touch()
+    match how:
+        case "raise":
+            raise ValueError(f"rank {rank} broke at step {step}")
+        case "peer":
+            time.sleep(0.3)
+            raise RuntimeError("Connection closed by peer")
+        case "error":
+            sys.stderr.write(f"error on rank {rank}: data.folder=nowhere is not there.\n" if rank else "error: no.\n")
+            sys.exit(2)
+        case "kill":
+            os.kill(os.getpid(), signal.SIGKILL)
+        case "hang":
+            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+                signal.signal(number, signal.SIG_IGN)
+            print("hanging", flush=True)
+            time.sleep(600)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
