@@ -8,8 +8,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-
-from omegaconf import DictConfig
+from typing import Any
 
 from data.command import dotted_keys, run_command
 from launch.runs import RunFolder
@@ -33,7 +32,7 @@ def compose(words: Sequence[str], *, program: str) -> Recipe | int:
     """The recipe that `words` compose; or an exit status, where they ask for something else or are wrong (and it was said)."""
     found: list[Recipe] = []
 
-    def keep(composed: DictConfig) -> int:
+    def keep(composed: Any) -> int:
         from train.recipe import read_recipe
 
         found.append(read_recipe(composed))

@@ -28,7 +28,7 @@ SlurmdUser=$(id -un)
 AuthType=auth/munge
 CredType=cred/munge
 # A requeued job waits for its old credentials to expire: seconds here instead of the two minutes of the default.
-AuthInfo=socket=$rig/run/munge.socket,cred_expire=2
+AuthInfo=socket=$rig/run/munge.socket,cred_expire=5
 SlurmctldPort=$((port + 17))
 SlurmctldPidFile=$rig/run/slurmctld.pid
 SlurmdPidFile=$rig/run/slurmd.%n.pid
@@ -44,7 +44,8 @@ MpiDefault=none
 SwitchType=switch/none
 SelectType=select/cons_tres
 SelectTypeParameters=CR_CPU
-SchedulerParameters=bf_interval=2,sched_interval=2
+SchedulerParameters=bf_interval=2
+SlurmdParameters=config_overrides
 CommunicationParameters=NoInAddrAny
 EnforcePartLimits=ALL
 ReturnToService=2
