@@ -85,6 +85,8 @@ def _type(hint: Any) -> str:
         return f"{_type(inner)} or null"
     if origin is dict:
         return "named group"
+    if origin in (list, tuple):
+        return f"list of {_type(arguments[0])}"
     return {int: "int", float: "float", str: "text", bool: "true/false"}[hint]
 
 
@@ -94,6 +96,8 @@ def _default(field: dataclasses.Field[Any]) -> str:
     value = field.default
     if value in (None, ""):
         return "null" if value is None else '`""`'
+    if isinstance(value, tuple):
+        return f"`[{', '.join(map(str, value))}]`"
     return f"`{str(value).lower() if isinstance(value, bool) else value}`"
 
 

@@ -263,12 +263,27 @@ class CheckpointConfig:
     every_steps: Count = 100
     """Save at every multiple of this step; 0 saves at the end only."""
     keep_last: PositiveInt = 2
-    """Checkpoints kept, newest first."""
+    """Checkpoints kept, newest first. Older ones are deleted when the next is durable, never before."""
     keep_every_steps: Count = 0
     """Also keep every checkpoint at a multiple of this step for good; 0 keeps none."""
+    background: bool = True
+    """Write while training goes on, from a copy in host memory (as big as this rank's part of the checkpoint); false waits
+    for the disk at each save."""
+    retries: Count = 2
+    """Times a failed save is tried again from the same copy."""
+    retry_wait_s: NonNegativeFloat = 5.0
+    """Seconds before the first retry; doubled for each further one."""
+    on_failure: Literal["stop", "continue"] = "stop"
+    """When a save has failed for good: end the run with an error at the next step, or warn and go on to the next save."""
+    grace_s: PositiveFloat = 60.0
+    """Seconds the machine leaves between SIGTERM or SIGUSR1 and the kill (Slurm's `--signal=USR1@60`). A run whose step and
+    save take longer says so while there is time."""
     resume: Literal["auto", "never", "required"] = "auto"
     """`auto` continues where the run's folder left off; `never` refuses a folder that already holds checkpoints;
     `required` refuses one that holds none."""
+    allow: tuple[Literal["data_order", "arithmetic"], ...] = ()
+    """Kinds of recipe changes that a resume may bring: `data_order` (other rows from here on), `arithmetic` (other numbers
+    from the same rows, e.g. optim.lr). Changes that are safe need no word."""
 
 
 @dataclass(frozen=True)

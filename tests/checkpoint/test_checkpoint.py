@@ -9,7 +9,7 @@ from ranks import RankFailed, run_ranks
 from tiny import Numbers, engine_of, recipe_with, steps_of
 
 from train.checkpoint.manager import CheckpointFolder
-from train.checkpoint.storage import read_manifest
+from train.checkpoint.manifest import read_manifest
 from train.config import CheckpointConfig, Recipe
 from train.errors import CheckpointError
 from train.model.initial import global_names
@@ -156,7 +156,7 @@ def test_unfinished_writing_is_not_a_checkpoint(copy: CheckpointFolder) -> None:
 def test_a_damaged_checkpoint_falls_back_to_an_older_whole_one(copy: CheckpointFolder) -> None:
     newer = copy.path_of(SAVED_AT + 1)
     shutil.copytree(copy.path_of(SAVED_AT), newer)
-    file = next(newer.glob("*.distcp"))
+    file = next(newer.glob("*.safetensors"))
     file.write_bytes(file.read_bytes()[:-10])
     found = copy.newest()
     assert found is not None and found[0] == copy.path_of(SAVED_AT)
@@ -165,7 +165,7 @@ def test_a_damaged_checkpoint_falls_back_to_an_older_whole_one(copy: CheckpointF
 @pytest.mark.parametrize("damage", ["truncated", "missing file", "empty manifest", "future format"])
 def test_damage_without_another_is_an_error_not_a_fresh_start(copy: CheckpointFolder, damage: str) -> None:
     path = copy.path_of(SAVED_AT)
-    file = next(path.glob("*.distcp"))
+    file = next(path.glob("*.safetensors"))
     match damage:
         case "truncated":
             file.write_bytes(file.read_bytes()[:-10])
@@ -175,7 +175,7 @@ def test_damage_without_another_is_an_error_not_a_fresh_start(copy: CheckpointFo
             (path / "manifest.json").write_text("")
         case "future format":
             manifest = path / "manifest.json"
-            manifest.write_text(manifest.read_text().replace('"format": 1', '"format": 99'))
+            manifest.write_text(manifest.read_text().replace('"format": 2', '"format": 99'))
     with pytest.raises(CheckpointError, match="step_00000002"):
         copy.newest()
 
@@ -197,7 +197,7 @@ def test_retention_keeps_the_last_and_the_milestones(tmp_path: Path) -> None:
 
 
 def save_on_full_disk(rank: int, folder: Path) -> None:
-    recipe = recipe_with()
+    recipe = recipe_with(**{"checkpoint.retries": 1, "checkpoint.retry_wait_s": 0.01})
     with engine_of(recipe, rank=rank, world=2) as engine:
         checkpoints = CheckpointFolder(folder, recipe.checkpoint)
         checkpoints.save(engine, step=1, position=1, recipe={}, data_hash="h")

@@ -2,22 +2,31 @@
 
 checkpoints/latest            name of the newest whole checkpoint, replaced atomically and last
 checkpoints/step_00000100/    whole (train.checkpoint.storage)
-checkpoints/.step_00000150.writing/    not whole: left by a process that died while saving, removed by the next save
+checkpoints/.step_...         on its way in or out (train.checkpoint.publishing)
+
+A save is asked for at a step boundary (`request`). In the background it has three moments: requested; staged, before the
+optimizer's next step (`before_update`); durable, noticed at a later step boundary (`collect`). One save is under way at a
+time: the next request waits for the last.
 """
 
-import os
+import logging
 import shutil
-import uuid
-from collections.abc import Callable
-from dataclasses import asdict
+import threading
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from train.checkpoint import storage
-from train.checkpoint.storage import Manifest
+from train.checkpoint import disk, publishing, storage
+from train.checkpoint.manifest import MANIFEST, Manifest, read_manifest
+from train.checkpoint.saving import Event, Memory, Peers, Save, Snapshot, Staging
 from train.config import CheckpointConfig
 from train.engine import Engine
 from train.errors import CheckpointError
+
+log = logging.getLogger(__name__)
+
+_CLOSE_S = 120.0
+"""How long a run that ends waits for a save under way whose peers may be dead."""
 
 
 def checkpoint_at(place: str | Path) -> tuple[Path, Manifest]:
@@ -26,16 +35,26 @@ def checkpoint_at(place: str | Path) -> tuple[Path, Manifest]:
     Raises CheckpointError where there is none, or none is whole.
     """
     path = Path(place)
-    if (path / storage.MANIFEST).is_file():
-        return path, storage.read_manifest(path)
+    if (path / MANIFEST).is_file():
+        return path, read_manifest(path)
     for folder in (path / "checkpoints", path):
         found = CheckpointFolder(folder, CheckpointConfig()).newest()
         if found is not None:
             return found
     raise CheckpointError(
-        f"{path} is no checkpoint (no {storage.MANIFEST}) and no run that has one. Name a folder like "
-        f"runs/NAME or runs/NAME/checkpoints/step_00001000."
+        f"{path} is no checkpoint (no {MANIFEST}) and no run that has one. Name a folder like runs/NAME or "
+        f"runs/NAME/checkpoints/step_00001000."
     )
+
+
+@dataclass(frozen=True)
+class Found:
+    """A checkpoint to resume from, and what was passed over on the way to it."""
+
+    path: Path
+    manifest: Manifest
+    notes: list[str] = field(default_factory=list)
+    """What is not as it should be: a torn pointer, newer checkpoints that are damaged."""
 
 
 class CheckpointFolder:
@@ -44,6 +63,17 @@ class CheckpointFolder:
     def __init__(self, folder: Path, config: CheckpointConfig) -> None:
         self.folder = folder
         self.config = config
+        self.saved_step: int | None = None
+        """Step of the newest checkpoint this process knows to be durable."""
+        self.save_s: float | None = None
+        """Seconds the last save took from request to durable."""
+        self._peers: Peers | None = None
+        self._staging = Staging()
+        self._memory: Memory = {}
+        self._memory_step: int | None = None
+        self._save: Save | None = None
+        self._told = 0
+        self._lineage: dict[str, Any] = {}
 
     def path_of(self, step: int) -> Path:
         """Folder of the checkpoint after `step` optimizer steps."""
@@ -51,32 +81,80 @@ class CheckpointFolder:
 
     def whole(self) -> list[Path]:
         """Checkpoints that were published, oldest first."""
-        return sorted(p for p in self.folder.glob("step_*") if p.is_dir())
+        return sorted(p for p in self.folder.glob("step_*") if p.is_dir() and p.name.removeprefix("step_").isdigit())
 
     def is_due(self, step: int) -> bool:
         """Whether the recipe asks for a save after `step`."""
         return self.config.every_steps > 0 and step % self.config.every_steps == 0
 
-    def newest(self) -> tuple[Path, Manifest] | None:
-        """The newest checkpoint whose manifest and file sizes are right, and its manifest; None where there is none.
+    def candidates(self) -> tuple[list[tuple[Path, Manifest]], list[str]]:
+        """Checkpoints whose manifest and file sizes are right, newest first; and what is wrong with pointer and others.
 
-        The pointer is believed where it names such a checkpoint that is also the newest; a torn or missing pointer
-        falls back to looking. Raises CheckpointError where checkpoints are there but none is whole: starting from zero
-        would hide the loss of a run.
+        The content is not read here. The pointer is only a hint: a newer whole checkpoint counts, for a process may die
+        between publishing it and moving the pointer.
         """
-        problems = []
+        good, notes = [], []
         for path in reversed(self.whole()):
             try:
-                return path, storage.read_manifest(path)
+                good.append((path, read_manifest(path)))
             except CheckpointError as error:
-                problems.append(str(error))
-        if problems:
-            raise CheckpointError(
-                f"no checkpoint in {self.folder} is whole:\n  "
-                + "\n  ".join(problems)
-                + f"\nMove {self.folder} away to start from the beginning."
-            )
+                notes.append(str(error))
+        pointer = self.folder / publishing.POINTER
+        named = pointer.read_text(errors="replace").strip() if pointer.is_file() else None
+        if good and named != good[0][0].name:
+            said = "is missing" if named is None else "is empty" if not named else f"says {named[:40]!r}"
+            notes.append(f"{pointer} {said}; the newest whole checkpoint is {good[0][0].name}.")
+        return good, notes
+
+    def newest(self) -> tuple[Path, Manifest] | None:
+        """The newest checkpoint whose manifest and file sizes are right, and its manifest; None where there never was one.
+
+        Raises CheckpointError where checkpoints were written but none is whole: starting from zero would hide the loss of a
+        run.
+        """
+        good, notes = self.candidates()
+        if good:
+            return good[0]
+        self._refuse_to_forget(notes)
         return None
+
+    def resume(self, engine: Engine) -> Found | None:
+        """Fill the engine from the newest checkpoint that proves right; None where there never was one. Collective.
+
+        A checkpoint that does not load is passed over, and said. Raises CheckpointError where none loads.
+        """
+        peers = self._talk()
+        outcome: Any = None
+        if peers.rank == 0:
+            try:
+                if self.folder.is_dir():
+                    publishing.clean_up(self.folder)
+                outcome = self.candidates()
+            except OSError as error:
+                outcome = CheckpointError(f"{self.folder} cannot be read: {error}")
+        outcome = peers.hear(outcome)
+        if isinstance(outcome, CheckpointError):
+            raise outcome
+        good, notes = outcome
+        for path, _ in good:
+            try:
+                manifest = self.load(engine, path)
+            except CheckpointError as error:
+                if storage.OTHER_MODEL in str(error):
+                    raise
+                notes.append(str(error))
+                continue
+            return Found(path, manifest, notes)
+        self._refuse_to_forget(notes)
+        return None
+
+    def load(self, engine: Engine, path: Path) -> Manifest:
+        """Fill weights, optimizer and random state from `path`, and prove that they are what was saved. Collective."""
+        manifest = storage.read_training(path, engine)
+        self._memory.clear()
+        self._lineage = manifest.lineage
+        self.saved_step = manifest.step
+        return manifest
 
     def save(
         self,
@@ -88,66 +166,150 @@ class CheckpointFolder:
         data_hash: str,
         tokenizer: str = "",
     ) -> Path:
-        """Write a checkpoint, publish it, point at it, drop what retention no longer keeps. Collective over the world.
+        """Write a checkpoint and wait until it is durable. Collective over the world.
 
         Raises CheckpointError on every rank if any rank could not write; the checkpoints that were there stay.
         """
-        mesh = engine.mesh
-        final = self.path_of(step)
-        aside = self.folder / f".{final.name}.writing"
-        layout = mesh.layout
-        manifest = Manifest(
+        self.request(
+            engine,
             step=step,
             position=position,
-            tokens=position * engine.row_tokens,
-            layout={key: value for key, value in asdict(layout).items() if isinstance(value, int)},
             recipe=recipe,
             data_hash=data_hash,
             tokenizer=tokenizer,
-            files={},
-            versions=storage.versions(),
+            background=False,
         )
-        self._on_first_rank(mesh, lambda: self._make_room(aside, engine))
-        failure = None
+        assert self._save is not None
+        if self._save.error is not None:
+            raise CheckpointError(self._save.error)
+        return self.path_of(step)
+
+    def request(
+        self,
+        engine: Engine,
+        *,
+        step: int,
+        position: int,
+        recipe: dict[str, Any],
+        data_hash: str,
+        tokenizer: str = "",
+        tokens: int | None = None,
+        background: bool = True,
+    ) -> None:
+        """Save the state as it is now. Waits for the save before it; in the background returns at once. Collective."""
+        self.wait()
+        peers = self._talk()
+        snapshot = storage.snapshot_of(
+            engine,
+            step=step,
+            position=position,
+            tokens=position * engine.row_tokens if tokens is None else tokens,
+            recipe=recipe,
+            data_hash=data_hash,
+            tokenizer=tokenizer,
+            lineage=self._lineage,
+        )
+        if self._memory_step is not None and self._memory_step >= (snapshot.manifest.updates or 0):
+            self._memory.clear()  # no update in between: standing still is right
+        self._memory_step = snapshot.manifest.updates
+        self._told = 0
+        self._save = Save(
+            snapshot,
+            peers=peers,
+            aside=self.folder / f".{self.path_of(step).name}.writing",
+            memory=self._memory,
+            staging=self._staging if background else None,
+            prepare=lambda: self._make_room(step, snapshot),
+            publish=self._publish,
+            retries=self.config.retries,
+            retry_wait_s=self.config.retry_wait_s,
+        )
+        if background:
+            threading.Thread(target=self._save.run, name=f"save of step {step}", daemon=True).start()
+        else:
+            self._save.run()
+            self._note_end()
+
+    def before_update(self) -> None:
+        """Wait until the save under way has copied what the optimizer is about to change. Not collective."""
+        if self._save is not None:
+            self._save.staged.wait()
+
+    @property
+    def is_writing(self) -> bool:
+        """Whether a save of this rank is under way."""
+        return self._save is not None and not self._save.done.is_set()
+
+    @property
+    def has_failed(self) -> bool:
+        """Whether this rank's last save ended in failure."""
+        return self._save is not None and self._save.done.is_set() and self._save.error is not None
+
+    def collect(self) -> list[Event]:
+        """What happened since the last call. Raises nothing: see `check`."""
+        if self._save is None:
+            return []
+        self._note_end()
+        events = list(self._save.events)
+        news, self._told = events[self._told :], len(events)
+        return news
+
+    def check(self) -> None:
+        """Raise CheckpointError where the last save failed and the recipe wants to stop then. Same on all ranks once
+        no rank is writing."""
+        if self.has_failed and self.config.on_failure == "stop":
+            assert self._save is not None
+            raise CheckpointError(f"{self._save.error} The run's earlier checkpoints are intact.")
+
+    def wait(self) -> None:
+        """Wait for the save under way, whatever its end."""
+        if self._save is not None:
+            self._save.done.wait()
+            self._note_end()
+
+    def close(self) -> None:
+        """At the end of a run that failed: give a save under way the time to become durable."""
+        if self._save is not None and not self._save.done.wait(_CLOSE_S):
+            log.warning("the save of step %d was still under way and is given up", self._save.step)
+
+    def _note_end(self) -> None:
+        save = self._save
+        if save is not None and save.done.is_set() and save.error is None and self.saved_step != save.step:
+            self.saved_step = save.step
+            self.save_s = next((e.fields["seconds"] for e in save.events if e.kind == "save"), None)
+
+    def _talk(self) -> Peers:
+        if self._peers is None:
+            self._peers = Peers()
+        return self._peers
+
+    def _publish(self, manifest: Manifest) -> dict[str, Any]:
+        """On rank 0: name the complete checkpoint, point at it, drop what is no longer kept."""
+        final = self.path_of(manifest.step)
+        publishing.publish(self.folder / f".{final.name}.writing", final)
+        publishing.point_at(self.folder, final.name)
+        fields: dict[str, Any] = {"path": str(final)}
         try:
-            storage.write_tensors(aside, engine)
-        except CheckpointError as error:
-            failure = error
-        if mesh.any_rank(failure is not None):
-            self._on_first_rank(mesh, lambda: shutil.rmtree(aside, ignore_errors=True))
-            raise failure or CheckpointError(f"another rank could not write {aside}; see its message")
-        self._on_first_rank(mesh, lambda: self._finish(aside, final, manifest))
-        return final
+            self._retain(manifest.step)
+        except OSError as error:
+            fields["note"] = f"an old checkpoint could not be deleted: {error}"
+        return fields
 
-    def load(self, engine: Engine, path: Path) -> None:
-        """Fill weights and optimizer state from `path`. Collective over the world."""
-        storage.read_tensors(path, engine)
-
-    def _finish(self, aside: Path, final: Path, manifest: Manifest) -> None:
-        storage.publish(aside, final, manifest)
-        storage.write_pointer(self.folder / "latest", final.name)
-        self._retain(manifest.step)
-
-    def _make_room(self, aside: Path, engine: Engine) -> None:
-        """Check that the folder can be written and the disk has room, before Megatron starts writing."""
+    def _make_room(self, step: int, snapshot: Snapshot) -> None:
+        """Check that the folder can be written and the disk has room, before anything is written."""
+        aside = self.folder / f".{self.path_of(step).name}.writing"
+        needed = estimated_bytes(snapshot)
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            for leftover in self.folder.glob(".*.writing"):
-                shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
-            aside.mkdir()
-            probe = aside / f"probe-{uuid.uuid4().hex}"
-            probe.write_bytes(b"x")
-            probe.unlink()
+            publishing.clean_up(self.folder)
+            disk.make_folder(aside)
             free = shutil.disk_usage(self.folder).free
         except OSError as error:
             raise CheckpointError(
                 f"cannot save into {self.folder}: {error.strerror or error}. The run's earlier checkpoints are intact."
             ) from error
-        # Weights, fp32 masters and two moments, over all data-parallel ranks; tensor and pipeline shards add up too.
-        parameters = sum(p.numel() for chunk in engine.chunks for p in chunk.parameters())
-        needed = 16 * parameters * engine.mesh.layout.tensor * engine.mesh.layout.pipeline
         if free < needed:
-            shutil.rmtree(aside, ignore_errors=True)
+            disk.remove_tree(aside)
             raise CheckpointError(
                 f"cannot save into {self.folder}: about {needed / 1e9:.2f} GB needed, {free / 1e9:.2f} GB free. Free "
                 f"some space or lower checkpoint.keep_last; the run's earlier checkpoints are intact."
@@ -159,19 +321,24 @@ class CheckpointFolder:
         steps = [(int(path.name.removeprefix("step_")), path) for path in self.whole()]
         for step, path in sorted(steps, reverse=True)[self.config.keep_last :]:
             if step != newest_step and not (every and step % every == 0):
-                doomed = path.with_name(f".{path.name}.deleting")
-                os.rename(path, doomed)  # a reader never meets a half-deleted checkpoint
-                shutil.rmtree(doomed)
+                publishing.delete(path)
 
-    def _on_first_rank(self, mesh: Any, action: Callable[[], None]) -> None:
-        """Run `action` on rank 0; every rank learns of its failure and raises. Collective over the world."""
-        failure: CheckpointError | None = None
-        if mesh.rank == 0:
-            try:
-                action()
-            except CheckpointError as error:
-                failure = error
-            except OSError as error:
-                failure = CheckpointError(f"{self.folder}: {error}")
-        if mesh.any_rank(failure is not None):
-            raise failure or CheckpointError(f"rank 0 failed while saving into {self.folder}; see its message")
+    def _refuse_to_forget(self, notes: list[str]) -> None:
+        """Raise CheckpointError where there is a trace of checkpoints but none that can be used."""
+        traces = list(notes)
+        if not traces and self.folder.is_dir():
+            traces = [f"{self.folder / publishing.POINTER} is there, the checkpoint it names is not"] * (
+                self.folder / publishing.POINTER
+            ).exists()
+        if traces:
+            raise CheckpointError(
+                f"no checkpoint in {self.folder} is whole:\n  "
+                + "\n  ".join(traces)
+                + f"\nBring one back, or move {self.folder} away to start from the beginning."
+            )
+
+
+def estimated_bytes(snapshot: Snapshot) -> int:
+    """Bytes of the whole checkpoint, from this rank's share (ranks hold about equal shares)."""
+    layout = snapshot.manifest.layout
+    return sum(piece.bytes for piece in snapshot.pieces) * layout.get("world", 1)

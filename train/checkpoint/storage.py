@@ -1,208 +1,399 @@
-"""One checkpoint on disk: Megatron's sharded files plus a manifest, written aside, made durable, then renamed.
+"""From a built model to a checkpoint's tensors and back, at any layout: what is saved, and loading with proof.
 
     step_00000100/
-        manifest.json     what this is: format, step, position, layout, recipe, files and their sizes
-        metadata.json, .metadata, common.pt, __0_0.distcp ...   Megatron's dist_checkpointing
+        manifest.json            step, position, layout, recipe, lineage, and each tensor's shape and fingerprint
+        index.json               which box of which tensor lies where
+        rank_00000.safetensors   what rank 0 wrote: its weights and its share of the optimizer's state
 
-Every tensor is stored under its whole-model name with its place in the whole, so another layout can read it. Until the
-rename the folder is called `.step_00000100.writing`; a reader that sees `step_...` sees a whole checkpoint.
+Every tensor has its whole-model name and is found box by box, so another layout can read it. After loading, the live
+tensors of all ranks are fingerprinted and compared with the manifest: what training continues from is what was saved.
 """
 
-import json
 import logging
-import os
-import queue
-import shutil
-from dataclasses import asdict, dataclass, field
+from collections.abc import Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from megatron.core import dist_checkpointing
-from megatron.core.dist_checkpointing.strategies import filesystem_async
-from megatron.core.dist_checkpointing.validation import StrictHandling
+import torch.distributed as dist
+from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 
+from train.checkpoint import fingerprint, publishing
+from train.checkpoint.files import Piece, Reader, scan
+from train.checkpoint.fingerprint import Sums
+from train.checkpoint.manifest import DTYPE_NAMES, Manifest, read_manifest
+from train.checkpoint.pieces import (
+    MASTER,
+    MODEL,
+    Local,
+    locals_of,
+    optimizer_parts,
+    optimizer_pieces,
+    owned_pieces,
+    weight_pieces,
+)
+from train.checkpoint.saving import Peers, Save, Snapshot
 from train.engine import Engine
 from train.errors import CheckpointError
+from train.parallel.mesh import Mesh
 
 log = logging.getLogger(__name__)
 
-FORMAT = 1
-MANIFEST = "manifest.json"
 
-_SHARDING = {
-    "distrib_optim_sharding_type": "fully_reshardable",
-    "singleton_local_shards": False,
-    "chained_optim_avoid_prefix": True,
-}
-"""Megatron's way of storing optimizer state per parameter instead of per data-parallel slice: any layout can read it."""
+_RANDOM = "random."
+OTHER_MODEL = "is of another model"
 
 
-@dataclass(frozen=True)
-class Manifest:
-    """What a checkpoint says about itself."""
-
-    step: int
-    """Optimizer steps finished."""
-    position: int
-    """Rows consumed from the training stream."""
-    tokens: int
-    """Tokens trained on."""
-    layout: dict[str, int]
-    """Degrees it was written at. Informational: any layout can read it."""
-    recipe: dict[str, Any]
-    """The resolved recipe of the run that wrote it."""
-    data_hash: str
-    """Hash of the data manifest the position refers to."""
-    files: dict[str, int]
-    """Size in bytes of every other file of the checkpoint."""
-    versions: dict[str, str]
-    """Versions of torch and Megatron-Core."""
-    tokenizer: str = ""
-    """Fingerprint of the tokenizer the model was trained with; empty where it is not known."""
-    lineage: dict[str, Any] = field(default_factory=dict)
-    """Where the weights come from, when not from training alone: a pruned checkpoint's parent and what was kept."""
-    format: int = FORMAT
-
-
-def write_tensors(folder: Path, engine: Engine) -> None:
-    """Write weights and optimizer state of all ranks into `folder`. Collective over the world."""
-    # Without this Megatron starts a helper process that imports everything again (15 s) and outlives a killed trainer.
-    filesystem_async._results_queue = queue.Queue()
+def snapshot_of(
+    engine: Engine,
+    *,
+    step: int,
+    position: int,
+    tokens: int,
+    recipe: dict[str, Any],
+    data_hash: str,
+    tokenizer: str,
+    lineage: dict[str, Any],
+) -> Snapshot:
+    """What this rank saves of a training run: weights, buffers, masters, moments, random state. Collective (precision)."""
     engine.precision.gather_state()
-    with _as_checkpoint_error(folder, "write"):
-        dist_checkpointing.save(_sharded_state(engine, is_loading=False), str(folder), content_metadata=dict(_SHARDING))
+    modules = [chunk.module for chunk in engine.chunks]
+    locals_ = locals_of(modules, engine.mesh.groups.dp_cp)
+    parts = optimizer_parts(engine.optimizer, modules, locals_)
+    manifest = Manifest(
+        step=step,
+        position=position,
+        tokens=tokens,
+        layout=_layout(engine.mesh),
+        recipe=recipe,
+        data_hash=data_hash,
+        versions=versions(),
+        tokenizer=tokenizer,
+        updates=_updates(engine),
+        lineage=lineage,
+    )
+    return Snapshot(manifest, [*owned_pieces(locals_, parts), *_random_pieces(engine.mesh)], parts)
 
 
-def read_tensors(folder: Path, engine: Engine) -> None:
-    """Fill weights and optimizer state of this rank from `folder`, whatever layout wrote it. Collective."""
-    with _as_checkpoint_error(folder, "read"):
-        state, missing, unexpected = dist_checkpointing.load(
-            _sharded_state(engine, is_loading=True), str(folder), strict=StrictHandling.RETURN_ALL
-        )
-    strange = sorted(key for key in {*missing, *unexpected} if not _is_precision_state(key))
-    if strange:
-        raise CheckpointError(
-            f"{folder} does not hold this model: {len(strange)} names are on one side only, e.g. {', '.join(strange[:3])}."
-        )
-    if missing or unexpected:
-        log.warning(
-            "%s was written by another precision backend: scales and amax histories start anew, so the first steps will "
-            "not repeat those of the run that wrote it.",
-            folder,
-        )
-    for key, chunk in _named_chunks(engine):
-        chunk.module.load_state_dict(state[key], strict=not (missing or unexpected))
-    engine.optimizer.load_state_dict(state["optimizer"])
+def write_model(
+    folder: Path,
+    chunks: Sequence[Any],
+    *,
+    mesh: Mesh,
+    recipe: dict[str, Any],
+    lineage: dict[str, Any],
+    step: int = 0,
+    position: int = 0,
+    tokens: int = 0,
+    data_hash: str = "",
+    tokenizer: str = "",
+) -> Manifest:
+    """Write the weights of unwrapped model chunks as a checkpoint without optimizer state, proven and published whole.
+
+    folder: the checkpoint itself, e.g. runs/NAME/checkpoints/step_00000000; it must not exist, its parent is made. Training
+    that starts there (or finds it as its run's newest) takes the weights and begins with fresh moments and the given step
+    and position. lineage: where the weights come from, kept in the manifest (JSON values), e.g. {"imported_from": ...,
+    "fingerprint": read_manifest(teacher).fingerprint}. recipe: `train.run.recipe_mapping` of a recipe that builds the model.
+
+    Collective over the world. Raises CheckpointError on every rank; nothing is left behind then.
+    """
+    manifest = Manifest(
+        step=step,
+        position=position,
+        tokens=tokens,
+        layout=_layout(mesh),
+        recipe=recipe,
+        data_hash=data_hash,
+        versions=versions(),
+        tokenizer=tokenizer,
+        lineage=lineage,
+    )
+    pieces = owned_pieces(locals_of(chunks, mesh.groups.dp_cp), None)
+    aside = folder.with_name(f".{folder.name}.writing")
+
+    def prepare() -> None:
+        if folder.exists():
+            raise CheckpointError(f"{folder} is there already. Choose another folder, or move it away.")
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        aside.mkdir()
+
+    def done(complete: Manifest) -> dict[str, Any]:
+        publishing.publish(aside, folder)
+        return {"path": str(folder)}
+
+    save = Save(
+        Snapshot(manifest, pieces),
+        peers=Peers(),
+        aside=aside,
+        memory={},
+        staging=None,
+        prepare=prepare,
+        publish=done,
+        retries=0,
+        retry_wait_s=0.0,
+    )
+    save.run()
+    if save.error is not None:
+        raise CheckpointError(save.error)
+    return read_manifest(folder)
+
+
+def read_training(folder: Path, engine: Engine) -> Manifest:
+    """Fill weights, optimizer state and random state of this rank from a checkpoint, whatever layout wrote it, and prove it.
+
+    Collective over the world. Raises CheckpointError on every rank: another model, damage, content that is not what was
+    saved; the engine then holds a mixture and must be filled from another checkpoint or not be used.
+    """
+    reader, error = _open(folder)
+    _agree(error)
+    assert reader is not None
+    modules = [chunk.module for chunk in engine.chunks]
+    locals_ = locals_of(modules, engine.mesh.groups.dp_cp)
+    parts = optimizer_parts(engine.optimizer, modules, locals_)
+    has_optimizer = reader.manifest.updates is not None
+    wanted = weight_pieces(locals_)
+    copies = engine.mesh.groups.dp_cp.size()
+    loading = _Loading(reader, engine.mesh.device)
+    loading.load(wanted, copies=copies)
+    if has_optimizer:
+        loading.load(optimizer_pieces(parts), copies=1)
+    loading.finish(ignored=() if has_optimizer else ("optimizer.",))
+    _hand_over(locals_)
+    for part in engine.optimizer.param_groups:
+        part["step"] = reader.manifest.updates or 0
+    if not has_optimizer:
+        engine.optimizer.reload_model_params()
+        for part_ in parts:
+            for values in part_.moments.values():
+                values.zero_()
+    _restore_random_state(reader, engine.mesh)
     engine.precision.apply_state()
+    return reader.manifest
 
 
 def read_weights(folder: Path, chunks: list[Any], *, groups: Any) -> None:
-    """Fill the weights of unwrapped model chunks only (evaluation, generation, starting from other weights). Collective.
+    """Fill the weights of unwrapped model chunks only (evaluation, generation, teachers), at any layout. Collective.
 
-    CheckpointError names weights that only one side has. A precision backend's own state may be missing.
+    groups: Megatron's process groups of the chunks' own layout. CheckpointError, on every rank, names weights that only one
+    side has. A precision backend's own state may be missing.
     """
-    metadata = {**_SHARDING, "dp_cp_group": groups.dp_cp}
-    keys = ["model"] if len(chunks) == 1 else [f"model{i}" for i in range(len(chunks))]
-    wanted = {key: chunk.sharded_state_dict(metadata=metadata) for key, chunk in zip(keys, chunks, strict=True)}
-    with _as_checkpoint_error(folder, "read"):
-        state, unused, absent = dist_checkpointing.load(wanted, str(folder), strict=StrictHandling.RETURN_ALL)
-    for names, problem in ((absent, "lacks"), (unused, "holds, and this model lacks,")):
-        if weights := sorted(k for k in names if not (_is_precision_state(k) or k.startswith("optimizer."))):
-            raise CheckpointError(
-                f"{folder} is of another model: it {problem} {len(weights)} weights, e.g. {', '.join(weights[:3])}."
-            )
-    for key, chunk in zip(keys, chunks, strict=True):
-        chunk.load_state_dict(state[key], strict=not absent)
+    reader, error = _open(folder)
+    _agree(error)
+    assert reader is not None
+    locals_ = locals_of(chunks, groups.dp_cp)
+    loading = _Loading(reader, torch.device("cuda" if dist.get_backend() == "nccl" else "cpu"))
+    loading.load(weight_pieces(locals_), copies=groups.dp_cp.size())
+    loading.finish(ignored=("optimizer.",))
+    _hand_over(locals_)
 
 
 def publish(aside: Path, final: Path, manifest: Manifest) -> None:
-    """Complete a checkpoint written aside: manifest, fsync of every file and folder, rename. One rank calls it."""
-    files = {str(p.relative_to(aside)): p.stat().st_size for p in sorted(aside.rglob("*")) if p.is_file()}
-    text = json.dumps(asdict(manifest) | {"files": files}, indent=1)
-    (aside / MANIFEST).write_text(text)
-    for path in [*aside.rglob("*"), aside]:
-        _fsync(path)
-    if final.exists():
-        shutil.rmtree(final)
-    aside.rename(final)
-    _fsync(final.parent)
+    """Complete a checkpoint of whole tensors written aside (`train.checkpoint.tensors.write_weights`) and give it its name.
 
-
-def read_manifest(folder: Path) -> Manifest:
-    """The manifest of a checkpoint, with the sizes of its files checked. CheckpointError names what is wrong."""
-    path = folder / MANIFEST
-    try:
-        raw = json.loads(path.read_text())
-        manifest = Manifest(**raw)
-    except (OSError, ValueError, TypeError) as error:
-        raise CheckpointError(f"{path} cannot be read as a checkpoint manifest: {error}") from error
-    if manifest.format != FORMAT:
-        raise CheckpointError(
-            f"{folder} has checkpoint format {manifest.format}; this version reads format {FORMAT}. Use the version of "
-            f"this project that wrote it."
-        )
-    for name, size in manifest.files.items():
-        file = folder / name
-        found = file.stat().st_size if file.exists() else None
-        if found != size:
-            raise CheckpointError(
-                f"{file} is {'missing' if found is None else f'{found:,} bytes long'}, the manifest says {size:,} bytes."
-                f" The checkpoint is damaged: remove {folder} to resume from an older one."
-            )
-    return manifest
-
-
-def write_pointer(pointer: Path, name: str) -> None:
-    """Point at checkpoint `name`, atomically: a reader sees the old or the new name, never part of one."""
-    aside = pointer.with_name(f".{pointer.name}.writing")
-    aside.write_text(name + "\n")
-    _fsync(aside)
-    aside.rename(pointer)
-    _fsync(pointer.parent)
+    Shapes and fingerprints are taken from the files. One process calls it.
+    """
+    index, records = scan(aside)
+    files = {path.name: path.stat().st_size for path in sorted(aside.iterdir())}
+    publishing.seal(aside, replace(manifest, tensors=records, files=files), index)
+    publishing.publish(aside, final)
 
 
 def versions() -> dict[str, str]:
-    """Versions of the libraries whose formats a checkpoint depends on."""
+    """Versions of the libraries that a checkpoint's content depends on."""
     import megatron.core
 
     return {"torch": torch.__version__, "megatron-core": megatron.core.__version__}
 
 
-def _is_precision_state(key: str) -> bool:
-    """Whether a name in a checkpoint is a precision backend's own state: ours, or Transformer Engine's."""
-    return ".low_precision_" in key or key.endswith("._extra_state") or "._extra_state/" in key
+class _Loading:
+    """Reads pieces of one checkpoint and adds up what arrived, to be compared over all ranks at the end."""
+
+    def __init__(self, reader: Reader, device: torch.device) -> None:
+        self.reader = reader
+        self.device = device
+        self.names = sorted(reader.manifest.tensors)
+        self.number = {name: i for i, name in enumerate(self.names)}
+        self.sums: list[Sums] = [(0, 0)] * len(self.names)
+        self.copies = [0] * len(self.names)
+        self.missing: set[str] = set()
+        self.error: str | None = None
+
+    def load(self, pieces: Sequence[tuple[Piece, bool]], *, copies: int) -> None:
+        """Fill pieces. copies: how many times all counted pieces of all ranks hold each element. Never raises."""
+        for piece, is_counted in pieces:
+            name = self._source(piece)
+            if name is None:
+                self.missing.add(piece.tensor)
+                continue
+            record = self.reader.manifest.tensors[name]
+            if record.shape != piece.whole:
+                self.error = self.error or f"{name} has shape {record.shape} there, {piece.whole} in this model"
+                continue
+            try:
+                sums = self._fill(name, piece)
+            except CheckpointError as error:
+                self.error = self.error or str(error)
+                continue
+            at = self.number[name]
+            self.copies[at] = max(self.copies[at], copies)
+            if is_counted:
+                self.sums[at] = fingerprint.add(self.sums[at], sums)
+
+    def finish(self, *, ignored: tuple[str, ...] = ()) -> None:
+        """Compare with the manifest over all ranks. Collective. Raises CheckpointError on every rank.
+
+        ignored: begins of names that nobody need have asked for.
+        """
+        folder = self.reader.folder
+        _agree(self.error and f"{folder} {OTHER_MODEL}: {self.error}.")
+        values = fingerprint.to_tensor(self.sums).to(self.device)
+        copies = torch.tensor(self.copies, dtype=torch.int64, device=self.device)
+        if dist.is_initialized() and dist.get_world_size() > 1:
+            dist.all_reduce(values)
+            dist.all_reduce(copies, op=dist.ReduceOp.MAX)
+        found, copies_of = fingerprint.from_tensor(values.cpu()), copies.tolist()
+        wrong = [
+            name
+            for name, sums, count in zip(self.names, found, copies_of, strict=True)
+            if count and sums != fingerprint.times(self._recorded(name), count)
+        ]
+        if wrong:
+            raise CheckpointError(
+                f"{folder} is damaged: what was read of {len(wrong)} tensors is not what was saved (their fingerprints differ), "
+                f"e.g. {', '.join(wrong[:3])}. `python -m train.checkpoint verify {folder}` names the files."
+            )
+        asked = {name for name, count in zip(self.names, copies_of, strict=True) if count}
+        unasked = {
+            name
+            for name in self.names
+            if name not in asked
+            and not name.startswith((_RANDOM, MASTER, *ignored))
+            and MASTER + name.removeprefix(MODEL) not in asked
+        }
+        missing = {name for names in _everywhere(sorted(self.missing)) for name in names}
+        for names, problem in ((missing, "lacks"), (unasked, "holds, and this model lacks,")):
+            if weights := sorted(name.removeprefix(MODEL) for name in names if not _is_precision_state(name)):
+                raise CheckpointError(
+                    f"{folder} {OTHER_MODEL}: it {problem} {len(weights)} weights, e.g. {', '.join(weights[:3])}."
+                )
+        if missing | unasked:
+            log.warning(
+                "%s was written by another precision backend: scales and amax histories start anew, so the first steps will "
+                "not repeat those of the run that wrote it.",
+                folder,
+            )
+
+    def _recorded(self, name: str) -> Sums:
+        return fingerprint.from_text(self.reader.manifest.tensors[name].fingerprint)
+
+    def _source(self, piece: Piece) -> str | None:
+        """The checkpoint's tensor for a piece. Weights and masters stand in for each other where precisions differ."""
+        tensors = self.reader.manifest.tensors
+        name = piece.tensor
+        if name.startswith(MODEL) and piece.data.dtype == torch.float32:
+            master = MASTER + name.removeprefix(MODEL)
+            if master in tensors:
+                return master
+        if name in tensors:
+            return name
+        if name.startswith(MASTER) and MODEL + name.removeprefix(MASTER) in tensors:
+            return MODEL + name.removeprefix(MASTER)
+        return None
+
+    def _fill(self, name: str, piece: Piece) -> Sums:
+        """Read one piece. -> the fingerprint of what arrived, in the checkpoint's own format."""
+        record = self.reader.manifest.tensors[name]
+        target = piece.data.view(piece.shape)
+        same = DTYPE_NAMES[piece.data.dtype] == record.dtype
+        if same:
+            self.reader.read(name, offset=piece.offset, into=target)
+            return piece.sums()
+        raw = self.reader.empty(name, piece.shape)
+        self.reader.read(name, offset=piece.offset, into=raw)
+        target.copy_(raw)
+        return fingerprint.of_box(raw, whole=piece.whole, offset=piece.offset, shape=piece.shape)
 
 
-def _named_chunks(engine: Engine) -> list[tuple[str, Any]]:
-    if len(engine.chunks) == 1:
-        return [("model", engine.chunks[0])]
-    return [(f"model{index}", chunk) for index, chunk in enumerate(engine.chunks)]
-
-
-def _sharded_state(engine: Engine, *, is_loading: bool) -> dict[str, Any]:
-    metadata = {**_SHARDING, "dp_cp_group": engine.mesh.groups.dp_cp}
-    state = {key: chunk.module.sharded_state_dict(metadata=metadata) for key, chunk in _named_chunks(engine)}
-    state["optimizer"] = engine.optimizer.sharded_state_dict(state, is_loading=is_loading, metadata=metadata)
-    return state
-
-
-def _fsync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
+def _open(folder: Path) -> tuple[Reader | None, str | None]:
     try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+        return Reader(folder), None
+    except CheckpointError as error:
+        return None, str(error)
 
 
-class _as_checkpoint_error:
-    """Turn what storage raises into a CheckpointError that names the place."""
+def _agree(error: str | None) -> None:
+    """Raise on every rank if any has an error. Collective over the world."""
+    errors = [each for each in _everywhere(error) if each is not None]
+    if errors:
+        raise CheckpointError(error or f"on another rank: {errors[0]}")
 
-    def __init__(self, folder: Path, verb: str) -> None:
-        self.folder, self.verb = folder, verb
 
-    def __enter__(self) -> None: ...
+def _everywhere(value: Any) -> list[Any]:
+    """Every rank's value. Collective over the world."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return [value]
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, Exception):
-            raise CheckpointError(f"could not {self.verb} {self.folder}: {type(error).__name__}: {error}") from error
+
+def _hand_over(locals_: dict[str, Local]) -> None:
+    """Give weights kept in FP8 what was read into their decoded copies. Not run: needs a GPU."""
+    for local in locals_.values():
+        if local.source is not local.data:
+            local.source.copy_(local.data)
+
+
+def _layout(mesh: Mesh) -> dict[str, int]:
+    return {key: value for key, value in asdict(mesh.layout).items() if isinstance(value, int)}
+
+
+def _updates(engine: Engine) -> int:
+    """Adam's step count: one for all groups."""
+    counts = {int(group["step"]) for group in engine.optimizer.param_groups if group["params"]}
+    assert len(counts) <= 1, f"parameter groups count their updates differently: {counts}"
+    return counts.pop() if counts else 0
+
+
+def _is_precision_state(name: str) -> bool:
+    """Whether a tensor is a precision backend's own state."""
+    return ".low_precision_" in name
+
+
+def _random_states(mesh: Mesh) -> dict[str, torch.Tensor]:
+    """Random states of this rank by name: torch's own for its device, and Megatron's tracker."""
+    states = {"torch": torch.get_rng_state()}
+    if mesh.device.type == "cuda":
+        states["cuda"] = torch.cuda.get_rng_state(mesh.device)
+    tracked = get_cuda_rng_tracker().get_states()
+    return states | {f"tracker.{name}": state for name, state in tracked.items() if isinstance(state, torch.Tensor)}
+
+
+def _random_pieces(mesh: Mesh) -> list[Piece]:
+    return [
+        Piece(f"{_RANDOM}{mesh.rank:05d}.{name}", (state.numel(),), (0,), (state.numel(),), state.contiguous())
+        for name, state in _random_states(mesh).items()
+    ]
+
+
+def _restore_random_state(reader: Reader, mesh: Mesh) -> None:
+    """Take up the saved random state where the layout is the same; elsewhere the seeded one stays (nothing draws from it
+    at other layouts in the same order anyway)."""
+    if reader.manifest.layout != _layout(mesh):
+        return
+    tracked = dict(get_cuda_rng_tracker().get_states())
+    for name, state in _random_states(mesh).items():
+        key = f"{_RANDOM}{mesh.rank:05d}.{name}"
+        record = reader.manifest.tensors.get(key)
+        if record is None or record.shape != (state.numel(),):
+            continue
+        saved = torch.empty_like(state)
+        reader.read(key, offset=[0], into=saved)
+        if name == "torch":
+            torch.set_rng_state(saved)
+        elif name == "cuda":
+            torch.cuda.set_rng_state(saved, mesh.device)
+        else:
+            tracked[name.removeprefix("tracker.")] = saved
+    get_cuda_rng_tracker().set_states(tracked)

@@ -1,0 +1,291 @@
+"""The bytes of a checkpoint: one safetensors file per writing rank, and reading any box of any tensor out of them.
+
+    rank_00003.safetensors:   model.output_layer.weight[128:256,0:64]   optimizer.exp_avg....[0:17,0:64]   ...
+
+A file is a safetensors file like any other (8 bytes of length, a JSON header, the numbers); each entry's name says which
+box of which tensor it is. Readers go by index.json, which says the same for all files at once.
+"""
+
+import json
+import math
+import os
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from train.checkpoint import disk, fingerprint
+from train.checkpoint.fingerprint import Sums
+from train.checkpoint.manifest import (
+    DTYPE_NAMES,
+    DTYPES,
+    Index,
+    Manifest,
+    Place,
+    TensorRecord,
+    read_index,
+    read_manifest,
+)
+from train.errors import CheckpointError
+
+_CHUNK = 8 << 20
+"""Bytes read at once where they cannot go straight to their place."""
+_ALIGN = 64
+"""The numbers of a file start at a multiple of this."""
+_LONGEST_HEADER = 1 << 30
+_LABEL = re.compile(r"(?P<tensor>[^\[\]]+)\[(?P<box>(\d+:\d+(,\d+:\d+)*)?)\]")
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A box of a tensor in this process's memory."""
+
+    tensor: str
+    whole: tuple[int, ...]
+    """Shape of the whole tensor."""
+    offset: tuple[int, ...]
+    shape: tuple[int, ...]
+    data: torch.Tensor
+    """Contiguous, the box's elements in order; any shape."""
+
+    @property
+    def bytes(self) -> int:
+        return self.data.numel() * self.data.element_size()
+
+    @property
+    def label(self) -> str:
+        """Name in a file: which box of which tensor."""
+        return label_of(self.tensor, self.offset, self.shape)
+
+    def sums(self, copy_to: int | None = None) -> Sums:
+        """What this piece contributes to its tensor's fingerprint."""
+        return fingerprint.of_box(self.data, whole=self.whole, offset=self.offset, shape=self.shape, copy_to=copy_to)
+
+
+@dataclass(frozen=True)
+class FilePlan:
+    """What one file will hold: its header, and where in it each piece starts."""
+
+    header: bytes
+    pieces: list[Piece]
+    """In the order of the file."""
+    starts: list[int]
+    """Of each piece, in bytes from the file's begin."""
+
+    @property
+    def bytes(self) -> int:
+        """Size of the file."""
+        return self.starts[-1] + self.pieces[-1].bytes if self.pieces else len(self.header)
+
+
+def header_of(entries: Sequence[tuple[str, torch.dtype, tuple[int, ...]]]) -> tuple[bytes, list[int]]:
+    """A safetensors header for numbers that lie one behind the other, and where each begins in the file.
+
+    entries: label, format and shape of each.
+    """
+    table, at, relative = {}, 0, []
+    for label, dtype, shape in entries:
+        end = at + math.prod(shape) * dtype.itemsize
+        relative.append(at)
+        table[label] = {"dtype": DTYPE_NAMES[dtype], "shape": list(shape), "data_offsets": [at, end]}
+        at = end
+    text = json.dumps(table, separators=(",", ":")).encode()
+    text += b" " * (-(8 + len(text)) % _ALIGN)
+    header = len(text).to_bytes(8, "little") + text
+    return header, [len(header) + start for start in relative]
+
+
+def read_header(path: Path) -> tuple[dict[str, Any], int]:
+    """The entries of a safetensors file and where its numbers begin. CheckpointError where it is none."""
+    size = path.stat().st_size if path.is_file() else 0
+    with opened(path) as handle:
+        length = int.from_bytes(os.pread(handle, 8, 0), "little")
+        if length > min(size - 8, _LONGEST_HEADER):
+            raise CheckpointError(f"{path} is no safetensors file: its header would be {length:,} bytes long.")
+        text = os.pread(handle, length, 8)
+    try:
+        entries = json.loads(text)
+        entries.pop("__metadata__", None)
+        return entries, 8 + length
+    except (ValueError, RecursionError, AttributeError) as error:
+        raise CheckpointError(f"{path} is no safetensors file: {error}") from error
+
+
+def scan(folder: Path) -> tuple[Index, dict[str, TensorRecord]]:
+    """Index and records of the files of a folder, from their headers and numbers alone. CheckpointError as in `read_header`."""
+    index: Index = {}
+    dtypes: dict[str, str] = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        entries, begin = read_header(path)
+        for label, entry in entries.items():
+            found = _LABEL.fullmatch(label)
+            if found is None:
+                raise CheckpointError(f"{path} holds {label!r}, which does not say what part of what tensor it is.")
+            offset = tuple(int(span.split(":")[0]) for span in found["box"].split(",") if span)
+            place = Place(path.name, begin + entry["data_offsets"][0], offset, tuple(entry["shape"]))
+            index.setdefault(found["tensor"], []).append(place)
+            dtypes[found["tensor"]] = entry["dtype"]
+    records = {}
+    for tensor, places in index.items():
+        ends = [[o + s for o, s in zip(p.offset, p.shape, strict=True)] for p in places]
+        whole = tuple(max(column) for column in zip(*ends, strict=True))
+        total: Sums = (0, 0)
+        for place in places:
+            with opened(folder / place.file) as handle:
+                total = fingerprint.add(total, _sums_on_disk(handle, place, whole=whole, dtype=DTYPES[dtypes[tensor]]))
+        records[tensor] = TensorRecord(dtypes[tensor], whole, fingerprint.text(total))
+    return index, records
+
+
+def label_of(tensor: str, offset: Sequence[int], shape: Sequence[int]) -> str:
+    """Name of a box of a tensor in a file."""
+    return f"{tensor}[{','.join(f'{o}:{o + s}' for o, s in zip(offset, shape, strict=True))}]"
+
+
+def plan_file(pieces: Sequence[Piece]) -> FilePlan:
+    """Lay pieces out in one file: wide formats first, so that all are aligned."""
+    ordered = sorted((p for p in pieces if p.bytes), key=lambda p: -p.data.element_size())
+    header, starts = header_of([(p.label, p.data.dtype, p.shape) for p in ordered])
+    return FilePlan(header, ordered, starts)
+
+
+def bytes_of(data: torch.Tensor) -> memoryview:
+    """The memory of a contiguous CPU tensor."""
+    return memoryview(data.detach().reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
+
+
+def verify_file(path: Path, plan: FilePlan, expected: Sequence[Sums]) -> list[Sums]:
+    """Read a file back and compare its header and every piece's fingerprint. CheckpointError names what differs."""
+    with opened(path) as handle:
+        if os.pread(handle, len(plan.header), 0) != plan.header:
+            raise CheckpointError(f"{path} does not hold the header that was written to it.")
+        found = []
+        for piece, start, sums in zip(plan.pieces, plan.starts, expected, strict=True):
+            place = Place(path.name, start, piece.offset, piece.shape)
+            found.append(_sums_on_disk(handle, place, whole=piece.whole, dtype=piece.data.dtype))
+            if found[-1] != sums:
+                raise CheckpointError(
+                    f"{path}: what lies on disk of {piece.label} is not what the model holds (fingerprint "
+                    f"{fingerprint.text(found[-1])} instead of {fingerprint.text(sums)})."
+                )
+    return found
+
+
+@contextmanager
+def opened(path: Path) -> Iterator[int]:
+    """A file's descriptor for reading; what the system refuses becomes a CheckpointError with its name."""
+    try:
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            yield handle
+        finally:
+            os.close(handle)
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error
+
+
+class Reader:
+    """Reads boxes of the tensors of one checkpoint."""
+
+    def __init__(self, folder: Path) -> None:
+        """Raises CheckpointError where manifest or index are not right."""
+        self.folder = folder
+        self.manifest: Manifest = read_manifest(folder)
+        self.index: Index = read_index(folder, self.manifest)
+
+    def read(self, tensor: str, *, offset: Sequence[int], into: torch.Tensor) -> None:
+        """Fill `into` (contiguous, any device) with the box of its shape at `offset`, converted to its format."""
+        record = self.manifest.tensors[tensor]
+        dtype = DTYPES[record.dtype]
+        for place in self.index[tensor]:
+            low = [max(a, b) for a, b in zip(place.offset, offset, strict=True)]
+            high = [min(o + n, p + m) for o, n, p, m in zip(place.offset, place.shape, offset, into.shape, strict=True)]
+            if all(a < b for a, b in zip(low, high, strict=True)):
+                target = into[tuple(slice(a - o, b - o) for a, b, o in zip(low, high, offset, strict=True))]
+                part = [slice(a - o, b - o) for a, b, o in zip(low, high, place.offset, strict=True)]
+                with opened(self.folder / place.file) as handle:
+                    _read_part(handle, place, part, dtype=dtype, target=target)
+
+    def empty(self, tensor: str, shape: Sequence[int]) -> torch.Tensor:
+        """Memory for a box of a tensor in the format it is stored in."""
+        return torch.empty(tuple(shape), dtype=DTYPES[self.manifest.tensors[tensor].dtype])
+
+    def sums(self, tensor: str) -> Sums:
+        """The fingerprint of a tensor, from the bytes on disk."""
+        record = self.manifest.tensors[tensor]
+        total: Sums = (0, 0)
+        for place in self.index[tensor]:
+            with opened(self.folder / place.file) as handle:
+                total = fingerprint.add(
+                    total, _sums_on_disk(handle, place, whole=record.shape, dtype=DTYPES[record.dtype])
+                )
+        return total
+
+
+def _read_part(handle: int, place: Place, part: list[slice], *, dtype: torch.dtype, target: torch.Tensor) -> None:
+    """Read `part` of a stored box into `target`: straight where both are in one run, else by rows."""
+    if not part:
+        part, place, target = [slice(0, 1)], Place(place.file, place.start, (0,), (1,)), target.reshape(1)
+    row_elements = math.prod(place.shape[1:])
+    row_bytes = row_elements * dtype.itemsize
+    first, last = part[0].start, part[0].stop
+    inner_whole = all(s.start == 0 and s.stop == n for s, n in zip(part[1:], place.shape[1:], strict=True))
+    direct = inner_whole and target.is_contiguous() and target.dtype == dtype and target.device.type == "cpu"
+    if direct:
+        _read_exactly(handle, bytes_of(target), place.start + first * row_bytes)
+        return
+    step = max(1, _CHUNK // max(1, row_bytes))
+    scratch = torch.empty(min(step, last - first), row_elements, dtype=dtype)
+    for row in range(first, last, step):
+        rows = scratch[: min(step, last - row)]
+        _read_exactly(handle, bytes_of(rows), place.start + row * row_bytes)
+        box = rows.reshape(len(rows), *place.shape[1:])[(slice(None), *part[1:])]
+        target[row - first : row - first + len(rows)].copy_(box)
+
+
+def _sums_on_disk(handle: int, place: Place, *, whole: tuple[int, ...], dtype: torch.dtype) -> Sums:
+    """Fingerprint of a stored box, read by rows."""
+    shape, offset = (place.shape, place.offset) if place.shape else ((1,), (0,))
+    whole = whole or (1,)
+    rows, row_bytes = shape[0], math.prod(shape[1:]) * dtype.itemsize
+    step = max(1, _CHUNK // max(1, row_bytes))
+    if len(shape) == 1:
+        step = max(1, _CHUNK // dtype.itemsize)
+    scratch = torch.empty(min(step, rows) * row_bytes, dtype=torch.uint8)
+    total: Sums = (0, 0)
+    for row in range(0, rows, step):
+        count = min(step, rows - row)
+        data = scratch[: count * row_bytes]
+        _read_exactly(handle, bytes_of(data), place.start + row * row_bytes)
+        part = fingerprint.of_box(
+            data.view(dtype), whole=whole, offset=(offset[0] + row, *offset[1:]), shape=(count, *shape[1:])
+        )
+        total = fingerprint.add(total, part)
+    return total
+
+
+def _read_exactly(handle: int, into: memoryview, start: int) -> None:
+    done = 0
+    while done < len(into):
+        got = os.preadv(handle, [into[done:]], start + done)
+        if not got:
+            raise OSError(f"the file ends {len(into) - done:,} bytes too early")
+        done += got
+
+
+def write_file(path: Path, plan: FilePlan, body: Sequence[memoryview]) -> None:
+    """Write a planned file and make it durable. body: the pieces' bytes, in order, in as many buffers as one likes."""
+    disk.write_new(path, [plan.header, *body])
+    disk.sync(path)
+
+
+def whole_tensor(reader: Reader, tensor: str) -> torch.Tensor:
+    """A whole tensor of a checkpoint, in its stored format."""
+    record = reader.manifest.tensors[tensor]
+    values = torch.empty(record.shape, dtype=DTYPES[record.dtype])
+    reader.read(tensor, offset=[0] * len(record.shape), into=values)
+    return values

@@ -1,0 +1,154 @@
+"""What a tensor is, as 128 bits that do not depend on how it is cut: the same value comes out at any sharding.
+
+    F_lane(T) = sum over rows r, columns c of  rho_lane(r) * alpha_lane(c) * bits(r, c)    mod 2^64,  lane = 0, 1
+
+The last dimension counts as columns, the others, flattened, as rows; `bits` is an element as an unsigned integer (8-byte
+elements count as two columns). rho (64 bits) and alpha (32 bits) are odd and come from splitmix64 of their coordinate in
+the *whole* tensor (Steele, Lea, Flood 2014), so a part of the tensor contributes the same wherever it lies, and the parts'
+sums add up. Multilinear hashing mod 2^64 (Lemire, Kaser, arXiv 1202.4961): a change of a single element always shows; any
+other change that knows nothing of the coefficients is missed with a probability of about 2^-64. It is no defence
+against a forger.
+
+On a CPU a compiled pass at memory speed; elsewhere the same in torch operations, on the tensor's own device.
+"""
+
+import ctypes
+import functools
+import logging
+import math
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from train import build_c
+
+log = logging.getLogger(__name__)
+
+LANES = 2
+_GOLDEN = 0x9E3779B97F4A7C15
+_FIRST = 0xBF58476D1CE4E5B9
+_SECOND = 0x94D049BB133111EB
+_CHUNK = 1 << 20
+"""Elements the torch form looks at once: its temporaries are 8 bytes each."""
+
+Sums = tuple[int, int]
+"""One partial fingerprint: a sum in each lane, 0 <= s < 2^64."""
+
+
+def of_box(
+    data: torch.Tensor, *, whole: Sequence[int], offset: Sequence[int], shape: Sequence[int], copy_to: int | None = None
+) -> Sums:
+    """What a box of a tensor contributes to the tensor's fingerprint.
+
+    data: contiguous, the box's elements in order, any shape; whole: shape of the whole tensor; offset, shape: the box.
+    copy_to: address that the box's bytes are copied to on the way (CPU only).
+    """
+    assert data.is_contiguous() and data.numel() == math.prod(shape), "a box's elements, in order"
+    if data.numel() == 0:
+        return (0, 0)
+    rows = _rows(whole, offset, shape)
+    columns, first = (shape[-1], offset[-1]) if shape else (1, 0)
+    width = data.element_size()
+    if width == 8:
+        columns, first, width = 2 * columns, 2 * first, 4
+    if data.device.type == "cpu" and (kernel := _kernel()) is not None:
+        sums = (ctypes.c_uint64 * LANES)()
+        kernel(data.data_ptr(), width, len(rows), columns, rows.data_ptr(), first, copy_to, sums)
+        return sums[0], sums[1]
+    if copy_to is not None:
+        ctypes.memmove(copy_to, data.data_ptr(), data.numel() * data.element_size())
+    return _in_torch(data, width, rows, columns=columns, first=first)
+
+
+def add(a: Sums, b: Sums) -> Sums:
+    """The fingerprint of two parts together."""
+    return (a[0] + b[0]) % 2**64, (a[1] + b[1]) % 2**64
+
+
+def times(a: Sums, count: int) -> Sums:
+    """The sum of `count` copies."""
+    return a[0] * count % 2**64, a[1] * count % 2**64
+
+
+def text(sums: Sums) -> str:
+    """32 hexadecimal digits."""
+    return f"{sums[0]:016x}{sums[1]:016x}"
+
+
+def from_text(digits: str) -> Sums:
+    """The inverse of `text`. Raises ValueError."""
+    if len(digits) != 32:
+        raise ValueError(f"{digits!r} is not a fingerprint of 32 digits")
+    return int(digits[:16], 16), int(digits[16:], 16)
+
+
+def to_tensor(sums: list[Sums]) -> torch.Tensor:
+    """[len, 2] int64 whose wrapping sums over ranks are the sums of fingerprints."""
+    return torch.tensor([[_signed(lane) for lane in pair] for pair in sums], dtype=torch.int64).reshape(-1, LANES)
+
+
+def from_tensor(values: torch.Tensor) -> list[Sums]:
+    """The inverse of `to_tensor`."""
+    return [(a % 2**64, b % 2**64) for a, b in values.tolist()]
+
+
+def _rows(whole: Sequence[int], offset: Sequence[int], shape: Sequence[int]) -> torch.Tensor:
+    """Index in the whole tensor of each row of a box, int64."""
+    rows = torch.zeros(1, dtype=torch.int64)
+    for size, start, length in zip(whole[:-1], offset[:-1], shape[:-1], strict=True):
+        rows = (rows[:, None] * size + torch.arange(start, start + length)[None, :]).reshape(-1)
+    return rows
+
+
+def _in_torch(data: torch.Tensor, width: int, rows: torch.Tensor, *, columns: int, first: int) -> Sums:
+    kind = {1: torch.uint8, 2: torch.int16, 4: torch.int32}[width]
+    bits = data.reshape(-1).view(kind).reshape(len(rows), columns)
+    rows = rows.to(data.device)
+    column = torch.arange(first, first + columns, device=data.device)
+    totals = [torch.zeros((), dtype=torch.int64, device=data.device) for _ in range(LANES)]
+    step = max(1, _CHUNK // columns)
+    alphas = [(_shifted(_mix(LANES * column + lane), 32)) | 1 for lane in range(LANES)]
+    for start in range(0, len(rows), step):
+        part = bits[start : start + step].to(torch.int64) & ((1 << (8 * width)) - 1)
+        for lane in range(LANES):
+            rho = _mix(~(LANES * rows[start : start + step] + lane)) | 1
+            totals[lane] += ((part * alphas[lane]).sum(1) * rho).sum()
+    first_lane, second_lane = (int(total.item()) % 2**64 for total in totals)
+    return first_lane, second_lane
+
+
+def _mix(x: torch.Tensor) -> torch.Tensor:
+    """splitmix64 of int64 values, arithmetic modulo 2^64."""
+    x = x + _signed(_GOLDEN)
+    x = (x ^ _shifted(x, 30)) * _signed(_FIRST)
+    x = (x ^ _shifted(x, 27)) * _signed(_SECOND)
+    return x ^ _shifted(x, 31)
+
+
+def _shifted(x: torch.Tensor, by: int) -> torch.Tensor:
+    """Right shift that brings in zeros."""
+    return (x >> by) & ((1 << (64 - by)) - 1)
+
+
+def _signed(value: int) -> int:
+    return value - 2**64 if value >= 2**63 else value
+
+
+@functools.cache
+def _kernel() -> "ctypes._NamedFuncPointer | None":
+    if not build_c.wanted():
+        return None
+    try:
+        library = build_c.load(Path(__file__).with_name("fingerprint.c"))
+    except (OSError, subprocess.CalledProcessError) as error:
+        log.info(
+            "fingerprints are not compiled (%s); plain torch is used instead", getattr(error, "stderr", None) or error
+        )
+        return None
+    function = library.stratum_fingerprint
+    pointer, i64 = ctypes.c_void_p, ctypes.c_int64
+    function.restype = None
+    function.argtypes = [pointer, ctypes.c_int, i64, i64, pointer, i64, pointer, ctypes.POINTER(ctypes.c_uint64)]
+    return function

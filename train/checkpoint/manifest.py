@@ -1,0 +1,234 @@
+"""What a checkpoint says about itself: manifest.json (for people and programs) and index.json (where each part lies).
+
+Both are plain JSON, guarded by digests, and believed only after every number in them was checked against the files: a
+reader of a hostile or damaged folder gets a CheckpointError with the file's name and the reason, and no code is run.
+"""
+
+import hashlib
+import json
+import math
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from train.checkpoint import fingerprint
+from train.errors import CheckpointError
+
+FORMAT = 2
+MANIFEST = "manifest.json"
+INDEX = "index.json"
+
+DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
+    "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
+}  # fmt: skip
+"""safetensors' names of number formats."""
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+_LARGEST = 1 << 62
+
+
+@dataclass(frozen=True)
+class TensorRecord:
+    """One tensor of the whole model."""
+
+    dtype: str
+    """safetensors' name: F32, BF16, ..."""
+    shape: tuple[int, ...]
+    fingerprint: str
+    """128 bits of the content, the same at any sharding (`train.checkpoint.fingerprint`)."""
+
+    @property
+    def bytes(self) -> int:
+        """Size of the whole tensor."""
+        return math.prod(self.shape) * DTYPES[self.dtype].itemsize
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a checkpoint says about itself."""
+
+    step: int
+    """Optimizer steps finished."""
+    position: int
+    """Rows consumed from the training stream."""
+    tokens: int
+    """Tokens trained on."""
+    layout: dict[str, int]
+    """Degrees it was written at. Informational: any layout can read it."""
+    recipe: dict[str, Any]
+    """The resolved recipe of the run that wrote it."""
+    data_hash: str
+    """Hash of the data manifest the position refers to; empty where there is none."""
+    versions: dict[str, str]
+    """Versions of the libraries that wrote it."""
+    tokenizer: str = ""
+    """Fingerprint of the tokenizer the model was trained with; empty where it is not known."""
+    updates: int | None = None
+    """Adam's step count; None where there is no optimizer state: training then starts with fresh moments."""
+    lineage: dict[str, Any] = field(default_factory=dict)
+    """Where the weights come from, when not from training alone: a pruned checkpoint's parent and what was kept."""
+    tensors: dict[str, TensorRecord] = field(default_factory=dict)
+    """By name: `model.NAME`, `optimizer.master.NAME`, `optimizer.exp_avg.NAME`, `optimizer.exp_avg_sq.NAME`, `random.NAME`."""
+    files: dict[str, int] = field(default_factory=dict)
+    """Size in bytes of every other file of the checkpoint."""
+    index_sha256: str = ""
+    """Digest of index.json."""
+    format: int = FORMAT
+
+    @property
+    def bytes(self) -> int:
+        """Size of the checkpoint on disk, the manifest aside."""
+        return sum(self.files.values())
+
+    @property
+    def fingerprint(self) -> str:
+        """128 bits over all weights: two checkpoints with the same weights have the same."""
+        names = sorted(name for name in self.tensors if name.startswith("model."))
+        told = "\n".join(
+            f"{n} {self.tensors[n].dtype} {self.tensors[n].shape} {self.tensors[n].fingerprint}" for n in names
+        )
+        return hashlib.sha256(told.encode()).hexdigest()[:32]
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a box of a tensor lies: `offset` and `shape` in the whole tensor, `start` in bytes from the file's begin."""
+
+    file: str
+    start: int
+    offset: tuple[int, ...]
+    shape: tuple[int, ...]
+
+
+Index = dict[str, list[Place]]
+"""The parts of each tensor; together they are the tensor."""
+
+
+def manifest_text(manifest: Manifest) -> str:
+    """manifest.json of a manifest."""
+    body = asdict(manifest)
+    return json.dumps(body | {"digest": _digest(body)}, indent=1)
+
+
+def index_text(index: Index) -> str:
+    """index.json of an index."""
+    files = sorted({place.file for places in index.values() for place in places})
+    number = {name: i for i, name in enumerate(files)}
+    pieces = {t: [[number[p.file], p.start, list(p.offset), list(p.shape)] for p in index[t]] for t in sorted(index)}
+    return json.dumps({"files": files, "pieces": pieces}, separators=(",", ":"))
+
+
+def sha256(content: str) -> str:
+    """Digest of a text."""
+    return hashlib.sha256(content.encode()).hexdigest()
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """The manifest of a checkpoint, with its digest and the sizes of all files checked. CheckpointError says what is wrong."""
+    path = folder / MANIFEST
+    raw = _read_json(path)
+    if not isinstance(raw, dict) or not isinstance(raw.get("format"), int):
+        raise CheckpointError(f"{path} is not the manifest of a checkpoint: it names no format.")
+    if raw["format"] != FORMAT:
+        raise CheckpointError(
+            f"{folder} has checkpoint format {raw['format']}; this version reads format {FORMAT}. Use the version of this "
+            f"project that wrote it."
+        )
+    digest = raw.pop("digest", None)
+    if digest != _digest(raw):
+        raise CheckpointError(f"{path} is damaged: its content does not match its digest.")
+    try:
+        tensors = {name: _record(name, value) for name, value in raw["tensors"].items()}
+        manifest = replace(Manifest(**(raw | {"tensors": {}})), tensors=tensors)
+        _check_types(manifest)
+    except (TypeError, ValueError, KeyError, AttributeError) as error:
+        raise CheckpointError(f"{path} cannot be read as a checkpoint manifest: {error}") from error
+    for name, size in manifest.files.items():
+        file = folder / name
+        found = file.stat().st_size if file.is_file() else None
+        if found != size:
+            raise CheckpointError(
+                f"{file} is {'missing' if found is None else f'{found:,} bytes long'}, the manifest says {size:,} bytes."
+                f" The checkpoint is damaged: remove {folder} to resume from an older one."
+            )
+    return manifest
+
+
+def read_index(folder: Path, manifest: Manifest) -> Index:
+    """Where each tensor's parts lie, checked: digest, names, bounds in tensor and file, every element there once."""
+    path = folder / INDEX
+    try:
+        content = path.read_text()
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from error
+    if sha256(content) != manifest.index_sha256:
+        raise CheckpointError(f"{path} is damaged: its content does not match the digest in {MANIFEST}.")
+    raw = _read_json(path)
+    index: Index = {}
+    try:
+        for tensor, record in manifest.tensors.items():
+            index[tensor] = [_place(raw["files"], piece, manifest, record) for piece in raw["pieces"].get(tensor, [])]
+            elements = sum(math.prod(place.shape) for place in index[tensor])
+            if elements != math.prod(record.shape):
+                raise ValueError(f"{tensor} has {math.prod(record.shape):,} elements, its parts {elements:,}")
+    except (TypeError, ValueError, KeyError, IndexError, AttributeError) as error:
+        raise CheckpointError(f"{path} does not describe the files beside it: {error}") from error
+    return index
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from error
+
+
+def _digest(body: dict[str, Any]) -> str:
+    return sha256(json.dumps(body, sort_keys=True, separators=(",", ":")))
+
+
+def _record(name: str, value: Any) -> TensorRecord:
+    shape = tuple(value["shape"])
+    if value["dtype"] not in DTYPES:
+        raise ValueError(f"{name} is of unknown format {value['dtype']!r}")
+    if any(not isinstance(n, int) or n < 0 for n in shape) or math.prod(shape) > _LARGEST:
+        raise ValueError(f"{name} has the impossible shape {shape}")
+    fingerprint.from_text(value["fingerprint"])
+    return TensorRecord(value["dtype"], shape, value["fingerprint"])
+
+
+def _check_types(manifest: Manifest) -> None:
+    for key in ("step", "position", "tokens"):
+        value = getattr(manifest, key)
+        if not isinstance(value, int) or value < 0:
+            raise ValueError(f"{key} is {value!r}")
+    if manifest.updates is not None and not isinstance(manifest.updates, int):
+        raise ValueError(f"updates is {manifest.updates!r}")
+    for key in ("layout", "recipe", "versions", "lineage", "files"):
+        if not isinstance(getattr(manifest, key), dict):
+            raise ValueError(f"{key} is not a mapping")
+    for name, size in manifest.files.items():
+        if name != Path(name).name or name in ("", ".", ".."):
+            raise ValueError(f"{name!r} is no plain file name")
+        if not isinstance(size, int) or size < 0:
+            raise ValueError(f"{name} is said to be {size!r} bytes long")
+
+
+def _place(files: list[str], piece: Any, manifest: Manifest, record: TensorRecord) -> Place:
+    number, start, offset, shape = piece
+    place = Place(files[number], start, tuple(offset), tuple(shape))
+    numbers = (number, start, *place.offset, *place.shape)
+    if any(not isinstance(n, int) or n < 0 for n in numbers):
+        raise ValueError(f"a part has impossible numbers: {piece}")
+    if place.file not in manifest.files:
+        raise ValueError(f"{place.file!r} is not a file of this checkpoint")
+    ends = [o + s for o, s in zip(place.offset, place.shape, strict=True)]
+    if any(end > size for end, size in zip(ends, record.shape, strict=True)):
+        raise ValueError(f"a part reaches outside its tensor: {piece}, {record.shape}")
+    size = math.prod(place.shape) * DTYPES[record.dtype].itemsize
+    if start + size > manifest.files[place.file]:
+        raise ValueError(f"a part reaches outside {place.file}: {piece}")
+    return place

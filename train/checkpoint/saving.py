@@ -1,0 +1,370 @@
+"""One save, from the request at a step boundary to a durable checkpoint. Each rank makes a `Save`; together they act.
+
+    every rank   fingerprint live tensors, copy them aside (staged)      until then the optimizer may not step
+    rank 0       make .step_N.writing
+    every rank   write its file, fsync, read it back, compare fingerprints
+    rank 0       add up, check that nothing is missing, manifest, fsync all, rename, pointer, retention      (durable)
+
+All of it runs in a thread beside training, or in the caller's. The ranks agree over a process group of their own, so that
+they never meet training's collectives. A thread dies with its process: a killed trainer leaves no writer behind.
+"""
+
+import logging
+import math
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+
+from train.checkpoint import disk, fingerprint, publishing, stale
+from train.checkpoint.files import FilePlan, Piece, bytes_of, plan_file, verify_file, write_file
+from train.checkpoint.fingerprint import Sums
+from train.checkpoint.manifest import DTYPE_NAMES, Index, Manifest, Place, TensorRecord
+from train.checkpoint.pieces import OptimizerPart, part_pieces
+from train.errors import CheckpointError
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Event:
+    """Something that happened to a save; `fields` go into the run's record."""
+
+    kind: Literal["save_requested", "save_staged", "save", "save_retried", "save_failed"]
+    step: int
+    fields: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """What a rank has to write."""
+
+    manifest: Manifest
+    """Without tensors, files and digest: these come at the end."""
+    pieces: list[Piece]
+    parts: list[OptimizerPart] = field(default_factory=list)
+    """To judge whether training moved them; empty: not judged."""
+
+
+class Peers:
+    """The ranks that save together, in a gloo group of their own."""
+
+    def __init__(self) -> None:
+        """Collective over the world."""
+        self.is_alone = not dist.is_initialized() or dist.get_world_size() == 1
+        self.rank = 0 if self.is_alone else dist.get_rank()
+        self.group = None if self.is_alone else dist.new_group(backend="gloo")
+
+    def gather(self, value: Any) -> list[Any] | None:
+        """Every rank's value, on rank 0; None elsewhere."""
+        if self.is_alone:
+            return [value]
+        values = [None] * dist.get_world_size() if self.rank == 0 else None
+        dist.gather_object(value, values, dst=0, group=self.group)
+        return values
+
+    def hear(self, value: Any) -> Any:
+        """Rank 0's value, everywhere."""
+        if self.is_alone:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, src=0, group=self.group)
+        return box[0]
+
+
+class Staging:
+    """Host memory that a save copies to; kept, so that its pages are there the next time."""
+
+    def __init__(self) -> None:
+        self._buffer = torch.empty(0, dtype=torch.uint8)
+
+    def of_size(self, size: int, device: torch.device) -> torch.Tensor:
+        """At least `size` bytes, page-locked where the source is a GPU."""
+        if self._buffer.numel() < size:
+            self._buffer = torch.empty(0, dtype=torch.uint8)
+            self._buffer = torch.empty(size, dtype=torch.uint8, pin_memory=device.type == "cuda")
+        return self._buffer[:size]
+
+
+Memory = dict[str, stale.PartSums]
+"""Partial fingerprints of this rank's parts at its last save, by the part's first label."""
+
+
+@dataclass(frozen=True)
+class _Told:
+    """What a rank tells rank 0 after writing."""
+
+    error: str | None
+    may_retry: bool = True
+    file: str = ""
+    entries: list[tuple[str, tuple[int, ...], str, int, tuple[int, ...], tuple[int, ...], Sums]] = field(
+        default_factory=list
+    )
+    """tensor, whole shape, dtype, start, offset, shape, sums"""
+    fingerprint_s: float = 0.0
+
+
+@dataclass(frozen=True)
+class _Outcome:
+    """What rank 0 tells all ranks at the end of an attempt."""
+
+    error: str | None
+    may_retry: bool = False
+    fields: dict[str, Any] = field(default_factory=dict)
+
+
+class Save:
+    """One rank's part in one save. `run` (in whatever thread) does it all; it never raises: see `error`."""
+
+    def __init__(
+        self,
+        snapshot: Snapshot,
+        *,
+        peers: Peers,
+        aside: Path,
+        memory: Memory,
+        staging: Staging | None,
+        prepare: Callable[[], None],
+        publish: Callable[[Manifest], dict[str, Any]],
+        retries: int,
+        retry_wait_s: float,
+    ) -> None:
+        """staging: copy there first (a background save); None writes from the live tensors.
+
+        prepare, publish: run on rank 0 before the writing and after it. memory is replaced in place when the save is durable.
+        """
+        self.step = snapshot.manifest.step
+        self.error: str | None = None
+        self.events: list[Event] = []
+        self.staged = threading.Event()
+        self.done = threading.Event()
+        self._snapshot, self._peers, self._aside = snapshot, peers, aside
+        self._memory, self._staging = memory, staging
+        self._prepare, self._publish = prepare, publish
+        self._retries, self._retry_wait_s = retries, retry_wait_s
+        self._plan: FilePlan = plan_file(snapshot.pieces)
+        self._sums: list[Sums] = []
+        self._body: list[memoryview] = []
+        self._seen: Memory = {}
+        self._seconds: dict[str, float] = {}
+        self._started = time.perf_counter()
+        self._device = snapshot.pieces[0].data.device if snapshot.pieces else torch.device("cpu")
+        self._ready = torch.cuda.current_stream().record_event() if self._device.type == "cuda" else None
+        self._note("save_requested", bytes=self._plan.bytes)
+
+    def run(self) -> None:
+        """Stage, write, publish. Collective over the peers."""
+        problem: str | None = None
+        may_retry = True
+        try:
+            problem = self._stage()
+            may_retry = problem is None
+        except Exception as error:
+            problem = f"could not stage step {self.step}: {type(error).__name__}: {error}"
+        finally:
+            self.staged.set()
+        try:
+            self._attempts(problem, may_retry)
+        except Exception as error:
+            self.error = f"could not save step {self.step}: {type(error).__name__}: {error}"
+        if self.error is not None:
+            self._note("save_failed", error=self.error)
+        self.done.set()
+
+    def _stage(self) -> str | None:
+        """Fingerprint the live tensors, on the way copying them. -> what is stale."""
+        started = time.perf_counter()
+        if self._device.type == "cuda":
+            self._stage_from_gpu()
+        elif self._staging is not None:
+            buffer = self._staging.of_size(sum(piece.bytes for piece in self._plan.pieces), self._device)
+            address, body = buffer.data_ptr(), self._plan.starts[0] if self._plan.starts else 0
+            for piece, start in zip(self._plan.pieces, self._plan.starts, strict=True):
+                self._sums.append(piece.sums(copy_to=address + start - body))
+            self._body = [bytes_of(buffer)] if buffer.numel() else []
+        else:
+            self._sums = [piece.sums() for piece in self._plan.pieces]
+            self._body = [bytes_of(piece.data) for piece in self._plan.pieces]
+        found = self._stale()
+        self._seconds["fingerprint_live"] = time.perf_counter() - started
+        self._note("save_staged", seconds=self._seconds["fingerprint_live"])
+        return found
+
+    def _stage_from_gpu(self) -> None:
+        """The same from device memory, on a stream of its own, into page-locked memory. Not run: needs a GPU."""
+        staging = self._staging or Staging()
+        buffer = staging.of_size(sum(piece.bytes for piece in self._plan.pieces), self._device)
+        torch.cuda.set_device(self._device)
+        stream = torch.cuda.Stream()
+        stream.wait_event(self._ready)
+        with torch.cuda.stream(stream):
+            at = 0
+            for piece in self._plan.pieces:
+                self._sums.append(piece.sums())
+                flat = piece.data.reshape(-1).view(torch.uint8)
+                buffer[at : at + piece.bytes].copy_(flat, non_blocking=True)
+                at += piece.bytes
+        stream.synchronize()
+        self._body = [bytes_of(buffer)] if buffer.numel() else []
+
+    def _stale(self) -> str | None:
+        """Compare this rank's parts with what they were at the last save."""
+        by_label = {p.label: sums for p, sums in zip(self._plan.pieces, self._sums, strict=True)}
+        self._seen = part_sums(self._snapshot, by_label)
+        for part in self._snapshot.parts:
+            key = part_key(part)
+            if key in self._seen and key in self._memory:
+                found = stale.problem(part, self._memory[key], self._seen[key])
+                if found:
+                    return (
+                        f"step {self.step} is stale: {key}: {found}. Nothing was written; the optimizer does not reach "
+                        f"this weight, or what is saved is not what is trained."
+                    )
+        return None
+
+    def _attempts(self, problem: str | None, may_retry: bool) -> None:
+        wait = self._retry_wait_s
+        for attempt in range(self._retries + 1):
+            outcome = self._attempt(problem, may_retry)
+            self.error = outcome.error
+            if outcome.error is None:
+                self._memory.clear()
+                self._memory.update(self._seen)
+                self._note("save", **outcome.fields, seconds=time.perf_counter() - self._started, parts=self._seconds)
+                return
+            if not outcome.may_retry or attempt == self._retries:
+                return
+            self._note("save_retried", error=outcome.error, wait_s=wait)
+            time.sleep(wait)
+            wait *= 2
+
+    def _attempt(self, problem: str | None, may_retry: bool) -> _Outcome:
+        """One try of all ranks: write, check, publish."""
+        lap = time.perf_counter()
+        ready = None
+        if self._peers.rank == 0 and problem is None:
+            ready = _failure_of(self._prepare)
+        ready = self._peers.hear(ready)
+        told = _Told(problem or ready, may_retry)
+        if problem is None and ready is None:
+            told = self._write()
+        self._seconds["write"] = time.perf_counter() - lap
+        everyone = self._peers.gather(told)
+        outcome = None
+        if everyone is not None:
+            errors = [f"rank {rank}: {each.error}" for rank, each in enumerate(everyone) if each.error is not None]
+            if ready is not None:
+                errors = [ready]
+            if errors:
+                disk_failure = _failure_of(lambda: _drop(self._aside))
+                retriable = all(each.may_retry for each in everyone)
+                outcome = _Outcome("; ".join(errors[:3] + ([disk_failure] if disk_failure else [])), retriable)
+            else:
+                outcome = self._conclude(everyone)
+        return self._peers.hear(outcome)
+
+    def _write(self) -> _Told:
+        """Write this rank's file and read it back."""
+        name = f"rank_{self._peers.rank:05d}.safetensors"
+        if not self._plan.pieces:
+            return _Told(None)
+        try:
+            write_file(self._aside / name, self._plan, self._body)
+            lap = time.perf_counter()
+            verify_file(self._aside / name, self._plan, self._sums)
+            self._seconds["verify"] = time.perf_counter() - lap
+        except OSError as error:
+            return _Told(f"{self._aside / name} cannot be written: {error.strerror or error}")
+        except CheckpointError as error:
+            return _Told(str(error))
+        except Exception as error:
+            return _Told(f"{self._aside / name}: {type(error).__name__}: {error}")
+        entries = [
+            (p.tensor, p.whole, DTYPE_NAMES[p.data.dtype], start, p.offset, p.shape, sums)
+            for p, start, sums in zip(self._plan.pieces, self._plan.starts, self._sums, strict=True)
+        ]
+        return _Told(None, True, name, entries, self._seconds["fingerprint_live"] + self._seconds["verify"])
+
+    def _conclude(self, everyone: Sequence[_Told]) -> _Outcome:
+        """On rank 0: add up what all ranks wrote, complete the checkpoint, publish it."""
+        lap = time.perf_counter()
+        try:
+            manifest, index = complete(self._snapshot.manifest, everyone)
+            files = {each.file: (self._aside / each.file).stat().st_size for each in everyone if each.file}
+            manifest = publishing.seal(self._aside, replace(manifest, files=files), index)
+            fields = self._publish(manifest)
+        except CheckpointError as error:
+            return _Outcome(str(error), True)
+        except OSError as error:
+            return _Outcome(f"{self._aside} cannot be completed: {error.strerror or error}", True)
+        self._seconds["publish"] = time.perf_counter() - lap
+        slowest = max(each.fingerprint_s for each in everyone)
+        return _Outcome(None, fields=fields | {"bytes": manifest.bytes, "fingerprint_s": slowest})
+
+    def _note(self, kind: Any, **fields: Any) -> None:
+        self.events.append(Event(kind, self.step, fields))
+
+
+def complete(manifest: Manifest, everyone: Sequence[_Told]) -> tuple[Manifest, Index]:
+    """The tensors and the index of what all ranks wrote. CheckpointError where a tensor has holes or two shapes."""
+    sums: dict[str, Sums] = {}
+    records: dict[str, tuple[str, tuple[int, ...]]] = {}
+    elements: dict[str, int] = {}
+    index: Index = {}
+    for told in everyone:
+        for tensor, whole, dtype, start, offset, shape, part in told.entries:
+            if records.setdefault(tensor, (dtype, whole)) != (dtype, whole):
+                raise CheckpointError(f"{tensor} is {records[tensor]} on one rank and {(dtype, whole)} on another.")
+            sums[tensor] = fingerprint.add(sums.get(tensor, (0, 0)), part)
+            elements[tensor] = elements.get(tensor, 0) + math.prod(shape)
+            index.setdefault(tensor, []).append(Place(told.file, start, offset, shape))
+    for tensor, (_, whole) in records.items():
+        if elements[tensor] != math.prod(whole):
+            raise CheckpointError(
+                f"{tensor} has {math.prod(whole):,} elements, the ranks wrote {elements[tensor]:,}: a part is missing or doubled."
+            )
+    tensors = {
+        name: TensorRecord(dtype, whole, fingerprint.text(sums[name]))
+        for name, (dtype, whole) in sorted(records.items())
+    }
+    return replace(manifest, tensors=tensors), index
+
+
+def part_key(part: OptimizerPart) -> str:
+    """Name of an optimizer part: its first component and its run."""
+    return f"{part.local.components[0].name}[{part.start}:{part.end}]"
+
+
+def part_sums(snapshot: Snapshot, by_label: dict[str, Sums]) -> Memory:
+    """Fingerprints of each part's weight, master and moments."""
+    seen: Memory = {}
+    for part in snapshot.parts:
+        sums: stale.PartSums = {}
+        for name, pieces in part_pieces(part).items():
+            total: Sums = (0, 0)
+            for piece in pieces:
+                total = fingerprint.add(total, by_label.get(piece.label, (0, 0)))
+            sums[name] = total
+        if part.local.is_counted:
+            seen[part_key(part)] = sums
+    return seen
+
+
+def _failure_of(action: Callable[[], None]) -> str | None:
+    try:
+        action()
+    except CheckpointError as error:
+        return str(error)
+    except OSError as error:
+        return f"{error.filename or ''}: {error.strerror or error}"
+    return None
+
+
+def _drop(folder: Path) -> None:
+    if folder.is_dir():
+        disk.remove_tree(folder)

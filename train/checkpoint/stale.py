@@ -1,0 +1,57 @@
+"""Whether weights and moments moved since the last save of this process, and if not, whether arithmetic explains it.
+
+A tensor whose fingerprint stands still between two saves of a training run is refused as stale, unless
+
+    moments            are zero, or too small to change (a parameter without gradient)
+    fp32 weights       the last update is less than two units in the last place of every element (also: learning rate 0)
+    bf16 weights       equal their rounded fp32 masters, and the masters moved or are explained
+
+Adam's update is worked out from the state itself (arXiv 1711.05101, algorithm 2), so nothing has to be configured. A tensor
+that was not zero and now is, is refused as wiped. Parts of less than 16 elements are not judged: chance could repeat them.
+"""
+
+import torch
+
+from train.checkpoint.fingerprint import Sums
+from train.checkpoint.pieces import OptimizerPart
+
+FEWEST = 16
+_TINY = torch.finfo(torch.float32).tiny
+_ULPS = 2.0**-22
+"""Two units in the last place of fp32, relative."""
+
+PartSums = dict[str, Sums]
+"""Fingerprints of a part's pieces: `weight`, `master` (where there is one), `exp_avg`, `exp_avg_sq`."""
+
+
+def problem(part: OptimizerPart, before: PartSums, now: PartSums) -> str | None:
+    """Why this part of a parameter cannot be what training left, or None. before, now: at two saves with updates between."""
+    if part.end - part.start < FEWEST:
+        return None
+    wiped = [name for name, sums in now.items() if sums == (0, 0) != before.get(name, (0, 0))]
+    if wiped:
+        return f"{wiped[0]} was not zero at the last save and is all zero now"
+    still = {name for name, sums in now.items() if before.get(name) == sums}
+    for name in ("exp_avg", "exp_avg_sq"):
+        if name in still and bool((part.moments[name].abs() >= 2 * _TINY).any()):
+            return f"{name} did not move since the last save"
+    exact = "master" if part.has_master else "weight"
+    if exact in still and _would_have_moved(part):
+        return f"the fp32 {exact} did not move since the last save, though its update is not small"
+    if part.has_master and "weight" in still and not _is_rounded_master(part):
+        return "the weight did not move since the last save and is not its rounded fp32 master"
+    return None
+
+
+def _would_have_moved(part: OptimizerPart) -> bool:
+    group, weight = part.group, part.master
+    updates = max(1, int(group["step"]))
+    first = part.moments["exp_avg"] / (1 - group["betas"][0] ** updates)
+    second = (part.moments["exp_avg_sq"] / (1 - group["betas"][1] ** updates)).sqrt()
+    update = group["lr"] * (first / (second + group["eps"]) + group["weight_decay"] * weight)
+    return bool((update.abs() > 2 * _ULPS * weight.abs() + _TINY).any())
+
+
+def _is_rounded_master(part: OptimizerPart) -> bool:
+    weight = part.local.data.reshape(-1)[part.start : part.end]
+    return type(part.local.source) is not torch.Tensor or torch.equal(weight, part.master.to(weight.dtype))
