@@ -275,9 +275,6 @@ class CheckpointConfig:
     """Seconds before the first retry; doubled for each further one."""
     on_failure: Literal["stop", "continue"] = "stop"
     """When a save has failed for good: end the run with an error at the next step, or warn and go on to the next save."""
-    grace_s: PositiveFloat = 60.0
-    """Seconds the machine leaves between SIGTERM or SIGUSR1 and the kill (Slurm's `--signal=USR1@60`). A run whose step and
-    save take longer says so while there is time."""
     resume: Literal["auto", "never", "required"] = "auto"
     """`auto` continues where the run's folder left off; `never` refuses a folder that already holds checkpoints;
     `required` refuses one that holds none."""
