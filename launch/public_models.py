@@ -1,0 +1,127 @@
+"""From a model's name as people write it to a recipe's model fields, by the table `public_models.toml` beside this file.
+
+"LLAMA3.1_405B", "Llama 3.1 405B" --> pattern `*-` x 126, hidden 16384, ...
+"GPT 7.1B (L30 h4096 a32 vocab131072)" --> the shape written in the name
+"Mixtral 8x22B", "Qwen3_235B_a22B" --> why not: experts
+"""
+
+import re
+import tomllib
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from train.config import ModelConfig
+
+_EXPERTS = re.compile(
+    r"mixtral|\bmoe\b|deepseek|gpt ?oss|\ba\d+(\.\d+)?b\b|\d+ ?x ?\d+ ?b|scout|maverick|dbrx|grok|olmoe|kimi|minimax|arctic|"
+    r"jamba|nemotron ?3 ?(nano|super|ultra|5|\.5)|glm ?[45]|moonlight|step ?3|ling ?\d|hunyuan|switch|bailing"
+)
+_OTHER = re.compile(r"bert|\bt5\b|flux|diffusion|clip\b|whisper|\bvl\b|vision|llava|rwkv|stable|sdxl|\bvit\b|\bdit\b")
+_FAMILIES = (
+    (r"code ?llama", "codellama"), (r"llama|llamma", "llama"), (r"mistral ?nemo", "mistral-nemo"), (r"mistral", "mistral"),
+    (r"qwen", "qwen"), (r"gemma", "gemma"), (r"olmo", "olmo"), (r"gpt ?3", "gpt3"), (r"gpt ?2", "gpt2"),
+    (r"nemotron ?h", "nemotron-h"), (r"nemotron ?nano|nano ?v2", "nemotron-nano"), (r"nemotron", "nemotron"),
+    (r"\bmpt\b", "mpt"), (r"pythia", "pythia"), (r"smollm", "smollm"), (r"\bphi", "phi"), (r"falcon", "falcon"),
+    (r"nanotron", "nanotron"),
+)  # fmt: skip
+
+
+class NotExpressible(Exception):
+    """A model no recipe of this project can say, or one that is not known; the message is the reason."""
+
+
+def model_named(name: str, *, source: str = "") -> ModelConfig:
+    """The fields of a published model. source: who published, for names that are only a size. NotExpressible says why not."""
+    plain = re.sub(r"[_/-]+", " ", name.lower())
+    if _EXPERTS.search(plain):
+        raise NotExpressible("mixture of experts: a recipe has no expert layers")
+    if _OTHER.search(plain):
+        raise NotExpressible("not a decoder-only language model")
+    written = _written_shape(plain)
+    if written is not None:
+        return written
+    size = re.search(r"(\d+(?:\.\d+)?) ?(b|m)\b", plain)
+    found = [(match, family) for part, family in _FAMILIES if (match := re.search(part, plain))]
+    if not found and "nanotron" in source.lower():
+        family, version = "nanotron", ""
+    elif found:
+        match, family = found[0]
+        after = re.match(r" ?v?(\d+(?:\.\d+)?)(?![\d.]| ?[bm]\b)", plain[match.end() :])
+        version = after.group(1) if after else ("2" if family == "nemotron-nano" else "")
+    else:
+        raise NotExpressible("model not in the table of public shapes (launch/public_models.toml)")
+    if size is None:
+        raise NotExpressible("model name without a size")
+    billions = float(size.group(1)) / (1000 if size.group(2) == "m" else 1)
+    for entry in _table():
+        if entry["family"] != family or (version not in entry["versions"] and version):
+            continue
+        for shape in entry["shapes"]:
+            if any(abs(billions - one) <= 0.04 * one for one in shape["size"]):
+                return _config(shape)
+    raise NotExpressible(f"no public shape known for {family} {version} {size.group(0)} (launch/public_models.toml)")
+
+
+def public_shapes() -> list[tuple[str, ModelConfig, int]]:
+    """Every entry of the table: name, fields, and the parameters its publisher states."""
+    return [
+        (f"{entry['family']} {'/'.join(entry['versions'])} {shape['size'][0]}B", _config(shape), shape["parameters"])
+        for entry in _table()
+        for shape in entry["shapes"]
+    ]
+
+
+@cache
+def _table() -> list[dict[str, Any]]:
+    return tomllib.loads((Path(__file__).parent / "public_models.toml").read_text())["model"]
+
+
+def _config(shape: dict[str, Any]) -> ModelConfig:
+    heads = shape["heads"]
+    extras: dict[str, Any] = {key: value for key, value in shape.items() if key.startswith("mamba_")}
+    if extras:
+        extras |= {"mamba_groups": 8, "mamba_chunk": 128}
+    return ModelConfig(
+        pattern=shape.get("pattern", _blocks(shape)),
+        hidden=shape["hidden"],
+        vocab=shape["vocab"],
+        ffn=shape.get("ffn", 4 * shape["hidden"]),
+        activation=shape.get("activation", "swiglu"),
+        heads=heads,
+        kv_heads=shape.get("kv_heads", heads),
+        head_dim=shape.get("head_dim", shape["hidden"] // heads),
+        position="none" if extras or shape.get("activation") == "gelu" else "rope",
+        tie_embeddings=shape.get("tie", False),
+        window_tokens=shape.get("window", 4096),
+        post_norms=shape.get("post_norms", False),
+        **extras,
+    )
+
+
+def _blocks(shape: dict[str, Any]) -> str:
+    """Attention and MLP in turn; with a window everywhere, or in the first of every `window_every` blocks."""
+    every = shape.get("window_every", 1 if "window" in shape else 0)
+    return "".join("w-" if every and not layer % every else "*-" for layer in range(shape.get("layers", 0)))
+
+
+def _written_shape(plain: str) -> ModelConfig | None:
+    """A shape written out in a name: L layers, h hidden, a heads, and perhaps f, kv and vocab."""
+    numbers = {
+        key: int(found.group(1))
+        for key in ("l", "h", "a", "f", "kv", "vocab")
+        if (found := re.search(rf"\b{key} ?=? ?(\d+)\b", plain))
+    }
+    if not numbers.keys() >= {"l", "h", "a"} or numbers["h"] % numbers["a"]:
+        return None
+    gated = "swiglu" in plain or "geglu" in plain
+    return ModelConfig(
+        pattern="*-" * numbers["l"],
+        hidden=numbers["h"],
+        vocab=numbers.get("vocab", 51200),
+        ffn=numbers.get("f", 4 * numbers["h"]),
+        activation="swiglu" if gated else "gelu",
+        heads=numbers["a"],
+        kv_heads=numbers.get("kv", numbers["a"]),
+        head_dim=numbers["h"] // numbers["a"],
+    )

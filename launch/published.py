@@ -1,0 +1,251 @@
+"""Published throughput rows: what was run, read from a CSV, as a `Setting` the planner can predict, or why that cannot be.
+
+Columns (all but model, gpu and n_gpu may be empty): src, release, model, gpu, n_gpu, precision, gbs, mbs, seqlen, fsdp, tp, pp,
+cp, vp, ep, dp, zero, recompute, extra, tok_s_gpu, model_tflops_gpu, mfu_pct, mem_gib, note.
+"""
+
+import csv
+import re
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from launch.public_models import NotExpressible, model_named
+from train.config import ModelConfig
+from train.cost.device import Format, find_device
+from train.cost.efficiency import Shards, Software
+from train.cost.time import Setting
+from train.model.pattern import ATTENTION, balanced_ranges, layer_kinds, layer_matmul_weights
+from train.parallel.layout import Layout
+
+PUBLISHED = Path(__file__).parent / "published_throughput.csv"
+"""333 rows collected from public documents; each row's `src` names its document."""
+
+Row = dict[str, str]
+
+
+class OutOfScope(Exception):
+    """A row that is not predicted; the message is the reason."""
+
+
+@dataclass(frozen=True)
+class Published:
+    """A row the planner can predict."""
+
+    setting: Setting
+    tokens_per_s: float
+    """Published, per GPU."""
+    memory_gib: float | None
+    assumed: tuple[str, ...]
+    """What the row leaves out and was assumed."""
+
+    @property
+    def step_s(self) -> float:
+        """Published time of a step."""
+        layout = self.setting.layout
+        tokens = layout.microbatches_per_step * self.setting.rows * self.setting.sequence * layout.data
+        return tokens / layout.world / self.tokens_per_s
+
+
+def read_rows(path: Path) -> list[Row]:
+    """The rows of a file. ValueError names a missing column."""
+    with path.open(newline="", encoding="utf-8-sig") as file:
+        reader = csv.DictReader(file)
+        missing = {"model", "gpu", "n_gpu"} - set(reader.fieldnames or [])
+        if missing:
+            raise ValueError(
+                f"{path} has no column {', '.join(sorted(missing))}; it needs the columns of {PUBLISHED.name}."
+            )
+        return [{key: (value or "").strip() for key, value in row.items() if key} for row in reader]
+
+
+def published(row: Row) -> Published:
+    """Read one row. OutOfScope says why it cannot be predicted."""
+    assumed: list[str] = []
+    get = row.get
+    note = get("note", "").lower()
+    if "lora" in note or "peft" in note:
+        raise OutOfScope("LoRA: frozen weights need no gradient")
+    try:
+        model = model_named(row["model"], source=get("src", ""))
+    except NotExpressible as reason:
+        raise OutOfScope(str(reason)) from None
+    device = find_device(row["gpu"])
+    if device is None:
+        raise OutOfScope(f"device {row['gpu']!r} is not in the device table")
+    world, sequence = whole(row["n_gpu"]), whole(get("seqlen", ""))
+    if not world or not sequence:
+        raise OutOfScope("number of GPUs or sequence length not published")
+    low, scaling = _precision(get("precision", ""))
+    if low is not None and low not in device.peak:
+        raise OutOfScope(f"{device.name} has no {low} matrix products")
+    layout, rows = _layout(row, world=world, sequence=sequence, assumed=assumed)
+    setting = Setting(
+        model=model,
+        layout=layout,
+        stages=tuple(_stages(model, layout.pipeline * layout.virtual)),
+        rows=rows,
+        sequence=sequence,
+        device=device,
+        low=low,
+        scaling=scaling,
+        split_sequence=layout.tensor > 1,
+        recompute=_recompute(get("recompute", "")),
+        software=software_of(row, device.generation),
+    )
+    return Published(
+        setting=setting,
+        tokens_per_s=_throughput(row, setting),
+        memory_gib=number(get("mem_gib", "")),
+        assumed=tuple(assumed),
+    )
+
+
+def whole(text: str) -> int | None:
+    """The integer a cell starts with: `64 (0)`, `4096(playbook)`, `1,024`; None for `n/a` or nothing."""
+    value = number(text)
+    return None if value is None else int(value)
+
+
+def number(text: str) -> float | None:
+    """The number a cell starts with."""
+    found = re.match(r"\s*~?(\d[\d,]*(?:\.\d+)?)", text)
+    return float(found.group(1).replace(",", "")) if found else None
+
+
+def software_of(row: Row, generation: str) -> Software:
+    """The program that ran, as far as a row tells: who publishes, and words like `compile` and `async`."""
+    source, extra = row.get("src", "").lower(), row.get("extra", "").lower()
+    compiled = "compile" in extra
+    shards: Shards = "parameters" if (whole(row.get("fsdp", "")) or 0) > 1 or "full_shard" in extra else "optimizer"
+    if "zero3" in extra or row.get("zero", "") in ("3", "zero3"):
+        shards = "parameters"
+    if "llm-foundry" in source:
+        base = FOUNDRY_HOPPER if generation == "hopper" else FOUNDRY
+        return replace(base, shards="gradients" if "shard_grad_op" in extra else shards)
+    if "torchtitan" in source:
+        base = TITAN_COMPILED if compiled else TITAN_EAGER
+        return replace(base, hides_tensor=TUNED.hides_tensor if "async" in extra else 0.0, shards=shards)
+    if "nanotron" in source:
+        return NANOTRON
+    return replace(TUNED, shards=shards)
+
+
+TUNED = Software("Megatron-Core, tuned", hides_tensor=0.9)
+"""NVIDIA's own runs and others on Megatron-Core: tensor-parallel traffic beside products, fused kernels."""
+TITAN_EAGER = Software("torchtitan", elementwise=2.86, products=0.89)
+TITAN_COMPILED = replace(TITAN_EAGER, elementwise=2.65)
+FOUNDRY = Software("llm-foundry", elementwise=1.58, gradient_bytes=2)
+"""Plain torch modules in bf16 under FSDP, FlashAttention 2."""
+FOUNDRY_HOPPER = replace(FOUNDRY, products=0.903, attention=0.579)
+"""The same in 2023 on a then new GPU: kernels of Ampere's generation."""
+NANOTRON = Software("nanotron", elementwise=1.58, attention=0.579, bucket_bytes=25e6)
+
+
+def _precision(text: str) -> tuple[Format | None, str]:
+    """(low-precision format, how it is scaled) of a precision as people write it."""
+    plain = text.lower()
+    if "rowwise" in plain or "row-wise" in plain:
+        raise OutOfScope("FP8 with row-wise scales: no recipe of this project has them")
+    if "fp4" in plain:
+        return "fp4", "nvfp4"
+    if "mx" in plain and "(fp8-mx)" not in plain and "paren" not in plain:
+        return "fp8", "mxfp8"
+    if "fp8" in plain or "float8" in plain:
+        return "fp8", "current"
+    if "int8" in plain:
+        raise OutOfScope("int8 training")
+    return None, "none"
+
+
+def _layout(row: Row, *, world: int, sequence: int, assumed: list[str]) -> tuple[Layout, int]:
+    """(degrees, rows of a microbatch)."""
+
+    def degree(name: str) -> int:
+        return whole(row.get(name, "")) or 1
+
+    tensor, pipeline, context, virtual = degree("tp"), degree("pp"), degree("cp"), degree("vp")
+    if row.get("ep") and degree("ep") > 1:
+        raise OutOfScope("expert parallel")
+    if world % (tensor * pipeline * context):
+        raise OutOfScope(f"TP{tensor} x PP{pipeline} x CP{context} does not divide {world} GPUs")
+    has_layout = any(whole(row.get(name, "")) for name in ("tp", "pp", "cp", "fsdp", "dp"))
+    if not has_layout and world > 1:
+        raise OutOfScope("layout not published")
+    data = world // (tensor * pipeline * context)
+    rows, total = whole(row.get("mbs", "")), whole(row.get("gbs", ""))
+    tokens = re.search(r"(\d+(?:\.\d+)?)m tokens", row.get("note", "").lower())
+    if total is None and tokens:
+        total = round(float(tokens.group(1)) * 2**20 / sequence)
+        assumed.append(f"global batch {total} from the note")
+    if rows is None:
+        if total is None:
+            raise OutOfScope("neither microbatch nor global batch published")
+        rows = 1
+        assumed.append("microbatch of 1 row")
+    if total is None:
+        total = rows * data
+        assumed.append("one microbatch a step")
+        if pipeline > 1:
+            raise OutOfScope("global batch not published, and with it the pipeline's microbatches")
+    microbatches = max(1, round(total / (rows * data)))
+    if pipeline == 1:
+        virtual = 1
+    elif not row.get("vp") and "nanotron" not in row.get("src", ""):
+        virtual = 4
+        assumed.append("4 virtual pipeline stages")
+    return Layout(world, tensor, pipeline, virtual, context, data, microbatches), rows
+
+
+def _stages(model: ModelConfig, stages: int) -> list[str]:
+    """Pattern of each chunk: whole blocks, the head counted as the publishers do, spread evenly."""
+    kinds = layer_kinds(model.pattern)
+    blocks = re.findall(r"[*w]-|M-|.", "".join(kinds))
+    costs = [sum(layer_matmul_weights(kind, model) for kind in block) for block in blocks]  # type: ignore[misc]
+    if stages > len(blocks) + 2:
+        raise OutOfScope(f"{stages} pipeline chunks for {len(blocks)} blocks")
+    if stages > len(blocks):  # embedding and head have chunks of their own
+        ends = [""] * (stages - len(blocks))
+        return [*ends[1:], *blocks, *ends[:1]]
+    costs[-1] += model.vocab * model.hidden
+    return ["".join(blocks[a:b]) for a, b in balanced_ranges(costs, stages)]
+
+
+def _recompute(text: str) -> float:
+    """Share of the layers' forward pass run again."""
+    plain = text.lower()
+    if "full" in plain:
+        return 1.0
+    if "select" in plain or "sac" in plain:
+        return 0.4  # torchtitan keeps every second matrix product and recomputes the rest
+    return 0.0
+
+
+def _throughput(row: Row, setting: Setting) -> float:
+    """Published tokens/s of one GPU, from whatever figure a row has."""
+    direct = number(row.get("tok_s_gpu", ""))
+    if direct:
+        return direct
+    per_token = flops_as_published(row, setting.model, setting.sequence)
+    tflops = number(row.get("model_tflops_gpu", ""))
+    if tflops:
+        return tflops * 1e12 / per_token
+    mfu = number(row.get("mfu_pct", ""))
+    if mfu:
+        return mfu / 100 * setting.device.peak["bf16"] / per_token
+    raise OutOfScope("no throughput published")
+
+
+def flops_as_published(row: Row, model: ModelConfig, sequence: int) -> float:
+    """FLOPs of a token by the publisher's convention: 6 a weight of a product, the head among them, and attention scores.
+
+    The masked half of attention counts in full for Megatron-LM's table (mcore 0.8), nanotron, torchtitan and NeMo until
+    25.04; NVIDIA's later tables and this project count what a causal mask leaves.
+    """
+    source = row.get("src", "").lower()
+    kinds = layer_kinds(model.pattern)
+    weights = sum(layer_matmul_weights(kind, model) for kind in kinds) + model.vocab * model.hidden
+    full = any(name in source for name in ("megatron-lm", "nanotron", "nemo ", "torchtitan", "llm-foundry"))
+    return (
+        6.0 * weights
+        + (12.0 if full else 6.0) * sum(kind in ATTENTION for kind in kinds) * model.heads * model.head_dim * sequence
+    )

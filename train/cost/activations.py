@@ -1,0 +1,160 @@
+"""Bytes a rank keeps between the forward and the backward pass, layer by layer, and how many microbatches are in flight.
+
+Two sets of modules keep different things: `reference` (this project's plain torch modules on a CPU; measured with autograd's
+hooks in tests/cost) and `te` (Transformer Engine and mamba-ssm kernels; read from their sources, **not measured on a GPU**).
+
+Bytes per token, h hidden, e bytes of the recipe's format, q and k widths of queries and keys, f of the MLP, D and C channels
+of Mamba's projection and convolution, i its inner width (all on a tensor rank), i' = 1 where an FP8 copy is kept instead:
+
+                        reference                                      te
+    norm before         e (out) + 8 h (x and x/rms in fp32)            2 e h (in, out)    in low precision (e + 1) h
+    attention           q, k, v, out in fp32, out in e, 4 a head       e (2q + 2k) turned q, k, out; low precision + q
+    MLP                 2 e f     gated 4 e f                          the same, the last of them 1 byte in low precision
+    Mamba-2             e D + 4 (C + i) + states + gated norm          e (D + 2 i) + i' i
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+from train.config import ModelConfig
+from train.model.pattern import LayerKind
+
+Modules = Literal["reference", "te"]
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What activations depend on."""
+
+    model: ModelConfig
+    modules: Modules
+    size: int
+    """Bytes of the recipe's format: 2 or 4."""
+    rows: int
+    sequence: int
+    tensor: int
+    context: int
+    split_sequence: bool
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of a microbatch on a context rank."""
+        return self.rows * self.sequence // self.context
+
+    @property
+    def share(self) -> float:
+        """Tokens of the residual stream on a tensor rank."""
+        return self.tokens / (self.tensor if self.split_sequence else 1)
+
+
+def hidden_bytes(shape: Shape) -> float:
+    """The residual stream once: what a recomputed layer keeps, and what stages send each other."""
+    return shape.share * shape.model.hidden * shape.size
+
+
+def layer_bytes(shape: Shape, kind: LayerKind, *, is_low: bool = False) -> float:
+    """What one layer keeps for its backward pass."""
+    m, e, tokens, te = shape.model, shape.size, shape.tokens, shape.modules == "te"
+    copy = 1 if is_low and te else e
+    h = m.hidden
+    kept = shape.share * (h * (e + copy if te else e + 8) + 4)
+    if m.post_norms:
+        kept += shape.share * (h * (e if te else 8) + 4)
+    match kind:
+        case "-":
+            f = m.ffn / shape.tensor
+            gated = m.activation in ("swiglu", "geglu")
+            kept += tokens * f * ((3 if gated else 1) * e + copy)
+        case "*" | "w":
+            kept += _attention_bytes(shape, copy=copy, is_low=is_low and te)
+        case "M":
+            heads = m.mamba_heads / shape.tensor
+            inner = heads * m.mamba_head_dim
+            groups = m.mamba_groups / shape.tensor
+            conv = inner + 2 * groups * m.mamba_state
+            projected = conv + inner + heads
+            if te:
+                kept += tokens * (e * (projected + 2 * inner) + copy * inner + 4 * groups)
+            else:
+                chunk = min(m.mamba_chunk, shape.sequence)
+                chunks = -(-shape.sequence // chunk)
+                # Context ranks trade sequence for heads: their share of the work is the same.
+                states = 4 * inner * m.mamba_state * shape.rows * chunks / shape.context
+                # The norm over one group knows its weight and keeps x and x/rms; over several it keeps x and the product.
+                norm = 8 + e if e == 4 or groups == 1 else 4 + 2 * e
+                kept += tokens * (e * projected + 4 * conv + 4 * inner + norm * inner + 4 * groups) + states
+    return kept
+
+
+def head_bytes(shape: Shape) -> float:
+    """Final norm, logits in fp32 (the softmax takes their place) and labels."""
+    m, e = shape.model, shape.size
+    norm = shape.share * (m.hidden * (2 * e if shape.modules == "te" else e + 8) + 4)
+    logits = 4.0 * shape.tokens * m.vocab / shape.tensor
+    if m.logit_softcap is not None and shape.modules == "te":
+        logits *= 2
+    return norm + logits + 8.0 * shape.tokens
+
+
+def head_workspace(shape: Shape) -> float:
+    """Logits in the recipe's format beside the fp32 ones, and their gradient, while the head runs."""
+    return 2.0 * shape.size * shape.tokens * shape.model.vocab / shape.tensor
+
+
+def layer_workspace(shape: Shape, pattern: str) -> float:
+    """Largest gradients alive while one layer's backward pass runs: of its widest activation, and of its input."""
+    m = shape.model
+    widths = {
+        "-": (2 if m.activation in ("swiglu", "geglu") else 1) * m.ffn * 2.0,
+        "*": 2.0 * (m.heads + m.kv_heads) * m.head_dim,
+        "w": 2.0 * (m.heads + m.kv_heads) * m.head_dim,
+        "M": 2.0 * (3 * m.mamba_heads * m.mamba_head_dim + 2 * m.mamba_groups * m.mamba_state),
+    }
+    widest = max((widths[kind] for kind in pattern), default=0.0)
+    gathered = m.hidden if shape.split_sequence else 0
+    return shape.size * shape.tokens * (widest / shape.tensor + gathered) + 2 * hidden_bytes(shape)
+
+
+def _attention_bytes(shape: Shape, *, copy: int, is_low: bool) -> float:
+    m, e, tokens = shape.model, shape.size, shape.tokens
+    heads = m.heads / shape.tensor
+    query, keys = heads * m.head_dim, m.kv_heads / shape.tensor * m.head_dim
+    turned = m.position == "rope"
+    kept = 4 * heads * tokens  # log-sum-exp of each row of scores
+    if shape.modules == "te":
+        # Projection (its values are used as they are), queries and keys copied where turned, output.
+        kept += tokens * e * (query + 2 * keys + (query + keys if turned else query) + query)
+        return kept + (tokens * query if is_low else 0)
+    if turned:
+        kept += 16 * m.head_dim * shape.sequence / shape.context
+    if shape.context > 1:
+        seen = shape.rows * shape.sequence
+        return kept + tokens * (4 * query + 4 * query + (e * query if e == 2 else 0)) + 8 * keys * seen
+    if e == 2:
+        return kept + tokens * (8 * query + 8 * keys + 2 * query)
+    copies = query if turned or m.kv_heads // shape.tensor > 1 else 0
+    flat = query if m.attention_softcap is not None else 0
+    return kept + 4 * tokens * (query + 2 * keys + copies + (keys if turned else 0) + query + flat)
+
+
+def in_flight(*, stage: int, stages: int, virtual: int, microbatches: int) -> Iterator[tuple[int, int]]:
+    """Megatron's order of work on a pipeline rank: (+1, chunk) for a forward pass, (-1, chunk) for a backward pass.
+
+    1F1B, interleaved where virtual > 1 (`schedules.py` of Megatron-Core).
+    """
+    total = microbatches * virtual
+    ahead = stages - stage - 1
+    warm = min(ahead if virtual == 1 else 2 * ahead + (virtual - 1) * stages, total)
+
+    def chunk(step: int, forward: bool) -> int:
+        place = step % (stages * virtual) // stages
+        return place if forward else virtual - 1 - place
+
+    for step in range(warm):
+        yield 1, chunk(step, True)
+    for step in range(total - warm):
+        yield 1, chunk(step + warm, True)
+        yield -1, chunk(step, False)
+    for step in range(total - warm, total):
+        yield -1, chunk(step, False)

@@ -1,0 +1,78 @@
+"""The few constants that make predicted times match published ones, and what software hides or wastes. docs/plan.md says
+which rows they were fitted on; all else in `train.cost` is counted, or from a data sheet.
+"""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+Shards = Literal["optimizer", "gradients", "parameters"]
+"""What data-parallel ranks divide: optimizer state (ZeRO-1), gradients too (2), parameters too (ZeRO-3, FSDP)."""
+
+
+@dataclass(frozen=True)
+class Efficiency:
+    """Fractions of the data sheet's peak that long-running kernels reach."""
+
+    gemm: dict[str, dict[str, float]] = field(
+        default_factory=lambda: {
+            "ampere": {"bf16": 0.78, "fp32": 0.80},
+            "ada": {"bf16": 0.70, "fp8": 0.60, "fp32": 0.80},
+            "hopper": {"bf16": 0.645, "fp8": 0.66, "fp32": 0.80},
+            "blackwell": {"bf16": 0.72, "fp8": 0.55, "fp4": 0.28, "fp32": 0.80},
+            "blackwell_ultra": {"bf16": 0.80, "fp8": 0.86, "fp4": 0.50, "fp32": 0.80},
+        }
+    )
+    """Matrix products, of the format's peak, before tails and memory traffic. Fitted: ampere and hopper, blackwell fp8 and
+    fp4, blackwell_ultra fp8; the others are set by hand."""
+    attention: dict[str, float] = field(
+        default_factory=lambda: {
+            "ampere": 0.30,
+            "ada": 0.30,
+            "hopper": 0.333,
+            "blackwell": 0.423,
+            "blackwell_ultra": 0.423,
+        }
+    )
+    """Fused attention forward and backward, of the bf16 peak. Fitted, but for ada (ampere's)."""
+    scan: float = 0.15
+    """The chunked scan, of the bf16 peak. By hand: nobody publishes the speed of training a dense hybrid."""
+    hbm: float = 0.80
+    """Elementwise kernels, of the memory bandwidth."""
+    link: float = 0.80
+    """Collectives inside a domain, of its bandwidth."""
+    network: float = 0.80
+    """Collectives between domains, of the network cards' bandwidth."""
+    jitter: float = 0.008
+    """Time lost for each doubling of the number of nodes: stragglers, longer rings."""
+    tail: float = 0.5
+    """Share of a wave of tiles that a matrix product wastes at its end, on average."""
+    kernel_s: float = 4e-6
+    """From the end of one kernel to the start of the next."""
+    hop_s: float = 10e-6
+    """Latency a ring collective adds for each domain it passes."""
+
+
+@dataclass(frozen=True)
+class Software:
+    """What the program around the kernels hides and wastes."""
+
+    name: str
+    elementwise: float = 1.0
+    """Memory traffic over that of fused kernels."""
+    products: float = 1.0
+    """Speed of its matrix products over the best of the generation."""
+    attention: float = 1.0
+    """Speed of its attention kernels over the best of the generation."""
+    bucket_bytes: float = 160e6
+    """Gradients are reduced in pieces of this size (Megatron-Core: 40 million fp32 elements)."""
+    shards: Shards = "optimizer"
+    """What its data-parallel ranks divide."""
+    hides_tensor: float = 0.0
+    """Share of tensor-parallel traffic that runs beside products."""
+    hides_data: float = 0.95
+    """Share of data-parallel traffic that may run beside products."""
+    gradient_bytes: int = 4
+    """Of a gradient in the reduction."""
+
+
+MEGATRON = Software("Megatron-Core")

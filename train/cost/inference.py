@@ -1,0 +1,49 @@
+"""Memory of running a model: weights, keys and values of its attention layers, states of its Mamba-2 layers.
+
+What a compression budget is counted in: Nemotron Nano 9B-v2 was cut to fit 131,072 tokens beside its weights on one A10G
+(arXiv 2508.14444, section 4).
+"""
+
+from dataclasses import dataclass
+
+from train.config import ModelConfig
+from train.model.pattern import counts, parameters
+
+GIB = 2.0**30
+
+
+@dataclass(frozen=True)
+class InferenceMemory:
+    """Bytes on one device, of all sequences of a batch."""
+
+    weights: float
+    keys_values: float
+    mamba_states: float
+    """Scan state and the last inputs of the convolution: the same at any length."""
+
+    @property
+    def total(self) -> float:
+        return self.weights + self.keys_values + self.mamba_states
+
+    @property
+    def gib(self) -> float:
+        return self.total / GIB
+
+
+def inference_memory(
+    model: ModelConfig, *, context_tokens: int, batch: int = 1, weight_bytes: float = 2.0, cache_bytes: float = 2.0
+) -> InferenceMemory:
+    """Memory of `batch` sequences of `context_tokens` each. weight_bytes, cache_bytes: of one number (2 for bf16).
+
+    A `w` layer keeps the keys and values of its window only.
+    """
+    layers = counts(model.pattern)
+    seen = layers["*"] * context_tokens + layers["w"] * min(context_tokens, model.window_tokens)
+    inner = model.mamba_heads * model.mamba_head_dim
+    conv = inner + 2 * model.mamba_groups * model.mamba_state
+    state = inner * model.mamba_state + conv * (model.mamba_conv - 1)
+    return InferenceMemory(
+        weights=weight_bytes * parameters(model).total,
+        keys_values=batch * cache_bytes * 2 * model.kv_heads * model.head_dim * seen,
+        mamba_states=batch * cache_bytes * layers["M"] * state,
+    )

@@ -1,0 +1,230 @@
+"""Bytes on each rank of a recipe: weights, gradients, optimizer state, low-precision copies, activations, buffers.
+
+Weights, gradients and optimizer state are exact (`train.cost.tensors`; tests/cost compares them with built models at every
+kind of layout). Activations are within a few percent of what autograd keeps on a CPU; on a GPU they have not been measured.
+"""
+
+from dataclasses import dataclass
+
+from train.config import ModelConfig, ParallelConfig, PrecisionConfig
+from train.cost.activations import (
+    Modules,
+    Shape,
+    head_bytes,
+    head_workspace,
+    hidden_bytes,
+    in_flight,
+    layer_bytes,
+    layer_workspace,
+)
+from train.cost.tensors import bucket_size, buffers, stage_tensors
+from train.model.pattern import cut
+from train.parallel.layout import Layout
+from train.precision.scaling import low_precision_linears
+
+GIB = 2.0**30
+RESERVE_BYTES = 2.0 * GIB
+"""CUDA context, cuBLAS and NCCL workspaces, and what the allocator cannot use: an allowance, not a measurement."""
+
+
+@dataclass(frozen=True)
+class RankMemory:
+    """Bytes of one rank. The ranks of a stage differ in optimizer state only: this is its fullest."""
+
+    stage: int
+    weights: int
+    gradients: int
+    masters: int
+    moments: int
+    low_copies: int
+    """Weights kept in the low-precision format beside the others, both ways round (`te`)."""
+    activations: float
+    """What autograd keeps at the worst moment, over all microbatches in flight."""
+    workspace: float
+    """Alive only while one layer or the head runs."""
+    communication: float
+    """Buffers of messages between stages, and sequences gathered over tensor ranks."""
+    reserve: float
+
+    @property
+    def state(self) -> int:
+        """What is there from the first step to the last."""
+        return self.weights + self.gradients + self.masters + self.moments + self.low_copies
+
+    @property
+    def total(self) -> float:
+        return self.state + self.activations + self.workspace + self.communication + self.reserve
+
+
+def optimizer_elements(
+    model: ModelConfig, *, parallel: ParallelConfig, precision: PrecisionConfig, layout: Layout, stage: int, shard: int
+) -> "State":
+    """Bytes of weights, gradients and optimizer state of a pipeline rank whose data-parallel x context place is `shard`."""
+    chunks = cut(model.pattern, layout.pipeline * layout.virtual, model=model)
+    low = low_precision_linears(model, precision)
+    shards = layout.data * layout.context
+    size = 2 if precision.params == "bf16" else 4
+    weights = gradients = masters = moments = low_copies = 0
+    for index in range(layout.virtual):
+        place = index * layout.pipeline + stage
+        start = sum(map(len, chunks[:place]))
+        tensors = stage_tensors(
+            model,
+            chunks[place],
+            tensor=layout.tensor,
+            is_first=place == 0,
+            is_last=place == len(chunks) - 1,
+            stages=layout.pipeline,
+            low_layers=frozenset(layer - start for layer in low if start <= layer < start + len(chunks[place])),
+        )
+        bucket = bucket_size(
+            data=layout.data,
+            overlap=parallel.overlap_grad_reduce,
+            is_first_stage=stage == 0,
+            is_first_chunk=index == 0,
+        )
+        for buffer in buffers(tensors, all_fp32=size == 4, shards=shards, bucket_numel=bucket):
+            is_fp32 = buffer.is_fp32
+            kept = buffer.shard(shard, shards)
+            weights += buffer.numel * (4 if is_fp32 else size)
+            gradients += buffer.numel * 4
+            masters += 0 if is_fp32 else 4 * kept
+            moments += 8 * kept
+        low_numel = sum(one.numel for one in tensors if one.is_low)
+        if precision.fp8_weights:  # the weights themselves are 1 byte, with a transposed copy of 1 byte
+            weights -= low_numel * (size - 1)
+            low_copies += low_numel
+        else:
+            low_copies += 2 * low_numel
+    return State(weights, gradients, masters, moments, low_copies)
+
+
+@dataclass(frozen=True)
+class State:
+    """Bytes that do not depend on microbatches."""
+
+    weights: int
+    gradients: int
+    masters: int
+    moments: int
+    low_copies: int
+
+
+def rank_memory(
+    model: ModelConfig,
+    *,
+    parallel: ParallelConfig,
+    precision: PrecisionConfig,
+    layout: Layout,
+    rows: int,
+    sequence: int,
+    stage: int,
+    modules: Modules = "te",
+) -> RankMemory:
+    """Memory of the fullest rank of a pipeline stage. rows: of a microbatch."""
+    shards = layout.data * layout.context
+    states = [
+        optimizer_elements(model, parallel=parallel, precision=precision, layout=layout, stage=stage, shard=shard)
+        for shard in ({0, shards // 2, shards - 1} if shards > 8 else range(shards))
+    ]
+    state = max(states, key=lambda one: one.masters + one.moments)
+    kept, workspace = stage_activations(
+        model,
+        parallel=parallel,
+        precision=precision,
+        layout=layout,
+        rows=rows,
+        sequence=sequence,
+        stage=stage,
+        modules=modules,
+    )
+    shape = _shape(model, precision, layout, rows=rows, sequence=sequence, parallel=parallel, modules=modules)
+    message = hidden_bytes(shape)
+    waiting = min(layout.pipeline - stage, layout.microbatches_per_step) * message if layout.pipeline > 1 else 0.0
+    gathered = 2 * message * layout.tensor if parallel.sequence else 0.0
+    return RankMemory(
+        stage=stage,
+        weights=state.weights,
+        gradients=state.gradients,
+        masters=state.masters,
+        moments=state.moments,
+        low_copies=state.low_copies if modules == "te" else 0,
+        activations=kept,
+        workspace=workspace,
+        communication=waiting + gathered,
+        reserve=RESERVE_BYTES if modules == "te" else 0.0,
+    )
+
+
+def stage_activations(
+    model: ModelConfig,
+    *,
+    parallel: ParallelConfig,
+    precision: PrecisionConfig,
+    layout: Layout,
+    rows: int,
+    sequence: int,
+    stage: int,
+    modules: Modules,
+) -> tuple[float, float]:
+    """(bytes autograd keeps at the worst moment, bytes of the largest passing need) on a pipeline rank."""
+    shape = _shape(model, precision, layout, rows=rows, sequence=sequence, parallel=parallel, modules=modules)
+    chunks = cut(model.pattern, layout.pipeline * layout.virtual, model=model)
+    low = low_precision_linears(model, precision)
+    is_full = parallel.recompute == "full"
+    kept, again, mine = [], [], []
+    hidden = hidden_bytes(shape)
+    own = hidden if modules == "te" or shape.size == 4 else 0.0  # a layer's input is also its norm's
+    for index in range(layout.virtual):
+        place = index * layout.pipeline + stage
+        start = sum(map(len, chunks[:place]))
+        layers = [
+            layer_bytes(shape, kind, is_low=start + offset in low)  # type: ignore[arg-type]
+            for offset, kind in enumerate(chunks[place])
+        ]
+        ends = head_bytes(shape) if place == len(chunks) - 1 else 0.0
+        ends += 8.0 * shape.tokens if place == 0 else 0.0
+        kept.append(len(layers) * hidden if is_full else sum(layers))
+        # Layer i is back when the inputs of those behind it are gone.
+        back = [layer - (len(layers) - count) * hidden - own for count, layer in enumerate(layers, start=1)]
+        again.append((max(0.0, *back) if is_full else 0.0, ends))
+        mine.append(chunks[place])
+    now = worst = 0.0
+    for way, chunk in in_flight(
+        stage=stage,
+        stages=layout.pipeline,
+        virtual=layout.virtual,
+        microbatches=min(layout.microbatches_per_step, 2 * layout.pipeline),
+    ):
+        if way > 0:
+            now += kept[chunk]
+            worst = max(worst, now + again[chunk][1])
+        else:  # the head is gone before a recomputed layer is back
+            worst = max(worst, now + again[chunk][0])
+            now -= kept[chunk]
+    passing = layer_workspace(shape, "".join(mine))
+    if stage == layout.pipeline - 1:
+        passing = max(passing, head_workspace(shape))
+    return worst, passing
+
+
+def _shape(
+    model: ModelConfig,
+    precision: PrecisionConfig,
+    layout: Layout,
+    *,
+    rows: int,
+    sequence: int,
+    parallel: ParallelConfig,
+    modules: Modules,
+) -> Shape:
+    return Shape(
+        model=model,
+        modules=modules,
+        size=2 if precision.params == "bf16" else 4,
+        rows=rows,
+        sequence=sequence,
+        tensor=layout.tensor,
+        context=layout.context,
+        split_sequence=parallel.sequence,
+    )

@@ -1,0 +1,139 @@
+"""Every parameter a rank holds, in the order Megatron registers them, and how its buffers lay them out: exact to the byte.
+
+    stage pattern --> Tensor, Tensor, ... --(by format, backwards, padded)--> buffers --> shards of the data-parallel ranks
+
+The rules are Megatron-Core's (`optimizer/param_layout.py`, `DistributedOptimizer._compute_per_buffer_param_layout` and
+`DistributedDataParallel` of 0.19): parameters from last to first, each from a multiple of 64 elements on, buckets ending at a
+multiple of lcm(data-parallel ranks, 128), a tied embedding in a bucket of its own.
+"""
+
+import math
+from dataclasses import dataclass
+from functools import lru_cache
+
+from train.config import ModelConfig
+from train.model.pattern import LayerKind
+from train.precision.scaling import linear_shapes
+
+PARAMETER_START = 64
+BUCKET_END = 128
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """One parameter of a rank."""
+
+    numel: int
+    is_fp32: bool = False
+    """Kept in fp32 whatever the recipe's format: A_log, D and dt_bias."""
+    is_shared: bool = False
+    """Embedding or head of a tied model cut into stages: one bucket alone."""
+    is_low: bool = False
+    """Weight of a linear layer that runs in low precision."""
+
+
+def stage_tensors(
+    model: ModelConfig,
+    pattern: str,
+    *,
+    tensor: int,
+    is_first: bool,
+    is_last: bool,
+    stages: int = 1,
+    low_layers: frozenset[int] = frozenset(),
+) -> list[Tensor]:
+    """Parameters of one model chunk on one tensor rank, in order. low_layers: places in `pattern` with low precision."""
+    table = model.vocab // tensor * model.hidden
+    shared = model.tie_embeddings and stages > 1
+    found = [Tensor(table, is_shared=shared)] if is_first else []
+    for place, kind in enumerate(pattern):
+        found += layer_tensors(model, kind, tensor=tensor, is_low=place in low_layers)  # type: ignore[arg-type]
+    if is_last:
+        found.append(Tensor(model.hidden))
+        if not (model.tie_embeddings and is_first):
+            found.append(Tensor(table, is_shared=shared))
+    return found
+
+
+@lru_cache(maxsize=256)
+def layer_tensors(model: ModelConfig, kind: LayerKind, *, tensor: int, is_low: bool = False) -> list[Tensor]:
+    """Parameters of one layer on one tensor rank."""
+    column, row = ((out * into) for out, into in linear_shapes(model, kind, tensor=tensor).values())
+    after = [Tensor(model.hidden)] if model.post_norms else []
+    norm = Tensor(model.hidden)
+    into, out = Tensor(column, is_low=is_low), Tensor(row, is_low=is_low)
+    match kind:
+        case "M":
+            heads = model.mamba_heads // tensor
+            inner = heads * model.mamba_head_dim
+            conv = inner + 2 * model.mamba_groups // tensor * model.mamba_state
+            scan = [Tensor(heads, is_fp32=True)] * 3
+            return [Tensor(conv * model.mamba_conv), Tensor(conv), *scan, into, Tensor(inner), out, norm, *after]
+        case "-":
+            return [norm, into, out, *after]
+        case _:
+            return [norm, out, into, *after]
+
+
+@dataclass(frozen=True)
+class Buffer:
+    """Parameters of one format of one model chunk, laid out."""
+
+    is_fp32: bool
+    numel: int
+    """Elements, padding included: of the weights and of the fp32 gradients."""
+    places: tuple[tuple[int, int], ...]
+    """[start, end) of each parameter."""
+    buckets: tuple[tuple[int, int], ...]
+    """[start, end) of each bucket, padding included."""
+
+    def shard(self, rank: int, ranks: int) -> int:
+        """Elements of parameters whose optimizer state data-parallel `rank` of `ranks` keeps (padding needs none)."""
+        total = 0
+        for start, end in self.buckets:
+            size = (end - start) // ranks
+            low, high = start + rank * size, start + (rank + 1) * size
+            total += sum(max(0, min(high, b) - max(low, a)) for a, b in self.places)
+        return total
+
+
+def buffers(tensors: list[Tensor], *, all_fp32: bool, shards: int, bucket_numel: int | None) -> list[Buffer]:
+    """The buffers of a chunk, one a format. shards: data-parallel x context ranks; bucket_numel: None for one bucket."""
+    groups: dict[bool, list[Tensor]] = {}
+    for one in tensors:
+        groups.setdefault(one.is_fp32 or all_fp32, []).append(one)
+    return [_lay_out(is_fp32, group, shards=shards, bucket_numel=bucket_numel) for is_fp32, group in groups.items()]
+
+
+def bucket_size(*, data: int, overlap: bool, is_first_stage: bool, is_first_chunk: bool) -> int | None:
+    """Elements after which Megatron closes a bucket; None: never. data: data-parallel ranks without context ranks."""
+    return max(40_000_000, 1_000_000 * data) if overlap and is_first_stage and is_first_chunk else None
+
+
+def _lay_out(is_fp32: bool, tensors: list[Tensor], *, shards: int, bucket_numel: int | None) -> Buffer:
+    divisor = math.lcm(shards, BUCKET_END)
+    places: list[tuple[int, int]] = []
+    buckets: list[tuple[int, int]] = []
+    at = begin = 0
+    held = 0
+
+    def close(end: int) -> int:
+        padded = -(-end // divisor) * divisor
+        buckets.append((begin, padded))
+        return padded
+
+    for one in reversed(tensors):
+        at = -(-at // PARAMETER_START) * PARAMETER_START
+        if one.is_shared and held:
+            at = begin = close(at)
+            held = 0
+        end = at + one.numel
+        places.append((at, end))
+        held += 1
+        at = end
+        if one.is_shared or (bucket_numel is not None and end - begin >= bucket_numel):
+            at = begin = close(end)
+            held = 0
+    if held:
+        close(at)
+    return Buffer(is_fp32, buckets[-1][1], tuple(places), tuple(buckets))

@@ -1,0 +1,279 @@
+"""Seconds of a training step on given GPUs, by part: a model of physics with few constants (`train.cost.efficiency`).
+
+    products      FLOPs / (peak x efficiency), with the tail of the last wave of tiles; or bytes / bandwidth if that is longer
+    elementwise   bytes / bandwidth
+    collectives   bytes / (link or network), less what runs beside products
+    pipeline      (microbatches + (stages - 1) / virtual) x the slowest stage
+
+What it cannot know: a network shared with others, a slow node, a data loader that does not keep up.
+"""
+
+import math
+from collections import Counter, defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from train.config import ModelConfig
+from train.cost.device import Device, Format
+from train.cost.efficiency import MEGATRON, Efficiency, Software
+from train.cost.work import Gemm, LayerWork, head_work, layer_work
+from train.model.pattern import LayerKind
+from train.parallel.layout import Layout
+
+
+class Parts(defaultdict[str, float]):
+    """Seconds by what they are spent on."""
+
+    def __init__(self, seconds: Mapping[str, float] | None = None) -> None:
+        super().__init__(float, seconds or {})
+
+    def add(self, seconds: Mapping[str, float], *, times: float = 1.0) -> None:
+        """Add other parts to these, each `times` over."""
+        for name, value in seconds.items():
+            self[name] += times * value
+
+    def largest_first(self) -> list[tuple[str, float]]:
+        """(name, seconds) of every part."""
+        return sorted(self.items(), key=lambda item: -item[1])
+
+
+OPTIMIZER_BYTES = 30.0
+"""Memory traffic of AdamW for one parameter: gradient 4, master and two moments read and written 24, weight written 2."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Everything a step's time depends on."""
+
+    model: ModelConfig
+    layout: Layout
+    stages: tuple[str, ...]
+    """Pattern of each model chunk in layer order (`train.model.pattern.cut`)."""
+    rows: int
+    """Rows of a microbatch."""
+    sequence: int
+    device: Device
+    low: Format | None = None
+    """Format of low-precision products; None: all in `high`."""
+    high: Format = "bf16"
+    scaling: str = "none"
+    high_precision_layers: frozenset[int] = frozenset()
+    """Layers (0 is the first) without low-precision products."""
+    split_sequence: bool = False
+    recompute: float = 0.0
+    """Share of the layers' forward pass run again: 0 none, 1 full."""
+    overlap_grad_reduce: bool = True
+    overlap_param_gather: bool = True
+    software: Software = MEGATRON
+    efficiency: Efficiency = field(default_factory=Efficiency)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of a microbatch on one context rank."""
+        return self.rows * self.sequence // self.layout.context
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """Predicted time of one optimizer step."""
+
+    seconds: float
+    parts: Parts
+    """Seconds by part on the slowest rank; they add up to `seconds`."""
+    stage_seconds: tuple[float, ...]
+    """One microbatch, forward and backward, on each pipeline rank."""
+
+
+def step_time(setting: Setting) -> StepTime:
+    """Predict one step."""
+    layout, m = setting.layout, setting.layout.microbatches_per_step
+    ranks = [_rank_microbatch(setting, stage) for stage in range(layout.pipeline)]
+    sums = [sum(parts.values()) for parts in ranks]
+    slowest = max(range(layout.pipeline), key=lambda stage: sums[stage])
+    parts = Parts()
+    parts.add(ranks[slowest], times=m)
+    mean = sum(sums) / layout.pipeline
+    if layout.pipeline > 1:
+        hop = 2.0 * setting.tokens * setting.model.hidden / (layout.tensor if setting.split_sequence else 1)
+        wire = hop / _bandwidth(setting, size=layout.pipeline, stride=layout.tensor * layout.context * layout.data)
+        parts["bubble"] += (layout.pipeline - 1) * (mean / layout.virtual + 2 * wire)
+        # One pair of messages a microbatch and chunk, about half of it behind products.
+        parts["pipeline"] += m * layout.virtual * wire
+    parts.add(_data_parallel(setting, sums[slowest]))
+    weights = max(_rank_weights(setting, stage) for stage in range(layout.pipeline))
+    shards = layout.data * layout.context
+    parts["optimizer"] += OPTIMIZER_BYTES * weights / shards / (setting.device.hbm * setting.efficiency.hbm)
+    nodes = max(1.0, layout.world / setting.device.node)
+    parts["jitter"] += sum(parts.values()) * setting.efficiency.jitter * math.log2(nodes)
+    return StepTime(seconds=sum(parts.values()), parts=parts, stage_seconds=tuple(sums))
+
+
+def _rank_microbatch(setting: Setting, stage: int) -> Parts:
+    """Seconds of one microbatch, forward and backward, on a pipeline rank (all its chunks)."""
+    layout = setting.layout
+    parts = Parts()
+    starts = [sum(len(s) for s in setting.stages[:i]) for i in range(len(setting.stages))]
+    kinds: Counter[tuple[LayerKind, bool]] = Counter()
+    for chunk in range(stage, len(setting.stages), layout.pipeline):
+        for offset, kind in enumerate(setting.stages[chunk]):
+            is_low = setting.low is not None and starts[chunk] + offset not in setting.high_precision_layers
+            kinds[kind, is_low] += 1  # type: ignore[index]
+    for (kind, is_low), count in kinds.items():
+        work = layer_work(
+            kind,
+            setting.model,
+            tokens=setting.tokens,
+            sequence=setting.sequence,
+            tensor=layout.tensor,
+            split_sequence=setting.split_sequence,
+            is_low=is_low,
+        )
+        parts.add(_layer(setting, kind, work), times=count)
+    if stage == layout.pipeline - 1:
+        parts.add(_layer(setting, "head", head_work(setting.model, tokens=setting.tokens, tensor=layout.tensor)))
+    if setting.software.shards != "optimizer":
+        parts.add(_gather_parameters(setting, _rank_weights(setting, stage), sum(parts.values())))
+    return parts
+
+
+def _layer(setting: Setting, kind: str, work: LayerWork) -> Parts:
+    """Seconds of one layer's forward and backward pass."""
+    eff, device, software = setting.efficiency, setting.device, setting.software
+    memory = device.hbm * eff.hbm
+    parts = Parts()
+    name = {"M": "mamba", "*": "attention", "w": "attention", "-": "mlp", "head": "head"}[kind]
+    again = setting.recompute if kind != "head" else 0.0
+
+    forward = sum(_product(setting, gemm, gemm.m, gemm.n, gemm.k) for gemm in work.gemms)
+    backward = sum(
+        _product(setting, gemm, gemm.m, gemm.k, gemm.n) + _product(setting, gemm, gemm.n, gemm.k, gemm.m)
+        for gemm in work.gemms
+    )
+    parts[name] += forward + backward
+    tensor_peak = device.peak.get("bf16", device.peak["fp32"]) * device.clock
+    scores = work.score_flops / (tensor_peak * eff.attention[device.generation] * software.attention)
+    scan = work.scan_flops / (tensor_peak * eff.scan)
+    parts["scores"] += 3.5 * scores  # backward rebuilds the scores: five products instead of two
+    parts["scan"] += 3.5 * scan
+    elementwise = work.forward_bytes * software.elementwise / memory
+    parts["elementwise"] += elementwise + work.backward_bytes * software.elementwise / memory
+    parts["elementwise"] += 2 * setting.software.gradient_bytes * work.weights / memory  # gradients added up
+    cast = sum(_cast_bytes(setting, gemm) for gemm in work.gemms) / memory
+    parts["quantise"] += cast
+    parts["launch"] += eff.kernel_s * (20 if kind != "head" else 10)
+
+    if work.tensor_collectives[0]:
+        size = work.tensor_bytes * (setting.layout.tensor - 1) / setting.layout.tensor
+        each = size / _bandwidth(setting, size=setting.layout.tensor, stride=1) + 10e-6
+        exposed = each * (1 - software.hides_tensor)
+        parts["tensor"] += exposed * sum(work.tensor_collectives)
+        parts["recompute"] += again * exposed * work.tensor_collectives[0]
+    if setting.layout.context > 1:
+        parts.add(_context(setting, work, scores))
+    parts["recompute"] += again * (forward + scores + scan + elementwise + cast / 3)
+    return parts
+
+
+def _product(setting: Setting, gemm: Gemm, m: int, n: int, k: int) -> float:
+    """Seconds of one matrix product [m, k] x [k, n] of a linear layer."""
+    eff, device = setting.efficiency, setting.device
+    form: Format = setting.low if gemm.is_low and setting.low is not None else setting.high
+    if form not in device.peak:
+        form = "bf16" if "bf16" in device.peak else "fp32"
+    size = {"fp32": 4.0, "bf16": 2.0, "fp8": 1.0, "fp4": 0.5625}[form]
+    peak = device.peak[form] * device.clock * eff.gemm[device.generation][form] * setting.software.products
+    tiles = max(1.0, m / 128) * max(1.0, n / 256)
+    compute = 2.0 * m * n * k / peak * (1 + eff.tail * device.sms / tiles)
+    traffic = (size * (m * k + k * n) + 2.0 * m * n) / (device.hbm * eff.hbm)
+    return max(compute, traffic)
+
+
+def _cast_bytes(setting: Setting, gemm: Gemm) -> float:
+    """Memory traffic of quantising a linear layer's operands: input and output gradient, both ways round, each pass."""
+    if not gemm.is_low or setting.low is None:
+        return 0.0
+    elements = gemm.m * (gemm.k + gemm.n)
+    reads = 4.0 if setting.scaling == "current" else 2.0  # once more for the largest magnitude
+    return elements * (reads + 2.0)
+
+
+def _context(setting: Setting, work: LayerWork, scores: float) -> Parts:
+    """Seconds of context parallelism that are not behind attention."""
+    layout, parts = setting.layout, Parts()
+    speed = _bandwidth(setting, size=layout.context, stride=layout.tensor)
+    ring = (layout.context - 1) * work.ring_bytes / speed
+    parts["context"] += max(0.0, ring - scores) + max(0.0, 2 * ring - 2.5 * scores) + 0.1 * 3 * ring
+    parts["context"] += 2 * work.exchange_bytes * (layout.context - 1) / layout.context / speed
+    return parts
+
+
+def _bandwidth(setting: Setting, *, size: int, stride: int) -> float:
+    """Bytes/s a rank moves in a collective over `size` ranks that stand `stride` apart.
+
+    Inside a domain the link; across domains each domain's members of the group share the ring, each with its own card.
+    """
+    device, eff = setting.device, setting.efficiency
+    link = device.link * eff.link
+    if size * stride <= device.domain:
+        return link
+    members = max(1, min(size, device.domain // stride)) if stride < device.domain else 1
+    return min(link, members * device.network * eff.network)
+
+
+def _latency(setting: Setting, *, size: int, stride: int) -> float:
+    """Seconds a ring collective takes however little it moves."""
+    return setting.efficiency.hop_s * max(1.0, size * stride / setting.device.domain)
+
+
+def _rank_weights(setting: Setting, stage: int) -> float:
+    """Weights in matrix products (embedding too) on a pipeline rank."""
+    layout, model = setting.layout, setting.model
+    total = 0.0
+    for chunk in range(stage, len(setting.stages), layout.pipeline):
+        for kind, count in Counter(setting.stages[chunk]).items():
+            work = layer_work(
+                kind,  # type: ignore[arg-type]
+                model,
+                tokens=1,
+                sequence=1,
+                tensor=layout.tensor,
+                split_sequence=False,
+                is_low=False,
+            )
+            total += count * work.weights
+    table = model.vocab * model.hidden / layout.tensor
+    first, last = stage == 0, stage == layout.pipeline - 1
+    return total + table * (first + last - (first and last and model.tie_embeddings))
+
+
+def _data_parallel(setting: Setting, microbatch: float) -> Parts:
+    """Seconds of gradient reduction and weight gathering that are not hidden, once a step."""
+    layout, software = setting.layout, setting.software
+    parts = Parts()
+    size = layout.data * layout.context
+    if size == 1 or software.shards != "optimizer":
+        return parts
+    weights = max(_rank_weights(setting, stage) for stage in range(layout.pipeline))
+    speed = _bandwidth(setting, size=size, stride=layout.tensor)
+    wait = _latency(setting, size=size, stride=layout.tensor)
+    pieces = math.ceil(software.gradient_bytes * weights / software.bucket_bytes)
+    reduce = software.gradient_bytes * weights * (size - 1) / size / speed + pieces * wait
+    gather = 2.0 * weights * (size - 1) / size / speed + pieces * wait
+    hidden_reduce = software.hides_data * microbatch * 2 / 3 if setting.overlap_grad_reduce else 0.0
+    hidden_gather = software.hides_data * microbatch / 3 if setting.overlap_param_gather else 0.0
+    parts["data"] += max(0.1 * reduce, reduce - hidden_reduce) + max(0.1 * gather, gather - hidden_gather)
+    return parts
+
+
+def _gather_parameters(setting: Setting, weights: float, compute: float) -> Parts:
+    """Seconds a microbatch waits for weights to be gathered (forward and backward) and gradients to be scattered."""
+    layout, software = setting.layout, setting.software
+    size = layout.data * layout.context
+    if size == 1:
+        return Parts()
+    speed = _bandwidth(setting, size=size, stride=layout.tensor)
+    gathers = 2 if software.shards == "parameters" else 1
+    traffic = (gathers * 2.0 + software.gradient_bytes) * weights * (size - 1) / size / speed
+    layers = sum(map(len, setting.stages)) / layout.pipeline / 2
+    traffic += (gathers + 1) * layers * _latency(setting, size=size, stride=layout.tensor)
+    return Parts({"data": max((1 - software.hides_data) * traffic, traffic - software.hides_data * compute)})

@@ -1,0 +1,122 @@
+"""What one layer, and the head, ask of a GPU for one microbatch: matrix products, attention, scan, memory traffic, traffic
+between GPUs. Counted on one rank; no GPU's speed is in here (`train.cost.time` brings that).
+
+A multiply-add is 2 FLOPs. `tokens` are those of a microbatch on one context rank; T below.
+"""
+
+from dataclasses import dataclass
+
+from train.config import ModelConfig
+from train.model.pattern import LayerKind, visible_keys
+from train.precision.scaling import linear_shapes
+
+
+@dataclass(frozen=True)
+class Gemm:
+    """One linear layer's forward product, [m, k] x [k, n]; backward has two more of the same size."""
+
+    m: int
+    n: int
+    k: int
+    is_low: bool
+    """In the recipe's low precision, where it has one."""
+
+    @property
+    def flops(self) -> float:
+        return 2.0 * self.m * self.n * self.k
+
+
+@dataclass(frozen=True)
+class LayerWork:
+    """One layer (or the head) on one rank, one microbatch. Bytes of `memory` are for fused kernels in 2-byte storage."""
+
+    gemms: tuple[Gemm, ...] = ()
+    score_flops: float = 0.0
+    """Attention scores and values forward, masked half left out."""
+    scan_flops: float = 0.0
+    """The chunked scan forward."""
+    forward_bytes: float = 0.0
+    """Elementwise reads and writes of device memory."""
+    backward_bytes: float = 0.0
+    tensor_bytes: float = 0.0
+    """Size of each gathered or scattered activation: 2 bytes x T x hidden."""
+    tensor_collectives: tuple[int, int] = (0, 0)
+    """All-gathers and reduce-scatters of that size over the tensor ranks, forward and backward."""
+    ring_bytes: float = 0.0
+    """Keys and values one rank passes to the next in each of context - 1 turns, forward (backward: twice)."""
+    exchange_bytes: float = 0.0
+    """What Mamba layers exchange all-to-all over the context ranks, forward (backward: the same)."""
+    weights: int = 0
+    """Weights in matrix products on this rank."""
+
+
+def layer_work(
+    kind: LayerKind, model: ModelConfig, *, tokens: int, sequence: int, tensor: int, split_sequence: bool, is_low: bool
+) -> LayerWork:
+    """Work of one layer. sequence: tokens of a whole row (what a query can see), tokens: T."""
+    names = linear_shapes(model, kind, tensor=tensor)
+    gemms = tuple(Gemm(tokens, out, into, is_low) for out, into in names.values())
+    share = tensor if split_sequence else 1
+    # Norm reads and writes T x hidden, the residual sum reads two and writes one; backward the norm reads two and writes
+    # one and the sum of gradients reads two and writes one.
+    norm = 2.0 * model.hidden * tokens / share
+    forward, backward = (7 * norm, 9 * norm) if model.post_norms else (5 * norm, 6 * norm)
+    score_flops = scan_flops = ring = exchange = 0.0
+    match kind:
+        case "-":
+            gates = 2 if model.activation in ("swiglu", "geglu") else 1
+            inner = 2.0 * model.ffn * tokens / tensor
+            forward += (gates + 1) * inner  # read the branches, write one
+            backward += (2 * gates + 1) * inner  # read branches and gradient, write gradients
+        case "*" | "w":
+            query = model.heads * model.head_dim / tensor
+            keys = model.kv_heads * model.head_dim / tensor
+            window = model.window_tokens if kind == "w" else None
+            score_flops = 4.0 * tokens * visible_keys(sequence, window=window) * query
+            turned = (query + keys) if model.position == "rope" else 0.0
+            forward += 2.0 * tokens * (2 * query + 2 * turned)  # queries split off; rotation
+            backward += 2.0 * tokens * (2 * query + 2 * turned)
+            ring = 2.0 * tokens * 2 * keys
+        case "M":
+            inner_width = model.mamba_heads * model.mamba_head_dim / tensor
+            groups = model.mamba_groups / tensor
+            conv = inner_width + 2 * groups * model.mamba_state
+            chunk = min(model.mamba_chunk, sequence)
+            scan_flops = tokens * (
+                2.0 * chunk * model.mamba_state * groups
+                + 2.0 * chunk * inner_width
+                + 4.0 * model.mamba_state * inner_width
+            )
+            states = 4.0 * inner_width * model.mamba_state / chunk  # fp32, one a chunk
+            # Convolution, gate, norm and scan read and write their operands; states are written, passed on and read.
+            forward += tokens * (2.0 * (2 * conv + 6 * inner_width) + 3 * states)
+            backward += tokens * (2.0 * (5 * conv + 14 * inner_width) + 6 * states)
+            exchange = 2.0 * tokens * (2 * inner_width + 2 * groups * model.mamba_state + inner_width)
+    return LayerWork(
+        gemms=gemms,
+        score_flops=score_flops,
+        scan_flops=scan_flops,
+        forward_bytes=forward,
+        backward_bytes=backward,
+        tensor_bytes=2.0 * tokens * model.hidden,
+        # Sequence parallel: gather before and scatter after; backward the same, and the input gathered once more for the
+        # weight gradient. Else one all-reduce (a scatter and a gather) each way.
+        tensor_collectives=((2, 3) if split_sequence else (2, 2)) if tensor > 1 else (0, 0),
+        ring_bytes=ring,
+        exchange_bytes=exchange,
+        weights=sum(gemm.n * gemm.k for gemm in gemms),
+    )
+
+
+def head_work(model: ModelConfig, *, tokens: int, tensor: int) -> LayerWork:
+    """Final norm, output projection and cross-entropy. Logits in 2 bytes, the loss in fp32."""
+    vocab = model.vocab // tensor
+    logits = float(tokens) * vocab
+    return LayerWork(
+        gemms=(Gemm(tokens, vocab, model.hidden, is_low=False),),
+        forward_bytes=2.0 * 2 * tokens * model.hidden + 14.0 * logits,  # write 2; read 2, write 4; max, sum: read 4 ...
+        backward_bytes=2.0 * 3 * tokens * model.hidden + 10.0 * logits,
+        tensor_bytes=2.0 * tokens * model.hidden,
+        tensor_collectives=(1, 2) if tensor > 1 else (0, 0),
+        weights=vocab * model.hidden,
+    )
