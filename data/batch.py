@@ -11,11 +11,12 @@ class Batch:
     """Rows side by side; all tensors on the CPU."""
 
     tokens: torch.Tensor
-    """[rows, row_tokens] int64."""
+    """[rows, row_tokens] int64; may be a view of memory it shares with `labels`."""
     labels: torch.Tensor
     """[rows, row_tokens] int64: the token after each of `tokens`."""
-    document_index: torch.Tensor
-    """[rows, row_tokens] int32: document within the row, increasing from 0."""
+    document_index: torch.Tensor | None
+    """[rows, row_tokens] int32: which document of the row each label belongs to, increasing from 0 (the input before a
+    document's first token, its end-of-document token, counts to it). None where documents are not kept apart."""
     source: torch.Tensor
     """[rows] int32: index of the source in the recipe's order."""
     positions: np.ndarray
@@ -27,7 +28,7 @@ class Batch:
         return Batch(
             tokens=self.tokens[index],
             labels=self.labels[index],
-            document_index=self.document_index[index],
+            document_index=None if self.document_index is None else self.document_index[index],
             source=self.source[index],
             positions=self.positions[rows],
         )
@@ -37,7 +38,7 @@ class Batch:
         return Batch(
             tokens=self.tokens.pin_memory(),
             labels=self.labels.pin_memory(),
-            document_index=self.document_index.pin_memory(),
+            document_index=None if self.document_index is None else self.document_index.pin_memory(),
             source=self.source,
             positions=self.positions,
         )

@@ -6,7 +6,7 @@ The text under a field is its documentation: meaning, unit, and why the default 
 from dataclasses import dataclass, field
 from typing import Literal
 
-from data.fields import Count, OpenFraction, PositiveFloat, PositiveInt
+from data.fields import Count, Fraction, NonNegativeFloat, OpenFraction, PositiveFloat, PositiveInt
 
 
 @dataclass(frozen=True)
@@ -18,8 +18,12 @@ class SourceConfig:
     `.zst`, `.bz2`, `.xz` are decompressed, `{000..063}` and `{a,b}` stand for several paths. `hf:NAME` is a Hugging Face
     `datasets` set. `package:NAME` is a corpus shipped with this project (data/corpora), `python-stdlib` the standard
     library sources of the running Python."""
-    weight: PositiveFloat = 1.0
-    """Share of training rows drawn from this source, relative to the other weights (they need not sum to 1)."""
+    weight: NonNegativeFloat = 1.0
+    """Share of training rows drawn from this source, relative to the other weights (they need not sum to 1). 0 keeps it
+    for later phases, or for evaluation only."""
+    max_epochs: PositiveFloat | None = None
+    """Most times the source may be read through; a run that would read it more often is refused before it starts. null:
+    no limit. Up to 4 repeats cost little (arXiv 2305.16264)."""
     format: Literal["auto", "text", "jsonl", "parquet", "dataset", "megatron"] = "auto"
     """How it is read; `auto` goes by the file's name. A text file is one document; `dataset` is a folder written by
     `save_to_disk`; `megatron` reads existing `.bin/.idx` sets where they lie (path without suffix, or a glob)."""
@@ -70,11 +74,53 @@ class TokenizerConfig:
 
 
 @dataclass(frozen=True)
+class PhaseConfig:
+    """A later part of training with other weights (Nemotron Nano 2 changes them at 60 % and 90 % of 20T tokens)."""
+
+    from_tokens: PositiveInt
+    """Training tokens after which the phase starts; rounded up to a whole row."""
+    weights: dict[str, NonNegativeFloat]
+    """Weight by source; sources left out are not drawn."""
+    ramp_tokens: Count = 0
+    """Tokens over which shares move linearly from those before to these; 0 switches at once."""
+
+
+@dataclass(frozen=True)
+class FimConfig:
+    """Fill in the middle (arXiv 2207.14255): some documents are shown as prefix, suffix, middle."""
+
+    rate: Fraction = 0.0
+    """Share of the documents in a row that are rearranged; 0 turns it off."""
+    spm_rate: Fraction = 0.5
+    """Share of those that come as suffix, prefix, middle."""
+    prefix: str = "<|fim_prefix|>"
+    """Special token before the prefix."""
+    suffix: str = "<|fim_suffix|>"
+    """Special token before the suffix."""
+    middle: str = "<|fim_middle|>"
+    """Special token before the middle."""
+
+
+@dataclass(frozen=True)
+class CacheConfig:
+    """Shards behind a URL, kept on local disk while they are read."""
+
+    folder: str = "runs/cache"
+    """Where copies lie; all processes of a machine share it."""
+    gib: PositiveFloat = 64.0
+    """Disk the copies may take, in GiB; those unused for longest go first. Must hold `shuffle_shards` shards of every
+    source at once, or shards are fetched again and again."""
+    retries: Count = 5
+    """Attempts after a failed transfer, with a growing pause (1, 2, 4, ... seconds)."""
+
+
+@dataclass(frozen=True)
 class DataConfig:
     """From raw text to rows of tokens."""
 
     folder: str = "runs/data/smoke"
-    """Where prepared shards, tokenizer and manifest lie (written by `python -m data.prepare`)."""
+    """Where prepared shards, tokenizer and manifest lie (written by `python -m data.prepare`). Reading also takes a URL
+    (`s3://`, `gs://`, `https://`, ...): shards are then copied to `cache.folder` as they are needed."""
     sources: dict[str, SourceConfig] = field(default_factory=dict)
     """Sources by name. At least one."""
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
@@ -83,8 +129,27 @@ class DataConfig:
     """Tokens of a row: the sequence length of training."""
     heldout_fraction: OpenFraction = 0.02
     """Share of each source's documents kept out of training for evaluation; at least one document per source."""
+    packing: Literal["chunk", "best_fit"] = "chunk"
+    """`chunk` cuts the stream of documents every `row_tokens`; `best_fit` arranges the documents of a stretch of 64 rows so
+    that few are cut (arXiv 2404.10830). Either way rows are full and every token is a label once."""
+    fim: FimConfig = field(default_factory=FimConfig)
+    """Fill in the middle."""
     reset_at_documents: bool = False
     """Mask attention and reset Mamba states where a document ends inside a row. Off: a row is one stream of text."""
+    phases: tuple[PhaseConfig, ...] = ()
+    """Curriculum after the start, in order; the start has the sources' own weights."""
+    shuffle_shards: Count = 0
+    """0: any row of a source may follow any other. n: rows are shuffled within n shards at a time, those drawn at random;
+    for shards behind a URL, or on disks that seek slowly."""
+    verify: Literal["auto", "always", "never"] = "auto"
+    """Checksums when data is opened. `auto`: files not checked before, up to 4 GiB, and any file that changed since;
+    `always`: every file; `never`: sizes only. `python -m data.inspect verify=true` checks all, once."""
+    cache: CacheConfig = field(default_factory=CacheConfig)
+    """Local copies of remote shards."""
+    stall_warning_s: PositiveFloat = 30.0
+    """Say which file is waited for when no rows came for this long, and again every so often."""
+    stall_limit_s: PositiveFloat = 480.0
+    """Stop with an error that names the file after this long; below `launch.timeout_s`, so that it is known why."""
     seed: int = 1234
     """Seed of the order of rows and of the held-out split; change it and the data order changes."""
     workers: PositiveInt = 2
@@ -93,4 +158,6 @@ class DataConfig:
     """Input files are grouped, and large ones cut where their format allows, to shards of about this many stored bytes. A
     shard is what one process makes in one go, and what is made again after a kill."""
     prefetch_steps: PositiveInt = 2
-    """Steps of batches read ahead by a thread."""
+    """Steps of batches read ahead."""
+    read_threads: PositiveInt = 1
+    """Threads that read them; more help where files are far away."""

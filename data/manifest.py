@@ -115,8 +115,11 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
     write_durably(folder / MANIFEST, json.dumps(asdict(manifest), indent=1))
 
 
-def read_manifest(folder: Path, *, verify: bool = False) -> Manifest:
-    """The manifest of a folder, sizes checked; with `verify` every checksum too. DataError names what is wrong."""
+def read_manifest(folder: Path, *, verify: bool = False, check_files: bool = True) -> Manifest:
+    """The manifest of a folder, sizes checked; with `verify` every checksum too. DataError names what is wrong.
+
+    check_files=False: of files that are elsewhere.
+    """
     path = folder / MANIFEST
     if not path.is_file():
         raise DataError(
@@ -136,7 +139,7 @@ def read_manifest(folder: Path, *, verify: bool = False) -> Manifest:
         )
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise DataError(f"{path} cannot be read as a data manifest: {error!r}. Prepare the data again.") from error
-    for source in manifest.sources.values():
+    for source in manifest.sources.values() if check_files else ():
         for entries in source.splits.values():
             for entry in entries:
                 for suffix, facts in entry.files.items():

@@ -1,56 +1,189 @@
-"""Rows out of a stream of documents: concatenate, then cut every `row_tokens` tokens.
+"""Rows out of a source's stream of tokens: each row `row_tokens` labels, every token a label exactly once.
 
-Row r of a source covers tokens r S ... r S + S of its stream: S inputs and the S labels one to the right, so every token
-but the first is a label exactly once. What is left after the last whole row is not used, and counted.
+    label   t_0   t_1  ...      input   (token before t_0)   t_0   ...
+
+The input before a document's first token is the end-of-document token before it, in the stream as in a row, so the first
+token is predicted as well, and a document in a row sees what it would see alone: its end-of-document token, then itself.
+
+*chunk*: row r holds labels r S ... r S + S of the stream.
+*best fit* (Ding et al., arXiv 2404.10830): the same stretch of 64 rows, but its documents are arranged so that few are cut.
+Longer ones than a row are cut into rows; the rest go, longest first, where they leave the least room; what fits nowhere
+fills the gaps, cut as needed. So rows are full, no label is padding, row counts are the same, and a row is a pure function
+of the stretch it lies in: nothing is stored, nothing is built at start-up.
+
+What is left after the last whole row of a source is not used, and counted.
 """
 
+import bisect
+import itertools
+import threading
+from collections import OrderedDict
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
-from data.shards import Shard
+from data.reader import TokenStream
+
+STRETCH_ROWS = 64
+"""Rows that best-fit packing arranges together."""
+_CACHED_STRETCHES = 64
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Part of a document in a row: labels `start` to `stop` of the stream."""
+
+    start: int
+    stop: int
 
 
 class Rows:
-    """The rows of a source's shards, taken as one stream: a row may begin in one shard and end in the next."""
+    """The rows of a source's stream."""
 
-    def __init__(self, shards: Sequence[Shard], row_tokens: int) -> None:
-        self.shards = list(shards)
+    def __init__(self, stream: TokenStream, *, row_tokens: int, eod: int, best_fit: bool) -> None:
+        self.stream = stream
         self.row_tokens = row_tokens
-        self._starts = np.concatenate([[0], np.cumsum([len(shard.tokens) for shard in shards], dtype=np.int64)])
-        self.total_tokens = int(self._starts[-1])
+        self.best_fit = best_fit
+        self._eod = eod
+        self._lock = threading.Lock()
+        self._stretches: OrderedDict[int, list[list[Piece]]] = OrderedDict()
 
     @property
     def count(self) -> int:
         """Whole rows."""
-        return max(0, (self.total_tokens - 1) // self.row_tokens)
+        return self.stream.tokens // self.row_tokens
 
     @property
     def cropped_tokens(self) -> int:
         """Tokens after the last whole row."""
-        return self.total_tokens - (self.count * self.row_tokens + 1 if self.count else 0)
+        return self.stream.tokens - self.count * self.row_tokens
 
-    def tokens(self, rows: np.ndarray) -> np.ndarray:
-        """[rows, row_tokens + 1] int64: inputs and labels overlap by all but one token."""
-        offsets = rows[:, None] * self.row_tokens + np.arange(self.row_tokens + 1)[None, :]
-        out = np.empty(offsets.shape, dtype=np.int64)
-        for shard, start, here in self._parts(offsets):
-            out[here] = shard.tokens[offsets[here] - start]
-        return out
+    def rows_by_shard(self) -> tuple[int, ...]:
+        """Rows that begin in each shard of the stream, empty ones left out."""
+        edges = np.minimum(-(-self.stream.shard_starts // self.row_tokens), self.count)
+        edges[-1] = self.count
+        return tuple(int(rows) for rows in np.diff(edges) if rows)
 
-    def documents(self, rows: np.ndarray) -> np.ndarray:
-        """[rows, row_tokens] int32: which document of the row each input belongs to, counted from 0."""
-        offsets = rows[:, None] * self.row_tokens + np.arange(self.row_tokens)[None, :]
-        document = np.empty(offsets.shape, dtype=np.int64)
-        before = np.concatenate([[0], np.cumsum([len(shard.ends) for shard in self.shards], dtype=np.int64)])
-        for index, (shard, start, here) in self._numbered(offsets):
-            document[here] = before[index] + np.searchsorted(shard.ends, offsets[here] - start, side="right")
-        return (document - document[:, :1]).astype(np.int32)
+    def read_chunks(self, rows: np.ndarray, out: np.ndarray, where: np.ndarray) -> None:
+        """Rows of the plain order into out[where], [row_tokens + 1] each: inputs [:-1] and labels [1:]."""
+        starts = rows * self.row_tokens - 1
+        first = np.flatnonzero(rows == 0)
+        for place in where[first].tolist():
+            out[place, 0] = self._eod
+            self.stream.read(0, out[place, 1:])
+        if len(first):
+            starts, where = np.delete(starts, first), np.delete(where, first)
+        self.stream.read_rows(starts, out, where)
 
-    def _parts(self, offsets: np.ndarray) -> list[tuple[Shard, int, np.ndarray]]:
-        return [part for _, part in self._numbered(offsets)]
+    def assemble(self, pieces: Sequence[Piece]) -> tuple[np.ndarray, np.ndarray]:
+        """Inputs and labels of a row made of pieces, each [row_tokens] of the stream's dtype."""
+        inputs = np.empty(self.row_tokens, dtype=self.stream.dtype)
+        labels = np.empty_like(inputs)
+        slot = 0
+        for piece in pieces:
+            size = piece.stop - piece.start
+            part = np.empty(size + 1, dtype=self.stream.dtype)
+            if piece.start:
+                self.stream.read(piece.start - 1, part)
+            else:
+                part[0] = self._eod
+                self.stream.read(0, part[1:])
+            inputs[slot : slot + size], labels[slot : slot + size] = part[:-1], part[1:]
+            slot += size
+        return inputs, labels
 
-    def _numbered(self, offsets: np.ndarray) -> list[tuple[int, tuple[Shard, int, np.ndarray]]]:
-        """Per shard that some offsets fall into: its number, and itself, its start in the stream, and which offsets."""
-        which = np.searchsorted(self._starts, offsets, side="right") - 1
-        return [(int(i), (self.shards[i], int(self._starts[i]), which == i)) for i in np.unique(which)]
+    def pieces(self, row: int) -> list[Piece]:
+        """The documents, or parts of them, that a row holds, in its order."""
+        if not self.best_fit:
+            return self._cut(row * self.row_tokens, (row + 1) * self.row_tokens)
+        stretch, place = divmod(row, STRETCH_ROWS)
+        return self._stretch(stretch)[place]
+
+    def rows_of(self, start: int, stop: int) -> list[int]:
+        """Rows that hold labels from `start` to `stop` of the stream; those beyond the last whole row are in none."""
+        stop = min(stop, self.count * self.row_tokens)
+        if start >= stop:
+            return []
+        if not self.best_fit:
+            return list(range(start // self.row_tokens, (stop - 1) // self.row_tokens + 1))
+        size = self.row_tokens * STRETCH_ROWS
+        return [
+            stretch * STRETCH_ROWS + place
+            for stretch in range(start // size, (stop - 1) // size + 1)
+            for place, pieces in enumerate(self._stretch(stretch))
+            if any(piece.start < stop and start < piece.stop for piece in pieces)
+        ]
+
+    def boundaries(self, row: int) -> np.ndarray:
+        """Slots of a row, other than 0, at which another document begins."""
+        if self.best_fit:
+            return np.cumsum([piece.stop - piece.start for piece in self.pieces(row)])[:-1]
+        low = row * self.row_tokens
+        starts, _ = self.stream.document_starts(low + 1, low + self.row_tokens)
+        return starts - low
+
+    def _cut(self, low: int, high: int) -> list[Piece]:
+        """The documents between two places of the stream, those at its ends cut."""
+        starts, _ = self.stream.document_starts(low + 1, high)
+        bounds = [low, *starts.tolist(), high]
+        return [Piece(a, b) for a, b in itertools.pairwise(bounds)]
+
+    def _stretch(self, number: int) -> list[list[Piece]]:
+        with self._lock:
+            found = self._stretches.get(number)
+            if found is not None:
+                self._stretches.move_to_end(number)
+                return found
+        first = number * STRETCH_ROWS
+        rows = min(STRETCH_ROWS, self.count - first)
+        documents = self._cut(first * self.row_tokens, (first + rows) * self.row_tokens)
+        packed = best_fit(documents, rows=rows, row_tokens=self.row_tokens)
+        with self._lock:
+            self._stretches[number] = packed
+            if len(self._stretches) > _CACHED_STRETCHES:
+                self._stretches.popitem(last=False)
+        return packed
+
+
+def best_fit(documents: Sequence[Piece], *, rows: int, row_tokens: int) -> list[list[Piece]]:
+    """Arrange documents that together are rows x row_tokens long into full rows. -> the pieces of each row.
+
+    Best fit decreasing; documents longer than a row give whole rows first, what fits nowhere is cut into the gaps.
+    """
+    packed: list[list[Piece]] = []
+    rest: list[Piece] = []
+    for document in documents:
+        start = document.start
+        while document.stop - start > row_tokens:
+            packed.append([Piece(start, start + row_tokens)])
+            start += row_tokens
+        rest.append(Piece(start, document.stop))
+    rest.sort(key=lambda piece: (piece.start - piece.stop, piece.start))
+    gaps: list[tuple[int, int]] = []  # (room, row), by room
+    unplaced: list[Piece] = []
+    for piece in rest:
+        size = piece.stop - piece.start
+        at = bisect.bisect_left(gaps, (size, 0))
+        if at < len(gaps):
+            room, row = gaps.pop(at)
+            packed[row].append(piece)
+        elif len(packed) < rows:
+            room, row = row_tokens, len(packed)
+            packed.append([piece])
+        else:
+            unplaced.append(piece)
+            continue
+        if room > size:
+            bisect.insort(gaps, (room - size, row))
+    for room, row in reversed(gaps):  # what was not placed is exactly as long as all gaps together
+        while room:
+            piece = unplaced.pop()
+            taken = min(room, piece.stop - piece.start)
+            packed[row].append(Piece(piece.start, piece.start + taken))
+            room -= taken
+            if piece.start + taken < piece.stop:
+                unplaced.append(Piece(piece.start + taken, piece.stop))
+    for pieces in packed:
+        pieces.sort(key=lambda piece: piece.start)
+    return packed

@@ -103,6 +103,48 @@ def write_bytes_durably(path: Path, content: bytes) -> FileFacts:
 
 
 @dataclass(frozen=True)
+class Header:
+    """What the beginning of an index says."""
+
+    dtype: np.dtype[Any]
+    sequences: int
+    documents: int
+    """Entries of the document index: documents + 1."""
+
+    @property
+    def offsets_at(self) -> int:
+        """Byte of the index at which the sequences' offsets begin."""
+        return _HEADER.size + 4 * self.sequences
+
+    @property
+    def documents_at(self) -> int:
+        """Byte of the index at which the document index begins."""
+        return _HEADER.size + 12 * self.sequences
+
+
+def read_header(index: Path) -> Header:
+    """The header of an index, its length checked. DataError names the file where it is damaged."""
+    with index.open("rb") as stream:
+        raw = stream.read(_HEADER.size)
+        size = os.fstat(stream.fileno()).st_size
+    return _header(index, raw, size)
+
+
+def _header(index: Path, raw: bytes, size: int) -> Header:
+    if len(raw) < _HEADER.size:
+        raise DataError(f"{index} is {size} bytes long: too short for a shard index. Prepare the data again.")
+    magic, version, code, sequences, documents = _HEADER.unpack_from(raw)
+    if magic != _MAGIC or version != 1:
+        raise DataError(f"{index} is not a Megatron index of version 1. Prepare the data again.")
+    if code not in _DTYPES:
+        raise DataError(f"{index} stores tokens as dtype code {code}; token ids are whole numbers: codes 1-5 and 8.")
+    expected = _HEADER.size + sequences * 12 + documents * 8
+    if size != expected:
+        raise DataError(f"{index} is {size:,} bytes long, {expected:,} expected: it is damaged. Prepare again.")
+    return Header(_DTYPES[code], sequences, documents)
+
+
+@dataclass(frozen=True)
 class Shard:
     """One shard, memory-mapped. `ends[d]` is where document d stops in `tokens`."""
 
@@ -136,17 +178,8 @@ def open_shard(prefix: Path) -> Shard:
         if not path.is_file():
             raise DataError(f"{path} is missing. Prepare the data again: python -m data.prepare -cn <recipe>.")
     raw = index.read_bytes()
-    if len(raw) < _HEADER.size:
-        raise DataError(f"{index} is {len(raw)} bytes long: too short for a shard index. Prepare the data again.")
-    magic, version, code, count, documents = _HEADER.unpack_from(raw)
-    if magic != _MAGIC or version != 1:
-        raise DataError(f"{index} is not a Megatron index of version 1. Prepare the data again.")
-    if code not in _DTYPES:
-        raise DataError(f"{index} stores tokens as dtype code {code}; token ids are whole numbers: codes 1-5 and 8.")
-    expected = _HEADER.size + count * 12 + documents * 8
-    if len(raw) != expected:
-        raise DataError(f"{index} is {len(raw):,} bytes long, {expected:,} expected: it is damaged. Prepare again.")
-    dtype = _DTYPES[code]
+    header = _header(index, raw, len(raw))
+    dtype, count, documents = header.dtype, header.sequences, header.documents
     lengths = np.frombuffer(raw, dtype="<i4", count=count, offset=_HEADER.size)
     # Megatron may split a document into several sequences; the document index says where documents end.
     boundaries = np.frombuffer(raw, dtype="<i8", count=documents, offset=_HEADER.size + count * 12)

@@ -10,7 +10,7 @@ import typing
 from collections.abc import Sequence
 from typing import Any
 
-from data.config import SourceConfig
+from data.config import PhaseConfig, SourceConfig
 from data.fields import Range
 from data.typed import field_docs
 from train.config import Recipe
@@ -34,6 +34,7 @@ def page(groups: Sequence[str] = ()) -> str:
         parts.append(_table(field.name, field.type))
         if field.name == "data":
             parts.append(_table("data.sources.NAME", SourceConfig))
+            parts.append(_table("data.phases[i]", PhaseConfig))
     return "\n".join(parts)
 
 
@@ -86,7 +87,7 @@ def _type(hint: Any) -> str:
     if origin is dict:
         return "named group"
     if origin in (list, tuple):
-        return f"list of {_type(arguments[0])}"
+        return "list of groups" if dataclasses.is_dataclass(arguments[0]) else f"list of {_type(arguments[0])}"
     return {int: "int", float: "float", str: "text", bool: "true/false"}[hint]
 
 

@@ -21,6 +21,7 @@ _MAY_DIFFER = (
     "run.deterministic", "run.start_from", "objective.teacher_tensor", "objective.chunk_tokens", "parallel",
     "precision.backend", "precision.health", "precision.health_policy", "precision.health_floor_db",
     "checkpoint", "evaluate", "telemetry", "launch", "data.folder", "data.workers", "data.prefetch_steps",
+    "data.read_threads", "data.cache", "data.verify", "data.stall_warning_s", "data.stall_limit_s",
     "generate", "model.mamba_chunk",
 )  # fmt: skip
 """Fields a run may change when it resumes: they do not change which model is trained, on which rows, how."""

@@ -73,6 +73,7 @@ def check(recipe: Recipe, *, world: int) -> Layout:
 def open_data(recipe: Recipe) -> Dataset:
     """The prepared data of a recipe, checked against its model. DataError names what does not match."""
     dataset = open_dataset(recipe.data)
+    dataset.blend.check_length(recipe.run.steps * recipe.run.global_rows)
     if dataset.vocab_size > recipe.model.vocab:
         raise DataError(
             f"the shards in {recipe.data.folder} hold token ids up to {dataset.vocab_size - 1:,} (vocabulary "
@@ -225,6 +226,9 @@ def _train(recipe: Recipe, *, mesh: Mesh, dataset: Dataset, folder: Path) -> Run
                 ranks=mesh.layout.data,
                 prefetch_steps=recipe.data.prefetch_steps,
                 pin=mesh.device.type == "cuda",
+                threads=recipe.data.read_threads,
+                stall_warning_s=recipe.data.stall_warning_s,
+                stall_limit_s=recipe.data.stall_limit_s,
             )
         )
 

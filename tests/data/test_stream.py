@@ -1,159 +1,209 @@
-"""The order of training: a pure function of the position, shares exact at every prefix, each row once an epoch."""
+"""The one-integer law: whatever the ranks, threads, microbatches and interruptions, the global stream is the same."""
 
+import logging
+import threading
+import time
+from collections import Counter
 from dataclasses import replace
-from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from ranks import run_ranks
+from shards import random_documents, write_folder
 
-from data.blend import Blend, permute, whole_weights
-from data.config import DataConfig
+from data.config import DataConfig, PhaseConfig, SourceConfig
 from data.errors import DataError
-from data.pack import Rows
-from data.shards import Shard
-from data.stream import Stream, open_dataset
+from data.stream import Dataset, Stream, open_dataset
+
+GLOBAL = 24
 
 
-@given(size=st.integers(1, 3000), key=st.integers(0, 2**64 - 1), epoch=st.integers(0, 1000))
-def test_a_permutation_reaches_each_row_once(size: int, key: int, epoch: int) -> None:
-    index = np.arange(size)
-    rows = permute(index, np.full(size, epoch), size=size, key=key)
-    assert np.array_equal(np.sort(rows), index)
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three sources of several shards: 40 to 100 rows of 16 tokens each."""
+    path = tmp_path_factory.mktemp("sources")
+    parts = {name: random_documents(count, seed=count) for name, count in (("a", 80), ("b", 60), ("c", 35))}
+    write_folder(path, {n: [d[: len(d) // 3], d[len(d) // 3 : -5], d[-5:]] for n, d in parts.items()})
+    return path
 
 
-def test_permutations_differ_by_epoch_and_mix_well() -> None:
-    index = np.arange(10_000)
-    first, second = (permute(index, np.full(10_000, e), size=10_000, key=7) for e in (0, 1))
-    assert (first == second).mean() < 0.01
-    # A uniform permutation moves a row by a third of the range on average.
-    assert abs(np.abs(first - index).mean() / 10_000 - 1 / 3) < 0.02
+def config_of(folder: Path, **changes: object) -> DataConfig:
+    weights = {"a": 0.5, "b": 0.3, "c": 0.2}
+    fields = {
+        "folder": str(folder),
+        "sources": {name: SourceConfig(path="-", weight=weight) for name, weight in weights.items()},
+        "row_tokens": 16,
+    }
+    return DataConfig(**(fields | changes))  # type: ignore[arg-type]
 
 
-weights = st.lists(st.integers(1, 60).map(lambda n: n / 10), min_size=1, max_size=6)
-
-
-@settings(deadline=None)
-@given(weights=weights, rows=st.integers(1, 50), seed=st.integers(0, 99), start=st.integers(0, 10**13))
-def test_shares_are_within_one_row_at_every_prefix(weights: list[float], rows: int, seed: int, start: int) -> None:
-    names = [f"s{i}" for i in range(len(weights))]
-    blend = Blend(names, weights, [rows] * len(names), seed=seed)
-    exact = [Fraction(str(w)) for w in weights]
-    shares = [w / sum(exact) for w in exact]
-    source = blend.draw(np.arange(400)).source
-    drawn = np.zeros(len(names), dtype=int)
-    for position, which in enumerate(source, start=1):
-        drawn[which] += 1
-        for count, share in zip(drawn, shares, strict=True):
-            assert abs(count - position * share) <= 1
-    # Any position by itself, in any order, gives what it gives in the sequence; far positions open as fast as near ones.
-    shuffled = np.random.default_rng(seed).permutation(400)
-    assert np.array_equal(blend.draw(shuffled).source, source[shuffled])
-    far = blend.draw(np.arange(start, start + blend.period))
-    assert np.array_equal(np.bincount(far.source, minlength=len(names)), blend.per_period)
-
-
-@settings(deadline=None, max_examples=30)
-@given(rows=st.lists(st.integers(1, 40), min_size=1, max_size=3), seed=st.integers(0, 99))
-def test_each_row_is_drawn_once_an_epoch(rows: list[int], seed: int) -> None:
-    blend = Blend([f"s{i}" for i in range(len(rows))], [1.0] * len(rows), rows, seed=seed)
-    draw = blend.draw(np.arange(3 * max(rows) * len(rows)))
-    for source, count in enumerate(rows):
-        mine = draw.source == source
-        for epoch in range(int(draw.epoch[mine].max())):
-            seen = draw.row[mine & (draw.epoch == epoch)]
-            assert sorted(seen) == list(range(count))
-
-
-def test_weights_become_the_smallest_whole_numbers() -> None:
-    assert whole_weights([0.6, 0.4]) == [3, 2]
-    assert whole_weights([1, 1, 2]) == [1, 1, 2]
-    rounded = whole_weights([0.123456789, 0.876543211])
-    assert sum(rounded) == 4096 and rounded[0] == round(0.123456789 * 4096)
-
-
-@given(length=st.integers(2, 200), row_tokens=st.integers(1, 30), cuts=st.lists(st.integers(1, 199), max_size=5))
-def test_every_token_but_the_first_is_a_label_once(length: int, row_tokens: int, cuts: list[int]) -> None:
-    ends = np.array(sorted({c for c in cuts if c < length} | {length}))
-    rows = Rows([Shard(prefix=Path("x"), tokens=np.arange(length), ends=ends)], row_tokens)
-    if rows.count == 0:
-        assert length <= row_tokens
-        return
-    both = rows.tokens(np.arange(rows.count))
-    used = rows.count * row_tokens
-    assert both[:, 1:].flatten().tolist() == list(range(1, used + 1))
-    assert both[:, :-1].flatten().tolist() == list(range(used))
-    assert rows.cropped_tokens == length - used - 1
-    documents = np.searchsorted(ends, np.arange(used), side="right").reshape(rows.count, row_tokens)
-    assert np.array_equal(rows.documents(np.arange(rows.count)), documents - documents[:, :1])
-
-
-@given(lengths=st.lists(st.integers(1, 40), min_size=1, max_size=5), row_tokens=st.integers(1, 30))
-def test_rows_do_not_see_where_shards_end(lengths: list[int], row_tokens: int) -> None:
-    stream = np.arange(sum(lengths))
-    whole = Rows([Shard(prefix=Path("x"), tokens=stream, ends=np.cumsum(lengths))], row_tokens)
-    pieces = np.split(stream, np.cumsum(lengths)[:-1])  # each document in a shard of its own
-    cut = Rows([Shard(prefix=Path("x"), tokens=p, ends=np.array([len(p)])) for p in pieces], row_tokens)
-    rows = np.arange(whole.count)
-    assert (cut.count, cut.cropped_tokens) == (whole.count, whole.cropped_tokens)
-    assert np.array_equal(cut.tokens(rows), whole.tokens(rows))
-    assert np.array_equal(cut.documents(rows), whole.documents(rows))
-
-
-def steps_of(dataset, *, ranks: int, microbatch_rows: int, steps: int, position: int = 0) -> dict[int, tuple]:
-    """Rows by global position, as all ranks of a data-parallel group read them."""
+def read(
+    dataset: Dataset, *, ranks: int, microbatch_rows: int, steps: int, position: int = 0, threads: int = 1
+) -> dict[int, tuple]:
+    """Rows by global position, as all ranks of a data-parallel group read them; each position once."""
     seen: dict[int, tuple] = {}
     for rank in range(ranks):
         with Stream(
             dataset,
             position=position,
-            global_rows=24,
+            global_rows=GLOBAL,
             microbatch_rows=microbatch_rows,
             rank=rank,
             ranks=ranks,
             prefetch_steps=2,
+            threads=threads,
         ) as stream:
             for _ in range(steps):
                 for batch in next(stream):
-                    for i, place in enumerate(batch.positions):
-                        assert int(place) not in seen
-                        seen[int(place)] = (batch.tokens[i].tolist(), batch.labels[i].tolist(), int(batch.source[i]))
-            assert stream.position == position + 24 * steps
+                    for i, place in enumerate(batch.positions.tolist()):
+                        assert place not in seen
+                        seen[place] = (batch.tokens[i].tolist(), batch.labels[i].tolist(), int(batch.source[i]))
+            assert stream.position == position + GLOBAL * steps
     return seen
 
 
-@pytest.mark.parametrize(("ranks", "microbatch_rows"), [(1, 1), (2, 3), (4, 2), (3, 8), (12, 2)])
-def test_the_global_stream_does_not_depend_on_ranks_or_microbatches(
-    prepared: DataConfig, ranks: int, microbatch_rows: int
+schedules = st.lists(
+    st.tuples(st.sampled_from([1, 2, 3, 4, 6, 12]), st.sampled_from([1, 2]), st.integers(1, 3), st.integers(1, 3)),
+    min_size=1,
+    max_size=6,
+)  # ranks, microbatch rows, steps, threads
+
+
+@settings(deadline=None, max_examples=25)
+@given(
+    schedule=schedules,
+    packing=st.sampled_from(["chunk", "best_fit"]),
+    together=st.sampled_from([0, 1, 2]),
+    phases=st.lists(
+        st.tuples(st.integers(1, 2000), st.sampled_from([0, 700]), st.tuples(*[st.integers(0, 9)] * 3).filter(any)),
+        max_size=2,
+    ),
+)
+def test_any_schedule_of_ranks_threads_and_microbatches_gives_the_identical_stream(
+    folder: Path, schedule: list[tuple[int, int, int, int]], packing: str, together: int, phases: list
 ) -> None:
-    dataset = open_dataset(prepared)
-    reference = steps_of(dataset, ranks=1, microbatch_rows=24, steps=4)
-    assert steps_of(dataset, ranks=ranks, microbatch_rows=microbatch_rows, steps=4) == reference
-    assert sorted(reference) == list(range(96))
+    """Also across phases, ramps and epochs, resumed from one integer wherever the schedule changes."""
+    at, curriculum = 0, []
+    for gap, ramp, weights in phases:
+        curriculum.append(PhaseConfig(at + gap, dict(zip("abc", weights, strict=True)), ramp_tokens=ramp))
+        at += gap + ramp + 16
+    config = config_of(folder, packing=packing, phases=tuple(curriculum), shuffle_shards=together)
+    dataset = open_dataset(config)
+    total = sum(steps for _, _, steps, _ in schedule)
+    reference = read(open_dataset(config), ranks=1, microbatch_rows=GLOBAL, steps=total)
+    seen: dict[int, tuple] = {}
+    for ranks, microbatch_rows, steps, threads in schedule:
+        seen |= read(
+            dataset, ranks=ranks, microbatch_rows=microbatch_rows, steps=steps, position=len(seen), threads=threads
+        )
+    assert seen == reference and sorted(seen) == list(range(total * GLOBAL))
 
 
-def test_resuming_is_one_integer(prepared: DataConfig) -> None:
-    dataset = open_dataset(prepared)
-    whole = steps_of(dataset, ranks=1, microbatch_rows=24, steps=5)
-    rest = steps_of(dataset, ranks=2, microbatch_rows=4, steps=3, position=48)
-    assert rest == {place: row for place, row in whole.items() if place >= 48}
+def test_one_two_four_three_one_ranks_show_every_row_once_an_epoch(folder: Path) -> None:
+    """A ledger of (source, row) kept while the number of ranks changes, over several epochs of the smallest source."""
+    dataset = open_dataset(config_of(folder))
+    ledger: list[tuple[int, int]] = []
+    seen: dict[int, tuple] = {}
+    for ranks, microbatch_rows in ((1, 8), (2, 3), (4, 2), (3, 8), (1, 24)):
+        seen |= read(dataset, ranks=ranks, microbatch_rows=microbatch_rows, steps=5, position=len(seen))
+    assert sorted(seen) == list(range(5 * 5 * GLOBAL))
+    assert seen == read(dataset, ranks=1, microbatch_rows=GLOBAL, steps=25)
+    at = [dataset.locate(position) for position in range(len(seen))]
+    ledger = [(row.source, row.row) for row in at]
+    times = Counter(ledger)
+    for source, rows in enumerate(dataset.train):
+        counts = [times[source, row] for row in range(rows.count)]
+        assert max(counts) - min(counts) <= 1  # none a second time before all came once
+        drawn = [row.row for row in at if row.source == source]
+        for epoch in range(len(drawn) // rows.count):
+            assert sorted(drawn[epoch * rows.count : (epoch + 1) * rows.count]) == list(range(rows.count))
+    assert len(times) == sum(rows.count for rows in dataset.train)
+    assert max(times.values()) >= 3
 
 
-def test_order_depends_on_the_seed(prepared: DataConfig) -> None:
-    one = open_dataset(prepared).training_rows(np.arange(20)).tokens
-    two = open_dataset(replace(prepared, seed=5)).training_rows(np.arange(20)).tokens
+def test_order_depends_on_the_seed(folder: Path) -> None:
+    one = open_dataset(config_of(folder)).training_rows(np.arange(20)).tokens
+    two = open_dataset(config_of(folder, seed=5)).training_rows(np.arange(20)).tokens
     assert not (one == two).all()
 
 
-def test_what_the_reader_thread_raises_reaches_the_trainer(prepared: DataConfig) -> None:
-    dataset = open_dataset(prepared)
-    shard = Path(prepared.folder) / "verse/00000.train.bin"
-    shard.write_bytes(b"\xff" * shard.stat().st_size)  # replaced in mid-run
-    with (
-        Stream(dataset, position=0, global_rows=8, microbatch_rows=8, rank=0, ranks=1, prefetch_steps=1) as stream,
-        pytest.raises(DataError, match="outside the vocabulary"),
-    ):
-        for _ in range(10):
+def rows_of_rank(rank: int, folder: Path) -> tuple[int, list]:
+    from tiny import recipe_with
+
+    from train.run import check, mesh_of
+
+    recipe = recipe_with(**{"parallel.tensor": 2, "run.global_rows": 8, "run.microbatch_rows": 2})
+    import torch
+
+    torch.set_num_threads(1)
+    with mesh_of(recipe, check(recipe, world=4), device=torch.device("cpu"), rank=rank) as mesh:
+        with Stream(
+            open_dataset(config_of(folder)),
+            position=16,
+            global_rows=8,
+            microbatch_rows=2,
+            rank=mesh.data_rank,
+            ranks=mesh.layout.data,
+            prefetch_steps=2,
+        ) as stream:
+            return mesh.data_rank, [batch.positions.tolist() for batch in next(stream)]
+
+
+def test_tensor_ranks_see_the_same_rows_and_data_ranks_different_ones(folder: Path) -> None:
+    results = run_ranks(4, rows_of_rank, folder)
+    by_data_rank: dict[int, list] = {}
+    for data_rank, rows in results:
+        assert by_data_rank.setdefault(data_rank, rows) == rows
+    assert sorted(place for rows in by_data_rank.values() for batch in rows for place in batch) == list(range(16, 24))
+
+
+class SlowRows:
+    """Stands for a dataset whose file does not answer."""
+
+    def __init__(self, dataset: Dataset, seconds: float) -> None:
+        self.activity = dataset.activity
+        self._dataset, self._seconds, self.hold = dataset, seconds, threading.Event()
+
+    def training_rows(self, positions: np.ndarray) -> object:
+        if positions[0] >= GLOBAL:
+            with self.activity.of("reading s3://bucket/web-00017.bin"):
+                self.hold.wait(self._seconds)
+        return self._dataset.training_rows(positions)
+
+
+def test_a_stall_names_the_file_then_ends_the_run(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    slow = SlowRows(open_dataset(config_of(folder)), seconds=60)
+    with Stream(
+        slow,  # type: ignore[arg-type]
+        position=0,
+        global_rows=GLOBAL,
+        microbatch_rows=8,
+        rank=0,
+        ranks=1,
+        prefetch_steps=2,
+        stall_warning_s=0.1,
+        stall_limit_s=0.35,
+    ) as stream:
+        next(stream)
+        began = time.monotonic()
+        with caplog.at_level(logging.WARNING), pytest.raises(DataError, match=r"s3://bucket/web-00017.bin \(for 0 s\)"):
+            next(stream)
+        assert 0.3 < time.monotonic() - began < 2
+        slow.hold.set()
+    assert "no rows for 0 s: reading s3://bucket/web-00017.bin" in caplog.text
+
+
+def test_what_a_reading_thread_raises_reaches_the_trainer_every_time(folder: Path) -> None:
+    capped = config_of(folder)
+    capped = replace(capped, sources=capped.sources | {"c": SourceConfig(path="-", weight=0.2, max_epochs=1)})
+    with Stream(
+        open_dataset(capped), position=0, global_rows=8, microbatch_rows=8, rank=0, ranks=1, prefetch_steps=3, threads=3
+    ) as stream:
+        with pytest.raises(DataError, match="source 'c' has been read max_epochs=1 times at position"):
+            for _ in range(100):
+                next(stream)
+        with pytest.raises(DataError, match="source 'c'"):
             next(stream)

@@ -1,0 +1,174 @@
+"""Local copies of shards that lie behind a URL, within a budget of disk, shared by all processes of a machine.
+
+    RemoteFolder(url, config).local("web.train-00017.bin", facts) -> path of a copy that matches its checksum
+
+A copy is fetched aside, hashed while it arrives, made durable and renamed: after a crash a copy is whole or absent, and
+what was left half-fetched is removed by the next fetch of that file. One process fetches a file, the others of the
+machine wait for it. Beyond the budget the copies that were not opened for longest are removed; a process that still reads
+one keeps its contents until it closes it.
+"""
+
+import contextlib
+import fcntl
+import hashlib
+import logging
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import fsspec
+
+from data.config import CacheConfig
+from data.errors import DataError
+from data.manifest import FileFacts
+
+_PIECE_BYTES = 4 << 20
+log = logging.getLogger(__name__)
+
+
+class Activity:
+    """What each thread is waiting for, so that a stall can be given a name."""
+
+    def __init__(self) -> None:
+        self._doing: dict[int, tuple[str, float]] = {}
+
+    @contextlib.contextmanager
+    def of(self, what: str) -> Iterator[None]:
+        """Say what this thread waits for, while it does."""
+        me = threading.get_ident()
+        outer = self._doing.get(me)
+        self._doing[me] = what, time.monotonic()
+        try:
+            yield
+        finally:
+            if outer is None:
+                self._doing.pop(me, None)
+            else:
+                self._doing[me] = outer
+
+    def describe(self) -> str:
+        """All that is waited for, longest first."""
+        now = time.monotonic()
+        lines = sorted(((now - since, what) for what, since in list(self._doing.values())), reverse=True)
+        return "; ".join(f"{what} (for {seconds:.0f} s)" for seconds, what in lines) or "nothing is being read"
+
+
+def is_remote(folder: str) -> bool:
+    """Whether a folder is a URL."""
+    return "://" in folder
+
+
+class RemoteFolder:
+    """A folder of prepared data behind a URL."""
+
+    def __init__(
+        self, url: str, config: CacheConfig, activity: Activity, *, sleep: Callable[[float], None] = time.sleep
+    ) -> None:
+        self.url = url.rstrip("/")
+        self._root = Path(config.folder)
+        self.folder = self._root / hashlib.sha256(self.url.encode()).hexdigest()[:16]
+        self._budget_bytes = int(config.gib * 2**30)
+        self._retries = config.retries
+        self._activity = activity
+        self._sleep = sleep
+        try:
+            self._system, self._path = fsspec.core.url_to_fs(self.url)
+        except (ValueError, ImportError) as error:
+            raise DataError(f"data.folder={url} cannot be opened: {error}") from error
+
+    def local(self, name: str, facts: FileFacts | None = None) -> Path:
+        """A local copy of a file. Without facts (the manifest itself) it is fetched anew and not checked.
+
+        Raises DataError, naming the file, when it cannot be fetched or is not what the manifest says.
+        """
+        path = self.folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with self._activity.of(f"waiting for a copy of {self.url}/{name}"), _locked(path):
+            if facts is None or not _is_whole(path, facts):
+                self._fetch_with_retries(name, path, facts)
+                self._evict(keep=path)
+        with contextlib.suppress(FileNotFoundError):  # another process may have needed the room
+            os.utime(path, ns=(time.time_ns(), path.stat().st_mtime_ns))
+        return path
+
+    def _fetch_with_retries(self, name: str, path: Path, facts: FileFacts | None) -> None:
+        for attempt in range(self._retries + 1):
+            try:
+                self._fetch(name, path, facts)
+                return
+            except FileNotFoundError as error:
+                raise DataError(
+                    f"{self.url}/{name} does not exist. Is data.folder right, and the data complete?"
+                ) from error
+            except DataError:
+                raise
+            except Exception as error:  # each file system has its own kinds
+                if attempt == self._retries:
+                    raise DataError(
+                        f"{self.url}/{name} cannot be fetched after {attempt + 1} attempts: {error}"
+                    ) from error
+                log.warning(
+                    "%s/%s: %s. Attempt %d of %d follows.", self.url, name, error, attempt + 2, self._retries + 1
+                )
+                self._sleep(min(60.0, 2.0**attempt))
+
+    def _fetch(self, name: str, path: Path, facts: FileFacts | None) -> None:
+        for old in path.parent.glob(f"{path.name}.fetching-*"):  # we hold the lock: whoever wrote it is gone
+            old.unlink(missing_ok=True)
+        aside = path.with_name(f"{path.name}.fetching-{os.getpid()}")
+        digest, size = hashlib.sha256(), 0
+        try:
+            with self._system.open(f"{self._path}/{name}", "rb") as source, aside.open("wb") as target:
+                while piece := source.read(_PIECE_BYTES):
+                    target.write(piece)
+                    digest.update(piece)
+                    size += len(piece)
+                    if facts is not None and size > facts.bytes:
+                        break
+                _durably(target)
+            if facts is not None and size < facts.bytes:
+                raise OSError(f"the transfer ended after {size:,} of {facts.bytes:,} bytes")
+            if facts is not None and (size != facts.bytes or digest.hexdigest() != facts.sha256):
+                raise DataError(f"{self.url}/{name} does not match its checksum: it was changed or damaged.")
+            aside.rename(path)
+        finally:
+            aside.unlink(missing_ok=True)
+
+    def _evict(self, *, keep: Path) -> None:
+        """Remove the copies that were not opened for longest, until all fit the budget."""
+        with _locked(self._root / "budget"):
+            copies = []
+            for path in self._root.glob("*/**/*"):
+                with contextlib.suppress(FileNotFoundError):
+                    if path.suffix in (".bin", ".idx", ".origins"):
+                        found = path.stat()
+                        copies.append((found.st_atime_ns, found.st_size, path))
+            used = sum(size for _, size, _ in copies)
+            for _, size, path in sorted(copies):
+                if used <= self._budget_bytes:
+                    break
+                if path != keep:
+                    path.unlink(missing_ok=True)
+                    used -= size
+
+
+def _is_whole(path: Path, facts: FileFacts) -> bool:
+    """Copies appear by rename after their checksum was right, so size is enough."""
+    return path.is_file() and path.stat().st_size == facts.bytes
+
+
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Hold the machine-wide lock of a file; released when the process dies."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with Path(f"{path}.lock").open("w") as stream:
+        fcntl.flock(stream, fcntl.LOCK_EX)
+        yield
+
+
+def _durably(stream: Any) -> None:
+    stream.flush()
+    os.fsync(stream.fileno())

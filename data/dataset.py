@@ -1,0 +1,278 @@
+"""Prepared data, opened: rows at any global positions, held-out rows of a source, and where they came from.
+
+open_dataset(config)   manifest, tokenizer, checksums, blend; shards open when first read
+  .training_rows(positions)   a Batch
+  .heldout_rows(name, start, count)
+  .locate(position)           source, row, epoch and documents of one row
+"""
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from data.batch import Batch
+from data.blend import Blend, BlendSource
+from data.cache import Activity, RemoteFolder, is_remote
+from data.config import DataConfig
+from data.errors import DataError
+from data.fim import Fim, build_fim, fold_key
+from data.manifest import MANIFEST, SPLITS, Manifest, ShardEntry, TokenizerEntry, file_sha256, read_manifest
+from data.pack import Piece, Rows
+from data.reader import Shelf, TokenStream
+from data.tokenizer import Tokenizer, load_tokenizer
+from data.verify import Verifier
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class RowAt:
+    """What one row of training is made of."""
+
+    position: int
+    source: int
+    row: int
+    epoch: int
+    pieces: list[Piece]
+    """Parts of documents, in the row's order, as stretches of the source's stream."""
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """Prepared data, opened. Reading is thread-safe."""
+
+    tokenizer: Tokenizer
+    source_names: list[str]
+    row_tokens: int
+    manifest: Manifest
+    blend: Blend
+    train: list[Rows]
+    heldout: list[Rows]
+    reset_at_documents: bool
+    """Whether batches say which document each token belongs to."""
+    seed: int
+    fim: Fim | None
+    activity: Activity
+    """What reading threads wait for."""
+
+    @property
+    def manifest_hash(self) -> str:
+        """Identity of the data that positions refer to."""
+        return self.manifest.hash
+
+    @property
+    def vocab_size(self) -> int:
+        """Size of the tokenizer's vocabulary: every id is below it."""
+        return self.tokenizer.vocab_size
+
+    def training_rows(self, positions: np.ndarray) -> Batch:
+        """The rows at global `positions`. DataError names a file that does not hold what it should."""
+        draw = self.blend.draw(positions)
+        sources = np.unique(draw.source).tolist()
+        if self.fim is None and not any(self.train[source].best_fit for source in sources):
+            return self._chunks(self.train, draw.source, draw.row, np.asarray(positions))
+        inputs = np.empty((len(positions), self.row_tokens), dtype=np.int64)
+        labels = np.empty_like(inputs)
+        documents = np.zeros(inputs.shape, dtype=np.int32) if self.reset_at_documents else None
+        for place, (source, row, epoch) in enumerate(zip(draw.source, draw.row, draw.epoch, strict=True)):
+            rows = self.train[source]
+            pieces = rows.pieces(int(row))
+            inputs[place], labels[place] = rows.assemble(pieces)
+            self._check_ids(labels[place], rows, int(row))
+            self._check_ids(inputs[place], rows, int(row))
+            self._rearrange(inputs[place], labels[place], pieces, source=int(source), epoch=int(epoch))
+            if documents is not None:
+                documents[place] = np.repeat(np.arange(len(pieces)), [p.stop - p.start for p in pieces])
+        return Batch(
+            tokens=torch.from_numpy(inputs),
+            labels=torch.from_numpy(labels),
+            document_index=None if documents is None else torch.from_numpy(documents),
+            source=torch.from_numpy(draw.source.astype(np.int32)),
+            positions=np.asarray(positions),
+        )
+
+    def heldout_count(self, name: str) -> int:
+        """Held-out rows of a source."""
+        return self.heldout[self.source_names.index(name)].count
+
+    def heldout_rows(self, name: str, start: int, count: int) -> Batch:
+        """Held-out rows start ... start + count of a source, in the order of its documents, never rearranged."""
+        rows = np.arange(start, start + count)
+        return self._chunks(self.heldout, np.full(count, self.source_names.index(name)), rows, rows)
+
+    def locate(self, position: int) -> RowAt:
+        """What the row at a position is made of."""
+        draw = self.blend.draw(np.array([position]))
+        source, row = int(draw.source[0]), int(draw.row[0])
+        return RowAt(position, source, row, int(draw.epoch[0]), self.train[source].pieces(row))
+
+    def _chunks(self, parts: list[Rows], source: np.ndarray, row: np.ndarray, positions: np.ndarray) -> Batch:
+        """Rows of the plain order, read in place and widened once: tokens and labels are two views of the same memory."""
+        sources = np.unique(source).tolist()
+        narrow = np.empty(
+            (len(row), self.row_tokens + 1), dtype=np.result_type(*(parts[which].stream.dtype for which in sources))
+        )
+        for which in sources:
+            here = np.flatnonzero(source == which) if len(sources) > 1 else np.arange(len(row))
+            parts[which].read_chunks(row[here], narrow, here)
+        if not self._are_ids(narrow):
+            for place, which in enumerate(source.tolist()):
+                self._check_ids(narrow[place], parts[which], int(row[place]))
+        both = torch.from_numpy(narrow.astype(np.int64))
+        documents = None
+        if self.reset_at_documents:
+            marks = np.zeros((len(row), self.row_tokens), dtype=np.int32)
+            for place, which in enumerate(source.tolist()):
+                marks[place, parts[which].boundaries(int(row[place]))] = 1
+            documents = torch.from_numpy(np.cumsum(marks, axis=1, dtype=np.int32))
+        return Batch(
+            tokens=both[:, :-1],
+            labels=both[:, 1:],
+            document_index=documents,
+            source=torch.from_numpy(source.astype(np.int32)),
+            positions=positions,
+        )
+
+    def _rearrange(
+        self, inputs: np.ndarray, labels: np.ndarray, pieces: list[Piece], *, source: int, epoch: int
+    ) -> None:
+        """Fill in the middle, in place: of each document the labels change, and the inputs but the first with them."""
+        if self.fim is None:
+            return
+        slot = 0
+        for piece in pieces:
+            stop = slot + piece.stop - piece.start
+            labels[slot:stop] = self.fim.rearrange(
+                labels[slot:stop], key=fold_key(self.seed, source, piece.start, epoch)
+            )
+            inputs[slot + 1 : stop] = labels[slot : stop - 1]
+            slot = stop
+
+    def _are_ids(self, ids: np.ndarray) -> bool:
+        if not ids.size:
+            return True
+        return int(ids.max()) < self.vocab_size and (ids.dtype.kind == "u" or int(ids.min()) >= 0)
+
+    def _check_ids(self, ids: np.ndarray, rows: Rows, row: int) -> None:
+        if self._are_ids(ids):
+            return
+        worst = int(ids.max()) if int(ids.max()) >= self.vocab_size else int(ids.min())
+        piece = rows.pieces(row)[0]
+        which = int(np.searchsorted(rows.stream.shard_starts, piece.start, side="right")) - 1
+        raise DataError(
+            f"{rows.stream.entries[which].path}.bin holds token id {worst:,} in row {row:,}, outside the vocabulary of "
+            f"{self.vocab_size:,}: the shard was replaced or damaged. `python -m data.inspect -cn RECIPE verify=true` checks "
+            f"every file; prepare the data again."
+        )
+
+
+def open_dataset(config: DataConfig) -> Dataset:
+    """Open prepared data: checks files as `data.verify` says, and that recipe, shards and tokenizer belong together.
+
+    Raises DataError naming what is missing or does not match, with the remedy.
+    """
+    activity = Activity()
+    if is_remote(config.folder):
+        remote = RemoteFolder(config.folder, config.cache, activity)
+        folder = remote.folder
+        remote.local(MANIFEST)
+        manifest = read_manifest(folder, check_files=False)
+        remote.local(manifest.tokenizer.file)
+        shelf = Shelf(
+            lambda entry, suffix: remote.local(f"{entry.path}.{suffix}", entry.files[suffix]),
+            activity=activity,
+            may_vanish=True,
+        )
+    else:
+        folder = Path(config.folder)
+        manifest = read_manifest(folder)
+        verifier = Verifier(folder, mode=config.verify)
+
+        def find(entry: ShardEntry, suffix: str) -> Path:
+            path = entry.file(folder, suffix)
+            verifier.check(path, entry.files[suffix])
+            return path
+
+        shelf = Shelf(find, activity=activity)
+    tokenizer = _tokenizer(folder / manifest.tokenizer.file, manifest.tokenizer, config)
+    _check_sources(config, manifest)
+    names = list(config.sources)
+    if not is_remote(config.folder):
+        verifier.check_all(
+            {
+                entry.file(folder, suffix): entry.files[suffix]
+                for name in names
+                for split in SPLITS
+                for entry in manifest.sources[name].splits[split]
+                for suffix in ("bin", "idx")
+            }.items()
+        )
+    parts: dict[str, list[Rows]] = {split: [] for split in SPLITS}
+    for name in names:
+        for split, rows in parts.items():
+            stream = TokenStream(manifest.sources[name].splits[split], shelf)
+            is_packed = split == "train" and config.packing == "best_fit"
+            rows.append(Rows(stream, row_tokens=config.row_tokens, eod=manifest.tokenizer.eod, best_fit=is_packed))
+            if rows[-1].count == 0:
+                raise DataError(
+                    f"the {split} part of source {name!r} has {stream.tokens:,} tokens, fewer than one row of "
+                    f"data.row_tokens={config.row_tokens}. Lower data.row_tokens, add text, or raise "
+                    f"data.heldout_fraction."
+                )
+    blend = Blend(
+        [
+            BlendSource(
+                name,
+                weight=config.sources[name].weight,
+                rows=rows.count,
+                max_epochs=config.sources[name].max_epochs,
+                groups=rows.rows_by_shard() if config.shuffle_shards else (),
+            )
+            for name, rows in zip(names, parts["train"], strict=True)
+        ],
+        seed=config.seed,
+        row_tokens=config.row_tokens,
+        phases=config.phases,
+        shuffle_shards=config.shuffle_shards,
+    )
+    return Dataset(
+        tokenizer=tokenizer,
+        source_names=names,
+        row_tokens=config.row_tokens,
+        manifest=manifest,
+        blend=blend,
+        train=parts["train"],
+        heldout=parts["heldout"],
+        reset_at_documents=config.reset_at_documents,
+        seed=config.seed,
+        fim=build_fim(config.fim, special=tokenizer.special, eod=tokenizer.eod) if config.fim.rate else None,
+        activity=activity,
+    )
+
+
+def _tokenizer(path: Path, entry: TokenizerEntry, config: DataConfig) -> Tokenizer:
+    """The folder's tokenizer, refused if it is not the one the shards were made with, to the byte."""
+    if path.is_file() and file_sha256(path) != entry.sha256:
+        raise DataError(f"{path} is not the tokenizer the shards were made with. Prepare the data again.")
+    return load_tokenizer(path, config.tokenizer, known_fingerprint=entry.fingerprint)
+
+
+def _check_sources(config: DataConfig, manifest: Manifest) -> None:
+    missing = [name for name in config.sources if name not in manifest.sources]
+    if missing:
+        raise DataError(
+            f"{config.folder} holds no source {', '.join(missing)} (it holds {', '.join(manifest.sources)}). Prepare the "
+            f"data again, or take the source out of data.sources."
+        )
+    if is_remote(config.folder):
+        for name in config.sources:
+            for entries in manifest.sources[name].splits.values():
+                for entry in entries:
+                    if Path(entry.path).is_absolute():
+                        raise DataError(
+                            f"source {name!r} of {config.folder} was read in place from {entry.path}, which is not behind "
+                            f"the URL. Copy it there and prepare again, or read the data where it was prepared."
+                        )

@@ -1,0 +1,83 @@
+"""Fill in the middle (Bavarian et al., arXiv 2207.14255): a document shown so that its middle comes last.
+
+    PSM   <prefix> p <suffix> s <middle> m eod         SPM   <prefix> <suffix> s <middle> p m eod
+
+Cut at tokens, not characters. The three special tokens take the place of the document's first three, so that a row stays
+full and keeps its other tokens: three tokens of each rearranged document are no label, and that is counted. Which
+documents, and where they are cut, is a function of (seed, source, place, epoch).
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from data.config import FimConfig
+from data.errors import DataError
+
+CROPPED_TOKENS = 3
+"""Tokens of a rearranged document that give way to the special tokens."""
+_SHORTEST = 8
+"""Labels of the shortest document that is rearranged."""
+_GOLDEN = 0x9E3779B97F4A7C15
+_MASK = 2**64 - 1
+
+
+@dataclass(frozen=True)
+class Fim:
+    """What rearranges documents, with the ids of its special tokens."""
+
+    config: FimConfig
+    prefix: int
+    suffix: int
+    middle: int
+    eod: int
+
+    def rearrange(self, labels: np.ndarray, *, key: int) -> np.ndarray:
+        """The labels of one document, or part of one, perhaps rearranged; as many as before. key: decides how."""
+        draws = _uniform(key)
+        if len(labels) < _SHORTEST or draws[0] >= self.config.rate:
+            return labels
+        ends = labels[-1:] if labels[-1] == self.eod else labels[:0]
+        body = labels[CROPPED_TOKENS : len(labels) - len(ends)]
+        first, second = sorted((int(draws[1] * (len(body) + 1)), int(draws[2] * (len(body) + 1))))
+        p, m, s = body[:first], body[first:second], body[second:]
+        marks = np.array([self.prefix, self.suffix, self.middle], dtype=labels.dtype)
+        if draws[3] < self.config.spm_rate:
+            return np.concatenate([marks[:2], s, marks[2:], p, m, ends])
+        return np.concatenate([marks[:1], p, marks[1:2], s, marks[2:], m, ends])
+
+
+def build_fim(config: FimConfig, *, special: dict[str, int], eod: int) -> Fim | None:
+    """None where it is turned off. DataError where the tokenizer lacks a special token."""
+    if not config.rate:
+        return None
+    for field in ("prefix", "suffix", "middle"):
+        name = getattr(config, field)
+        if name not in special:
+            raise DataError(
+                f"data.fim.{field}={name!r} is no special token of the tokenizer (it has: {', '.join(special)}). Name "
+                f"those it has, or add them under data.tokenizer.special_tokens and prepare the data again."
+            )
+    return Fim(config, special[config.prefix], special[config.suffix], special[config.middle], eod)
+
+
+def fold_key(*numbers: int) -> int:
+    """One key from several whole numbers."""
+    key = 0
+    for number in numbers:
+        key = _mix((key ^ number) + _GOLDEN)
+    return key
+
+
+def _uniform(key: int) -> tuple[float, float, float, float]:
+    """Four numbers in [0, 1) from a key."""
+    a, b, c, d = ((_mix(key + _GOLDEN * step) >> 11) / 2**53 for step in range(1, 5))
+    return a, b, c, d
+
+
+def _mix(x: int) -> int:
+    """Splitmix64's scrambling of a 64-bit number (Steele et al., OOPSLA 2014)."""
+    x &= _MASK
+    x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
+    x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & _MASK
+    return x ^ (x >> 31)

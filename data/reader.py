@@ -1,0 +1,227 @@
+"""A source's shards as one stream of tokens, opened when first needed and read in pieces.
+
+    TokenStream(entries, shelf).read_rows(starts, out)      tokens at some places of the stream, one place a row
+                               .document_starts(lo, hi)     where documents begin between two places
+
+Tokens are read with `pread`, not through a memory map: a file that is cut short while it is read gives an error that
+names it instead of a SIGBUS, and pages of the files do not count as this process's memory. After each read the file is
+looked at; where it changed since it was opened it is verified again before anything is handed on (`data.verify`).
+"""
+
+import bisect
+import os
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from data.cache import Activity
+from data.errors import DataError
+from data.manifest import ShardEntry
+from data.shards import read_header
+
+_OPEN_SHARDS = 64
+_LOOK_EVERY_S = 1.0
+"""How often a shard's name is looked up, to find that another file took its place."""
+
+
+class OpenShard:
+    """One shard entry, open for reading. Closed when nothing refers to it any more."""
+
+    def __init__(self, entry: ShardEntry, tokens: Path, index: Path, *, may_vanish: bool) -> None:
+        """may_vanish: a copy that others may remove while it is read. DataError where index and manifest do not agree."""
+        self.path = tokens
+        self.entry = entry
+        self._may_vanish = may_vanish
+        header = read_header(index)
+        if header.dtype != np.dtype(entry.dtype):
+            raise DataError(
+                f"{index} says tokens are {header.dtype.name}, the manifest says {entry.dtype}: it was replaced. Prepare "
+                f"the data again."
+            )
+        # Sequences begin at byte offsets kept in the index; Megatron may split a document into several sequences.
+        view = np.memmap(index, dtype=np.uint8, mode="r").view(np.ndarray)
+        offsets = view[header.offsets_at : header.offsets_at + 8 * header.sequences].view("<i8")
+        documents = view[header.documents_at : header.documents_at + 8 * header.documents].view("<i8")
+        first, count = entry.first_document, entry.documents
+        if first + count + 1 > header.documents:
+            raise DataError(
+                f"{index} holds {header.documents - 1:,} documents, the manifest says {first + count:,} or more."
+            )
+        is_plain = header.documents == header.sequences + 1
+        starts = offsets[first : first + count] if is_plain else offsets[documents[first : first + count]]
+        self.starts: np.ndarray = starts
+        """Byte offset at which each document of the entry begins; mapped, and not aligned: search it by `bisect`."""
+        self.itemsize = header.dtype.itemsize
+        self.first_byte = int(starts[0]) if count else 0
+        self._fd = os.open(tokens, os.O_RDONLY)
+        found = os.fstat(self._fd)
+        self._opened = found.st_size, found.st_mtime_ns
+        self._inode = found.st_ino
+        self._looked = time.monotonic()
+        is_last = first + count + 1 == header.documents
+        end = found.st_size if is_last else int(offsets[documents[first + count]])
+        if end - self.first_byte != entry.tokens * self.itemsize or end > found.st_size:
+            raise DataError(
+                f"{tokens} has {(end - self.first_byte) // self.itemsize:,} tokens where the manifest says "
+                f"{entry.tokens:,}: truncated or replaced. Prepare the data again."
+            )
+
+    def __del__(self) -> None:
+        if hasattr(self, "_fd"):
+            os.close(self._fd)
+
+    def read(self, start: int, out: np.ndarray) -> None:
+        """Fill `out` (contiguous, of the entry's dtype) with tokens from `start` of the entry on."""
+        at = self.first_byte + start * self.itemsize
+        got = os.preadv(self._fd, [out], at)
+        size = out.nbytes
+        while got < size:  # a signal may interrupt a read
+            more = os.preadv(self._fd, [out.view(np.uint8).reshape(-1)[got:]], at + got)
+            if not more:
+                raise DataError(f"{self.path} ends at byte {at + got:,}, where more was read before: it was cut short.")
+            got += more
+
+    def is_unchanged(self) -> bool:
+        """Whether the file is still the one that was opened. Call after reading: what was read before is then good."""
+        found = os.fstat(self._fd)
+        if (found.st_size, found.st_mtime_ns) != self._opened:
+            return False
+        if not found.st_nlink:
+            return self._may_vanish
+        if time.monotonic() - self._looked > _LOOK_EVERY_S:
+            self._looked = time.monotonic()
+            try:
+                return os.stat(self.path).st_ino == self._inode
+            except OSError:
+                return False
+        return True
+
+
+class Shelf:
+    """The shards that are open: a bounded number of them, whoever reads. Safe for threads."""
+
+    def __init__(
+        self, find: Callable[[ShardEntry, str], Path], *, activity: Activity, may_vanish: bool = False
+    ) -> None:
+        """find(entry, suffix): a verified local file of a shard; may_vanish: one that others may remove."""
+        self._may_vanish = may_vanish
+        self._find = find
+        self.activity = activity
+        self._lock = threading.Lock()
+        self._open: OrderedDict[tuple[str, int], OpenShard] = OrderedDict()
+
+    def open(self, entry: ShardEntry) -> OpenShard:
+        """The entry's shard, opened if it was not."""
+        key = entry.path, entry.first_document
+        with self._lock:
+            if key in self._open:
+                self._open.move_to_end(key)
+                return self._open[key]
+        with self.activity.of(f"opening {entry.path}"):
+            try:
+                shard = OpenShard(
+                    entry, self._find(entry, "bin"), self._find(entry, "idx"), may_vanish=self._may_vanish
+                )
+            except OSError as error:
+                raise DataError(f"{entry.path} cannot be opened: {error.strerror or error}.") from error
+        with self._lock:
+            shard = self._open.setdefault(key, shard)
+            while len(self._open) > _OPEN_SHARDS:
+                self._open.popitem(last=False)
+        return shard
+
+    def forget(self, shard: OpenShard) -> None:
+        """Open this shard anew, and verify it, when it is next read."""
+        with self._lock:
+            self._open.pop((shard.entry.path, shard.entry.first_document), None)
+
+
+class TokenStream:
+    """The tokens of some shard entries, one after the other. Positions are tokens from the start of the first."""
+
+    def __init__(self, entries: Sequence[ShardEntry], shelf: Shelf) -> None:
+        self.entries = list(entries)
+        self._shelf = shelf
+        self.shard_starts = np.concatenate([[0], np.cumsum([e.tokens for e in entries], dtype=np.int64)]).astype(
+            np.int64
+        )
+        """Position at which each entry begins, and the end."""
+        self.documents_before = np.concatenate([[0], np.cumsum([e.documents for e in entries], dtype=np.int64)])
+        self.tokens = int(self.shard_starts[-1])
+        self.documents = int(self.documents_before[-1])
+        dtypes = {np.dtype(entry.dtype) for entry in entries}
+        self.dtype = np.result_type(*dtypes) if dtypes else np.dtype("<u2")
+        self._is_uniform = len(dtypes) <= 1
+
+    def read_rows(self, starts: np.ndarray, out: np.ndarray, where: np.ndarray) -> None:
+        """Fill row where[i] of `out` ([rows, tokens], rows contiguous) with the tokens from starts[i] on."""
+        if not len(starts):
+            return
+        first = np.searchsorted(self.shard_starts, starts, side="right") - 1
+        is_simple = (starts + out.shape[1] <= self.shard_starts[first + 1]) & (
+            self._is_uniform and out.dtype == self.dtype
+        )
+        if is_simple.all() and (first == first[0]).all():
+            self._read_from(int(first[0]), starts, out, where)
+            return
+        for shard in np.unique(first[is_simple]).tolist():
+            here = np.flatnonzero(is_simple & (first == shard))
+            self._read_from(shard, starts[here], out, where[here])
+        for row in np.flatnonzero(~is_simple).tolist():
+            self.read(int(starts[row]), out[where[row]])
+
+    def read(self, start: int, out: np.ndarray) -> None:
+        """Fill `out` (contiguous, of `dtype`) with the tokens from `start` on, over as many shards as it takes."""
+        which, done = int(np.searchsorted(self.shard_starts, start, side="right")) - 1, 0
+        while done < len(out):
+            count = min(len(out) - done, int(self.shard_starts[which + 1]) - start - done)
+            part = out[done : done + count]
+            dtype = np.dtype(self.entries[which].dtype)
+            raw = part if dtype == part.dtype else np.empty(count, dtype=dtype)
+            self._read_from(which, np.array([start + done]), raw[None, :], np.zeros(1, dtype=np.int64))
+            if raw is not part:
+                part[:] = raw
+            done += count
+            which += 1
+
+    def document_starts(self, low: int, high: int) -> tuple[np.ndarray, int]:
+        """Positions in low <= position < high at which documents begin, and the number of the first of them."""
+        parts, number = [], -1
+        which = int(np.searchsorted(self.shard_starts, low, side="right")) - 1
+        while which < len(self.entries) and self.shard_starts[which] < high:
+            shard = self._shelf.open(self.entries[which])
+            base = int(self.shard_starts[which])
+            lo, hi = (shard.first_byte + (place - base) * shard.itemsize for place in (low, high))
+            a, b = bisect.bisect_left(shard.starts, lo), bisect.bisect_left(shard.starts, hi)
+            if number < 0:
+                number = int(self.documents_before[which]) + int(a)
+            parts.append((np.asarray(shard.starts[a:b]) - shard.first_byte) // shard.itemsize + base)
+            which += 1
+        return (np.concatenate(parts) if parts else np.empty(0, dtype=np.int64)), max(number, 0)
+
+    def document_span(self, document: int) -> tuple[int, int]:
+        """Where a document (numbered over all entries) begins and ends in the stream."""
+        which = int(np.searchsorted(self.documents_before, document, side="right")) - 1
+        shard, local = self._shelf.open(self.entries[which]), document - int(self.documents_before[which])
+        base = int(self.shard_starts[which])
+        start = base + (int(shard.starts[local]) - shard.first_byte) // shard.itemsize
+        if local + 1 < len(shard.starts):
+            return start, base + (int(shard.starts[local + 1]) - shard.first_byte) // shard.itemsize
+        return start, int(self.shard_starts[which + 1])
+
+    def _read_from(self, which: int, starts: np.ndarray, out: np.ndarray, where: np.ndarray) -> None:
+        """Rows of `out` from one entry, read again from a verified file where it changed meanwhile."""
+        entry = self.entries[which]
+        places = list(zip(where.tolist(), (starts - self.shard_starts[which]).tolist(), strict=True))
+        while True:
+            shard = self._shelf.open(entry)
+            with self._shelf.activity.of(f"reading {entry.path}.bin"):
+                for row, start in places:
+                    shard.read(start, out[row])
+            if shard.is_unchanged():
+                return
+            self._shelf.forget(shard)

@@ -1,0 +1,325 @@
+"""Reading bad, changing and distant files: an error that names the file before a model sees a wrong token."""
+
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import fsspec
+import numpy as np
+import pytest
+from shards import random_documents, write_folder
+
+from data.cache import Activity, RemoteFolder
+from data.config import CacheConfig, DataConfig, SourceConfig
+from data.dataset import open_dataset
+from data.errors import DataError
+from data.manifest import MANIFEST, Manifest, read_manifest
+from data.verify import VERIFIED, Verifier
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    documents = random_documents(90, seed=1)
+    write_folder(tmp_path / "data", {"a": [documents[:30], documents[30:60], documents[60:]]})
+    return tmp_path / "data"
+
+
+def config_of(folder: Path | str, **changes: object) -> DataConfig:
+    fields = {"folder": str(folder), "sources": {"a": SourceConfig(path="-")}, "row_tokens": 16} | changes
+    return DataConfig(**fields)  # type: ignore[arg-type]
+
+
+SHARD = "a.train-00001"
+
+
+def flip(path: Path, at: int = 40, *, keep_time: bool = False) -> None:
+    """Change one byte in place."""
+    before = path.stat()
+    with path.open("r+b") as stream:
+        stream.seek(at)
+        byte = stream.read(1)[0]
+        stream.seek(at)
+        stream.write(bytes([byte ^ 1]))
+    if keep_time:
+        os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+
+def truncate(path: Path) -> None:
+    os.truncate(path, path.stat().st_size - 2)
+
+
+def empty(path: Path) -> None:
+    os.truncate(path, 0)
+
+
+def other_dtype(path: Path) -> None:
+    raw = bytearray(path.read_bytes())
+    assert raw[17] == 8
+    raw[17] = 3
+    path.write_bytes(raw)
+
+
+@pytest.mark.parametrize(
+    ("suffix", "damage", "message"),
+    [
+        ("bin", truncate, "bytes long, the manifest says"),
+        ("bin", empty, "0 bytes long, the manifest says"),
+        ("idx", empty, "0 bytes long, the manifest says"),
+        ("bin", flip, "does not match its checksum"),
+        ("idx", lambda path: flip(path, -8 + os.path.getsize(path)), "does not match its checksum"),
+        ("idx", other_dtype, "does not match its checksum"),
+        ("bin", os.remove, "is missing"),
+    ],
+)
+@pytest.mark.parametrize("opened_before", [False, True])
+def test_damage_is_found_when_data_is_opened(folder: Path, suffix, damage, message: str, opened_before: bool) -> None:
+    if opened_before:
+        open_dataset(config_of(folder))
+        assert (folder / VERIFIED).exists()
+    path = folder / f"{SHARD}.{suffix}"
+    damage(path)
+    with pytest.raises(DataError, match=message) as caught:
+        open_dataset(config_of(folder))
+    assert str(path) in str(caught.value)
+
+
+@pytest.mark.parametrize("mode", ["auto", "always", "never"])
+def test_what_each_mode_finds_of_a_change_that_hides(folder: Path, mode: str) -> None:
+    """A byte changed with the old time put back: only `always` reads everything again."""
+    open_dataset(config_of(folder, verify=mode))
+    flip(folder / f"{SHARD}.bin", keep_time=True)
+    if mode == "always":
+        with pytest.raises(DataError, match="checksum"):
+            open_dataset(config_of(folder, verify=mode))
+    else:
+        open_dataset(config_of(folder, verify=mode))
+
+
+def test_checksums_are_taken_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    hashed: list[str] = []
+    from data import verify
+
+    real = verify.file_sha256
+    monkeypatch.setattr(verify, "file_sha256", lambda path: (hashed.append(path.name), real(path))[1])
+    open_dataset(config_of(folder))
+    assert len(hashed) == 8
+    open_dataset(config_of(folder))
+    assert len(hashed) == 8
+    os.utime(folder / f"{SHARD}.bin")  # touched, not changed
+    open_dataset(config_of(folder))
+    assert hashed[8:] == [f"{SHARD}.bin"]
+
+
+def test_sets_beyond_the_budget_are_named_not_read(folder: Path, monkeypatch, caplog) -> None:
+    monkeypatch.setattr("data.verify.BUDGET_BYTES", 100)
+    flip(folder / f"{SHARD}.bin")
+    dataset = open_dataset(config_of(folder))
+    assert "have not been checked" in caplog.text and "data.inspect" in caplog.text
+    dataset.training_rows(np.arange(dataset.train[0].count))
+    flip(folder / f"{SHARD}.bin")  # put right again, but changed since it was first seen
+    dataset.training_rows(np.arange(5))
+    flip(folder / f"{SHARD}.bin")
+    with pytest.raises(DataError, match="does not match its checksum"):
+        dataset.training_rows(np.arange(dataset.train[0].count))
+
+
+@pytest.mark.parametrize("verify", ["auto", "never"])
+@pytest.mark.parametrize("how", ["in place", "by rename", "cut short"])
+def test_a_shard_replaced_while_it_is_read_is_named(folder: Path, how: str, verify: str, monkeypatch) -> None:
+    monkeypatch.setattr("data.reader._LOOK_EVERY_S", 0.0)
+    dataset = open_dataset(config_of(folder, verify=verify))
+    every = np.arange(dataset.train[0].count)
+    dataset.training_rows(every)
+    path = folder / f"{SHARD}.bin"
+    match how:
+        case "in place":
+            flip(path)
+        case "by rename":
+            other = path.with_suffix(".new")
+            other.write_bytes(path.read_bytes()[:-2] + b"\x07\x00")
+            other.rename(path)
+        case "cut short":
+            os.truncate(path, 60)
+    with pytest.raises(DataError, match=r"a\.train-00001\.bin"):
+        dataset.training_rows(every)
+
+
+def test_a_shard_put_back_unchanged_is_read_on(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("data.reader._LOOK_EVERY_S", 0.0)
+    dataset = open_dataset(config_of(folder))
+    every = np.arange(dataset.train[0].count)
+    before = dataset.training_rows(every)
+    path = folder / f"{SHARD}.bin"
+    copy = path.with_suffix(".copy")
+    copy.write_bytes(path.read_bytes())
+    copy.rename(path)
+    assert (dataset.training_rows(every).tokens == before.tokens).all()
+
+
+def rewrite(folder: Path, **changes: object) -> None:
+    """Change the manifest's entry of the second shard, checksums and all, as a wrong tool would."""
+    manifest = read_manifest(folder)
+    source = manifest.sources["a"]
+    entries = list(source.splits["train"])
+    entries[1] = replace(entries[1], **changes)  # type: ignore[arg-type]
+    source = replace(source, splits=source.splits | {"train": entries})
+    text = json.dumps(asdict(Manifest(manifest.tokenizer, manifest.request, {"a": source})))
+    (folder / MANIFEST).write_text(text)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"dtype": "int32"}, "says tokens are uint16, the manifest says int32"),
+        ({"tokens": 100}, "tokens where the manifest says 100"),
+        ({"documents": 31}, "documents, the manifest says 31"),
+        ({"first_document": 3}, "documents, the manifest says 33"),
+    ],
+)
+def test_index_and_manifest_that_disagree(folder: Path, changes: dict, message: str) -> None:
+    rewrite(folder, **changes)
+    dataset = open_dataset(config_of(folder))
+    with pytest.raises(DataError, match=message) as caught:
+        dataset.training_rows(np.arange(dataset.train[0].count))
+    assert SHARD in str(caught.value)
+
+
+def test_ids_beyond_the_vocabulary_are_named_with_their_shard(folder: Path) -> None:
+    bad = np.array([5, 6, 299, 0])
+    manifest = write_folder(folder / "big", {"a": [random_documents(60, seed=2), [bad] * 20]})
+    path = folder / "big" / f"{SHARD}.bin"
+    raw = np.frombuffer(path.read_bytes(), dtype="<u2").copy()
+    raw[raw == 299] = 61_000
+    path.write_bytes(raw.tobytes())
+    from data.manifest import file_facts
+
+    entry = manifest.sources["a"].splits["train"][1]
+    rewrite(folder / "big", files=entry.files | {"bin": file_facts(path)})
+    dataset = open_dataset(config_of(folder / "big"))
+    with pytest.raises(DataError, match=r"a.train-0000[01].bin holds token id 61,000 .* outside the vocabulary of 300"):
+        dataset.training_rows(np.arange(dataset.train[0].count))
+
+
+def test_documents_and_tokens_of_a_run_of_documents(folder: Path, tmp_path: Path) -> None:
+    """An entry that begins inside a shard, as one of an existing Megatron set does."""
+    documents = random_documents(90, seed=1)
+    start = sum(len(d) for d in documents[30:40])
+    rewrite(folder, first_document=10, documents=20, tokens=sum(len(d) for d in documents[40:60]))
+    rows = open_dataset(config_of(folder)).train[0]
+    stream = np.concatenate(documents[:30] + documents[40:])
+    assert rows.stream.tokens == len(stream) and start > 0
+    out = np.empty(len(stream), dtype=np.uint16)
+    rows.stream.read(0, out)
+    assert np.array_equal(out, stream)
+    starts, first = rows.stream.document_starts(0, rows.stream.tokens)
+    assert first == 0 and np.array_equal(
+        starts, np.cumsum([0, *(len(d) for d in documents[:30] + documents[40:])])[:-1]
+    )
+    assert rows.stream.document_span(30) == (starts[30], starts[31])
+
+
+@pytest.fixture
+def store() -> Iterator[fsspec.AbstractFileSystem]:
+    system = fsspec.filesystem("memory")
+    system.store.clear()
+    yield system
+    system.store.clear()
+
+
+def upload(system: fsspec.AbstractFileSystem, folder: Path) -> None:
+    for path in folder.iterdir():
+        system.pipe(f"/bucket/set/{path.name}", path.read_bytes())
+
+
+def test_shards_behind_a_url_are_read_like_local_ones(folder: Path, store, tmp_path: Path) -> None:
+    upload(store, folder)
+    local = open_dataset(config_of(folder))
+    far = open_dataset(config_of("memory://bucket/set", cache=CacheConfig(folder=str(tmp_path / "cache"))))
+    every = np.arange(2 * local.train[0].count)
+    assert (far.training_rows(every).labels == local.training_rows(every).labels).all()
+    store.rm("/bucket/set/a.train-00000.bin")  # it has been fetched: not needed again
+    again = open_dataset(config_of("memory://bucket/set", cache=CacheConfig(folder=str(tmp_path / "cache"))))
+    assert (again.training_rows(every).tokens == local.training_rows(every).tokens).all()
+
+
+def test_copies_keep_to_their_budget_and_are_fetched_again(folder: Path, store, tmp_path: Path) -> None:
+    upload(store, folder)
+    largest = max(p.stat().st_size for p in folder.glob("*.bin"))
+    config = config_of(
+        "memory://bucket/set", cache=CacheConfig(folder=str(tmp_path / "cache"), gib=3.5 * largest / 2**30)
+    )
+    dataset = open_dataset(config)
+    local = open_dataset(config_of(folder)).training_rows(np.arange(200)).labels
+    assert (dataset.training_rows(np.arange(200)).labels == local).all()
+    copies = [p for p in (tmp_path / "cache").rglob("*") if p.suffix in (".bin", ".idx")]
+    assert sum(p.stat().st_size for p in copies) <= 3.5 * largest
+    assert len(copies) < 6
+    assert (open_dataset(config).training_rows(np.arange(200)).labels == local).all()
+
+
+class Flaky:
+    """A file system whose reads fail, or end early, the first times."""
+
+    def __init__(self, system: fsspec.AbstractFileSystem, failures: int) -> None:
+        self._system, self.failures = system, failures
+
+    def open(self, path: str, mode: str) -> object:
+        if self.failures > 0:
+            self.failures -= 1
+            if self.failures % 2:
+                raise ConnectionError("connection reset")
+            import io
+
+            return io.BytesIO(self._system.cat(path)[:-7])
+        return self._system.open(path, mode)
+
+
+@pytest.mark.parametrize(("failures", "works"), [(3, True), (9, False)])
+def test_transfers_that_fail_are_tried_again(folder: Path, store, tmp_path: Path, failures: int, works: bool) -> None:
+    upload(store, folder)
+    pauses: list[float] = []
+    config = CacheConfig(folder=str(tmp_path / "cache"), retries=4)
+    remote = RemoteFolder("memory://bucket/set", config, Activity(), sleep=pauses.append)
+    remote._system = Flaky(store, failures)
+    facts = read_manifest(folder).sources["a"].splits["train"][1].files["bin"]
+    if works:
+        assert remote.local(f"{SHARD}.bin", facts).read_bytes() == (folder / f"{SHARD}.bin").read_bytes()
+        assert pauses == [1, 2, 4]
+    else:
+        with pytest.raises(DataError, match=f"memory://bucket/set/{SHARD}.bin cannot be fetched after 5 attempts"):
+            remote.local(f"{SHARD}.bin", facts)
+        assert pauses == [1, 2, 4, 8]
+    assert not list((tmp_path / "cache").rglob("*fetching*"))
+
+
+def test_a_damaged_or_missing_remote_file_is_named_and_never_kept(folder: Path, store, tmp_path: Path) -> None:
+    upload(store, folder)
+    store.pipe(f"/bucket/set/{SHARD}.bin", (folder / f"{SHARD}.bin").read_bytes()[:-1] + b"\x09")
+    store.rm("/bucket/set/a.train-00002.bin")
+    remote = RemoteFolder("memory://bucket/set", CacheConfig(folder=str(tmp_path / "cache")), Activity())
+    entries = read_manifest(folder).sources["a"].splits["train"]
+    with pytest.raises(DataError, match=f"memory://bucket/set/{SHARD}.bin does not match its checksum"):
+        remote.local(f"{SHARD}.bin", entries[1].files["bin"])
+    with pytest.raises(DataError, match=r"a.train-00002.bin does not exist"):
+        remote.local("a.train-00002.bin", entries[2].files["bin"])
+    assert not [p for p in (tmp_path / "cache").rglob("*") if p.suffix == ".bin"]
+
+
+def test_a_fetch_that_was_killed_leaves_nothing_that_counts(folder: Path, store, tmp_path: Path) -> None:
+    upload(store, folder)
+    facts = read_manifest(folder).sources["a"].splits["train"][1].files["bin"]
+    remote = RemoteFolder("memory://bucket/set", CacheConfig(folder=str(tmp_path / "cache")), Activity())
+    remote.folder.mkdir(parents=True)
+    left = remote.folder / f"{SHARD}.bin.fetching-999999"
+    left.write_bytes(b"half")
+    assert remote.local(f"{SHARD}.bin", facts).stat().st_size == facts.bytes
+    assert not left.exists()
+
+
+def test_verifier_survives_a_damaged_note(folder: Path) -> None:
+    (folder / VERIFIED).write_text("{")
+    Verifier(folder, mode="auto")
+    open_dataset(config_of(folder))
+    assert json.loads((folder / VERIFIED).read_text())
