@@ -8,7 +8,7 @@ python -m train.generate -cn smoke +generate.checkpoint=runs/smoke/checkpoints/s
 
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
@@ -16,7 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 from data.command import dotted_keys, run_command
 from data.fields import Count, Fraction, NonNegativeFloat, PositiveInt
 from data.typed import FieldError, build
-from train.config import ParallelConfig, Recipe
+from train.config import Recipe
 from train.errors import USER_ERRORS, CheckpointError, RecipeError
 
 
@@ -63,50 +63,38 @@ def _generate(composed: DictConfig) -> int:
 def stream_text(recipe: Recipe, config: GenerateConfig) -> Iterator[str]:
     """Yield the prompt and then the text the model writes, in pieces as they become whole characters.
 
-    Raises CheckpointError where the run has no checkpoint yet.
+    A run without a checkpoint is read where it starts from (`run.start_from`). Raises CheckpointError where there is
+    neither.
     """
     from train.parallel.device import choose_device, prepare
-    from train.run import check, mesh_of, open_data
+    from train.run import model_on_one_rank, open_tokenizer
 
-    one = replace(recipe, parallel=ParallelConfig(), run=replace(recipe.run, global_rows=1, microbatch_rows=1))
-    layout = check(one, world=1)
     device = choose_device(recipe.run.device)
-    dataset = open_data(recipe)
+    tokenizer, tokenizer_file = open_tokenizer(recipe)
     prepare(device)
 
-    from train.checkpoint.manager import CheckpointFolder
-    from train.checkpoint.storage import read_manifest, read_weights
+    from train.checkpoint.manager import CheckpointFolder, checkpoint_at
     from train.evaluate.generate import Sampling, generate
-    from train.model.backend import ReferenceBackend
-    from train.model.build import build_model
 
-    if config.checkpoint is not None:
-        path = Path(config.checkpoint)
-        read_manifest(path)
-    else:
-        folder = Path(recipe.run.folder) / recipe.run.name / "checkpoints"
-        found = CheckpointFolder(folder, recipe.checkpoint).newest()
-        if found is None:
+    folder = Path(recipe.run.folder) / recipe.run.name / "checkpoints"
+    found = CheckpointFolder(folder, recipe.checkpoint).newest() if config.checkpoint is None else None
+    if found is None:
+        place = config.checkpoint or recipe.run.start_from
+        if place is None:
             raise CheckpointError(f"{folder} holds no checkpoint. Train first: python -m train -cn <recipe>.")
-        path = found[0]
-
-    tokenizer = dataset.tokenizer
-    with mesh_of(one, layout, device=device, rank=0) as mesh:
-        chunks = build_model(
-            one.model,
-            parallel=one.parallel,
-            precision=one.precision,
-            run=one.run,
-            row_tokens=one.data.row_tokens,
-            mesh=mesh,
-            backend=ReferenceBackend(),
+        found = checkpoint_at(place)
+    path, manifest = found
+    if manifest.tokenizer and manifest.tokenizer != tokenizer.fingerprint:
+        raise CheckpointError(
+            f"{path} was trained with another tokenizer than {tokenizer_file}: its text would be gibberish. Point "
+            f"data.folder at the data it was trained on."
         )
-        read_weights(path, chunks, groups=mesh.groups)
+    with model_on_one_rank(recipe, path, device=device) as model:
         ids = tokenizer.encode(config.prompt) or [tokenizer.eod]
         sampling = Sampling(temperature=config.temperature, top_k=config.top_k, top_p=config.top_p, seed=config.seed)
         decoder = tokenizer.incremental_decoder()
         yield config.prompt
-        for token in generate(chunks[0], ids, tokens=config.tokens, sampling=sampling, end_of_document=tokenizer.eod):
+        for token in generate(model, ids, tokens=config.tokens, sampling=sampling, end_of_document=tokenizer.eod):
             yield decoder.feed(token)
         yield decoder.finish()
 

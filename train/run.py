@@ -8,7 +8,7 @@ import logging
 import os
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +17,8 @@ import yaml
 
 from data.errors import DataError
 from data.stream import Dataset, Stream, open_dataset
-from train.config import Recipe
+from data.tokenizer import TOKENIZER_FILE, Tokenizer, load_tokenizer
+from train.config import ParallelConfig, Recipe
 from train.errors import BackendError, CheckpointError, RecipeError
 from train.model.pattern import flops_per_token, parameters
 from train.parallel.device import choose_device, prepare
@@ -81,6 +82,14 @@ def open_data(recipe: Recipe) -> Dataset:
             f"prepare the data again with a tokenizer of {recipe.model.vocab:,}."
         )
     return dataset
+
+
+def open_tokenizer(recipe: Recipe) -> tuple[Tokenizer, Path]:
+    """The tokenizer of a recipe and its file: that of the prepared data, or before any is prepared the recipe's own."""
+    path = Path(recipe.data.folder) / TOKENIZER_FILE
+    if not path.is_file() and recipe.data.tokenizer.path is not None:
+        path = Path(recipe.data.tokenizer.path)
+    return load_tokenizer(path, recipe.data.tokenizer), path
 
 
 def check_folder(folder: Path, recipe: Recipe) -> None:
@@ -180,6 +189,30 @@ def build_engine(recipe: Recipe, mesh: Mesh, *, weights: Path | None = None, tok
         microbatch_rows=recipe.run.microbatch_rows,
         reset_at_documents=recipe.data.reset_at_documents,
     )
+
+
+@contextmanager
+def model_on_one_rank(recipe: Recipe, checkpoint: Path, *, device: torch.device) -> Iterator[Any]:
+    """The whole model of a recipe in this process with a checkpoint's weights, for reading: plain torch, in eval mode."""
+    prepare(device)
+    from train.checkpoint.storage import read_weights
+    from train.model.backend import ReferenceBackend
+    from train.model.build import build_model
+
+    one = replace(recipe, parallel=ParallelConfig(), run=replace(recipe.run, global_rows=1, microbatch_rows=1))
+    layout = check(one, world=1)
+    with mesh_of(one, layout, device=device, rank=0) as mesh:
+        chunks = build_model(
+            one.model,
+            parallel=one.parallel,
+            precision=one.precision,
+            run=one.run,
+            row_tokens=one.data.row_tokens,
+            mesh=mesh,
+            backend=ReferenceBackend(),
+        )
+        read_weights(checkpoint, chunks, groups=mesh.groups)
+        yield chunks[0].eval()
 
 
 def _train(recipe: Recipe, *, mesh: Mesh, dataset: Dataset, folder: Path) -> RunEnd:

@@ -39,6 +39,8 @@ class Rule:
     move: Literal["rows", "groups"] = "rows"
     pads: bool = False
     """Ours may have more rows than theirs: vocabularies rounded up for parallelism."""
+    full: bool = False
+    """Stays fp32 in a bf16 model: small rates want more digits."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,7 @@ class Pair:
     theirs: dict[str, Shape]
     move: Literal["rows", "groups"]
     pads: bool
+    full: bool
     queries_per_group: int
     head_dim: int
 
@@ -74,9 +77,9 @@ _MAMBA = (
         {"mixer.conv1d.bias.x": "d", "mixer.conv1d.bias.B": "n", "mixer.conv1d.bias.C": "n"},
         {"mixer.conv1d.bias": "d+2n"},
     ),
-    Rule({"mixer.dt_bias": "m"}, {"mixer.dt_bias": "m"}),
-    Rule({"mixer.A_log": "m"}, {"mixer.A_log": "m"}),
-    Rule({"mixer.D": "m"}, {"mixer.D": "m"}),
+    Rule({"mixer.dt_bias": "m"}, {"mixer.dt_bias": "m"}, full=True),
+    Rule({"mixer.A_log": "m"}, {"mixer.A_log": "m"}, full=True),
+    Rule({"mixer.D": "m"}, {"mixer.D": "m"}, full=True),
     Rule({"mixer.norm.weight": "d"}, {"mixer.norm.weight": "d"}),
     Rule({"mixer.out_proj.weight": "h d"}, {"mixer.out_proj.weight": "h d"}),
 )
@@ -187,6 +190,7 @@ def _pair(rule: Rule, ours: str, theirs: str, *, sizes: dict[str, int], model: M
         theirs={theirs + name: _shape(text, sizes) for name, text in rule.theirs.items()},
         move=rule.move,
         pads=rule.pads,
+        full=rule.full,
         queries_per_group=model.heads // model.kv_heads,
         head_dim=model.head_dim,
     )

@@ -1,0 +1,115 @@
+"""`python -m train.hf import|export|check`: models to and from Hugging Face's format, and the proof that they agree.
+
+    python -m train.hf export runs/smoke --out exports/smoke       a run's newest checkpoint -> a directory for transformers
+    python -m train.hf import exports/smoke --out imports/smoke    a directory -> a checkpoint, and a recipe that starts from it
+    python -m train.hf check runs/smoke exports/smoke              both models on real text, block by block
+
+Exit status: 0 done, and the two agree; 1 they do not agree; 2 something that cannot be read, converted or written.
+"""
+
+import argparse
+import logging
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from train.errors import USER_ERRORS
+from train.parallel.device import choose_device, prepare
+
+TEXT = "package:shakespeare"
+"""Real text that comes with this project."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Entry point of `python -m train.hf`."""
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    parsed = _parser().parse_args(arguments)
+    try:
+        prepare(choose_device(parsed.device))
+        from train.hf import command  # Megatron must wait for `prepare`
+
+        match parsed.command:
+            case "export":
+                return command.export_model(parsed)
+            case "import":
+                return command.import_model(parsed)
+            case _:
+                return command.check_models(parsed)
+    except USER_ERRORS + (OSError,) as error:
+        sys.stderr.write(f"error: {error}\n")
+        return 2
+    except KeyboardInterrupt:
+        sys.stderr.write("error: interrupted; nothing was left behind.\n")
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m train.hf", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="import|export|check")
+
+    check_options = argparse.ArgumentParser(add_help=False)
+    group = check_options.add_argument_group("the comparison")
+    group.add_argument("--text", default=TEXT, help=f"text to run on: a file, folder or glob (default: {TEXT})")
+    group.add_argument("--rows", type=_positive, default=2, help="rows of text (default: 2)")
+    group.add_argument("--tokens", type=_positive, default=257, help="tokens of a row (default: 257)")
+    group.add_argument(
+        "--check-dtype", choices=("fp32", "bf16"), default="fp32", help="both compute in it (default: fp32)"
+    )
+    group.add_argument("--device", choices=("auto", "cpu", "cuda"), default="cpu", help="where both run (default: cpu)")
+    group.add_argument("--tolerance", type=float, help="largest relative error (default: 1e-4; bf16 5e-2)")
+    group.add_argument(
+        "--open-clamp",
+        action="store_true",
+        help="Nemotron-H: compare without transformers' lower bound on dt (time_step_min in config.json), as the "
+        "published weights were trained",
+    )
+    converting = argparse.ArgumentParser(add_help=False)
+    converting.add_argument("--out", type=Path, required=True, help="folder to make; it must not hold anything yet")
+    converting.add_argument("--name", help="what the model is called (default: the name of --out)")
+    converting.add_argument(
+        "--dtype",
+        choices=("keep", "fp32", "bf16"),
+        default="keep",
+        help="format the weights are stored in; A_log, D and dt_bias stay fp32 (default: as they are, bit for bit)",
+    )
+    converting.add_argument("--no-check", action="store_true", help="convert only; compare later with `check`")
+
+    export = commands.add_parser(
+        "export", parents=[converting, check_options], help="a checkpoint -> a directory that transformers loads"
+    )
+    export.add_argument("checkpoint", type=Path, help="run folder (its newest checkpoint) or checkpoint folder")
+    export.add_argument("--tokenizer", type=Path, help="tokenizer.json (default: that of the run's prepared data)")
+    export.add_argument("--max-positions", type=_positive, help="max_position_embeddings (default: data.row_tokens)")
+    export.add_argument("--vocab", type=_positive, help="rows of the embedding to write, where ours was padded")
+    export.add_argument("--file-gb", type=float, default=5.0, help="largest weight file, in GB (default: 5)")
+
+    importing = commands.add_parser(
+        "import",
+        parents=[converting, check_options],
+        help="a directory -> a checkpoint and a recipe that starts from it",
+    )
+    importing.add_argument("directory", type=Path, help="directory with config.json and *.safetensors")
+    importing.add_argument(
+        "--vocab-multiple",
+        type=_positive,
+        default=1,
+        help="round the vocabulary up to a multiple of this, e.g. 8 for parallel.tensor=8 (default: 1)",
+    )
+
+    check = commands.add_parser("check", parents=[check_options], help="both models on real text, block by block")
+    check.add_argument("checkpoint", type=Path, help="run folder, checkpoint folder, or folder of an import")
+    check.add_argument("directory", type=Path, help="directory in Hugging Face's format")
+    return parser
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
+    return value
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,202 @@
+"""The model card of an exported directory: what a stranger needs to judge and to repeat a model, on one page.
+
+recipe, manifest of the checkpoint, metrics of its run, comparison with transformers --> README.md, recipe.yaml, loss.png
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
+
+from train.checkpoint.storage import Manifest
+from train.config import Recipe
+from train.hf.check import Agreement
+from train.hf.config import SpecialTokens, family_of
+from train.hf.convert import Converted
+from train.model.pattern import KINDS, counts, flops_per_token, parameters
+from train.report import RunRecord, draw, read_run
+
+_ARTICLES = {
+    "nemotron_h": ("Nemotron-H", "arXiv 2504.03624, 2508.14444"),
+    "gemma2": ("Gemma 2", "arXiv 2408.00118"),
+}
+
+
+@dataclass(frozen=True)
+class Release:
+    """What a card is written from."""
+
+    name: str
+    recipe: Recipe
+    manifest: Manifest
+    checkpoint: Path
+    converted: Converted
+    tokens: SpecialTokens
+    agreement: Agreement | None
+    unchecked_because: str
+    """Why `agreement` is missing."""
+
+
+def write_card(folder: Path, release: Release) -> None:
+    """Write README.md, recipe.yaml, and loss.png where the run's metrics are still there, into `folder`."""
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(release.manifest.recipe, sort_keys=False))
+    record = _record(release.checkpoint)
+    if record is not None and record.steps:
+        draw(record, folder / "loss.png", title=release.name)
+    (folder / "README.md").write_text("\n".join(_page(release, record)) + "\n")
+
+
+def _record(checkpoint: Path) -> RunRecord | None:
+    run = checkpoint.parent.parent
+    return read_run(run) if (run / "metrics.jsonl").exists() else None
+
+
+def _page(release: Release, record: RunRecord | None) -> list[str]:
+    recipe, manifest = release.recipe, release.manifest
+    family = family_of(recipe.model)
+    name, papers = _ARTICLES[family]
+    head = {
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        "tags": [family, "pretraining", "stratum"],
+    }
+    return [
+        "---",
+        yaml.safe_dump(head, sort_keys=False).strip(),
+        "---",
+        "",
+        f"# {release.name}",
+        "",
+        f"A language model of the {name} family ({papers}) with {release.converted.parameters:,} parameters, after "
+        f"{manifest.tokens:,} tokens. It is a base model: it continues text, it was not taught to follow instructions.",
+        "",
+        *_model(release),
+        *_use(release),
+        *_evaluation(record, manifest.step),
+        *_training(release, record),
+        *_data(release),
+        *_lineage(release, record),
+        *_conversion(release),
+    ]
+
+
+def _model(release: Release) -> list[str]:
+    model = release.recipe.model
+    count = parameters(model)
+    layers = ", ".join(f"{number} {KINDS[kind]}" for kind, number in counts(model.pattern).items() if number)
+    tied = "; the head is the embedding" if model.tie_embeddings else ""
+    return [
+        "## Model",
+        "",
+        *_table(
+            {
+                "layers": f"`{model.pattern}` ({layers})",
+                "hidden size": f"{model.hidden:,}",
+                "parameters": f"{count.total:,}, of them {count.embedding + count.head:,} embedding and head{tied}",
+                "vocabulary": f"{model.vocab:,}",
+                "row length in training": f"{release.recipe.data.row_tokens:,} tokens",
+                "training FLOPs per token": f"{flops_per_token(model, release.recipe.data.row_tokens).total:.4g}",
+            }
+        ),
+    ]
+
+
+def _use(release: Release) -> list[str]:
+    return [
+        "",
+        "## Use",
+        "",
+        "```python",
+        "from transformers import AutoModelForCausalLM, AutoTokenizer",
+        "",
+        f'tokenizer = AutoTokenizer.from_pretrained("{release.name}")',
+        f'model = AutoModelForCausalLM.from_pretrained("{release.name}")',
+        'prompt = tokenizer("Once", return_tensors="pt")',
+        "print(tokenizer.decode(model.generate(**prompt, max_new_tokens=100)[0]))",
+        "```",
+        "",
+        "No code of this directory is run: the class is transformers' own.",
+    ]
+
+
+def _evaluation(record: RunRecord | None, step: int) -> list[str]:
+    lines = ["", "## Evaluation", ""]
+    known = [at for at in record.evaluations if at <= step] if record is not None else []
+    if record is None or not known:
+        return [*lines, "No evaluation of this checkpoint was recorded."]
+    first, last = min(known), max(known)
+    lines += ["Held-out text of each source, bits per byte (comparable across tokenizers):", ""]
+    lines += [f"| source | step {first} | step {last} |", "|---|---|---|"]
+    for name, value in record.evaluations[last].items():
+        lines.append(f"| {name} | {record.evaluations[first].get(name, float('nan')):.3f} | {value:.3f} |")
+    if last != step:
+        lines += ["", f"The checkpoint is of step {step}; the last evaluation before it was at step {last}."]
+    return lines
+
+
+def _training(release: Release, record: RunRecord | None) -> list[str]:
+    recipe, manifest = release.recipe, release.manifest
+    rows = {
+        "steps": f"{manifest.step:,} of {recipe.run.steps:,}",
+        "tokens": f"{manifest.tokens:,}, {recipe.run.global_rows * recipe.data.row_tokens:,} a step",
+        "optimizer": f"AdamW, peak learning rate {recipe.optim.lr:g}, betas {recipe.optim.beta1}/{recipe.optim.beta2}, "
+        f"weight decay {recipe.optim.weight_decay}, clip {recipe.optim.clip_norm}",
+        "schedule": f"{recipe.schedule.kind}, warm-up {recipe.schedule.warmup}, decay {recipe.schedule.decay} "
+        f"({recipe.schedule.unit})",
+        "precision": f"{recipe.precision.params} weights, linear layers: {recipe.precision.scaling}",
+        "objective": recipe.objective.kind,
+    }
+    lines = ["", "## Training", "", *_table(rows), "", "The whole recipe: [recipe.yaml](recipe.yaml)."]
+    if record is not None and record.steps:
+        steps = [line for step, line in record.steps.items() if step <= manifest.step]
+        lines += ["", "![training loss, learning rate and held-out bits per byte](loss.png)"]
+        if steps:
+            lines += ["", f"Training loss {steps[0]['loss']:.4f} -> {steps[-1]['loss']:.4f} nats per token."]
+    return lines
+
+
+def _data(release: Release) -> list[str]:
+    recipe, manifest = release.recipe, release.manifest
+    total = sum(source.weight for source in recipe.data.sources.values())
+    lines = ["", "## Data", ""]
+    if manifest.data_hash:
+        lines += [f"Data manifest `{manifest.data_hash}`; tokenizer `{manifest.tokenizer or 'not recorded'}`.", ""]
+        lines += ["| source | share of rows | path |", "|---|---|---|"]
+        for name, source in recipe.data.sources.items():
+            lines.append(f"| {name} | {100 * source.weight / total:.1f} % | `{source.path}` |")
+    else:
+        lines.append("Not known: the weights were not trained by this project.")
+    return lines
+
+
+def _lineage(release: Release, record: RunRecord | None) -> list[str]:
+    manifest = release.manifest
+    layout = ", ".join(f"{key} {value}" for key, value in manifest.layout.items() if value > 1) or "one process"
+    rows = {
+        "checkpoint": f"`{release.checkpoint.name}` of run `{release.recipe.run.name}`, position {manifest.position:,}",
+        "layout": layout,
+        "versions": ", ".join(f"{key} {value}" for key, value in manifest.versions.items()),
+        "started from": f"`{release.recipe.run.start_from}`" if release.recipe.run.start_from else "random weights",
+    }
+    if release.recipe.objective.teacher:
+        rows["teacher"] = f"`{release.recipe.objective.teacher}`"
+    if record is not None and record.resumes:
+        rows["resumed after steps"] = ", ".join(map(str, record.resumes))
+    return ["", "## Lineage", "", *_table(rows)]
+
+
+def _conversion(release: Release) -> list[str]:
+    lines = ["", "## Conversion", ""]
+    size = f"{release.converted.tensors:,} tensors, {release.converted.nbytes / 1e9:.3g} GB."
+    if release.agreement is None:
+        return [*lines, f"{size} **Not compared with transformers**: {release.unchecked_because}"]
+    agreement = release.agreement
+    lines += [f"{size} Compared with transformers' implementation, block by block:", ""]
+    lines += [f"- {line}" for line in agreement.summary()]
+    details = ["", "<details><summary>Every block</summary>", "", *agreement.table(), "", "</details>"]
+    return [*lines, *details]
+
+
+def _table(rows: dict[str, str]) -> Sequence[str]:
+    return ["| | |", "|---|---|", *(f"| {key} | {value} |" for key, value in rows.items())]

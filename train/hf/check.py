@@ -1,0 +1,329 @@
+"""Do two implementations compute the same function? Our model beside transformers', block by block, on the same tokens.
+
+    ours, theirs, tokens --> Agreement: a row per block, logits, greedy continuation; the first block that drifts
+
+A block of ours is measured twice. *Alone*: it is given the other side's input, so its error is its own; the measure is
+the difference of what the two add to the residual stream, over the size of what theirs adds. *So far*: each side has run
+on its own input from the tokens on, so errors of earlier blocks are in it. A block drifts when its own error is beyond
+the tolerance; rounding of the residual stream is allowed for where a block adds little to a large stream.
+"""
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from train.errors import BackendError, CheckpointError
+from train.evaluate.generate import Sampling, forward_cached, generate
+from train.hf.mapping import Family, layer_name
+from train.model.context import LayerCaches
+
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2}
+"""Largest relative error by the format both sides compute in."""
+
+_ROUNDINGS = 32
+"""Roundings of the residual stream that a block's error may hold beside the tolerance."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One place in the model."""
+
+    theirs: str
+    ours: str
+    alone: float
+    """Relative error given the other side's input."""
+    limit: float
+    """What `alone` may be at most."""
+    error: float
+    """Relative error of the output, so far."""
+    cosine: float
+    """Cosine of the outputs, so far."""
+
+    @property
+    def drifts(self) -> bool:
+        """Whether this place computes something else. A NaN drifts."""
+        return not self.alone <= self.limit
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """What came out of a comparison."""
+
+    rows: list[Row]
+    tokens: int
+    tolerance: float
+    dtype: str
+    logits_worst: float
+    """Largest difference of a logit over the largest logit."""
+    same_choice: float
+    """Share of places where both find the same token likeliest."""
+    generated: int
+    """Tokens continued greedily by both."""
+    generated_same: int
+    """How many of them agree, from the first on."""
+    is_tie: bool
+    """Where they part, the two candidates are as close as rounding."""
+
+    @property
+    def first_drift(self) -> Row | None:
+        """The first place that computes something else."""
+        return next((row for row in self.rows if row.drifts), None)
+
+    @property
+    def problems(self) -> list[str]:
+        """Why the two are not the same function; empty where they are."""
+        found = []
+        if (row := self.first_drift) is not None:
+            others = sum(other.drifts for other in self.rows) - 1
+            more = f" ({others} more do)" if others else ""
+            found.append(
+                f"{row.theirs} (our {row.ours}) is the first that drifts{more}: relative error {row.alone:.2g} on the "
+                f"same input, {row.limit:.1g} allowed."
+            )
+        if not self.logits_worst <= self.tolerance:
+            found.append(f"logits differ by {self.logits_worst:.2g} of the largest, {self.tolerance:.0e} allowed.")
+        if self.generated_same < self.generated and not self.is_tie:
+            found.append(f"greedy continuations part after {self.generated_same} of {self.generated} tokens.")
+        return found
+
+    def table(self) -> list[str]:
+        """The comparison as lines of a Markdown table."""
+        lines = ["| place | ours | alone | so far | cosine | |", "|---|---|---|---|---|---|"]
+        first = self.first_drift
+        for row in self.rows:
+            mark = ("**first that drifts**" if row is first else "drifts") if row.drifts else ""
+            lines.append(
+                f"| {row.theirs} | {row.ours} | {row.alone:.1e} | {row.error:.1e} | {row.cosine:.8f} | {mark} |"
+            )
+        return lines
+
+    def summary(self) -> list[str]:
+        """The rest, a line each."""
+        tie = " (then a tie)" if self.is_tie and self.generated_same < self.generated else ""
+        return [
+            f"{self.tokens:,} tokens of text in {self.dtype}: logits within {self.logits_worst:.1e} of the largest, "
+            f"{self.tolerance:.0e} allowed; the same likeliest token at {100 * self.same_choice:.2f} % of the places.",
+            f"Greedy continuation: {self.generated_same} of {self.generated} tokens the same{tie}.",
+        ]
+
+
+def load_theirs(folder: Path, *, dtype: torch.dtype, device: torch.device, open_clamp: bool = False) -> Any:
+    """transformers' model of a directory, no code of the directory run. BackendError where the package is missing.
+
+    open_clamp: let transformers' Nemotron-H use dt below `time_step_min`, as it was trained. CheckpointError where weights
+    are missing or left over.
+    """
+    transformers = _transformers()
+    with _quiet(transformers):
+        config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        if open_clamp and hasattr(config, "time_step_min"):
+            config.time_step_min = 1e-30
+        model, loading = transformers.AutoModelForCausalLM.from_pretrained(
+            folder,
+            config=config,
+            dtype=dtype,
+            attn_implementation="eager",
+            local_files_only=True,
+            trust_remote_code=False,
+            use_safetensors=True,
+            output_loading_info=True,
+        )
+    problems = [
+        f"{kind.replace('_', ' ')}: {', '.join(sorted(map(str, loading[kind]))[:8])}"
+        for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")
+        if loading.get(kind)
+    ]
+    if problems:
+        raise CheckpointError(f"transformers does not take {folder} as it is: {'; '.join(problems)}.")
+    return model.eval().to(device)
+
+
+def load_their_tokenizer(folder: Path) -> Any:
+    """transformers' tokenizer of a directory."""
+    transformers = _transformers()
+    with _quiet(transformers):
+        return transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+
+
+@torch.no_grad()
+def compare(
+    ours: Any,
+    theirs: Any,
+    tokens_BS: torch.Tensor,
+    *,
+    family: Family,
+    tolerance: float | None = None,
+    continue_tokens: int = 20,
+) -> Agreement:
+    """Run both models on the same tokens and compare every block, the logits and a greedy continuation.
+
+    ours: the whole model on this rank, in eval mode. tolerance: None takes that of the format.
+    """
+    dtype = next(ours.parameters()).dtype
+    tolerance = TOLERANCE[dtype] if tolerance is None else tolerance
+    positions = torch.arange(tokens_BS.shape[1], device=tokens_BS.device).expand_as(tokens_BS)
+    base = theirs.model
+    layers, blocks = list(ours.decoder.layers), list(base.layers)
+    final = getattr(base, "norm_f", None) or base.norm
+    with _traced([*layers, ours.decoder.final_norm]) as our_calls:
+        our_logits = ours(tokens_BS, positions, None).float()
+    with _traced([*blocks, final]) as their_calls:
+        their_logits = theirs(tokens_BS, use_cache=False).logits.float()
+    our_logits = our_logits[..., : their_logits.shape[-1]]
+
+    rows = []
+    first_ours, first_theirs = our_calls[0].input.transpose(0, 1), their_calls[0].input
+    error = _relative(first_ours, first_theirs)
+    rows.append(Row("embedding", "embedding", error, tolerance, error, _cosine(first_ours, first_theirs)))
+    per_block = len(layers) // len(blocks)
+    assert per_block * len(blocks) == len(layers), f"{len(layers)} layers of ours, {len(blocks)} blocks of theirs"
+    for index, call in enumerate(their_calls[:-1]):
+        members = range(index * per_block, (index + 1) * per_block)
+        hidden = call.input.transpose(0, 1).contiguous()
+        for member in members:
+            hidden = our_calls[member].again(hidden)
+        added = call.output - call.input
+        size, stream = _norm(added), _norm(call.output)
+        rounding = _ROUNDINGS * torch.finfo(dtype).eps * stream / size if size else 0.0
+        output = our_calls[members[-1]].output.transpose(0, 1)
+        rows.append(
+            Row(
+                theirs=layer_name(family, members[0]),
+                ours=f"layers {members[0]} and {members[-1]}" if per_block > 1 else f"layer {members[0]}",
+                alone=_norm(hidden.transpose(0, 1) - call.output) / size if size else math.inf,
+                limit=tolerance + rounding,
+                error=_relative(output, call.output),
+                cosine=_cosine(output, call.output),
+            )
+        )
+    last, their_last = our_calls[-1], their_calls[-1]
+    normed = last.again(their_last.input.transpose(0, 1).contiguous()).transpose(0, 1)
+    output = last.output.transpose(0, 1)
+    rows.append(
+        Row(
+            theirs="final norm",
+            ours="final norm",
+            alone=_relative(normed, their_last.output),
+            limit=tolerance,
+            error=_relative(output, their_last.output),
+            cosine=_cosine(output, their_last.output),
+        )
+    )
+    error = _relative(our_logits, their_logits)
+    head_alone = error if not any(row.drifts for row in rows) else 0.0  # its input differs already
+    rows.append(Row("logits", "logits", head_alone, tolerance, error, _cosine(our_logits, their_logits)))
+    same, is_tie = _continue(ours, theirs, tokens_BS[0, : min(32, tokens_BS.shape[1])], continue_tokens, tolerance)
+    return Agreement(
+        rows=rows,
+        tokens=tokens_BS.numel(),
+        tolerance=tolerance,
+        dtype=str(dtype).removeprefix("torch."),
+        logits_worst=float((our_logits - their_logits).abs().max() / their_logits.abs().max()),
+        same_choice=float((our_logits.argmax(-1) == their_logits.argmax(-1)).float().mean()),
+        generated=continue_tokens,
+        generated_same=same,
+        is_tie=is_tie,
+    )
+
+
+def _continue(ours: Any, theirs: Any, prompt_S: torch.Tensor, count: int, tolerance: float) -> tuple[int, bool]:
+    """Greedy tokens that agree from the first on, and whether the first that does not was a tie."""
+    settings = _transformers().GenerationConfig(
+        max_new_tokens=count, min_new_tokens=count, do_sample=False, eos_token_id=None, pad_token_id=0
+    )
+    theirs_ids = theirs.generate(
+        prompt_S[None], attention_mask=torch.ones_like(prompt_S)[None], generation_config=settings
+    )[0, len(prompt_S) :].tolist()
+    prompt = prompt_S.tolist()
+    our_ids = list(generate(ours, prompt, tokens=count, sampling=Sampling(temperature=0.0)))
+    same = next((place for place, (a, b) in enumerate(zip(our_ids, theirs_ids, strict=True)) if a != b), count)
+    if same == count:
+        return count, False
+    before = torch.tensor([prompt + our_ids[:same]], device=prompt_S.device)
+    logits = forward_cached(ours, before, LayerCaches())[0]
+    gap = float((logits[our_ids[same]] - logits[theirs_ids[same]]).abs() / logits.abs().max())
+    return same, gap <= 2 * tolerance
+
+
+@dataclass
+class _Call:
+    """What one module was called with and what it gave."""
+
+    module: Any
+    input: torch.Tensor
+    output: torch.Tensor
+    arguments: dict[str, Any]
+    is_named: bool
+
+    def again(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Call the module once more with another input, all else the same."""
+        if self.is_named:
+            return _first(self.module(hidden_states=hidden, **self.arguments))
+        return _first(self.module(hidden, **self.arguments))
+
+
+@contextmanager
+def _traced(modules: list[Any]) -> Iterator[list[_Call]]:
+    """Record the calls of modules, in the order they finish."""
+    calls: list[_Call] = []
+
+    def record(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        rest = {key: value for key, value in kwargs.items() if key != "hidden_states"}
+        is_named = "hidden_states" in kwargs
+        hidden = kwargs["hidden_states"] if is_named else args[0]
+        calls.append(_Call(module, hidden.detach(), _first(output).detach(), rest, is_named))
+
+    handles = [module.register_forward_hook(record, with_kwargs=True) for module in modules]
+    try:
+        yield calls
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _first(output: Any) -> torch.Tensor:
+    return output[0] if isinstance(output, tuple) else output
+
+
+def _norm(x: torch.Tensor) -> float:
+    return float(x.double().norm())
+
+
+def _relative(ours: torch.Tensor, theirs: torch.Tensor) -> float:
+    size = _norm(theirs)
+    return _norm(ours.double() - theirs.double()) / size if size else math.inf
+
+
+def _cosine(ours: torch.Tensor, theirs: torch.Tensor) -> float:
+    a, b = ours.double().flatten(), theirs.double().flatten()
+    return float(a @ b / (a.norm() * b.norm()))
+
+
+def _transformers() -> Any:
+    try:
+        import transformers
+    except ImportError as error:
+        raise BackendError(
+            "comparing with transformers needs the package: pip install -e '.[hf]' (import and export do not)."
+        ) from error
+    return transformers
+
+
+@contextmanager
+def _quiet(transformers: Any) -> Iterator[None]:
+    """Without transformers' advice and bars about loading."""
+    logging = transformers.utils.logging
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()

@@ -1,0 +1,361 @@
+"""What `python -m train.hf` does, assembled: conversion, tokenizer, recipe or card, comparison, in this order.
+
+Everything is written into a folder beside the target, which gets its name when the two models agree. Import this module
+after `train.parallel.device.prepare`.
+"""
+
+import argparse
+import json
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import psutil
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+from data.config import SourceConfig, TokenizerConfig
+from data.corpus import documents
+from data.errors import DataError
+from data.tokenizer import load_tokenizer
+from train.checkpoint import storage
+from train.checkpoint.manager import checkpoint_at
+from train.checkpoint.tensors import StoredTensors
+from train.config import ModelConfig, PrecisionConfig, Recipe
+from train.errors import BackendError, CheckpointError, RecipeError
+from train.hf import card, tokens
+from train.hf.check import Agreement, compare, load_their_tokenizer, load_theirs
+from train.hf.config import CONFIG, NO_CLAMP, clamp_of, family_of, from_config, read_config, to_config
+from train.hf.convert import different_weights, export_weights, import_weights
+from train.hf.files import WeightFiles
+from train.hf.recipe import Imported, imported_recipe, recipe_text
+from train.model.pattern import parameters
+from train.parallel.device import choose_device
+from train.recipe import recipe_from_mapping
+from train.run import model_on_one_rank, open_tokenizer
+
+_BAR_FROM_BYTES = 100_000_000
+
+
+@dataclass(frozen=True)
+class CheckOptions:
+    """How a comparison is run."""
+
+    text: str
+    rows: int
+    row_tokens: int
+    dtype: str
+    device: str
+    tolerance: float | None
+    open_clamp: bool
+
+
+def export_model(parsed: argparse.Namespace) -> int:
+    path, manifest = checkpoint_at(parsed.checkpoint)
+    recipe = _recipe_of(manifest.recipe, path)
+    family_of(recipe.model)
+    end_of_document = recipe.data.tokenizer.end_of_document
+    if parsed.tokenizer is not None:
+        file = parsed.tokenizer
+        tokenizer = load_tokenizer(file, recipe.data.tokenizer)
+    else:
+        try:
+            tokenizer, file = open_tokenizer(recipe)
+        except DataError as error:
+            raise RecipeError(f"{error} Or name the file: --tokenizer PATH.") from error
+    tokens.check_fingerprint(tokenizer, manifest.tokenizer, path=file)
+    special = tokens.special_tokens(file, end_of_document=end_of_document)
+    positions = parsed.max_positions or recipe.data.row_tokens
+    stored = StoredTensors(path)
+    name = parsed.name or parsed.out.name
+    with _aside(parsed.out, needed=sum(entry.nbytes for entry in stored.weights.values())) as folder:
+        with _bar(f"exporting {name}", folder, stored) as advance:
+            converted = export_weights(
+                stored,
+                folder,
+                model=recipe.model,
+                format=parsed.dtype,
+                vocab=parsed.vocab,
+                file_bytes=int(parsed.file_gb * 1e9),
+                advance=advance,
+            )
+        formats = {entry.dtype for entry in WeightFiles(folder).entries.values()}
+        dtype = "bfloat16" if torch.bfloat16 in formats else "float32"
+        config = to_config(recipe.model, tokens=special, max_positions=positions, dtype=dtype, vocab=parsed.vocab)
+        (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+        tokens.write_tokenizer(folder, file, special, max_positions=positions)
+        tokens.write_generation_config(folder, special)
+        agreement, why = _compare_unless(parsed, recipe, checkpoint=path, folder=folder)
+        release = card.Release(name, recipe, manifest, path, converted, special, agreement, why)
+        card.write_card(folder, release)
+        if agreement is not None and agreement.problems:
+            return _refuse(agreement, f"{parsed.out} was not written")
+    _say(
+        f"wrote {parsed.out}: {converted.parameters:,} parameters, {converted.nbytes / 1e9:.3g} GB, model card README.md"
+    )
+    return _conclude(agreement, why, f"python -m train.hf check {parsed.checkpoint} {parsed.out}")
+
+
+def import_model(parsed: argparse.Namespace) -> int:
+    config = read_config(parsed.directory)
+    theirs = from_config(config, where=str(parsed.directory / CONFIG))
+    step = parsed.vocab_multiple
+    model = replace(theirs, vocab=-(-theirs.vocab // step) * step)
+    files = WeightFiles(parsed.directory)
+    name = parsed.name or parsed.out.name
+    is_bf16 = any(entry.dtype == torch.bfloat16 for entry in files.entries.values())
+    params = {"keep": "bf16" if is_bf16 else "fp32"}.get(parsed.dtype, parsed.dtype)
+    end_of_document = tokens.end_of_document_of(parsed.directory, config)
+    imported = Imported(
+        name=name,
+        source=str(parsed.directory),
+        checkpoint=parsed.out / "checkpoint",
+        model=model,
+        params=params,
+        tokenizer=parsed.out / tokens.TOKENIZER if end_of_document is not None else None,
+        end_of_document=end_of_document,
+        row_tokens=min(int(config.get("max_position_embeddings", 1024)), 1024),
+    )
+    recipe = imported_recipe(imported)
+    with _aside(parsed.out, needed=files.nbytes) as folder:
+        writing = folder / ".checkpoint.writing"
+        writing.mkdir()
+        with _bar(f"importing {name}", folder, files) as advance:
+            converted = import_weights(files, writing, model=model, format=params, vocab=theirs.vocab, advance=advance)
+        manifest = storage.Manifest(
+            step=0,
+            position=0,
+            tokens=0,
+            layout={},
+            recipe=json.loads(json.dumps(asdict(recipe))),
+            data_hash="",
+            files={},
+            versions=storage.versions(),
+            tokenizer=_copy_tokenizer(parsed.directory, folder, end_of_document),
+        )
+        storage.publish(writing, folder / "checkpoint", manifest)
+        shutil.copyfile(parsed.directory / CONFIG, folder / "hf_config.json")
+        (folder / f"{name}.yaml").write_text(recipe_text(imported))
+        agreement, why = _compare_unless(parsed, recipe, checkpoint=folder / "checkpoint", folder=parsed.directory)
+        if agreement is not None and agreement.problems:
+            return _refuse(agreement, f"{parsed.out} was not written", config=config)
+    _say(
+        f"wrote {parsed.out}: {converted.parameters:,} parameters in {parsed.out}/checkpoint; the recipe is {name}.yaml:"
+    )
+    for program in ("data.prepare", "train", "train.generate"):
+        _say(f"  python -m {program} --config-dir {parsed.out} -cn {name}")
+    return _conclude(agreement, why, f"python -m train.hf check {parsed.out} {parsed.directory}")
+
+
+def check_models(parsed: argparse.Namespace) -> int:
+    place = parsed.checkpoint / "checkpoint" if (parsed.checkpoint / "checkpoint").is_dir() else parsed.checkpoint
+    path, manifest = checkpoint_at(place)
+    recipe = _recipe_of(manifest.recipe, path)
+    config = read_config(parsed.directory)
+    theirs = from_config(config, where=str(parsed.directory / CONFIG))
+    differing = _different_fields(recipe.model, theirs)
+    if differing:
+        raise RecipeError(
+            f"{parsed.directory / CONFIG} describes another model than {path}:\n  " + "\n  ".join(differing)
+        )
+    files, stored = WeightFiles(parsed.directory), StoredTensors(path)
+    vocab = theirs.vocab
+    different = different_weights(stored, files, model=recipe.model, vocab=vocab)
+    _say(
+        f"weights: {len(files.entries) - len(different)} of {len(files.entries)} tensors hold the same numbers"
+        + (f"; not {', '.join(different[:8])}{', ...' if len(different) > 8 else ''}" if different else "")
+    )
+    agreement = _compare(_options(parsed), recipe, checkpoint=path, folder=parsed.directory)
+    if agreement.problems or different:
+        problems = [*agreement.problems]
+        if different:
+            problems.append(f"{len(different)} tensors hold other numbers than the checkpoint, e.g. {different[0]}.")
+        return _refuse(agreement, "the two are not the same model", problems=problems, config=config)
+    return _conclude(agreement, "", "")
+
+
+def _compare_unless(
+    parsed: argparse.Namespace, recipe: Recipe, *, checkpoint: Path, folder: Path
+) -> tuple[Agreement | None, str]:
+    """Compare after a conversion, or say why not: asked not to, no transformers, not enough memory for both models."""
+    if parsed.no_check:
+        return None, "--no-check was given."
+    options = _options(parsed)
+    count = parameters(recipe.model).total
+    needed = 2 * count * (4 if options.dtype == "fp32" else 2)
+    available = psutil.virtual_memory().available
+    if options.device == "cpu" and needed > 0.9 * available:
+        return None, f"both models need {needed / 1e9:.0f} GB of memory, {available / 1e9:.0f} GB are free here."
+    try:
+        return _compare(options, recipe, checkpoint=checkpoint, folder=folder), ""
+    except BackendError as error:
+        return None, str(error)
+
+
+def _compare(options: CheckOptions, recipe: Recipe, *, checkpoint: Path, folder: Path) -> Agreement:
+    """Our model of a checkpoint beside transformers' of a directory, on real text."""
+
+    device = choose_device(options.device)  # type: ignore[arg-type]
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[options.dtype]
+    theirs = load_theirs(folder, dtype=dtype, device=device, open_clamp=options.open_clamp)
+    batch = _batch(options, recipe, folder).to(device)
+    plain = replace(recipe, precision=PrecisionConfig(params=options.dtype))  # type: ignore[arg-type]
+    with model_on_one_rank(plain, checkpoint, device=device) as ours:
+        return compare(ours, theirs, batch, family=family_of(recipe.model), tolerance=options.tolerance)
+
+
+def _batch(options: CheckOptions, recipe: Recipe, folder: Path) -> torch.Tensor:
+    """Rows of real text in the directory's own tokenizer, [rows, row_tokens], from places spread over the text."""
+    source = SourceConfig(path=options.text, max_bytes=4_000_000)
+    text = "\n".join(document.text for document in documents("check", source))
+    theirs = load_their_tokenizer(folder)
+    ids = theirs(text, add_special_tokens=False)["input_ids"]
+    wanted = options.rows * options.row_tokens
+    if len(ids) < wanted:
+        raise DataError(f"{options.text} has {len(ids):,} tokens, {wanted:,} are needed. Lower --rows or --tokens.")
+    sample = text[:20_000]
+    try:
+        ours = load_tokenizer(folder / tokens.TOKENIZER, recipe.data.tokenizer).encode(sample)
+    except DataError as error:
+        _say(f"note: the tokenizer was not compared: {error}")
+    else:
+        if ours != theirs(sample, add_special_tokens=False)["input_ids"]:
+            raise CheckpointError(f"{folder}: transformers and this project make other token ids of the same text.")
+    window = recipe.model.window_tokens
+    if "w" in recipe.model.pattern and options.row_tokens <= window:
+        _say(
+            f"note: rows of {options.row_tokens:,} tokens fit into the window of {window:,}, so local attention is not "
+            f"told from global. Use --tokens {window + 256}."
+        )
+    gap = (len(ids) - options.row_tokens) // max(1, options.rows - 1) if options.rows > 1 else 0
+    return torch.tensor([ids[row * gap : row * gap + options.row_tokens] for row in range(options.rows)])
+
+
+def _options(parsed: argparse.Namespace) -> CheckOptions:
+    return CheckOptions(
+        text=parsed.text,
+        rows=parsed.rows,
+        row_tokens=parsed.tokens,
+        dtype=parsed.check_dtype,
+        device=parsed.device,
+        tolerance=parsed.tolerance,
+        open_clamp=parsed.open_clamp,
+    )
+
+
+def _recipe_of(mapping: dict[str, object], path: Path) -> Recipe:
+    if not mapping:
+        raise CheckpointError(f"{path} does not say which recipe it is of, so its model is not known.")
+    return recipe_from_mapping(mapping)
+
+
+def _different_fields(ours: ModelConfig, theirs: ModelConfig) -> list[str]:
+    """Fields of the two models that disagree and matter to the function. Our vocabulary may be padded."""
+    family = family_of(ours)
+    free = {"init_std", "vocab", "mamba_chunk", "window_tokens" if "w" not in ours.pattern else "", "query_scale"}
+    free |= {"rope_base", "rope_scaling", "rope_factor", "rope_original_tokens"} if ours.position == "none" else set()
+    if family == "nemotron_h":
+        free.add("tie_embeddings")  # written as two equal matrices
+    else:
+        free |= {name for name in asdict(ours) if name.startswith("mamba_")}
+    pairs = [(name, value, asdict(theirs)[name]) for name, value in asdict(ours).items() if name not in free]
+    pairs.append(("query_scale", ours.query_scale or ours.head_dim, theirs.query_scale or theirs.head_dim))
+    pairs = [(name, a.replace("|", "") if name == "pattern" else a, b) for name, a, b in pairs]
+    found = [f"model.{name}: {a} in the checkpoint, {b} in {CONFIG}" for name, a, b in pairs if a != b]
+    if ours.vocab < theirs.vocab:
+        found.append(f"model.vocab: {ours.vocab} in the checkpoint, {theirs.vocab} in {CONFIG}")
+    return found
+
+
+def _copy_tokenizer(directory: Path, folder: Path, end_of_document: str | None) -> str:
+    """Take the tokenizer along. -> its fingerprint, empty where there is none or this project cannot read it."""
+    if end_of_document is None:
+        _say(f"note: {directory} has no {tokens.TOKENIZER}; set data.tokenizer in the recipe before preparing data.")
+        return ""
+    shutil.copyfile(directory / tokens.TOKENIZER, folder / tokens.TOKENIZER)
+    try:
+        config = TokenizerConfig(end_of_document=end_of_document)
+        return load_tokenizer(folder / tokens.TOKENIZER, config).fingerprint
+    except DataError as error:
+        _say(f"note: {error}")
+        return ""
+
+
+@contextmanager
+def _aside(out: Path, *, needed: int) -> Iterator[Path]:
+    """A folder beside `out` that becomes `out` when the block ends, and disappears when it fails or returns early."""
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise RecipeError(f"{out} is not empty. Choose another --out; nothing is overwritten.")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(out.parent).free
+    if free < needed:
+        raise RecipeError(f"{out} needs {needed / 1e9:.3g} GB, {free / 1e9:.3g} GB are free there.")
+    folder = out.with_name(f".{out.name}.writing")
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    finished = False
+    try:
+        yield folder
+        finished = True
+    finally:
+        if not finished:
+            shutil.rmtree(folder, ignore_errors=True)
+    if out.exists():
+        out.rmdir()
+    folder.rename(out)
+
+
+@contextmanager
+def _bar(title: str, folder: Path, source: object) -> Iterator[Callable[[int], None]]:
+    """A progress bar in bytes for models that take a while, on a terminal."""
+    weights = getattr(source, "weights", None) or getattr(source, "entries", {})
+    total = sum(entry.nbytes for entry in weights.values())
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=Console(stderr=True), disable=total < _BAR_FROM_BYTES) as progress:
+        task = progress.add_task(title, total=total)
+        yield lambda nbytes: progress.advance(task, nbytes)
+
+
+def _conclude(agreement: Agreement | None, why: str, command: str) -> int:
+    if agreement is None:
+        _say(f"NOT COMPARED with transformers: {why}\nA conversion is done when the two agree: {command}")
+        return 0
+    _show(agreement)
+    _say("The two agree.")
+    return 0
+
+
+def _refuse(
+    agreement: Agreement, verdict: str, *, problems: list[str] | None = None, config: dict[str, object] | None = None
+) -> int:
+    _show(agreement)
+    sys.stdout.flush()
+    sys.stderr.write(f"error: {verdict}:\n")
+    for problem in agreement.problems if problems is None else problems:
+        sys.stderr.write(f"  {problem}\n")
+    clamp = clamp_of(config or {})
+    if clamp:
+        sys.stderr.write(
+            f"  {CONFIG} has time_step_min={clamp}: transformers clamps dt there, which the published weights were not "
+            f"trained with. --open-clamp compares without; in {CONFIG}, {NO_CLAMP} does.\n"
+        )
+    return 1
+
+
+def _show(agreement: Agreement) -> None:
+    for line in [*agreement.table(), "", *agreement.summary()]:
+        _say(line)
+
+
+def _say(text: str) -> None:
+    sys.stdout.write(text + "\n")

@@ -1,0 +1,195 @@
+"""Weights from our checkpoints to Hugging Face's files and back, one pair of tensors at a time.
+
+    export_weights(checkpoint, folder)     StoredTensors --to_theirs--> WeightWriter
+    import_weights(folder, checkpoint)     WeightFiles   --to_ours-->   write_weights
+
+Peak memory is that of the largest pair (the embedding, or a fused projection with its parts), whatever the size of the
+model. Names and shapes of both sides are compared before anything is written; what is missing, extra or of another shape
+is an error that names it. Neither direction computes anything, so there and back gives the same bits.
+"""
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from train.checkpoint.tensors import StoredTensor, StoredTensors, write_weights
+from train.config import ModelConfig
+from train.errors import CheckpointError
+from train.hf.config import family_of
+from train.hf.files import Entry, WeightFiles, WeightWriter
+from train.hf.mapping import Family, Pair, Shape, pairs, to_ours, to_theirs
+
+Format = Literal["keep", "fp32", "bf16"]
+"""How weights are stored: as they are, or converted. A_log, D and dt_bias stay fp32 in bf16, as a bf16 run has them."""
+
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+_LISTED = 8
+
+
+@dataclass(frozen=True)
+class Converted:
+    """What was written."""
+
+    tensors: int
+    parameters: int
+    nbytes: int
+
+
+def export_weights(
+    stored: StoredTensors,
+    folder: Path,
+    *,
+    model: ModelConfig,
+    format: Format = "keep",
+    vocab: int | None = None,
+    file_bytes: int = 5_000_000_000,
+    advance: Callable[[int], None] = lambda nbytes: None,
+) -> Converted:
+    """Write `*.safetensors` (and their index) into `folder` from a checkpoint of any layout.
+
+    vocab: rows of the embedding to write where ours was padded. advance: told the bytes of each tensor written.
+    Raises CheckpointError naming weights that are missing, extra or mis-shaped.
+    """
+    found = pairs(model, family_of(model), vocab=vocab)
+    expected = {name: shape for pair in found for name, shape in pair.ours.items()}
+    compare_names(expected, {name: entry.shape for name, entry in stored.weights.items()}, where=str(stored.folder))
+    plan = [
+        Entry(name, shape, _stored_as(format, stored.weights[next(iter(pair.ours))].dtype, pair))
+        for pair in found
+        for name, shape in pair.theirs.items()
+    ]
+    formats = {entry.name: entry.dtype for entry in plan}
+    with WeightWriter(folder, plan, file_bytes=file_bytes) as writer:
+        for pair in found:
+            dtype = formats[next(iter(pair.theirs))]
+            tensors = [stored.read(name).to(dtype) for name in pair.ours]
+            for name, tensor in zip(pair.theirs, to_theirs(pair, tensors), strict=True):
+                writer.add(name, tensor)
+                advance(tensor.nbytes)
+    return _sum(plan)
+
+
+def import_weights(
+    files: WeightFiles,
+    folder: Path,
+    *,
+    model: ModelConfig,
+    format: Format = "keep",
+    vocab: int | None = None,
+    advance: Callable[[int], None] = lambda nbytes: None,
+) -> Converted:
+    """Write a checkpoint of weights into the empty `folder` from a directory's `*.safetensors`.
+
+    vocab: rows their embedding has where `model.vocab` has more. The manifest is the caller's.
+    Raises CheckpointError naming weights that are missing, extra or mis-shaped.
+    """
+    family = family_of(model)
+    found = pairs(model, family, vocab=vocab)
+    names = their_names(files, family, model)
+    check_theirs(found, files, names, where=str(files.folder))
+    pair_of = {name: pair for pair in found for name in pair.ours}
+    weights = {
+        name: StoredTensor(shape, _stored_as(format, _their_dtype(files, names, pair), pair))
+        for pair in found
+        for name, shape in pair.ours.items()
+    }
+    held: dict[str, torch.Tensor] = {}  # what the pair being written has not given yet
+
+    def read(name: str) -> torch.Tensor:
+        if name not in held:
+            pair = pair_of[name]
+            tensors = [files.read(names[theirs]).to(weights[name].dtype) for theirs in pair.theirs]
+            held.update(zip(pair.ours, to_ours(pair, tensors), strict=True))
+        tensor = held.pop(name)
+        advance(tensor.nbytes)
+        return tensor
+
+    write_weights(folder, weights, read)
+    return _sum([Entry(name, stored.shape, stored.dtype) for name, stored in weights.items()])
+
+
+def their_names(files: WeightFiles, family: Family, model: ModelConfig) -> dict[str, str]:
+    """Names as the table spells them: names in the files. Two spellings of the same are understood.
+
+    transformers calls Nemotron-H's stack `model.` inside and `backbone.` in files; buffers that old versions saved are
+    left out, and so is a copy of a tied head.
+    """
+    names = {}
+    for name in files.entries:
+        if name.endswith("rotary_emb.inv_freq") or (family == "gemma2" and name == "lm_head.weight"):
+            continue
+        spelled = name
+        if family == "nemotron_h" and name.startswith("model."):
+            spelled = "backbone." + name.removeprefix("model.")
+        names[spelled] = name
+    return names
+
+
+def check_theirs(found: Iterable[Pair], files: WeightFiles, names: Mapping[str, str], *, where: str) -> None:
+    """CheckpointError where a directory does not hold exactly the tensors of a model."""
+    expected = {name: shape for pair in found for name, shape in pair.theirs.items()}
+    compare_names(expected, {spelled: files.entries[name].shape for spelled, name in names.items()}, where=where)
+
+
+def compare_names(expected: Mapping[str, Shape], found: Mapping[str, Shape], *, where: str) -> None:
+    """CheckpointError listing what is missing, what is extra, and what has another shape."""
+    problems = []
+    missing = [name for name in expected if name not in found]
+    extra = [name for name in found if name not in expected]
+    if missing:
+        problems.append(f"missing: {_some(missing)}")
+    if extra:
+        problems.append(f"not part of this model: {_some(extra)}")
+    wrong = [name for name in expected if name in found and tuple(found[name]) != expected[name]]
+    if wrong:
+        shapes = [f"{name} is {list(found[name])}, not {list(expected[name])}" for name in wrong]
+        problems.append(f"of another shape: {_some(shapes)}")
+    if problems:
+        raise CheckpointError(
+            f"{where} does not hold the weights its configuration describes:\n  " + "\n  ".join(problems)
+        )
+
+
+def different_weights(stored: StoredTensors, files: WeightFiles, *, model: ModelConfig, vocab: int | None) -> list[str]:
+    """Their names of the tensors whose numbers are not those of our checkpoint, one pair in memory at a time.
+
+    Where the two are stored in different formats the finer one is rounded to the other.
+    """
+    family = family_of(model)
+    names = their_names(files, family, model)
+    different = []
+    for pair in pairs(model, family, vocab=vocab):
+        ours = to_theirs(pair, [stored.read(name) for name in pair.ours])
+        for name, tensor in zip(pair.theirs, ours, strict=True):
+            theirs = files.read(names[name])
+            coarse = min(tensor.dtype, theirs.dtype, key=lambda dtype: torch.finfo(dtype).bits)
+            if not torch.equal(tensor.to(coarse), theirs.to(coarse)):
+                different.append(name)
+    return different
+
+
+def _some(names: list[str]) -> str:
+    more = f", and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
+    return ", ".join(names[:_LISTED]) + more
+
+
+def _their_dtype(files: WeightFiles, names: Mapping[str, str], pair: Pair) -> torch.dtype:
+    dtype = files.entries[names[next(iter(pair.theirs))]].dtype
+    return torch.float32 if dtype == torch.float16 or pair.full else dtype
+
+
+def _stored_as(format: Format, dtype: torch.dtype, pair: Pair) -> torch.dtype:
+    if format == "keep":
+        return dtype
+    return torch.float32 if pair.full else _DTYPES[format]
+
+
+def _sum(plan: list[Entry]) -> Converted:
+    return Converted(
+        tensors=len(plan),
+        parameters=sum(torch.Size(entry.shape).numel() for entry in plan),
+        nbytes=sum(entry.nbytes for entry in plan),
+    )

