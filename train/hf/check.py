@@ -17,10 +17,13 @@ from typing import Any
 
 import torch
 
+from train.config import ModelConfig
 from train.errors import BackendError, CheckpointError
 from train.evaluate.generate import Sampling, forward_cached, generate
-from train.hf.mapping import Family, layer_name
+from train.hf.config import NO_CLAMP, family_of
+from train.hf.mapping import layer_name
 from train.model.context import LayerCaches
+from train.model.pattern import layer_kinds
 
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2}
 """Largest relative error by the format both sides compute in."""
@@ -82,7 +85,7 @@ class Agreement:
             others = sum(other.drifts for other in self.rows) - 1
             more = f" ({others} more do)" if others else ""
             found.append(
-                f"{row.theirs} (our {row.ours}) is the first that drifts{more}: relative error {row.alone:.2g} on the "
+                f"{row.theirs} (ours: {row.ours}) is the first that drifts{more}: relative error {row.alone:.2g} on the "
                 f"same input, {row.limit:.1g} allowed."
             )
         if not self.logits_worst <= self.tolerance:
@@ -119,10 +122,10 @@ def load_theirs(folder: Path, *, dtype: torch.dtype, device: torch.device, open_
     are missing or left over.
     """
     transformers = _transformers()
-    with _quiet(transformers):
+    with quiet():
         config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         if open_clamp and hasattr(config, "time_step_min"):
-            config.time_step_min = 1e-30
+            config.time_step_min = NO_CLAMP
         model, loading = transformers.AutoModelForCausalLM.from_pretrained(
             folder,
             config=config,
@@ -143,11 +146,12 @@ def load_theirs(folder: Path, *, dtype: torch.dtype, device: torch.device, open_
     return model.eval().to(device)
 
 
-def load_their_tokenizer(folder: Path) -> Any:
-    """transformers' tokenizer of a directory."""
+def their_ids(folder: Path, text: str) -> list[int]:
+    """Ids that transformers' tokenizer of a directory gives a text, nothing added."""
     transformers = _transformers()
-    with _quiet(transformers):
-        return transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    with quiet():
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        return tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
 @torch.no_grad()
@@ -156,7 +160,7 @@ def compare(
     theirs: Any,
     tokens_BS: torch.Tensor,
     *,
-    family: Family,
+    model: ModelConfig,
     tolerance: float | None = None,
     continue_tokens: int = 20,
 ) -> Agreement:
@@ -164,6 +168,19 @@ def compare(
 
     ours: the whole model on this rank, in eval mode. tolerance: None takes that of the format.
     """
+    with quiet():
+        return _compare(ours, theirs, tokens_BS, model, tolerance, continue_tokens)
+
+
+def _compare(
+    ours: Any,
+    theirs: Any,
+    tokens_BS: torch.Tensor,
+    model: ModelConfig,
+    tolerance: float | None,
+    continue_tokens: int,
+) -> Agreement:
+    family, kinds = family_of(model), layer_kinds(model.pattern)
     dtype = next(ours.parameters()).dtype
     tolerance = TOLERANCE[dtype] if tolerance is None else tolerance
     positions = torch.arange(tokens_BS.shape[1], device=tokens_BS.device).expand_as(tokens_BS)
@@ -194,7 +211,7 @@ def compare(
         rows.append(
             Row(
                 theirs=layer_name(family, members[0]),
-                ours=f"layers {members[0]} and {members[-1]}" if per_block > 1 else f"layer {members[0]}",
+                ours="layer " + " and ".join(f"{member} `{kinds[member]}`" for member in members),
                 alone=_norm(hidden.transpose(0, 1) - call.output) / size if size else math.inf,
                 limit=tolerance + rounding,
                 error=_relative(output, call.output),
@@ -217,7 +234,10 @@ def compare(
     error = _relative(our_logits, their_logits)
     head_alone = error if not any(row.drifts for row in rows) else 0.0  # its input differs already
     rows.append(Row("logits", "logits", head_alone, tolerance, error, _cosine(our_logits, their_logits)))
-    same, is_tie = _continue(ours, theirs, tokens_BS[0, : min(32, tokens_BS.shape[1])], continue_tokens, tolerance)
+    prompt_S = tokens_BS[0, : min(32, tokens_BS.shape[1])]
+    # transformers' cache asks an attention layer how long it is.
+    has_cache = bool({"*", "w"} & set(kinds))
+    same, is_tie = _continue(ours, theirs, prompt_S, continue_tokens, tolerance, use_cache=has_cache)
     return Agreement(
         rows=rows,
         tokens=tokens_BS.numel(),
@@ -231,10 +251,17 @@ def compare(
     )
 
 
-def _continue(ours: Any, theirs: Any, prompt_S: torch.Tensor, count: int, tolerance: float) -> tuple[int, bool]:
+def _continue(
+    ours: Any, theirs: Any, prompt_S: torch.Tensor, count: int, tolerance: float, *, use_cache: bool
+) -> tuple[int, bool]:
     """Greedy tokens that agree from the first on, and whether the first that does not was a tie."""
     settings = _transformers().GenerationConfig(
-        max_new_tokens=count, min_new_tokens=count, do_sample=False, eos_token_id=None, pad_token_id=0
+        max_new_tokens=count,
+        min_new_tokens=count,
+        do_sample=False,
+        eos_token_id=None,
+        pad_token_id=0,
+        use_cache=use_cache,
     )
     theirs_ids = theirs.generate(
         prompt_S[None], attention_mask=torch.ones_like(prompt_S)[None], generation_config=settings
@@ -315,9 +342,9 @@ def _transformers() -> Any:
 
 
 @contextmanager
-def _quiet(transformers: Any) -> Iterator[None]:
-    """Without transformers' advice and bars about loading."""
-    logging = transformers.utils.logging
+def quiet() -> Iterator[None]:
+    """Without transformers' advice about kernels and its bars; errors are still raised."""
+    logging = _transformers().utils.logging
     level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
     logging.disable_progress_bar()

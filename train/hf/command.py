@@ -28,7 +28,7 @@ from train.checkpoint.tensors import StoredTensors
 from train.config import ModelConfig, PrecisionConfig, Recipe
 from train.errors import BackendError, CheckpointError, RecipeError
 from train.hf import card, tokens
-from train.hf.check import Agreement, compare, load_their_tokenizer, load_theirs
+from train.hf.check import Agreement, compare, load_theirs, their_ids
 from train.hf.config import CONFIG, NO_CLAMP, clamp_of, family_of, from_config, read_config, to_config
 from train.hf.convert import different_weights, export_weights, import_weights
 from train.hf.files import WeightFiles
@@ -205,15 +205,14 @@ def _compare(options: CheckOptions, recipe: Recipe, *, checkpoint: Path, folder:
     batch = _batch(options, recipe, folder).to(device)
     plain = replace(recipe, precision=PrecisionConfig(params=options.dtype))  # type: ignore[arg-type]
     with model_on_one_rank(plain, checkpoint, device=device) as ours:
-        return compare(ours, theirs, batch, family=family_of(recipe.model), tolerance=options.tolerance)
+        return compare(ours, theirs, batch, model=recipe.model, tolerance=options.tolerance)
 
 
 def _batch(options: CheckOptions, recipe: Recipe, folder: Path) -> torch.Tensor:
     """Rows of real text in the directory's own tokenizer, [rows, row_tokens], from places spread over the text."""
     source = SourceConfig(path=options.text, max_bytes=4_000_000)
     text = "\n".join(document.text for document in documents("check", source))
-    theirs = load_their_tokenizer(folder)
-    ids = theirs(text, add_special_tokens=False)["input_ids"]
+    ids = their_ids(folder, text)
     wanted = options.rows * options.row_tokens
     if len(ids) < wanted:
         raise DataError(f"{options.text} has {len(ids):,} tokens, {wanted:,} are needed. Lower --rows or --tokens.")
@@ -223,7 +222,7 @@ def _batch(options: CheckOptions, recipe: Recipe, folder: Path) -> torch.Tensor:
     except DataError as error:
         _say(f"note: the tokenizer was not compared: {error}")
     else:
-        if ours != theirs(sample, add_special_tokens=False)["input_ids"]:
+        if ours != their_ids(folder, sample):
             raise CheckpointError(f"{folder}: transformers and this project make other token ids of the same text.")
     window = recipe.model.window_tokens
     if "w" in recipe.model.pattern and options.row_tokens <= window:

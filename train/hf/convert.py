@@ -88,8 +88,8 @@ def import_weights(
     """
     family = family_of(model)
     found = pairs(model, family, vocab=vocab)
-    names = their_names(files, family, model)
-    check_theirs(found, files, names, where=str(files.folder))
+    names = their_names(files, family)
+    check_theirs(found, files, names)
     pair_of = {name: pair for pair in found for name in pair.ours}
     weights = {
         name: StoredTensor(shape, _stored_as(format, _their_dtype(files, names, pair), pair))
@@ -111,7 +111,7 @@ def import_weights(
     return _sum([Entry(name, stored.shape, stored.dtype) for name, stored in weights.items()])
 
 
-def their_names(files: WeightFiles, family: Family, model: ModelConfig) -> dict[str, str]:
+def their_names(files: WeightFiles, family: Family) -> dict[str, str]:
     """Names as the table spells them: names in the files. Two spellings of the same are understood.
 
     transformers calls Nemotron-H's stack `model.` inside and `backbone.` in files; buffers that old versions saved are
@@ -128,10 +128,12 @@ def their_names(files: WeightFiles, family: Family, model: ModelConfig) -> dict[
     return names
 
 
-def check_theirs(found: Iterable[Pair], files: WeightFiles, names: Mapping[str, str], *, where: str) -> None:
+def check_theirs(found: Iterable[Pair], files: WeightFiles, names: Mapping[str, str]) -> None:
     """CheckpointError where a directory does not hold exactly the tensors of a model."""
     expected = {name: shape for pair in found for name, shape in pair.theirs.items()}
-    compare_names(expected, {spelled: files.entries[name].shape for spelled, name in names.items()}, where=where)
+    compare_names(
+        expected, {spelled: files.entries[name].shape for spelled, name in names.items()}, where=str(files.folder)
+    )
 
 
 def compare_names(expected: Mapping[str, Shape], found: Mapping[str, Shape], *, where: str) -> None:
@@ -159,9 +161,11 @@ def different_weights(stored: StoredTensors, files: WeightFiles, *, model: Model
     Where the two are stored in different formats the finer one is rounded to the other.
     """
     family = family_of(model)
-    names = their_names(files, family, model)
+    found = pairs(model, family, vocab=vocab)
+    names = their_names(files, family)
+    check_theirs(found, files, names)
     different = []
-    for pair in pairs(model, family, vocab=vocab):
+    for pair in found:
         ours = to_theirs(pair, [stored.read(name) for name in pair.ours])
         for name, tensor in zip(pair.theirs, ours, strict=True):
             theirs = files.read(names[name])

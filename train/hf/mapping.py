@@ -112,7 +112,24 @@ _NEMOTRON: dict[str, tuple[Rule, ...]] = {
     ),
 }
 
-TABLE: dict[Family, dict[str, tuple[Rule, ...]]] = {"nemotron_h": _NEMOTRON}
+_GEMMA_ATTENTION = (
+    *_attention("input_layernorm", "self_attn"),
+    Rule({"post_norm.weight": "h"}, {"post_attention_layernorm.weight": "h"}),
+)
+_GEMMA: dict[str, tuple[Rule, ...]] = {
+    "first": (Rule({_EMBEDDING: "v h"}, {"model.embed_tokens.weight": "u h"}, pads=True),),
+    "w": _GEMMA_ATTENTION,
+    "*": _GEMMA_ATTENTION,
+    "-": (
+        Rule({"pre_mlp_layernorm.weight": "h"}, {"pre_feedforward_layernorm.weight": "h"}),
+        Rule({"mlp.linear_fc1.weight": "2f h"}, {"mlp.gate_proj.weight": "f h", "mlp.up_proj.weight": "f h"}),
+        Rule({"mlp.linear_fc2.weight": "h f"}, {"mlp.down_proj.weight": "h f"}),
+        Rule({"post_norm.weight": "h"}, {"post_feedforward_layernorm.weight": "h"}),
+    ),
+    "last": (Rule({"decoder.final_norm.weight": "h"}, {"model.norm.weight": "h"}),),
+}
+
+TABLE: dict[Family, dict[str, tuple[Rule, ...]]] = {"nemotron_h": _NEMOTRON, "gemma2": _GEMMA}
 
 
 def pairs(model: ModelConfig, family: Family, *, vocab: int | None = None) -> list[Pair]:

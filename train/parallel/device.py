@@ -29,6 +29,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
 import torch
+from torch.utils import _device
 
 from train.errors import BackendError
 
@@ -142,6 +143,8 @@ def _redirect_devices(cpu: torch.device) -> None:
 
         return make
 
+    # `with torch.device("meta")` knows the factories by identity, from a list made on first use: it must know the real ones.
+    _device._device_constructors()
     for name in _FACTORIES:
         setattr(torch, name, on_cpu(getattr(torch, name)))
 
