@@ -16,8 +16,9 @@ import torch
 import yaml
 
 from data.errors import DataError
+from data.manifest import MANIFEST, read_manifest
 from data.stream import Dataset, Stream, open_dataset
-from data.tokenizer import TOKENIZER_FILE, Tokenizer, load_tokenizer
+from data.tokenizer import Tokenizer, load_tokenizer
 from train.config import ParallelConfig, Recipe
 from train.errors import BackendError, CheckpointError, RecipeError
 from train.model.pattern import flops_per_token, parameters
@@ -86,10 +87,11 @@ def open_data(recipe: Recipe) -> Dataset:
 
 def open_tokenizer(recipe: Recipe) -> tuple[Tokenizer, Path]:
     """The tokenizer of a recipe and its file: that of the prepared data, or before any is prepared the recipe's own."""
-    path = Path(recipe.data.folder) / TOKENIZER_FILE
-    if not path.is_file() and recipe.data.tokenizer.path is not None:
-        path = Path(recipe.data.tokenizer.path)
-    return load_tokenizer(path, recipe.data.tokenizer), path
+    folder, config = Path(recipe.data.folder), recipe.data.tokenizer
+    if not (folder / MANIFEST).is_file() and config.path is not None:
+        return load_tokenizer(Path(config.path), config), Path(config.path)
+    entry = read_manifest(folder).tokenizer
+    return load_tokenizer(folder / entry.file, config), folder / entry.file
 
 
 def check_folder(folder: Path, recipe: Recipe) -> None:

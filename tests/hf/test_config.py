@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from hf.models import FAMILIES, GEMMA, HYBRID, TOKENS
 from transformers import AutoConfig
 
 from data.command import RECIPES
-from hf.models import FAMILIES, GEMMA, HYBRID, TOKENS
 from train.config import ModelConfig
 from train.errors import RecipeError
 from train.hf.config import SpecialTokens, clamp_of, family_of, from_config, to_config

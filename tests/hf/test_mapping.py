@@ -6,11 +6,11 @@ from dataclasses import replace
 import pytest
 import torch
 import yaml
+from hf.models import FAMILIES
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data.command import RECIPES
-from hf.models import FAMILIES
 from train.config import ModelConfig
 from train.errors import RecipeError
 from train.hf.config import family_of

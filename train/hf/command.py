@@ -58,7 +58,6 @@ def export_model(parsed: argparse.Namespace) -> int:
     path, manifest = checkpoint_at(parsed.checkpoint)
     recipe = _recipe_of(manifest.recipe, path)
     family_of(recipe.model)
-    end_of_document = recipe.data.tokenizer.end_of_document
     if parsed.tokenizer is not None:
         file = parsed.tokenizer
         tokenizer = load_tokenizer(file, recipe.data.tokenizer)
@@ -68,7 +67,7 @@ def export_model(parsed: argparse.Namespace) -> int:
         except DataError as error:
             raise RecipeError(f"{error} Or name the file: --tokenizer PATH.") from error
     tokens.check_fingerprint(tokenizer, manifest.tokenizer, path=file)
-    special = tokens.special_tokens(file, end_of_document=end_of_document)
+    special = tokens.special_tokens(tokenizer)
     positions = parsed.max_positions or recipe.data.row_tokens
     stored = StoredTensors(path)
     name = parsed.name or parsed.out.name
@@ -87,7 +86,8 @@ def export_model(parsed: argparse.Namespace) -> int:
         dtype = "bfloat16" if torch.bfloat16 in formats else "float32"
         config = to_config(recipe.model, tokens=special, max_positions=positions, dtype=dtype, vocab=parsed.vocab)
         (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
-        tokens.write_tokenizer(folder, file, special, max_positions=positions)
+        if not tokens.write_tokenizer(folder, file, tokenizer, max_positions=positions):
+            _say(f"note: transformers cannot load {file.name}; the directory has the weights and that file.")
         tokens.write_generation_config(folder, special)
         agreement, why = _compare_unless(parsed, recipe, checkpoint=path, folder=folder)
         release = card.Release(name, recipe, manifest, path, converted, special, agreement, why)
@@ -212,18 +212,10 @@ def _batch(options: CheckOptions, recipe: Recipe, folder: Path) -> torch.Tensor:
     """Rows of real text in the directory's own tokenizer, [rows, row_tokens], from places spread over the text."""
     source = SourceConfig(path=options.text, max_bytes=4_000_000)
     text = "\n".join(document.text for document in documents("check", source))
-    ids = their_ids(folder, text)
+    ids = _ids(text, recipe, folder)
     wanted = options.rows * options.row_tokens
     if len(ids) < wanted:
         raise DataError(f"{options.text} has {len(ids):,} tokens, {wanted:,} are needed. Lower --rows or --tokens.")
-    sample = text[:20_000]
-    try:
-        ours = load_tokenizer(folder / tokens.TOKENIZER, recipe.data.tokenizer).encode(sample)
-    except DataError as error:
-        _say(f"note: the tokenizer was not compared: {error}")
-    else:
-        if ours != their_ids(folder, sample):
-            raise CheckpointError(f"{folder}: transformers and this project make other token ids of the same text.")
     window = recipe.model.window_tokens
     if "w" in recipe.model.pattern and options.row_tokens <= window:
         _say(
@@ -232,6 +224,27 @@ def _batch(options: CheckOptions, recipe: Recipe, folder: Path) -> torch.Tensor:
         )
     gap = (len(ids) - options.row_tokens) // max(1, options.rows - 1) if options.rows > 1 else 0
     return torch.tensor([ids[row * gap : row * gap + options.row_tokens] for row in range(options.rows)])
+
+
+def _ids(text: str, recipe: Recipe, folder: Path) -> list[int]:
+    """Ids of a text by the directory's tokenizer, which must be the same for transformers and for us; else by the run's."""
+    path = folder / tokens.TOKENIZER
+    if not path.is_file():
+        tokenizer, path = open_tokenizer(recipe)
+        _say(f"note: {folder} has no {tokens.TOKENIZER}; ids are from {path}.")
+        return tokenizer.encode(text)
+    ids = their_ids(folder, text)
+    try:
+        ours = load_tokenizer(path, recipe.data.tokenizer).encode(text)
+    except DataError as error:
+        _say(f"note: the tokenizer was not compared: {error}")
+        return ids
+    if ours != ids:
+        place = next((i for i, (a, b) in enumerate(zip(ours, ids, strict=False)) if a != b), min(len(ours), len(ids)))
+        raise CheckpointError(
+            f"{folder}: transformers and this project make other token ids of the same text, from id {place:,} on."
+        )
+    return ids
 
 
 def _options(parsed: argparse.Namespace) -> CheckOptions:

