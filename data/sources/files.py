@@ -59,11 +59,6 @@ def find_files(place: str, path: str) -> list[File]:
         found = [File(f"{PACKAGE}{f.name}", f.stat().st_size) for f in _shipped(place, path)]
     else:
         found = [file for pattern in expand_braces(path) for file in _matching(place, pattern)]
-    if not found:
-        raise DataError(
-            f"{place}.path={path}: no file there (looked from {Path.cwd()}). Give a file, a folder, or a glob such as "
-            f"texts/*.jsonl."
-        )
     return sorted(set(found), key=lambda file: file.name)
 
 
@@ -135,6 +130,17 @@ class Plain:
         self._plain = plain
         self.lines = io.BufferedReader(_Bounded(self, plain), _BLOCK)
         """The bytes; `readline` takes a bound."""
+
+    def read_up_to(self, limit: int) -> bytes:
+        """The next `limit` bytes, fewer at the end; takes no more memory than there are."""
+        blocks = []
+        while limit > 0:
+            block = self.lines.read(min(limit, _BLOCK))
+            if not block:
+                break
+            blocks.append(block)
+            limit -= len(block)
+        return b"".join(blocks)
 
     @property
     def stored_bytes(self) -> int:
@@ -241,6 +247,11 @@ def _matching(place: str, pattern: str) -> list[File]:
         files = [Path(path)]
     else:
         files = [Path(f) for f in glob.glob(path, recursive=True) if Path(f).is_file()]
+    if not files:
+        raise DataError(
+            f"{place}.path={pattern}: no file there (looked from {Path.cwd()}). Give a file, a folder, or a glob such as "
+            f"texts/*.jsonl."
+        )
     return [File(str(f), f.stat().st_size) for f in files]
 
 
@@ -250,19 +261,23 @@ def _matching_remote(place: str, pattern: str) -> list[File]:
     except DataError as error:
         raise DataError(f"{place}.path={pattern}: {error}") from error
     with reading(pattern):
-        if glob.has_magic(path):
-            found = filesystem.glob(path, detail=True)
-        elif not filesystem.exists(path):
-            found = {}
-        elif filesystem.isfile(path):
-            found = {path: filesystem.info(path)}
-        else:
-            found = filesystem.find(path, detail=True)
-    return [
+        why = ""
+        try:
+            if glob.has_magic(path):
+                found = filesystem.glob(path, detail=True)
+            else:
+                facts = filesystem.info(path)
+                found = filesystem.find(path, detail=True) if facts.get("type") == "directory" else {path: facts}
+        except FileNotFoundError as error:
+            found, why = {}, f" ({error.__cause__ or error})"  # a server that does not answer looks like this too
+    files = [
         File(filesystem.unstrip_protocol(name), int(info.get("size") or 0))
         for name, info in found.items()
         if info.get("type", "file") == "file" and not name.rsplit("/", 1)[-1].startswith(".")
     ]
+    if not files:
+        raise DataError(f"{place}.path={pattern}: no file there{why}. Give a file, a folder, or a glob.")
+    return files
 
 
 def _filesystem(name: str) -> tuple[Any, str]:

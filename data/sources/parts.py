@@ -31,7 +31,7 @@ def cut(place: str, source: SourceConfig, shard_bytes: int) -> list[list[Part]]:
     if is_set(source):
         return _cut_set(place, source, shard_bytes)
     if source.streaming:
-        raise DataError(f"{place}.streaming is for `datasets` sets (path hf:NAME); {source.path} is read as it comes.")
+        raise DataError(f"{place}.streaming is for sets of the Hub (path hf:NAME); {source.path} is read as it comes.")
     shards: list[list[Part]] = []
     group: list[Part] = []
     for file in find_files(place, source.path):

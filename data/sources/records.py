@@ -138,7 +138,7 @@ def _record(number: int, record: Any, extract: Callable[[Any], str], source: Sou
 def _text(source: SourceConfig, part: Part) -> Record:
     limit = source.max_record_bytes
     with Plain(part.file, max_expansion=source.max_expansion) as plain:
-        content = plain.lines.read(limit + 1)
+        content = plain.read_up_to(limit + 1)
     if len(content) > limit:
         return Record(0, "", f"is larger than max_record_bytes={limit:,}", part.size)
     try:

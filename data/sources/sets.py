@@ -91,6 +91,10 @@ def _open(place: str, source: SourceConfig) -> Any:
     import datasets
 
     name = source.path.removeprefix(HUB)
+    if source.streaming and not source.path.startswith(HUB):
+        raise DataError(
+            f"{place}.streaming is for sets of the Hub (path hf:NAME); {name} is here already. Leave it off."
+        )
     try:
         if source.path.startswith(HUB):
             opened = datasets.load_dataset(name, source.config, split=source.split, streaming=source.streaming)
@@ -103,8 +107,6 @@ def _open(place: str, source: SourceConfig) -> Any:
                         f"source."
                     )
                 opened = opened[source.split]
-            if source.streaming:
-                opened = opened.to_iterable_dataset(num_shards=max(1, len(opened.data.chunks or [0])))
     except DataError:
         raise
     except Exception as error:  # a wrong name, no network, a wrong split: the library's message says which

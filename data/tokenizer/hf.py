@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
+from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, trainers
 from tokenizers import Tokenizer as Library
 
 from data.config import TokenizerConfig
@@ -68,7 +68,9 @@ class HuggingFace(Backend):
                 self._compare(texts[0][:_COMPARED_CHARACTERS])
             with contextlib.suppress(Unencodable):  # what tiktoken gives up on, this library may not
                 return encode_batch(self._fast, texts, threads)
-        return [np.asarray(e.ids) for e in self._library.encode_batch_fast(texts, add_special_tokens=False)]
+        return [
+            np.asarray(e.ids, dtype=np.int64) for e in self._library.encode_batch_fast(texts, add_special_tokens=False)
+        ]
 
     def _compare(self, text: str) -> None:
         if self._fast.encode_ordinary(text) != self.encode(text):
@@ -164,6 +166,31 @@ def train(texts: Iterable[str], config: TokenizerConfig) -> HuggingFace:
             f"data.tokenizer.vocab_size={config.vocab_size}, but these texts only give {size} tokens. Use more text, or "
             f"data.tokenizer.vocab_size={size}."
         )
+    return HuggingFace(library)
+
+
+def from_ranks(ranks: Ranks) -> HuggingFace:
+    """The same tokenizer as a `tokenizer.json`, for programs that read no ranks. DataError where BPE by merges cannot give
+    the same ids: a token that joining its own bytes does not make, or an id without a token."""
+    rank = {token: number for number, token in enumerate(ranks.tokens)}
+    pairs = [_last_pair(token, rank) if len(token) > 1 else None for token in ranks.tokens]
+    for token, pair in zip(ranks.tokens, pairs, strict=True):
+        if len(token) > 1 and (pair is None or pair[0] + pair[1] not in rank or not set(pair) <= rank.keys()):
+            raise DataError(
+                f"token {token!r} cannot be made by merges, so there is no tokenizer.json with the same ids."
+            )
+    names = {_piece_of(token): ranks.offset + number for number, token in enumerate(ranks.tokens)}
+    model = models.BPE(
+        vocab=names | dict(ranks.special), merges=[(_piece_of(a), _piece_of(b)) for a, b in filter(None, pairs)]
+    )
+    library = Library(model)
+    cut = pre_tokenizers.Split(Regex(ranks.pattern), behavior="isolated")
+    library.pre_tokenizer = pre_tokenizers.Sequence(
+        [cut, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
+    library.decoder = decoders.ByteLevel()
+    special = sorted(ranks.special, key=lambda name: ranks.special[name])
+    library.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in special])
     return HuggingFace(library)
 
 
@@ -272,6 +299,11 @@ def _byte_alphabet() -> dict[str, int]:
 
 
 _BYTE_OF = _byte_alphabet()
+_CHARACTER_OF = {byte: character for character, byte in _BYTE_OF.items()}
+
+
+def _piece_of(token: bytes) -> str:
+    return "".join(_CHARACTER_OF[byte] for byte in token)
 
 
 def _bytes_of(piece: str) -> bytes:

@@ -43,7 +43,9 @@ class SentencePiece(Backend):
 
     def encode_batch(self, texts: list[str], threads: int) -> list[np.ndarray]:
         """Ids of several texts."""
-        return [np.asarray(ids) for ids in self._processor.encode(texts, out_type=int, num_threads=threads)]
+        return [
+            np.asarray(ids, dtype=np.int64) for ids in self._processor.encode(texts, out_type=int, num_threads=threads)
+        ]
 
     def bytes_of(self, token: int) -> bytes:
         """Bytes of an id, a space for each `▁`."""
