@@ -8,9 +8,11 @@ import pytest
 import torch
 from megatron.core.transformer.enums import AttnMaskType
 
-from train.model.attention import AttentionCore, document_starts, flex, zigzag_positions
+from train.model import compiled
+from train.model.attention import AttentionCore, flex, zigzag_positions
 from train.model.capped import capped_attention
 from train.model.context import LayerCaches, RowContext
+from train.model.documents import document_starts
 
 
 class OneRank:
@@ -74,11 +76,18 @@ def test_output_equals_the_formula(
     torch.testing.assert_close(got.double(), expected, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("native", [True, False])
 @pytest.mark.parametrize(
     ("length", "window", "edges"), [(300, None, ()), (300, 90, ()), (300, 200, (70, 71, 160)), (650, 560, (600,))]
 )
-def test_capped_gradients_over_many_blocks(length: int, window: int | None, edges: tuple[int, ...]) -> None:
-    """fp32 against autograd through the formula in float64."""
+def test_capped_gradients_over_many_blocks(
+    length: int, window: int | None, edges: tuple[int, ...], native: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Compiled and plain torch, in fp32, against autograd through the formula in float64."""
+    if native:
+        assert compiled.usable(torch.zeros(1)), "these kernels could not be compiled here"
+    else:
+        monkeypatch.setattr(compiled, "usable", lambda *x: False)
     q, k, v = (t.requires_grad_() for t in qkv(length, 4, 2))
     places = torch.arange(length)
     rows = [sum((places >= edge).int() for edge in edges[row:]) + 0 * places for row in range(2)]

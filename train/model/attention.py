@@ -33,6 +33,7 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from train.model.capped import capped_attention
 from train.model.context import RowContext
+from train.model.documents import document_starts
 from train.model.rotary import Rotary
 
 
@@ -178,14 +179,6 @@ class AttentionCore(MegatronModule):
         # A copy where something is dropped, so that the dropped part is freed.
         cached[self.layer_number] = kept if start == 0 else (kept[0].clone(), kept[1].clone())
         return key_SBGD, value_SBGD
-
-
-def document_starts(documents_BS: torch.Tensor) -> torch.Tensor:
-    """Place of the first token of each token's document, [B, S]; documents: index of each token, never decreasing."""
-    places = torch.arange(documents_BS.shape[1], device=documents_BS.device).expand_as(documents_BS)
-    is_first = torch.ones_like(documents_BS, dtype=torch.bool)
-    is_first[:, 1:] = documents_BS[:, 1:] != documents_BS[:, :-1]
-    return torch.where(is_first, places, 0).cummax(dim=1).values
 
 
 def _stretches(queries: int, keys: int, *, rank: int, ranks: int) -> Iterator[Stretch]:

@@ -17,6 +17,8 @@ from typing import Any
 
 import torch
 
+from train.model import compiled
+
 LARGEST_CAP = 70.0
 QUERIES, KEYS = 128, 512
 """Block sizes in tokens: a block of scores of one key/value head stays in the cache."""
@@ -51,7 +53,7 @@ def capped_attention(
     """
     assert softcap <= LARGEST_CAP, f"exponentials of scores up to {softcap} overflow"
     plan = _Plan(groups=key_KBGD.shape[2], offset=offset, scale=scale, softcap=softcap)
-    return _Capped.apply(query_QBHD, key_KBGD, value_KBGD, first_key_BQ, plan)
+    return _Capped.apply(query_QBHD, key_KBGD, value_KBGD, first_key_BQ.contiguous(), plan)
 
 
 @dataclass(frozen=True)
@@ -171,6 +173,9 @@ def _exponentials_(
     scores: torch.Tensor, sums: torch.Tensor, first_key_BQ: torch.Tensor, block: _Block, plan: _Plan
 ) -> None:
     """Raw products -> p in place, 0 where hidden; their sums over the keys are added to `sums`."""
+    if compiled.usable(scores):
+        compiled.capped_exponentials(block, plan, scores, sums, first_key_BQ)
+        return
     scores.mul_(plan.scale / plan.softcap).tanh_().mul_(plan.softcap).exp_()
     hidden = _hidden(first_key_BQ, block, plan, scores.shape[1])
     if hidden is not None:
@@ -187,6 +192,9 @@ def _gradients_(
     plan: _Plan,
 ) -> torch.Tensor:
     """Raw products -> p; grad_p -> gradient of the raw products, in place."""
+    if compiled.usable(scores):
+        compiled.capped_gradients(block, plan, scores, grad_p, constant, first_key_BQ)
+        return scores
     t = scores.mul_(plan.scale / plan.softcap).tanh_()
     slope = torch.addcmul(torch.full((), plan.scale, dtype=t.dtype, device=t.device), t, t, value=-plan.scale)
     p = t.mul_(plan.softcap).exp_()

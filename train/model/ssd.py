@@ -27,6 +27,9 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
+from train.model import compiled
+from train.model.documents import document_starts
+
 StatePair = tuple[torch.Tensor, torch.Tensor]
 """(last W-1 convolution inputs [W-1, B, C], scan state [B, G, N, H/G, P] fp32): constant size whatever was read."""
 
@@ -143,6 +146,8 @@ class _MambaCore(torch.autograd.Function):
         sizes: ScanSizes,
     ) -> torch.Tensor:
         work = _work_dtype(zxbcdt)
+        if compiled.scan_usable(zxbcdt, sizes):
+            return _forward_compiled(ctx, zxbcdt, conv_weight, conv_bias, dt_bias, A_log, D, document_BL, sizes)
         z, xbc, dt_raw = _split(zxbcdt, sizes)
         pre = _conv(xbc, conv_weight.to(work), conv_bias.to(work), document_BL=document_BL)
         dt = F.softplus(dt_raw.to(work) + dt_bias.to(work))
@@ -152,11 +157,13 @@ class _MambaCore(torch.autograd.Function):
         out = torch.empty(*zxbcdt.shape[:2], sizes.inner, dtype=work, device=zxbcdt.device)
         torch.mul(y_BLI.transpose(0, 1), F.silu(z.to(work)), out=out)
         ctx.save_for_backward(zxbcdt, conv_weight, conv_bias, dt_bias, A_log, D, document_BL, pre, y_BLI, states)
-        ctx.sizes = sizes
+        ctx.sizes, ctx.is_compiled = sizes, False
         return out.to(zxbcdt.dtype)
 
     @staticmethod
     def backward(ctx: Any, grad_out: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
+        if ctx.is_compiled:
+            return _backward_compiled(ctx, grad_out)
         zxbcdt, conv_weight, conv_bias, dt_bias, A_log, D, document_BL, pre, y_BLI, states = ctx.saved_tensors
         sizes: ScanSizes = ctx.sizes
         work = _work_dtype(zxbcdt)
@@ -195,6 +202,71 @@ class _MambaCore(torch.autograd.Function):
             None,
             None,
         )
+
+
+def _forward_compiled(
+    ctx: Any,
+    zxbcdt: torch.Tensor,
+    conv_weight: torch.Tensor,
+    conv_bias: torch.Tensor,
+    dt_bias: torch.Tensor,
+    A_log: torch.Tensor,
+    D: torch.Tensor,
+    document_BL: torch.Tensor | None,
+    sizes: ScanSizes,
+) -> torch.Tensor:
+    """The forward pass in `scan.c`."""
+    wide = zxbcdt.float().contiguous()
+    _, _, dt_raw = _split(wide, sizes)
+    out, pre, y, states = compiled.scan_forward(
+        wide,
+        conv_weight_CW=conv_weight.float(),
+        conv_bias_C=conv_bias.float(),
+        dt_BLH=F.softplus(dt_raw + dt_bias.float()).transpose(0, 1).contiguous(),
+        A_H=-torch.exp(A_log.float()),
+        D_H=D.float(),
+        first_BL=None if document_BL is None else document_starts(document_BL),
+        sizes=sizes,
+    )
+    ctx.save_for_backward(zxbcdt, conv_weight, conv_bias, dt_bias, A_log, D, document_BL, pre, y, states)
+    ctx.sizes, ctx.is_compiled = sizes, True
+    return out.to(zxbcdt.dtype)
+
+
+def _backward_compiled(ctx: Any, grad_out: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    """The backward pass in `scan.c`."""
+    zxbcdt, conv_weight, conv_bias, dt_bias, A_log, D, document_BL, pre, y, states = ctx.saved_tensors
+    sizes: ScanSizes = ctx.sizes
+    wide = zxbcdt.float().contiguous()
+    grad_zxbcdt = torch.empty_like(wide)
+    dt_shifted = _split(wide, sizes)[2] + dt_bias.float()
+    A = -torch.exp(A_log.float())
+    grad_weight, grad_bias, grad_dt, grad_A, grad_D = compiled.scan_backward(
+        grad_out.float().contiguous(),
+        wide,
+        conv_weight_CW=conv_weight.float(),
+        dt_BLH=F.softplus(dt_shifted).transpose(0, 1).contiguous(),
+        A_H=A,
+        D_H=D.float(),
+        first_BL=None if document_BL is None else document_starts(document_BL),
+        pre=pre,
+        y=y,
+        states=states,
+        grad_zxbcdt=grad_zxbcdt,
+        sizes=sizes,
+    )
+    grad_raw = grad_dt.transpose(0, 1) * torch.sigmoid(dt_shifted)
+    _split(grad_zxbcdt, sizes)[2].copy_(grad_raw)
+    return (
+        grad_zxbcdt.to(zxbcdt.dtype),
+        grad_weight.to(conv_weight.dtype),
+        grad_bias.to(conv_bias.dtype),
+        grad_raw.sum((0, 1)).to(dt_bias.dtype),
+        (grad_A * A).to(A_log.dtype),
+        grad_D.to(D.dtype),
+        None,
+        None,
+    )
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,404 @@
+/* The Mamba-2 core of train/model/ssd.py (its module text has the formulas and the letters) in one pass over memory.
+
+   A task is a row and some heads of a group. It goes over the row chunk by chunk with the state in the cache; everything of
+   a chunk (Q x Q matrices, decays, scaled copies) lives in scratch memory that stays there too. Backward runs the chunks in
+   reverse with the state's gradient. How rows and heads are dealt to tasks depends on shapes alone, and every sum is taken
+   by one task or over tasks in order: the same bits for any number of threads.
+
+   Layouts: zxbcdt [L, B, width]; pre, grad_pre [B, L, C] (C = HP + 2GN channels: x, B, C); dt, s [B, L, H]; y [B, L, HP];
+   out [L, B, HP]; states [B, chunks, H, N, P]; first [B, L] place of the first token of each token's document, or null. */
+
+#include "simd.h"
+
+typedef struct {
+  int64_t rows, length, width, heads, head_dim, state, groups, chunk, splits, taps;
+} Shape;
+
+typedef struct {
+  int64_t inner, channels, per_group, chunks, padded;
+} Sizes;
+
+static Sizes sizes_of(const Shape *h) {
+  Sizes s;
+  s.inner = h->heads * h->head_dim;
+  s.channels = s.inner + 2 * h->groups * h->state;
+  s.per_group = h->heads / h->groups;
+  s.chunks = (h->length + h->chunk - 1) / h->chunk;
+  s.padded = (h->chunk + LANES - 1) / LANES * LANES;
+  return s;
+}
+
+static inline float *take(float **memory, int64_t floats) {
+  float *here = *memory;
+  *memory += (floats + 15) / 16 * 16;
+  return here;
+}
+
+static inline V silu_of(V x) { return x * sigmoid_of(x); }
+static inline V silu_slope(V x) {
+  V s = sigmoid_of(x);
+  return s * (all(1.0f) + x * (all(1.0f) - s));
+}
+
+/* What a task reads of one chunk for its group, and the weights of one head. */
+typedef struct {
+  int64_t start, tokens;
+  float *B, *C, *BT, *scores; /* [Q, N], [Q, N], [N, Qp], tril(C B^T) within documents [Q, Qp] */
+  int64_t *skip;              /* tokens of the chunk before each token's document; negative where that began earlier */
+} Chunk;
+
+static void read_chunk(const Shape *h, const Sizes *z, const float *pre, const int64_t *first, int64_t b, int64_t g, int64_t c,
+                       Chunk *k) {
+  const int64_t N = h->state, Qp = z->padded;
+  k->start = c * h->chunk;
+  k->tokens = h->length - k->start < h->chunk ? h->length - k->start : h->chunk;
+  for (int64_t i = 0; i < k->tokens; i++) {
+    const float *row = pre + (b * h->length + k->start + i) * z->channels + z->inner + g * N;
+    for (int64_t n = 0; n < N; n += LANES) {
+      store(k->B + i * N + n, silu_of(load(row + n)));
+      store(k->C + i * N + n, silu_of(load(row + h->groups * N + n)));
+    }
+    k->skip[i] = first == NULL ? -1 : first[b * h->length + k->start + i] - k->start;
+  }
+  transpose(k->tokens, N, k->B, N, k->BT, Qp);
+  product(BELOW, k->tokens, Qp, N, k->C, N, 1, k->BT, Qp, k->scores, Qp, 0);
+  for (int64_t i = 0; i < k->tokens; i++) {
+    for (int64_t j = 0; j < k->skip[i]; j++) k->scores[i * Qp + j] = 0;
+    for (int64_t j = i + 1; j < Qp; j++) k->scores[i * Qp + j] = 0;
+  }
+}
+
+/* Decays of one head within a chunk: s, carry = e^s where the token still sees the state before the chunk, gain =
+   e^(s_Q - s) where the state after it still sees the token; -> what is left of the state before. [Qp] each. */
+static float read_head(const Shape *h, const Chunk *k, const float *dt, float A, int64_t b, int64_t head, float *s, float *step,
+                       float *carry, float *gain, int64_t padded) {
+  double sum = 0;
+  for (int64_t i = 0; i < k->tokens; i++) {
+    step[i] = dt[(b * h->length + k->start + i) * h->heads + head];
+    sum += (double)(step[i] * A);
+    s[i] = (float)sum;
+  }
+  for (int64_t i = k->tokens; i < padded; i++) s[i] = s[k->tokens - 1], step[i] = 0;
+  V total = all(s[k->tokens - 1]);
+  for (int64_t i = 0; i < padded; i += LANES) {
+    store(carry + i, exp_of(load(s + i)));
+    store(gain + i, exp_of(total - load(s + i)));
+  }
+  for (int64_t i = 0; i < k->tokens; i++)
+    if (k->skip[i] >= 0) carry[i] = 0;
+  for (int64_t i = 0; i < k->skip[k->tokens - 1]; i++) gain[i] = 0;
+  return carry[k->tokens - 1];
+}
+
+/* out = scores * exp(s_i - s_j) on and left of the diagonal, zero right of it within the vectors that cross it. */
+static void decayed(int64_t tokens, int64_t padded, const float *scores, const float *s, float *decays, float *out) {
+  const I lanes = lane_numbers();
+  for (int64_t i = 0; i < tokens; i++) {
+    const V own = all(s[i]);
+    for (int64_t j = 0; j <= i; j += LANES) {
+      V d = exp_of(at_most(own - load(s + j), 0.0f));
+      d = choose(lanes + (int32_t)j <= (int32_t)i, d, all(0.0f));
+      if (decays != NULL) store(decays + i * padded + j, d);
+      store(out + i * padded + j, d * load(scores + i * padded + j));
+    }
+  }
+}
+
+static int64_t chunk_floats(const Shape *h, const Sizes *z) {
+  return 2 * h->chunk * h->state + h->state * z->padded + h->chunk * z->padded + h->chunk * 2 + 16 * 8;
+}
+
+static Chunk new_chunk(const Shape *h, const Sizes *z, float **memory) {
+  Chunk k;
+  k.B = take(memory, h->chunk * h->state);
+  k.C = take(memory, h->chunk * h->state);
+  k.BT = take(memory, h->state * z->padded);
+  k.scores = take(memory, h->chunk * z->padded);
+  k.skip = (int64_t *)take(memory, h->chunk * 2);
+  return k;
+}
+
+/* -> 0, or 1 without memory. A = -exp(A_log). Writes y, out and states. */
+int stratum_scan_forward(const Shape *h, const float *zxbcdt, const float *pre, const float *dt, const float *A, const float *D,
+                         const int64_t *first, float *y, float *out, float *states, int threads) {
+  const Sizes z = sizes_of(h);
+  const int64_t P = h->head_dim, N = h->state, Q = h->chunk, Qp = z.padded, heads_here = z.per_group / h->splits;
+  const int64_t tasks = h->rows * h->groups * h->splits;
+  int failed = 0;
+#pragma omp parallel for num_threads(threads) schedule(static)
+  for (int64_t task = 0; task < tasks; task++) {
+    const int64_t b = task / (h->groups * h->splits), g = task / h->splits % h->groups, split = task % h->splits;
+    int64_t floats = chunk_floats(h, &z) + Q * Qp + 2 * Q * P + Q * N + heads_here * N * P + 4 * Qp + 16 * 16;
+    float *memory = aligned_alloc(64, (size_t)(floats + 15) / 16 * 64), *all_memory = memory;
+    if (memory == NULL) { failed = 1; continue; }
+    Chunk k = new_chunk(h, &z, &memory);
+    float *M = take(&memory, Q * Qp), *x = take(&memory, Q * P), *xdt = take(&memory, Q * P), *scaled = take(&memory, Q * N);
+    float *s = take(&memory, Qp), *step = take(&memory, Qp), *carry = take(&memory, Qp), *gain = take(&memory, Qp);
+    float *state = take(&memory, heads_here * N * P);
+    memset(state, 0, (size_t)(heads_here * N * P) * 4);
+    memset(M, 0, (size_t)(Q * Qp) * 4); /* what lies right of the diagonal's vectors is never written again */
+    for (int64_t c = 0; c < z.chunks; c++) {
+      read_chunk(h, &z, pre, first, b, g, c, &k);
+      for (int64_t local = 0; local < heads_here; local++) {
+        const int64_t head = g * z.per_group + split * heads_here + local;
+        float *S = state + local * N * P;
+        memcpy(states + ((b * z.chunks + c) * h->heads + head) * N * P, S, (size_t)(N * P) * 4);
+        const float left = read_head(h, &k, dt, A[head], b, head, s, step, carry, gain, Qp);
+        for (int64_t i = 0; i < k.tokens; i++) {
+          const float *row = pre + (b * h->length + k.start + i) * z.channels + head * P;
+          for (int64_t p = 0; p < P; p += LANES) {
+            V value = silu_of(load(row + p));
+            store(x + i * P + p, value);
+            store(xdt + i * P + p, value * step[i]);
+          }
+          for (int64_t n = 0; n < N; n += LANES) store(scaled + i * N + n, load(k.C + i * N + n) * carry[i]);
+        }
+        decayed(k.tokens, Qp, k.scores, s, NULL, M);
+        float *Y = y + (b * h->length + k.start) * z.inner + head * P;
+        product(LOWER, k.tokens, P, k.tokens, M, Qp, 1, xdt, P, Y, z.inner, 0);
+        product(FULL, k.tokens, P, N, scaled, N, 1, S, P, Y, z.inner, 1);
+        for (int64_t i = 0; i < k.tokens; i++) {
+          const float *gate = zxbcdt + ((k.start + i) * h->rows + b) * h->width + head * P;
+          float *result = out + ((k.start + i) * h->rows + b) * z.inner + head * P;
+          for (int64_t p = 0; p < P; p += LANES) {
+            V value = load(Y + i * z.inner + p) + load(x + i * P + p) * D[head];
+            store(Y + i * z.inner + p, value);
+            store(result + p, value * silu_of(load(gate + p)));
+          }
+          for (int64_t n = 0; n < N; n += LANES) store(scaled + i * N + n, load(k.B + i * N + n) * gain[i]);
+        }
+        for (int64_t i = 0; i < N * P; i += LANES) store(S + i, load(S + i) * left);
+        product(FULL, N, P, k.tokens, scaled, 1, N, xdt, P, S, P, 1);
+      }
+    }
+    free(all_memory);
+  }
+  return failed;
+}
+
+/* Gradients given grad_out [L, B, HP]. Writes grad_z and grad_dt (of dt after softplus) into grad_zxbcdt [L, B, width] and
+   [B, L, H], grad_pre's x channels (through their SiLU), grad_BC [splits, B, L, 2GN] (before it; summed by
+   stratum_scan_finish), and sums over a row of the gradients of A and D, [B, H] each. */
+int stratum_scan_backward(const Shape *h, const float *zxbcdt, const float *pre, const float *dt, const float *A, const float *D,
+                          const int64_t *first, const float *y, const float *states, const float *grad_out, float *grad_zxbcdt,
+                          float *grad_pre, float *grad_BC, float *grad_dt, float *grad_A, float *grad_D, int threads) {
+  const Sizes z = sizes_of(h);
+  const int64_t P = h->head_dim, N = h->state, Q = h->chunk, Qp = z.padded, heads_here = z.per_group / h->splits;
+  const int64_t tasks = h->rows * h->groups * h->splits, BC = 2 * h->groups * N;
+  int failed = 0;
+#pragma omp parallel for num_threads(threads) schedule(static)
+  for (int64_t task = 0; task < tasks; task++) {
+    const int64_t b = task / (h->groups * h->splits), g = task / h->splits % h->groups, split = task % h->splits;
+    int64_t floats = chunk_floats(h, &z) + 4 * Q * Qp + 7 * Q * P + 3 * Q * N + P * Qp + 2 * N * P + heads_here * N * P + 8 * Qp;
+    float *memory = aligned_alloc(64, (size_t)(floats + 16 * 40 + 15) / 16 * 64), *all_memory = memory;
+    if (memory == NULL) { failed = 1; continue; }
+    Chunk k = new_chunk(h, &z, &memory);
+    float *M = take(&memory, Q * Qp), *decays = take(&memory, Q * Qp), *pairs = take(&memory, Q * Qp);
+    float *grad_scores = take(&memory, Q * Qp), *xdtT = take(&memory, P * Qp);
+    float *x = take(&memory, Q * P), *slope = take(&memory, Q * P), *xdt = take(&memory, Q * P), *dy = take(&memory, Q * P);
+    float *grad_xdt = take(&memory, Q * P), *weighted = take(&memory, Q * P);
+    float *gB = take(&memory, Q * N), *gC = take(&memory, Q * N), *piece = take(&memory, Q * (N > P ? N : P));
+    float *beforeT = take(&memory, N * P), *builtT = take(&memory, N * P);
+    float *s = take(&memory, Qp), *step = take(&memory, Qp), *carry = take(&memory, Qp), *gain = take(&memory, Qp);
+    float *ga = take(&memory, Qp), *run = take(&memory, Qp), *left_of = take(&memory, Qp), *entered = take(&memory, Qp);
+    float *built = take(&memory, heads_here * N * P); /* gradient of the state after the chunk at hand */
+    memset(built, 0, (size_t)(heads_here * N * P) * 4);
+    memset(M, 0, (size_t)(Q * Qp) * 4);
+    for (int64_t local = 0; local < heads_here; local++)
+      grad_A[b * h->heads + g * z.per_group + split * heads_here + local] = 0,
+      grad_D[b * h->heads + g * z.per_group + split * heads_here + local] = 0;
+    for (int64_t c = z.chunks - 1; c >= 0; c--) {
+      read_chunk(h, &z, pre, first, b, g, c, &k);
+      const int64_t T = k.tokens;
+      memset(grad_scores, 0, (size_t)(Q * Qp) * 4);
+      memset(gB, 0, (size_t)(Q * N) * 4);
+      memset(gC, 0, (size_t)(Q * N) * 4);
+      for (int64_t local = 0; local < heads_here; local++) {
+        const int64_t head = g * z.per_group + split * heads_here + local;
+        float *dS = built + local * N * P;
+        const float *before = states + ((b * z.chunks + c) * h->heads + head) * N * P;
+        const float left = read_head(h, &k, dt, A[head], b, head, s, step, carry, gain, Qp);
+        V sum_D = {0};
+        for (int64_t i = 0; i < T; i++) {
+          const int64_t token = b * h->length + k.start + i, line = (k.start + i) * h->rows + b;
+          const float *row = pre + token * z.channels + head * P, *value = y + token * z.inner + head * P;
+          const float *gate = zxbcdt + line * h->width + head * P, *grad = grad_out + line * z.inner + head * P;
+          float *grad_gate = grad_zxbcdt + line * h->width + head * P;
+          for (int64_t p = 0; p < P; p += LANES) {
+            V before_silu = load(row + p), sx = sigmoid_of(before_silu), vx = before_silu * sx;
+            V zz = load(gate + p), sz = sigmoid_of(zz), gg = load(grad + p), d = gg * zz * sz;
+            store(x + i * P + p, vx);
+            store(slope + i * P + p, sx * (all(1.0f) + before_silu * (all(1.0f) - sx)));
+            store(xdt + i * P + p, vx * step[i]);
+            store(dy + i * P + p, d);
+            store(grad_gate + p, gg * load(value + p) * sz * (all(1.0f) + zz * (all(1.0f) - sz)));
+            sum_D += d * vx;
+          }
+        }
+        grad_D[b * h->heads + head] += sum_of(sum_D);
+
+        /* Inside the chunk: y = M (dt x), M = scores * decays. */
+        transpose(T, P, xdt, P, xdtT, Qp);
+        product(BELOW, T, Qp, P, dy, P, 1, xdtT, Qp, pairs, Qp, 0);
+        decayed(T, Qp, k.scores, s, decays, M);
+        for (int64_t i = 0; i < T; i++)
+          for (int64_t j = 0; j <= i; j += LANES) {
+            const int64_t at = i * Qp + j;
+            V d = load(pairs + at);
+            store(grad_scores + at, load(grad_scores + at) + d * load(decays + at));
+            store(pairs + at, d * load(M + at));
+          }
+        /* ga[k]: all pairs i >= k > j. Going down from the last k, run[j] gathers row k of the pairs. */
+        memset(run, 0, (size_t)Qp * 4);
+        const I lanes = lane_numbers();
+        for (int64_t i = T - 1; i >= 0; i--) {
+          V sum = {0};
+          for (int64_t j = 0; j <= i; j += LANES) {
+            V r = load(run + j) + load(pairs + i * Qp + j);
+            store(run + j, r);
+            sum += choose(lanes + (int32_t)j < (int32_t)i, r, all(0.0f));
+          }
+          ga[i] = sum_of(sum);
+        }
+        product(UPPER, T, P, T, M, 1, Qp, dy, P, grad_xdt, P, 0);
+
+        /* Through the state before: y = carry C before. */
+        transpose(N, P, before, P, beforeT, N);
+        for (int64_t i = 0; i < T; i++)
+          for (int64_t p = 0; p < P; p += LANES) store(weighted + i * P + p, load(dy + i * P + p) * carry[i]);
+        product(FULL, T, N, P, weighted, P, 1, beforeT, N, piece, N, 0);
+        for (int64_t i = 0; i < T; i++) {
+          V sum = {0};
+          for (int64_t n = 0; n < N; n += LANES) {
+            V part = load(piece + i * N + n);
+            store(gC + i * N + n, load(gC + i * N + n) + part);
+            sum += part * load(k.C + i * N + n);
+          }
+          entered[i] = sum_of(sum);
+        }
+
+        /* Through the state built here: added = (gain B)' (dt x); and on to the state before. */
+        product(FULL, T, P, N, k.B, N, 1, dS, P, piece, P, 0);
+        V through_left = {0};
+        for (int64_t i = 0; i < N * P; i += LANES) through_left += load(dS + i) * load(before + i);
+        const float total = sum_of(through_left) * left;
+        transpose(N, P, dS, P, builtT, N);
+        float *gx = grad_pre + (b * h->length + k.start) * z.channels + head * P;
+        double sum_A = 0;
+        for (int64_t i = 0; i < T; i++) {
+          V sum_left = {0};
+          for (int64_t p = 0; p < P; p += LANES) {
+            V value = load(x + i * P + p), d = load(piece + i * P + p) * gain[i];
+            V whole = load(grad_xdt + i * P + p) + d;
+            sum_left += d * value;
+            store(grad_xdt + i * P + p, whole);
+          }
+          left_of[i] = sum_of(sum_left) * step[i];
+        }
+        float suffix = 0, prefix = 0;
+        for (int64_t i = T - 1; i >= 0; i--) suffix += entered[i], ga[i] += suffix + total;
+        for (int64_t i = 0; i < T; i++) ga[i] += prefix, prefix += left_of[i];
+        for (int64_t i = 0; i < T; i++) {
+          V through = {0};
+          for (int64_t p = 0; p < P; p += LANES) {
+            V value = load(x + i * P + p), d = load(grad_xdt + i * P + p);
+            through += d * value;
+            V result = d * step[i] + load(dy + i * P + p) * D[head];
+            store(gx + i * z.channels + p, result * load(slope + i * P + p));
+            store(xdt + i * P + p, load(xdt + i * P + p) * gain[i]);
+          }
+          grad_dt[(b * h->length + k.start + i) * h->heads + head] = ga[i] * A[head] + sum_of(through);
+          sum_A += (double)(ga[i] * step[i]);
+        }
+        grad_A[b * h->heads + head] += (float)sum_A;
+        product(FULL, T, N, P, xdt, P, 1, builtT, N, gB, N, 1);
+        for (int64_t i = 0; i < N * P; i += LANES) store(dS + i, load(dS + i) * left);
+        product(FULL, N, P, T, k.C, 1, N, weighted, P, dS, P, 1);
+      }
+      for (int64_t i = 0; i < T; i++) {
+        for (int64_t j = 0; j < k.skip[i]; j++) grad_scores[i * Qp + j] = 0;
+        for (int64_t j = i + 1; j < Qp; j++) grad_scores[i * Qp + j] = 0;
+      }
+      product(UPPER, T, N, T, grad_scores, 1, Qp, k.C, N, gB, N, 1);
+      product(LOWER, T, N, T, grad_scores, Qp, 1, k.B, N, gC, N, 1);
+      for (int64_t i = 0; i < T; i++) {
+        float *at = grad_BC + ((split * h->rows + b) * h->length + k.start + i) * BC + g * N;
+        memcpy(at, gB + i * N, (size_t)N * 4);
+        memcpy(at + h->groups * N, gC + i * N, (size_t)N * 4);
+      }
+    }
+    free(all_memory);
+  }
+  return failed;
+}
+
+/* grad_pre's B and C channels: the splits' parts summed, through their SiLU. */
+int stratum_scan_finish(const Shape *h, const float *pre, const float *grad_BC, float *grad_pre, int threads) {
+  const Sizes z = sizes_of(h);
+  const int64_t BC = 2 * h->groups * h->state, tokens = h->rows * h->length;
+#pragma omp parallel for num_threads(threads) schedule(static)
+  for (int64_t t = 0; t < tokens; t++)
+    for (int64_t n = 0; n < BC; n += LANES) {
+      V sum = {0};
+      for (int64_t split = 0; split < h->splits; split++) sum += load(grad_BC + (split * tokens + t) * BC + n);
+      const int64_t at = t * z.channels + z.inner + n;
+      store(grad_pre + at, sum * silu_slope(load(pre + at)));
+    }
+  return 0;
+}
+
+/* Causal convolution of the x, B, C channels of zxbcdt (after z): pre [B, L, C]. weight [C, taps]. */
+int stratum_conv_forward(const Shape *h, const float *zxbcdt, const float *weight, const float *bias, const int64_t *first,
+                          float *pre, int threads) {
+  const Sizes z = sizes_of(h);
+#pragma omp parallel for num_threads(threads) schedule(static)
+  for (int64_t line = 0; line < h->rows * h->length; line++) {
+    const int64_t b = line / h->length, l = line % h->length, begin = first == NULL ? 0 : first[line];
+    float *to = pre + line * z.channels;
+    memcpy(to, bias, (size_t)z.channels * 4);
+    for (int64_t k = 0; k < h->taps && l - k >= begin; k++) {
+      const float *from = zxbcdt + ((l - k) * h->rows + b) * h->width + z.inner;
+      const float *w = weight + (h->taps - 1 - k) * z.channels; /* given as [taps, C] */
+      for (int64_t c = 0; c < z.channels; c += LANES) store(to + c, load(to + c) + load(from + c) * load(w + c));
+    }
+  }
+  return 0;
+}
+
+/* Gradients of it: the input's into grad_zxbcdt's x, B, C channels, the weight's [taps, C] and the bias's [C]. */
+int stratum_conv_backward(const Shape *h, const float *zxbcdt, const float *weight, const int64_t *first, const float *grad_pre,
+                           float *grad_zxbcdt, float *grad_weight, float *grad_bias, int threads) {
+  const Sizes z = sizes_of(h);
+  const int64_t strip = 4 * LANES;
+#pragma omp parallel for num_threads(threads) schedule(static)
+  for (int64_t c0 = 0; c0 < z.channels; c0 += strip) {
+    const int64_t end = c0 + strip < z.channels ? c0 + strip : z.channels;
+    for (int64_t k = 0; k < h->taps; k++) memset(grad_weight + k * z.channels + c0, 0, (size_t)(end - c0) * 4);
+    memset(grad_bias + c0, 0, (size_t)(end - c0) * 4);
+    for (int64_t b = 0; b < h->rows; b++) {
+      for (int64_t l = 0; l < h->length; l++) {
+        const int64_t line = b * h->length + l, begin = first == NULL ? 0 : first[line];
+        const float *grad = grad_pre + line * z.channels;
+        float *into = grad_zxbcdt + (l * h->rows + b) * h->width + z.inner;
+        for (int64_t c = c0; c < end; c += LANES) {
+          V g = load(grad + c);
+          store(grad_bias + c, load(grad_bias + c) + g);
+          V sum = {0};
+          for (int64_t k = 0; k < h->taps && l + k < h->length; k++) {
+            if (first != NULL && first[line + k] > l) break;
+            sum += load(grad + k * z.channels + c) * load(weight + (h->taps - 1 - k) * z.channels + c);
+          }
+          store(into + c, sum);
+          for (int64_t k = 0; k < h->taps && l - k >= begin; k++) {
+            float *gw = grad_weight + (h->taps - 1 - k) * z.channels + c;
+            store(gw, load(gw) + g * load(zxbcdt + ((l - k) * h->rows + b) * h->width + z.inner + c));
+          }
+        }
+      }
+    }
+  }
+  return 0;
+}
+
+/* Floats of a vector: widths must be multiples of it. */
+int stratum_lanes(void) { return LANES; }
