@@ -1,0 +1,278 @@
+"""The chunked scan in plain torch: what `train.model.ssd` computes where `scan.c` does not, and what that is held to.
+
+Formulas and shape letters: module text of `train.model.ssd`.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class ScanSizes:
+    """Sizes of the scan on this rank."""
+
+    heads: int
+    head_dim: int
+    state: int
+    groups: int
+    chunk: int
+
+    @property
+    def inner(self) -> int:
+        return self.heads * self.head_dim
+
+    @property
+    def conv_channels(self) -> int:
+        return self.inner + 2 * self.groups * self.state
+
+    @property
+    def heads_per_group(self) -> int:
+        return self.heads // self.groups
+
+
+@dataclass(frozen=True)
+class ScanGrads:
+    xbc: torch.Tensor
+    """[B, L, C]"""
+    dt: torch.Tensor
+    """[B, L, H], of dt after softplus"""
+    A: torch.Tensor
+    D: torch.Tensor
+
+
+class Chunked:
+    """One scan laid out in chunks: tensors [K, Q, ...], rows padded to whole chunks with dt = 0, which changes nothing.
+
+    Heads are taken one by one and groups one by one: each then works on strided views of the token-major tensors, which
+    batched products take without a copy, and on Q x Q matrices that stay in the cache. (All heads at once needs a
+    transposed copy of every operand and streams the matrices through memory: 1.9 times slower, docs/log.md.)
+    """
+
+    def __init__(
+        self,
+        xbc_BLC: torch.Tensor,
+        dt_LBH: torch.Tensor,
+        A_H: torch.Tensor,
+        sizes: ScanSizes,
+        *,
+        document_BL: torch.Tensor | None,
+    ) -> None:
+        s = self.sizes = sizes
+        self.rows, self.length, _ = xbc_BLC.shape
+        self.per_row = -(-self.length // s.chunk)
+        self.A = A_H
+        self.xbc = self.chunked(xbc_BLC)
+        self.dt = self.chunked(dt_LBH.transpose(0, 1))  # [K, Q, H]
+        self.decay = torch.cumsum(self.dt * A_H, dim=1)  # s in the module text, [K, Q, H], never increasing
+        self.total = self.decay[:, -1]  # [K, H]
+        self.document = None if document_BL is None else self.chunked(document_BL, fill_last=True)
+
+    def chunked(self, rows_BL: torch.Tensor, *, fill_last: bool = False) -> torch.Tensor:
+        """[B, L, ...] -> [K, Q, ...]; a ragged end is filled with zeros, or with the last value."""
+        missing = self.per_row * self.sizes.chunk - self.length
+        if missing:
+            shape = (self.rows, missing, *rows_BL.shape[2:])
+            end = rows_BL[:, -1:].expand(shape) if fill_last else rows_BL.new_zeros(shape)
+            rows_BL = torch.cat([rows_BL, end], dim=1)
+        return rows_BL.reshape(self.rows * self.per_row, self.sizes.chunk, *rows_BL.shape[2:])
+
+    def unchunk(self, chunks_KQ: torch.Tensor) -> torch.Tensor:
+        """[K, Q, ...] -> [B, L, ...] (a view)."""
+        return chunks_KQ.view(self.rows, -1, *chunks_KQ.shape[2:])[:, : self.length]
+
+    def forward(
+        self, D_H: torch.Tensor, *, before: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """-> (y [K, Q, H*P], states before each chunk [G, B, chunks, N, H/G, P], state after the last [B, G, N, H/G, P])."""
+        s = self.sizes
+        gain = self.state_weights().mul_(self.dt)  # of x instead of dt x
+        added = torch.stack(
+            [torch.bmm(self.B(g).transpose(1, 2), self.weighted(self.group_x(g), gain, g)) for g in range(s.groups)]
+        )
+        states, after = self.pass_states(added, before)
+        carry = self.carry_weights()
+        y = torch.empty(self.xbc.shape[0], s.chunk, s.heads, s.head_dim, dtype=self.xbc.dtype, device=self.xbc.device)
+        for g in range(s.groups):
+            scores = self.scores(g)
+            carried = torch.bmm(self.C(g), self.flat(states, g)).unflatten(-1, (s.heads_per_group, s.head_dim))
+            for index, h in enumerate(self.heads(g)):
+                x = self.head_x(h)
+                part = torch.bmm(self.decays(h).mul_(scores), x * self.dt[:, :, h, None])
+                part.addcmul_(carried[:, :, index], carry[:, :, h, None])
+                y[:, :, h] = part.addcmul_(x, D_H[h])
+        return y.flatten(-2), states, after
+
+    def backward(self, grad_y_BLI: torch.Tensor, states: torch.Tensor, D_H: torch.Tensor) -> ScanGrads:
+        """Gradients of `forward` (without `before`), given its output's and the states it returned."""
+        s = self.sizes
+        grad_y = self.chunked(grad_y_BLI).unflatten(-1, (s.heads, s.head_dim))
+        carry, gain = self.carry_weights(), self.state_weights()
+        grad_xbc = torch.empty_like(self.xbc)
+        grad_a = torch.empty_like(self.dt)  # of dt A at each token
+        through_x = torch.empty_like(self.dt)  # <x, d(dt x)>
+        left = torch.empty_like(self.dt)  # what the state built in this chunk takes from each token
+        grad_D = torch.empty_like(D_H)
+
+        carried = [self.weighted(grad_y[:, :, self.span(g)], carry, g) for g in range(s.groups)]
+        grad_before = torch.stack([torch.bmm(self.C(g).transpose(1, 2), carried[g]) for g in range(s.groups)])
+        grad_added, grad_total = self.pass_states_backward(grad_before, states)
+        for g in range(s.groups):
+            B, C, scores = self.B(g), self.C(g), self.scores(g)
+            before, built = self.flat(states, g), self.flat(grad_added, g)
+            grad_C = torch.bmm(carried[g], before.transpose(1, 2))
+            entered = torch.bmm(C, before).mul_(carried[g]).unflatten(-1, (s.heads_per_group, s.head_dim)).sum(-1)
+            grad_a[:, :, self.span(g)] = entered.flip(1).cumsum(1).flip(1)
+            grad_B = torch.bmm(self.weighted(self.group_x(g), gain * self.dt, g), built.transpose(1, 2))
+            from_state = torch.bmm(B, built).unflatten(-1, (s.heads_per_group, s.head_dim))
+            grad_scores = torch.zeros_like(scores)
+            for index, h in enumerate(self.heads(g)):
+                x, grad = self.head_x(h), grad_y[:, :, h]
+                dt = self.dt[:, :, h, None]
+                # Inside the chunk: y = M (dt x) with M = decays * scores
+                decays = self.decays(h)
+                pairs = torch.bmm(grad, (x * dt).transpose(1, 2)).mul_(decays)
+                grad_scores += pairs
+                grad_a[:, :, h] += self.across(pairs.mul_(scores))
+                grad_x_dt = torch.bmm(decays.mul_(scores).transpose(1, 2), grad)
+                # Through the state built here: added = B^T (gain dt x)
+                out_of_state = from_state[:, :, index] * gain[:, :, h, None]
+                torch.sum(out_of_state * x, -1, out=left[:, :, h])
+                grad_x_dt += out_of_state
+                torch.sum(grad_x_dt * x, -1, out=through_x[:, :, h])
+                grad_D[h] = torch.sum(grad * x)
+                torch.addcmul(grad_x_dt.mul_(dt), grad, D_H[h], out=grad_xbc[..., self.channels(h)])
+            grad_scores = self.causal_(grad_scores)
+            grad_xbc[..., self.B_channels(g)] = grad_B.baddbmm_(grad_scores.transpose(1, 2), C)
+            grad_xbc[..., self.C_channels(g)] = grad_C.baddbmm_(grad_scores, B)
+
+        left.mul_(self.dt)
+        grad_a[:, 1:] += left.cumsum(1)[:, :-1]
+        grad_a += grad_total.unsqueeze(1)
+        return ScanGrads(
+            xbc=self.unchunk(grad_xbc),
+            dt=self.unchunk(grad_a * self.A + through_x),
+            A=(grad_a * self.dt).sum((0, 1)),
+            D=grad_D,
+        )
+
+    def heads(self, g: int) -> range:
+        """Heads of a group."""
+        return range(g * self.sizes.heads_per_group, (g + 1) * self.sizes.heads_per_group)
+
+    def span(self, g: int) -> slice:
+        """The heads of a group as a slice."""
+        return slice(g * self.sizes.heads_per_group, (g + 1) * self.sizes.heads_per_group)
+
+    def channels(self, h: int) -> slice:
+        return slice(h * self.sizes.head_dim, (h + 1) * self.sizes.head_dim)
+
+    def B_channels(self, g: int) -> slice:
+        return slice(self.sizes.inner + g * self.sizes.state, self.sizes.inner + (g + 1) * self.sizes.state)
+
+    def C_channels(self, g: int) -> slice:
+        first = self.sizes.inner + (self.sizes.groups + g) * self.sizes.state
+        return slice(first, first + self.sizes.state)
+
+    def head_x(self, h: int) -> torch.Tensor:
+        """[K, Q, P] view."""
+        return self.xbc[..., self.channels(h)]
+
+    def group_x(self, g: int) -> torch.Tensor:
+        """[K, Q, H/G, P] view."""
+        return self.xbc[..., : self.sizes.inner].unflatten(-1, (self.sizes.heads, self.sizes.head_dim))[
+            :, :, self.span(g)
+        ]
+
+    def B(self, g: int) -> torch.Tensor:
+        """[K, Q, N] view."""
+        return self.xbc[..., self.B_channels(g)]
+
+    def C(self, g: int) -> torch.Tensor:
+        """[K, Q, N] view."""
+        return self.xbc[..., self.C_channels(g)]
+
+    def weighted(self, values: torch.Tensor, weights: torch.Tensor, g: int) -> torch.Tensor:
+        """values [K, Q, H/G, P] of a group times weights [K, Q, H]: [K, Q, H/G*P], one matrix for all its heads."""
+        return (values * weights[:, :, self.span(g), None]).flatten(-2)
+
+    def flat(self, states: torch.Tensor, g: int) -> torch.Tensor:
+        """States of a group as matrices, [K, N, H/G*P]."""
+        return states[g].flatten(0, 1).flatten(-2)
+
+    def decays(self, h: int) -> torch.Tensor:
+        """exp(s_i - s_j) for i >= j, [K, Q, Q]; above the diagonal 1, to be masked by the scores."""
+        s_KQ = self.decay[:, :, h]
+        return (s_KQ.unsqueeze(-1) - s_KQ.unsqueeze(-2)).clamp_(max=0).exp_()
+
+    def scores(self, g: int) -> torch.Tensor:
+        """tril(C B^T) within the chunk and the document, [K, Q, Q]."""
+        return self.causal_(torch.bmm(self.C(g), self.B(g).transpose(1, 2)))
+
+    def causal_(self, square: torch.Tensor) -> torch.Tensor:
+        """Zero what looks ahead or into another document, in place. [K, Q, Q]."""
+        square = square.tril_()
+        if self.document is not None:
+            square.masked_fill_(self.document.unsqueeze(-1) != self.document.unsqueeze(-2), 0)
+        return square
+
+    def across(self, pairs: torch.Tensor) -> torch.Tensor:
+        """Sum over i >= k > j of pairs[i, j] (lower triangle), for every k: [K, Q, Q] -> [K, Q]."""
+        size = self.sizes.chunk
+        before = torch.ones(size, size, dtype=pairs.dtype, device=pairs.device).triu_(1)  # [j, k]: 1 where j < k
+        return torch.matmul(pairs, before).tril_().sum(-2)
+
+    def state_weights(self) -> torch.Tensor:
+        """exp(s_Q - s_j): how much of token j is left in the state at the end of its chunk, [K, Q, H]."""
+        weights = torch.exp(self.total.unsqueeze(1) - self.decay)
+        if self.document is not None:
+            weights *= (self.document == self.document[:, -1:]).unsqueeze(-1)
+        return weights
+
+    def carry_weights(self) -> torch.Tensor:
+        """exp(s_i): how much of the state before the chunk token i still sees, [K, Q, H]."""
+        weights = torch.exp(self.decay)
+        if self.document is not None:
+            weights *= (self.document == self.document_before().unsqueeze(-1)).unsqueeze(-1)
+        return weights
+
+    def document_before(self) -> torch.Tensor:
+        """Document of the token before each chunk, [K]; a row's first chunk has none (its own first is as good)."""
+        assert self.document is not None
+        last = self.document[:, -1].view(self.rows, self.per_row)
+        first = self.document[:, 0].view(self.rows, self.per_row)
+        return torch.cat([first[:, :1], last[:, :-1]], dim=1).flatten()
+
+    def chunk_decays(self) -> torch.Tensor:
+        """exp(s_Q): what is left after a chunk of the state before it, [G, B, chunks, 1, H/G, 1]."""
+        s = self.sizes
+        decays = torch.exp(self.total)
+        if self.document is not None:
+            decays = decays * (self.document[:, -1] == self.document_before()).unsqueeze(-1)
+        by_group = decays.view(self.rows, self.per_row, s.groups, 1, s.heads_per_group, 1)
+        return by_group.permute(2, 0, 1, 3, 4, 5)
+
+    def pass_states(self, added: torch.Tensor, before: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+        """Run the state over the chunks: added [G, K, N, H/G*P] -> (before each chunk [G, B, chunks, ...], after the last)."""
+        s = self.sizes
+        added = added.view(s.groups, self.rows, self.per_row, s.state, s.heads_per_group, s.head_dim)
+        decays = self.chunk_decays()
+        states = torch.empty_like(added)
+        states[:, :, 0] = 0 if before is None else before.transpose(0, 1)
+        for c in range(1, self.per_row):
+            torch.addcmul(added[:, :, c - 1], states[:, :, c - 1], decays[:, :, c - 1], out=states[:, :, c])
+        after = torch.addcmul(added[:, :, -1], states[:, :, -1], decays[:, :, -1])
+        return states, after.transpose(0, 1)
+
+    def pass_states_backward(
+        self, grad_before: torch.Tensor, states: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Gradients of `pass_states`: -> (of added, shaped as the states; of s_Q through the chunk decays [K, H])."""
+        grad_before = grad_before.view(states.shape)
+        decays = self.chunk_decays()
+        grad_added = torch.empty_like(states)
+        grad_added[:, :, -1] = 0
+        for c in range(self.per_row - 1, 0, -1):
+            torch.addcmul(grad_before[:, :, c], grad_added[:, :, c], decays[:, :, c], out=grad_added[:, :, c - 1])
+        grad_decays = (grad_added * states).sum((3, 5), keepdim=True) * decays
+        return grad_added, grad_decays.permute(1, 2, 0, 3, 4, 5).reshape(-1, self.sizes.heads)
