@@ -17,6 +17,10 @@ test: setup ## the fast tests
 test-slow: setup ## the slow tests
 	@OMP_NUM_THREADS=1 $(PY) -m pytest -q -m slow
 
+test-slurm: setup ## real Slurm on this machine, several nodes: continuation, time limits, bit for bit (installs slurm-wlm as root)
+	@bash tests/launch/install_slurm.sh
+	@OMP_NUM_THREADS=1 $(PY) -m pytest -q -rs -m "slow or not slow" tests/launch/test_slurm_continuation.py tests/launch/test_slurm_training.py
+
 test-oracle: setup ## compare with mamba-ssm's Triton kernels, torchao and Transformer Engine, on the CPU
 	@bash tests/parity/install.sh
 	@OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(PY) -m pytest -q -m oracle tests/parity/test_mamba_ssm.py
@@ -49,5 +53,5 @@ clean: ## remove caches and the environment; runs/ is left alone
 	rm -rf .venv .oracle .mypy_cache .ruff_cache .pytest_cache *.egg-info
 	find . -name __pycache__ -not -path './runs/*' -prune -exec rm -rf {} +
 
-.PHONY: help setup smoke test test-slow test-oracle test-gpu check format bench bench-fp8 precision-gap clean
+.PHONY: help setup smoke test test-slow test-slurm test-oracle test-gpu check format bench bench-fp8 precision-gap clean
 .DEFAULT_GOAL := help

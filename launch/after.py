@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from launch.continuation import Decision, decide
-from launch.failures import read_failures, tell
+from launch.failures import read_failures, read_stop, tell
 from launch.rank import LOGS
 from launch.runs import RunFolder
 
@@ -30,11 +30,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--restarts", type=int, required=True, help="launch.restarts of the recipe")
     own = parser.parse_args(arguments)
     run = RunFolder(own.run)
-    status = own.status
-    failures = read_failures(Path(os.environ[LOGS])) if LOGS in os.environ else []
+    logs = Path(os.environ[LOGS])
+    status = own.status or read_stop(logs) or 0
+    failures = read_failures(logs)
     if failures:
         status = failures[0].status  # srun gives the highest of all ranks, which need not be the first
-        sys.stderr.write(tell(Path(os.environ[LOGS]), failures) + "\n")
+        sys.stderr.write(tell(logs, failures) + "\n")
     decision = after(run, status, steps=own.steps, restarts=own.restarts)
     sys.stderr.write(f"{decision.action}: {decision.reason}; newest checkpoint: {run.newest_checkpoint()}\n")
     sys.stdout.write(decision.action + "\n")

@@ -16,7 +16,8 @@ from typing import Literal
 
 USER_ERROR = 2
 TIME_IS_UP = 128 + signal.SIGUSR1
-STOPPED = (128 + signal.SIGINT, 128 + signal.SIGTERM)
+STOPPED = (128 + signal.SIGINT, 128 + signal.SIGTERM, TIME_IS_UP)
+"""Statuses of a run that saved and stopped because a signal asked."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,7 @@ def decide(
         return Decision("finished", "finished")
     if status == USER_ERROR:
         return Decision("stop", "the recipe, the data or the machine has to be changed first", failures)
-    if status in STOPPED or (status == TIME_IS_UP and not in_queue):
+    if status in STOPPED and not (status == TIME_IS_UP and in_queue):
         return Decision("stop", f"stopped by {describe(status)}", failures)
     planned = status in (0, TIME_IS_UP)
     if planned and has_new_checkpoint:

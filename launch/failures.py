@@ -50,6 +50,17 @@ def write_failure(folder: Path, failure: RankFailure) -> None:
         return
 
 
+def note_stop(folder: Path, status: int) -> None:
+    """Note that a rank saved and stopped because a signal asked: an empty file, whose name says with which status."""
+    (folder / f"stopped-{status}").touch()
+
+
+def read_stop(folder: Path) -> int | None:
+    """With which status ranks stopped because a signal asked; None where none did."""
+    found = [int(path.name.removeprefix("stopped-")) for path in folder.glob("stopped-*")]
+    return max(found, default=None)
+
+
 def read_failures(folder: Path) -> list[RankFailure]:
     """Records of an attempt, the likeliest cause first."""
     found = []

@@ -17,8 +17,8 @@ from collections.abc import MutableMapping
 from pathlib import Path
 from types import TracebackType
 
-from launch.continuation import STOPPED, TIME_IS_UP
-from launch.failures import RankFailure, write_failure
+from launch.continuation import STOPPED
+from launch.failures import RankFailure, note_stop, write_failure
 
 LOGS = "STRATUM_LOGS"
 """Variable: folder of this attempt's logs and records."""
@@ -32,7 +32,7 @@ _PR_SET_PDEATHSIG = 1
 def main() -> None:
     """Entry point of `python -m launch.rank`. Ends the process with the module's own exit status."""
     module, words = sys.argv[1], sys.argv[2:]
-    adopt_slurm(os.environ)
+    started_by_srun = adopt_slurm(os.environ)
     _end_with_launcher()
     sys.argv = [module, *words]
     try:
@@ -41,10 +41,9 @@ def main() -> None:
         if isinstance(end.code, str):
             sys.stderr.write(end.code + "\n")
         status = end.code if isinstance(end.code, int) else int(end.code is not None)
-        _record(status, "")
-        sys.exit(status)
+        sys.exit(_orderly(status, started_by_srun))
     except KeyboardInterrupt:
-        sys.exit(128 + signal.SIGINT)
+        sys.exit(_orderly(128 + signal.SIGINT, started_by_srun))
     except BaseException as error:
         text = "".join(traceback.format_exception(type(error), error, _from_module(error.__traceback__)))
         _record(1, text)
@@ -52,10 +51,10 @@ def main() -> None:
         os._exit(1)  # threads and process groups that wait for lost peers would hold up a normal end
 
 
-def adopt_slurm(environment: MutableMapping[str, str]) -> None:
-    """Set torchrun's variables from Slurm's, where `srun` started this process, one task a rank."""
+def adopt_slurm(environment: MutableMapping[str, str]) -> bool:
+    """Set torchrun's variables from Slurm's, where `srun` started this process, one task a rank. -> whether it did."""
     if "RANK" in environment or "SLURM_PROCID" not in environment or "MASTER_ADDR" not in environment:
-        return
+        return False
     world = int(environment.get("SLURM_STEP_NUM_TASKS") or environment["SLURM_NTASKS"])
     nodes = int(environment.get("SLURM_STEP_NUM_NODES") or environment.get("SLURM_NNODES", "1"))
     environment["RANK"] = environment["SLURM_PROCID"]
@@ -63,6 +62,7 @@ def adopt_slurm(environment: MutableMapping[str, str]) -> None:
     environment["LOCAL_RANK"] = environment["SLURM_LOCALID"]
     environment["LOCAL_WORLD_SIZE"] = str(world // nodes)
     environment["GROUP_RANK"] = environment.get("SLURM_NODEID", "0")
+    return True
 
 
 def _end_with_launcher() -> None:
@@ -75,12 +75,26 @@ def _end_with_launcher() -> None:
         sys.exit(128 + signal.SIGTERM)  # it died before we asked
 
 
+def _orderly(status: int, started_by_srun: bool) -> int:
+    """Leave the record of an end that the program chose itself. -> the status to end with.
+
+    srun ends a step at once when a rank fails, but takes any status other than 0 for a failure: a rank that saved and
+    stopped as a signal asked would cut off the others' end. There such a stop is noted in a file, and ends with 0.
+    """
+    if status in STOPPED:
+        if started_by_srun:
+            note_stop(Path(os.environ[LOGS]), status)
+            return 0
+    elif status:
+        _record(status, "")
+    return status
+
+
 def _record(status: int, error: str) -> None:
     folder = os.environ.get(LOGS)
-    if folder is None or status in (0, TIME_IS_UP, *STOPPED):
-        return
-    rank = int(os.environ.get("RANK", "0"))
-    write_failure(Path(folder), RankFailure(rank, status, time.time(), socket.gethostname(), error))
+    if folder is not None:
+        rank = int(os.environ.get("RANK", "0"))
+        write_failure(Path(folder), RankFailure(rank, status, time.time(), socket.gethostname(), error))
 
 
 def _say(text: str) -> None:

@@ -13,9 +13,6 @@ from dataclasses import dataclass
 
 from train.config import ContainerConfig, SlurmConfig
 
-SECONDS_TO_FOLLOW = 120
-"""After the first rank has ended: time for the others before srun ends them (they may still write a report)."""
-
 
 @dataclass(frozen=True)
 class Job:
@@ -39,6 +36,8 @@ class Job:
     environment: dict[str, str]
     slurm: SlurmConfig
     container: ContainerConfig
+    module: str = "train"
+    """What every process runs."""
 
 
 @dataclass(frozen=True)
@@ -79,7 +78,7 @@ def training_script(job: Job) -> str:
         f"--chdir={shlex.quote(job.directory)}",
         f"--output={shlex.quote(job.folder)}/logs/slurm-%j.log",
     ]
-    command = ["-m", "launch.rank", "train", *_with_threads(job)]
+    command = ["-m", "launch.rank", job.module, *_with_threads(job)]
     parts = [
         f"""\
 #!/bin/bash
@@ -104,7 +103,7 @@ export MASTER_ADDR="${address:-$node}" MASTER_PORT=$((20000 + SLURM_JOB_ID % 120
         "".join(f"export {name}={shlex.quote(value)}\n" for name, value in job.environment.items()),
         f"{slurm.setup.strip()}\n" if slurm.setup.strip() else "",
         f"""
-ranks=(srun --kill-on-bad-exit=0 --wait={SECONDS_TO_FOLLOW} --output="$STRATUM_LOGS/rank-%5t.log"{_rank_cpus(slurm)})
+ranks=(srun --kill-on-bad-exit=1 --output="$STRATUM_LOGS/rank-%5t.log"{_rank_cpus(slurm)})
 {_python(job.container, python=job.python, directory=job.directory, has_gpus=job.gpus_per_node > 0)}
 
 "${{ranks[@]}}" "${{python[@]}}" {_folded(command)}

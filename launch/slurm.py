@@ -78,21 +78,14 @@ def _train(recipe: Recipe, words: list[str], *, dry_run: bool) -> int:
     job = training_job(recipe, words)
     script = training_script(job)
     run = run_folder(recipe)
-    path = run.logs / "job.sh"
     if dry_run:
         sys.stdout.write(script)
-        sys.stderr.write(f"Not submitted. Without --dry-run it is written to {path} and handed to sbatch.\n")
+        sys.stderr.write(f"Not submitted. Without --dry-run it is written to {run.logs}/job.sh and handed to sbatch.\n")
         return 0
     if run.checkpoint_step() >= recipe.run.steps:
         sys.stderr.write(f"{run.path} is at its last step ({recipe.run.steps}) already; nothing to submit.\n")
         return 0
-    _refuse_second(run)
-    run.logs.mkdir(parents=True, exist_ok=True)
-    start_afresh(run)
-    path.write_text(script)
-    number = submit(path)
-    with (run.logs / "jobs").open("a") as stream:
-        stream.write(f"{number}\n")
+    number = submit_run(run, script)
     processes = f"{job.nodes} node{'s' * (job.nodes > 1)} x {job.processes}"
     sys.stdout.write(
         f"Submitted job {number} ({processes} processes) for {run.path}, to step {recipe.run.steps}.\n"
@@ -100,6 +93,19 @@ def _train(recipe: Recipe, words: list[str], *, dry_run: bool) -> int:
         f"  python -m launch cancel {run.path}\n"
     )
     return 0
+
+
+def submit_run(run: RunFolder, script: str) -> int:
+    """Write a run's script and submit it, earlier failures forgotten. -> job number. SlurmError where it has a job already."""
+    _refuse_second(run)
+    run.logs.mkdir(parents=True, exist_ok=True)
+    start_afresh(run)
+    path = run.logs / "job.sh"
+    path.write_text(script)
+    number = submit(path)
+    with (run.logs / "jobs").open("a") as stream:
+        stream.write(f"{number}\n")
+    return number
 
 
 def training_job(recipe: Recipe, words: Sequence[str]) -> Job:

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
-from launch.continuation import STOPPED, TIME_IS_UP, shell_status
+from launch.continuation import STOPPED, shell_status
 from launch.failures import RankFailure, by_cause, log_of, read_failures
 from launch.rank import LAUNCHER, LOGS, RANK_LOG
 from launch.terminal import Output
@@ -176,7 +176,7 @@ class _Watch:
         if returncode == 0 or self._is_killing:
             return
         was_asked = self._forwarded is not None and status == 128 + self._forwarded
-        if was_asked or (returncode > 0 and status in (TIME_IS_UP, *STOPPED)):
+        if was_asked or (returncode > 0 and status in STOPPED):
             self._stopped_status = status
             self._end_within(self._grace_s)
         else:

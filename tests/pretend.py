@@ -42,6 +42,8 @@ def main() -> int:
     latest = checkpoints / "latest"
     step = int(latest.read_text()[5:]) if latest.exists() else 0
     print(f"rank {rank} of {os.environ['WORLD_SIZE']} starts after step {step}", flush=True)
+    if "SLURM_JOB_ID" in os.environ:
+        print(f"CUDA_VISIBLE_DEVICES={os.environ.get('CUDA_VISIBLE_DEVICES', 'none')}", flush=True)
     while step < own.steps:
         time.sleep(own.step_s)
         step += 1
@@ -51,7 +53,8 @@ def main() -> int:
                 stream.write(json.dumps(line) + "\n")
         for failure in own.fail:
             _fail(failure, own.folder, rank=rank, step=step)
-        _meet(rank, step, received=received)
+        if not _meet(rank, step, received=received):
+            return 128 + received[0]  # no save without the others
         if step % SAVE_EVERY == 0 or received or step == own.steps:
             time.sleep(own.save_s)
             if rank == 0:
@@ -65,12 +68,21 @@ def main() -> int:
     return 0
 
 
-def _meet(rank: int, step: int, *, received: list[int]) -> None:
-    """Wait for the other ranks to come to this step, for ever if one has died: what a collective operation does."""
+def _meet(rank: int, step: int, *, received: list[int]) -> bool:
+    """Wait for the other ranks to come to this step, as a collective operation does: for ever if one has died.
+
+    -> whether they came; after a signal they have two seconds.
+    """
     folder, world = Path(os.environ["STRATUM_LOGS"]), int(os.environ["WORLD_SIZE"])
     (folder / f".at-{rank}-{step}").touch()
-    while not received and not all((folder / f".at-{peer}-{step}").exists() for peer in range(world)):
+    deadline = None
+    while not all((folder / f".at-{peer}-{step}").exists() for peer in range(world)):
         time.sleep(0.002)
+        if received:
+            deadline = deadline or time.monotonic() + 2
+            if time.monotonic() > deadline:
+                return False
+    return True
 
 
 def _fail(failure: str, folder: Path, *, rank: int, step: int) -> None:

@@ -44,7 +44,7 @@ MpiDefault=none
 SwitchType=switch/none
 SelectType=select/cons_tres
 SelectTypeParameters=CR_CPU
-SchedulerParameters=bf_interval=2
+SchedulerParameters=bf_interval=2,sched_interval=2
 SlurmdParameters=config_overrides
 CommunicationParameters=NoInAddrAny
 EnforcePartLimits=ALL
@@ -79,12 +79,13 @@ case ${1:?start or stop} in
     exit 1
     ;;
   stop)
+    pids=()
     for file in "$rig"/run/slurmd.*.pid "$rig/run/slurmctld.pid" "$rig/run/munged.pid"; do
-      [ -f "$file" ] || continue
-      pid=$(cat "$file")
-      kill "$pid" 2>/dev/null || true
-      for _ in $(seq 40); do kill -0 "$pid" 2>/dev/null || break; sleep 0.1; done
-      kill -KILL "$pid" 2>/dev/null || true
+      [ -f "$file" ] && pids+=("$(cat "$file")")
     done
+    [ ${#pids[@]} -gt 0 ] || exit 0
+    kill "${pids[@]}" 2>/dev/null || true
+    for _ in $(seq 50); do kill -0 "${pids[@]}" 2>/dev/null || exit 0; sleep 0.1; done
+    kill -KILL "${pids[@]}" 2>/dev/null || true
     ;;
 esac

@@ -1,0 +1,20 @@
+#!/bin/bash
+# Data data/web, written by `python -m launch slurm --prepare`: 64 tasks share the work. A task that is started
+# again goes on where it was; the last one to finish joins the shares.
+#SBATCH --job-name=prepare-web
+#SBATCH --array=0-63
+#SBATCH --nodes=1
+#SBATCH --ntasks=1
+#SBATCH --cpus-per-task=8
+#SBATCH --partition=cpu
+#SBATCH --time=04:00:00
+#SBATCH --requeue
+#SBATCH --open-mode=append
+#SBATCH --chdir=/scratch/you/stratum
+#SBATCH --output=data/web/logs/%A_%a.log
+
+set -uo pipefail
+python=(/scratch/you/stratum/.venv/bin/python)
+
+"${python[@]}" -m data.prepare -cn web \
+    data.task="$SLURM_ARRAY_TASK_ID" data.tasks="$SLURM_ARRAY_TASK_COUNT"

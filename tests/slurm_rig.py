@@ -1,0 +1,70 @@
+"""A real Slurm of several nodes on this machine, started and stopped by the tests (tests/launch/slurm_rig.sh)."""
+
+import os
+import shutil
+import socket
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+SCRIPT = Path(__file__).parent / "launch" / "slurm_rig.sh"
+
+
+def reason_to_skip() -> str | None:
+    """Why Slurm cannot be started here; None where it can. With STRATUM_TEST_SLURM=required there is no reason."""
+    missing = [name for name in ("slurmctld", "slurmd", "munged", "srun") if shutil.which(name) is None]
+    if missing and os.environ.get("STRATUM_TEST_SLURM") != "required":
+        return f"no {', '.join(missing)} here: apt-get install slurm-wlm munge"
+    return None
+
+
+@contextmanager
+def slurm_rig(nodes: int) -> Iterator[Path]:
+    """A running cluster; Slurm's commands find it by $SLURM_CONF while the context is open. -> its folder."""
+    reason = reason_to_skip()
+    if reason:
+        pytest.skip(reason)
+    folder = Path(tempfile.mkdtemp(prefix="slurm-"))
+    environment = {**os.environ, "SLURM_RIG": str(folder), "SLURM_RIG_PORT": str(_free_ports(30 + nodes))}
+    conf = str(folder / "etc" / "slurm.conf")  # named in every command: the machine may belong to a cluster of its own
+    try:
+        subprocess.run(["bash", str(SCRIPT), "start", str(nodes)], env=environment, check=True, timeout=120)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("SLURM_CONF", conf)
+            yield folder
+    finally:
+        ours = {**environment, "SLURM_CONF": conf}
+        subprocess.run(["scancel", "--user", str(os.getuid())], env=ours, check=False, capture_output=True)
+        subprocess.run(["bash", str(SCRIPT), "stop"], env=environment, check=True, timeout=60)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def wait_for[T](ask: Callable[[], T], *, timeout_s: float = 150.0) -> T:
+    """The first true answer of `ask`, asked four times a second."""
+    deadline = time.monotonic() + timeout_s
+    while not (answer := ask()):
+        assert time.monotonic() < deadline, "Slurm does not get on"
+        time.sleep(0.25)
+    return answer
+
+
+def _free_ports(count: int) -> int:
+    """The first of `count` ports in a row that nobody listens on."""
+    for first in range(16800, 19800, 100):
+        if all(_is_free(port) for port in range(first, first + count)):
+            return first
+    raise AssertionError("no free ports between 16800 and 19800")
+
+
+def _is_free(port: int) -> bool:
+    with socket.socket() as probe:
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError:
+            return False
+    return True
