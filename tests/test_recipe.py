@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 import yaml
-from tiny import RECIPE, TINY
+from tiny import RECIPE, TINY, recipe_with
 
 from data.command import RECIPES, dotted_keys, with_overrides
 from train.config import Recipe, ScheduleConfig
 from train.errors import RecipeError
 from train.model.pattern import parameters
-from train.recipe import differences, recipe_from_mapping
+from train.recipe import differences, recipe_from_mapping, refused
 from train.run import check_folder, recipe_mapping
 
 PRIMARY = sorted(path.stem for path in RECIPES.glob("*.yaml"))
@@ -92,8 +92,44 @@ def test_a_run_may_move_to_another_layout_but_not_to_another_model() -> None:
     old = recipe_mapping(RECIPE)
     moved = changed(parallel=dataclasses.replace(RECIPE.parallel, tensor=2))
     other = changed(model=dataclasses.replace(TINY, hidden=128))
-    assert differences(old, recipe_mapping(moved)) == []
-    assert differences(old, recipe_mapping(other)) == ["model.hidden: 64 in the run's folder, 128 now"]
+    assert refused(differences(old, recipe_mapping(moved)), ()) is None
+    (difference,) = differences(old, recipe_mapping(other))
+    assert str(difference) == "model.hidden: 64 in the run's folder, 128 now"
+    assert "another run.name" in (refused([difference], ("data_order", "arithmetic")) or "")
+
+
+@pytest.mark.parametrize(
+    ("change", "kind"),
+    [
+        ({"run.threads": 2}, "safe"),
+        ({"parallel.tensor": 2}, "safe"),
+        ({"telemetry.log_every_steps": 7}, "safe"),
+        ({"data.seed": 5}, "data order"),
+        ({"optim.lr": 1.0}, "arithmetic"),
+        ({"precision.params": "bf16"}, "arithmetic"),
+        ({"model.logit_softcap": 30.0}, "arithmetic"),
+        ({"run.steps": 9}, "safe"),  # nothing of this schedule hangs on the end
+        ({"run.global_rows": 8}, "another run"),
+    ],
+)
+def test_a_changed_field_is_typed_by_what_it_does(change: dict, kind: str) -> None:
+    (difference,) = differences(recipe_mapping(RECIPE), recipe_mapping(recipe_with(**change)))
+    assert difference.kind == kind
+    words = {"safe": (), "another run": None}.get(kind, (kind.replace(" ", "_"),))
+    assert (refused([difference], words or ()) is None) == (words is not None)
+    assert kind == "safe" or refused([difference], ()) is not None
+
+
+def test_the_end_of_a_run_is_arithmetic_where_the_schedule_leans_on_it() -> None:
+    cosine = recipe_with(**{"schedule.kind": "cosine"})
+    longer = dataclasses.replace(cosine, run=dataclasses.replace(cosine.run, steps=16))
+    assert [d.kind for d in differences(recipe_mapping(cosine), recipe_mapping(longer))] == ["arithmetic"]
+
+
+def test_a_recipe_too_old_to_have_a_field_had_its_default() -> None:
+    old = recipe_mapping(RECIPE)
+    del old["checkpoint"]["background"], old["objective"]
+    assert differences(old, recipe_mapping(RECIPE)) == []
 
 
 def test_a_folder_of_another_recipe_is_left_alone(tmp_path: Path) -> None:

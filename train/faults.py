@@ -1,38 +1,80 @@
-"""What can go wrong around a step: signals that ask the run to stop, and numbers that are no longer numbers."""
+"""What can go wrong around a step: signals that ask the run to stop, too little time to do so, and numbers that are none."""
 
 import math
+import os
 import signal
+import threading
+import time
 from types import FrameType
 
 from train.errors import NumericsError
 
 _WATCHED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+ECHO_S = 1.0
+"""Signals this soon after the first are the same warning: a launcher and the terminal, or Slurm and torchrun, send both."""
+GIVEN_UP = 1
+"""Exit status of a process that a second signal ended."""
 
 
 class StopSignals:
-    """Turns Ctrl-C, SIGTERM and SIGUSR1 into a request to stop at the next step boundary.
+    """Turns Ctrl-C, SIGTERM and SIGUSR1 (Slurm's warning) into a request to stop at the next step boundary.
 
-    Used as a context manager; the previous handlers come back at its end. A second signal ends the process at once with
-    its default action: the newest whole checkpoint stays what it was.
+    Used as a context manager in the main thread; the previous handlers come back at its end. A second signal, a second or
+    more after the first, ends the process at once with status 1, even while it is stuck in a collective: a thread hears of
+    it. The newest whole checkpoint stays what it was.
     """
 
     def __init__(self) -> None:
         self.received: signal.Signals | None = None
         self._previous: dict[signal.Signals, object] = {}
+        self._pipe: tuple[int, int] | None = None
+        self._previous_wakeup = -1
 
     def __enter__(self) -> "StopSignals":
+        reader, writer = os.pipe()
+        os.set_blocking(writer, False)
+        self._pipe = reader, writer
+        self._previous_wakeup = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
         for number in _WATCHED:
             self._previous[number] = signal.signal(number, self._note)
+        threading.Thread(target=_listen, args=(reader,), name="signals", daemon=True).start()
         return self
 
     def __exit__(self, *_exc: object) -> None:
         for number, handler in self._previous.items():
             signal.signal(number, handler)  # type: ignore[arg-type]
+        signal.set_wakeup_fd(self._previous_wakeup)
+        assert self._pipe is not None
+        os.close(self._pipe[1])  # the thread reads the end and closes its own side
 
     def _note(self, number: int, _frame: FrameType | None) -> None:
-        self.received = signal.Signals(number)
-        for watched in _WATCHED:
-            signal.signal(watched, signal.SIG_DFL)
+        if self.received is None:
+            self.received = signal.Signals(number)
+
+
+def _listen(reader: int) -> None:
+    """Python runs handlers in the main thread, between its instructions; the system's byte in the pipe comes at once."""
+    first: float | None = None
+    while number := os.read(reader, 1):
+        if number[0] not in _WATCHED:
+            continue
+        now = time.monotonic()
+        if first is None:
+            first = now
+        elif now - first >= ECHO_S:
+            os._exit(GIVEN_UP)
+    os.close(reader)
+
+
+def grace_warning(step_s: float, *, save_s: float, grace_s: float) -> str | None:
+    """What to say where a step and a save do not fit into the time between a warning signal and the kill."""
+    if step_s + save_s <= grace_s:
+        return None
+    return (
+        f"a step ({step_s:.0f} s) and a save ({save_s:.0f} s) take longer than launch.grace_s={grace_s:g} leaves after SIGTERM "
+        f"or SIGUSR1: a run that is told to stop would be killed before it has saved. Give it more time, or smaller steps; "
+        f"the checkpoints before are safe."
+    )
 
 
 def check_numbers(step: int, *, grad_norm: float, newest_checkpoint: str | None) -> None:

@@ -1,6 +1,8 @@
 """Everything that happens at a step, in order, on one page.
 
-    rows --> forward, backward, update --> record --> evaluate when due --> save when due --> stop when asked
+    rows --> forward, backward, update --> record --> evaluate when due --> save when due --> news of saves --> stop when asked
+
+A save in the background copies the state while the next step runs forward and backward; only the update waits for it.
 
 The loop's whole state is two integers, `step` and `position`; everything else is in the engine or on disk.
 """
@@ -11,9 +13,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from data.stream import Stream
+from train.checkpoint.manager import CheckpointFolder
 from train.config import Recipe
 from train.engine import Engine
-from train.faults import StopSignals, check_numbers
+from train.faults import StopSignals, check_numbers, grace_warning
 from train.optim.schedule import learning_rate_factor
 from train.step import train_step
 from train.stopwatch import Stopwatch
@@ -37,16 +40,16 @@ def train_loop(
     telemetry: Telemetry,
     first_step: int,
     evaluate: Callable[[int], None],
-    save: Callable[[int, int], None],
-    is_save_due: Callable[[int], bool],
-    newest_checkpoint: Callable[[], str | None],
+    checkpoints: CheckpointFolder,
+    save: Callable[..., None],
 ) -> LoopEnd:
     """Train from step `first_step` (steps already finished) to `recipe.run.steps`. Collective over the world.
 
-    evaluate(step), save(step, position): called on every rank. Raises NumericsError, CheckpointError, DataError.
+    evaluate(step), save(step, position, background=...): called on every rank. Raises NumericsError, CheckpointError,
+    DataError.
     """
     run, mesh = recipe.run, engine.mesh
-    step, saved_step = first_step, first_step
+    step = first_step
     tokens_per_step = run.global_rows * engine.row_tokens
     last_step = run.steps
     if run.stop_after_steps is not None:
@@ -76,6 +79,7 @@ def train_loop(
                 learning_rate=recipe.optim.lr * factor,
                 watch=watch,
                 measure=is_measured(step + 1),
+                before_update=checkpoints.before_update,
             )
             step += 1
             telemetry.record(
@@ -96,23 +100,43 @@ def train_loop(
                 )
             if not math.isfinite(result.grad_norm):
                 telemetry.flush()  # the steps that led here are the ones to look at
-            check_numbers(step, grad_norm=result.grad_norm, newest_checkpoint=newest_checkpoint())
+                checkpoints.wait()
+                found = checkpoints.whole()
+                check_numbers(step, grad_norm=result.grad_norm, newest_checkpoint=found[-1].name if found else None)
 
             if recipe.evaluate.every_steps and step % recipe.evaluate.every_steps == 0 and step < run.steps:
                 telemetry.flush()
                 evaluate(step)
-            if is_save_due(step):
+            if checkpoints.is_due(step) and step < last_step:
                 telemetry.flush()
-                save(step, stream.position)
-                saved_step = step
-            if mesh.any_rank(signals.received is not None):
+                save(step, stream.position, background=recipe.checkpoint.background)
+            stop, writing, failed = mesh.any_of(
+                signals.received is not None, checkpoints.is_writing, checkpoints.has_failed
+            )
+            _tell(telemetry, checkpoints, recipe=recipe, step_s=sum(watch.seconds().values()))
+            if failed and not writing:
+                checkpoints.check()
+            if stop:
                 break
 
         telemetry.flush()
-        if step > saved_step:
-            save(step, stream.position)
+        checkpoints.wait()
+        if step > first_step and checkpoints.saved_step != step:
+            save(step, stream.position, background=False)
+        _tell(telemetry, checkpoints, recipe=recipe, step_s=0.0)
+        checkpoints.check(always=True)
         received = signals.received
     if step >= run.steps:
         evaluate(step)
         return LoopEnd(step, "finished")
     return LoopEnd(step, received.name if received is not None else "paused")
+
+
+def _tell(telemetry: Telemetry, checkpoints: CheckpointFolder, *, recipe: Recipe, step_s: float) -> None:
+    """Record what happened to the save under way: asked for, staged, durable, tried again, failed."""
+    for event in checkpoints.collect():
+        telemetry.event(event.kind, step=event.step, **event.fields)
+        if event.kind == "save":
+            late = grace_warning(step_s, save_s=event.fields["seconds"], grace_s=recipe.launch.grace_s)
+            if late is not None and checkpoints.is_first_warning():
+                telemetry.event("warning", text=late)

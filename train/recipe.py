@@ -5,7 +5,11 @@
 Hydra decides what is composed; nothing of it goes further than this module and the entry points.
 """
 
-from typing import Any
+import dataclasses
+import typing
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -16,15 +20,46 @@ from train.errors import RecipeError
 from train.model.pattern import layer_kinds
 from train.optim.schedule import check as check_schedule
 
-_MAY_DIFFER = (
-    "run.folder", "run.name", "run.steps", "run.microbatch_rows", "run.device", "run.threads", "run.stop_after_steps",
-    "run.deterministic", "run.start_from", "objective.teacher_tensor", "objective.chunk_tokens", "parallel",
-    "precision.backend", "precision.health", "precision.health_policy", "precision.health_floor_db",
-    "checkpoint", "evaluate", "telemetry", "launch", "data.folder", "data.workers", "data.prefetch_steps",
-    "data.read_threads", "data.cache", "data.verify", "data.stall_warning_s", "data.stall_limit_s",
-    "generate", "model.mamba_chunk",
-)  # fmt: skip
-"""Fields a run may change when it resumes: they do not change which model is trained, on which rows, how."""
+Kind = Literal["safe", "data order", "arithmetic", "another run"]
+"""What a changed field does to a run that continues: nothing but rounding; other rows; other numbers from the same rows; or
+it makes checkpoints or step counts meaningless."""
+
+_KINDS: dict[str, Kind] = {
+    **dict.fromkeys(
+        (
+            "run.folder", "run.name", "run.microbatch_rows", "run.device", "run.threads", "run.stop_after_steps",
+            "run.deterministic", "run.start_from", "objective.teacher_tensor", "objective.chunk_tokens", "parallel",
+            "precision.backend", "precision.health", "precision.health_policy", "precision.health_floor_db",
+            "checkpoint", "evaluate", "telemetry", "launch", "data.folder", "data.workers", "data.prefetch_steps",
+            "data.read_threads", "data.cache", "data.verify", "data.stall_warning_s", "data.stall_limit_s",
+            "generate", "model.mamba_chunk", "model.init_std",
+        ),
+        "safe",
+    ),
+    **dict.fromkeys(
+        (
+            "model.norm_eps", "model.rope_base", "model.rope_scaling", "model.rope_factor", "model.rope_original_tokens",
+            "model.window_tokens", "model.query_scale", "model.attention_softcap", "model.logit_softcap",
+        ),
+        "arithmetic",
+    ),
+    **dict.fromkeys(("model", "run.global_rows", "data.row_tokens"), "another run"),
+    "data": "data order",
+}  # fmt: skip
+"""By field or group; the longest matching name counts. What is not here changes arithmetic."""
+
+
+@dataclass(frozen=True)
+class Difference:
+    """One field that two recipes disagree on."""
+
+    key: str
+    old: Any
+    new: Any
+    kind: Kind
+
+    def __str__(self) -> str:
+        return f"{self.key}: {self.old} in the run's folder, {self.new} now"
 
 
 def read_recipe(composed: DictConfig) -> Recipe:
@@ -55,16 +90,60 @@ def recipe_from_mapping(plain: dict[str, Any]) -> Recipe:
     return recipe
 
 
-def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    """What two resolved recipes disagree on that would make them different runs, one line each."""
+def differences(old: dict[str, Any], new: dict[str, Any]) -> list[Difference]:
+    """What two resolved recipes disagree on, by field name. A field that `old` is too old to have counts with its default."""
     before, after = _flat(old), _flat(new)
-    lines = []
+    found = []
     for key in sorted(before.keys() | after.keys()):
-        if any(key == free or key.startswith(f"{free}.") for free in _MAY_DIFFER):
-            continue
-        if before.get(key) != after.get(key):
-            lines.append(f"{key}: {before.get(key)} in the run's folder, {after.get(key)} now")
-    return lines
+        then, now = before.get(key, _default(key)), after.get(key)
+        if then != now:
+            found.append(Difference(key, then, now, _kind(key, new)))
+    return found
+
+
+def refused(changes: list[Difference], allowed: Sequence[str]) -> str | None:
+    """Why a run may not continue with these changes, or None. allowed: `checkpoint.allow`."""
+    words = {kind.replace("_", " ") for kind in allowed} | {"safe"}
+    forbidden = [change for change in changes if change.kind not in words]
+    if not forbidden:
+        return None
+    lines = "".join(f"\n  {change}  ({_meaning(change.kind)})" for change in forbidden)
+    if any(change.kind == "another run" for change in forbidden):
+        return (
+            f"{lines}\nChoose another run.name to start a new run, or take the differences back to continue this one."
+        )
+    kinds = ",".join(dict.fromkeys(change.kind.replace(" ", "_") for change in forbidden))
+    return (
+        f"{lines}\nTake the differences back to continue this run, add checkpoint.allow=[{kinds}] to continue it with them, or "
+        f"choose another run.name to start a new run."
+    )
+
+
+def _meaning(kind: Kind) -> str:
+    return "a fixed property of a run" if kind == "another run" else f"changes {'the ' * (kind == 'data order')}{kind}"
+
+
+def _kind(key: str, new: dict[str, Any]) -> Kind:
+    if key == "run.steps":
+        schedule = new.get("schedule", {})
+        ends = schedule.get("kind") == "cosine" or (schedule.get("kind") == "wsd" and schedule.get("decay"))
+        return "arithmetic" if ends and schedule.get("total") is None else "safe"
+    matches = [name for name in _KINDS if key == name or key.startswith(f"{name}.")]
+    return _KINDS[max(matches, key=len)] if matches else "arithmetic"
+
+
+def _default(key: str) -> Any:
+    """Default of a dotted field, as recipes in YAML write it; None where there is none."""
+    cls: Any = Recipe
+    *groups, name = key.split(".")
+    for group in groups:
+        cls = typing.get_type_hints(cls).get(group)
+        if not dataclasses.is_dataclass(cls):
+            return None
+    field = next((field for field in dataclasses.fields(cls) if field.name == name), None)
+    if field is None or field.default is dataclasses.MISSING:
+        return None
+    return list(field.default) if isinstance(field.default, tuple) else field.default
 
 
 def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

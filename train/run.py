@@ -20,13 +20,13 @@ from data.manifest import MANIFEST, read_manifest
 from data.stream import Dataset, Stream, open_dataset
 from data.tokenizer import Tokenizer, load_tokenizer
 from train.config import ParallelConfig, Recipe
-from train.errors import BackendError, CheckpointError, RecipeError
+from train.errors import BackendError, RecipeError
 from train.model.pattern import flops_per_token, parameters
 from train.parallel.device import choose_device, prepare
 from train.parallel.layout import Layout, lay_out
 from train.parallel.mesh import Mesh, close_mesh, open_mesh, world_from_environment
 from train.precision.scaling import shape_problems
-from train.recipe import differences
+from train.recipe import differences, refused
 
 if TYPE_CHECKING:  # at run time Megatron must wait for `prepare`
     from train.engine import Engine
@@ -109,14 +109,9 @@ def check_folder(folder: Path, recipe: Recipe) -> None:
         old = yaml.safe_load(path.read_text())
     except (OSError, yaml.YAMLError) as error:
         raise RecipeError(f"{path} cannot be read: {error}. Choose another run.name, or move {folder} away.") from error
-    changed = differences(old, recipe_mapping(recipe))
-    if changed:
-        raise RecipeError(
-            f"{folder} holds a run of another recipe:\n  "
-            + "\n  ".join(changed)
-            + "\nChoose another run.name to start a "
-            "new run, or take the differences back to continue this one."
-        )
+    why = refused(differences(old, recipe_mapping(recipe)), recipe.checkpoint.allow)
+    if why is not None:
+        raise RecipeError(f"{folder} holds a run of another recipe:{why}")
 
 
 def recipe_mapping(recipe: Recipe) -> dict[str, Any]:
@@ -218,7 +213,9 @@ def model_on_one_rank(recipe: Recipe, checkpoint: Path, *, device: torch.device)
 
 
 def _train(recipe: Recipe, *, mesh: Mesh, dataset: Dataset, folder: Path) -> RunEnd:
+    from train.checkpoint import disk
     from train.checkpoint.manager import CheckpointFolder, checkpoint_at
+    from train.checkpoint.resume import resume
     from train.evaluate.losses import heldout_bits_per_byte
     from train.loop import train_loop
     from train.telemetry import Telemetry, peak_flops
@@ -229,10 +226,18 @@ def _train(recipe: Recipe, *, mesh: Mesh, dataset: Dataset, folder: Path) -> Run
         initial, _ = checkpoint_at(recipe.run.start_from)
     engine = build_engine(recipe, mesh, weights=initial, tokenizer=dataset.tokenizer.fingerprint)
     mapping = recipe_mapping(recipe)
-    step, position = _resume(recipe, engine=engine, checkpoints=checkpoints, dataset=dataset)
+    start = resume(
+        checkpoints,
+        engine,
+        recipe=recipe,
+        mapping=mapping,
+        data_hash=dataset.manifest_hash,
+        steps_seen=_steps_seen(folder),
+    )
+    step = start.step
     if mesh.rank == 0:
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "recipe.yaml").write_text(yaml.safe_dump(mapping, sort_keys=False))
+        disk.write_text(folder / "recipe.yaml", yaml.safe_dump(mapping, sort_keys=False))
     mesh.barrier()
 
     with ExitStack() as stack:
@@ -254,7 +259,7 @@ def _train(recipe: Recipe, *, mesh: Mesh, dataset: Dataset, folder: Path) -> Run
         stream = stack.enter_context(
             Stream(
                 dataset,
-                position=position,
+                position=start.position,
                 global_rows=recipe.run.global_rows,
                 microbatch_rows=recipe.run.microbatch_rows,
                 rank=mesh.data_rank,
@@ -272,22 +277,21 @@ def _train(recipe: Recipe, *, mesh: Mesh, dataset: Dataset, folder: Path) -> Run
                 scores = heldout_bits_per_byte(engine, dataset, rows_per_source=recipe.evaluate.rows_per_source)
             telemetry.evaluation(at, scores)
 
-        def save(at: int, rows: int) -> None:
-            with telemetry.phase("saving"):
-                path = checkpoints.save(
+        def save(at: int, rows: int, *, background: bool) -> None:
+            with telemetry.phase("staging" if background else "saving"):
+                checkpoints.request(
                     engine,
                     step=at,
                     position=rows,
                     recipe=mapping,
                     data_hash=dataset.manifest_hash,
                     tokenizer=dataset.tokenizer.fingerprint,
+                    background=background,
                 )
-            telemetry.event("save", step=at, path=str(path))
 
-        def newest() -> str | None:
-            found = checkpoints.whole()
-            return found[-1].name if found else None
-
+        stack.callback(checkpoints.close)
+        if start.text:
+            telemetry.event("audit", step=step, text=start.text)
         telemetry.event(
             "resume" if step else "start",
             step=step,
@@ -305,38 +309,20 @@ def _train(recipe: Recipe, *, mesh: Mesh, dataset: Dataset, folder: Path) -> Run
             telemetry=telemetry,
             first_step=step,
             evaluate=evaluate,
+            checkpoints=checkpoints,
             save=save,
-            is_save_due=checkpoints.is_due,
-            newest_checkpoint=newest,
         )
     return RunEnd(folder=folder, step=end.step, reason=end.reason)
 
 
-def _resume(recipe: Recipe, *, engine: Any, checkpoints: Any, dataset: Dataset) -> tuple[int, int]:
-    """Load the newest whole checkpoint where the recipe allows it. -> (steps finished, rows consumed)."""
-    found = checkpoints.newest()
-    mode = recipe.checkpoint.resume
-    if found is None:
-        if mode == "required":
-            raise CheckpointError(
-                f"checkpoint.resume=required, but {checkpoints.folder} holds no checkpoint. Use checkpoint.resume=auto "
-                f"to start from the beginning."
-            )
-        return 0, 0
-    path, manifest = found
-    if mode == "never":
-        raise CheckpointError(
-            f"checkpoint.resume=never, but {checkpoints.folder} already holds {path.name}. Choose another run.name, or "
-            f"checkpoint.resume=auto to continue."
-        )
-    if manifest.data_hash != dataset.manifest_hash:
-        raise DataError(
-            f"{path} was trained on data {manifest.data_hash[:12]}, but {recipe.data.folder} now holds "
-            f"{dataset.manifest_hash[:12]}: rows would no longer be the ones counted. Point data.folder at the old data, "
-            f"or start a new run with another run.name."
-        )
-    checkpoints.load(engine, path)
-    return manifest.step, manifest.position
+def _steps_seen(folder: Path) -> tuple[int, bool]:
+    """What a run folder's record tells: the last step trained, and whether a checkpoint was ever reported durable."""
+    from train.telemetry import METRICS, read_metrics
+
+    path = folder / METRICS
+    lines = read_metrics(path) if path.exists() else []
+    steps = [line["step"] for line in lines if line["kind"] == "step"]
+    return max(steps, default=0), any(line["kind"] == "save" for line in lines)
 
 
 def _world_peak(per_rank: float | None, mesh: Mesh) -> float | None:

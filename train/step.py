@@ -1,5 +1,6 @@
 """One optimizer step: microbatches through Megatron's forward-backward schedule, gradients finished, weights updated."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,11 +24,19 @@ class StepResult:
 
 
 def train_step(
-    engine: Engine, microbatches: list[Any], *, step: int, learning_rate: float, watch: Stopwatch, measure: bool = False
+    engine: Engine,
+    microbatches: list[Any],
+    *,
+    step: int,
+    learning_rate: float,
+    watch: Stopwatch,
+    measure: bool = False,
+    before_update: Callable[[], None] | None = None,
 ) -> StepResult:
     """One update of the weights. Collective over the world.
 
     step: steps finished before this one. measure: take readings of quantised operands (`engine.precision.health`).
+    before_update: called when gradients are done and weights and moments are still the last step's.
     """
     tokens = len(microbatches) * engine.microbatch_rows * engine.mesh.layout.data * engine.row_tokens
     engine.precision.begin_step(step=step, tokens=step * tokens, measure=measure)
@@ -42,6 +51,9 @@ def train_step(
     # Tensor ranks all hold the same loss, data ranks a share each: divided so that the sum over the world is the mean.
     total = total / (len(microbatches) * engine.mesh.layout.data * engine.mesh.layout.tensor)
     watch.lap("forward_backward")
+    if before_update is not None:
+        before_update()
+        watch.lap("staging")
     set_learning_rate(engine.optimizer, learning_rate)
     _succeeded, grad_norm, _zeros = engine.optimizer.step()
     engine.precision.finish_step()

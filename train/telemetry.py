@@ -8,7 +8,8 @@ per step. metrics.jsonl is the record the others are made from:
     {"kind": "evaluation", "step": 80, "bits_per_byte": {"shakespeare": ..., "python": ...}}
     {"kind": "precision", "step": 20, "scaling": "blockwise", "readings": [{"layer": 0, "linear": ..., "snr_db": ...}]}
     {"kind": "phase", "name": "saving", "seconds": ...}
-    {"kind": "start" | "resume" | "save" | "warning" | ..., "step": ..., ...}
+    {"kind": "save_requested" | "save_staged" | "save" (durable) | "save_retried" | "save_failed", "step": 100, ...}
+    {"kind": "start" | "resume" | "audit" | "warning" | ..., "step": ..., ...}
 
 Numbers are written so that they read back to the same bits. Lines are only ever appended: after a resume, steps that
 are run again appear again, and readers take the last. A line torn by a kill is closed off and skipped by the reader.
@@ -375,7 +376,14 @@ class _Screen:
                 scores = ", ".join(f"{name} {value:.3f}" for name, value in line["bits_per_byte"].items())
                 return f"step {line['step']}: held-out bits per byte: {scores}"
             case "save":
-                return f"step {line['step']}: saved {line['path']}"
+                shares = f" ({line['bytes'] / 1e6:,.0f} MB in {line['seconds']:.1f} s)" if "bytes" in line else ""
+                return f"step {line['step']}: saved {line['path']}{shares}"
+            case "save_retried":
+                return f"warning: step {line['step']}: {line['error']} Trying again in {line['wait_s']:g} s."
+            case "save_failed":
+                return f"warning: step {line['step']} was not saved: {line['error']}"
+            case "audit":
+                return line["text"]
             case "resume":
                 return f"resumed after step {line['step']} ({line['parameters']:,} parameters, {line['layout']})"
             case "start":

@@ -10,6 +10,7 @@ from tiny import Numbers, engine_of, recipe_with, steps_of
 
 from train.checkpoint.manager import CheckpointFolder
 from train.checkpoint.manifest import read_manifest
+from train.checkpoint.resume import resume
 from train.config import CheckpointConfig, Recipe
 from train.errors import CheckpointError
 from train.model.initial import global_names
@@ -214,17 +215,13 @@ def test_a_full_disk_is_named_before_anything_is_lost(tmp_path: Path) -> None:
 
 
 def resume_modes(rank: int, folder: Path) -> list[str]:
-    from train.run import _resume
-
-    class Data:
-        manifest_hash = "other"
-
     messages = []
     for mode in ("never", "auto"):
         recipe = recipe_with(**{"checkpoint.resume": mode})
         with engine_of(recipe, rank=rank, world=1) as engine:
+            checkpoints = CheckpointFolder(folder, recipe.checkpoint)
             try:
-                _resume(recipe, engine=engine, checkpoints=CheckpointFolder(folder, recipe.checkpoint), dataset=Data())
+                resume(checkpoints, engine, recipe=recipe, mapping={}, data_hash="other", steps_seen=(0, False))
             except Exception as error:
                 messages.append(f"{type(error).__name__}: {error}")
     return messages

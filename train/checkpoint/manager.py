@@ -73,6 +73,7 @@ class CheckpointFolder:
         self._memory_step: int | None = None
         self._save: Save | None = None
         self._told = 0
+        self._warned = False
         self._lineage: dict[str, Any] = {}
 
     def path_of(self, step: int) -> Path:
@@ -118,11 +119,8 @@ class CheckpointFolder:
         self._refuse_to_forget(notes)
         return None
 
-    def resume(self, engine: Engine) -> Found | None:
-        """Fill the engine from the newest checkpoint that proves right; None where there never was one. Collective.
-
-        A checkpoint that does not load is passed over, and said. Raises CheckpointError where none loads.
-        """
+    def survey(self) -> tuple[list[tuple[Path, Manifest]], list[str]]:
+        """`candidates` as rank 0 sees them, after it cleaned up what dead processes left. Collective."""
         peers = self._talk()
         outcome: Any = None
         if peers.rank == 0:
@@ -135,7 +133,14 @@ class CheckpointFolder:
         outcome = peers.hear(outcome)
         if isinstance(outcome, CheckpointError):
             raise outcome
-        good, notes = outcome
+        return outcome
+
+    def resume(self, engine: Engine) -> Found | None:
+        """Fill the engine from the newest checkpoint that proves right; None where there never was one. Collective.
+
+        A checkpoint that does not load is passed over, and said. Raises CheckpointError where none loads.
+        """
+        good, notes = self.survey()
         for path, _ in good:
             try:
                 manifest = self.load(engine, path)
@@ -254,12 +259,20 @@ class CheckpointFolder:
         news, self._told = events[self._told :], len(events)
         return news
 
-    def check(self) -> None:
-        """Raise CheckpointError where the last save failed and the recipe wants to stop then. Same on all ranks once
-        no rank is writing."""
-        if self.has_failed and self.config.on_failure == "stop":
-            assert self._save is not None
+    def check(self, *, always: bool = False) -> None:
+        """Raise CheckpointError where the last save failed and the recipe wants to stop then (or always).
+
+        For when no rank is writing any more and any has failed: all then do.
+        """
+        if self._save is None or (self.config.on_failure == "continue" and not always):
+            return
+        if self._save.error is not None:
             raise CheckpointError(f"{self._save.error} The run's earlier checkpoints are intact.")
+
+    def is_first_warning(self) -> bool:
+        """True once: what is wrong with the time a save takes need not be said at each."""
+        first, self._warned = not self._warned, True
+        return first
 
     def wait(self) -> None:
         """Wait for the save under way, whatever its end."""

@@ -58,6 +58,14 @@ class Mesh:
         dist.all_reduce(value, op=dist.ReduceOp.MAX)
         return bool(value.item())
 
+    def any_of(self, *flags: bool) -> list[bool]:
+        """For each flag, whether it holds on at least one rank. Collective over the world."""
+        if self.layout.world == 1:
+            return list(flags)
+        values = torch.tensor([float(flag) for flag in flags], device=self.device)
+        dist.all_reduce(values, op=dist.ReduceOp.MAX)
+        return [bool(value) for value in values.tolist()]
+
     def barrier(self) -> None:
         """Wait for all ranks. Collective over the world."""
         if self.layout.world > 1:

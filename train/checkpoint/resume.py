@@ -1,0 +1,168 @@
+"""Where a run starts: at its newest checkpoint that proves right, after an audit of what changed since, or at zero, aloud.
+
+survey of the folder -> is this resume allowed? (mode, data, recipe) -> load and prove -> one table for the user
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+from data.errors import DataError
+from train.checkpoint.manager import CheckpointFolder, Found
+from train.checkpoint.manifest import Manifest
+from train.config import Recipe
+from train.engine import Engine
+from train.errors import CheckpointError, RecipeError
+from train.optim.schedule import learning_rate_factor
+from train.parallel.layout import Layout
+from train.recipe import Difference, differences, recipe_from_mapping, refused
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where training begins."""
+
+    step: int
+    """Optimizer steps finished."""
+    position: int
+    """Rows consumed."""
+    text: str | None
+    """What the user should see."""
+
+
+def resume(
+    checkpoints: CheckpointFolder,
+    engine: Engine,
+    *,
+    recipe: Recipe,
+    mapping: dict[str, Any],
+    data_hash: str,
+    steps_seen: tuple[int, bool],
+) -> Start:
+    """Load the newest checkpoint that proves right, where the recipe allows it. Collective over the world.
+
+    mapping: the recipe as `recipe.yaml` holds it. steps_seen: the last step in the run's record, and whether that tells of a
+    durable checkpoint. Raises CheckpointError, DataError, RecipeError.
+    """
+    good, _ = checkpoints.survey()
+    mode = recipe.checkpoint.resume
+    if good:
+        path, manifest = good[0]
+        if mode == "never":
+            raise CheckpointError(
+                f"checkpoint.resume=never, but {checkpoints.folder} already holds {path.name}. Choose another run.name, or "
+                f"checkpoint.resume=auto to continue."
+            )
+        _check_data(manifest, recipe=recipe, data_hash=data_hash, place=str(path))
+        _check_recipe(manifest, recipe=recipe, mapping=mapping, place=str(path))
+    found = checkpoints.resume(engine)
+    if found is None:
+        if mode == "required":
+            raise CheckpointError(
+                f"checkpoint.resume=required, but {checkpoints.folder} holds no checkpoint. Use checkpoint.resume=auto "
+                f"to start from the beginning."
+            )
+        return Start(0, 0, _from_zero(checkpoints, steps_seen))
+    _check_data(found.manifest, recipe=recipe, data_hash=data_hash, place=str(found.path))
+    text = audit(found, recipe=recipe, mapping=mapping, layout=engine.mesh.layout, data_hash=data_hash)
+    return Start(found.manifest.step, found.manifest.position, text)
+
+
+def audit(found: Found, *, recipe: Recipe, mapping: dict[str, Any], layout: Layout, data_hash: str) -> str:
+    """The table a user sees on resume: what was saved, what goes on now, and every difference by what it does."""
+    manifest = found.manifest
+    now = layout.describe()
+    then = describe_layout(manifest.layout)
+    rows = [
+        ("", "saved", "now"),
+        ("step", f"{manifest.step:,}", f"continues with {manifest.step + 1:,} of {recipe.run.steps:,}"),
+        ("tokens", f"{manifest.tokens:,}", ""),
+        ("position", f"row {manifest.position:,}", "the next row"),
+        ("learning rate", _rate(manifest.recipe, manifest), _rate(mapping, manifest)),
+        ("layout", then, now if now != then else "the same"),
+        (
+            "optimizer",
+            "fresh moments" if manifest.updates is None else f"{manifest.updates:,} updates",
+            "none saved: starts anew" if manifest.updates is None else "the same",
+        ),
+        (
+            "random state",
+            "",
+            "restored" if describe_layout(manifest.layout) == now else "seeded anew (another layout)",
+        ),
+        ("weights", manifest.fingerprint[:16], "proven: fingerprints agree after loading"),
+    ]
+    if manifest.data_hash != data_hash:
+        rows.append(("data", manifest.data_hash[:12], f"{data_hash[:12]}: OTHER ROWS from here on (allowed)"))
+    for change in _changes(manifest, mapping):
+        allowed = "" if change.kind == "safe" else " (allowed)"
+        verb = "safe" if change.kind == "safe" else f"changes {change.kind}"
+        rows.append((change.key, str(change.old), f"{change.new}    {verb}{allowed}"))
+    width = [max(len(row[column]) for row in rows) for column in (0, 1)]
+    lines = [f"  {a:<{width[0]}}  {b:<{width[1]}}  {c}".rstrip() for a, b, c in rows]
+    notes = [f"  note: {note}" for note in found.notes]
+    return "\n".join([f"resuming from {found.path}", *lines, *notes])
+
+
+def describe_layout(layout: dict[str, int]) -> str:
+    """Degrees of a manifest in one short line, as `Layout.describe` gives them; `one file` where no run wrote it."""
+    if not {"tensor", "pipeline", "data"} <= layout.keys():
+        return "none"
+    names = (("TP", "tensor", 0), ("PP", "pipeline", 0), ("VP", "virtual", 1), ("CP", "context", 1), ("DP", "data", 0))
+    return " ".join(f"{short}{layout[key]}" for short, key, least in names if layout.get(key, 1) > least)
+
+
+def _changes(manifest: Manifest, mapping: dict[str, Any]) -> list[Difference]:
+    """Differences of the recipes, without those that only say where and how to run."""
+    quiet = ("launch.", "telemetry.", "evaluate.", "checkpoint.", "run.stop_after_steps", "run.threads", "parallel.")
+    if not manifest.recipe:
+        return []
+    return [change for change in differences(manifest.recipe, mapping) if not change.key.startswith(quiet)]
+
+
+def _check_recipe(manifest: Manifest, *, recipe: Recipe, mapping: dict[str, Any], place: str) -> None:
+    if manifest.recipe:
+        why = refused(differences(manifest.recipe, mapping), recipe.checkpoint.allow)
+        if why is not None:
+            raise RecipeError(f"{place} was trained with another recipe:{why}")
+
+
+def _check_data(manifest: Manifest, *, recipe: Recipe, data_hash: str, place: str) -> None:
+    if manifest.data_hash in ("", data_hash) or "data_order" in recipe.checkpoint.allow:
+        return
+    raise DataError(
+        f"{place} was trained on data {manifest.data_hash[:12]}, but {recipe.data.folder} now holds {data_hash[:12]}: rows "
+        f"would no longer be the ones counted. Point data.folder at the old data, start a new run with another run.name, or "
+        f"add checkpoint.allow=[data_order] to go on with other rows."
+    )
+
+
+def _rate(mapping: dict[str, Any], manifest: Manifest) -> str:
+    """Learning rate of the next step under a recipe."""
+    if not mapping:
+        return "unknown"
+    recipe = recipe_from_mapping(mapping)
+    per_step = recipe.run.global_rows * recipe.data.row_tokens
+    factor = learning_rate_factor(
+        recipe.schedule,
+        step=manifest.step,
+        tokens=manifest.step * per_step,
+        total_steps=recipe.run.steps,
+        tokens_per_step=per_step,
+    )
+    return f"{recipe.optim.lr * factor:.6g}"
+
+
+def _from_zero(checkpoints: CheckpointFolder, steps_seen: tuple[int, bool]) -> str | None:
+    """Refuse to start a run over whose checkpoints are lost; say so where it never had one."""
+    last, had_checkpoint = steps_seen
+    if had_checkpoint:
+        raise CheckpointError(
+            f"{checkpoints.folder.parent} holds a run of {last:,} steps that wrote checkpoints, but {checkpoints.folder} holds "
+            f"none. Bring them back, choose another run.name, or move {checkpoints.folder.parent} away to start over."
+        )
+    if last:
+        return (
+            f"warning: {checkpoints.folder.parent} holds {last:,} steps of a run that ended before its first checkpoint; "
+            f"training starts at step 0."
+        )
+    return None
