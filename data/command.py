@@ -76,6 +76,12 @@ def run_command(
     return max(statuses, default=0)
 
 
+def asked_for() -> tuple[str, list[str]]:
+    """(recipe, overrides) of the command line that is running, for commands that write command lines."""
+    config = HydraConfig.get()
+    return str(config.job.config_name), [word for word in config.overrides.task if not word.startswith("hydra")]
+
+
 def with_overrides(words: list[str], overrides: dict[str, str]) -> list[str]:
     """A command line with overrides added, those aside that it has already.
 

@@ -13,7 +13,7 @@ from typing import Any
 from data.config import PhaseConfig, SourceConfig
 from data.fields import Range
 from data.typed import field_docs
-from train.config import Recipe
+from train.config import CompressConfig, Recipe
 
 _HEAD = """# Recipe fields
 
@@ -35,12 +35,14 @@ def page(groups: Sequence[str] = ()) -> str:
         if field.name == "data":
             parts.append(_table("data.sources.NAME", SourceConfig))
             parts.append(_table("data.phases[i]", PhaseConfig))
+    if not groups or "compress" in groups:
+        parts.append(_table("compress", CompressConfig))
     return "\n".join(parts)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point of `python -m launch.fields`."""
-    names = [field.name for field in dataclasses.fields(Recipe)]
+    names = [*(field.name for field in dataclasses.fields(Recipe)), "compress"]
     parser = argparse.ArgumentParser(prog="python -m launch.fields", description="Every recipe field, as Markdown.")
     parser.add_argument("groups", nargs="*", metavar="GROUP", help=f"only these: {', '.join(names)}")
     groups = parser.parse_args(arguments).groups

@@ -62,6 +62,10 @@ class Difference:
         return f"{self.key}: {self.old} in the run's folder, {self.new} now"
 
 
+_OF_TOOLS = ("hydra", "generate", "compress", "cache", "stages")
+"""Sections of a composed recipe that other commands read."""
+
+
 def read_recipe(composed: DictConfig) -> Recipe:
     """The typed recipe of a composed configuration. RecipeError lists everything that is wrong, one line each."""
     try:
@@ -74,7 +78,7 @@ def read_recipe(composed: DictConfig) -> Recipe:
 
 def recipe_from_mapping(plain: dict[str, Any]) -> Recipe:
     """The typed recipe of a plain mapping, as in `recipe.yaml` of a run folder."""
-    plain = {key: value for key, value in plain.items() if key not in ("hydra", "generate")}
+    plain = {key: value for key, value in plain.items() if key not in _OF_TOOLS}
     try:
         recipe = build(Recipe, plain, "")
     except FieldError as error:

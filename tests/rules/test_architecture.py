@@ -28,10 +28,10 @@ FLOORS = {
     "train.recipe": 1, "data.trace": 7, "data.inspect": 7,
     "train.model": 2, "train.precision": 2, "train.parallel": 2, "train.optim": 2, "train.telemetry": 2,
     "train.faults": 2, "train.engine": 2,
-    "train.objective": 3, "train.evaluate": 3, "train.checkpoint": 3, "train.report": 3, "train.hf": 3,
+    "train.objective": 3, "train.compress": 3, "train.evaluate": 3, "train.checkpoint": 3, "train.report": 3, "train.hf": 3,
     "train.precision_report": 3, "train.precision.scaling": 0, "train.precision.control": 0,
     "train.step": 4, "train.loop": 5, "train.run": 6,
-    "train.__main__": 7, "train.generate": 7, "train.hf.__main__": 7, "train.hf.command": 7, "data.prepare": 7, "launch": 7,
+    "train.__main__": 7, "train.compress.__main__": 7, "train.teacher_cache": 7, "train.generate": 7, "train.hf.__main__": 7, "train.hf.command": 7, "data.prepare": 7, "launch": 7,
 }  # fmt: skip
 """Floor of each module or package (the longest matching name counts). Imports point down or stay level."""
 
@@ -40,10 +40,18 @@ DOORS = {
     "mamba_ssm": {"train.model.mixer"},
     "causal_conv1d": {"train.model.mixer"},
     "hydra": {"data.command"},
-    "omegaconf": {"data.command", "data.prepare", "train.recipe", "train.__main__", "train.generate"},
+    "omegaconf": {
+        "data.command",
+        "data.prepare",
+        "train.recipe",
+        "train.__main__",
+        "train.generate",
+        "train.compress.__main__",
+        "train.teacher_cache",
+    },
     "wandb": {"train.telemetry"},
     "tensorboard": {"train.telemetry"},
-    "matplotlib": {"train.report", "train.precision_report"},
+    "matplotlib": {"train.report", "train.precision_report", "train.compress.pictures"},
     "transformers": {"train.hf"},
     "safetensors": {"train.hf"},
     "tokenizers": {"data.tokenizer.hf"},

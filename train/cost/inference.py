@@ -7,7 +7,7 @@ What a compression budget is counted in: Nemotron Nano 9B-v2 was cut to fit 131,
 from dataclasses import dataclass
 
 from train.config import ModelConfig
-from train.model.pattern import counts, parameters
+from train.model.pattern import counts, flops_per_token, parameters
 
 GIB = 2.0**30
 
@@ -47,3 +47,18 @@ def inference_memory(
         keys_values=batch * cache_bytes * 2 * model.kv_heads * model.head_dim * seen,
         mamba_states=batch * cache_bytes * layers["M"] * state,
     )
+
+
+def roofline_tokens_per_s(
+    model: ModelConfig, *, context_tokens: int, batch: int, gb_per_s: float, tflops: float
+) -> float:
+    """Upper bound of tokens generated per second by all rows of a batch at a full context, in 16 bits.
+
+    A step reads every weight but the embedding's once and all caches, and writes the Mamba states back; or is bound by its
+    multiplications. Efficiencies are left out: it ranks shapes for one device, it does not predict a figure.
+    """
+    memory = inference_memory(model, context_tokens=context_tokens, batch=batch)
+    embedding = 0 if model.tie_embeddings else 2 * parameters(model).embedding
+    traffic = memory.weights - embedding + memory.keys_values + 2 * memory.mamba_states
+    flops = batch * flops_per_token(model, context_tokens).total / 3
+    return batch / max(traffic / (gb_per_s * 1e9), flops / (tflops * 1e12))

@@ -87,7 +87,7 @@ class OnlineTargets:
     """0: the whole distribution."""
 
     def logits(self, tokens: slice, *, temperature: float) -> torch.Tensor:
-        return _logits(self.hidden_NH[tokens], self.head.weight_VH, self.head.softcap).div_(temperature)
+        return capped_logits(self.hidden_NH[tokens], self.head).div_(temperature)
 
     def kept(self, tokens: slice, log_p_NV: torch.Tensor | None, *, group: dist.ProcessGroup) -> TopK | None:
         if not self.top_k:
@@ -324,6 +324,11 @@ def _work_dtype(x: torch.Tensor) -> torch.dtype:
 def _as_multiplied(x: torch.Tensor) -> torch.Tensor:
     """A matrix as it enters products: bf16 stays bf16 on a GPU; a CPU multiplies it 50 times faster in fp32."""
     return x.float() if x.device.type == "cpu" and x.dtype == torch.bfloat16 else x
+
+
+def capped_logits(hidden_NH: torch.Tensor, head: Head) -> torch.Tensor:
+    """Logits of a head over this rank's slice, [N, V]. fp32 (float64 for float64 inputs)."""
+    return _logits(hidden_NH, head.weight_VH, head.softcap)
 
 
 def _logits(hidden_NH: torch.Tensor, weight_VH: torch.Tensor, softcap: float | None) -> torch.Tensor:

@@ -1,0 +1,161 @@
+"""Pruning: to the identity it is the parent, cut zeros change no logit, every width is really cut, what comes out trains."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from compress.parents import GEMMA, HYBRID, logits, recipe_of, score
+from objective.teachers import save_teacher
+from ranks import run_ranks
+from tiny import RECIPE, Numbers, steps_of
+
+from train.checkpoint.tensors import StoredTensors, write_weights
+from train.compress.prune import _AXES as AXES
+from train.compress.prune import Kept, Target, _indices, choose, cut_weights, pruned_model
+from train.compress.scores import Scores
+from train.config import ModelConfig
+from train.errors import RecipeError
+from train.model.pattern import parameters
+
+SMALLER = {
+    "hidden": Target(hidden=48),
+    "ffn": Target(ffn=80),
+    "heads": Target(heads=2),
+    "mamba_heads": Target(mamba_heads=4),
+    "mamba_head_dim": Target(mamba_head_dim=12),
+    "layers": Target(layers=5),
+}
+ALL = Target(hidden=48, ffn=80, heads=2, mamba_heads=4, mamba_head_dim=12)
+
+
+@pytest.fixture(scope="module", params=["hybrid", "gemma"])
+def parent(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, ModelConfig]:
+    model = HYBRID if request.param == "hybrid" else GEMMA
+    return save_teacher(tmp_path_factory.mktemp("parent"), replace(RECIPE, model=model)), model
+
+
+@pytest.fixture(scope="module")
+def scores(parent: tuple[Path, ModelConfig]) -> Scores:
+    path, model = parent
+    return run_ranks(1, score, path, recipe_of(model), 1, 4)[0]
+
+
+@pytest.fixture(scope="module")
+def before(parent: tuple[Path, ModelConfig]) -> torch.Tensor:
+    """The parent's logits."""
+    return run_ranks(1, logits, *parent)[0]
+
+
+def cut(parent: Path, folder: Path, scores: Scores, target: Target, kept: Kept | None = None) -> ModelConfig:
+    kept = kept if kept is not None else choose(scores, target)
+    small = pruned_model(ModelConfig(**scores.model), target, kept.layers)
+    folder.mkdir()
+    cut_weights(parent, folder, scores=scores, kept=kept, small=small)
+    return small
+
+
+def test_pruning_to_the_identity_is_bitwise_the_parent(
+    parent: tuple[Path, ModelConfig], scores: Scores, tmp_path: Path
+) -> None:
+    path, model = parent
+    assert cut(path, tmp_path / "same", scores, Target()) == model
+    before, after = StoredTensors(path), StoredTensors(tmp_path / "same")
+    assert before.weights == after.weights
+    for name in before.weights:
+        assert torch.equal(before.read(name), after.read(name)), name
+
+
+@pytest.mark.parametrize("axis", SMALLER)
+def test_every_width_is_really_cut(axis: str, parent: tuple[Path, ModelConfig], scores: Scores, tmp_path: Path) -> None:
+    """A no-op would leave parameters or logits as they were (it happened to others: a hook on the wrong module)."""
+    path, model = parent
+    if model is GEMMA and (axis.startswith("mamba") or axis == "layers"):
+        pytest.skip("no Mamba layers; four layers only")
+    small = cut(path, tmp_path / "small", scores, SMALLER[axis])
+    stored = sum(tensor.shape_numel for tensor in StoredTensors(tmp_path / "small").weights.values())
+    assert stored == parameters(small).total < parameters(model).total
+    (after,) = run_ranks(1, logits, tmp_path / "small", small)
+    change = float((after - before).norm() / before.norm())
+    assert 1e-3 < change < 2, f"logits changed by {change}"
+
+
+def test_cutting_what_is_zero_changes_no_logit(
+    parent: tuple[Path, ModelConfig], scores: Scores, tmp_path: Path
+) -> None:
+    """All widths at once: norms that divided by the mean over all channels must still give the same."""
+    path, model = parent
+    kept = choose(scores, ALL)
+    zeroed = tmp_path / "zeroed"
+    zeroed.mkdir()
+    stored = StoredTensors(path)
+
+    def read(name: str) -> torch.Tensor:
+        tensor = stored.read(name)
+        number = int(name.split(".")[2]) if name.startswith("decoder.layers.") else None
+        suffix = name.split(".", 3)[3] if number is not None else name
+        for dim, axis in enumerate(AXES[suffix]):
+            indices = _indices(axis, number, tensor.shape[dim], model, kept)
+            if indices is not None:
+                gone = np.setdiff1d(np.arange(tensor.shape[dim]), indices)
+                tensor.index_fill_(dim, torch.from_numpy(gone), 0.0)
+        return tensor
+
+    write_weights(zeroed, stored.weights, read)
+    measured = run_ranks(1, score, zeroed, recipe_of(model), 1, 4)[0]
+    small = cut(zeroed, tmp_path / "small", measured, ALL, kept)
+    before, after = (run_ranks(1, logits, *what)[0] for what in ((zeroed, model), (tmp_path / "small", small)))
+    assert float(before.std()) > 0.05
+    torch.testing.assert_close(after, before, rtol=2e-4, atol=2e-5)
+
+
+def test_without_the_norms_correction_the_logits_would_differ(
+    parent: tuple[Path, ModelConfig], scores: Scores, tmp_path: Path
+) -> None:
+    path, _ = parent
+    even = replace(scores, energy={site: np.ones_like(values) for site, values in scores.energy.items()})
+    small = cut(path, tmp_path / "corrected", scores, Target(hidden=48))
+    cut(path, tmp_path / "plain", even, Target(hidden=48))
+    corrected, plain = (run_ranks(1, logits, tmp_path / name, small)[0] for name in ("corrected", "plain"))
+    assert not torch.allclose(corrected, plain, rtol=1e-3)
+
+
+def test_a_pruned_model_trains_on(parent: tuple[Path, ModelConfig], scores: Scores, tmp_path: Path) -> None:
+    path, _ = parent
+    small = cut(path, tmp_path / "small", scores, ALL)
+    (start, numbers), (_, two) = (
+        run_ranks(world, train_on, tmp_path / "small", recipe_of(small, tensor=world))[0] for world in (1, 2)
+    )
+    assert len(set(numbers.losses)) == 3 and all(np.isfinite(numbers.grad_norms))
+    assert start == pytest.approx(numbers.losses[0], rel=1e-5), "training starts from the pruned weights"
+    np.testing.assert_allclose(two.losses, numbers.losses, rtol=2e-5)
+
+
+def train_on(rank: int, path: Path, recipe: object) -> tuple[float, Numbers]:
+    import torch.distributed as dist
+    from tiny import rows_of
+
+    from train.run import build_engine, check, mesh_of
+
+    world = recipe.parallel.tensor  # type: ignore[attr-defined]
+    torch.set_num_threads(1)
+    layout = check(recipe, world=world)  # type: ignore[arg-type]
+    with mesh_of(recipe, layout, device=torch.device("cpu"), rank=rank) as mesh:  # type: ignore[arg-type]
+        engine = build_engine(recipe, mesh, weights=path)  # type: ignore[arg-type]
+        chunk = engine.chunks[0].module
+        batch = rows_of(0, np.arange(4))
+        positions = torch.arange(batch.tokens.shape[1]).expand_as(batch.tokens)
+        with torch.no_grad():
+            start = float(chunk(batch.tokens, positions, None, labels=batch.labels).mean())
+        dist.barrier()
+        return start, steps_of(engine, recipe, range(3))  # type: ignore[arg-type]
+
+
+def test_sizes_that_do_not_fit_are_refused_together() -> None:
+    with pytest.raises(RecipeError) as error:
+        pruned_model(HYBRID, Target(hidden=100, heads=3, mamba_heads=7), list(range(8)))
+    text = str(error.value)
+    assert "compress.hidden=100 is more than the parent's 64" in text
+    assert "compress.heads=3" in text and "Use 2 or 4" in text
+    assert "compress.mamba_heads=7" in text and "Use 6 or 8" in text

@@ -1,0 +1,92 @@
+"""The model to compress, built for forward passes at the recipe's layout, in plain modules whose insides can be looked at."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from data.stream import Dataset
+from train.checkpoint.manager import checkpoint_at
+from train.checkpoint.storage import Manifest, read_weights
+from train.config import CompressConfig, Recipe
+from train.engine import Engine
+from train.errors import RecipeError
+from train.model.backend import ReferenceBackend
+from train.model.build import build_model
+from train.objective.next_token import forward_step
+from train.objective.teacher import teacher_recipe
+from train.parallel.mesh import Mesh
+
+
+@dataclass(frozen=True)
+class Parent:
+    """A checkpoint and the recipe of the run that wrote it."""
+
+    path: Path
+    manifest: Manifest
+    recipe: Recipe
+
+
+def parent_of(config: CompressConfig) -> Parent:
+    """The checkpoint a recipe wants compressed. RecipeError, CheckpointError where there is none."""
+    if config.parent is None:
+        raise RecipeError("compress.parent is not set: name a checkpoint folder, or a run folder such as runs/NAME.")
+    path, manifest = checkpoint_at(config.parent)
+    return Parent(path, manifest, teacher_recipe(manifest, path))
+
+
+def check_data(parent: Parent, dataset: Dataset) -> None:
+    """Refuse calibration rows the parent cannot read."""
+    if dataset.vocab_size > parent.recipe.model.vocab:
+        raise RecipeError(
+            f"the rows in data.folder have a vocabulary of {dataset.vocab_size:,}, the model in {parent.path} one of "
+            f"{parent.recipe.model.vocab:,}. Use the data the model was trained on."
+        )
+    if parent.manifest.tokenizer and parent.manifest.tokenizer != dataset.tokenizer.fingerprint:
+        raise RecipeError(
+            f"the rows in data.folder were made with another tokenizer ({dataset.tokenizer.fingerprint[:12]}) than the "
+            f"model in {parent.path} ({parent.manifest.tokenizer[:12]}). Use data of the model's tokenizer."
+        )
+
+
+def layout_recipe(parent: Parent, recipe: Recipe, *, world: int) -> Recipe:
+    """The parent's model at the recipe's layout, rows and microbatch: what a scoring pass runs."""
+    ranks = recipe.parallel.tensor * recipe.parallel.pipeline * recipe.parallel.context
+    data = max(1, world // ranks)
+    turns = recipe.parallel.pipeline if recipe.parallel.virtual_pipeline > 1 else 1
+    run = replace(recipe.run, global_rows=recipe.run.microbatch_rows * data * turns)
+    return replace(recipe, model=parent.recipe.model, run=run)
+
+
+@contextmanager
+def scoring_engine(parent: Parent, recipe: Recipe, mesh: Mesh) -> Iterator[Engine]:
+    """An engine without optimizer, in evaluation mode; `recipe` as `layout_recipe` made it. Collective over the world."""
+    precision = replace(recipe.precision, params=parent.recipe.precision.params, backend="reference", scaling="none",
+                        switch_at_tokens=None, fp8_weights=False)  # fmt: skip
+    backend = ReferenceBackend()
+    chunks: list[Any] = list(
+        build_model(
+            parent.recipe.model,
+            parallel=recipe.parallel,
+            precision=precision,
+            run=recipe.run,
+            row_tokens=recipe.data.row_tokens,
+            mesh=mesh,
+            backend=backend,
+        )
+    )
+    read_weights(parent.path, chunks, groups=mesh.groups)
+    for chunk in chunks:
+        chunk.requires_grad_(False)
+        chunk.eval()
+    yield Engine(
+        mesh=mesh,
+        chunks=chunks,
+        optimizer=None,  # type: ignore[arg-type]
+        precision=backend.control(chunks, precision=precision, mesh=mesh, seed=0),
+        forward_step=forward_step(mesh, reset_at_documents=recipe.data.reset_at_documents),
+        row_tokens=recipe.data.row_tokens,
+        microbatch_rows=recipe.run.microbatch_rows,
+        reset_at_documents=recipe.data.reset_at_documents,
+    )

@@ -1,0 +1,300 @@
+"""From scores and a target to a smaller model: which parts stay, and the parent's weights cut down to them.
+
+    Scores + target sizes --choose--> Kept (indices) --cut each tensor--> checkpoint of a smaller recipe, with its lineage
+
+Each tensor of a checkpoint is read whole, cut along its axes and written, one at a time; no model is built. What an axis
+of a tensor means stands in one table (`_AXES`).
+
+An RMSNorm divides by the root of the mean square over its channels; with fewer channels that mean changes. The weights of
+each norm are multiplied by what the calibration rows say it changed by: nothing where the channels left are like those
+gone, sqrt(all / kept) where those gone are zero, which is what makes the last case exact.
+"""
+
+import math
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from train.checkpoint.tensors import StoredTensor, StoredTensors, write_weights
+from train.compress.scores import Scores, best, best_in_groups, best_mamba, model_of
+from train.config import ModelConfig
+from train.errors import CheckpointError, RecipeError
+from train.model.activation import activation_function
+from train.model.pattern import layer_kinds
+
+ATTENTION = ("*", "w")
+
+
+@dataclass(frozen=True)
+class Target:
+    """Sizes to prune to; 0 keeps the parent's."""
+
+    layers: int = 0
+    hidden: int = 0
+    ffn: int = 0
+    heads: int = 0
+    mamba_heads: int = 0
+    mamba_head_dim: int = 0
+
+
+@dataclass(frozen=True)
+class Kept:
+    """Indices of what stays, ascending. By layer where layers choose for themselves (numbers of the parent)."""
+
+    layers: list[int]
+    hidden: np.ndarray
+    ffn: dict[int, np.ndarray] = field(default_factory=dict)
+    heads: dict[int, np.ndarray] = field(default_factory=dict)
+    mamba_heads: dict[int, np.ndarray] = field(default_factory=dict)
+    mamba_channels: dict[int, np.ndarray] = field(default_factory=dict)
+
+
+def pruned_model(model: ModelConfig, target: Target, layers: list[int]) -> ModelConfig:
+    """The smaller shape. RecipeError lists sizes that do not fit."""
+    problems = []
+    sizes: dict[str, Any] = {}
+    for name in ("hidden", "ffn", "heads", "mamba_heads", "mamba_head_dim"):
+        asked, have = getattr(target, name), getattr(model, name)
+        if asked > have:
+            problems.append(f"compress.{name}={asked} is more than the parent's {have}.")
+        sizes[name] = asked or have
+    for name, groups in (("heads", model.kv_heads), ("mamba_heads", model.mamba_groups)):
+        if sizes[name] % groups:
+            group = "key/value heads" if name == "heads" else "Mamba groups"
+            near = [n for n in (sizes[name] // groups * groups, -(-sizes[name] // groups) * groups) if n]
+            problems.append(
+                f"compress.{name}={sizes[name]} is not an equal number for each of the {groups} {group}. Use "
+                f"{' or '.join(str(n) for n in dict.fromkeys(near))}."
+            )
+    if problems:
+        raise RecipeError("\n".join(problems))
+    kinds = layer_kinds(model.pattern)
+    return replace(model, pattern="".join(kinds[n] for n in layers), **sizes)
+
+
+def choose(scores: Scores, target: Target) -> Kept:
+    """What stays. RecipeError where there are no scores for what the target asks."""
+    model = model_of(scores)
+    kinds = layer_kinds(model.pattern)
+    layers = _layers(scores, len(kinds), target.layers)
+    small = pruned_model(model, target, layers)
+    kept = Kept(layers=layers, hidden=best(scores.hidden, small.hidden))
+    for number in layers:
+        parts = scores.layers[number]
+        if kinds[number] == "M":
+            heads, channels = best_mamba(
+                parts["mamba"], heads=small.mamba_heads, channels=small.mamba_head_dim, groups=model.mamba_groups
+            )
+            kept.mamba_heads[number], kept.mamba_channels[number] = heads, channels
+        elif kinds[number] in ATTENTION:
+            kept.heads[number] = best_in_groups(parts["heads"], small.heads, model.kv_heads)
+        else:
+            kept.ffn[number] = best(parts["ffn"], small.ffn)
+    return kept
+
+
+def _layers(scores: Scores, have: int, keep: int) -> list[int]:
+    """Layers that stay: without those removed first, or with the largest block influence where none were tried."""
+    remove = have - keep if keep else 0
+    if remove < 0:
+        raise RecipeError(f"compress.layers={keep} is more than the parent's {have}.")
+    if not remove:
+        return list(range(have))
+    if scores.removals:
+        if len(scores.removals) < remove:
+            raise RecipeError(
+                f"compress.layers={keep} removes {remove} layers, but the scores tried {len(scores.removals)}. Score "
+                f"again with this compress.layers."
+            )
+        gone = {removal.layer for removal in scores.removals[:remove]}
+    else:
+        gone = set(range(have)) - set(best(scores.influence, keep).tolist())
+    return [n for n in range(have) if n not in gone]
+
+
+_Cut = Callable[[torch.Tensor], torch.Tensor]
+_AXES: dict[str, tuple[str | None, ...]] = {
+    "embedding.word_embeddings.weight": (None, "hidden"),
+    "output_layer.weight": (None, "hidden"),
+    "decoder.final_norm.weight": ("hidden",),
+    "norm.weight": ("hidden",),
+    "post_norm.weight": ("hidden",),
+    "mixer.in_proj.weight.z": ("inner", "hidden"),
+    "mixer.in_proj.weight.x": ("inner", "hidden"),
+    "mixer.in_proj.weight.B": (None, "hidden"),
+    "mixer.in_proj.weight.C": (None, "hidden"),
+    "mixer.in_proj.weight.dt": ("mamba_heads", "hidden"),
+    "mixer.conv1d.weight.x": ("inner", None, None),
+    "mixer.conv1d.weight.B": (None, None, None),
+    "mixer.conv1d.weight.C": (None, None, None),
+    "mixer.conv1d.bias.x": ("inner",),
+    "mixer.conv1d.bias.B": (None,),
+    "mixer.conv1d.bias.C": (None,),
+    "mixer.dt_bias": ("mamba_heads",),
+    "mixer.A_log": ("mamba_heads",),
+    "mixer.D": ("mamba_heads",),
+    "mixer.norm.weight": ("inner",),
+    "mixer.out_proj.weight": ("hidden", "inner"),
+    "input_layernorm.weight": ("hidden",),
+    "self_attention.linear_qkv.weight": ("query_key_value", "hidden"),
+    "self_attention.linear_proj.weight": ("hidden", "query"),
+    "pre_mlp_layernorm.weight": ("hidden",),
+    "mlp.linear_fc1.weight": ("ffn_branches", "hidden"),
+    "mlp.linear_fc2.weight": ("hidden", "ffn"),
+}
+"""What the axes of each tensor count (names behind `decoder.layers.N.`). B and C are shared by a group of heads and keep all
+their states: groups and state size are never cut."""
+_LAYER = re.compile(r"decoder\.layers\.(\d+)\.(.*)")
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """One tensor of the smaller model."""
+
+    source: str
+    shape: tuple[int, ...]
+    indices: tuple[np.ndarray | None, ...]
+    factor: torch.Tensor | None
+    """Norm weights: multiplied in (after the offset), one for each channel that stays."""
+    offset: int
+
+
+def cut_weights(parent: Path, folder: Path, *, scores: Scores, kept: Kept, small: ModelConfig) -> None:
+    """Write the weights of the smaller model into `folder`, a new folder. CheckpointError for a tensor that does not fit."""
+    model = model_of(scores)
+    stored = StoredTensors(parent)
+    plans: dict[str, _Plan] = {}
+    number_of = {number: place for place, number in enumerate(kept.layers)}
+    for name, tensor in stored.weights.items():
+        match = _LAYER.fullmatch(name)
+        number, suffix = (int(match.group(1)), match.group(2)) if match else (None, name)
+        if number is not None and number not in number_of:
+            continue
+        axes = _AXES.get(suffix)
+        if axes is None or len(axes) != len(tensor.shape):
+            raise CheckpointError(f"{parent}: no rule how to cut {name} {tensor.shape} (train/compress/prune.py)")
+        target = f"decoder.layers.{number_of[number]}.{suffix}" if number is not None else name
+        indices = tuple(
+            _indices(axis, number, size, model, kept) for axis, size in zip(axes, tensor.shape, strict=True)
+        )
+        shape = tuple(size if i is None else len(i) for i, size in zip(indices, tensor.shape, strict=True))
+        factor = _factor(name, suffix, number, scores=scores, kept=kept, model=model, small=small)
+        offset = model.norm_offset if suffix != "mixer.norm.weight" else 0
+        plans[target] = _Plan(name, shape, indices, factor, offset if suffix.endswith("norm.weight") else 0)
+
+    def read(name: str) -> torch.Tensor:
+        plan = plans[name]
+        whole = stored.read(plan.source)
+        part = whole
+        for axis, indices in enumerate(plan.indices):
+            if indices is not None and len(indices) < whole.shape[axis]:
+                part = part.index_select(axis, torch.from_numpy(indices))
+        if plan.factor is not None:
+            part = ((part.double() + plan.offset) * plan.factor - plan.offset).to(whole.dtype)
+        return part.contiguous()
+
+    sizes = {name: StoredTensor(plan.shape, stored.weights[plan.source].dtype) for name, plan in plans.items()}
+    write_weights(folder, sizes, read)
+
+
+def _indices(axis: str | None, number: int | None, size: int, model: ModelConfig, kept: Kept) -> np.ndarray | None:
+    """Places that stay along an axis of a tensor; None: all."""
+    if axis is None:
+        return None
+    if axis == "hidden":
+        return kept.hidden
+    assert number is not None, f"only layers have an axis of {axis}"
+    match axis:
+        case "ffn":
+            return kept.ffn[number]
+        case "ffn_branches":  # a gated MLP holds both branches below each other
+            branches = 2 if activation_function(model.activation)[1] else 1
+            return _blocks(kept.ffn[number], count=branches, every=size // branches)
+        case "mamba_heads":
+            return kept.mamba_heads[number]
+        case "inner":
+            heads, channels = kept.mamba_heads[number], kept.mamba_channels[number]
+            return (heads[:, None] * model.mamba_head_dim + channels[None, :]).reshape(-1)
+        case "query":
+            return _times(kept.heads[number], model.head_dim)
+        case "query_key_value":  # Megatron: for each key/value head its query heads, then key, then value
+            per_group = model.heads // model.kv_heads
+            rows = []
+            for group in range(model.kv_heads):
+                first = group * (per_group + 2)
+                mine = kept.heads[number][kept.heads[number] // per_group == group] - group * per_group
+                rows += [*(first + mine), first + per_group, first + per_group + 1]
+            return _times(np.asarray(rows), model.head_dim)
+    raise AssertionError(f"no axis {axis}")
+
+
+def _times(heads: np.ndarray, width: int) -> np.ndarray:
+    """Places of whole heads of `width`."""
+    return (heads[:, None] * width + np.arange(width)).reshape(-1)
+
+
+def _blocks(places: np.ndarray, *, count: int, every: int) -> np.ndarray:
+    """The same places in each of `count` blocks."""
+    return np.concatenate([block * every + places for block in range(count)])
+
+
+def _factor(
+    name: str,
+    suffix: str,
+    number: int | None,
+    *,
+    scores: Scores,
+    kept: Kept,
+    model: ModelConfig,
+    small: ModelConfig,
+) -> torch.Tensor | None:
+    """What a tensor's channels that stay are multiplied with; None: nothing."""
+    scaled = math.sqrt(model.hidden / small.hidden) if model.scale_embedding else 1.0
+    if suffix == "mixer.norm.weight":
+        inner = _indices("inner", number, 0, model, kept)
+        assert inner is not None
+        if len(inner) == model.mamba_heads * model.mamba_head_dim:
+            return None
+        energy = scores.energy[f"{name.removesuffix('.weight')}"]
+        by_group = energy.reshape(model.mamba_groups, -1).mean(1)
+        of_kept = energy[inner].reshape(model.mamba_groups, -1).mean(1)
+        factors = np.sqrt(_ratio(of_kept, by_group))
+        return torch.from_numpy(np.repeat(factors, len(inner) // model.mamba_groups))
+    if small.hidden == model.hidden:
+        return None
+    if name == "embedding.word_embeddings.weight" and scaled != 1.0:
+        # The smaller model multiplies embeddings by the root of its own width.
+        return torch.full((small.hidden,), scaled, dtype=torch.float64)
+    if suffix.endswith("norm.weight"):
+        energy = scores.energy[name.removesuffix(".weight")]
+        factor = float(np.sqrt(_ratio(energy[kept.hidden].mean(), energy.mean())))
+        if name == "decoder.final_norm.weight" and model.tie_embeddings:
+            factor /= scaled  # the head is the embedding, which was multiplied
+        return torch.full((small.hidden,), factor, dtype=torch.float64)
+    return None
+
+
+def _ratio(a: Any, b: Any) -> Any:
+    """a / b, 1 where nothing was measured."""
+    return np.where(np.asarray(b) > 0, np.asarray(a) / np.where(np.asarray(b) > 0, b, 1), 1.0)
+
+
+def lineage(
+    scores: Scores, kept: Kept, *, parent: Path, parent_step: int, parent_tokens: int, before: dict[str, Any]
+) -> dict[str, Any]:
+    """What a pruned checkpoint's manifest says about where it comes from."""
+    return {
+        "made_by": "prune",
+        "parent": str(parent),
+        "parent_step": parent_step,
+        "parent_tokens": parent_tokens,
+        "parent_model": scores.model,
+        "calibration_rows": scores.rows,
+        "kept": {"layers": kept.layers, "hidden": kept.hidden.tolist()},
+        "before": before,
+    }

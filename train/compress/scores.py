@@ -1,0 +1,135 @@
+"""What was measured about a model's parts before any are cut away, and which parts that ranks first.
+
+    hidden     every residual channel, over all norms
+    layers     by layer: `ffn` every neuron | `heads` every query head | `mamba` every (head, channel)
+    energy     by norm: mean square of each channel of its input, for what a norm divides by after channels are gone
+    influence  by layer: 1 - cos(input, output), block influence
+    removals   depth: in the order in which layers were taken out, what taking out each candidate did
+
+A folder holds scores.json (for people) and scores.npz (all numbers).
+"""
+
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from train.config import ModelConfig
+from train.errors import CheckpointError
+
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """The whole model without some layers, against the whole model, over the calibration rows."""
+
+    layer: int
+    logit_error: float
+    """sum (logits - whole model's)^2 / sum (whole model's)^2."""
+    loss_increase: float
+    """Next-token loss above the whole model's, nats per token."""
+
+
+@dataclass(frozen=True)
+class Removal:
+    """One round of depth scoring: what each candidate did on top of the layers removed before, and which was taken."""
+
+    layer: int
+    candidates: list[Candidate]
+
+
+@dataclass
+class Scores:
+    """See the module text. All arrays are float64."""
+
+    model: dict[str, Any]
+    """The scored model's shape."""
+    parent: str
+    rows: int
+    depth_rows: int = 0
+    depth_metric: str = ""
+    hidden: np.ndarray = field(default_factory=lambda: np.zeros(0))
+    layers: dict[int, dict[str, np.ndarray]] = field(default_factory=dict)
+    energy: dict[str, np.ndarray] = field(default_factory=dict)
+    influence: np.ndarray = field(default_factory=lambda: np.zeros(0))
+    removals: list[Removal] = field(default_factory=list)
+
+    def save(self, folder: Path) -> None:
+        """Write both files."""
+        folder.mkdir(parents=True, exist_ok=True)
+        arrays: dict[str, Any] = {"hidden": self.hidden, "influence": self.influence}
+        arrays |= {f"layers/{n}/{kind}": x for n, kinds in self.layers.items() for kind, x in kinds.items()}
+        arrays |= {f"energy/{site}": x for site, x in self.energy.items()}
+        with (folder / "scores.npz").open("wb") as stream:
+            np.savez(stream, allow_pickle=False, **arrays)
+        about = {
+            "format": FORMAT,
+            "parent": self.parent,
+            "model": self.model,
+            "rows": self.rows,
+            "depth_rows": self.depth_rows,
+            "depth_metric": self.depth_metric,
+            "influence": [float(f"{value:.6g}") for value in self.influence],
+            "removals": [asdict(removal) for removal in self.removals],
+        }
+        (folder / "scores.json").write_text(json.dumps(about, indent=1))
+
+    @classmethod
+    def load(cls, folder: Path) -> "Scores":
+        """Read both files. CheckpointError where they are missing or damaged."""
+        try:
+            about = json.loads((folder / "scores.json").read_text())
+            with np.load(folder / "scores.npz", allow_pickle=False) as stored:
+                arrays = {name: stored[name] for name in stored.files}
+        except (OSError, ValueError) as error:
+            raise CheckpointError(
+                f"{folder} holds no scores ({error}). Measure them: python -m train.compress score -cn RECIPE."
+            ) from error
+        scores = cls(
+            model=about["model"],
+            parent=about["parent"],
+            rows=about["rows"],
+            depth_rows=about["depth_rows"],
+            depth_metric=about["depth_metric"],
+            hidden=arrays.pop("hidden"),
+            influence=arrays.pop("influence"),
+            removals=[Removal(r["layer"], [Candidate(**c) for c in r["candidates"]]) for r in about["removals"]],
+        )
+        for name, array in arrays.items():
+            what, *rest = name.split("/")
+            if what == "energy":
+                scores.energy[rest[0]] = array
+            else:
+                scores.layers.setdefault(int(rest[0]), {})[rest[1]] = array
+        return scores
+
+
+def best(values: np.ndarray, keep: int) -> np.ndarray:
+    """Indices of the `keep` largest values, in their original order; of equal ones the first."""
+    order = np.argsort(-values, kind="stable")[:keep]
+    return np.sort(order)
+
+
+def best_in_groups(values: np.ndarray, keep: int, groups: int) -> np.ndarray:
+    """The same with an equal number from each of `groups` neighbouring groups."""
+    assert len(values) % groups == 0 and keep % groups == 0, f"{keep} of {len(values)} do not divide by {groups} groups"
+    size = len(values) // groups
+    return np.concatenate([g * size + best(values[g * size : (g + 1) * size], keep // groups) for g in range(groups)])
+
+
+def best_mamba(scores: np.ndarray, *, heads: int, channels: int, groups: int) -> tuple[np.ndarray, np.ndarray]:
+    """(heads kept, channels kept) of a Mamba-2 layer from scores [heads, channels].
+
+    Channels first, by their norm over heads, the same ones in every head; then heads by their norm over those channels,
+    an equal number in each group of heads that share B and C (arXiv 2504.11409, section 3).
+    """
+    kept_channels = best(np.linalg.norm(scores, axis=0), channels)
+    return best_in_groups(np.linalg.norm(scores[:, kept_channels], axis=1), heads, groups), kept_channels
+
+
+def model_of(scores: Scores) -> ModelConfig:
+    """The scored model's shape."""
+    return ModelConfig(**scores.model)

@@ -1,0 +1,147 @@
+"""Smaller shapes within a budget, ranked by what they keep.
+
+    sizes to try --> every combination --> within parameters, memory and speed? --> ranked by importance kept --> the best few
+
+Minitron (arXiv 2407.14679, section 3.3) enumerates shapes near a target size and retrains each for a while; Nano 2
+(arXiv 2508.14444, section 4) enumerates widths within a memory budget and distils the best three. Which of them is best
+after training, only training says: importance decides which are tried.
+"""
+
+import itertools
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+
+import numpy as np
+
+from train.compress.prune import Target, choose, pruned_model
+from train.compress.scores import Scores
+from train.config import CompressConfig, ModelConfig
+from train.cost.inference import inference_memory, roofline_tokens_per_s
+from train.errors import RecipeError
+from train.model.pattern import layer_kinds, parameters
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Limits; 0 is none."""
+
+    parameters: int = 0
+    tolerance: float = 0.05
+    gib: float = 0.0
+    context_tokens: int = 131072
+    batch: int = 1
+    tokens_per_s: float = 0.0
+    gb_per_s: float = 600.0
+    tflops: float = 70.0
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A candidate, measured."""
+
+    target: Target
+    model: ModelConfig
+    parameters: int
+    gib: float
+    tokens_per_s: float
+
+    def fits(self, budget: Budget) -> bool:
+        """Whether it keeps all limits."""
+        near = not budget.parameters or (
+            abs(self.parameters - budget.parameters) <= budget.tolerance * budget.parameters
+        )
+        small = not budget.gib or self.gib <= budget.gib
+        return near and small and (not budget.tokens_per_s or self.tokens_per_s >= budget.tokens_per_s)
+
+
+def sizes(text: str, otherwise: int) -> list[int]:
+    """`52,54,56` or `4480:5120:128` (both ends included) as numbers; empty: the one given. RecipeError where it is neither."""
+    if not text.strip():
+        return [otherwise]
+    try:
+        if ":" in text:
+            first, last, step = (int(part) for part in text.split(":"))
+            found = list(range(first, last + 1, step))
+        else:
+            found = [int(part) for part in text.split(",")]
+    except ValueError:
+        found = []
+    if not found or min(found) < 1:
+        raise RecipeError(f"compress.search_...={text!r} is neither numbers (52,54,56) nor first:last:step.")
+    return found
+
+
+def targets(config: CompressConfig) -> list[Target]:
+    """Every combination of the sizes to try."""
+    axes = ("layers", "hidden", "ffn", "heads", "mamba_heads")
+    tried = [sizes(getattr(config, f"search_{axis}"), getattr(config, axis)) for axis in axes]
+    return [
+        Target(**dict(zip(axes, chosen, strict=True)), mamba_head_dim=config.mamba_head_dim)
+        for chosen in itertools.product(*tried)
+    ]
+
+
+def shape_of(model: ModelConfig, target: Target, layers: list[int], budget: Budget) -> Shape:
+    """A candidate and its costs. RecipeError for sizes that do not fit the parent."""
+    small = pruned_model(model, target, layers)
+    return Shape(
+        target=target,
+        model=small,
+        parameters=parameters(small).total,
+        gib=inference_memory(small, context_tokens=budget.context_tokens, batch=budget.batch).gib,
+        tokens_per_s=roofline_tokens_per_s(
+            small,
+            context_tokens=budget.context_tokens,
+            batch=budget.batch,
+            gb_per_s=budget.gb_per_s,
+            tflops=budget.tflops,
+        ),
+    )
+
+
+def feasible(
+    model: ModelConfig, tried: list[Target], budget: Budget, *, layers_of: Callable[[Target], list[int]]
+) -> list[Shape]:
+    """The candidates within the budget, largest memory first. layers_of: which layers a target's depth keeps."""
+    shapes = [shape_of(model, target, layers_of(target), budget) for target in tried]
+    return sorted((shape for shape in shapes if shape.fits(budget)), key=lambda shape: (-shape.gib, str(shape.target)))
+
+
+def damage(scores: Scores, target: Target) -> float:
+    """What a candidate loses: the share of squared scores cut away, summed over kinds of parts, and the logits' relative
+    error from its missing layers. 0 for the parent. It orders shapes; its size means nothing by itself."""
+    kept = choose(scores, target)
+    lost = [_share(scores.hidden, kept.hidden)]
+    for kind, chosen in (("ffn", kept.ffn), ("heads", kept.heads)):
+        if chosen:
+            lost.append(float(np.mean([_share(scores.layers[n][kind], places) for n, places in chosen.items()])))
+    if kept.mamba_heads:
+        of_layers = []
+        for number, heads in kept.mamba_heads.items():
+            whole = scores.layers[number]["mamba"]
+            part = whole[np.ix_(heads, kept.mamba_channels[number])]
+            of_layers.append(1 - float((part**2).sum() / (whole**2).sum()))
+        lost.append(float(np.mean(of_layers)))
+    removed = len(scores.layers) - len(kept.layers)
+    if removed and scores.removals:
+        last = scores.removals[removed - 1]
+        lost.append(next(c.logit_error for c in last.candidates if c.layer == last.layer))
+    return sum(lost)
+
+
+def ranked(scores: Scores, shapes: list[Shape]) -> list[tuple[float, Shape]]:
+    """(damage, candidate), the least damaged first."""
+    return sorted(((damage(scores, shape.target), shape) for shape in shapes), key=lambda pair: pair[0])
+
+
+def describe(shape: Shape) -> dict[str, object]:
+    """A candidate in plain numbers."""
+    layers = len(layer_kinds(shape.model.pattern))
+    return {**asdict(shape.target), "layers": layers, "pattern": shape.model.pattern, "parameters": shape.parameters,
+            "gib": round(shape.gib, 3), "tokens_per_s": round(shape.tokens_per_s, 2)}  # fmt: skip
+
+
+def _share(values: np.ndarray, kept: np.ndarray) -> float:
+    """Share of squared scores that is cut away."""
+    total = float((values**2).sum())
+    return 1 - float((values[kept] ** 2).sum()) / total if total else 0.0
