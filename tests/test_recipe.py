@@ -13,8 +13,9 @@ from data.command import RECIPES, dotted_keys, with_overrides
 from train.config import Recipe, ScheduleConfig
 from train.errors import RecipeError
 from train.model.pattern import parameters
+from train.optim.schedule import learning_rate_factor
 from train.recipe import differences, recipe_from_mapping, refused
-from train.run import check_folder, recipe_mapping
+from train.run import check, check_folder, recipe_mapping
 
 PRIMARY = sorted(path.stem for path in RECIPES.glob("*.yaml"))
 
@@ -48,6 +49,54 @@ def test_shipped_recipes_build_and_name_every_field(name: str) -> None:
     assert leaves(plain) == set(dotted_keys(Recipe)), (
         "fields missing in YAML could not be overridden on the command line"
     )
+
+
+# Published: tokens, rows of a step, row, learning rate at the peak, parameters. Sources: each recipe's head.
+PUBLISHED = {
+    "nemotron_h_4b": (380e9, None, 8192, None, 4_489_223_040),
+    "nemotron_h_8b": (15e12, 768, 8192, 8e-4, 8_100_852_736),
+    "nemotron_h_47b": (63e9, None, 8192, None, 46_791_554_816),
+    "nemotron_h_56b": (20e12, 768, 8192, 4e-4, 56_324_350_464),
+    "nemotron_nano_12b_v2": (20e12, 736, 8192, 4.5e-4, 12_310_001_152),
+    "nemotron_nano_12b_v2_long": (18.9e9, 12, 524_288, 4.5e-6, 12_310_001_152),
+    "nemotron_nano_9b_v2": (360e9, None, 8192, None, 8_888_227_328),
+    "gemma2_2b": (2e12, None, 8192, None, 2_614_341_888),
+    "gemma2_9b": (8e12, None, 8192, None, 9_241_705_984),
+    "gemma2_27b": (13e12, None, 8192, None, 27_227_128_320),
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_full_recipes_say_what_was_published_and_fit_their_machines(name: str) -> None:
+    tokens, rows, row, rate, size = PUBLISHED[name]
+    recipe = recipe_from_mapping(composed(name))
+    step = recipe.run.global_rows * recipe.data.row_tokens
+    assert recipe.data.row_tokens == row and rows in (None, recipe.run.global_rows) and rate in (None, recipe.optim.lr)
+    assert tokens <= recipe.run.steps * step < tokens + step
+    assert parameters(recipe.model).total == size
+    layout = check(recipe, world=recipe.launch.nodes * recipe.launch.gpus_per_node)
+    assert layout.microbatches_per_step >= 1
+
+
+def test_the_twelve_billion_recipe_in_detail() -> None:
+    """arXiv 2508.14444, section 2."""
+    recipe = recipe_from_mapping(composed("nemotron_nano_12b_v2"))
+    tokens = recipe.run.steps * 6_029_312
+    assert recipe.run.global_rows * recipe.data.row_tokens == 6_029_312
+    assert (recipe.optim.beta1, recipe.optim.beta2, recipe.optim.weight_decay) == (0.9, 0.95, 0.1)
+    assert [phase.from_tokens / 20e12 for phase in recipe.data.phases] == [0.6, 0.9]
+    rates = [
+        learning_rate_factor(
+            recipe.schedule, step=at // 6_029_312, tokens=at, total_steps=recipe.run.steps, tokens_per_step=6_029_312
+        )
+        for at in (10**12, 16 * 10**12, tokens)
+    ]
+    assert rates == pytest.approx([1.0, 1.0, 0.01])
+    precision = recipe.precision
+    assert (precision.scaling, precision.high_precision_first, precision.high_precision_last) == ("blockwise", 2, 2)
+    long = recipe_from_mapping(composed("nemotron_nano_12b_v2_long"))
+    assert (long.parallel.tensor, long.parallel.context, long.schedule.kind) == (8, 16, "constant")
+    assert long.model == recipe.model
 
 
 @pytest.mark.parametrize(
