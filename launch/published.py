@@ -35,6 +35,8 @@ class Published:
     tokens_per_s: float
     """Published, per GPU."""
     memory_gib: float | None
+    recompute_published: bool
+    is_optimizer_sharded: bool
     assumed: tuple[str, ...]
     """What the row leaves out and was assumed."""
 
@@ -95,7 +97,9 @@ def published(row: Row) -> Published:
     return Published(
         setting=setting,
         tokens_per_s=_throughput(row, setting),
-        memory_gib=number(get("mem_gib", "")),
+        memory_gib=_memory_gib(row),
+        recompute_published=bool(get("recompute", "")),
+        is_optimizer_sharded=get("zero", "") != "0",
         assumed=tuple(assumed),
     )
 
@@ -132,13 +136,13 @@ def software_of(row: Row, generation: str) -> Software:
 
 TUNED = Software("Megatron-Core, tuned", hides_tensor=0.9)
 """NVIDIA's own runs and others on Megatron-Core: tensor-parallel traffic beside products, fused kernels."""
-TITAN_EAGER = Software("torchtitan", elementwise=2.86, products=0.89)
-TITAN_COMPILED = replace(TITAN_EAGER, elementwise=2.65)
+TITAN_EAGER = Software("torchtitan", elementwise=2.87, products=0.92)
+TITAN_COMPILED = replace(TITAN_EAGER, elementwise=2.81)
 FOUNDRY = Software("llm-foundry", elementwise=1.58, gradient_bytes=2)
 """Plain torch modules in bf16 under FSDP, FlashAttention 2."""
-FOUNDRY_HOPPER = replace(FOUNDRY, products=0.903, attention=0.579)
+FOUNDRY_HOPPER = replace(FOUNDRY, products=0.888, attention=0.678)
 """The same in 2023 on a then new GPU: kernels of Ampere's generation."""
-NANOTRON = Software("nanotron", elementwise=1.58, attention=0.579, bucket_bytes=25e6)
+NANOTRON = Software("nanotron", elementwise=1.58, attention=0.678, bucket_bytes=25e6)
 
 
 def _precision(text: str) -> tuple[Format | None, str]:
@@ -233,6 +237,13 @@ def _throughput(row: Row, setting: Setting) -> float:
     if mfu:
         return mfu / 100 * setting.device.peak["bf16"] / per_token
     raise OutOfScope("no throughput published")
+
+
+def _memory_gib(row: Row) -> float | None:
+    """Published peak; some files say GB and mean it."""
+    found = number(row.get("mem_gib", ""))
+    is_decimal = found is not None and "gb peak" in row.get("note", "").lower()
+    return found * 1e9 / 2**30 if found is not None and is_decimal else found
 
 
 def flops_as_published(row: Row, model: ModelConfig, sequence: int) -> float:

@@ -10,7 +10,7 @@ from ranks import run_ranks
 from tiny import engine_of, microbatches, recipe_with
 
 from train.config import Recipe
-from train.cost.memory import optimizer_elements, stage_activations
+from train.cost.memory import optimizer_state, stage_activations
 from train.parallel.layout import rank_coordinates
 from train.run import check
 from train.step import train_step
@@ -79,7 +79,7 @@ def test_predicted_bytes_are_the_built_models(name: str) -> None:
         common: dict[str, Any] = {"parallel": recipe.parallel, "precision": recipe.precision, "layout": layout}
         # Megatron counts shards with the data axis fastest within context? The group's own order decides.
         shard = place.data * layout.context + place.context
-        state = optimizer_elements(recipe.model, **common, stage=place.pipeline, shard=shard)
+        state = optimizer_state(recipe.model, **common, stage=place.pipeline, shard=shard)
         for what in ("weights", "gradients", "masters", "moments"):
             assert getattr(state, what) == found[what], (rank, what)
         kept, _ = stage_activations(

@@ -4,7 +4,8 @@ Weights, gradients and optimizer state are exact (`train.cost.tensors`; tests/co
 kind of layout). Activations are within a few percent of what autograd keeps on a CPU; on a GPU they have not been measured.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import lru_cache
 
 from train.config import ModelConfig, ParallelConfig, PrecisionConfig
 from train.cost.activations import (
@@ -56,10 +57,33 @@ class RankMemory:
         return self.state + self.activations + self.workspace + self.communication + self.reserve
 
 
-def optimizer_elements(
-    model: ModelConfig, *, parallel: ParallelConfig, precision: PrecisionConfig, layout: Layout, stage: int, shard: int
+def optimizer_state(
+    model: ModelConfig,
+    *,
+    parallel: ParallelConfig,
+    precision: PrecisionConfig,
+    layout: Layout,
+    stage: int,
+    shard: int | None = None,
 ) -> "State":
-    """Bytes of weights, gradients and optimizer state of a pipeline rank whose data-parallel x context place is `shard`."""
+    """Bytes of weights, gradients and optimizer state of a pipeline rank whose data-parallel x context place is `shard`.
+
+    None: an equal part of every bucket, padding included, which no rank exceeds.
+    """
+    return _state(
+        model,
+        precision,
+        replace(layout, microbatches_per_step=0),
+        overlap=parallel.overlap_grad_reduce,
+        stage=stage,
+        shard=shard,
+    )
+
+
+@lru_cache(maxsize=4096)
+def _state(
+    model: ModelConfig, precision: PrecisionConfig, layout: Layout, *, overlap: bool, stage: int, shard: int | None
+) -> "State":
     chunks = cut(model.pattern, layout.pipeline * layout.virtual, model=model)
     low = low_precision_linears(model, precision)
     shards = layout.data * layout.context
@@ -79,13 +103,13 @@ def optimizer_elements(
         )
         bucket = bucket_size(
             data=layout.data,
-            overlap=parallel.overlap_grad_reduce,
+            overlap=overlap,
             is_first_stage=stage == 0,
             is_first_chunk=index == 0,
         )
         for buffer in buffers(tensors, all_fp32=size == 4, shards=shards, bucket_numel=bucket):
             is_fp32 = buffer.is_fp32
-            kept = buffer.shard(shard, shards)
+            kept = buffer.numel // shards if shard is None else buffer.shard(shard, shards)
             weights += buffer.numel * (4 if is_fp32 else size)
             gradients += buffer.numel * 4
             masters += 0 if is_fp32 else 4 * kept
@@ -122,12 +146,7 @@ def rank_memory(
     modules: Modules = "te",
 ) -> RankMemory:
     """Memory of the fullest rank of a pipeline stage. rows: of a microbatch."""
-    shards = layout.data * layout.context
-    states = [
-        optimizer_elements(model, parallel=parallel, precision=precision, layout=layout, stage=stage, shard=shard)
-        for shard in ({0, shards // 2, shards - 1} if shards > 8 else range(shards))
-    ]
-    state = max(states, key=lambda one: one.masters + one.moments)
+    state = optimizer_state(model, parallel=parallel, precision=precision, layout=layout, stage=stage)
     kept, workspace = stage_activations(
         model,
         parallel=parallel,

@@ -12,6 +12,7 @@ import math
 from collections import Counter, defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Literal
 
 from train.config import ModelConfig
 from train.cost.device import Device, Format
@@ -79,7 +80,7 @@ class StepTime:
 
     seconds: float
     parts: Parts
-    """Seconds by part on the slowest rank; they add up to `seconds`."""
+    """Seconds by part on the mean rank, `uneven` what the slowest takes beyond it; they add up to `seconds`."""
     stage_seconds: tuple[float, ...]
     """One microbatch, forward and backward, on each pipeline rank."""
 
@@ -89,23 +90,41 @@ def step_time(setting: Setting) -> StepTime:
     layout, m = setting.layout, setting.layout.microbatches_per_step
     ranks = [_rank_microbatch(setting, stage) for stage in range(layout.pipeline)]
     sums = [sum(parts.values()) for parts in ranks]
-    slowest = max(range(layout.pipeline), key=lambda stage: sums[stage])
     parts = Parts()
-    parts.add(ranks[slowest], times=m)
-    mean = sum(sums) / layout.pipeline
+    for rank in ranks:
+        parts.add(rank, times=m / layout.pipeline)
+    mean, slowest = sum(sums) / layout.pipeline, max(sums)
+    parts["uneven"] += m * (slowest - mean)
     if layout.pipeline > 1:
         hop = 2.0 * setting.tokens * setting.model.hidden / (layout.tensor if setting.split_sequence else 1)
         wire = hop / _bandwidth(setting, size=layout.pipeline, stride=layout.tensor * layout.context * layout.data)
         parts["bubble"] += (layout.pipeline - 1) * (mean / layout.virtual + 2 * wire)
         # One pair of messages a microbatch and chunk, about half of it behind products.
         parts["pipeline"] += m * layout.virtual * wire
-    parts.add(_data_parallel(setting, sums[slowest]))
+    parts.add(_data_parallel(setting, slowest))
     weights = max(_rank_weights(setting, stage) for stage in range(layout.pipeline))
     shards = layout.data * layout.context
     parts["optimizer"] += OPTIMIZER_BYTES * weights / shards / (setting.device.hbm * setting.efficiency.hbm)
     nodes = max(1.0, layout.world / setting.device.node)
     parts["jitter"] += sum(parts.values()) * setting.efficiency.jitter * math.log2(nodes)
     return StepTime(seconds=sum(parts.values()), parts=parts, stage_seconds=tuple(sums))
+
+
+def layer_seconds(setting: Setting, kind: LayerKind | Literal["head"], *, is_low: bool = False) -> float:
+    """Seconds of one layer, or of the head, for one microbatch: forward and backward on one rank."""
+    tensor = setting.layout.tensor
+    if kind == "head":
+        return sum(_layer(setting, "head", head_work(setting.model, tokens=setting.tokens, tensor=tensor)).values())
+    work = layer_work(
+        kind,
+        setting.model,
+        tokens=setting.tokens,
+        sequence=setting.sequence,
+        tensor=tensor,
+        split_sequence=setting.split_sequence,
+        is_low=is_low,
+    )
+    return sum(_layer(setting, kind, work).values())
 
 
 def _rank_microbatch(setting: Setting, stage: int) -> Parts:

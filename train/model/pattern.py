@@ -8,6 +8,7 @@ on a login node.
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import accumulate
 from typing import Literal, cast
 
@@ -78,12 +79,17 @@ def balanced_ranges(costs: list[int], parts: int) -> list[tuple[int, int]]:
     Among those, the smallest sum of squared sums, then the earliest cuts: the answer does not depend on the machine.
     """
     assert 1 <= parts <= len(costs), f"{len(costs)} costs cannot be cut into {parts} non-empty parts"
+    return list(_balanced(tuple(costs), parts))
+
+
+@lru_cache(maxsize=1024)
+def _balanced(costs: tuple[int, ...], parts: int) -> tuple[tuple[int, int], ...]:
     sums = list(accumulate(costs, initial=0))
     largest, _ = _cheapest(sums, parts, join=max, cost_of=lambda cost: cost)
     _, ranges = _cheapest(
         sums, parts, join=lambda a, b: a + b, cost_of=lambda cost: cost * cost if cost <= largest else math.inf
     )
-    return ranges
+    return tuple(ranges)
 
 
 def _cheapest(
@@ -100,10 +106,13 @@ def _cheapest(
         best[1][end] = (cost_of(sums[end]), 0)
     for part in range(2, parts + 1):
         for end in range(part, size + 1):
-            best[part][end] = min(
-                (join(best[part - 1][middle][0], cost_of(sums[end] - sums[middle])), middle)
-                for middle in range(part - 1, end)
-            )
+            found = (math.inf, part - 1)
+            for middle in range(end - 1, part - 2, -1):
+                last = cost_of(sums[end] - sums[middle])
+                if last > found[0]:
+                    break  # still longer last parts cost still more
+                found = min(found, (join(best[part - 1][middle][0], last), middle))
+            best[part][end] = found
     ranges: list[tuple[int, int]] = []
     end = size
     for part in range(parts, 0, -1):

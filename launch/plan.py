@@ -1,0 +1,164 @@
+"""`python -m launch plan -cn RECIPE [overrides]`: what a run will need and take, and every mistake in it. Imports no torch."""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from launch.compose import compose, split_words
+from launch.planner import Plan, make_plan, world_of
+from train.config import Recipe
+from train.cost.device import device_named, devices
+from train.cost.memory import GIB, RankMemory
+from train.errors import USER_ERRORS
+from train.parallel.layout import rank_coordinates
+
+_HELP = f"""
+examples:
+  python -m launch plan -cn smoke                                          the recipe as it stands, on H100s
+  python -m launch plan -cn smoke model=nemotron_nano_12b_v2 precision=fp8_blockwise data.row_tokens=8192 \\
+      --gpus 64 --device h100 parallel.tensor=4 parallel.sequence=true     a layout of your own
+  python -m launch plan -cn RECIPE --gpus 1024 --search                    the best layouts for so many GPUs, with reasons
+  python -m launch plan -cn RECIPE --json | jq .memory_gib_per_rank        for scripts
+  python -m launch plan -cn RECIPE --picture plan.png                      memory by stage, time by part
+
+All other words are the trainer's own: recipe names, overrides, --config-dir, --cfg job. Devices: {", ".join(devices())}.
+Exit status: 0 the run can start; 1 it would fail (memory, formats); 2 the recipe cannot be laid out. What is counted and
+what is estimated, and how far off: docs/plan.md.
+"""
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Entry point of `python -m launch plan`. -> exit status."""
+    parser = argparse.ArgumentParser(
+        prog="python -m launch plan",
+        description="What a run will need and take, and every mistake in it, before anything is started. Needs no torch.",
+        epilog=_HELP,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--gpus", type=int, metavar="N", help="GPUs of the run (default: launch.nodes x gpus_per_node, or as "
+                        "few as the degrees need)")  # fmt: skip
+    parser.add_argument("--device", default="h100", metavar="KIND", help="kind of GPU (default: h100)")
+    parser.add_argument("--search", action="store_true", help="look for the best layouts instead")
+    parser.add_argument("--top", type=int, default=8, metavar="N", help="layouts that --search shows (default: 8)")
+    parser.add_argument("--json", action="store_true", help="one JSON object on stdout, nothing else")
+    parser.add_argument(
+        "--picture", type=Path, metavar="FILE", help="draw memory by stage and time by part (.png, .svg, .pdf)"
+    )
+    parser.add_argument("--ranks", action="store_true", help="list every rank, however many there are")
+    own, words = split_words(parser, arguments)
+    if own.gpus is not None and own.gpus < 1:
+        parser.error(f"--gpus {own.gpus}: at least 1")
+    recipe = compose(words, program="launch plan")
+    if isinstance(recipe, int):
+        return recipe
+    try:
+        return _search(recipe, own) if own.search else _plan(recipe, own)
+    except USER_ERRORS as error:
+        if own.json:
+            sys.stdout.write(json.dumps({"problems": str(error).splitlines()}) + "\n")
+        sys.stderr.write(f"error: {error}\n")
+        return 2
+
+
+def _plan(recipe: Recipe, own: argparse.Namespace) -> int:
+    plan = make_plan(recipe, world=world_of(recipe, own.gpus), device=device_named(own.device))
+    if own.picture is not None:
+        from launch.plan_picture import draw
+
+        draw(plan, own.picture)
+    if own.json:
+        sys.stdout.write(json.dumps(as_json(plan, ranks=own.ranks)) + "\n")
+    else:
+        from launch.plan_tables import show
+
+        show(plan, every_rank=own.ranks)
+        if own.picture is not None:
+            sys.stdout.write(f"Picture: {own.picture}\n")
+    return 1 if plan.problems else 0
+
+
+def _search(recipe: Recipe, own: argparse.Namespace) -> int:
+    from launch.search import search
+
+    found = search(recipe, world=world_of(recipe, own.gpus), device=device_named(own.device), top=own.top)
+    if own.json:
+        best = as_json(found.best[0].plan, ranks=False) if found.best else {"problems": list(found.rejected)}
+        lines = [
+            {
+                "overrides": candidate.overrides,
+                "why": candidate.why,
+                "step_time_s": candidate.plan.time.seconds,
+                "tokens_per_s_per_gpu": candidate.plan.tokens_per_s_per_gpu,
+                "mfu": candidate.plan.mfu,
+                "memory_gib_per_rank": candidate.plan.fullest.total / GIB,
+            }
+            for candidate in found.best
+        ]
+        sys.stdout.write(
+            json.dumps({**best, "candidates": lines, "tried": found.tried, "rejected": found.rejected}) + "\n"
+        )
+    else:
+        from launch.plan_tables import show_search
+
+        show_search(found, recipe)
+        if own.picture is not None and found.best:
+            from launch.plan_picture import draw
+
+            draw(found.best[0].plan, own.picture)
+            sys.stdout.write(f"Picture of the first: {own.picture}\n")
+    return 0 if found.best else 1
+
+
+def as_json(plan: Plan, *, ranks: bool) -> dict[str, Any]:
+    """A plan as one flat object; bytes, seconds, FLOPs in plain units unless the key says another."""
+    layout = plan.layout
+    found: dict[str, Any] = {
+        "parameters": plan.parameters,
+        "memory_gib_per_rank": plan.fullest.total / GIB,
+        "step_time_s": plan.time.seconds,
+        "tokens_per_s_per_gpu": plan.tokens_per_s_per_gpu,
+        "mfu": plan.mfu,
+        "mfu_unmasked_attention": plan.mfu_unmasked,
+        "peak_flops": plan.peak,
+        "device": plan.device.name,
+        "gpus": layout.world,
+        "layout": asdict(layout),
+        "fits": plan.fits,
+        "problems": list(plan.problems),
+        "warnings": list(plan.warnings),
+        "tokens_per_step": plan.tokens_per_step,
+        "steps": plan.recipe.run.steps,
+        "days": plan.hours / 24,
+        "gpu_hours": plan.gpu_hours,
+        "energy_mwh": plan.energy_mwh,
+        "checkpoint": asdict(plan.checkpoints),
+        "flops_per_token": {**asdict(plan.flops), "total": plan.flops.total},
+        "step_flops_per_gpu": {name: part.flops for name, part in plan.traffic.parts.items()},
+        "step_memory_bytes_per_gpu": {name: part.memory_bytes for name, part in plan.traffic.parts.items()},
+        "step_wire_bytes_per_gpu": plan.traffic.wire_bytes,
+        "step_time_parts_s": dict(plan.time.parts),
+        "stages": [
+            {
+                "stage": stage,
+                "patterns": list(plan.stages[stage :: layout.pipeline]),
+                "memory_bytes": memory_parts(memory),
+                "microbatch_s": plan.time.stage_seconds[stage],
+            }
+            for stage, memory in enumerate(plan.memory)
+        ],
+    }
+    if ranks:
+        found["ranks"] = [asdict(rank_coordinates(layout, rank)) for rank in range(layout.world)]
+    return found
+
+
+def memory_parts(memory: RankMemory) -> dict[str, float]:
+    """Memory of a rank by what it holds, in bytes."""
+    parts = asdict(memory)
+    del parts["stage"]
+    return parts

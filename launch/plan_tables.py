@@ -1,0 +1,219 @@
+"""A plan, or the outcome of a search, as tables a person can read."""
+
+import shutil
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from launch.planner import USABLE, Plan
+from train.config import Recipe
+from train.cost.memory import GIB
+from train.parallel.layout import rank_coordinates
+
+if TYPE_CHECKING:
+    from launch.search import Found
+
+PART_NAMES = {
+    "mamba": "Mamba-2 products", "scan": "Mamba-2 scan", "attention": "attention products", "scores": "attention scores",
+    "mlp": "MLP products", "head": "head products", "elementwise": "norms, activations, loss", "quantise": "quantising",
+    "recompute": "recomputing", "launch": "between kernels", "tensor": "tensor parallel, exposed",
+    "context": "context parallel, exposed", "pipeline": "stages' messages", "bubble": "pipeline bubble",
+    "uneven": "uneven stages", "data": "data parallel, exposed", "optimizer": "optimizer", "jitter": "stragglers",
+}  # fmt: skip
+"""Names of a step's parts for people."""
+
+MEMORY_NAMES = {
+    "weights": "weights", "gradients": "grads", "masters": "masters", "moments": "moments", "low_copies": "FP8",
+    "activations": "activations", "workspace": "passing", "communication": "messages", "reserve": "reserve",
+}  # fmt: skip
+
+
+def show(plan: Plan, *, every_rank: bool = False) -> None:
+    """Print a plan."""
+    console = _console()
+    for part in (
+        _head(plan),
+        _ranks(plan, every_rank=every_rank),
+        _memory(plan),
+        _work(plan),
+        _time(plan),
+        _cost(plan),
+    ):
+        console.print(part)
+        console.print()
+    _complain(console, plan)
+
+
+def _console() -> Console:
+    return Console(width=max(100, min(140, shutil.get_terminal_size((120, 40)).columns)), highlight=False)
+
+
+def _head(plan: Plan) -> Text:
+    recipe, layout = plan.recipe, plan.layout
+    text = Text()
+    text.append(f"{recipe.run.name}", style="bold")
+    text.append(
+        f": {plan.parameters:,} parameters, {len(''.join(plan.stages))} layers, rows of {recipe.data.row_tokens:,} tokens, "
+        f"{recipe.run.global_rows:,} rows a step\n"
+    )
+    scaling = recipe.precision.scaling
+    precision = recipe.precision.params + (f" + {scaling}" if scaling != "none" else "")
+    text.append(
+        f"{layout.world:,} x {plan.device.name} ({plan.device.memory_gib:.0f} GiB), {layout.describe()}, "
+        f"{recipe.run.microbatch_rows} row{'s' * (recipe.run.microbatch_rows > 1)} x {layout.microbatches_per_step} "
+        f"microbatches, {precision}, recompute {recipe.parallel.recompute}"
+    )
+    return text
+
+
+def _ranks(plan: Plan, *, every_rank: bool) -> Table:
+    layout = plan.layout
+    table = Table(title="Ranks", title_justify="left", title_style="bold")
+    for name in ("rank", "tensor", "context", "data", "pipeline", "layers"):
+        table.add_column(name, justify="left" if name == "layers" else "right", overflow="fold")
+    shown = list(range(layout.world))
+    if not every_rank and layout.world > 12:
+        per_stage = layout.world // layout.pipeline
+        firsts = [stage * per_stage for stage in range(layout.pipeline)]
+        shown = sorted({0, 1, 2, *firsts[:8], layout.world - 1})
+    last = -1
+    for rank in shown:
+        if rank > last + 1:
+            table.add_row("...", "", "", "", "", "")
+        place = rank_coordinates(layout, rank)
+        layers = " ... ".join(plan.stages[place.pipeline :: layout.pipeline])
+        table.add_row(*map(str, (rank, place.tensor, place.context, place.data, place.pipeline)), layers)
+        last = rank
+    return table
+
+
+def _memory(plan: Plan) -> Table:
+    capacity = plan.device.memory_gib
+    table = Table(title="Memory of the fullest rank of each stage, GiB", title_justify="left", title_style="bold")
+    table.add_column("stage", justify="right")
+    for name in (*MEMORY_NAMES.values(), "total", f"of {capacity:.0f}"):
+        table.add_column(name, justify="right")
+    for memory in plan.memory:
+        share = memory.total / GIB / capacity
+        style = "red" if share > USABLE else "yellow" if share > 0.9 else ""
+        table.add_row(
+            str(memory.stage),
+            *[_gib(getattr(memory, part)) for part in MEMORY_NAMES],
+            Text(_gib(memory.total), style=f"bold {style}"),
+            Text(f"{share:.0%}", style=style),
+        )
+    return table
+
+
+def _work(plan: Plan) -> Table:
+    table = Table(title="A step of the mean GPU: what is computed and moved", title_justify="left", title_style="bold")
+    for name in ("part", "TFLOP", "share", "GB in memory", "GB sent"):
+        table.add_column(name, justify="left" if name == "part" else "right")
+    parts = {name: part for name, part in plan.traffic.parts.items() if part.flops}
+    total = sum(part.flops for part in parts.values())
+    for name, part in parts.items():
+        moved = f"{part.memory_bytes / 1e9:,.1f}" if part.memory_bytes else "fused"
+        table.add_row(name, f"{part.flops / 1e12:,.3f}", f"{part.flops / total:.1%}", moved, "")
+    for axis, sent in plan.traffic.wire_bytes.items():
+        if sent:
+            table.add_row(f"{axis} parallel", "", "", "", f"{sent / 1e9:,.2f}")
+    return table
+
+
+def _time(plan: Plan) -> Table:
+    table = Table(title="Where the time of a step goes", title_justify="left", title_style="bold")
+    for name in ("part", "s", "share", ""):
+        table.add_column(name, justify="left" if name in ("part", "") else "right")
+    parts = [(name, seconds) for name, seconds in plan.time.parts.items() if seconds > 0.0005 * plan.time.seconds]
+    for name, seconds in sorted(parts, key=lambda item: -item[1]):
+        share = seconds / plan.time.seconds
+        table.add_row(PART_NAMES[name], f"{seconds:.4g}", f"{share:.1%}", "█" * round(40 * share))
+    return table
+
+
+def _cost(plan: Plan) -> Table:
+    table = Table(title="What the run takes", title_justify="left", title_style="bold", show_header=False)
+    table.add_column()
+    table.add_column(justify="right")
+    saved = plan.checkpoints
+    total_tokens = plan.tokens_per_step * plan.recipe.run.steps
+    tflops = plan.flops.total * plan.tokens_per_s_per_gpu / 1e12
+    for name, value in (
+        ("time of a step", f"{plan.time.seconds:.4g} s"),
+        ("tokens/s of a GPU", f"{plan.tokens_per_s_per_gpu:,.0f}"),
+        ("model TFLOP/s of a GPU", f"{tflops:,.1f}"),
+        (
+            f"MFU of {plan.peak / 1e12:,.0f} TFLOP/s, masked half of attention left out (ours, NVIDIA's)",
+            f"{plan.mfu:.1%}",
+        ),
+        ("MFU, masked half counted (torchtitan, llm-foundry)", f"{plan.mfu_unmasked:.1%}"),
+        (f"{plan.recipe.run.steps:,} steps, {total_tokens / 1e9:,.3f} billion tokens", _duration(plan.hours)),
+        ("GPU-hours", f"{plan.gpu_hours:,.1f}"),
+        ("energy at full power, host included, cooling not", f"{plan.energy_mwh:,.3f} MWh"),
+        ("a checkpoint", f"{saved.size_bytes / 1e9:,.2f} GB"),
+        ("saving it: training waits / written", f"{saved.stall_s:.2g} s / {saved.write_s:.2g} s"),
+    ):
+        table.add_row(name, value)
+    return table
+
+
+def _complain(console: Console, plan: Plan) -> None:
+    for problem in plan.problems:
+        console.print(Text("problem: ", style="bold red") + Text(problem))
+    for warning in plan.warnings:
+        console.print(Text("warning: ", style="yellow") + Text(warning))
+    if plan.problems:
+        console.print(f"\nThis run would fail: {len(plan.problems)} problem{'s' * (len(plan.problems) > 1)}.")
+    else:
+        console.print("\nThis run can start. Times are predictions: docs/plan.md says how far off they are.")
+
+
+def show_search(found: "Found", recipe: Recipe) -> None:
+    """Print the best layouts of a search."""
+    console = _console()
+    if not found.best:
+        console.print(f"None of {found.tried:,} layouts works:")
+    else:
+        first = found.best[0].plan
+        console.print(
+            f"[bold]{recipe.run.name}[/bold]: {first.parameters:,} parameters on {first.layout.world:,} x "
+            f"{first.device.name}; {found.tried:,} layouts tried, {found.fitting:,} work. The best:"
+        )
+        table = Table(show_lines=True)
+        for name in ("", "layout", "rows", "recompute", "s/step", "tokens/s/GPU", "MFU", "GiB", "why"):
+            table.add_column(
+                name, justify="left" if name in ("layout", "why", "recompute") else "right", overflow="fold"
+            )
+        for place, candidate in enumerate(found.best, start=1):
+            plan = candidate.plan
+            table.add_row(
+                str(place),
+                plan.layout.describe(),
+                str(plan.recipe.run.microbatch_rows),
+                plan.recipe.parallel.recompute,
+                f"{plan.time.seconds:.3g}",
+                f"{plan.tokens_per_s_per_gpu:,.0f}",
+                f"{plan.mfu:.1%}",
+                f"{plan.fullest.total / GIB:.1f}",
+                candidate.why,
+            )
+        console.print(table)
+        console.print(
+            "\nThe first one as overrides:\n  " + " ".join(found.best[0].overrides), soft_wrap=True, markup=False
+        )
+    if found.rejected:
+        console.print("\nNot shown:")
+        for reason, count in found.rejected.items():
+            console.print(f"  {count:6,} {reason}", markup=False)
+
+
+def _gib(size: float) -> str:
+    return f"{size / GIB:.2f}" if size >= 0.005 * GIB else ("0" if not size else f"{size / GIB:.1g}")
+
+
+def _duration(hours: float) -> str:
+    if hours >= 48:
+        return f"{hours / 24:,.1f} days"
+    return f"{hours:.1f} h" if hours >= 1 else f"{hours * 60:.1f} min"

@@ -1,0 +1,357 @@
+"""From a typed recipe to what a run of it will need and take: layout, memory, time, cost, and everything wrong with it.
+
+    Recipe, GPUs, device --checks--> problems --train.cost--> memory of every stage, time of a step --> days, energy, checkpoints
+
+No torch, no GPU, nothing allocated: runs on a login node in a second.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from train.config import ParallelConfig, Recipe
+from train.cost.activations import Modules
+from train.cost.device import Device, Format
+from train.cost.efficiency import STRATUM
+from train.cost.memory import GIB, RankMemory, rank_memory
+from train.cost.time import Setting, StepTime, step_time
+from train.cost.traffic import StepTraffic, step_traffic
+from train.errors import RecipeError
+from train.model.pattern import Flops, cut, flops_per_token, layer_kinds, parameters, visible_keys
+from train.parallel.layout import Layout, lay_out
+from train.precision.scaling import low_precision_linears, shape_problems
+
+USABLE = 0.97
+"""Share of a device's memory a plan may fill: an allocator never uses the last of it."""
+STORAGE_PER_NODE = 2e9
+"""Bytes/s one node writes to shared storage; an allowance (arXiv 2407.21783: 2 TB/s sustained for 2,000 nodes)."""
+TO_HOST = 20e9
+"""Bytes/s from a GPU to its host's memory over PCIe 4, about."""
+
+
+@dataclass(frozen=True)
+class Checkpoints:
+    """What saving takes."""
+
+    size_bytes: float
+    stall_s: float
+    """Training waits: each GPU copies its share to the host."""
+    write_s: float
+    """Until the last byte is on shared storage, in the background."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything predicted about a run."""
+
+    recipe: Recipe
+    device: Device
+    layout: Layout
+    stages: tuple[str, ...]
+    """Pattern of each model chunk, in layer order."""
+    modules: Modules
+    parameters: int
+    flops: Flops
+    """Of a token: forward and backward, nothing twice."""
+    memory: tuple[RankMemory, ...]
+    """Of each pipeline rank."""
+    time: StepTime
+    traffic: StepTraffic
+    checkpoints: Checkpoints
+    problems: tuple[str, ...]
+    """What will fail; the run must not start."""
+    warnings: tuple[str, ...]
+    """What may be meant but costs something."""
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.recipe.run.global_rows * self.recipe.data.row_tokens
+
+    @property
+    def tokens_per_s_per_gpu(self) -> float:
+        return self.tokens_per_step / self.layout.world / self.time.seconds
+
+    @property
+    def peak(self) -> float:
+        """Dense bf16 peak (fp32 for an fp32 recipe) of one GPU: the denominator of MFU."""
+        high = _high(self.recipe, self.device)
+        return self.device.peak[high]
+
+    @property
+    def mfu(self) -> float:
+        """Model FLOPs utilisation: attention as a causal mask leaves it, the scan and the head counted."""
+        return self.flops.total * self.tokens_per_s_per_gpu / self.peak
+
+    @property
+    def mfu_unmasked(self) -> float:
+        """The same with the masked half of attention counted, as some publish it."""
+        model, row = self.recipe.model, self.recipe.data.row_tokens
+        kinds = layer_kinds(model.pattern)
+        seen = kinds.count("*") * visible_keys(row) + kinds.count("w") * visible_keys(row, window=model.window_tokens)
+        whole = sum(kind in "*w" for kind in kinds) * row
+        missing = 12.0 * (whole - seen) * model.heads * model.head_dim
+        return (self.flops.total + missing) * self.tokens_per_s_per_gpu / self.peak
+
+    @property
+    def fullest(self) -> RankMemory:
+        return max(self.memory, key=lambda one: one.total)
+
+    @property
+    def fits(self) -> bool:
+        return self.fullest.total <= USABLE * self.device.memory_gib * GIB
+
+    @property
+    def hours(self) -> float:
+        """Of the whole run, saving included, nothing failing."""
+        every = self.recipe.checkpoint.every_steps
+        saves = self.recipe.run.steps // every if every else 1
+        return (self.recipe.run.steps * self.time.seconds + saves * self.checkpoints.stall_s) / 3600
+
+    @property
+    def gpu_hours(self) -> float:
+        return self.hours * self.layout.world
+
+    @property
+    def energy_mwh(self) -> float:
+        """At the GPUs' full power with their share of the host; cooling not counted."""
+        return self.gpu_hours * (self.device.watts + self.device.host_watts) / 1e6
+
+
+def world_of(recipe: Recipe, gpus: int | None) -> int:
+    """GPUs of a run: as asked, or as the launch group says, or as few as its degrees need."""
+    if gpus is not None:
+        return gpus
+    degrees = recipe.parallel.tensor * recipe.parallel.pipeline * recipe.parallel.context
+    each = recipe.launch.gpus_per_node or recipe.launch.processes or 0
+    return recipe.launch.nodes * each if each else degrees * max(1, recipe.launch.nodes)
+
+
+def make_plan(recipe: Recipe, *, world: int, device: Device, stages: Sequence[str] | None = None) -> Plan:
+    """Plan a run. RecipeError lists everything that keeps it from being laid out; later problems are in the plan.
+
+    stages: pattern of each chunk, where another cut than the recipe's is tried.
+    """
+    problems = _precision_problems(recipe, device)
+    try:
+        layout = lay_out(
+            model=recipe.model, parallel=recipe.parallel, run=recipe.run, row_tokens=recipe.data.row_tokens, world=world
+        )
+    except RecipeError as error:
+        raise RecipeError("\n".join([str(error), *problems])) from error
+    if stages is not None and len(stages) > 1:
+        recipe = replace(recipe, model=replace(recipe.model, pattern="|".join(stages)))
+    chunks = tuple(cut(recipe.model.pattern, layout.pipeline * layout.virtual, model=recipe.model))
+    modules: Modules = "te" if recipe.precision.backend in ("auto", "te") else "reference"
+    memory = tuple(
+        rank_memory(
+            recipe.model,
+            parallel=recipe.parallel,
+            precision=recipe.precision,
+            layout=layout,
+            rows=recipe.run.microbatch_rows,
+            sequence=recipe.data.row_tokens,
+            stage=stage,
+            modules=modules,
+        )
+        for stage in range(layout.pipeline)
+    )
+    setting = setting_of(recipe, layout=layout, stages=chunks, device=device)
+    plan = Plan(
+        recipe=recipe,
+        device=device,
+        layout=layout,
+        stages=chunks,
+        modules=modules,
+        parameters=parameters(recipe.model).total,
+        flops=flops_per_token(recipe.model, recipe.data.row_tokens),
+        memory=memory,
+        time=step_time(setting),
+        traffic=step_traffic(setting),
+        checkpoints=checkpoints_of(recipe, layout=layout, device=device),
+        problems=tuple(problems),
+        warnings=tuple(_warnings(recipe, layout, device)),
+    )
+    return replace(plan, problems=(*plan.problems, *_memory_problems(plan)))
+
+
+def setting_of(recipe: Recipe, *, layout: Layout, stages: tuple[str, ...], device: Device) -> Setting:
+    """What the time of a recipe's step depends on."""
+    low = low_precision_linears(recipe.model, recipe.precision)
+    layers = range(len(layer_kinds(recipe.model.pattern)))
+    scaling = recipe.precision.scaling
+    form: Format = "fp4" if scaling == "nvfp4" else "fp8"
+    return Setting(
+        model=recipe.model,
+        layout=layout,
+        stages=stages,
+        rows=recipe.run.microbatch_rows,
+        sequence=recipe.data.row_tokens,
+        device=device,
+        low=form if low and scaling != "none" and form in device.peak else None,
+        high=_high(recipe, device),
+        scaling=scaling,
+        high_precision_layers=frozenset(layer for layer in layers if layer not in low),
+        split_sequence=recipe.parallel.sequence,
+        recompute=1.0 if recipe.parallel.recompute == "full" else 0.0,
+        overlap_grad_reduce=recipe.parallel.overlap_grad_reduce,
+        overlap_param_gather=recipe.parallel.overlap_param_gather,
+        software=STRATUM,
+    )
+
+
+def checkpoints_of(recipe: Recipe, *, layout: Layout, device: Device) -> Checkpoints:
+    """Size and times of a checkpoint: weights in the recipe's format, fp32 masters beside bf16 ones, two fp32 moments."""
+    total = parameters(recipe.model).total
+    size = float(total * (2 + 12 if recipe.precision.params == "bf16" else 4 + 8))
+    nodes = max(1, layout.world // device.node)
+    return Checkpoints(
+        size_bytes=size,
+        stall_s=size / layout.world / TO_HOST,
+        write_s=size / (STORAGE_PER_NODE * nodes),
+    )
+
+
+def _high(recipe: Recipe, device: Device) -> Format:
+    return "bf16" if recipe.precision.params == "bf16" and "bf16" in device.peak else "fp32"
+
+
+def _precision_problems(recipe: Recipe, device: Device) -> list[str]:
+    """What Transformer Engine, the device or the backend would refuse."""
+    precision, model = recipe.precision, recipe.model
+    active = {precision.scaling} | ({precision.scaling_after} if precision.switch_at_tokens is not None else set())
+    low = active - {"none"}
+    problems = []
+    blackwell = device.generation.startswith("blackwell")
+    for scaling in sorted(low):
+        if scaling == "unscaled":
+            if precision.backend in ("te", "auto"):
+                problems.append(
+                    "precision.scaling=unscaled is an example of what goes wrong and runs on precision.backend=emulated "
+                    "only. Use current, delayed or blockwise."
+                )
+        elif scaling in ("mxfp8", "nvfp4") and not blackwell:
+            problems.append(
+                f"precision.scaling={scaling} needs a Blackwell GPU; {device.name} is {device.generation}. Use "
+                f"precision.scaling={'blockwise' if device.generation == 'hopper' else 'current'}, or --device b200."
+            )
+        elif "fp8" not in device.peak:
+            problems.append(
+                f"precision.scaling={scaling}: {device.name} ({device.generation}) has no FP8 matrix products. Use "
+                f"precision.scaling=none, or --device h100."
+            )
+        elif scaling == "blockwise" and device.generation == "ada":
+            problems.append(
+                f"precision.scaling=blockwise needs a Hopper GPU or a newer one; {device.name} is {device.generation}. Use "
+                f"precision.scaling=current."
+            )
+    if low and precision.backend == "reference":
+        problems.append(
+            f"precision.backend=reference computes in high precision only, but precision.scaling={precision.scaling}. Use "
+            f"precision.backend=te or emulated, or scaling=none."
+        )
+    if precision.fp8_weights and not low:
+        problems.append(
+            "precision.fp8_weights=true needs a low-precision recipe. Set precision.scaling, or fp8_weights=false."
+        )
+    ends = precision.high_precision_first or precision.high_precision_last
+    if precision.fp8_weights and ends and "delayed" in active:
+        problems.append(
+            "precision.fp8_weights=true with delayed scaling keeps the weights of every layer in FP8. Set "
+            "high_precision_first and high_precision_last to 0, or use another scaling, or fp8_weights=false."
+        )
+    if low:
+        problems += shape_problems(
+            model,
+            parallel=recipe.parallel,
+            precision=precision,
+            rank_tokens=recipe.run.microbatch_rows * recipe.data.row_tokens // recipe.parallel.context,
+        )
+    if recipe.data.reset_at_documents and precision.backend in ("auto", "te"):
+        problems.append(
+            "data.reset_at_documents=true: the te backend cannot tell documents apart yet. Use "
+            "precision.backend=reference, or data.reset_at_documents=false."
+        )
+    return problems
+
+
+def _warnings(recipe: Recipe, layout: Layout, device: Device) -> list[str]:
+    """What is allowed and probably not wanted."""
+    found = []
+    if layout.tensor > device.domain:
+        found.append(
+            f"parallel.tensor={layout.tensor} is larger than the {device.domain} GPUs that {device.name} links directly: every "
+            f"layer waits for the network. Use at most {device.domain}, with parallel.pipeline for the rest."
+        )
+    if layout.tensor > 1 and not recipe.parallel.sequence:
+        found.append(
+            "parallel.sequence=false: norms and residuals are kept on every tensor rank. parallel.sequence=true needs less "
+            "memory at the same traffic."
+        )
+    if layout.pipeline > 1 and layout.microbatches_per_step < layout.pipeline:
+        found.append(
+            f"a step has {layout.microbatches_per_step} microbatches for {layout.pipeline} pipeline stages: most of them wait. "
+            f"Raise run.global_rows, or lower run.microbatch_rows or parallel.pipeline."
+        )
+    if layout.data > 1 and not recipe.parallel.overlap_grad_reduce:
+        found.append(
+            "parallel.overlap_grad_reduce=false: gradients are reduced after the backward pass instead of beside it."
+        )
+    if recipe.run.device == "cpu":
+        found.append("run.device=cpu: the plan is for GPUs; this recipe will not use them.")
+    if recipe.run.deterministic:
+        found.append(
+            "run.deterministic=true: some deterministic kernels are slower; how much has not been measured on a GPU."
+        )
+    found += _data_warnings(recipe)
+    return found
+
+
+def _data_warnings(recipe: Recipe) -> list[str]:
+    """What the prepared data beside this recipe says, where it is here."""
+    manifest = Path(recipe.data.folder) / "manifest.json"
+    if not manifest.is_file():
+        return [
+            f"data.folder={recipe.data.folder} holds no prepared data here, so vocabulary and size were not checked."
+        ]
+    try:
+        tokenizer = json.loads(manifest.read_text()).get("tokenizer", {})
+    except (OSError, ValueError):
+        return [f"{manifest} cannot be read, so vocabulary and size were not checked."]
+    size = tokenizer.get("vocab_size") if isinstance(tokenizer, dict) else None
+    if isinstance(size, int) and size > recipe.model.vocab:
+        return [
+            f"the prepared data has a vocabulary of {size:,}, but model.vocab={recipe.model.vocab:,}: training will refuse it. "
+            f"Set model.vocab={size}, or prepare the data again."
+        ]
+    return []
+
+
+def _memory_problems(plan: Plan) -> list[str]:
+    """Too little memory, with what would help most."""
+    if plan.fits:
+        return []
+    rank, capacity = plan.fullest, plan.device.memory_gib * USABLE
+    parallel = plan.recipe.parallel
+    remedies = []
+    if rank.activations > 0.25 * rank.total:
+        if parallel.recompute == "none":
+            remedies.append("parallel.recompute=full")
+        if plan.recipe.run.microbatch_rows > 1:
+            remedies.append(f"run.microbatch_rows={plan.recipe.run.microbatch_rows // 2}")
+        if parallel.tensor > 1 and not parallel.sequence:
+            remedies.append("parallel.sequence=true")
+    if rank.masters + rank.moments > 0.2 * rank.total:
+        remedies.append("more data-parallel GPUs (--gpus)")
+    remedies.append(
+        f"parallel.tensor={_next_degree(parallel, 'tensor')} or parallel.pipeline={_next_degree(parallel, 'pipeline')}"
+    )
+    return [
+        f"memory: a rank of stage {rank.stage} needs {rank.total / GIB:.1f} GiB, {plan.device.name} has "
+        f"{plan.device.memory_gib:.1f} GiB of which {capacity:.1f} can be used. Use {', '.join(remedies)}; "
+        f"`--search` lists layouts that fit."
+    ]
+
+
+def _next_degree(parallel: ParallelConfig, axis: str) -> int:
+    return int(getattr(parallel, axis)) * 2

@@ -1,0 +1,97 @@
+"""Peak memory of a published run: what its software keeps of weights, gradients and optimizer, and the planner's activations.
+
+The two programs whose peaks are published differ from this project's in what state they keep (below) and in the loss; what
+layers keep is `train.cost.activations`. Nothing here is fitted but `UNUSABLE`.
+"""
+
+from dataclasses import replace
+
+from launch.published import Published
+from train.config import ParallelConfig, PrecisionConfig
+from train.cost.activations import Shape, hidden_bytes, layer_bytes
+from train.cost.memory import GIB, rank_memory
+from train.cost.tensors import stage_tensors
+
+UNUSABLE = 1.05
+"""Memory the allocator holds over what it has handed out."""
+KEPT_BY_SELECTION = 0.36
+"""Share of a layer's activations that torchtitan's selective checkpointing keeps: its input, the attention output and every
+second product's result (of Llama 3 8B: 31,744 of 89,088 numbers a token)."""
+
+
+def published_memory(found: Published) -> float | None:
+    """Predicted GiB of the fullest rank; None where the row does not say enough."""
+    setting, layout = found.setting, found.setting.layout
+    software = setting.software.name
+    if software == "llm-foundry" or (software == "torchtitan" and not found.recompute_published):
+        return None
+    if software not in ("torchtitan", "nanotron"):
+        return _on_megatron(found)
+    shape = Shape(
+        model=setting.model,
+        modules="te",
+        size=2,
+        rows=setting.rows,
+        sequence=setting.sequence,
+        tensor=layout.tensor,
+        context=layout.context,
+        split_sequence=setting.split_sequence,
+    )
+    worst = 0.0
+    for stage in range(layout.pipeline):
+        patterns = [setting.stages[i] for i in range(stage, len(setting.stages), layout.pipeline)]
+        is_last = stage == layout.pipeline - 1
+        numel = sum(
+            sum(one.numel for one in stage_tensors(
+                setting.model, pattern, tensor=layout.tensor, is_first=stage == 0 and index == 0,
+                is_last=is_last and index == len(patterns) - 1, stages=layout.pipeline))
+            for index, pattern in enumerate(patterns)
+        )  # fmt: skip
+        layers = sum(map(len, patterns))
+        block = sum(layer_bytes(shape, kind) for kind in ("*", "-"))
+        logits = shape.tokens * setting.model.vocab / layout.tensor if is_last else 0.0
+        if software == "nanotron":
+            # bf16 weights and gradients, fp32 accumulators, fp32 master and moments, these divided by ZeRO-1.
+            state = numel * (2 + 2 + 4 + 12 / (layout.data if found.is_optimizer_sharded else 1))
+            flight = min(layout.pipeline - stage, layout.microbatches_per_step)
+            # Of both inputs it keeps what it gathered over the tensor ranks.
+            gathered = 2 * hidden_bytes(shape) * (layout.tensor - 1)
+            kept = flight * layers / 2 * (block + gathered) + 10 * logits
+        else:
+            # fp32 weights, gradients and moments, all sharded; two blocks and the head gathered in bf16.
+            state = numel * 16 / (layout.data * layout.context)
+            state += 2 * 2 * numel * 2 / layers + 2 * setting.model.vocab * setting.model.hidden / layout.tensor
+            kept = layers / 2 * (block * KEPT_BY_SELECTION if setting.recompute < 1 else hidden_bytes(shape))
+            kept += block + 13 * logits
+            if layout.tensor > 1:  # inputs gathered over tensor ranks are kept while a block is recomputed
+                kept += 2 * hidden_bytes(shape) * layout.tensor
+        worst = max(worst, state + kept)
+    return worst * UNUSABLE / GIB
+
+
+def _on_megatron(found: Published) -> float:
+    """A run on Megatron-Core, as this project's planner sees it, nothing of the machine reserved."""
+    setting = found.setting
+    parallel = ParallelConfig(
+        tensor=setting.layout.tensor,
+        sequence=setting.split_sequence,
+        recompute="full" if setting.recompute == 1 else "none",
+    )
+    layout = setting.layout
+    if "" in setting.stages:  # a chunk of embedding or head alone: planned without virtual stages
+        layout = replace(layout, virtual=1)
+    else:
+        setting = replace(setting, model=replace(setting.model, pattern="|".join(setting.stages)))
+    ranks = [
+        rank_memory(
+            setting.model,
+            parallel=parallel,
+            precision=PrecisionConfig(params="bf16"),
+            layout=layout,
+            rows=setting.rows,
+            sequence=setting.sequence,
+            stage=stage,
+        )
+        for stage in range(layout.pipeline)
+    ]
+    return max(rank.total - rank.reserve for rank in ranks) * UNUSABLE / GIB

@@ -1,0 +1,216 @@
+"""`python -m launch plan --search`: every layout of a recipe on so many GPUs, planned, ranked, the best shown with reasons.
+
+    degrees x virtual stages x microbatch x recompute --rules, memory, formats--> those that work --time--> ranked
+
+Pipeline cuts are chosen for balance in seconds of the predicted time, scan, scores and head included; where that is not the
+cut the recipe would take by itself, the pattern with its `|` is among the overrides.
+"""
+
+import itertools
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from launch.plan_tables import PART_NAMES
+from launch.planner import Plan, make_plan, setting_of
+from train.config import ParallelConfig, Recipe
+from train.cost.device import Device
+from train.cost.time import layer_seconds
+from train.errors import RecipeError
+from train.model.pattern import CUT, balanced_ranges, cut, layer_kinds
+from train.parallel.layout import Layout, lay_out
+
+MAX_MICROBATCH_ROWS = 8
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One layout that works."""
+
+    plan: Plan
+    overrides: list[str]
+    """What to add to the command line to train with it."""
+    why: str
+
+
+@dataclass(frozen=True)
+class Found:
+    """The outcome of a search."""
+
+    best: list[Candidate]
+    tried: int
+    fitting: int
+    rejected: dict[str, int]
+    """Reason -> how many layouts."""
+
+
+def search(recipe: Recipe, *, world: int, device: Device, top: int = 8) -> Found:
+    """Plan every layout of `recipe` on `world` GPUs. The recipe's model, data, precision and step stay as they are."""
+    rejected: Counter[str] = Counter()
+    plans: list[Plan] = []
+    tried = 0
+    for parallel, rows in _layouts(recipe, world=world, device=device):
+        tried += 1
+        candidate = replace(recipe, parallel=parallel, run=replace(recipe.run, microbatch_rows=rows))
+        try:
+            layout = lay_out(
+                model=_uncut(candidate).model,
+                parallel=parallel,
+                run=candidate.run,
+                row_tokens=recipe.data.row_tokens,
+                world=world,
+            )
+            plan = make_plan(
+                _uncut(candidate),
+                world=world,
+                device=device,
+                stages=balanced_cut(candidate, layout=layout, device=device),
+            )
+        except RecipeError as error:
+            rejected[_reason(str(error))] += 1
+            continue
+        if plan.problems:
+            rejected[_reason(plan.problems[0])] += 1
+            continue
+        plans.append(plan)
+    plans.sort(key=lambda plan: (plan.time.seconds, plan.fullest.total))
+    best = [
+        Candidate(
+            plan,
+            _overrides(plan, recipe),
+            _why(plan, plans[0] if place else plans[1] if len(plans) > 1 else None, place),
+        )
+        for place, plan in enumerate(plans[:top])
+    ]
+    return Found(best=best, tried=tried, fitting=len(plans), rejected=dict(rejected.most_common()))
+
+
+def balanced_cut(recipe: Recipe, *, layout: Layout, device: Device) -> list[str] | None:
+    """The cut of the pattern whose slowest chunk is fastest, by predicted seconds; None for a single stage."""
+    stages = layout.pipeline * layout.virtual
+    if stages == 1:
+        return None
+    kinds = layer_kinds(recipe.model.pattern)
+    if stages > len(kinds):
+        raise RecipeError(f"parallel.pipeline x virtual_pipeline = {stages} stages for {len(kinds)} layers. Use fewer.")
+    setting = setting_of(_uncut(recipe), layout=layout, stages=("".join(kinds),), device=device)
+    low = setting.high_precision_layers
+    seconds = [
+        layer_seconds(setting, kind, is_low=setting.low is not None and index not in low)
+        for index, kind in enumerate(kinds)
+    ]
+    seconds[-1] += layer_seconds(setting, "head")
+    costs = [round(200 * one / max(seconds[:-1])) for one in seconds]
+    return ["".join(kinds[start:end]) for start, end in balanced_ranges(costs, stages)]
+
+
+def _layouts(recipe: Recipe, *, world: int, device: Device) -> Iterator[tuple[ParallelConfig, int]]:
+    """Every sensible choice of degrees, virtual stages, microbatch and recompute."""
+    model, row = recipe.model, recipe.data.row_tokens
+    kinds = layer_kinds(model.pattern)
+    tensors = [d for d in _doublings(min(world, max(1, device.domain), 16)) if not model.vocab % d]
+    contexts = [d for d in _doublings(min(world, 32)) if d == 1 or row // d >= 4096]
+    pipelines = [d for d in _doublings(min(world, len(kinds), 32))]
+    for tensor, context, pipeline in itertools.product(tensors, contexts, pipelines):
+        degrees = tensor * context * pipeline
+        if world % degrees:
+            continue
+        data = world // degrees
+        if recipe.run.global_rows % data:
+            continue
+        share = recipe.run.global_rows // data
+        rows = [count for count in _doublings(min(share, MAX_MICROBATCH_ROWS)) if not share % count]
+        virtuals = [v for v in _doublings(8) if v == 1 or (pipeline > 1 and pipeline * v <= len(kinds))]
+        for virtual, count, recompute in itertools.product(virtuals, rows, ("none", "full")):
+            yield (
+                replace(
+                    recipe.parallel,
+                    tensor=tensor,
+                    pipeline=pipeline,
+                    virtual_pipeline=virtual,
+                    context=context,
+                    sequence=tensor > 1,
+                    recompute=recompute,  # type: ignore[arg-type]
+                    overlap_grad_reduce=data * context > 1,
+                    overlap_param_gather=data * context > 1,
+                ),
+                count,
+            )
+
+
+def _doublings(most: int) -> list[int]:
+    found, value = [], 1
+    while value <= most:
+        found.append(value)
+        value *= 2
+    return found
+
+
+def _uncut(recipe: Recipe) -> Recipe:
+    pattern = recipe.model.pattern.replace(CUT, "")
+    return replace(recipe, model=replace(recipe.model, pattern=pattern))
+
+
+def _overrides(plan: Plan, recipe: Recipe) -> list[str]:
+    """The words that turn `recipe` into the plan's."""
+    words = []
+    for name in ("tensor", "pipeline", "virtual_pipeline", "context", "sequence", "recompute",
+                 "overlap_grad_reduce", "overlap_param_gather"):  # fmt: skip
+        value = getattr(plan.recipe.parallel, name)
+        if value != getattr(recipe.parallel, name):
+            words.append(f"parallel.{name}={str(value).lower() if isinstance(value, bool) else value}")
+    if plan.recipe.run.microbatch_rows != recipe.run.microbatch_rows:
+        words.append(f"run.microbatch_rows={plan.recipe.run.microbatch_rows}")
+    stages = plan.layout.pipeline * plan.layout.virtual
+    if stages > 1:
+        default = cut(recipe.model.pattern.replace(CUT, ""), stages, model=recipe.model)
+        if list(plan.stages) != default or CUT in recipe.model.pattern:
+            words.append(f"'model.pattern=\"{CUT.join(plan.stages)}\"'")
+    elif CUT in recipe.model.pattern:
+        words.append(f"'model.pattern=\"{''.join(plan.stages)}\"'")
+    return words
+
+
+def _why(plan: Plan, other: Plan | None, place: int) -> str:
+    """The parts of a step that put this layout where it is."""
+    if other is None:
+        return "the only one that works"
+    step, beside = plan.time, other.time
+    gaps = {name: step.parts[name] - beside.parts[name] for name in {*step.parts, *beside.parts}}
+    if place == 0:
+        gained = [(name, -gap) for name, gap in gaps.items() if gap < -0.002 * step.seconds]
+        paid = [(name, gap) for name, gap in gaps.items() if gap > 0.002 * step.seconds]
+        lead = beside.seconds / step.seconds - 1
+        text = f"{lead:.1%} ahead of the next" if lead >= 0.0005 else "as fast as the next, with less memory"
+        if gained:
+            text += f": less {_list(gained, step.seconds)}"
+        if paid:
+            text += f"; pays {_list(paid, step.seconds)}"
+        return text
+    behind = step.seconds / beside.seconds - 1
+    lost = [(name, gap) for name, gap in gaps.items() if gap > 0.002 * step.seconds]
+    saved = [(name, -gap) for name, gap in gaps.items() if gap < -0.002 * step.seconds]
+    text = f"{behind:.1%} behind the first"
+    if lost:
+        text += f": more {_list(lost, step.seconds)}"
+    if saved:
+        text += f"; saves {_list(saved, step.seconds)}"
+    return text
+
+
+def _list(parts: list[tuple[str, float]], whole: float) -> str:
+    parts = sorted(parts, key=lambda item: -item[1])[:3]
+    return ", ".join(f"{PART_NAMES[name]} {seconds / whole:.1%}" for name, seconds in parts)
+
+
+def _reason(problem: str) -> str:
+    """What kind of problem this is, for counting."""
+    first = problem.splitlines()[0]
+    if first.startswith("memory:"):
+        return "do not fit in memory"
+    if first.startswith("precision.scaling="):
+        return "break a shape rule of low precision (" + first.split(":")[0] + ")"
+    if "virtual_pipeline" in first:
+        return "break a rule of virtual pipeline stages"
+    key = first.split("=")[0].split(" ")[0]
+    return f"break a rule of {key}"

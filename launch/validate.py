@@ -1,0 +1,301 @@
+"""`python -m launch validate ROWS.csv`: the planner's predictions beside published throughput, row by row, the summary last.
+
+    row --launch.published--> in scope: Setting --train.cost.time--> predicted, error        out of scope: the reason
+
+Rows of a configuration that the constants were fitted on are marked `fit`; every other row in scope is a test.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from launch.published import PUBLISHED, OutOfScope, Published, Row, published, read_rows
+from launch.published_memory import published_memory
+from train.cost.time import step_time
+
+FIT_EVERY = 3
+"""Of the distinct configurations of each source, in file order, the first of every so many is fitted on."""
+
+_HELP = """
+examples:
+  python -m launch validate                                   the rows shipped with this project
+  python -m launch validate ROWS.csv                          your own, same columns
+  python -m launch validate ROWS.csv --picture scatter.png    predicted against published
+  python -m launch validate --table                           the table of docs/plan.md
+
+A row is in scope where its model is a dense transformer or hybrid in the table of public shapes, its GPU is known, and it
+says enough of its layout. Rows of experts, LoRA, row-wise FP8 and TPUs are out. docs/plan.md states the FLOP convention
+of each publisher, the constants and the rows they were fitted on.
+"""
+
+
+@dataclass(frozen=True)
+class Line:
+    """What became of one row."""
+
+    row: Row
+    found: Published | None
+    reason: str
+    """Why it is out of scope; empty where it is in."""
+    is_fit: bool
+    tokens_per_s: float
+    """Predicted, per GPU; 0 out of scope."""
+    memory_gib: float | None
+
+    @property
+    def error(self) -> float:
+        """Predicted over published step time, less 1."""
+        assert self.found is not None
+        return self.found.tokens_per_s / self.tokens_per_s - 1
+
+    @property
+    def memory_error(self) -> float | None:
+        """The same of peak memory, where both are there."""
+        published_gib = self.found.memory_gib if self.found is not None else None
+        return self.memory_gib / published_gib - 1 if self.memory_gib and published_gib else None
+
+
+@dataclass(frozen=True)
+class Score:
+    """How good the predictions of some lines are."""
+
+    rows: int
+    median: float
+    within_15: float
+    bias: float
+
+    @staticmethod
+    def of(lines: Sequence[Line]) -> "Score":
+        errors = [line.error for line in lines]
+        return Score(
+            rows=len(errors),
+            median=statistics.median(map(abs, errors)),
+            within_15=sum(abs(error) < 0.15 for error in errors) / len(errors),
+            bias=statistics.median(errors),
+        )
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Entry point of `python -m launch validate`. -> exit status."""
+    parser = argparse.ArgumentParser(
+        prog="python -m launch validate",
+        description="Predictions of the planner beside published throughput.",
+        epilog=_HELP,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "rows", nargs="?", type=Path, default=PUBLISHED, metavar="ROWS.csv", help="(default: the shipped rows)"
+    )
+    parser.add_argument("--json", action="store_true", help="one JSON object: rows and summary")
+    parser.add_argument("--table", action="store_true", help="only the table by source, as Markdown")
+    parser.add_argument(
+        "--picture", type=Path, metavar="FILE", help="draw predicted against published (.png, .svg, .pdf)"
+    )
+    own = parser.parse_args(list(arguments))
+    try:
+        lines = [assess(row) for row in read_rows(own.rows)]
+    except (OSError, ValueError) as error:
+        sys.stderr.write(f"error: {error}\n")
+        return 2
+    if own.json:
+        sys.stdout.write(json.dumps({"rows": [_as_json(line) for line in lines], "summary": summary(lines)}) + "\n")
+    elif own.table:
+        sys.stdout.write(table(lines))
+    else:
+        sys.stdout.write(_HEAD + "".join(_line(number, line) for number, line in enumerate(lines, start=2)))
+        sys.stdout.write("\n" + report(lines))
+    if own.picture is not None:
+        from launch.validate_picture import draw
+
+        draw([line for line in lines if line.found is not None], own.picture)
+    return 0
+
+
+def assess(row: Row) -> Line:
+    """Predict one row, or say why not. Never raises for what a row says."""
+    try:
+        found = published(row)
+        seconds = step_time(found.setting).seconds
+    except OutOfScope as reason:
+        return Line(row, None, str(reason), False, 0.0, None)
+    except Exception as error:  # one row that no one foresaw must not hide the others
+        return Line(row, None, f"cannot be read: {type(error).__name__}: {error}", False, 0.0, None)
+    predicted = found.tokens_per_s * found.step_s / seconds
+    memory = published_memory(found) if found.memory_gib else None
+    return Line(row, found, "", configuration(row, found) in fit_configurations(), predicted, memory)
+
+
+def configuration(row: Row, found: Published) -> tuple[str, ...]:
+    """What makes two rows the same configuration: all but the release and what was measured."""
+    setting = found.setting
+    return (
+        row.get("src", ""),
+        row["model"],
+        setting.device.name,
+        str(setting.low),
+        setting.layout.describe(),
+        str(setting.sequence),
+        row.get("recompute", ""),
+        row.get("extra", ""),
+    )
+
+
+@cache
+def fit_configurations() -> frozenset[tuple[str, ...]]:
+    """Configurations of the shipped file that the constants were fitted on, the first row of each."""
+    order: dict[str, list[tuple[str, ...]]] = defaultdict(list)
+    for row in read_rows(PUBLISHED):
+        try:
+            key = configuration(row, published(row))
+        except OutOfScope:
+            continue
+        if key not in order[row.get("src", "")]:
+            order[row.get("src", "")].append(key)
+    return frozenset(key for keys in order.values() for key in keys[::FIT_EVERY])
+
+
+def rank_correlations(lines: Sequence[Line], *, least: int = 4) -> dict[str, tuple[float, int]]:
+    """Spearman's rho of predicted and published tokens/s over each model's configurations, with their number."""
+    groups: dict[str, dict[tuple[str, ...], tuple[float, float]]] = defaultdict(dict)
+    for line in lines:
+        if line.found is not None:
+            model = line.found.setting.model
+            name = line.row["model"].split("(")[0].strip().lower().replace("_", " ")
+            key = configuration(line.row, line.found)
+            groups[f"{name} {model.hidden}x{len(model.pattern)}"].setdefault(
+                key, (line.tokens_per_s, line.found.tokens_per_s)
+            )
+    return {
+        name: (_spearman(list(pairs.values())), len(pairs))
+        for name, pairs in sorted(groups.items())
+        if len(pairs) >= least
+    }
+
+
+def summary(lines: Sequence[Line]) -> dict[str, Any]:
+    """The figures at the end, as plain data."""
+    known = [line for line in lines if line.found is not None]
+    tests = [line for line in known if not line.is_fit]
+    memory = [abs(line.memory_error) for line in known if line.memory_error is not None]
+    ranks = rank_correlations(lines)
+    found: dict[str, Any] = {"rows": len(lines), "in_scope": len(known), "test_rows": len(tests), "out_of_scope": {}}
+    for name, some in (("test", tests), ("fit", [line for line in known if line.is_fit]), ("all", known)):
+        if some:
+            score = Score.of(some)
+            found[f"{name}_median_step_time_error"] = score.median
+            found[f"{name}_within_15_percent"] = score.within_15
+    if ranks:
+        found["rank_correlation_median"] = statistics.median(rho for rho, _ in ranks.values())
+        total = sum(count for _, count in ranks.values())
+        found["rank_correlation_mean"] = sum(rho * count for rho, count in ranks.values()) / total
+        found["rank_correlations"] = {name: rho for name, (rho, _) in ranks.items()}
+    if memory:
+        found["memory_rows"] = len(memory)
+        found["memory_median_error"] = statistics.median(memory)
+    found["out_of_scope"] = dict(Counter(line.reason for line in lines if line.found is None).most_common())
+    return found
+
+
+def table(lines: Sequence[Line]) -> str:
+    """Errors by source, generation and format, as Markdown."""
+    groups: dict[str, list[Line]] = defaultdict(list)
+    for line in lines:
+        if line.found is not None:
+            setting = line.found.setting
+            source = (
+                line.row.get("src", "")
+                .split()[0]
+                .split("/")[0]
+                .replace("glennklockwood.com", "Meta (arXiv 2407.21783)")
+            )
+            groups[f"{source} | {setting.device.generation} | {setting.low or 'bf16'}"].append(line)
+    text = "| source | GPU | products | rows fitted | rows tested | median error of tests | bias of tests |\n"
+    text += "|---|---|---|---|---|---|---|\n"
+    for name, some in sorted(groups.items()):
+        tests = [line for line in some if not line.is_fit]
+        score = Score.of(tests) if tests else None
+        measured = f"{score.median:.1%} | {score.bias:+.1%}" if score else " | "
+        text += f"| {name} | {len(some) - len(tests)} | {len(tests)} | {measured} |\n"
+    return text
+
+
+def report(lines: Sequence[Line]) -> str:
+    """The summary a person reads last."""
+    found = summary(lines)
+    text = f"{found['rows']} rows, {found['in_scope']} in scope ({found['test_rows']} test, "
+    text += f"{found['in_scope'] - found['test_rows']} fitted on), {found['rows'] - found['in_scope']} out:\n"
+    text += "".join(f"  {count:4} {reason}\n" for reason, count in found["out_of_scope"].items())
+    if not found["in_scope"]:
+        return text
+    for name, label in (("test", "test rows"), ("fit", "fitted rows"), ("all", "all rows in scope")):
+        if f"{name}_median_step_time_error" in found:
+            text += f"median step-time error, {label}: {found[f'{name}_median_step_time_error']:.1%}"
+            text += f"  (within 15 %: {found[f'{name}_within_15_percent']:.0%})\n"
+    if "rank_correlation_median" in found:
+        text += f"rank correlation within a model's layouts: median {found['rank_correlation_median']:.3f}, mean weighted by "
+        text += f"layouts {found['rank_correlation_mean']:.3f} ({len(found['rank_correlations'])} models of 4 or more layouts)\n"
+    if "memory_rows" in found:
+        text += f"median memory error: {found['memory_median_error']:.1%} ({found['memory_rows']} rows)\n"
+    return text
+
+
+_HEAD = (
+    f"{'line':>4} {'model':26} {'GPUs':>14} {'format':6} {'layout':24} {'predicted':>10} {'published':>10} {'error':>7}  "
+    f"{'memory':>20}  scope\n"
+)
+
+
+def _line(number: int, line: Line) -> str:
+    row = line.row
+    gpus = f"{row['n_gpu'].split(' ')[0]} {row['gpu']}"[:14]
+    head = f"{number:4} {row['model'][:26]:26} {gpus:>14} "
+    if line.found is None:
+        return f"{head}{'':61}  {'':22}out: {line.reason}\n"
+    setting = line.found.setting
+    layout = setting.layout.describe() + (" FSDP" if setting.software.shards == "parameters" else "")
+    memory = ""
+    if line.memory_error is not None:
+        memory = f"{line.memory_gib:.1f}/{line.found.memory_gib:.1f} {line.memory_error:+.0%}"
+    assumed = f" (assumed: {', '.join(line.found.assumed)})" if line.found.assumed else ""
+    return (
+        f"{head}{setting.low or setting.high:6} {layout:24} {line.tokens_per_s:10,.0f} {line.found.tokens_per_s:10,.0f} "
+        f"{line.error:+7.1%}  {memory:>20}  in{', fit' if line.is_fit else ''}{assumed}\n"
+    )
+
+
+def _as_json(line: Line) -> dict[str, Any]:
+    if line.found is None:
+        return {"model": line.row["model"], "in_scope": False, "reason": line.reason}
+    return {
+        "model": line.row["model"],
+        "in_scope": True,
+        "is_fit": line.is_fit,
+        "assumed": list(line.found.assumed),
+        "predicted_tokens_per_s_per_gpu": line.tokens_per_s,
+        "published_tokens_per_s_per_gpu": line.found.tokens_per_s,
+        "step_time_error": line.error,
+        "predicted_memory_gib": line.memory_gib,
+        "published_memory_gib": line.found.memory_gib,
+    }
+
+
+def _spearman(pairs: list[tuple[float, float]]) -> float:
+    """Rank correlation, ties by mean rank. 0 where one side does not vary."""
+    left, right = (_ranks([pair[side] for pair in pairs]) for side in (0, 1))
+    mean = (len(pairs) + 1) / 2
+    top = sum((a - mean) * (b - mean) for a, b in zip(left, right, strict=True))
+    below = (sum((a - mean) ** 2 for a in left) * sum((b - mean) ** 2 for b in right)) ** 0.5
+    return top / below if below else 0.0
+
+
+def _ranks(values: list[float]) -> list[float]:
+    ordered = sorted(values)
+    return [(ordered.index(value) + len(ordered) - ordered[::-1].index(value) + 1) / 2 for value in values]

@@ -1,0 +1,107 @@
+"""FLOPs of a training step, bytes through device memory, and bytes between GPUs: the mean GPU's, by part. Counted, not timed."""
+
+from collections import Counter
+from dataclasses import dataclass
+
+from train.cost.time import Setting
+from train.cost.work import LayerWork, head_work, layer_work
+
+
+@dataclass
+class Traffic:
+    """What one GPU does for one part of the model in a step."""
+
+    flops: float = 0.0
+    """Computed: forward, backward and what is computed again."""
+    memory_bytes: float = 0.0
+    """Read and written in its own memory."""
+
+
+@dataclass(frozen=True)
+class StepTraffic:
+    """One step of the mean GPU."""
+
+    parts: dict[str, Traffic]
+    """Mamba-2 projections, scan, attention projections, attention scores, MLP, head."""
+    wire_bytes: dict[str, float]
+    """Sent to other GPUs, by axis: tensor, context, pipeline, data."""
+
+
+PARTS = {
+    "M": "Mamba-2 projections",
+    "*": "attention projections",
+    "w": "attention projections",
+    "-": "MLP",
+    "head": "head",
+}
+
+
+def step_traffic(setting: Setting) -> StepTraffic:
+    """Count one step. Bytes of products are what their operands and results take once each way."""
+    layout = setting.layout
+    names = ("Mamba-2 projections", "Mamba-2 scan", "attention projections", "attention scores", "MLP", "head")
+    parts = {name: Traffic() for name in names}
+    wire = dict.fromkeys(("tensor", "context", "pipeline", "data"), 0.0)
+    each = layout.microbatches_per_step / layout.pipeline
+    for kind, count in Counter("".join(setting.stages)).items():
+        work = layer_work(
+            kind,  # type: ignore[arg-type]
+            setting.model,
+            tokens=setting.tokens,
+            sequence=setting.sequence,
+            tensor=layout.tensor,
+            split_sequence=setting.split_sequence,
+            is_low=False,
+        )
+        times = each * count
+        again = setting.recompute
+        _products(parts[PARTS[kind]], work, times, again)
+        if kind == "M":
+            parts["Mamba-2 scan"].flops += times * (3 + again) * work.scan_flops
+        elif kind in "*w":
+            parts["attention scores"].flops += times * (3 + again) * work.score_flops
+        _wire(setting, wire, work, times, again)
+    head = head_work(setting.model, tokens=setting.tokens, tensor=layout.tensor)
+    _products(parts["head"], head, each, 0.0)
+    _wire(setting, wire, head, each, 0.0)
+    shards = layout.data * layout.context
+    table = setting.model.vocab * setting.model.hidden / layout.tensor
+    weights = table * (1.0 if setting.model.tie_embeddings else 2.0)
+    for kind, count in Counter("".join(setting.stages)).items():
+        weights += count * _weights(setting, kind)
+    wire["data"] += 6.0 * weights / layout.pipeline * (shards - 1) / shards
+    if layout.pipeline > 1:
+        hop = 2.0 * setting.tokens * setting.model.hidden / (layout.tensor if setting.split_sequence else 1)
+        hops = layout.pipeline * layout.virtual - 1
+        wire["pipeline"] += 2 * hop * hops * layout.microbatches_per_step / layout.pipeline
+    return StepTraffic(parts=parts, wire_bytes=wire)
+
+
+def _weights(setting: Setting, kind: str) -> int:
+    """Weights of one layer's products on a tensor rank."""
+    work = layer_work(
+        kind,  # type: ignore[arg-type]
+        setting.model,
+        tokens=1,
+        sequence=1,
+        tensor=setting.layout.tensor,
+        split_sequence=False,
+        is_low=False,
+    )
+    return work.weights
+
+
+def _products(part: Traffic, work: LayerWork, times: float, again: float) -> None:
+    part.flops += times * (3 + again) * sum(gemm.flops for gemm in work.gemms)
+    once = sum(2.0 * (gemm.m * gemm.k + gemm.k * gemm.n + gemm.m * gemm.n) for gemm in work.gemms)
+    part.memory_bytes += times * ((3 + again) * once + (1 + again) * work.forward_bytes + work.backward_bytes)
+
+
+def _wire(setting: Setting, wire: dict[str, float], work: LayerWork, times: float, again: float) -> None:
+    layout = setting.layout
+    forward, backward = work.tensor_collectives
+    wire["tensor"] += (
+        times * ((1 + again) * forward + backward) * work.tensor_bytes * (layout.tensor - 1) / layout.tensor
+    )
+    turns = layout.context - 1
+    wire["context"] += times * turns * (3 * work.ring_bytes + 2 * work.exchange_bytes / layout.context)
