@@ -2,8 +2,8 @@
 
     FOLDER/
         request.json           what was asked: teacher, k, temperature, tokenizer, row length, number format
-        block_00000003.bin     the rows of one block of positions, each compressed by zlib (which adds a checksum)
-        block_00000003.idx     their keys, lengths and hashes; written last: a block without it does not exist
+        block_3f9a0c41d27e85b6.bin     some rows, each compressed by zlib (which adds a checksum)
+        block_3f9a0c41d27e85b6.idx     their keys and lengths, with a hash; written last: a block without it does not exist
 
 A row is found by what it says: its key is a hash of its tokens (and of its documents, where they are told apart). So an
 answer does not depend on which rank asked, on the layout, the order or the epoch; a row drawn again is answered once, and a
@@ -15,7 +15,7 @@ import hashlib
 import json
 import os
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -66,7 +66,7 @@ def row_key(tokens: np.ndarray, documents: np.ndarray | None) -> bytes:
 def batch_keys(batch: Any, *, documents: bool) -> list[bytes]:
     """Keys of a batch's rows."""
     tokens = batch.tokens.numpy()
-    marks = batch.document_index.numpy() if documents else [None] * len(tokens)
+    marks: Any = batch.document_index.numpy() if documents else [None] * len(tokens)
     return [row_key(row, mark) for row, mark in zip(tokens, marks, strict=True)]
 
 
@@ -102,19 +102,15 @@ def read_request(folder: Path) -> Request:
     return request
 
 
-def has_block(folder: Path, block: int) -> bool:
-    """Whether a block is written whole."""
-    return (folder / f"{_name(block)}.idx").exists()
-
-
-def write_block(folder: Path, block: int, keys: Sequence[bytes], answers: Sequence[TopK], request: Request) -> int:
-    """Write the answers of some rows ([row_tokens, k] each). -> bytes written. One rank calls it."""
+def write_block(folder: Path, keys: Sequence[bytes], answers: Sequence[TopK], request: Request) -> int:
+    """Write the answers to some rows ([row_tokens, k] each) under a name made of their keys. -> bytes. One rank calls it."""
     frames = [zlib.compress(_pack(answer, request), COMPRESSION_LEVEL) for answer in answers]
-    _write_durably(folder / f"{_name(block)}.bin", b"".join(frames))
+    name = f"block_{hashlib.blake2b(b''.join(keys), digest_size=8).hexdigest()}"
+    _write_durably(folder / f"{name}.bin", b"".join(frames))
     lengths = np.asarray([len(frame) for frame in frames], dtype="<i8").tobytes()
     body = b"".join(keys) + lengths
     digest = hashlib.sha256(body).digest()
-    _write_durably(folder / f"{_name(block)}.idx", len(frames).to_bytes(8, "little") + body + digest)
+    _write_durably(folder / f"{name}.idx", len(frames).to_bytes(8, "little") + body + digest)
     return sum(map(len, frames))
 
 
@@ -170,8 +166,9 @@ class KeptAnswers:
         """Rows that are answered."""
         return len(self._places)
 
-    def __contains__(self, key: bytes) -> bool:
-        return key in self._places
+    def keys(self) -> Iterable[bytes]:
+        """Keys of the rows that are answered."""
+        return self._places.keys()
 
     def read(self, batch: Any, *, documents: bool) -> TopK:
         """The answers to a batch's rows, [rows, row_tokens, k]. DataError for a row without one, or a damaged one."""
@@ -252,10 +249,6 @@ def _read_index(path: Path) -> dict[bytes, _Place]:
         )
     keys = [body[start : start + KEY_BYTES] for start in range(0, count * KEY_BYTES, KEY_BYTES)]
     return {key: _Place(data, int(offsets[n]), int(lengths[n])) for n, key in enumerate(keys)}
-
-
-def _name(block: int) -> str:
-    return f"block_{block:08d}"
 
 
 def _write_durably(path: Path, content: bytes) -> None:

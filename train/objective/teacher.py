@@ -75,6 +75,8 @@ class Place:
     @property
     def exchange_group(self) -> list[int]:
         """One rank of each teacher that serves these rows."""
+        if self.teachers == 1:
+            return [self.index]
         first = self.index // self.sharing * self.sharing + self.index % self.tensor
         return [first + self.tensor * teacher for teacher in range(self.teachers)]
 
@@ -230,7 +232,7 @@ def open_teacher(student: Recipe, *, mesh: Mesh, tokenizer: str | None) -> Teach
         )
     first = mesh.layout.world - place.ranks
     groups = _teacher_groups(place, first_rank=first, mesh=mesh)
-    exchange = _group([first + index for index in place.exchange_group])
+    exchange = _group([first + index for index in place.exchange_group]) if place.teachers > 1 else None
     precision = replace(
         teacher.precision,
         params=student.precision.params if objective.teacher_params == "as_student" else objective.teacher_params,
