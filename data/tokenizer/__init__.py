@@ -14,6 +14,7 @@ import functools
 import json
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -75,6 +76,23 @@ class Tokenizer:
     def incremental_decoder(self) -> "IncrementalDecoder":
         """A decoder that takes ids one by one and gives text as soon as its characters are whole."""
         return IncrementalDecoder(self._backend)
+
+    def parsed(self) -> dict[str, Any] | None:
+        """Content of a `tokenizer.json` with the same ids for every text; None where there is no such thing known.
+
+        DataError for ranks that merges cannot reach.
+        """
+        match self._backend:
+            case hf.HuggingFace():
+                return self._backend.parsed
+            case ranks.Tiktoken():
+                return hf.as_parsed(self._backend.ranks)
+            case _:
+                return None
+
+    def content(self) -> Any:
+        """What the fingerprint is made of."""
+        return self._backend.content()
 
     def save(self, path: Path) -> None:
         """Write a file that `load_tokenizer` reads."""

@@ -36,21 +36,22 @@ class HuggingFace(Backend):
         library.no_padding()
         library.encode_special_tokens = True  # a special token spelled out in a text is text
         self._library = library
-        self._parsed: dict[str, Any] = json.loads(library.to_str())
+        self.parsed: dict[str, Any] = json.loads(library.to_str())
+        """The file's content."""
         vocab = library.get_vocab(with_added_tokens=True)
         self.vocab_size = 1 + max(vocab.values(), default=-1)
         self._tokens = {number: token for token, number in vocab.items()}
-        added = self._parsed["added_tokens"]
+        added = self.parsed["added_tokens"]
         self.special = {entry["content"]: entry["id"] for entry in added if entry["special"]}
         self._added = {entry["id"]: b"" if entry["special"] else entry["content"].encode() for entry in added}
-        self._kind = _kind_of_pieces(self._parsed)
+        self._kind = _kind_of_pieces(self.parsed)
         self._wants_fast = fast
         self._compared = False
 
     @functools.cached_property
     def ranks(self) -> Ranks | None:
         """The same tokenizer by ranks; None where it is none, or cannot be shown to be."""
-        return as_ranks(self._parsed)
+        return as_ranks(self.parsed)
 
     @functools.cached_property
     def _fast(self) -> Any:
@@ -112,7 +113,7 @@ class HuggingFace(Backend):
         of the file that encoding uses."""
         if self.ranks is not None:
             return self.ranks.content()
-        return {key: self._parsed[key] for key in ("added_tokens", "normalizer", "pre_tokenizer", "model")}
+        return {key: self.parsed[key] for key in ("added_tokens", "normalizer", "pre_tokenizer", "model")}
 
     def save(self, path: Path) -> None:
         """Write `tokenizer.json`."""
@@ -241,6 +242,47 @@ def as_ranks(parsed: dict[str, Any]) -> Ranks | None:
             return None
         before = number
     return Ranks(tokens, ordered[0][0], pattern, special)
+
+
+def as_parsed(ranks: Ranks) -> dict[str, Any]:
+    """Ranks as the content of a `tokenizer.json` with the same ids for every text: the inverse of `as_ranks`.
+
+    DataError for a token that no two tokens make up: merges cannot reach it.
+    """
+    letter = {byte: character for character, byte in _BYTE_OF.items()}
+    rank = {token: number for number, token in enumerate(ranks.tokens)}
+
+    def piece(token: bytes) -> str:
+        return "".join(letter[byte] for byte in token)
+
+    merges = []
+    for token in ranks.tokens:
+        if len(token) > 1:
+            pair = _last_pair(token, rank)
+            if pair is None:
+                raise DataError(
+                    f"the token {token!r} cannot be written as merges, so there is no tokenizer.json for it."
+                )
+            merges.append([piece(part) for part in pair])
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
+    cut = {"type": "Split", "pattern": {"Regex": ranks.pattern}, "behavior": "Isolated", "invert": False}
+    plain = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+    special = sorted(ranks.special.items(), key=lambda entry: entry[1])
+    return {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": [{"id": number, "content": name, **plain} for name, number in special],
+        "normalizer": None,
+        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [cut, byte_level]},
+        "post_processor": None,
+        "decoder": byte_level,
+        "model": {
+            "type": "BPE",
+            "vocab": dict(special) | {piece(token): ranks.offset + number for number, token in enumerate(ranks.tokens)},
+            "merges": merges,
+        },
+    }
 
 
 def _last_pair(token: bytes, rank: dict[bytes, int]) -> tuple[bytes, bytes] | None:

@@ -87,7 +87,9 @@ def export_model(parsed: argparse.Namespace) -> int:
         config = to_config(recipe.model, tokens=special, max_positions=positions, dtype=dtype, vocab=parsed.vocab)
         (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
         if not tokens.write_tokenizer(folder, file, tokenizer, max_positions=positions):
-            _say(f"note: transformers cannot load {file.name}; the directory has the weights and that file.")
+            _say(
+                f"note: transformers reads {file.name} otherwise than this project; it is there without a configuration."
+            )
         tokens.write_generation_config(folder, special)
         agreement, why = _compare_unless(parsed, recipe, checkpoint=path, folder=folder)
         release = card.Release(name, recipe, manifest, path, converted, special, agreement, why)
@@ -109,14 +111,14 @@ def import_model(parsed: argparse.Namespace) -> int:
     name = parsed.name or parsed.out.name
     is_bf16 = any(entry.dtype == torch.bfloat16 for entry in files.entries.values())
     params = {"keep": "bf16" if is_bf16 else "fp32"}.get(parsed.dtype, parsed.dtype)
-    end_of_document = tokens.end_of_document_of(parsed.directory, config)
+    file, end_of_document = tokens.tokenizer_file(parsed.directory), tokens.end_of_document_of(parsed.directory, config)
     imported = Imported(
         name=name,
         source=str(parsed.directory),
         checkpoint=parsed.out / "checkpoint",
         model=model,
         params=params,
-        tokenizer=parsed.out / tokens.TOKENIZER if end_of_document is not None else None,
+        tokenizer=parsed.out / file.name if file is not None else None,
         end_of_document=end_of_document,
         row_tokens=min(int(config.get("max_position_embeddings", 1024)), 1024),
     )
@@ -135,7 +137,7 @@ def import_model(parsed: argparse.Namespace) -> int:
             data_hash="",
             files={},
             versions=storage.versions(),
-            tokenizer=_copy_tokenizer(parsed.directory, folder, end_of_document),
+            tokenizer=_copy_tokenizer(file, folder, end_of_document),
         )
         storage.publish(writing, folder / "checkpoint", manifest)
         shutil.copyfile(parsed.directory / CONFIG, folder / "hf_config.json")
@@ -228,10 +230,10 @@ def _batch(options: CheckOptions, recipe: Recipe, folder: Path) -> torch.Tensor:
 
 def _ids(text: str, recipe: Recipe, folder: Path) -> list[int]:
     """Ids of a text by the directory's tokenizer, which must be the same for transformers and for us; else by the run's."""
-    path = folder / tokens.TOKENIZER
-    if not path.is_file():
+    path = tokens.tokenizer_file(folder)
+    if path is None or not (folder / tokens.CONFIG).is_file():
         tokenizer, path = open_tokenizer(recipe)
-        _say(f"note: {folder} has no {tokens.TOKENIZER}; ids are from {path}.")
+        _say(f"note: {folder} has no tokenizer for transformers; ids are from {path}.")
         return tokenizer.encode(text)
     ids = their_ids(folder, text)
     try:
@@ -283,15 +285,14 @@ def _different_fields(ours: ModelConfig, theirs: ModelConfig) -> list[str]:
     return found
 
 
-def _copy_tokenizer(directory: Path, folder: Path, end_of_document: str | None) -> str:
+def _copy_tokenizer(file: Path | None, folder: Path, end_of_document: str | None) -> str:
     """Take the tokenizer along. -> its fingerprint, empty where there is none or this project cannot read it."""
-    if end_of_document is None:
-        _say(f"note: {directory} has no {tokens.TOKENIZER}; set data.tokenizer in the recipe before preparing data.")
+    if file is None or end_of_document is None:
+        _say("note: the directory has no tokenizer; set data.tokenizer in the recipe before preparing data.")
         return ""
-    shutil.copyfile(directory / tokens.TOKENIZER, folder / tokens.TOKENIZER)
+    shutil.copyfile(file, folder / file.name)
     try:
-        config = TokenizerConfig(end_of_document=end_of_document)
-        return load_tokenizer(folder / tokens.TOKENIZER, config).fingerprint
+        return load_tokenizer(folder / file.name, TokenizerConfig(end_of_document=end_of_document)).fingerprint
     except DataError as error:
         _say(f"note: {error}")
         return ""

@@ -15,6 +15,10 @@ from train.errors import RecipeError
 from train.hf.config import SpecialTokens
 
 TOKENIZER = "tokenizer.json"
+PIECES = "tokenizer.model"
+CONFIG = "tokenizer_config.json"
+_PIECES_BY_BPE = 2
+"""SentencePiece's number of that kind of model (sentencepiece_model.proto, ModelType)."""
 _BOS = ("<bos>", "<s>", "<|begin_of_text|>")
 _PAD = ("<pad>", "<|pad|>", "[PAD]")
 
@@ -33,12 +37,9 @@ def special_tokens(tokenizer: Tokenizer) -> SpecialTokens:
 def write_tokenizer(folder: Path, path: Path, tokenizer: Tokenizer, *, max_positions: int) -> bool:
     """Write the tokenizer's files into `folder`: the same ids in transformers as here, nothing added to a text.
 
-    -> whether transformers can load it. Another kind than tokenizer.json is copied as it is.
+    A tokenizer.json is copied, files of ranks become one; of SentencePiece models transformers reads those by BPE, as
+    Gemma's. -> whether transformers can load it.
     """
-    if tokenizer.file != TOKENIZER:
-        shutil.copyfile(path, folder / path.name)
-        return False
-    shutil.copyfile(path, folder / TOKENIZER)
     tokens = special_tokens(tokenizer)
     texts = {number: text for text, number in tokenizer.special.items()}
     config: dict[str, Any] = {
@@ -51,7 +52,17 @@ def write_tokenizer(folder: Path, path: Path, tokenizer: Tokenizer, *, max_posit
     for key, number in (("bos_token", tokens.bos), ("eos_token", tokens.eos), ("pad_token", tokens.pad)):
         if number is not None:
             config[key] = texts[number]
-    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n")
+    parsed = tokenizer.parsed()
+    if tokenizer.file == TOKENIZER:
+        shutil.copyfile(path, folder / TOKENIZER)
+    elif parsed is not None:
+        (folder / TOKENIZER).write_text(json.dumps(parsed, ensure_ascii=False))
+    else:
+        shutil.copyfile(path, folder / PIECES)
+        if tokenizer.content().get("kind") != _PIECES_BY_BPE:
+            return False
+        config["tokenizer_class"] = "GemmaTokenizer"
+    (folder / CONFIG).write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n")
     return True
 
 
@@ -68,24 +79,40 @@ def write_generation_config(folder: Path, tokens: SpecialTokens) -> None:
     (folder / "generation_config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
+def tokenizer_file(folder: Path) -> Path | None:
+    """The file this project reads a directory's tokenizer from."""
+    return next((folder / name for name in (TOKENIZER, PIECES) if (folder / name).is_file()), None)
+
+
 def end_of_document_of(folder: Path, config: dict[str, Any]) -> str | None:
-    """The text of a directory's end-of-text token, by its configuration's id; None where there is no tokenizer.json."""
-    path = folder / TOKENIZER
-    if not path.is_file():
+    """The text of a directory's end-of-text token; None where there is no tokenizer.
+
+    It is the special token of tokenizer.json with config.json's id, else what tokenizer_config.json says.
+    """
+    path = tokenizer_file(folder)
+    if path is None:
         return None
     wanted = config.get("eos_token_id")
     wanted = wanted[0] if isinstance(wanted, list) else wanted
-    try:
-        added = {entry["content"]: int(entry["id"]) for entry in json.loads(path.read_text()).get("added_tokens", [])}
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise RecipeError(f"{path} cannot be read as a tokenizer.json: {error!r}") from error
-    for text, number in added.items():
-        if number == wanted:
-            return text
+    if path.name == TOKENIZER:
+        for entry in _read(path).get("added_tokens", []):
+            if entry.get("id") == wanted:
+                return str(entry["content"])
+    elif (folder / CONFIG).is_file():
+        text = _read(folder / CONFIG).get("eos_token")
+        if text is not None:
+            return str(text["content"] if isinstance(text, dict) else text)
     raise RecipeError(
         f"{path} has no special token with the id eos_token_id={wanted} of config.json. Correct one of them, or take "
         f"the tokenizer away to import the weights only."
     )
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        return dict(json.loads(path.read_text()))
+    except (OSError, ValueError, TypeError) as error:
+        raise RecipeError(f"{path} cannot be read: {error!r}") from error
 
 
 def check_fingerprint(tokenizer: Tokenizer, expected: str, *, path: Path) -> None:
