@@ -84,7 +84,8 @@ def scrambled(path: Path, folder: Path, *, step: int = 1) -> Path:
         return (tensor.float() + spread * noise).to(tensor.dtype)
 
     write_weights(aside, stored.weights, moved)
-    storage.publish(aside, final, storage.read_manifest(path))
+    bare = {"tensors": {}, "files": {}, "updates": None, "index_sha256": ""}
+    storage.publish(aside, final, replace(storage.read_manifest(path), **bare))
     return final
 
 

@@ -15,7 +15,7 @@ from tiny import engine_of
 from transformers import AutoModelForCausalLM
 
 from data.command import RECIPES
-from train.checkpoint.storage import read_weights
+from train.checkpoint.storage import Manifest, publish, read_weights
 from train.checkpoint.tensors import StoredTensors
 from train.config import Recipe
 from train.errors import CheckpointError
@@ -26,9 +26,12 @@ from train.model.initial import global_names
 
 
 def imported(directory: Path, folder: Path, model: object = None, **options: object) -> StoredTensors:
-    folder.mkdir()
+    aside = folder.with_name(f".{folder.name}.writing")
+    aside.mkdir()
     model = model or from_config(read_config(directory), where=str(directory))
-    import_weights(WeightFiles(directory), folder, model=model, **options)  # type: ignore[arg-type]
+    import_weights(WeightFiles(directory), aside, model=model, **options)  # type: ignore[arg-type]
+    empty = Manifest(step=0, position=0, tokens=0, layout={}, recipe={}, data_hash="", versions={})
+    publish(aside, folder, empty)
     return StoredTensors(folder)
 
 
@@ -138,16 +141,19 @@ from train.checkpoint.tensors import StoredTensor, StoredTensors, write_weights
 from train.hf.convert import export_weights, import_weights
 from train.hf.files import WeightFiles
 from train.hf.mapping import pairs
+from train.checkpoint.storage import Manifest, publish
 import safetensors.torch
 MODEL = replace(HYBRID, pattern="M-*-" * 8, hidden=512, ffn=3072, vocab=2048, heads=8, kv_heads=4, head_dim=64,
                 mamba_heads=32, mamba_head_dim=64)
 def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 folder = Path(sys.argv[1])
-for name in ("ours", "theirs", "back"): (folder / name).mkdir()
+for name in ("writing", "theirs", "back"): (folder / name).mkdir()
 weights = {{n: StoredTensor(s, torch.float32) for p in pairs(MODEL, "nemotron_h") for n, s in p.ours.items()}}
 largest = max(sum(torch.Size(s).numel() * 4 for s in p.ours.values()) for p in pairs(MODEL, "nemotron_h"))
 whole = sum(entry.nbytes for entry in weights.values())
-write_weights(folder / "ours", weights, lambda name: torch.ones(weights[name].shape))
+write_weights(folder / "writing", weights, lambda name: torch.ones(weights[name].shape))
+publish(folder / "writing", folder / "ours",
+        Manifest(step=0, position=0, tokens=0, layout={{}}, recipe={{}}, data_hash="", versions={{}}))
 start = peak()
 export_weights(StoredTensors(folder / "ours"), folder / "theirs", model=MODEL)
 exported = peak()

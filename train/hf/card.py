@@ -179,6 +179,13 @@ def _lineage(release: Release, record: RunRecord | None) -> list[str]:
         "versions": ", ".join(f"{key} {value}" for key, value in manifest.versions.items()),
         "started from": f"`{release.recipe.run.start_from}`" if release.recipe.run.start_from else "random weights",
     }
+    if manifest.tensors:
+        rows["fingerprint of the weights"] = f"`{manifest.fingerprint}`"
+    if manifest.lineage:
+        told = ", ".join(
+            f"{key} {value}" for key, value in manifest.lineage.items() if not isinstance(value, dict | list)
+        )
+        rows["lineage"] = told or ", ".join(manifest.lineage)
     if release.recipe.objective.teacher:
         rows["teacher"] = f"`{release.recipe.objective.teacher}`"
     if record is not None and record.resumes:

@@ -5,6 +5,7 @@ after `train.parallel.device.prepare`.
 """
 
 import argparse
+import hashlib
 import json
 import shutil
 import sys
@@ -135,9 +136,13 @@ def import_model(parsed: argparse.Namespace) -> int:
             layout={},
             recipe=json.loads(json.dumps(asdict(recipe))),
             data_hash="",
-            files={},
             versions=storage.versions(),
             tokenizer=_copy_tokenizer(file, folder, end_of_document),
+            lineage={
+                "imported_from": str(parsed.directory),
+                "config_sha256": hashlib.sha256((parsed.directory / CONFIG).read_bytes()).hexdigest(),
+                "vocab": theirs.vocab,
+            },
         )
         storage.publish(writing, folder / "checkpoint", manifest)
         shutil.copyfile(parsed.directory / CONFIG, folder / "hf_config.json")
