@@ -22,13 +22,21 @@ Advance = Callable[[str, int, int, int], None]
 
 
 def make_shards(
-    jobs: Sequence[ShardJob], tokenizer_file: Path, config: TokenizerConfig, *, workers: int, advance: Advance
+    jobs: Sequence[ShardJob],
+    tokenizer: Tokenizer,
+    tokenizer_file: Path,
+    config: TokenizerConfig,
+    *,
+    workers: int,
+    advance: Advance,
 ) -> None:
-    """Make all shards, on up to `workers` processes (threads, where there are fewer shards). DataError as the first fails."""
+    """Make all shards, on up to `workers` processes (threads, where there are fewer shards). DataError as the first fails.
+
+    tokenizer: loaded, for a single shard or worker; other processes load it from tokenizer_file.
+    """
     count = min(workers, len(jobs))
     threads = max(1, workers // max(1, count))
     if count <= 1:
-        tokenizer = load_tokenizer(tokenizer_file, config)
         for job in jobs:
             make_shard(job, tokenizer, threads=threads, report=_named(advance, job.name))
         return

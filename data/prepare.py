@@ -127,7 +127,7 @@ def prepare(config: DataConfig, *, console: Console, task: str | None = None) ->
         work = plan_work(config, folder)
         jobs = jobs_of(config, work)
         tokenizer = _tokenizer(config, folder, jobs, console)
-        _make_missing(config, todo, jobs, folder / tokenizer.file, console)
+        _make_missing(config, todo, jobs, tokenizer, console)
         if not todo.merge:
             console.print(f"Task {task} of {folder} is done in {time.perf_counter() - started:.1f} s.", highlight=False)
             return None
@@ -202,7 +202,7 @@ def _training_texts(config: DataConfig, jobs: list[ShardJob]) -> Iterator[str]:
                         break
 
 
-def _make_missing(config: DataConfig, todo: Task, jobs: list[ShardJob], tokenizer_file: Path, console: Console) -> None:
+def _make_missing(config: DataConfig, todo: Task, jobs: list[ShardJob], tokenizer: Tokenizer, console: Console) -> None:
     """Make this task's shards that are not done."""
     mine = jobs[todo.index :: todo.count] if todo.count else []
     missing = [job for job in mine if not job.result.exists()]
@@ -214,7 +214,14 @@ def _make_missing(config: DataConfig, todo: Task, jobs: list[ShardJob], tokenize
     for job in missing:
         sizes[job.name] = sizes.get(job.name, 0) + job.size
     with Display(console, sizes) as display:
-        make_shards(missing, tokenizer_file, config.tokenizer, workers=config.workers, advance=display.advance)
+        make_shards(
+            missing,
+            tokenizer,
+            Path(config.folder) / tokenizer.file,
+            config.tokenizer,
+            workers=config.workers,
+            advance=display.advance,
+        )
     console.print(f"tokenized {megabytes(sum(sizes.values()))}; {display.speed}", highlight=False)
 
 
