@@ -38,6 +38,8 @@ from data.manifest import (
 from data.pool import make_shards
 from data.progress import Display, megabytes
 from data.shard_job import ShardJob, dealt, read_result
+from data.sources.files import find_files, is_remote
+from data.sources.sets import is_set
 from data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 from data.typed import build
 from data.work import Work, plan_work, request_of, same_request
@@ -53,13 +55,12 @@ Run it again after any interruption: finished shards are kept, and the bytes com
   python -m launch.fields data                            what every field means
 
 As an array job, all tasks with the same folder on a shared file system; any number of tasks gives the same bytes:
-  +task=plan     once, first: decide what goes into which shard, train or copy the tokenizer
-  +task=3/16     the fourth of 16 tasks (counted from 0): every 16th shard
-  +task=merge    once, last: check that every shard is there and write the manifest
-Without +task all three are done, and what other tasks left undone.
+  +task=3/16     the fourth of 16 tasks, counted from 0: every 16th shard. The last task to finish writes the manifest
+  +task=plan     beforehand, if you like: which shards there are, and the tokenizer; else each task finds the same out
+  +task=merge    afterwards, if you like: check that every shard is there and write the manifest
+Without +task all is done that other tasks have left undone.
 
-  #SBATCH --array=0-15
-  srun python -m data.prepare -cn RECIPE +task=$SLURM_ARRAY_TASK_ID/16
+  python -m launch slurm -cn RECIPE --prepare --tasks 16      writes and submits such a job
 
 Your own texts:
   python -m data.prepare -cn smoke data.folder=runs/data/mine '~data.sources.python' '~data.sources.shakespeare' \\
@@ -78,6 +79,7 @@ class Task:
     count: int = 1
     """Shards index, index + count, ... of all; none where count is 0."""
     merge: bool = True
+    """Write the manifest in any case; else only where no shard is missing."""
 
 
 def main() -> int:
@@ -118,7 +120,9 @@ def prepare(config: DataConfig, *, console: Console, task: str | None = None) ->
     if (folder / MANIFEST).exists():
         manifest = read_manifest(folder)
         same_request(folder, manifest.request, request_of(config))
-        console.print(f"{folder} is up to date.", highlight=False)
+        _say(console, f"{folder} is up to date.")
+        for line in _changes(config, manifest):
+            _say(console, line)
         return manifest
     os.environ.setdefault("RAYON_NUM_THREADS", str(config.workers))  # the tokenizers library's own thread pool
     started = time.perf_counter()
@@ -128,13 +132,18 @@ def prepare(config: DataConfig, *, console: Console, task: str | None = None) ->
         jobs = jobs_of(config, work)
         tokenizer = _tokenizer(config, folder, jobs, console)
         _make_missing(config, todo, jobs, tokenizer, console)
-        if not todo.merge:
-            console.print(f"Task {task} of {folder} is done in {time.perf_counter() - started:.1f} s.", highlight=False)
+        left = sum(not job.result.exists() for job in jobs)
+        if not todo.merge and (left or not todo.count):
+            _say(
+                console, f"Task {task} of {folder} took {_since(started)}; {left} of {len(jobs)} shards are to be made."
+            )
             return None
         manifest = _merge(folder, work, jobs, tokenizer, console)
+        if todo.merge:
+            _remove_leftovers(folder)
     except OSError as error:
         raise DataError(f"cannot write {folder}: {error.strerror or error}. Finished shards are kept.") from error
-    console.print(f"Prepared {folder} in {time.perf_counter() - started:.1f} s.", highlight=False)
+    _say(console, f"Prepared {folder} in {_since(started)}.")
     return manifest
 
 
@@ -161,7 +170,11 @@ def _prepare(composed: DictConfig) -> int:
     task = composed.get("task")
     plain: Any = OmegaConf.to_container(composed.data, resolve=True)
     console = Console(stderr=True)
-    prepare(build(DataConfig, plain, "data"), console=console, task=None if task is None else str(task))
+    try:
+        prepare(build(DataConfig, plain, "data"), console=console, task=None if task is None else str(task))
+    except KeyboardInterrupt:
+        _say(console, "Interrupted. Finished shards are kept; the same command goes on.")
+        return 130
     return 0
 
 
@@ -207,9 +220,16 @@ def _make_missing(config: DataConfig, todo: Task, jobs: list[ShardJob], tokenize
     mine = jobs[todo.index :: todo.count] if todo.count else []
     missing = [job for job in mine if not job.result.exists()]
     if len(missing) < len(mine):
-        console.print(f"{len(mine) - len(missing)} of {len(mine)} shards were done before.", highlight=False)
+        _say(console, f"{len(mine) - len(missing)} of {len(mine)} shards were done before.")
     if not missing:
         return
+    whole = max((part for job in missing for part in job.parts), key=lambda part: part.size)
+    if config.workers > 1 and whole.size > 4 * config.shard_bytes:
+        _say(
+            console,
+            f"{whole.file} ({megabytes(whole.size)}) cannot be cut, so one process reads all of it. Many smaller files are "
+            f"prepared faster.",
+        )
     sizes: dict[str, int] = {}
     for job in missing:
         sizes[job.name] = sizes.get(job.name, 0) + job.size
@@ -222,7 +242,7 @@ def _make_missing(config: DataConfig, todo: Task, jobs: list[ShardJob], tokenize
             workers=config.workers,
             advance=display.advance,
         )
-    console.print(f"tokenized {megabytes(sum(sizes.values()))}; {display.speed}", highlight=False)
+    _say(console, f"tokenized {megabytes(sum(sizes.values()))}; {display.speed}")
 
 
 def _merge(folder: Path, work: Work, jobs: list[ShardJob], tokenizer: Tokenizer, console: Console) -> Manifest:
@@ -245,9 +265,39 @@ def _merge(folder: Path, work: Work, jobs: list[ShardJob], tokenizer: Tokenizer,
         sources={name: _merge_source(name, work, jobs, console) for name in work.sources},
     )
     write_manifest(folder, manifest)
-    for left in folder.rglob("*.writing-*"):  # of tasks that were killed
-        left.unlink(missing_ok=True)
     return manifest
+
+
+def _remove_leftovers(folder: Path) -> None:
+    """Files of processes that were killed as they wrote. Not while other tasks may be running."""
+    for left in folder.rglob("*.writing-*"):
+        left.unlink(missing_ok=True)
+
+
+def _changes(config: DataConfig, manifest: Manifest) -> Iterator[str]:
+    """A line for each source whose files, as far as they are here, are no longer those that were read."""
+    for name, source in config.sources.items():
+        there = manifest.sources[name].description
+        if is_remote(source.path) or is_set(source) or source.format == "megatron" or source.max_bytes is not None:
+            continue
+        try:
+            now = find_files(f"data.sources.{name}", source.path)
+        except DataError:
+            continue  # prepared data does not need its sources
+        if (len(now), sum(file.size for file in now)) != (there["files"], there["bytes"]):
+            yield (
+                f"{name}: there are {len(now):,} files of {megabytes(sum(file.size for file in now))} now, "
+                f"{there['files']:,} of {megabytes(there['bytes'])} were read. What was prepared is kept; prepare into "
+                f"another data.folder to take them in."
+            )
+
+
+def _say(console: Console, text: str) -> None:
+    console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+
+def _since(started: float) -> str:
+    return f"{time.perf_counter() - started:.1f} s"
 
 
 def _merge_source(name: str, work: Work, jobs: list[ShardJob], console: Console) -> SourceEntry:
@@ -255,7 +305,7 @@ def _merge_source(name: str, work: Work, jobs: list[ShardJob], console: Console)
         description={
             "path": work.request["sources"][name]["path"],
             "files": work.sources[name].files,
-            "bytes": work.sources[name].size,
+            "bytes": work.sources[name].bytes,
         },
         splits={split: [] for split in SPLITS},
     )
@@ -277,14 +327,14 @@ def _merge_source(name: str, work: Work, jobs: list[ShardJob], console: Console)
             empty_documents=entry.empty_documents + result.empty_documents,
         )
     tokens = entry.count("train", "tokens")
-    console.print(
+    _say(
+        console,
         f"{name}: {entry.count('train', 'documents'):,} documents, {tokens:,} tokens, "
         f"{entry.count('train', 'text_bytes') / max(1, tokens):.2f} bytes per token; held out: "
         f"{entry.count('heldout', 'documents'):,} documents, {entry.count('heldout', 'tokens'):,} tokens",
-        highlight=False,
     )
     if entry.bad_records:
-        console.print(f"{name}: left out {entry.bad_records:,} bad records, e.g. {problems[0]}", highlight=False)
+        _say(console, f"{name}: left out {entry.bad_records:,} bad records, e.g. {problems[0]}")
     return entry
 
 

@@ -84,7 +84,8 @@ class ShardResult:
 def make_shard(job: ShardJob, tokenizer: Tokenizer, *, threads: int, report: Report) -> None:
     """Write one shard and its result. DataError for bad input; a remote file that cannot be read is tried again."""
     job.result.parent.mkdir(parents=True, exist_ok=True)
-    pauses = list(_PAUSES_S) if any(is_remote(part.file) for part in job.parts) else []
+    is_far = job.source.streaming or any(is_remote(part.file) for part in job.parts)
+    pauses = list(_PAUSES_S) if is_far else []
     while True:
         try:
             result = _make(job, tokenizer, threads, report)

@@ -37,9 +37,10 @@ class SourceWork:
     """The same for training; empty where the source is a single document, which is cut in two."""
 
     @property
-    def size(self) -> int:
-        """Stored bytes."""
-        return sum(part.size for group in self.shards for part in group)
+    def bytes(self) -> int:
+        """Stored bytes of the files; of a set on disk, of its tables."""
+        whole = {part.file: part.file_size or 0 for group in self.shards for part in group}
+        return sum(whole.values()) or sum(part.size for group in self.shards for part in group)
 
     @property
     def files(self) -> int:

@@ -150,7 +150,7 @@ def preparation_script(job: Preparation) -> str:
             f"{job.slurm.setup.strip()}\n" if job.slurm.setup.strip() else "",
             _python(job.container, python=job.python, directory=job.directory, has_gpus=False),
             f'\n\n{_once(job.container)}"${{python[@]}}" {_folded(command)} \\\n',
-            '    data.task="$SLURM_ARRAY_TASK_ID" data.tasks="$SLURM_ARRAY_TASK_COUNT"\n',
+            f'    +task="$SLURM_ARRAY_TASK_ID/{job.tasks}"\n',
         ]
     )
 

@@ -113,9 +113,7 @@ class Plain:
 
     def __init__(self, name: str, *, max_expansion: int, start: int = 0) -> None:
         self._name = name
-        self._stored = _Counting(open_binary(name), name)
-        if start:
-            self._stored.seek(start)
+        self._stored = _Counting(_open_at(name, start), name)
         self._max_expansion = max_expansion
         plain: Any = self._stored
         match Path(name.split("?")[0]).suffix:
@@ -162,6 +160,30 @@ class Plain:
         self._stored.close()
 
 
+def _open_at(name: str, start: int) -> IO[bytes]:
+    """A file's bytes from `start` on, also from a server that gives whole files only."""
+    stream = open_binary(name)
+    if start == 0:
+        return stream
+    try:
+        stream.seek(start)
+        if is_remote(name):
+            stream.read(1)
+            stream.seek(start)
+    except (OSError, ValueError, NotImplementedError):
+        if not is_remote(name):
+            raise
+        stream.close()
+        filesystem, path = _filesystem(name)
+        stream = filesystem.open(path, "rb", block_size=0)
+        while start > 0:
+            block = stream.read(min(start, _BLOCK))
+            if not block:
+                break
+            start -= len(block)
+    return stream
+
+
 @contextmanager
 def reading(name: str) -> Iterator[None]:
     """Every way of failing to read a file, as one ReadError that names it."""
@@ -203,9 +225,6 @@ class _Counting(io.RawIOBase):
 
     def readable(self) -> bool:
         return True
-
-    def seek(self, offset: int, whence: int = 0) -> int:
-        return self._stream.seek(offset, whence)
 
     def readinto(self, buffer: Any) -> int:
         content = self._stream.read(len(buffer))

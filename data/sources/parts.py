@@ -16,7 +16,7 @@ import pyarrow.parquet
 
 from data.config import SourceConfig
 from data.errors import DataError
-from data.sources.files import File, find_files, is_compressed, open_binary, plain_suffix, reading
+from data.sources.files import File, find_files, is_compressed, is_remote, open_binary, plain_suffix, reading
 from data.sources.records import Part, Record, lines_before, read_part, row_group_bytes
 from data.sources.sets import is_set, read_set, set_facts
 
@@ -34,18 +34,20 @@ def cut(place: str, source: SourceConfig, shard_bytes: int) -> list[list[Part]]:
         raise DataError(f"{place}.streaming is for sets of the Hub (path hf:NAME); {source.path} is read as it comes.")
     shards: list[list[Part]] = []
     group: list[Part] = []
+    grouped = 0
     for file in find_files(place, source.path):
         kind = kind_of(source, file)
         pieces = _cut_file(file, kind, shard_bytes) if file.size > shard_bytes * 3 // 2 else []
         if len(pieces) > 1:
             shards += [group] if group else []
-            group = []
+            group, grouped = [], 0
             shards += [[piece] for piece in pieces]
             continue
         group.append(Part(file=file.name, kind=kind, size=file.size, file_size=file.size))
-        if sum(part.size for part in group) >= shard_bytes or len(group) == MAX_FILES:
+        grouped += file.size or (shard_bytes if is_remote(file.name) else 0)  # a size that is not told may be any
+        if grouped >= shard_bytes or len(group) == MAX_FILES:
             shards.append(group)
-            group = []
+            group, grouped = [], 0
     return [*shards, group] if group else shards
 
 

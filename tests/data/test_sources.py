@@ -1,6 +1,7 @@
 """Documents come out the same however their file is packed, cut or reached; what is wrong with one is said with its place."""
 
 import bz2
+import contextlib
 import gzip
 import http.server
 import itertools
@@ -129,6 +130,10 @@ def test_a_web_server(tmp_path: Path) -> None:
         assert texts_of(SourceConfig(path=f"{url}/{{b-00.jsonl,b-01.jsonl.zst}}")) == TEXTS * 2
         with pytest.raises(DataError, match=r"gone\.jsonl: no file there"):
             texts_of(SourceConfig(path=f"{url}/{{a.jsonl.gz,gone.jsonl}}"))
+        large = SourceConfig(path=f"{url}/b-00.jsonl")
+        parts = [part for group in cut("x", large, 500) for part in group]  # this server gives whole files only
+        reader = Reader("x", large)
+        assert len(parts) > 3 and [d.text for part in parts for d in reader.documents(part)] == TEXTS
         reader = Reader("x", SourceConfig(path=f"{url}/a.jsonl.gz"))
         ((part,),) = cut("x", reader.source, 1 << 30)
     with pytest.raises(DataError, match=r"a\.jsonl\.gz:? (cannot be read|no file there).*Cannot connect"):
@@ -238,6 +243,19 @@ def test_bad_records_are_named_or_counted(tmp_path: Path, shard_bytes: int) -> N
                     list(strict.documents(part))
         assert f"bad.jsonl:{number} " in str(caught.value) and problem in str(caught.value)
         assert "data.sources.mine.on_bad_record=skip" in str(caught.value)
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    content=st.binary(max_size=300),
+    suffix=st.sampled_from(["txt", "jsonl", "jsonl.gz", "txt.zst", "parquet", "xz", "bz2"]),
+)
+def test_no_file_ends_in_another_error(tmp_path_factory, content: bytes, suffix: str) -> None:
+    path = tmp_path_factory.getbasetemp() / f"fuzz.{suffix}"
+    path.write_bytes(content)
+    for policy in ("error", "skip"):
+        with contextlib.suppress(DataError):
+            texts_of(SourceConfig(path=str(path), on_bad_record=policy))  # type: ignore[arg-type]
 
 
 def test_a_file_that_changes_meanwhile_is_refused(tmp_path: Path) -> None:

@@ -17,4 +17,4 @@ set -uo pipefail
 python=(/scratch/you/stratum/.venv/bin/python)
 
 "${python[@]}" -m data.prepare -cn web \
-    data.task="$SLURM_ARRAY_TASK_ID" data.tasks="$SLURM_ARRAY_TASK_COUNT"
+    +task="$SLURM_ARRAY_TASK_ID/64"
