@@ -28,6 +28,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--status", type=int, required=True, help="exit status of srun")
     parser.add_argument("--steps", type=int, required=True, help="the recipe's last step")
     parser.add_argument("--restarts", type=int, required=True, help="launch.restarts of the recipe")
+    parser.add_argument("--preempted", type=int, default=0, help="1 where Slurm took the nodes for a more urgent job")
     own = parser.parse_args(arguments)
     run = RunFolder(own.run)
     logs = Path(os.environ[LOGS])
@@ -36,13 +37,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if failures:
         status = failures[0].status  # srun gives the highest of all ranks, which need not be the first
         sys.stderr.write(tell(logs, failures) + "\n")
-    decision = after(run, status, steps=own.steps, restarts=own.restarts)
+    decision = after(run, status, steps=own.steps, restarts=own.restarts, is_preempted=own.preempted > 0)
     sys.stderr.write(f"{decision.action}: {decision.reason}; newest checkpoint: {run.newest_checkpoint()}\n")
     sys.stdout.write(decision.action + "\n")
     return 0
 
 
-def after(run: RunFolder, status: int, *, steps: int, restarts: int) -> Decision:
+def after(run: RunFolder, status: int, *, steps: int, restarts: int, is_preempted: bool) -> Decision:
     """Decide what follows a job's end, and remember what the next decision needs."""
     failures, before = _read_state(run)
     now = run.newest_checkpoint()
@@ -53,6 +54,7 @@ def after(run: RunFolder, status: int, *, steps: int, restarts: int) -> Decision
         failures=failures,
         restarts=restarts,
         in_queue=True,
+        is_preempted=is_preempted,
     )
     if decision.action == "again" and (run.logs / STOP).exists():
         decision = Decision("stop", "`launch cancel` asked for no further job")

@@ -5,7 +5,7 @@ One rule for `launch local` and for Slurm jobs. It looks at the exit status and 
     0 at the last step                 finished
     0 before it                        paused, as run.stop_after_steps asked: in a queue the next job continues
     138 (SIGUSR1: time is nearly up)   in a queue the next job continues
-    130, 143 (SIGINT, SIGTERM)         someone asked it to stop; Slurm itself brings back what it preempted
+    130, 143 (SIGINT, SIGTERM)         someone asked it to stop: no more; but a preempted job continues
     2 (recipe, data, machine)          a mistake stays one: never again by itself
     else                               a failure: again, until `restarts` of them in a row brought no new checkpoint
 """
@@ -30,18 +30,27 @@ class Decision:
 
 
 def decide(
-    status: int, *, at_last_step: bool, has_new_checkpoint: bool, failures: int, restarts: int, in_queue: bool
+    status: int,
+    *,
+    at_last_step: bool,
+    has_new_checkpoint: bool,
+    failures: int,
+    restarts: int,
+    in_queue: bool,
+    is_preempted: bool = False,
 ) -> Decision:
     """What follows an end with `status`. failures: in a row before this one; in_queue: a next job can continue."""
     if status == 0 and (at_last_step or not in_queue):
         return Decision("finished", "finished")
     if status == USER_ERROR:
         return Decision("stop", "the recipe, the data or the machine has to be changed first", failures)
-    if status in STOPPED and not (status == TIME_IS_UP and in_queue):
+    goes_on = in_queue and (status == TIME_IS_UP or (status in STOPPED and is_preempted))
+    if status in STOPPED and not goes_on:
         return Decision("stop", f"stopped by {describe(status)}", failures)
-    planned = status in (0, TIME_IS_UP)
+    planned = status == 0 or goes_on
     if planned and has_new_checkpoint:
-        return Decision("again", "time was up" if status else "paused by run.stop_after_steps")
+        why = "preempted" if is_preempted else "time was up" if status else "paused by run.stop_after_steps"
+        return Decision("again", why)
     what = "it ended before a new checkpoint was written" if planned else f"it failed with {describe(status)}"
     now = 1 if has_new_checkpoint else failures + 1
     if now > restarts:

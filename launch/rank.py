@@ -41,6 +41,8 @@ def main() -> None:
         if isinstance(end.code, str):
             sys.stderr.write(end.code + "\n")
         status = end.code if isinstance(end.code, int) else int(end.code is not None)
+        for late in (signal.SIGTERM, signal.SIGUSR1):
+            signal.signal(late, signal.SIG_IGN)  # meant for a run that still trains; it must not spoil the exit status
         sys.exit(_orderly(status, started_by_srun))
     except KeyboardInterrupt:
         sys.exit(_orderly(128 + signal.SIGINT, started_by_srun))

@@ -87,6 +87,13 @@ class RunFolder:
             age_s=max(0.0, time.time() - last["time"]),
         )
 
+    def longest_stop_s(self) -> float:
+        """The longest step and the longest save on record together: what a run needs to stop in good order."""
+        lines = last_lines(self.path / METRICS)
+        steps = [line.get("step_s", 0.0) for line in lines if line.get("kind") == "step"]
+        saves = [line["seconds"] for line in lines if line.get("kind") == "phase" and line.get("name") == "saving"]
+        return max(steps, default=0.0) + max(saves, default=0.0)
+
 
 def runs_in(folder: Path) -> list[RunFolder]:
     """The runs in a folder of runs, by name."""

@@ -109,9 +109,11 @@ ranks=(srun --kill-on-bad-exit=1 --output="$STRATUM_LOGS/rank-%5t.log"{_rank_cpu
 "${{ranks[@]}}" "${{python[@]}}" {_folded(command)}
 status=$?
 
-# finished, again or stop; why stands in this job's log. An error is told once, with the rank that failed first.
+# finished, again or stop; why stands in this job's log. An error is told once, with the rank that failed first. A preempted
+# job whose processes end in time counts as completed for Slurm, which then does not bring it back: this script does.
+preempted=$(scontrol show job --oneliner "$SLURM_JOB_ID" | grep -c ' PreemptTime=[0-9]')
 next=$({_once(job.container)}"${{python[@]}}" -m launch.after --run "$run" --status "$status" \\
-    --steps {job.steps} --restarts {job.restarts})
+    --steps {job.steps} --restarts {job.restarts} --preempted "$preempted")
 """,
         {
             "requeue": 'if [ "$next" = again ]; then scontrol requeue "$SLURM_JOB_ID"; fi\n',

@@ -85,6 +85,11 @@ def _train(recipe: Recipe, words: list[str], *, dry_run: bool) -> int:
     if run.checkpoint_step() >= recipe.run.steps:
         sys.stderr.write(f"{run.path} is at its last step ({recipe.run.steps}) already; nothing to submit.\n")
         return 0
+    if run.longest_stop_s() > recipe.launch.slurm.save_before_end_s:
+        sys.stderr.write(
+            f"warning: a step and a save of this run took {run.longest_stop_s():.0f} s, longer than launch.slurm."
+            f"save_before_end_s={recipe.launch.slurm.save_before_end_s}: what a job trains last would be lost. Raise it.\n"
+        )
     number = submit_run(run, script)
     processes = f"{job.nodes} node{'s' * (job.nodes > 1)} x {job.processes}"
     sys.stdout.write(

@@ -74,7 +74,8 @@ class AttemptEnd:
 def say(text: str) -> None:
     """One message of the launcher on stderr. A closed terminal is no reason to stop a run."""
     with contextlib.suppress(OSError, ValueError):
-        sys.stderr.write(f"launch: {text}\n")
+        line = "\r\x1b[2K" if sys.stderr.isatty() else ""  # the processes' progress bar may stand there
+        sys.stderr.write(f"{line}launch: {text}\n")
         sys.stderr.flush()
 
 

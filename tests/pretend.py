@@ -53,36 +53,40 @@ def main() -> int:
                 stream.write(json.dumps(line) + "\n")
         for failure in own.fail:
             _fail(failure, own.folder, rank=rank, step=step)
-        if not _meet(rank, step, received=received):
+        is_stopping = _meet(rank, step, received=received)
+        if is_stopping is None:
             return 128 + received[0]  # no save without the others
-        if step % SAVE_EVERY == 0 or received or step == own.steps:
+        if step % SAVE_EVERY == 0 or is_stopping or step == own.steps:
             time.sleep(own.save_s)
             if rank == 0:
                 name = f"step_{step:08d}"
                 (checkpoints / name).mkdir(exist_ok=True)
                 latest.write_text(name)
-        if received:
+        if is_stopping:
             print(f"stopped at step {step}", flush=True)
-            return 128 + received[0]
+            return 128 + received[0] if received else 0
     print("finished", flush=True)
     return 0
 
 
-def _meet(rank: int, step: int, *, received: list[int]) -> bool:
+def _meet(rank: int, step: int, *, received: list[int]) -> bool | None:
     """Wait for the other ranks to come to this step, as a collective operation does: for ever if one has died.
 
-    -> whether they came; after a signal they have two seconds.
+    -> whether any of them was told to stop; None where one is missing two seconds after a signal.
     """
     folder, world = Path(os.environ["STRATUM_LOGS"]), int(os.environ["WORLD_SIZE"])
-    (folder / f".at-{rank}-{step}").touch()
+    mine = folder / f".at-{rank}-{step}"
+    mine.with_suffix(".new").write_text("stop" if received else "go")
+    mine.with_suffix(".new").rename(mine)
+    marks = [folder / f".at-{peer}-{step}" for peer in range(world)]
     deadline = None
-    while not all((folder / f".at-{peer}-{step}").exists() for peer in range(world)):
+    while not all(mark.exists() for mark in marks):
         time.sleep(0.002)
         if received:
             deadline = deadline or time.monotonic() + 2
             if time.monotonic() > deadline:
-                return False
-    return True
+                return None
+    return any(mark.read_text() == "stop" for mark in marks)
 
 
 def _fail(failure: str, folder: Path, *, rank: int, step: int) -> None:

@@ -26,6 +26,9 @@ def after(status: int, **facts: object) -> Decision:
         (138, {"failures": 2}, "stop", 3),  # the time limit is too short for one step
         (138, {"in_queue": False, "has_new_checkpoint": True}, "stop", 0),
         (143, {"has_new_checkpoint": True}, "stop", 0),
+        (143, {"has_new_checkpoint": True, "is_preempted": True}, "again", 0),
+        (143, {"is_preempted": True}, "again", 1),
+        (1, {"is_preempted": True, "has_new_checkpoint": True}, "again", 1),
         (130, {}, "stop", 0),
         (2, {"has_new_checkpoint": True}, "stop", 0),
         (1, {}, "again", 1),

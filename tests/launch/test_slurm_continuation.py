@@ -22,7 +22,7 @@ from launch.slurm_queue import SlurmError, cancel, look_up, send_signal
 from train.config import ContainerConfig, SlurmConfig
 
 ROOT = Path(__file__).resolve().parents[2]
-STEPS = 60
+STEPS = 150
 JOB = Job(
     name="pretended",
     folder="",
@@ -35,11 +35,13 @@ JOB = Job(
     steps=STEPS,
     restarts=1,
     environment={"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "PYTHONUNBUFFERED": "1"},
-    slurm=SlurmConfig(time_limit_minutes=10, save_before_end_s=60),
+    slurm=SlurmConfig(time_limit_minutes=10, save_before_end_s=60, options="--nodelist=n[1-2]"),
     container=ContainerConfig(),
     module="pretend",
 )
-CHAIN = SlurmConfig(time_limit_minutes=10, save_before_end_s=60, continuation="chain")
+CHAIN = replace(JOB.slurm, continuation="chain")
+SPARE = replace(JOB.slurm, partition="spare", options="--nodelist=n[3-4]")
+URGENT = ("--partition=urgent", "--nodelist=n3", "--exclusive", "--output=/dev/null", "--wrap=sleep 1")
 
 
 @dataclass(frozen=True)
@@ -83,15 +85,18 @@ def launch(*words: str) -> subprocess.CompletedProcess[str]:
 def stories(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Story]]:
     """Every scenario of this module, run to its end on one cluster."""
     root = tmp_path_factory.mktemp("runs")
-    with slurm_rig(2):
+    with slurm_rig(4):
         runs = {
             "requeued": begin(root, "requeued", gpus=2),
             "chained": begin(root, "chained", slurm=CHAIN),
             "broken": begin(root, "broken", "--fail", "1:25:raise", "--fail", "0:25:peer"),
             "hopeless": begin(root, "hopeless", "--fail", "1:5:kill:always", slurm=CHAIN),
             "mistaken": begin(root, "mistaken", "--fail", "1:5:error"),
+            "preempted": begin(root, "preempted", slurm=SPARE),
         }
         notes: dict[str, dict[str, object]] = {name: {} for name in runs}
+        wait_for(lambda: reached(runs["preempted"], 13))
+        subprocess.run(["sbatch", *URGENT], check=True, capture_output=True)
         for name in ("requeued", "chained"):
             wait_for(lambda name=name: reached(runs[name], 13))
             notes[name]["status"] = launch("status", str(runs[name].path), "--json")
@@ -125,7 +130,7 @@ def test_time_is_up_and_the_same_job_continues_to_the_last_step(stories: dict[st
     assert story.run.checkpoint_step() == STEPS
     assert (
         "again: time was up" in story.job_log
-        and "finished: finished; newest checkpoint: step_00000060" in story.job_log
+        and "finished: finished; newest checkpoint: step_00000150" in story.job_log
     )
     assert story.rank_log(1).count("rank 1 of 2 starts after step") == 2, "two nodes, two jobs"
     assert "stopped at step" in story.rank_log(0) and story.rank_log(0).endswith("finished\n")
@@ -143,9 +148,17 @@ def test_status_tells_where_a_run_is(stories: dict[str, Story]) -> None:
 def test_a_chain_is_not_one_job_longer_than_it_must_be(stories: dict[str, Story]) -> None:
     story = stories["chained"]
     first, second, spare = story.notes["jobs"]
-    assert (first.state, second.state) == ("COMPLETED", "COMPLETED")
+    assert second.state == "COMPLETED" and first.run_time != "00:00:00"
     assert spare.state == "CANCELLED" and spare.run_time == "00:00:00", "it never started"
     assert story.run.checkpoint_step() == STEPS and story.rank_log(0).count("starts after step") == 2
+
+
+def test_a_preempted_job_saves_in_its_grace_time_and_comes_back(stories: dict[str, Story]) -> None:
+    story = stories["preempted"]
+    (job,) = story.notes["jobs"]
+    assert (job.state, job.restarts) == ("COMPLETED", 1)
+    assert "again: preempted" in story.job_log and story.run.checkpoint_step() == STEPS
+    assert story.rank_log(0).count("starts after step") == 2 and "stopped at step" in story.rank_log(0)
 
 
 def test_a_failed_rank_is_named_once_and_the_job_goes_on(stories: dict[str, Story]) -> None:

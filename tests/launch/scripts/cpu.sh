@@ -29,8 +29,10 @@ python=(/scratch/you/stratum/.venv/bin/python)
 "${ranks[@]}" "${python[@]}" -m launch.rank train -cn smoke run.name=two launch.nodes=2
 status=$?
 
-# finished, again or stop; why stands in this job's log. An error is told once, with the rank that failed first.
+# finished, again or stop; why stands in this job's log. An error is told once, with the rank that failed first. A preempted
+# job whose processes end in time counts as completed for Slurm, which then does not bring it back: this script does.
+preempted=$(scontrol show job --oneliner "$SLURM_JOB_ID" | grep -c ' PreemptTime=[0-9]')
 next=$("${python[@]}" -m launch.after --run "$run" --status "$status" \
-    --steps 200 --restarts 3)
+    --steps 200 --restarts 3 --preempted "$preempted")
 if [ "$next" = again ]; then scontrol requeue "$SLURM_JOB_ID"; fi
 exit "$status"

@@ -43,8 +43,10 @@ python=("${container[@]}" python)
     'run.folder="my runs"' run.threads=12
 status=$?
 
-# finished, again or stop; why stands in this job's log. An error is told once, with the rank that failed first.
+# finished, again or stop; why stands in this job's log. An error is told once, with the rank that failed first. A preempted
+# job whose processes end in time counts as completed for Slurm, which then does not bring it back: this script does.
+preempted=$(scontrol show job --oneliner "$SLURM_JOB_ID" | grep -c ' PreemptTime=[0-9]')
 next=$(srun --overlap --nodes=1 --ntasks=1 --ntasks-per-node=1 "${python[@]}" -m launch.after --run "$run" --status "$status" \
-    --steps 10000 --restarts 3)
+    --steps 10000 --restarts 3 --preempted "$preempted")
 if [ "$next" != again ] && [ -n "$successor" ]; then scancel "$successor"; fi
 exit "$status"
