@@ -85,7 +85,7 @@ class Blend:
         positions = np.asarray(positions, dtype=np.int64)
         if not len(positions):
             return Draw(*(np.empty(0, dtype=np.int64) for _ in range(3)))
-        first, last = int(positions.min()), int(positions.max())
+        first, last = min(positions.tolist()), max(positions.tolist())
         start, whole = self._window(first)
         if last < start + len(whole.source):
             here = positions - start

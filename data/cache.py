@@ -33,27 +33,31 @@ class Activity:
     """What each thread is waiting for, so that a stall can be given a name."""
 
     def __init__(self) -> None:
-        self._doing: dict[int, tuple[str, float]] = {}
+        self._doing: dict[int, list[tuple[str, float]]] = {}
 
-    @contextlib.contextmanager
-    def of(self, what: str) -> Iterator[None]:
-        """Say what this thread waits for, while it does."""
-        me = threading.get_ident()
-        outer = self._doing.get(me)
-        self._doing[me] = what, time.monotonic()
-        try:
-            yield
-        finally:
-            if outer is None:
-                self._doing.pop(me, None)
-            else:
-                self._doing[me] = outer
+    def of(self, what: str) -> "_Waiting":
+        """Say what this thread waits for, while in a `with` statement."""
+        return _Waiting(self._doing.setdefault(threading.get_ident(), []), what)
 
     def describe(self) -> str:
         """All that is waited for, longest first."""
         now = time.monotonic()
-        lines = sorted(((now - since, what) for what, since in list(self._doing.values())), reverse=True)
+        innermost = [stack[-1:] for stack in list(self._doing.values())]
+        lines = sorted(((now - since, what) for last in innermost for what, since in last), reverse=True)
         return "; ".join(f"{what} (for {seconds:.0f} s)" for seconds, what in lines) or "nothing is being read"
+
+
+class _Waiting:
+    """A context manager without a generator: it is entered for every few rows."""
+
+    def __init__(self, stack: list[tuple[str, float]], what: str) -> None:
+        self._stack, self._what = stack, what
+
+    def __enter__(self) -> None:
+        self._stack.append((self._what, time.monotonic()))
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.pop()
 
 
 def is_remote(folder: str) -> bool:

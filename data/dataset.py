@@ -6,6 +6,7 @@ open_dataset(config)   manifest, tokenizer, checksums, blend; shards open when f
   .locate(position)           source, row, epoch and documents of one row
 """
 
+import functools
 import logging
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,6 +59,11 @@ class Dataset:
     activity: Activity
     """What reading threads wait for."""
 
+    @functools.cached_property
+    def _dtype(self) -> np.dtype:
+        """What holds the ids of every source as they are stored."""
+        return np.result_type(*(rows.stream.dtype for rows in (*self.train, *self.heldout)))
+
     @property
     def manifest_hash(self) -> str:
         """Identity of the data that positions refer to."""
@@ -71,8 +77,7 @@ class Dataset:
     def training_rows(self, positions: np.ndarray) -> Batch:
         """The rows at global `positions`. DataError names a file that does not hold what it should."""
         draw = self.blend.draw(positions)
-        sources = np.unique(draw.source).tolist()
-        if self.fim is None and not any(self.train[source].best_fit for source in sources):
+        if self.fim is None and not any(rows.best_fit for rows in self.train):
             return self._chunks(self.train, draw.source, draw.row, np.asarray(positions))
         inputs = np.empty((len(positions), self.row_tokens), dtype=np.int64)
         labels = np.empty_like(inputs)
@@ -111,23 +116,24 @@ class Dataset:
 
     def _chunks(self, parts: list[Rows], source: np.ndarray, row: np.ndarray, positions: np.ndarray) -> Batch:
         """Rows of the plain order, read in place and widened once: tokens and labels are two views of the same memory."""
-        sources = np.unique(source).tolist()
-        narrow = np.empty(
-            (len(row), self.row_tokens + 1), dtype=np.result_type(*(parts[which].stream.dtype for which in sources))
-        )
-        for which in sources:
-            here = np.flatnonzero(source == which) if len(sources) > 1 else np.arange(len(row))
-            parts[which].read_chunks(row[here], narrow, here)
+        sources, rows = source.tolist(), row.tolist()
+        narrow = np.empty((len(rows), self.row_tokens + 1), dtype=self._dtype)
+        for which in set(sources):
+            here = [place for place, other in enumerate(sources) if other == which]
+            parts[which].read_chunks([rows[place] for place in here], narrow, here)
         if not self._are_ids(narrow):
-            for place, which in enumerate(source.tolist()):
-                self._check_ids(narrow[place], parts[which], int(row[place]))
+            for place, which in enumerate(sources):
+                self._check_ids(narrow[place], parts[which], rows[place])
         both = torch.from_numpy(narrow.astype(np.int64))
         documents = None
         if self.reset_at_documents:
-            marks = np.zeros((len(row), self.row_tokens), dtype=np.int32)
-            for place, which in enumerate(source.tolist()):
-                marks[place, parts[which].boundaries(int(row[place]))] = 1
-            documents = torch.from_numpy(np.cumsum(marks, axis=1, dtype=np.int32))
+            index = np.empty((len(rows), self.row_tokens), dtype=np.int32)
+            for place, which in enumerate(sources):
+                last = 0
+                for number, slot in enumerate([*parts[which].boundaries(rows[place]), self.row_tokens]):
+                    index[place, last:slot] = number
+                    last = slot
+            documents = torch.from_numpy(index)
         return Batch(
             tokens=both[:, :-1],
             labels=both[:, 1:],
@@ -193,7 +199,7 @@ def open_dataset(config: DataConfig) -> Dataset:
 
         def find(entry: ShardEntry, suffix: str) -> Path:
             path = entry.file(folder, suffix)
-            verifier.check(path, entry.files[suffix])
+            verifier.check(str(path), entry.files[suffix])
             return path
 
         shelf = Shelf(find, activity=activity)
@@ -203,7 +209,7 @@ def open_dataset(config: DataConfig) -> Dataset:
     if not is_remote(config.folder):
         verifier.check_all(
             {
-                entry.file(folder, suffix): entry.files[suffix]
+                entry.file_name(str(folder), suffix): entry.files[suffix]
                 for name in names
                 for split in SPLITS
                 for entry in manifest.sources[name].splits[split]

@@ -58,7 +58,11 @@ class ShardEntry:
 
     def file(self, folder: Path, suffix: str) -> Path:
         """One file of the shard."""
-        return Path(f"{self.prefix(folder)}.{suffix}")
+        return Path(self.file_name(str(folder), suffix))
+
+    def file_name(self, folder: str, suffix: str) -> str:
+        """The same as text: a folder may hold many thousands."""
+        return os.path.join(folder, f"{self.path}.{suffix}")
 
 
 @dataclass(frozen=True)
@@ -143,7 +147,7 @@ def read_manifest(folder: Path, *, verify: bool = False, check_files: bool = Tru
         for entries in source.splits.values():
             for entry in entries:
                 for suffix, facts in entry.files.items():
-                    _check_file(entry.file(folder, suffix), facts, verify=verify)
+                    _check_file(entry.file_name(str(folder), suffix), facts, verify=verify)
     if verify:
         tokenizer = folder / manifest.tokenizer.file
         if not tokenizer.is_file() or file_sha256(tokenizer) != manifest.tokenizer.sha256:
@@ -183,10 +187,13 @@ def write_durably(path: Path, text: str) -> None:
     aside.rename(path)
 
 
-def _check_file(path: Path, facts: FileFacts, *, verify: bool) -> None:
-    size = path.stat().st_size if path.is_file() else None
+def _check_file(path: str, facts: FileFacts, *, verify: bool) -> None:
+    try:
+        size: int | None = os.stat(path).st_size
+    except OSError:
+        size = None
     if size != facts.bytes:
         found = "missing" if size is None else f"{size:,} bytes long"
         raise DataError(f"{path} is {found}, the manifest says {facts.bytes:,} bytes. Prepare the data again.")
-    if verify and file_sha256(path) != facts.sha256:
+    if verify and file_sha256(Path(path)) != facts.sha256:
         raise DataError(f"{path} does not match its checksum: it was changed or damaged. Prepare the data again.")

@@ -65,15 +65,15 @@ class Rows:
         edges[-1] = self.count
         return tuple(int(rows) for rows in np.diff(edges) if rows)
 
-    def read_chunks(self, rows: np.ndarray, out: np.ndarray, where: np.ndarray) -> None:
+    def read_chunks(self, rows: list[int], out: np.ndarray, where: list[int]) -> None:
         """Rows of the plain order into out[where], [row_tokens + 1] each: inputs [:-1] and labels [1:]."""
-        starts = rows * self.row_tokens - 1
-        first = np.flatnonzero(rows == 0)
-        for place in where[first].tolist():
-            out[place, 0] = self._eod
-            self.stream.read(0, out[place, 1:])
-        if len(first):
-            starts, where = np.delete(starts, first), np.delete(where, first)
+        starts = [row * self.row_tokens - 1 for row in rows]
+        if -1 in starts:
+            for place in (w for w, start in zip(where, starts, strict=True) if start < 0):
+                out[place, 0] = self._eod
+                self.stream.read(0, out[place, 1:])
+            where = [w for w, start in zip(where, starts, strict=True) if start >= 0]
+            starts = [start for start in starts if start >= 0]
         self.stream.read_rows(starts, out, where)
 
     def assemble(self, pieces: Sequence[Piece]) -> tuple[np.ndarray, np.ndarray]:

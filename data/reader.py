@@ -34,6 +34,7 @@ class OpenShard:
     def __init__(self, entry: ShardEntry, tokens: Path, index: Path, *, may_vanish: bool) -> None:
         """may_vanish: a copy that others may remove while it is read. DataError where index and manifest do not agree."""
         self.path = tokens
+        self.reading = f"reading {tokens}"
         self.entry = entry
         self._may_vanish = may_vanish
         header = read_header(index)
@@ -150,6 +151,7 @@ class TokenStream:
             np.int64
         )
         """Position at which each entry begins, and the end."""
+        self._bounds: list[int] = self.shard_starts.tolist()  # what the reading of rows looks things up in
         self.documents_before = np.concatenate([[0], np.cumsum([e.documents for e in entries], dtype=np.int64)])
         self.tokens = int(self.shard_starts[-1])
         self.documents = int(self.documents_before[-1])
@@ -157,32 +159,29 @@ class TokenStream:
         self.dtype = np.result_type(*dtypes) if dtypes else np.dtype("<u2")
         self._is_uniform = len(dtypes) <= 1
 
-    def read_rows(self, starts: np.ndarray, out: np.ndarray, where: np.ndarray) -> None:
+    def read_rows(self, starts: list[int], out: np.ndarray, where: list[int]) -> None:
         """Fill row where[i] of `out` ([rows, tokens], rows contiguous) with the tokens from starts[i] on."""
-        if not len(starts):
-            return
-        first = np.searchsorted(self.shard_starts, starts, side="right") - 1
-        is_simple = (starts + out.shape[1] <= self.shard_starts[first + 1]) & (
-            self._is_uniform and out.dtype == self.dtype
-        )
-        if is_simple.all() and (first == first[0]).all():
-            self._read_from(int(first[0]), starts, out, where)
-            return
-        for shard in np.unique(first[is_simple]).tolist():
-            here = np.flatnonzero(is_simple & (first == shard))
-            self._read_from(shard, starts[here], out, where[here])
-        for row in np.flatnonzero(~is_simple).tolist():
-            self.read(int(starts[row]), out[where[row]])
+        length, bounds = out.shape[1], self._bounds
+        is_uniform = self._is_uniform and out.dtype == self.dtype
+        by_shard: dict[int, list[tuple[int, int]]] = {}
+        for row, start in zip(where, starts, strict=True):
+            which = bisect.bisect_right(bounds, start) - 1
+            if is_uniform and start + length <= bounds[which + 1]:
+                by_shard.setdefault(which, []).append((row, start - bounds[which]))
+            else:
+                self.read(start, out[row])
+        for which, places in by_shard.items():
+            self._read_from(which, places, out)
 
     def read(self, start: int, out: np.ndarray) -> None:
         """Fill `out` (contiguous, of `dtype`) with the tokens from `start` on, over as many shards as it takes."""
-        which, done = int(np.searchsorted(self.shard_starts, start, side="right")) - 1, 0
+        which, done = bisect.bisect_right(self._bounds, start) - 1, 0
         while done < len(out):
-            count = min(len(out) - done, int(self.shard_starts[which + 1]) - start - done)
+            count = min(len(out) - done, self._bounds[which + 1] - start - done)
             part = out[done : done + count]
             dtype = np.dtype(self.entries[which].dtype)
             raw = part if dtype == part.dtype else np.empty(count, dtype=dtype)
-            self._read_from(which, np.array([start + done]), raw[None, :], np.zeros(1, dtype=np.int64))
+            self._read_from(which, [(0, start + done - self._bounds[which])], raw[None, :])
             if raw is not part:
                 part[:] = raw
             done += count
@@ -213,13 +212,12 @@ class TokenStream:
             return start, base + (int(shard.starts[local + 1]) - shard.first_byte) // shard.itemsize
         return start, int(self.shard_starts[which + 1])
 
-    def _read_from(self, which: int, starts: np.ndarray, out: np.ndarray, where: np.ndarray) -> None:
-        """Rows of `out` from one entry, read again from a verified file where it changed meanwhile."""
+    def _read_from(self, which: int, places: list[tuple[int, int]], out: np.ndarray) -> None:
+        """Rows of `out` from one entry, (row, start) each; read again from a verified file where it changed meanwhile."""
         entry = self.entries[which]
-        places = list(zip(where.tolist(), (starts - self.shard_starts[which]).tolist(), strict=True))
         while True:
             shard = self._shelf.open(entry)
-            with self._shelf.activity.of(f"reading {entry.path}.bin"):
+            with self._shelf.activity.of(shard.reading):
                 for row, start in places:
                     shard.read(start, out[row])
             if shard.is_unchanged():

@@ -41,7 +41,7 @@ class Verifier:
             log.warning("%s cannot be read (%s): files are checked again.", self._path, error)
 
     def check_all(
-        self, files: Iterable[tuple[Path, FileFacts]], *, progress: Callable[[int], None] = lambda done: None
+        self, files: Iterable[tuple[str, FileFacts]], *, progress: Callable[[int], None] = lambda done: None
     ) -> None:
         """Check the files of a set as `mode` says. DataError names one that does not match. progress(bytes hashed)."""
         if self._mode == "never":
@@ -62,7 +62,7 @@ class Verifier:
         if wanted:
             self._keep()
 
-    def check(self, path: Path, facts: FileFacts) -> None:
+    def check(self, path: str, facts: FileFacts) -> None:
         """Before a file is used: its size, and its content if it changed since it was checked or first seen."""
         now = _signature(path)
         if now[0] != facts.bytes:
@@ -70,7 +70,7 @@ class Verifier:
                 f"{path} is {now[0]:,} bytes long, the manifest says {facts.bytes:,}: truncated or replaced. Prepare the "
                 f"data again."
             )
-        before = self._verified.get(str(path)) or self._seen.setdefault(str(path), now)
+        before = self._verified.get(path) or self._seen.setdefault(path, now)
         if before == now:
             return
         if self._mode == "never":
@@ -78,15 +78,15 @@ class Verifier:
         self._hash(path, facts)
         self._keep()
 
-    def _is_known(self, path: Path) -> bool:
-        return path.is_file() and self._verified.get(str(path)) == _signature(path)
+    def _is_known(self, path: str) -> bool:
+        return path in self._verified and self._verified[path] == _signature(path)
 
-    def _hash(self, path: Path, facts: FileFacts) -> FileFacts:
+    def _hash(self, path: str, facts: FileFacts) -> FileFacts:
         before = _signature(path)
-        if file_sha256(path) != facts.sha256:
+        if file_sha256(Path(path)) != facts.sha256:
             raise DataError(f"{path} does not match its checksum: it was changed or damaged. Prepare the data again.")
         with self._lock:
-            self._verified[str(path)] = before
+            self._verified[path] = before
         return facts
 
     def _keep(self) -> None:
@@ -98,9 +98,9 @@ class Verifier:
             log.info("%s cannot be written (%s): files are checked again next time.", self._path, error)
 
 
-def _signature(path: Path) -> list[int]:
+def _signature(path: str) -> list[int]:
     try:
-        found = path.stat()
+        found = os.stat(path)
     except OSError as error:
         raise DataError(f"{path} is missing: {error.strerror}. Prepare the data again.") from error
     return [found.st_size, found.st_mtime_ns]
