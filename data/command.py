@@ -82,6 +82,19 @@ def asked_for() -> tuple[str, list[str]]:
     return str(config.job.config_name), [word for word in config.overrides.task if not word.startswith("hydra")]
 
 
+def with_short_words(words: list[str], *, group: str, fields: list[str]) -> list[str]:
+    """A command line whose own fields may be written short: `smoke step=12` for `-cn smoke +trace.step=12`."""
+    named = any(word.startswith(("-cn", "--config-name")) for word in words)
+    spelled = []
+    for place, word in enumerate(words):
+        if word.split("=", 1)[0] in fields and "=" in word:
+            word = f"+{group}.{word}"
+        elif place == 1 and not named and "=" not in word and not word.startswith("-"):
+            spelled.append("-cn")
+        spelled.append(word)
+    return spelled
+
+
 def with_overrides(words: list[str], overrides: dict[str, str]) -> list[str]:
     """A command line with overrides added, those aside that it has already.
 

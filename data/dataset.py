@@ -8,6 +8,7 @@ open_dataset(config)   manifest, tokenizer, checksums, blend; shards open when f
 
 import functools
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from data.config import DataConfig
 from data.errors import DataError
 from data.fim import Fim, build_fim, fold_key
 from data.manifest import MANIFEST, SPLITS, Manifest, ShardEntry, TokenizerEntry, file_sha256, read_manifest
+from data.origins import Origin, Origins, read_origins
 from data.pack import Piece, Rows
 from data.reader import Shelf, TokenStream
 from data.tokenizer import Tokenizer, load_tokenizer
@@ -58,6 +60,10 @@ class Dataset:
     fim: Fim | None
     activity: Activity
     """What reading threads wait for."""
+    folder: Path
+    """Where the files lie, or copies of them."""
+    find: Callable[[ShardEntry, str], Path]
+    """A local, verified file of a shard, by suffix."""
 
     @functools.cached_property
     def _dtype(self) -> np.dtype:
@@ -113,6 +119,17 @@ class Dataset:
         draw = self.blend.draw(np.array([position]))
         source, row = int(draw.source[0]), int(draw.row[0])
         return RowAt(position, source, row, int(draw.epoch[0]), self.train[source].pieces(row))
+
+    def origin(self, stream: TokenStream, document: int) -> Origin:
+        """File and record that a document of a source's stream came from."""
+        which, local = stream.entry_of(document)
+        return self.origins(stream.entries[which]).of(local)
+
+    def origins(self, entry: ShardEntry) -> Origins:
+        """Origins of a shard's documents."""
+        if "origins" in entry.files:
+            self.find(entry, "origins")
+        return read_origins(self.folder, entry)
 
     def _chunks(self, parts: list[Rows], source: np.ndarray, row: np.ndarray, positions: np.ndarray) -> Batch:
         """Rows of the plain order, read in place and widened once: tokens and labels are two views of the same memory."""
@@ -187,11 +204,10 @@ def open_dataset(config: DataConfig) -> Dataset:
         remote.local(MANIFEST)
         manifest = read_manifest(folder, check_files=False)
         remote.local(manifest.tokenizer.file)
-        shelf = Shelf(
-            lambda entry, suffix: remote.local(f"{entry.path}.{suffix}", entry.files[suffix]),
-            activity=activity,
-            may_vanish=True,
-        )
+
+        def find(entry: ShardEntry, suffix: str) -> Path:
+            return remote.local(f"{entry.path}.{suffix}", entry.files[suffix])
+
     else:
         folder = Path(config.folder)
         manifest = read_manifest(folder)
@@ -202,7 +218,7 @@ def open_dataset(config: DataConfig) -> Dataset:
             verifier.check(str(path), entry.files[suffix])
             return path
 
-        shelf = Shelf(find, activity=activity)
+    shelf = Shelf(find, activity=activity, may_vanish=is_remote(config.folder))
     tokenizer = _tokenizer(folder / manifest.tokenizer.file, manifest.tokenizer, config)
     _check_sources(config, manifest)
     names = list(config.sources)
@@ -256,6 +272,8 @@ def open_dataset(config: DataConfig) -> Dataset:
         seed=config.seed,
         fim=build_fim(config.fim, special=tokenizer.special, eod=tokenizer.eod) if config.fim.rate else None,
         activity=activity,
+        folder=folder,
+        find=find,
     )
 
 

@@ -96,7 +96,7 @@ class Rows:
     def pieces(self, row: int) -> list[Piece]:
         """The documents, or parts of them, that a row holds, in its order."""
         if not self.best_fit:
-            return self._cut(row * self.row_tokens, (row + 1) * self.row_tokens)
+            return self.cut(row * self.row_tokens, (row + 1) * self.row_tokens)
         stretch, place = divmod(row, STRETCH_ROWS)
         return self._stretch(stretch)[place]
 
@@ -123,7 +123,7 @@ class Rows:
         starts, _ = self.stream.document_starts(low + 1, low + self.row_tokens)
         return starts - low
 
-    def _cut(self, low: int, high: int) -> list[Piece]:
+    def cut(self, low: int, high: int) -> list[Piece]:
         """The documents between two places of the stream, those at its ends cut."""
         starts, _ = self.stream.document_starts(low + 1, high)
         bounds = [low, *starts.tolist(), high]
@@ -137,7 +137,7 @@ class Rows:
                 return found
         first = number * STRETCH_ROWS
         rows = min(STRETCH_ROWS, self.count - first)
-        documents = self._cut(first * self.row_tokens, (first + rows) * self.row_tokens)
+        documents = self.cut(first * self.row_tokens, (first + rows) * self.row_tokens)
         packed = best_fit(documents, rows=rows, row_tokens=self.row_tokens)
         with self._lock:
             self._stretches[number] = packed

@@ -202,10 +202,28 @@ class TokenStream:
             which += 1
         return (np.concatenate(parts) if parts else np.empty(0, dtype=np.int64)), max(number, 0)
 
+    def document_at(self, position: int) -> int:
+        """Number (over all entries) of the document that a position lies in."""
+        which = bisect.bisect_right(self._bounds, position) - 1
+        shard = self._shelf.open(self.entries[which])
+        place = shard.first_byte + (position - self._bounds[which]) * shard.itemsize
+        return int(self.documents_before[which]) + bisect.bisect_right(shard.starts, place) - 1
+
+    def entry_of(self, document: int) -> tuple[int, int]:
+        """The entry a document lies in, and its number there."""
+        which = int(np.searchsorted(self.documents_before, document, side="right")) - 1
+        return which, document - int(self.documents_before[which])
+
+    def document_lengths(self, which: int) -> np.ndarray:
+        """Tokens of every document of an entry."""
+        shard = self._shelf.open(self.entries[which])
+        starts = (np.asarray(shard.starts) - shard.first_byte) // shard.itemsize
+        return np.diff(starts, append=self.entries[which].tokens)
+
     def document_span(self, document: int) -> tuple[int, int]:
         """Where a document (numbered over all entries) begins and ends in the stream."""
-        which = int(np.searchsorted(self.documents_before, document, side="right")) - 1
-        shard, local = self._shelf.open(self.entries[which]), document - int(self.documents_before[which])
+        which, local = self.entry_of(document)
+        shard = self._shelf.open(self.entries[which])
         base = int(self.shard_starts[which])
         start = base + (int(shard.starts[local]) - shard.first_byte) // shard.itemsize
         if local + 1 < len(shard.starts):

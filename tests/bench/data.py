@@ -50,13 +50,15 @@ def main() -> int:
     _make_tokens()
     for row in options.rows:
         for name in options.only:
-            if prepare := PREPARE.get(name):
+            if name in PREPARE:
                 began = time.perf_counter()
                 folder = HOME / f"{name}-{row}"
                 if not (folder / "done").exists():
                     shutil.rmtree(folder, ignore_errors=True)
                     sys.stderr.write(f"making {folder.name} ...\n")
-                    made = subprocess.run(_me(f"prepare-{name}", row, 0), capture_output=True, text=True, env=_environment())
+                    made = subprocess.run(
+                        _me(f"prepare-{name}", row, 0), capture_output=True, text=True, env=_environment()
+                    )
                     if made.returncode:
                         sys.stderr.write(f"{name} failed:\n{made.stderr[-2000:]}\n")
                         continue
@@ -76,7 +78,9 @@ def _table(row: int, options: argparse.Namespace) -> None:
             if found and found["rate"] > best.get(name, {"rate": 0})["rate"]:
                 best[name] = found
     sys.stdout.write(f"\nRows of {row:,} tokens, {BATCH} a batch:\n\n")
-    sys.stdout.write("| loader | Mtokens/s | per core | open and first batch, s | memory, MB (of it files) | copy made, s |\n")
+    sys.stdout.write(
+        "| loader | Mtokens/s | per core | open and first batch, s | memory, MB (of it files) | copy made, s |\n"
+    )
     sys.stdout.write("|---|---|---|---|---|---|\n")
     for name, one in sorted(best.items(), key=lambda item: -item[1]["rate"]):
         made = HOME / f"{name}-{row}" / "done"
@@ -443,8 +447,12 @@ PREPARE: dict[str, Callable[[int, Path], None]] = {
 
 
 def _start_up_table() -> None:
-    sys.stdout.write("\nOpening a blend of three sources with two phase changes and a ramp, rows of 8,192, sparse shards:\n\n")
-    sys.stdout.write("| tokens | shards | open, ms | first batch of 8 rows, ms | batch in the ramp, ms | memory added, MB |\n")
+    sys.stdout.write(
+        "\nOpening a blend of three sources with two phase changes and a ramp, rows of 8,192, sparse shards:\n\n"
+    )
+    sys.stdout.write(
+        "| tokens | shards | open, ms | first batch of 8 rows, ms | batch in the ramp, ms | memory added, MB |\n"
+    )
     sys.stdout.write("|---|---|---|---|---|---|\n")
     for label, tokens, shards in (("100M", 10**8, 3), ("1B", 10**9, 6), ("1T", 10**12, 300), ("10T", 10**13, 3000)):
         with tempfile.TemporaryDirectory(dir=HOME) as folder:
@@ -482,7 +490,7 @@ def _start_up(folder: Path) -> dict[str, float]:
     from data.config import DataConfig, PhaseConfig, SourceConfig
     from data.dataset import open_dataset
 
-    total = sum((p.stat().st_size // 2 for p in folder.glob("*.train-*.bin")))
+    total = sum(p.stat().st_size // 2 for p in folder.glob("*.train-*.bin"))
     config = DataConfig(
         folder=str(folder),
         sources={name: SourceConfig(path="-", weight=w) for name, w in (("web", 0.7), ("code", 0.2), ("math", 0.1))},

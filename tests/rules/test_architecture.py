@@ -44,6 +44,8 @@ DOORS = {
     "omegaconf": {
         "data.command",
         "data.prepare",
+        "data.trace",
+        "data.inspect",
         "train.recipe",
         "train.__main__",
         "train.generate",
@@ -53,6 +55,7 @@ DOORS = {
     "wandb": {"train.telemetry"},
     "tensorboard": {"train.telemetry"},
     "matplotlib": {
+        "data.inspect",
         "train.report",
         "train.precision_report",
         "train.compress.pictures",

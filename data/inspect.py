@@ -1,0 +1,235 @@
+"""What prepared data holds: counts, lengths, shares, packing, samples, and a picture of document lengths.
+
+python -m data.inspect smoke                    tables, samples and SOURCE-length histogram in the data's folder
+python -m data.inspect smoke verify=true        also read every file and compare it with its checksum, once
+python -m data.inspect smoke samples=0 picture=lengths.png
+"""
+
+import itertools
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from omegaconf import DictConfig, OmegaConf
+from rich import box
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+from rich.table import Table
+
+from data.cache import is_remote
+from data.command import dotted_keys, run_command, with_short_words
+from data.config import DataConfig
+from data.dataset import Dataset, open_dataset
+from data.errors import DataError
+from data.fields import Count
+from data.manifest import SPLITS, read_manifest
+from data.pack import STRETCH_ROWS, Rows, best_fit
+from data.typed import build, field_docs
+from data.verify import Verifier
+
+_SHARDS_LOOKED_AT = 32
+"""Document lengths are taken from this many shards of a source, evenly spread."""
+_STRETCHES_LOOKED_AT = 16
+
+
+@dataclass(frozen=True)
+class InspectConfig:
+    """What is asked for."""
+
+    samples: Count = 2
+    """Documents of each source whose beginning is shown."""
+    chars: Count = 240
+    """Characters shown of each."""
+    picture: str | None = None
+    """File of the histogram; null puts lengths.png into the data's folder."""
+    verify: bool = False
+    """Read every file and compare it with its checksum."""
+
+
+def main() -> int:
+    """Entry point of `python -m data.inspect`."""
+    docs = field_docs(InspectConfig)
+    if len(sys.argv) == 1 or sys.argv[1:2] in (["-h"], ["--help"]):
+        lines = [f"  {name:<10} {text}" for name, text in docs.items()]
+        sys.stdout.write("\n".join([(__doc__ or "").strip(), "", "Fields:", *lines, ""]))
+        return 0
+    sys.argv[:] = with_short_words(sys.argv, group="inspect", fields=list(docs))
+    keys = dotted_keys(DataConfig, "data.")
+    return run_command(_inspect, program="data.inspect", keys=keys, user_errors=(DataError,))
+
+
+def lengths_of(rows: Rows) -> np.ndarray:
+    """Tokens of a source's documents; of shards evenly spread over it where it has many."""
+    count = len(rows.stream.entries)
+    chosen = np.unique(np.linspace(0, count - 1, min(count, _SHARDS_LOOKED_AT)).astype(int))
+    return np.concatenate([rows.stream.document_lengths(int(which)) for which in chosen])
+
+
+def share_cut(rows: Rows, *, packing: str) -> float:
+    """Share of documents that packing leaves in more than one row, from stretches evenly spread over the source."""
+    stretches = max(1, rows.count // STRETCH_ROWS)
+    size = STRETCH_ROWS * rows.row_tokens
+    documents = cut = 0
+    for stretch in np.unique(np.linspace(0, stretches - 1, min(stretches, _STRETCHES_LOOKED_AT)).astype(int)):
+        low = int(stretch) * size
+        high = min(low + size, rows.count * rows.row_tokens)
+        whole = rows.cut(low, high)
+        if packing == "best_fit":
+            packed = best_fit(whole, rows=(high - low) // rows.row_tokens, row_tokens=rows.row_tokens)
+            kept = set(itertools.chain.from_iterable(packed))
+            cut += sum(piece not in kept for piece in whole)
+        else:
+            cut += sum(p.start // rows.row_tokens != (p.stop - 1) // rows.row_tokens for p in whole)
+        documents += len(whole)
+    return cut / documents
+
+
+def _inspect(composed: DictConfig) -> int:
+    plain: Any = OmegaConf.to_container(composed.data, resolve=True)
+    asked: Any = OmegaConf.to_container(composed.get("inspect") or OmegaConf.create({}), resolve=True)
+    config, data = build(InspectConfig, asked, "inspect"), build(DataConfig, plain, "data")
+    console = Console(highlight=False)
+    if config.verify:
+        _verify(data, console)
+    dataset = open_dataset(data)
+    total_rows = int(composed.run.steps) * int(composed.run.global_rows)
+    lengths = {name: lengths_of(rows) for name, rows in zip(dataset.source_names, dataset.train, strict=True)}
+    console.print(_counts(dataset))
+    console.print(_lengths_table(lengths))
+    console.print(_rows_table(dataset, data, steps=int(composed.run.steps), total_rows=total_rows))
+    if config.samples:
+        _samples(dataset, config, console)
+    picture = Path(config.picture) if config.picture else dataset.folder / "lengths.png"
+    draw(lengths, picture, row_tokens=data.row_tokens)
+    console.print(f"Document lengths: {picture}", soft_wrap=True)
+    return 0
+
+
+def _table(title: str, *heads: str) -> Table:
+    table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
+    for head in heads:
+        table.add_column(head, justify="left" if head in ("source", "split") else "right")
+    return table
+
+
+def _counts(dataset: Dataset) -> Table:
+    title = f"{dataset.folder}, data {dataset.manifest_hash[:12]}"
+    table = _table(title, "source", "split", "shards", "documents", "tokens", "of all", "bytes/token")
+    sources = dataset.manifest.sources
+    every = sum(sources[name].count(split, "tokens") for name in dataset.source_names for split in SPLITS)
+    for name in dataset.source_names:
+        for split in SPLITS:
+            documents, tokens, text = (sources[name].count(split, w) for w in ("documents", "tokens", "text_bytes"))
+            table.add_row(
+                name, split, f"{len(sources[name].splits[split]):,}", f"{documents:,}", f"{tokens:,}",
+                f"{tokens / every:.1%}", f"{text / tokens:.2f}" if tokens else "-",
+            )  # fmt: skip
+    return table
+
+
+def _lengths_table(lengths: dict[str, np.ndarray]) -> Table:
+    table = _table("tokens a training document", "source", "mean", "median", "95 %", "longest")
+    for name, some in lengths.items():
+        middle, most = np.percentile(some, [50, 95])
+        table.add_row(name, f"{some.mean():,.0f}", f"{middle:,.0f}", f"{most:,.0f}", f"{some.max():,}")
+    return table
+
+
+def _rows_table(dataset: Dataset, data: DataConfig, *, steps: int, total_rows: int) -> Table:
+    table = _table(
+        f"rows of {dataset.row_tokens:,} tokens ({data.packing}) in a run of {steps:,} steps, {total_rows:,} rows",
+        "source", "rows", "left over", "documents cut", "of the run", "epochs",
+    )  # fmt: skip
+    drawn, epochs = dataset.blend.curriculum.drawn(total_rows), dataset.blend.epochs(total_rows)
+    for index, (name, rows) in enumerate(zip(dataset.source_names, dataset.train, strict=True)):
+        table.add_row(
+            name, f"{rows.count:,}", f"{rows.cropped_tokens:,}", f"{share_cut(rows, packing=data.packing):.1%}",
+            f"{drawn[index] / max(1, total_rows):.2%}", f"{epochs[index]:.2f}",
+        )  # fmt: skip
+    return table
+
+
+def _samples(dataset: Dataset, config: InspectConfig, console: Console) -> None:
+    rng = np.random.default_rng(0)
+    for name, rows in zip(dataset.source_names, dataset.train, strict=True):
+        for document in sorted(rng.choice(rows.stream.documents, min(config.samples, rows.stream.documents), False)):
+            start, stop = rows.stream.document_span(int(document))
+            tokens = np.empty(min(stop - start, 4 * config.chars), dtype=rows.stream.dtype)
+            rows.stream.read(start, tokens)
+            origin = dataset.origin(rows.stream, int(document))
+            text = dataset.tokenizer.decode(tokens.tolist())[: config.chars]
+            console.print(f"\n[bold]{name}[/bold] document {document:,}, {stop - start:,} tokens", soft_wrap=True)
+            console.print(f"{origin.file} record {origin.record:,}", style="dim", markup=False, soft_wrap=True)
+            console.print(repr(text), markup=False, soft_wrap=True)
+
+
+def _verify(data: DataConfig, console: Console) -> None:
+    """Hash every file of the recipe's sources. DataError names one that does not match."""
+    if is_remote(data.folder):
+        raise DataError("verify=true reads local data; copies of remote shards are checked while they are fetched.")
+    folder = Path(data.folder)
+    manifest = read_manifest(folder)
+    files = {
+        entry.file_name(str(folder), suffix): facts
+        for name in data.sources
+        if name in manifest.sources
+        for split in SPLITS
+        for entry in manifest.sources[name].splits[split]
+        for suffix, facts in entry.files.items()
+    }
+    columns = (TextColumn("checking"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, disable=not console.is_terminal) as bars:
+        bar = bars.add_task("checking", total=sum(facts.bytes for facts in files.values()))
+        Verifier(folder, mode="always").check_all(files.items(), progress=lambda done: bars.advance(bar, done))
+    console.print(f"{len(files):,} files match their checksums.")
+
+
+_INK, _MUTED, _GRID = "#1f2933", "#7b8794", "#e4e7eb"
+_COLORS = ("#2b6cb0", "#2f9e44", "#9c36b5", "#e67700", "#0b7285", "#c2255c")
+
+
+def draw(lengths: dict[str, np.ndarray], path: Path, *, row_tokens: int) -> None:
+    """Histograms of document lengths, one panel a source: share of the source's tokens by length of their document."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot, ticker
+
+    longest = max(int(some.max()) for some in lengths.values())
+    shortest = min(int(some.min()) for some in lengths.values())
+    edges = np.geomspace(min(shortest, row_tokens) * 0.9, max(longest, row_tokens) * 1.1, 48)
+    style = {
+        "axes.spines.right": False, "axes.spines.top": False, "font.size": 9, "text.color": _INK,
+        "axes.edgecolor": _MUTED, "axes.labelcolor": _INK, "xtick.color": _MUTED, "ytick.color": _MUTED,
+    }  # fmt: skip
+    with pyplot.rc_context(style):
+        figure, panels = pyplot.subplots(
+            len(lengths), 1, figsize=(8, 0.9 + 1.5 * len(lengths)), sharex=True, squeeze=False, layout="constrained"
+        )
+        for index, (name, some) in enumerate(lengths.items()):
+            axes = panels[index, 0]
+            axes.hist(some, bins=edges, weights=some / some.sum() * 100, color=_COLORS[index % len(_COLORS)])
+            axes.axvline(row_tokens, color=_MUTED, linestyle=(0, (4, 3)), linewidth=1)
+            axes.set_title(
+                f"{name}: {len(some):,} documents, median {np.median(some):,.0f} tokens", loc="left", fontsize=9
+            )
+            axes.set_xscale("log")
+            axes.set_ylabel("% of tokens")
+            axes.grid(axis="y", color=_GRID)
+            axes.set_axisbelow(True)
+        top = panels[0, 0]
+        top.annotate(
+            f"a row ({row_tokens:,})", (row_tokens, top.get_ylim()[1]), (4, -2), textcoords="offset points",
+            color=_MUTED, fontsize=8, va="top",
+        )  # fmt: skip
+        last = panels[-1, 0]
+        last.xaxis.set_major_formatter(ticker.FuncFormatter(lambda value, _: f"{value:,.0f}"))
+        last.set_xlabel("tokens of a document")
+        figure.savefig(path, dpi=140)
+        pyplot.close(figure)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,230 @@
+"""Which documents a training step saw, and at which steps a document was seen.
+
+python -m data.trace smoke step=123                        sources, files, documents and their text, row by row
+python -m data.trace smoke step=123 rows=2 chars=2000      two rows of it, with more text
+python -m data.trace smoke file=hamlet.txt record=0        when a record of a source file was or will be trained on
+python -m data.trace smoke source=python document=17       the same, by number in the source's stream
+python -m data.trace smoke step=123 data.folder=/data/old  other fields of the recipe as everywhere
+
+Needs the prepared data and the recipe, no run and no checkpoint: what lies at a position is a pure function of them. Steps
+count as in metrics.jsonl, from 1.
+"""
+
+import difflib
+import json
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+from omegaconf import DictConfig, OmegaConf
+
+from data.command import dotted_keys, run_command, with_short_words
+from data.config import DataConfig
+from data.dataset import Dataset, RowAt, open_dataset
+from data.errors import DataError
+from data.fields import Count, PositiveInt
+from data.pack import Piece, Rows
+from data.typed import build, field_docs
+
+
+@dataclass(frozen=True)
+class TraceConfig:
+    """What is asked for."""
+
+    step: PositiveInt | None = None
+    """Show what this step saw."""
+    rows: PositiveInt | None = None
+    """Only the first of its rows; null shows all."""
+    file: str | None = None
+    """Show when documents of this file were seen: its name, or the end of it."""
+    record: Count | None = None
+    """Only this record of the file: line or row, from 0."""
+    source: str | None = None
+    """Show when a document of this source was seen; with `document`."""
+    document: Count | None = None
+    """Number of the document in the source's training stream, from 0."""
+    chars: Count = 200
+    """Characters of text shown of each document; 0 for none."""
+    json: bool = False
+    """One JSON object a line instead of text."""
+
+
+@dataclass(frozen=True)
+class SeenPiece:
+    """A document, or part of one, in a row."""
+
+    slot: int
+    """Its first label in the row."""
+    tokens: int
+    document: int
+    """Number in the source's training stream."""
+    part: str
+    """`whole`, or which tokens of how many."""
+    file: str
+    record: int
+    text: str
+
+
+def main() -> int:
+    """Entry point of `python -m data.trace`."""
+    fields = list(field_docs(TraceConfig))
+    if len(sys.argv) == 1 or sys.argv[1:2] in (["-h"], ["--help"]):
+        lines = [f"  {name:<10} {text}" for name, text in field_docs(TraceConfig).items()]
+        sys.stdout.write("\n".join([(__doc__ or "").strip(), "", "Fields:", *lines, ""]))
+        return 0
+    sys.argv[:] = with_short_words(sys.argv, group="trace", fields=fields)
+    return run_command(_trace, program="data.trace", keys=dotted_keys(DataConfig, "data."), user_errors=(DataError,))
+
+
+def pieces_of(dataset: Dataset, row: RowAt, *, chars: int) -> Iterator[SeenPiece]:
+    """The documents of a row, with where they came from and their text."""
+    rows, slot = dataset.train[row.source], 0
+    for piece in row.pieces:
+        document = rows.stream.document_at(piece.start)
+        start, stop = rows.stream.document_span(document)
+        origin = dataset.origin(rows.stream, document)
+        is_whole = piece.start == start and piece.stop == stop
+        size = piece.stop - piece.start
+        yield SeenPiece(
+            slot=slot,
+            tokens=size,
+            document=document,
+            part="whole" if is_whole else f"tokens {piece.start - start:,}-{piece.stop - start:,} of {stop - start:,}",
+            file=origin.file,
+            record=origin.record,
+            text=_text(dataset, rows, piece, chars) if chars else "",
+        )
+        slot += size
+
+
+def documents_of(dataset: Dataset, config: TraceConfig) -> list[tuple[int, int]]:
+    """(source, document) of the training documents that are asked for. DataError where there are none."""
+    if config.file is None:
+        if config.source is None or config.document is None:
+            raise DataError("say what to trace: step=N, file=NAME [record=N], or source=NAME document=N.")
+        if config.source not in dataset.source_names:
+            raise DataError(f"source={config.source}: the recipe has {', '.join(dataset.source_names)}.")
+        source = dataset.source_names.index(config.source)
+        count = dataset.train[source].stream.documents
+        if config.document >= count:
+            raise DataError(f"document={config.document:,}: source {config.source!r} has {count:,} training documents.")
+        return [(source, config.document)]
+    found: list[tuple[int, int]] = []
+    heldout, names = False, set[str]()
+    for source, (train, held) in enumerate(zip(dataset.train, dataset.heldout, strict=True)):
+        if config.source not in (None, dataset.source_names[source]):
+            continue
+        for document in _matching(dataset, train, config, names):
+            found.append((source, document))
+        heldout |= next(_matching(dataset, held, config, names), None) is not None
+    if found:
+        return found
+    if heldout:
+        raise DataError(f"{config.file}{_record(config)} is held out: it is evaluated on and never trained on.")
+    near = difflib.get_close_matches(config.file, [*names, *(name.rsplit("/", 1)[-1] for name in names)], n=1)
+    hint = f"Did you mean {near[0]}?" if near else f"Files are named like {min(names, default='')}."
+    raise DataError(f"no document came from {config.file}{_record(config)}. {hint}")
+
+
+def _trace(composed: DictConfig) -> int:
+    plain: Any = OmegaConf.to_container(composed.data, resolve=True)
+    asked: Any = OmegaConf.to_container(composed.get("trace") or OmegaConf.create({}), resolve=True)
+    config = build(TraceConfig, asked, "trace")
+    dataset = open_dataset(build(DataConfig, plain, "data"))
+    steps, global_rows = int(composed.run.steps), int(composed.run.global_rows)
+    if config.step is not None:
+        _show_step(dataset, config, global_rows)
+    else:
+        for source, document in documents_of(dataset, config):
+            _show_document(dataset, config, source, document, steps=steps, global_rows=global_rows)
+    return 0
+
+
+def _show_step(dataset: Dataset, config: TraceConfig, global_rows: int) -> None:
+    assert config.step is not None
+    first = (config.step - 1) * global_rows
+    count = min(config.rows or global_rows, global_rows)
+    if not config.json:
+        _say(
+            f"step {config.step:,}: rows {first:,} to {first + global_rows - 1:,} of data {dataset.manifest_hash[:12]}"
+        )
+    for position in range(first, first + count):
+        row = dataset.locate(position)
+        name = dataset.source_names[row.source]
+        pieces = list(pieces_of(dataset, row, chars=config.chars))
+        if config.json:
+            seen = {"step": config.step, "position": position, "source": name, "row": row.row, "epoch": row.epoch}
+            _say(json.dumps(seen | {"documents": [asdict(piece) for piece in pieces]}, ensure_ascii=False))
+            continue
+        _say(f"\nposition {position:,}: source {name}, row {row.row:,}, epoch {row.epoch + 1}")
+        for piece in pieces:
+            place = f"{piece.file} record {piece.record:,}"
+            _say(f"  {piece.slot:>6,}  {piece.tokens:>6,} tokens  {place}  (document {piece.document:,}, {piece.part})")
+            if piece.text:
+                _say(f"          {piece.text!r}")
+    if count < global_rows and not config.json:
+        _say(f"\n({global_rows - count:,} more rows: leave out rows=)")
+
+
+def _show_document(
+    dataset: Dataset, config: TraceConfig, source: int, document: int, *, steps: int, global_rows: int
+) -> None:
+    rows, name = dataset.train[source], dataset.source_names[source]
+    start, stop = rows.stream.document_span(document)
+    origin = dataset.origin(rows.stream, document)
+    held = rows.rows_of(start, stop)
+    stop_at = steps * global_rows
+    seen = sorted((place, row) for row in held for place in dataset.blend.positions_of(source, row, stop=stop_at))
+    if config.json:
+        places = [{"step": place // global_rows + 1, "position": place, "row": row} for place, row in seen]
+        record = {"source": name, "document": document, "file": origin.file, "record": origin.record, "seen": places}
+        _say(json.dumps(record, ensure_ascii=False))
+        return
+    _say(
+        f"{origin.file} record {origin.record:,}: document {document:,} of source {name}, {stop - start:,} tokens, in "
+        f"{len(held):,} row{'s' * (len(held) != 1)} of {rows.row_tokens:,}"
+    )
+    if config.chars:
+        _say(f"  {_text(dataset, rows, Piece(start, stop), config.chars)!r}")
+    if not held:
+        _say("  behind the source's last whole row: never trained on")
+    elif not seen:
+        _say(f"  not seen in the recipe's {steps:,} steps")
+    for place, row in seen:
+        _say(f"  step {place // global_rows + 1:,}  (position {place:,}, row {row:,})")
+
+
+def _matching(dataset: Dataset, rows: Rows, config: TraceConfig, names: set[str]) -> Iterator[int]:
+    """Documents of a stream that came from the file asked for; names: files met."""
+    assert config.file is not None
+    for which, entry in enumerate(rows.stream.entries):
+        origins = dataset.origins(entry)
+        for index, file in enumerate(origins.files):
+            names.add(file)
+            if file != config.file and not file.endswith("/" + config.file.lstrip("/")):
+                continue
+            for document in range(int(origins.starts[index]), int(origins.starts[index + 1])):
+                if config.record is None or int(origins.records[document]) == config.record:
+                    yield int(rows.stream.documents_before[which]) + document
+
+
+def _text(dataset: Dataset, rows: Rows, piece: Piece, chars: int) -> str:
+    """The beginning of a piece's text; no token is longer than it is worth reading four a character."""
+    tokens = np.empty(min(piece.stop - piece.start, 4 * chars), dtype=rows.stream.dtype)
+    rows.stream.read(piece.start, tokens)
+    text = dataset.tokenizer.decode(tokens.tolist())
+    return text if len(text) <= chars else text[:chars] + "..."
+
+
+def _record(config: TraceConfig) -> str:
+    return "" if config.record is None else f" record {config.record:,}"
+
+
+def _say(line: str) -> None:
+    sys.stdout.write(line + "\n")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
