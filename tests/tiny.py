@@ -1,6 +1,6 @@
 """A tiny hybrid and synthetic rows for engine tests: build it in a rank, train a few steps, get exact numbers back."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -88,12 +88,19 @@ class Numbers:
     grad_norms: list[float]
 
 
-def steps_of(engine: Engine, recipe: Recipe, steps: range) -> Numbers:
+def steps_of(
+    engine: Engine, recipe: Recipe, steps: range, *, before_update: Callable[[], None] | None = None
+) -> Numbers:
     """Train the given steps. Collective."""
     losses, norms = [], []
     for step in steps:
         result = train_step(
-            engine, microbatches(recipe, engine.mesh, step), step=step, learning_rate=1e-3, watch=Stopwatch()
+            engine,
+            microbatches(recipe, engine.mesh, step),
+            step=step,
+            learning_rate=1e-3,
+            watch=Stopwatch(),
+            before_update=before_update,
         )
         losses.append(float(engine.mesh.sum_over_world(result.loss.clone())))
         norms.append(float(result.grad_norm))

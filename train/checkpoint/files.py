@@ -82,12 +82,15 @@ class FilePlan:
         return self.starts[-1] + self.pieces[-1].bytes if self.pieces else len(self.header)
 
 
-def header_of(entries: Sequence[tuple[str, torch.dtype, tuple[int, ...]]]) -> tuple[bytes, list[int]]:
+def header_of(
+    entries: Sequence[tuple[str, torch.dtype, tuple[int, ...]]], metadata: dict[str, str] | None = None
+) -> tuple[bytes, list[int]]:
     """A safetensors header for numbers that lie one behind the other, and where each begins in the file.
 
     entries: label, format and shape of each.
     """
-    table, at, relative = {}, 0, []
+    table: dict[str, Any] = {"__metadata__": metadata} if metadata else {}
+    at, relative = 0, []
     for label, dtype, shape in entries:
         end = at + math.prod(shape) * dtype.itemsize
         relative.append(at)
@@ -289,3 +292,34 @@ def whole_tensor(reader: Reader, tensor: str) -> torch.Tensor:
     values = torch.empty(record.shape, dtype=DTYPES[record.dtype])
     reader.read(tensor, offset=[0] * len(record.shape), into=values)
     return values
+
+
+def boxes_of_run(shape: Sequence[int], start: int, end: int) -> Iterator[tuple[tuple[int, ...], tuple[int, ...], int]]:
+    """Elements start..end of a flattened box as boxes, in order: (offset, shape, first element) of each.
+
+    A run of a matrix is at most three: the rest of a row, whole rows, the begin of a row.
+    """
+    if start >= end:
+        return
+    if len(shape) <= 1:
+        yield ((start,), (end - start,), start) if shape else ((), (), 0)
+        return
+    inner = math.prod(shape[1:])
+    first, last = -(-start // inner), end // inner
+    if first > last:  # inside one row
+        yield from _inside(shape, start // inner, start, end)
+        return
+    if start < first * inner:
+        yield from _inside(shape, first - 1, start, first * inner)
+    if first < last:
+        yield (first, *[0] * (len(shape) - 1)), (last - first, *shape[1:]), first * inner
+    if last * inner < end:
+        yield from _inside(shape, last, last * inner, end)
+
+
+def _inside(
+    shape: Sequence[int], row: int, start: int, end: int
+) -> Iterator[tuple[tuple[int, ...], tuple[int, ...], int]]:
+    inner = math.prod(shape[1:])
+    for offset, box, first in boxes_of_run(shape[1:], start - row * inner, end - row * inner):
+        yield (row, *offset), (1, *box), first + row * inner

@@ -16,9 +16,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from train.checkpoint import disk, publishing, storage
-from train.checkpoint.manifest import MANIFEST, Manifest, read_manifest
+from train.checkpoint import disk, publishing, steps, storage
+from train.checkpoint.manifest import Manifest
 from train.checkpoint.saving import Event, Memory, Peers, Save, Snapshot, Staging
+from train.checkpoint.steps import checkpoint_at as checkpoint_at
 from train.config import CheckpointConfig
 from train.engine import Engine
 from train.errors import CheckpointError
@@ -27,24 +28,6 @@ log = logging.getLogger(__name__)
 
 _CLOSE_S = 120.0
 """How long a run that ends waits for a save under way whose peers may be dead."""
-
-
-def checkpoint_at(place: str | Path) -> tuple[Path, Manifest]:
-    """The checkpoint a recipe names: a checkpoint folder itself, or the newest of a run's folder; its manifest is checked.
-
-    Raises CheckpointError where there is none, or none is whole.
-    """
-    path = Path(place)
-    if (path / MANIFEST).is_file():
-        return path, read_manifest(path)
-    for folder in (path / "checkpoints", path):
-        found = CheckpointFolder(folder, CheckpointConfig()).newest()
-        if found is not None:
-            return found
-    raise CheckpointError(
-        f"{path} is no checkpoint (no {MANIFEST}) and no run that has one. Name a folder like runs/NAME or "
-        f"runs/NAME/checkpoints/step_00001000."
-    )
 
 
 @dataclass(frozen=True)
@@ -73,61 +56,35 @@ class CheckpointFolder:
         self._memory_step: int | None = None
         self._save: Save | None = None
         self._told = 0
+        self._pending: list[Event] = []
         self._warned = False
         self._lineage: dict[str, Any] = {}
 
     def path_of(self, step: int) -> Path:
         """Folder of the checkpoint after `step` optimizer steps."""
-        return self.folder / f"step_{step:08d}"
+        return self.folder / steps.name_of(step)
 
     def whole(self) -> list[Path]:
         """Checkpoints that were published, oldest first."""
-        return sorted(p for p in self.folder.glob("step_*") if p.is_dir() and p.name.removeprefix("step_").isdigit())
+        return steps.steps_in(self.folder)
 
     def is_due(self, step: int) -> bool:
         """Whether the recipe asks for a save after `step`."""
         return self.config.every_steps > 0 and step % self.config.every_steps == 0
 
-    def candidates(self) -> tuple[list[tuple[Path, Manifest]], list[str]]:
-        """Checkpoints whose manifest and file sizes are right, newest first; and what is wrong with pointer and others.
-
-        The content is not read here. The pointer is only a hint: a newer whole checkpoint counts, for a process may die
-        between publishing it and moving the pointer.
-        """
-        good, notes = [], []
-        for path in reversed(self.whole()):
-            try:
-                good.append((path, read_manifest(path)))
-            except CheckpointError as error:
-                notes.append(str(error))
-        pointer = self.folder / publishing.POINTER
-        named = pointer.read_text(errors="replace").strip() if pointer.is_file() else None
-        if good and named != good[0][0].name:
-            said = "is missing" if named is None else "is empty" if not named else f"says {named[:40]!r}"
-            notes.append(f"{pointer} {said}; the newest whole checkpoint is {good[0][0].name}.")
-        return good, notes
-
     def newest(self) -> tuple[Path, Manifest] | None:
-        """The newest checkpoint whose manifest and file sizes are right, and its manifest; None where there never was one.
-
-        Raises CheckpointError where checkpoints were written but none is whole: starting from zero would hide the loss of a
-        run.
-        """
-        good, notes = self.candidates()
-        if good:
-            return good[0]
-        self._refuse_to_forget(notes)
-        return None
+        """The newest checkpoint by manifest and file sizes (`steps.newest_in`). Not collective."""
+        return steps.newest_in(self.folder)
 
     def survey(self) -> tuple[list[tuple[Path, Manifest]], list[str]]:
-        """`candidates` as rank 0 sees them, after it cleaned up what dead processes left. Collective."""
+        """`steps.candidates` as rank 0 sees them, after it cleaned up what dead processes left. Collective."""
         peers = self._talk()
         outcome: Any = None
         if peers.rank == 0:
             try:
                 if self.folder.is_dir():
                     publishing.clean_up(self.folder)
-                outcome = self.candidates()
+                outcome = steps.candidates(self.folder)
             except OSError as error:
                 outcome = CheckpointError(f"{self.folder} cannot be read: {error}")
         outcome = peers.hear(outcome)
@@ -150,7 +107,7 @@ class CheckpointFolder:
                 notes.append(str(error))
                 continue
             return Found(path, manifest, notes)
-        self._refuse_to_forget(notes)
+        steps.refuse_to_forget(self.folder, notes)
         return None
 
     def load(self, engine: Engine, path: Path) -> Manifest:
@@ -203,6 +160,9 @@ class CheckpointFolder:
     ) -> None:
         """Save the state as it is now. Waits for the save before it; in the background returns at once. Collective."""
         self.wait()
+        if background:
+            self.check()  # every rank waited, so every rank knows
+        self._pending += self.collect()
         peers = self._talk()
         snapshot = storage.snapshot_of(
             engine,
@@ -252,11 +212,11 @@ class CheckpointFolder:
 
     def collect(self) -> list[Event]:
         """What happened since the last call. Raises nothing: see `check`."""
-        if self._save is None:
-            return []
-        self._note_end()
-        events = list(self._save.events)
-        news, self._told = events[self._told :], len(events)
+        news, self._pending = self._pending, []
+        if self._save is not None:
+            self._note_end()
+            events = list(self._save.events)
+            news, self._told = news + events[self._told :], len(events)
         return news
 
     def check(self, *, always: bool = False) -> None:
@@ -331,24 +291,10 @@ class CheckpointFolder:
     def _retain(self, newest_step: int) -> None:
         """Delete checkpoints beyond `keep_last`, except those `keep_every_steps` keeps for good."""
         every = self.config.keep_every_steps
-        steps = [(int(path.name.removeprefix("step_")), path) for path in self.whole()]
-        for step, path in sorted(steps, reverse=True)[self.config.keep_last :]:
+        numbered = [(int(path.name.removeprefix("step_")), path) for path in self.whole()]
+        for step, path in sorted(numbered, reverse=True)[self.config.keep_last :]:
             if step != newest_step and not (every and step % every == 0):
                 publishing.delete(path)
-
-    def _refuse_to_forget(self, notes: list[str]) -> None:
-        """Raise CheckpointError where there is a trace of checkpoints but none that can be used."""
-        traces = list(notes)
-        if not traces and self.folder.is_dir():
-            traces = [f"{self.folder / publishing.POINTER} is there, the checkpoint it names is not"] * (
-                self.folder / publishing.POINTER
-            ).exists()
-        if traces:
-            raise CheckpointError(
-                f"no checkpoint in {self.folder} is whole:\n  "
-                + "\n  ".join(traces)
-                + f"\nBring one back, or move {self.folder} away to start from the beginning."
-            )
 
 
 def estimated_bytes(snapshot: Snapshot) -> int:

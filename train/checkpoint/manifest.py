@@ -107,6 +107,13 @@ Index = dict[str, list[Place]]
 """The parts of each tensor; together they are the tensor."""
 
 
+def describe_layout(layout: dict[str, int]) -> str:
+    """Degrees of a manifest in one short line, as `Layout.describe` gives them; `no run` where no run wrote it."""
+    names = (("TP", "tensor", 0), ("PP", "pipeline", 0), ("VP", "virtual", 1), ("CP", "context", 1), ("DP", "data", 0))
+    parts = [f"{short}{layout[key]}" for short, key, least in names if layout.get(key, 0) > least]
+    return " ".join(parts) or "no run"
+
+
 def manifest_text(manifest: Manifest) -> str:
     """manifest.json of a manifest."""
     body = asdict(manifest)

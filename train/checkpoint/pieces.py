@@ -10,7 +10,7 @@ the components' borders, is a few boxes: one optimizer state needs no gathering 
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -19,7 +19,7 @@ from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor, ShardedTensorFactory
 from megatron.core.optimizer.optimizer import MegatronOptimizer
 
-from train.checkpoint.files import Piece
+from train.checkpoint.files import Piece, boxes_of_run
 from train.errors import CheckpointError
 
 MODEL, MASTER = "model.", "optimizer.master."
@@ -169,37 +169,6 @@ def optimizer_parts(
                 group=group,
             )
     return [parts[parameter] for parameter in names if parameter in parts]
-
-
-def boxes_of_run(shape: Sequence[int], start: int, end: int) -> Iterator[tuple[tuple[int, ...], tuple[int, ...], int]]:
-    """Elements start..end of a flattened box as boxes, in order: (offset, shape, first element) of each.
-
-    A run of a matrix is at most three: the rest of a row, whole rows, the begin of a row.
-    """
-    if start >= end:
-        return
-    if len(shape) <= 1:
-        yield ((start,), (end - start,), start) if shape else ((), (), 0)
-        return
-    inner = math.prod(shape[1:])
-    first, last = -(-start // inner), end // inner
-    if first > last:  # inside one row
-        yield from _inside(shape, start // inner, start, end)
-        return
-    if start < first * inner:
-        yield from _inside(shape, first - 1, start, first * inner)
-    if first < last:
-        yield (first, *[0] * (len(shape) - 1)), (last - first, *shape[1:]), first * inner
-    if last * inner < end:
-        yield from _inside(shape, last, last * inner, end)
-
-
-def _inside(
-    shape: Sequence[int], row: int, start: int, end: int
-) -> Iterator[tuple[tuple[int, ...], tuple[int, ...], int]]:
-    inner = math.prod(shape[1:])
-    for offset, box, first in boxes_of_run(shape[1:], start - row * inner, end - row * inner):
-        yield (row, *offset), (1, *box), first + row * inner
 
 
 def _cut(section: str, local: Local, values: torch.Tensor, start: int) -> list[Piece]:

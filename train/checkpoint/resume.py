@@ -8,7 +8,7 @@ from typing import Any
 
 from data.errors import DataError
 from train.checkpoint.manager import CheckpointFolder, Found
-from train.checkpoint.manifest import Manifest
+from train.checkpoint.manifest import Manifest, describe_layout
 from train.config import Recipe
 from train.engine import Engine
 from train.errors import CheckpointError, RecipeError
@@ -101,14 +101,6 @@ def audit(found: Found, *, recipe: Recipe, mapping: dict[str, Any], layout: Layo
     lines = [f"  {a:<{width[0]}}  {b:<{width[1]}}  {c}".rstrip() for a, b, c in rows]
     notes = [f"  note: {note}" for note in found.notes]
     return "\n".join([f"resuming from {found.path}", *lines, *notes])
-
-
-def describe_layout(layout: dict[str, int]) -> str:
-    """Degrees of a manifest in one short line, as `Layout.describe` gives them; `one file` where no run wrote it."""
-    if not {"tensor", "pipeline", "data"} <= layout.keys():
-        return "none"
-    names = (("TP", "tensor", 0), ("PP", "pipeline", 0), ("VP", "virtual", 1), ("CP", "context", 1), ("DP", "data", 0))
-    return " ".join(f"{short}{layout[key]}" for short, key, least in names if layout.get(key, 1) > least)
 
 
 def _changes(manifest: Manifest, mapping: dict[str, Any]) -> list[Difference]:

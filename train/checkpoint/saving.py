@@ -261,11 +261,11 @@ class Save:
             if ready is not None:
                 errors = [ready]
             if errors:
-                disk_failure = _failure_of(lambda: _drop(self._aside))
-                retriable = all(each.may_retry for each in everyone)
-                outcome = _Outcome("; ".join(errors[:3] + ([disk_failure] if disk_failure else [])), retriable)
+                outcome = _Outcome("; ".join(errors[:3]), all(each.may_retry for each in everyone))
             else:
                 outcome = self._conclude(everyone)
+            if outcome.error is not None:
+                _failure_of(lambda: _drop(self._aside))  # gives room back; what stays is removed by the next save
         return self._peers.hear(outcome)
 
     def _write(self) -> _Told:
@@ -307,7 +307,7 @@ class Save:
         return _Outcome(None, fields=fields | {"bytes": manifest.bytes, "fingerprint_s": slowest})
 
     def _note(self, kind: Any, **fields: Any) -> None:
-        self.events.append(Event(kind, self.step, fields))
+        self.events.append(Event(kind, self.step, fields | {"at": time.time()}))
 
 
 def complete(manifest: Manifest, everyone: Sequence[_Told]) -> tuple[Manifest, Index]:

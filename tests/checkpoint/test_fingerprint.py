@@ -1,0 +1,140 @@
+"""Fingerprints: exact integer arithmetic as written in the module's formula, any cut of a tensor, every kind of change."""
+
+import math
+from itertools import pairwise
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from train.checkpoint import fingerprint
+from train.checkpoint.files import boxes_of_run
+
+MASK = 2**64 - 1
+DTYPES = (torch.float32, torch.bfloat16, torch.uint8, torch.int64, torch.float8_e4m3fn)
+
+
+def mix(x: int) -> int:
+    """splitmix64 (Steele, Lea, Flood 2014) on Python's integers."""
+    x = (x + 0x9E3779B97F4A7C15) & MASK
+    x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & MASK
+    x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & MASK
+    return x ^ (x >> 31)
+
+
+def by_formula(values: torch.Tensor) -> tuple[int, int]:
+    """The module's formula, term by term."""
+    width = values.element_size()
+    rows = values.reshape(-1, values.shape[-1])
+    raw = rows.contiguous().view(torch.uint8).reshape(len(rows), -1).tolist()
+    word = min(width, 4)
+    sums = [0, 0]
+    for r, row in enumerate(raw):
+        for c in range(len(row) // word):
+            bits = int.from_bytes(bytes(row[c * word : (c + 1) * word]), "little")
+            for lane in range(2):
+                rho = mix(~(2 * r + lane) & MASK) | 1
+                alpha = (mix(2 * c + lane) >> 32) | 1
+                sums[lane] += rho * alpha * bits
+    return sums[0] & MASK, sums[1] & MASK
+
+
+def whole(values: torch.Tensor) -> tuple[int, int]:
+    return fingerprint.of_box(values, whole=values.shape, offset=[0] * values.dim(), shape=values.shape)
+
+
+def random_of(shape: tuple[int, ...], dtype: torch.dtype, seed: int = 0) -> torch.Tensor:
+    g = torch.Generator().manual_seed(seed)
+    raw = torch.randint(0, 256, (math.prod(shape) * dtype.itemsize,), dtype=torch.uint8, generator=g)
+    return raw.view(dtype).reshape(shape)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(7,), (5, 9), (3, 1, 4), (2, 3, 17)])
+def test_both_forms_are_the_formula(
+    shape: tuple[int, ...], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    values = random_of(shape, dtype)
+    want = by_formula(values)
+    assert whole(values) == want
+    monkeypatch.setenv("STRATUM_NATIVE", "0")
+    fingerprint._kernel.cache_clear()
+    assert fingerprint._kernel() is None and whole(values) == want
+    fingerprint._kernel.cache_clear()
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    shape=st.lists(st.integers(1, 9), min_size=1, max_size=3).map(tuple),
+    dtype=st.sampled_from(DTYPES),
+    cuts=st.lists(st.integers(0, 729), max_size=5),
+)
+def test_any_cut_gives_the_same_value(shape: tuple[int, ...], dtype: torch.dtype, cuts: list[int]) -> None:
+    """Runs of the flattened tensor, as the distributed optimizer deals them; each run as boxes; summed in any order."""
+    values = random_of(shape, dtype)
+    size = values.numel()
+    edges = sorted({0, size, *(cut % (size + 1) for cut in cuts)})
+    total, covered = (0, 0), 0
+    for start, end in reversed(list(pairwise(edges))):
+        for offset, box, first in boxes_of_run(shape, start, end):
+            count = math.prod(box)
+            data = values.reshape(-1)[first : first + count]
+            where = tuple(slice(o, o + n) for o, n in zip(offset, box, strict=True))
+            assert values[where].numel() == count and torch.equal(
+                values[where].reshape(-1).view(torch.uint8), data.view(torch.uint8)
+            )
+            total = fingerprint.add(total, fingerprint.of_box(data, whole=shape, offset=offset, shape=box))
+            covered += count
+    assert covered == size and total == whole(values)
+
+
+@settings(max_examples=60, deadline=None)
+@given(data=st.data())
+def test_every_small_change_shows(data: st.DataObject) -> None:
+    values = random_of(
+        (6, 11), data.draw(st.sampled_from((torch.float32, torch.bfloat16))), data.draw(st.integers(0, 99))
+    )
+    bits = values.view(torch.int32 if values.dtype == torch.float32 else torch.int16)
+    before = whole(values)
+    match data.draw(st.sampled_from(("bit", "swap", "rows", "columns", "shift"))):
+        case "bit":
+            at, bit = data.draw(st.integers(0, 65)), data.draw(st.integers(0, 8 * values.element_size() - 1))
+            flat = bits.reshape(-1)
+            flat[at] ^= torch.tensor(1, dtype=bits.dtype) << bit
+        case "swap":
+            i, j = data.draw(st.integers(0, 64)), 65
+            flat = bits.reshape(-1)
+            flat[[i, j]] = flat[[j, i]]
+        case "rows":
+            bits[[0, 3]] = bits[[3, 0]]
+        case "columns":
+            bits[:, [2, 7]] = bits[:, [7, 2]]
+        case "shift":
+            bits.copy_(bits.roll(1, 0))
+    changed = not torch.equal(values.view(torch.uint8), random_of_like(values, before))
+    assert (whole(values) != before) == changed
+
+
+def random_of_like(values: torch.Tensor, before: tuple[int, int]) -> torch.Tensor:
+    """The original, found by its fingerprint among the hundred that `data` may have drawn."""
+    for seed in range(100):
+        original = random_of((6, 11), values.dtype, seed)
+        if whole(original) == before:
+            return original.view(torch.uint8)
+    raise AssertionError("no original has this fingerprint")
+
+
+def test_a_copy_comes_along() -> None:
+    values = random_of((300, 70), torch.float32)
+    out = torch.zeros_like(values)
+    sums = fingerprint.of_box(values, whole=(300, 70), offset=(0, 0), shape=(300, 70), copy_to=out.data_ptr())
+    assert sums == whole(values) and torch.equal(out.view(torch.uint8), values.view(torch.uint8))
+
+
+def test_sums_over_ranks_wrap_like_the_formula() -> None:
+    parts = [(2**64 - 1, 2**63), (5, 2**63 + 7), (0, 1)]
+    tensor = sum(fingerprint.to_tensor([part]) for part in parts)
+    assert isinstance(tensor, torch.Tensor)
+    assert fingerprint.from_tensor(tensor) == [(4, 8)]
+    assert fingerprint.from_text(fingerprint.text((4, 8))) == (4, 8)

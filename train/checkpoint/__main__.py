@@ -1,0 +1,325 @@
+"""`python -m train.checkpoint COMMAND`: look at checkpoints, prove them, compare and rewrite them. No GPU, no model needed.
+
+    python -m train.checkpoint list runs/smoke                     what a run has, and in what state
+    python -m train.checkpoint show runs/smoke                     what is in the newest: layout, sizes, recipe, lineage
+    python -m train.checkpoint verify runs/smoke                   read every byte and compare fingerprints
+    python -m train.checkpoint diff runs/a runs/b --values         which tensors differ, and by how much
+    python -m train.checkpoint reshard runs/a out/step_00000100 --files 8     the same checkpoint in eight equal files
+    python -m train.checkpoint consolidate runs/a a.safetensors    all weights in one file
+
+A checkpoint is named by its own folder or by its run's folder (its newest). Nothing in a checkpoint is executed.
+Exit status: 0 all right; 1 damaged (verify), different (diff); 2 cannot be done, with the reason.
+"""
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+from rich.table import Table
+
+from train.checkpoint import offline, steps
+from train.checkpoint.files import Reader
+from train.checkpoint.manifest import Manifest, describe_layout, read_manifest
+from train.config import ModelConfig, ParallelConfig, RunConfig
+from train.errors import CheckpointError, RecipeError
+from train.parallel.layout import lay_out
+from train.recipe import differences, recipe_from_mapping
+
+_SECTIONS = (
+    ("weights", "model."),
+    ("fp32 masters", "optimizer.master."),
+    ("first moments", "optimizer.exp_avg."),
+    ("second moments", "optimizer.exp_avg_sq."),
+    ("random state", "random."),
+)
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Entry point. -> exit status."""
+    assert __doc__ is not None
+    parser = argparse.ArgumentParser(
+        prog="python -m train.checkpoint",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    place: dict[str, Any] = {"type": Path, "help": "a checkpoint's folder, or a run's (its newest checkpoint)"}
+
+    command = commands.add_parser("list", help="checkpoints of a run: step, size, layout, state")
+    command.add_argument("run", type=Path, help="a run's folder")
+    command = commands.add_parser("show", help="what is in a checkpoint: layout, sizes, recipe, lineage")
+    command.add_argument("checkpoint", **place)
+    command.add_argument("--tensors", action="store_true", help="also every tensor: format, shape, fingerprint")
+    command.add_argument("--json", action="store_true", help="the manifest as it is, for programs")
+    command = commands.add_parser("verify", help="read every byte and compare fingerprints")
+    command.add_argument("checkpoint", **place)
+    command.add_argument("--all", action="store_true", help="every checkpoint of the run")
+    command = commands.add_parser("diff", help="which tensors and recipe fields differ")
+    command.add_argument("a", **place)
+    command.add_argument("b", **place)
+    command.add_argument("--values", action="store_true", help="measure how much tensors differ (reads them)")
+    command.add_argument("--most", type=int, default=20, metavar="N", help="tensors to name (default: 20)")
+    command = commands.add_parser(
+        "reshard",
+        help="rewrite in another number of files; check a layout",
+        description="Any layout reads any checkpoint, so this is never needed to change the layout. It gives equal files "
+        "(one for each reading rank, say), drops the optimizer state, or checks that a layout fits: "
+        "parallel.tensor=4 parallel.pipeline=2 --ranks 16.",
+    )
+    command.add_argument("checkpoint", **place)
+    command.add_argument(
+        "out", type=Path, help="folder of the new checkpoint, e.g. runs/NAME/checkpoints/step_00000100"
+    )
+    command.add_argument("fields", nargs="*", metavar="parallel.FIELD=N", help="a layout to check against the model")
+    command.add_argument("--ranks", type=int, help="processes of that layout (default: as few as it needs)")
+    command.add_argument("--files", type=int, help="number of files (default: --ranks, else 1)")
+    command.add_argument("--weights", action="store_true", help="weights only: training starts with fresh moments")
+    command = commands.add_parser("consolidate", help="one safetensors file")
+    command.add_argument("checkpoint", **place)
+    command.add_argument("out", type=Path, help="file to write, e.g. weights.safetensors")
+    command.add_argument("--all", action="store_true", help="optimizer state too, under full names")
+    command.add_argument("--dtype", choices=sorted(_DTYPES), help="convert weights (default: as stored)")
+
+    parsed = parser.parse_args(arguments)
+    console = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 200)
+    act = {
+        "list": _list, "show": _show, "verify": _verify, "diff": _diff, "reshard": _reshard, "consolidate": _consolidate,
+    }[parsed.command]  # fmt: skip
+    try:
+        return act(parsed, console)
+    except (CheckpointError, RecipeError) as error:
+        sys.stderr.write(f"error: {error}\n")
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:
+        return 0
+
+
+def _list(parsed: argparse.Namespace, console: Console) -> int:
+    folder = parsed.run / "checkpoints" if (parsed.run / "checkpoints").is_dir() else parsed.run
+    found = steps.steps_in(folder)
+    if not found:
+        raise CheckpointError(f"{folder} holds no checkpoint.")
+    table = Table(box=None, pad_edge=False)
+    for column, justify in (
+        ("step", "right"),
+        ("tokens", "right"),
+        ("layout", "left"),
+        ("files", "right"),
+        ("size", "right"),
+    ):
+        table.add_column(column, justify=justify)  # type: ignore[arg-type]
+    table.add_column("written")
+    table.add_column("state")
+    for path in found:
+        step = f"{int(path.name.removeprefix('step_')):,}"
+        when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(path.stat().st_mtime))
+        try:
+            manifest = read_manifest(path)
+        except CheckpointError as error:
+            table.add_row(step, "", "", "", "", when, f"[red]{error}")
+            continue
+        kind = "whole" if manifest.updates is not None else "weights only"
+        layout = describe_layout(manifest.layout)
+        table.add_row(step, f"{manifest.tokens:,}", layout, str(len(manifest.files)), _size(manifest.bytes), when, kind)
+    console.print(table)
+    _, notes = steps.candidates(folder)
+    for note in notes:
+        console.print(f"note: {note}")
+    console.print("`whole`: manifest, index and sizes agree. `verify` reads the numbers.")
+    return 0
+
+
+def _show(parsed: argparse.Namespace, console: Console) -> int:
+    path, manifest = steps.checkpoint_at(parsed.checkpoint)
+    if parsed.json:
+        sys.stdout.write(json.dumps(asdict(manifest), indent=1) + "\n")
+        return 0
+    updates = "none (weights only)" if manifest.updates is None else f"{manifest.updates:,} updates"
+    rows = [
+        ("step", f"{manifest.step:,}"), ("tokens", f"{manifest.tokens:,}"), ("position", f"row {manifest.position:,}"),
+        ("optimizer", updates), ("written at", describe_layout(manifest.layout)),
+        ("weights", manifest.fingerprint), ("data", manifest.data_hash or "unknown"),
+        ("tokenizer", manifest.tokenizer or "unknown"),
+        ("versions", ", ".join(f"{k} {v}" for k, v in manifest.versions.items())),
+        ("on disk", f"{_size(manifest.bytes)} in {len(manifest.files)} files, format {manifest.format}"),
+    ]  # fmt: skip
+    if manifest.recipe:
+        model = manifest.recipe.get("model", {})
+        rows.insert(0, ("run", str(manifest.recipe.get("run", {}).get("name"))))
+        rows.append(("model", f"{model.get('pattern')}, hidden {model.get('hidden')}, vocabulary {model.get('vocab')}"))
+    rows += [(f"lineage: {key}", json.dumps(value)[:200]) for key, value in manifest.lineage.items()]
+    console.print(str(path))
+    _pairs(console, rows)
+    table = Table("", "tensors", "elements", "formats", "size", box=None, pad_edge=False)
+    for title, prefix in _SECTIONS:
+        section = [record for name, record in manifest.tensors.items() if name.startswith(prefix)]
+        if section:
+            elements = sum(torch.Size(record.shape).numel() for record in section)
+            formats = ", ".join(sorted({record.dtype for record in section}))
+            table.add_row(title, str(len(section)), f"{elements:,}", formats, _size(sum(r.bytes for r in section)))
+    console.print(table)
+    if parsed.tensors:
+        table = Table("tensor", "format", "shape", "fingerprint", box=None, pad_edge=False)
+        for name, record in manifest.tensors.items():
+            table.add_row(name, record.dtype, " x ".join(map(str, record.shape)), record.fingerprint)
+        console.print(table)
+    return 0
+
+
+def _verify(parsed: argparse.Namespace, console: Console) -> int:
+    if parsed.all:
+        folder = (
+            parsed.checkpoint / "checkpoints" if (parsed.checkpoint / "checkpoints").is_dir() else parsed.checkpoint
+        )
+        paths = steps.steps_in(folder)
+        if not paths:
+            raise CheckpointError(f"{folder} holds no checkpoint.")
+    else:
+        given = parsed.checkpoint
+        paths = [given] if given.name.startswith("step_") else [steps.checkpoint_at(given)[0]]
+    damaged = 0
+    for path in paths:
+        started = time.perf_counter()
+        try:
+            manifest = read_manifest(path)
+            with _bar(f"verifying {path.name}", manifest) as advance:
+                problems = offline.verify(path, advance)
+        except CheckpointError as error:
+            problems = [str(error)]
+        if problems:
+            damaged += 1
+            console.print(f"[red]DAMAGED[/red] {path}")
+            for problem in problems:
+                console.print(f"  {problem}", markup=False)
+            continue
+        seconds = time.perf_counter() - started
+        console.print(
+            f"[green]right[/green]   {path}: {len(manifest.tensors)} tensors, {_size(manifest.bytes)} in {seconds:.1f} s; all "
+            f"fingerprints agree"
+        )
+    return 1 if damaged else 0
+
+
+def _diff(parsed: argparse.Namespace, console: Console) -> int:
+    (path_a, a), (path_b, b) = steps.checkpoint_at(parsed.a), steps.checkpoint_at(parsed.b)
+    rows = [("", "A", "B"), ("folder", str(path_a), str(path_b))]
+    for name in ("step", "tokens", "position", "updates", "data_hash", "tokenizer", "fingerprint"):
+        x, y = getattr(a, name), getattr(b, name)
+        rows.append((name, str(x), str(y) if x != y else "the same"))
+    rows.append(
+        ("layout", describe_layout(a.layout), describe_layout(b.layout) if a.layout != b.layout else "the same")
+    )
+    changes = differences(a.recipe, b.recipe) if a.recipe and b.recipe else []
+    rows += [
+        (c.key, str(c.old), f"{c.new}    ({c.kind if c.kind == 'safe' else f'changes {c.kind}'})") for c in changes
+    ]
+    table = Table(box=None, pad_edge=False, show_header=False)
+    for row in rows:
+        table.add_row(*row)
+    console.print(table)
+    with _bar("comparing", a) as advance:
+        found = list(offline.compare(Reader(path_a), Reader(path_b), values=parsed.values, advance=advance))
+    names = [name for name in a.tensors.keys() | b.tensors.keys() if not name.startswith("random.")]
+    console.print(f"{len(names) - len(found)} of {len(names)} tensors are the same.")
+    if found:
+        table = Table(box=None, pad_edge=False)
+        for column in ("tensor", "", *(("differing", "largest", "relative") if parsed.values else ())):
+            table.add_column(column)
+        for one in found[: parsed.most]:
+            cells = (f"{one.differing:,} of {one.elements:,}", f"{one.largest:.3g}", f"{one.relative:.3g}")
+            is_measured = parsed.values and not one.note.startswith(("only", "shape"))
+            table.add_row(one.name, one.note or "other numbers", *(cells if is_measured else ()))
+        console.print(table)
+        if len(found) > parsed.most:
+            console.print(f"... and {len(found) - parsed.most} more (--most {len(found)})")
+    return 1 if found else 0
+
+
+def _reshard(parsed: argparse.Namespace, console: Console) -> int:
+    path, manifest = steps.checkpoint_at(parsed.checkpoint)
+    if parsed.fields or parsed.ranks:
+        layout = _check_layout(manifest, parsed.fields, parsed.ranks)
+        console.print(f"The model fits {layout}.")
+    files = parsed.files or parsed.ranks or 1
+    if files < 1:
+        raise CheckpointError(f"--files {files}: at least one.")
+    with _bar("resharding", manifest, share=_weights_only(manifest) if parsed.weights else 1.0) as advance:
+        new = offline.reshard(path, parsed.out, files=files, with_optimizer=not parsed.weights, advance=advance)
+    console.print(
+        f"wrote {parsed.out}: {len(new.tensors)} tensors in {files} files, {_size(new.bytes)}; fingerprints agree"
+    )
+    return 0
+
+
+def _consolidate(parsed: argparse.Namespace, console: Console) -> int:
+    path, manifest = steps.checkpoint_at(parsed.checkpoint)
+    with _bar("writing", manifest, share=1.0 if parsed.all else _weights_only(manifest)) as advance:
+        size = offline.consolidate(
+            path, parsed.out, with_optimizer=parsed.all, dtype=_DTYPES.get(parsed.dtype or ""), advance=advance
+        )
+    console.print(f"wrote {parsed.out}, {_size(size)}")
+    return 0
+
+
+def _check_layout(manifest: Manifest, fields: list[str], ranks: int | None) -> str:
+    """Describe a layout that fits the checkpoint's model. RecipeError, CheckpointError name what does not."""
+    known = ParallelConfig.__dataclass_fields__
+    values: dict[str, Any] = {}
+    for word in fields:
+        key, _, value = word.partition("=")
+        name = key.removeprefix("parallel.")
+        if name not in known or not (value.isdigit() or value in ("true", "false")):
+            raise CheckpointError(
+                f"{word!r} is no parallel.FIELD=N. There are: {', '.join(f'parallel.{n}' for n in known)}."
+            )
+        values[name] = int(value) if value.isdigit() else value == "true"
+    recipe = recipe_from_mapping(manifest.recipe)
+    parallel = ParallelConfig(**values)
+    model: ModelConfig = recipe.model
+    run: RunConfig = recipe.run
+    world = ranks or parallel.tensor * parallel.pipeline * parallel.context
+    return lay_out(model=model, parallel=parallel, run=run, row_tokens=recipe.data.row_tokens, world=world).describe()
+
+
+@contextmanager
+def _bar(what: str, manifest: Manifest, share: float = 1.0) -> Iterator[offline.Advance]:
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    total = sum(record.bytes for record in manifest.tensors.values()) * share
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task(what, total=total)
+        yield lambda size: progress.advance(task, size)
+
+
+def _weights_only(manifest: Manifest) -> float:
+    total = sum(record.bytes for record in manifest.tensors.values())
+    return sum(r.bytes for n, r in manifest.tensors.items() if n.startswith("model.")) / max(1, total)
+
+
+def _pairs(console: Console, rows: list[tuple[str, str]]) -> None:
+    width = max(len(key) for key, _ in rows)
+    for key, value in rows:
+        console.print(f"  {key:<{width}}  {value}", markup=False)
+
+
+def _size(count: int) -> str:
+    for unit in ("B", "KB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.3g} {unit}"
+        count /= 1000  # type: ignore[assignment]
+    return f"{count:.4g} TB"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

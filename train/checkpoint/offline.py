@@ -1,0 +1,238 @@
+"""What can be done with checkpoints without a model or process group: verify, compare, rewrite, put into one file.
+
+Memory stays near one tensor. Everything is read through manifest and index, so nothing in a checkpoint is executed.
+"""
+
+import math
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from train.checkpoint import disk, fingerprint, publishing
+from train.checkpoint.files import (
+    Reader,
+    boxes_of_run,
+    bytes_of,
+    header_of,
+    label_of,
+    opened,
+    read_header,
+    whole_tensor,
+)
+from train.checkpoint.manifest import DTYPES, Index, Manifest, Place
+from train.errors import CheckpointError
+
+Advance = Callable[[int], None]
+"""Told the bytes of each tensor that is done."""
+
+
+def verify(folder: Path, advance: Advance) -> list[str]:
+    """Compare every byte of a checkpoint with its manifest: one line for everything that is wrong.
+
+    Cached pages are dropped first, so that the disk is asked. Raises CheckpointError where manifest or index do not even
+    read.
+    """
+    reader = Reader(folder)
+    problems = []
+    listed = set(reader.manifest.files)
+    for name in sorted(listed):
+        _forget_cached(folder / name)
+    for name in sorted(listed):
+        if name.endswith(".safetensors"):
+            problems += _header_problems(folder / name, reader)
+    for tensor, record in reader.manifest.tensors.items():
+        try:
+            found = fingerprint.text(reader.sums(tensor))
+        except CheckpointError as error:
+            problems.append(f"{tensor}: {error}")
+        else:
+            if found != record.fingerprint:
+                files = sorted({place.file for place in reader.index[tensor]})
+                problems.append(
+                    f"{tensor}: its fingerprint is {found}, the manifest says {record.fingerprint}; it lies in "
+                    f"{', '.join(files[:4])}{' ...' * (len(files) > 4)}"
+                )
+        advance(record.bytes)
+    strangers = sorted({p.name for p in folder.iterdir()} - listed - {"manifest.json"})
+    problems += [f"{folder / name} is not part of the checkpoint" for name in strangers]
+    return problems
+
+
+@dataclass(frozen=True)
+class TensorDifference:
+    """Two checkpoints' numbers of one tensor."""
+
+    name: str
+    note: str
+    """`only in A`, `only in B`, `shape ... / ...`, or empty."""
+    differing: int = 0
+    """Elements that differ."""
+    elements: int = 0
+    largest: float = 0.0
+    """Largest absolute difference."""
+    relative: float = 0.0
+    """Norm of the difference over the norm of A."""
+
+
+def compare(a: Reader, b: Reader, *, values: bool, advance: Advance) -> Iterator[TensorDifference]:
+    """Tensors that are not the same in both; random state aside. values: also read and measure those that differ."""
+    ours, theirs = a.manifest.tensors, b.manifest.tensors
+    for name in sorted({*ours, *theirs}):
+        if name.startswith("random."):
+            continue
+        if name not in theirs or name not in ours:
+            yield TensorDifference(name, "only in A" if name in ours else "only in B")
+            continue
+        one, other = ours[name], theirs[name]
+        if one.shape != other.shape:
+            yield TensorDifference(name, f"shape {list(one.shape)} / {list(other.shape)}")
+        elif (one.dtype, one.fingerprint) != (other.dtype, other.fingerprint):
+            note = f"format {one.dtype} / {other.dtype}" if one.dtype != other.dtype else ""
+            if not values:
+                yield TensorDifference(name, note, elements=math.prod(one.shape))
+                continue
+            x, y = whole_tensor(a, name).double(), whole_tensor(b, name).double()
+            yield TensorDifference(
+                name,
+                note,
+                differing=int((x != y).sum()),
+                elements=x.numel(),
+                largest=float((x - y).abs().max()),
+                relative=float((x - y).norm() / x.norm().clamp(min=1e-300)),
+            )
+        advance(one.bytes)
+
+
+def reshard(folder: Path, out: Path, *, files: int, with_optimizer: bool, advance: Advance) -> Manifest:
+    """Write a checkpoint anew as `files` files of about the same size, proven by its own fingerprints, and publish it at `out`.
+
+    with_optimizer: false keeps weights only. Raises CheckpointError; nothing is left at `out` then.
+    """
+    reader = Reader(folder)
+    tensors = {
+        name: record for name, record in reader.manifest.tensors.items() if with_optimizer or name.startswith("model.")
+    }
+    if out.exists():
+        raise CheckpointError(f"{out} is there already. Choose another folder, or move it away.")
+    aside = out.with_name(f".{out.name}.writing")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        if aside.exists():
+            disk.remove_tree(aside)
+        disk.make_folder(aside)
+        index: Index = {}
+        for number in range(files):
+            _write_share(reader, aside / f"rank_{number:05d}.safetensors", list(tensors), number, files, index, advance)
+        manifest = replace(
+            reader.manifest,
+            tensors=tensors,
+            updates=reader.manifest.updates if with_optimizer else None,
+            lineage=reader.manifest.lineage | {"resharded_from": str(folder)},
+            files={path.name: path.stat().st_size for path in sorted(aside.iterdir())},
+        )
+        manifest = publishing.seal(aside, manifest, index)
+        problems = verify(aside, lambda _: None)
+        if problems:
+            raise CheckpointError(f"{out} did not come out right: {problems[0]}")
+        publishing.publish(aside, out)
+    except OSError as error:
+        raise CheckpointError(f"{out} cannot be written: {error.strerror or error}") from error
+    finally:
+        if aside.exists():
+            disk.remove_tree(aside)
+    return manifest
+
+
+def consolidate(folder: Path, out: Path, *, with_optimizer: bool, dtype: torch.dtype | None, advance: Advance) -> int:
+    """Write all weights into one safetensors file, under their names without section. -> bytes written.
+
+    with_optimizer: every tensor, under its full name. dtype: convert floating-point weights to it.
+    """
+    reader = Reader(folder)
+    names = [n for n in reader.manifest.tensors if with_optimizer or n.startswith("model.")]
+    formats = {name: _format(DTYPES[reader.manifest.tensors[name].dtype], dtype) for name in names}
+    names.sort(key=lambda name: -formats[name].itemsize)
+    labels = {name: name if with_optimizer else name.removeprefix("model.") for name in names}
+    metadata = {
+        "format": "pt",
+        "step": str(reader.manifest.step),
+        "tokens": str(reader.manifest.tokens),
+        "fingerprint": reader.manifest.fingerprint,
+    }
+    header, _ = header_of([(labels[n], formats[n], reader.manifest.tensors[n].shape) for n in names], metadata)
+    if out.exists():
+        raise CheckpointError(f"{out} is there already. Choose another name, or move it away.")
+    aside = out.with_name(f".{out.name}.writing")
+    try:
+        aside.unlink(missing_ok=True)
+        disk.write_new(aside, [header])
+        for name in names:
+            tensor = whole_tensor(reader, name)
+            single = fingerprint.of_box(tensor, whole=tensor.shape, offset=[0] * tensor.dim(), shape=tensor.shape)
+            if fingerprint.text(single) != reader.manifest.tensors[name].fingerprint:
+                raise CheckpointError(f"{folder}: {name} is damaged; nothing was written to {out}.")
+            disk.append(aside, [bytes_of(tensor.to(formats[name]))])
+            advance(reader.manifest.tensors[name].bytes)
+        disk.sync(aside)
+        disk.rename(aside, out)
+        disk.sync(out.parent)
+    except OSError as error:
+        raise CheckpointError(f"{out} cannot be written: {error.strerror or error}") from error
+    finally:
+        aside.unlink(missing_ok=True)
+    return out.stat().st_size
+
+
+def _format(stored: torch.dtype, wanted: torch.dtype | None) -> torch.dtype:
+    return wanted if wanted is not None and stored.is_floating_point else stored
+
+
+def _write_share(
+    reader: Reader, path: Path, tensors: list[str], number: int, files: int, index: Index, advance: Advance
+) -> None:
+    """One of `files` files: the same share of every tensor, cut into boxes."""
+    parts = []
+    for name in sorted(tensors, key=lambda n: -DTYPES[reader.manifest.tensors[n].dtype].itemsize):
+        record = reader.manifest.tensors[name]
+        elements = math.prod(record.shape)
+        share = boxes_of_run(record.shape, elements * number // files, elements * (number + 1) // files)
+        parts += [(name, DTYPES[record.dtype], offset, shape) for offset, shape, _ in share]
+    header, starts = header_of([(label_of(name, o, s), dtype, s) for name, dtype, o, s in parts])
+    disk.write_new(path, [header])
+    for (name, dtype, offset, shape), start in zip(parts, starts, strict=True):
+        box = torch.empty(shape, dtype=dtype)
+        reader.read(name, offset=offset, into=box)
+        disk.append(path, [bytes_of(box)])
+        index.setdefault(name, []).append(Place(path.name, start, offset, shape))
+        advance(box.numel() * box.element_size())
+    disk.sync(path)
+
+
+def _header_problems(path: Path, reader: Reader) -> list[str]:
+    """Where a file's own header and the index disagree."""
+    try:
+        entries, begin = read_header(path)
+        said = {
+            label: (entry["dtype"], tuple(entry["shape"]), begin + entry["data_offsets"][0])
+            for label, entry in entries.items()
+        }
+    except (CheckpointError, KeyError, TypeError) as error:
+        return [f"{path}: its header cannot be read: {error}"]
+    expected = {
+        label_of(tensor, place.offset, place.shape): (reader.manifest.tensors[tensor].dtype, place.shape, place.start)
+        for tensor, places in reader.index.items()
+        for place in places
+        if place.file == path.name
+    }
+    if said == expected:
+        return []
+    return [f"{path}: its header and index.json disagree about {len(said.items() ^ expected.items()) // 2 or 1} parts"]
+
+
+def _forget_cached(path: Path) -> None:
+    """Ask the system to read this file from the disk the next time."""
+    with opened(path) as handle:
+        os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)

@@ -1,0 +1,82 @@
+"""The step folders of a run, as the disk has them: which there are, which is the newest, what a user's path means.
+
+Reading only, no model and no process group: the offline commands and login nodes use this.
+"""
+
+from pathlib import Path
+
+from train.checkpoint import publishing
+from train.checkpoint.manifest import MANIFEST, Manifest, read_manifest
+from train.errors import CheckpointError
+
+
+def name_of(step: int) -> str:
+    """Name of the folder of the checkpoint after `step` optimizer steps."""
+    return f"step_{step:08d}"
+
+
+def steps_in(folder: Path) -> list[Path]:
+    """Checkpoints that were published in a folder, oldest first."""
+    return sorted(p for p in folder.glob("step_*") if p.is_dir() and p.name.removeprefix("step_").isdigit())
+
+
+def candidates(folder: Path) -> tuple[list[tuple[Path, Manifest]], list[str]]:
+    """Checkpoints whose manifest and file sizes are right, newest first; and what is wrong with pointer and others.
+
+    The content is not read here. The pointer is only a hint: a newer whole checkpoint counts, for a process may die
+    between publishing it and moving the pointer.
+    """
+    good, notes = [], []
+    for path in reversed(steps_in(folder)):
+        try:
+            good.append((path, read_manifest(path)))
+        except CheckpointError as error:
+            notes.append(f"passed over: {error}")
+    pointer = folder / publishing.POINTER
+    named = pointer.read_text(errors="replace").strip() if pointer.is_file() else None
+    if good and named != good[0][0].name:
+        said = "is missing" if named is None else "is empty" if not named else f"says {named[:40]!r}"
+        notes.append(f"{pointer} {said}; the newest whole checkpoint is {good[0][0].name}.")
+    return good, notes
+
+
+def newest_in(folder: Path) -> tuple[Path, Manifest] | None:
+    """The newest checkpoint whose manifest and file sizes are right, and its manifest; None where there never was one.
+
+    Raises CheckpointError where checkpoints were written but none is whole: starting from zero would hide the loss of a run.
+    """
+    good, notes = candidates(folder)
+    if good:
+        return good[0]
+    refuse_to_forget(folder, notes)
+    return None
+
+
+def refuse_to_forget(folder: Path, notes: list[str]) -> None:
+    """Raise CheckpointError where there is a trace of checkpoints but none that can be used."""
+    pointer = folder / publishing.POINTER
+    traces = notes or [f"{pointer} is there, the checkpoint it names is not"] * pointer.exists()
+    if traces:
+        raise CheckpointError(
+            f"no checkpoint in {folder} is whole:\n  "
+            + "\n  ".join(traces)
+            + f"\nBring one back, or move {folder} away to start from the beginning."
+        )
+
+
+def checkpoint_at(place: str | Path) -> tuple[Path, Manifest]:
+    """The checkpoint a user names: a checkpoint folder itself, or the newest of a run's folder; its manifest is checked.
+
+    Raises CheckpointError where there is none, or none is whole.
+    """
+    path = Path(place)
+    if (path / MANIFEST).is_file():
+        return path, read_manifest(path)
+    for folder in (path / "checkpoints", path):
+        found = newest_in(folder)
+        if found is not None:
+            return found
+    raise CheckpointError(
+        f"{path} is no checkpoint (no {MANIFEST}) and no run that has one. Name a folder like runs/NAME or "
+        f"runs/NAME/checkpoints/{name_of(1000)}."
+    )
