@@ -5,11 +5,12 @@
 No torch, no GPU, nothing allocated: runs on a login node in a second.
 """
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from data.errors import DataError
+from data.manifest import MANIFEST, read_manifest
 from train.config import ParallelConfig, Recipe
 from train.cost.activations import Modules
 from train.cost.device import Device, Format
@@ -21,6 +22,7 @@ from train.errors import RecipeError
 from train.model.pattern import Flops, cut, flops_per_token, layer_kinds, parameters, visible_keys
 from train.parallel.layout import Layout, lay_out
 from train.precision.scaling import low_precision_linears, shape_problems
+from train.recipe import check_folder
 
 USABLE = 0.97
 """Share of a device's memory a plan may fill: an allocator never uses the last of it."""
@@ -132,7 +134,7 @@ def make_plan(recipe: Recipe, *, world: int, device: Device, stages: Sequence[st
 
     stages: pattern of each chunk, where another cut than the recipe's is tried.
     """
-    problems = _precision_problems(recipe, device)
+    problems = _precision_problems(recipe, device) + _objective_problems(recipe) + _place_problems(recipe)
     try:
         layout = lay_out(
             model=recipe.model, parallel=recipe.parallel, run=recipe.run, row_tokens=recipe.data.row_tokens, world=world
@@ -303,28 +305,60 @@ def _warnings(recipe: Recipe, layout: Layout, device: Device) -> list[str]:
         found.append(
             "run.deterministic=true: some deterministic kernels are slower; how much has not been measured on a GPU."
         )
-    found += _data_warnings(recipe)
+    if not (Path(recipe.data.folder) / MANIFEST).is_file():
+        found.append(
+            f"data.folder={recipe.data.folder} holds no prepared data here: vocabulary and size were not checked. "
+            f"`python -m data.prepare` makes it."
+        )
+    if recipe.objective.kind == "distill" and recipe.objective.teacher is not None:
+        found.append("objective.kind=distill: the teacher's memory and time are not in this plan.")
     return found
 
 
-def _data_warnings(recipe: Recipe) -> list[str]:
-    """What the prepared data beside this recipe says, where it is here."""
-    manifest = Path(recipe.data.folder) / "manifest.json"
-    if not manifest.is_file():
-        return [
-            f"data.folder={recipe.data.folder} holds no prepared data here, so vocabulary and size were not checked."
-        ]
+def _place_problems(recipe: Recipe) -> list[str]:
+    """What the run's folder and the prepared data, where they are here, say against it."""
+    problems = []
     try:
-        tokenizer = json.loads(manifest.read_text()).get("tokenizer", {})
-    except (OSError, ValueError):
-        return [f"{manifest} cannot be read, so vocabulary and size were not checked."]
-    size = tokenizer.get("vocab_size") if isinstance(tokenizer, dict) else None
-    if isinstance(size, int) and size > recipe.model.vocab:
-        return [
-            f"the prepared data has a vocabulary of {size:,}, but model.vocab={recipe.model.vocab:,}: training will refuse it. "
-            f"Set model.vocab={size}, or prepare the data again."
-        ]
-    return []
+        check_folder(Path(recipe.run.folder) / recipe.run.name, recipe)
+    except RecipeError as error:
+        problems.append(str(error))
+    folder = Path(recipe.data.folder)
+    if (folder / MANIFEST).is_file():
+        try:
+            size = read_manifest(folder).tokenizer.vocab_size
+        except DataError as error:
+            problems.append(str(error))
+        else:
+            if size > recipe.model.vocab:
+                problems.append(
+                    f"the prepared data in {folder} has a vocabulary of {size:,}, but model.vocab={recipe.model.vocab:,}. Set "
+                    f"model.vocab={size}, or prepare the data again with a smaller tokenizer."
+                )
+    return problems
+
+
+def _objective_problems(recipe: Recipe) -> list[str]:
+    """What distillation needs, as far as a recipe tells."""
+    objective = recipe.objective
+    if objective.kind != "distill":
+        return []
+    problems = []
+    if objective.teacher is None and objective.teacher_cache is None:
+        problems.append(
+            "objective.kind=distill needs a teacher. Set objective.teacher to a checkpoint or run folder, or "
+            "objective.teacher_cache to what `python -m train.teacher_cache` wrote."
+        )
+    if objective.teacher_cache is not None and objective.hidden_match != "none":
+        problems.append(
+            f"objective.hidden_match={objective.hidden_match} needs the teacher itself; objective.teacher_cache holds its "
+            f"answers only. Use hidden_match=none, or teacher_cache=null."
+        )
+    if objective.hidden_match != "none" and objective.hidden_layers != "final" and recipe.parallel.recompute != "none":
+        problems.append(
+            f"objective.hidden_layers={objective.hidden_layers} needs activations that parallel.recompute="
+            f"{recipe.parallel.recompute} throws away. Use hidden_layers=final, or parallel.recompute=none."
+        )
+    return problems
 
 
 def _memory_problems(plan: Plan) -> list[str]:

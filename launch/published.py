@@ -142,7 +142,7 @@ FOUNDRY = Software("llm-foundry", elementwise=1.58, gradient_bytes=2)
 """Plain torch modules in bf16 under FSDP, FlashAttention 2."""
 FOUNDRY_HOPPER = replace(FOUNDRY, products=0.888, attention=0.678)
 """The same in 2023 on a then new GPU: kernels of Ampere's generation."""
-NANOTRON = Software("nanotron", elementwise=1.58, attention=0.678, bucket_bytes=25e6)
+NANOTRON = Software("nanotron", elementwise=1.58, attention=0.678, bucket_bytes=25e6, bucket_bytes_per_rank=0)
 
 
 def _precision(text: str) -> tuple[Format | None, str]:

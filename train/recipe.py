@@ -6,11 +6,14 @@ Hydra decides what is composed; nothing of it goes further than this module and 
 """
 
 import dataclasses
+import json
 import typing
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any, Literal
 
+import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -158,3 +161,28 @@ def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             leaves[f"{prefix}{key}"] = value
     return leaves
+
+
+def check_folder(folder: Path, recipe: Recipe) -> None:
+    """Refuse a run folder that belongs to another recipe, naming the fields that differ. Changes nothing."""
+    path = folder / "recipe.yaml"
+    if not path.exists():
+        strangers = [p.name for p in folder.iterdir() if p.name != "logs"] if folder.is_dir() else []  # launch's
+        if strangers:
+            raise RecipeError(
+                f"{folder} is not empty ({', '.join(sorted(strangers)[:3])}) and holds no recipe.yaml, so it is not a "
+                f"run of this project. Choose another run.name or run.folder."
+            )
+        return
+    try:
+        old = yaml.safe_load(path.read_text())
+    except (OSError, yaml.YAMLError) as error:
+        raise RecipeError(f"{path} cannot be read: {error}. Choose another run.name, or move {folder} away.") from error
+    why = refused(differences(old, recipe_mapping(recipe)), recipe.checkpoint.allow)
+    if why is not None:
+        raise RecipeError(f"{folder} holds a run of another recipe:{why}")
+
+
+def recipe_mapping(recipe: Recipe) -> dict[str, Any]:
+    """A recipe as plain mappings and numbers: what `recipe.yaml` and checkpoints hold."""
+    return json.loads(json.dumps(asdict(recipe)))

@@ -3,12 +3,11 @@
 device -> layout -> data -> run folder -> mesh -> model -> DDP -> optimizer -> resume -> stream -> loop -> report
 """
 
-import json
 import logging
 import os
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,7 +25,7 @@ from train.parallel.device import choose_device, prepare
 from train.parallel.layout import Layout, lay_out
 from train.parallel.mesh import Mesh, close_mesh, open_mesh, world_from_environment
 from train.precision.scaling import shape_problems
-from train.recipe import differences, refused
+from train.recipe import check_folder, recipe_mapping
 
 if TYPE_CHECKING:  # at run time Megatron must wait for `prepare`
     from train.engine import Engine
@@ -92,31 +91,6 @@ def open_tokenizer(recipe: Recipe) -> tuple[Tokenizer, Path]:
         return load_tokenizer(Path(config.path), config), Path(config.path)
     entry = read_manifest(folder).tokenizer
     return load_tokenizer(folder / entry.file, config), folder / entry.file
-
-
-def check_folder(folder: Path, recipe: Recipe) -> None:
-    """Refuse a run folder that belongs to another recipe, naming the fields that differ. Changes nothing."""
-    path = folder / "recipe.yaml"
-    if not path.exists():
-        strangers = [p.name for p in folder.iterdir() if p.name != "logs"] if folder.is_dir() else []  # launch's
-        if strangers:
-            raise RecipeError(
-                f"{folder} is not empty ({', '.join(sorted(strangers)[:3])}) and holds no recipe.yaml, so it is not a "
-                f"run of this project. Choose another run.name or run.folder."
-            )
-        return
-    try:
-        old = yaml.safe_load(path.read_text())
-    except (OSError, yaml.YAMLError) as error:
-        raise RecipeError(f"{path} cannot be read: {error}. Choose another run.name, or move {folder} away.") from error
-    why = refused(differences(old, recipe_mapping(recipe)), recipe.checkpoint.allow)
-    if why is not None:
-        raise RecipeError(f"{folder} holds a run of another recipe:{why}")
-
-
-def recipe_mapping(recipe: Recipe) -> dict[str, Any]:
-    """A recipe as plain mappings and numbers: what `recipe.yaml` and checkpoints hold."""
-    return json.loads(json.dumps(asdict(recipe)))
 
 
 @contextmanager

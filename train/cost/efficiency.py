@@ -64,7 +64,9 @@ class Software:
     attention: float = 1.0
     """Speed of its attention kernels over the best of the generation."""
     bucket_bytes: float = 160e6
-    """Gradients are reduced in pieces of this size (Megatron-Core: 40 million fp32 elements)."""
+    """Gradients are reduced in pieces of this size (Megatron-Core: 40 million fp32 elements) ..."""
+    bucket_bytes_per_rank: float = 4e6
+    """... or of this for each data-parallel rank, if that is more (Megatron-Core: a million elements)."""
     shards: Shards = "optimizer"
     """What its data-parallel ranks divide."""
     hides_tensor: float = 0.0

@@ -275,7 +275,8 @@ def _data_parallel(setting: Setting, microbatch: float) -> Parts:
     weights = max(_rank_weights(setting, stage) for stage in range(layout.pipeline))
     speed = _bandwidth(setting, size=size, stride=layout.tensor)
     wait = _latency(setting, size=size, stride=layout.tensor)
-    pieces = math.ceil(software.gradient_bytes * weights / software.bucket_bytes)
+    piece = max(software.bucket_bytes, software.bucket_bytes_per_rank * layout.data)
+    pieces = math.ceil(software.gradient_bytes * weights / piece)
     reduce = software.gradient_bytes * weights * (size - 1) / size / speed + pieces * wait
     gather = 2.0 * weights * (size - 1) / size / speed + pieces * wait
     hidden_reduce = software.hides_data * microbatch * 2 / 3 if setting.overlap_grad_reduce else 0.0
