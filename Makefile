@@ -40,6 +40,9 @@ format: setup ## format the code
 test-gpu: setup ## the tests that need a GPU and the `gpu` extra (not run yet by anyone: docs/fp8.md)
 	@$(PY) -m pytest -q -m gpu
 
+validate-plan: setup ## the planner's predictions beside 333 published rows (seconds)
+	@$(PY) -m launch validate
+
 bench: setup ## speed of the smoke recipe, the scan and the loop, as a table
 	@$(PY) -m tests.bench
 
@@ -53,5 +56,5 @@ clean: ## remove caches and the environment; runs/ is left alone
 	rm -rf .venv .oracle .mypy_cache .ruff_cache .pytest_cache *.egg-info
 	find . -name __pycache__ -not -path './runs/*' -prune -exec rm -rf {} +
 
-.PHONY: help setup smoke test test-slow test-slurm test-oracle test-gpu check format bench bench-fp8 precision-gap clean
+.PHONY: help setup smoke test test-slow test-slurm test-oracle test-gpu check format bench bench-fp8 precision-gap clean validate-plan
 .DEFAULT_GOAL := help

@@ -176,7 +176,7 @@ def _layout(row: Row, *, world: int, sequence: int, assumed: list[str]) -> tuple
     if not has_layout and world > 1:
         raise OutOfScope("layout not published")
     data = world // (tensor * pipeline * context)
-    rows, total = whole(row.get("mbs", "")), whole(row.get("gbs", ""))
+    rows, total = whole(row.get("mbs", "")) or None, whole(row.get("gbs", "")) or None
     tokens = re.search(r"(\d+(?:\.\d+)?)m tokens", row.get("note", "").lower())
     if total is None and tokens:
         total = round(float(tokens.group(1)) * 2**20 / sequence)

@@ -1,0 +1,151 @@
+"""`python -m launch plan` and `plan --search`, as a user runs them: no torch, fast, mistakes with value, place, remedy."""
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from launch.plan import as_json, main
+from launch.planner import make_plan
+from launch.search import search
+from tests.tiny import recipe_with
+from train.cost.device import device_named, devices, find_device
+from train.cost.memory import GIB
+
+ROOT = Path(__file__).resolve().parents[2]
+NANO_9B = (
+    "-cn", "smoke", "model=nemotron_nano_9b_v2", "precision=fp8_blockwise", "precision.backend=te", "data.row_tokens=8192",
+    "run.global_rows=768", "run.microbatch_rows=1", "run.name=not_there", "parallel.sequence=true",
+)  # fmt: skip
+
+
+def plan(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, dict[str, Any], str]:
+    """(exit status, JSON object, errors) of one command."""
+    status = main([*words, "--json"])
+    captured = capsys.readouterr()
+    return status, json.loads(captured.out) if captured.out else {}, captured.err
+
+
+def test_a_plan_needs_no_torch_and_is_fast() -> None:
+    program = (
+        "import sys; from launch.__main__ import main; status = main(['plan', '-cn', 'nemotron_nano_12b_v2', '--json']);"
+        "assert not {'torch', 'megatron', 'matplotlib'} & set(sys.modules), 'heavy'; sys.exit(status)"
+    )
+    began = time.process_time_ns(), time.perf_counter()
+    result = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    assert time.perf_counter() - began[1] < 10, "2 s on a quiet machine; this one may be busy"
+    found = json.loads(result.stdout)
+    assert found["parameters"] == 12_310_001_152  # the published model, to the unit
+    assert {"memory_gib_per_rank", "step_time_s", "tokens_per_s_per_gpu", "mfu"} <= found.keys()
+    assert found["gpus"] == 736 and 20 < found["memory_gib_per_rank"] < 79 and 0.2 < found["mfu"] < 0.7
+    assert found["tokens_per_step"] == 6_029_312  # arXiv 2508.14444
+
+
+@pytest.mark.parametrize("tensor", [4, 8])
+def test_the_9b_mlp_takes_four_tensor_ranks_in_fp8_and_not_eight(
+    tensor: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """15,680 / 8 = 1,960 is not a multiple of 16 (Transformer Engine's FP8 linear layers); 15,680 / 4 = 3,920 is."""
+    status, found, _ = plan(capsys, *NANO_9B, f"parallel.tensor={tensor}", "--gpus", "64")
+    refused = [problem for problem in found["problems"] if "1,960" in problem and "mlp.linear_fc2" in problem]
+    assert bool(refused) == (tensor == 8)
+    assert status == (1 if tensor == 8 else 0)
+    if refused:
+        assert "multiple of 16" in refused[0] and "Lower parallel.tensor" in refused[0]
+
+
+@pytest.mark.parametrize(
+    ("words", "status", "parts"),
+    [
+        (["parallel.tensor=3"], 2, ["parallel.tensor=3", "model.vocab=4096", "Use 1 or 2"]),
+        (["parallel.pipeline=2", "run.global_rows=7", "--gpus", "4"], 2, ["run.global_rows=7", "run.microbatch_rows"]),
+        (["model.hiden=3"], 2, ["model.hiden", "model.hidden"]),
+        (["precision=mxfp8"], 1, ["precision.scaling=mxfp8", "Blackwell", "blockwise"]),
+        (["precision=fp8_current", "--device", "a100"], 1, ["a100_80gb", "no FP8", "scaling=none"]),
+        (["--device", "abacus"], 2, ["--device abacus", "h100"]),
+        (["data.reset_at_documents=true"], 1, ["data.reset_at_documents=true", "reference"]),
+        (["objective.kind=distill"], 1, ["objective.teacher"]),
+        (["model=nemotron_h_56b", "precision=bf16"], 1, ["memory:", "GiB", "h100", "parallel.tensor=2"]),
+    ],
+)
+def test_mistakes_are_found_before_anything_starts(
+    words: list[str], status: int, parts: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    got, found, errors = plan(capsys, "-cn", "smoke", "run.name=not_there", *words)
+    text = errors + "\n".join(found.get("problems", []))
+    assert got == status, text
+    for part in parts:
+        assert part in text
+
+
+def test_all_mistakes_come_at_once(capsys: pytest.CaptureFixture[str]) -> None:
+    """A layout that breaks two rules and a precision the GPU lacks: three lines, one go."""
+    _, _, errors = plan(capsys, "-cn", "smoke", "parallel.tensor=3", "parallel.virtual_pipeline=2", "precision=mxfp8")
+    assert "parallel.tensor=3" in errors and "virtual_pipeline=2" in errors and "mxfp8" in errors
+
+
+def test_a_plan_adds_up() -> None:
+    recipe = recipe_with(**{"parallel.pipeline": 2, "parallel.tensor": 2, "precision.params": "bf16"})
+    found = make_plan(recipe, world=8, device=device_named("h100"))
+    assert sum(found.time.parts.values()) == pytest.approx(found.time.seconds)
+    data = as_json(found, ranks=True)
+    assert len(data["ranks"]) == 8 and data["ranks"][5] == {"tensor": 1, "context": 0, "data": 0, "pipeline": 1}
+    assert data["memory_gib_per_rank"] == max(sum(s["memory_bytes"].values()) for s in data["stages"]) / GIB
+    assert data["tokens_per_s_per_gpu"] * 8 * data["step_time_s"] == pytest.approx(data["tokens_per_step"])
+    # What is computed is what the convention counts: no recomputation, so 3 forward passes (train.model.pattern).
+    counted = sum(data["step_flops_per_gpu"].values()) * 8
+    assert counted == pytest.approx(data["flops_per_token"]["total"] * data["tokens_per_step"], rel=1e-6)
+
+
+def test_tables_and_pictures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    picture = tmp_path / "plan.png"
+    words = ["-cn", "smoke", "run.name=not_there", "parallel.pipeline=2", "run.microbatch_rows=1", "--gpus", "2"]
+    assert main([*words, "--picture", str(picture)]) == 0
+    text = capsys.readouterr().out
+    for part in (
+        "Ranks",
+        "Memory of the fullest rank",
+        "pipeline bubble",
+        "GPU-hours",
+        "MWh",
+        "a checkpoint",
+        "This run can start",
+    ):
+        assert part in text
+    assert picture.stat().st_size > 20_000
+
+
+def test_search_ranks_layouts_that_work_and_says_why() -> None:
+    recipe = recipe_with(
+        **{
+            "model.hidden": 4096, "model.ffn": 16384, "model.heads": 32, "model.kv_heads": 8, "model.head_dim": 128,
+            "model.mamba_heads": 128, "model.mamba_head_dim": 64, "model.mamba_state": 128, "model.mamba_groups": 8,
+            "model.mamba_chunk": 128, "model.pattern": "M-M*-M-" * 4, "model.vocab": 131072, "precision.params": "bf16",
+            "data.row_tokens": 8192, "run.global_rows": 64,
+        }
+    )  # fmt: skip
+    found = search(recipe, world=16, device=device_named("h100"), top=5)
+    times = [candidate.plan.time.seconds for candidate in found.best]
+    assert len(times) == 5 and times == sorted(times) and found.fitting >= 5
+    assert all(candidate.plan.fits and candidate.why for candidate in found.best)
+    assert found.rejected["do not fit in memory"] > 0
+    assert found.tried == found.fitting + sum(found.rejected.values())
+    for candidate in found.best:
+        stages, layout = candidate.plan.stages, candidate.plan.layout
+        assert "".join(stages) == recipe.model.pattern and len(stages) == layout.pipeline * layout.virtual
+
+
+def test_devices_are_found_by_the_names_people_use() -> None:
+    expected = {
+        "H100": "h100", "DGX-H100": "h100", "h100_80gb": "h100", "NVIDIA H200": "h200", "DGX-GB200": "gb200", "B200": "b200",
+        "DGX-GB300": "gb300", "a100_40gb": "a100_40gb", "A100 80GB": "a100_80gb", "A10G": "a10g", "L40S": "l40s",
+        "RTX 4090": "rtx4090", "H100 96GB HBM2e 500W": "h100_500w", "B200 power-limited": "b200_power_limited",
+    }  # fmt: skip
+    assert {name: getattr(find_device(name), "name", None) for name in expected} == expected
+    assert find_device("TPU v5p") is None
+    assert all(device.source and device.peak["bf16"] > 0 for device in devices().values())
