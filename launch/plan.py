@@ -147,6 +147,7 @@ def as_json(plan: Plan, *, ranks: bool) -> dict[str, Any]:
                 "stage": stage,
                 "patterns": list(plan.stages[stage :: layout.pipeline]),
                 "memory_bytes": memory_parts(memory),
+                "microbatches_in_flight": memory.in_flight,
                 "microbatch_s": plan.time.stage_seconds[stage],
             }
             for stage, memory in enumerate(plan.memory)
@@ -160,5 +161,5 @@ def as_json(plan: Plan, *, ranks: bool) -> dict[str, Any]:
 def memory_parts(memory: RankMemory) -> dict[str, float]:
     """Memory of a rank by what it holds, in bytes."""
     parts = asdict(memory)
-    del parts["stage"]
+    del parts["stage"], parts["in_flight"]
     return parts

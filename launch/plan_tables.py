@@ -47,7 +47,7 @@ def show(plan: Plan, *, every_rank: bool = False) -> None:
 
 
 def _console() -> Console:
-    return Console(width=max(100, min(140, shutil.get_terminal_size((120, 40)).columns)), highlight=False)
+    return Console(width=max(100, min(140, shutil.get_terminal_size((130, 40)).columns)), highlight=False)
 
 
 def _head(plan: Plan) -> Text:
@@ -92,14 +92,14 @@ def _ranks(plan: Plan, *, every_rank: bool) -> Table:
 def _memory(plan: Plan) -> Table:
     capacity = plan.device.memory_gib
     table = Table(title="Memory of the fullest rank of each stage, GiB", title_justify="left", title_style="bold")
-    table.add_column("stage", justify="right")
-    for name in (*MEMORY_NAMES.values(), "total", f"of {capacity:.0f}"):
+    for name in ("stage", "in flight", *MEMORY_NAMES.values(), "total", f"of {capacity:.0f}"):
         table.add_column(name, justify="right")
     for memory in plan.memory:
         share = memory.total / GIB / capacity
         style = "red" if share > USABLE else "yellow" if share > 0.9 else ""
         table.add_row(
             str(memory.stage),
+            str(memory.in_flight),
             *[_gib(getattr(memory, part)) for part in MEMORY_NAMES],
             Text(_gib(memory.total), style=f"bold {style}"),
             Text(f"{share:.0%}", style=style),

@@ -121,9 +121,9 @@ def software_of(row: Row, generation: str) -> Software:
     source, extra = row.get("src", "").lower(), row.get("extra", "").lower()
     compiled = "compile" in extra
     shards: Shards = "parameters" if (whole(row.get("fsdp", "")) or 0) > 1 or "full_shard" in extra else "optimizer"
-    if "zero3" in extra or row.get("zero", "") in ("3", "zero3"):
+    if re.search(r"zero[- ]?3", extra) or row.get("zero", "") in ("3", "zero3"):
         shards = "parameters"
-    if "llm-foundry" in source:
+    if any(name in source for name in ("llm-foundry", *PLAIN_TORCH)):
         base = FOUNDRY_HOPPER if generation == "hopper" else FOUNDRY
         return replace(base, shards="gradients" if "shard_grad_op" in extra else shards)
     if "torchtitan" in source:
@@ -134,6 +134,19 @@ def software_of(row: Row, generation: str) -> Software:
     return replace(TUNED, shards=shards)
 
 
+PLAIN_TORCH = (
+    "litgpt",
+    "lit-gpt",
+    "accelerate",
+    "deepspeed",
+    "transformers",
+    "fabric",
+    "olmo",
+    "composer",
+    "colossal",
+    "gpt-neox",
+)
+"""Programs whose modules are plain torch, as llm-foundry's; none of their rows is among the shipped ones in scope."""
 TUNED = Software("Megatron-Core, tuned", hides_tensor=0.9)
 """NVIDIA's own runs and others on Megatron-Core: tensor-parallel traffic beside products, fused kernels."""
 TITAN_EAGER = Software("torchtitan", elementwise=2.87, products=0.92)
@@ -181,6 +194,9 @@ def _layout(row: Row, *, world: int, sequence: int, assumed: list[str]) -> tuple
     if total is None and tokens:
         total = round(float(tokens.group(1)) * 2**20 / sequence)
         assumed.append(f"global batch {total} from the note")
+    steps = re.search(r"\bgas ?=?(\d+)", row.get("extra", "").lower())
+    if total is None and rows is not None and steps:
+        total = rows * data * int(steps.group(1))
     if rows is None:
         if total is None:
             raise OutOfScope("neither microbatch nor global batch published")

@@ -1,9 +1,9 @@
 """`python -m launch plan` and `plan --search`, as a user runs them: no torch, fast, mistakes with value, place, remedy."""
 
 import json
+import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -35,10 +35,13 @@ def test_a_plan_needs_no_torch_and_is_fast() -> None:
         "import sys; from launch.__main__ import main; status = main(['plan', '-cn', 'nemotron_nano_12b_v2', '--json']);"
         "assert not {'torch', 'megatron', 'matplotlib'} & set(sys.modules), 'heavy'; sys.exit(status)"
     )
-    began = time.process_time_ns(), time.perf_counter()
+    before = os.times()
     result = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
-    assert time.perf_counter() - began[1] < 10, "2 s on a quiet machine; this one may be busy"
+    after = os.times()
+    assert after.children_user + after.children_system - before.children_user - before.children_system < 2, (
+        "CPU seconds"
+    )
     found = json.loads(result.stdout)
     assert found["parameters"] == 12_310_001_152  # the published model, to the unit
     assert {"memory_gib_per_rank", "step_time_s", "tokens_per_s_per_gpu", "mfu"} <= found.keys()

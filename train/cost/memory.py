@@ -6,6 +6,7 @@ kind of layout). Activations are within a few percent of what autograd keeps on 
 
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from itertools import accumulate
 
 from train.config import ModelConfig, ParallelConfig, PrecisionConfig
 from train.cost.activations import (
@@ -46,6 +47,8 @@ class RankMemory:
     communication: float
     """Buffers of messages between stages, and sequences gathered over tensor ranks."""
     reserve: float
+    in_flight: int
+    """Microbatches (of one model chunk each) whose activations are kept at the worst moment."""
 
     @property
     def state(self) -> int:
@@ -172,6 +175,7 @@ def rank_memory(
         workspace=workspace,
         communication=waiting + gathered,
         reserve=RESERVE_BYTES if modules == "te" else 0.0,
+        in_flight=_most_in_flight(layout, stage),
     )
 
 
@@ -225,6 +229,17 @@ def stage_activations(
     if stage == layout.pipeline - 1:
         passing = max(passing, head_workspace(shape))
     return worst, passing
+
+
+def _most_in_flight(layout: Layout, stage: int) -> int:
+    """Forward passes of a chunk that wait for their backward pass, at most, on a pipeline rank."""
+    ways = in_flight(
+        stage=stage,
+        stages=layout.pipeline,
+        virtual=layout.virtual,
+        microbatches=min(layout.microbatches_per_step, 2 * layout.pipeline),
+    )
+    return max(accumulate(way for way, _ in ways))
 
 
 def _shape(

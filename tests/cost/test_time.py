@@ -1,0 +1,60 @@
+"""Predicted times against what can be worked out by hand: pipeline bubble, recomputation, collectives, bandwidth of a group."""
+
+from dataclasses import replace
+
+import pytest
+
+from launch.public_models import model_named
+from train.cost.device import device_named
+from train.cost.time import Setting, layer_seconds, step_time
+from train.model.pattern import cut, flops_per_token
+from train.parallel.layout import Layout
+
+LLAMA = model_named("Llama 3 8B")
+
+
+def setting(*, tensor: int = 1, pipeline: int = 1, virtual: int = 1, data: int = 1, microbatches: int = 8) -> Setting:
+    layout = Layout(tensor * pipeline * data, tensor, pipeline, virtual, 1, data, microbatches)
+    stages = tuple(cut(LLAMA.pattern, pipeline * virtual, model=LLAMA))
+    return Setting(
+        model=LLAMA,
+        layout=layout,
+        stages=stages,
+        rows=1,
+        sequence=8192,
+        device=device_named("h100"),
+        split_sequence=tensor > 1,
+    )
+
+
+@pytest.mark.parametrize(("virtual", "microbatches"), [(1, 8), (1, 32), (2, 8), (4, 16)])
+def test_the_bubble_is_the_textbooks(virtual: int, microbatches: int) -> None:
+    """(p - 1) / (v m) of the time the stages work (arXiv 2104.04473, section 2.2), and the messages that fill it."""
+    found = step_time(setting(pipeline=4, virtual=virtual, microbatches=microbatches))
+    work = sum(found.stage_seconds) / 4 * microbatches
+    assert found.parts["bubble"] / work == pytest.approx(3 / (virtual * microbatches), rel=0.05)
+
+
+def test_recomputing_everything_costs_about_a_third() -> None:
+    once, twice = step_time(setting()), step_time(replace(setting(), recompute=1.0))
+    assert 1.2 < twice.seconds / once.seconds < 1.36
+
+
+def test_no_step_is_faster_than_the_peak() -> None:
+    for low in (None, "fp8"):
+        found = step_time(replace(setting(), low=low))  # type: ignore[arg-type]
+        flops = flops_per_token(LLAMA, 8192).total * 8192 * 8
+        assert flops / found.seconds < device_named("h100").peak[low or "bf16"]
+
+
+def test_more_ranks_never_make_one_layer_slower_within_a_domain_at_this_length() -> None:
+    layers = [layer_seconds(setting(tensor=tensor), "-") for tensor in (1, 2, 4, 8)]
+    assert layers == sorted(layers, reverse=True)
+
+
+def test_gradients_over_one_network_card_take_their_bytes() -> None:
+    """8 tensor ranks fill a node, so each data-parallel rank has a card of its own: bytes (d - 1) / d over 80 % of 50 GB/s."""
+    one = replace(setting(tensor=8, data=4, microbatches=1), overlap_grad_reduce=False, overlap_param_gather=False)
+    found = step_time(one).parts["data"]
+    weights = 8.03e9 / 8
+    assert found == pytest.approx((4 + 2) * weights * 3 / 4 / (0.8 * 50e9), rel=0.03)
