@@ -54,9 +54,7 @@ def read_rows(path: Path) -> list[Row]:
         reader = csv.DictReader(file)
         missing = {"model", "gpu", "n_gpu"} - set(reader.fieldnames or [])
         if missing:
-            raise ValueError(
-                f"{path} has no column {', '.join(sorted(missing))}; it needs the columns of {PUBLISHED.name}."
-            )
+            raise ValueError(f"no column {', '.join(sorted(missing))}; it needs the columns of {PUBLISHED.name}.")
         return [{key: (value or "").strip() for key, value in row.items() if key} for row in reader]
 
 

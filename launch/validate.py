@@ -6,6 +6,7 @@ Rows of a configuration that the constants were fitted on are marked `fit`; ever
 """
 
 import argparse
+import csv
 import json
 import statistics
 import sys
@@ -102,8 +103,11 @@ def main(arguments: Sequence[str]) -> int:
     own = parser.parse_args(list(arguments))
     try:
         lines = [assess(row) for row in read_rows(own.rows)]
-    except (OSError, ValueError) as error:
-        sys.stderr.write(f"error: {error}\n")
+    except OSError as error:
+        sys.stderr.write(f"error: {own.rows}: {error.strerror}. Name a file with the columns of {PUBLISHED.name}.\n")
+        return 2
+    except (ValueError, csv.Error) as error:
+        sys.stderr.write(f"error: {own.rows}: {error}\n")
         return 2
     if own.json:
         sys.stdout.write(json.dumps({"rows": [_as_json(line) for line in lines], "summary": summary(lines)}) + "\n")

@@ -7,8 +7,8 @@ Bytes per token, h hidden, e bytes of the recipe's format, q and k widths of que
 of Mamba's projection and convolution, i its inner width (all on a tensor rank), i' = 1 where an FP8 copy is kept instead:
 
                         reference                                      te
-    norm before         e (out) + 8 h (x and x/rms in fp32)            2 e h (in, out)    in low precision (e + 1) h
-    attention           q, k, v, out in fp32, out in e, 4 a head       e (2q + 2k) turned q, k, out; low precision + q
+    norm before         e h (out) + 8 h (x and x/rms in fp32)          2 e h (in, out)    in low precision (e + 1) h
+    attention           q, k, v, out in fp32, out in e, 4 a head       e (3q + 2k), turned + e k, 4 a head; low precision + q
     MLP                 2 e f     gated 4 e f                          the same, the last of them 1 byte in low precision
     Mamba-2             e D + 4 (C + i) + states + gated norm          e (D + 2 i) + i' i
 """
