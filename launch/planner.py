@@ -7,10 +7,8 @@ No torch, no GPU, nothing allocated: runs on a login node in a second.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
-from data.errors import DataError
-from data.manifest import MANIFEST, read_manifest
+from launch.plan_checks import recipe_problems, recipe_warnings
 from train.config import ParallelConfig, Recipe
 from train.cost.activations import Modules
 from train.cost.device import Device, Format
@@ -21,8 +19,7 @@ from train.cost.traffic import StepTraffic, step_traffic
 from train.errors import RecipeError
 from train.model.pattern import Flops, cut, flops_per_token, layer_kinds, parameters, visible_keys
 from train.parallel.layout import Layout, lay_out
-from train.precision.scaling import low_precision_linears, shape_problems
-from train.recipe import check_folder
+from train.precision.scaling import low_precision_linears
 
 USABLE = 0.97
 """Share of a device's memory a plan may fill: an allocator never uses the last of it."""
@@ -134,7 +131,7 @@ def make_plan(recipe: Recipe, *, world: int, device: Device, stages: Sequence[st
 
     stages: pattern of each chunk, where another cut than the recipe's is tried.
     """
-    problems = _precision_problems(recipe, device) + _objective_problems(recipe) + _place_problems(recipe)
+    problems = recipe_problems(recipe, device)
     try:
         layout = lay_out(
             model=recipe.model, parallel=recipe.parallel, run=recipe.run, row_tokens=recipe.data.row_tokens, world=world
@@ -172,7 +169,7 @@ def make_plan(recipe: Recipe, *, world: int, device: Device, stages: Sequence[st
         traffic=step_traffic(setting),
         checkpoints=checkpoints_of(recipe, layout=layout, device=device),
         problems=tuple(problems),
-        warnings=tuple(_warnings(recipe, layout, device)),
+        warnings=tuple(recipe_warnings(recipe, layout, device)),
     )
     return replace(plan, problems=(*plan.problems, *_memory_problems(plan)))
 
@@ -216,149 +213,6 @@ def checkpoints_of(recipe: Recipe, *, layout: Layout, device: Device) -> Checkpo
 
 def _high(recipe: Recipe, device: Device) -> Format:
     return "bf16" if recipe.precision.params == "bf16" and "bf16" in device.peak else "fp32"
-
-
-def _precision_problems(recipe: Recipe, device: Device) -> list[str]:
-    """What Transformer Engine, the device or the backend would refuse."""
-    precision, model = recipe.precision, recipe.model
-    active = {precision.scaling} | ({precision.scaling_after} if precision.switch_at_tokens is not None else set())
-    low = active - {"none"}
-    problems = []
-    blackwell = device.generation.startswith("blackwell")
-    for scaling in sorted(low):
-        if scaling == "unscaled":
-            if precision.backend in ("te", "auto"):
-                problems.append(
-                    "precision.scaling=unscaled is an example of what goes wrong and runs on precision.backend=emulated "
-                    "only. Use current, delayed or blockwise."
-                )
-        elif scaling in ("mxfp8", "nvfp4") and not blackwell:
-            problems.append(
-                f"precision.scaling={scaling} needs a Blackwell GPU; {device.name} is {device.generation}. Use "
-                f"precision.scaling={'blockwise' if device.generation == 'hopper' else 'current'}, or --device b200."
-            )
-        elif "fp8" not in device.peak:
-            problems.append(
-                f"precision.scaling={scaling}: {device.name} ({device.generation}) has no FP8 matrix products. Use "
-                f"precision.scaling=none, or --device h100."
-            )
-        elif scaling == "blockwise" and device.generation == "ada":
-            problems.append(
-                f"precision.scaling=blockwise needs a Hopper GPU or a newer one; {device.name} is {device.generation}. Use "
-                f"precision.scaling=current."
-            )
-    if low and precision.backend == "reference":
-        problems.append(
-            f"precision.backend=reference computes in high precision only, but precision.scaling={precision.scaling}. Use "
-            f"precision.backend=te or emulated, or scaling=none."
-        )
-    if precision.fp8_weights and not low:
-        problems.append(
-            "precision.fp8_weights=true needs a low-precision recipe. Set precision.scaling, or fp8_weights=false."
-        )
-    ends = precision.high_precision_first or precision.high_precision_last
-    if precision.fp8_weights and ends and "delayed" in active:
-        problems.append(
-            "precision.fp8_weights=true with delayed scaling keeps the weights of every layer in FP8. Set "
-            "high_precision_first and high_precision_last to 0, or use another scaling, or fp8_weights=false."
-        )
-    if low:
-        problems += shape_problems(
-            model,
-            parallel=recipe.parallel,
-            precision=precision,
-            rank_tokens=recipe.run.microbatch_rows * recipe.data.row_tokens // recipe.parallel.context,
-        )
-    if recipe.data.reset_at_documents and precision.backend in ("auto", "te"):
-        problems.append(
-            "data.reset_at_documents=true: the te backend cannot tell documents apart yet. Use "
-            "precision.backend=reference, or data.reset_at_documents=false."
-        )
-    return problems
-
-
-def _warnings(recipe: Recipe, layout: Layout, device: Device) -> list[str]:
-    """What is allowed and probably not wanted."""
-    found = []
-    if layout.tensor > device.domain:
-        found.append(
-            f"parallel.tensor={layout.tensor} is larger than the {device.domain} GPUs that {device.name} links directly: every "
-            f"layer waits for the network. Use at most {device.domain}, with parallel.pipeline for the rest."
-        )
-    if layout.tensor > 1 and not recipe.parallel.sequence:
-        found.append(
-            "parallel.sequence=false: norms and residuals are kept on every tensor rank. parallel.sequence=true needs less "
-            "memory at the same traffic."
-        )
-    if layout.pipeline > 1 and layout.microbatches_per_step < layout.pipeline:
-        found.append(
-            f"a step has {layout.microbatches_per_step} microbatches for {layout.pipeline} pipeline stages: most of them wait. "
-            f"Raise run.global_rows, or lower run.microbatch_rows or parallel.pipeline."
-        )
-    if layout.data > 1 and not recipe.parallel.overlap_grad_reduce:
-        found.append(
-            "parallel.overlap_grad_reduce=false: gradients are reduced after the backward pass instead of beside it."
-        )
-    if recipe.run.device == "cpu":
-        found.append("run.device=cpu: the plan is for GPUs; this recipe will not use them.")
-    if recipe.run.deterministic:
-        found.append(
-            "run.deterministic=true: some deterministic kernels are slower; how much has not been measured on a GPU."
-        )
-    if not (Path(recipe.data.folder) / MANIFEST).is_file():
-        found.append(
-            f"data.folder={recipe.data.folder} holds no prepared data here: vocabulary and size were not checked. "
-            f"`python -m data.prepare` makes it."
-        )
-    if recipe.objective.kind == "distill" and recipe.objective.teacher is not None:
-        found.append("objective.kind=distill: the teacher's memory and time are not in this plan.")
-    return found
-
-
-def _place_problems(recipe: Recipe) -> list[str]:
-    """What the run's folder and the prepared data, where they are here, say against it."""
-    problems = []
-    try:
-        check_folder(Path(recipe.run.folder) / recipe.run.name, recipe)
-    except RecipeError as error:
-        problems.append(str(error))
-    folder = Path(recipe.data.folder)
-    if (folder / MANIFEST).is_file():
-        try:
-            size = read_manifest(folder).tokenizer.vocab_size
-        except DataError as error:
-            problems.append(str(error))
-        else:
-            if size > recipe.model.vocab:
-                problems.append(
-                    f"the prepared data in {folder} has a vocabulary of {size:,}, but model.vocab={recipe.model.vocab:,}. Set "
-                    f"model.vocab={size}, or prepare the data again with a smaller tokenizer."
-                )
-    return problems
-
-
-def _objective_problems(recipe: Recipe) -> list[str]:
-    """What distillation needs, as far as a recipe tells."""
-    objective = recipe.objective
-    if objective.kind != "distill":
-        return []
-    problems = []
-    if objective.teacher is None and objective.teacher_cache is None:
-        problems.append(
-            "objective.kind=distill needs a teacher. Set objective.teacher to a checkpoint or run folder, or "
-            "objective.teacher_cache to what `python -m train.teacher_cache` wrote."
-        )
-    if objective.teacher_cache is not None and objective.hidden_match != "none":
-        problems.append(
-            f"objective.hidden_match={objective.hidden_match} needs the teacher itself; objective.teacher_cache holds its "
-            f"answers only. Use hidden_match=none, or teacher_cache=null."
-        )
-    if objective.hidden_match != "none" and objective.hidden_layers != "final" and recipe.parallel.recompute != "none":
-        problems.append(
-            f"objective.hidden_layers={objective.hidden_layers} needs activations that parallel.recompute="
-            f"{recipe.parallel.recompute} throws away. Use hidden_layers=final, or parallel.recompute=none."
-        )
-    return problems
 
 
 def _memory_problems(plan: Plan) -> list[str]:
