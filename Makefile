@@ -49,12 +49,16 @@ bench: setup ## speed of the smoke recipe, the scan and the loop, as a table
 bench-fp8: setup ## what emulating each low-precision recipe costs, as a table
 	@$(PY) -m tests.bench.precision
 
+bench-data: setup ## reading speed against other loaders, start-up and memory at 100M to 10T tokens (about 10 minutes)
+	@bash tests/bench/install_peers.sh
+	@$(PY) -m tests.bench.data
+
 precision-gap: setup ## train a small hybrid in every precision and compare the losses (hours; resumes)
 	@$(PY) -m tests.bench.precision_gap
 
 clean: ## remove caches and the environment; runs/ is left alone
-	rm -rf .venv .oracle .mypy_cache .ruff_cache .pytest_cache *.egg-info
+	rm -rf .venv .oracle .peers .mypy_cache .ruff_cache .pytest_cache *.egg-info
 	find . -name __pycache__ -not -path './runs/*' -prune -exec rm -rf {} +
 
-.PHONY: help setup smoke test test-slow test-slurm test-oracle test-gpu check format bench bench-fp8 precision-gap clean validate-plan
+.PHONY: help setup smoke test test-slow test-slurm test-oracle test-gpu check format bench bench-fp8 bench-data precision-gap clean validate-plan
 .DEFAULT_GOAL := help
