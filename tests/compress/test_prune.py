@@ -6,18 +6,26 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import yaml
 from compress.parents import GEMMA, HYBRID, logits, recipe_of, score
 from objective.teachers import save_teacher
 from ranks import run_ranks
 from tiny import RECIPE, Numbers, steps_of
 
+from train.checkpoint import storage
+from train.checkpoint.manager import checkpoint_at
+from train.checkpoint.manifest import read_manifest
 from train.checkpoint.tensors import StoredTensors, write_weights
+from train.compress.__main__ import _write_pruned
+from train.compress.parent import Parent
 from train.compress.prune import _AXES as AXES
 from train.compress.prune import Kept, Target, _indices, choose, cut_weights, pruned_model
 from train.compress.scores import Scores
 from train.config import ModelConfig
 from train.errors import RecipeError
+from train.hf.convert import export_weights
 from train.model.pattern import parameters
+from train.objective.teacher import teacher_recipe
 
 SMALLER = {
     "hidden": Target(hidden=48),
@@ -51,9 +59,23 @@ def before(parent: tuple[Path, ModelConfig]) -> torch.Tensor:
 def cut(parent: Path, folder: Path, scores: Scores, target: Target, kept: Kept | None = None) -> ModelConfig:
     kept = kept if kept is not None else choose(scores, target)
     small = pruned_model(ModelConfig(**scores.model), target, kept.layers)
-    folder.mkdir()
-    cut_weights(parent, folder, scores=scores, kept=kept, small=small)
+    cut_weights(parent, aside_of(folder), scores=scores, kept=kept, small=small)
+    finish(folder)
     return small
+
+
+def aside_of(folder: Path) -> Path:
+    """Where a checkpoint is written before it gets its name."""
+    aside = folder.with_name(f".{folder.name}.writing")
+    aside.mkdir()
+    return aside
+
+
+def finish(folder: Path) -> None:
+    manifest = storage.Manifest(
+        step=0, position=0, tokens=0, layout={}, recipe={}, data_hash="", versions={}, updates=None
+    )
+    storage.publish(folder.with_name(f".{folder.name}.writing"), folder, manifest)
 
 
 def test_pruning_to_the_identity_is_bitwise_the_parent(
@@ -68,7 +90,9 @@ def test_pruning_to_the_identity_is_bitwise_the_parent(
 
 
 @pytest.mark.parametrize("axis", SMALLER)
-def test_every_width_is_really_cut(axis: str, parent: tuple[Path, ModelConfig], scores: Scores, tmp_path: Path) -> None:
+def test_every_width_is_really_cut(
+    axis: str, parent: tuple[Path, ModelConfig], scores: Scores, before: torch.Tensor, tmp_path: Path
+) -> None:
     """A no-op would leave parameters or logits as they were (it happened to others: a hook on the wrong module)."""
     path, model = parent
     if model is GEMMA and (axis.startswith("mamba") or axis == "layers"):
@@ -88,7 +112,6 @@ def test_cutting_what_is_zero_changes_no_logit(
     path, model = parent
     kept = choose(scores, ALL)
     zeroed = tmp_path / "zeroed"
-    zeroed.mkdir()
     stored = StoredTensors(path)
 
     def read(name: str) -> torch.Tensor:
@@ -102,7 +125,8 @@ def test_cutting_what_is_zero_changes_no_logit(
                 tensor.index_fill_(dim, torch.from_numpy(gone), 0.0)
         return tensor
 
-    write_weights(zeroed, stored.weights, read)
+    write_weights(aside_of(zeroed), stored.weights, read)
+    finish(zeroed)
     measured = run_ranks(1, score, zeroed, recipe_of(model), 1, 4)[0]
     small = cut(zeroed, tmp_path / "small", measured, ALL, kept)
     before, after = (run_ranks(1, logits, *what)[0] for what in ((zeroed, model), (tmp_path / "small", small)))
@@ -159,3 +183,27 @@ def test_sizes_that_do_not_fit_are_refused_together() -> None:
     assert "compress.hidden=100 is more than the parent's 64" in text
     assert "compress.heads=3" in text and "Use 2 or 4" in text
     assert "compress.mamba_heads=7" in text and "Use 6 or 8" in text
+
+
+def test_a_pruned_checkpoint_says_where_it_comes_from_and_is_exported(
+    parent: tuple[Path, ModelConfig], scores: Scores, tmp_path: Path
+) -> None:
+    """As the command writes it; then out to Hugging Face's format, compared there tensor by tensor by the converter."""
+    path, model = parent
+    manifest = read_manifest(path)
+    whole = Parent(path, manifest, teacher_recipe(manifest, path))
+    folder = tmp_path / "small"
+    text = _write_pruned(whole, scores, Target(hidden=48, ffn=80), folder, name="small")
+    assert "run.start_from" in text
+    found, pruned = checkpoint_at(folder)
+    assert pruned.recipe["model"]["hidden"] == 48 and pruned.tokenizer == manifest.tokenizer and pruned.updates is None
+    kept = pruned.lineage["kept"]
+    assert len(kept["hidden"]) == 48 and kept["layers"] == list(range(len(model.pattern)))
+    assert (
+        pruned.lineage["parent_fingerprint"] == manifest.fingerprint and pruned.lineage["parent_step"] == manifest.step
+    )
+    assert yaml.safe_load((folder / "model" / "small.yaml").read_text())["ffn"] == 80
+    small = teacher_recipe(pruned, found).model
+    (tmp_path / "hf").mkdir()
+    converted = export_weights(StoredTensors(found), tmp_path / "hf", model=small)
+    assert converted.parameters == parameters(small).total

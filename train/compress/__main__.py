@@ -173,17 +173,9 @@ def _write_pruned(parent: Any, scores: Any, target: Any, folder: Path, *, name: 
         layout={},
         recipe=recipe_mapping(recipe),
         data_hash="",
-        files={},
         versions=storage.versions(),
         tokenizer=parent.manifest.tokenizer,
-        lineage=lineage(
-            scores,
-            kept,
-            parent=parent.path,
-            parent_step=parent.manifest.step,
-            parent_tokens=parent.manifest.tokens,
-            before=parent.manifest.lineage,
-        ),
+        lineage=lineage(scores, kept, parent=parent.path, manifest=parent.manifest),
     )
     storage.publish(aside, final, manifest)
     group = folder / "model"

@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from train.checkpoint.manifest import Manifest
 from train.checkpoint.tensors import StoredTensor, StoredTensors, write_weights
 from train.compress.scores import Scores, best, best_in_groups, best_mamba, model_of
 from train.config import ModelConfig
@@ -284,17 +285,16 @@ def _ratio(a: Any, b: Any) -> Any:
     return np.where(np.asarray(b) > 0, np.asarray(a) / np.where(np.asarray(b) > 0, b, 1), 1.0)
 
 
-def lineage(
-    scores: Scores, kept: Kept, *, parent: Path, parent_step: int, parent_tokens: int, before: dict[str, Any]
-) -> dict[str, Any]:
+def lineage(scores: Scores, kept: Kept, *, parent: Path, manifest: Manifest) -> dict[str, Any]:
     """What a pruned checkpoint's manifest says about where it comes from."""
     return {
         "made_by": "prune",
         "parent": str(parent),
-        "parent_step": parent_step,
-        "parent_tokens": parent_tokens,
+        "parent_fingerprint": manifest.fingerprint,
+        "parent_step": manifest.step,
+        "parent_tokens": manifest.tokens,
         "parent_model": scores.model,
         "calibration_rows": scores.rows,
         "kept": {"layers": kept.layers, "hidden": kept.hidden.tolist()},
-        "before": before,
+        "before": manifest.lineage,
     }
