@@ -46,6 +46,9 @@ validate-plan: setup ## the planner's predictions beside 333 published rows (sec
 bench: setup ## speed of the smoke recipe, the scan and the loop, as a table
 	@$(PY) -m tests.bench
 
+bench-model: setup ## both model families against transformers, with growing rows (several minutes)
+	@$(PY) -m tests.bench.model
+
 bench-fp8: setup ## what emulating each low-precision recipe costs, as a table
 	@$(PY) -m tests.bench.precision
 
@@ -60,5 +63,5 @@ clean: ## remove caches and the environment; runs/ is left alone
 	rm -rf .venv .oracle .peers .mypy_cache .ruff_cache .pytest_cache *.egg-info
 	find . -name __pycache__ -not -path './runs/*' -prune -exec rm -rf {} +
 
-.PHONY: help setup smoke test test-slow test-slurm test-oracle test-gpu check format bench bench-fp8 bench-data precision-gap clean validate-plan
+.PHONY: help setup smoke test test-slow test-slurm test-oracle test-gpu check format bench bench-model bench-fp8 bench-data precision-gap clean validate-plan
 .DEFAULT_GOAL := help
