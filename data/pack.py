@@ -19,7 +19,7 @@ import itertools
 import threading
 from collections import OrderedDict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -30,8 +30,7 @@ STRETCH_ROWS = 64
 _CACHED_STRETCHES = 64
 
 
-@dataclass(frozen=True)
-class Piece:
+class Piece(NamedTuple):
     """Part of a document in a row: labels `start` to `stop` of the stream."""
 
     start: int

@@ -55,7 +55,10 @@ class OpenShard:
         is_plain = header.documents == header.sequences + 1
         starts = offsets[first : first + count] if is_plain else offsets[documents[first : first + count]]
         self.starts: np.ndarray = starts
-        """Byte offset at which each document of the entry begins; mapped, and not aligned: search it by `bisect`."""
+        """Byte offset at which each document of the entry begins; mapped, and not aligned."""
+        raw = starts.view(np.uint8) if is_plain else np.ascontiguousarray(starts)
+        self.search: Sequence[int] = memoryview(raw).cast("q")  # type: ignore[assignment]
+        """The same, for `bisect`: plain numbers, a third of the time that numpy's take."""
         self.itemsize = header.dtype.itemsize
         self.first_byte = int(starts[0]) if count else 0
         self._fd = os.open(tokens, os.O_RDONLY)
@@ -195,7 +198,7 @@ class TokenStream:
             shard = self._shelf.open(self.entries[which])
             base = int(self.shard_starts[which])
             lo, hi = (shard.first_byte + (place - base) * shard.itemsize for place in (low, high))
-            a, b = bisect.bisect_left(shard.starts, lo), bisect.bisect_left(shard.starts, hi)
+            a, b = bisect.bisect_left(shard.search, lo), bisect.bisect_left(shard.search, hi)
             if number < 0:
                 number = int(self.documents_before[which]) + int(a)
             parts.append((np.asarray(shard.starts[a:b]) - shard.first_byte) // shard.itemsize + base)
@@ -207,7 +210,7 @@ class TokenStream:
         which = bisect.bisect_right(self._bounds, position) - 1
         shard = self._shelf.open(self.entries[which])
         place = shard.first_byte + (position - self._bounds[which]) * shard.itemsize
-        return int(self.documents_before[which]) + bisect.bisect_right(shard.starts, place) - 1
+        return int(self.documents_before[which]) + bisect.bisect_right(shard.search, place) - 1
 
     def entry_of(self, document: int) -> tuple[int, int]:
         """The entry a document lies in, and its number there."""
