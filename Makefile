@@ -52,9 +52,10 @@ bench-model: setup ## both model families against transformers, with growing row
 bench-fp8: setup ## what emulating each low-precision recipe costs, as a table
 	@$(PY) -m tests.bench.precision
 
-bench-data: setup ## reading speed against other loaders, start-up and memory at 100M to 10T tokens (about 10 minutes)
+bench-data: setup ## reading and tokenizing speed against others, start-up and memory at 100M to 10T tokens (about 12 minutes)
 	@bash tests/bench/install_peers.sh
 	@$(PY) -m tests.bench.data
+	@$(PY) -m tests.bench.tokenizing
 
 precision-gap: setup ## train a small hybrid in every precision and compare the losses (hours; resumes)
 	@$(PY) -m tests.bench.precision_gap

@@ -43,6 +43,13 @@ def find_sets(place: str, source: SourceConfig) -> list[Part]:
     return [Part(p, "megatron", size=size, file_size=size) for p, size in zip(prefixes, sizes, strict=True)]
 
 
+def unended_documents(prefix: str, eod: int) -> int:
+    """Documents of a set that do not end with the end-of-document token (made without Megatron-LM's --append-eod)."""
+    shard = open_shard(Path(prefix))
+    lasts = shard.ends[np.diff(shard.ends, prepend=0) > 0] - 1
+    return int((shard.tokens[lasts] != eod).sum()) + len(shard.ends) - len(lasts)
+
+
 def describe_set(
     prefix: str, tokenizer: Tokenizer, *, fraction: float, first: bool, report: Callable[[int, int, int], None]
 ) -> dict[str, ShardEntry]:

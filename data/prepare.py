@@ -262,7 +262,7 @@ def _merge(folder: Path, work: Work, jobs: list[ShardJob], tokenizer: Tokenizer,
             eod=tokenizer.eod,
         ),
         request=work.request,
-        sources={name: _merge_source(name, work, jobs, console) for name in work.sources},
+        sources={name: _merge_source(name, work, jobs, tokenizer, console) for name in work.sources},
     )
     write_manifest(folder, manifest)
     return manifest
@@ -300,7 +300,7 @@ def _since(started: float) -> str:
     return f"{time.perf_counter() - started:.1f} s"
 
 
-def _merge_source(name: str, work: Work, jobs: list[ShardJob], console: Console) -> SourceEntry:
+def _merge_source(name: str, work: Work, jobs: list[ShardJob], tokenizer: Tokenizer, console: Console) -> SourceEntry:
     entry = SourceEntry(
         description={
             "path": work.request["sources"][name]["path"],
@@ -311,6 +311,7 @@ def _merge_source(name: str, work: Work, jobs: list[ShardJob], console: Console)
     )
     before: dict[str, int] = {}
     problems: list[str] = []
+    unended = 0
     for job in jobs:
         if job.name != name:
             continue
@@ -321,6 +322,7 @@ def _merge_source(name: str, work: Work, jobs: list[ShardJob], console: Console)
         for file, records in result.records.items():
             before[file] = before.get(file, 0) + records
         problems += result.problems
+        unended += result.unended
         entry = replace(
             entry,
             bad_records=entry.bad_records + result.bad_records,
@@ -333,6 +335,12 @@ def _merge_source(name: str, work: Work, jobs: list[ShardJob], console: Console)
         f"{entry.count('train', 'text_bytes') / max(1, tokens):.2f} bytes per token; held out: "
         f"{entry.count('heldout', 'documents'):,} documents, {entry.count('heldout', 'tokens'):,} tokens",
     )
+    if unended:
+        _say(
+            console,
+            f"{name}: {unended:,} documents do not end with the end-of-document token (id {tokenizer.eod}); each runs into "
+            f"the next. Check data.tokenizer.end_of_document, or make the set with --append-eod.",
+        )
     if entry.bad_records:
         _say(console, f"{name}: left out {entry.bad_records:,} bad records, e.g. {problems[0]}")
     return entry

@@ -20,7 +20,7 @@ from data.config import SourceConfig
 from data.corpus import Document, Reader, cut_in_two, digest, held_out
 from data.errors import DataError
 from data.manifest import SPLITS, ShardEntry, shard_entry, write_durably
-from data.megatron_sets import describe_set
+from data.megatron_sets import describe_set, unended_documents
 from data.origins import pack_origins
 from data.shards import ShardWriter, write_bytes_durably
 from data.sources.files import ReadError, is_remote
@@ -79,6 +79,8 @@ class ShardResult:
     bad_records: int = 0
     empty_documents: int = 0
     problems: tuple[str, ...] = ()
+    unended: int = 0
+    """Documents of an existing set without an end-of-document token."""
 
 
 def make_shard(job: ShardJob, tokenizer: Tokenizer, *, threads: int, report: Report) -> None:
@@ -141,7 +143,7 @@ def _make(job: ShardJob, tokenizer: Tokenizer, threads: int, report: Report) -> 
         (part,) = job.parts
         first = job.number == 0
         splits = describe_set(part.file, tokenizer, fraction=job.fraction, first=first, report=report)
-        return ShardResult(splits=splits, records={})
+        return ShardResult(splits=splits, records={}, unended=unended_documents(part.file, tokenizer.eod))
     reader = Reader(job.name, job.source)
     with ExitStack() as stack:
         outputs = {split: stack.enter_context(_Output(job, split, tokenizer)) for split in SPLITS}

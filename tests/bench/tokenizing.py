@@ -189,7 +189,7 @@ def _megatron(way: str, corpus: Path, aside: Path) -> tuple[float, float, list[n
     builder.finalize(str(aside / "out.idx"))
     wall, cpu = clock.read()
     written = IndexedDataset(str(aside / "out"))
-    return wall, cpu, [np.asarray(written[n])[:-1] for n in range(len(written))]
+    return wall, cpu, [np.array(written[n][:-1]) for n in range(len(written))]
 
 
 def _datasets(way: str, corpus: Path, aside: Path) -> tuple[float, float, list[np.ndarray]]:

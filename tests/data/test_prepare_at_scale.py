@@ -2,6 +2,7 @@
 
 import gzip
 import hashlib
+import io
 import json
 import os
 import random
@@ -285,8 +286,14 @@ def test_existing_megatron_sets_are_read_where_they_lie(
     sets = SourceConfig(path=str(tmp_path / "[abc]"), format="megatron")
     tokenizer = TokenizerConfig(path=f"{config.folder}/tokenizer.json")
     other = elsewhere(config, "megatron", sources={"sets": sets}, tokenizer=tokenizer)
-    manifest = prepare(other, console=QUIET)
+    said = io.StringIO()
+    manifest = prepare(other, console=Console(file=said))
     assert manifest is not None
+    last = ids[np.cumsum(lengths) + lengths - 1]  # a document of random ids seldom ends with id 0
+    assert (
+        f"sets: {3 * int((last != 0).sum())} documents do not end with the end-of-document token (id 0)"
+        in said.getvalue()
+    )
     splits = manifest.sources["sets"].splits
     assert [entry.dtype for entry in splits["train"]] == ["int64", "uint16", "int32"]
     assert [entry.documents for entry in splits["train"]] == [90] * 3
