@@ -57,6 +57,9 @@ bench-data: setup ## reading and tokenizing speed against others, start-up and m
 	@$(PY) -m tests.bench.data
 	@$(PY) -m tests.bench.tokenizing
 
+bench-checkpoint: setup ## saving and loading against the plain disk and torch.distributed.checkpoint (2 minutes)
+	@OMP_NUM_THREADS=1 $(PY) -m tests.bench.checkpoint
+
 precision-gap: setup ## train a small hybrid in every precision and compare the losses (hours; resumes)
 	@$(PY) -m tests.bench.precision_gap
 
@@ -64,5 +67,5 @@ clean: ## remove caches and the environment; runs/ is left alone
 	rm -rf .venv .oracle .peers .mypy_cache .ruff_cache .pytest_cache *.egg-info
 	find . -name __pycache__ -not -path './runs/*' -prune -exec rm -rf {} +
 
-.PHONY: help setup smoke test test-slow test-slurm test-oracle test-gpu check format bench bench-model bench-fp8 bench-data precision-gap clean validate-plan
+.PHONY: help setup smoke test test-slow test-slurm test-oracle test-gpu check format bench bench-model bench-fp8 bench-checkpoint bench-data precision-gap clean validate-plan
 .DEFAULT_GOAL := help

@@ -87,10 +87,11 @@ def train_on(
     steps: int,
     recipe: Recipe = SMALL,
     trap: Callable[[int, Act], None] | None = None,
+    log: Path | None = None,
 ) -> tuple[int, str]:
     """For `run_ranks`: resume, train to `steps`, saving in the background as it is due. -> where it began, and what was said.
 
-    trap(rank, act): called before each act of a save.
+    trap(rank, act): called before each act of a save. log: gets a line a step, "rank pid step".
     """
     with engine_of(recipe, rank=rank, world=world) as engine:
         checkpoints = CheckpointFolder(folder, recipe.checkpoint)
@@ -101,6 +102,9 @@ def train_on(
                 steps_of(engine, recipe, range(step, step + 1), before_update=checkpoints.before_update)
                 if checkpoints.is_due(step + 1):
                     checkpoints.request(engine, step=step + 1, position=4 * (step + 1), recipe={}, data_hash="h")
+                if log is not None:
+                    with log.open("a") as stream:
+                        stream.write(f"{rank} {os.getpid()} {step + 1}\n")
                 torch.distributed.barrier()
             checkpoints.wait()
             checkpoints.check()

@@ -1,0 +1,220 @@
+"""`make bench-checkpoint`: what saving and loading cost, against the disk's own speed and torch.distributed.checkpoint.
+
+python -m tests.bench.checkpoint [--hidden 768] [--rounds 3] [--folder FOLDER]
+
+One process, one thread of computing (a background save has another core to itself). Every round does everything once, in
+turn, on the same folder: a plain file of the same bytes written and synced, then read after its pages were dropped; our save
+and load; torch's. Medians over the rounds. The state is that of a training run: fp32 weights and two moments.
+"""
+
+import argparse
+import os
+import shutil
+import statistics
+import sys
+import tempfile
+import time
+import warnings
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+
+from train.parallel.device import prepare
+
+prepare(torch.device("cpu"))
+
+import torch.distributed.checkpoint as dcp
+from rich.console import Console
+from rich.table import Table
+from tiny import RECIPE, engine_of, steps_of
+
+from train.checkpoint import storage
+from train.checkpoint.files import bytes_of
+from train.checkpoint.manager import CheckpointFolder
+from train.config import Recipe
+from train.engine import Engine
+
+BESIDE = 6
+"""Steps measured with a save beside them, and without."""
+
+
+def recipe_of(hidden: int) -> Recipe:
+    model = replace(
+        RECIPE.model, pattern="M-*-M-*-", hidden=hidden, ffn=4 * hidden, heads=hidden // 64, kv_heads=hidden // 64,
+        head_dim=64, mamba_heads=hidden // 32, mamba_head_dim=64, mamba_state=64, mamba_groups=1, vocab=256,
+    )  # fmt: skip
+    return replace(RECIPE, model=model, run=replace(RECIPE.run, global_rows=4, microbatch_rows=4))
+
+
+def timed(action: Callable[[], object]) -> float:
+    started = time.perf_counter()
+    action()
+    return time.perf_counter() - started
+
+
+def forget(folder: Path) -> None:
+    """Have the next read ask the disk."""
+    for path in [folder] if folder.is_file() else folder.rglob("*"):
+        if path.is_file():
+            handle = os.open(path, os.O_RDONLY)
+            os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
+            os.close(handle)
+
+
+def write_plainly(path: Path, buffer: torch.Tensor) -> None:
+    with path.open("wb", buffering=0) as stream:
+        view = bytes_of(buffer)
+        while view:
+            view = view[stream.write(view) :]
+        os.fsync(stream.fileno())
+
+
+def read_plainly(path: Path, buffer: torch.Tensor) -> None:
+    with path.open("rb", buffering=0) as stream:
+        view = bytes_of(buffer)
+        while view and (got := stream.readinto(view)):
+            view = view[got:]
+
+
+class Torch:
+    """torch.distributed.checkpoint over the same tensors."""
+
+    def __init__(self, engine: Engine, folder: Path) -> None:
+        snapshot = storage.snapshot_of(
+            engine, step=0, position=0, tokens=0, recipe={}, data_hash="", tokenizer="", lineage={}
+        )
+        self.state = {piece.label: piece.data for piece in snapshot.pieces}
+        self.folder = folder
+
+    def save(self) -> None:
+        dcp.save(self.state, checkpoint_id=self.folder, no_dist=True)
+
+    def load(self) -> None:
+        dcp.load(self.state, checkpoint_id=self.folder, no_dist=True)
+
+    def stall(self) -> tuple[float, float]:
+        """Seconds an asynchronous save holds the caller, and seconds until it is done."""
+        started = time.perf_counter()
+        future = dcp.async_save(self.state, checkpoint_id=self.folder)
+        held = time.perf_counter() - started
+        future.result()  # type: ignore[union-attr]
+        return held, time.perf_counter() - started
+
+
+def measure(recipe: Recipe, folder: Path, rounds: int) -> tuple[dict[str, list[float]], int]:
+    seconds: dict[str, list[float]] = defaultdict(list)
+    with engine_of(recipe, rank=0, world=1) as engine:
+        steps_of(engine, recipe, range(2))
+        checkpoints = CheckpointFolder(folder / "ours", replace(recipe.checkpoint, keep_last=1))
+        theirs = Torch(engine, folder / "theirs")
+        size = sum(tensor.numel() * tensor.element_size() for tensor in theirs.state.values())
+        plain = folder / "plain"
+        buffer = torch.empty(size, dtype=torch.uint8).random_()
+        step = 2
+
+        def request(*, background: bool) -> None:
+            checkpoints.request(engine, step=step, position=0, recipe={}, data_hash="h", background=background)
+
+        def steps(count: int) -> float:
+            nonlocal step
+            held = 0.0
+
+            def wait() -> None:
+                nonlocal held
+                held += timed(checkpoints.before_update)
+
+            steps_of(engine, recipe, range(step, step + count), before_update=wait)
+            step += count
+            return held
+
+        for _ in range(rounds):
+            seconds["plain write"].append(timed(lambda: write_plainly(plain, buffer)))
+            forget(plain)
+            seconds["plain read"].append(timed(lambda: read_plainly(plain, buffer)))
+            plain.unlink()
+
+            steps(1)
+            seconds["save"].append(timed(lambda: request(background=False)))
+            event = next(event for event in checkpoints.collect() if event.kind == "save")
+            for part, took in event.fields["parts"].items():
+                seconds[f"save: {part}"].append(took)
+            seconds["fingerprints"].append(event.fields["fingerprint_s"])
+            path = checkpoints.path_of(step)
+            forget(path)
+            seconds["load"].append(timed(lambda path=path: checkpoints.load(engine, path)))
+
+            shutil.rmtree(theirs.folder, ignore_errors=True)
+            seconds["torch save"].append(timed(theirs.save))
+            forget(theirs.folder)
+            seconds["torch load"].append(timed(theirs.load))
+            shutil.rmtree(theirs.folder)
+
+            seconds["steps alone"].append(timed(lambda: steps(BESIDE)))
+            started = time.perf_counter()
+            held = timed(lambda: request(background=True))
+            held += steps(BESIDE)
+            seconds["steps beside a save"].append(time.perf_counter() - started)
+            seconds["held"].append(held)
+            checkpoints.wait()
+            assert checkpoints.save_s is not None
+            seconds["background save"].append(checkpoints.save_s)
+            held, done = theirs.stall()
+            seconds["torch held"].append(held)
+            seconds["torch background"].append(done)
+    return seconds, size
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--hidden", type=int, default=768, help="width of the model; the state grows with its square")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--folder", type=Path, default=Path("runs"), help="disk to measure (a folder on it)")
+    parsed = parser.parse_args()
+    warnings.filterwarnings("ignore")
+    parsed.folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=parsed.folder) as work:
+        seconds, size = measure(recipe_of(parsed.hidden), Path(work), parsed.rounds)
+    middle = {name: statistics.median(values) for name, values in seconds.items()}
+
+    def rate(name: str) -> str:
+        return f"{size / middle[name] / 1e9:.2f} GB/s"
+
+    table = Table(
+        "what", "seconds", "rate", "share", "target", title=f"{size / 1e6:,.0f} MB of training state", box=None
+    )
+    rows = [
+        ("plain write and fsync", "plain write", "", ""),
+        ("our save, verified", "save", f"{middle['plain write'] / middle['save']:.2f} of the plain write", ">= 0.7"),
+        ("torch's save", "torch save", f"{middle['plain write'] / middle['torch save']:.2f} of the plain write", ""),
+        ("plain read", "plain read", "", ""),
+        ("our load, verified", "load", f"{middle['plain read'] / middle['load']:.2f} of the plain read", ">= 0.7"),
+        ("torch's load", "torch load", f"{middle['plain read'] / middle['torch load']:.2f} of the plain read", ""),
+    ]
+    for what, name, share, target in rows:
+        table.add_row(what, f"{middle[name]:.3f}", rate(name), share, target)
+    slower = middle["steps beside a save"] - middle["steps alone"]
+    for what, took, of, target in (
+        ("fingerprints (live and read back)", middle["fingerprints"], middle["save"], "<= 10 %"),
+        ("loop held by a background save", middle["held"], middle["save"], "<= 5 %"),
+        (f"{BESIDE} steps slower beside it", slower, middle["save"], ""),
+        ("loop held by torch's async_save", middle["torch held"], middle["torch save"], ""),
+    ):
+        table.add_row(what, f"{took:.3f}", "", f"{100 * took / of:.1f} % of the save", target)
+    console = Console(highlight=False, width=120)
+    console.print(table)
+    parts = ", ".join(f"{n.removeprefix('save: ')} {s:.3f} s" for n, s in middle.items() if n.startswith("save: "))
+    console.print(f"our save: {parts}")
+    console.print(
+        f"a step {middle['steps alone'] / BESIDE:.2f} s; background save {middle['background save']:.2f} s, torch's "
+        f"{middle['torch background']:.2f} s"
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
