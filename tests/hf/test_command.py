@@ -181,6 +181,28 @@ def test_check_refuses_and_says_where(runs: dict[str, Path], exports: dict[str, 
     assert status == 2 and "model.logit_softcap: 3.0 in the checkpoint, None in config.json" in output
 
 
+def test_a_published_clamp_is_told_and_does_not_keep_weights_out(
+    runs: dict[str, Path], exports: dict[str, Path], tmp_path: Path
+) -> None:
+    text = [*CHECK, "--text", str(runs["gemma2"].parent / "verse")]
+    clamped = tmp_path / "published"
+    shutil.copytree(exports["nemotron_h"], clamped)
+    config = json.loads((clamped / "config.json").read_text()) | {"time_step_min": 0.05, "auto_map": {"x": "y.py"}}
+    (clamped / "config.json").write_text(json.dumps(config))
+    status, output = command(tmp_path, "check", runs["nemotron_h"], clamped, *text)
+    assert status == 1 and "--open-clamp compares without" in output, output
+    assert command(tmp_path, "check", runs["nemotron_h"], clamped, *text, "--open-clamp")[0] == 0
+    status, output = command(tmp_path, "import", clamped, "--out", tmp_path / "mine", *text)
+    assert status == 0 and "clamps dt at time_step_min=0.05" in output and "The two agree" in output, output
+    status, output = command(
+        tmp_path, "export", tmp_path / "mine", "--out", tmp_path / "again", *text, "--dtype", "fp32"
+    )
+    assert status == 0, output
+    ours, theirs = (load_file(folder / "model.safetensors") for folder in (tmp_path / "again", clamped))
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+    assert "imported_from" in (tmp_path / "again" / "README.md").read_text()
+
+
 def test_mistakes_are_explained_and_leave_nothing(
     runs: dict[str, Path], exports: dict[str, Path], tmp_path: Path
 ) -> None:

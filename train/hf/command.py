@@ -56,7 +56,7 @@ class CheckOptions:
 
 
 def export_model(parsed: argparse.Namespace) -> int:
-    path, manifest = checkpoint_at(parsed.checkpoint)
+    path, manifest = _checkpoint_at(parsed.checkpoint)
     recipe = _recipe_of(manifest.recipe, path)
     family_of(recipe.model)
     if parsed.tokenizer is not None:
@@ -148,6 +148,15 @@ def import_model(parsed: argparse.Namespace) -> int:
         shutil.copyfile(parsed.directory / CONFIG, folder / "hf_config.json")
         (folder / f"{name}.yaml").write_text(recipe_text(imported))
         agreement, why = _compare_unless(parsed, recipe, checkpoint=folder / "checkpoint", folder=parsed.directory)
+        if agreement is not None and agreement.problems and clamp_of(config) and not parsed.open_clamp:
+            parsed.open_clamp = True  # do the weights agree as they were trained?
+            opened, _ = _compare_unless(parsed, recipe, checkpoint=folder / "checkpoint", folder=parsed.directory)
+            if opened is not None and not opened.problems:
+                agreement = opened
+                _say(
+                    f"note: transformers clamps dt at time_step_min={clamp_of(config)} of {CONFIG}, which changes what this "
+                    f"model computes; without the clamp, as the weights were trained, the two agree."
+                )
         if agreement is not None and agreement.problems:
             return _refuse(agreement, f"{parsed.out} was not written", config=config)
     _say(
@@ -159,8 +168,7 @@ def import_model(parsed: argparse.Namespace) -> int:
 
 
 def check_models(parsed: argparse.Namespace) -> int:
-    place = parsed.checkpoint / "checkpoint" if (parsed.checkpoint / "checkpoint").is_dir() else parsed.checkpoint
-    path, manifest = checkpoint_at(place)
+    path, manifest = _checkpoint_at(parsed.checkpoint)
     recipe = _recipe_of(manifest.recipe, path)
     config = read_config(parsed.directory)
     theirs = from_config(config, where=str(parsed.directory / CONFIG))
@@ -264,6 +272,11 @@ def _options(parsed: argparse.Namespace) -> CheckOptions:
         tolerance=parsed.tolerance,
         open_clamp=parsed.open_clamp,
     )
+
+
+def _checkpoint_at(place: Path) -> tuple[Path, storage.Manifest]:
+    """The checkpoint of a run's folder, of an import's, or the folder itself."""
+    return checkpoint_at(place / "checkpoint" if (place / "checkpoint").is_dir() else place)
 
 
 def _recipe_of(mapping: dict[str, object], path: Path) -> Recipe:
