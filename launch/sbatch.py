@@ -145,7 +145,7 @@ def preparation_script(job: Preparation) -> str:
             f"""\
 #!/bin/bash
 # Data {job.folder}, written by `python -m launch slurm --prepare`: {job.tasks} tasks share the work. A task that is started
-# again goes on where it was; the last one to finish joins the shares.
+# again keeps its finished shards; the last one to finish writes the manifest.
 """,
             "".join(f"#SBATCH {option}\n" for option in options),
             "\nset -uo pipefail\n",

@@ -31,6 +31,7 @@ def slurm_rig(nodes: int) -> Iterator[Path]:
         pytest.skip(reason)
     folder = Path(tempfile.mkdtemp(prefix="slurm-"))
     environment = {**os.environ, "SLURM_RIG": str(folder), "SLURM_RIG_PORT": str(_free_ports(30 + nodes))}
+    environment["SLURM_RIG_OWNER"] = str(os.getpid())
     conf = str(folder / "etc" / "slurm.conf")  # named in every command: the machine may belong to a cluster of its own
     try:
         subprocess.run(["bash", str(SCRIPT), "start", str(nodes)], env=environment, check=True, timeout=120)

@@ -4,6 +4,7 @@
 #   SLURM_RIG=DIR slurm_rig.sh start [NODES]     start, wait until the nodes are idle; then `export SLURM_CONF=DIR/etc/slurm.conf`
 #   SLURM_RIG=DIR slurm_rig.sh stop              end every daemon that `start` started
 #
+# With $SLURM_RIG_OWNER, a process id, the cluster stops by itself when that process is gone, however it went.
 # Needs the packages slurm-wlm and munge (Debian, Ubuntu). $SLURM_RIG_PORT (16800): first of the ports used.
 set -euo pipefail
 rig=${SLURM_RIG:?set SLURM_RIG to a folder}
@@ -75,6 +76,10 @@ case ${1:?start or stop} in
       --log-file="$rig/log/munged.log" --seed-file="$rig/munge/seed" --num-threads=2 --force
     slurmctld -f "$SLURM_CONF"
     for number in $(seq "$nodes"); do slurmd -f "$SLURM_CONF" -N "n$number"; done
+    if [ -n "${SLURM_RIG_OWNER:-}" ]; then
+      setsid bash -c 'while kill -0 "$1" 2>/dev/null && [ -d "$2/run" ]; do sleep 1; done; SLURM_RIG="$2" exec bash "$3" stop' \
+        watch "$SLURM_RIG_OWNER" "$rig" "$(readlink -f "$0")" > /dev/null 2>&1 < /dev/null &
+    fi
     for _ in $(seq 240); do
       [ "$(sinfo --noheader --states=idle --format=%D 2>/dev/null | tail -1)" = "$nodes" ] && exit 0
       sleep 0.25

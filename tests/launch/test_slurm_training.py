@@ -107,6 +107,20 @@ def test_two_nodes_train_stop_at_a_signal_are_requeued_and_end_as_if_nothing_had
     compare(run, RunFolder(tmp_path / "whole"), steps=60)
 
 
+def test_an_array_job_prepares_the_same_data(words: list[str], tmp_path: Path) -> None:
+    """Three tasks side by side, byte for byte what one process made."""
+    folder = tmp_path / "by_tasks"
+    words = [f"data.folder={folder}" if word.startswith("data.folder=") else word for word in words]
+    with slurm_rig(2):
+        output = finish(launch("slurm", *words, "--prepare", "--tasks", "3"))
+        assert "array job" in output and "(3 tasks)" in output, output
+        wait_for((folder / "manifest.json").exists)
+    for suffix in ("*.bin", "*.idx", "tokenizer.json"):
+        made = {path.relative_to(folder): path.read_bytes() for path in folder.rglob(suffix)}
+        whole = tmp_path / "prepared"
+        assert made and made == {path.relative_to(whole): path.read_bytes() for path in whole.rglob(suffix)}
+
+
 @pytest.mark.slow
 def test_a_job_is_ended_by_its_time_limit_and_the_run_is_finished_by_the_next(words: list[str], tmp_path: Path) -> None:
     """One minute a job: Slurm sends SIGUSR1 25 to 55 s after the start. Also: tensor parallel over the two nodes."""

@@ -1,6 +1,6 @@
 #!/bin/bash
 # Data data/web, written by `python -m launch slurm --prepare`: 64 tasks share the work. A task that is started
-# again goes on where it was; the last one to finish joins the shares.
+# again keeps its finished shards; the last one to finish writes the manifest.
 #SBATCH --job-name=prepare-web
 #SBATCH --array=0-63
 #SBATCH --nodes=1
