@@ -53,7 +53,7 @@ def main() -> int:
     if given.way:
         sys.stdout.write(json.dumps(run(given.way)))
         return 0
-    console = Console()
+    console = Console(width=110)
     make_inputs(given.megabytes)
     one_thread = {"OMP_NUM_THREADS": "1", "RAYON_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
     environment = os.environ | one_thread | {"HF_HUB_OFFLINE": "1"}
@@ -95,12 +95,13 @@ def make_inputs(megabytes: float) -> None:
         hf.from_ranks(given).save(FOLDER / "tokenizer.json")
         rows = json.loads((FOLDER / TEKKEN).read_text())["vocab"][: len(given.tokens)]
         (FOLDER / "megatron.json").write_text(json.dumps(rows))
+    special = {*given.special, "<mask>", "<pad>", "<cls>", "<sep>"}  # the last four are Megatron's
     left = megabytes * 1e6
     with (FOLDER / "corpus.jsonl").open("w") as stream:
         for path, share in (("package:shakespeare", 1e6), ("python-stdlib", megabytes * 1e6)):
             for document in documents("bench", SourceConfig(path=path, max_bytes=int(share))):
                 # The others take a special token's name in a text for the token; data.prepare does not.
-                if left > 0 and not any(name in document.text for name in given.special):
+                if left > 0 and not any(name in document.text for name in special):
                     stream.write(json.dumps({"text": document.text}) + "\n")
                     left -= len(document.text.encode())
 
