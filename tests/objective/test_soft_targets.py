@@ -86,7 +86,6 @@ def ours(
     rank: int, world: int, dtype: torch.dtype, weights: LossWeights, cap: float | None, top_k: int, kept: bool
 ) -> tuple[torch.Tensor, ...]:
     """The same on one of `world` ranks, each with its slice of both vocabularies, 8 tokens at a time."""
-    dist.init_process_group("gloo", rank=rank, world_size=world)
     x = inputs(dtype)
     hidden = x.hidden.clone().requires_grad_()
     weight = x.weight.chunk(world)[rank].clone().requires_grad_()
@@ -109,10 +108,11 @@ def ours(
 
 def all_cases(rank: int, world: int, dtype: torch.dtype = torch.float32) -> dict[str, tuple[torch.Tensor, ...]]:
     results = {}
+    dist.init_process_group("gloo", rank=rank, world_size=world)
     for name, (weights, cap, top_k) in CASES.items():
         for kept in [False, True] if top_k else [False]:
             results[f"{name}{' from a file' if kept else ''}"] = ours(rank, world, dtype, weights, cap, top_k, kept)
-            dist.destroy_process_group()
+    dist.destroy_process_group()
     return results
 
 
