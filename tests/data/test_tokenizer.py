@@ -117,7 +117,10 @@ def test_megatrons_tiktoken_gives_the_same_ids(tmp_path: Path) -> None:
     )
     ours = load_tokenizer(path, config)
     assert (ours.vocab_size, ours.eod) == (theirs.vocab_size, theirs.eod)
-    assert [ours.encode(text) for text in SAMPLE] == [theirs.text_to_ids(text) for text in SAMPLE]
+    # Megatron reads a special token spelled out in a text as the token, this project as text.
+    plain = [text for text in SAMPLE if not any(name in text for name in theirs.special_tokens)]
+    assert len(plain) > len(SAMPLE) / 2
+    assert [ours.encode(text) for text in plain] == [theirs.text_to_ids(text) for text in plain]
     assert ours.special == {name: n for n, name in enumerate(theirs.special_tokens)}
     smaller = load_tokenizer(path, replace(config, keep_vocab=1300))
     assert smaller.vocab_size == 1300 and smaller.fingerprint != ours.fingerprint

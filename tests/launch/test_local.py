@@ -32,6 +32,7 @@ def start(run: Path, processes: int, *words: str, options: tuple[str, ...] = ())
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),  # nohup's SIG_IGN would be inherited
     )
 
 
