@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from train.errors import StratumError
+from train.metrics import METRICS
 from train.report import main, read_run, write_report
-from train.telemetry import METRICS
 
 RECIPE = {"model": {"pattern": "M-", "hidden": 8}, "precision": {"params": "fp32"}, "run": {"steps": 8}}
 

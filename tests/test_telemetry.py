@@ -11,10 +11,13 @@ import pytest
 import torch
 
 from train.config import TelemetryConfig
+from train.cost.device import devices
 from train.errors import StratumError
+from train.machine import PEAK_BF16_FLOPS, peak_by_name, peak_flops
+from train.metrics import METRICS, read_metrics
 from train.precision.control import Reading
 from train.report import read_run
-from train.telemetry import METRICS, Telemetry, peak_by_name, peak_flops, read_metrics
+from train.telemetry import Telemetry
 
 
 class Reducer:
@@ -299,6 +302,13 @@ def test_a_live_bar_on_a_terminal(
 )
 def test_peaks_by_name(name: str, peak: float | None) -> None:
     assert peak_by_name(name) == peak
+
+
+def test_the_planner_counts_with_the_same_peaks() -> None:
+    shared = {name: device for name in PEAK_BF16_FLOPS if (device := devices().get(name.lower().replace(" ", "")))}
+    assert len(shared) >= 9, shared
+    for name, device in shared.items():
+        assert abs(device.peak["bf16"] / PEAK_BF16_FLOPS[name] - 1) < 1e-3, name
 
 
 @pytest.mark.slow

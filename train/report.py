@@ -17,8 +17,8 @@ from typing import Any
 import yaml
 
 from train.errors import StratumError
+from train.metrics import METRICS, read_metrics
 from train.precision_report import draw_precision, precision_section
-from train.telemetry import METRICS, read_metrics
 
 
 @dataclass(frozen=True)

@@ -192,7 +192,8 @@ def _train(recipe: Recipe, *, mesh: Mesh, dataset: Dataset, folder: Path) -> Run
     from train.checkpoint.resume import resume
     from train.evaluate.losses import heldout_bits_per_byte
     from train.loop import train_loop
-    from train.telemetry import Telemetry, peak_flops
+    from train.machine import peak_flops
+    from train.telemetry import Telemetry
 
     checkpoints = CheckpointFolder(folder / "checkpoints", recipe.checkpoint)
     initial = None
@@ -291,7 +292,7 @@ def _train(recipe: Recipe, *, mesh: Mesh, dataset: Dataset, folder: Path) -> Run
 
 def _steps_seen(folder: Path) -> tuple[int, bool]:
     """What a run folder's record tells: the last step trained, and whether a checkpoint was ever reported durable."""
-    from train.telemetry import METRICS, read_metrics
+    from train.metrics import METRICS, read_metrics
 
     path = folder / METRICS
     lines = read_metrics(path) if path.exists() else []

@@ -32,12 +32,13 @@ from data.batch import Batch
 from train.config import ModelConfig, Recipe, TelemetryConfig
 from train.engine import Engine
 from train.faults import StopSignals, check_numbers
+from train.machine import peak_flops
 from train.model import ssd
 from train.model.pattern import flops_per_token, parameters
 from train.optim.schedule import learning_rate_factor
 from train.step import train_step
 from train.stopwatch import Stopwatch
-from train.telemetry import Telemetry, peak_flops
+from train.telemetry import Telemetry
 
 ROWS, ROW_TOKENS = 8, 256
 TOKENS = ROWS * ROW_TOKENS

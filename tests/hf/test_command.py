@@ -22,8 +22,8 @@ from data.prepare import prepare
 from train.checkpoint.manager import checkpoint_at
 from train.config import Recipe
 from train.hf.__main__ import main
+from train.metrics import METRICS, read_metrics
 from train.run import recipe_mapping, train
-from train.telemetry import METRICS, read_metrics
 
 CHECK = ["--rows", "2", "--tokens", "33"]
 

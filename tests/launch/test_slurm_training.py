@@ -18,7 +18,7 @@ from data.prepare import prepare
 from launch.runs import METRICS, RunFolder
 from launch.slurm import active_jobs, job_numbers
 from launch.slurm_queue import look_up, send_signal
-from train.telemetry import read_metrics
+from train.metrics import read_metrics
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPE = [

@@ -15,7 +15,7 @@ from texts import VOCAB, config_of
 from data.command import RECIPES
 from data.config import DataConfig
 from data.prepare import prepare
-from train.telemetry import METRICS, read_metrics
+from train.metrics import METRICS, read_metrics
 
 STEPS = 24
 SHAPE = [

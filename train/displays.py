@@ -1,0 +1,195 @@
+"""Where a run is shown besides its record: the terminal, TensorBoard, Weights & Biases."""
+
+import math
+import sys
+import time
+import uuid
+from pathlib import Path
+from typing import Any, Protocol
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from train.config import TelemetryConfig
+from train.metrics import Line
+
+
+class Display(Protocol):
+    """One place where lines are shown or sent."""
+
+    name: str
+
+    def write(self, lines: list[Line]) -> None:
+        """Show new lines, oldest first: the steps of one interval, or one event."""
+
+    def close(self) -> None:
+        """Show nothing more."""
+
+
+class Screen:
+    """A live bar on a terminal, a plain line per interval elsewhere; events as lines above it."""
+
+    name = "the progress display"
+
+    def __init__(self, total_steps: int, first_step: int, *, live: bool) -> None:
+        self._console = Console(file=sys.stderr)
+        self._total = total_steps
+        self._first = first_step
+        self._started: float | None = None
+        self._live = live and self._console.is_terminal
+        self._bar = Progress(
+            TextColumn("[bold]{task.description:<10}"),
+            BarColumn(bar_width=None),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[numbers]}"),
+            TimeElapsedColumn(),
+            TextColumn("[cyan]{task.fields[left]}"),
+            console=self._console,
+            refresh_per_second=4,
+            disable=not self._live,
+        )
+        self._task = self._bar.add_task("training", total=total_steps, completed=first_step, numbers="", left="")
+        self._bar.start()
+
+    def advance(self, step: int) -> None:
+        """A step is done, its numbers not known yet. The time left counts evaluations and saves as they came so far."""
+        now = time.perf_counter()
+        if self._started is None:
+            self._started, self._first = now, step
+        done = step - self._first
+        left = (now - self._started) / done * (self._total - step) if done else math.nan
+        self._bar.update(self._task, completed=step, left=f"{_clock(left)} left" if done else "")
+
+    def describe(self, phase: str) -> None:
+        """Name what is going on, at the head of the bar."""
+        self._bar.update(self._task, description=phase)
+
+    def write(self, lines: list[Line]) -> None:
+        for line in lines:
+            if line["kind"] != "step" and (text := self._event_text(line)):
+                self._say(text)
+        steps = [line for line in lines if line["kind"] == "step"]
+        if not steps:
+            return
+        last = steps[-1]
+        speed = len(steps) / sum(1 / line["tokens_per_s"] for line in steps)
+        numbers = f"loss {last['loss']:.4f}  {speed:,.0f} tok/s"
+        if "mfu" in last:
+            numbers += f"  MFU {100 * last['mfu'] * speed / last['tokens_per_s']:.0f} %"
+        if self._live:
+            self._bar.update(self._task, numbers=numbers)
+        else:
+            self._say(f"step {last['step']}/{self._total}  {numbers}  lr {last['learning_rate']:.2e}")
+
+    def close(self) -> None:
+        self._bar.stop()
+
+    def _event_text(self, line: Line) -> str | None:
+        match line["kind"]:
+            case "evaluation":
+                scores = ", ".join(f"{name} {value:.3f}" for name, value in line["bits_per_byte"].items())
+                return f"step {line['step']}: held-out bits per byte: {scores}"
+            case "save":
+                shares = f" ({line['bytes'] / 1e6:,.0f} MB in {line['seconds']:.1f} s)" if "bytes" in line else ""
+                return f"step {line['step']}: saved {line['path']}{shares}"
+            case "save_retried":
+                return f"warning: step {line['step']}: {line['error']} Trying again in {line['wait_s']:g} s."
+            case "save_failed":
+                return f"warning: step {line['step']} was not saved: {line['error']}"
+            case "audit":
+                return line["text"]
+            case "resume":
+                return f"resumed after step {line['step']} ({line['parameters']:,} parameters, {line['layout']})"
+            case "start":
+                return (
+                    f"training {line['parameters']:,} parameters on {line['device']}, {line['layout']}, {self._total} "
+                    f"steps"
+                )
+            case _:
+                return f"warning: {line['text']}" if line["kind"] == "warning" else None
+
+    def _say(self, text: str) -> None:
+        if self._live:
+            self._bar.console.print(text, highlight=False, markup=False)
+        else:
+            sys.stderr.write(text + "\n")
+            sys.stderr.flush()
+
+
+class TensorBoard:
+    """TensorBoard events: one scalar per number. What an earlier process wrote past `first_step` is hidden."""
+
+    name = "TensorBoard"
+
+    def __init__(self, folder: Path, first_step: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._writer = SummaryWriter(str(folder), purge_step=first_step + 1 if first_step else None)
+
+    def write(self, lines: list[Line]) -> None:
+        for line in lines:
+            for name, value in _scalars(line).items():
+                self._writer.add_scalar(name, value, line["step"])
+        self._writer.flush()
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class WeightsAndBiases:
+    """The same scalars at Weights & Biases, one run there for one folder here however often it is resumed."""
+
+    name = "Weights & Biases"
+
+    def __init__(self, folder: Path, config: TelemetryConfig, recipe: dict[str, Any]) -> None:
+        import wandb
+
+        identity = folder / "wandb_id"
+        if not identity.exists():
+            identity.write_text(uuid.uuid4().hex[:12])
+        self._run = wandb.init(
+            project=config.wandb_project,
+            name=folder.name,
+            dir=str(folder),
+            mode=config.wandb,
+            config=recipe,
+            id=identity.read_text().strip(),
+            resume="allow" if config.wandb == "online" else None,
+            # No question on the terminal, no wait without end, no second owner of our output.
+            settings=wandb.Settings(silent=True, console="off", login_timeout=10, init_timeout=30, finish_timeout=60),
+        )
+        self._run.define_metric("*", step_metric="step")  # steps run again are drawn, not refused as out of order
+
+    def write(self, lines: list[Line]) -> None:
+        for line in lines:
+            if scalars := _scalars(line):
+                self._run.log({**scalars, "step": line["step"]})
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+def _scalars(line: Line) -> dict[str, float]:
+    """The numbers of a line worth a curve, by name."""
+    match line["kind"]:
+        case "step":
+            names = ("loss", "grad_norm", "learning_rate", "tokens_per_s", "step_s", "mfu", "memory_bytes")
+            seconds = {f"seconds/{name}": value for name, value in line["seconds"].items()}
+            return {f"train/{name}": line[name] for name in names if name in line} | seconds
+        case "evaluation":
+            return {f"heldout_bits_per_byte/{name}": value for name, value in line["bits_per_byte"].items()}
+        case "precision":
+            lowest: dict[str, float] = {}
+            for reading in line["readings"]:
+                if reading["snr_db"] is not None:
+                    name = f"precision/lowest_snr_db/{reading['operand']}"
+                    lowest[name] = min(reading["snr_db"], lowest.get(name, math.inf))
+            return lowest
+        case _:
+            return {}
+
+
+def _clock(seconds: float) -> str:
+    minutes, second = divmod(round(seconds), 60)
+    hour, minute = divmod(minutes, 60)
+    return f"{hour}:{minute:02}:{second:02}"

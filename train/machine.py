@@ -1,0 +1,85 @@
+"""What a run's machine is, what it can do at best, and how much memory was used."""
+
+import math
+import platform
+import resource
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+PEAK_BF16_FLOPS = {
+    "GB300": 2450e12,
+    "GB200": 2450e12,
+    "B300": 2250e12,
+    "B200": 2250e12,
+    "H200 NVL": 835e12,
+    "GH200": 989e12,
+    "H200": 989e12,
+    "H100 PCIe": 756e12,
+    "H100 NVL": 835e12,
+    "H100": 989e12,
+    "A100": 312e12,
+    "A10G": 70e12,
+    "A10": 125e12,
+    "A40": 149.7e12,
+    "L40S": 362e12,
+    "L4": 121e12,
+    "RTX 4090": 165.2e12,
+}
+"""Dense bf16 peak with fp32 accumulation, FLOP/s, by a part of the device's name; the first part found counts.
+Sources: NVIDIA data sheets, half of a figure given with sparsity (A10G: 140 so given); B and GB: dgxc-benchmarking."""
+
+
+def peak_flops(device: torch.device) -> float | None:
+    """Peak of one device, FLOP/s: bf16 by name for a GPU (None if unknown), measured in fp32 for a CPU (0.2 s).
+
+    On a CPU it is what this process's threads reach together.
+    """
+    if device.type == "cuda":
+        return peak_by_name(torch.cuda.get_device_name(device))
+    size = 1024
+    square = torch.randn(size, size, generator=torch.Generator().manual_seed(0))
+    best = math.inf
+    for _ in range(8):
+        start = time.perf_counter()
+        torch.mm(square, square)
+        best = min(best, time.perf_counter() - start)
+    return 2 * size**3 / best
+
+
+def peak_by_name(name: str) -> float | None:
+    """Dense bf16 peak of a GPU by the name its driver gives it; None where we have no figure."""
+    words = f" {name} ".replace("-", " ")
+    return next((peak for part, peak in PEAK_BF16_FLOPS.items() if f" {part} " in words), None)
+
+
+def describe_machine(device: torch.device) -> dict[str, Any]:
+    return {
+        "cpu": _cpu_name(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "time": time.time(),
+    }
+
+
+def _cpu_name() -> str:
+    """The processor's name as Linux gives it, elsewhere its architecture."""
+    try:
+        described = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return platform.machine()
+    names = [line.partition(":")[2].strip() for line in described.splitlines() if line.startswith("model name")]
+    return names[0] if names else platform.machine()
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """Most memory used so far: of the device for a GPU, of this process (resident) for a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    unit = 1 if sys.platform == "darwin" else 1024  # getrusage(2): KiB on Linux, bytes on macOS
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

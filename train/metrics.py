@@ -1,0 +1,80 @@
+"""metrics.jsonl, the record of a run that all else is made from: strict JSON, a line an event, only ever appended."""
+
+import json
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+from train.errors import StratumError
+
+METRICS = "metrics.jsonl"
+Line = dict[str, Any]
+_NOT_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
+
+
+class JsonLines:
+    """metrics.jsonl: whole lines, handed to the operating system at once, so that a killed process loses none."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._stream = path.open("ab+")
+            if self._stream.tell() > 0:
+                self._stream.seek(-1, os.SEEK_END)
+                if self._stream.read(1) != b"\n":
+                    self._stream.write(b"\n")
+        except OSError as error:
+            raise self._full(error) from error
+
+    def write(self, lines: list[Line]) -> None:
+        text = "".join(json.dumps(_strict(line), allow_nan=False) + "\n" for line in lines)
+        try:
+            self._stream.write(text.encode())
+            self._stream.flush()
+        except OSError as error:
+            raise self._full(error) from error
+
+    def close(self) -> None:
+        try:
+            self._stream.flush()
+            os.fsync(self._stream.fileno())
+        except OSError as error:
+            raise self._full(error) from error
+        finally:
+            self._stream.close()
+
+    def _full(self, error: OSError) -> StratumError:
+        return StratumError(
+            f"{self._path} cannot be written: {error.strerror or error}. Free space or permit writing there; the same "
+            f"command then continues from the newest checkpoint."
+        )
+
+
+def _strict(value: Any) -> Any:
+    """A value as strict JSON can hold it: NaN and infinities become their names, which `read_metrics` turns back."""
+    match value:
+        case dict():
+            return {key: _strict(item) for key, item in value.items()}
+        case list() | tuple():
+            return [_strict(item) for item in value]
+        case float() if not math.isfinite(value):
+            return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
+    return value
+
+
+def read_metrics(path: Path) -> list[Line]:
+    """The lines of a metrics.jsonl in order; a torn line is left out."""
+    lines = []
+    with path.open("rb") as stream:
+        for text in stream:
+            try:
+                line = json.loads(text)
+            except ValueError:
+                continue
+            if isinstance(line, dict) and "kind" in line:
+                lines.append(
+                    {key: _NOT_FINITE.get(item, item) if isinstance(item, str) else item for key, item in line.items()}
+                )
+    return lines
