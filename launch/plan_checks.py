@@ -54,8 +54,6 @@ def recipe_warnings(recipe: Recipe, layout: Layout, device: Device) -> list[str]
             f"data.folder={recipe.data.folder} holds no prepared data here: vocabulary and size were not checked. "
             f"`python -m data.prepare` makes it."
         )
-    if recipe.objective.kind == "distill" and recipe.objective.teacher is not None:
-        found.append("objective.kind=distill: the teacher's memory and time are not in this plan.")
     return found
 
 

@@ -19,14 +19,15 @@ PART_NAMES = {
     "mamba": "Mamba-2 products", "scan": "Mamba-2 scan", "attention": "attention products", "scores": "attention scores",
     "mlp": "MLP products", "head": "head products", "elementwise": "norms, activations, loss", "quantise": "quantising",
     "recompute": "recomputing", "launch": "between kernels", "tensor": "tensor parallel, exposed",
-    "context": "context parallel, exposed", "pipeline": "stages' messages", "bubble": "pipeline bubble",
+    "context": "context parallel, exposed", "pipeline": "stages' messages", "bubble": "pipeline bubble", "teacher": "teacher",
     "uneven": "uneven stages", "data": "data parallel, exposed", "optimizer": "optimizer", "jitter": "stragglers",
 }  # fmt: skip
 """Names of a step's parts for people."""
 
 MEMORY_NAMES = {
     "weights": "weights", "gradients": "grads", "masters": "masters", "moments": "moments", "low_copies": "FP8",
-    "activations": "activations", "workspace": "passing", "communication": "messages", "reserve": "reserve",
+    "activations": "activations", "workspace": "passing", "communication": "messages", "teacher": "teacher",
+    "reserve": "reserve",
 }  # fmt: skip
 
 
@@ -92,7 +93,8 @@ def _ranks(plan: Plan, *, every_rank: bool) -> Table:
 def _memory(plan: Plan) -> Table:
     capacity = plan.device.memory_gib
     table = Table(title="Memory of the fullest rank of each stage, GiB", title_justify="left", title_style="bold")
-    for name in ("stage", "in flight", *MEMORY_NAMES.values(), "total", f"of {capacity:.0f}"):
+    shown = {part: name for part, name in MEMORY_NAMES.items() if part != "teacher" or plan.memory[-1].teacher}
+    for name in ("stage", "in flight", *shown.values(), "total", f"of {capacity:.0f}"):
         table.add_column(name, justify="right")
     for memory in plan.memory:
         share = memory.total / GIB / capacity
@@ -100,7 +102,7 @@ def _memory(plan: Plan) -> Table:
         table.add_row(
             str(memory.stage),
             str(memory.in_flight),
-            *[_gib(getattr(memory, part)) for part in MEMORY_NAMES],
+            *[_gib(getattr(memory, part)) for part in shown],
             Text(_gib(memory.total), style=f"bold {style}"),
             Text(f"{share:.0%}", style=style),
         )

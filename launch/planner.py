@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from launch.plan_checks import recipe_problems, recipe_warnings
+from launch.plan_teacher import find_teacher, teacher_cost
 from train.config import ParallelConfig, Recipe
 from train.cost.activations import Modules
 from train.cost.device import Device, Format
@@ -142,6 +143,11 @@ def make_plan(recipe: Recipe, *, world: int, device: Device, stages: Sequence[st
         recipe = replace(recipe, model=replace(recipe.model, pattern="|".join(stages)))
     chunks = tuple(cut(recipe.model.pattern, layout.pipeline * layout.virtual, model=recipe.model))
     modules: Modules = "te" if recipe.precision.backend in ("auto", "te") else "reference"
+    setting = setting_of(recipe, layout=layout, stages=chunks, device=device)
+    teacher = find_teacher(recipe)
+    cost = teacher_cost(recipe, teacher.model, student=setting, modules=modules) if teacher.model is not None else None
+    if cost is not None:
+        setting = replace(setting, teacher_s=cost.seconds)
     memory = tuple(
         rank_memory(
             recipe.model,
@@ -152,10 +158,10 @@ def make_plan(recipe: Recipe, *, world: int, device: Device, stages: Sequence[st
             sequence=recipe.data.row_tokens,
             stage=stage,
             modules=modules,
+            teacher=cost.bytes if cost is not None else 0.0,
         )
         for stage in range(layout.pipeline)
     )
-    setting = setting_of(recipe, layout=layout, stages=chunks, device=device)
     plan = Plan(
         recipe=recipe,
         device=device,
@@ -168,8 +174,8 @@ def make_plan(recipe: Recipe, *, world: int, device: Device, stages: Sequence[st
         time=step_time(setting),
         traffic=step_traffic(setting),
         checkpoints=checkpoints_of(recipe, layout=layout, device=device),
-        problems=tuple(problems),
-        warnings=tuple(recipe_warnings(recipe, layout, device)),
+        problems=(*problems, *teacher.problems),
+        warnings=(*recipe_warnings(recipe, layout, device), *teacher.notes),
     )
     return replace(plan, problems=(*plan.problems, *_memory_problems(plan)))
 

@@ -4,15 +4,19 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
+from launch.compose import compose
 from launch.plan import as_json, main
 from launch.planner import make_plan
 from launch.search import search
 from tests.tiny import recipe_with
+from train.config import Recipe
 from train.cost.device import device_named, devices, find_device
 from train.cost.memory import GIB
 
@@ -84,6 +88,50 @@ def test_mistakes_are_found_before_anything_starts(
     assert got == status, text
     for part in parts:
         assert part in text
+
+
+def test_a_teacher_takes_its_place_and_time_on_the_last_stage(tmp_path: Path) -> None:
+    """The published 12B in bf16, whole on one rank: 2 bytes a parameter, 2 more for A_log, D and dt_bias in fp32."""
+    model = yaml.safe_load((ROOT / "recipes/model/nemotron_nano_12b_v2.yaml").read_text())
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump({"model": model}))
+    words = {
+        "precision.params": "bf16", "model.vocab": model["vocab"], "objective.kind": "distill", "parallel.pipeline": 2,
+        "objective.teacher": str(tmp_path), "data.row_tokens": 8192,
+    }  # fmt: skip
+    recipe = recipe_with(**words)
+    found, alone = (
+        make_plan(one, world=8, device=device_named("h200"))
+        for one in (recipe, recipe_with(**words | {"objective.kind": "next_token"}))
+    )
+    fp32 = 3 * 128 * model["pattern"].count("M")
+    teacher = [memory.teacher for memory in found.memory]
+    assert teacher[0] == 0 and 0 < teacher[1] - 2 * (12_310_001_152 + fp32) < 4 * GIB
+    assert found.memory[1].total - alone.memory[1].total == pytest.approx(teacher[1])
+    assert found.time.parts["teacher"] > 0 == alone.time.parts["teacher"] and not found.warnings[-1].startswith(
+        "objective"
+    )
+
+
+def test_a_teacher_of_the_students_shape_costs_about_a_third_of_its_step() -> None:
+    """Backward is twice forward, and adds up gradients and rebuilds attention scores."""
+    recipe = compose(["-cn", "nemotron_nano_12b_v2"], program="plan")
+    assert isinstance(recipe, Recipe)
+    objective = replace(recipe.objective, kind="distill", teacher="runs/nemotron_nano_12b_v2")
+    recipe = replace(
+        recipe, objective=objective, precision=replace(recipe.precision, scaling="none", fp8_weights=False)
+    )
+    found = make_plan(recipe, world=736, device=device_named("h100"))
+    microbatch = found.time.stage_seconds[-1] * found.layout.microbatches_per_step
+    teacher = found.time.parts["teacher"]
+    assert 0.27 < teacher / (microbatch - teacher) < 0.36
+    assert "planned as model=nemotron_nano_12b_v2" in found.warnings[-1]
+
+
+def test_a_teacher_of_other_words_or_nowhere_is_said(capsys: pytest.CaptureFixture[str]) -> None:
+    status, found, _ = plan(capsys, "-cn", "tiny_distill", "objective.teacher=runs/gemma2_9b", "--gpus", "1")
+    assert status == 1 and any("256,000" in problem and "2,048" in problem for problem in found["problems"])
+    _, found, _ = plan(capsys, "-cn", "tiny_distill", "objective.teacher=runs/nobody", "--gpus", "1")
+    assert any("runs/nobody is not here" in warning for warning in found["warnings"])
 
 
 def test_all_mistakes_come_at_once(capsys: pytest.CaptureFixture[str]) -> None:

@@ -16,7 +16,8 @@ from train.checkpoint.manager import checkpoint_at
 from train.config import Recipe
 from train.errors import CheckpointError, RecipeError
 from train.objective.distill import hidden_match
-from train.objective.teacher import Place, check_teacher, open_teacher, place_of
+from train.objective.place import Place, place_of
+from train.objective.teacher import check_teacher, open_teacher
 from train.parallel.layout import lay_out
 from train.run import check, mesh_of
 

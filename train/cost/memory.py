@@ -47,6 +47,8 @@ class RankMemory:
     communication: float
     """Buffers of messages between stages, and sequences gathered over tensor ranks."""
     reserve: float
+    teacher: float
+    """A teacher's weights and what its forward pass needs, on the last stage (`train.cost.teacher`)."""
     in_flight: int
     """Microbatches (of one model chunk each) whose activations are kept at the worst moment."""
 
@@ -57,7 +59,7 @@ class RankMemory:
 
     @property
     def total(self) -> float:
-        return self.state + self.activations + self.workspace + self.communication + self.reserve
+        return self.state + self.activations + self.workspace + self.communication + self.teacher + self.reserve
 
 
 def optimizer_state(
@@ -147,8 +149,9 @@ def rank_memory(
     sequence: int,
     stage: int,
     modules: Modules = "te",
+    teacher: float = 0.0,
 ) -> RankMemory:
-    """Memory of the fullest rank of a pipeline stage. rows: of a microbatch."""
+    """Memory of the fullest rank of a pipeline stage. rows: of a microbatch. teacher: its bytes, on the last stage."""
     state = optimizer_state(model, parallel=parallel, precision=precision, layout=layout, stage=stage)
     kept, workspace = stage_activations(
         model,
@@ -175,6 +178,7 @@ def rank_memory(
         workspace=workspace,
         communication=waiting + gathered,
         reserve=RESERVE_BYTES if modules == "te" else 0.0,
+        teacher=teacher if stage == layout.pipeline - 1 else 0.0,
         in_flight=_most_in_flight(layout, stage),
     )
 

@@ -11,7 +11,7 @@ What it cannot know: a network shared with others, a slow node, a data loader th
 import math
 from collections import Counter, defaultdict
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from train.config import ModelConfig
@@ -65,6 +65,8 @@ class Setting:
     """Share of the layers' forward pass run again: 0 none, 1 full."""
     overlap_grad_reduce: bool = True
     overlap_param_gather: bool = True
+    teacher_s: float = 0.0
+    """What a teacher on the last stage takes of each microbatch (`train.cost.teacher`)."""
     software: Software = MEGATRON
     efficiency: Efficiency = field(default_factory=Efficiency)
 
@@ -115,16 +117,30 @@ def layer_seconds(setting: Setting, kind: LayerKind | Literal["head"], *, is_low
     tensor = setting.layout.tensor
     if kind == "head":
         return sum(_layer(setting, "head", head_work(setting.model, tokens=setting.tokens, tensor=tensor)).values())
-    work = layer_work(
+    return sum(_layer(setting, kind, _work(setting, kind, is_low=is_low)).values())
+
+
+def forward_seconds(setting: Setting) -> float:
+    """Seconds of one microbatch's forward pass, head included, through all layers on one rank; nothing is kept."""
+    again = replace(setting, recompute=1.0)  # what running a layer's forward pass again takes
+    layers = Counter("".join(setting.stages))
+    total = 0.0
+    for kind, count in layers.items():
+        total += count * _layer(again, kind, _work(setting, kind, is_low=setting.low is not None))["recompute"]  # type: ignore[arg-type]
+    head = head_work(setting.model, tokens=setting.tokens, tensor=setting.layout.tensor)
+    return total + sum(_product(setting, gemm, gemm.m, gemm.n, gemm.k) for gemm in head.gemms)
+
+
+def _work(setting: Setting, kind: LayerKind, *, is_low: bool) -> LayerWork:
+    return layer_work(
         kind,
         setting.model,
         tokens=setting.tokens,
         sequence=setting.sequence,
-        tensor=tensor,
+        tensor=setting.layout.tensor,
         split_sequence=setting.split_sequence,
         is_low=is_low,
     )
-    return sum(_layer(setting, kind, work).values())
 
 
 def _rank_microbatch(setting: Setting, stage: int) -> Parts:
@@ -138,18 +154,10 @@ def _rank_microbatch(setting: Setting, stage: int) -> Parts:
             is_low = setting.low is not None and starts[chunk] + offset not in setting.high_precision_layers
             kinds[kind, is_low] += 1  # type: ignore[index]
     for (kind, is_low), count in kinds.items():
-        work = layer_work(
-            kind,
-            setting.model,
-            tokens=setting.tokens,
-            sequence=setting.sequence,
-            tensor=layout.tensor,
-            split_sequence=setting.split_sequence,
-            is_low=is_low,
-        )
-        parts.add(_layer(setting, kind, work), times=count)
+        parts.add(_layer(setting, kind, _work(setting, kind, is_low=is_low)), times=count)
     if stage == layout.pipeline - 1:
         parts.add(_layer(setting, "head", head_work(setting.model, tokens=setting.tokens, tensor=layout.tensor)))
+        parts["teacher"] += setting.teacher_s
     if setting.software.shards != "optimizer":
         parts.add(_gather_parameters(setting, _rank_weights(setting, stage), sum(parts.values())))
     return parts

@@ -15,7 +15,7 @@ The teacher needs no gradients, no optimizer and no pipeline of its own.
 
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,68 +31,13 @@ from train.model.backend import choose_backend
 from train.model.build import build_model
 from train.model.context import RowContext
 from train.model.head import head_weight, hidden_states
+from train.objective.place import Place, place_of
 from train.objective.soft_targets import Head
-from train.parallel.layout import Layout, lay_out
+from train.parallel.layout import lay_out
 from train.parallel.mesh import Mesh
 from train.recipe import recipe_from_mapping
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where a rank stands among the ranks of the student's last stage, and which of them it works with."""
-
-    index: int
-    """Of this rank among the `ranks` of the last stage."""
-    ranks: int
-    sharing: int
-    """Neighbouring ranks that read the same rows: the student's tensor x context."""
-    tensor: int
-    """The teacher's tensor degree."""
-
-    @property
-    def teachers(self) -> int:
-        """Teachers that serve the same rows; each reads 1 / teachers of them."""
-        return max(1, self.sharing // self.tensor)
-
-    @property
-    def row_sets(self) -> int:
-        """Sets of rows one teacher serves."""
-        return max(1, self.tensor // self.sharing)
-
-    @property
-    def teacher_group(self) -> list[int]:
-        """The ranks that are one teacher."""
-        first = self.index // self.tensor * self.tensor
-        return list(range(first, first + self.tensor))
-
-    @property
-    def replicas(self) -> list[int]:
-        """The ranks that hold the same part of the teacher's weights."""
-        return list(range(self.index % self.tensor, self.ranks, self.tensor))
-
-    @property
-    def exchange_group(self) -> list[int]:
-        """One rank of each teacher that serves these rows."""
-        if self.teachers == 1:
-            return [self.index]
-        first = self.index // self.sharing * self.sharing + self.index % self.tensor
-        return [first + self.tensor * teacher for teacher in range(self.teachers)]
-
-
-def place_of(layout: Layout, rank: int, *, tensor: int) -> Place | None:
-    """The place of `rank`; None for a rank of an earlier stage. RecipeError where the teacher's degree does not fit."""
-    ranks = layout.world // layout.pipeline
-    sharing = layout.tensor * layout.context
-    if ranks % tensor or (sharing % tensor and tensor % sharing):
-        fit = [n for n in range(1, ranks + 1) if ranks % n == 0 and (sharing % n == 0 or n % sharing == 0)]
-        raise RecipeError(
-            f"objective.teacher_tensor={tensor}: the teacher lives on the {ranks} ranks of the last pipeline stage, of "
-            f"which {sharing} share the same rows. Use {', '.join(map(str, fit))}."
-        )
-    first = layout.world - ranks
-    return Place(rank - first, ranks, sharing, tensor) if rank >= first else None
 
 
 def check_teacher(teacher: Recipe, manifest: Manifest, *, student: Recipe, tokenizer: str | None, path: Path) -> None:

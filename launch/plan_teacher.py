@@ -1,0 +1,131 @@
+"""The teacher of a distilled run in its plan: what model it is, the bytes it takes on the last stage, the seconds it adds.
+
+Its model is read from the checkpoint or run folder that `objective.teacher` names; where that is not here yet, from the
+recipe of the same name. Counted as `train.objective.teacher` builds it: whole on the ranks of the last pipeline stage at
+`objective.teacher_tensor`, weights in one format, forward passes only.
+"""
+
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import yaml
+
+from data.command import RECIPES
+from data.typed import FieldError, build
+from train.config import ModelConfig, Recipe
+from train.cost.activations import Modules, Shape, hidden_bytes, layer_bytes
+from train.cost.tensors import stage_tensors
+from train.cost.time import Setting, forward_seconds
+from train.objective.place import place_of
+
+
+@dataclass(frozen=True)
+class FoundTeacher:
+    """The teacher a recipe names."""
+
+    model: ModelConfig | None = None
+    """None where there is none, or nothing tells its shape."""
+    notes: tuple[str, ...] = ()
+    problems: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class TeacherCost:
+    """What a teacher adds."""
+
+    weights: int
+    """Bytes on each rank of the last stage."""
+    passing: float
+    """Bytes there that a forward pass needs at once."""
+    seconds: float
+    """Of each microbatch there."""
+
+    @property
+    def bytes(self) -> float:
+        return self.weights + self.passing
+
+
+def find_teacher(recipe: Recipe) -> FoundTeacher:
+    """The model that answers an online teacher's questions; no teacher where answers are kept or next tokens trained on."""
+    objective = recipe.objective
+    if objective.kind != "distill" or objective.teacher is None or objective.teacher_cache is not None:
+        return FoundTeacher()
+    place = Path(objective.teacher)
+    notes = []
+    found = _model_of(place)
+    if found is None:
+        named = RECIPES / "model" / f"{place.name}.yaml"
+        if not named.is_file():
+            return FoundTeacher(
+                notes=(
+                    f"objective.teacher={place} is not here, and no model of the recipes is called {place.name}: the teacher's "
+                    f"memory and time are not in this plan.",
+                )
+            )
+        found = build(ModelConfig, yaml.safe_load(named.read_text()), "model")
+        notes.append(f"objective.teacher={place} is not here: the teacher is planned as model={place.name}.")
+    problems = []
+    if found.vocab != recipe.model.vocab:
+        problems.append(
+            f"objective.teacher={place} has a vocabulary of {found.vocab:,}, the student (model.vocab) one of "
+            f"{recipe.model.vocab:,}: their distributions cannot be compared. Use a teacher with the student's tokenizer."
+        )
+    return FoundTeacher(found, tuple(notes), tuple(problems))
+
+
+def teacher_cost(recipe: Recipe, model: ModelConfig, *, student: Setting, modules: Modules) -> TeacherCost:
+    """Bytes and seconds of a teacher. RecipeError where its degree does not fit the student's layout."""
+    objective, layout = recipe.objective, student.layout
+    tensor = objective.teacher_tensor or layout.tensor
+    stands = place_of(layout, layout.world - 1, tensor=tensor)
+    assert stands is not None, "the last rank is on the last stage"
+    rows = recipe.run.microbatch_rows
+    read = rows // stands.teachers if rows % stands.teachers == 0 else rows
+    params = recipe.precision.params if objective.teacher_params == "as_student" else objective.teacher_params
+    size = 2 if params == "bf16" else 4
+    is_low = objective.teacher_scaling != "none"
+    pattern = model.pattern.replace("|", "")
+    low_layers = frozenset(range(len(pattern))) if is_low else frozenset()
+    tensors = stage_tensors(model, pattern, tensor=tensor, is_first=True, is_last=True, low_layers=low_layers)
+    weights = sum(one.numel * (4 if one.is_fp32 else size) + 2 * one.numel * one.is_low for one in tensors)
+    if tensor != layout.tensor:  # its head is cut again, over the student's ranks
+        table = model.vocab * model.hidden * size
+        weights += table // layout.tensor - (0 if model.tie_embeddings else table // tensor)
+    shape = Shape(
+        model, modules, size, rows=read, sequence=student.sequence, tensor=tensor, context=1, split_sequence=False
+    )
+    passing = max(layer_bytes(shape, kind, is_low=is_low) for kind in set(pattern))  # type: ignore[arg-type]
+    passing += 2 * hidden_bytes(shape) + hidden_bytes(replace(shape, rows=rows))
+    low = "fp4" if objective.teacher_scaling == "nvfp4" else "fp8"
+    seconds = forward_seconds(
+        replace(
+            student,
+            model=model,
+            layout=replace(layout, tensor=tensor, pipeline=1, virtual=1, context=1),
+            stages=(pattern,),
+            rows=read,
+            low=low if is_low and low in student.device.peak else None,  # type: ignore[arg-type]
+            high="bf16" if params == "bf16" and "bf16" in student.device.peak else "fp32",
+            scaling=objective.teacher_scaling,
+            split_sequence=False,
+        )
+    )
+    return TeacherCost(weights=weights, passing=passing, seconds=seconds * stands.row_sets)
+
+
+def _model_of(place: Path) -> ModelConfig | None:
+    """The model of a checkpoint or run folder, from what it says of itself; None where neither is there."""
+    checkpoints = sorted(place.glob("checkpoints/step_*/manifest.json")) + sorted(place.glob("step_*/manifest.json"))
+    try:
+        if (place / "manifest.json").is_file():
+            plain = json.loads((place / "manifest.json").read_text())["recipe"]
+        elif checkpoints:
+            plain = json.loads(checkpoints[-1].read_text())["recipe"]
+        elif (place / "recipe.yaml").is_file():
+            plain = yaml.safe_load((place / "recipe.yaml").read_text())
+        else:
+            return None
+        return build(ModelConfig, plain["model"], "model")
+    except (OSError, ValueError, KeyError, TypeError, FieldError, yaml.YAMLError):
+        return None  # training says what is wrong with it
