@@ -3,8 +3,8 @@
     TokenStream(entries, shelf).read_rows(starts, out)      tokens at some places of the stream, one place a row
                                .document_starts(lo, hi)     where documents begin between two places
 
-Tokens are read with `pread`, not through a memory map: a file that is cut short while it is read gives an error that
-names it instead of a SIGBUS, and pages of the files do not count as this process's memory. After each read the file is
+Tokens and indices are read with `pread`, not through a memory map: a file that is cut short while it is read gives an
+error that names it instead of a SIGBUS, and pages of the files do not count as this process's memory. After each read the file is
 looked at; where it changed since it was opened it is verified again before anything is handed on (`data.verify`).
 """
 
@@ -15,17 +15,75 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import overload
 
 import numpy as np
 
 from data.cache import Activity
 from data.errors import DataError
 from data.manifest import ShardEntry
-from data.shards import read_header
+from data.shards import Header, read_header
 
 _OPEN_SHARDS = 64
+_STARTS_IN_MEMORY = 1 << 20
+"""Documents of a shard up to which where they begin is kept in memory (8 bytes each); of others it is read when needed."""
 _LOOK_EVERY_S = 1.0
 """How often a shard's name is looked up, to find that another file took its place."""
+
+
+class FarStarts:
+    """Byte offsets at which the documents of an entry begin, read from the index as they are asked for.
+
+    Each read looks whether the index is still the one that was opened: DataError, naming it, where it is not.
+    """
+
+    def __init__(self, index: Path, header: Header, first: int, count: int) -> None:
+        self._index, self._header, self._first, self._count = index, header, first, count
+        self._is_plain = header.documents == header.sequences + 1
+        self._fd = os.open(index, os.O_RDONLY)
+        found = os.fstat(self._fd)
+        self._opened = found.st_size, found.st_mtime_ns
+
+    def __del__(self) -> None:
+        if hasattr(self, "_fd"):
+            os.close(self._fd)
+
+    def __len__(self) -> int:
+        return self._count
+
+    @overload
+    def __getitem__(self, which: int) -> int: ...
+    @overload
+    def __getitem__(self, which: slice) -> np.ndarray: ...
+    def __getitem__(self, which: int | slice) -> int | np.ndarray:
+        if isinstance(which, int):
+            return int(self._read(which, which + 1)[0])
+        start, stop, _ = which.indices(self._count)
+        return self._read(start, stop)
+
+    def _read(self, start: int, stop: int) -> np.ndarray:
+        """Offsets of documents start to stop, int64. Megatron may split a document into several sequences."""
+        sequences = (
+            None if self._is_plain else self._numbers(self._header.documents_at, self._first + start, stop - start)
+        )
+        if sequences is None or not len(sequences):
+            return self._numbers(self._header.offsets_at, self._first + start, stop - start)
+        low = int(sequences[0])
+        return self._numbers(self._header.offsets_at, low, int(sequences[-1]) + 1 - low)[sequences - low]
+
+    def _numbers(self, at: int, first: int, count: int) -> np.ndarray:
+        out, done = np.empty(count, dtype="<i8"), 0
+        while done < out.nbytes:
+            got = os.preadv(self._fd, [out.view(np.uint8)[done:]], at + 8 * first + done)
+            if not got:
+                break
+            done += got
+        found = os.fstat(self._fd)
+        if done < out.nbytes or (found.st_size, found.st_mtime_ns) != self._opened:
+            raise DataError(
+                f"{self._index} was changed or cut short while it was read. Prepare the data again, into another data.folder."
+            )
+        return out
 
 
 class OpenShard:
@@ -43,31 +101,27 @@ class OpenShard:
                 f"{index} says tokens are {header.dtype.name}, the manifest says {entry.dtype}: it was replaced. Prepare "
                 f"the data again."
             )
-        # Sequences begin at byte offsets kept in the index; Megatron may split a document into several sequences.
-        view = np.memmap(index, dtype=np.uint8, mode="r").view(np.ndarray)
-        offsets = view[header.offsets_at : header.offsets_at + 8 * header.sequences].view("<i8")
-        documents = view[header.documents_at : header.documents_at + 8 * header.documents].view("<i8")
         first, count = entry.first_document, entry.documents
         if first + count + 1 > header.documents:
             raise DataError(
                 f"{index} holds {header.documents - 1:,} documents, the manifest says {first + count:,} or more."
             )
-        is_plain = header.documents == header.sequences + 1
-        starts = offsets[first : first + count] if is_plain else offsets[documents[first : first + count]]
-        self.starts: np.ndarray = starts
-        """Byte offset at which each document of the entry begins; mapped, and not aligned."""
-        raw = starts.view(np.uint8) if is_plain else np.ascontiguousarray(starts)
-        self.search: Sequence[int] = memoryview(raw).cast("q")  # type: ignore[assignment]
+        far = FarStarts(index, header, first, count)
+        self.starts: np.ndarray | FarStarts = far[0:count] if count <= _STARTS_IN_MEMORY else far
+        """Byte offset at which each document of the entry begins."""
+        self.search: memoryview[int] | FarStarts = (
+            memoryview(self.starts) if isinstance(self.starts, np.ndarray) else far
+        )
         """The same, for `bisect`: plain numbers, a third of the time that numpy's take."""
         self.itemsize = header.dtype.itemsize
-        self.first_byte = int(starts[0]) if count else 0
+        self.first_byte = self.search[0] if count else 0
         self._fd = os.open(tokens, os.O_RDONLY)
         found = os.fstat(self._fd)
         self._opened = found.st_size, found.st_mtime_ns
         self._inode = found.st_ino
         self._looked = time.monotonic()
         is_last = first + count + 1 == header.documents
-        end = found.st_size if is_last else int(offsets[documents[first + count]])
+        end = found.st_size if is_last else far[count]
         if end - self.first_byte != entry.tokens * self.itemsize or end > found.st_size:
             raise DataError(
                 f"{tokens} has {(end - self.first_byte) // self.itemsize:,} tokens where the manifest says "
@@ -201,7 +255,7 @@ class TokenStream:
             a, b = bisect.bisect_left(shard.search, lo), bisect.bisect_left(shard.search, hi)
             if number < 0:
                 number = int(self.documents_before[which]) + int(a)
-            parts.append((np.asarray(shard.starts[a:b]) - shard.first_byte) // shard.itemsize + base)
+            parts.append((shard.starts[a:b] - shard.first_byte) // shard.itemsize + base)
             which += 1
         return (np.concatenate(parts) if parts else np.empty(0, dtype=np.int64)), max(number, 0)
 
@@ -220,7 +274,7 @@ class TokenStream:
     def document_lengths(self, which: int) -> np.ndarray:
         """Tokens of every document of an entry."""
         shard = self._shelf.open(self.entries[which])
-        starts = (np.asarray(shard.starts) - shard.first_byte) // shard.itemsize
+        starts = (shard.starts[:] - shard.first_byte) // shard.itemsize
         return np.diff(starts, append=self.entries[which].tokens)
 
     def document_span(self, document: int) -> tuple[int, int]:

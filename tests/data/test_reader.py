@@ -16,6 +16,7 @@ from data.config import CacheConfig, DataConfig, SourceConfig
 from data.dataset import open_dataset
 from data.errors import DataError
 from data.manifest import MANIFEST, Manifest, read_manifest
+from data.stream import Stream
 from data.verify import VERIFIED, Verifier
 
 
@@ -156,6 +157,34 @@ def test_a_shard_put_back_unchanged_is_read_on(folder: Path, monkeypatch: pytest
     copy.write_bytes(path.read_bytes())
     copy.rename(path)
     assert (dataset.training_rows(every).tokens == before.tokens).all()
+
+
+@pytest.mark.parametrize("suffix", ["bin", "idx"])
+@pytest.mark.parametrize("kept", [0, 1 << 20])
+def test_files_cut_short_under_a_running_stream_end_it_with_their_name(
+    folder: Path, suffix: str, kept: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Real truncation, in the middle of reading rows with their boundaries; a memory map would end the process (SIGBUS).
+
+    kept: indices of up to so many documents are read whole when a shard is opened, so that cutting them changes nothing.
+    """
+    monkeypatch.setattr("data.reader._LOOK_EVERY_S", 0.0)
+    monkeypatch.setattr("data.reader._STARTS_IN_MEMORY", kept)
+    dataset = open_dataset(config_of(folder, reset_at_documents=True, verify="never"))
+    good = [dataset.training_rows(np.arange(at, at + 8)) for at in range(0, 400, 8)]
+    with Stream(
+        dataset, position=0, global_rows=8, microbatch_rows=8, rank=0, ranks=1, prefetch_steps=2, threads=2
+    ) as stream:
+        next(stream)
+        os.truncate(folder / f"{SHARD}.{suffix}", 60)
+        if suffix == "idx" and kept:
+            for wanted in good[1:]:
+                (batch,) = next(stream)
+                assert (batch.labels == wanted.labels).all() and (batch.document_index == wanted.document_index).all()
+            return
+        with pytest.raises(DataError, match=rf"a\.train-00001\.{suffix} "):
+            for _ in range(50):
+                next(stream)
 
 
 def rewrite(folder: Path, **changes: object) -> None:
