@@ -403,6 +403,9 @@ class CompressConfig:
     """Inner width of MLP layers (per branch)."""
     heads: Count = 0
     """Query heads: an equal number of each key/value head's. Key/value heads stay."""
+    merge_heads: bool = False
+    """Add to the weakest query heads kept what separates them from the strongest dropped (Minitron, arXiv 2407.14679, section
+    2.3)."""
     mamba_heads: Count = 0
     """Mamba-2 heads: an equal number of each group. Groups and state size stay."""
     mamba_head_dim: Count = 0

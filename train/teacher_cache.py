@@ -132,7 +132,7 @@ def _answer_all(
     before = len(seen)
     mesh.barrier()  # nobody writes before everybody has looked
     written, answered, rest = 0, 0, 0.0
-    console = Console(highlight=False)
+    console = Console(highlight=False, soft_wrap=True)
     with Progress(console=console, disable=mesh.rank > 0 or not console.is_terminal) as progress:
         task = progress.add_task("the teacher reads", total=rows)
         for number, start in enumerate(range(0, rows, config.block_rows)):
@@ -229,7 +229,7 @@ def _measure(recipe: Recipe, config: CacheConfig, *, mesh: "Mesh", teacher: "Tea
     for k in counts:
         table.add_row(str(k), str(k * width + 4), f"{sums[k] / total:.5f}", f"{sums[k] / total / whole:.4f}")
     table.add_row("all", str(2 * recipe.model.vocab), f"{whole:.5f}", "1")
-    Console(highlight=False).print(table)
+    Console(highlight=False, soft_wrap=True).print(table)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from train.checkpoint.tensors import StoredTensors, write_weights
 from train.compress.__main__ import _write_pruned
 from train.compress.parent import Parent
 from train.compress.prune import _AXES as AXES
-from train.compress.prune import Kept, Target, _indices, choose, cut_weights, pruned_model
+from train.compress.prune import Kept, Target, _indices, choose, cut_weights, head_merges, pruned_model
 from train.compress.scores import Scores
 from train.config import ModelConfig
 from train.errors import RecipeError
@@ -56,10 +56,12 @@ def before(parent: tuple[Path, ModelConfig]) -> torch.Tensor:
     return run_ranks(1, logits, *parent)[0]
 
 
-def cut(parent: Path, folder: Path, scores: Scores, target: Target, kept: Kept | None = None) -> ModelConfig:
+def cut(
+    parent: Path, folder: Path, scores: Scores, target: Target, kept: Kept | None = None, *, merge: bool = False
+) -> ModelConfig:
     kept = kept if kept is not None else choose(scores, target)
     small = pruned_model(ModelConfig(**scores.model), target, kept.layers)
-    cut_weights(parent, aside_of(folder), scores=scores, kept=kept, small=small)
+    cut_weights(parent, aside_of(folder), scores=scores, kept=kept, small=small, merge_heads=merge)
     finish(folder)
     return small
 
@@ -176,6 +178,41 @@ def train_on(rank: int, path: Path, recipe: object) -> tuple[float, Numbers]:
         return start, steps_of(engine, recipe, range(3))  # type: ignore[arg-type]
 
 
+def test_pairs_of_merged_heads_are_the_papers() -> None:
+    """arXiv 2407.14679, section 2.3: head i takes head 2K - i + 1, ranks from 1, by hand."""
+    scores = np.array([3.0, 9.0, 1.0, 7.0, 5.0])  # by rank: heads 1, 3, 4, 0, 2
+    assert head_merges(scores, 3, groups=1) == [(3, 2), (4, 0)]  # ranks 2 and 5, 3 and 4; the first stays as it is
+    assert head_merges(scores, 2, groups=1) == [(1, 0), (3, 4)]  # ranks 1 and 4, 2 and 3; the fifth is lost
+    assert head_merges(scores, 5, groups=1) == []
+    assert head_merges(np.array([1.0, 2.0, 4.0, 3.0]), 2, groups=2) == [(1, 0), (2, 3)]  # never across key/value heads
+
+
+def test_query_heads_kept_take_up_those_dropped(
+    parent: tuple[Path, ModelConfig], scores: Scores, tmp_path: Path
+) -> None:
+    """Twice the kept head's query rows minus the dropped one's; keys, values and everything else as without merging."""
+    path, model = parent
+    target = Target(heads=2)
+    plain, merged = (StoredTensors(_cut_to(tmp_path / str(m), path, scores, target, merge=m)) for m in (False, True))
+    whole, width, per_group = StoredTensors(path), model.head_dim, model.heads // model.kv_heads
+    changed = [name for name in plain.weights if not torch.equal(plain.read(name), merged.read(name))]
+    attention = [n for n, parts in scores.layers.items() if "heads" in parts]
+    assert changed == [f"decoder.layers.{n}.self_attention.linear_qkv.weight" for n in attention]
+    for number, name in zip(attention, changed, strict=True):
+        before = whole.read(name).view(model.kv_heads, per_group + 2, width, -1)
+        after = merged.read(name).view(model.kv_heads, 3, width, -1)
+        by_group = scores.layers[number]["heads"].reshape(model.kv_heads, per_group)
+        for group, (first, second) in enumerate(by_group):
+            kept, gone = (0, 1) if first >= second else (1, 0)
+            torch.testing.assert_close(after[group, 0], 2 * before[group, kept] - before[group, gone])
+            assert torch.equal(after[group, 1:], before[group, per_group:])
+
+
+def _cut_to(folder: Path, path: Path, scores: Scores, target: Target, *, merge: bool) -> Path:
+    cut(path, folder, scores, target, merge=merge)
+    return folder
+
+
 def test_sizes_that_do_not_fit_are_refused_together() -> None:
     with pytest.raises(RecipeError) as error:
         pruned_model(HYBRID, Target(hidden=100, heads=3, mamba_heads=7), list(range(8)))
@@ -194,7 +231,7 @@ def test_a_pruned_checkpoint_says_where_it_comes_from_and_is_exported(
     whole = Parent(path, manifest, teacher_recipe(manifest, path))
     folder = tmp_path / "small"
     text = _write_pruned(whole, scores, Target(hidden=48, ffn=80), folder, name="small")
-    assert "run.start_from" in text
+    assert f"{parameters(model).total:,} -> " in text and str(folder / "model" / "small.yaml") in text
     found, pruned = checkpoint_at(folder)
     assert pruned.recipe["model"]["hidden"] == 48 and pruned.tokenizer == manifest.tokenizer and pruned.updates is None
     kept = pruned.lineage["kept"]

@@ -9,7 +9,7 @@ from test_recipe import composed
 
 from train.compress.prune import Target
 from train.compress.scores import Candidate, Removal, Scores
-from train.compress.search import Budget, Shape, damage, feasible, ranked, shape_of, sizes, targets
+from train.compress.search import Shape, damage, feasible, ranked, shape_of, sizes, targets
 from train.config import CompressConfig, ModelConfig
 from train.cost.inference import inference_memory
 from train.errors import RecipeError
@@ -72,11 +72,12 @@ def test_the_papers_search_on_paper() -> None:
         search_hidden="4480:5120:128",
         search_ffn="13440:20480:320",
         search_mamba_heads="112:128:8",
+        budget_gib=19.66,
+        budget_context_tokens=CONTEXT,
     )
-    budget = Budget(gib=19.66, context_tokens=CONTEXT)
     tried = targets(config)
     assert len(tried) == 4 * 6 * 23 * 3
-    shapes = feasible(twelve, tried, budget, layers_of=paper_layers)
+    shapes = feasible(twelve, tried, config, layers_of=paper_layers)
     found = [
         s
         for s in shapes
@@ -85,7 +86,7 @@ def test_the_papers_search_on_paper() -> None:
     assert len(found) == 1 and round(found[0].gib, 2) == 18.62
     assert found[0].parameters == parameters(model("nemotron_nano_9b_v2")).total == 8_888_227_328
     assert not any(shape.model == twelve for shape in shapes)
-    assert not shape_of(twelve, Target(), list(range(62)), budget).fits(budget)
+    assert not shape_of(twelve, Target(), list(range(62)), config).fits(config)
     assert 0 < len(shapes) < len(tried) and all(shape.gib <= 19.66 for shape in shapes)
     assert [s.gib for s in shapes] == sorted((s.gib for s in shapes), reverse=True)
 
@@ -93,15 +94,15 @@ def test_the_papers_search_on_paper() -> None:
 def test_all_three_limits_count() -> None:
     nine = model("nemotron_nano_9b_v2")
 
-    def shape(budget: Budget) -> Shape:
+    def shape(budget: CompressConfig) -> Shape:
         return shape_of(nine, Target(), list(range(56)), budget)
 
-    assert shape(Budget()).fits(Budget())
+    assert shape(CompressConfig()).fits(CompressConfig())
     for name, limit in (("parameters", 12_000_000_000), ("gib", 18.0), ("tokens_per_s", 1e6)):
-        budget = replace(Budget(), **{name: limit})
+        budget = replace(CompressConfig(), **{f"budget_{name}": limit})
         assert not shape(budget).fits(budget), name
     # An A10G reads the weights but the embedding's, and all caches, at most 600e9 / 19.8e9 = 31 times a second.
-    assert 28 < shape(Budget()).tokens_per_s < 34
+    assert 28 < shape(CompressConfig()).tokens_per_s < 34
 
 
 def test_less_important_parts_are_given_up_first() -> None:
@@ -127,7 +128,8 @@ def test_less_important_parts_are_given_up_first() -> None:
     assert damage(scores, layer) == pytest.approx(0.1)
     assert damage(scores, hidden) < damage(scores, layer) < damage(scores, ffn)
     shapes = [
-        shape_of(small, t, list(range(4)) if t is not layer else [0, 1, 3], Budget()) for t in (ffn, layer, hidden)
+        shape_of(small, t, list(range(4)) if t is not layer else [0, 1, 3], CompressConfig())
+        for t in (ffn, layer, hidden)
     ]
     assert [shape.target for _, shape in ranked(scores, shapes)] == [hidden, layer, ffn]
 

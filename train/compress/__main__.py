@@ -117,15 +117,17 @@ def _score(composed: DictConfig) -> int:
     scores.save(folder)
     draw_widths(scores, folder / "widths.png", title=parent.path.parent.parent.name)
     draw_layers(scores, folder / "layers.png", title=parent.path.parent.parent.name)
-    console = Console(highlight=False)
-    order = sorted(range(depth), key=lambda n: scores.influence[n])
-    console.print(f"{parent.path}: {config.calibration_rows:,} rows. Least block influence first: "
-                  + ", ".join(f"{layer_kinds(model.pattern)[n]}{n}" for n in order))  # fmt: skip
+    console = Console(highlight=False, soft_wrap=True)
+    kinds = layer_kinds(model.pattern)
+    order = [f"{n} ({kinds[n]})" for n in sorted(range(depth), key=lambda n: scores.influence[n])]
+    console.print(
+        f"{parent.path}: {config.calibration_rows:,} rows. Layers, least block influence first: {', '.join(order)}"
+    )
     for number, removal in enumerate(scores.removals):
         harm = next(c for c in removal.candidates if c.layer == removal.layer)
         console.print(
-            f"removed {number + 1}: layer {removal.layer} ({layer_kinds(model.pattern)[removal.layer]}), logit error "
-            f"{harm.logit_error:.4f}, loss +{harm.loss_increase:.4f} nats"
+            f"removed {number + 1}: layer {removal.layer} ({kinds[removal.layer]}), logit error {harm.logit_error:.4f}, "
+            f"loss +{harm.loss_increase:.4f} nats"
         )
     console.print(f"Scores: {folder}/scores.json; pictures: {folder}/widths.png, {folder}/layers.png")
     return 0
@@ -141,12 +143,16 @@ def _prune(composed: DictConfig) -> int:
     from train.compress.scores import Scores
 
     target = Target(**{name: getattr(config, name) for name in Target.__dataclass_fields__})
-    written = _write_pruned(parent_of(config), Scores.load(folder), target, folder, name=recipe.run.name)
-    Console(highlight=False).print(written)
+    written = _write_pruned(
+        parent_of(config), Scores.load(folder), target, folder, name=recipe.run.name, merge_heads=config.merge_heads
+    )
+    console = Console(highlight=False, soft_wrap=True)
+    console.print(written)
+    console.print(f"Train it: {_training_command(folder, recipe.run.name)}")
     return 0
 
 
-def _write_pruned(parent: Any, scores: Any, target: Any, folder: Path, *, name: str) -> str:
+def _write_pruned(parent: Any, scores: Any, target: Any, folder: Path, *, name: str, merge_heads: bool = False) -> str:
     """Cut, write checkpoint and model recipe. -> what was done, for people."""
     from train.checkpoint import storage
     from train.compress.prune import choose, cut_weights, lineage, pruned_model
@@ -165,7 +171,7 @@ def _write_pruned(parent: Any, scores: Any, target: Any, folder: Path, *, name: 
     aside = folder / "checkpoints" / f".{FIRST_STEP}.writing"
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
-    cut_weights(parent.path, aside, scores=scores, kept=kept, small=small)
+    cut_weights(parent.path, aside, scores=scores, kept=kept, small=small, merge_heads=merge_heads)
     manifest = storage.Manifest(
         step=0,
         position=0,
@@ -175,7 +181,7 @@ def _write_pruned(parent: Any, scores: Any, target: Any, folder: Path, *, name: 
         data_hash="",
         versions=storage.versions(),
         tokenizer=parent.manifest.tokenizer,
-        lineage=lineage(scores, kept, parent=parent.path, manifest=parent.manifest),
+        lineage=lineage(scores, kept, parent=parent.path, manifest=parent.manifest, merged_heads=merge_heads),
     )
     storage.publish(aside, final, manifest)
     group = folder / "model"
@@ -186,9 +192,13 @@ def _write_pruned(parent: Any, scores: Any, target: Any, folder: Path, *, name: 
     return (
         f"{parent.path}: {before:,} -> {after:,} parameters ({after / before:.0%}), {parent.recipe.model.pattern} -> "
         f"{small.pattern}\n"
-        f"Checkpoint: {final}; model recipe: {group}/{name}.yaml\n"
-        f"Train it: python -m train --config-dir {folder} -cn RECIPE model={name} run.start_from={folder} run.name=..."
+        f"Checkpoint: {final}; model recipe: {group}/{name}.yaml"
     )
+
+
+def _training_command(folder: Path, name: str) -> str:
+    """What trains a pruned checkpoint on, with the recipe this command was given."""
+    return f"python -m train --config-dir={folder} -cn {asked_for()[0]} model={name} run.name={name} run.start_from={folder}"
 
 
 def _search(composed: DictConfig) -> int:
@@ -198,20 +208,10 @@ def _search(composed: DictConfig) -> int:
     _prepare_cpu(prepare)
     from train.compress.parent import parent_of
     from train.compress.scores import Scores, model_of
-    from train.compress.search import Budget, describe, feasible, ranked, targets
+    from train.compress.search import describe, feasible, ranked, targets
 
     scores = Scores.load(folder)
     model = model_of(scores)
-    budget = Budget(
-        parameters=config.budget_parameters,
-        tolerance=config.budget_tolerance,
-        gib=config.budget_gib,
-        context_tokens=config.budget_context_tokens,
-        batch=config.budget_batch,
-        tokens_per_s=config.budget_tokens_per_s,
-        gb_per_s=config.device_gb_per_s,
-        tflops=config.device_tflops,
-    )
     tried = targets(config)
     from train.compress.prune import choose
 
@@ -222,11 +222,11 @@ def _search(composed: DictConfig) -> int:
             layers[target.layers] = choose(scores, type(target)(layers=target.layers)).layers
         return layers[target.layers]
 
-    shapes = feasible(model, tried, budget, layers_of=layers_of)
-    console = Console(highlight=False)
+    shapes = feasible(model, tried, config, layers_of=layers_of)
+    console = Console(highlight=False, soft_wrap=True)
     console.print(f"{len(tried):,} shapes tried, {len(shapes):,} within the budget.")
     if not shapes:
-        raise RecipeError("no shape fits the budget. Widen compress.search_..., or the budget.")
+        raise RecipeError(f"no shape fits the budget. {_range_of(model, tried, config, layers_of)}")
     best = ranked(scores, shapes)[: config.candidates]
     table = Table("", "layers", "hidden", "ffn", "heads", "mamba heads", "parameters", "GiB", "tokens/s", "lost")
     for number, (lost, shape) in enumerate(best, 1):
@@ -240,7 +240,7 @@ def _search(composed: DictConfig) -> int:
         name = f"{recipe.run.name}_{number}"
         out = Path(config.folder) / name
         scores.save(out)
-        _write_pruned(parent, scores, shape.target, out, name=name)
+        _write_pruned(parent, scores, shape.target, out, name=name, merge_heads=config.merge_heads)
         names.append(name)
     (folder / "candidates.json").write_text(
         json.dumps(
@@ -250,12 +250,23 @@ def _search(composed: DictConfig) -> int:
     console.print("A short distillation of each, then `python -m train.compress pick` with the same recipe:")
     for name in names:
         out = Path(config.folder) / name
-        console.print(
-            f"  python -m train --config-dir {out} -cn RECIPE model={name} run.name={name} run.start_from={out} "
-            f"objective=distill objective.teacher={config.parent}",
-            soft_wrap=True,
-        )
+        console.print(f"  {_training_command(out, name)} objective=distill objective.teacher={config.parent}")
     return 0
+
+
+def _range_of(model: Any, tried: list[Any], config: CompressConfig, layers_of: Callable[[Any], list[int]]) -> str:
+    """How large and how fast the shapes tried are, for the one whose budget fits none of them."""
+    from train.compress.search import shape_of
+
+    shapes = [shape_of(model, target, layers_of(target), config) for target in tried]
+    parameters_of, gib = ([getattr(shape, name) for shape in shapes] for name in ("parameters", "gib"))
+    fastest = max(shape.tokens_per_s for shape in shapes)
+    return (
+        f"Those tried have {min(parameters_of):,} to {max(parameters_of):,} parameters (compress.budget_parameters="
+        f"{config.budget_parameters:,}), take {min(gib):.3f} to {max(gib):.3f} GiB (budget_gib={config.budget_gib:g}) and "
+        f"reach {fastest:.1f} tokens/s (budget_tokens_per_s={config.budget_tokens_per_s:g}). Widen compress.search_..., or "
+        f"the budget."
+    )
 
 
 def _pick(composed: DictConfig) -> int:
@@ -283,7 +294,7 @@ def _pick(composed: DictConfig) -> int:
             str(step),
             f"{score:.4f}",
         )
-    console = Console(highlight=False)
+    console = Console(highlight=False, soft_wrap=True)
     console.print(table)
     console.print(f"Best: {min(results)[1]}")
     return 0

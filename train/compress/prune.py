@@ -8,6 +8,14 @@ of a tensor means stands in one table (`_AXES`).
 An RMSNorm divides by the root of the mean square over its channels; with fewer channels that mean changes. The weights of
 each norm are multiplied by what the calibration rows say it changed by: nothing where the channels left are like those
 gone, sqrt(all / kept) where those gone are zero, which is what makes the last case exact.
+
+Query heads may be merged (`merge_heads`): each group's heads ranked 1 to L, K kept, head i of the kept becomes
+
+    head_i + (head_i - head_j),  j = 2K - i + 1        for i from max(1, 2K - L + 1) to K
+
+as Minitron prints it (arXiv 2407.14679, section 2.3; from 2K - L there, whose partner L + 1 does not exist). With grouped
+keys it does so to query heads alone, which is read here as their projections: keys, values and the output's columns are
+those of the kept heads. Two heads that ask the same merge into the same.
 """
 
 import math
@@ -163,9 +171,13 @@ class _Plan:
     factor: torch.Tensor | None
     """Norm weights: multiplied in (after the offset), one for each channel that stays."""
     offset: int
+    merges: list[tuple[int, int]]
+    """Query heads that take up others (`head_merges`)."""
 
 
-def cut_weights(parent: Path, folder: Path, *, scores: Scores, kept: Kept, small: ModelConfig) -> None:
+def cut_weights(
+    parent: Path, folder: Path, *, scores: Scores, kept: Kept, small: ModelConfig, merge_heads: bool = False
+) -> None:
     """Write the weights of the smaller model into `folder`, a new folder. CheckpointError for a tensor that does not fit."""
     model = model_of(scores)
     stored = StoredTensors(parent)
@@ -186,11 +198,17 @@ def cut_weights(parent: Path, folder: Path, *, scores: Scores, kept: Kept, small
         shape = tuple(size if i is None else len(i) for i, size in zip(indices, tensor.shape, strict=True))
         factor = _factor(name, suffix, number, scores=scores, kept=kept, model=model, small=small)
         offset = model.norm_offset if suffix != "mixer.norm.weight" else 0
-        plans[target] = _Plan(name, shape, indices, factor, offset if suffix.endswith("norm.weight") else 0)
+        merges = []
+        if merge_heads and suffix == "self_attention.linear_qkv.weight":
+            assert number is not None
+            merges = head_merges(scores.layers[number]["heads"], small.heads, groups=model.kv_heads)
+        plans[target] = _Plan(name, shape, indices, factor, offset if suffix.endswith("norm.weight") else 0, merges)
 
     def read(name: str) -> torch.Tensor:
         plan = plans[name]
         whole = stored.read(plan.source)
+        if plan.merges:
+            whole = merge_query_heads(whole, plan.merges, model=model)
         part = whole
         for axis, indices in enumerate(plan.indices):
             if indices is not None and len(indices) < whole.shape[axis]:
@@ -232,6 +250,27 @@ def _indices(axis: str | None, number: int | None, size: int, model: ModelConfig
                 rows += [*(first + mine), first + per_group, first + per_group + 1]
             return _times(np.asarray(rows), model.head_dim)
     raise AssertionError(f"no axis {axis}")
+
+
+def head_merges(scores: np.ndarray, keep: int, *, groups: int) -> list[tuple[int, int]]:
+    """(head kept, head dropped whose difference it takes), in each of `groups` groups of query heads; see the module text."""
+    size, count = len(scores) // groups, keep // groups
+    pairs = []
+    for group in range(groups):
+        ranked = group * size + np.argsort(-scores[group * size : (group + 1) * size], kind="stable")
+        pairs += [(int(ranked[i]), int(ranked[2 * count - 1 - i])) for i in range(max(0, 2 * count - size), count)]
+    return pairs
+
+
+def merge_query_heads(qkv: torch.Tensor, merges: list[tuple[int, int]], *, model: ModelConfig) -> torch.Tensor:
+    """A query-key-value weight (rows in Megatron's order) whose query heads have taken up what `merges` says."""
+    per_group = model.heads // model.kv_heads
+    grouped = qkv.view(model.kv_heads, per_group + 2, model.head_dim, -1)
+    merged = grouped.clone()
+    for kept, dropped in merges:
+        mine, other = (grouped[head // per_group, head % per_group] for head in (kept, dropped))
+        merged[kept // per_group, kept % per_group] = (2 * mine.double() - other.double()).to(qkv.dtype)
+    return merged.view_as(qkv)
 
 
 def _times(heads: np.ndarray, width: int) -> np.ndarray:
@@ -285,7 +324,9 @@ def _ratio(a: Any, b: Any) -> Any:
     return np.where(np.asarray(b) > 0, np.asarray(a) / np.where(np.asarray(b) > 0, b, 1), 1.0)
 
 
-def lineage(scores: Scores, kept: Kept, *, parent: Path, manifest: Manifest) -> dict[str, Any]:
+def lineage(
+    scores: Scores, kept: Kept, *, parent: Path, manifest: Manifest, merged_heads: bool = False
+) -> dict[str, Any]:
     """What a pruned checkpoint's manifest says about where it comes from."""
     return {
         "made_by": "prune",
@@ -296,5 +337,6 @@ def lineage(scores: Scores, kept: Kept, *, parent: Path, manifest: Manifest) -> 
         "parent_model": scores.model,
         "calibration_rows": scores.rows,
         "kept": {"layers": kept.layers, "hidden": kept.hidden.tolist()},
+        "merged_heads": merged_heads,
         "before": manifest.lineage,
     }

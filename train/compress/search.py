@@ -22,20 +22,6 @@ from train.model.pattern import layer_kinds, parameters
 
 
 @dataclass(frozen=True)
-class Budget:
-    """Limits; 0 is none."""
-
-    parameters: int = 0
-    tolerance: float = 0.05
-    gib: float = 0.0
-    context_tokens: int = 131072
-    batch: int = 1
-    tokens_per_s: float = 0.0
-    gb_per_s: float = 600.0
-    tflops: float = 70.0
-
-
-@dataclass(frozen=True)
 class Shape:
     """A candidate, measured."""
 
@@ -45,13 +31,12 @@ class Shape:
     gib: float
     tokens_per_s: float
 
-    def fits(self, budget: Budget) -> bool:
-        """Whether it keeps all limits."""
-        near = not budget.parameters or (
-            abs(self.parameters - budget.parameters) <= budget.tolerance * budget.parameters
-        )
-        small = not budget.gib or self.gib <= budget.gib
-        return near and small and (not budget.tokens_per_s or self.tokens_per_s >= budget.tokens_per_s)
+    def fits(self, config: CompressConfig) -> bool:
+        """Whether it keeps all limits of a recipe's `compress.budget_*`."""
+        wanted = config.budget_parameters
+        near = not wanted or abs(self.parameters - wanted) <= config.budget_tolerance * wanted
+        small = not config.budget_gib or self.gib <= config.budget_gib
+        return near and small and self.tokens_per_s >= config.budget_tokens_per_s
 
 
 def sizes(text: str, otherwise: int) -> list[int]:
@@ -81,30 +66,23 @@ def targets(config: CompressConfig) -> list[Target]:
     ]
 
 
-def shape_of(model: ModelConfig, target: Target, layers: list[int], budget: Budget) -> Shape:
-    """A candidate and its costs. RecipeError for sizes that do not fit the parent."""
+def shape_of(model: ModelConfig, target: Target, layers: list[int], config: CompressConfig) -> Shape:
+    """A candidate and its costs for the device and context of `config`. RecipeError for sizes that do not fit the parent."""
     small = pruned_model(model, target, layers)
-    return Shape(
-        target=target,
-        model=small,
-        parameters=parameters(small).total,
-        gib=inference_memory(small, context_tokens=budget.context_tokens, batch=budget.batch).gib,
-        tokens_per_s=roofline_tokens_per_s(
-            small,
-            context_tokens=budget.context_tokens,
-            batch=budget.batch,
-            gb_per_s=budget.gb_per_s,
-            tflops=budget.tflops,
-        ),
+    context, batch = config.budget_context_tokens, config.budget_batch
+    speed = roofline_tokens_per_s(
+        small, context_tokens=context, batch=batch, gb_per_s=config.device_gb_per_s, tflops=config.device_tflops
     )
+    gib = inference_memory(small, context_tokens=context, batch=batch).gib
+    return Shape(target, small, parameters=parameters(small).total, gib=gib, tokens_per_s=speed)
 
 
 def feasible(
-    model: ModelConfig, tried: list[Target], budget: Budget, *, layers_of: Callable[[Target], list[int]]
+    model: ModelConfig, tried: list[Target], config: CompressConfig, *, layers_of: Callable[[Target], list[int]]
 ) -> list[Shape]:
     """The candidates within the budget, largest memory first. layers_of: which layers a target's depth keeps."""
-    shapes = [shape_of(model, target, layers_of(target), budget) for target in tried]
-    return sorted((shape for shape in shapes if shape.fits(budget)), key=lambda shape: (-shape.gib, str(shape.target)))
+    shapes = [shape_of(model, target, layers_of(target), config) for target in tried]
+    return sorted((shape for shape in shapes if shape.fits(config)), key=lambda shape: (-shape.gib, str(shape.target)))
 
 
 def damage(scores: Scores, target: Target) -> float:
