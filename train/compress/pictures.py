@@ -115,6 +115,7 @@ def _heads(place: Any, scores: Scores, kind: str, title: str) -> None:
     shown = place.imshow(grid, aspect="auto", cmap="Blues", vmin=0)
     place.set(xlabel="head", ylabel="layer")
     place.set_yticks(range(len(layers)), [str(n) for n in layers])
+    place.xaxis.get_major_locator().set_params(integer=True)
     groups = model_of(scores).mamba_groups if kind == "mamba" else model_of(scores).kv_heads
     for group in range(1, groups):
         place.axvline(group * grid.shape[1] / groups - 0.5, color="white", linewidth=1.5)
