@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from launch.compose import compose, split_words
+from launch.plan_goodput import add_options, draw_goodput, goodput_json, goodput_of, show_goodput
 from launch.planner import Plan, make_plan, world_of
 from train.config import Recipe
 from train.cost.device import device_named, devices
@@ -24,6 +25,8 @@ examples:
   python -m launch plan -cn RECIPE --gpus 1024 --search                    the best layouts for so many GPUs, with reasons
   python -m launch plan -cn RECIPE --json | jq .memory_gib_per_rank        for scripts
   python -m launch plan -cn RECIPE --picture plan.png                      memory by stage, time by part
+  python -m launch plan -cn RECIPE --gpus 512 --goodput                    how often to save, and what failures cost
+  python -m launch plan -cn RECIPE --scale 8,64,512 --picture scale.png    what more GPUs still bring
 
 All other words are the trainer's own: recipe names, overrides, --config-dir, --cfg job. Devices: {", ".join(devices())}.
 Exit status: 0 the run can start; 1 it would fail (memory, formats); 2 the recipe cannot be laid out. What is counted and
@@ -50,6 +53,10 @@ def main(arguments: Sequence[str]) -> int:
         "--picture", type=Path, metavar="FILE", help="draw memory by stage and time by part (.png, .svg, .pdf)"
     )
     parser.add_argument("--ranks", action="store_true", help="list every rank, however many there are")
+    parser.add_argument(
+        "--scale", metavar="N,N,...", help="the best layout at each of these numbers of GPUs, in one table"
+    )
+    add_options(parser)
     own, words = split_words(parser, arguments)
     if own.gpus is not None and own.gpus < 1:
         parser.error(f"--gpus {own.gpus}: at least 1")
@@ -57,6 +64,8 @@ def main(arguments: Sequence[str]) -> int:
     if isinstance(recipe, int):
         return recipe
     try:
+        if own.scale is not None:
+            return _scale(recipe, own)
         return _search(recipe, own) if own.search else _plan(recipe, own)
     except USER_ERRORS as error:
         if own.json:
@@ -67,12 +76,20 @@ def main(arguments: Sequence[str]) -> int:
 
 def _plan(recipe: Recipe, own: argparse.Namespace) -> int:
     plan = make_plan(recipe, world=world_of(recipe, own.gpus), device=device_named(own.device))
+    goodput = goodput_of(plan, own) if own.goodput else None
     if own.picture is not None:
         from launch.plan_picture import draw
 
-        draw(plan, own.picture)
+        draw(plan, own.picture) if goodput is None else draw_goodput(goodput, plan, own.picture)
     if own.json:
-        sys.stdout.write(json.dumps(as_json(plan, ranks=own.ranks)) + "\n")
+        extra = {} if goodput is None else {"goodput": goodput_json(goodput)}
+        sys.stdout.write(json.dumps(as_json(plan, ranks=own.ranks) | extra) + "\n")
+    elif goodput is not None:
+        show_goodput(goodput, plan)
+        for problem in plan.problems:
+            sys.stdout.write(f"problem: {problem}\n")
+        if own.picture is not None:
+            sys.stdout.write(f"Picture: {own.picture}\n")
     else:
         from launch.plan_tables import show
 
@@ -80,6 +97,21 @@ def _plan(recipe: Recipe, own: argparse.Namespace) -> int:
         if own.picture is not None:
             sys.stdout.write(f"Picture: {own.picture}\n")
     return 1 if plan.problems else 0
+
+
+def _scale(recipe: Recipe, own: argparse.Namespace) -> int:
+    from launch.plan_scale import counts_of, draw_scale, scale, scale_json, show_scale
+
+    points = scale(recipe, counts_of(own.scale), device=device_named(own.device), own=own)
+    if own.json:
+        sys.stdout.write(json.dumps({"points": scale_json(points)}) + "\n")
+    else:
+        show_scale(points, recipe)
+    if own.picture is not None:
+        draw_scale(points, recipe, own.picture)
+        if not own.json:
+            sys.stdout.write(f"Picture: {own.picture}\n")
+    return 0 if all(point.plan is not None for point in points) else 1
 
 
 def _search(recipe: Recipe, own: argparse.Namespace) -> int:

@@ -1,6 +1,9 @@
 """A plan as a picture: memory of each pipeline stage as stacked bars under the device's limit, and the time of a step by part."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 
@@ -13,15 +16,26 @@ _COLORS = ("#1f5fa8", "#4a90d9", "#7fb3e6", "#b5d3f0", "#2a9d8f", "#e9a23b", "#f
 _STYLE = {"font.size": 10, "axes.spines.top": False, "axes.spines.right": False, "axes.titleweight": "bold"}
 
 
-def draw(plan: Plan, path: Path) -> None:
-    """Write the picture. RecipeError for a kind of file that cannot be written."""
+@contextmanager
+def canvas(path: Path, *, size: tuple[float, float]) -> Iterator[Any]:
+    """A figure that is written when its block ends. RecipeError for a kind of file that cannot be written."""
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
     if path.suffix.lower() not in (".png", ".svg", ".pdf"):
         raise RecipeError(f"--picture {path}: write a .png, .svg or .pdf.")
     with pyplot.rc_context(_STYLE):
-        figure, (left, right) = pyplot.subplots(1, 2, figsize=(13, 5.2), width_ratios=(3, 2), layout="constrained")
+        figure = pyplot.figure(figsize=size, layout="constrained")
+        yield figure
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path, dpi=130)
+        pyplot.close(figure)
+
+
+def draw(plan: Plan, path: Path) -> None:
+    """Write the picture. RecipeError for a kind of file that cannot be written."""
+    with canvas(path, size=(13, 5.2)) as figure:
+        left, right = figure.subplots(1, 2, width_ratios=(3, 2))
         places = [str(memory.stage) for memory in plan.memory]
         bottom = [0.0] * len(places)
         for (part, name), color in zip(MEMORY_NAMES.items(), _COLORS, strict=True):
@@ -57,9 +71,6 @@ def draw(plan: Plan, path: Path) -> None:
             f"{plan.recipe.run.name}: {plan.parameters / 1e9:.2f} billion parameters on {plan.layout.world:,} x "
             f"{plan.device.name}, {plan.layout.describe()}, {plan.tokens_per_s_per_gpu:,.0f} tokens/s/GPU, MFU {plan.mfu:.1%}"
         )
-        path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path, dpi=130)
-        pyplot.close(figure)
 
 
 def _seconds(value: float) -> str:

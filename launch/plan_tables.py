@@ -33,7 +33,7 @@ MEMORY_NAMES = {
 
 def show(plan: Plan, *, every_rank: bool = False) -> None:
     """Print a plan."""
-    console = _console()
+    out = console()
     for part in (
         _head(plan),
         _ranks(plan, every_rank=every_rank),
@@ -42,12 +42,13 @@ def show(plan: Plan, *, every_rank: bool = False) -> None:
         _time(plan),
         _cost(plan),
     ):
-        console.print(part)
-        console.print()
-    _complain(console, plan)
+        out.print(part)
+        out.print()
+    _complain(out, plan)
 
 
-def _console() -> Console:
+def console() -> Console:
+    """Wide enough for the tables."""
     return Console(width=max(100, min(140, shutil.get_terminal_size((130, 40)).columns)), highlight=False)
 
 
@@ -151,7 +152,7 @@ def _cost(plan: Plan) -> Table:
             f"{plan.mfu:.1%}",
         ),
         ("MFU, masked half counted (torchtitan, llm-foundry)", f"{plan.mfu_unmasked:.1%}"),
-        (f"{plan.recipe.run.steps:,} steps, {total_tokens / 1e9:,.3f} billion tokens", _duration(plan.hours)),
+        (f"{plan.recipe.run.steps:,} steps, {total_tokens / 1e9:,.3f} billion tokens", duration(plan.hours)),
         ("GPU-hours", f"{plan.gpu_hours:,.1f}"),
         ("energy at full power, host included, cooling not", f"{plan.energy_mwh:,.3f} MWh"),
         ("a checkpoint", f"{saved.size_bytes / 1e9:,.2f} GB"),
@@ -161,25 +162,25 @@ def _cost(plan: Plan) -> Table:
     return table
 
 
-def _complain(console: Console, plan: Plan) -> None:
+def _complain(out: Console, plan: Plan) -> None:
     for problem in plan.problems:
-        console.print(Text("problem: ", style="bold red") + Text(problem))
+        out.print(Text("problem: ", style="bold red") + Text(problem))
     for warning in plan.warnings:
-        console.print(Text("warning: ", style="yellow") + Text(warning))
+        out.print(Text("warning: ", style="yellow") + Text(warning))
     if plan.problems:
-        console.print(f"\nThis run would fail: {len(plan.problems)} problem{'s' * (len(plan.problems) > 1)}.")
+        out.print(f"\nThis run would fail: {len(plan.problems)} problem{'s' * (len(plan.problems) > 1)}.")
     else:
-        console.print("\nThis run can start. Times are predictions: docs/plan.md says how far off they are.")
+        out.print("\nThis run can start. Times are predictions: docs/plan.md says how far off they are.")
 
 
 def show_search(found: "Found", recipe: Recipe) -> None:
     """Print the best layouts of a search."""
-    console = _console()
+    out = console()
     if not found.best:
-        console.print(f"None of {found.tried:,} layouts works:")
+        out.print(f"None of {found.tried:,} layouts works:")
     else:
         first = found.best[0].plan
-        console.print(
+        out.print(
             f"[bold]{recipe.run.name}[/bold]: {first.parameters:,} parameters on {first.layout.world:,} x "
             f"{first.device.name}; {found.tried:,} layouts tried, {found.fitting:,} work. The best:"
         )
@@ -201,21 +202,20 @@ def show_search(found: "Found", recipe: Recipe) -> None:
                 f"{plan.fullest.total / GIB:.1f}",
                 candidate.why,
             )
-        console.print(table)
-        console.print(
-            "\nThe first one as overrides:\n  " + " ".join(found.best[0].overrides), soft_wrap=True, markup=False
-        )
+        out.print(table)
+        out.print("\nThe first one as overrides:\n  " + " ".join(found.best[0].overrides), soft_wrap=True, markup=False)
     if found.rejected:
-        console.print("\nNot shown:")
+        out.print("\nNot shown:")
         for reason, count in found.rejected.items():
-            console.print(f"  {count:6,} {reason}", markup=False)
+            out.print(f"  {count:6,} {reason}", markup=False)
 
 
 def _gib(size: float) -> str:
     return f"{size / GIB:.2f}" if size >= 0.005 * GIB else ("0" if not size else f"{size / GIB:.1g}")
 
 
-def _duration(hours: float) -> str:
+def duration(hours: float) -> str:
+    """Days, hours or minutes, as a person would say it."""
     if hours >= 48:
         return f"{hours / 24:,.1f} days"
     return f"{hours:.1f} h" if hours >= 1 else f"{hours * 60:.1f} min"

@@ -171,6 +171,35 @@ def test_tables_and_pictures(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert picture.stat().st_size > 20_000
 
 
+def test_goodput_and_scaling_as_a_user_asks_for_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["-cn", "nemotron_nano_12b_v2", "run.global_rows=768"]
+    status, found, _ = plan(capsys, *words, "--gpus", "64", "--goodput", "--node-mtbf-hours", "100", "--stall-s", "3")
+    goodput = found["goodput"]
+    assert status == 0 and goodput["nodes"] == 8 and goodput["failures"]["mean_s"] == 45_000
+    young = next(choice for choice in goodput["choices"] if choice["name"] == "Young's")
+    assert young["interval_s"] == pytest.approx((2 * 3 * 45_000) ** 0.5, abs=found["step_time_s"] / 2 + 1e-6)
+    best = max(choice["goodput"] for choice in goodput["choices"])
+    assert 0 < best - goodput["goodput"] < 2e-3 and goodput["goodput_with_memory_copies"] > best
+    for choice in goodput["choices"]:
+        assert choice["goodput"] == pytest.approx(choice["simulated"], abs=5 * choice["standard_error"] + 1e-4)
+
+    picture = tmp_path / "goodput.png"
+    assert main([*words, "--gpus", "64", "--goodput", "--picture", str(picture)]) == 0
+    text = capsys.readouterr().out
+    assert (
+        "Advised: checkpoint.every_steps=" in text and "not built here yet" in text and picture.stat().st_size > 20_000
+    )
+
+    status, found, _ = plan(capsys, *words, "--scale", "64,100", "--picture", str(tmp_path / "scale.png"))
+    assert status == 1, "no layout of 100 GPUs takes 768 rows"
+    fits, not_ = found["points"]
+    assert fits["gpus"] == 64 and 0.9 < fits["goodput"] < 1 and fits["mfu"] > 0.4
+    assert not not_["works"] and not_["reason"] and (tmp_path / "scale.png").stat().st_size > 20_000
+    for wrong in (["--scale", "8;x"], ["--goodput", "--restart-s", "-3"]):
+        assert main([*words, "--gpus", "64", *wrong]) == 2
+        assert wrong[-1] in capsys.readouterr().err
+
+
 def test_search_ranks_layouts_that_work_and_says_why() -> None:
     recipe = recipe_with(
         **{

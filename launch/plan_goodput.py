@@ -1,0 +1,223 @@
+"""`launch plan --goodput`: how often the run should save, and how much of its time ends up in the model when nodes fail.
+
+Times of saving and loading are the plan's, unless given; failures come as often as Llama 3's did, unless given.
+"""
+
+import argparse
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from launch.plan_tables import console, duration
+from launch.planner import STORAGE_PER_NODE, Plan
+from train.cost.goodput import (
+    LLAMA_NODE_MTBF_S,
+    Failures,
+    Outcome,
+    Saving,
+    best_interval,
+    daly_interval,
+    expected_goodput,
+    rarest_interval,
+    simulate,
+    young_interval,
+)
+from train.errors import RecipeError
+
+_MARKS = ("#b02a30", "#e9a23b", "#2a9d8f", "#8a5a9e", "#555555")
+RESTART_S = 300.0
+"""From a failure until all processes run again, an allowance: a dead process is noticed at once, a hang after
+`launch.timeout_s`; then scheduling, imports and connections."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One way to save, and what comes of it."""
+
+    name: str
+    steps: int
+    """Between saves."""
+    saving: Saving
+    goodput: float
+    """Expected."""
+    played: Outcome
+
+
+@dataclass(frozen=True)
+class Goodput:
+    """What failures make of a plan."""
+
+    failures: Failures
+    nodes: int
+    node_mtbf_s: float
+    choices: tuple[Choice, ...]
+    memory: float
+    """Expected with copies of the state in other nodes' memory instead of on storage."""
+
+    @property
+    def advised(self) -> Choice:
+        """The rarest saves that lose no more than 0.1 % against the best."""
+        return self.choices[-1]
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """The options of `--goodput`."""
+    group = parser.add_argument_group("goodput", "what failures make of the run (docs/plan.md)")
+    group.add_argument("--goodput", action="store_true", help="best save interval and expected share of useful time")
+    group.add_argument(
+        "--node-mtbf-hours", type=float, metavar="H", default=LLAMA_NODE_MTBF_S / 3600,
+        help="hours a node runs between failures that interrupt the job (default: 6,335, as Llama 3's did)",
+    )  # fmt: skip
+    group.add_argument(
+        "--restart-s", type=float, metavar="S", default=RESTART_S,
+        help="from a failure until all processes run again (default: 300)",
+    )  # fmt: skip
+    for name, text in (("load", "to read a checkpoint"), ("stall", "training waits for a save"),
+                       ("write", "until a save is durable, in the background")):  # fmt: skip
+        group.add_argument(f"--{name}-s", type=float, metavar="S", help=f"seconds {text} (default: as planned)")
+
+
+def goodput_of(plan: Plan, own: argparse.Namespace) -> Goodput:
+    """Expected and simulated goodput of a plan at the recipe's interval and at better ones. RecipeError for times below zero."""
+    for name in ("node_mtbf_hours", "restart_s", "load_s", "stall_s", "write_s"):
+        value = getattr(own, name)
+        if value is not None and (value < 0 or (name == "node_mtbf_hours" and value == 0)):
+            raise RecipeError(f"--{name.replace('_', '-')} {value:g}: times are above zero.")
+    nodes = max(1, -(-plan.layout.world // plan.device.node))
+    mean = own.node_mtbf_hours * 3600 / nodes
+    load = load_seconds(plan) if own.load_s is None else own.load_s
+    failures = Failures(mean, own.restart_s, load)
+    stall = plan.checkpoints.stall_s if own.stall_s is None else own.stall_s
+    write = plan.checkpoints.write_s if own.write_s is None else own.write_s
+    step = plan.time.seconds
+    best = best_interval(failures, stall_s=stall, write_s=write)
+    wanted: list[tuple[str, float]] = []
+    if plan.recipe.checkpoint.every_steps:
+        wanted.append(("the recipe's", plan.recipe.checkpoint.every_steps * step))
+    wanted += [
+        ("Young's", young_interval(failures, stall)),
+        ("Daly's", daly_interval(failures, stall)),
+        ("best", best),
+        ("advised", rarest_interval(failures, stall_s=stall, write_s=write)),
+    ]
+    choices = []
+    for name, seconds in wanted:
+        steps = max(1, round(seconds / step))
+        saving = Saving(steps * step, stall, write)
+        count = int(max(200, min(20_000, 4e6 * saving.cycle_s / (mean + 1))))
+        choices.append(
+            Choice(name, steps, saving, expected_goodput(failures, saving), simulate(failures, saving, count=count))
+        )
+    return Goodput(failures, nodes, own.node_mtbf_hours * 3600, tuple(choices), _in_memory(plan, failures, stall))
+
+
+def load_seconds(plan: Plan) -> float:
+    """Until a node's ranks have read their state: each its weights (every data-parallel copy reads them) and its moments."""
+    rank = plan.fullest
+    node = (rank.weights + rank.masters + rank.moments) * min(plan.device.node, plan.layout.world)
+    return node / STORAGE_PER_NODE
+
+
+def _in_memory(plan: Plan, failures: Failures, stall: float) -> float:
+    """Copies sent to one other node over the network and read back from there; every failure is survived by one copy."""
+    rank = plan.fullest
+    seconds = (rank.weights + rank.masters + rank.moments) / plan.device.network
+    near = replace(failures, load_s=seconds)
+    interval = best_interval(near, stall_s=stall, write_s=seconds)
+    return expected_goodput(near, Saving(interval, stall, seconds))
+
+
+def show_goodput(found: Goodput, plan: Plan) -> None:
+    """Print the outcome."""
+    out = console()
+    failures = found.failures
+    out.print(
+        f"Goodput: {found.nodes:,} node{'s' * (found.nodes > 1)}, each failing every {found.node_mtbf_s / 3600:,.0f} h: a "
+        f"failure every {duration(failures.mean_s / 3600)}; {failures.restart_s:,.0f} s to restart, {failures.load_s:,.0f} s "
+        f"to load; a save stalls {found.choices[0].saving.stall_s:.2g} s, durable {found.choices[0].saving.write_s:.2g} s later"
+    )
+    table = Table(title="What share of the time ends up in the model", title_justify="left", title_style="bold")
+    for name in (
+        "save every",
+        "steps",
+        "seconds",
+        "expected",
+        "simulated",
+        "stalls",
+        "repeated",
+        "restarts",
+        "whole run",
+    ):
+        table.add_column(name, justify="left" if name == "save every" else "right")
+    hours = plan.recipe.run.steps * plan.time.seconds / 3600
+    for choice in found.choices:
+        played = choice.played
+        share = [part / played.elapsed for part in (played.stalled, played.lost, played.restarting)]
+        table.add_row(
+            choice.name,
+            f"{choice.steps:,}",
+            f"{choice.saving.interval_s:,.0f}",
+            f"{choice.goodput:.2%}",
+            f"{played.goodput:.2%} ± {2 * played.error:.2%}",
+            *[f"{part:.2%}" for part in share],
+            duration(hours / choice.goodput) if choice.goodput > 1e-6 else "never",
+        )
+    out.print(table)
+    advised = found.advised
+    expected = hours / advised.goodput * 3600 / failures.mean_s if advised.goodput > 1e-6 else float("inf")
+    busy = min(1.0, advised.saving.write_s / advised.saving.cycle_s)
+    out.print(
+        f"Advised: checkpoint.every_steps={advised.steps}, the rarest saves within 0.1 % of the best (storage busy "
+        f"{busy:.1%} of the time); about {expected:,.1f} failures until the last step. With copies in other nodes' memory "
+        f"(not built here yet), one surviving each failure: {found.memory:.2%}."
+    )
+
+
+def goodput_json(found: Goodput) -> dict[str, Any]:
+    """The outcome for scripts: seconds and shares."""
+    return {
+        "nodes": found.nodes,
+        "failures": asdict(found.failures),
+        "choices": [
+            {"name": c.name, "every_steps": c.steps, **asdict(c.saving), "goodput": c.goodput, "simulated": c.played.goodput,
+             "standard_error": c.played.error}
+            for c in found.choices
+        ],
+        "advised_every_steps": found.advised.steps,
+        "goodput": found.advised.goodput,
+        "goodput_with_memory_copies": found.memory,
+    }  # fmt: skip
+
+
+def draw_goodput(found: Goodput, plan: Plan, path: Path) -> None:
+    """Goodput against the interval: the expected curve, and the simulated choices on it."""
+    from launch.plan_picture import canvas
+
+    first = found.choices[0].saving
+    shortest = min(choice.saving.interval_s for choice in found.choices)
+    span = [shortest / 30 * 10 ** (k / 60) for k in range(240)]
+    with canvas(path, size=(8, 4.8)) as figure:
+        axes = figure.subplots()
+        curve = [expected_goodput(found.failures, replace(first, interval_s=interval)) for interval in span]
+        axes.plot(span, curve, color="#1f5fa8", label="expected")
+        named: dict[int, list[Choice]] = {}
+        for choice in found.choices:
+            named.setdefault(choice.steps, []).append(choice)
+        for (steps, same), color in zip(named.items(), _MARKS, strict=False):
+            axes.errorbar(
+                same[0].saving.interval_s, same[0].played.goodput, yerr=2 * same[0].played.error, fmt="o", color=color,
+                label=f"{', '.join(choice.name for choice in same)}: {steps:,} steps, {same[0].goodput:.2%}", capsize=3,
+            )  # fmt: skip
+        worst = min(choice.goodput for choice in found.choices)
+        axes.set_xscale("log")
+        axes.set_ylim(max(0.0, 1 - 4 * (1 - worst)), 1 + 0.2 * (1 - worst))
+        axes.set_xlabel("seconds of training between saves")
+        axes.set_ylabel("share of time that ends up in the model")
+        axes.set_title(
+            f"{plan.recipe.run.name} on {plan.layout.world:,} x {plan.device.name}: a failure every "
+            f"{duration(found.failures.mean_s / 3600)}"
+        )
+        axes.legend(frameon=False, loc="lower center")
+        axes.grid(alpha=0.25)

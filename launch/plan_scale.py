@@ -1,0 +1,149 @@
+"""`launch plan --scale 8,64,512,...`: the best layout at each number of GPUs, and what more of them still bring.
+
+The step stays as the recipe has it, so that training is the same: strong scaling, to the point where it ends.
+"""
+
+import argparse
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from launch.plan_goodput import Goodput, goodput_of
+from launch.plan_tables import console, duration
+from launch.planner import Plan
+from launch.search import search
+from train.config import Recipe
+from train.cost.device import Device
+from train.cost.memory import GIB
+from train.errors import RecipeError
+
+
+@dataclass(frozen=True)
+class Point:
+    """One number of GPUs."""
+
+    gpus: int
+    plan: Plan | None
+    """The fastest layout; None where none works."""
+    goodput: Goodput | None
+    reason: str
+    """Why none works."""
+
+
+def counts_of(text: str) -> list[int]:
+    """`8,64,512` as numbers, ascending. RecipeError for anything else."""
+    words = [word for word in text.replace(",", " ").split() if word]
+    if not words or not all(word.isdigit() and int(word) for word in words):
+        raise RecipeError(f"--scale {text}: numbers of GPUs with commas between them, e.g. --scale 8,64,512.")
+    return sorted({int(word) for word in words})
+
+
+def scale(recipe: Recipe, counts: list[int], *, device: Device, own: argparse.Namespace) -> list[Point]:
+    """Search the best layout for each number of GPUs, with its goodput."""
+    points = []
+    for gpus in counts:
+        found = search(recipe, world=gpus, device=device, top=1)
+        if found.best:
+            plan = found.best[0].plan
+            points.append(Point(gpus, plan, goodput_of(plan, own), ""))
+        else:
+            most = max(found.rejected, key=lambda reason: found.rejected[reason], default="no layout divides them")
+            points.append(Point(gpus, None, None, most))
+    return points
+
+
+def show_scale(points: list[Point], recipe: Recipe) -> None:
+    """Print one line a number of GPUs."""
+    out = console()
+    table = Table(
+        title=f"{recipe.run.name}: {recipe.run.global_rows:,} rows of {recipe.data.row_tokens:,} tokens a step, best layouts",
+        title_justify="left", title_style="bold",
+    )  # fmt: skip
+    for name in ("GPUs", "layout", "s/step", "tokens/s/GPU", "MFU", "of linear", "GiB", "nothing failing", "goodput",
+                 "with failures", "save every"):  # fmt: skip
+        table.add_column(name, justify="left" if name == "layout" else "right")
+    first = next((point.plan for point in points if point.plan is not None), None)
+    for point in points:
+        if point.plan is None or point.goodput is None or first is None:
+            table.add_row(f"{point.gpus:,}", f"none: {point.reason}")
+            continue
+        plan, advised = point.plan, point.goodput.advised
+        table.add_row(
+            f"{point.gpus:,}",
+            plan.layout.describe(),
+            f"{plan.time.seconds:.3g}",
+            f"{plan.tokens_per_s_per_gpu:,.0f}",
+            f"{plan.mfu:.0%}",
+            f"{plan.tokens_per_s_per_gpu / first.tokens_per_s_per_gpu:.0%}",
+            f"{plan.fullest.total / GIB:.1f}",
+            duration(plan.hours),
+            f"{advised.goodput:.1%}",
+            duration(plan.recipe.run.steps * plan.time.seconds / 3600 / advised.goodput),
+            f"{advised.steps:,} steps",
+        )
+    out.print(table)
+    out.print("Predictions: docs/plan.md says how far off they are, and what failures and times of saving are assumed.")
+
+
+def scale_json(points: list[Point]) -> list[dict[str, Any]]:
+    """The same for scripts."""
+    return [
+        {"gpus": point.gpus, "works": False, "reason": point.reason}
+        if point.plan is None or point.goodput is None
+        else {
+            "gpus": point.gpus,
+            "works": True,
+            "layout": point.plan.layout.describe(),
+            "step_time_s": point.plan.time.seconds,
+            "tokens_per_s_per_gpu": point.plan.tokens_per_s_per_gpu,
+            "mfu": point.plan.mfu,
+            "memory_gib_per_rank": point.plan.fullest.total / GIB,
+            "days": point.plan.hours / 24,
+            "goodput": point.goodput.advised.goodput,
+            "advised_every_steps": point.goodput.advised.steps,
+        }
+        for point in points
+    ]
+
+
+def draw_scale(points: list[Point], recipe: Recipe, path: Path) -> None:
+    """Speed against linear scaling, and days with and without failures."""
+    from launch.plan_picture import canvas
+
+    good = [(p.gpus, p.plan, p.goodput.advised.goodput) for p in points if p.plan is not None and p.goodput is not None]
+    if not good:
+        raise RecipeError(f"--picture {path}: no number of GPUs works, so there is nothing to draw.")
+    gpus = [count for count, _, _ in good]
+    speeds = [plan.tokens_per_s_per_gpu * count for count, plan, _ in good]
+    days = [plan.recipe.run.steps * plan.time.seconds / 86400 for _, plan, _ in good]
+    with canvas(path, size=(12, 4.8)) as figure:
+        left, right = figure.subplots(1, 2)
+        left.plot(gpus, [speeds[0] * count / gpus[0] for count in gpus], "--", color="#b9b9b9", label="linear")
+        left.plot(gpus, speeds, "o-", color="#1f5fa8", label="predicted")
+        useful = [speed * share for speed, (_, _, share) in zip(speeds, good, strict=True)]
+        left.plot(gpus, useful, "o-", color="#2a9d8f", label="predicted, with failures")
+        for count, speed, (_, plan, _) in zip(gpus, speeds, good, strict=True):
+            left.annotate(f"{plan.mfu:.0%}", (count, speed), xytext=(0, 8), textcoords="offset points", ha="center")
+        left.set_ylabel("tokens/s (numbers: MFU)")
+        left.set_title("Speed")
+        right.plot(gpus, days, "o-", color="#1f5fa8", label="nothing failing")
+        right.plot(
+            gpus, [day / share for day, (_, _, share) in zip(days, good, strict=True)], "o-", color="#2a9d8f",
+            label="with failures",
+        )  # fmt: skip
+        for count, day, (_, _, share) in zip(gpus, days, good, strict=True):
+            right.annotate(f"{day / share:,.0f}", (count, day / share), xytext=(4, 5), textcoords="offset points")
+        right.set_ylabel("days")
+        tokens = recipe.run.steps * recipe.run.global_rows * recipe.data.row_tokens
+        right.set_title(f"Time for {tokens / 1e12:,.3g} trillion tokens")
+        for axes in (left, right):
+            axes.set_xscale("log", base=2)
+            axes.set_yscale("log")
+            axes.set_xticks(gpus, [f"{count:,}" for count in gpus])
+            axes.set_xlabel("GPUs")
+            axes.grid(alpha=0.25)
+            axes.margins(x=0.08)
+            axes.legend(frameon=False)
+        figure.suptitle(f"{recipe.run.name} on {good[0][1].device.name}, the same step at every size")
