@@ -3,12 +3,21 @@
 A command is a function `(arguments) -> exit status` in a module of its own; nothing here knows what it does.
 """
 
+from __future__ import annotations
+
 import difflib
 import importlib
 import sys
-from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 COMMANDS = {
+    "doctor": (
+        "launch.doctor:main",
+        "is this machine ready? packages, GPU, driver, disk, fabric, each with its remedy",
+    ),
     "plan": ("launch.plan:main", "memory, FLOPs, time and every recipe error, before anything is started (no torch)"),
     "validate": ("launch.validate:main", "compare the planner with published throughput: ROWS.csv"),
     "local": ("launch.local:main", "start 1..N processes on this machine"),

@@ -1,0 +1,217 @@
+"""`python -m launch doctor`: is this machine ready? Each line ok, absent or wrong, and then what to do about it.
+
+Looks at Python, the project's packages against their pinned versions, GPUs and driver, CUDA and NCCL, compilers, disk, memory,
+shared memory, limits, fabric and Slurm. Needs nothing but Python (3.8 or newer, to be able to say that a newer one is
+needed): run it before anything is installed, and on every node of a cluster before a job is.
+
+What is checked on a GPU machine (`launch/doctor_gpu.py`) has **not been run on one**.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import shutil
+import socket
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from launch.doctor_gpu import ON_GPU, cuda, fabric, gpus
+from launch.doctor_machine import SETUP, Finding, Machine, package, pins, project_file
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+FIXED = ("torch", "megatron-core", "hydra-core", "datasets", "wandb")
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Entry point of `python -m launch doctor`. -> 0: nothing is wrong; 1: something will fail."""
+    parser = argparse.ArgumentParser(
+        prog="python -m launch doctor",
+        description="Is this machine ready to train? Needs nothing but Python.",
+        epilog="Exit status: 0 nothing is wrong; 1 something will fail. `absent` is fine for what you do not use.",
+    )
+    parser.add_argument("--gpu", action="store_true", help="count everything that training on GPUs needs as needed")
+    parser.add_argument("--folder", type=Path, default=Path("runs"), help="where runs will be kept (default: runs)")
+    parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
+    own = parser.parse_args(list(arguments))
+    findings = [_needed(one) if own.gpu else one for one in look(Machine(), folder=own.folder)]
+    wrong = [one for one in findings if one.state == "wrong"]
+    if own.json:
+        sys.stdout.write(json.dumps({"ready": not wrong, "findings": [asdict(one) for one in findings]}) + "\n")
+    else:
+        sys.stdout.write(report(findings, color=sys.stdout.isatty()))
+    return 1 if wrong else 0
+
+
+def look(machine: Machine, *, folder: Path) -> list[Finding]:
+    """Everything that can be seen. folder: where runs will be kept."""
+    cards = list(gpus(machine))
+    has_gpu = any(one.state == "ok" for one in cards)
+    return [
+        *_python(machine),
+        *_packages(machine),
+        *cards,
+        *cuda(machine, has_gpu=has_gpu),
+        *_system(machine, folder=folder),
+        *fabric(machine, has_gpu=has_gpu),
+        *_cluster(machine),
+    ]
+
+
+def report(findings: list[Finding], *, color: bool) -> str:
+    """Findings as aligned lines, by topic."""
+    marks = {"ok": "\033[32m", "absent": "\033[33m", "wrong": "\033[1;31m"}
+    width = max(len(one.what) for one in findings)
+    lines: list[str] = []
+    topic = ""
+    for one in findings:
+        if one.topic != topic:
+            topic = one.topic
+            lines.append(f"\n{topic}" if lines else topic)
+        state = f"{one.state:7}"
+        state = f"{marks[one.state]}{state}\033[0m" if color else state
+        lines.append(f"  {state} {one.what:{width}}  {one.found}")
+        if one.remedy:
+            lines.append(f"  {'':7} {'':{width}}  -> {one.remedy}")
+    counts = {state: sum(one.state == state for one in findings) for state in marks}
+    lines.append(f"\n{counts['ok']} ok, {counts['absent']} absent, {counts['wrong']} wrong.")
+    return "\n".join(lines) + "\n"
+
+
+def _needed(one: Finding) -> Finding:
+    """For a machine that has to train on GPUs: what is absent there is wrong."""
+    if one.state == "absent" and one.topic in ("GPU", "CUDA"):
+        return Finding(one.topic, one.what, "wrong", one.found, one.remedy)
+    return one
+
+
+def _python(machine: Machine) -> Iterator[Finding]:
+    version = ".".join(map(str, sys.version_info[:3]))
+    text = project_file(machine, "pyproject.toml")
+    found = re.search(r"requires-python\s*=\s*\">=3\.(\d+),<3\.(\d+)\"", text)
+    low, high = (int(found[1]), int(found[2])) if found else (12, 14)
+    good = (3, low) <= sys.version_info[:2] < (3, high)
+    yield Finding(
+        "Python", "Python", "ok" if good else "wrong", f"{version} ({sys.executable})",
+        "" if good else f"3.{low} to 3.{high - 1} is needed; `make setup` looks for one and says how to get it",
+    )  # fmt: skip
+    environment = machine.project / ".venv"
+    made = (environment / ".stratum-installed").is_file()
+    inside = Path(sys.prefix).resolve() == environment.resolve()
+    yield Finding(
+        "Python", "environment", "ok" if made or inside else "absent",
+        (".venv" + ("" if inside else " (this Python is another one: packages below are those of .venv)"))
+        if made or inside else "no finished .venv",
+        "" if made or inside else SETUP,
+    )  # fmt: skip
+
+
+def _packages(machine: Machine) -> Iterator[Finding]:
+    pinned = pins(machine)
+    have = machine.packages()
+    for name in FIXED:
+        yield package("packages", name, pinned.get(name), have.get(name), missing="wrong")
+    rest = {name: pin for name, pin in pinned.items() if name not in (*FIXED, *ON_GPU)}
+    other = [f"{name} {have[name]} (pinned {pin})" for name, pin in rest.items() if name in have and have[name] != pin]
+    lacking = [name for name in rest if name not in have]
+    if len(lacking) == len(rest):
+        return
+    yield Finding(
+        "packages", f"{len(rest)} others", "absent" if other or lacking else "ok",
+        "; ".join(filter(None, [
+            f"{len(other)} in another version: {', '.join(other[:3])}" if other else "",
+            f"{len(lacking)} not here: {', '.join(lacking[:5])}" if lacking else "",
+        ])) or "all as pinned in constraints.txt",
+        SETUP + ": it installs what was tested" if other or lacking else "",
+    )  # fmt: skip
+
+
+def _system(machine: Machine, *, folder: Path) -> Iterator[Finding]:
+    compiler = next((name for name in ("cc", "gcc", "clang") if shutil.which(name)), None)
+    yield Finding(
+        "machine", "C compiler", "ok" if compiler else "absent", compiler or "none: plain torch is used, slower on a CPU",
+        "" if compiler else "install gcc",
+    )  # fmt: skip
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    yield Finding("machine", "processors", "ok", f"{cores} for this process")
+    memory = _memory(machine)
+    if memory is not None:
+        yield Finding(
+            "machine", "memory", "ok" if memory > 7.5 else "absent", f"{memory:.1f} GiB",
+            "" if memory > 7.5 else "the smoke recipe and its tests want 8 GiB",
+        )  # fmt: skip
+    place = folder
+    while not place.exists() and place != place.parent:
+        place = place.parent
+    usage = shutil.disk_usage(place)
+    free = usage.free / 1e9
+    enough = free > 20
+    yield Finding(
+        "machine", "disk", "ok" if enough else "wrong" if free < 1 else "absent", f"{free:,.0f} GB free for {folder}",
+        "" if enough else "a checkpoint takes 14 bytes a parameter (bf16) and two are kept: free some, or set run.folder",
+    )  # fmt: skip
+    writable = os.access(place, os.W_OK)
+    if not writable:
+        yield Finding("machine", "run folder", "wrong", f"{place} cannot be written", "set run.folder, or permit it")
+    shared = machine.root / "dev/shm"
+    if shared.is_dir():
+        size = shutil.disk_usage(shared).total / 2**30
+        yield Finding(
+            "machine", "shared memory", "ok" if size >= 1 else "wrong", f"{size:.2f} GiB in /dev/shm",
+            "" if size >= 1 else "NCCL needs more: start the container with --ipc=host or --shm-size=16g",
+        )  # fmt: skip
+    yield from _limits(machine)
+    try:
+        address = socket.gethostbyname(socket.gethostname())
+        yield Finding("machine", "own name", "ok", f"{socket.gethostname()} is {address}")
+    except OSError:
+        yield Finding(
+            "machine", "own name", "wrong", f"{socket.gethostname()} has no address",
+            "processes of several nodes cannot find this one: add it to /etc/hosts or DNS",
+        )  # fmt: skip
+
+
+def _limits(machine: Machine) -> Iterator[Finding]:
+    try:
+        import resource
+    except ImportError:
+        return
+    files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    unlimited = files == resource.RLIM_INFINITY
+    yield Finding(
+        "machine", "open files", "ok" if unlimited or files >= 4096 else "absent", "unlimited" if unlimited else f"{files:,}",
+        "" if unlimited or files >= 4096 else "many ranks and shards may need more: ulimit -n 65536",
+    )  # fmt: skip
+    if list((machine.root / "sys/class/infiniband").glob("*")):
+        locked = resource.getrlimit(resource.RLIMIT_MEMLOCK)[0]
+        good = locked == resource.RLIM_INFINITY
+        yield Finding(
+            "machine", "locked memory", "ok" if good else "wrong", "unlimited" if good else f"{locked:,} bytes",
+            "" if good else "RDMA cannot register buffers: ulimit -l unlimited, in Slurm PropagateResourceLimitsExcept=MEMLOCK",
+        )  # fmt: skip
+
+
+def _cluster(machine: Machine) -> Iterator[Finding]:
+    slurm = machine.run("sbatch", "--version")
+    yield Finding(
+        "cluster", "Slurm", "ok" if slurm else "absent", slurm or "no sbatch here: `launch local` and torchrun work"
+    )
+    containers = [name for name in ("enroot", "apptainer", "singularity", "docker", "podman") if shutil.which(name)]
+    if containers:
+        yield Finding("cluster", "containers", "ok", ", ".join(containers))
+
+
+def _memory(machine: Machine) -> float | None:
+    """GiB this process may use: of the machine, or of its control group."""
+    total = re.search(r"MemTotal:\s+(\d+) kB", machine.read("proc/meminfo"))
+    if total is None:
+        return None
+    size = int(total[1]) * 1024
+    limit = machine.read("sys/fs/cgroup/memory.max")
+    return min(size, int(limit)) / 2**30 if limit.isdigit() else size / 2**30
