@@ -1,9 +1,9 @@
 """The order of training: global row position -> (source, row of that source), a pure function with nothing to save.
 
 Two independent parts. *Which source* is the curriculum's (`data.curriculum`): within one row of the asked shares after
-every position, also where shares change. *Which row*: the k-th draw from a source of n rows is number k mod n of epoch
-k // n in that source's order (`data.order`), keyed by (seed, source, epoch). No index array; start-up and memory do not
-depend on the corpus.
+every position, also where shares change and where a source runs out. *Which row*: the k-th draw from a source of n rows is
+number k mod n of epoch k // n in that source's order (`data.order`), keyed by (seed, source, epoch). No index array;
+start-up and memory do not depend on the corpus.
 """
 
 import hashlib
@@ -17,10 +17,13 @@ from fractions import Fraction
 import numpy as np
 
 from data.config import PhaseConfig
-from data.curriculum import Curriculum, Phase, Window
+from data.curriculum import Curriculum, Window
 from data.errors import DataError
 from data.order import RowOrder
+from data.shares import Phase
 
+ORDER = 2
+"""Version of how shares that change, or have no short period, are laid out. A change of it changes the rows of such runs."""
 _CACHED_WINDOWS = 4
 
 
@@ -61,10 +64,19 @@ class Blend:
         row_tokens: int = 1,
         phases: Sequence[PhaseConfig] = (),
         shuffle_shards: int = 0,
+        go_on: bool = False,
     ) -> None:
-        """DataError for weights or phases that say nothing, or a source that is drawn and has no row."""
+        """go_on: when a source has been read max_epochs times, the others take its place; else reading on is an error.
+
+        DataError for weights or phases that say nothing, or a source that is drawn and has no row.
+        """
         self.sources = list(sources)
-        self.curriculum = Curriculum(_phases(self.sources, phases, row_tokens=row_tokens))
+        self._row_tokens = row_tokens
+        self._most = [None if s.max_epochs is None else int(Fraction(str(s.max_epochs)) * s.rows) for s in self.sources]
+        asked = _phases(self.sources, phases, row_tokens=row_tokens)
+        self.curriculum = Curriculum(asked, self._most if go_on else ())
+        if not self.curriculum.segments:
+            raise DataError("every source's max_epochs is less than one row, so there is nothing to draw. Raise one.")
         drawn = [any(s.shares[i] or s.slope[i] for s in self.curriculum.segments) for i in range(len(self.sources))]
         for source, is_drawn in zip(self.sources, drawn, strict=True):
             if is_drawn and source.rows < 1:
@@ -75,8 +87,8 @@ class Blend:
         self._orders = [
             RowOrder(s.rows, key=_key(seed, s.name), groups=s.groups, together=shuffle_shards) for s in self.sources
         ]
-        limits = [math.inf if s.max_epochs is None else s.max_epochs * s.rows for s in self.sources]
-        self._limits = np.array(limits)
+        self._is_capped = any(most is not None for most in self._most)
+        self._limits = np.array([math.inf if most is None else most for most in self._most])
         self._lock = threading.Lock()
         self._draws: OrderedDict[int, tuple[int, Draw]] = OrderedDict()
 
@@ -86,10 +98,21 @@ class Blend:
         if not len(positions):
             return Draw(*(np.empty(0, dtype=np.int64) for _ in range(3)))
         first, last = min(positions.tolist()), max(positions.tolist())
+        if self.curriculum.stop is not None and last >= self.curriculum.stop:
+            raise DataError(
+                f"every source that is drawn at row {self.curriculum.stop:,} has been read max_epochs times."
+            )
         start, whole = self._window(first)
         if last < start + len(whole.source):
             here = positions - start
-            return Draw(whole.source[here], whole.row[here], whole.epoch[here])
+            drawn = Draw(whole.source[here], whole.row[here], whole.epoch[here])
+        else:
+            drawn = self._over_windows(positions)
+        if self._is_capped and (drawn.row < 0).any():
+            self._refuse(positions, drawn)
+        return drawn
+
+    def _over_windows(self, positions: np.ndarray) -> Draw:
         parts = Draw(*(np.empty(len(positions), dtype=np.int64) for _ in range(3)))
         left = np.ones(len(positions), dtype=bool)
         while left.any():
@@ -101,24 +124,59 @@ class Blend:
             left[inside] = False
         return parts
 
+    def _refuse(self, positions: np.ndarray, drawn: Draw) -> None:
+        at = min(np.flatnonzero(drawn.row < 0), key=lambda place: positions[place])
+        source = self.sources[drawn.source[at]]
+        raise DataError(
+            f"source {source.name!r} has been read max_epochs={source.max_epochs:g} times at position {positions[at]:,}. Lower "
+            f"its weight, add text, raise max_epochs, or set data.on_exhausted=continue."
+        )
+
     def epochs(self, position: int) -> np.ndarray:
         """[sources] float64: how many times each source has been read through before `position`."""
         return self.curriculum.drawn(position) / self._rows
 
-    def check_length(self, rows: int) -> None:
-        """DataError where the first `rows` rows would read a source more often than its max_epochs."""
-        drawn = self.curriculum.drawn(rows)
-        lines = [
-            f"the run's {rows:,} rows hold {int(count):,} of source {source.name!r}, which has {source.rows:,}: "
-            f"{count / max(1, source.rows):.2f} epochs, more than max_epochs={source.max_epochs:g}."
-            for source, count, limit in zip(self.sources, drawn, self._limits, strict=True)
-            if count > limit
-        ]
+    @property
+    def order(self) -> int:
+        """Version of the order of rows: part of the identity of the data that a run has seen."""
+        return 1 if self.curriculum.is_plain else ORDER
+
+    def check_length(self, rows: int, *, global_rows: int = 1) -> None:
+        """DataError where the first `rows` rows, `global_rows` a step, would read a source more often than its max_epochs.
+
+        It says at which step the source runs out, and what could be done.
+        """
+        end = self.curriculum.stop
+        if end is not None and rows > end:
+            raise DataError(
+                f"every source that is drawn at row {end:,} (step {end // global_rows + 1:,}, token "
+                f"{end * self._row_tokens:,}) has been read max_epochs times; the run goes on to row {rows:,}. Lower run.steps, "
+                f"add text, or raise max_epochs."
+            )
+        drawn, lines = self.curriculum.drawn(rows), []
+        for index, (source, count, most) in enumerate(zip(self.sources, drawn.tolist(), self._most, strict=True)):
+            if most is not None and count > most:
+                at = self._position_of(index, most, rows)
+                lines.append(
+                    f"source {source.name!r} runs out at step {at // global_rows + 1:,} (row {at:,}, token "
+                    f"{at * self._row_tokens:,}): max_epochs={source.max_epochs:g} of its {source.rows:,} rows are {most:,}, "
+                    f"the run's {rows:,} rows would hold {count:,} ({count / max(1, source.rows):.2f} epochs)."
+                )
         if lines:
-            raise DataError("\n".join([*lines, "Lower its weight or run.steps, add text, or raise max_epochs."]))
+            remedy = (
+                "Lower its weight or run.steps, add text, raise max_epochs, or let the other sources take its place from there "
+                "on: data.on_exhausted=continue."
+            )
+            raise DataError("\n".join([*lines, remedy]))
+
+    def exhausted(self, rows: int) -> list[tuple[str, int]]:
+        """Sources that the others have replaced before `rows`, with the position from which they do, in that order."""
+        found = [(self.sources[i].name, place) for i, place in self.curriculum.runs_out.items() if place < rows]
+        return sorted(found, key=lambda item: item[1])
 
     def positions_of(self, source: int, row: int, *, stop: int) -> list[int]:
         """Every position below `stop` at which a row of a source lies, in order."""
+        stop = stop if self.curriculum.stop is None else min(stop, self.curriculum.stop)
         total = int(self.curriculum.drawn(stop)[source])
         rows, found = int(self._rows[source]), []
         for epoch in range(-(-total // rows)):
@@ -160,14 +218,7 @@ class Blend:
         for which in np.unique(source):
             here = np.flatnonzero(source == which)
             row[here] = self._orders[which].rows_at(index[here], epoch[here])
-        spent = nth >= self._limits[source]
-        if spent.any():
-            at = int(np.argmax(spent))
-            name, limit = self.sources[source[at]].name, self.sources[source[at]].max_epochs
-            raise DataError(
-                f"source {name!r} has been read max_epochs={limit:g} times at position {window.start + at:,}. Lower its "
-                f"weight, add text, or raise max_epochs."
-            )
+        row[nth >= self._limits[source]] = -1  # beyond max_epochs; an error where it is drawn
         return Draw(source, row, epoch)
 
 

@@ -6,6 +6,7 @@ The text under a field is its documentation: meaning, unit, and why the default 
 from dataclasses import dataclass, field
 from typing import Literal
 
+from data.errors import DataError
 from data.fields import Count, Fraction, NonNegativeFloat, OpenFraction, PositiveFloat, PositiveInt
 
 
@@ -22,8 +23,11 @@ class SourceConfig:
     """Share of training rows drawn from this source, relative to the other weights (they need not sum to 1). 0 keeps it
     for later phases, or for evaluation only."""
     max_epochs: PositiveFloat | None = None
-    """Most times the source may be read through; a run that would read it more often is refused before it starts. null:
-    no limit. Up to 4 repeats cost little (arXiv 2305.16264)."""
+    """Most times the source may be read through; `data.on_exhausted` says what then. null: no limit. Up to 4 repeats cost
+    little (arXiv 2305.16264)."""
+    heldout_fraction: Fraction | None = None
+    """Share of this source's documents kept out of training for evaluation, at least one; null: `data.heldout_fraction`.
+    1: all of them, a source for evaluation only (with weight 0)."""
     format: Literal["auto", "text", "jsonl", "parquet", "dataset", "megatron"] = "auto"
     """How it is read; `auto` goes by the file's name. A text file is one document; `dataset` is a folder written by
     `save_to_disk`; `megatron` reads existing `.bin/.idx` sets where they lie (path without suffix, or a glob)."""
@@ -128,7 +132,8 @@ class DataConfig:
     row_tokens: PositiveInt = 256
     """Tokens of a row: the sequence length of training."""
     heldout_fraction: OpenFraction = 0.02
-    """Share of each source's documents kept out of training for evaluation; at least one document per source."""
+    """Share of each source's documents kept out of training for evaluation; at least one document per source. A source may
+    have its own."""
     packing: Literal["chunk", "best_fit"] = "chunk"
     """`chunk` cuts the stream of documents every `row_tokens`; `best_fit` arranges the documents of a stretch of 64 rows so
     that few are cut (arXiv 2404.10830). Either way rows are full and every token is a label once."""
@@ -138,6 +143,9 @@ class DataConfig:
     """Mask attention and reset Mamba states where a document ends inside a row. Off: a row is one stream of text."""
     phases: tuple[PhaseConfig, ...] = ()
     """Curriculum after the start, in order; the start has the sources' own weights."""
+    on_exhausted: Literal["error", "continue"] = "error"
+    """A source would be read more than its max_epochs: refuse the run before it starts, naming the step; or go on from there
+    with the other sources, in proportion to their weights (a function of the position, like all of the order)."""
     shuffle_shards: Count = 0
     """0: any row of a source may follow any other. n: rows are shuffled within n shards at a time, those drawn at random;
     for shards behind a URL, or on disks that seek slowly."""
@@ -161,3 +169,19 @@ class DataConfig:
     """Steps of batches read ahead."""
     read_threads: PositiveInt = 1
     """Threads that read them; more help where files are far away."""
+
+    def heldout_of(self, name: str) -> float:
+        """Share of a source's documents that is held out. DataError where a source that is drawn from would keep none."""
+        source = self.sources[name]
+        if source.heldout_fraction is None:
+            return self.heldout_fraction
+        drawn = [f"data.sources.{name}.weight={source.weight:g}"] if source.weight else []
+        for index, phase in enumerate(self.phases):
+            if phase.weights.get(name):
+                drawn.append(f"data.phases[{index}].weights.{name}={phase.weights[name]:g}")
+        if source.heldout_fraction == 1 and drawn:
+            raise DataError(
+                f"data.sources.{name}.heldout_fraction=1 keeps all of the source for evaluation, but {drawn[0]} draws from it. "
+                f"Set that to 0, or hold out less."
+            )
+        return source.heldout_fraction

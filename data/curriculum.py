@@ -1,39 +1,43 @@
 """From which source each row of training comes: exact shares that may change with time, a pure function of the position.
 
-    phases --Curriculum--> owed(p): rows of each source that the first p rows should hold, an exact fraction
-                           window(p): the stretch of rows around p, with the source of each
+    phases --data.shares--> owed(p): rows of each source that the first p rows should hold, an exact fraction
+           --Curriculum---> window(p): the stretch of rows around p, with the source of each
 
-A phase holds its shares; one with a ramp first moves to them linearly. `owed` is piecewise linear or quadratic in p. No
-order by source can follow it exactly; this one stays within one row of it.
+No order by source can follow `owed` exactly; this one stays within one row of it.
 
 *Windows.* Time is cut into windows whose ends are known without looking at any other window. At an end each source has a
 whole number of rows next to what it is owed; between two ends the rows are jobs: the k-th row of a source may come once
 k - 1 rows are owed and must have come before k are owed and a further one (|drawn - owed| <= 1). Unit jobs with release
 times and deadlines are what "earliest deadline first" solves whenever a solution exists; without window ends one always
-does, because the fluid order is a fractional solution (Steiner and Yeomans, Management Science 39, 1993; Tijdeman,
-Discrete Mathematics 32, 1980, for one set of shares).
+does (Tijdeman, The chairman assignment problem, Discrete Mathematics 32, 1980, for shares that may change with every row;
+Steiner and Yeomans, Management Science 39, 1993).
 
 *Ends.* While shares hold still and are c_i / M, every window is a multiple of M long, so all of them look alike and are
-laid out once. Along a ramp an end is the first place where the nearest whole numbers of what is owed add up to the
-position: each source is then within half a row there. From such ends the order is feasible within 3/2 rows (a row that
-must come before t has used up at least one row of what is owed since the end).
+laid out once. Along a ramp an end is a place where the nearest whole numbers of what is owed add up to the position: each
+source is then within half a row there. Whether an end allows one row on both its sides is known from what is owed near it
+(`_late`, `_early`: Hall's condition for jobs with release times and deadlines, which is exact: between two ends that allow
+it there is an order within one row). Of the places where an end may be, the first that allows it is taken, and where shares
+change, of the ways to round what is owed the first that does.
 
-*The bound.* Shares that never change: 1 row, always. Phases and ramps: every window is tried with 1 row first, and says
-(`Window.within`) what it kept; of thousands of random curricula all but 2 windows in 1,000 keep 1, the others 1.25. Never
-more than 2, where shares hold still after a change (an offset below 1 and an order within 1 of it). A rule that looks at
-what is owed at one place only and never takes a row back cannot stay within one row for four or more sources (Balinski and
-Young, Fair Representation, 1982): this is the price of random access.
+*The bound.* Shares that never change: 1 row, always. Phases and ramps: 1 row where such ends were found; each window says
+what it kept (`Window.within`). A chain of ends that is good everywhere exists (Tijdeman), but which of the sources that
+draw less than a row a window have had theirs depends on all that came before; decided in each place anew, from what is owed
+there, it cannot be promised (Balinski and Young, Fair Representation, 1982, for four or more sources). Proven in any case:
+3/2 rows between balanced ends, 2 where shares hold still after a change (an offset below 1 and an order within 1 of it).
 """
 
 import heapq
+import itertools
 import math
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 
 import numpy as np
+
+from data.shares import Phase, Segment, course_of
 
 WINDOW_ROWS = 4096
 """Rows of a window, about: what is laid out at once (some milliseconds) and kept."""
@@ -42,49 +46,12 @@ MAX_PERIOD = 1 << 16
 TOLERANCES = (1.0, 1.25, 1.5, 2.0, 4.0, math.inf)
 """Distances from what is owed that are tried, in rows."""
 _CACHED_WINDOWS = 8
+_PLACES = 32
+"""Balanced places looked at for a window's end."""
+_ROUNDINGS = 128
+"""Ways to round what is owed that are looked at where shares change."""
 _ROUNDING = 1e-9
 """Rows owed within a window are computed in float64, from an exact start."""
-
-
-@dataclass(frozen=True)
-class Phase:
-    """A stretch of training with its own shares."""
-
-    start: int
-    """First position; the first phase starts at 0."""
-    shares: tuple[Fraction, ...]
-    """Share of each source; they sum to 1."""
-    ramp: int = 0
-    """Rows over which the shares move linearly from those of the phase before."""
-
-
-@dataclass(frozen=True)
-class Segment:
-    """Part of the curriculum on which shares are linear in the position."""
-
-    start: int
-    stop: int | None
-    """None: goes on for ever."""
-    owed: tuple[Fraction, ...]
-    """At `start`."""
-    shares: tuple[Fraction, ...]
-    """At `start`."""
-    slope: tuple[Fraction, ...]
-    """Change of the shares per row."""
-    drawn: tuple[int, ...]
-    """Rows of each source in the order before `start`: whole numbers next to `owed`."""
-    period: int
-    """Rows after which what is owed has grown by whole numbers, where that is short; else 0."""
-
-    def owed_at(self, position: int) -> list[Fraction]:
-        """Rows of each source owed at a position of this segment."""
-        q = position - self.start
-        return [o + s * q + d * q * q / 2 for o, s, d in zip(self.owed, self.shares, self.slope, strict=True)]
-
-    def shares_at(self, position: int) -> list[Fraction]:
-        """Shares at a position of this segment."""
-        q = position - self.start
-        return [s + d * q for s, d in zip(self.shares, self.slope, strict=True)]
 
 
 @dataclass(frozen=True)
@@ -107,44 +74,73 @@ class Window:
         return self.start + len(self.source)
 
 
+@dataclass(frozen=True)
+class _End:
+    """A place between two windows."""
+
+    position: int
+    drawn: tuple[int, ...]
+    """Rows of each source before it."""
+
+
+@dataclass(frozen=True)
+class _Part:
+    """A segment, with the whole numbers it starts from."""
+
+    segment: Segment
+    drawn: tuple[int, ...]
+    """Rows of each source before its start: next to what is owed."""
+    period: int
+    """Rows after which what is owed has grown by whole numbers, where that is short; else 0."""
+
+    @property
+    def rows(self) -> int:
+        """Rows of a full window: about WINDOW_ROWS, and whole periods."""
+        return self.period * max(1, WINDOW_ROWS // self.period) if self.period else WINDOW_ROWS
+
+    def full_windows(self) -> int | None:
+        """Windows before the last one, which takes what is left, up to two's rows. None: all are full."""
+        segment = self.segment
+        return None if segment.stop is None else max(0, (segment.stop - segment.start) // self.rows - 1)
+
+
 class Curriculum:
     """The order of sources. Start-up depends on the number of phases, memory on nothing. Safe for threads."""
 
-    def __init__(self, phases: Sequence[Phase]) -> None:
-        """phases: by start; a ramp must end before the next phase starts."""
-        assert phases and phases[0].start == 0 and phases[0].ramp == 0, "a curriculum starts at 0, without a ramp"
+    def __init__(self, phases: Sequence[Phase], limits: Sequence[int | None] = ()) -> None:
+        """phases and limits: as `data.shares` takes them."""
         self._lock = threading.Lock()
         self._windows: OrderedDict[tuple[int, int], Window] = OrderedDict()
+        self._ends: OrderedDict[tuple[int, int], _End] = OrderedDict()
         self._layouts: dict[int, tuple[np.ndarray, np.ndarray, float]] = {}
-        sources = len(phases[0].shares)
-        zero = (Fraction(0),) * sources
-        first = phases[0]
-        stop = phases[1].start if len(phases) > 1 else None
-        self.segments = [_segment(0, stop, zero, first.shares, zero, (0,) * sources)]
-        for index, phase in enumerate(phases[1:], start=1):
-            stop = phases[index + 1].start if index + 1 < len(phases) else None
-            before = self.segments[-1].shares_at(phase.start)
-            if phase.ramp:
-                end = phase.start + phase.ramp
-                assert stop is None or end <= stop, "a ramp ends before the next phase"
-                slope = tuple((new - old) / phase.ramp for new, old in zip(phase.shares, before, strict=True))
-                self._add(phase.start, end, tuple(before), slope)
-            start = phase.start + phase.ramp
-            if stop is None or start < stop:
-                self._add(start, stop, phase.shares, zero)
+        course = course_of(phases, limits)
+        self.segments, self.stop = course.segments, course.stop
+        self.runs_out = course.runs_out
+        """Position from which a source that has reached its limit is left out, by source."""
+        self._parts: list[_Part] = []
+        for segment in self.segments:
+            drawn = self._rounded(segment) if self._parts else (0,) * len(segment.owed)
+            self._parts.append(_Part(segment, drawn, _period(segment)))
+        self._final = self._rounded(None) if self.stop is not None else ()
 
-    def owed(self, position: int) -> list[Fraction]:
+    @property
+    def is_plain(self) -> bool:
+        """Whether all windows look alike: shares that never change and have a short period."""
+        return len(self._parts) == 1 and self._parts[0].period > 0
+
+    def owed(self, position: int) -> tuple[Fraction, ...]:
         """Rows of each source that the first `position` rows should hold. Exact."""
         return self.segments[self._segment_of(position)].owed_at(position)
 
     def drawn(self, position: int) -> np.ndarray:
-        """[sources] int64: rows of each source that the first `position` rows do hold."""
-        window = self.window(position)
+        """[sources] int64: rows of each source that the first `position` rows do hold, as far as there are any."""
+        window = self.window(position if self.stop is None else min(position, self.stop - 1))
         inside = window.source[: position - window.start]
         return window.drawn + np.bincount(inside, minlength=len(window.drawn))
 
     def window(self, position: int) -> Window:
-        """The window that holds `position`."""
+        """The window that holds `position`, which lies before `stop`."""
+        assert self.stop is None or position < self.stop, "nothing is left to draw there"
         which = self._segment_of(position)
         number = self._number(which, position)
         with self._lock:
@@ -165,152 +161,176 @@ class Curriculum:
             which -= 1
         return which
 
-    def _add(self, start: int, stop: int | None, shares: tuple[Fraction, ...], slope: tuple[Fraction, ...]) -> None:
-        """Append a segment. The whole numbers it starts from are those that keep the order closest on both sides."""
-        owed = tuple(self.segments[-1].owed_at(start))
-        last = len(self.segments) - 1
-        begin, low = _end(self.segments[last], _windows_before(self.segments[last], start))
-        best: tuple[float, Segment] | None = None
-        for wait in _waits(owed, before=self.segments[-1].shares_at(start), after=shares):
-            drawn = _whole(owed, low, position=start, wait=wait, shares=shares)
-            segment = _segment(start, stop, owed, shares, slope, drawn)
-            worst = _lay_out(self.segments[last], begin, start, low, drawn)[2]
-            if stop is None or _windows_before(segment, stop) > 0:
-                worst = max(worst, _lay_out(segment, start, *_next_end(segment))[2])
-            if best is None or worst < best[0]:
-                best = worst, segment
-            if worst <= TOLERANCES[0]:
-                break
-        assert best is not None
-        self.segments.append(best[1])
-
     def _number(self, which: int, position: int) -> int:
-        """Number of the window of a segment that holds a position."""
-        segment = self.segments[which]
-        number = (position - segment.start) // _window_rows(segment)
-        if segment.stop is not None:
-            number = min(number, _windows_before(segment, segment.stop))
-        if not segment.period and number and _end(segment, number)[0] > position:
+        """Number of the window of a part that holds a position."""
+        part = self._parts[which]
+        number = (position - part.segment.start) // part.rows
+        full = part.full_windows()
+        if full is not None:
+            number = min(number, full)
+        if not part.period and number and self._end(which, number).position > position:
             number -= 1
         return number
 
     def _build(self, which: int, number: int) -> Window:
-        segment = self.segments[which]
-        start, low = _end(segment, number)
-        is_last = segment.stop is not None and number == _windows_before(segment, segment.stop)
-        if is_last:
-            assert segment.stop is not None
-            source, earlier, within = _lay_out(segment, start, segment.stop, low, self.segments[which + 1].drawn)
-        elif segment.period:
+        part, start = self._parts[which], self._end(which, number)
+        if number == part.full_windows():
+            assert part.segment.stop is not None
+            is_last = which + 1 == len(self._parts)
+            stop = _End(part.segment.stop, self._final if is_last else self._parts[which + 1].drawn)
+            source, earlier, within = _lay_out(part.segment, start, stop)
+        elif part.period:
             if which not in self._layouts:  # two threads at most do the same work twice
-                self._layouts[which] = _lay_out(segment, segment.start, *_next_end(segment))
+                self._layouts[which] = _lay_out(part.segment, self._end(which, 0), self._end(which, 1))
             source, earlier, within = self._layouts[which]
         else:
-            stop, high = _end(segment, number + 1)
-            source, earlier, within = _lay_out(segment, start, stop, low, high)
-        return Window(start, np.asarray(low, dtype=np.int64), source, earlier, within)
+            source, earlier, within = _lay_out(part.segment, start, self._end(which, number + 1))
+        return Window(start.position, np.asarray(start.drawn, dtype=np.int64), source, earlier, within)
+
+    def _end(self, which: int, number: int) -> _End:
+        """Where full window `number` of a part starts."""
+        part = self._parts[which]
+        position = part.segment.start + number * part.rows
+        if number == 0:
+            return _End(position, part.drawn)
+        if part.period:
+            grown = (int(share * part.rows) * number for share in part.segment.shares)
+            return _End(position, tuple(d + g for d, g in zip(part.drawn, grown, strict=True)))
+        with self._lock:
+            found = self._ends.get((which, number))
+        if found is None:
+            found = _balanced_end(part, position)
+            with self._lock:
+                self._ends[which, number] = found
+                if len(self._ends) > _CACHED_WINDOWS:
+                    self._ends.popitem(last=False)
+        return found
+
+    def _rounded(self, following: Segment | None) -> tuple[int, ...]:
+        """What was drawn of each source where the last part ends: whole numbers next to what is owed there, that keep the
+        order closest before and, in `following`, after."""
+        part = self._parts[-1]
+        number, position = part.full_windows(), part.segment.stop
+        assert number is not None and position is not None
+        low, owed = self._end(len(self._parts) - 1, number), part.segment.owed_at(position)
+        before = _Stretch(part.segment, low.position, position)
+        after, grown = None, None
+        if following is not None:
+            begins = _Part(following, (), _period(following))
+            full = begins.full_windows()
+            stop = following.start + begins.rows if full != 0 else following.stop
+            assert stop is not None
+            after = _Stretch(following, following.start, stop)
+            if begins.period and full != 0:  # all windows end as they begin
+                grown = [int(share * begins.rows) for share in following.shares]
+        best: tuple[int, tuple[int, ...]] | None = None
+        for drawn in itertools.islice(_roundings(owed, low.drawn, position), _ROUNDINGS):
+            excess = max(0, before.early(drawn))
+            if after is not None:
+                excess = max(excess, after.late(drawn))
+                if grown is not None:
+                    excess = max(excess, after.early([d + g for d, g in zip(drawn, grown, strict=True)]))
+            if best is None or excess < best[0]:
+                best = excess, drawn
+            if not excess:
+                break
+        assert best is not None
+        return best[1]
 
 
-def _segment(
-    start: int,
-    stop: int | None,
-    owed: tuple[Fraction, ...],
-    shares: tuple[Fraction, ...],
-    slope: tuple[Fraction, ...],
-    drawn: tuple[int, ...],
-) -> Segment:
-    period = math.lcm(*(share.denominator for share in shares))
-    if any(slope) or period > MAX_PERIOD:
-        period = 0
-    return Segment(start, stop, owed, shares, slope, drawn, period)
+class _Stretch:
+    """What is owed on part of a segment, and how many rows that makes due or lets come: |drawn - owed| <= 1."""
+
+    def __init__(self, segment: Segment, start: int, stop: int) -> None:
+        self._base, curves = _curves(segment, start, stop)
+        self._must = np.ceil(curves - 1 - _ROUNDING)
+        self._may = np.floor(curves + 1 + _ROUNDING)
+        self._after = np.arange(stop - start + 1)
+
+    def late(self, drawn: Sequence[int]) -> int:
+        """Rows that would come late where `drawn` had been drawn at its beginning; 0: none has to."""
+        due = np.maximum(self._must - self._relative(drawn), 0).sum(axis=0)
+        return max(0, int((due - self._after).max()))
+
+    def early(self, drawn: Sequence[int]) -> int:
+        """Rows that would have come early where `drawn` has been drawn at its end; 0: none needs to."""
+        left = np.maximum(self._relative(drawn) - self._may, 0).sum(axis=0)
+        return max(0, int((left - self._after[::-1]).max()))
+
+    def _relative(self, drawn: Sequence[int]) -> np.ndarray:
+        return np.array([[d - b] for d, b in zip(drawn, self._base, strict=True)], dtype=np.float64)
 
 
-def _window_rows(segment: Segment) -> int:
-    """Rows of a full window: about WINDOW_ROWS, and whole periods."""
-    return segment.period * max(1, WINDOW_ROWS // segment.period) if segment.period else WINDOW_ROWS
+def _period(segment: Segment) -> int:
+    period = math.lcm(*(share.denominator for share in segment.shares))
+    return 0 if any(segment.slope) or period > MAX_PERIOD else period
 
 
-def _windows_before(segment: Segment, stop: int) -> int:
-    """Full windows before the last one of a segment that ends at `stop`; the last takes what is left, up to two's rows."""
-    return max(0, (stop - segment.start) // _window_rows(segment) - 1)
-
-
-def _next_end(segment: Segment) -> tuple[int, tuple[int, ...], tuple[int, ...]]:
-    """End of the first full window, rows drawn at its start and at its end."""
-    stop, high = _end(segment, 1)
-    return stop, segment.drawn, high
-
-
-def _end(segment: Segment, number: int) -> tuple[int, tuple[int, ...]]:
-    """Where full window `number` starts, and how many rows of each source lie before."""
-    if number == 0:
-        return segment.start, segment.drawn
-    rows = _window_rows(segment)
-    position = segment.start + number * rows
-    if segment.period:
-        grown = (int(share * rows) * number for share in segment.shares)
-        return position, tuple(d + g for d, g in zip(segment.drawn, grown, strict=True))
+def _balanced_end(part: _Part, position: int) -> _End:
+    """An end near `position`: where the nearest whole numbers add up and, if there is such a place, allow one row."""
+    segment, rows = part.segment, part.rows
+    first: _End | None = None
+    tried = 0
     for place in range(position, position + rows // 2):
-        nearest = _nearest(segment, place)
-        if sum(nearest) == place:
-            return place, tuple(nearest)
+        nearest = _nearest(part, place)
+        if sum(nearest) != place:
+            continue
+        end = _End(place, tuple(nearest))
+        first = first or end
+        before = _Stretch(segment, max(segment.start, place - 3 * rows // 2), place)
+        far = place + 5 * rows // 2
+        if not before.early(nearest):
+            after = _Stretch(segment, place, far if segment.stop is None else min(far, segment.stop))
+            if not after.late(nearest):
+                return end
+        tried += 1
+        if tried == _PLACES:
+            break
+    if first is not None:
+        return first
     # Many sources hardly move here and their halves add up: the source that moves most makes up for it.
-    nearest = _nearest(segment, position)
+    nearest = _nearest(part, position)
     shares = segment.shares_at(position)
     nearest[shares.index(max(shares))] += position - sum(nearest)
-    return position, tuple(nearest)
+    return _End(position, tuple(nearest))
 
 
-def _nearest(segment: Segment, position: int) -> list[int]:
+def _nearest(part: _Part, position: int) -> list[int]:
     """Whole numbers nearest to what is owed; never fewer than were drawn before the segment."""
-    owed = segment.owed_at(position)
-    return [max(math.floor(o + Fraction(1, 2)), d) for o, d in zip(owed, segment.drawn, strict=True)]
+    owed = part.segment.owed_at(position)
+    return [max(math.floor(o + Fraction(1, 2)), d) for o, d in zip(owed, part.drawn, strict=True)]
 
 
-def _waits(
-    owed: Sequence[Fraction], *, before: Sequence[Fraction], after: Sequence[Fraction]
-) -> list[Callable[[int], Fraction]]:
-    """Ways to rank the sources that wait for a row: the lowest get it first."""
-    part = [o - math.floor(o) for o in owed]
-    far = Fraction(10**18)
-
-    def due(shares: Sequence[Fraction]) -> Callable[[int], Fraction]:
-        return lambda i: (1 - part[i]) / shares[i] if shares[i] else far - part[i]
-
-    return [lambda i: -part[i], due(after), due(before), lambda i: -part[i] if after[i] else 1 - part[i]]
-
-
-def _whole(
-    owed: Sequence[Fraction],
-    low: Sequence[int],
-    *,
-    position: int,
-    wait: Callable[[int], Fraction],
-    shares: Sequence[Fraction],
-) -> tuple[int, ...]:
-    """Whole numbers next to `owed`, none below `low`, that sum to the position; of those that wait, the first in `wait`
-    are rounded up."""
-    counts = [max(math.floor(o), least) for o, least in zip(owed, low, strict=True)]
-    waiting = [i for i, o in enumerate(owed) if counts[i] < o]
-    waiting.sort(key=lambda i: (wait(i), i))
-    for i in waiting[: max(0, position - sum(counts))]:
-        counts[i] += 1
-    counts[list(shares).index(max(shares))] += position - sum(counts)  # nothing, but for sources that hardly move
-    return tuple(counts)
+def _roundings(owed: Sequence[Fraction], low: Sequence[int], position: int) -> Iterator[tuple[int, ...]]:
+    """Whole numbers next to `owed`, none below `low`, that sum to the position; the nearest first."""
+    least = [max(math.floor(o), d) for o, d in zip(owed, low, strict=True)]
+    waiting = sorted((i for i, o in enumerate(owed) if least[i] < o), key=lambda i: (math.floor(owed[i]) - owed[i], i))
+    more = position - sum(least)
+    if 0 <= more <= len(waiting):
+        for chosen in itertools.combinations(waiting, more):
+            yield tuple(count + (i in chosen) for i, count in enumerate(least))
+    else:  # sources that hardly moved are ahead: the one with most rows makes up for it
+        counts = [count + (i in waiting[: max(0, more)]) for i, count in enumerate(least)]
+        counts[max(range(len(owed)), key=lambda i: owed[i] - low[i])] += position - sum(counts)
+        yield tuple(counts)
 
 
-def _lay_out(
-    segment: Segment, start: int, stop: int, low: Sequence[int], high: Sequence[int]
-) -> tuple[np.ndarray, np.ndarray, float]:
-    """Order of the rows from `start` (`low` drawn before) to `stop` (`high` drawn then). -> source, earlier, within."""
+def _curves(segment: Segment, start: int, stop: int) -> tuple[list[int], np.ndarray]:
+    """What is owed from `start` to `stop`, both included: whole numbers, and [sources, rows + 1] above them in float64."""
     owed, shares = segment.owed_at(start), segment.shares_at(start)
-    steps = np.arange(1, stop - start + 1, dtype=np.float64)
-    curves = [
-        float(owed[i] - low[i]) + float(shares[i]) * steps + float(segment.slope[i]) / 2 * steps * steps
-        for i in range(len(low))
-    ]
-    counts = [b - a for a, b in zip(low, high, strict=True)]
-    assert sum(counts) == stop - start and min(counts) >= 0, "window ends fit each other"
+    base = [math.floor(o) for o in owed]
+    above = np.array([[float(o - b), float(s), float(d) / 2] for o, b, s, d in
+                      zip(owed, base, shares, segment.slope, strict=True)])  # fmt: skip
+    steps = np.arange(stop - start + 1, dtype=np.float64)
+    return base, above[:, :1] + above[:, 1:2] * steps + above[:, 2:] * steps * steps
+
+
+def _lay_out(segment: Segment, start: _End, stop: _End) -> tuple[np.ndarray, np.ndarray, float]:
+    """Order of the rows between two ends. -> source, earlier, within."""
+    base, curves = _curves(segment, start.position, stop.position)
+    curves = curves[:, 1:] - np.array([[d - b] for d, b in zip(start.drawn, base, strict=True)])
+    counts = [b - a for a, b in zip(start.drawn, stop.drawn, strict=True)]
+    assert sum(counts) == stop.position - start.position and min(counts) >= 0, "window ends fit each other"
     for within in TOLERANCES:
         order = _earliest_deadline_first(curves, counts, within=within)
         if order is not None:
@@ -324,12 +344,12 @@ def _lay_out(
     return source, earlier, within
 
 
-def _earliest_deadline_first(curves: Sequence[np.ndarray], counts: Sequence[int], *, within: float) -> list[int] | None:
+def _earliest_deadline_first(curves: np.ndarray, counts: Sequence[int], *, within: float) -> list[int] | None:
     """A source for each slot so that drawn and owed are never more than `within` apart, or None.
 
-    curves[i][t]: rows of source i owed after slot t, not counting those drawn before slot 0.
+    curves[i, t]: rows of source i owed after slot t, not counting those drawn before slot 0.
     """
-    slots, sources = len(curves[0]), len(curves)
+    sources, slots = curves.shape
     releases, codes = [], []
     for i, (curve, count) in enumerate(zip(curves, counts, strict=True)):
         nth = np.arange(1, count + 1)

@@ -7,6 +7,7 @@ open_dataset(config)   manifest, tokenizer, checksums, blend; shards open when f
 """
 
 import functools
+import hashlib
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -72,8 +73,10 @@ class Dataset:
 
     @property
     def manifest_hash(self) -> str:
-        """Identity of the data that positions refer to."""
-        return self.manifest.hash
+        """Identity of the data and of the order that positions refer to."""
+        if self.blend.order == 1:
+            return self.manifest.hash
+        return hashlib.sha256(f"{self.manifest.hash} in order {self.blend.order}".encode()).hexdigest()
 
     @property
     def vocab_size(self) -> int:
@@ -238,11 +241,11 @@ def open_dataset(config: DataConfig) -> Dataset:
             stream = TokenStream(manifest.sources[name].splits[split], shelf)
             is_packed = split == "train" and config.packing == "best_fit"
             rows.append(Rows(stream, row_tokens=config.row_tokens, eod=manifest.tokenizer.eod, best_fit=is_packed))
-            if rows[-1].count == 0:
+            if rows[-1].count == 0 and not (split == "train" and config.heldout_of(name) == 1):
                 raise DataError(
                     f"the {split} part of source {name!r} has {stream.tokens:,} tokens, fewer than one row of "
                     f"data.row_tokens={config.row_tokens}. Lower data.row_tokens, add text, or raise "
-                    f"data.heldout_fraction."
+                    f"its heldout_fraction."
                 )
     blend = Blend(
         [
@@ -259,6 +262,7 @@ def open_dataset(config: DataConfig) -> Dataset:
         row_tokens=config.row_tokens,
         phases=config.phases,
         shuffle_shards=config.shuffle_shards,
+        go_on=config.on_exhausted == "continue",
     )
     return Dataset(
         tokenizer=tokenizer,

@@ -95,10 +95,18 @@ def _inspect(composed: DictConfig) -> int:
         _verify(data, console)
     dataset = open_dataset(data)
     total_rows = int(composed.run.steps) * int(composed.run.global_rows)
-    lengths = {name: lengths_of(rows) for name, rows in zip(dataset.source_names, dataset.train, strict=True)}
+    trained = [(n, rows) for n, rows in zip(dataset.source_names, dataset.train, strict=True) if rows.count]
+    lengths = {name: lengths_of(rows) for name, rows in trained}
     console.print(_counts(dataset))
     console.print(_lengths_table(lengths))
+    global_rows = int(composed.run.global_rows)
     console.print(_rows_table(dataset, data, steps=int(composed.run.steps), total_rows=total_rows))
+    for name, place in dataset.blend.exhausted(total_rows):
+        console.print(f"{name} runs out at step {place // global_rows + 1:,}: others take its place", soft_wrap=True)
+    try:
+        dataset.blend.check_length(total_rows, global_rows=global_rows)
+    except DataError as error:
+        console.print(f"[bold]Such a run would be refused:[/bold] {error}", soft_wrap=True)
     if config.samples:
         _samples(dataset, config, console)
     picture = Path(config.picture) if config.picture else dataset.folder / "lengths.png"
@@ -144,8 +152,9 @@ def _rows_table(dataset: Dataset, data: DataConfig, *, steps: int, total_rows: i
     )  # fmt: skip
     drawn, epochs = dataset.blend.curriculum.drawn(total_rows), dataset.blend.epochs(total_rows)
     for index, (name, rows) in enumerate(zip(dataset.source_names, dataset.train, strict=True)):
+        cut = f"{share_cut(rows, packing=data.packing):.1%}" if rows.count else "-"
         table.add_row(
-            name, f"{rows.count:,}", f"{rows.cropped_tokens:,}", f"{share_cut(rows, packing=data.packing):.1%}",
+            name, f"{rows.count:,}", f"{rows.cropped_tokens:,}", cut,
             f"{drawn[index] / max(1, total_rows):.2%}", f"{epochs[index]:.2f}",
         )  # fmt: skip
     return table
@@ -153,7 +162,8 @@ def _rows_table(dataset: Dataset, data: DataConfig, *, steps: int, total_rows: i
 
 def _samples(dataset: Dataset, config: InspectConfig, console: Console) -> None:
     rng = np.random.default_rng(0)
-    for name, rows in zip(dataset.source_names, dataset.train, strict=True):
+    parts = zip(dataset.source_names, dataset.train, dataset.heldout, strict=True)
+    for name, rows in ((name, train if train.count else heldout) for name, train, heldout in parts):
         for document in sorted(rng.choice(rows.stream.documents, min(config.samples, rows.stream.documents), False)):
             start, stop = rows.stream.document_span(int(document))
             tokens = np.empty(min(stop - start, 4 * config.chars), dtype=rows.stream.dtype)

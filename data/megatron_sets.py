@@ -61,7 +61,7 @@ def describe_set(
     shard = open_shard(Path(prefix))
     count = len(shard.ends)
     held = max(int(first), round(count * fraction))
-    if count < held + int(first):
+    if count < held + int(first and fraction < 1):
         raise DataError(
             f"{prefix}.idx holds {count} documents: too few to hold some out. Give a set with more of them."
         )

@@ -159,7 +159,7 @@ def jobs_of(config: DataConfig, work: Work) -> list[ShardJob]:
             heldout=source.heldout,
             train=source.train,
             seed=config.seed,
-            fraction=config.heldout_fraction,
+            fraction=config.heldout_of(name),
         )
         for name, source in work.sources.items()
         for number, parts in enumerate(source.shards)

@@ -19,6 +19,8 @@ from data.sources.parts import cut, limited
 from data.sources.records import Part
 
 PLAN = "plan.json"
+_NONE = "-"
+"""In place of a digest: no text is dealt otherwise than its number says."""
 _PREPARED_FIELDS = ("path", "format", "text_field", "template", "config", "split", "streaming", "on_bad_record",
                     "max_record_bytes", "max_expansion", "max_bytes")  # fmt: skip
 _TOKENIZER_FIELDS = ("path", "vocab_size", "end_of_document", "special_tokens", "pattern", "rank_offset", "keep_vocab",
@@ -59,6 +61,9 @@ class Work:
 def request_of(config: DataConfig) -> dict[str, Any]:
     """The fields the prepared files depend on."""
     sources = {name: _picked(asdict(source), _PREPARED_FIELDS) for name, source in config.sources.items()}
+    for name, source in config.sources.items():
+        if source.heldout_fraction is not None:
+            sources[name]["heldout_fraction"] = source.heldout_fraction
     request = {
         "sources": sources,
         "tokenizer": _picked(asdict(config.tokenizer), _TOKENIZER_FIELDS),
@@ -109,7 +114,10 @@ def _plan_source(config: DataConfig, name: str) -> SourceWork:
     if source.format == "megatron":
         return SourceWork([[part] for part in find_sets(place, source)], heldout="", train="")
     shards = limited(place, source, cut(place, source, config.shard_bytes))
-    heldout, *train = first_two(name, source, shards, seed=config.seed, fraction=config.heldout_fraction)
+    fraction = config.heldout_of(name)
+    if fraction == 1:
+        return SourceWork(shards, heldout=_NONE, train=_NONE)
+    heldout, *train = first_two(name, source, shards, seed=config.seed, fraction=fraction)
     return SourceWork(shards, heldout=heldout, train=train[0] if train else "")
 
 

@@ -53,6 +53,11 @@ def train(recipe: Recipe) -> RunEnd:
     device = choose_device(recipe.run.device)
     _use_threads(recipe.run.threads)
     dataset = open_data(recipe)
+    for name, place in dataset.blend.exhausted(recipe.run.steps * recipe.run.global_rows) if rank == 0 else ():
+        step = place // recipe.run.global_rows + 1
+        log.warning(
+            "source %s has been read max_epochs times at step %d: others take its place from there.", name, step
+        )
     folder = Path(recipe.run.folder) / recipe.run.name
     check_folder(folder, recipe)
     prepare(device)
@@ -74,7 +79,7 @@ def check(recipe: Recipe, *, world: int) -> Layout:
 def open_data(recipe: Recipe) -> Dataset:
     """The prepared data of a recipe, checked against its model. DataError names what does not match."""
     dataset = open_dataset(recipe.data)
-    dataset.blend.check_length(recipe.run.steps * recipe.run.global_rows)
+    dataset.blend.check_length(recipe.run.steps * recipe.run.global_rows, global_rows=recipe.run.global_rows)
     if dataset.vocab_size > recipe.model.vocab:
         raise DataError(
             f"the shards in {recipe.data.folder} hold token ids up to {dataset.vocab_size - 1:,} (vocabulary "

@@ -10,9 +10,10 @@ from hypothesis import strategies as st
 
 from data.blend import Blend, BlendSource
 from data.config import PhaseConfig
-from data.curriculum import Curriculum, Phase
+from data.curriculum import Curriculum
 from data.errors import DataError
 from data.order import RowOrder, permute
+from data.shares import Phase
 
 
 @given(size=st.integers(1, 3000), key=st.integers(0, 2**64 - 1), epoch=st.integers(0, 1000))
@@ -102,8 +103,8 @@ def test_shares_are_within_one_row_at_every_prefix_across_phases_and_ramps(phase
         assert bound == 1
 
 
-def test_the_promise_of_one_row_is_rarely_missed_with_many_sources_phases_and_ramps() -> None:
-    """Bounds of the windows of 120 random curricula of up to 12 sources: all but a few in a thousand are one row."""
+def test_one_row_is_kept_with_many_sources_phases_and_ramps() -> None:
+    """Windows of 40 random curricula of up to 12 sources. Not proven for all there are (data/curriculum.py says why)."""
     rng = np.random.default_rng(0)
     within: list[float] = []
     for _ in range(40):
@@ -119,8 +120,65 @@ def test_the_promise_of_one_row_is_rarely_missed_with_many_sources_phases_and_ra
             window = curriculum.window(place)
             within.append(window.within)
             place = window.stop
-    assert max(within) <= 1.5
-    assert np.mean(np.array(within) == 1) > 0.98
+    assert len(within) > 150 and set(within) == {1.0}
+
+
+def owed_with_limits(phases: list[Phase], limits: list[int | None], rows: int) -> list[list[Fraction]]:
+    """What each source is owed after every prefix, row by row; shorter where nothing is left to draw."""
+    sources = len(limits)
+    gone: set[int] = set()
+
+    def left(shares: list[Fraction]) -> list[Fraction]:
+        kept = [Fraction(0) if i in gone else s for i, s in enumerate(shares)]
+        return [s / sum(kept) for s in kept] if sum(kept) else kept
+
+    total, prefixes = [Fraction(0)] * sources, [[Fraction(0)] * sources]
+    for row in range(rows):
+        for number, phase in enumerate(phases):
+            if row == phase.start and phase.ramp:
+                begin, first, target, end = row, list(phases[number - 1].shares), list(phase.shares), row + phase.ramp
+            elif row == phase.start + phase.ramp:
+                begin, first, target, end = row, list(phase.shares), list(phase.shares), row + 10**9
+        while True:
+            a, b = left(first), left(target)
+            if not sum(b):
+                return prefixes
+            a = a if sum(a) else b
+            at = [[x + (y - x) * Fraction(q) / (end - begin) for x, y in zip(a, b, strict=True)]
+                  for q in (row - begin, row - begin + Fraction(1, 2))]  # fmt: skip
+            after = [t + s for t, s in zip(total, at[1], strict=True)]
+            out = [i for i, most in enumerate(limits) if most is not None and i not in gone and after[i] > most]
+            if not out:
+                break
+            gone.add(out[0])
+            begin, first = row, at[0]
+        total = after
+        prefixes.append(total)
+    return prefixes
+
+
+@settings(deadline=None, max_examples=60)
+@given(phases=curricula(), data=st.data())
+def test_sources_that_run_out_leave_their_part_to_the_others_within_one_row(
+    phases: list[Phase], data: st.DataObject
+) -> None:
+    sources, rows = len(phases[0].shares), phases[-1].start + phases[-1].ramp + 150
+    limits = data.draw(st.lists(st.none() | st.integers(1, 200), min_size=sources, max_size=sources))
+    owed = owed_with_limits(phases, limits, rows)
+    curriculum = Curriculum(phases, limits)
+    stop = len(owed) - 1
+    assert curriculum.stop == stop if stop < rows else curriculum.stop is None or curriculum.stop >= rows
+    for place in {0, 1, stop // 3, stop // 2, stop - 1} & set(range(stop)):
+        assert list(curriculum.owed(place)) == owed[place]
+    order, within = [], 0.0
+    while len(order) < stop:
+        window = curriculum.window(len(order))
+        assert window.start == len(order) and np.array_equal(window.drawn, np.bincount(order, minlength=sources))
+        order += window.source.tolist()
+        within = max(within, window.within)
+    drawn = np.eye(sources)[order[:stop]].cumsum(axis=0)
+    assert within <= 1.5 and np.abs(drawn - np.array(owed[1:], dtype=float)).max() <= within + 1e-6
+    assert all(most is None or drawn[-1][i] <= most for i, most in enumerate(limits))
 
 
 def blend_of(weights: list[float], rows: list[int], **changes: object) -> Blend:
@@ -177,12 +235,56 @@ def test_ten_trillion_tokens_with_phases_and_a_ramp_open_at_once() -> None:
 
 
 def test_a_cap_on_repeats_is_known_before_training_and_kept() -> None:
-    blend = Blend([BlendSource("a", 0.5, 100, max_epochs=2), BlendSource("b", 0.5, 1000)], seed=0)
-    blend.check_length(400)
-    with pytest.raises(DataError, match=r"201 of source 'a', which has 100: 2.01 epochs, more than max_epochs=2"):
-        blend.check_length(402)
-    with pytest.raises(DataError, match="'a' has been read max_epochs=2 times at position 40"):
+    blend = Blend([BlendSource("a", 0.5, 100, max_epochs=2), BlendSource("b", 0.5, 1000)], seed=0, row_tokens=64)
+    blend.check_length(400, global_rows=8)
+    assert (blend.draw(np.arange(400)).source == 0).sum() == 200
+    at = blend.curriculum.window(0).source.tolist().index(0, 400)
+    refused = (
+        rf"'a' runs out at step {at // 8 + 1} \(row {at}, token {at * 64:,}\): max_epochs=2 of its 100 rows are 200, the run's "
+        r"402 rows would hold 201 \(2.01 epochs\)\.\n.*data\.on_exhausted=continue"
+    )
+    with pytest.raises(DataError, match=refused):
+        blend.check_length(402, global_rows=8)
+    with pytest.raises(DataError, match=f"'a' has been read max_epochs=2 times at position {at}"):
         blend.draw(np.arange(396, 410))
+
+
+def test_where_a_source_runs_out_the_others_go_on_in_proportion() -> None:
+    """1.5 epochs of a, then b and c 2 : 1; rows still come once an epoch, wherever reading starts."""
+    sources = [BlendSource("a", 0.7, 100, max_epochs=1.5), BlendSource("b", 0.2, 90), BlendSource("c", 0.1, 50)]
+    blend = Blend(sources, seed=0, go_on=True)
+    blend.check_length(10**9)
+    ((name, place),) = blend.exhausted(10**9)
+    assert name == "a" and 0.7 * place <= 150 < 0.7 * (place + 1)
+    draw = blend.draw(np.arange(2000))
+    mine = draw.row[draw.source == 0]
+    assert (
+        len(mine) in (149, 150) and sorted(mine[:100]) == list(range(100)) and len(set(mine[100:])) == len(mine) - 100
+    )
+    late = draw.source[place:]
+    assert abs((late == 1).sum() - len(late) * 2 / 3) <= 2 and (draw.source[place + 2 :] != 0).all()
+    assert np.array_equal(Blend(sources, seed=0, go_on=True).draw(np.arange(1900, 2000)).row, draw.row[1900:])
+    assert blend.positions_of(0, 5, stop=2000) == np.flatnonzero((draw.source == 0) & (draw.row == 5)).tolist()
+
+
+def test_where_all_have_run_out_the_run_is_refused_with_the_step() -> None:
+    sources = [BlendSource("a", 0.5, 10, max_epochs=1), BlendSource("b", 0.5, 30, max_epochs=2)]
+    blend = Blend(sources, seed=0, go_on=True)
+    end = blend.curriculum.stop
+    assert end == 70 and len(blend.draw(np.arange(end)).row) == end
+    blend.check_length(end)
+    with pytest.raises(DataError, match=rf"at row {end} \(step 18, .* has been read max_epochs times; .* row 72"):
+        blend.check_length(72, global_rows=4)
+    with pytest.raises(DataError, match="has been read max_epochs times"):
+        blend.draw(np.array([end]))
+    assert blend.epochs(100).tolist() == (blend.curriculum.drawn(end) / [10, 30]).tolist()
+
+
+def test_the_identity_of_an_order_says_how_it_is_laid_out() -> None:
+    """Shares that never change are laid out as ever; others say so, because their rows differ from version 1's."""
+    assert blend_of([0.6, 0.4], [50, 50]).order == 1
+    assert blend_of([0.6, 0.4], [50, 50], phases=[PhaseConfig(100, {"s0": 1.0})]).order == 2
+    assert blend_of([0.1234567, 0.4], [50, 50]).order == 2
 
 
 @pytest.mark.parametrize(

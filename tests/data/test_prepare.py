@@ -11,7 +11,7 @@ import pytest
 from rich.console import Console
 from texts import config_of
 
-from data.config import DataConfig, SourceConfig, TokenizerConfig
+from data.config import DataConfig, PhaseConfig, SourceConfig, TokenizerConfig
 from data.corpus import Document, digest, documents, held_out
 from data.errors import DataError
 from data.manifest import read_manifest
@@ -20,6 +20,7 @@ from data.prepare import prepare
 from data.shards import open_entry, open_shard
 from data.stream import open_dataset
 from data.tokenizer import load_tokenizer
+from data.typed import build
 
 QUIET = Console(quiet=True)
 
@@ -114,6 +115,46 @@ def test_another_request_does_not_touch_what_is_there(prepared: DataConfig) -> N
     with pytest.raises(DataError, match=r"tokenizer\.vocab_size changed.*Nothing was overwritten"):
         prepare(other, console=QUIET)
     assert digests(Path(prepared.folder)) == before
+
+
+def test_each_source_may_hold_out_its_own_share_or_all(prepared: DataConfig, texts: Path) -> None:
+    sources = {
+        "verse": replace(prepared.sources["verse"], heldout_fraction=0.5),
+        "code": prepared.sources["code"],
+        "probe": SourceConfig(path=str(texts / "code.jsonl"), text_field="content", weight=0, heldout_fraction=1),
+    }
+    config = config_of(texts, folder=str(texts / "own"), sources=sources)
+    manifest = prepare(config, console=QUIET)
+    assert manifest is not None
+    assert manifest.request["sources"]["verse"]["heldout_fraction"] == 0.5  # recorded, where it is not the data set's
+    assert "heldout_fraction" not in manifest.request["sources"]["code"] and manifest.request["heldout_fraction"] == 0.2
+    count = {
+        name: [entry.count(s, "documents") for s in ("train", "heldout")] for name, entry in manifest.sources.items()
+    }
+    at_half = dealt(replace(config, heldout_fraction=0.5), "verse")
+    assert count["verse"] == [len(at_half["train"]), len(at_half["heldout"])] and count["verse"][1] > 2
+    as_before = read_manifest(Path(prepared.folder)).sources["code"]
+    assert count["code"] == [as_before.count(split, "documents") for split in ("train", "heldout")]
+    assert count["probe"] == [0, 180]
+    dataset = open_dataset(config)
+    assert dataset.heldout_count("probe") > 0 and dataset.train[2].count == 0
+    assert set(dataset.training_rows(np.arange(200)).source.tolist()) == {0, 1}
+    with pytest.raises(DataError, match=r"sources\.verse\.heldout_fraction changed"):
+        prepare(replace(config, sources=sources | {"verse": prepared.sources["verse"]}), console=QUIET)
+    drawn = replace(config, sources=sources | {"probe": replace(sources["probe"], weight=0.1)})
+    with pytest.raises(DataError, match=r"probe.heldout_fraction=1 .* but data.sources.probe.weight=0.1 draws from it"):
+        open_dataset(drawn)
+    with pytest.raises(DataError, match=r"heldout_fraction=1 .* but data.phases\[0\].weights.probe=2 draws"):
+        prepare(
+            replace(config, folder=str(texts / "x"), phases=(PhaseConfig(100, {"verse": 1, "probe": 2}),)),
+            console=QUIET,
+        )
+
+
+@pytest.mark.parametrize("value", [-0.1, 1.5, float("nan"), "all"])
+def test_shares_that_cannot_be_held_out(value: object) -> None:
+    with pytest.raises(DataError, match=r"data\.sources\.a\.heldout_fraction"):
+        build(DataConfig, {"sources": {"a": {"path": "x", "heldout_fraction": value}}}, "data")
 
 
 def source(texts: Path, path: str, **fields: object) -> DataConfig:
