@@ -108,11 +108,6 @@ def _precision_problems(recipe: Recipe, device: Device) -> list[str]:
             precision=precision,
             rank_tokens=recipe.run.microbatch_rows * recipe.data.row_tokens // recipe.parallel.context,
         )
-    if recipe.data.reset_at_documents and precision.backend in ("auto", "te"):
-        problems.append(
-            "data.reset_at_documents=true: the te backend cannot tell documents apart yet. Use "
-            "precision.backend=reference, or data.reset_at_documents=false."
-        )
     return problems
 
 

@@ -19,7 +19,7 @@ from data.manifest import MANIFEST, read_manifest
 from data.stream import Dataset, Stream, open_dataset
 from data.tokenizer import Tokenizer, load_tokenizer
 from train.config import ParallelConfig, Recipe
-from train.errors import BackendError, RecipeError
+from train.errors import RecipeError
 from train.model.pattern import flops_per_token, parameters
 from train.parallel.device import choose_device, prepare
 from train.parallel.layout import Layout, lay_out
@@ -124,11 +124,6 @@ def build_engine(recipe: Recipe, mesh: Mesh, *, weights: Path | None = None, tok
     from train.parallel.wrap import connect, wrap_chunks
 
     backend = choose_backend(recipe.precision, mesh.device)
-    if recipe.data.reset_at_documents and not backend.separates_documents:
-        raise BackendError(
-            f"data.reset_at_documents=true: the {backend.name} backend cannot tell documents apart yet. Use "
-            f"precision.backend=reference, or data.reset_at_documents=false."
-        )
     problems = shape_problems(
         recipe.model,
         parallel=recipe.parallel,
@@ -147,6 +142,7 @@ def build_engine(recipe: Recipe, mesh: Mesh, *, weights: Path | None = None, tok
         row_tokens=recipe.data.row_tokens,
         mesh=mesh,
         backend=backend,
+        reset_at_documents=recipe.data.reset_at_documents,
     )
     if weights is not None:
         read_weights(weights, chunks, groups=mesh.groups)

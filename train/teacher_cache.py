@@ -194,7 +194,7 @@ def _measure(recipe: Recipe, config: CacheConfig, *, mesh: "Mesh", teacher: "Tea
     path, manifest = checkpoint_at(config.student)
     student = teacher_recipe(manifest, path)
     chunk = frozen_model(student, parallel=recipe.parallel, precision=student.precision, mesh=mesh, weights=path,
-                         row_tokens=recipe.data.row_tokens)  # fmt: skip
+                         row_tokens=recipe.data.row_tokens, reset_at_documents=recipe.data.reset_at_documents)  # fmt: skip
     head = Head(head_weight(chunk), softcap=student.model.logit_softcap)
     batch = dataset.training_rows(np.arange(config.block_rows))
     counts = [k for k in (1, 4, 16, 32, 64, 128, 256, 1024) if k < recipe.model.vocab]

@@ -75,7 +75,6 @@ def test_the_9b_mlp_takes_four_tensor_ranks_in_fp8_and_not_eight(
         (["precision=mxfp8"], 1, ["precision.scaling=mxfp8", "Blackwell", "blockwise"]),
         (["precision=fp8_current", "--device", "a100"], 1, ["a100_80gb", "no FP8", "scaling=none"]),
         (["--device", "abacus"], 2, ["--device abacus", "h100"]),
-        (["data.reset_at_documents=true"], 1, ["data.reset_at_documents=true", "reference"]),
         (["objective.kind=distill"], 1, ["objective.teacher"]),
         (["model=nemotron_h_56b", "precision=bf16"], 1, ["memory:", "GiB", "h100", "parallel.tensor=2"]),
     ],

@@ -110,6 +110,10 @@ def test_flex_attention_means_the_same() -> None:
     options = {"offset": 10, "scale": 0.4, "softcap": 2.0}
     got = flex(q[10:], k, v, first_key_BQ=first[:, 10:], **options)
     torch.testing.assert_close(got, capped_attention(q[10:], k, v, first_key_BQ=first[:, 10:], **options))
+    documents = (torch.arange(40) // 13).expand(2, -1)
+    plain = core(0.4)(q, k, v, packed_seq_params=RowContext(documents=documents))
+    starts = document_starts(documents).to(torch.int32)
+    torch.testing.assert_close(flex(q, k, v, first_key_BQ=starts, offset=0, scale=0.4, softcap=None), plain)
 
 
 def test_documents_start_where_their_index_changes() -> None:

@@ -2,12 +2,11 @@
 
 import pytest
 import torch
-from ranks import RankFailed, run_ranks
-from tiny import TINY, engine_of, recipe_with
+from tiny import TINY
 
 from train.config import PrecisionConfig
 from train.errors import BackendError
-from train.model.backend import ReferenceBackend, choose_backend
+from train.model.backend import choose_backend
 from train.parallel.device import choose_device
 from train.precision.te import TransformerEngineBackend
 
@@ -26,17 +25,6 @@ def test_asking_for_a_gpu_without_one_is_an_error() -> None:
     assert choose_device("auto").type == "cpu"
     with pytest.raises(BackendError, match=r"run\.device=cuda, but torch sees no GPU"):
         choose_device("cuda")
-
-
-def build_with_documents(rank: int) -> None:
-    ReferenceBackend.separates_documents = False
-    with engine_of(recipe_with(**{"data.reset_at_documents": True}), rank=rank, world=1):
-        pass
-
-
-def test_documents_are_refused_where_a_backend_cannot_tell_them_apart() -> None:
-    with pytest.raises(RankFailed, match=r"data\.reset_at_documents=true: the reference backend cannot"):
-        run_ranks(1, build_with_documents)
 
 
 def test_te_refuses_block_scales_that_its_environment_contradicts(monkeypatch: pytest.MonkeyPatch) -> None:

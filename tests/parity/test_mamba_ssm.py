@@ -4,6 +4,7 @@ Run by `make test-oracle`, in a process of its own (Triton must be told to inter
 """
 
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -117,3 +118,36 @@ def test_documents_reset_as_in_the_packages_kernels() -> None:
     t = tensors(1, length=96)
     documents = torch.tensor([[0] * 20 + [1] * 44 + [2] * 32], dtype=torch.int32)
     agree(t, ours(t, 1, documents), fused_kernels(t, 1, documents), 2e-5)
+
+
+def test_the_mixer_for_gpus_resets_at_documents_as_ours_does() -> None:
+    """Megatron's mixer with mamba-ssm's kernels (interpreted), as the `te` backend builds it, against the plain torch one."""
+    from megatron.core.ssm import mamba_mixer
+    from tiny import engine_of, recipe_with
+
+    from train.model.backend import ReferenceBackend
+    from train.model.context import RowContext
+    from train.model.mixer import KernelMixer, ReferenceMixer
+    from train.run import build_engine
+
+    assert mamba_mixer.HAVE_MAMBA_SSM
+    recipe = recipe_with(**{"model.pattern": "M", "model.mamba_chunk": 16})
+    with engine_of(recipe, rank=0, world=1) as engine:
+        with mock.patch.object(ReferenceBackend, "mixer", lambda _self: KernelMixer):
+            beside = build_engine(recipe, engine.mesh)
+        (ours,) = [part for part in engine.chunks[0].modules() if isinstance(part, ReferenceMixer)]
+        (theirs,) = [part for part in beside.chunks[0].modules() if isinstance(part, KernelMixer)]
+        documents = torch.tensor([[0] * 20 + [1] * 44, [0] * 64]).sort(dim=1).values
+        x = torch.randn(64, 2, recipe.model.hidden, generator=torch.Generator().manual_seed(2))
+        rows = RowContext(documents=documents)
+        got = {}
+        for name, mixer in (("ours", ours), ("theirs", theirs)):
+            mixer.zero_grad()
+            hidden = x.clone().requires_grad_()
+            y, _ = mixer(hidden, packed_seq_params=rows)
+            y.backward(torch.randn(y.shape, generator=torch.Generator().manual_seed(3)))
+            got[name] = (y.detach(), hidden.grad)
+        plain, _ = theirs(x)
+    for a, b in zip(got["ours"], got["theirs"], strict=True):
+        assert float((a - b).abs().max() / b.abs().max()) < 2e-5
+    assert float((plain.detach() - got["theirs"][0]).abs().max()) > 1e-3, "documents make a difference"

@@ -74,6 +74,7 @@ def scoring_engine(parent: Parent, recipe: Recipe, mesh: Mesh) -> Iterator[Engin
             row_tokens=recipe.data.row_tokens,
             mesh=mesh,
             backend=backend,
+            reset_at_documents=recipe.data.reset_at_documents,
         )
     )
     read_weights(parent.path, chunks, groups=mesh.groups)

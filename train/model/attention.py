@@ -14,8 +14,8 @@ Megatron's Mamba all-to-all assumes, balanced for causal masks). Keys and values
 true order; the gather's backward is the matching reduce-scatter.
 
 Which arithmetic: without a soft cap torch's scaled_dot_product_attention (FlashAttention on a GPU); with one
-`train.model.capped` on a CPU and torch's FlexAttention on a GPU (**not run on a GPU**; its mask and score functions are
-tested on a CPU, where torch runs them unfused).
+`train.model.capped` on a CPU. On a GPU soft caps, windows and documents go to torch's FlexAttention (**not run on a GPU**;
+its mask and score functions are tested on a CPU, where torch runs them unfused).
 """
 
 from collections.abc import Iterator
@@ -133,12 +133,22 @@ class AttentionCore(MegatronModule):
         scale: float,
     ) -> torch.Tensor:
         """Attention of a stretch of queries, each from its first key (None: the first of all) to its own."""
-        if self.softcap is None:
+        on_cpu = query_QBHD.device.type == "cpu"
+        if self.softcap is None and (on_cpu or first_BQ is None):
             return _plain(query_QBHD, key_KBGD, value_KBGD, first_BQ, offset=offset, scale=scale)
         if first_BQ is None:
             first_BQ = torch.zeros(*query_QBHD.shape[1::-1], dtype=torch.int32, device=query_QBHD.device)
-        attend = capped_attention if query_QBHD.device.type == "cpu" else flex
-        return attend(
+        if on_cpu and self.softcap is not None:
+            return capped_attention(
+                query_QBHD,
+                key_KBGD,
+                value_KBGD,
+                first_key_BQ=first_BQ,
+                offset=offset,
+                scale=scale,
+                softcap=self.softcap,
+            )
+        return flex(
             query_QBHD, key_KBGD, value_KBGD, first_key_BQ=first_BQ, offset=offset, scale=scale, softcap=self.softcap
         )
 
@@ -229,9 +239,12 @@ def flex(
     first_key_BQ: torch.Tensor,
     offset: int,
     scale: float,
-    softcap: float,
+    softcap: float | None,
 ) -> torch.Tensor:
-    """The contract of `capped_attention` through torch's FlexAttention, which fuses cap and mask into one GPU kernel."""
+    """The contract of `capped_attention` through torch's FlexAttention, which fuses cap and mask into one GPU kernel.
+
+    softcap None: no cap.
+    """
 
     def cap(score: torch.Tensor, b: torch.Tensor, h: torch.Tensor, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
         return softcap * torch.tanh(score / softcap)
@@ -247,7 +260,7 @@ def flex(
         query_QBHD.permute(1, 2, 0, 3),
         key_KBGD.permute(1, 2, 0, 3),
         value_KBGD.permute(1, 2, 0, 3),
-        score_mod=cap,
+        score_mod=cap if softcap is not None else None,
         block_mask=mask,
         scale=scale,
         enable_gqa=query_QBHD.shape[2] != key_KBGD.shape[2],

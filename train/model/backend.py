@@ -28,8 +28,6 @@ class Backend(Protocol):
     """Modules a model spec names."""
 
     name: str
-    separates_documents: bool
-    """Whether its attention and scan honour `RowContext.documents`."""
 
     @abstractmethod
     def column_parallel_linear(self) -> type: ...
@@ -67,7 +65,6 @@ class ReferenceBackend(LocalSpecProvider):
     """Plain torch modules, any device."""
 
     name = "reference"
-    separates_documents = True
 
     def column_parallel_linear(self) -> type:
         return ColumnParallelLinear

@@ -138,7 +138,7 @@ def transformer_config(
     )
 
 
-def stack_spec(model: ModelConfig, backend: Backend) -> ModuleSpec:
+def stack_spec(model: ModelConfig, backend: Backend, *, reset_at_documents: bool = False) -> ModuleSpec:
     """Megatron's spec of the layer stack, naming the backend's modules."""
     fused = backend.column_parallel_layer_norm_linear()
     column = fused if fused is not None else backend.column_parallel_linear()
@@ -172,7 +172,9 @@ def stack_spec(model: ModelConfig, backend: Backend) -> ModuleSpec:
                 module=SelfAttention,
                 params={"attn_mask_type": AttnMaskType.causal},
                 submodules=SelfAttentionSubmodules(
-                    linear_qkv=column, core_attention=_attention_core(model, backend), linear_proj=row
+                    linear_qkv=column,
+                    core_attention=_attention_core(model, backend, reset_at_documents=reset_at_documents),
+                    linear_proj=row,
                 ),
             ),
             self_attn_bda=get_bias_dropout_add,
@@ -195,10 +197,11 @@ def stack_spec(model: ModelConfig, backend: Backend) -> ModuleSpec:
     )
 
 
-def _attention_core(model: ModelConfig, backend: Backend) -> Any:
-    """The backend's attention core, or this project's where that lacks something: no stock core has a soft cap."""
+def _attention_core(model: ModelConfig, backend: Backend, *, reset_at_documents: bool) -> Any:
+    """The backend's attention core, or this project's where that lacks something: no stock core has a soft cap, or tells
+    documents apart by index."""
     core = backend.core_attention()
-    needs_own = model.attention_softcap is not None or model.position == "rope"
+    needs_own = model.attention_softcap is not None or model.position == "rope" or reset_at_documents
     if core is not AttentionCore and not needs_own:
         return core
     rotary = Rotary(model) if model.position == "rope" else None
@@ -214,15 +217,18 @@ def build_model(
     row_tokens: int,
     mesh: Mesh,
     backend: Backend,
+    reset_at_documents: bool = False,
 ) -> list[Model]:
     """This rank's part of the model, initialized: one chunk per virtual pipeline stage, first stage first.
+
+    reset_at_documents: whether batches will say where documents begin.
 
     Weights depend on `run.seed` and the parameter's name only, not on the layout. Collective (tied embeddings).
     """
     config = transformer_config(model, parallel=parallel, precision=precision, run=run, backend=backend)
     # HybridStack names Transformer Engine's norm for its final norm whatever the spec says.
     hybrid_block.TENorm = backend.norm()
-    spec = stack_spec(model, backend)
+    spec = stack_spec(model, backend, reset_at_documents=reset_at_documents)
     chunks_per_rank = parallel.virtual_pipeline
     stages = parallel.pipeline * chunks_per_rank
     # Megatron knows one kind of attention layer; which of them have a window stands in its config.

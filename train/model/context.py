@@ -33,3 +33,9 @@ class RowContext(PackedSeqParams):
     """[rows, sequence] int: document of each token of the whole row (also under context parallelism); None: one."""
     caches: LayerCaches | None = None
     """Set while generating."""
+
+    def __post_init__(self) -> None:
+        """Megatron's stock mixer hands `seq_idx` to mamba-ssm's kernels, which reset where it changes."""
+        super().__post_init__()
+        if self.documents is not None:
+            self.seq_idx = self.documents.to(torch.int32).contiguous()

@@ -59,15 +59,38 @@ class GroupedRMSNorm(nn.Module):
         )
 
 
+def _finish(mixer: MambaMixer) -> None:
+    """What Megatron's constructor leaves as it was: the recipe's epsilon, and fp32 for all of the scan's parameters.
+
+    Small rates want more digits than bf16 has (0.001 rounds by 0.4 %).
+    """
+    mixer.norm.eps = mixer.config.layernorm_epsilon
+    mixer.dt_bias.data = mixer.dt_bias.data.float()
+
+
+class KernelMixer(MambaMixer):
+    """Megatron's mixer on mamba-ssm's kernels, with rows in which documents are told apart by index (`RowContext.seq_idx`).
+
+    Megatron takes any packed row under context parallelism for its "thd" format. Ours keep the order of whole rows, so the
+    all-to-all around the scan is told of none; the kernels get the index. **Not run on a GPU**; through Triton's interpreter it
+    equals `ReferenceMixer` (tests/parity/test_mamba_ssm.py).
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        _finish(self)
+        before, after = self.cp.pre_conv_ssm, self.cp.post_conv_ssm
+        self.cp.pre_conv_ssm = lambda rows, _row_context=None: before(rows)
+        self.cp.post_conv_ssm = lambda rows, _row_context=None: after(rows)
+
+
 class ReferenceMixer(MambaMixer):
     """Mamba-2 mixer in plain torch: in-projection, causal convolution, chunked scan, gate, grouped norm, out-projection."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         with mock.patch.multiple(mamba_mixer, HAVE_MAMBA_SSM=True, ExtendedRMSNorm=GroupedRMSNorm):
             super().__init__(*args, **kwargs)
-        self.norm.eps = self.config.layernorm_epsilon
-        # Small rates want more digits than bf16 has (0.001 rounds by 0.4 %): the scan's parameters stay fp32.
-        self.dt_bias.data = self.dt_bias.data.float()
+        _finish(self)
 
     def forward(
         self,

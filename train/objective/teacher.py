@@ -195,7 +195,7 @@ def open_teacher(student: Recipe, *, mesh: Mesh, tokenizer: str | None) -> Teach
         groups=groups,
     )  # fmt: skip
     chunk = frozen_model(teacher, parallel=parallel, precision=precision, mesh=teacher_mesh, weights=path,
-                         row_tokens=student.data.row_tokens)  # fmt: skip
+                         row_tokens=student.data.row_tokens, reset_at_documents=student.data.reset_at_documents)  # fmt: skip
     head = Head(_recut(chunk, groups.tp, mesh.groups.tp), softcap=teacher.model.logit_softcap)
     return Teacher(chunk, model=teacher.model, head=head, place=place, groups=groups, exchange=exchange)
 
@@ -209,7 +209,14 @@ def teacher_recipe(manifest: Manifest, path: Path) -> Recipe:
 
 
 def frozen_model(
-    recipe: Recipe, *, parallel: ParallelConfig, precision: PrecisionConfig, mesh: Mesh, weights: Path, row_tokens: int
+    recipe: Recipe,
+    *,
+    parallel: ParallelConfig,
+    precision: PrecisionConfig,
+    mesh: Mesh,
+    weights: Path,
+    row_tokens: int,
+    reset_at_documents: bool,
 ) -> Any:
     """A whole model of a checkpoint's recipe without gradients, in evaluation mode. Collective over the world."""
     backend = choose_backend(precision, mesh.device)
@@ -221,6 +228,7 @@ def frozen_model(
         row_tokens=row_tokens,
         mesh=mesh,
         backend=backend,
+        reset_at_documents=reset_at_documents,
     )
     read_weights(weights, [chunk], groups=mesh.groups)
     chunk.requires_grad_(False)

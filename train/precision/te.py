@@ -54,7 +54,6 @@ class TransformerEngineBackend:
     """Megatron's Transformer Engine modules, with the stock Mamba-2 mixer on mamba-ssm kernels."""
 
     name = "te"
-    separates_documents = False  # Megatron's stock modules want cumulative lengths instead of RowContext
 
     def column_parallel_linear(self) -> type:
         from megatron.core.extensions.transformer_engine import TEColumnParallelLinear
@@ -82,9 +81,9 @@ class TransformerEngineBackend:
         return TEDotProductAttention
 
     def mixer(self) -> "type[MambaMixer]":
-        from megatron.core.ssm.mamba_mixer import MambaMixer
+        from train.model.mixer import KernelMixer
 
-        return MambaMixer
+        return KernelMixer
 
     def options(self, model: ModelConfig, precision: PrecisionConfig) -> dict[str, Any]:
         _check_block_scales(precision)
