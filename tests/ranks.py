@@ -5,6 +5,7 @@
 The parent must not have process groups or busy threads of its own when it forks; tests keep torch on one thread.
 """
 
+import importlib
 import os
 import pickle
 import socket
@@ -16,6 +17,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+_IN_EVERY_RANK = (
+    "torch._dynamo",
+    "train.parallel.wrap",
+    "train.objective.build",
+    "train.loop",
+    "train.evaluate.losses",
+)
+"""What ranks import only once they build a model, three quarters of a small rank's time: imported here before the first fork."""
+
 
 class RankFailed(AssertionError):
     """Ranks raised or died; carries their tracebacks."""
@@ -26,19 +36,27 @@ def run_ranks(world: int, work: Callable[..., Any], *arguments: Any, timeout_s: 
 
     Results must pickle. Raises RankFailed with the tracebacks of the ranks that failed; every process is gone afterwards.
     """
+    with tempfile.TemporaryDirectory() as folder:
+        children = start_ranks(world, work, *arguments, folder=Path(folder))
+        return _collect(children, Path(folder), world, timeout_s)
+
+
+def start_ranks(world: int, work: Callable[..., Any], *arguments: Any, folder: Path) -> dict[int, int]:
+    """Fork the ranks and leave them running: each writes its end to `folder`/RANK.pickle. -> rank by process id."""
+    for module in _IN_EVERY_RANK:
+        importlib.import_module(module)
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    with tempfile.TemporaryDirectory() as folder:
-        children = {}
-        for rank in range(world):
-            sys.stdout.flush()
-            sys.stderr.flush()
-            pid = os.fork()
-            if pid == 0:
-                _child(rank, world, port, Path(folder) / f"{rank}.pickle", work, arguments)
-            children[pid] = rank
-        return _collect(children, Path(folder), world, timeout_s)
+    children = {}
+    for rank in range(world):
+        sys.stdout.flush()
+        sys.stderr.flush()
+        pid = os.fork()
+        if pid == 0:
+            _child(rank, world, port, folder / f"{rank}.pickle", work, arguments)
+        children[pid] = rank
+    return children
 
 
 def _child(rank: int, world: int, port: int, out: Path, work: Callable[..., Any], arguments: tuple[Any, ...]) -> None:

@@ -9,7 +9,8 @@ from types import FrameType
 
 from train.errors import NumericsError
 
-_WATCHED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+WATCHED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+"""Signals that ask a run to save and stop."""
 ECHO_S = 1.0
 """Signals this soon after the first are the same warning: a launcher and the terminal, or Slurm and torchrun, send both."""
 GIVEN_UP = 1
@@ -26,6 +27,7 @@ class StopSignals:
 
     def __init__(self) -> None:
         self.received: signal.Signals | None = None
+        self._received_at = 0.0
         self._previous: dict[signal.Signals, object] = {}
         self._pipe: tuple[int, int] | None = None
         self._previous_wakeup = -1
@@ -35,7 +37,7 @@ class StopSignals:
         os.set_blocking(writer, False)
         self._pipe = reader, writer
         self._previous_wakeup = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
-        for number in _WATCHED:
+        for number in WATCHED:
             self._previous[number] = signal.signal(number, self._note)
         threading.Thread(target=_listen, args=(reader,), name="signals", daemon=True).start()
         return self
@@ -50,13 +52,19 @@ class StopSignals:
     def _note(self, number: int, _frame: FrameType | None) -> None:
         if self.received is None:
             self.received = signal.Signals(number)
+            self._received_at = time.monotonic()
+
+    @property
+    def since_s(self) -> float:
+        """Seconds since the first signal; 0 while there was none."""
+        return time.monotonic() - self._received_at if self.received is not None else 0.0
 
 
 def _listen(reader: int) -> None:
     """Python runs handlers in the main thread, between its instructions; the system's byte in the pipe comes at once."""
     first: float | None = None
     while number := os.read(reader, 1):
-        if number[0] not in _WATCHED:
+        if number[0] not in WATCHED:
             continue
         now = time.monotonic()
         if first is None:
@@ -74,6 +82,20 @@ def grace_warning(step_s: float, *, save_s: float, grace_s: float) -> str | None
         f"a step ({step_s:.0f} s) and a save ({save_s:.0f} s) take longer than launch.grace_s={grace_s:g} leaves after SIGTERM "
         f"or SIGUSR1: a run that is told to stop would be killed before it has saved. Give it more time, or smaller steps; "
         f"the checkpoints before are safe."
+    )
+
+
+def too_late(since_s: float, *, save_s: float | None, grace_s: float, step: int, saved_step: int) -> str | None:
+    """What to say where another save would not end before the kill; None where it would, or nothing is known.
+
+    since_s: since the signal. save_s: what the last save took. The run then ends in order at the step that is saved.
+    """
+    if save_s is None or saved_step == step or since_s + save_s <= grace_s:
+        return None
+    return (
+        f"{since_s:.0f} s of the {grace_s:g} s after the signal are gone, and the last save took {save_s:.0f} s: step "
+        f"{step:,} is not saved any more, step {saved_step:,} is. Raise launch.grace_s (launch.slurm.save_before_end_s) to "
+        f"lose no steps."
     )
 
 

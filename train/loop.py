@@ -8,6 +8,7 @@ The loop's whole state is two integers, `step` and `position`; everything else i
 """
 
 import math
+import signal
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +17,7 @@ from data.stream import Stream
 from train.checkpoint.manager import CheckpointFolder
 from train.config import Recipe
 from train.engine import Engine
-from train.faults import StopSignals, check_numbers, grace_warning
+from train.faults import WATCHED, StopSignals, check_numbers, grace_warning, too_late
 from train.optim.schedule import learning_rate_factor
 from train.step import train_step
 from train.stopwatch import Stopwatch
@@ -52,6 +53,7 @@ def train_loop(
     step = first_step
     tokens_per_step = run.global_rows * engine.row_tokens
     last_step = run.steps
+    received: signal.Signals | None = None
     if run.stop_after_steps is not None:
         last_step = min(last_step, first_step + run.stop_after_steps)
 
@@ -110,26 +112,41 @@ def train_loop(
             if checkpoints.is_due(step) and step < last_step:
                 telemetry.flush()
                 save(step, stream.position, background=recipe.checkpoint.background)
-            stop, writing, failed = mesh.any_of(
-                signals.received is not None, checkpoints.is_writing, checkpoints.has_failed
+            *heard, writing, failed = mesh.any_of(
+                *(signals.received == number for number in WATCHED), checkpoints.is_writing, checkpoints.has_failed
             )
             _tell(telemetry, checkpoints, recipe=recipe, step_s=sum(watch.seconds().values()))
             if failed and not writing:
                 checkpoints.check()
-            if stop:
+            if any(heard):
+                received = WATCHED[heard.index(True)]
                 break
 
         telemetry.flush()
         checkpoints.wait()
+        if received is not None and step < run.steps and checkpoints.saved_step is not None:
+            text = too_late(
+                signals.since_s, save_s=checkpoints.save_s, grace_s=_grace_s(recipe, received), step=step,
+                saved_step=checkpoints.saved_step,
+            )  # fmt: skip
+            (is_too_late,) = mesh.any_of(text is not None)
+            if is_too_late:
+                telemetry.event("warning", text=text or "another rank says that its time is up")
+                step = checkpoints.saved_step
         if step > first_step and checkpoints.saved_step != step:
             save(step, stream.position, background=False)
         _tell(telemetry, checkpoints, recipe=recipe, step_s=0.0)
         checkpoints.check(always=True)
-        received = signals.received
     if step >= run.steps:
         evaluate(step)
         return LoopEnd(step, "finished")
     return LoopEnd(step, received.name if received is not None else "paused")
+
+
+def _grace_s(recipe: Recipe, received: signal.Signals) -> float:
+    """How long a run has after a signal: SIGUSR1 is what Slurm sends before a job's time limit."""
+    launch = recipe.launch
+    return min(launch.grace_s, launch.slurm.save_before_end_s) if received == signal.SIGUSR1 else launch.grace_s
 
 
 def _tell(telemetry: Telemetry, checkpoints: CheckpointFolder, *, recipe: Recipe, step_s: float) -> None:

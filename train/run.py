@@ -208,6 +208,7 @@ def _train(recipe: Recipe, *, mesh: Mesh, dataset: Dataset, folder: Path) -> Run
         recipe=recipe,
         mapping=mapping,
         data_hash=dataset.manifest_hash,
+        tokenizer=dataset.tokenizer.fingerprint,
         steps_seen=_steps_seen(folder),
     )
     step = start.step

@@ -4,11 +4,11 @@
     python -m train.checkpoint show runs/smoke                     what is in the newest: layout, sizes, recipe, lineage
     python -m train.checkpoint verify runs/smoke                   read every byte and compare fingerprints
     python -m train.checkpoint diff runs/a runs/b --values         which tensors differ, and by how much
-    python -m train.checkpoint reshard runs/a out/step_00000100 --files 8     the same checkpoint in eight equal files
+    python -m train.checkpoint reshard runs/a runs/b --files 8     the same checkpoint in eight equal files, in a run of its own
     python -m train.checkpoint consolidate runs/a a.safetensors    all weights in one file
 
 A checkpoint is named by its own folder or by its run's folder (its newest). Nothing in a checkpoint is executed.
-Exit status: 0 all right; 1 damaged (verify), different (diff); 2 cannot be done, with the reason.
+Exit status: 0 all right; 1 damaged (list, verify), different (diff); 2 cannot be done, with the reason.
 """
 
 import argparse
@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 from rich.table import Table
 
@@ -55,8 +56,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     place: dict[str, Any] = {"type": Path, "help": "a checkpoint's folder, or a run's (its newest checkpoint)"}
 
-    command = commands.add_parser("list", help="checkpoints of a run: step, size, layout, state")
+    command = commands.add_parser("list", help="checkpoints of a run: step, tokens, layout, size, state")
     command.add_argument("run", type=Path, help="a run's folder")
+    command.add_argument(
+        "--verify", action="store_true", help="also read every byte and say whether it is what was saved"
+    )
     command = commands.add_parser("show", help="what is in a checkpoint: layout, sizes, recipe, lineage")
     command.add_argument("checkpoint", **place)
     command.add_argument("--tensors", action="store_true", help="also every tensor: format, shape, fingerprint")
@@ -78,7 +82,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     command.add_argument("checkpoint", **place)
     command.add_argument(
-        "out", type=Path, help="folder of the new checkpoint, e.g. runs/NAME/checkpoints/step_00000100"
+        "out",
+        type=Path,
+        help="a new run's folder, from which training can resume; or the new checkpoint's own (step_...)",
     )
     command.add_argument("fields", nargs="*", metavar="parallel.FIELD=N", help="a layout to check against the model")
     command.add_argument("--ranks", type=int, help="processes of that layout (default: as few as it needs)")
@@ -107,38 +113,57 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _list(parsed: argparse.Namespace, console: Console) -> int:
-    folder = parsed.run / "checkpoints" if (parsed.run / "checkpoints").is_dir() else parsed.run
-    found = steps.steps_in(folder)
-    if not found:
-        raise CheckpointError(f"{folder} holds no checkpoint.")
+    folder = _checkpoints_of(parsed.run)
+    good, notes = steps.candidates(folder)
+    newest = good[0][0] if good else None
     table = Table(box=None, pad_edge=False)
-    for column, justify in (
-        ("step", "right"),
-        ("tokens", "right"),
-        ("layout", "left"),
-        ("files", "right"),
-        ("size", "right"),
-    ):
-        table.add_column(column, justify=justify)  # type: ignore[arg-type]
-    table.add_column("written")
-    table.add_column("state")
-    for path in found:
+    for column in ("step", "tokens", "layout", "files", "size", "written", "state"):
+        table.add_column(column, justify="left" if column in ("layout", "written", "state") else "right")
+    damaged = 0
+    for path in steps.steps_in(folder):
         step = f"{int(path.name.removeprefix('step_')):,}"
         when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(path.stat().st_mtime))
         try:
             manifest = read_manifest(path)
+            problems = _problems_of(path, manifest) if parsed.verify else []
         except CheckpointError as error:
-            table.add_row(step, "", "", "", "", when, f"[red]{error}")
+            damaged += 1
+            table.add_row(step, "", "", "", "", when, f"[red]DAMAGED[/red]: {escape(_briefly(error, path))}")
             continue
-        kind = "whole" if manifest.updates is not None else "weights only"
-        layout = describe_layout(manifest.layout)
-        table.add_row(step, f"{manifest.tokens:,}", layout, str(len(manifest.files)), _size(manifest.bytes), when, kind)
+        damaged += bool(problems)
+        state = [f"[red]DAMAGED[/red]: {escape(problems[0])}" if problems else "verified" if parsed.verify else "whole"]
+        state += ["weights only"] * (manifest.updates is None) + ["[green]newest[/green]"] * (path == newest)
+        layout, files = describe_layout(manifest.layout), str(len(manifest.files))
+        table.add_row(step, f"{manifest.tokens:,}", layout, files, _size(manifest.bytes), when, ", ".join(state))
     console.print(table)
-    _, notes = steps.candidates(folder)
     for note in notes:
-        console.print(f"note: {note}")
-    console.print("`whole`: manifest, index and sizes agree. `verify` reads the numbers.")
-    return 0
+        if not note.startswith(steps.PASSED_OVER):
+            console.print(f"note: {note}", markup=False)
+    for leftover in sorted(folder.glob(".step_*")):
+        console.print(
+            f"note: {leftover.name} is on its way in or out, or was when a process died: the next start removes it"
+        )
+    if not parsed.verify:
+        console.print("`whole`: manifest, index and sizes agree; --verify reads the numbers too.", markup=False)
+    return 1 if damaged else 0
+
+
+def _checkpoints_of(place: Path) -> Path:
+    """The folder with a run's checkpoints. CheckpointError where it holds none."""
+    folder = place / "checkpoints" if (place / "checkpoints").is_dir() else place
+    if not steps.steps_in(folder):
+        raise CheckpointError(f"{folder} holds no checkpoint. Name a run's folder, like runs/NAME.")
+    return folder
+
+
+def _problems_of(path: Path, manifest: Manifest) -> list[str]:
+    with _bar(f"verifying {path.name}", manifest) as advance:
+        return offline.verify(path, advance)
+
+
+def _briefly(error: CheckpointError, path: Path) -> str:
+    """An error without the folder that stands beside it."""
+    return str(error).replace(f"{path}/", "").split(" The checkpoint is damaged")[0]
 
 
 def _show(parsed: argparse.Namespace, console: Console) -> int:
@@ -180,12 +205,7 @@ def _show(parsed: argparse.Namespace, console: Console) -> int:
 
 def _verify(parsed: argparse.Namespace, console: Console) -> int:
     if parsed.all:
-        folder = (
-            parsed.checkpoint / "checkpoints" if (parsed.checkpoint / "checkpoints").is_dir() else parsed.checkpoint
-        )
-        paths = steps.steps_in(folder)
-        if not paths:
-            raise CheckpointError(f"{folder} holds no checkpoint.")
+        paths = steps.steps_in(_checkpoints_of(parsed.checkpoint))
     else:
         given = parsed.checkpoint
         paths = [given] if given.name.startswith("step_") else [steps.checkpoint_at(given)[0]]
@@ -194,8 +214,7 @@ def _verify(parsed: argparse.Namespace, console: Console) -> int:
         started = time.perf_counter()
         try:
             manifest = read_manifest(path)
-            with _bar(f"verifying {path.name}", manifest) as advance:
-                problems = offline.verify(path, advance)
+            problems = _problems_of(path, manifest)
         except CheckpointError as error:
             problems = [str(error)]
         if problems:
@@ -215,9 +234,15 @@ def _verify(parsed: argparse.Namespace, console: Console) -> int:
 def _diff(parsed: argparse.Namespace, console: Console) -> int:
     (path_a, a), (path_b, b) = steps.checkpoint_at(parsed.a), steps.checkpoint_at(parsed.b)
     rows = [("", "A", "B"), ("folder", str(path_a), str(path_b))]
-    for name in ("step", "tokens", "position", "updates", "data_hash", "tokenizer", "fingerprint"):
-        x, y = getattr(a, name), getattr(b, name)
-        rows.append((name, str(x), str(y) if x != y else "the same"))
+    for title, name in (
+        ("step", "step"), ("tokens", "tokens"), ("row", "position"), ("optimizer updates", "updates"),
+        ("data", "data_hash"), ("tokenizer", "tokenizer"), ("weights", "fingerprint"),
+    ):  # fmt: skip
+        x, y = (
+            f"{value:,}" if isinstance(value, int) else str(value)[:32]
+            for value in (getattr(a, name), getattr(b, name))
+        )
+        rows.append((title, x, y if x != y else "the same"))
     rows.append(
         ("layout", describe_layout(a.layout), describe_layout(b.layout) if a.layout != b.layout else "the same")
     )
@@ -231,11 +256,13 @@ def _diff(parsed: argparse.Namespace, console: Console) -> int:
     console.print(table)
     with _bar("comparing", a) as advance:
         found = list(offline.compare(Reader(path_a), Reader(path_b), values=parsed.values, advance=advance))
+    if parsed.values:
+        found.sort(key=lambda one: -one.relative)
     names = [name for name in a.tensors.keys() | b.tensors.keys() if not name.startswith("random.")]
     console.print(f"{len(names) - len(found)} of {len(names)} tensors are the same.")
     if found:
         table = Table(box=None, pad_edge=False)
-        for column in ("tensor", "", *(("differing", "largest", "relative") if parsed.values else ())):
+        for column in ("tensor", "", *(("elements", "largest |A-B|", "norm(A-B)/norm(A)") if parsed.values else ())):
             table.add_column(column)
         for one in found[: parsed.most]:
             cells = (f"{one.differing:,} of {one.elements:,}", f"{one.largest:.3g}", f"{one.relative:.3g}")
@@ -255,11 +282,21 @@ def _reshard(parsed: argparse.Namespace, console: Console) -> int:
     files = parsed.files or parsed.ranks or 1
     if files < 1:
         raise CheckpointError(f"--files {files}: at least one.")
+    is_run = not parsed.out.name.startswith("step_")
+    if is_run and parsed.out.exists():
+        raise CheckpointError(f"{parsed.out} is there already. Choose another folder, or move it away.")
+    out = parsed.out / "checkpoints" / steps.name_of(manifest.step) if is_run else parsed.out
     with _bar("resharding", manifest, share=_weights_only(manifest) if parsed.weights else 1.0) as advance:
-        new = offline.reshard(path, parsed.out, files=files, with_optimizer=not parsed.weights, advance=advance)
+        new = offline.reshard(path, out, files=files, with_optimizer=not parsed.weights, advance=advance)
+    if is_run:
+        offline.make_run(parsed.out, new)
     console.print(
-        f"wrote {parsed.out}: {len(new.tensors)} tensors in {files} files, {_size(new.bytes)}; fingerprints agree"
+        f"wrote {out}: {len(new.tensors)} tensors in {files} file{'s' * (files > 1)}, {_size(new.bytes)}; fingerprints agree"
     )
+    if is_run:
+        console.print(
+            f"Training goes on from there with run.folder={parsed.out.parent} run.name={parsed.out.name}", markup=False
+        )
     return 0
 
 
@@ -297,7 +334,7 @@ def _check_layout(manifest: Manifest, fields: list[str], ranks: int | None) -> s
 def _bar(what: str, manifest: Manifest, share: float = 1.0) -> Iterator[offline.Advance]:
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
     total = sum(record.bytes for record in manifest.tensors.values()) * share
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+    with Progress(*columns, console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as progress:
         task = progress.add_task(what, total=total)
         yield lambda size: progress.advance(task, size)
 

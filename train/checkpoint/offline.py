@@ -10,8 +10,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+import yaml
 
-from train.checkpoint import disk, fingerprint, publishing
+from train.checkpoint import disk, fingerprint, publishing, steps
 from train.checkpoint.files import (
     Reader,
     boxes_of_run,
@@ -144,6 +145,15 @@ def reshard(folder: Path, out: Path, *, files: int, with_optimizer: bool, advanc
         if aside.exists():
             disk.remove_tree(aside)
     return manifest
+
+
+def make_run(run: Path, manifest: Manifest) -> None:
+    """Complete a folder that holds `checkpoints/step_...` alone to a run's, from which training resumes.
+
+    manifest: of that checkpoint; its recipe becomes the run's.
+    """
+    publishing.point_at(run / "checkpoints", steps.name_of(manifest.step))
+    disk.write_text(run / "recipe.yaml", yaml.safe_dump(manifest.recipe, sort_keys=False))
 
 
 def consolidate(folder: Path, out: Path, *, with_optimizer: bool, dtype: torch.dtype | None, advance: Advance) -> int:

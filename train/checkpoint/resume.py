@@ -1,6 +1,6 @@
 """Where a run starts: at its newest checkpoint that proves right, after an audit of what changed since, or at zero, aloud.
 
-survey of the folder -> is this resume allowed? (mode, data, recipe) -> load and prove -> one table for the user
+survey of the folder -> is this resume allowed? (mode, tokenizer, data, recipe) -> load and prove -> one table for the user
 """
 
 from dataclasses import dataclass
@@ -37,11 +37,12 @@ def resume(
     mapping: dict[str, Any],
     data_hash: str,
     steps_seen: tuple[int, bool],
+    tokenizer: str = "",
 ) -> Start:
     """Load the newest checkpoint that proves right, where the recipe allows it. Collective over the world.
 
-    mapping: the recipe as `recipe.yaml` holds it. steps_seen: the last step in the run's record, and whether that tells of a
-    durable checkpoint. Raises CheckpointError, DataError, RecipeError.
+    mapping: the recipe as `recipe.yaml` holds it. tokenizer: fingerprint of the data's. steps_seen: the last step in the
+    run's record, and whether that tells of a durable checkpoint. Raises CheckpointError, DataError, RecipeError.
     """
     good, _ = checkpoints.survey()
     mode = recipe.checkpoint.resume
@@ -52,6 +53,7 @@ def resume(
                 f"checkpoint.resume=never, but {checkpoints.folder} already holds {path.name}. Choose another run.name, or "
                 f"checkpoint.resume=auto to continue."
             )
+        _check_tokenizer(manifest, recipe=recipe, tokenizer=tokenizer, place=str(path))
         _check_data(manifest, recipe=recipe, data_hash=data_hash, place=str(path))
         _check_recipe(manifest, recipe=recipe, mapping=mapping, place=str(path))
     found = checkpoints.resume(engine)
@@ -62,6 +64,7 @@ def resume(
                 f"to start from the beginning."
             )
         return Start(0, 0, _from_zero(checkpoints, steps_seen))
+    _check_tokenizer(found.manifest, recipe=recipe, tokenizer=tokenizer, place=str(found.path))
     _check_data(found.manifest, recipe=recipe, data_hash=data_hash, place=str(found.path))
     text = audit(found, recipe=recipe, mapping=mapping, layout=engine.mesh.layout, data_hash=data_hash)
     return Start(found.manifest.step, found.manifest.position, text)
@@ -90,9 +93,8 @@ def audit(found: Found, *, recipe: Recipe, mapping: dict[str, Any], layout: Layo
             "restored" if describe_layout(manifest.layout) == now else "seeded anew (another layout)",
         ),
         ("weights", manifest.fingerprint[:16], "proven: fingerprints agree after loading"),
+        ("data", manifest.data_hash[:12] or "unknown", _same_data(manifest, data_hash)),
     ]
-    if manifest.data_hash != data_hash:
-        rows.append(("data", manifest.data_hash[:12], f"{data_hash[:12]}: OTHER ROWS from here on (allowed)"))
     for change in _changes(manifest, mapping):
         allowed = "" if change.kind == "safe" else " (allowed)"
         verb = "safe" if change.kind == "safe" else f"changes {change.kind}"
@@ -101,6 +103,12 @@ def audit(found: Found, *, recipe: Recipe, mapping: dict[str, Any], layout: Layo
     lines = [f"  {a:<{width[0]}}  {b:<{width[1]}}  {c}".rstrip() for a, b, c in rows]
     notes = [f"  note: {note}" for note in found.notes]
     return "\n".join([f"resuming from {found.path}", *lines, *notes])
+
+
+def _same_data(manifest: Manifest, data_hash: str) -> str:
+    if not manifest.data_hash:
+        return f"{data_hash[:12]}: cannot be compared"
+    return "the same" if manifest.data_hash == data_hash else f"{data_hash[:12]}: OTHER ROWS from here on (allowed)"
 
 
 def _changes(manifest: Manifest, mapping: dict[str, Any]) -> list[Difference]:
@@ -116,6 +124,17 @@ def _check_recipe(manifest: Manifest, *, recipe: Recipe, mapping: dict[str, Any]
         why = refused(differences(manifest.recipe, mapping), recipe.checkpoint.allow)
         if why is not None:
             raise RecipeError(f"{place} was trained with another recipe:{why}")
+
+
+def _check_tokenizer(manifest: Manifest, *, recipe: Recipe, tokenizer: str, place: str) -> None:
+    """Nothing allows another tokenizer: the same ids would be other text, and no loss would tell for long."""
+    if not manifest.tokenizer or not tokenizer or manifest.tokenizer == tokenizer:
+        return
+    raise DataError(
+        f"{place} was trained with tokenizer {manifest.tokenizer[:12]}, but the data in {recipe.data.folder} was made with "
+        f"{tokenizer[:12]}: its ids stand for other text. Point data.folder at data made with the first, or start a new run "
+        f"with another run.name."
+    )
 
 
 def _check_data(manifest: Manifest, *, recipe: Recipe, data_hash: str, place: str) -> None:

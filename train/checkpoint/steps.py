@@ -3,11 +3,17 @@
 Reading only, no model and no process group: the offline commands and login nodes use this.
 """
 
+import logging
 from pathlib import Path
 
 from train.checkpoint import publishing
 from train.checkpoint.manifest import MANIFEST, Manifest, read_manifest
 from train.errors import CheckpointError
+
+log = logging.getLogger(__name__)
+
+PASSED_OVER = "passed over: "
+"""Begin of a note about a checkpoint that is not whole."""
 
 
 def name_of(step: int) -> str:
@@ -31,7 +37,7 @@ def candidates(folder: Path) -> tuple[list[tuple[Path, Manifest]], list[str]]:
         try:
             good.append((path, read_manifest(path)))
         except CheckpointError as error:
-            notes.append(f"passed over: {error}")
+            notes.append(f"{PASSED_OVER}{error}")
     pointer = folder / publishing.POINTER
     named = pointer.read_text(errors="replace").strip() if pointer.is_file() else None
     if good and named != good[0][0].name:
@@ -43,10 +49,13 @@ def candidates(folder: Path) -> tuple[list[tuple[Path, Manifest]], list[str]]:
 def newest_in(folder: Path) -> tuple[Path, Manifest] | None:
     """The newest checkpoint whose manifest and file sizes are right, and its manifest; None where there never was one.
 
-    Raises CheckpointError where checkpoints were written but none is whole: starting from zero would hide the loss of a run.
+    Warns of what is passed over. Raises CheckpointError where checkpoints were written but none is whole: starting from
+    zero would hide the loss of a run.
     """
     good, notes = candidates(folder)
     if good:
+        for note in notes:
+            log.warning(note)
         return good[0]
     refuse_to_forget(folder, notes)
     return None

@@ -1,0 +1,130 @@
+"""The lives of one training run: real `train.run.train` on forked ranks, over real prepared data, to its end or until SIGKILL.
+
+run = Run(recipe, world, folder=...)
+run.life(Kill(steps=3, delay_s=0.01))        it was killed in its fourth step
+run.life(None)                               it ran to its end
+"""
+
+import os
+import signal
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from ranks import start_ranks
+from shards import random_documents, write_folder
+from tiny import RECIPE
+
+from data.config import DataConfig, SourceConfig
+from train import machine
+from train.checkpoint.manifest import read_manifest
+from train.config import Recipe
+from train.metrics import METRICS, read_metrics
+from train.run import train
+
+Contents = dict[str, str]
+"""Fingerprint of every weight, moment and random state of a checkpoint, by name."""
+
+
+def recipe_in(folder: Path, *, steps_: int) -> Recipe:
+    """A hybrid of three layers with data of its own in `folder`, saved after every step."""
+    write_folder(
+        folder / "data", {"one": [random_documents(steps_ * 2, seed=1)], "two": [random_documents(60, seed=2)]}
+    )
+    sources = {name: SourceConfig(path="made by hand") for name in ("one", "two")}
+    return replace(
+        RECIPE,
+        run=replace(
+            RECIPE.run, name="killed", folder=str(folder), steps=steps_, global_rows=2, microbatch_rows=1, deterministic=True
+        ),
+        model=replace(
+            RECIPE.model, pattern="M*-", hidden=32, ffn=64, heads=2, kv_heads=2, head_dim=16, mamba_heads=4,
+            mamba_head_dim=8, mamba_state=8, mamba_groups=2, mamba_chunk=8, vocab=300,
+        ),
+        data=DataConfig(folder=str(folder / "data"), row_tokens=16, sources=sources, heldout_fraction=0.1),
+        schedule=replace(RECIPE.schedule, warmup=2, decay=4),
+        checkpoint=replace(RECIPE.checkpoint, every_steps=1, keep_last=2),
+        evaluate=replace(RECIPE.evaluate, every_steps=0, rows_per_source=1),
+        telemetry=replace(RECIPE.telemetry, log_every_steps=1, tensorboard=False, progress=False),
+    )  # fmt: skip
+
+
+def contents_at(path: Path) -> Contents:
+    """What a checkpoint's manifest says it holds."""
+    return {name: record.fingerprint for name, record in read_manifest(path).tensors.items()}
+
+
+@dataclass(frozen=True)
+class Kill:
+    """When a life ends: after it finished `steps` steps and a part `delay_s` of the next; or, with steps=None, that long after
+    its processes were started. rank: this one dies first, the others `apart_s` later (None: all at once)."""
+
+    steps: int | None
+    delay_s: float
+    rank: int | None = None
+    apart_s: float = 0.0
+
+
+class Run:
+    """A run that is started again and again."""
+
+    def __init__(self, recipe: Recipe, world: int, *, folder: Path) -> None:
+        """folder: for what the ranks say and how they end."""
+        self.recipe, self.world = recipe, world
+        self.folder = Path(recipe.run.folder) / recipe.run.name
+        self._said = folder
+        folder.mkdir()
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.folder / "checkpoints"
+
+    @property
+    def metrics(self) -> list[dict[str, Any]]:
+        path = self.folder / METRICS
+        return read_metrics(path) if path.exists() else []
+
+    def life(self, kill: Kill | None) -> bool:
+        """Start the run; see it end, or kill it. -> whether it was killed."""
+        path = self.folder / METRICS
+        before = path.stat().st_size if path.exists() else 0
+        children = start_ranks(self.world, live, self.recipe, self._said / "output", folder=self._said)
+        if kill is None:
+            deaths = [os.waitpid(pid, 0)[1] for pid in children]
+            assert not any(deaths), (self._said / "output").read_text()[-4000:]
+            return False
+        try:
+            if kill.steps is not None:
+                self._wait_for(kill.steps, before, children)
+            time.sleep(kill.delay_s)
+        finally:
+            order = sorted(children, key=lambda pid: children[pid] != kill.rank)
+            for number, pid in enumerate(order):
+                if number == 1 and kill.rank is not None:
+                    time.sleep(kill.apart_s)
+                os.kill(pid, signal.SIGKILL)
+        statuses = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in order]
+        return statuses[0] == -signal.SIGKILL
+
+    def _wait_for(self, count: int, start: int, children: dict[int, int]) -> None:
+        """Until this life has recorded its beginning and `count` steps, or has come to its end."""
+        path = self.folder / METRICS
+        deadline = time.monotonic() + 60
+        while True:
+            new = path.read_bytes()[start:] if path.exists() else b""
+            if new.count(b'"kind": "step"') >= count and (b'"kind": "resume"' in new or b'"kind": "start"' in new):
+                return
+            if any(os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) for pid in children):
+                return
+            assert time.monotonic() < deadline, (self._said / "output").read_text()[-4000:]
+            time.sleep(0.001)
+
+
+def live(rank: int, recipe: Recipe, output: Path) -> None:
+    """One rank of one life."""
+    handle = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(handle, 1)
+    os.dup2(handle, 2)
+    machine.peak_flops = lambda _device: 1e11  # measuring the machine would be half of a life
+    train(recipe)

@@ -1,0 +1,91 @@
+"""SIGTERM and SIGUSR1 to real runs: they save at the end of the step, end with 128 + the signal, and go on bit for bit."""
+
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from crashes import acts_of_saves
+from lives import contents_at
+from processes import STEPS, finish, fork, losses, saves, start, wait_for_step
+
+from train.checkpoint import offline, steps
+from train.faults import ECHO_S, GIVEN_UP
+from train.metrics import METRICS, read_metrics
+
+
+@contextmanager
+def slow_saves() -> Iterator[None]:
+    """Each save takes some seconds before it can be published."""
+    with acts_of_saves(lambda act: time.sleep(2.5) if act.name == "writev" and "manifest" in act.target else None):
+        yield
+
+
+def newest(run: Path) -> Path:
+    path = steps.steps_in(run / "checkpoints")[-1]
+    assert offline.verify(path, lambda _: None) == []
+    return path
+
+
+def test_each_way_to_be_stopped_loses_nothing_that_is_saved(words: list[str], tmp_path: Path) -> None:
+    finish(fork(words, "whole"))
+    whole, run = losses(tmp_path / "whole"), tmp_path / "run"
+
+    child = fork(words, "run", step_s=0.05)
+    wait_for_step(run, 3, child)
+    child.send_signal(signal.SIGUSR1)
+    said = finish(child, status=128 + signal.SIGUSR1)
+    stopped = max(losses(run))
+    assert f"Stopped at step {stopped} (SIGUSR1); the checkpoint is written" in said
+    assert newest(run).name == steps.name_of(stopped) and stopped not in (6, 12, 18, STEPS)
+
+    # The grace period is over when the save of step 12, under way at the signal, ends: that one counts.
+    child = fork(words, "run", extra=("launch.grace_s=3",), within=slow_saves, step_s=0.05)
+    wait_for_step(run, 13, child)
+    child.send_signal(signal.SIGTERM)
+    said = finish(child, status=128 + signal.SIGTERM)
+    assert "Stopped at step 12 (SIGTERM)" in said and "step 12 is. Raise launch.grace_s" in said
+    assert newest(run).name == steps.name_of(12)
+
+    # A second signal, in the middle of a save.
+    child = fork(words, "run", within=slow_saves, step_s=0.05)
+    wait_for_step(run, 19, child)
+    child.send_signal(signal.SIGTERM)
+    time.sleep(ECHO_S + 0.2)
+    child.send_signal(signal.SIGTERM)
+    finish(child, status=GIVEN_UP)
+    assert newest(run).name == steps.name_of(12)
+
+    finish(fork(words, "run"))
+    assert losses(run) == whole
+    last = steps.name_of(STEPS)
+    assert contents_at(run / "checkpoints" / last) == contents_at(tmp_path / "whole" / "checkpoints" / last)
+    resumed = [line["step"] for line in read_metrics(run / METRICS) if line["kind"] == "resume"]
+    assert resumed == [stopped, 12, 12]
+
+
+def test_a_signal_to_one_of_two_ranks_stops_both_alike(words: list[str], tmp_path: Path) -> None:
+    child = fork(words, "pair", ranks=2, step_s=0.05)
+    wait_for_step(tmp_path / "pair", 2, child)
+    child.pids, others = child.pids[1:], child.pids[:1]
+    child.send_signal(signal.SIGUSR1)
+    child.pids = [*others, *child.pids]
+    finish(child, status=128 + signal.SIGUSR1)
+    assert newest(tmp_path / "pair").name == steps.name_of(max(losses(tmp_path / "pair")))
+
+
+def test_the_launcher_stops_two_ranks_and_continues_them(words: list[str], tmp_path: Path) -> None:
+    """`python -m launch local --nproc 2`, as a user starts it."""
+    longer = ("run.steps=60",)
+    finish(fork(words, "whole", ranks=2, extra=longer))
+    child = start(words, "run", ranks=2, extra=longer, launcher="local")
+    wait_for_step(tmp_path / "run", 3, child)
+    child.send_signal(signal.SIGTERM)
+    finish(child, status=128 + signal.SIGTERM)
+    stopped = max(losses(tmp_path / "run"))
+    assert stopped < 60 and saves(tmp_path / "run")[-1] == stopped
+    finish(start(words, "run", ranks=2, extra=longer, launcher="local"))
+    assert losses(tmp_path / "run") == losses(tmp_path / "whole")
+    last = Path("checkpoints") / steps.name_of(60)
+    assert contents_at(tmp_path / "run" / last) == contents_at(tmp_path / "whole" / last)
