@@ -90,7 +90,7 @@ def test_the_table_says_what_goes_on(run: Recipe) -> None:
     assert row(text, "layout") == ["layout", "TP1 PP1 DP1", "the same"]
     assert row(text, "optimizer") == ["optimizer", "4 updates", "the same"]
     assert row(text, "random state")[-1] == "restored" and row(text, "data")[-1] == "the same"
-    assert "note:" not in text and "safe" not in text
+    assert "note:" not in text and row(text, "run.folder")[-1] == "safe"
 
 
 def test_another_layout_and_safe_changes_are_told(run: Recipe) -> None:

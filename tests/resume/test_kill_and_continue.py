@@ -1,6 +1,5 @@
 """Real processes, real signals: a run that is killed or interrupted and started again ends as if nothing had happened."""
 
-import os
 import signal
 from pathlib import Path
 
@@ -16,9 +15,9 @@ def test_killed_and_interrupted_runs_end_as_the_undisturbed_one(words: list[str]
     whole = losses(tmp_path / "whole")
     assert sorted(whole) == list(range(1, STEPS + 1))
 
-    child = start(words, "killed")
+    child = fork(words, "killed", step_s=0.02)
     wait_for_step(tmp_path / "killed", 8, child, saved=True)
-    os.killpg(child.pid, signal.SIGKILL)
+    child.send_signal(signal.SIGKILL)
     child.communicate()
 
     child = start(words, "killed")
@@ -27,7 +26,7 @@ def test_killed_and_interrupted_runs_end_as_the_undisturbed_one(words: list[str]
     output = finish(child, status=128 + signal.SIGINT)
     assert "The same command continues from there" in output
 
-    finish(start(words, "killed"))
+    finish(fork(words, "killed"))
     assert losses(tmp_path / "killed") == whole
     lines = read_metrics(tmp_path / "killed" / METRICS)
     resumed = [line["step"] for line in lines if line["kind"] == "resume"]

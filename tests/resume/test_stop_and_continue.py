@@ -76,7 +76,7 @@ def test_a_signal_to_one_of_two_ranks_stops_both_alike(words: list[str], tmp_pat
 
 
 def test_the_launcher_stops_two_ranks_and_continues_them(words: list[str], tmp_path: Path) -> None:
-    """`python -m launch local --nproc 2`, as a user starts it."""
+    """`python -m launch local --nproc 2`, as a user starts it; the same program then goes on in forked processes."""
     longer = ("run.steps=60",)
     finish(fork(words, "whole", ranks=2, extra=longer))
     child = start(words, "run", ranks=2, extra=longer, launcher="local")
@@ -85,7 +85,7 @@ def test_the_launcher_stops_two_ranks_and_continues_them(words: list[str], tmp_p
     finish(child, status=128 + signal.SIGTERM)
     stopped = max(losses(tmp_path / "run"))
     assert stopped < 60 and saves(tmp_path / "run")[-1] == stopped
-    finish(start(words, "run", ranks=2, extra=longer, launcher="local"))
+    finish(fork(words, "run", ranks=2, extra=longer))
     assert losses(tmp_path / "run") == losses(tmp_path / "whole")
     last = Path("checkpoints") / steps.name_of(60)
     assert contents_at(tmp_path / "run" / last) == contents_at(tmp_path / "whole" / last)

@@ -23,7 +23,6 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.markup import escape
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 from rich.table import Table
 
@@ -119,23 +118,27 @@ def _list(parsed: argparse.Namespace, console: Console) -> int:
     table = Table(box=None, pad_edge=False)
     for column in ("step", "tokens", "layout", "files", "size", "written", "state"):
         table.add_column(column, justify="left" if column in ("layout", "written", "state") else "right")
-    damaged = 0
+    damage = []
     for path in steps.steps_in(folder):
         step = f"{int(path.name.removeprefix('step_')):,}"
         when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(path.stat().st_mtime))
+        cells = [""] * 4
         try:
             manifest = read_manifest(path)
+            size, files = _size(manifest.bytes), str(len(manifest.files))
+            cells = [f"{manifest.tokens:,}", describe_layout(manifest.layout), files, size]
             problems = _problems_of(path, manifest) if parsed.verify else []
         except CheckpointError as error:
-            damaged += 1
-            table.add_row(step, "", "", "", "", when, f"[red]DAMAGED[/red]: {escape(_briefly(error, path))}")
-            continue
-        damaged += bool(problems)
-        state = [f"[red]DAMAGED[/red]: {escape(problems[0])}" if problems else "verified" if parsed.verify else "whole"]
-        state += ["weights only"] * (manifest.updates is None) + ["[green]newest[/green]"] * (path == newest)
-        layout, files = describe_layout(manifest.layout), str(len(manifest.files))
-        table.add_row(step, f"{manifest.tokens:,}", layout, files, _size(manifest.bytes), when, ", ".join(state))
+            problems = [_briefly(error, path)]
+        state = "[red]DAMAGED[/red]"
+        if not problems:
+            words = ["verified" if parsed.verify else "whole", *["weights only"] * (manifest.updates is None)]
+            state = ", ".join([*words, *["[green]newest[/green]"] * (path == newest)])
+        table.add_row(step, *cells, when, state)
+        damage += [f"step {step} is damaged: {problem}" for problem in problems[:3]]
     console.print(table)
+    for line in damage:
+        console.print(line, markup=False)
     for note in notes:
         if not note.startswith(steps.PASSED_OVER):
             console.print(f"note: {note}", markup=False)
@@ -145,7 +148,7 @@ def _list(parsed: argparse.Namespace, console: Console) -> int:
         )
     if not parsed.verify:
         console.print("`whole`: manifest, index and sizes agree; --verify reads the numbers too.", markup=False)
-    return 1 if damaged else 0
+    return 1 if damage else 0
 
 
 def _checkpoints_of(place: Path) -> Path:
