@@ -33,24 +33,24 @@ class Activity:
     """What each thread is waiting for, so that a stall can be given a name."""
 
     def __init__(self) -> None:
-        self._doing: dict[int, list[tuple[str, float]]] = {}
+        self._doing: dict[int, list[tuple[object, float]]] = {}
 
-    def of(self, what: str) -> "_Waiting":
-        """Say what this thread waits for, while in a `with` statement."""
+    def of(self, what: object) -> "_Waiting":
+        """Say what this thread waits for, while in a `with` statement. `what` is made a text only when someone asks."""
         return _Waiting(self._doing.setdefault(threading.get_ident(), []), what)
 
     def describe(self) -> str:
         """All that is waited for, longest first."""
         now = time.monotonic()
         innermost = [stack[-1:] for stack in list(self._doing.values())]
-        lines = sorted(((now - since, what) for last in innermost for what, since in last), reverse=True)
+        lines = sorted(((now - since, str(what)) for last in innermost for what, since in last), reverse=True)
         return "; ".join(f"{what} (for {seconds:.0f} s)" for seconds, what in lines) or "nothing is being read"
 
 
 class _Waiting:
     """A context manager without a generator: it is entered for every few rows."""
 
-    def __init__(self, stack: list[tuple[str, float]], what: str) -> None:
+    def __init__(self, stack: list[tuple[object, float]], what: object) -> None:
         self._stack, self._what = stack, what
 
     def __enter__(self) -> None:

@@ -6,7 +6,6 @@ open_dataset(config)   manifest, tokenizer, checksums, blend; shards open when f
   .locate(position)           source, row, epoch and documents of one row
 """
 
-import functools
 import hashlib
 import logging
 from collections.abc import Callable
@@ -21,6 +20,7 @@ from data.blend import Blend, BlendSource
 from data.cache import Activity, RemoteFolder, is_remote
 from data.config import DataConfig
 from data.errors import DataError
+from data.fill import Filled, fill
 from data.fim import Fim, build_fim, fold_key
 from data.manifest import MANIFEST, SPLITS, Manifest, ShardEntry, TokenizerEntry, file_sha256, read_manifest
 from data.origins import Origin, Origins, read_origins
@@ -66,11 +66,6 @@ class Dataset:
     find: Callable[[ShardEntry, str], Path]
     """A local, verified file of a shard, by suffix."""
 
-    @functools.cached_property
-    def _dtype(self) -> np.dtype:
-        """What holds the ids of every source as they are stored."""
-        return np.result_type(*(rows.stream.dtype for rows in (*self.train, *self.heldout)))
-
     @property
     def manifest_hash(self) -> str:
         """Identity of the data and of the order that positions refer to."""
@@ -86,27 +81,14 @@ class Dataset:
     def training_rows(self, positions: np.ndarray) -> Batch:
         """The rows at global `positions`. DataError names a file that does not hold what it should."""
         draw = self.blend.draw(positions)
-        if self.fim is None and not any(rows.best_fit for rows in self.train):
-            return self._chunks(self.train, draw.source, draw.row, np.asarray(positions))
-        inputs = np.empty((len(positions), self.row_tokens), dtype=np.int64)
-        labels = np.empty_like(inputs)
-        documents = np.zeros(inputs.shape, dtype=np.int32) if self.reset_at_documents else None
-        for place, (source, row, epoch) in enumerate(zip(draw.source, draw.row, draw.epoch, strict=True)):
-            rows = self.train[source]
-            pieces = rows.pieces(int(row))
-            inputs[place], labels[place] = rows.assemble(pieces)
-            self._check_ids(labels[place], rows, int(row))
-            self._check_ids(inputs[place], rows, int(row))
-            self._rearrange(inputs[place], labels[place], pieces, source=int(source), epoch=int(epoch))
-            if documents is not None:
-                documents[place] = np.repeat(np.arange(len(pieces)), [p.stop - p.start for p in pieces])
-        return Batch(
-            tokens=torch.from_numpy(inputs),
-            labels=torch.from_numpy(labels),
-            document_index=None if documents is None else torch.from_numpy(documents),
-            source=torch.from_numpy(draw.source.astype(np.int32)),
-            positions=np.asarray(positions),
-        )
+        filled = self._read(self.train, draw.source, draw.row)
+        if self.fim is not None:
+            for place, (source, row, epoch) in enumerate(zip(draw.source, draw.row, draw.epoch, strict=True)):
+                pieces = self.train[source].pieces(int(row))
+                self._rearrange(
+                    filled.tokens[place], filled.labels[place], pieces, source=int(source), epoch=int(epoch)
+                )
+        return _batch(filled, draw.source, np.asarray(positions))
 
     def heldout_count(self, name: str) -> int:
         """Held-out rows of a source."""
@@ -114,8 +96,8 @@ class Dataset:
 
     def heldout_rows(self, name: str, start: int, count: int) -> Batch:
         """Held-out rows start ... start + count of a source, in the order of its documents, never rearranged."""
-        rows = np.arange(start, start + count)
-        return self._chunks(self.heldout, np.full(count, self.source_names.index(name)), rows, rows)
+        source, rows = np.full(count, self.source_names.index(name)), np.arange(start, start + count)
+        return _batch(self._read(self.heldout, source, rows), source, rows)
 
     def locate(self, position: int) -> RowAt:
         """What the row at a position is made of."""
@@ -134,32 +116,15 @@ class Dataset:
             self.find(entry, "origins")
         return read_origins(self.folder, entry)
 
-    def _chunks(self, parts: list[Rows], source: np.ndarray, row: np.ndarray, positions: np.ndarray) -> Batch:
-        """Rows of the plain order, read in place and widened once: tokens and labels are two views of the same memory."""
-        sources, rows = source.tolist(), row.tolist()
-        narrow = np.empty((len(rows), self.row_tokens + 1), dtype=self._dtype)
-        for which in set(sources):
-            here = [place for place, other in enumerate(sources) if other == which]
-            parts[which].read_chunks([rows[place] for place in here], narrow, here)
-        if not self._are_ids(narrow):
-            for place, which in enumerate(sources):
-                self._check_ids(narrow[place], parts[which], rows[place])
-        both = torch.from_numpy(narrow.astype(np.int64))
-        documents = None
-        if self.reset_at_documents:
-            index = np.empty((len(rows), self.row_tokens), dtype=np.int32)
-            for place, which in enumerate(sources):
-                last = 0
-                for number, slot in enumerate([*parts[which].boundaries(rows[place]), self.row_tokens]):
-                    index[place, last:slot] = number
-                    last = slot
-            documents = torch.from_numpy(index)
-        return Batch(
-            tokens=both[:, :-1],
-            labels=both[:, 1:],
-            document_index=documents,
-            source=torch.from_numpy(source.astype(np.int32)),
-            positions=positions,
+    def _read(self, parts: list[Rows], source: np.ndarray, row: np.ndarray) -> Filled:
+        return fill(
+            parts,
+            source,
+            row,
+            vocab_size=self.vocab_size,
+            with_documents=self.reset_at_documents,
+            apart=self.fim is not None or parts[0].best_fit,
+            activity=self.activity,
         )
 
     def _rearrange(
@@ -177,22 +142,15 @@ class Dataset:
             inputs[slot + 1 : stop] = labels[slot : stop - 1]
             slot = stop
 
-    def _are_ids(self, ids: np.ndarray) -> bool:
-        if not ids.size:
-            return True
-        return int(ids.max()) < self.vocab_size and (ids.dtype.kind == "u" or int(ids.min()) >= 0)
 
-    def _check_ids(self, ids: np.ndarray, rows: Rows, row: int) -> None:
-        if self._are_ids(ids):
-            return
-        worst = int(ids.max()) if int(ids.max()) >= self.vocab_size else int(ids.min())
-        piece = rows.pieces(row)[0]
-        which = int(np.searchsorted(rows.stream.shard_starts, piece.start, side="right")) - 1
-        raise DataError(
-            f"{rows.stream.entries[which].path}.bin holds token id {worst:,} in row {row:,}, outside the vocabulary of "
-            f"{self.vocab_size:,}: the shard was replaced or damaged. `python -m data.inspect -cn RECIPE verify=true` checks "
-            f"every file; prepare the data again."
-        )
+def _batch(filled: Filled, source: np.ndarray, positions: np.ndarray) -> Batch:
+    return Batch(
+        tokens=torch.from_numpy(filled.tokens),
+        labels=torch.from_numpy(filled.labels),
+        document_index=None if filled.documents is None else torch.from_numpy(filled.documents),
+        source=torch.from_numpy(source.astype(np.int32)),
+        positions=positions,
+    )
 
 
 def open_dataset(config: DataConfig) -> Dataset:

@@ -9,6 +9,7 @@ looked at; where it changed since it was opened it is verified again before anyt
 """
 
 import bisect
+import ctypes
 import os
 import threading
 import time
@@ -20,6 +21,7 @@ from typing import overload
 import numpy as np
 
 from data.cache import Activity
+from data.compiled import ShardRecord
 from data.errors import DataError
 from data.manifest import ShardEntry
 from data.shards import Header, read_header
@@ -60,6 +62,13 @@ class FarStarts:
             return int(self._read(which, which + 1)[0])
         start, stop, _ = which.indices(self._count)
         return self._read(start, stop)
+
+    def describe(self, record: ShardRecord) -> None:
+        """Say where compiled code finds them. It does not look up where documents of several sequences begin."""
+        if not self._is_plain:
+            record.documents = -1
+        record.index_fd, (record.index_size, record.index_mtime_ns) = self._fd, self._opened
+        record.index_at = self._header.offsets_at + 8 * self._first
 
     def _read(self, start: int, stop: int) -> np.ndarray:
         """Offsets of documents start to stop, int64. Megatron may split a document into several sequences."""
@@ -115,7 +124,7 @@ class OpenShard:
         """The same, for `bisect`: plain numbers, a third of the time that numpy's take."""
         self.itemsize = header.dtype.itemsize
         self.first_byte = self.search[0] if count else 0
-        self._fd = os.open(tokens, os.O_RDONLY)
+        self._fd, self._close = os.open(tokens, os.O_RDONLY), os.close  # its own name: at exit modules go first
         found = os.fstat(self._fd)
         self._opened = found.st_size, found.st_mtime_ns
         self._inode = found.st_ino
@@ -127,10 +136,26 @@ class OpenShard:
                 f"{tokens} has {(end - self.first_byte) // self.itemsize:,} tokens where the manifest says "
                 f"{entry.tokens:,}: truncated or replaced. Prepare the data again."
             )
+        self._record = ShardRecord(
+            fd=self._fd,
+            size=found.st_size,
+            mtime_ns=found.st_mtime_ns,
+            may_vanish=may_vanish,
+            first_byte=self.first_byte,
+            shift=self.itemsize.bit_length() - 1,
+            is_signed=header.dtype.kind == "i",
+            documents=count,
+        )
+        if isinstance(self.starts, np.ndarray):
+            self._record.starts = self.starts.ctypes.data
+        else:
+            far.describe(self._record)
+        self.record = ctypes.addressof(self._record)
+        """Address of what compiled code reads this entry by; good while this object is."""
 
     def __del__(self) -> None:
         if hasattr(self, "_fd"):
-            os.close(self._fd)
+            self._close(self._fd)
 
     def read(self, start: int, out: np.ndarray) -> None:
         """Fill `out` (contiguous, of the entry's dtype) with tokens from `start` of the entry on."""
@@ -150,6 +175,10 @@ class OpenShard:
             return False
         if not found.st_nlink:
             return self._may_vanish
+        return self.has_its_name()
+
+    def has_its_name(self) -> bool:
+        """Whether no other file took the place of this one, looked up once a second."""
         if time.monotonic() - self._looked > _LOOK_EVERY_S:
             self._looked = time.monotonic()
             try:
@@ -229,6 +258,17 @@ class TokenStream:
                 self.read(start, out[row])
         for which, places in by_shard.items():
             self._read_from(which, places, out)
+
+    def open(self, which: int) -> OpenShard:
+        """An entry's shard, open."""
+        return self._shelf.open(self.entries[which])
+
+    def entry_with(self, start: int, stop: int) -> tuple[int, int]:
+        """The entry that all tokens from start to stop lie in, and the number of the first there; -1 where there is none."""
+        which = bisect.bisect_right(self._bounds, start) - 1
+        if start < 0 or stop > self._bounds[which + 1]:
+            return -1, 0
+        return which, start - self._bounds[which]
 
     def read(self, start: int, out: np.ndarray) -> None:
         """Fill `out` (contiguous, of `dtype`) with the tokens from `start` on, over as many shards as it takes."""

@@ -27,6 +27,13 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path / "data"
 
 
+@pytest.fixture(params=["compiled", "plain"])
+def either_way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With compiled reading, and as it is where there is no compiler."""
+    if request.param == "plain":
+        monkeypatch.setattr("data.compiled.library", lambda: None)
+
+
 def config_of(folder: Path | str, **changes: object) -> DataConfig:
     fields = {"folder": str(folder), "sources": {"a": SourceConfig(path="-")}, "row_tokens": 16} | changes
     return DataConfig(**fields)  # type: ignore[arg-type]
@@ -113,6 +120,7 @@ def test_checksums_are_taken_once(folder: Path, monkeypatch: pytest.MonkeyPatch)
     assert hashed[8:] == [f"{SHARD}.bin"]
 
 
+@pytest.mark.usefixtures("either_way")
 def test_sets_beyond_the_budget_are_named_not_read(folder: Path, monkeypatch, caplog) -> None:
     monkeypatch.setattr("data.verify.BUDGET_BYTES", 100)
     flip(folder / f"{SHARD}.bin")
@@ -126,11 +134,15 @@ def test_sets_beyond_the_budget_are_named_not_read(folder: Path, monkeypatch, ca
         dataset.training_rows(np.arange(dataset.train[0].count))
 
 
+@pytest.mark.usefixtures("either_way")
+@pytest.mark.parametrize("packing", ["chunk", "best_fit"])
 @pytest.mark.parametrize("verify", ["auto", "never"])
 @pytest.mark.parametrize("how", ["in place", "by rename", "cut short"])
-def test_a_shard_replaced_while_it_is_read_is_named(folder: Path, how: str, verify: str, monkeypatch) -> None:
+def test_a_shard_replaced_while_it_is_read_is_named(
+    folder: Path, how: str, verify: str, packing: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("data.reader._LOOK_EVERY_S", 0.0)
-    dataset = open_dataset(config_of(folder, verify=verify))
+    dataset = open_dataset(config_of(folder, verify=verify, packing=packing))
     every = np.arange(dataset.train[0].count)
     dataset.training_rows(every)
     path = folder / f"{SHARD}.bin"
@@ -147,6 +159,7 @@ def test_a_shard_replaced_while_it_is_read_is_named(folder: Path, how: str, veri
         dataset.training_rows(every)
 
 
+@pytest.mark.usefixtures("either_way")
 def test_a_shard_put_back_unchanged_is_read_on(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("data.reader._LOOK_EVERY_S", 0.0)
     dataset = open_dataset(config_of(folder))
@@ -198,6 +211,7 @@ def rewrite(folder: Path, **changes: object) -> None:
     (folder / MANIFEST).write_text(text)
 
 
+@pytest.mark.usefixtures("either_way")
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -215,6 +229,7 @@ def test_index_and_manifest_that_disagree(folder: Path, changes: dict, message: 
     assert SHARD in str(caught.value)
 
 
+@pytest.mark.usefixtures("either_way")
 def test_ids_beyond_the_vocabulary_are_named_with_their_shard(folder: Path) -> None:
     bad = np.array([5, 6, 299, 0])
     manifest = write_folder(folder / "big", {"a": [random_documents(60, seed=2), [bad] * 20]})

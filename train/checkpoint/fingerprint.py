@@ -22,7 +22,7 @@ from pathlib import Path
 
 import torch
 
-from train import build_c
+from data import build_c
 
 log = logging.getLogger(__name__)
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from train import build_c
+from data import build_c
 
 if TYPE_CHECKING:
     from train.model.ssd import ScanSizes

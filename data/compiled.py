@@ -1,0 +1,113 @@
+"""The compiled form of packing and reading rows: `rows.c`, built once for this machine with its C compiler, or not used.
+
+Where there is no compiler everything works all the same, several times slower, through `data.pack` and `data.reader`; the
+rows are the same. STRATUM_NATIVE=0 turns the compiled form off.
+"""
+
+import ctypes
+import functools
+import logging
+import subprocess
+from array import array
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from data import build_c
+
+log = logging.getLogger(__name__)
+
+LONGEST_ROW = (1 << 24) - 1
+"""Tokens of the longest row that is packed by compiled code."""
+
+
+class ShardRecord(ctypes.Structure):
+    """Mirror of `Shard` in rows.c."""
+
+    _fields_ = [
+        *((name, ctypes.c_int64) for name in ("fd", "size", "mtime_ns", "may_vanish")),
+        *((name, ctypes.c_int64) for name in ("first_byte", "shift", "is_signed", "documents")),
+        ("starts", ctypes.c_void_p),
+        *((name, ctypes.c_int64) for name in ("index_fd", "index_size", "index_mtime_ns", "index_at")),
+    ]
+
+
+@functools.cache
+def library() -> ctypes.CDLL | None:
+    """The compiled code, built if need be; None where that is not possible here (said once, at info level)."""
+    if not build_c.wanted():
+        return None
+    try:
+        loaded = build_c.load(Path(__file__).with_name("rows.c"))
+    except (OSError, subprocess.CalledProcessError) as error:
+        reason = getattr(error, "stderr", None) or error
+        log.info("the reading of rows is not compiled (%s); numpy is used instead", reason)
+        return None
+    pointer, i64 = ctypes.c_void_p, ctypes.c_int64
+    loaded.stratum_pack.restype = loaded.stratum_read.restype = i64
+    loaded.stratum_pack.argtypes = [pointer, i64, i64, i64, pointer, i64]
+    loaded.stratum_read.argtypes = [pointer, i64, i64, i64, pointer, pointer, i64, pointer, pointer]
+    return loaded
+
+
+def pack(shard: int, low: int, *, rows: int, row_tokens: int, guess: int) -> np.ndarray | None:
+    """A stretch of rows of a shard entry, packed as `data.pack.Packed` says; None where the plain form must do it.
+
+    shard: address of its record; low: token of the entry it begins at; guess: how many documents it may hold.
+    """
+    native = library()
+    if native is None or row_tokens > LONGEST_ROW:
+        return None
+    room = 2 * guess + 512
+    while True:
+        out = np.empty(room, dtype=np.int64)
+        written = native.stratum_pack(shard, low, rows, row_tokens, out.ctypes.data, room)
+        if written >= 0:
+            return out[:written].copy() if written else None
+        room = -written
+
+
+class Plan:
+    """Rows that one call is to read."""
+
+    def __init__(self) -> None:
+        self._numbers = array("q")
+        self.shards: list[Any] = []
+        """The open shard of each row."""
+        self.keep: list[Any] = []
+        """What else must live until the rows are read."""
+        self._current = ctypes.c_int64(0)
+
+    def __str__(self) -> str:
+        """What is waited for, when someone asks while it is read."""
+        return self.shards[self._current.value].reading
+
+    def add(self, shard: Any, start: int, out: int, packed: int = 0, rows: int = 1, place: int = 0) -> None:
+        """Row `out` of the batch: its first label is token `start` of the shard's entry; or it is row `place` of the `rows`
+        packed at address `packed`, whose stretch begins there."""
+        self.shards.append(shard)
+        self._numbers.extend((shard.record, start, packed, rows, place, out))
+
+    def read(
+        self, *, vocab_size: int, tokens: np.ndarray, labels: np.ndarray | None, documents: np.ndarray | None
+    ) -> bool:
+        """Read them, without the GIL. False where anything is wrong: read again by the plain form, which says what.
+
+        tokens, labels: [rows, row_tokens] int64 each, or without labels [rows, row_tokens + 1], labels one further.
+        documents: [rows, row_tokens] int32 or None.
+        """
+        native = library()
+        assert native is not None
+        stride = tokens.shape[1]
+        return not native.stratum_read(
+            self._numbers.buffer_info()[0],
+            len(self.shards),
+            stride - (labels is None),
+            vocab_size,
+            tokens.ctypes.data,
+            None if labels is None else labels.ctypes.data,
+            stride,
+            None if documents is None else documents.ctypes.data,
+            ctypes.addressof(self._current),
+        )
