@@ -18,3 +18,20 @@ def test_links_between_pages_lead_somewhere() -> None:
         for target in re.findall(r"\]\(([^)#]+)\)", path.read_text()):
             if "://" not in target:
                 assert (path.parent / target).exists(), f"{path.name}: {target}"
+
+
+def test_every_fault_in_the_table_is_shown_by_a_test_there_is() -> None:
+    """docs/checkpoints.md: each row's last column names a file by its letter, and parts of its tests' names."""
+    import re
+
+    page = (ROOT / "docs" / "checkpoints.md").read_text()
+    files = dict(re.findall(r"\b([A-Z]) `([a-z]+/test_\w+\.py)`", page))
+    rows = [line.split("|")[1:-1] for line in page.splitlines() if line.count("|") == 4][2:]
+    assert len(files) == 6 and len(rows) >= 12
+    for fault, _outcome, shown in rows:
+        letters = re.findall(r"\b([A-Z])\b(?: ((?:`\w+`(?:, )?)+))?", shown)
+        assert letters, fault
+        for letter, names in letters:
+            tests = re.findall(r"def (test_\w+)\(", (ROOT / "tests" / files[letter]).read_text())
+            for name in re.findall(r"\w+", names):
+                assert any(name in test for test in tests), f"{fault}: no test of {files[letter]} is called {name}"

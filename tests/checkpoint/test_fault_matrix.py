@@ -336,6 +336,48 @@ def test_a_hostile_manifest_is_refused_by_name(trick: str, folder: Path) -> None
         Reader(path.parent)
 
 
+def change_index(new: Path, change: Callable[[dict[str, Any]], None]) -> None:
+    """Alter index.json, and make every digest right again."""
+    from train.checkpoint.manifest import _digest, sha256
+
+    body = json.loads((new / "manifest.json").read_text())
+    index = json.loads((new / "index.json").read_text())
+    body.pop("digest")
+    change(index)
+    text = json.dumps(index)
+    (new / "index.json").write_text(text)
+    body["files"]["index.json"] = len(text)
+    body["index_sha256"] = sha256(text)
+    (new / "manifest.json").write_text(json.dumps(body | {"digest": _digest(body)}))
+
+
+WEIGHT = "model.output_layer.weight"
+HOSTILE_INDEX: dict[str, tuple[Callable[[dict[str, Any]], None], str]] = {
+    "a file that is none of its own": (lambda i: i["files"].__setitem__(0, "/etc/passwd"), "is not a file of this"),
+    "a file number there is not": (lambda i: i["pieces"][WEIGHT][0].__setitem__(0, 99), "does not describe the files"),
+    "a place before the file": (lambda i: i["pieces"][WEIGHT][0].__setitem__(1, -8), "impossible numbers"),
+    "a place behind the file": (lambda i: i["pieces"][WEIGHT][0].__setitem__(1, 1 << 50), "reaches outside rank_0000"),
+    "a box outside its tensor": (lambda i: i["pieces"][WEIGHT][0].__setitem__(2, [10**6, 0]), "outside its tensor"),
+    "words for numbers": (lambda i: i["pieces"][WEIGHT][0].__setitem__(1, "0"), "does not describe the files"),
+    "a part left out": (lambda i: i["pieces"][WEIGHT].pop(), "its parts"),
+    "a tensor left out": (lambda i: i["pieces"].pop(WEIGHT), "its parts 0"),
+    "the place of another tensor": (
+        lambda i: i["pieces"].__setitem__(WEIGHT, i["pieces"]["optimizer.exp_avg.output_layer.weight"]),
+        f"{WEIGHT}: its fingerprint is",
+    ),
+}
+
+
+@pytest.mark.parametrize("trick", HOSTILE_INDEX)
+def test_a_hostile_index_is_refused_by_name(trick: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    change, said = HOSTILE_INDEX[trick]
+    new = folder / steps.name_of(NEW)
+    change_index(new, change)
+    assert command(["verify", str(new)]) == 1
+    out = capsys.readouterr().out
+    assert said in out and ("index.json" in out or "fingerprint" in out), out
+
+
 @pytest.mark.parametrize(
     "content", [b"\x80\x04cos\nsystem\n(S'true'\ntR.", b"[" * 100_000, b"{}", b"\xff\xfe", b"null"]
 )
