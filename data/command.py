@@ -12,6 +12,7 @@ import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any, cast
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
@@ -46,6 +47,10 @@ def run_command(
     if "--info" not in sys.argv:  # which prints through Hydra's own logging
         head = f"%(asctime)s rank {rank} %(name)s: %(message)s"
         logging.basicConfig(level=logging.WARNING, format=head, stream=sys.stderr)
+    if {"-h", "--help"} & set(sys.argv) and not rank:  # what it is for comes before what Hydra says of every program
+        about = sys.modules[job.__module__].__doc__ or ""
+        sys.stdout.write(f"{about.strip()}\n\nWhat the fields mean: python -m launch.fields [SECTION ...]\n\n")
+        sys.stdout.flush()
     os.environ["HYDRA_FULL_ERROR"] = "1"  # errors come here instead of Hydra's own report
     sys.argv[:] = with_overrides(sys.argv, _QUIET)
     statuses: list[int] = []
@@ -76,10 +81,28 @@ def run_command(
     return max(statuses, default=0)
 
 
+def section(composed: DictConfig, name: str) -> dict[str, Any]:
+    """A section of the composed YAML as plain values; empty where there is none."""
+    return cast(dict[str, Any], OmegaConf.to_container(composed.get(name) or OmegaConf.create({}), resolve=True))
+
+
 def asked_for() -> tuple[str, list[str]]:
     """(recipe, overrides) of the command line that is running, for commands that write command lines."""
     config = HydraConfig.get()
     return str(config.job.config_name), [word for word in config.overrides.task if not word.startswith("hydra")]
+
+
+def recipe_words(folder: str | None) -> list[str]:
+    """The words that name the running command's recipe again, with `folder` as one more place of groups and recipes."""
+    config = HydraConfig.get()
+    own = [source.path for source in config.runtime.config_sources if source.provider == "command-line"]
+    name = ["-cn", str(config.job.config_name)]
+    if folder is None:
+        return [*(f"--config-dir={path}" for path in own), *name]
+    if not own:
+        return [f"--config-dir={folder}", *name]
+    # Hydra takes one such folder; further ones are given by its search path.
+    return [f"--config-dir={own[0]}", *name, f"hydra.searchpath=[file://{folder}]"]
 
 
 def with_short_words(words: list[str], *, group: str, fields: list[str]) -> list[str]:

@@ -9,17 +9,16 @@ import itertools
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 from rich.table import Table
 
 from data.cache import is_remote
-from data.command import dotted_keys, run_command, with_short_words
+from data.command import dotted_keys, run_command, section, with_short_words
 from data.config import DataConfig
 from data.dataset import Dataset, open_dataset
 from data.errors import DataError
@@ -87,9 +86,10 @@ def share_cut(rows: Rows, *, packing: str) -> float:
 
 
 def _inspect(composed: DictConfig) -> int:
-    plain: Any = OmegaConf.to_container(composed.data, resolve=True)
-    asked: Any = OmegaConf.to_container(composed.get("inspect") or OmegaConf.create({}), resolve=True)
-    config, data = build(InspectConfig, asked, "inspect"), build(DataConfig, plain, "data")
+    config, data = (
+        build(InspectConfig, section(composed, "inspect"), "inspect"),
+        build(DataConfig, section(composed, "data"), "data"),
+    )
     console = Console(highlight=False)
     if config.verify:
         _verify(data, console)

@@ -15,12 +15,11 @@ import json
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from typing import Any
 
 import numpy as np
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
-from data.command import dotted_keys, run_command, with_short_words
+from data.command import dotted_keys, run_command, section, with_short_words
 from data.config import DataConfig
 from data.dataset import Dataset, RowAt, open_dataset
 from data.errors import DataError
@@ -129,10 +128,8 @@ def documents_of(dataset: Dataset, config: TraceConfig) -> list[tuple[int, int]]
 
 
 def _trace(composed: DictConfig) -> int:
-    plain: Any = OmegaConf.to_container(composed.data, resolve=True)
-    asked: Any = OmegaConf.to_container(composed.get("trace") or OmegaConf.create({}), resolve=True)
-    config = build(TraceConfig, asked, "trace")
-    dataset = open_dataset(build(DataConfig, plain, "data"))
+    config = build(TraceConfig, section(composed, "trace"), "trace")
+    dataset = open_dataset(build(DataConfig, section(composed, "data"), "data"))
     steps, global_rows = int(composed.run.steps), int(composed.run.global_rows)
     if config.step is not None:
         _show_step(dataset, config, global_rows)

@@ -411,7 +411,7 @@ class CompressConfig:
     mamba_head_dim: Count = 0
     """Channels of a Mamba-2 head, the same in all heads of a layer."""
     search_layers: str = ""
-    """Sizes to try, as `52,54,56` or first:last:step; empty tries the size above only. So for the four below."""
+    """Sizes to try, as [52,54,56] or first:last:step; empty tries the size above only. So for the four below."""
     search_hidden: str = ""
     """Widths of the residual stream to try."""
     search_ffn: str = ""

@@ -11,9 +11,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
-from data.command import dotted_keys, run_command
+from data.command import dotted_keys, run_command, section
 from data.fields import Count, Fraction, NonNegativeFloat, PositiveInt
 from data.typed import FieldError, build
 from train.config import Recipe
@@ -48,9 +48,8 @@ def main() -> int:
 def _generate(composed: DictConfig) -> int:
     from train.recipe import read_recipe
 
-    plain = OmegaConf.to_container(composed.get("generate", {}) or {}, resolve=True)
     try:
-        config = build(GenerateConfig, plain, "generate")
+        config = build(GenerateConfig, section(composed, "generate"), "generate")
     except FieldError as error:
         raise RecipeError(str(error)) from error
     for piece in stream_text(read_recipe(composed), config):

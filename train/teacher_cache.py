@@ -17,12 +17,12 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from data.command import dotted_keys, run_command
+from data.command import dotted_keys, run_command, section
 from data.fields import PositiveInt
 from data.shards import token_dtype
 from data.typed import FieldError, build
@@ -55,9 +55,8 @@ def main() -> int:
 def _fill(composed: DictConfig) -> int:
     from train.recipe import read_recipe
 
-    plain = OmegaConf.to_container(composed.get("cache", {}) or {}, resolve=True)
     try:
-        config = build(CacheConfig, plain, "cache")
+        config = build(CacheConfig, section(composed, "cache"), "cache")
     except FieldError as error:
         raise RecipeError(str(error)) from error
     fill(read_recipe(composed), config)
@@ -221,14 +220,14 @@ def _measure(recipe: Recipe, config: CacheConfig, *, mesh: "Mesh", teacher: "Tea
     if mesh.rank:
         return
     total = config.block_rows * recipe.data.row_tokens
-    whole = sums[0] / total
+    whole = max(sums[0] / total, 1e-30)  # the teacher itself has none
     table = Table(
         "k", "bytes a token, uncompressed", "divergence, nats", "share of the whole", title=f"student: {path}"
     )
     width = token_dtype(recipe.model.vocab).itemsize + np.dtype(config.values).itemsize
     for k in counts:
         table.add_row(str(k), str(k * width + 4), f"{sums[k] / total:.5f}", f"{sums[k] / total / whole:.4f}")
-    table.add_row("all", str(2 * recipe.model.vocab), f"{whole:.5f}", "1")
+    table.add_row("all", f"{2 * recipe.model.vocab} (16 bits)", f"{whole:.5f}", "1")
     Console(highlight=False, soft_wrap=True).print(table)
 
 

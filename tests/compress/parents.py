@@ -54,8 +54,8 @@ def score(
 
 
 def removals(engine: Any, recipe: Recipe, rows: int, remove: int, attention: int | None) -> list[Removal]:
-    return removal_scores(engine, recipe.model, Rows(), rows=rows, remove=remove, attention_layers=attention,
-                          metric="logit_mse")  # type: ignore[arg-type]  # fmt: skip
+    return list(removal_scores(engine, recipe.model, Rows(), rows=rows, remove=remove, attention_layers=attention,
+                               metric="logit_mse"))  # type: ignore[arg-type]  # fmt: skip
 
 
 def logits(rank: int, path: Path, model: ModelConfig) -> torch.Tensor:

@@ -3,7 +3,7 @@
     score    measure the parent's widths and layers over calibration rows, at any layout (torchrun works); pictures
     prune    cut the parent down to compress.layers, hidden, ffn, ...: a checkpoint and a recipe of the smaller shape
     search   shapes within a budget, the best few pruned, with the command that distils each for a short while
-    pick     compare what came of them:  pick -cn RECIPE
+    pick     compare what came of them, once they are distilled
     stages   print the commands of the recipe's stages in order; with --run, run them
 
 All writes into `compress.folder`/`run.name`. Exit status: 0 done, 2 a recipe or checkpoint that cannot be used.
@@ -21,11 +21,11 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from rich.console import Console
 from rich.table import Table
 
-from data.command import asked_for, dotted_keys, run_command
+from data.command import asked_for, dotted_keys, recipe_words, run_command, section
 from data.typed import FieldError, build
 from train.config import CompressConfig, Recipe
 from train.errors import USER_ERRORS, RecipeError
@@ -60,7 +60,10 @@ def main() -> int:
 
 def _read(composed: DictConfig) -> tuple[Recipe, CompressConfig, Path]:
     """Recipe, its compress section, and the folder of what is written."""
-    plain = OmegaConf.to_container(composed.get("compress", {}) or {}, resolve=True)
+    plain = section(composed, "compress")
+    for name, value in plain.items():  # [52,54,56] on the command line, where 52,54,56 would be a sweep
+        if name.startswith("search_") and isinstance(value, list):
+            plain[name] = ",".join(map(str, value))
     try:
         config = build(CompressConfig, plain, "compress")
     except FieldError as error:
@@ -82,6 +85,7 @@ def _score(composed: DictConfig) -> int:
     from train.compress.importance import removal_scores, width_scores
     from train.compress.parent import check_data, layout_recipe, parent_of, scoring_engine
     from train.compress.pictures import draw_layers, draw_widths
+    from train.compress.scores import Scores
 
     parent = parent_of(config)
     dataset = open_data(replace(recipe, model=parent.recipe.model))
@@ -98,37 +102,53 @@ def _score(composed: DictConfig) -> int:
         import torch
 
         torch.set_num_threads(recipe.run.threads)
-    with mesh_of(recipe, check(recipe, world=world), device=device, rank=rank) as mesh:
-        with scoring_engine(parent, recipe, mesh) as engine:
-            scores = width_scores(engine, model, dataset, rows=config.calibration_rows, parent=str(parent.path))
-            if remove:
-                scores.depth_rows, scores.depth_metric = config.depth_rows, config.depth_metric
-                scores.removals = removal_scores(
-                    engine,
-                    model,
-                    dataset,
-                    rows=config.depth_rows,
-                    remove=remove,
-                    attention_layers=config.attention_layers,
-                    metric=config.depth_metric,
+    request = {
+        "parent": parent.manifest.fingerprint,
+        "data": dataset.manifest_hash,
+        "rows": config.calibration_rows,
+        "remove": remove,
+        **({"depth_rows": config.depth_rows, "metric": config.depth_metric, "attention_layers": config.attention_layers}
+           if remove else {}),
+    }  # fmt: skip
+    console = _console(quiet=rank > 0)
+    if (folder / "scores.json").exists() and Scores.load(folder).request == request:
+        console.print(
+            f"{folder} holds these scores of {parent.path} already. To measure again, delete {folder}/scores.json."
+        )
+        return 0
+    kinds = layer_kinds(model.pattern)
+    console.print(f"{parent.path}: widths over {config.calibration_rows:,} rows ...")
+    with (
+        mesh_of(recipe, check(recipe, world=world), device=device, rank=rank) as mesh,
+        scoring_engine(parent, recipe, mesh) as engine,
+    ):
+        scores = width_scores(engine, model, dataset, rows=config.calibration_rows, parent=str(parent.path))
+        scores.request = request
+        order = [f"{n} ({kinds[n]})" for n in sorted(range(depth), key=lambda n: scores.influence[n])]
+        console.print(f"layers, least block influence first: {', '.join(order)}")
+        if remove:
+            scores.depth_rows, scores.depth_metric = config.depth_rows, config.depth_metric
+            rounds = removal_scores(
+                engine,
+                model,
+                dataset,
+                rows=config.depth_rows,
+                remove=remove,
+                attention_layers=config.attention_layers,
+                metric=config.depth_metric,
+            )
+            for removal in rounds:
+                scores.removals.append(removal)
+                harm = next(c for c in removal.candidates if c.layer == removal.layer)
+                console.print(
+                    f"removed {len(scores.removals)} of {remove}: layer {removal.layer} ({kinds[removal.layer]}), logit "
+                    f"error {harm.logit_error:.4f}, loss +{harm.loss_increase:.4f} nats"
                 )
     if rank:
         return 0
     scores.save(folder)
     draw_widths(scores, folder / "widths.png", title=parent.path.parent.parent.name)
     draw_layers(scores, folder / "layers.png", title=parent.path.parent.parent.name)
-    console = Console(highlight=False, soft_wrap=True)
-    kinds = layer_kinds(model.pattern)
-    order = [f"{n} ({kinds[n]})" for n in sorted(range(depth), key=lambda n: scores.influence[n])]
-    console.print(
-        f"{parent.path}: {config.calibration_rows:,} rows. Layers, least block influence first: {', '.join(order)}"
-    )
-    for number, removal in enumerate(scores.removals):
-        harm = next(c for c in removal.candidates if c.layer == removal.layer)
-        console.print(
-            f"removed {number + 1}: layer {removal.layer} ({kinds[removal.layer]}), logit error {harm.logit_error:.4f}, "
-            f"loss +{harm.loss_increase:.4f} nats"
-        )
     console.print(f"Scores: {folder}/scores.json; pictures: {folder}/widths.png, {folder}/layers.png")
     return 0
 
@@ -146,7 +166,7 @@ def _prune(composed: DictConfig) -> int:
     written = _write_pruned(
         parent_of(config), Scores.load(folder), target, folder, name=recipe.run.name, merge_heads=config.merge_heads
     )
-    console = Console(highlight=False, soft_wrap=True)
+    console = _console()
     console.print(written)
     console.print(f"Train it: {_training_command(folder, recipe.run.name)}")
     return 0
@@ -159,10 +179,11 @@ def _write_pruned(parent: Any, scores: Any, target: Any, folder: Path, *, name: 
     from train.compress.scores import model_of
     from train.run import recipe_mapping
 
-    if asdict(parent.recipe.model) != asdict(model_of(scores)) or Path(scores.parent) != parent.path:
+    is_same = asdict(parent.recipe.model) == asdict(model_of(scores)) and Path(scores.parent) == parent.path
+    if not is_same or scores.request.get("parent", parent.manifest.fingerprint) != parent.manifest.fingerprint:
         raise RecipeError(
-            f"the scores in {folder} are of {scores.parent}, but compress.parent is {parent.path}. Score it first: "
-            f"python -m train.compress score -cn RECIPE."
+            f"the scores in {folder} are of {scores.parent} as it was then, but compress.parent is {parent.path} as it is "
+            f"now. Score it first: python -m train.compress score with this recipe."
         )
     kept = choose(scores, target)
     small = pruned_model(parent.recipe.model, target, kept.layers)
@@ -198,7 +219,8 @@ def _write_pruned(parent: Any, scores: Any, target: Any, folder: Path, *, name: 
 
 def _training_command(folder: Path, name: str) -> str:
     """What trains a pruned checkpoint on, with the recipe this command was given."""
-    return f"python -m train --config-dir={folder} -cn {asked_for()[0]} model={name} run.name={name} run.start_from={folder}"
+    words = ["python", "-m", "train", *recipe_words(str(folder)), f"model={name}", f"run.name={name}"]
+    return shlex.join([*words, f"run.start_from={folder}"])
 
 
 def _search(composed: DictConfig) -> int:
@@ -223,7 +245,7 @@ def _search(composed: DictConfig) -> int:
         return layers[target.layers]
 
     shapes = feasible(model, tried, config, layers_of=layers_of)
-    console = Console(highlight=False, soft_wrap=True)
+    console = _console()
     console.print(f"{len(tried):,} shapes tried, {len(shapes):,} within the budget.")
     if not shapes:
         raise RecipeError(f"no shape fits the budget. {_range_of(model, tried, config, layers_of)}")
@@ -255,18 +277,25 @@ def _search(composed: DictConfig) -> int:
 
 
 def _range_of(model: Any, tried: list[Any], config: CompressConfig, layers_of: Callable[[Any], list[int]]) -> str:
-    """How large and how fast the shapes tried are, for the one whose budget fits none of them."""
+    """How far the shapes tried are from a budget that none of them fits."""
     from train.compress.search import shape_of
 
     shapes = [shape_of(model, target, layers_of(target), config) for target in tried]
-    parameters_of, gib = ([getattr(shape, name) for shape in shapes] for name in ("parameters", "gib"))
-    fastest = max(shape.tokens_per_s for shape in shapes)
-    return (
-        f"Those tried have {min(parameters_of):,} to {max(parameters_of):,} parameters (compress.budget_parameters="
-        f"{config.budget_parameters:,}), take {min(gib):.3f} to {max(gib):.3f} GiB (budget_gib={config.budget_gib:g}) and "
-        f"reach {fastest:.1f} tokens/s (budget_tokens_per_s={config.budget_tokens_per_s:g}). Widen compress.search_..., or "
-        f"the budget."
+    limits = (
+        (config.budget_parameters, "have {:,} to {:,} parameters (compress.budget_parameters={:,})", "parameters"),
+        (config.budget_gib, "take {:.3f} to {:.3f} GiB (compress.budget_gib={:g})", "gib"),
+        (
+            config.budget_tokens_per_s,
+            "reach {:.1f} to {:.1f} tokens/s (compress.budget_tokens_per_s={:g})",
+            "tokens_per_s",
+        ),
     )
+    said = []
+    for limit, text, name in limits:
+        if limit:
+            values = [getattr(shape, name) for shape in shapes]
+            said.append(text.format(min(values), max(values), limit))
+    return f"Those tried {', '.join(said)}. Widen compress.search_..., or the budget."
 
 
 def _pick(composed: DictConfig) -> int:
@@ -294,17 +323,17 @@ def _pick(composed: DictConfig) -> int:
             str(step),
             f"{score:.4f}",
         )
-    console = Console(highlight=False, soft_wrap=True)
+    console = _console()
     console.print(table)
     console.print(f"Best: {min(results)[1]}")
     return 0
 
 
 def _stages(composed: DictConfig) -> int:
-    stages: Any = OmegaConf.to_container(composed.get("stages", {}) or {}, resolve=True)
+    stages = section(composed, "stages")
     if not stages:
         raise RecipeError("this recipe has no stages.")
-    name, overrides = asked_for()
+    _, overrides = asked_for()
     runs = os.environ.pop("STRATUM_RUN_STAGES", "") == "1"
     for stage, text in stages.items():
         words = shlex.split(text)
@@ -318,9 +347,9 @@ def _stages(composed: DictConfig) -> int:
             raise RecipeError(
                 f"stages.{stage} starts with {words[0]!r}; a stage is `train ...` or `compress COMMAND ...`."
             )
-        flags = [w for w in words if w.startswith("--")]
-        rest = [w for w in words if not w.startswith("--")]
-        line = ["-m", module, *command, *flags, "-cn", name, *rest, *overrides]
+        folders = [w.removeprefix("--config-dir=") for w in words if w.startswith("--config-dir=")]
+        rest = [w for w in words if not w.startswith("--config-dir=")]
+        line = ["-m", module, *command, *recipe_words(folders[0] if folders else None), *rest, *overrides]
         sys.stdout.write(f"# {stage}\npython {shlex.join(line)}\n")
         sys.stdout.flush()
         if runs:
@@ -329,6 +358,12 @@ def _stages(composed: DictConfig) -> int:
                 sys.stderr.write(f"error: stage {stage} ended with status {status}\n")
                 return status
     return 0
+
+
+def _console(*, quiet: bool = False) -> Console:
+    """Where results are printed: whole lines, whole tables, brackets as they are."""
+    width = None if sys.stdout.isatty() else 120
+    return Console(highlight=False, markup=False, soft_wrap=True, quiet=quiet, width=width)
 
 
 def _prepare_cpu(prepare: Callable[[Any], None]) -> None:

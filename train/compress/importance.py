@@ -185,8 +185,9 @@ def removal_scores(
     remove: int,
     attention_layers: int | None,
     metric: str,
-) -> list[Removal]:
-    """Take `remove` layers out one at a time, the least harmful by `metric` first. Collective; the same on every rank.
+) -> Iterator[Removal]:
+    """Take `remove` layers out one at a time, the least harmful by `metric` first: each round as it is done. Collective;
+    the same on every rank.
 
     attention_layers: how many must be left at the end; None leaves it to the metric. metric: `logit_mse`, `perplexity`.
     """
@@ -194,7 +195,6 @@ def removal_scores(
     quota = _attention_quota(kinds, remove, attention_layers)
     compare = _Comparison(engine, model, dataset, rows)
     removed: list[int] = []
-    rounds = []
     while len(removed) < remove:
         left = remove - len(removed)
         of_attention = sum(kinds[n] in ATTENTION for n in removed)
@@ -206,9 +206,8 @@ def removal_scores(
         candidates = [compare.without({*removed, layer}, layer) for layer in allowed]
         harm = {c.layer: c.logit_error if metric == "logit_mse" else c.loss_increase for c in candidates}
         taken = min(harm, key=lambda n: (harm[n], n))
-        rounds.append(Removal(taken, candidates))
         removed.append(taken)
-    return rounds
+        yield Removal(taken, candidates)
 
 
 def _attention_quota(kinds: list[Any], remove: int, attention_layers: int | None) -> int | None:

@@ -56,6 +56,8 @@ class Scores:
     energy: dict[str, np.ndarray] = field(default_factory=dict)
     influence: np.ndarray = field(default_factory=lambda: np.zeros(0))
     removals: list[Removal] = field(default_factory=list)
+    request: dict[str, Any] = field(default_factory=dict)
+    """What was asked for, of which weights and data: the same need not be measured twice."""
 
     def save(self, folder: Path) -> None:
         """Write both files."""
@@ -68,6 +70,7 @@ class Scores:
         about = {
             "format": FORMAT,
             "parent": self.parent,
+            "request": self.request,
             "model": self.model,
             "rows": self.rows,
             "depth_rows": self.depth_rows,
@@ -91,6 +94,7 @@ class Scores:
         scores = cls(
             model=about["model"],
             parent=about["parent"],
+            request=about.get("request", {}),
             rows=about["rows"],
             depth_rows=about["depth_rows"],
             depth_metric=about["depth_metric"],

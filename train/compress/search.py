@@ -52,7 +52,7 @@ def sizes(text: str, otherwise: int) -> list[int]:
     except ValueError:
         found = []
     if not found or min(found) < 1:
-        raise RecipeError(f"compress.search_...={text!r} is neither numbers (52,54,56) nor first:last:step.")
+        raise RecipeError(f"compress.search_...={text!r} is neither numbers ([52,54,56]) nor first:last:step.")
     return found
 
 
