@@ -33,6 +33,16 @@ class Batch:
             positions=self.positions[rows],
         )
 
+    def part(self, start: int, stop: int) -> "Batch":
+        """Rows start to stop, in the same memory."""
+        return Batch(
+            tokens=self.tokens[start:stop],
+            labels=self.labels[start:stop],
+            document_index=None if self.document_index is None else self.document_index[start:stop],
+            source=self.source[start:stop],
+            positions=self.positions[start:stop],
+        )
+
     def pinned(self) -> "Batch":
         """The same rows in page-locked memory, from which a GPU copies without waiting."""
         return Batch(

@@ -72,7 +72,9 @@ class Plan:
     """Rows that one call is to read."""
 
     def __init__(self) -> None:
-        self._numbers = array("q")
+        self.numbers = array("q")
+        """Six a row, `Row` in rows.c: address of the shard's record; token of its entry that is the row's first label, or its
+        stretch's; address of the packed stretch, or 0; rows of the stretch, and which it is; row of the batch."""
         self.shards: list[Any] = []
         """The open shard of each row."""
         self.keep: list[Any] = []
@@ -82,12 +84,6 @@ class Plan:
     def __str__(self) -> str:
         """What is waited for, when someone asks while it is read."""
         return self.shards[self._current.value].reading
-
-    def add(self, shard: Any, start: int, out: int, packed: int = 0, rows: int = 1, place: int = 0) -> None:
-        """Row `out` of the batch: its first label is token `start` of the shard's entry; or it is row `place` of the `rows`
-        packed at address `packed`, whose stretch begins there."""
-        self.shards.append(shard)
-        self._numbers.extend((shard.record, start, packed, rows, place, out))
 
     def read(
         self, *, vocab_size: int, tokens: np.ndarray, labels: np.ndarray | None, documents: np.ndarray | None
@@ -101,7 +97,7 @@ class Plan:
         assert native is not None
         stride = tokens.shape[1]
         return not native.stratum_read(
-            self._numbers.buffer_info()[0],
+            self.numbers.buffer_info()[0],
             len(self.shards),
             stride - (labels is None),
             vocab_size,

@@ -62,7 +62,7 @@ class ShardEntry:
 
     def file_name(self, folder: str, suffix: str) -> str:
         """The same as text: a folder may hold many thousands."""
-        return os.path.join(folder, f"{self.path}.{suffix}")
+        return f"{self.path}.{suffix}" if self.path.startswith("/") else f"{folder}/{self.path}.{suffix}"
 
 
 @dataclass(frozen=True)

@@ -150,30 +150,33 @@ class Rows:
     def plan(self, rows: list[int], where: list[int], plan: compiled.Plan) -> list[int]:
         """Plan to read row rows[i] to place where[i] of a batch by compiled code. -> the places of those it cannot read: in two
         shards, or at the beginning of the stream, with no token before."""
-        size, left, opened = self.row_tokens, list[int](), dict[int, OpenShard]()
-        if not self.best_fit:
-            for row, out in zip(rows, where, strict=True):
+        left: list[int] = []
+        opened: dict[int, OpenShard] = {}
+        size, shards, numbers = self.row_tokens, plan.shards, plan.numbers
+        packed: Packed | None = None
+        stretches: list[Packed | None] = []
+        if self.best_fit:
+            with self._lock:
+                stretches = [self._stretches.get(row // STRETCH_ROWS) for row in rows]
+        for at, (row, out) in enumerate(zip(rows, where, strict=True)):
+            if self.best_fit:
+                packed = stretches[at] or self._stretch(row // STRETCH_ROWS)
+                entry, start = packed.entry, packed.start
+            else:
                 entry, start = self.stream.entry_with(row * size - 1, (row + 1) * size)
-                if entry < 0:
-                    left.append(out)
-                    continue
-                if entry not in opened:
-                    opened[entry] = self.stream.open(entry)
-                plan.add(opened[entry], start + 1, out)
-            return left
-        numbers = [row // STRETCH_ROWS for row in rows]
-        with self._lock:
-            kept = [self._stretches.get(number) for number in numbers]
-        for row, out, number, packed in zip(rows, where, numbers, kept, strict=True):
-            packed = packed or self._stretch(number)
-            if packed.entry < 0:
+                start += 1
+            if entry < 0:
                 left.append(out)
                 continue
-            if packed.entry not in opened:
-                opened[packed.entry] = self.stream.open(packed.entry)
-            plan.keep.append(packed)
-            place = row - number * STRETCH_ROWS
-            plan.add(opened[packed.entry], packed.start, out, packed.address, packed.rows, place)
+            shard = opened.get(entry)
+            if shard is None:
+                shard = opened[entry] = self.stream.open(entry)
+            shards.append(shard)
+            if packed is None:
+                numbers.extend((shard.record, start, 0, 0, 0, out))
+            else:
+                plan.keep.append(packed)
+                numbers.extend((shard.record, start, packed.address, packed.rows, row % STRETCH_ROWS, out))
         return left
 
     def _unpack(self, stretch: int, packed: Packed, place: int) -> list[Piece]:

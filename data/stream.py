@@ -22,6 +22,8 @@ from data.errors import DataError
 __all__ = ("Dataset", "Stream", "open_dataset")
 log = logging.getLogger(__name__)
 
+_ROWS_AT_ONCE = 64
+
 
 class Stream:
     """One data-parallel rank's share of every step, from `position` on.
@@ -100,10 +102,14 @@ class Stream:
             thread.join(timeout=1.0)
 
     def step_at(self, position: int) -> list[Batch]:
-        """This rank's microbatches of the step that starts at `position`."""
+        """This rank's microbatches of the step that starts at `position`. Many are read at once: a call has its price."""
         size = self._microbatch_rows
-        starts = range(position + self._rank * size, position + self._global_rows, self._ranks * size)
-        batches = [self._dataset.training_rows(np.arange(start, start + size)) for start in starts]
+        starts = np.arange(position + self._rank * size, position + self._global_rows, self._ranks * size)
+        batches, together = [], max(1, _ROWS_AT_ONCE // size)
+        for first in range(0, len(starts), together):
+            positions = (starts[first : first + together, None] + np.arange(size)).reshape(-1)
+            rows = self._dataset.training_rows(positions)
+            batches += [rows.part(at, at + size) for at in range(0, len(positions), size)]
         return [batch.pinned() for batch in batches] if self._pin else batches
 
     def _wait(self) -> None:
