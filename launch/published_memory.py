@@ -49,6 +49,8 @@ def published_memory(found: Published) -> float | None:
         )  # fmt: skip
         layers = sum(map(len, patterns))
         block = sum(layer_bytes(shape, kind) for kind in ("*", "-"))
+        if setting.model.activation == "swiglu":  # both programs keep the gate's activation beside the two branches
+            block += shape.size * shape.tokens * setting.model.ffn / layout.tensor
         logits = shape.tokens * setting.model.vocab / layout.tensor if is_last else 0.0
         if software == "nanotron":
             # bf16 weights and gradients, fp32 accumulators, fp32 master and moments, these divided by ZeRO-1.

@@ -1,6 +1,8 @@
 """Recipes: what is shipped is complete and right, what is wrong is said before anything is allocated."""
 
+import copy
 import dataclasses
+import functools
 import subprocess
 import sys
 from pathlib import Path
@@ -22,6 +24,11 @@ PRIMARY = sorted(path.stem for path in RECIPES.glob("*.yaml"))
 
 def composed(name: str, *overrides: str) -> dict:
     """A recipe composed by Hydra's own API."""
+    return copy.deepcopy(_composed(name, *overrides))
+
+
+@functools.cache  # half a second each
+def _composed(name: str, *overrides: str) -> dict:
     from hydra import compose, initialize_config_dir
     from omegaconf import OmegaConf
 

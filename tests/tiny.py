@@ -40,6 +40,13 @@ RECIPE = Recipe(
     data=DataConfig(row_tokens=ROW_TOKENS, sources={"none": SourceConfig(path="none")}),
 )
 
+GEMMA: dict[str, Any] = {
+    "model.pattern": "w-*-w-*-", "model.activation": "geglu", "model.position": "rope", "model.window_tokens": 20,
+    "model.attention_softcap": 5.0, "model.logit_softcap": 3.0, "model.norm_offset": 1, "model.post_norms": True,
+    "model.scale_embedding": True, "model.tie_embeddings": True, "model.init_std": 0.1,
+}  # fmt: skip
+"""Changes that make it Gemma 2: low caps and large weights, so that they matter."""
+
 
 def recipe_with(**changes: Any) -> Recipe:
     """RECIPE with dotted fields changed: recipe_with(**{"parallel.tensor": 2})."""

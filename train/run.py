@@ -143,6 +143,7 @@ def build_engine(recipe: Recipe, mesh: Mesh, *, weights: Path | None = None, tok
         mesh=mesh,
         backend=backend,
         reset_at_documents=recipe.data.reset_at_documents,
+        draw_weights=weights is None,
     )
     if weights is not None:
         read_weights(weights, chunks, groups=mesh.groups)
@@ -182,6 +183,7 @@ def model_on_one_rank(recipe: Recipe, checkpoint: Path, *, device: torch.device)
             row_tokens=one.data.row_tokens,
             mesh=mesh,
             backend=ReferenceBackend(),
+            draw_weights=False,
         )
         read_weights(checkpoint, chunks, groups=mesh.groups)
         yield chunks[0].eval()

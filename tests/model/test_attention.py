@@ -3,16 +3,24 @@ growing cache, blocks; and the gradients of capped attention.
 """
 
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from megatron.core.transformer.enums import AttnMaskType
+from torch._dynamo.testing import CompileCounter
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from train.model import compiled
-from train.model.attention import AttentionCore, flex, zigzag_positions
+from train.model import flex as flex_module
+from train.model.attention import AttentionCore, zigzag_positions
 from train.model.capped import capped_attention
 from train.model.context import LayerCaches, RowContext
 from train.model.documents import document_starts
+from train.model.flex import flex, mask_of
+
+WIDTH = 16
+"""Of a head: fills the vectors of every processor, as the compiled form wants it."""
 
 
 class OneRank:
@@ -58,7 +66,7 @@ def written_out(
 
 def qkv(sequence: int, heads: int, groups: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     g = torch.Generator().manual_seed(1)
-    return tuple(torch.randn(sequence, 2, n, 8, generator=g) for n in (heads, groups, groups))  # type: ignore[return-value]
+    return tuple(torch.randn(sequence, 2, n, WIDTH, generator=g) for n in (heads, groups, groups))  # type: ignore[return-value]
 
 
 @pytest.mark.parametrize(("heads", "groups"), [(4, 4), (4, 2), (6, 1)])
@@ -72,7 +80,7 @@ def test_output_equals_the_formula(
     documents = (torch.arange(17) // 5).expand(2, -1) if packed else None
     context = RowContext(documents=documents) if packed else None
     got = core(softcap=softcap, window=window)(q, k, v, packed_seq_params=context)
-    expected = written_out(q, k, v, documents, 8**-0.5, softcap=softcap, window=window)
+    expected = written_out(q, k, v, documents, WIDTH**-0.5, softcap=softcap, window=window)
     torch.testing.assert_close(got.double(), expected, rtol=1e-5, atol=1e-6)
 
 
@@ -85,9 +93,9 @@ def test_capped_gradients_over_many_blocks(
 ) -> None:
     """Compiled and plain torch, in fp32, against autograd through the formula in float64."""
     if native:
-        assert compiled.usable(torch.zeros(1)), "these kernels could not be compiled here"
+        assert compiled.attention_usable(torch.zeros(WIDTH)), "these kernels could not be compiled here"
     else:
-        monkeypatch.setattr(compiled, "usable", lambda *x: False)
+        monkeypatch.setattr(compiled, "attention_usable", lambda query: False)
     q, k, v = (t.requires_grad_() for t in qkv(length, 4, 2))
     places = torch.arange(length)
     rows = [sum((places >= edge).int() for edge in edges[row:]) + 0 * places for row in range(2)]
@@ -103,17 +111,74 @@ def test_capped_gradients_over_many_blocks(
         assert float((mine - true).abs().max() / true.abs().max()) < 1e-5  # sums over hundreds of keys
 
 
-def test_flex_attention_means_the_same() -> None:
+@pytest.mark.parametrize("storage", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_capped_attention_gives_the_same_bits_for_any_number_of_threads(storage: torch.dtype) -> None:
+    before = torch.get_num_threads()
+    results = []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            leaves = [t.to(storage).requires_grad_() for t in qkv(500, 4, 2)]
+            out = core(softcap=3.0, window=200)(*leaves)
+            results.append([out, *torch.autograd.grad(out.float().square().sum(), leaves)])
+    finally:
+        torch.set_num_threads(before)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+@pytest.mark.parametrize("edges", [(), (13, 26)], ids=["one document", "documents"])
+@pytest.mark.parametrize("window", [None, 12])
+def test_flex_attention_means_the_same(edges: tuple[int, ...], window: int | None) -> None:
     """The GPU's mask and score functions, run unfused by torch on a CPU."""
     q, k, v = qkv(40, 4, 2)
-    first = torch.stack([(torch.arange(40) - 12).clamp(min=0), torch.arange(40) // 13 * 13]).to(torch.int32)
-    options = {"offset": 10, "scale": 0.4, "softcap": 2.0}
-    got = flex(q[10:], k, v, first_key_BQ=first[:, 10:], **options)
-    torch.testing.assert_close(got, capped_attention(q[10:], k, v, first_key_BQ=first[:, 10:], **options))
-    documents = (torch.arange(40) // 13).expand(2, -1)
-    plain = core(0.4)(q, k, v, packed_seq_params=RowContext(documents=documents))
-    starts = document_starts(documents).to(torch.int32)
-    torch.testing.assert_close(flex(q, k, v, first_key_BQ=starts, offset=0, scale=0.4, softcap=None), plain)
+    places = torch.arange(40)
+    index = sum(((places >= edge).int() for edge in edges), 0 * places)
+    row = RowContext(documents=torch.stack([index, 0 * index])) if edges else RowContext()
+    first = (places - (window or 40) + 1).clamp(min=0).expand(2, -1)
+    if row.documents is not None:
+        first = torch.maximum(first, document_starts(row.documents))
+    first = first[:, 10:].to(torch.int32)
+    mask = mask_of(
+        row, queries=30, keys=40, offset=10, window=window, device=torch.device("cpu"), first_key_BQ=lambda: first
+    )
+    got = flex(q[10:], k, v, mask=mask, scale=0.4, softcap=2.0)
+    expected = capped_attention(q[10:], k, v, first_key_BQ=first, offset=10, scale=0.4, softcap=2.0)
+    torch.testing.assert_close(got, expected)
+    plain = core(0.4, window=window)(q, k, v, packed_seq_params=row)
+    torch.testing.assert_close(flex(q[10:], k, v, mask=mask, scale=0.4, softcap=None), plain[10:])
+
+
+def test_flex_attention_is_compiled_once_and_layers_share_their_masks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two layers of two kinds over microbatches with documents in other places, as a GPU would run them."""
+    counter = CompileCounter()
+    compiled_once = torch.compile(flex_attention, backend=counter)
+    monkeypatch.setattr(flex_module, "fused", lambda device_type: compiled_once)
+    made = []
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        made.append(args)
+        return create_block_mask(*args, **kwargs)
+
+    monkeypatch.setattr(flex_module, "create_block_mask", counted)
+    flex_module._interval_mask.cache_clear()
+    q, k, v = qkv(128, 4, 2)
+    cpu = torch.device("cpu")
+    for microbatch in range(3):
+        row = RowContext(documents=(torch.arange(128) // (20 + microbatch)).expand(2, -1))
+        first = document_starts(row.documents).to(torch.int32)
+        for _layer in range(4):
+            mask = mask_of(
+                row, queries=128, keys=128, offset=0, window=None, device=cpu, first_key_BQ=lambda first=first: first
+            )
+            flex(q, k, v, mask=mask, scale=0.25, softcap=50.0)
+    assert counter.frame_count == 1 and len(made) == 3  # one mask a microbatch
+    for _ in range(3):
+        for window in (None, 16):
+            mask = mask_of(RowContext(), queries=128, keys=128, offset=0, window=window, device=cpu, first_key_BQ=list)  # type: ignore[arg-type]
+            flex(q, k, v, mask=mask, scale=0.25, softcap=50.0)
+    assert len(made) == 5 and counter.frame_count <= 3  # and one for each window, whatever the microbatches
+    flex_module._interval_mask.cache_clear()
 
 
 def test_documents_start_where_their_index_changes() -> None:

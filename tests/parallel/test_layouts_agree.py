@@ -7,7 +7,7 @@ context parallelism, say, leaves the loss curve alone but doubles the gradient n
 
 import pytest
 from ranks import run_ranks
-from tiny import Numbers, recipe_with, train_tiny
+from tiny import GEMMA, Numbers, recipe_with, train_tiny
 
 ROUNDING = 2e-6
 LAYOUTS = {
@@ -25,12 +25,6 @@ LAYOUTS = {
     "TP2 SP CP2": (4, {"parallel.tensor": 2, "parallel.sequence": True, "parallel.context": 2}),
 }
 PACKED = {"data.reset_at_documents": True}
-GEMMA = {
-    "model.pattern": "w-*-w-*-", "model.activation": "geglu", "model.position": "rope", "model.window_tokens": 20,
-    "model.attention_softcap": 5.0, "model.logit_softcap": 3.0, "model.norm_offset": 1, "model.post_norms": True,
-    "model.scale_embedding": True, "model.tie_embeddings": True, "model.init_std": 0.1,
-}  # fmt: skip
-"""Low caps and large weights, so that they matter."""
 GEMMA_LAYOUTS = {
     "recompute": (1, {"parallel.recompute": "full"}),
     "TP2 SP": (2, {"parallel.tensor": 2, "parallel.sequence": True}),
@@ -108,9 +102,14 @@ def test_gated_mlps_agree_when_split(activation: str) -> None:
 
 
 def test_bf16_layouts_agree_to_bf16_rounding() -> None:
-    """bf16 keeps 8 bits (4e-3): partial sums rounded at other places move a loss by far less, as errors average out."""
+    """bf16 keeps 8 bits (4e-3): partial sums rounded at other places move a loss by far less, as errors average out.
+
+    Data parallelism sums gradients in fp32: the first step agrees to that. From the second on a master weight that lies
+    between two bf16 numbers may be rounded to the other one (2e-4 of the gradient norm at one of three seeds tried).
+    """
     bf16 = {"precision.params": "bf16"}
-    one = trained(1, **bf16)
-    agree(trained(2, **bf16), one, 2e-6)  # data parallelism sums in fp32
+    one, split = trained(1, **bf16), trained(2, **bf16)
+    agree(Numbers(split.losses[:1], split.grad_norms[:1]), Numbers(one.losses[:1], one.grad_norms[:1]), ROUNDING)
+    agree(split, one, 1e-3)
     agree(trained(2, **bf16, **{"parallel.tensor": 2, "parallel.sequence": True}), one, 3e-3)
     agree(one, trained(1), 5e-3)

@@ -2,6 +2,7 @@
 
 import math
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +10,9 @@ import pytest
 import torch
 import yaml
 from ranks import RankFailed, run_ranks
-from tiny import TINY, engine_of, health, recipe_with, steps_of
+from tiny import GEMMA, TINY, Numbers, engine_of, health, recipe_with, steps_of
 
+from train.checkpoint.manager import CheckpointFolder
 from train.config import ModelConfig, ParallelConfig, PrecisionConfig, Recipe
 from train.errors import BackendError
 from train.model.backend import choose_backend
@@ -85,15 +87,16 @@ def count_gemms(rank: int, recipe: Recipe) -> dict[tuple[int, str], Counter[str]
     return found
 
 
-@pytest.mark.parametrize("pattern", ["M-M*-M-M*-", "*-M-"])
+@pytest.mark.parametrize("pattern", ["M-M*-M-M*-", "*-M-", GEMMA["model.pattern"]])
 @pytest.mark.parametrize("name", ["none", *LOW])
 @pytest.mark.parametrize("ends", [(0, 0), (2, 1)])
 def test_exactly_the_gemms_of_the_table_are_low_precision(name: str, pattern: str, ends: tuple[int, int]) -> None:
     """docs/fp8.md: both linears of every layer that is not at an end, once forward and once in each gradient."""
+    family = GEMMA if "w" in pattern else {"model.pattern": pattern}
     recipe = recipe_with(
         **WIDE,
+        **family,
         **{
-            "model.pattern": pattern,
             "precision.scaling": name,
             "precision.high_precision_first": ends[0],
             "precision.high_precision_last": ends[1],
@@ -102,12 +105,40 @@ def test_exactly_the_gemms_of_the_table_are_low_precision(name: str, pattern: st
     linears = {
         "M": ["mixer.in_proj", "mixer.out_proj"],
         "*": ["self_attention.linear_qkv", "self_attention.linear_proj"],
+        "w": ["self_attention.linear_qkv", "self_attention.linear_proj"],
         "-": ["mlp.linear_fc1", "mlp.linear_fc2"],
     }
     each = Counter({"forward": 1, "data_grad": 1, "weight_grad": 1})
     inside = range(ends[0], len(pattern) - ends[1]) if name != "none" else range(0)
     want = {(index, linear): each for index in inside for linear in linears[pattern[index]]}
     assert run_ranks(1, count_gemms, recipe)[0] == want
+
+
+def train_and_resume(rank: int, recipe: Recipe, folder: Path) -> tuple[Numbers, Numbers]:
+    """Four steps, and the last two of them again from a checkpoint of the first two."""
+    with engine_of(recipe, rank=rank, world=1) as engine:
+        checkpoints = CheckpointFolder(folder, recipe.checkpoint)
+        whole = steps_of(engine, recipe, range(2))
+        checkpoints.save(engine, step=2, position=8, recipe={}, data_hash="h")
+        rest = steps_of(engine, recipe, range(2, 4))
+    with engine_of(replace(recipe, run=replace(recipe.run, seed=99)), rank=rank, world=1) as fresh:
+        checkpoints.load(fresh, checkpoints.path_of(2))
+        fresh.precision.seed = recipe.run.seed * 1_000_003  # of stochastic rounding, which a resumed run keeps
+        again = steps_of(fresh, recipe, range(2, 4))
+    assert again == rest
+    return Numbers(whole.losses + rest.losses, whole.grad_norms + rest.grad_norms), again
+
+
+@pytest.mark.parametrize("name", LOW)
+def test_gemma_trains_in_every_recipe_and_resumes_bit_for_bit(name: str, tmp_path: Path) -> None:
+    """The first step is the plain one's, but for what 8 or 4 bits cost; a step that was resumed is the same to the bit."""
+    gemma = GEMMA | WIDE
+    low, _ = run_ranks(1, train_and_resume, recipe_with(**gemma, **{"precision.scaling": name}), tmp_path)[0]
+    plain = run_ranks(1, train, recipe_with(**gemma), 1, 4)[0]
+    loss, norm = (0.01, 0.1) if name != "nvfp4" else (0.02, 0.3)
+    assert low.losses != plain.losses
+    assert low.losses == pytest.approx(plain.losses, rel=loss)
+    assert low.grad_norms[0] == pytest.approx(plain.grad_norms[0], rel=norm)
 
 
 @pytest.mark.parametrize("name", ["current", "blockwise", "nvfp4"])

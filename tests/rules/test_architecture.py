@@ -26,7 +26,7 @@ FLOORS = {
     "data.verify": 1, "data.cache": 1, "data.reader": 1, "data.shares": 1, "data.curriculum": 1, "data.order": 1, "data.fim": 1,
     "data.pack": 1, "data.compiled": 1, "data.fill": 1, "data.blend": 1, "data.batch": 1, "data.dataset": 1,
     "data.stream": 1, "data.command": 1,
-    "train.recipe": 1, "data.trace": 7, "data.inspect": 7,
+    "train.recipe": 1, "train.gemm": 1, "data.trace": 7, "data.inspect": 7,
     "train.model": 2, "train.precision": 2, "train.parallel": 2, "train.optim": 2, "train.telemetry": 2, "train.displays": 2,
     "train.machine": 2, "train.metrics": 1,
     "train.faults": 2, "train.engine": 2,

@@ -7,9 +7,9 @@ Bytes per token, h hidden, e bytes of the recipe's format, q and k widths of que
 of Mamba's projection and convolution, i its inner width (all on a tensor rank), i' = 1 where an FP8 copy is kept instead:
 
                         reference                                      te
-    norm before         e h (out) + 8 h (x and x/rms in fp32)          2 e h (in, out)    in low precision (e + 1) h
+    norm before         2 e h (in, out)                                the same           in low precision (e + 1) h
     attention           q, k, v, out in fp32, out in e, 4 a head       e (3q + 2k), turned + e k, 4 a head; low precision + q
-    MLP                 2 e f     gated 4 e f                          the same, the last of them 1 byte in low precision
+    MLP                 2 e f     gated 3 e f                          the same, the last of them 1 byte in low precision
     Mamba-2             e D + 4 (C + i) + states + gated norm          e (D + 2 i) + i' i
 """
 
@@ -21,6 +21,8 @@ from train.config import ModelConfig
 from train.model.pattern import LayerKind
 
 Modules = Literal["reference", "te"]
+LOSS_PART = 1 << 24
+"""Logits that the loss works on at once on a GPU (`train.model.cross_entropy`)."""
 
 
 @dataclass(frozen=True)
@@ -58,14 +60,14 @@ def layer_bytes(shape: Shape, kind: LayerKind, *, is_low: bool = False) -> float
     m, e, tokens, te = shape.model, shape.size, shape.tokens, shape.modules == "te"
     copy = 1 if is_low and te else e
     h = m.hidden
-    kept = shape.share * (h * (e + copy if te else e + 8) + 4)
+    kept = shape.share * (h * (e + copy) + 4)
     if m.post_norms:
-        kept += shape.share * (h * (e if te else 8) + 4)
+        kept += shape.share * (h * e + 4)
     match kind:
         case "-":
             f = m.ffn / shape.tensor
             gated = m.activation in ("swiglu", "geglu")
-            kept += tokens * f * ((3 if gated else 1) * e + copy)
+            kept += tokens * f * ((2 if gated else 1) * e + copy)
         case "*" | "w":
             kept += _attention_bytes(shape, copy=copy, is_low=is_low and te)
         case "M":
@@ -81,25 +83,25 @@ def layer_bytes(shape: Shape, kind: LayerKind, *, is_low: bool = False) -> float
                 chunks = -(-shape.sequence // chunk)
                 # Context ranks trade sequence for heads: their share of the work is the same.
                 states = 4 * inner * m.mamba_state * shape.rows * chunks / shape.context
-                # The norm over one group knows its weight and keeps x and x/rms; over several it keeps x and the product.
-                norm = 8 + e if e == 4 or groups == 1 else 4 + 2 * e
-                kept += tokens * (e * projected + 4 * conv + 4 * inner + norm * inner + 4 * groups) + states
+                kept += tokens * (e * projected + 4 * conv + 4 * inner + 2 * e * inner + 4 * groups) + states
     return kept
 
 
 def head_bytes(shape: Shape) -> float:
-    """Final norm, logits in fp32 (the softmax takes their place) and labels."""
+    """Final norm, logits (their gradient takes their place) and labels."""
     m, e = shape.model, shape.size
-    norm = shape.share * (m.hidden * (2 * e if shape.modules == "te" else e + 8) + 4)
-    logits = 4.0 * shape.tokens * m.vocab / shape.tensor
-    if m.logit_softcap is not None and shape.modules == "te":
-        logits *= 2
+    norm = shape.share * (m.hidden * 2 * e + 4)
+    logits = float(e * shape.tokens * m.vocab / shape.tensor)
     return norm + logits + 8.0 * shape.tokens
 
 
 def head_workspace(shape: Shape) -> float:
-    """Logits in the recipe's format beside the fp32 ones, and their gradient, while the head runs."""
-    return 2.0 * shape.size * shape.tokens * shape.model.vocab / shape.tensor
+    """Beside the logits while the head runs: what the loss works on at once in fp32 (`train.model.cross_entropy`), and on a
+    CPU logits or their gradient in fp32 where the recipe's format is bf16."""
+    logits = shape.tokens * shape.model.vocab / shape.tensor
+    if shape.modules == "reference":
+        return 4.0 * logits if shape.size == 2 else 0.0
+    return 16.0 * min(float(LOSS_PART), logits)
 
 
 def layer_workspace(shape: Shape, pattern: str) -> float:

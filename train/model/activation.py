@@ -1,41 +1,100 @@
-"""Nonlinearities of the MLP layers."""
+"""The MLP layers' nonlinearities, gated or not, in one pass over memory each way on a CPU (`passes.c`), and the MLP that
+applies them."""
 
 from collections.abc import Callable
-from typing import Any
+from functools import partial
+from typing import Any, Literal
 
 import torch
+from megatron.core.transformer.mlp import MLP
 from torch.nn import functional as F
 
+from train.model import passes
 
-class _SquaredReLU(torch.autograd.Function):
+Function = Literal["squared_relu", "gelu", "silu"]
+
+
+class _Activation(torch.autograd.Function):
+    """Keeps the input alone."""
+
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
-        rectified = torch.relu(x)
-        ctx.save_for_backward(rectified)
-        return rectified * rectified
+    def forward(ctx: Any, x: torch.Tensor, function: Function, gated: bool) -> torch.Tensor:
+        x = x.contiguous()
+        ctx.save_for_backward(x)
+        ctx.function, ctx.gated = function, gated
+        if passes.takes(x):
+            return passes.activation_forward(x, function, gated=gated)
+        if not gated:
+            return _forward(function, x)
+        gate, up = x.chunk(2, dim=-1)
+        return _forward(function, gate).mul_(up)
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
-        (rectified,) = ctx.saved_tensors
-        return (grad * rectified).mul_(2)
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:  # type: ignore[override]
+        (x,) = ctx.saved_tensors
+        if passes.takes(x):
+            return passes.activation_backward(x, grad.contiguous(), ctx.function, gated=ctx.gated), None, None
+        if not ctx.gated:
+            return _backward(ctx.function, grad, x), None, None
+        gate, up = x.chunk(2, dim=-1)
+        grad_x = torch.empty_like(x)
+        grad_gate, grad_up = grad_x.chunk(2, dim=-1)
+        torch.mul(grad, _forward(ctx.function, gate), out=grad_up)
+        grad_gate.copy_(_backward(ctx.function, grad * up, gate))
+        return grad_x, None, None
 
 
-def squared_relu(x: torch.Tensor) -> torch.Tensor:
-    """max(x, 0)^2 (arXiv 2109.08668), with a gradient of two passes instead of autograd's five."""
-    return _SquaredReLU.apply(x)
+def _forward(function: Function, x: torch.Tensor) -> torch.Tensor:
+    match function:
+        case "squared_relu":
+            return torch.relu(x).square_()
+        case "gelu":
+            return F.gelu(x, approximate="tanh")
+        case "silu":
+            return F.silu(x)
 
 
-def gelu_tanh(x: torch.Tensor) -> torch.Tensor:
-    """GELU in its tanh approximation (arXiv 1606.08415, section 2)."""
-    return F.gelu(x, approximate="tanh")
+def _backward(function: Function, grad: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    match function:
+        case "squared_relu":
+            return (grad * torch.relu(x)).mul_(2)
+        case "gelu":
+            return torch.ops.aten.gelu_backward(grad, x, approximate="tanh")
+        case "silu":
+            return torch.ops.aten.silu_backward(grad, x)
+
+
+def activate(x: torch.Tensor, function: Function, gated: bool) -> torch.Tensor:
+    """f(x), or f(gate) * up where the last dim of x is [gate | up]. Differentiable once.
+
+    squared_relu: max(x, 0)^2 (arXiv 2109.08668). gelu: in its tanh approximation (arXiv 1606.08415, section 2).
+    """
+    return _Activation.apply(x, function, gated)
 
 
 def activation_function(name: str) -> tuple[Callable[[torch.Tensor], torch.Tensor], bool]:
-    """(function, whether it gates a second branch) of a recipe's `model.activation`."""
-    return {
-        "squared_relu": (squared_relu, False),
-        "gelu": (gelu_tanh, False),
-        "silu": (F.silu, False),
-        "swiglu": (F.silu, True),
-        "geglu": (gelu_tanh, True),
-    }[name]
+    """(what `FeedForward` applies to its whole inner layer, whether that is [gate | up]) of a recipe's
+    `model.activation`."""
+    functions: dict[str, tuple[Function, bool]] = {
+        "squared_relu": ("squared_relu", False),
+        "gelu": ("gelu", False),
+        "silu": ("silu", False),
+        "swiglu": ("silu", True),
+        "geglu": ("gelu", True),
+    }
+    function, gated = functions[name]
+    return partial(activate, function=function, gated=gated), gated
+
+
+class FeedForward(MLP):
+    """Megatron's MLP, whose activation takes gate and up together: Megatron's own forward pass applies it to the gate and
+    multiplies after."""
+
+    def forward(
+        self, hidden_states: torch.Tensor, per_token_scale: torch.Tensor | None = None, **_unused: Any
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """[sequence, rows, hidden] -> the same shape. Collective as the two linears are."""
+        assert per_token_scale is None, "for experts, which are not built here"
+        inner, bias = self.linear_fc1(hidden_states)
+        assert bias is None, "layers here have no biases"
+        return self.linear_fc2(self.config.activation_func(inner))

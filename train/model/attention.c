@@ -1,94 +1,182 @@
-/* The elementwise work of train/model/capped.py on a block of scores, in one pass over it.
+/* Attention with a soft cap (train/model/capped.py has the formulas and the letters): forward and backward, a block of scores
+   at a time in the cache.
 
-   A block is [pairs, lines, keys]: pairs of a row and a key/value head, lines of a query and one of the query heads that
-   share the key/value head. A line sees the keys from its query's first one to its own place; the others become zero. */
+   Lines are the queries of a pair (a row and a key/value head), each with its query heads in turn. A line sees the keys from
+   its query's first one to its own place. A task is a block of lines of a pair going over its blocks of keys; in the
+   backward pass a pair's blocks of lines are dealt to `stretches` tasks with gradients of keys and values of their own,
+   which are added up by the caller. All of it depends on shapes alone: the same bits for any number of threads.
+
+   Layouts: q, out [pairs, lines, D]; k, v [pairs, keys, D]; sums [pairs, lines]; first_key [rows, queries]. */
 
 #include "simd.h"
 
+enum { LINES = 128, KEYS = 128 };
+
 typedef struct {
-  int64_t pairs, lines, keys;
-  int64_t first_pair, first_query, first_key; /* of the block */
-  int64_t groups, per_group, queries;         /* of the whole */
-  int64_t offset, sums_row;
+  int64_t pairs, lines, keys, width;
+  int64_t groups, per_group, queries, offset, stretches;
   float scale, softcap;
+} Attention;
+
+static void visible(const Attention *k, const int32_t *first_key, int64_t pair, int64_t line, int64_t *from, int64_t *to) {
+  const int64_t query = line / k->per_group;
+  *from = first_key[pair / k->groups * k->queries + query];
+  *to = k->offset + query + 1;
+}
+
+/* What a block of lines sees of a block of keys. */
+typedef struct {
+  int64_t pair, line, lines, key, keys, padded;
 } Block;
 
-static void visible(const Block *k, const int32_t *first_key, int64_t line, int64_t *from, int64_t *to) {
-  const int64_t row = (k->first_pair + line / k->lines) / k->groups;
-  const int64_t query = k->first_query + line % k->lines / k->per_group;
-  *from = first_key[row * k->queries + query] - k->first_key;
-  *to = k->offset + query + 1 - k->first_key;
-  if (*from < 0) *from = 0;
-  if (*to > k->keys) *to = k->keys;
-  if (*from > *to) *from = *to;
+static int64_t blocks_of(int64_t n, int64_t size) { return (n + size - 1) / size; }
+
+static Block block_of(const Attention *k, int64_t pair, int64_t line_block, int64_t key_block) {
+  Block b = {.pair = pair, .line = line_block * LINES, .key = key_block * KEYS};
+  b.lines = k->lines - b.line < LINES ? k->lines - b.line : LINES;
+  b.keys = k->keys - b.key < KEYS ? k->keys - b.key : KEYS;
+  b.padded = blocks_of(b.keys, LANES) * LANES;
+  return b;
 }
 
-/* Raw products -> exp(c tanh(product scale / c)) in place; their sums are added to sums. */
-int stratum_capped_exponentials(const Block *k, const int32_t *first_key, float *scores, float *sums, int threads) {
-  const float inner = k->scale / k->softcap;
+/* First key block and one past the last that any line of a block sees. */
+static void seen(const Attention *k, const int32_t *first_key, int64_t pair, int64_t line_block, int64_t *first, int64_t *end) {
+  const Block b = block_of(k, pair, line_block, 0);
+  int64_t from, to, unused;
+  visible(k, first_key, pair, b.line, &from, &unused);
+  visible(k, first_key, pair, b.line + b.lines - 1, &unused, &to);
+  *first = from / KEYS;
+  *end = blocks_of(to, KEYS);
+}
+
+/* out[pair][key block] = that block of x [pairs, keys, D], transposed: [D, KEYS], zeros behind the last key. */
+static void turn(const Attention *k, const float *x, float *out, int threads) {
+  const int64_t blocks = blocks_of(k->keys, KEYS);
 #pragma omp parallel for num_threads(threads) schedule(static)
-  for (int64_t line = 0; line < k->pairs * k->lines; line++) {
-    int64_t from, to, j;
-    visible(k, first_key, line, &from, &to);
-    float *p = scores + line * k->keys, rest[LANES] = {0};
-    memset(p, 0, (size_t)from * 4);
-    V sum = {0};
-    for (j = from; j + LANES <= to; j += LANES) {
-      V e = exp_of(tanh_of(load(p + j) * inner) * k->softcap);
-      store(p + j, e);
-      sum += e;
-    }
-    float total = sum_of(sum);
-    if (j < to) {
-      memcpy(rest, p + j, (size_t)(to - j) * 4);
-      store(rest, exp_of(tanh_of(load(rest) * inner) * k->softcap));
-      for (int64_t i = 0; i < to - j; i++) p[j + i] = rest[i], total += rest[i];
-    }
-    memset(p + to, 0, (size_t)(k->keys - to) * 4);
-    sums[line / k->lines * k->sums_row + line % k->lines] += total;
+  for (int64_t i = 0; i < k->pairs * blocks; i++) {
+    const Block b = block_of(k, i / blocks, 0, i % blocks);
+    transpose(b.keys, k->width, x + (b.pair * k->keys + b.key) * k->width, k->width, out + i * k->width * KEYS, KEYS);
   }
-  return 0;
 }
 
-static inline void gradients(const Block *k, V *score, V *grad, float constant, float inner) {
-  V t = tanh_of(*score * inner), e = exp_of(t * k->softcap);
-  *score = e;
-  *grad = (*grad - constant) * e * (all(k->scale) - t * t * k->scale);
+static inline V within(V x, int64_t j, int64_t from, int64_t to) {
+  if (j >= from && j + LANES <= to) return x;
+  const I place = lane_numbers() + (int32_t)j;
+  return choose((place >= (int32_t)from) & (place < (int32_t)to), x, all(0.0f));
 }
 
-/* Raw products -> exp(...) as above; gradients of those, given without the constant of each line -> of the products. */
-int stratum_capped_gradients(const Block *k, const int32_t *first_key, float *scores, float *grads, const float *constant,
-                              int threads) {
+/* The keys of a block that a line sees, as whole vectors [start, stop), and zeros in `p` outside of those. */
+static void span(const Attention *k, const int32_t *first_key, const Block *b, int64_t line, float *p, int64_t *from, int64_t *to,
+                 int64_t *start, int64_t *stop) {
+  visible(k, first_key, b->pair, b->line + line, from, to);
+  *from = *from - b->key < 0 ? 0 : *from - b->key;
+  *to = *to - b->key > b->keys ? b->keys : *to - b->key;
+  if (*to <= *from) *from = *to = 0; /* it sees none of them */
+  *start = *from / LANES * LANES;
+  *stop = blocks_of(*to, LANES) * LANES;
+  memset(p, 0, (size_t)*start * 4);
+  memset(p + *stop, 0, (size_t)(b->padded - *stop) * 4);
+}
+
+static float *scratch(int64_t floats) { return aligned_alloc(64, (size_t)((floats + 15) / 16 * 64)); }
+
+/* -> 0, or 1 without memory. turned: room for [pairs, key blocks, D, KEYS]. Writes out and sums, the latter of p. */
+int stratum_capped_forward(const Attention *k, const float *q, const float *keys, const float *values, const int32_t *first_key,
+                           float *turned, float *out, float *sums, int threads) {
+  const int64_t D = k->width, line_blocks = blocks_of(k->lines, LINES), key_blocks = blocks_of(k->keys, KEYS);
   const float inner = k->scale / k->softcap;
-#pragma omp parallel for num_threads(threads) schedule(static)
-  for (int64_t line = 0; line < k->pairs * k->lines; line++) {
-    int64_t from, to, j;
-    visible(k, first_key, line, &from, &to);
-    float *p = scores + line * k->keys, *g = grads + line * k->keys, rest_p[LANES] = {0}, rest_g[LANES] = {0};
-    const float own = constant[line / k->lines * k->sums_row + line % k->lines];
-    memset(p, 0, (size_t)from * 4);
-    memset(g, 0, (size_t)from * 4);
-    for (j = from; j + LANES <= to; j += LANES) {
-      V e = load(p + j), d = load(g + j);
-      gradients(k, &e, &d, own, inner);
-      store(p + j, e);
-      store(g + j, d);
+  int failed = 0;
+  turn(k, keys, turned, threads);
+#pragma omp parallel for num_threads(threads) schedule(dynamic)
+  for (int64_t task = 0; task < k->pairs * line_blocks; task++) {
+    const int64_t pair = task / line_blocks, line_block = line_blocks - 1 - task % line_blocks; /* the longest first */
+    float *scores = scratch(LINES * KEYS);
+    if (scores == NULL) { failed = 1; continue; }
+    int64_t first, end;
+    seen(k, first_key, pair, line_block, &first, &end);
+    const int64_t line = pair * k->lines + line_block * LINES;
+    int64_t lines = 0;
+    for (int64_t key_block = first; key_block < end; key_block++) {
+      const Block b = block_of(k, pair, line_block, key_block);
+      lines = b.lines;
+      product(FULL, lines, b.padded, D, q + line * D, D, 1, turned + (pair * key_blocks + key_block) * D * KEYS, KEYS, scores,
+              KEYS, 0);
+      for (int64_t i = 0; i < lines; i++) {
+        float *p = scores + i * KEYS;
+        int64_t from, to, start, stop;
+        span(k, first_key, &b, i, p, &from, &to, &start, &stop);
+        V sum = {0};
+        for (int64_t j = start; j < stop; j += LANES) {
+          V e = within(exp_of(tanh_of(load(p + j) * inner) * k->softcap), j, from, to);
+          store(p + j, e);
+          sum += e;
+        }
+        sums[line + i] = (key_block == first ? 0 : sums[line + i]) + sum_of(sum);
+      }
+      product(FULL, lines, D, b.keys, scores, KEYS, 1, values + (pair * k->keys + b.key) * D, D, out + line * D, D,
+              key_block != first);
     }
-    if (j < to) {
-      memcpy(rest_p, p + j, (size_t)(to - j) * 4);
-      memcpy(rest_g, g + j, (size_t)(to - j) * 4);
-      V e = load(rest_p), d = load(rest_g);
-      gradients(k, &e, &d, own, inner);
-      store(rest_p, e);
-      store(rest_g, d);
-      memcpy(p + j, rest_p, (size_t)(to - j) * 4);
-      memcpy(g + j, rest_g, (size_t)(to - j) * 4);
+    for (int64_t i = 0; i < lines; i++) {
+      const float factor = 1.0f / sums[line + i];
+      for (int64_t d = 0; d < D; d += LANES) store(out + (line + i) * D + d, load(out + (line + i) * D + d) * factor);
     }
-    memset(p + to, 0, (size_t)(k->keys - to) * 4);
-    memset(g + to, 0, (size_t)(k->keys - to) * 4);
+    free(scores);
   }
-  return 0;
+  return failed;
+}
+
+/* Gradients given grad [pairs, lines, D] of out, already divided by the sums, and constant = <grad, out> [pairs, lines].
+   Writes grad_q, and grad_k and grad_v [stretches, pairs, keys, D]. turned: room for twice what the forward pass needs. */
+int stratum_capped_backward(const Attention *k, const float *q, const float *keys, const float *values, const int32_t *first_key,
+                            const float *grad, const float *constant, float *turned, float *grad_q, float *grad_k, float *grad_v,
+                            int threads) {
+  const int64_t D = k->width, line_blocks = blocks_of(k->lines, LINES), key_blocks = blocks_of(k->keys, KEYS);
+  const float inner = k->scale / k->softcap;
+  float *turned_values = turned + k->pairs * key_blocks * D * KEYS;
+  int failed = 0;
+  turn(k, keys, turned, threads);
+  turn(k, values, turned_values, threads);
+#pragma omp parallel for num_threads(threads) schedule(dynamic)
+  for (int64_t task = 0; task < k->pairs * k->stretches; task++) {
+    const int64_t pair = task / k->stretches, stretch = task % k->stretches;
+    float *scores = scratch(2 * LINES * KEYS), *slopes = scores + LINES * KEYS;
+    if (scores == NULL) { failed = 1; continue; }
+    float *own_k = grad_k + (stretch * k->pairs + pair) * k->keys * D, *own_v = grad_v + (stretch * k->pairs + pair) * k->keys * D;
+    memset(own_k, 0, (size_t)(k->keys * D) * 4);
+    memset(own_v, 0, (size_t)(k->keys * D) * 4);
+    for (int64_t line_block = stretch; line_block < line_blocks; line_block += k->stretches) {
+      int64_t first, end;
+      seen(k, first_key, pair, line_block, &first, &end);
+      const int64_t line = pair * k->lines + line_block * LINES;
+      for (int64_t key_block = first; key_block < end; key_block++) {
+        const Block b = block_of(k, pair, line_block, key_block);
+        const int64_t at = (pair * key_blocks + key_block) * D * KEYS, key = (pair * k->keys + b.key) * D;
+        product(FULL, b.lines, b.padded, D, q + line * D, D, 1, turned + at, KEYS, scores, KEYS, 0);
+        product(FULL, b.lines, b.padded, D, grad + line * D, D, 1, turned_values + at, KEYS, slopes, KEYS, 0);
+        for (int64_t i = 0; i < b.lines; i++) {
+          float *p = scores + i * KEYS, *g = slopes + i * KEYS;
+          int64_t from, to, start, stop;
+          span(k, first_key, &b, i, p, &from, &to, &start, &stop);
+          memset(g, 0, (size_t)start * 4);
+          memset(g + stop, 0, (size_t)(b.padded - stop) * 4);
+          const float own = constant[line + i];
+          for (int64_t j = start; j < stop; j += LANES) {
+            V t = tanh_of(load(p + j) * inner), e = within(exp_of(t * k->softcap), j, from, to);
+            store(p + j, e);
+            store(g + j, (load(g + j) - own) * e * (all(k->scale) - t * t * k->scale));
+          }
+        }
+        product(FULL, b.keys, D, b.lines, scores, 1, KEYS, grad + line * D, D, own_v + b.key * D, D, 1);
+        product(FULL, b.keys, D, b.lines, slopes, 1, KEYS, q + line * D, D, own_k + b.key * D, D, 1);
+        product(FULL, b.lines, D, b.keys, slopes, KEYS, 1, keys + key, D, grad_q + line * D, D, key_block != first);
+      }
+    }
+    free(scores);
+  }
+  return failed;
 }
 
 /* Floats of a vector: widths must be multiples of it. */
 int stratum_lanes(void) { return LANES; }
+/* Keys of a block. */
+int stratum_keys(void) { return KEYS; }

@@ -14,8 +14,7 @@ Megatron's Mamba all-to-all assumes, balanced for causal masks). Keys and values
 true order; the gather's backward is the matching reduce-scatter.
 
 Which arithmetic: without a soft cap torch's scaled_dot_product_attention (FlashAttention on a GPU); with one
-`train.model.capped` on a CPU. On a GPU soft caps, windows and documents go to torch's FlexAttention (**not run on a GPU**;
-its mask and score functions are tested on a CPU, where torch runs them unfused).
+`train.model.capped` on a CPU. On a GPU soft caps, windows and documents go to torch's FlexAttention (`train.model.flex`).
 """
 
 from collections.abc import Iterator
@@ -29,11 +28,11 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.utils import is_layer_window_attention
 from torch.nn import functional as F
-from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from train.model.capped import capped_attention
 from train.model.context import RowContext
 from train.model.documents import document_starts
+from train.model.flex import flex, mask_of
 from train.model.rotary import Rotary
 
 
@@ -117,8 +116,7 @@ class AttentionCore(MegatronModule):
         outputs = []
         for stretch in _stretches(queries, keys, rank=here, ranks=ranks):
             q = query_SBHD[stretch.queries]
-            first_BQ = self._first_keys(q.shape[0], stretch.offset, keys, row, rows=q.shape[1], device=device)
-            outputs.append(self._attend(q, key_SBGD, value_SBGD, first_BQ, offset=stretch.offset, scale=scale))
+            outputs.append(self._attend(q, key_SBGD, value_SBGD, row, offset=stretch.offset, scale=scale))
         output = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
         return output.to(storage)
 
@@ -127,33 +125,39 @@ class AttentionCore(MegatronModule):
         query_QBHD: torch.Tensor,
         key_KBGD: torch.Tensor,
         value_KBGD: torch.Tensor,
-        first_BQ: torch.Tensor | None,
+        row: RowContext,
         *,
         offset: int,
         scale: float,
     ) -> torch.Tensor:
-        """Attention of a stretch of queries, each from its first key (None: the first of all) to its own."""
-        on_cpu = query_QBHD.device.type == "cpu"
-        if self.softcap is None and (on_cpu or first_BQ is None):
-            return _plain(query_QBHD, key_KBGD, value_KBGD, first_BQ, offset=offset, scale=scale)
-        if first_BQ is None:
-            first_BQ = torch.zeros(*query_QBHD.shape[1::-1], dtype=torch.int32, device=query_QBHD.device)
+        """Attention of a stretch of queries, each from its first key to its own."""
+        queries, rows, device = query_QBHD.shape[0], query_QBHD.shape[1], query_QBHD.device
+        keys = key_KBGD.shape[0]
+
+        def first_keys() -> torch.Tensor | None:
+            return self._first_keys(queries, offset, row, rows=rows, device=device)
+
+        def given_first_keys() -> torch.Tensor:
+            first = first_keys()
+            return first if first is not None else torch.zeros(rows, queries, dtype=torch.int32, device=device)
+
+        on_cpu = device.type == "cpu"
+        is_whole = row.documents is None and (self.window_tokens is None or offset + queries <= self.window_tokens)
+        if self.softcap is None and (on_cpu or is_whole):
+            return _plain(query_QBHD, key_KBGD, value_KBGD, first_keys(), offset=offset, scale=scale)
         if on_cpu and self.softcap is not None:
             return capped_attention(
-                query_QBHD,
-                key_KBGD,
-                value_KBGD,
-                first_key_BQ=first_BQ,
-                offset=offset,
-                scale=scale,
-                softcap=self.softcap,
-            )
-        return flex(
-            query_QBHD, key_KBGD, value_KBGD, first_key_BQ=first_BQ, offset=offset, scale=scale, softcap=self.softcap
-        )
+                query_QBHD, key_KBGD, value_KBGD,
+                first_key_BQ=given_first_keys(), offset=offset, scale=scale, softcap=self.softcap,
+            )  # fmt: skip
+        mask = mask_of(
+            row, queries=queries, keys=keys, offset=offset, window=self.window_tokens, device=device,
+            first_key_BQ=given_first_keys,
+        )  # fmt: skip
+        return flex(query_QBHD, key_KBGD, value_KBGD, mask=mask, scale=scale, softcap=self.softcap)
 
     def _first_keys(
-        self, queries: int, offset: int, keys: int, row: RowContext, *, rows: int, device: torch.device
+        self, queries: int, offset: int, row: RowContext, *, rows: int, device: torch.device
     ) -> torch.Tensor | None:
         """First key each query sees, [rows, queries] int32; None where that is the first of all for every query."""
         window = self.window_tokens
@@ -225,43 +229,6 @@ def _plain(
         value_KBGD.permute(1, 2, 0, 3),
         attn_mask=mask,
         is_causal=mask is None and queries > 1,
-        scale=scale,
-        enable_gqa=query_QBHD.shape[2] != key_KBGD.shape[2],
-    )
-    return out_BHQD.permute(2, 0, 1, 3).flatten(2)
-
-
-def flex(
-    query_QBHD: torch.Tensor,
-    key_KBGD: torch.Tensor,
-    value_KBGD: torch.Tensor,
-    *,
-    first_key_BQ: torch.Tensor,
-    offset: int,
-    scale: float,
-    softcap: float | None,
-) -> torch.Tensor:
-    """The contract of `capped_attention` through torch's FlexAttention, which fuses cap and mask into one GPU kernel.
-
-    softcap None: no cap.
-    """
-
-    def cap(score: torch.Tensor, b: torch.Tensor, h: torch.Tensor, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
-        return softcap * torch.tanh(score / softcap)
-
-    def visible(b: torch.Tensor, h: torch.Tensor, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
-        return (k <= q + offset) & (k >= first_key_BQ[b, q])
-
-    queries, rows = query_QBHD.shape[:2]
-    device = query_QBHD.device
-    mask = create_block_mask(visible, rows, None, queries, key_KBGD.shape[0], device=device)
-    fused = torch.compile(flex_attention) if device.type == "cuda" else flex_attention
-    out_BHQD = fused(
-        query_QBHD.permute(1, 2, 0, 3),
-        key_KBGD.permute(1, 2, 0, 3),
-        value_KBGD.permute(1, 2, 0, 3),
-        score_mod=cap if softcap is not None else None,
-        block_mask=mask,
         scale=scale,
         enable_gqa=query_QBHD.shape[2] != key_KBGD.shape[2],
     )

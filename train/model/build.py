@@ -22,12 +22,12 @@ from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.identity_op import IdentityOp
-from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.mlp import MLPSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 
 from train.config import ModelConfig, ParallelConfig, PrecisionConfig, RunConfig
-from train.model.activation import activation_function
+from train.model.activation import FeedForward, activation_function
 from train.model.attention import AttentionCore
 from train.model.backend import Backend
 from train.model.cross_entropy import soft_cap, vocab_parallel_cross_entropy
@@ -186,7 +186,7 @@ def stack_spec(model: ModelConfig, backend: Backend, *, reset_at_documents: bool
         params=after,
         submodules=TransformerLayerSubmodules(
             pre_mlp_layernorm=norm,
-            mlp=partial(MLP.as_mlp_submodule, submodules=MLPSubmodules(linear_fc1=column, linear_fc2=row)),
+            mlp=partial(FeedForward.as_mlp_submodule, submodules=MLPSubmodules(linear_fc1=column, linear_fc2=row)),
             mlp_bda=get_bias_dropout_add,
             sharded_state_dict_keys_map=names("mlp.linear_fc1", "pre_mlp_layernorm"),
         ),
@@ -218,12 +218,14 @@ def build_model(
     mesh: Mesh,
     backend: Backend,
     reset_at_documents: bool = False,
+    draw_weights: bool = True,
 ) -> list[Model]:
     """This rank's part of the model, initialized: one chunk per virtual pipeline stage, first stage first.
 
     reset_at_documents: whether batches will say where documents begin.
 
-    Weights depend on `run.seed` and the parameter's name only, not on the layout. Collective (tied embeddings).
+    Weights depend on `run.seed` and the parameter's name only, not on the layout. draw_weights: False leaves them
+    undefined, for a caller who reads them all from a checkpoint. Collective (tied embeddings).
     """
     config = transformer_config(model, parallel=parallel, precision=precision, run=run, backend=backend)
     # HybridStack names Transformer Engine's norm for its final norm whatever the spec says.
@@ -253,6 +255,7 @@ def build_model(
             vp_stage=chunk if chunks_per_rank > 1 else None,
         )
         backend.equip(part, model=model, precision=precision)
-        initialize(part, model=model, seed=run.seed, tensor_group=mesh.groups.tp)
+        if draw_weights:
+            initialize(part, model=model, seed=run.seed, tensor_group=mesh.groups.tp)
         chunks.append(part)
     return chunks

@@ -92,17 +92,10 @@ class _Capped(torch.autograd.Function):
         ctx: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, first_key_BQ: torch.Tensor, plan: _Plan
     ) -> torch.Tensor:
         q, k, v = _by_pair(query, plan.groups), _by_pair(key, plan.groups), _by_pair(value, plan.groups)
-        per_group = query.shape[2] // plan.groups
-        out = torch.empty_like(q)
-        sums = torch.zeros(q.shape[:2], dtype=q.dtype, device=q.device)
-        for blocks in _blocks(first_key_BQ, plan, heads_per_group=per_group):
-            where = (blocks[0].pairs, _lines(blocks[0].queries, per_group))
-            for index, block in enumerate(blocks):
-                p = torch.bmm(q[where], k[block.pairs, block.keys].transpose(1, 2))
-                _exponentials_(p, sums[where], first_key_BQ, block, plan)
-                values = v[block.pairs, block.keys]
-                out[where].baddbmm_(p, values, beta=min(index, 1))
-        out /= sums.unsqueeze(-1)
+        if compiled.attention_usable(query):
+            out, sums = compiled.capped_forward(q, k, v, first_key_BQ, plan)
+        else:
+            out, sums = _forward(q, k, v, first_key_BQ, plan)
         ctx.save_for_backward(query, key, value, first_key_BQ, out, sums)
         ctx.plan = plan
         return _by_token(out, query).flatten(2).to(query.dtype)
@@ -113,21 +106,11 @@ class _Capped(torch.autograd.Function):
         plan: _Plan = ctx.plan
         q, k, v = _by_pair(query, plan.groups), _by_pair(key, plan.groups), _by_pair(value, plan.groups)
         grad = _by_pair(grad_out.view(query.shape), plan.groups)
-        per_group = query.shape[2] // plan.groups
         # d p = (grad v^T - <grad, out>) / sum: the second term is the same for all keys of a query.
         grad = grad / sums.unsqueeze(-1)
         constant = (grad * out).sum(-1)
-        grad_q, grad_k, grad_v = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
-        for blocks in _blocks(first_key_BQ, plan, heads_per_group=per_group):
-            where = (blocks[0].pairs, _lines(blocks[0].queries, per_group))
-            for index, block in enumerate(blocks):
-                at = (block.pairs, block.keys)
-                scores = torch.bmm(q[where], k[at].transpose(1, 2))
-                grad_p = torch.bmm(grad[where], v[at].transpose(1, 2))
-                p = _gradients_(scores, grad_p, constant[where], first_key_BQ, block, plan)
-                grad_v[at].baddbmm_(p.transpose(1, 2), grad[where])
-                grad_q[where].baddbmm_(grad_p, k[at], beta=min(index, 1))
-                grad_k[at].baddbmm_(grad_p.transpose(1, 2), q[where])
+        backward = compiled.capped_backward if compiled.attention_usable(query) else _backward
+        grad_q, grad_k, grad_v = backward(q, k, v, first_key_BQ, grad, constant, plan)
         return (
             _by_token(grad_q, query).to(query.dtype),
             _by_token(grad_k, key).to(key.dtype),
@@ -137,12 +120,55 @@ class _Capped(torch.autograd.Function):
         )
 
 
+def _forward(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, first_key_BQ: torch.Tensor, plan: _Plan
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """q [pairs, lines, D], k, v [pairs, keys, D] -> (out like q, sums of p [pairs, lines])."""
+    per_group = q.shape[1] // first_key_BQ.shape[1]
+    out = torch.empty_like(q)
+    sums = torch.zeros(q.shape[:2], dtype=q.dtype, device=q.device)
+    for blocks in _blocks(first_key_BQ, plan, heads_per_group=per_group):
+        where = (blocks[0].pairs, _lines(blocks[0].queries, per_group))
+        for index, block in enumerate(blocks):
+            p = torch.bmm(q[where], k[block.pairs, block.keys].transpose(1, 2))
+            _exponentials_(p, sums[where], first_key_BQ, block, plan)
+            values = v[block.pairs, block.keys]
+            out[where].baddbmm_(p, values, beta=min(index, 1))
+    out /= sums.unsqueeze(-1)
+    return out, sums
+
+
+def _backward(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    first_key_BQ: torch.Tensor,
+    grad: torch.Tensor,
+    constant: torch.Tensor,
+    plan: _Plan,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """grad: of out, divided by the sums; constant: <grad, out>. -> gradients of q, k, v."""
+    per_group = q.shape[1] // first_key_BQ.shape[1]
+    grad_q, grad_k, grad_v = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
+    for blocks in _blocks(first_key_BQ, plan, heads_per_group=per_group):
+        where = (blocks[0].pairs, _lines(blocks[0].queries, per_group))
+        for index, block in enumerate(blocks):
+            at = (block.pairs, block.keys)
+            scores = torch.bmm(q[where], k[at].transpose(1, 2))
+            grad_p = torch.bmm(grad[where], v[at].transpose(1, 2))
+            p = _gradients_(scores, grad_p, constant[where], first_key_BQ, block, plan)
+            grad_v[at].baddbmm_(p.transpose(1, 2), grad[where])
+            grad_q[where].baddbmm_(grad_p, k[at], beta=min(index, 1))
+            grad_k[at].baddbmm_(grad_p.transpose(1, 2), q[where])
+    return grad_q, grad_k, grad_v
+
+
 def _by_pair(x_SBHD: torch.Tensor, groups: int) -> torch.Tensor:
     """[S, B, H, D] -> [B * G, S * R, D] contiguous: a matrix for each row and key/value head, its query heads in turn."""
     sequence, rows, heads, width = x_SBHD.shape
     work = torch.promote_types(x_SBHD.dtype, torch.float32)
     by_group = x_SBHD.to(work).view(sequence, rows, groups, heads // groups, width)
-    return by_group.permute(1, 2, 0, 3, 4).reshape(rows * groups, -1, width)
+    return by_group.permute(1, 2, 0, 3, 4).reshape(rows * groups, -1, width).contiguous()
 
 
 def _by_token(x: torch.Tensor, like_SBHD: torch.Tensor) -> torch.Tensor:
@@ -173,9 +199,6 @@ def _exponentials_(
     scores: torch.Tensor, sums: torch.Tensor, first_key_BQ: torch.Tensor, block: _Block, plan: _Plan
 ) -> None:
     """Raw products -> p in place, 0 where hidden; their sums over the keys are added to `sums`."""
-    if compiled.usable(scores):
-        compiled.capped_exponentials(block, plan, scores, sums, first_key_BQ)
-        return
     scores.mul_(plan.scale / plan.softcap).tanh_().mul_(plan.softcap).exp_()
     hidden = _hidden(first_key_BQ, block, plan, scores.shape[1])
     if hidden is not None:
@@ -192,9 +215,6 @@ def _gradients_(
     plan: _Plan,
 ) -> torch.Tensor:
     """Raw products -> p; grad_p -> gradient of the raw products, in place."""
-    if compiled.usable(scores):
-        compiled.capped_gradients(block, plan, scores, grad_p, constant, first_key_BQ)
-        return scores
     t = scores.mul_(plan.scale / plan.softcap).tanh_()
     slope = torch.addcmul(torch.full((), plan.scale, dtype=t.dtype, device=t.device), t, t, value=-plan.scale)
     p = t.mul_(plan.softcap).exp_()

@@ -1,4 +1,5 @@
-"""The compiled forms of the scan and of capped attention's elementwise work: `scan.c`, `attention.c`, built on first use.
+"""The compiled forms of the scan and of capped attention's elementwise work: `scan.c`, `attention.c`, built on first use
+(and `passes.c`, called by `train.model.passes`).
 
 Plain torch (`train.model.ssd`, `train.model.capped`) is the definition and takes over where there is no compiler, on other
 devices and in float64; tests hold both to the same tolerances. STRATUM_NATIVE=0 turns the compiled forms off.
@@ -21,8 +22,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 FOLDER = Path(__file__).parent
-SHAPE = "rows length width heads head_dim state groups chunk splits taps"
-BLOCK = "pairs lines keys first_pair first_query first_key groups per_group queries offset sums_row"
+ATTENTION = "pairs lines keys width groups per_group queries offset stretches"
 
 
 class Shape(ctypes.Structure):
@@ -34,11 +34,11 @@ class Shape(ctypes.Structure):
     ]
 
 
-class Block(ctypes.Structure):
-    """Mirror of `Block` in attention.c."""
+class Attention(ctypes.Structure):
+    """Mirror of `Attention` in attention.c."""
 
     _fields_ = [
-        *((name, ctypes.c_int64) for name in BLOCK.split()),
+        *((name, ctypes.c_int64) for name in ATTENTION.split()),
         ("scale", ctypes.c_float),
         ("softcap", ctypes.c_float),
     ]
@@ -60,7 +60,10 @@ def library(name: str) -> ctypes.CDLL | None:
     arguments = {
         "stratum_scan_forward": 9, "stratum_scan_backward": 15, "stratum_scan_finish": 3,
         "stratum_conv_forward": 5, "stratum_conv_backward": 7,
-        "stratum_capped_exponentials": 3, "stratum_capped_gradients": 4,
+        "stratum_capped_forward": 7, "stratum_capped_backward": 10,
+        "stratum_norm_forward": 4, "stratum_norm_backward": 7,
+        "stratum_activation_forward": 2, "stratum_activation_backward": 3,
+        "stratum_loss_forward": 4, "stratum_loss_backward": 4,
     }  # fmt: skip
     for function, tensors in arguments.items():
         if hasattr(loaded, function):
@@ -69,11 +72,12 @@ def library(name: str) -> ctypes.CDLL | None:
     return loaded
 
 
-def usable(*tensors: torch.Tensor) -> bool:
-    """Whether the compiled forms take tensors like these: fp32 on a CPU."""
-    return (
-        all(x.device.type == "cpu" and x.dtype == torch.float32 for x in tensors) and library("attention") is not None
-    )
+def attention_usable(query: torch.Tensor) -> bool:
+    """Whether the compiled attention takes heads like these [..., width]: on a CPU, not float64, filling its vectors."""
+    if query.device.type != "cpu" or query.dtype == torch.float64:
+        return False
+    kernels = library("attention")
+    return kernels is not None and query.shape[-1] % kernels.stratum_lanes() == 0
 
 
 def scan_usable(zxbcdt: torch.Tensor, sizes: "ScanSizes") -> bool:
@@ -88,6 +92,7 @@ def scan_usable(zxbcdt: torch.Tensor, sizes: "ScanSizes") -> bool:
 
 def _call(function: Any, head: ctypes.Structure, *tensors: torch.Tensor | None) -> None:
     """Call a kernel with its leading struct and pointers; every tensor is contiguous where the kernel assumes it."""
+    assert all(x is None or x.is_contiguous() for x in tensors)
     pointers = [None if x is None else x.data_ptr() for x in tensors]
     if function(ctypes.byref(head), *pointers, torch.get_num_threads()):
         raise MemoryError("no memory for the scan's scratch space")
@@ -95,49 +100,58 @@ def _call(function: Any, head: ctypes.Structure, *tensors: torch.Tensor | None) 
 
 # ---- capped attention
 
+TASKS = 16
+"""Tasks that a backward pass over attention is cut into at least, whatever the threads."""
 
-def capped_block(
-    block: Any, plan: Any, scores: torch.Tensor, per_line: torch.Tensor, first_key_BQ: torch.Tensor
-) -> Block:
-    """The kernels' view of a block (`train.model.capped`)."""
-    pairs, lines, keys = scores.shape
-    return Block(
-        pairs=pairs, lines=lines, keys=keys,
-        first_pair=block.pairs.start, first_query=block.queries.start, first_key=block.keys.start,
-        groups=plan.groups, per_group=lines // (block.queries.stop - block.queries.start), queries=first_key_BQ.shape[1],
-        offset=plan.offset, sums_row=per_line.stride(0), scale=plan.scale, softcap=plan.softcap,
+
+def _attention(q: torch.Tensor, k: torch.Tensor, first_key_BQ: torch.Tensor, plan: Any) -> Attention:
+    pairs, lines, width = q.shape
+    queries = first_key_BQ.shape[1]
+    return Attention(
+        pairs=pairs, lines=lines, keys=k.shape[1], width=width, groups=plan.groups, per_group=lines // queries,
+        queries=queries, offset=plan.offset, stretches=max(1, min(-(-TASKS // pairs), lines // 128)), scale=plan.scale,
+        softcap=plan.softcap,
     )  # fmt: skip
 
 
-def capped_exponentials(
-    block: Any, plan: Any, scores: torch.Tensor, sums: torch.Tensor, first_key_BQ: torch.Tensor
-) -> None:
-    """`train.model.capped._exponentials_`. sums: [pairs, lines], lines contiguous; first_key_BQ contiguous."""
+def _turned(k: torch.Tensor, times: int) -> torch.Tensor:
     kernels = library("attention")
-    assert kernels is not None and scores.is_contiguous() and first_key_BQ.is_contiguous() and sums.stride(1) == 1
-    _call(
-        kernels.stratum_capped_exponentials,
-        capped_block(block, plan, scores, sums, first_key_BQ),
-        first_key_BQ, scores, sums,
-    )  # fmt: skip
+    assert kernels is not None
+    block = kernels.stratum_keys()
+    return torch.empty(times * k.shape[0] * -(-k.shape[1] // block) * block * k.shape[2])
 
 
-def capped_gradients(
-    block: Any,
-    plan: Any,
-    scores: torch.Tensor,
-    grad_p: torch.Tensor,
-    constant: torch.Tensor,
+def capped_forward(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, first_key_BQ: torch.Tensor, plan: Any
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """q [pairs, lines, D], k, v [pairs, keys, D], fp32 and contiguous. -> (out like q, sums of p [pairs, lines])."""
+    kernels = library("attention")
+    assert kernels is not None
+    out, sums = torch.empty_like(q), torch.empty(q.shape[:2])
+    head = _attention(q, k, first_key_BQ, plan)
+    _call(kernels.stratum_capped_forward, head, q, k, v, first_key_BQ, _turned(k, 1), out, sums)
+    return out, sums
+
+
+def capped_backward(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
     first_key_BQ: torch.Tensor,
-) -> None:
-    """`train.model.capped._gradients_`; scores become p."""
+    grad: torch.Tensor,
+    constant: torch.Tensor,
+    plan: Any,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """grad: of out, divided by the sums; constant: <grad, out>. -> gradients of q, k, v."""
     kernels = library("attention")
-    assert kernels is not None and scores.is_contiguous() and grad_p.is_contiguous() and constant.stride(1) == 1
+    assert kernels is not None
+    head = _attention(q, k, first_key_BQ, plan)
+    grad_q = torch.empty_like(q)
+    grad_k, grad_v = torch.empty(2, head.stretches, *k.shape).unbind()
     _call(
-        kernels.stratum_capped_gradients,
-        capped_block(block, plan, scores, constant, first_key_BQ),
-        first_key_BQ, scores, grad_p, constant,
+        kernels.stratum_capped_backward, head, q, k, v, first_key_BQ, grad, constant, _turned(k, 2), grad_q, grad_k, grad_v
     )  # fmt: skip
+    return grad_q, grad_k.sum(0), grad_v.sum(0)
 
 
 # ---- the scan

@@ -5,6 +5,7 @@ the attention core, so `RowContext` extends that class instead of adding a secon
 """
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from megatron.core.packed_seq_params import PackedSeqParams
@@ -33,6 +34,8 @@ class RowContext(PackedSeqParams):
     """[rows, sequence] int: document of each token of the whole row (also under context parallelism); None: one."""
     caches: LayerCaches | None = None
     """Set while generating."""
+    masks: dict[tuple[int | None, ...], Any] = field(default_factory=dict)
+    """Attention masks that layers of this microbatch share (`train.model.flex`)."""
 
     def __post_init__(self) -> None:
         """Megatron's stock mixer hands `seq_idx` to mamba-ssm's kernels, which reset where it changes."""

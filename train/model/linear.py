@@ -1,8 +1,9 @@
-"""Parallel linear layers of the reference backend: Megatron's, with a product that is fast on a CPU in bf16 too.
+"""Parallel linear layers of the reference backend on a CPU: Megatron's, with a faster product.
 
 Megatron's ColumnParallelLinear and RowParallelLinear own the weight, its sharding, names and checkpoints, and call one
-function for the product and its collectives. On a CPU a native bf16 matrix product is about 50x slower than fp32
-(docs/log.md), so there `upcast_linear` takes that function's place: bf16 storage and traffic, fp32 multiplication.
+function for the product and its collectives. On a CPU `fast_linear` takes that function's place. It multiplies in fp32 by
+`train.gemm` whatever the storage: a native bf16 product is about 50x slower than fp32 on processors without instructions
+for it (docs/log.md), so there bf16 means storage and traffic.
 """
 
 from typing import Any
@@ -10,30 +11,65 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
-from megatron.core.tensor_parallel.mappings import (
-    copy_to_tensor_model_parallel_region,
-    gather_from_sequence_parallel_region,
-)
+
+from train.gemm import multiply
 
 
-class _UpcastProduct(torch.autograd.Function):
-    """y = x W^T in fp32, stored in x's dtype; so are both gradients."""
+class _Product(torch.autograd.Function):
+    """y = x W^T in fp32, stored in x's dtype; so are both gradients. Of a split sequence this rank's part is kept."""
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        ctx.save_for_backward(x, weight)
-        return torch.matmul(x.float(), weight.float().t()).to(x.dtype)
+    def forward(
+        ctx: Any, x: torch.Tensor, weight: torch.Tensor, group: dist.ProcessGroup | None, reduces: bool, splits: bool
+    ) -> torch.Tensor:
+        ctx.save_for_backward(x if weight.requires_grad else None, weight)
+        ctx.group, ctx.reduces, ctx.splits = group, reduces, splits
+        whole = _gathered(x, group) if splits else x
+        return _multiply(_matrix(whole), weight.t()).to(x.dtype).view(*whole.shape[:-1], -1)
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:  # type: ignore[override]
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
         x, weight = ctx.saved_tensors
-        rows = grad.reshape(-1, grad.shape[-1]).float()
-        grad_x = torch.matmul(rows, weight.float()).to(x.dtype).view(x.shape)
-        grad_weight = torch.matmul(rows.t(), x.reshape(-1, x.shape[-1]).float()).to(weight.dtype)
-        return grad_x, grad_weight
+        rows = _wide(_matrix(grad))
+        grad_x = grad_weight = None
+        if ctx.needs_input_grad[0]:
+            grad_x = _multiply(rows, weight).to(grad.dtype).view(*grad.shape[:-1], -1)
+            if ctx.splits:
+                grad_x = _scattered(grad_x, ctx.group)
+            elif ctx.reduces:
+                dist.all_reduce(grad_x, group=ctx.group)
+        if ctx.needs_input_grad[1]:
+            whole = _gathered(x, ctx.group) if ctx.splits else x
+            grad_weight = _multiply(rows.t(), _matrix(whole)).to(weight.dtype)
+        return grad_x, grad_weight, None, None, None
 
 
-def upcast_linear(
+def _matrix(x: torch.Tensor) -> torch.Tensor:
+    return x.reshape(-1, x.shape[-1])
+
+
+def _wide(x: torch.Tensor) -> torch.Tensor:
+    """At least fp32."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def _multiply(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    return multiply(_wide(a), _wide(b))
+
+
+def _gathered(part: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+    whole = part.new_empty(part.shape[0] * group.size(), *part.shape[1:])
+    dist.all_gather_into_tensor(whole, part.contiguous(), group=group)
+    return whole
+
+
+def _scattered(whole: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+    part = whole.new_empty(whole.shape[0] // group.size(), *whole.shape[1:])
+    dist.reduce_scatter_tensor(part, whole.contiguous(), group=group)
+    return part
+
+
+def fast_linear(
     input: torch.Tensor,
     weight: torch.Tensor,
     bias: torch.Tensor | None,
@@ -45,24 +81,21 @@ def upcast_linear(
     tp_group: dist.ProcessGroup | None = None,
     gtp_remat_size: int = 1,
 ) -> torch.Tensor:
-    """Same contract as Megatron's `linear_with_grad_accumulation_and_async_allreduce`, multiplying in fp32.
+    """Same contract as Megatron's `linear_with_grad_accumulation_and_async_allreduce` and `linear_with_frozen_weight`.
 
     input: [sequence, rows, in] (its part of the sequence with `sequence_parallel`) -> [sequence, rows, out of this rank].
     Collective over `tp_group` in forward (`sequence_parallel`) and backward (either flag).
     """
     assert not gradient_accumulation_fusion and grad_output_buffer is None and gtp_remat_size == 1, "not used here"
-    if sequence_parallel:
-        input = gather_from_sequence_parallel_region(input, group=tp_group)
-    elif allreduce_dgrad:
-        input = copy_to_tensor_model_parallel_region(input, group=tp_group)
-    output = _UpcastProduct.apply(input, weight)
+    output = _Product.apply(input, weight, tp_group, allreduce_dgrad, sequence_parallel)
     return output if bias is None else output + bias
 
 
 def use_fast_product(module: torch.nn.Module) -> None:
-    """Give every parallel linear inside `module` that holds bf16 weights on a CPU the fp32 product."""
+    """Give every parallel linear inside `module` that computes on a CPU the fast product."""
+    first = next(module.parameters(), None)
+    if first is None or first.device.type != "cpu":
+        return
     for part in module.modules():
         if isinstance(part, ColumnParallelLinear | RowParallelLinear):
-            weight = part.weight
-            if weight is not None and weight.device.type == "cpu" and weight.dtype == torch.bfloat16:
-                part._forward_impl = upcast_linear
+            part._forward_impl = fast_linear

@@ -18,6 +18,7 @@ from torch import nn
 
 from train.model import ssd
 from train.model.context import LayerCaches, RowContext
+from train.model.norm import rms_norm
 
 
 def have_mamba_kernels() -> bool:
@@ -42,7 +43,7 @@ class GroupedRMSNorm(nn.Module):
 
     def forward(self, y: torch.Tensor) -> torch.Tensor:
         """y: [..., channels] -> the same shape."""
-        return ssd.group_rms_norm(y, self.weight, groups=y.shape[-1] // self.group_size, eps=self.eps)
+        return rms_norm(y, self.weight, groups=y.shape[-1] // self.group_size, eps=self.eps)
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: dict[str, Any] | None = None

@@ -103,14 +103,6 @@ def mamba_core_continue(
     return out, (window[window.shape[0] - (taps - 1) :].clone(), after)
 
 
-def group_rms_norm(y: torch.Tensor, weight: torch.Tensor, *, groups: int, eps: float) -> torch.Tensor:
-    """RMSNorm over each of `groups` equal parts of the last dim, times weight. y: [..., channels] -> the same."""
-    if groups == 1:
-        return F.rms_norm(y, weight.shape, weight, eps)
-    parts = y.unflatten(-1, (groups, y.shape[-1] // groups))
-    return F.rms_norm(parts, parts.shape[-1:], None, eps).flatten(-2) * weight
-
-
 class _MambaCore(torch.autograd.Function):
     @staticmethod
     def forward(

@@ -26,6 +26,7 @@ from megatron.core.tensor_parallel.mappings import (
 )
 
 from train.config import ModelConfig, PrecisionConfig
+from train.gemm import multiply
 from train.precision import health
 from train.precision.control import Reading
 from train.precision.quantize import Quantized, quantize, rotate, scale_from_history
@@ -145,7 +146,7 @@ class _Product(torch.autograd.Function):
 def gemm(name: str, linear: LowPrecisionLinear, a: torch.Tensor, b: torch.Tensor, factor: float) -> torch.Tensor:
     """factor * a b in fp32. name: forward, data_grad or weight_grad; every low-precision GEMM comes through here."""
     del name, linear
-    return torch.addmm(a.new_empty(()), a, b, beta=0, alpha=factor)
+    return multiply(a, b, factor=factor)
 
 
 def equip(chunk: torch.nn.Module, *, model: ModelConfig, precision: PrecisionConfig) -> None:

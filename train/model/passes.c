@@ -1,0 +1,292 @@
+/* Norms, activations and the loss in one pass over memory each, forward and backward: train/model/norm.py, activation.py,
+   cross_entropy.py.
+
+   Tensors are fp32 or bf16 (`bf16` says which), arithmetic is fp32. Each line of a matrix belongs to one thread; the
+   weight's gradient of a norm is summed over lines in stretches that depend on shapes alone. The same bits for any number
+   of threads. */
+
+#include "simd.h"
+
+typedef struct {
+  int64_t lines, width, groups, stretch; /* lines of `width`, of which `groups` make a row; lines of a stretch */
+  int32_t bf16;
+  float eps, offset;
+} Norm;
+
+typedef struct {
+  int64_t lines, width; /* of the output */
+  int32_t bf16, function, gated;
+} Activation;
+
+typedef struct {
+  int64_t lines, width;
+  int32_t bf16;
+  float cap; /* 0: none */
+} Loss;
+
+enum { SQUARED_RELU = 0, GELU = 1, SILU = 2 };
+
+typedef uint16_t Half __attribute__((vector_size(2 * LANES), aligned(2), may_alias));
+typedef uint32_t U __attribute__((vector_size(4 * LANES)));
+
+/* LANES numbers from element i of a tensor; the first n of them, zeros behind. */
+INLINE V get(const void *p, int64_t i, int bf16) {
+  if (!bf16) return load((const float *)p + i);
+  return (V)(__builtin_convertvector(*(const Half *)((const uint16_t *)p + i), U) << 16);
+}
+INLINE V get_some(const void *p, int64_t i, int64_t n, int bf16) {
+  float rest[LANES] = {0};
+  for (int64_t j = 0; j < n; j++) {
+    if (bf16) {
+      uint32_t bits = (uint32_t)((const uint16_t *)p)[i + j] << 16;
+      memcpy(rest + j, &bits, 4);
+    } else rest[j] = ((const float *)p)[i + j];
+  }
+  return load(rest);
+}
+
+/* bf16 by rounding to nearest, ties to even, as torch does. */
+INLINE Half narrow(V x) {
+  U bits = (U)x;
+  U rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+  I is_nan = x != x;
+  rounded = (rounded & (U)~is_nan) | ((U)is_nan & 0x7fc0);
+  return __builtin_convertvector(rounded, Half);
+}
+INLINE void put(void *p, int64_t i, V x, int bf16) {
+  if (bf16) *(Half *)((uint16_t *)p + i) = narrow(x);
+  else store((float *)p + i, x);
+}
+INLINE void put_some(void *p, int64_t i, int64_t n, V x, int bf16) {
+  if (bf16) {
+    Half h = narrow(x);
+    for (int64_t j = 0; j < n; j++) ((uint16_t *)p)[i + j] = h[j];
+  } else for (int64_t j = 0; j < n; j++) ((float *)p)[i + j] = x[j];
+}
+
+/* Runs `whole` for full vectors of a line and `part` for what is left, with j the place and n the numbers. */
+#define EACH(width, whole, part)                         \
+  {                                                      \
+    int64_t j = 0;                                       \
+    for (; j + LANES <= (width); j += LANES) { whole; }  \
+    const int64_t n = (width) - j;                       \
+    if (n > 0) { part; }                                 \
+  }
+
+/* ---- RMSNorm: out = x r (weight + offset), r = 1 / sqrt(mean(x^2) + eps) of each line */
+
+INLINE void norm_forward(const Norm *k, const void *x, const float *weight, void *out, float *roots, int threads, int bf16) {
+#pragma omp parallel for num_threads(threads) schedule(static)
+  for (int64_t line = 0; line < k->lines; line++) {
+    const int64_t at = line * k->width;
+    const float *w = weight + line % k->groups * k->width;
+    V sum = {0};
+    EACH(k->width, V v = get(x, at + j, bf16); sum += v * v, V v = get_some(x, at + j, n, bf16); sum += v * v)
+    const float root = 1.0f / sqrtf(sum_of(sum) / (float)k->width + k->eps);
+    roots[line] = root;
+    EACH(k->width, put(out, at + j, get(x, at + j, bf16) * root * (load(w + j) + k->offset), bf16),
+         put_some(out, at + j, n, get_some(x, at + j, n, bf16) * root * (get_some(w, j, n, 0) + k->offset), bf16))
+  }
+}
+
+/* grad_x = r (h - x r^2 mean(h x)) with h = grad (weight + offset); sums [stretches, groups * width] of grad x r. */
+INLINE void norm_backward(const Norm *k, const void *x, const float *weight, const float *roots, const void *grad, void *grad_x,
+                          float *sums, int threads, int bf16) {
+  const int64_t stretches = (k->lines + k->stretch - 1) / k->stretch;
+#pragma omp parallel for num_threads(threads) schedule(static)
+  for (int64_t s = 0; s < stretches; s++) {
+    float *own = sums + s * k->groups * k->width;
+    memset(own, 0, (size_t)(k->groups * k->width) * 4);
+    const int64_t end = (s + 1) * k->stretch < k->lines ? (s + 1) * k->stretch : k->lines;
+    for (int64_t line = s * k->stretch; line < end; line++) {
+      const int64_t at = line * k->width, place = line % k->groups * k->width;
+      const float root = roots[line], *w = weight + place;
+      float *total = own + place;
+      V dot = {0};
+      EACH(k->width,
+           V v = get(x, at + j, bf16); V g = get(grad, at + j, bf16);
+           dot += v * g * (load(w + j) + k->offset); store(total + j, load(total + j) + g * v * root),
+           V v = get_some(x, at + j, n, bf16); V g = get_some(grad, at + j, n, bf16);
+           dot += v * g * (get_some(w, j, n, 0) + k->offset);
+           put_some(total, j, n, get_some(total, j, n, 0) + g * v * root, 0))
+      const float mean = sum_of(dot) / (float)k->width * root * root;
+      EACH(k->width,
+           put(grad_x, at + j, (get(grad, at + j, bf16) * (load(w + j) + k->offset) - get(x, at + j, bf16) * mean) * root, bf16),
+           put_some(grad_x, at + j, n,
+                    (get_some(grad, at + j, n, bf16) * (get_some(w, j, n, 0) + k->offset) - get_some(x, at + j, n, bf16) * mean) *
+                        root, bf16))
+    }
+  }
+}
+
+/* ---- activations: out = f(x), or f(gate) up where a line of x is [gate | up] */
+
+INLINE V activated(int function, V x, V *slope) {
+  if (function == SQUARED_RELU) {
+    V positive = at_least(x, 0.0f);
+    *slope = positive + positive;
+    return positive * positive;
+  }
+  /* GELU by tanh is x sigmoid(2u), u = sqrt(2/pi) (x + 0.044715 x^3); SiLU is x sigmoid(x). */
+  V s, bend;
+  if (function == GELU) {
+    V square = x * x;
+    s = sigmoid_of(x * (square * 0.0713548163f + 1.59576912f));
+    bend = square * 0.214064449f + 1.59576912f;
+  } else {
+    s = sigmoid_of(x);
+    bend = all(1.0f);
+  }
+  *slope = s + x * s * (1.0f - s) * bend;
+  return x * s;
+}
+
+INLINE void activation_forward(const Activation *k, const void *x, void *out, int threads, int bf16, int function, int gated) {
+#pragma omp parallel for num_threads(threads) schedule(static)
+  for (int64_t line = 0; line < k->lines; line++) {
+    const int64_t to = line * k->width, at = gated ? 2 * to : to, up = at + k->width;
+    V slope;
+    EACH(k->width,
+         V y = activated(function, get(x, at + j, bf16), &slope);
+         if (gated) y *= get(x, up + j, bf16);
+         put(out, to + j, y, bf16),
+         V y = activated(function, get_some(x, at + j, n, bf16), &slope);
+         if (gated) y *= get_some(x, up + j, n, bf16);
+         put_some(out, to + j, n, y, bf16))
+  }
+}
+
+INLINE void activation_backward(const Activation *k, const void *x, const void *grad, void *grad_x, int threads, int bf16,
+                                int function, int gated) {
+#pragma omp parallel for num_threads(threads) schedule(static)
+  for (int64_t line = 0; line < k->lines; line++) {
+    const int64_t to = line * k->width, at = gated ? 2 * to : to, up = at + k->width;
+    V slope;
+    EACH(k->width,
+         V g = get(grad, to + j, bf16); V y = activated(function, get(x, at + j, bf16), &slope);
+         if (gated) { put(grad_x, up + j, g * y, bf16); slope *= get(x, up + j, bf16); }
+         put(grad_x, at + j, g * slope, bf16),
+         V g = get_some(grad, to + j, n, bf16); V y = activated(function, get_some(x, at + j, n, bf16), &slope);
+         if (gated) { put_some(grad_x, up + j, n, g * y, bf16); slope *= get_some(x, up + j, n, bf16); }
+         put_some(grad_x, at + j, n, g * slope, bf16))
+  }
+}
+
+/* ---- cross-entropy over the logits of a line, capped as c tanh(x / c) where there is a cap */
+
+INLINE V capped(V x, float cap) { return cap == 0 ? x : tanh_of(x * (1.0f / cap)) * cap; }
+
+/* log sum exp of each line, and the (capped) logit at its label where that is not negative. */
+INLINE void loss_forward(const Loss *k, const void *logits, const int64_t *labels, float *log_sums, float *targets, int threads,
+                         int bf16, int has_cap) {
+  const float cap = has_cap ? k->cap : 0;
+#pragma omp parallel for num_threads(threads) schedule(static)
+  for (int64_t line = 0; line < k->lines; line++) {
+    const int64_t at = line * k->width;
+    V highest = all(-INFINITY), sum = {0};
+    EACH(k->width, V x = get(logits, at + j, bf16); highest = choose(x > highest, x, highest),
+         for (int64_t i = 0; i < n; i++) { V x = get_some(logits, at + j + i, 1, bf16); if (x[0] > highest[0]) highest[0] = x[0]; })
+    float top = highest[0];
+    for (int i = 1; i < LANES; i++) top = highest[i] > top ? highest[i] : top;
+    top = capped(all(top), cap)[0];
+    float rest = 0;
+    EACH(k->width, sum += exp_of(capped(get(logits, at + j, bf16), cap) - top),
+         V e = exp_of(capped(get_some(logits, at + j, n, bf16), cap) - top); for (int64_t i = 0; i < n; i++) rest += e[i])
+    log_sums[line] = top + logf(sum_of(sum) + rest);
+    targets[line] = labels[line] < 0 ? 0 : capped(get_some(logits, at + labels[line], 1, bf16), cap)[0];
+  }
+}
+
+/* In place: grad (softmax - one at the label), times the cap's slope. */
+INLINE void loss_backward(const Loss *k, void *logits, const int64_t *labels, const float *log_sums, const float *grad, int threads,
+                          int bf16, int has_cap) {
+  const float inner = has_cap ? 1.0f / k->cap : 0;
+#pragma omp parallel for num_threads(threads) schedule(static)
+  for (int64_t line = 0; line < k->lines; line++) {
+    const int64_t at = line * k->width;
+    const float g = grad[line], log_sum = log_sums[line];
+    const V own = labels[line] < 0 ? all(0.0f) : get_some(logits, at + labels[line], 1, bf16);
+    EACH(k->width,
+         V x = get(logits, at + j, bf16); V d;
+         if (has_cap) { V t = tanh_of(x * inner); d = exp_of(t * k->cap - log_sum) * (1.0f - t * t) * g; }
+         else d = exp_of(x - log_sum) * g;
+         put(logits, at + j, d, bf16),
+         V x = get_some(logits, at + j, n, bf16); V d;
+         if (has_cap) { V t = tanh_of(x * inner); d = exp_of(t * k->cap - log_sum) * (1.0f - t * t) * g; }
+         else d = exp_of(x - log_sum) * g;
+         put_some(logits, at + j, n, d, bf16))
+    if (labels[line] >= 0) {
+      const V t = has_cap ? tanh_of(own * inner) : all(0.0f);
+      const V p = exp_of((has_cap ? t * k->cap : own) - log_sum);
+      put_some(logits, at + labels[line], 1, (p - 1.0f) * (1.0f - t * t) * g, bf16);
+    }
+  }
+}
+
+/* ---- one specialised copy for each format, function and cap */
+
+int stratum_norm_forward(const Norm *k, const void *x, const float *weight, void *out, float *roots, int threads) {
+  if (k->bf16) norm_forward(k, x, weight, out, roots, threads, 1);
+  else norm_forward(k, x, weight, out, roots, threads, 0);
+  return 0;
+}
+
+int stratum_norm_backward(const Norm *k, const void *x, const float *weight, const float *roots, const void *grad, void *grad_x,
+                          float *sums, float *grad_weight, int threads) {
+  if (k->bf16) norm_backward(k, x, weight, roots, grad, grad_x, sums, threads, 1);
+  else norm_backward(k, x, weight, roots, grad, grad_x, sums, threads, 0);
+  const int64_t stretches = (k->lines + k->stretch - 1) / k->stretch, width = k->groups * k->width;
+  for (int64_t j = 0; j < width; j++) {
+    double sum = 0;
+    for (int64_t s = 0; s < stretches; s++) sum += sums[s * width + j];
+    grad_weight[j] = (float)sum;
+  }
+  return 0;
+}
+
+#define FOR_FUNCTION(call, bf16)                                           \
+  switch (k->function * 2 + k->gated) {                                    \
+    case 2 * SQUARED_RELU: call(bf16, SQUARED_RELU, 0); break;             \
+    case 2 * SQUARED_RELU + 1: call(bf16, SQUARED_RELU, 1); break;         \
+    case 2 * GELU: call(bf16, GELU, 0); break;                             \
+    case 2 * GELU + 1: call(bf16, GELU, 1); break;                         \
+    case 2 * SILU: call(bf16, SILU, 0); break;                             \
+    case 2 * SILU + 1: call(bf16, SILU, 1); break;                         \
+    default: return 1;                                                     \
+  }
+
+int stratum_activation_forward(const Activation *k, const void *x, void *out, int threads) {
+#define CALL(bf16, function, gated) activation_forward(k, x, out, threads, bf16, function, gated)
+  if (k->bf16) FOR_FUNCTION(CALL, 1) else FOR_FUNCTION(CALL, 0)
+#undef CALL
+  return 0;
+}
+
+int stratum_activation_backward(const Activation *k, const void *x, const void *grad, void *grad_x, int threads) {
+#define CALL(bf16, function, gated) activation_backward(k, x, grad, grad_x, threads, bf16, function, gated)
+  if (k->bf16) FOR_FUNCTION(CALL, 1) else FOR_FUNCTION(CALL, 0)
+#undef CALL
+  return 0;
+}
+
+#define FOR_CAP(call)                                               \
+  if (k->bf16) { if (k->cap != 0) call(1, 1); else call(1, 0); }    \
+  else { if (k->cap != 0) call(0, 1); else call(0, 0); }
+
+int stratum_loss_forward(const Loss *k, const void *logits, const int64_t *labels, float *log_sums, float *targets, int threads) {
+#define CALL(bf16, has_cap) loss_forward(k, logits, labels, log_sums, targets, threads, bf16, has_cap)
+  FOR_CAP(CALL)
+#undef CALL
+  return 0;
+}
+
+int stratum_loss_backward(const Loss *k, void *logits, const int64_t *labels, const float *log_sums, const float *grad,
+                          int threads) {
+#define CALL(bf16, has_cap) loss_backward(k, logits, labels, log_sums, grad, threads, bf16, has_cap)
+  FOR_CAP(CALL)
+#undef CALL
+  return 0;
+}
+
+/* Floats of a vector. */
+int stratum_lanes(void) { return LANES; }
