@@ -158,6 +158,19 @@ def test_compiled_code_does_the_reading(tmp_path: Path, monkeypatch: pytest.Monk
         assert 0 in plain and len(plain) <= rest
 
 
+def test_what_is_waited_for_is_named_row_by_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A call over several shards says which one it reads: here as it stood when the call ended, at its last row."""
+    write_folder(tmp_path, {"a": [random_documents(200, seed=8), random_documents(200, seed=9)]})
+    dataset = open_dataset(DataConfig(folder=str(tmp_path), sources={"a": SourceConfig(path="-")}, row_tokens=32))
+    real, plans = compiled.Plan.read, []
+    monkeypatch.setattr(compiled.Plan, "read", lambda plan, **k: (plans.append(plan), real(plan, **k))[1])
+    for position in range(dataset.train[0].count - 1):
+        dataset.training_rows(np.array([position, position + 1]))
+    named = {str(plan) for plan in plans}
+    assert named == {f"reading {tmp_path}/a.train-0000{n}.bin" for n in range(2)}
+    assert all(str(plan) == plan.shards[-1].reading for plan in plans)
+
+
 def test_packed_stretches_that_are_kept_stay_within_their_bytes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
