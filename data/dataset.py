@@ -198,7 +198,15 @@ def open_dataset(config: DataConfig) -> Dataset:
         for split, rows in parts.items():
             stream = TokenStream(manifest.sources[name].splits[split], shelf)
             is_packed = split == "train" and config.packing == "best_fit"
-            rows.append(Rows(stream, row_tokens=config.row_tokens, eod=manifest.tokenizer.eod, best_fit=is_packed))
+            rows.append(
+                Rows(
+                    stream,
+                    row_tokens=config.row_tokens,
+                    eod=manifest.tokenizer.eod,
+                    best_fit=is_packed,
+                    sources=len(names),
+                )
+            )
             if rows[-1].count == 0 and not (split == "train" and config.heldout_of(name) == 1):
                 raise DataError(
                     f"the {split} part of source {name!r} has {stream.tokens:,} tokens, fewer than one row of "

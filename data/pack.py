@@ -28,8 +28,8 @@ from data.reader import OpenShard, TokenStream
 
 STRETCH_ROWS = 64
 """Rows that best-fit packing arranges together."""
-_KEPT_BYTES = 8 << 20
-"""Of packed stretches, kept by each source, those packed last: 800 of web text in rows of 8,192."""
+_KEPT_BYTES = 32 << 20
+"""Of packed stretches, those packed last, in equal parts for every source: over a billion tokens of web text."""
 
 
 class Piece(NamedTuple):
@@ -57,14 +57,15 @@ class Packed(NamedTuple):
 class Rows:
     """The rows of a source's stream."""
 
-    def __init__(self, stream: TokenStream, *, row_tokens: int, eod: int, best_fit: bool) -> None:
+    def __init__(self, stream: TokenStream, *, row_tokens: int, eod: int, best_fit: bool, sources: int = 1) -> None:
+        """sources: how many share the memory for packed stretches."""
         self.stream = stream
         self.row_tokens = row_tokens
         self.best_fit = best_fit
         self._eod = eod
         self._lock = threading.Lock()
         self._stretches: OrderedDict[int, Packed] = OrderedDict()
-        self._kept_bytes = 0
+        self._kept_bytes, self._keep_bytes = 0, _KEPT_BYTES // sources
 
     @property
     def count(self) -> int:
@@ -207,7 +208,7 @@ class Rows:
             if number not in self._stretches:
                 self._stretches[number] = packed
                 self._kept_bytes += numbers.nbytes
-            while self._kept_bytes > _KEPT_BYTES and len(self._stretches) > 1:
+            while self._kept_bytes > self._keep_bytes and len(self._stretches) > 1:
                 self._kept_bytes -= self._stretches.popitem(last=False)[1].numbers.nbytes
         return packed
 
