@@ -9,8 +9,10 @@ looked at; where it changed since it was opened it is verified again before anyt
 """
 
 import bisect
+import contextlib
 import ctypes
 import os
+import resource
 import threading
 import time
 from collections import OrderedDict
@@ -26,9 +28,14 @@ from data.errors import DataError
 from data.manifest import ShardEntry
 from data.shards import Header, read_header
 
-_OPEN_SHARDS = 64
-_STARTS_IN_MEMORY = 1 << 20
-"""Documents of a shard up to which where they begin is kept in memory (8 bytes each); of others it is read when needed."""
+_OPEN_SHARDS = 4096
+"""Shards open at a time, two files each: rows drawn from all of a source come from another one each time."""
+_OPEN_COPIES = 64
+"""The same for copies that others may remove: they take room on the disk until they are closed."""
+_OTHER_FILES = 512
+"""Files that are left for the rest of the process where it may not open that many."""
+_STARTS_IN_MEMORY = 8 << 20
+"""Documents, of all open shards, whose beginnings are kept in memory (8 bytes each); others are read when they are needed."""
 _LOOK_EVERY_S = 1.0
 """How often a shard's name is looked up, to find that another file took its place."""
 
@@ -42,13 +49,13 @@ class FarStarts:
     def __init__(self, index: Path, header: Header, first: int, count: int) -> None:
         self._index, self._header, self._first, self._count = index, header, first, count
         self._is_plain = header.documents == header.sequences + 1
-        self._fd = os.open(index, os.O_RDONLY)
+        self._fd, self._close = os.open(index, os.O_RDONLY), os.close  # its own name: at exit modules go first
         found = os.fstat(self._fd)
         self._opened = found.st_size, found.st_mtime_ns
 
     def __del__(self) -> None:
         if hasattr(self, "_fd"):
-            os.close(self._fd)
+            self._close(self._fd)
 
     def __len__(self) -> int:
         return self._count
@@ -98,8 +105,11 @@ class FarStarts:
 class OpenShard:
     """One shard entry, open for reading. Closed when nothing refers to it any more."""
 
-    def __init__(self, entry: ShardEntry, tokens: Path, index: Path, *, may_vanish: bool) -> None:
-        """may_vanish: a copy that others may remove while it is read. DataError where index and manifest do not agree."""
+    def __init__(self, entry: ShardEntry, tokens: Path, index: Path, *, may_vanish: bool, keep_starts: bool) -> None:
+        """may_vanish: a copy that others may remove while it is read; keep_starts: read where documents begin into memory.
+
+        DataError where index and manifest do not agree.
+        """
         self.path = tokens
         self.reading = f"reading {tokens}"
         self.entry = entry
@@ -116,15 +126,16 @@ class OpenShard:
                 f"{index} holds {header.documents - 1:,} documents, the manifest says {first + count:,} or more."
             )
         far = FarStarts(index, header, first, count)
-        self.starts: np.ndarray | FarStarts = far[0:count] if count <= _STARTS_IN_MEMORY else far
+        self.starts: np.ndarray | FarStarts = far[0:count] if keep_starts else far
         """Byte offset at which each document of the entry begins."""
         self.search: memoryview[int] | FarStarts = (
             memoryview(self.starts) if isinstance(self.starts, np.ndarray) else far
         )
         """The same, for `bisect`: plain numbers, a third of the time that numpy's take."""
+        self.kept_starts = count if keep_starts else 0
         self.itemsize = header.dtype.itemsize
         self.first_byte = self.search[0] if count else 0
-        self._fd, self._close = os.open(tokens, os.O_RDONLY), os.close  # its own name: at exit modules go first
+        self._fd, self._close = os.open(tokens, os.O_RDONLY), os.close
         found = os.fstat(self._fd)
         self._opened = found.st_size, found.st_mtime_ns
         self._inode = found.st_ino
@@ -199,6 +210,8 @@ class Shelf:
         self._find = find
         self.activity = activity
         self._lock = threading.Lock()
+        self._room = min(_OPEN_COPIES, _OPEN_SHARDS) if may_vanish else _room_for_shards()
+        self._kept_starts = 0
         self._open: OrderedDict[tuple[str, int], OpenShard] = OrderedDict()
 
     def open(self, entry: ShardEntry) -> OpenShard:
@@ -208,23 +221,39 @@ class Shelf:
             if key in self._open:
                 self._open.move_to_end(key)
                 return self._open[key]
+            keep_starts = self._kept_starts + entry.documents <= _STARTS_IN_MEMORY
         with self.activity.of(f"opening {entry.path}"):
             try:
-                shard = OpenShard(
-                    entry, self._find(entry, "bin"), self._find(entry, "idx"), may_vanish=self._may_vanish
-                )
+                tokens, index = self._find(entry, "bin"), self._find(entry, "idx")
+                shard = OpenShard(entry, tokens, index, may_vanish=self._may_vanish, keep_starts=keep_starts)
             except OSError as error:
                 raise DataError(f"{entry.path} cannot be opened: {error.strerror or error}.") from error
         with self._lock:
-            shard = self._open.setdefault(key, shard)
-            while len(self._open) > _OPEN_SHARDS:
-                self._open.popitem(last=False)
-        return shard
+            if key not in self._open:
+                self._open[key] = shard
+                self._kept_starts += shard.kept_starts
+            while len(self._open) > self._room:
+                self._kept_starts -= self._open.popitem(last=False)[1].kept_starts
+            return self._open.get(key, shard)
 
     def forget(self, shard: OpenShard) -> None:
         """Open this shard anew, and verify it, when it is next read."""
+        key = shard.entry.path, shard.entry.first_document
         with self._lock:
-            self._open.pop((shard.entry.path, shard.entry.first_document), None)
+            if self._open.get(key) is shard:
+                self._kept_starts -= self._open.pop(key).kept_starts
+
+
+def _room_for_shards() -> int:
+    """How many shards may be open: as many as wanted, where the limit of open files is that or can be raised to it."""
+    wanted = 2 * _OPEN_SHARDS + _OTHER_FILES
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+    if soft != resource.RLIM_INFINITY and soft < most:
+        with contextlib.suppress(OSError, ValueError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+    soft = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    return _OPEN_SHARDS if soft == resource.RLIM_INFINITY else min(_OPEN_SHARDS, max(16, (soft - _OTHER_FILES) // 2))
 
 
 class TokenStream:

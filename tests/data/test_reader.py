@@ -2,6 +2,9 @@
 
 import json
 import os
+import resource
+import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -11,13 +14,16 @@ import numpy as np
 import pytest
 from shards import random_documents, write_folder
 
+from data.batch import Batch
 from data.cache import Activity, RemoteFolder
 from data.config import CacheConfig, DataConfig, SourceConfig
-from data.dataset import open_dataset
+from data.dataset import Dataset, open_dataset
 from data.errors import DataError
 from data.manifest import MANIFEST, Manifest, read_manifest
 from data.stream import Stream
 from data.verify import VERIFIED, Verifier
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture
@@ -198,6 +204,40 @@ def test_files_cut_short_under_a_running_stream_end_it_with_their_name(
         with pytest.raises(DataError, match=rf"a\.train-00001\.{suffix} "):
             for _ in range(50):
                 next(stream)
+
+
+@pytest.mark.usefixtures("either_way")
+def test_few_shards_and_few_beginnings_are_kept_and_rows_are_the_same(folder: Path, monkeypatch) -> None:
+    def read(dataset: Dataset) -> list[Batch]:
+        return [dataset.training_rows(np.arange(at, at + 3)) for at in range(0, 2 * dataset.train[0].count, 3)]
+
+    for packing in ("chunk", "best_fit"):
+        config = config_of(folder, packing=packing, reset_at_documents=True)
+        expected = read(open_dataset(config))
+        with monkeypatch.context() as patch:
+            patch.setattr("data.reader._OPEN_SHARDS", 2)
+            patch.setattr("data.reader._STARTS_IN_MEMORY", 40)  # of one of the three shards
+            dataset = open_dataset(config)
+            for one, two in zip(read(dataset), expected, strict=True):
+                assert (one.labels == two.labels).all() and (one.document_index == two.document_index).all()
+            shelf = dataset.train[0].stream._shelf
+            assert len(shelf._open) == 2
+            assert shelf._kept_starts == sum(shard.kept_starts for shard in shelf._open.values()) <= 40
+
+
+@pytest.mark.parametrize(
+    ("soft", "hard", "room", "after"), [(600, 600, 44, 600), (256, 20_000, 4096, 8704), (64, 64, 16, 64)]
+)
+def test_the_limit_of_open_files_is_raised_or_kept_to(soft: int, hard: int, room: int, after: int) -> None:
+    program = (
+        "import resource; from data.reader import _room_for_shards\n"
+        f"resource.setrlimit(resource.RLIMIT_NOFILE, ({soft}, {hard}))\n"
+        "print(_room_for_shards(), resource.getrlimit(resource.RLIMIT_NOFILE)[0])"
+    )
+    if resource.getrlimit(resource.RLIMIT_NOFILE)[1] < hard:
+        pytest.skip("this machine allows fewer open files")
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert done.stdout.split() == [str(room), str(after)]
 
 
 def rewrite(folder: Path, **changes: object) -> None:
