@@ -35,7 +35,7 @@ class Act:
 class _Trapped:
     """Stands in for the `os` that train.checkpoint.disk uses."""
 
-    def __init__(self, before: Callable[[Act], None]) -> None:
+    def __init__(self, before: Callable[[Act], object]) -> None:
         self._before, self._count = before, 0
 
     def __getattr__(self, name: str) -> Any:
@@ -62,7 +62,7 @@ class Half(Exception):
 
 
 @contextmanager
-def acts_of_saves(before: Callable[[Act], None]) -> Iterator[None]:
+def acts_of_saves(before: Callable[[Act], object]) -> Iterator[None]:
     disk.os = _Trapped(before)  # type: ignore[assignment]
     try:
         yield

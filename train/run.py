@@ -211,7 +211,6 @@ def _train(recipe: Recipe, *, mesh: Mesh, dataset: Dataset, folder: Path) -> Run
         mapping=mapping,
         data_hash=dataset.manifest_hash,
         tokenizer=dataset.tokenizer.fingerprint,
-        steps_seen=_steps_seen(folder),
     )
     step = start.step
     if mesh.rank == 0:
@@ -292,16 +291,6 @@ def _train(recipe: Recipe, *, mesh: Mesh, dataset: Dataset, folder: Path) -> Run
             save=save,
         )
     return RunEnd(folder=folder, step=end.step, reason=end.reason)
-
-
-def _steps_seen(folder: Path) -> tuple[int, bool]:
-    """What a run folder's record tells: the last step trained, and whether a checkpoint was ever reported durable."""
-    from train.metrics import METRICS, read_metrics
-
-    path = folder / METRICS
-    lines = read_metrics(path) if path.exists() else []
-    steps = [line["step"] for line in lines if line["kind"] == "step"]
-    return max(steps, default=0), any(line["kind"] == "save" for line in lines)
 
 
 def _world_peak(per_rank: float | None, mesh: Mesh) -> float | None:

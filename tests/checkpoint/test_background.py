@@ -1,6 +1,7 @@
 """Saves beside training: what is written is the state at the request, bit for bit, whatever the optimizer does meanwhile."""
 
 import hashlib
+import threading
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -21,7 +22,7 @@ def digests(folder: Path) -> dict[str, str]:
 
 
 def both_ways(rank: int, recipe: Recipe, world: int, folder: Path) -> tuple[float, list[str]]:
-    """Save step 1 and wait; then the same state in the background, its writing slowed down, while three steps run.
+    """Save step 1 and wait; then the same state in the background, its writing held up, while three steps run.
 
     -> how long the loop was held, and the kinds of events in the order they came.
     """
@@ -31,7 +32,8 @@ def both_ways(rank: int, recipe: Recipe, world: int, folder: Path) -> tuple[floa
             engine, step=1, position=4, recipe={}, data_hash="h"
         )
         checkpoints = CheckpointFolder(folder / "beside", recipe.checkpoint)
-        with acts_of_saves(lambda act: time.sleep(0.3) if act.name == "writev" else None):
+        released = threading.Event()
+        with acts_of_saves(lambda act: act.name == "writev" and released.wait(60)):
             started = time.perf_counter()
             checkpoints.request(engine, step=1, position=4, recipe={}, data_hash="h")
             held = time.perf_counter() - started
@@ -40,6 +42,7 @@ def both_ways(rank: int, recipe: Recipe, world: int, folder: Path) -> tuple[floa
                 steps_of(engine, recipe, range(step, step + 1), before_update=checkpoints.before_update)
                 kinds += [event.kind for event in checkpoints.collect()]
             assert checkpoints.is_writing, "three steps were to fit into the writing"
+            released.set()
             checkpoints.wait()
         kinds += [event.kind for event in checkpoints.collect()]
         assert checkpoints.saved_step == 1 and checkpoints.collect() == []
@@ -91,8 +94,6 @@ def test_the_update_waits_for_the_copy(tmp_path: Path) -> None:
 
 
 def no_threads_left(rank: int, folder: Path) -> int:
-    import threading
-
     with engine_of(SMALL, rank=rank, world=1) as engine:
         checkpoints = CheckpointFolder(folder, replace(SMALL.checkpoint, keep_last=1))
         for step in range(3):

@@ -195,7 +195,7 @@ def resume_modes(rank: int, folder: Path) -> list[str]:
         with engine_of(recipe, rank=rank, world=1) as engine:
             checkpoints = CheckpointFolder(folder, recipe.checkpoint)
             try:
-                resume(checkpoints, engine, recipe=recipe, mapping={}, data_hash="other", steps_seen=(0, False))
+                resume(checkpoints, engine, recipe=recipe, mapping={}, data_hash="other")
             except Exception as error:
                 messages.append(f"{type(error).__name__}: {error}")
     return messages

@@ -70,25 +70,25 @@ def kill_in_a_save(world: int, rank: int, number: int, *, whole: Path, work: Pat
 
 
 def test_a_kill_at_every_act_of_a_save(undisturbed: dict[int, Path], tmp_path: Path) -> None:
-    """One process: every act there is, from making the folder to deleting the last file of the retired step."""
+    """Two ranks; rank 0 dies at every act there is, from making the folder to deleting the last file of the retired step."""
     log = tmp_path / "acts"
     log.touch()
     killed = []
-    while (act := kill_in_a_save(1, 0, len(killed), whole=undisturbed[1], work=tmp_path, log=log)) is not None:
+    while (act := kill_in_a_save(2, 0, len(killed), whole=undisturbed[2], work=tmp_path, log=log)) is not None:
         killed.append(act)
     for expected in (
         "mkdir .step_00000004.writing", "writev rank_00000.safetensors", "fsync rank_00000.safetensors",
         "writev index.json", "writev manifest.json", "fsync index.json", "fsync manifest.json",
         "fsync .step_00000004.writing", "rename .step_00000004.writing", "writev .latest.writing",
         "fsync .latest.writing", "rename .latest.writing", "rename step_00000002", "unlink manifest.json",
-        "unlink rank_00000.safetensors", "rmdir .step_00000002.deleting",
+        "unlink rank_00000.safetensors", "unlink rank_00001.safetensors", "rmdir .step_00000002.deleting",
     ):  # fmt: skip
         assert expected in killed, (expected, killed)
     for number in (1, len(killed) - 1):  # and the run goes on from what is left
-        folder = tmp_path / f"1-0-{number}"
-        ((begin, _),) = run_ranks(1, train_on, 1, folder, END, KEEP_ALL)
+        folder = tmp_path / f"2-0-{number}"
+        (begin, _), _ = run_ranks(2, train_on, 2, folder, END, KEEP_ALL)
         assert begin == steps_left(number, killed)
-        assert contents(folder)[END] == contents(undisturbed[1])[END]
+        assert contents(folder)[END] == contents(undisturbed[2])[END]
 
 
 def steps_left(number: int, killed: list[str]) -> int:
@@ -96,13 +96,15 @@ def steps_left(number: int, killed: list[str]) -> int:
     return NEW if number > killed.index("rename .step_00000004.writing") else OLD
 
 
-@pytest.mark.parametrize(("rank", "number"), [(1, 0), (0, 1), (0, 9)])
-def test_a_kill_of_one_of_two_ranks(rank: int, number: int, undisturbed: dict[int, Path], tmp_path: Path) -> None:
+@pytest.mark.parametrize(("world", "rank", "number"), [(2, 1, 0), (2, 1, 1), (1, 0, 1), (1, 0, 9)])
+def test_a_kill_of_another_rank_or_of_the_only_one(
+    world: int, rank: int, number: int, undisturbed: dict[int, Path], tmp_path: Path
+) -> None:
     log = tmp_path / "acts"
     log.touch()
-    assert kill_in_a_save(2, rank, number, whole=undisturbed[2], work=tmp_path, log=log) is not None
-    run_ranks(2, train_on, 2, tmp_path / f"2-{rank}-{number}", END, KEEP_ALL)
-    assert contents(tmp_path / f"2-{rank}-{number}")[END] == contents(undisturbed[2])[END]
+    assert kill_in_a_save(world, rank, number, whole=undisturbed[world], work=tmp_path, log=log) is not None
+    run_ranks(world, train_on, world, tmp_path / f"{world}-{rank}-{number}", END, KEEP_ALL)
+    assert contents(tmp_path / f"{world}-{rank}-{number}")[END] == contents(undisturbed[world])[END]
 
 
 @pytest.mark.slow

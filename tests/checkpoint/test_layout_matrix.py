@@ -34,8 +34,12 @@ PRECISIONS: dict[str, dict[str, Any]] = {
     "bf16": {"precision.params": "bf16"},
     "fp8": {"precision.params": "bf16", "precision.scaling": "delayed", "precision.amax_history": 3},
 }
-TOLERANCE = {"fp32": (2e-6, 5e-6), "bf16": (3e-4, 3e-3), "fp8": (2e-3, 3e-2)}
-"""Relative, of losses and gradient norms."""
+TOLERANCE = {"fp32": (5e-7, 8e-7), "bf16": (1e-4, 2.2e-3), "fp8": (6e-4, 2e-2)}
+"""Relative, of losses and gradient norms over four steps after resuming at another layout: three times the widest gap measured
+over all pairs of layouts (docs/checkpoints.md)."""
+FACTOR = 3
+"""Resumed elsewhere, a run may leave its course by this times what two uninterrupted runs of the same weights at two layouts
+are apart: that gap is the order of sums alone."""
 SAVED_AT = 2
 Table = dict[str, str]
 
@@ -158,3 +162,5 @@ def test_every_layout_to_every_layout(model: str, precision: str, tmp_path: Path
         for what, values in (("losses", found.losses), ("gradient norms", found.grad_norms)):
             print(f"\n{model} {precision} {title:13} {what:14}", *(f"{value:.1e}" for value in values), end="")
     assert_within(gaps, precision)
+    assert max(gaps.losses) <= FACTOR * max(uninterrupted.losses)
+    assert max(gaps.grad_norms) <= FACTOR * max(uninterrupted.grad_norms)

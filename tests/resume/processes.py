@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -99,9 +100,14 @@ def _command(
     real = loop.train_step
     loop.train_step = lambda *a, **k: (time.sleep(step_s), real(*a, **k))[1]
     sys.argv = ["train", *words]
-    with within():
-        status = main()
+    status = 1
+    try:
+        with within():
+            status = main()
+    except BaseException:
+        traceback.print_exc()
     sys.stdout.flush()
+    sys.stderr.flush()
     os._exit(status)
 
 

@@ -3,8 +3,7 @@
 import signal
 from pathlib import Path
 
-import pytest
-from processes import RUN, STEPS, finish, fork, losses, saves, start, wait_for_step
+from processes import STEPS, finish, fork, losses, saves, start, wait_for_step
 from texts import VOCAB
 
 from train.metrics import METRICS, read_metrics
@@ -41,13 +40,3 @@ def test_killed_and_interrupted_runs_end_as_the_undisturbed_one(words: list[str]
 
     refused = finish(fork(words, "killed", extra=("optim.lr=1",)), status=2)
     assert "optim.lr: 0.003 in the run's folder, 1.0 now" in refused
-
-
-def test_torchrun_on_four_ranks_trains_the_same(words: list[str], tmp_path: Path) -> None:
-    short = (*RUN, "run.steps=8", "schedule.warmup=2", "checkpoint.every_steps=4")
-    layout = ("parallel.tensor=2", "parallel.pipeline=2", "parallel.sequence=true", "model.mamba_groups=2")
-    finish(fork(words, "one", extra=(*short, "model.mamba_groups=2")))
-    finish(start(words, "four", ranks=4, extra=(*short, *layout)))
-    one, four = losses(tmp_path / "one"), losses(tmp_path / "four")
-    assert sorted(four) == list(range(1, 9))
-    assert [four[s] for s in sorted(four)] == pytest.approx([one[s] for s in sorted(one)], rel=2e-6)

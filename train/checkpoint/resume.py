@@ -12,6 +12,7 @@ from train.checkpoint.manifest import Manifest, describe_layout
 from train.config import Recipe
 from train.engine import Engine
 from train.errors import CheckpointError, RecipeError
+from train.metrics import METRICS, read_metrics
 from train.optim.schedule import learning_rate_factor
 from train.parallel.layout import Layout
 from train.recipe import Difference, differences, recipe_from_mapping, refused
@@ -36,13 +37,12 @@ def resume(
     recipe: Recipe,
     mapping: dict[str, Any],
     data_hash: str,
-    steps_seen: tuple[int, bool],
     tokenizer: str = "",
 ) -> Start:
     """Load the newest checkpoint that proves right, where the recipe allows it. Collective over the world.
 
-    mapping: the recipe as `recipe.yaml` holds it. tokenizer: fingerprint of the data's. steps_seen: the last step in the
-    run's record, and whether that tells of a durable checkpoint. Raises CheckpointError, DataError, RecipeError.
+    mapping: the recipe as `recipe.yaml` holds it. tokenizer: fingerprint of the data's. Raises CheckpointError, DataError,
+    RecipeError.
     """
     good, _ = checkpoints.survey()
     mode = recipe.checkpoint.resume
@@ -63,7 +63,7 @@ def resume(
                 f"checkpoint.resume=required, but {checkpoints.folder} holds no checkpoint. Use checkpoint.resume=auto "
                 f"to start from the beginning."
             )
-        return Start(0, 0, _from_zero(checkpoints, steps_seen))
+        return Start(0, 0, _from_zero(checkpoints))
     _check_tokenizer(found.manifest, recipe=recipe, tokenizer=tokenizer, place=str(found.path))
     _check_data(found.manifest, recipe=recipe, data_hash=data_hash, place=str(found.path))
     text = audit(found, recipe=recipe, mapping=mapping, layout=engine.mesh.layout, data_hash=data_hash)
@@ -163,9 +163,12 @@ def _rate(mapping: dict[str, Any], manifest: Manifest) -> str:
     return f"{recipe.optim.lr * factor:.6g}"
 
 
-def _from_zero(checkpoints: CheckpointFolder, steps_seen: tuple[int, bool]) -> str | None:
-    """Refuse to start a run over whose checkpoints are lost; say so where it never had one."""
-    last, had_checkpoint = steps_seen
+def _from_zero(checkpoints: CheckpointFolder) -> str | None:
+    """Refuse to start a run over whose checkpoints are lost, as its record tells; say so where it never had one."""
+    path = checkpoints.folder.parent / METRICS
+    lines = read_metrics(path) if path.exists() else []
+    last = max((line["step"] for line in lines if line["kind"] == "step"), default=0)
+    had_checkpoint = any(line["kind"] == "save" for line in lines)
     if had_checkpoint:
         raise CheckpointError(
             f"{checkpoints.folder.parent} holds a run of {last:,} steps that wrote checkpoints, but {checkpoints.folder} holds "
