@@ -167,7 +167,8 @@ def check_folder(folder: Path, recipe: Recipe) -> None:
     """Refuse a run folder that belongs to another recipe, naming the fields that differ. Changes nothing."""
     path = folder / "recipe.yaml"
     if not path.exists():
-        strangers = [p.name for p in folder.iterdir() if p.name != "logs"] if folder.is_dir() else []  # launch's
+        ours = ("logs", f".{path.name}.writing")  # launch's; what a kill leaves of this very file
+        strangers = [p.name for p in folder.iterdir() if p.name not in ours] if folder.is_dir() else []
         if strangers:
             raise RecipeError(
                 f"{folder} is not empty ({', '.join(sorted(strangers)[:3])}) and holds no recipe.yaml, so it is not a "

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from crashes import Act, Half, acts_of_saves
 from lives import contents_at, recipe_in
 from ranks import RankFailed, run_ranks
 from shards import TEXT
@@ -77,6 +78,27 @@ def row(text: str, name: str) -> list[str]:
     """Cells of a row of the table."""
     (line,) = (line for line in text.splitlines() if line.strip().startswith(f"{name} "))
     return re.split(r" {2,}", line.strip())
+
+
+def die(rank: int, recipe: Recipe, target: str) -> None:
+    """Killed in the middle of writing `target`."""
+
+    def trap(act: Act) -> None:
+        if act.name == "writev" and target in act.target:
+            raise Half
+
+    with acts_of_saves(trap):
+        go(rank, recipe)
+
+
+def test_a_kill_in_the_first_act_of_a_run_does_not_spoil_its_folder(run: Recipe) -> None:
+    new = changed(run, **{"run.name": "new", "run.stop_after_steps": 2})
+    folder = Path(new.run.folder) / "new"
+    with pytest.raises(RankFailed, match="rank 0 died"):
+        run_ranks(1, die, new, "recipe.yaml")
+    assert [path.name for path in folder.iterdir()] == [".recipe.yaml.writing"]
+    run_ranks(1, go, new)
+    assert contents_at(folder / "checkpoints" / steps.name_of(2)) and not (folder / ".recipe.yaml.writing").exists()
 
 
 def test_the_table_says_what_goes_on(run: Recipe) -> None:
