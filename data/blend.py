@@ -201,6 +201,7 @@ class Blend:
         with self._lock:
             for start, (stop, draw) in self._draws.items():
                 if start <= position < stop:
+                    self._draws.move_to_end(start)  # those who read and those who look ahead do not turn each other out
                     return start, draw
         window = self.curriculum.window(position)
         draw = self._resolve(window)

@@ -15,7 +15,7 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -74,7 +74,9 @@ class RemoteFolder:
         self.url = url.rstrip("/")
         self._root = Path(config.folder)
         self.folder = self._root / hashlib.sha256(self.url.encode()).hexdigest()[:16]
-        self._budget_bytes = int(config.gib * 2**30)
+        self.budget_bytes = int(config.gib * 2**30)
+        """Disk that copies may take."""
+        self.fetch_threads = config.fetch_threads
         self._retries = config.retries
         self._activity = activity
         self._sleep = sleep
@@ -91,12 +93,18 @@ class RemoteFolder:
         path = self.folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
         with self._activity.of(f"waiting for a copy of {self.url}/{name}"), _locked(path):
+            self.touch([name])  # first: then it is not what goes for want of room
             if facts is None or not _is_whole(path, facts):
                 self._fetch_with_retries(name, path, facts)
                 self._evict(keep=path)
-        with contextlib.suppress(FileNotFoundError):  # another process may have needed the room
-            os.utime(path, ns=(time.time_ns(), path.stat().st_mtime_ns))
         return path
+
+    def touch(self, names: Sequence[str]) -> None:
+        """Say of copies that they are in use: those that are not go first. Names of files that are not here do no harm."""
+        for name in names:
+            with contextlib.suppress(FileNotFoundError):
+                path = self.folder / name
+                os.utime(path, ns=(time.time_ns(), path.stat().st_mtime_ns))
 
     def _fetch_with_retries(self, name: str, path: Path, facts: FileFacts | None) -> None:
         for attempt in range(self._retries + 1):
@@ -142,19 +150,21 @@ class RemoteFolder:
             aside.unlink(missing_ok=True)
 
     def _evict(self, *, keep: Path) -> None:
-        """Remove the copies that were not opened for longest, until all fit the budget."""
+        """Remove the copies that were not opened for longest, until all fit the budget, and what killed processes left."""
         with _locked(self._root / "budget"):
             copies = []
             for path in self._root.glob("*/**/*"):
                 with contextlib.suppress(FileNotFoundError):
+                    if ".fetching-" in path.name and not _is_locked(Path(str(path).rpartition(".fetching-")[0])):
+                        path.unlink()
                     if path.suffix in (".bin", ".idx", ".origins"):
                         found = path.stat()
                         copies.append((found.st_atime_ns, found.st_size, path))
             used = sum(size for _, size, _ in copies)
             for _, size, path in sorted(copies):
-                if used <= self._budget_bytes:
+                if used <= self.budget_bytes:
                     break
-                if path != keep:
+                if path != keep and not _is_locked(path):  # else someone is about to open it
                     path.unlink(missing_ok=True)
                     used -= size
 
@@ -171,6 +181,16 @@ def _locked(path: Path) -> Iterator[None]:
     with Path(f"{path}.lock").open("w") as stream:
         fcntl.flock(stream, fcntl.LOCK_EX)
         yield
+
+
+def _is_locked(path: Path) -> bool:
+    """Whether a process holds the lock of a file."""
+    with Path(f"{path}.lock").open("w") as stream:
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+    return False
 
 
 def _durably(stream: Any) -> None:

@@ -20,6 +20,7 @@ from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
 
+from data.config import SourceConfig
 from data.errors import DataError
 
 RECIPES = Path(__file__).resolve().parent.parent / "recipes"
@@ -121,14 +122,13 @@ def with_short_words(words: list[str], *, group: str, fields: list[str]) -> list
 def with_overrides(words: list[str], overrides: dict[str, str]) -> list[str]:
     """A command line with overrides added, those aside that it has already.
 
-    All stand where the user's last override is: Hydra's parser wants them side by side, whatever order they are written in.
+    They go right behind the user's last override: Hydra's parser wants all of them side by side.
     """
     given = {word.split("=", 1)[0].lstrip("+~") for word in words}
     added = [f"{key}={value}" for key, value in overrides.items() if key not in given]
     places = [i for i, word in enumerate(words) if i and not word.startswith("-") and ("=" in word or word[0] == "~")]
     if places:
-        before = [word for i, word in enumerate(words[: places[-1]]) if i not in places]
-        return [*before, *(words[i] for i in places), *added, *words[places[-1] + 1 :]]
+        return [*words[: places[-1] + 1], *added, *words[places[-1] + 1 :]]
     if words[-1] == "--info":
         words = [*words, "all"]  # or the first word added would be taken for what --info is about
     return [*words, *added]
@@ -157,6 +157,14 @@ def _explain(message: str, *, program: str, keys: list[str]) -> str:
     unknown = re.search(r"Could not override '([^']+)'", message)
     if unknown:
         key = unknown.group(1)
+        of_source = re.fullmatch(r"data\.sources\.([^.]+)\.(\w+)", key)
+        if of_source:
+            fields = [field.name for field in dataclasses.fields(SourceConfig)]
+            if of_source[2] in fields:
+                return f"{key} is not in this recipe yet. Add it with a plus: +{key}=..."
+            near = difflib.get_close_matches(of_source[2], fields, n=1, cutoff=0.5)
+            hint = f"Did you mean {near[0]}?" if near else f"There are: {', '.join(fields)}."
+            return f"unknown field {of_source[2]!r} of a source on the command line. {hint}"
         near = difflib.get_close_matches(key, keys, n=1, cutoff=0.5)
         hint = f" Did you mean {near[0]}?" if near else f" `python -m {program} -cn NAME --cfg job` shows every key."
         return f"unknown recipe key {key!r} on the command line.{hint}"

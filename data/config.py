@@ -114,6 +114,8 @@ class CacheConfig:
     gib: PositiveFloat = 64.0
     """Disk the copies may take, in GiB; those unused for longest go first. Must hold `shuffle_shards` shards of every
     source at once, or shards are fetched again and again."""
+    fetch_threads: Count = 2
+    """Shards fetched at the same time, ahead of the rows that need them, as many as `gib` holds; 0: each when it is needed."""
     retries: Count = 5
     """Attempts after a failed transfer, with a growing pause (1, 2, 4, ... seconds)."""
 

@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from data.ahead import FetchAhead
 from data.batch import Batch
 from data.blend import Blend, BlendSource
 from data.cache import Activity, RemoteFolder, is_remote
@@ -65,6 +66,8 @@ class Dataset:
     """Where the files lie, or copies of them."""
     find: Callable[[ShardEntry, str], Path]
     """A local, verified file of a shard, by suffix."""
+    remote: RemoteFolder | None = None
+    """Where the shards lie, if not here."""
 
     @property
     def manifest_hash(self) -> str:
@@ -89,6 +92,12 @@ class Dataset:
                     filled.tokens[place], filled.labels[place], pieces, source=int(source), epoch=int(epoch)
                 )
         return _batch(filled, draw.source, np.asarray(positions))
+
+    def fetch_ahead(self, position: int) -> FetchAhead | None:
+        """Begin to fetch the shards of the rows from `position` on, where they lie behind a URL."""
+        if self.remote is None or not self.remote.fetch_threads:
+            return None
+        return FetchAhead(self.blend, self.train, self.remote, position=position, threads=self.remote.fetch_threads)
 
     def heldout_count(self, name: str) -> int:
         """Held-out rows of a source."""
@@ -159,6 +168,7 @@ def open_dataset(config: DataConfig) -> Dataset:
     Raises DataError naming what is missing or does not match, with the remedy.
     """
     activity = Activity()
+    remote: RemoteFolder | None = None
     if is_remote(config.folder):
         remote = RemoteFolder(config.folder, config.cache, activity)
         folder = remote.folder
@@ -167,6 +177,7 @@ def open_dataset(config: DataConfig) -> Dataset:
         remote.local(manifest.tokenizer.file)
 
         def find(entry: ShardEntry, suffix: str) -> Path:
+            assert remote is not None
             return remote.local(f"{entry.path}.{suffix}", entry.files[suffix])
 
     else:
@@ -244,6 +255,7 @@ def open_dataset(config: DataConfig) -> Dataset:
         activity=activity,
         folder=folder,
         find=find,
+        remote=remote,
     )
 
 

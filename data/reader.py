@@ -224,8 +224,7 @@ class Shelf:
             keep_starts = self._kept_starts + entry.documents <= _STARTS_IN_MEMORY
         with self.activity.of(f"opening {entry.path}"):
             try:
-                tokens, index = self._find(entry, "bin"), self._find(entry, "idx")
-                shard = OpenShard(entry, tokens, index, may_vanish=self._may_vanish, keep_starts=keep_starts)
+                shard = self._opened(entry, keep_starts=keep_starts)
             except OSError as error:
                 raise DataError(f"{entry.path} cannot be opened: {error.strerror or error}.") from error
         with self._lock:
@@ -235,6 +234,16 @@ class Shelf:
             while len(self._open) > self._room:
                 self._kept_starts -= self._open.popitem(last=False)[1].kept_starts
             return self._open.get(key, shard)
+
+    def _opened(self, entry: ShardEntry, *, keep_starts: bool) -> OpenShard:
+        for left in reversed(range(3)):
+            try:
+                paths = self._find(entry, "bin"), self._find(entry, "idx")
+                return OpenShard(entry, *paths, may_vanish=self._may_vanish, keep_starts=keep_starts)
+            except FileNotFoundError:  # the room was needed between finding and opening
+                if not (self._may_vanish and left):
+                    raise
+        raise AssertionError("returned or raised")
 
     def forget(self, shard: OpenShard) -> None:
         """Open this shard anew, and verify it, when it is next read."""

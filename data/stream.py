@@ -58,6 +58,7 @@ class Stream:
         self._stall_warning_s, self._stall_limit_s = stall_warning_s, stall_limit_s
         self._changed = threading.Condition()
         self._next_read = position
+        self._ahead = dataset.fetch_ahead(position)
         self._read: dict[int, list[Batch] | BaseException] = {}
         self._is_closing = False
         self._threads = [
@@ -82,6 +83,8 @@ class Stream:
                 raise step  # and again, if asked again
             del self._read[self.position]
             self.position += self._global_rows
+            if self._ahead is not None:
+                self._ahead.position = self.position
             self._changed.notify_all()
         return step
 
@@ -94,10 +97,12 @@ class Stream:
         self.close()
 
     def close(self) -> None:
-        """Stop reading ahead. A thread stuck in a read is left behind; it keeps nothing from ending."""
+        """Stop reading and fetching ahead. A thread stuck in a read is left behind; it keeps nothing from ending."""
         with self._changed:
             self._is_closing = True
             self._changed.notify_all()
+        if self._ahead is not None:
+            self._ahead.close()
         for thread in self._threads:
             thread.join(timeout=1.0)
 

@@ -167,6 +167,9 @@ class SlowRows:
         self.activity = dataset.activity
         self._dataset, self._seconds, self.hold = dataset, seconds, threading.Event()
 
+    def fetch_ahead(self, position: int) -> None:
+        return None
+
     def training_rows(self, positions: np.ndarray) -> object:
         if positions[0] >= GLOBAL:
             with self.activity.of("reading s3://bucket/web-00017.bin"):

@@ -20,10 +20,10 @@ PACKAGES = ("train", "data", "launch")
 FLOORS = {
     "train.errors": 0, "train.config": 0, "train.stopwatch": 0, "train.model.pattern": 0, "train.parallel.layout": 0,
     "train.cost": 0, "train.optim.schedule": 0, "data.errors": 0, "data.build_c": 0, "data.fields": 0, "data.config": 0,
-    "data.typed": 0,
+    "data.typed": 0, "data.shares": 1, "data.ahead": 1,
     "data.sources": 1, "data.corpus": 1, "data.work": 1, "data.megatron_sets": 1, "data.shard_job": 1,
     "data.pool": 1, "data.progress": 1, "data.tokenizer": 1, "data.shards": 1, "data.manifest": 1, "data.origins": 1,
-    "data.verify": 1, "data.cache": 1, "data.reader": 1, "data.shares": 1, "data.curriculum": 1, "data.order": 1, "data.fim": 1,
+    "data.verify": 1, "data.cache": 1, "data.reader": 1, "data.curriculum": 1, "data.order": 1, "data.fim": 1,
     "data.pack": 1, "data.compiled": 1, "data.fill": 1, "data.blend": 1, "data.batch": 1, "data.dataset": 1,
     "data.stream": 1, "data.command": 1,
     "train.recipe": 1, "train.gemm": 1, "data.trace": 7, "data.inspect": 7,

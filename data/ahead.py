@@ -1,0 +1,134 @@
+"""Shards behind a URL, fetched before a row needs them: what lies ahead is known, because order is a function of position.
+
+    position --blend--> next rows --> shards they lie in, by first need --> copies, as many as the budget holds
+
+The shards of the rows looked through so far are *needed* until their last such row has passed. Threads fetch them in the
+order in which they are first needed, and look further as room becomes free, so that a copy is never evicted before it was
+read (while only this run uses the cache). What cannot be fetched is left to the row that needs it, which says so.
+"""
+
+import logging
+import threading
+from collections import OrderedDict
+from dataclasses import dataclass
+
+import numpy as np
+
+from data.blend import Blend
+from data.cache import RemoteFolder
+from data.curriculum import WINDOW_ROWS
+from data.errors import DataError
+from data.manifest import ShardEntry
+from data.pack import STRETCH_ROWS, Rows
+
+_SUFFIXES = ("idx", "bin")
+_SHARE = 0.9
+"""Of the budget that needed shards may take; the rest is for what others read."""
+_LOOK_ROWS = 1 << 21
+"""Farthest that is looked ahead, in rows."""
+_POLL_S = 0.2
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class _Need:
+    """A shard that rows ahead lie in."""
+
+    entry: ShardEntry
+    last: int
+    """Last position, as far as was looked, that needs it."""
+    is_begun: bool = False
+
+
+class FetchAhead:
+    """Threads that keep the next shards' copies on the disk. Close it when reading ends."""
+
+    def __init__(self, blend: Blend, rows: list[Rows], remote: RemoteFolder, *, position: int, threads: int) -> None:
+        self.position = position
+        """What lies before it is needed no more. Set by the reader, without waiting for anyone."""
+        self._blend, self._rows, self._remote = blend, rows, remote
+        self._limit = _SHARE * remote.budget_bytes
+        self._lock = threading.Lock()
+        self._needed: OrderedDict[tuple[int, int], _Need] = OrderedDict()
+        self._looked = position
+        self._is_full = False
+        self._closing = threading.Event()
+        for number in range(threads):
+            threading.Thread(target=self._run, name=f"fetch-{number}", daemon=True).start()
+
+    def close(self) -> None:
+        """Fetch no more. What is being fetched is left to end by itself."""
+        self._closing.set()
+
+    def _run(self) -> None:
+        while not self._closing.is_set():
+            with self._lock:
+                entry = self._next()
+                present = [f"{need.entry.path}.{suffix}" for need in self._needed.values() for suffix in _SUFFIXES]
+            if entry is None:
+                self._closing.wait(_POLL_S)
+                continue
+            self._remote.touch(present)
+            try:
+                for suffix in _SUFFIXES:
+                    self._remote.local(f"{entry.path}.{suffix}", entry.files[suffix])
+            except DataError as error:
+                log.warning("%s Fetched ahead; the first row that needs it tries again.", error)
+
+    def _next(self) -> ShardEntry | None:
+        """The shard to fetch next; None while there is none, or no room."""
+        gone = [key for key, need in self._needed.items() if need.last < self.position]
+        for key in gone:
+            del self._needed[key]
+        self._is_full &= not gone
+        self._looked = max(self._looked, self.position)
+        while True:
+            for need in self._needed.values():
+                if not need.is_begun:
+                    need.is_begun = True
+                    return need.entry
+            stop = min(self._looked + WINDOW_ROWS, self._blend.curriculum.stop or self._looked + WINDOW_ROWS)
+            if self._is_full or stop <= self._looked or stop > self.position + _LOOK_ROWS:
+                return None
+            self._look(stop)
+
+    def _look(self, stop: int) -> None:
+        """Note the shards of the rows up to `stop`, or up to the first row that needs one for which there is no room."""
+        taken = sum(_size(need.entry) for need in self._needed.values())
+        found = self._shards(self._looked, stop)
+        for key, (first, _) in sorted(found.items(), key=lambda item: item[1]):
+            if key in self._needed:
+                continue
+            entry = self._rows[key[0]].stream.entries[key[1]]
+            taken += _size(entry)
+            if taken > self._limit:
+                self._is_full, stop = True, first
+                found = self._shards(self._looked, stop)
+                break
+            self._needed[key] = _Need(entry, first)
+        for key, (_, last) in found.items():
+            self._needed[key].last = last
+        self._looked = stop
+
+    def _shards(self, start: int, stop: int) -> dict[tuple[int, int], tuple[int, int]]:
+        """(source, shard) of the rows from start to stop: the first and the last position that needs it."""
+        found: dict[tuple[int, int], tuple[int, int]] = {}
+        if start == stop:
+            return found
+        draw = self._blend.draw(np.arange(start, stop))
+        for source in np.unique(draw.source):
+            rows, at = self._rows[source], np.flatnonzero(draw.source == source)
+            unit = STRETCH_ROWS if rows.best_fit else 1
+            begin = draw.row[at] // unit * unit
+            low = np.maximum(begin * rows.row_tokens - 1, 0)
+            high = np.minimum(begin + unit, rows.count) * rows.row_tokens - 1
+            lows, highs = (np.searchsorted(rows.stream.shard_starts, edge, side="right") - 1 for edge in (low, high))
+            for shard in range(int(lows.min()), int(highs.max()) + 1):
+                mine = np.flatnonzero((lows <= shard) & (shard <= highs))
+                if len(mine):
+                    found[int(source), shard] = start + int(at[mine[0]]), start + int(at[mine[-1]])
+        return found
+
+
+def _size(entry: ShardEntry) -> int:
+    return sum(entry.files[suffix].bytes for suffix in _SUFFIXES)
