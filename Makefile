@@ -65,9 +65,12 @@ bench-checkpoint: setup ## saving and loading against the plain disk and torch.d
 precision-gap: setup ## train a small hybrid in every precision and compare the losses (hours; resumes)
 	@$(PY) -m tests.bench.precision_gap
 
+compress-curves: setup ## prune a tiny teacher, distil its students and train them otherwise, at equal tokens (hours; resumes)
+	@$(PY) -m data.prepare -cn tiny_teacher && $(PY) -m train -cn tiny_teacher && $(PY) -m tests.bench.compress_curves
+
 clean: ## remove caches and the environment; runs/ is left alone
 	rm -rf .venv .oracle .peers .mypy_cache .ruff_cache .pytest_cache *.egg-info
 	find . -name __pycache__ -not -path './runs/*' -prune -exec rm -rf {} +
 
-.PHONY: help setup smoke test test-slow test-slurm test-oracle test-gpu check format bench bench-model bench-fp8 bench-checkpoint bench-data precision-gap clean validate-plan
+.PHONY: help setup smoke test test-slow test-slurm test-oracle test-gpu check format bench bench-model bench-fp8 bench-checkpoint bench-data precision-gap compress-curves clean validate-plan
 .DEFAULT_GOAL := help

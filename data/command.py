@@ -122,13 +122,14 @@ def with_short_words(words: list[str], *, group: str, fields: list[str]) -> list
 def with_overrides(words: list[str], overrides: dict[str, str]) -> list[str]:
     """A command line with overrides added, those aside that it has already.
 
-    They go right behind the user's last override: Hydra's parser wants all of them side by side.
+    All stand where the user's last override is: Hydra's parser wants them side by side, whatever order they are written in.
     """
     given = {word.split("=", 1)[0].lstrip("+~") for word in words}
     added = [f"{key}={value}" for key, value in overrides.items() if key not in given]
     places = [i for i, word in enumerate(words) if i and not word.startswith("-") and ("=" in word or word[0] == "~")]
     if places:
-        return [*words[: places[-1] + 1], *added, *words[places[-1] + 1 :]]
+        before = [word for i, word in enumerate(words[: places[-1]]) if i not in places]
+        return [*before, *(words[i] for i in places), *added, *words[places[-1] + 1 :]]
     if words[-1] == "--info":
         words = [*words, "all"]  # or the first word added would be taken for what --info is about
     return [*words, *added]

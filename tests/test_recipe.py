@@ -211,6 +211,7 @@ def test_a_folder_of_something_else_is_refused(tmp_path: Path) -> None:
         (["train", "-cn", "smoke"], ["train", "-cn", "smoke", "x=1"]),
         (["train", "-cn", "smoke", "a=1,2", "-m"], ["train", "-cn", "smoke", "a=1,2", "x=1", "-m"]),
         (["train", "~b", "--cfg", "job"], ["train", "~b", "x=1", "--cfg", "job"]),
+        (["train", "a=1", "--config-dir=c", "b=2", "-m"], ["train", "--config-dir=c", "a=1", "b=2", "x=1", "-m"]),
         (["train", "x=2", "-cn", "smoke"], ["train", "x=2", "-cn", "smoke"]),
         (["train", "-cn", "smoke", "--info"], ["train", "-cn", "smoke", "--info", "all", "x=1"]),
     ],

@@ -119,10 +119,10 @@ def plan() -> Iterator[Run]:
     rates = {kind: best_rate(kind) for kind in KINDS}
     for seed in SEEDS:
         yield from (Run(shape, "pruned", kind, SHORT, seed, rates[kind]) for shape in SHAPES for kind in KINDS)
-    yield from (Run(shape, "pruned", kind, LONG, SEEDS[0], rates[kind]) for shape in SHAPES for kind in KINDS)
+    yield from (Run("gemma", "scratch", kind, GEMMA_STEPS, SEEDS[0], SCRATCH_RATE) for kind in KINDS)
     yield from (Run(shape, "scratch", "next_token", LONG, SEEDS[0], SCRATCH_RATE) for shape in SHAPES)
-    for seed in SEEDS[:2]:
-        yield from (Run("gemma", "scratch", kind, GEMMA_STEPS, seed, SCRATCH_RATE) for kind in KINDS)
+    yield from (Run(shape, "pruned", kind, LONG, SEEDS[0], rates[kind]) for shape in reversed(SHAPES) for kind in KINDS)
+    yield from (Run("gemma", "scratch", kind, GEMMA_STEPS, SEEDS[1], SCRATCH_RATE) for kind in KINDS)
     yield from (Run(shape, "scratch", "distill", LONG, SEEDS[0], SCRATCH_RATE) for shape in SHAPES)
     for seed in SEEDS[1:]:
         yield from (Run(shape, "pruned", kind, LONG, seed, rates[kind]) for shape in SHAPES for kind in KINDS)
@@ -198,23 +198,21 @@ def draw(path: Path) -> None:
     with plt.rc_context(_STYLE):
         figure, axes = plt.subplots(1, 3, figsize=(13, 4.4), layout="constrained")
         for place, shape in zip(axes, _TITLES, strict=True):
-            for run in runs:
-                curve = [point for point in run.curve() if point[0] or run.start == "scratch"]
-                if run.shape != shape or run.seed == RATE_SEED or not curve:
-                    continue
-                short = run.start == "pruned" and run.steps == SHORT
-                style: dict[str, Any] = {"color": _COLORS[run.kind], "alpha": 0.9, "linewidth": 1.6}
+            shown = [run for run in runs if run.shape == shape and run.seed != RATE_SEED and run.curve()]
+            for run in shown:
+                curve = run.curve()
+                style: dict[str, Any] = {"color": _COLORS[run.kind], "linewidth": 1.5, "marker": ".", "markersize": 4}
                 style["linestyle"] = "--" if run.start == "scratch" and shape != "gemma" else "-"
                 place.plot([tokens / 1e6 for tokens, _ in curve], [value for _, value in curve], **style)
-                place.plot(
-                    curve[-1][0] / 1e6, curve[-1][1], "o", color=_COLORS[run.kind], markersize=3.5 if short else 5
-                )
+                if run.result() is not None:
+                    place.plot(curve[-1][0] / 1e6, curve[-1][1], "o", color=_COLORS[run.kind], markersize=4.5)
             place.axhline(teacher, color="#7b8794", linewidth=1, linestyle=":")
             place.annotate(
                 "teacher", (1.0, teacher), xycoords=("axes fraction", "data"), ha="right", va="bottom", fontsize=8
             )
             place.set(title=_TITLES[shape], xlabel="tokens, millions", xlim=(0, None))
-            place.set_ylim(teacher - 0.05, teacher + (0.62 if shape == "gemma" else 0.55))
+            tops = [run.curve()[1][1] for run in shown if len(run.curve()) > 1]
+            place.set_ylim(teacher - 0.05, min(max(tops, default=0) + 0.1, teacher + 1.2))
         axes[0].set_ylabel("held-out bits per byte, mean of two sources")
         for kind in KINDS:
             axes[0].plot([], [], color=_COLORS[kind], label=f"pruned, {_NAMES[kind]}")
@@ -244,6 +242,8 @@ def show(console: Console) -> None:
             if (run.shape, run.start, run.steps, run.seed) == (shape, start, steps, seed)
         }
         ours, theirs = (pair.get(kind) for kind in KINDS)
+        if ours is None and theirs is None:
+            continue
         gain = f"{theirs - ours:+.4f}" if ours is not None and theirs is not None else ""
         name = "Gemma 2" if shape == "gemma" else f"{shape}, {start}"
         table.add_row(name, f"{steps * TOKENS_PER_STEP / 1e6:.2f}M", str(seed), _number(ours), _number(theirs), gain)

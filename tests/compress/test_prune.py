@@ -232,6 +232,7 @@ def test_a_pruned_checkpoint_says_where_it_comes_from_and_is_exported(
     folder = tmp_path / "small"
     text = _write_pruned(whole, scores, Target(hidden=48, ffn=80), folder, name="small")
     assert f"{parameters(model).total:,} -> " in text and str(folder / "model" / "small.yaml") in text
+    assert (folder / "checkpoints" / "latest").read_text().strip() == "step_00000000"
     found, pruned = checkpoint_at(folder)
     assert pruned.recipe["model"]["hidden"] == 48 and pruned.tokenizer == manifest.tokenizer and pruned.updates is None
     kept = pruned.lineage["kept"]

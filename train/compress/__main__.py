@@ -174,7 +174,7 @@ def _prune(composed: DictConfig) -> int:
 
 def _write_pruned(parent: Any, scores: Any, target: Any, folder: Path, *, name: str, merge_heads: bool = False) -> str:
     """Cut, write checkpoint and model recipe. -> what was done, for people."""
-    from train.checkpoint import storage
+    from train.checkpoint import publishing, storage
     from train.compress.prune import choose, cut_weights, lineage, pruned_model
     from train.compress.scores import model_of
     from train.run import recipe_mapping
@@ -205,6 +205,7 @@ def _write_pruned(parent: Any, scores: Any, target: Any, folder: Path, *, name: 
         lineage=lineage(scores, kept, parent=parent.path, manifest=parent.manifest, merged_heads=merge_heads),
     )
     storage.publish(aside, final, manifest)
+    publishing.point_at(final.parent, final.name)
     group = folder / "model"
     group.mkdir(exist_ok=True)
     about = f"# Pruned from {parent.path}: {parameters(small).total:,} parameters.\n"
@@ -348,7 +349,10 @@ def _stages(composed: DictConfig) -> int:
                 f"stages.{stage} starts with {words[0]!r}; a stage is `train ...` or `compress COMMAND ...`."
             )
         folders = [w.removeprefix("--config-dir=") for w in words if w.startswith("--config-dir=")]
-        rest = [w for w in words if not w.startswith("--config-dir=")]
+        asked = {
+            word.split("=", 1)[0] for word in overrides
+        }  # what the command line says instead of a stage's own words
+        rest = [w for w in words if not w.startswith("--config-dir=") and w.split("=", 1)[0] not in asked]
         line = ["-m", module, *command, *recipe_words(folders[0] if folders else None), *rest, *overrides]
         sys.stdout.write(f"# {stage}\npython {shlex.join(line)}\n")
         sys.stdout.flush()
