@@ -1,7 +1,7 @@
 """`make bench-fp8`: what emulating each low-precision recipe costs. Prints a Markdown table; nothing is written.
 
-Forward and backward of one linear layer, against the same layer in plain fp32, in turn in one process; and torch's own
-CPU float8 product, where it exists, as a forward pass. Best of all rounds: the machine is noisy.
+Forward and backward of one linear layer, against the same layer in plain fp32 (the reference backend's), in turn in one
+process; and torch's own CPU float8 product, where it exists, as a forward pass. Best of all rounds: the machine is noisy.
 
     python -m tests.bench.precision [--rounds 20] [--threads 2]
 """
@@ -22,6 +22,7 @@ from train.parallel.device import prepare
 prepare(torch.device("cpu"))
 
 from train.config import PrecisionConfig
+from train.model.linear import fast_linear
 from train.precision import native
 from train.precision.emulated import LowPrecisionLinear, _Product
 from train.precision.scaling import scaling_of
@@ -38,12 +39,14 @@ TARGETS = {
 
 
 def both_passes(name: str, x: torch.Tensor, weight: torch.Tensor, grad: torch.Tensor) -> Callable[[], None]:
-    """Forward and backward of a linear layer under a recipe ("fp32" is torch's own)."""
+    """Forward and backward of a linear layer under a recipe ("fp32" is the reference backend's, "torch" torch's own)."""
     linear = LowPrecisionLinear(layer=0, name="", module=torch.nn.Module(), scales=(100.0, 100.0, 1000.0))
 
     def run() -> None:
         x.grad = weight.grad = None
         if name == "fp32":
+            y = fast_linear(x, weight, None, False, False, False)
+        elif name == "torch":
             y = torch.nn.functional.linear(x, weight)
         else:
             linear.scaling, linear.weight_cache = scaling_of(PrecisionConfig(), name), None
@@ -92,11 +95,12 @@ def main() -> None:
         x = torch.randn(tokens, into, generator=g).requires_grad_()
         weight = (torch.randn(out, into, generator=g) / into**0.5).requires_grad_()
         grad = torch.randn(tokens, out, generator=g)
-        works = {name: both_passes(name, x, weight, grad) for name in ("fp32", *TARGETS)}
+        works = {name: both_passes(name, x, weight, grad) for name in ("fp32", "torch", *TARGETS)}
         seconds = best(works, options.rounds)
         products = best({"fp32 forward": forward_only(x, weight), "_scaled_mm": scaled_mm(x, weight)}, options.rounds)
         columns.append((seconds, products))
     print("| fp32 | " + " | ".join(f"{1e3 * seconds['fp32']:.2f} ms | " for seconds, _ in columns) + " |")
+    print("| torch's linear | " + " | ".join(f"x{s['torch'] / s['fp32']:.2f} | " for s, _ in columns) + " |")
     for name, targets in TARGETS.items():
         cells = [f"x{s[name] / s['fp32']:.2f} | {target}" for (s, _), target in zip(columns, targets, strict=True)]
         print(f"| {name} | " + " | ".join(cells) + " |")

@@ -12,6 +12,7 @@ tensors of all ranks are fingerprinted and compared with the manifest: what trai
 import logging
 from collections.abc import Sequence
 from dataclasses import asdict, replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -201,9 +202,8 @@ def publish(aside: Path, final: Path, manifest: Manifest) -> None:
 
 def versions() -> dict[str, str]:
     """Versions of the libraries that a checkpoint's content depends on."""
-    import megatron.core
-
-    return {"torch": torch.__version__, "megatron-core": megatron.core.__version__}
+    # Not megatron.core.__version__: that ends in the commit of whatever repository the process was started in.
+    return {"torch": torch.__version__, "megatron-core": version("megatron-core")}
 
 
 class _Loading:

@@ -144,7 +144,8 @@ def _training(release: Release, record: RunRecord | None) -> list[str]:
         f"weight decay {recipe.optim.weight_decay}, clip {recipe.optim.clip_norm}",
         "schedule": f"{recipe.schedule.kind}, warm-up {recipe.schedule.warmup}, decay {recipe.schedule.decay} "
         f"({recipe.schedule.unit})",
-        "precision": f"{recipe.precision.params} weights, linear layers: {recipe.precision.scaling}",
+        "precision": f"{recipe.precision.params} weights, "
+        + ("no low precision" if recipe.precision.scaling == "none" else f"linear layers: {recipe.precision.scaling}"),
         "objective": recipe.objective.kind,
     }
     lines = ["", "## Training", "", *_table(rows), "", "The whole recipe: [recipe.yaml](recipe.yaml)."]
