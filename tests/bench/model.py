@@ -53,8 +53,8 @@ def rows_of(length: int) -> int:
     return max(1, STEP_TOKENS // length)
 
 
-def tokens_for(rows: int, length: int) -> tuple[torch.Tensor, torch.Tensor]:
-    both = torch.randint(0, VOCAB, (rows, length + 1), generator=torch.Generator().manual_seed(0))
+def tokens_for(rows: int, length: int, vocab: int = VOCAB) -> tuple[torch.Tensor, torch.Tensor]:
+    both = torch.randint(0, vocab, (rows, length + 1), generator=torch.Generator().manual_seed(0))
     return both[:, :-1].contiguous(), both[:, 1:].contiguous()
 
 
@@ -129,7 +129,7 @@ def ours(model: object, length: int):  # type: ignore[no-untyped-def]
         run=replace(RECIPE.run, global_rows=rows, microbatch_rows=rows),
         data=replace(RECIPE.data, row_tokens=length),
     )
-    tokens, labels = tokens_for(rows, length)
+    tokens, labels = tokens_for(rows, length, model.vocab)  # type: ignore[attr-defined]
     batch = Batch(
         tokens=tokens,
         labels=labels,
