@@ -1,43 +1,96 @@
 """Every act of a save upon the disk, one function each, so that tests can stop a process, or fail, at any of them."""
 
+import ctypes
+import functools
 import itertools
 import os
 import shutil
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 _VECTORS = 512
 """Buffers handed to one writev; the system takes at most 1,024 (IOV_MAX)."""
+_STEP = 8 << 20
+"""Bytes handed to one writev: while the disk takes them, the next are copied."""
+_SYNC_FILE_RANGE_WRITE = 2
+"""sync_file_range(2): begin to write dirty pages, do not wait."""
+
+
+@contextmanager
+def new_file(path: Path) -> Iterator[int]:
+    """A new file's descriptor for writing. Raises OSError; FileExistsError if it is there."""
+    handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
+    try:
+        yield handle
+    finally:
+        os.close(handle)
 
 
 def write_new(path: Path, parts: Sequence[memoryview | bytes]) -> None:
-    """Write a new file from `parts`, one behind the other. Raises OSError; FileExistsError if it is there."""
-    _write(path, os.O_CREAT | os.O_EXCL, parts)
+    """Write a new file from `parts`, one behind the other. Raises as `new_file`."""
+    with new_file(path) as handle:
+        for _ in write_in_steps(handle, parts):
+            pass
 
 
 def append(path: Path, parts: Sequence[memoryview | bytes]) -> None:
     """Add `parts` to a file."""
-    _write(path, os.O_APPEND, parts)
-
-
-def _write(path: Path, flags: int, parts: Sequence[memoryview | bytes]) -> None:
-    handle = os.open(path, os.O_WRONLY | flags, 0o644)
+    handle = os.open(path, os.O_WRONLY | os.O_APPEND)
     try:
-        queue = deque(memoryview(part).cast("B") for part in parts if len(part))
-        while queue:
-            done = write(handle, list(itertools.islice(queue, _VECTORS)))
-            while queue and done >= len(queue[0]):
-                done -= len(queue.popleft())
-            if done:
-                queue[0] = queue[0][done:]
+        for _ in write_in_steps(handle, parts):
+            pass
     finally:
         os.close(handle)
+
+
+def write_in_steps(handle: int, parts: Sequence[memoryview | bytes]) -> Iterator[int]:
+    """Write `parts` at the end of a file. Yields the file's size after every few megabytes, which the disk then begins to take:
+    the fsync at the end finds little left to do."""
+    queue = deque(memoryview(part).cast("B") for part in parts if len(part))
+    size = os.fstat(handle).st_size
+    while queue:
+        step, room = [], _STEP
+        for part in itertools.islice(queue, _VECTORS):
+            step.append(part[:room])
+            room -= len(step[-1])
+            if not room:
+                break
+        took = write(handle, step)
+        _begin_writeback(handle, size, took)
+        size += took
+        while queue and took >= len(queue[0]):
+            took -= len(queue.popleft())
+        if took:
+            queue[0] = queue[0][took:]
+        yield size
 
 
 def write(handle: int, parts: Sequence[memoryview]) -> int:
     """Hand parts to the system. -> bytes it took."""
     return os.writev(handle, parts)
+
+
+def _begin_writeback(handle: int, start: int, size: int) -> None:
+    """Have the system begin to write a range to the disk. A hint: errors come out of the fsync that must follow."""
+    function = _sync_file_range()
+    if function is not None:
+        function(handle, start, size, _SYNC_FILE_RANGE_WRITE)
+
+
+@functools.cache
+def _sync_file_range() -> "ctypes._NamedFuncPointer | None":
+    """Linux's own call; None elsewhere."""
+    function = getattr(ctypes.CDLL(None), "sync_file_range", None)
+    if function is not None:
+        function.argtypes = [ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint]
+    return function
+
+
+def sync_file(handle: int) -> None:
+    """Make a file durable through the descriptor that wrote it, which is told of every failure since."""
+    os.fsync(handle)
 
 
 def sync(path: Path) -> None:

@@ -11,14 +11,14 @@ import math
 import os
 import re
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from train.checkpoint import disk, fingerprint
+from train.checkpoint import fingerprint
 from train.checkpoint.fingerprint import Sums
 from train.checkpoint.manifest import (
     DTYPE_NAMES,
@@ -32,7 +32,7 @@ from train.checkpoint.manifest import (
 )
 from train.errors import CheckpointError
 
-_CHUNK = 8 << 20
+_CHUNK = 1 << 20
 """Bytes read at once where they cannot go straight to their place."""
 _ALIGN = 64
 """The numbers of a file start at a multiple of this."""
@@ -64,22 +64,6 @@ class Piece:
     def sums(self, copy_to: int | None = None) -> Sums:
         """What this piece contributes to its tensor's fingerprint."""
         return fingerprint.of_box(self.data, whole=self.whole, offset=self.offset, shape=self.shape, copy_to=copy_to)
-
-
-@dataclass(frozen=True)
-class FilePlan:
-    """What one file will hold: its header, and where in it each piece starts."""
-
-    header: bytes
-    pieces: list[Piece]
-    """In the order of the file."""
-    starts: list[int]
-    """Of each piece, in bytes from the file's begin."""
-
-    @property
-    def bytes(self) -> int:
-        """Size of the file."""
-        return self.starts[-1] + self.pieces[-1].bytes if self.pieces else len(self.header)
 
 
 def header_of(
@@ -138,8 +122,7 @@ def scan(folder: Path) -> tuple[Index, dict[str, TensorRecord]]:
         whole = tuple(max(column) for column in zip(*ends, strict=True))
         total: Sums = (0, 0)
         for place in places:
-            with opened(folder / place.file) as handle:
-                total = fingerprint.add(total, _sums_on_disk(handle, place, whole=whole, dtype=DTYPES[dtypes[tensor]]))
+            total = fingerprint.add(total, _sums_of(folder, place, whole=whole, dtype=DTYPES[dtypes[tensor]]))
         records[tensor] = TensorRecord(dtypes[tensor], whole, fingerprint.text(total))
     return index, records
 
@@ -149,44 +132,26 @@ def label_of(tensor: str, offset: Sequence[int], shape: Sequence[int]) -> str:
     return f"{tensor}[{','.join(f'{o}:{o + s}' for o, s in zip(offset, shape, strict=True))}]"
 
 
-def plan_file(pieces: Sequence[Piece]) -> FilePlan:
-    """Lay pieces out in one file: wide formats first, so that all are aligned."""
-    ordered = sorted((p for p in pieces if p.bytes), key=lambda p: -p.data.element_size())
-    header, starts = header_of([(p.label, p.data.dtype, p.shape) for p in ordered])
-    return FilePlan(header, ordered, starts)
-
-
 def bytes_of(data: torch.Tensor) -> memoryview:
     """The memory of a contiguous CPU tensor."""
     return memoryview(data.detach().reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
 
 
-def verify_file(path: Path, plan: FilePlan, expected: Sequence[Sums]) -> list[Sums]:
-    """Read a file back and compare its header and every piece's fingerprint. CheckpointError names what differs."""
-    with opened(path) as handle:
-        if os.pread(handle, len(plan.header), 0) != plan.header:
-            raise CheckpointError(f"{path} does not hold the header that was written to it.")
-        found = []
-        for piece, start, sums in zip(plan.pieces, plan.starts, expected, strict=True):
-            place = Place(path.name, start, piece.offset, piece.shape)
-            found.append(_sums_on_disk(handle, place, whole=piece.whole, dtype=piece.data.dtype))
-            if found[-1] != sums:
-                raise CheckpointError(
-                    f"{path}: what lies on disk of {piece.label} is not what the model holds (fingerprint "
-                    f"{fingerprint.text(found[-1])} instead of {fingerprint.text(sums)})."
-                )
-    return found
-
-
 @contextmanager
 def opened(path: Path) -> Iterator[int]:
     """A file's descriptor for reading; what the system refuses becomes a CheckpointError with its name."""
-    try:
+    with _named(path):
         handle = os.open(path, os.O_RDONLY)
         try:
             yield handle
         finally:
             os.close(handle)
+
+
+@contextmanager
+def _named(path: Path) -> Iterator[None]:
+    try:
+        yield
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error
 
@@ -199,19 +164,58 @@ class Reader:
         self.folder = folder
         self.manifest: Manifest = read_manifest(folder)
         self.index: Index = read_index(folder, self.manifest)
+        self._files: ExitStack | None = None
+        self._last: tuple[str, int] | None = None
 
     def read(self, tensor: str, *, offset: Sequence[int], into: torch.Tensor) -> None:
         """Fill `into` (contiguous, any device) with the box of its shape at `offset`, converted to its format."""
-        record = self.manifest.tensors[tensor]
-        dtype = DTYPES[record.dtype]
+        dtype = DTYPES[self.manifest.tensors[tensor].dtype]
+        for place, box in self._overlaps(tensor, offset, into.shape):
+            target = into[tuple(slice(s.start - o, s.stop - o) for s, o in zip(box, offset, strict=True))]
+            part = [slice(s.start - o, s.stop - o) for s, o in zip(box, place.offset, strict=True)]
+            with self._handle(place.file) as handle:
+                _read_part(handle, place, part, dtype=dtype, target=target)
+
+    def position(self, tensor: str, *, offset: Sequence[int], shape: Sequence[int]) -> tuple[str, int]:
+        """File and byte where reading this box begins: boxes read in this order are read as the files lie."""
+        width = DTYPES[self.manifest.tensors[tensor].dtype].itemsize
+        starts = []
+        for place, box in self._overlaps(tensor, offset, shape):
+            rows = box[0].start - place.offset[0] if box else 0
+            starts.append((place.file, place.start + rows * math.prod(place.shape[1:]) * width))
+        return min(starts, default=("", 0))
+
+    @contextmanager
+    def kept_open(self) -> Iterator[None]:
+        """Inside, a file stays open until another is read, so that the system sees reads that follow each other."""
+        try:
+            with ExitStack() as self._files:
+                yield
+        finally:
+            self._files = self._last = None
+
+    @contextmanager
+    def _handle(self, file: str) -> Iterator[int]:
+        path = self.folder / file
+        if self._files is None:
+            with opened(path) as handle:
+                yield handle
+            return
+        if self._last is None or self._last[0] != file:
+            self._files.close()
+            self._last = file, self._files.enter_context(opened(path))
+        with _named(path):
+            yield self._last[1]
+
+    def _overlaps(
+        self, tensor: str, offset: Sequence[int], shape: Sequence[int]
+    ) -> Iterator[tuple[Place, list[slice]]]:
+        """The stored parts that a box meets, and where in the whole tensor."""
         for place in self.index[tensor]:
             low = [max(a, b) for a, b in zip(place.offset, offset, strict=True)]
-            high = [min(o + n, p + m) for o, n, p, m in zip(place.offset, place.shape, offset, into.shape, strict=True)]
+            high = [min(o + n, p + m) for o, n, p, m in zip(place.offset, place.shape, offset, shape, strict=True)]
             if all(a < b for a, b in zip(low, high, strict=True)):
-                target = into[tuple(slice(a - o, b - o) for a, b, o in zip(low, high, offset, strict=True))]
-                part = [slice(a - o, b - o) for a, b, o in zip(low, high, place.offset, strict=True)]
-                with opened(self.folder / place.file) as handle:
-                    _read_part(handle, place, part, dtype=dtype, target=target)
+                yield place, [slice(a, b) for a, b in zip(low, high, strict=True)]
 
     def empty(self, tensor: str, shape: Sequence[int]) -> torch.Tensor:
         """Memory for a box of a tensor in the format it is stored in."""
@@ -222,10 +226,7 @@ class Reader:
         record = self.manifest.tensors[tensor]
         total: Sums = (0, 0)
         for place in self.index[tensor]:
-            with opened(self.folder / place.file) as handle:
-                total = fingerprint.add(
-                    total, _sums_on_disk(handle, place, whole=record.shape, dtype=DTYPES[record.dtype])
-                )
+            total = fingerprint.add(total, _sums_of(self.folder, place, whole=record.shape, dtype=DTYPES[record.dtype]))
         return total
 
 
@@ -250,25 +251,33 @@ def _read_part(handle: int, place: Place, part: list[slice], *, dtype: torch.dty
         target[row - first : row - first + len(rows)].copy_(box)
 
 
-def _sums_on_disk(handle: int, place: Place, *, whole: tuple[int, ...], dtype: torch.dtype) -> Sums:
-    """Fingerprint of a stored box, read by rows."""
-    shape, offset = (place.shape, place.offset) if place.shape else ((1,), (0,))
-    whole = whole or (1,)
-    rows, row_bytes = shape[0], math.prod(shape[1:]) * dtype.itemsize
-    step = max(1, _CHUNK // max(1, row_bytes))
-    if len(shape) == 1:
-        step = max(1, _CHUNK // dtype.itemsize)
-    scratch = torch.empty(min(step, rows) * row_bytes, dtype=torch.uint8)
+def _sums_of(folder: Path, place: Place, *, whole: Sequence[int], dtype: torch.dtype) -> Sums:
+    """Fingerprint of a stored box of any size."""
     total: Sums = (0, 0)
-    for row in range(0, rows, step):
-        count = min(step, rows - row)
-        data = scratch[: count * row_bytes]
-        _read_exactly(handle, bytes_of(data), place.start + row * row_bytes)
-        part = fingerprint.of_box(
-            data.view(dtype), whole=whole, offset=(offset[0] + row, *offset[1:]), shape=(count, *shape[1:])
-        )
-        total = fingerprint.add(total, part)
+    with opened(folder / place.file) as handle:
+        for step in steps_of(place, dtype):
+            total = fingerprint.add(total, sums_on_disk(handle, step, whole=whole, dtype=dtype))
     return total
+
+
+def steps_of(place: Place, dtype: torch.dtype) -> Iterator[Place]:
+    """A stored box in blocks of rows of about `_CHUNK` bytes, in the file's order."""
+    if not place.shape:
+        yield Place(place.file, place.start, (0,), (1,))
+        return
+    row_bytes = math.prod(place.shape[1:]) * dtype.itemsize
+    step = max(1, _CHUNK // max(1, row_bytes))
+    for row in range(0, place.shape[0], step):
+        count = min(step, place.shape[0] - row)
+        offset, shape = (place.offset[0] + row, *place.offset[1:]), (count, *place.shape[1:])
+        yield Place(place.file, place.start + row * row_bytes, offset, shape)
+
+
+def sums_on_disk(handle: int, step: Place, *, whole: Sequence[int], dtype: torch.dtype) -> Sums:
+    """Fingerprint of a stored box (one of `steps_of`: it is in memory at once)."""
+    data = torch.empty(step.shape, dtype=dtype)
+    _read_exactly(handle, bytes_of(data), step.start)
+    return fingerprint.of_box(data, whole=whole or (1,), offset=step.offset, shape=step.shape)
 
 
 def _read_exactly(handle: int, into: memoryview, start: int) -> None:
@@ -278,12 +287,6 @@ def _read_exactly(handle: int, into: memoryview, start: int) -> None:
         if not got:
             raise OSError(f"the file ends {len(into) - done:,} bytes too early")
         done += got
-
-
-def write_file(path: Path, plan: FilePlan, body: Sequence[memoryview]) -> None:
-    """Write a planned file and make it durable. body: the pieces' bytes, in order, in as many buffers as one likes."""
-    disk.write_new(path, [plan.header, *body])
-    disk.sync(path)
 
 
 def whole_tensor(reader: Reader, tensor: str) -> torch.Tensor:

@@ -186,6 +186,7 @@ class CheckpointFolder:
             staging=self._staging if background else None,
             prepare=lambda: self._make_room(step, snapshot),
             publish=self._publish,
+            retire=lambda: self._retain(step),
             retries=self.config.retries,
             retry_wait_s=self.config.retry_wait_s,
         )
@@ -257,16 +258,11 @@ class CheckpointFolder:
         return self._peers
 
     def _publish(self, manifest: Manifest) -> dict[str, Any]:
-        """On rank 0: name the complete checkpoint, point at it, drop what is no longer kept."""
+        """On rank 0: name the complete checkpoint and point at it."""
         final = self.path_of(manifest.step)
         publishing.publish(self.folder / f".{final.name}.writing", final)
         publishing.point_at(self.folder, final.name)
-        fields: dict[str, Any] = {"path": str(final)}
-        try:
-            self._retain(manifest.step)
-        except OSError as error:
-            fields["note"] = f"an old checkpoint could not be deleted: {error}"
-        return fields
+        return {"path": str(final)}
 
     def _make_room(self, step: int, snapshot: Snapshot) -> None:
         """Check that the folder can be written and the disk has room, before anything is written."""
@@ -289,12 +285,15 @@ class CheckpointFolder:
             )
 
     def _retain(self, newest_step: int) -> None:
-        """Delete checkpoints beyond `keep_last`, except those `keep_every_steps` keeps for good."""
+        """On rank 0: delete checkpoints beyond `keep_last`, except those `keep_every_steps` keeps for good."""
         every = self.config.keep_every_steps
         numbered = [(int(path.name.removeprefix("step_")), path) for path in self.whole()]
-        for step, path in sorted(numbered, reverse=True)[self.config.keep_last :]:
-            if step != newest_step and not (every and step % every == 0):
-                publishing.delete(path)
+        try:
+            for step, path in sorted(numbered, reverse=True)[self.config.keep_last :]:
+                if step != newest_step and not (every and step % every == 0):
+                    publishing.delete(path)
+        except OSError as error:
+            log.warning("an old checkpoint could not be deleted: %s", error)
 
 
 def estimated_bytes(snapshot: Snapshot) -> int:

@@ -102,6 +102,11 @@ class Place:
     offset: tuple[int, ...]
     shape: tuple[int, ...]
 
+    @property
+    def elements(self) -> int:
+        """How many numbers it has."""
+        return math.prod(self.shape)
+
 
 Index = dict[str, list[Place]]
 """The parts of each tensor; together they are the tensor."""

@@ -2,8 +2,9 @@
 
     every rank   fingerprint live tensors, copy them aside (staged)      until then the optimizer may not step
     rank 0       make .step_N.writing
-    every rank   write its file, fsync, read it back, compare fingerprints
-    rank 0       add up, check that nothing is missing, manifest, fsync all, rename, pointer, retention      (durable)
+    every rank   write its file and fsync it; meanwhile read it back and compare fingerprints (train.checkpoint.writing)
+    rank 0       add up, check that nothing is missing, manifest, fsync all, rename, pointer                 (durable)
+    rank 0       delete what is no longer kept
 
 All of it runs in a thread beside training, or in the caller's. The ranks agree over a process group of their own, so that
 they never meet training's collectives. A thread dies with its process: a killed trainer leaves no writer behind.
@@ -22,10 +23,11 @@ import torch
 import torch.distributed as dist
 
 from train.checkpoint import disk, fingerprint, publishing, stale
-from train.checkpoint.files import FilePlan, Piece, bytes_of, plan_file, verify_file, write_file
+from train.checkpoint.files import Piece, bytes_of
 from train.checkpoint.fingerprint import Sums
 from train.checkpoint.manifest import DTYPE_NAMES, Index, Manifest, Place, TensorRecord
 from train.checkpoint.pieces import OptimizerPart, part_pieces
+from train.checkpoint.writing import FilePlan, plan_file, write_proven
 from train.errors import CheckpointError
 
 log = logging.getLogger(__name__)
@@ -106,7 +108,7 @@ class _Told:
         default_factory=list
     )
     """tensor, whole shape, dtype, start, offset, shape, sums"""
-    fingerprint_s: float = 0.0
+    fingerprint_cpu_s: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -131,12 +133,14 @@ class Save:
         staging: Staging | None,
         prepare: Callable[[], None],
         publish: Callable[[Manifest], dict[str, Any]],
+        retire: Callable[[], None] = lambda: None,
         retries: int,
         retry_wait_s: float,
     ) -> None:
         """staging: copy there first (a background save); None writes from the live tensors.
 
-        prepare, publish: run on rank 0 before the writing and after it. memory is replaced in place when the save is durable.
+        prepare, publish, retire: run on rank 0 before the writing, after it, and when the save is durable and known to be.
+        memory is replaced in place when the save is durable.
         """
         self.step = snapshot.manifest.step
         self.error: str | None = None
@@ -145,13 +149,14 @@ class Save:
         self.done = threading.Event()
         self._snapshot, self._peers, self._aside = snapshot, peers, aside
         self._memory, self._staging = memory, staging
-        self._prepare, self._publish = prepare, publish
+        self._prepare, self._publish, self._retire = prepare, publish, retire
         self._retries, self._retry_wait_s = retries, retry_wait_s
         self._plan: FilePlan = plan_file(snapshot.pieces)
         self._sums: list[Sums] = []
         self._body: list[memoryview] = []
         self._seen: Memory = {}
         self._seconds: dict[str, float] = {}
+        self._cpu_s = 0.0
         self._started = time.perf_counter()
         self._device = snapshot.pieces[0].data.device if snapshot.pieces else torch.device("cpu")
         self._ready = torch.cuda.current_stream().record_event() if self._device.type == "cuda" else None
@@ -178,7 +183,7 @@ class Save:
 
     def _stage(self) -> str | None:
         """Fingerprint the live tensors, on the way copying them. -> what is stale."""
-        started = time.perf_counter()
+        started, cpu = time.perf_counter(), time.thread_time()
         if self._device.type == "cuda":
             self._stage_from_gpu()
         elif self._staging is not None:
@@ -187,12 +192,12 @@ class Save:
             for piece, start in zip(self._plan.pieces, self._plan.starts, strict=True):
                 self._sums.append(piece.sums(copy_to=address + start - body))
             self._body = [bytes_of(buffer)] if buffer.numel() else []
-        else:
-            self._sums = [piece.sums() for piece in self._plan.pieces]
+        else:  # the caller waits, so nothing moves: fingerprints are taken while the file is written
             self._body = [bytes_of(piece.data) for piece in self._plan.pieces]
         found = self._stale()
-        self._seconds["fingerprint_live"] = time.perf_counter() - started
-        self._note("save_staged", seconds=self._seconds["fingerprint_live"])
+        self._cpu_s = time.thread_time() - cpu
+        self._seconds["stage"] = time.perf_counter() - started
+        self._note("save_staged", seconds=self._seconds["stage"])
         return found
 
     def _stage_from_gpu(self) -> None:
@@ -213,7 +218,9 @@ class Save:
         self._body = [bytes_of(buffer)] if buffer.numel() else []
 
     def _stale(self) -> str | None:
-        """Compare this rank's parts with what they were at the last save."""
+        """Compare this rank's parts with what they were at the last save, once their fingerprints are known."""
+        if len(self._sums) < len(self._plan.pieces):
+            return None
         by_label = {p.label: sums for p, sums in zip(self._plan.pieces, self._sums, strict=True)}
         self._seen = part_sums(self._snapshot, by_label)
         for part in self._snapshot.parts:
@@ -222,7 +229,7 @@ class Save:
                 found = stale.problem(part, self._memory[key], self._seen[key])
                 if found:
                     return (
-                        f"step {self.step} is stale: {key}: {found}. Nothing was written; the optimizer does not reach "
+                        f"step {self.step} is stale: {key}: {found}. Nothing was published; the optimizer does not reach "
                         f"this weight, or what is saved is not what is trained."
                     )
         return None
@@ -236,6 +243,8 @@ class Save:
                 self._memory.clear()
                 self._memory.update(self._seen)
                 self._note("save", **outcome.fields, seconds=time.perf_counter() - self._started, parts=self._seconds)
+                if self._peers.rank == 0:
+                    self._retire()
                 return
             if not outcome.may_retry or attempt == self._retries:
                 return
@@ -269,26 +278,28 @@ class Save:
         return self._peers.hear(outcome)
 
     def _write(self) -> _Told:
-        """Write this rank's file and read it back."""
+        """Write this rank's file and prove it."""
         name = f"rank_{self._peers.rank:05d}.safetensors"
         if not self._plan.pieces:
             return _Told(None)
         try:
-            write_file(self._aside / name, self._plan, self._body)
-            lap = time.perf_counter()
-            verify_file(self._aside / name, self._plan, self._sums)
-            self._seconds["verify"] = time.perf_counter() - lap
+            proven = write_proven(self._aside / name, self._plan, self._body, live=self._sums or None)
         except OSError as error:
             return _Told(f"{self._aside / name} cannot be written: {error.strerror or error}")
         except CheckpointError as error:
             return _Told(str(error))
         except Exception as error:
             return _Told(f"{self._aside / name}: {type(error).__name__}: {error}")
+        if not self._sums:
+            self._sums = proven.sums
+            if found := self._stale():
+                return _Told(found, may_retry=False)
+        self._seconds["proof_late"] = proven.late_s
         entries = [
             (p.tensor, p.whole, DTYPE_NAMES[p.data.dtype], start, p.offset, p.shape, sums)
             for p, start, sums in zip(self._plan.pieces, self._plan.starts, self._sums, strict=True)
         ]
-        return _Told(None, True, name, entries, self._seconds["fingerprint_live"] + self._seconds["verify"])
+        return _Told(None, True, name, entries, self._cpu_s + proven.cpu_s)
 
     def _conclude(self, everyone: Sequence[_Told]) -> _Outcome:
         """On rank 0: add up what all ranks wrote, complete the checkpoint, publish it."""
@@ -303,8 +314,8 @@ class Save:
         except OSError as error:
             return _Outcome(f"{self._aside} cannot be completed: {error.strerror or error}", True)
         self._seconds["publish"] = time.perf_counter() - lap
-        slowest = max(each.fingerprint_s for each in everyone)
-        return _Outcome(None, fields=fields | {"bytes": manifest.bytes, "fingerprint_s": slowest})
+        most = max(each.fingerprint_cpu_s for each in everyone)
+        return _Outcome(None, fields=fields | {"bytes": manifest.bytes, "fingerprint_cpu_s": most})
 
     def _note(self, kind: Any, **fields: Any) -> None:
         self.events.append(Event(kind, self.step, fields | {"at": time.time()}))

@@ -156,9 +156,9 @@ def read_training(folder: Path, engine: Engine) -> Manifest:
     wanted = weight_pieces(locals_)
     copies = engine.mesh.groups.dp_cp.size()
     loading = _Loading(reader, engine.mesh.device)
-    loading.load(wanted, copies=copies)
+    loading.want(wanted, copies=copies)
     if has_optimizer:
-        loading.load(optimizer_pieces(parts), copies=1)
+        loading.want(optimizer_pieces(parts), copies=1)
     loading.finish(ignored=() if has_optimizer else ("optimizer.",))
     _hand_over(locals_)
     for part in engine.optimizer.param_groups:
@@ -184,7 +184,7 @@ def read_weights(folder: Path, chunks: list[Any], *, groups: Any) -> None:
     assert reader is not None
     locals_ = locals_of(chunks, groups.dp_cp)
     loading = _Loading(reader, torch.device("cuda" if dist.get_backend() == "nccl" else "cpu"))
-    loading.load(weight_pieces(locals_), copies=groups.dp_cp.size())
+    loading.want(weight_pieces(locals_), copies=groups.dp_cp.size())
     loading.finish(ignored=("optimizer.",))
     _hand_over(locals_)
 
@@ -217,10 +217,12 @@ class _Loading:
         self.sums: list[Sums] = [(0, 0)] * len(self.names)
         self.copies = [0] * len(self.names)
         self.missing: set[str] = set()
+        self.wanted: list[tuple[str, Piece, bool]] = []
+        """Tensor of the checkpoint, piece to fill, whether it counts."""
         self.error: str | None = None
 
-    def load(self, pieces: Sequence[tuple[Piece, bool]], *, copies: int) -> None:
-        """Fill pieces. copies: how many times all counted pieces of all ranks hold each element. Never raises."""
+    def want(self, pieces: Sequence[tuple[Piece, bool]], *, copies: int) -> None:
+        """Note pieces to fill. copies: how many times all counted pieces of all ranks hold each element. Never raises."""
         for piece, is_counted in pieces:
             name = self._source(piece)
             if name is None:
@@ -230,22 +232,31 @@ class _Loading:
             if record.shape != piece.whole:
                 self.error = self.error or f"{name} has shape {record.shape} there, {piece.whole} in this model"
                 continue
-            try:
-                sums = self._fill(name, piece)
-            except CheckpointError as error:
-                self.error = self.error or str(error)
-                continue
             at = self.number[name]
             self.copies[at] = max(self.copies[at], copies)
-            if is_counted:
-                self.sums[at] = fingerprint.add(self.sums[at], sums)
+            self.wanted.append((name, piece, is_counted))
+
+    def _fill_all(self) -> None:
+        """Read what is wanted in the order of the files, which the system then reads ahead. Never raises."""
+        try:
+            self.wanted.sort(key=lambda w: self.reader.position(w[0], offset=w[1].offset, shape=w[1].shape))
+            with self.reader.kept_open():
+                for name, piece, is_counted in self.wanted:
+                    sums = self._fill(name, piece)
+                    if is_counted:
+                        at = self.number[name]
+                        self.sums[at] = fingerprint.add(self.sums[at], sums)
+        except CheckpointError as error:
+            self.error = self.error or str(error)
 
     def finish(self, *, ignored: tuple[str, ...] = ()) -> None:
-        """Compare with the manifest over all ranks. Collective. Raises CheckpointError on every rank.
+        """Fill what is wanted and compare with the manifest over all ranks. Collective. Raises CheckpointError on every rank.
 
         ignored: begins of names that nobody need have asked for.
         """
         folder = self.reader.folder
+        if self.error is None:
+            self._fill_all()
         _agree(self.error and f"{folder} {OTHER_MODEL}: {self.error}.")
         values = fingerprint.to_tensor(self.sums).to(self.device)
         copies = torch.tensor(self.copies, dtype=torch.int64, device=self.device)
