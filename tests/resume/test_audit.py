@@ -118,7 +118,7 @@ def test_the_table_says_what_goes_on(run: Recipe) -> None:
 def test_another_layout_and_safe_changes_are_told(run: Recipe) -> None:
     text = start(changed(run, **{"parallel.tensor": 2, "run.device": "cpu", "checkpoint.keep_last": 9}), world=2)
     assert row(text, "layout") == ["layout", "TP1 PP1 DP1", "TP2 PP1 DP1"]
-    assert row(text, "random state")[-1] == "seeded anew (another layout)"
+    assert row(text, "random state")[-1] == "seeded by seed and step (another layout)"
     text = start(changed(run, **{"run.steps": 8, "run.microbatch_rows": 2, "checkpoint.keep_last": 9}))
     assert row(text, "run.microbatch_rows") == ["run.microbatch_rows", "1", "2", "safe"]
 

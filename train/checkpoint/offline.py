@@ -180,11 +180,7 @@ def consolidate(folder: Path, out: Path, *, with_optimizer: bool, dtype: torch.d
         aside.unlink(missing_ok=True)
         disk.write_new(aside, [header])
         for name in names:
-            tensor = whole_tensor(reader, name)
-            single = fingerprint.of_box(tensor, whole=tensor.shape, offset=[0] * tensor.dim(), shape=tensor.shape)
-            if fingerprint.text(single) != reader.manifest.tensors[name].fingerprint:
-                raise CheckpointError(f"{folder}: {name} is damaged; nothing was written to {out}.")
-            disk.append(aside, [bytes_of(tensor.to(formats[name]))])
+            disk.append(aside, [bytes_of(_proven(reader, name).to(formats[name]))])
             advance(reader.manifest.tensors[name].bytes)
         disk.sync(aside)
         disk.rename(aside, out)
@@ -194,6 +190,15 @@ def consolidate(folder: Path, out: Path, *, with_optimizer: bool, dtype: torch.d
     finally:
         aside.unlink(missing_ok=True)
     return out.stat().st_size
+
+
+def _proven(reader: Reader, name: str) -> torch.Tensor:
+    """A whole tensor whose fingerprint is the manifest's; else CheckpointError."""
+    tensor = whole_tensor(reader, name)
+    sums = fingerprint.of_box(tensor, whole=tensor.shape, offset=[0] * tensor.dim(), shape=tensor.shape)
+    if fingerprint.text(sums) != reader.manifest.tensors[name].fingerprint:
+        raise CheckpointError(f"{reader.folder}: {name} is damaged; nothing was written.")
+    return tensor
 
 
 def _format(stored: torch.dtype, wanted: torch.dtype | None) -> torch.dtype:

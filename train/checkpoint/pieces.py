@@ -123,6 +123,12 @@ def part_pieces(part: OptimizerPart) -> dict[str, list[Piece]]:
     return pieces
 
 
+def copied_pieces(parts: Sequence[OptimizerPart]) -> list[Piece]:
+    """This rank's runs of weights that another tensor or pipeline rank writes (norms, tied embeddings) but that this one trains
+    too: equal to the bit as long as nothing went wrong."""
+    return [piece for part in parts if not part.local.is_counted for piece in part_pieces(part)["weight"]]
+
+
 def weight_pieces(locals_: dict[str, Local]) -> list[tuple[Piece, bool]]:
     """Every local weight and buffer, whole; and whether it counts for the sum over tensor and pipeline ranks."""
     return [

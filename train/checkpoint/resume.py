@@ -90,7 +90,7 @@ def audit(found: Found, *, recipe: Recipe, mapping: dict[str, Any], layout: Layo
         (
             "random state",
             "",
-            "restored" if describe_layout(manifest.layout) == now else "seeded anew (another layout)",
+            "restored" if then == now else "seeded by seed and step (another layout)",
         ),
         ("weights", manifest.fingerprint[:16], "proven: fingerprints agree after loading"),
         ("data", manifest.data_hash[:12] or "unknown", _same_data(manifest, data_hash)),

@@ -51,6 +51,8 @@ class Snapshot:
     pieces: list[Piece]
     parts: list[OptimizerPart] = field(default_factory=list)
     """To judge whether training moved them; empty: not judged."""
+    copies: list[Piece] = field(default_factory=list)
+    """What this rank trains beside the rank that writes it; compared, not written."""
 
 
 class Peers:
@@ -108,6 +110,8 @@ class _Told:
         default_factory=list
     )
     """tensor, whole shape, dtype, start, offset, shape, sums"""
+    copies: list[tuple[str, int, Sums]] = field(default_factory=list)
+    """tensor, elements, sums"""
     fingerprint_cpu_s: float = 0.0
 
 
@@ -153,6 +157,7 @@ class Save:
         self._retries, self._retry_wait_s = retries, retry_wait_s
         self._plan: FilePlan = plan_file(snapshot.pieces)
         self._sums: list[Sums] = []
+        self._copies: list[tuple[str, int, Sums]] = []
         self._body: list[memoryview] = []
         self._seen: Memory = {}
         self._seconds: dict[str, float] = {}
@@ -194,6 +199,7 @@ class Save:
             self._body = [bytes_of(buffer)] if buffer.numel() else []
         else:  # the caller waits, so nothing moves: fingerprints are taken while the file is written
             self._body = [bytes_of(piece.data) for piece in self._plan.pieces]
+        self._copies = [(piece.tensor, piece.data.numel(), piece.sums()) for piece in self._snapshot.copies]
         found = self._stale()
         self._cpu_s = time.thread_time() - cpu
         self._seconds["stage"] = time.perf_counter() - started
@@ -281,7 +287,7 @@ class Save:
         """Write this rank's file and prove it."""
         name = f"rank_{self._peers.rank:05d}.safetensors"
         if not self._plan.pieces:
-            return _Told(None)
+            return _Told(None, copies=self._copies)
         try:
             proven = write_proven(self._aside / name, self._plan, self._body, live=self._sums or None)
         except OSError as error:
@@ -299,7 +305,7 @@ class Save:
             (p.tensor, p.whole, DTYPE_NAMES[p.data.dtype], start, p.offset, p.shape, sums)
             for p, start, sums in zip(self._plan.pieces, self._plan.starts, self._sums, strict=True)
         ]
-        return _Told(None, True, name, entries, self._cpu_s + proven.cpu_s)
+        return _Told(None, True, name, entries, self._copies, self._cpu_s + proven.cpu_s)
 
     def _conclude(self, everyone: Sequence[_Told]) -> _Outcome:
         """On rank 0: add up what all ranks wrote, complete the checkpoint, publish it."""
@@ -314,8 +320,16 @@ class Save:
         except OSError as error:
             return _Outcome(f"{self._aside} cannot be completed: {error.strerror or error}", True)
         self._seconds["publish"] = time.perf_counter() - lap
+        fields |= {"bytes": manifest.bytes}
+        if differing := differing_copies(manifest, everyone):
+            fields["differing_copies"] = differing
+            log.warning(
+                "step %d: ranks that train the same weights no longer hold the same numbers: %d weights, e.g. %s. The checkpoint "
+                "holds one rank's. Gradients of norms or tied embeddings are not summed alike, or memory is at fault.",
+                self.step, len(differing), ", ".join(differing[:3]),
+            )  # fmt: skip
         most = max(each.fingerprint_cpu_s for each in everyone)
-        return _Outcome(None, fields=fields | {"bytes": manifest.bytes, "fingerprint_cpu_s": most})
+        return _Outcome(None, fields=fields | {"fingerprint_cpu_s": most})
 
     def _note(self, kind: Any, **fields: Any) -> None:
         self.events.append(Event(kind, self.step, fields | {"at": time.time()}))
@@ -344,6 +358,25 @@ def complete(manifest: Manifest, everyone: Sequence[_Told]) -> tuple[Manifest, I
         for name, (dtype, whole) in sorted(records.items())
     }
     return replace(manifest, tensors=tensors), index
+
+
+def differing_copies(manifest: Manifest, everyone: Sequence[_Told]) -> list[str]:
+    """Weights of which some rank trains a copy that is not what was written."""
+    sums: dict[str, Sums] = {}
+    elements: dict[str, int] = {}
+    for told in everyone:
+        for tensor, count, part in told.copies:
+            sums[tensor] = fingerprint.add(sums.get(tensor, (0, 0)), part)
+            elements[tensor] = elements.get(tensor, 0) + count
+    return [
+        name
+        for name, found in sorted(sums.items())
+        if found
+        != fingerprint.times(
+            fingerprint.from_text(manifest.tensors[name].fingerprint),
+            elements[name] // math.prod(manifest.tensors[name].shape),
+        )
+    ]
 
 
 def part_key(part: OptimizerPart) -> str:

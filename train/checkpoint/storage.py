@@ -23,11 +23,12 @@ from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 from train.checkpoint import fingerprint, publishing
 from train.checkpoint.files import Piece, Reader, scan
 from train.checkpoint.fingerprint import Sums
-from train.checkpoint.manifest import DTYPE_NAMES, Manifest, read_manifest
+from train.checkpoint.manifest import DTYPE_NAMES, Manifest, describe_layout, read_manifest
 from train.checkpoint.pieces import (
     MASTER,
     MODEL,
     Local,
+    copied_pieces,
     locals_of,
     optimizer_parts,
     optimizer_pieces,
@@ -37,12 +38,14 @@ from train.checkpoint.pieces import (
 from train.checkpoint.saving import Peers, Save, Snapshot
 from train.engine import Engine
 from train.errors import CheckpointError
-from train.parallel.mesh import Mesh
+from train.parallel.mesh import Mesh, seed_random_state
 
 log = logging.getLogger(__name__)
 
 
 _RANDOM = "random."
+_SEEDS_APART = 1_000_003
+"""Between the seeds of two steps; Megatron adds a few thousand for tensor and pipeline ranks."""
 OTHER_MODEL = "is of another model"
 
 
@@ -74,7 +77,8 @@ def snapshot_of(
         updates=_updates(engine),
         lineage=lineage,
     )
-    return Snapshot(manifest, [*owned_pieces(locals_, parts), *_random_pieces(engine.mesh)], parts)
+    pieces = [*owned_pieces(locals_, parts), *_random_pieces(engine.mesh)]
+    return Snapshot(manifest, pieces, parts, copied_pieces(parts))
 
 
 def write_model(
@@ -389,9 +393,14 @@ def _random_pieces(mesh: Mesh) -> list[Piece]:
 
 
 def _restore_random_state(reader: Reader, mesh: Mesh) -> None:
-    """Take up the saved random state where the layout is the same; elsewhere the seeded one stays (nothing draws from it
-    at other layouts in the same order anyway)."""
-    if reader.manifest.layout != _layout(mesh):
+    """Take up the saved random state where the layout is the same. At another no state fits: a rank draws for other parts of the
+    model, so each is seeded anew, from the saved run's seed and step alone: the same again at each resume from there, and not
+    what the run began with."""
+    manifest = reader.manifest
+    if describe_layout(manifest.layout) != mesh.layout.describe():
+        run = manifest.recipe.get("run")
+        seed = run.get("seed") if isinstance(run, dict) else None
+        seed_random_state(((seed if isinstance(seed, int) else 0) + _SEEDS_APART * manifest.step) % 2**31)
         return
     tracked = dict(get_cuda_rng_tracker().get_states())
     for name, state in _random_states(mesh).items():

@@ -87,7 +87,6 @@ def open_mesh(layout: Layout, device: torch.device, *, rank: int, seed: int, tim
     from megatron.core import parallel_state
     from megatron.core.num_microbatches_calculator import unset_num_microbatches_calculator
     from megatron.core.process_groups_config import ProcessGroupCollection
-    from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
     backend = "nccl" if device.type == "cuda" else "gloo"
     timeout = timedelta(seconds=timeout_s)
@@ -105,8 +104,16 @@ def open_mesh(layout: Layout, device: torch.device, *, rank: int, seed: int, tim
         create_gloo_process_groups=device.type == "cuda",
     )
     unset_num_microbatches_calculator()
-    model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
+    seed_random_state(seed)
     return Mesh(layout=layout, rank=rank, device=device, groups=ProcessGroupCollection.use_mpu_process_groups())
+
+
+def seed_random_state(seed: int) -> None:
+    """Seed the generators that dropout draws from: alike on data-parallel ranks, apart on tensor and pipeline ranks as Megatron
+    has it. Inside a mesh's groups."""
+    from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+
+    model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
 
 
 def close_mesh() -> None:

@@ -1,0 +1,65 @@
+"""What ranks hold in common: copies of a weight that tensor ranks train side by side; random state at another layout."""
+
+from pathlib import Path
+
+import torch
+from crashes import SMALL, train_on
+from ranks import run_ranks
+from tiny import engine_of, recipe_with, steps_of
+
+from train.checkpoint.manager import CheckpointFolder
+from train.checkpoint.manifest import read_manifest
+from train.checkpoint.storage import _random_states
+
+
+def drift(rank: int, folder: Path) -> list[list[str]]:
+    """Saves of a good step, and after one number of one norm's copy on the second tensor rank moved by its last bit, which is
+    trained on. -> the differing copies that each told of."""
+    recipe = recipe_with(**{"parallel.tensor": 2, "checkpoint.every_steps": 1})
+    told = []
+    with engine_of(recipe, rank=rank, world=2) as engine:
+        checkpoints = CheckpointFolder(folder, recipe.checkpoint)
+        norm = dict(engine.chunks[0].module.named_parameters())["decoder.final_norm.weight"]
+        for step in range(3):
+            steps_of(engine, recipe, range(step, step + 1), before_update=checkpoints.before_update)
+            if step and rank == 1:
+                norm.data[7] = torch.nextafter(norm.data[7], torch.tensor(9.0))
+            checkpoints.request(engine, step=step + 1, position=0, recipe={}, data_hash="h", background=step == 2)
+            checkpoints.wait()
+            told += [
+                event.fields.get("differing_copies", []) for event in checkpoints.collect() if event.kind == "save"
+            ]
+    return told
+
+
+def test_a_copy_that_drifted_is_told_of(tmp_path: Path) -> None:
+    told, same = run_ranks(2, drift, tmp_path)
+    assert told == same == [[], ["model.decoder.final_norm.weight"], ["model.decoder.final_norm.weight"]]
+
+
+def states_after_loading(rank: int, folder: Path, step: int, world: int) -> dict[str, bytes]:
+    """Random states once a checkpoint is loaded, after other numbers were drawn."""
+    with engine_of(SMALL, rank=rank, world=world) as engine:
+        torch.rand(step + rank)
+        checkpoints = CheckpointFolder(folder, SMALL.checkpoint)
+        checkpoints.load(engine, checkpoints.path_of(step))
+        return {name: state.numpy().tobytes() for name, state in _random_states(engine.mesh).items()}
+
+
+def fresh_states(rank: int) -> dict[str, bytes]:
+    with engine_of(SMALL, rank=rank, world=1) as engine:
+        return {name: state.numpy().tobytes() for name, state in _random_states(engine.mesh).items()}
+
+
+def test_random_state_at_another_layout_comes_from_seed_and_step(tmp_path: Path) -> None:
+    run_ranks(1, train_on, 1, tmp_path, 4)
+    assert read_manifest(tmp_path / "step_00000004").layout["world"] == 1
+    (first,), (again,) = (run_ranks(1, states_after_loading, tmp_path, 4, 1) for _ in range(2))
+    assert first == again, "the same layout takes up what was saved"
+    two = run_ranks(2, states_after_loading, tmp_path, 4, 2)
+    assert two == run_ranks(2, states_after_loading, tmp_path, 4, 2), "whatever was drawn before"
+    assert two[0] == two[1], "alike on data-parallel ranks"
+    (begin,) = run_ranks(1, fresh_states)
+    (other, _) = run_ranks(2, states_after_loading, tmp_path, 2, 2)
+    for name in two[0]:
+        assert two[0][name] not in (begin[name], other[name]), "neither what the run began with nor another step's"
