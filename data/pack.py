@@ -135,9 +135,7 @@ class Rows:
         return found
 
     def boundaries(self, row: int) -> np.ndarray:
-        """Slots of a row, other than 0, at which another document begins."""
-        if self.best_fit:
-            return np.cumsum([piece.stop - piece.start for piece in self.pieces(row)])[:-1]
+        """Slots of a row of the plain order, other than 0, at which another document begins."""
         low = row * self.row_tokens
         starts, _ = self.stream.document_starts(low + 1, low + self.row_tokens)
         return starts - low
