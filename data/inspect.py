@@ -1,6 +1,6 @@
 """What prepared data holds: counts, lengths, shares, packing, samples, and a picture of document lengths.
 
-python -m data.inspect smoke                    tables, samples and SOURCE-length histogram in the data's folder
+python -m data.inspect smoke                    tables, samples, and lengths.png in the data's folder
 python -m data.inspect smoke verify=true        also read every file and compare it with its checksum, once
 python -m data.inspect smoke samples=0 picture=lengths.png
 """
@@ -55,7 +55,7 @@ def main() -> int:
         sys.stdout.write("\n".join([(__doc__ or "").strip(), "", "Fields:", *lines, ""]))
         return 0
     sys.argv[:] = with_short_words(sys.argv, group="inspect", fields=list(docs))
-    keys = dotted_keys(DataConfig, "data.")
+    keys = [*docs, *dotted_keys(DataConfig, "data.")]
     return run_command(_inspect, program="data.inspect", keys=keys, user_errors=(DataError,))
 
 
@@ -124,7 +124,7 @@ def _table(title: str, *heads: str) -> Table:
 
 def _counts(dataset: Dataset) -> Table:
     title = f"{dataset.folder}, data {dataset.manifest_hash[:12]}"
-    table = _table(title, "source", "split", "shards", "documents", "tokens", "of all", "bytes/token")
+    table = _table(title, "source", "split", "shards", "documents", "tokens", "of all", "B/token")
     sources = dataset.manifest.sources
     every = sum(sources[name].count(split, "tokens") for name in dataset.source_names for split in SPLITS)
     for name in dataset.source_names:

@@ -74,7 +74,9 @@ def main() -> int:
         sys.stdout.write("\n".join([(__doc__ or "").strip(), "", "Fields:", *lines, ""]))
         return 0
     sys.argv[:] = with_short_words(sys.argv, group="trace", fields=fields)
-    return run_command(_trace, program="data.trace", keys=dotted_keys(DataConfig, "data."), user_errors=(DataError,))
+    return run_command(
+        _trace, program="data.trace", keys=[*fields, *dotted_keys(DataConfig, "data.")], user_errors=(DataError,)
+    )
 
 
 def pieces_of(dataset: Dataset, row: RowAt, *, chars: int) -> Iterator[SeenPiece]:
@@ -132,14 +134,14 @@ def _trace(composed: DictConfig) -> int:
     dataset = open_dataset(build(DataConfig, section(composed, "data"), "data"))
     steps, global_rows = int(composed.run.steps), int(composed.run.global_rows)
     if config.step is not None:
-        _show_step(dataset, config, global_rows)
+        _show_step(dataset, config, global_rows, steps=steps)
     else:
         for source, document in documents_of(dataset, config):
             _show_document(dataset, config, source, document, steps=steps, global_rows=global_rows)
     return 0
 
 
-def _show_step(dataset: Dataset, config: TraceConfig, global_rows: int) -> None:
+def _show_step(dataset: Dataset, config: TraceConfig, global_rows: int, *, steps: int) -> None:
     assert config.step is not None
     first = (config.step - 1) * global_rows
     count = min(config.rows or global_rows, global_rows)
@@ -161,6 +163,8 @@ def _show_step(dataset: Dataset, config: TraceConfig, global_rows: int) -> None:
             _say(f"  {piece.slot:>6,}  {piece.tokens:>6,} tokens  {place}  (document {piece.document:,}, {piece.part})")
             if piece.text:
                 _say(f"          {piece.text!r}")
+    if config.step > steps and not config.json:
+        _say(f"\nThe recipe ends at step {steps:,}: this one would come if run.steps were higher.")
     if count < global_rows and not config.json:
         _say(f"\n({global_rows - count:,} more rows: leave out rows=)")
 

@@ -201,7 +201,14 @@ def _train(recipe: Recipe, *, mesh: Mesh, dataset: Dataset, folder: Path) -> Run
     checkpoints = CheckpointFolder(folder / "checkpoints", recipe.checkpoint)
     initial = None
     if recipe.run.start_from is not None and not checkpoints.whole():
-        initial, _ = checkpoint_at(recipe.run.start_from)
+        initial, before = checkpoint_at(recipe.run.start_from)
+        ours = dataset.tokenizer.fingerprint
+        if before.tokenizer and before.tokenizer != ours:
+            raise DataError(
+                f"run.start_from={recipe.run.start_from} was trained with tokenizer {before.tokenizer[:12]}, the data in "
+                f"{recipe.data.folder} was made with {ours[:12]}: its ids stand for other text. Prepare the data with the "
+                f"checkpoint's tokenizer."
+            )
     engine = build_engine(recipe, mesh, weights=initial, tokenizer=dataset.tokenizer.fingerprint)
     mapping = recipe_mapping(recipe)
     start = resume(

@@ -5,8 +5,10 @@ The end is compared bit for bit with a run of `launch local` that nothing distur
 
 import json
 import os
+import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -107,17 +109,29 @@ def test_two_nodes_train_stop_at_a_signal_are_requeued_and_end_as_if_nothing_had
     compare(run, RunFolder(tmp_path / "whole"), steps=60)
 
 
-def test_an_array_job_prepares_the_same_data(words: list[str], tmp_path: Path) -> None:
-    """Three tasks side by side, byte for byte what one process made."""
-    folder = tmp_path / "by_tasks"
-    words = [f"data.folder={folder}" if word.startswith("data.folder=") else word for word in words]
+def test_an_array_job_prepares_the_same_data_also_when_a_task_is_killed(words: list[str], tmp_path: Path) -> None:
+    """Three tasks of several shards side by side, one killed at work and requeued: byte for byte what one process makes."""
+    whole, folder = tmp_path / "by_one", tmp_path / "by_tasks"
+    words = [word for word in words if not word.startswith("data.folder=")] + ["data.shard_bytes=2500"]
+    prepare(replace(config_of(tmp_path), folder=str(whole), shard_bytes=2500), console=Console(quiet=True))
+    assert len(list(whole.rglob("*.train.bin"))) > 6
     with slurm_rig(2):
-        output = finish(launch("slurm", *words, "--prepare", "--tasks", "3"))
-        assert "array job" in output and "(3 tasks)" in output, output
-        wait_for((folder / "manifest.json").exists)
-    for suffix in ("*.bin", "*.idx", "tokenizer.json"):
+        output = finish(launch("slurm", *words, f"data.folder={folder}", "--prepare", "--tasks", "3"))
+        assert "(3 tasks)" in output, output
+        (number,) = re.findall(r"array job (\d+)", output)
+        task = f"{number}_1"
+
+        def shown(what: str) -> str:
+            command = ["scontrol", "show", "job", task]
+            text = subprocess.run(command, capture_output=True, text=True, check=False).stdout
+            return text.partition(f"{what}=")[2].split()[0] if f"{what}=" in text else ""
+
+        wait_for(lambda: shown("JobState") == "RUNNING")
+        subprocess.run(["scontrol", "requeue", task], check=True)
+        wait_for((folder / "manifest.json").exists, timeout_s=300)
+        assert shown("Restarts") == "1"
+    for suffix in ("*.bin", "*.idx", "*.origins", "tokenizer.json", "manifest.json"):
         made = {path.relative_to(folder): path.read_bytes() for path in folder.rglob(suffix)}
-        whole = tmp_path / "prepared"
         assert made and made == {path.relative_to(whole): path.read_bytes() for path in whole.rglob(suffix)}
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from ranks import run_ranks
+from ranks import RankFailed, run_ranks
 from shards import random_documents, write_folder
 from tiny import recipe_with
 
@@ -71,10 +71,18 @@ def test_stopped_in_the_middle_of_a_ramp_it_ends_the_same_and_is_traced_both_way
     assert run_ranks(1, train_run, named(recipe, "whole")) == ["finished"]
     assert record(recipe, "parts") == record(recipe, "whole") and len(record(recipe, "whole")) == STEPS
 
+    folder = Path(recipe.run.folder)
+    write_folder(folder / "foreign", {n: [random_documents(200, seed=2)] for n in ("a", "b")}, vocab=290)
+    foreign = replace(recipe, data=replace(recipe.data, folder=str(folder / "foreign")))
+    with pytest.raises(
+        RankFailed, match=r"start_from=.*whole was trained with tokenizer .*: its ids stand for other text"
+    ):
+        run_ranks(1, train_run, named(foreign, "other_words", start_from=str(folder / "whole")))
+
     dataset = open_dataset(recipe.data)
     seen: dict[tuple[str, int], set[tuple[int, int]]] = {}
     for step in (2, 5, 7, 11):  # before, in the ramp, where a has run out in it, after
-        trace._show_step(dataset, TraceConfig(step=step, json=True, chars=10), GLOBAL)
+        trace._show_step(dataset, TraceConfig(step=step, json=True, chars=10), GLOBAL, steps=STEPS)
         rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
         assert [row["position"] for row in rows] == list(range((step - 1) * GLOBAL, step * GLOBAL))
         batch = dataset.training_rows(np.arange((step - 1) * GLOBAL, step * GLOBAL))
