@@ -9,7 +9,7 @@ from tiny import engine_of, recipe_with, steps_of
 
 from train.checkpoint.manager import CheckpointFolder
 from train.checkpoint.manifest import read_manifest
-from train.checkpoint.storage import _random_states
+from train.checkpoint.random_state import random_states
 
 
 def drift(rank: int, folder: Path) -> list[list[str]]:
@@ -43,12 +43,12 @@ def states_after_loading(rank: int, folder: Path, step: int, world: int) -> dict
         torch.rand(step + rank)
         checkpoints = CheckpointFolder(folder, SMALL.checkpoint)
         checkpoints.load(engine, checkpoints.path_of(step))
-        return {name: state.numpy().tobytes() for name, state in _random_states(engine.mesh).items()}
+        return {name: state.numpy().tobytes() for name, state in random_states(engine.mesh).items()}
 
 
 def fresh_states(rank: int) -> dict[str, bytes]:
     with engine_of(SMALL, rank=rank, world=1) as engine:
-        return {name: state.numpy().tobytes() for name, state in _random_states(engine.mesh).items()}
+        return {name: state.numpy().tobytes() for name, state in random_states(engine.mesh).items()}
 
 
 def test_random_state_at_another_layout_comes_from_seed_and_step(tmp_path: Path) -> None:

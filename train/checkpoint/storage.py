@@ -18,12 +18,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 
 from train.checkpoint import fingerprint, publishing
 from train.checkpoint.files import Piece, Reader, scan
 from train.checkpoint.fingerprint import Sums
-from train.checkpoint.manifest import DTYPE_NAMES, Manifest, describe_layout, read_manifest
+from train.checkpoint.manifest import DTYPE_NAMES, Manifest, read_manifest
 from train.checkpoint.pieces import (
     MASTER,
     MODEL,
@@ -35,17 +34,15 @@ from train.checkpoint.pieces import (
     owned_pieces,
     weight_pieces,
 )
+from train.checkpoint.random_state import RANDOM, random_pieces, restore_random_state
 from train.checkpoint.saving import Peers, Save, Snapshot
 from train.engine import Engine
 from train.errors import CheckpointError
-from train.parallel.mesh import Mesh, seed_random_state
+from train.parallel.mesh import Mesh
 
 log = logging.getLogger(__name__)
 
 
-_RANDOM = "random."
-_SEEDS_APART = 1_000_003
-"""Between the seeds of two steps; Megatron adds a few thousand for tensor and pipeline ranks."""
 OTHER_MODEL = "is of another model"
 
 
@@ -77,7 +74,7 @@ def snapshot_of(
         updates=_updates(engine),
         lineage=lineage,
     )
-    pieces = [*owned_pieces(locals_, parts), *_random_pieces(engine.mesh)]
+    pieces = [*owned_pieces(locals_, parts), *random_pieces(engine.mesh)]
     return Snapshot(manifest, pieces, parts, copied_pieces(parts))
 
 
@@ -172,7 +169,7 @@ def read_training(folder: Path, engine: Engine) -> Manifest:
         for part_ in parts:
             for values in part_.moments.values():
                 values.zero_()
-    _restore_random_state(reader, engine.mesh)
+    restore_random_state(reader, engine.mesh)
     engine.precision.apply_state()
     return reader.manifest
 
@@ -283,7 +280,7 @@ class _Loading:
             name
             for name in self.names
             if name not in asked
-            and not name.startswith((_RANDOM, MASTER, *ignored))
+            and not name.startswith((RANDOM, MASTER, *ignored))
             and MASTER + name.removeprefix(MODEL) not in asked
         }
         missing = {name for names in _everywhere(sorted(self.missing)) for name in names}
@@ -374,46 +371,3 @@ def _updates(engine: Engine) -> int:
 def _is_precision_state(name: str) -> bool:
     """Whether a tensor is a precision backend's own state."""
     return ".low_precision_" in name
-
-
-def _random_states(mesh: Mesh) -> dict[str, torch.Tensor]:
-    """Random states of this rank by name: torch's own for its device, and Megatron's tracker."""
-    states = {"torch": torch.get_rng_state()}
-    if mesh.device.type == "cuda":
-        states["cuda"] = torch.cuda.get_rng_state(mesh.device)
-    tracked = get_cuda_rng_tracker().get_states()
-    return states | {f"tracker.{name}": state for name, state in tracked.items() if isinstance(state, torch.Tensor)}
-
-
-def _random_pieces(mesh: Mesh) -> list[Piece]:
-    return [
-        Piece(f"{_RANDOM}{mesh.rank:05d}.{name}", (state.numel(),), (0,), (state.numel(),), state.contiguous())
-        for name, state in _random_states(mesh).items()
-    ]
-
-
-def _restore_random_state(reader: Reader, mesh: Mesh) -> None:
-    """Take up the saved random state where the layout is the same. At another no state fits: a rank draws for other parts of the
-    model, so each is seeded anew, from the saved run's seed and step alone: the same again at each resume from there, and not
-    what the run began with."""
-    manifest = reader.manifest
-    if describe_layout(manifest.layout) != mesh.layout.describe():
-        run = manifest.recipe.get("run")
-        seed = run.get("seed") if isinstance(run, dict) else None
-        seed_random_state(((seed if isinstance(seed, int) else 0) + _SEEDS_APART * manifest.step) % 2**31)
-        return
-    tracked = dict(get_cuda_rng_tracker().get_states())
-    for name, state in _random_states(mesh).items():
-        key = f"{_RANDOM}{mesh.rank:05d}.{name}"
-        record = reader.manifest.tensors.get(key)
-        if record is None or record.shape != (state.numel(),):
-            continue
-        saved = torch.empty_like(state)
-        reader.read(key, offset=[0], into=saved)
-        if name == "torch":
-            torch.set_rng_state(saved)
-        elif name == "cuda":
-            torch.cuda.set_rng_state(saved, mesh.device)
-        else:
-            tracked[name.removeprefix("tracker.")] = saved
-    get_cuda_rng_tracker().set_states(tracked)
