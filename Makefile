@@ -69,7 +69,7 @@ compress-curves: setup ## prune a tiny teacher, distil its students and train th
 	@$(PY) -m data.prepare -cn tiny_teacher && $(PY) -m train -cn tiny_teacher && $(PY) -m tests.bench.compress_curves
 
 clean: ## remove caches and the environment; runs/ is left alone
-	rm -rf .venv .oracle .peers .mypy_cache .ruff_cache .pytest_cache *.egg-info
+	rm -rf .venv .oracle .peers .s3 .mypy_cache .ruff_cache .pytest_cache *.egg-info
 	find . -name __pycache__ -not -path './runs/*' -prune -exec rm -rf {} +
 
 .PHONY: help setup smoke test test-slow test-slurm test-oracle test-gpu check format bench bench-model bench-fp8 bench-checkpoint bench-data precision-gap compress-curves clean validate-plan

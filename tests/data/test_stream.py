@@ -81,16 +81,25 @@ schedules = st.lists(
         st.tuples(st.integers(1, 2000), st.sampled_from([0, 700]), st.tuples(*[st.integers(0, 9)] * 3).filter(any)),
         max_size=2,
     ),
+    most=st.none() | st.floats(0.1, 2.0),
 )
 def test_any_schedule_of_ranks_threads_and_microbatches_gives_the_identical_stream(
-    folder: Path, schedule: list[tuple[int, int, int, int]], packing: str, together: int, phases: list
+    folder: Path,
+    schedule: list[tuple[int, int, int, int]],
+    packing: str,
+    together: int,
+    phases: list,
+    most: float | None,
 ) -> None:
-    """Also across phases, ramps and epochs, resumed from one integer wherever the schedule changes."""
+    """Also across phases, ramps, epochs and a source that runs out, resumed from one integer wherever the schedule changes."""
     at, curriculum = 0, []
     for gap, ramp, weights in phases:
+        weights = weights if most is None else (max(1, weights[0]), *weights[1:])  # something is left when c runs out
         curriculum.append(PhaseConfig(at + gap, dict(zip("abc", weights, strict=True)), ramp_tokens=ramp))
         at += gap + ramp + 16
     config = config_of(folder, packing=packing, phases=tuple(curriculum), shuffle_shards=together)
+    capped = {"c": SourceConfig(path="-", weight=0.2, max_epochs=most)}
+    config = replace(config, sources=config.sources | capped, on_exhausted="continue")
     dataset = open_dataset(config)
     total = sum(steps for _, _, steps, _ in schedule)
     reference = read(open_dataset(config), ranks=1, microbatch_rows=GLOBAL, steps=total)
