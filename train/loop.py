@@ -54,6 +54,7 @@ def train_loop(
     tokens_per_step = run.global_rows * engine.row_tokens
     last_step = run.steps
     received: signal.Signals | None = None
+    writing = False
     if run.stop_after_steps is not None:
         last_step = min(last_step, first_step + run.stop_after_steps)
 
@@ -124,15 +125,15 @@ def train_loop(
 
         telemetry.flush()
         checkpoints.wait()
-        if received is not None and step < run.steps and checkpoints.saved_step is not None:
+        saved = checkpoints.saved_step if writing and not checkpoints.has_failed else None
+        if received is not None and saved is not None and step < run.steps:
             text = too_late(
-                signals.since_s, save_s=checkpoints.save_s, grace_s=_grace_s(recipe, received), step=step,
-                saved_step=checkpoints.saved_step,
+                signals.since_s, save_s=checkpoints.save_s, grace_s=_grace_s(recipe, received), step=step, saved_step=saved
             )  # fmt: skip
             (is_too_late,) = mesh.any_of(text is not None)
             if is_too_late:
                 telemetry.event("warning", text=text or "another rank says that its time is up")
-                step = checkpoints.saved_step
+                step = saved
         if step > first_step and checkpoints.saved_step != step:
             save(step, stream.position, background=False)
         _tell(telemetry, checkpoints, recipe=recipe, step_s=0.0)
