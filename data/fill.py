@@ -76,9 +76,12 @@ def _compiled(
 ) -> list[int] | None:
     """Fill what one call can. -> the places it left out; None where something is wrong and nothing counts."""
     plan, left = compiled.Plan(), list[int]()
-    for which in set(sources):
-        here = [place for place, other in enumerate(sources) if other == which]
-        left += parts[which].plan([rows[place] for place in here], here, plan)
+    if len(distinct := set(sources)) == 1:
+        left = parts[sources[0]].plan(rows, list(range(len(rows))), plan)
+    else:
+        for which in distinct:
+            here = [place for place, other in enumerate(sources) if other == which]
+            left += parts[which].plan([rows[place] for place in here], here, plan)
     if plan.shards:
         with activity.of(plan):
             is_good = plan.read(vocab_size=vocab_size, tokens=tokens, labels=labels, documents=documents)

@@ -151,7 +151,7 @@ class Rows:
         shards, or at the beginning of the stream, with no token before."""
         left: list[int] = []
         opened: dict[int, OpenShard] = {}
-        size, shards, numbers = self.row_tokens, plan.shards, plan.numbers
+        size, shards, numbers, bounds = self.row_tokens, plan.shards, plan.numbers, self.stream.bounds
         packed: Packed | None = None
         stretches: list[Packed | None] = []
         if self.best_fit:
@@ -162,8 +162,11 @@ class Rows:
                 packed = stretches[at] or self._stretch(row // STRETCH_ROWS)
                 entry, start = packed.entry, packed.start
             else:
-                entry, start = self.stream.entry_with(row * size - 1, (row + 1) * size)
-                start += 1
+                start = row * size  # as TokenStream.entry_with, in place: this is done for every row
+                entry = bisect.bisect_right(bounds, start - 1) - 1
+                if start == 0 or start + size > bounds[entry + 1]:
+                    entry = -1
+                start -= bounds[entry]
             if entry < 0:
                 left.append(out)
                 continue
@@ -201,7 +204,7 @@ class Rows:
             ends = itertools.accumulate((len(pieces) for pieces in arranged), initial=0)
             places = (n for pieces in arranged for p in pieces for n in (p.start - low, p.stop - p.start))
             numbers = np.array([*ends, *places], dtype=np.int64)
-        packed = Packed(numbers, numbers.ctypes.data, rows, entry, start + 1)
+        packed = Packed(numbers, compiled.address_of(numbers), rows, entry, start + 1)
         with self._lock:
             if number not in self._stretches:
                 self._stretches[number] = packed

@@ -275,7 +275,8 @@ class TokenStream:
             np.int64
         )
         """Position at which each entry begins, and the end."""
-        self._bounds: list[int] = self.shard_starts.tolist()  # what the reading of rows looks things up in
+        self.bounds: list[int] = self.shard_starts.tolist()
+        """The same as plain numbers, which the reading of rows looks up."""
         self.documents_before = np.concatenate([[0], np.cumsum([e.documents for e in entries], dtype=np.int64)])
         self.tokens = int(self.shard_starts[-1])
         self.documents = int(self.documents_before[-1])
@@ -285,7 +286,7 @@ class TokenStream:
 
     def read_rows(self, starts: list[int], out: np.ndarray, where: list[int]) -> None:
         """Fill row where[i] of `out` ([rows, tokens], rows contiguous) with the tokens from starts[i] on."""
-        length, bounds = out.shape[1], self._bounds
+        length, bounds = out.shape[1], self.bounds
         is_uniform = self._is_uniform and out.dtype == self.dtype
         by_shard: dict[int, list[tuple[int, int]]] = {}
         for row, start in zip(where, starts, strict=True):
@@ -303,20 +304,20 @@ class TokenStream:
 
     def entry_with(self, start: int, stop: int) -> tuple[int, int]:
         """The entry that all tokens from start to stop lie in, and the number of the first there; -1 where there is none."""
-        which = bisect.bisect_right(self._bounds, start) - 1
-        if start < 0 or stop > self._bounds[which + 1]:
+        which = bisect.bisect_right(self.bounds, start) - 1
+        if start < 0 or stop > self.bounds[which + 1]:
             return -1, 0
-        return which, start - self._bounds[which]
+        return which, start - self.bounds[which]
 
     def read(self, start: int, out: np.ndarray) -> None:
         """Fill `out` (contiguous, of `dtype`) with the tokens from `start` on, over as many shards as it takes."""
-        which, done = bisect.bisect_right(self._bounds, start) - 1, 0
+        which, done = bisect.bisect_right(self.bounds, start) - 1, 0
         while done < len(out):
-            count = min(len(out) - done, self._bounds[which + 1] - start - done)
+            count = min(len(out) - done, self.bounds[which + 1] - start - done)
             part = out[done : done + count]
             dtype = np.dtype(self.entries[which].dtype)
             raw = part if dtype == part.dtype else np.empty(count, dtype=dtype)
-            self._read_from(which, [(0, start + done - self._bounds[which])], raw[None, :])
+            self._read_from(which, [(0, start + done - self.bounds[which])], raw[None, :])
             if raw is not part:
                 part[:] = raw
             done += count
@@ -339,9 +340,9 @@ class TokenStream:
 
     def document_at(self, position: int) -> int:
         """Number (over all entries) of the document that a position lies in."""
-        which = bisect.bisect_right(self._bounds, position) - 1
+        which = bisect.bisect_right(self.bounds, position) - 1
         shard = self._shelf.open(self.entries[which])
-        place = shard.first_byte + (position - self._bounds[which]) * shard.itemsize
+        place = shard.first_byte + (position - self.bounds[which]) * shard.itemsize
         return int(self.documents_before[which]) + bisect.bisect_right(shard.search, place) - 1
 
     def entry_of(self, document: int) -> tuple[int, int]:
