@@ -6,7 +6,7 @@ bytes of text are found in one pass over the tokens.
 
 import glob
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -47,7 +47,11 @@ def unended_documents(prefix: str, eod: int) -> int:
     """Documents of a set that do not end with the end-of-document token (made without Megatron-LM's --append-eod)."""
     shard = open_shard(Path(prefix))
     lasts = shard.ends[np.diff(shard.ends, prepend=0) > 0] - 1
-    return int((shard.tokens[lasts] != eod).sum()) + len(shard.ends) - len(lasts)
+    unended = len(shard.ends) - len(lasts)
+    for place, block in _blocks(shard, 0, len(shard.tokens)):
+        here = lasts[np.searchsorted(lasts, place) : np.searchsorted(lasts, place + len(block))]
+        unended += int((block[here - place] != eod).sum())
+    return unended
 
 
 def describe_set(
@@ -102,8 +106,7 @@ def _look_through(
 ) -> int:
     """Bytes of text of tokens start to stop; adds them to the checksum. DataError for ids beyond the vocabulary."""
     text_bytes = 0
-    for place in range(start, stop, _TOKENS):
-        block = np.asarray(shard.tokens[place : min(place + _TOKENS, stop)])
+    for _, block in _blocks(shard, start, stop):
         sha256.update(block.tobytes())
         least, most = int(block.min()), int(block.max())
         if least < 0 or most >= len(token_bytes):
@@ -115,3 +118,15 @@ def _look_through(
         text_bytes += size
         report(block.nbytes, size, block.size)
     return text_bytes
+
+
+def _blocks(shard: Shard, start: int, stop: int) -> Iterator[tuple[int, np.ndarray]]:
+    """Tokens start to stop in blocks, each with its place: read, not mapped, so that a set cut short meanwhile is an error."""
+    path, dtype = Path(f"{shard.prefix}.bin"), shard.tokens.dtype
+    with path.open("rb") as stream:
+        stream.seek(start * dtype.itemsize)
+        for place in range(start, stop, _TOKENS):
+            block = np.fromfile(stream, dtype=dtype, count=min(_TOKENS, stop - place))
+            if len(block) < min(_TOKENS, stop - place):
+                raise DataError(f"{path} ends after {place + len(block):,} tokens: it was cut short while it was read.")
+            yield place, block

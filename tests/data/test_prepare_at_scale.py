@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
+from data import megatron_sets
 from data.config import DataConfig, SourceConfig, TokenizerConfig
 from data.errors import DataError
 from data.manifest import read_manifest
@@ -315,5 +316,9 @@ def test_existing_megatron_sets_are_read_where_they_lie(
             other, folder=f"{small.folder}-sets", tokenizer=TokenizerConfig(path=f"{small.folder}/tokenizer.json")
         )
         prepare(wrong, console=QUIET)
+    real, cut = megatron_sets.open_shard, tmp_path / "b.bin"
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(DataError, match=r"b\.bin ends after .* cut short while"):
+        patch.setattr(megatron_sets, "open_shard", lambda prefix: (real(prefix), os.truncate(cut, 100))[0])
+        megatron_sets.unended_documents(str(tmp_path / "b"), 0)
     with pytest.raises(DataError, match=r"tokenized already\. Set data\.tokenizer\.path"):
         prepare(elsewhere(config, "untrained", sources={"sets": sets}), console=QUIET)
