@@ -116,6 +116,8 @@ def prepare(config: DataConfig, *, console: Console, task: str | None = None) ->
     todo = parse_task(task)
     if not config.sources:
         raise DataError("data.sources is empty. Name at least one source, e.g. data.sources.mine.path=texts/*.jsonl.")
+    for name in config.sources:
+        config.heldout_of(name)
     folder = Path(config.folder)
     if (folder / MANIFEST).exists():
         manifest = read_manifest(folder)
@@ -328,11 +330,11 @@ def _merge_source(name: str, work: Work, jobs: list[ShardJob], tokenizer: Tokeni
             bad_records=entry.bad_records + result.bad_records,
             empty_documents=entry.empty_documents + result.empty_documents,
         )
-    tokens = entry.count("train", "tokens")
+    tokens, text_bytes = (sum(entry.count(split, what) for split in SPLITS) for what in ("tokens", "text_bytes"))
     _say(
         console,
-        f"{name}: {entry.count('train', 'documents'):,} documents, {tokens:,} tokens, "
-        f"{entry.count('train', 'text_bytes') / max(1, tokens):.2f} bytes per token; held out: "
+        f"{name}: {entry.count('train', 'documents'):,} documents, {entry.count('train', 'tokens'):,} tokens, "
+        f"{text_bytes / max(1, tokens):.2f} bytes per token; held out: "
         f"{entry.count('heldout', 'documents'):,} documents, {entry.count('heldout', 'tokens'):,} tokens",
     )
     if unended:
