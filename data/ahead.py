@@ -24,8 +24,8 @@ from data.pack import STRETCH_ROWS, Rows
 _SUFFIXES = ("idx", "bin")
 _SHARE = 0.9
 """Of the budget that needed shards may take; the rest is for what others read."""
-_LOOK_ROWS = 1 << 21
-"""Farthest that is looked ahead, in rows."""
+_LOOK_ROWS = 1 << 18
+"""Farthest that is looked ahead, in rows: billions of tokens in long rows, less than a second of work in all."""
 _POLL_S = 0.2
 log = logging.getLogger(__name__)
 
@@ -52,6 +52,7 @@ class FetchAhead:
         self._needed: OrderedDict[tuple[int, int], _Need] = OrderedDict()
         self._looked = position
         self._is_full = False
+        self._shards_there_are = sum(len(part.stream.entries) for part in rows)
         self._closing = threading.Event()
         for number in range(threads):
             threading.Thread(target=self._run, name=f"fetch-{number}", daemon=True).start()
@@ -88,7 +89,8 @@ class FetchAhead:
                     need.is_begun = True
                     return need.entry
             stop = min(self._looked + WINDOW_ROWS, self._blend.curriculum.stop or self._looked + WINDOW_ROWS)
-            if self._is_full or stop <= self._looked or stop > self.position + _LOOK_ROWS:
+            is_all = len(self._needed) == self._shards_there_are
+            if is_all or self._is_full or stop <= self._looked or stop > self.position + _LOOK_ROWS:
                 return None
             self._look(stop)
 
