@@ -136,7 +136,7 @@ def _attention_bytes(shape: Shape, *, copy: int, is_low: bool) -> float:
     if e == 2:
         return kept + tokens * (8 * query + 8 * keys + 2 * query)
     copies = query if turned or m.kv_heads // shape.tensor > 1 else 0
-    flat = query if m.attention_softcap is not None else 0
+    flat = query
     return kept + 4 * tokens * (query + 2 * keys + copies + (keys if turned else 0) + query + flat)
 
 

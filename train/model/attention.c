@@ -1,5 +1,6 @@
-/* Attention with a soft cap (train/model/capped.py has the formulas and the letters): forward and backward, a block of scores
-   at a time in the cache.
+/* Attention with a soft cap or without (train/model/capped.py has the formulas and the letters): forward and backward, a block
+   of scores at a time in the cache. Without a cap exponentials are taken below the largest score of a line so far, and what
+   was added up is scaled down when a larger one comes (FlashAttention, arXiv 2205.14135).
 
    Lines are the queries of a pair (a row and a key/value head), each with its query heads in turn. A line sees the keys from
    its query's first one to its own place. A task is a block of lines of a pair going over its blocks of keys; in the
@@ -15,7 +16,7 @@ enum { LINES = 128, KEYS = 128 };
 typedef struct {
   int64_t pairs, lines, keys, width;
   int64_t groups, per_group, queries, offset, stretches;
-  float scale, softcap;
+  float scale, softcap; /* 0: none */
 } Attention;
 
 static void visible(const Attention *k, const int32_t *first_key, int64_t pair, int64_t line, int64_t *from, int64_t *to) {
@@ -80,22 +81,60 @@ static void span(const Attention *k, const int32_t *first_key, const Block *b, i
 
 static float *scratch(int64_t floats) { return aligned_alloc(64, (size_t)((floats + 15) / 16 * 64)); }
 
-/* -> 0, or 1 without memory. turned: room for [pairs, key blocks, D, KEYS]. Writes out and sums, the latter of p. */
+/* p of a line from its raw products, capped; -> their sum. */
+static float capped_line(const Attention *k, float *p, int64_t from, int64_t to, int64_t start, int64_t stop) {
+  const float inner = k->scale / k->softcap;
+  V sum = {0};
+  for (int64_t j = start; j < stop; j += LANES) {
+    V e = within(exp_of(tanh_of(load(p + j) * inner) * k->softcap), j, from, to);
+    store(p + j, e);
+    sum += e;
+  }
+  return sum_of(sum);
+}
+
+/* The same without a cap, below the largest score; *highest becomes that, *factor what belongs to what was added before. */
+static float plain_line(const Attention *k, float *p, int64_t from, int64_t to, int64_t start, int64_t stop, float *highest,
+                        float *factor) {
+  float top = *highest;
+  *factor = 1;
+  if (start == stop) return 0;
+  V most = all(top), sum = {0};
+  for (int64_t j = start; j < stop; j += LANES) {
+    const I place = lane_numbers() + (int32_t)j;
+    V x = load(p + j) * k->scale;
+    x = choose((place >= (int32_t)from) & (place < (int32_t)to), x, all(-INFINITY));
+    store(p + j, x);
+    most = choose(x > most, x, most);
+  }
+  for (int i = 0; i < LANES; i++) top = most[i] > top ? most[i] : top;
+  for (int64_t j = start; j < stop; j += LANES) {
+    V e = within(exp_of(load(p + j) - top), j, from, to);
+    store(p + j, e);
+    sum += e;
+  }
+  *factor = *highest == -INFINITY ? 0 : exp_of(all(*highest - top))[0];
+  *highest = top;
+  return sum_of(sum);
+}
+
+/* -> 0, or 1 without memory. turned: room for [pairs, key blocks, D, KEYS]. Writes out and sums: those of p, or without a cap
+   the logarithms of the sums of exponentials. */
 int stratum_capped_forward(const Attention *k, const float *q, const float *keys, const float *values, const int32_t *first_key,
                            float *turned, float *out, float *sums, int threads) {
   const int64_t D = k->width, line_blocks = blocks_of(k->lines, LINES), key_blocks = blocks_of(k->keys, KEYS);
-  const float inner = k->scale / k->softcap;
   int failed = 0;
   turn(k, keys, turned, threads);
 #pragma omp parallel for num_threads(threads) schedule(dynamic)
   for (int64_t task = 0; task < k->pairs * line_blocks; task++) {
     const int64_t pair = task / line_blocks, line_block = line_blocks - 1 - task % line_blocks; /* the longest first */
-    float *scores = scratch(LINES * KEYS);
+    float *scores = scratch(LINES * KEYS), highest[LINES];
     if (scores == NULL) { failed = 1; continue; }
     int64_t first, end;
     seen(k, first_key, pair, line_block, &first, &end);
     const int64_t line = pair * k->lines + line_block * LINES;
     int64_t lines = 0;
+    for (int64_t i = 0; i < LINES; i++) highest[i] = -INFINITY;
     for (int64_t key_block = first; key_block < end; key_block++) {
       const Block b = block_of(k, pair, line_block, key_block);
       lines = b.lines;
@@ -105,13 +144,15 @@ int stratum_capped_forward(const Attention *k, const float *q, const float *keys
         float *p = scores + i * KEYS;
         int64_t from, to, start, stop;
         span(k, first_key, &b, i, p, &from, &to, &start, &stop);
-        V sum = {0};
-        for (int64_t j = start; j < stop; j += LANES) {
-          V e = within(exp_of(tanh_of(load(p + j) * inner) * k->softcap), j, from, to);
-          store(p + j, e);
-          sum += e;
+        float *total = sums + line + i, *row = out + (line + i) * D, factor = 1;
+        if (key_block == first) *total = 0;
+        if (k->softcap > 0) *total += capped_line(k, p, from, to, start, stop);
+        else {
+          const float added = plain_line(k, p, from, to, start, stop, highest + i, &factor);
+          *total = *total * factor + added;
         }
-        sums[line + i] = (key_block == first ? 0 : sums[line + i]) + sum_of(sum);
+        if (factor != 1 && key_block != first)
+          for (int64_t d = 0; d < D; d += LANES) store(row + d, load(row + d) * factor);
       }
       product(FULL, lines, D, b.keys, scores, KEYS, 1, values + (pair * k->keys + b.key) * D, D, out + line * D, D,
               key_block != first);
@@ -119,19 +160,21 @@ int stratum_capped_forward(const Attention *k, const float *q, const float *keys
     for (int64_t i = 0; i < lines; i++) {
       const float factor = 1.0f / sums[line + i];
       for (int64_t d = 0; d < D; d += LANES) store(out + (line + i) * D + d, load(out + (line + i) * D + d) * factor);
+      if (k->softcap == 0) sums[line + i] = highest[i] + logf(sums[line + i]);
     }
     free(scores);
   }
   return failed;
 }
 
-/* Gradients given grad [pairs, lines, D] of out, already divided by the sums, and constant = <grad, out> [pairs, lines].
+/* Gradients given grad [pairs, lines, D] of out (with a cap already divided by the sums), constant = <grad, out> [pairs,
+   lines] and the forward pass's sums.
    Writes grad_q, and grad_k and grad_v [stretches, pairs, keys, D]. turned: room for twice what the forward pass needs. */
 int stratum_capped_backward(const Attention *k, const float *q, const float *keys, const float *values, const int32_t *first_key,
-                            const float *grad, const float *constant, float *turned, float *grad_q, float *grad_k, float *grad_v,
+                            const float *sums, const float *grad, const float *constant, float *turned, float *grad_q, float *grad_k, float *grad_v,
                             int threads) {
   const int64_t D = k->width, line_blocks = blocks_of(k->lines, LINES), key_blocks = blocks_of(k->keys, KEYS);
-  const float inner = k->scale / k->softcap;
+  const float inner = k->softcap > 0 ? k->scale / k->softcap : 0;
   float *turned_values = turned + k->pairs * key_blocks * D * KEYS;
   int failed = 0;
   turn(k, keys, turned, threads);
@@ -159,7 +202,15 @@ int stratum_capped_backward(const Attention *k, const float *q, const float *key
           span(k, first_key, &b, i, p, &from, &to, &start, &stop);
           memset(g, 0, (size_t)start * 4);
           memset(g + stop, 0, (size_t)(b.padded - stop) * 4);
-          const float own = constant[line + i];
+          const float own = constant[line + i], log_sum = sums[line + i];
+          if (k->softcap == 0) {
+            for (int64_t j = start; j < stop; j += LANES) {
+              V e = within(exp_of(load(p + j) * k->scale - log_sum), j, from, to);
+              store(p + j, e);
+              store(g + j, (load(g + j) - own) * e * k->scale);
+            }
+            continue;
+          }
           for (int64_t j = start; j < stop; j += LANES) {
             V t = tanh_of(load(p + j) * inner), e = within(exp_of(t * k->softcap), j, from, to);
             store(p + j, e);

@@ -13,8 +13,9 @@ combined. Context parallelism: context rank r of c holds chunks r and 2c-1-r of 
 Megatron's Mamba all-to-all assumes, balanced for causal masks). Keys and values are gathered over the group and put into
 true order; the gather's backward is the matching reduce-scatter.
 
-Which arithmetic: without a soft cap torch's scaled_dot_product_attention (FlashAttention on a GPU); with one
-`train.model.capped` on a CPU. On a GPU soft caps, windows and documents go to torch's FlexAttention (`train.model.flex`).
+Which arithmetic: on a CPU `train.model.capped`; without a soft cap, for few queries, without a compiler and on a GPU torch's
+scaled_dot_product_attention (FlashAttention). On a GPU soft caps, windows and documents go to torch's FlexAttention
+(`train.model.flex`).
 """
 
 from collections.abc import Iterator
@@ -29,11 +30,15 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.utils import is_layer_window_attention
 from torch.nn import functional as F
 
+from train.model import compiled
 from train.model.capped import capped_attention
 from train.model.context import RowContext
 from train.model.documents import document_starts
 from train.model.flex import flex, mask_of
 from train.model.rotary import Rotary
+
+BLOCKED_QUERIES = 16
+"""Queries from which on the blocked attention, which first turns all keys, is used without a soft cap too."""
 
 
 def zigzag_positions(sequence: int, *, rank: int, ranks: int, device: torch.device) -> torch.Tensor:
@@ -143,9 +148,12 @@ class AttentionCore(MegatronModule):
 
         on_cpu = device.type == "cpu"
         is_whole = row.documents is None and (self.window_tokens is None or offset + queries <= self.window_tokens)
-        if self.softcap is None and (on_cpu or is_whole):
+        is_blocked = on_cpu and (
+            self.softcap is not None or (queries >= BLOCKED_QUERIES and compiled.attention_usable(query_QBHD))
+        )
+        if self.softcap is None and not is_blocked and (on_cpu or is_whole):
             return _plain(query_QBHD, key_KBGD, value_KBGD, first_keys(), offset=offset, scale=scale)
-        if on_cpu and self.softcap is not None:
+        if is_blocked:
             return capped_attention(
                 query_QBHD, key_KBGD, value_KBGD,
                 first_key_BQ=given_first_keys(), offset=offset, scale=scale, softcap=self.softcap,

@@ -1,11 +1,11 @@
-"""Attention with a soft cap, blocked: scores are made, capped and used a block at a time, never all [S, S] of them.
+"""Attention on a CPU, blocked: scores are made, capped and used a block at a time, never all [S, S] of them.
 
     p = exp(c tanh(q k^T scale / c))  on first_key <= key <= the query's own place      out = (p v) / (sum of p)
 
 The cap bounds every score by c, so exponentials need no largest score taken out first (exp(70) x 10^6 keys fits fp32):
 blocks of keys simply add up. The backward pass makes p again from the saved sums, as FlashAttention does (arXiv
 2205.14135). Masks are intervals: causal, within a window, within a document, which keeps all of a query's keys together,
-so blocks outside it are skipped.
+so blocks outside it are skipped. The compiled form (`attention.c`) also does without a cap.
 
 Shape letters: Q queries, K keys, B rows, H query heads, G key/value heads, R = H / G, D width. The queries are the last Q
 of the K positions or a stretch of them (`offset`). Arithmetic is fp32 (float64 for float64) whatever the storage.
@@ -35,6 +35,7 @@ class _Plan:
     """Place among the keys of the first query."""
     scale: float
     softcap: float
+    """0: none."""
 
 
 def capped_attention(
@@ -45,14 +46,16 @@ def capped_attention(
     first_key_BQ: torch.Tensor,
     offset: int,
     scale: float,
-    softcap: float,
+    softcap: float | None,
 ) -> torch.Tensor:
     """Attention of queries at places offset ... offset + Q - 1 among the keys, each from its first key to its own place.
 
-    first_key_BQ: int32, never decreasing along Q. -> [Q, B, H * D]. Deterministic. Differentiable once.
+    first_key_BQ: int32, never decreasing along Q. softcap None: none, where `compiled.attention_usable`. -> [Q, B, H * D].
+    Deterministic. Differentiable once.
     """
-    assert softcap <= LARGEST_CAP, f"exponentials of scores up to {softcap} overflow"
-    plan = _Plan(groups=key_KBGD.shape[2], offset=offset, scale=scale, softcap=softcap)
+    assert softcap is None or softcap <= LARGEST_CAP, f"exponentials of scores up to {softcap} overflow"
+    assert softcap is not None or compiled.attention_usable(query_QBHD), "torch's attention is for this"
+    plan = _Plan(groups=key_KBGD.shape[2], offset=offset, scale=scale, softcap=softcap or 0.0)
     return _Capped.apply(query_QBHD, key_KBGD, value_KBGD, first_key_BQ.contiguous(), plan)
 
 
@@ -107,10 +110,13 @@ class _Capped(torch.autograd.Function):
         q, k, v = _by_pair(query, plan.groups), _by_pair(key, plan.groups), _by_pair(value, plan.groups)
         grad = _by_pair(grad_out.view(query.shape), plan.groups)
         # d p = (grad v^T - <grad, out>) / sum: the second term is the same for all keys of a query.
-        grad = grad / sums.unsqueeze(-1)
+        if plan.softcap:
+            grad = grad / sums.unsqueeze(-1)
         constant = (grad * out).sum(-1)
-        backward = compiled.capped_backward if compiled.attention_usable(query) else _backward
-        grad_q, grad_k, grad_v = backward(q, k, v, first_key_BQ, grad, constant, plan)
+        if compiled.attention_usable(query):
+            grad_q, grad_k, grad_v = compiled.capped_backward(q, k, v, first_key_BQ, sums, grad, constant, plan)
+        else:
+            grad_q, grad_k, grad_v = _backward(q, k, v, first_key_BQ, grad, constant, plan)
         return (
             _by_token(grad_q, query).to(query.dtype),
             _by_token(grad_k, key).to(key.dtype),

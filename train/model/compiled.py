@@ -60,7 +60,7 @@ def library(name: str) -> ctypes.CDLL | None:
     arguments = {
         "stratum_scan_forward": 9, "stratum_scan_backward": 15, "stratum_scan_finish": 3,
         "stratum_conv_forward": 5, "stratum_conv_backward": 7,
-        "stratum_capped_forward": 7, "stratum_capped_backward": 10,
+        "stratum_capped_forward": 7, "stratum_capped_backward": 11,
         "stratum_norm_forward": 4, "stratum_norm_backward": 7,
         "stratum_activation_forward": 2, "stratum_activation_backward": 3,
         "stratum_loss_forward": 4, "stratum_loss_backward": 4,
@@ -124,7 +124,8 @@ def _turned(k: torch.Tensor, times: int) -> torch.Tensor:
 def capped_forward(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, first_key_BQ: torch.Tensor, plan: Any
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """q [pairs, lines, D], k, v [pairs, keys, D], fp32 and contiguous. -> (out like q, sums of p [pairs, lines])."""
+    """q [pairs, lines, D], k, v [pairs, keys, D], fp32 and contiguous. -> (out like q, sums of p [pairs, lines]; without a cap
+    (plan.softcap 0) their logarithms)."""
     kernels = library("attention")
     assert kernels is not None
     out, sums = torch.empty_like(q), torch.empty(q.shape[:2])
@@ -138,18 +139,19 @@ def capped_backward(
     k: torch.Tensor,
     v: torch.Tensor,
     first_key_BQ: torch.Tensor,
+    sums: torch.Tensor,
     grad: torch.Tensor,
     constant: torch.Tensor,
     plan: Any,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """grad: of out, divided by the sums; constant: <grad, out>. -> gradients of q, k, v."""
+    """grad: of out, with a cap divided by the sums; constant: <grad, out>. -> gradients of q, k, v."""
     kernels = library("attention")
     assert kernels is not None
     head = _attention(q, k, first_key_BQ, plan)
     grad_q = torch.empty_like(q)
     grad_k, grad_v = torch.empty(2, head.stretches, *k.shape).unbind()
     _call(
-        kernels.stratum_capped_backward, head, q, k, v, first_key_BQ, grad, constant, _turned(k, 2), grad_q, grad_k, grad_v
+        kernels.stratum_capped_backward, head, q, k, v, first_key_BQ, sums, grad, constant, _turned(k, 2), grad_q, grad_k, grad_v
     )  # fmt: skip
     return grad_q, grad_k.sum(0), grad_v.sum(0)
 
