@@ -25,7 +25,7 @@ class _Product(torch.autograd.Function):
         ctx.save_for_backward(x if weight.requires_grad else None, weight)
         ctx.group, ctx.reduces, ctx.splits = group, reduces, splits
         whole = _gathered(x, group) if splits else x
-        return _multiply(_matrix(whole), weight.t()).to(x.dtype).view(*whole.shape[:-1], -1)
+        return _multiply(_matrix(whole), weight.t()).to(x.dtype).view(*whole.shape[:-1], weight.shape[0])
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
@@ -33,7 +33,7 @@ class _Product(torch.autograd.Function):
         rows = _wide(_matrix(grad))
         grad_x = grad_weight = None
         if ctx.needs_input_grad[0]:
-            grad_x = _multiply(rows, weight).to(grad.dtype).view(*grad.shape[:-1], -1)
+            grad_x = _multiply(rows, weight).to(grad.dtype).view(*grad.shape[:-1], weight.shape[1])
             if ctx.splits:
                 grad_x = _scattered(grad_x, ctx.group)
             elif ctx.reduces:
