@@ -191,7 +191,16 @@ class Save:
         started, cpu = time.perf_counter(), time.thread_time()
         if self._device.type == "cuda":
             self._stage_from_gpu()
-        elif self._staging is not None:
+        else:
+            self._stage_from_memory()
+        found = self._stale()
+        self._cpu_s = time.thread_time() - cpu
+        self._seconds["stage"] = time.perf_counter() - started
+        self._note("save_staged", seconds=self._seconds["stage"])
+        return found
+
+    def _stage_from_memory(self) -> None:
+        if self._staging is not None:
             buffer = self._staging.of_size(sum(piece.bytes for piece in self._plan.pieces), self._device)
             address, body = buffer.data_ptr(), self._plan.starts[0] if self._plan.starts else 0
             for piece, start in zip(self._plan.pieces, self._plan.starts, strict=True):
@@ -199,12 +208,7 @@ class Save:
             self._body = [bytes_of(buffer)] if buffer.numel() else []
         else:  # the caller waits, so nothing moves: fingerprints are taken while the file is written
             self._body = [bytes_of(piece.data) for piece in self._plan.pieces]
-        self._copies = [(piece.tensor, piece.data.numel(), piece.sums()) for piece in self._snapshot.copies]
-        found = self._stale()
-        self._cpu_s = time.thread_time() - cpu
-        self._seconds["stage"] = time.perf_counter() - started
-        self._note("save_staged", seconds=self._seconds["stage"])
-        return found
+        self._copies = _sums_of_copies(self._snapshot)
 
     def _stage_from_gpu(self) -> None:
         """The same from device memory, on a stream of its own, into page-locked memory. Not run: needs a GPU."""
@@ -220,6 +224,7 @@ class Save:
                 flat = piece.data.reshape(-1).view(torch.uint8)
                 buffer[at : at + piece.bytes].copy_(flat, non_blocking=True)
                 at += piece.bytes
+            self._copies = _sums_of_copies(self._snapshot)
         stream.synchronize()
         self._body = [bytes_of(buffer)] if buffer.numel() else []
 
@@ -377,6 +382,10 @@ def differing_copies(manifest: Manifest, everyone: Sequence[_Told]) -> list[str]
             elements[name] // math.prod(manifest.tensors[name].shape),
         )
     ]
+
+
+def _sums_of_copies(snapshot: Snapshot) -> list[tuple[str, int, Sums]]:
+    return [(piece.tensor, piece.data.numel(), piece.sums()) for piece in snapshot.copies]
 
 
 def part_key(part: OptimizerPart) -> str:
