@@ -120,6 +120,8 @@ def refused(changes: list[Difference], allowed: Sequence[str]) -> str | None:
             f"{lines}\nChoose another run.name to start a new run, or take the differences back to continue this one."
         )
     kinds = ",".join(dict.fromkeys(change.kind.replace(" ", "_") for change in forbidden))
+    if any(change.key.startswith("data.sources.") and change.key.endswith(".weight") for change in forbidden):
+        lines += "\nA weight counts from row 0, so rows may come again. To change it from here on, add a phase to data.phases."
     return (
         f"{lines}\nTake the differences back to continue this run, add checkpoint.allow=[{kinds}] to continue it with them, or "
         f"choose another run.name to start a new run."
