@@ -27,6 +27,8 @@ from typing import Any, Protocol
 import torch
 import torch.distributed as dist
 
+from train.gemm import multiply
+
 CPU_CHUNK_BYTES = 2 << 20
 """Logits of one chunk on a CPU: they stay in a core's cache (measured, docs/log.md)."""
 GPU_CHUNK_BYTES = 256 << 20
@@ -176,11 +178,8 @@ class _HeadLoss(torch.autograd.Function):
                 if problem.softcap is not None:
                     gradient.mul_(1 - (z / problem.softcap).square_())
                 gradient = gradient.to(hidden.dtype)
-                grad_hidden[part] = gradient @ multiplied
-                if grad_weight.dtype == gradient.dtype:
-                    grad_weight.addmm_(gradient.t(), hidden)
-                else:
-                    grad_weight += gradient.t() @ hidden
+                grad_hidden[part] = multiply(gradient, multiplied)
+                grad_weight += multiply(gradient.t(), hidden)
         if problem.group.size() > 1:  # what every slice knew of its own part of the sums
             both = torch.stack([divergence_N, at_label_N])
             dist.all_reduce(both, group=problem.group)
@@ -333,6 +332,6 @@ def capped_logits(hidden_NH: torch.Tensor, head: Head) -> torch.Tensor:
 
 def _logits(hidden_NH: torch.Tensor, weight_VH: torch.Tensor, softcap: float | None) -> torch.Tensor:
     """Logits of a head over its slice, in the dtype of the arithmetic, soft-capped where the model does it."""
-    product = _as_multiplied(hidden_NH) @ _as_multiplied(weight_VH).t()
+    product = multiply(_as_multiplied(hidden_NH), _as_multiplied(weight_VH).t())
     z = product.to(_work_dtype(product))
     return z if softcap is None else z.div_(softcap).tanh_().mul_(softcap)
