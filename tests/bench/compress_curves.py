@@ -201,6 +201,8 @@ def draw(path: Path) -> None:
             shown = [run for run in runs if run.shape == shape and run.seed != RATE_SEED and run.curve()]
             for run in shown:
                 curve = run.curve()
+                if run.start == "pruned" and run.steps == LONG and len(curve) > 1:
+                    curve = curve[1:]  # its first stretch is the short runs', who look twice as often
                 style: dict[str, Any] = {"color": _COLORS[run.kind], "linewidth": 1.5, "marker": ".", "markersize": 4}
                 style["linestyle"] = "--" if run.start == "scratch" and shape != "gemma" else "-"
                 place.plot([tokens / 1e6 for tokens, _ in curve], [value for _, value in curve], **style)
@@ -217,6 +219,10 @@ def draw(path: Path) -> None:
         for kind in KINDS:
             axes[0].plot([], [], color=_COLORS[kind], label=f"pruned, {_NAMES[kind]}")
         for kind in KINDS:
+            if not any(
+                run.start == "scratch" and run.kind == kind and run.shape in SHAPES and run.curve() for run in runs
+            ):
+                continue
             axes[0].plot([], [], color=_COLORS[kind], linestyle="--", label=f"from scratch, {_NAMES[kind]}")
         axes[0].legend(loc="upper right", fontsize=8)
         figure.savefig(path, dpi=140)
