@@ -280,6 +280,17 @@ def test_where_all_have_run_out_the_run_is_refused_with_the_step() -> None:
     assert blend.epochs(100).tolist() == (blend.curriculum.drawn(end) / [10, 30]).tolist()
 
 
+@pytest.mark.parametrize("place", [150, 9_000])
+def test_a_phase_added_later_leaves_what_was_drawn_before_it_but_for_a_row_a_source(place: int) -> None:
+    weights = [0.31, 0.23, 0.2, 0.17, 0.09]
+    before = blend_of(weights, [10**6] * 5).draw(np.arange(place))
+    phases = [PhaseConfig(place, {"s0": 1, "s3": 5, "s4": 2})]
+    after = blend_of(weights, [10**6] * 5, phases=phases).draw(np.arange(place))
+    for source in range(5):
+        rows = [set(draw.row[draw.source == source].tolist()) for draw in (before, after)]
+        assert len(rows[0] ^ rows[1]) <= 1
+
+
 def test_the_identity_of_an_order_says_how_it_is_laid_out() -> None:
     """Shares that never change are laid out as ever; others say so, because their rows differ from version 1's."""
     assert blend_of([0.6, 0.4], [50, 50]).order == 1
