@@ -2,7 +2,9 @@
 
     results = run_ranks(4, work, argument)      # work(rank, argument) runs in 4 processes that form one world
 
-The parent must not have process groups or busy threads of its own when it forks; tests keep torch on one thread.
+The parent must not have process groups or busy threads of its own when it forks; tests keep torch on one thread. A world
+opens its process groups once: opened again on the same port, a rank may join the store that another is about to close, and
+both wait for ever (two ranks hung within five turns; torchrun's store outlives the groups).
 """
 
 import importlib
