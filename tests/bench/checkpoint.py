@@ -198,6 +198,7 @@ def measure(recipe: Recipe, folder: Path, rounds: int) -> tuple[dict[str, list[f
                 once(turn)
 
             seconds["steps alone"].append(timed(lambda: steps(BESIDE)))
+            take_memory(folder, buffer)
             started = time.perf_counter()
             held = timed(lambda: request(background=True))
             held += steps(BESIDE)
@@ -208,6 +209,7 @@ def measure(recipe: Recipe, folder: Path, rounds: int) -> tuple[dict[str, list[f
             seconds["background save"].append(fields["seconds"])
             for part, took in fields["parts"].items():
                 seconds[f"background: {part}"].append(took)
+            take_memory(folder, buffer)
             held, done = theirs.stall()
             seconds["torch held"].append(held)
             seconds["torch background"].append(done)
