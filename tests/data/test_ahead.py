@@ -226,7 +226,7 @@ def test_a_transfer_that_breaks_off_is_tried_again_and_one_that_stalls_is_named(
                 ranks=1,
                 prefetch_steps=1,
                 stall_warning_s=0.3,
-                stall_limit_s=1.0,
+                stall_limit_s=5.0,
             ) as stream,
             pytest.raises(DataError, match=rf"waiting for a copy of {url}/{second.path}\.bin \(for \d+ s\)"),
         ):
