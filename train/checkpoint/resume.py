@@ -77,7 +77,7 @@ def audit(found: Found, *, recipe: Recipe, mapping: dict[str, Any], layout: Layo
     then = describe_layout(manifest.layout)
     rows = [
         ("", "saved", "now"),
-        ("step", f"{manifest.step:,}", f"continues with {manifest.step + 1:,} of {recipe.run.steps:,}"),
+        ("step", f"{manifest.step:,}", _next_step(manifest.step, recipe.run.steps)),
         ("tokens", f"{manifest.tokens:,}", ""),
         ("position", f"row {manifest.position:,}", "the next row"),
         ("learning rate", _rate(manifest.recipe, manifest), _rate(mapping, manifest)),
@@ -145,6 +145,10 @@ def _check_data(manifest: Manifest, *, recipe: Recipe, data_hash: str, place: st
         f"would no longer be the ones counted. Point data.folder at the old data, start a new run with another run.name, or "
         f"add checkpoint.allow=[data_order] to go on with other rows."
     )
+
+
+def _next_step(step: int, steps: int) -> str:
+    return f"continues with {step + 1:,} of {steps:,}" if step < steps else f"nothing left: run.steps={steps:,}"
 
 
 def _rate(mapping: dict[str, Any], manifest: Manifest) -> str:
