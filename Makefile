@@ -8,7 +8,7 @@ help: ## list the commands
 setup: ## make .venv and install everything (2 to 5 minutes, once)
 	@bash launch/setup.sh
 
-smoke: setup ## the whole story in about 4 minutes: prepare, train, kill, resume, evaluate, generate
+smoke: setup ## the whole story in 1 to 4 minutes: prepare, train, kill, resume, evaluate, generate
 	@$(PY) -m launch.smoke
 
 test: setup ## the fast tests

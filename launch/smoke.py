@@ -1,4 +1,4 @@
-"""`make smoke`: the whole story on one machine, in about five minutes, with proof at the end.
+"""`make smoke`: the whole story on one machine, in a few minutes, with proof at the end.
 
     prepare data -> train -> kill -9 half-way -> resume -> compare losses bit for bit -> sample -> report
 

@@ -184,7 +184,7 @@ def test_goodput_and_scaling_as_a_user_asks_for_them(tmp_path: Path, capsys: pyt
 
     picture = tmp_path / "goodput.png"
     assert main([*words, "--gpus", "64", "--goodput", "--picture", str(picture)]) == 0
-    text = capsys.readouterr().out
+    text = " ".join(capsys.readouterr().out.split())
     assert (
         "Advised: checkpoint.every_steps=" in text and "not built here yet" in text and picture.stat().st_size > 20_000
     )
