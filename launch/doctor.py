@@ -199,8 +199,9 @@ def _limits(machine: Machine) -> Iterator[Finding]:
 
 def _cluster(machine: Machine) -> Iterator[Finding]:
     slurm = machine.run("sbatch", "--version")
+    without = "sbatch finds no cluster (no slurm.conf)" if shutil.which("sbatch") else "no sbatch here"
     yield Finding(
-        "cluster", "Slurm", "ok" if slurm else "absent", slurm or "no sbatch here: `launch local` and torchrun work"
+        "cluster", "Slurm", "ok" if slurm else "absent", slurm or f"{without}: `launch local` and torchrun work"
     )
     containers = [name for name in ("enroot", "apptainer", "singularity", "docker", "podman") if shutil.which(name)]
     if containers:

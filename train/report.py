@@ -137,7 +137,7 @@ def draw(record: RunRecord, path: Path, *, title: str) -> None:
         below.set(xlabel="step", ylabel="learning rate", ylim=(0, None))
         below.ticklabel_format(axis="y", style="sci", scilimits=(-2, 2))
         for axes in (top, below, right):
-            for index, step in enumerate(record.resumes):
+            for index, step in enumerate(step for step in record.resumes if step < max(steps)):
                 label = "resumed" if index == 0 and axes is top else None
                 axes.axvline(step, color=_RESUME, linestyle=(0, (4, 3)), linewidth=1.1, label=label)
         top.legend(loc="upper right")
@@ -151,9 +151,8 @@ def draw(record: RunRecord, path: Path, *, title: str) -> None:
                 place = (points[-1][0], points[0][1])
                 note = {"color": color, "ha": "right", "va": "bottom", "fontsize": 8}
                 right.annotate("random start", place, textcoords="offset points", xytext=(0, 2), **note)
-            right.plot(*zip(*points, strict=True), color=color, marker="o", markersize=4, linewidth=2, label=name)
-            note = {"color": color, "ha": "center", "va": "bottom", "fontweight": "bold"}
-            right.annotate(f"{points[-1][1]:.2f}", points[-1], textcoords="offset points", xytext=(0, 5), **note)
+            label = f"{name}: {points[-1][1]:.2f} at step {points[-1][0]}"
+            right.plot(*zip(*points, strict=True), color=color, marker="o", markersize=4, linewidth=2, label=label)
         right.set(title="Held-out text", xlabel="step", ylabel="bits per byte")
         if sources:
             right.set_ylim(0, 1.1 * max(score for scores in record.evaluations.values() for score in scores.values()))
