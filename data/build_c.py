@@ -6,6 +6,7 @@ processor, so that nothing stale is ever loaded. Standard library only.
 
 import ctypes
 import hashlib
+import logging
 import os
 import platform
 import shutil
@@ -13,8 +14,27 @@ import subprocess
 import tempfile
 from pathlib import Path
 
+log = logging.getLogger(__name__)
+
 FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fopenmp")
 """No fast math: it changes results."""
+
+
+def load_if_possible(
+    *sources: Path, flags: tuple[str, ...] = (), what: str, instead: str = "plain torch"
+) -> ctypes.CDLL | None:
+    """Like `load`; None where compiled code is not wanted or not possible here, which is said at info level.
+
+    what: said to be not compiled; instead: what does its work then.
+    """
+    if not wanted():
+        return None
+    try:
+        return load(*sources, flags=flags)
+    except (OSError, subprocess.CalledProcessError) as error:
+        reason = getattr(error, "stderr", None) or error
+        log.info("%s not compiled (%s); %s is used instead", what, reason, instead)
+        return None
 
 
 def wanted() -> bool:

@@ -6,8 +6,6 @@ rows are the same. STRATUM_NATIVE=0 turns the compiled form off.
 
 import ctypes
 import functools
-import logging
-import subprocess
 from array import array
 from pathlib import Path
 from typing import Any
@@ -15,8 +13,6 @@ from typing import Any
 import numpy as np
 
 from data import build_c
-
-log = logging.getLogger(__name__)
 
 LONGEST_ROW = (1 << 24) - 1
 """Tokens of the longest row that is packed by compiled code."""
@@ -36,13 +32,9 @@ class ShardRecord(ctypes.Structure):
 @functools.cache
 def library() -> ctypes.CDLL | None:
     """The compiled code, built if need be; None where that is not possible here (said once, at info level)."""
-    if not build_c.wanted():
-        return None
-    try:
-        loaded = build_c.load(Path(__file__).with_name("rows.c"))
-    except (OSError, subprocess.CalledProcessError) as error:
-        reason = getattr(error, "stderr", None) or error
-        log.info("the reading of rows is not compiled (%s); numpy is used instead", reason)
+    source = Path(__file__).with_name("rows.c")
+    loaded = build_c.load_if_possible(source, what="the reading of rows is", instead="numpy")
+    if loaded is None:
         return None
     pointer, i64 = ctypes.c_void_p, ctypes.c_int64
     loaded.stratum_pack.restype = loaded.stratum_read.restype = i64

@@ -14,17 +14,13 @@ On a CPU a compiled pass at memory speed; elsewhere the same in torch operations
 
 import ctypes
 import functools
-import logging
 import math
-import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
 from data import build_c
-
-log = logging.getLogger(__name__)
 
 LANES = 2
 _GOLDEN = 0x9E3779B97F4A7C15
@@ -138,14 +134,8 @@ def _signed(value: int) -> int:
 
 @functools.cache
 def _kernel() -> "ctypes._NamedFuncPointer | None":
-    if not build_c.wanted():
-        return None
-    try:
-        library = build_c.load(Path(__file__).with_name("fingerprint.c"))
-    except (OSError, subprocess.CalledProcessError) as error:
-        log.info(
-            "fingerprints are not compiled (%s); plain torch is used instead", getattr(error, "stderr", None) or error
-        )
+    library = build_c.load_if_possible(Path(__file__).with_name("fingerprint.c"), what="fingerprints are")
+    if library is None:
         return None
     function = library.stratum_fingerprint
     pointer, i64 = ctypes.c_void_p, ctypes.c_int64

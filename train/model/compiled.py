@@ -7,8 +7,6 @@ devices and in float64; tests hold both to the same tolerances. STRATUM_NATIVE=0
 
 import ctypes
 import functools
-import logging
-import subprocess
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,8 +16,6 @@ from data import build_c
 
 if TYPE_CHECKING:
     from train.model.ssd import ScanSizes
-
-log = logging.getLogger(__name__)
 
 FOLDER = Path(__file__).parent
 ATTENTION = "pairs lines keys width groups per_group queries offset stretches"
@@ -47,14 +43,8 @@ class Attention(ctypes.Structure):
 @functools.cache
 def library(name: str) -> ctypes.CDLL | None:
     """The compiled `name`.c, or None where that is not possible here (said once, at info level)."""
-    if not build_c.wanted():
-        return None
-    try:
-        loaded = build_c.load(FOLDER / f"{name}.c", FOLDER / "simd.h")
-    except (OSError, subprocess.CalledProcessError) as error:
-        log.info(
-            "%s.c is not compiled (%s); plain torch is used instead", name, getattr(error, "stderr", None) or error
-        )
+    loaded = build_c.load_if_possible(FOLDER / f"{name}.c", FOLDER / "simd.h", what=f"{name}.c is")
+    if loaded is None:
         return None
     pointer, number = ctypes.c_void_p, ctypes.c_int
     arguments = {

@@ -6,15 +6,11 @@ numbers are the same bits. STRATUM_NATIVE=0 turns the compiled form off.
 
 import ctypes
 import functools
-import logging
-import subprocess
 from pathlib import Path
 
 import torch
 
 from data import build_c
-
-log = logging.getLogger(__name__)
 
 SOURCE = Path(__file__).with_name("kernels.c")
 FLAGS = ("-ffp-contract=off",)
@@ -39,13 +35,8 @@ class Spec(ctypes.Structure):
 @functools.cache
 def library() -> ctypes.CDLL | None:
     """The compiled kernels, built if need be; None where that is not possible here (said once, at info level)."""
-    if not build_c.wanted():
-        return None
-    try:
-        loaded = build_c.load(SOURCE, flags=FLAGS)
-    except (OSError, subprocess.CalledProcessError) as error:
-        reason = getattr(error, "stderr", None) or error
-        log.info("low-precision kernels are not compiled (%s); plain torch is used instead", reason)
+    loaded = build_c.load_if_possible(SOURCE, flags=FLAGS, what="low-precision kernels are")
+    if loaded is None:
         return None
     pointer, i64, i32 = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
     spec = ctypes.POINTER(Spec)
