@@ -13,7 +13,6 @@ import contextlib
 import os
 import select
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -24,6 +23,7 @@ from types import FrameType
 
 from launch.continuation import STOPPED, shell_status
 from launch.failures import RankFailure, by_cause, log_of, read_failures
+from launch.ports import reserved_port
 from launch.rank import LAUNCHER, LOGS, RANK_LOG
 from launch.terminal import Output
 
@@ -102,9 +102,10 @@ def run_attempt(
     logs: a new folder; shown: ranks whose output is also shown live; use_terminal: draw progress bars (one rank shown).
     """
     logs.mkdir(parents=True)
-    port = _free_port()
     ranks: list[_Rank] = []
-    try:
+    with contextlib.ExitStack() as world:
+        port = world.enter_context(reserved_port())
+        world.callback(_end, ranks)
         for number in range(processes):
             contract = {
                 "RANK": str(number),
@@ -129,12 +130,15 @@ def run_attempt(
                 )
             )
         return _Watch(ranks, logs=logs, grace_s=grace_s, stop=stop).until_end()
-    finally:
-        for rank in ranks:
-            _kill(rank)
-            rank.process.wait()
-            if rank.output:
-                rank.output.close()
+
+
+def _end(ranks: list[_Rank]) -> None:
+    """Nothing of the world is left, not what a rank has started either."""
+    for rank in ranks:
+        _kill(rank)
+        rank.process.wait()
+        if rank.output:
+            rank.output.close()
 
 
 class _Watch:
@@ -259,9 +263,3 @@ def _kill(rank: _Rank) -> None:
     """SIGKILL for a rank and whatever it has started; also what it left behind when it ended."""
     with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(rank.process.pid, signal.SIGKILL)
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])

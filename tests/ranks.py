@@ -10,7 +10,6 @@ both wait for ever (two ranks hung within five turns; torchrun's store outlives 
 import importlib
 import os
 import pickle
-import socket
 import sys
 import tempfile
 import time
@@ -18,6 +17,8 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from launch.ports import reserved_port
 
 _IN_EVERY_RANK = (
     "torch._dynamo",
@@ -47,17 +48,15 @@ def start_ranks(world: int, work: Callable[..., Any], *arguments: Any, folder: P
     """Fork the ranks and leave them running: each writes its end to `folder`/RANK.pickle. -> rank by process id."""
     for module in _IN_EVERY_RANK:
         importlib.import_module(module)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     children = {}
-    for rank in range(world):
-        sys.stdout.flush()
-        sys.stderr.flush()
-        pid = os.fork()
-        if pid == 0:
-            _child(rank, world, port, folder / f"{rank}.pickle", work, arguments)
-        children[pid] = rank
+    with reserved_port() as port:  # the ranks inherit the reservation
+        for rank in range(world):
+            sys.stdout.flush()
+            sys.stderr.flush()
+            pid = os.fork()
+            if pid == 0:
+                _child(rank, world, port, folder / f"{rank}.pickle", work, arguments)
+            children[pid] = rank
     return children
 
 

@@ -1,0 +1,40 @@
+"""Ports that two worlds on one machine never share.
+
+A port found by binding to 0 and letting go is anybody's again before rank 0 listens on it: the kernel hands the same numbers
+to every outgoing connection, and gloo makes dozens. So a port is taken from below that range, and a name in Linux's abstract
+socket space, bound for as long as the world lives, keeps other worlds away from it: no file to clean up, and a killed
+process lets go of it. Slurm's jobs use 20000 to 31999 (launch/sbatch.py).
+"""
+
+import random
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+PORTS = range(32000, 32768)
+"""Above the ports of Slurm's jobs, below the first that Linux gives to outgoing connections by default."""
+
+
+@contextmanager
+def reserved_port() -> Iterator[int]:
+    """A port of this machine on which nobody listens, kept from every other caller while the context is open here or in a
+    process forked inside it.
+
+    Raises OSError when all are taken.
+    """
+    port, claim = _claim()
+    with claim:
+        yield port
+
+
+def _claim() -> tuple[int, socket.socket]:
+    for port in random.SystemRandom().sample(PORTS, len(PORTS)):
+        claim = socket.socket(socket.AF_UNIX)
+        try:
+            claim.bind(f"\0stratum-port-{port}")
+            with socket.socket() as probe:
+                probe.bind(("", port))
+            return port, claim
+        except OSError:  # claimed by another world, or somebody listens there
+            claim.close()
+    raise OSError(f"no free port from {PORTS[0]} to {PORTS[-1]}: end some of the runs on this machine")
