@@ -1,4 +1,4 @@
-"""Set-up of every test: one thread, Megatron importable without CUDA, no network."""
+"""Set-up of every test: one thread, Megatron importable without CUDA, no network, no time limits on generated examples."""
 
 import os
 
@@ -7,9 +7,14 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("WANDB_MODE", "offline")
 
 import torch
+from hypothesis import HealthCheck, settings
 
 from train.parallel.device import prepare
 
+settings.register_profile(  # a busy machine is no finding; with $CI set the rest is Hypothesis's own profile for that
+    "stratum", settings(), deadline=None, suppress_health_check=[HealthCheck.too_slow]
+)
+settings.load_profile("stratum")
 torch.set_num_threads(1)
 if os.environ.get("STRATUM_TEST_TE") == "1":
     from parity import te_on_cpu

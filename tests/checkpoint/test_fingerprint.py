@@ -64,7 +64,7 @@ def test_both_forms_are_the_formula(
     fingerprint._kernel.cache_clear()
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     shape=st.lists(st.integers(1, 9), min_size=1, max_size=3).map(tuple),
     dtype=st.sampled_from(DTYPES),
@@ -89,7 +89,7 @@ def test_any_cut_gives_the_same_value(shape: tuple[int, ...], dtype: torch.dtype
     assert covered == size and total == whole(values)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(data=st.data())
 def test_every_small_change_shows(data: st.DataObject) -> None:
     values = random_of(

@@ -21,7 +21,7 @@ from train.cost.goodput import (
 HOUR = 3600.0
 
 
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 @given(
     mean=st.floats(600, 1e6),
     restart=st.floats(0, 900),

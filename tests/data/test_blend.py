@@ -32,7 +32,7 @@ def test_permutations_differ_by_epoch_and_mix_well() -> None:
     assert abs(np.abs(first - index).mean() / 10_000 - 1 / 3) < 0.02
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(
     groups=st.lists(st.integers(1, 40), min_size=1, max_size=9),
     together=st.integers(1, 4),
@@ -85,7 +85,7 @@ def owed_by_sum(phases: list[Phase], rows: int) -> np.ndarray:
     return np.array(prefixes)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(phases=curricula())
 def test_shares_are_within_one_row_at_every_prefix_across_phases_and_ramps(phases: list[Phase]) -> None:
     curriculum, rows = Curriculum(phases), phases[-1].start + phases[-1].ramp + 300
@@ -157,7 +157,7 @@ def owed_with_limits(phases: list[Phase], limits: list[int | None], rows: int) -
     return prefixes
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(phases=curricula(), data=st.data())
 def test_sources_that_run_out_leave_their_part_to_the_others_within_one_row(
     phases: list[Phase], data: st.DataObject
@@ -186,7 +186,7 @@ def blend_of(weights: list[float], rows: list[int], **changes: object) -> Blend:
     return Blend(sources, seed=3, **changes)  # type: ignore[arg-type]
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(rows=st.lists(st.integers(1, 40), min_size=1, max_size=3), start=st.integers(0, 10**13))
 def test_each_row_comes_once_an_epoch_and_far_positions_are_like_near_ones(rows: list[int], start: int) -> None:
     blend = blend_of([1.0] * len(rows), rows)
@@ -202,7 +202,7 @@ def test_each_row_comes_once_an_epoch_and_far_positions_are_like_near_ones(rows:
     assert np.array_equal(blend.draw(far[shuffled]).row, whole.row[shuffled])
 
 
-@settings(deadline=None, max_examples=20)
+@settings(max_examples=20)
 @given(seed=st.integers(0, 10**6), together=st.sampled_from([0, 2]))
 def test_a_row_is_found_at_every_position_it_lies_at(seed: int, together: int) -> None:
     sources = [BlendSource("a", 0.7, 31, groups=(7, 10, 14)), BlendSource("b", 0.3, 17)]

@@ -36,7 +36,7 @@ def stretches(draw: st.DrawFn) -> tuple[list[int], int, int, int]:
     return [s for s in starts if s < low + row * rows + 20], rows, row, low
 
 
-@settings(deadline=None, max_examples=300)
+@settings(max_examples=300)
 @given(stretches(), st.sampled_from([1, 2, 4, 8]), st.integers(0, 40))
 def test_compiled_packing_is_the_plain_one(stretch: tuple[list[int], int, int, int], itemsize: int, first: int) -> None:
     starts, rows, row_tokens, low = stretch

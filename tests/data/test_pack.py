@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from ranks import run_ranks
 from shards import random_documents, write_folder
@@ -45,7 +45,6 @@ def stretches(draw: st.DrawFn) -> tuple[list[Piece], int, int]:
     return [Piece(a, b) for a, b in itertools.pairwise(bounds)], rows, row
 
 
-@settings(deadline=None)
 @given(stretches())
 def test_best_fit_fills_every_row_and_keeps_every_token_once(stretch: tuple[list[Piece], int, int]) -> None:
     documents, rows, row_tokens = stretch

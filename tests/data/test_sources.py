@@ -145,7 +145,6 @@ def test_a_web_server(tmp_path: Path) -> None:
 lines = st.lists(st.text(st.characters(codec="utf-8", exclude_characters="\n\r"), max_size=8), min_size=1, max_size=30)
 
 
-@settings(deadline=None)
 @given(lines=lines, count=st.integers(1, 12), newline_at_end=st.booleans())
 def test_a_cut_file_is_the_whole_file(tmp_path_factory, lines: list[str], count: int, newline_at_end: bool) -> None:
     path = tmp_path_factory.getbasetemp() / "cut.jsonl"
@@ -245,7 +244,7 @@ def test_bad_records_are_named_or_counted(tmp_path: Path, shard_bytes: int) -> N
         assert "data.sources.mine.on_bad_record=skip" in str(caught.value)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(
     content=st.binary(max_size=300),
     suffix=st.sampled_from(["txt", "jsonl", "jsonl.gz", "txt.zst", "parquet", "xz", "bz2"]),

@@ -72,7 +72,7 @@ schedules = st.lists(
 )  # ranks, microbatch rows, steps, threads
 
 
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 @given(
     schedule=schedules,
     packing=st.sampled_from(["chunk", "best_fit"]),

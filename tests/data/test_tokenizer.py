@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import sentencepiece
 import tokenizers
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from data.config import TokenizerConfig
@@ -62,7 +62,6 @@ texts = st.text(st.characters(codec="utf-8"), max_size=60) | st.lists(
 ).map("".join)
 
 
-@settings(deadline=None)
 @given(text=texts, pattern=st.sampled_from([None, *ranks.PATTERNS]))
 def test_bulk_encoding_gives_the_ids_of_the_library(text: str, pattern: str | None) -> None:
     """encode is `tokenizers`, encode_batch is tiktoken; decoding gives the text back."""

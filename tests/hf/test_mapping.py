@@ -47,7 +47,7 @@ def numbered(pair: Pair, side: str) -> list[torch.Tensor]:
     ]
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(
     family=st.sampled_from(sorted(FAMILIES)),
     groups=st.integers(1, 4),

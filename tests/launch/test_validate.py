@@ -82,7 +82,7 @@ def test_a_file_that_is_none_is_an_error(tmp_path: Path) -> None:
         assert result.returncode == 2 and result.stderr.startswith("error:")
 
 
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=120)
 @given(st.data())
 def test_no_cell_breaks_the_reader(data: st.DataObject) -> None:
     """Cells of other rows, and cells from nowhere, give a prediction or a reason."""

@@ -136,7 +136,7 @@ def test_training_precision_stays_near_float64(dtype, length, rows, heads, group
         assert distance <= backward, f"{name}: {distance:.1e}"
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(
     length=st.integers(1, 40),
     chunk=st.integers(1, 50),

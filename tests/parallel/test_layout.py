@@ -217,7 +217,6 @@ degrees = st.sampled_from([1, 2, 3, 4, 8])
 
 
 @given(tensor=degrees, pipeline=degrees, context=degrees, data=degrees)
-@settings(deadline=None)
 def test_ranks_are_megatrons(tensor: int, pipeline: int, context: int, data: int) -> None:
     world = tensor * pipeline * context * data
     layout = Layout(
@@ -243,7 +242,7 @@ def test_ranks_are_megatrons(tensor: int, pipeline: int, context: int, data: int
     microbatch_rows=st.integers(1, 4),
     row_tokens=st.sampled_from([64, 96, 128, 250]),
 )
-@settings(deadline=None, max_examples=300)
+@settings(max_examples=300)
 def test_accepted_layouts_are_consistent(
     world: int,
     tensor: int,

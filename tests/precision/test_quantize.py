@@ -28,7 +28,7 @@ ORIENTED = (
 )  # fmt: skip
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     name=st.sampled_from(NAMES),
     rows=st.integers(1, 20).map(lambda n: 16 * n),
@@ -169,7 +169,7 @@ def test_without_a_compiler_the_same_numbers_come_out(monkeypatch: pytest.Monkey
         native.library.cache_clear()
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     name=st.sampled_from(NAMES),
     columns=st.integers(1, 300),
