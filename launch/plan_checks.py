@@ -11,6 +11,7 @@ from data.manifest import MANIFEST, read_manifest
 from train.config import Recipe
 from train.cost.device import Device
 from train.errors import RecipeError
+from train.objective.asked import objective_problems, unused
 from train.parallel.layout import Layout
 from train.precision.scaling import shape_problems
 from train.recipe import check_folder
@@ -18,7 +19,7 @@ from train.recipe import check_folder
 
 def recipe_problems(recipe: Recipe, device: Device) -> list[str]:
     """Everything that would stop the run, its layout and memory aside."""
-    return _precision_problems(recipe, device) + _objective_problems(recipe) + _place_problems(recipe)
+    return _precision_problems(recipe, device) + objective_problems(recipe) + _place_problems(recipe)
 
 
 def recipe_warnings(recipe: Recipe, layout: Layout, device: Device) -> list[str]:
@@ -43,6 +44,8 @@ def recipe_warnings(recipe: Recipe, layout: Layout, device: Device) -> list[str]
         found.append(
             "parallel.overlap_grad_reduce=false: gradients are reduced after the backward pass instead of beside it."
         )
+    if idle := unused(recipe.objective):
+        found.append(f"objective.kind=next_token trains on next tokens; not used: {idle}.")
     if recipe.run.device == "cpu":
         found.append("run.device=cpu: the plan is for GPUs; this recipe will not use them.")
     if recipe.run.deterministic:
@@ -107,30 +110,6 @@ def _precision_problems(recipe: Recipe, device: Device) -> list[str]:
             parallel=recipe.parallel,
             precision=precision,
             rank_tokens=recipe.run.microbatch_rows * recipe.data.row_tokens // recipe.parallel.context,
-        )
-    return problems
-
-
-def _objective_problems(recipe: Recipe) -> list[str]:
-    """What distillation needs, as far as a recipe tells."""
-    objective = recipe.objective
-    if objective.kind != "distill":
-        return []
-    problems = []
-    if objective.teacher is None and objective.teacher_cache is None:
-        problems.append(
-            "objective.kind=distill needs a teacher. Set objective.teacher to a checkpoint or run folder, or "
-            "objective.teacher_cache to what `python -m train.teacher_cache` wrote."
-        )
-    if objective.teacher_cache is not None and objective.hidden_match != "none":
-        problems.append(
-            f"objective.hidden_match={objective.hidden_match} needs the teacher itself; objective.teacher_cache holds its "
-            f"answers only. Use hidden_match=none, or teacher_cache=null."
-        )
-    if objective.hidden_match != "none" and objective.hidden_layers != "final" and recipe.parallel.recompute != "none":
-        problems.append(
-            f"objective.hidden_layers={objective.hidden_layers} needs activations that parallel.recompute="
-            f"{recipe.parallel.recompute} throws away. Use hidden_layers=final, or parallel.recompute=none."
         )
     return problems
 

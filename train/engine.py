@@ -28,6 +28,8 @@ class Engine:
     reset_at_documents: bool
     loss_parts: tuple[str, ...] = ()
     """What the objective reports beside the loss."""
+    teacher: dict[str, Any] | None = None
+    """Whose answers it learns from (`train.objective.teacher.identity`); None where it learns from text alone."""
 
 
 def run_schedule(

@@ -19,8 +19,9 @@ from data.manifest import MANIFEST, read_manifest
 from data.stream import Dataset, Stream, open_dataset
 from data.tokenizer import Tokenizer, load_tokenizer
 from train.config import ParallelConfig, Recipe
-from train.errors import RecipeError
+from train.errors import CheckpointError, RecipeError
 from train.model.pattern import flops_per_token, parameters
+from train.objective.asked import check_objective, unused
 from train.parallel.device import choose_device, prepare
 from train.parallel.layout import Layout, lay_out
 from train.parallel.mesh import Mesh, close_mesh, open_mesh, world_from_environment
@@ -50,6 +51,7 @@ def train(recipe: Recipe) -> RunEnd:
     """
     rank, world = world_from_environment()
     layout = check(recipe, world=world)
+    check_objective(recipe)
     device = choose_device(recipe.run.device)
     _use_threads(recipe.run.threads)
     dataset = open_data(recipe)
@@ -58,6 +60,8 @@ def train(recipe: Recipe) -> RunEnd:
         log.warning(
             "source %s has been read max_epochs times at step %d: others take its place from there.", name, step
         )
+    if (idle := unused(recipe.objective)) and rank == 0:
+        log.warning("objective.kind=next_token trains on next tokens; not used: %s", idle)
     folder = Path(recipe.run.folder) / recipe.run.name
     check_folder(folder, recipe)
     prepare(device)
@@ -158,6 +162,7 @@ def build_engine(recipe: Recipe, mesh: Mesh, *, weights: Path | None = None, tok
         precision=backend.control(wrapped, precision=recipe.precision, mesh=mesh, seed=recipe.run.seed),
         forward_step=objective.forward_step,
         loss_parts=objective.parts,
+        teacher=objective.teacher,
         row_tokens=recipe.data.row_tokens,
         microbatch_rows=recipe.run.microbatch_rows,
         reset_at_documents=recipe.data.reset_at_documents,
@@ -192,14 +197,14 @@ def model_on_one_rank(recipe: Recipe, checkpoint: Path, *, device: torch.device)
 def _train(recipe: Recipe, *, mesh: Mesh, dataset: Dataset, folder: Path) -> RunEnd:
     from train.checkpoint import disk
     from train.checkpoint.manager import CheckpointFolder, checkpoint_at
-    from train.checkpoint.resume import resume
+    from train.checkpoint.resume import TEACHER, resume
     from train.evaluate.losses import heldout_bits_per_byte
     from train.loop import train_loop
     from train.machine import peak_flops
     from train.telemetry import Telemetry
 
     checkpoints = CheckpointFolder(folder / "checkpoints", recipe.checkpoint)
-    initial = None
+    initial, origin = None, None
     if recipe.run.start_from is not None and not checkpoints.whole():
         initial, before = checkpoint_at(recipe.run.start_from)
         ours = dataset.tokenizer.fingerprint
@@ -209,6 +214,8 @@ def _train(recipe: Recipe, *, mesh: Mesh, dataset: Dataset, folder: Path) -> Run
                 f"{recipe.data.folder} was made with {ours[:12]}: its ids stand for other text. Prepare the data with the "
                 f"checkpoint's tokenizer."
             )
+        origin = {name: value for name, value in before.lineage.items() if name != TEACHER}
+        origin |= {"started_from": str(initial), "started_from_fingerprint": before.fingerprint}
     engine = build_engine(recipe, mesh, weights=initial, tokenizer=dataset.tokenizer.fingerprint)
     mapping = recipe_mapping(recipe)
     start = resume(
@@ -218,9 +225,11 @@ def _train(recipe: Recipe, *, mesh: Mesh, dataset: Dataset, folder: Path) -> Run
         mapping=mapping,
         data_hash=dataset.manifest_hash,
         tokenizer=dataset.tokenizer.fingerprint,
+        origin=origin,
     )
     step = start.step
     if mesh.rank == 0:
+        _warn_of_other_beginning(recipe, checkpoints.lineage)
         folder.mkdir(parents=True, exist_ok=True)
         disk.write_text(folder / "recipe.yaml", yaml.safe_dump(mapping, sort_keys=False))
     mesh.barrier()
@@ -298,6 +307,29 @@ def _train(recipe: Recipe, *, mesh: Mesh, dataset: Dataset, folder: Path) -> Run
             save=save,
         )
     return RunEnd(folder=folder, step=end.step, reason=end.reason)
+
+
+def _warn_of_other_beginning(recipe: Recipe, lineage: dict[str, Any]) -> None:
+    """A run that goes on does not read what it started from: say so where that has changed."""
+    from train.checkpoint.manager import checkpoint_at
+
+    began = lineage.get("started_from_fingerprint")
+    if began is None or recipe.run.start_from is None:
+        return
+    try:
+        path, manifest = checkpoint_at(recipe.run.start_from)
+    except CheckpointError:
+        return  # it may be gone
+    if manifest.fingerprint != began:
+        log.warning(
+            "run.start_from=%s is %s with weights %s now; this run began from %s with weights %s and goes on with its own. "
+            "To begin anew, choose another run.name.",
+            recipe.run.start_from,
+            path,
+            manifest.fingerprint[:12],
+            lineage["started_from"],
+            began[:12],
+        )
 
 
 def _world_peak(per_rank: float | None, mesh: Mesh) -> float | None:

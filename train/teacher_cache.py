@@ -28,6 +28,7 @@ from data.shards import token_dtype
 from data.typed import FieldError, build
 from train.config import ParallelConfig, Recipe
 from train.errors import USER_ERRORS, RecipeError
+from train.objective.asked import check_objective
 
 if TYPE_CHECKING:  # at run time Megatron must wait for `prepare`
     from train.objective.soft_targets import TopK
@@ -77,6 +78,7 @@ def fill(recipe: Recipe, config: CacheConfig) -> None:
         raise RecipeError(
             "say where answers go and how many tokens of each are kept: objective.teacher_cache=FOLDER objective.top_k=64."
         )
+    check_objective(replace(recipe, objective=replace(objective, kind="distill")))
     rank, world = world_from_environment()
     device = choose_device(recipe.run.device)
     if recipe.run.threads:
@@ -107,14 +109,18 @@ def _answer_all(
 ) -> None:
     from train.checkpoint.manager import checkpoint_at
     from train.objective.kept import KeptAnswers, Request, batch_keys, open_request, write_block
+    from train.objective.teacher import number_format
 
     objective = recipe.objective
     assert objective.teacher is not None and objective.teacher_cache is not None
     folder = Path(objective.teacher_cache)
-    path, _ = checkpoint_at(objective.teacher)
+    path, manifest = checkpoint_at(objective.teacher)
     request = Request(
         teacher=str(path),
-        top_k=min(objective.top_k, recipe.model.vocab),
+        step=manifest.step,
+        fingerprint=manifest.fingerprint,
+        numbers=number_format(recipe),
+        top_k=objective.top_k,
         temperature=objective.temperature,
         values=config.values,
         vocab=recipe.model.vocab,

@@ -13,9 +13,11 @@ from ranks import run_ranks
 from tiny import RECIPE, engine_of, rows_of
 
 from train.checkpoint.storage import read_weights
-from train.compress.importance import _attention_quota
-from train.compress.scores import Scores, best, best_in_groups, best_mamba
-from train.errors import RecipeError
+from train.compress.importance import attention_quota, removal_scores
+from train.compress.parent import Parent, layout_recipe, scoring_engine
+from train.compress.scores import Removal, Scores, best, best_in_groups, best_mamba
+from train.errors import CheckpointError, RecipeError
+from train.run import check, mesh_of
 
 ROWS = 5
 """Odd, so that a microbatch is filled up with a row that does not count."""
@@ -23,6 +25,8 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "DP2": (2, {}),
     "TP2 with sequence parallelism, PP2": (4, {"tensor": 2, "sequence": True, "pipeline": 2}),
     "CP2": (2, {"context": 2}),
+    "TP2": (2, {"tensor": 2}),
+    "PP2": (2, {"pipeline": 2}),
 }
 
 
@@ -119,12 +123,29 @@ def zeroed(rank: int, path: Path) -> dict[int, tuple[float, float]]:
         return results
 
 
+def test_rounds_that_are_done_are_not_measured_again(parent: Path, alone: Scores) -> None:
+    """Killed after the first removal, scoring ends with the same second one."""
+    (again,) = run_ranks(1, second_removal, parent, alone.removals[:1])
+    assert again == alone.removals[1:]
+
+
+def second_removal(rank: int, path: Path, before: list[Removal]) -> list[Removal]:
+    torch.set_num_threads(1)
+    recipe = layout_recipe(Parent(path, None, recipe_of(HYBRID)), recipe_of(HYBRID), world=1)  # type: ignore[arg-type]
+    with (
+        mesh_of(recipe, check(recipe, world=1), device=torch.device("cpu"), rank=rank) as mesh,
+        scoring_engine(Parent(path, None, recipe), recipe, mesh) as engine,  # type: ignore[arg-type]
+    ):
+        return list(removal_scores(engine, HYBRID, Rows(), rows=ROWS, remove=2, attention_layers=1,  # type: ignore[arg-type]
+                                   metric="logit_mse", before=before))  # fmt: skip
+
+
 def test_attention_layers_are_left_as_asked(alone: Scores) -> None:
     """Two layers were removed with one attention layer to be left of two: one of each."""
     kinds = [HYBRID.pattern[removal.layer] for removal in alone.removals]
     assert kinds.count("*") == 1
     with pytest.raises(RecipeError, match="attention_layers=5"):
-        _attention_quota(list(HYBRID.pattern), 2, 5)
+        attention_quota(list(HYBRID.pattern), 2, 5)
 
 
 def test_gemmas_parts_are_scored_too(tmp_path: Path) -> None:
@@ -137,6 +158,12 @@ def test_gemmas_parts_are_scored_too(tmp_path: Path) -> None:
     np.testing.assert_array_equal(again.hidden, scores.hidden)
     np.testing.assert_array_equal(again.layers[1]["ffn"], scores.layers[1]["ffn"])
     assert again.model == scores.model
+    damaged = (tmp_path / "scores" / "scores.npz").read_bytes()
+    (tmp_path / "scores" / "scores.npz").write_bytes(damaged[: len(damaged) // 2])
+    with pytest.raises(CheckpointError, match=r"cannot be read .*Delete .*scores.json and measure them again"):
+        Scores.load(tmp_path / "scores")
+    with pytest.raises(CheckpointError, match=r"holds no scores: scores.json is missing"):
+        Scores.load(tmp_path / "nothing")
 
 
 def test_choices_by_hand() -> None:

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,14 +18,16 @@ from train.checkpoint.manager import checkpoint_at
 from train.checkpoint.manifest import read_manifest
 from train.checkpoint.tensors import StoredTensors, write_weights
 from train.compress.__main__ import _write_pruned
+from train.compress.importance import _mapping
 from train.compress.parent import Parent
 from train.compress.prune import _AXES as AXES
-from train.compress.prune import Kept, Target, _indices, choose, cut_weights, head_merges, pruned_model
-from train.compress.scores import Scores
+from train.compress.prune import Depth, Kept, Target, _indices, choose, cut_weights, head_merges, pruned_model
+from train.compress.scores import Removal, Scores
 from train.config import ModelConfig
 from train.errors import RecipeError
 from train.hf.convert import export_weights
 from train.model.pattern import parameters
+from train.objective.distill import kept_channels
 from train.objective.teacher import teacher_recipe
 
 SMALLER = {
@@ -35,7 +38,12 @@ SMALLER = {
     "mamba_head_dim": Target(mamba_head_dim=12),
     "layers": Target(layers=5),
 }
-ALL = Target(hidden=48, ffn=80, heads=2, mamba_heads=4, mamba_head_dim=12)
+
+
+def all_of(model: ModelConfig) -> Target:
+    """Every width that a model has, cut."""
+    mamba = {"mamba_heads": 4, "mamba_head_dim": 12} if "M" in model.pattern else {}
+    return Target(hidden=48, ffn=80, heads=2, **mamba)
 
 
 @pytest.fixture(scope="module", params=["hybrid", "gemma"])
@@ -112,7 +120,8 @@ def test_cutting_what_is_zero_changes_no_logit(
 ) -> None:
     """All widths at once: norms that divided by the mean over all channels must still give the same."""
     path, model = parent
-    kept = choose(scores, ALL)
+    target = all_of(model)
+    kept = choose(scores, target)
     zeroed = tmp_path / "zeroed"
     stored = StoredTensors(path)
 
@@ -130,7 +139,7 @@ def test_cutting_what_is_zero_changes_no_logit(
     write_weights(aside_of(zeroed), stored.weights, read)
     finish(zeroed)
     measured = run_ranks(1, score, zeroed, recipe_of(model), 1, 4)[0]
-    small = cut(zeroed, tmp_path / "small", measured, ALL, kept)
+    small = cut(zeroed, tmp_path / "small", measured, target, kept)
     before, after = (run_ranks(1, logits, *what)[0] for what in ((zeroed, model), (tmp_path / "small", small)))
     assert float(before.std()) > 0.05
     torch.testing.assert_close(after, before, rtol=2e-4, atol=2e-5)
@@ -148,8 +157,8 @@ def test_without_the_norms_correction_the_logits_would_differ(
 
 
 def test_a_pruned_model_trains_on(parent: tuple[Path, ModelConfig], scores: Scores, tmp_path: Path) -> None:
-    path, _ = parent
-    small = cut(path, tmp_path / "small", scores, ALL)
+    path, model = parent
+    small = cut(path, tmp_path / "small", scores, all_of(model))
     (start, numbers), (_, two) = (
         run_ranks(world, train_on, tmp_path / "small", recipe_of(small, tensor=world))[0] for world in (1, 2)
     )
@@ -220,6 +229,45 @@ def test_sizes_that_do_not_fit_are_refused_together() -> None:
     assert "compress.hidden=100 is more than the parent's 64" in text
     assert "compress.heads=3" in text and "Use 2 or 4" in text
     assert "compress.mamba_heads=7" in text and "Use 6 or 8" in text
+    with pytest.raises(RecipeError, match=r"compress.mamba_heads=4 cuts nothing: w-\*- has no Mamba layers"):
+        pruned_model(GEMMA, Target(mamba_heads=4), list(range(4)))
+    with pytest.raises(RecipeError, match=r"compress.heads=2 cuts nothing: M-M-M- has no attention layers"):
+        pruned_model(HYBRID, Target(layers=6, heads=2), [0, 1, 2, 4, 5, 7])
+
+
+def test_layers_are_chosen_as_the_recipe_says() -> None:
+    """Removals where asked for, block influence where asked for, attention layers as many as asked for: by hand."""
+    scores = Scores(model=_mapping(HYBRID), parent="", rows=1, depth_metric="logit_mse")  # M-M*-M*-
+    scores.influence = np.array([9.0, 1.0, 8.0, 2.0, 3.0, 7.0, 0.5, 6.0])
+    scores.removals = [Removal(7, []), Removal(3, []), Removal(0, [])]
+    parts = {"M": {"mamba": np.ones((8, 16))}, "-": {"ffn": np.ones(128)}, "*": {"heads": np.ones(4)}}
+    scores.hidden, scores.layers = np.ones(64), {n: parts[kind] for n, kind in enumerate(HYBRID.pattern)}
+
+    def layers(keep: int, **how: Any) -> list[int]:
+        return choose(scores, Target(layers=keep), Depth(**how)).layers
+
+    assert layers(6) == layers(6, metric="logit_mse") == layers(6, attention_layers=1) == [0, 1, 2, 4, 5, 6]
+    assert layers(6, metric="block_influence") == [0, 2, 3, 4, 5, 7]
+    assert layers(6, metric="block_influence", attention_layers=2) == [0, 2, 3, 5, 6, 7]
+    assert layers(5, metric="block_influence", attention_layers=0) == [0, 2, 4, 5, 7]
+    for keep, how, message in (
+        (6, {"attention_layers": 2}, "removes 0 attention layers, but the first 2 removals in the scores take out 1"),
+        (6, {"metric": "perplexity"}, "removes 2 layers by perplexity, but the scores tried 3 by logit_mse"),
+        (3, {}, "removes 5 layers, but the scores tried 3"),
+        (8, {"attention_layers": 1}, "2 attention layers of 8, of which 8 stay .compress.layers.. Use 2"),
+        (9, {}, "compress.layers=9 is more than the parent's 8"),
+    ):
+        with pytest.raises(RecipeError, match=message):
+            layers(keep, **how)
+
+
+def test_channels_kept_are_followed_through_two_prunings() -> None:
+    """Of eight channels 1, 3, 4, 7 stayed, of those the second and the last: 3 and 7 of the first parent's."""
+    first = {"kept": {"hidden": [1, 3, 4, 7]}, "parent_model": {"hidden": 8}, "before": {}}
+    second = {"kept": {"hidden": [1, 3]}, "parent_model": {"hidden": 4}, "before": first, "started_from": "runs/x"}
+    assert kept_channels(second, of=4) == [1, 3]
+    assert kept_channels(second, of=8) == [3, 7]
+    assert kept_channels(second, of=16) is None and kept_channels({}, of=8) is None
 
 
 def test_a_pruned_checkpoint_says_where_it_comes_from_and_is_exported(
@@ -233,6 +281,9 @@ def test_a_pruned_checkpoint_says_where_it_comes_from_and_is_exported(
     text = _write_pruned(whole, scores, Target(hidden=48, ffn=80), folder, name="small")
     assert f"{parameters(model).total:,} -> " in text and str(folder / "model" / "small.yaml") in text
     assert (folder / "checkpoints" / "latest").read_text().strip() == "step_00000000"
+    assert "there already" in _write_pruned(whole, scores, Target(hidden=48, ffn=80), folder, name="small")
+    with pytest.raises(RecipeError, match=r"compress.merge_heads=true has nothing to merge"):
+        _write_pruned(whole, scores, Target(hidden=48), folder, name="small", merge_heads=True)
     found, pruned = checkpoint_at(folder)
     assert pruned.recipe["model"]["hidden"] == 48 and pruned.tokenizer == manifest.tokenizer and pruned.updates is None
     kept = pruned.lineage["kept"]

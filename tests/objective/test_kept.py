@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from objective.teachers import TOKENIZER, distill_tiny, save_teacher, student_of
+from objective.teachers import TEACHER, TOKENIZER, distill_tiny, save_teacher, student_of
 from ranks import RankFailed, run_ranks
 from tiny import rows_of
 
@@ -137,6 +137,18 @@ def test_answers_to_another_question_are_refused(teacher: Path, tmp_path: Path) 
         KeptAnswers.open(wrong, tokenizer="f" * 16)
     for what in ("model.vocab=512", "objective.temperature=2.0", "data.row_tokens=32", "top_k=40", "tokenizer ffff"):
         assert what in str(error.value)
+    other = save_teacher(tmp_path / "other", replace(TEACHER, run=replace(TEACHER.run, seed=78)))
+    asked = replace(recipe, objective=replace(recipe.objective, teacher=str(other)))
+    with pytest.raises(RankFailed, match=r"fingerprint: '[0-9a-f]*' there, '[0-9a-f]*' now"):
+        run_ranks(1, fill, asked, 1, "float32", 4)
+    with pytest.raises(RankFailed, match="numbers: 'fp32' there, 'fp32, blockwise' now"):
+        low = replace(recipe, objective=replace(recipe.objective, teacher_scaling="blockwise"))
+        run_ranks(1, fill, low, 1, "float32", 4)
+    with pytest.raises(RecipeError, match=r"objective.teacher=.*other.* answered; use objective.teacher=null"):
+        KeptAnswers.open(asked, tokenizer=None)
+    KeptAnswers.open(
+        replace(recipe, objective=replace(recipe.objective, teacher=str(tmp_path / "gone"))), tokenizer=None
+    )
     with pytest.raises(DataError, match="holds no teacher's answers"):
         KeptAnswers(tmp_path / "nothing")
 

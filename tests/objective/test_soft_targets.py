@@ -1,4 +1,4 @@
-"""The head's loss against a teacher: whole and split over two ranks, equal to plain formulas in float64."""
+"""The head's loss against a teacher: whole and split over two and four ranks, equal to plain formulas in float64."""
 
 import dataclasses
 
@@ -27,6 +27,11 @@ CASES = {
     "soft caps": (LossWeights(next_token=0.5), CAP, 0),
     "top 5": (LossWeights(divergence=0.9, next_token=0.2), None, 5),
     "top 5, soft caps, temperature": (LossWeights(temperature=1.7), CAP, 5),
+    "top 24, more than a rank of four has, cross-entropy, low temperature": (
+        LossWeights(divergence=0.6, next_token=0.4, temperature=0.5, is_cross_entropy=True),
+        None,
+        24,
+    ),
 }
 
 
@@ -116,7 +121,7 @@ def all_cases(rank: int, world: int, dtype: torch.dtype = torch.float32) -> dict
     return results
 
 
-@pytest.mark.parametrize("world", [1, 2])
+@pytest.mark.parametrize("world", [1, 2, 4])
 def test_losses_and_gradients_equal_the_textbook_in_float64(world: int) -> None:
     ranks = run_ranks(world, all_cases, world)
     for name in ranks[0]:

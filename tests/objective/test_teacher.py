@@ -98,6 +98,13 @@ def test_a_teacher_of_another_vocabulary_or_tokenizer_is_refused_with_the_reason
             {"objective.hidden_match": "mse", "objective.hidden_layers": "3:5", "parallel.recompute": "full"},
             "throws away",
         ),
+        ({"objective.top_k": 257}, "objective.top_k=257 is more than the vocabulary, model.vocab=256"),
+        ({"objective.distill_weight": 0.0}, "leaves nothing to learn from the teacher"),
+        (
+            {"objective.hidden_layers": "3:5"},
+            "objective.hidden_layers=3:5 does nothing while objective.hidden_match=none",
+        ),
+        ({"objective.hidden_weight": 0.5}, "leave hidden_weight at null"),
     ],
 )
 def test_what_cannot_be_done_is_said(changes: dict[str, Any], message: str, teacher: Path) -> None:

@@ -58,7 +58,8 @@ class CheckpointFolder:
         self._told = 0
         self._pending: list[Event] = []
         self._warned = False
-        self._lineage: dict[str, Any] = {}
+        self.lineage: dict[str, Any] = {}
+        """Where the weights come from, for every checkpoint to come; a loaded one brings its own."""
 
     def path_of(self, step: int) -> Path:
         """Folder of the checkpoint after `step` optimizer steps."""
@@ -114,7 +115,7 @@ class CheckpointFolder:
         """Fill weights, optimizer and random state from `path`, and prove that they are what was saved. Collective."""
         manifest = storage.read_training(path, engine)
         self._memory.clear()
-        self._lineage = manifest.lineage
+        self.lineage = manifest.lineage
         self.saved_step = manifest.step
         return manifest
 
@@ -172,7 +173,7 @@ class CheckpointFolder:
             recipe=recipe,
             data_hash=data_hash,
             tokenizer=tokenizer,
-            lineage=self._lineage,
+            lineage=self.lineage,
         )
         if self._memory_step is not None and self._memory_step >= (snapshot.manifest.updates or 0):
             self._memory.clear()  # no update in between: standing still is right

@@ -17,6 +17,9 @@ from train.optim.schedule import learning_rate_factor
 from train.parallel.layout import Layout
 from train.recipe import Difference, differences, recipe_from_mapping, refused
 
+TEACHER = "teacher"
+"""Key of a checkpoint's lineage: who taught the model (`train.objective.teacher.identity`)."""
+
 
 @dataclass(frozen=True)
 class Start:
@@ -38,11 +41,12 @@ def resume(
     mapping: dict[str, Any],
     data_hash: str,
     tokenizer: str = "",
+    origin: dict[str, Any] | None = None,
 ) -> Start:
     """Load the newest checkpoint that proves right, where the recipe allows it. Collective over the world.
 
-    mapping: the recipe as `recipe.yaml` holds it. tokenizer: fingerprint of the data's. Raises CheckpointError, DataError,
-    RecipeError.
+    mapping: the recipe as `recipe.yaml` holds it. tokenizer: fingerprint of the data's. origin: lineage of what a run starts
+    from that starts now. Raises CheckpointError, DataError, RecipeError.
     """
     good, _ = checkpoints.survey()
     mode = recipe.checkpoint.resume
@@ -56,21 +60,38 @@ def resume(
         _check_tokenizer(manifest, recipe=recipe, tokenizer=tokenizer, place=str(path))
         _check_data(manifest, recipe=recipe, data_hash=data_hash, place=str(path))
         _check_recipe(manifest, recipe=recipe, mapping=mapping, place=str(path))
+        _check_teacher(manifest, engine.teacher, recipe=recipe, place=str(path))
     found = checkpoints.resume(engine)
+    checkpoints.lineage = (checkpoints.lineage if found else origin or {}) | _taught_by(engine)
     if found is None:
         if mode == "required":
             raise CheckpointError(
                 f"checkpoint.resume=required, but {checkpoints.folder} holds no checkpoint. Use checkpoint.resume=auto "
                 f"to start from the beginning."
             )
-        return Start(0, 0, _from_zero(checkpoints))
+        return Start(0, 0, _from_zero(checkpoints) or _learning(engine))
     _check_tokenizer(found.manifest, recipe=recipe, tokenizer=tokenizer, place=str(found.path))
     _check_data(found.manifest, recipe=recipe, data_hash=data_hash, place=str(found.path))
-    text = audit(found, recipe=recipe, mapping=mapping, layout=engine.mesh.layout, data_hash=data_hash)
+    text = audit(
+        found,
+        recipe=recipe,
+        mapping=mapping,
+        layout=engine.mesh.layout,
+        data_hash=data_hash,
+        teacher=engine.teacher,
+    )
     return Start(found.manifest.step, found.manifest.position, text)
 
 
-def audit(found: Found, *, recipe: Recipe, mapping: dict[str, Any], layout: Layout, data_hash: str) -> str:
+def audit(
+    found: Found,
+    *,
+    recipe: Recipe,
+    mapping: dict[str, Any],
+    layout: Layout,
+    data_hash: str,
+    teacher: dict[str, Any] | None = None,
+) -> str:
     """The table a user sees on resume: what was saved, what goes on now, and every difference by what it does."""
     manifest = found.manifest
     now = layout.describe()
@@ -95,6 +116,10 @@ def audit(found: Found, *, recipe: Recipe, mapping: dict[str, Any], layout: Layo
         ("weights", manifest.fingerprint[:16], "proven: fingerprints agree after loading"),
         ("data", manifest.data_hash[:12] or "unknown", _same_data(manifest, data_hash)),
     ]
+    before = manifest.lineage.get(TEACHER)
+    if before or teacher:
+        same = before and teacher and before["fingerprint"] == teacher["fingerprint"]
+        rows.append(("teacher", _named(before), "the same" if same else _named(teacher)))
     for change in _changes(manifest, mapping):
         allowed = "" if change.kind == "safe" else " (allowed)"
         verb = "safe" if change.kind == "safe" else f"changes {change.kind}"
@@ -124,6 +149,31 @@ def _check_recipe(manifest: Manifest, *, recipe: Recipe, mapping: dict[str, Any]
         why = refused(differences(manifest.recipe, mapping), recipe.checkpoint.allow)
         if why is not None:
             raise RecipeError(f"{place} was trained with another recipe:{why}")
+
+
+def _check_teacher(manifest: Manifest, teacher: dict[str, Any] | None, *, recipe: Recipe, place: str) -> None:
+    """A run folder of a teacher that trains on names other weights every time; a student must not change teachers unawares."""
+    before = manifest.lineage.get(TEACHER)
+    if not before or not teacher or before["fingerprint"] == teacher["fingerprint"]:
+        return
+    if "arithmetic" not in recipe.checkpoint.allow:
+        raise RecipeError(
+            f"{place} learned from {_named(before)}; the teacher is {_named(teacher)} now. Add checkpoint.allow=[arithmetic] "
+            f"to go on with it (and objective.teacher={before['checkpoint']} to go on with the first), or choose another "
+            f"run.name."
+        )
+
+
+def _taught_by(engine: Engine) -> dict[str, Any]:
+    return {TEACHER: engine.teacher} if engine.teacher else {}
+
+
+def _learning(engine: Engine) -> str | None:
+    return f"learning from {_named(engine.teacher)}" if engine.teacher else None
+
+
+def _named(teacher: dict[str, Any] | None) -> str:
+    return f"{teacher['checkpoint']} (weights {teacher['fingerprint'][:12]})" if teacher else "none"
 
 
 def _check_tokenizer(manifest: Manifest, *, recipe: Recipe, tokenizer: str, place: str) -> None:

@@ -13,7 +13,6 @@ import json
 import os
 import shlex
 import shutil
-import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, replace
@@ -25,10 +24,10 @@ from omegaconf import DictConfig
 from rich.console import Console
 from rich.table import Table
 
-from data.command import asked_for, dotted_keys, recipe_words, run_command, section
+from data.command import dotted_keys, recipe_words, run_command, section
 from data.typed import FieldError, build
 from train.config import CompressConfig, Recipe
-from train.errors import USER_ERRORS, RecipeError
+from train.errors import USER_ERRORS, CheckpointError, RecipeError
 from train.model.pattern import layer_kinds, parameters
 from train.recipe import read_recipe
 
@@ -82,10 +81,10 @@ def _score(composed: DictConfig) -> int:
     device = choose_device(recipe.run.device)
     prepare(device)
 
-    from train.compress.importance import removal_scores, width_scores
+    from train.compress.importance import attention_quota, removal_scores, width_scores
     from train.compress.parent import check_data, layout_recipe, parent_of, scoring_engine
     from train.compress.pictures import draw_layers, draw_widths
-    from train.compress.scores import Scores
+    from train.compress.scores import SCORES
 
     parent = parent_of(config)
     dataset = open_data(replace(recipe, model=parent.recipe.model))
@@ -96,6 +95,7 @@ def _score(composed: DictConfig) -> int:
     if config.layers > depth:
         raise RecipeError(f"compress.layers={config.layers} is more than the parent's {depth}.")
     remove = depth - config.layers if config.layers else 0
+    attention_quota(layer_kinds(model.pattern), remove, config.attention_layers)
     if remove and config.depth_metric == "block_influence":
         remove = 0
     if recipe.run.threads:
@@ -111,21 +111,33 @@ def _score(composed: DictConfig) -> int:
            if remove else {}),
     }  # fmt: skip
     console = _console(quiet=rank > 0)
-    if (folder / "scores.json").exists() and Scores.load(folder).request == request:
+    title = parent.path.parent.parent.name
+    pictures = {"widths.png": draw_widths, "layers.png": draw_layers}
+    known = _same_scores(folder, request)
+    if known is not None:
         console.print(
-            f"{folder} holds these scores of {parent.path} already. To measure again, delete {folder}/scores.json."
+            f"{folder} holds these scores of {parent.path} already. To measure again, delete {folder}/{SCORES}."
         )
+        for name, draw in pictures.items() if not rank else ():
+            if not (folder / name).exists():  # killed before it was drawn
+                draw(known, folder / name, title=title)
         return 0
     kinds = layer_kinds(model.pattern)
-    console.print(f"{parent.path}: widths over {config.calibration_rows:,} rows ...")
+    partial = folder / "partial"  # what is measured so far: a kill costs the round that it interrupts
+    scores = _same_scores(partial, request)
+    begun = f"widths over {config.calibration_rows:,} rows ..."
+    if scores is not None:
+        begun = f"goes on after removal {len(scores.removals)} of {remove}"
+    console.print(f"{parent.path}: {begun}")
     with (
         mesh_of(recipe, check(recipe, world=world), device=device, rank=rank) as mesh,
         scoring_engine(parent, recipe, mesh) as engine,
     ):
-        scores = width_scores(engine, model, dataset, rows=config.calibration_rows, parent=str(parent.path))
-        scores.request = request
-        order = [f"{n} ({kinds[n]})" for n in sorted(range(depth), key=lambda n: scores.influence[n])]
-        console.print(f"layers, least block influence first: {', '.join(order)}")
+        if scores is None:
+            scores = width_scores(engine, model, dataset, rows=config.calibration_rows, parent=str(parent.path))
+            scores.request = request
+            order = [f"{n} ({kinds[n]})" for n in sorted(range(depth), key=lambda n: scores.influence[n])]
+            console.print(f"layers, least block influence first: {', '.join(order)}")
         if remove:
             scores.depth_rows, scores.depth_metric = config.depth_rows, config.depth_metric
             rounds = removal_scores(
@@ -136,21 +148,38 @@ def _score(composed: DictConfig) -> int:
                 remove=remove,
                 attention_layers=config.attention_layers,
                 metric=config.depth_metric,
+                before=tuple(scores.removals),
             )
             for removal in rounds:
                 scores.removals.append(removal)
+                if not rank:
+                    scores.save(partial)
                 harm = next(c for c in removal.candidates if c.layer == removal.layer)
                 console.print(
                     f"removed {len(scores.removals)} of {remove}: layer {removal.layer} ({kinds[removal.layer]}), logit "
-                    f"error {harm.logit_error:.4f}, loss +{harm.loss_increase:.4f} nats"
+                    f"error {harm.logit_error:.4f}, loss {harm.loss_increase:+.4f} nats"
                 )
     if rank:
         return 0
+    for name in pictures:
+        (folder / name).unlink(missing_ok=True)  # of other scores
     scores.save(folder)
-    draw_widths(scores, folder / "widths.png", title=parent.path.parent.parent.name)
-    draw_layers(scores, folder / "layers.png", title=parent.path.parent.parent.name)
-    console.print(f"Scores: {folder}/scores.json; pictures: {folder}/widths.png, {folder}/layers.png")
+    for name, draw in pictures.items():
+        draw(scores, folder / name, title=title)
+    shutil.rmtree(partial, ignore_errors=True)
+    console.print(f"Scores: {folder}/{SCORES}; pictures: {', '.join(f'{folder}/{name}' for name in pictures)}")
     return 0
+
+
+def _same_scores(folder: Path, request: dict[str, Any]) -> Any:
+    """The scores in a folder where they answer `request`; None where there are none, others, or damaged ones."""
+    from train.compress.scores import Scores
+
+    try:
+        scores = Scores.load(folder)
+    except CheckpointError:
+        return None
+    return scores if scores.request == request else None
 
 
 def _prune(composed: DictConfig) -> int:
@@ -159,12 +188,18 @@ def _prune(composed: DictConfig) -> int:
     recipe, config, folder = _read(composed)
     _prepare_cpu(prepare)
     from train.compress.parent import parent_of
-    from train.compress.prune import Target
+    from train.compress.prune import Depth, Target
     from train.compress.scores import Scores
 
     target = Target(**{name: getattr(config, name) for name in Target.__dataclass_fields__})
     written = _write_pruned(
-        parent_of(config), Scores.load(folder), target, folder, name=recipe.run.name, merge_heads=config.merge_heads
+        parent_of(config),
+        Scores.load(folder),
+        target,
+        folder,
+        name=recipe.run.name,
+        merge_heads=config.merge_heads,
+        depth=Depth(config.depth_metric, config.attention_layers),
     )
     console = _console()
     console.print(written)
@@ -172,10 +207,19 @@ def _prune(composed: DictConfig) -> int:
     return 0
 
 
-def _write_pruned(parent: Any, scores: Any, target: Any, folder: Path, *, name: str, merge_heads: bool = False) -> str:
-    """Cut, write checkpoint and model recipe. -> what was done, for people."""
+def _write_pruned(
+    parent: Any,
+    scores: Any,
+    target: Any,
+    folder: Path,
+    *,
+    name: str,
+    merge_heads: bool = False,
+    depth: Any = None,
+) -> str:
+    """Cut, write checkpoint and model recipe. -> what was done, for people. A checkpoint that is there and the same stays."""
     from train.checkpoint import publishing, storage
-    from train.compress.prune import choose, cut_weights, lineage, pruned_model
+    from train.compress.prune import AS_SCORED, choose, cut_weights, lineage, pruned_model
     from train.compress.scores import model_of
     from train.run import recipe_mapping
 
@@ -185,26 +229,35 @@ def _write_pruned(parent: Any, scores: Any, target: Any, folder: Path, *, name: 
             f"the scores in {folder} are of {scores.parent} as it was then, but compress.parent is {parent.path} as it is "
             f"now. Score it first: python -m train.compress score with this recipe."
         )
-    kept = choose(scores, target)
+    kept = choose(scores, target, depth or AS_SCORED)
     small = pruned_model(parent.recipe.model, target, kept.layers)
+    if merge_heads and small.heads == parent.recipe.model.heads:
+        raise RecipeError(
+            f"compress.merge_heads=true has nothing to merge: compress.heads={target.heads} keeps all {small.heads} query heads."
+        )
     recipe = replace(parent.recipe, model=small, run=replace(parent.recipe.run, name=name, start_from=str(parent.path)))
     final = folder / "checkpoints" / FIRST_STEP
-    aside = folder / "checkpoints" / f".{FIRST_STEP}.writing"
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
-    cut_weights(parent.path, aside, scores=scores, kept=kept, small=small, merge_heads=merge_heads)
-    manifest = storage.Manifest(
-        step=0,
-        position=0,
-        tokens=0,
-        layout={},
-        recipe=recipe_mapping(recipe),
-        data_hash="",
-        versions=storage.versions(),
-        tokenizer=parent.manifest.tokenizer,
-        lineage=lineage(scores, kept, parent=parent.path, manifest=parent.manifest, merged_heads=merge_heads),
-    )
-    storage.publish(aside, final, manifest)
+    mapping = recipe_mapping(recipe)
+    origin = lineage(scores, kept, parent=parent.path, manifest=parent.manifest, merged_heads=merge_heads)
+    there = _manifest_at(final)
+    is_there = there is not None and (there.lineage, there.recipe) == (json.loads(json.dumps(origin)), mapping)
+    if not is_there:
+        aside = folder / "checkpoints" / f".{FIRST_STEP}.writing"
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir(parents=True)
+        cut_weights(parent.path, aside, scores=scores, kept=kept, small=small, merge_heads=merge_heads)
+        manifest = storage.Manifest(
+            step=0,
+            position=0,
+            tokens=0,
+            layout={},
+            recipe=mapping,
+            data_hash="",
+            versions=storage.versions(),
+            tokenizer=parent.manifest.tokenizer,
+            lineage=origin,
+        )
+        storage.publish(aside, final, manifest)
     publishing.point_at(final.parent, final.name)
     group = folder / "model"
     group.mkdir(exist_ok=True)
@@ -214,8 +267,18 @@ def _write_pruned(parent: Any, scores: Any, target: Any, folder: Path, *, name: 
     return (
         f"{parent.path}: {before:,} -> {after:,} parameters ({after / before:.0%}), {parent.recipe.model.pattern} -> "
         f"{small.pattern}\n"
-        f"Checkpoint: {final}; model recipe: {group}/{name}.yaml"
+        f"Checkpoint{' (there already)' * is_there}: {final}; model recipe: {group}/{name}.yaml"
     )
+
+
+def _manifest_at(checkpoint: Path) -> Any:
+    """Manifest of a whole checkpoint; None where there is none."""
+    from train.checkpoint.manifest import read_manifest
+
+    try:
+        return read_manifest(checkpoint)
+    except CheckpointError:
+        return None
 
 
 def _training_command(folder: Path, name: str) -> str:
@@ -236,13 +299,14 @@ def _search(composed: DictConfig) -> int:
     scores = Scores.load(folder)
     model = model_of(scores)
     tried = targets(config)
-    from train.compress.prune import choose
+    from train.compress.prune import Depth, choose
 
+    depth = Depth(config.depth_metric, config.attention_layers)
     layers: dict[int, list[int]] = {}
 
     def layers_of(target: Any) -> list[int]:
         if target.layers not in layers:
-            layers[target.layers] = choose(scores, type(target)(layers=target.layers)).layers
+            layers[target.layers] = choose(scores, type(target)(layers=target.layers), depth).layers
         return layers[target.layers]
 
     shapes = feasible(model, tried, config, layers_of=layers_of)
@@ -250,7 +314,7 @@ def _search(composed: DictConfig) -> int:
     console.print(f"{len(tried):,} shapes tried, {len(shapes):,} within the budget.")
     if not shapes:
         raise RecipeError(f"no shape fits the budget. {_range_of(model, tried, config, layers_of)}")
-    best = ranked(scores, shapes)[: config.candidates]
+    best = ranked(scores, shapes, depth)[: config.candidates]
     table = Table("", "layers", "hidden", "ffn", "heads", "mamba heads", "parameters", "GiB", "tokens/s", "lost")
     for number, (lost, shape) in enumerate(best, 1):
         m = shape.model
@@ -259,11 +323,20 @@ def _search(composed: DictConfig) -> int:
     console.print(table)
     parent = parent_of(config)
     names = []
+    (folder / "candidates.json").unlink(missing_ok=True)  # of another search
     for number, (_, shape) in enumerate(best, 1):
         name = f"{recipe.run.name}_{number}"
         out = Path(config.folder) / name
         scores.save(out)
-        _write_pruned(parent, scores, shape.target, out, name=name, merge_heads=config.merge_heads)
+        _write_pruned(
+            parent,
+            scores,
+            shape.target,
+            out,
+            name=name,
+            merge_heads=config.merge_heads,
+            depth=depth,
+        )
         names.append(name)
     (folder / "candidates.json").write_text(
         json.dumps(
@@ -308,12 +381,16 @@ def _pick(composed: DictConfig) -> int:
         raise RecipeError(f"{path} is missing. Search first: python -m train.compress search with this recipe.")
     table = Table("candidate", "layers", "hidden", "ffn", "parameters", "tokens/s", "steps", "held-out bits per byte")
     results = []
+    steps: dict[str, int] = {}
     for candidate in json.loads(path.read_text()):
         run = Path(recipe.run.folder) / candidate["name"]
         if not (run / "metrics.jsonl").exists():
             raise RecipeError(f"{run} was not trained yet: run the command that search printed for it.")
         evaluations = read_run(run).evaluations
+        if not evaluations:
+            raise RecipeError(f"{run} was never evaluated (evaluate.every_steps): there is nothing to compare.")
         step = max(evaluations)
+        steps[candidate["name"]] = step
         score = sum(evaluations[step].values()) / len(evaluations[step])
         results.append((score, candidate["name"]))
         row = [candidate[key] for key in ("name", "layers", "hidden", "ffn")]
@@ -326,41 +403,24 @@ def _pick(composed: DictConfig) -> int:
         )
     console = _console()
     console.print(table)
+    if len(set(steps.values())) > 1:
+        raise RecipeError(
+            "the candidates were not trained equally far ("
+            + ", ".join(f"{name}: step {step:,}" for name, step in steps.items())
+            + "). Run those behind on: the commands that search printed continue them."
+        )
     console.print(f"Best: {min(results)[1]}")
     return 0
 
 
 def _stages(composed: DictConfig) -> int:
-    stages = section(composed, "stages")
-    if not stages:
-        raise RecipeError("this recipe has no stages.")
-    _, overrides = asked_for()
+    from train.compress.stages import run_stages, show_stages, stages_of
+
     runs = os.environ.pop("STRATUM_RUN_STAGES", "") == "1"
-    for stage, text in stages.items():
-        words = shlex.split(text)
-        module = "train"
-        command: list[str] = []
-        if words[0] == "compress":
-            module, command, words = "train.compress", [words[1]], words[2:]
-        elif words[0] == "train":
-            words = words[1:]
-        else:
-            raise RecipeError(
-                f"stages.{stage} starts with {words[0]!r}; a stage is `train ...` or `compress COMMAND ...`."
-            )
-        folders = [w.removeprefix("--config-dir=") for w in words if w.startswith("--config-dir=")]
-        asked = {
-            word.split("=", 1)[0] for word in overrides
-        }  # what the command line says instead of a stage's own words
-        rest = [w for w in words if not w.startswith("--config-dir=") and w.split("=", 1)[0] not in asked]
-        line = ["-m", module, *command, *recipe_words(folders[0] if folders else None), *rest, *overrides]
-        sys.stdout.write(f"# {stage}\npython {shlex.join(line)}\n")
-        sys.stdout.flush()
-        if runs:
-            status = subprocess.run([sys.executable, *line], check=False).returncode
-            if status:
-                sys.stderr.write(f"error: stage {stage} ended with status {status}\n")
-                return status
+    stages = stages_of(composed)
+    if runs:
+        return run_stages(composed, stages)
+    show_stages(stages)
     return 0
 
 

@@ -14,7 +14,7 @@ A row's mean is taken over the whole row before it is squared, whatever ranks sh
 scores do not depend on the layout but for the rounding of the forward pass itself.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -185,16 +185,18 @@ def removal_scores(
     remove: int,
     attention_layers: int | None,
     metric: str,
+    before: Sequence[Removal] = (),
 ) -> Iterator[Removal]:
     """Take `remove` layers out one at a time, the least harmful by `metric` first: each round as it is done. Collective;
     the same on every rank.
 
     attention_layers: how many must be left at the end; None leaves it to the metric. metric: `logit_mse`, `perplexity`.
+    before: rounds of the same question that are done already.
     """
     kinds = layer_kinds(model.pattern)
-    quota = _attention_quota(kinds, remove, attention_layers)
+    quota = attention_quota(kinds, remove, attention_layers)
     compare = _Comparison(engine, model, dataset, rows)
-    removed: list[int] = []
+    removed = [removal.layer for removal in before]
     while len(removed) < remove:
         left = remove - len(removed)
         of_attention = sum(kinds[n] in ATTENTION for n in removed)
@@ -210,16 +212,20 @@ def removal_scores(
         yield Removal(taken, candidates)
 
 
-def _attention_quota(kinds: list[Any], remove: int, attention_layers: int | None) -> int | None:
-    """How many attention layers must be removed."""
+def attention_quota(kinds: list[Any], remove: int, attention_layers: int | None) -> int | None:
+    """How many of the `remove` layers are attention layers where `attention_layers` are to stay; None: as it comes.
+
+    RecipeError where that cannot be.
+    """
     if attention_layers is None:
         return None
     have = sum(kind in ATTENTION for kind in kinds)
     quota = have - attention_layers
     if quota < 0 or quota > remove or remove - quota > len(kinds) - have:
+        least, most = max(0, have - remove), min(have, len(kinds) - remove)
         raise RecipeError(
-            f"compress.attention_layers={attention_layers}: the model has {have} attention layers of {len(kinds)}, and "
-            f"compress.layers={len(kinds) - remove} leaves {remove} to remove. Use {max(0, have - remove)} to {have}."
+            f"compress.attention_layers={attention_layers}: the model has {have} attention layers of {len(kinds)}, of which "
+            f"{len(kinds) - remove} stay (compress.layers). Use {least if least == most else f'{least} to {most}'}."
         )
     return quota
 

@@ -99,7 +99,9 @@ def _quarters(place: Any, scores: Scores, layers: list[int]) -> None:
         place.bar(range(len(layers)), shares, bottom=bottom, color=_QUARTERS[quarter], label=label)
         bottom += shares
     place.set_xticks(range(len(layers)), [str(n) for n in layers])
-    place.legend(loc="lower right", facecolor="white", frameon=True, edgecolor="none", ncols=2)
+    # Bars fill the whole height: the legend stands beside them, in their order from the top.
+    handles, labels = place.get_legend_handles_labels()
+    place.legend(handles[::-1], labels[::-1], loc="center left", bbox_to_anchor=(1.0, 0.5))
 
 
 def _heads(place: Any, scores: Scores, kind: str, title: str) -> None:

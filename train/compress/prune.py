@@ -30,13 +30,14 @@ import torch
 
 from train.checkpoint.manifest import Manifest
 from train.checkpoint.tensors import StoredTensor, StoredTensors, write_weights
+from train.compress.importance import ATTENTION, attention_quota
 from train.compress.scores import Scores, best, best_in_groups, best_mamba, model_of
 from train.config import ModelConfig
 from train.errors import CheckpointError, RecipeError
 from train.model.activation import activation_function
 from train.model.pattern import layer_kinds
 
-ATTENTION = ("*", "w")
+BLOCK_INFLUENCE = "block_influence"
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,19 @@ class Target:
     heads: int = 0
     mamba_heads: int = 0
     mamba_head_dim: int = 0
+
+
+@dataclass(frozen=True)
+class Depth:
+    """How the layers that stay are chosen."""
+
+    metric: str = ""
+    """`compress.depth_metric`; empty: removals where the scores tried some, else block influence."""
+    attention_layers: int | None = None
+    """How many of them must stay; None leaves it to the scores."""
+
+
+AS_SCORED = Depth()
 
 
 @dataclass(frozen=True)
@@ -80,17 +94,28 @@ def pruned_model(model: ModelConfig, target: Target, layers: list[int]) -> Model
                 f"compress.{name}={sizes[name]} is not an equal number for each of the {groups} {group}. Use "
                 f"{' or '.join(str(n) for n in dict.fromkeys(near))}."
             )
+    kinds = layer_kinds(model.pattern)
+    pattern = "".join(kinds[n] for n in layers)
+    for name, of, what in (
+        ("ffn", "-", "MLP"),
+        ("heads", "".join(ATTENTION), "attention"),
+        ("mamba_heads", "M", "Mamba"),
+        ("mamba_head_dim", "M", "Mamba"),
+    ):
+        if sizes[name] != getattr(model, name) and not set(of) & set(pattern):
+            problems.append(
+                f"compress.{name}={sizes[name]} cuts nothing: {pattern} has no {what} layers. Leave it at 0."
+            )
     if problems:
         raise RecipeError("\n".join(problems))
-    kinds = layer_kinds(model.pattern)
-    return replace(model, pattern="".join(kinds[n] for n in layers), **sizes)
+    return replace(model, pattern=pattern, **sizes)
 
 
-def choose(scores: Scores, target: Target) -> Kept:
+def choose(scores: Scores, target: Target, depth: Depth = AS_SCORED) -> Kept:
     """What stays. RecipeError where there are no scores for what the target asks."""
     model = model_of(scores)
     kinds = layer_kinds(model.pattern)
-    layers = _layers(scores, len(kinds), target.layers)
+    layers = _layers(scores, kinds, target.layers, depth)
     small = pruned_model(model, target, layers)
     kept = Kept(layers=layers, hidden=best(scores.hidden, small.hidden))
     for number in layers:
@@ -107,23 +132,42 @@ def choose(scores: Scores, target: Target) -> Kept:
     return kept
 
 
-def _layers(scores: Scores, have: int, keep: int) -> list[int]:
-    """Layers that stay: without those removed first, or with the largest block influence where none were tried."""
+def _layers(scores: Scores, kinds: list[Any], keep: int, depth: Depth) -> list[int]:
+    """Layers that stay: without those removed first, or with the largest block influence."""
+    have = len(kinds)
     remove = have - keep if keep else 0
     if remove < 0:
         raise RecipeError(f"compress.layers={keep} is more than the parent's {have}.")
-    if not remove:
-        return list(range(have))
-    if scores.removals:
-        if len(scores.removals) < remove:
-            raise RecipeError(
-                f"compress.layers={keep} removes {remove} layers, but the scores tried {len(scores.removals)}. Score "
-                f"again with this compress.layers."
-            )
-        gone = {removal.layer for removal in scores.removals[:remove]}
-    else:
-        gone = set(range(have)) - set(best(scores.influence, keep).tolist())
+    quota = attention_quota(kinds, remove, depth.attention_layers)
+    by_influence = depth.metric == BLOCK_INFLUENCE or (not depth.metric and not scores.removals)
+    if not remove or by_influence:
+        return _by_influence(scores.influence, kinds, remove, quota)
+    if len(scores.removals) < remove or depth.metric not in ("", scores.depth_metric):
+        tried = f"{len(scores.removals)}{f' by {scores.depth_metric}' * bool(scores.removals)}"
+        raise RecipeError(
+            f"compress.layers={keep} removes {remove} layers{f' by {depth.metric}' * bool(depth.metric)}, but the scores tried "
+            f"{tried}. Score again with this compress.layers, or use compress.depth_metric=block_influence, which every "
+            f"scoring measures."
+        )
+    gone = {removal.layer for removal in scores.removals[:remove]}
+    of_attention = sum(kinds[n] in ATTENTION for n in gone)
+    if quota is not None and of_attention != quota:
+        raise RecipeError(
+            f"compress.attention_layers={depth.attention_layers} with compress.layers={keep} removes {quota} attention "
+            f"layers, but the first {remove} removals in the scores take out {of_attention}. Score again with these two."
+        )
     return [n for n in range(have) if n not in gone]
+
+
+def _by_influence(influence: np.ndarray, kinds: list[Any], remove: int, quota: int | None) -> list[int]:
+    """All layers but the `remove` of least block influence, `quota` of them of attention."""
+    if quota is None:
+        return best(influence, len(kinds) - remove).tolist()
+    kept: list[int] = []
+    for is_attention, leaving in ((True, quota), (False, remove - quota)):
+        mine = np.array([n for n, kind in enumerate(kinds) if (kind in ATTENTION) == is_attention], dtype=int)
+        kept += mine[best(influence[mine], len(mine) - leaving)].tolist()
+    return sorted(kept)
 
 
 _Cut = Callable[[torch.Tensor], torch.Tensor]

@@ -9,17 +9,22 @@
 A folder holds scores.json (for people) and scores.npz (all numbers).
 """
 
+import io
 import json
+import zipfile
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from train.checkpoint import disk
 from train.config import ModelConfig
 from train.errors import CheckpointError
 
 FORMAT = 1
+SCORES = "scores.json"
+"""Its name: written last, so a folder without it holds no scores."""
 
 
 @dataclass(frozen=True)
@@ -60,13 +65,15 @@ class Scores:
     """What was asked for, of which weights and data: the same need not be measured twice."""
 
     def save(self, folder: Path) -> None:
-        """Write both files."""
+        """Write both files. Killed at any moment, the folder holds old scores, none, or these: scores.json comes last."""
         folder.mkdir(parents=True, exist_ok=True)
+        (folder / SCORES).unlink(missing_ok=True)
         arrays: dict[str, Any] = {"hidden": self.hidden, "influence": self.influence}
         arrays |= {f"layers/{n}/{kind}": x for n, kinds in self.layers.items() for kind, x in kinds.items()}
         arrays |= {f"energy/{site}": x for site, x in self.energy.items()}
-        with (folder / "scores.npz").open("wb") as stream:
-            np.savez(stream, allow_pickle=False, **arrays)
+        packed = io.BytesIO()
+        np.savez(packed, allow_pickle=False, **arrays)
+        (folder / "scores.npz").write_bytes(packed.getvalue())
         about = {
             "format": FORMAT,
             "parent": self.parent,
@@ -78,30 +85,38 @@ class Scores:
             "influence": [float(f"{value:.6g}") for value in self.influence],
             "removals": [asdict(removal) for removal in self.removals],
         }
-        (folder / "scores.json").write_text(json.dumps(about, indent=1))
+        disk.write_text(folder / SCORES, json.dumps(about, indent=1))
 
     @classmethod
     def load(cls, folder: Path) -> "Scores":
         """Read both files. CheckpointError where they are missing or damaged."""
         try:
-            about = json.loads((folder / "scores.json").read_text())
+            about = json.loads((folder / SCORES).read_text())
+            if about["format"] != FORMAT:
+                raise ValueError(f"format {about['format']}; this version reads {FORMAT}")
             with np.load(folder / "scores.npz", allow_pickle=False) as stored:
                 arrays = {name: stored[name] for name in stored.files}
-        except (OSError, ValueError) as error:
+            scores = cls(
+                model=about["model"],
+                parent=about["parent"],
+                request=about.get("request", {}),
+                rows=about["rows"],
+                depth_rows=about["depth_rows"],
+                depth_metric=about["depth_metric"],
+                hidden=arrays.pop("hidden"),
+                influence=arrays.pop("influence"),
+                removals=[Removal(r["layer"], [Candidate(**c) for c in r["candidates"]]) for r in about["removals"]],
+            )
+        except FileNotFoundError as error:
             raise CheckpointError(
-                f"{folder} holds no scores ({error}). Measure them: python -m train.compress score -cn RECIPE."
+                f"{folder} holds no scores: {Path(error.filename).name} is missing. Measure them: python -m train.compress "
+                f"score with this recipe."
             ) from error
-        scores = cls(
-            model=about["model"],
-            parent=about["parent"],
-            request=about.get("request", {}),
-            rows=about["rows"],
-            depth_rows=about["depth_rows"],
-            depth_metric=about["depth_metric"],
-            hidden=arrays.pop("hidden"),
-            influence=arrays.pop("influence"),
-            removals=[Removal(r["layer"], [Candidate(**c) for c in r["candidates"]]) for r in about["removals"]],
-        )
+        except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
+            raise CheckpointError(
+                f"the scores in {folder} cannot be read ({error}). Delete {folder}/{SCORES} and measure them again: python -m "
+                f"train.compress score with this recipe."
+            ) from error
         for name, array in arrays.items():
             what, *rest = name.split("/")
             if what == "energy":

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 
 import numpy as np
 
-from train.compress.prune import Target, choose, pruned_model
+from train.compress.prune import AS_SCORED, BLOCK_INFLUENCE, Depth, Target, choose, pruned_model
 from train.compress.scores import Scores
 from train.config import CompressConfig, ModelConfig
 from train.cost.inference import inference_memory, roofline_tokens_per_s
@@ -85,10 +85,11 @@ def feasible(
     return sorted((shape for shape in shapes if shape.fits(config)), key=lambda shape: (-shape.gib, str(shape.target)))
 
 
-def damage(scores: Scores, target: Target) -> float:
-    """What a candidate loses: the share of squared scores cut away, summed over kinds of parts, and the logits' relative
-    error from its missing layers. 0 for the parent. It orders shapes; its size means nothing by itself."""
-    kept = choose(scores, target)
+def damage(scores: Scores, target: Target, depth: Depth = AS_SCORED) -> float:
+    """What a candidate loses: the share of squared scores cut away, summed over kinds of parts, and for its missing layers
+    the logits' relative error, or where none were tried their share of all block influence. 0 for the parent. It orders
+    shapes; its size means nothing by itself."""
+    kept = choose(scores, target, depth)
     lost = [_share(scores.hidden, kept.hidden)]
     for kind, chosen in (("ffn", kept.ffn), ("heads", kept.heads)):
         if chosen:
@@ -101,15 +102,18 @@ def damage(scores: Scores, target: Target) -> float:
             of_layers.append(1 - float((part**2).sum() / (whole**2).sum()))
         lost.append(float(np.mean(of_layers)))
     removed = len(scores.layers) - len(kept.layers)
-    if removed and scores.removals:
+    if removed and scores.removals and depth.metric != BLOCK_INFLUENCE:
         last = scores.removals[removed - 1]
         lost.append(next(c.logit_error for c in last.candidates if c.layer == last.layer))
+    elif removed:
+        lost.append(1 - float(scores.influence[kept.layers].sum() / scores.influence.sum()))
     return sum(lost)
 
 
-def ranked(scores: Scores, shapes: list[Shape]) -> list[tuple[float, Shape]]:
+def ranked(scores: Scores, shapes: list[Shape], depth: Depth = AS_SCORED) -> list[tuple[float, Shape]]:
     """(damage, candidate), the least damaged first."""
-    return sorted(((damage(scores, shape.target), shape) for shape in shapes), key=lambda pair: pair[0])
+    found = [(damage(scores, shape.target, depth), shape) for shape in shapes]
+    return sorted(found, key=lambda pair: pair[0])
 
 
 def describe(shape: Shape) -> dict[str, object]:

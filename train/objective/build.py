@@ -2,13 +2,15 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+from train.checkpoint.manager import checkpoint_at
 from train.config import Recipe
-from train.errors import RecipeError
 from train.objective import distill, next_token
-from train.objective.kept import KeptAnswers
-from train.objective.teacher import Teacher, open_teacher
+from train.objective.asked import check_objective
+from train.objective.kept import KeptAnswers, read_request
+from train.objective.teacher import Teacher, identity, open_teacher
 from train.parallel.mesh import Mesh
 
 
@@ -18,6 +20,8 @@ class Objective:
 
     forward_step: Callable[..., Any]
     parts: tuple[str, ...] = ()
+    teacher: dict[str, Any] | None = None
+    """Which weights teach (`train.objective.teacher.identity`), on every rank."""
 
 
 def build_objective(recipe: Recipe, *, mesh: Mesh, chunks: list[Any], tokenizer: str | None) -> Objective:
@@ -26,19 +30,19 @@ def build_objective(recipe: Recipe, *, mesh: Mesh, chunks: list[Any], tokenizer:
     chunks: the student's, unwrapped. tokenizer: fingerprint of the data's; None skips that check. Raises RecipeError,
     CheckpointError, BackendError.
     """
+    check_objective(recipe)
     objective = recipe.objective
     if objective.kind == "next_token":
         return Objective(next_token.forward_step(mesh, reset_at_documents=recipe.data.reset_at_documents))
     source: Teacher | KeptAnswers | None
     if objective.teacher_cache is not None:
-        if objective.hidden_match != "none":
-            raise RecipeError(
-                f"objective.hidden_match={objective.hidden_match} needs the teacher itself; objective.teacher_cache holds "
-                f"its answers only. Use hidden_match=none, or teacher_cache=null."
-            )
+        request = read_request(Path(objective.teacher_cache))
         source = KeptAnswers.open(recipe, tokenizer=tokenizer) if mesh.is_last_stage else None
-        return Objective(distill.distill_step(recipe, mesh=mesh, source=source, match=None), distill.PARTS)
+        step = distill.distill_step(recipe, mesh=mesh, source=source, match=None)
+        return Objective(step, distill.PARTS, request.identity)
     source = open_teacher(recipe, mesh=mesh, tokenizer=tokenizer)
     layers = tuple(layer.layer_number - 1 for layer in chunks[-1].decoder.layers)
     match = distill.hidden_match(recipe, source, last_stage_layers=layers)
-    return Objective(distill.distill_step(recipe, mesh=mesh, source=source, match=match), distill.PARTS)
+    assert objective.teacher is not None, "open_teacher has refused it"
+    step = distill.distill_step(recipe, mesh=mesh, source=source, match=match)
+    return Objective(step, distill.PARTS, identity(*checkpoint_at(objective.teacher)))

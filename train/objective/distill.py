@@ -210,11 +210,6 @@ def hidden_match(recipe: Recipe, teacher: Teacher | None, *, last_stage_layers: 
                 f"{place}layer {student_layer} of the student is not on its last pipeline stage (layers "
                 f"{min(last_stage_layers)} to {max(last_stage_layers)}), where the teacher is. Match one of those."
             )
-    if pairs and recipe.parallel.recompute != "none":
-        raise RecipeError(
-            f"objective.hidden_layers={objective.hidden_layers} needs activations that parallel.recompute="
-            f"{recipe.parallel.recompute} throws away. Use hidden_layers=final, or parallel.recompute=none."
-        )
     return HiddenMatch(
         kind=objective.hidden_match,
         final=pairs is None,
@@ -241,14 +236,24 @@ def _kept_channels(recipe: Recipe, teacher: Teacher) -> torch.Tensor | None:
     """Of the teacher's residual channels, those a pruned student kept, from the lineage of what it started from."""
     if recipe.model.hidden == teacher.model.hidden:
         return None
-    lineage = {}
-    if recipe.run.start_from is not None:
-        lineage = checkpoint_at(recipe.run.start_from)[1].lineage
-    kept = lineage.get("kept", {}).get("hidden")
-    if kept is None or len(kept) != recipe.model.hidden or max(kept) >= teacher.model.hidden:
+    lineage = checkpoint_at(recipe.run.start_from)[1].lineage if recipe.run.start_from is not None else {}
+    kept = kept_channels(lineage, of=teacher.model.hidden)
+    if kept is None or len(kept) != recipe.model.hidden:
         raise RecipeError(
             f"objective.hidden_match={recipe.objective.hidden_match} compares hidden states of width "
             f"{recipe.model.hidden} (student) and {teacher.model.hidden} (teacher). That needs one width, or a student "
             f"that starts from a checkpoint pruned from this teacher (run.start_from). Use hidden_match=none."
         )
     return torch.tensor(kept, device=teacher.head.weight_VH.device)
+
+
+def kept_channels(lineage: dict[str, Any], *, of: int) -> list[int] | None:
+    """Of a forebear's `of` residual channels, those that are left after one or more prunings; None where none was that wide."""
+    kept: list[int] | None = None
+    while lineage.get("kept"):
+        chosen: list[int] = lineage["kept"]["hidden"]
+        kept = chosen if kept is None else [chosen[place] for place in kept]
+        if lineage["parent_model"]["hidden"] == of:
+            return kept
+        lineage = lineage["before"]
+    return None

@@ -1,7 +1,7 @@
 """A teacher's answers, kept on disk: for each row its k most likely next tokens at every place, and the mass of the rest.
 
     FOLDER/
-        request.json           what was asked: teacher, k, temperature, tokenizer, row length, number format
+        request.json           what was asked: teacher and its weights, k, temperature, tokenizer, row length, number formats
         block_3f9a0c41d27e85b6.bin     some rows, each compressed by zlib (which adds a checksum)
         block_3f9a0c41d27e85b6.idx     their keys and lengths, with a hash; written last: a block without it does not exist
 
@@ -25,11 +25,12 @@ import torch
 
 from data.errors import DataError
 from data.shards import token_dtype
+from train.checkpoint.steps import checkpoint_at
 from train.config import Recipe
-from train.errors import RecipeError
+from train.errors import CheckpointError, RecipeError
 from train.objective.soft_targets import TopK
 
-FORMAT = 1
+FORMAT = 2
 REQUEST = "request.json"
 KEY_BYTES = 16
 COMPRESSION_LEVEL = 1
@@ -41,7 +42,13 @@ class Request:
     """What a folder of answers holds; answers of two requests never share a folder."""
 
     teacher: str
-    """Checkpoint that answered: folder and step."""
+    """Checkpoint that answered, where it lay then."""
+    step: int
+    """Of that checkpoint."""
+    fingerprint: str
+    """Of its weights: they count, not where they lie."""
+    numbers: str
+    """In which the teacher computed, as `fp32` or `bf16, blockwise`."""
     top_k: int
     temperature: float
     values: str
@@ -53,6 +60,11 @@ class Request:
     documents: bool
     """Whether documents within a row were told apart."""
     format: int = FORMAT
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """Whose answers they are (`train.objective.teacher.identity`)."""
+        return {"checkpoint": self.teacher, "step": self.step, "fingerprint": self.fingerprint}
 
 
 def row_key(tokens: np.ndarray, documents: np.ndarray | None) -> bytes:
@@ -81,7 +93,9 @@ def open_request(folder: Path, request: Request) -> None:
     differing = [
         f"{key}: {found[key]!r} there, {value!r} now" for key, value in asdict(request).items() if found[key] != value
     ]
-    if differing:
+    if any(
+        not text.startswith(("teacher: ", "step: ")) for text in differing
+    ):  # the same weights elsewhere are the same
         raise RecipeError(
             f"{folder} holds a teacher's answers to another request:\n  " + "\n  ".join(differing) + "\nUse another "
             "objective.teacher_cache."
@@ -92,14 +106,23 @@ def read_request(folder: Path) -> Request:
     """The request of a folder. DataError where there is none, or it cannot be read."""
     path = folder / REQUEST
     try:
-        request = Request(**json.loads(path.read_text()))
-    except (OSError, ValueError, TypeError) as error:
+        plain = json.loads(path.read_text())
+        if plain.get("format") != FORMAT:
+            raise DataError(
+                f"{path} has format {plain.get('format')}; this version reads {FORMAT}. Write the answers again, into another "
+                f"folder: python -m train.teacher_cache with this recipe."
+            )
+        return Request(**plain)
+    except FileNotFoundError as error:
         raise DataError(
-            f"{folder} holds no teacher's answers ({error}). Write them: python -m train.teacher_cache -cn RECIPE."
+            f"objective.teacher_cache={folder} holds no teacher's answers: {path.name} is missing. Write them: python -m "
+            f"train.teacher_cache with this recipe."
         ) from error
-    if request.format != FORMAT:
-        raise DataError(f"{path} has format {request.format}; this version reads {FORMAT}.")
-    return request
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise DataError(
+            f"{path} cannot be read ({error}). Bring it back, or write the answers again into another folder: python -m "
+            f"train.teacher_cache with this recipe."
+        ) from error
 
 
 def write_block(folder: Path, keys: Sequence[bytes], answers: Sequence[TopK], request: Request) -> int:
@@ -156,6 +179,7 @@ class KeptAnswers:
             problems.append(
                 f"tokenizer {tokenizer[:12]} in {recipe.data.folder}, but the teacher's is {request.tokenizer[:12] or '?'}"
             )
+        problems += _other_teacher(objective.teacher, request)
         if objective.top_k > request.top_k:
             problems.append(f"objective.top_k={objective.top_k}, but only {request.top_k} tokens are kept")
         if problems:
@@ -193,6 +217,20 @@ class KeptAnswers:
                 f"python -m train.teacher_cache again."
             ) from error
         return fewer(answer, self.top_k)
+
+
+def _other_teacher(named: str | None, request: Request) -> list[str]:
+    """What speaks against a teacher that the recipe names beside the answers. One that is gone is not needed."""
+    try:
+        path, manifest = checkpoint_at(named) if named is not None else (None, None)
+    except CheckpointError:
+        return []
+    if manifest is None or manifest.fingerprint == request.fingerprint:
+        return []
+    return [
+        f"objective.teacher={named} is {path} with weights {manifest.fingerprint[:12]}, but {request.teacher} with weights "
+        f"{request.fingerprint[:12]} answered; use objective.teacher=null, or the answers of the other"
+    ]
 
 
 def fewer(answer: TopK, k: int) -> TopK:

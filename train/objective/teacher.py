@@ -63,6 +63,18 @@ def check_teacher(teacher: Recipe, manifest: Manifest, *, student: Recipe, token
         )
 
 
+def identity(path: Path, manifest: Manifest) -> dict[str, Any]:
+    """What a run remembers of who taught it (JSON values). Equal fingerprints are equal weights, wherever they lie."""
+    return {"checkpoint": str(path), "step": manifest.step, "fingerprint": manifest.fingerprint}
+
+
+def number_format(student: Recipe) -> str:
+    """In which numbers the teacher beside a student computes: its answers depend on it."""
+    params, scaling = student.objective.teacher_params, student.objective.teacher_scaling
+    params = student.precision.params if params == "as_student" else params
+    return params if scaling == "none" else f"{params}, {scaling}"
+
+
 class Teacher:
     """A frozen model that gives hidden states for the rows of this rank."""
 
