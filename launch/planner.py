@@ -159,6 +159,7 @@ def make_plan(recipe: Recipe, *, world: int, device: Device, stages: Sequence[st
             stage=stage,
             modules=modules,
             teacher=cost.bytes if cost is not None else 0.0,
+            distils=recipe.objective.kind == "distill",
         )
         for stage in range(layout.pipeline)
     )

@@ -191,6 +191,7 @@ def _answers(recipe: Recipe, mesh: "Mesh", teacher: "Teacher", batch: Any) -> It
 def _measure(recipe: Recipe, config: CacheConfig, *, mesh: "Mesh", teacher: "Teacher", dataset: Any) -> None:
     """Print what keeping k tokens makes of the divergence, for smaller and smaller k."""
     from train.checkpoint.manager import checkpoint_at
+    from train.model.context import RowContext
     from train.model.head import head_weight, hidden_states
     from train.objective.soft_targets import Head, LossWeights, OnlineTargets, head_losses
     from train.objective.teacher import frozen_model, teacher_recipe
@@ -198,6 +199,13 @@ def _measure(recipe: Recipe, config: CacheConfig, *, mesh: "Mesh", teacher: "Tea
     assert config.student is not None
     path, manifest = checkpoint_at(config.student)
     student = teacher_recipe(manifest, path)
+    known = dataset.tokenizer.fingerprint
+    if student.model.vocab != recipe.model.vocab or manifest.tokenizer not in ("", known):
+        raise RecipeError(
+            f"+cache.student={config.student} has a vocabulary of {student.model.vocab:,} and tokenizer "
+            f"{manifest.tokenizer[:12] or '?'}, the teacher's answers {recipe.model.vocab:,} and {known[:12]}: they cannot be "
+            f"compared. Name a student of the same tokenizer."
+        )
     chunk = frozen_model(student, parallel=recipe.parallel, precision=student.precision, mesh=mesh, weights=path,
                          row_tokens=recipe.data.row_tokens, reset_at_documents=recipe.data.reset_at_documents)  # fmt: skip
     head = Head(head_weight(chunk), softcap=student.model.logit_softcap)
@@ -211,8 +219,10 @@ def _measure(recipe: Recipe, config: CacheConfig, *, mesh: "Mesh", teacher: "Tea
             rows = batch.select(np.arange(start, min(start + size, config.block_rows)))
             tokens = rows.tokens.to(mesh.device)
             places = torch.arange(tokens.shape[1], device=mesh.device).expand_as(tokens)
-            hidden = hidden_states(chunk, tokens, places, context=None).flatten(0, 1)
-            (states,) = teacher.hidden(tokens, None)
+            documents = rows.document_index.to(mesh.device) if recipe.data.reset_at_documents else None
+            context = RowContext(documents=documents) if documents is not None else None
+            hidden = hidden_states(chunk, tokens, places, context=context).flatten(0, 1)
+            (states,) = teacher.hidden(tokens, documents)
             for k in sums:
                 losses = head_losses(
                     hidden,

@@ -1,15 +1,13 @@
 """The commands as a user gives them, one after the other, on a few lines of text: teacher, kept answers, scores, search."""
 
-import contextlib
-import io
 import re
 import shlex
-import sys
 from pathlib import Path
 from types import ModuleType
 
 import matplotlib.pyplot  # noqa: F401  here, so that the processes forked below need not import it
 import pytest
+from compress.little import lay_out, shell
 from ranks import run_ranks
 
 from data import prepare
@@ -19,47 +17,11 @@ from train import teacher_cache
 from train.compress import __main__ as compress
 from train.compress import importance as _importance  # noqa: F401
 
-MODEL = """
-{pattern: M-*-, hidden: 32, vocab: 320, ffn: 64, heads: 4, kv_heads: 2, head_dim: 8, mamba_heads: 4, mamba_groups: 2,
- mamba_head_dim: 8, mamba_state: 8, mamba_chunk: 8}
-"""
-RECIPE = """
-defaults: [model: little, data: little, parallel: single, precision: fp32, objective: next_token, optim: adamw,
-           schedule: constant, checkpoint: standard, evaluate: standard, telemetry: standard, launch: standard,
-           compress: standard, _self_]
-run: {name: parent, steps: 2, folder: runs, seed: 1, global_rows: 2, microbatch_rows: 2, deterministic: true, device: cpu,
-      threads: 1, stop_after_steps: null, start_from: null}
-data: {folder: prepared, sources: {python: {path: words.txt, weight: 1.0}}, tokenizer: {vocab_size: 320}, row_tokens: 16,
-       workers: 1, heldout_fraction: 0.2}
-schedule: {warmup: 0}
-evaluate: {rows_per_source: 2, every_steps: 1}
-telemetry: {tensorboard: false}
-compress: {parent: runs/parent, folder: cut, calibration_rows: 4, depth_rows: 2}
-stages: {once more: "compress score run.name=hunt compress.layers=3 compress.attention_layers=1"}
-"""
-
-
-def shell(rank: int, folder: Path, program: ModuleType, words: list[str]) -> tuple[int, str]:
-    """For `run_ranks`: a command in a process and folder of its own. -> (exit status, what it printed)."""
-    import os
-
-    os.chdir(folder)
-    sys.argv = ["command", *words, *([] if "--config-dir" in " ".join(words) else ["--config-dir", "recipes"])]
-    out = io.StringIO()
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):
-        status = program.main()
-    return status, out.getvalue()
-
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("commands")
-    (root / "recipes").mkdir()
-    (root / "recipes" / "little.yaml").write_text("# @package _global_\n" + RECIPE)
-    for group, text in (("model", MODEL), ("data", "defaults: [reading, _self_]\nseed: 1234\n")):
-        (root / "recipes" / group).mkdir()
-        (root / "recipes" / group / "little.yaml").write_text(text)
-    (root / "words.txt").write_text("\n\n".join(f"line {n} of {n * n} words, {n % 7} again" for n in range(400)))
+    lay_out(root)
     return root
 
 
@@ -105,6 +67,12 @@ def test_from_a_teacher_to_the_best_of_a_search(folder: Path) -> None:
     assert len(commands) == 2
     for words in commands:
         assert "latest is missing" not in run(training, *shlex.split(words), "run.steps=1")
+    uneven = run(training, *shlex.split(commands[0]), "run.steps=2")
+    assert "Finished at step 2" in uneven
+    assert "not trained equally far (hunt_1: step 2, hunt_2: step 1)" in run(compress, "pick", *hunt, status=2)
+    run(training, *shlex.split(commands[1]), "run.steps=2")
     assert re.search(r"Best: hunt_[12]$", run(compress, "pick", *hunt).strip())
     shown = run(compress, "stages", "-cn", "little", "run.threads=1", "compress.layers=4")
+    refused = run(compress, "stages", "-cn", "little", "run.name=mine", status=2)
+    assert "run.name on the command line: the stages say it themselves" in refused
     assert "# once more\npython -m train.compress score" in shown and shown.count("compress.layers=") == 1, shown

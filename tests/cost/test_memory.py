@@ -2,10 +2,12 @@
 kind of layout. What is compared with is Megatron's own buffers and autograd's own saved tensors.
 """
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 from cost.saved import saved_bytes
+from objective.teachers import save_teacher, student_of
 from ranks import run_ranks
 from tiny import engine_of, microbatches, recipe_with
 
@@ -49,6 +51,16 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "cp2 dp2": (4, {"parallel.context": 2, "precision.params": "bf16", "parallel.overlap_grad_reduce": True}),
 }
 
+DISTILLED: dict[str, tuple[int, dict[str, Any]]] = {
+    "distilled": (1, {}),
+    "distilled bf16, recompute": (1, {"precision.params": "bf16", "parallel.recompute": "full"}),
+    "distilled tp2 sp": (2, {"parallel.tensor": 2, "parallel.sequence": True}),
+    "distilled tp2 pp2 sp bf16": (
+        4,
+        {"parallel.tensor": 2, "parallel.pipeline": 2, "parallel.sequence": True, "precision.params": "bf16"},
+    ),
+}
+
 
 def measure(rank: int, recipe: Recipe, world: int) -> dict[str, float]:
     """Bytes this rank really holds, and the most autograd kept during a step."""
@@ -69,10 +81,15 @@ def measure(rank: int, recipe: Recipe, world: int) -> dict[str, float]:
         }
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
-def test_predicted_bytes_are_the_built_models(name: str) -> None:
-    world, changes = LAYOUTS[name]
-    recipe = recipe_with(**changes)
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_teacher(tmp_path_factory.mktemp("teacher"))
+
+
+@pytest.mark.parametrize("name", [*LAYOUTS, *DISTILLED])
+def test_predicted_bytes_are_the_built_models(name: str, teacher: Path) -> None:
+    world, changes = (LAYOUTS | DISTILLED)[name]
+    recipe = student_of(teacher, **changes) if name in DISTILLED else recipe_with(**changes)
     layout = check(recipe, world=world)
     for rank, found in enumerate(run_ranks(world, measure, recipe, world)):
         place = rank_coordinates(layout, rank)
@@ -89,5 +106,6 @@ def test_predicted_bytes_are_the_built_models(name: str) -> None:
             sequence=recipe.data.row_tokens,
             stage=place.pipeline,
             modules="reference",
+            distils=name in DISTILLED,
         )
         assert kept == pytest.approx(found["activations"], rel=0.10), (rank, kept / found["activations"])

@@ -25,6 +25,11 @@ LOSS_PART = 1 << 24
 """Logits that the loss works on at once on a GPU (`train.model.cross_entropy`)."""
 
 
+CPU_CHUNK_BYTES = 2 << 20
+"""Logits of one chunk of the distillation loss on a CPU: `train.objective.soft_targets`, as the next."""
+GPU_CHUNK_BYTES = 256 << 20
+
+
 @dataclass(frozen=True)
 class Shape:
     """What activations depend on."""
@@ -102,6 +107,25 @@ def head_workspace(shape: Shape) -> float:
     if shape.modules == "reference":
         return 4.0 * logits if shape.size == 2 else 0.0
     return 16.0 * min(float(LOSS_PART), logits)
+
+
+def distilled_head_bytes(shape: Shape) -> float:
+    """Final norm, and what the distillation loss (`train.objective.soft_targets`) keeps in place of logits: its gradients of
+    the hidden states and of the head's weight, computed with the loss; labels."""
+    m, e = shape.model, shape.size
+    norm = shape.share * (m.hidden * 2 * e + 4)
+    return norm + e * shape.tokens * m.hidden + 4.0 * m.vocab / shape.tensor * m.hidden + 8.0 * shape.tokens
+
+
+def distilled_head_workspace(shape: Shape) -> float:
+    """Logits of one chunk of tokens, of both models with their logarithms and the gradient, fp32; the product that is added to
+    the weight's gradient, and on a CPU the weight in fp32 where the recipe's format is bf16."""
+    m = shape.model
+    table = m.vocab / shape.tensor * m.hidden
+    budget = CPU_CHUNK_BYTES if shape.modules == "reference" else GPU_CHUNK_BYTES
+    chunk = min(max(float(budget), 64.0 * m.vocab / shape.tensor), 4.0 * shape.tokens * m.vocab / shape.tensor)
+    in_fp32 = shape.modules == "reference" and shape.size == 2
+    return 6 * chunk + (8.0 if in_fp32 else shape.size) * table
 
 
 def layer_workspace(shape: Shape, pattern: str) -> float:

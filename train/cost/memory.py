@@ -12,6 +12,8 @@ from train.config import ModelConfig, ParallelConfig, PrecisionConfig
 from train.cost.activations import (
     Modules,
     Shape,
+    distilled_head_bytes,
+    distilled_head_workspace,
     head_bytes,
     head_workspace,
     hidden_bytes,
@@ -150,8 +152,10 @@ def rank_memory(
     stage: int,
     modules: Modules = "te",
     teacher: float = 0.0,
+    distils: bool = False,
 ) -> RankMemory:
-    """Memory of the fullest rank of a pipeline stage. rows: of a microbatch. teacher: its bytes, on the last stage."""
+    """Memory of the fullest rank of a pipeline stage. rows: of a microbatch. teacher: its bytes, on the last stage. distils:
+    whether the head's loss is distillation's, which holds logits of a few tokens only."""
     state = optimizer_state(model, parallel=parallel, precision=precision, layout=layout, stage=stage)
     kept, workspace = stage_activations(
         model,
@@ -162,6 +166,7 @@ def rank_memory(
         sequence=sequence,
         stage=stage,
         modules=modules,
+        distils=distils,
     )
     shape = _shape(model, precision, layout, rows=rows, sequence=sequence, parallel=parallel, modules=modules)
     message = hidden_bytes(shape)
@@ -193,12 +198,14 @@ def stage_activations(
     sequence: int,
     stage: int,
     modules: Modules,
+    distils: bool = False,
 ) -> tuple[float, float]:
     """(bytes autograd keeps at the worst moment, bytes of the largest passing need) on a pipeline rank."""
     shape = _shape(model, precision, layout, rows=rows, sequence=sequence, parallel=parallel, modules=modules)
     chunks = cut(model.pattern, layout.pipeline * layout.virtual, model=model)
     low = low_precision_linears(model, precision)
     is_full = parallel.recompute == "full"
+    head, workspace = (distilled_head_bytes, distilled_head_workspace) if distils else (head_bytes, head_workspace)
     kept, again, mine = [], [], []
     hidden = hidden_bytes(shape)
     own = hidden if modules == "te" or shape.size == 4 else 0.0  # a layer's input is also its norm's
@@ -209,7 +216,7 @@ def stage_activations(
             layer_bytes(shape, kind, is_low=start + offset in low)  # type: ignore[arg-type]
             for offset, kind in enumerate(chunks[place])
         ]
-        ends = head_bytes(shape) if place == len(chunks) - 1 else 0.0
+        ends = head(shape) if place == len(chunks) - 1 else 0.0
         ends += 8.0 * shape.tokens if place == 0 else 0.0
         kept.append(len(layers) * hidden if is_full else sum(layers))
         # Layer i is back when the inputs of those behind it are gone.
@@ -231,7 +238,7 @@ def stage_activations(
             now -= kept[chunk]
     passing = layer_workspace(shape, "".join(mine))
     if stage == layout.pipeline - 1:
-        passing = max(passing, head_workspace(shape))
+        passing = max(passing, workspace(shape))
     return worst, passing
 
 
