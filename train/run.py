@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 import yaml
 
@@ -230,6 +231,7 @@ def _train(recipe: Recipe, *, mesh: Mesh, dataset: Dataset, folder: Path) -> Run
     step = start.step
     if mesh.rank == 0:
         _warn_of_other_beginning(recipe, checkpoints.lineage)
+        _check_answers(recipe, dataset, start.position)
         folder.mkdir(parents=True, exist_ok=True)
         disk.write_text(folder / "recipe.yaml", yaml.safe_dump(mapping, sort_keys=False))
     mesh.barrier()
@@ -307,6 +309,19 @@ def _train(recipe: Recipe, *, mesh: Mesh, dataset: Dataset, folder: Path) -> Run
             save=save,
         )
     return RunEnd(folder=folder, step=end.step, reason=end.reason)
+
+
+def _check_answers(recipe: Recipe, dataset: Dataset, position: int) -> None:
+    """Whether kept answers know the rows of the next step and of the last: else a run would end where they do."""
+    from train.objective.kept import KeptAnswers
+
+    objective, size = recipe.objective, recipe.run.global_rows
+    end = recipe.run.steps * size
+    if objective.kind != "distill" or objective.teacher_cache is None or position >= end:
+        return
+    answers = KeptAnswers(Path(objective.teacher_cache))
+    for first in (position, max(position, end - size)):
+        answers.check_rows(dataset.training_rows(np.arange(first, min(first + size, end))))
 
 
 def _warn_of_other_beginning(recipe: Recipe, lineage: dict[str, Any]) -> None:

@@ -11,7 +11,7 @@ from train.checkpoint.manager import checkpoint_at
 from train.checkpoint.storage import Manifest, read_weights
 from train.config import CompressConfig, Recipe
 from train.engine import Engine
-from train.errors import RecipeError
+from train.errors import CheckpointError, RecipeError
 from train.model.backend import ReferenceBackend
 from train.model.build import build_model
 from train.objective.next_token import forward_step
@@ -32,7 +32,10 @@ def parent_of(config: CompressConfig) -> Parent:
     """The checkpoint a recipe wants compressed. RecipeError, CheckpointError where there is none."""
     if config.parent is None:
         raise RecipeError("compress.parent is not set: name a checkpoint folder, or a run folder such as runs/NAME.")
-    path, manifest = checkpoint_at(config.parent)
+    try:
+        path, manifest = checkpoint_at(config.parent)
+    except CheckpointError as error:
+        raise CheckpointError(f"compress.parent: {error}") from error
     return Parent(path, manifest, teacher_recipe(manifest, path))
 
 

@@ -89,7 +89,8 @@ def pruned_model(model: ModelConfig, target: Target, layers: list[int]) -> Model
     for name, groups in (("heads", model.kv_heads), ("mamba_heads", model.mamba_groups)):
         if sizes[name] % groups:
             group = "key/value heads" if name == "heads" else "Mamba groups"
-            near = [n for n in (sizes[name] // groups * groups, -(-sizes[name] // groups) * groups) if n]
+            near = [sizes[name] // groups * groups, -(-sizes[name] // groups) * groups]
+            near = [n for n in near if 0 < n <= getattr(model, name)] or [getattr(model, name)]
             problems.append(
                 f"compress.{name}={sizes[name]} is not an equal number for each of the {groups} {group}. Use "
                 f"{' or '.join(str(n) for n in dict.fromkeys(near))}."

@@ -194,6 +194,19 @@ class KeptAnswers:
         """Keys of the rows that are answered."""
         return self._places.keys()
 
+    def check_rows(self, batch: Any) -> None:
+        """DataError where one of a batch's rows has no answer. Reads no answer."""
+        for index, key in enumerate(batch_keys(batch, documents=self.request.documents)):
+            if key not in self._places:
+                raise self._missing(batch, index)
+
+    def _missing(self, batch: Any, index: int) -> DataError:
+        return DataError(
+            f"{self.folder} holds no answer to the row at position {int(batch.positions[index]):,}: it was filled for other "
+            f"data, another order or fewer steps, or not to its end. Let the teacher answer the rest: python -m "
+            f"train.teacher_cache with this recipe; it continues where it stopped."
+        )
+
     def read(self, batch: Any, *, documents: bool) -> TopK:
         """The answers to a batch's rows, [rows, row_tokens, k]. DataError for a row without one, or a damaged one."""
         rows = [self._row(key, batch, index) for index, key in enumerate(batch_keys(batch, documents=documents))]
@@ -202,10 +215,7 @@ class KeptAnswers:
     def _row(self, key: bytes, batch: Any, index: int) -> TopK:
         place = self._places.get(key)
         if place is None:
-            raise DataError(
-                f"{self.folder} holds no answer to the row at position {int(batch.positions[index]):,}. Let the teacher "
-                f"answer the rest: python -m train.teacher_cache with this recipe; it continues where it stopped."
-            )
+            raise self._missing(batch, index)
         with place.path.open("rb") as stream:
             stream.seek(place.offset)
             frame = stream.read(place.length)

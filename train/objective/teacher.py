@@ -167,7 +167,10 @@ def open_teacher(student: Recipe, *, mesh: Mesh, tokenizer: str | None) -> Teach
         raise RecipeError(
             "objective.kind=distill needs objective.teacher: a checkpoint folder, or a run folder such as runs/NAME."
         )
-    path, manifest = checkpoint_at(objective.teacher)
+    try:
+        path, manifest = checkpoint_at(objective.teacher)
+    except CheckpointError as error:
+        raise CheckpointError(f"objective.teacher: {error}") from error
     teacher = teacher_recipe(manifest, path)
     check_teacher(teacher, manifest, student=student, tokenizer=tokenizer, path=path)
     tensor = objective.teacher_tensor or student.parallel.tensor
