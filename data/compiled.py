@@ -7,8 +7,9 @@ rows are the same. STRATUM_NATIVE=0 turns the compiled form off.
 import ctypes
 import functools
 from array import array
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -29,6 +30,18 @@ class ShardRecord(ctypes.Structure):
     ]
 
 
+class Stretch(NamedTuple):
+    """Rows that are packed together."""
+
+    shard: int
+    """Address of the record of the entry they lie in."""
+    low: int
+    """Token of the entry they begin at."""
+    rows: int
+    guess: int
+    """Documents they may hold."""
+
+
 @functools.cache
 def library() -> ctypes.CDLL | None:
     """The compiled code, built if need be; None where that is not possible here (said once, at info level)."""
@@ -38,7 +51,7 @@ def library() -> ctypes.CDLL | None:
         return None
     pointer, i64 = ctypes.c_void_p, ctypes.c_int64
     loaded.stratum_pack.restype = loaded.stratum_read.restype = i64
-    loaded.stratum_pack.argtypes = [pointer, i64, i64, i64, pointer, i64]
+    loaded.stratum_pack.argtypes = [pointer, i64, i64, pointer, i64]
     loaded.stratum_read.argtypes = [pointer, i64, i64, i64, pointer, pointer, i64, pointer, pointer]
     return loaded
 
@@ -48,21 +61,24 @@ def address_of(numbers: np.ndarray) -> int:
     return ctypes.addressof(ctypes.c_char.from_buffer(numbers))  # type: ignore[arg-type]
 
 
-def pack(shard: int, low: int, *, rows: int, row_tokens: int, guess: int) -> np.ndarray | None:
-    """A stretch of rows of a shard entry, packed as `data.pack.Packed` says; None where the plain form must do it.
-
-    shard: address of its record; low: token of the entry it begins at; guess: how many documents it may hold.
-    """
+def pack(stretches: Sequence[Stretch], *, row_tokens: int) -> list[np.ndarray | None]:
+    """Stretches of rows, packed as `data.pack.Packed` says; None for those that the plain form must do."""
     native = library()
-    if native is None or row_tokens > LONGEST_ROW:
-        return None
-    room = 2 * guess + 512
+    if native is None or row_tokens > LONGEST_ROW or not stretches:
+        return [None] * len(stretches)
+    numbers = array("q")
+    for stretch in stretches:
+        numbers.extend((stretch.shard, stretch.low, stretch.rows, 0, 0))
+    room = sum(2 * stretch.guess + 512 for stretch in stretches)
     while True:
-        out = np.empty(room, dtype=np.int64)
-        written = native.stratum_pack(shard, low, rows, row_tokens, address_of(out), room)
-        if written >= 0:
-            return out[:written].copy() if written else None
-        room = -written
+        out = np.empty(room, dtype=np.int32)
+        wanted = native.stratum_pack(numbers.buffer_info()[0], len(stretches), row_tokens, address_of(out), room)
+        if not wanted:
+            break
+        room = wanted
+    found = list(zip(numbers[3::5], numbers[4::5], strict=True))
+    out = out[: sum(size for _, size in found)].copy()  # one piece of memory: those packed together go together
+    return [out[at : at + size] if size else None for at, size in found]
 
 
 class Plan:

@@ -43,13 +43,13 @@ class Packed(NamedTuple):
     """A packed stretch."""
 
     numbers: np.ndarray
-    """int64: number of the first piece of each row, and of all pieces; then (start, size) of each piece by row, counted from
+    """int32: number of the first piece of each row, and of all pieces; then (start, size) of each piece by row, counted from
     the stretch's first label."""
     address: int
     """Of the numbers in memory."""
     rows: int
     entry: int
-    """The stream's entry that all of it lies in, and the token before it; -1: there is none."""
+    """The stream's entry that all of it lies in, and the token before it; -1: there is none, or compiled code cannot read it."""
     start: int
     """Token of that entry that is its first label."""
 
@@ -116,7 +116,7 @@ class Rows:
         if not self.best_fit:
             return self.cut(row * self.row_tokens, (row + 1) * self.row_tokens)
         stretch, place = divmod(row, STRETCH_ROWS)
-        return self._unpack(stretch, self._stretch(stretch), place)
+        return self._unpack(stretch, self._packed([stretch])[stretch], place)
 
     def rows_of(self, start: int, stop: int) -> list[int]:
         """Rows that hold labels from `start` to `stop` of the stream; those beyond the last whole row are in none."""
@@ -128,7 +128,7 @@ class Rows:
         size = self.row_tokens * STRETCH_ROWS
         found = []
         for stretch in range(start // size, (stop - 1) // size + 1):
-            packed = self._stretch(stretch)
+            packed = self._packed([stretch])[stretch]
             for place in range(packed.rows):
                 if any(piece.start < stop and start < piece.stop for piece in self._unpack(stretch, packed, place)):
                     found.append(stretch * STRETCH_ROWS + place)
@@ -153,13 +153,10 @@ class Rows:
         opened: dict[int, OpenShard] = {}
         size, shards, numbers, bounds = self.row_tokens, plan.shards, plan.numbers, self.stream.bounds
         packed: Packed | None = None
-        stretches: list[Packed | None] = []
-        if self.best_fit:
-            with self._lock:
-                stretches = [self._stretches.get(row // STRETCH_ROWS) for row in rows]
-        for at, (row, out) in enumerate(zip(rows, where, strict=True)):
+        stretches = self._packed([row // STRETCH_ROWS for row in rows]) if self.best_fit else {}
+        for row, out in zip(rows, where, strict=True):
             if self.best_fit:
-                packed = stretches[at] or self._stretch(row // STRETCH_ROWS)
+                packed = stretches[row // STRETCH_ROWS]
                 entry, start = packed.entry, packed.start
             else:
                 start = row * size  # as TokenStream.entry_with, in place: this is done for every row
@@ -187,31 +184,56 @@ class Rows:
         places = packed.numbers[after + 2 * first : after + 2 * stop].tolist()
         return [Piece(low + start, low + start + size) for start, size in zip(places[::2], places[1::2], strict=True)]
 
-    def _stretch(self, number: int) -> Packed:
+    def _packed(self, wanted: Sequence[int]) -> dict[int, Packed]:
+        """Stretches by number, those that are not kept packed in one call."""
         with self._lock:
-            found = self._stretches.get(number)
-            if found is not None:
-                return found
+            found = {number: self._stretches.get(number) for number in wanted}
+        missing = [number for number, packed in found.items() if packed is None]
+        if missing:
+            new = self._pack(missing)
+            found.update(new)
+            with self._lock:
+                for number, packed in new.items():
+                    if number not in self._stretches:
+                        self._stretches[number] = packed
+                        self._kept_bytes += packed.numbers.nbytes
+                while self._kept_bytes > self._keep_bytes and len(self._stretches) > 1:
+                    self._kept_bytes -= self._stretches.popitem(last=False)[1].numbers.nbytes
+        return found  # type: ignore[return-value]
+
+    def _pack(self, stretches: Sequence[int]) -> dict[int, Packed]:
+        size, bounds = STRETCH_ROWS * self.row_tokens, self.stream.bounds
+        found: dict[int, Packed] = {}
+        opened: dict[int, OpenShard] = {}
+        plans: list[tuple[int, int, compiled.Stretch]] = []
+        for number in stretches:
+            start, rows = number * size, min(STRETCH_ROWS, self.count - number * STRETCH_ROWS)
+            entry, before = self.stream.entry_with(start - 1, start + rows * self.row_tokens)
+            if entry >= 0:
+                shard = opened.get(entry)
+                if shard is None:
+                    shard = opened[entry] = self.stream.open(entry)
+                guess = 2 * len(shard.search) * size // max(1, bounds[entry + 1] - bounds[entry])
+                plans.append((number, entry, compiled.Stretch(shard.record, before + 1, rows, guess)))
+        packed = compiled.pack([plan for *_, plan in plans], row_tokens=self.row_tokens)
+        for (number, entry, plan), numbers in zip(plans, packed, strict=True):
+            if numbers is not None:
+                found[number] = Packed(numbers, compiled.address_of(numbers), plan.rows, entry, plan.low)
+        for number in stretches:
+            if number not in found:
+                found[number] = self._pack_plainly(number)
+        return found
+
+    def _pack_plainly(self, number: int) -> Packed:
         low, rows = number * STRETCH_ROWS * self.row_tokens, min(STRETCH_ROWS, self.count - number * STRETCH_ROWS)
         high = low + rows * self.row_tokens
-        (entry, start), numbers = self.stream.entry_with(low - 1, high), None
-        if entry >= 0:
-            shard = self.stream.open(entry)
-            guess = 2 * len(shard.search) * (high - low) // max(1, shard.entry.tokens)
-            numbers = compiled.pack(shard.record, start + 1, rows=rows, row_tokens=self.row_tokens, guess=guess)
-        if numbers is None:
-            arranged = best_fit(self.cut(low, high), rows=rows, row_tokens=self.row_tokens)
-            ends = itertools.accumulate((len(pieces) for pieces in arranged), initial=0)
-            places = (n for pieces in arranged for p in pieces for n in (p.start - low, p.stop - p.start))
-            numbers = np.array([*ends, *places], dtype=np.int64)
-        packed = Packed(numbers, compiled.address_of(numbers), rows, entry, start + 1)
-        with self._lock:
-            if number not in self._stretches:
-                self._stretches[number] = packed
-                self._kept_bytes += numbers.nbytes
-            while self._kept_bytes > self._keep_bytes and len(self._stretches) > 1:
-                self._kept_bytes -= self._stretches.popitem(last=False)[1].numbers.nbytes
-        return packed
+        arranged = best_fit(self.cut(low, high), rows=rows, row_tokens=self.row_tokens)
+        ends = itertools.accumulate((len(pieces) for pieces in arranged), initial=0)
+        places = (n for pieces in arranged for p in pieces for n in (p.start - low, p.stop - p.start))
+        is_short = self.row_tokens <= compiled.LONGEST_ROW
+        numbers = np.array([*ends, *places], dtype=np.int32 if is_short else np.int64)
+        entry, before = self.stream.entry_with(low - 1, high) if is_short else (-1, 0)
+        return Packed(numbers, compiled.address_of(numbers), rows, entry, before + 1)
 
 
 def best_fit(documents: Sequence[Piece], *, rows: int, row_tokens: int) -> list[list[Piece]]:

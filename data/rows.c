@@ -12,6 +12,7 @@
 #include <unistd.h>
 
 #define STRETCH 64 /* most rows packed together: data/pack.py, STRETCH_ROWS */
+#define TOGETHER 4 /* stretches packed side by side */
 
 typedef struct {
   int64_t fd, size, mtime_ns, may_vanish;          /* the tokens' file, and what it was when it was opened */
@@ -23,7 +24,7 @@ typedef struct {
 typedef struct {
   const Shard *shard;
   int64_t start;         /* of the row's first label; of a packed row: of its stretch's */
-  const int64_t *packed; /* the stretch, as `stratum_pack` writes it; NULL: labels start ... start + row_tokens */
+  const int32_t *packed; /* the stretch, as `stratum_pack` writes it; NULL: labels start ... start + row_tokens */
   int64_t rows, place;   /* of a packed row: rows of its stretch, and which it is */
   int64_t out;           /* row of the batch */
 } Row;
@@ -70,32 +71,25 @@ static int64_t first_from(const Shard *s, int64_t place) {
   return left < 0 ? -1 : low;
 }
 
-/* Orders 0..count-1 by falling size, equal ones as they come: least significant digits first. -> `order` or `other`. */
-static int32_t *by_size(const int64_t *size, int64_t count, int64_t largest, int32_t *order, int32_t *other) {
+/* Sorts keys by their upper halves, equal ones as they come: least significant digits first. -> `keys` or `other`. */
+static uint64_t *sorted(uint64_t *keys, uint64_t *other, int64_t count, int64_t largest) {
   int bits = 1;
   while (largest >> bits) bits++;
   int digits = (bits + 7) / 8, width = (bits + digits - 1) / digits;
-  int64_t mask = (1 << width) - 1;
-  for (int64_t i = 0; i < count; i++) order[i] = i;
-  for (int digit = 0; digit < digits; digit++) {
-    int shift = digit * width;
+  uint64_t mask = (1 << width) - 1;
+  for (int shift = 32; shift < 32 + digits * width; shift += width) {
     int32_t at[256] = {0};
-    for (int64_t i = 0; i < count; i++) at[(largest - size[i]) >> shift & mask]++;
-    for (int32_t i = 0, sum = 0; i <= mask; i++) {
+    for (int64_t i = 0; i < count; i++) at[keys[i] >> shift & mask]++;
+    for (int32_t i = 0, sum = 0; i <= (int32_t)mask; i++) {
       int32_t here = at[i];
       at[i] = sum, sum += here;
     }
-    for (int64_t i = 0; i < count; i++) other[at[(largest - size[order[i]]) >> shift & mask]++] = order[i];
-    int32_t *swap = order;
-    order = other, other = swap;
+    for (int64_t i = 0; i < count; i++) other[at[keys[i] >> shift & mask]++] = keys[i];
+    uint64_t *swap = keys;
+    keys = other, other = swap;
   }
-  return order;
+  return keys;
 }
-
-typedef struct {
-  int64_t start, size;
-  int32_t document, row;
-} Part;
 
 /* The row with the least room that holds `want`, as (room << 6 | row), the first of equal ones; below 0: none. What lies
    below `want` wraps round to be the largest. Written with vectors: compilers unroll the plain loop instead. */
@@ -121,94 +115,151 @@ static inline int32_t roomiest(const int32_t *gap) {
   return best;
 }
 
-/* Packs `rows` rows (at most 64, of fewer than 2^24 tokens) from `low` on. `out`: numbers of the first piece of each row,
-   and the end, then (start, size) of each piece, counted from `low`, by row. -> numbers written; minus those there must be
-   room for; 0 where it cannot be done. */
-int64_t stratum_pack(const Shard *s, int64_t low, int64_t rows, int64_t row_tokens, int64_t *out, int64_t room) {
-  int64_t total = rows * row_tokens, first = first_from(s, low + 1), count = first_from(s, low + total) - first + 1;
-  int64_t needed = rows + 1 + 2 * (count + 3 * STRETCH);
-  if (first < 0 || count < 1) return 0;
-  if (room < needed) return -needed;
-  char *memory = malloc(count * (2 * sizeof(int64_t) + 4 * sizeof(int32_t)));
-  if (!memory) return 0;
-  int64_t *start = (int64_t *)memory, *size = start + count;
-  int32_t *row_of = (int32_t *)(size + count), *one = row_of + count, *two = one + count, *waiting = two + count;
+typedef struct {
+  int32_t start, size, document, row;
+} Part;
 
-  int64_t whole[STRETCH], filled = 0; /* documents longer than a row give whole rows first */
-  int is_good = begins(s, first, count - 1, start) && is_index_as_opened(s);
-  for (int64_t i = 0, begin = 0; i < count; i++) {
-    int64_t end = i + 1 < count ? start[i] - low : total;
-    if (!is_good || end < begin || end > total) {
-      free(memory);
-      return 0;
-    }
-    for (; end - begin > row_tokens; begin += row_tokens) whole[filled++] = begin;
-    start[i] = begin, size[i] = end - begin;
-    begin = end;
-  }
+/* A stretch that is to be packed, and what came of it. */
+typedef struct {
+  const Shard *shard;
+  int64_t low, rows;   /* where it begins, and how many rows (at most 64) it has */
+  int64_t at, numbers; /* set: where in `out` it was written, and how much; numbers 0: it cannot be packed here */
+} Stretch;
 
+/* A stretch while it is packed. Places are counted from `low`. */
+typedef struct {
   union {
     int32_t of[STRETCH];
     Sixteen all[STRETCH / 16];
   } gap; /* (room << 6 | row) of rows with room left, -1 of the others */
-  for (int r = 0; r < STRETCH; r++) gap.of[r] = -1;
-  const int32_t *order = by_size(size, count, row_tokens, one, two);
-  int64_t opened = filled, left = 0, used = 0, next[STRETCH] = {0};
-  for (int64_t i = 0; i < count; i++) {
-    int32_t document = order[i], tokens = size[document], best = fitting(gap.all, tokens << 6);
-    if (best < 0 && opened == rows) {
-      waiting[left++] = document, row_of[document] = -1;
-      continue;
-    }
-    if (best < 0) best = (int32_t)(row_tokens << 6 | opened++);
-    int32_t row = best & 63, space = (best >> 6) - tokens;
-    gap.of[row] = space ? space << 6 | row : -1;
-    row_of[document] = row, next[row]++;
-  }
+  int64_t first, count; /* of its documents; the first may begin before it */
+  int64_t rows, filled, opened, left;
+  int32_t *start, *size, *row_of, *waiting;
+  uint64_t *keys, *other;
+  int32_t whole[STRETCH], next[STRETCH];
+} Packing;
 
+#define BYTES_A_DOCUMENT (2 * sizeof(uint64_t) + 4 * sizeof(int32_t))
+
+/* Cuts documents longer than a row into whole rows and orders what is left of each. -> whether the index makes sense. */
+static int order(Packing *p, const Stretch *stretch, int64_t row_tokens, char *memory) {
+  int64_t count = p->count, total = stretch->rows * row_tokens, *begin = (int64_t *)memory;
+  p->keys = (uint64_t *)memory, p->other = p->keys + count;
+  p->start = (int32_t *)(p->other + count), p->size = p->start + count, p->row_of = p->size + count, p->waiting = p->row_of + count;
+  p->rows = stretch->rows, p->filled = p->left = 0;
+  if (!begins(stretch->shard, p->first, count - 1, begin) || !is_index_as_opened(stretch->shard)) return 0;
+  int64_t low = 0;
+  for (int64_t i = 0; i < count; i++) { /* keys take the place of what was read into them */
+    int64_t end = i + 1 < count ? begin[i] - stretch->low : total;
+    if (end < low || end > total) return 0;
+    for (; end - low > row_tokens; low += row_tokens) p->whole[p->filled++] = low;
+    p->start[i] = low, p->size[i] = end - low;
+    p->keys[i] = (uint64_t)(row_tokens - (end - low)) << 32 | i;
+    low = end;
+  }
+  p->opened = p->filled;
+  for (int r = 0; r < STRETCH; r++) p->gap.of[r] = -1, p->next[r] = 0;
+  p->keys = sorted(p->keys, p->other, count, row_tokens);
+  return 1;
+}
+
+/* Finds a place for the document that is next by size. */
+static inline void place(Packing *p, int64_t which, int32_t row_tokens) {
+  int32_t document = (int32_t)p->keys[which], tokens = row_tokens - (int32_t)(p->keys[which] >> 32);
+  int32_t best = fitting(p->gap.all, tokens << 6);
+  if (best < 0 && p->opened == p->rows) {
+    p->waiting[p->left++] = document, p->row_of[document] = -1;
+    return;
+  }
+  if (best < 0) best = (int32_t)(row_tokens << 6 | p->opened++);
+  int32_t row = best & 63, space = (best >> 6) - tokens;
+  p->gap.of[row] = space ? space << 6 | row : -1;
+  p->row_of[document] = row, p->next[row]++;
+}
+
+/* Cuts what fits nowhere into the gaps, and writes the pieces. -> numbers written. */
+static int64_t finish(Packing *p, int32_t row_tokens, int32_t *out) {
   Part parts[2 * STRETCH]; /* what fits nowhere is as long as all gaps together, and each of it longer than any of them */
-  int64_t done = 0;
-  for (int32_t best; (best = roomiest(gap.of)) >= 0;) {
+  int64_t used = 0, left = p->left;
+  int32_t done = 0;
+  for (int32_t best; (best = roomiest(p->gap.of)) >= 0;) {
     int32_t row = best & 63;
-    gap.of[row] = -1;
-    for (int64_t space = best >> 6; space;) {
-      int32_t document = waiting[left - 1];
-      int64_t rest = size[document] - done, taken = rest < space ? rest : space;
-      if (taken) parts[used++] = (Part){start[document] + done, taken, document, row}, next[row]++;
+    p->gap.of[row] = -1;
+    for (int32_t space = best >> 6; space;) {
+      int32_t document = p->waiting[left - 1];
+      int32_t rest = p->size[document] - done, taken = rest < space ? rest : space;
+      if (taken) parts[used++] = (Part){p->start[document] + done, taken, document, row}, p->next[row]++;
       space -= taken, done += taken;
       if (taken == rest) left--, done = 0;
     }
   }
-
-  int64_t pieces = 0; /* rows in order, and the pieces of each by where they begin */
-  for (int64_t row = 0; row < rows; row++) {
-    int64_t here = row < filled ? 1 : next[row];
-    out[row] = next[row] = pieces, pieces += here;
+  int32_t pieces = 0, *places = out + p->rows + 1; /* rows in order, and the pieces of each by where they begin */
+  for (int64_t row = 0; row < p->rows; row++) {
+    int32_t here = row < p->filled ? 1 : p->next[row];
+    out[row] = p->next[row] = pieces, pieces += here;
   }
-  out[rows] = pieces;
-  int64_t *places = out + rows + 1;
-  for (int64_t row = 0; row < filled; row++) places[2 * row] = whole[row], places[2 * row + 1] = row_tokens;
-  int32_t *part_of = one; /* the first part of each document that was cut; `order` is not needed any more */
-  for (int64_t p = used - 1; p >= 0; p--) part_of[parts[p].document] = p;
-  for (int64_t i = 0; i < count; i++) {
-    if (row_of[i] >= 0) {
-      int64_t at = 2 * next[row_of[i]]++;
-      places[at] = start[i], places[at + 1] = size[i];
-    } else if (size[i]) {
-      for (int64_t p = part_of[i]; p < used && parts[p].document == i; p++) {
-        int64_t at = 2 * next[parts[p].row]++;
-        places[at] = parts[p].start, places[at + 1] = parts[p].size;
+  out[p->rows] = pieces;
+  for (int64_t row = 0; row < p->filled; row++) places[2 * row] = p->whole[row], places[2 * row + 1] = row_tokens;
+  int32_t *part_of = (int32_t *)p->keys; /* the first part of each document that was cut; keys are not needed any more */
+  for (int64_t part = used - 1; part >= 0; part--) part_of[parts[part].document] = part;
+  for (int64_t i = 0; i < p->count; i++) {
+    if (p->row_of[i] >= 0) {
+      int32_t *at = places + 2 * p->next[p->row_of[i]]++;
+      at[0] = p->start[i], at[1] = p->size[i];
+    } else if (p->size[i]) {
+      for (int64_t part = part_of[i]; part < used && parts[part].document == i; part++) {
+        int32_t *at = places + 2 * p->next[parts[part].row]++;
+        at[0] = parts[part].start, at[1] = parts[part].size;
       }
     }
   }
-  free(memory);
-  return rows + 1 + 2 * pieces;
+  return p->rows + 1 + 2 * pieces;
+}
+
+/* Packs stretches of rows of fewer than 2^24 tokens. Each is written to `out` as: number of the first piece of each row, and
+   the end, then (start, size) of each piece, counted from its `low`, by row. A document's place depends on the one before:
+   four stretches at once, so that the processor need not wait. -> 0, or numbers that there must be room for. */
+int64_t stratum_pack(Stretch *stretches, int64_t count, int64_t row_tokens, int32_t *out, int64_t room) {
+  int64_t used = 0;
+  for (int64_t begin = 0; begin < count; begin += TOGETHER) {
+    Packing packings[TOGETHER];
+    int64_t many = count - begin < TOGETHER ? count - begin : TOGETHER, documents = 0, longest = 0, needed = 0;
+    for (int64_t k = 0; k < many; k++) {
+      Stretch *s = stretches + begin + k;
+      Packing *p = packings + k;
+      p->first = first_from(s->shard, s->low + 1);
+      p->count = p->first < 0 ? 0 : first_from(s->shard, s->low + s->rows * row_tokens) - p->first + 1;
+      if (p->count < 0) p->count = 0;
+      documents += p->count, needed += s->rows + 1 + 2 * (p->count + 3 * STRETCH);
+      s->at = s->numbers = 0;
+    }
+    if (used + needed > room) return (used + needed) * count / (begin + many) + needed;
+    char *memory = malloc(documents * BYTES_A_DOCUMENT + 1), *next = memory;
+    for (int64_t k = 0; k < many; k++) {
+      Packing *p = packings + k;
+      if (p->count && !(memory && order(p, stretches + begin + k, row_tokens, next))) p->count = 0;
+      else next += p->count * BYTES_A_DOCUMENT;
+      longest = p->count > longest ? p->count : longest;
+    }
+    for (int64_t i = 0; i < longest; i++)
+      for (int64_t k = 0; k < many; k++)
+        if (i < packings[k].count) place(packings + k, i, row_tokens);
+    for (int64_t k = 0; k < many; k++) {
+      Stretch *s = stretches + begin + k;
+      if (!packings[k].count) continue;
+      s->at = used, s->numbers = finish(packings + k, row_tokens, out + used);
+      used += s->numbers;
+    }
+    free(memory);
+  }
+  return 0;
 }
 
 #define WIDEN(type)                                                          \
   {                                                                          \
     const type *in = narrow;                                                 \
-    for (int64_t i = 0; i < count; i++) out[i] = in[i];                      \
+    if (!labels) for (int64_t i = 0; i <= count; i++) tokens[i] = in[i];     \
+    else for (int64_t i = 0; i < count; i++) tokens[i] = in[i], labels[i] = in[i + 1]; \
   }
 #define LARGEST(type)                                                        \
   {                                                                          \
@@ -218,7 +269,8 @@ int64_t stratum_pack(const Shard *s, int64_t low, int64_t rows, int64_t row_toke
     return most;                                                             \
   }
 
-static void widen(const Shard *s, const void *restrict narrow, int64_t count, int64_t *restrict out) {
+/* `count` labels and the token before each; labels NULL: into `tokens` alone, one more. */
+static void widen(const Shard *s, const void *restrict narrow, int64_t count, int64_t *restrict tokens, int64_t *restrict labels) {
   switch (s->shift << 1 | s->is_signed) {
     case 0: WIDEN(uint8_t) break;
     case 1: WIDEN(int8_t) break;
@@ -256,8 +308,8 @@ int64_t stratum_read(const Row *rows, int64_t count, int64_t row_tokens, int64_t
     const Row *row = rows + r;
     const Shard *s = row->shard;
     *current = r;
-    int64_t whole[2] = {0, row_tokens}, first = 0, stop = 1;
-    const int64_t *places = whole;
+    int32_t whole[2] = {0, row_tokens}, first = 0, stop = 1;
+    const int32_t *places = whole;
     if (row->packed) {
       first = row->packed[row->place], stop = row->packed[row->place + 1];
       places = row->packed + row->rows + 1;
@@ -267,11 +319,10 @@ int64_t stratum_read(const Row *rows, int64_t count, int64_t row_tokens, int64_t
     int64_t slot = 0;
     for (int64_t p = first; p < stop && !failed; p++) {
       int64_t start = row->start + places[2 * p], size = places[2 * p + 1];
-      int64_t *inputs = tokens + row->out * stride + slot;
       failed = slot + size > row_tokens || !fetch(s->fd, s->first_byte + ((start - 1) << s->shift), (size + 1) << s->shift, narrow) || largest(s, narrow, size + 1) >= limit;
       if (failed) break;
-      widen(s, narrow, labels ? size : size + 1, inputs);
-      if (labels) widen(s, narrow + (1 << s->shift), size, labels + row->out * stride + slot);
+      int64_t at = row->out * stride + slot;
+      widen(s, narrow, size, tokens + at, labels ? labels + at : NULL);
       if (documents && row->packed) number(documents + row->out * row_tokens + slot, size, p - first);
       slot += size;
     }

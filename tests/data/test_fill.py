@@ -26,39 +26,56 @@ pytestmark = pytest.mark.skipif(compiled.library() is None, reason="no C compile
 
 
 @st.composite
-def stretches(draw: st.DrawFn) -> tuple[list[int], int, int, int]:
-    """Places where documents begin (some hold nothing), rows, row_tokens, and tokens before the stretch."""
-    row, rows = draw(st.sampled_from([1, 2, 7, 16, 60, 300])), draw(st.integers(1, 64))
-    low = draw(st.integers(0, 50))
-    longest = draw(st.sampled_from([2, row, 3 * row + 1]))
-    lengths = draw(st.lists(st.integers(0, longest), max_size=200))
-    starts = list(itertools.accumulate(lengths, initial=0))
-    return [s for s in starts if s < low + row * rows + 20], rows, row, low
+def stretches(draw: st.DrawFn) -> tuple[list[list[int]], int, list[tuple[int, int]]]:
+    """Places where the documents of some entries begin (some hold nothing), row_tokens, (tokens before, rows) of stretches."""
+    row = draw(st.sampled_from([1, 2, 7, 16, 60, 300]))
+    wanted = draw(st.lists(st.tuples(st.integers(0, 50), st.integers(1, 64)), min_size=1, max_size=6))
+    entries = []
+    for _ in range(draw(st.integers(1, 3))):
+        longest = draw(st.sampled_from([2, row, 3 * row + 1]))
+        lengths = draw(st.lists(st.integers(0, longest), max_size=200))
+        entries.append(list(itertools.accumulate(lengths, initial=0)))
+    return entries, row, wanted
 
 
 @settings(max_examples=300)
-@given(stretches(), st.sampled_from([1, 2, 4, 8]), st.integers(0, 40))
-def test_compiled_packing_is_the_plain_one(stretch: tuple[list[int], int, int, int], itemsize: int, first: int) -> None:
-    starts, rows, row_tokens, low = stretch
-    offsets = (first + itemsize * np.array(starts)).astype("<i8")
-    record = compiled.ShardRecord(
-        first_byte=first, shift=itemsize.bit_length() - 1, documents=len(starts), starts=offsets.ctypes.data
-    )
-    found = compiled.pack(ctypes.addressof(record), low, rows=rows, row_tokens=row_tokens, guess=0)
-    high = low + rows * row_tokens
-    bounds = [low, *(s for s in starts if low < s < high), high]
-    expected = best_fit([Piece(a, b) for a, b in itertools.pairwise(bounds)], rows=rows, row_tokens=row_tokens)
-    assert found is not None
-    counts, places = np.diff(found[: rows + 1]).tolist(), found[rows + 1 :].reshape(-1, 2)
-    pieces = iter([Piece(low + start, low + start + size) for start, size in places.tolist()])
-    assert [[next(pieces) for _ in range(count)] for count in counts] == expected
-    assert next(pieces, None) is None
+@given(stretches(), st.sampled_from([1, 2, 4, 8]), st.integers(0, 40), st.integers(0, 200))
+def test_compiled_packing_is_the_plain_one(
+    stretch: tuple[list[list[int]], int, list[tuple[int, int]]], itemsize: int, first: int, guess: int
+) -> None:
+    """One call for stretches of several entries, of unequal size, some twice; guess: how well the room is guessed."""
+    entries, row_tokens, wanted = stretch
+    offsets = [(first + itemsize * np.array(starts)).astype("<i8") for starts in entries]
+    records = [
+        compiled.ShardRecord(
+            first_byte=first, shift=itemsize.bit_length() - 1, documents=len(each), starts=each.ctypes.data
+        )
+        for each in offsets
+    ]
+    asked = [
+        compiled.Stretch(ctypes.addressof(records[n % len(entries)]), low, rows, guess)
+        for n, (low, rows) in enumerate(wanted)
+    ]
+    for number, found in enumerate(compiled.pack(asked, row_tokens=row_tokens)):
+        starts, (low, rows) = entries[number % len(entries)], wanted[number]
+        high = low + rows * row_tokens
+        bounds = [low, *(s for s in starts if low < s < high), high]
+        expected = best_fit([Piece(a, b) for a, b in itertools.pairwise(bounds)], rows=rows, row_tokens=row_tokens)
+        assert found is not None
+        counts, places = np.diff(found[: rows + 1]).tolist(), found[rows + 1 :].reshape(-1, 2)
+        pieces = iter([Piece(low + start, low + start + size) for start, size in places.tolist()])
+        assert [[next(pieces) for _ in range(count)] for count in counts] == expected
+        assert next(pieces, None) is None
 
 
 def test_an_index_that_goes_back_is_left_to_the_plain_form() -> None:
-    offsets = np.array([0, 40, 20, 60], dtype="<i8")
+    offsets, rising = np.array([0, 40, 20, 60], dtype="<i8"), np.array([0, 20, 40], dtype="<i8")
     record = compiled.ShardRecord(documents=4, starts=offsets.ctypes.data)
-    assert compiled.pack(ctypes.addressof(record), 0, rows=4, row_tokens=20, guess=4) is None
+    sound = compiled.ShardRecord(documents=3, starts=rising.ctypes.data)
+    asked = [compiled.Stretch(ctypes.addressof(r), 0, rows, 4) for r, rows in ((record, 4), (sound, 3), (record, 4))]
+    found = compiled.pack(asked, row_tokens=20)
+    assert found[0] is found[2] is None and found[1] is not None
+    assert found[1].tolist() == [0, 1, 2, 3, 0, 20, 20, 20, 40, 20]
 
 
 def store_as(folder: Path, dtype: str, *, pieces: int) -> None:
