@@ -16,7 +16,7 @@ from fractions import Fraction
 
 import numpy as np
 
-from data.config import PhaseConfig
+from data.config import DataConfig, PhaseConfig
 from data.curriculum import Curriculum, Window
 from data.errors import DataError
 from data.order import RowOrder
@@ -221,6 +221,26 @@ class Blend:
             row[here] = self._orders[which].rows_at(index[here], epoch[here])
         row[nth >= self._limits[source]] = -1  # beyond max_epochs; an error where it is drawn
         return Draw(source, row, epoch)
+
+
+def blend_of(config: DataConfig, rows: Sequence[int], *, groups: Sequence[tuple[int, ...]] = ()) -> Blend:
+    """The order that a recipe asks for, of sources that have so many training rows each, in the recipe's order.
+
+    groups: rows of each shard of every source, where rows are shuffled within a few shards at a time.
+    """
+    return Blend(
+        [
+            BlendSource(name, weight=source.weight, rows=count, max_epochs=source.max_epochs, groups=shards)
+            for (name, source), count, shards in zip(
+                config.sources.items(), rows, groups or [()] * len(rows), strict=True
+            )
+        ],
+        seed=config.seed,
+        row_tokens=config.row_tokens,
+        phases=config.phases,
+        shuffle_shards=config.shuffle_shards if groups else 0,
+        go_on=config.on_exhausted == "continue",
+    )
 
 
 def _phases(sources: Sequence[BlendSource], phases: Sequence[PhaseConfig], *, row_tokens: int) -> list[Phase]:

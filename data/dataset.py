@@ -17,7 +17,7 @@ import torch
 
 from data.ahead import FetchAhead
 from data.batch import Batch
-from data.blend import Blend, BlendSource
+from data.blend import Blend, blend_of
 from data.cache import Activity, RemoteFolder, is_remote
 from data.config import DataConfig
 from data.errors import DataError
@@ -224,30 +224,16 @@ def open_dataset(config: DataConfig) -> Dataset:
                     f"data.row_tokens={config.row_tokens}. Lower data.row_tokens, add text, or raise "
                     f"its heldout_fraction."
                 )
-    blend = Blend(
-        [
-            BlendSource(
-                name,
-                weight=config.sources[name].weight,
-                rows=rows.count,
-                max_epochs=config.sources[name].max_epochs,
-                groups=rows.rows_by_shard() if config.shuffle_shards else (),
-            )
-            for name, rows in zip(names, parts["train"], strict=True)
-        ],
-        seed=config.seed,
-        row_tokens=config.row_tokens,
-        phases=config.phases,
-        shuffle_shards=config.shuffle_shards,
-        go_on=config.on_exhausted == "continue",
-    )
+    train = parts["train"]
+    groups = [rows.rows_by_shard() for rows in train] if config.shuffle_shards else ()
+    blend = blend_of(config, [rows.count for rows in train], groups=groups)
     return Dataset(
         tokenizer=tokenizer,
         source_names=names,
         row_tokens=config.row_tokens,
         manifest=manifest,
         blend=blend,
-        train=parts["train"],
+        train=train,
         heldout=parts["heldout"],
         reset_at_documents=config.reset_at_documents,
         seed=config.seed,

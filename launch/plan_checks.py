@@ -5,9 +5,10 @@ backend, the objective, the run's folder and the prepared data add.
 """
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from data.errors import DataError
-from data.manifest import MANIFEST, read_manifest
+from data.manifest import MANIFEST, Manifest, read_manifest
 from train.config import Recipe
 from train.cost.device import Device
 from train.errors import RecipeError
@@ -15,6 +16,9 @@ from train.objective.asked import objective_problems, unused
 from train.parallel.layout import Layout
 from train.precision.scaling import shape_problems
 from train.recipe import check_folder
+
+if TYPE_CHECKING:
+    from data.blend import Blend
 
 
 def recipe_problems(recipe: Recipe, device: Device) -> list[str]:
@@ -57,6 +61,8 @@ def recipe_warnings(recipe: Recipe, layout: Layout, device: Device) -> list[str]
             f"data.folder={recipe.data.folder} holds no prepared data here: vocabulary and size were not checked. "
             f"`python -m data.prepare` makes it."
         )
+    else:
+        found += _sources_that_run_out(recipe)
     return found
 
 
@@ -124,13 +130,51 @@ def _place_problems(recipe: Recipe) -> list[str]:
     folder = Path(recipe.data.folder)
     if (folder / MANIFEST).is_file():
         try:
-            size = read_manifest(folder).tokenizer.vocab_size
+            manifest = read_manifest(folder)
         except DataError as error:
             problems.append(str(error))
         else:
+            try:
+                _order(recipe, manifest).check_length(_rows(recipe), global_rows=recipe.run.global_rows)
+            except DataError as error:
+                problems.append(str(error))
+            size = manifest.tokenizer.vocab_size
             if size > recipe.model.vocab:
                 problems.append(
                     f"the prepared data in {folder} has a vocabulary of {size:,}, but model.vocab={recipe.model.vocab:,}. Set "
                     f"model.vocab={size}, or prepare the data again with a smaller tokenizer."
                 )
     return problems
+
+
+def _sources_that_run_out(recipe: Recipe) -> list[str]:
+    """Where the other sources take the place of one that has been read max_epochs times."""
+    try:
+        gone = _order(recipe, read_manifest(Path(recipe.data.folder))).exhausted(_rows(recipe))
+    except DataError:
+        return []  # said as a problem
+    return [
+        f"source {name!r} has been read max_epochs={recipe.data.sources[name].max_epochs:g} times at step "
+        f"{place // recipe.run.global_rows + 1:,}: the others take its place from there (data.on_exhausted=continue)."
+        for name, place in gone
+    ]
+
+
+def _rows(recipe: Recipe) -> int:
+    """Rows of the whole run."""
+    return recipe.run.steps * recipe.run.global_rows
+
+
+def _order(recipe: Recipe, manifest: Manifest) -> "Blend":
+    """The order of training of prepared data. DataError where a source is not in it, or too small."""
+    from data.blend import blend_of  # it needs numpy, which a plan without prepared data does without
+
+    data, counts = recipe.data, []
+    for name in data.sources:
+        if name not in manifest.sources:
+            raise DataError(
+                f"{data.folder} holds no source {name} (it holds {', '.join(manifest.sources)}). Prepare the data again, or "
+                f"take the source out of data.sources."
+            )
+        counts.append(sum(entry.tokens for entry in manifest.sources[name].splits["train"]) // data.row_tokens)
+    return blend_of(data, counts)

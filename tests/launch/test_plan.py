@@ -8,8 +8,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import yaml
+from shards import write_folder
 
 from launch.compose import compose
 from launch.plan import as_json, main
@@ -87,6 +89,33 @@ def test_mistakes_are_found_before_anything_starts(
     assert got == status, text
     for part in parts:
         assert part in text
+
+
+def test_a_source_that_runs_out_is_found_where_the_data_is_prepared(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """100 and 60 rows of 32 tokens, 8 rows a step, shares 0.6 and 0.4: after 150 rows 60 of `python` are read, in step 19."""
+    documents = {"shakespeare": 100, "python": 60}
+    write_folder(tmp_path, {n: [[np.append(np.ones(31), 0)] * rows] for n, rows in documents.items()})
+    words = [
+        "-cn", "smoke", "run.name=not_there", f"data.folder={tmp_path}", "data.row_tokens=32", "schedule.warmup=1", "schedule.decay=1",
+        "+data.sources.python.max_epochs=1", "+data.sources.shakespeare.max_epochs=2",
+    ]  # fmt: skip
+    status, found, _ = plan(capsys, *words, "run.steps=18")
+    assert status == 0 and not any("runs out" in one for one in found["problems"])
+    status, found, _ = plan(capsys, *words, "run.steps=20")
+    assert status == 1
+    assert any("source 'python' runs out at step 19 (row 15" in one for one in found["problems"])
+    assert any("data.on_exhausted=continue" in one for one in found["problems"])
+    status, found, _ = plan(capsys, *words, "run.steps=20", "data.on_exhausted=continue")
+    assert status == 0
+    assert any("'python' has been read max_epochs=1 times at step 19" in one for one in found["warnings"])
+    status, found, _ = plan(capsys, *words, "run.steps=33", "data.on_exhausted=continue")
+    assert status == 1 and any("every source that is drawn at row 260" in one for one in found["problems"])
+    status, found, _ = plan(capsys, *words, "+data.sources.more.path=nowhere")
+    assert status == 1 and any(
+        "holds no source more (it holds shakespeare, python)" in one for one in found["problems"]
+    )
 
 
 def test_a_teacher_takes_its_place_and_time_on_the_last_stage(tmp_path: Path) -> None:
