@@ -199,6 +199,27 @@ def test_the_same_input_gives_the_same_bits():
     assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
 
 
+@pytest.mark.parametrize(("rows", "heads", "groups"), [(1, 8, 1), (1, 12, 1), (2, 12, 2), (3, 16, 1)])
+def test_the_scan_gives_the_same_bits_for_any_number_of_threads(rows, heads, groups):
+    """Threads decide how a group's heads are dealt to tasks, and so where their sums are cut."""
+    tensors, sizes = arguments(
+        length=150, rows=rows, heads=heads, head_dim=16, state=16, groups=groups, dtype=torch.float32
+    )
+    zxbcdt = tensors.pop("zxbcdt")
+    before, runs, splits = torch.get_num_threads(), [], set()
+    try:
+        for threads in (1, 2, 3, 8):
+            torch.set_num_threads(threads)
+            splits.add(compiled.scan_shape(zxbcdt, ssd.ScanSizes(**sizes, chunk=32), 4).splits)
+            y = ssd.mamba_core(zxbcdt, **tensors, **sizes, chunk=32, document_BL=documents(rows, 150, seed=2))
+            runs.append([y.detach(), *torch.autograd.grad(y.square().sum(), [zxbcdt, *tensors.values()])])
+    finally:
+        torch.set_num_threads(before)
+    assert len(splits) > 1, "the case is to cut heads in several ways"
+    for other in runs[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(runs[0], other, strict=True))
+
+
 def test_the_cached_state_is_fp32_whatever_the_storage():
     """In bf16 a state would lose 0.4 % at every token; Nemotron Nano 2's card asks for an fp32 cache."""
     tensors, sizes = arguments(length=6, rows=2, heads=4, head_dim=16, state=16, groups=2, dtype=torch.bfloat16)

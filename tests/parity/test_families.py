@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from data.batch import Batch
 from train.config import ModelConfig, Recipe
+from train.model.context import RowContext
 from train.step import train_step
 from train.stopwatch import Stopwatch
 
@@ -67,14 +68,24 @@ def relative(got: torch.Tensor, expected: torch.Tensor) -> float:
     return float((got - expected).abs().max() / expected.abs().max())
 
 
-def compare(rank: int, model: ModelConfig, rows: int, length: int) -> dict[str, float]:
-    """Relative differences: of the logits, the loss, and each gradient, by name."""
+def compare(
+    rank: int, model: ModelConfig, rows: int, length: int, documents: tuple[int, ...] | None = None
+) -> dict[str, float]:
+    """Relative differences: of the logits, the loss, and each gradient, by name.
+
+    documents: lengths of the documents of every row; transformers reads each of them alone.
+    """
     peer = peer_of(model)
     weights = dict(peer.named_parameters())
     tokens, labels = rows_for(0, rows=rows, length=length, vocab=model.vocab)
-    logits = peer(tokens).logits
+    lengths = (length,) if documents is None else documents
+    logits = torch.cat([peer(part).logits for part in tokens.split(lengths, dim=1)], dim=1)
     loss = F.cross_entropy(logits.flatten(0, 1), labels.flatten())
     loss.backward()
+    context = None
+    if documents is not None:
+        index = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
+        context = RowContext(documents=index.expand(rows, -1))
     gradients = {name: p.grad for name, p in weights.items()}
     found = {}
     with engine_of(recipe_for(model, rows, length), rank=rank, world=1) as engine:
@@ -84,9 +95,9 @@ def compare(rank: int, model: ModelConfig, rows: int, length: int) -> dict[str, 
                 parameter.copy_(their_part(name, weights, model))
         positions = torch.arange(length).expand_as(tokens)
         with torch.no_grad():
-            found["logits"] = relative(ours(tokens, positions, None), logits)
+            found["logits"] = relative(ours(tokens, positions, None, packed_seq_params=context), logits)
         engine.chunks[0].zero_grad_buffer()
-        mean = ours(tokens, positions, None, labels=labels).mean()
+        mean = ours(tokens, positions, None, labels=labels, packed_seq_params=context).mean()
         mean.backward()
         found["loss"] = abs(float(mean) / float(loss) - 1)
         for name, parameter in ours.named_parameters():
@@ -102,6 +113,24 @@ def test_logits_loss_and_gradients_equal_transformers(name: str) -> None:
     worst = max(found, key=found.__getitem__)
     assert found[worst] < 1e-4, f"{worst}: {found[worst]:.1e}"
     assert len(found) > 10
+
+
+PACKED = {
+    "gemma": (GEMMA, 2, 64, (7, 25, 1, 31)),
+    "gemma, a document longer than a block": (replace(GEMMA, pattern="w-*-", window_tokens=60), 1, 301, (40, 200, 61)),
+    "gemma, low caps, documents as long as the window": (replace(GEMMA, attention_softcap=0.5), 2, 60, (20, 20, 20)),
+    "hybrid": (TINY, 2, 64, (7, 25, 1, 31)),
+}
+
+
+@pytest.mark.parametrize("name", PACKED)
+def test_packed_documents_equal_transformers_reading_each_alone(name: str) -> None:
+    """Windows, caps and rotary positions within documents that share a row; gradients too."""
+    found = run_ranks(1, compare, *PACKED[name])[0]
+    assert found.pop("logits") < 1e-5
+    assert found.pop("loss") < 1e-6
+    worst = max(found, key=found.__getitem__)
+    assert found[worst] < 1e-4, f"{worst}: {found[worst]:.1e}"
 
 
 def ten_updates(rank: int, model: ModelConfig) -> tuple[list[float], list[float]]:

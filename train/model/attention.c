@@ -79,6 +79,11 @@ static void span(const Attention *k, const int32_t *first_key, const Block *b, i
   memset(p + *stop, 0, (size_t)(b->padded - *stop) * 4);
 }
 
+/* Ask for floats that a product needs soon: what is beyond a core's own caches stalls each tile at its start. */
+static inline void ask_for(const float *x, int64_t width) {
+  for (int64_t d = 0; d < width; d += 16) __builtin_prefetch(x + d);
+}
+
 static float *scratch(int64_t floats) { return aligned_alloc(64, (size_t)((floats + 15) / 16 * 64)); }
 
 /* p of a line from its raw products, capped; -> their sum. */
@@ -101,13 +106,15 @@ static float plain_line(const Attention *k, float *p, int64_t from, int64_t to, 
   if (start == stop) return 0;
   V most = all(top), sum = {0};
   for (int64_t j = start; j < stop; j += LANES) {
-    const I place = lane_numbers() + (int32_t)j;
     V x = load(p + j) * k->scale;
-    x = choose((place >= (int32_t)from) & (place < (int32_t)to), x, all(-INFINITY));
+    if (j < from || j + LANES > to) {
+      const I place = lane_numbers() + (int32_t)j;
+      x = choose((place >= (int32_t)from) & (place < (int32_t)to), x, all(-INFINITY));
+    }
     store(p + j, x);
     most = choose(x > most, x, most);
   }
-  for (int i = 0; i < LANES; i++) top = most[i] > top ? most[i] : top;
+  top = highest_of(most);
   for (int64_t j = start; j < stop; j += LANES) {
     V e = within(exp_of(load(p + j) - top), j, from, to);
     store(p + j, e);
@@ -144,6 +151,8 @@ int stratum_capped_forward(const Attention *k, const float *q, const float *keys
         float *p = scores + i * KEYS;
         int64_t from, to, start, stop;
         span(k, first_key, &b, i, p, &from, &to, &start, &stop);
+        if (i < b.keys) ask_for(values + (pair * k->keys + b.key + i) * D, D);
+        if (key_block + 1 < end) ask_for(turned + (pair * key_blocks + key_block + 1) * D * KEYS + i * D, D);
         float *total = sums + line + i, *row = out + (line + i) * D, factor = 1;
         if (key_block == first) *total = 0;
         if (k->softcap > 0) *total += capped_line(k, p, from, to, start, stop);
@@ -200,6 +209,15 @@ int stratum_capped_backward(const Attention *k, const float *q, const float *key
           float *p = scores + i * KEYS, *g = slopes + i * KEYS;
           int64_t from, to, start, stop;
           span(k, first_key, &b, i, p, &from, &to, &start, &stop);
+          if (i < b.keys) {
+            ask_for(own_v + (b.key + i) * D, D);
+            ask_for(own_k + (b.key + i) * D, D);
+            ask_for(keys + key + i * D, D);
+          }
+          if (key_block + 1 < end) {
+            ask_for(turned + at + D * KEYS + i * D, D);
+            ask_for(turned_values + at + D * KEYS + i * D, D);
+          }
           memset(g, 0, (size_t)start * 4);
           memset(g + stop, 0, (size_t)(b.padded - stop) * 4);
           const float own = constant[line + i], log_sum = sums[line + i];

@@ -26,7 +26,19 @@ class Shape(ctypes.Structure):
 
     _fields_ = [
         (name, ctypes.c_int64)
-        for name in ["rows", "length", "width", "heads", "head_dim", "state", "groups", "chunk", "splits", "taps"]
+        for name in [
+            "rows",
+            "length",
+            "width",
+            "heads",
+            "head_dim",
+            "state",
+            "groups",
+            "chunk",
+            "splits",
+            "parts",
+            "taps",
+        ]
     ]
 
 
@@ -48,7 +60,7 @@ def library(name: str) -> ctypes.CDLL | None:
         return None
     pointer, number = ctypes.c_void_p, ctypes.c_int
     arguments = {
-        "stratum_scan_forward": 9, "stratum_scan_backward": 15, "stratum_scan_finish": 3,
+        "stratum_scan_forward": 9, "stratum_scan_backward": 15, "stratum_scan_finish": 4,
         "stratum_conv_forward": 5, "stratum_conv_backward": 7,
         "stratum_capped_forward": 7, "stratum_capped_backward": 11,
         "stratum_norm_forward": 4, "stratum_norm_backward": 7,
@@ -148,16 +160,22 @@ def capped_backward(
 
 # ---- the scan
 
+MOST_PARTS = 8
+"""Parts of a group's heads at most, and so tasks of a row and group."""
+
 
 def scan_shape(zxbcdt_LBD: torch.Tensor, sizes: "ScanSizes", taps: int) -> Shape:
-    """The kernels' view of the sizes. Heads of a group are split until there are eight tasks, whatever the threads."""
+    """The kernels' view of the sizes. Heads of a group are split until all threads have as many tasks; the bits do not
+    depend on that (scan.c says why)."""
     length, rows, width = zxbcdt_LBD.shape
     per_group = sizes.heads_per_group
-    wanted = -(-8 // (rows * sizes.groups))
-    splits = next(s for s in range(1, per_group + 1) if per_group % s == 0 and (s >= wanted or s == per_group))
+    parts = min(per_group & -per_group, MOST_PARTS)
+    tasks, threads, splits = rows * sizes.groups, torch.get_num_threads(), 1
+    while splits < parts and tasks * splits % threads and tasks * splits < 4 * threads:
+        splits *= 2
     return Shape(
         rows=rows, length=length, width=width, heads=sizes.heads, head_dim=sizes.head_dim, state=sizes.state,
-        groups=sizes.groups, chunk=sizes.chunk, splits=splits, taps=taps,
+        groups=sizes.groups, chunk=sizes.chunk, splits=splits, parts=parts, taps=taps,
     )  # fmt: skip
 
 
@@ -208,16 +226,19 @@ def scan_backward(
     length, rows, _ = zxbcdt_LBD.shape
     shape = scan_shape(zxbcdt_LBD, sizes, conv_weight_CW.shape[1])
     grad_pre = torch.empty_like(pre)
-    grad_BC = torch.empty(shape.splits, rows, length, 2 * sizes.groups * sizes.state)
+    chunks, padded = -(-length // sizes.chunk), -(-sizes.chunk // kernels.stratum_lanes()) * kernels.stratum_lanes()
+    shared = torch.empty(
+        shape.splits, rows, sizes.groups, chunks, sizes.chunk, padded + 2 * sizes.state
+    )  # gradients of scores, B and C
     grad_dt = torch.empty(rows, length, sizes.heads)
     grad_A, grad_D = torch.empty(2, rows, sizes.heads).unbind()
     weight_WC = conv_weight_CW.t().contiguous()
     grad_weight, grad_bias = torch.empty_like(weight_WC), torch.empty(sizes.conv_channels)
     _call(
         kernels.stratum_scan_backward, shape, zxbcdt_LBD, pre, dt_BLH, A_H, D_H, first_BL, y, states, grad_out_LBI,
-        grad_zxbcdt, grad_pre, grad_BC, grad_dt, grad_A, grad_D,
+        grad_zxbcdt, grad_pre, shared, grad_dt, grad_A, grad_D,
     )  # fmt: skip
-    _call(kernels.stratum_scan_finish, shape, pre, grad_BC, grad_pre)
+    _call(kernels.stratum_scan_finish, shape, pre, first_BL, shared, grad_pre)
     _call(
         kernels.stratum_conv_backward,
         shape,

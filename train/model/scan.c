@@ -2,8 +2,9 @@
 
    A task is a row and some heads of a group. It goes over the row chunk by chunk with the state in the cache; everything of
    a chunk (Q x Q matrices, decays, scaled copies) lives in scratch memory that stays there too. Backward runs the chunks in
-   reverse with the state's gradient. How rows and heads are dealt to tasks depends on shapes alone, and every sum is taken
-   by one task or over tasks in order: the same bits for any number of threads.
+   reverse with the state's gradient. A group's heads are dealt to as many tasks (`splits`) as the threads need, each of which
+   makes the group's C B^T again. Sums over heads, the gradients of B and C, follow one binary tree over the group's `parts`
+   (a power of two, of equally many heads in order), of which a task has a branch: the same bits for any number of threads.
 
    Layouts: zxbcdt [L, B, width]; pre, grad_pre [B, L, C] (C = HP + 2GN channels: x, B, C); dt, s [B, L, H]; y [B, L, HP];
    out [L, B, HP]; states [B, chunks, H, N, P]; first [B, L] place of the first token of each token's document, or null. */
@@ -11,7 +12,7 @@
 #include "simd.h"
 
 typedef struct {
-  int64_t rows, length, width, heads, head_dim, state, groups, chunk, splits, taps;
+  int64_t rows, length, width, heads, head_dim, state, groups, chunk, splits, parts, taps;
 } Shape;
 
 typedef struct {
@@ -26,6 +27,13 @@ static Sizes sizes_of(const Shape *h) {
   s.chunks = (h->length + h->chunk - 1) / h->chunk;
   s.padded = (h->chunk + LANES - 1) / LANES * LANES;
   return s;
+}
+
+/* What is summed over the heads of a group for a chunk: gradients of the scores [Q, Qp], and of B and C [Q, N] each. */
+static int64_t shared_floats(const Shape *h, const Sizes *z) { return h->chunk * (z->padded + 2 * h->state); }
+
+static void add_to(float *sum, const float *more, int64_t floats) {
+  for (int64_t i = 0; i < floats; i++) sum[i] += more[i];
 }
 
 static inline float *take(float **memory, int64_t floats) {
@@ -47,9 +55,9 @@ typedef struct {
   int64_t *skip;              /* tokens of the chunk before each token's document; negative where that began earlier */
 } Chunk;
 
-static void read_chunk(const Shape *h, const Sizes *z, const float *pre, const int64_t *first, int64_t b, int64_t g, int64_t c,
-                       Chunk *k) {
-  const int64_t N = h->state, Qp = z->padded;
+static void place_chunk(const Shape *h, const Sizes *z, const float *pre, const int64_t *first, int64_t b, int64_t g, int64_t c,
+                        Chunk *k) {
+  const int64_t N = h->state;
   k->start = c * h->chunk;
   k->tokens = h->length - k->start < h->chunk ? h->length - k->start : h->chunk;
   for (int64_t i = 0; i < k->tokens; i++) {
@@ -60,6 +68,12 @@ static void read_chunk(const Shape *h, const Sizes *z, const float *pre, const i
     }
     k->skip[i] = first == NULL ? -1 : first[b * h->length + k->start + i] - k->start;
   }
+}
+
+static void read_chunk(const Shape *h, const Sizes *z, const float *pre, const int64_t *first, int64_t b, int64_t g, int64_t c,
+                       Chunk *k) {
+  const int64_t N = h->state, Qp = z->padded;
+  place_chunk(h, z, pre, first, b, g, c, k);
   transpose(k->tokens, N, k->B, N, k->BT, Qp);
   product(BELOW, k->tokens, Qp, N, k->C, N, 1, k->BT, Qp, k->scores, Qp, 0);
   for (int64_t i = 0; i < k->tokens; i++) {
@@ -177,27 +191,30 @@ int stratum_scan_forward(const Shape *h, const float *zxbcdt, const float *pre, 
 }
 
 /* Gradients given grad_out [L, B, HP]. Writes grad_z and grad_dt (of dt after softplus) into grad_zxbcdt [L, B, width] and
-   [B, L, H], grad_pre's x channels (through their SiLU), grad_BC [splits, B, L, 2GN] (before it; summed by
+   [B, L, H], grad_pre's x channels (through their SiLU), shared [splits, B, G, chunks, shared_floats] (for
    stratum_scan_finish), and sums over a row of the gradients of A and D, [B, H] each. */
 int stratum_scan_backward(const Shape *h, const float *zxbcdt, const float *pre, const float *dt, const float *A, const float *D,
                           const int64_t *first, const float *y, const float *states, const float *grad_out, float *grad_zxbcdt,
-                          float *grad_pre, float *grad_BC, float *grad_dt, float *grad_A, float *grad_D, int threads) {
+                          float *grad_pre, float *shared, float *grad_dt, float *grad_A, float *grad_D, int threads) {
   const Sizes z = sizes_of(h);
   const int64_t P = h->head_dim, N = h->state, Q = h->chunk, Qp = z.padded, heads_here = z.per_group / h->splits;
-  const int64_t tasks = h->rows * h->groups * h->splits, BC = 2 * h->groups * N;
+  const int64_t tasks = h->rows * h->groups * h->splits, parts_here = h->parts / h->splits, leaf = z.per_group / h->parts;
+  const int64_t sums = shared_floats(h, &z);
+  int64_t depth = 1;
+  for (int64_t n = parts_here; n > 1; n /= 2) depth++;
   int failed = 0;
 #pragma omp parallel for num_threads(threads) schedule(static)
   for (int64_t task = 0; task < tasks; task++) {
     const int64_t b = task / (h->groups * h->splits), g = task / h->splits % h->groups, split = task % h->splits;
-    int64_t floats = chunk_floats(h, &z) + 4 * Q * Qp + 7 * Q * P + 3 * Q * N + P * Qp + 2 * N * P + heads_here * N * P + 8 * Qp;
-    float *memory = aligned_alloc(64, (size_t)(floats + 16 * 40 + 15) / 16 * 64), *all_memory = memory;
+    int64_t floats = chunk_floats(h, &z) + 3 * Q * Qp + 7 * Q * P + Q * N + P * Qp + 2 * N * P + heads_here * N * P + 8 * Qp;
+    float *memory = aligned_alloc(64, (size_t)(floats + depth * sums + 16 * 40 + 15) / 16 * 64), *all_memory = memory;
     if (memory == NULL) { failed = 1; continue; }
     Chunk k = new_chunk(h, &z, &memory);
     float *M = take(&memory, Q * Qp), *decays = take(&memory, Q * Qp), *pairs = take(&memory, Q * Qp);
-    float *grad_scores = take(&memory, Q * Qp), *xdtT = take(&memory, P * Qp);
+    float *xdtT = take(&memory, P * Qp), *stack = take(&memory, depth * sums);
     float *x = take(&memory, Q * P), *slope = take(&memory, Q * P), *xdt = take(&memory, Q * P), *dy = take(&memory, Q * P);
     float *grad_xdt = take(&memory, Q * P), *weighted = take(&memory, Q * P);
-    float *gB = take(&memory, Q * N), *gC = take(&memory, Q * N), *piece = take(&memory, Q * (N > P ? N : P));
+    float *piece = take(&memory, Q * (N > P ? N : P));
     float *beforeT = take(&memory, N * P), *builtT = take(&memory, N * P);
     float *s = take(&memory, Qp), *step = take(&memory, Qp), *carry = take(&memory, Qp), *gain = take(&memory, Qp);
     float *ga = take(&memory, Qp), *run = take(&memory, Qp), *left_of = take(&memory, Qp), *entered = take(&memory, Qp);
@@ -210,10 +227,10 @@ int stratum_scan_backward(const Shape *h, const float *zxbcdt, const float *pre,
     for (int64_t c = z.chunks - 1; c >= 0; c--) {
       read_chunk(h, &z, pre, first, b, g, c, &k);
       const int64_t T = k.tokens;
-      memset(grad_scores, 0, (size_t)(Q * Qp) * 4);
-      memset(gB, 0, (size_t)(Q * N) * 4);
-      memset(gC, 0, (size_t)(Q * N) * 4);
+      int64_t open = 0; /* branches of the tree that wait for their neighbour */
       for (int64_t local = 0; local < heads_here; local++) {
+        float *grad_scores = stack + open * sums, *gB = grad_scores + Q * Qp, *gC = gB + Q * N;
+        if (local % leaf == 0) memset(grad_scores, 0, (size_t)sums * 4);
         const int64_t head = g * z.per_group + split * heads_here + local;
         float *dS = built + local * N * P;
         const float *before = states + ((b * z.chunks + c) * h->heads + head) * N * P;
@@ -314,37 +331,50 @@ int stratum_scan_backward(const Shape *h, const float *zxbcdt, const float *pre,
         product(FULL, T, N, P, xdt, P, 1, builtT, N, gB, N, 1);
         for (int64_t i = 0; i < N * P; i += LANES) store(dS + i, load(dS + i) * left);
         product(FULL, N, P, T, k.C, 1, N, weighted, P, dS, P, 1);
+        if ((local + 1) % leaf) continue;
+        open++;
+        for (int64_t part = (local + 1) / leaf; part % 2 == 0; part /= 2, open--)
+          add_to(stack + (open - 2) * sums, stack + (open - 1) * sums, sums);
       }
-      for (int64_t i = 0; i < T; i++) {
-        for (int64_t j = 0; j < k.skip[i]; j++) grad_scores[i * Qp + j] = 0;
-        for (int64_t j = i + 1; j < Qp; j++) grad_scores[i * Qp + j] = 0;
-      }
-      product(UPPER, T, N, T, grad_scores, 1, Qp, k.C, N, gB, N, 1);
-      product(LOWER, T, N, T, grad_scores, Qp, 1, k.B, N, gC, N, 1);
-      for (int64_t i = 0; i < T; i++) {
-        float *at = grad_BC + ((split * h->rows + b) * h->length + k.start + i) * BC + g * N;
-        memcpy(at, gB + i * N, (size_t)N * 4);
-        memcpy(at + h->groups * N, gC + i * N, (size_t)N * 4);
-      }
+      memcpy(shared + (((split * h->rows + b) * h->groups + g) * z.chunks + c) * sums, stack, (size_t)sums * 4);
     }
     free(all_memory);
   }
   return failed;
 }
 
-/* grad_pre's B and C channels: the splits' parts summed, through their SiLU. */
-int stratum_scan_finish(const Shape *h, const float *pre, const float *grad_BC, float *grad_pre, int threads) {
+/* grad_pre's B and C channels, through their SiLU, from what stratum_scan_backward left in `shared` (which is added up). */
+int stratum_scan_finish(const Shape *h, const float *pre, const int64_t *first, float *shared, float *grad_pre, int threads) {
   const Sizes z = sizes_of(h);
-  const int64_t BC = 2 * h->groups * h->state, tokens = h->rows * h->length;
+  const int64_t N = h->state, Q = h->chunk, Qp = z.padded, sums = shared_floats(h, &z), places = h->rows * h->groups * z.chunks;
+  int failed = 0;
 #pragma omp parallel for num_threads(threads) schedule(static)
-  for (int64_t t = 0; t < tokens; t++)
-    for (int64_t n = 0; n < BC; n += LANES) {
-      V sum = {0};
-      for (int64_t split = 0; split < h->splits; split++) sum += load(grad_BC + (split * tokens + t) * BC + n);
-      const int64_t at = t * z.channels + z.inner + n;
-      store(grad_pre + at, sum * silu_slope(load(pre + at)));
+  for (int64_t place = 0; place < places; place++) {
+    float *memory = aligned_alloc(64, (size_t)(chunk_floats(h, &z) + 15) / 16 * 64), *all_memory = memory;
+    if (memory == NULL) { failed = 1; continue; }
+    const int64_t b = place / z.chunks / h->groups, g = place / z.chunks % h->groups, c = place % z.chunks;
+    Chunk k = new_chunk(h, &z, &memory);
+    place_chunk(h, &z, pre, first, b, g, c, &k);
+    for (int64_t step = 1; step < h->splits; step *= 2)
+      for (int64_t split = 0; split < h->splits; split += 2 * step)
+        add_to(shared + (split * places + place) * sums, shared + ((split + step) * places + place) * sums, sums);
+    float *grad_scores = shared + place * sums, *gB = grad_scores + Q * Qp, *gC = gB + Q * N;
+    for (int64_t i = 0; i < k.tokens; i++) {
+      for (int64_t j = 0; j < k.skip[i]; j++) grad_scores[i * Qp + j] = 0;
+      for (int64_t j = i + 1; j < Qp; j++) grad_scores[i * Qp + j] = 0;
     }
-  return 0;
+    product(UPPER, k.tokens, N, k.tokens, grad_scores, 1, Qp, k.C, N, gB, N, 1);
+    product(LOWER, k.tokens, N, k.tokens, grad_scores, Qp, 1, k.B, N, gC, N, 1);
+    for (int64_t i = 0; i < k.tokens; i++) {
+      const int64_t at = (b * h->length + k.start + i) * z.channels + z.inner + g * N, to_C = h->groups * N;
+      for (int64_t n = 0; n < N; n += LANES) {
+        store(grad_pre + at + n, load(gB + i * N + n) * silu_slope(load(pre + at + n)));
+        store(grad_pre + at + to_C + n, load(gC + i * N + n) * silu_slope(load(pre + at + to_C + n)));
+      }
+    }
+    free(all_memory);
+  }
+  return failed;
 }
 
 /* Causal convolution of the x, B, C channels of zxbcdt (after z): pre [B, L, C]. weight [C, taps]. */

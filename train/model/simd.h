@@ -27,15 +27,33 @@ static inline V all(float x) { return x - (V){0}; }
 static inline V choose(I mask, V yes, V no) { return (V)(((I)yes & mask) | ((I)no & ~mask)); }
 static inline V at_least(V x, float low) { return choose(x < all(low), all(low), x); } /* NaN stays, in both */
 static inline V at_most(V x, float high) { return choose(x > all(high), all(high), x); }
-static inline float sum_of(V x) {
-  float s = 0;
-  for (int i = 0; i < LANES; i++) s += x[i];
-  return s;
-}
 static inline I lane_numbers(void) {
   I n;
   for (int i = 0; i < LANES; i++) n[i] = i;
   return n;
+}
+/* Lane i of x for m[i] = i below LANES, of y beyond: two vectors mixed, in one or two instructions where m is constant. */
+static inline V mix(V x, V y, I m) {
+#ifdef __clang__
+  V out;
+  for (int i = 0; i < LANES; i++) out[i] = m[i] < LANES ? x[m[i]] : y[m[i] - LANES];
+  return out;
+#else
+  return __builtin_shuffle(x, y, m);
+#endif
+}
+/* Added up in halves: the same order whatever the compiler. */
+static inline float sum_of(V x) {
+  for (int half = LANES / 2; half > 0; half /= 2) x += mix(x, x, (lane_numbers() + half) & (LANES - 1));
+  return x[0];
+}
+
+static inline float highest_of(V x) {
+  for (int half = LANES / 2; half > 0; half /= 2) {
+    const V other = mix(x, x, (lane_numbers() + half) & (LANES - 1));
+    x = choose(other > x, other, x);
+  }
+  return x[0];
 }
 
 /* e^x for x in [-87, 88]; outside, the value at the end of that range. */
@@ -133,9 +151,36 @@ static inline void product(int part, int64_t height, int64_t width, int64_t dept
   }
 }
 
-/* out[j][i] = in[i][j] for i < height, zero for height <= i < padded */
+/* Rows i and i + block of a square of LANES vectors exchange their off-diagonal blocks. */
+#define EXCHANGE(block)                                                                                       \
+  for (int i = 0; i < LANES; i++)                                                                             \
+    if (!(i & (block))) {                                                                                     \
+      const I n = lane_numbers(), is_right = (n & (block)) != 0;                                              \
+      const I upper = (n & ~is_right) | ((n + LANES - (block)) & is_right);                                   \
+      const I lower = ((n + (block)) & ~is_right) | ((n + LANES) & is_right);                                 \
+      const V x = square[i], y = square[i + (block)];                                                         \
+      square[i] = mix(x, y, upper);                                                                           \
+      square[i + (block)] = mix(x, y, lower);                                                                 \
+    }
+
+/* out[j][i] = in[i][j] for i < height, zero for height <= i < padded; width and padded are multiples of LANES. */
 static inline void transpose(int64_t height, int64_t width, const float *in, int64_t in_row, float *out, int64_t padded) {
-  for (int64_t j0 = 0; j0 < width; j0 += 16)
-    for (int64_t i = 0; i < padded; i++)
-      for (int64_t j = j0; j < width && j < j0 + 16; j++) out[j * padded + i] = i < height ? in[i * in_row + j] : 0;
+  for (int64_t i0 = 0; i0 < padded; i0 += LANES)
+    for (int64_t j0 = 0; j0 < width; j0 += LANES) {
+      V square[LANES];
+#pragma GCC unroll 16
+      for (int i = 0; i < LANES; i++) square[i] = i0 + i < height ? load(in + (i0 + i) * in_row + j0) : (V){0};
+#if LANES == 16
+#pragma GCC unroll 16
+      EXCHANGE(8)
+#endif
+#pragma GCC unroll 16
+      EXCHANGE(4)
+#pragma GCC unroll 16
+      EXCHANGE(2)
+#pragma GCC unroll 16
+      EXCHANGE(1)
+#pragma GCC unroll 16
+      for (int j = 0; j < LANES; j++) store(out + (j0 + j) * padded + i0, square[j]);
+    }
 }
