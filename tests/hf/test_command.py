@@ -203,6 +203,18 @@ def test_a_published_clamp_is_told_and_does_not_keep_weights_out(
     assert "imported_from" in (tmp_path / "again" / "README.md").read_text()
 
 
+def test_what_disagrees_is_not_left_behind(runs: dict[str, Path], exports: dict[str, Path], tmp_path: Path) -> None:
+    """No two implementations round alike, so a tolerance of nothing is a disagreement. Without a tokenizer bytes do."""
+    bare = tmp_path / "bare"
+    shutil.copytree(exports["gemma2"], bare, ignore=shutil.ignore_patterns("*token*"))
+    for words in (["export", runs["gemma2"]], ["import", exports["nemotron_h"]], ["import", bare]):
+        status, output = command(tmp_path, *words, "--out", tmp_path / "x", "--tolerance", "1e-15")
+        assert status == 1 and "x was not written" in output, output
+        assert not (tmp_path / "x").exists() and not list(tmp_path.glob(".*"))
+    status, output = command(tmp_path, "import", bare, "--out", tmp_path / "x")
+    assert status == 0 and "ids are the bytes of the text" in output and "The two agree." in output, output
+
+
 def test_mistakes_are_explained_and_leave_nothing(
     runs: dict[str, Path], exports: dict[str, Path], tmp_path: Path
 ) -> None:

@@ -13,7 +13,7 @@ from transformers import AutoConfig
 from data.command import RECIPES
 from train.config import ModelConfig
 from train.errors import RecipeError
-from train.hf.config import SpecialTokens, clamp_of, family_of, from_config, to_config
+from train.hf.config import SpecialTokens, clamp_of, family_of, from_config, read_config, to_config
 
 # config.json of nvidia/NVIDIA-Nemotron-Nano-9B-v2 (revision 6533e8de).
 NANO_9B = {
@@ -116,9 +116,27 @@ def test_nothing_is_read_without_being_understood() -> None:
         ({"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}}, "rope_type='dynamic'"),
         ({"rope_parameters": {"rope_type": "yarn", "factor": 2.0, "beta_fast": 16}}, "beta_fast not supported"),
         ({"hidden_size": "wide"}, "model.hidden='wide'"),
+        ({"num_hidden_layers": 5}, "num_hidden_layers=5, but layer_types names 3"),
+        ({"layer_types": "full_attention"}, "layer_types='full_attention' is not a list"),
+        ({"rope_parameters": "default"}, "rope_parameters='default' is not an object"),
+        ({"max_position_embeddings": "long"}, "max_position_embeddings='long' is not a positive whole number"),
     ):
         with pytest.raises(RecipeError, match=message):
             from_config(gemma | change, where="config.json")
+    for change, message in (
+        ({"num_hidden_layers": 3}, f"num_hidden_layers=3, but the pattern has {len(HYBRID.pattern)} layers"),
+        ({"layers_block_type": ["mamba", "mlp"]}, r"hybrid_override_pattern=.* and layers_block_type \(M-\) disagree"),
+        ({"layers_block_type": "mamba"}, "layers_block_type='mamba' is not a list"),
+        ({"hybrid_override_pattern": 5}, "hybrid_override_pattern=5 is not a text"),
+    ):
+        with pytest.raises(RecipeError, match=message):
+            from_config(config | change, where="config.json")
+
+
+def test_a_config_that_is_no_object_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("[1, 2]")
+    with pytest.raises(RecipeError, match="is not an object of fields but list"):
+        read_config(tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """Conversion of whole models: bitwise there and back from any layout to any layout, names that must fit, memory of one tensor."""
 
 import json
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -20,7 +21,7 @@ from train.checkpoint.tensors import StoredTensors
 from train.config import Recipe
 from train.errors import CheckpointError
 from train.hf.config import from_config, read_config, to_config
-from train.hf.convert import import_weights
+from train.hf.convert import import_weights, kept_format
 from train.hf.files import WeightFiles
 from train.model.initial import global_names
 
@@ -127,6 +128,35 @@ def test_names_that_do_not_fit_are_errors_that_name_them(tmp_path: Path) -> None
     assert "missing: model.layers.0.mlp.gate_proj.weight" in message
     assert "not part of this model: model.layers.0.mlp.gate_projection.weight" in message
     assert f"{wide} is [96, 48], not [48, 96]" in message
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_numbers_that_are_none_are_refused_by_name(family: str, tmp_path: Path) -> None:
+    """A row of the embedding that no text reaches is seen by no comparison."""
+    model = FAMILIES[family]
+    path = trained(tmp_path / "run", recipe_of(model), world=1)
+    directory = exported(path, tmp_path / "theirs", model)
+    for name, value in (("embed", float("inf")), ("down_proj", float("nan"))):
+        broken = tmp_path / name
+        shutil.copytree(directory, broken)
+        file = next(f for f in sorted(broken.glob("*.safetensors")) if any(name in n for n in load_file(f)))
+        tensors = load_file(file)
+        wrong = next(n for n in tensors if name in n)
+        tensors[wrong][7, 3] = value
+        save_file(tensors, file)
+        with pytest.raises(CheckpointError, match=rf"{wrong} holds 1 numbers of .* that are NaN or infinite"):
+            imported(broken, tmp_path / f"{name}_in")
+
+
+def test_keeping_every_bit_takes_the_finest_format(tmp_path: Path) -> None:
+    path = trained(tmp_path / "run", recipe_of(HYBRID), world=1)
+    directory = exported(path, tmp_path / "theirs", HYBRID, format="bf16")
+    assert kept_format(WeightFiles(directory), HYBRID, vocab=HYBRID.vocab) == "bf16"  # A_log, D and dt_bias are fp32
+    file = sorted(directory.glob("*.safetensors"))[0]
+    tensors = load_file(file)
+    one = next(name for name, tensor in tensors.items() if tensor.dtype == torch.bfloat16)
+    save_file(tensors | {one: tensors[one].float()}, file)
+    assert kept_format(WeightFiles(directory), HYBRID, vocab=HYBRID.vocab) == "fp32"
 
 
 PROGRAM = """

@@ -74,6 +74,11 @@ def test_damage_is_named(tmp_path: Path) -> None:
     save_file({"x": torch.ones(2)}, second)
     with pytest.raises(CheckpointError, match=r"disagree about 2 tensors"):
         WeightFiles(tmp_path)
+    for place in (5, "../elsewhere.safetensors"):
+        (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"x": place}}))
+        with pytest.raises(CheckpointError, match=r"x is in .* which is no file of the directory"):
+            WeightFiles(tmp_path)
+    (tmp_path / "model.safetensors.index.json").unlink()
     save_file({"x": torch.ones(2, dtype=torch.int8)}, second)
     with pytest.raises(CheckpointError, match=r"x is stored as I8"):
         WeightFiles(tmp_path)

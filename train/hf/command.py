@@ -31,7 +31,7 @@ from train.errors import BackendError, CheckpointError, RecipeError
 from train.hf import card, tokens
 from train.hf.check import Agreement, compare, load_theirs, their_ids
 from train.hf.config import CONFIG, NO_CLAMP, clamp_of, family_of, from_config, read_config, to_config
-from train.hf.convert import different_weights, export_weights, import_weights
+from train.hf.convert import different_weights, export_weights, import_weights, kept_format
 from train.hf.files import WeightFiles
 from train.hf.recipe import Imported, imported_recipe, recipe_text
 from train.model.pattern import parameters
@@ -72,7 +72,8 @@ def export_model(parsed: argparse.Namespace) -> int:
     positions = parsed.max_positions or recipe.data.row_tokens
     stored = StoredTensors(path)
     name = parsed.name or parsed.out.name
-    with _aside(parsed.out, needed=sum(entry.nbytes for entry in stored.weights.values())) as folder:
+    needed = sum(entry.nbytes for entry in stored.weights.values())
+    with _aside(parsed.out, needed=needed) as (folder, publish):
         with _bar(f"exporting {name}", folder, stored) as advance:
             converted = export_weights(
                 stored,
@@ -97,6 +98,7 @@ def export_model(parsed: argparse.Namespace) -> int:
         card.write_card(folder, release)
         if agreement is not None and agreement.problems:
             return _refuse(agreement, f"{parsed.out} was not written")
+        publish()
     _say(
         f"wrote {parsed.out}: {converted.parameters:,} parameters, {converted.nbytes / 1e9:.3g} GB, model card README.md"
     )
@@ -110,8 +112,7 @@ def import_model(parsed: argparse.Namespace) -> int:
     model = replace(theirs, vocab=-(-theirs.vocab // step) * step)
     files = WeightFiles(parsed.directory)
     name = parsed.name or parsed.out.name
-    is_bf16 = any(entry.dtype == torch.bfloat16 for entry in files.entries.values())
-    params = {"keep": "bf16" if is_bf16 else "fp32"}.get(parsed.dtype, parsed.dtype)
+    params = kept_format(files, model, vocab=theirs.vocab) if parsed.dtype == "keep" else parsed.dtype
     file, end_of_document = tokens.tokenizer_file(parsed.directory), tokens.end_of_document_of(parsed.directory, config)
     imported = Imported(
         name=name,
@@ -121,10 +122,10 @@ def import_model(parsed: argparse.Namespace) -> int:
         params=params,
         tokenizer=parsed.out / file.name if file is not None else None,
         end_of_document=end_of_document,
-        row_tokens=min(int(config.get("max_position_embeddings", 1024)), 1024),
+        row_tokens=min(config.get("max_position_embeddings", 1024), 1024),
     )
     recipe = imported_recipe(imported)
-    with _aside(parsed.out, needed=files.nbytes) as folder:
+    with _aside(parsed.out, needed=files.nbytes) as (folder, publish):
         writing = folder / ".checkpoint.writing"
         writing.mkdir()
         with _bar(f"importing {name}", folder, files) as advance:
@@ -159,6 +160,7 @@ def import_model(parsed: argparse.Namespace) -> int:
                 )
         if agreement is not None and agreement.problems:
             return _refuse(agreement, f"{parsed.out} was not written", config=config)
+        publish()
     _say(
         f"wrote {parsed.out}: {converted.parameters:,} parameters in {parsed.out}/checkpoint; the recipe is {name}.yaml:"
     )
@@ -242,10 +244,18 @@ def _batch(options: CheckOptions, recipe: Recipe, folder: Path) -> torch.Tensor:
 
 
 def _ids(text: str, recipe: Recipe, folder: Path) -> list[int]:
-    """Ids of a text by the directory's tokenizer, which must be the same for transformers and for us; else by the run's."""
+    """Ids of a text by the directory's tokenizer, which must be the same for transformers and for us; else by the run's,
+    else its bytes: whether two models compute the same does not depend on what the ids stand for."""
     path = tokens.tokenizer_file(folder)
     if path is None or not (folder / tokens.CONFIG).is_file():
-        tokenizer, path = open_tokenizer(recipe)
+        try:
+            if path is None:
+                tokenizer, path = open_tokenizer(recipe)
+            else:
+                tokenizer = load_tokenizer(path, recipe.data.tokenizer)
+        except DataError:
+            _say(f"note: {folder} has no tokenizer that can be read; ids are the bytes of the text.")
+            return [byte % recipe.model.vocab for byte in text.encode()]
         _say(f"note: {folder} has no tokenizer for transformers; ids are from {path}.")
         return tokenizer.encode(text)
     ids = their_ids(folder, text)
@@ -317,27 +327,30 @@ def _copy_tokenizer(file: Path | None, folder: Path, end_of_document: str | None
 
 
 @contextmanager
-def _aside(out: Path, *, needed: int) -> Iterator[Path]:
-    """A folder beside `out` that becomes `out` when the block ends, and disappears when it fails or returns early."""
+def _aside(out: Path, *, needed: int) -> Iterator[tuple[Path, Callable[[], None]]]:
+    """A folder beside `out`, and what makes it `out`. Where that was not called it disappears when the block is left."""
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise RecipeError(f"{out} is not empty. Choose another --out; nothing is overwritten.")
-    out.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RecipeError(f"{out.parent} cannot be made: {error.strerror}. Choose another --out.") from error
     free = shutil.disk_usage(out.parent).free
     if free < needed:
         raise RecipeError(f"{out} needs {needed / 1e9:.3g} GB, {free / 1e9:.3g} GB are free there.")
     folder = out.with_name(f".{out.name}.writing")
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
-    finished = False
+
+    def publish() -> None:
+        if out.exists():
+            out.rmdir()
+        folder.rename(out)
+
     try:
-        yield folder
-        finished = True
+        yield folder, publish
     finally:
-        if not finished:
-            shutil.rmtree(folder, ignore_errors=True)
-    if out.exists():
-        out.rmdir()
-    folder.rename(out)
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 @contextmanager

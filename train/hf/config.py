@@ -185,6 +185,8 @@ def read_config(folder: Path) -> dict[str, Any]:
         config = json.loads(path.read_text())
     except (OSError, ValueError) as error:
         raise RecipeError(f"{path} cannot be read: {error}. Give a directory in Hugging Face's format.") from error
+    if not isinstance(config, dict):
+        raise RecipeError(f"{path} is not an object of fields but {type(config).__name__}. Copy the file again.")
     return config
 
 
@@ -208,6 +210,9 @@ def from_config(config: dict[str, Any], *, where: str) -> ModelConfig:
         problems.append(f"{key} is missing")
         return None
 
+    positions = config.get("max_position_embeddings", 1)
+    if not isinstance(positions, int) or positions < 1:
+        problems.append(f"max_position_embeddings={positions!r} is not a positive whole number")
     fields = {ours: need(theirs) for theirs, ours in _NAMES[family].items() if theirs != "head_dim"}
     fields["head_dim"] = need("head_dim", "attention_head_dim")
     fields["vocab"] = need("vocab_size")
@@ -270,13 +275,25 @@ def _not_gemma(model: ModelConfig) -> list[str]:
 
 
 def _nemotron_pattern(config: dict[str, Any], problems: list[str]) -> str | None:
-    pattern = config.get("hybrid_override_pattern")
-    if pattern is None and "layers_block_type" in config:
+    pattern, kinds = config.get("hybrid_override_pattern"), config.get("layers_block_type")
+    if kinds is not None:
+        if not isinstance(kinds, list):
+            problems.append(f"layers_block_type={kinds!r} is not a list of kinds of layers")
+            return None
         signs = {name: sign for sign, name in _LAYERS.items()} | _OLD_LAYERS
-        pattern = "".join(signs.get(name, "?") for name in config["layers_block_type"])
+        spelled = "".join(signs.get(name, "?") if isinstance(name, str) else "?" for name in kinds)
+        if pattern is not None and pattern != spelled:
+            problems.append(f"hybrid_override_pattern={pattern} and layers_block_type ({spelled}) disagree")
+        pattern = spelled
     if pattern is None:
         problems.append("hybrid_override_pattern (or layers_block_type) is missing")
-    elif strange := sorted(set(pattern) - set("M*-")):
+        return None
+    if not isinstance(pattern, str):
+        problems.append(f"hybrid_override_pattern={pattern!r} is not a text")
+        return None
+    if config.get("num_hidden_layers", len(pattern)) != len(pattern):
+        problems.append(f"num_hidden_layers={config['num_hidden_layers']!r}, but the pattern has {len(pattern)} layers")
+    if strange := sorted(set(pattern) - set("M*-")):
         problems.append(f"hybrid_override_pattern={pattern}: no layers of kind {', '.join(strange)} here")
     return pattern
 
@@ -293,7 +310,11 @@ def _rope(model: ModelConfig) -> dict[str, Any]:
 
 
 def _gemma_fields(config: dict[str, Any], problems: list[str]) -> dict[str, Any]:
-    rope = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    if not isinstance(rope, dict):
+        problems.append(f"rope_parameters={rope!r} is not an object of fields")
+        rope = {}
+    rope = dict(rope)
     kind = rope.pop("rope_type", rope.pop("type", "default"))
     base = rope.pop("rope_theta", config.get("rope_theta", 10000.0))
     fields: dict[str, Any] = {
@@ -319,8 +340,15 @@ def _gemma_fields(config: dict[str, Any], problems: list[str]) -> dict[str, Any]
     if kinds is None and isinstance(count, int):
         kinds = ["full_attention" if index % 2 else "sliding_attention" for index in range(count)]
     if kinds is None:
-        problems.append("num_hidden_layers is missing")
+        problems.append(
+            "num_hidden_layers is missing" if count is None else f"num_hidden_layers={count!r} is no number"
+        )
         return fields
+    if not isinstance(kinds, list) or not all(isinstance(name, str) for name in kinds):
+        problems.append(f"layer_types={kinds!r} is not a list of kinds of attention")
+        return fields
+    if count is not None and count != len(kinds):
+        problems.append(f"num_hidden_layers={count!r}, but layer_types names {len(kinds)}")
     signs = {"sliding_attention": "w", "full_attention": "*"}
     if strange := sorted(set(kinds) - signs.keys()):
         problems.append(f"layer_types: {', '.join(strange)} not supported")

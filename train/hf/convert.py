@@ -65,7 +65,7 @@ def export_weights(
     with WeightWriter(folder, plan, file_bytes=file_bytes) as writer:
         for pair in found:
             dtype = formats[next(iter(pair.theirs))]
-            tensors = [stored.read(name).to(dtype) for name in pair.ours]
+            tensors = [_finite(stored.read(name), name, where=stored.folder).to(dtype) for name in pair.ours]
             for name, tensor in zip(pair.theirs, to_theirs(pair, tensors), strict=True):
                 writer.add(name, tensor)
                 advance(tensor.nbytes)
@@ -101,7 +101,8 @@ def import_weights(
     def read(name: str) -> torch.Tensor:
         if name not in held:
             pair = pair_of[name]
-            tensors = [files.read(names[theirs]).to(weights[name].dtype) for theirs in pair.theirs]
+            dtype, where = weights[name].dtype, files.folder
+            tensors = [_finite(files.read(names[n]), names[n], where=where).to(dtype) for n in pair.theirs]
             held.update(zip(pair.ours, to_ours(pair, tensors), strict=True))
         tensor = held.pop(name)
         advance(tensor.nbytes)
@@ -173,6 +174,28 @@ def different_weights(stored: StoredTensors, files: WeightFiles, *, model: Model
             if not torch.equal(tensor.to(coarse), theirs.to(coarse)):
                 different.append(name)
     return different
+
+
+def kept_format(files: WeightFiles, model: ModelConfig, *, vocab: int) -> Format:
+    """The format of a checkpoint that keeps every bit of a directory: bf16 where no weight that may be in it is finer."""
+    family = family_of(model)
+    found, names = pairs(model, family, vocab=vocab), their_names(files, family)
+    check_theirs(found, files, names)
+    is_coarse = all(
+        files.entries[names[name]].dtype == torch.bfloat16 for p in found if not p.full for name in p.theirs
+    )
+    return "bf16" if is_coarse else "fp32"
+
+
+def _finite(tensor: torch.Tensor, name: str, *, where: Path) -> torch.Tensor:
+    """The tensor. CheckpointError where a number of it is none: a comparison sees only what its text reaches."""
+    if tensor.numel() and not all(bool(end.isfinite()) for end in torch.aminmax(tensor)):
+        bad = int((~tensor.isfinite()).sum())
+        raise CheckpointError(
+            f"{where}: {name} holds {bad:,} numbers of {tensor.numel():,} that are NaN or infinite. Take weights from before "
+            f"they broke, or copy the files again."
+        )
+    return tensor
 
 
 def _some(names: list[str]) -> str:

@@ -94,9 +94,15 @@ class WeightFiles:
 
     def _weight_map(self) -> dict[str, str]:
         try:
-            return dict(json.loads((self.folder / INDEX).read_text())["weight_map"])
+            files = dict(json.loads((self.folder / INDEX).read_text())["weight_map"])
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise CheckpointError(f"{self.folder / INDEX} cannot be read: {error!r}") from error
+            raise CheckpointError(f"{self.folder / INDEX} cannot be read: {error!r}. Copy the file again.") from error
+        for name, file in files.items():
+            if not isinstance(file, str) or Path(file).name != file:
+                raise CheckpointError(
+                    f"{self.folder / INDEX}: {name} is in {file!r}, which is no file of the directory."
+                )
+        return files
 
     def _check_index(self) -> None:
         if not (self.folder / INDEX).is_file():

@@ -112,7 +112,7 @@ def _read(path: Path) -> dict[str, Any]:
     try:
         return dict(json.loads(path.read_text()))
     except (OSError, ValueError, TypeError) as error:
-        raise RecipeError(f"{path} cannot be read: {error!r}") from error
+        raise RecipeError(f"{path} cannot be read: {error!r}. Copy the file again.") from error
 
 
 def check_fingerprint(tokenizer: Tokenizer, expected: str, *, path: Path) -> None:
