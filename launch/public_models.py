@@ -14,16 +14,25 @@ from typing import Any
 from train.config import ModelConfig
 
 _EXPERTS = re.compile(
-    r"mixtral|\bmoe\b|deepseek|gpt ?oss|\ba\d+(\.\d+)?b\b|\d+ ?x ?\d+ ?b|scout|maverick|dbrx|grok|olmoe|kimi|minimax|arctic|"
+    r"mixtral|\bmoe\b|deepseek ?(v[2-9]|r1(?! distill)|moe)|gpt ?oss|"
+    r"\ba\d+(\.\d+)?b\b|\d+ ?x ?\d+ ?b|scout|maverick|dbrx|grok|olmoe|kimi|minimax|arctic|"
     r"jamba|nemotron ?3 ?(nano|super|ultra|5|\.5)|glm ?[45]|moonlight|step ?3|ling ?\d|hunyuan|switch|bailing"
 )
-_OTHER = re.compile(r"bert|\bt5\b|flux|diffusion|clip\b|whisper|\bvl\b|vision|llava|rwkv|stable|sdxl|\bvit\b|\bdit\b")
+_LAYERS = re.compile(r"falcon ?h1|zamba|hymba|griffin|recurrentgemma|granite ?4")
+_OTHER = re.compile(
+    r"bert|\bt5\b|flux|diffusion|clip\b|whisper|\bvl\b|vision|llava|rwkv|stable ?diff|sdxl|\bvit\b|\bdit\b"
+)
 _FAMILIES = (
-    (r"code ?llama", "codellama"), (r"llama|llamma", "llama"), (r"mistral ?nemo", "mistral-nemo"), (r"mistral", "mistral"),
+    (r"codestral ?mamba|mamba ?codestral", "codestral-mamba"), (r"code ?llama", "codellama"),
+    (r"llama|llamma", "llama"), (r"mistral ?nemo", "mistral-nemo"),
+    (r"mistral|codestral", "mistral"), (r"ministral", "ministral"),
     (r"qwen", "qwen"), (r"gemma", "gemma"), (r"olmo", "olmo"), (r"gpt ?3", "gpt3"), (r"gpt ?2", "gpt2"),
     (r"nemotron ?h", "nemotron-h"), (r"nemotron ?nano|nano ?v2", "nemotron-nano"), (r"nemotron", "nemotron"),
     (r"\bmpt\b", "mpt"), (r"pythia", "pythia"), (r"smollm", "smollm"), (r"\bphi", "phi"), (r"falcon", "falcon"),
-    (r"nanotron", "nanotron"),
+    (r"nanotron", "nanotron"), (r"gpt ?neox", "gpt-neox"), (r"gpt ?j\b", "gpt-j"), (r"\bopt\b", "opt"), (r"bloom", "bloom"),
+    (r"\byi\b", "yi"), (r"deepseek", "deepseek"), (r"internlm", "internlm"), (r"granite", "granite"),
+    (r"starcoder", "starcoder"), (r"command ?r", "command-r"), (r"apertus", "apertus"), (r"bamba", "bamba"),
+    (r"\bgpt(?! ?neo)|megatron|turing", "gpt3"),
 )  # fmt: skip
 
 
@@ -33,6 +42,8 @@ class NotExpressible(Exception):
 
 def model_named(name: str, *, source: str = "") -> ModelConfig:
     """The fields of a published model. source: who published, for names that are only a size. NotExpressible says why not."""
+    if not name.strip():
+        raise NotExpressible("model not named")
     plain = re.sub(r"[_/-]+", " ", name.lower())
     if _EXPERTS.search(plain):
         raise NotExpressible("mixture of experts: a recipe has no expert layers")
@@ -41,19 +52,21 @@ def model_named(name: str, *, source: str = "") -> ModelConfig:
     written = _written_shape(plain)
     if written is not None:
         return written
-    size = re.search(r"(\d+(?:\.\d+)?) ?(b|m)\b", plain)
+    if _LAYERS.search(plain):
+        raise NotExpressible("layers that no recipe can say (attention and Mamba side by side, shared, or recurrent)")
+    size = re.search(r"(\d+(?:\.\d+)?) ?(t|b|m)\b", plain)
     found = [(match, family) for part, family in _FAMILIES if (match := re.search(part, plain))]
     if not found and "nanotron" in source.lower():
         family, version = "nanotron", ""
     elif found:
         match, family = found[0]
-        after = re.match(r" ?v?(\d+(?:\.\d+)?)(?![\d.]| ?[bm]\b)", plain[match.end() :])
+        after = re.match(r" ?v?(\d+(?:\.\d+)?)(?![\d.]| ?[bmt]\b)", plain[match.end() :])
         version = after.group(1) if after else ("2" if family == "nemotron-nano" else "")
     else:
         raise NotExpressible("model not in the table of public shapes (launch/public_models.toml)")
     if size is None:
         raise NotExpressible("model name without a size")
-    billions = float(size.group(1)) / (1000 if size.group(2) == "m" else 1)
+    billions = float(size.group(1)) * {"m": 0.001, "b": 1, "t": 1000}[size.group(2)]
     for entry in _table():
         if entry["family"] != family or (version not in entry["versions"] and version):
             continue
@@ -81,7 +94,7 @@ def _config(shape: dict[str, Any]) -> ModelConfig:
     heads = shape["heads"]
     extras: dict[str, Any] = {key: value for key, value in shape.items() if key.startswith("mamba_")}
     if extras:
-        extras |= {"mamba_groups": 8, "mamba_chunk": 128}
+        extras = {"mamba_groups": 8, "mamba_chunk": 128} | extras
     return ModelConfig(
         pattern=shape.get("pattern", _blocks(shape)),
         hidden=shape["hidden"],
@@ -100,7 +113,11 @@ def _config(shape: dict[str, Any]) -> ModelConfig:
 
 
 def _blocks(shape: dict[str, Any]) -> str:
-    """Attention and MLP in turn; with a window everywhere, or in the first of every `window_every` blocks."""
+    """Attention and MLP in turn; with a window everywhere, in the first of every `window_every` blocks, or in all but the last
+    of every `global_every`."""
+    whole = shape.get("global_every", 0)
+    if whole:
+        return "".join("*-" if layer % whole == whole - 1 else "w-" for layer in range(shape["layers"]))
     every = shape.get("window_every", 1 if "window" in shape else 0)
     return "".join("w-" if every and not layer % every else "*-" for layer in range(shape.get("layers", 0)))
 

@@ -6,21 +6,22 @@ cp, vp, ep, dp, zero, recompute, extra, tok_s_gpu, model_tflops_gpu, mfu_pct, me
 
 import csv
 import re
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
+from launch.cells import gpus, number, whole
 from launch.public_models import NotExpressible, model_named
+from launch.software import Row, shards_of, software_of
 from train.config import ModelConfig
 from train.cost.device import Format, find_device
-from train.cost.efficiency import Shards, Software
 from train.cost.time import Setting
 from train.model.pattern import ATTENTION, balanced_ranges, layer_kinds, layer_matmul_weights
 from train.parallel.layout import Layout
 
 PUBLISHED = Path(__file__).parent / "published_throughput.csv"
 """333 rows collected from public documents; each row's `src` names its document."""
-
-Row = dict[str, str]
+MORE = PUBLISHED.with_name("published_more.csv")
+"""Rows of other publishers and models, collected after the planner was built and first predicted blind (docs/plan.md)."""
 
 
 class OutOfScope(Exception):
@@ -37,6 +38,8 @@ class Published:
     memory_gib: float | None
     recompute_published: bool
     is_optimizer_sharded: bool
+    is_loss_compiled: bool
+    """torch.compile fuses the loss with the cast of the logits: torchtitan since 2025."""
     assumed: tuple[str, ...]
     """What the row leaves out and was assumed."""
 
@@ -52,7 +55,8 @@ def read_rows(path: Path) -> list[Row]:
     """The rows of a file. ValueError names a missing column."""
     with path.open(newline="", encoding="utf-8-sig") as file:
         reader = csv.DictReader(file)
-        missing = {"model", "gpu", "n_gpu"} - set(reader.fieldnames or [])
+        reader.fieldnames = [name.strip().lower() for name in reader.fieldnames or []]
+        missing = {"model", "gpu", "n_gpu"} - set(reader.fieldnames)
         if missing:
             raise ValueError(f"no column {', '.join(sorted(missing))}; it needs the columns of {PUBLISHED.name}.")
         return [{key: (value or "").strip() for key, value in row.items() if key} for row in reader]
@@ -71,11 +75,11 @@ def published(row: Row) -> Published:
         raise OutOfScope(str(reason)) from None
     device = find_device(row["gpu"])
     if device is None:
-        raise OutOfScope(f"device {row['gpu']!r} is not in the device table")
-    world, sequence = whole(row["n_gpu"]), whole(get("seqlen", ""))
+        raise OutOfScope(f"device {row['gpu']!r} is not in the device table" if row["gpu"] else "GPU not named")
+    world, sequence = gpus(row["n_gpu"], device), whole(get("seqlen", ""))
     if not world or not sequence:
         raise OutOfScope("number of GPUs or sequence length not published")
-    low, scaling = _precision(get("precision", ""))
+    low, scaling = _precision(get("precision", ""), assumed)
     if low is not None and low not in device.peak:
         raise OutOfScope(f"{device.name} has no {low} matrix products")
     layout, rows = _layout(row, world=world, sequence=sequence, assumed=assumed)
@@ -90,7 +94,7 @@ def published(row: Row) -> Published:
         scaling=scaling,
         split_sequence=layout.tensor > 1,
         recompute=_recompute(get("recompute", "")),
-        software=software_of(row, device.generation),
+        software=software_of(row, device.generation, is_hybrid="M" in layer_kinds(model.pattern)),
     )
     return Published(
         setting=setting,
@@ -98,65 +102,12 @@ def published(row: Row) -> Published:
         memory_gib=_memory_gib(row),
         recompute_published=bool(get("recompute", "")),
         is_optimizer_sharded=get("zero", "") != "0",
+        is_loss_compiled="compile" in get("extra", "").lower() and (whole(get("release", "")) or 0) >= 2025,
         assumed=tuple(assumed),
     )
 
 
-def whole(text: str) -> int | None:
-    """The integer a cell starts with: `64 (0)`, `4096(playbook)`, `1,024`; None for `n/a` or nothing."""
-    value = number(text)
-    return None if value is None else int(value)
-
-
-def number(text: str) -> float | None:
-    """The number a cell starts with."""
-    found = re.match(r"\s*~?(\d[\d,]*(?:\.\d+)?)", text)
-    return float(found.group(1).replace(",", "")) if found else None
-
-
-def software_of(row: Row, generation: str) -> Software:
-    """The program that ran, as far as a row tells: who publishes, and words like `compile` and `async`."""
-    source, extra = row.get("src", "").lower(), row.get("extra", "").lower()
-    compiled = "compile" in extra
-    shards: Shards = "parameters" if (whole(row.get("fsdp", "")) or 0) > 1 or "full_shard" in extra else "optimizer"
-    if re.search(r"zero[- ]?3", extra) or row.get("zero", "") in ("3", "zero3"):
-        shards = "parameters"
-    if any(name in source for name in ("llm-foundry", *PLAIN_TORCH)):
-        base = FOUNDRY_HOPPER if generation == "hopper" else FOUNDRY
-        return replace(base, shards="gradients" if "shard_grad_op" in extra else shards)
-    if "torchtitan" in source:
-        base = TITAN_COMPILED if compiled else TITAN_EAGER
-        return replace(base, hides_tensor=TUNED.hides_tensor if "async" in extra else 0.0, shards=shards)
-    if "nanotron" in source:
-        return NANOTRON
-    return replace(TUNED, shards=shards)
-
-
-PLAIN_TORCH = (
-    "litgpt",
-    "lit-gpt",
-    "accelerate",
-    "deepspeed",
-    "transformers",
-    "fabric",
-    "olmo",
-    "composer",
-    "colossal",
-    "gpt-neox",
-)
-"""Programs whose modules are plain torch, as llm-foundry's; none of their rows is among the shipped ones in scope."""
-TUNED = Software("Megatron-Core, tuned", hides_tensor=0.9)
-"""NVIDIA's own runs and others on Megatron-Core: tensor-parallel traffic beside products, fused kernels."""
-TITAN_EAGER = Software("torchtitan", elementwise=2.87, products=0.92)
-TITAN_COMPILED = replace(TITAN_EAGER, elementwise=2.81)
-FOUNDRY = Software("llm-foundry", elementwise=1.58, gradient_bytes=2)
-"""Plain torch modules in bf16 under FSDP, FlashAttention 2."""
-FOUNDRY_HOPPER = replace(FOUNDRY, products=0.888, attention=0.678)
-"""The same in 2023 on a then new GPU: kernels of Ampere's generation."""
-NANOTRON = Software("nanotron", elementwise=1.58, attention=0.678, bucket_bytes=25e6, bucket_bytes_per_rank=0)
-
-
-def _precision(text: str) -> tuple[Format | None, str]:
+def _precision(text: str, assumed: list[str]) -> tuple[Format | None, str]:
     """(low-precision format, how it is scaled) of a precision as people write it."""
     plain = text.lower()
     if "rowwise" in plain or "row-wise" in plain:
@@ -167,8 +118,13 @@ def _precision(text: str) -> tuple[Format | None, str]:
         return "fp8", "mxfp8"
     if "fp8" in plain or "float8" in plain:
         return "fp8", "current"
-    if "int8" in plain:
-        raise OutOfScope("int8 training")
+    for other in ("int8", "fp32", "float32", "tf32", "fp16", "float16"):
+        if other in plain and "bf16" not in plain:
+            raise OutOfScope(f"{other} training")
+    if not plain or plain in ("n/a", "-", "?"):
+        assumed.append("bf16")
+    elif not re.search(r"b(f|float)?16|bfloat|amp|mixed", plain):
+        raise OutOfScope(f"precision {text!r} is not one this planner knows")
     return None, "none"
 
 
@@ -183,11 +139,14 @@ def _layout(row: Row, *, world: int, sequence: int, assumed: list[str]) -> tuple
         raise OutOfScope("expert parallel")
     if world % (tensor * pipeline * context):
         raise OutOfScope(f"TP{tensor} x PP{pipeline} x CP{context} does not divide {world} GPUs")
-    has_layout = any(whole(row.get(name, "")) for name in ("tp", "pp", "cp", "fsdp", "dp"))
+    in_words = shards_of(row) != "optimizer" or re.search(r"\bddp\b", row.get("extra", "").lower())
+    has_layout = in_words or any(whole(row.get(name, "")) for name in ("tp", "pp", "cp", "fsdp", "dp"))
     if not has_layout and world > 1:
         raise OutOfScope("layout not published")
     data = world // (tensor * pipeline * context)
     rows, total = whole(row.get("mbs", "")) or None, whole(row.get("gbs", "")) or None
+    if total and ("tok" in row["gbs"].lower() or re.match(r"\s*[\d.]+\s?M", row["gbs"])):
+        total = max(1, round(total / sequence))  # a batch given in tokens
     tokens = re.search(r"(\d+(?:\.\d+)?)m tokens", row.get("note", "").lower())
     if total is None and tokens:
         total = round(float(tokens.group(1)) * 2**20 / sequence)
@@ -231,7 +190,7 @@ def _stages(model: ModelConfig, stages: int) -> list[str]:
 def _recompute(text: str) -> float:
     """Share of the layers' forward pass run again."""
     plain = text.lower()
-    if "full" in plain:
+    if "full" in plain or plain in ("true", "yes", "on"):
         return 1.0
     if "select" in plain or "sac" in plain:
         return 0.4  # torchtitan keeps every second matrix product and recomputes the rest
@@ -249,6 +208,7 @@ def _throughput(row: Row, setting: Setting) -> float:
         return tflops * 1e12 / per_token
     mfu = number(row.get("mfu_pct", ""))
     if mfu:
+        mfu *= 100 if mfu <= 1 else 1  # 0.43 for 43 %
         return mfu / 100 * setting.device.peak["bf16"] / per_token
     raise OutOfScope("no throughput published")
 

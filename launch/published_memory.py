@@ -18,6 +18,10 @@ KEPT_BY_SELECTION = 0.36
 """Share of a layer's activations that torchtitan's selective checkpointing keeps: its input, the attention output and every
 second product's result (of Llama 3 8B: 31,744 of 89,088 numbers a token)."""
 
+LOSS_EAGER, LOSS_COMPILED = 13, 5
+"""Bytes a logit takes while torchtitan's loss runs: 2 as computed, 4 cast, 4 of log-probabilities and gradient, 3 to spare;
+compiled, cast and log-probabilities are never stored (8 bytes less)."""
+
 
 def published_memory(found: Published) -> float | None:
     """Predicted GiB of the fullest rank; None where the row does not say enough."""
@@ -64,7 +68,7 @@ def published_memory(found: Published) -> float | None:
             state = numel * 16 / (layout.data * layout.context)
             state += 2 * 2 * numel * 2 / layers + 2 * setting.model.vocab * setting.model.hidden / layout.tensor
             kept = layers / 2 * (block * KEPT_BY_SELECTION if setting.recompute < 1 else hidden_bytes(shape))
-            kept += block + 13 * logits
+            kept += block + (LOSS_COMPILED if found.is_loss_compiled else LOSS_EAGER) * logits
             if layout.tensor > 1:  # inputs gathered over tensor ranks are kept while a block is recomputed
                 kept += 2 * hidden_bytes(shape) * layout.tensor
         worst = max(worst, state + kept)

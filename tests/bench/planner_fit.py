@@ -1,37 +1,51 @@
 """Fit the planner's constants again: `python -m tests.bench.planner_fit`. Prints them, with errors of fit, test and the other
 two thirds fitted instead (cross-validation). Nothing is written: constants go by hand into train/cost/efficiency.py and
-launch/published.py.
+launch/software.py.
+
+    python -m tests.bench.planner_fit                            the three thirds
+    python -m tests.bench.planner_fit --leave-out publisher      one publisher at a time (model, gpu): fitted on the others' rows
 
 The first row of every third configuration of each source is fitted on; a row weighs 1 over the root of how many its source
-has. Coordinate descent on the mean absolute log error, capped at 0.5 so that no row rules; starts from the present constants.
+has. Coordinate descent on the mean absolute log error, capped at 0.5 so that no row rules. Leaving out starts from values that
+know no row (`NEUTRAL`): a constant none of the remaining rows speaks of takes its nearest relative's value (`RELATIVES`).
 """
 
+import argparse
 import math
 import statistics
 import sys
 from collections import Counter, defaultdict
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
-from launch import published as rows_of
-from launch.published import PUBLISHED, OutOfScope, Published, published, read_rows
-from launch.validate import FIT_EVERY, configuration
+from launch import software as programs
+from launch.published import MORE, PUBLISHED, OutOfScope, Published, published, read_rows
+from launch.validate import FIT_EVERY, Line, configuration, publisher, rank_correlations
 from train.cost.efficiency import Efficiency
 from train.cost.time import Setting, step_time
 
 HARDWARE = (
-    ("ampere", "bf16"), ("hopper", "bf16"), ("hopper", "fp8"), ("blackwell", "fp8"), ("blackwell", "fp4"),
-    ("blackwell_ultra", "fp8"),
+    ("ampere", "bf16"), ("hopper", "bf16"), ("hopper", "fp8"), ("blackwell", "bf16"), ("blackwell", "fp8"),
+    ("blackwell", "fp4"), ("blackwell_ultra", "fp8"),
 )  # fmt: skip
 ATTENTION = ("ampere", "hopper", "blackwell")
 SOFTWARE = {
-    "foundry elementwise": rows_of.FOUNDRY.elementwise,
-    "titan eager elementwise": rows_of.TITAN_EAGER.elementwise,
-    "titan compiled elementwise": rows_of.TITAN_COMPILED.elementwise,
-    "titan products": rows_of.TITAN_EAGER.products,
-    "2023 products on hopper": rows_of.FOUNDRY_HOPPER.products,
-    "2023 attention on hopper": rows_of.FOUNDRY_HOPPER.attention,
+    "foundry elementwise": programs.FOUNDRY.elementwise,
+    "titan products": programs.TITAN.products,
+    "2023 products on hopper": programs.FOUNDRY_HOPPER.products,
+    "2023 attention on hopper": programs.FOUNDRY_HOPPER.attention,
 }
-HIGHEST = {"titan products": 1.0, "2023 products on hopper": 1.0, "hopper bf16": 0.75, "hopper fp8": 0.75}
+HIGHEST = {"titan products": 1.0, "2023 products on hopper": 1.0, "2023 attention on hopper": 1.0, "hopper bf16": 0.80}
+NEUTRAL = {name: 0.65 for name in (f"{generation} {form}" for generation, form in HARDWARE)} | {
+    "ampere attention": 0.35, "hopper attention": 0.35, "blackwell attention": 0.35, "foundry elementwise": 1.5,
+    "titan products": 1.0, "2023 products on hopper": 1.0, "2023 attention on hopper": 1.0,
+}  # fmt: skip
+RELATIVES = {
+    "blackwell_ultra fp8": "blackwell fp8", "blackwell fp8": "hopper fp8",
+    "blackwell bf16": "hopper bf16", "blackwell fp4": "blackwell fp8", "hopper bf16": "ampere bf16", "hopper fp8": "hopper bf16",
+    "ampere bf16": "hopper bf16", "blackwell attention": "hopper attention", "hopper attention": "ampere attention",
+    "ampere attention": "hopper attention",
+}  # fmt: skip
 
 Constants = dict[str, float]
 Known = tuple[dict[str, str], Published]
@@ -39,8 +53,11 @@ Known = tuple[dict[str, str], Published]
 
 def main() -> int:
     """Fit, test, cross-validate."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--leave-out", choices=("publisher", "model", "gpu"), help="refit without each, predict it")
+    wanted = parser.parse_args().leave_out
     known: list[Known] = []
-    for row in read_rows(PUBLISHED):
+    for row in (row for file in (PUBLISHED, MORE) for row in read_rows(file)):
         try:
             known.append((row, published(row)))
         except OutOfScope:
@@ -53,6 +70,9 @@ def main() -> int:
             first[key] = (row, found)
             order[row["src"]].append(key)
     place = {key: index for keys in order.values() for index, key in enumerate(keys)}
+    if wanted is not None:
+        leave_out(wanted, known, first, place)
+        return 0
     for turn in range(FIT_EVERY):
         fit = [one for key, one in first.items() if place[key] % FIT_EVERY == turn]
         test = [one for one in known if place[configuration(*one)] % FIT_EVERY != turn]
@@ -60,7 +80,49 @@ def main() -> int:
         sys.stdout.write(f"third {turn + 1}: fitted on {len(fit)} rows {score(fit, constants)}; ")
         sys.stdout.write(f"tested on {len(test)} {score(test, constants)}\n")
         sys.stdout.write("".join(f"    {name:28} {value:.3f}\n" for name, value in constants.items()))
+        sys.stdout.flush()
     return 0
+
+
+def leave_out(
+    what: str, known: Sequence[Known], first: dict[tuple[str, ...], Known], place: dict[tuple[str, ...], int]
+) -> None:
+    """Fit without each publisher, model or GPU generation and predict its rows."""
+    group: dict[str, Callable[[Known], str]] = {
+        "publisher": lambda one: publisher(one[0]),
+        "model": lambda one: _family(one[0]["model"]),
+        "gpu": lambda one: one[1].setting.device.generation,
+    }
+    of = group[what]
+    fitting = [one for key, one in first.items() if place[key] % FIT_EVERY == 0]
+    every: list[float] = []
+    for name in sorted({of(one) for one in known}):
+        out = [one for one in known if of(one) == name]
+        fit = [one for one in fitting if of(one) != name]
+        constants = with_relatives(descend(fit, dict(NEUTRAL), passes=12), fit)
+        found = errors(out, constants)
+        every += found
+        lines = [
+            Line(row, one, "", False, one.tokens_per_s / (1 + error), None)
+            for (row, one), error in zip(out, found, strict=True)
+        ]
+        ranks = [rho for rho, _ in rank_correlations(lines).values()]
+        rank = f"{statistics.median(ranks):.2f} ({len(ranks)})" if ranks else ""
+        sys.stdout.write(
+            f"| {name} | {len(out)} | {statistics.median(map(abs, found)):.1%} | {statistics.median(found):+.1%} | "
+            f"{sum(abs(e) < 0.15 for e in found) / len(found):.0%} | {rank} |\n"
+        )
+        sys.stdout.flush()
+    within = sum(abs(e) < 0.15 for e in every) / len(every)
+    sys.stdout.write(
+        f"all: {len(every)} rows, median {statistics.median(map(abs, every)):.1%}, within 15 % {within:.0%}\n"
+    )
+
+
+def _family(model: str) -> str:
+    """Llama, Nemotron, GPT, MPT ...: the first word of a model's name; a size alone is nanotron's."""
+    word = model.split()[0].split("-")[0].split("_")[0].rstrip("0123456789.").lower()
+    return word or "nanotron"
 
 
 def present() -> Constants:
@@ -77,43 +139,71 @@ def with_constants(setting: Setting, constants: Constants) -> Setting:
     gemm = {generation: dict(forms) for generation, forms in now.gemm.items()}
     for generation, form in HARDWARE:
         gemm[generation][form] = constants[f"{generation} {form}"]
+    gemm["blackwell_ultra"]["bf16"] = constants["blackwell bf16"]
     attention = dict(now.attention) | {name: constants[f"{name} attention"] for name in ATTENTION}
     attention["blackwell_ultra"] = attention["blackwell"]
     software, changes = setting.software, {}
+    is_hopper = setting.device.generation == "hopper"
     if software.name == "llm-foundry":
         changes["elementwise"] = constants["foundry elementwise"]
-        if setting.device.generation == "hopper":
+        if is_hopper:
             changes["products"] = constants["2023 products on hopper"]
             changes["attention"] = constants["2023 attention on hopper"]
     elif software.name == "nanotron":
         changes["elementwise"] = constants["foundry elementwise"]
         changes["attention"] = constants["2023 attention on hopper"]
     elif software.name == "torchtitan":
-        compiled = software.elementwise == rows_of.TITAN_COMPILED.elementwise
-        changes["elementwise"] = constants[f"titan {'compiled' if compiled else 'eager'} elementwise"]
+        changes["elementwise"] = constants["foundry elementwise"]
+        if is_hopper:
+            changes["attention"] = constants["2023 attention on hopper"]
         changes["products"] = constants["titan products"]
     efficiency = replace(now, gemm=gemm, attention=attention)
     return replace(setting, software=replace(software, **changes), efficiency=efficiency)
 
 
-def errors(some: list[Known], constants: Constants) -> list[float]:
+def depends_on(setting: Setting) -> tuple[str, ...]:
+    """The constants a row speaks of."""
+    device, software = setting.device.generation, setting.software.name
+    family = device.removesuffix("_ultra")
+    names = [f"{family} attention", f"{family} bf16"]
+    if setting.low is not None:
+        names.append(f"{device} {setting.low}")
+    if software in ("llm-foundry", "nanotron", "torchtitan"):
+        names.append("foundry elementwise")
+        if device == "hopper":
+            names += ["2023 attention on hopper"] + (["2023 products on hopper"] if software == "llm-foundry" else [])
+    if software == "torchtitan":
+        names += ["titan products"]
+    return tuple(name for name in names if name in NEUTRAL)
+
+
+def errors(some: Sequence[Known], constants: Constants) -> list[float]:
     """Predicted over published step time, less 1."""
     return [step_time(with_constants(found.setting, constants)).seconds / found.step_s - 1 for _, found in some]
 
 
-def descend(fit: list[Known], constants: Constants, *, passes: int = 8) -> Constants:
+def descend(fit: Sequence[Known], constants: Constants, *, passes: int = 8) -> Constants:
     """Coordinate descent in steps of a shrinking factor."""
     sizes = Counter(row["src"] for row, _ in fit)
     weights = [sizes[row["src"]] ** -0.5 for row, _ in fit]
+    needs = [depends_on(found.setting) for _, found in fit]
+    before: list[dict[tuple[float, ...], float]] = [{} for _ in fit]
 
     def loss(some: Constants) -> float:
-        found = errors(fit, some)
-        return sum(w * min(abs(math.log1p(e)), 0.5) for w, e in zip(weights, found, strict=True)) / sum(weights)
+        total = 0.0
+        for (row, found), names, weight, memo in zip(fit, needs, weights, before, strict=True):
+            key = tuple(some[name] for name in names)
+            if key not in memo:
+                memo[key] = errors([(row, found)], some)[0]
+            total += weight * min(abs(math.log1p(memo[key])), 0.5)
+        return total / sum(weights)
 
-    best, constants = loss(constants), dict(constants)
-    step = dict.fromkeys(constants, 0.12)
+    constants = dict(constants)
+    spoken = {name for names in needs for name in names}
+    step = dict.fromkeys(sorted(spoken, key=list(constants).index), 0.12)
+    best = loss(constants)
     for _ in range(passes):
-        for name in constants:
+        for name in step:
             for factor in (1 + step[name], 1 / (1 + step[name])):
                 tried = constants | {name: min(constants[name] * factor, HIGHEST.get(name, math.inf))}
                 cost = loss(tried)
@@ -125,7 +215,20 @@ def descend(fit: list[Known], constants: Constants, *, passes: int = 8) -> Const
     return constants
 
 
-def score(some: list[Known], constants: Constants) -> str:
+def with_relatives(constants: Constants, fit: Sequence[Known]) -> Constants:
+    """Constants no row speaks of take their nearest relative's value."""
+    spoken = {name for _, found in fit for name in depends_on(found.setting)}
+    full = dict(constants)
+    for name in constants.keys() - spoken:
+        relative, seen = RELATIVES.get(name, name), {name}
+        while relative not in spoken and relative in RELATIVES and relative not in seen:
+            seen.add(relative)
+            relative = RELATIVES[relative]
+        full[name] = constants[relative]
+    return full
+
+
+def score(some: Sequence[Known], constants: Constants) -> str:
     found = [abs(error) for error in errors(some, constants)]
     return f"(median error {statistics.median(found):.1%}, within 15 % {sum(e < 0.15 for e in found) / len(found):.0%})"
 

@@ -1,0 +1,29 @@
+"""Cells of a table of published runs as people write them: `64 (0)`, `1,024`, `8K`, `9.5k`, `8x8`, `8 nodes`, `n/a`."""
+
+import re
+
+from train.cost.device import Device
+
+
+def whole(text: str) -> int | None:
+    """The integer a cell starts with: `64 (0)`, `4096(playbook)`, `1,024`, `8K` (8,192); None for `n/a` or nothing."""
+    value = number(text, thousand=1024)
+    return None if value is None else int(value)
+
+
+def number(text: str, *, thousand: int = 1000) -> float | None:
+    """The number a cell starts with, k or M after it counted."""
+    found = re.match(r"\s*~?(\d[\d,]*(?:\.\d+)?)\s?([kKM](?![A-Za-z]))?", text)
+    if not found:
+        return None
+    power = {"": 0, "k": 1, "m": 2}[(found.group(2) or "").lower()]
+    return float(found.group(1).replace(",", "")) * float(thousand) ** power
+
+
+def gpus(text: str, device: Device) -> int | None:
+    """GPUs of a cell: `64`, `8x8`, `8 nodes`."""
+    product = re.match(r"\s*(\d+)\s*[xX*\u00d7]\s*(\d+)", text)
+    if product:
+        return int(product.group(1)) * int(product.group(2))
+    count = whole(text)
+    return count * device.node if count and re.match(r"\s*[\d,]+\s*nodes?\b", text.lower()) else count
