@@ -89,6 +89,17 @@ def test_the_picture_is_a_picture(tmp_path: Path) -> None:
     assert pixels[..., :3].std() > 0.05
 
 
+def test_a_distilled_run_says_whom_it_learned_from_and_what_its_loss_is(tmp_path: Path) -> None:
+    folder_of(tmp_path, LINES)
+    run = RECIPE["run"] | {"start_from": "runs/cut"}
+    objective = {"kind": "distill", "teacher": "runs/large", "divergence": "kl", "next_token_weight": 0.5}
+    (tmp_path / "recipe.yaml").write_text(json.dumps(RECIPE | {"run": run, "objective": objective}))
+    write_report(tmp_path)
+    text = (tmp_path / "summary.md").read_text()
+    assert "| started from | `runs/cut` |" in text and "| teacher | `runs/large` |" in text
+    assert "| training loss (divergence from the teacher, mixed) | 7.0000 -> 0.0000 nats per token |" in text
+
+
 def test_steps_that_came_out_otherwise_are_told(tmp_path: Path) -> None:
     other = [*LINES[:11], begin("resume", 4, layout="TP2 PP1 DP1"), step(5, 3.25), step(6, 2.0), step(7, math.pi)]
     write_report(folder_of(tmp_path, other))

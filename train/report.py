@@ -87,7 +87,7 @@ def write_report(folder: Path, *, sample: str | None = None) -> None:
     if sample is None and (folder / "sample.txt").exists():
         sample = (folder / "sample.txt").read_text()
     if record.steps:
-        draw(record, folder / "loss.png", title=folder.name)
+        draw(record, folder / "loss.png", title=folder.name, recipe=recipe)
     if measured := record.precision():
         draw_precision(measured, folder / "precision.png", title=folder.name)
     (folder / "summary.md").write_text(summary(record, recipe, name=folder.name, sample=sample))
@@ -113,7 +113,7 @@ _STYLE = {
 }
 
 
-def draw(record: RunRecord, path: Path, *, title: str) -> None:
+def draw(record: RunRecord, path: Path, *, title: str, recipe: dict[str, Any]) -> None:
     """Training loss with the learning rate under it, and held-out bits per byte by source; resumes are marked."""
     import matplotlib
 
@@ -131,7 +131,7 @@ def draw(record: RunRecord, path: Path, *, title: str) -> None:
 
         top.plot(steps, losses, color="#a5c8ec", linewidth=0.9, label="each step")
         top.plot(steps, _smooth(losses), color=_SOURCES[0], linewidth=2, label="running mean")
-        top.set(title=f"{title}: training loss", ylabel="nats per token")
+        top.set(title=f"{title}: {_loss(recipe)}", ylabel="nats per token")
         top.tick_params(labelbottom=False)
         below.plot(steps, [record.steps[step]["learning_rate"] for step in steps], color=_MUTED, linewidth=1.4)
         below.set(xlabel="step", ylabel="learning rate", ylim=(0, None))
@@ -142,6 +142,7 @@ def draw(record: RunRecord, path: Path, *, title: str) -> None:
                 axes.axvline(step, color=_RESUME, linestyle=(0, (4, 3)), linewidth=1.1, label=label)
         top.legend(loc="upper right")
 
+        start = "random start" if recipe["run"].get("start_from") is None else "weights it started from"
         sources = list(dict.fromkeys(name for scores in record.evaluations.values() for name in scores))
         for index, name in enumerate(sources):
             color = _SOURCES[index % len(_SOURCES)]
@@ -150,7 +151,7 @@ def draw(record: RunRecord, path: Path, *, title: str) -> None:
                 right.axhline(points[0][1], color=color, linestyle=":", linewidth=1, alpha=0.8)
                 place = (points[-1][0], points[0][1])
                 note = {"color": color, "ha": "right", "va": "bottom", "fontsize": 8}
-                right.annotate("random start", place, textcoords="offset points", xytext=(0, 2), **note)
+                right.annotate(start, place, textcoords="offset points", xytext=(0, 2), **note)
             label = f"{name}: {points[-1][1]:.2f} at step {points[-1][0]}"
             right.plot(*zip(*points, strict=True), color=color, marker="o", markersize=4, linewidth=2, label=label)
         right.set(title="Held-out text", xlabel="step", ylabel="bits per byte")
@@ -191,11 +192,12 @@ def _facts(record: RunRecord, recipe: dict[str, Any]) -> list[str]:
     rows = {
         "model": f"`{recipe['model']['pattern']}`, hidden {recipe['model']['hidden']}, "
         f"{start.get('parameters', 0):,} parameters",
+        **_origin(recipe),
         "precision": _precision(recipe["precision"]),
         "layout": f"{start.get('layout', '?')} on {start.get('device', '?')}",
         "steps": f"{last['step']:,} of {recipe['run']['steps']:,}",
         "tokens": f"{last['tokens']:,}",
-        "training loss": f"{first['loss']:.4f} -> {last['loss']:.4f} nats per token",
+        _loss(recipe): f"{first['loss']:.4f} -> {last['loss']:.4f} nats per token",
         "speed": f"{statistics.median(line['tokens_per_s'] for line in steps):,.0f} tokens/s (median)",
     }
     shares = [line["mfu"] for line in steps if "mfu" in line]
@@ -209,6 +211,25 @@ def _facts(record: RunRecord, recipe: dict[str, Any]) -> list[str]:
         threads = f"{machine['threads']} thread{'s' * (machine['threads'] != 1)}"
         rows["machine"] = f"{where}, {threads} a process; torch {machine['torch']}, Python {machine['python']}"
     return ["| | |", "|---|---|", *(f"| {key} | {value} |" for key, value in rows.items())]
+
+
+def _loss(recipe: dict[str, Any]) -> str:
+    """What the training loss is: a divergence from a teacher is none of next tokens, and ends near 0."""
+    objective = recipe.get("objective", {})
+    if objective.get("kind") != "distill":
+        return "training loss"
+    is_mixed = objective.get("next_token_weight", 0) or objective.get("hidden_match", "none") != "none"
+    divergence = "cross-entropy with" if objective.get("divergence") == "cross_entropy" else "divergence from"
+    return f"training loss ({divergence} the teacher{', mixed' * bool(is_mixed)})"
+
+
+def _origin(recipe: dict[str, Any]) -> dict[str, str]:
+    """Where the weights come from, where not from this run alone."""
+    objective, start = recipe.get("objective", {}), recipe["run"].get("start_from")
+    rows = {"started from": f"`{start}`"} if start else {}
+    if objective.get("kind") == "distill":
+        rows["teacher"] = f"`{objective.get('teacher_cache') or objective.get('teacher')}`"
+    return rows
 
 
 def _precision(precision: dict[str, Any]) -> str:

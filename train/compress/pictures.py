@@ -85,7 +85,8 @@ def _removals(place: Any, scores: Scores, kinds: list[Any]) -> None:
 
 def _quarters(place: Any, scores: Scores, layers: list[int]) -> None:
     """Per MLP layer, the share of squared scores that each quarter of its neurons holds, best quarter first."""
-    place.set(title="MLP neurons: share of importance by quarter", xlabel="layer", ylabel="share", ylim=(0, 1))
+    place.set(title="MLP neurons: share of importance by quarter", xlabel="layer", ylabel="share")
+    place.set(ylim=(0, 1.16), yticks=np.linspace(0, 1, 6))  # bars fill 0 to 1: the legend stands above them
     if not layers:
         return
     bottom = np.zeros(len(layers))
@@ -99,9 +100,7 @@ def _quarters(place: Any, scores: Scores, layers: list[int]) -> None:
         place.bar(range(len(layers)), shares, bottom=bottom, color=_QUARTERS[quarter], label=label)
         bottom += shares
     place.set_xticks(range(len(layers)), [str(n) for n in layers])
-    # Bars fill the whole height: the legend stands beside them, in their order from the top.
-    handles, labels = place.get_legend_handles_labels()
-    place.legend(handles[::-1], labels[::-1], loc="center left", bbox_to_anchor=(1.0, 0.5))
+    place.legend(loc="upper center", ncols=4)
 
 
 def _heads(place: Any, scores: Scores, kind: str, title: str) -> None:

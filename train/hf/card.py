@@ -4,7 +4,7 @@ recipe, manifest of the checkpoint, metrics of its run, comparison with transfor
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import yaml
@@ -43,7 +43,7 @@ def write_card(folder: Path, release: Release) -> None:
     (folder / "recipe.yaml").write_text(yaml.safe_dump(release.manifest.recipe, sort_keys=False))
     record = _record(release.checkpoint)
     if record is not None and record.steps:
-        draw(record, folder / "loss.png", title=release.name)
+        draw(record, folder / "loss.png", title=release.name, recipe=asdict(release.recipe))
     (folder / "README.md").write_text("\n".join(_page(release, record)) + "\n")
 
 
