@@ -98,8 +98,8 @@ def test_a_source_that_runs_out_is_found_where_the_data_is_prepared(
     documents = {"shakespeare": 100, "python": 60}
     write_folder(tmp_path, {n: [[np.append(np.ones(31), 0)] * rows] for n, rows in documents.items()})
     words = [
-        "-cn", "smoke", "run.name=not_there", f"data.folder={tmp_path}", "data.row_tokens=32", "schedule.warmup=1", "schedule.decay=1",
-        "+data.sources.python.max_epochs=1", "+data.sources.shakespeare.max_epochs=2",
+        "-cn", "smoke", "run.name=not_there", f"data.folder={tmp_path}", "data.row_tokens=32", "schedule.warmup=1",
+        "schedule.decay=1", "+data.sources.python.max_epochs=1", "+data.sources.shakespeare.max_epochs=2",
     ]  # fmt: skip
     status, found, _ = plan(capsys, *words, "run.steps=18")
     assert status == 0 and not any("runs out" in one for one in found["problems"])
