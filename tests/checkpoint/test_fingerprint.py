@@ -2,6 +2,7 @@
 
 import math
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from train.checkpoint import fingerprint
-from train.checkpoint.files import boxes_of_run
+from train.checkpoint.files import boxes_of_run, bytes_of, opened
+from train.errors import CheckpointError
 
 MASK = 2**64 - 1
 DTYPES = (torch.float32, torch.bfloat16, torch.uint8, torch.int64, torch.float8_e4m3fn)
@@ -130,6 +132,52 @@ def test_a_copy_comes_along() -> None:
     out = torch.zeros_like(values)
     sums = fingerprint.of_box(values, whole=(300, 70), offset=(0, 0), shape=(300, 70), copy_to=out.data_ptr())
     assert sums == whole(values) and torch.equal(out.view(torch.uint8), values.view(torch.uint8))
+
+
+def by_torch(
+    data: torch.Tensor, *, whole: tuple[int, ...], offset: tuple[int, ...], shape: tuple[int, ...]
+) -> tuple[int, int]:
+    """The plain form, which the formula proves above."""
+    rows = fingerprint._rows(whole, offset, shape)
+    width = data.element_size()
+    twice = 2 if width == 8 else 1
+    return fingerprint._in_torch(data, width // twice, rows, columns=twice * shape[-1], first=twice * offset[-1])
+
+
+BOXES = [
+    ((9, 3000), (2, 700), (7, 1023)),  # within a block of columns
+    ((9, 3000), (0, 0), (3, 2049)),  # blocks and one column
+    ((9000, 40), (11, 3), (8900, 37)),  # several tiles of narrow rows
+    ((700, 5000), (1, 5), (600, 1300)),  # tiles and blocks
+    ((5, 6, 7, 30), (1, 2, 3, 4), (3, 4, 2, 26)),  # rows that lie apart
+    ((200_001,), (77,), (199_000,)),  # one long row
+]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("whole", "offset", "shape"), BOXES)
+def test_large_boxes_in_memory_and_in_a_file(
+    whole: tuple[int, ...], offset: tuple[int, ...], shape: tuple[int, ...], dtype: torch.dtype, tmp_path: Path
+) -> None:
+    """Compiled: in memory, copied on the way, and read from a file by way of little and of much scratch."""
+    box = {"whole": whole, "offset": offset, "shape": shape}
+    data = random_of(shape, dtype)
+    want = by_torch(data, **box)
+    copy = torch.zeros_like(data)
+    assert fingerprint.of_box(data, **box) == fingerprint.of_box(data, **box, copy_to=copy.data_ptr()) == want
+    assert torch.equal(copy.view(torch.uint8), data.view(torch.uint8))
+    path = tmp_path / "f"
+    path.write_bytes(b"header!" + bytes_of(data).tobytes())
+    with path.open("rb") as stream:
+        for room in (1000, 4096, 1 << 20):
+            scratch = torch.empty(room, dtype=torch.uint8)
+            width = dtype.itemsize
+            found = fingerprint.of_stored_box(stream.fileno(), 7, width=width, **box, scratch=scratch)
+            assert found == want, room
+        with pytest.raises(OSError, match="ends too early"):
+            fingerprint.of_stored_box(stream.fileno(), 8, width=width, **box, scratch=scratch)
+    with pytest.raises(CheckpointError, match="Is a directory"), opened(tmp_path) as handle:
+        fingerprint.of_stored_box(handle, 0, width=width, **box, scratch=scratch)
 
 
 def test_sums_over_ranks_wrap_like_the_formula() -> None:

@@ -32,7 +32,7 @@ def pieces() -> list[Piece]:
 @pytest.fixture(autouse=True)
 def small_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     """Many steps of writing and reading, none of which ends with a piece."""
-    monkeypatch.setattr(disk, "_STEP", 1999)
+    monkeypatch.setattr(disk, "STEP", 1999)
     monkeypatch.setattr(files, "_CHUNK", 1000)
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 _VECTORS = 512
 """Buffers handed to one writev; the system takes at most 1,024 (IOV_MAX)."""
-_STEP = 8 << 20
+STEP = 8 << 20
 """Bytes handed to one writev: while the disk takes them, the next are copied."""
 _SYNC_FILE_RANGE_WRITE = 2
 """sync_file_range(2): begin to write dirty pages, do not wait."""
@@ -51,7 +51,7 @@ def write_in_steps(handle: int, parts: Sequence[memoryview | bytes]) -> Iterator
     queue = deque(memoryview(part).cast("B") for part in parts if len(part))
     size = os.fstat(handle).st_size
     while queue:
-        step, room = [], _STEP
+        step, room = [], STEP
         for part in itertools.islice(queue, _VECTORS):
             step.append(part[:room])
             room -= len(step[-1])
@@ -118,7 +118,10 @@ def remove(path: Path) -> None:
 
 
 def remove_tree(folder: Path) -> None:
-    """Delete a folder and the files in it."""
+    """Delete a folder and the files in it; of a link to one, the link only."""
+    if folder.is_symlink():
+        remove(folder)
+        return
     for path in sorted(folder.iterdir()):
         shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else remove(path)
     os.rmdir(folder)

@@ -253,31 +253,42 @@ def _read_part(handle: int, place: Place, part: list[slice], *, dtype: torch.dty
 
 def _sums_of(folder: Path, place: Place, *, whole: Sequence[int], dtype: torch.dtype) -> Sums:
     """Fingerprint of a stored box of any size."""
-    total: Sums = (0, 0)
     with opened(folder / place.file) as handle:
-        for step in steps_of(place, dtype):
-            total = fingerprint.add(total, sums_on_disk(handle, step, whole=whole, dtype=dtype))
+        return sums_on_disk(handle, place, whole=whole, dtype=dtype, scratch=scratch_of_sums())
+
+
+def scratch_of_sums() -> torch.Tensor:
+    """Memory that stored boxes are read into to be fingerprinted; used again, it has its pages and lies in the cache."""
+    return torch.empty(_CHUNK, dtype=torch.uint8)
+
+
+def sums_on_disk(handle: int, place: Place, *, whole: Sequence[int], dtype: torch.dtype, scratch: torch.Tensor) -> Sums:
+    """Fingerprint of a stored box of any size, read by way of `scratch`. Raises OSError."""
+    sums = fingerprint.of_stored_box(
+        handle, place.start, width=dtype.itemsize, whole=whole, offset=place.offset, shape=place.shape, scratch=scratch
+    )
+    if sums is not None:
+        return sums
+    total: Sums = (0, 0)
+    for step in steps_of(place, dtype, size=scratch.numel()):
+        data = torch.empty(step.shape, dtype=dtype)
+        _read_exactly(handle, bytes_of(data), step.start)
+        part = fingerprint.of_box(data, whole=whole, offset=step.offset, shape=step.shape)
+        total = fingerprint.add(total, part)
     return total
 
 
-def steps_of(place: Place, dtype: torch.dtype) -> Iterator[Place]:
-    """A stored box in blocks of rows of about `_CHUNK` bytes, in the file's order."""
+def steps_of(place: Place, dtype: torch.dtype, *, size: int) -> Iterator[Place]:
+    """A stored box in blocks of rows of about `size` bytes, in the file's order."""
     if not place.shape:
-        yield Place(place.file, place.start, (0,), (1,))
+        yield place
         return
     row_bytes = math.prod(place.shape[1:]) * dtype.itemsize
-    step = max(1, _CHUNK // max(1, row_bytes))
+    step = max(1, size // max(1, row_bytes))
     for row in range(0, place.shape[0], step):
         count = min(step, place.shape[0] - row)
         offset, shape = (place.offset[0] + row, *place.offset[1:]), (count, *place.shape[1:])
         yield Place(place.file, place.start + row * row_bytes, offset, shape)
-
-
-def sums_on_disk(handle: int, step: Place, *, whole: Sequence[int], dtype: torch.dtype) -> Sums:
-    """Fingerprint of a stored box (one of `steps_of`: it is in memory at once)."""
-    data = torch.empty(step.shape, dtype=dtype)
-    _read_exactly(handle, bytes_of(data), step.start)
-    return fingerprint.of_box(data, whole=whole or (1,), offset=step.offset, shape=step.shape)
 
 
 def _read_exactly(handle: int, into: memoryview, start: int) -> None:

@@ -2,14 +2,46 @@
 
    sums[lane] += rho_lane(row) * sum over columns of alpha_lane(column) * bits(row, column)      mod 2^64
 
-   rows: index of each row of the box in the whole tensor; columns first .. first + count - 1 of the whole.
-   copy: NULL, or where the box's bytes are copied to on the way. */
+   A 64-bit word holds 2, 4 or 8 elements; plane p is the p-th of each word, shifted down. Coefficients lie plane by plane, one
+   to a word, so that a product is one multiplication of 32 by 32 bits:
 
+       word      | element 3 | element 2 | element 1 | element 0 |       (16 bits each; lowest address right)
+       plane 1   |           |           |           | element 1 |
+
+   The box is taken in tiles of rows that stay in the second cache, a tile in blocks of columns whose coefficients stay in the
+   first. While one tile is summed the next is asked for, in the order of memory: blocks jump from row to row, and the
+   processor's own prefetching does not follow them. */
+
+#include <errno.h>
 #include <stdint.h>
 #include <string.h>
+#include <unistd.h>
+#if defined(__SSE2__)
+#include <immintrin.h>
+#endif
+#if __BYTE_ORDER__ != __ORDER_LITTLE_ENDIAN__
+#error "planes are taken from little-endian words"
+#endif
 
 #define LANES 2
-#define BLOCK 16384
+#define BLOCK 1024       /* columns: 16 KB of coefficients */
+#define TILE (512 << 10) /* bytes */
+#define ALWAYS static inline __attribute__((always_inline))
+
+#if defined(__AVX512F__)
+typedef uint64_t V __attribute__((vector_size(64)));
+#define MULTIPLY(x, y) ((V)_mm512_mul_epu32((__m512i)(x), (__m512i)(y)))
+#elif defined(__AVX2__)
+typedef uint64_t V __attribute__((vector_size(32)));
+#define MULTIPLY(x, y) ((V)_mm256_mul_epu32((__m256i)(x), (__m256i)(y)))
+#elif defined(__SSE2__)
+typedef uint64_t V __attribute__((vector_size(16)));
+#define MULTIPLY(x, y) ((V)_mm_mul_epu32((__m128i)(x), (__m128i)(y)))
+#else
+typedef uint64_t V __attribute__((vector_size(16)));
+#define MULTIPLY(x, y) (((x) & 0xFFFFFFFFull) * (y))
+#endif
+#define WORDS ((int64_t)(sizeof(V) / 8))
 
 static inline uint64_t mix(uint64_t x)
 {
@@ -19,50 +51,171 @@ static inline uint64_t mix(uint64_t x)
     return x ^ (x >> 31);
 }
 
-#define ROW(NAME, WORD)                                                                                              \
-    static void NAME(const WORD *restrict x, int64_t n, const uint32_t *restrict a, const uint32_t *restrict b,      \
-                     uint64_t *restrict s)                                                                           \
-    {                                                                                                                \
-        uint64_t s0 = 0, s1 = 0;                                                                                     \
-        for (int64_t i = 0; i < n; i++) {                                                                            \
-            uint64_t v = x[i];                                                                                       \
-            s0 += v * a[i];                                                                                          \
-            s1 += v * b[i];                                                                                          \
-        }                                                                                                            \
-        s[0] = s0;                                                                                                   \
-        s[1] = s1;                                                                                                   \
-    }
-
-ROW(row8, uint8_t)
-ROW(row16, uint16_t)
-ROW(row32, uint32_t)
-
-void stratum_fingerprint(const char *data, int width, int64_t row_count, int64_t column_count, const int64_t *rows,
-                         int64_t first, char *copy, uint64_t *sums)
+ALWAYS V loaded(const void *at)
 {
-    /* Coefficients of a block of columns are made once and used for every row of the box. */
-    for (int64_t start = 0; start < column_count; start += BLOCK) {
-        int64_t n = column_count - start < BLOCK ? column_count - start : BLOCK;
-        uint32_t a[BLOCK], b[BLOCK];
-        for (int64_t i = 0; i < n; i++) {
-            uint64_t column = (uint64_t)(first + start + i);
-            a[i] = (uint32_t)(mix(LANES * column) >> 32) | 1u;
-            b[i] = (uint32_t)(mix(LANES * column + 1) >> 32) | 1u;
-        }
-        for (int64_t r = 0; r < row_count; r++) {
-            const char *x = data + (r * column_count + start) * width;
-            uint64_t s[LANES];
-            if (width == 4)
-                row32((const uint32_t *)x, n, a, b, s);
-            else if (width == 2)
-                row16((const uint16_t *)x, n, a, b, s);
-            else
-                row8((const uint8_t *)x, n, a, b, s);
-            if (copy)
-                memcpy(copy + (r * column_count + start) * width, x, n * width);
-            uint64_t row = (uint64_t)rows[r];
-            sums[0] += s[0] * (mix(~(LANES * row)) | 1u);
-            sums[1] += s[1] * (mix(~(LANES * row + 1)) | 1u);
+    V value;
+    memcpy(&value, at, sizeof value);
+    return value;
+}
+
+/* alpha of n columns of the whole from `first` on, [lane][plane][BLOCK / planes]. */
+ALWAYS void make_alpha(int64_t n, int planes, int64_t first, uint64_t alpha[LANES][BLOCK])
+{
+    for (int lane = 0; lane < LANES; lane++)
+        for (int64_t p = 0; p < planes; p++)
+            for (int64_t i = 0; i < (n - p + planes - 1) / planes; i++)
+                alpha[lane][p * (BLOCK / planes) + i] =
+                    (mix(LANES * (uint64_t)(first + i * planes + p) + lane) >> 32) | 1u;
+}
+
+/* Adds n columns, from x on, of a row of the whole. ahead: n columns that are asked for meanwhile. */
+ALWAYS void add_row(const char *x, int64_t n, int width, uint64_t alpha[LANES][BLOCK], uint64_t row, const char *ahead,
+                    uint64_t *sums)
+{
+    const int planes = 8 / width;
+    const int64_t plane = BLOCK / planes, vectors = n / (planes * WORDS);
+    uint64_t total[LANES] = {0};
+    V s[LANES] = {{0}};
+    for (int64_t i = 0; i < vectors; i++) {
+        const V word = loaded(x + i * (int64_t)sizeof(V));
+        __builtin_prefetch(ahead + i * (int64_t)sizeof(V), 0, 2);
+        for (int p = 0; p < planes; p++) {
+            V bits = word >> (8 * width * p);
+            if (width < 4)
+                bits &= (1ull << (8 * width)) - 1;
+            for (int lane = 0; lane < LANES; lane++)
+                s[lane] += MULTIPLY(bits, loaded(&alpha[lane][p * plane + i * WORDS]));
         }
     }
+    for (int lane = 0; lane < LANES; lane++)
+        for (int64_t k = 0; k < WORDS; k++)
+            total[lane] += s[lane][k];
+    for (int64_t c = vectors * planes * WORDS; c < n; c++) {
+        uint64_t bits = 0;
+        memcpy(&bits, x + c * width, width);
+        for (int lane = 0; lane < LANES; lane++)
+            total[lane] += bits * alpha[lane][(c % planes) * plane + c / planes];
+    }
+    for (int lane = 0; lane < LANES; lane++)
+        sums[lane] += total[lane] * (mix(~(LANES * row + lane)) | 1u);
+}
+
+/* A box: its rows of `columns` elements from column `first` of the whole on; the other dimensions say where its rows lie. */
+typedef struct {
+    int outer; /* dimensions before the last */
+    int width; /* bytes an element: 4, 2, 1 */
+    const int64_t *whole, *offset, *shape;
+    int64_t rows, columns, first;
+} Box;
+
+/* Index in the whole tensor of the box's row r. */
+ALWAYS uint64_t row_of(const Box *box, int64_t r)
+{
+    int64_t row = 0, stride = 1;
+    for (int d = box->outer - 1; d > 0; d--) {
+        row += (box->offset[d] + r % box->shape[d]) * stride;
+        r /= box->shape[d];
+        stride *= box->whole[d];
+    }
+    return (uint64_t)(box->outer ? row + (box->offset[0] + r) * stride : 0);
+}
+
+/* Adds rows from..end of a box; data: of row `from`. */
+ALWAYS void add_width(const char *data, int width, const Box *box, int64_t from, int64_t end, char *copy, uint64_t *sums)
+{
+    const int64_t stride = box->columns * width, tile = TILE / stride > 0 ? TILE / stride : 1;
+    uint64_t alpha[LANES][BLOCK];
+    for (int64_t top = from; top < end; top += tile) {
+        const int64_t below = end - top < tile ? end : top + tile;
+        const char *x = data + (top - from) * stride, *ahead = x + (below - top) * stride;
+        if (copy)
+            memcpy(copy + (top - from) * stride, x, (below - top) * stride);
+        for (int64_t start = 0; start < box->columns; start += BLOCK) {
+            const int64_t n = box->columns - start < BLOCK ? box->columns - start : BLOCK;
+            if (top == from || box->columns > BLOCK)
+                make_alpha(n, 8 / width, box->first + start, alpha);
+            for (int64_t r = top; r < below; r++, ahead += n * width)
+                add_row(x + (r - top) * stride + start * width, n, width, alpha, row_of(box, r), ahead, sums);
+        }
+    }
+}
+
+static void add_rows(const char *data, const Box *box, int64_t from, int64_t end, char *copy, uint64_t *sums)
+{
+    if (box->width == 4)
+        add_width(data, 4, box, from, end, copy, sums);
+    else if (box->width == 2)
+        add_width(data, 2, box, from, end, copy, sums);
+    else
+        add_width(data, 1, box, from, end, copy, sums);
+}
+
+static Box box_of(int width, int dims, const int64_t *whole, const int64_t *offset, const int64_t *shape)
+{
+    Box box = {dims ? dims - 1 : 0, width, whole, offset, shape, 1, 1, 0};
+    if (dims) {
+        box.columns = shape[dims - 1];
+        box.first = offset[dims - 1];
+    }
+    for (int d = 0; d < box.outer; d++)
+        box.rows *= shape[d];
+    if (width == 8) {
+        box.width = 4;
+        box.columns *= 2;
+        box.first *= 2;
+    }
+    if (box.columns == 0)
+        box.rows = 0;
+    return box;
+}
+
+/* A box in memory. width: bytes an element, 8 counts as two columns of 4. whole, offset, shape: `dims` numbers each. copy: NULL, or
+   where the box's bytes are copied to on the way. */
+void stratum_fingerprint(const char *data, int width, int dims, const int64_t *whole, const int64_t *offset,
+                         const int64_t *shape, char *copy, uint64_t *sums)
+{
+    const Box box = box_of(width, dims, whole, offset, shape);
+    add_rows(data, &box, 0, box.rows, copy, sums);
+}
+
+static int read_all(int file, char *into, int64_t size, int64_t at)
+{
+    while (size > 0) {
+        const ssize_t got = pread(file, into, size, at);
+        if (got < 0 && errno == EINTR)
+            continue;
+        if (got <= 0)
+            return got < 0 ? errno : -1;
+        into += got, at += got, size -= got;
+    }
+    return 0;
+}
+
+/* The same of a box that lies in a file from byte `at` on, by way of `room` bytes of scratch. -> 0, the system's error number, or -1
+   where the file ends too early. */
+int stratum_fingerprint_file(int file, int64_t at, char *scratch, int64_t room, int width, int dims, const int64_t *whole,
+                             const int64_t *offset, const int64_t *shape, uint64_t *sums)
+{
+    const Box box = box_of(width, dims, whole, offset, shape);
+    const int64_t stride = box.columns * box.width;
+    int problem = 0;
+    if (stride <= room) {
+        const int64_t step = stride ? room / stride : 1;
+        for (int64_t r = 0; r < box.rows && !problem; r += step, at += step * stride) {
+            const int64_t end = box.rows - r < step ? box.rows : r + step;
+            if ((problem = read_all(file, scratch, (end - r) * stride, at)) == 0)
+                add_rows(scratch, &box, r, end, NULL, sums);
+        }
+        return problem;
+    }
+    for (int64_t r = 0; r < box.rows; r++)
+        for (int64_t c = 0; c < box.columns && !problem; c += room / box.width) {
+            Box part = box;
+            part.columns = box.columns - c < room / box.width ? box.columns - c : room / box.width;
+            part.first = box.first + c;
+            if ((problem = read_all(file, scratch, part.columns * box.width, at)) == 0)
+                add_rows(scratch, &part, r, r + 1, NULL, sums);
+            at += part.columns * box.width;
+        }
+    return problem;
 }

@@ -15,8 +15,11 @@ On a CPU a compiled pass at memory speed; elsewhere the same in torch operations
 import ctypes
 import functools
 import math
+import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -26,6 +29,7 @@ LANES = 2
 _GOLDEN = 0x9E3779B97F4A7C15
 _FIRST = 0xBF58476D1CE4E5B9
 _SECOND = 0x94D049BB133111EB
+_DIGITS = re.compile(r"[0-9a-f]{32}")
 _CHUNK = 1 << 20
 """Elements the torch form looks at once: its temporaries are 8 bytes each."""
 
@@ -44,18 +48,46 @@ def of_box(
     assert data.is_contiguous() and data.numel() == math.prod(shape), "a box's elements, in order"
     if data.numel() == 0:
         return (0, 0)
-    rows = _rows(whole, offset, shape)
-    columns, first = (shape[-1], offset[-1]) if shape else (1, 0)
+    assert len(whole) == len(offset) == len(shape), "as many numbers for each"
     width = data.element_size()
-    if width == 8:
-        columns, first, width = 2 * columns, 2 * first, 4
     if data.device.type == "cpu" and (kernel := _kernel()) is not None:
         sums = (ctypes.c_uint64 * LANES)()
-        kernel(data.data_ptr(), width, len(rows), columns, rows.data_ptr(), first, copy_to, sums)
+        kernel.stratum_fingerprint(data.data_ptr(), width, *_numbers(whole, offset, shape), copy_to, sums)
         return sums[0], sums[1]
     if copy_to is not None:
-        ctypes.memmove(copy_to, data.data_ptr(), data.numel() * data.element_size())
-    return _in_torch(data, width, rows, columns=columns, first=first)
+        ctypes.memmove(copy_to, data.data_ptr(), data.numel() * width)
+    columns, first = (shape[-1], offset[-1]) if shape else (1, 0)
+    if width == 8:
+        columns, first, width = 2 * columns, 2 * first, 4
+    return _in_torch(data, width, _rows(whole, offset, shape), columns=columns, first=first)
+
+
+def of_stored_box(
+    handle: int,
+    start: int,
+    *,
+    width: int,
+    whole: Sequence[int],
+    offset: Sequence[int],
+    shape: Sequence[int],
+    scratch: torch.Tensor,
+) -> Sums | None:
+    """The same of a box of any size that lies in an open file from byte `start` on; None without compiled code.
+
+    width: bytes an element. scratch: uint8 on the CPU, 8 bytes or more: what is read at once. Raises OSError where the system
+    refuses, or the file ends too early.
+    """
+    kernel = _kernel()
+    if kernel is None:
+        return None
+    assert len(whole) == len(offset) == len(shape), "as many numbers for each"
+    sums = (ctypes.c_uint64 * LANES)()
+    problem = kernel.stratum_fingerprint_file(
+        handle, start, scratch.data_ptr(), scratch.numel(), width, *_numbers(whole, offset, shape), sums
+    )
+    if problem:
+        raise OSError(problem, os.strerror(problem)) if problem > 0 else OSError("the file ends too early")
+    return sums[0], sums[1]
 
 
 def add(a: Sums, b: Sums) -> Sums:
@@ -75,7 +107,7 @@ def text(sums: Sums) -> str:
 
 def from_text(digits: str) -> Sums:
     """The inverse of `text`. Raises ValueError."""
-    if len(digits) != 32:
+    if not isinstance(digits, str) or not _DIGITS.fullmatch(digits):
         raise ValueError(f"{digits!r} is not a fingerprint of 32 digits")
     return int(digits[:16], 16), int(digits[16:], 16)
 
@@ -88,6 +120,12 @@ def to_tensor(sums: list[Sums]) -> torch.Tensor:
 def from_tensor(values: torch.Tensor) -> list[Sums]:
     """The inverse of `to_tensor`."""
     return [(a % 2**64, b % 2**64) for a, b in values.tolist()]
+
+
+def _numbers(*of_each: Sequence[int]) -> tuple[Any, ...]:
+    """How many dimensions, and whole, offset and shape as C takes them."""
+    numbers = ctypes.c_int64 * len(of_each[0])
+    return (len(of_each[0]), *(numbers(*each) for each in of_each))
 
 
 def _rows(whole: Sequence[int], offset: Sequence[int], shape: Sequence[int]) -> torch.Tensor:
@@ -133,12 +171,16 @@ def _signed(value: int) -> int:
 
 
 @functools.cache
-def _kernel() -> "ctypes._NamedFuncPointer | None":
+def _kernel() -> ctypes.CDLL | None:
     library = build_c.load_if_possible(Path(__file__).with_name("fingerprint.c"), what="fingerprints are")
     if library is None:
         return None
-    function = library.stratum_fingerprint
-    pointer, i64 = ctypes.c_void_p, ctypes.c_int64
-    function.restype = None
-    function.argtypes = [pointer, ctypes.c_int, i64, i64, pointer, i64, pointer, ctypes.POINTER(ctypes.c_uint64)]
-    return function
+    pointer, number, i64 = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
+    numbers, sums = ctypes.POINTER(i64), ctypes.POINTER(ctypes.c_uint64)
+    library.stratum_fingerprint.restype = None
+    library.stratum_fingerprint.argtypes = [pointer, number, number, numbers, numbers, numbers, pointer, sums]
+    library.stratum_fingerprint_file.restype = number
+    library.stratum_fingerprint_file.argtypes = [
+        number, i64, pointer, i64, number, number, numbers, numbers, numbers, sums,
+    ]  # fmt: skip
+    return library

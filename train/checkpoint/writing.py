@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from train.checkpoint import disk, fingerprint
-from train.checkpoint.files import Piece, header_of, opened, steps_of, sums_on_disk
+from train.checkpoint.files import Piece, header_of, opened, scratch_of_sums, steps_of, sums_on_disk
 from train.checkpoint.fingerprint import Sums
 from train.checkpoint.manifest import Place
 from train.errors import CheckpointError
@@ -113,12 +113,15 @@ class _Companion:
         self._wait_for(len(self._plan.header))
         if os.pread(handle, len(self._plan.header), 0) != self._plan.header:
             raise CheckpointError(f"{self._path} does not hold the header that was written to it.")
+        scratch = scratch_of_sums()
         for number, (piece, start) in enumerate(zip(self._plan.pieces, self._plan.starts, strict=True)):
             expected = piece.sums() if self._live is None else self._live[number]
             found: Sums = (0, 0)
-            for step in steps_of(Place(self._path.name, start, piece.offset, piece.shape), piece.data.dtype):
-                self._wait_for(step.start + step.elements * piece.data.element_size())
-                found = fingerprint.add(found, sums_on_disk(handle, step, whole=piece.whole, dtype=piece.data.dtype))
+            dtype = piece.data.dtype
+            for step in steps_of(Place(self._path.name, start, piece.offset, piece.shape), dtype, size=disk.STEP):
+                self._wait_for(step.start + step.elements * dtype.itemsize)
+                part = sums_on_disk(handle, step, whole=piece.whole, dtype=dtype, scratch=scratch)
+                found = fingerprint.add(found, part)
             if found != expected:
                 raise CheckpointError(
                     f"{self._path}: what lies on disk of {piece.label} is not what the model holds (fingerprint "
