@@ -37,6 +37,36 @@ def test_a_copy_that_drifted_is_told_of(tmp_path: Path) -> None:
     assert told == same == [[], ["model.decoder.final_norm.weight"], ["model.decoder.final_norm.weight"]]
 
 
+def drift_of_tied(rank: int, folder: Path) -> list[list[str]]:
+    """The same with embeddings tied across two pipeline stages of two tensor ranks: the last stage's copy moves before the
+    second save on one tensor rank, before the third on both; the fourth save follows a load. -> the differing copies told of."""
+    changes = {"parallel.tensor": 2, "parallel.pipeline": 2, "model.tie_embeddings": True, "checkpoint.every_steps": 1}
+    recipe = recipe_with(**changes)
+    told = []
+    with engine_of(recipe, rank=rank, world=4) as engine:
+        checkpoints = CheckpointFolder(folder, recipe.checkpoint)
+        copy = dict(engine.chunks[0].module.named_parameters()).get("output_layer.weight")
+        assert (copy is not None) == (rank in (2, 3)), "the last stage's"
+        for step in range(3):
+            steps_of(engine, recipe, range(step, step + 1), before_update=checkpoints.before_update)
+            if copy is not None and step >= 4 - rank:
+                copy.data[-1, 5] = torch.nextafter(copy.data[-1, 5], torch.tensor(9.0))
+            checkpoints.request(engine, step=step + 1, position=0, recipe={}, data_hash="h", background=False)
+            told += [event.fields.get("differing_copies", []) for event in checkpoints.collect()][-1:]
+        checkpoints.load(engine, checkpoints.path_of(3))
+        checkpoints.request(engine, step=4, position=0, recipe={}, data_hash="h", background=False)
+        told += [event.fields.get("differing_copies", []) for event in checkpoints.collect()][-1:]
+    return told
+
+
+def test_a_tied_embedding_that_drifted_on_another_stage_is_told_of_and_set_right_by_loading(tmp_path: Path) -> None:
+    name = "model.embedding.word_embeddings.weight"
+    for told in run_ranks(4, drift_of_tied, tmp_path):
+        assert told == [[], [name], [name], []]
+    three, four = (read_manifest(tmp_path / f"step_{step:08d}") for step in (3, 4))
+    assert three.tensors[name] == four.tensors[name], "what was loaded is what the first stage held"
+
+
 def states_after_loading(rank: int, folder: Path, step: int, world: int) -> dict[str, bytes]:
     """Random states once a checkpoint is loaded, after other numbers were drawn."""
     with engine_of(SMALL, rank=rank, world=world) as engine:

@@ -129,23 +129,15 @@ def copied_pieces(parts: Sequence[OptimizerPart]) -> list[Piece]:
     return [piece for part in parts if not part.local.is_counted for piece in part_pieces(part)["weight"]]
 
 
-def weight_pieces(locals_: dict[str, Local]) -> list[tuple[Piece, bool]]:
-    """Every local weight and buffer, whole; and whether it counts for the sum over tensor and pipeline ranks."""
-    return [
-        (piece, local.is_counted)
-        for local in locals_.values()
-        for piece in _cut(MODEL, local, local.data.reshape(-1), 0)
-    ]
+def weight_pieces(locals_: dict[str, Local]) -> list[Piece]:
+    """Every local weight and buffer, whole."""
+    return [piece for local in locals_.values() for piece in _cut(MODEL, local, local.data.reshape(-1), 0)]
 
 
-def optimizer_pieces(parts: Sequence[OptimizerPart]) -> list[tuple[Piece, bool]]:
-    """Masters (where they are not the weights) and moments of this rank's optimizer; and whether they count."""
+def optimizer_pieces(parts: Sequence[OptimizerPart]) -> list[Piece]:
+    """Masters (where they are not the weights) and moments of this rank's optimizer."""
     return [
-        (piece, part.local.is_counted)
-        for part in parts
-        for name, pieces in part_pieces(part).items()
-        for piece in pieces
-        if name != "weight"
+        piece for part in parts for name, pieces in part_pieces(part).items() for piece in pieces if name != "weight"
     ]
 
 

@@ -10,6 +10,7 @@ tensors of all ranks are fingerprinted and compared with the manifest: what trai
 """
 
 import logging
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from importlib.metadata import version
@@ -154,12 +155,10 @@ def read_training(folder: Path, engine: Engine) -> Manifest:
     locals_ = locals_of(modules, engine.mesh.groups.dp_cp)
     parts = optimizer_parts(engine.optimizer, modules, locals_)
     has_optimizer = reader.manifest.updates is not None
-    wanted = weight_pieces(locals_)
-    copies = engine.mesh.groups.dp_cp.size()
     loading = _Loading(reader, engine.mesh.device)
-    loading.want(wanted, copies=copies)
+    loading.want(weight_pieces(locals_))
     if has_optimizer:
-        loading.want(optimizer_pieces(parts), copies=1)
+        loading.want(optimizer_pieces(parts))
     loading.finish(ignored=() if has_optimizer else ("optimizer.",))
     _hand_over(locals_)
     for part in engine.optimizer.param_groups:
@@ -185,7 +184,7 @@ def read_weights(folder: Path, chunks: list[Any], *, groups: Any) -> None:
     assert reader is not None
     locals_ = locals_of(chunks, groups.dp_cp)
     loading = _Loading(reader, torch.device("cuda" if dist.get_backend() == "nccl" else "cpu"))
-    loading.want(weight_pieces(locals_), copies=groups.dp_cp.size())
+    loading.want(weight_pieces(locals_))
     loading.finish(ignored=("optimizer.",))
     _hand_over(locals_)
 
@@ -208,7 +207,11 @@ def versions() -> dict[str, str]:
 
 
 class _Loading:
-    """Reads pieces of one checkpoint and adds up what arrived, to be compared over all ranks at the end."""
+    """Reads pieces of one checkpoint and adds up what arrived, to be compared over all ranks at the end.
+
+    Every piece counts, also of what several ranks hold (data-parallel copies, norms, tied embeddings): all ranks together hold a
+    tensor as often as their elements fill it, and their fingerprints must add up to that many times the one that was saved.
+    """
 
     def __init__(self, reader: Reader, device: torch.device) -> None:
         self.reader = reader
@@ -216,15 +219,16 @@ class _Loading:
         self.names = sorted(reader.manifest.tensors)
         self.number = {name: i for i, name in enumerate(self.names)}
         self.sums: list[Sums] = [(0, 0)] * len(self.names)
-        self.copies = [0] * len(self.names)
+        self.elements = [0] * len(self.names)
+        """How many are wanted of each tensor."""
         self.missing: set[str] = set()
-        self.wanted: list[tuple[str, Piece, bool]] = []
-        """Tensor of the checkpoint, piece to fill, whether it counts."""
+        self.wanted: list[tuple[str, Piece]] = []
+        """Tensor of the checkpoint, piece to fill."""
         self.error: str | None = None
 
-    def want(self, pieces: Sequence[tuple[Piece, bool]], *, copies: int) -> None:
-        """Note pieces to fill. copies: how many times all counted pieces of all ranks hold each element. Never raises."""
-        for piece, is_counted in pieces:
+    def want(self, pieces: Sequence[Piece]) -> None:
+        """Note pieces to fill. Never raises."""
+        for piece in pieces:
             name = self._source(piece)
             if name is None:
                 self.missing.add(piece.tensor)
@@ -233,20 +237,17 @@ class _Loading:
             if record.shape != piece.whole:
                 self.error = self.error or f"{name} has shape {record.shape} there, {piece.whole} in this model"
                 continue
-            at = self.number[name]
-            self.copies[at] = max(self.copies[at], copies)
-            self.wanted.append((name, piece, is_counted))
+            self.elements[self.number[name]] += piece.data.numel()
+            self.wanted.append((name, piece))
 
     def _fill_all(self) -> None:
         """Read what is wanted in the order of the files, which the system then reads ahead. Never raises."""
         try:
             self.wanted.sort(key=lambda w: self.reader.position(w[0], offset=w[1].offset, shape=w[1].shape))
             with self.reader.kept_open():
-                for name, piece, is_counted in self.wanted:
-                    sums = self._fill(name, piece)
-                    if is_counted:
-                        at = self.number[name]
-                        self.sums[at] = fingerprint.add(self.sums[at], sums)
+                for name, piece in self.wanted:
+                    at = self.number[name]
+                    self.sums[at] = fingerprint.add(self.sums[at], self._fill(name, piece))
         except CheckpointError as error:
             self.error = self.error or str(error)
 
@@ -260,22 +261,22 @@ class _Loading:
             self._fill_all()
         _agree(self.error and f"{folder} {OTHER_MODEL}: {self.error}.")
         values = fingerprint.to_tensor(self.sums).to(self.device)
-        copies = torch.tensor(self.copies, dtype=torch.int64, device=self.device)
+        elements = torch.tensor(self.elements, dtype=torch.int64, device=self.device)
         if dist.is_initialized() and dist.get_world_size() > 1:
             dist.all_reduce(values)
-            dist.all_reduce(copies, op=dist.ReduceOp.MAX)
-        found, copies_of = fingerprint.from_tensor(values.cpu()), copies.tolist()
+            dist.all_reduce(elements)
+        found, elements_of = fingerprint.from_tensor(values.cpu()), elements.tolist()
         wrong = [
             name
-            for name, sums, count in zip(self.names, found, copies_of, strict=True)
-            if count and sums != fingerprint.times(self._recorded(name), count)
+            for name, sums, count in zip(self.names, found, elements_of, strict=True)
+            if count and not self._is_whole(name, sums, elements=count)
         ]
         if wrong:
             raise CheckpointError(
                 f"{folder} is damaged: what was read of {len(wrong)} tensors is not what was saved (their fingerprints differ), "
                 f"e.g. {', '.join(wrong[:3])}. `python -m train.checkpoint verify {folder}` names the files."
             )
-        asked = {name for name, count in zip(self.names, copies_of, strict=True) if count}
+        asked = {name for name, count in zip(self.names, elements_of, strict=True) if count}
         unasked = {
             name
             for name in self.names
@@ -296,8 +297,11 @@ class _Loading:
                 folder,
             )
 
-    def _recorded(self, name: str) -> Sums:
-        return fingerprint.from_text(self.reader.manifest.tensors[name].fingerprint)
+    def _is_whole(self, name: str, sums: Sums, *, elements: int) -> bool:
+        """Whether what all ranks read of a tensor is the tensor, once or several times."""
+        record = self.reader.manifest.tensors[name]
+        copies, rest = divmod(elements, math.prod(record.shape))
+        return not rest and sums == fingerprint.times(fingerprint.from_text(record.fingerprint), copies)
 
     def _source(self, piece: Piece) -> str | None:
         """The checkpoint's tensor for a piece. Weights and masters stand in for each other where precisions differ."""
