@@ -74,14 +74,21 @@ def _listen(reader: int) -> None:
     os.close(reader)
 
 
-def grace_warning(step_s: float, *, save_s: float, grace_s: float) -> str | None:
-    """What to say where a step and a save do not fit into the time between a warning signal and the kill."""
-    if step_s + save_s <= grace_s:
-        return None
+def grace_warning(step_s: float, *, save_s: float, grace_s: float, before_end_s: float) -> str | None:
+    """What to say where a step and a save do not fit into the time between a warning signal and the kill.
+
+    grace_s: launch.grace_s, after any signal; before_end_s: launch.slurm.save_before_end_s, after the SIGUSR1 that Slurm sends
+    before a job's time limit.
+    """
+    needed = step_s + save_s
+    heard, field = "SIGTERM or SIGUSR1", f"launch.grace_s={grace_s:g}"
+    if needed <= grace_s:
+        heard, field = "SIGUSR1, before a job's time limit,", f"launch.slurm.save_before_end_s={before_end_s:g}"
+        if needed <= before_end_s:
+            return None
     return (
-        f"a step ({step_s:.0f} s) and a save ({save_s:.0f} s) take longer than launch.grace_s={grace_s:g} leaves after SIGTERM "
-        f"or SIGUSR1: a run that is told to stop would be killed before it has saved. Give it more time, or smaller steps; "
-        f"the checkpoints before are safe."
+        f"a step ({step_s:.0f} s) and a save ({save_s:.0f} s) take longer than {field} leaves after {heard}: a run that is "
+        f"told to stop would be killed before it has saved. Give it more time, or smaller steps; the checkpoints before are safe."
     )
 
 

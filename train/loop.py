@@ -155,6 +155,11 @@ def _tell(telemetry: Telemetry, checkpoints: CheckpointFolder, *, recipe: Recipe
     for event in checkpoints.collect():
         telemetry.event(event.kind, step=event.step, **event.fields)
         if event.kind == "save":
-            late = grace_warning(step_s, save_s=event.fields["seconds"], grace_s=recipe.launch.grace_s)
+            late = grace_warning(
+                step_s,
+                save_s=event.fields["seconds"],
+                grace_s=recipe.launch.grace_s,
+                before_end_s=recipe.launch.slurm.save_before_end_s,
+            )
             if late is not None and checkpoints.is_first_warning():
                 telemetry.event("warning", text=late)

@@ -93,6 +93,8 @@ def test_handlers_come_back() -> None:
 
 
 def test_too_little_time_is_said_in_advance() -> None:
-    assert grace_warning(10, save_s=20, grace_s=60) is None
-    text = grace_warning(50, save_s=20, grace_s=60)
+    assert grace_warning(10, save_s=20, grace_s=60, before_end_s=30) is None
+    text = grace_warning(50, save_s=20, grace_s=60, before_end_s=300)
     assert text is not None and "launch.grace_s=60" in text and "50 s" in text
+    text = grace_warning(20, save_s=20, grace_s=60, before_end_s=30)
+    assert text is not None and "launch.slurm.save_before_end_s=30" in text and "SIGUSR1" in text
