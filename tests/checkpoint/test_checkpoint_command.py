@@ -2,8 +2,10 @@
 with the files themselves, read by the safetensors library."""
 
 import json
+import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -12,13 +14,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from crashes import Act, acts_of_saves
 from lives import Run, recipe_in
 from ranks import run_ranks
 from safetensors.numpy import load_file
 
 from train.checkpoint import steps
 from train.checkpoint.__main__ import main as command
-from train.checkpoint.manifest import read_manifest
+from train.checkpoint.manifest import _digest, read_manifest
 from train.config import Recipe
 
 _LABEL = re.compile(r"(.+)\[(.*)\]")
@@ -203,6 +206,83 @@ def test_consolidated_it_is_one_file_any_program_reads(run: Path, tmp_path: Path
     assert (tmp_path / "half.safetensors").stat().st_size < 0.55 * (tmp_path / "weights.safetensors").stat().st_size
     status, _, err = say("consolidate", run, tmp_path / "weights.safetensors")
     assert status == 2 and "is there already" in err
+
+
+def killed_before(number: int, words: list[object]) -> list[Act]:
+    """Run a command line in a process of its own, killed with SIGKILL before its act of this number. -> with -1, all acts."""
+    acts: list[Act] = []
+
+    def before(act: Act) -> None:
+        acts.append(act)
+        if act.number == number:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    if number < 0:
+        with acts_of_saves(before):
+            assert command([str(word) for word in words]) == 0
+        return acts
+    child = os.fork()
+    if child == 0:
+        with acts_of_saves(before):
+            command([str(word) for word in words])
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+    return acts
+
+
+KEPT = Path(__file__).with_name("kept") / "step_00000002"
+
+
+@pytest.mark.parametrize("command_", ["reshard", "reshard to a checkpoint", "consolidate"])
+def test_killed_at_any_time_it_leaves_nothing_that_counts_and_is_done_by_running_it_again(
+    command_: str, tmp_path: Path, say: Say, caplog: pytest.LogCaptureFixture
+) -> None:
+    name = {"reshard": "run", "reshard to a checkpoint": "step_00000002", "consolidate": "w.safetensors"}[command_]
+    files = ["--files", 2] if command_ != "consolidate" else []
+    acts = killed_before(-1, [command_.split()[0], KEPT, tmp_path / "whole" / name, *files])
+    writes = [act.number for act in acts if act.name == "writev"]
+    (rename,) = [act.number for act in acts if act.name == "rename" and act.target.endswith(f".{name}.writing")]
+    for number in sorted(
+        {1, writes[0], writes[1], writes[len(writes) // 2], writes[-1], rename - 1, rename, rename + 1}
+    ):
+        out = tmp_path / str(number) / name
+        out.parent.mkdir(exist_ok=True)
+        words = [command_.split()[0], KEPT, out, *files]
+        killed_before(number, words)
+        assert out.exists() == (number > rename), acts[number]
+        if out.exists():
+            assert say(*words)[0] == 2
+        else:
+            assert [path.name for path in out.parent.iterdir()] == [f".{name}.writing"], acts[number]
+            assert say("verify", out)[0] in (1, 2) and say("list", out.parent)[0] == 2
+            caplog.clear()
+            assert say(*words)[0] == 0
+            assert f".{name}.writing, which an interrupted run of this command left, is removed" in caplog.text
+        assert [path.name for path in out.parent.iterdir()] == [name]
+        if command_ == "consolidate":
+            assert out.read_bytes() == (tmp_path / "whole" / name).read_bytes()
+        else:
+            assert say("verify", out)[0] == 0 and say("diff", KEPT, out)[0] == 0
+        if command_ == "reshard":
+            assert (out / "checkpoints" / "latest").read_text() == "step_00000002\n" and (out / "recipe.yaml").is_file()
+
+
+def test_names_are_printed_not_obeyed(run: Path, tmp_path: Path, say: Say) -> None:
+    """Markup and what moves a terminal's cursor, in names of folders and in what a manifest says."""
+    odd = tmp_path / "a[bold]\x1b[2J"
+    run.rename(odd)
+    (odd / "checkpoints" / ".step_[bold]\x1b[2J.writing").mkdir()
+    path = at(odd, 8) / "manifest.json"
+    body = json.loads(path.read_text())
+    body.pop("digest")
+    body["lineage"] = {"from[/b]\x1b[2J": "\x1b[2J"}
+    body["recipe"]["run"]["name"] = "\x1b[2J[/b]"
+    path.write_text(json.dumps(body | {"digest": _digest(body)}))
+    for words in (["list", odd], ["show", odd, "--tensors"], ["verify", odd, "--all"], ["diff", odd, at(odd, 4)]):
+        status, out, err = say(*words)
+        assert status in (0, 1) and "\x1b" not in out + err and "[bold]" in out, (words, out, err)
+    status, _, err = say("reshard", odd, odd)
+    assert status == 2 and "\x1b" not in err and "is there already" in err
 
 
 SPOILT: dict[str, tuple[Callable[[Path], None], str]] = {

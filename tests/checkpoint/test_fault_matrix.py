@@ -17,7 +17,7 @@ from crashes import SMALL, Act, acts_of_saves, contents, train_on
 from ranks import RankFailed, run_ranks
 from tiny import engine_of, steps_of
 
-from train.checkpoint import fingerprint, offline, steps
+from train.checkpoint import fingerprint, offline, publishing, steps
 from train.checkpoint.__main__ import main as command
 from train.checkpoint.files import Piece, Reader
 from train.checkpoint.manager import CheckpointFolder
@@ -317,6 +317,16 @@ HOSTILE: dict[str, Callable[[dict[str, Any]], None]] = {
     "an unknown format": lambda m: next(iter(m["tensors"].values())).update(dtype="PICKLE"),
     "a negative size": lambda m: next(iter(m["tensors"].values())).update(shape=[-1, 2]),
     "a huge size": lambda m: next(iter(m["tensors"].values())).update(shape=[1 << 60, 1 << 60]),
+    "forty dimensions": lambda m: next(iter(m["tensors"].values())).update(shape=[1] * 40),
+    "true for a size": lambda m: next(iter(m["tensors"].values())).update(shape=[True]),
+    "a fingerprint with a sign": lambda m: next(iter(m["tensors"].values())).update(fingerprint="+" + 31 * "1"),
+    "a name that moves the cursor": lambda m: m["tensors"].update({"model.\x1b[2J": next(iter(m["tensors"].values()))}),
+    "a file name too long for the system": lambda m: m["files"].update({300 * "x": 1}),
+    "a degree that is none": lambda m: m["layout"].update(tensor="two"),
+    "a degree of infinity": lambda m: m["layout"].update(tensor=float("inf")),
+    "a recipe that is none": lambda m: m["recipe"].update(run=5),
+    "a hash that is none": lambda m: m.update(data_hash=5),
+    "updates below zero": lambda m: m.update(updates=-1),
     "a step that is none": lambda m: m.update(step="rm -rf"),
     "fields from elsewhere": lambda m: m.update(__class__="os.system"),
 }
@@ -390,6 +400,45 @@ def test_files_that_are_something_else_are_refused(content: bytes, folder: Path)
             Reader(path.parent)
         path.write_bytes(kept)
     assert offline.verify(folder / steps.name_of(NEW), lambda _: None) == []
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "index.json", "rank_00000.safetensors"])
+def test_what_would_hold_a_reader_for_ever_is_no_file(name: str, folder: Path) -> None:
+    """A pipe nobody writes to, a device without end, a link to itself."""
+    path = folder / steps.name_of(NEW) / name
+    for put in (os.mkfifo, lambda path: path.symlink_to("/dev/zero"), lambda path: path.symlink_to(path)):
+        path.unlink()
+        put(path)
+        with pytest.raises(CheckpointError, match=name.replace(".", r"\.")):
+            Reader(path.parent)
+        (note,) = steps.candidates(folder)[1][:1]
+        assert name in note and note.startswith(steps.PASSED_OVER)
+
+
+def test_names_that_look_like_steps(folder: Path) -> None:
+    """Digits of other scripts are no step; a folder that holds another step than its name says is passed over, and said."""
+    for name in ("step_²", "step_٣", "step_" + "9" * 60, "step_4b"):
+        (folder / name).mkdir()
+    (folder / "latest").unlink()
+    (folder / "latest").symlink_to("/dev/zero")
+    shutil.copytree(folder / steps.name_of(OLD), folder / steps.name_of(9))
+    good, (note, pointer) = steps.candidates(folder)
+    assert [manifest.step for _, manifest in good] == [NEW, OLD]
+    assert f"holds step {OLD}, not the one it is named after. Name it {steps.name_of(OLD)}" in note
+    assert "is missing" in pointer
+
+
+def test_of_a_linked_checkpoint_only_the_link_is_deleted(folder: Path, tmp_path: Path) -> None:
+    """A step kept on another disk, and linked to from the run's folder."""
+    elsewhere = tmp_path / "elsewhere"
+    link = folder / steps.name_of(OLD)
+    link.rename(elsewhere)
+    link.symlink_to(elsewhere)
+    before = contents(folder)
+    assert sorted(before) == [OLD, NEW] and offline.verify(link, lambda _: None) == []
+    publishing.delete(link)
+    assert list(contents(folder)) == [NEW] and not list(folder.glob(".*"))
+    assert offline.verify(elsewhere, lambda _: None) == []
 
 
 def test_pieces_know_their_name() -> None:

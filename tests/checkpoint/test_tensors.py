@@ -8,9 +8,10 @@ import torch
 from ranks import run_ranks
 from tiny import engine_of, recipe_with, steps_of
 
+from train.checkpoint.__main__ import main as command
 from train.checkpoint.manager import CheckpointFolder
 from train.checkpoint.storage import publish, read_manifest, read_weights
-from train.checkpoint.tensors import StoredTensors, write_weights
+from train.checkpoint.tensors import StoredTensor, StoredTensors, write_weights
 from train.config import Recipe
 from train.model.initial import global_names
 
@@ -57,3 +58,24 @@ def test_weights_of_another_model_are_refused_by_name(tmp_path: Path) -> None:
         run_ranks(1, weights_at, recipe_with(**{"model.pattern": "M-M*-M-M*"}), 1, path)
     with pytest.raises(AssertionError, match=r"it lacks 3 weights.*decoder\.layers\.10"):
         run_ranks(1, weights_at, recipe_with(**{"model.pattern": "M-M*-M-M*-*"}), 1, path)
+
+
+def test_what_is_no_number_is_compared_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The same NaN on both sides is no difference; where only one side is a number, the tensor is named first."""
+    nan = float("nan")
+    base = read_manifest(Path(__file__).with_name("kept") / "step_00000002")
+    sides = {
+        "a": {"one": [1.0, nan, 3.0, -0.0], "two": [1.0, 2.0], "three": [5.0, 6.0]},
+        "b": {"one": [2.0, nan, 3.0, 0.0], "two": [nan, 2.0], "three": [5.0, 6.0]},
+    }
+    for side, values in sides.items():
+        tensors = {name: torch.tensor(numbers) for name, numbers in values.items()}
+        (tmp_path / "aside").mkdir()
+        stored = {name: StoredTensor(tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
+        write_weights(tmp_path / "aside", stored, tensors.__getitem__)
+        publish(tmp_path / "aside", tmp_path / side, replace(base, tensors={}, files={}, updates=None))
+    assert command(["diff", str(tmp_path / "a"), str(tmp_path / "b"), "--values"]) == 1
+    lines = [line.split() for line in capsys.readouterr().out.splitlines() if line.startswith("model.")]
+    assert [line[0] for line in lines] == ["model.two", "model.one"]
+    assert lines[0][3:] == ["1", "of", "2", "nan", "nan"]
+    assert lines[1][3:6] == ["1", "of", "4"] and float(lines[1][6]) == 1.0

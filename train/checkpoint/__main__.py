@@ -13,6 +13,7 @@ Exit status: 0 all right; 1 damaged (list, verify), different (diff); 2 cannot b
 
 import argparse
 import json
+import math
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -25,6 +26,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 from rich.table import Table
+from rich.text import Text
 
 from train.checkpoint import offline, steps
 from train.checkpoint.files import Reader
@@ -71,7 +73,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     command.add_argument("a", **place)
     command.add_argument("b", **place)
     command.add_argument("--values", action="store_true", help="measure how much tensors differ (reads them)")
-    command.add_argument("--most", type=int, default=20, metavar="N", help="tensors to name (default: 20)")
+    command.add_argument("--most", type=_count, default=20, metavar="N", help="tensors to name (default: 20)")
     command = commands.add_parser(
         "reshard",
         help="rewrite in another number of files; check a layout",
@@ -86,8 +88,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         help="a new run's folder, from which training can resume; or the new checkpoint's own (step_...)",
     )
     command.add_argument("fields", nargs="*", metavar="parallel.FIELD=N", help="a layout to check against the model")
-    command.add_argument("--ranks", type=int, help="processes of that layout (default: as few as it needs)")
-    command.add_argument("--files", type=int, help="number of files (default: --ranks, else 1)")
+    command.add_argument("--ranks", type=_count, help="processes of that layout (default: as few as it needs)")
+    command.add_argument("--files", type=_count, help="number of files (default: --ranks, else 1)")
     command.add_argument("--weights", action="store_true", help="weights only: training starts with fresh moments")
     command = commands.add_parser("consolidate", help="one safetensors file")
     command.add_argument("checkpoint", **place)
@@ -96,19 +98,33 @@ def main(arguments: Sequence[str] | None = None) -> int:
     command.add_argument("--dtype", choices=sorted(_DTYPES), help="convert weights (default: as stored)")
 
     parsed = parser.parse_args(arguments)
-    console = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 200)
+    # No markup: names in a checkpoint are anybody's.
+    console = Console(highlight=False, markup=False, soft_wrap=True, width=None if sys.stdout.isatty() else 200)
     act = {
         "list": _list, "show": _show, "verify": _verify, "diff": _diff, "reshard": _reshard, "consolidate": _consolidate,
     }[parsed.command]  # fmt: skip
     try:
         return act(parsed, console)
     except (CheckpointError, RecipeError) as error:
-        sys.stderr.write(f"error: {error}\n")
+        sys.stderr.write(f"error: {_plain(str(error))}\n")
+        return 2
+    except BrokenPipeError:
+        return 0
+    except OSError as error:
+        sys.stderr.write(f"error: {_plain(str(error.filename or 'the system'))}: {error.strerror or error}\n")
+        return 2
+    except MemoryError:
+        sys.stderr.write("error: not enough memory for a tensor of this checkpoint.\n")
         return 2
     except KeyboardInterrupt:
         return 130
-    except BrokenPipeError:
-        return 0
+
+
+def _count(word: str) -> int:
+    """For argparse: a whole number from 1 to 100,000."""
+    if not (word.isascii() and word.isdigit() and 1 <= int(word[:7]) <= 100_000):
+        raise argparse.ArgumentTypeError(f"{word!r} is no whole number from 1 to 100,000")
+    return int(word)
 
 
 def _list(parsed: argparse.Namespace, console: Console) -> int:
@@ -124,30 +140,30 @@ def _list(parsed: argparse.Namespace, console: Console) -> int:
         when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(path.stat().st_mtime))
         cells = [""] * 4
         try:
-            manifest = read_manifest(path)
+            manifest = steps.manifest_of(path)
             size, files = _size(manifest.bytes), str(len(manifest.files))
             cells = [f"{manifest.tokens:,}", describe_layout(manifest.layout), files, size]
             problems = _problems_of(path, manifest) if parsed.verify else []
         except CheckpointError as error:
             problems = [_briefly(error, path)]
-        state = "[red]DAMAGED[/red]"
+        state = Text("DAMAGED", style="red")
         if not problems:
             words = ["verified" if parsed.verify else "whole", *["weights only"] * (manifest.updates is None)]
-            state = ", ".join([*words, *["[green]newest[/green]"] * (path == newest)])
+            state = Text(", ").join([*map(Text, words), *[Text("newest", style="green")] * (path == newest)])
         table.add_row(step, *cells, when, state)
         damage += [f"step {step} is damaged: {problem}" for problem in problems[:3]]
     console.print(table)
     for line in damage:
-        console.print(line, markup=False)
+        console.print(_plain(line))
     for note in notes:
         if not note.startswith(steps.PASSED_OVER):
-            console.print(f"note: {note}", markup=False)
+            console.print(f"note: {_plain(note)}")
     for leftover in sorted(folder.glob(".step_*")):
         console.print(
-            f"note: {leftover.name} is on its way in or out, or was when a process died: the next start removes it"
+            f"note: {_plain(leftover.name)} is on its way in or out, or was when a process died: the next start removes it"
         )
     if not parsed.verify:
-        console.print("`whole`: manifest, index and sizes agree; --verify reads the numbers too.", markup=False)
+        console.print("`whole`: manifest, index and sizes agree; --verify reads the numbers too.")
     return 1 if damage else 0
 
 
@@ -188,7 +204,7 @@ def _show(parsed: argparse.Namespace, console: Console) -> int:
         rows.insert(0, ("run", str(manifest.recipe.get("run", {}).get("name"))))
         rows.append(("model", f"{model.get('pattern')}, hidden {model.get('hidden')}, vocabulary {model.get('vocab')}"))
     rows += [(f"lineage: {key}", json.dumps(value)[:200]) for key, value in manifest.lineage.items()]
-    console.print(str(path))
+    console.print(_plain(str(path)))
     _pairs(console, rows)
     table = Table("", "tensors", "elements", "formats", "size", box=None, pad_edge=False)
     for title, prefix in _SECTIONS:
@@ -222,14 +238,15 @@ def _verify(parsed: argparse.Namespace, console: Console) -> int:
             problems = [str(error)]
         if problems:
             damaged += 1
-            console.print(f"[red]DAMAGED[/red] {path}")
+            console.print(Text("DAMAGED", style="red"), _plain(str(path)))
             for problem in problems:
-                console.print(f"  {problem}", markup=False)
+                console.print(f"  {_plain(problem)}")
             continue
         seconds = time.perf_counter() - started
         console.print(
-            f"[green]right[/green]   {path}: {len(manifest.tensors)} tensors, {_size(manifest.bytes)} in {seconds:.1f} s; all "
-            f"fingerprints agree"
+            Text("right  ", style="green"),
+            f"{_plain(str(path))}: {len(manifest.tensors)} tensors, {_size(manifest.bytes)} in {seconds:.1f} s; all "
+            f"fingerprints agree",
         )
     return 1 if damaged else 0
 
@@ -255,12 +272,12 @@ def _diff(parsed: argparse.Namespace, console: Console) -> int:
     ]
     table = Table(box=None, pad_edge=False, show_header=False)
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*map(_plain, row))
     console.print(table)
     with _bar("comparing", a) as advance:
         found = list(offline.compare(Reader(path_a), Reader(path_b), values=parsed.values, advance=advance))
     if parsed.values:
-        found.sort(key=lambda one: -one.relative)
+        found.sort(key=lambda one: -math.inf if math.isnan(one.relative) else -one.relative)
     names = [name for name in a.tensors.keys() | b.tensors.keys() if not name.startswith("random.")]
     console.print(f"{len(names) - len(found)} of {len(names)} tensors are the same.")
     if found:
@@ -283,18 +300,12 @@ def _reshard(parsed: argparse.Namespace, console: Console) -> int:
         layout = _check_layout(manifest, parsed.fields, parsed.ranks)
         console.print(f"The model fits {layout}.")
     files = parsed.files or parsed.ranks or 1
-    if files < 1:
-        raise CheckpointError(f"--files {files}: at least one.")
-    is_run = not parsed.out.name.startswith("step_")
-    if is_run and parsed.out.exists():
-        raise CheckpointError(f"{parsed.out} is there already. Choose another folder, or move it away.")
-    out = parsed.out / "checkpoints" / steps.name_of(manifest.step) if is_run else parsed.out
     with _bar("resharding", manifest, share=_weights_only(manifest) if parsed.weights else 1.0) as advance:
-        new = offline.reshard(path, out, files=files, with_optimizer=not parsed.weights, advance=advance)
-    if is_run:
-        offline.make_run(parsed.out, new)
+        new = offline.reshard(path, parsed.out, files=files, with_optimizer=not parsed.weights, advance=advance)
+    is_run = offline.is_run(parsed.out)
+    where = parsed.out / "checkpoints" / steps.name_of(new.step) if is_run else parsed.out
     console.print(
-        f"wrote {out}: {len(new.tensors)} tensors in {files} file{'s' * (files > 1)}, {_size(new.bytes)}; fingerprints agree"
+        f"wrote {where}: {len(new.tensors)} tensors in {files} file{'s' * (files > 1)}, {_size(new.bytes)}; fingerprints agree"
     )
     if is_run:
         console.print(
@@ -350,7 +361,12 @@ def _weights_only(manifest: Manifest) -> float:
 def _pairs(console: Console, rows: list[tuple[str, str]]) -> None:
     width = max(len(key) for key, _ in rows)
     for key, value in rows:
-        console.print(f"  {key:<{width}}  {value}", markup=False)
+        console.print(f"  {_plain(key):<{width}}  {_plain(value)}")
+
+
+def _plain(text: str) -> str:
+    """A text from anywhere without what a terminal would obey."""
+    return "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text)
 
 
 def _size(count: int) -> str:

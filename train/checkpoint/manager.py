@@ -288,7 +288,7 @@ class CheckpointFolder:
     def _retain(self, newest_step: int) -> None:
         """On rank 0: delete checkpoints beyond `keep_last`, except those `keep_every_steps` keeps for good."""
         every = self.config.keep_every_steps
-        numbered = [(int(path.name.removeprefix("step_")), path) for path in self.whole()]
+        numbered = [(steps.step_of(path), path) for path in self.whole()]
         try:
             for step, path in sorted(numbered, reverse=True)[self.config.keep_last :]:
                 if step != newest_step and not (every and step % every == 0):

@@ -7,6 +7,7 @@ reader of a hostile or damaged folder gets a CheckpointError with the file's nam
 import hashlib
 import json
 import math
+import stat
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,11 @@ DTYPES = {
 """safetensors' names of number formats."""
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _LARGEST = 1 << 62
+_MOST_DIMENSIONS = 16
+_LONGEST_NAME = 255
+"""Bytes of a file's name (NAME_MAX)."""
+_LONGEST_JSON = 1 << 30
+"""Bytes; a longer one is no manifest or index of ours."""
 
 
 @dataclass(frozen=True)
@@ -142,7 +148,7 @@ def read_manifest(folder: Path) -> Manifest:
     """The manifest of a checkpoint, with its digest and the sizes of all files checked. CheckpointError says what is wrong."""
     path = folder / MANIFEST
     raw = _read_json(path)
-    if not isinstance(raw, dict) or not isinstance(raw.get("format"), int):
+    if not isinstance(raw, dict) or type(raw.get("format")) is not int:
         raise CheckpointError(f"{path} is not the manifest of a checkpoint: it names no format.")
     if raw["format"] != FORMAT:
         raise CheckpointError(
@@ -160,7 +166,10 @@ def read_manifest(folder: Path) -> Manifest:
         raise CheckpointError(f"{path} cannot be read as a checkpoint manifest: {error}") from error
     for name, size in manifest.files.items():
         file = folder / name
-        found = file.stat().st_size if file.is_file() else None
+        try:
+            found = file.stat().st_size if file.is_file() else None
+        except OSError as error:
+            raise CheckpointError(f"{file} cannot be read: {error.strerror or error}") from error
         if found != size:
             raise CheckpointError(
                 f"{file} is {'missing' if found is None else f'{found:,} bytes long'}, the manifest says {size:,} bytes."
@@ -172,30 +181,38 @@ def read_manifest(folder: Path) -> Manifest:
 def read_index(folder: Path, manifest: Manifest) -> Index:
     """Where each tensor's parts lie, checked: digest, names, bounds in tensor and file, every element there once."""
     path = folder / INDEX
-    try:
-        content = path.read_text()
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}") from error
+    content = _read_text(path)
     if sha256(content) != manifest.index_sha256:
         raise CheckpointError(f"{path} is damaged: its content does not match the digest in {MANIFEST}.")
-    raw = _read_json(path)
     index: Index = {}
     try:
+        raw = json.loads(content)
         for tensor, record in manifest.tensors.items():
             index[tensor] = [_place(raw["files"], piece, manifest, record) for piece in raw["pieces"].get(tensor, [])]
             elements = sum(math.prod(place.shape) for place in index[tensor])
             if elements != math.prod(record.shape):
                 raise ValueError(f"{tensor} has {math.prod(record.shape):,} elements, its parts {elements:,}")
-    except (TypeError, ValueError, KeyError, IndexError, AttributeError) as error:
+    except (TypeError, ValueError, KeyError, IndexError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{path} does not describe the files beside it: {error}") from error
     return index
 
 
 def _read_json(path: Path) -> Any:
     try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError, RecursionError) as error:
+        return json.loads(_read_text(path))
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from error
+
+
+def _read_text(path: Path) -> str:
+    """What is in a file, unless it is a pipe, a device or far too long, which would hold the reader for ever."""
+    try:
+        found = path.stat()
+        if not stat.S_ISREG(found.st_mode) or found.st_size > _LONGEST_JSON:
+            raise CheckpointError(f"{path} cannot be read: it is no file, or {found.st_size:,} bytes long.")
+        return path.read_text()
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}") from error
 
 
 def _digest(body: dict[str, Any]) -> str:
@@ -203,38 +220,53 @@ def _digest(body: dict[str, Any]) -> str:
 
 
 def _record(name: str, value: Any) -> TensorRecord:
+    if not name.isprintable():
+        raise ValueError(f"{name!r} is no name of a tensor")
     shape = tuple(value["shape"])
     if value["dtype"] not in DTYPES:
         raise ValueError(f"{name} is of unknown format {value['dtype']!r}")
-    if any(not isinstance(n, int) or n < 0 for n in shape) or math.prod(shape) > _LARGEST:
-        raise ValueError(f"{name} has the impossible shape {shape}")
+    if not all(_is_count(n) for n in shape) or math.prod(shape) > _LARGEST or len(shape) > _MOST_DIMENSIONS:
+        raise ValueError(f"{name} has the impossible shape {str(shape)[:80]}")
     fingerprint.from_text(value["fingerprint"])
     return TensorRecord(value["dtype"], shape, value["fingerprint"])
 
 
 def _check_types(manifest: Manifest) -> None:
     for key in ("step", "position", "tokens"):
-        value = getattr(manifest, key)
-        if not isinstance(value, int) or value < 0:
-            raise ValueError(f"{key} is {value!r}")
-    if manifest.updates is not None and not isinstance(manifest.updates, int):
-        raise ValueError(f"updates is {manifest.updates!r}")
+        if not _is_count(getattr(manifest, key)):
+            raise ValueError(f"{key} is {getattr(manifest, key)!r}, not a count")
+    if manifest.updates is not None and not _is_count(manifest.updates):
+        raise ValueError(f"updates is {manifest.updates!r}, not a count")
+    for key in ("data_hash", "tokenizer", "index_sha256"):
+        if not isinstance(getattr(manifest, key), str):
+            raise ValueError(f"{key} is {getattr(manifest, key)!r}, not a text")
     for key in ("layout", "recipe", "versions", "lineage", "files"):
         if not isinstance(getattr(manifest, key), dict):
             raise ValueError(f"{key} is not a mapping")
+    for degree, count in manifest.layout.items():
+        if not _is_count(count):
+            raise ValueError(f"layout.{degree} is {count!r}, not a count")
+    for group in ("run", "model"):
+        if not isinstance(manifest.recipe.get(group, {}), dict):
+            raise ValueError(f"recipe.{group} is not a mapping")
     for name, size in manifest.files.items():
-        if name != Path(name).name or name in ("", ".", ".."):
-            raise ValueError(f"{name!r} is no plain file name")
-        if not isinstance(size, int) or size < 0:
+        is_plain = name == Path(name).name and name not in ("", ".", "..") and name.isprintable()
+        if not is_plain or len(name.encode()) > _LONGEST_NAME:
+            raise ValueError(f"{name[:_LONGEST_NAME]!r} is no plain file name")
+        if not _is_count(size):
             raise ValueError(f"{name} is said to be {size!r} bytes long")
+
+
+def _is_count(value: Any) -> bool:
+    """A whole number from 0 on that fits 64 bits (JSON's `true` is none, nor is 1.0)."""
+    return type(value) is int and 0 <= value <= _LARGEST
 
 
 def _place(files: list[str], piece: Any, manifest: Manifest, record: TensorRecord) -> Place:
     number, start, offset, shape = piece
+    if not all(_is_count(n) for n in (number, start, *offset, *shape)):
+        raise ValueError(f"a part has impossible numbers: {str(piece)[:200]}")
     place = Place(files[number], start, tuple(offset), tuple(shape))
-    numbers = (number, start, *place.offset, *place.shape)
-    if any(not isinstance(n, int) or n < 0 for n in numbers):
-        raise ValueError(f"a part has impossible numbers: {piece}")
     if place.file not in manifest.files:
         raise ValueError(f"{place.file!r} is not a file of this checkpoint")
     ends = [o + s for o, s in zip(place.offset, place.shape, strict=True)]

@@ -3,9 +3,11 @@
 Memory stays near one tensor. Everything is read through manifest and index, so nothing in a checkpoint is executed.
 """
 
+import logging
 import math
 import os
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -25,6 +27,8 @@ from train.checkpoint.files import (
 )
 from train.checkpoint.manifest import DTYPES, Index, Manifest, Place
 from train.errors import CheckpointError
+
+log = logging.getLogger(__name__)
 
 Advance = Callable[[int], None]
 """Told the bytes of each tensor that is done."""
@@ -73,7 +77,7 @@ class TensorDifference:
     """Elements that differ."""
     elements: int = 0
     largest: float = 0.0
-    """Largest absolute difference."""
+    """Largest absolute difference; NaN where only one side is a number."""
     relative: float = 0.0
     """Norm of the difference over the norm of A."""
 
@@ -96,13 +100,15 @@ def compare(a: Reader, b: Reader, *, values: bool, advance: Advance) -> Iterator
                 yield TensorDifference(name, note, elements=math.prod(one.shape))
                 continue
             x, y = whole_tensor(a, name).double(), whole_tensor(b, name).double()
+            apart = (x != y) & ~(x.isnan() & y.isnan())
+            gap = (x - y)[apart]
             yield TensorDifference(
                 name,
                 note,
-                differing=int((x != y).sum()),
+                differing=len(gap),
                 elements=x.numel(),
-                largest=float((x - y).abs().max()),
-                relative=float((x - y).norm() / x.norm().clamp(min=1e-300)),
+                largest=float(gap.abs().max()) if len(gap) else 0.0,
+                relative=float(gap.norm() / x.nan_to_num(nan=0.0).norm().clamp(min=1e-300)) if len(gap) else 0.0,
             )
         advance(one.bytes)
 
@@ -110,7 +116,9 @@ def compare(a: Reader, b: Reader, *, values: bool, advance: Advance) -> Iterator
 def reshard(folder: Path, out: Path, *, files: int, with_optimizer: bool, advance: Advance) -> Manifest:
     """Write a checkpoint anew as `files` files of about the same size, proven by its own fingerprints, and publish it at `out`.
 
-    with_optimizer: false keeps weights only. Raises CheckpointError; nothing is left at `out` then.
+    out: a checkpoint's folder (step_...), or a run's, from which training resumes: with checkpoint, pointer and recipe. It
+    appears whole or not at all; what a killed process left beside it is removed, and said. with_optimizer: false keeps
+    weights only. Raises CheckpointError; nothing is left then.
     """
     reader = Reader(folder)
     tensors = {
@@ -118,42 +126,66 @@ def reshard(folder: Path, out: Path, *, files: int, with_optimizer: bool, advanc
     }
     if out.exists():
         raise CheckpointError(f"{out} is there already. Choose another folder, or move it away.")
-    aside = out.with_name(f".{out.name}.writing")
+    aside = _aside(out)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        if aside.exists():
-            disk.remove_tree(aside)
+        _clear(aside)
         disk.make_folder(aside)
+        new = aside
+        if is_run(out):
+            new = aside / "checkpoints" / steps.name_of(reader.manifest.step)
+            disk.make_folder(new.parent)
+            disk.make_folder(new)
         index: Index = {}
         for number in range(files):
-            _write_share(reader, aside / f"rank_{number:05d}.safetensors", list(tensors), number, files, index, advance)
+            _write_share(reader, new / f"rank_{number:05d}.safetensors", list(tensors), number, files, index, advance)
         manifest = replace(
             reader.manifest,
             tensors=tensors,
             updates=reader.manifest.updates if with_optimizer else None,
             lineage=reader.manifest.lineage | {"resharded_from": str(folder)},
-            files={path.name: path.stat().st_size for path in sorted(aside.iterdir())},
+            files={path.name: path.stat().st_size for path in sorted(new.iterdir())},
         )
-        manifest = publishing.seal(aside, manifest, index)
-        problems = verify(aside, lambda _: None)
+        manifest = publishing.seal(new, manifest, index)
+        problems = verify(new, lambda _: None)
         if problems:
             raise CheckpointError(f"{out} did not come out right: {problems[0]}")
-        publishing.publish(aside, out)
+        if is_run(out):
+            publishing.point_at(new.parent, new.name)
+            disk.write_text(aside / "recipe.yaml", yaml.safe_dump(manifest.recipe, sort_keys=False))
+        disk.rename(aside, out)
+        disk.sync(out.parent)
     except OSError as error:
         raise CheckpointError(f"{out} cannot be written: {error.strerror or error}") from error
     finally:
-        if aside.exists():
-            disk.remove_tree(aside)
+        _give_back(aside)
     return manifest
 
 
-def make_run(run: Path, manifest: Manifest) -> None:
-    """Complete a folder that holds `checkpoints/step_...` alone to a run's, from which training resumes.
+def is_run(out: Path) -> bool:
+    """Whether a folder's name is that of a run rather than of a checkpoint."""
+    return not out.name.startswith("step_")
 
-    manifest: of that checkpoint; its recipe becomes the run's.
-    """
-    publishing.point_at(run / "checkpoints", steps.name_of(manifest.step))
-    disk.write_text(run / "recipe.yaml", yaml.safe_dump(manifest.recipe, sort_keys=False))
+
+def _aside(out: Path) -> Path:
+    """Where it is written until it is whole; no reader takes the name for a checkpoint, a run or a file of weights."""
+    return out.with_name(f".{out.name}.writing")
+
+
+def _clear(aside: Path) -> None:
+    """Remove what a process left that was killed while it wrote."""
+    if aside.exists() or aside.is_symlink():
+        log.warning("%s, which an interrupted run of this command left, is removed", aside)
+        disk.remove_tree(aside) if aside.is_dir() else disk.remove(aside)
+
+
+def _give_back(aside: Path) -> None:
+    """Remove what was not completed, as far as the system lets us: the error under way is the one to tell."""
+    with suppress(OSError):
+        if aside.is_dir():
+            disk.remove_tree(aside)
+        else:
+            aside.unlink(missing_ok=True)
 
 
 def consolidate(folder: Path, out: Path, *, with_optimizer: bool, dtype: torch.dtype | None, advance: Advance) -> int:
@@ -175,9 +207,10 @@ def consolidate(folder: Path, out: Path, *, with_optimizer: bool, dtype: torch.d
     header, _ = header_of([(labels[n], formats[n], reader.manifest.tensors[n].shape) for n in names], metadata)
     if out.exists():
         raise CheckpointError(f"{out} is there already. Choose another name, or move it away.")
-    aside = out.with_name(f".{out.name}.writing")
+    aside = _aside(out)
     try:
-        aside.unlink(missing_ok=True)
+        out.parent.mkdir(parents=True, exist_ok=True)
+        _clear(aside)
         disk.write_new(aside, [header])
         for name in names:
             disk.append(aside, [bytes_of(_proven(reader, name).to(formats[name]))])
@@ -188,7 +221,7 @@ def consolidate(folder: Path, out: Path, *, with_optimizer: bool, dtype: torch.d
     except OSError as error:
         raise CheckpointError(f"{out} cannot be written: {error.strerror or error}") from error
     finally:
-        aside.unlink(missing_ok=True)
+        _give_back(aside)
     return out.stat().st_size
 
 

@@ -4,6 +4,7 @@ Reading only, no model and no process group: the offline commands and login node
 """
 
 import logging
+import re
 from pathlib import Path
 
 from train.checkpoint import publishing
@@ -12,6 +13,7 @@ from train.errors import CheckpointError
 
 log = logging.getLogger(__name__)
 
+_NAME = re.compile(r"step_[0-9]{1,18}")
 PASSED_OVER = "passed over: "
 """Begin of a note about a checkpoint that is not whole."""
 
@@ -23,7 +25,24 @@ def name_of(step: int) -> str:
 
 def steps_in(folder: Path) -> list[Path]:
     """Checkpoints that were published in a folder, oldest first."""
-    return sorted(p for p in folder.glob("step_*") if p.is_dir() and p.name.removeprefix("step_").isdigit())
+    named = [path for path in folder.glob("step_*") if _NAME.fullmatch(path.name) and path.is_dir()]
+    return sorted(named, key=step_of)
+
+
+def step_of(path: Path) -> int:
+    """The step that a checkpoint's folder is named after."""
+    return int(path.name.removeprefix("step_"))
+
+
+def manifest_of(path: Path) -> Manifest:
+    """The manifest of a step's folder. CheckpointError where it is not right, or of another step than the folder's name says."""
+    manifest = read_manifest(path)
+    if manifest.step != step_of(path):
+        raise CheckpointError(
+            f"{path} holds step {manifest.step:,}, not the one it is named after. Name it {name_of(manifest.step)} if it is of "
+            f"this run, or move it away."
+        )
+    return manifest
 
 
 def candidates(folder: Path) -> tuple[list[tuple[Path, Manifest]], list[str]]:
@@ -35,15 +54,20 @@ def candidates(folder: Path) -> tuple[list[tuple[Path, Manifest]], list[str]]:
     good, notes = [], []
     for path in reversed(steps_in(folder)):
         try:
-            good.append((path, read_manifest(path)))
+            good.append((path, manifest_of(path)))
         except CheckpointError as error:
             notes.append(f"{PASSED_OVER}{error}")
     pointer = folder / publishing.POINTER
-    named = pointer.read_text(errors="replace").strip() if pointer.is_file() else None
+    named = _named_by(pointer) if pointer.is_file() else None
     if good and named != good[0][0].name:
         said = "is missing" if named is None else "is empty" if not named else f"says {named[:40]!r}"
         notes.append(f"{pointer} {said}; the newest whole checkpoint is {good[0][0].name}.")
     return good, notes
+
+
+def _named_by(pointer: Path) -> str:
+    with pointer.open("rb") as stream:
+        return stream.read(200).decode(errors="replace").strip()
 
 
 def newest_in(folder: Path) -> tuple[Path, Manifest] | None:
