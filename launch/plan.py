@@ -60,6 +60,9 @@ def main(arguments: Sequence[str]) -> int:
     own, words = split_words(parser, arguments)
     if own.gpus is not None and own.gpus < 1:
         parser.error(f"--gpus {own.gpus}: at least 1")
+    wanted = [name for name in ("search", "scale", "goodput") if getattr(own, name)]
+    if len(wanted) > 1:
+        parser.error(f"--{wanted[0]} and --{wanted[1]} answer different questions: ask one at a time")
     recipe = compose(words, program="launch plan")
     if isinstance(recipe, int):
         return recipe

@@ -106,9 +106,8 @@ def goodput_of(plan: Plan, own: argparse.Namespace) -> Goodput:
     for name, seconds in wanted:
         steps = max(1, round(seconds / step))
         saving = Saving(steps * step, stall, write)
-        count = int(max(200, min(20_000, 4e6 * saving.cycle_s / (mean + 1))))
         choices.append(
-            Choice(name, steps, saving, expected_goodput(failures, saving), simulate(failures, saving, count=count))
+            Choice(name, steps, saving, expected_goodput(failures, saving), simulate(failures, saving, count=20_000))
         )
     return Goodput(failures, nodes, own.node_mtbf_hours * 3600, tuple(choices), _in_memory(plan, failures, stall))
 

@@ -203,7 +203,8 @@ def show_search(found: "Found", recipe: Recipe) -> None:
                 candidate.why,
             )
         out.print(table)
-        out.print("\nThe first one as overrides:\n  " + " ".join(found.best[0].overrides), soft_wrap=True, markup=False)
+        words = " ".join(found.best[0].overrides) or "none: the recipe as it is"
+        out.print(f"\nThe first one as overrides:\n  {words}", soft_wrap=True, markup=False)
     if found.rejected:
         out.print("\nNot shown:")
         for reason, count in found.rejected.items():

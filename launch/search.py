@@ -45,7 +45,10 @@ class Found:
 
 
 def search(recipe: Recipe, *, world: int, device: Device, top: int = 8) -> Found:
-    """Plan every layout of `recipe` on `world` GPUs. The recipe's model, data, precision and step stay as they are."""
+    """Plan every layout of `recipe` on `world` GPUs. The recipe's model, data, precision and step stay as they are.
+
+    A reason names the step's rows where no data-parallel degree of `world` GPUs divides them.
+    """
     rejected: Counter[str] = Counter()
     plans: list[Plan] = []
     tried = 0
@@ -73,6 +76,12 @@ def search(recipe: Recipe, *, world: int, device: Device, top: int = 8) -> Found
             rejected[_reason(plan.problems[0])] += 1
             continue
         plans.append(plan)
+    if not tried:
+        rows_of_step, most = recipe.run.global_rows, world // (world & -world)  # what no power-of-two degree takes away
+        rejected[
+            f"no layout: run.global_rows={rows_of_step} is no multiple of the data-parallel ranks of {world} GPUs. Use "
+            f"run.global_rows={-(-rows_of_step // most) * most} or other --gpus"
+        ] += 1
     plans.sort(key=lambda plan: (plan.time.seconds, plan.fullest.total))
     best = [
         Candidate(

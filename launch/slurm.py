@@ -48,6 +48,12 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument(
         "--tasks", type=int, default=8, metavar="N", help="with --prepare: tasks that share the work (8)"
     )
+    parser.add_argument(
+        "--device",
+        default="h100",
+        metavar="KIND",
+        help="with --dry-run: GPUs that its advice on time limits is for (h100)",
+    )
     own, words = split_words(parser, arguments)
     recipe = compose(words, program="launch slurm")
     if isinstance(recipe, int):
@@ -55,7 +61,7 @@ def main(arguments: Sequence[str]) -> int:
     try:
         if own.prepare:
             return _prepare(recipe, words, tasks=own.tasks, dry_run=own.dry_run)
-        return _train(recipe, words, dry_run=own.dry_run)
+        return _train(recipe, words, dry_run=own.dry_run, device=own.device)
     except USER_ERRORS as error:
         sys.stderr.write(f"error: {error}\n")
         return 2
@@ -74,13 +80,18 @@ def job_numbers(run: RunFolder) -> list[int]:
         return []
 
 
-def _train(recipe: Recipe, words: list[str], *, dry_run: bool) -> int:
+def _train(recipe: Recipe, words: list[str], *, dry_run: bool, device: str) -> int:
     job = training_job(recipe, words)
     script = training_script(job)
     run = run_folder(recipe)
     if dry_run:
+        from launch.job_times import advice
+
+        said = advice(recipe, run, world=job.nodes * job.processes, device=device)
         sys.stdout.write(script)
-        sys.stderr.write(f"Not submitted. Without --dry-run it is written to {run.logs}/job.sh and handed to sbatch.\n")
+        sys.stderr.write(
+            f"Not submitted. Without --dry-run it is written to {run.logs}/job.sh and handed to sbatch.\n{said}"
+        )
         return 0
     if run.checkpoint_step() >= recipe.run.steps:
         sys.stderr.write(f"{run.path} is at its last step ({recipe.run.steps}) already; nothing to submit.\n")

@@ -103,6 +103,8 @@ def main(arguments: Sequence[str]) -> int:
         "--picture", type=Path, metavar="FILE", help="draw predicted against published (.png, .svg, .pdf)"
     )
     own = parser.parse_args(list(arguments))
+    if own.picture is not None and own.picture.suffix.lower() not in (".png", ".svg", ".pdf"):
+        parser.error(f"--picture {own.picture}: write a .png, .svg or .pdf")
     try:
         lines = [assess(row) for row in read_rows(own.rows)]
     except OSError as error:

@@ -4,7 +4,8 @@
 
 Each step takes `--step-s`. Rank 0 writes metrics.jsonl and checkpoints/latest; a `--fail` happens once per run folder
 (or each time, with `always`), so that a restart gets past it. HOW: raise, error (status 2), kill (SIGKILL), peer (raise
-"Connection closed by peer", a moment late), hang (go on for ever, whatever signal comes).
+"Connection closed by peer", a moment late), hang (go on for ever, whatever signal comes). With `--hold STEP` a run that starts
+before that step does not go beyond it until a signal comes: what a test does meanwhile may take as long as it likes.
 """
 
 import argparse
@@ -25,6 +26,8 @@ def main() -> int:
     parser.add_argument("--step-s", type=float, default=0.02)
     parser.add_argument("--save-s", type=float, default=0.0)
     parser.add_argument("--fail", action="append", default=[])
+    parser.add_argument("--hold", type=int, default=0)
+    parser.add_argument("--patience-s", type=float, default=2.0)
     own = parser.parse_args()
     rank = int(os.environ["RANK"])
     received: list[int] = []
@@ -44,8 +47,11 @@ def main() -> int:
     print(f"rank {rank} of {os.environ['WORLD_SIZE']} starts after step {step}", flush=True)
     if "SLURM_JOB_ID" in os.environ:
         print(f"CUDA_VISIBLE_DEVICES={os.environ.get('CUDA_VISIBLE_DEVICES', 'none')}", flush=True)
+    is_held = step < own.hold
     while step < own.steps:
         time.sleep(own.step_s)
+        while is_held and step == own.hold and not received:
+            time.sleep(0.02)
         step += 1
         if rank == 0:
             line = {"kind": "step", "step": step, "loss": 1 / step, "tokens_per_s": 100.0, "time": time.time()}
@@ -53,7 +59,7 @@ def main() -> int:
                 stream.write(json.dumps(line) + "\n")
         for failure in own.fail:
             _fail(failure, own.folder, rank=rank, step=step)
-        is_stopping = _meet(rank, step, received=received)
+        is_stopping = _meet(rank, step, received=received, patience_s=own.patience_s)
         if is_stopping is None:
             return 128 + received[0]  # no save without the others
         if step % SAVE_EVERY == 0 or is_stopping or step == own.steps:
@@ -69,10 +75,10 @@ def main() -> int:
     return 0
 
 
-def _meet(rank: int, step: int, *, received: list[int]) -> bool | None:
+def _meet(rank: int, step: int, *, received: list[int], patience_s: float) -> bool | None:
     """Wait for the other ranks to come to this step, as a collective operation does: for ever if one has died.
 
-    -> whether any of them was told to stop; None where one is missing two seconds after a signal.
+    -> whether any of them was told to stop; None where one is missing `patience_s` after a signal.
     """
     folder, world = Path(os.environ["STRATUM_LOGS"]), int(os.environ["WORLD_SIZE"])
     mine = folder / f".at-{rank}-{step}"
@@ -83,7 +89,7 @@ def _meet(rank: int, step: int, *, received: list[int]) -> bool | None:
     while not all(mark.exists() for mark in marks):
         time.sleep(0.002)
         if received:
-            deadline = deadline or time.monotonic() + 2
+            deadline = deadline or time.monotonic() + patience_s
             if time.monotonic() > deadline:
                 return None
     return any(mark.read_text() == "stop" for mark in marks)

@@ -1,6 +1,7 @@
 """A real Slurm of several nodes on this machine, started and stopped by the tests (tests/launch/slurm_rig.sh)."""
 
 import os
+import random
 import shutil
 import socket
 import subprocess
@@ -29,23 +30,28 @@ def slurm_rig(nodes: int) -> Iterator[Path]:
     reason = reason_to_skip()
     if reason:
         pytest.skip(reason)
+    with _reserved_ports(30 + nodes) as port:
+        yield from _cluster(nodes, port)
+
+
+def _cluster(nodes: int, port: int) -> Iterator[Path]:
     folder = Path(tempfile.mkdtemp(prefix="slurm-"))
-    environment = {**os.environ, "SLURM_RIG": str(folder), "SLURM_RIG_PORT": str(_free_ports(30 + nodes))}
+    environment = {**os.environ, "SLURM_RIG": str(folder), "SLURM_RIG_PORT": str(port)}
     environment["SLURM_RIG_OWNER"] = str(os.getpid())
     conf = str(folder / "etc" / "slurm.conf")  # named in every command: the machine may belong to a cluster of its own
     try:
-        subprocess.run(["bash", str(SCRIPT), "start", str(nodes)], env=environment, check=True, timeout=120)
+        subprocess.run(["bash", str(SCRIPT), "start", str(nodes)], env=environment, check=True, timeout=300)
         with pytest.MonkeyPatch.context() as patch:
             patch.setenv("SLURM_CONF", conf)
             yield folder
     finally:
         ours = {**environment, "SLURM_CONF": conf}
         subprocess.run(["scancel", "--user", str(os.getuid())], env=ours, check=False, capture_output=True)
-        subprocess.run(["bash", str(SCRIPT), "stop"], env=environment, check=True, timeout=60)
+        subprocess.run(["bash", str(SCRIPT), "stop"], env=environment, check=True, timeout=120)
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def wait_for[T](ask: Callable[[], T], *, timeout_s: float = 150.0) -> T:
+def wait_for[T](ask: Callable[[], T], *, timeout_s: float = 300.0) -> T:
     """The first true answer of `ask`, asked four times a second."""
     deadline = time.monotonic() + timeout_s
     while not (answer := ask()):
@@ -54,11 +60,19 @@ def wait_for[T](ask: Callable[[], T], *, timeout_s: float = 150.0) -> T:
     return answer
 
 
-def _free_ports(count: int) -> int:
-    """The first of `count` ports in a row that nobody listens on."""
-    for first in range(16800, 19800, 100):
-        if all(_is_free(port) for port in range(first, first + count)):
-            return first
+@contextmanager
+def _reserved_ports(count: int) -> Iterator[int]:
+    """The first of `count` ports in a row that nobody listens on, kept from other clusters of these tests while open: two that
+    start together would both find them free. A name in Linux's abstract socket space, as `launch.ports` does it."""
+    for first in random.SystemRandom().sample(range(16800, 19800, 100), 30):
+        with socket.socket(socket.AF_UNIX) as claim:
+            try:
+                claim.bind(f"\0stratum-slurm-{first}")
+            except OSError:
+                continue
+            if all(_is_free(port) for port in range(first, first + count)):
+                yield first
+                return
     raise AssertionError("no free ports between 16800 and 19800")
 
 

@@ -50,7 +50,7 @@ SlurmdParameters=config_overrides
 CommunicationParameters=NoInAddrAny
 EnforcePartLimits=ALL
 ReturnToService=2
-KillWait=5
+KillWait=30
 MinJobAge=3600
 MessageTimeout=60
 TCPTimeout=20
@@ -63,7 +63,7 @@ PartitionName=main Nodes=n[1-$nodes] Default=YES MaxTime=INFINITE State=UP Prior
 # Jobs of the partition "urgent" take nodes from those of "spare", which have GraceTime seconds to save.
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
-PartitionName=spare Nodes=n[1-$nodes] MaxTime=INFINITE State=UP PriorityTier=1 PreemptMode=REQUEUE GraceTime=15
+PartitionName=spare Nodes=n[1-$nodes] MaxTime=INFINITE State=UP PriorityTier=1 PreemptMode=REQUEUE GraceTime=60
 PartitionName=urgent Nodes=n[1-$nodes] MaxTime=INFINITE State=UP PriorityTier=9 PreemptMode=OFF
 END
 }

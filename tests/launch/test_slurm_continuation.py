@@ -41,6 +41,8 @@ JOB = Job(
 )
 CHAIN = replace(JOB.slurm, continuation="chain")
 SPARE = replace(JOB.slurm, partition="spare", options="--nodelist=n[3-4]")
+HELD = ("--hold", "20", "--patience-s", "60")
+"""Does not end before it is told to stop, however long the machine takes to do that."""
 URGENT = ("--partition=urgent", "--nodelist=n3", "--exclusive", "--output=/dev/null", "--wrap=sleep 1")
 
 
@@ -87,12 +89,12 @@ def stories(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Stor
     root = tmp_path_factory.mktemp("runs")
     with slurm_rig(4):
         runs = {
-            "requeued": begin(root, "requeued", gpus=2),
-            "chained": begin(root, "chained", slurm=CHAIN),
+            "requeued": begin(root, "requeued", *HELD, gpus=2),
+            "chained": begin(root, "chained", *HELD, slurm=CHAIN),
             "broken": begin(root, "broken", "--fail", "1:25:raise", "--fail", "0:25:peer"),
             "hopeless": begin(root, "hopeless", "--fail", "1:5:kill:always", slurm=CHAIN),
             "mistaken": begin(root, "mistaken", "--fail", "1:5:error"),
-            "preempted": begin(root, "preempted", slurm=SPARE),
+            "preempted": begin(root, "preempted", *HELD, slurm=SPARE),
         }
         notes: dict[str, dict[str, object]] = {name: {} for name in runs}
         wait_for(lambda: reached(runs["preempted"], 13))
@@ -107,8 +109,8 @@ def stories(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Stor
         for run in runs.values():
             wait_for(lambda run=run: not active_jobs(run))
 
-        run = runs["cancelled"] = begin(root, "cancelled", slurm=CHAIN)
-        ended = runs["ended"] = begin(root, "ended")
+        run = runs["cancelled"] = begin(root, "cancelled", *HELD, slurm=CHAIN)
+        ended = runs["ended"] = begin(root, "ended", *HELD)
         notes["cancelled"], notes["ended"] = {}, {}
         wait_for(lambda: reached(run, 13) and reached(ended, 13))
         notes["cancelled"]["cancel"] = launch("cancel", str(run.path))

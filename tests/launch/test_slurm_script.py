@@ -3,7 +3,10 @@
 A wanted change is made there too: the failing test prints the new text.
 """
 
+import json
+import re
 import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,6 +15,7 @@ import pytest
 from launch.sbatch import Job, Preparation, preparation_script, training_script
 from train.config import ContainerConfig, SlurmConfig
 
+ROOT = Path(__file__).resolve().parents[2]
 SCRIPTS = Path(__file__).parent / "scripts"
 CPU = Job(
     name="two",
@@ -114,3 +118,44 @@ def test_every_word_reaches_the_trainer_as_it_was(kind: str, tmp_path: Path) -> 
     assert lines[0] == "10.0.0.7"
     assert lines[-len(words) :] == words
     assert lines[-len(words) - 3 : -len(words)] == ["-m", "launch.rank", "train"]
+
+
+def advise(tmp_path: Path, *words: str) -> str:
+    command = [sys.executable, "-m", "launch", "slurm", *words, f"run.folder={tmp_path}", "--dry-run"]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert result.returncode == 0 and result.stdout.startswith("#!/bin/bash"), result.stderr
+    return result.stderr
+
+
+def test_a_dry_run_says_how_many_jobs_the_run_will_take(tmp_path: Path) -> None:
+    """The figures are the plan's: seconds left over what a job of 240 minutes leaves for steps."""
+    words = ("-cn", "nemotron_nano_12b_v2", "launch=slurm_gpu", "launch.nodes=92", "parallel.pipeline=2")
+    said = advise(tmp_path, *words)
+    plan = subprocess.run(
+        [sys.executable, "-m", "launch", "plan", *words, "--json"], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    found = json.loads(plan.stdout)
+    jobs = found["step_time_s"] * found["steps"] / (240 * 60 - 300 - 300)
+    (told,) = re.findall(r"some ([\d,]+) jobs of 240 minutes", said)
+    assert abs(int(told.replace(",", "")) - jobs) <= 1
+    short = advise(tmp_path, *words, "launch.slurm.save_before_end_s=2")
+    assert "is short of twice a step and a save" in short and "Use launch.slurm.save_before_end_s=60" in short
+    assert "this run would fail" in advise(tmp_path, *words, "--device", "a10g")
+
+
+def test_a_dry_run_goes_by_the_runs_own_record(tmp_path: Path) -> None:
+    """Steps 10 s apart, 1,000 of them left: 2.8 hours, one job; CPUs without a record are not predicted."""
+    assert "not predicted for CPUs" in advise(tmp_path, "-cn", "smoke", "run.name=new")
+    run = tmp_path / "old"
+    (run / "checkpoints" / "step_00000200").mkdir(parents=True)
+    (run / "checkpoints" / "latest").write_text("step_00000200")
+    (run / "recipe.yaml").write_text("run: {steps: 1200}\n")
+    lines = [
+        {"kind": "step", "step": step, "loss": 1.0, "tokens_per_s": 1.0, "time": 10.0 * step, "step_s": 10.0}
+        for step in range(1, 201)
+    ] + [{"kind": "phase", "name": "saving", "seconds": 200.0}]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    said = advise(tmp_path, "-cn", "smoke", "run.name=old", "run.steps=1200")
+    assert "By the run's own record: 10 s a step, 1,000 steps left: 2.8 hours. One job does it" in said
+    assert "launch.slurm.time_limit_minutes=220" in said, "3.5 hours, 300 s to start, 300 s to save"
+    assert "twice a step and a save (420 s). Use launch.slurm.save_before_end_s=420" in said

@@ -150,6 +150,14 @@ def simulate(failures: Failures, saving: Saving, *, count: int = 4000, seed: int
         durable = 0.0
         pending: tuple[float, float] | None = None  # when durable, and what it holds
         while now < until:
+            skipped = int((until - now) / saving.cycle_s) - 2 if pending is not None else 0
+            if (
+                skipped > 0 and pending is not None
+            ):  # from one save to the next everything repeats until something fails
+                now, trained = now + skipped * saving.cycle_s, trained + skipped * saving.interval_s
+                waited += skipped * (saving.cycle_s - saving.interval_s)
+                durable = pending[1] + (skipped - 1) * saving.interval_s
+                pending = (now + saving.write_s, trained)
             work = min(saving.interval_s, until - now)
             now, trained = now + work, trained + work
             if now >= until:
