@@ -21,13 +21,13 @@ test-slurm: setup ## real Slurm on this machine, several nodes: continuation, ti
 	@bash tests/launch/install_slurm.sh
 	@OMP_NUM_THREADS=1 $(PY) -m pytest -q -rs -m "slow or not slow" tests/launch/test_slurm_continuation.py tests/launch/test_slurm_training.py
 
-test-oracle: setup ## compare with mamba-ssm's Triton kernels, torchao and Transformer Engine, on the CPU; data behind S3
+test-oracle: setup ## compare with mamba-ssm's Triton kernels, torchao and Transformer Engine, on the CPU; data behind S3 and gs://
 	@bash tests/parity/install.sh
-	@bash tests/data/install_s3.sh
+	@bash tests/data/install_clouds.sh
 	@OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(PY) -m pytest -q -m oracle tests/parity/test_mamba_ssm.py
 	@OMP_NUM_THREADS=1 $(PY) -m pytest -q -m oracle tests/parity/test_torchao.py
 	@STRATUM_TEST_TE=1 OMP_NUM_THREADS=1 $(PY) -m pytest -q -m oracle tests/parity/test_te.py
-	@OMP_NUM_THREADS=1 $(PY) -m pytest -q -m oracle tests/data/test_s3.py
+	@OMP_NUM_THREADS=1 $(PY) -m pytest -q -m oracle tests/data/test_clouds.py
 
 check: setup ## format, lint, types, architecture rules (under a minute)
 	@$(PY) -m ruff format --check .
@@ -69,7 +69,7 @@ compress-curves: setup ## prune a tiny teacher, distil its students and train th
 	@$(PY) -m data.prepare -cn tiny_teacher && $(PY) -m train -cn tiny_teacher && $(PY) -m tests.bench.compress_curves
 
 clean: ## remove caches and the environment; runs/ is left alone
-	rm -rf .venv .oracle .peers .s3 .mypy_cache .ruff_cache .pytest_cache *.egg-info
+	rm -rf .venv .oracle .peers .clouds .mypy_cache .ruff_cache .pytest_cache *.egg-info
 	find . -name __pycache__ -not -path './runs/*' -prune -exec rm -rf {} +
 
 .PHONY: help setup smoke test test-slow test-slurm test-oracle test-gpu check format bench bench-model bench-fp8 bench-checkpoint bench-data precision-gap compress-curves clean validate-plan

@@ -29,7 +29,7 @@ from data.reader import OpenShard, TokenStream
 STRETCH_ROWS = 64
 """Rows that best-fit packing arranges together."""
 _KEPT_BYTES = 32 << 20
-"""Of packed stretches, those packed last, in equal parts for every source: over a billion tokens of web text."""
+"""Of packed stretches, those packed last, in equal parts for every source: over two billion tokens of web text."""
 
 
 class Piece(NamedTuple):

@@ -14,7 +14,7 @@ import lzma
 import re
 import sysconfig
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,6 +34,8 @@ EXPANSION_FREE_BYTES = 64 << 20
 _EXTRA = {"s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "http": "aiohttp", "https": "aiohttp",
           "hf": "huggingface_hub", "abfs": "adlfs", "az": "adlfs"}  # fmt: skip
 """The package that each protocol needs besides fsspec."""
+_MOST_PATHS = 1_000_000
+"""That the braces of a path may stand for."""
 _BLOCK = 1 << 20
 
 
@@ -200,13 +202,20 @@ def reading(name: str) -> Iterator[None]:
 
 
 def expand_braces(path: str) -> list[str]:
-    """`a{0..2}{x,y}` -> the six paths. Numbers keep the width they are written with."""
+    """`a{0..2}{x,y}` -> the six paths. Numbers keep the width they are written with. DataError: none, or too many."""
     parts = re.split(r"(\{[^{}]*\})", path)
-    choices = []
+    choices: list[Sequence[str]] = []
+    many = 1
     for part in parts:
         span = re.fullmatch(r"\{(\d+)\.\.(\d+)\}", part)
         if span:
             first, last = span.groups()
+            many *= max(0, int(last) - int(first) + 1)
+            if not 0 < many <= _MOST_PATHS:
+                raise DataError(
+                    f"{part} in {path} makes {many:,} paths; at least 1 and at most {_MOST_PATHS:,} are taken. Write the smaller "
+                    f"number first, or use a glob."
+                )
             choices.append([str(n).zfill(len(first)) for n in range(int(first), int(last) + 1)])
         elif part.startswith("{") and "," in part:
             choices.append(part[1:-1].split(","))

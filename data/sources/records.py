@@ -73,9 +73,18 @@ def text_of(source: SourceConfig) -> Callable[[Any], str]:
     if source.template is None:
         return lambda record: _plain_text(record, source.text_field)
     try:
-        pieces = [(literal, name) for literal, name, *_ in Formatter().parse(source.template)]
+        parsed = list(Formatter().parse(source.template))
     except ValueError as error:
         raise DataError(f"template={source.template!r} cannot be read: {error}. Write it as {{field}} text.") from error
+    pieces = [(literal, name) for literal, name, *_ in parsed]
+    if any(how or conversion or name == "" for _, name, how, conversion in parsed):
+        raise DataError(
+            f"template={source.template!r} has more in braces than a name, or none. Write {{field}}, and {{{{ for a brace."
+        )
+    if all(name is None for _, name in pieces):
+        raise DataError(
+            f"template={source.template!r} names no field: every text would be the same. Write it as {{field}} text."
+        )
     return lambda record: "".join(
         literal + (str(_field(record, name)) if name is not None else "") for literal, name in pieces
     )
@@ -112,6 +121,8 @@ def _field(record: Any, name: str) -> Any:
         head, _, rest = name.partition(".")
         if rest and isinstance(record.get(head), dict):
             return _field(record[head], rest)
+        if name in record:
+            raise ValueError(f"has null under {name!r}, not text")
     keys = ", ".join(map(str, record)) if isinstance(record, dict) else f"a {type(record).__name__}"
     raise ValueError(f"has no text under {name!r} (it has: {keys}). Set text_field or template of this source")
 

@@ -97,6 +97,13 @@ def test_memory_and_braces_and_folders() -> None:
         assert texts_of(SourceConfig(path=path)) == TEXTS * 3
     with pytest.raises(DataError, match="no file there"):
         texts_of(SourceConfig(path="memory://nowhere"))
+    for braces, many in (
+        ("{0..99999999999}", "100,000,000,000"),
+        ("{2..1}", "0"),
+        ("{0..9999}{0..9999}", "100,000,000"),
+    ):
+        with pytest.raises(DataError, match=f"makes {many} paths; at least 1 and at most 1,000,000"):
+            texts_of(SourceConfig(path=f"memory://corpus/part-{braces}.jsonl"))
     with pytest.raises(DataError, match=r"s3:// needs a package that is not installed: pip install s3fs"):
         texts_of(SourceConfig(path="s3://bucket/a.jsonl"))
     with pytest.raises(DataError, match="Protocol not known: s4"):
@@ -206,13 +213,21 @@ def test_a_template_joins_fields(tmp_path: Path) -> None:
         texts_of(replace(source, on_bad_record="error"))
     with pytest.raises(DataError, match=r"template='\{oops' cannot be read"):
         texts_of(replace(source, template="{oops"))
+    for template, wrong in (
+        ("{title:>9}", "more in braces"),
+        ("{title!r}", "more in braces"),
+        ("{}", "or none"),
+        ("a", "no field"),
+    ):
+        with pytest.raises(DataError, match=wrong):
+            texts_of(replace(source, template=template))
 
 
 BAD = [
     (b'{"text": "good"}', None),
     (b"{oops", "is not JSON"),
     (b'{"text": 3}', "has int under 'text', not text"),
-    (b'{"text": null}', "has no text under 'text'"),
+    (b'{"text": null}', "has null under 'text', not text"),
     (b'["text"]', "it has: a list"),
     (b'{"text": "\xff"}', "is not UTF-8"),
     (b'{"text": "\\ud800"}', "lone surrogate"),
