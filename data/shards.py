@@ -183,7 +183,14 @@ def open_shard(prefix: Path) -> Shard:
     lengths = np.frombuffer(raw, dtype="<i4", count=count, offset=_HEADER.size)
     # Megatron may split a document into several sequences; the document index says where documents end.
     boundaries = np.frombuffer(raw, dtype="<i8", count=documents, offset=_HEADER.size + count * 12)
-    ends = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])[boundaries[1:]]
+    places = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
+    offsets = np.frombuffer(raw, dtype="<i8", count=count, offset=_HEADER.size + count * 4)
+    wrong = _what_is_wrong(lengths, offsets, boundaries, places[:-1] * dtype.itemsize)
+    if wrong is not None:
+        raise DataError(
+            f"{index} {wrong}: it is damaged, or its sequences do not lie one after the other. Make it again."
+        )
+    ends = places[boundaries[1:]]
     size = tokens.stat().st_size
     total = int(ends[-1]) if len(ends) else 0
     if size != total * dtype.itemsize:
@@ -193,6 +200,24 @@ def open_shard(prefix: Path) -> Shard:
         )
     array = np.memmap(tokens, dtype=dtype, mode="r") if total else np.empty(0, dtype=dtype)
     return Shard(prefix=prefix, tokens=array, ends=ends)
+
+
+def _what_is_wrong(
+    lengths: np.ndarray, offsets: np.ndarray, boundaries: np.ndarray, expected: np.ndarray
+) -> str | None:
+    """What keeps an index from saying where documents lie; None: nothing. expected: offsets of sequences without gaps."""
+    if (lengths < 0).any():
+        return f"has a sequence of {lengths.min():,} tokens (sequence {int(lengths.argmin()):,})"
+    if (offsets != expected).any():
+        at = int((offsets != expected).argmax())
+        return f"puts sequence {at:,} at byte {offsets[at]:,}, where {expected[at]:,} is the end of the one before"
+    if not len(boundaries) or boundaries[0] or boundaries[-1] != len(lengths):
+        found = f"from sequence {boundaries[0]:,} to {boundaries[-1]:,}" if len(boundaries) else "none"
+        return f"has documents {found}, where there are {len(lengths):,} sequences"
+    if (np.diff(boundaries) < 0).any():
+        at = int((np.diff(boundaries) < 0).argmax())
+        return f"lets document {at:,} end at sequence {boundaries[at + 1]:,}, before it begins at {boundaries[at]:,}"
+    return None
 
 
 def _close_durably(stream: IO[bytes]) -> None:

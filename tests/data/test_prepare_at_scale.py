@@ -7,6 +7,7 @@ import json
 import os
 import random
 import signal
+import struct
 import subprocess
 import sys
 import time
@@ -23,7 +24,7 @@ from data.errors import DataError
 from data.manifest import read_manifest
 from data.origins import Origin, read_origins
 from data.prepare import parse_task, prepare
-from data.shards import open_entry
+from data.shards import open_entry, open_shard
 from data.tokenizer import load_tokenizer
 
 QUIET = Console(quiet=True)
@@ -322,3 +323,32 @@ def test_existing_megatron_sets_are_read_where_they_lie(
         megatron_sets.unended_documents(str(tmp_path / "b"), 0)
     with pytest.raises(DataError, match=r"tokenized already\. Set data\.tokenizer\.path"):
         prepare(elsewhere(config, "untrained", sources={"sets": sets}), console=QUIET)
+
+
+@pytest.mark.parametrize(
+    ("change", "wrong"),
+    [
+        ({"documents": [0, 2, 4, 9]}, "has documents from sequence 0 to 9, where there are 4 sequences"),
+        ({"documents": [1, 2, 4]}, "has documents from sequence 1 to 4"),
+        ({"documents": [0, 2]}, "has documents from sequence 0 to 2"),
+        ({"documents": []}, "has documents none"),
+        ({"documents": [0, 3, 2, 4]}, "lets document 1 end at sequence 2, before it begins at 3"),
+        ({"documents": [0, -1, 4]}, "lets document 0 end at sequence -1, before it begins at 0"),
+        ({"lengths": [10, -5, 25, 10]}, r"has a sequence of -5 tokens \(sequence 1\)"),
+        ({"offsets": [60, 40, 20, 0]}, "puts sequence 0 at byte 60, where 0 is the end of the one before"),
+        ({"offsets": [0, 20, 41, 60]}, "puts sequence 2 at byte 41, where 40 is"),
+    ],
+)
+def test_an_index_that_makes_no_sense_is_named(tmp_path: Path, change: dict[str, list[int]], wrong: str) -> None:
+    """Four sequences of ten uint16 tokens, as Megatron writes them, one list changed."""
+    parts = {"lengths": [10] * 4, "offsets": [0, 20, 40, 60], "documents": [0, 1, 2, 3, 4]}
+    np.arange(40, dtype="<u2").tofile(tmp_path / "a.bin")
+    for one, is_good in ((parts, True), (parts | {"documents": [0, 0, 3, 4]}, True), (parts | change, False)):
+        header = struct.pack("<9sQBQQ", b"MMIDIDX\0\0", 1, 8, 4, len(one["documents"]))
+        lists = (np.array(one[key], dtype="<i4" if key == "lengths" else "<i8").tobytes() for key in parts)
+        (tmp_path / "a.idx").write_bytes(header + b"".join(lists))
+        if is_good:
+            assert len(open_shard(tmp_path / "a").tokens) == 40
+        else:
+            with pytest.raises(DataError, match=rf"a\.idx {wrong}"):
+                open_shard(tmp_path / "a")
