@@ -5,7 +5,7 @@
 Each step takes `--step-s`. Rank 0 writes metrics.jsonl and checkpoints/latest; a `--fail` happens once per run folder
 (or each time, with `always`), so that a restart gets past it. HOW: raise, error (status 2), kill (SIGKILL), peer (raise
 "Connection closed by peer", a moment late), hang (go on for ever, whatever signal comes). With `--hold STEP` a run that starts
-before that step does not go beyond it until a signal comes: what a test does meanwhile may take as long as it likes.
+from the beginning does not go beyond that step until a signal comes: what a test does meanwhile may take as long as it likes.
 """
 
 import argparse
@@ -47,7 +47,7 @@ def main() -> int:
     print(f"rank {rank} of {os.environ['WORLD_SIZE']} starts after step {step}", flush=True)
     if "SLURM_JOB_ID" in os.environ:
         print(f"CUDA_VISIBLE_DEVICES={os.environ.get('CUDA_VISIBLE_DEVICES', 'none')}", flush=True)
-    is_held = step < own.hold
+    is_held = own.hold > 0 and step == 0
     while step < own.steps:
         time.sleep(own.step_s)
         while is_held and step == own.hold and not received:
