@@ -249,6 +249,11 @@ def _check_types(manifest: Manifest) -> None:
     for group in ("run", "model"):
         if not isinstance(manifest.recipe.get(group, {}), dict):
             raise ValueError(f"recipe.{group} is not a mapping")
+    teacher = manifest.lineage.get("teacher")
+    if teacher is not None:
+        said = teacher if isinstance(teacher, dict) else {}
+        if not all(isinstance(said.get(key), str) for key in ("checkpoint", "fingerprint")):
+            raise ValueError(f"lineage.teacher is {str(teacher)[:80]!r}, not a checkpoint and its fingerprint")
     for name, size in manifest.files.items():
         is_plain = name == Path(name).name and name not in ("", ".", "..") and name.isprintable()
         if not is_plain or len(name.encode()) > _LONGEST_NAME:
