@@ -252,7 +252,7 @@ int stratum_scan_backward(const Shape *h, const float *zxbcdt, const float *pre,
             sum_D += d * vx;
           }
         }
-        grad_D[b * h->heads + head] += sum_of(sum_D);
+        grad_D[b * h->heads + head] += sum_by_halves(sum_D);
 
         /* Inside the chunk: y = M (dt x), M = scores * decays. */
         transpose(T, P, xdt, P, xdtT, Qp);
@@ -275,7 +275,7 @@ int stratum_scan_backward(const Shape *h, const float *zxbcdt, const float *pre,
             store(run + j, r);
             sum += choose(lanes + (int32_t)j < (int32_t)i, r, all(0.0f));
           }
-          ga[i] = sum_of(sum);
+          ga[i] = sum_by_halves(sum);
         }
         product(UPPER, T, P, T, M, 1, Qp, dy, P, grad_xdt, P, 0);
 
@@ -291,14 +291,14 @@ int stratum_scan_backward(const Shape *h, const float *zxbcdt, const float *pre,
             store(gC + i * N + n, load(gC + i * N + n) + part);
             sum += part * load(k.C + i * N + n);
           }
-          entered[i] = sum_of(sum);
+          entered[i] = sum_by_halves(sum);
         }
 
         /* Through the state built here: added = (gain B)' (dt x); and on to the state before. */
         product(FULL, T, P, N, k.B, N, 1, dS, P, piece, P, 0);
         V through_left = {0};
         for (int64_t i = 0; i < N * P; i += LANES) through_left += load(dS + i) * load(before + i);
-        const float total = sum_of(through_left) * left;
+        const float total = sum_by_halves(through_left) * left;
         transpose(N, P, dS, P, builtT, N);
         float *gx = grad_pre + (b * h->length + k.start) * z.channels + head * P;
         double sum_A = 0;
@@ -310,7 +310,7 @@ int stratum_scan_backward(const Shape *h, const float *zxbcdt, const float *pre,
             sum_left += d * value;
             store(grad_xdt + i * P + p, whole);
           }
-          left_of[i] = sum_of(sum_left) * step[i];
+          left_of[i] = sum_by_halves(sum_left) * step[i];
         }
         float suffix = 0, prefix = 0;
         for (int64_t i = T - 1; i >= 0; i--) suffix += entered[i], ga[i] += suffix + total;
@@ -324,7 +324,7 @@ int stratum_scan_backward(const Shape *h, const float *zxbcdt, const float *pre,
             store(gx + i * z.channels + p, result * load(slope + i * P + p));
             store(xdt + i * P + p, load(xdt + i * P + p) * gain[i]);
           }
-          grad_dt[(b * h->length + k.start + i) * h->heads + head] = ga[i] * A[head] + sum_of(through);
+          grad_dt[(b * h->length + k.start + i) * h->heads + head] = ga[i] * A[head] + sum_by_halves(through);
           sum_A += (double)(ga[i] * step[i]);
         }
         grad_A[b * h->heads + head] += (float)sum_A;

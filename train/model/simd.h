@@ -42,8 +42,14 @@ static inline V mix(V x, V y, I m) {
   return __builtin_shuffle(x, y, m);
 #endif
 }
-/* Added up in halves: the same order whatever the compiler. */
+/* Added up from the first lane to the last: once a line of attention or of a norm. */
 static inline float sum_of(V x) {
+  float s = 0;
+  for (int i = 0; i < LANES; i++) s += x[i];
+  return s;
+}
+/* Added up in halves, in fewer steps: for the scan, which needs several a position. */
+static inline float sum_by_halves(V x) {
   for (int half = LANES / 2; half > 0; half /= 2) x += mix(x, x, (lane_numbers() + half) & (LANES - 1));
   return x[0];
 }
