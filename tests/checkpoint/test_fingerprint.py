@@ -154,6 +154,7 @@ BOXES = [
 ]
 
 
+@pytest.mark.skipif(fingerprint._kernel() is None, reason="no C compiler here: the plain form is all there is")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("whole", "offset", "shape"), BOXES)
 def test_large_boxes_in_memory_and_in_a_file(
