@@ -231,13 +231,14 @@ def test_goodput_and_scaling_as_a_user_asks_for_them(tmp_path: Path, capsys: pyt
         assert wrong[-1] in capsys.readouterr().err
 
 
-def test_search_ranks_layouts_that_work_and_says_why() -> None:
+def test_search_ranks_layouts_that_work_and_says_why(tmp_path: Path) -> None:
     recipe = recipe_with(
         **{
             "model.hidden": 4096, "model.ffn": 16384, "model.heads": 32, "model.kv_heads": 8, "model.head_dim": 128,
             "model.mamba_heads": 128, "model.mamba_head_dim": 64, "model.mamba_state": 128, "model.mamba_groups": 8,
             "model.mamba_chunk": 128, "model.pattern": "M-M*-M-" * 4, "model.vocab": 131072, "precision.params": "bf16",
             "data.row_tokens": 8192, "run.global_rows": 64,
+            "data.folder": str(tmp_path), "run.folder": str(tmp_path),  # not what `make smoke` left here
         }
     )  # fmt: skip
     found = search(recipe, world=16, device=device_named("h100"), top=5)
