@@ -17,9 +17,9 @@ import numpy as np
 from data.blend import Blend
 from data.cache import RemoteFolder
 from data.curriculum import WINDOW_ROWS
-from data.errors import DataError
 from data.manifest import ShardEntry
 from data.pack import STRETCH_ROWS, Rows
+from recipes.schema.errors import DataError
 
 _SUFFIXES = ("idx", "bin")
 _SHARE = 0.9

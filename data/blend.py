@@ -16,11 +16,11 @@ from fractions import Fraction
 
 import numpy as np
 
-from data.config import DataConfig, PhaseConfig
 from data.curriculum import Curriculum, Window
-from data.errors import DataError
 from data.order import RowOrder
 from data.shares import Phase
+from recipes.schema.data import DataConfig, PhaseConfig
+from recipes.schema.errors import DataError
 
 ORDER = 2
 """Version of how shares that change, or have no short period, are laid out. A change of it changes the rows of such runs."""

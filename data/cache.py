@@ -21,9 +21,9 @@ from typing import Any
 
 import fsspec
 
-from data.config import CacheConfig
-from data.errors import DataError
 from data.manifest import FileFacts
+from recipes.schema.data import CacheConfig
+from recipes.schema.errors import DataError
 
 _PIECE_BYTES = 4 << 20
 log = logging.getLogger(__name__)

@@ -9,11 +9,11 @@ import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
-from data.config import SourceConfig
-from data.errors import DataError
 from data.sources.files import file_size
 from data.sources.parts import cut, limited, problem_of, read
 from data.sources.records import Part
+from recipes.schema.data import SourceConfig
+from recipes.schema.errors import DataError
 
 SHOWN_PROBLEMS = 3
 """Messages of bad records that are kept to be shown."""

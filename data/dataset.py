@@ -19,8 +19,6 @@ from data.ahead import FetchAhead
 from data.batch import Batch
 from data.blend import Blend, blend_of
 from data.cache import Activity, RemoteFolder, is_remote
-from data.config import DataConfig
-from data.errors import DataError
 from data.fill import Filled, fill
 from data.fim import Fim, build_fim, fold_key
 from data.manifest import MANIFEST, SPLITS, Manifest, ShardEntry, TokenizerEntry, file_sha256, read_manifest
@@ -29,6 +27,8 @@ from data.pack import Piece, Rows
 from data.reader import Shelf, TokenStream
 from data.tokenizer import Tokenizer, load_tokenizer
 from data.verify import Verifier
+from recipes.schema.data import DataConfig
+from recipes.schema.errors import DataError
 
 log = logging.getLogger(__name__)
 

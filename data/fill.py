@@ -14,8 +14,8 @@ import numpy as np
 
 from data import compiled
 from data.cache import Activity
-from data.errors import DataError
 from data.pack import Rows
+from recipes.schema.errors import DataError
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from data.config import FimConfig
-from data.errors import DataError
+from recipes.schema.data import FimConfig
+from recipes.schema.errors import DataError
 
 CROPPED_TOKENS = 3
 """Tokens of a rearranged document that give way to the special tokens."""

@@ -18,15 +18,15 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 from rich.table import Table
 
 from data.cache import is_remote
-from data.command import dotted_keys, run_command, section, with_short_words
-from data.config import DataConfig
 from data.dataset import Dataset, open_dataset
-from data.errors import DataError
-from data.fields import Count
 from data.manifest import SPLITS, read_manifest
 from data.pack import STRETCH_ROWS, Rows, best_fit
-from data.typed import build, field_docs
 from data.verify import Verifier
+from recipes.schema.command import dotted_keys, run_command, section, with_short_words
+from recipes.schema.data import DataConfig
+from recipes.schema.errors import DataError
+from recipes.schema.fields import Count
+from recipes.schema.typed import build, field_docs
 
 _SHARDS_LOOKED_AT = 32
 """Document lengths are taken from this many shards of a source, evenly spread."""

@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from data.errors import DataError
+from recipes.schema.errors import DataError
 
 MANIFEST = "manifest.json"
 FORMAT = 2

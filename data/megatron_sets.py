@@ -11,13 +11,13 @@ from pathlib import Path
 
 import numpy as np
 
-from data.config import SourceConfig
-from data.errors import DataError
 from data.manifest import FileFacts, ShardEntry, file_facts
 from data.shards import Shard, open_shard
 from data.sources.files import is_remote
 from data.sources.records import Part
 from data.tokenizer import Tokenizer
+from recipes.schema.data import SourceConfig
+from recipes.schema.errors import DataError
 
 _TOKENS = 1 << 24
 """Tokens looked at at once."""

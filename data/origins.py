@@ -12,8 +12,8 @@ from pathlib import Path
 
 import numpy as np
 
-from data.errors import DataError
 from data.manifest import ShardEntry
+from recipes.schema.errors import DataError
 
 
 @dataclass(frozen=True)

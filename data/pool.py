@@ -12,10 +12,10 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
-from data.config import TokenizerConfig
-from data.errors import DataError
 from data.shard_job import ShardJob, make_shard
 from data.tokenizer import Tokenizer, load_tokenizer
+from recipes.schema.data import TokenizerConfig
+from recipes.schema.errors import DataError
 
 Advance = Callable[[str, int, int, int], None]
 """Called with a source's name, and stored bytes, bytes of text and tokens since the call before."""

@@ -21,10 +21,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
-from data.command import dotted_keys, run_command
-from data.config import DataConfig
 from data.corpus import Reader
-from data.errors import DataError
 from data.manifest import (
     MANIFEST,
     SPLITS,
@@ -41,8 +38,11 @@ from data.shard_job import ShardJob, dealt, read_result
 from data.sources.files import find_files, is_remote
 from data.sources.sets import is_set
 from data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
-from data.typed import build
 from data.work import Work, plan_work, request_of, same_request
+from recipes.schema.command import dotted_keys, run_command
+from recipes.schema.data import DataConfig
+from recipes.schema.errors import DataError
+from recipes.schema.typed import build
 
 HELP = """python -m data.prepare -cn RECIPE [data.key=value ...] [+task=TASK]
 
@@ -52,7 +52,7 @@ Run it again after any interruption: finished shards are kept, and the bytes com
   python -m data.prepare -cn smoke                        everything on this machine
   python -m data.prepare -cn smoke data.workers=16        on 16 processes; same bytes
   python -m data.prepare -cn smoke --cfg job              print the composed recipe, make nothing
-  python -m launch.fields data                            what every field means
+  python -m recipes.schema.reference data                            what every field means
 
 As an array job, all tasks with the same folder on a shared file system; any number of tasks gives the same bytes:
   +task=3/16     the fourth of 16 tasks, counted from 0: every 16th shard. The last task to finish writes the manifest

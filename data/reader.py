@@ -24,9 +24,9 @@ import numpy as np
 
 from data.cache import Activity
 from data.compiled import ShardRecord
-from data.errors import DataError
 from data.manifest import ShardEntry
 from data.shards import Header, read_header
+from recipes.schema.errors import DataError
 
 _OPEN_SHARDS = 4096
 """Shards open at a time, two files each: rows drawn from all of a source come from another one each time."""

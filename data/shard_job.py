@@ -16,9 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from data.config import SourceConfig
 from data.corpus import Document, Reader, cut_in_two, digest, held_out
-from data.errors import DataError
 from data.manifest import SPLITS, ShardEntry, shard_entry, write_durably
 from data.megatron_sets import describe_set, unended_documents
 from data.origins import pack_origins
@@ -26,6 +24,8 @@ from data.shards import ShardWriter, write_bytes_durably
 from data.sources.files import ReadError, is_remote
 from data.sources.records import Part
 from data.tokenizer import Tokenizer, Unencodable
+from recipes.schema.data import SourceConfig
+from recipes.schema.errors import DataError
 
 _BATCH_DOCUMENTS = 256
 _BATCH_CHARACTERS = 1 << 20

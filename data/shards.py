@@ -18,8 +18,8 @@ from typing import IO, Any
 
 import numpy as np
 
-from data.errors import DataError
 from data.manifest import FileFacts, ShardEntry
+from recipes.schema.errors import DataError
 
 _MAGIC = b"MMIDIDX\x00\x00"
 _HEADER = struct.Struct("<9sQBQQ")

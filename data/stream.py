@@ -17,7 +17,7 @@ import numpy as np
 
 from data.batch import Batch
 from data.dataset import Dataset, open_dataset
-from data.errors import DataError
+from recipes.schema.errors import DataError
 
 __all__ = ("Dataset", "Stream", "open_dataset")
 log = logging.getLogger(__name__)

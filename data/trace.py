@@ -19,13 +19,13 @@ from dataclasses import asdict, dataclass
 import numpy as np
 from omegaconf import DictConfig
 
-from data.command import dotted_keys, run_command, section, with_short_words
-from data.config import DataConfig
 from data.dataset import Dataset, RowAt, open_dataset
-from data.errors import DataError
-from data.fields import Count, PositiveInt
 from data.pack import Piece, Rows
-from data.typed import build, field_docs
+from recipes.schema.command import dotted_keys, run_command, section, with_short_words
+from recipes.schema.data import DataConfig
+from recipes.schema.errors import DataError
+from recipes.schema.fields import Count, PositiveInt
+from recipes.schema.typed import build, field_docs
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,8 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from data.errors import DataError
 from data.manifest import FileFacts, file_sha256, write_durably
+from recipes.schema.errors import DataError
 
 VERIFIED = "verified.json"
 BUDGET_BYTES = 4 << 30

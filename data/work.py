@@ -10,13 +10,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from data.config import DataConfig
 from data.corpus import first_two
-from data.errors import DataError
 from data.manifest import write_durably
 from data.megatron_sets import find_sets
 from data.sources.parts import cut, limited
 from data.sources.records import Part
+from recipes.schema.data import DataConfig
+from recipes.schema.errors import DataError
 
 PLAN = "plan.json"
 _NONE = "-"

@@ -53,7 +53,7 @@ def _help() -> str:
             "",
             *lines,
             "",
-            "`python -m launch COMMAND --help` explains a command. `python -m launch.fields` lists every recipe field.",
+            "`python -m launch COMMAND --help` explains a command; `python -m recipes.schema.reference` every recipe field.",
             "",
         ]
     )

@@ -10,11 +10,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from data.command import dotted_keys, run_command
 from launch.runs import RunFolder
-from train.config import Recipe
-from train.errors import USER_ERRORS, RecipeError
-from train.parallel.layout import Layout, lay_out
+from recipes.schema.command import dotted_keys, run_command
+from recipes.schema.errors import USER_ERRORS, RecipeError
+from recipes.schema.layout import Layout, lay_out
+from recipes.schema.recipe import Recipe
 
 
 def split_words(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
@@ -33,7 +33,7 @@ def compose(words: Sequence[str], *, program: str) -> Recipe | int:
     found: list[Recipe] = []
 
     def keep(composed: Any) -> int:
-        from train.recipe import read_recipe
+        from recipes.schema.read import read_recipe
 
         found.append(read_recipe(composed))
         return 0

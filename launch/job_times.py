@@ -10,9 +10,9 @@ from dataclasses import dataclass
 
 from launch.planner import make_plan
 from launch.runs import RunFolder
-from train.config import Recipe
+from recipes.schema.errors import RecipeError
+from recipes.schema.recipe import Recipe
 from train.cost.device import device_named
-from train.errors import RecipeError
 
 START_S = 300.0
 """From the start of a job to its first step: an allowance, as `plan --goodput` has it."""

@@ -18,8 +18,8 @@ from launch.continuation import backoff_s, decide
 from launch.failures import tell
 from launch.runs import RunFolder
 from launch.supervise import StopRequest, run_attempt, say
-from train.config import Recipe
-from train.errors import USER_ERRORS, RecipeError
+from recipes.schema.errors import USER_ERRORS, RecipeError
+from recipes.schema.recipe import Recipe
 
 _HELP = """
 examples:
@@ -31,7 +31,7 @@ examples:
 Ctrl-C (or SIGTERM, SIGUSR1): all processes finish their step, save and stop; the same command continues. A second one
 kills them. After a failure the run starts again from its newest checkpoint (launch.restarts, launch.backoff_s). Logs of
 every rank: runs/NAME/logs/. Exit status: 0 finished, 2 something to mend in the recipe or the data, 130/143/138 stopped.
-All other words go to the trainer: recipe names, overrides, --cfg job; `python -m launch.fields launch` lists the fields.
+All other words go to the trainer: recipe names, overrides, --cfg job; fields: `python -m recipes.schema.reference launch`.
 """
 
 

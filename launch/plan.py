@@ -11,11 +11,11 @@ from typing import Any
 from launch.compose import compose, split_words
 from launch.plan_goodput import add_options, draw_goodput, goodput_json, goodput_of, show_goodput
 from launch.planner import Plan, make_plan, world_of
-from train.config import Recipe
+from recipes.schema.errors import USER_ERRORS
+from recipes.schema.layout import rank_coordinates
+from recipes.schema.recipe import Recipe
 from train.cost.device import device_named, devices
 from train.cost.memory import GIB, RankMemory
-from train.errors import USER_ERRORS
-from train.parallel.layout import rank_coordinates
 
 _HELP = f"""
 examples:

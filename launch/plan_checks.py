@@ -1,21 +1,20 @@
 """What is wrong with a recipe beyond its layout, and what is allowed but costs something: value, place, remedy.
 
-Layout rules are `train.parallel.layout`'s, shape rules of low precision `train.precision.scaling`'s; here is what the GPU, the
+Layout rules are `recipes.schema.layout`'s, shape rules of low precision `recipes.schema.scaling`'s; here is what the GPU, the
 backend, the objective, the run's folder and the prepared data add.
 """
 
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from data.errors import DataError
 from data.manifest import MANIFEST, Manifest, read_manifest
-from train.config import Recipe
+from recipes.schema.changes import check_folder
+from recipes.schema.errors import DataError, RecipeError
+from recipes.schema.layout import Layout
+from recipes.schema.recipe import Recipe
+from recipes.schema.rules import objective_problems, unused
+from recipes.schema.scaling import shape_problems
 from train.cost.device import Device
-from train.errors import RecipeError
-from train.objective.asked import objective_problems, unused
-from train.parallel.layout import Layout
-from train.precision.scaling import shape_problems
-from train.recipe import check_folder
 
 if TYPE_CHECKING:
     from data.blend import Blend

@@ -12,6 +12,7 @@ from rich.table import Table
 
 from launch.plan_tables import console, duration
 from launch.planner import STORAGE_PER_NODE, Plan
+from recipes.schema.errors import RecipeError
 from train.cost.goodput import (
     LLAMA_NODE_MTBF_S,
     Failures,
@@ -24,7 +25,6 @@ from train.cost.goodput import (
     simulate,
     young_interval,
 )
-from train.errors import RecipeError
 
 _MARKS = ("#b02a30", "#e9a23b", "#2a9d8f", "#8a5a9e", "#555555")
 RESTART_S = 300.0

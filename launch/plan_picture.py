@@ -9,8 +9,8 @@ import matplotlib
 
 from launch.plan_tables import MEMORY_NAMES, PART_NAMES
 from launch.planner import Plan
+from recipes.schema.errors import RecipeError
 from train.cost.memory import GIB
-from train.errors import RecipeError
 
 _COLORS = ("#1f5fa8", "#4a90d9", "#7fb3e6", "#b5d3f0", "#2a9d8f", "#e9a23b", "#f2c879", "#c77dba", "#8a5a9e", "#b9b9b9")
 _STYLE = {"font.size": 10, "axes.spines.top": False, "axes.spines.right": False, "axes.titleweight": "bold"}

@@ -14,10 +14,10 @@ from launch.plan_goodput import Goodput, goodput_of
 from launch.plan_tables import console, duration
 from launch.planner import Plan
 from launch.search import search
-from train.config import Recipe
+from recipes.schema.errors import RecipeError
+from recipes.schema.recipe import Recipe
 from train.cost.device import Device
 from train.cost.memory import GIB
-from train.errors import RecipeError
 
 
 @dataclass(frozen=True)

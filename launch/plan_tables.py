@@ -8,9 +8,9 @@ from rich.table import Table
 from rich.text import Text
 
 from launch.planner import USABLE, Plan
-from train.config import Recipe
+from recipes.schema.layout import rank_coordinates
+from recipes.schema.recipe import Recipe
 from train.cost.memory import GIB
-from train.parallel.layout import rank_coordinates
 
 if TYPE_CHECKING:
     from launch.search import Found

@@ -11,13 +11,14 @@ from pathlib import Path
 
 import yaml
 
-from data.command import RECIPES
-from data.typed import FieldError, build
-from train.config import ModelConfig, Recipe
+from recipes.schema.command import RECIPES
+from recipes.schema.model import ModelConfig
+from recipes.schema.recipe import Recipe
+from recipes.schema.teacher_placement import place_of
+from recipes.schema.typed import FieldError, build
 from train.cost.activations import Modules, Shape, hidden_bytes, layer_bytes
 from train.cost.tensors import stage_tensors
 from train.cost.time import Setting, forward_seconds
-from train.objective.place import place_of
 
 
 @dataclass(frozen=True)

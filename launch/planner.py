@@ -10,17 +10,18 @@ from dataclasses import dataclass, replace
 
 from launch.plan_checks import recipe_problems, recipe_warnings
 from launch.plan_teacher import find_teacher, teacher_cost
-from train.config import ParallelConfig, Recipe
+from recipes.schema.errors import RecipeError
+from recipes.schema.layout import Layout, lay_out
+from recipes.schema.parallel import ParallelConfig
+from recipes.schema.pattern import Flops, cut, flops_per_token, layer_kinds, parameters, visible_keys
+from recipes.schema.recipe import Recipe
+from recipes.schema.scaling import low_precision_linears
 from train.cost.activations import Modules
 from train.cost.device import Device, Format
 from train.cost.efficiency import STRATUM
 from train.cost.memory import GIB, RankMemory, rank_memory
 from train.cost.time import Setting, StepTime, step_time
 from train.cost.traffic import StepTraffic, step_traffic
-from train.errors import RecipeError
-from train.model.pattern import Flops, cut, flops_per_token, layer_kinds, parameters, visible_keys
-from train.parallel.layout import Layout, lay_out
-from train.precision.scaling import low_precision_linears
 
 USABLE = 0.97
 """Share of a device's memory a plan may fill: an allocator never uses the last of it."""

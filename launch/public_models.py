@@ -11,7 +11,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from train.config import ModelConfig
+from recipes.schema.model import ModelConfig
 
 _EXPERTS = re.compile(
     r"mixtral|\bmoe\b|deepseek ?(v[2-9]|r1(?! distill)|moe)|gpt ?oss|"

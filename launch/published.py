@@ -12,11 +12,11 @@ from pathlib import Path
 from launch.cells import gpus, number, whole
 from launch.public_models import NotExpressible, model_named
 from launch.software import Row, shards_of, software_of
-from train.config import ModelConfig
+from recipes.schema.layout import Layout
+from recipes.schema.model import ModelConfig
+from recipes.schema.pattern import ATTENTION, balanced_ranges, layer_kinds, layer_matmul_weights
 from train.cost.device import Format, find_device
 from train.cost.time import Setting
-from train.model.pattern import ATTENTION, balanced_ranges, layer_kinds, layer_matmul_weights
-from train.parallel.layout import Layout
 
 PUBLISHED = Path(__file__).parent / "published_throughput.csv"
 """333 rows collected from public documents; each row's `src` names its document."""

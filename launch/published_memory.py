@@ -7,7 +7,8 @@ layers keep is `train.cost.activations`. Nothing here is fitted but `UNUSABLE`.
 from dataclasses import replace
 
 from launch.published import Published
-from train.config import ParallelConfig, PrecisionConfig
+from recipes.schema.parallel import ParallelConfig
+from recipes.schema.precision import PrecisionConfig
 from train.cost.activations import Shape, hidden_bytes, layer_bytes
 from train.cost.memory import GIB, rank_memory
 from train.cost.tensors import stage_tensors

@@ -11,7 +11,7 @@ import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from train.config import ContainerConfig, SlurmConfig
+from recipes.schema.launch import ContainerConfig, SlurmConfig
 
 
 @dataclass(frozen=True)

@@ -13,12 +13,13 @@ from dataclasses import dataclass, replace
 
 from launch.plan_tables import PART_NAMES
 from launch.planner import Plan, make_plan, setting_of
-from train.config import ParallelConfig, Recipe
+from recipes.schema.errors import RecipeError
+from recipes.schema.layout import Layout, lay_out
+from recipes.schema.parallel import ParallelConfig
+from recipes.schema.pattern import CUT, balanced_ranges, cut, layer_kinds
+from recipes.schema.recipe import Recipe
 from train.cost.device import Device
 from train.cost.time import layer_seconds
-from train.errors import RecipeError
-from train.model.pattern import CUT, balanced_ranges, cut, layer_kinds
-from train.parallel.layout import Layout, lay_out
 
 MAX_MICROBATCH_ROWS = 8
 

@@ -16,8 +16,8 @@ from launch.compose import compose, extra_environment, layout_of, run_folder, sp
 from launch.runs import RunFolder
 from launch.sbatch import Job, Preparation, preparation_script, training_script
 from launch.slurm_queue import QueuedJob, SlurmError, look_up, submit
-from train.config import Recipe
-from train.errors import USER_ERRORS, RecipeError
+from recipes.schema.errors import USER_ERRORS, RecipeError
+from recipes.schema.recipe import Recipe
 
 _HELP = """
 examples:
@@ -30,7 +30,7 @@ examples:
 
 The run continues over as many jobs as its last step needs (launch.slurm.continuation): before a job's time limit, and when
 it is preempted, the processes save and stop. Everything a job says lies in runs/NAME/logs/. All other words go to the
-trainer; `python -m launch.fields launch` lists the fields.
+trainer; `python -m recipes.schema.reference launch` lists the fields.
 """
 
 

@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from tiny import RECIPE, engine_of, steps_of
 
+from recipes.schema.recipe import Recipe
 from train.checkpoint import disk
 from train.checkpoint.manager import CheckpointFolder
 from train.checkpoint.manifest import Manifest, read_manifest
-from train.config import Recipe
 
 ACTS = ("writev", "fsync", "rename", "unlink", "mkdir", "rmdir")
 

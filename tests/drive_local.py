@@ -6,10 +6,13 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-from data.config import DataConfig, SourceConfig
 from launch.local import run_to_end
 from launch.runs import RunFolder
-from train.config import LaunchConfig, ModelConfig, Recipe, RunConfig
+from recipes.schema.data import DataConfig, SourceConfig
+from recipes.schema.launch import LaunchConfig
+from recipes.schema.model import ModelConfig
+from recipes.schema.recipe import Recipe
+from recipes.schema.run import RunConfig
 
 
 def main() -> int:

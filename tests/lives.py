@@ -16,10 +16,10 @@ from ranks import start_ranks
 from shards import random_documents, write_folder
 from tiny import RECIPE
 
-from data.config import DataConfig, SourceConfig
+from recipes.schema.data import DataConfig, SourceConfig
+from recipes.schema.recipe import Recipe
 from train import machine
 from train.checkpoint.manifest import read_manifest
-from train.config import Recipe
 from train.metrics import METRICS, read_metrics
 from train.run import train
 

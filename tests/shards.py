@@ -5,10 +5,10 @@ from pathlib import Path
 
 import numpy as np
 
-from data.config import TokenizerConfig
 from data.manifest import Manifest, ShardEntry, SourceEntry, TokenizerEntry, file_sha256, write_manifest
 from data.shards import ShardWriter
 from data.tokenizer import train_tokenizer
+from recipes.schema.data import TokenizerConfig
 
 TEXT = "the quick brown fox jumps over the lazy dog and runs away from all those documents\n" * 30
 

@@ -11,12 +11,14 @@ import pytest
 import yaml
 from tiny import RECIPE, TINY, recipe_with
 
-from data.command import RECIPES, dotted_keys, with_overrides
-from train.config import Recipe, ScheduleConfig
-from train.errors import RecipeError
-from train.model.pattern import parameters
-from train.optim.schedule import learning_rate_factor
-from train.recipe import differences, recipe_from_mapping, refused
+from recipes.schema.changes import differences, refused
+from recipes.schema.command import RECIPES, dotted_keys, with_overrides
+from recipes.schema.errors import RecipeError
+from recipes.schema.optim import ScheduleConfig
+from recipes.schema.pattern import parameters
+from recipes.schema.read import recipe_from_mapping
+from recipes.schema.recipe import Recipe
+from recipes.schema.schedule import learning_rate_factor
 from train.run import check, check_folder, recipe_mapping
 
 PRIMARY = sorted(path.stem for path in RECIPES.glob("*.yaml"))

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from train.errors import StratumError
+from recipes.schema.errors import StratumError
 from train.metrics import METRICS
 from train.report import main, read_run, write_report
 

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from data.config import DataConfig, SourceConfig, TokenizerConfig
+from recipes.schema.data import DataConfig, SourceConfig, TokenizerConfig
 
 VOCAB = 300
 

@@ -9,8 +9,10 @@ import numpy as np
 import torch
 
 from data.batch import Batch
-from data.config import DataConfig, SourceConfig
-from train.config import ModelConfig, Recipe, RunConfig
+from recipes.schema.data import DataConfig, SourceConfig
+from recipes.schema.model import ModelConfig
+from recipes.schema.recipe import Recipe
+from recipes.schema.run import RunConfig
 from train.engine import Engine
 from train.parallel.mesh import Mesh
 from train.precision.control import Reading

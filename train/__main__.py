@@ -16,9 +16,9 @@ import sys
 
 from omegaconf import DictConfig
 
-from data.command import dotted_keys, run_command
-from train.config import Recipe
-from train.errors import USER_ERRORS
+from recipes.schema.command import dotted_keys, run_command
+from recipes.schema.errors import USER_ERRORS
+from recipes.schema.recipe import Recipe
 
 
 def main() -> int:
@@ -27,7 +27,7 @@ def main() -> int:
 
 
 def _train(composed: DictConfig) -> int:
-    from train.recipe import read_recipe
+    from recipes.schema.read import read_recipe
     from train.run import train
 
     recipe = read_recipe(composed)

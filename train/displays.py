@@ -10,7 +10,7 @@ from typing import Any, Protocol
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from train.config import TelemetryConfig
+from recipes.schema.telemetry import TelemetryConfig
 from train.metrics import Line
 
 

@@ -7,7 +7,7 @@ import threading
 import time
 from types import FrameType
 
-from train.errors import NumericsError
+from recipes.schema.errors import NumericsError
 
 WATCHED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 """Signals that ask a run to save and stop."""

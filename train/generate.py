@@ -13,11 +13,11 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
-from data.command import dotted_keys, run_command, section
-from data.fields import Count, Fraction, NonNegativeFloat, PositiveInt
-from data.typed import FieldError, build
-from train.config import Recipe
-from train.errors import USER_ERRORS, CheckpointError, RecipeError
+from recipes.schema.command import dotted_keys, run_command, section
+from recipes.schema.errors import USER_ERRORS, CheckpointError, RecipeError
+from recipes.schema.fields import Count, Fraction, NonNegativeFloat, PositiveInt
+from recipes.schema.recipe import Recipe
+from recipes.schema.typed import FieldError, build
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ def main() -> int:
 
 
 def _generate(composed: DictConfig) -> int:
-    from train.recipe import read_recipe
+    from recipes.schema.read import read_recipe
 
     try:
         config = build(GenerateConfig, section(composed, "generate"), "generate")

@@ -14,11 +14,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from data.stream import Stream
+from recipes.schema.recipe import Recipe
+from recipes.schema.schedule import learning_rate_factor
 from train.checkpoint.manager import CheckpointFolder
-from train.config import Recipe
 from train.engine import Engine
 from train.faults import WATCHED, StopSignals, check_numbers, grace_warning, too_late
-from train.optim.schedule import learning_rate_factor
 from train.step import train_step
 from train.stopwatch import Stopwatch
 from train.telemetry import Telemetry

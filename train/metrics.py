@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from train.errors import StratumError
+from recipes.schema.errors import StratumError
 
 METRICS = "metrics.jsonl"
 Line = dict[str, Any]

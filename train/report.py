@@ -16,7 +16,7 @@ from typing import Any
 
 import yaml
 
-from train.errors import StratumError
+from recipes.schema.errors import StratumError
 from train.metrics import METRICS, read_metrics
 from train.precision_report import draw_precision, precision_section
 

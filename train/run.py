@@ -15,19 +15,20 @@ import numpy as np
 import torch
 import yaml
 
-from data.errors import DataError
 from data.manifest import MANIFEST, read_manifest
 from data.stream import Dataset, Stream, open_dataset
 from data.tokenizer import Tokenizer, load_tokenizer
-from train.config import ParallelConfig, Recipe
-from train.errors import CheckpointError, RecipeError
-from train.model.pattern import flops_per_token, parameters
-from train.objective.asked import check_objective, unused
+from recipes.schema.changes import check_folder
+from recipes.schema.errors import CheckpointError, DataError, RecipeError
+from recipes.schema.layout import Layout, lay_out
+from recipes.schema.parallel import ParallelConfig
+from recipes.schema.pattern import flops_per_token, parameters
+from recipes.schema.read import recipe_mapping
+from recipes.schema.recipe import Recipe
+from recipes.schema.rules import check_objective, unused
+from recipes.schema.scaling import shape_problems
 from train.parallel.device import choose_device, prepare
-from train.parallel.layout import Layout, lay_out
 from train.parallel.mesh import Mesh, close_mesh, open_mesh, world_from_environment
-from train.precision.scaling import shape_problems
-from train.recipe import check_folder, recipe_mapping
 
 if TYPE_CHECKING:  # at run time Megatron must wait for `prepare`
     from train.engine import Engine

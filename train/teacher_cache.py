@@ -22,13 +22,14 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from data.command import dotted_keys, run_command, section
-from data.fields import PositiveInt
 from data.shards import token_dtype
-from data.typed import FieldError, build
-from train.config import ParallelConfig, Recipe
-from train.errors import USER_ERRORS, RecipeError
-from train.objective.asked import check_objective
+from recipes.schema.command import dotted_keys, run_command, section
+from recipes.schema.errors import USER_ERRORS, RecipeError
+from recipes.schema.fields import PositiveInt
+from recipes.schema.parallel import ParallelConfig
+from recipes.schema.recipe import Recipe
+from recipes.schema.rules import check_objective
+from recipes.schema.typed import FieldError, build
 
 if TYPE_CHECKING:  # at run time Megatron must wait for `prepare`
     from train.objective.soft_targets import TopK
@@ -54,7 +55,7 @@ def main() -> int:
 
 
 def _fill(composed: DictConfig) -> int:
-    from train.recipe import read_recipe
+    from recipes.schema.read import read_recipe
 
     try:
         config = build(CacheConfig, section(composed, "cache"), "cache")

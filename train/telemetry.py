@@ -26,7 +26,7 @@ from typing import Any
 
 import torch
 
-from train.config import TelemetryConfig
+from recipes.schema.telemetry import TelemetryConfig
 from train.displays import Display, Screen, TensorBoard, WeightsAndBiases
 from train.machine import describe_machine, peak_memory_bytes
 from train.metrics import METRICS, JsonLines, Line

@@ -23,7 +23,7 @@ from typing import IO, Any
 import fsspec
 import pyarrow
 
-from data.errors import DataError
+from recipes.schema.errors import DataError
 
 CORPORA = Path(__file__).resolve().parents[1] / "corpora"
 PACKAGE = "package:"

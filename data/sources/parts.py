@@ -14,11 +14,11 @@ from typing import Any
 
 import pyarrow.parquet
 
-from data.config import SourceConfig
-from data.errors import DataError
 from data.sources.files import File, find_files, is_compressed, is_remote, open_binary, plain_suffix, reading
 from data.sources.records import Part, Record, lines_before, read_part, row_group_bytes
 from data.sources.sets import is_set, read_set, set_facts
+from recipes.schema.data import SourceConfig
+from recipes.schema.errors import DataError
 
 MAX_FILES = 8192
 """Files of one shard at most, however small they are."""

@@ -14,9 +14,9 @@ from typing import Any
 import pyarrow
 import pyarrow.parquet
 
-from data.config import SourceConfig
-from data.errors import DataError
 from data.sources.files import Plain, open_binary, reading
+from recipes.schema.data import SourceConfig
+from recipes.schema.errors import DataError
 
 _ROWS = 64
 """Rows of parquet decoded at once."""

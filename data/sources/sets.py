@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from data.config import SourceConfig
-from data.errors import DataError
 from data.sources.files import ReadError
 from data.sources.records import Part, Record, checked, columns_of, text_of
+from recipes.schema.data import SourceConfig
+from recipes.schema.errors import DataError
 
 HUB = "hf:"
 _ROWS = 64

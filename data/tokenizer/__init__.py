@@ -18,11 +18,11 @@ from typing import Any
 
 import numpy as np
 
-from data.config import TokenizerConfig
-from data.errors import DataError
 from data.tokenizer import hf, ranks
 from data.tokenizer.backend import Backend, fingerprint
 from data.tokenizer.backend import Unencodable as Unencodable
+from recipes.schema.data import TokenizerConfig
+from recipes.schema.errors import DataError
 
 
 class Tokenizer:

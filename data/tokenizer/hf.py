@@ -16,10 +16,10 @@ import numpy as np
 from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, trainers
 from tokenizers import Tokenizer as Library
 
-from data.config import TokenizerConfig
-from data.errors import DataError
 from data.tokenizer.backend import Backend, Unencodable
 from data.tokenizer.ranks import PATTERNS, Ranks, encode_batch, encoding_of
+from recipes.schema.data import TokenizerConfig
+from recipes.schema.errors import DataError
 
 FILE = "tokenizer.json"
 _COMPARED_CHARACTERS = 1 << 16

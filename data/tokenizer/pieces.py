@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 import sentencepiece
 
-from data.errors import DataError
 from data.tokenizer.backend import Backend
+from recipes.schema.errors import DataError
 
 FILE = "tokenizer.model"
 _SPACE = "▁"

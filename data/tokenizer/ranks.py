@@ -22,9 +22,9 @@ from typing import Any
 import numpy as np
 import tiktoken
 
-from data.config import TokenizerConfig
-from data.errors import DataError
 from data.tokenizer.backend import Backend, Unencodable
+from recipes.schema.data import TokenizerConfig
+from recipes.schema.errors import DataError
 
 FILE = "tokenizer.ranks.json"
 _FORMAT = "stratum-ranks-1"

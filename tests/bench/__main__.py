@@ -29,13 +29,15 @@ prepare(torch.device("cpu"))
 from tiny import RECIPE, engine_of
 
 from data.batch import Batch
-from train.config import ModelConfig, Recipe, TelemetryConfig
+from recipes.schema.model import ModelConfig
+from recipes.schema.pattern import flops_per_token, parameters
+from recipes.schema.recipe import Recipe
+from recipes.schema.schedule import learning_rate_factor
+from recipes.schema.telemetry import TelemetryConfig
 from train.engine import Engine
 from train.faults import StopSignals, check_numbers
 from train.machine import peak_flops
 from train.model import ssd
-from train.model.pattern import flops_per_token, parameters
-from train.optim.schedule import learning_rate_factor
 from train.step import train_step
 from train.stopwatch import Stopwatch
 from train.telemetry import Telemetry

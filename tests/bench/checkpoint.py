@@ -38,10 +38,10 @@ from rich.console import Console
 from rich.table import Table
 from tiny import RECIPE, engine_of, steps_of
 
+from recipes.schema.recipe import Recipe
 from train.checkpoint import storage, writing
 from train.checkpoint.files import bytes_of
 from train.checkpoint.manager import CheckpointFolder
-from train.config import Recipe
 from train.engine import Engine
 
 BESIDE = 6

@@ -18,8 +18,8 @@ from pathlib import Path
 import torch
 import yaml
 
-from data.command import RECIPES
-from train.config import ModelConfig
+from recipes.schema.command import RECIPES
+from recipes.schema.model import ModelConfig
 from train.parallel.device import prepare
 
 prepare(torch.device("cpu"))

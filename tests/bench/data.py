@@ -208,8 +208,8 @@ def write_raw_shard(folder: Path, name: str, ends: np.ndarray, *, sparse: bool =
 
 
 def _ours(row: int, **changes: Any) -> Any:
-    from data.config import DataConfig, SourceConfig
     from data.dataset import open_dataset
+    from recipes.schema.data import DataConfig, SourceConfig
 
     config = DataConfig(folder=str(HOME), sources={"a": SourceConfig(path="-")}, row_tokens=row, **changes)
     return open_dataset(config)
@@ -494,8 +494,8 @@ def _sparse_set(folder: Path, tokens: int, shards: int) -> None:
 def _start_up(folder: Path) -> dict[str, float]:
     import torch  # noqa: F401
 
-    from data.config import DataConfig, PhaseConfig, SourceConfig
     from data.dataset import open_dataset
+    from recipes.schema.data import DataConfig, PhaseConfig, SourceConfig
 
     total = sum(p.stat().st_size // 2 for p in folder.glob("*.train-*.bin"))
     config = DataConfig(

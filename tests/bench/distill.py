@@ -25,12 +25,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from test_recipe import composed
 
 from data.batch import Batch
+from recipes.schema.checkpoint import CheckpointConfig
+from recipes.schema.parallel import ParallelConfig
+from recipes.schema.read import recipe_from_mapping
+from recipes.schema.recipe import Recipe
 from train.checkpoint.manager import CheckpointFolder
-from train.config import CheckpointConfig, ParallelConfig, Recipe
 from train.engine import Engine
 from train.objective.soft_targets import OnlineTargets
 from train.objective.teacher import open_teacher
-from train.recipe import recipe_from_mapping
 from train.run import build_engine, check, mesh_of, recipe_mapping
 from train.step import train_step
 from train.stopwatch import Stopwatch

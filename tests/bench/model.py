@@ -31,7 +31,7 @@ KEEP_FREED_MEMORY = f"glibc.malloc.mmap_threshold={1 << 30}:glibc.malloc.trim_th
 
 
 def shapes() -> dict[str, object]:
-    from train.config import ModelConfig
+    from recipes.schema.model import ModelConfig
 
     hybrid = ModelConfig(
         pattern="M-M*M-", hidden=256, vocab=VOCAB, ffn=1024, heads=4, kv_heads=2, head_dim=64,
@@ -171,7 +171,7 @@ def median(seconds: list[float]) -> float:
 
 
 def families_part(peak: float) -> None:
-    from train.model.pattern import flops_per_token
+    from recipes.schema.pattern import flops_per_token
 
     print("| model | row | ours, tokens/s | share of GEMM peak | transformers | ours / theirs "
           "| with our memory setting | ours / theirs |")  # fmt: skip

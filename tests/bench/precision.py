@@ -21,11 +21,11 @@ from train.parallel.device import prepare
 
 prepare(torch.device("cpu"))
 
-from train.config import PrecisionConfig
+from recipes.schema.precision import PrecisionConfig
+from recipes.schema.scaling import scaling_of
 from train.model.linear import fast_linear
 from train.precision import native
 from train.precision.emulated import LowPrecisionLinear, _Product
-from train.precision.scaling import scaling_of
 
 SHAPES = ((1024, 1024, 1024), (256, 512, 512))
 """(tokens, in, out)"""

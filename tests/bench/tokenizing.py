@@ -78,9 +78,9 @@ def main() -> int:
 
 def make_inputs(megabytes: float) -> None:
     """Corpus and tokenizer files, made once."""
-    from data.config import SourceConfig, TokenizerConfig
     from data.corpus import documents
     from data.tokenizer import hf, ranks
+    from recipes.schema.data import SourceConfig, TokenizerConfig
 
     FOLDER.mkdir(parents=True, exist_ok=True)
     if not (FOLDER / TEKKEN).exists():
@@ -134,13 +134,13 @@ class Clock:
 
 
 def _ours(way: str, corpus: Path, aside: Path) -> tuple[float, float, list[np.ndarray]]:
-    from data.config import DataConfig, SourceConfig, TokenizerConfig
     from data.manifest import SPLITS
     from data.prepare import jobs_of, prepare
     from data.shard_job import make_shard, read_result
     from data.shards import open_entry
     from data.tokenizer import load_tokenizer
     from data.work import plan_work
+    from recipes.schema.data import DataConfig, SourceConfig, TokenizerConfig
 
     file = FOLDER / (TEKKEN if way == "tekken" else "tokenizer.json")
     encoder = "tokenizers" if way == "library" else "auto"

@@ -12,9 +12,9 @@ from crashes import SMALL, acts_of_saves
 from ranks import run_ranks
 from tiny import engine_of, recipe_with, steps_of
 
+from recipes.schema.recipe import Recipe
 from train.checkpoint.manager import CheckpointFolder
 from train.checkpoint.stale import FEWEST
-from train.config import Recipe
 
 
 def digests(folder: Path) -> dict[str, str]:

@@ -8,11 +8,12 @@ import torch
 from ranks import RankFailed, run_ranks
 from tiny import Numbers, engine_of, recipe_with, steps_of
 
+from recipes.schema.checkpoint import CheckpointConfig
+from recipes.schema.errors import CheckpointError
+from recipes.schema.recipe import Recipe
 from train.checkpoint.manager import CheckpointFolder
 from train.checkpoint.manifest import read_manifest
 from train.checkpoint.resume import resume
-from train.config import CheckpointConfig, Recipe
-from train.errors import CheckpointError
 from train.model.initial import global_names
 
 SAVED_AT, STEPS = 2, 5

@@ -17,6 +17,7 @@ from crashes import SMALL, Act, acts_of_saves, contents, train_on
 from ranks import RankFailed, run_ranks
 from tiny import engine_of, steps_of
 
+from recipes.schema.errors import CheckpointError
 from train.checkpoint import fingerprint, offline, publishing, steps
 from train.checkpoint.__main__ import main as command
 from train.checkpoint.files import Piece, Reader
@@ -24,7 +25,6 @@ from train.checkpoint.manager import CheckpointFolder
 from train.checkpoint.manifest import read_manifest
 from train.checkpoint.publishing import point_at
 from train.checkpoint.stale import FEWEST
-from train.errors import CheckpointError
 
 OLD, NEW = 2, 4
 

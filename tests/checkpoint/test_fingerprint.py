@@ -9,9 +9,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from recipes.schema.errors import CheckpointError
 from train.checkpoint import fingerprint
 from train.checkpoint.files import boxes_of_run, bytes_of, opened
-from train.errors import CheckpointError
 
 MASK = 2**64 - 1
 DTYPES = (torch.float32, torch.bfloat16, torch.uint8, torch.int64, torch.float8_e4m3fn)

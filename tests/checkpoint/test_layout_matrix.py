@@ -11,9 +11,9 @@ import pytest
 from ranks import run_ranks
 from tiny import Numbers, engine_of, recipe_with, steps_of
 
+from recipes.schema.recipe import Recipe
 from train.checkpoint.manager import CheckpointFolder
 from train.checkpoint.manifest import read_manifest
-from train.config import Recipe
 
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "TP1": (1, {}),

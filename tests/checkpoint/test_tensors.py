@@ -8,11 +8,11 @@ import torch
 from ranks import run_ranks
 from tiny import engine_of, recipe_with, steps_of
 
+from recipes.schema.recipe import Recipe
 from train.checkpoint.__main__ import main as command
 from train.checkpoint.manager import CheckpointFolder
 from train.checkpoint.storage import publish, read_manifest, read_weights
 from train.checkpoint.tensors import StoredTensor, StoredTensors, write_weights
-from train.config import Recipe
 from train.model.initial import global_names
 
 FOUR = {"parallel.tensor": 2, "parallel.pipeline": 2, "parallel.sequence": True, "precision.params": "bf16"}

@@ -11,10 +11,10 @@ import torch
 from crashes import Act, acts_of_saves
 from safetensors.torch import load_file
 
+from recipes.schema.errors import CheckpointError
 from train.checkpoint import disk, files
 from train.checkpoint.files import Piece, bytes_of
 from train.checkpoint.writing import plan_file, write_proven
-from train.errors import CheckpointError
 
 
 def pieces() -> list[Piece]:

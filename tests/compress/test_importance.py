@@ -12,11 +12,11 @@ from objective.teachers import save_teacher
 from ranks import run_ranks
 from tiny import RECIPE, engine_of, rows_of
 
+from recipes.schema.errors import CheckpointError, RecipeError
 from train.checkpoint.storage import read_weights
 from train.compress.importance import attention_quota, removal_scores
 from train.compress.parent import Parent, layout_recipe, scoring_engine
 from train.compress.scores import Removal, Scores, best, best_in_groups, best_mamba
-from train.errors import CheckpointError, RecipeError
 from train.run import check, mesh_of
 
 ROWS = 5

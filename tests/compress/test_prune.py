@@ -13,6 +13,9 @@ from objective.teachers import save_teacher
 from ranks import run_ranks
 from tiny import RECIPE, Numbers, steps_of
 
+from recipes.schema.errors import RecipeError
+from recipes.schema.model import ModelConfig
+from recipes.schema.pattern import parameters
 from train.checkpoint import storage
 from train.checkpoint.manager import checkpoint_at
 from train.checkpoint.manifest import read_manifest
@@ -23,10 +26,7 @@ from train.compress.parent import Parent
 from train.compress.prune import _AXES as AXES
 from train.compress.prune import Depth, Kept, Target, _indices, choose, cut_weights, head_merges, pruned_model
 from train.compress.scores import Removal, Scores
-from train.config import ModelConfig
-from train.errors import RecipeError
 from train.hf.convert import export_weights
-from train.model.pattern import parameters
 from train.objective.distill import kept_channels
 from train.objective.teacher import teacher_recipe
 

@@ -7,14 +7,15 @@ import numpy as np
 import pytest
 from test_recipe import composed
 
+from recipes.schema.compress import CompressConfig
+from recipes.schema.errors import RecipeError
+from recipes.schema.model import ModelConfig
+from recipes.schema.pattern import layer_kinds, parameters
+from recipes.schema.read import recipe_from_mapping
 from train.compress.prune import Target
 from train.compress.scores import Candidate, Removal, Scores
 from train.compress.search import Shape, damage, feasible, ranked, shape_of, sizes, targets
-from train.config import CompressConfig, ModelConfig
 from train.cost.inference import inference_memory
-from train.errors import RecipeError
-from train.model.pattern import layer_kinds, parameters
-from train.recipe import recipe_from_mapping
 
 CONTEXT = 131_072
 NINE_B = "M-M-M-MM-M-M-M*-M-M-M*-M-M-M-M*-M-M-M-M*-M-MM-M-M-M-M-M-"

@@ -15,11 +15,11 @@ import torch
 from hf.models import GEMMA, HYBRID, TOKENS
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from recipes.schema.model import ModelConfig
 from train.checkpoint.storage import Manifest, publish
 from train.checkpoint.tensors import StoredTensors
 from train.compress.prune import Target, choose, cut_weights, pruned_model
 from train.compress.scores import Scores
-from train.config import ModelConfig
 from train.hf.config import to_config
 from train.hf.convert import export_weights, import_weights
 from train.hf.files import WeightFiles

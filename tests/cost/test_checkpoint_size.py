@@ -7,8 +7,8 @@ from ranks import run_ranks
 from tiny import engine_of, recipe_with
 
 from launch.planner import checkpoints_of
+from recipes.schema.recipe import Recipe
 from train.checkpoint.manager import CheckpointFolder
-from train.config import Recipe
 from train.cost.device import device_named
 from train.run import check
 

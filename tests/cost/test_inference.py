@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from data.typed import build
-from train.config import ModelConfig
+from recipes.schema.model import ModelConfig
+from recipes.schema.typed import build
 from train.cost.inference import inference_memory
 
 MODELS = Path(__file__).resolve().parents[2] / "recipes" / "model"

@@ -5,10 +5,10 @@ from dataclasses import replace
 import pytest
 
 from launch.public_models import model_named
+from recipes.schema.layout import Layout
+from recipes.schema.pattern import cut, flops_per_token
 from train.cost.device import device_named
 from train.cost.time import Setting, layer_seconds, step_time
-from train.model.pattern import cut, flops_per_token
-from train.parallel.layout import Layout
 
 LLAMA = model_named("Llama 3 8B")
 

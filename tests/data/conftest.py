@@ -6,8 +6,8 @@ import pytest
 from rich.console import Console
 from texts import config_of
 
-from data.config import DataConfig
 from data.prepare import prepare
+from recipes.schema.data import DataConfig
 
 
 @pytest.fixture

@@ -19,18 +19,18 @@ from shards import random_documents, write_folder
 
 from data.ahead import FetchAhead
 from data.cache import Activity, RemoteFolder
-from data.config import CacheConfig, DataConfig, SourceConfig
 from data.dataset import open_dataset
-from data.errors import DataError
 from data.manifest import read_manifest
 from data.stream import Stream
+from recipes.schema.data import CacheConfig, DataConfig, SourceConfig
+from recipes.schema.errors import DataError
 
 SHARDS = 8
 ROOT = Path(__file__).resolve().parents[2]
 FETCH = """
 import sys
 from data.cache import Activity, RemoteFolder
-from data.config import CacheConfig
+from recipes.schema.data import CacheConfig
 from data.manifest import FileFacts
 url, folder, name, size, sha256 = sys.argv[1:]
 RemoteFolder(url, CacheConfig(folder=folder), Activity()).local(name, FileFacts(int(size), sha256))

@@ -9,11 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data.blend import Blend, BlendSource
-from data.config import PhaseConfig
 from data.curriculum import Curriculum
-from data.errors import DataError
 from data.order import RowOrder, permute
 from data.shares import Phase
+from recipes.schema.data import PhaseConfig
+from recipes.schema.errors import DataError
 
 
 @given(size=st.integers(1, 3000), key=st.integers(0, 2**64 - 1), epoch=st.integers(0, 1000))

@@ -24,9 +24,9 @@ import fsspec, numpy as np
 from rich.console import Console
 from shards import random_documents, write_folder
 from data.cache import Activity, RemoteFolder
-from data.config import CacheConfig, DataConfig, SourceConfig, TokenizerConfig
+from recipes.schema.data import CacheConfig, DataConfig, SourceConfig, TokenizerConfig
 from data.dataset import open_dataset
-from data.errors import DataError
+from recipes.schema.errors import DataError
 from data.manifest import read_manifest
 from data.prepare import prepare
 from data.stream import Stream

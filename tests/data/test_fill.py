@@ -15,12 +15,12 @@ from shards import random_documents, write_folder
 import data.fill
 from data import compiled
 from data.batch import Batch
-from data.config import DataConfig, SourceConfig
 from data.dataset import open_dataset
 from data.fim import Fim, FimConfig
 from data.manifest import file_facts, read_manifest, write_manifest
 from data.pack import Piece, best_fit
 from data.shards import _CODES, _HEADER, _MAGIC
+from recipes.schema.data import DataConfig, SourceConfig
 
 pytestmark = pytest.mark.skipif(compiled.library() is None, reason="no C compiler here: the plain form is all there is")
 

@@ -20,9 +20,9 @@ import sys
 from pathlib import Path
 import numpy as np
 from rich.console import Console
-from data.config import CacheConfig, DataConfig, SourceConfig, TokenizerConfig
+from recipes.schema.data import CacheConfig, DataConfig, SourceConfig, TokenizerConfig
 from data.dataset import open_dataset
-from data.errors import DataError
+from recipes.schema.errors import DataError
 from data.prepare import prepare
 
 

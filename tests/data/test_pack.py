@@ -14,11 +14,11 @@ from shards import random_documents, write_folder
 from tiny import engine_of, recipe_with
 
 from data.batch import Batch
-from data.config import DataConfig, FimConfig, SourceConfig
 from data.dataset import open_dataset
-from data.errors import DataError
 from data.fim import CROPPED_TOKENS, Fim, build_fim
 from data.pack import Piece, best_fit
+from recipes.schema.data import DataConfig, FimConfig, SourceConfig
+from recipes.schema.errors import DataError
 
 ROW = 16
 

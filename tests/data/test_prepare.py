@@ -11,16 +11,16 @@ import pytest
 from rich.console import Console
 from texts import config_of
 
-from data.config import DataConfig, PhaseConfig, SourceConfig, TokenizerConfig
 from data.corpus import Document, digest, documents, held_out
-from data.errors import DataError
 from data.manifest import read_manifest
 from data.origins import Origin, read_origins
 from data.prepare import prepare
 from data.shards import open_entry, open_shard
 from data.stream import open_dataset
 from data.tokenizer import load_tokenizer
-from data.typed import build
+from recipes.schema.data import DataConfig, PhaseConfig, SourceConfig, TokenizerConfig
+from recipes.schema.errors import DataError
+from recipes.schema.typed import build
 
 QUIET = Console(quiet=True)
 

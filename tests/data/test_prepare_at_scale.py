@@ -19,13 +19,13 @@ import pytest
 from rich.console import Console
 
 from data import megatron_sets
-from data.config import DataConfig, SourceConfig, TokenizerConfig
-from data.errors import DataError
 from data.manifest import read_manifest
 from data.origins import Origin, read_origins
 from data.prepare import parse_task, prepare
 from data.shards import open_entry, open_shard
 from data.tokenizer import load_tokenizer
+from recipes.schema.data import DataConfig, SourceConfig, TokenizerConfig
+from recipes.schema.errors import DataError
 
 QUIET = Console(quiet=True)
 ROOT = Path(__file__).resolve().parents[2]

@@ -16,12 +16,12 @@ from shards import random_documents, write_folder
 
 from data.batch import Batch
 from data.cache import Activity, RemoteFolder
-from data.config import CacheConfig, DataConfig, SourceConfig
 from data.dataset import Dataset, open_dataset
-from data.errors import DataError
 from data.manifest import MANIFEST, Manifest, read_manifest
 from data.stream import Stream
 from data.verify import VERIFIED, Verifier
+from recipes.schema.data import CacheConfig, DataConfig, SourceConfig
+from recipes.schema.errors import DataError
 
 ROOT = Path(__file__).resolve().parents[2]
 

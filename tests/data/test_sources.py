@@ -22,12 +22,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data.config import SourceConfig
 from data.corpus import Reader, documents
-from data.errors import DataError
 from data.sources.files import ReadError, expand_braces
 from data.sources.parts import cut, read
 from data.sources.records import Part, lines_before
+from recipes.schema.data import SourceConfig
+from recipes.schema.errors import DataError
 
 TEXTS = [f"text {n}: naïve café 日本\n" * (n % 5 + 1) for n in range(40)]
 LINES = "".join(json.dumps({"text": text, "id": n}) + "\n" for n, text in enumerate(TEXTS)).encode()

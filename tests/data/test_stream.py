@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from ranks import run_ranks
 from shards import random_documents, write_folder
 
-from data.config import DataConfig, PhaseConfig, SourceConfig
-from data.errors import DataError
 from data.stream import Dataset, Stream, open_dataset
+from recipes.schema.data import DataConfig, PhaseConfig, SourceConfig
+from recipes.schema.errors import DataError
 
 GLOBAL = 24
 

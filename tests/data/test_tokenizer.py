@@ -13,9 +13,9 @@ import tokenizers
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data.config import TokenizerConfig
-from data.errors import DataError
 from data.tokenizer import Tokenizer, Unencodable, hf, load_tokenizer, ranks, train_tokenizer
+from recipes.schema.data import TokenizerConfig
+from recipes.schema.errors import DataError
 
 ROOT = Path(__file__).resolve().parents[2]
 FILES = [*sorted((ROOT / "data").glob("*.py")), *sorted((ROOT / "docs").glob("*.md"))]

@@ -12,10 +12,10 @@ import yaml
 
 from data import inspect as inspect_command
 from data import trace
-from data.config import DataConfig
 from data.dataset import open_dataset
-from data.errors import DataError
 from data.trace import TraceConfig, documents_of, pieces_of
+from recipes.schema.data import DataConfig
+from recipes.schema.errors import DataError
 
 
 @pytest.mark.parametrize("packing", ["chunk", "best_fit"])

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data.fields import Fraction, PositiveInt
-from data.typed import FieldError, build, field_docs
+from recipes.schema.fields import Fraction, PositiveInt
+from recipes.schema.typed import FieldError, build, field_docs
 
 
 @dataclass(frozen=True)

@@ -14,10 +14,11 @@ import torch
 from matrices import matrices
 from tiny import recipe_with, steps_of
 
+from recipes.schema.precision import PrecisionConfig
+from recipes.schema.recipe import Recipe
+from recipes.schema.scaling import E2M1, E4M3, E5M2, Operand, scaling_of
 from train.checkpoint.manager import CheckpointFolder
-from train.config import PrecisionConfig, Recipe
 from train.precision.quantize import quantize
-from train.precision.scaling import E2M1, E4M3, E5M2, Operand, scaling_of
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
 SCALINGS = ("delayed", "current", "blockwise", "mxfp8", "nvfp4")

@@ -9,10 +9,11 @@ import torch
 from ranks import run_ranks
 from tiny import RECIPE, TINY, engine_of, steps_of
 
+from recipes.schema.model import ModelConfig
+from recipes.schema.recipe import Recipe
 from train.checkpoint import storage
 from train.checkpoint.manager import CheckpointFolder
 from train.checkpoint.tensors import StoredTensors, write_weights
-from train.config import ModelConfig, Recipe
 from train.hf.config import SpecialTokens, to_config
 from train.hf.convert import Format, export_weights
 

@@ -13,9 +13,9 @@ from ranks import run_ranks
 from safetensors.torch import load_file, save_file
 from tiny import engine_of
 
+from recipes.schema.model import ModelConfig
 from train.checkpoint.storage import read_weights
 from train.checkpoint.tensors import StoredTensors
-from train.config import ModelConfig
 from train.hf.check import compare, load_theirs
 from train.hf.convert import different_weights
 from train.hf.files import WeightFiles

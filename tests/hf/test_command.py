@@ -17,10 +17,10 @@ from rich.console import Console
 from safetensors.torch import load_file, save_file
 from texts import VOCAB, config_of
 
-from data.command import RECIPES
 from data.prepare import prepare
+from recipes.schema.command import RECIPES
+from recipes.schema.recipe import Recipe
 from train.checkpoint.manager import checkpoint_at
-from train.config import Recipe
 from train.hf.__main__ import main
 from train.metrics import METRICS, read_metrics
 from train.run import recipe_mapping, train
@@ -152,8 +152,8 @@ def test_an_import_trains_and_generates(runs: dict[str, Path], exports: dict[str
 
 
 def first_words(rank: int, mapping: dict[str, object], folder: Path) -> str:
+    from recipes.schema.read import recipe_from_mapping
     from train.generate import GenerateConfig, stream_text
-    from train.recipe import recipe_from_mapping
 
     os.chdir(folder)
     return "".join(stream_text(recipe_from_mapping(mapping), GenerateConfig(prompt="line 4", tokens=8, temperature=0)))
@@ -271,7 +271,7 @@ def test_the_recipe_in_the_manifest_is_the_one_in_the_file(exports: dict[str, Pa
     assert manifest.recipe["model"]["vocab"] == 320
     from hydra import compose, initialize_config_dir
 
-    from train.recipe import read_recipe
+    from recipes.schema.read import read_recipe
 
     with initialize_config_dir(str(tmp_path / "mine"), version_base="1.3"):
         composed = compose("mine", overrides=[f"hydra.searchpath=[file://{RECIPES}]"])

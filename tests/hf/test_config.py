@@ -10,9 +10,9 @@ import yaml
 from hf.models import FAMILIES, GEMMA, HYBRID, TOKENS
 from transformers import AutoConfig
 
-from data.command import RECIPES
-from train.config import ModelConfig
-from train.errors import RecipeError
+from recipes.schema.command import RECIPES
+from recipes.schema.errors import RecipeError
+from recipes.schema.model import ModelConfig
 from train.hf.config import SpecialTokens, clamp_of, family_of, from_config, read_config, to_config
 
 # config.json of nvidia/NVIDIA-Nemotron-Nano-9B-v2 (revision 6533e8de).

@@ -15,11 +15,11 @@ from safetensors.torch import load_file, save_file
 from tiny import engine_of
 from transformers import AutoModelForCausalLM
 
-from data.command import RECIPES
+from recipes.schema.command import RECIPES
+from recipes.schema.errors import CheckpointError
+from recipes.schema.recipe import Recipe
 from train.checkpoint.storage import Manifest, publish, read_weights
 from train.checkpoint.tensors import StoredTensors
-from train.config import Recipe
-from train.errors import CheckpointError
 from train.hf.config import from_config, read_config, to_config
 from train.hf.convert import import_weights, kept_format
 from train.hf.files import WeightFiles

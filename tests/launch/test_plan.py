@@ -17,8 +17,8 @@ from launch.compose import compose
 from launch.plan import as_json, main
 from launch.planner import make_plan
 from launch.search import search
+from recipes.schema.recipe import Recipe
 from tests.tiny import recipe_with
-from train.config import Recipe
 from train.cost.device import device_named, devices, find_device
 from train.cost.memory import GIB
 
@@ -179,7 +179,7 @@ def test_a_plan_adds_up() -> None:
     assert len(data["ranks"]) == 8 and data["ranks"][5] == {"tensor": 1, "context": 0, "data": 0, "pipeline": 1}
     assert data["memory_gib_per_rank"] == max(sum(s["memory_bytes"].values()) for s in data["stages"]) / GIB
     assert data["tokens_per_s_per_gpu"] * 8 * data["step_time_s"] == pytest.approx(data["tokens_per_step"])
-    # What is computed is what the convention counts: no recomputation, so 3 forward passes (train.model.pattern).
+    # What is computed is what the convention counts: no recomputation, so 3 forward passes (recipes.schema.pattern).
     counted = sum(data["step_flops_per_gpu"].values()) * 8
     assert counted == pytest.approx(data["flops_per_token"]["total"] * data["tokens_per_step"], rel=1e-6)
 

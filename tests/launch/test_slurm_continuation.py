@@ -19,7 +19,7 @@ from launch.runs import RunFolder
 from launch.sbatch import Job, training_script
 from launch.slurm import active_jobs, job_numbers, submit_run
 from launch.slurm_queue import SlurmError, cancel, look_up, send_signal
-from train.config import ContainerConfig, SlurmConfig
+from recipes.schema.launch import ContainerConfig, SlurmConfig
 
 ROOT = Path(__file__).resolve().parents[2]
 STEPS = 150

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from launch.sbatch import Job, Preparation, preparation_script, training_script
-from train.config import ContainerConfig, SlurmConfig
+from recipes.schema.launch import ContainerConfig, SlurmConfig
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPTS = Path(__file__).parent / "scripts"

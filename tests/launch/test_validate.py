@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from launch.public_models import NotExpressible, model_named, public_shapes
 from launch.published import MORE, PUBLISHED, flops_as_published, published, read_rows
 from launch.validate import Line, assess, summary, table
-from train.model.pattern import parameters
+from recipes.schema.pattern import parameters
 
 ROOT = Path(__file__).resolve().parents[2]
 

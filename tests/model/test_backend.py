@@ -4,8 +4,8 @@ import pytest
 import torch
 from tiny import TINY
 
-from train.config import PrecisionConfig
-from train.errors import BackendError
+from recipes.schema.errors import BackendError
+from recipes.schema.precision import PrecisionConfig
 from train.model.backend import choose_backend
 from train.parallel.device import choose_device
 from train.precision.te import TransformerEngineBackend

@@ -9,10 +9,11 @@ import yaml
 from ranks import run_ranks
 from tiny import RECIPE
 
-from train.config import ModelConfig, ParallelConfig
+from recipes.schema.model import ModelConfig
+from recipes.schema.parallel import ParallelConfig
+from recipes.schema.pattern import parameters
 from train.model.backend import ReferenceBackend
 from train.model.build import build_model
-from train.model.pattern import parameters
 from train.parallel.device import without_memory
 from train.run import check, mesh_of
 

@@ -13,9 +13,17 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from train.config import ModelConfig
-from train.errors import RecipeError
-from train.model.pattern import balanced_ranges, counts, cut, flops_per_token, layer_kinds, parameters, visible_keys
+from recipes.schema.errors import RecipeError
+from recipes.schema.model import ModelConfig
+from recipes.schema.pattern import (
+    balanced_ranges,
+    counts,
+    cut,
+    flops_per_token,
+    layer_kinds,
+    parameters,
+    visible_keys,
+)
 
 H_8B = "M-M-M-M*-M-M-M-M-M*-M-M-M-M-M*-M-M-M-M-M*-M-M-M-M-M-"
 H_47B = "M-M-M-M-M-M-M-M-M*-M-M-M-M-M-M-M-M-M-M*-M-M-M-M-M*-M-M-M-M-M*-M-M-M-M-M-M-M---MM---M-M*-M-M-M-M-M-"

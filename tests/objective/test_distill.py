@@ -11,7 +11,7 @@ from ranks import run_ranks
 from tiny import Numbers, engine_of, microbatches
 from torch.nn import functional as F
 
-from train.config import Recipe
+from recipes.schema.recipe import Recipe
 from train.engine import run_schedule
 
 WORLDS: dict[str, tuple[int, dict[str, Any]]] = {

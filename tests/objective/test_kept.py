@@ -12,9 +12,8 @@ from ranks import RankFailed, run_ranks
 from tiny import rows_of
 
 from data.batch import Batch
-from data.errors import DataError
-from train.config import Recipe
-from train.errors import RecipeError
+from recipes.schema.errors import DataError, RecipeError
+from recipes.schema.recipe import Recipe
 from train.objective.kept import KeptAnswers, batch_keys, fewer, read_request
 from train.objective.teacher import open_teacher
 from train.run import check, mesh_of

@@ -12,13 +12,13 @@ from objective.teachers import TEACHER, TOKENIZER, distill_tiny, save_teacher, s
 from ranks import RankFailed, run_ranks
 from tiny import RECIPE, engine_of, recipe_with
 
+from recipes.schema.errors import CheckpointError, RecipeError
+from recipes.schema.layout import lay_out
+from recipes.schema.recipe import Recipe
+from recipes.schema.teacher_placement import Place, place_of
 from train.checkpoint.manager import checkpoint_at
-from train.config import Recipe
-from train.errors import CheckpointError, RecipeError
 from train.objective.distill import hidden_match
-from train.objective.place import Place, place_of
 from train.objective.teacher import check_teacher, open_teacher
-from train.parallel.layout import lay_out
 from train.run import check, mesh_of
 
 

@@ -10,9 +10,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from train.config import ScheduleConfig
-from train.errors import RecipeError
-from train.optim.schedule import check, learning_rate_factor
+from recipes.schema.errors import RecipeError
+from recipes.schema.optim import ScheduleConfig
+from recipes.schema.schedule import check, learning_rate_factor
 
 
 def factors(schedule: ScheduleConfig, steps: int, tokens_per_step: int = 1) -> list[float]:

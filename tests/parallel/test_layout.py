@@ -9,9 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from megatron.core.parallel_state import RankGenerator
 
-from train.config import ModelConfig, ParallelConfig, RunConfig
-from train.errors import RecipeError
-from train.parallel.layout import Coordinates, Layout, lay_out, rank_coordinates
+from recipes.schema.errors import RecipeError
+from recipes.schema.layout import Coordinates, Layout, lay_out, rank_coordinates
+from recipes.schema.model import ModelConfig
+from recipes.schema.parallel import ParallelConfig
+from recipes.schema.run import RunConfig
 
 MODEL = ModelConfig(
     pattern="M-M*-M-M*-",

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from transformers import Gemma2Config, Gemma2ForCausalLM, NemotronHConfig, NemotronHForCausalLM
 
-from train.config import ModelConfig
+from recipes.schema.model import ModelConfig
 
 
 def peer_of(model: ModelConfig, *, attention: str = "eager") -> nn.Module:

@@ -14,7 +14,8 @@ from tiny import RECIPE, TINY, engine_of
 from torch.nn import functional as F
 
 from data.batch import Batch
-from train.config import ModelConfig, Recipe
+from recipes.schema.model import ModelConfig
+from recipes.schema.recipe import Recipe
 from train.model.context import RowContext
 from train.step import train_step
 from train.stopwatch import Stopwatch

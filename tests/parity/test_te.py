@@ -15,10 +15,10 @@ import pytest
 import torch
 from matrices import matrices, same
 
+from recipes.schema.precision import PrecisionConfig
+from recipes.schema.scaling import E2M1, E4M3, E5M2, LINEARS, Operand, scaling_of
 from train.checkpoint.manager import CheckpointFolder
-from train.config import PrecisionConfig
 from train.precision.quantize import hadamard_matrix, quantize, scale_from_history
-from train.precision.scaling import E2M1, E4M3, E5M2, LINEARS, Operand, scaling_of
 
 pytestmark = [
     pytest.mark.oracle,
@@ -265,7 +265,7 @@ def _train(
     with (
         mesh_of(recipe, layout, device=torch.device("cpu"), rank=0) as mesh,
         mock.patch("train.model.backend.choose_backend", lambda precision, device: chosen),
-        mock.patch("train.precision.scaling.scaling_of", nearest),
+        mock.patch("recipes.schema.scaling.scaling_of", nearest),
     ):
         engine = build_engine(recipe, mesh)
         names = {name: tuple(p.shape) for name, p in engine.chunks[0].module.named_parameters()}

@@ -7,8 +7,8 @@ import pytest
 import torch
 from matrices import matrices, same
 
+from recipes.schema.scaling import E4M3, Operand
 from train.precision.quantize import quantize
-from train.precision.scaling import E4M3, Operand
 
 pytestmark = pytest.mark.oracle
 

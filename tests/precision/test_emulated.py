@@ -12,14 +12,17 @@ import yaml
 from ranks import RankFailed, run_ranks
 from tiny import GEMMA, TINY, Numbers, engine_of, health, recipe_with, steps_of
 
+from recipes.schema.errors import BackendError
+from recipes.schema.model import ModelConfig
+from recipes.schema.parallel import ParallelConfig
+from recipes.schema.precision import PrecisionConfig
+from recipes.schema.recipe import Recipe
+from recipes.schema.scaling import low_precision_linears, scaling_of, shape_problems
 from train.checkpoint.manager import CheckpointFolder
-from train.config import ModelConfig, ParallelConfig, PrecisionConfig, Recipe
-from train.errors import BackendError
 from train.model.backend import choose_backend
 from train.precision import emulated
 from train.precision.emulated import LowPrecisionLinear, _Product
 from train.precision.quantize import quantize, rotate
-from train.precision.scaling import low_precision_linears, scaling_of, shape_problems
 
 NAMES = ("delayed", "current", "blockwise", "mxfp8", "nvfp4", "unscaled")
 LOW = ("delayed", "current", "blockwise", "mxfp8", "nvfp4")

@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 import torch
 
+from recipes.schema.scaling import E2M1, E4M3, E5M2, Format, Operand
 from train.precision.quantize import quantize, round_to
-from train.precision.scaling import E2M1, E4M3, E5M2, Format, Operand
 
 FORMATS = {
     "e4m3": (E4M3, ml_dtypes.float8_e4m3fn, 8),

@@ -9,7 +9,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from train.config import PrecisionConfig
+from recipes.schema.precision import PrecisionConfig
+from recipes.schema.scaling import E2M1, E4M3, E5M2, Operand, scaling_of
 from train.precision import health
 from train.precision.quantize import (
     encoding_scale,
@@ -19,7 +20,6 @@ from train.precision.quantize import (
     round_to,
     scale_from_history,
 )
-from train.precision.scaling import E2M1, E4M3, E5M2, Operand, scaling_of
 
 NAMES = ("delayed", "current", "blockwise", "mxfp8", "nvfp4", "unscaled")
 ORIENTED = (

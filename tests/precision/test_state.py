@@ -9,8 +9,8 @@ import torch
 from ranks import run_ranks
 from tiny import engine_of, health, recipe_with, steps_of
 
+from recipes.schema.recipe import Recipe
 from train.checkpoint.manager import CheckpointFolder
-from train.config import Recipe
 
 LOW = ("delayed", "current", "blockwise", "mxfp8", "nvfp4")
 SAVED_AT, STEPS = 2, 4

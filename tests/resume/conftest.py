@@ -8,8 +8,8 @@ from processes import RUN, SHAPE
 from rich.console import Console
 from texts import VOCAB, config_of
 
-from data.config import DataConfig
 from data.prepare import prepare
+from recipes.schema.data import DataConfig
 
 
 @pytest.fixture

@@ -19,7 +19,7 @@ from pathlib import Path
 from ranks import start_ranks
 from texts import VOCAB
 
-from data.command import RECIPES
+from recipes.schema.command import RECIPES
 from train.metrics import METRICS, read_metrics
 
 STEPS = 24

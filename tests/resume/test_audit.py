@@ -13,12 +13,12 @@ from lives import contents_at, recipe_in
 from ranks import RankFailed, run_ranks
 from shards import TEXT
 
-from data.config import SourceConfig, TokenizerConfig
 from data.manifest import TokenizerEntry, file_sha256, read_manifest, write_manifest
 from data.tokenizer import train_tokenizer
+from recipes.schema.data import SourceConfig, TokenizerConfig
+from recipes.schema.recipe import Recipe
 from train import machine
 from train.checkpoint import steps
-from train.config import Recipe
 from train.metrics import METRICS, read_metrics
 from train.run import train
 

@@ -11,11 +11,11 @@ from shards import random_documents, write_folder
 from tiny import recipe_with
 
 from data import trace
-from data.config import DataConfig, PhaseConfig, SourceConfig
 from data.dataset import open_dataset
 from data.trace import TraceConfig
-from train.config import Recipe
-from train.errors import DataError
+from recipes.schema.data import DataConfig, PhaseConfig, SourceConfig
+from recipes.schema.errors import DataError
+from recipes.schema.recipe import Recipe
 from train.metrics import METRICS, read_metrics
 
 STEPS, GLOBAL = 12, 4

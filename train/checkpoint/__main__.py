@@ -28,13 +28,16 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, Trans
 from rich.table import Table
 from rich.text import Text
 
+from recipes.schema.changes import differences
+from recipes.schema.errors import CheckpointError, RecipeError
+from recipes.schema.layout import lay_out
+from recipes.schema.model import ModelConfig
+from recipes.schema.parallel import ParallelConfig
+from recipes.schema.read import recipe_from_mapping
+from recipes.schema.run import RunConfig
 from train.checkpoint import offline, steps
 from train.checkpoint.files import Reader
 from train.checkpoint.manifest import Manifest, describe_layout, read_manifest
-from train.config import ModelConfig, ParallelConfig, RunConfig
-from train.errors import CheckpointError, RecipeError
-from train.parallel.layout import lay_out
-from train.recipe import differences, recipe_from_mapping
 
 _SECTIONS = (
     ("weights", "model."),

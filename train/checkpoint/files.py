@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from recipes.schema.errors import CheckpointError
 from train.checkpoint import fingerprint
 from train.checkpoint.fingerprint import Sums
 from train.checkpoint.manifest import (
@@ -30,7 +31,6 @@ from train.checkpoint.manifest import (
     read_index,
     read_manifest,
 )
-from train.errors import CheckpointError
 
 _CHUNK = 1 << 20
 """Bytes read at once where they cannot go straight to their place."""

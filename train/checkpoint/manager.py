@@ -16,13 +16,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from recipes.schema.checkpoint import CheckpointConfig
+from recipes.schema.errors import CheckpointError
 from train.checkpoint import disk, publishing, steps, storage
 from train.checkpoint.manifest import Manifest
 from train.checkpoint.saving import Event, Memory, Peers, Save, Snapshot, Staging
 from train.checkpoint.steps import checkpoint_at as checkpoint_at
-from train.config import CheckpointConfig
 from train.engine import Engine
-from train.errors import CheckpointError
 
 log = logging.getLogger(__name__)
 

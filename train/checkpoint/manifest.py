@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 
+from recipes.schema.errors import CheckpointError
 from train.checkpoint import fingerprint
-from train.errors import CheckpointError
 
 FORMAT = 2
 MANIFEST = "manifest.json"

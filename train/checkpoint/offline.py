@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 import yaml
 
+from recipes.schema.errors import CheckpointError
 from train.checkpoint import disk, fingerprint, publishing, steps
 from train.checkpoint.files import (
     Reader,
@@ -26,7 +27,6 @@ from train.checkpoint.files import (
     whole_tensor,
 )
 from train.checkpoint.manifest import DTYPES, Index, Manifest, Place
-from train.errors import CheckpointError
 
 log = logging.getLogger(__name__)
 

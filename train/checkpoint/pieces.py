@@ -19,8 +19,8 @@ from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor, ShardedTensorFactory
 from megatron.core.optimizer.optimizer import MegatronOptimizer
 
+from recipes.schema.errors import CheckpointError
 from train.checkpoint.files import Piece, boxes_of_run
-from train.errors import CheckpointError
 
 MODEL, MASTER = "model.", "optimizer.master."
 MOMENTS = ("exp_avg", "exp_avg_sq")

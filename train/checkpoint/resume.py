@@ -6,16 +6,16 @@ survey of the folder -> is this resume allowed? (mode, tokenizer, data, recipe) 
 from dataclasses import dataclass
 from typing import Any
 
-from data.errors import DataError
+from recipes.schema.changes import Difference, differences, refused
+from recipes.schema.errors import CheckpointError, DataError, RecipeError
+from recipes.schema.layout import Layout
+from recipes.schema.read import recipe_from_mapping
+from recipes.schema.recipe import Recipe
+from recipes.schema.schedule import learning_rate_factor
 from train.checkpoint.manager import CheckpointFolder, Found
 from train.checkpoint.manifest import Manifest, describe_layout
-from train.config import Recipe
 from train.engine import Engine
-from train.errors import CheckpointError, RecipeError
 from train.metrics import METRICS, read_metrics
-from train.optim.schedule import learning_rate_factor
-from train.parallel.layout import Layout
-from train.recipe import Difference, differences, recipe_from_mapping, refused
 
 TEACHER = "teacher"
 """Key of a checkpoint's lineage: who taught the model (`train.objective.teacher.identity`)."""

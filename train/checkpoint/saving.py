@@ -22,13 +22,13 @@ from typing import Any, Literal
 import torch
 import torch.distributed as dist
 
+from recipes.schema.errors import CheckpointError
 from train.checkpoint import disk, fingerprint, publishing, stale
 from train.checkpoint.files import Piece, bytes_of
 from train.checkpoint.fingerprint import Sums
 from train.checkpoint.manifest import DTYPE_NAMES, Index, Manifest, Place, TensorRecord
 from train.checkpoint.pieces import OptimizerPart, part_pieces
 from train.checkpoint.writing import FilePlan, plan_file, write_proven
-from train.errors import CheckpointError
 
 log = logging.getLogger(__name__)
 

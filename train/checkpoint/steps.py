@@ -7,9 +7,9 @@ import logging
 import re
 from pathlib import Path
 
+from recipes.schema.errors import CheckpointError
 from train.checkpoint import publishing
 from train.checkpoint.manifest import MANIFEST, Manifest, read_manifest
-from train.errors import CheckpointError
 
 log = logging.getLogger(__name__)
 

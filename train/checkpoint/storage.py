@@ -20,6 +20,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from recipes.schema.errors import CheckpointError
 from train.checkpoint import fingerprint, publishing
 from train.checkpoint.files import Piece, Reader, scan
 from train.checkpoint.fingerprint import Sums
@@ -38,7 +39,6 @@ from train.checkpoint.pieces import (
 from train.checkpoint.random_state import RANDOM, random_pieces, restore_random_state
 from train.checkpoint.saving import Peers, Save, Snapshot
 from train.engine import Engine
-from train.errors import CheckpointError
 from train.parallel.mesh import Mesh
 
 log = logging.getLogger(__name__)

@@ -12,10 +12,10 @@ from pathlib import Path
 
 import torch
 
+from recipes.schema.errors import CheckpointError
 from train.checkpoint import disk
 from train.checkpoint.files import Reader, bytes_of, header_of, label_of, whole_tensor
 from train.checkpoint.manifest import DTYPES
-from train.errors import CheckpointError
 
 _SECTION = "model."
 _OWN_STATE = ".low_precision_"

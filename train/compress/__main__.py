@@ -24,12 +24,13 @@ from omegaconf import DictConfig
 from rich.console import Console
 from rich.table import Table
 
-from data.command import dotted_keys, recipe_words, run_command, section
-from data.typed import FieldError, build
-from train.config import CompressConfig, Recipe
-from train.errors import USER_ERRORS, CheckpointError, RecipeError
-from train.model.pattern import layer_kinds, parameters
-from train.recipe import read_recipe
+from recipes.schema.command import dotted_keys, recipe_words, run_command, section
+from recipes.schema.compress import CompressConfig
+from recipes.schema.errors import USER_ERRORS, CheckpointError, RecipeError
+from recipes.schema.pattern import layer_kinds, parameters
+from recipes.schema.read import read_recipe
+from recipes.schema.recipe import Recipe
+from recipes.schema.typed import FieldError, build
 
 FIRST_STEP = "step_00000000"
 

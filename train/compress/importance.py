@@ -23,12 +23,12 @@ import torch
 import torch.distributed as dist
 
 from data.stream import Dataset
+from recipes.schema.errors import RecipeError
+from recipes.schema.model import ModelConfig
+from recipes.schema.pattern import layer_kinds
 from train.compress.scores import Candidate, Removal, Scores
-from train.config import ModelConfig
 from train.engine import Engine, run_schedule
-from train.errors import RecipeError
 from train.model.head import head_weight, hidden_states
-from train.model.pattern import layer_kinds
 from train.objective.next_token import local_rows
 from train.objective.soft_targets import CPU_CHUNK_BYTES, GPU_CHUNK_BYTES, Head, capped_logits
 from train.parallel.mesh import Mesh

@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from data.stream import Dataset
+from recipes.schema.compress import CompressConfig
+from recipes.schema.errors import CheckpointError, RecipeError
+from recipes.schema.recipe import Recipe
 from train.checkpoint.manager import checkpoint_at
 from train.checkpoint.storage import Manifest, read_weights
-from train.config import CompressConfig, Recipe
 from train.engine import Engine
-from train.errors import CheckpointError, RecipeError
 from train.model.backend import ReferenceBackend
 from train.model.build import build_model
 from train.objective.next_token import forward_step

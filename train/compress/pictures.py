@@ -5,8 +5,8 @@ from typing import Any
 
 import numpy as np
 
+from recipes.schema.pattern import KINDS, layer_kinds
 from train.compress.scores import Scores, model_of
-from train.model.pattern import KINDS, layer_kinds
 
 _INK, _MUTED, _GRID, _MARK = "#1f2933", "#7b8794", "#e4e7eb", "#d9480f"
 _COLORS = {"M": "#2b6cb0", "*": "#e67700", "w": "#f0b429", "-": "#2f9e44"}

@@ -28,14 +28,14 @@ from typing import Any
 import numpy as np
 import torch
 
+from recipes.schema.errors import CheckpointError, RecipeError
+from recipes.schema.model import ModelConfig
+from recipes.schema.pattern import layer_kinds
 from train.checkpoint.manifest import Manifest
 from train.checkpoint.tensors import StoredTensor, StoredTensors, write_weights
 from train.compress.importance import ATTENTION, attention_quota
 from train.compress.scores import Scores, best, best_in_groups, best_mamba, model_of
-from train.config import ModelConfig
-from train.errors import CheckpointError, RecipeError
 from train.model.activation import activation_function
-from train.model.pattern import layer_kinds
 
 BLOCK_INFLUENCE = "block_influence"
 

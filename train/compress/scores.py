@@ -18,9 +18,9 @@ from typing import Any
 
 import numpy as np
 
+from recipes.schema.errors import CheckpointError
+from recipes.schema.model import ModelConfig
 from train.checkpoint import disk
-from train.config import ModelConfig
-from train.errors import CheckpointError
 
 FORMAT = 1
 SCORES = "scores.json"

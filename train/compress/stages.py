@@ -18,11 +18,11 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from data.command import asked_for, recipe_words, section
 from launch.supervise import StopRequest, run_attempt
+from recipes.schema.command import asked_for, recipe_words, section
+from recipes.schema.errors import RecipeError
+from recipes.schema.read import read_recipe
 from train.checkpoint.steps import newest_in
-from train.errors import RecipeError
-from train.recipe import read_recipe
 
 CHAIN = ("run.name", "run.start_from", "model")
 """What stages call their runs and find each other by: the command line cannot give all of them one value."""

@@ -17,8 +17,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from train.config import ModelConfig
-from train.model.pattern import LayerKind
+from recipes.schema.model import ModelConfig
+from recipes.schema.pattern import LayerKind
 
 Modules = Literal["reference", "te"]
 LOSS_PART = 1 << 24

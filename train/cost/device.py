@@ -10,7 +10,7 @@ from functools import cache
 from pathlib import Path
 from typing import Literal
 
-from train.errors import RecipeError
+from recipes.schema.errors import RecipeError
 
 Format = Literal["bf16", "fp8", "fp4", "fp32"]
 """Operand format of a matrix product."""

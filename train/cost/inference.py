@@ -6,8 +6,8 @@ What a compression budget is counted in: Nemotron Nano 9B-v2 was cut to fit 131,
 
 from dataclasses import dataclass
 
-from train.config import ModelConfig
-from train.model.pattern import counts, flops_per_token, parameters
+from recipes.schema.model import ModelConfig
+from recipes.schema.pattern import counts, flops_per_token, parameters
 
 GIB = 2.0**30
 

@@ -8,7 +8,12 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import accumulate
 
-from train.config import ModelConfig, ParallelConfig, PrecisionConfig
+from recipes.schema.layout import Layout
+from recipes.schema.model import ModelConfig
+from recipes.schema.parallel import ParallelConfig
+from recipes.schema.pattern import cut
+from recipes.schema.precision import PrecisionConfig
+from recipes.schema.scaling import low_precision_linears
 from train.cost.activations import (
     Modules,
     Shape,
@@ -22,9 +27,6 @@ from train.cost.activations import (
     layer_workspace,
 )
 from train.cost.tensors import bucket_size, buffers, stage_tensors
-from train.model.pattern import cut
-from train.parallel.layout import Layout
-from train.precision.scaling import low_precision_linears
 
 GIB = 2.0**30
 RESERVE_BYTES = 2.0 * GIB

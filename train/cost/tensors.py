@@ -11,9 +11,9 @@ import math
 from dataclasses import dataclass
 from functools import lru_cache
 
-from train.config import ModelConfig
-from train.model.pattern import LayerKind
-from train.precision.scaling import linear_shapes
+from recipes.schema.model import ModelConfig
+from recipes.schema.pattern import LayerKind
+from recipes.schema.scaling import linear_shapes
 
 PARAMETER_START = 64
 BUCKET_END = 128

@@ -14,12 +14,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
-from train.config import ModelConfig
+from recipes.schema.layout import Layout
+from recipes.schema.model import ModelConfig
+from recipes.schema.pattern import LayerKind
 from train.cost.device import Device, Format
 from train.cost.efficiency import MEGATRON, Efficiency, Software
 from train.cost.work import Gemm, LayerWork, head_work, layer_work
-from train.model.pattern import LayerKind
-from train.parallel.layout import Layout
 
 
 class Parts(defaultdict[str, float]):
@@ -49,7 +49,7 @@ class Setting:
     model: ModelConfig
     layout: Layout
     stages: tuple[str, ...]
-    """Pattern of each model chunk in layer order (`train.model.pattern.cut`)."""
+    """Pattern of each model chunk in layer order (`recipes.schema.pattern.cut`)."""
     rows: int
     """Rows of a microbatch."""
     sequence: int

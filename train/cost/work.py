@@ -6,9 +6,9 @@ A multiply-add is 2 FLOPs. `tokens` are those of a microbatch on one context ran
 
 from dataclasses import dataclass
 
-from train.config import ModelConfig
-from train.model.pattern import LayerKind, visible_keys
-from train.precision.scaling import linear_shapes
+from recipes.schema.model import ModelConfig
+from recipes.schema.pattern import LayerKind, visible_keys
+from recipes.schema.scaling import linear_shapes
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from train.errors import USER_ERRORS
+from recipes.schema.errors import USER_ERRORS
 from train.parallel.device import choose_device, prepare
 
 TEXT = "package:shakespeare"

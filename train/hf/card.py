@@ -9,12 +9,12 @@ from pathlib import Path
 
 import yaml
 
+from recipes.schema.pattern import KINDS, counts, flops_per_token, parameters
+from recipes.schema.recipe import Recipe
 from train.checkpoint.storage import Manifest
-from train.config import Recipe
 from train.hf.check import Agreement
 from train.hf.config import SpecialTokens, family_of
 from train.hf.convert import Converted
-from train.model.pattern import KINDS, counts, flops_per_token, parameters
 from train.report import RunRecord, draw, read_run
 
 _ARTICLES = {

@@ -17,13 +17,13 @@ from typing import Any
 
 import torch
 
-from train.config import ModelConfig
-from train.errors import BackendError, CheckpointError
+from recipes.schema.errors import BackendError, CheckpointError
+from recipes.schema.model import ModelConfig
+from recipes.schema.pattern import layer_kinds
 from train.evaluate.generate import Sampling, forward_cached, generate
 from train.hf.config import NO_CLAMP, family_of
 from train.hf.mapping import layer_name
 from train.model.context import LayerCaches
-from train.model.pattern import layer_kinds
 
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2}
 """Largest relative error by the format both sides compute in."""

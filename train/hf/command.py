@@ -19,24 +19,25 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
-from data.config import SourceConfig, TokenizerConfig
 from data.corpus import documents
-from data.errors import DataError
 from data.tokenizer import load_tokenizer
+from recipes.schema.data import SourceConfig, TokenizerConfig
+from recipes.schema.errors import BackendError, CheckpointError, DataError, RecipeError
+from recipes.schema.model import ModelConfig
+from recipes.schema.pattern import parameters
+from recipes.schema.precision import PrecisionConfig
+from recipes.schema.read import recipe_from_mapping
+from recipes.schema.recipe import Recipe
 from train.checkpoint import storage
 from train.checkpoint.manager import checkpoint_at
 from train.checkpoint.tensors import StoredTensors
-from train.config import ModelConfig, PrecisionConfig, Recipe
-from train.errors import BackendError, CheckpointError, RecipeError
 from train.hf import card, tokens
 from train.hf.check import Agreement, compare, load_theirs, their_ids
 from train.hf.config import CONFIG, NO_CLAMP, clamp_of, family_of, from_config, read_config, to_config
 from train.hf.convert import different_weights, export_weights, import_weights, kept_format
 from train.hf.files import WeightFiles
 from train.hf.recipe import Imported, imported_recipe, recipe_text
-from train.model.pattern import parameters
 from train.parallel.device import choose_device
-from train.recipe import recipe_from_mapping
 from train.run import model_on_one_rank, open_tokenizer
 
 _BAR_FROM_BYTES = 100_000_000

@@ -17,11 +17,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from data.typed import FieldError, build
-from train.config import ModelConfig
-from train.errors import RecipeError
+from recipes.schema.errors import RecipeError
+from recipes.schema.model import ModelConfig
+from recipes.schema.pattern import layer_kinds
+from recipes.schema.typed import FieldError, build
 from train.hf.mapping import Family
-from train.model.pattern import layer_kinds
 
 log = logging.getLogger(__name__)
 

@@ -15,9 +15,9 @@ from typing import Literal
 
 import torch
 
+from recipes.schema.errors import CheckpointError
+from recipes.schema.model import ModelConfig
 from train.checkpoint.tensors import StoredTensor, StoredTensors, write_weights
-from train.config import ModelConfig
-from train.errors import CheckpointError
 from train.hf.config import family_of
 from train.hf.files import Entry, WeightFiles, WeightWriter
 from train.hf.mapping import Family, Pair, Shape, pairs, to_ours, to_theirs

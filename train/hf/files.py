@@ -21,7 +21,7 @@ from typing import BinaryIO
 import torch
 from safetensors import SafetensorError, safe_open
 
-from train.errors import CheckpointError
+from recipes.schema.errors import CheckpointError
 
 INDEX = "model.safetensors.index.json"
 ONE_FILE = "model.safetensors"

@@ -22,9 +22,9 @@ from typing import Literal
 
 import torch
 
-from train.config import ModelConfig
-from train.errors import RecipeError
-from train.model.pattern import layer_kinds
+from recipes.schema.errors import RecipeError
+from recipes.schema.model import ModelConfig
+from recipes.schema.pattern import layer_kinds
 
 Shape = tuple[int, ...]
 Family = Literal["nemotron_h", "gemma2"]

@@ -7,9 +7,11 @@ from typing import Any
 
 import yaml
 
-from data.config import DataConfig, SourceConfig, TokenizerConfig
-from train.config import ModelConfig, Recipe, RunConfig
-from train.recipe import recipe_from_mapping
+from recipes.schema.data import DataConfig, SourceConfig, TokenizerConfig
+from recipes.schema.model import ModelConfig
+from recipes.schema.read import recipe_from_mapping
+from recipes.schema.recipe import Recipe
+from recipes.schema.run import RunConfig
 
 _GROUPS = ("parallel: single", "objective: next_token", "optim: adamw", "schedule: wsd", "checkpoint: standard",
            "evaluate: standard", "telemetry: standard", "launch: standard")  # fmt: skip

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from data.tokenizer import Tokenizer
-from train.errors import RecipeError
+from recipes.schema.errors import RecipeError
 from train.hf.config import SpecialTokens
 
 TOKENIZER = "tokenizer.json"

@@ -13,8 +13,9 @@ from megatron.core.models.backends import LocalSpecProvider
 from megatron.core.ssm.mamba_mixer import MambaMixer
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 
-from train.config import ModelConfig, PrecisionConfig
-from train.errors import BackendError
+from recipes.schema.errors import BackendError
+from recipes.schema.model import ModelConfig
+from recipes.schema.precision import PrecisionConfig
 from train.model.attention import AttentionCore
 from train.model.linear import use_fast_product
 from train.model.mixer import ReferenceMixer, have_mamba_kernels

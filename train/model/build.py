@@ -26,13 +26,16 @@ from megatron.core.transformer.mlp import MLPSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 
-from train.config import ModelConfig, ParallelConfig, PrecisionConfig, RunConfig
+from recipes.schema.model import ModelConfig
+from recipes.schema.parallel import ParallelConfig
+from recipes.schema.pattern import cut, layer_kinds
+from recipes.schema.precision import PrecisionConfig
+from recipes.schema.run import RunConfig
 from train.model.activation import FeedForward, activation_function
 from train.model.attention import AttentionCore
 from train.model.backend import Backend
 from train.model.cross_entropy import soft_cap, vocab_parallel_cross_entropy
 from train.model.initial import initialize
-from train.model.pattern import cut, layer_kinds
 from train.model.postnorm import PostNormAttention, PostNormMamba, PostNormMLP
 from train.model.rotary import Rotary, score_factor
 from train.parallel.mesh import Mesh

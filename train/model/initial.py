@@ -20,8 +20,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from train.config import ModelConfig
-from train.model.pattern import layer_kinds
+from recipes.schema.model import ModelConfig
+from recipes.schema.pattern import layer_kinds
 
 _RESIDUAL = ("linear_proj.weight", "linear_fc2.weight", "out_proj.weight")
 _PLAIN = ("linear_qkv.weight", "linear_fc1.weight", "in_proj.weight", "word_embeddings.weight", "output_layer.weight")

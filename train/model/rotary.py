@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from train.config import ModelConfig
+from recipes.schema.model import ModelConfig
 
 YARN_FAST, YARN_SLOW = 32.0, 1.0
 """Turns within the original row beyond which pairs are kept, and below which they are slowed (arXiv 2309.00071, 3.2)."""

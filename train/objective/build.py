@@ -5,10 +5,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from recipes.schema.recipe import Recipe
+from recipes.schema.rules import check_objective
 from train.checkpoint.manager import checkpoint_at
-from train.config import Recipe
 from train.objective import distill, next_token
-from train.objective.asked import check_objective
 from train.objective.kept import KeptAnswers, read_request
 from train.objective.teacher import Teacher, identity, open_teacher
 from train.parallel.mesh import Mesh

@@ -23,12 +23,13 @@ from megatron.core.tensor_parallel.mappings import (
     gather_from_sequence_parallel_region,
 )
 
+from recipes.schema.errors import RecipeError
+from recipes.schema.objective import ObjectiveConfig
+from recipes.schema.pattern import layer_kinds
+from recipes.schema.recipe import Recipe
 from train.checkpoint.manager import checkpoint_at
-from train.config import ObjectiveConfig, Recipe
-from train.errors import RecipeError
 from train.model.attention import zigzag_positions
 from train.model.head import head_weight, hidden_states
-from train.model.pattern import layer_kinds
 from train.objective.kept import KeptAnswers
 from train.objective.next_token import LocalRows, local_rows
 from train.objective.soft_targets import Head, KeptTargets, LossWeights, OnlineTargets, Targets, TopK, head_losses

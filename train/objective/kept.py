@@ -23,11 +23,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from data.errors import DataError
 from data.shards import token_dtype
+from recipes.schema.errors import CheckpointError, DataError, RecipeError
+from recipes.schema.recipe import Recipe
 from train.checkpoint.steps import checkpoint_at
-from train.config import Recipe
-from train.errors import CheckpointError, RecipeError
 from train.objective.soft_targets import TopK
 
 FORMAT = 2

@@ -23,19 +23,22 @@ import torch
 import torch.distributed as dist
 from megatron.core.process_groups_config import ProcessGroupCollection
 
+from recipes.schema.errors import CheckpointError, RecipeError
+from recipes.schema.layout import lay_out
+from recipes.schema.model import ModelConfig
+from recipes.schema.parallel import ParallelConfig
+from recipes.schema.precision import PrecisionConfig
+from recipes.schema.read import recipe_from_mapping
+from recipes.schema.recipe import Recipe
+from recipes.schema.teacher_placement import Place, place_of
 from train.checkpoint.manager import checkpoint_at
 from train.checkpoint.storage import Manifest, read_weights
-from train.config import ModelConfig, ParallelConfig, PrecisionConfig, Recipe
-from train.errors import CheckpointError, RecipeError
 from train.model.backend import choose_backend
 from train.model.build import build_model
 from train.model.context import RowContext
 from train.model.head import head_weight, hidden_states
-from train.objective.place import Place, place_of
 from train.objective.soft_targets import Head
-from train.parallel.layout import lay_out
 from train.parallel.mesh import Mesh
-from train.recipe import recipe_from_mapping
 
 log = logging.getLogger(__name__)
 

@@ -14,7 +14,8 @@ from megatron.core.optimizer import OptimizerConfig, distrib_optimizer, get_mega
 from megatron.core.optimizer.optimizer import MegatronOptimizer
 from torch.optim.adamw import adamw
 
-from train.config import OptimConfig, PrecisionConfig
+from recipes.schema.optim import OptimConfig
+from recipes.schema.precision import PrecisionConfig
 from train.parallel.mesh import Mesh
 
 

@@ -31,7 +31,7 @@ from typing import Any, Literal
 import torch
 from torch.utils import _device
 
-from train.errors import BackendError
+from recipes.schema.errors import BackendError
 
 DeviceKind = Literal["auto", "cpu", "cuda"]
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 import torch.distributed as dist
 
-from train.parallel.layout import Layout
+from recipes.schema.layout import Layout
 
 if TYPE_CHECKING:  # at run time Megatron must wait for `device.prepare`
     from megatron.core.process_groups_config import ProcessGroupCollection

@@ -13,7 +13,7 @@ from megatron.core.distributed import (
 )
 from megatron.core.optimizer.optimizer import MegatronOptimizer
 
-from train.config import ParallelConfig
+from recipes.schema.parallel import ParallelConfig
 from train.parallel.mesh import Mesh
 
 

@@ -3,7 +3,7 @@
     x, weight --quantise--> values that the small format can hold --fp32 GEMM--> output   (and so both gradients)
 
 A module keeps its class, weight, names and sharded checkpoint; only the function it calls for its product changes. What
-is quantised how is `train.precision.scaling`'s table, the numbers are `train.precision.quantize`'s. A GPU adds the same
+is quantised how is `recipes.schema.scaling`'s table, the numbers are `train.precision.quantize`'s. A GPU adds the same
 products in another order and, per tensor core, with fewer bits; that is the whole difference.
 
 Delayed scaling keeps state: a scale and an amax history for input, weight and gradient of each linear, as buffers of the
@@ -25,19 +25,13 @@ from megatron.core.tensor_parallel.mappings import (
     gather_from_sequence_parallel_region,
 )
 
-from train.config import ModelConfig, PrecisionConfig
+from recipes.schema.model import ModelConfig
+from recipes.schema.precision import PrecisionConfig
+from recipes.schema.scaling import Operand, Orientation, Scaling, active_scaling, low_precision_linears, scaling_of
 from train.gemm import multiply
 from train.precision import health
 from train.precision.control import Reading
 from train.precision.quantize import Quantized, quantize, rotate, scale_from_history
-from train.precision.scaling import (
-    Operand,
-    Orientation,
-    Scaling,
-    active_scaling,
-    low_precision_linears,
-    scaling_of,
-)
 
 OPERANDS = ("input", "weight", "grad")
 """Columns of the delayed-scaling state."""

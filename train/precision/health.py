@@ -8,10 +8,10 @@ from dataclasses import dataclass
 
 import torch
 
+from recipes.schema.scaling import Operand, Orientation
 from train.precision import native
 from train.precision.control import Reading
 from train.precision.quantize import Quantized, encoding_scale, scale_of_the_largest
-from train.precision.scaling import Operand, Orientation
 
 
 @dataclass(frozen=True)

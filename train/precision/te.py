@@ -15,11 +15,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from train.config import ModelConfig, PrecisionConfig
-from train.errors import BackendError
+from recipes.schema.errors import BackendError
+from recipes.schema.model import ModelConfig
+from recipes.schema.precision import PrecisionConfig
+from recipes.schema.scaling import active_scaling, low_precision_linears
 from train.parallel.mesh import Mesh
 from train.precision.control import PrecisionControl, Reading
-from train.precision.scaling import active_scaling, low_precision_linears
 
 if TYPE_CHECKING:
     from megatron.core.ssm.mamba_mixer import MambaMixer

@@ -3,7 +3,7 @@
     {"hidden": 256, ...} --build--> ModelConfig(hidden=256, ...)   or one FieldError listing what is wrong, line by line
 
 Understood types: dataclasses, int, float, str, bool, Literal, X | None, dict[str, X], list[X], tuple[X, ...], and any of
-them inside `typing.Annotated` with a `data.fields.Range`. Numbers are not converted silently: `2.0` is no int, `true` is
+them inside `typing.Annotated` with a `Range`. Numbers are not converted silently: `2.0` is no int, `true` is
 no number; only what YAML cannot write otherwise is accepted (an int, or a text such as `1e-3`, for a float).
 """
 
@@ -18,8 +18,8 @@ import typing
 from collections.abc import Mapping
 from typing import Any
 
-from data.errors import DataError
-from data.fields import Range
+from recipes.schema.errors import DataError
+from recipes.schema.fields import Range
 
 
 class FieldError(DataError):

@@ -20,10 +20,10 @@ from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from data.config import SourceConfig
-from data.errors import DataError
+from recipes.schema.data import SourceConfig
+from recipes.schema.errors import DataError
 
-RECIPES = Path(__file__).resolve().parent.parent / "recipes"
+RECIPES = Path(__file__).resolve().parent.parent
 """Folder of the recipes shipped with this project: Hydra's search path starts here."""
 
 _QUIET = {
@@ -50,7 +50,9 @@ def run_command(
         logging.basicConfig(level=logging.WARNING, format=head, stream=sys.stderr)
     if {"-h", "--help"} & set(sys.argv) and not rank:  # what it is for comes before what Hydra says of every program
         about = sys.modules[job.__module__].__doc__ or ""
-        sys.stdout.write(f"{about.strip()}\n\nWhat the fields mean: python -m launch.fields [SECTION ...]\n\n")
+        sys.stdout.write(
+            f"{about.strip()}\n\nWhat the fields mean: python -m recipes.schema.reference [SECTION ...]\n\n"
+        )
         sys.stdout.flush()
     os.environ["HYDRA_FULL_ERROR"] = "1"  # errors come here instead of Hydra's own report
     sys.argv[:] = with_overrides(sys.argv, _QUIET)

@@ -12,8 +12,8 @@ from functools import lru_cache
 from itertools import accumulate
 from typing import Literal, cast
 
-from train.config import ModelConfig
-from train.errors import RecipeError
+from recipes.schema.errors import RecipeError
+from recipes.schema.model import ModelConfig
 
 LayerKind = Literal["M", "*", "w", "-"]
 KINDS: dict[str, str] = {"M": "Mamba-2", "*": "attention", "w": "attention over a window", "-": "MLP"}

@@ -13,8 +13,8 @@ decay of D updates reaches exactly `final_fraction` with its last, and warm-up +
 import math
 from typing import Literal
 
-from train.config import ScheduleConfig
-from train.errors import RecipeError
+from recipes.schema.errors import RecipeError
+from recipes.schema.optim import ScheduleConfig
 
 
 def learning_rate_factor(

@@ -1,27 +1,17 @@
-"""From Hydra's composed YAML to a typed Recipe, with every check that needs no device and no data.
-
-    composed DictConfig --> plain mapping --> data.typed.build --> Recipe --> cross-field checks
-
-Hydra decides what is composed; nothing of it goes further than this module and the entry points.
-"""
+"""What changed between two recipes of one run, what each change does to it, and whether a resume may bring it."""
 
 import dataclasses
-import json
 import typing
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
-from data.typed import FieldError, build
-from train.config import Recipe
-from train.errors import RecipeError
-from train.model.pattern import layer_kinds
-from train.optim.schedule import check as check_schedule
+from recipes.schema.errors import RecipeError
+from recipes.schema.read import recipe_mapping
+from recipes.schema.recipe import Recipe
 
 Kind = Literal["safe", "data order", "arithmetic", "another run"]
 """What a changed field does to a run that continues: nothing but rounding; other rows; other numbers from the same rows; or
@@ -63,38 +53,6 @@ class Difference:
 
     def __str__(self) -> str:
         return f"{self.key}: {self.old} in the run's folder, {self.new} now"
-
-
-_OF_TOOLS = ("hydra", "generate", "compress", "cache", "stages")
-"""Sections of a composed recipe that other commands read."""
-
-
-def read_recipe(composed: DictConfig) -> Recipe:
-    """The typed recipe of a composed configuration. RecipeError lists everything that is wrong, one line each."""
-    try:
-        plain = OmegaConf.to_container(composed, resolve=True, throw_on_missing=False)
-    except OmegaConfBaseException as error:
-        raise RecipeError(f"the recipe does not resolve: {error}") from error
-    assert isinstance(plain, dict)
-    return recipe_from_mapping({str(key): value for key, value in plain.items()})
-
-
-def recipe_from_mapping(plain: dict[str, Any]) -> Recipe:
-    """The typed recipe of a plain mapping, as in `recipe.yaml` of a run folder."""
-    plain = {key: value for key, value in plain.items() if key not in _OF_TOOLS}
-    try:
-        recipe = build(Recipe, plain, "")
-    except FieldError as error:
-        raise RecipeError(str(error)) from error
-    layer_kinds(recipe.model.pattern)
-    check_schedule(
-        recipe.schedule,
-        total_steps=recipe.run.steps,
-        tokens_per_step=recipe.run.global_rows * recipe.data.row_tokens,
-    )
-    if not recipe.data.sources:
-        raise RecipeError("data.sources is empty. Name at least one source, e.g. data.sources.mine.path=texts/*.jsonl.")
-    return recipe
 
 
 def differences(old: dict[str, Any], new: dict[str, Any]) -> list[Difference]:
@@ -184,8 +142,3 @@ def check_folder(folder: Path, recipe: Recipe) -> None:
     why = refused(differences(old, recipe_mapping(recipe)), recipe.checkpoint.allow)
     if why is not None:
         raise RecipeError(f"{folder} holds a run of another recipe:{why}")
-
-
-def recipe_mapping(recipe: Recipe) -> dict[str, Any]:
-    """A recipe as plain mappings and numbers: what `recipe.yaml` and checkpoints hold."""
-    return json.loads(json.dumps(asdict(recipe)))

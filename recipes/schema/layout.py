@@ -9,9 +9,11 @@ returns keeps Megatron-Core's rules and ours; what it cannot know is the machine
 import math
 from dataclasses import dataclass
 
-from train.config import ModelConfig, ParallelConfig, RunConfig
-from train.errors import RecipeError
-from train.model.pattern import ATTENTION, LayerKind, cut, layer_kinds
+from recipes.schema.errors import RecipeError
+from recipes.schema.model import ModelConfig
+from recipes.schema.parallel import ParallelConfig
+from recipes.schema.pattern import ATTENTION, LayerKind, cut, layer_kinds
+from recipes.schema.run import RunConfig
 
 
 @dataclass(frozen=True)

@@ -17,8 +17,10 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from train.config import ModelConfig, ParallelConfig, PrecisionConfig
-from train.model.pattern import layer_kinds
+from recipes.schema.model import ModelConfig
+from recipes.schema.parallel import ParallelConfig
+from recipes.schema.pattern import layer_kinds
+from recipes.schema.precision import PrecisionConfig
 
 Orientation = Literal["rows", "columns"]
 """`rows`: one-dimensional blocks lie along the last dimension (features); `columns`: along the first (tokens)."""

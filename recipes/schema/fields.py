@@ -1,7 +1,7 @@
 """Types of recipe fields: plain types with a range that the recipe reader checks.
 
 A field written `hidden: PositiveInt` is an `int` to every reader and type checker; the range travels beside it as
-`typing.Annotated` metadata and is enforced in one place, `train.recipe`. Standard library only.
+`typing.Annotated` metadata and is enforced in one place, `recipes.schema.read`. Standard library only.
 """
 
 from dataclasses import dataclass

@@ -2,8 +2,9 @@
 
 import dataclasses
 
-from train.config import ObjectiveConfig, Recipe
-from train.errors import RecipeError
+from recipes.schema.errors import RecipeError
+from recipes.schema.objective import ObjectiveConfig
+from recipes.schema.recipe import Recipe
 
 
 def objective_problems(recipe: Recipe) -> list[str]:

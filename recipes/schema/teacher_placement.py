@@ -2,8 +2,8 @@
 
 from dataclasses import dataclass
 
-from train.errors import RecipeError
-from train.parallel.layout import Layout
+from recipes.schema.errors import RecipeError
+from recipes.schema.layout import Layout
 
 
 @dataclass(frozen=True)

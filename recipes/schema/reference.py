@@ -1,6 +1,6 @@
-"""`python -m launch.fields [GROUP ...]`: every recipe field with its default, range and meaning, as Markdown.
+"""`python -m recipes.schema.reference [GROUP ...]`: every recipe field with its default, range and meaning, as Markdown.
 
-docs/recipes.md is made from it (`python -m launch.fields > docs/recipes.md`), and a test keeps the two equal.
+docs/recipes.md is made from it (`python -m recipes.schema.reference > docs/recipes.md`), and a test keeps the two equal.
 """
 
 import argparse
@@ -10,14 +10,15 @@ import typing
 from collections.abc import Sequence
 from typing import Any
 
-from data.config import PhaseConfig, SourceConfig
-from data.fields import Range
-from data.typed import field_docs
-from train.config import CompressConfig, Recipe
+from recipes.schema.compress import CompressConfig
+from recipes.schema.data import PhaseConfig, SourceConfig
+from recipes.schema.fields import Range
+from recipes.schema.recipe import Recipe
+from recipes.schema.typed import field_docs
 
 _HEAD = """# Recipe fields
 
-Made by `python -m launch.fields`; the texts stand under the fields in `train/config.py` and `data/config.py`.
+Made by `python -m recipes.schema.reference`; the texts stand under the fields in `recipes/schema/recipe.py` and `recipes/schema/data.py`.
 A recipe is YAML composed by Hydra from the groups below (`recipes/GROUP/*.yaml`). Swap a group with `precision=bf16`,
 override a field with `optim.lr=3e-4`; `python -m train -cn smoke --cfg job` prints the result. Your own recipes lie in
 a folder of yours: `python -m train --config-dir mine -cn my_recipe`.
@@ -41,9 +42,11 @@ def page(groups: Sequence[str] = ()) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Entry point of `python -m launch.fields`."""
+    """Entry point of `python -m recipes.schema.reference`."""
     names = [*(field.name for field in dataclasses.fields(Recipe)), "compress"]
-    parser = argparse.ArgumentParser(prog="python -m launch.fields", description="Every recipe field, as Markdown.")
+    parser = argparse.ArgumentParser(
+        prog="python -m recipes.schema.reference", description="Every recipe field, as Markdown."
+    )
     parser.add_argument("groups", nargs="*", metavar="GROUP", help=f"only these: {', '.join(names)}")
     groups = parser.parse_args(arguments).groups
     for group in groups:

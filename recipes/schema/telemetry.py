@@ -1,0 +1,25 @@
+"""Fields of the `telemetry` group: what is shown and recorded.
+
+The text under a field is its documentation: meaning, unit, range and reason for the default (source of docs/recipes.md).
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from recipes.schema.fields import PositiveInt
+
+
+@dataclass(frozen=True)
+class TelemetryConfig:
+    """What is shown and recorded."""
+
+    log_every_steps: PositiveInt = 10
+    """Steps between reductions of the metrics over ranks; every step of the interval is still recorded."""
+    progress: bool = True
+    """Live progress bar (a plain line per interval where the output is not a terminal)."""
+    tensorboard: bool = True
+    """Write TensorBoard events into the run's folder."""
+    wandb: Literal["off", "offline", "online"] = "off"
+    """Weights & Biases; `offline` needs no network (`wandb sync` sends it later). Never stops a run."""
+    wandb_project: str = "stratum"
+    """Project name at Weights & Biases."""
