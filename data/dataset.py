@@ -15,18 +15,18 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from data.ahead import FetchAhead
 from data.batch import Batch
-from data.blend import Blend, blend_of
-from data.cache import Activity, RemoteFolder, is_remote
-from data.fill import Filled, fill
-from data.fim import Fim, build_fim, fold_key
-from data.manifest import MANIFEST, SPLITS, Manifest, ShardEntry, TokenizerEntry, file_sha256, read_manifest
-from data.origins import Origin, Origins, read_origins
-from data.pack import Piece, Rows
-from data.reader import Shelf, TokenStream
+from data.order.permutation.blend import Blend, blend_of
+from data.rows.batch_memory import Filled, fill
+from data.rows.fim import Fim, build_fim, fold_key
+from data.rows.packing import Piece, Rows
+from data.rows.read_ahead import FetchAhead
+from data.rows.reader import Shelf, TokenStream
+from data.store.cache import Activity, RemoteFolder, is_remote
+from data.store.manifest import MANIFEST, SPLITS, Manifest, ShardEntry, TokenizerEntry, file_sha256, read_manifest
+from data.store.origins import Origin, Origins, read_origins
+from data.store.verify import Verifier
 from data.tokenizer import Tokenizer, load_tokenizer
-from data.verify import Verifier
 from recipes.schema.data import DataConfig
 from recipes.schema.errors import DataError
 

@@ -17,11 +17,11 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 from rich.table import Table
 
-from data.cache import is_remote
 from data.dataset import Dataset, open_dataset
-from data.manifest import SPLITS, read_manifest
-from data.pack import STRETCH_ROWS, Rows, best_fit
-from data.verify import Verifier
+from data.rows.packing import STRETCH_ROWS, Rows, best_fit
+from data.store.cache import is_remote
+from data.store.manifest import SPLITS, read_manifest
+from data.store.verify import Verifier
 from recipes.schema.command import dotted_keys, run_command, section, with_short_words
 from recipes.schema.data import DataConfig
 from recipes.schema.errors import DataError

@@ -21,8 +21,14 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
-from data.corpus import Reader
-from data.manifest import (
+from data.make.corpus import Reader
+from data.make.pool import make_shards
+from data.make.progress import Display, megabytes
+from data.make.shard_job import ShardJob, dealt, read_result
+from data.make.shard_work import Work, plan_work, request_of, same_request
+from data.sources.files import find_files, is_remote
+from data.sources.sets import is_set
+from data.store.manifest import (
     MANIFEST,
     SPLITS,
     Manifest,
@@ -32,13 +38,7 @@ from data.manifest import (
     read_manifest,
     write_manifest,
 )
-from data.pool import make_shards
-from data.progress import Display, megabytes
-from data.shard_job import ShardJob, dealt, read_result
-from data.sources.files import find_files, is_remote
-from data.sources.sets import is_set
 from data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
-from data.work import Work, plan_work, request_of, same_request
 from recipes.schema.command import dotted_keys, run_command
 from recipes.schema.data import DataConfig
 from recipes.schema.errors import DataError

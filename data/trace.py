@@ -20,7 +20,7 @@ import numpy as np
 from omegaconf import DictConfig
 
 from data.dataset import Dataset, RowAt, open_dataset
-from data.pack import Piece, Rows
+from data.rows.packing import Piece, Rows
 from recipes.schema.command import dotted_keys, run_command, section, with_short_words
 from recipes.schema.data import DataConfig
 from recipes.schema.errors import DataError

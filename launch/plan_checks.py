@@ -7,7 +7,7 @@ backend, the objective, the run's folder and the prepared data add.
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from data.manifest import MANIFEST, Manifest, read_manifest
+from data.store.manifest import MANIFEST, Manifest, read_manifest
 from recipes.schema.changes import check_folder
 from recipes.schema.errors import DataError, RecipeError
 from recipes.schema.layout import Layout
@@ -17,7 +17,7 @@ from recipes.schema.scaling import shape_problems
 from train.cost.device import Device
 
 if TYPE_CHECKING:
-    from data.blend import Blend
+    from data.order.permutation.blend import Blend
 
 
 def recipe_problems(recipe: Recipe, device: Device) -> list[str]:
@@ -166,7 +166,7 @@ def _rows(recipe: Recipe) -> int:
 
 def _order(recipe: Recipe, manifest: Manifest) -> "Blend":
     """The order of training of prepared data. DataError where a source is not in it, or too small."""
-    from data.blend import blend_of  # it needs numpy, which a plan without prepared data does without
+    from data.order.permutation.blend import blend_of  # it needs numpy, which a plan without prepared data does without
 
     data, counts = recipe.data, []
     for name in data.sources:

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import numpy as np
 
-from data.manifest import Manifest, ShardEntry, SourceEntry, TokenizerEntry, file_sha256, write_manifest
-from data.shards import ShardWriter
+from data.store.manifest import Manifest, ShardEntry, SourceEntry, TokenizerEntry, file_sha256, write_manifest
+from data.store.shards import ShardWriter
 from data.tokenizer import train_tokenizer
 from recipes.schema.data import TokenizerConfig
 

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 import yaml
 
-from data.manifest import MANIFEST, read_manifest
+from data.store.manifest import MANIFEST, read_manifest
 from data.stream import Dataset, Stream, open_dataset
 from data.tokenizer import Tokenizer, load_tokenizer
 from recipes.schema.changes import check_folder

@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from data.shards import token_dtype
+from data.store.shards import token_dtype
 from recipes.schema.command import dotted_keys, run_command, section
 from recipes.schema.errors import USER_ERRORS, RecipeError
 from recipes.schema.fields import PositiveInt

@@ -18,7 +18,7 @@ from recipes.schema.typed import field_docs
 
 _HEAD = """# Recipe fields
 
-Made by `python -m recipes.schema.reference`; the texts stand under the fields in `recipes/schema/recipe.py` and `recipes/schema/data.py`.
+Made by `python -m recipes.schema.reference`; the texts stand under the fields in `recipes/schema/`.
 A recipe is YAML composed by Hydra from the groups below (`recipes/GROUP/*.yaml`). Swap a group with `precision=bf16`,
 override a field with `optim.lr=3e-4`; `python -m train -cn smoke --cfg job` prints the result. Your own recipes lie in
 a folder of yours: `python -m train --config-dir mine -cn my_recipe`.

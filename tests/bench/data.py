@@ -9,7 +9,7 @@ Prints Markdown.
 
 "memmap" is what one would write by hand: numpy's memory map, a batch gathered by one index, widened once. It keeps no
 shares, epochs, documents or checksums and dies with the file. "Per core": tokens per second of CPU time, all threads.
-Best-fit rows: what was packed is kept up to some bytes (`data/pack.py`), which this corpus does not exceed; "packed anew" is
+Best-fit rows: what was packed is kept up to some bytes (`data/rows/packing.py`), which this corpus does not exceed; "packed anew" is
 what remains on one that is a thousand times larger.
 """
 
@@ -157,7 +157,7 @@ def _make_tokens() -> None:
         return
     from shards import write_folder
 
-    from data.manifest import SourceEntry, read_manifest, write_manifest
+    from data.store.manifest import SourceEntry, read_manifest, write_manifest
 
     write_folder(HOME, {"a": [[np.arange(200)]]}, heldout=20_000)
     rng = np.random.default_rng(0)
@@ -169,7 +169,7 @@ def _make_tokens() -> None:
     tokens.tofile(HOME / "a.train-00000.bin")
     manifest = read_manifest(HOME, check_files=False)
     source = manifest.sources["a"]
-    from data.manifest import file_facts
+    from data.store.manifest import file_facts
 
     facts = {suffix: file_facts(HOME / f"a.train-00000.{suffix}") for suffix in ("bin", "idx")}
     entry = type(entry)(**(asdict(entry) | {"files": facts}))
@@ -179,7 +179,7 @@ def _make_tokens() -> None:
 
 def write_raw_shard(folder: Path, name: str, ends: np.ndarray, *, sparse: bool = False) -> Any:
     """A shard's index, and where `sparse` a token file that takes no room. -> its manifest entry, checksums made up."""
-    from data.manifest import FileFacts, ShardEntry
+    from data.store.manifest import FileFacts, ShardEntry
 
     lengths = np.diff(ends, prepend=0)
     with (folder / f"{name}.idx").open("wb") as stream:
@@ -230,9 +230,9 @@ def ours_best_fit(row: int) -> Iterator[Pair]:
 
 def ours_packed_anew(row: int) -> Iterator[Pair]:
     """As on a corpus so large that a stretch is never met again while it is kept: this one is not."""
-    import data.pack
+    import data.rows.packing
 
-    data.pack._KEPT_BYTES = 0
+    data.rows.packing._KEPT_BYTES = 0
     return ours_best_fit(row)
 
 
@@ -476,7 +476,7 @@ def _start_up_table() -> None:
 def _sparse_set(folder: Path, tokens: int, shards: int) -> None:
     from shards import write_folder
 
-    from data.manifest import SourceEntry, write_manifest
+    from data.store.manifest import SourceEntry, write_manifest
 
     names = ("web", "code", "math")
     manifest = write_folder(folder, {name: [[np.arange(1, 300)]] for name in names}, heldout=20_000)

@@ -78,7 +78,7 @@ def main() -> int:
 
 def make_inputs(megabytes: float) -> None:
     """Corpus and tokenizer files, made once."""
-    from data.corpus import documents
+    from data.make.corpus import documents
     from data.tokenizer import hf, ranks
     from recipes.schema.data import SourceConfig, TokenizerConfig
 
@@ -134,12 +134,12 @@ class Clock:
 
 
 def _ours(way: str, corpus: Path, aside: Path) -> tuple[float, float, list[np.ndarray]]:
-    from data.manifest import SPLITS
+    from data.make.shard_job import make_shard, read_result
+    from data.make.shard_work import plan_work
     from data.prepare import jobs_of, prepare
-    from data.shard_job import make_shard, read_result
-    from data.shards import open_entry
+    from data.store.manifest import SPLITS
+    from data.store.shards import open_entry
     from data.tokenizer import load_tokenizer
-    from data.work import plan_work
     from recipes.schema.data import DataConfig, SourceConfig, TokenizerConfig
 
     file = FOLDER / (TEKKEN if way == "tekken" else "tokenizer.json")

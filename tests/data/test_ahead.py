@@ -17,10 +17,10 @@ import numpy as np
 import pytest
 from shards import random_documents, write_folder
 
-from data.ahead import FetchAhead
-from data.cache import Activity, RemoteFolder
 from data.dataset import open_dataset
-from data.manifest import read_manifest
+from data.rows.read_ahead import FetchAhead
+from data.store.cache import Activity, RemoteFolder
+from data.store.manifest import read_manifest
 from data.stream import Stream
 from recipes.schema.data import CacheConfig, DataConfig, SourceConfig
 from recipes.schema.errors import DataError
@@ -31,7 +31,7 @@ FETCH = """
 import sys
 from data.cache import Activity, RemoteFolder
 from recipes.schema.data import CacheConfig
-from data.manifest import FileFacts
+from data.store.manifest import FileFacts
 url, folder, name, size, sha256 = sys.argv[1:]
 RemoteFolder(url, CacheConfig(folder=folder), Activity()).local(name, FileFacts(int(size), sha256))
 """
@@ -125,7 +125,7 @@ def test_shards_are_there_before_rows_need_them_within_the_budget(
     folder: Path, tmp_path: Path, packing: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Budget for seven of sixteen shards: nearly all are fetched by the threads, before a row asks."""
-    monkeypatch.setattr("data.ahead._POLL_S", 0.01)
+    monkeypatch.setattr("data.rows.read_ahead._POLL_S", 0.01)
     manifest = read_manifest(folder)
     sizes = {
         f"{e.path}.{suffix}": e.files[suffix].bytes

@@ -5,13 +5,13 @@ from fractions import Fraction
 
 import numpy as np
 import pytest
+from data.order.permutation.blend import Blend, BlendSource
+from data.order.permutation.curriculum import Curriculum
+from data.order.permutation.permutation import RowOrder, permute
+from data.order.permutation.shares import Phase
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data.blend import Blend, BlendSource
-from data.curriculum import Curriculum
-from data.order import RowOrder, permute
-from data.shares import Phase
 from recipes.schema.data import PhaseConfig
 from recipes.schema.errors import DataError
 
@@ -104,7 +104,7 @@ def test_shares_are_within_one_row_at_every_prefix_across_phases_and_ramps(phase
 
 
 def test_one_row_is_kept_with_many_sources_phases_and_ramps() -> None:
-    """Windows of 40 random curricula of up to 12 sources. Not proven for all there are (data/curriculum.py says why)."""
+    """Windows of 40 random curricula of up to 12 sources. Not proven for all there are (data/order/curriculum.py says why)."""
     rng = np.random.default_rng(0)
     within: list[float] = []
     for _ in range(40):

@@ -27,7 +27,7 @@ from data.cache import Activity, RemoteFolder
 from recipes.schema.data import CacheConfig, DataConfig, SourceConfig, TokenizerConfig
 from data.dataset import open_dataset
 from recipes.schema.errors import DataError
-from data.manifest import read_manifest
+from data.store.manifest import read_manifest
 from data.prepare import prepare
 from data.stream import Stream
 
@@ -71,7 +71,7 @@ elif act == "prepare":
     documents = sum(manifest.sources["s"].count(split, "documents") for split in ("train", "heldout"))
     assert documents == 600 and len(manifest.sources["s"].splits["train"]) > 3, documents
 elif act == "fetch":
-    from data.manifest import FileFacts
+    from data.store.manifest import FileFacts
     RemoteFolder(f"{scheme}://bucket", cache, Activity()).local("large.bin", FileFacts(bytes=64 << 20, sha256="0" * 64))
 """
 

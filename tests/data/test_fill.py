@@ -12,14 +12,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from shards import random_documents, write_folder
 
-import data.fill
-from data import compiled
+import data.rows.batch_memory
 from data.batch import Batch
 from data.dataset import open_dataset
-from data.fim import Fim, FimConfig
-from data.manifest import file_facts, read_manifest, write_manifest
-from data.pack import Piece, best_fit
-from data.shards import _CODES, _HEADER, _MAGIC
+from data.native import rows as compiled
+from data.rows.fim import Fim, FimConfig
+from data.rows.packing import Piece, best_fit
+from data.store.manifest import file_facts, read_manifest, write_manifest
+from data.store.shards import _CODES, _HEADER, _MAGIC
 from recipes.schema.data import DataConfig, SourceConfig
 
 pytestmark = pytest.mark.skipif(compiled.library() is None, reason="no C compiler here: the plain form is all there is")
@@ -103,7 +103,7 @@ def store_as(folder: Path, dtype: str, *, pieces: int) -> None:
 def every_way(config: DataConfig, monkeypatch: pytest.MonkeyPatch, fim: Fim | None = None) -> list[tuple[Batch, ...]]:
     """Two epochs of rows in batches of 7 and some held-out ones: plain; compiled; compiled, with documents looked up in files."""
     found = []
-    for change in (("data.compiled.library", lambda: None), None, ("data.reader._STARTS_IN_MEMORY", 0)):
+    for change in (("data.native.rows.library", lambda: None), None, ("data.rows.reader._STARTS_IN_MEMORY", 0)):
         with monkeypatch.context() as patch:
             if change:
                 patch.setattr(*change)
@@ -166,12 +166,12 @@ def test_compiled_code_does_the_reading(tmp_path: Path, monkeypatch: pytest.Monk
             reset_at_documents=True,
         )  # fmt: skip
         dataset, plain = open_dataset(config), []
-        real = data.fill._row
+        real = data.rows.batch_memory._row
         monkeypatch.setattr(
-            "data.fill._row", lambda *a, real=real, plain=plain, **k: (plain.append(a[1]), real(*a, **k))
+            "data.rows.batch_memory._row", lambda *a, real=real, plain=plain, **k: (plain.append(a[1]), real(*a, **k))
         )
         dataset.training_rows(np.arange(dataset.train[0].count))
-        monkeypatch.setattr("data.fill._row", real)
+        monkeypatch.setattr("data.rows.batch_memory._row", real)
         assert 0 in plain and len(plain) <= rest
 
 
@@ -202,7 +202,7 @@ def test_packed_stretches_that_are_kept_stay_within_their_bytes(
     every = open_dataset(config)
     count = every.train[0].count
     expected = every.training_rows(np.arange(count))
-    monkeypatch.setattr("data.pack._KEPT_BYTES", 5000)
+    monkeypatch.setattr("data.rows.packing._KEPT_BYTES", 5000)
     few = open_dataset(config)
     for start in range(0, count, 16):
         batch = few.training_rows(np.arange(start, min(count, start + 16)))

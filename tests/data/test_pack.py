@@ -15,8 +15,8 @@ from tiny import engine_of, recipe_with
 
 from data.batch import Batch
 from data.dataset import open_dataset
-from data.fim import CROPPED_TOKENS, Fim, build_fim
-from data.pack import Piece, best_fit
+from data.rows.fim import CROPPED_TOKENS, Fim, build_fim
+from data.rows.packing import Piece, best_fit
 from recipes.schema.data import DataConfig, FimConfig, SourceConfig
 from recipes.schema.errors import DataError
 

@@ -11,11 +11,11 @@ import pytest
 from rich.console import Console
 from texts import config_of
 
-from data.corpus import Document, digest, documents, held_out
-from data.manifest import read_manifest
-from data.origins import Origin, read_origins
+from data.make.corpus import Document, digest, documents, held_out
 from data.prepare import prepare
-from data.shards import open_entry, open_shard
+from data.store.manifest import read_manifest
+from data.store.origins import Origin, read_origins
+from data.store.shards import open_entry, open_shard
 from data.stream import open_dataset
 from data.tokenizer import load_tokenizer
 from recipes.schema.data import DataConfig, PhaseConfig, SourceConfig, TokenizerConfig

@@ -18,11 +18,11 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from data import megatron_sets
-from data.manifest import read_manifest
-from data.origins import Origin, read_origins
+from data.make import megatron_sets
 from data.prepare import parse_task, prepare
-from data.shards import open_entry, open_shard
+from data.store.manifest import read_manifest
+from data.store.origins import Origin, read_origins
+from data.store.shards import open_entry, open_shard
 from data.tokenizer import load_tokenizer
 from recipes.schema.data import DataConfig, SourceConfig, TokenizerConfig
 from recipes.schema.errors import DataError

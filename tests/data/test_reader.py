@@ -15,11 +15,11 @@ import pytest
 from shards import random_documents, write_folder
 
 from data.batch import Batch
-from data.cache import Activity, RemoteFolder
 from data.dataset import Dataset, open_dataset
-from data.manifest import MANIFEST, Manifest, read_manifest
+from data.store.cache import Activity, RemoteFolder
+from data.store.manifest import MANIFEST, Manifest, read_manifest
+from data.store.verify import VERIFIED, Verifier
 from data.stream import Stream
-from data.verify import VERIFIED, Verifier
 from recipes.schema.data import CacheConfig, DataConfig, SourceConfig
 from recipes.schema.errors import DataError
 
@@ -37,7 +37,7 @@ def folder(tmp_path: Path) -> Path:
 def either_way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """With compiled reading, and as it is where there is no compiler."""
     if request.param == "plain":
-        monkeypatch.setattr("data.compiled.library", lambda: None)
+        monkeypatch.setattr("data.native.rows.library", lambda: None)
 
 
 def config_of(folder: Path | str, **changes: object) -> DataConfig:
@@ -113,7 +113,7 @@ def test_what_each_mode_finds_of_a_change_that_hides(folder: Path, mode: str) ->
 
 def test_checksums_are_taken_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     hashed: list[str] = []
-    from data import verify
+    from data.store import verify
 
     real = verify.file_sha256
     monkeypatch.setattr(verify, "file_sha256", lambda path: (hashed.append(path.name), real(path))[1])
@@ -147,7 +147,7 @@ def test_sets_beyond_the_budget_are_named_not_read(folder: Path, monkeypatch, ca
 def test_a_shard_replaced_while_it_is_read_is_named(
     folder: Path, how: str, verify: str, packing: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("data.reader._LOOK_EVERY_S", 0.0)
+    monkeypatch.setattr("data.rows.reader._LOOK_EVERY_S", 0.0)
     dataset = open_dataset(config_of(folder, verify=verify, packing=packing))
     every = np.arange(dataset.train[0].count)
     dataset.training_rows(every)
@@ -167,7 +167,7 @@ def test_a_shard_replaced_while_it_is_read_is_named(
 
 @pytest.mark.usefixtures("either_way")
 def test_a_shard_put_back_unchanged_is_read_on(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("data.reader._LOOK_EVERY_S", 0.0)
+    monkeypatch.setattr("data.rows.reader._LOOK_EVERY_S", 0.0)
     dataset = open_dataset(config_of(folder))
     every = np.arange(dataset.train[0].count)
     before = dataset.training_rows(every)
@@ -187,8 +187,8 @@ def test_files_cut_short_under_a_running_stream_end_it_with_their_name(
 
     kept: indices of up to so many documents are read whole when a shard is opened, so that cutting them changes nothing.
     """
-    monkeypatch.setattr("data.reader._LOOK_EVERY_S", 0.0)
-    monkeypatch.setattr("data.reader._STARTS_IN_MEMORY", kept)
+    monkeypatch.setattr("data.rows.reader._LOOK_EVERY_S", 0.0)
+    monkeypatch.setattr("data.rows.reader._STARTS_IN_MEMORY", kept)
     dataset = open_dataset(config_of(folder, reset_at_documents=True, verify="never"))
     good = [dataset.training_rows(np.arange(at, at + 8)) for at in range(0, 400, 8)]
     with Stream(
@@ -215,8 +215,8 @@ def test_few_shards_and_few_beginnings_are_kept_and_rows_are_the_same(folder: Pa
         config = config_of(folder, packing=packing, reset_at_documents=True)
         expected = read(open_dataset(config))
         with monkeypatch.context() as patch:
-            patch.setattr("data.reader._OPEN_SHARDS", 2)
-            patch.setattr("data.reader._STARTS_IN_MEMORY", 40)  # of one of the three shards
+            patch.setattr("data.rows.reader._OPEN_SHARDS", 2)
+            patch.setattr("data.rows.reader._STARTS_IN_MEMORY", 40)  # of one of the three shards
             dataset = open_dataset(config)
             for one, two in zip(read(dataset), expected, strict=True):
                 assert (one.labels == two.labels).all() and (one.document_index == two.document_index).all()
@@ -230,7 +230,7 @@ def test_few_shards_and_few_beginnings_are_kept_and_rows_are_the_same(folder: Pa
 )
 def test_the_limit_of_open_files_is_raised_or_kept_to(soft: int, hard: int, room: int, after: int) -> None:
     program = (
-        "import resource; from data.reader import _room_for_shards\n"
+        "import resource; from data.rows.reader import _room_for_shards\n"
         f"resource.setrlimit(resource.RLIMIT_NOFILE, ({soft}, {hard}))\n"
         "print(_room_for_shards(), resource.getrlimit(resource.RLIMIT_NOFILE)[0])"
     )
@@ -277,7 +277,7 @@ def test_ids_beyond_the_vocabulary_are_named_with_their_shard(folder: Path) -> N
     raw = np.frombuffer(path.read_bytes(), dtype="<u2").copy()
     raw[raw == 299] = 61_000
     path.write_bytes(raw.tobytes())
-    from data.manifest import file_facts
+    from data.store.manifest import file_facts
 
     entry = manifest.sources["a"].splits["train"][1]
     rewrite(folder / "big", files=entry.files | {"bin": file_facts(path)})

@@ -22,7 +22,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data.corpus import Reader, documents
+from data.make.corpus import Reader, documents
 from data.sources.files import ReadError, expand_braces
 from data.sources.parts import cut, read
 from data.sources.records import Part, lines_before

@@ -7,7 +7,7 @@ import pytest
 import sentencepiece
 from transformers import AutoTokenizer
 
-from data.corpus import documents
+from data.make.corpus import documents
 from data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 from data.tokenizer.hf import HuggingFace
 from data.tokenizer.ranks import Tiktoken

@@ -13,7 +13,7 @@ from lives import contents_at, recipe_in
 from ranks import RankFailed, run_ranks
 from shards import TEXT
 
-from data.manifest import TokenizerEntry, file_sha256, read_manifest, write_manifest
+from data.store.manifest import TokenizerEntry, file_sha256, read_manifest, write_manifest
 from data.tokenizer import train_tokenizer
 from recipes.schema.data import SourceConfig, TokenizerConfig
 from recipes.schema.recipe import Recipe

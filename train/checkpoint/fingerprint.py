@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 
-from data import build_c
+from data.native import build_c
 
 LANES = 2
 _GOLDEN = 0x9E3779B97F4A7C15

@@ -19,7 +19,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
-from data.corpus import documents
+from data.make.corpus import documents
 from data.tokenizer import load_tokenizer
 from recipes.schema.data import SourceConfig, TokenizerConfig
 from recipes.schema.errors import BackendError, CheckpointError, DataError, RecipeError

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from data import build_c
+from data.native import build_c
 
 if TYPE_CHECKING:
     from train.model.ssd import ScanSizes

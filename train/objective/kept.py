@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from data.shards import token_dtype
+from data.store.shards import token_dtype
 from recipes.schema.errors import CheckpointError, DataError, RecipeError
 from recipes.schema.recipe import Recipe
 from train.checkpoint.steps import checkpoint_at

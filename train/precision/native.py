@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from data import build_c
+from data.native import build_c
 
 SOURCE = Path(__file__).with_name("kernels.c")
 FLAGS = ("-ffp-contract=off",)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from data.manifest import ShardEntry
+from data.store.manifest import ShardEntry
 from recipes.schema.errors import DataError
 
 

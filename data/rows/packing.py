@@ -23,8 +23,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from data import compiled
-from data.reader import OpenShard, TokenStream
+from data.native import rows as compiled
+from data.rows.reader import OpenShard, TokenStream
 
 STRETCH_ROWS = 64
 """Rows that best-fit packing arranges together."""

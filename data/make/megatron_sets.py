@@ -11,10 +11,10 @@ from pathlib import Path
 
 import numpy as np
 
-from data.manifest import FileFacts, ShardEntry, file_facts
-from data.shards import Shard, open_shard
 from data.sources.files import is_remote
 from data.sources.records import Part
+from data.store.manifest import FileFacts, ShardEntry, file_facts
+from data.store.shards import Shard, open_shard
 from data.tokenizer import Tokenizer
 from recipes.schema.data import SourceConfig
 from recipes.schema.errors import DataError

@@ -16,13 +16,13 @@ from typing import Any
 
 import numpy as np
 
-from data.corpus import Document, Reader, cut_in_two, digest, held_out
-from data.manifest import SPLITS, ShardEntry, shard_entry, write_durably
-from data.megatron_sets import describe_set, unended_documents
-from data.origins import pack_origins
-from data.shards import ShardWriter, write_bytes_durably
+from data.make.corpus import Document, Reader, cut_in_two, digest, held_out
+from data.make.megatron_sets import describe_set, unended_documents
 from data.sources.files import ReadError, is_remote
 from data.sources.records import Part
+from data.store.manifest import SPLITS, ShardEntry, shard_entry, write_durably
+from data.store.origins import pack_origins
+from data.store.shards import ShardWriter, write_bytes_durably
 from data.tokenizer import Tokenizer, Unencodable
 from recipes.schema.data import SourceConfig
 from recipes.schema.errors import DataError
@@ -48,7 +48,7 @@ class ShardJob:
     parts: list[Part]
     heldout: str
     train: str
-    """Digests of the texts that are in their split whatever their number says (see `data.work`)."""
+    """Digests of the texts that are in their split whatever their number says (see `data.make.shard_work`)."""
     seed: int
     fraction: float
 

@@ -12,7 +12,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
-from data.shard_job import ShardJob, make_shard
+from data.make.shard_job import ShardJob, make_shard
 from data.tokenizer import Tokenizer, load_tokenizer
 from recipes.schema.data import TokenizerConfig
 from recipes.schema.errors import DataError

@@ -10,11 +10,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from data.corpus import first_two
-from data.manifest import write_durably
-from data.megatron_sets import find_sets
+from data.make.corpus import first_two
+from data.make.megatron_sets import find_sets
 from data.sources.parts import cut, limited
 from data.sources.records import Part
+from data.store.manifest import write_durably
 from recipes.schema.data import DataConfig
 from recipes.schema.errors import DataError
 

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from data.manifest import FileFacts, file_sha256, write_durably
+from data.store.manifest import FileFacts, file_sha256, write_durably
 from recipes.schema.errors import DataError
 
 VERIFIED = "verified.json"

@@ -18,7 +18,7 @@ from typing import IO, Any
 
 import numpy as np
 
-from data.manifest import FileFacts, ShardEntry
+from data.store.manifest import FileFacts, ShardEntry
 from recipes.schema.errors import DataError
 
 _MAGIC = b"MMIDIDX\x00\x00"

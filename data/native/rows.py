@@ -1,6 +1,6 @@
 """The compiled form of packing and reading rows: `rows.c`, built once for this machine with its C compiler, or not used.
 
-Where there is no compiler everything works all the same, several times slower, through `data.pack` and `data.reader`; the
+Where there is no compiler everything works all the same, several times slower, through `data.rows.packing` and `data.rows.reader`; the
 rows are the same. STRATUM_NATIVE=0 turns the compiled form off.
 """
 
@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from data import build_c
+from data.native import build_c
 
 LONGEST_ROW = (1 << 24) - 1
 """Tokens of the longest row that is packed by compiled code."""
@@ -62,7 +62,7 @@ def address_of(numbers: np.ndarray) -> int:
 
 
 def pack(stretches: Sequence[Stretch], *, row_tokens: int) -> list[np.ndarray | None]:
-    """Stretches of rows, packed as `data.pack.Packed` says; None for those that the plain form must do."""
+    """Stretches of rows, packed as `data.rows.packing.Packed` says; None for those that the plain form must do."""
     native = library()
     if native is None or row_tokens > LONGEST_ROW or not stretches:
         return [None] * len(stretches)

@@ -22,10 +22,10 @@ from typing import overload
 
 import numpy as np
 
-from data.cache import Activity
-from data.compiled import ShardRecord
-from data.manifest import ShardEntry
-from data.shards import Header, read_header
+from data.native.rows import ShardRecord
+from data.store.cache import Activity
+from data.store.manifest import ShardEntry
+from data.store.shards import Header, read_header
 from recipes.schema.errors import DataError
 
 _OPEN_SHARDS = 4096

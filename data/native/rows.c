@@ -1,5 +1,5 @@
-/* Rows of tokens in one pass: the compiled form of best-fit packing (data/pack.py, `best_fit`, which is the definition) and
-   of reading a batch (data/fill.py). What goes wrong is only noticed here: the plain form then does it again and says what.
+/* Rows of tokens in one pass: the compiled form of best-fit packing (data/rows/packing.py, `best_fit`, which is the definition) and
+   of reading a batch (data/rows/batch_memory.py). What goes wrong is only noticed here: the plain form then does it again and says what.
 
    A shard entry's tokens lie in a file; where its documents begin, as byte offsets, in memory or in a second file. Files are
    read with pread. Places are tokens from the start of the entry unless said otherwise. */
@@ -11,7 +11,7 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
-#define STRETCH 64 /* most rows packed together: data/pack.py, STRETCH_ROWS */
+#define STRETCH 64 /* most rows packed together: data/rows/packing.py, STRETCH_ROWS */
 #define TOGETHER 4 /* stretches packed side by side */
 
 typedef struct {

@@ -7,7 +7,7 @@
         shard     path (or an existing Megatron set, read where it lies), documents, tokens, dtype, bytes and sha256 of its files
 
 A source's stream of tokens is its shards one after the other. Which file and record a document came from is kept beside
-each shard (`data.origins`), not here, so that the manifest stays small at any number of documents.
+each shard (`data.store.origins`), not here, so that the manifest stays small at any number of documents.
 """
 
 import functools

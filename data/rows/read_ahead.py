@@ -14,11 +14,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from data.blend import Blend
-from data.cache import RemoteFolder
-from data.curriculum import WINDOW_ROWS
-from data.manifest import ShardEntry
-from data.pack import STRETCH_ROWS, Rows
+from data.order.permutation.blend import Blend
+from data.order.permutation.curriculum import WINDOW_ROWS
+from data.rows.packing import STRETCH_ROWS, Rows
+from data.store.cache import RemoteFolder
+from data.store.manifest import ShardEntry
 from recipes.schema.errors import DataError
 
 _SUFFIXES = ("idx", "bin")

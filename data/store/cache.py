@@ -21,7 +21,7 @@ from typing import Any
 
 import fsspec
 
-from data.manifest import FileFacts
+from data.store.manifest import FileFacts
 from recipes.schema.data import CacheConfig
 from recipes.schema.errors import DataError
 

@@ -2,7 +2,7 @@
 
     fill(parts, source, row, ...) -> Filled
 
-By compiled code in one call for all rows (`data.compiled`), or row by row through `data.pack` and `data.reader`, which also
+By compiled code in one call for all rows (`data.native.rows`), or row by row through `data.rows.packing` and `data.rows.reader`, which also
 read what compiled code leaves out: rows that lie in two shards, the first of a stream, and everything again where a file
 changed, ended early or holds ids that are none, to say so. The rows are the same.
 """
@@ -12,9 +12,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from data import compiled
-from data.cache import Activity
-from data.pack import Rows
+from data.native import rows as compiled
+from data.rows.packing import Rows
+from data.store.cache import Activity
 from recipes.schema.errors import DataError
 
 
