@@ -19,7 +19,7 @@ COMMANDS = {
         "is this machine ready? packages, GPU, driver, disk, fabric, each with its remedy",
     ),
     "plan": ("launch.plan:main", "memory, FLOPs, time and every recipe error, before anything is started (no torch)"),
-    "validate": ("launch.validate:main", "compare the planner with published throughput: ROWS.csv"),
+    "validate": ("launch.plan.published.validate:main", "compare the planner with published throughput: ROWS.csv"),
     "local": ("launch.local:main", "start 1..N processes on this machine"),
     "slurm": ("launch.slurm:main", "write and submit a Slurm job that continues to the recipe's last step"),
     "status": ("launch.status:main", "what runs are doing: Slurm job, step, time left, checkpoint, first error"),

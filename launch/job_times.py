@@ -8,11 +8,11 @@ Advice for `launch slurm --dry-run`; nothing is changed by it.
 import math
 from dataclasses import dataclass
 
-from launch.planner import make_plan
+from launch.plan.cost.device import device_named
+from launch.plan.planner import make_plan
 from launch.runs import RunFolder
 from recipes.schema.errors import RecipeError
 from recipes.schema.recipe import Recipe
-from train.cost.device import device_named
 
 START_S = 300.0
 """From the start of a job to its first step: an allowance, as `plan --goodput` has it."""

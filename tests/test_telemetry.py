@@ -10,9 +10,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from launch.plan.cost.device import devices
 from recipes.schema.errors import StratumError
 from recipes.schema.telemetry import TelemetryConfig
-from train.cost.device import devices
 from train.machine import PEAK_BF16_FLOPS, peak_by_name, peak_flops
 from train.metrics import METRICS, read_metrics
 from train.precision.control import Reading

@@ -1,6 +1,6 @@
 """Fit the planner's constants again: `python -m tests.bench.planner_fit`. Prints them, with errors of fit, test and the other
-two thirds fitted instead (cross-validation). Nothing is written: constants go by hand into train/cost/efficiency.py and
-launch/software.py.
+two thirds fitted instead (cross-validation). Nothing is written: constants go by hand into launch/plan/cost/efficiency.py and
+launch/plan/published/software.py.
 
     python -m tests.bench.planner_fit                            the three thirds
     python -m tests.bench.planner_fit --leave-out publisher      one publisher at a time (model, gpu): fitted on the others' rows
@@ -18,11 +18,11 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
-from launch import software as programs
-from launch.published import MORE, PUBLISHED, OutOfScope, Published, published, read_rows
-from launch.validate import FIT_EVERY, Line, configuration, publisher, rank_correlations
-from train.cost.efficiency import Efficiency
-from train.cost.time import Setting, step_time
+from launch.plan.cost.efficiency import Efficiency
+from launch.plan.cost.time import Setting, step_time
+from launch.plan.published import software as programs
+from launch.plan.published.rows import MORE, PUBLISHED, OutOfScope, Published, published, read_rows
+from launch.plan.published.validate import FIT_EVERY, Line, configuration, publisher, rank_correlations
 
 HARDWARE = (
     ("ampere", "bf16"), ("hopper", "bf16"), ("hopper", "fp8"), ("blackwell", "bf16"), ("blackwell", "fp8"),

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from test_recipe import composed
 
+from launch.plan.cost.inference import inference_memory
 from recipes.schema.compress import CompressConfig
 from recipes.schema.errors import RecipeError
 from recipes.schema.model import ModelConfig
@@ -15,7 +16,6 @@ from recipes.schema.read import recipe_from_mapping
 from train.compress.prune import Target
 from train.compress.scores import Candidate, Removal, Scores
 from train.compress.search import Shape, damage, feasible, ranked, shape_of, sizes, targets
-from train.cost.inference import inference_memory
 
 CONTEXT = 131_072
 NINE_B = "M-M-M-MM-M-M-M*-M-M-M*-M-M-M-M*-M-M-M-M*-M-MM-M-M-M-M-M-"

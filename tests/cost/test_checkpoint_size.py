@@ -6,10 +6,10 @@ import pytest
 from ranks import run_ranks
 from tiny import engine_of, recipe_with
 
-from launch.planner import checkpoints_of
+from launch.plan.cost.device import device_named
+from launch.plan.planner import checkpoints_of
 from recipes.schema.recipe import Recipe
 from train.checkpoint.manager import CheckpointFolder
-from train.cost.device import device_named
 from train.run import check
 
 

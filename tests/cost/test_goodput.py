@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from train.cost.goodput import (
+from launch.plan.cost.goodput import (
     LLAMA_NODE_MTBF_S,
     Failures,
     Saving,

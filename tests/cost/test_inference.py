@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 import yaml
 
+from launch.plan.cost.inference import inference_memory
 from recipes.schema.model import ModelConfig
 from recipes.schema.typed import build
-from train.cost.inference import inference_memory
 
 MODELS = Path(__file__).resolve().parents[2] / "recipes" / "model"
 

@@ -11,9 +11,9 @@ from objective.teachers import save_teacher, student_of
 from ranks import run_ranks
 from tiny import engine_of, microbatches, recipe_with
 
+from launch.plan.cost.memory import optimizer_state, stage_activations
 from recipes.schema.layout import rank_coordinates
 from recipes.schema.recipe import Recipe
-from train.cost.memory import optimizer_state, stage_activations
 from train.run import check
 from train.step import train_step
 from train.stopwatch import Stopwatch

@@ -4,11 +4,11 @@ from dataclasses import replace
 
 import pytest
 
-from launch.public_models import model_named
+from launch.plan.cost.device import device_named
+from launch.plan.cost.time import Setting, layer_seconds, step_time
+from launch.plan.published.models import model_named
 from recipes.schema.layout import Layout
 from recipes.schema.pattern import cut, flops_per_token
-from train.cost.device import device_named
-from train.cost.time import Setting, layer_seconds, step_time
 
 LLAMA = model_named("Llama 3 8B")
 

@@ -14,13 +14,13 @@ import yaml
 from shards import write_folder
 
 from launch.compose import compose
-from launch.plan import as_json, main
-from launch.planner import make_plan
-from launch.search import search
+from launch.plan.command import as_json, main
+from launch.plan.cost.device import device_named, devices, find_device
+from launch.plan.cost.memory import GIB
+from launch.plan.planner import make_plan
+from launch.plan.search import search
 from recipes.schema.recipe import Recipe
 from tests.tiny import recipe_with
-from train.cost.device import device_named, devices, find_device
-from train.cost.memory import GIB
 
 ROOT = Path(__file__).resolve().parents[2]
 NANO_9B = (

@@ -11,9 +11,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from launch.public_models import NotExpressible, model_named, public_shapes
-from launch.published import MORE, PUBLISHED, flops_as_published, published, read_rows
-from launch.validate import Line, assess, summary, table
+from launch.plan.published.models import NotExpressible, model_named, public_shapes
+from launch.plan.published.rows import MORE, PUBLISHED, flops_as_published, published, read_rows
+from launch.plan.published.validate import Line, assess, summary, table
 from recipes.schema.pattern import parameters
 
 ROOT = Path(__file__).resolve().parents[2]

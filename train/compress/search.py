@@ -13,13 +13,13 @@ from dataclasses import asdict, dataclass
 
 import numpy as np
 
+from launch.plan.cost.inference import inference_memory, roofline_tokens_per_s
 from recipes.schema.compress import CompressConfig
 from recipes.schema.errors import RecipeError
 from recipes.schema.model import ModelConfig
 from recipes.schema.pattern import layer_kinds, parameters
 from train.compress.prune import AS_SCORED, BLOCK_INFLUENCE, Depth, Target, choose, pruned_model
 from train.compress.scores import Scores
-from train.cost.inference import inference_memory, roofline_tokens_per_s
 
 
 @dataclass(frozen=True)

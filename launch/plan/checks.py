@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from data.store.manifest import MANIFEST, Manifest, read_manifest
+from launch.plan.cost.device import Device
 from recipes.schema.changes import check_folder
 from recipes.schema.errors import DataError, RecipeError
 from recipes.schema.layout import Layout
 from recipes.schema.recipe import Recipe
 from recipes.schema.rules import objective_problems, unused
 from recipes.schema.scaling import shape_problems
-from train.cost.device import Device
 
 if TYPE_CHECKING:
     from data.order.permutation.blend import Blend

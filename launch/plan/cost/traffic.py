@@ -3,8 +3,8 @@
 from collections import Counter
 from dataclasses import dataclass
 
-from train.cost.time import Setting
-from train.cost.work import LayerWork, head_work, layer_work
+from launch.plan.cost.time import Setting
+from launch.plan.cost.work import LayerWork, head_work, layer_work
 
 
 @dataclass

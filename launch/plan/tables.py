@@ -7,13 +7,13 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from launch.planner import USABLE, Plan
+from launch.plan.cost.memory import GIB
+from launch.plan.planner import USABLE, Plan
 from recipes.schema.layout import rank_coordinates
 from recipes.schema.recipe import Recipe
-from train.cost.memory import GIB
 
 if TYPE_CHECKING:
-    from launch.search import Found
+    from launch.plan.search import Found
 
 PART_NAMES = {
     "mamba": "Mamba-2 products", "scan": "Mamba-2 scan", "attention": "attention products", "scores": "attention scores",

@@ -1,5 +1,5 @@
 """What one layer, and the head, ask of a GPU for one microbatch: matrix products, attention, scan, memory traffic, traffic
-between GPUs. Counted on one rank; no GPU's speed is in here (`train.cost.time` brings that).
+between GPUs. Counted on one rank; no GPU's speed is in here (`launch.plan.cost.time` brings that).
 
 A multiply-add is 2 FLOPs. `tokens` are those of a microbatch on one context rank; T below.
 """

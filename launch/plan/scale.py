@@ -10,14 +10,14 @@ from typing import Any
 
 from rich.table import Table
 
-from launch.plan_goodput import Goodput, goodput_of
-from launch.plan_tables import console, duration
-from launch.planner import Plan
-from launch.search import search
+from launch.plan.cost.device import Device
+from launch.plan.cost.memory import GIB
+from launch.plan.goodput import Goodput, goodput_of
+from launch.plan.planner import Plan
+from launch.plan.search import search
+from launch.plan.tables import console, duration
 from recipes.schema.errors import RecipeError
 from recipes.schema.recipe import Recipe
-from train.cost.device import Device
-from train.cost.memory import GIB
 
 
 @dataclass(frozen=True)
@@ -110,7 +110,7 @@ def scale_json(points: list[Point]) -> list[dict[str, Any]]:
 
 def draw_scale(points: list[Point], recipe: Recipe, path: Path) -> None:
     """Speed against linear scaling, and days with and without failures."""
-    from launch.plan_picture import canvas
+    from launch.plan.picture import canvas
 
     good = [(p.gpus, p.plan, p.goodput.advised.goodput) for p in points if p.plan is not None and p.goodput is not None]
     if not good:

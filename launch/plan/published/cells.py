@@ -2,7 +2,7 @@
 
 import re
 
-from train.cost.device import Device
+from launch.plan.cost.device import Device
 
 
 def whole(text: str) -> int | None:

@@ -1,6 +1,6 @@
 """`python -m launch validate ROWS.csv`: the planner's predictions beside published throughput, row by row, the summary last.
 
-    row --launch.published--> in scope: Setting --train.cost.time--> predicted, error        out of scope: the reason
+    row --launch.plan.published.rows--> in scope: Setting --launch.plan.cost.time--> predicted, error        out of scope: the reason
 
 Rows of a configuration that the constants were fitted on are marked `fit`; every other row in scope is a test.
 """
@@ -18,10 +18,10 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from launch.published import MORE, PUBLISHED, OutOfScope, Published, published, read_rows
-from launch.published_memory import published_memory
-from launch.software import Row
-from train.cost.time import step_time
+from launch.plan.cost.time import step_time
+from launch.plan.published.memory import published_memory
+from launch.plan.published.rows import MORE, PUBLISHED, OutOfScope, Published, published, read_rows
+from launch.plan.published.software import Row
 
 FIT_EVERY = 3
 """Of the distinct configurations of each source, in file order, the first of every so many is fitted on."""
@@ -121,7 +121,7 @@ def main(arguments: Sequence[str]) -> int:
         sys.stdout.write(_HEAD + "".join(_line(number, line) for number, line in enumerate(lines, start=2)))
         sys.stdout.write("\n" + report(lines))
     if own.picture is not None:
-        from launch.validate_picture import draw
+        from launch.plan.published.picture import draw
 
         draw([line for line in lines if line.found is not None], own.picture)
     return 0

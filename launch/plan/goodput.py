@@ -10,10 +10,7 @@ from typing import Any
 
 from rich.table import Table
 
-from launch.plan_tables import console, duration
-from launch.planner import STORAGE_PER_NODE, Plan
-from recipes.schema.errors import RecipeError
-from train.cost.goodput import (
+from launch.plan.cost.goodput import (
     LLAMA_NODE_MTBF_S,
     Failures,
     Outcome,
@@ -25,6 +22,9 @@ from train.cost.goodput import (
     simulate,
     young_interval,
 )
+from launch.plan.planner import STORAGE_PER_NODE, Plan
+from launch.plan.tables import console, duration
+from recipes.schema.errors import RecipeError
 
 _MARKS = ("#b02a30", "#e9a23b", "#2a9d8f", "#8a5a9e", "#555555")
 RESTART_S = 300.0
@@ -192,7 +192,7 @@ def goodput_json(found: Goodput) -> dict[str, Any]:
 
 def draw_goodput(found: Goodput, plan: Plan, path: Path) -> None:
     """Goodput against the interval: the expected curve, and the simulated choices on it."""
-    from launch.plan_picture import canvas
+    from launch.plan.picture import canvas
 
     first = found.choices[0].saving
     shortest = min(choice.saving.interval_s for choice in found.choices)

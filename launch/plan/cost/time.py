@@ -1,4 +1,4 @@
-"""Seconds of a training step on given GPUs, by part: a model of physics with few constants (`train.cost.efficiency`).
+"""Seconds of a training step on given GPUs, by part: a model of physics with few constants (`launch.plan.cost.efficiency`).
 
     products      FLOPs / (peak x efficiency), with the tail of the last wave of tiles; or bytes / bandwidth if that is longer
     elementwise   bytes / bandwidth
@@ -14,12 +14,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
+from launch.plan.cost.device import Device, Format
+from launch.plan.cost.efficiency import MEGATRON, Efficiency, Software
+from launch.plan.cost.work import Gemm, LayerWork, head_work, layer_work
 from recipes.schema.layout import Layout
 from recipes.schema.model import ModelConfig
 from recipes.schema.pattern import LayerKind
-from train.cost.device import Device, Format
-from train.cost.efficiency import MEGATRON, Efficiency, Software
-from train.cost.work import Gemm, LayerWork, head_work, layer_work
 
 
 class Parts(defaultdict[str, float]):

@@ -11,14 +11,14 @@ from pathlib import Path
 
 import yaml
 
+from launch.plan.cost.activations import Modules, Shape, hidden_bytes, layer_bytes
+from launch.plan.cost.tensors import stage_tensors
+from launch.plan.cost.time import Setting, forward_seconds
 from recipes.schema.command import RECIPES
 from recipes.schema.model import ModelConfig
 from recipes.schema.recipe import Recipe
 from recipes.schema.teacher_placement import place_of
 from recipes.schema.typed import FieldError, build
-from train.cost.activations import Modules, Shape, hidden_bytes, layer_bytes
-from train.cost.tensors import stage_tensors
-from train.cost.time import Setting, forward_seconds
 
 
 @dataclass(frozen=True)

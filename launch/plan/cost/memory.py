@@ -1,6 +1,6 @@
 """Bytes on each rank of a recipe: weights, gradients, optimizer state, low-precision copies, activations, buffers.
 
-Weights, gradients and optimizer state are exact (`train.cost.tensors`; tests/cost compares them with built models at every
+Weights, gradients and optimizer state are exact (`launch.plan.cost.tensors`; tests/cost compares them with built models at every
 kind of layout). Activations are within a few percent of what autograd keeps on a CPU; on a GPU they have not been measured.
 """
 
@@ -8,13 +8,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import accumulate
 
-from recipes.schema.layout import Layout
-from recipes.schema.model import ModelConfig
-from recipes.schema.parallel import ParallelConfig
-from recipes.schema.pattern import cut
-from recipes.schema.precision import PrecisionConfig
-from recipes.schema.scaling import low_precision_linears
-from train.cost.activations import (
+from launch.plan.cost.activations import (
     Modules,
     Shape,
     distilled_head_bytes,
@@ -26,7 +20,13 @@ from train.cost.activations import (
     layer_bytes,
     layer_workspace,
 )
-from train.cost.tensors import bucket_size, buffers, stage_tensors
+from launch.plan.cost.tensors import bucket_size, buffers, stage_tensors
+from recipes.schema.layout import Layout
+from recipes.schema.model import ModelConfig
+from recipes.schema.parallel import ParallelConfig
+from recipes.schema.pattern import cut
+from recipes.schema.precision import PrecisionConfig
+from recipes.schema.scaling import low_precision_linears
 
 GIB = 2.0**30
 RESERVE_BYTES = 2.0 * GIB

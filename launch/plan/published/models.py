@@ -63,7 +63,7 @@ def model_named(name: str, *, source: str = "") -> ModelConfig:
         after = re.match(r" ?v?(\d+(?:\.\d+)?)(?![\d.]| ?[bmt]\b)", plain[match.end() :])
         version = after.group(1) if after else ("2" if family == "nemotron-nano" else "")
     else:
-        raise NotExpressible("model not in the table of public shapes (launch/public_models.toml)")
+        raise NotExpressible("model not in the table of public shapes (launch/plan/published/public_models.toml)")
     if size is None:
         raise NotExpressible("model name without a size")
     billions = float(size.group(1)) * {"m": 0.001, "b": 1, "t": 1000}[size.group(2)]
@@ -73,7 +73,9 @@ def model_named(name: str, *, source: str = "") -> ModelConfig:
         for shape in entry["shapes"]:
             if any(abs(billions - one) <= 0.04 * one for one in shape["size"]):
                 return _config(shape)
-    raise NotExpressible(f"no public shape known for {family} {version} {size.group(0)} (launch/public_models.toml)")
+    raise NotExpressible(
+        f"no public shape known for {family} {version} {size.group(0)} (launch/plan/published/public_models.toml)"
+    )
 
 
 def public_shapes() -> list[tuple[str, ModelConfig, int]]:

@@ -1,17 +1,17 @@
 """Peak memory of a published run: what its software keeps of weights, gradients and optimizer, and the planner's activations.
 
 The two programs whose peaks are published differ from this project's in what state they keep (below) and in the loss; what
-layers keep is `train.cost.activations`. Nothing here is fitted but `UNUSABLE`.
+layers keep is `launch.plan.cost.activations`. Nothing here is fitted but `UNUSABLE`.
 """
 
 from dataclasses import replace
 
-from launch.published import Published
+from launch.plan.cost.activations import Shape, hidden_bytes, layer_bytes
+from launch.plan.cost.memory import GIB, rank_memory
+from launch.plan.cost.tensors import stage_tensors
+from launch.plan.published.rows import Published
 from recipes.schema.parallel import ParallelConfig
 from recipes.schema.precision import PrecisionConfig
-from train.cost.activations import Shape, hidden_bytes, layer_bytes
-from train.cost.memory import GIB, rank_memory
-from train.cost.tensors import stage_tensors
 
 UNUSABLE = 1.05
 """Memory the allocator holds over what it has handed out."""

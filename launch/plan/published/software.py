@@ -1,13 +1,13 @@
 """Programs whose speed is published: what they hide and waste beside the kernels, and which one a row speaks of.
 
-The numbers are fitted, as `train.cost.efficiency`'s are: docs/plan.md says on which rows, tests/bench/planner_fit.py fits again.
+The numbers are fitted, as `launch.plan.cost.efficiency`'s are: docs/plan.md says on which rows, tests/bench/planner_fit.py fits again.
 """
 
 import re
 from dataclasses import replace
 
-from launch.cells import whole
-from train.cost.efficiency import Shards, Software
+from launch.plan.cost.efficiency import Shards, Software
+from launch.plan.published.cells import whole
 
 Row = dict[str, str]
 

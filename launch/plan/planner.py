@@ -8,20 +8,20 @@ No torch, no GPU, nothing allocated: runs on a login node in a second.
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from launch.plan_checks import recipe_problems, recipe_warnings
-from launch.plan_teacher import find_teacher, teacher_cost
+from launch.plan.checks import recipe_problems, recipe_warnings
+from launch.plan.cost.activations import Modules
+from launch.plan.cost.device import Device, Format
+from launch.plan.cost.efficiency import STRATUM
+from launch.plan.cost.memory import GIB, RankMemory, rank_memory
+from launch.plan.cost.time import Setting, StepTime, step_time
+from launch.plan.cost.traffic import StepTraffic, step_traffic
+from launch.plan.teacher import find_teacher, teacher_cost
 from recipes.schema.errors import RecipeError
 from recipes.schema.layout import Layout, lay_out
 from recipes.schema.parallel import ParallelConfig
 from recipes.schema.pattern import Flops, cut, flops_per_token, layer_kinds, parameters, visible_keys
 from recipes.schema.recipe import Recipe
 from recipes.schema.scaling import low_precision_linears
-from train.cost.activations import Modules
-from train.cost.device import Device, Format
-from train.cost.efficiency import STRATUM
-from train.cost.memory import GIB, RankMemory, rank_memory
-from train.cost.time import Setting, StepTime, step_time
-from train.cost.traffic import StepTraffic, step_traffic
 
 USABLE = 0.97
 """Share of a device's memory a plan may fill: an allocator never uses the last of it."""

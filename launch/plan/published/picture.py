@@ -5,7 +5,7 @@ from pathlib import Path
 
 import matplotlib
 
-from launch.validate import Line
+from launch.plan.published.validate import Line
 
 _COLORS = {
     "ampere": "#4a90d9",

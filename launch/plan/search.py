@@ -11,15 +11,15 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from launch.plan_tables import PART_NAMES
-from launch.planner import Plan, make_plan, setting_of
+from launch.plan.cost.device import Device
+from launch.plan.cost.time import layer_seconds
+from launch.plan.planner import Plan, make_plan, setting_of
+from launch.plan.tables import PART_NAMES
 from recipes.schema.errors import RecipeError
 from recipes.schema.layout import Layout, lay_out
 from recipes.schema.parallel import ParallelConfig
 from recipes.schema.pattern import CUT, balanced_ranges, cut, layer_kinds
 from recipes.schema.recipe import Recipe
-from train.cost.device import Device
-from train.cost.time import layer_seconds
 
 MAX_MICROBATCH_ROWS = 8
 

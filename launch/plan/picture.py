@@ -7,10 +7,10 @@ from typing import Any
 
 import matplotlib
 
-from launch.plan_tables import MEMORY_NAMES, PART_NAMES
-from launch.planner import Plan
+from launch.plan.cost.memory import GIB
+from launch.plan.planner import Plan
+from launch.plan.tables import MEMORY_NAMES, PART_NAMES
 from recipes.schema.errors import RecipeError
-from train.cost.memory import GIB
 
 _COLORS = ("#1f5fa8", "#4a90d9", "#7fb3e6", "#b5d3f0", "#2a9d8f", "#e9a23b", "#f2c879", "#c77dba", "#8a5a9e", "#b9b9b9")
 _STYLE = {"font.size": 10, "axes.spines.top": False, "axes.spines.right": False, "axes.titleweight": "bold"}

@@ -9,14 +9,14 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from launch.cells import gpus, number, whole
-from launch.public_models import NotExpressible, model_named
-from launch.software import Row, shards_of, software_of
+from launch.plan.cost.device import Format, find_device
+from launch.plan.cost.time import Setting
+from launch.plan.published.cells import gpus, number, whole
+from launch.plan.published.models import NotExpressible, model_named
+from launch.plan.published.software import Row, shards_of, software_of
 from recipes.schema.layout import Layout
 from recipes.schema.model import ModelConfig
 from recipes.schema.pattern import ATTENTION, balanced_ranges, layer_kinds, layer_matmul_weights
-from train.cost.device import Format, find_device
-from train.cost.time import Setting
 
 PUBLISHED = Path(__file__).parent / "published_throughput.csv"
 """333 rows collected from public documents; each row's `src` names its document."""
