@@ -12,10 +12,10 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from launch.failures import log_of, read_failures, tell
+from launch.local.command.failures import log_of, read_failures, tell
 from launch.runs import RunFolder, runs_in, tail
-from launch.slurm import job_numbers
-from launch.slurm_queue import QueuedJob, SlurmError, look_up
+from launch.slurm.command import job_numbers
+from launch.slurm.queue import QueuedJob, SlurmError, look_up
 
 _LOG_LINES = 8
 

@@ -6,7 +6,8 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-from launch.local import run_to_end
+from launch.local.command.command import run_to_end
+
 from launch.runs import RunFolder
 from recipes.schema.data import DataConfig, SourceConfig
 from recipes.schema.launch import LaunchConfig
@@ -30,7 +31,7 @@ def main() -> int:
         launch=replace(LaunchConfig(), restarts=2, backoff_s=0.2, grace_s=own.grace),
     )
     return run_to_end(
-        [sys.executable, "-m", "launch.rank", "pretend", str(own.folder), *own.words],
+        [sys.executable, "-m", "launch.local.rank", "pretend", str(own.folder), *own.words],
         recipe=recipe,
         run=RunFolder(own.folder),
         processes=own.processes,

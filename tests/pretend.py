@@ -1,6 +1,6 @@
 """Stands in for `python -m train` where the launcher is tested: the same signals, exit statuses, files, and no torch.
 
-    python -m launch.rank pretend RUN_FOLDER --steps 40 [--fail RANK:STEP:HOW]...
+    python -m launch.local.rank pretend RUN_FOLDER --steps 40 [--fail RANK:STEP:HOW]...
 
 Each step takes `--step-s`. Rank 0 writes metrics.jsonl and checkpoints/latest; a `--fail` happens once per run folder
 (or each time, with `always`), so that a restart gets past it. HOW: raise, error (status 2), kill (SIGKILL), peer (raise

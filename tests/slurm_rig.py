@@ -63,7 +63,7 @@ def wait_for[T](ask: Callable[[], T], *, timeout_s: float = 300.0) -> T:
 @contextmanager
 def _reserved_ports(count: int) -> Iterator[int]:
     """The first of `count` ports in a row that nobody listens on, kept from other clusters of these tests while open: two that
-    start together would both find them free. A name in Linux's abstract socket space, as `launch.ports` does it."""
+    start together would both find them free. A name in Linux's abstract socket space, as `launch.local.ports` does it."""
     for first in random.SystemRandom().sample(range(16800, 19800, 100), 30):
         with socket.socket(socket.AF_UNIX) as claim:
             try:

@@ -11,9 +11,8 @@ import sys
 from pathlib import Path
 
 import pytest
-
-from launch.doctor import look, report
-from launch.doctor_machine import Finding, Machine
+from launch.doctor.command.command import look, report
+from launch.doctor.command.machine import Finding, Machine
 
 ROOT = Path(__file__).resolve().parents[2]
 TOPOLOGY = """        GPU0    GPU1    NIC0    CPU Affinity

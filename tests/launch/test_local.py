@@ -62,7 +62,7 @@ def ranks_running(run: Path) -> list[int]:
                 words = (folder / "cmdline").read_bytes().split(b"\0")
             except OSError:
                 continue
-            if b"launch.rank" in words and str(run).encode() in words:
+            if b"launch.local.rank" in words and str(run).encode() in words:
                 found.append(int(folder.name))
     return found
 
@@ -194,10 +194,10 @@ def test_on_a_terminal_the_process_has_one_too_and_the_log_is_clean(tmp_path: Pa
     program = (
         "import fcntl, termios, struct, sys, time\n"
         "from pathlib import Path\n"
-        "from launch.supervise import StopRequest, run_attempt\n"
+        "from launch.local.command.supervise import StopRequest, run_attempt\n"
         "fcntl.ioctl(2, termios.TIOCSWINSZ, struct.pack('HHHH', 24, 77, 0, 0))\n"
         "import os\n"
-        "end = run_attempt([sys.executable, '-m', 'launch.rank', 'bar'], processes=1, environment=dict(os.environ),\n"
+        "end = run_attempt([sys.executable, '-m', 'launch.local.rank', 'bar'], processes=1, environment=dict(os.environ),\n"
         f"    logs=Path({str(tmp_path / 'logs')!r}), shown=frozenset([0]), grace_s=5, stop=StopRequest(), use_terminal=True)\n"
         "sys.exit(end.status)\n"
     )

@@ -16,9 +16,9 @@ import pytest
 from slurm_rig import slurm_rig, wait_for
 
 from launch.runs import RunFolder
-from launch.sbatch import Job, training_script
-from launch.slurm import active_jobs, job_numbers, submit_run
-from launch.slurm_queue import SlurmError, cancel, look_up, send_signal
+from launch.slurm.command import active_jobs, job_numbers, submit_run
+from launch.slurm.job_script import Job, training_script
+from launch.slurm.queue import SlurmError, cancel, look_up, send_signal
 from recipes.schema.launch import ContainerConfig, SlurmConfig
 
 ROOT = Path(__file__).resolve().parents[2]

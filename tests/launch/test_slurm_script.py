@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from launch.sbatch import Job, Preparation, preparation_script, training_script
+from launch.slurm.job_script import Job, Preparation, preparation_script, training_script
 from recipes.schema.launch import ContainerConfig, SlurmConfig
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -117,7 +117,7 @@ def test_every_word_reaches_the_trainer_as_it_was(kind: str, tmp_path: Path) -> 
     assert result.returncode == 0 and result.stderr == ""
     assert lines[0] == "10.0.0.7"
     assert lines[-len(words) :] == words
-    assert lines[-len(words) - 3 : -len(words)] == ["-m", "launch.rank", "train"]
+    assert lines[-len(words) - 3 : -len(words)] == ["-m", "launch.local.rank", "train"]
 
 
 def advise(tmp_path: Path, *words: str) -> str:

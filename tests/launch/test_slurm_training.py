@@ -18,8 +18,8 @@ from texts import VOCAB, config_of
 
 from data.prepare import prepare
 from launch.runs import METRICS, RunFolder
-from launch.slurm import active_jobs, job_numbers
-from launch.slurm_queue import look_up, send_signal
+from launch.slurm.command import active_jobs, job_numbers
+from launch.slurm.queue import look_up, send_signal
 from train.metrics import read_metrics
 
 ROOT = Path(__file__).resolve().parents[2]

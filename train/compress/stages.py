@@ -16,9 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from launch.local.command.supervise import StopRequest, run_attempt
 from omegaconf import DictConfig
 
-from launch.supervise import StopRequest, run_attempt
 from recipes.schema.command import asked_for, recipe_words, section
 from recipes.schema.errors import RecipeError
 from recipes.schema.read import read_recipe
@@ -72,7 +72,7 @@ def run_stages(composed: DictConfig, stages: Iterable[Stage]) -> int:
             sys.stdout.write(f"# {stage.name}\n{_line(stage)}\n")
             sys.stdout.flush()
             end = run_attempt(
-                [sys.executable, "-m", "launch.rank", stage.module, *stage.words],
+                [sys.executable, "-m", "launch.local.rank", stage.module, *stage.words],
                 processes=1,
                 environment={**os.environ, "PYTHONUNBUFFERED": "1"},
                 logs=logs / f"{number:02}",

@@ -38,14 +38,14 @@ module load cuda
 ranks=(srun --kill-on-bad-exit=1 --output="$STRATUM_LOGS/rank-%5t.log" --cpus-per-task=12)
 python=(apptainer exec --nv --bind /scratch/you/stratum:/scratch/you/stratum,/data:/data --pwd /scratch/you/stratum stratum.sif python)
 
-"${ranks[@]}" "${python[@]}" -m launch.rank train -cn nemotron_nano_12b_v2 run.name=big launch=slurm_gpu parallel.tensor=8 \
+"${ranks[@]}" "${python[@]}" -m launch.local.rank train -cn nemotron_nano_12b_v2 run.name=big launch=slurm_gpu parallel.tensor=8 \
     'run.folder="my runs"' run.threads=12
 status=$?
 
 # finished, again or stop; why stands in this job's log. An error is told once, with the rank that failed first. A preempted
 # job whose processes end in time counts as completed for Slurm, which then does not bring it back: this script does.
 preempted=$(scontrol show job --oneliner "$SLURM_JOB_ID" | grep -c ' PreemptTime=[0-9]')
-next=$("${python[@]}" -m launch.after --run "$run" --status "$status" \
+next=$("${python[@]}" -m launch.slurm.after_job --run "$run" --status "$status" \
     --steps 10000 --restarts 3 --preempted "$preempted")
 if [ "$next" != again ] && [ -n "$successor" ]; then scancel "$successor"; fi
 exit "$status"

@@ -26,13 +26,13 @@ export PYTHONUNBUFFERED=1
 ranks=(srun --kill-on-bad-exit=1 --output="$STRATUM_LOGS/rank-%5t.log")
 python=(/scratch/you/stratum/.venv/bin/python)
 
-"${ranks[@]}" "${python[@]}" -m launch.rank train -cn smoke run.name=two launch.nodes=2
+"${ranks[@]}" "${python[@]}" -m launch.local.rank train -cn smoke run.name=two launch.nodes=2
 status=$?
 
 # finished, again or stop; why stands in this job's log. An error is told once, with the rank that failed first. A preempted
 # job whose processes end in time counts as completed for Slurm, which then does not bring it back: this script does.
 preempted=$(scontrol show job --oneliner "$SLURM_JOB_ID" | grep -c ' PreemptTime=[0-9]')
-next=$("${python[@]}" -m launch.after --run "$run" --status "$status" \
+next=$("${python[@]}" -m launch.slurm.after_job --run "$run" --status "$status" \
     --steps 200 --restarts 3 --preempted "$preempted")
 if [ "$next" = again ]; then scontrol requeue "$SLURM_JOB_ID"; fi
 exit "$status"

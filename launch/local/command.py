@@ -1,6 +1,6 @@
 """`python -m launch local [-cn RECIPE] [overrides]`: a run of 1..N processes on this machine, seen to its end.
 
-    words --compose--> recipe --checks--> attempt (launch.supervise) --failed--> wait --> attempt --> ... --> exit status
+    words --compose--> recipe --checks--> attempt (launch.local.command.supervise) --failed--> wait --> attempt --> ... --> exit status
 
 Every attempt resumes from the newest checkpoint. The exit status is the trainer's own (docs/launch.md), or that of the
 rank that failed first.
@@ -14,10 +14,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from launch.compose import compose, extra_environment, layout_of, run_folder, split_words
-from launch.continuation import backoff_s, decide
-from launch.failures import tell
+from launch.local.command.continuation import backoff_s, decide
+from launch.local.command.failures import tell
+from launch.local.command.supervise import StopRequest, run_attempt, say
 from launch.runs import RunFolder
-from launch.supervise import StopRequest, run_attempt, say
 from recipes.schema.errors import USER_ERRORS, RecipeError
 from recipes.schema.recipe import Recipe
 
@@ -63,7 +63,7 @@ def main(arguments: Sequence[str]) -> int:
     run = run_folder(recipe)
     say(f"{processes} process{'es' * (processes > 1)} ({layout.describe()}), logs in {run.logs}")
     return run_to_end(
-        [sys.executable, "-m", "launch.rank", "train", *words],
+        [sys.executable, "-m", "launch.local.rank", "train", *words],
         recipe=recipe,
         run=run,
         processes=processes,

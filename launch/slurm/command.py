@@ -1,8 +1,8 @@
 """`python -m launch slurm -cn RECIPE [overrides]`: check a recipe, write its job script, submit it.
 
-    words --compose--> recipe --checks--> Job --launch.sbatch--> runs/NAME/logs/job.sh --sbatch--> job number in logs/jobs
+    words --compose--> recipe --checks--> Job --launch.slurm.job_script--> runs/NAME/logs/job.sh --sbatch--> job number in logs/jobs
 
-What happens then is in the script and in `launch.after`; `launch status` and `launch cancel` look at it and end it.
+What happens then is in the script and in `launch.slurm.after_job`; `launch status` and `launch cancel` look at it and end it.
 """
 
 import argparse
@@ -11,11 +11,11 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from launch.after import start_afresh
 from launch.compose import compose, extra_environment, layout_of, run_folder, split_words
 from launch.runs import RunFolder
-from launch.sbatch import Job, Preparation, preparation_script, training_script
-from launch.slurm_queue import QueuedJob, SlurmError, look_up, submit
+from launch.slurm.after_job import start_afresh
+from launch.slurm.job_script import Job, Preparation, preparation_script, training_script
+from launch.slurm.queue import QueuedJob, SlurmError, look_up, submit
 from recipes.schema.errors import USER_ERRORS, RecipeError
 from recipes.schema.recipe import Recipe
 
@@ -85,7 +85,7 @@ def _train(recipe: Recipe, words: list[str], *, dry_run: bool, device: str) -> i
     script = training_script(job)
     run = run_folder(recipe)
     if dry_run:
-        from launch.job_times import advice
+        from launch.slurm.job_times import advice
 
         said = advice(recipe, run, world=job.nodes * job.processes, device=device)
         sys.stdout.write(script)

@@ -1,4 +1,4 @@
-"""`python -m launch.after`: run by a Slurm script when its processes have ended; prints `finished`, `again` or `stop`.
+"""`python -m launch.slurm.after_job`: run by a Slurm script when its processes have ended; prints `finished`, `again` or `stop`.
 
 Why it decided so, and the error of the rank that failed first, go to stderr: into the job's log. What it must remember
 between jobs (failures in a row, the checkpoint there was) lies in runs/NAME/logs/continuation.json.
@@ -11,9 +11,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from launch.continuation import Decision, decide
-from launch.failures import read_failures, read_stop, tell
-from launch.rank import LOGS
+from launch.local.command.continuation import Decision, decide
+from launch.local.command.failures import read_failures, read_stop, tell
+from launch.local.command.rank import LOGS
 from launch.runs import RunFolder
 
 STOP = "stop"
@@ -22,8 +22,10 @@ _STATE = "continuation.json"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Entry point of `python -m launch.after`. -> 0"""
-    parser = argparse.ArgumentParser(prog="python -m launch.after", description=(__doc__ or "").splitlines()[0])
+    """Entry point of `python -m launch.slurm.after_job`. -> 0"""
+    parser = argparse.ArgumentParser(
+        prog="python -m launch.slurm.after_job", description=(__doc__ or "").splitlines()[0]
+    )
     parser.add_argument("--run", type=Path, required=True, help="the run's folder")
     parser.add_argument("--status", type=int, required=True, help="exit status of srun")
     parser.add_argument("--steps", type=int, required=True, help="the recipe's last step")

@@ -4,7 +4,7 @@ Looks at Python, the project's packages against their pinned versions, GPUs and 
 shared memory, limits, fabric and Slurm. Needs nothing but Python (3.8 or newer, to be able to say that a newer one is
 needed): run it before anything is installed, and on every node of a cluster before a job is.
 
-What is checked on a GPU machine (`launch/doctor_gpu.py`) has **not been run on one**.
+What is checked on a GPU machine (`launch/doctor/gpu.py`) has **not been run on one**.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from launch.doctor_gpu import ON_GPU, cuda, fabric, gpus
-from launch.doctor_machine import SETUP, Finding, Machine, package, pins, project_file
+from launch.doctor.command.gpu import ON_GPU, cuda, fabric, gpus
+from launch.doctor.command.machine import SETUP, Finding, Machine, package, pins, project_file
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence

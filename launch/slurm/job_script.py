@@ -1,10 +1,10 @@
 """The text of Slurm scripts, a pure function of what a job is: readable, and editable by whoever knows their cluster.
 
-    Job --training_script--> bash:  find the rendezvous -> srun the ranks -> ask launch.after what comes next -> requeue or end
+    Job --training_script--> bash:  find the rendezvous -> srun the ranks -> ask launch.slurm.after_job what comes next -> requeue or end
     Preparation --preparation_script--> bash:  one task of an array job prepares its share of the data
 
 Only bash, Slurm's own commands and `python -m launch...` stand in a script; the rule of what comes next is in
-launch.continuation, and the tests run these scripts on a real Slurm.
+launch.local.command.continuation, and the tests run these scripts on a real Slurm.
 """
 
 import shlex
@@ -78,7 +78,7 @@ def training_script(job: Job) -> str:
         f"--chdir={shlex.quote(job.directory)}",
         f"--output={shlex.quote(job.folder)}/logs/slurm-%j.log",
     ]
-    command = ["-m", "launch.rank", job.module, *_with_threads(job)]
+    command = ["-m", "launch.local.rank", job.module, *_with_threads(job)]
     parts = [
         f"""\
 #!/bin/bash
@@ -112,7 +112,7 @@ status=$?
 # finished, again or stop; why stands in this job's log. An error is told once, with the rank that failed first. A preempted
 # job whose processes end in time counts as completed for Slurm, which then does not bring it back: this script does.
 preempted=$(scontrol show job --oneliner "$SLURM_JOB_ID" | grep -c ' PreemptTime=[0-9]')
-next=$({_once(job.container)}"${{python[@]}}" -m launch.after --run "$run" --status "$status" \\
+next=$({_once(job.container)}"${{python[@]}}" -m launch.slurm.after_job --run "$run" --status "$status" \\
     --steps {job.steps} --restarts {job.restarts} --preempted "$preempted")
 """,
         {

@@ -1,6 +1,6 @@
 """Which rank failed first, and its error once: records that failing ranks leave beside their logs, and how they are told.
 
-    rank 3: exception --> failure-00003.json {status, time, traceback}      (launch.rank)
+    rank 3: exception --> failure-00003.json {status, time, traceback}      (launch.local.rank)
     all records of an attempt --> the cause: the earliest that is not "my peer is gone" --> one message
 
 When one rank dies, the others die of its absence moments later, each with a long traceback of its own: those are
@@ -12,7 +12,7 @@ import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from launch.continuation import describe
+from launch.local.command.continuation import describe
 from launch.runs import tail
 
 _CONSEQUENCE = re.compile(

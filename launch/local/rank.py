@@ -1,4 +1,4 @@
-"""`python -m launch.rank MODULE words...`: what each process of a run starts as; becomes `python -m MODULE words...`.
+"""`python -m launch.local.rank MODULE words...`: what each process of a run starts as; becomes `python -m MODULE words...`.
 
 It runs in the process itself, so a signal sent to the process reaches the trainer and nothing else. It adds three things:
 torchrun's variables where Slurm's `srun` started the process; an end together with the launcher, should that be killed;
@@ -17,8 +17,8 @@ from collections.abc import MutableMapping
 from pathlib import Path
 from types import TracebackType
 
-from launch.continuation import STOPPED
-from launch.failures import RankFailure, note_stop, write_failure
+from launch.local.command.continuation import STOPPED
+from launch.local.command.failures import RankFailure, note_stop, write_failure
 
 LOGS = "STRATUM_LOGS"
 """Variable: folder of this attempt's logs and records."""
@@ -30,7 +30,7 @@ _PR_SET_PDEATHSIG = 1
 
 
 def main() -> None:
-    """Entry point of `python -m launch.rank`. Ends the process with the module's own exit status."""
+    """Entry point of `python -m launch.local.rank`. Ends the process with the module's own exit status."""
     module, words = sys.argv[1], sys.argv[2:]
     started_by_srun = adopt_slurm(os.environ)
     _end_with_launcher()

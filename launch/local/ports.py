@@ -3,7 +3,7 @@
 A port found by binding to 0 and letting go is anybody's again before rank 0 listens on it: the kernel hands the same numbers
 to every outgoing connection, and gloo makes dozens. So a port is taken from below that range, and a name in Linux's abstract
 socket space, bound for as long as the world lives, keeps other worlds away from it: no file to clean up, and a killed
-process lets go of it. Slurm's jobs use 20000 to 31999 (launch/sbatch.py).
+process lets go of it. Slurm's jobs use 20000 to 31999 (launch/slurm/job_script.py).
 """
 
 import random

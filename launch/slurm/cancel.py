@@ -5,10 +5,10 @@ import sys
 import time
 from collections.abc import Sequence
 
-from launch.after import STOP
 from launch.runs import RunFolder
-from launch.slurm import active_jobs
-from launch.slurm_queue import SlurmError, cancel, look_up, send_signal
+from launch.slurm.after_job import STOP
+from launch.slurm.command import active_jobs
+from launch.slurm.queue import SlurmError, cancel, look_up, send_signal
 from launch.status import find_run
 
 _POLL_S = 1.0
