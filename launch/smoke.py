@@ -100,7 +100,7 @@ def _tell(story: Story) -> None:
     story.console.print(text, highlight=False, markup=False)
     sample = story.folder / "sample.txt"
     sample.write_text(text)
-    _run(story, "report", [sys.executable, "-m", "train.report", str(story.folder), "--sample", str(sample)])
+    _run(story, "report", [sys.executable, "-m", "train.record.report", str(story.folder), "--sample", str(sample)])
     _check_outcome(story)
 
 

@@ -18,9 +18,9 @@ from tiny import RECIPE
 
 from recipes.schema.data import DataConfig, SourceConfig
 from recipes.schema.recipe import Recipe
-from train import machine
 from train.checkpoint.manifest import read_manifest
-from train.metrics import METRICS, read_metrics
+from train.record import machine
+from train.record.metrics import METRICS, read_metrics
 from train.run import train
 
 Contents = dict[str, str]

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from recipes.schema.errors import StratumError
-from train.metrics import METRICS
-from train.report import main, read_run, write_report
+from train.record.metrics import METRICS
+from train.record.report import main, read_run, write_report
 
 RECIPE = {"model": {"pattern": "M-", "hidden": 8}, "precision": {"params": "fp32"}, "run": {"steps": 8}}
 

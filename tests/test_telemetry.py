@@ -13,11 +13,11 @@ import torch
 from launch.plan.cost.device import devices
 from recipes.schema.errors import StratumError
 from recipes.schema.telemetry import TelemetryConfig
-from train.machine import PEAK_BF16_FLOPS, peak_by_name, peak_flops
-from train.metrics import METRICS, read_metrics
 from train.precision.control import Reading
-from train.report import read_run
-from train.telemetry import Telemetry
+from train.record.machine import PEAK_BF16_FLOPS, peak_by_name, peak_flops
+from train.record.metrics import METRICS, read_metrics
+from train.record.report import read_run
+from train.record.telemetry import Telemetry
 
 
 class Reducer:

@@ -16,9 +16,9 @@ from recipes.schema.run import RunConfig
 from train.engine import Engine
 from train.parallel.mesh import Mesh
 from train.precision.control import Reading
+from train.record.stopwatch import Stopwatch
 from train.run import build_engine, check, mesh_of
 from train.step import train_step
-from train.stopwatch import Stopwatch
 
 ROW_TOKENS = 64
 VOCAB = 256

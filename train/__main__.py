@@ -34,7 +34,7 @@ def _train(composed: DictConfig) -> int:
     end = train(recipe)
     if int(os.environ.get("RANK", "0")) == 0:
         if end.reason == "finished":
-            from train.report import write_report
+            from train.record.report import write_report
 
             write_report(end.folder)
             print(f"Finished at step {end.step}. Summary: {end.folder}/summary.md, picture: {end.folder}/loss.png")

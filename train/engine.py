@@ -29,7 +29,7 @@ class Engine:
     loss_parts: tuple[str, ...] = ()
     """What the objective reports beside the loss."""
     teacher: dict[str, Any] | None = None
-    """Whose answers it learns from (`train.objective.teacher.identity`); None where it learns from text alone."""
+    """Whose answers it learns from (`train.distill.teacher.identity`); None where it learns from text alone."""
 
 
 def run_schedule(

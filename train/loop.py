@@ -18,10 +18,10 @@ from recipes.schema.recipe import Recipe
 from recipes.schema.schedule import learning_rate_factor
 from train.checkpoint.manager import CheckpointFolder
 from train.engine import Engine
-from train.faults import WATCHED, StopSignals, check_numbers, grace_warning, too_late
+from train.record.stopwatch import Stopwatch
+from train.record.telemetry import Telemetry
+from train.resilience.faults import WATCHED, StopSignals, check_numbers, grace_warning, too_late
 from train.step import train_step
-from train.stopwatch import Stopwatch
-from train.telemetry import Telemetry
 
 
 @dataclass(frozen=True)

@@ -202,8 +202,8 @@ def _train(recipe: Recipe, *, mesh: Mesh, dataset: Dataset, folder: Path) -> Run
     from train.checkpoint.resume import TEACHER, resume
     from train.evaluate.losses import heldout_bits_per_byte
     from train.loop import train_loop
-    from train.machine import peak_flops
-    from train.telemetry import Telemetry
+    from train.record.machine import peak_flops
+    from train.record.telemetry import Telemetry
 
     checkpoints = CheckpointFolder(folder / "checkpoints", recipe.checkpoint)
     initial, origin = None, None
@@ -314,7 +314,7 @@ def _train(recipe: Recipe, *, mesh: Mesh, dataset: Dataset, folder: Path) -> Run
 
 def _check_answers(recipe: Recipe, dataset: Dataset, position: int) -> None:
     """Whether kept answers know the rows of the next step and of the last: else a run would end where they do."""
-    from train.objective.kept import KeptAnswers
+    from train.distill.teacher_cache import KeptAnswers
 
     objective, size = recipe.objective, recipe.run.global_rows
     end = recipe.run.steps * size

@@ -8,7 +8,7 @@ import torch
 
 from train.engine import Engine, run_schedule
 from train.optim.optimizer import set_learning_rate
-from train.stopwatch import Stopwatch
+from train.record.stopwatch import Stopwatch
 
 
 @dataclass(frozen=True)

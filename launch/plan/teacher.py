@@ -1,7 +1,7 @@
 """The teacher of a distilled run in its plan: what model it is, the bytes it takes on the last stage, the seconds it adds.
 
 Its model is read from the checkpoint or run folder that `objective.teacher` names; where that is not here yet, from the
-recipe of the same name. Counted as `train.objective.teacher` builds it: whole on the ranks of the last pipeline stage at
+recipe of the same name. Counted as `train.distill.teacher` builds it: whole on the ranks of the last pipeline stage at
 `objective.teacher_tensor`, weights in one format, forward passes only.
 """
 

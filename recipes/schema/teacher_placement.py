@@ -1,4 +1,4 @@
-"""Where a teacher stands among the ranks of its student's last pipeline stage (`train.objective.teacher` says why there)."""
+"""Where a teacher stands among the ranks of its student's last pipeline stage (`train.distill.teacher` says why there)."""
 
 from dataclasses import dataclass
 

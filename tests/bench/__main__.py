@@ -35,12 +35,12 @@ from recipes.schema.recipe import Recipe
 from recipes.schema.schedule import learning_rate_factor
 from recipes.schema.telemetry import TelemetryConfig
 from train.engine import Engine
-from train.faults import StopSignals, check_numbers
-from train.machine import peak_flops
 from train.model import ssd
+from train.record.machine import peak_flops
+from train.record.stopwatch import Stopwatch
+from train.record.telemetry import Telemetry
+from train.resilience.faults import StopSignals, check_numbers
 from train.step import train_step
-from train.stopwatch import Stopwatch
-from train.telemetry import Telemetry
 
 ROWS, ROW_TOKENS = 8, 256
 TOKENS = ROWS * ROW_TOKENS

@@ -30,12 +30,12 @@ from recipes.schema.parallel import ParallelConfig
 from recipes.schema.read import recipe_from_mapping
 from recipes.schema.recipe import Recipe
 from train.checkpoint.manager import CheckpointFolder
+from train.distill.soft_targets import OnlineTargets
+from train.distill.teacher import open_teacher
 from train.engine import Engine
-from train.objective.soft_targets import OnlineTargets
-from train.objective.teacher import open_teacher
+from train.record.stopwatch import Stopwatch
 from train.run import build_engine, check, mesh_of, recipe_mapping
 from train.step import train_step
-from train.stopwatch import Stopwatch
 
 
 def main() -> int:

@@ -119,8 +119,8 @@ def ours(model: object, length: int):  # type: ignore[no-untyped-def]
     from tiny import RECIPE, engine_of
 
     from data.batch import Batch
+    from train.record.stopwatch import Stopwatch
     from train.step import train_step
-    from train.stopwatch import Stopwatch
 
     rows = rows_of(length)
     recipe = replace(
@@ -155,7 +155,7 @@ def ours(model: object, length: int):  # type: ignore[no-untyped-def]
 
 def gemm_peak() -> float:
     """FLOPs a second of the best of 24 fp32 products of 1024 x 1024 matrices, by torch's own product or by ours."""
-    from train.gemm import multiply
+    from train.native.gemm import multiply
 
     a = torch.randn(1024, 1024)
     seconds = []

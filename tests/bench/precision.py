@@ -24,7 +24,7 @@ prepare(torch.device("cpu"))
 from recipes.schema.precision import PrecisionConfig
 from recipes.schema.scaling import scaling_of
 from train.model.linear import fast_linear
-from train.precision import native
+from train.native import quantize as native
 from train.precision.emulated import LowPrecisionLinear, _Product
 
 SHAPES = ((1024, 1024, 1024), (256, 512, 512))

@@ -293,8 +293,8 @@ def test_what_training_did_not_leave_is_refused(spoil: str, said: str, tmp_path:
 def train_with_no_learning_rate(rank: int, folder: Path) -> None:
     from tiny import microbatches
 
+    from train.record.stopwatch import Stopwatch
     from train.step import train_step
-    from train.stopwatch import Stopwatch
 
     with engine_of(SMALL, rank=rank, world=1) as engine:
         checkpoints = CheckpointFolder(folder, SMALL.checkpoint)

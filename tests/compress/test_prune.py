@@ -26,9 +26,9 @@ from train.compress.parent import Parent
 from train.compress.prune import _AXES as AXES
 from train.compress.prune import Depth, Kept, Target, _indices, choose, cut_weights, head_merges, pruned_model
 from train.compress.scores import Removal, Scores
+from train.distill.objective import kept_channels
+from train.distill.teacher import teacher_recipe
 from train.hf.convert import export_weights
-from train.objective.distill import kept_channels
-from train.objective.teacher import teacher_recipe
 
 SMALLER = {
     "hidden": Target(hidden=48),

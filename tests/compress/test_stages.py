@@ -17,7 +17,7 @@ from data import prepare
 from train import __main__ as training
 from train.checkpoint.steps import checkpoint_at
 from train.compress.stages import _left
-from train.metrics import METRICS, read_metrics
+from train.record.metrics import METRICS, read_metrics
 
 ROOT = Path(__file__).resolve().parents[2]
 STEPS = 400

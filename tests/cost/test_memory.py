@@ -14,9 +14,9 @@ from tiny import engine_of, microbatches, recipe_with
 from launch.plan.cost.memory import optimizer_state, stage_activations
 from recipes.schema.layout import rank_coordinates
 from recipes.schema.recipe import Recipe
+from train.record.stopwatch import Stopwatch
 from train.run import check
 from train.step import train_step
-from train.stopwatch import Stopwatch
 
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "one": (1, {}),

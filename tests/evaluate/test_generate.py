@@ -5,7 +5,7 @@ import torch
 from ranks import run_ranks
 from tiny import VOCAB, engine_of, recipe_with
 
-from train.evaluate.generate import Sampling, forward_cached, generate, pick
+from train.inference.decode import Sampling, forward_cached, generate, pick
 from train.model.context import LayerCaches
 
 

@@ -22,7 +22,7 @@ from recipes.schema.command import RECIPES
 from recipes.schema.recipe import Recipe
 from train.checkpoint.manager import checkpoint_at
 from train.hf.__main__ import main
-from train.metrics import METRICS, read_metrics
+from train.record.metrics import METRICS, read_metrics
 from train.run import recipe_mapping, train
 
 CHECK = ["--rows", "2", "--tokens", "33"]
@@ -153,7 +153,7 @@ def test_an_import_trains_and_generates(runs: dict[str, Path], exports: dict[str
 
 def first_words(rank: int, mapping: dict[str, object], folder: Path) -> str:
     from recipes.schema.read import recipe_from_mapping
-    from train.generate import GenerateConfig, stream_text
+    from train.inference.command import GenerateConfig, stream_text
 
     os.chdir(folder)
     return "".join(stream_text(recipe_from_mapping(mapping), GenerateConfig(prompt="line 4", tokens=8, temperature=0)))

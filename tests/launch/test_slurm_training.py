@@ -20,7 +20,7 @@ from data.prepare import prepare
 from launch.runs import METRICS, RunFolder
 from launch.slurm.command import active_jobs, job_numbers
 from launch.slurm.queue import look_up, send_signal
-from train.metrics import read_metrics
+from train.record.metrics import read_metrics
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPE = [

@@ -11,13 +11,13 @@ from megatron.core.transformer.enums import AttnMaskType
 from torch._dynamo.testing import CompileCounter
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-from train.model import compiled
 from train.model import flex as flex_module
 from train.model.attention import AttentionCore, zigzag_positions
 from train.model.capped import capped_attention
 from train.model.context import LayerCaches, RowContext
 from train.model.documents import document_starts
 from train.model.flex import flex, mask_of
+from train.native import scan as compiled
 
 WIDTH = 16
 """Of a head: fills the vectors of every processor, as the compiled form wants it."""

@@ -8,11 +8,12 @@ import torch
 import torch.distributed as dist
 from torch.nn import functional as F
 
-from train.gemm import multiply
-from train.model import compiled, passes
 from train.model.activation import activate
 from train.model.cross_entropy import vocab_parallel_cross_entropy
 from train.model.norm import rms_norm
+from train.native import passes
+from train.native import scan as compiled
+from train.native.gemm import multiply
 
 Inputs = list[torch.Tensor]
 Function = Callable[..., torch.Tensor]

@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
-from train.model import compiled, ssd
+from train.model import ssd
+from train.native import scan as compiled
 
 
 def sequential(

@@ -14,10 +14,10 @@ from tiny import rows_of
 from data.batch import Batch
 from recipes.schema.errors import DataError, RecipeError
 from recipes.schema.recipe import Recipe
-from train.objective.kept import KeptAnswers, batch_keys, fewer, read_request
-from train.objective.teacher import open_teacher
+from train.distill.cache_command import CacheConfig, _answer_all
+from train.distill.teacher import open_teacher
+from train.distill.teacher_cache import KeptAnswers, batch_keys, fewer, read_request
 from train.run import check, mesh_of
-from train.teacher_cache import CacheConfig, _answer_all
 
 STEPS, ROWS_A_STEP = 2, 4
 

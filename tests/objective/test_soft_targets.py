@@ -8,7 +8,7 @@ import torch.distributed as dist
 from ranks import run_ranks
 from torch.nn import functional as F
 
-from train.objective.soft_targets import (
+from train.distill.soft_targets import (
     Head,
     KeptTargets,
     LossWeights,

@@ -17,8 +17,8 @@ from data.batch import Batch
 from recipes.schema.model import ModelConfig
 from recipes.schema.recipe import Recipe
 from train.model.context import RowContext
+from train.record.stopwatch import Stopwatch
 from train.step import train_step
-from train.stopwatch import Stopwatch
 
 GEMMA = replace(
     TINY,

@@ -153,7 +153,7 @@ def test_delayed_scales_are_the_correctly_rounded_quotient() -> None:
 
 
 def test_without_a_compiler_the_same_numbers_come_out(monkeypatch: pytest.MonkeyPatch, tmp_path: object) -> None:
-    from train.precision import native
+    from train.native import quantize as native
 
     x = torch.randn(32, 48, generator=torch.Generator().manual_seed(0))
     operand = Operand(E4M3, "power_of_two", (1, 128))

@@ -155,8 +155,8 @@ def test_the_policy_is_remembered_by_checkpoints(tmp_path: Path) -> None:
 def fall_back_and_save(rank: int, recipe: Recipe, folder: Path) -> Any:
     from tiny import microbatches
 
+    from train.record.stopwatch import Stopwatch
     from train.step import train_step
-    from train.stopwatch import Stopwatch
 
     with engine_of(recipe, rank=rank, world=1) as engine:
         rows = microbatches(recipe, engine.mesh, 0)

@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import pytest
 
-from train.faults import ECHO_S, GIVEN_UP, StopSignals, grace_warning
+from train.resilience.faults import ECHO_S, GIVEN_UP, StopSignals, grace_warning
 
 
 def in_a_child(work: Callable[[StopSignals], None]) -> int:

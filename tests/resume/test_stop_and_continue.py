@@ -11,8 +11,8 @@ from lives import contents_at
 from processes import STEPS, finish, fork, losses, saves, start, wait_for_step
 
 from train.checkpoint import offline, steps
-from train.faults import ECHO_S, GIVEN_UP
-from train.metrics import METRICS, read_metrics
+from train.record.metrics import METRICS, read_metrics
+from train.resilience.faults import ECHO_S, GIVEN_UP
 
 
 @contextmanager

@@ -15,10 +15,10 @@ from recipes.schema.schedule import learning_rate_factor
 from train.checkpoint.manager import CheckpointFolder, Found
 from train.checkpoint.manifest import Manifest, describe_layout
 from train.engine import Engine
-from train.metrics import METRICS, read_metrics
+from train.record.metrics import METRICS, read_metrics
 
 TEACHER = "teacher"
-"""Key of a checkpoint's lineage: who taught the model (`train.objective.teacher.identity`)."""
+"""Key of a checkpoint's lineage: who taught the model (`train.distill.teacher.identity`)."""
 
 
 @dataclass(frozen=True)

@@ -374,7 +374,7 @@ def _range_of(model: Any, tried: list[Any], config: CompressConfig, layers_of: C
 
 
 def _pick(composed: DictConfig) -> int:
-    from train.report import read_run
+    from train.record.report import read_run
 
     recipe, _, folder = _read(composed)
     path = folder / "candidates.json"

@@ -27,10 +27,10 @@ from recipes.schema.errors import RecipeError
 from recipes.schema.model import ModelConfig
 from recipes.schema.pattern import layer_kinds
 from train.compress.scores import Candidate, Removal, Scores
+from train.distill.soft_targets import CPU_CHUNK_BYTES, GPU_CHUNK_BYTES, Head, capped_logits
 from train.engine import Engine, run_schedule
 from train.model.head import head_weight, hidden_states
 from train.objective.next_token import local_rows
-from train.objective.soft_targets import CPU_CHUNK_BYTES, GPU_CHUNK_BYTES, Head, capped_logits
 from train.parallel.mesh import Mesh
 
 ATTENTION = ("*", "w")

@@ -12,11 +12,11 @@ from recipes.schema.errors import CheckpointError, RecipeError
 from recipes.schema.recipe import Recipe
 from train.checkpoint.manager import checkpoint_at
 from train.checkpoint.storage import Manifest, read_weights
+from train.distill.teacher import teacher_recipe
 from train.engine import Engine
 from train.model.backend import ReferenceBackend
 from train.model.build import build_model
 from train.objective.next_token import forward_step
-from train.objective.teacher import teacher_recipe
 from train.parallel.mesh import Mesh
 
 

@@ -20,9 +20,9 @@ import torch
 from recipes.schema.errors import BackendError, CheckpointError
 from recipes.schema.model import ModelConfig
 from recipes.schema.pattern import layer_kinds
-from train.evaluate.generate import Sampling, forward_cached, generate
 from train.hf.config import NO_CLAMP, family_of
 from train.hf.mapping import layer_name
+from train.inference.decode import Sampling, forward_cached, generate
 from train.model.context import LayerCaches
 
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2}

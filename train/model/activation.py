@@ -9,7 +9,7 @@ import torch
 from megatron.core.transformer.mlp import MLP
 from torch.nn import functional as F
 
-from train.model import passes
+from train.native import passes
 
 Function = Literal["squared_relu", "gelu", "silu"]
 

@@ -30,12 +30,12 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.utils import is_layer_window_attention
 from torch.nn import functional as F
 
-from train.model import compiled
 from train.model.capped import capped_attention
 from train.model.context import RowContext
 from train.model.documents import document_starts
 from train.model.flex import flex, mask_of
 from train.model.rotary import Rotary
+from train.native import scan as compiled
 
 BLOCKED_QUERIES = 16
 """Queries from which on the blocked attention, which first turns all keys, is used without a soft cap too."""

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from train.model import compiled
+from train.native import scan as compiled
 
 LARGEST_CAP = 70.0
 QUERIES, KEYS = 128, 512

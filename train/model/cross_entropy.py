@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from train.model import passes
+from train.native import passes
 
 PART_LOGITS = {"cpu": 1 << 18, "cuda": 1 << 24}
 """Logits worked on at once in plain torch: on a CPU their temporaries stay in a cache, on a GPU in a bounded workspace."""

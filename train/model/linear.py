@@ -2,7 +2,7 @@
 
 Megatron's ColumnParallelLinear and RowParallelLinear own the weight, its sharding, names and checkpoints, and call one
 function for the product and its collectives. On a CPU `fast_linear` takes that function's place. It multiplies in fp32 by
-`train.gemm` whatever the storage: a native bf16 product is about 50x slower than fp32 on processors without instructions
+`train.native.gemm` whatever the storage: a native bf16 product is about 50x slower than fp32 on processors without instructions
 for it (docs/log.md), so there bf16 means storage and traffic.
 """
 
@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 
-from train.gemm import multiply
+from train.native.gemm import multiply
 
 
 class _Product(torch.autograd.Function):

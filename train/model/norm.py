@@ -8,7 +8,7 @@ from megatron.core.transformer import TransformerConfig
 from torch import nn
 from torch.nn import functional as F
 
-from train.model import passes
+from train.native import passes
 
 
 class _RMSNorm(torch.autograd.Function):

@@ -8,9 +8,10 @@ from typing import Any
 from recipes.schema.recipe import Recipe
 from recipes.schema.rules import check_objective
 from train.checkpoint.manager import checkpoint_at
-from train.objective import distill, next_token
-from train.objective.kept import KeptAnswers, read_request
-from train.objective.teacher import Teacher, identity, open_teacher
+from train.distill import objective as distill
+from train.distill.teacher import Teacher, identity, open_teacher
+from train.distill.teacher_cache import KeptAnswers, read_request
+from train.objective import next_token
 from train.parallel.mesh import Mesh
 
 
@@ -21,7 +22,7 @@ class Objective:
     forward_step: Callable[..., Any]
     parts: tuple[str, ...] = ()
     teacher: dict[str, Any] | None = None
-    """Which weights teach (`train.objective.teacher.identity`), on every rank."""
+    """Which weights teach (`train.distill.teacher.identity`), on every rank."""
 
 
 def build_objective(recipe: Recipe, *, mesh: Mesh, chunks: list[Any], tokenizer: str | None) -> Objective:

@@ -28,7 +28,7 @@ from megatron.core.tensor_parallel.mappings import (
 from recipes.schema.model import ModelConfig
 from recipes.schema.precision import PrecisionConfig
 from recipes.schema.scaling import Operand, Orientation, Scaling, active_scaling, low_precision_linears, scaling_of
-from train.gemm import multiply
+from train.native.gemm import multiply
 from train.precision import health
 from train.precision.control import Reading
 from train.precision.quantize import Quantized, quantize, rotate, scale_from_history

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from recipes.schema.scaling import Operand, Orientation
-from train.precision import native
+from train.native import quantize as native
 from train.precision.control import Reading
 from train.precision.quantize import Quantized, encoding_scale, scale_of_the_largest
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from recipes.schema.scaling import E4M3, Format, Operand, Orientation
-from train.precision import native
+from train.native import quantize as native
 
 FP32_MAX = torch.finfo(torch.float32).max
 RULES = {"fp32": 0, "power_of_two": 1, "e8m0": 2, "nvfp4": 3, "history": 0, "unit": 0}

@@ -26,7 +26,7 @@ LOSS_PART = 1 << 24
 
 
 CPU_CHUNK_BYTES = 2 << 20
-"""Logits of one chunk of the distillation loss on a CPU: `train.objective.soft_targets`, as the next."""
+"""Logits of one chunk of the distillation loss on a CPU: `train.distill.soft_targets`, as the next."""
 GPU_CHUNK_BYTES = 256 << 20
 
 
@@ -110,7 +110,7 @@ def head_workspace(shape: Shape) -> float:
 
 
 def distilled_head_bytes(shape: Shape) -> float:
-    """Final norm, and what the distillation loss (`train.objective.soft_targets`) keeps in place of logits: its gradients of
+    """Final norm, and what the distillation loss (`train.distill.soft_targets`) keeps in place of logits: its gradients of
     the hidden states and of the head's weight, computed with the loss; labels."""
     m, e = shape.model, shape.size
     norm = shape.share * (m.hidden * 2 * e + 4)

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from train.gemm import multiply
+from train.native.gemm import multiply
 
 PEAK_BF16_FLOPS = {
     "GB300": 2450e12,

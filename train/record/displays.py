@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from recipes.schema.telemetry import TelemetryConfig
-from train.metrics import Line
+from train.record.metrics import Line
 
 
 class Display(Protocol):

@@ -27,9 +27,9 @@ from typing import Any
 import torch
 
 from recipes.schema.telemetry import TelemetryConfig
-from train.displays import Display, Screen, TensorBoard, WeightsAndBiases
-from train.machine import describe_machine, peak_memory_bytes
-from train.metrics import METRICS, JsonLines, Line
+from train.record.displays import Display, Screen, TensorBoard, WeightsAndBiases
+from train.record.machine import describe_machine, peak_memory_bytes
+from train.record.metrics import METRICS, JsonLines, Line
 
 log = logging.getLogger(__name__)
 

@@ -28,12 +28,12 @@ from recipes.schema.objective import ObjectiveConfig
 from recipes.schema.pattern import layer_kinds
 from recipes.schema.recipe import Recipe
 from train.checkpoint.manager import checkpoint_at
+from train.distill.soft_targets import Head, KeptTargets, LossWeights, OnlineTargets, Targets, TopK, head_losses
+from train.distill.teacher import LayerOutputs, Teacher
+from train.distill.teacher_cache import KeptAnswers
 from train.model.attention import zigzag_positions
 from train.model.head import head_weight, hidden_states
-from train.objective.kept import KeptAnswers
 from train.objective.next_token import LocalRows, local_rows
-from train.objective.soft_targets import Head, KeptTargets, LossWeights, OnlineTargets, Targets, TopK, head_losses
-from train.objective.teacher import LayerOutputs, Teacher
 from train.parallel.mesh import Mesh
 
 PARTS = ("divergence", "next_token", "hidden")

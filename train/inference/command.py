@@ -73,7 +73,7 @@ def stream_text(recipe: Recipe, config: GenerateConfig) -> Iterator[str]:
     prepare(device)
 
     from train.checkpoint.manager import CheckpointFolder, checkpoint_at
-    from train.evaluate.generate import Sampling, generate
+    from train.inference.decode import Sampling, generate
 
     folder = Path(recipe.run.folder) / recipe.run.name / "checkpoints"
     found = CheckpointFolder(folder, recipe.checkpoint).newest() if config.checkpoint is None else None

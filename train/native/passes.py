@@ -8,7 +8,7 @@ import ctypes
 
 import torch
 
-from train.model import compiled
+from train.native import scan as compiled
 
 FUNCTIONS = ("squared_relu", "gelu", "silu")
 """Their numbers in passes.c."""

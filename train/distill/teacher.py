@@ -9,7 +9,7 @@ the student's ranks share the same rows.
     teacher tensor > R    one teacher serves tensor / R sets of rows: it reads them one after the other
 
 What crosses between the models is never logits: the teacher gives final hidden states, and its head is cut over the
-vocabulary like the student's, so that `train.objective.soft_targets` compares slice with slice, a few tokens at a time.
+vocabulary like the student's, so that `train.distill.soft_targets` compares slice with slice, a few tokens at a time.
 The teacher needs no gradients, no optimizer and no pipeline of its own.
 """
 
@@ -33,11 +33,11 @@ from recipes.schema.recipe import Recipe
 from recipes.schema.teacher_placement import Place, place_of
 from train.checkpoint.manager import checkpoint_at
 from train.checkpoint.storage import Manifest, read_weights
+from train.distill.soft_targets import Head
 from train.model.backend import choose_backend
 from train.model.build import build_model
 from train.model.context import RowContext
 from train.model.head import head_weight, hidden_states
-from train.objective.soft_targets import Head
 from train.parallel.mesh import Mesh
 
 log = logging.getLogger(__name__)

@@ -1,5 +1,5 @@
 """The compiled forms of the scan and of attention: `scan.c`, `attention.c`, built on first use (and `passes.c`, which
-`train.model.passes` calls).
+`train.native.passes` calls).
 
 Plain torch (`train.model.ssd`, `train.model.capped`) is the definition and takes over where there is no compiler, on other
 devices and in float64; tests hold both to the same tolerances. STRATUM_NATIVE=0 turns the compiled forms off.

@@ -1,10 +1,10 @@
-"""`python -m train.teacher_cache -cn RECIPE objective.teacher_cache=FOLDER objective.top_k=K`: ask the teacher once.
+"""`python -m train.distill.cache_command -cn RECIPE objective.teacher_cache=FOLDER objective.top_k=K`: ask the teacher once.
 
 The teacher reads every row the recipe trains on (each once, however often it is drawn) and its K most likely tokens at
 every place are kept, with the mass of the rest. Training from FOLDER then needs no teacher. Runs on any number of
 processes (torchrun), each whole teacher taking its own blocks of rows; killed, the same command continues.
 
-    python -m train.teacher_cache -cn tiny_distill objective.teacher_cache=runs/answers objective.top_k=64
+    python -m train.distill.cache_command -cn tiny_distill objective.teacher_cache=runs/answers objective.top_k=64
     +cache.values=float16          half the size of the log-probabilities
     +cache.student=runs/mine       also measure what smaller k lose, with this student
 """
@@ -32,8 +32,8 @@ from recipes.schema.rules import check_objective
 from recipes.schema.typed import FieldError, build
 
 if TYPE_CHECKING:  # at run time Megatron must wait for `prepare`
-    from train.objective.soft_targets import TopK
-    from train.objective.teacher import Teacher
+    from train.distill.soft_targets import TopK
+    from train.distill.teacher import Teacher
     from train.parallel.mesh import Mesh
 
 
@@ -50,8 +50,8 @@ class CacheConfig:
 
 
 def main() -> int:
-    """Entry point of `python -m train.teacher_cache`."""
-    return run_command(_fill, program="train.teacher_cache", keys=dotted_keys(Recipe), user_errors=USER_ERRORS)
+    """Entry point of `python -m train.distill.cache_command`."""
+    return run_command(_fill, program="train.distill.cache_command", keys=dotted_keys(Recipe), user_errors=USER_ERRORS)
 
 
 def _fill(composed: DictConfig) -> int:
@@ -95,7 +95,7 @@ def fill(recipe: Recipe, config: CacheConfig) -> None:
         objective=replace(objective, teacher_tensor=parallel.tensor),
     )
     prepare(device)
-    from train.objective.teacher import open_teacher
+    from train.distill.teacher import open_teacher
 
     with mesh_of(recipe, check(recipe, world=world), device=device, rank=rank) as mesh:
         teacher = open_teacher(recipe, mesh=mesh, tokenizer=dataset.tokenizer.fingerprint)
@@ -109,8 +109,8 @@ def _answer_all(
     recipe: Recipe, config: CacheConfig, *, mesh: "Mesh", teacher: "Teacher", dataset: Any, rows: int
 ) -> None:
     from train.checkpoint.manager import checkpoint_at
-    from train.objective.kept import KeptAnswers, Request, batch_keys, open_request, write_block
-    from train.objective.teacher import number_format
+    from train.distill.teacher import number_format
+    from train.distill.teacher_cache import KeptAnswers, Request, batch_keys, open_request, write_block
 
     objective = recipe.objective
     assert objective.teacher is not None and objective.teacher_cache is not None
@@ -170,7 +170,7 @@ def _answer_all(
 
 def _answers(recipe: Recipe, mesh: "Mesh", teacher: "Teacher", batch: Any) -> Iterator["TopK"]:
     """The teacher's answer to each row, on the CPU. Collective over the teacher's ranks."""
-    from train.objective.soft_targets import OnlineTargets, TopK, log_softmax_over_ranks, top_k_of
+    from train.distill.soft_targets import OnlineTargets, TopK, log_softmax_over_ranks, top_k_of
 
     size, tokens = recipe.run.microbatch_rows, recipe.data.row_tokens
     for start in range(0, len(batch.positions), size):
@@ -192,10 +192,10 @@ def _answers(recipe: Recipe, mesh: "Mesh", teacher: "Teacher", batch: Any) -> It
 def _measure(recipe: Recipe, config: CacheConfig, *, mesh: "Mesh", teacher: "Teacher", dataset: Any) -> None:
     """Print what keeping k tokens makes of the divergence, for smaller and smaller k."""
     from train.checkpoint.manager import checkpoint_at
+    from train.distill.soft_targets import Head, LossWeights, OnlineTargets, head_losses
+    from train.distill.teacher import frozen_model, teacher_recipe
     from train.model.context import RowContext
     from train.model.head import head_weight, hidden_states
-    from train.objective.soft_targets import Head, LossWeights, OnlineTargets, head_losses
-    from train.objective.teacher import frozen_model, teacher_recipe
 
     assert config.student is not None
     path, manifest = checkpoint_at(config.student)

@@ -1,4 +1,4 @@
-"""`python -m train.report runs/NAME`: a picture and a page about a run, made from its metrics.jsonl.
+"""`python -m train.record.report runs/NAME`: a picture and a page about a run, made from its metrics.jsonl.
 
 metrics.jsonl, recipe.yaml --> loss.png (loss, held-out bits per byte, learning rate), summary.md, and for a
 low-precision run precision.png (quantisation errors)
@@ -17,8 +17,8 @@ from typing import Any
 import yaml
 
 from recipes.schema.errors import StratumError
-from train.metrics import METRICS, read_metrics
-from train.precision_report import draw_precision, precision_section
+from train.record.metrics import METRICS, read_metrics
+from train.record.precision_report import draw_precision, precision_section
 
 
 @dataclass(frozen=True)
@@ -297,8 +297,8 @@ def _resumes(record: RunRecord) -> list[str]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Entry point of `python -m train.report`."""
-    parser = argparse.ArgumentParser(prog="python -m train.report", description="Picture and summary of a run.")
+    """Entry point of `python -m train.record.report`."""
+    parser = argparse.ArgumentParser(prog="python -m train.record.report", description="Picture and summary of a run.")
     parser.add_argument("folder", type=Path, help="run folder, e.g. runs/smoke")
     parser.add_argument("--sample", type=Path, help="text file with a sample to show in the summary")
     parsed = parser.parse_args(arguments)

@@ -27,7 +27,7 @@ from typing import Any, Protocol
 import torch
 import torch.distributed as dist
 
-from train.gemm import multiply
+from train.native.gemm import multiply
 
 CPU_CHUNK_BYTES = 2 << 20
 """Logits of one chunk on a CPU: they stay in a core's cache (measured, docs/log.md)."""
