@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from data.batch import Batch
-from data.order.permutation.blend import Blend, blend_of
+from data.order.blend import Blend, blend_of
 from data.rows.batch_memory import Filled, fill
 from data.rows.fim import Fim, build_fim, fold_key
 from data.rows.packing import Piece, Rows

@@ -12,7 +12,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from launch.local.command.failures import log_of, read_failures, tell
+from launch.local.failures import log_of, read_failures, tell
 from launch.runs import RunFolder, runs_in, tail
 from launch.slurm.command import job_numbers
 from launch.slurm.queue import QueuedJob, SlurmError, look_up

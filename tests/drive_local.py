@@ -6,8 +6,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-from launch.local.command.command import run_to_end
-
+from launch.local.command import run_to_end
 from launch.runs import RunFolder
 from recipes.schema.data import DataConfig, SourceConfig
 from recipes.schema.launch import LaunchConfig

@@ -18,7 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from launch.local.command.ports import reserved_port
+from launch.local.ports import reserved_port
 
 _IN_EVERY_RANK = (
     "torch._dynamo",

@@ -1,7 +1,7 @@
 """The compiled form of packing and reading rows: `rows.c`, built once for this machine with its C compiler, or not used.
 
-Where there is no compiler everything works all the same, several times slower, through `data.rows.packing` and `data.rows.reader`; the
-rows are the same. STRATUM_NATIVE=0 turns the compiled form off.
+Without a compiler `data.rows.packing` and `data.rows.reader` do the same work in numpy, several times slower; the rows are the
+same. STRATUM_NATIVE=0 turns the compiled form off.
 """
 
 import ctypes

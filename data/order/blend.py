@@ -1,6 +1,6 @@
 """The order of training: global row position -> (source, row of that source), a pure function with nothing to save.
 
-Two independent parts. *Which source* is the curriculum's (`data.order.permutation.curriculum`): within one row of the asked shares after
+Two independent parts. *Which source* is the curriculum's (`data.order.curriculum`): within one row of the asked shares after
 every position, also where shares change and where a source runs out. *Which row*: the k-th draw from a source of n rows is
 number k mod n of epoch k // n in that source's order (`data.order.permutation`), keyed by (seed, source, epoch). No index array;
 start-up and memory do not depend on the corpus.
@@ -16,9 +16,9 @@ from fractions import Fraction
 
 import numpy as np
 
-from data.order.permutation.curriculum import Curriculum, Window
-from data.order.permutation.permutation import RowOrder
-from data.order.permutation.shares import Phase
+from data.order.curriculum import Curriculum, Window
+from data.order.permutation import RowOrder
+from data.order.shares import Phase
 from recipes.schema.data import DataConfig, PhaseConfig
 from recipes.schema.errors import DataError
 

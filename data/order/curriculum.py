@@ -1,6 +1,6 @@
 """From which source each row of training comes: exact shares that may change with time, a pure function of the position.
 
-    phases --data.order.permutation.shares--> owed(p): rows of each source that the first p rows should hold, an exact fraction
+    phases --data.order.shares--> owed(p): rows of each source that the first p rows should hold, an exact fraction
            --Curriculum---> window(p): the stretch of rows around p, with the source of each
 
 No order by source can follow `owed` exactly; this one stays within one row of it.
@@ -37,7 +37,7 @@ from fractions import Fraction
 
 import numpy as np
 
-from data.order.permutation.shares import Phase, Segment, course_of
+from data.order.shares import Phase, Segment, course_of
 
 WINDOW_ROWS = 4096
 """Rows of a window, about: what is laid out at once (some milliseconds) and kept."""
@@ -108,7 +108,7 @@ class Curriculum:
     """The order of sources. Start-up depends on the number of phases, memory on nothing. Safe for threads."""
 
     def __init__(self, phases: Sequence[Phase], limits: Sequence[int | None] = ()) -> None:
-        """phases and limits: as `data.order.permutation.shares` takes them."""
+        """phases and limits: as `data.order.shares` takes them."""
         self._lock = threading.Lock()
         self._windows: OrderedDict[tuple[int, int], Window] = OrderedDict()
         self._ends: OrderedDict[tuple[int, int], _End] = OrderedDict()

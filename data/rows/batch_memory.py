@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from data.native import rows as compiled
+from data.native import rows as native
 from data.rows.packing import Rows
 from data.store.cache import Activity
 from recipes.schema.errors import DataError
@@ -54,7 +54,7 @@ def fill(
         filled = Filled(tokens[:, :-1], tokens[:, 1:], documents)
     sources, rows = source.tolist(), row.tolist()
     left: Sequence[int] | None = None
-    if compiled.library() is not None:
+    if native.library() is not None:
         left = _compiled(parts, sources, rows, tokens, labels, documents, vocab_size=vocab_size, activity=activity)
     elif not apart:
         left = _chunks(parts, sources, rows, tokens, documents, vocab_size=vocab_size)
@@ -75,7 +75,7 @@ def _compiled(
     activity: Activity,
 ) -> list[int] | None:
     """Fill what one call can. -> the places it left out; None where something is wrong and nothing counts."""
-    plan, left = compiled.Plan(), list[int]()
+    plan, left = native.Plan(), list[int]()
     if len(distinct := set(sources)) == 1:
         left = parts[sources[0]].plan(rows, list(range(len(rows))), plan)
     else:

@@ -23,7 +23,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from data.native import rows as compiled
+from data.native import rows as native
 from data.rows.reader import OpenShard, TokenStream
 
 STRETCH_ROWS = 64
@@ -146,7 +146,7 @@ class Rows:
         bounds = [low, *starts.tolist(), high]
         return [Piece(a, b) for a, b in itertools.pairwise(bounds)]
 
-    def plan(self, rows: list[int], where: list[int], plan: compiled.Plan) -> list[int]:
+    def plan(self, rows: list[int], where: list[int], plan: native.Plan) -> list[int]:
         """Plan to read row rows[i] to place where[i] of a batch by compiled code. -> the places of those it cannot read: in two
         shards, or at the beginning of the stream, with no token before."""
         left: list[int] = []
@@ -205,7 +205,7 @@ class Rows:
         size, bounds = STRETCH_ROWS * self.row_tokens, self.stream.bounds
         found: dict[int, Packed] = {}
         opened: dict[int, OpenShard] = {}
-        plans: list[tuple[int, int, compiled.Stretch]] = []
+        plans: list[tuple[int, int, native.Stretch]] = []
         for number in stretches:
             start, rows = number * size, min(STRETCH_ROWS, self.count - number * STRETCH_ROWS)
             entry, before = self.stream.entry_with(start - 1, start + rows * self.row_tokens)
@@ -214,11 +214,11 @@ class Rows:
                 if shard is None:
                     shard = opened[entry] = self.stream.open(entry)
                 guess = 2 * len(shard.search) * size // max(1, bounds[entry + 1] - bounds[entry])
-                plans.append((number, entry, compiled.Stretch(shard.record, before + 1, rows, guess)))
-        packed = compiled.pack([plan for *_, plan in plans], row_tokens=self.row_tokens)
+                plans.append((number, entry, native.Stretch(shard.record, before + 1, rows, guess)))
+        packed = native.pack([plan for *_, plan in plans], row_tokens=self.row_tokens)
         for (number, entry, plan), numbers in zip(plans, packed, strict=True):
             if numbers is not None:
-                found[number] = Packed(numbers, compiled.address_of(numbers), plan.rows, entry, plan.low)
+                found[number] = Packed(numbers, native.address_of(numbers), plan.rows, entry, plan.low)
         for number in stretches:
             if number not in found:
                 found[number] = self._pack_plainly(number)
@@ -230,10 +230,10 @@ class Rows:
         arranged = best_fit(self.cut(low, high), rows=rows, row_tokens=self.row_tokens)
         ends = itertools.accumulate((len(pieces) for pieces in arranged), initial=0)
         places = (n for pieces in arranged for p in pieces for n in (p.start - low, p.stop - p.start))
-        is_short = self.row_tokens <= compiled.LONGEST_ROW
+        is_short = self.row_tokens <= native.LONGEST_ROW
         numbers = np.array([*ends, *places], dtype=np.int32 if is_short else np.int64)
         entry, before = self.stream.entry_with(low - 1, high) if is_short else (-1, 0)
-        return Packed(numbers, compiled.address_of(numbers), rows, entry, before + 1)
+        return Packed(numbers, native.address_of(numbers), rows, entry, before + 1)
 
 
 def best_fit(documents: Sequence[Piece], *, rows: int, row_tokens: int) -> list[list[Piece]]:

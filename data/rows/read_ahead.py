@@ -14,8 +14,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from data.order.permutation.blend import Blend
-from data.order.permutation.curriculum import WINDOW_ROWS
+from data.order.blend import Blend
+from data.order.curriculum import WINDOW_ROWS
 from data.rows.packing import STRETCH_ROWS, Rows
 from data.store.cache import RemoteFolder
 from data.store.manifest import ShardEntry

@@ -20,8 +20,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from launch.doctor.command.gpu import ON_GPU, cuda, fabric, gpus
-from launch.doctor.command.machine import SETUP, Finding, Machine, package, pins, project_file
+from launch.doctor.gpu import ON_GPU, cuda, fabric, gpus
+from launch.doctor.machine import SETUP, Finding, Machine, package, pins, project_file
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence

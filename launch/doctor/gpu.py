@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING
 
-from launch.doctor.command.machine import SETUP, Finding, Machine, package, pins
+from launch.doctor.machine import SETUP, Finding, Machine, package, pins
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -1,6 +1,6 @@
 """`python -m launch local [-cn RECIPE] [overrides]`: a run of 1..N processes on this machine, seen to its end.
 
-    words --compose--> recipe --checks--> attempt (launch.local.command.supervise) --failed--> wait --> attempt --> ... --> exit status
+    words --compose--> recipe --checks--> attempt (launch.local.supervise) --failed--> wait --> attempt --> ... --> exit status
 
 Every attempt resumes from the newest checkpoint. The exit status is the trainer's own (docs/launch.md), or that of the
 rank that failed first.
@@ -14,9 +14,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from launch.compose import compose, extra_environment, layout_of, run_folder, split_words
-from launch.local.command.continuation import backoff_s, decide
-from launch.local.command.failures import tell
-from launch.local.command.supervise import StopRequest, run_attempt, say
+from launch.local.continuation import backoff_s, decide
+from launch.local.failures import tell
+from launch.local.supervise import StopRequest, run_attempt, say
 from launch.runs import RunFolder
 from recipes.schema.errors import USER_ERRORS, RecipeError
 from recipes.schema.recipe import Recipe

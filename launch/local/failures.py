@@ -12,7 +12,7 @@ import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from launch.local.command.continuation import describe
+from launch.local.continuation import describe
 from launch.runs import tail
 
 _CONSEQUENCE = re.compile(

@@ -17,8 +17,8 @@ from collections.abc import MutableMapping
 from pathlib import Path
 from types import TracebackType
 
-from launch.local.command.continuation import STOPPED
-from launch.local.command.failures import RankFailure, note_stop, write_failure
+from launch.local.continuation import STOPPED
+from launch.local.failures import RankFailure, note_stop, write_failure
 
 LOGS = "STRATUM_LOGS"
 """Variable: folder of this attempt's logs and records."""

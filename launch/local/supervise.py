@@ -21,11 +21,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
-from launch.local.command.continuation import STOPPED, shell_status
-from launch.local.command.failures import RankFailure, by_cause, log_of, read_failures
-from launch.local.command.ports import reserved_port
-from launch.local.command.rank import LAUNCHER, LOGS, RANK_LOG
-from launch.local.command.terminal import Output
+from launch.local.continuation import STOPPED, shell_status
+from launch.local.failures import RankFailure, by_cause, log_of, read_failures
+from launch.local.ports import reserved_port
+from launch.local.rank import LAUNCHER, LOGS, RANK_LOG
+from launch.local.terminal import Output
 
 SETTLE_S = 2.0
 """After the first failure: long enough for the others to notice and say so, short enough to restart at once."""

@@ -17,7 +17,7 @@ from recipes.schema.rules import objective_problems, unused
 from recipes.schema.scaling import shape_problems
 
 if TYPE_CHECKING:
-    from data.order.permutation.blend import Blend
+    from data.order.blend import Blend
 
 
 def recipe_problems(recipe: Recipe, device: Device) -> list[str]:
@@ -166,7 +166,7 @@ def _rows(recipe: Recipe) -> int:
 
 def _order(recipe: Recipe, manifest: Manifest) -> "Blend":
     """The order of training of prepared data. DataError where a source is not in it, or too small."""
-    from data.order.permutation.blend import blend_of  # it needs numpy, which a plan without prepared data does without
+    from data.order.blend import blend_of  # it needs numpy, which a plan without prepared data does without
 
     data, counts = recipe.data, []
     for name in data.sources:

@@ -11,9 +11,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from launch.local.command.continuation import Decision, decide
-from launch.local.command.failures import read_failures, read_stop, tell
-from launch.local.command.rank import LOGS
+from launch.local.continuation import Decision, decide
+from launch.local.failures import read_failures, read_stop, tell
+from launch.local.rank import LOGS
 from launch.runs import RunFolder
 
 STOP = "stop"

@@ -4,7 +4,7 @@
     Preparation --preparation_script--> bash:  one task of an array job prepares its share of the data
 
 Only bash, Slurm's own commands and `python -m launch...` stand in a script; the rule of what comes next is in
-launch.local.command.continuation, and the tests run these scripts on a real Slurm.
+launch.local.continuation, and the tests run these scripts on a real Slurm.
 """
 
 import shlex

@@ -61,9 +61,9 @@ def test_both_forms_are_the_formula(
     want = by_formula(values)
     assert whole(values) == want
     monkeypatch.setenv("STRATUM_NATIVE", "0")
-    fingerprint._kernel.cache_clear()
+    fingerprint.kernels.cache_clear()
     assert fingerprint._kernel() is None and whole(values) == want
-    fingerprint._kernel.cache_clear()
+    fingerprint.kernels.cache_clear()
 
 
 @settings(max_examples=60)

@@ -5,13 +5,13 @@ from fractions import Fraction
 
 import numpy as np
 import pytest
-from data.order.permutation.blend import Blend, BlendSource
-from data.order.permutation.curriculum import Curriculum
-from data.order.permutation.permutation import RowOrder, permute
-from data.order.permutation.shares import Phase
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from data.order.blend import Blend, BlendSource
+from data.order.curriculum import Curriculum
+from data.order.permutation import RowOrder, permute
+from data.order.shares import Phase
 from recipes.schema.data import PhaseConfig
 from recipes.schema.errors import DataError
 

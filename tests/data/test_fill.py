@@ -15,14 +15,14 @@ from shards import random_documents, write_folder
 import data.rows.batch_memory
 from data.batch import Batch
 from data.dataset import open_dataset
-from data.native import rows as compiled
+from data.native import rows as native
 from data.rows.fim import Fim, FimConfig
 from data.rows.packing import Piece, best_fit
 from data.store.manifest import file_facts, read_manifest, write_manifest
 from data.store.shards import _CODES, _HEADER, _MAGIC
 from recipes.schema.data import DataConfig, SourceConfig
 
-pytestmark = pytest.mark.skipif(compiled.library() is None, reason="no C compiler here: the plain form is all there is")
+pytestmark = pytest.mark.skipif(native.library() is None, reason="no C compiler here: the plain form is all there is")
 
 
 @st.composite
@@ -47,16 +47,16 @@ def test_compiled_packing_is_the_plain_one(
     entries, row_tokens, wanted = stretch
     offsets = [(first + itemsize * np.array(starts)).astype("<i8") for starts in entries]
     records = [
-        compiled.ShardRecord(
+        native.ShardRecord(
             first_byte=first, shift=itemsize.bit_length() - 1, documents=len(each), starts=each.ctypes.data
         )
         for each in offsets
     ]
     asked = [
-        compiled.Stretch(ctypes.addressof(records[n % len(entries)]), low, rows, guess)
+        native.Stretch(ctypes.addressof(records[n % len(entries)]), low, rows, guess)
         for n, (low, rows) in enumerate(wanted)
     ]
-    for number, found in enumerate(compiled.pack(asked, row_tokens=row_tokens)):
+    for number, found in enumerate(native.pack(asked, row_tokens=row_tokens)):
         starts, (low, rows) = entries[number % len(entries)], wanted[number]
         high = low + rows * row_tokens
         bounds = [low, *(s for s in starts if low < s < high), high]
@@ -70,10 +70,10 @@ def test_compiled_packing_is_the_plain_one(
 
 def test_an_index_that_goes_back_is_left_to_the_plain_form() -> None:
     offsets, rising = np.array([0, 40, 20, 60], dtype="<i8"), np.array([0, 20, 40], dtype="<i8")
-    record = compiled.ShardRecord(documents=4, starts=offsets.ctypes.data)
-    sound = compiled.ShardRecord(documents=3, starts=rising.ctypes.data)
-    asked = [compiled.Stretch(ctypes.addressof(r), 0, rows, 4) for r, rows in ((record, 4), (sound, 3), (record, 4))]
-    found = compiled.pack(asked, row_tokens=20)
+    record = native.ShardRecord(documents=4, starts=offsets.ctypes.data)
+    sound = native.ShardRecord(documents=3, starts=rising.ctypes.data)
+    asked = [native.Stretch(ctypes.addressof(r), 0, rows, 4) for r, rows in ((record, 4), (sound, 3), (record, 4))]
+    found = native.pack(asked, row_tokens=20)
     assert found[0] is found[2] is None and found[1] is not None
     assert found[1].tolist() == [0, 1, 2, 3, 0, 20, 20, 20, 40, 20]
 
@@ -179,8 +179,8 @@ def test_what_is_waited_for_is_named_row_by_row(tmp_path: Path, monkeypatch: pyt
     """A call over several shards says which one it reads: here as it stood when the call ended, at its last row."""
     write_folder(tmp_path, {"a": [random_documents(200, seed=8), random_documents(200, seed=9)]})
     dataset = open_dataset(DataConfig(folder=str(tmp_path), sources={"a": SourceConfig(path="-")}, row_tokens=32))
-    real, plans = compiled.Plan.read, []
-    monkeypatch.setattr(compiled.Plan, "read", lambda plan, **k: (plans.append(plan), real(plan, **k))[1])
+    real, plans = native.Plan.read, []
+    monkeypatch.setattr(native.Plan, "read", lambda plan, **k: (plans.append(plan), real(plan, **k))[1])
     for position in range(dataset.train[0].count - 1):
         dataset.training_rows(np.array([position, position + 1]))
     named = {str(plan) for plan in plans}

@@ -3,9 +3,9 @@
 from pathlib import Path
 
 import pytest
-from launch.local.command.continuation import Decision, backoff_s, decide, describe, shell_status
-from launch.local.command.failures import RankFailure, by_cause, log_of, read_failures, tell, write_failure
 
+from launch.local.continuation import Decision, backoff_s, decide, describe, shell_status
+from launch.local.failures import RankFailure, by_cause, log_of, read_failures, tell, write_failure
 from launch.runs import RunFolder
 
 

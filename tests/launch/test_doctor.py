@@ -11,8 +11,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from launch.doctor.command.command import look, report
-from launch.doctor.command.machine import Finding, Machine
+
+from launch.doctor.command import look, report
+from launch.doctor.machine import Finding, Machine
 
 ROOT = Path(__file__).resolve().parents[2]
 TOPOLOGY = """        GPU0    GPU1    NIC0    CPU Affinity

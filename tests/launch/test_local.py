@@ -194,7 +194,7 @@ def test_on_a_terminal_the_process_has_one_too_and_the_log_is_clean(tmp_path: Pa
     program = (
         "import fcntl, termios, struct, sys, time\n"
         "from pathlib import Path\n"
-        "from launch.local.command.supervise import StopRequest, run_attempt\n"
+        "from launch.local.supervise import StopRequest, run_attempt\n"
         "fcntl.ioctl(2, termios.TIOCSWINSZ, struct.pack('HHHH', 24, 77, 0, 0))\n"
         "import os\n"
         "end = run_attempt([sys.executable, '-m', 'launch.local.rank', 'bar'], processes=1, environment=dict(os.environ),\n"

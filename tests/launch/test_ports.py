@@ -6,9 +6,9 @@ import socket
 from contextlib import ExitStack
 
 import pytest
-from launch.local.command.ports import reserved_port
 
-from launch.local.command import ports
+from launch.local import ports
+from launch.local.ports import reserved_port
 
 
 def test_every_world_has_a_port_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:

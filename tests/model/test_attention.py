@@ -17,7 +17,7 @@ from train.model.capped import capped_attention
 from train.model.context import LayerCaches, RowContext
 from train.model.documents import document_starts
 from train.model.flex import flex, mask_of
-from train.native import scan as compiled
+from train.native import attention as compiled
 
 WIDTH = 16
 """Of a head: fills the vectors of every processor, as the compiled form wants it."""

@@ -11,8 +11,7 @@ from torch.nn import functional as F
 from train.model.activation import activate
 from train.model.cross_entropy import vocab_parallel_cross_entropy
 from train.model.norm import rms_norm
-from train.native import passes
-from train.native import scan as compiled
+from train.native import kernels, passes
 from train.native.gemm import multiply
 
 Inputs = list[torch.Tensor]
@@ -24,7 +23,7 @@ def form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str
     if request.param == "plain":
         monkeypatch.setattr(passes, "takes", lambda x: False)
     else:
-        assert compiled.library("passes") is not None, "these kernels could not be compiled here"
+        assert kernels.library("passes") is not None, "these kernels could not be compiled here"
     return request.param
 
 

@@ -13,17 +13,15 @@ On a CPU a compiled pass at memory speed; elsewhere the same in torch operations
 """
 
 import ctypes
-import functools
 import math
 import os
 import re
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from data.native import build_c
+from train.native.fingerprint import kernels
 
 LANES = 2
 _GOLDEN = 0x9E3779B97F4A7C15
@@ -50,7 +48,7 @@ def of_box(
         return (0, 0)
     assert len(whole) == len(offset) == len(shape), "as many numbers for each"
     width = data.element_size()
-    if data.device.type == "cpu" and (kernel := _kernel()) is not None:
+    if data.device.type == "cpu" and (kernel := kernels()) is not None:
         sums = (ctypes.c_uint64 * LANES)()
         kernel.stratum_fingerprint(data.data_ptr(), width, *_numbers(whole, offset, shape), copy_to, sums)
         return sums[0], sums[1]
@@ -77,7 +75,7 @@ def of_stored_box(
     width: bytes an element. scratch: uint8 on the CPU, 8 bytes or more: what is read at once. Raises OSError where the system
     refuses, or the file ends too early.
     """
-    kernel = _kernel()
+    kernel = kernels()
     if kernel is None:
         return None
     assert len(whole) == len(offset) == len(shape), "as many numbers for each"
@@ -168,19 +166,3 @@ def _shifted(x: torch.Tensor, by: int) -> torch.Tensor:
 
 def _signed(value: int) -> int:
     return value - 2**64 if value >= 2**63 else value
-
-
-@functools.cache
-def _kernel() -> ctypes.CDLL | None:
-    library = build_c.load_if_possible(Path(__file__).with_name("fingerprint.c"), what="fingerprints are")
-    if library is None:
-        return None
-    pointer, number, i64 = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
-    numbers, sums = ctypes.POINTER(i64), ctypes.POINTER(ctypes.c_uint64)
-    library.stratum_fingerprint.restype = None
-    library.stratum_fingerprint.argtypes = [pointer, number, number, numbers, numbers, numbers, pointer, sums]
-    library.stratum_fingerprint_file.restype = number
-    library.stratum_fingerprint_file.argtypes = [
-        number, i64, pointer, i64, number, number, numbers, numbers, numbers, sums,
-    ]  # fmt: skip
-    return library

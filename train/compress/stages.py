@@ -16,9 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from launch.local.command.supervise import StopRequest, run_attempt
 from omegaconf import DictConfig
 
+from launch.local.supervise import StopRequest, run_attempt
 from recipes.schema.command import asked_for, recipe_words, section
 from recipes.schema.errors import RecipeError
 from recipes.schema.read import read_recipe

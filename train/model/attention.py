@@ -35,7 +35,7 @@ from train.model.context import RowContext
 from train.model.documents import document_starts
 from train.model.flex import flex, mask_of
 from train.model.rotary import Rotary
-from train.native import scan as compiled
+from train.native import attention as compiled
 
 BLOCKED_QUERIES = 16
 """Queries from which on the blocked attention, which first turns all keys, is used without a soft cap too."""

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from train.native import scan as compiled
+from train.native import attention as compiled
 
 LARGEST_CAP = 70.0
 QUERIES, KEYS = 128, 512

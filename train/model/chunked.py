@@ -7,28 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-
-@dataclass(frozen=True)
-class ScanSizes:
-    """Sizes of the scan on this rank."""
-
-    heads: int
-    head_dim: int
-    state: int
-    groups: int
-    chunk: int
-
-    @property
-    def inner(self) -> int:
-        return self.heads * self.head_dim
-
-    @property
-    def conv_channels(self) -> int:
-        return self.inner + 2 * self.groups * self.state
-
-    @property
-    def heads_per_group(self) -> int:
-        return self.heads // self.groups
+from train.native.scan import ScanSizes
 
 
 @dataclass(frozen=True)

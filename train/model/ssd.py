@@ -27,10 +27,11 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from train.model.chunked import Chunked, ScanSizes
+from train.model.chunked import Chunked
 from train.model.convolution import convolve, convolve_backward
 from train.model.documents import document_starts
 from train.native import scan as compiled
+from train.native.scan import ScanSizes
 
 StatePair = tuple[torch.Tensor, torch.Tensor]
 """(last W-1 convolution inputs [W-1, B, C], scan state [B, G, N, H/G, P] fp32): constant size whatever was read."""

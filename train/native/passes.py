@@ -8,7 +8,7 @@ import ctypes
 
 import torch
 
-from train.native import scan as compiled
+from train.native.kernels import library
 
 FUNCTIONS = ("squared_relu", "gelu", "silu")
 """Their numbers in passes.c."""
@@ -40,14 +40,12 @@ class Loss(ctypes.Structure):
 
 def takes(x: torch.Tensor) -> bool:
     """Whether the compiled forms take a tensor like this: fp32 or bf16 on a CPU."""
-    return (
-        x.device.type == "cpu" and x.dtype in (torch.float32, torch.bfloat16) and compiled.library("passes") is not None
-    )
+    return x.device.type == "cpu" and x.dtype in (torch.float32, torch.bfloat16) and library("passes") is not None
 
 
 def _call(name: str, head: ctypes.Structure, *tensors: torch.Tensor) -> None:
     assert all(x.is_contiguous() for x in tensors)
-    failed = getattr(compiled.library("passes"), name)(
+    failed = getattr(library("passes"), name)(
         ctypes.byref(head), *(x.data_ptr() for x in tensors), torch.get_num_threads()
     )
     assert not failed, f"{name} does not know what it was asked for"

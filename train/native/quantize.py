@@ -1,4 +1,4 @@
-"""The compiled form of the quantisers: `kernels.c`, built once for this machine with its C compiler, or not used at all.
+"""The compiled form of the quantisers: `quantize.c`, built once for this machine with its C compiler, or not used at all.
 
 Where there is no compiler everything works all the same, several times slower, through `train.precision.quantize`; the
 numbers are the same bits. STRATUM_NATIVE=0 turns the compiled form off.
@@ -12,13 +12,13 @@ import torch
 
 from data.native import build_c
 
-SOURCE = Path(__file__).with_name("kernels.c")
+SOURCE = Path(__file__).with_name("quantize.c")
 FLAGS = ("-ffp-contract=off",)
 """No contraction: these kernels promise exact bits."""
 
 
 class Spec(ctypes.Structure):
-    """Mirror of `Spec` in kernels.c."""
+    """Mirror of `Spec` in quantize.c."""
 
     _fields_ = [
         ("mantissa", ctypes.c_int32),

@@ -1,24 +1,34 @@
-"""The compiled forms of the scan and of attention: `scan.c`, `attention.c`, built on first use (and `passes.c`, which
-`train.native.passes` calls).
-
-Plain torch (`train.model.ssd`, `train.model.capped`) is the definition and takes over where there is no compiler, on other
-devices and in float64; tests hold both to the same tolerances. STRATUM_NATIVE=0 turns the compiled forms off.
-"""
+"""The compiled Mamba-2 scan: how `scan.c` is called. `train.model.ssd` has the formulas, `train.model.chunked` the definition."""
 
 import ctypes
-import functools
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
 
 import torch
 
-from data.native import build_c
+from train.native.kernels import call, library
 
-if TYPE_CHECKING:
-    from train.model.ssd import ScanSizes
 
-FOLDER = Path(__file__).parent
-ATTENTION = "pairs lines keys width groups per_group queries offset stretches"
+@dataclass(frozen=True)
+class ScanSizes:
+    """Sizes of the scan on this rank."""
+
+    heads: int
+    head_dim: int
+    state: int
+    groups: int
+    chunk: int
+
+    @property
+    def inner(self) -> int:
+        return self.heads * self.head_dim
+
+    @property
+    def conv_channels(self) -> int:
+        return self.inner + 2 * self.groups * self.state
+
+    @property
+    def heads_per_group(self) -> int:
+        return self.heads // self.groups
 
 
 class Shape(ctypes.Structure):
@@ -42,47 +52,7 @@ class Shape(ctypes.Structure):
     ]
 
 
-class Attention(ctypes.Structure):
-    """Mirror of `Attention` in attention.c."""
-
-    _fields_ = [
-        *((name, ctypes.c_int64) for name in ATTENTION.split()),
-        ("scale", ctypes.c_float),
-        ("softcap", ctypes.c_float),
-    ]
-
-
-@functools.cache
-def library(name: str) -> ctypes.CDLL | None:
-    """The compiled `name`.c, or None where that is not possible here (said once, at info level)."""
-    loaded = build_c.load_if_possible(FOLDER / f"{name}.c", FOLDER / "simd.h", what=f"{name}.c is")
-    if loaded is None:
-        return None
-    pointer, number = ctypes.c_void_p, ctypes.c_int
-    arguments = {
-        "stratum_scan_forward": 9, "stratum_scan_backward": 15, "stratum_scan_finish": 4,
-        "stratum_conv_forward": 5, "stratum_conv_backward": 7,
-        "stratum_capped_forward": 7, "stratum_capped_backward": 11,
-        "stratum_norm_forward": 4, "stratum_norm_backward": 7,
-        "stratum_activation_forward": 2, "stratum_activation_backward": 3,
-        "stratum_loss_forward": 4, "stratum_loss_backward": 4,
-    }  # fmt: skip
-    for function, tensors in arguments.items():
-        if hasattr(loaded, function):
-            getattr(loaded, function).argtypes = [pointer] * (tensors + 1) + [number]
-    loaded.stratum_lanes.restype = number
-    return loaded
-
-
-def attention_usable(query: torch.Tensor) -> bool:
-    """Whether the compiled attention takes heads like these [..., width]: on a CPU, not float64, filling its vectors."""
-    if query.device.type != "cpu" or query.dtype == torch.float64:
-        return False
-    kernels = library("attention")
-    return kernels is not None and query.shape[-1] % kernels.stratum_lanes() == 0
-
-
-def scan_usable(zxbcdt: torch.Tensor, sizes: "ScanSizes") -> bool:
+def scan_usable(zxbcdt: torch.Tensor, sizes: ScanSizes) -> bool:
     """Whether the compiled scan takes this input: on a CPU, not float64, widths that fill its vectors."""
     if zxbcdt.device.type != "cpu" or zxbcdt.dtype == torch.float64:
         return False
@@ -92,79 +62,11 @@ def scan_usable(zxbcdt: torch.Tensor, sizes: "ScanSizes") -> bool:
     )
 
 
-def _call(function: Any, head: ctypes.Structure, *tensors: torch.Tensor | None) -> None:
-    """Call a kernel with its leading struct and pointers; every tensor is contiguous where the kernel assumes it."""
-    assert all(x is None or x.is_contiguous() for x in tensors)
-    pointers = [None if x is None else x.data_ptr() for x in tensors]
-    if function(ctypes.byref(head), *pointers, torch.get_num_threads()):
-        raise MemoryError("no memory for the scan's scratch space")
-
-
-# ---- capped attention
-
-TASKS = 16
-"""Tasks that a backward pass over attention is cut into at least, whatever the threads."""
-
-
-def _attention(q: torch.Tensor, k: torch.Tensor, first_key_BQ: torch.Tensor, plan: Any) -> Attention:
-    pairs, lines, width = q.shape
-    queries = first_key_BQ.shape[1]
-    return Attention(
-        pairs=pairs, lines=lines, keys=k.shape[1], width=width, groups=plan.groups, per_group=lines // queries,
-        queries=queries, offset=plan.offset, stretches=max(1, min(-(-TASKS // pairs), lines // 128)), scale=plan.scale,
-        softcap=plan.softcap,
-    )  # fmt: skip
-
-
-def _turned(k: torch.Tensor, times: int) -> torch.Tensor:
-    kernels = library("attention")
-    assert kernels is not None
-    block = kernels.stratum_keys()
-    return torch.empty(times * k.shape[0] * -(-k.shape[1] // block) * block * k.shape[2])
-
-
-def capped_forward(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, first_key_BQ: torch.Tensor, plan: Any
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """q [pairs, lines, D], k, v [pairs, keys, D], fp32 and contiguous. -> (out like q, sums of p [pairs, lines]; without a cap
-    (plan.softcap 0) their logarithms)."""
-    kernels = library("attention")
-    assert kernels is not None
-    out, sums = torch.empty_like(q), torch.empty(q.shape[:2])
-    head = _attention(q, k, first_key_BQ, plan)
-    _call(kernels.stratum_capped_forward, head, q, k, v, first_key_BQ, _turned(k, 1), out, sums)
-    return out, sums
-
-
-def capped_backward(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    first_key_BQ: torch.Tensor,
-    sums: torch.Tensor,
-    grad: torch.Tensor,
-    constant: torch.Tensor,
-    plan: Any,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """grad: of out, with a cap divided by the sums; constant: <grad, out>. -> gradients of q, k, v."""
-    kernels = library("attention")
-    assert kernels is not None
-    head = _attention(q, k, first_key_BQ, plan)
-    grad_q = torch.empty_like(q)
-    grad_k, grad_v = torch.empty(2, head.stretches, *k.shape).unbind()
-    _call(
-        kernels.stratum_capped_backward, head, q, k, v, first_key_BQ, sums, grad, constant, _turned(k, 2), grad_q, grad_k, grad_v
-    )  # fmt: skip
-    return grad_q, grad_k.sum(0), grad_v.sum(0)
-
-
-# ---- the scan
-
 MOST_PARTS = 8
 """Parts of a group's heads at most, and so tasks of a row and group."""
 
 
-def scan_shape(zxbcdt_LBD: torch.Tensor, sizes: "ScanSizes", taps: int) -> Shape:
+def scan_shape(zxbcdt_LBD: torch.Tensor, sizes: ScanSizes, taps: int) -> Shape:
     """The kernels' view of the sizes. Heads of a group are split until all threads have as many tasks; the bits do not
     depend on that (scan.c says why)."""
     length, rows, width = zxbcdt_LBD.shape
@@ -188,7 +90,7 @@ def scan_forward(
     A_H: torch.Tensor,
     D_H: torch.Tensor,
     first_BL: torch.Tensor | None,
-    sizes: "ScanSizes",
+    sizes: ScanSizes,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Convolution, scan and gate. All fp32 and contiguous. -> (out [L, B, HP], pre [B, L, C], y [B, L, HP], states)."""
     kernels = library("scan")
@@ -200,8 +102,8 @@ def scan_forward(
     out = torch.empty(length, rows, sizes.inner)
     states = torch.empty(rows, -(-length // sizes.chunk), sizes.heads, sizes.state, sizes.head_dim)
     weight_WC = conv_weight_CW.t().contiguous()
-    _call(kernels.stratum_conv_forward, shape, zxbcdt_LBD, weight_WC, conv_bias_C, first_BL, pre)
-    _call(kernels.stratum_scan_forward, shape, zxbcdt_LBD, pre, dt_BLH, A_H, D_H, first_BL, y, out, states)
+    call(kernels.stratum_conv_forward, shape, zxbcdt_LBD, weight_WC, conv_bias_C, first_BL, pre)
+    call(kernels.stratum_scan_forward, shape, zxbcdt_LBD, pre, dt_BLH, A_H, D_H, first_BL, y, out, states)
     return out, pre, y, states
 
 
@@ -218,7 +120,7 @@ def scan_backward(
     y: torch.Tensor,
     states: torch.Tensor,
     grad_zxbcdt: torch.Tensor,
-    sizes: "ScanSizes",
+    sizes: ScanSizes,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Writes all of `grad_zxbcdt` but dt. -> gradients of (conv weight [C, W], conv bias, dt [B, L, H], A, D)."""
     kernels = library("scan")
@@ -234,12 +136,12 @@ def scan_backward(
     grad_A, grad_D = torch.empty(2, rows, sizes.heads).unbind()
     weight_WC = conv_weight_CW.t().contiguous()
     grad_weight, grad_bias = torch.empty_like(weight_WC), torch.empty(sizes.conv_channels)
-    _call(
+    call(
         kernels.stratum_scan_backward, shape, zxbcdt_LBD, pre, dt_BLH, A_H, D_H, first_BL, y, states, grad_out_LBI,
         grad_zxbcdt, grad_pre, shared, grad_dt, grad_A, grad_D,
     )  # fmt: skip
-    _call(kernels.stratum_scan_finish, shape, pre, first_BL, shared, grad_pre)
-    _call(
+    call(kernels.stratum_scan_finish, shape, pre, first_BL, shared, grad_pre)
+    call(
         kernels.stratum_conv_backward,
         shape,
         zxbcdt_LBD,

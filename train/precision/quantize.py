@@ -2,7 +2,7 @@
 
     matrix --scale of each block--> code points of a small format --decode--> fp32 values    (`quantize`)
 
-This file is the definition; `kernels.c` computes the same bits in one pass over memory and is used where it can be.
+This file is the definition; `quantize.c` computes the same bits in one pass over memory and is used where it can be.
 Semantics follow Transformer Engine: round to nearest even, saturate to the format's largest number, amax counts numbers
 only, a block of zeros (or one with an infinity) gets scale 1, NaN stays NaN. References each is tested against: docs/fp8.md.
 """

@@ -1,0 +1,84 @@
+"""The compiled, blocked attention: how `attention.c` is called. `train.model.capped` is the definition."""
+
+import ctypes
+from typing import Any
+
+import torch
+
+from train.native.kernels import call, library
+
+FIELDS = "pairs lines keys width groups per_group queries offset stretches"
+
+
+class Attention(ctypes.Structure):
+    """Mirror of `Attention` in attention.c."""
+
+    _fields_ = [
+        *((name, ctypes.c_int64) for name in FIELDS.split()),
+        ("scale", ctypes.c_float),
+        ("softcap", ctypes.c_float),
+    ]
+
+
+def attention_usable(query: torch.Tensor) -> bool:
+    """Whether the compiled attention takes heads like these [..., width]: on a CPU, not float64, filling its vectors."""
+    if query.device.type != "cpu" or query.dtype == torch.float64:
+        return False
+    kernels = library("attention")
+    return kernels is not None and query.shape[-1] % kernels.stratum_lanes() == 0
+
+
+TASKS = 16
+"""Tasks that a backward pass over attention is cut into at least, whatever the threads."""
+
+
+def _attention(q: torch.Tensor, k: torch.Tensor, first_key_BQ: torch.Tensor, plan: Any) -> Attention:
+    pairs, lines, width = q.shape
+    queries = first_key_BQ.shape[1]
+    return Attention(
+        pairs=pairs, lines=lines, keys=k.shape[1], width=width, groups=plan.groups, per_group=lines // queries,
+        queries=queries, offset=plan.offset, stretches=max(1, min(-(-TASKS // pairs), lines // 128)), scale=plan.scale,
+        softcap=plan.softcap,
+    )  # fmt: skip
+
+
+def _turned(k: torch.Tensor, times: int) -> torch.Tensor:
+    kernels = library("attention")
+    assert kernels is not None
+    block = kernels.stratum_keys()
+    return torch.empty(times * k.shape[0] * -(-k.shape[1] // block) * block * k.shape[2])
+
+
+def capped_forward(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, first_key_BQ: torch.Tensor, plan: Any
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """q [pairs, lines, D], k, v [pairs, keys, D], fp32 and contiguous. -> (out like q, sums of p [pairs, lines]; without a cap
+    (plan.softcap 0) their logarithms)."""
+    kernels = library("attention")
+    assert kernels is not None
+    out, sums = torch.empty_like(q), torch.empty(q.shape[:2])
+    head = _attention(q, k, first_key_BQ, plan)
+    call(kernels.stratum_capped_forward, head, q, k, v, first_key_BQ, _turned(k, 1), out, sums)
+    return out, sums
+
+
+def capped_backward(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    first_key_BQ: torch.Tensor,
+    sums: torch.Tensor,
+    grad: torch.Tensor,
+    constant: torch.Tensor,
+    plan: Any,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """grad: of out, with a cap divided by the sums; constant: <grad, out>. -> gradients of q, k, v."""
+    kernels = library("attention")
+    assert kernels is not None
+    head = _attention(q, k, first_key_BQ, plan)
+    grad_q = torch.empty_like(q)
+    grad_k, grad_v = torch.empty(2, head.stretches, *k.shape).unbind()
+    call(
+        kernels.stratum_capped_backward, head, q, k, v, first_key_BQ, sums, grad, constant, _turned(k, 2), grad_q, grad_k, grad_v
+    )  # fmt: skip
+    return grad_q, grad_k.sum(0), grad_v.sum(0)

@@ -1,0 +1,23 @@
+"""The compiled fingerprint: how `fingerprint.c` is loaded. `train.checkpoint.fingerprint` is the definition."""
+
+import ctypes
+import functools
+from pathlib import Path
+
+from data.native import build_c
+
+
+@functools.cache
+def kernels() -> ctypes.CDLL | None:
+    library = build_c.load_if_possible(Path(__file__).with_name("fingerprint.c"), what="fingerprints are")
+    if library is None:
+        return None
+    pointer, number, i64 = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
+    numbers, sums = ctypes.POINTER(i64), ctypes.POINTER(ctypes.c_uint64)
+    library.stratum_fingerprint.restype = None
+    library.stratum_fingerprint.argtypes = [pointer, number, number, numbers, numbers, numbers, pointer, sums]
+    library.stratum_fingerprint_file.restype = number
+    library.stratum_fingerprint_file.argtypes = [
+        number, i64, pointer, i64, number, number, numbers, numbers, numbers, sums,
+    ]  # fmt: skip
+    return library

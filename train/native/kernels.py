@@ -1,0 +1,46 @@
+"""The C kernels of the model (`scan.c`, `attention.c`, `passes.c`), compiled on first use and called on CPU tensors.
+
+Each has a definition in plain torch, which also takes over without a compiler, on other devices and in float64; tests hold
+both to the same tolerances. STRATUM_NATIVE=0 turns the compiled forms off.
+"""
+
+import ctypes
+import functools
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from data.native import build_c
+
+FOLDER = Path(__file__).parent
+
+
+@functools.cache
+def library(name: str) -> ctypes.CDLL | None:
+    """The compiled `name`.c, or None where that is not possible here (said once, at info level)."""
+    loaded = build_c.load_if_possible(FOLDER / f"{name}.c", FOLDER / "simd.h", what=f"{name}.c is")
+    if loaded is None:
+        return None
+    pointer, number = ctypes.c_void_p, ctypes.c_int
+    arguments = {
+        "stratum_scan_forward": 9, "stratum_scan_backward": 15, "stratum_scan_finish": 4,
+        "stratum_conv_forward": 5, "stratum_conv_backward": 7,
+        "stratum_capped_forward": 7, "stratum_capped_backward": 11,
+        "stratum_norm_forward": 4, "stratum_norm_backward": 7,
+        "stratum_activation_forward": 2, "stratum_activation_backward": 3,
+        "stratum_loss_forward": 4, "stratum_loss_backward": 4,
+    }  # fmt: skip
+    for function, tensors in arguments.items():
+        if hasattr(loaded, function):
+            getattr(loaded, function).argtypes = [pointer] * (tensors + 1) + [number]
+    loaded.stratum_lanes.restype = number
+    return loaded
+
+
+def call(function: Any, head: ctypes.Structure, *tensors: torch.Tensor | None) -> None:
+    """Call a kernel with its leading struct and pointers; every tensor is contiguous where the kernel assumes it."""
+    assert all(x is None or x.is_contiguous() for x in tensors)
+    pointers = [None if x is None else x.data_ptr() for x in tensors]
+    if function(ctypes.byref(head), *pointers, torch.get_num_threads()):
+        raise MemoryError("no memory for the scan's scratch space")
