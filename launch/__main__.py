@@ -18,10 +18,17 @@ COMMANDS = {
         "launch.doctor.command:main",
         "is this machine ready? packages, GPU, driver, disk, fabric, each with its remedy",
     ),
-    "plan": ("launch.plan:main", "memory, FLOPs, time and every recipe error, before anything is started (no torch)"),
-    "validate": ("launch.plan.published.validate:main", "compare the planner with published throughput: ROWS.csv"),
+    "plan": (
+        "launch.plan.command:main",
+        "memory, FLOPs, time and every recipe error, before anything is started (no torch)",
+    ),
+    "validate": ("launch.plan.published.command:main", "compare the planner with published throughput: ROWS.csv"),
     "local": ("launch.local.command:main", "start 1..N processes on this machine"),
-    "slurm": ("launch.slurm:main", "write and submit a Slurm job that continues to the recipe's last step"),
+    "slurm": ("launch.slurm.command:main", "write and submit a Slurm job that continues to the recipe's last step"),
+    "stages": (
+        "launch.stages:main",
+        "the stages of a recipe (score, prune, distil, ...): print their commands, or --run them",
+    ),
     "status": ("launch.status:main", "what runs are doing: Slurm job, step, time left, checkpoint, first error"),
     "cancel": ("launch.slurm.cancel:main", "end a Slurm run after a save; no further job follows"),
 }

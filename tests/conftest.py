@@ -9,8 +9,6 @@ os.environ.setdefault("WANDB_MODE", "offline")
 import torch
 from hypothesis import HealthCheck, settings
 
-from train.parallel.device import prepare
-
 settings.register_profile(  # a busy machine is no finding; with $CI set the rest is Hypothesis's own profile for that
     "stratum", settings(), deadline=None, suppress_health_check=[HealthCheck.too_slow]
 )
@@ -20,4 +18,5 @@ if os.environ.get("STRATUM_TEST_TE") == "1":
     from parity import te_on_cpu
 
     te_on_cpu.install()
-prepare(torch.device("cpu"))
+
+import train.megatron  # noqa: F401  after the stand-in for Transformer Engine, before any test imports Megatron

@@ -23,7 +23,7 @@ from launch.local.ports import reserved_port
 _IN_EVERY_RANK = (
     "torch._dynamo",
     "train.parallel.wrap",
-    "train.objective.build",
+    "train.build",
     "train.loop",
     "train.evaluate.losses",
 )

@@ -11,15 +11,15 @@ import pytest
 import yaml
 from tiny import RECIPE, TINY, recipe_with
 
-from recipes.schema.changes import differences, refused
+from recipes.schema.changes import check_folder, differences, refused
 from recipes.schema.command import RECIPES, dotted_keys, with_overrides
 from recipes.schema.errors import RecipeError
 from recipes.schema.optim import ScheduleConfig
 from recipes.schema.pattern import parameters
-from recipes.schema.read import recipe_from_mapping
+from recipes.schema.read import recipe_from_mapping, recipe_mapping
 from recipes.schema.recipe import Recipe
 from recipes.schema.schedule import learning_rate_factor
-from train.run import check, check_folder, recipe_mapping
+from train.build import check
 
 PRIMARY = sorted(path.stem for path in RECIPES.glob("*.yaml"))
 

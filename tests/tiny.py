@@ -13,11 +13,11 @@ from recipes.schema.data import DataConfig, SourceConfig
 from recipes.schema.model import ModelConfig
 from recipes.schema.recipe import Recipe
 from recipes.schema.run import RunConfig
+from train.build import build_engine, check, mesh_of
 from train.engine import Engine
 from train.parallel.mesh import Mesh
 from train.precision.control import Reading
 from train.record.stopwatch import Stopwatch
-from train.run import build_engine, check, mesh_of
 from train.step import train_step
 
 ROW_TOKENS = 64

@@ -5,33 +5,33 @@ device -> layout -> data -> run folder -> mesh -> model -> DDP -> optimizer -> r
 
 import logging
 import os
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 import yaml
 
-from data.store.manifest import MANIFEST, read_manifest
-from data.stream import Dataset, Stream, open_dataset
-from data.tokenizer import Tokenizer, load_tokenizer
+from data.stream import Dataset, Stream
 from recipes.schema.changes import check_folder
-from recipes.schema.errors import CheckpointError, DataError, RecipeError
-from recipes.schema.layout import Layout, lay_out
-from recipes.schema.parallel import ParallelConfig
+from recipes.schema.errors import CheckpointError, DataError
 from recipes.schema.pattern import flops_per_token, parameters
 from recipes.schema.read import recipe_mapping
 from recipes.schema.recipe import Recipe
 from recipes.schema.rules import check_objective, unused
-from recipes.schema.scaling import shape_problems
-from train.parallel.device import choose_device, prepare
-from train.parallel.mesh import Mesh, close_mesh, open_mesh, world_from_environment
-
-if TYPE_CHECKING:  # at run time Megatron must wait for `prepare`
-    from train.engine import Engine
+from train.build import build_engine, check, mesh_of, open_data
+from train.checkpoint import disk
+from train.checkpoint.manager import CheckpointFolder, checkpoint_at
+from train.checkpoint.resume import TEACHER, resume
+from train.distill.teacher_cache import KeptAnswers
+from train.evaluate.losses import heldout_bits_per_byte
+from train.loop import train_loop
+from train.megatron import choose_device, use_device
+from train.parallel.mesh import Mesh, world_from_environment
+from train.record.machine import peak_flops
+from train.record.telemetry import Telemetry
 
 log = logging.getLogger(__name__)
 
@@ -66,144 +66,12 @@ def train(recipe: Recipe) -> RunEnd:
         log.warning("objective.kind=next_token trains on next tokens; not used: %s", idle)
     folder = Path(recipe.run.folder) / recipe.run.name
     check_folder(folder, recipe)
-    prepare(device)
+    use_device(device)
     with mesh_of(recipe, layout, device=device, rank=rank) as mesh:
         return _train(recipe, mesh=mesh, dataset=dataset, folder=folder)
 
 
-def check(recipe: Recipe, *, world: int) -> Layout:
-    """The layout of a recipe on `world` processes, with every divisibility check. RecipeError lists what does not fit."""
-    return lay_out(
-        model=recipe.model,
-        parallel=recipe.parallel,
-        run=recipe.run,
-        row_tokens=recipe.data.row_tokens,
-        world=world,
-    )
-
-
-def open_data(recipe: Recipe) -> Dataset:
-    """The prepared data of a recipe, checked against its model. DataError names what does not match."""
-    dataset = open_dataset(recipe.data)
-    dataset.blend.check_length(recipe.run.steps * recipe.run.global_rows, global_rows=recipe.run.global_rows)
-    if dataset.vocab_size > recipe.model.vocab:
-        raise DataError(
-            f"the shards in {recipe.data.folder} hold token ids up to {dataset.vocab_size - 1:,} (vocabulary "
-            f"{dataset.vocab_size:,}), but model.vocab={recipe.model.vocab:,}. Set model.vocab={dataset.vocab_size}, or "
-            f"prepare the data again with a tokenizer of {recipe.model.vocab:,}."
-        )
-    return dataset
-
-
-def open_tokenizer(recipe: Recipe) -> tuple[Tokenizer, Path]:
-    """The tokenizer of a recipe and its file: that of the prepared data, or before any is prepared the recipe's own."""
-    folder, config = Path(recipe.data.folder), recipe.data.tokenizer
-    if not (folder / MANIFEST).is_file() and config.path is not None:
-        return load_tokenizer(Path(config.path), config), Path(config.path)
-    entry = read_manifest(folder).tokenizer
-    return load_tokenizer(folder / entry.file, config), folder / entry.file
-
-
-@contextmanager
-def mesh_of(recipe: Recipe, layout: Layout, *, device: torch.device, rank: int) -> Iterator[Mesh]:
-    """The process groups of a recipe, closed again at the end whatever happens. Collective over the world."""
-    if recipe.run.deterministic:
-        _be_deterministic(device)
-    try:
-        yield open_mesh(layout, device, rank=rank, seed=recipe.run.seed, timeout_s=recipe.launch.timeout_s)
-    finally:
-        close_mesh()
-
-
-def build_engine(recipe: Recipe, mesh: Mesh, *, weights: Path | None = None, tokenizer: str | None = None) -> "Engine":
-    """Model, data parallelism and optimizer of a recipe on this rank. Collective over the world.
-
-    weights: a checkpoint whose weights the model begins with, instead of random ones. tokenizer: fingerprint of the
-    data's, which a teacher must share.
-    """
-    from train.checkpoint.storage import read_weights
-    from train.engine import Engine
-    from train.model.backend import choose_backend
-    from train.model.build import build_model
-    from train.objective.build import build_objective
-    from train.optim.optimizer import build_optimizer
-    from train.parallel.wrap import connect, wrap_chunks
-
-    backend = choose_backend(recipe.precision, mesh.device)
-    problems = shape_problems(
-        recipe.model,
-        parallel=recipe.parallel,
-        precision=recipe.precision,
-        rank_tokens=recipe.run.microbatch_rows * recipe.data.row_tokens // recipe.parallel.context,
-    )
-    if problems and backend.name == "te":
-        raise RecipeError("\n".join(problems))
-    if problems and mesh.rank == 0:
-        log.warning("A GPU would refuse this recipe:\n  %s", "\n  ".join(problems))
-    chunks = build_model(
-        recipe.model,
-        parallel=recipe.parallel,
-        precision=recipe.precision,
-        run=recipe.run,
-        row_tokens=recipe.data.row_tokens,
-        mesh=mesh,
-        backend=backend,
-        reset_at_documents=recipe.data.reset_at_documents,
-        draw_weights=weights is None,
-    )
-    if weights is not None:
-        read_weights(weights, chunks, groups=mesh.groups)
-    objective = build_objective(recipe, mesh=mesh, chunks=chunks, tokenizer=tokenizer)
-    wrapped = wrap_chunks(chunks, parallel=recipe.parallel, mesh=mesh, fp8_weights=recipe.precision.fp8_weights)
-    optimizer = build_optimizer(wrapped, optim=recipe.optim, precision=recipe.precision, mesh=mesh)
-    connect(wrapped, optimizer)
-    return Engine(
-        mesh=mesh,
-        chunks=wrapped,
-        optimizer=optimizer,
-        precision=backend.control(wrapped, precision=recipe.precision, mesh=mesh, seed=recipe.run.seed),
-        forward_step=objective.forward_step,
-        loss_parts=objective.parts,
-        teacher=objective.teacher,
-        row_tokens=recipe.data.row_tokens,
-        microbatch_rows=recipe.run.microbatch_rows,
-        reset_at_documents=recipe.data.reset_at_documents,
-    )
-
-
-@contextmanager
-def model_on_one_rank(recipe: Recipe, checkpoint: Path, *, device: torch.device) -> Iterator[Any]:
-    """The whole model of a recipe in this process with a checkpoint's weights, for reading: plain torch, in eval mode."""
-    prepare(device)
-    from train.checkpoint.storage import read_weights
-    from train.model.backend import ReferenceBackend
-    from train.model.build import build_model
-
-    one = replace(recipe, parallel=ParallelConfig(), run=replace(recipe.run, global_rows=1, microbatch_rows=1))
-    layout = check(one, world=1)
-    with mesh_of(one, layout, device=device, rank=0) as mesh:
-        chunks = build_model(
-            one.model,
-            parallel=one.parallel,
-            precision=one.precision,
-            run=one.run,
-            row_tokens=one.data.row_tokens,
-            mesh=mesh,
-            backend=ReferenceBackend(),
-            draw_weights=False,
-        )
-        read_weights(checkpoint, chunks, groups=mesh.groups)
-        yield chunks[0].eval()
-
-
 def _train(recipe: Recipe, *, mesh: Mesh, dataset: Dataset, folder: Path) -> RunEnd:
-    from train.checkpoint import disk
-    from train.checkpoint.manager import CheckpointFolder, checkpoint_at
-    from train.checkpoint.resume import TEACHER, resume
-    from train.evaluate.losses import heldout_bits_per_byte
-    from train.loop import train_loop
-    from train.record.machine import peak_flops
-    from train.record.telemetry import Telemetry
 
     checkpoints = CheckpointFolder(folder / "checkpoints", recipe.checkpoint)
     initial, origin = None, None
@@ -314,7 +182,6 @@ def _train(recipe: Recipe, *, mesh: Mesh, dataset: Dataset, folder: Path) -> Run
 
 def _check_answers(recipe: Recipe, dataset: Dataset, position: int) -> None:
     """Whether kept answers know the rows of the next step and of the last: else a run would end where they do."""
-    from train.distill.teacher_cache import KeptAnswers
 
     objective, size = recipe.objective, recipe.run.global_rows
     end = recipe.run.steps * size
@@ -327,7 +194,6 @@ def _check_answers(recipe: Recipe, dataset: Dataset, position: int) -> None:
 
 def _warn_of_other_beginning(recipe: Recipe, lineage: dict[str, Any]) -> None:
     """A run that goes on does not read what it started from: say so where that has changed."""
-    from train.checkpoint.manager import checkpoint_at
 
     began = lineage.get("started_from_fingerprint")
     if began is None or recipe.run.start_from is None:
@@ -357,9 +223,3 @@ def _use_threads(threads: int) -> None:
     cores = len(os.sched_getaffinity(0))
     local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     torch.set_num_threads(threads or max(1, cores // local))
-
-
-def _be_deterministic(device: torch.device) -> None:
-    if device.type == "cuda":
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(True)

@@ -1,0 +1,1 @@
+"""Preparing: parts of sources to shards, by several processes, restartable."""

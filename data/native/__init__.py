@@ -1,0 +1,1 @@
+"""The C builder, and the compiled reading of rows."""

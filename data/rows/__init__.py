@@ -1,0 +1,1 @@
+"""Rows of tokens out of shards: reading, packing, fill-in-the-middle."""

@@ -1,0 +1,1 @@
+"""Prepared data on disk: shards, manifest, origins, checksums, local copies."""

@@ -13,8 +13,8 @@ from dataclasses import dataclass, replace
 
 from launch.plan.cost.device import Device
 from launch.plan.cost.time import layer_seconds
+from launch.plan.names import PART_NAMES
 from launch.plan.planner import Plan, make_plan, setting_of
-from launch.plan.tables import PART_NAMES
 from recipes.schema.errors import RecipeError
 from recipes.schema.layout import Layout, lay_out
 from recipes.schema.parallel import ParallelConfig

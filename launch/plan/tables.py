@@ -1,34 +1,17 @@
 """A plan, or the outcome of a search, as tables a person can read."""
 
 import shutil
-from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from launch.plan.cost.memory import GIB
+from launch.plan.names import MEMORY_NAMES, PART_NAMES
 from launch.plan.planner import USABLE, Plan
+from launch.plan.search import Found
 from recipes.schema.layout import rank_coordinates
 from recipes.schema.recipe import Recipe
-
-if TYPE_CHECKING:
-    from launch.plan.search import Found
-
-PART_NAMES = {
-    "mamba": "Mamba-2 products", "scan": "Mamba-2 scan", "attention": "attention products", "scores": "attention scores",
-    "mlp": "MLP products", "head": "head products", "elementwise": "norms, activations, loss", "quantise": "quantising",
-    "recompute": "recomputing", "launch": "between kernels", "tensor": "tensor parallel, exposed",
-    "context": "context parallel, exposed", "pipeline": "stages' messages", "bubble": "pipeline bubble", "teacher": "teacher",
-    "uneven": "uneven stages", "data": "data parallel, exposed", "optimizer": "optimizer", "jitter": "stragglers",
-}  # fmt: skip
-"""Names of a step's parts for people."""
-
-MEMORY_NAMES = {
-    "weights": "weights", "gradients": "grads", "masters": "masters", "moments": "moments", "low_copies": "FP8",
-    "activations": "activations", "workspace": "passing", "communication": "messages", "teacher": "teacher",
-    "reserve": "reserve",
-}  # fmt: skip
 
 
 def show(plan: Plan, *, every_rank: bool = False) -> None:
@@ -173,7 +156,7 @@ def _complain(out: Console, plan: Plan) -> None:
         out.print("\nThis run can start. Times are predictions: docs/plan.md says how far off they are.")
 
 
-def show_search(found: "Found", recipe: Recipe) -> None:
+def show_search(found: Found, recipe: Recipe) -> None:
     """Print the best layouts of a search."""
     out = console()
     if not found.best:

@@ -21,13 +21,9 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / ".oracle")]
 
 import numpy as np
 import torch
-
-from train.parallel.device import prepare
-
-prepare(torch.device("cpu"))
-
 from tiny import RECIPE, engine_of
 
+import train.megatron  # noqa: F401  readies Megatron before anything imports it
 from data.batch import Batch
 from recipes.schema.model import ModelConfig
 from recipes.schema.pattern import flops_per_token, parameters

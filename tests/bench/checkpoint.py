@@ -28,16 +28,12 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
-
-from train.parallel.device import prepare
-
-prepare(torch.device("cpu"))
-
 import torch.distributed.checkpoint as dcp
 from rich.console import Console
 from rich.table import Table
 from tiny import RECIPE, engine_of, steps_of
 
+import train.megatron  # noqa: F401  readies Megatron before anything imports it
 from recipes.schema.recipe import Recipe
 from train.checkpoint import storage, writing
 from train.checkpoint.files import bytes_of

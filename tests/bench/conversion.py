@@ -18,11 +18,9 @@ from pathlib import Path
 import torch
 import yaml
 
+import train.megatron  # noqa: F401  readies Megatron before anything imports it
 from recipes.schema.command import RECIPES
 from recipes.schema.model import ModelConfig
-from train.parallel.device import prepare
-
-prepare(torch.device("cpu"))
 from train.checkpoint.storage import Manifest, publish
 from train.checkpoint.tensors import StoredTensor, StoredTensors, write_weights
 from train.hf.config import family_of

@@ -17,9 +17,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from train.parallel.device import prepare
+import train.megatron  # noqa: F401  readies Megatron before anything imports it
 
-prepare(torch.device("cpu"))
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from test_recipe import composed
@@ -27,14 +26,14 @@ from test_recipe import composed
 from data.batch import Batch
 from recipes.schema.checkpoint import CheckpointConfig
 from recipes.schema.parallel import ParallelConfig
-from recipes.schema.read import recipe_from_mapping
+from recipes.schema.read import recipe_from_mapping, recipe_mapping
 from recipes.schema.recipe import Recipe
+from train.build import build_engine, check, mesh_of
 from train.checkpoint.manager import CheckpointFolder
 from train.distill.soft_targets import OnlineTargets
 from train.distill.teacher import open_teacher
 from train.engine import Engine
 from train.record.stopwatch import Stopwatch
-from train.run import build_engine, check, mesh_of, recipe_mapping
 from train.step import train_step
 
 

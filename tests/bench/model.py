@@ -21,6 +21,8 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import torch
 
+import train.megatron  # noqa: F401  readies Megatron before anything imports it
+
 VOCAB = 8192
 LENGTHS = (256, 512, 1024, 2048, 4096, 8192)
 STEP_TOKENS = 2048
@@ -242,9 +244,6 @@ def share_part(peak: float) -> None:
 
 
 def main() -> None:
-    from train.parallel.device import prepare
-
-    prepare(torch.device("cpu"))
     torch.set_num_threads(ARGUMENTS.threads)
     peak = gemm_peak()
     print(

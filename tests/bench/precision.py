@@ -17,10 +17,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import torch
 
-from train.parallel.device import prepare
-
-prepare(torch.device("cpu"))
-
+import train.megatron  # noqa: F401  readies Megatron before anything imports it
 from recipes.schema.precision import PrecisionConfig
 from recipes.schema.scaling import scaling_of
 from train.model.linear import fast_linear

@@ -167,9 +167,7 @@ def _ours(way: str, corpus: Path, aside: Path) -> tuple[float, float, list[np.nd
 def _megatron(way: str, corpus: Path, aside: Path) -> tuple[float, float, list[np.ndarray]]:
     import torch
 
-    from train.parallel.device import prepare
-
-    prepare(torch.device("cpu"))  # Megatron looks for a GPU as it is imported
+    import train.megatron  # isort: skip  # noqa: F401  readies Megatron for the imports below
     from megatron.core.datasets.indexed_dataset import IndexedDataset, IndexedDatasetBuilder
     from megatron.core.tokenizers.text.libraries.huggingface_tokenizer import HuggingFaceTokenizer
     from megatron.core.tokenizers.text.libraries.tiktoken_tokenizer import TikTokenTokenizer

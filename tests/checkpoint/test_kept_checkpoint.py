@@ -15,10 +15,10 @@ from crashes import SMALL
 from ranks import run_ranks
 from tiny import engine_of, steps_of
 
+from recipes.schema.read import recipe_mapping
 from recipes.schema.recipe import Recipe
 from train.checkpoint import offline
 from train.checkpoint.manager import CheckpointFolder
-from train.run import recipe_mapping
 
 KEPT = Path(__file__).with_name("kept")
 BF16 = replace(SMALL, precision=replace(SMALL.precision, params="bf16"))

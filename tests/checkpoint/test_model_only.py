@@ -9,12 +9,12 @@ import torch
 from ranks import run_ranks
 from tiny import engine_of, recipe_with, steps_of
 
+from recipes.schema.read import recipe_mapping
 from recipes.schema.recipe import Recipe
 from train.checkpoint.manager import CheckpointFolder
 from train.checkpoint.manifest import read_manifest
 from train.checkpoint.storage import read_weights, write_model
 from train.model.initial import global_names
-from train.run import recipe_mapping
 
 
 def write(rank: int, recipe: Recipe, world: int, folder: Path) -> str:

@@ -11,11 +11,11 @@ from tiny import RECIPE, TINY, engine_of, rows_of
 from data.batch import Batch
 from recipes.schema.model import ModelConfig
 from recipes.schema.recipe import Recipe
+from train.build import check, mesh_of
 from train.checkpoint.storage import read_weights
 from train.compress.importance import removal_scores, width_scores
 from train.compress.parent import Parent, layout_recipe, scoring_engine
 from train.compress.scores import Removal, Scores
-from train.run import check, mesh_of
 
 HYBRID = replace(TINY, pattern="M-M*-M*-", init_std=0.06, norm_eps=1e-12)
 GEMMA = replace(

@@ -13,11 +13,11 @@ from ranks import run_ranks
 from tiny import RECIPE, engine_of, rows_of
 
 from recipes.schema.errors import CheckpointError, RecipeError
+from train.build import check, mesh_of
 from train.checkpoint.storage import read_weights
 from train.compress.importance import attention_quota, removal_scores
 from train.compress.parent import Parent, layout_recipe, scoring_engine
 from train.compress.scores import Removal, Scores, best, best_in_groups, best_mamba
-from train.run import check, mesh_of
 
 ROWS = 5
 """Odd, so that a microbatch is filled up with a row that does not count."""

@@ -20,7 +20,7 @@ from train.checkpoint import storage
 from train.checkpoint.manager import checkpoint_at
 from train.checkpoint.manifest import read_manifest
 from train.checkpoint.tensors import StoredTensors, write_weights
-from train.compress.__main__ import _write_pruned
+from train.compress.commands import _write_pruned
 from train.compress.importance import _mapping
 from train.compress.parent import Parent
 from train.compress.prune import _AXES as AXES
@@ -171,7 +171,7 @@ def train_on(rank: int, path: Path, recipe: object) -> tuple[float, Numbers]:
     import torch.distributed as dist
     from tiny import rows_of
 
-    from train.run import build_engine, check, mesh_of
+    from train.build import build_engine, check, mesh_of
 
     world = recipe.parallel.tensor  # type: ignore[attr-defined]
     torch.set_num_threads(1)

@@ -14,9 +14,9 @@ from compress.little import lay_out, shell
 from ranks import run_ranks
 
 from data import prepare
+from launch.stages import _left
 from train import __main__ as training
 from train.checkpoint.steps import checkpoint_at
-from train.compress.stages import _left
 from train.record.metrics import METRICS, read_metrics
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -9,8 +9,8 @@ from tiny import engine_of, recipe_with
 from launch.plan.cost.device import device_named
 from launch.plan.planner import checkpoints_of
 from recipes.schema.recipe import Recipe
+from train.build import check
 from train.checkpoint.manager import CheckpointFolder
-from train.run import check
 
 
 def save(rank: int, recipe: Recipe, folder: Path) -> None:

@@ -14,8 +14,8 @@ from tiny import engine_of, microbatches, recipe_with
 from launch.plan.cost.memory import optimizer_state, stage_activations
 from recipes.schema.layout import rank_coordinates
 from recipes.schema.recipe import Recipe
+from train.build import check
 from train.record.stopwatch import Stopwatch
-from train.run import check
 from train.step import train_step
 
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {

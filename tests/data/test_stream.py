@@ -142,7 +142,7 @@ def test_order_depends_on_the_seed(folder: Path) -> None:
 def rows_of_rank(rank: int, folder: Path) -> tuple[int, list]:
     from tiny import recipe_with
 
-    from train.run import check, mesh_of
+    from train.build import check, mesh_of
 
     recipe = recipe_with(**{"parallel.tensor": 2, "run.global_rows": 8, "run.microbatch_rows": 2})
     import torch

@@ -139,10 +139,10 @@ def recipe_of(scaling: str, backend: str, **changes: Any) -> Recipe:
 
 def train_on_gpu(recipe: Recipe, steps: range, *, load: Path | None = None, save: Path | None = None) -> Any:
     """Build on the GPU, load where asked, train, save where asked."""
-    from train.parallel.device import prepare
-    from train.run import build_engine, check, mesh_of
+    from train.build import build_engine, check, mesh_of
+    from train.megatron import use_device
 
-    prepare(GPU)
+    use_device(GPU)
     layout = check(recipe, world=1)
     with mesh_of(recipe, layout, device=GPU, rank=0) as mesh:
         engine = build_engine(recipe, mesh)

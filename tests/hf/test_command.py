@@ -19,11 +19,12 @@ from texts import VOCAB, config_of
 
 from data.prepare import prepare
 from recipes.schema.command import RECIPES
+from recipes.schema.read import recipe_mapping
 from recipes.schema.recipe import Recipe
 from train.checkpoint.manager import checkpoint_at
 from train.hf.__main__ import main
 from train.record.metrics import METRICS, read_metrics
-from train.run import recipe_mapping, train
+from train.run import train
 
 CHECK = ["--rows", "2", "--tokens", "33"]
 

@@ -163,8 +163,7 @@ PROGRAM = """
 import sys, resource, torch
 sys.path[:0] = [{root!r}, {root!r} + "/tests"]
 from pathlib import Path
-from train.parallel.device import prepare
-prepare(torch.device("cpu"))
+import train.megatron  # readies Megatron before anything imports it
 from hf.models import HYBRID
 from dataclasses import replace
 from train.checkpoint.tensors import StoredTensor, StoredTensors, write_weights

@@ -6,8 +6,8 @@ from tiny import TINY
 
 from recipes.schema.errors import BackendError
 from recipes.schema.precision import PrecisionConfig
+from train.megatron import choose_device
 from train.model.backend import choose_backend
-from train.parallel.device import choose_device
 from train.precision.te import TransformerEngineBackend
 
 

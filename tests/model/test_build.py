@@ -12,10 +12,10 @@ from tiny import RECIPE
 from recipes.schema.model import ModelConfig
 from recipes.schema.parallel import ParallelConfig
 from recipes.schema.pattern import parameters
+from train.build import check, mesh_of
+from train.megatron import without_memory
 from train.model.backend import ReferenceBackend
 from train.model.build import build_model
-from train.parallel.device import without_memory
-from train.run import check, mesh_of
 
 MODELS = sorted((Path(__file__).resolve().parents[2] / "recipes" / "model").glob("*.yaml"))
 

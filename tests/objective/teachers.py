@@ -6,9 +6,9 @@ from typing import Any
 
 from tiny import RECIPE, TINY, Numbers, engine_of, recipe_with, steps_of
 
+from recipes.schema.read import recipe_mapping
 from recipes.schema.recipe import Recipe
 from train.checkpoint.manager import CheckpointFolder
-from train.run import recipe_mapping
 
 TOKENIZER = "0123456789abcdef"
 TEACHER = replace(

@@ -14,10 +14,11 @@ from tiny import rows_of
 from data.batch import Batch
 from recipes.schema.errors import DataError, RecipeError
 from recipes.schema.recipe import Recipe
-from train.distill.cache_command import CacheConfig, _answer_all
+from recipes.schema.tools import TeacherCacheConfig
+from train.build import check, mesh_of
+from train.distill.fill_cache import _answer_all
 from train.distill.teacher import open_teacher
 from train.distill.teacher_cache import KeptAnswers, batch_keys, fewer, read_request
-from train.run import check, mesh_of
 
 STEPS, ROWS_A_STEP = 2, 4
 
@@ -47,7 +48,7 @@ def fill(rank: int, recipe: Recipe, world: int, values: str, rows: int) -> None:
     with mesh_of(recipe, check(recipe, world=world), device=torch.device("cpu"), rank=rank) as mesh:
         teacher = open_teacher(recipe, mesh=mesh, tokenizer=TOKENIZER)
         assert teacher is not None
-        config = CacheConfig(values=values, block_rows=3)  # type: ignore[arg-type]
+        config = TeacherCacheConfig(values=values, block_rows=3)  # type: ignore[arg-type]
         _answer_all(recipe, config, mesh=mesh, teacher=teacher, dataset=Rows(), rows=rows)
 
 

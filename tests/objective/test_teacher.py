@@ -16,10 +16,10 @@ from recipes.schema.errors import CheckpointError, RecipeError
 from recipes.schema.layout import lay_out
 from recipes.schema.recipe import Recipe
 from recipes.schema.teacher_placement import Place, place_of
+from train.build import check, mesh_of
 from train.checkpoint.manager import checkpoint_at
 from train.distill.objective import hidden_match
 from train.distill.teacher import check_teacher, open_teacher
-from train.run import check, mesh_of
 
 
 @pytest.fixture(scope="module")

@@ -125,10 +125,10 @@ def test_the_mixer_for_gpus_resets_at_documents_as_ours_does() -> None:
     from megatron.core.ssm import mamba_mixer
     from tiny import engine_of, recipe_with
 
+    from train.build import build_engine
     from train.model.backend import ReferenceBackend
     from train.model.context import RowContext
     from train.model.mixer import KernelMixer, ReferenceMixer
-    from train.run import build_engine
 
     assert mamba_mixer.HAVE_MAMBA_SSM
     recipe = recipe_with(**{"model.pattern": "M", "model.mamba_chunk": 16})

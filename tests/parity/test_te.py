@@ -219,9 +219,9 @@ def _train(
 
     from tiny import recipe_with, steps_of
 
+    from train.build import build_engine, check, mesh_of
     from train.model.backend import EmulatedBackend
     from train.precision.te import TransformerEngineBackend
-    from train.run import build_engine, check, mesh_of
 
     class OverReferences(TransformerEngineBackend):
         """The `te` backend with Transformer Engine's reference quantisers, and our scan where mamba-ssm needs a GPU."""
@@ -264,7 +264,7 @@ def _train(
     layout = check(recipe, world=1)
     with (
         mesh_of(recipe, layout, device=torch.device("cpu"), rank=0) as mesh,
-        mock.patch("train.model.backend.choose_backend", lambda precision, device: chosen),
+        mock.patch("train.build.choose_backend", lambda precision, device: chosen),
         mock.patch("recipes.schema.scaling.scaling_of", nearest),
     ):
         engine = build_engine(recipe, mesh)

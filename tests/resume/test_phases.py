@@ -62,7 +62,7 @@ def named(recipe: Recipe, name: str, **changes: object) -> Recipe:
 
 def test_stopped_in_the_middle_of_a_ramp_it_ends_the_same_and_is_traced_both_ways(recipe: Recipe, capsys) -> None:
     refused = replace(recipe, data=replace(recipe.data, on_exhausted="error"))
-    from train.run import open_data
+    from train.build import open_data
 
     with pytest.raises(DataError, match=r"(?s)source 'a' runs out at step 6 .* max_epochs=.*on_exhausted=continue"):
         open_data(refused)

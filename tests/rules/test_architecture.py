@@ -33,7 +33,7 @@ FLOORS = {
     "train.objective": 3, "train.compress": 3, "train.evaluate": 3, "train.checkpoint": 3, "train.report": 3, "train.hf": 3,
     "train.precision_report": 3, "train.objective.place": 0, "train.precision.scaling": 0, "train.precision.control": 0,
     "train.objective.asked": 0, "train.step": 4, "train.loop": 5, "train.run": 6,
-    "train.compress.__main__": 7, "train.compress.stages": 7, "train.teacher_cache": 7,
+    "train.compress.__main__": 7, "launch.stages": 7, "train.teacher_cache": 7,
     "train.__main__": 7, "train.generate": 7, "train.hf.__main__": 7, "train.hf.command": 7, "data.prepare": 7, "launch": 7,
 }  # fmt: skip
 """Floor of each module or package (the longest matching name counts). Imports point down or stay level."""
@@ -52,7 +52,7 @@ DOORS = {
         "train.__main__",
         "train.generate",
         "train.compress.__main__",
-        "train.compress.stages",
+        "launch.stages",
         "train.teacher_cache",
     },
     "wandb": {"train.displays"},

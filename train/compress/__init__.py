@@ -1,0 +1,1 @@
+"""Scoring, pruning and searching shapes."""

@@ -1,0 +1,1 @@
+"""Learning from a teacher: its placement, its answers on disk, the losses."""

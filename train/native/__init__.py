@@ -1,0 +1,1 @@
+"""C kernels for CPUs, each with its binding."""

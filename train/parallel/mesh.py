@@ -7,15 +7,15 @@ outside this room asks the globals again. `close_mesh` undoes it, so that one pr
 import os
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.num_microbatches_calculator import unset_num_microbatches_calculator
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
 from recipes.schema.layout import Layout
-
-if TYPE_CHECKING:  # at run time Megatron must wait for `device.prepare`
-    from megatron.core.process_groups_config import ProcessGroupCollection
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class Mesh:
     layout: Layout
     rank: int
     device: torch.device
-    groups: "ProcessGroupCollection"
+    groups: ProcessGroupCollection
 
     @property
     def data_rank(self) -> int:
@@ -84,9 +84,6 @@ def world_from_environment() -> tuple[int, int]:
 
 def open_mesh(layout: Layout, device: torch.device, *, rank: int, seed: int, timeout_s: float) -> Mesh:
     """Join the world and build the groups of `layout`. Collective over the world; undone by `close_mesh`."""
-    from megatron.core import parallel_state
-    from megatron.core.num_microbatches_calculator import unset_num_microbatches_calculator
-    from megatron.core.process_groups_config import ProcessGroupCollection
 
     backend = "nccl" if device.type == "cuda" else "gloo"
     timeout = timedelta(seconds=timeout_s)
@@ -111,14 +108,12 @@ def open_mesh(layout: Layout, device: torch.device, *, rank: int, seed: int, tim
 def seed_random_state(seed: int) -> None:
     """Seed the generators that dropout draws from: alike on data-parallel ranks, apart on tensor and pipeline ranks as Megatron
     has it. Inside a mesh's groups."""
-    from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
     model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
 
 
 def close_mesh() -> None:
     """Leave the world. Safe to call when `open_mesh` failed half-way."""
-    from megatron.core import parallel_state
 
     parallel_state.destroy_model_parallel()
     if dist.is_initialized():

@@ -1,0 +1,1 @@
+"""Signals, non-finite values, and time that runs out."""

@@ -1,0 +1,1 @@
+"""The cost model: memory, traffic and time of a step."""

@@ -1,0 +1,1 @@
+"""Published throughput, as a benchmark of the planner."""

@@ -5,17 +5,12 @@
 Rows of a configuration that the constants were fitted on are marked `fit`; every other row in scope is a test.
 """
 
-import argparse
-import csv
-import json
 import re
 import statistics
-import sys
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 from launch.plan.cost.time import step_time
@@ -25,18 +20,6 @@ from launch.plan.published.software import Row
 
 FIT_EVERY = 3
 """Of the distinct configurations of each source, in file order, the first of every so many is fitted on."""
-
-_HELP = """
-examples:
-  python -m launch validate                                   the rows shipped with this project
-  python -m launch validate ROWS.csv                          your own, same columns
-  python -m launch validate ROWS.csv --picture scatter.png    predicted against published
-  python -m launch validate --table                           the table of docs/plan.md
-
-A row is in scope where its model is a dense transformer or hybrid in the table of public shapes, its GPU is known, and it
-says enough of its layout. Rows of experts, LoRA, row-wise FP8 and TPUs are out. docs/plan.md states the FLOP convention
-of each publisher, the constants and the rows they were fitted on.
-"""
 
 
 @dataclass(frozen=True)
@@ -83,48 +66,6 @@ class Score:
             within_15=sum(abs(error) < 0.15 for error in errors) / len(errors),
             bias=statistics.median(errors),
         )
-
-
-def main(arguments: Sequence[str]) -> int:
-    """Entry point of `python -m launch validate`. -> exit status."""
-    parser = argparse.ArgumentParser(
-        prog="python -m launch validate",
-        description="Predictions of the planner beside published throughput.",
-        epilog=_HELP,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    parser.add_argument(
-        "rows", nargs="?", type=Path, default=PUBLISHED, metavar="ROWS.csv", help="(default: the shipped rows)"
-    )
-    parser.add_argument("--json", action="store_true", help="one JSON object: rows and summary")
-    parser.add_argument("--table", action="store_true", help="only the table by source, as Markdown")
-    parser.add_argument(
-        "--picture", type=Path, metavar="FILE", help="draw predicted against published (.png, .svg, .pdf)"
-    )
-    own = parser.parse_args(list(arguments))
-    if own.picture is not None and own.picture.suffix.lower() not in (".png", ".svg", ".pdf"):
-        parser.error(f"--picture {own.picture}: write a .png, .svg or .pdf")
-    try:
-        lines = [assess(row) for row in read_rows(own.rows)]
-    except OSError as error:
-        sys.stderr.write(f"error: {own.rows}: {error.strerror}. Name a file with the columns of {PUBLISHED.name}.\n")
-        return 2
-    except (ValueError, csv.Error) as error:
-        sys.stderr.write(f"error: {own.rows}: {error}\n")
-        return 2
-    if own.json:
-        sys.stdout.write(json.dumps({"rows": [_as_json(line) for line in lines], "summary": summary(lines)}) + "\n")
-    elif own.table:
-        sys.stdout.write(table(lines))
-    else:
-        sys.stdout.write(_HEAD + "".join(_line(number, line) for number, line in enumerate(lines, start=2)))
-        sys.stdout.write("\n" + report(lines))
-    if own.picture is not None:
-        from launch.plan.published.picture import draw
-
-        draw([line for line in lines if line.found is not None], own.picture)
-    return 0
 
 
 def assess(row: Row) -> Line:
@@ -261,13 +202,13 @@ def report(lines: Sequence[Line]) -> str:
     return text
 
 
-_HEAD = (
+HEAD = (
     f"{'line':>4} {'model':26} {'GPUs':>14} {'format':6} {'layout':24} {'predicted':>10} {'published':>10} {'error':>7}  "
     f"{'memory':>20}  scope\n"
 )
 
 
-def _line(number: int, line: Line) -> str:
+def line_text(number: int, line: Line) -> str:
     row = line.row
     gpus = f"{row['n_gpu'].split(' ')[0]} {row['gpu']}"[:14]
     head = f"{number:4} {row['model'][:26]:26} {gpus:>14} "
@@ -285,7 +226,7 @@ def _line(number: int, line: Line) -> str:
     )
 
 
-def _as_json(line: Line) -> dict[str, Any]:
+def line_json(line: Line) -> dict[str, Any]:
     if line.found is None:
         return {"model": line.row["model"], "in_scope": False, "reason": line.reason}
     return {

@@ -1,7 +1,9 @@
-"""Megatron-Core on a machine without CUDA: the one place that knows how.
+"""Megatron-Core's door: importing this module makes `megatron.core` importable and usable, with or without a GPU.
+
+Each package that imports Megatron imports this module in its `__init__`, so that it is always first.
 
 Megatron names `torch.cuda` in about 280 places, as a device for new tensors, for streams and events, and for the random
-state. On a GPU nothing here happens. On a CPU, `prepare` redirects exactly the names Megatron's training path uses to
+state. On a GPU nothing here happens. Without one, exactly the names that Megatron's training path uses are redirected to
 their CPU meaning, once per process and before `megatron.core` is imported; the rest of this project never asks which
 machine it runs on.
 
@@ -76,22 +78,23 @@ def choose_device(kind: DeviceKind) -> torch.device:
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
 
 
-def prepare(device: torch.device) -> None:
-    """Make `megatron.core` importable and runnable on `device`. Call once, before the first Megatron import.
+def use_device(device: torch.device) -> None:
+    """Make `device` the one on which Megatron makes its tensors, streams and random state. Before the mesh is opened.
 
-    Mutates the `torch` module on a CPU (see the module text); does nothing but select the device on a GPU.
+    On a GPU machine `run.device=cpu` redirects `torch.cuda` here; on a machine without one that was done at import.
     """
-    _quieten()
     if device.type == "cuda":
         torch.cuda.set_device(device)
-        return
-    if getattr(torch.cuda.current_device, "is_redirected", False):
-        return
+    elif not getattr(torch.cuda.current_device, "is_redirected", False):
+        _redirect_to_cpu()
+        _redirect_tracker()
+
+
+def _redirect_to_cpu() -> None:
     _keep_freed_memory()
-    _redirect_devices(device)
+    _redirect_devices(torch.device("cpu"))
     _redirect_streams()
     _redirect_random_state()
-    _import_megatron()
 
 
 @contextlib.contextmanager
@@ -176,24 +179,9 @@ def _redirect_random_state() -> None:
     torch.cuda.manual_seed = torch.manual_seed  # type: ignore[assignment]
 
 
-def _import_megatron() -> None:
-    """Import Megatron-Core with `torch.compile` held off, and give its random-state tracker the CPU generator."""
-    compiler = torch.compile
-
-    def uncompiled(function: Any = None, *_args: Any, **_kwargs: Any) -> Any:
-        return function if function is not None else (lambda inner: inner)
-
-    torch.compile = uncompiled  # type: ignore[assignment]
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Apex and Transformer Engine are absent on a CPU, as they should be
-            import megatron.core.dist_checkpointing
-            import megatron.core.models.hybrid.hybrid_model
-            import megatron.core.optimizer
-            import megatron.core.pipeline_parallel  # noqa: F401
-            from megatron.core.tensor_parallel import random
-    finally:
-        torch.compile = compiler
+def _redirect_tracker() -> None:
+    """Give Megatron's random-state tracker the CPU generator."""
+    from megatron.core.tensor_parallel import random  # importable only after the redirection
 
     random._get_cuda_rng_state = lambda *_args, **_kwargs: torch.get_rng_state()
     random._set_cuda_rng_state = lambda state, *_args, **_kwargs: torch.set_rng_state(state)
@@ -212,3 +200,29 @@ def _import_megatron() -> None:
             torch.set_rng_state(outer)
 
     random.CudaRNGStatesTracker.fork = fork
+
+
+def _import_megatron() -> None:
+    """Import Megatron-Core with `torch.compile` held off: its fused functions are not on the CPU path (saves seconds)."""
+    compiler = torch.compile
+
+    def uncompiled(function: Any = None, *_args: Any, **_kwargs: Any) -> Any:
+        return function if function is not None else (lambda inner: inner)
+
+    torch.compile = uncompiled  # type: ignore[assignment]
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Apex and Transformer Engine are absent on a CPU, as they should be
+            import megatron.core.dist_checkpointing  # after the redirection, as in the three below
+            import megatron.core.models.hybrid.hybrid_model
+            import megatron.core.optimizer
+            import megatron.core.pipeline_parallel  # noqa: F401
+    finally:
+        torch.compile = compiler
+
+
+_quieten()
+if not torch.cuda.is_available():
+    _redirect_to_cpu()
+    _import_megatron()
+    _redirect_tracker()

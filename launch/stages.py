@@ -11,7 +11,7 @@ import os
 import shlex
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,10 +19,12 @@ from typing import Any
 from omegaconf import DictConfig
 
 from launch.local.supervise import StopRequest, run_attempt
-from recipes.schema.command import asked_for, recipe_words, section
-from recipes.schema.errors import RecipeError
+from launch.runs import RunFolder
+from recipes.schema.command import asked_for, dotted_keys, recipe_words, run_command, section
+from recipes.schema.compress import CompressConfig
+from recipes.schema.errors import USER_ERRORS, RecipeError
 from recipes.schema.read import read_recipe
-from train.checkpoint.steps import newest_in
+from recipes.schema.recipe import Recipe
 
 CHAIN = ("run.name", "run.start_from", "model")
 """What stages call their runs and find each other by: the command line cannot give all of them one value."""
@@ -131,9 +133,25 @@ def _key(word: str) -> str:
 
 def _left(run: Path) -> str:
     """How far a run is from its last step, for people; empty where it is there."""
-    found = newest_in(run / "checkpoints")
-    if found is None:
+    folder = RunFolder(run)
+    if folder.newest_checkpoint() is None:
         return f"left no checkpoint in {run}"
-    manifest = found[1]
-    steps = int(manifest.recipe["run"]["steps"])
-    return f"paused at step {manifest.step:,} of {steps:,}" if manifest.step < steps else ""
+    step, steps = folder.checkpoint_step(), folder.total_steps()
+    return f"paused at step {step:,} of {steps:,}" if steps is not None and step < steps else ""
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Entry point of `python -m launch stages -cn RECIPE [--run]`: print the stages' commands, or run them."""
+    words = [word for word in arguments if word != "--run"]
+    is_run = len(words) < len(arguments)
+
+    def job(composed: DictConfig) -> int:
+        stages = stages_of(composed)
+        if is_run:
+            return run_stages(composed, stages)
+        show_stages(stages)
+        return 0
+
+    sys.argv[1:] = words
+    keys = [*dotted_keys(Recipe), *(f"compress.{key}" for key in dotted_keys(CompressConfig))]
+    return run_command(job, program="launch stages", keys=keys, user_errors=USER_ERRORS)

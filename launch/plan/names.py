@@ -1,0 +1,16 @@
+"""What tables and pictures call the parts of a step's time and of a rank's memory."""
+
+PART_NAMES = {
+    "mamba": "Mamba-2 products", "scan": "Mamba-2 scan", "attention": "attention products", "scores": "attention scores",
+    "mlp": "MLP products", "head": "head products", "elementwise": "norms, activations, loss", "quantise": "quantising",
+    "recompute": "recomputing", "launch": "between kernels", "tensor": "tensor parallel, exposed",
+    "context": "context parallel, exposed", "pipeline": "stages' messages", "bubble": "pipeline bubble", "teacher": "teacher",
+    "uneven": "uneven stages", "data": "data parallel, exposed", "optimizer": "optimizer", "jitter": "stragglers",
+}  # fmt: skip
+"""Names of a step's parts for people."""
+
+MEMORY_NAMES = {
+    "weights": "weights", "gradients": "grads", "masters": "masters", "moments": "moments", "low_copies": "FP8",
+    "activations": "activations", "workspace": "passing", "communication": "messages", "teacher": "teacher",
+    "reserve": "reserve",
+}  # fmt: skip

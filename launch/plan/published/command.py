@@ -1,0 +1,65 @@
+"""`python -m launch validate ROWS.csv`: the planner's predictions next to published throughput."""
+
+import argparse
+import csv
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from launch.plan.published.rows import PUBLISHED, read_rows
+from launch.plan.published.validate import HEAD, assess, line_json, line_text, report, summary, table
+
+_HELP = """
+examples:
+  python -m launch validate                                   the rows shipped with this project
+  python -m launch validate ROWS.csv                          your own, same columns
+  python -m launch validate ROWS.csv --picture scatter.png    predicted against published
+  python -m launch validate --table                           the table of docs/plan.md
+
+A row is in scope where its model is a dense transformer or hybrid in the table of public shapes, its GPU is known, and it
+says enough of its layout. Rows of experts, LoRA, row-wise FP8 and TPUs are out. docs/plan.md states the FLOP convention
+of each publisher, the constants and the rows they were fitted on.
+"""
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Entry point of `python -m launch validate`. -> exit status."""
+    parser = argparse.ArgumentParser(
+        prog="python -m launch validate",
+        description="Predictions of the planner beside published throughput.",
+        epilog=_HELP,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "rows", nargs="?", type=Path, default=PUBLISHED, metavar="ROWS.csv", help="(default: the shipped rows)"
+    )
+    parser.add_argument("--json", action="store_true", help="one JSON object: rows and summary")
+    parser.add_argument("--table", action="store_true", help="only the table by source, as Markdown")
+    parser.add_argument(
+        "--picture", type=Path, metavar="FILE", help="draw predicted against published (.png, .svg, .pdf)"
+    )
+    own = parser.parse_args(list(arguments))
+    if own.picture is not None and own.picture.suffix.lower() not in (".png", ".svg", ".pdf"):
+        parser.error(f"--picture {own.picture}: write a .png, .svg or .pdf")
+    try:
+        lines = [assess(row) for row in read_rows(own.rows)]
+    except OSError as error:
+        sys.stderr.write(f"error: {own.rows}: {error.strerror}. Name a file with the columns of {PUBLISHED.name}.\n")
+        return 2
+    except (ValueError, csv.Error) as error:
+        sys.stderr.write(f"error: {own.rows}: {error}\n")
+        return 2
+    if own.json:
+        sys.stdout.write(json.dumps({"rows": [line_json(line) for line in lines], "summary": summary(lines)}) + "\n")
+    elif own.table:
+        sys.stdout.write(table(lines))
+    else:
+        sys.stdout.write(HEAD + "".join(line_text(number, line) for number, line in enumerate(lines, start=2)))
+        sys.stdout.write("\n" + report(lines))
+    if own.picture is not None:
+        from launch.plan.published.picture import draw  # matplotlib takes a second; only a picture needs it
+
+        draw([line for line in lines if line.found is not None], own.picture)
+    return 0

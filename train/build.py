@@ -1,0 +1,191 @@
+"""Assembly: from a typed recipe to process groups, data, model, objective and optimizer, each checked against the others."""
+
+import logging
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from data.store.manifest import MANIFEST, read_manifest
+from data.stream import Dataset, open_dataset
+from data.tokenizer import Tokenizer, load_tokenizer
+from recipes.schema.errors import DataError, RecipeError
+from recipes.schema.layout import Layout, lay_out
+from recipes.schema.parallel import ParallelConfig
+from recipes.schema.recipe import Recipe
+from recipes.schema.rules import check_objective
+from recipes.schema.scaling import shape_problems
+from train.checkpoint.manager import checkpoint_at
+from train.checkpoint.storage import read_weights
+from train.distill import objective as distill
+from train.distill.teacher import Teacher, identity, open_teacher
+from train.distill.teacher_cache import KeptAnswers, read_request
+from train.engine import Engine
+from train.megatron import use_device
+from train.model.backend import ReferenceBackend, choose_backend
+from train.model.build import build_model
+from train.objective import next_token
+from train.optim.optimizer import build_optimizer
+from train.parallel.mesh import Mesh, close_mesh, open_mesh
+from train.parallel.wrap import connect, wrap_chunks
+
+log = logging.getLogger(__name__)
+
+
+def check(recipe: Recipe, *, world: int) -> Layout:
+    """The layout of a recipe on `world` processes, with every divisibility check. RecipeError lists what does not fit."""
+    return lay_out(
+        model=recipe.model,
+        parallel=recipe.parallel,
+        run=recipe.run,
+        row_tokens=recipe.data.row_tokens,
+        world=world,
+    )
+
+
+def open_data(recipe: Recipe) -> Dataset:
+    """The prepared data of a recipe, checked against its model. DataError names what does not match."""
+    dataset = open_dataset(recipe.data)
+    dataset.blend.check_length(recipe.run.steps * recipe.run.global_rows, global_rows=recipe.run.global_rows)
+    if dataset.vocab_size > recipe.model.vocab:
+        raise DataError(
+            f"the shards in {recipe.data.folder} hold token ids up to {dataset.vocab_size - 1:,} (vocabulary "
+            f"{dataset.vocab_size:,}), but model.vocab={recipe.model.vocab:,}. Set model.vocab={dataset.vocab_size}, or "
+            f"prepare the data again with a tokenizer of {recipe.model.vocab:,}."
+        )
+    return dataset
+
+
+def open_tokenizer(recipe: Recipe) -> tuple[Tokenizer, Path]:
+    """The tokenizer of a recipe and its file: that of the prepared data, or before any is prepared the recipe's own."""
+    folder, config = Path(recipe.data.folder), recipe.data.tokenizer
+    if not (folder / MANIFEST).is_file() and config.path is not None:
+        return load_tokenizer(Path(config.path), config), Path(config.path)
+    entry = read_manifest(folder).tokenizer
+    return load_tokenizer(folder / entry.file, config), folder / entry.file
+
+
+@contextmanager
+def mesh_of(recipe: Recipe, layout: Layout, *, device: torch.device, rank: int) -> Iterator[Mesh]:
+    """The process groups of a recipe, closed again at the end whatever happens. Collective over the world."""
+    if recipe.run.deterministic:
+        _be_deterministic(device)
+    try:
+        yield open_mesh(layout, device, rank=rank, seed=recipe.run.seed, timeout_s=recipe.launch.timeout_s)
+    finally:
+        close_mesh()
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What Megatron's schedules call for a microbatch, and what it reports beside the loss."""
+
+    forward_step: Callable[..., Any]
+    parts: tuple[str, ...] = ()
+    teacher: dict[str, Any] | None = None
+    """Which weights teach (`train.distill.teacher.identity`), on every rank."""
+
+
+def build_objective(recipe: Recipe, *, mesh: Mesh, chunks: list[Any], tokenizer: str | None) -> Objective:
+    """The objective of a recipe; a teacher is built and loaded here. Collective over the world.
+
+    chunks: the student's, unwrapped. tokenizer: fingerprint of the data's; None skips that check. Raises RecipeError,
+    CheckpointError, BackendError.
+    """
+    check_objective(recipe)
+    objective = recipe.objective
+    if objective.kind == "next_token":
+        return Objective(next_token.forward_step(mesh, reset_at_documents=recipe.data.reset_at_documents))
+    source: Teacher | KeptAnswers | None
+    if objective.teacher_cache is not None:
+        request = read_request(Path(objective.teacher_cache))
+        source = KeptAnswers.open(recipe, tokenizer=tokenizer) if mesh.is_last_stage else None
+        step = distill.distill_step(recipe, mesh=mesh, source=source, match=None)
+        return Objective(step, distill.PARTS, request.identity)
+    source = open_teacher(recipe, mesh=mesh, tokenizer=tokenizer)
+    layers = tuple(layer.layer_number - 1 for layer in chunks[-1].decoder.layers)
+    match = distill.hidden_match(recipe, source, last_stage_layers=layers)
+    assert objective.teacher is not None, "open_teacher has refused it"
+    step = distill.distill_step(recipe, mesh=mesh, source=source, match=match)
+    return Objective(step, distill.PARTS, identity(*checkpoint_at(objective.teacher)))
+
+
+def build_engine(recipe: Recipe, mesh: Mesh, *, weights: Path | None = None, tokenizer: str | None = None) -> Engine:
+    """Model, data parallelism and optimizer of a recipe on this rank. Collective over the world.
+
+    weights: a checkpoint whose weights the model begins with, instead of random ones. tokenizer: fingerprint of the
+    data's, which a teacher must share.
+    """
+
+    backend = choose_backend(recipe.precision, mesh.device)
+    problems = shape_problems(
+        recipe.model,
+        parallel=recipe.parallel,
+        precision=recipe.precision,
+        rank_tokens=recipe.run.microbatch_rows * recipe.data.row_tokens // recipe.parallel.context,
+    )
+    if problems and backend.name == "te":
+        raise RecipeError("\n".join(problems))
+    if problems and mesh.rank == 0:
+        log.warning("A GPU would refuse this recipe:\n  %s", "\n  ".join(problems))
+    chunks = build_model(
+        recipe.model,
+        parallel=recipe.parallel,
+        precision=recipe.precision,
+        run=recipe.run,
+        row_tokens=recipe.data.row_tokens,
+        mesh=mesh,
+        backend=backend,
+        reset_at_documents=recipe.data.reset_at_documents,
+        draw_weights=weights is None,
+    )
+    if weights is not None:
+        read_weights(weights, chunks, groups=mesh.groups)
+    objective = build_objective(recipe, mesh=mesh, chunks=chunks, tokenizer=tokenizer)
+    wrapped = wrap_chunks(chunks, parallel=recipe.parallel, mesh=mesh, fp8_weights=recipe.precision.fp8_weights)
+    optimizer = build_optimizer(wrapped, optim=recipe.optim, precision=recipe.precision, mesh=mesh)
+    connect(wrapped, optimizer)
+    return Engine(
+        mesh=mesh,
+        chunks=wrapped,
+        optimizer=optimizer,
+        precision=backend.control(wrapped, precision=recipe.precision, mesh=mesh, seed=recipe.run.seed),
+        forward_step=objective.forward_step,
+        loss_parts=objective.parts,
+        teacher=objective.teacher,
+        row_tokens=recipe.data.row_tokens,
+        microbatch_rows=recipe.run.microbatch_rows,
+        reset_at_documents=recipe.data.reset_at_documents,
+    )
+
+
+@contextmanager
+def model_on_one_rank(recipe: Recipe, checkpoint: Path, *, device: torch.device) -> Iterator[Any]:
+    """The whole model of a recipe in this process with a checkpoint's weights, for reading: plain torch, in eval mode."""
+    use_device(device)
+
+    one = replace(recipe, parallel=ParallelConfig(), run=replace(recipe.run, global_rows=1, microbatch_rows=1))
+    layout = check(one, world=1)
+    with mesh_of(one, layout, device=device, rank=0) as mesh:
+        chunks = build_model(
+            one.model,
+            parallel=one.parallel,
+            precision=one.precision,
+            run=one.run,
+            row_tokens=one.data.row_tokens,
+            mesh=mesh,
+            backend=ReferenceBackend(),
+            draw_weights=False,
+        )
+        read_weights(checkpoint, chunks, groups=mesh.groups)
+        yield chunks[0].eval()
+
+
+def _be_deterministic(device: torch.device) -> None:
+    if device.type == "cuda":
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)

@@ -1,0 +1,46 @@
+"""Text from a checkpoint of a run, as a stream of whole characters."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from recipes.schema.errors import CheckpointError
+from recipes.schema.recipe import Recipe
+from recipes.schema.tools import GenerateConfig
+from train.build import model_on_one_rank, open_tokenizer
+from train.checkpoint.manager import CheckpointFolder, checkpoint_at
+from train.inference.decode import Sampling, generate
+from train.megatron import choose_device, use_device
+
+
+def stream_text(recipe: Recipe, config: GenerateConfig) -> Iterator[str]:
+    """Yield the prompt and then the text the model writes, in pieces as they become whole characters.
+
+    A run without a checkpoint is read where it starts from (`run.start_from`). Raises CheckpointError where there is
+    neither.
+    """
+
+    device = choose_device(recipe.run.device)
+    tokenizer, tokenizer_file = open_tokenizer(recipe)
+    use_device(device)
+
+    folder = Path(recipe.run.folder) / recipe.run.name / "checkpoints"
+    found = CheckpointFolder(folder, recipe.checkpoint).newest() if config.checkpoint is None else None
+    if found is None:
+        place = config.checkpoint or recipe.run.start_from
+        if place is None:
+            raise CheckpointError(f"{folder} holds no checkpoint. Train first: python -m train -cn <recipe>.")
+        found = checkpoint_at(place)
+    path, manifest = found
+    if manifest.tokenizer and manifest.tokenizer != tokenizer.fingerprint:
+        raise CheckpointError(
+            f"{path} was trained with another tokenizer than {tokenizer_file}: its text would be gibberish. Point "
+            f"data.folder at the data it was trained on."
+        )
+    with model_on_one_rank(recipe, path, device=device) as model:
+        ids = tokenizer.encode(config.prompt) or [tokenizer.eod]
+        sampling = Sampling(temperature=config.temperature, top_k=config.top_k, top_p=config.top_p, seed=config.seed)
+        decoder = tokenizer.incremental_decoder()
+        yield config.prompt
+        for token in generate(model, ids, tokens=config.tokens, sampling=sampling, end_of_document=tokenizer.eod):
+            yield decoder.feed(token)
+        yield decoder.finish()
