@@ -14,7 +14,8 @@ from typing import Any
 
 import yaml
 
-METRICS = "metrics.jsonl"
+from recipes.schema.checkpoint_steps import METRICS as METRICS
+
 _TAIL_BYTES = 256 * 1024
 
 

@@ -23,6 +23,7 @@ import fsspec
 
 from data.store.manifest import FileFacts
 from recipes.schema.data import CacheConfig
+from recipes.schema.data import is_remote as is_remote
 from recipes.schema.errors import DataError
 
 _PIECE_BYTES = 4 << 20
@@ -58,11 +59,6 @@ class _Waiting:
 
     def __exit__(self, *_: object) -> None:
         self._stack.pop()
-
-
-def is_remote(folder: str) -> bool:
-    """Whether a folder is a URL."""
-    return "://" in folder
 
 
 class RemoteFolder:

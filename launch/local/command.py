@@ -13,13 +13,16 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from launch.compose import compose, extra_environment, layout_of, run_folder, split_words
+from launch.compose import checked_layout, compose, run_folder, split_words
 from launch.local.continuation import backoff_s, decide
 from launch.local.failures import tell
 from launch.local.supervise import StopRequest, run_attempt, say
+from launch.plan.checks import fp32_block_scales_of
 from launch.runs import RunFolder
 from recipes.schema.errors import USER_ERRORS, RecipeError
+from recipes.schema.facts import Machine, missing_packages
 from recipes.schema.recipe import Recipe
+from recipes.schema.rules import environment_of, local_problems
 
 _HELP = """
 examples:
@@ -53,8 +56,11 @@ def main(arguments: Sequence[str]) -> int:
     if isinstance(recipe, int):
         return recipe
     try:
-        processes = _processes(recipe)
-        layout = layout_of(recipe, processes=processes)
+        gpus = 0 if recipe.run.device == "cpu" else _gpus()
+        processes = recipe.launch.processes or gpus or _degrees(recipe)
+        machine = Machine(has_gpu=gpus > 0, missing=missing_packages(), fp32_block_scales=fp32_block_scales_of(recipe))
+        more = local_problems(recipe, processes=processes, gpus=gpus)
+        layout = checked_layout(recipe, processes=processes, machine=machine, more=more, here=True)
         environment = _environment(recipe, processes)
         shown = _shown(own.show, processes)
     except USER_ERRORS as error:
@@ -121,17 +127,8 @@ def run_to_end(
                 return end.status
 
 
-def _processes(recipe: Recipe) -> int:
-    """How many processes to start. RecipeError where the machine has too few GPUs for them."""
-    degrees = recipe.parallel.tensor * recipe.parallel.pipeline * recipe.parallel.context
-    gpus = 0 if recipe.run.device == "cpu" else _gpus()
-    processes = recipe.launch.processes or gpus or degrees
-    if gpus and processes > gpus:
-        raise RecipeError(
-            f"launch.processes={processes}, but this machine has {gpus} GPU{'s' * (gpus > 1)} (CUDA_VISIBLE_DEVICES counted). "
-            f"Use {gpus}, or run.device=cpu."
-        )
-    return processes
+def _degrees(recipe: Recipe) -> int:
+    return recipe.parallel.tensor * recipe.parallel.pipeline * recipe.parallel.context
 
 
 def _gpus() -> int:
@@ -151,7 +148,7 @@ def _environment(recipe: Recipe, processes: int) -> dict[str, str]:
         defaults["GLOO_SOCKET_IFNAME"] = "lo"  # gloo else goes by the host name, which need not lead back here
     if recipe.parallel.tensor > 1 or recipe.parallel.context > 1:
         defaults["CUDA_DEVICE_MAX_CONNECTIONS"] = "1"  # Megatron overlaps GEMMs and communication by launch order
-    return {**defaults, **os.environ, **extra_environment(recipe)}
+    return {**defaults, **os.environ, **environment_of(recipe.launch.environment)}
 
 
 def _shown(text: str, processes: int) -> frozenset[int]:

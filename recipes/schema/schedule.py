@@ -13,7 +13,7 @@ decay of D updates reaches exactly `final_fraction` with its last, and warm-up +
 import math
 from typing import Literal
 
-from recipes.schema.errors import RecipeError
+from recipes.schema.errors import Problem, refuse
 from recipes.schema.optim import ScheduleConfig
 
 
@@ -40,8 +40,8 @@ def learning_rate_factor(
             return _decayed(schedule.decay_shape, _progress(done, end - schedule.decay, end), schedule.final_fraction)
 
 
-def check(schedule: ScheduleConfig, *, total_steps: int, tokens_per_step: int) -> None:
-    """Raise RecipeError, one line for each thing, where the phases of a schedule do not fit into the run."""
+def schedule_problems(schedule: ScheduleConfig, *, total_steps: int, tokens_per_step: int) -> list[Problem]:
+    """Why the phases of a schedule do not fit into the run, or say nothing."""
     in_steps = schedule.unit == "steps"
     whole = f"schedule.total={schedule.total}"
     end = schedule.total
@@ -51,22 +51,25 @@ def check(schedule: ScheduleConfig, *, total_steps: int, tokens_per_step: int) -
     problems = []
     decay = schedule.decay if schedule.kind == "wsd" else 0
     if schedule.warmup + decay > end:
-        problems.append(
+        text = (
             f"schedule.warmup={schedule.warmup} + schedule.decay={decay} {schedule.unit} are longer than the whole "
-            f"schedule, {whole}. Shorten them to {end} together, or lengthen run.steps or schedule.total."
+            f"schedule, {whole}."
         )
+        remedy = f"Shorten them to {end} together, or lengthen run.steps or schedule.total."
+        problems.append(Problem("schedule.warmup", text, remedy))
     if schedule.decay and schedule.kind != "wsd":
-        problems.append(
-            f"schedule.decay={schedule.decay} means nothing to schedule.kind={schedule.kind}. Use "
-            f"schedule.kind=wsd, or schedule.decay=0."
-        )
+        text = f"schedule.decay={schedule.decay} means nothing to schedule.kind={schedule.kind}."
+        problems.append(Problem("schedule.decay", text, "Use schedule.kind=wsd, or schedule.decay=0."))
     if schedule.kind == "wsd" and decay and schedule.decay_shape == "exponential" and schedule.final_fraction == 0:
-        problems.append(
-            "schedule.decay_shape=exponential cannot reach schedule.final_fraction=0. Use a fraction above 0, or "
-            "schedule.decay_shape=linear."
-        )
-    if problems:
-        raise RecipeError("\n".join(problems))
+        text = "schedule.decay_shape=exponential cannot reach schedule.final_fraction=0."
+        remedy = "Use a fraction above 0, or schedule.decay_shape=linear."
+        problems.append(Problem("schedule.decay_shape", text, remedy))
+    return problems
+
+
+def check(schedule: ScheduleConfig, *, total_steps: int, tokens_per_step: int) -> None:
+    """Raise RecipeError with every `schedule_problems`."""
+    refuse(schedule_problems(schedule, total_steps=total_steps, tokens_per_step=tokens_per_step))
 
 
 def _progress(done: int, start: int, end: int) -> float:

@@ -16,12 +16,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from recipes.schema import checkpoint_steps as steps
 from recipes.schema.checkpoint import CheckpointConfig
+from recipes.schema.checkpoint_steps import checkpoint_at as checkpoint_at
 from recipes.schema.errors import CheckpointError
-from train.checkpoint import disk, publishing, steps, storage
+from train.checkpoint import disk, publishing, storage
 from train.checkpoint.manifest import Manifest
 from train.checkpoint.saving import Event, Memory, Peers, Save, Snapshot, Staging
-from train.checkpoint.steps import checkpoint_at as checkpoint_at
 from train.engine import Engine
 
 log = logging.getLogger(__name__)

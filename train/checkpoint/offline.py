@@ -14,8 +14,9 @@ from pathlib import Path
 import torch
 import yaml
 
+from recipes.schema import checkpoint_steps as steps
 from recipes.schema.errors import CheckpointError
-from train.checkpoint import disk, fingerprint, publishing, steps
+from train.checkpoint import disk, fingerprint, publishing
 from train.checkpoint.files import (
     Reader,
     boxes_of_run,
