@@ -1,6 +1,6 @@
 """`python -m launch slurm -cn RECIPE [overrides]`: check a recipe, write its job script, submit it.
 
-    words --compose--> recipe --checks--> Job --launch.slurm.job_script--> runs/NAME/logs/job.sh --sbatch--> job number in logs/jobs
+    words --compose--> recipe --checks--> Job --job_script.py--> runs/NAME/logs/job.sh --sbatch--> job number in logs/jobs
 
 What happens then is in the script and in `launch.slurm.after_job`; `launch status` and `launch cancel` look at it and end it.
 """
