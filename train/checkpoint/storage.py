@@ -127,7 +127,7 @@ def write_model(
 
     save = Save(
         Snapshot(manifest, pieces),
-        peers=Peers(),
+        peers=Peers(mesh.saving),
         aside=aside,
         memory={},
         staging=None,
