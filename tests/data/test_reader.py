@@ -128,7 +128,7 @@ def test_checksums_are_taken_once(folder: Path, monkeypatch: pytest.MonkeyPatch)
 
 @pytest.mark.usefixtures("either_way")
 def test_sets_beyond_the_budget_are_named_not_read(folder: Path, monkeypatch, caplog) -> None:
-    monkeypatch.setattr("data.verify.BUDGET_BYTES", 100)
+    monkeypatch.setattr("data.store.verify.BUDGET_BYTES", 100)
     flip(folder / f"{SHARD}.bin")
     dataset = open_dataset(config_of(folder))
     assert "have not been checked" in caplog.text and "data.inspect" in caplog.text
