@@ -6,7 +6,7 @@ device -> layout -> data -> run folder -> mesh -> model -> DDP -> optimizer -> r
 import logging
 import os
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from recipes.schema.rules import check_objective, unused
 from train.build import build_engine, check, mesh_of, open_data
 from train.checkpoint import disk
 from train.checkpoint.manager import CheckpointFolder, checkpoint_at
+from train.checkpoint.manifest import RunState
 from train.checkpoint.resume import TEACHER, resume
 from train.distill.teacher_cache import KeptAnswers
 from train.evaluate.losses import heldout_bits_per_byte
@@ -74,7 +75,7 @@ def train(recipe: Recipe) -> RunEnd:
 def _train(recipe: Recipe, *, mesh: Mesh, dataset: Dataset, folder: Path) -> RunEnd:
 
     checkpoints = CheckpointFolder(folder / "checkpoints", recipe.checkpoint)
-    initial, origin = None, None
+    initial, origin = None, {}
     if recipe.run.start_from is not None and not checkpoints.whole():
         initial, before = checkpoint_at(recipe.run.start_from)
         ours = dataset.tokenizer.fingerprint
@@ -92,15 +93,17 @@ def _train(recipe: Recipe, *, mesh: Mesh, dataset: Dataset, folder: Path) -> Run
         checkpoints,
         engine,
         recipe=recipe,
-        mapping=mapping,
-        data_hash=dataset.manifest_hash,
-        tokenizer=dataset.tokenizer.fingerprint,
-        origin=origin,
+        new=RunState(
+            recipe=mapping,
+            data_hash=dataset.manifest_hash,
+            tokenizer=dataset.tokenizer.fingerprint,
+            lineage=origin,
+        ),
     )
-    step = start.step
+    step, position = start.state.step, start.state.position
     if mesh.rank == 0:
-        _warn_of_other_beginning(recipe, checkpoints.lineage)
-        _check_answers(recipe, dataset, start.position)
+        _warn_of_other_beginning(recipe, start.state.lineage)
+        _check_answers(recipe, dataset, position)
         folder.mkdir(parents=True, exist_ok=True)
         disk.write_text(folder / "recipe.yaml", yaml.safe_dump(mapping, sort_keys=False))
     mesh.barrier()
@@ -124,7 +127,7 @@ def _train(recipe: Recipe, *, mesh: Mesh, dataset: Dataset, folder: Path) -> Run
         stream = stack.enter_context(
             Stream(
                 dataset,
-                position=start.position,
+                position=position,
                 global_rows=recipe.run.global_rows,
                 microbatch_rows=recipe.run.microbatch_rows,
                 rank=mesh.data_rank,
@@ -144,15 +147,7 @@ def _train(recipe: Recipe, *, mesh: Mesh, dataset: Dataset, folder: Path) -> Run
 
         def save(at: int, rows: int, *, background: bool) -> None:
             with telemetry.phase("staging" if background else "saving"):
-                checkpoints.request(
-                    engine,
-                    step=at,
-                    position=rows,
-                    recipe=mapping,
-                    data_hash=dataset.manifest_hash,
-                    tokenizer=dataset.tokenizer.fingerprint,
-                    background=background,
-                )
+                checkpoints.request(engine, replace(start.state, step=at, position=rows), background=background)
 
         stack.callback(checkpoints.close)
         if start.text:

@@ -19,7 +19,7 @@ from typing import Any
 from recipes.schema.checkpoint import CheckpointConfig
 from recipes.schema.errors import CheckpointError
 from train.checkpoint import disk, publishing, steps, storage
-from train.checkpoint.manifest import Manifest
+from train.checkpoint.manifest import Manifest, RunState
 from train.checkpoint.saving import Event, Memory, Peers, Save, Snapshot, Staging
 from train.checkpoint.steps import checkpoint_at as checkpoint_at
 from train.engine import Engine
@@ -58,8 +58,6 @@ class CheckpointFolder:
         self._told = 0
         self._pending: list[Event] = []
         self._warned = False
-        self.lineage: dict[str, Any] = {}
-        """Where the weights come from, for every checkpoint to come; a loaded one brings its own."""
 
     def path_of(self, step: int) -> Path:
         """Folder of the checkpoint after `step` optimizer steps."""
@@ -115,66 +113,29 @@ class CheckpointFolder:
         """Fill weights, optimizer and random state from `path`, and prove that they are what was saved. Collective."""
         manifest = storage.read_training(path, engine)
         self._memory.clear()
-        self.lineage = manifest.lineage
         self.saved_step = manifest.step
         return manifest
 
-    def save(
-        self,
-        engine: Engine,
-        *,
-        step: int,
-        position: int,
-        recipe: dict[str, Any],
-        data_hash: str,
-        tokenizer: str = "",
-    ) -> Path:
+    def save(self, engine: Engine, state: RunState) -> Path:
         """Write a checkpoint and wait until it is durable. Collective over the world.
 
         Raises CheckpointError on every rank if any rank could not write; the checkpoints that were there stay.
         """
-        self.request(
-            engine,
-            step=step,
-            position=position,
-            recipe=recipe,
-            data_hash=data_hash,
-            tokenizer=tokenizer,
-            background=False,
-        )
+        self.request(engine, state, background=False)
         assert self._save is not None
         if self._save.error is not None:
             raise CheckpointError(self._save.error)
-        return self.path_of(step)
+        return self.path_of(state.step)
 
-    def request(
-        self,
-        engine: Engine,
-        *,
-        step: int,
-        position: int,
-        recipe: dict[str, Any],
-        data_hash: str,
-        tokenizer: str = "",
-        tokens: int | None = None,
-        background: bool = True,
-    ) -> None:
-        """Save the state as it is now. Waits for the save before it; in the background returns at once. Collective."""
+    def request(self, engine: Engine, state: RunState, *, background: bool = True) -> None:
+        """Save the engine as it is now. Waits for the save before it; in the background returns at once. Collective."""
         self.wait()
         if background:
             self.check()  # every rank waited, so every rank knows
         self._pending += self.collect()
         peers = Peers(engine.mesh.saving)
-        snapshot = storage.snapshot_of(
-            engine,
-            step=step,
-            position=position,
-            tokens=position * engine.row_tokens if tokens is None else tokens,
-            recipe=recipe,
-            data_hash=data_hash,
-            tokenizer=tokenizer,
-            lineage=self.lineage,
-        )
+        step = state.step
+        snapshot = storage.snapshot_of(engine, state)
         if self._memory_step is not None and self._memory_step >= (snapshot.manifest.updates or 0):
             self._memory.clear()  # no update in between: standing still is right
         self._memory_step = snapshot.manifest.updates
