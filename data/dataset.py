@@ -27,6 +27,7 @@ from data.store.manifest import MANIFEST, SPLITS, Manifest, ShardEntry, read_man
 from data.store.origins import Origin, Origins, read_origins
 from data.store.verify import Verifier
 from data.tokenizer import Tokenizer
+from recipes.schema.credentials import without_credentials
 from recipes.schema.data import DataConfig
 from recipes.schema.errors import DataError, refuse
 
@@ -119,9 +120,8 @@ class Dataset:
 
     def origins(self, entry: ShardEntry) -> Origins:
         """Origins of a shard's documents."""
-        if "origins" in entry.files:
-            self.find(entry, "origins")
-        return read_origins(self.folder, entry)
+        file = self.find(entry, "origins") if "origins" in entry.files else None
+        return read_origins(self.folder, entry, file=file)
 
     def _read(self, parts: list[Rows], source: np.ndarray, row: np.ndarray) -> Filled:
         return fill(
@@ -194,6 +194,8 @@ def open_dataset(config: DataConfig) -> Dataset:
     if is_remote(config.folder):
         _refuse_foreign_sets(config, manifest)
     names = list(config.sources)
+    if remote is not None:
+        _check_budget(config, manifest, remote.budget_bytes)
     if not is_remote(config.folder):
         verifier.check_all(
             {
@@ -240,13 +242,25 @@ def open_dataset(config: DataConfig) -> Dataset:
     )
 
 
+def _check_budget(config: DataConfig, manifest: Manifest, budget_bytes: int) -> None:
+    entries = (e for name in config.sources for split in SPLITS for e in manifest.sources[name].splits[split])
+    size, path = max(((e.files["bin"].bytes + e.files["idx"].bytes, e.path) for e in entries), default=(0, ""))
+    if size > budget_bytes:
+        shown = without_credentials(config.folder)
+        raise DataError(
+            f"data.cache.gib={config.cache.gib:g} is less than one shard: shard {path} of {shown} takes "
+            f"{size / 2**30:.3g} GiB. Set data.cache.gib to that at least, or prepare with a lower data.shard_bytes."
+        )
+
+
 def _refuse_foreign_sets(config: DataConfig, manifest: Manifest) -> None:
     """DataError where data behind a URL points at files of the machine it was prepared on."""
+    shown = without_credentials(config.folder)
     for name in config.sources:
         for entries in manifest.sources[name].splits.values():
             for entry in entries:
                 if Path(entry.path).is_absolute():
                     raise DataError(
-                        f"source {name!r} of {config.folder} was read in place from {entry.path}, which is not behind the "
+                        f"source {name!r} of {shown} was read in place from {entry.path}, which is not behind the "
                         f"URL. Copy it there and prepare again, or read the data where it was prepared."
                     )

@@ -13,6 +13,7 @@ from data.order.blend import Blend, blend_of
 from data.rows.fim import fim_problems
 from data.store.manifest import MANIFEST, SPLITS, Manifest, TokenizerEntry, file_sha256, read_manifest
 from data.tokenizer import Tokenizer, load_tokenizer
+from recipes.schema.credentials import without_credentials
 from recipes.schema.data import DataConfig, is_remote
 from recipes.schema.errors import DataError, Problem
 from recipes.schema.facts import Prepared, not_prepared
@@ -77,7 +78,7 @@ def source_problems(config: DataConfig, manifest: Manifest) -> list[Problem]:
     missing = [name for name in config.sources if name not in manifest.sources]
     if not missing:
         return []
-    text = f"{config.folder} holds no source {', '.join(missing)} (it holds {', '.join(manifest.sources)})."
+    text = f"{without_credentials(config.folder)} holds no source {', '.join(missing)} (it holds {', '.join(manifest.sources)})."
     remedy = "Prepare the data again, or take the source out of data.sources."
     return [Problem(f"data.sources.{missing[0]}", text, remedy)]
 

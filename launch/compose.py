@@ -10,12 +10,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from launch.plan.checks import prepared_of
+from launch.facts import prepared_of
 from launch.runs import RunFolder
 from recipes.schema.command import dotted_keys, run_command
 from recipes.schema.errors import USER_ERRORS, Problem
 from recipes.schema.facts import Machine, look
 from recipes.schema.layout import Layout, lay_out
+from recipes.schema.read import read_recipe
 from recipes.schema.recipe import Recipe
 from recipes.schema.rules import problems, refuse
 
@@ -36,8 +37,6 @@ def compose(words: Sequence[str], *, program: str) -> Recipe | int:
     found: list[Recipe] = []
 
     def keep(composed: Any) -> int:
-        from recipes.schema.read import read_recipe
-
         found.append(read_recipe(composed))
         return 0
 

@@ -14,10 +14,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from launch.compose import checked_layout, compose, run_folder, split_words
+from launch.facts import fp32_block_scales_of
+from launch.lease import LeaseError, current_owner, refusal
 from launch.local.continuation import backoff_s, decide
 from launch.local.failures import tell
 from launch.local.supervise import StopRequest, run_attempt, say
-from launch.plan.checks import fp32_block_scales_of
 from launch.runs import RunFolder
 from recipes.schema.errors import USER_ERRORS, RecipeError
 from recipes.schema.facts import Machine, missing_packages
@@ -63,10 +64,11 @@ def main(arguments: Sequence[str]) -> int:
         layout = checked_layout(recipe, processes=processes, machine=machine, more=more, here=True)
         environment = _environment(recipe, processes)
         shown = _shown(own.show, processes)
+        run = run_folder(recipe)
+        refuse_second(run)
     except USER_ERRORS as error:
         sys.stderr.write(f"error: {error}\n")
         return 2
-    run = run_folder(recipe)
     say(f"{processes} process{'es' * (processes > 1)} ({layout.describe()}), logs in {run.logs}")
     return run_to_end(
         [sys.executable, "-m", "launch.local.rank", "train", *words],
@@ -125,6 +127,16 @@ def run_to_end(
             say(f"{decision.reason}; from {from_where} in {delay:g} s (Ctrl-C: not)")
             if stop.wait(delay):
                 return end.status
+
+
+def refuse_second(run: RunFolder) -> None:
+    """Refuse to start a run that a trainer works on. LeaseError names it.
+
+    The trainer itself refuses too (train.resilience.lease); here it costs no start of processes.
+    """
+    found = current_owner(run.path)
+    if found is not None and found[1] == "alive":
+        raise LeaseError(refusal(found[0], what=str(run.path)))
 
 
 def _degrees(recipe: Recipe) -> int:

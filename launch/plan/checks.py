@@ -4,18 +4,15 @@ Every rule is in `recipes.schema.rules`, which training asks too; here its facts
 and the planner's advice is added.
 """
 
-import os
 from dataclasses import dataclass
-from pathlib import Path
 
-from data.store.manifest import MANIFEST
+from launch.facts import fp32_block_scales_of, prepared_of
 from launch.plan.cost.device import Device
-from recipes.schema.data import is_remote
 from recipes.schema.errors import Problem
-from recipes.schema.facts import Disk, Machine, Prepared, look, not_prepared, wants_fp32_block_scales
+from recipes.schema.facts import Disk, Machine, Prepared, look
 from recipes.schema.layout import Layout
 from recipes.schema.recipe import Recipe
-from recipes.schema.rules import container_problems, environment_of, environment_problems, notes, problems
+from recipes.schema.rules import container_problems, notes, problems
 
 
 @dataclass(frozen=True)
@@ -43,27 +40,6 @@ def facts_of(recipe: Recipe, device: Device) -> Facts:
         fp32_block_scales=fp32_block_scales_of(recipe),
     )
     return Facts(machine=machine, disk=look(recipe), prepared=prepared_of(recipe))
-
-
-def fp32_block_scales_of(recipe: Recipe) -> bool:
-    """What the environment of the run's processes will ask of Transformer Engine."""
-    words = recipe.launch.environment
-    own = {} if environment_problems(words) else environment_of(words)
-    return wants_fp32_block_scales({**os.environ, **own})
-
-
-def prepared_of(recipe: Recipe) -> Prepared | None:
-    """What is prepared of a recipe's data on this disk; None for data behind a URL."""
-    if is_remote(recipe.data.folder):
-        return None
-    if not (Path(recipe.data.folder) / MANIFEST).is_file():
-        return not_prepared(recipe.data.folder)
-    from data.prepared import (
-        look as look_at_data,  # numpy and tokenizers, which a plan without prepared data does without
-    )
-
-    rows = recipe.run.global_rows
-    return look_at_data(recipe.data, rows=recipe.run.steps * rows, global_rows=rows)
 
 
 def recipe_problems(recipe: Recipe, facts: Facts, *, world: int) -> list[Problem]:

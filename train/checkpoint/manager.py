@@ -21,9 +21,10 @@ from recipes.schema.checkpoint import CheckpointConfig
 from recipes.schema.checkpoint_steps import checkpoint_at as checkpoint_at
 from recipes.schema.errors import CheckpointError
 from train.checkpoint import disk, publishing, storage
-from train.checkpoint.manifest import Manifest
+from train.checkpoint.manifest import Manifest, RunState
 from train.checkpoint.saving import Event, Memory, Peers, Save, Snapshot, Staging
 from train.engine import Engine
+from train.parallel.mesh import Mesh
 
 log = logging.getLogger(__name__)
 
@@ -51,7 +52,6 @@ class CheckpointFolder:
         """Step of the newest checkpoint this process knows to be durable."""
         self.save_s: float | None = None
         """Seconds the last save took from request to durable."""
-        self._peers: Peers | None = None
         self._staging = Staging()
         self._memory: Memory = {}
         self._memory_step: int | None = None
@@ -59,8 +59,6 @@ class CheckpointFolder:
         self._told = 0
         self._pending: list[Event] = []
         self._warned = False
-        self.lineage: dict[str, Any] = {}
-        """Where the weights come from, for every checkpoint to come; a loaded one brings its own."""
 
     def path_of(self, step: int) -> Path:
         """Folder of the checkpoint after `step` optimizer steps."""
@@ -78,9 +76,9 @@ class CheckpointFolder:
         """The newest checkpoint by manifest and file sizes (`steps.newest_in`). Not collective."""
         return steps.newest_in(self.folder)
 
-    def survey(self) -> tuple[list[tuple[Path, Manifest]], list[str]]:
+    def survey(self, mesh: Mesh) -> tuple[list[tuple[Path, Manifest]], list[str]]:
         """`steps.candidates` as rank 0 sees them, after it cleaned up what dead processes left. Collective."""
-        peers = self._talk()
+        peers = Peers(mesh.saving)
         outcome: Any = None
         if peers.rank == 0:
             try:
@@ -99,7 +97,7 @@ class CheckpointFolder:
 
         A checkpoint that does not load is passed over, and said. Raises CheckpointError where none loads.
         """
-        good, notes = self.survey()
+        good, notes = self.survey(engine.mesh)
         for path, _ in good:
             try:
                 manifest = self.load(engine, path)
@@ -116,66 +114,29 @@ class CheckpointFolder:
         """Fill weights, optimizer and random state from `path`, and prove that they are what was saved. Collective."""
         manifest = storage.read_training(path, engine)
         self._memory.clear()
-        self.lineage = manifest.lineage
         self.saved_step = manifest.step
         return manifest
 
-    def save(
-        self,
-        engine: Engine,
-        *,
-        step: int,
-        position: int,
-        recipe: dict[str, Any],
-        data_hash: str,
-        tokenizer: str = "",
-    ) -> Path:
+    def save(self, engine: Engine, state: RunState) -> Path:
         """Write a checkpoint and wait until it is durable. Collective over the world.
 
         Raises CheckpointError on every rank if any rank could not write; the checkpoints that were there stay.
         """
-        self.request(
-            engine,
-            step=step,
-            position=position,
-            recipe=recipe,
-            data_hash=data_hash,
-            tokenizer=tokenizer,
-            background=False,
-        )
+        self.request(engine, state, background=False)
         assert self._save is not None
         if self._save.error is not None:
             raise CheckpointError(self._save.error)
-        return self.path_of(step)
+        return self.path_of(state.step)
 
-    def request(
-        self,
-        engine: Engine,
-        *,
-        step: int,
-        position: int,
-        recipe: dict[str, Any],
-        data_hash: str,
-        tokenizer: str = "",
-        tokens: int | None = None,
-        background: bool = True,
-    ) -> None:
-        """Save the state as it is now. Waits for the save before it; in the background returns at once. Collective."""
+    def request(self, engine: Engine, state: RunState, *, background: bool = True) -> None:
+        """Save the engine as it is now. Waits for the save before it; in the background returns at once. Collective."""
         self.wait()
         if background:
             self.check()  # every rank waited, so every rank knows
         self._pending += self.collect()
-        peers = self._talk()
-        snapshot = storage.snapshot_of(
-            engine,
-            step=step,
-            position=position,
-            tokens=position * engine.row_tokens if tokens is None else tokens,
-            recipe=recipe,
-            data_hash=data_hash,
-            tokenizer=tokenizer,
-            lineage=self.lineage,
-        )
+        peers = Peers(engine.mesh.saving)
+        step = state.step
+        snapshot = storage.snapshot_of(engine, state)
         if self._memory_step is not None and self._memory_step >= (snapshot.manifest.updates or 0):
             self._memory.clear()  # no update in between: standing still is right
         self._memory_step = snapshot.manifest.updates
@@ -253,11 +214,6 @@ class CheckpointFolder:
         if save is not None and save.done.is_set() and save.error is None and self.saved_step != save.step:
             self.saved_step = save.step
             self.save_s = next((e.fields["seconds"] for e in save.events if e.kind == "save"), None)
-
-    def _talk(self) -> Peers:
-        if self._peers is None:
-            self._peers = Peers()
-        return self._peers
 
     def _publish(self, manifest: Manifest) -> dict[str, Any]:
         """On rank 0: name the complete checkpoint and point at it."""

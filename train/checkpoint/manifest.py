@@ -17,6 +17,7 @@ from recipes.schema.manifest import DTYPE_BYTES as DTYPE_BYTES
 from recipes.schema.manifest import FORMAT as FORMAT
 from recipes.schema.manifest import MANIFEST as MANIFEST
 from recipes.schema.manifest import Manifest as Manifest
+from recipes.schema.manifest import RunState as RunState
 from recipes.schema.manifest import TensorRecord as TensorRecord
 from recipes.schema.manifest import describe_layout as describe_layout
 from recipes.schema.manifest import is_count, read_text

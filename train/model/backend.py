@@ -22,7 +22,7 @@ from recipes.schema.precision import PrecisionConfig
 from recipes.schema.rules import backend_name, backend_problems, low_precision_problems
 from train.model.attention import AttentionCore
 from train.model.linear import use_fast_product
-from train.model.mixer import ReferenceMixer
+from train.model.mixer import KernelMixer, ReferenceMixer
 from train.model.norm import RMSNorm
 from train.parallel.mesh import Mesh
 from train.precision import emulated, te
@@ -115,6 +115,13 @@ class EmulatedBackend(ReferenceBackend):
         emulated.equip(chunk, model=model, precision=precision)
 
 
+class TransformerEngineBackend(te.TransformerEngineModules):
+    """Megatron's Transformer Engine modules, with the stock Mamba-2 mixer on mamba-ssm kernels."""
+
+    def mixer(self) -> type[MambaMixer]:
+        return KernelMixer
+
+
 def this_machine() -> Machine:
     """What rules need to know about the machine this process runs on."""
     has_gpu = torch.cuda.is_available()
@@ -138,7 +145,7 @@ def choose_backend(precision: PrecisionConfig, device: torch.device) -> Backend:
     refuse([*low_precision_problems(precision), *backend_problems(precision, machine)], BackendError)
     match backend_name(precision, machine):
         case "te":
-            return te.TransformerEngineBackend()
+            return TransformerEngineBackend()
         case "emulated":
             return EmulatedBackend()
         case "reference":

@@ -1,4 +1,4 @@
-"""Transformer Engine as a backend: the only module that names it.
+"""Transformer Engine behind the `te` backend: the only module that names it.
 
 Megatron owns the modules and enters Transformer Engine's autocast around each layer; this module chooses them, translates
 a recipe's scaling into Megatron's fields, and switches scaling during a run.
@@ -10,9 +10,10 @@ the native recipes' quantisers and FP8 primary weights have not been run. docs/f
 
 import functools
 import os
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from megatron.core.fp8_utils import get_fp8_recipe
 
 from recipes.schema.errors import BackendError, refuse
 from recipes.schema.facts import wants_fp32_block_scales
@@ -22,9 +23,6 @@ from recipes.schema.rules import block_scale_problems, low_precision_problems
 from recipes.schema.scaling import active_scaling, low_precision_linears, scalings_used
 from train.parallel.mesh import Mesh
 from train.precision.control import PrecisionControl, Reading
-
-if TYPE_CHECKING:
-    from megatron.core.ssm.mamba_mixer import MambaMixer
 
 
 def megatron_fields(precision: PrecisionConfig, scaling: str) -> dict[str, Any]:
@@ -47,8 +45,11 @@ def megatron_fields(precision: PrecisionConfig, scaling: str) -> dict[str, Any]:
             raise BackendError(f"precision.scaling={other}: Transformer Engine has no such recipe.")
 
 
-class TransformerEngineBackend:
-    """Megatron's Transformer Engine modules, with the stock Mamba-2 mixer on mamba-ssm kernels."""
+class TransformerEngineModules:
+    """Megatron's Transformer Engine modules and their precision; `train.model.backend` adds the mixer.
+
+    Megatron's Transformer Engine layers are imported where they are named: that package is optional.
+    """
 
     name = "te"
 
@@ -76,11 +77,6 @@ class TransformerEngineBackend:
         from megatron.core.extensions.transformer_engine import TEDotProductAttention
 
         return TEDotProductAttention
-
-    def mixer(self) -> "type[MambaMixer]":
-        from train.model.mixer import KernelMixer
-
-        return KernelMixer
 
     def options(self, model: ModelConfig, precision: PrecisionConfig) -> dict[str, Any]:
         # Transformer Engine takes the kind of block scales from the environment when it is imported, which was long ago.
@@ -158,8 +154,6 @@ class _TransformerEnginePrecision:
             part.low_precision_history[:, 2] = backward.amax_history[:, 0] / self.shards
 
     def apply_state(self) -> None:
-        from megatron.core.fp8_utils import get_fp8_recipe
-
         if not self.delayed or self.precision.scaling != "delayed":
             return
         recipe = get_fp8_recipe(self.configs[0])
