@@ -17,6 +17,7 @@ from recipes.schema.credentials import without_credentials
 from recipes.schema.data import DataConfig, is_remote
 from recipes.schema.errors import DataError, Problem
 from recipes.schema.facts import Prepared, not_prepared
+from recipes.schema.rules import data_problems
 
 
 def look(config: DataConfig, *, rows: int, global_rows: int, check_files: bool = True) -> Prepared | None:
@@ -42,7 +43,7 @@ def look(config: DataConfig, *, rows: int, global_rows: int, check_files: bool =
     found += row_problems(config, manifest)
     exhausted: Sequence[tuple[str, int]] = ()
     identity = ""
-    if not found:
+    if not found and not data_problems(config):  # what the recipe alone shows is reported by the rules
         try:
             blend = blend_of(config, _rows(config, manifest))
             identity = identity_of(manifest, blend)

@@ -197,6 +197,19 @@ def parameters(model: ModelConfig) -> ParameterCount:
     )
 
 
+def weights_of(model: ModelConfig) -> dict[str, object]:
+    """What names and shapes of a model's weights depend on: two models with equal values can load each other's weights."""
+    kinds = layer_kinds(model.pattern)
+    names = ["hidden", "vocab", "tie_embeddings", "post_norms"]
+    names += ["heads", "kv_heads", "head_dim"] * bool(set(kinds) & set(ATTENTION))
+    names += ["mamba_heads", "mamba_head_dim", "mamba_state", "mamba_groups", "mamba_conv"] * ("M" in kinds)
+    found = {f"model.{name}": getattr(model, name) for name in names}
+    found["model.pattern"] = "".join("*" if kind in ATTENTION else kind for kind in kinds)  # windows have no weights
+    if "-" in kinds:
+        found |= {"model.ffn": model.ffn, "gated MLP": model.activation in ("swiglu", "geglu")}
+    return found
+
+
 @dataclass(frozen=True)
 class Flops:
     """Model FLOPs of training on one token: forward and backward, no recomputation."""

@@ -26,7 +26,7 @@ from recipes.schema.manifest import Manifest
 from recipes.schema.objective import ObjectiveConfig
 from recipes.schema.optim import ScheduleConfig
 from recipes.schema.parallel import ParallelConfig
-from recipes.schema.pattern import layer_kinds, pattern_problems
+from recipes.schema.pattern import layer_kinds, pattern_problems, weights_of
 from recipes.schema.precision import PrecisionConfig
 from recipes.schema.read import recipe_mapping
 from recipes.schema.recipe import Recipe
@@ -77,7 +77,7 @@ def problems(
         found += disk_problems(recipe, disk, prepared=prepared, here=here, world=world)
     if prepared is not None and (here or prepared.is_here):
         found += prepared_problems(recipe, prepared)
-    return list(dict.fromkeys(found))
+    return list({str(problem): problem for problem in found}.values())
 
 
 def reading_problems(recipe: Recipe) -> list[Problem]:
@@ -378,13 +378,21 @@ def disk_problems(
 def start_problems(recipe: Recipe, start: Named, *, tokenizer: str | None) -> list[Problem]:
     """What speaks against the weights a run begins with. tokenizer: fingerprint of the data's; None: not known."""
     assert start.manifest is not None
-    return tokenizer_problems(
+    found = tokenizer_problems(
         f"run.start_from={start.place}",
         start.manifest.tokenizer,
         tokenizer,
         where=recipe.data.folder,
         otherwise="name another run.start_from",
     )
+    if start.recipe is not None and not pattern_problems(recipe.model.pattern):
+        ours, theirs = weights_of(recipe.model), weights_of(start.recipe.model)
+        keys = sorted(key for key in ours | theirs if ours.get(key) != theirs.get(key))
+        differing = [f"{key}: {theirs.get(key)} there, {ours.get(key)} here" for key in keys]
+        if differing:
+            text = f"run.start_from={start.place} has weights of another model ({'; '.join(differing)})."
+            found.append(Problem("run.start_from", text, "Use its model, or name a checkpoint of this one."))
+    return found
 
 
 def _run_problems(
