@@ -22,6 +22,7 @@ from recipes.schema.pattern import flops_per_token, parameters
 from recipes.schema.read import recipe_mapping
 from recipes.schema.recipe import Recipe
 from recipes.schema.rules import check_objective, unused
+from recipes.schema.schedule import unread
 from train.build import build_engine, check, mesh_of, open_data
 from train.checkpoint import disk
 from train.checkpoint.manager import CheckpointFolder, checkpoint_at
@@ -68,6 +69,8 @@ def train(recipe: Recipe) -> RunEnd:
         )
     if (idle := unused(recipe.objective)) and rank == 0:
         log.warning("objective.kind=next_token trains on next tokens; not used: %s", idle)
+    if (idle := unread(recipe.schedule)) and rank == 0:
+        log.warning("%s", idle)
     folder = Path(recipe.run.folder) / recipe.run.name
     check_folder(folder, recipe)
     use_device(device)
