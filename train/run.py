@@ -15,6 +15,7 @@ import torch
 import yaml
 
 from data.stream import Dataset, Stream
+from data.system import disk
 from recipes.schema.changes import check_folder
 from recipes.schema.errors import CheckpointError, DataError
 from recipes.schema.pattern import flops_per_token, parameters
@@ -22,7 +23,6 @@ from recipes.schema.read import recipe_mapping
 from recipes.schema.recipe import Recipe
 from recipes.schema.rules import check_objective, unused
 from train.build import build_engine, check, mesh_of, open_data
-from train.checkpoint import disk
 from train.checkpoint.manager import CheckpointFolder, checkpoint_at
 from train.checkpoint.manifest import RunState
 from train.checkpoint.resume import TEACHER, resume

@@ -17,11 +17,11 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import fsspec
 
 from data.store.manifest import FileFacts
+from data.system import disk
 from recipes.schema.data import CacheConfig
 from recipes.schema.errors import DataError
 
@@ -128,11 +128,8 @@ class RemoteFolder:
                 self._sleep(min(60.0, 2.0**attempt))
 
     def _fetch(self, name: str, path: Path, facts: FileFacts | None) -> None:
-        for old in path.parent.glob(f"{path.name}.fetching-*"):  # we hold the lock: whoever wrote it is gone
-            old.unlink(missing_ok=True)
-        aside = path.with_name(f"{path.name}.fetching-{os.getpid()}")
         digest, size = hashlib.sha256(), 0
-        try:
+        with disk.written_aside(path) as aside:  # we hold the lock: whoever left one there is gone
             with self._system.open(f"{self._path}/{name}", "rb") as source, aside.open("wb") as target:
                 while piece := source.read(_PIECE_BYTES):
                     target.write(piece)
@@ -140,14 +137,10 @@ class RemoteFolder:
                     size += len(piece)
                     if facts is not None and size > facts.bytes:
                         break
-                _durably(target)
             if facts is not None and size < facts.bytes:
                 raise OSError(f"the transfer ended after {size:,} of {facts.bytes:,} bytes")
             if facts is not None and (size != facts.bytes or digest.hexdigest() != facts.sha256):
                 raise DataError(f"{self.url}/{name} does not match its checksum: it was changed or damaged.")
-            aside.rename(path)
-        finally:
-            aside.unlink(missing_ok=True)
 
     def _evict(self, *, keep: Path) -> None:
         """Remove the copies that were not opened for longest, until all fit the budget, and what killed processes left."""
@@ -155,7 +148,8 @@ class RemoteFolder:
             copies = []
             for path in self._root.glob("*/**/*"):
                 with contextlib.suppress(FileNotFoundError):
-                    if ".fetching-" in path.name and not _is_locked(Path(str(path).rpartition(".fetching-")[0])):
+                    fetched = disk.written_at(path)
+                    if fetched is not None and not _is_locked(fetched):
                         path.unlink()
                     if path.suffix in (".bin", ".idx", ".origins"):
                         found = path.stat()
@@ -191,8 +185,3 @@ def _is_locked(path: Path) -> bool:
         except BlockingIOError:
             return True
     return False
-
-
-def _durably(stream: Any) -> None:
-    stream.flush()
-    os.fsync(stream.fileno())

@@ -29,7 +29,7 @@ SHARDS = 8
 ROOT = Path(__file__).resolve().parents[2]
 FETCH = """
 import sys
-from data.cache import Activity, RemoteFolder
+from data.store.cache import Activity, RemoteFolder
 from recipes.schema.data import CacheConfig
 from data.store.manifest import FileFacts
 url, folder, name, size, sha256 = sys.argv[1:]
@@ -190,14 +190,14 @@ def test_a_process_killed_in_the_middle_of_a_fetch_leaves_nothing_that_counts(fo
             words = [sys.executable, "-c", FETCH, url, config.folder, name, str(facts.bytes), facts.sha256]
             child = subprocess.Popen(words, env=os.environ | {"PYTHONPATH": str(ROOT)})
             assert server.sent.wait(60)
-            wait_for(lambda: list((tmp_path / "cache").rglob("*fetching*")))
+            wait_for(lambda: list((tmp_path / "cache").rglob("*.writing")))
             child.kill()
             child.wait()
             assert not list((tmp_path / "cache").rglob("*.bin"))
         del server.slow[name]
         remote = RemoteFolder(url, config, Activity())
         remote.local("a.train-00002.bin", other)  # another fetch removes what the dead one left
-        assert not list((tmp_path / "cache").rglob("*fetching*"))
+        assert not list((tmp_path / "cache").rglob("*.writing"))
         assert remote.local(name, facts).read_bytes() == (folder / name).read_bytes()
 
 

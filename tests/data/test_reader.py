@@ -128,7 +128,7 @@ def test_checksums_are_taken_once(folder: Path, monkeypatch: pytest.MonkeyPatch)
 
 @pytest.mark.usefixtures("either_way")
 def test_sets_beyond_the_budget_are_named_not_read(folder: Path, monkeypatch, caplog) -> None:
-    monkeypatch.setattr("data.verify.BUDGET_BYTES", 100)
+    monkeypatch.setattr("data.store.verify.BUDGET_BYTES", 100)
     flip(folder / f"{SHARD}.bin")
     dataset = open_dataset(config_of(folder))
     assert "have not been checked" in caplog.text and "data.inspect" in caplog.text
@@ -375,7 +375,7 @@ def test_transfers_that_fail_are_tried_again(folder: Path, store, tmp_path: Path
         with pytest.raises(DataError, match=f"memory://bucket/set/{SHARD}.bin cannot be fetched after 5 attempts"):
             remote.local(f"{SHARD}.bin", facts)
         assert pauses == [1, 2, 4, 8]
-    assert not list((tmp_path / "cache").rglob("*fetching*"))
+    assert not list((tmp_path / "cache").rglob("*.writing"))
 
 
 def test_a_damaged_or_missing_remote_file_is_named_and_never_kept(folder: Path, store, tmp_path: Path) -> None:
@@ -396,7 +396,7 @@ def test_a_fetch_that_was_killed_leaves_nothing_that_counts(folder: Path, store,
     facts = read_manifest(folder).sources["a"].splits["train"][1].files["bin"]
     remote = RemoteFolder("memory://bucket/set", CacheConfig(folder=str(tmp_path / "cache")), Activity())
     remote.folder.mkdir(parents=True)
-    left = remote.folder / f"{SHARD}.bin.fetching-999999"
+    left = remote.folder / f".{Path(SHARD).name}.bin.writing"
     left.write_bytes(b"half")
     assert remote.local(f"{SHARD}.bin", facts).stat().st_size == facts.bytes
     assert not left.exists()
