@@ -1,10 +1,11 @@
 """Assembly of a training run, in the order things depend on each other; the only module that sees the whole recipe.
 
-device -> layout -> data -> run folder -> mesh -> model -> DDP -> optimizer -> resume -> stream -> loop -> report
+device -> layout -> data -> mesh -> lease of the run folder -> model -> DDP -> optimizer -> resume -> stream -> loop -> report
 """
 
 import logging
 import os
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -33,6 +34,7 @@ from train.megatron import choose_device, use_device
 from train.parallel.mesh import Mesh, world_from_environment
 from train.record.machine import peak_flops
 from train.record.telemetry import Telemetry
+from train.resilience.lease import held_lease
 
 log = logging.getLogger(__name__)
 
@@ -50,7 +52,8 @@ class RunEnd:
 def train(recipe: Recipe) -> RunEnd:
     """Run a recipe to its end, from wherever its folder left off. Every process of the world calls it.
 
-    Raises RecipeError, DataError, BackendError, CheckpointError, NumericsError; whatever was saved stays.
+    Raises RecipeError, DataError, BackendError, CheckpointError, NumericsError; LeaseError if another process trains in the
+    run's folder. Whatever was saved stays.
     """
     rank, world = world_from_environment()
     layout = check(recipe, world=world)
@@ -68,12 +71,11 @@ def train(recipe: Recipe) -> RunEnd:
     folder = Path(recipe.run.folder) / recipe.run.name
     check_folder(folder, recipe)
     use_device(device)
-    with mesh_of(recipe, layout, device=device, rank=rank) as mesh:
-        return _train(recipe, mesh=mesh, dataset=dataset, folder=folder)
+    with mesh_of(recipe, layout, device=device, rank=rank) as mesh, held_lease(folder, mesh) as check_lease:
+        return _train(recipe, mesh=mesh, dataset=dataset, folder=folder, check_lease=check_lease)
 
 
-def _train(recipe: Recipe, *, mesh: Mesh, dataset: Dataset, folder: Path) -> RunEnd:
-
+def _train(recipe: Recipe, *, mesh: Mesh, dataset: Dataset, folder: Path, check_lease: Callable[[], None]) -> RunEnd:
     checkpoints = CheckpointFolder(folder / "checkpoints", recipe.checkpoint)
     initial, origin = None, {}
     if recipe.run.start_from is not None and not checkpoints.whole():
@@ -146,6 +148,7 @@ def _train(recipe: Recipe, *, mesh: Mesh, dataset: Dataset, folder: Path) -> Run
             telemetry.evaluation(at, scores)
 
         def save(at: int, rows: int, *, background: bool) -> None:
+            check_lease()
             with telemetry.phase("staging" if background else "saving"):
                 checkpoints.request(engine, replace(start.state, step=at, position=rows), background=background)
 

@@ -12,7 +12,6 @@ import ctypes
 import functools
 import itertools
 import os
-import re
 import shutil
 import threading
 from collections import deque
@@ -145,12 +144,6 @@ def aside_of(path: Path, *, is_own: bool = False) -> Path:
     """
     own = f"-{os.uname().nodename}-{threading.get_native_id()}" if is_own else ""
     return path.with_name(f".{path.name}.writing{own}")
-
-
-def written_at(aside: Path) -> Path | None:
-    """The file that was being written at `aside`; None if that is not a name of `aside_of`."""
-    found = re.fullmatch(r"\.(.+)\.writing(-.+)?", aside.name)
-    return aside.with_name(found[1]) if found else None
 
 
 def put_in_place(aside: Path, path: Path) -> None:

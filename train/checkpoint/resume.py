@@ -36,7 +36,7 @@ def resume(checkpoints: CheckpointFolder, engine: Engine, *, recipe: Recipe, new
     new: the run as it would start at step 0, with this recipe, data and tokenizer. A loaded checkpoint's step, position and
     lineage replace its own. Raises CheckpointError, DataError, RecipeError.
     """
-    good, _ = checkpoints.survey()
+    good, _ = checkpoints.survey(engine.mesh)
     mode = recipe.checkpoint.resume
     if good:
         path, manifest = good[0]

@@ -88,7 +88,7 @@ def write_model(folder: Path, chunks: Sequence[Any], *, mesh: Mesh, state: RunSt
 
     save = Save(
         Snapshot(manifest, pieces),
-        peers=Peers(),
+        peers=Peers(mesh.saving),
         aside=aside,
         memory={},
         staging=None,

@@ -22,7 +22,7 @@ from recipes.schema.errors import CheckpointError, RecipeError
 from recipes.schema.pattern import layer_kinds, parameters
 from recipes.schema.read import read_recipe, recipe_mapping
 from recipes.schema.recipe import Recipe
-from recipes.schema.typed import FieldError, build
+from recipes.schema.typed import FieldError, build, differing
 from train.build import check, mesh_of, open_data
 from train.checkpoint import publishing, storage
 from train.checkpoint.manifest import RunState, read_manifest
@@ -200,7 +200,7 @@ def _write_pruned(
     group = folder / "model"
     group.mkdir(exist_ok=True)
     about = f"# Pruned from {parent.path}: {parameters(small).total:,} parameters.\n"
-    (group / f"{name}.yaml").write_text(about + yaml.safe_dump(asdict(small), sort_keys=False))
+    (group / f"{name}.yaml").write_text(about + yaml.safe_dump(differing(small), sort_keys=False))
     before, after = parameters(parent.recipe.model).total, parameters(small).total
     return (
         f"{parent.path}: {before:,} -> {after:,} parameters ({after / before:.0%}), {parent.recipe.model.pattern} -> "
