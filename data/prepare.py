@@ -38,6 +38,7 @@ from data.store.manifest import (
     read_manifest,
     write_manifest,
 )
+from data.system import disk
 from data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 from recipes.schema.command import dotted_keys, run_command
 from recipes.schema.data import DataConfig
@@ -195,9 +196,8 @@ def _tokenizer(config: DataConfig, folder: Path, jobs: list[ShardJob], console: 
             )
         with console.status(f"training a BPE of {config.tokenizer.vocab_size:,} tokens"):
             tokenizer = train_tokenizer(_training_texts(config, jobs), config.tokenizer)
-    aside = folder / f"{tokenizer.file}.writing-{os.uname().nodename}-{os.getpid()}"
-    tokenizer.save(aside)
-    aside.rename(folder / tokenizer.file)
+    with disk.written_aside(folder / tokenizer.file, is_own=True) as aside:
+        tokenizer.save(aside)
     return tokenizer
 
 

@@ -16,6 +16,7 @@ import torch
 import yaml
 
 from data.stream import Dataset, Stream
+from data.system import disk
 from recipes.schema.changes import check_folder
 from recipes.schema.errors import CheckpointError, DataError
 from recipes.schema.pattern import flops_per_token, parameters
@@ -24,7 +25,6 @@ from recipes.schema.recipe import Recipe
 from recipes.schema.rules import check_objective, unused
 from recipes.schema.schedule import unread
 from train.build import build_engine, check, mesh_of, open_data
-from train.checkpoint import disk
 from train.checkpoint.manager import CheckpointFolder, checkpoint_at
 from train.checkpoint.manifest import RunState
 from train.checkpoint.resume import TEACHER, resume
