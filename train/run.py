@@ -32,6 +32,7 @@ from train.megatron import choose_device, use_device
 from train.parallel.mesh import Mesh, world_from_environment
 from train.record.machine import peak_flops
 from train.record.telemetry import Telemetry
+from train.resilience.faults import check_scores
 
 log = logging.getLogger(__name__)
 
@@ -141,6 +142,7 @@ def _train(recipe: Recipe, *, mesh: Mesh, dataset: Dataset, folder: Path) -> Run
             with telemetry.phase("evaluating"):
                 scores = heldout_bits_per_byte(engine, dataset, rows_per_source=recipe.evaluate.rows_per_source)
             telemetry.evaluation(at, scores)
+            check_scores(at, scores, advice=checkpoints.advice)
 
         def save(at: int, rows: int, *, background: bool) -> None:
             with telemetry.phase("staging" if background else "saving"):

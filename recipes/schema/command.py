@@ -21,7 +21,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from recipes.schema.data import SourceConfig
-from recipes.schema.errors import DataError
+from recipes.schema.errors import DataError, StratumError
 
 RECIPES = Path(__file__).resolve().parent.parent
 """Folder of the recipes shipped with this project: Hydra's search path starts here."""
@@ -68,13 +68,13 @@ def run_command(
             statuses.append(job(composed))
         except user_errors as error:
             _complain(str(error), rank=rank)
-            statuses.append(2)
+            statuses.append(error.status if isinstance(error, StratumError) else 2)
 
     try:
         entry()
     except user_errors as error:
         _complain(str(error), rank=rank)
-        return 2
+        return error.status if isinstance(error, StratumError) else 2
     except HydraException as error:
         _complain(_explain(str(error), program=program, keys=keys), rank=rank)
         return 2

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from recipes.schema.checkpoint import CheckpointConfig
-from recipes.schema.errors import CheckpointError
+from recipes.schema.errors import CheckpointError, NumericsError, StratumError
 from train.checkpoint import disk, publishing, steps, storage
 from train.checkpoint.manifest import Manifest
 from train.checkpoint.saving import Event, Memory, Peers, Save, Snapshot, Staging
@@ -144,7 +144,7 @@ class CheckpointFolder:
         )
         assert self._save is not None
         if self._save.error is not None:
-            raise CheckpointError(self._save.error)
+            raise _error_of(self._save)
         return self.path_of(step)
 
     def request(
@@ -188,6 +188,7 @@ class CheckpointFolder:
             prepare=lambda: self._make_room(step, snapshot),
             publish=self._publish,
             retire=lambda: self._retain(step),
+            advice=lambda: steps.after_not_finite(self.folder),
             retries=self.config.retries,
             retry_wait_s=self.config.retry_wait_s,
         )
@@ -222,14 +223,22 @@ class CheckpointFolder:
         return news
 
     def check(self, *, always: bool = False) -> None:
-        """Raise CheckpointError where the last save failed and the recipe wants to stop then (or always).
+        """Raise CheckpointError where the last save failed and the recipe wants to stop then (or always); NumericsError in any case
+        where the state holds NaN or infinity.
 
         For when no rank is writing any more and any has failed: all then do.
         """
-        if self._save is None or (self.config.on_failure == "continue" and not always):
+        save = self._save
+        if save is None or save.error is None:
             return
-        if self._save.error is not None:
-            raise CheckpointError(f"{self._save.error} The run's earlier checkpoints are intact.")
+        if save.is_numeric or always or self.config.on_failure != "continue":
+            raise _error_of(save)
+
+    def advice(self) -> str:
+        """What to do about NaN or infinity, with the newest finite checkpoint by name. Waits for a save under way. Collective."""
+        self.wait()
+        peers = self._talk()
+        return peers.hear(steps.after_not_finite(self.folder) if peers.rank == 0 else None)
 
     def is_first_warning(self) -> bool:
         """True once: what is wrong with the time a save takes need not be said at each."""
@@ -275,14 +284,12 @@ class CheckpointFolder:
             disk.make_folder(aside)
             free = shutil.disk_usage(self.folder).free
         except OSError as error:
-            raise CheckpointError(
-                f"cannot save into {self.folder}: {error.strerror or error}. The run's earlier checkpoints are intact."
-            ) from error
+            raise CheckpointError(f"cannot save into {self.folder}: {error.strerror or error}.") from error
         if free < needed:
             disk.remove_tree(aside)
             raise CheckpointError(
-                f"cannot save into {self.folder}: about {needed / 1e9:.2f} GB needed, {free / 1e9:.2f} GB free. Free "
-                f"some space or lower checkpoint.keep_last; the run's earlier checkpoints are intact."
+                f"cannot save into {self.folder}: about {needed:,} bytes needed, {free:,} free, {needed - free:,} too few. Free "
+                f"some space or lower checkpoint.keep_last."
             )
 
     def _retain(self, newest_step: int) -> None:
@@ -295,6 +302,13 @@ class CheckpointFolder:
                     publishing.delete(path)
         except OSError as error:
             log.warning("an old checkpoint could not be deleted: %s", error)
+
+
+def _error_of(save: Save) -> StratumError:
+    """The error that a failed save is to raise."""
+    if save.is_numeric:
+        return NumericsError(save.error)
+    return CheckpointError(f"{save.error} The run's earlier checkpoints are intact.")
 
 
 def estimated_bytes(snapshot: Snapshot) -> int:
