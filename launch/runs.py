@@ -14,6 +14,8 @@ from typing import Any
 
 import yaml
 
+from recipes.schema.errors import RecipeError
+
 METRICS = "metrics.jsonl"
 _TAIL_BYTES = 256 * 1024
 
@@ -101,6 +103,17 @@ def runs_in(folder: Path) -> list[RunFolder]:
         return []
     found = [p for p in folder.iterdir() if (p / "recipe.yaml").is_file() or (p / "logs").is_dir()]
     return [RunFolder(path) for path in sorted(found)]
+
+
+def find_run(name: str) -> RunFolder:
+    """A run by its folder, or by its name in runs/. RecipeError where there is none."""
+    for path in (Path(name), Path("runs") / name):
+        if (path / "recipe.yaml").is_file() or (path / "logs").is_dir():
+            return RunFolder(path)
+    there = ", ".join(run.path.name for run in runs_in(Path("runs")))
+    raise RecipeError(
+        f"{name} is not a run: neither {name} nor runs/{name} contains recipe.yaml or logs. Runs in runs/: {there or 'none'}."
+    )
 
 
 def last_lines(path: Path) -> list[dict[str, Any]]:

@@ -13,9 +13,10 @@ from rich.console import Console
 from rich.table import Table
 
 from launch.local.failures import log_of, read_failures, tell
-from launch.runs import RunFolder, runs_in, tail
+from launch.runs import RunFolder, find_run, runs_in, tail
 from launch.slurm.command import job_numbers
-from launch.slurm.queue import QueuedJob, SlurmError, look_up
+from launch.slurm.queue import QueuedJob, look_up
+from recipes.schema.errors import StratumError
 
 _LOG_LINES = 8
 
@@ -41,21 +42,10 @@ def main(arguments: Sequence[str]) -> int:
                 sys.stdout.write(describe(run))
         else:
             _table(runs)
-    except SlurmError as error:
+    except StratumError as error:
         sys.stderr.write(f"error: {error}\n")
         return 2
     return 0
-
-
-def find_run(name: str) -> RunFolder:
-    """A run by its folder, or by its name in runs/. SlurmError where there is none."""
-    for path in (Path(name), Path("runs") / name):
-        if (path / "recipe.yaml").is_file() or (path / "logs").is_dir():
-            return RunFolder(path)
-    there = ", ".join(run.path.name for run in runs_in(Path("runs")))
-    raise SlurmError(
-        f"{name} is no run: neither it nor runs/{name} holds recipe.yaml or logs. In runs/: {there or 'none'}."
-    )
 
 
 def describe(run: RunFolder) -> str:

@@ -1,14 +1,13 @@
 """Recipes: what is shipped is complete and right, what is wrong is said before anything is allocated."""
 
-import copy
 import dataclasses
-import functools
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import yaml
+from recipes_composed import composed as composed_words
 from tiny import RECIPE, TINY, recipe_with
 
 from recipes.schema.changes import check_folder, differences, refused
@@ -25,19 +24,7 @@ PRIMARY = sorted(path.stem for path in RECIPES.glob("*.yaml"))
 
 
 def composed(name: str, *overrides: str) -> dict:
-    """A recipe composed by Hydra's own API."""
-    return copy.deepcopy(_composed(name, *overrides))
-
-
-@functools.cache  # half a second each
-def _composed(name: str, *overrides: str) -> dict:
-    from hydra import compose, initialize_config_dir
-    from omegaconf import OmegaConf
-
-    with initialize_config_dir(config_dir=str(RECIPES), version_base="1.3"):
-        plain = OmegaConf.to_container(compose(name, overrides=list(overrides)), resolve=True)
-    assert isinstance(plain, dict)
-    return {str(key): value for key, value in plain.items()}
+    return composed_words("-cn", name, *overrides)
 
 
 def leaves(tree: dict, prefix: str = "") -> set[str]:

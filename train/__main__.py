@@ -19,6 +19,7 @@ from omegaconf import DictConfig
 
 from recipes.schema.command import dotted_keys, run_command
 from recipes.schema.errors import USER_ERRORS
+from recipes.schema.read import read_recipe
 from recipes.schema.recipe import Recipe
 
 
@@ -28,14 +29,13 @@ def main() -> int:
 
 
 def _train(composed: DictConfig) -> int:
-    from recipes.schema.read import read_recipe
-    from train.run import train
-
     recipe = read_recipe(composed)
+    from train.run import train  # torch takes seconds: a mistake in the recipe is reported without it
+
     end = train(recipe)
     if int(os.environ.get("RANK", "0")) == 0:
         if end.reason == "finished":
-            from train.record.report import write_report
+            from train.record.report import write_report  # likewise, and matplotlib
 
             write_report(end.folder)
             print(f"Finished at step {end.step}. Summary: {end.folder}/summary.md, picture: {end.folder}/loss.png")

@@ -103,7 +103,7 @@ def train_loop(
                 )
             if not math.isfinite(result.grad_norm):
                 telemetry.flush()  # the steps that led here are the ones to look at
-                check_numbers(step, grad_norm=result.grad_norm, advice=checkpoints.advice)
+                check_numbers(step, grad_norm=result.grad_norm, advice=lambda: checkpoints.advice(mesh))
 
             if recipe.evaluate.every_steps and step % recipe.evaluate.every_steps == 0 and step < run.steps:
                 telemetry.flush()

@@ -179,7 +179,7 @@ def _system(machine: Machine, *, folder: Path) -> Iterator[Finding]:
 
 def _limits(machine: Machine) -> Iterator[Finding]:
     try:
-        import resource
+        import resource  # not on every system
     except ImportError:
         return
     files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]

@@ -5,11 +5,11 @@ import sys
 import time
 from collections.abc import Sequence
 
-from launch.runs import RunFolder
+from launch.runs import RunFolder, find_run
 from launch.slurm.after_job import STOP
 from launch.slurm.command import active_jobs
-from launch.slurm.queue import SlurmError, cancel, look_up, send_signal
-from launch.status import find_run
+from launch.slurm.queue import cancel, look_up, send_signal
+from recipes.schema.errors import StratumError
 
 _POLL_S = 1.0
 
@@ -27,7 +27,7 @@ def main(arguments: Sequence[str]) -> int:
     own = parser.parse_args(list(arguments))
     try:
         return _cancel(find_run(own.run), save=not own.now, grace_s=own.grace)
-    except SlurmError as error:
+    except StratumError as error:
         sys.stderr.write(f"error: {error}\n")
         return 2
 

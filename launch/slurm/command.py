@@ -1,6 +1,6 @@
 """`python -m launch slurm -cn RECIPE [overrides]`: check a recipe, write its job script, submit it.
 
-    words --compose--> recipe --checks--> Job --launch.slurm.job_script--> runs/NAME/logs/job.sh --sbatch--> job number in logs/jobs
+    words --compose--> recipe --checks--> Job --job_script.py--> runs/NAME/logs/job.sh --sbatch--> job number in logs/jobs
 
 What happens then is in the script and in `launch.slurm.after_job`; `launch status` and `launch cancel` look at it and end it.
 """
@@ -15,6 +15,7 @@ from launch.compose import compose, extra_environment, layout_of, run_folder, sp
 from launch.runs import RunFolder
 from launch.slurm.after_job import start_afresh
 from launch.slurm.job_script import Job, Preparation, preparation_script, training_script
+from launch.slurm.job_times import advice
 from launch.slurm.queue import QueuedJob, SlurmError, look_up, submit
 from recipes.schema.errors import USER_ERRORS, RecipeError
 from recipes.schema.recipe import Recipe
@@ -85,8 +86,6 @@ def _train(recipe: Recipe, words: list[str], *, dry_run: bool, device: str) -> i
     script = training_script(job)
     run = run_folder(recipe)
     if dry_run:
-        from launch.slurm.job_times import advice
-
         said = advice(recipe, run, world=job.nodes * job.processes, device=device)
         sys.stdout.write(script)
         sys.stderr.write(

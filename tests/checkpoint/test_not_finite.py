@@ -18,7 +18,7 @@ from recipes.schema.errors import CheckpointError, NumericsError
 from train.checkpoint import saving, steps
 from train.checkpoint.__main__ import main as command
 from train.checkpoint.manager import CheckpointFolder
-from train.checkpoint.manifest import _digest, read_manifest
+from train.checkpoint.manifest import RunState, _digest, read_manifest
 from train.checkpoint.pieces import locals_of, optimizer_parts
 
 
@@ -45,12 +45,12 @@ def save_sick(rank: int, world: int, folder: Path, recipe: Any, where: str, sick
     with engine_of(recipe, rank=rank, world=world) as engine:
         checkpoints = CheckpointFolder(folder, replace(recipe.checkpoint, on_failure="continue"))
         steps_of(engine, recipe, range(1))
-        checkpoints.save(engine, step=1, position=4, recipe={}, data_hash="h")
+        checkpoints.save(engine, RunState(step=1, position=4, data_hash="h"))
         steps_of(engine, recipe, range(1, 2))
         if rank == sick_rank:
             poison(engine, where)
         try:
-            checkpoints.request(engine, step=2, position=8, recipe={}, data_hash="h", background=background)
+            checkpoints.request(engine, RunState(step=2, position=8, data_hash="h"), background=background)
             checkpoints.wait()
             checkpoints.check()
         except NumericsError as error:
@@ -109,7 +109,7 @@ def save_anyway(rank: int, folder: Path, at: tuple[int, ...]) -> None:
                 poison(engine, "row")
             else:
                 steps_of(engine, SMALL, range(step - 1, step))
-            checkpoints.save(engine, step=step, position=4 * step, recipe={}, data_hash="h")
+            checkpoints.save(engine, RunState(step=step, position=4 * step, data_hash="h"))
 
 
 def forget(path: Path) -> None:

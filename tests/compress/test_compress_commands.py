@@ -15,7 +15,7 @@ from train import __main__ as training
 from train import run as _assembly  # noqa: F401  likewise
 from train.compress import __main__ as compress
 from train.compress import importance as _importance  # noqa: F401
-from train.distill import cache_command as teacher_cache
+from train.teacher_cache import command as teacher_cache
 
 
 @pytest.fixture(scope="module")

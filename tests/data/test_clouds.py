@@ -23,7 +23,7 @@ from pathlib import Path
 import fsspec, numpy as np
 from rich.console import Console
 from shards import random_documents, write_folder
-from data.cache import Activity, RemoteFolder
+from data.store.cache import Activity, RemoteFolder
 from recipes.schema.data import CacheConfig, DataConfig, SourceConfig, TokenizerConfig
 from data.dataset import open_dataset
 from recipes.schema.errors import DataError

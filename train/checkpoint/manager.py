@@ -19,10 +19,11 @@ from typing import Any
 from recipes.schema.checkpoint import CheckpointConfig
 from recipes.schema.errors import CheckpointError, NumericsError, StratumError
 from train.checkpoint import disk, publishing, steps, storage
-from train.checkpoint.manifest import Manifest
+from train.checkpoint.manifest import Manifest, RunState
 from train.checkpoint.saving import Event, Memory, Peers, Save, Snapshot, Staging
 from train.checkpoint.steps import checkpoint_at as checkpoint_at
 from train.engine import Engine
+from train.parallel.mesh import Mesh
 
 log = logging.getLogger(__name__)
 
@@ -50,7 +51,6 @@ class CheckpointFolder:
         """Step of the newest checkpoint this process knows to be durable."""
         self.save_s: float | None = None
         """Seconds the last save took from request to durable."""
-        self._peers: Peers | None = None
         self._staging = Staging()
         self._memory: Memory = {}
         self._memory_step: int | None = None
@@ -58,8 +58,6 @@ class CheckpointFolder:
         self._told = 0
         self._pending: list[Event] = []
         self._warned = False
-        self.lineage: dict[str, Any] = {}
-        """Where the weights come from, for every checkpoint to come; a loaded one brings its own."""
 
     def path_of(self, step: int) -> Path:
         """Folder of the checkpoint after `step` optimizer steps."""
@@ -77,9 +75,9 @@ class CheckpointFolder:
         """The newest checkpoint by manifest and file sizes (`steps.newest_in`). Not collective."""
         return steps.newest_in(self.folder)
 
-    def survey(self) -> tuple[list[tuple[Path, Manifest]], list[str]]:
+    def survey(self, mesh: Mesh) -> tuple[list[tuple[Path, Manifest]], list[str]]:
         """`steps.candidates` as rank 0 sees them, after it cleaned up what dead processes left. Collective."""
-        peers = self._talk()
+        peers = Peers(mesh.saving)
         outcome: Any = None
         if peers.rank == 0:
             try:
@@ -88,6 +86,8 @@ class CheckpointFolder:
                 outcome = steps.candidates(self.folder)
             except OSError as error:
                 outcome = CheckpointError(f"{self.folder} cannot be read: {error}")
+            except CheckpointError as error:
+                outcome = error
         outcome = peers.hear(outcome)
         if isinstance(outcome, CheckpointError):
             raise outcome
@@ -98,7 +98,7 @@ class CheckpointFolder:
 
         A checkpoint that does not load is passed over, and said. Raises CheckpointError where none loads.
         """
-        good, notes = self.survey()
+        good, notes = self.survey(engine.mesh)
         for path, _ in good:
             try:
                 manifest = self.load(engine, path)
@@ -115,66 +115,29 @@ class CheckpointFolder:
         """Fill weights, optimizer and random state from `path`, and prove that they are what was saved. Collective."""
         manifest = storage.read_training(path, engine)
         self._memory.clear()
-        self.lineage = manifest.lineage
         self.saved_step = manifest.step
         return manifest
 
-    def save(
-        self,
-        engine: Engine,
-        *,
-        step: int,
-        position: int,
-        recipe: dict[str, Any],
-        data_hash: str,
-        tokenizer: str = "",
-    ) -> Path:
+    def save(self, engine: Engine, state: RunState) -> Path:
         """Write a checkpoint and wait until it is durable. Collective over the world.
 
         Raises CheckpointError on every rank if any rank could not write; the checkpoints that were there stay.
         """
-        self.request(
-            engine,
-            step=step,
-            position=position,
-            recipe=recipe,
-            data_hash=data_hash,
-            tokenizer=tokenizer,
-            background=False,
-        )
+        self.request(engine, state, background=False)
         assert self._save is not None
         if self._save.error is not None:
             raise _error_of(self._save)
-        return self.path_of(step)
+        return self.path_of(state.step)
 
-    def request(
-        self,
-        engine: Engine,
-        *,
-        step: int,
-        position: int,
-        recipe: dict[str, Any],
-        data_hash: str,
-        tokenizer: str = "",
-        tokens: int | None = None,
-        background: bool = True,
-    ) -> None:
-        """Save the state as it is now. Waits for the save before it; in the background returns at once. Collective."""
+    def request(self, engine: Engine, state: RunState, *, background: bool = True) -> None:
+        """Save the engine as it is now. Waits for the save before it; in the background returns at once. Collective."""
         self.wait()
         if background:
             self.check()  # every rank waited, so every rank knows
         self._pending += self.collect()
-        peers = self._talk()
-        snapshot = storage.snapshot_of(
-            engine,
-            step=step,
-            position=position,
-            tokens=position * engine.row_tokens if tokens is None else tokens,
-            recipe=recipe,
-            data_hash=data_hash,
-            tokenizer=tokenizer,
-            lineage=self.lineage,
-        )
+        peers = Peers(engine.mesh.saving)
+        step = state.step
+        snapshot = storage.snapshot_of(engine, state)
         if self._memory_step is not None and self._memory_step >= (snapshot.manifest.updates or 0):
             self._memory.clear()  # no update in between: standing still is right
         self._memory_step = snapshot.manifest.updates
@@ -223,8 +186,8 @@ class CheckpointFolder:
         return news
 
     def check(self, *, always: bool = False) -> None:
-        """Raise CheckpointError where the last save failed and the recipe wants to stop then (or always); NumericsError in any case
-        where the state holds NaN or infinity.
+        """Raise CheckpointError if the last save failed and the recipe wants to stop then (or always), NumericsError in any case
+        if the state holds NaN or infinity.
 
         For when no rank is writing any more and any has failed: all then do.
         """
@@ -234,10 +197,10 @@ class CheckpointFolder:
         if save.is_numeric or always or self.config.on_failure != "continue":
             raise _error_of(save)
 
-    def advice(self) -> str:
+    def advice(self, mesh: Mesh) -> str:
         """What to do about NaN or infinity, with the newest finite checkpoint by name. Waits for a save under way. Collective."""
         self.wait()
-        peers = self._talk()
+        peers = Peers(mesh.saving)
         return peers.hear(steps.after_not_finite(self.folder) if peers.rank == 0 else None)
 
     def is_first_warning(self) -> bool:
@@ -261,11 +224,6 @@ class CheckpointFolder:
         if save is not None and save.done.is_set() and save.error is None and self.saved_step != save.step:
             self.saved_step = save.step
             self.save_s = next((e.fields["seconds"] for e in save.events if e.kind == "save"), None)
-
-    def _talk(self) -> Peers:
-        if self._peers is None:
-            self._peers = Peers()
-        return self._peers
 
     def _publish(self, manifest: Manifest) -> dict[str, Any]:
         """On rank 0: name the complete checkpoint and point at it."""

@@ -28,6 +28,8 @@ DTYPES = {
 }  # fmt: skip
 """safetensors' names of number formats."""
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+_REQUIRED = {"step", "position", "tokens", "layout", "recipe", "data_hash", "versions", "tensors"}
+"""Keys of manifest.json that every version wrote: a file without one is not read with a default instead."""
 _LARGEST = 1 << 62
 _MOST_DIMENSIONS = 16
 _LONGEST_NAME = 255
@@ -55,29 +57,35 @@ class TensorRecord:
 
 
 @dataclass(frozen=True)
-class Manifest:
+class RunState:
+    """Where a run stands, tensors aside: what every save records of it. The defaults are those of weights nobody trained here."""
+
+    step: int = 0
+    """Optimizer steps finished."""
+    position: int = 0
+    """Rows consumed from the training stream."""
+    tokens: int = 0
+    """Tokens trained on."""
+    layout: dict[str, int] = field(default_factory=dict)
+    """Degrees it runs at. Informational: any layout can read the checkpoint."""
+    recipe: dict[str, Any] = field(default_factory=dict)
+    """The resolved recipe (`recipes.schema.read.recipe_mapping`); empty if unknown."""
+    data_hash: str = ""
+    """Hash of the data manifest the position refers to; empty if there is none."""
+    tokenizer: str = ""
+    """Fingerprint of the tokenizer the model was trained with; empty if unknown."""
+    lineage: dict[str, Any] = field(default_factory=dict)
+    """Where the weights come from, when not from training alone (JSON values): a pruned checkpoint's parent and what was kept."""
+
+
+@dataclass(frozen=True)
+class Manifest(RunState):
     """What a checkpoint says about itself."""
 
-    step: int
-    """Optimizer steps finished."""
-    position: int
-    """Rows consumed from the training stream."""
-    tokens: int
-    """Tokens trained on."""
-    layout: dict[str, int]
-    """Degrees it was written at. Informational: any layout can read it."""
-    recipe: dict[str, Any]
-    """The resolved recipe of the run that wrote it."""
-    data_hash: str
-    """Hash of the data manifest the position refers to; empty where there is none."""
-    versions: dict[str, str]
+    versions: dict[str, str] = field(default_factory=dict)
     """Versions of the libraries that wrote it."""
-    tokenizer: str = ""
-    """Fingerprint of the tokenizer the model was trained with; empty where it is not known."""
     updates: int | None = None
-    """Adam's step count; None where there is no optimizer state: training then starts with fresh moments."""
-    lineage: dict[str, Any] = field(default_factory=dict)
-    """Where the weights come from, when not from training alone: a pruned checkpoint's parent and what was kept."""
+    """Adam's step count; None if there is no optimizer state: training then starts with fresh moments."""
     tensors: dict[str, TensorRecord] = field(default_factory=dict)
     """By name: `model.NAME`, `optimizer.master.NAME`, `optimizer.exp_avg.NAME`, `optimizer.exp_avg_sq.NAME`, `random.NAME`."""
     files: dict[str, int] = field(default_factory=dict)
@@ -173,6 +181,8 @@ def read_manifest(folder: Path) -> Manifest:
     if digest != _digest(raw):
         raise CheckpointError(f"{path} is damaged: its content does not match its digest.")
     try:
+        if missing := _REQUIRED - raw.keys():
+            raise ValueError(f"it lacks {', '.join(sorted(missing))}")
         tensors = {name: _record(name, value) for name, value in raw["tensors"].items()}
         manifest = replace(Manifest(**(raw | {"tensors": {}})), tensors=tensors)
         _check_types(manifest)

@@ -31,6 +31,7 @@ from recipes.schema.recipe import Recipe
 from train.build import model_on_one_rank, open_tokenizer
 from train.checkpoint import storage
 from train.checkpoint.manager import checkpoint_at
+from train.checkpoint.manifest import RunState
 from train.checkpoint.tensors import StoredTensors
 from train.hf import card, tokens
 from train.hf.check import Agreement, compare, load_theirs, their_ids
@@ -131,14 +132,8 @@ def import_model(parsed: argparse.Namespace) -> int:
         writing.mkdir()
         with _bar(f"importing {name}", folder, files) as advance:
             converted = import_weights(files, writing, model=model, format=params, vocab=theirs.vocab, advance=advance)
-        manifest = storage.Manifest(
-            step=0,
-            position=0,
-            tokens=0,
-            layout={},
+        state = RunState(
             recipe=json.loads(json.dumps(asdict(recipe))),
-            data_hash="",
-            versions=storage.versions(),
             tokenizer=_copy_tokenizer(file, folder, end_of_document),
             lineage={
                 "imported_from": str(parsed.directory),
@@ -146,7 +141,7 @@ def import_model(parsed: argparse.Namespace) -> int:
                 "vocab": theirs.vocab,
             },
         )
-        storage.publish(writing, folder / "checkpoint", manifest)
+        storage.publish(writing, folder / "checkpoint", state)
         shutil.copyfile(parsed.directory / CONFIG, folder / "hf_config.json")
         (folder / f"{name}.yaml").write_text(recipe_text(imported))
         agreement, why = _compare_unless(parsed, recipe, checkpoint=folder / "checkpoint", folder=parsed.directory)

@@ -1,7 +1,8 @@
 """metrics.jsonl, the record of a run that all else is made from: strict JSON, a line an event, only ever appended.
 
-JSON has no NaN and no infinities. As numbers they are written as their names, "NaN", "Infinity", "-Infinity", at any depth; a text
-that reads like one of them (a source may be named so) is written with one more apostrophe in front. So each reads back as it was.
+JSON has no NaN and no infinities. As numbers they are written as their names, "NaN", "Infinity", "-Infinity", at any depth; a
+text that reads like one of them (a source may be named so) is written with one more apostrophe in front. So each reads back as it
+was.
 """
 
 import json
