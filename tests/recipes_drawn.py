@@ -87,6 +87,7 @@ def place_in(folder: Path) -> Place:
             "objective.teacher": checkpoints, "objective.teacher_cache": [None, str(folder / "no_answers")],
             "objective.hidden_layers": ["final", "3:5", "0:0,3:3", "x"],
             "checkpoint.allow": [(), ("data_order", "arithmetic")],
+            "schedule.warmup": [0, 4, 50, 0.25], "schedule.decay": [0, 4, 0.5],
             "telemetry.wandb_project": ["stratum"],
             "launch.environment": ["", "NCCL_DEBUG=INFO", "NCCL_DEBUG", "'"],
         },

@@ -16,6 +16,7 @@ import torch
 import yaml
 
 from data.stream import Dataset, Stream
+from data.system import disk
 from recipes.schema.errors import CheckpointError, refuse
 from recipes.schema.facts import named
 from recipes.schema.pattern import flops_per_token, parameters
@@ -23,7 +24,6 @@ from recipes.schema.read import recipe_mapping
 from recipes.schema.recipe import Recipe
 from recipes.schema.rules import start_problems
 from train.build import build_engine, check_start, mesh_of, open_data
-from train.checkpoint import disk
 from train.checkpoint.manager import CheckpointFolder, checkpoint_at
 from train.checkpoint.manifest import RunState
 from train.checkpoint.resume import TEACHER, resume
@@ -34,6 +34,7 @@ from train.megatron import choose_device, use_device
 from train.parallel.mesh import Mesh, world_from_environment
 from train.record.machine import peak_flops
 from train.record.telemetry import Telemetry
+from train.resilience.faults import check_scores
 from train.resilience.lease import held_lease
 
 log = logging.getLogger(__name__)
@@ -134,6 +135,7 @@ def _train(recipe: Recipe, *, mesh: Mesh, dataset: Dataset, folder: Path, check_
             with telemetry.phase("evaluating"):
                 scores = heldout_bits_per_byte(engine, dataset, rows_per_source=recipe.evaluate.rows_per_source)
             telemetry.evaluation(at, scores)
+            check_scores(at, scores, advice=lambda: checkpoints.advice(mesh))
 
         def save(at: int, rows: int, *, background: bool) -> None:
             check_lease()

@@ -5,11 +5,12 @@ Reading only, no model and no process group: the offline commands and login node
 
 import json
 import logging
+import os
 import re
 from pathlib import Path
 
 from recipes.schema.errors import CheckpointError
-from recipes.schema.manifest import MANIFEST, Manifest, read_manifest
+from recipes.schema.manifest import MANIFEST, Manifest, describe_not_finite, read_manifest
 
 log = logging.getLogger(__name__)
 
@@ -28,8 +29,14 @@ def name_of(step: int) -> str:
 
 
 def steps_in(folder: Path) -> list[Path]:
-    """Checkpoints that were published in a folder, oldest first."""
-    named = [path for path in folder.glob("step_*") if _NAME.fullmatch(path.name) and path.is_dir()]
+    """Checkpoints that were published in a folder, oldest first. CheckpointError where the folder cannot be read."""
+    try:
+        # Not glob: it passes over a folder that may not be read, and a run would start again at step 0.
+        named = [folder / name for name in os.listdir(folder) if _NAME.fullmatch(name) and (folder / name).is_dir()]
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    except OSError as error:
+        raise CheckpointError(f"{folder} cannot be read: {error.strerror or error}") from error
     return sorted(named, key=step_of)
 
 
@@ -58,11 +65,17 @@ def candidates(folder: Path) -> tuple[list[tuple[Path, Manifest]], list[str]]:
     good, notes = [], []
     for path in reversed(steps_in(folder)):
         try:
-            good.append((path, manifest_of(path)))
+            manifest = manifest_of(path)
+            if manifest.not_finite:
+                raise CheckpointError(f"{path}: {describe_not_finite(manifest.not_finite)}")
+            good.append((path, manifest))
         except CheckpointError as error:
             notes.append(f"{PASSED_OVER}{error}")
     pointer = folder / POINTER
-    named = _named_by(pointer) if pointer.is_file() else None
+    try:
+        named = _named_by(pointer) if pointer.is_file() else None
+    except OSError as error:
+        return good, [*notes, f"{pointer} cannot be read: {error.strerror or error}"]
     if good and named != good[0][0].name:
         said = "is missing" if named is None else "is empty" if not named else f"says {named[:40]!r}"
         notes.append(f"{pointer} {said}; the newest whole checkpoint is {good[0][0].name}.")

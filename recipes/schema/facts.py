@@ -170,7 +170,7 @@ def look(recipe: Recipe) -> Disk:
     distils = objective.kind == "distill"
     cached = distils and objective.teacher_cache is not None
     cache, cache_error = read_cache(objective.teacher_cache) if cached and objective.teacher_cache else (None, "")
-    begins = recipe.run.start_from if not steps_in(folder / "checkpoints") else None
+    begins = recipe.run.start_from if newest is None and not _has_steps(folder / "checkpoints") else None
     return Disk(
         teacher=named(objective.teacher) if distils and objective.teacher is not None else None,
         start=named(begins) if begins is not None else None,
@@ -180,6 +180,14 @@ def look(recipe: Recipe) -> Disk:
         newest=newest,
         lost=lost,
     )
+
+
+def _has_steps(checkpoints: Path) -> bool:
+    """Whether anything was ever saved there; true for a folder that cannot be read (`newest_of` says so)."""
+    try:
+        return bool(steps_in(checkpoints))
+    except CheckpointError:
+        return True
 
 
 def named(place: str) -> Named:

@@ -31,7 +31,7 @@ from recipes.schema.precision import PrecisionConfig
 from recipes.schema.read import recipe_mapping
 from recipes.schema.recipe import Recipe
 from recipes.schema.scaling import low_precision_linears, rotation_problems, scalings_used, shape_problems
-from recipes.schema.schedule import schedule_problems
+from recipes.schema.schedule import schedule_problems, unread
 from recipes.schema.teacher_rules import cache_problems, distill_problems, teacher_problems, tokenizer_problems
 
 Backend = Literal["reference", "emulated", "te"]
@@ -99,6 +99,8 @@ def notes(recipe: Recipe, *, machine: Machine | None = None, prepared: Prepared 
     if idle := unused(recipe.objective):
         text = f"objective.kind=next_token trains on next tokens; not used: {idle}."
         found.append(Problem("objective.kind", text))
+    if idle := unread(recipe.schedule):
+        found.append(Problem("schedule.decay", f"{idle}."))
     precision = recipe.precision
     if precision.switch_at_tokens is None and precision.scaling_after != "none":
         text = f"precision.scaling_after={precision.scaling_after} is never used: precision.switch_at_tokens=null."

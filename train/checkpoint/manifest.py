@@ -20,6 +20,7 @@ from recipes.schema.manifest import Manifest as Manifest
 from recipes.schema.manifest import RunState as RunState
 from recipes.schema.manifest import TensorRecord as TensorRecord
 from recipes.schema.manifest import describe_layout as describe_layout
+from recipes.schema.manifest import describe_not_finite as describe_not_finite
 from recipes.schema.manifest import is_count, read_text
 from recipes.schema.manifest import manifest_text as manifest_text
 from recipes.schema.manifest import read_manifest as read_manifest
