@@ -1,6 +1,7 @@
 """Recipes drawn at random over all fields, beside prepared data and checkpoints that are right, wrong, damaged or not there."""
 
 import dataclasses
+import shutil
 import typing
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,6 +14,8 @@ from tiny import RECIPE
 
 from recipes.schema.data import PhaseConfig, SourceConfig
 from recipes.schema.fields import Range
+from recipes.schema.manifest import manifest_text, read_manifest
+from recipes.schema.read import recipe_mapping
 from recipes.schema.recipe import Recipe
 
 VOCAB = 300
@@ -48,11 +51,10 @@ def place_in(folder: Path) -> Place:
     ours, wide = manifest.tokenizer.fingerprint, replace(TEACHER, model=replace(TEACHER.model, vocab=VOCAB + 4))
     good = save_teacher(folder / "teacher", wide, tokenizer=ours)
     of_base = save_teacher(folder / "same", base, tokenizer=ours)
-    save_teacher(folder / "began", replace(base, run=replace(base.run, name="began")), tokenizer=ours)
-    save_teacher(folder / "foreign", wide, tokenizer="f" * 16)
-    save_teacher(folder / "narrow", TEACHER, tokenizer=ours)
-    damaged = save_teacher(folder / "damaged", wide, tokenizer=ours)
-    (damaged / "manifest.json").write_text("{}")
+    _copy(of_base, folder / "began", recipe=recipe_mapping(replace(base, run=replace(base.run, name="began"))))
+    _copy(good, folder / "foreign", tokenizer="f" * 16)
+    _copy(good, folder / "narrow", recipe=recipe_mapping(TEACHER))
+    (_copy(good, folder / "damaged") / "manifest.json").write_text("{}")
     (folder / "thesis").mkdir()
     (folder / "thesis" / "chapter.tex").write_text("years of work")
     checkpoints = [None, str(good), *(str(folder / n) for n in ("teacher", "foreign", "narrow", "damaged", "nowhere"))]
@@ -92,6 +94,14 @@ def place_in(folder: Path) -> Place:
             "launch.environment": ["", "NCCL_DEBUG=INFO", "NCCL_DEBUG", "'"],
         },
     )  # fmt: skip
+
+
+def _copy(checkpoint: Path, run: Path, **changes: Any) -> Path:
+    """A checkpoint once more, as another run's, with another manifest. -> its folder."""
+    copy = run / "checkpoints" / checkpoint.name
+    shutil.copytree(checkpoint, copy)
+    (copy / "manifest.json").write_text(manifest_text(replace(read_manifest(checkpoint), **changes)))
+    return copy
 
 
 def recipes(place: Place) -> st.SearchStrategy[Recipe]:

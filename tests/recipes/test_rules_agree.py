@@ -10,7 +10,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from ranks import run_ranks
-from recipes_drawn import Place, place_in, recipes
+from recipes_drawn import Place, recipes
 
 from launch.plan.checks import facts_of, recipe_problems
 from launch.plan.cost.device import device_named
@@ -20,11 +20,6 @@ from recipes.schema.facts import look
 from recipes.schema.recipe import Recipe
 from train.build import build_engine, check, check_start, mesh_of, open_data
 from train.model.backend import this_machine
-
-
-@pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
-    return place_in(tmp_path_factory.mktemp("drawn"))
 
 
 def test_plan_and_trainer_accept_the_same_recipes(place: Place) -> None:
