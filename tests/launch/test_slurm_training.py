@@ -56,7 +56,7 @@ def words(tmp_path: Path) -> list[str]:
 
 def launch(*words: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        [sys.executable, "-m", "launch", *words],
+        [sys.executable, "-m", "train.stratum", *words],
         cwd=ROOT,
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
         stdout=subprocess.PIPE,

@@ -99,11 +99,10 @@ def _command(
     sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
     real = loop.train_step
     loop.train_step = lambda *a, **k: (time.sleep(step_s), real(*a, **k))[1]
-    sys.argv = ["train", *words]
     status = 1
     try:
         with within():
-            status = main()
+            status = main(words)
     except BaseException:
         traceback.print_exc()
     sys.stdout.flush()
@@ -121,7 +120,7 @@ def start(
     """A process of its own. ranks: more than one start by torchrun, or by `python -m launch local`."""
     command = ["-m", "train"]
     if launcher == "local":
-        command = ["-m", "launch", "local", "--nproc", str(ranks)]
+        command = ["-m", "train.stratum", "launch", "local", "--nproc", str(ranks)]
     elif ranks > 1:
         command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), "-m", "train"]
     return subprocess.Popen(
