@@ -18,7 +18,7 @@ def prepare(arguments: Sequence[str]) -> int:
     """Entry point of `stratum prepare`."""
 
     def job(config: PrepareConfig, composed: DictConfig) -> int:
-        from data.prepare import prepare_recipe
+        from data.prepare import prepare_recipe  # NumPy and pyarrow: --help and mistakes answer without them
 
         return prepare_recipe(config.task, composed)
 
@@ -52,7 +52,7 @@ def inspect(arguments: Sequence[str]) -> int:
     """Entry point of `stratum inspect`."""
 
     def job(config: InspectConfig, composed: DictConfig) -> int:
-        from data.inspect import inspect
+        from data.inspect import inspect  # torch takes seconds: likewise
 
         return inspect(config, composed)
 
@@ -74,7 +74,7 @@ def trace(arguments: Sequence[str]) -> int:
     """Entry point of `stratum trace`."""
 
     def job(config: TraceConfig, composed: DictConfig) -> int:
-        from data.trace import trace
+        from data.trace import trace  # likewise
 
         return trace(config, composed)
 

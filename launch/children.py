@@ -1,6 +1,6 @@
 """How a process of this project is started: Python, a module of ours, and no look at the working directory.
 
-`python -m train` puts the working directory in front of everything that is installed, so a user's own `train.py`, `data/` or
+`python -m NAME` puts the working directory in front of everything that is installed, so a user's own `train.py`, `data/` or
 `recipes/` there would be run instead of ours. `-P` leaves it out.
 """
 

@@ -4,6 +4,7 @@ The words are kept: `launch` checks the recipe they mean and hands the same word
 them again, so what was checked is what runs.
 """
 
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from launch.runs import RunFolder
 from recipes.schema.command import dotted_keys, run_command
 from recipes.schema.errors import USER_ERRORS, RecipeError
 from recipes.schema.layout import Layout, lay_out
+from recipes.schema.read import read_recipe
 from recipes.schema.recipe import Recipe
 
 
@@ -20,8 +22,6 @@ def compose(words: Sequence[str], *, program: str) -> Recipe | int:
     found: list[Recipe] = []
 
     def keep(composed: Any) -> int:
-        from recipes.schema.read import read_recipe
-
         found.append(read_recipe(composed))
         return 0
 
@@ -47,8 +47,6 @@ def run_folder(recipe: Recipe) -> RunFolder:
 
 def extra_environment(recipe: Recipe) -> dict[str, str]:
     """`launch.environment` as a mapping. RecipeError for words that are not NAME=VALUE."""
-    import shlex
-
     variables = {}
     for word in shlex.split(recipe.launch.environment):
         name, sign, value = word.partition("=")

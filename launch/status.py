@@ -14,8 +14,8 @@ from rich.table import Table
 from launch.local.failures import log_of, read_failures, tell
 from launch.runs import RunFolder, runs_in, tail
 from launch.slurm.command import job_numbers
-from launch.slurm.queue import QueuedJob, SlurmError, look_up
-from recipes.schema.errors import RecipeError
+from launch.slurm.queue import QueuedJob, look_up
+from recipes.schema.errors import StratumError
 from recipes.schema.options import CommandParser, run_named
 
 _LOG_LINES = 8
@@ -47,7 +47,7 @@ stratum status runs/smoke --json                    for scripts
                 sys.stdout.write(describe(run))
         else:
             _table(runs)
-    except (SlurmError, RecipeError) as error:
+    except StratumError as error:
         sys.stderr.write(f"error: {error}\n")
         return 2
     return 0

@@ -241,7 +241,10 @@ def command(*words: str) -> subprocess.CompletedProcess:
         (["-cn", "smoke", "precision=fp8_blokwise"], "Did you mean fp8_blockwise? There are: bf16, fp32,"),
         (["-cn", "smoke", "precison=bf16"], "Did you mean precision?"),
         (["-cn", "smoke", "compress=standard"], "compress is not in this recipe yet. Add it with a plus: +compress="),
-        (["-cn", "smoke", "+optim.lr=1"], "optim.lr is in this recipe already. Override it without the plus: optim.lr="),
+        (
+            ["-cn", "smoke", "+optim.lr=1"],
+            "optim.lr is in this recipe already. Override it without the plus: optim.lr=",
+        ),
         (["-cn", "smoke", "--config-dri=x"], "unknown option --config-dri=x. Did you mean --config-dir?"),
         (
             ["-cn", "smoke", "optim.lr=-1", "model.heads=x", "model.activation=relu"],

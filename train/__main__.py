@@ -1,4 +1,4 @@
-"""`stratum train`, and `python -m train` under torchrun: train a recipe.
+"""`stratum train`, and `-m train` for torchrun: train a recipe.
 
 Exit status: 0 finished or paused as the recipe asked; 2 a recipe, data, checkpoint or machine that cannot be used;
 128 + the signal's number when a signal asked the run to stop (a checkpoint was written).
@@ -14,6 +14,7 @@ from omegaconf import DictConfig
 from recipes.schema.command import dotted_keys, run_command
 from recipes.schema.errors import USER_ERRORS
 from recipes.schema.options import CommandParser
+from recipes.schema.read import read_recipe
 from recipes.schema.recipe import Recipe
 
 _EXAMPLES = r"""
@@ -32,7 +33,7 @@ be used; 128 + the signal's number when a signal stopped the run (a checkpoint w
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Entry point of `stratum train` and of `python -m train`."""
+    """Entry point of `stratum train` and of the module that torchrun starts."""
     parser = CommandParser(
         "train", about="Train a recipe on this process, or as one rank of torchrun.", examples=_EXAMPLES, notes=_NOTES,
         recipe=True, sweeps=True,
@@ -42,14 +43,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _train(composed: DictConfig) -> int:
-    from recipes.schema.read import read_recipe
-    from train.run import train
-
     recipe = read_recipe(composed)
+    from train.run import train  # torch takes seconds: a mistake in the recipe is reported without it
+
     end = train(recipe)
     if int(os.environ.get("RANK", "0")) == 0:
         if end.reason == "finished":
-            from train.record.report import write_report
+            from train.record.report import write_report  # likewise, and matplotlib
 
             write_report(end.folder)
             print(f"Finished at step {end.step}. Summary: {end.folder}/summary.md, picture: {end.folder}/loss.png")

@@ -213,10 +213,11 @@ def _import_megatron() -> None:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Apex and Transformer Engine are absent on a CPU, as they should be
-            import megatron.core.dist_checkpointing  # after the redirection, as in the three below
-            import megatron.core.models.hybrid.hybrid_model
-            import megatron.core.optimizer
-            import megatron.core.pipeline_parallel  # noqa: F401
+            # After the redirection, and with torch.compile held off.
+            import megatron.core.dist_checkpointing
+            import megatron.core.models.hybrid.hybrid_model  # likewise
+            import megatron.core.optimizer  # likewise
+            import megatron.core.pipeline_parallel  # noqa: F401  likewise
     finally:
         torch.compile = compiler
 

@@ -126,9 +126,7 @@ def read_manifest(folder: Path, *, verify: bool = False, check_files: bool = Tru
     """
     path = folder / MANIFEST
     if not path.is_file():
-        raise DataError(
-            f"no prepared data in {folder} (no {MANIFEST}). Prepare it: python -m data.prepare -cn <recipe>."
-        )
+        raise DataError(f"no prepared data in {folder} (no {MANIFEST}). Prepare it: stratum prepare -cn <recipe>.")
     try:
         raw = json.loads(path.read_text())
         if raw["format"] != FORMAT:

@@ -185,7 +185,7 @@ def _system(machine: Machine, *, folder: Path) -> Iterator[Finding]:
 
 def _limits(machine: Machine) -> Iterator[Finding]:
     try:
-        import resource
+        import resource  # not on every system
     except ImportError:
         return
     files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
@@ -207,7 +207,7 @@ def _cluster(machine: Machine) -> Iterator[Finding]:
     slurm = machine.run("sbatch", "--version")
     without = "sbatch finds no cluster (no slurm.conf)" if shutil.which("sbatch") else "no sbatch here"
     yield Finding(
-        "cluster", "Slurm", "ok" if slurm else "absent", slurm or f"{without}: `launch local` and torchrun work"
+        "cluster", "Slurm", "ok" if slurm else "absent", slurm or f"{without}: `stratum launch local` and torchrun work"
     )
     containers = [name for name in ("enroot", "apptainer", "singularity", "docker", "podman") if shutil.which(name)]
     if containers:

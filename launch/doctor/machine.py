@@ -1,4 +1,4 @@
-"""What `launch doctor` asks of a machine, and how it answers. Standard library only, readable by Python 3.8."""
+"""What `stratum doctor` asks of a machine, and how it answers. Standard library only, readable by Python 3.8."""
 
 from __future__ import annotations
 

@@ -58,7 +58,7 @@ def recipe_warnings(recipe: Recipe, layout: Layout, device: Device) -> list[str]
     if not (Path(recipe.data.folder) / MANIFEST).is_file():
         found.append(
             f"data.folder={recipe.data.folder} holds no prepared data here: vocabulary and size were not checked. "
-            f"`python -m data.prepare` makes it."
+            f"`stratum prepare` makes it."
         )
     else:
         found += _sources_that_run_out(recipe)

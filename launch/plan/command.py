@@ -12,7 +12,11 @@ from launch.compose import compose
 from launch.plan.cost.device import device_named, devices
 from launch.plan.cost.memory import GIB, RankMemory
 from launch.plan.goodput import add_options, draw_goodput, goodput_json, goodput_of, show_goodput
+from launch.plan.picture import draw
 from launch.plan.planner import Plan, make_plan, world_of
+from launch.plan.scale import counts_of, draw_scale, scale, scale_json, show_scale
+from launch.plan.search import search
+from launch.plan.tables import show, show_search
 from recipes.schema.errors import USER_ERRORS
 from recipes.schema.layout import rank_coordinates
 from recipes.schema.options import CommandParser
@@ -81,8 +85,6 @@ def _plan(recipe: Recipe, own: argparse.Namespace) -> int:
     plan = make_plan(recipe, world=world_of(recipe, own.gpus), device=device_named(own.device))
     goodput = goodput_of(plan, own) if own.goodput else None
     if own.picture is not None:
-        from launch.plan.picture import draw
-
         draw(plan, own.picture) if goodput is None else draw_goodput(goodput, plan, own.picture)
     if own.json:
         extra = {} if goodput is None else {"goodput": goodput_json(goodput)}
@@ -94,8 +96,6 @@ def _plan(recipe: Recipe, own: argparse.Namespace) -> int:
         if own.picture is not None:
             sys.stdout.write(f"Picture: {own.picture}\n")
     else:
-        from launch.plan.tables import show
-
         show(plan, every_rank=own.ranks)
         if own.picture is not None:
             sys.stdout.write(f"Picture: {own.picture}\n")
@@ -103,7 +103,6 @@ def _plan(recipe: Recipe, own: argparse.Namespace) -> int:
 
 
 def _scale(recipe: Recipe, own: argparse.Namespace) -> int:
-    from launch.plan.scale import counts_of, draw_scale, scale, scale_json, show_scale
 
     points = scale(recipe, counts_of(own.scale), device=device_named(own.device), own=own)
     if own.json:
@@ -118,7 +117,6 @@ def _scale(recipe: Recipe, own: argparse.Namespace) -> int:
 
 
 def _search(recipe: Recipe, own: argparse.Namespace) -> int:
-    from launch.plan.search import search
 
     found = search(recipe, world=world_of(recipe, own.gpus), device=device_named(own.device), top=own.top)
     if own.json:
@@ -138,12 +136,8 @@ def _search(recipe: Recipe, own: argparse.Namespace) -> int:
             json.dumps({**best, "candidates": lines, "tried": found.tried, "rejected": found.rejected}) + "\n"
         )
     else:
-        from launch.plan.tables import show_search
-
         show_search(found, recipe)
         if own.picture is not None and found.best:
-            from launch.plan.picture import draw
-
             draw(found.best[0].plan, own.picture)
             sys.stdout.write(f"Picture of the first: {own.picture}\n")
     return 0 if found.best else 1

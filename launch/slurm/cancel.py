@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from launch.runs import RunFolder
 from launch.slurm.after_job import STOP
 from launch.slurm.command import active_jobs
-from launch.slurm.queue import SlurmError, cancel, look_up, send_signal
-from recipes.schema.errors import RecipeError
+from launch.slurm.queue import cancel, look_up, send_signal
+from recipes.schema.errors import StratumError
 from recipes.schema.options import CommandParser, run_named
 
 _POLL_S = 1.0
@@ -31,7 +31,7 @@ stratum cancel runs/smoke --now                     end at once; the newest chec
     own = parser.parse_args(list(arguments))
     try:
         return _cancel(RunFolder(run_named(own.run)), save=not own.now, grace_s=own.grace)
-    except (SlurmError, RecipeError) as error:
+    except StratumError as error:
         sys.stderr.write(f"error: {error}\n")
         return 2
 

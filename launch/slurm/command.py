@@ -1,6 +1,6 @@
 """`stratum launch slurm`: check a recipe, write its job script, submit it.
 
-    words --compose--> recipe --checks--> Job --launch.slurm.job_script--> runs/NAME/logs/job.sh --sbatch--> job number in logs/jobs
+    words --compose--> recipe --checks--> Job --job_script.py--> runs/NAME/logs/job.sh --sbatch--> job number in logs/jobs
 
 What happens then is in the script and in `launch.slurm.after_job`; `stratum status` and `stratum cancel` look at it and end it.
 """
@@ -15,6 +15,7 @@ from launch.compose import compose, extra_environment, layout_of, run_folder
 from launch.runs import RunFolder
 from launch.slurm.after_job import start_afresh
 from launch.slurm.job_script import Job, Preparation, preparation_script, training_script
+from launch.slurm.job_times import advice
 from launch.slurm.queue import QueuedJob, SlurmError, look_up, submit
 from recipes.schema.errors import USER_ERRORS, RecipeError
 from recipes.schema.options import CommandParser
@@ -83,8 +84,6 @@ def _train(recipe: Recipe, words: list[str], *, dry_run: bool, device: str) -> i
     script = training_script(job)
     run = run_folder(recipe)
     if dry_run:
-        from launch.slurm.job_times import advice
-
         said = advice(recipe, run, world=job.nodes * job.processes, device=device)
         sys.stdout.write(script)
         sys.stderr.write(
@@ -103,8 +102,8 @@ def _train(recipe: Recipe, words: list[str], *, dry_run: bool, device: str) -> i
     processes = f"{job.nodes} node{'s' * (job.nodes > 1)} x {job.processes}"
     sys.stdout.write(
         f"Submitted job {number} ({processes} processes) for {run.path}, to step {recipe.run.steps}.\n"
-        f"  python -m launch status {run.path}\n"
-        f"  python -m launch cancel {run.path}\n"
+        f"  stratum status {run.path}\n"
+        f"  stratum cancel {run.path}\n"
     )
     return 0
 
@@ -211,6 +210,6 @@ def _refuse_second(run: RunFolder) -> None:
     active = active_jobs(run)
     if active:
         raise SlurmError(
-            f"job {active[0].number} of {run.path} is {active[0].state.lower()} already. Look at it with `python -m launch "
-            f"status {run.path}`, end it with `python -m launch cancel {run.path}`, or choose another run.name."
+            f"job {active[0].number} of {run.path} is {active[0].state.lower()} already. Look at it with `stratum "
+            f"status {run.path}`, end it with `stratum cancel {run.path}`, or choose another run.name."
         )

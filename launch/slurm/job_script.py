@@ -1,6 +1,6 @@
 """The text of Slurm scripts, a pure function of what a job is: readable, and editable by whoever knows their cluster.
 
-    Job --training_script--> bash:  find the rendezvous -> srun the ranks -> ask launch.slurm.after_job what comes next -> requeue or end
+    Job --training_script--> bash:  find the rendezvous -> srun the ranks -> ask after_job.py what comes next -> requeue or end
     Preparation --preparation_script--> bash:  one task of an array job prepares its share of the data
 
 Only bash, Slurm's own commands and `python -P -m launch...` stand in a script; the rule of what comes next is in

@@ -212,7 +212,9 @@ def _unknown_key(key: str, *, program: str, keys: list[str]) -> str:
     if key in keys or key in _groups():
         return f"{key} is not in this recipe yet. Add it with a plus: +{key}=..."
     hint = did_you_mean(
-        key, [*keys, *([] if "." in key else _groups())], otherwise=f"`{STRATUM} {program} -cn NAME --cfg job` shows every key."
+        key,
+        [*keys, *([] if "." in key else _groups())],
+        otherwise=f"`{STRATUM} {program} -cn NAME --cfg job` shows every key.",
     )
     return f"unknown recipe key {key!r} on the command line. {hint}"
 

@@ -16,7 +16,7 @@ def objective_problems(recipe: Recipe) -> list[str]:
     if objective.teacher is None and objective.teacher_cache is None:
         problems.append(
             "objective.kind=distill needs objective.teacher, a checkpoint folder or a run folder such as runs/NAME, or "
-            "objective.teacher_cache, what `python -m train.distill.cache_command` wrote."
+            "objective.teacher_cache, what `stratum teacher-cache` wrote."
         )
     if objective.top_k > recipe.model.vocab:
         problems.append(

@@ -1,6 +1,6 @@
 """`make precision-gap`: train the same small hybrid with every precision, and a small Gemma 2 with some, and compare losses.
 
-    each precision: python -m train -cn precision_gap precision=... --> runs/gap_NAME (resumes where it stopped)
+    each precision: stratum train -cn precision_gap precision=... --> runs/gap_NAME (resumes where it stopped)
     all of them --> docs/pictures/precision_gap.png and a table for docs/fp8.md
 
 Everything but the precision is the same: weights, rows, order, schedule. Runs that are finished are not run again, one that

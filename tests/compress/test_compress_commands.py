@@ -59,7 +59,7 @@ def test_from_a_teacher_to_the_best_of_a_search(folder: Path) -> None:
     )
     assert "4 shapes tried, 4 within the budget" in found
     assert "was not trained yet" in run("compress", "pick", *hunt, status=2)
-    commands = re.findall(r"python -m train (.*)", found)
+    commands = re.findall(r"stratum train (.*)", found)
     assert len(commands) == 2
     for words in commands:
         assert "latest is missing" not in run("train", *shlex.split(words), "run.steps=1")

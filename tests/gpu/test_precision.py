@@ -90,8 +90,8 @@ def test_linear_layers_agree(scaling: str) -> None:
     from megatron.core.transformer import TransformerConfig
     from tiny import TINY
 
+    from train.model.backend import TransformerEngineBackend
     from train.precision.emulated import LowPrecisionLinear, _Product
-    from train.precision.te import TransformerEngineBackend
 
     options = TransformerEngineBackend().options(TINY, PrecisionConfig(scaling=scaling))  # type: ignore[arg-type]
     config = TransformerConfig(num_layers=10, hidden_size=64, num_attention_heads=4, bf16=True, **options)

@@ -1,4 +1,4 @@
-"""`python -m launch doctor` as a user runs it: with nothing installed, in the project's environment, on described GPU machines.
+"""`stratum doctor` as a user runs it: with nothing installed, in the project's environment, on described GPU machines.
 
 What nvidia-smi and the kernel say there is written as their documentation shows it; no such machine was at hand.
 """

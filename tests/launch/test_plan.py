@@ -1,4 +1,4 @@
-"""`python -m launch plan` and `plan --search`, as a user runs them: no torch, fast, mistakes with value, place, remedy."""
+"""`stratum plan` and `plan --search`, as a user runs them: no torch, fast, mistakes with value, place, remedy."""
 
 import json
 import os

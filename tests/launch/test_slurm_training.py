@@ -1,6 +1,6 @@
 """Real training over two nodes of a real Slurm: stopped by a signal, or by its time limit, requeued, resumed, finished.
 
-The end is compared bit for bit with a run of `launch local` that nothing disturbed.
+The end is compared bit for bit with a run of `stratum launch local` that nothing disturbed.
 """
 
 import json

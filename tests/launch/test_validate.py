@@ -51,8 +51,8 @@ def test_every_row_says_why_it_is_out(lines: list[Line]) -> None:
 
 def test_the_page_shows_the_table_as_it_is(lines: list[Line]) -> None:
     page = (ROOT / "docs" / "plan.md").read_text()
-    assert table(lines) in page, "python -m launch validate --table"
-    assert table([assess(row) for row in read_rows(MORE)]) in page, f"python -m launch validate {MORE.name} --table"
+    assert table(lines) in page, "stratum validate --table"
+    assert table([assess(row) for row in read_rows(MORE)]) in page, f"stratum validate {MORE.name} --table"
 
 
 def test_no_single_source_carries_the_score(lines: list[Line]) -> None:

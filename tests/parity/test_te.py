@@ -220,8 +220,7 @@ def _train(
     from tiny import recipe_with, steps_of
 
     from train.build import build_engine, check, mesh_of
-    from train.model.backend import EmulatedBackend
-    from train.precision.te import TransformerEngineBackend
+    from train.model.backend import EmulatedBackend, TransformerEngineBackend
 
     class OverReferences(TransformerEngineBackend):
         """The `te` backend with Transformer Engine's reference quantisers, and our scan where mamba-ssm needs a GPU."""
@@ -408,7 +407,7 @@ def test_delayed_scaling_keeps_chosen_layers_in_high_precision() -> None:
     """Megatron refuses this combination; our wrapper switches autocast off inside, in those layers only."""
     from transformer_engine.pytorch.quantization import FP8GlobalStateManager
 
-    from train.precision.te import TransformerEngineBackend
+    from train.model.backend import TransformerEngineBackend
 
     seen = {}
 
@@ -457,7 +456,8 @@ def test_the_pinned_versions_have_every_name_we_rely_on(te: Any) -> None:
     from transformer_engine.common import recipe
     from transformer_engine.pytorch import constants
 
-    from train.precision.te import TransformerEngineBackend, megatron_fields
+    from train.model.backend import TransformerEngineBackend
+    from train.precision.te import megatron_fields
 
     names = {f.name: f for f in fields(TransformerConfig)}
     scalings = ("none", "delayed", "current", "blockwise", "mxfp8", "nvfp4")

@@ -23,6 +23,7 @@ from train.checkpoint.manifest import Manifest
 from train.checkpoint.saving import Event, Memory, Peers, Save, Snapshot, Staging
 from train.checkpoint.steps import checkpoint_at as checkpoint_at
 from train.engine import Engine
+from train.parallel.mesh import Mesh
 
 log = logging.getLogger(__name__)
 
@@ -50,7 +51,6 @@ class CheckpointFolder:
         """Step of the newest checkpoint this process knows to be durable."""
         self.save_s: float | None = None
         """Seconds the last save took from request to durable."""
-        self._peers: Peers | None = None
         self._staging = Staging()
         self._memory: Memory = {}
         self._memory_step: int | None = None
@@ -77,9 +77,9 @@ class CheckpointFolder:
         """The newest checkpoint by manifest and file sizes (`steps.newest_in`). Not collective."""
         return steps.newest_in(self.folder)
 
-    def survey(self) -> tuple[list[tuple[Path, Manifest]], list[str]]:
+    def survey(self, mesh: Mesh) -> tuple[list[tuple[Path, Manifest]], list[str]]:
         """`steps.candidates` as rank 0 sees them, after it cleaned up what dead processes left. Collective."""
-        peers = self._talk()
+        peers = Peers(mesh.saving)
         outcome: Any = None
         if peers.rank == 0:
             try:
@@ -98,7 +98,7 @@ class CheckpointFolder:
 
         A checkpoint that does not load is passed over, and said. Raises CheckpointError where none loads.
         """
-        good, notes = self.survey()
+        good, notes = self.survey(engine.mesh)
         for path, _ in good:
             try:
                 manifest = self.load(engine, path)
@@ -164,7 +164,7 @@ class CheckpointFolder:
         if background:
             self.check()  # every rank waited, so every rank knows
         self._pending += self.collect()
-        peers = self._talk()
+        peers = Peers(engine.mesh.saving)
         snapshot = storage.snapshot_of(
             engine,
             step=step,
@@ -252,11 +252,6 @@ class CheckpointFolder:
         if save is not None and save.done.is_set() and save.error is None and self.saved_step != save.step:
             self.saved_step = save.step
             self.save_s = next((e.fields["seconds"] for e in save.events if e.kind == "save"), None)
-
-    def _talk(self) -> Peers:
-        if self._peers is None:
-            self._peers = Peers()
-        return self._peers
 
     def _publish(self, manifest: Manifest) -> dict[str, Any]:
         """On rank 0: name the complete checkpoint and point at it."""

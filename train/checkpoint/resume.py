@@ -48,7 +48,7 @@ def resume(
     mapping: the recipe as `recipe.yaml` holds it. tokenizer: fingerprint of the data's. origin: lineage of what a run starts
     from that starts now. Raises CheckpointError, DataError, RecipeError.
     """
-    good, _ = checkpoints.survey()
+    good, _ = checkpoints.survey(engine.mesh)
     mode = recipe.checkpoint.resume
     if good:
         path, manifest = good[0]

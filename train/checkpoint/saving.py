@@ -56,13 +56,12 @@ class Snapshot:
 
 
 class Peers:
-    """The ranks that save together, in a gloo group of their own."""
+    """The ranks that save together, in a gloo group of their own (`Mesh.saving`)."""
 
-    def __init__(self) -> None:
-        """Collective over the world."""
-        self.is_alone = not dist.is_initialized() or dist.get_world_size() == 1
-        self.rank = 0 if self.is_alone else dist.get_rank()
-        self.group = None if self.is_alone else dist.new_group(backend="gloo")
+    def __init__(self, group: dist.ProcessGroup | None) -> None:
+        self.is_alone = group is None
+        self.rank = 0 if group is None else dist.get_rank()
+        self.group = group
 
     def gather(self, value: Any) -> list[Any] | None:
         """Every rank's value, on rank 0; None elsewhere."""

@@ -127,7 +127,7 @@ def write_model(
 
     save = Save(
         Snapshot(manifest, pieces),
-        peers=Peers(),
+        peers=Peers(mesh.saving),
         aside=aside,
         memory={},
         staging=None,
@@ -274,7 +274,7 @@ class _Loading:
         if wrong:
             raise CheckpointError(
                 f"{folder} is damaged: what was read of {len(wrong)} tensors is not what was saved (their fingerprints differ), "
-                f"e.g. {', '.join(wrong[:3])}. `python -m train.checkpoint verify {folder}` names the files."
+                f"e.g. {', '.join(wrong[:3])}. `stratum checkpoint verify {folder}` names the files."
             )
         asked = {name for name, count in zip(self.names, elements_of, strict=True) if count}
         unasked = {

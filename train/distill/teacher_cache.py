@@ -109,18 +109,18 @@ def read_request(folder: Path) -> Request:
         if plain.get("format") != FORMAT:
             raise DataError(
                 f"{path} has format {plain.get('format')}; this version reads {FORMAT}. Write the answers again, into another "
-                f"folder: python -m train.distill.cache_command with this recipe."
+                f"folder: stratum teacher-cache with this recipe."
             )
         return Request(**plain)
     except FileNotFoundError as error:
         raise DataError(
-            f"objective.teacher_cache={folder} holds no teacher's answers: {path.name} is missing. Write them: python -m "
-            f"train.distill.cache_command with this recipe."
+            f"objective.teacher_cache={folder} holds no teacher's answers: {path.name} is missing. Write them: stratum "
+            f"teacher-cache with this recipe."
         ) from error
     except (OSError, ValueError, TypeError, AttributeError) as error:
         raise DataError(
-            f"{path} cannot be read ({error}). Bring it back, or write the answers again into another folder: python -m "
-            f"train.distill.cache_command with this recipe."
+            f"{path} cannot be read ({error}). Bring it back, or write the answers again into another folder: stratum "
+            f"teacher-cache with this recipe."
         ) from error
 
 
@@ -202,8 +202,8 @@ class KeptAnswers:
     def _missing(self, batch: Any, index: int) -> DataError:
         return DataError(
             f"{self.folder} holds no answer to the row at position {int(batch.positions[index]):,}: it was filled for other "
-            f"data, another order or fewer steps, or not to its end. Let the teacher answer the rest: python -m "
-            f"train.distill.cache_command with this recipe; it continues where it stopped."
+            f"data, another order or fewer steps, or not to its end. Let the teacher answer the rest: stratum "
+            f"teacher-cache with this recipe; it continues where it stopped."
         )
 
     def read(self, batch: Any, *, documents: bool) -> TopK:
@@ -223,7 +223,7 @@ class KeptAnswers:
         except (zlib.error, ValueError) as error:
             raise DataError(
                 f"{place.path} is damaged at byte {place.offset:,} ({error}). Remove it and its .idx and run "
-                f"python -m train.distill.cache_command again."
+                f"stratum teacher-cache again."
             ) from error
         return fewer(answer, self.top_k)
 
@@ -285,16 +285,14 @@ def _read_index(path: Path) -> dict[bytes, _Place]:
     count, body = int.from_bytes(raw[:8], "little"), raw[8:-32]
     data = path.with_suffix(".bin")
     if len(body) != count * (KEY_BYTES + 8) or hashlib.sha256(body).digest() != raw[-32:]:
-        raise DataError(
-            f"{path} is damaged. Remove it and {data.name} and run python -m train.distill.cache_command again."
-        )
+        raise DataError(f"{path} is damaged. Remove it and {data.name} and run stratum teacher-cache again.")
     lengths = np.frombuffer(body, "<i8", offset=count * KEY_BYTES)
     offsets = np.concatenate([[0], np.cumsum(lengths)])
     found = data.stat().st_size if data.exists() else -1
     if found != offsets[-1]:
         raise DataError(
             f"{data} is {found:,} bytes long, its index says {offsets[-1]:,}. Remove both and run "
-            f"python -m train.distill.cache_command again."
+            f"stratum teacher-cache again."
         )
     keys = [body[start : start + KEY_BYTES] for start in range(0, count * KEY_BYTES, KEY_BYTES)]
     return {key: _Place(data, int(offsets[n]), int(lengths[n])) for n, key in enumerate(keys)}

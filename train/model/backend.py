@@ -18,7 +18,7 @@ from recipes.schema.model import ModelConfig
 from recipes.schema.precision import PrecisionConfig
 from train.model.attention import AttentionCore
 from train.model.linear import use_fast_product
-from train.model.mixer import ReferenceMixer, have_mamba_kernels
+from train.model.mixer import KernelMixer, ReferenceMixer, have_mamba_kernels
 from train.model.norm import RMSNorm
 from train.parallel.mesh import Mesh
 from train.precision import emulated, te
@@ -108,6 +108,13 @@ class EmulatedBackend(ReferenceBackend):
         emulated.equip(chunk, model=model, precision=precision)
 
 
+class TransformerEngineBackend(te.TransformerEngineModules):
+    """Megatron's Transformer Engine modules, with the stock Mamba-2 mixer on mamba-ssm kernels."""
+
+    def mixer(self) -> type[MambaMixer]:
+        return KernelMixer
+
+
 def choose_backend(precision: PrecisionConfig, device: torch.device) -> Backend:
     """The backend a recipe asks for on this device.
 
@@ -140,9 +147,9 @@ def choose_backend(precision: PrecisionConfig, device: torch.device) -> Backend:
                 f" (scaling_after={precision.scaling_after}). Use precision.backend=emulated or te, or scaling=none."
             )
         case "te":
-            return te.TransformerEngineBackend()
+            return TransformerEngineBackend()
         case "auto" if not missing and "unscaled" not in scalings:
-            return te.TransformerEngineBackend()
+            return TransformerEngineBackend()
         case "emulated":
             return EmulatedBackend()
         case "auto" if is_low:

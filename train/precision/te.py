@@ -1,4 +1,4 @@
-"""Transformer Engine as a backend: the only module that names it.
+"""Transformer Engine behind the `te` backend: the only module that names it.
 
 Megatron owns the modules and enters Transformer Engine's autocast around each layer; this module chooses them, translates
 a recipe's scaling into Megatron's fields, and switches scaling during a run.
@@ -11,9 +11,10 @@ the native recipes' quantisers and FP8 primary weights have not been run. docs/f
 import functools
 import importlib.util
 import os
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from megatron.core.fp8_utils import get_fp8_recipe
 
 from recipes.schema.errors import BackendError
 from recipes.schema.model import ModelConfig
@@ -21,9 +22,6 @@ from recipes.schema.precision import PrecisionConfig
 from recipes.schema.scaling import active_scaling, low_precision_linears
 from train.parallel.mesh import Mesh
 from train.precision.control import PrecisionControl, Reading
-
-if TYPE_CHECKING:
-    from megatron.core.ssm.mamba_mixer import MambaMixer
 
 
 def is_installed() -> bool:
@@ -51,8 +49,11 @@ def megatron_fields(precision: PrecisionConfig, scaling: str) -> dict[str, Any]:
             raise BackendError(f"precision.scaling={other}: Transformer Engine has no such recipe.")
 
 
-class TransformerEngineBackend:
-    """Megatron's Transformer Engine modules, with the stock Mamba-2 mixer on mamba-ssm kernels."""
+class TransformerEngineModules:
+    """Megatron's Transformer Engine modules and their precision; `train.model.backend` adds the mixer.
+
+    Megatron's Transformer Engine layers are imported where they are named: that package is optional.
+    """
 
     name = "te"
 
@@ -80,11 +81,6 @@ class TransformerEngineBackend:
         from megatron.core.extensions.transformer_engine import TEDotProductAttention
 
         return TEDotProductAttention
-
-    def mixer(self) -> "type[MambaMixer]":
-        from train.model.mixer import KernelMixer
-
-        return KernelMixer
 
     def options(self, model: ModelConfig, precision: PrecisionConfig) -> dict[str, Any]:
         _check_block_scales(precision)
@@ -165,8 +161,6 @@ class _TransformerEnginePrecision:
             part.low_precision_history[:, 2] = backward.amax_history[:, 0] / self.shards
 
     def apply_state(self) -> None:
-        from megatron.core.fp8_utils import get_fp8_recipe
-
         if not self.delayed or self.precision.scaling != "delayed":
             return
         recipe = get_fp8_recipe(self.configs[0])

@@ -34,7 +34,7 @@ def main(arguments: Sequence[str]) -> int:
 
 def _fill(config: TeacherCacheConfig, composed: DictConfig) -> int:
     recipe = read_recipe(composed)
-    from train.distill.fill_cache import fill  # torch takes seconds: mistakes above are reported without it
+    from train.teacher_cache.fill import fill  # torch takes seconds: mistakes above are reported without it
 
     fill(recipe, config)
     return 0
