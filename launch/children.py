@@ -25,5 +25,5 @@ def python_module(module: str, *words: str) -> list[str]:
 
 
 def stratum(*words: str) -> list[str]:
-    """The command `stratum words...`, of the installation this process belongs to."""
+    """The command `stratum WORDS`, of the installation this process belongs to."""
     return python_module(FRONT, *words)

@@ -122,7 +122,7 @@ def _unknown(words: Sequence[str]) -> int:
         problem = f"there is no command `stratum {first} {second}`" if second else f"`stratum {first}` needs a command"
     else:
         near = difflib.get_close_matches(first, [*COMMANDS, "launch"], n=1, cutoff=0.5)
-        if not near:  # the second word of a command, as in `stratum local`
+        if not near:  # the second word of a command, as in `local`
             near = [name for name in COMMANDS if name.endswith(f" {first}")]
         hint = f"Did you mean `stratum {near[0]}`?" if near else f"There are: {', '.join(COMMANDS)}."
         problem = f"there is no command `stratum {first}`"

@@ -107,6 +107,9 @@ def _python(machine: Machine) -> Iterator[Finding]:
         "Python", "Python", "ok" if good else "wrong", f"{version} ({sys.executable})",
         "" if good else f"3.{low} to 3.{high - 1} is needed; `make setup` looks for one and says how to get it",
     )  # fmt: skip
+    if not (machine.project / "pyproject.toml").is_file():
+        yield Finding("Python", "environment", "ok", f"installed as a package in {sys.prefix}")
+        return
     environment = machine.project / ".venv"
     made = (environment / ".stratum-installed").is_file()
     inside = Path(sys.prefix).resolve() == environment.resolve()

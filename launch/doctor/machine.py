@@ -11,7 +11,11 @@ from importlib import metadata
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-SETUP = "run `make setup` (2 to 5 minutes)"
+IS_CHECKOUT = (ROOT / "pyproject.toml").is_file()
+"""Otherwise this is an installed package, without the files of the project's top folder."""
+SETUP = (
+    "run `make setup` (2 to 5 minutes)" if IS_CHECKOUT else "`pip check` lists what is missing; install it with pip"
+)
 
 
 @dataclass(frozen=True)
