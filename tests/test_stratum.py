@@ -17,7 +17,6 @@ import yaml
 from compress.little import lay_out
 from ranks import run_ranks
 
-from recipes.schema.options import hydra_value
 from train import run as _assembly  # noqa: F401  likewise
 from train import stratum
 from train.compress.__main__ import COMMANDS as COMPRESS
@@ -139,10 +138,6 @@ def test_a_run_is_named_by_its_folder_or_its_name_and_keeps_its_recipe(folder: P
     shutil.copytree(folder / "runs" / "smoke", moved)
     found = yaml.safe_load(run("train", str(moved), "--cfg", "job")[1])
     assert found["run"]["folder"] == str(moved.parent)
-
-
-def test_plain_values_are_not_quoted() -> None:
-    assert hydra_value("runs/smoke-2") == "runs/smoke-2" and hydra_value("true") == "'true'"
 
 
 def test_every_command_that_is_named_anywhere_exists() -> None:

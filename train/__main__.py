@@ -1,7 +1,8 @@
 """`stratum train`, and `-m train` for torchrun: train a recipe.
 
-Exit status: 0 finished or paused as the recipe asked; 2 a recipe, data, checkpoint or machine that cannot be used;
-128 + the signal's number when a signal asked the run to stop (a checkpoint was written).
+Exit status: 0 finished or paused as the recipe asked; 2 a recipe, data, checkpoint or machine that cannot be used; 3 NaN or
+infinity in a gradient, a weight, a moment or an evaluation (no such state is saved, earlier checkpoints are intact); 128 + the
+signal's number when a signal asked the run to stop (a checkpoint was written).
 """
 
 import os

@@ -13,9 +13,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 IS_CHECKOUT = (ROOT / "pyproject.toml").is_file()
 """Otherwise this is an installed package, without the files of the project's top folder."""
-SETUP = (
-    "run `make setup` (2 to 5 minutes)" if IS_CHECKOUT else "`pip check` lists what is missing; install it with pip"
-)
+SETUP = "run `make setup` (2 to 5 minutes)" if IS_CHECKOUT else "`pip check` lists what is missing; install it with pip"
 
 
 @dataclass(frozen=True)

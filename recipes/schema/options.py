@@ -169,21 +169,6 @@ def options_of(cls: type) -> list[str]:
     return [option_of(field.name) for field in dataclasses.fields(cls)]
 
 
-def hydra_value(text: str) -> str:
-    """A text as the value of an override, quoted where Hydra's grammar would read something else into it."""
-    is_plain = re.fullmatch(r"[A-Za-z_./][A-Za-z0-9_./-]*", text) and text.lower() not in (
-        "null",
-        "true",
-        "false",
-        "nan",
-        "inf",
-    )
-    if is_plain:
-        return text
-    escaped = re.sub(r"(\\*)'", r"\1\1\\'", text)  # backslashes are plain, except in front of a quote or at the end
-    return f"'{escaped}{'\\' * (len(text) - len(text.rstrip('\\')))}'"
-
-
 def _hydra_words(parsed: argparse.Namespace) -> list[str]:
     overrides = [word for word in parsed.words if _is_override(word)]
     runs = [word for word in parsed.words if not _is_override(word)]
@@ -220,7 +205,7 @@ def _recipe_of_run(name: str) -> list[str]:
         raise RecipeError(f"{folder} has no {RECIPE_FILE}: the run has not started yet. Name its recipe: -cn NAME.")
     if not folder.name or folder.name == "..":
         folder = folder.resolve()
-    place = (f"run.folder={hydra_value(str(folder.parent))}", f"run.name={hydra_value(folder.name)}")
+    place = (f"run.folder={folder.parent}", f"run.name={folder.name}")  # recipes.schema.command quotes texts for Hydra
     return [f"--config-dir={folder}", "-cn", Path(RECIPE_FILE).stem, *place]
 
 

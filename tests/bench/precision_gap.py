@@ -51,7 +51,7 @@ def main() -> int:
     parser.add_argument("overrides", nargs="*", help="further overrides for every run")
     options = parser.parse_args()
     if not options.compare:
-        subprocess.run([sys.executable, "-m", "data.prepare", "-cn", "precision_gap"], cwd=ROOT, check=True)
+        subprocess.run([sys.executable, "-m", "train.stratum", "prepare", "-cn", "precision_gap"], cwd=ROOT, check=True)
         for name in options.only:
             command = [sys.executable, "-m", "train", "-cn", "precision_gap", f"run.name=gap_{name}"]
             subprocess.run([*command, *RUNS[name], *options.overrides], cwd=ROOT, check=True)

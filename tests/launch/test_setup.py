@@ -86,7 +86,9 @@ def test_uv_installs_and_pip_does_if_uv_fails(tmp_path: Path) -> None:
     assert calls == []  # done before
     (there / "pyproject.toml").write_text("# changed")
     calls, said = set_up(there, uv="exit 0")
-    assert len(calls) == 1 and calls[0].startswith("uv pip install --python .venv/bin/python --constraint constraints.txt")
+    assert len(calls) == 1 and calls[0].startswith(
+        "uv pip install --python .venv/bin/python --constraint constraints.txt"
+    )
     assert "pip, which takes longer" not in said
 
 
