@@ -129,7 +129,7 @@ class DataConfig:
     """From raw text to rows of tokens."""
 
     folder: str = "runs/data/smoke"
-    """Where prepared shards, tokenizer and manifest lie (written by `python -m data.prepare`). Reading also takes a URL
+    """Where prepared shards, tokenizer and manifest lie (written by `stratum prepare`). Reading also takes a URL
     (`s3://`, `gs://`, `https://`, ...): shards are then copied to `cache.folder` as they are needed."""
     sources: dict[str, SourceConfig] = field(default_factory=dict)
     """Sources by name. At least one."""
@@ -157,7 +157,7 @@ class DataConfig:
     for shards behind a URL, or on disks that seek slowly."""
     verify: Literal["auto", "always", "never"] = "auto"
     """Checksums when data is opened. `auto`: files not checked before, up to 4 GiB, and any file that changed since;
-    `always`: every file; `never`: sizes only. `python -m data.inspect verify=true` checks all, once."""
+    `always`: every file; `never`: sizes only. `stratum inspect --verify` checks all, once."""
     cache: CacheConfig = field(default_factory=CacheConfig)
     """Local copies of remote shards."""
     stall_warning_s: PositiveFloat = 30.0
