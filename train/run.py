@@ -21,6 +21,7 @@ from recipes.schema.pattern import flops_per_token, parameters
 from recipes.schema.read import recipe_mapping
 from recipes.schema.recipe import Recipe
 from recipes.schema.rules import check_objective, unused
+from recipes.schema.scaling import describe_precision
 from recipes.schema.schedule import unread
 from train.build import build_engine, check, mesh_of, open_data
 from train.checkpoint import disk
@@ -122,6 +123,7 @@ def _train(recipe: Recipe, *, mesh: Mesh, dataset: Dataset, folder: Path) -> Run
             peak_flops=_world_peak(peak_flops(mesh.device), mesh),
             recipe_dict=mapping,
             loss_parts=engine.loss_parts,
+            precision_at=lambda tokens: describe_precision(recipe.model, recipe.precision, tokens=tokens),
         )
         stack.callback(telemetry.close)
         stream = stack.enter_context(
@@ -167,6 +169,7 @@ def _train(recipe: Recipe, *, mesh: Mesh, dataset: Dataset, folder: Path) -> Run
             parameters=parameters(recipe.model).total,
             layout=mesh.layout.describe(),
             device=str(mesh.device),
+            precision=describe_precision(recipe.model, recipe.precision),
         )
         if step == 0:
             evaluate(0)
