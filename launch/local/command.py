@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from launch.compose import compose, extra_environment, layout_of, run_folder, split_words
+from launch.lease import LeaseError, current_owner, refusal
 from launch.local.continuation import backoff_s, decide
 from launch.local.failures import tell
 from launch.local.supervise import StopRequest, run_attempt, say
@@ -57,10 +58,11 @@ def main(arguments: Sequence[str]) -> int:
         layout = layout_of(recipe, processes=processes)
         environment = _environment(recipe, processes)
         shown = _shown(own.show, processes)
+        run = run_folder(recipe)
+        refuse_second(run)
     except USER_ERRORS as error:
         sys.stderr.write(f"error: {error}\n")
         return 2
-    run = run_folder(recipe)
     say(f"{processes} process{'es' * (processes > 1)} ({layout.describe()}), logs in {run.logs}")
     return run_to_end(
         [sys.executable, "-m", "launch.local.rank", "train", *words],
@@ -119,6 +121,16 @@ def run_to_end(
             say(f"{decision.reason}; from {from_where} in {delay:g} s (Ctrl-C: not)")
             if stop.wait(delay):
                 return end.status
+
+
+def refuse_second(run: RunFolder) -> None:
+    """Refuse to start a run that a trainer works on. LeaseError names it.
+
+    The trainer itself refuses too (train.resilience.lease); here it costs no start of processes.
+    """
+    found = current_owner(run.path)
+    if found is not None and found[1] == "alive":
+        raise LeaseError(refusal(found[0], what=str(run.path)))
 
 
 def _processes(recipe: Recipe) -> int:
