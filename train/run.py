@@ -35,6 +35,7 @@ from train.megatron import choose_device, use_device
 from train.parallel.mesh import Mesh, world_from_environment
 from train.record.machine import peak_flops
 from train.record.telemetry import Telemetry
+from train.resilience.faults import check_scores
 from train.resilience.lease import held_lease
 
 log = logging.getLogger(__name__)
@@ -149,6 +150,7 @@ def _train(recipe: Recipe, *, mesh: Mesh, dataset: Dataset, folder: Path, check_
             with telemetry.phase("evaluating"):
                 scores = heldout_bits_per_byte(engine, dataset, rows_per_source=recipe.evaluate.rows_per_source)
             telemetry.evaluation(at, scores)
+            check_scores(at, scores, advice=lambda: checkpoints.advice(mesh))
 
         def save(at: int, rows: int, *, background: bool) -> None:
             check_lease()

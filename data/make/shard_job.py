@@ -82,6 +82,8 @@ class ShardResult:
     problems: tuple[str, ...] = ()
     unended: int = 0
     """Documents of an existing set without an end-of-document token."""
+    unknown: int = 0
+    """Unknown tokens that were written."""
 
 
 def make_shard(job: ShardJob, tokenizer: Tokenizer, *, threads: int, report: Report) -> None:
@@ -146,6 +148,7 @@ def _make(job: ShardJob, tokenizer: Tokenizer, threads: int, report: Report) -> 
         splits = describe_set(part.file, tokenizer, fraction=job.fraction, first=first, report=report)
         return ShardResult(splits=splits, records={}, unended=unended_documents(part.file, tokenizer.eod))
     reader = Reader(job.name, job.source)
+    unknown = 0
     with ExitStack() as stack:
         outputs = {split: stack.enter_context(_Output(job, split, tokenizer)) for split in SPLITS}
         for part in job.parts:
@@ -154,9 +157,11 @@ def _make(job: ShardJob, tokenizer: Tokenizer, threads: int, report: Report) -> 
                 text_bytes = tokens = 0
                 ids = _encoded([text.document.text for text in batch], tokenizer, threads)
                 for text, numbers in zip(batch, ids, strict=True):
-                    if isinstance(numbers, str):
-                        reader.refuse(part, text.document.record, numbers)
+                    problem = numbers if isinstance(numbers, str) else tokenizer.loss(text.document.text, numbers)
+                    if problem is not None or isinstance(numbers, str):
+                        reader.refuse(part, text.document.record, str(problem))
                         continue
+                    unknown += tokenizer.unknown_count(numbers)
                     outputs[text.split].add(text, numbers)
                     text_bytes += text.bytes
                     tokens += len(numbers) + 1
@@ -170,6 +175,7 @@ def _make(job: ShardJob, tokenizer: Tokenizer, threads: int, report: Report) -> 
         bad_records=reader.bad_records,
         empty_documents=reader.empty_documents,
         problems=tuple(reader.problems),
+        unknown=unknown,
     )
 
 

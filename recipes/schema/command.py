@@ -29,7 +29,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 from recipes.schema.compress import CompressConfig
 from recipes.schema.data import SourceConfig
-from recipes.schema.errors import DataError
+from recipes.schema.errors import DataError, StratumError
 from recipes.schema.recipe import Recipe
 from recipes.schema.tools import GenerateConfig, TeacherCacheConfig
 from recipes.schema.typed import defaults_of, type_at
@@ -87,13 +87,13 @@ def run_command(
             statuses.append(job(composed))
         except user_errors as error:
             _complain(str(error), rank=rank)
-            statuses.append(2)
+            statuses.append(error.status if isinstance(error, StratumError) else 2)
 
     try:
         entry()
     except user_errors as error:
         _complain(str(error), rank=rank)
-        return 2
+        return error.status if isinstance(error, StratumError) else 2
     except OverrideParseException as error:
         words = {word.lstrip("+"): word for word in given}
         _complain(_unreadable(words.get(error.override.lstrip("+"), error.override)), rank=rank)

@@ -18,7 +18,7 @@ from typing import Any
 
 from data.system import disk
 from recipes.schema.checkpoint import CheckpointConfig
-from recipes.schema.errors import CheckpointError
+from recipes.schema.errors import CheckpointError, NumericsError, StratumError
 from train.checkpoint import publishing, steps, storage
 from train.checkpoint.manifest import Manifest, RunState
 from train.checkpoint.saving import Event, Memory, Peers, Save, Snapshot, Staging
@@ -87,6 +87,8 @@ class CheckpointFolder:
                 outcome = steps.candidates(self.folder)
             except OSError as error:
                 outcome = CheckpointError(f"{self.folder} cannot be read: {error}")
+            except CheckpointError as error:
+                outcome = error
         outcome = peers.hear(outcome)
         if isinstance(outcome, CheckpointError):
             raise outcome
@@ -125,7 +127,7 @@ class CheckpointFolder:
         self.request(engine, state, background=False)
         assert self._save is not None
         if self._save.error is not None:
-            raise CheckpointError(self._save.error)
+            raise _error_of(self._save)
         return self.path_of(state.step)
 
     def request(self, engine: Engine, state: RunState, *, background: bool = True) -> None:
@@ -150,6 +152,7 @@ class CheckpointFolder:
             prepare=lambda: self._make_room(step, snapshot),
             publish=self._publish,
             retire=lambda: self._retain(step),
+            advice=lambda: steps.after_not_finite(self.folder),
             retries=self.config.retries,
             retry_wait_s=self.config.retry_wait_s,
         )
@@ -184,14 +187,22 @@ class CheckpointFolder:
         return news
 
     def check(self, *, always: bool = False) -> None:
-        """Raise CheckpointError where the last save failed and the recipe wants to stop then (or always).
+        """Raise CheckpointError if the last save failed and the recipe wants to stop then (or always), NumericsError in any case
+        if the state holds NaN or infinity.
 
         For when no rank is writing any more and any has failed: all then do.
         """
-        if self._save is None or (self.config.on_failure == "continue" and not always):
+        save = self._save
+        if save is None or save.error is None:
             return
-        if self._save.error is not None:
-            raise CheckpointError(f"{self._save.error} The run's earlier checkpoints are intact.")
+        if save.is_numeric or always or self.config.on_failure != "continue":
+            raise _error_of(save)
+
+    def advice(self, mesh: Mesh) -> str:
+        """What to do about NaN or infinity, with the newest finite checkpoint by name. Waits for a save under way. Collective."""
+        self.wait()
+        peers = Peers(mesh.saving)
+        return peers.hear(steps.after_not_finite(self.folder) if peers.rank == 0 else None)
 
     def is_first_warning(self) -> bool:
         """True once: what is wrong with the time a save takes need not be said at each."""
@@ -232,14 +243,12 @@ class CheckpointFolder:
             disk.make_folder(aside)
             free = shutil.disk_usage(self.folder).free
         except OSError as error:
-            raise CheckpointError(
-                f"cannot save into {self.folder}: {error.strerror or error}. The run's earlier checkpoints are intact."
-            ) from error
+            raise CheckpointError(f"cannot save into {self.folder}: {error.strerror or error}.") from error
         if free < needed:
             disk.remove_tree(aside)
             raise CheckpointError(
-                f"cannot save into {self.folder}: about {needed / 1e9:.2f} GB needed, {free / 1e9:.2f} GB free. Free "
-                f"some space or lower checkpoint.keep_last; the run's earlier checkpoints are intact."
+                f"cannot save into {self.folder}: about {needed:,} bytes needed, {free:,} free, {needed - free:,} too few. Free "
+                f"some space or lower checkpoint.keep_last."
             )
 
     def _retain(self, newest_step: int) -> None:
@@ -252,6 +261,13 @@ class CheckpointFolder:
                     publishing.delete(path)
         except OSError as error:
             log.warning("an old checkpoint could not be deleted: %s", error)
+
+
+def _error_of(save: Save) -> StratumError:
+    """The error that a failed save is to raise."""
+    if save.is_numeric:
+        return NumericsError(save.error)
+    return CheckpointError(f"{save.error} The run's earlier checkpoints are intact.")
 
 
 def estimated_bytes(snapshot: Snapshot) -> int:

@@ -47,6 +47,8 @@ class TensorRecord:
     shape: tuple[int, ...]
     fingerprint: str
     """128 bits of the content, the same at any sharding (`train.checkpoint.fingerprint`)."""
+    not_finite: int | None = None
+    """How many elements are NaN or infinite; None in checkpoints that older versions wrote."""
 
     @property
     def bytes(self) -> int:
@@ -98,6 +100,11 @@ class Manifest(RunState):
         return sum(self.files.values())
 
     @property
+    def not_finite(self) -> dict[str, int]:
+        """Tensors with NaN or infinity, and how many elements, as far as the manifest knows."""
+        return {name: record.not_finite for name, record in self.tensors.items() if record.not_finite}
+
+    @property
     def fingerprint(self) -> str:
         """128 bits over all weights: two checkpoints with the same weights have the same."""
         names = sorted(name for name in self.tensors if name.startswith("model."))
@@ -120,6 +127,13 @@ class Place:
     def elements(self) -> int:
         """How many numbers it has."""
         return math.prod(self.shape)
+
+
+def describe_not_finite(counts: dict[str, int]) -> str:
+    """A few of the tensors with NaN or infinity by name: `3 tensors hold NaN or infinity: model.a (5 elements), ...`."""
+    named = [f"{name} ({count:,} element{'s' * (count > 1)})" for name, count in sorted(counts.items())]
+    few = ", ".join(named[:3]) + (f" and {len(named) - 3:,} more" if len(named) > 3 else "")
+    return f"{len(named):,} tensor{'s hold' if len(named) > 1 else ' holds'} NaN or infinity: {few}"
 
 
 Index = dict[str, list[Place]]
@@ -238,7 +252,10 @@ def _record(name: str, value: Any) -> TensorRecord:
     if not all(_is_count(n) for n in shape) or math.prod(shape) > _LARGEST or len(shape) > _MOST_DIMENSIONS:
         raise ValueError(f"{name} has the impossible shape {str(shape)[:80]}")
     fingerprint.from_text(value["fingerprint"])
-    return TensorRecord(value["dtype"], shape, value["fingerprint"])
+    not_finite = value.get("not_finite")
+    if not_finite is not None and not (_is_count(not_finite) and not_finite <= math.prod(shape)):
+        raise ValueError(f"{name} has {not_finite!r} elements that are not finite, of {math.prod(shape):,}")
+    return TensorRecord(value["dtype"], shape, value["fingerprint"], not_finite)
 
 
 def _check_types(manifest: Manifest) -> None:

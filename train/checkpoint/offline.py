@@ -36,7 +36,7 @@ Advance = Callable[[int], None]
 
 
 def verify(folder: Path, advance: Advance) -> list[str]:
-    """Compare every byte of a checkpoint with its manifest: one line for everything that is wrong.
+    """Compare every byte of a checkpoint with its manifest: one line for everything that is wrong, NaN and infinity included.
 
     Cached pages are dropped first, so that the disk is asked. Raises CheckpointError where manifest or index do not even
     read.
@@ -51,11 +51,15 @@ def verify(folder: Path, advance: Advance) -> list[str]:
             problems += _header_problems(folder / name, reader)
     for tensor, record in reader.manifest.tensors.items():
         try:
-            found = fingerprint.text(reader.sums(tensor))
+            sums = reader.sums(tensor)
         except CheckpointError as error:
             problems.append(f"{tensor}: {error}")
         else:
-            if found != record.fingerprint:
+            if sums.not_finite:
+                problems.append(
+                    f"{tensor}: {sums.not_finite:,} of {math.prod(record.shape):,} elements are NaN or infinite"
+                )
+            if (found := fingerprint.text(sums)) != record.fingerprint:
                 files = sorted({place.file for place in reader.index[tensor]})
                 problems.append(
                     f"{tensor}: its fingerprint is {found}, the manifest says {record.fingerprint}; it lies in "

@@ -21,11 +21,11 @@ import torch
 import torch.distributed as dist
 
 from data.system import disk
-from recipes.schema.errors import CheckpointError
+from recipes.schema.errors import CheckpointError, NumericsError
 from train.checkpoint import fingerprint, publishing
 from train.checkpoint.files import Piece, Reader, scan
 from train.checkpoint.fingerprint import Sums
-from train.checkpoint.manifest import DTYPE_NAMES, Manifest, RunState, read_manifest
+from train.checkpoint.manifest import DTYPE_NAMES, Manifest, RunState, describe_not_finite, read_manifest
 from train.checkpoint.pieces import (
     MASTER,
     MODEL,
@@ -99,7 +99,7 @@ def write_model(folder: Path, chunks: Sequence[Any], *, mesh: Mesh, state: RunSt
     )
     save.run()
     if save.error is not None:
-        raise CheckpointError(save.error)
+        raise (NumericsError if save.is_numeric else CheckpointError)(save.error)
     return read_manifest(folder)
 
 
@@ -154,8 +154,11 @@ def publish(aside: Path, final: Path, state: RunState) -> None:
     """Complete a checkpoint of whole tensors written aside (`train.checkpoint.tensors.write_weights`) and give it its name.
 
     Shapes and fingerprints are taken from the files. state: a manifest of another checkpoint will do. One process calls it.
+    Raises NumericsError where they hold NaN or infinity.
     """
     index, records = scan(aside)
+    if sick := {name: record.not_finite for name, record in records.items() if record.not_finite}:
+        raise NumericsError(f"{final} is not written: {describe_not_finite(sick)}.")
     files = {path.name: path.stat().st_size for path in sorted(aside.iterdir())}
     publishing.seal(aside, replace(_manifest_of(state), tensors=records, files=files), index)
     publishing.publish(aside, final)
@@ -179,7 +182,7 @@ class _Loading:
         self.device = device
         self.names = sorted(reader.manifest.tensors)
         self.number = {name: i for i, name in enumerate(self.names)}
-        self.sums: list[Sums] = [(0, 0)] * len(self.names)
+        self.sums: list[Sums] = [fingerprint.ZERO] * len(self.names)
         self.elements = [0] * len(self.names)
         """How many are wanted of each tensor."""
         self.missing: set[str] = set()
@@ -237,6 +240,16 @@ class _Loading:
                 f"{folder} is damaged: what was read of {len(wrong)} tensors is not what was saved (their fingerprints differ), "
                 f"e.g. {', '.join(wrong[:3])}. `python -m train.checkpoint verify {folder}` names the files."
             )
+        sick = {
+            name: sums.not_finite // (count // math.prod(self.reader.manifest.tensors[name].shape))
+            for name, sums, count in zip(self.names, found, elements_of, strict=True)
+            if sums.not_finite
+        }
+        if sick:
+            raise CheckpointError(
+                f"{folder} cannot be continued from: {describe_not_finite(sick)}. It is what was saved; an older version wrote "
+                f"it without looking."
+            )
         asked = {name for name, count in zip(self.names, elements_of, strict=True) if count}
         unasked = {
             name
@@ -262,7 +275,8 @@ class _Loading:
         """Whether what all ranks read of a tensor is the tensor, once or several times."""
         record = self.reader.manifest.tensors[name]
         copies, rest = divmod(elements, math.prod(record.shape))
-        return not rest and sums == fingerprint.times(fingerprint.from_text(record.fingerprint), copies)
+        expected = fingerprint.times(fingerprint.from_text(record.fingerprint), copies)
+        return not rest and fingerprint.text(sums) == fingerprint.text(expected)
 
     def _source(self, piece: Piece) -> str | None:
         """The checkpoint's tensor for a piece. Weights and masters stand in for each other where precisions differ."""

@@ -117,7 +117,7 @@ class _Companion:
         scratch = scratch_of_sums()
         for number, (piece, start) in enumerate(zip(self._plan.pieces, self._plan.starts, strict=True)):
             expected = piece.sums() if self._live is None else self._live[number]
-            found: Sums = (0, 0)
+            found = fingerprint.ZERO
             dtype = piece.data.dtype
             for step in steps_of(Place(self._path.name, start, piece.offset, piece.shape), dtype, size=disk.STEP):
                 self._wait_for(step.start + step.elements * dtype.itemsize)
