@@ -157,7 +157,9 @@ class Plain:
     def check_end(self) -> None:
         """Refuse a packed file in which nothing is packed: what wrote it did not finish."""
         if self._suffix in COMPRESSED and not self._stored.count:
-            raise DataError(f"{self._name} is 0 bytes long, which no {self._suffix} file is. Make it again, or remove it.")
+            raise DataError(
+                f"{self._name} is 0 bytes long, which no {self._suffix} file is. Make it again, or remove it."
+            )
 
     def check(self, given: int) -> None:
         """Stop an expansion without end; `given` bytes have come out so far."""
@@ -336,7 +338,9 @@ def _in_folder(folder: str, hidden: list[str]) -> list[str]:
     """Every file below a folder, links followed, each real file and folder once. DataError for a folder that cannot be read."""
 
     def refuse(error: OSError) -> None:
-        raise DataError(f"{error.filename} cannot be read: {error.strerror}. Nothing is left out silently: make it readable.")
+        raise DataError(
+            f"{error.filename} cannot be read: {error.strerror}. Nothing is left out silently: make it readable."
+        )
 
     files, folders = [], {os.path.realpath(folder)}
     for here, below, names in os.walk(folder, followlinks=True, onerror=refuse):
@@ -384,7 +388,10 @@ def _matching_remote(place: str, pattern: str, hidden: list[str]) -> list[File]:
                 facts = filesystem.info(path)
                 found = filesystem.find(path, detail=True) if facts.get("type") == "directory" else {path: facts}
         except FileNotFoundError as error:
-            found, why = {}, f" ({without_credentials(str(error.__cause__ or error))})"  # a server that does not answer looks like this too
+            found, why = (
+                {},
+                f" ({without_credentials(str(error.__cause__ or error))})",
+            )  # a server that does not answer looks like this too
     base = "" if glob.has_magic(path) else path.rstrip("/")
     files = []
     for name, info in found.items():

@@ -239,7 +239,7 @@ def _csv(place: str, source: SourceConfig, part: Part) -> Iterator[Record]:
         try:
             names = [name.removeprefix("\ufeff") for name in next(rows, [])]
             columns_of(place, source, names, part.file)
-            for number, row in enumerate(rows):  # noqa: B007 (said of the row that cannot be read)
+            for number, row in enumerate(rows):
                 if len(row) != len(names):
                     problem = f"has {len(row)} fields, the first line names {len(names)}"
                     yield Record(number, "", problem if row else None, plain.stored_bytes)
