@@ -144,7 +144,7 @@ def test_answers_to_another_question_are_refused(teacher: Path, tmp_path: Path) 
     with pytest.raises(RankFailed, match="numbers: 'fp32' there, 'fp32, blockwise' now"):
         low = replace(recipe, objective=replace(recipe.objective, teacher_scaling="blockwise"))
         run_ranks(1, fill, low, 1, "float32", 4)
-    with pytest.raises(RecipeError, match=r"objective.teacher=.*other.* answered; use objective.teacher=null"):
+    with pytest.raises(RecipeError, match=r"objective.teacher=.*other.* answered. Use objective.teacher=null"):
         KeptAnswers.open(asked, tokenizer=None)
     KeptAnswers.open(
         replace(recipe, objective=replace(recipe.objective, teacher=str(tmp_path / "gone"))), tokenizer=None
