@@ -45,7 +45,8 @@ def fill(rank: int, recipe: Recipe, world: int, values: str, rows: int) -> None:
     tensor = recipe.objective.teacher_tensor or 1
     recipe = replace(recipe, run=replace(recipe.run, global_rows=2 * world // tensor, microbatch_rows=2),
                      parallel=replace(recipe.parallel, tensor=tensor))  # fmt: skip
-    with mesh_of(recipe, check(recipe, world=world), device=torch.device("cpu"), rank=rank) as mesh:
+    asks = replace(recipe, objective=replace(recipe.objective, kind="distill", teacher_cache=None))
+    with mesh_of(asks, check(recipe, world=world), device=torch.device("cpu"), rank=rank) as mesh:
         teacher = open_teacher(recipe, mesh=mesh, tokenizer=TOKENIZER)
         assert teacher is not None
         config = TeacherCacheConfig(values=values, block_rows=3)  # type: ignore[arg-type]
