@@ -1,11 +1,9 @@
 """From the words of a command line to a typed recipe, by Hydra as the trainer reads it; imports no torch.
 
-The words are kept: `launch` checks the recipe they mean and hands the same words to `python -m train`, which composes
+The words are kept: `launch` checks the recipe they mean and hands the same words to the trainer, which composes
 them again, so what was checked is what runs.
 """
 
-import argparse
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -21,17 +19,6 @@ from recipes.schema.recipe import Recipe
 from recipes.schema.rules import problems, refuse
 
 
-def split_words(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
-    """A command's own options, and the words that belong to Hydra. The parser must not allow abbreviations."""
-    own, words = parser.parse_known_args(list(arguments))
-    sweeps = [word for word in words if word in ("-m", "--multirun")]
-    if sweeps:
-        parser.error(
-            f"{sweeps[0]}: a sweep is not started here; use `python -m train {sweeps[0]}`, or one command for each run"
-        )
-    return own, words
-
-
 def compose(words: Sequence[str], *, program: str) -> Recipe | int:
     """The recipe that `words` compose; or an exit status, where they ask for something else or are wrong (and it was said)."""
     found: list[Recipe] = []
@@ -40,12 +27,7 @@ def compose(words: Sequence[str], *, program: str) -> Recipe | int:
         found.append(read_recipe(composed))
         return 0
 
-    before = sys.argv
-    sys.argv = [program, *words]
-    try:
-        status = run_command(keep, program=program, keys=dotted_keys(Recipe), user_errors=USER_ERRORS)
-    finally:
-        sys.argv = before
+    status = run_command(keep, words, program=program, keys=dotted_keys(Recipe), user_errors=USER_ERRORS)
     return found[0] if found and not status else status
 
 

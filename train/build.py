@@ -14,6 +14,7 @@ from data.prepared import look as look_at_data
 from data.store.manifest import MANIFEST, read_manifest
 from data.stream import Dataset, open_dataset
 from data.tokenizer import Tokenizer, load_tokenizer
+from recipes.schema.changes import check_same_function
 from recipes.schema.errors import DataError, refuse
 from recipes.schema.facts import identity_of, look, read_request
 from recipes.schema.layout import Layout, lay_out
@@ -21,6 +22,7 @@ from recipes.schema.parallel import ParallelConfig
 from recipes.schema.recipe import Recipe
 from recipes.schema.rules import distill_problems, notes, problems, shape_rules, vocabulary_problems
 from train.checkpoint.manager import checkpoint_at
+from train.checkpoint.storage import read_manifest as read_checkpoint_manifest
 from train.checkpoint.storage import read_weights
 from train.distill import objective as distill
 from train.distill.teacher import Teacher, open_teacher
@@ -159,6 +161,7 @@ def build_engine(recipe: Recipe, mesh: Mesh, *, weights: Path | None = None, tok
         draw_weights=weights is None,
     )
     if weights is not None:
+        check_same_function(read_checkpoint_manifest(weights).recipe, recipe, place=str(weights))
         read_weights(weights, chunks, groups=mesh.groups)
     objective = build_objective(recipe, mesh=mesh, chunks=chunks, tokenizer=tokenizer)
     wrapped = wrap_chunks(chunks, parallel=recipe.parallel, mesh=mesh, fp8_weights=recipe.precision.fp8_weights)
@@ -181,6 +184,7 @@ def build_engine(recipe: Recipe, mesh: Mesh, *, weights: Path | None = None, tok
 @contextmanager
 def model_on_one_rank(recipe: Recipe, checkpoint: Path, *, device: torch.device) -> Iterator[Any]:
     """The whole model of a recipe in this process with a checkpoint's weights, for reading: plain torch, in eval mode."""
+    check_same_function(read_checkpoint_manifest(checkpoint).recipe, recipe, place=str(checkpoint))
     use_device(device)
 
     one = replace(recipe, parallel=ParallelConfig(), run=replace(recipe.run, global_rows=1, microbatch_rows=1))

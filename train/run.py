@@ -23,6 +23,7 @@ from recipes.schema.pattern import flops_per_token, parameters
 from recipes.schema.read import recipe_mapping
 from recipes.schema.recipe import Recipe
 from recipes.schema.rules import start_problems
+from recipes.schema.scaling import describe_precision
 from train.build import build_engine, check_start, mesh_of, open_data
 from train.checkpoint.manager import CheckpointFolder, checkpoint_at
 from train.checkpoint.manifest import RunState
@@ -113,6 +114,7 @@ def _train(recipe: Recipe, *, mesh: Mesh, dataset: Dataset, folder: Path, check_
             peak_flops=_world_peak(peak_flops(mesh.device), mesh),
             recipe_dict=mapping,
             loss_parts=engine.loss_parts,
+            precision_at=lambda tokens: describe_precision(recipe.model, recipe.precision, tokens=tokens),
         )
         stack.callback(telemetry.close)
         stream = stack.enter_context(
@@ -152,6 +154,7 @@ def _train(recipe: Recipe, *, mesh: Mesh, dataset: Dataset, folder: Path, check_
             parameters=parameters(recipe.model).total,
             layout=mesh.layout.describe(),
             device=str(mesh.device),
+            precision=describe_precision(recipe.model, recipe.precision),
         )
         if step == 0:
             evaluate(0)

@@ -25,6 +25,8 @@ from recipes.schema.rules import order_problems
 
 ORDER = 2
 """Version of how shares that change, or have no short period, are laid out. A change of it changes the rows of such runs."""
+TREE_ORDER = 3
+"""The same where rows go down a tree of many sources."""
 _CACHED_WINDOWS = 4
 
 
@@ -140,6 +142,8 @@ class Blend:
     @property
     def order(self) -> int:
         """Version of the order of rows: part of the identity of the data that a run has seen."""
+        if self.curriculum.has_trees:
+            return TREE_ORDER
         return 1 if self.curriculum.is_plain else ORDER
 
     def check_length(self, rows: int, *, global_rows: int = 1) -> None:

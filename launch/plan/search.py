@@ -1,4 +1,4 @@
-"""`python -m launch plan --search`: every layout of a recipe on so many GPUs, planned, ranked, the best shown with reasons.
+"""`stratum plan --search`: every layout of a recipe on so many GPUs, planned, ranked, the best shown with reasons.
 
     degrees x virtual stages x microbatch x recompute --rules, memory, formats--> those that work --time--> ranked
 

@@ -16,7 +16,7 @@ from recipes.schema.errors import RecipeError
 from recipes.schema.recipe import Recipe
 from recipes.schema.typed import FieldError, build
 
-_OF_TOOLS = ("hydra", "generate", "compress", "cache", "stages")
+_OF_TOOLS = ("hydra", "compress", "stages")
 """Sections of a composed recipe that other commands read."""
 
 

@@ -173,6 +173,37 @@ def scalings_used(precision: PrecisionConfig) -> list[str]:
     return [name for name in dict.fromkeys(names) if name != "none"]
 
 
+RECIPE_NAMES = {
+    "delayed": "fp8_delayed",
+    "current": "fp8_current",
+    "blockwise": "fp8_blockwise",
+    "unscaled": "fp8_unscaled",
+}
+"""Scalings whose option of the `precision` group, and name for people, is another."""
+
+
+def describe_precision(model: ModelConfig, precision: PrecisionConfig, *, tokens: int | None = None) -> str:
+    """What really multiplies, for people: `fp8_blockwise, 6 of 10 layers; ends bf16`. A format that no layer gets is not named
+    first: `bf16; fp8_blockwise in none of 4 layers`. tokens: of a step that starts after so many; None: of the whole run."""
+
+    def words(scaling: str) -> str:
+        name = RECIPE_NAMES.get(scaling, scaling)
+        if scaling == "none":
+            return precision.params
+        if not low:
+            return f"{precision.params}; {name} in none of {layers} layers"
+        return f"{name}, {low} of {layers} layers" + (f"; ends {precision.params}" if low < layers else "")
+
+    low, layers = len(low_precision_linears(model, precision)), len(layer_kinds(model.pattern))
+    if tokens is not None:
+        active = active_scaling(precision, tokens)
+        return words("none" if active is None else active.name)
+    text = words(precision.scaling)
+    if precision.switch_at_tokens is not None:
+        text += f"; from token {precision.switch_at_tokens:,}: {words(precision.scaling_after)}"
+    return text
+
+
 def active_scaling(precision: PrecisionConfig, tokens: int) -> Scaling | None:
     """The scaling of a step that starts after `tokens` tokens of training."""
     switched = precision.switch_at_tokens is not None and tokens >= precision.switch_at_tokens

@@ -62,7 +62,7 @@ def test_degrees_that_do_not_fit_are_named() -> None:
 
 
 def test_a_teacher_of_another_vocabulary_or_tokenizer_is_refused_with_the_reason(teacher: Path) -> None:
-    path, manifest = checkpoint_at(teacher)
+    _path, manifest = checkpoint_at(teacher)
     student = student_of(teacher)
 
     def ask(tokenizer: str | None = TOKENIZER, student: Recipe = student) -> None:

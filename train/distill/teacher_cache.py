@@ -131,8 +131,8 @@ class KeptAnswers:
     def _missing(self, batch: Any, index: int) -> DataError:
         return DataError(
             f"{self.folder} holds no answer to the row at position {int(batch.positions[index]):,}: it was filled for other "
-            f"data, another order or fewer steps, or not to its end. Let the teacher answer the rest: python -m "
-            f"train.teacher_cache.command with this recipe; it continues where it stopped."
+            f"data, another order or fewer steps, or not to its end. Let the teacher answer the rest: stratum "
+            f"teacher-cache with this recipe; it continues where it stopped."
         )
 
     def read(self, batch: Any, *, documents: bool) -> TopK:
@@ -152,7 +152,7 @@ class KeptAnswers:
         except (zlib.error, ValueError) as error:
             raise DataError(
                 f"{place.path} is damaged at byte {place.offset:,} ({error}). Remove it and its .idx and run "
-                f"python -m train.teacher_cache.command again."
+                f"stratum teacher-cache again."
             ) from error
         return fewer(answer, self.top_k)
 
@@ -200,16 +200,14 @@ def _read_index(path: Path) -> dict[bytes, _Place]:
     count, body = int.from_bytes(raw[:8], "little"), raw[8:-32]
     data = path.with_suffix(".bin")
     if len(body) != count * (KEY_BYTES + 8) or hashlib.sha256(body).digest() != raw[-32:]:
-        raise DataError(
-            f"{path} is damaged. Remove it and {data.name} and run python -m train.teacher_cache.command again."
-        )
+        raise DataError(f"{path} is damaged. Remove it and {data.name} and run stratum teacher-cache again.")
     lengths = np.frombuffer(body, "<i8", offset=count * KEY_BYTES)
     offsets = np.concatenate([[0], np.cumsum(lengths)])
     found = data.stat().st_size if data.exists() else -1
     if found != offsets[-1]:
         raise DataError(
             f"{data} is {found:,} bytes long, its index says {offsets[-1]:,}. Remove both and run "
-            f"python -m train.teacher_cache.command again."
+            f"stratum teacher-cache again."
         )
     keys = [body[start : start + KEY_BYTES] for start in range(0, count * KEY_BYTES, KEY_BYTES)]
     return {key: _Place(data, int(offsets[n]), int(lengths[n])) for n, key in enumerate(keys)}

@@ -31,7 +31,7 @@ def stream_text(recipe: Recipe, config: GenerateConfig) -> Iterator[str]:
     if found is None:
         place = config.checkpoint or recipe.run.start_from
         if place is None:
-            raise CheckpointError(f"{folder} holds no checkpoint. Train first: python -m train -cn <recipe>.")
+            raise CheckpointError(f"{folder} holds no checkpoint. Train first: stratum train -cn <recipe>.")
         found = checkpoint_at(place)
     path, manifest = found
     ours, another = tokenizer.fingerprint, "name another checkpoint (+generate.checkpoint)"

@@ -159,7 +159,7 @@ def _measure(recipe: Recipe, config: TeacherCacheConfig, *, mesh: Mesh, teacher:
     known = dataset.tokenizer.fingerprint
     if student.model.vocab != recipe.model.vocab or manifest.tokenizer not in ("", known):
         raise RecipeError(
-            f"+cache.student={config.student} has a vocabulary of {student.model.vocab:,} and tokenizer "
+            f"--student {config.student} has a vocabulary of {student.model.vocab:,} and tokenizer "
             f"{manifest.tokenizer[:12] or '?'}, the teacher's answers {recipe.model.vocab:,} and {known[:12]}: they cannot be "
             f"compared. Name a student of the same tokenizer."
         )
