@@ -55,7 +55,7 @@ def _parser() -> argparse.ArgumentParser:
     group = check_options.add_argument_group("the comparison")
     group.add_argument("--text", default=TEXT, help=f"text to run on: a file, folder or glob (default: {TEXT})")
     group.add_argument("--rows", type=_positive, default=2, help="rows of text (default: 2)")
-    group.add_argument("--tokens", type=_positive, default=257, help="tokens of a row (default: 257)")
+    group.add_argument("--tokens", type=_positive, help="tokens of a row (default: 257, or three chunks of the scan)")
     group.add_argument(
         "--check-dtype", choices=("fp32", "bf16"), default="fp32", help="both compute in it (default: fp32)"
     )
@@ -85,6 +85,9 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("--tokenizer", type=Path, help="tokenizer.json (default: that of the run's prepared data)")
     export.add_argument("--max-positions", type=_positive, help="max_position_embeddings (default: data.row_tokens)")
     export.add_argument("--vocab", type=_positive, help="rows of the embedding to write, where ours was padded")
+    export.add_argument(
+        "--license", help="licence on the model card, e.g. apache-2.0 (default: that of an import, or unknown)"
+    )
     export.add_argument("--file-gb", type=float, default=5.0, help="largest weight file, in GB (default: 5)")
 
     importing = commands.add_parser(
