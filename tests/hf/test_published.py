@@ -45,7 +45,7 @@ def published(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         add_bos_template(folder / "tokenizer.json", "<bos>", 0)
         config = json.loads((folder / "config.json").read_text())
         config |= {"max_position_embeddings": 131072, "eos_token_id": [1, 7], "bos_token_id": 0, "pad_token_id": 1,
-                   "transformers_version": "4.48.0", "auto_map": {"AutoModel": "modeling.Model"}, "made_by": "someone"}  # fmt: skip
+                   "transformers_version": "4.48.0", "auto_map": {"AutoModel": "x.Model"}, "made_by": "me"}  # fmt: skip
         if family == "nemotron_h":
             config["time_step_min"] = 0.001
         files = {
@@ -65,9 +65,7 @@ def published(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_round_trip_changes_nothing_that_is_not_ours(
-    family: str, published: dict[str, Path], tmp_path: Path
-) -> None:
+def test_a_round_trip_changes_nothing_that_is_not_ours(family: str, published: dict[str, Path], tmp_path: Path) -> None:
     theirs, ours, back = published[family], tmp_path / "ours", tmp_path / "back"
     words = ["--vocab-multiple", "16", "--no-check"]
     status, output = command(tmp_path, "import", theirs, "--out", ours, *words)
@@ -111,9 +109,7 @@ def test_a_differing_head_of_a_tied_model_is_not_dropped(published: dict[str, Pa
     assert command(tmp_path, "import", folder, "--out", tmp_path / "ours", "--no-check")[0] == 0
 
 
-def test_an_exported_tokenizer_gives_a_stranger_the_ids_of_training(
-    published: dict[str, Path], tmp_path: Path
-) -> None:
+def test_an_exported_tokenizer_gives_a_stranger_the_ids_of_training(published: dict[str, Path], tmp_path: Path) -> None:
     """Prepared data has no `<bos>`, so the files must not add one; nor may they cut texts."""
     path = tmp_path / "tokenizer.json"
     parsed = json.loads((published["gemma2"] / "tokenizer.json").read_text())
@@ -128,7 +124,5 @@ def test_an_exported_tokenizer_gives_a_stranger_the_ids_of_training(
 
 
 def test_rows_within_one_chunk_prove_no_scan(published: dict[str, Path], tmp_path: Path) -> None:
-    status, output = command(
-        tmp_path, "import", published["nemotron_h"], "--out", tmp_path / "ours", "--tokens", "16"
-    )
+    status, output = command(tmp_path, "import", published["nemotron_h"], "--out", tmp_path / "ours", "--tokens", "16")
     assert status == 2 and "--tokens 16 is within one chunk of the scan (16 tokens)" in output, output

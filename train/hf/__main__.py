@@ -94,6 +94,9 @@ def _parser() -> CommandParser:
     export.add_argument(
         "--license", help="licence on the model card, e.g. apache-2.0 (default: that of an import, or unknown)"
     )
+    export.add_argument(
+        "--push", metavar="OWNER/NAME", help="also upload it to the Hugging Face hub, private where it is new"
+    )
     export.add_argument("--file-gb", type=float, default=5.0, help="largest weight file, in GB (default: 5)")
 
     importing = commands.add_parser(
@@ -101,7 +104,9 @@ def _parser() -> CommandParser:
         parents=[converting, check_options],
         help="a directory -> a checkpoint and a recipe that starts from it",
     )
-    importing.add_argument("directory", type=Path, help="directory with config.json and *.safetensors")
+    importing.add_argument(
+        "directory", type=Path, help="directory with config.json and *.safetensors, or OWNER/NAME of a model on the hub"
+    )
     importing.add_argument(
         "--vocab-multiple",
         type=_positive,

@@ -36,7 +36,7 @@ from train.checkpoint import storage
 from train.checkpoint.manager import checkpoint_at
 from train.checkpoint.manifest import RunState
 from train.checkpoint.tensors import StoredTensors
-from train.hf import card, published, tokens
+from train.hf import card, hub, published, tokens
 from train.hf.check import Agreement, compare, load_theirs, their_ids, wrong_scan
 from train.hf.config import CONFIG, NO_CLAMP, SpecialTokens, clamp_of, family_of, from_config, read_config, to_config
 from train.hf.convert import different_weights, export_weights, import_weights, kept_format
@@ -63,6 +63,8 @@ class CheckOptions:
 
 
 def export_model(parsed: argparse.Namespace) -> int:
+    if parsed.push is not None:
+        hub.check_push(parsed.push)
     path, manifest = _checkpoint_at(parsed.checkpoint)
     recipe = _recipe_of(manifest.recipe, path)
     family_of(recipe.model)
@@ -114,10 +116,13 @@ def export_model(parsed: argparse.Namespace) -> int:
     _say(
         f"wrote {parsed.out}: {converted.parameters:,} parameters, {converted.nbytes / 1e9:.3g} GB, model card README.md"
     )
+    if parsed.push is not None:
+        _say(f"pushed to {hub.push(parsed.out, parsed.push)}")
     return _conclude(agreement, why, f"stratum hf check {parsed.checkpoint} {parsed.out}")
 
 
 def import_model(parsed: argparse.Namespace) -> int:
+    named, parsed.directory = str(parsed.directory), hub.directory_of(parsed.directory)
     config = read_config(parsed.directory)
     theirs = from_config(config, where=str(parsed.directory / CONFIG))
     step = parsed.vocab_multiple
@@ -128,7 +133,7 @@ def import_model(parsed: argparse.Namespace) -> int:
     file, end_of_document = tokens.tokenizer_file(parsed.directory), tokens.end_of_document_of(parsed.directory, config)
     imported = Imported(
         name=name,
-        source=str(parsed.directory),
+        source=named,
         checkpoint=parsed.out / "checkpoint",
         model=model,
         params=params,
@@ -146,7 +151,7 @@ def import_model(parsed: argparse.Namespace) -> int:
             recipe=json.loads(json.dumps(asdict(recipe))),
             tokenizer=_copy_tokenizer(file, folder, end_of_document),
             lineage={
-                "imported_from": str(parsed.directory),
+                "imported_from": named,
                 "config_sha256": hashlib.sha256((parsed.directory / CONFIG).read_bytes()).hexdigest(),
                 "vocab": theirs.vocab,
             },
