@@ -9,6 +9,9 @@ fetched.
 import re
 from pathlib import Path
 
+from huggingface_hub import HfApi, constants, snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
+
 from recipes.schema.errors import CheckpointError, RecipeError
 
 _ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
@@ -33,9 +36,6 @@ def directory_of(name: Path) -> Path:
         return name
     if not _ID.fullmatch(str(name)):
         raise RecipeError(f"{name} is neither a directory nor the name of a model on the hub (OWNER/NAME).")
-    from huggingface_hub import constants, snapshot_download  # seconds, and needed for names on the hub only
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
-
     try:
         return Path(snapshot_download(str(name), allow_patterns=_WANTED))
     except (LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
@@ -55,8 +55,6 @@ def check_push(name: str) -> None:
     """RecipeError before anything is converted where a push could not be made."""
     if not _ID.fullmatch(name):
         raise RecipeError(f"--push {name} is not the name of a model on the hub. Use OWNER/NAME.")
-    from huggingface_hub import constants
-
     if constants.HF_HUB_OFFLINE:
         raise RecipeError(f"--push {name}: HF_HUB_OFFLINE=1 forbids it. Unset HF_HUB_OFFLINE, or leave --push out.")
 
@@ -64,9 +62,6 @@ def check_push(name: str) -> None:
 def push(folder: Path, name: str) -> str:
     """Upload a directory as the model OWNER/NAME, private where it is new. -> its address. CheckpointError where it fails; the
     directory stays."""
-    from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError
-
     api = HfApi()
     try:
         address = api.create_repo(name, exist_ok=True, private=True)
