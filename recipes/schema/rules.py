@@ -30,7 +30,7 @@ from recipes.schema.pattern import layer_kinds, pattern_problems, weights_of
 from recipes.schema.precision import PrecisionConfig
 from recipes.schema.read import recipe_mapping
 from recipes.schema.recipe import Recipe
-from recipes.schema.scaling import low_precision_linears, rotation_problems, scalings_used, shape_problems
+from recipes.schema.scaling import block_notes, low_precision_linears, rotation_problems, scalings_used, shape_problems
 from recipes.schema.schedule import schedule_problems, unread
 from recipes.schema.teacher_rules import cache_problems, distill_problems, teacher_problems, tokenizer_problems
 
@@ -109,6 +109,7 @@ def notes(recipe: Recipe, *, machine: Machine | None = None, prepared: Prepared 
         shapes = "; ".join(str(problem) for problem in _shapes(recipe))
         if shapes:
             found.append(Problem("precision.scaling", f"a GPU would refuse this recipe: {shapes}"))
+    found += block_notes(recipe.model, precision=precision, tensor=recipe.parallel.tensor)
     if prepared is not None:
         if 0 < prepared.vocab_size < recipe.model.vocab:
             text = (

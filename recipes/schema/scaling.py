@@ -274,6 +274,38 @@ def shape_problems(
     return problems
 
 
+def block_notes(model: ModelConfig, *, precision: PrecisionConfig, tensor: int) -> list[Problem]:
+    """Linears whose blocks of scales move with `parallel.tensor`: blocks begin at each rank's shard, so a shard that is not a
+    whole number of them is cut elsewhere than the whole matrix, and other degrees round to other numbers."""
+    wide = max(
+        (extent for name in scalings_used(precision) for extent in _block_extents(scaling_of(precision, name))),
+        default=1,
+    )
+    kinds, found = layer_kinds(model.pattern), []
+    for kind in dict.fromkeys(kinds[index] for index in low_precision_linears(model, precision)):
+        whole = linear_shapes(model, kind)
+        for name, shape in linear_shapes(model, kind, tensor=tensor).items():
+            cut = [
+                (all_of, part)
+                for all_of, part in zip(whole[name], shape, strict=True)
+                if part != all_of and part % wide
+            ]
+            found += [f"{name} of `{kind}` ({all_of:,}: {part / wide:g} blocks a rank)" for all_of, part in cut]
+    if not found:
+        return []
+    text = (
+        f"blocks of {wide} begin at each of the {tensor} tensor ranks' shards, which are not whole blocks for "
+        f"{', '.join(found)}: another parallel.tensor cuts them elsewhere and rounds to other numbers."
+    )
+    return [Problem("parallel.tensor", text, "Compare runs at one degree.")]
+
+
+def _block_extents(scaling: Scaling | None) -> list[int]:
+    """Extents of a scaling's blocks that are wider than an element."""
+    operands = (scaling.input, scaling.weight) if scaling is not None else ()
+    return [extent for operand in operands for extent in operand.block or ()]
+
+
 def rotation_problems(model: ModelConfig, *, precision: PrecisionConfig, rank_tokens: int) -> list[Problem]:
     """Tokens that NVFP4's Hadamard rotation cannot take, on any backend: it turns blocks of 16 along the tokens."""
     rotated = [

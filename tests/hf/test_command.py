@@ -22,6 +22,7 @@ from data.prepare import prepare
 from recipes.schema.command import RECIPES
 from recipes.schema.read import recipe_from_mapping, recipe_mapping
 from recipes.schema.recipe import Recipe
+from recipes.schema.tools import GenerateConfig
 from train.checkpoint.manager import checkpoint_at
 from train.hf.__main__ import main
 from train.record.metrics import METRICS, read_metrics
@@ -154,8 +155,7 @@ def test_an_import_trains_and_generates(runs: dict[str, Path], exports: dict[str
 
 
 def first_words(rank: int, mapping: dict[str, object], folder: Path) -> str:
-    from recipes.schema.read import recipe_from_mapping
-    from train.inference.command import GenerateConfig, stream_text
+    from train.inference.text import stream_text
 
     os.chdir(folder)
     return "".join(stream_text(recipe_from_mapping(mapping), GenerateConfig(prompt="line 4", tokens=8, temperature=0)))

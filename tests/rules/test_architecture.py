@@ -22,6 +22,7 @@ DOORS = {
     "tensorboard": {"train.record"},
     "transformers": {"train.hf"},
     "safetensors": {"train.hf"},
+    "huggingface_hub": {"train.hf"},
     "tokenizers": {"data.tokenizer"},
     "tiktoken": {"data.tokenizer"},
     "sentencepiece": {"data.tokenizer"},
