@@ -30,6 +30,7 @@ COMMANDS = {
         "the stages of a recipe (score, prune, distil, ...): print their commands, or --run them",
     ),
     "status": ("launch.status:main", "what runs are doing: Slurm job, step, time left, checkpoint, first error"),
+    "logs": ("launch.logs:main", "the last lines of a run's newest logs; --follow shows new ones as they come"),
     "cancel": ("launch.slurm.cancel:main", "end a Slurm run after a save; no further job follows"),
 }
 """Name -> (module:function, one line of help)."""

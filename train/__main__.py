@@ -16,6 +16,7 @@ import sys
 
 from omegaconf import DictConfig
 
+from launch.local.rank import end_with_parent
 from recipes.schema.command import dotted_keys, run_command
 from recipes.schema.errors import USER_ERRORS
 from recipes.schema.read import read_recipe
@@ -24,6 +25,8 @@ from recipes.schema.recipe import Recipe
 
 def main() -> int:
     """Entry point of `python -m train` and of the `stratum-train` script."""
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        end_with_parent()  # torchrun dies of SIGUSR1 and SIGKILL without a word to its processes: they save and stop then
     return run_command(_train, program="train", keys=dotted_keys(Recipe), user_errors=USER_ERRORS)
 
 

@@ -5,6 +5,7 @@ outside this room asks the globals again. `close_mesh` undoes it, so that one pr
 """
 
 import os
+import socket
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -16,6 +17,8 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
 from recipes.schema.layout import Layout
+
+_LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
 @dataclass(frozen=True)
@@ -89,7 +92,8 @@ def open_mesh(layout: Layout, device: torch.device, *, rank: int, seed: int, tim
     timeout = timedelta(seconds=timeout_s)
     if not dist.is_initialized():
         if "MASTER_ADDR" in os.environ:
-            dist.init_process_group(backend, rank=rank, world_size=layout.world, timeout=timeout)
+            store = _loopback_store(rank, world=layout.world, timeout=timeout)
+            dist.init_process_group(backend, rank=rank, world_size=layout.world, timeout=timeout, store=store)
         else:
             dist.init_process_group(backend, rank=0, world_size=1, timeout=timeout, store=dist.HashStore())
     parallel_state.initialize_model_parallel(
@@ -100,9 +104,37 @@ def open_mesh(layout: Layout, device: torch.device, *, rank: int, seed: int, tim
         distributed_timeout_minutes=max(1, round(timeout_s / 60)),
         create_gloo_process_groups=device.type == "cuda",
     )
+    _time_out_after(timeout)
     unset_num_microbatches_calculator()
     seed_random_state(seed)
     return Mesh(layout=layout, rank=rank, device=device, groups=ProcessGroupCollection.use_mpu_process_groups())
+
+
+def _loopback_store(rank: int, *, world: int, timeout: timedelta) -> dist.Store | None:
+    """The rendezvous of ranks that are all on this machine: rank 0 listens on loopback only.
+
+    torch's own store listens on every interface, whatever MASTER_ADDR says, and anybody who reaches it can stop the run.
+    None if ranks may be elsewhere, or if torchrun keeps the store.
+    """
+    address, port = os.environ["MASTER_ADDR"], int(os.environ.get("MASTER_PORT", "0"))
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" or address not in _LOOPBACK or not port:
+        return None
+    if rank != 0:
+        return dist.TCPStore(address, port, world, is_master=False, timeout=timeout)
+    family = socket.AF_INET6 if address == "::1" else socket.AF_INET
+    with socket.socket(family) as listener:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind((address, port))
+        listener.listen(socket.SOMAXCONN)
+        return dist.TCPStore(
+            address, port, world, is_master=True, timeout=timeout, master_listen_fd=os.dup(listener.fileno())
+        )
+
+
+def _time_out_after(timeout: timedelta) -> None:
+    """Give every group of this process the timeout as asked: Megatron takes whole minutes only."""
+    for group in list(dist.distributed_c10d._world.pg_map):
+        dist.set_timeout(timeout, group)
 
 
 def seed_random_state(seed: int) -> None:
