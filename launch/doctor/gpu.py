@@ -87,7 +87,7 @@ def cuda(machine: Machine, *, has_gpu: bool) -> Iterator[Finding]:
             if has_gpu
             else "nothing to do here: only GPUs use it (`make setup` installs it where nvidia-smi works)"
         )
-        yield package("CUDA", name, pinned.get(name), have.get(name), missing="absent", remedy=here)
+        yield package("CUDA", name, pinned.get(name), have.get(name), missing="absent", remedy=remedy)
     compiler = machine.run("nvcc", "--version")
     release = re.search(r"release ([\d.]+)", compiler or "")
     yield Finding(

@@ -1,6 +1,6 @@
 """Which rank did not come to a collective operation that timed out, and which operation it was.
 
-    every rank that waits --torch's flight recorder--> group, operation, number --store--> the ranks of the group that are not there
+    ranks that wait --torch's flight recorder--> group, operation, number --store--> ranks of the group that are not there
 
 gloo's own error names neither. The recorder keeps the last operations of each process (it works for gloo from torch 2.14 on).
 """
