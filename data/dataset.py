@@ -27,6 +27,7 @@ from data.store.manifest import MANIFEST, SPLITS, Manifest, ShardEntry, Tokenize
 from data.store.origins import Origin, Origins, read_origins
 from data.store.verify import Verifier
 from data.tokenizer import Tokenizer, load_tokenizer
+from recipes.schema.credentials import without_credentials
 from recipes.schema.data import DataConfig
 from recipes.schema.errors import DataError
 
@@ -121,9 +122,8 @@ class Dataset:
 
     def origins(self, entry: ShardEntry) -> Origins:
         """Origins of a shard's documents."""
-        if "origins" in entry.files:
-            self.find(entry, "origins")
-        return read_origins(self.folder, entry)
+        file = self.find(entry, "origins") if "origins" in entry.files else None
+        return read_origins(self.folder, entry, file=file)
 
     def _read(self, parts: list[Rows], source: np.ndarray, row: np.ndarray) -> Filled:
         return fill(
@@ -194,6 +194,8 @@ def open_dataset(config: DataConfig) -> Dataset:
     tokenizer = _tokenizer(folder / manifest.tokenizer.file, manifest.tokenizer, config)
     _check_sources(config, manifest)
     names = list(config.sources)
+    if remote is not None:
+        _check_budget(config, manifest, remote.budget_bytes)
     if not is_remote(config.folder):
         verifier.check_all(
             {
@@ -252,11 +254,23 @@ def _tokenizer(path: Path, entry: TokenizerEntry, config: DataConfig) -> Tokeniz
     return load_tokenizer(path, config.tokenizer, known_fingerprint=entry.fingerprint)
 
 
+def _check_budget(config: DataConfig, manifest: Manifest, budget_bytes: int) -> None:
+    entries = (e for name in config.sources for split in SPLITS for e in manifest.sources[name].splits[split])
+    size, path = max(((e.files["bin"].bytes + e.files["idx"].bytes, e.path) for e in entries), default=(0, ""))
+    if size > budget_bytes:
+        shown = without_credentials(config.folder)
+        raise DataError(
+            f"data.cache.gib={config.cache.gib:g} is less than one shard: shard {path} of {shown} takes "
+            f"{size / 2**30:.3g} GiB. Set data.cache.gib to that at least, or prepare with a lower data.shard_bytes."
+        )
+
+
 def _check_sources(config: DataConfig, manifest: Manifest) -> None:
+    shown = without_credentials(config.folder)
     missing = [name for name in config.sources if name not in manifest.sources]
     if missing:
         raise DataError(
-            f"{config.folder} holds no source {', '.join(missing)} (it holds {', '.join(manifest.sources)}). Prepare the "
+            f"{shown} holds no source {', '.join(missing)} (it holds {', '.join(manifest.sources)}). Prepare the "
             f"data again, or take the source out of data.sources."
         )
     if is_remote(config.folder):
@@ -265,6 +279,6 @@ def _check_sources(config: DataConfig, manifest: Manifest) -> None:
                 for entry in entries:
                     if Path(entry.path).is_absolute():
                         raise DataError(
-                            f"source {name!r} of {config.folder} was read in place from {entry.path}, which is not behind "
+                            f"source {name!r} of {shown} was read in place from {entry.path}, which is not behind "
                             f"the URL. Copy it there and prepare again, or read the data where it was prepared."
                         )

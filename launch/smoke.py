@@ -164,7 +164,7 @@ def _check_outcome(story: Story) -> None:
     if missing:
         raise StoryFailed(f"{story.folder} lacks {', '.join(missing)}")
     scores = [line["bits_per_byte"] for line in _lines(story.folder / "metrics.jsonl") if line["kind"] == "evaluation"]
-    first, last = (sum(s.values()) / len(s) for s in (scores[0], scores[-1]))
+    first, last = (sum(map(float, s.values())) / len(s) for s in (scores[0], scores[-1]))
     story.say(f"Held-out bits per byte, mean over sources: {first:.2f} at the random start, {last:.2f} now")
     if last >= TARGET_BITS_PER_BYTE:
         raise StoryFailed(f"{last:.2f} bits per byte is not below {TARGET_BITS_PER_BYTE}")

@@ -16,10 +16,10 @@ from rich.table import Table
 
 from launch.lease import current_owner
 from launch.local.failures import log_of, read_failures, tell
+from launch.queue import QueuedJob, SlurmError, look_up
 from launch.runs import RunFolder, find_run, runs_in, tail
 from launch.slurm.after_job import NO_SUCCESSOR
 from launch.slurm.command import job_numbers
-from launch.slurm.queue import QueuedJob, SlurmError, look_up
 from recipes.schema.errors import StratumError
 
 _LOG_LINES = 8

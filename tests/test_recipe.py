@@ -1,14 +1,13 @@
 """Recipes: what is shipped is complete and right, what is wrong is said before anything is allocated."""
 
-import copy
 import dataclasses
-import functools
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import yaml
+from recipes_composed import composed as composed_words
 from tiny import RECIPE, TINY, recipe_with
 
 from recipes.schema.changes import check_folder, differences, refused
@@ -25,19 +24,7 @@ PRIMARY = sorted(path.stem for path in RECIPES.glob("*.yaml"))
 
 
 def composed(name: str, *overrides: str) -> dict:
-    """A recipe composed by Hydra's own API."""
-    return copy.deepcopy(_composed(name, *overrides))
-
-
-@functools.cache  # half a second each
-def _composed(name: str, *overrides: str) -> dict:
-    from hydra import compose, initialize_config_dir
-    from omegaconf import OmegaConf
-
-    with initialize_config_dir(config_dir=str(RECIPES), version_base="1.3"):
-        plain = OmegaConf.to_container(compose(name, overrides=list(overrides)), resolve=True)
-    assert isinstance(plain, dict)
-    return {str(key): value for key, value in plain.items()}
+    return composed_words("-cn", name, *overrides)
 
 
 def leaves(tree: dict, prefix: str = "") -> set[str]:
@@ -114,8 +101,7 @@ def test_the_twelve_billion_recipe_in_detail() -> None:
     + [f"launch={name}" for name in ("slurm_gpu", "slurm_pyxis", "slurm_apptainer")],
 )
 def test_groups_can_be_swapped(override: str) -> None:
-    overrides = [override, "schedule.decay=0"] if override.startswith("schedule") else [override]
-    recipe_from_mapping(composed("smoke", *overrides))
+    recipe_from_mapping(composed("smoke", override))
 
 
 def test_smoke_is_a_small_hybrid_of_every_kind_of_layer() -> None:
@@ -184,6 +170,20 @@ def test_the_end_of_a_run_is_arithmetic_where_the_schedule_leans_on_it() -> None
     cosine = recipe_with(**{"schedule.kind": "cosine"})
     longer = dataclasses.replace(cosine, run=dataclasses.replace(cosine.run, steps=16))
     assert [d.kind for d in differences(recipe_mapping(cosine), recipe_mapping(longer))] == ["arithmetic"]
+
+
+def test_the_end_of_a_run_is_arithmetic_where_a_phase_is_a_fraction_of_it() -> None:
+    part = recipe_with(**{"schedule.kind": "constant", "schedule.warmup": 0.5})
+    longer = dataclasses.replace(part, run=dataclasses.replace(part.run, steps=16))
+    assert [d.kind for d in differences(recipe_mapping(part), recipe_mapping(longer))] == ["arithmetic"]
+
+
+def test_a_phase_of_the_same_steps_written_as_a_fraction_is_no_change() -> None:
+    steps = RECIPE.run.steps
+    was, now, other = (recipe_with(**{"schedule.warmup": value}) for value in (steps // 2, 0.5, 0.25))
+    assert differences(recipe_mapping(was), recipe_mapping(now)) == []
+    (found,) = differences(recipe_mapping(was), recipe_mapping(other))
+    assert (found.key, found.old, found.new, found.kind) == ("schedule.warmup", steps // 2, 0.25, "arithmetic")
 
 
 def test_a_recipe_too_old_to_have_a_field_had_its_default() -> None:

@@ -15,7 +15,7 @@ from recipes.schema.errors import StratumError
 from recipes.schema.telemetry import TelemetryConfig
 from train.precision.control import Reading
 from train.record.machine import PEAK_BF16_FLOPS, peak_by_name, peak_flops
-from train.record.metrics import METRICS, read_metrics
+from train.record.metrics import METRICS, JsonLines, read_metrics
 from train.record.report import read_run
 from train.record.telemetry import Telemetry
 
@@ -186,6 +186,21 @@ def test_numbers_that_are_none_are_strict_json_and_read_back(tmp_path: Path) -> 
         json.loads(text, parse_constant=refuse)
     values = [line["loss"] for line in read_metrics(tmp_path / METRICS) if line["kind"] == "step"]
     assert math.isnan(values[0]) and values[1:] == [math.inf, -math.inf, 2.0]
+
+
+def test_a_value_reads_back_as_what_it_was_at_any_depth(tmp_path: Path) -> None:
+    """NaN in a nested record stays a number, and a text that reads like a number stays a text, apostrophes and all."""
+    names = ["NaN", "Infinity", "-Infinity", "'NaN", "''-Infinity", "nan", "NaN ", "'", "it's"]
+    record = {
+        "kind": "x", "bits_per_byte": {"NaN": math.nan, "b": math.inf, "c": 1.5}, "source": "NaN",
+        "readings": [{"snr_db": -math.inf, "layer": "Infinity"}, names], "none": None,
+    }  # fmt: skip
+    stream = JsonLines(tmp_path / METRICS)
+    stream.write([record])
+    stream.close()
+    (line,) = read_metrics(tmp_path / METRICS)
+    assert math.isnan(line["bits_per_byte"].pop("NaN")) and math.isnan(record["bits_per_byte"].pop("NaN"))  # type: ignore
+    assert line == record
 
 
 def test_other_ranks_reduce_and_write_nothing(tmp_path: Path) -> None:

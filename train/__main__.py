@@ -6,8 +6,9 @@
     python -m train --config-dir mine -cn my_recipe        your own recipes beside the shipped ones
     torchrun --nproc-per-node 4 -m train -cn smoke parallel.tensor=2 parallel.pipeline=2
 
-Exit status: 0 finished or paused as the recipe asked; 2 a recipe, data, checkpoint or machine that cannot be used;
-128 + the signal's number when a signal asked the run to stop (a checkpoint was written).
+Exit status: 0 finished or paused as the recipe asked; 2 a recipe, data, checkpoint or machine that cannot be used; 3 NaN or
+infinity in a gradient, a weight, a moment or an evaluation (no such state is saved, earlier checkpoints are intact); 128 + the
+signal's number when a signal asked the run to stop (a checkpoint was written).
 """
 
 import os
@@ -16,7 +17,7 @@ import sys
 
 from omegaconf import DictConfig
 
-from launch.local.rank import end_with_parent
+from data.system.parent import end_with_parent
 from recipes.schema.command import dotted_keys, run_command
 from recipes.schema.errors import USER_ERRORS
 from recipes.schema.read import read_recipe

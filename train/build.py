@@ -74,8 +74,17 @@ def mesh_of(recipe: Recipe, layout: Layout, *, device: torch.device, rank: int) 
     """The process groups of a recipe, closed again at the end whatever happens. Collective over the world."""
     if recipe.run.deterministic:
         _be_deterministic(device)
+    objective = recipe.objective
+    has_teacher = objective.kind == "distill" and objective.teacher_cache is None
     try:
-        yield open_mesh(layout, device, rank=rank, seed=recipe.run.seed, timeout_s=recipe.launch.timeout_s)
+        yield open_mesh(
+            layout,
+            device,
+            rank=rank,
+            seed=recipe.run.seed,
+            timeout_s=recipe.launch.timeout_s,
+            teacher_tensor=objective.teacher_tensor or recipe.parallel.tensor if has_teacher else None,
+        )
     finally:
         close_mesh()
 

@@ -7,7 +7,7 @@ import logging
 import os
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +16,17 @@ import torch
 import yaml
 
 from data.stream import Dataset, Stream
+from data.system import disk
 from recipes.schema.changes import check_folder
 from recipes.schema.errors import CheckpointError, DataError
 from recipes.schema.pattern import flops_per_token, parameters
 from recipes.schema.read import recipe_mapping
 from recipes.schema.recipe import Recipe
 from recipes.schema.rules import check_objective, unused
+from recipes.schema.schedule import unread
 from train.build import build_engine, check, mesh_of, open_data
-from train.checkpoint import disk
 from train.checkpoint.manager import CheckpointFolder, checkpoint_at
+from train.checkpoint.manifest import RunState
 from train.checkpoint.resume import TEACHER, resume
 from train.distill.teacher_cache import KeptAnswers
 from train.evaluate.losses import heldout_bits_per_byte
@@ -33,6 +35,7 @@ from train.megatron import choose_device, use_device
 from train.parallel.mesh import Mesh, world_from_environment
 from train.record.machine import peak_flops
 from train.record.telemetry import Telemetry
+from train.resilience.faults import check_scores
 from train.resilience.hangs import hangs_named, record_operations
 from train.resilience.lease import held_lease
 
@@ -68,6 +71,8 @@ def train(recipe: Recipe) -> RunEnd:
         )
     if (idle := unused(recipe.objective)) and rank == 0:
         log.warning("objective.kind=next_token trains on next tokens; not used: %s", idle)
+    if (idle := unread(recipe.schedule)) and rank == 0:
+        log.warning("%s", idle)
     folder = Path(recipe.run.folder) / recipe.run.name
     check_folder(folder, recipe)
     use_device(device)
@@ -75,14 +80,14 @@ def train(recipe: Recipe) -> RunEnd:
     with (
         mesh_of(recipe, layout, device=device, rank=rank) as mesh,
         hangs_named(timeout_s=recipe.launch.timeout_s),
-        held_lease(folder, mesh) as check_lease,
+        held_lease(folder, rank=rank, any_rank=mesh.any_rank) as check_lease,
     ):
         return _train(recipe, mesh=mesh, dataset=dataset, folder=folder, check_lease=check_lease)
 
 
 def _train(recipe: Recipe, *, mesh: Mesh, dataset: Dataset, folder: Path, check_lease: Callable[[], None]) -> RunEnd:
     checkpoints = CheckpointFolder(folder / "checkpoints", recipe.checkpoint)
-    initial, origin = None, None
+    initial, origin = None, {}
     if recipe.run.start_from is not None and not checkpoints.whole():
         initial, before = checkpoint_at(recipe.run.start_from)
         ours = dataset.tokenizer.fingerprint
@@ -100,15 +105,17 @@ def _train(recipe: Recipe, *, mesh: Mesh, dataset: Dataset, folder: Path, check_
         checkpoints,
         engine,
         recipe=recipe,
-        mapping=mapping,
-        data_hash=dataset.manifest_hash,
-        tokenizer=dataset.tokenizer.fingerprint,
-        origin=origin,
+        new=RunState(
+            recipe=mapping,
+            data_hash=dataset.manifest_hash,
+            tokenizer=dataset.tokenizer.fingerprint,
+            lineage=origin,
+        ),
     )
-    step = start.step
+    step, position = start.state.step, start.state.position
     if mesh.rank == 0:
-        _warn_of_other_beginning(recipe, checkpoints.lineage)
-        _check_answers(recipe, dataset, start.position)
+        _warn_of_other_beginning(recipe, start.state.lineage)
+        _check_answers(recipe, dataset, position)
         folder.mkdir(parents=True, exist_ok=True)
         disk.write_text(folder / "recipe.yaml", yaml.safe_dump(mapping, sort_keys=False))
     mesh.barrier()
@@ -132,7 +139,7 @@ def _train(recipe: Recipe, *, mesh: Mesh, dataset: Dataset, folder: Path, check_
         stream = stack.enter_context(
             Stream(
                 dataset,
-                position=start.position,
+                position=position,
                 global_rows=recipe.run.global_rows,
                 microbatch_rows=recipe.run.microbatch_rows,
                 rank=mesh.data_rank,
@@ -149,19 +156,12 @@ def _train(recipe: Recipe, *, mesh: Mesh, dataset: Dataset, folder: Path, check_
             with telemetry.phase("evaluating"):
                 scores = heldout_bits_per_byte(engine, dataset, rows_per_source=recipe.evaluate.rows_per_source)
             telemetry.evaluation(at, scores)
+            check_scores(at, scores, advice=lambda: checkpoints.advice(mesh))
 
         def save(at: int, rows: int, *, background: bool) -> None:
             check_lease()
             with telemetry.phase("staging" if background else "saving"):
-                checkpoints.request(
-                    engine,
-                    step=at,
-                    position=rows,
-                    recipe=mapping,
-                    data_hash=dataset.manifest_hash,
-                    tokenizer=dataset.tokenizer.fingerprint,
-                    background=background,
-                )
+                checkpoints.request(engine, replace(start.state, step=at, position=rows), background=background)
 
         stack.callback(checkpoints.close)
         if start.text:

@@ -65,7 +65,11 @@ class FetchAhead:
         while not self._closing.is_set():
             with self._lock:
                 entry = self._next()
-                present = [f"{need.entry.path}.{suffix}" for need in self._needed.values() for suffix in _SUFFIXES]
+                present = [
+                    (f"{need.entry.path}.{suffix}", need.entry.files[suffix])
+                    for need in self._needed.values()
+                    for suffix in _SUFFIXES
+                ]
             if entry is None:
                 self._closing.wait(_POLL_S)
                 continue

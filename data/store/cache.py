@@ -1,16 +1,23 @@
-"""Local copies of shards that lie behind a URL, within a budget of disk, shared by all processes of a machine.
+"""Local copies of shards that are behind a URL, within a budget of disk, shared by all processes of a machine.
 
     RemoteFolder(url, config).local("web.train-00017.bin", facts) -> path of a copy that matches its checksum
 
+    cache.folder/ledger.json      every copy this cache wrote, with size, time of change and sha256; fetches in progress
+                 locks/           one lock for each copy
+                 URL/SHA256/NAME  the copies: new content behind the same name is another file
+
 A copy is fetched aside, hashed while it arrives, made durable and renamed: after a crash a copy is whole or absent, and
-what was left half-fetched is removed by the next fetch of that file. One process fetches a file, the others of the
-machine wait for it. Beyond the budget the copies that were not opened for longest are removed; a process that still reads
-one keeps its contents until it closes it.
+what was left half-fetched is removed by the next fetch. One process fetches a file, the others of the machine wait for it.
+A copy is used while its size and time of change are those of the ledger; otherwise its content is hashed again first.
+Beyond the budget the copies that were not opened for longest are removed; a process that still reads one keeps its
+contents until it closes it. Only files that the ledger lists are ever removed.
 """
 
 import contextlib
+import copy
 import fcntl
 import hashlib
+import json
 import logging
 import os
 import threading
@@ -21,10 +28,13 @@ from typing import Any
 
 import fsspec
 
-from data.store.manifest import FileFacts
+from data.store.manifest import FileFacts, file_sha256
+from data.system import disk
+from recipes.schema.credentials import without_credentials
 from recipes.schema.data import CacheConfig
 from recipes.schema.errors import DataError
 
+LEDGER = "ledger.json"
 _PIECE_BYTES = 4 << 20
 log = logging.getLogger(__name__)
 
@@ -65,13 +75,22 @@ def is_remote(folder: str) -> bool:
     return "://" in folder
 
 
+class _Mismatch(Exception):
+    """What arrived is not what the manifest says."""
+
+    def __init__(self, sha256: str) -> None:
+        super().__init__("what arrived does not match its checksum")
+        self.sha256 = sha256
+
+
 class RemoteFolder:
     """A folder of prepared data behind a URL."""
 
     def __init__(
         self, url: str, config: CacheConfig, activity: Activity, *, sleep: Callable[[float], None] = time.sleep
     ) -> None:
-        self.url = url.rstrip("/")
+        self.url = without_credentials(url.rstrip("/"))
+        """As it is shown."""
         self._root = Path(config.folder)
         self.folder = self._root / hashlib.sha256(self.url.encode()).hexdigest()[:16]
         self.budget_bytes = int(config.gib * 2**30)
@@ -80,34 +99,61 @@ class RemoteFolder:
         self._retries = config.retries
         self._activity = activity
         self._sleep = sleep
+        self._ledger = _Ledger(self._root)
         try:
-            self._system, self._path = fsspec.core.url_to_fs(self.url)
+            self._system, self._path = fsspec.core.url_to_fs(url.rstrip("/"))
         except (ValueError, ImportError) as error:
-            raise DataError(f"data.folder={url} cannot be opened: {error}") from error
+            raise DataError(f"data.folder={self.url} cannot be opened: {without_credentials(str(error))}") from error
 
     def local(self, name: str, facts: FileFacts | None = None) -> Path:
-        """A local copy of a file. Without facts (the manifest itself) it is fetched anew and not checked.
+        """A local copy of a file. Without facts (the manifest itself) it is fetched again and not checked.
 
         Raises DataError, naming the file, when it cannot be fetched or is not what the manifest says.
         """
-        path = self.folder / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with self._activity.of(f"waiting for a copy of {self.url}/{name}"), _locked(path):
-            self.touch([name])  # first: then it is not what goes for want of room
-            if facts is None or not _is_whole(path, facts):
+        path = self.path_of(name, facts)
+        with self._activity.of(f"waiting for a copy of {self.url}/{name}"), _locked(self._lock_of(path)):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            _touch(path)  # first: then it is not what goes for want of room
+            if facts is None or not self._is_whole(path, facts):
                 self._fetch_with_retries(name, path, facts)
                 self._evict(keep=path)
         return path
 
-    def touch(self, names: Sequence[str]) -> None:
+    def path_of(self, name: str, facts: FileFacts | None) -> Path:
+        """Where the copy of a file is kept."""
+        return self.folder / name if facts is None else self.folder / facts.sha256[:16] / Path(name).name
+
+    def touch(self, files: Sequence[tuple[str, FileFacts]]) -> None:
         """Say of copies that they are in use: those that are not go first. Names of files that are not here do no harm."""
-        for name in names:
-            with contextlib.suppress(FileNotFoundError):
-                path = self.folder / name
-                os.utime(path, ns=(time.time_ns(), path.stat().st_mtime_ns))
+        for name, facts in files:
+            _touch(self.path_of(name, facts))
+
+    def _lock_of(self, path: Path) -> Path:
+        known = hashlib.sha256(str(path.relative_to(self._root)).encode()).hexdigest()[:32]
+        return self._root / "locks" / known
+
+    def _is_whole(self, path: Path, facts: FileFacts) -> bool:
+        """Whether a copy holds what the manifest says. Hashed only where it is not as the ledger or this process knows it."""
+        try:
+            found = path.stat()
+        except FileNotFoundError:
+            return False
+        now = {"bytes": found.st_size, "mtime_ns": found.st_mtime_ns, "sha256": facts.sha256}
+        if now in (self._ledger.read()["copies"].get(self._name_of(path)), self._ledger.seen.get(str(path))):
+            return True
+        if found.st_size == facts.bytes and file_sha256(path) == facts.sha256:
+            self._ledger.seen[str(path)] = now
+            return True
+        log.warning("%s is not what was fetched: it was changed or damaged. It is fetched again.", path)
+        return False
+
+    def _name_of(self, path: Path) -> str:
+        return str(path.relative_to(self._root))
 
     def _fetch_with_retries(self, name: str, path: Path, facts: FileFacts | None) -> None:
-        for attempt in range(self._retries + 1):
+        wrong: str | None = None
+        attempt = 0
+        while True:
             try:
                 self._fetch(name, path, facts)
                 return
@@ -118,19 +164,26 @@ class RemoteFolder:
             except DataError:
                 raise
             except Exception as error:  # each file system has its own kinds
-                if attempt == self._retries:
+                again = self._retries
+                if isinstance(error, _Mismatch):
+                    if error.sha256 == wrong:  # twice the same: it is not the transfer that is wrong
+                        raise DataError(
+                            f"{self.url}/{name} does not match its checksum: it was changed or damaged."
+                        ) from error
+                    wrong, again = error.sha256, max(1, again)
+                shown = without_credentials(str(error)) or type(error).__name__
+                if attempt >= again:
                     raise DataError(
-                        f"{self.url}/{name} cannot be fetched after {attempt + 1} attempts: {error}"
+                        f"{self.url}/{name} cannot be fetched after {attempt + 1} attempts: {shown}"
                     ) from error
-                log.warning(
-                    "%s/%s: %s. Attempt %d of %d follows.", self.url, name, error, attempt + 2, self._retries + 1
-                )
+                log.warning("%s/%s: %s. Attempt %d of %d follows.", self.url, name, shown, attempt + 2, again + 1)
                 self._sleep(min(60.0, 2.0**attempt))
+                attempt += 1
 
     def _fetch(self, name: str, path: Path, facts: FileFacts | None) -> None:
-        for old in path.parent.glob(f"{path.name}.fetching-*"):  # we hold the lock: whoever wrote it is gone
-            old.unlink(missing_ok=True)
-        aside = path.with_name(f"{path.name}.fetching-{os.getpid()}")
+        aside = path.with_name(f"{path.name}.fetching-{os.uname().nodename}-{os.getpid()}")
+        with self._changing() as ledger:
+            ledger["fetching"][self._name_of(aside)] = self._name_of(path)
         digest, size = hashlib.sha256(), 0
         try:
             with self._system.open(f"{self._path}/{name}", "rb") as source, aside.open("wb") as target:
@@ -140,38 +193,92 @@ class RemoteFolder:
                     size += len(piece)
                     if facts is not None and size > facts.bytes:
                         break
-                _durably(target)
             if facts is not None and size < facts.bytes:
                 raise OSError(f"the transfer ended after {size:,} of {facts.bytes:,} bytes")
             if facts is not None and (size != facts.bytes or digest.hexdigest() != facts.sha256):
-                raise DataError(f"{self.url}/{name} does not match its checksum: it was changed or damaged.")
-            aside.rename(path)
+                raise _Mismatch(digest.hexdigest())
+            disk.sync(aside)
+            found = aside.stat()
+            entry = {"bytes": found.st_size, "mtime_ns": found.st_mtime_ns, "sha256": digest.hexdigest()}
+            with self._changing() as ledger:
+                disk.rename(aside, path)
+                if facts is not None:
+                    ledger["copies"][self._name_of(path)] = entry
         finally:
             aside.unlink(missing_ok=True)
+            with self._changing() as ledger:
+                ledger["fetching"].pop(self._name_of(aside), None)
+
+    @contextlib.contextmanager
+    def _changing(self) -> Iterator[dict[str, Any]]:
+        """The ledger, to be changed by this process alone; written when it was."""
+        with _locked(self._root / "budget"):
+            content = copy.deepcopy(self._ledger.read())
+            yield content
+            if content != self._ledger.read():
+                self._ledger.write(content)
 
     def _evict(self, *, keep: Path) -> None:
         """Remove the copies that were not opened for longest, until all fit the budget, and what killed processes left."""
-        with _locked(self._root / "budget"):
+        with self._changing() as ledger:
+            for name, wanted in list(ledger["fetching"].items()):
+                with _locked_if_free(self._lock_of(self._root / wanted)) as is_free:
+                    if is_free:
+                        (self._root / name).unlink(missing_ok=True)
+                        del ledger["fetching"][name]
             copies = []
-            for path in self._root.glob("*/**/*"):
-                with contextlib.suppress(FileNotFoundError):
-                    if ".fetching-" in path.name and not _is_locked(Path(str(path).rpartition(".fetching-")[0])):
-                        path.unlink()
-                    if path.suffix in (".bin", ".idx", ".origins"):
-                        found = path.stat()
-                        copies.append((found.st_atime_ns, found.st_size, path))
+            for name in list(ledger["copies"]):
+                try:
+                    found = (self._root / name).stat()
+                except FileNotFoundError:
+                    del ledger["copies"][name]
+                    continue
+                copies.append((found.st_atime_ns, found.st_size, self._root / name))
             used = sum(size for _, size, _ in copies)
             for _, size, path in sorted(copies):
                 if used <= self.budget_bytes:
                     break
-                if path != keep and not _is_locked(path):  # else someone is about to open it
-                    path.unlink(missing_ok=True)
-                    used -= size
+                with _locked_if_free(self._lock_of(path)) as is_free:
+                    if path != keep and is_free:  # else someone is about to open it
+                        path.unlink(missing_ok=True)
+                        with contextlib.suppress(OSError):
+                            path.parent.rmdir()
+                        del ledger["copies"][self._name_of(path)]
+                        used -= size
 
 
-def _is_whole(path: Path, facts: FileFacts) -> bool:
-    """Copies appear by rename after their checksum was right, so size is enough."""
-    return path.is_file() and path.stat().st_size == facts.bytes
+class _Ledger:
+    """The list of what this cache wrote, shared by the processes of a machine. Read again only when it has changed."""
+
+    def __init__(self, root: Path) -> None:
+        self._path = root / LEDGER
+        self._known: tuple[tuple[int, int, int], dict[str, Any]] | None = None
+        self.seen: dict[str, dict[str, Any]] = {}
+        """Files found in place that this process has hashed."""
+
+    def read(self) -> dict[str, Any]:
+        """`copies` and `fetching`, each by path relative to the cache's folder. Not to be changed."""
+        try:
+            found = self._path.stat()
+            signature = found.st_ino, found.st_size, found.st_mtime_ns
+            if self._known is None or self._known[0] != signature:
+                content = json.loads(self._path.read_text())
+                self._known = signature, {kind: dict(content[kind]) for kind in ("copies", "fetching")}
+            return self._known[1]
+        except FileNotFoundError:
+            pass
+        except (OSError, ValueError, TypeError, KeyError) as error:
+            log.warning("%s cannot be read (%s): copies made before are kept and no longer counted.", self._path, error)
+        return {"copies": {}, "fetching": {}}
+
+    def write(self, content: dict[str, Any]) -> None:
+        """Replace it whole."""
+        disk.write_text(self._path, json.dumps(content, indent=0, sort_keys=True), is_own=True)
+
+
+def _touch(path: Path) -> None:
+    with contextlib.suppress(FileNotFoundError):
+        os.utime(path, ns=(time.time_ns(), path.stat().st_mtime_ns))
 
 
 @contextlib.contextmanager
@@ -183,16 +290,14 @@ def _locked(path: Path) -> Iterator[None]:
         yield
 
 
-def _is_locked(path: Path) -> bool:
-    """Whether a process holds the lock of a file."""
+@contextlib.contextmanager
+def _locked_if_free(path: Path) -> Iterator[bool]:
+    """Hold the lock of a file unless a process holds it already. Gives whether it is held."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     with Path(f"{path}.lock").open("w") as stream:
         try:
             fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            return True
-    return False
-
-
-def _durably(stream: Any) -> None:
-    stream.flush()
-    os.fsync(stream.fileno())
+            yield False
+        else:
+            yield True

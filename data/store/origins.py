@@ -61,12 +61,12 @@ def pack_origins(files: list[str], starts: list[int], records: np.ndarray) -> by
     return stream.getvalue()
 
 
-def read_origins(folder: Path, entry: ShardEntry) -> Origins:
-    """Origins of an entry's documents. DataError where their file is damaged."""
+def read_origins(folder: Path, entry: ShardEntry, *, file: Path | None = None) -> Origins:
+    """Origins of an entry's documents. file: a copy of their file, where it is not in `folder`. DataError where it is damaged."""
     if "origins" not in entry.files:  # a Megatron set read where it lies
         numbers = np.arange(entry.first_document, entry.first_document + entry.documents)
         return Origins([f"{entry.prefix(folder)}.bin"], np.array([0, entry.documents]), numbers)
-    path = entry.file(folder, "origins")
+    path = file or entry.file(folder, "origins")
     try:
         with np.load(path, allow_pickle=False) as arrays:
             files = bytes(arrays["files"]).decode().split("\n")

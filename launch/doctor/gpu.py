@@ -82,7 +82,7 @@ def cuda(machine: Machine, *, has_gpu: bool) -> Iterator[Finding]:
     nccl = next((f"{name} {version}" for name, version in have.items() if name.startswith("nvidia-nccl")), None)
     yield Finding("CUDA", "NCCL", "ok" if nccl else "absent", nccl or "not installed", "" if nccl else SETUP)
     for name in ON_GPU:
-        here = (
+        remedy = (
             SETUP
             if has_gpu
             else "nothing to do here: only GPUs use it (`make setup` installs it where nvidia-smi works)"

@@ -6,7 +6,6 @@ that be killed; and a record of how the process failed, written at once, so that
 """
 
 import contextlib
-import ctypes
 import fcntl
 import os
 import runpy
@@ -20,6 +19,7 @@ from collections.abc import MutableMapping
 from pathlib import Path
 from types import TracebackType
 
+from data.system.parent import end_with_parent
 from launch.local.continuation import STOPPED
 from launch.local.failures import RankFailure, note_stop, write_failure
 
@@ -31,7 +31,6 @@ LAUNCHER = "STRATUM_LAUNCHER"
 """Variable: process id of the launcher this process ends with."""
 ALIVE = "alive"
 """File in an attempt's logs: a rank has started. Slurm scripts submit no further job before."""
-_PR_SET_PDEATHSIG = 1
 _SIOCGIFADDR = 0x8915
 
 
@@ -107,11 +106,6 @@ def _end_with_launcher() -> None:
         return
     if os.getppid() != int(launcher):
         sys.exit(128 + signal.SIGTERM)  # it died before we asked
-
-
-def end_with_parent() -> bool:
-    """Have Linux send SIGTERM to this process when its parent dies. -> whether that works here."""
-    return sys.platform == "linux" and ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(signal.SIGTERM)) == 0
 
 
 def _orderly(status: int, started_by_srun: bool) -> int:

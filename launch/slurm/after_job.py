@@ -20,11 +20,12 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
+from data.system import disk
 from launch.local.continuation import STOPPED, Decision, decide
 from launch.local.failures import RankFailure, by_cause, read_failures, read_silent_failures, read_stop, tell
 from launch.local.rank import LOGS
+from launch.queue import QueuedJob, read_job
 from launch.runs import RunFolder
-from launch.slurm.queue import QueuedJob, read_job
 
 STOP = "stop"
 """Name of the file in a run's logs by which `launch cancel` says that no job is to follow."""
@@ -163,9 +164,7 @@ def _read(run: RunFolder) -> Remembered:
 
 
 def _write(run: RunFolder, remembered: Remembered) -> None:
-    aside = run.logs / f".{_STATE}"
-    aside.write_text(json.dumps(asdict(remembered)))
-    aside.replace(run.logs / _STATE)
+    disk.write_text(run.logs / _STATE, json.dumps(asdict(remembered)))
 
 
 if __name__ == "__main__":

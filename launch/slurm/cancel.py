@@ -5,10 +5,10 @@ import sys
 import time
 from collections.abc import Sequence
 
+from launch.queue import cancel, look_up, send_signal
 from launch.runs import RunFolder, find_run
 from launch.slurm.after_job import STOP
 from launch.slurm.command import active_jobs
-from launch.slurm.queue import cancel, look_up, send_signal
 from recipes.schema.errors import StratumError
 
 _POLL_S = 1.0

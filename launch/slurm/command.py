@@ -18,11 +18,11 @@ from launch.compose import compose, extra_environment, layout_of, run_folder, sp
 from launch.lease import LeaseError, current_owner, refusal, take
 from launch.plan.cost.device import device_named
 from launch.plan.planner import make_plan
+from launch.queue import QueuedJob, SlurmError, jobs_of_script, look_up, submit
 from launch.runs import RunFolder
 from launch.slurm.after_job import start_afresh
 from launch.slurm.job_script import Job, Preparation, preparation_script, training_script, without_gpus
 from launch.slurm.job_times import advice
-from launch.slurm.queue import QueuedJob, SlurmError, jobs_of_script, look_up, submit
 from launch.slurm.snapshot import config_folders, take_snapshot
 from recipes.schema.errors import USER_ERRORS, RecipeError
 from recipes.schema.recipe import Recipe

@@ -1,5 +1,7 @@
 """Hydra's command line for every program of this project, with errors that say what to do.
 
+    words --text_words, whole_words--> Hydra: defaults of the dataclasses <- GROUP/*.yaml <- RECIPE.yaml <- words --> job
+
 Hydra parses the words, composes the YAML and calls the job; nothing else of it is used: no working folders of its own,
 no logging set-up, no `_target_`. Errors a user can cause end in one message on stderr and exit status 2.
 """
@@ -9,19 +11,28 @@ import difflib
 import logging
 import os
 import re
+import shlex
 import sys
+import typing
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
 
 import hydra
+from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import HydraException
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import ChoiceSweep
+from hydra.errors import HydraException, OverrideParseException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
 
+from recipes.schema.compress import CompressConfig
 from recipes.schema.data import SourceConfig
-from recipes.schema.errors import DataError
+from recipes.schema.errors import DataError, StratumError
+from recipes.schema.recipe import Recipe
+from recipes.schema.tools import GenerateConfig, TeacherCacheConfig
+from recipes.schema.typed import defaults_of, type_at
 
 RECIPES = Path(__file__).resolve().parent.parent
 """Folder of the recipes shipped with this project: Hydra's search path starts here."""
@@ -33,8 +44,14 @@ _QUIET = {
     "hydra.sweep.subdir": ".",
     "hydra/job_logging": "none",
     "hydra/hydra_logging": "none",
+    # Hydra composes its own settings before the recipe; `hydra/env` is the group it leaves for programs. Defaults put there
+    # come first for every recipe, also one of the user's that does not name them, and any field can then be overridden.
+    "hydra/env": "recipe_defaults",
 }
 """Hydra's own folders and logging, turned off: a run's files lie in its run folder. (A sweep leaves runs/multirun.yaml.)"""
+
+_SECTIONS: dict[str, type] = {"compress": CompressConfig, "generate": GenerateConfig, "cache": TeacherCacheConfig}
+"""Sections of a composed recipe that tools read, and their fields."""
 
 
 def run_command(
@@ -55,12 +72,14 @@ def run_command(
         )
         sys.stdout.flush()
     os.environ["HYDRA_FULL_ERROR"] = "1"  # errors come here instead of Hydra's own report
-    sys.argv[:] = with_overrides(sys.argv, _QUIET)
+    given = sys.argv[1:]
+    store_defaults()
+    sys.argv[:] = with_overrides(whole_words(text_words(sys.argv)), _QUIET)
     statuses: list[int] = []
 
     @hydra.main(version_base="1.3", config_path=str(RECIPES), config_name=None)
     def entry(composed: DictConfig) -> None:
-        if "run" not in composed:
+        if HydraConfig.get().job.config_name is None:
             raise DataError(f"no recipe named. Start with `python -m {program} -cn NAME`; {_shipped()}")
         if HydraConfig.get().mode == RunMode.MULTIRUN:
             _name_sweep_job(composed)
@@ -68,12 +87,16 @@ def run_command(
             statuses.append(job(composed))
         except user_errors as error:
             _complain(str(error), rank=rank)
-            statuses.append(2)
+            statuses.append(error.status if isinstance(error, StratumError) else 2)
 
     try:
         entry()
     except user_errors as error:
         _complain(str(error), rank=rank)
+        return error.status if isinstance(error, StratumError) else 2
+    except OverrideParseException as error:
+        words = {word.lstrip("+"): word for word in given}
+        _complain(_unreadable(words.get(error.override.lstrip("+"), error.override)), rank=rank)
         return 2
     except HydraException as error:
         _complain(_explain(str(error), program=program, keys=keys), rank=rank)
@@ -82,6 +105,65 @@ def run_command(
         _complain("interrupted before a step was finished; nothing was written.", rank=rank)
         return 130
     return max(statuses, default=0)
+
+
+def store_defaults() -> None:
+    """Give Hydra the dataclasses' defaults: those of a recipe as what everything else is merged into, and those of the
+    `compress` section, which few recipes have, as the option `compress: standard`."""
+    store = ConfigStore.instance()
+    store.store("recipe_defaults", defaults_of(Recipe), group="hydra/env", package="_global_")
+    store.store("standard", defaults_of(CompressConfig), group="compress")
+    # Options that earlier recipes had to name and that said nothing but defaults.
+    for group, name in (
+        *((group, "standard") for group in ("run", "checkpoint", "evaluate", "telemetry")),
+        ("data", "reading"),
+    ):
+        store.store(name, {}, group=group)
+
+
+def text_words(words: list[str]) -> list[str]:
+    """A command line whose values for text fields mean what is written, where Hydra's grammar would read something else.
+
+    `run.name=123` is a number to it, `launch.container.mounts=/a:/a,/b:/b` a sweep, `registry#name:tag` an error.
+    """
+    parser = OverridesParser.create()
+    is_sweep = bool({"-m", "--multirun"} & set(words))
+
+    def readable(word: str) -> str:
+        key, sign, value = word.partition("=")
+        if not sign or key.startswith("-") or _type_of(key.lstrip("+")) is not str:
+            return word
+        try:
+            override = parser.parse_override(word)
+        except HydraException:
+            if is_sweep and "," in value:
+                return word
+        else:
+            if override.is_sweep_override():
+                sweep = override.value()
+                if is_sweep or not (isinstance(sweep, ChoiceSweep) and sweep.simple_form):
+                    return word
+            elif not isinstance(override.value(), bool | int | float | dict):
+                return word
+        return f"{key}={_quoted(value)}"
+
+    return [words[0], *map(readable, words[1:])]
+
+
+def whole_words(words: list[str]) -> list[str]:
+    """A command line in which a named group given whole (`data.sources={...}`) replaces the recipe's, as a list does, and
+    one field of an item (`data.sources.mine.weight=2`) needs no plus, whether or not the YAML names it."""
+    found = []
+    for word in words:
+        key, sign, _ = word.partition("=")
+        name = key.lstrip("+")
+        if sign and not key.startswith(("-", "~")) and typing.get_origin(_type_of(name)) is dict:
+            found += [f"~{name}", f"+{word.lstrip('+')}"]
+        elif sign and _is_in_named_group(name):
+            found.append(f"++{word.lstrip('+')}")
+        else:
+            found.append(word)
+    return found
 
 
 def section(composed: DictConfig, name: str) -> dict[str, Any]:
@@ -147,9 +229,30 @@ def dotted_keys(cls: type, prefix: str = "") -> list[str]:
     return keys
 
 
+def _type_of(key: str) -> Any:
+    """Type of the recipe field, or field of a tool's section, at a dotted key; None where there is none."""
+    first, _, rest = key.partition(".")
+    return type_at(_SECTIONS[first], rest) if rest and first in _SECTIONS else type_at(Recipe, key)
+
+
+def _is_in_named_group(key: str) -> bool:
+    """Whether a key names an item of a named group, or a field of one."""
+    parts = key.split(".")
+    groups = (".".join(parts[:count]) for count in range(1, len(parts)))
+    return _type_of(key) is not None and any(typing.get_origin(_type_of(group)) is dict for group in groups)
+
+
+def _quoted(value: str) -> str:
+    """A value as one text to Hydra's grammar, in which a backslash counts only before the closing kind of quote."""
+    quote = "'" if '"' in value else '"'
+    escaped = re.sub(rf"(\\*)({quote}|$)", lambda found: found[1] * 2 + "\\" * bool(found[2]) + found[2], value)
+    return f"{quote}{escaped}{quote}"
+
+
 def _name_sweep_job(composed: DictConfig) -> None:
     """Give each job of a sweep a run folder of its own, named after what it overrides."""
-    overrides = re.sub(r"(^|,)run\.name=[^,]*", "", HydraConfig.get().job.override_dirname).lstrip(",")
+    words = (word.lstrip("+") for word in HydraConfig.get().overrides.task if not word.startswith("~"))
+    overrides = ",".join(sorted(word for word in words if not word.startswith("run.name=")))
     with open_dict(composed):
         composed.run.name = f"{composed.run.name}-{re.sub(r'[^A-Za-z0-9_.=,+-]', '_', overrides)}"
     OmegaConf.set_struct(composed, True)
@@ -174,6 +277,15 @@ def _explain(message: str, *, program: str, keys: list[str]) -> str:
     if "primary config" in message:
         return f"{message.strip().splitlines()[0]} {_shipped()}"
     return message.strip()
+
+
+def _unreadable(word: str) -> str:
+    """What Hydra's grammar cannot read, and the same word with its value quoted, once for Hydra and once for the shell."""
+    key, _, value = word.partition("=")
+    if value[:1] in ("{", "["):
+        example = shlex.quote(key + '={name: {path: "s3://bucket/day=1/*.parquet"}}')
+        return f"{word} cannot be read. Inside braces and brackets, quote each text that has = : # ( ) or a comma: {example}"
+    return f"{word} cannot be read. Quote the value, and the whole word for the shell: {shlex.quote(f'{key}={_quoted(value)}')}"
 
 
 def _shipped() -> str:

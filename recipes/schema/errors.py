@@ -2,7 +2,10 @@
 
 
 class StratumError(Exception):
-    """Base of the errors below: what ends a command with one message and exit status 2."""
+    """Base of the errors below: what ends a command with one message and an exit status."""
+
+    status = 2
+    """Something has to be changed before the same command can work: never tried again by itself."""
 
 
 class DataError(StratumError):
@@ -18,7 +21,10 @@ class CheckpointError(StratumError):
 
 
 class NumericsError(StratumError):
-    """Training produced NaN or infinity."""
+    """Training or an evaluation produced NaN or infinity."""
+
+    status = 3
+    """Apart from 2: recipe and checkpoints are usable. Never tried again by itself: the same steps would follow."""
 
 
 class BackendError(StratumError):

@@ -29,7 +29,7 @@ SHARDS = 8
 ROOT = Path(__file__).resolve().parents[2]
 FETCH = """
 import sys
-from data.cache import Activity, RemoteFolder
+from data.store.cache import Activity, RemoteFolder
 from recipes.schema.data import CacheConfig
 from data.store.manifest import FileFacts
 url, folder, name, size, sha256 = sys.argv[1:]
@@ -109,7 +109,9 @@ def is_settled(ahead: FetchAhead, total: int) -> bool:
     """Whether it has done what there was to do at the present position."""
     with ahead._lock:
         is_up_to_date = all(need.is_begun and need.last >= ahead.position for need in ahead._needed.values())
-        copies = [ahead._remote.folder / f"{need.entry.path}.bin" for need in ahead._needed.values()]
+        copies = [
+            ahead._remote.path_of(f"{need.entry.path}.bin", need.entry.files["bin"]) for need in ahead._needed.values()
+        ]
     return is_up_to_date and (ahead._is_full or ahead._looked >= total) and all(copy.exists() for copy in copies)
 
 
@@ -190,14 +192,14 @@ def test_a_process_killed_in_the_middle_of_a_fetch_leaves_nothing_that_counts(fo
             words = [sys.executable, "-c", FETCH, url, config.folder, name, str(facts.bytes), facts.sha256]
             child = subprocess.Popen(words, env=os.environ | {"PYTHONPATH": str(ROOT)})
             assert server.sent.wait(60)
-            wait_for(lambda: list((tmp_path / "cache").rglob("*fetching*")))
+            wait_for(lambda: list((tmp_path / "cache").rglob("*.fetching-*")))
             child.kill()
             child.wait()
             assert not list((tmp_path / "cache").rglob("*.bin"))
         del server.slow[name]
         remote = RemoteFolder(url, config, Activity())
         remote.local("a.train-00002.bin", other)  # another fetch removes what the dead one left
-        assert not list((tmp_path / "cache").rglob("*fetching*"))
+        assert not list((tmp_path / "cache").rglob("*.fetching-*"))
         assert remote.local(name, facts).read_bytes() == (folder / name).read_bytes()
 
 

@@ -1,5 +1,6 @@
 """Reading bad, changing and distant files: an error that names the file before a model sees a wrong token."""
 
+import io
 import json
 import os
 import resource
@@ -16,7 +17,7 @@ from shards import random_documents, write_folder
 
 from data.batch import Batch
 from data.dataset import Dataset, open_dataset
-from data.store.cache import Activity, RemoteFolder
+from data.store.cache import LEDGER, Activity, RemoteFolder
 from data.store.manifest import MANIFEST, Manifest, read_manifest
 from data.store.verify import VERIFIED, Verifier
 from data.stream import Stream
@@ -128,7 +129,7 @@ def test_checksums_are_taken_once(folder: Path, monkeypatch: pytest.MonkeyPatch)
 
 @pytest.mark.usefixtures("either_way")
 def test_sets_beyond_the_budget_are_named_not_read(folder: Path, monkeypatch, caplog) -> None:
-    monkeypatch.setattr("data.verify.BUDGET_BYTES", 100)
+    monkeypatch.setattr("data.store.verify.BUDGET_BYTES", 100)
     flip(folder / f"{SHARD}.bin")
     dataset = open_dataset(config_of(folder))
     assert "have not been checked" in caplog.text and "data.inspect" in caplog.text
@@ -395,11 +396,96 @@ def test_a_fetch_that_was_killed_leaves_nothing_that_counts(folder: Path, store,
     upload(store, folder)
     facts = read_manifest(folder).sources["a"].splits["train"][1].files["bin"]
     remote = RemoteFolder("memory://bucket/set", CacheConfig(folder=str(tmp_path / "cache")), Activity())
-    remote.folder.mkdir(parents=True)
-    left = remote.folder / f"{SHARD}.bin.fetching-999999"
+    other = remote.local("a.train-00000.bin", read_manifest(folder).sources["a"].splits["train"][0].files["bin"])
+    left = other.with_name(f"{SHARD}.bin.fetching-elsewhere-999999")
     left.write_bytes(b"half")
+    ledger = tmp_path / "cache" / LEDGER
+    listed = json.loads(ledger.read_text())
+    listed["fetching"][str(left.relative_to(tmp_path / "cache"))] = "gone/file.bin"
+    ledger.write_text(json.dumps(listed))
     assert remote.local(f"{SHARD}.bin", facts).stat().st_size == facts.bytes
     assert not left.exists()
+
+
+def test_eviction_removes_only_what_the_cache_wrote(folder: Path, store, tmp_path: Path) -> None:
+    """cache.folder is a folder with prepared data and a model of the user in it; the budget holds one shard."""
+    upload(store, folder)
+    root = tmp_path / "runs"
+    others = [root / "data" / "mine" / f"0000{n}.train.{kind}" for n in range(3) for kind in ("bin", "idx", "origins")]
+    others += [root / "export" / "pytorch_model.bin", root / "x" / "y" / "a.bin.fetching-1"]
+    for path in others:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"precious" * 100)
+        os.utime(path, (1, 1))
+    small = config_of("memory://bucket/set", cache=CacheConfig(folder=str(root), gib=1e-6))
+    with pytest.raises(DataError, match=r"data\.cache\.gib=1e-06 is less than one shard: shard a\.train-0000\d"):
+        open_dataset(small)
+    config = replace(small, cache=CacheConfig(folder=str(root), gib=2e-6))
+    dataset = open_dataset(config)
+    local = open_dataset(config_of(folder)).training_rows(np.arange(200)).labels
+    assert (dataset.training_rows(np.arange(200)).labels == local).all()
+    assert all(path.read_bytes() == b"precious" * 100 for path in others)
+    listed = json.loads((root / LEDGER).read_text())["copies"]
+    there = {str(p.relative_to(root)) for p in root.rglob("*") if p.suffix in (".bin", ".idx")} - {
+        str(p.relative_to(root)) for p in others
+    }
+    assert there == set(listed)
+    (root / LEDGER).write_text("[")  # an unreadable ledger vouches for nothing, and for nothing's removal
+    assert (open_dataset(config).training_rows(np.arange(200)).labels == local).all()
+    assert all(path.exists() for path in others)
+
+
+def test_data_prepared_again_behind_the_same_url_is_not_read_from_old_copies(
+    folder: Path, store, tmp_path: Path
+) -> None:
+    """Every file keeps its size; one process still reads the old data while another opens the new."""
+    upload(store, folder)
+    config = config_of("memory://bucket/set", cache=CacheConfig(folder=str(tmp_path / "cache")))
+    every = np.arange(200)
+    before = open_dataset(config)
+    old = before.training_rows(every).labels
+    other = [np.where(d > 0, d % 299 + 1, 0) for d in random_documents(90, seed=1)]
+    write_folder(tmp_path / "new", {"a": [other[:30], other[30:60], other[60:]]})
+    assert {p.name: p.stat().st_size for p in folder.glob("*.bin")} == {
+        p.name: p.stat().st_size for p in (tmp_path / "new").glob("*.bin")
+    }
+    store.rm("/bucket/set", recursive=True)
+    upload(store, tmp_path / "new")
+    after = open_dataset(config)
+    assert after.manifest_hash != before.manifest_hash
+    new = after.training_rows(every).labels
+    assert (new == open_dataset(config_of(tmp_path / "new")).training_rows(every).labels).all() and (new != old).any()
+    assert (before.training_rows(every).labels == old).all()
+
+
+def test_a_copy_damaged_on_the_local_disk_is_fetched_again(folder: Path, store, tmp_path: Path, caplog) -> None:
+    upload(store, folder)
+    config = config_of("memory://bucket/set", cache=CacheConfig(folder=str(tmp_path / "cache")))
+    every = np.arange(200)
+    right = open_dataset(config).training_rows(every).labels
+    for copy in (tmp_path / "cache").rglob("*.bin"):
+        content = copy.read_bytes()
+        copy.write_bytes(bytes(4) + content[4:])  # the same size
+    assert (open_dataset(config).training_rows(every).labels == right).all()
+    assert "changed or damaged. It is fetched again" in caplog.text
+
+
+def test_one_corrupted_transfer_is_fetched_again(folder: Path, store, tmp_path: Path) -> None:
+    upload(store, folder)
+    remote = RemoteFolder(
+        "memory://bucket/set", CacheConfig(folder=str(tmp_path / "c"), retries=0), Activity(), sleep=id
+    )  # type: ignore[arg-type]
+    facts = read_manifest(folder).sources["a"].splits["train"][1].files["bin"]
+    right = store.cat(f"/bucket/set/{SHARD}.bin")
+    opened: list[str] = []
+
+    class Noisy:
+        def open(self, path: str, mode: str) -> object:
+            opened.append(path)
+            return io.BytesIO(right if len(opened) > 1 else right[:-1] + b"?")
+
+    remote._system = Noisy()
+    assert remote.local(f"{SHARD}.bin", facts).read_bytes() == right and len(opened) == 2
 
 
 def test_verifier_survives_a_damaged_note(folder: Path) -> None:

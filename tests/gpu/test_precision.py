@@ -18,6 +18,7 @@ from recipes.schema.precision import PrecisionConfig
 from recipes.schema.recipe import Recipe
 from recipes.schema.scaling import E2M1, E4M3, E5M2, Operand, scaling_of
 from train.checkpoint.manager import CheckpointFolder
+from train.checkpoint.manifest import RunState
 from train.precision.quantize import quantize
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
@@ -152,9 +153,7 @@ def train_on_gpu(recipe: Recipe, steps: range, *, load: Path | None = None, save
             CheckpointFolder(load, recipe.checkpoint).load(engine, found[0])
         numbers = steps_of(engine, recipe, steps)
         if save is not None:
-            CheckpointFolder(save, recipe.checkpoint).save(
-                engine, step=steps.stop, position=0, recipe={}, data_hash="h"
-            )
+            CheckpointFolder(save, recipe.checkpoint).save(engine, RunState(step=steps.stop, position=0, data_hash="h"))
         return numbers
 
 

@@ -18,8 +18,8 @@ import pytest
 from launch import lease as lease_module
 from launch.lease import FOLDER, LeaseError, Owner, current_owner, take
 from launch.local.command import refuse_second
+from launch.queue import QueuedJob, SlurmError
 from launch.runs import RunFolder
-from launch.slurm.queue import QueuedJob, SlurmError
 
 ROOT = Path(__file__).resolve().parents[2]
 FORK = multiprocessing.get_context("fork")
@@ -184,9 +184,9 @@ def test_a_damaged_lease_is_named(tmp_path: Path) -> None:
 def test_an_owner_that_was_taken_for_dead_writes_nothing_more(tmp_path: Path) -> None:
     program = (
         "import sys\nfrom pathlib import Path\nfrom dataclasses import asdict\n"
-        "from types import SimpleNamespace\nfrom launch import lease\nfrom train.resilience.lease import held_lease\n"
-        "run, mesh = Path(sys.argv[1]), SimpleNamespace(rank=0, any_rank=lambda flag: flag)\n"
-        "with held_lease(run, mesh) as check:\n"
+        "from launch import lease\nfrom train.resilience.lease import held_lease\n"
+        "run = Path(sys.argv[1])\n"
+        "with held_lease(run, rank=0, any_rank=bool) as check:\n"
         "    check()\n"
         "    assert lease._create(run / 'lease', 2, lease._myself())\n"
         "    check()\n"

@@ -15,10 +15,10 @@ from pathlib import Path
 import pytest
 from slurm_rig import slurm_rig, wait_for
 
+from launch.queue import SlurmError, cancel, look_up, send_signal
 from launch.runs import RunFolder
 from launch.slurm.command import active_jobs, job_numbers, submit_run
 from launch.slurm.job_script import Job
-from launch.slurm.queue import SlurmError, cancel, look_up, send_signal
 from recipes.schema.launch import ContainerConfig, SlurmConfig
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -67,6 +67,9 @@ def node_state(node: str, state: str) -> None:
     subprocess.run(["scontrol", "update", f"nodename={node}", f"state={state}", "reason=test"], check=False)
 
 
+HOSTILE = "it's a (run) $(id) ; #1 %j"
+
+
 @dataclass(frozen=True)
 class Story:
     """A run that has ended, and what was seen on the way."""
@@ -81,6 +84,17 @@ class Story:
     def rank_log(self, rank: int) -> str:
         """Of all attempts, in order."""
         return "".join((folder / f"rank-{rank:05d}.log").read_text() for folder in self.run.attempts())
+
+
+def in_a_hostile_folder(root: Path) -> RunFolder:
+    """A run whose name and options contain what bash, sbatch and Slurm's file patterns have meanings for."""
+    run = RunFolder(root / HOSTILE)
+    slurm = replace(JOB.slurm, options="--nodelist=n[1-2] --comment='my job'")
+    words = (str(run.path), "--steps", "20", "--step-s", "0.1")
+    submit_run(
+        run, replace(JOB, name=HOSTILE, folder=str(run.path), words=words, steps=20, slurm=slurm), keep_code=True
+    )
+    return run
 
 
 def begin(root: Path, name: str, *words: str, slurm: SlurmConfig = JOB.slurm, gpus: int = 0) -> RunFolder:
@@ -118,6 +132,7 @@ def stories(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Stor
             "killed_chain": begin(root, "killed_chain", "--fail", "1:0:kill", "--start-s", "4", slurm=CHAIN),
             "early": begin(root, "early", slurm=replace(CHAIN, setup="exit 7")),
             "unset": begin(root, "unset", slurm=replace(CHAIN, setup=UNSET)),
+            "hostile": in_a_hostile_folder(root),
             "forbidden": begin(root, "forbidden", *HELD, slurm=replace(CHAIN, setup=forbid_sbatch(root))),
         }
         notes: dict[str, dict[str, object]] = {name: {} for name in runs}
@@ -155,6 +170,11 @@ def stories(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Stor
             wait_for(lambda last=last: not active_jobs(last))
         for name, run in runs.items():
             notes[name]["jobs"] = look_up(job_numbers(run))
+        number = str(job_numbers(runs["hostile"])[0])
+        shown = subprocess.run(
+            ["scontrol", "show", "job", "--oneliner", number], capture_output=True, text=True, check=True
+        )
+        notes["hostile"]["text"] = shown.stdout
         yield {name: Story(run, notes[name]) for name, run in runs.items()}
 
 
@@ -297,3 +317,13 @@ def test_cancel_of_a_run_without_jobs_says_so(stories: dict[str, Story]) -> None
     assert environment, "the cluster still runs"
     result = launch("cancel", str(stories["requeued"].run.path))
     assert result.returncode == 0 and "No job of" in result.stderr
+
+
+def test_names_and_options_reach_slurm_as_they_are_and_the_copy_of_the_code_runs(stories: dict[str, Story]) -> None:
+    story = stories["hostile"]
+    (job,) = story.notes["jobs"]
+    assert job.state == "COMPLETED" and story.run.checkpoint_step() == 20, story.job_log
+    shown = story.notes["text"]
+    assert f"JobName={HOSTILE} " in shown and "Comment=my job " in shown
+    assert "finished" in (story.run.logs / f"slurm-{job.number}.log").read_text()
+    assert (story.run.logs / "code" / "launch" / "slurm" / "after_job.py").is_file()

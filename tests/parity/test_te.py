@@ -18,6 +18,7 @@ from matrices import matrices, same
 from recipes.schema.precision import PrecisionConfig
 from recipes.schema.scaling import E2M1, E4M3, E5M2, LINEARS, Operand, scaling_of
 from train.checkpoint.manager import CheckpointFolder
+from train.checkpoint.manifest import RunState
 from train.precision.quantize import hadamard_matrix, quantize, scale_from_history
 
 pytestmark = [
@@ -279,7 +280,7 @@ def _train(
         if resume_in is not None:
             folder = CheckpointFolder(resume_in, recipe.checkpoint)
             steps_of(engine, recipe, range(2))
-            folder.save(engine, step=2, position=8, recipe={}, data_hash="h")
+            folder.save(engine, RunState(step=2, position=8, data_hash="h"))
             whole = steps_of(engine, recipe, range(2, 4))
             fresh = build_engine(recipe, mesh)
             folder.load(fresh, folder.path_of(2))

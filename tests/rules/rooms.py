@@ -17,17 +17,18 @@ STOREYS = (
     # recipes
     ("recipes", "recipes.schema"),
     # data
-    ("data", "data.native", "data.batch", "data.sources", "data.store", "data.tokenizer", "data.order"),
+    ("data", "data.system"),
+    ("data.native", "data.batch", "data.sources", "data.store", "data.tokenizer", "data.order"),
     ("data.rows", "data.make"),
     ("data.dataset", "data.prepare"),
     ("data.stream",),
     ("data.inspect", "data.trace"),
     # launch
-    ("launch", "launch.plan.cost", "launch.runs"),
-    ("launch.plan.published", "launch.compose"),
+    ("launch", "launch.plan.cost", "launch.runs", "launch.queue"),
+    ("launch.plan.published", "launch.compose", "launch.lease"),
     ("launch.plan", "launch.local"),
     ("launch.slurm", "launch.stages", "launch.smoke", "launch.doctor"),
-    ("launch.status",),
+    ("launch.status", "launch.logs"),
     ("launch.__main__",),
     # train
     ("train", "train.megatron", "train.native", "train.resilience"),

@@ -249,7 +249,7 @@ def _verify(parsed: argparse.Namespace, console: Console) -> int:
         console.print(
             Text("right  ", style="green"),
             f"{_plain(str(path))}: {len(manifest.tensors)} tensors, {_size(manifest.bytes)} in {seconds:.1f} s; all "
-            f"fingerprints agree",
+            f"fingerprints agree, all numbers are finite",
         )
     return 1 if damaged else 0
 

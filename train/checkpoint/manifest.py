@@ -28,6 +28,8 @@ DTYPES = {
 }  # fmt: skip
 """safetensors' names of number formats."""
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+_REQUIRED = {"step", "position", "tokens", "layout", "recipe", "data_hash", "versions", "tensors"}
+"""Keys of manifest.json that every version wrote: a file without one is not read with a default instead."""
 _LARGEST = 1 << 62
 _MOST_DIMENSIONS = 16
 _LONGEST_NAME = 255
@@ -45,6 +47,8 @@ class TensorRecord:
     shape: tuple[int, ...]
     fingerprint: str
     """128 bits of the content, the same at any sharding (`train.checkpoint.fingerprint`)."""
+    not_finite: int | None = None
+    """How many elements are NaN or infinite; None in checkpoints that older versions wrote."""
 
     @property
     def bytes(self) -> int:
@@ -53,29 +57,35 @@ class TensorRecord:
 
 
 @dataclass(frozen=True)
-class Manifest:
+class RunState:
+    """Where a run stands, tensors aside: what every save records of it. The defaults are those of weights nobody trained here."""
+
+    step: int = 0
+    """Optimizer steps finished."""
+    position: int = 0
+    """Rows consumed from the training stream."""
+    tokens: int = 0
+    """Tokens trained on."""
+    layout: dict[str, int] = field(default_factory=dict)
+    """Degrees it runs at. Informational: any layout can read the checkpoint."""
+    recipe: dict[str, Any] = field(default_factory=dict)
+    """The resolved recipe (`recipes.schema.read.recipe_mapping`); empty if unknown."""
+    data_hash: str = ""
+    """Hash of the data manifest the position refers to; empty if there is none."""
+    tokenizer: str = ""
+    """Fingerprint of the tokenizer the model was trained with; empty if unknown."""
+    lineage: dict[str, Any] = field(default_factory=dict)
+    """Where the weights come from, when not from training alone (JSON values): a pruned checkpoint's parent and what was kept."""
+
+
+@dataclass(frozen=True)
+class Manifest(RunState):
     """What a checkpoint says about itself."""
 
-    step: int
-    """Optimizer steps finished."""
-    position: int
-    """Rows consumed from the training stream."""
-    tokens: int
-    """Tokens trained on."""
-    layout: dict[str, int]
-    """Degrees it was written at. Informational: any layout can read it."""
-    recipe: dict[str, Any]
-    """The resolved recipe of the run that wrote it."""
-    data_hash: str
-    """Hash of the data manifest the position refers to; empty where there is none."""
-    versions: dict[str, str]
+    versions: dict[str, str] = field(default_factory=dict)
     """Versions of the libraries that wrote it."""
-    tokenizer: str = ""
-    """Fingerprint of the tokenizer the model was trained with; empty where it is not known."""
     updates: int | None = None
-    """Adam's step count; None where there is no optimizer state: training then starts with fresh moments."""
-    lineage: dict[str, Any] = field(default_factory=dict)
-    """Where the weights come from, when not from training alone: a pruned checkpoint's parent and what was kept."""
+    """Adam's step count; None if there is no optimizer state: training then starts with fresh moments."""
     tensors: dict[str, TensorRecord] = field(default_factory=dict)
     """By name: `model.NAME`, `optimizer.master.NAME`, `optimizer.exp_avg.NAME`, `optimizer.exp_avg_sq.NAME`, `random.NAME`."""
     files: dict[str, int] = field(default_factory=dict)
@@ -88,6 +98,11 @@ class Manifest:
     def bytes(self) -> int:
         """Size of the checkpoint on disk, the manifest aside."""
         return sum(self.files.values())
+
+    @property
+    def not_finite(self) -> dict[str, int]:
+        """Tensors with NaN or infinity, and how many elements, as far as the manifest knows."""
+        return {name: record.not_finite for name, record in self.tensors.items() if record.not_finite}
 
     @property
     def fingerprint(self) -> str:
@@ -112,6 +127,13 @@ class Place:
     def elements(self) -> int:
         """How many numbers it has."""
         return math.prod(self.shape)
+
+
+def describe_not_finite(counts: dict[str, int]) -> str:
+    """A few of the tensors with NaN or infinity by name: `3 tensors hold NaN or infinity: model.a (5 elements), ...`."""
+    named = [f"{name} ({count:,} element{'s' * (count > 1)})" for name, count in sorted(counts.items())]
+    few = ", ".join(named[:3]) + (f" and {len(named) - 3:,} more" if len(named) > 3 else "")
+    return f"{len(named):,} tensor{'s hold' if len(named) > 1 else ' holds'} NaN or infinity: {few}"
 
 
 Index = dict[str, list[Place]]
@@ -159,6 +181,8 @@ def read_manifest(folder: Path) -> Manifest:
     if digest != _digest(raw):
         raise CheckpointError(f"{path} is damaged: its content does not match its digest.")
     try:
+        if missing := _REQUIRED - raw.keys():
+            raise ValueError(f"it lacks {', '.join(sorted(missing))}")
         tensors = {name: _record(name, value) for name, value in raw["tensors"].items()}
         manifest = replace(Manifest(**(raw | {"tensors": {}})), tensors=tensors)
         _check_types(manifest)
@@ -228,7 +252,10 @@ def _record(name: str, value: Any) -> TensorRecord:
     if not all(_is_count(n) for n in shape) or math.prod(shape) > _LARGEST or len(shape) > _MOST_DIMENSIONS:
         raise ValueError(f"{name} has the impossible shape {str(shape)[:80]}")
     fingerprint.from_text(value["fingerprint"])
-    return TensorRecord(value["dtype"], shape, value["fingerprint"])
+    not_finite = value.get("not_finite")
+    if not_finite is not None and not (_is_count(not_finite) and not_finite <= math.prod(shape)):
+        raise ValueError(f"{name} has {not_finite!r} elements that are not finite, of {math.prod(shape):,}")
+    return TensorRecord(value["dtype"], shape, value["fingerprint"], not_finite)
 
 
 def _check_types(manifest: Manifest) -> None:

@@ -9,7 +9,7 @@ latest                     name of the newest checkpoint; replaced atomically, l
 from dataclasses import replace
 from pathlib import Path
 
-from train.checkpoint import disk
+from data.system import disk
 from train.checkpoint.manifest import INDEX, MANIFEST, Index, Manifest, index_text, manifest_text, sha256
 
 POINTER = "latest"

@@ -3,17 +3,16 @@
 survey of the folder -> is this resume allowed? (mode, tokenizer, data, recipe) -> load and prove -> one table for the user
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from recipes.schema.changes import Difference, differences, refused
 from recipes.schema.errors import CheckpointError, DataError, RecipeError
-from recipes.schema.layout import Layout
 from recipes.schema.read import recipe_from_mapping
 from recipes.schema.recipe import Recipe
 from recipes.schema.schedule import learning_rate_factor
 from train.checkpoint.manager import CheckpointFolder, Found
-from train.checkpoint.manifest import Manifest, describe_layout
+from train.checkpoint.manifest import Manifest, RunState, describe_layout
 from train.engine import Engine
 from train.record.metrics import METRICS, read_metrics
 
@@ -25,30 +24,19 @@ TEACHER = "teacher"
 class Start:
     """Where training begins."""
 
-    step: int
-    """Optimizer steps finished."""
-    position: int
-    """Rows consumed."""
+    state: RunState
+    """What the next save starts from: step and position, and where the weights come from."""
     text: str | None
     """What the user should see."""
 
 
-def resume(
-    checkpoints: CheckpointFolder,
-    engine: Engine,
-    *,
-    recipe: Recipe,
-    mapping: dict[str, Any],
-    data_hash: str,
-    tokenizer: str = "",
-    origin: dict[str, Any] | None = None,
-) -> Start:
+def resume(checkpoints: CheckpointFolder, engine: Engine, *, recipe: Recipe, new: RunState) -> Start:
     """Load the newest checkpoint that proves right, where the recipe allows it. Collective over the world.
 
-    mapping: the recipe as `recipe.yaml` holds it. tokenizer: fingerprint of the data's. origin: lineage of what a run starts
-    from that starts now. Raises CheckpointError, DataError, RecipeError.
+    new: the run as it would start at step 0, with this recipe, data and tokenizer. A loaded checkpoint's step, position and
+    lineage replace its own. Raises CheckpointError, DataError, RecipeError.
     """
-    good, _ = checkpoints.survey()
+    good, _ = checkpoints.survey(engine.mesh)
     mode = recipe.checkpoint.resume
     if good:
         path, manifest = good[0]
@@ -57,51 +45,37 @@ def resume(
                 f"checkpoint.resume=never, but {checkpoints.folder} already holds {path.name}. Choose another run.name, or "
                 f"checkpoint.resume=auto to continue."
             )
-        _check_tokenizer(manifest, recipe=recipe, tokenizer=tokenizer, place=str(path))
-        _check_data(manifest, recipe=recipe, data_hash=data_hash, place=str(path))
-        _check_recipe(manifest, recipe=recipe, mapping=mapping, place=str(path))
+        _check_tokenizer(manifest, recipe=recipe, tokenizer=new.tokenizer, place=str(path))
+        _check_data(manifest, recipe=recipe, data_hash=new.data_hash, place=str(path))
+        _check_recipe(manifest, recipe=recipe, mapping=new.recipe, place=str(path))
         _check_teacher(manifest, engine.teacher, recipe=recipe, place=str(path))
     found = checkpoints.resume(engine)
-    checkpoints.lineage = (checkpoints.lineage if found else origin or {}) | _taught_by(engine)
+    lineage = (found.manifest.lineage if found else new.lineage) | _taught_by(engine)
     if found is None:
         if mode == "required":
             raise CheckpointError(
                 f"checkpoint.resume=required, but {checkpoints.folder} holds no checkpoint. Use checkpoint.resume=auto "
                 f"to start from the beginning."
             )
-        return Start(0, 0, _from_zero(checkpoints) or _learning(engine))
-    _check_tokenizer(found.manifest, recipe=recipe, tokenizer=tokenizer, place=str(found.path))
-    _check_data(found.manifest, recipe=recipe, data_hash=data_hash, place=str(found.path))
-    text = audit(
-        found,
-        recipe=recipe,
-        mapping=mapping,
-        layout=engine.mesh.layout,
-        data_hash=data_hash,
-        teacher=engine.teacher,
-    )
-    return Start(found.manifest.step, found.manifest.position, text)
+        return Start(replace(new, lineage=lineage), _from_zero(checkpoints) or _learning(engine))
+    _check_tokenizer(found.manifest, recipe=recipe, tokenizer=new.tokenizer, place=str(found.path))
+    _check_data(found.manifest, recipe=recipe, data_hash=new.data_hash, place=str(found.path))
+    state = replace(new, step=found.manifest.step, position=found.manifest.position, lineage=lineage)
+    return Start(state, _audit(found, engine, recipe=recipe, new=new))
 
 
-def audit(
-    found: Found,
-    *,
-    recipe: Recipe,
-    mapping: dict[str, Any],
-    layout: Layout,
-    data_hash: str,
-    teacher: dict[str, Any] | None = None,
-) -> str:
+def _audit(found: Found, engine: Engine, *, recipe: Recipe, new: RunState) -> str:
     """The table a user sees on resume: what was saved, what goes on now, and every difference by what it does."""
     manifest = found.manifest
-    now = layout.describe()
+    now = engine.mesh.layout.describe()
+    teacher = engine.teacher
     then = describe_layout(manifest.layout)
     rows = [
         ("", "saved", "now"),
         ("step", f"{manifest.step:,}", _next_step(manifest.step, recipe.run.steps)),
         ("tokens", f"{manifest.tokens:,}", ""),
         ("position", f"row {manifest.position:,}", "the next row"),
-        ("learning rate", _rate(manifest.recipe, manifest), _rate(mapping, manifest)),
+        ("learning rate", _rate(manifest.recipe, manifest), _rate(new.recipe, manifest)),
         ("layout", then, now if now != then else "the same"),
         (
             "optimizer",
@@ -114,13 +88,13 @@ def audit(
             "restored" if then == now else "seeded by seed and step (another layout)",
         ),
         ("weights", manifest.fingerprint[:16], "proven: fingerprints agree after loading"),
-        ("data", manifest.data_hash[:12] or "unknown", _same_data(manifest, data_hash)),
+        ("data", manifest.data_hash[:12] or "unknown", _same_data(manifest, new.data_hash)),
     ]
     before = manifest.lineage.get(TEACHER)
     if before or teacher:
         same = before and teacher and before["fingerprint"] == teacher["fingerprint"]
         rows.append(("teacher", _named(before), "the same" if same else _named(teacher)))
-    for change in _changes(manifest, mapping):
+    for change in _changes(manifest, new.recipe):
         allowed = "" if change.kind == "safe" else " (allowed)"
         verb = "safe" if change.kind == "safe" else f"changes {change.kind}"
         rows.append((change.key, str(change.old), f"{change.new}    {verb}{allowed}"))

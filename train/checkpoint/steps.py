@@ -4,12 +4,14 @@ Reading only, no model and no process group: the offline commands and login node
 """
 
 import logging
+import os
 import re
 from pathlib import Path
 
 from recipes.schema.errors import CheckpointError
 from train.checkpoint import publishing
-from train.checkpoint.manifest import MANIFEST, Manifest, read_manifest
+from train.checkpoint.files import Reader
+from train.checkpoint.manifest import MANIFEST, Manifest, describe_not_finite, read_manifest
 
 log = logging.getLogger(__name__)
 
@@ -24,8 +26,14 @@ def name_of(step: int) -> str:
 
 
 def steps_in(folder: Path) -> list[Path]:
-    """Checkpoints that were published in a folder, oldest first."""
-    named = [path for path in folder.glob("step_*") if _NAME.fullmatch(path.name) and path.is_dir()]
+    """Checkpoints that were published in a folder, oldest first. CheckpointError where the folder cannot be read."""
+    try:
+        # Not glob: it passes over a folder that may not be read, and a run would start again at step 0.
+        named = [folder / name for name in os.listdir(folder) if _NAME.fullmatch(name) and (folder / name).is_dir()]
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    except OSError as error:
+        raise CheckpointError(f"{folder} cannot be read: {error.strerror or error}") from error
     return sorted(named, key=step_of)
 
 
@@ -54,11 +62,17 @@ def candidates(folder: Path) -> tuple[list[tuple[Path, Manifest]], list[str]]:
     good, notes = [], []
     for path in reversed(steps_in(folder)):
         try:
-            good.append((path, manifest_of(path)))
+            manifest = manifest_of(path)
+            if manifest.not_finite:
+                raise CheckpointError(f"{path}: {describe_not_finite(manifest.not_finite)}")
+            good.append((path, manifest))
         except CheckpointError as error:
             notes.append(f"{PASSED_OVER}{error}")
     pointer = folder / publishing.POINTER
-    named = _named_by(pointer) if pointer.is_file() else None
+    try:
+        named = _named_by(pointer) if pointer.is_file() else None
+    except OSError as error:
+        return good, [*notes, f"{pointer} cannot be read: {error.strerror or error}"]
     if good and named != good[0][0].name:
         said = "is missing" if named is None else "is empty" if not named else f"says {named[:40]!r}"
         notes.append(f"{pointer} {said}; the newest whole checkpoint is {good[0][0].name}.")
@@ -83,6 +97,31 @@ def newest_in(folder: Path) -> tuple[Path, Manifest] | None:
         return good[0]
     refuse_to_forget(folder, notes)
     return None
+
+
+def newest_finite(folder: Path) -> Path | None:
+    """The newest whole checkpoint without NaN or infinity. Reads the numbers of those whose manifest does not say: older versions
+    did not look. CheckpointError where the folder cannot be read."""
+    for path, manifest in candidates(folder)[0]:
+        try:
+            reader = Reader(path) if any(record.not_finite is None for record in manifest.tensors.values()) else None
+            if reader is None or not any(reader.sums(name).not_finite for name in manifest.tensors):
+                return path
+        except CheckpointError:
+            continue
+    return None
+
+
+def after_not_finite(folder: Path) -> str:
+    """What to do about NaN or infinity in a run with these checkpoints, in a sentence or two. Never raises."""
+    try:
+        newest = newest_finite(folder)
+    except CheckpointError as error:
+        return f"({error})"
+    begin = "No earlier checkpoint without them exists: start again"
+    if newest is not None:
+        begin = f"{newest.name} is the newest finite checkpoint: continue from it (checkpoint.allow=[arithmetic])"
+    return f"{begin} with a lower optim.lr, a longer schedule.warmup, optim.clip_norm=1 or precision.params=fp32."
 
 
 def refuse_to_forget(folder: Path, notes: list[str]) -> None:

@@ -15,16 +15,17 @@ from omegaconf import DictConfig
 from rich.console import Console
 from rich.table import Table
 
+from data.system import disk
 from recipes.schema.command import recipe_words, section
 from recipes.schema.compress import CompressConfig
 from recipes.schema.errors import CheckpointError, RecipeError
 from recipes.schema.pattern import layer_kinds, parameters
 from recipes.schema.read import read_recipe, recipe_mapping
 from recipes.schema.recipe import Recipe
-from recipes.schema.typed import FieldError, build
+from recipes.schema.typed import FieldError, build, differing
 from train.build import check, mesh_of, open_data
 from train.checkpoint import publishing, storage
-from train.checkpoint.manifest import read_manifest
+from train.checkpoint.manifest import RunState, read_manifest
 from train.compress.importance import attention_quota, removal_scores, width_scores
 from train.compress.parent import check_data, layout_recipe, parent_of, scoring_engine
 from train.compress.pictures import draw_layers, draw_widths
@@ -189,27 +190,17 @@ def _write_pruned(
     there = _manifest_at(final)
     is_there = there is not None and (there.lineage, there.recipe) == (json.loads(json.dumps(origin)), mapping)
     if not is_there:
-        aside = folder / "checkpoints" / f".{FIRST_STEP}.writing"
+        aside = disk.aside_of(final)
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir(parents=True)
         cut_weights(parent.path, aside, scores=scores, kept=kept, small=small, merge_heads=merge_heads)
-        manifest = storage.Manifest(
-            step=0,
-            position=0,
-            tokens=0,
-            layout={},
-            recipe=mapping,
-            data_hash="",
-            versions=storage.versions(),
-            tokenizer=parent.manifest.tokenizer,
-            lineage=origin,
-        )
-        storage.publish(aside, final, manifest)
+        state = RunState(recipe=mapping, tokenizer=parent.manifest.tokenizer, lineage=origin)
+        storage.publish(aside, final, state)
     publishing.point_at(final.parent, final.name)
     group = folder / "model"
     group.mkdir(exist_ok=True)
     about = f"# Pruned from {parent.path}: {parameters(small).total:,} parameters.\n"
-    (group / f"{name}.yaml").write_text(about + yaml.safe_dump(asdict(small), sort_keys=False))
+    (group / f"{name}.yaml").write_text(about + yaml.safe_dump(differing(small), sort_keys=False))
     before, after = parameters(parent.recipe.model).total, parameters(small).total
     return (
         f"{parent.path}: {before:,} -> {after:,} parameters ({after / before:.0%}), {parent.recipe.model.pattern} -> "

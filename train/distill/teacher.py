@@ -38,7 +38,7 @@ from train.model.backend import choose_backend
 from train.model.build import build_model
 from train.model.context import RowContext
 from train.model.head import head_weight, hidden_states
-from train.parallel.mesh import Mesh
+from train.parallel.mesh import Mesh, TeacherGroups
 
 log = logging.getLogger(__name__)
 
@@ -193,9 +193,9 @@ def open_teacher(student: Recipe, *, mesh: Mesh, tokenizer: str | None) -> Teach
             teacher.data.row_tokens,
             student.data.row_tokens,
         )
-    first = mesh.layout.world - place.ranks
-    groups = _teacher_groups(place, first_rank=first, mesh=mesh)
-    exchange = _group([first + index for index in place.exchange_group]) if place.teachers > 1 else None
+    assert mesh.teacher is not None, "the mesh was opened without the teacher's groups"
+    groups = _megatron_groups(mesh.teacher)
+    exchange = mesh.teacher.exchange
     precision = replace(
         teacher.precision,
         params=student.precision.params if objective.teacher_params == "as_student" else objective.teacher_params,
@@ -255,26 +255,17 @@ def frozen_model(
     return chunk
 
 
-def _teacher_groups(place: Place, *, first_rank: int, mesh: Mesh) -> ProcessGroupCollection:
+def _megatron_groups(teacher: TeacherGroups) -> ProcessGroupCollection:
     """The groups Megatron's modules ask for, of a model without pipeline and context ranks."""
-    alone = _group([mesh.rank])
-    tensor = _group([first_rank + index for index in place.teacher_group])
-    replicas = _group([first_rank + index for index in place.replicas])
-    everyone = _group(list(range(first_rank, first_rank + place.ranks)))
     groups = ProcessGroupCollection()
     for name in ("pp", "cp", "ep", "embd", "pos_embd", "expt_tp", "tp_ep"):
-        setattr(groups, name, alone)
+        setattr(groups, name, teacher.alone)
     for name in ("tp", "mp", "tp_cp"):
-        setattr(groups, name, tensor)
+        setattr(groups, name, teacher.tensor)
     for name in ("dp", "dp_cp", "expt_dp", "intra_dp_cp", "dp_cp_gtp_remat"):
-        setattr(groups, name, replicas)
-    groups.tp_dp_cp = everyone
+        setattr(groups, name, teacher.replicas)
+    groups.tp_dp_cp = teacher.everyone
     return groups
-
-
-def _group(ranks: list[int]) -> Any:
-    """A process group of these ranks, which alone call this."""
-    return dist.new_group(ranks, use_local_synchronization=True)
 
 
 def _recut(chunk: Any, teacher_group: Any, student_group: Any) -> torch.Tensor:

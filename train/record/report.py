@@ -17,7 +17,7 @@ from typing import Any
 import yaml
 
 from recipes.schema.errors import StratumError
-from train.record.metrics import METRICS, read_metrics
+from train.record.metrics import METRICS, as_number, read_metrics
 from train.record.precision_report import draw_precision, precision_section
 
 
@@ -56,14 +56,18 @@ def read_run(folder: Path) -> RunRecord:
     phases: dict[str, float] = {}
     for line in lines:
         if line["kind"] == "step":
-            runs.setdefault(line["step"], []).append(line)
+            runs.setdefault(line["step"], []).append(_numbers_of(line))
         elif line["kind"] == "phase":
-            phases[line["name"]] = phases.get(line["name"], 0.0) + line["seconds"]
+            phases[line["name"]] = phases.get(line["name"], 0.0) + as_number(line["seconds"])
     again = {step: times for step, times in runs.items() if len(times) > 1}
     machines = [line for line in lines if line["kind"] == "machine"]
     return RunRecord(
         steps={step: runs[step][-1] for step in sorted(runs)},
-        evaluations={line["step"]: line["bits_per_byte"] for line in lines if line["kind"] == "evaluation"},
+        evaluations={
+            line["step"]: {name: as_number(score) for name, score in line["bits_per_byte"].items()}
+            for line in lines
+            if line["kind"] == "evaluation"
+        },
         resumes=[line["step"] for line in lines if line["kind"] == "resume"],
         repeated={step: [line["loss"] for line in times] for step, times in again.items()},
         repeated_norms={step: [line["grad_norm"] for line in times] for step, times in again.items()},
@@ -71,6 +75,13 @@ def read_run(folder: Path) -> RunRecord:
         machine=machines[-1] if machines else {},
         phase_s=phases,
     )
+
+
+def _numbers_of(line: dict[str, Any]) -> dict[str, Any]:
+    """A step's line whose numbers are numbers, whoever wrote it."""
+    names = ("loss", "grad_norm", "learning_rate", "step_s", "tokens_per_s", "mfu", "memory_bytes")
+    seconds = {name: as_number(value) for name, value in line["seconds"].items()}
+    return line | {name: as_number(line[name]) for name in names if name in line} | {"seconds": seconds}
 
 
 def write_report(folder: Path, *, sample: str | None = None) -> None:
@@ -156,7 +167,8 @@ def draw(record: RunRecord, path: Path, *, title: str, recipe: dict[str, Any]) -
             right.plot(*zip(*points, strict=True), color=color, marker="o", markersize=4, linewidth=2, label=label)
         right.set(title="Held-out text", xlabel="step", ylabel="bits per byte")
         if sources:
-            right.set_ylim(0, 1.1 * max(score for scores in record.evaluations.values() for score in scores.values()))
+            finite = [s for scores in record.evaluations.values() for s in scores.values() if math.isfinite(s)]
+            right.set_ylim(0, 1.1 * max(finite, default=1.0))
             right.legend(loc="lower left")
         figure.savefig(path, dpi=140)
         pyplot.close(figure)

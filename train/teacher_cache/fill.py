@@ -63,8 +63,8 @@ def fill(recipe: Recipe, config: TeacherCacheConfig) -> None:
         objective=replace(objective, teacher_tensor=parallel.tensor),
     )
     use_device(device)
-
-    with mesh_of(recipe, check(recipe, world=world), device=device, rank=rank) as mesh:
+    asks = replace(recipe, objective=replace(recipe.objective, kind="distill", teacher_cache=None))
+    with mesh_of(asks, check(recipe, world=world), device=device, rank=rank) as mesh:
         teacher = open_teacher(recipe, mesh=mesh, tokenizer=dataset.tokenizer.fingerprint)
         assert teacher is not None, "one stage: the teacher is on every rank"
         _answer_all(recipe, config, mesh=mesh, teacher=teacher, dataset=dataset, rows=rows)

@@ -1,0 +1,59 @@
+"""URLs without what gives access: passwords, tokens and signatures are taken out of everything that is written or shown.
+
+    without_credentials("GET https://me:pw@host/a.jsonl?id=3&token=abc failed")
+    -> "GET https://host/a.jsonl?id=3&token=*** failed"
+
+A renewed signature gives the same text, so that data prepared with the last one is recognised.
+"""
+
+import re
+
+_URL = re.compile(r"\w[\w+.-]*://[^\s'\"<>|]+")
+_USER = re.compile(r"^(\w[\w+.-]*://)[^/?#]*@")
+_SECRET_NAME = re.compile(
+    r"token|key|sig|secret|pass|pwd|auth|cred|jwt|session|sas|^x-(amz|goog|ms)-|^(expires|se|st|sv|sp|sr|spr|code)$",
+    re.IGNORECASE,
+)
+_OPAQUE_VALUE = re.compile(r"[\w+/=.%~-]{24,}")
+"""A value that nobody types: it may be a key under any name."""
+_MASK = "***"
+
+
+def without_credentials(text: str) -> str:
+    """A text with the credentials of every URL in it taken out; other texts stay as they are."""
+    return _URL.sub(lambda found: _clean(found[0]), text) if "://" in text else text
+
+
+def with_credentials(name: str, given: str) -> str:
+    """The name of a file as it is opened: the credentials of `given`, the URL the user wrote, put back into a cleaned name.
+
+    Names that the URL does not stand for stay as they are.
+    """
+    if "://" not in given or without_credentials(given) == given:
+        return name
+    if name == without_credentials(given):
+        return given
+    user = _USER.match(given)
+    place, _, query = given.partition("?")
+    scheme, _, rest = _USER.sub(r"\1", place).partition("://")
+    if not name.startswith(f"{scheme}://{rest.split('/')[0]}"):
+        return name
+    if user:
+        name = user[0] + name[len(user[1]) :]
+    name, _, shown = name.partition("?")
+    return f"{name}?{query}" if query and shown in ("", without_credentials(given).partition("?")[2]) else name
+
+
+def _clean(url: str) -> str:
+    url = _USER.sub(r"\1", url)
+    place, mark, query = url.partition("?")
+    if not mark:
+        return url
+    query, hash_mark, fragment = query.partition("#")
+    fields = [field.partition("=") for field in query.split("&")]
+    kept = "&".join(
+        f"{name}={_MASK}" if is_value and (_SECRET_NAME.search(name) or _OPAQUE_VALUE.fullmatch(value)) else
+        _MASK if not is_value and _OPAQUE_VALUE.fullmatch(name) else f"{name}{is_value}{value}"
+        for name, is_value, value in fields
+    )  # fmt: skip
+    return f"{place}?{kept}{hash_mark}{fragment}"
