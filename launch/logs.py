@@ -1,14 +1,14 @@
 """`stratum logs RUN`: the last lines of a run's newest logs; `--follow` shows new ones as they come."""
 
-import argparse
 import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from launch.local.failures import SRUN_LOG
-from launch.runs import RunFolder, find_run, tail
+from launch.runs import RunFolder, tail
 from recipes.schema.errors import StratumError
+from recipes.schema.options import CommandParser, run_named
 
 _POLL_S = 0.5
 _CHUNK = 1 << 16
@@ -16,17 +16,22 @@ _CHUNK = 1 << 16
 
 def main(arguments: Sequence[str]) -> int:
     """Entry point of `stratum logs`. -> exit status."""
-    parser = argparse.ArgumentParser(
-        prog="stratum logs",
-        description="The last lines of a run's newest logs: of its ranks, of srun, of its Slurm job.",
+    parser = CommandParser(
+        "logs",
+        about="The last lines of a run's newest logs: of its ranks, of srun, of its Slurm job.",
+        examples="""
+stratum logs smoke                                  rank 0, and the job
+stratum logs runs/smoke --ranks all -n 5            the last five lines of every rank
+stratum logs smoke --follow                         new lines as they come
+""",
     )
     parser.add_argument("run", metavar="RUN", help="run folder or name")
-    parser.add_argument("--ranks", default="0", metavar="RANKS", help="ranks to show: 0 (default), 0,3 or all")
-    parser.add_argument("-n", "--lines", type=int, default=20, metavar="N", help="lines of each log (20)")
+    parser.add_argument("--ranks", default="0", metavar="RANKS", help="ranks to show: 0, 0,3 or all")
+    parser.add_argument("-n", "--lines", type=int, default=20, metavar="N", help="lines of each log")
     parser.add_argument("-f", "--follow", action="store_true", help="show new lines as they come, until Ctrl-C")
     own = parser.parse_args(list(arguments))
     try:
-        run = find_run(own.run)
+        run = RunFolder(run_named(own.run))
         ranks = None if own.ranks == "all" else frozenset(int(word) for word in own.ranks.split(","))
     except StratumError as error:
         sys.stderr.write(f"error: {error}\n")

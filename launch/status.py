@@ -1,6 +1,5 @@
 """`stratum status [RUN ...]`: what runs are doing, from their folders and from Slurm where it is there."""
 
-import argparse
 import json
 import re
 import shutil
@@ -17,10 +16,11 @@ from rich.table import Table
 from launch.lease import current_owner
 from launch.local.failures import log_of, read_failures, tell
 from launch.queue import QueuedJob, SlurmError, look_up
-from launch.runs import RunFolder, find_run, runs_in, tail
+from launch.runs import RunFolder, runs_in, tail
 from launch.slurm.after_job import NO_SUCCESSOR
 from launch.slurm.command import job_numbers
 from recipes.schema.errors import StratumError
+from recipes.schema.options import CommandParser, run_named
 
 _LOG_LINES = 8
 _STARTING_S = 120.0
@@ -29,9 +29,15 @@ _STARTING_S = 120.0
 
 def main(arguments: Sequence[str]) -> int:
     """Entry point of `stratum status`. -> exit status."""
-    parser = argparse.ArgumentParser(
-        prog="stratum status",
-        description="What a run is doing: its Slurm job, step, time left, newest checkpoint, last lines, first error.",
+    parser = CommandParser(
+        "status",
+        about="What a run is doing: its Slurm job, step, time left, newest checkpoint, last lines, first error.",
+        examples="""
+stratum status                                      a table of all runs in runs/
+stratum status smoke                                one run, in detail: by its name, or by its folder
+stratum status smoke --watch                        again every 10 s, until Ctrl-C
+stratum status runs/smoke --json                    for scripts
+""",
     )
     parser.add_argument(
         "runs", nargs="*", metavar="RUN", help="run folders or names (default: a table of all in runs/)"
@@ -58,7 +64,7 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _report(names: Sequence[str], *, as_json: bool) -> str:
-    runs, queue = [find_run(name) for name in names] or runs_in(Path("runs")), Queue()
+    runs, queue = [RunFolder(run_named(name)) for name in names] or runs_in(Path("runs")), Queue()
     if as_json:
         return "".join(json.dumps(_as_mapping(run, queue)) + "\n" for run in runs)
     text = "".join(describe(run, queue) for run in runs) if names else _table(runs, queue)

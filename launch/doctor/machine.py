@@ -1,4 +1,4 @@
-"""What `launch doctor` asks of a machine, and how it answers. Standard library only, readable by Python 3.8."""
+"""What `stratum doctor` asks of a machine, and how it answers. Standard library only, readable by Python 3.8."""
 
 from __future__ import annotations
 
@@ -13,7 +13,9 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 ELSEWHERE = {"tzdata": ("win32", "emscripten"), "colorama": ("win32",)}
 """Packages that only these systems need (values of sys.platform): the pins are for all."""
-SETUP = "run `make setup` (2 to 5 minutes)"
+IS_CHECKOUT = (ROOT / "pyproject.toml").is_file()
+"""Otherwise this is an installed package, without the files of the project's top folder."""
+SETUP = "run `make setup` (2 to 5 minutes)" if IS_CHECKOUT else "`pip check` lists what is missing; install it with pip"
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,7 @@ from launch.queue import QueuedJob, read_job
 from launch.runs import RunFolder
 
 STOP = "stop"
-"""Name of the file in a run's logs by which `launch cancel` says that no job is to follow."""
+"""Name of the file in a run's logs by which `stratum cancel` says that no job is to follow."""
 EXCLUDE = "exclude"
 """Name of the file in a run's logs that lists nodes to do without, separated by commas."""
 STARTS = "starts"
@@ -123,7 +123,7 @@ def after(
     if decision.action == "again" and is_cancelled:
         decision = Decision("stop", "the job was cancelled, or its time limit came before the save had ended")
     if decision.action == "again" and (run.logs / STOP).exists():
-        decision = Decision("stop", "`launch cancel` asked for no further job")
+        decision = Decision("stop", "`stratum cancel` asked for no further job")
     nodes = dict(before.nodes)
     if failures and failures[0].host and decision.action == "again":
         nodes[failures[0].host] = nodes.get(failures[0].host, 0) + 1

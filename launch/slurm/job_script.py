@@ -3,7 +3,7 @@
     Job --training_script--> bash:  find the rendezvous -> srun the ranks -> ask launch.slurm.after_job what follows
     Preparation --preparation_script--> bash:  one task of an array job prepares its share of the data
 
-Only bash, Slurm's own commands and `python -m launch...` stand in a script; the rule of what comes next is in
+Only bash, Slurm's own commands and `python -P -m launch...` stand in a script; the rule of what comes next is in
 launch.local.continuation, and the tests run these scripts on a real Slurm. Every value that comes from a recipe goes through
 `quoted` (for bash), `option` (for #SBATCH lines) or `one_line` (for comments).
 """
@@ -12,6 +12,7 @@ import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from launch.children import FRONT, PYTHON_FLAGS
 from recipes.schema.errors import RecipeError
 from recipes.schema.launch import ContainerConfig, SlurmConfig
 
@@ -24,9 +25,9 @@ class Job:
     folder: str
     """The run's folder, as the recipe writes it."""
     directory: str
-    """Where the processes start: the folder `launch slurm` was called in."""
+    """Where the processes start: the folder `stratum launch slurm` was called in."""
     words: Sequence[str]
-    """What follows `python -m train`."""
+    """What follows `stratum train`."""
     python: str
     """Python on the bare nodes; in a container its own is used."""
     nodes: int
@@ -42,6 +43,8 @@ class Job:
     """What every process runs."""
     code: str = ""
     """Folder with the packages as they were at submission; "" uses what Python finds by itself."""
+    checkout: str | None = None
+    """Folder of our packages if they are not installed: a container needs it."""
     mounts: Sequence[str] = ()
     """Folders outside `directory` that the run reads or writes: a container gets them at their own paths."""
 
@@ -55,13 +58,14 @@ class Preparation:
     """The folder of the data, for the logs."""
     directory: str
     words: Sequence[str]
-    """What follows `python -m data.prepare`; each task adds its number."""
+    """What follows `stratum prepare`; each task adds its number."""
     python: str
     tasks: int
     cpus: int
     slurm: SlurmConfig
     container: ContainerConfig
     code: str = ""
+    checkout: str | None = None
     mounts: Sequence[str] = ()
 
 
@@ -143,7 +147,7 @@ export MASTER_ADDR="${address:-$node}"
         "".join(f"export {name}={quoted(value)}\n" for name, value in job.environment.items()),
         _code(job.code),
         f"""\
-{_python(job.container, job)}
+{_python(job)}
 
 attempt=1
 while :; do
@@ -252,7 +256,7 @@ def preparation_script(job: Preparation) -> str:
         f"--chdir={job.directory}",
         f"--output={_no_pattern(job.folder)}/logs/%A_%a.log",
     ]
-    command = ["-m", "data.prepare", *job.words]
+    command = ["-m", FRONT, "prepare", *job.words]
     return "".join(
         [
             f"""\
@@ -263,9 +267,9 @@ def preparation_script(job: Preparation) -> str:
             "".join(f"#SBATCH {option(word)}\n" for word in options),
             _setup(job.slurm),
             _code(job.code),
-            _python(job.container, job),
+            _python(job),
             f'\n\n{_once(job.container)}"${{python[@]}}" {_folded(command)} \\\n',
-            f'    +task="$SLURM_ARRAY_TASK_ID/{job.tasks}"\n',
+            f'    --task "$SLURM_ARRAY_TASK_ID/{job.tasks}"\n',
         ]
     )
 
@@ -338,33 +342,37 @@ def _once(container: ContainerConfig) -> str:
     return "srun --overlap --nodes=1 --ntasks=1 --ntasks-per-node=1 " if container.kind == "pyxis" else ""
 
 
-def _python(container: ContainerConfig, job: Job | Preparation) -> str:
+def _python(job: Job | Preparation) -> str:
     """Lines that set `python`, the words that start Python, in the container where there is one.
 
-    -P: the working folder is not searched for packages, `PYTHONPATH` alone is.
+    Python does not search the working directory (launch.children). A container gets our packages by PYTHONPATH, as they were at
+    submission, or else from the checkout that the job was submitted from.
     """
-    flags = ["-P"] if job.code else []
-    own = [f"{folder}:{folder}" for folder in (job.directory, *job.mounts)]
+    container, directory = job.container, job.directory
+    folders = list(dict.fromkeys(filter(None, (directory, None if job.code else job.checkout, *job.mounts))))
     if container.kind != "none":
-        for folder in (job.directory, *job.mounts):
+        for folder in folders:
             if "," in folder or ":" in folder:
                 raise RecipeError(f"{folder} cannot be mounted in a container: `,` and `:` separate mounts. Rename it.")
-    mounts = ",".join(filter(None, (*own, container.mounts)))
+    mounts = ",".join([*(f"{folder}:{folder}" for folder in folders), *filter(None, [container.mounts])])
     has_gpus = isinstance(job, Job) and job.gpus_per_node > 0
+    inside = shlex.join([container.python, *PYTHON_FLAGS])
+    packages = job.code or job.checkout
+    if packages:
+        inside = f'env "PYTHONPATH="{quoted(packages)}"${{PYTHONPATH:+:$PYTHONPATH}}" {inside}'
     match container.kind:
         case "none":
-            return f"python=({shlex.join([job.python, *flags])})"
+            return f"python=({shlex.join([job.python, *PYTHON_FLAGS])})"
         case "apptainer":
-            words = ["apptainer", "exec", *(["--nv"] if has_gpus else []), "--bind", mounts, "--pwd", job.directory]
-            return f"python=({shlex.join([*words, container.image, container.python, *flags])})"
+            words = ["apptainer", "exec", *(["--nv"] if has_gpus else []), "--bind", mounts, "--pwd", directory]
+            return f"python=({shlex.join([*words, container.image])} {inside})"
         case "pyxis":
-            words = [
+            flags = [
                 f"--container-image={container.image}",
                 f"--container-mounts={mounts}",
-                f"--container-workdir={job.directory}",
+                f"--container-workdir={directory}",
             ]
-            python = shlex.join([container.python, *flags])
-            return f'container=({shlex.join(words)})\npython=("${{container[@]}}" {python})'
+            return f'container=({shlex.join(flags)})\npython=("${{container[@]}}" {inside})'
 
 
 def _folded(words: Sequence[str]) -> str:

@@ -38,13 +38,21 @@ def take_snapshot(logs: Path, words: Sequence[str]) -> Snapshot:
         shutil.copytree(_PROJECT / package, aside / package, ignore=ignored, symlinks=False)
     changed = with_folder(words, folder)
     for number, source in enumerate(config_folders(words)):
-        shutil.copytree(source, aside / f"config-{number}", ignore=shutil.ignore_patterns("__pycache__"))
+        _copy_recipes(source, aside / f"config-{number}")
     names = sorted((d.name.lower(), d.version) for d in importlib.metadata.distributions())
     lines = [f"python {sys.version.split()[0]} {sys.executable}", *(f"{name}=={version}" for name, version in names)]
     (aside / "environment.txt").write_text("\n".join(lines) + "\n")
     shutil.rmtree(folder, ignore_errors=True)
     aside.rename(folder)
     return Snapshot(folder, changed)
+
+
+def _copy_recipes(source: Path, target: Path) -> None:
+    """YAML files only, groups included: the folder may be a run's, with checkpoints of terabytes."""
+    for path in sorted((*source.glob("*.y*ml"), *source.glob("[!.]*/*.y*ml"))):
+        copy = target / path.relative_to(source)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(path, copy)
 
 
 def config_folders(words: Sequence[str]) -> list[Path]:

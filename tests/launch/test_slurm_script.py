@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from launch.children import stratum
 from launch.compose import compose
 from launch.slurm.command import outside_folders, training_job
 from launch.slurm.job_script import Job, Preparation, preparation_script, training_script, without_gpus
@@ -90,7 +91,7 @@ PREPARE = Preparation(
         ("cpu.sh", training_script(CPU)),
         ("gpu.sh", training_script(GPU)),
         ("pyxis.sh", training_script(replace(GPU, container=PYXIS))),
-        ("apptainer.sh", training_script(replace(GPU, container=APPTAINER))),
+        ("apptainer.sh", training_script(replace(GPU, container=APPTAINER, checkout="/opt/stratum"))),
         ("prepare.sh", preparation_script(PREPARE)),
     ],
 )
@@ -104,7 +105,9 @@ def test_every_word_reaches_the_trainer_as_it_was(kind: str, tmp_path: Path) -> 
     """The script, run by bash with stand-ins for Slurm's commands that print their words, one a line."""
     words = ["-cn", "smoke", 'launch.environment="A=1 B=2"', "data.sources.x.path=it's $HOME/*.txt", "a=[1,2]"]
     container = ContainerConfig(kind=kind, image="image") if kind != "none" else ContainerConfig()  # type: ignore[arg-type]
-    job = replace(CPU, words=words, container=container, python="python", folder=str(tmp_path / "a run"))
+    job = replace(
+        CPU, words=words, container=container, python="python", folder=str(tmp_path / "a run"), checkout="/our code"
+    )
     result = run_with_stand_ins(training_script(job), tmp_path)
     lines = result.stdout.splitlines()
     assert result.returncode == 0 and result.stderr == "", result
@@ -242,7 +245,7 @@ def test_a_run_that_its_plan_refuses_is_not_submitted(tmp_path: Path) -> None:
         "parallel.tensor=4",
         "parallel.pipeline=1",
     ]
-    command = [sys.executable, "-m", "launch", "slurm", *words, f"run.folder={tmp_path}"]
+    command = stratum("launch", "slurm", *words, f"run.folder={tmp_path}")
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert result.returncode == 2 and "on 4 h100 GPUs this run would fail:" in result.stderr, result.stderr
     assert "GiB" in result.stderr and "--force submits all the same" in result.stderr
@@ -264,7 +267,7 @@ def read(*words: str) -> Recipe:
 
 
 def advise(tmp_path: Path, *words: str) -> str:
-    command = [sys.executable, "-m", "launch", "slurm", *words, f"run.folder={tmp_path}", "--dry-run"]
+    command = stratum("launch", "slurm", *words, f"run.folder={tmp_path}", "--dry-run")
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert result.returncode == 0 and result.stdout.startswith("#!/bin/bash"), result.stderr
     return result.stderr
@@ -274,9 +277,7 @@ def test_a_dry_run_says_how_many_jobs_the_run_will_take(tmp_path: Path) -> None:
     """The figures are the plan's: seconds left over what a job of 240 minutes leaves for steps."""
     words = ("-cn", "nemotron_nano_12b_v2", "launch=slurm_gpu", "launch.nodes=92", "parallel.pipeline=2")
     said = advise(tmp_path, *words)
-    plan = subprocess.run(
-        [sys.executable, "-m", "launch", "plan", *words, "--json"], cwd=ROOT, capture_output=True, text=True, check=True
-    )
+    plan = subprocess.run(stratum("plan", *words, "--json"), cwd=ROOT, capture_output=True, text=True, check=True)
     found = json.loads(plan.stdout)
     jobs = found["step_time_s"] * found["steps"] / (240 * 60 - 300 - 300)
     (told,) = re.findall(r"some ([\d,]+) jobs of 240 minutes", said)

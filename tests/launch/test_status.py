@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from launch import lease, queue
+from launch.children import stratum
 from launch.local.failures import SRUN_LOG, log_of
 from launch.logs import logs_of, main
 from launch.runs import RunFolder
@@ -90,7 +91,7 @@ def test_a_dead_run_is_called_dead(run: RunFolder, tmp_path: Path, monkeypatch: 
 
 
 def test_status_watches_until_ctrl_c(run: RunFolder) -> None:
-    command = [sys.executable, "-m", "launch", "status", str(run.path), "--json", "--watch", "1"]
+    command = stratum("status", str(run.path), "--json", "--watch", "1")
     child = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
     assert child.stdout is not None
     seen = [json.loads(child.stdout.readline()) for _ in range(2)]
@@ -107,9 +108,7 @@ def test_logs_shows_the_newest_lines_and_follows(run: RunFolder, capsys: pytest.
     assert "step 29" not in said and "rank 1" not in said
     assert logs_of(run, None)[-1] == log_of(attempt, 1)
     assert main([str(run.path), "--ranks", "x"]) == 2 and main(["nowhere"]) == 2
-    child = subprocess.Popen(
-        [sys.executable, "-m", "launch", "logs", str(run.path), "--follow"], cwd=ROOT, stdout=subprocess.PIPE, text=True
-    )
+    child = subprocess.Popen(stratum("logs", str(run.path), "--follow"), cwd=ROOT, stdout=subprocess.PIPE, text=True)
     assert child.stdout is not None
     while "step 30" not in child.stdout.readline():
         pass

@@ -76,7 +76,7 @@ export PYTHONUNBUFFERED=1
 export CUDA_DEVICE_MAX_CONNECTIONS=1
 export NCCL_DEBUG=WARN
 export PYTHONPATH=/scratch/you/stratum/runs/two/logs/code${PYTHONPATH:+:$PYTHONPATH}
-python=(apptainer exec --nv --bind /scratch/you/stratum:/scratch/you/stratum,/data:/data --pwd /scratch/you/stratum stratum.sif python -P)
+python=(apptainer exec --nv --bind /scratch/you/stratum:/scratch/you/stratum,/data:/data --pwd /scratch/you/stratum stratum.sif env "PYTHONPATH="/scratch/you/stratum/runs/two/logs/code"${PYTHONPATH:+:$PYTHONPATH}" python -P)
 
 attempt=1
 while :; do

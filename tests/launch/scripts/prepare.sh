@@ -14,7 +14,7 @@
 #SBATCH --output=data/web/logs/%A_%a.log
 
 set +e -uo pipefail
-python=(/scratch/you/stratum/.venv/bin/python)
+python=(/scratch/you/stratum/.venv/bin/python -P)
 
-"${python[@]}" -m data.prepare -cn web \
-    +task="$SLURM_ARRAY_TASK_ID/64"
+"${python[@]}" -m train.stratum prepare -cn web \
+    --task "$SLURM_ARRAY_TASK_ID/64"

@@ -77,7 +77,7 @@ export CUDA_DEVICE_MAX_CONNECTIONS=1
 export NCCL_DEBUG=WARN
 export PYTHONPATH=/scratch/you/stratum/runs/two/logs/code${PYTHONPATH:+:$PYTHONPATH}
 container=('--container-image=registry#stratum:latest' --container-mounts=/scratch/you/stratum:/scratch/you/stratum,/data:/data --container-workdir=/scratch/you/stratum)
-python=("${container[@]}" python -P)
+python=("${container[@]}" env "PYTHONPATH="/scratch/you/stratum/runs/two/logs/code"${PYTHONPATH:+:$PYTHONPATH}" python -P)
 
 attempt=1
 while :; do
