@@ -16,8 +16,10 @@ import pytest
 
 from launch.children import stratum
 from launch.compose import compose
+from launch.runs import RunFolder
 from launch.slurm.command import outside_folders, training_job
 from launch.slurm.job_script import Job, Preparation, preparation_script, training_script, without_gpus
+from launch.slurm.job_times import advice
 from launch.slurm.snapshot import take_snapshot
 from recipes.schema.errors import RecipeError
 from recipes.schema.launch import ContainerConfig, SlurmConfig
@@ -299,7 +301,7 @@ def test_a_dry_run_goes_by_the_runs_own_record(tmp_path: Path) -> None:
         for step in range(1, 201)
     ] + [{"kind": "phase", "name": "saving", "seconds": 200.0}]
     (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    said = advise(tmp_path, "-cn", "smoke", "run.name=old", "run.steps=1200")
+    said = advice(read("-cn", "smoke", "run.name=old", "run.steps=1200"), RunFolder(run), world=1, device="h100")
     assert "By the run's own record: 10 s a step, 1,000 steps left: 2.8 hours. One job does it" in said
     assert "launch.slurm.time_limit_minutes=220" in said, "3.5 hours, 300 s to start, 300 s to save"
     assert "twice a step and a save (420 s). Use launch.slurm.save_before_end_s=420" in said
