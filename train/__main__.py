@@ -12,6 +12,7 @@ from collections.abc import Sequence
 
 from omegaconf import DictConfig
 
+from data.system.parent import end_with_parent
 from recipes.schema.command import dotted_keys, run_command
 from recipes.schema.errors import USER_ERRORS
 from recipes.schema.options import CommandParser
@@ -35,6 +36,8 @@ be used; 128 + the signal's number when a signal stopped the run (a checkpoint w
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point of `stratum train` and of the module that torchrun starts."""
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        end_with_parent()  # torchrun dies of SIGUSR1 and SIGKILL without a word to its processes: they save and stop then
     parser = CommandParser(
         "train", about="Train a recipe on this process, or as one rank of torchrun.", examples=_EXAMPLES, notes=_NOTES,
         recipe=True, sweeps=True,

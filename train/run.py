@@ -36,6 +36,7 @@ from train.parallel.mesh import Mesh, world_from_environment
 from train.record.machine import peak_flops
 from train.record.telemetry import Telemetry
 from train.resilience.faults import check_scores
+from train.resilience.hangs import hangs_named, record_operations
 from train.resilience.lease import held_lease
 
 log = logging.getLogger(__name__)
@@ -64,7 +65,12 @@ def train(recipe: Recipe) -> RunEnd:
     dataset = open_data(recipe)
     folder = Path(recipe.run.folder) / recipe.run.name
     use_device(device)
-    with mesh_of(recipe, layout, device=device, rank=rank) as mesh, held_lease(folder, mesh) as check_lease:
+    record_operations()
+    with (
+        mesh_of(recipe, layout, device=device, rank=rank) as mesh,
+        hangs_named(timeout_s=recipe.launch.timeout_s),
+        held_lease(folder, rank=rank, any_rank=mesh.any_rank) as check_lease,
+    ):
         return _train(recipe, mesh=mesh, dataset=dataset, folder=folder, check_lease=check_lease)
 
 
