@@ -38,6 +38,7 @@ from data.store.manifest import (
     read_manifest,
     write_manifest,
 )
+from data.system import disk
 from data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 from recipes.schema.command import dotted_keys, run_command
 from recipes.schema.data import DataConfig
@@ -195,9 +196,8 @@ def _tokenizer(config: DataConfig, folder: Path, jobs: list[ShardJob], console: 
             )
         with console.status(f"training a BPE of {config.tokenizer.vocab_size:,} tokens"):
             tokenizer = train_tokenizer(_training_texts(config, jobs), config.tokenizer)
-    aside = folder / f"{tokenizer.file}.writing-{os.uname().nodename}-{os.getpid()}"
-    tokenizer.save(aside)
-    aside.rename(folder / tokenizer.file)
+    with disk.written_aside(folder / tokenizer.file, is_own=True) as aside:
+        tokenizer.save(aside)
     return tokenizer
 
 
@@ -232,6 +232,8 @@ def _make_missing(config: DataConfig, todo: Task, jobs: list[ShardJob], tokenize
             f"{whole.file} ({megabytes(whole.size)}) cannot be cut, so one process reads all of it. Many smaller files are "
             f"prepared faster.",
         )
+    if tokenizer.note is not None:
+        _say(console, tokenizer.note)
     sizes: dict[str, int] = {}
     for job in missing:
         sizes[job.name] = sizes.get(job.name, 0) + job.size
@@ -313,7 +315,7 @@ def _merge_source(name: str, work: Work, jobs: list[ShardJob], tokenizer: Tokeni
     )
     before: dict[str, int] = {}
     problems: list[str] = []
-    unended = 0
+    unended = unknown = 0
     for job in jobs:
         if job.name != name:
             continue
@@ -325,6 +327,7 @@ def _merge_source(name: str, work: Work, jobs: list[ShardJob], tokenizer: Tokeni
             before[file] = before.get(file, 0) + records
         problems += result.problems
         unended += result.unended
+        unknown += result.unknown
         entry = replace(
             entry,
             bad_records=entry.bad_records + result.bad_records,
@@ -342,6 +345,11 @@ def _merge_source(name: str, work: Work, jobs: list[ShardJob], tokenizer: Tokeni
             console,
             f"{name}: {unended:,} documents do not end with the end-of-document token (id {tokenizer.eod}); each runs into "
             f"the next. Check data.tokenizer.end_of_document, or make the set with --append-eod.",
+        )
+    if unknown:
+        _say(
+            console,
+            f"{name}: {unknown:,} words or characters became the unknown token, as this tokenizer has none for them.",
         )
     if entry.bad_records:
         _say(console, f"{name}: left out {entry.bad_records:,} bad records, e.g. {problems[0]}")

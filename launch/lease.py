@@ -25,6 +25,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
+from data.system import disk
 from launch.slurm.queue import SlurmError, look_up
 from recipes.schema.errors import StratumError
 
@@ -108,7 +109,7 @@ class Lease:
         """Give it back. The number stays taken."""
         with contextlib.suppress(OSError):
             if self.path.exists():
-                _write(self._folder, self.path, Owner(**{**asdict(self._owner), "is_released": True}))
+                disk.write_text(self.path, _text(Owner(**{**asdict(self._owner), "is_released": True})), is_own=True)
 
 
 def take(folder: Path, *, what: str) -> Lease:
@@ -261,7 +262,7 @@ def _create(folder: Path, number: int, owner: Owner) -> bool:
     """Take a number. -> False if another process has it."""
     aside = folder / f".{owner.token}"
     try:
-        _write(folder, aside, owner)
+        disk.write_text(aside, _text(owner), is_own=True)
         try:
             os.link(aside, folder / _name(number))
             return True
@@ -289,14 +290,8 @@ def _create_without_links(path: Path, content: bytes) -> bool:
     return True
 
 
-def _write(folder: Path, path: Path, owner: Owner) -> None:
-    """Replace a file as a whole."""
-    aside = folder / f".{owner.token}.writing"
-    with aside.open("w") as stream:
-        stream.write(json.dumps(asdict(owner)))
-        stream.flush()
-        os.fsync(stream.fileno())
-    aside.replace(path)
+def _text(owner: Owner) -> str:
+    return json.dumps(asdict(owner))
 
 
 def _server_time(folder: Path) -> float:

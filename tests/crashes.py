@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from tiny import RECIPE, engine_of, steps_of
 
+from data.system import disk
 from recipes.schema.recipe import Recipe
-from train.checkpoint import disk
 from train.checkpoint.manager import CheckpointFolder
 from train.checkpoint.manifest import Manifest, RunState, read_manifest
 
@@ -33,7 +33,7 @@ class Act:
 
 
 class _Trapped:
-    """Stands in for the `os` that train.checkpoint.disk uses."""
+    """Stands in for the `os` that data.system.disk uses."""
 
     def __init__(self, before: Callable[[Act], object]) -> None:
         self._before, self._count = before, 0

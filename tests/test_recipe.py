@@ -101,8 +101,7 @@ def test_the_twelve_billion_recipe_in_detail() -> None:
     + [f"launch={name}" for name in ("slurm_gpu", "slurm_pyxis", "slurm_apptainer")],
 )
 def test_groups_can_be_swapped(override: str) -> None:
-    overrides = [override, "schedule.decay=0"] if override.startswith("schedule") else [override]
-    recipe_from_mapping(composed("smoke", *overrides))
+    recipe_from_mapping(composed("smoke", override))
 
 
 def test_smoke_is_a_small_hybrid_of_every_kind_of_layer() -> None:
@@ -171,6 +170,20 @@ def test_the_end_of_a_run_is_arithmetic_where_the_schedule_leans_on_it() -> None
     cosine = recipe_with(**{"schedule.kind": "cosine"})
     longer = dataclasses.replace(cosine, run=dataclasses.replace(cosine.run, steps=16))
     assert [d.kind for d in differences(recipe_mapping(cosine), recipe_mapping(longer))] == ["arithmetic"]
+
+
+def test_the_end_of_a_run_is_arithmetic_where_a_phase_is_a_fraction_of_it() -> None:
+    part = recipe_with(**{"schedule.kind": "constant", "schedule.warmup": 0.5})
+    longer = dataclasses.replace(part, run=dataclasses.replace(part.run, steps=16))
+    assert [d.kind for d in differences(recipe_mapping(part), recipe_mapping(longer))] == ["arithmetic"]
+
+
+def test_a_phase_of_the_same_steps_written_as_a_fraction_is_no_change() -> None:
+    steps = RECIPE.run.steps
+    was, now, other = (recipe_with(**{"schedule.warmup": value}) for value in (steps // 2, 0.5, 0.25))
+    assert differences(recipe_mapping(was), recipe_mapping(now)) == []
+    (found,) = differences(recipe_mapping(was), recipe_mapping(other))
+    assert (found.key, found.old, found.new, found.kind) == ("schedule.warmup", steps // 2, 0.25, "arithmetic")
 
 
 def test_a_recipe_too_old_to_have_a_field_had_its_default() -> None:

@@ -16,21 +16,24 @@ import torch
 import yaml
 
 from data.stream import Dataset, Stream
+from data.system import disk
 from recipes.schema.changes import check_folder
 from recipes.schema.errors import CheckpointError, DataError
 from recipes.schema.pattern import flops_per_token, parameters
 from recipes.schema.read import recipe_mapping
 from recipes.schema.recipe import Recipe
 from recipes.schema.rules import check_objective, unused
+from recipes.schema.schedule import unread
 from train.build import build_engine, check, mesh_of, open_data
-from train.checkpoint import disk
 from train.checkpoint.manager import CheckpointFolder, checkpoint_at
 from train.checkpoint.manifest import RunState
 from train.checkpoint.resume import TEACHER, resume
+from train.checkpoint.saving import Peers
 from train.distill.teacher_cache import KeptAnswers
 from train.evaluate.losses import heldout_bits_per_byte
 from train.loop import train_loop
 from train.megatron import choose_device, use_device
+from train.native.forms import describe, of_all_ranks
 from train.parallel.mesh import Mesh, world_from_environment
 from train.record.machine import peak_flops
 from train.record.telemetry import Telemetry
@@ -69,6 +72,8 @@ def train(recipe: Recipe) -> RunEnd:
         )
     if (idle := unused(recipe.objective)) and rank == 0:
         log.warning("objective.kind=next_token trains on next tokens; not used: %s", idle)
+    if (idle := unread(recipe.schedule)) and rank == 0:
+        log.warning("%s", idle)
     folder = Path(recipe.run.folder) / recipe.run.name
     check_folder(folder, recipe)
     use_device(device)
@@ -92,6 +97,7 @@ def _train(recipe: Recipe, *, mesh: Mesh, dataset: Dataset, folder: Path, check_
         origin |= {"started_from": str(initial), "started_from_fingerprint": before.fingerprint}
     engine = build_engine(recipe, mesh, weights=initial, tokenizer=dataset.tokenizer.fingerprint)
     mapping = recipe_mapping(recipe)
+    kernels = _kernels(mesh)
     start = resume(
         checkpoints,
         engine,
@@ -100,6 +106,7 @@ def _train(recipe: Recipe, *, mesh: Mesh, dataset: Dataset, folder: Path, check_
             recipe=mapping,
             data_hash=dataset.manifest_hash,
             tokenizer=dataset.tokenizer.fingerprint,
+            kernels=kernels,
             lineage=origin,
         ),
     )
@@ -125,6 +132,7 @@ def _train(recipe: Recipe, *, mesh: Mesh, dataset: Dataset, folder: Path, check_
             peak_flops=_world_peak(peak_flops(mesh.device), mesh),
             recipe_dict=mapping,
             loss_parts=engine.loss_parts,
+            kernels=kernels,
         )
         stack.callback(telemetry.close)
         stream = stack.enter_context(
@@ -164,6 +172,7 @@ def _train(recipe: Recipe, *, mesh: Mesh, dataset: Dataset, folder: Path, check_
             parameters=parameters(recipe.model).total,
             layout=mesh.layout.describe(),
             device=str(mesh.device),
+            kernels=kernels,
         )
         if step == 0:
             evaluate(0)
@@ -212,6 +221,15 @@ def _warn_of_other_beginning(recipe: Recipe, lineage: dict[str, Any]) -> None:
             lineage["started_from"],
             began[:12],
         )
+
+
+def _kernels(mesh: Mesh) -> str:
+    """Which form of the CPU kernels each rank runs, said if they are not alike. Collective."""
+    peers = Peers(mesh.saving)
+    forms = peers.gather(describe(mesh.device))
+    if forms is not None and len(set(forms)) > 1:
+        log.warning("ranks run different kernels, so the layout of ranks changes bits: %s", of_all_ranks(forms))
+    return str(peers.hear(of_all_ranks(forms) if forms is not None else None))
 
 
 def _world_peak(per_rank: float | None, mesh: Mesh) -> float | None:

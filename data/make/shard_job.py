@@ -20,9 +20,10 @@ from data.make.corpus import Document, Reader, cut_in_two, digest, held_out
 from data.make.megatron_sets import describe_set, unended_documents
 from data.sources.files import ReadError, is_remote
 from data.sources.records import Part
-from data.store.manifest import SPLITS, ShardEntry, shard_entry, write_durably
+from data.store.manifest import SPLITS, ShardEntry, shard_entry
 from data.store.origins import pack_origins
-from data.store.shards import ShardWriter, write_bytes_durably
+from data.store.shards import ShardWriter, write_with_facts
+from data.system import disk
 from data.tokenizer import Tokenizer, Unencodable
 from recipes.schema.data import SourceConfig
 from recipes.schema.errors import DataError
@@ -81,6 +82,8 @@ class ShardResult:
     problems: tuple[str, ...] = ()
     unended: int = 0
     """Documents of an existing set without an end-of-document token."""
+    unknown: int = 0
+    """Unknown tokens that were written."""
 
 
 def make_shard(job: ShardJob, tokenizer: Tokenizer, *, threads: int, report: Report) -> None:
@@ -96,7 +99,7 @@ def make_shard(job: ShardJob, tokenizer: Tokenizer, *, threads: int, report: Rep
             if not pauses:
                 raise
             time.sleep(pauses.pop(0))
-    write_durably(job.result, json.dumps(asdict(result)))
+    disk.write_text(job.result, json.dumps(asdict(result)), is_own=True)
 
 
 def read_result(job: ShardJob) -> ShardResult:
@@ -145,6 +148,7 @@ def _make(job: ShardJob, tokenizer: Tokenizer, threads: int, report: Report) -> 
         splits = describe_set(part.file, tokenizer, fraction=job.fraction, first=first, report=report)
         return ShardResult(splits=splits, records={}, unended=unended_documents(part.file, tokenizer.eod))
     reader = Reader(job.name, job.source)
+    unknown = 0
     with ExitStack() as stack:
         outputs = {split: stack.enter_context(_Output(job, split, tokenizer)) for split in SPLITS}
         for part in job.parts:
@@ -153,9 +157,11 @@ def _make(job: ShardJob, tokenizer: Tokenizer, threads: int, report: Report) -> 
                 text_bytes = tokens = 0
                 ids = _encoded([text.document.text for text in batch], tokenizer, threads)
                 for text, numbers in zip(batch, ids, strict=True):
-                    if isinstance(numbers, str):
-                        reader.refuse(part, text.document.record, numbers)
+                    problem = numbers if isinstance(numbers, str) else tokenizer.loss(text.document.text, numbers)
+                    if problem is not None or isinstance(numbers, str):
+                        reader.refuse(part, text.document.record, str(problem))
                         continue
+                    unknown += tokenizer.unknown_count(numbers)
                     outputs[text.split].add(text, numbers)
                     text_bytes += text.bytes
                     tokens += len(numbers) + 1
@@ -169,6 +175,7 @@ def _make(job: ShardJob, tokenizer: Tokenizer, threads: int, report: Report) -> 
         bad_records=reader.bad_records,
         empty_documents=reader.empty_documents,
         problems=tuple(reader.problems),
+        unknown=unknown,
     )
 
 
@@ -204,7 +211,7 @@ class _Output:
         """Make the files visible. -> the manifest's entry."""
         facts = self._writer.finish()
         content = pack_origins(self.files, self._starts, np.asarray(self._records, dtype=np.uint32))
-        facts["origins"] = write_bytes_durably(self._folder / f"{self._path}.origins", content)
+        facts["origins"] = write_with_facts(self._folder / f"{self._path}.origins", content)
         return ShardEntry(
             path=self._path,
             documents=len(self._records),

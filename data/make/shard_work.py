@@ -14,7 +14,7 @@ from data.make.corpus import first_two
 from data.make.megatron_sets import find_sets
 from data.sources.parts import cut, limited
 from data.sources.records import Part
-from data.store.manifest import write_durably
+from data.system import disk
 from recipes.schema.data import DataConfig
 from recipes.schema.errors import DataError
 
@@ -92,7 +92,7 @@ def plan_work(config: DataConfig, folder: Path) -> Work:
         same_request(folder, raw["request"], request)
         return Work(request, sources)
     work = Work(request, {name: _plan_source(config, name) for name in config.sources})
-    write_durably(path, json.dumps(asdict(work)))
+    disk.write_text(path, json.dumps(asdict(work)), is_own=True)
     return work
 
 

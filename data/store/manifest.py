@@ -18,6 +18,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from data.system import disk
 from recipes.schema.errors import DataError
 
 MANIFEST = "manifest.json"
@@ -116,7 +117,7 @@ class Manifest:
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Write `manifest.json` aside and rename it: its presence says that the data is complete."""
-    write_durably(folder / MANIFEST, json.dumps(asdict(manifest), indent=1))
+    disk.write_text(folder / MANIFEST, json.dumps(asdict(manifest), indent=1), is_own=True)
 
 
 def read_manifest(folder: Path, *, verify: bool = False, check_files: bool = True) -> Manifest:
@@ -175,16 +176,6 @@ def file_sha256(path: Path) -> str:
     """sha256 of a file's content."""
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def write_durably(path: Path, text: str) -> None:
-    """Write a text file so that it is there whole or not at all, also after a crash."""
-    aside = path.with_name(f"{path.name}.writing-{os.uname().nodename}-{os.getpid()}")
-    with aside.open("w") as stream:
-        stream.write(text)
-        stream.flush()
-        os.fsync(stream.fileno())
-    aside.rename(path)
 
 
 def _check_file(path: str, facts: FileFacts, *, verify: bool) -> None:

@@ -15,7 +15,8 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from data.store.manifest import FileFacts, file_sha256, write_durably
+from data.store.manifest import FileFacts, file_sha256
+from data.system import disk
 from recipes.schema.errors import DataError
 
 VERIFIED = "verified.json"
@@ -93,7 +94,7 @@ class Verifier:
         with self._lock:
             text = json.dumps(self._verified, indent=0)
         try:
-            write_durably(self._path, text)
+            disk.write_text(self._path, text, is_own=True)
         except OSError as error:  # data may lie where we cannot write
             log.info("%s cannot be written (%s): files are checked again next time.", self._path, error)
 

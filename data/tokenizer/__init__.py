@@ -65,13 +65,62 @@ class Tokenizer:
         """Ids of several texts, the same as `encode` gives, faster."""
         return self._backend.encode_batch(texts, threads)
 
+    def loss(self, text: str, ids: np.ndarray) -> str | None:
+        """What is wrong with the ids of a text: what they do not give back. None where they stand for all of it.
+
+        A byte-level tokenizer must give back the text, or what its own normaliser makes of it, to the byte. Any other must give
+        back as many bytes as the normalised text has, blanks apart; where it wrote its unknown token, nothing can be said.
+        """
+        backend = self._backend
+        if backend.is_exact:
+            wanted = len(text.encode()) if type(backend).image is Backend.image else len(backend.image(text).encode())
+            lost = wanted - int(self.token_bytes()[ids].sum())
+        else:
+            if backend.unknown is not None and (ids == backend.unknown).any():
+                return None
+            wanted = len("".join(backend.image(text).replace("▁", " ").split()).encode())
+            lost = wanted - int(self._solid_bytes[ids].sum())
+            lost = max(0, lost)
+        if not lost:
+            return None
+        there, image = self.decode(ids), backend.image(text)
+        at = next((i for i, (a, b) in enumerate(zip(there, image, strict=False)) if a != b), len(there))
+        what = f"loses {lost:,}" if lost > 0 else f"gains {-lost:,}"
+        return (
+            f"{what} of its {wanted:,} bytes when it is encoded, the first near {image[max(0, at - 8) : at + 8]!r}: the "
+            f"tokenizer has no token for them"
+        )
+
+    def unknown_count(self, ids: np.ndarray) -> int:
+        """How many of the ids are the unknown token."""
+        unknown = self._backend.unknown
+        return 0 if unknown is None else int((ids == unknown).sum())
+
+    @property
+    def note(self) -> str | None:
+        """What the user should know about how texts are encoded with this file. Asking may take a second."""
+        return self._backend.note
+
     def decode(self, ids: Iterable[int]) -> str:
         """The text of ids; special tokens are left out."""
         return self._backend.decode([int(i) for i in ids])
 
     def token_bytes(self) -> np.ndarray:
         """UTF-8 bytes each id stands for, int32 [vocab_size]; 0 for special tokens."""
-        return np.array([len(self._backend.bytes_of(i)) for i in range(self.vocab_size)], dtype=np.int32)
+        return self._token_bytes
+
+    @functools.cached_property
+    def _token_bytes(self) -> np.ndarray:
+        sizes = np.array([len(self._backend.bytes_of(i)) for i in range(self.vocab_size)], dtype=np.int32)
+        sizes.flags.writeable = False
+        return sizes
+
+    @functools.cached_property
+    def _solid_bytes(self) -> np.ndarray:
+        """The same without blanks."""
+        return np.array(
+            [len(b"".join(self._backend.bytes_of(i).split())) for i in range(self.vocab_size)], dtype=np.int32
+        )
 
     def incremental_decoder(self) -> "IncrementalDecoder":
         """A decoder that takes ids one by one and gives text as soon as its characters are whole."""

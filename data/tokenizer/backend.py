@@ -20,6 +20,8 @@ class Backend(ABC):
     file: str
     """Name its file is kept under in a folder of prepared data."""
     vocab_size: int
+    is_exact = True
+    """Whether decoding gives a text back to the byte. Otherwise words come back, perhaps with other blanks."""
     special: Mapping[str, int]
     """Special tokens by name."""
 
@@ -34,6 +36,20 @@ class Backend(ABC):
     @abstractmethod
     def bytes_of(self, token: int) -> bytes:
         """UTF-8 bytes an id stands for, a part of a character perhaps; nothing for special tokens."""
+
+    def image(self, text: str) -> str:
+        """What decoding should give back: the text as the file's own normaliser leaves it."""
+        return text
+
+    @property
+    def note(self) -> str | None:
+        """What the user should know about the way this file is encoded."""
+        return None
+
+    @property
+    def unknown(self) -> int | None:
+        """Id that stands for what the vocabulary does not have; None where there is none."""
+        return None
 
     @abstractmethod
     def content(self) -> Any:

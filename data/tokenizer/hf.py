@@ -1,8 +1,10 @@
 """`tokenizer.json` files; the only module that knows the `tokenizers` library.
 
 Any such file loads. Where it is a byte-level BPE whose merges follow the order of its ids, which is what training makes and
-most published files are, bulk encoding goes through tiktoken, several times faster: `as_ranks` proves that the ids are the
-same, token by token, and the first text of every shard is encoded both ways and compared.
+most published files are, bulk encoding goes through tiktoken, several times faster. Two things must hold for that: `as_ranks`
+shows, token by token, that the merges give the same ids, and `data.tokenizer.proof` has texts on which the two libraries'
+regular expressions, which read some patterns differently, must agree. Otherwise bulk encoding is this library's, and `note`
+says so. While it goes on, the beginning of a text of every batch is encoded both ways and compared.
 """
 
 import contextlib
@@ -17,12 +19,14 @@ from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, trai
 from tokenizers import Tokenizer as Library
 
 from data.tokenizer.backend import Backend, Unencodable
-from data.tokenizer.ranks import PATTERNS, Ranks, encode_batch, encoding_of
+from data.tokenizer.proof import proof_texts
+from data.tokenizer.ranks import PATTERNS, Ranks, encode_batch, encoding_of, from_oniguruma, portable
 from recipes.schema.data import TokenizerConfig
 from recipes.schema.errors import DataError
 
 FILE = "tokenizer.json"
-_COMPARED_CHARACTERS = 1 << 16
+_COMPARED_CHARACTERS = 2048
+"""Of one text in every batch: about a thousandth of the work."""
 
 
 class HuggingFace(Backend):
@@ -35,6 +39,8 @@ class HuggingFace(Backend):
         library.no_truncation()  # either would silently change documents
         library.no_padding()
         library.encode_special_tokens = True  # a special token spelled out in a text is text
+        if isinstance(library.model, models.BPE):
+            library.model.dropout = None  # it would make ids a matter of chance
         self._library = library
         self.parsed: dict[str, Any] = json.loads(library.to_str())
         """The file's content."""
@@ -45,8 +51,10 @@ class HuggingFace(Backend):
         self.special = {entry["content"]: entry["id"] for entry in added if entry["special"]}
         self._added = {entry["id"]: b"" if entry["special"] else entry["content"].encode() for entry in added}
         self._kind = _kind_of_pieces(self.parsed)
+        self.is_exact = self._kind == "bytes"
+        self._prefix = str(self.parsed["model"].get("continuing_subword_prefix") or "")
         self._wants_fast = fast
-        self._compared = False
+        self._turn = 0
 
     @functools.cached_property
     def ranks(self) -> Ranks | None:
@@ -55,31 +63,106 @@ class HuggingFace(Backend):
 
     @functools.cached_property
     def _fast(self) -> Any:
-        return encoding_of(self.ranks) if self._wants_fast and self.ranks is not None else None
+        if not self._wants_fast or self.ranks is None:
+            return None
+        try:
+            fast = encoding_of(self.ranks)
+        except DataError:  # a pattern that only one of the two libraries understands
+            return None
+        texts = proof_texts(self.ranks.tokens)
+        theirs = self._library.encode_batch_fast(texts, add_special_tokens=False)
+        return fast if all(fast.encode_ordinary(t) == e.ids for t, e in zip(texts, theirs, strict=True)) else None
+
+    @property
+    def note(self) -> str | None:
+        """Why bulk encoding is the slow one, where that comes as a surprise."""
+        if self._wants_fast and self.ranks is not None and self._fast is None:
+            return (
+                f"tiktoken reads the pattern {self.ranks.pattern!r} otherwise than `tokenizers` does, so texts are encoded by "
+                f"`tokenizers`, several times slower."
+            )
+        return None
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text."""
-        ids: list[int] = self._library.encode(text, add_special_tokens=False).ids
-        return ids
+        return self._as_text(self._library.encode(text, add_special_tokens=False).ids)
 
     def encode_batch(self, texts: list[str], threads: int) -> list[np.ndarray]:
-        """Ids of several texts. DataError where the two libraries differ on the first call's first text."""
+        """Ids of several texts. DataError where the two libraries differ on the beginning of one."""
         if self._fast is not None:
-            if texts and not self._compared:
-                self._compare(texts[0][:_COMPARED_CHARACTERS])
+            if texts:
+                self._turn += 1
+                self._compare(texts[self._turn % len(texts)][:_COMPARED_CHARACTERS])
             with contextlib.suppress(Unencodable):  # what tiktoken gives up on, this library may not
                 return encode_batch(self._fast, texts, threads)
         return [
-            np.asarray(e.ids, dtype=np.int64) for e in self._library.encode_batch_fast(texts, add_special_tokens=False)
+            np.asarray(self._as_text(e.ids), dtype=np.int64)
+            for e in self._library.encode_batch_fast(texts, add_special_tokens=False)
         ]
 
     def _compare(self, text: str) -> None:
         if self._fast.encode_ordinary(text) != self.encode(text):
             raise DataError(
-                "tokenizers and tiktoken give different ids for the same text and vocabulary; please report the "
-                "tokenizer.json and this text, and set data.tokenizer.encoder=tokenizers."
+                f"tokenizers and tiktoken give different ids for the same text and vocabulary. Set "
+                f"data.tokenizer.encoder=tokenizers, and please report the tokenizer.json with this text: {text!r}"
             )
-        self._compared = True
+
+    @functools.cached_property
+    def _spelled(self) -> dict[int, list[int]]:
+        """Ids of each special token's name as text. Only of those that the model's own vocabulary has too: these it finds in a
+        text. The unknown token is what it is, however it came about."""
+        vocab = self.parsed["model"]["vocab"]
+        known = vocab if isinstance(vocab, dict) else {entry[0] for entry in vocab}
+        return {
+            number: self._letters(name)
+            for name, number in self.special.items()
+            if name in known and number != self.unknown
+        }
+
+    def _letters(self, name: str) -> list[int]:
+        """Ids of a text one character at a time: there is always such a way where there is one at all."""
+        ids: list[int] = []
+        for at, character in enumerate(name):
+            if self._kind == "bytes":
+                spelled = [_CHARACTER_OF[byte] for byte in character.encode()]
+            else:
+                spelled = [character if not at else self._prefix + character]
+            found = [self._library.token_to_id(piece) for piece in spelled]
+            if None in found and self.parsed["model"].get("byte_fallback"):
+                found = [self._library.token_to_id(f"<0x{byte:02X}>") for byte in character.encode()]
+            known = (self.unknown if number is None else number for number in found)
+            ids += [number for number in known if number is not None]
+        return ids
+
+    def _as_text(self, ids: list[int]) -> list[int]:
+        """Ids without special tokens: where the model found one's name in a text, the name is spelled out."""
+        if not self._spelled or self._spelled.keys().isdisjoint(ids):
+            return ids
+        return [number for found in ids for number in self._spelled.get(found, (found,))]
+
+    @functools.cached_property
+    def unknown(self) -> int | None:  # type: ignore[override]
+        """Id of the model's unknown token."""
+        model = self.parsed["model"]
+        if model.get("unk_id") is not None:
+            return int(model["unk_id"])
+        name = model.get("unk_token")
+        number: int | None = self._library.token_to_id(name) if name is not None else None
+        return number
+
+    def image(self, text: str) -> str:
+        """The text as the file's normaliser leaves it."""
+        normal = self._library.normalizer
+        if normal is not None:
+            text = normal.normalize_str(text)
+        return f" {text}" if self._puts_blank and not text[:1].isspace() else text
+
+    @functools.cached_property
+    def _puts_blank(self) -> bool:
+        """Whether a byte-level file puts a blank before each text."""
+        pre = self.parsed["pre_tokenizer"] or {}
+        steps = pre.get("pretokenizers", [pre])
+        return self.is_exact and any(step.get("type") == "ByteLevel" and step["add_prefix_space"] for step in steps)
 
     def bytes_of(self, token: int) -> bytes:
         """Bytes of an id, by the kind of its pieces."""
@@ -99,7 +182,11 @@ class HuggingFace(Backend):
                 return piece.replace("▁", " ").encode()
             case _:
                 text: str = self._library.decode([token], skip_special_tokens=True)
-                return text.encode()
+                return (
+                    text.removeprefix(self._prefix).encode()
+                    if self._prefix and piece != self._prefix
+                    else text.encode()
+                )
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of ids, special tokens left out."""
@@ -137,7 +224,7 @@ def train(texts: Iterable[str], config: TokenizerConfig) -> HuggingFace:
     if config.pattern in (None, "gpt2"):
         library.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
     else:
-        pattern = PATTERNS.get(str(config.pattern), str(config.pattern))
+        pattern = portable(PATTERNS.get(str(config.pattern), str(config.pattern)))
         try:
             cut = pre_tokenizers.Split(Regex(pattern), behavior="isolated")
         except Exception as error:  # the library's own type
@@ -167,7 +254,7 @@ def train(texts: Iterable[str], config: TokenizerConfig) -> HuggingFace:
             f"data.tokenizer.vocab_size={config.vocab_size}, but these texts only give {size} tokens. Use more text, or "
             f"data.tokenizer.vocab_size={size}."
         )
-    return HuggingFace(library)
+    return HuggingFace(library, fast=config.encoder == "auto")
 
 
 def from_ranks(ranks: Ranks) -> HuggingFace:
@@ -185,7 +272,7 @@ def from_ranks(ranks: Ranks) -> HuggingFace:
         vocab=names | dict(ranks.special), merges=[(_piece_of(a), _piece_of(b)) for a, b in filter(None, pairs)]
     )
     library = Library(model)
-    cut = pre_tokenizers.Split(Regex(ranks.pattern), behavior="isolated")
+    cut = pre_tokenizers.Split(Regex(portable(ranks.pattern)), behavior="isolated")
     library.pre_tokenizer = pre_tokenizers.Sequence(
         [cut, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
     )
@@ -265,7 +352,7 @@ def as_parsed(ranks: Ranks) -> dict[str, Any]:
                 )
             merges.append([piece(part) for part in pair])
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
-    cut = {"type": "Split", "pattern": {"Regex": ranks.pattern}, "behavior": "Isolated", "invert": False}
+    cut = {"type": "Split", "pattern": {"Regex": portable(ranks.pattern)}, "behavior": "Isolated", "invert": False}
     plain = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
     special = sorted(ranks.special.items(), key=lambda entry: entry[1])
     return {
@@ -313,7 +400,7 @@ def _pattern_of(pre: dict[str, Any] | None) -> str | None:
         return None
     if whole["type"] != "ByteLevel" or whole["add_prefix_space"] or whole.get("use_regex", True):
         return None
-    return str(cut["pattern"]["Regex"])
+    return from_oniguruma(str(cut["pattern"]["Regex"]))
 
 
 def _kind_of_pieces(parsed: dict[str, Any]) -> str:

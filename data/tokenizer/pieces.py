@@ -23,6 +23,7 @@ class SentencePiece(Backend):
     """A loaded `.model`."""
 
     file = FILE
+    is_exact = False
 
     def __init__(self, path: Path) -> None:
         try:
@@ -46,6 +47,17 @@ class SentencePiece(Backend):
         return [
             np.asarray(ids, dtype=np.int64) for ids in self._processor.encode(texts, out_type=int, num_threads=threads)
         ]
+
+    def image(self, text: str) -> str:
+        """The text as the model's rules normalise it."""
+        normal: str = self._processor.normalize(text)
+        return normal
+
+    @property
+    def unknown(self) -> int | None:
+        """Id of the unknown piece."""
+        number: int = self._processor.unk_id()
+        return number if number >= 0 else None
 
     def bytes_of(self, token: int) -> bytes:
         """Bytes of an id, a space for each `▁`."""

@@ -13,7 +13,8 @@ What a file does not say comes from `data.tokenizer` of the recipe: pattern, ran
 import base64
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,12 +29,17 @@ from recipes.schema.errors import DataError
 
 FILE = "tokenizer.ranks.json"
 _FORMAT = "stratum-ranks-1"
+_COUNTED = re.compile(r"(\{\d+(?:,\d*)?\})\+")
+_ATOM = re.compile(
+    r"\\[pP]\{[^}]*\}|\\x\{[^}]*\}|\\.|\[(?:\[:[^\]]*:\]|\\.|\[[^\]]*\]|\^?\]?[^\]\\\[])*\]|.", re.DOTALL
+)
+"""One character of a regular expression, or an escape or a class as a whole."""
 _TEKKEN_SPECIAL = ("<unk>", "<s>", "</s>", "[INST]", "[/INST]", "[AVAILABLE_TOOLS]", "[/AVAILABLE_TOOLS]",
                    "[TOOL_RESULTS]", "[/TOOL_RESULTS]", "[TOOL_CALLS]", "[IMG]", "<pad>", "[IMG_BREAK]", "[IMG_END]",
                    "[PREFIX]", "[MIDDLE]", "[SUFFIX]", "[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]", "[TOOL_CONTENT]")  # fmt: skip
 """Names of the first ids of tekken files that name none (mistral-common, Tekkenizer, files up to version 7)."""
 
-_CL100K = r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+| ?[^\s\p{L}\p{N}]++[\r\n]*+|\s++$|\s*[\r\n]|\s+(?!\S)|\s"
+_CL100K = r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}| ?[^\s\p{L}\p{N}]++[\r\n]*+|\s++$|\s*[\r\n]|\s+(?!\S)|\s"
 _CASED = r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
 _UPPER = r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
 _SHORT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
@@ -45,7 +51,8 @@ PATTERNS = {
     "nemotron": f"{_CASED}|{_UPPER}|" + r"\p{N}|" + _REST,
 }
 """Published patterns by name: GPT-2, OpenAI's two encodings (tiktoken_ext/openai_public.py), and the one of tekken files,
-which is Megatron-LM's `v2` and Nemotron's."""
+which is Megatron-LM's `v2` and Nemotron's. cl100k is published with `\\p{N}{1,3}+`, the same in tiktoken's regular expressions;
+in those of `tokenizers` that means any number of digits."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +77,7 @@ class Ranks:
             digest.update(len(token).to_bytes(4, "little") + token)
         return {
             "model": "byte-level BPE by ranks",
-            "pattern": self.pattern,
+            "pattern": portable(self.pattern),
             "offset": self.offset,
             "tokens": digest.hexdigest(),
             "special": dict(self.special),
@@ -125,8 +132,53 @@ class Tiktoken(Backend):
         path.write_text(json.dumps(content, indent=0))
 
 
+def portable(pattern: str) -> str:
+    """A pattern as tiktoken reads it, written so that `tokenizers` reads the same.
+
+    `X{1,3}+` takes its digits at once and gives none back in Rust's regular expressions; in Oniguruma it repeats the whole.
+    """
+    return _each_counted(pattern, lambda atom, count, is_last: f"{atom}{count}" if is_last else f"(?>{atom}{count})")
+
+
+def from_oniguruma(pattern: str) -> str:
+    """A pattern as `tokenizers` reads it, written so that tiktoken reads the same (see `portable`)."""
+    return _each_counted(pattern, lambda atom, count, is_last: f"(?:{atom}{count})+")
+
+
+def _each_counted(pattern: str, write: Callable[[str, str, bool], str]) -> str:
+    """A pattern with each `atom{n,m}+` written otherwise. write(atom, count, whether its alternative ends there)."""
+    out: list[str] = []
+    opened: list[int] = []
+    atom, at = 0, 0  # place in `out` where the atom before begins; place in the pattern
+    while at < len(pattern):
+        counted = _COUNTED.match(pattern, at)
+        if counted and out:
+            at = counted.end()
+            is_last = not opened and (at == len(pattern) or pattern[at] == "|")
+            out[atom:] = [write("".join(out[atom:]), counted[1], is_last)]
+            continue
+        piece = _ATOM.match(pattern, at)
+        assert piece is not None, "any character is an atom"
+        match piece[0]:
+            case "(":
+                opened.append(len(out))
+                atom = len(out)
+            case ")" if opened:
+                atom = opened.pop()
+            case "?" | "*" | "+" | "|":
+                pass
+            case _:
+                atom = len(out)
+        out.append(piece[0])
+        at = piece.end()
+    return "".join(out)
+
+
 def encoding_of(ranks: Ranks) -> tiktoken.Encoding:
-    """tiktoken's encoder. DataError for ranks it would not survive."""
+    """tiktoken's encoder. DataError for ranks it would not survive.
+
+    What the pattern does not match is a piece of its own, as in `tokenizers`; tiktoken by itself would leave it out.
+    """
     if len(set(ranks.tokens)) != len(ranks.tokens):
         raise DataError("the tokenizer has the same token twice.")
     lacking = {bytes([byte]) for byte in range(256)} - set(ranks.tokens)
@@ -135,7 +187,7 @@ def encoding_of(ranks: Ranks) -> tiktoken.Encoding:
     try:
         return tiktoken.Encoding(
             name="stratum",
-            pat_str=ranks.pattern,
+            pat_str=f"{ranks.pattern}|(?:(?!{ranks.pattern})(?s:.))+",
             mergeable_ranks={token: ranks.offset + rank for rank, token in enumerate(ranks.tokens)},
             special_tokens=dict(ranks.special),
         )

@@ -15,6 +15,7 @@ from recipes.schema.layout import Layout
 from recipes.schema.recipe import Recipe
 from recipes.schema.rules import objective_problems, unused
 from recipes.schema.scaling import shape_problems
+from recipes.schema.schedule import unread
 
 if TYPE_CHECKING:
     from data.order.blend import Blend
@@ -49,6 +50,8 @@ def recipe_warnings(recipe: Recipe, layout: Layout, device: Device) -> list[str]
         )
     if idle := unused(recipe.objective):
         found.append(f"objective.kind=next_token trains on next tokens; not used: {idle}.")
+    if idle := unread(recipe.schedule):
+        found.append(f"{idle}.")
     if recipe.run.device == "cpu":
         found.append("run.device=cpu: the plan is for GPUs; this recipe will not use them.")
     if recipe.run.deterministic:

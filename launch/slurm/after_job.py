@@ -11,6 +11,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from data.system import disk
 from launch.local.continuation import Decision, decide
 from launch.local.failures import read_failures, read_stop, tell
 from launch.local.rank import LOGS
@@ -80,9 +81,7 @@ def _read_state(run: RunFolder) -> tuple[int, str | None]:
 
 
 def _write_state(run: RunFolder, *, failures: int, checkpoint: str | None) -> None:
-    aside = run.logs / f".{_STATE}"
-    aside.write_text(json.dumps({"failures": failures, "checkpoint": checkpoint}))
-    aside.replace(run.logs / _STATE)
+    disk.write_text(run.logs / _STATE, json.dumps({"failures": failures, "checkpoint": checkpoint}))
 
 
 if __name__ == "__main__":

@@ -10,8 +10,11 @@ from typing import Any, Literal
 import yaml
 
 from recipes.schema.errors import RecipeError
+from recipes.schema.optim import ScheduleConfig
 from recipes.schema.read import recipe_mapping
 from recipes.schema.recipe import Recipe
+from recipes.schema.schedule import lengths_of
+from recipes.schema.typed import FieldError, build
 
 Kind = Literal["safe", "data order", "arithmetic", "another run"]
 """What a changed field does to a run that continues: nothing but rounding; other rows; other numbers from the same rows; or
@@ -61,9 +64,27 @@ def differences(old: dict[str, Any], new: dict[str, Any]) -> list[Difference]:
     found = []
     for key in sorted(before.keys() | after.keys()):
         then, now = before.get(key, _default(key)), after.get(key)
-        if then != now:
+        if then != now and not _is_same_length(key, old, new):
             found.append(Difference(key, then, now, _kind(key, new)))
     return found
+
+
+def _is_same_length(key: str, old: dict[str, Any], new: dict[str, Any]) -> bool:
+    """Whether a phase of the schedule is as long as before, once written in steps or tokens and once as a fraction."""
+    if key not in ("schedule.warmup", "schedule.decay"):
+        return False
+    name, found = key.removeprefix("schedule."), []
+    for plain in (old, new):
+        try:
+            lengths = lengths_of(
+                build(ScheduleConfig, plain["schedule"], "schedule"),
+                total_steps=plain["run"]["steps"],
+                tokens_per_step=plain["run"]["global_rows"] * plain["data"]["row_tokens"],
+            )
+        except (KeyError, TypeError, FieldError):
+            return False
+        found.append(getattr(lengths, name))
+    return found[0] == found[1]
 
 
 def refused(changes: list[Difference], allowed: Sequence[str]) -> str | None:
@@ -94,6 +115,7 @@ def _kind(key: str, new: dict[str, Any]) -> Kind:
     if key == "run.steps":
         schedule = new.get("schedule", {})
         ends = schedule.get("kind") == "cosine" or (schedule.get("kind") == "wsd" and schedule.get("decay"))
+        ends = ends or (isinstance(schedule.get("warmup"), float) and schedule["warmup"] > 0)  # a fraction of the run
         return "arithmetic" if ends and schedule.get("total") is None else "safe"
     matches = [name for name in _KINDS if key == name or key.startswith(f"{name}.")]
     return _KINDS[max(matches, key=len)] if matches else "arithmetic"

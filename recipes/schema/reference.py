@@ -86,6 +86,8 @@ def _type(hint: Any) -> str:
         return f"{_type(arguments[0])} {bounds}".strip()
     if origin is typing.Literal:
         return " or ".join(f"`{choice}`" for choice in arguments)
+    if arguments == (int, float):
+        return "int or float"
     if type(None) in arguments:
         (inner,) = (a for a in arguments if a is not type(None))
         return f"{_type(inner)} or null"

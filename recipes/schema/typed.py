@@ -130,8 +130,8 @@ def _value(hint: Any, value: Any, where: str, problems: list[str]) -> Any:
         hint, *extras = typing.get_args(hint)
         bounds = next((extra for extra in extras if isinstance(extra, Range)), None)
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
-    if origin in (typing.Union, types.UnionType):
-        if value is None and type(None) in arguments:
+    if origin in (typing.Union, types.UnionType) and type(None) in arguments:
+        if value is None:
             return None
         (inner,) = (a for a in arguments if a is not type(None))
         return _value(inner, value, where, problems)
@@ -179,7 +179,9 @@ def _choice(choices: tuple[Any, ...], value: Any) -> Any:
 
 
 def _scalar(kind: Any, value: Any) -> Any:
-    if kind is float:
+    if kind == int | float and isinstance(value, int) and not isinstance(value, bool):
+        return value
+    if kind in (float, int | float):
         if isinstance(value, int | float) and not isinstance(value, bool):
             return float(value)
         if isinstance(value, str):

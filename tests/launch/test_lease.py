@@ -177,7 +177,7 @@ def test_any_file_system_gives_a_number_once(tmp_path: Path) -> None:
 
 def test_a_damaged_lease_is_named(tmp_path: Path) -> None:
     (tmp_path / "00000001.json").write_text('{"host": "n')
-    with pytest.raises(LeaseError, match="00000001.json does not say who owns the run"):
+    with pytest.raises(LeaseError, match=r"00000001\.json does not say who owns the run"):
         take(tmp_path, what="a")
 
 

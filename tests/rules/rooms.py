@@ -17,7 +17,8 @@ STOREYS = (
     # recipes
     ("recipes", "recipes.schema"),
     # data
-    ("data", "data.native", "data.batch", "data.sources", "data.store", "data.tokenizer", "data.order"),
+    ("data", "data.system"),
+    ("data.native", "data.batch", "data.sources", "data.store", "data.tokenizer", "data.order"),
     ("data.rows", "data.make"),
     ("data.dataset", "data.prepare"),
     ("data.stream",),

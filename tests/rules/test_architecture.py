@@ -31,7 +31,9 @@ DOORS = {
 }
 """Rooms or modules that may import an outside library."""
 
-NO_TORCH = ("recipes", "data.make", "data.order", "data.sources", "data.store", "data.tokenizer", "launch")
+NO_TORCH = (
+    "recipes", "data.system", "data.make", "data.order", "data.sources", "data.store", "data.tokenizer", "launch",
+)  # fmt: skip
 """Packages and rooms that run where torch is not installed, or would take seconds to load."""
 
 LAUNCH_FOR_TRAIN = ("launch.plan",)

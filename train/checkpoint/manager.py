@@ -16,9 +16,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from data.system import disk
 from recipes.schema.checkpoint import CheckpointConfig
 from recipes.schema.errors import CheckpointError, NumericsError, StratumError
-from train.checkpoint import disk, publishing, steps, storage
+from train.checkpoint import publishing, steps, storage
 from train.checkpoint.manifest import Manifest, RunState
 from train.checkpoint.saving import Event, Memory, Peers, Save, Snapshot, Staging
 from train.checkpoint.steps import checkpoint_at as checkpoint_at
@@ -147,7 +148,7 @@ class CheckpointFolder:
         self._save = Save(
             snapshot,
             peers=peers,
-            aside=self.folder / f".{self.path_of(step).name}.writing",
+            aside=disk.aside_of(self.path_of(step)),
             memory=self._memory,
             staging=self._staging if background else None,
             prepare=lambda: self._make_room(step, snapshot),
@@ -230,13 +231,13 @@ class CheckpointFolder:
     def _publish(self, manifest: Manifest) -> dict[str, Any]:
         """On rank 0: name the complete checkpoint and point at it."""
         final = self.path_of(manifest.step)
-        self._warn_of(publishing.publish(self.folder / f".{final.name}.writing", final))
+        self._warn_of(publishing.publish(disk.aside_of(final), final))
         publishing.point_at(self.folder, final.name)
         return {"path": str(final)}
 
     def _make_room(self, step: int, snapshot: Snapshot) -> None:
         """Check that the folder can be written and the disk has room, before anything is written."""
-        aside = self.folder / f".{self.path_of(step).name}.writing"
+        aside = disk.aside_of(self.path_of(step))
         needed = estimated_bytes(snapshot)
         try:
             self.folder.mkdir(parents=True, exist_ok=True)

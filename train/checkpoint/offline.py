@@ -14,8 +14,9 @@ from pathlib import Path
 import torch
 import yaml
 
+from data.system import disk
 from recipes.schema.errors import CheckpointError
-from train.checkpoint import disk, fingerprint, publishing, steps
+from train.checkpoint import fingerprint, publishing, steps
 from train.checkpoint.files import (
     Reader,
     boxes_of_run,
@@ -130,7 +131,7 @@ def reshard(folder: Path, out: Path, *, files: int, with_optimizer: bool, advanc
     }
     if out.exists():
         raise CheckpointError(f"{out} is there already. Choose another folder, or move it away.")
-    aside = _aside(out)
+    aside = disk.aside_of(out)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         _clear(aside)
@@ -157,8 +158,7 @@ def reshard(folder: Path, out: Path, *, files: int, with_optimizer: bool, advanc
         if is_run(out):
             publishing.point_at(new.parent, new.name)
             disk.write_text(aside / "recipe.yaml", yaml.safe_dump(manifest.recipe, sort_keys=False))
-        disk.rename(aside, out)
-        disk.sync(out.parent)
+        disk.put_in_place(aside, out)
     except OSError as error:
         raise CheckpointError(f"{out} cannot be written: {error.strerror or error}") from error
     finally:
@@ -169,11 +169,6 @@ def reshard(folder: Path, out: Path, *, files: int, with_optimizer: bool, advanc
 def is_run(out: Path) -> bool:
     """Whether a folder's name is that of a run rather than of a checkpoint."""
     return not out.name.startswith("step_")
-
-
-def _aside(out: Path) -> Path:
-    """Where it is written until it is whole; no reader takes the name for a checkpoint, a run or a file of weights."""
-    return out.with_name(f".{out.name}.writing")
 
 
 def _clear(aside: Path) -> None:
@@ -211,7 +206,7 @@ def consolidate(folder: Path, out: Path, *, with_optimizer: bool, dtype: torch.d
     header, _ = header_of([(labels[n], formats[n], reader.manifest.tensors[n].shape) for n in names], metadata)
     if out.exists():
         raise CheckpointError(f"{out} is there already. Choose another name, or move it away.")
-    aside = _aside(out)
+    aside = disk.aside_of(out)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         _clear(aside)
@@ -219,9 +214,7 @@ def consolidate(folder: Path, out: Path, *, with_optimizer: bool, dtype: torch.d
         for name in names:
             disk.append(aside, [bytes_of(_proven(reader, name).to(formats[name]))])
             advance(reader.manifest.tensors[name].bytes)
-        disk.sync(aside)
-        disk.rename(aside, out)
-        disk.sync(out.parent)
+        disk.put_in_place(aside, out)
     except OSError as error:
         raise CheckpointError(f"{out} cannot be written: {error.strerror or error}") from error
     finally:

@@ -37,8 +37,9 @@ def random_pieces(mesh: Mesh) -> list[Piece]:
 def restore_random_state(reader: Reader, mesh: Mesh) -> None:
     """Restore the saved random state, proven by its fingerprints, if layout and kind of device are the same.
 
-    At others no state fits (a rank draws for other parts of the model): each rank is seeded from the saved run's seed and step alone,
+    At others no state fits (a rank draws for other parts of the model): each rank is seeded from the saved seed and step alone,
     the same at each resume from there, and not what the run began with. Weights alone come without any: the seed's state stays.
+
     Not collective. Raises CheckpointError where the state is not what was saved.
     """
     manifest = reader.manifest

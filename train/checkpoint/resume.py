@@ -48,6 +48,7 @@ def resume(checkpoints: CheckpointFolder, engine: Engine, *, recipe: Recipe, new
         _check_tokenizer(manifest, recipe=recipe, tokenizer=new.tokenizer, place=str(path))
         _check_data(manifest, recipe=recipe, data_hash=new.data_hash, place=str(path))
         _check_recipe(manifest, recipe=recipe, mapping=new.recipe, place=str(path))
+        _check_kernels(manifest, recipe=recipe, kernels=new.kernels, place=str(path))
         _check_teacher(manifest, engine.teacher, recipe=recipe, place=str(path))
     found = checkpoints.resume(engine)
     lineage = (found.manifest.lineage if found else new.lineage) | _taught_by(engine)
@@ -60,6 +61,7 @@ def resume(checkpoints: CheckpointFolder, engine: Engine, *, recipe: Recipe, new
         return Start(replace(new, lineage=lineage), _from_zero(checkpoints) or _learning(engine))
     _check_tokenizer(found.manifest, recipe=recipe, tokenizer=new.tokenizer, place=str(found.path))
     _check_data(found.manifest, recipe=recipe, data_hash=new.data_hash, place=str(found.path))
+    _check_kernels(found.manifest, recipe=recipe, kernels=new.kernels, place=str(found.path))
     state = replace(new, step=found.manifest.step, position=found.manifest.position, lineage=lineage)
     return Start(state, _audit(found, engine, recipe=recipe, new=new))
 
@@ -90,6 +92,10 @@ def _audit(found: Found, engine: Engine, *, recipe: Recipe, new: RunState) -> st
         ("weights", manifest.fingerprint[:16], "proven: fingerprints agree after loading"),
         ("data", manifest.data_hash[:12] or "unknown", _same_data(manifest, new.data_hash)),
     ]
+    if manifest.kernels or new.kernels:
+        now_run = "the same" if manifest.kernels == new.kernels else new.kernels or "none: not on a CPU"
+        differ = _kernels_differ(manifest, new.kernels)
+        rows.append(("kernels", manifest.kernels or "unknown", f"{now_run}{'    bits will differ (allowed)' * differ}"))
     before = manifest.lineage.get(TEACHER)
     if before or teacher:
         same = before and teacher and before["fingerprint"] == teacher["fingerprint"]
@@ -169,6 +175,21 @@ def _check_data(manifest: Manifest, *, recipe: Recipe, data_hash: str, place: st
         f"would no longer be the ones counted. Point data.folder at the old data, start a new run with another run.name, or "
         f"add checkpoint.allow=[data_order] to go on with other rows."
     )
+
+
+def _kernels_differ(manifest: Manifest, kernels: str) -> bool:
+    """Whether both are known and not the same: the device is a choice of its own, and old checkpoints do not say."""
+    return bool(manifest.kernels and kernels and manifest.kernels != kernels)
+
+
+def _check_kernels(manifest: Manifest, *, recipe: Recipe, kernels: str, place: str) -> None:
+    """The same rows would give other bits: a missing compiler or a full cache must not change a run unnoticed."""
+    if _kernels_differ(manifest, kernels) and "arithmetic" not in recipe.checkpoint.allow:
+        raise RecipeError(
+            f"{place} was trained with kernels {manifest.kernels}; this start has them {kernels}: bits will differ. Restore what "
+            f"they were built with (a C compiler; a cache folder that only you can write; STRATUM_NATIVE), or add "
+            f"checkpoint.allow=[arithmetic] to continue with these."
+        )
 
 
 def _next_step(step: int, steps: int) -> str:

@@ -22,8 +22,9 @@ from typing import Any, Literal
 import torch
 import torch.distributed as dist
 
+from data.system import disk
 from recipes.schema.errors import CheckpointError
-from train.checkpoint import disk, fingerprint, publishing, stale
+from train.checkpoint import fingerprint, publishing, stale
 from train.checkpoint.files import Piece, bytes_of
 from train.checkpoint.fingerprint import Sums
 from train.checkpoint.manifest import DTYPE_NAMES, Index, Manifest, Place, TensorRecord, describe_not_finite

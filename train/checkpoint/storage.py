@@ -20,6 +20,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from data.system import disk
 from recipes.schema.errors import CheckpointError, NumericsError
 from train.checkpoint import fingerprint, publishing
 from train.checkpoint.files import Piece, Reader, scan
@@ -73,7 +74,7 @@ def write_model(folder: Path, chunks: Sequence[Any], *, mesh: Mesh, state: RunSt
     """
     manifest = _manifest_of(replace(state, layout=_layout(mesh)))
     pieces = owned_pieces(locals_of(chunks, mesh.groups.dp_cp), None)
-    aside = folder.with_name(f".{folder.name}.writing")
+    aside = disk.aside_of(folder)
 
     def prepare() -> None:
         if folder.exists():

@@ -15,8 +15,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from data.system import disk
 from recipes.schema.errors import CheckpointError
-from train.checkpoint import disk, fingerprint
+from train.checkpoint import fingerprint
 from train.checkpoint.files import Piece, header_of, opened, scratch_of_sums, steps_of, sums_on_disk
 from train.checkpoint.fingerprint import Sums
 from train.checkpoint.manifest import Place

@@ -15,6 +15,7 @@ from omegaconf import DictConfig
 from rich.console import Console
 from rich.table import Table
 
+from data.system import disk
 from recipes.schema.command import recipe_words, section
 from recipes.schema.compress import CompressConfig
 from recipes.schema.errors import CheckpointError, RecipeError
@@ -189,7 +190,7 @@ def _write_pruned(
     there = _manifest_at(final)
     is_there = there is not None and (there.lineage, there.recipe) == (json.loads(json.dumps(origin)), mapping)
     if not is_there:
-        aside = folder / "checkpoints" / f".{FIRST_STEP}.writing"
+        aside = disk.aside_of(final)
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir(parents=True)
         cut_weights(parent.path, aside, scores=scores, kept=kept, small=small, merge_heads=merge_heads)

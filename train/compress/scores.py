@@ -18,9 +18,9 @@ from typing import Any
 
 import numpy as np
 
+from data.system import disk
 from recipes.schema.errors import CheckpointError
 from recipes.schema.model import ModelConfig
-from train.checkpoint import disk
 
 FORMAT = 1
 SCORES = "scores.json"

@@ -13,7 +13,6 @@ that fills the folder can be killed at any moment and continues.
 
 import hashlib
 import json
-import os
 import zlib
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
@@ -24,6 +23,7 @@ import numpy as np
 import torch
 
 from data.store.shards import token_dtype
+from data.system import disk
 from recipes.schema.errors import CheckpointError, DataError, RecipeError
 from recipes.schema.recipe import Recipe
 from train.checkpoint.steps import checkpoint_at
@@ -86,7 +86,7 @@ def open_request(folder: Path, request: Request) -> None:
     path = folder / REQUEST
     if not path.exists():
         folder.mkdir(parents=True, exist_ok=True)
-        _write_durably(path, json.dumps(asdict(request), indent=1).encode())
+        disk.write_text(path, json.dumps(asdict(request), indent=1))
         return
     found = asdict(read_request(folder))
     differing = [
@@ -128,11 +128,11 @@ def write_block(folder: Path, keys: Sequence[bytes], answers: Sequence[TopK], re
     """Write the answers to some rows ([row_tokens, k] each) under a name made of their keys. -> bytes. One rank calls it."""
     frames = [zlib.compress(_pack(answer, request), COMPRESSION_LEVEL) for answer in answers]
     name = f"block_{hashlib.blake2b(b''.join(keys), digest_size=8).hexdigest()}"
-    _write_durably(folder / f"{name}.bin", b"".join(frames))
+    disk.write_bytes(folder / f"{name}.bin", b"".join(frames))
     lengths = np.asarray([len(frame) for frame in frames], dtype="<i8").tobytes()
     body = b"".join(keys) + lengths
     digest = hashlib.sha256(body).digest()
-    _write_durably(folder / f"{name}.idx", len(frames).to_bytes(8, "little") + body + digest)
+    disk.write_bytes(folder / f"{name}.idx", len(frames).to_bytes(8, "little") + body + digest)
     return sum(map(len, frames))
 
 
@@ -298,12 +298,3 @@ def _read_index(path: Path) -> dict[bytes, _Place]:
         )
     keys = [body[start : start + KEY_BYTES] for start in range(0, count * KEY_BYTES, KEY_BYTES)]
     return {key: _Place(data, int(offsets[n]), int(lengths[n])) for n, key in enumerate(keys)}
-
-
-def _write_durably(path: Path, content: bytes) -> None:
-    aside = path.with_name(f".{path.name}.writing")
-    with aside.open("wb") as stream:
-        stream.write(content)
-        stream.flush()
-        os.fsync(stream.fileno())
-    aside.rename(path)

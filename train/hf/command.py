@@ -20,6 +20,7 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 from data.make.corpus import documents
+from data.system import disk
 from data.tokenizer import load_tokenizer
 from recipes.schema.data import SourceConfig, TokenizerConfig
 from recipes.schema.errors import BackendError, CheckpointError, DataError, RecipeError
@@ -334,14 +335,14 @@ def _aside(out: Path, *, needed: int) -> Iterator[tuple[Path, Callable[[], None]
     free = shutil.disk_usage(out.parent).free
     if free < needed:
         raise RecipeError(f"{out} needs {needed / 1e9:.3g} GB, {free / 1e9:.3g} GB are free there.")
-    folder = out.with_name(f".{out.name}.writing")
+    folder = disk.aside_of(out)
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
 
     def publish() -> None:
         if out.exists():
             out.rmdir()
-        folder.rename(out)
+        disk.put_in_place(folder, out)
 
     try:
         yield folder, publish

@@ -99,11 +99,11 @@ class Screen:
             case "audit":
                 return line["text"]
             case "resume":
-                return f"resumed after step {line['step']} ({line['parameters']:,} parameters, {line['layout']})"
+                return f"resumed after step {line['step']} ({line['parameters']:,} parameters, {line['layout']}{_kernels(line)})"
             case "start":
                 return (
                     f"training {line['parameters']:,} parameters on {line['device']}, {line['layout']}, {self._total} "
-                    f"steps"
+                    f"steps{_kernels(line)}"
                 )
             case _:
                 return f"warning: {line['text']}" if line["kind"] == "warning" else None
@@ -187,6 +187,10 @@ def _scalars(line: Line) -> dict[str, float]:
             return lowest
         case _:
             return {}
+
+
+def _kernels(line: Line) -> str:
+    return f", kernels {line['kernels']}" if line.get("kernels") else ""
 
 
 def _clock(seconds: float) -> str:

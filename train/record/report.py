@@ -221,7 +221,8 @@ def _facts(record: RunRecord, recipe: dict[str, Any]) -> list[str]:
     if machine:
         where = machine["cpu"] if machine["device"] == "cpu" else f"{machine['device']}, host {machine['cpu']}"
         threads = f"{machine['threads']} thread{'s' * (machine['threads'] != 1)}"
-        rows["machine"] = f"{where}, {threads} a process; torch {machine['torch']}, Python {machine['python']}"
+        kernels = f", kernels {machine['kernels']}" if machine.get("kernels") else ""
+        rows["machine"] = f"{where}, {threads} a process{kernels}; torch {machine['torch']}, Python {machine['python']}"
     return ["| | |", "|---|---|", *(f"| {key} | {value} |" for key, value in rows.items())]
 
 

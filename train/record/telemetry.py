@@ -52,10 +52,13 @@ class Telemetry:
         peak_flops: float | None,
         recipe_dict: dict[str, Any],
         loss_parts: tuple[str, ...] = (),
+        kernels: str = "",
     ) -> None:
         """reduce: sums a tensor over all ranks, in place; collective. peak_flops: of all devices together.
 
-        first_step: steps finished before. Raises StratumError where metrics.jsonl cannot be written.
+        first_step: steps finished before. kernels: which form the ranks run (`train.native.forms`).
+
+        Raises StratumError where metrics.jsonl cannot be written.
         """
         self._reduce = reduce
         self._device = device
@@ -83,6 +86,7 @@ class Telemetry:
                 {
                     "kind": "machine",
                     **describe_machine(device),
+                    "kernels": kernels,
                     "flops_per_token": flops_per_token,
                     "peak_flops": peak_flops,
                 }

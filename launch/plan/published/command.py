@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from launch.plan.published.picture import draw
 from launch.plan.published.rows import PUBLISHED, read_rows
 from launch.plan.published.validate import HEAD, assess, line_json, line_text, report, summary, table
 
@@ -59,7 +60,5 @@ def main(arguments: Sequence[str]) -> int:
         sys.stdout.write(HEAD + "".join(line_text(number, line) for number, line in enumerate(lines, start=2)))
         sys.stdout.write("\n" + report(lines))
     if own.picture is not None:
-        from launch.plan.published.picture import draw  # matplotlib takes a second; only a picture needs it
-
         draw([line for line in lines if line.found is not None], own.picture)
     return 0
