@@ -48,7 +48,14 @@ def test_older_pythons_can_read_it() -> None:
     """A person with Python 3.8 is to be told so, not to see a syntax error."""
     import ast
 
-    for name in ("doctor.py", "doctor_gpu.py", "doctor_machine.py", "__main__.py", "__init__.py"):
+    for name in (
+        "doctor/command.py",
+        "doctor/gpu.py",
+        "doctor/machine.py",
+        "doctor/__init__.py",
+        "__main__.py",
+        "__init__.py",
+    ):
         ast.parse((ROOT / "launch" / name).read_text(), feature_version=(3, 8))
 
 
