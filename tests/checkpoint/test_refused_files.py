@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 from crashes import SMALL, Act, contents, train_on
 from ranks import run_ranks
+from test_fault_matrix import DAMAGE
 from unprivileged import folder_for_anyone, unprivileged
 
 from recipes.schema.errors import CheckpointError
@@ -180,3 +181,12 @@ def test_random_state_that_is_not_what_was_saved_is_passed_over(edit: str, pair:
     EDITS[edit](folder / steps.name_of(NEW))
     for began, notes in run_ranks(2, train_on, 2, folder, OLD):
         assert began == OLD and "random.00001" in notes and "damaged" in notes, notes
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fault", DAMAGE)
+def test_damage_is_named_without_roots_rights_too(fault: str, folder: Path) -> None:
+    with unprivileged():
+        DAMAGE[fault](folder / steps.name_of(NEW))
+    ((began, notes, _),) = run_ranks(1, train_unprivileged, 1, folder, OLD)
+    assert began == OLD and steps.name_of(NEW) in notes

@@ -100,12 +100,13 @@ class Telemetry:
         loss: torch.Tensor,
         grad_norm: torch.Tensor | float,
         learning_rate: float,
-        seconds: dict[str, float],
+        seconds: dict[str, float] | Callable[[], dict[str, float]],
         parts: torch.Tensor | None = None,
     ) -> None:
         """Note one finished step; `loss` is this rank's share, summed over ranks at the next flush (which this may be).
 
-        Nothing is read back from the device before the flush. seconds: of each part of the step; their sum is the step.
+        Nothing is read back from the device before the flush. seconds: of each part of the step; their sum is the step. A
+        function is called at the flush, on the rank that writes.
         parts: this rank's share of the loss's parts (`loss_parts`).
         """
         self._losses[len(self._pending), 0] = loss.detach()
@@ -205,6 +206,8 @@ class Telemetry:
 
     def _finish(self, line: Line) -> None:
         """Work out what follows from a step's own numbers."""
+        if callable(line["seconds"]):
+            line["seconds"] = line["seconds"]()
         step_s = sum(line["seconds"].values())
         line["grad_norm"] = float(line["grad_norm"])
         line["step_s"] = step_s
