@@ -17,8 +17,8 @@ from ranks import run_ranks
 from test_fault_matrix import DAMAGE
 from unprivileged import folder_for_anyone, unprivileged
 
+from recipes.schema import checkpoint_steps as steps
 from recipes.schema.errors import CheckpointError
-from train.checkpoint import steps
 from train.checkpoint.__main__ import main as command
 from train.checkpoint.files import Reader
 from train.checkpoint.manifest import _digest
