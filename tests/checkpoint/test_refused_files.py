@@ -19,9 +19,9 @@ from unprivileged import folder_for_anyone, unprivileged
 
 from recipes.schema import checkpoint_steps as steps
 from recipes.schema.errors import CheckpointError
+from recipes.schema.manifest import _digest
 from train.checkpoint.__main__ import main as command
 from train.checkpoint.files import Reader
-from train.checkpoint.manifest import _digest
 
 OLD, NEW = 2, 4
 KEEP_ONE = replace(SMALL, checkpoint=replace(SMALL.checkpoint, keep_last=1))
