@@ -5,6 +5,7 @@ infinity in a gradient, a weight, a moment or an evaluation (no such state is sa
 signal's number when a signal asked the run to stop (a checkpoint was written).
 """
 
+import contextlib
 import os
 import signal
 import sys
@@ -56,15 +57,21 @@ def _train(composed: DictConfig) -> int:
             from train.record.report import write_report  # likewise, and matplotlib
 
             write_report(end.folder)
-            print(f"Finished at step {end.step}. Summary: {end.folder}/summary.md, picture: {end.folder}/loss.png")
+            _say(f"Finished at step {end.step}. Summary: {end.folder}/summary.md, picture: {end.folder}/loss.png")
         else:
-            print(
+            _say(
                 f"Stopped at step {end.step} ({end.reason}); the checkpoint is written. The same command continues "
                 f"from there."
             )
     if end.reason.startswith("SIG"):
         return 128 + int(getattr(signal, end.reason))
     return 0
+
+
+def _say(text: str) -> None:
+    """To the terminal, which may be closed: that is no failure of the run."""
+    with contextlib.suppress(OSError):
+        print(text, flush=True)
 
 
 if __name__ == "__main__":

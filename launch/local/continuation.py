@@ -5,8 +5,8 @@ One rule for `stratum launch local` and for Slurm jobs. It looks at the exit sta
     0 at the last step                 finished
     0 before it                        paused, as run.stop_after_steps asked: in a queue the next job continues
     138 (SIGUSR1: time is nearly up)   in a queue the next job continues
-    130, 143 (SIGINT, SIGTERM)         someone asked it to stop: no more; but a preempted job continues, and so does one
-                                       that nobody asked: srun ends all ranks with SIGTERM when one is killed
+    130, 143, 129 (SIGINT, SIGTERM,    someone asked it to stop: no more; but a preempted job continues, and so does one
+              SIGHUP)                  that nobody asked: srun ends all ranks with SIGTERM when one is killed
     2 (recipe, data, machine)          a mistake stays one: never again by itself
     3 (NaN or infinity)                the same steps would give it again: never again by itself
     else                               a failure: again, until `restarts` of them in a row brought no new checkpoint;
@@ -22,7 +22,7 @@ from recipes.schema.errors import NumericsError, StratumError
 USER_ERROR = StratumError.status
 NUMERICS = NumericsError.status
 TIME_IS_UP = 128 + signal.SIGUSR1
-STOPPED = (128 + signal.SIGINT, 128 + signal.SIGTERM, TIME_IS_UP)
+STOPPED = (128 + signal.SIGINT, 128 + signal.SIGTERM, TIME_IS_UP, 128 + signal.SIGHUP)
 """Statuses of a run that saved and stopped because a signal asked."""
 
 

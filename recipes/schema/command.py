@@ -115,7 +115,7 @@ def _run(
         _complain(_explain(str(error), program=program, keys=keys), rank=rank)
         return 2
     except KeyboardInterrupt:
-        _complain("interrupted before a step was finished; nothing was written.", rank=rank)
+        _complain("interrupted. What was saved before is intact; the same command continues from there.", rank=rank)
         return 130
     return max(statuses, default=0)
 

@@ -437,11 +437,13 @@ def resume_problems(
     place: str,
     tokenizer: str = "",
     data_hash: str = "",
+    kernels: str = "",
     taught_by: Mapping[str, object] | None = None,
 ) -> list[Problem]:
     """Why a run may not continue from a checkpoint of its own. place: the checkpoint's folder.
 
-    tokenizer, data_hash: of the data now, empty where they are not known. taught_by: the teacher now (`identity_of`).
+    tokenizer, data_hash: of the data now; kernels: `RunState.kernels` now; empty where they are not known. taught_by: the teacher
+    now (`identity_of`).
     """
     found = []
     if recipe.checkpoint.resume == "never":
@@ -467,6 +469,14 @@ def resume_problems(
             found.append(Problem("run.name", f"{place} was trained with another recipe:{why}"))
     before = manifest.lineage.get("teacher")
     may_change = "arithmetic" in recipe.checkpoint.allow
+    if kernels_differ(manifest.kernels, kernels) and not may_change:
+        # A missing compiler or a full cache must not change a run unnoticed.
+        text = f"{place} was trained with kernels {manifest.kernels}; this start has them {kernels}: bits will differ."
+        remedy = (
+            "Restore what they were built with (a C compiler; a cache folder that only you can write; STRATUM_NATIVE), or add "
+            "checkpoint.allow=[arithmetic] to continue with these."
+        )
+        found.append(Problem("checkpoint.allow", text, remedy))
     if before and taught_by and before["fingerprint"] != taught_by["fingerprint"] and not may_change:
         text = f"{place} learned from {named_teacher(before)}; the teacher is {named_teacher(taught_by)} now."
         remedy = (
@@ -475,6 +485,11 @@ def resume_problems(
         )
         found.append(Problem("objective.teacher", text, remedy))
     return found
+
+
+def kernels_differ(before: str, now: str) -> bool:
+    """Whether both are known and not the same: the device is a choice of its own, and old checkpoints do not say."""
+    return bool(before and now and before != now)
 
 
 def named_teacher(teacher: Mapping[str, object] | None) -> str:

@@ -28,6 +28,7 @@ SHAPE = [
     "model.mamba_heads=4", "model.mamba_head_dim=8", "model.mamba_state=8", f"model.vocab={VOCAB}", "model.mamba_chunk=8",
 ]  # fmt: skip
 RUN = [
+    "precision=fp32",
     f"run.steps={STEPS}", "run.global_rows=4", "run.microbatch_rows=2", "run.threads=1", "schedule.warmup=2",
     "schedule.decay=4", "checkpoint.every_steps=6", "evaluate.every_steps=0", "evaluate.rows_per_source=2",
     "telemetry.log_every_steps=1", "telemetry.tensorboard=false",

@@ -9,6 +9,7 @@ puts the number into a group's name: ranks that skip a group never meet in a lat
 
 import os
 import socket
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -52,6 +53,8 @@ class Mesh:
     groups: ProcessGroupCollection
     saving: dist.ProcessGroup | None = None
     """All ranks, over gloo, for saves in the background; None for a world of one."""
+    watching: dist.ProcessGroup | None = None
+    """All ranks, over gloo, for what they ask each other beside the training (signals): it never waits for a GPU's stream."""
     teacher: TeacherGroups | None = None
     """None without a teacher, and on ranks of earlier pipeline stages."""
 
@@ -93,6 +96,19 @@ class Mesh:
         values = torch.tensor([float(flag) for flag in flags], device=self.device)
         dist.all_reduce(values, op=dist.ReduceOp.MAX)
         return [bool(value) for value in values.tolist()]
+
+    def begin_any_of(self, *flags: bool) -> Callable[[], list[bool]]:
+        """`any_of` in two parts: the question is on its way at once, the answer is waited for when it is called. Collective."""
+        if self.layout.world == 1:
+            return lambda: list(flags)
+        values = torch.tensor([float(flag) for flag in flags])
+        work = dist.all_reduce(values, op=dist.ReduceOp.MAX, group=self.watching, async_op=True)
+
+        def answer() -> list[bool]:
+            work.wait()
+            return [bool(value) for value in values.tolist()]
+
+        return answer
 
     def barrier(self) -> None:
         """Wait for all ranks. Collective over the world."""
@@ -145,11 +161,14 @@ def open_mesh(
     unset_num_microbatches_calculator()
     seed_random_state(seed)
     saving = dist.new_group(backend="gloo", timeout=timeout) if layout.world > 1 else None
+    watching = dist.new_group(backend="gloo", timeout=timeout) if layout.world > 1 else None
     teacher = None
     if teacher_tensor is not None:
         teacher = _teacher_groups(layout, rank, tensor=teacher_tensor, timeout=timeout)
     groups = ProcessGroupCollection.use_mpu_process_groups()
-    return Mesh(layout=layout, rank=rank, device=device, groups=groups, saving=saving, teacher=teacher)
+    return Mesh(
+        layout=layout, rank=rank, device=device, groups=groups, saving=saving, watching=watching, teacher=teacher
+    )
 
 
 def _teacher_groups(layout: Layout, rank: int, *, tensor: int, timeout: timedelta) -> TeacherGroups | None:
