@@ -132,7 +132,10 @@ def test_a_run_is_named_by_its_folder_or_its_name_and_keeps_its_recipe(folder: P
         for given in (name, f"runs/{name}/"):
             status, text = run("train", given, "--cfg", "job", "optim.lr=2")
             found = yaml.safe_load(text.replace("# @package _global_", ""))
-            assert status == 0 and found["run"] == {"name": name, "folder": "runs", "steps": 2}, (name, text)
+            assert status == 0 and found["run"] | {"name": name, "folder": "runs", "steps": 2} == found["run"], (
+                name,
+                text,
+            )
             assert found["optim"]["lr"] == 2
     moved = folder / "else where" / "smoke"
     shutil.copytree(folder / "runs" / "smoke", moved)
