@@ -40,7 +40,8 @@ from data.store.manifest import (
 from data.system import disk
 from data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 from recipes.schema.data import DataConfig
-from recipes.schema.errors import DataError
+from recipes.schema.errors import DataError, refuse
+from recipes.schema.rules import data_problems
 from recipes.schema.typed import build
 
 
@@ -78,10 +79,7 @@ def prepare(config: DataConfig, *, console: Console, task: str | None = None) ->
     Raises DataError for bad input, and for a folder that holds other data, which is left as it is.
     """
     todo = parse_task(task)
-    if not config.sources:
-        raise DataError("data.sources is empty. Name at least one source, e.g. data.sources.mine.path=texts/*.jsonl.")
-    for name in config.sources:
-        config.heldout_of(name)
+    refuse(data_problems(config), DataError)
     folder = Path(config.folder)
     if (folder / MANIFEST).exists():
         manifest = read_manifest(folder)

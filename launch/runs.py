@@ -14,9 +14,9 @@ from typing import Any
 
 import yaml
 
+from recipes.schema.checkpoint_steps import METRICS as METRICS
 from recipes.schema.options import is_run
 
-METRICS = "metrics.jsonl"
 _TAIL_BYTES = 256 * 1024
 
 

@@ -17,6 +17,7 @@ from recipes.schema.optim import ScheduleConfig
 from recipes.schema.pattern import parameters
 from recipes.schema.read import recipe_from_mapping, recipe_mapping
 from recipes.schema.recipe import Recipe
+from recipes.schema.rules import problems, refuse
 from recipes.schema.schedule import learning_rate_factor
 from train.build import check
 
@@ -129,8 +130,9 @@ def changed(**groups: object) -> Recipe:
     ],
 )
 def test_cross_field_mistakes_are_named(recipe: Recipe, message: str) -> None:
+    assert recipe_from_mapping(recipe_mapping(recipe)) == recipe, "reading judges single fields only"
     with pytest.raises(RecipeError) as caught:
-        recipe_from_mapping(recipe_mapping(recipe))
+        refuse(problems(recipe))
     assert message in str(caught.value)
 
 

@@ -13,15 +13,18 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from launch.children import python_module
-from launch.compose import compose, extra_environment, layout_of, run_folder
+from launch.compose import checked_layout, compose, run_folder
+from launch.facts import fp32_block_scales_of
 from launch.lease import LeaseError, current_owner, refusal
 from launch.local.continuation import backoff_s, decide
 from launch.local.failures import tell
 from launch.local.supervise import StopRequest, run_attempt, say
 from launch.runs import RunFolder
 from recipes.schema.errors import USER_ERRORS, RecipeError
+from recipes.schema.facts import Machine, missing_packages
 from recipes.schema.options import CommandParser
 from recipes.schema.recipe import Recipe
+from recipes.schema.rules import environment_of, local_problems
 
 _EXAMPLES = """
 stratum launch local -cn smoke                                          as many processes as the recipe needs
@@ -54,8 +57,11 @@ def main(arguments: Sequence[str]) -> int:
     if isinstance(recipe, int):
         return recipe
     try:
-        processes = _processes(recipe)
-        layout = layout_of(recipe, processes=processes)
+        gpus = 0 if recipe.run.device == "cpu" else _gpus()
+        processes = recipe.launch.processes or gpus or _degrees(recipe)
+        machine = Machine(has_gpu=gpus > 0, missing=missing_packages(), fp32_block_scales=fp32_block_scales_of(recipe))
+        more = local_problems(recipe, processes=processes, gpus=gpus)
+        layout = checked_layout(recipe, processes=processes, machine=machine, more=more, here=True)
         environment = _environment(recipe, processes)
         shown = _shown(own.show, processes)
         run = run_folder(recipe)
@@ -133,17 +139,8 @@ def refuse_second(run: RunFolder) -> None:
         raise LeaseError(refusal(found[0], what=str(run.path)))
 
 
-def _processes(recipe: Recipe) -> int:
-    """How many processes to start. RecipeError where the machine has too few GPUs for them."""
-    degrees = recipe.parallel.tensor * recipe.parallel.pipeline * recipe.parallel.context
-    gpus = 0 if recipe.run.device == "cpu" else _gpus()
-    processes = recipe.launch.processes or gpus or degrees
-    if gpus and processes > gpus:
-        raise RecipeError(
-            f"launch.processes={processes}, but this machine has {gpus} GPU{'s' * (gpus > 1)} (CUDA_VISIBLE_DEVICES counted). "
-            f"Use {gpus}, or run.device=cpu."
-        )
-    return processes
+def _degrees(recipe: Recipe) -> int:
+    return recipe.parallel.tensor * recipe.parallel.pipeline * recipe.parallel.context
 
 
 def _gpus() -> int:
@@ -163,7 +160,7 @@ def _environment(recipe: Recipe, processes: int) -> dict[str, str]:
         defaults["GLOO_SOCKET_IFNAME"] = "lo"  # gloo else goes by the host name, which need not lead back here
     if recipe.parallel.tensor > 1 or recipe.parallel.context > 1:
         defaults["CUDA_DEVICE_MAX_CONNECTIONS"] = "1"  # Megatron overlaps GEMMs and communication by launch order
-    return {**defaults, **os.environ, **extra_environment(recipe)}
+    return {**defaults, **os.environ, **environment_of(recipe.launch.environment)}
 
 
 def _shown(text: str, processes: int) -> frozenset[int]:

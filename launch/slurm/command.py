@@ -11,15 +11,18 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from launch.children import checkout
-from launch.compose import compose, extra_environment, layout_of, run_folder
+from launch.compose import checked_layout, compose, run_folder
+from launch.facts import fp32_block_scales_of
 from launch.runs import RunFolder
 from launch.slurm.after_job import start_afresh
 from launch.slurm.job_script import Job, Preparation, preparation_script, training_script
 from launch.slurm.job_times import advice
 from launch.slurm.queue import QueuedJob, SlurmError, look_up, submit
-from recipes.schema.errors import USER_ERRORS, RecipeError
+from recipes.schema.errors import USER_ERRORS, RecipeError, refuse
+from recipes.schema.facts import Machine
 from recipes.schema.options import CommandParser
 from recipes.schema.recipe import Recipe
+from recipes.schema.rules import container_problems, environment_of, slurm_problems
 
 _EXAMPLES = """
 stratum launch slurm -cn smoke --dry-run                                show the script; needs no Slurm
@@ -126,19 +129,9 @@ def training_job(recipe: Recipe, words: Sequence[str]) -> Job:
     launch = recipe.launch
     degrees = recipe.parallel.tensor * recipe.parallel.pipeline * recipe.parallel.context
     processes = launch.processes or launch.gpus_per_node or -(-degrees // launch.nodes)
-    layout_of(recipe, processes=processes, nodes=launch.nodes)
-    _check_container(recipe)
-    if launch.gpus_per_node and processes > launch.gpus_per_node:
-        raise RecipeError(
-            f"launch.processes={processes} is more than launch.gpus_per_node={launch.gpus_per_node}: each process needs a "
-            f"GPU of its own. Use launch.processes={launch.gpus_per_node}, or null."
-        )
-    if launch.slurm.save_before_end_s >= 60 * launch.slurm.time_limit_minutes:
-        raise RecipeError(
-            f"launch.slurm.save_before_end_s={launch.slurm.save_before_end_s} is not inside the time limit "
-            f"(launch.slurm.time_limit_minutes={launch.slurm.time_limit_minutes}): a job would be told to stop before it "
-            f"starts. Raise the limit, or lower save_before_end_s to a step and a save."
-        )
+    machine = Machine(has_gpu=True, fp32_block_scales=fp32_block_scales_of(recipe)) if launch.gpus_per_node else None
+    more = slurm_problems(recipe, processes=processes)
+    checked_layout(recipe, processes=processes, nodes=launch.nodes, machine=machine, more=more, here=False)
     environment = {"PYTHONUNBUFFERED": "1"}
     threads = launch.slurm.cpus_per_process or recipe.run.threads
     if threads:
@@ -157,14 +150,14 @@ def training_job(recipe: Recipe, words: Sequence[str]) -> Job:
         gpus_per_node=launch.gpus_per_node,
         steps=recipe.run.steps,
         restarts=launch.restarts,
-        environment={**environment, **extra_environment(recipe)},
+        environment={**environment, **environment_of(recipe.launch.environment)},
         slurm=launch.slurm,
         container=launch.container,
     )
 
 
 def _prepare(recipe: Recipe, words: list[str], *, tasks: int, dry_run: bool) -> int:
-    _check_container(recipe)
+    refuse(container_problems(recipe))
     if tasks < 1:
         raise RecipeError(f"--tasks={tasks}: use 1 or more")
     folder = Path(recipe.data.folder)
@@ -193,16 +186,6 @@ def _prepare(recipe: Recipe, words: list[str], *, tasks: int, dry_run: bool) -> 
         f"Submitted array job {number} ({tasks} tasks) for {folder}; logs: {path.parent}/{number}_TASK.log\n"
     )
     return 0
-
-
-def _check_container(recipe: Recipe) -> None:
-    container = recipe.launch.container
-    if container.kind != "none" and not container.image:
-        example = "stratum.sqsh" if container.kind == "pyxis" else "stratum.sif"
-        raise RecipeError(
-            f"launch.container.kind={container.kind}, but launch.container.image is empty. "
-            f"Name an image: launch.container.image={example}."
-        )
 
 
 def _refuse_second(run: RunFolder) -> None:

@@ -6,7 +6,7 @@ The shared options of every command that reads a recipe are in `recipes.schema.o
 from dataclasses import dataclass
 from typing import Literal
 
-from recipes.schema.fields import Count, Fraction, NonNegativeFloat, PositiveInt
+from recipes.schema.fields import Count, Fraction, NonNegativeFloat, PositiveInt, Seed
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class GenerateConfig:
     """Only the k likeliest tokens; 0: all."""
     top_p: Fraction = 0.95
     """Only the likeliest tokens that hold this share of the probability."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of the random choices: the same seed and checkpoint give the same text."""
     checkpoint: str | None = None
     """A checkpoint folder; the newest of the run if not given."""

@@ -19,10 +19,10 @@ from lives import Run, recipe_in
 from ranks import run_ranks
 from safetensors.numpy import load_file
 
+from recipes.schema import checkpoint_steps as steps
+from recipes.schema.manifest import _digest, read_manifest
 from recipes.schema.recipe import Recipe
-from train.checkpoint import steps
 from train.checkpoint.__main__ import main as command
-from train.checkpoint.manifest import _digest, read_manifest
 
 _LABEL = re.compile(r"(.+)\[(.*)\]")
 

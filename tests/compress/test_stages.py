@@ -14,8 +14,8 @@ from ranks import run_ranks
 from data import prepare as _prepare  # noqa: F401  here, so that the processes forked below need not import it
 from launch.children import stratum
 from launch.stages import _left
+from recipes.schema.checkpoint_steps import checkpoint_at
 from train import run as _assembly  # noqa: F401  likewise
-from train.checkpoint.steps import checkpoint_at
 from train.record.metrics import METRICS, read_metrics
 
 ROOT = Path(__file__).resolve().parents[2]

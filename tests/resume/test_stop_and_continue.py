@@ -10,7 +10,8 @@ from crashes import acts_of_saves
 from lives import contents_at
 from processes import STEPS, finish, fork, losses, saves, start, wait_for_step
 
-from train.checkpoint import offline, steps
+from recipes.schema import checkpoint_steps as steps
+from train.checkpoint import offline
 from train.record.metrics import METRICS, read_metrics
 from train.resilience.faults import ECHO_S, GIVEN_UP
 

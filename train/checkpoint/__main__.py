@@ -20,6 +20,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, Trans
 from rich.table import Table
 from rich.text import Text
 
+from recipes.schema import checkpoint_steps as steps
 from recipes.schema.changes import differences
 from recipes.schema.errors import CheckpointError, RecipeError
 from recipes.schema.layout import lay_out
@@ -28,7 +29,7 @@ from recipes.schema.options import CommandParser, run_or_path
 from recipes.schema.parallel import ParallelConfig
 from recipes.schema.read import recipe_from_mapping
 from recipes.schema.run import RunConfig
-from train.checkpoint import offline, steps
+from train.checkpoint import offline
 from train.checkpoint.files import Reader
 from train.checkpoint.manifest import Manifest, describe_layout, read_manifest
 

@@ -18,10 +18,11 @@ from rich.table import Table
 from data.system import disk
 from recipes.schema.command import recipe_words, section
 from recipes.schema.compress import CompressConfig
-from recipes.schema.errors import CheckpointError, RecipeError
+from recipes.schema.errors import CheckpointError, RecipeError, refuse
 from recipes.schema.pattern import layer_kinds, parameters
 from recipes.schema.read import read_recipe, recipe_mapping
 from recipes.schema.recipe import Recipe
+from recipes.schema.rules import reading_problems
 from recipes.schema.typed import FieldError, build, differing
 from train.build import check, mesh_of, open_data
 from train.checkpoint import publishing, storage
@@ -48,7 +49,7 @@ def score(composed: DictConfig) -> int:
 
     parent = parent_of(config)
     dataset = open_data(replace(recipe, model=parent.recipe.model))
-    check_data(parent, dataset)
+    check_data(parent, dataset, recipe=recipe)
     recipe = layout_recipe(parent, recipe, world=world)
     model = parent.recipe.model
     depth = len(layer_kinds(model.pattern))
@@ -359,4 +360,5 @@ def _read(composed: DictConfig) -> tuple[Recipe, CompressConfig, Path]:
     except FieldError as error:
         raise RecipeError(str(error)) from error
     recipe = read_recipe(composed)
+    refuse(reading_problems(recipe))
     return recipe, config, Path(config.folder) / recipe.run.name

@@ -205,7 +205,7 @@ def _facts(record: RunRecord, recipe: dict[str, Any]) -> list[str]:
         "model": f"`{recipe['model']['pattern']}`, hidden {recipe['model']['hidden']}, "
         f"{start.get('parameters', 0):,} parameters",
         **_origin(recipe),
-        "precision": _precision(recipe["precision"]),
+        "precision": start.get("precision") or _precision(recipe["precision"]),
         "layout": f"{start.get('layout', '?')} on {start.get('device', '?')}",
         "steps": f"{last['step']:,} of {recipe['run']['steps']:,}",
         "tokens": f"{last['tokens']:,}",
@@ -245,7 +245,7 @@ def _origin(recipe: dict[str, Any]) -> dict[str, str]:
 
 
 def _precision(precision: dict[str, Any]) -> str:
-    """Number formats in words."""
+    """Number formats in words, for records older than the start line that says them."""
     scaling = precision.get("scaling", "none")
     text = precision["params"] if scaling == "none" else f"{precision['params']}, linear layers in {scaling}"
     if precision.get("switch_at_tokens") is not None:
