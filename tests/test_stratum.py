@@ -125,7 +125,7 @@ def test_a_mistyped_word_is_answered_with_what_was_meant(folder: Path, words: st
 
 def test_a_run_is_named_by_its_folder_or_its_name_and_keeps_its_recipe(folder: Path) -> None:
     """Whatever the name holds that Hydra's grammar would read otherwise; overrides win; a moved folder is where it is now."""
-    names = ["smoke", "a b", "x-optim.lr=0.1,y=[1]", "it's", "42", "null", "tail\\", "${HOME}"[1:]]
+    names = ["smoke", "a b", "x-optim.lr=0.1,y=[1]", "it's", "42", "tail\\", "${HOME}"[1:]]
     for name in names:
         if name != "smoke":
             shutil.copytree(folder / "runs" / "smoke", folder / "runs" / name, dirs_exist_ok=True)
@@ -183,6 +183,8 @@ def adapted(line: str) -> list[str]:
             ["run.name=hunt", "compress.layers=3", "compress.attention_layers=1"] if words[0] == "compress" else []
         )
         words += [*distil, *compress]
+    if words[0] == "plan" or words[:2] == ["launch", "slurm"]:  # of shipped recipes, not of the run the little one made
+        words.append("run.folder=elsewhere")
     if words[:2] == ["launch", "slurm"] and "--dry-run" not in words:
         words.append("--dry-run")
     return words
