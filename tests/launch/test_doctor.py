@@ -54,7 +54,7 @@ def test_older_pythons_can_read_it() -> None:
         "doctor/gpu.py",
         "doctor/machine.py",
         "doctor/__init__.py",
-        "__main__.py",
+        "doctor/__main__.py",
         "__init__.py",
     ):
         ast.parse((ROOT / "launch" / name).read_text(), feature_version=(3, 8))
