@@ -70,7 +70,7 @@ def find_teacher(recipe: Recipe) -> FoundTeacher:
     if found.vocab != recipe.model.vocab:
         problems.append(
             f"objective.teacher={place} has a vocabulary of {found.vocab:,}, the student (model.vocab) one of "
-            f"{recipe.model.vocab:,}: their distributions cannot be compared. Use a teacher with the student's tokenizer."
+            f"{recipe.model.vocab:,}: their distributions cannot be compared. Use a teacher with the student's tokenizer, or objective.kind=next_token."
         )
     return FoundTeacher(found, tuple(notes), tuple(problems))
 

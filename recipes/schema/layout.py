@@ -76,7 +76,7 @@ def lay_out(*, model: ModelConfig, parallel: ParallelConfig, run: RunConfig, row
         problems.append(
             f"parallel.tensor={parallel.tensor} x pipeline={parallel.pipeline} x context={parallel.context} = {degrees}"
             f" does not divide the {world} process{'es' * (world > 1)} of this run. Start a multiple of {degrees} "
-            f"(torchrun --nproc-per-node {degrees} -m train ...), or lower the degrees."
+            f"(torchrun --nproc-per-node {degrees} -m train ...), or lower the degrees{_degree_that_fits(parallel, world)}."
         )
     else:
         data = world // degrees
@@ -120,6 +120,17 @@ def _switch_problems(parallel: ParallelConfig) -> list[str]:
             "parallel.overlap_param_gather=true needs parallel.overlap_grad_reduce=true. Set both, or neither."
         )
     return problems
+
+
+def _degree_that_fits(parallel: ParallelConfig, world: int) -> str:
+    """The one degree to lower, and to what, so that `world` processes divide; empty where one is not enough."""
+    degrees = parallel.tensor * parallel.pipeline * parallel.context
+    for name in ("context", "pipeline", "tensor"):
+        degree = getattr(parallel, name)
+        for lower in range(degree - 1, 0, -1):
+            if world % (degrees // degree * lower) == 0:
+                return f", e.g. parallel.{name}={lower}"
+    return ""
 
 
 def _shape_problems(model: ModelConfig, kinds: set[LayerKind]) -> list[str]:

@@ -14,7 +14,7 @@ Standard library only, so that a launch can be planned on a login node. Tables: 
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from recipes.schema.model import ModelConfig
@@ -212,6 +212,21 @@ def linear_shapes(model: ModelConfig, kind: str, *, tensor: int = 1) -> dict[str
     return {column: (whole[0][0] // tensor, whole[0][1]), row: (whole[1][0], whole[1][1] // tensor)}
 
 
+def _width_that_fits(model: ModelConfig, kind: str, tensor: int, multiple: int) -> str:
+    """The one field that repairs the widths of a layer kind, with the next larger value that does."""
+    name = {"M": "mamba_heads", "-": "ffn"}.get(kind, "head_dim")
+    step = model.mamba_groups if kind == "M" else 1
+    value = getattr(model, name)
+    for wider in range(value + step - value % step, 2 * value + 64 * tensor, step):
+        shapes = linear_shapes(replace(model, **{name: wider}), kind)
+        column, row = (shapes[linear] for linear in LINEARS[kind])
+        if all(size % multiple == 0 for size in (column[1], row[0])) and all(
+            size % (tensor * multiple) == 0 for size in (column[0], row[1])
+        ):
+            return f"Use model.{name}={wider}, or lower parallel.tensor."
+    return f"Use model.hidden={-(-model.hidden // multiple) * multiple}, or lower parallel.tensor."
+
+
 def shape_problems(
     model: ModelConfig, *, parallel: ParallelConfig, precision: PrecisionConfig, rank_tokens: int
 ) -> list[str]:
@@ -229,12 +244,6 @@ def shape_problems(
     multiple = max(scaling.multiple for scaling in active)
     names = "/".join(dict.fromkeys(scaling.name for scaling in active))
     kinds = layer_kinds(model.pattern)
-    remedy = {
-        "M": "model.mamba_heads, mamba_head_dim, mamba_state and mamba_groups",
-        "*": "model.heads, kv_heads and head_dim",
-        "w": "model.heads, kv_heads and head_dim",
-        "-": "model.ffn",
-    }
     problems = []
     for kind in dict.fromkeys(kinds[index] for index in layers):
         for name, (out, into) in linear_shapes(model, kind, tensor=parallel.tensor).items():
@@ -242,8 +251,7 @@ def shape_problems(
                 if value % multiple:
                     problems.append(
                         f"precision.scaling={names}: {name} of `{kind}` layers has {what} width {value:,} on each of "
-                        f"{parallel.tensor} tensor ranks, not a multiple of {multiple}. Lower parallel.tensor, or change "
-                        f"{remedy[kind]} (or model.hidden)."
+                        f"{parallel.tensor} tensor ranks, not a multiple of {multiple}. {_width_that_fits(model, kind, parallel.tensor, multiple)}"
                     )
     if rank_tokens % multiple:
         problems.append(
@@ -255,7 +263,7 @@ def shape_problems(
         along = max(along for _, along in blocks)
         problems.append(
             f"precision.scaling={names} with parallel.sequence=true: {rank_tokens:,} tokens over {parallel.tensor} tensor "
-            f"ranks leave {rank_tokens / parallel.tensor:g} each, not a multiple of the {along}-token block. Use a longer "
-            f"data.row_tokens or more run.microbatch_rows."
+            f"ranks leave {rank_tokens / parallel.tensor:g} each, not a multiple of the {along}-token block. Use "
+            f"parallel.sequence=false, a longer data.row_tokens or more run.microbatch_rows."
         )
     return problems

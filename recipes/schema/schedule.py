@@ -79,8 +79,8 @@ def check(schedule: ScheduleConfig, *, total_steps: int, tokens_per_step: int) -
     if lengths.warmup + lengths.decay > end:
         problems.append(
             f"schedule.warmup={schedule.warmup} + schedule.decay={decay} {schedule.unit} are longer than the whole "
-            f"schedule, {whole}. Shorten them to {end} together, give them as fractions of it (schedule.warmup=0.1), or "
-            f"lengthen run.steps or schedule.total."
+            f"schedule, {whole}. Shorten them to {end} together, e.g. {_that_fits(lengths)} (below 1: a fraction of the "
+            f"whole), or lengthen run.steps or schedule.total."
         )
     if schedule.kind == "wsd" and decay and schedule.decay_shape == "exponential" and schedule.final_fraction == 0:
         problems.append(
@@ -89,6 +89,15 @@ def check(schedule: ScheduleConfig, *, total_steps: int, tokens_per_step: int) -
         )
     if problems:
         raise RecipeError("\n".join(problems))
+
+
+def _that_fits(lengths: Lengths) -> str:
+    """The one phase to shorten, and to what."""
+    for name, rest, most in (("decay", lengths.whole - lengths.warmup, 20), ("warmup", lengths.whole - lengths.decay, 10)):
+        percent = min(most, 100 * rest // lengths.whole)
+        if percent > 0 and (name == "warmup" or lengths.decay):
+            return f"schedule.{name}={percent / 100:g}"
+    return "schedule.warmup=0.1 schedule.decay=0.2" if lengths.decay else "schedule.warmup=0.1"
 
 
 def _progress(done: int, start: int, end: int) -> float:

@@ -28,7 +28,7 @@ RECIPE = [
     "model.head_dim=16", "model.mamba_heads=4", "model.mamba_head_dim=8", "model.mamba_state=8", f"model.vocab={VOCAB}",
     "model.mamba_chunk=8", "run.global_rows=4", "run.microbatch_rows=2", "run.threads=1", "schedule.warmup=2",
     "schedule.decay=4", "evaluate.every_steps=0", "evaluate.rows_per_source=2", "telemetry.log_every_steps=1",
-    "telemetry.tensorboard=false", "launch.timeout_s=120",
+    "telemetry.tensorboard=false", "launch.timeout_s=120", "precision=fp32",
 ]  # fmt: skip
 
 
