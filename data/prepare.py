@@ -64,8 +64,8 @@ Without +task all is done that other tasks have left undone.
   python -m launch slurm -cn RECIPE --prepare --tasks 16      writes and submits such a job
 
 Your own texts:
-  python -m data.prepare -cn smoke data.folder=runs/data/mine '~data.sources.python' '~data.sources.shakespeare' \\
-      '+data.sources.mine={path: "texts/*.jsonl.zst", text_field: body}' data.tokenizer.path=tokenizer.json
+  python -m data.prepare -cn smoke data.folder=runs/data/mine \\
+      'data.sources={mine: {path: "texts/*.jsonl.zst", text_field: body}}' data.tokenizer.path=tokenizer.json
 
 Your own recipes lie in a folder of yours: --config-dir FOLDER. Hydra's own help: --hydra-help.
 """

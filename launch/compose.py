@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from launch.runs import RunFolder
-from recipes.schema.command import dotted_keys, run_command
+from recipes.schema.command import dotted_keys, inherited_sources, run_command
 from recipes.schema.errors import USER_ERRORS, RecipeError
 from recipes.schema.layout import Layout, lay_out
 from recipes.schema.read import read_recipe
@@ -30,12 +30,14 @@ def split_words(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> tu
     return own, words
 
 
-def compose(words: Sequence[str], *, program: str) -> Recipe | int:
+def compose(words: Sequence[str], *, program: str, notes: list[str] | None = None) -> Recipe | int:
     """The recipe that `words` compose; or an exit status, where they ask for something else or are wrong (and it was said)."""
     found: list[Recipe] = []
 
     def keep(composed: Any) -> int:
         found.append(read_recipe(composed))
+        if notes is not None and (note := inherited_sources(composed)):
+            notes.append(note)  # what the composed recipe no longer shows
         return 0
 
     before = sys.argv

@@ -164,7 +164,12 @@ def low_precision_linears(model: ModelConfig, precision: PrecisionConfig) -> dic
     return {index: LINEARS[kind] for index, kind in enumerate(kinds) if first <= index < last}
 
 
-RECIPE_NAMES = {"delayed": "fp8_delayed", "current": "fp8_current", "blockwise": "fp8_blockwise", "unscaled": "fp8_unscaled"}
+RECIPE_NAMES = {
+    "delayed": "fp8_delayed",
+    "current": "fp8_current",
+    "blockwise": "fp8_blockwise",
+    "unscaled": "fp8_unscaled",
+}
 """Scalings whose option of the `precision` group, and name for people, is another."""
 
 

@@ -93,7 +93,10 @@ def check(schedule: ScheduleConfig, *, total_steps: int, tokens_per_step: int) -
 
 def _that_fits(lengths: Lengths) -> str:
     """The one phase to shorten, and to what."""
-    for name, rest, most in (("decay", lengths.whole - lengths.warmup, 20), ("warmup", lengths.whole - lengths.decay, 10)):
+    for name, rest, most in (
+        ("decay", lengths.whole - lengths.warmup, 20),
+        ("warmup", lengths.whole - lengths.decay, 10),
+    ):
         percent = min(most, 100 * rest // lengths.whole)
         if percent > 0 and (name == "warmup" or lengths.decay):
             return f"schedule.{name}={percent / 100:g}"

@@ -149,7 +149,9 @@ def rates(pattern: str, length: int, heads: int) -> torch.Tensor:
         case "half large, half small":
             return torch.where(uniform < 0.5, 10.0, 1e-3)
         case "large, then small":
-            return torch.where(torch.arange(length).view(-1, 1, 1) < length // 3, 20.0, 1e-3).expand_as(uniform).double()
+            return (
+                torch.where(torch.arange(length).view(-1, 1, 1) < length // 3, 20.0, 1e-3).expand_as(uniform).double()
+            )
     raise AssertionError(pattern)
 
 

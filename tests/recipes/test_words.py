@@ -1,16 +1,18 @@
 """The words of a command line mean what a user wrote, and what cannot be read is quoted for them."""
 
+import json
 import shlex
 import sys
 from pathlib import Path
 from unittest import mock
 
 import pytest
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hypothesis import given
 from hypothesis import strategies as st
-from hydra.core.override_parser.overrides_parser import OverridesParser
 from recipes_composed import composed
 
+from launch.plan.command import main as plan
 from recipes.schema.command import dotted_keys, run_command, text_words, whole_words
 from recipes.schema.errors import USER_ERRORS
 from recipes.schema.read import read_recipe, recipe_from_mapping
@@ -66,9 +68,13 @@ def test_numbers_lists_nothing_quotes_and_references_stay_what_they_are() -> Non
 
 
 def test_sources_given_whole_replace_and_given_one_by_one_join() -> None:
-    whole = recipe_from_mapping(composed("-cn", "smoke", "data.sources={mine:{path:words}}", "data.sources.mine.weight=2"))
+    whole = recipe_from_mapping(
+        composed("-cn", "smoke", "data.sources={mine:{path:words}}", "data.sources.mine.weight=2")
+    )
     assert {name: source.weight for name, source in whole.data.sources.items()} == {"mine": 2.0}
-    joined = recipe_from_mapping(composed("-cn", "smoke", "data.sources.mine.path=words", "data.sources.python.max_epochs=3"))
+    joined = recipe_from_mapping(
+        composed("-cn", "smoke", "data.sources.mine.path=words", "data.sources.python.max_epochs=3")
+    )
     assert list(joined.data.sources) == ["shakespeare", "python", "mine"]
     assert joined.data.sources["python"].max_epochs == 3
     assert whole_words(["p", "data.tokenizer.special_tokens={a:1}"])[1:] == [
@@ -81,7 +87,8 @@ def test_a_recipe_that_inherits_may_leave_the_others_sources_out(tmp_path: Path)
     (tmp_path / "mixed.yaml").write_text("defaults: [smoke, _self_]\n" + body)
     (tmp_path / "alone.yaml").write_text("defaults: [smoke, data/no_sources, _self_]\n" + body)
     mixed, alone = (
-        recipe_from_mapping(composed(f"--config-dir={tmp_path}", "-cn", name)).data.sources for name in ("mixed", "alone")
+        recipe_from_mapping(composed(f"--config-dir={tmp_path}", "-cn", name)).data.sources
+        for name in ("mixed", "alone")
     )
     assert set(mixed) == {"shakespeare", "python"} and mixed["python"].max_bytes == 3_000_000
     assert set(alone) == {"python"} and alone["python"].max_bytes is None
@@ -105,3 +112,18 @@ def test_the_quoted_word_of_an_error_can_be_read(capsys: pytest.CaptureFixture[s
     said = refusal(capsys, "-cn", "smoke", "+other.field=a=b #c")
     (word,) = shlex.split(said.strip().rsplit("for the shell: ", 1)[1])
     assert OverridesParser.create().parse_override(word).value() == "a=b #c"
+
+
+def test_the_plan_says_which_sources_a_recipe_inherits(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    body = "run: {name: not_there}\ndata: {sources: {mine: {path: words}}}\n"
+    (tmp_path / "mixed.yaml").write_text("defaults: [smoke, _self_]\n" + body)
+    (tmp_path / "alone.yaml").write_text("defaults: [smoke, data/no_sources, _self_]\n" + body)
+    said = {}
+    for name in ("mixed", "alone", "smoke"):
+        assert (
+            plan([f"--config-dir={tmp_path}", "-cn", name, "run.name=not_there", "data.folder=not_there", "--json"])
+            == 0
+        )
+        said[name] = [line for line in json.loads(capsys.readouterr().out)["warnings"] if "inherited" in line]
+    assert said["alone"] == said["smoke"] == []
+    assert "shakespeare, python are inherited and mixed with mixed's own, mine" in said["mixed"][0]
