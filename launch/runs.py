@@ -2,7 +2,7 @@
 
 runs/NAME/recipe.yaml  metrics.jsonl  checkpoints/latest          written by the trainer
 runs/NAME/logs/ATTEMPT/rank-00000.log  failure-00003.json         one folder for each time processes were started
-runs/NAME/logs/job.sh  jobs  slurm-JOB.log  stop                  `launch slurm`: the script, its job numbers, its output
+runs/NAME/logs/job.sh  jobs  slurm-JOB.log  stop                  `stratum launch slurm`: the script, its job numbers, its output
 """
 
 import json
@@ -14,9 +14,9 @@ from typing import Any
 
 import yaml
 
-from recipes.schema.errors import RecipeError
+from recipes.schema.checkpoint_steps import METRICS as METRICS
+from recipes.schema.options import is_run
 
-METRICS = "metrics.jsonl"
 _TAIL_BYTES = 256 * 1024
 
 
@@ -101,19 +101,8 @@ def runs_in(folder: Path) -> list[RunFolder]:
     """The runs in a folder of runs, by name."""
     if not folder.is_dir():
         return []
-    found = [p for p in folder.iterdir() if (p / "recipe.yaml").is_file() or (p / "logs").is_dir()]
+    found = [path for path in folder.iterdir() if is_run(path)]
     return [RunFolder(path) for path in sorted(found)]
-
-
-def find_run(name: str) -> RunFolder:
-    """A run by its folder, or by its name in runs/. RecipeError where there is none."""
-    for path in (Path(name), Path("runs") / name):
-        if (path / "recipe.yaml").is_file() or (path / "logs").is_dir():
-            return RunFolder(path)
-    there = ", ".join(run.path.name for run in runs_in(Path("runs")))
-    raise RecipeError(
-        f"{name} is not a run: neither {name} nor runs/{name} contains recipe.yaml or logs. Runs in runs/: {there or 'none'}."
-    )
 
 
 def last_lines(path: Path) -> list[dict[str, Any]]:

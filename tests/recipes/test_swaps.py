@@ -60,19 +60,21 @@ def test_hydra_composes_what_merging_by_hand_gives(name: str) -> None:
 
 
 def complaints(plain: dict[str, Any]) -> list[str]:
-    """Everything a plan on B200s says against a recipe, its size aside."""
+    """Everything a plan on B200s says against a recipe, its size and the checkpoints that are not on this disk aside."""
     try:
         recipe = recipe_from_mapping(plain)
         recipe = replace(recipe, run=replace(recipe.run, name="not_there"))
         plan = make_plan(recipe, world=world_of(recipe, None), device=device_named("b200"))
     except StratumError as error:
-        return str(error).splitlines()
-    return [problem for problem in plan.problems if not problem.startswith("memory: ")]
+        found = str(error).splitlines()
+    else:
+        found = list(plan.problems)
+    return [one for one in found if not one.startswith("memory: ") and " is no checkpoint " not in one]
 
 
 def repaired(plain: dict[str, Any], complaint: str) -> dict[str, Any]:
     """The recipe with the one key changed that a complaint names, as it says."""
-    said = re.search(r"(?:Use|Set|or|e\.g\.) ((?:[a-z]\w*\.)?\w+)=([^\s,;]+?)[.,;]?(?:\s|$)", complaint)
+    said = re.search(r"(?:Use|Set|or|use|e\.g\.) ((?:[a-z]\w*\.)?\w+)=([^\s,;]+?)[.,;]?(?:\s|$)", complaint)
     at = re.match(r"([a-z]+\.\w+)=\S+ .*\bUse (?:1, )?(?:1 or )?(\d+)", complaint)
     key, value = said.groups() if said else at.groups() if at else ("", "")
     if "needs objective.teacher" in complaint:

@@ -2,9 +2,7 @@
 
 import json
 import shlex
-import sys
 from pathlib import Path
-from unittest import mock
 
 import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -25,13 +23,13 @@ def read(word: str) -> object:
 
 
 def refusal(capsys: pytest.CaptureFixture[str], *words: str) -> str:
-    with mock.patch.object(sys, "argv", ["program", *words]):
-        status = run_command(
-            lambda config: int(read_recipe(config) is None),
-            program="train",
-            keys=dotted_keys(Recipe),
-            user_errors=USER_ERRORS,
-        )
+    status = run_command(
+        lambda config: int(read_recipe(config) is None),
+        words,
+        program="train",
+        keys=dotted_keys(Recipe),
+        user_errors=USER_ERRORS,
+    )
     assert status == 2
     return capsys.readouterr().err
 
@@ -44,7 +42,7 @@ def refusal(capsys: pytest.CaptureFixture[str], *words: str) -> str:
         "launch.container.mounts=/a:/b,/c:/d", "launch.slurm.options=--comment='my job' --constraint=[a|b]",
         "launch.slurm.setup=module load cuda; export A=1", "launch.environment=A=1 B={2}",
         "data.sources.mine.path=s3://b/dt=2024-01-01/*.parquet", "data.sources.mine.path=part-{000..063}.jsonl",
-        "data.sources.mine.template={title}", "+generate.prompt=Hello, world: (x) = #1", "data.tokenizer.end_of_document=<|e|>",
+        "data.sources.mine.template={title}", "data.tokenizer.end_of_document=<|e|>",
     ],
 )  # fmt: skip
 def test_a_text_field_takes_its_value_as_written(word: str) -> None:
@@ -75,7 +73,7 @@ def test_sources_given_whole_replace_and_given_one_by_one_join() -> None:
     joined = recipe_from_mapping(
         composed("-cn", "smoke", "data.sources.mine.path=words", "data.sources.python.max_epochs=3")
     )
-    assert list(joined.data.sources) == ["shakespeare", "python", "mine"]
+    assert set(joined.data.sources) == {"shakespeare", "python", "mine"}
     assert joined.data.sources["python"].max_epochs == 3
     assert whole_words(["p", "data.tokenizer.special_tokens={a:1}"])[1:] == [
         "~data.tokenizer.special_tokens", "+data.tokenizer.special_tokens={a:1}",

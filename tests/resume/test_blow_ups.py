@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 from processes import finish, fork
 
+from recipes.schema.checkpoint_steps import steps_in
 from recipes.schema.errors import NumericsError
-from train.checkpoint.steps import steps_in
 from train.record.metrics import METRICS, read_metrics
 from train.record.report import write_report
 

@@ -12,9 +12,9 @@ import re
 from pathlib import Path
 from typing import Any
 
+from recipes.schema.checkpoint_steps import METRICS as METRICS
 from recipes.schema.errors import StratumError
 
-METRICS = "metrics.jsonl"
 Line = dict[str, Any]
 _NOT_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 _LIKE_A_NUMBER = re.compile("'*(" + "|".join(_NOT_FINITE) + ")")

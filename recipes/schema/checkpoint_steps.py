@@ -3,18 +3,21 @@
 Reading only, no model and no process group: the offline commands and login nodes use this.
 """
 
+import json
 import logging
 import os
 import re
 from pathlib import Path
 
 from recipes.schema.errors import CheckpointError
-from train.checkpoint import publishing
-from train.checkpoint.files import Reader
-from train.checkpoint.manifest import MANIFEST, Manifest, describe_not_finite, read_manifest
+from recipes.schema.manifest import MANIFEST, Manifest, describe_not_finite, read_manifest
 
 log = logging.getLogger(__name__)
 
+METRICS = "metrics.jsonl"
+"""A run's record, next to its folder of checkpoints."""
+POINTER = "latest"
+"""File that names the newest whole checkpoint of a folder; only a hint."""
 _NAME = re.compile(r"step_[0-9]{1,18}")
 PASSED_OVER = "passed over: "
 """Begin of a note about a checkpoint that is not whole."""
@@ -68,7 +71,7 @@ def candidates(folder: Path) -> tuple[list[tuple[Path, Manifest]], list[str]]:
             good.append((path, manifest))
         except CheckpointError as error:
             notes.append(f"{PASSED_OVER}{error}")
-    pointer = folder / publishing.POINTER
+    pointer = folder / POINTER
     try:
         named = _named_by(pointer) if pointer.is_file() else None
     except OSError as error:
@@ -99,34 +102,9 @@ def newest_in(folder: Path) -> tuple[Path, Manifest] | None:
     return None
 
 
-def newest_finite(folder: Path) -> Path | None:
-    """The newest whole checkpoint without NaN or infinity. Reads the numbers of those whose manifest does not say: older versions
-    did not look. CheckpointError where the folder cannot be read."""
-    for path, manifest in candidates(folder)[0]:
-        try:
-            reader = Reader(path) if any(record.not_finite is None for record in manifest.tensors.values()) else None
-            if reader is None or not any(reader.sums(name).not_finite for name in manifest.tensors):
-                return path
-        except CheckpointError:
-            continue
-    return None
-
-
-def after_not_finite(folder: Path) -> str:
-    """What to do about NaN or infinity in a run with these checkpoints, in a sentence or two. Never raises."""
-    try:
-        newest = newest_finite(folder)
-    except CheckpointError as error:
-        return f"({error})"
-    begin = "No earlier checkpoint without them exists: start again"
-    if newest is not None:
-        begin = f"{newest.name} is the newest finite checkpoint: continue from it (checkpoint.allow=[arithmetic])"
-    return f"{begin} with a lower optim.lr, a longer schedule.warmup, optim.clip_norm=1 or precision.params=fp32."
-
-
 def refuse_to_forget(folder: Path, notes: list[str]) -> None:
     """Raise CheckpointError where there is a trace of checkpoints but none that can be used."""
-    pointer = folder / publishing.POINTER
+    pointer = folder / POINTER
     traces = notes or [f"{pointer} is there, the checkpoint it names is not"] * pointer.exists()
     if traces:
         raise CheckpointError(
@@ -152,3 +130,25 @@ def checkpoint_at(place: str | Path) -> tuple[Path, Manifest]:
         f"{path} is no checkpoint (no {MANIFEST}) and no run that has one. Name a folder like runs/NAME or "
         f"runs/NAME/checkpoints/{name_of(1000)}."
     )
+
+
+def lost_run(folder: Path) -> str:
+    """What a run's record says of checkpoints that are gone; empty where it never had one."""
+    last, had_checkpoint = 0, False
+    try:
+        with (folder / METRICS).open("rb") as stream:
+            for text in stream:
+                if b'"step"' not in text and b'"save"' not in text:
+                    continue
+                try:
+                    line = json.loads(text)
+                except ValueError:
+                    continue  # torn by a kill
+                kind = line.get("kind") if isinstance(line, dict) else None
+                last = max(last, int(line["step"])) if kind == "step" else last
+                had_checkpoint |= kind == "save"
+    except (OSError, KeyError, TypeError, ValueError):
+        return ""
+    if not had_checkpoint:
+        return ""
+    return f"{folder} holds a run of {last:,} steps that wrote checkpoints, but {folder / 'checkpoints'} holds none."
