@@ -96,7 +96,7 @@ def test_a_kill_in_the_first_act_of_a_run_does_not_spoil_its_folder(run: Recipe)
     folder = Path(new.run.folder) / "new"
     with pytest.raises(RankFailed, match="rank 0 died"):
         run_ranks(1, die, new, "recipe.yaml")
-    assert [path.name for path in folder.iterdir()] == [".recipe.yaml.writing"]
+    assert {path.name for path in folder.iterdir()} == {".recipe.yaml.writing", "lease"}
     run_ranks(1, go, new)
     assert contents_at(folder / "checkpoints" / steps.name_of(2)) and not (folder / ".recipe.yaml.writing").exists()
 
@@ -201,5 +201,5 @@ def test_other_data_needs_a_word_and_another_tokenizer_is_refused(run: Recipe) -
     said = refusal(
         changed(run, **{"checkpoint.allow": ("data_order", "arithmetic"), "run.steps": 12, "schedule.total": 8})
     )
-    assert f"with tokenizer {manifest.tokenizer.fingerprint[:12]}" in said and other.fingerprint[:12] in said
+    assert f"with another tokenizer ({manifest.tokenizer.fingerprint[:12]})" in said and other.fingerprint[:12] in said
     assert "ids stand for other text" in said
