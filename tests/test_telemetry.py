@@ -83,7 +83,7 @@ def test_a_torn_line_is_closed_off_and_skipped(tmp_path: Path) -> None:
     path = tmp_path / METRICS
     path.write_text(path.read_text() + '{"kind": "step", "st')
     again = recorder(tmp_path, Reducer())
-    again.event("resume", step=2, parameters=1, layout="TP1")
+    again.event("resume", step=2, parameters=1, layout="TP1", precision="fp32")
     run(again, losses()[2:4], first=3)
     again.close()
     record = read_run(tmp_path)

@@ -29,7 +29,7 @@ RECIPE = [
     "precision.high_precision_first=1", "precision.high_precision_last=1", "model.mamba_chunk=8",
     "run.global_rows=4", "run.microbatch_rows=2", "run.threads=1", "schedule.warmup=2",
     "schedule.decay=4", "evaluate.every_steps=0", "evaluate.rows_per_source=2", "telemetry.log_every_steps=1",
-    "telemetry.tensorboard=false", "launch.timeout_s=120",
+    "telemetry.tensorboard=false", "launch.timeout_s=120", "precision=fp32",
 ]  # fmt: skip
 
 

@@ -32,7 +32,7 @@ RUN = [
     "precision=fp32",
     f"run.steps={STEPS}", "run.global_rows=4", "run.microbatch_rows=2", "run.threads=1", "schedule.warmup=2",
     "schedule.decay=4", "checkpoint.every_steps=6", "evaluate.every_steps=0", "evaluate.rows_per_source=2",
-    "telemetry.log_every_steps=1", "telemetry.tensorboard=false",
+    "telemetry.log_every_steps=1", "telemetry.tensorboard=false", "precision=fp32",
 ]  # fmt: skip
 
 
