@@ -13,10 +13,11 @@ from rich.console import Console
 from rich.table import Table
 
 from launch.local.failures import log_of, read_failures, tell
-from launch.runs import RunFolder, find_run, runs_in, tail
+from launch.runs import RunFolder, find_run, runs_in
 from launch.slurm.command import job_numbers
 from launch.slurm.queue import QueuedJob, look_up
 from recipes.schema.errors import StratumError
+from recipes.schema.run_folder import last_texts
 
 _LOG_LINES = 8
 
@@ -63,7 +64,7 @@ def describe(run: RunFolder) -> str:
             lines += [f"  {line}" for line in tell(attempts[-1], failures).splitlines()]
         log = log_of(attempts[-1], 0)
         lines.append(f"  {log}:")
-        lines += [f"    {line}" for line in tail(log, _LOG_LINES)]
+        lines += [f"    {line}" for line in last_texts(log, _LOG_LINES)]
     return "\n".join(lines) + "\n"
 
 

@@ -5,7 +5,6 @@ recipe of the same name. Counted as `train.distill.teacher` builds it: whole on 
 `objective.teacher_tensor`, weights in one format, forward passes only.
 """
 
-import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -15,8 +14,10 @@ from launch.plan.cost.activations import Modules, Shape, hidden_bytes, layer_byt
 from launch.plan.cost.tensors import stage_tensors
 from launch.plan.cost.time import Setting, forward_seconds
 from recipes.schema.command import RECIPES
+from recipes.schema.errors import RecipeError
 from recipes.schema.model import ModelConfig
 from recipes.schema.recipe import Recipe
+from recipes.schema.run_folder import recipe_at
 from recipes.schema.teacher_placement import place_of
 from recipes.schema.typed import FieldError, build
 
@@ -117,16 +118,7 @@ def teacher_cost(recipe: Recipe, model: ModelConfig, *, student: Setting, module
 
 def _model_of(place: Path) -> ModelConfig | None:
     """The model of a checkpoint or run folder, from what it says of itself; None where neither is there."""
-    checkpoints = sorted(place.glob("checkpoints/step_*/manifest.json")) + sorted(place.glob("step_*/manifest.json"))
     try:
-        if (place / "manifest.json").is_file():
-            plain = json.loads((place / "manifest.json").read_text())["recipe"]
-        elif checkpoints:
-            plain = json.loads(checkpoints[-1].read_text())["recipe"]
-        elif (place / "recipe.yaml").is_file():
-            plain = yaml.safe_load((place / "recipe.yaml").read_text())
-        else:
-            return None
-        return build(ModelConfig, plain["model"], "model")
-    except (OSError, ValueError, KeyError, TypeError, FieldError, yaml.YAMLError):
+        return build(ModelConfig, recipe_at(place)["model"], "model")
+    except (OSError, RecipeError, KeyError, FieldError):
         return None  # training says what is wrong with it

@@ -15,9 +15,9 @@ from ranks import run_ranks
 
 from data import prepare
 from launch.stages import _left
+from recipes.schema.run_folder import METRICS, read_metrics
 from train import __main__ as training
 from train.checkpoint.steps import checkpoint_at
-from train.record.metrics import METRICS, read_metrics
 
 ROOT = Path(__file__).resolve().parents[2]
 STEPS = 400

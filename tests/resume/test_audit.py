@@ -17,9 +17,9 @@ from data.store.manifest import TokenizerEntry, file_sha256, read_manifest, writ
 from data.tokenizer import train_tokenizer
 from recipes.schema.data import SourceConfig, TokenizerConfig
 from recipes.schema.recipe import Recipe
+from recipes.schema.run_folder import METRICS, read_metrics
 from train.checkpoint import steps
 from train.record import machine
-from train.record.metrics import METRICS, read_metrics
 from train.run import train
 
 

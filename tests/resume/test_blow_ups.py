@@ -8,8 +8,8 @@ import pytest
 from processes import finish, fork
 
 from recipes.schema.errors import NumericsError
+from recipes.schema.run_folder import METRICS, read_metrics
 from train.checkpoint.steps import steps_in
-from train.record.metrics import METRICS, read_metrics
 from train.record.report import write_report
 
 BLOWN = (

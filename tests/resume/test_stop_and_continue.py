@@ -10,8 +10,8 @@ from crashes import acts_of_saves
 from lives import contents_at
 from processes import STEPS, finish, fork, losses, saves, start, wait_for_step
 
+from recipes.schema.run_folder import METRICS, read_metrics
 from train.checkpoint import offline, steps
-from train.record.metrics import METRICS, read_metrics
 from train.resilience.faults import ECHO_S, GIVEN_UP
 
 

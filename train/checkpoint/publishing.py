@@ -10,9 +10,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from data.system import disk
+from recipes.schema.run_folder import POINTER
 from train.checkpoint.manifest import INDEX, MANIFEST, Index, Manifest, index_text, manifest_text, sha256
-
-POINTER = "latest"
 
 
 def seal(aside: Path, manifest: Manifest, index: Index) -> Manifest:

@@ -4,42 +4,20 @@ Reading only, no model and no process group: the offline commands and login node
 """
 
 import logging
-import os
-import re
 from pathlib import Path
 
 from recipes.schema.errors import CheckpointError
-from train.checkpoint import publishing
+from recipes.schema.run_folder import CHECKPOINTS, POINTER, pointed_at
+from recipes.schema.run_folder import name_of as name_of
+from recipes.schema.run_folder import step_of as step_of
+from recipes.schema.run_folder import steps_in as steps_in
 from train.checkpoint.files import Reader
 from train.checkpoint.manifest import MANIFEST, Manifest, describe_not_finite, read_manifest
 
 log = logging.getLogger(__name__)
 
-_NAME = re.compile(r"step_[0-9]{1,18}")
 PASSED_OVER = "passed over: "
 """Begin of a note about a checkpoint that is not whole."""
-
-
-def name_of(step: int) -> str:
-    """Name of the folder of the checkpoint after `step` optimizer steps."""
-    return f"step_{step:08d}"
-
-
-def steps_in(folder: Path) -> list[Path]:
-    """Checkpoints that were published in a folder, oldest first. CheckpointError where the folder cannot be read."""
-    try:
-        # Not glob: it passes over a folder that may not be read, and a run would start again at step 0.
-        named = [folder / name for name in os.listdir(folder) if _NAME.fullmatch(name) and (folder / name).is_dir()]
-    except (FileNotFoundError, NotADirectoryError):
-        return []
-    except OSError as error:
-        raise CheckpointError(f"{folder} cannot be read: {error.strerror or error}") from error
-    return sorted(named, key=step_of)
-
-
-def step_of(path: Path) -> int:
-    """The step that a checkpoint's folder is named after."""
-    return int(path.name.removeprefix("step_"))
 
 
 def manifest_of(path: Path) -> Manifest:
@@ -68,20 +46,15 @@ def candidates(folder: Path) -> tuple[list[tuple[Path, Manifest]], list[str]]:
             good.append((path, manifest))
         except CheckpointError as error:
             notes.append(f"{PASSED_OVER}{error}")
-    pointer = folder / publishing.POINTER
+    pointer = folder / POINTER
     try:
-        named = _named_by(pointer) if pointer.is_file() else None
+        named = pointed_at(folder)
     except OSError as error:
         return good, [*notes, f"{pointer} cannot be read: {error.strerror or error}"]
     if good and named != good[0][0].name:
         said = "is missing" if named is None else "is empty" if not named else f"says {named[:40]!r}"
         notes.append(f"{pointer} {said}; the newest whole checkpoint is {good[0][0].name}.")
     return good, notes
-
-
-def _named_by(pointer: Path) -> str:
-    with pointer.open("rb") as stream:
-        return stream.read(200).decode(errors="replace").strip()
 
 
 def newest_in(folder: Path) -> tuple[Path, Manifest] | None:
@@ -126,7 +99,7 @@ def after_not_finite(folder: Path) -> str:
 
 def refuse_to_forget(folder: Path, notes: list[str]) -> None:
     """Raise CheckpointError where there is a trace of checkpoints but none that can be used."""
-    pointer = folder / publishing.POINTER
+    pointer = folder / POINTER
     traces = notes or [f"{pointer} is there, the checkpoint it names is not"] * pointer.exists()
     if traces:
         raise CheckpointError(
@@ -144,7 +117,7 @@ def checkpoint_at(place: str | Path) -> tuple[Path, Manifest]:
     path = Path(place)
     if (path / MANIFEST).is_file():
         return path, read_manifest(path)
-    for folder in (path / "checkpoints", path):
+    for folder in (path / CHECKPOINTS, path):
         found = newest_in(folder)
         if found is not None:
             return found

@@ -10,8 +10,8 @@ from typing import Any, Protocol
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from recipes.schema.run_folder import Line
 from recipes.schema.telemetry import TelemetryConfig
-from train.record.metrics import Line
 
 
 class Display(Protocol):
