@@ -2,7 +2,7 @@
 
 runs/NAME/recipe.yaml  metrics.jsonl  checkpoints/latest          written by the trainer
 runs/NAME/logs/ATTEMPT/rank-00000.log  failure-00003.json         one folder for each time processes were started
-runs/NAME/logs/job.sh  jobs  slurm-JOB.log  stop                  `launch slurm`: the script, its job numbers, its output
+runs/NAME/logs/job.sh  jobs  slurm-JOB.log  stop                  `stratum launch slurm`: the script, its job numbers, its output
 """
 
 import time
@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from recipes.schema.errors import CheckpointError, RecipeError
-from recipes.schema.run_folder import CHECKPOINTS, METRICS, RECIPE, last_metrics, recipe_in, step_of, steps_in
+from recipes.schema.options import is_run
+from recipes.schema.run_folder import CHECKPOINTS, METRICS, last_metrics, recipe_in, step_of, steps_in
 
 
 @dataclass(frozen=True)
@@ -93,16 +94,5 @@ def runs_in(folder: Path) -> list[RunFolder]:
     """The runs in a folder of runs, by name."""
     if not folder.is_dir():
         return []
-    found = [p for p in folder.iterdir() if (p / RECIPE).is_file() or (p / "logs").is_dir()]
+    found = [path for path in folder.iterdir() if is_run(path)]
     return [RunFolder(path) for path in sorted(found)]
-
-
-def find_run(name: str) -> RunFolder:
-    """A run by its folder, or by its name in runs/. RecipeError where there is none."""
-    for path in (Path(name), Path("runs") / name):
-        if (path / RECIPE).is_file() or (path / "logs").is_dir():
-            return RunFolder(path)
-    there = ", ".join(run.path.name for run in runs_in(Path("runs")))
-    raise RecipeError(
-        f"{name} is not a run: neither {name} nor runs/{name} contains recipe.yaml or logs. Runs in runs/: {there or 'none'}."
-    )

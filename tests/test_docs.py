@@ -8,9 +8,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def test_the_page_of_fields_is_up_to_date() -> None:
-    assert (ROOT / "docs" / "recipes.md").read_text() == page(), (
-        "run: python -m recipes.schema.reference > docs/recipes.md"
-    )
+    assert (ROOT / "docs" / "recipes.md").read_text() == page(), "run: stratum fields > docs/recipes.md"
 
 
 def test_links_between_pages_lead_somewhere() -> None:

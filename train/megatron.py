@@ -33,7 +33,8 @@ from typing import Any, Literal
 import torch
 from torch.utils import _device
 
-from recipes.schema.errors import BackendError
+from recipes.schema.errors import BackendError, refuse
+from recipes.schema.rules import device_problems
 
 DeviceKind = Literal["auto", "cpu", "cuda"]
 
@@ -73,8 +74,7 @@ def choose_device(kind: DeviceKind) -> torch.device:
     """
     if kind == "cpu" or (kind == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
-    if not torch.cuda.is_available():
-        raise BackendError("run.device=cuda, but torch sees no GPU on this machine. Use run.device=auto or cpu.")
+    refuse(device_problems(kind, has_gpu=torch.cuda.is_available()), BackendError)
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
 
 

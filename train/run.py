@@ -17,14 +17,14 @@ import yaml
 
 from data.stream import Dataset, Stream
 from data.system import disk
-from recipes.schema.changes import check_folder
-from recipes.schema.errors import CheckpointError, DataError
+from recipes.schema.errors import CheckpointError, refuse
+from recipes.schema.facts import named
 from recipes.schema.pattern import flops_per_token, parameters
 from recipes.schema.read import recipe_mapping
 from recipes.schema.recipe import Recipe
-from recipes.schema.rules import check_objective, unused
-from recipes.schema.schedule import unread
-from train.build import build_engine, check, mesh_of, open_data
+from recipes.schema.rules import start_problems
+from recipes.schema.scaling import describe_precision
+from train.build import build_engine, check_start, mesh_of, open_data
 from train.checkpoint.manager import CheckpointFolder, checkpoint_at
 from train.checkpoint.manifest import RunState
 from train.checkpoint.resume import TEACHER, resume
@@ -58,22 +58,11 @@ def train(recipe: Recipe) -> RunEnd:
     run's folder. Whatever was saved stays.
     """
     rank, world = world_from_environment()
-    layout = check(recipe, world=world)
-    check_objective(recipe)
+    layout = check_start(recipe, world=world, rank=rank)
     device = choose_device(recipe.run.device)
     _use_threads(recipe.run.threads)
     dataset = open_data(recipe)
-    for name, place in dataset.blend.exhausted(recipe.run.steps * recipe.run.global_rows) if rank == 0 else ():
-        step = place // recipe.run.global_rows + 1
-        log.warning(
-            "source %s has been read max_epochs times at step %d: others take its place from there.", name, step
-        )
-    if (idle := unused(recipe.objective)) and rank == 0:
-        log.warning("objective.kind=next_token trains on next tokens; not used: %s", idle)
-    if (idle := unread(recipe.schedule)) and rank == 0:
-        log.warning("%s", idle)
     folder = Path(recipe.run.folder) / recipe.run.name
-    check_folder(folder, recipe)
     use_device(device)
     with mesh_of(recipe, layout, device=device, rank=rank) as mesh, held_lease(folder, mesh) as check_lease:
         return _train(recipe, mesh=mesh, dataset=dataset, folder=folder, check_lease=check_lease)
@@ -83,14 +72,11 @@ def _train(recipe: Recipe, *, mesh: Mesh, dataset: Dataset, folder: Path, check_
     checkpoints = CheckpointFolder(folder / "checkpoints", recipe.checkpoint)
     initial, origin = None, {}
     if recipe.run.start_from is not None and not checkpoints.whole():
-        initial, before = checkpoint_at(recipe.run.start_from)
-        ours = dataset.tokenizer.fingerprint
-        if before.tokenizer and before.tokenizer != ours:
-            raise DataError(
-                f"run.start_from={recipe.run.start_from} was trained with tokenizer {before.tokenizer[:12]}, the data in "
-                f"{recipe.data.folder} was made with {ours[:12]}: its ids stand for other text. Prepare the data with the "
-                f"checkpoint's tokenizer."
-            )
+        begin = named(recipe.run.start_from)
+        if begin.path is None or begin.manifest is None:
+            raise CheckpointError(f"run.start_from: {begin.error}")
+        initial, before = begin.path, begin.manifest
+        refuse(start_problems(recipe, begin, tokenizer=dataset.tokenizer.fingerprint))
         origin = {name: value for name, value in before.lineage.items() if name != TEACHER}
         origin |= {"started_from": str(initial), "started_from_fingerprint": before.fingerprint}
     engine = build_engine(recipe, mesh, weights=initial, tokenizer=dataset.tokenizer.fingerprint)
@@ -128,6 +114,7 @@ def _train(recipe: Recipe, *, mesh: Mesh, dataset: Dataset, folder: Path, check_
             peak_flops=_world_peak(peak_flops(mesh.device), mesh),
             recipe_dict=mapping,
             loss_parts=engine.loss_parts,
+            precision_at=lambda tokens: describe_precision(recipe.model, recipe.precision, tokens=tokens),
         )
         stack.callback(telemetry.close)
         stream = stack.enter_context(
@@ -167,6 +154,7 @@ def _train(recipe: Recipe, *, mesh: Mesh, dataset: Dataset, folder: Path, check_
             parameters=parameters(recipe.model).total,
             layout=mesh.layout.describe(),
             device=str(mesh.device),
+            precision=describe_precision(recipe.model, recipe.precision),
         )
         if step == 0:
             evaluate(0)

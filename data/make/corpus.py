@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from data.sources.files import file_size
 from data.sources.parts import cut, limited, problem_of, read
 from data.sources.records import Part
+from recipes.schema.credentials import with_credentials
 from recipes.schema.data import SourceConfig
 from recipes.schema.errors import DataError
 
@@ -56,7 +57,7 @@ class Reader:
         Raises DataError for a file that cannot be read or is not the one planned with, and for a bad record unless the
         source's policy is to skip them.
         """
-        if part.file_size and file_size(part.file) != part.file_size:
+        if part.file_size and file_size(with_credentials(part.file, self.source.path)) != part.file_size:
             raise DataError(
                 f"{part.file} ({self.place}) is no longer {part.file_size:,} bytes long: it changed while this data was "
                 f"being prepared. Prepare into another data.folder."

@@ -16,7 +16,8 @@ from data.sources.parts import cut, limited
 from data.sources.records import Part
 from data.system import disk
 from recipes.schema.data import DataConfig
-from recipes.schema.errors import DataError
+from recipes.schema.errors import DataError, refuse
+from recipes.schema.rules import source_problems
 
 PLAN = "plan.json"
 _NONE = "-"
@@ -109,8 +110,7 @@ def same_request(folder: Path, there: dict[str, Any], asked: dict[str, Any]) -> 
 
 def _plan_source(config: DataConfig, name: str) -> SourceWork:
     source, place = config.sources[name], f"data.sources.{name}"
-    if not name or name != Path(name).name or name.startswith("."):
-        raise DataError(f"data.sources.{name}: a source's name is a file's name here. Use letters, digits, - and _.")
+    refuse(source_problems(config, name), DataError)
     if source.format == "megatron":
         return SourceWork([[part] for part in find_sets(place, source)], heldout="", train="")
     shards = limited(place, source, cut(place, source, config.shard_bytes))

@@ -19,6 +19,11 @@ source is then within half a row there. Whether an end allows one row on both it
 it there is an order within one row). Of the places where an end may be, the first that allows it is taken, and where shares
 change, of the ways to round what is owed the first that does.
 
+*Many sources.* Where shares hold still without a short period and several sources draw less than a few rows a window, all
+of these may be owed half a row at the same place, and no end near it adds up. There, and wherever more than 12 sources are
+drawn, each row goes down a tree of the sources instead (`data.order.tree`), which has no windows: a row costs the depth of the
+tree, and the tree says how far off a source may be: below 1 row for one heavy source and many light ones.
+
 *The bound.* Shares that never change: 1 row, always. Phases and ramps: 1 row where such ends were found; each window says
 what it kept (`Window.within`). A chain of ends that is good everywhere exists (Tijdeman), but which of the sources that
 draw less than a row a window have had theirs depends on all that came before; decided in each place anew, from what is owed
@@ -31,13 +36,14 @@ import itertools
 import math
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 
 import numpy as np
 
 from data.order.shares import Phase, Segment, course_of
+from data.order.tree import ShareTree
 
 WINDOW_ROWS = 4096
 """Rows of a window, about: what is laid out at once (some milliseconds) and kept."""
@@ -45,6 +51,10 @@ MAX_PERIOD = 1 << 16
 """Longest period, in rows, that is laid out as one window."""
 TOLERANCES = (1.0, 1.25, 1.5, 2.0, 4.0, math.inf)
 """Distances from what is owed that are tried, in rows."""
+MOST_IN_WINDOWS = 12
+"""Sources drawn whose ends are searched for; more go down a tree."""
+LIGHT_ROWS = 4
+"""A source that draws fewer rows a window is light: several of them go down a tree."""
 _CACHED_WINDOWS = 8
 _PLACES = 32
 """Balanced places looked at for a window's end."""
@@ -92,6 +102,8 @@ class _Part:
     """Rows of each source before its start: next to what is owed."""
     period: int
     """Rows after which what is owed has grown by whole numbers, where that is short; else 0."""
+    tree: ShareTree | None = None
+    """In place of windows."""
 
     @property
     def rows(self) -> int:
@@ -120,13 +132,19 @@ class Curriculum:
         self._parts: list[_Part] = []
         for segment in self.segments:
             drawn = self._rounded(segment) if self._parts else (0,) * len(segment.owed)
-            self._parts.append(_Part(segment, drawn, _period(segment)))
+            tree = _tree(segment, drawn, runs_out=segment.stop in self.runs_out.values())
+            self._parts.append(_Part(segment, drawn, _period(segment), tree))
         self._final = self._rounded(None) if self.stop is not None else ()
 
     @property
     def is_plain(self) -> bool:
         """Whether all windows look alike: shares that never change and have a short period."""
         return len(self._parts) == 1 and self._parts[0].period > 0
+
+    @property
+    def has_trees(self) -> bool:
+        """Whether some rows go down a tree of the sources."""
+        return any(part.tree is not None for part in self._parts)
 
     def owed(self, position: int) -> tuple[Fraction, ...]:
         """Rows of each source that the first `position` rows should hold. Exact."""
@@ -174,6 +192,13 @@ class Curriculum:
 
     def _build(self, which: int, number: int) -> Window:
         part, start = self._parts[which], self._end(which, number)
+        if part.tree is not None:
+            stop_at = part.segment.stop if number == part.full_windows() else self._end(which, number + 1).position
+            assert stop_at is not None
+            base = part.segment.start
+            source = part.tree.sources(start.position - base, stop_at - base)
+            within = max(1.0, part.tree.bound)
+            return Window(start.position, np.asarray(start.drawn, dtype=np.int64), source, _earlier(source), within)
         if number == part.full_windows():
             assert part.segment.stop is not None
             is_last = which + 1 == len(self._parts)
@@ -193,6 +218,9 @@ class Curriculum:
         position = part.segment.start + number * part.rows
         if number == 0:
             return _End(position, part.drawn)
+        if part.tree is not None:
+            counts = part.tree.drawn(position - part.segment.start)
+            return _End(position, tuple(d + n for d, n in zip(part.drawn, counts, strict=True)))
         if part.period:
             grown = (int(share * part.rows) * number for share in part.segment.shares)
             return _End(position, tuple(d + g for d, g in zip(part.drawn, grown, strict=True)))
@@ -212,6 +240,9 @@ class Curriculum:
         part = self._parts[-1]
         number, position = part.full_windows(), part.segment.stop
         assert number is not None and position is not None
+        if part.tree is not None:
+            counts = part.tree.drawn(position - part.segment.start)
+            return tuple(d + n for d, n in zip(part.drawn, counts, strict=True))
         low, owed = self._end(len(self._parts) - 1, number), part.segment.owed_at(position)
         before = _Stretch(part.segment, low.position, position)
         after, grown = None, None
@@ -259,6 +290,19 @@ class _Stretch:
 
     def _relative(self, drawn: Sequence[int]) -> np.ndarray:
         return np.array([[d - b] for d, b in zip(drawn, self._base, strict=True)], dtype=np.float64)
+
+
+def _tree(segment: Segment, drawn: Sequence[int], *, runs_out: bool) -> ShareTree | None:
+    """The tree that a segment's rows go down; None where they are laid out in windows.
+
+    runs_out: a source reaches its limit where the segment ends, so none may be a row ahead there.
+    """
+    shares = [share for share in segment.shares if share]
+    is_many = len(shares) > MOST_IN_WINDOWS or sum(share * WINDOW_ROWS < LIGHT_ROWS for share in shares) > 1
+    if any(segment.slope) or _period(segment) or not is_many:
+        return None
+    tree = ShareTree(segment.shares, [o - d for o, d in zip(segment.owed, drawn, strict=True)])
+    return None if runs_out and tree.bound >= 1 else tree
 
 
 def _period(segment: Segment) -> int:
@@ -317,41 +361,60 @@ def _roundings(owed: Sequence[Fraction], low: Sequence[int], position: int) -> I
 
 def _curves(segment: Segment, start: int, stop: int) -> tuple[list[int], np.ndarray]:
     """What is owed from `start` to `stop`, both included: whole numbers, and [sources, rows + 1] above them in float64."""
-    owed, shares = segment.owed_at(start), segment.shares_at(start)
-    base = [math.floor(o) for o in owed]
-    above = np.array([[float(o - b), float(s), float(d) / 2] for o, b, s, d in
-                      zip(owed, base, shares, segment.slope, strict=True)])  # fmt: skip
+    base = [math.floor(o) for o in segment.owed_at(start)]
+    return base, np.stack([_curve(segment, source, start, stop) for source in range(len(base))])
+
+
+def _curve(segment: Segment, source: int, start: int, stop: int) -> np.ndarray:
+    """The same of one source: float64 [rows + 1], above the whole number owed at `start`."""
+    q = start - segment.start
+    share, slope = segment.shares[source] + segment.slope[source] * q, segment.slope[source]
+    owed = segment.owed[source] + segment.shares[source] * q + slope * q * q / 2
     steps = np.arange(stop - start + 1, dtype=np.float64)
-    return base, above[:, :1] + above[:, 1:2] * steps + above[:, 2:] * steps * steps
+    return float(owed - math.floor(owed)) + float(share) * steps + float(slope) / 2 * steps * steps
 
 
 def _lay_out(segment: Segment, start: _End, stop: _End) -> tuple[np.ndarray, np.ndarray, float]:
     """Order of the rows between two ends. -> source, earlier, within."""
-    base, curves = _curves(segment, start.position, stop.position)
-    curves = curves[:, 1:] - np.array([[d - b] for d, b in zip(start.drawn, base, strict=True)])
+    base = [math.floor(o) for o in segment.owed_at(start.position)]
+
+    def curve(source: int) -> np.ndarray:
+        """Rows of a source owed after each slot, not counting those drawn before: one at a time, as there may be thousands."""
+        whole = _curve(segment, source, start.position, stop.position)
+        return whole[1:] - (start.drawn[source] - base[source])
+
     counts = [b - a for a, b in zip(start.drawn, stop.drawn, strict=True)]
     assert sum(counts) == stop.position - start.position and min(counts) >= 0, "window ends fit each other"
     for within in TOLERANCES:
-        order = _earliest_deadline_first(curves, counts, within=within)
+        order = _earliest_deadline_first(curve, counts, stop.position - start.position, within=within)
         if order is not None:
             break
     else:
         raise AssertionError("without release times or deadlines every order is feasible")
     source = np.asarray(order, dtype=np.int16)
+    return source, _earlier(source), within
+
+
+def _earlier(source: np.ndarray) -> np.ndarray:
+    """int32: for each row, how many rows of the same source come before it."""
+    by_source = np.argsort(source, kind="stable")
+    counts = np.bincount(source)
     earlier = np.empty(len(source), dtype=np.int32)
-    for i, count in enumerate(counts):
-        earlier[source == i] = np.arange(count)
-    return source, earlier, within
+    earlier[by_source] = np.arange(len(source)) - np.repeat(np.cumsum(counts) - counts, counts)
+    return earlier
 
 
-def _earliest_deadline_first(curves: np.ndarray, counts: Sequence[int], *, within: float) -> list[int] | None:
+def _earliest_deadline_first(
+    curve_of: Callable[[int], np.ndarray], counts: Sequence[int], slots: int, *, within: float
+) -> list[int] | None:
     """A source for each slot so that drawn and owed are never more than `within` apart, or None.
 
-    curves[i, t]: rows of source i owed after slot t, not counting those drawn before slot 0.
+    curve_of(i)[t]: rows of source i owed after slot t, not counting those drawn before slot 0.
     """
-    sources, slots = curves.shape
+    sources = len(counts)
     releases, codes = [], []
-    for i, (curve, count) in enumerate(zip(curves, counts, strict=True)):
+    for i, count in enumerate(counts):
+        curve = curve_of(i)
         nth = np.arange(1, count + 1)
         releases.append(np.searchsorted(curve, nth - within - _ROUNDING, side="left"))
         deadline = np.minimum(np.searchsorted(curve, nth - 1 + within + _ROUNDING, side="right"), slots - 1)

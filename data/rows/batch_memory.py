@@ -141,6 +141,6 @@ def _not_ids(ids: np.ndarray, part: Rows, row: int, vocab_size: int) -> DataErro
     which = int(np.searchsorted(stream.shard_starts, start, side="right")) - 1
     return DataError(
         f"{stream.entries[which].path}.bin holds token id {worst:,} in row {row:,}, outside the vocabulary of "
-        f"{vocab_size:,}: the shard was replaced or damaged. `python -m data.inspect -cn RECIPE verify=true` checks every "
+        f"{vocab_size:,}: the shard was replaced or damaged. `stratum inspect -cn RECIPE --verify` checks every "
         f"file; prepare the data again."
     )

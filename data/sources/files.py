@@ -11,10 +11,11 @@ import gzip
 import io
 import itertools
 import lzma
+import os
 import re
 import sysconfig
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,12 +24,13 @@ from typing import IO, Any
 import fsspec
 import pyarrow
 
+from recipes.schema.credentials import without_credentials
 from recipes.schema.errors import DataError
 
 CORPORA = Path(__file__).resolve().parents[1] / "corpora"
 PACKAGE = "package:"
 STDLIB = "python-stdlib"
-COMPRESSED = (".gz", ".zst", ".bz2", ".xz")
+COMPRESSED = (".gz", ".zst", ".zstd", ".bz2", ".xz")
 EXPANSION_FREE_BYTES = 64 << 20
 """Decompressed bytes below which the expansion of a file is not looked at."""
 _EXTRA = {"s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "http": "aiohttp", "https": "aiohttp",
@@ -48,19 +50,23 @@ class File:
     """One file of a source."""
 
     name: str
-    """As it is opened and shown: a path, a URL, `package:...` or `python-stdlib/...`."""
+    """As it is shown and written: a path, a URL without credentials, `package:...` or `python-stdlib/...`."""
     size: int
     """Bytes as stored; 0 where the server does not tell."""
 
 
-def find_files(place: str, path: str) -> list[File]:
-    """The files a source's path stands for, sorted by name. DataError, naming `place`, where there are none."""
+def find_files(place: str, path: str, *, hidden: list[str] | None = None) -> list[File]:
+    """The files a source's path stands for, sorted by name. DataError, naming `place`, where there are none.
+
+    Files and folders whose names begin with a dot are left out of folders, and added to `hidden`.
+    """
+    hidden = [] if hidden is None else hidden
     if path == STDLIB:
         found = _standard_library()
     elif path.startswith(PACKAGE):
         found = [File(f"{PACKAGE}{f.name}", f.stat().st_size) for f in _shipped(place, path)]
     else:
-        found = [file for pattern in expand_braces(path) for file in _matching(place, pattern)]
+        found = [file for pattern in expand_braces(path) for file in _matching(place, pattern, hidden)]
     return sorted(set(found), key=lambda file: file.name)
 
 
@@ -89,13 +95,13 @@ def local_path(name: str) -> Path:
 
 def plain_suffix(name: str) -> str:
     """The suffix that tells the format: `.jsonl` of `a.jsonl.gz`."""
-    parts = Path(name.split("?")[0])
+    parts = Path(name.split("?")[0].lower())
     return Path(parts.stem).suffix if parts.suffix in COMPRESSED else parts.suffix
 
 
 def is_compressed(name: str) -> bool:
     """Whether a file is decompressed when read."""
-    return Path(name.split("?")[0]).suffix in COMPRESSED
+    return Path(name.split("?")[0]).suffix.lower() in COMPRESSED
 
 
 def open_binary(name: str) -> IO[bytes]:
@@ -114,19 +120,20 @@ class Plain:
     """
 
     def __init__(self, name: str, *, max_expansion: int, start: int = 0) -> None:
-        self._name = name
+        self._name = without_credentials(name)
         self._stored = _Counting(_open_at(name, start), name)
         self._max_expansion = max_expansion
         plain: Any = self._stored
-        match Path(name.split("?")[0]).suffix:
+        self._suffix = Path(name.split("?")[0]).suffix.lower()
+        match self._suffix:
             case ".gz":
                 plain = gzip.GzipFile(fileobj=io.BufferedReader(self._stored, _BLOCK), mode="rb")
-            case ".zst":
+            case ".zst" | ".zstd":
                 plain = pyarrow.CompressedInputStream(pyarrow.PythonFile(self._stored, "r"), "zstd")
             case ".bz2":
-                plain = bz2.BZ2File(io.BufferedReader(self._stored, _BLOCK))
+                plain = _Members(self._stored, bz2.BZ2Decompressor)
             case ".xz":
-                plain = lzma.LZMAFile(io.BufferedReader(self._stored, _BLOCK))  # noqa: SIM115 (closed with the file below)
+                plain = _Members(self._stored, lzma.LZMADecompressor)
         self._plain = plain
         self.lines = io.BufferedReader(_Bounded(self, plain), _BLOCK)
         """The bytes; `readline` takes a bound."""
@@ -146,6 +153,13 @@ class Plain:
     def stored_bytes(self) -> int:
         """Bytes of the stored file read so far, some ahead of what was handed out."""
         return self._stored.count
+
+    def check_end(self) -> None:
+        """Refuse a packed file in which nothing is packed: what wrote it did not finish."""
+        if self._suffix in COMPRESSED and not self._stored.count:
+            raise DataError(
+                f"{self._name} is 0 bytes long, which no {self._suffix} file is. Make it again, or remove it."
+            )
 
     def check(self, given: int) -> None:
         """Stop an expansion without end; `given` bytes have come out so far."""
@@ -188,17 +202,19 @@ def _open_at(name: str, start: int) -> IO[bytes]:
 
 @contextmanager
 def reading(name: str) -> Iterator[None]:
-    """Every way of failing to read a file, as one ReadError that names it."""
+    """Every way of failing to read a file, as one ReadError that names it, without credentials."""
+    shown = without_credentials(name)
     try:
         yield
     except DataError:
         raise
     except (OSError, EOFError, zlib.error, lzma.LZMAError, pyarrow.ArrowException) as error:
-        raise ReadError(f"{name} cannot be read: {error or type(error).__name__}") from error
+        raise ReadError(f"{shown} cannot be read: {without_credentials(str(error)) or type(error).__name__}") from error
     except Exception as error:  # each remote file system has errors of its own
         if not is_remote(name):
             raise
-        raise ReadError(f"{name} cannot be read: {type(error).__name__}: {error}") from error
+        why = f"{type(error).__name__}: {without_credentials(str(error))}"
+        raise ReadError(f"{shown} cannot be read: {why}") from error
 
 
 def expand_braces(path: str) -> list[str]:
@@ -246,6 +262,38 @@ class _Counting(io.RawIOBase):
         super().close()
 
 
+class _Members:
+    """The members of a .bz2 or .xz file one after the other. Python's own readers take a damaged or padded later member for
+    the end of the file."""
+
+    def __init__(self, stored: _Counting, decompressor: Callable[[], Any]) -> None:
+        self._stored, self._new = stored, decompressor
+        self._member = decompressor()
+        self._waiting = b""
+
+    def read(self, size: int) -> bytes:
+        """Up to `size` bytes; none at the end. EOFError where a member is cut short."""
+        while True:
+            if self._member.eof:
+                self._waiting = (self._waiting + self._member.unused_data).lstrip(b"\0")  # .xz may be padded
+                while not self._waiting:
+                    block = self._stored.read(_BLOCK)
+                    if not block:
+                        return b""
+                    self._waiting = block.lstrip(b"\0")
+                self._member = self._new()
+            elif self._member.needs_input and not self._waiting:
+                self._waiting = self._stored.read(_BLOCK) or b""
+                if not self._waiting:
+                    if not self._stored.count:
+                        return b""
+                    raise EOFError("it ends inside a compressed stream")
+            content: bytes = self._member.decompress(self._waiting, max_length=size)
+            self._waiting = b""
+            if content:
+                return content
+
+
 class _Bounded(io.RawIOBase):
     """Decompressed bytes, checked as they come."""
 
@@ -261,33 +309,76 @@ class _Bounded(io.RawIOBase):
         content = self._stream.read(len(buffer))
         buffer[: len(content)] = content
         self._given += len(content)
+        if not content:
+            self._owner.check_end()
         self._owner.check(self._given)
         return len(content)
 
 
-def _matching(place: str, pattern: str) -> list[File]:
+def _matching(place: str, pattern: str, hidden: list[str]) -> list[File]:
     if is_remote(pattern):
-        return _matching_remote(place, pattern)
+        return _matching_remote(place, pattern, hidden)
     path = pattern.removeprefix("file://")
     if Path(path).is_dir():
-        files = [f for f in Path(path).rglob("*") if f.is_file() and not f.name.startswith(".")]
+        files = _in_folder(path, hidden)
     elif Path(path).is_file():
-        files = [Path(path)]
+        files = [path]
     else:
-        files = [Path(f) for f in glob.glob(path, recursive=True) if Path(f).is_file()]
+        files = _in_glob(path)
     if not files:
+        more = f" but {len(hidden):,} whose names begin with a dot" if hidden else ""
         raise DataError(
-            f"{place}.path={pattern}: no file there (looked from {Path.cwd()}). Give a file, a folder, or a glob such as "
+            f"{place}.path={pattern}: no file there{more} (looked from {Path.cwd()}). Give a file, a folder, or a glob such as "
             f"texts/*.jsonl."
         )
-    return [File(str(f), f.stat().st_size) for f in files]
+    return [File(f, Path(f).stat().st_size) for f in files]
 
 
-def _matching_remote(place: str, pattern: str) -> list[File]:
+def _in_folder(folder: str, hidden: list[str]) -> list[str]:
+    """Every file below a folder, links followed, each real file and folder once. DataError for a folder that cannot be read."""
+
+    def refuse(error: OSError) -> None:
+        raise DataError(
+            f"{error.filename} cannot be read: {error.strerror}. Nothing is left out silently: make it readable."
+        )
+
+    files, folders = [], {os.path.realpath(folder)}
+    for here, below, names in os.walk(folder, followlinks=True, onerror=refuse):
+        hidden += [str(Path(here, name)) for name in [*below, *names] if name.startswith(".")]
+        kept = []
+        for name in sorted(below):
+            real = os.path.realpath(os.path.join(here, name))
+            if not name.startswith(".") and real not in folders:
+                folders.add(real)
+                kept.append(name)
+        below[:] = kept
+        files += [os.path.join(here, name) for name in names if not name.startswith(".")]
+    return _once([name for name in files if os.path.isfile(name)])
+
+
+def _in_glob(pattern: str) -> list[str]:
+    for parent in Path(pattern).parents:
+        for folder in glob.iglob(str(parent), recursive=True) if glob.has_magic(str(parent)) else [str(parent)]:
+            if os.path.isdir(folder) and not os.access(folder, os.R_OK | os.X_OK):
+                raise DataError(f"{folder} cannot be read, so {pattern} may miss files: make it readable.")
+    found = [name for name in glob.glob(pattern, recursive=True) if os.path.isfile(name)]
+    return _once(found) if "**" in pattern else found
+
+
+def _once(names: list[str]) -> list[str]:
+    """Each real file by one name, the shortest."""
+    by_place: dict[str, str] = {}
+    for name in sorted(names, key=lambda name: (name.count("/"), len(name), name)):
+        by_place.setdefault(os.path.realpath(name), name)
+    return list(by_place.values())
+
+
+def _matching_remote(place: str, pattern: str, hidden: list[str]) -> list[File]:
+    shown = without_credentials(pattern)
     try:
         filesystem, path = _filesystem(pattern)
     except DataError as error:
-        raise DataError(f"{place}.path={pattern}: {error}") from error
+        raise DataError(f"{place}.path={shown}: {without_credentials(str(error))}") from error
     with reading(pattern):
         why = ""
         try:
@@ -297,14 +388,22 @@ def _matching_remote(place: str, pattern: str) -> list[File]:
                 facts = filesystem.info(path)
                 found = filesystem.find(path, detail=True) if facts.get("type") == "directory" else {path: facts}
         except FileNotFoundError as error:
-            found, why = {}, f" ({error.__cause__ or error})"  # a server that does not answer looks like this too
-    files = [
-        File(filesystem.unstrip_protocol(name), int(info.get("size") or 0))
-        for name, info in found.items()
-        if info.get("type", "file") == "file" and not name.rsplit("/", 1)[-1].startswith(".")
-    ]
+            found, why = (
+                {},
+                f" ({without_credentials(str(error.__cause__ or error))})",
+            )  # a server that does not answer looks like this too
+    base = "" if glob.has_magic(path) else path.rstrip("/")
+    files = []
+    for name, info in found.items():
+        if info.get("type", "file") != "file":
+            continue
+        inside = name.removeprefix(base) if base and name != base else name.rsplit("/", 1)[-1]
+        if any(part.startswith(".") for part in inside.split("?")[0].split("/")):
+            hidden.append(name)
+        else:
+            files.append(File(without_credentials(filesystem.unstrip_protocol(name)), int(info.get("size") or 0)))
     if not files:
-        raise DataError(f"{place}.path={pattern}: no file there{why}. Give a file, a folder, or a glob.")
+        raise DataError(f"{place}.path={shown}: no file there{why}. Give a file, a folder, or a glob.")
     return files
 
 

@@ -17,17 +17,18 @@ import pyarrow.parquet
 from data.sources.files import File, find_files, is_compressed, is_remote, open_binary, plain_suffix, reading
 from data.sources.records import Part, Record, lines_before, read_part, row_group_bytes
 from data.sources.sets import is_set, read_set, set_facts
+from recipes.schema.credentials import with_credentials
 from recipes.schema.data import SourceConfig
 from recipes.schema.errors import DataError
 
 MAX_FILES = 8192
 """Files of one shard at most, however small they are."""
-_KINDS = {".txt": "text", ".md": "text", ".py": "text", ".jsonl": "jsonl", ".json": "jsonl", ".ndjson": "jsonl",
-          ".parquet": "parquet"}  # fmt: skip
+_KINDS = {".txt": "text", ".text": "text", ".md": "text", ".rst": "text", ".py": "text", ".jsonl": "jsonl", ".json": "jsonl",
+          ".ndjson": "jsonl", ".jsonlines": "jsonl", ".parquet": "parquet", ".csv": "csv", ".tsv": "tsv"}  # fmt: skip
 
 
-def cut(place: str, source: SourceConfig, shard_bytes: int) -> list[list[Part]]:
-    """The parts of each shard of a source. DataError where the source cannot be found or opened."""
+def cut(place: str, source: SourceConfig, shard_bytes: int, *, hidden: list[str] | None = None) -> list[list[Part]]:
+    """The parts of each shard of a source. DataError where the source cannot be found or opened. hidden: see `find_files`."""
     if is_set(source):
         return _cut_set(place, source, shard_bytes)
     if source.streaming:
@@ -35,9 +36,9 @@ def cut(place: str, source: SourceConfig, shard_bytes: int) -> list[list[Part]]:
     shards: list[list[Part]] = []
     group: list[Part] = []
     grouped = 0
-    for file in find_files(place, source.path):
-        kind = kind_of(source, file)
-        pieces = _cut_file(file, kind, shard_bytes) if file.size > shard_bytes * 3 // 2 else []
+    for file in find_files(place, source.path, hidden=hidden):
+        kind = kind_of(place, source, file)
+        pieces = _cut_file(source, file, kind, shard_bytes) if file.size > shard_bytes * 3 // 2 else []
         if len(pieces) > 1:
             shards += [group] if group else []
             group, grouped = [], 0
@@ -51,9 +52,16 @@ def cut(place: str, source: SourceConfig, shard_bytes: int) -> list[list[Part]]:
     return [*shards, group] if group else shards
 
 
-def kind_of(source: SourceConfig, file: File) -> str:
-    """How a file is read."""
-    return source.format if source.format != "auto" else _KINDS.get(plain_suffix(file.name), "text")
+def kind_of(place: str, source: SourceConfig, file: File) -> str:
+    """How a file is read. DataError where its name does not tell and nobody says."""
+    kind = source.format if source.format != "auto" else _KINDS.get(plain_suffix(file.name))
+    if kind is None:
+        raise DataError(
+            f"{file.name} ({place}) is of no kind that its name tells. Set {place}.format (text: the whole file is one document; "
+            f"jsonl, csv, ...), or give a path that leaves it out, such as a glob of *.jsonl. Known: {', '.join(_KINDS)}, each "
+            f"also compressed."
+        )
+    return kind
 
 
 def read(place: str, source: SourceConfig, part: Part) -> Iterator[Record]:
@@ -70,10 +78,10 @@ def problem_of(place: str, source: SourceConfig, part: Part, number: int, proble
     if part.kind == "text":
         return f"{part.file} ({place}) {problem}"
     if part.kind == "jsonl":
-        return f"{part.file}:{number + 1 + lines_before(part)} {problem}"
+        return f"{part.file}:{number + 1 + lines_before(source, part)} {problem}"
     if part.kind == "dataset" and source.streaming:
         return f"{part.file} shard {part.start} row {number + 1} {problem}"
-    first = part.start if part.kind == "dataset" else _rows_before(part)
+    first = part.start if part.kind in ("dataset", "csv", "tsv") else _rows_before(source, part)
     return f"{part.file} row {first + number + 1} {problem}"
 
 
@@ -97,7 +105,7 @@ def limited(place: str, source: SourceConfig, shards: list[list[Part]]) -> list[
     return kept
 
 
-def _cut_file(file: File, kind: str, shard_bytes: int) -> list[Part]:
+def _cut_file(source: SourceConfig, file: File, kind: str, shard_bytes: int) -> list[Part]:
     """Parts of a large file; an empty list where it is read whole."""
     if is_compressed(file.name):
         return []
@@ -109,7 +117,7 @@ def _cut_file(file: File, kind: str, shard_bytes: int) -> list[Part]:
         ]
     if kind == "parquet":
         bounds, size, sizes = [0], 0, []
-        with reading(file.name), open_binary(file.name) as stream:
+        with reading(file.name), open_binary(with_credentials(file.name, source.path)) as stream:
             table = pyarrow.parquet.ParquetFile(stream)
             for group in range(table.num_row_groups):
                 size += row_group_bytes(table, group)
@@ -140,7 +148,7 @@ def _cut_set(place: str, source: SourceConfig, shard_bytes: int) -> list[list[Pa
     ]
 
 
-def _rows_before(part: Part) -> int:
-    with open_binary(part.file) as stream:
+def _rows_before(source: SourceConfig, part: Part) -> int:
+    with open_binary(with_credentials(part.file, source.path)) as stream:
         table = pyarrow.parquet.ParquetFile(stream)
         return sum(table.metadata.row_group(group).num_rows for group in range(part.start))

@@ -1,10 +1,11 @@
-"""Texts out of one part of a file: a text file, lines of jsonl, row groups of parquet.
+"""Texts out of one part of a file: a text file, lines of jsonl, row groups of parquet, rows of csv and tsv.
 
     Part --read_part--> Record(number, text)  or  Record(number, problem), one for every line or row, in order
 
 What is wrong with one record is told in it, and the caller decides; what is wrong with the file is a DataError.
 """
 
+import csv
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ import pyarrow
 import pyarrow.parquet
 
 from data.sources.files import Plain, open_binary, reading
+from recipes.schema.credentials import with_credentials
 from recipes.schema.data import SourceConfig
 from recipes.schema.errors import DataError
 
@@ -29,7 +31,7 @@ class Part:
     file: str
     """Name of the file, or of the set."""
     kind: str
-    """`text`, `jsonl`, `parquet`, `dataset` or `megatron`."""
+    """`text`, `jsonl`, `parquet`, `csv`, `tsv`, `dataset` or `megatron`."""
     size: int
     """Stored bytes of this part, for progress; 0 where unknown."""
     file_size: int
@@ -64,6 +66,8 @@ def read_part(place: str, source: SourceConfig, part: Part) -> Iterator[Record]:
                 yield from _jsonl(source, part)
             case "parquet":
                 yield from _parquet(place, source, part)
+            case "csv" | "tsv":
+                yield from _csv(place, source, part)
             case _:
                 raise AssertionError(part.kind)
 
@@ -148,7 +152,7 @@ def _record(number: int, record: Any, extract: Callable[[Any], str], source: Sou
 
 def _text(source: SourceConfig, part: Part) -> Record:
     limit = source.max_record_bytes
-    with Plain(part.file, max_expansion=source.max_expansion) as plain:
+    with Plain(_opened(source, part), max_expansion=source.max_expansion) as plain:
         content = plain.read_up_to(limit + 1)
     if len(content) > limit:
         return Record(0, "", f"is larger than max_record_bytes={limit:,}", part.size)
@@ -162,7 +166,7 @@ def _jsonl(source: SourceConfig, part: Part) -> Iterator[Record]:
     """Lines that begin inside the part. A line that begins before it belongs to the part before."""
     limit = source.max_record_bytes
     extract = text_of(source)
-    with Plain(part.file, max_expansion=source.max_expansion, start=max(0, part.start - 1)) as plain:
+    with Plain(_opened(source, part), max_expansion=source.max_expansion, start=max(0, part.start - 1)) as plain:
         place = part.start
         if part.start:
             place += _rest_of_line(plain) - 1
@@ -202,10 +206,10 @@ def _rest_of_line(plain: Plain) -> int:
             return skipped
 
 
-def lines_before(part: Part) -> int:
+def lines_before(source: SourceConfig, part: Part) -> int:
     """Lines of the file that begin before a part of it, to say which line a problem is in."""
     lines, left = 0, part.start
-    with open_binary(part.file) as stream:
+    with open_binary(_opened(source, part)) as stream:
         while left > 0:
             block = stream.read(min(left, 1 << 22))
             if not block:
@@ -217,9 +221,45 @@ def lines_before(part: Part) -> int:
     return lines
 
 
+def _csv(place: str, source: SourceConfig, part: Part) -> Iterator[Record]:
+    """Rows of a table whose first line names the columns."""
+    limit = source.max_record_bytes
+    extract = text_of(source)
+    with Plain(_opened(source, part), max_expansion=source.max_expansion) as plain:
+
+        def lines() -> Iterator[str]:
+            while line := plain.lines.readline(limit + 1):
+                if len(line) > limit and not line.endswith(b"\n"):
+                    raise DataError(f"{part.file} ({place}) has a line longer than max_record_bytes={limit:,}.")
+                yield line.decode("utf-8")
+
+        csv.field_size_limit(limit)
+        rows = csv.reader(lines(), delimiter="\t" if part.kind == "tsv" else ",", strict=True)
+        number = -1
+        try:
+            names = [name.removeprefix("\ufeff") for name in next(rows, [])]
+            columns_of(place, source, names, part.file)
+            for number, row in enumerate(rows):
+                if len(row) != len(names):
+                    problem = f"has {len(row)} fields, the first line names {len(names)}"
+                    yield Record(number, "", problem if row else None, plain.stored_bytes)
+                    continue
+                yield _record(number, dict(zip(names, row, strict=True)), extract, source, plain.stored_bytes)
+        except (csv.Error, UnicodeDecodeError) as error:
+            raise DataError(
+                f"{part.file} row {number + 2} ({place}) cannot be read as a table: {error}. Quotes that do not close and other "
+                f"encodings than UTF-8 look like this."
+            ) from error
+
+
+def _opened(source: SourceConfig, part: Part) -> str:
+    """The name by which a part's file is opened."""
+    return with_credentials(part.file, source.path)
+
+
 def _parquet(place: str, source: SourceConfig, part: Part) -> Iterator[Record]:
     extract = text_of(source)
-    with open_binary(part.file) as stream:
+    with open_binary(_opened(source, part)) as stream:
         try:
             table = pyarrow.parquet.ParquetFile(stream)
         except pyarrow.ArrowException as error:

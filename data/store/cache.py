@@ -32,6 +32,7 @@ from data.store.manifest import FileFacts, file_sha256
 from data.system import disk
 from recipes.schema.credentials import without_credentials
 from recipes.schema.data import CacheConfig
+from recipes.schema.data import is_remote as is_remote
 from recipes.schema.errors import DataError
 
 LEDGER = "ledger.json"
@@ -68,11 +69,6 @@ class _Waiting:
 
     def __exit__(self, *_: object) -> None:
         self._stack.pop()
-
-
-def is_remote(folder: str) -> bool:
-    """Whether a folder is a URL."""
-    return "://" in folder
 
 
 class _Mismatch(Exception):

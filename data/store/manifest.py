@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from data.system import disk
-from recipes.schema.errors import DataError
+from recipes.schema.errors import DataError, refuse
+from recipes.schema.facts import no_data_problem
 
 MANIFEST = "manifest.json"
 FORMAT = 2
@@ -127,9 +128,7 @@ def read_manifest(folder: Path, *, verify: bool = False, check_files: bool = Tru
     """
     path = folder / MANIFEST
     if not path.is_file():
-        raise DataError(
-            f"no prepared data in {folder} (no {MANIFEST}). Prepare it: python -m data.prepare -cn <recipe>."
-        )
+        refuse([no_data_problem(folder)], DataError)
     try:
         raw = json.loads(path.read_text())
         if raw["format"] != FORMAT:

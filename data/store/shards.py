@@ -172,7 +172,7 @@ def open_shard(prefix: Path) -> Shard:
     index, tokens = Path(f"{prefix}.idx"), Path(f"{prefix}.bin")
     for path in (index, tokens):
         if not path.is_file():
-            raise DataError(f"{path} is missing. Prepare the data again: python -m data.prepare -cn <recipe>.")
+            raise DataError(f"{path} is missing. Prepare the data again: stratum prepare -cn <recipe>.")
     raw = index.read_bytes()
     header = _header(index, raw, len(raw))
     dtype, count, documents = header.dtype, header.sequences, header.documents

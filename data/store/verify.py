@@ -4,7 +4,7 @@
 
 What was checked is kept in `verified.json` beside the data. A file whose size or time of change differs from its entry is
 hashed again before any of it is used; hashing 4 GiB takes some seconds, so larger sets are checked by
-`python -m data.inspect verify=true`, once, instead of by every rank of every run.
+`stratum inspect --verify`, once, instead of by every rank of every run.
 """
 
 import json
@@ -51,8 +51,8 @@ class Verifier:
         total = sum(facts.bytes for _, facts in wanted)
         if self._mode == "auto" and total > BUDGET_BYTES:
             log.warning(
-                "%d files of %.0f GiB have not been checked against their checksums. `python -m data.inspect -cn RECIPE "
-                "verify=true` does it, once; files that change from now on are checked before they are used.",
+                "%d files of %.0f GiB have not been checked against their checksums. `stratum inspect -cn RECIPE "
+                "--verify` does it, once; files that change from now on are checked before they are used.",
                 len(wanted),
                 total / 2**30,
             )

@@ -1,6 +1,6 @@
 """What comes after a run's processes have ended: nothing more, the same again, or giving up. Standard library only.
 
-One rule for `launch local` and for Slurm jobs. It looks at the exit status and at whether a new checkpoint was written:
+One rule for `stratum launch local` and for Slurm jobs. It looks at the exit status and at whether a new checkpoint was written:
 
     0 at the last step                 finished
     0 before it                        paused, as run.stop_after_steps asked: in a queue the next job continues

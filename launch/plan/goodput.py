@@ -1,4 +1,4 @@
-"""`launch plan --goodput`: how often the run should save, and how much of its time ends up in the model when nodes fail.
+"""`stratum plan --goodput`: how often the run should save, and how much of its time ends up in the model when nodes fail.
 
 Times of saving and loading are the plan's, unless given; failures come as often as Llama 3's did, unless given.
 """

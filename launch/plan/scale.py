@@ -1,4 +1,4 @@
-"""`launch plan --scale 8,64,512,...`: the best layout at each number of GPUs, and what more of them still bring.
+"""`stratum plan --scale 8,64,512,...`: the best layout at each number of GPUs, and what more of them still bring.
 
 The step stays as the recipe has it, so that training is the same: strong scaling, to the point where it ends.
 """

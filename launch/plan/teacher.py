@@ -1,6 +1,6 @@
 """The teacher of a distilled run in its plan: what model it is, the bytes it takes on the last stage, the seconds it adds.
 
-Its model is read from the checkpoint or run folder that `objective.teacher` names; where that is not here yet, from the
+Its model is read from the checkpoint or run folder that `objective.teacher` names; if that is not on this disk, from the
 recipe of the same name. Counted as `train.distill.teacher` builds it: whole on the ranks of the last pipeline stage at
 `objective.teacher_tensor`, weights in one format, forward passes only.
 """
@@ -15,10 +15,12 @@ from launch.plan.cost.tensors import stage_tensors
 from launch.plan.cost.time import Setting, forward_seconds
 from recipes.schema.command import RECIPES
 from recipes.schema.errors import RecipeError
+from recipes.schema.facts import Named
 from recipes.schema.model import ModelConfig
 from recipes.schema.recipe import Recipe
-from recipes.schema.run_folder import recipe_at
+from recipes.schema.run_folder import recipe_in
 from recipes.schema.teacher_placement import place_of
+from recipes.schema.teacher_rules import teacher_vocabulary_problems
 from recipes.schema.typed import FieldError, build
 
 
@@ -48,14 +50,18 @@ class TeacherCost:
         return self.weights + self.passing
 
 
-def find_teacher(recipe: Recipe) -> FoundTeacher:
-    """The model that answers an online teacher's questions; no teacher where answers are kept or next tokens trained on."""
+def find_teacher(recipe: Recipe, checkpoint: Named | None) -> FoundTeacher:
+    """The model that answers an online teacher's questions; no teacher where answers are read or next tokens trained on.
+
+    checkpoint: what is at `objective.teacher` on this disk.
+    """
     objective = recipe.objective
     if objective.kind != "distill" or objective.teacher is None or objective.teacher_cache is not None:
         return FoundTeacher()
     place = Path(objective.teacher)
-    notes = []
-    found = _model_of(place)
+    if checkpoint is not None and checkpoint.recipe is not None:
+        return FoundTeacher(checkpoint.recipe.model)  # judged by recipes.schema.teacher_rules already
+    found, notes = _model_of(place), []
     if found is None:
         named = RECIPES / "model" / f"{place.name}.yaml"
         if not named.is_file():
@@ -67,13 +73,8 @@ def find_teacher(recipe: Recipe) -> FoundTeacher:
             )
         found = build(ModelConfig, yaml.safe_load(named.read_text()), "model")
         notes.append(f"objective.teacher={place} is not here: the teacher is planned as model={place.name}.")
-    problems = []
-    if found.vocab != recipe.model.vocab:
-        problems.append(
-            f"objective.teacher={place} has a vocabulary of {found.vocab:,}, the student (model.vocab) one of "
-            f"{recipe.model.vocab:,}: their distributions cannot be compared. Use a teacher with the student's tokenizer."
-        )
-    return FoundTeacher(found, tuple(notes), tuple(problems))
+    wrong = teacher_vocabulary_problems(recipe, found, path=place)
+    return FoundTeacher(found, tuple(notes), tuple(map(str, wrong)))
 
 
 def teacher_cost(recipe: Recipe, model: ModelConfig, *, student: Setting, modules: Modules) -> TeacherCost:
@@ -117,8 +118,8 @@ def teacher_cost(recipe: Recipe, model: ModelConfig, *, student: Setting, module
 
 
 def _model_of(place: Path) -> ModelConfig | None:
-    """The model of a checkpoint or run folder, from what it says of itself; None where neither is there."""
+    """The model of a run that has written its recipe and no checkpoint yet; None where there is no such run."""
     try:
-        return build(ModelConfig, recipe_at(place)["model"], "model")
+        return build(ModelConfig, recipe_in(place)["model"], "model")
     except (OSError, RecipeError, KeyError, FieldError):
-        return None  # training says what is wrong with it
+        return None  # planned by its name

@@ -18,7 +18,7 @@ from launch.local.rank import LOGS
 from launch.runs import RunFolder
 
 STOP = "stop"
-"""Name of the file in a run's logs by which `launch cancel` says that no job is to follow."""
+"""Name of the file in a run's logs by which `stratum cancel` says that no job is to follow."""
 _STATE = "continuation.json"
 
 
@@ -60,7 +60,7 @@ def after(run: RunFolder, status: int, *, steps: int, restarts: int, is_preempte
         is_preempted=is_preempted,
     )
     if decision.action == "again" and (run.logs / STOP).exists():
-        decision = Decision("stop", "`launch cancel` asked for no further job")
+        decision = Decision("stop", "`stratum cancel` asked for no further job")
     _write_state(run, failures=decision.failures, checkpoint=now)
     return decision
 

@@ -7,14 +7,13 @@ no logging set-up, no `_target_`. Errors a user can cause end in one message on 
 """
 
 import dataclasses
-import difflib
 import logging
 import os
 import re
 import shlex
 import sys
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -30,8 +29,9 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from recipes.schema.compress import CompressConfig
 from recipes.schema.data import SourceConfig
 from recipes.schema.errors import DataError, StratumError
+from recipes.schema.options import STRATUM, CommandParser, options_of
 from recipes.schema.recipe import Recipe
-from recipes.schema.tools import GenerateConfig, TeacherCacheConfig
+from recipes.schema.suggestions import did_you_mean
 from recipes.schema.typed import defaults_of, type_at
 
 RECIPES = Path(__file__).resolve().parent.parent
@@ -50,37 +50,50 @@ _QUIET = {
 }
 """Hydra's own folders and logging, turned off: a run's files lie in its run folder. (A sweep leaves runs/multirun.yaml.)"""
 
-_SECTIONS: dict[str, type] = {"compress": CompressConfig, "generate": GenerateConfig, "cache": TeacherCacheConfig}
+_SECTIONS: dict[str, type] = {"compress": CompressConfig}
 """Sections of a composed recipe that tools read, and their fields."""
 
 
 def run_command(
-    job: Callable[[DictConfig], int], *, program: str, keys: list[str], user_errors: tuple[type[Exception], ...]
+    job: Callable[[DictConfig], int],
+    words: Sequence[str],
+    *,
+    program: str,
+    keys: list[str],
+    user_errors: tuple[type[Exception], ...],
 ) -> int:
-    """Parse sys.argv, compose the recipe and call `job` with it (once per job of a sweep). -> exit status.
+    """Compose the recipe that `words` name and call `job` with it (once per job of a sweep). -> exit status.
 
-    keys: every dotted key a recipe can have, to name the nearest; user_errors: what ends in a message, not a traceback.
+    program: the command, as after `stratum`; keys: every dotted key a recipe can have and every option of the command, to
+    name the nearest; user_errors: what ends in a message, not a traceback.
     """
-    rank = int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")))
-    if "--info" not in sys.argv:  # which prints through Hydra's own logging
-        head = f"%(asctime)s rank {rank} %(name)s: %(message)s"
-        logging.basicConfig(level=logging.WARNING, format=head, stream=sys.stderr)
-    if {"-h", "--help"} & set(sys.argv) and not rank:  # what it is for comes before what Hydra says of every program
-        about = sys.modules[job.__module__].__doc__ or ""
-        sys.stdout.write(
-            f"{about.strip()}\n\nWhat the fields mean: python -m recipes.schema.reference [SECTION ...]\n\n"
-        )
-        sys.stdout.flush()
-    os.environ["HYDRA_FULL_ERROR"] = "1"  # errors come here instead of Hydra's own report
-    given = sys.argv[1:]
     store_defaults()
-    sys.argv[:] = with_overrides(whole_words(text_words(sys.argv)), _QUIET)
+    before = sys.argv
+    sys.argv = with_overrides(whole_words(text_words([program, *words])), _QUIET)
+    try:
+        return _run(job, given=words, program=program, keys=keys, user_errors=user_errors)
+    finally:
+        sys.argv = before
+
+
+def _run(
+    job: Callable[[DictConfig], int],
+    *,
+    given: Sequence[str],
+    program: str,
+    keys: list[str],
+    user_errors: tuple[type[Exception], ...],
+) -> int:
+    rank = int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")))
+    head = f"%(asctime)s rank {rank} %(name)s: %(message)s"
+    logging.basicConfig(level=logging.WARNING, format=head, stream=sys.stderr)
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # errors come here instead of Hydra's own report
     statuses: list[int] = []
 
     @hydra.main(version_base="1.3", config_path=str(RECIPES), config_name=None)
     def entry(composed: DictConfig) -> None:
         if HydraConfig.get().job.config_name is None:
-            raise DataError(f"no recipe named. Start with `python -m {program} -cn NAME`; {_shipped()}")
+            raise DataError(f"no recipe named. Start with `{STRATUM} {program} -cn NAME`; {_shipped()}")
         if HydraConfig.get().mode == RunMode.MULTIRUN:
             _name_sweep_job(composed)
         try:
@@ -105,6 +118,28 @@ def run_command(
         _complain("interrupted before a step was finished; nothing was written.", rank=rank)
         return 130
     return max(statuses, default=0)
+
+
+def run_tool[T](
+    parser: CommandParser,
+    arguments: Sequence[str],
+    options: type[T],
+    job: Callable[[T, DictConfig], int],
+    *,
+    keys: list[str],
+    user_errors: tuple[type[Exception], ...],
+) -> int:
+    """Parse a tool's own options (the fields of `options`), compose the recipe, call `job` with both. -> exit status."""
+    parser.add_fields(options)
+    parsed, words = parser.parse_recipe(arguments)
+    config = parser.fields(options, parsed)
+    return run_command(
+        lambda composed: job(config, composed),
+        words,
+        program=parser.prog.removeprefix(STRATUM).strip(),
+        keys=[*options_of(options), *keys],
+        user_errors=user_errors,
+    )
 
 
 def store_defaults() -> None:
@@ -190,19 +225,6 @@ def recipe_words(folder: str | None) -> list[str]:
     return [f"--config-dir={own[0]}", *name, f"hydra.searchpath=[file://{folder}]"]
 
 
-def with_short_words(words: list[str], *, group: str, fields: list[str]) -> list[str]:
-    """A command line whose own fields may be written short: `smoke step=12` for `-cn smoke +trace.step=12`."""
-    named = any(word.startswith(("-cn", "--config-name")) for word in words)
-    spelled = []
-    for place, word in enumerate(words):
-        if word.split("=", 1)[0] in fields and "=" in word:
-            word = f"+{group}.{word}"
-        elif place == 1 and not named and "=" not in word and not word.startswith("-"):
-            spelled.append("-cn")
-        spelled.append(word)
-    return spelled
-
-
 def with_overrides(words: list[str], overrides: dict[str, str]) -> list[str]:
     """A command line with overrides added, those aside that it has already.
 
@@ -214,8 +236,6 @@ def with_overrides(words: list[str], overrides: dict[str, str]) -> list[str]:
     if places:
         before = [word for i, word in enumerate(words[: places[-1]]) if i not in places]
         return [*before, *(words[i] for i in places), *added, *words[places[-1] + 1 :]]
-    if words[-1] == "--info":
-        words = [*words, "all"]  # or the first word added would be taken for what --info is about
     return [*words, *added]
 
 
@@ -259,24 +279,58 @@ def _name_sweep_job(composed: DictConfig) -> None:
 
 
 def _explain(message: str, *, program: str, keys: list[str]) -> str:
-    """Hydra's message with a remedy: the nearest key, or the recipes there are."""
-    unknown = re.search(r"Could not override '([^']+)'", message)
-    if unknown:
-        key = unknown.group(1)
-        of_source = re.fullmatch(r"data\.sources\.([^.]+)\.(\w+)", key)
-        if of_source:
-            fields = [field.name for field in dataclasses.fields(SourceConfig)]
-            if of_source[2] in fields:
-                return f"{key} is not in this recipe yet. Add it with a plus: +{key}=..."
-            near = difflib.get_close_matches(of_source[2], fields, n=1, cutoff=0.5)
-            hint = f"Did you mean {near[0]}?" if near else f"There are: {', '.join(fields)}."
-            return f"unknown field {of_source[2]!r} of a source on the command line. {hint}"
-        near = difflib.get_close_matches(key, keys, n=1, cutoff=0.5)
-        hint = f" Did you mean {near[0]}?" if near else f" `python -m {program} -cn NAME --cfg job` shows every key."
-        return f"unknown recipe key {key!r} on the command line.{hint}"
-    if "primary config" in message:
-        return f"{message.strip().splitlines()[0]} {_shipped()}"
-    return message.strip()
+    """Hydra's message with a remedy: the nearest key, option, group or recipe, or the plus that is missing."""
+    message = message.strip()
+    if unknown := re.search(r"Could not override '([^']+)'", message):
+        return _unknown_key(unknown[1], program=program, keys=keys)
+    if there := re.search(r"Could not append to config\. An item is already at '([^']+)'", message):
+        return f"{there[1]} is in this recipe already. Override it without the plus: {there[1]}=..."
+    if gone := re.search(r"Could not delete from config\. '([^']+)' does not exist", message):
+        return f"~{gone[1]} removes nothing: this recipe has no {gone[1]}."
+    if choice := re.search(
+        r"Could not find '(\w+)/([^']+)'\s*\n+Available options in '[^']+':\n((?:\t[^\n]+\n?)+)", message
+    ):
+        group, wanted, names = choice[1], choice[2], [name.strip() for name in choice[3].strip().splitlines()]
+        hint = did_you_mean(wanted, names, otherwise="").strip()
+        return f"{group}={wanted}: there is no such {group}. {hint} There are: {', '.join(names)}.".replace("  ", " ")
+    if recipe := re.search(r"Cannot find primary config '([^']+)'", message):
+        return (
+            f"there is no recipe {recipe[1]!r}. {did_you_mean(recipe[1], _names(), otherwise='')} {_shipped()}".replace(
+                "  ", " "
+            )
+        )
+    return message
+
+
+def _unknown_key(key: str, *, program: str, keys: list[str]) -> str:
+    of_source = re.fullmatch(r"data\.sources\.([^.]+)\.(\w+)", key)
+    if of_source:
+        fields = [field.name for field in dataclasses.fields(SourceConfig)]
+        if of_source[2] in fields:
+            return f"{key} is not in this recipe yet. Add it with a plus: +{key}=..."
+        hint = did_you_mean(of_source[2], fields, otherwise=f"There are: {', '.join(fields)}.")
+        return f"unknown field {of_source[2]!r} of a source on the command line. {hint}"
+    if key in keys and key in _groups():  # a run's recipe.yaml, for one, is not composed of groups
+        return (
+            f"{key}=...: this recipe does not take its {key} from a group, so the group cannot be swapped. Override fields, "
+            f"as in {key}.FIELD=..., or name the recipe the run was started with: -cn NAME {key}=..."
+        )
+    if key in keys or key in _groups():
+        return f"{key} is not in this recipe yet. Add it with a plus: +{key}=..."
+    hint = did_you_mean(
+        key,
+        [*keys, *([] if "." in key else _groups())],
+        otherwise=f"`{STRATUM} {program} -cn NAME --cfg job` shows every key.",
+    )
+    return f"unknown recipe key {key!r} on the command line. {hint}"
+
+
+def _names() -> list[str]:
+    return sorted(path.stem for path in RECIPES.glob("*.yaml"))
+
+
+def _groups() -> list[str]:
+    return sorted({*_SECTIONS, *(path.parent.name for path in RECIPES.glob("*/*.yaml"))})
 
 
 def _unreadable(word: str) -> str:
@@ -289,8 +343,7 @@ def _unreadable(word: str) -> str:
 
 
 def _shipped() -> str:
-    names = sorted(path.stem for path in RECIPES.glob("*.yaml"))
-    return f"the recipes are: {', '.join(names)} (your own: --config-dir FOLDER)."
+    return f"The recipes are: {', '.join(_names())} (your own: --config-dir FOLDER)."
 
 
 def _complain(message: str, *, rank: int) -> None:

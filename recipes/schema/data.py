@@ -6,8 +6,12 @@ The text under a field is its documentation: meaning, unit, and why the default 
 from dataclasses import dataclass, field
 from typing import Literal
 
-from recipes.schema.errors import DataError
-from recipes.schema.fields import Count, Fraction, NonNegativeFloat, OpenFraction, PositiveFloat, PositiveInt
+from recipes.schema.fields import Count, Fraction, NonNegativeFloat, OpenFraction, PositiveFloat, PositiveInt, Seed
+
+
+def is_remote(folder: str) -> bool:
+    """Whether a folder is a URL."""
+    return "://" in folder
 
 
 @dataclass(frozen=True)
@@ -16,7 +20,7 @@ class SourceConfig:
 
     path: str
     """File, folder or glob of text, here or behind `s3://`, `gs://`, `https://`, `hf://` (any fsspec protocol); `.gz`,
-    `.zst`, `.bz2`, `.xz` are decompressed, `{000..063}` and `{a,b}` stand for several paths. `hf:NAME` is a Hugging Face
+    `.zst`, `.bz2`, `.xz` are decompressed, names that begin with a dot are left out, `{000..063}` and `{a,b}` stand for several paths. `hf:NAME` is a Hugging Face
     `datasets` set. `package:NAME` is a corpus shipped with this project (data/corpora), `python-stdlib` the standard
     library sources of the running Python."""
     weight: NonNegativeFloat = 1.0
@@ -28,8 +32,9 @@ class SourceConfig:
     heldout_fraction: Fraction | None = None
     """Share of this source's documents kept out of training for evaluation, at least one; null: `data.heldout_fraction`.
     1: all of them, a source for evaluation only (with weight 0)."""
-    format: Literal["auto", "text", "jsonl", "parquet", "dataset", "megatron"] = "auto"
-    """How it is read; `auto` goes by the file's name. A text file is one document; `dataset` is a folder written by
+    format: Literal["auto", "text", "jsonl", "parquet", "csv", "tsv", "dataset", "megatron"] = "auto"
+    """How it is read; `auto` goes by the file's name, and refuses names that do not tell. A text file is one document; `csv`
+    and `tsv` are tables whose first line names the columns; `dataset` is a folder written by
     `save_to_disk`; `megatron` reads existing `.bin/.idx` sets where they lie (path without suffix, or a glob)."""
     text_field: str = "text"
     """Field of a record that holds the text; `a.b` looks inside the group `a`."""
@@ -125,10 +130,10 @@ class DataConfig:
     """From raw text to rows of tokens."""
 
     folder: str = "runs/data/smoke"
-    """Where prepared shards, tokenizer and manifest lie (written by `python -m data.prepare`). Reading also takes a URL
+    """Where prepared shards, tokenizer and manifest lie (written by `stratum prepare`). Reading also takes a URL
     (`s3://`, `gs://`, `https://`, ...): shards are then copied to `cache.folder` as they are needed."""
     sources: dict[str, SourceConfig] = field(default_factory=dict)
-    """Sources by name. At least one."""
+    """Sources by name. At least one. The order in which they are written decides nothing."""
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
     """The tokenizer of all sources."""
     row_tokens: PositiveInt = 256
@@ -153,14 +158,14 @@ class DataConfig:
     for shards behind a URL, or on disks that seek slowly."""
     verify: Literal["auto", "always", "never"] = "auto"
     """Checksums when data is opened. `auto`: files not checked before, up to 4 GiB, and any file that changed since;
-    `always`: every file; `never`: sizes only. `python -m data.inspect verify=true` checks all, once."""
+    `always`: every file; `never`: sizes only. `stratum inspect --verify` checks all, once."""
     cache: CacheConfig = field(default_factory=CacheConfig)
     """Local copies of remote shards."""
     stall_warning_s: PositiveFloat = 30.0
     """Say which file is waited for when no rows came for this long, and again every so often."""
     stall_limit_s: PositiveFloat = 480.0
     """Stop with an error that names the file after this long; below `launch.timeout_s`, so that it is known why."""
-    seed: int = 1234
+    seed: Seed = 1234
     """Seed of the order of rows and of the held-out split; change it and the data order changes."""
     workers: PositiveInt = 2
     """Processes that tokenize. The output does not depend on it."""
@@ -172,18 +177,11 @@ class DataConfig:
     read_threads: PositiveInt = 1
     """Threads that read them; more help where files are far away."""
 
+    def __post_init__(self) -> None:
+        """Sources are in the order of their names: the order in which a recipe lists them decides nothing."""
+        object.__setattr__(self, "sources", dict(sorted(self.sources.items())))
+
     def heldout_of(self, name: str) -> float:
-        """Share of a source's documents that is held out. DataError where a source that is drawn from would keep none."""
-        source = self.sources[name]
-        if source.heldout_fraction is None:
-            return self.heldout_fraction
-        drawn = [f"data.sources.{name}.weight={source.weight:g}"] if source.weight else []
-        for index, phase in enumerate(self.phases):
-            if phase.weights.get(name):
-                drawn.append(f"data.phases[{index}].weights.{name}={phase.weights[name]:g}")
-        if source.heldout_fraction == 1 and drawn:
-            raise DataError(
-                f"data.sources.{name}.heldout_fraction=1 keeps all of the source for evaluation, but {drawn[0]} draws from it. "
-                f"Set that to 0, or hold out less."
-            )
-        return source.heldout_fraction
+        """Share of a source's documents that is held out."""
+        fraction = self.sources[name].heldout_fraction
+        return self.heldout_fraction if fraction is None else fraction

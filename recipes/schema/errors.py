@@ -1,5 +1,23 @@
 """Errors a user can cause. Each message gives the value, the place and the remedy; none needs a traceback to be understood."""
 
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One thing that keeps a recipe from running, as a rule found it (`recipes.schema.rules`)."""
+
+    key: str
+    """The recipe field it is about, e.g. `parallel.tensor`."""
+    text: str
+    """Value and place, as whole sentences."""
+    remedy: str = ""
+    """What to do, as whole sentences."""
+
+    def __str__(self) -> str:
+        return f"{self.text} {self.remedy}".rstrip()
+
 
 class StratumError(Exception):
     """Base of the errors below: what ends a command with one message and an exit status."""
@@ -32,3 +50,10 @@ class BackendError(StratumError):
 
 
 USER_ERRORS: tuple[type[Exception], ...] = (StratumError,)
+
+
+def refuse(problems: Iterable[Problem], error: type[StratumError] = RecipeError) -> None:
+    """Raise `error` with every problem, a line or more each; nothing where there are none."""
+    lines = [str(problem) for problem in problems]
+    if lines:
+        raise error("\n".join(dict.fromkeys(lines)))

@@ -29,7 +29,9 @@ class Range:
 
     def __str__(self) -> str:
         bounds = ((">=", self.ge), (">", self.gt), ("<=", self.le), ("<", self.lt))
-        return " and ".join(f"{sign} {bound:g}" for sign, bound in bounds if bound is not None)
+        return " and ".join(
+            f"{sign} {bound if isinstance(bound, int) else f'{bound:g}'}" for sign, bound in bounds if bound is not None
+        )
 
 
 @dataclass(frozen=True)
@@ -49,5 +51,7 @@ PositiveFloat = Annotated[float, Range(gt=0)]
 NonNegativeFloat = Annotated[float, Range(ge=0)]
 Fraction = Annotated[float, Range(ge=0, le=1)]
 OpenFraction = Annotated[float, Range(ge=0, lt=1)]
+Seed = Annotated[int, Range(ge=0, lt=2**63)]
+"""What numpy, torch on a CPU and torch on a GPU all take as a seed."""
 Length = Annotated[int | float, LengthRange()]
 SoftCap = Annotated[float, Range(gt=0, le=70)]

@@ -31,14 +31,11 @@ RECIPE = "recipe.yaml"
 METRICS = "metrics.jsonl"
 CHECKPOINTS = "checkpoints"
 POINTER = "latest"
-MANIFEST = "manifest.json"
-"""What a checkpoint says about itself (`train.checkpoint.manifest`)."""
 
 Line = dict[str, Any]
 """One event of metrics.jsonl; `kind` says of what."""
 
 _RECIPE_BYTES = 8 << 20
-_MANIFEST_BYTES = 1 << 30
 _TAIL_BYTES = 256 * 1024
 _NAME_BYTES = 200
 _STEP_NAME = re.compile(r"step_[0-9]{1,18}")
@@ -80,22 +77,6 @@ def recipe_in(folder: Path) -> dict[str, Any]:
     if not isinstance(plain, dict):
         raise RecipeError(f"{path} cannot be read: it holds {type(plain).__name__}, not the fields of a recipe.")
     return plain
-
-
-def recipe_at(place: Path) -> dict[str, Any]:
-    """The recipe that a checkpoint, or a run's newest checkpoint, or a run before its first names as its own.
-
-    FileNotFoundError if there is none; RecipeError if it cannot be read. The checkpoint is not verified.
-    """
-    for folder in (place, *steps_in(place / CHECKPOINTS)[-1:], *steps_in(place)[-1:]):
-        path = folder / MANIFEST
-        try:
-            return json.loads(read_bytes(path, at_most=_MANIFEST_BYTES))["recipe"]
-        except FileNotFoundError:
-            continue
-        except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
-            raise RecipeError(f"{path} cannot be read: {error}") from error
-    return recipe_in(place)
 
 
 def read_metrics(path: Path) -> list[Line]:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import Literal
 
-from recipes.schema.errors import RecipeError
+from recipes.schema.errors import Problem, refuse
 from recipes.schema.optim import ScheduleConfig
 
 
@@ -68,8 +68,8 @@ def unread(schedule: ScheduleConfig) -> str:
     return f"schedule.kind={schedule.kind} does not read schedule.decay={schedule.decay}" if idle else ""
 
 
-def check(schedule: ScheduleConfig, *, total_steps: int, tokens_per_step: int) -> None:
-    """Raise RecipeError, one line for each thing, where the phases of a schedule do not fit into the run."""
+def schedule_problems(schedule: ScheduleConfig, *, total_steps: int, tokens_per_step: int) -> list[Problem]:
+    """Why the phases of a schedule do not fit into the run."""
     lengths = lengths_of(schedule, total_steps=total_steps, tokens_per_step=tokens_per_step)
     decay, end = schedule.decay if lengths.decay else 0, lengths.whole
     whole = f"schedule.total={schedule.total}"
@@ -77,18 +77,25 @@ def check(schedule: ScheduleConfig, *, total_steps: int, tokens_per_step: int) -
         whole = f"run.steps={total_steps}" + ("" if schedule.unit == "steps" else f" x {tokens_per_step} tokens a step")
     problems = []
     if lengths.warmup + lengths.decay > end:
-        problems.append(
+        text = (
             f"schedule.warmup={schedule.warmup} + schedule.decay={decay} {schedule.unit} are longer than the whole "
-            f"schedule, {whole}. Shorten them to {end} together, give them as fractions of it (schedule.warmup=0.1), or "
-            f"lengthen run.steps or schedule.total."
+            f"schedule, {whole}."
         )
+        remedy = (
+            f"Shorten them to {end} together, give them as fractions of it (schedule.warmup=0.1), or lengthen run.steps or "
+            f"schedule.total."
+        )
+        problems.append(Problem("schedule.warmup", text, remedy))
     if schedule.kind == "wsd" and decay and schedule.decay_shape == "exponential" and schedule.final_fraction == 0:
-        problems.append(
-            "schedule.decay_shape=exponential cannot reach schedule.final_fraction=0. Use a fraction above 0, or "
-            "schedule.decay_shape=linear."
-        )
-    if problems:
-        raise RecipeError("\n".join(problems))
+        text = "schedule.decay_shape=exponential cannot reach schedule.final_fraction=0."
+        remedy = "Use a fraction above 0, or schedule.decay_shape=linear."
+        problems.append(Problem("schedule.decay_shape", text, remedy))
+    return problems
+
+
+def check(schedule: ScheduleConfig, *, total_steps: int, tokens_per_step: int) -> None:
+    """Raise RecipeError with every `schedule_problems`."""
+    refuse(schedule_problems(schedule, total_steps=total_steps, tokens_per_step=tokens_per_step))
 
 
 def _progress(done: int, start: int, end: int) -> float:

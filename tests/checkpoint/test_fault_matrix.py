@@ -17,8 +17,9 @@ from crashes import SMALL, Act, acts_of_saves, contents, train_on
 from ranks import RankFailed, run_ranks
 from tiny import engine_of, steps_of
 
+from recipes.schema import checkpoint_steps as steps
 from recipes.schema.errors import CheckpointError
-from train.checkpoint import fingerprint, offline, publishing, steps
+from train.checkpoint import fingerprint, offline, publishing
 from train.checkpoint.__main__ import main as command
 from train.checkpoint.files import Piece, Reader
 from train.checkpoint.manager import CheckpointFolder
@@ -339,7 +340,7 @@ HOSTILE: dict[str, Callable[[dict[str, Any]], None]] = {
 @pytest.mark.parametrize("trick", HOSTILE)
 def test_a_hostile_manifest_is_refused_by_name(trick: str, folder: Path) -> None:
     """Its digest is right: whoever wrote it can compute one."""
-    from train.checkpoint.manifest import _digest
+    from recipes.schema.manifest import _digest
 
     path = folder / steps.name_of(NEW) / "manifest.json"
     body = json.loads(path.read_text())
@@ -352,7 +353,7 @@ def test_a_hostile_manifest_is_refused_by_name(trick: str, folder: Path) -> None
 
 def change_index(new: Path, change: Callable[[dict[str, Any]], None]) -> None:
     """Alter index.json, and make every digest right again."""
-    from train.checkpoint.manifest import _digest, sha256
+    from recipes.schema.manifest import _digest, sha256
 
     body = json.loads((new / "manifest.json").read_text())
     index = json.loads((new / "index.json").read_text())

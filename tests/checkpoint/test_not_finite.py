@@ -14,11 +14,13 @@ from crashes import SMALL, contents, manifest_at, train_on
 from ranks import run_ranks
 from tiny import engine_of, steps_of
 
+from recipes.schema import checkpoint_steps as steps
 from recipes.schema.errors import CheckpointError, NumericsError
-from train.checkpoint import saving, steps
+from recipes.schema.manifest import _digest
+from train.checkpoint import finite, saving
 from train.checkpoint.__main__ import main as command
 from train.checkpoint.manager import CheckpointFolder
-from train.checkpoint.manifest import RunState, _digest, read_manifest
+from train.checkpoint.manifest import RunState, read_manifest
 from train.checkpoint.pieces import locals_of, optimizer_parts
 
 
@@ -134,13 +136,13 @@ def sick_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_sick_steps_of_older_versions_are_passed_over_and_kept_apart(sick_run: Path, tmp_path: Path) -> None:
     folder = tmp_path / "checkpoints"
     shutil.copytree(sick_run, folder)
-    assert steps.newest_finite(folder) == folder / "step_00000001"
+    assert finite.newest_finite(folder) == folder / "step_00000001"
     ((begin, notes),) = run_ranks(
         1, train_on, 1, folder, 2, replace(SMALL, checkpoint=replace(SMALL.checkpoint, keep_last=1))
     )
     assert begin == 1 and notes.count("model.embedding.word_embeddings.weight (32 elements)") == 2
     assert manifest_at(folder, 2).not_finite == {}, "trained from step 1 and saved in the sick one's place"
-    assert steps.newest_finite(folder) == folder / "step_00000002"
+    assert finite.newest_finite(folder) == folder / "step_00000002"
 
 
 def test_verify_calls_not_finite_numbers_a_failure(sick_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -163,4 +165,4 @@ def test_a_run_of_sick_steps_only_is_refused_with_what_is_wrong(tmp_path: Path) 
     run_ranks(1, save_anyway, tmp_path, (1, 2, 3))
     with pytest.raises(CheckpointError, match=r"no checkpoint in .* is whole:(\n.*NaN or infinity.*){3}"):
         steps.newest_in(tmp_path)
-    assert "No earlier checkpoint without them" in steps.after_not_finite(tmp_path)
+    assert "No earlier checkpoint without them" in finite.after_not_finite(tmp_path)

@@ -3,9 +3,9 @@
 import contextlib
 import io
 import os
-import sys
 from pathlib import Path
-from types import ModuleType
+
+from train import stratum
 
 MODEL = """
 {pattern: M-*-, hidden: 32, vocab: 320, ffn: 64, heads: 4, kv_heads: 2, head_dim: 8, mamba_heads: 4, mamba_groups: 2,
@@ -25,13 +25,13 @@ stages: {once more: "compress score run.name=hunt compress.layers=3 compress.att
 """
 
 
-def shell(rank: int, folder: Path, program: ModuleType, words: list[str]) -> tuple[int, str]:
-    """For `run_ranks`: a command in a process and folder of its own. -> (exit status, what it printed)."""
+def shell(rank: int, folder: Path, words: list[str]) -> tuple[int, str]:
+    """For `run_ranks`: `stratum WORDS` in a process and folder of its own. -> (exit status, what it printed)."""
     os.chdir(folder)
-    sys.argv = ["command", *words, *([] if "--config-dir" in " ".join(words) else ["--config-dir", "recipes"])]
+    words = [*words, *([] if "--config-dir" in " ".join(words) else ["--config-dir", "recipes"])]
     out = io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):
-        status = program.main()
+        status = stratum.main(words)
     return status, out.getvalue()
 
 

@@ -166,7 +166,7 @@ def test_a_cut_file_is_the_whole_file(tmp_path_factory, lines: list[str], count:
         part = Part(file=str(path), kind="jsonl", size=0, file_size=size, start=start or 0, stop=stop)
         records = list(read("x", source, part))
         if records:
-            assert lines_before(part) == len(found)  # what a message would say
+            assert lines_before(source, part) == len(found)  # what a message would say
         assert [record.number for record in records] == list(range(len(records)))
         found += [record.text for record in records]
     assert found == (lines if rows[-1] or newline_at_end else lines[:-1])  # a file's end is no empty line

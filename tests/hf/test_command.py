@@ -1,4 +1,4 @@
-"""`python -m train.hf` as its users run it: export with card, import with a recipe that goes on, check with exit statuses."""
+"""`stratum hf` as its users run it: export with card, import with a recipe that goes on, check with exit statuses."""
 
 import json
 import os

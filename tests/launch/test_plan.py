@@ -1,4 +1,4 @@
-"""`python -m launch plan` and `plan --search`, as a user runs them: no torch, fast, mistakes with value, place, remedy."""
+"""`stratum plan` and `plan --search`, as a user runs them: no torch, fast, mistakes with value, place, remedy."""
 
 import json
 import os
@@ -40,7 +40,7 @@ def plan(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, dict[str
 
 def test_a_plan_needs_no_torch_and_is_fast() -> None:
     program = (
-        "import sys; from launch.__main__ import main; status = main(['plan', '-cn', 'nemotron_nano_12b_v2', '--json']);"
+        "import sys; from train.stratum import main; status = main(['plan', '-cn', 'nemotron_nano_12b_v2', '--json']);"
         "assert not {'torch', 'megatron', 'matplotlib'} & set(sys.modules), 'heavy'; sys.exit(status)"
     )
     before = os.times()

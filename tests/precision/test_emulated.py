@@ -247,7 +247,8 @@ NANO_9B = ModelConfig(
 
 def problems(model: ModelConfig, scaling: str = "blockwise", tokens: int = 8192, **parallel: Any) -> list[str]:
     precision = PrecisionConfig(params="bf16", scaling=scaling)  # type: ignore[arg-type]
-    return shape_problems(model, parallel=ParallelConfig(**parallel), precision=precision, rank_tokens=tokens)
+    found = shape_problems(model, parallel=ParallelConfig(**parallel), precision=precision, rank_tokens=tokens)
+    return [str(problem) for problem in found]
 
 
 def test_the_9b_is_refused_at_tensor_8_and_taken_at_4() -> None:

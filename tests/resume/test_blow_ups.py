@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 from processes import finish, fork
 
+from recipes.schema.checkpoint_steps import steps_in
 from recipes.schema.errors import NumericsError
 from recipes.schema.run_folder import METRICS, read_metrics
-from train.checkpoint.steps import steps_in
 from train.record.report import write_report
 
 BLOWN = (

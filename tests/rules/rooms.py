@@ -20,16 +20,17 @@ STOREYS = (
     ("data", "data.system"),
     ("data.native", "data.batch", "data.sources", "data.store", "data.tokenizer", "data.order"),
     ("data.rows", "data.make"),
+    ("data.prepared",),
     ("data.dataset", "data.prepare"),
     ("data.stream",),
     ("data.inspect", "data.trace"),
+    ("data.commands",),
     # launch
-    ("launch", "launch.plan.cost", "launch.runs"),
+    ("launch", "launch.plan.cost", "launch.runs", "launch.facts", "launch.children"),
     ("launch.plan.published", "launch.compose"),
     ("launch.plan", "launch.local"),
     ("launch.slurm", "launch.stages", "launch.smoke", "launch.doctor"),
     ("launch.status",),
-    ("launch.__main__",),
     # train
     ("train", "train.megatron", "train.native", "train.resilience"),
     ("train.record", "train.parallel"),
@@ -41,6 +42,7 @@ STOREYS = (
     ("train.build",),
     ("train.run", "train.compress", "train.inference", "train.teacher_cache"),
     ("train.hf", "train.__main__"),
+    ("train.stratum",),
 )
 """Rooms from the ground up; a room imports only rooms below its own storey. (launch stands on data, train on launch.)"""
 

@@ -17,12 +17,13 @@ from pathlib import Path
 from typing import Any
 
 from data.system import disk
+from recipes.schema import checkpoint_steps as steps
 from recipes.schema.checkpoint import CheckpointConfig
+from recipes.schema.checkpoint_steps import checkpoint_at as checkpoint_at
 from recipes.schema.errors import CheckpointError, NumericsError, StratumError
-from train.checkpoint import publishing, steps, storage
+from train.checkpoint import finite, publishing, storage
 from train.checkpoint.manifest import Manifest, RunState
 from train.checkpoint.saving import Event, Memory, Peers, Save, Snapshot, Staging
-from train.checkpoint.steps import checkpoint_at as checkpoint_at
 from train.engine import Engine
 from train.parallel.mesh import Mesh
 
@@ -152,7 +153,7 @@ class CheckpointFolder:
             prepare=lambda: self._make_room(step, snapshot),
             publish=self._publish,
             retire=lambda: self._retain(step),
-            advice=lambda: steps.after_not_finite(self.folder),
+            advice=lambda: finite.after_not_finite(self.folder),
             retries=self.config.retries,
             retry_wait_s=self.config.retry_wait_s,
         )
@@ -202,7 +203,7 @@ class CheckpointFolder:
         """What to do about NaN or infinity, with the newest finite checkpoint by name. Waits for a save under way. Collective."""
         self.wait()
         peers = Peers(mesh.saving)
-        return peers.hear(steps.after_not_finite(self.folder) if peers.rank == 0 else None)
+        return peers.hear(finite.after_not_finite(self.folder) if peers.rank == 0 else None)
 
     def is_first_warning(self) -> bool:
         """True once: what is wrong with the time a save takes need not be said at each."""

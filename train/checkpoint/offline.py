@@ -15,8 +15,9 @@ import torch
 import yaml
 
 from data.system import disk
+from recipes.schema import checkpoint_steps as steps
 from recipes.schema.errors import CheckpointError
-from train.checkpoint import fingerprint, publishing, steps
+from train.checkpoint import fingerprint, publishing
 from train.checkpoint.files import (
     Reader,
     boxes_of_run,

@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from data.system import disk
-from recipes.schema.run_folder import POINTER
+from recipes.schema.run_folder import POINTER as POINTER
 from train.checkpoint.manifest import INDEX, MANIFEST, Index, Manifest, index_text, manifest_text, sha256
 
 

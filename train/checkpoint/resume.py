@@ -6,10 +6,12 @@ survey of the folder -> is this resume allowed? (mode, tokenizer, data, recipe) 
 from dataclasses import dataclass, replace
 from typing import Any
 
-from recipes.schema.changes import Difference, differences, refused
-from recipes.schema.errors import CheckpointError, DataError, RecipeError
+from recipes.schema.changes import Difference, differences
+from recipes.schema.errors import CheckpointError, refuse
+from recipes.schema.facts import newest_of
 from recipes.schema.read import recipe_from_mapping
 from recipes.schema.recipe import Recipe
+from recipes.schema.rules import named_teacher, required_problem, resume_problems
 from recipes.schema.run_folder import METRICS, read_metrics
 from recipes.schema.schedule import learning_rate_factor
 from train.checkpoint.manager import CheckpointFolder, Found
@@ -37,29 +39,26 @@ def resume(checkpoints: CheckpointFolder, engine: Engine, *, recipe: Recipe, new
     lineage replace its own. Raises CheckpointError, DataError, RecipeError.
     """
     good, _ = checkpoints.survey(engine.mesh)
-    mode = recipe.checkpoint.resume
     if good:
         path, manifest = good[0]
-        if mode == "never":
-            raise CheckpointError(
-                f"checkpoint.resume=never, but {checkpoints.folder} already holds {path.name}. Choose another run.name, or "
-                f"checkpoint.resume=auto to continue."
+        refuse(
+            resume_problems(
+                recipe,
+                manifest,
+                place=str(path),
+                tokenizer=new.tokenizer,
+                data_hash=new.data_hash,
+                taught_by=engine.teacher,
             )
-        _check_tokenizer(manifest, recipe=recipe, tokenizer=new.tokenizer, place=str(path))
-        _check_data(manifest, recipe=recipe, data_hash=new.data_hash, place=str(path))
-        _check_recipe(manifest, recipe=recipe, mapping=new.recipe, place=str(path))
-        _check_teacher(manifest, engine.teacher, recipe=recipe, place=str(path))
+        )
     found = checkpoints.resume(engine)
     lineage = (found.manifest.lineage if found else new.lineage) | _taught_by(engine)
     if found is None:
-        if mode == "required":
-            raise CheckpointError(
-                f"checkpoint.resume=required, but {checkpoints.folder} holds no checkpoint. Use checkpoint.resume=auto "
-                f"to start from the beginning."
-            )
+        if recipe.checkpoint.resume == "required":
+            refuse([required_problem(checkpoints.folder)], CheckpointError)
         return Start(replace(new, lineage=lineage), _from_zero(checkpoints) or _learning(engine))
-    _check_tokenizer(found.manifest, recipe=recipe, tokenizer=new.tokenizer, place=str(found.path))
-    _check_data(found.manifest, recipe=recipe, data_hash=new.data_hash, place=str(found.path))
+    place = str(found.path)
+    refuse(resume_problems(recipe, found.manifest, place=place, tokenizer=new.tokenizer, data_hash=new.data_hash))
     state = replace(new, step=found.manifest.step, position=found.manifest.position, lineage=lineage)
     return Start(state, _audit(found, engine, recipe=recipe, new=new))
 
@@ -93,7 +92,7 @@ def _audit(found: Found, engine: Engine, *, recipe: Recipe, new: RunState) -> st
     before = manifest.lineage.get(TEACHER)
     if before or teacher:
         same = before and teacher and before["fingerprint"] == teacher["fingerprint"]
-        rows.append(("teacher", _named(before), "the same" if same else _named(teacher)))
+        rows.append(("teacher", named_teacher(before), "the same" if same else named_teacher(teacher)))
     for change in _changes(manifest, new.recipe):
         allowed = "" if change.kind == "safe" else " (allowed)"
         verb = "safe" if change.kind == "safe" else f"changes {change.kind}"
@@ -118,57 +117,12 @@ def _changes(manifest: Manifest, mapping: dict[str, Any]) -> list[Difference]:
     return [change for change in differences(manifest.recipe, mapping) if not change.key.startswith(quiet)]
 
 
-def _check_recipe(manifest: Manifest, *, recipe: Recipe, mapping: dict[str, Any], place: str) -> None:
-    if manifest.recipe:
-        why = refused(differences(manifest.recipe, mapping), recipe.checkpoint.allow)
-        if why is not None:
-            raise RecipeError(f"{place} was trained with another recipe:{why}")
-
-
-def _check_teacher(manifest: Manifest, teacher: dict[str, Any] | None, *, recipe: Recipe, place: str) -> None:
-    """A run folder of a teacher that trains on names other weights every time; a student must not change teachers unawares."""
-    before = manifest.lineage.get(TEACHER)
-    if not before or not teacher or before["fingerprint"] == teacher["fingerprint"]:
-        return
-    if "arithmetic" not in recipe.checkpoint.allow:
-        raise RecipeError(
-            f"{place} learned from {_named(before)}; the teacher is {_named(teacher)} now. Add checkpoint.allow=[arithmetic] "
-            f"to go on with it (and objective.teacher={before['checkpoint']} to go on with the first), or choose another "
-            f"run.name."
-        )
-
-
 def _taught_by(engine: Engine) -> dict[str, Any]:
     return {TEACHER: engine.teacher} if engine.teacher else {}
 
 
 def _learning(engine: Engine) -> str | None:
-    return f"learning from {_named(engine.teacher)}" if engine.teacher else None
-
-
-def _named(teacher: dict[str, Any] | None) -> str:
-    return f"{teacher['checkpoint']} (weights {teacher['fingerprint'][:12]})" if teacher else "none"
-
-
-def _check_tokenizer(manifest: Manifest, *, recipe: Recipe, tokenizer: str, place: str) -> None:
-    """Nothing allows another tokenizer: the same ids would be other text, and no loss would tell for long."""
-    if not manifest.tokenizer or not tokenizer or manifest.tokenizer == tokenizer:
-        return
-    raise DataError(
-        f"{place} was trained with tokenizer {manifest.tokenizer[:12]}, but the data in {recipe.data.folder} was made with "
-        f"{tokenizer[:12]}: its ids stand for other text. Point data.folder at data made with the first, or start a new run "
-        f"with another run.name."
-    )
-
-
-def _check_data(manifest: Manifest, *, recipe: Recipe, data_hash: str, place: str) -> None:
-    if manifest.data_hash in ("", data_hash) or "data_order" in recipe.checkpoint.allow:
-        return
-    raise DataError(
-        f"{place} was trained on data {manifest.data_hash[:12]}, but {recipe.data.folder} now holds {data_hash[:12]}: rows "
-        f"would no longer be the ones counted. Point data.folder at the old data, start a new run with another run.name, or "
-        f"add checkpoint.allow=[data_order] to go on with other rows."
-    )
+    return f"learning from {named_teacher(engine.teacher)}" if engine.teacher else None
 
 
 def _next_step(step: int, steps: int) -> str:
@@ -193,15 +147,12 @@ def _rate(mapping: dict[str, Any], manifest: Manifest) -> str:
 
 def _from_zero(checkpoints: CheckpointFolder) -> str | None:
     """Refuse to start a run over whose checkpoints are lost, as its record tells; say so where it never had one."""
+    _, lost = newest_of(checkpoints.folder.parent)
+    if lost is not None:
+        refuse([lost], CheckpointError)
     path = checkpoints.folder.parent / METRICS
     lines = read_metrics(path) if path.exists() else []
     last = max((line["step"] for line in lines if line["kind"] == "step"), default=0)
-    had_checkpoint = any(line["kind"] == "save" for line in lines)
-    if had_checkpoint:
-        raise CheckpointError(
-            f"{checkpoints.folder.parent} holds a run of {last:,} steps that wrote checkpoints, but {checkpoints.folder} holds "
-            f"none. Bring them back, choose another run.name, or move {checkpoints.folder.parent} away to start over."
-        )
     if last:
         return (
             f"warning: {checkpoints.folder.parent} holds {last:,} steps of a run that ended before its first checkpoint; "

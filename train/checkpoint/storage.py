@@ -238,7 +238,7 @@ class _Loading:
         if wrong:
             raise CheckpointError(
                 f"{folder} is damaged: what was read of {len(wrong)} tensors is not what was saved (their fingerprints differ), "
-                f"e.g. {', '.join(wrong[:3])}. `python -m train.checkpoint verify {folder}` names the files."
+                f"e.g. {', '.join(wrong[:3])}. `stratum checkpoint verify {folder}` names the files."
             )
         sick = {
             name: sums.not_finite // (count // math.prod(self.reader.manifest.tensors[name].shape))

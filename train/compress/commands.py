@@ -18,10 +18,11 @@ from rich.table import Table
 from data.system import disk
 from recipes.schema.command import recipe_words, section
 from recipes.schema.compress import CompressConfig
-from recipes.schema.errors import CheckpointError, RecipeError
+from recipes.schema.errors import CheckpointError, RecipeError, refuse
 from recipes.schema.pattern import layer_kinds, parameters
 from recipes.schema.read import read_recipe, recipe_mapping
 from recipes.schema.recipe import Recipe
+from recipes.schema.rules import reading_problems
 from recipes.schema.typed import FieldError, build, differing
 from train.build import check, mesh_of, open_data
 from train.checkpoint import publishing, storage
@@ -48,7 +49,7 @@ def score(composed: DictConfig) -> int:
 
     parent = parent_of(config)
     dataset = open_data(replace(recipe, model=parent.recipe.model))
-    check_data(parent, dataset)
+    check_data(parent, dataset, recipe=recipe)
     recipe = layout_recipe(parent, recipe, world=world)
     model = parent.recipe.model
     depth = len(layer_kinds(model.pattern))
@@ -175,7 +176,7 @@ def _write_pruned(
     if not is_same or scores.request.get("parent", parent.manifest.fingerprint) != parent.manifest.fingerprint:
         raise RecipeError(
             f"the scores in {folder} are of {scores.parent} as it was then, but compress.parent is {parent.path} as it is "
-            f"now. Score it first: python -m train.compress score with this recipe."
+            f"now. Score it first: stratum compress score with this recipe."
         )
     kept = choose(scores, target, depth or AS_SCORED)
     small = pruned_model(parent.recipe.model, target, kept.layers)
@@ -274,7 +275,7 @@ def search(composed: DictConfig) -> int:
             [{"name": n, "lost": lost, **describe(s)} for n, (lost, s) in zip(names, best, strict=True)], indent=1
         )
     )
-    console.print("A short distillation of each, then `python -m train.compress pick` with the same recipe:")
+    console.print("A short distillation of each, then `stratum compress pick` with the same recipe:")
     for name in names:
         out = Path(config.folder) / name
         console.print(f"  {_training_command(out, name)} objective=distill objective.teacher={config.parent}")
@@ -307,7 +308,7 @@ def pick(composed: DictConfig) -> int:
     recipe, _, folder = _read(composed)
     path = folder / "candidates.json"
     if not path.exists():
-        raise RecipeError(f"{path} is missing. Search first: python -m train.compress search with this recipe.")
+        raise RecipeError(f"{path} is missing. Search first: stratum compress search with this recipe.")
     table = Table("candidate", "layers", "hidden", "ffn", "parameters", "tokens/s", "steps", "held-out bits per byte")
     results = []
     steps: dict[str, int] = {}
@@ -359,4 +360,5 @@ def _read(composed: DictConfig) -> tuple[Recipe, CompressConfig, Path]:
     except FieldError as error:
         raise RecipeError(str(error)) from error
     recipe = read_recipe(composed)
+    refuse(reading_problems(recipe))
     return recipe, config, Path(config.folder) / recipe.run.name

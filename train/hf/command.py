@@ -1,4 +1,4 @@
-"""What `python -m train.hf` does, assembled: conversion, tokenizer, recipe or card, comparison, in this order.
+"""What `stratum hf` does, assembled: conversion, tokenizer, recipe or card, comparison, in this order.
 
 Everything is written into a folder beside the target, which gets its name when the two models agree. Import this module
 after `train.megatron.prepare`.
@@ -25,6 +25,7 @@ from data.tokenizer import load_tokenizer
 from recipes.schema.data import SourceConfig, TokenizerConfig
 from recipes.schema.errors import BackendError, CheckpointError, DataError, RecipeError
 from recipes.schema.model import ModelConfig
+from recipes.schema.options import STRATUM
 from recipes.schema.pattern import parameters
 from recipes.schema.precision import PrecisionConfig
 from recipes.schema.read import recipe_from_mapping
@@ -105,7 +106,7 @@ def export_model(parsed: argparse.Namespace) -> int:
     _say(
         f"wrote {parsed.out}: {converted.parameters:,} parameters, {converted.nbytes / 1e9:.3g} GB, model card README.md"
     )
-    return _conclude(agreement, why, f"python -m train.hf check {parsed.checkpoint} {parsed.out}")
+    return _conclude(agreement, why, f"stratum hf check {parsed.checkpoint} {parsed.out}")
 
 
 def import_model(parsed: argparse.Namespace) -> int:
@@ -161,9 +162,9 @@ def import_model(parsed: argparse.Namespace) -> int:
     _say(
         f"wrote {parsed.out}: {converted.parameters:,} parameters in {parsed.out}/checkpoint; the recipe is {name}.yaml:"
     )
-    for program in ("data.prepare", "train", "train.generate"):
-        _say(f"  python -m {program} --config-dir {parsed.out} -cn {name}")
-    return _conclude(agreement, why, f"python -m train.hf check {parsed.out} {parsed.directory}")
+    for command in ("prepare", "train", "generate"):
+        _say(f"  {STRATUM} {command} --config-dir {parsed.out} -cn {name}")
+    return _conclude(agreement, why, f"stratum hf check {parsed.out} {parsed.directory}")
 
 
 def check_models(parsed: argparse.Namespace) -> int:

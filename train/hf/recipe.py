@@ -37,11 +37,11 @@ def recipe_text(imported: Imported) -> str:
     """The recipe as YAML with Hydra's defaults list."""
     name, folder = imported.name, imported.checkpoint.parent
     groups = "\n".join(f"  - {group}" for group in (*_GROUPS, f"precision: {imported.params}"))
-    return f"""# Made by `python -m train.hf import {imported.source}`.
+    return f"""# Made by `stratum hf import {imported.source}`.
 # It continues the imported weights. data.sources are an example: put your own text there.
-#   python -m data.prepare   --config-dir {folder} -cn {name}
-#   python -m train          --config-dir {folder} -cn {name}
-#   python -m train.generate --config-dir {folder} -cn {name} +generate.prompt="Once"
+#   stratum prepare  --config-dir {folder} -cn {name}
+#   stratum train    --config-dir {folder} -cn {name}
+#   stratum generate --config-dir {folder} -cn {name} --prompt "Once"
 defaults:
 {groups}
   - _self_

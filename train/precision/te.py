@@ -9,24 +9,20 @@ the native recipes' quantisers and FP8 primary weights have not been run. docs/f
 """
 
 import functools
-import importlib.util
 import os
 from typing import Any
 
 import torch
 from megatron.core.fp8_utils import get_fp8_recipe
 
-from recipes.schema.errors import BackendError
+from recipes.schema.errors import BackendError, refuse
+from recipes.schema.facts import wants_fp32_block_scales
 from recipes.schema.model import ModelConfig
 from recipes.schema.precision import PrecisionConfig
-from recipes.schema.scaling import active_scaling, low_precision_linears
+from recipes.schema.rules import block_scale_problems, low_precision_problems
+from recipes.schema.scaling import active_scaling, low_precision_linears, scalings_used
 from train.parallel.mesh import Mesh
 from train.precision.control import PrecisionControl, Reading
-
-
-def is_installed() -> bool:
-    """Whether Transformer Engine's torch package can be imported here."""
-    return importlib.util.find_spec("transformer_engine_torch") is not None
 
 
 def megatron_fields(precision: PrecisionConfig, scaling: str) -> dict[str, Any]:
@@ -83,14 +79,11 @@ class TransformerEngineModules:
         return TEDotProductAttention
 
     def options(self, model: ModelConfig, precision: PrecisionConfig) -> dict[str, Any]:
-        _check_block_scales(precision)
+        # Transformer Engine takes the kind of block scales from the environment when it is imported, which was long ago.
+        fp32 = wants_fp32_block_scales(os.environ)
+        refuse([*low_precision_problems(precision), *block_scale_problems(precision, fp32=fp32)], BackendError)
         first, last = precision.high_precision_first, precision.high_precision_last
         by_megatron = bool(first or last) and not _uses_delayed(precision)
-        if precision.fp8_weights and not by_megatron and (first or last):
-            raise BackendError(
-                "precision.fp8_weights=true with delayed scaling keeps the weights of every layer in FP8. Set "
-                "high_precision_first and high_precision_last to 0, or use another scaling, or fp8_weights=false."
-            )
         return megatron_fields(precision, precision.scaling) | {
             "fp8_amax_history_len": precision.amax_history,
             "fp8_amax_compute_algo": precision.amax_from,
@@ -187,19 +180,8 @@ def _keep_scales_in_buffers(part: torch.nn.Module, precision: PrecisionConfig) -
     part.set_extra_state = lambda state: None  # type: ignore[method-assign,assignment]
 
 
-def _check_block_scales(precision: PrecisionConfig) -> None:
-    """Transformer Engine takes the kind of block scales from the environment when it is imported, which was long ago."""
-    variable = "NVTE_FP8_BLOCK_SCALING_FP32_SCALES"
-    is_fp32 = os.environ.get(variable, "0") == "1"
-    if "blockwise" in (precision.scaling, precision.scaling_after) and is_fp32 == precision.power_of_two_scales:
-        raise BackendError(
-            f"precision.power_of_two_scales={str(precision.power_of_two_scales).lower()}, but {variable} is "
-            f"{'1' if is_fp32 else 'not 1'} in the environment. Start with {variable}={int(not precision.power_of_two_scales)}."
-        )
-
-
 def _uses_delayed(precision: PrecisionConfig) -> bool:
-    return "delayed" in (precision.scaling, precision.scaling_after)
+    return "delayed" in scalings_used(precision)
 
 
 def _without_low_precision(forward: Any, *args: Any, **kwargs: Any) -> Any:

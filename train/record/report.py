@@ -1,10 +1,9 @@
-"""`python -m train.record.report runs/NAME`: a picture and a page about a run, made from its metrics.jsonl.
+"""`stratum report`: a picture and a page about a run, made from its metrics.jsonl.
 
 metrics.jsonl, recipe.yaml --> loss.png (loss, held-out bits per byte, learning rate), summary.md, and for a
 low-precision run precision.png (quantisation errors)
 """
 
-import argparse
 import math
 import re
 import statistics
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from recipes.schema.errors import RecipeError, StratumError
+from recipes.schema.options import CommandParser, run_or_path
 from recipes.schema.run_folder import METRICS, RECIPE, as_number, read_metrics, recipe_in
 from train.record.precision_report import draw_precision, precision_section
 
@@ -203,7 +203,7 @@ def _facts(record: RunRecord, recipe: dict[str, Any]) -> list[str]:
         "model": f"`{recipe['model']['pattern']}`, hidden {recipe['model']['hidden']}, "
         f"{start.get('parameters', 0):,} parameters",
         **_origin(recipe),
-        "precision": _precision(recipe["precision"]),
+        "precision": start.get("precision") or _precision(recipe["precision"]),
         "layout": f"{start.get('layout', '?')} on {start.get('device', '?')}",
         "steps": f"{last['step']:,} of {recipe['run']['steps']:,}",
         "tokens": f"{last['tokens']:,}",
@@ -243,7 +243,7 @@ def _origin(recipe: dict[str, Any]) -> dict[str, str]:
 
 
 def _precision(precision: dict[str, Any]) -> str:
-    """Number formats in words."""
+    """Number formats in words, for records older than the start line that says them."""
     scaling = precision.get("scaling", "none")
     text = precision["params"] if scaling == "none" else f"{precision['params']}, linear layers in {scaling}"
     if precision.get("switch_at_tokens") is not None:
@@ -306,18 +306,26 @@ def _resumes(record: RunRecord) -> list[str]:
     return lines
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Entry point of `python -m train.record.report`."""
-    parser = argparse.ArgumentParser(prog="python -m train.record.report", description="Picture and summary of a run.")
-    parser.add_argument("folder", type=Path, help="run folder, e.g. runs/smoke")
-    parser.add_argument("--sample", type=Path, help="text file with a sample to show in the summary")
+def main(arguments: Sequence[str]) -> int:
+    """Entry point of `stratum report`."""
+    parser = CommandParser(
+        "report",
+        about="Draw the picture and write the summary of a run (loss.png, summary.md), also while it trains.",
+        examples="""
+stratum report runs/smoke
+stratum report smoke                               the same: `smoke` is looked up in runs/
+""",
+    )
+    parser.add_argument("run", metavar="RUN", help="run folder (runs/smoke), or its name (smoke)")
+    parser.add_argument("--sample", type=Path, metavar="FILE", help="text file with a sample to show in the summary")
     parsed = parser.parse_args(arguments)
     try:
-        write_report(parsed.folder, sample=parsed.sample.read_text() if parsed.sample else None)
-    except StratumError as error:
+        folder = run_or_path(parsed.run)
+        write_report(folder, sample=parsed.sample.read_text() if parsed.sample else None)
+    except (StratumError, OSError) as error:
         sys.stderr.write(f"error: {error}\n")
         return 2
-    sys.stdout.write(f"wrote {parsed.folder}/summary.md and {parsed.folder}/loss.png\n")
+    sys.stdout.write(f"wrote {folder}/summary.md and {folder}/loss.png\n")
     return 0
 
 
@@ -333,7 +341,3 @@ def _smooth(values: list[float]) -> list[float]:
         near = [value for value in values[place - reach : place + reach + 1] if math.isfinite(value)]
         means.append(statistics.fmean(near) if near else math.nan)
     return means
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,4 +1,4 @@
-"""`python -m launch validate ROWS.csv`: the planner's predictions beside published throughput, row by row, the summary last.
+"""`stratum validate ROWS.csv`: the planner's predictions beside published throughput, row by row, the summary last.
 
     row --rows.py--> in scope: Setting --cost/time.py--> predicted, error        out of scope: the reason
 

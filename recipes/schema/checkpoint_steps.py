@@ -7,12 +7,11 @@ import logging
 from pathlib import Path
 
 from recipes.schema.errors import CheckpointError
-from recipes.schema.run_folder import CHECKPOINTS, POINTER, pointed_at
+from recipes.schema.manifest import MANIFEST, Manifest, describe_not_finite, read_manifest
+from recipes.schema.run_folder import CHECKPOINTS, METRICS, POINTER, pointed_at, read_metrics
 from recipes.schema.run_folder import name_of as name_of
 from recipes.schema.run_folder import step_of as step_of
 from recipes.schema.run_folder import steps_in as steps_in
-from train.checkpoint.files import Reader
-from train.checkpoint.manifest import MANIFEST, Manifest, describe_not_finite, read_manifest
 
 log = logging.getLogger(__name__)
 
@@ -72,31 +71,6 @@ def newest_in(folder: Path) -> tuple[Path, Manifest] | None:
     return None
 
 
-def newest_finite(folder: Path) -> Path | None:
-    """The newest whole checkpoint without NaN or infinity. Reads the numbers of those whose manifest does not say: older versions
-    did not look. CheckpointError where the folder cannot be read."""
-    for path, manifest in candidates(folder)[0]:
-        try:
-            reader = Reader(path) if any(record.not_finite is None for record in manifest.tensors.values()) else None
-            if reader is None or not any(reader.sums(name).not_finite for name in manifest.tensors):
-                return path
-        except CheckpointError:
-            continue
-    return None
-
-
-def after_not_finite(folder: Path) -> str:
-    """What to do about NaN or infinity in a run with these checkpoints, in a sentence or two. Never raises."""
-    try:
-        newest = newest_finite(folder)
-    except CheckpointError as error:
-        return f"({error})"
-    begin = "No earlier checkpoint without them exists: start again"
-    if newest is not None:
-        begin = f"{newest.name} is the newest finite checkpoint: continue from it (checkpoint.allow=[arithmetic])"
-    return f"{begin} with a lower optim.lr, a longer schedule.warmup, optim.clip_norm=1 or precision.params=fp32."
-
-
 def refuse_to_forget(folder: Path, notes: list[str]) -> None:
     """Raise CheckpointError where there is a trace of checkpoints but none that can be used."""
     pointer = folder / POINTER
@@ -125,3 +99,16 @@ def checkpoint_at(place: str | Path) -> tuple[Path, Manifest]:
         f"{path} is no checkpoint (no {MANIFEST}) and no run that has one. Name a folder like runs/NAME or "
         f"runs/NAME/checkpoints/{name_of(1000)}."
     )
+
+
+def lost_run(folder: Path) -> str:
+    """What a run's record says of checkpoints that are gone; empty where it never had one."""
+    try:
+        lines = read_metrics(folder / METRICS)
+        last = max((int(line["step"]) for line in lines if line["kind"] == "step"), default=0)
+    except (OSError, KeyError, TypeError, ValueError):
+        return ""
+    had_checkpoint = any(line["kind"] == "save" for line in lines)
+    if not had_checkpoint:
+        return ""
+    return f"{folder} holds a run of {last:,} steps that wrote checkpoints, but {folder / CHECKPOINTS} holds none."

@@ -1,0 +1,150 @@
+"""The order of many sources with constant shares: each row goes down a binary tree whose leaves are the sources.
+
+A node of weight w_v that has drawn n rows gives
+
+    A(n) = floor(n w_a / w_v + 1/2)   to one child, n - A(n) to the other,
+
+so the draws of any leaf before any position are known at once, exactly, and a row costs the depth of the tree, whatever
+the number of sources. Each split adds an error of at most 1/2, of which a child passes on its share: a leaf of weight w is off
+by at most (1 + sum of w / w_v over the inner nodes v between it and the root) / 2. `bound` is the largest of these, below 1 for one
+heavy and many light sources. Some trees are tried: the lightest joined first (Huffman), the sorted weights cut in halves, the
+heaviest split off one by one, each with the lightest sources apart; the one with the smallest bound is used.
+"""
+
+import heapq
+import itertools
+import math
+from collections.abc import Sequence
+from fractions import Fraction
+
+import numpy as np
+
+_MOST_APART = 16
+"""Heavy sources that are tried apart from the others."""
+_Tree = int | tuple["_Tree", "_Tree"]
+"""A source, or two trees."""
+
+
+class ShareTree:
+    """The sources of the rows after a position, as long as shares hold still."""
+
+    def __init__(self, shares: Sequence[Fraction], ahead: Sequence[Fraction]) -> None:
+        """shares: of each source, summing to 1. ahead: owed less drawn at the position, of each source, summing to 0."""
+        self._count = len(shares)
+        drawn = [i for i, share in enumerate(shares) if share]
+        scale = math.lcm(*(share.denominator for share in shares), *(f.denominator for f in ahead))
+        self._weights = [int(share * scale) for share in shares]
+        trees = _candidates(self._weights, sorted(drawn, key=lambda i: (-shares[i], i)))
+        bounds = [_bound(tree, self._weights) for tree in trees]
+        which = bounds.index(min(bounds))
+        self.bound = bounds[which]
+        """Most that a source may be off, in rows, once what was off at the beginning is made up."""
+        self._ahead = [int(f * scale) for f in ahead]
+        self._scale = scale
+        self._nodes: list[tuple[int, int, int, int, int]] = []
+        """Of each inner node: factor, constant and divisor of A(n), and its children (a source is -1 - its number)."""
+        self._root, _, _ = self._add(trees[which])
+
+    def drawn(self, rows: int) -> list[int]:
+        """Rows of each source among the first `rows`."""
+        counts = [0] * self._count
+        waiting = [(self._root, rows)]
+        while waiting:
+            at, n = waiting.pop()
+            if at < 0:
+                counts[-1 - at] = n
+            elif n:
+                _, _, _, left, right = self._nodes[at]
+                first = self._given(at, n)
+                waiting += [(left, first), (right, n - first)]
+        return counts
+
+    def sources(self, start: int, stop: int) -> np.ndarray:
+        """int16 [stop - start]: the source of each row."""
+        out = np.empty(stop - start, dtype=np.int16)
+        waiting = [(self._root, start, np.arange(stop - start))]
+        while waiting:
+            at, n, rows = waiting.pop()
+            if not len(rows):
+                continue
+            if at < 0:
+                out[rows] = -1 - at
+                continue
+            factor, constant, divisor, left, right = self._nodes[at]
+            given = [min(max((factor * k + constant) // divisor, 0), k) for k in range(n, n + len(rows) + 1)]
+            goes_left = np.array([b > a for a, b in itertools.pairwise(given)])
+            waiting += [(left, given[0], rows[goes_left]), (right, n - given[0], rows[~goes_left])]
+        return out
+
+    def _given(self, at: int, n: int) -> int:
+        factor, constant, divisor, _, _ = self._nodes[at]
+        return min(max((factor * n + constant) // divisor, 0), n)
+
+    def _add(self, tree: _Tree) -> tuple[int, int, int]:
+        """Number, weight and rows ahead of a tree, its nodes added."""
+        if isinstance(tree, int):
+            return -1 - tree, self._weights[tree], self._ahead[tree]
+        left, weight, ahead = self._add(tree[0])
+        right, other_weight, other_ahead = self._add(tree[1])
+        whole, all_ahead, scale = weight + other_weight, ahead + other_ahead, self._scale
+        # floor(f_a + w_a (n - f_v) / w_v + 1/2), with f and w in units of 1 / scale
+        constant = 2 * (ahead * whole - weight * all_ahead) + whole * scale
+        self._nodes.append((2 * weight * scale, constant, 2 * whole * scale, left, right))
+        return len(self._nodes) - 1, whole, all_ahead
+
+
+def _candidates(shares: Sequence[int], order: Sequence[int]) -> list[_Tree]:
+    """order: sources by falling share."""
+    trees = [_huffman(shares, order), _halves(shares, order)]
+    for heavy in range(1, min(len(order), _MOST_APART)):
+        light = _halves(shares, order[heavy:])
+        trees += [(_huffman(shares, order[:heavy]), light), (_halves(shares, order[:heavy]), light)]
+        tree = light
+        for source in reversed(order[:heavy]):
+            tree = source, tree
+        trees.append(tree)
+    return trees
+
+
+def _huffman(shares: Sequence[int], drawn: Sequence[int]) -> _Tree:
+    heap: list[tuple[int, int, _Tree]] = [(shares[i], n, i) for n, i in enumerate(drawn)]
+    heapq.heapify(heap)
+    for number in itertools.count(len(heap)):
+        if len(heap) == 1:
+            return heap[0][2]
+        light, _, one = heapq.heappop(heap)
+        next_light, _, other = heapq.heappop(heap)
+        heapq.heappush(heap, (light + next_light, number, (one, other)))
+    raise AssertionError("the loop ends with one tree")
+
+
+def _halves(shares: Sequence[int], order: Sequence[int]) -> _Tree:
+    """order: sources by falling share."""
+    if len(order) == 1:
+        return order[0]
+    whole = sum(shares[i] for i in order)
+    sums = list(itertools.accumulate(shares[i] for i in order[:-1]))
+    cut = 1 + min(range(len(sums)), key=lambda n: abs(2 * sums[n] - whole))
+    return _halves(shares, order[:cut]), _halves(shares, order[cut:])
+
+
+def _bound(tree: _Tree, shares: Sequence[int]) -> float:
+    """Most that a leaf may be off."""
+    worst = 0.0
+    waiting: list[tuple[_Tree, float]] = [(tree, 0.0)]
+    weights: dict[int, float] = {}
+
+    def weigh(part: _Tree) -> float:
+        found = float(shares[part]) if isinstance(part, int) else weigh(part[0]) + weigh(part[1])
+        weights[id(part)] = found
+        return found
+
+    weigh(tree)
+    while waiting:
+        part, inverse = waiting.pop()  # inverse: sum of 1 / w_v over the inner nodes above, without the root
+        if isinstance(part, int):
+            worst = max(worst, (1 + float(shares[part]) * inverse) / 2)
+            continue
+        inner = inverse if part is tree else inverse + 1 / weights[id(part)]
+        waiting += [(part[0], inner), (part[1], inner)]
+    return worst
