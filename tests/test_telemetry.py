@@ -14,10 +14,11 @@ import pytest
 import torch
 
 from recipes.schema.errors import StratumError
+from recipes.schema.run_folder import METRICS, read_metrics
 from recipes.schema.telemetry import TelemetryConfig
 from train.precision.control import Reading
 from train.record.machine import peak_by_name, peak_flops
-from train.record.metrics import METRICS, JsonLines, read_metrics
+from train.record.metrics import JsonLines
 from train.record.report import read_run
 from train.record.stopwatch import Stopwatch
 from train.record.telemetry import Telemetry

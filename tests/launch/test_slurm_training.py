@@ -18,9 +18,9 @@ from texts import VOCAB, config_of
 
 from data.prepare import prepare
 from launch.queue import look_up, send_signal
-from launch.runs import METRICS, RunFolder
+from launch.runs import RunFolder
 from launch.slurm.command import active_jobs, job_numbers
-from train.record.metrics import read_metrics
+from recipes.schema.run_folder import METRICS, read_metrics
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPE = [

@@ -20,7 +20,7 @@ from ranks import start_ranks
 from texts import VOCAB
 
 from recipes.schema.command import RECIPES
-from train.record.metrics import METRICS, read_metrics
+from recipes.schema.run_folder import METRICS, read_metrics
 
 STEPS = 24
 SHAPE = [
