@@ -193,6 +193,13 @@ def open_dataset(config: DataConfig) -> Dataset:
     shelf = Shelf(find, activity=activity, may_vanish=is_remote(config.folder))
     tokenizer = _tokenizer(folder / manifest.tokenizer.file, manifest.tokenizer, config)
     _check_sources(config, manifest)
+    written = manifest.request.get("tokenizer", {}).get("begin_of_document")
+    if "tokenizer" in manifest.request and written != config.tokenizer.begin_of_document:
+        raise DataError(
+            f"the documents of {without_credentials(config.folder)} begin with {written or 'no special token'}, and "
+            f"data.tokenizer.begin_of_document={config.tokenizer.begin_of_document or 'null'}. Set it to {written or 'null'}, or "
+            f"prepare the data again, into another data.folder."
+        )
     names = list(config.sources)
     if remote is not None:
         _check_budget(config, manifest, remote.budget_bytes)
@@ -221,10 +228,10 @@ def open_dataset(config: DataConfig) -> Dataset:
                 )
             )
             if rows[-1].count == 0 and not (split == "train" and config.heldout_of(name) == 1):
+                more = ", or raise its heldout_fraction" if split == "heldout" else ""
                 raise DataError(
                     f"the {split} part of source {name!r} has {stream.tokens:,} tokens, fewer than one row of "
-                    f"data.row_tokens={config.row_tokens}. Lower data.row_tokens, add text, or raise "
-                    f"its heldout_fraction."
+                    f"data.row_tokens={config.row_tokens}. Lower data.row_tokens, or add text{more}."
                 )
     train = parts["train"]
     groups = [rows.rows_by_shard() for rows in train] if config.shuffle_shards else ()

@@ -10,10 +10,12 @@ import glob
 import gzip
 import io
 import itertools
+import logging
 import lzma
 import os
 import re
 import sysconfig
+import time
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -39,6 +41,9 @@ _EXTRA = {"s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "http": "a
 _MOST_PATHS = 1_000_000
 """That the braces of a path may stand for."""
 _BLOCK = 1 << 20
+_PAUSES_S = (1.0, 5.0, 25.0)
+"""Waits before remote files are tried again."""
+log = logging.getLogger(__name__)
 
 
 class ReadError(DataError):
@@ -68,6 +73,17 @@ def find_files(place: str, path: str, *, hidden: list[str] | None = None) -> lis
     else:
         found = [file for pattern in expand_braces(path) for file in _matching(place, pattern, hidden)]
     return sorted(set(found), key=lambda file: file.name)
+
+
+def again_where_far[T](is_far: bool, act: Callable[[], T]) -> T:
+    """What `act` gives; where it reads from a server, it is tried again when that does not answer. ReadError in the end."""
+    for pause in _PAUSES_S if is_far else ():
+        try:
+            return act()
+        except ReadError as error:
+            log.warning("%s Tried again in %.0f s.", error, pause)
+            time.sleep(pause)
+    return act()
 
 
 def is_remote(name: str) -> bool:
@@ -157,7 +173,9 @@ class Plain:
     def check_end(self) -> None:
         """Refuse a packed file in which nothing is packed: what wrote it did not finish."""
         if self._suffix in COMPRESSED and not self._stored.count:
-            raise DataError(f"{self._name} is 0 bytes long, which no {self._suffix} file is. Make it again, or remove it.")
+            raise DataError(
+                f"{self._name} is 0 bytes long, which no {self._suffix} file is. Make it again, or remove it."
+            )
 
     def check(self, given: int) -> None:
         """Stop an expansion without end; `given` bytes have come out so far."""
@@ -336,7 +354,9 @@ def _in_folder(folder: str, hidden: list[str]) -> list[str]:
     """Every file below a folder, links followed, each real file and folder once. DataError for a folder that cannot be read."""
 
     def refuse(error: OSError) -> None:
-        raise DataError(f"{error.filename} cannot be read: {error.strerror}. Nothing is left out silently: make it readable.")
+        raise DataError(
+            f"{error.filename} cannot be read: {error.strerror}. Nothing is left out silently: make it readable."
+        )
 
     files, folders = [], {os.path.realpath(folder)}
     for here, below, names in os.walk(folder, followlinks=True, onerror=refuse):
@@ -384,7 +404,10 @@ def _matching_remote(place: str, pattern: str, hidden: list[str]) -> list[File]:
                 facts = filesystem.info(path)
                 found = filesystem.find(path, detail=True) if facts.get("type") == "directory" else {path: facts}
         except FileNotFoundError as error:
-            found, why = {}, f" ({without_credentials(str(error.__cause__ or error))})"  # a server that does not answer looks like this too
+            found, why = (
+                {},
+                f" ({without_credentials(str(error.__cause__ or error))})",
+            )  # a server that does not answer looks like this too
     base = "" if glob.has_magic(path) else path.rstrip("/")
     files = []
     for name, info in found.items():

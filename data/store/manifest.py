@@ -180,11 +180,14 @@ def file_sha256(path: Path) -> str:
 def write_durably(path: Path, text: str) -> None:
     """Write a text file so that it is there whole or not at all, also after a crash."""
     aside = path.with_name(f"{path.name}.writing-{os.uname().nodename}-{os.getpid()}")
-    with aside.open("w") as stream:
-        stream.write(text)
-        stream.flush()
-        os.fsync(stream.fileno())
-    aside.rename(path)
+    try:
+        with aside.open("w") as stream:
+            stream.write(text)
+            stream.flush()
+            os.fsync(stream.fileno())
+        aside.rename(path)
+    finally:
+        aside.unlink(missing_ok=True)
 
 
 def _check_file(path: str, facts: FileFacts, *, verify: bool) -> None:

@@ -95,10 +95,13 @@ class ShardWriter:
 def write_bytes_durably(path: Path, content: bytes) -> FileFacts:
     """Write a file aside and rename it. -> its facts."""
     aside = path.with_name(f"{path.name}.writing-{os.uname().nodename}-{os.getpid()}")
-    stream = aside.open("wb")
-    stream.write(content)
-    _close_durably(stream)
-    aside.rename(path)
+    try:
+        with aside.open("wb") as stream:
+            stream.write(content)
+            _close_durably(stream)
+        aside.rename(path)
+    finally:
+        aside.unlink(missing_ok=True)
     return FileFacts(bytes=len(content), sha256=hashlib.sha256(content).hexdigest())
 
 
@@ -139,6 +142,11 @@ def _header(index: Path, raw: bytes, size: int) -> Header:
     if code not in _DTYPES:
         raise DataError(f"{index} stores tokens as dtype code {code}; token ids are whole numbers: codes 1-5 and 8.")
     expected = _HEADER.size + sequences * 12 + documents * 8
+    if size == expected + sequences and sequences:
+        raise DataError(
+            f"{index} is the index of a multimodal set (it ends with a mode for each sequence), which is not read. Make the set "
+            f"from text alone."
+        )
     if size != expected:
         raise DataError(f"{index} is {size:,} bytes long, {expected:,} expected: it is damaged. Prepare again.")
     return Header(_DTYPES[code], sequences, documents)

@@ -168,6 +168,8 @@ def _explain(message: str, *, program: str, keys: list[str]) -> str:
             near = difflib.get_close_matches(of_source[2], fields, n=1, cutoff=0.5)
             hint = f"Did you mean {near[0]}?" if near else f"There are: {', '.join(fields)}."
             return f"unknown field {of_source[2]!r} of a source on the command line. {hint}"
+        if key in keys:
+            return f"{key} is a field, but this recipe does not list it, so Hydra wants a plus: +{key}=..."
         near = difflib.get_close_matches(key, keys, n=1, cutoff=0.5)
         hint = f" Did you mean {near[0]}?" if near else f" `python -m {program} -cn NAME --cfg job` shows every key."
         return f"unknown recipe key {key!r} on the command line.{hint}"

@@ -63,6 +63,9 @@ class TokenizerConfig:
     """Size of the trained vocabulary, special tokens included. Checked against `model.vocab`."""
     end_of_document: str = "<|endoftext|>"
     """Special token written after every document."""
+    begin_of_document: str | None = None
+    """Special token written before every document and put before a prompt, for models trained with one (Gemma, Llama:
+    `<bos>`, `<|begin_of_text|>`); null: none. `hf import` sets it from the model's own tokenizer."""
     special_tokens: dict[str, int] = field(default_factory=dict)
     """Further special tokens and their ids, for a trained tokenizer (ids from 1 up) or a file of ranks that names none."""
     pattern: str | None = None
