@@ -114,7 +114,7 @@ def _plain_text(record: Any, name: str) -> str:
     value = _field(record, name)
     if isinstance(value, bytes):
         raise ValueError(
-            f"has bytes under {name!r}, not text: cast the column from binary to string, or set another text_field"
+            f"has bytes under {name!r}, not text: cast the column from binary to string, or set text_field"
         )
     if not isinstance(value, str):
         raise ValueError(f"has {type(value).__name__} under {name!r}, not text")

@@ -257,8 +257,8 @@ def train(texts: Iterable[str], config: TokenizerConfig) -> HuggingFace:
     least = 256 + len(special)
     if config.vocab_size < least:
         raise DataError(
-            f"data.tokenizer.vocab_size={config.vocab_size} is less than the 256 bytes and {len(special)} special tokens that every "
-            f"byte-level tokenizer has. Use {least} or more."
+            f"data.tokenizer.vocab_size={config.vocab_size} is less than the 256 bytes and {len(special)} special tokens that "
+            f"every byte-level tokenizer has. Use {least} or more."
         )
     library.train_from_iterator(texts, trainer)
     size = library.get_vocab_size()

@@ -16,9 +16,9 @@ class SourceConfig:
 
     path: str
     """File, folder or glob of text, here or behind `s3://`, `gs://`, `https://`, `hf://` (any fsspec protocol); `.gz`,
-    `.zst`, `.bz2`, `.xz` are decompressed, names that begin with a dot are left out, `{000..063}` and `{a,b}` stand for several paths. `hf:NAME` is a Hugging Face
-    `datasets` set. `package:NAME` is a corpus shipped with this project (data/corpora), `python-stdlib` the standard
-    library sources of the running Python."""
+    `.zst`, `.bz2`, `.xz` are decompressed, names that begin with a dot are left out of folders, `{000..063}` and `{a,b}` stand
+    for several paths. `hf:NAME` is a Hugging Face `datasets` set. `package:NAME` is a corpus shipped with this project
+    (data/corpora), `python-stdlib` the standard library sources of the running Python."""
     weight: NonNegativeFloat = 1.0
     """Share of training rows drawn from this source, relative to the other weights (they need not sum to 1). 0 keeps it
     for later phases, or for evaluation only."""

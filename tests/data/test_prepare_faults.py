@@ -155,7 +155,13 @@ def test_each_real_file_is_read_once_and_links_are_followed(tmp_path: Path, monk
     with pytest.raises(DataError, match=r"deep cannot be read"):
         find_files("x", str(tmp_path / "in" / "**" / "*.jsonl"))
     real = os.scandir
-    monkeypatch.setattr(files.os, "scandir", lambda folder: (_ for _ in ()).throw(PermissionError(13, "Permission denied", folder)) if str(folder).endswith("deep") else real(folder))  # fmt: skip
+
+    def scandir(folder: str) -> object:
+        if str(folder).endswith("deep"):
+            raise PermissionError(13, "Permission denied", folder)
+        return real(folder)
+
+    monkeypatch.setattr(files.os, "scandir", scandir)
     with pytest.raises(DataError, match=r"deep cannot be read: Permission denied"):
         find_files("x", str(tmp_path / "in"))
 
@@ -291,7 +297,11 @@ def test_a_second_prepare_of_a_folder_waits_for_the_first_and_names_it(tmp_path:
     config = config_of(tmp_path, a=jsonl(tmp_path / "a.jsonl", [f"{n} {WORDS}" for n in range(20)]))
     Path(config.folder).mkdir()
     (Path(config.folder) / "x.bin.writing-gone-1").write_text("left by a kill")
-    program = "import sys, time\nfrom pathlib import Path\nfrom data.make.lock import prepare_lock\nwith prepare_lock(Path(sys.argv[1]), is_shared=False, say=print):\n    print('held', flush=True)\n    time.sleep(1)\n"  # fmt: skip
+    program = (
+        "import sys, time; from pathlib import Path; from data.make.lock import prepare_lock\n"
+        "with prepare_lock(Path(sys.argv[1]), is_shared=False, say=print):\n"
+        "    print('held', flush=True); time.sleep(1)\n"
+    )
     with subprocess.Popen([sys.executable, "-c", program, config.folder], stdout=subprocess.PIPE, text=True) as other:
         assert other.stdout is not None and other.stdout.readline() == "held\n"
         said = said_by(config)
