@@ -9,7 +9,7 @@ setup: ## make .venv and install everything (2 to 5 minutes, once)
 	@bash launch/setup.sh
 
 smoke: setup ## the whole story in 1 to 4 minutes: prepare, train, kill, resume, evaluate, generate
-	@$(PY) -m launch.smoke
+	@$(PY) -P -m launch.smoke
 
 test: setup ## the fast tests
 	@OMP_NUM_THREADS=1 $(PY) -m pytest -q -n 2 --dist loadfile
@@ -43,7 +43,7 @@ test-gpu: setup ## the tests that need a GPU and the `gpu` extra (not run yet by
 	@$(PY) -m pytest -q -m gpu
 
 validate-plan: setup ## the planner's predictions beside 333 published rows (seconds)
-	@$(PY) -m launch validate
+	@.venv/bin/stratum validate
 
 bench: setup ## speed of the smoke recipe, the scan and the loop, as a table
 	@$(PY) -m tests.bench
@@ -66,7 +66,7 @@ precision-gap: setup ## train a small hybrid in every precision and compare the 
 	@$(PY) -m tests.bench.precision_gap
 
 compress-curves: setup ## prune a tiny teacher, distil its students and train them otherwise, at equal tokens (hours; resumes)
-	@$(PY) -m data.prepare -cn tiny_teacher && $(PY) -m train -cn tiny_teacher && $(PY) -m tests.bench.compress_curves
+	@.venv/bin/stratum prepare -cn tiny_teacher && .venv/bin/stratum train -cn tiny_teacher && $(PY) -m tests.bench.compress_curves
 
 clean: ## remove caches and the environment; runs/ is left alone
 	rm -rf .venv .oracle .peers .clouds .mypy_cache .ruff_cache .pytest_cache *.egg-info

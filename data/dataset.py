@@ -6,7 +6,6 @@ open_dataset(config)   manifest, tokenizer, checksums, blend; shards open when f
   .locate(position)           source, row, epoch and documents of one row
 """
 
-import hashlib
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,19 +16,20 @@ import torch
 
 from data.batch import Batch
 from data.order.blend import Blend, blend_of
+from data.prepared import identity_of, row_problems, source_problems, tokenizer_of
 from data.rows.batch_memory import Filled, fill
 from data.rows.fim import Fim, build_fim, fold_key
 from data.rows.packing import Piece, Rows
 from data.rows.read_ahead import FetchAhead
 from data.rows.reader import Shelf, TokenStream
 from data.store.cache import Activity, RemoteFolder, is_remote
-from data.store.manifest import MANIFEST, SPLITS, Manifest, ShardEntry, TokenizerEntry, file_sha256, read_manifest
+from data.store.manifest import MANIFEST, SPLITS, Manifest, ShardEntry, read_manifest
 from data.store.origins import Origin, Origins, read_origins
 from data.store.verify import Verifier
-from data.tokenizer import Tokenizer, load_tokenizer
+from data.tokenizer import Tokenizer
 from recipes.schema.credentials import without_credentials
 from recipes.schema.data import DataConfig
-from recipes.schema.errors import DataError
+from recipes.schema.errors import DataError, refuse
 
 log = logging.getLogger(__name__)
 
@@ -73,9 +73,7 @@ class Dataset:
     @property
     def manifest_hash(self) -> str:
         """Identity of the data and of the order that positions refer to."""
-        if self.blend.order == 1:
-            return self.manifest.hash
-        return hashlib.sha256(f"{self.manifest.hash} in order {self.blend.order}".encode()).hexdigest()
+        return identity_of(self.manifest, self.blend)
 
     @property
     def vocab_size(self) -> int:
@@ -191,15 +189,10 @@ def open_dataset(config: DataConfig) -> Dataset:
             return path
 
     shelf = Shelf(find, activity=activity, may_vanish=is_remote(config.folder))
-    tokenizer = _tokenizer(folder / manifest.tokenizer.file, manifest.tokenizer, config)
-    _check_sources(config, manifest)
-    written = manifest.request.get("tokenizer", {}).get("begin_of_document")
-    if "tokenizer" in manifest.request and written != config.tokenizer.begin_of_document:
-        raise DataError(
-            f"the documents of {without_credentials(config.folder)} begin with {written or 'no special token'}, and "
-            f"data.tokenizer.begin_of_document={config.tokenizer.begin_of_document or 'null'}. Set it to {written or 'null'}, or "
-            f"prepare the data again, into another data.folder."
-        )
+    tokenizer = tokenizer_of(folder / manifest.tokenizer.file, manifest.tokenizer, config)
+    refuse(source_problems(config, manifest), DataError)
+    if is_remote(config.folder):
+        _refuse_foreign_sets(config, manifest)
     names = list(config.sources)
     if remote is not None:
         _check_budget(config, manifest, remote.budget_bytes)
@@ -227,12 +220,7 @@ def open_dataset(config: DataConfig) -> Dataset:
                     sources=len(names),
                 )
             )
-            if rows[-1].count == 0 and not (split == "train" and config.heldout_of(name) == 1):
-                more = ", or raise its heldout_fraction" if split == "heldout" else ""
-                raise DataError(
-                    f"the {split} part of source {name!r} has {stream.tokens:,} tokens, fewer than one row of "
-                    f"data.row_tokens={config.row_tokens}. Lower data.row_tokens, or add text{more}."
-                )
+    refuse(row_problems(config, manifest), DataError)
     train = parts["train"]
     groups = [rows.rows_by_shard() for rows in train] if config.shuffle_shards else ()
     blend = blend_of(config, [rows.count for rows in train], groups=groups)
@@ -254,13 +242,6 @@ def open_dataset(config: DataConfig) -> Dataset:
     )
 
 
-def _tokenizer(path: Path, entry: TokenizerEntry, config: DataConfig) -> Tokenizer:
-    """The folder's tokenizer, refused if it is not the one the shards were made with, to the byte."""
-    if path.is_file() and file_sha256(path) != entry.sha256:
-        raise DataError(f"{path} is not the tokenizer the shards were made with. Prepare the data again.")
-    return load_tokenizer(path, config.tokenizer, known_fingerprint=entry.fingerprint)
-
-
 def _check_budget(config: DataConfig, manifest: Manifest, budget_bytes: int) -> None:
     entries = (e for name in config.sources for split in SPLITS for e in manifest.sources[name].splits[split])
     size, path = max(((e.files["bin"].bytes + e.files["idx"].bytes, e.path) for e in entries), default=(0, ""))
@@ -272,20 +253,14 @@ def _check_budget(config: DataConfig, manifest: Manifest, budget_bytes: int) -> 
         )
 
 
-def _check_sources(config: DataConfig, manifest: Manifest) -> None:
+def _refuse_foreign_sets(config: DataConfig, manifest: Manifest) -> None:
+    """DataError where data behind a URL points at files of the machine it was prepared on."""
     shown = without_credentials(config.folder)
-    missing = [name for name in config.sources if name not in manifest.sources]
-    if missing:
-        raise DataError(
-            f"{shown} holds no source {', '.join(missing)} (it holds {', '.join(manifest.sources)}). Prepare the "
-            f"data again, or take the source out of data.sources."
-        )
-    if is_remote(config.folder):
-        for name in config.sources:
-            for entries in manifest.sources[name].splits.values():
-                for entry in entries:
-                    if Path(entry.path).is_absolute():
-                        raise DataError(
-                            f"source {name!r} of {shown} was read in place from {entry.path}, which is not behind "
-                            f"the URL. Copy it there and prepare again, or read the data where it was prepared."
-                        )
+    for name in config.sources:
+        for entries in manifest.sources[name].splits.values():
+            for entry in entries:
+                if Path(entry.path).is_absolute():
+                    raise DataError(
+                        f"source {name!r} of {shown} was read in place from {entry.path}, which is not behind the "
+                        f"URL. Copy it there and prepare again, or read the data where it was prepared."
+                    )

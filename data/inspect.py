@@ -1,13 +1,6 @@
-"""What prepared data holds: counts, lengths, shares, packing, samples, and a picture of document lengths.
-
-python -m data.inspect smoke                    tables, samples, and lengths.png in the data's folder
-python -m data.inspect smoke verify=true        also read every file and compare it with its checksum, once
-python -m data.inspect smoke samples=0 picture=lengths.png
-"""
+"""`stratum inspect`: counts, lengths, shares, packing, samples of prepared data, and a picture of document lengths."""
 
 import itertools
-import sys
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -22,41 +15,15 @@ from data.rows.packing import STRETCH_ROWS, Rows, best_fit
 from data.store.cache import is_remote
 from data.store.manifest import SPLITS, read_manifest
 from data.store.verify import Verifier
-from recipes.schema.command import dotted_keys, run_command, section, with_short_words
+from recipes.schema.command import section
 from recipes.schema.data import DataConfig
 from recipes.schema.errors import DataError
-from recipes.schema.fields import Count
-from recipes.schema.typed import build, field_docs
+from recipes.schema.tools import InspectConfig
+from recipes.schema.typed import build
 
 _SHARDS_LOOKED_AT = 32
 """Document lengths are taken from this many shards of a source, evenly spread."""
 _STRETCHES_LOOKED_AT = 16
-
-
-@dataclass(frozen=True)
-class InspectConfig:
-    """What is asked for."""
-
-    samples: Count = 2
-    """Documents of each source whose beginning is shown."""
-    chars: Count = 240
-    """Characters shown of each."""
-    picture: str | None = None
-    """File of the histogram; null puts lengths.png into the data's folder."""
-    verify: bool = False
-    """Read every file and compare it with its checksum."""
-
-
-def main() -> int:
-    """Entry point of `python -m data.inspect`."""
-    docs = field_docs(InspectConfig)
-    if len(sys.argv) == 1 or sys.argv[1:2] in (["-h"], ["--help"]):
-        lines = [f"  {name:<10} {text}" for name, text in docs.items()]
-        sys.stdout.write("\n".join([(__doc__ or "").strip(), "", "Fields:", *lines, ""]))
-        return 0
-    sys.argv[:] = with_short_words(sys.argv, group="inspect", fields=list(docs))
-    keys = [*docs, *dotted_keys(DataConfig, "data.")]
-    return run_command(_inspect, program="data.inspect", keys=keys, user_errors=(DataError,))
 
 
 def lengths_of(rows: Rows) -> np.ndarray:
@@ -85,11 +52,9 @@ def share_cut(rows: Rows, *, packing: str) -> float:
     return cut / documents
 
 
-def _inspect(composed: DictConfig) -> int:
-    config, data = (
-        build(InspectConfig, section(composed, "inspect"), "inspect"),
-        build(DataConfig, section(composed, "data"), "data"),
-    )
+def inspect(config: InspectConfig, composed: DictConfig) -> int:
+    """Print the tables and draw the picture. -> exit status. DataError if the data cannot be read."""
+    data = build(DataConfig, section(composed, "data"), "data")
     console = Console(highlight=False)
     if config.verify:
         _verify(data, console)
@@ -178,7 +143,7 @@ def _samples(dataset: Dataset, config: InspectConfig, console: Console) -> None:
 def _verify(data: DataConfig, console: Console) -> None:
     """Hash every file of the recipe's sources. DataError names one that does not match."""
     if is_remote(data.folder):
-        raise DataError("verify=true reads local data; copies of remote shards are checked while they are fetched.")
+        raise DataError("--verify reads local data; copies of remote shards are checked while they are fetched.")
     folder = Path(data.folder)
     manifest = read_manifest(folder)
     files = {
@@ -239,7 +204,3 @@ def draw(lengths: dict[str, np.ndarray], path: Path, *, row_tokens: int) -> None
         last.set_xlabel("tokens of a document")
         figure.savefig(path, dpi=140)
         pyplot.close(figure)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

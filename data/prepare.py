@@ -1,4 +1,4 @@
-"""`python -m data.prepare -cn RECIPE [data.key=value ...]`: raw text -> tokenizer, token shards, manifest.
+"""`stratum prepare`: raw text -> tokenizer, token shards, manifest.
 
     sources --plan--> shards to make --> plan.json
             --train split, or a file--> tokenizer
@@ -11,7 +11,6 @@ depend on the number of workers or tasks. A folder with other data is never over
 
 import os
 import re
-import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -39,36 +38,12 @@ from data.store.manifest import (
     read_manifest,
     write_manifest,
 )
+from data.system import disk
 from data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
-from recipes.schema.command import dotted_keys, run_command
 from recipes.schema.data import DataConfig
-from recipes.schema.errors import DataError
+from recipes.schema.errors import DataError, refuse
+from recipes.schema.rules import data_problems
 from recipes.schema.typed import build
-
-HELP = """python -m data.prepare -cn RECIPE [data.key=value ...] [+task=TASK]
-
-Turns the recipe's data.sources into token shards in data.folder, with a manifest that vouches for them.
-Run it again after any interruption: finished shards are kept, and the bytes come out the same.
-
-  python -m data.prepare -cn smoke                        everything on this machine
-  python -m data.prepare -cn smoke data.workers=16        on 16 processes; same bytes
-  python -m data.prepare -cn smoke --cfg job              print the composed recipe, make nothing
-  python -m recipes.schema.reference data                            what every field means
-
-As an array job, all tasks with the same folder on a shared file system; any number of tasks gives the same bytes:
-  +task=3/16     the fourth of 16 tasks, counted from 0: every 16th shard. The last task to finish writes the manifest
-  +task=plan     beforehand, if you like: which shards there are, and the tokenizer; else each task finds the same out
-  +task=merge    afterwards, if you like: check that every shard is there and write the manifest
-Without +task all is done that other tasks have left undone.
-
-  python -m launch slurm -cn RECIPE --prepare --tasks 16      writes and submits such a job
-
-Your own texts:
-  python -m data.prepare -cn smoke data.folder=runs/data/mine '~data.sources.python' '~data.sources.shakespeare' \\
-      '+data.sources.mine={path: "texts/*.jsonl.zst", text_field: body}' data.tokenizer.path=tokenizer.json
-
-Your own recipes lie in a folder of yours: --config-dir FOLDER. Hydra's own help: --hydra-help.
-"""
 
 
 @dataclass(frozen=True)
@@ -83,18 +58,8 @@ class Task:
     """Write the manifest in any case; else only where no shard is missing."""
 
 
-def main() -> int:
-    """Entry point of `python -m data.prepare`."""
-    if {"-h", "--help"} & set(sys.argv[1:]):
-        sys.stdout.write(HELP)
-        return 0
-    return run_command(
-        _prepare, program="data.prepare", keys=[*dotted_keys(DataConfig, "data."), "task"], user_errors=(DataError,)
-    )
-
-
 def parse_task(text: str | None) -> Task:
-    """What `+task=...` asks for. DataError with what may be asked for."""
+    """What `--task` asks for. DataError with what may be asked for."""
     if text is None:
         return Task()
     if text == "plan":
@@ -106,7 +71,7 @@ def parse_task(text: str | None) -> Task:
         index, count = map(int, numbers.groups())
         if index < count:
             return Task(index=index, count=count, merge=False)
-    raise DataError(f"task={text} is no task. Use plan, merge, or a number below a count, 0/16 to 15/16.")
+    raise DataError(f"--task {text} is not a task. Use plan, merge, or a number below a count, 0/16 to 15/16.")
 
 
 def prepare(config: DataConfig, *, console: Console, task: str | None = None) -> Manifest | None:
@@ -115,10 +80,7 @@ def prepare(config: DataConfig, *, console: Console, task: str | None = None) ->
     Raises DataError for bad input, and for a folder that holds other data, which is left as it is.
     """
     todo = parse_task(task)
-    if not config.sources:
-        raise DataError("data.sources is empty. Name at least one source, e.g. data.sources.mine.path=texts/*.jsonl.")
-    for name in config.sources:
-        config.heldout_of(name)
+    refuse(data_problems(config), DataError)
     folder = Path(config.folder)
     if (folder / MANIFEST).exists():
         return _up_to_date(config, folder, console)
@@ -184,12 +146,12 @@ def jobs_of(config: DataConfig, work: Work) -> list[ShardJob]:
     ]
 
 
-def _prepare(composed: DictConfig) -> int:
-    task = composed.get("task")
+def prepare_recipe(task: str | None, composed: DictConfig) -> int:
+    """Prepare the data of a composed recipe. -> exit status."""
     plain: Any = OmegaConf.to_container(composed.data, resolve=True)
     console = Console(stderr=True)
     try:
-        prepare(build(DataConfig, plain, "data"), console=console, task=None if task is None else str(task))
+        prepare(build(DataConfig, plain, "data"), console=console, task=task)
     except KeyboardInterrupt:
         _say(console, "Interrupted. Finished shards are kept; the same command goes on.")
         return 130
@@ -211,9 +173,8 @@ def _tokenizer(config: DataConfig, folder: Path, jobs: list[ShardJob], console: 
             )
         with console.status(f"training a BPE of {config.tokenizer.vocab_size:,} tokens"):
             tokenizer = train_tokenizer(_training_texts(config, jobs), config.tokenizer)
-    aside = folder / f"{tokenizer.file}.writing-{os.uname().nodename}-{os.getpid()}"
-    tokenizer.save(aside)
-    aside.rename(folder / tokenizer.file)
+    with disk.written_aside(folder / tokenizer.file, is_own=True) as aside:
+        tokenizer.save(aside)
     return tokenizer
 
 
@@ -271,7 +232,7 @@ def _merge(folder: Path, work: Work, jobs: list[ShardJob], tokenizer: Tokenizer,
     if missing:
         raise DataError(
             f"{folder} lacks {len(missing)} of {len(jobs)} shards (the first: {missing[0]}). Run their tasks again, or run "
-            f"without +task, which makes what is missing."
+            f"without --task, which makes what is missing."
         )
     manifest = Manifest(
         tokenizer=TokenizerEntry(
@@ -374,7 +335,3 @@ def _merge_source(name: str, work: Work, jobs: list[ShardJob], tokenizer: Tokeni
     if entry.bad_records:
         _say(console, f"{name}: left out {entry.bad_records:,} bad records, e.g. {problems[0]}")
     return entry
-
-
-if __name__ == "__main__":
-    sys.exit(main())

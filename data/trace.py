@@ -1,10 +1,4 @@
-"""Which documents a training step saw, and at which steps a document was seen.
-
-python -m data.trace smoke step=123                        sources, files, documents and their text, row by row
-python -m data.trace smoke step=123 rows=2 chars=2000      two rows of it, with more text
-python -m data.trace smoke file=hamlet.txt record=0        when a record of a source file was or will be trained on
-python -m data.trace smoke source=python document=17       the same, by number in the source's stream
-python -m data.trace smoke step=123 data.folder=/data/old  other fields of the recipe as everywhere
+"""`stratum trace`: which documents a training step saw, and at which steps a document was seen.
 
 Needs the prepared data and the recipe, no run and no checkpoint: what lies at a position is a pure function of them. Steps
 count as in metrics.jsonl, from 1.
@@ -21,33 +15,11 @@ from omegaconf import DictConfig
 
 from data.dataset import Dataset, RowAt, open_dataset
 from data.rows.packing import Piece, Rows
-from recipes.schema.command import dotted_keys, run_command, section, with_short_words
+from recipes.schema.command import section
 from recipes.schema.data import DataConfig
 from recipes.schema.errors import DataError
-from recipes.schema.fields import Count, PositiveInt
-from recipes.schema.typed import build, field_docs
-
-
-@dataclass(frozen=True)
-class TraceConfig:
-    """What is asked for."""
-
-    step: PositiveInt | None = None
-    """Show what this step saw."""
-    rows: PositiveInt | None = None
-    """Only the first of its rows; null shows all."""
-    file: str | None = None
-    """Show when documents of this file were seen: its name, or the end of it."""
-    record: Count | None = None
-    """Only this record of the file: line or row, from 0."""
-    source: str | None = None
-    """Show when a document of this source was seen; with `document`."""
-    document: Count | None = None
-    """Number of the document in the source's training stream, from 0."""
-    chars: Count = 200
-    """Characters of text shown of each document; 0 for none."""
-    json: bool = False
-    """One JSON object a line instead of text."""
+from recipes.schema.tools import TraceConfig
+from recipes.schema.typed import build
 
 
 @dataclass(frozen=True)
@@ -64,19 +36,6 @@ class SeenPiece:
     file: str
     record: int
     text: str
-
-
-def main() -> int:
-    """Entry point of `python -m data.trace`."""
-    fields = list(field_docs(TraceConfig))
-    if len(sys.argv) == 1 or sys.argv[1:2] in (["-h"], ["--help"]):
-        lines = [f"  {name:<10} {text}" for name, text in field_docs(TraceConfig).items()]
-        sys.stdout.write("\n".join([(__doc__ or "").strip(), "", "Fields:", *lines, ""]))
-        return 0
-    sys.argv[:] = with_short_words(sys.argv, group="trace", fields=fields)
-    return run_command(
-        _trace, program="data.trace", keys=[*fields, *dotted_keys(DataConfig, "data.")], user_errors=(DataError,)
-    )
 
 
 def pieces_of(dataset: Dataset, row: RowAt, *, chars: int) -> Iterator[SeenPiece]:
@@ -104,13 +63,13 @@ def documents_of(dataset: Dataset, config: TraceConfig) -> list[tuple[int, int]]
     """(source, document) of the training documents that are asked for. DataError where there are none."""
     if config.file is None:
         if config.source is None or config.document is None:
-            raise DataError("say what to trace: step=N, file=NAME [record=N], or source=NAME document=N.")
+            raise DataError("say what to trace: --step N, --file NAME [--record N], or --source NAME --document N.")
         if config.source not in dataset.source_names:
-            raise DataError(f"source={config.source}: the recipe has {', '.join(dataset.source_names)}.")
+            raise DataError(f"--source {config.source}: the recipe has {', '.join(dataset.source_names)}.")
         source = dataset.source_names.index(config.source)
         count = dataset.train[source].stream.documents
         if config.document >= count:
-            raise DataError(f"document={config.document:,}: source {config.source!r} has {count:,} training documents.")
+            raise DataError(f"--document {config.document}: source {config.source!r} has {count:,} training documents.")
         return [(source, config.document)]
     found: list[tuple[int, int]] = []
     heldout, names = False, set[str]()
@@ -129,8 +88,8 @@ def documents_of(dataset: Dataset, config: TraceConfig) -> list[tuple[int, int]]
     raise DataError(f"no document came from {config.file}{_record(config)}. {hint}")
 
 
-def _trace(composed: DictConfig) -> int:
-    config = build(TraceConfig, section(composed, "trace"), "trace")
+def trace(config: TraceConfig, composed: DictConfig) -> int:
+    """Print what the options ask for. -> exit status. DataError if there is no such step, file or document."""
     dataset = open_dataset(build(DataConfig, section(composed, "data"), "data"))
     steps, global_rows = int(composed.run.steps), int(composed.run.global_rows)
     if config.step is not None:
@@ -166,7 +125,7 @@ def _show_step(dataset: Dataset, config: TraceConfig, global_rows: int, *, steps
     if config.step > steps and not config.json:
         _say(f"\nThe recipe ends at step {steps:,}: this one would come if run.steps were higher.")
     if count < global_rows and not config.json:
-        _say(f"\n({global_rows - count:,} more rows: leave out rows=)")
+        _say(f"\n({global_rows - count:,} more rows: leave out --rows)")
 
 
 def _show_document(
@@ -225,7 +184,3 @@ def _record(config: TraceConfig) -> str:
 
 def _say(line: str) -> None:
     sys.stdout.write(line + "\n")
-
-
-if __name__ == "__main__":
-    sys.exit(main())

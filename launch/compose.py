@@ -1,31 +1,22 @@
 """From the words of a command line to a typed recipe, by Hydra as the trainer reads it; imports no torch.
 
-The words are kept: `launch` checks the recipe they mean and hands the same words to `python -m train`, which composes
+The words are kept: `launch` checks the recipe they mean and hands the same words to the trainer, which composes
 them again, so what was checked is what runs.
 """
 
-import argparse
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from launch.facts import prepared_of
 from launch.runs import RunFolder
 from recipes.schema.command import dotted_keys, run_command
-from recipes.schema.errors import USER_ERRORS, RecipeError
+from recipes.schema.errors import USER_ERRORS, Problem
+from recipes.schema.facts import Machine, look
 from recipes.schema.layout import Layout, lay_out
+from recipes.schema.read import read_recipe
 from recipes.schema.recipe import Recipe
-
-
-def split_words(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
-    """A command's own options, and the words that belong to Hydra. The parser must not allow abbreviations."""
-    own, words = parser.parse_known_args(list(arguments))
-    sweeps = [word for word in words if word in ("-m", "--multirun")]
-    if sweeps:
-        parser.error(
-            f"{sweeps[0]}: a sweep is not started here; use `python -m train {sweeps[0]}`, or one command for each run"
-        )
-    return own, words
+from recipes.schema.rules import problems, refuse
 
 
 def compose(words: Sequence[str], *, program: str) -> Recipe | int:
@@ -33,47 +24,30 @@ def compose(words: Sequence[str], *, program: str) -> Recipe | int:
     found: list[Recipe] = []
 
     def keep(composed: Any) -> int:
-        from recipes.schema.read import read_recipe
-
         found.append(read_recipe(composed))
         return 0
 
-    before = sys.argv
-    sys.argv = [program, *words]
-    try:
-        status = run_command(keep, program=program, keys=dotted_keys(Recipe), user_errors=USER_ERRORS)
-    finally:
-        sys.argv = before
+    status = run_command(keep, words, program=program, keys=dotted_keys(Recipe), user_errors=USER_ERRORS)
     return found[0] if found and not status else status
 
 
-def layout_of(recipe: Recipe, *, processes: int, nodes: int = 1) -> Layout:
-    """The layout of a recipe on so many processes a node, all rules checked. RecipeError lists what does not fit."""
+def checked_layout(
+    recipe: Recipe, *, processes: int, nodes: int = 1, machine: Machine | None, more: Sequence[Problem] = (), here: bool
+) -> Layout:
+    """The layout of a recipe that can start with so many processes a node. RecipeError lists everything that is wrong.
+
+    machine: where it runs; None where that is not known. more: what else the launcher found. here: whether it starts on this
+    machine, so that what is not on this disk is missing.
+    """
+    world = processes * nodes
+    prepared = prepared_of(recipe)
+    here = here or (prepared is not None and prepared.is_here)
+    refuse([*problems(recipe, world=world, machine=machine, disk=look(recipe), prepared=prepared, here=here), *more])
     return lay_out(
-        model=recipe.model,
-        parallel=recipe.parallel,
-        run=recipe.run,
-        row_tokens=recipe.data.row_tokens,
-        world=processes * nodes,
+        model=recipe.model, parallel=recipe.parallel, run=recipe.run, row_tokens=recipe.data.row_tokens, world=world
     )
 
 
 def run_folder(recipe: Recipe) -> RunFolder:
     """Where a recipe's run lies."""
     return RunFolder(Path(recipe.run.folder) / recipe.run.name)
-
-
-def extra_environment(recipe: Recipe) -> dict[str, str]:
-    """`launch.environment` as a mapping. RecipeError for words that are not NAME=VALUE."""
-    import shlex
-
-    variables = {}
-    for word in shlex.split(recipe.launch.environment):
-        name, sign, value = word.partition("=")
-        if not sign or not name.isidentifier():
-            raise RecipeError(
-                f"launch.environment={recipe.launch.environment!r}: {word!r} is not NAME=VALUE. "
-                f"Write it as in 'launch.environment=\"NCCL_DEBUG=INFO OMP_NUM_THREADS=4\"'."
-            )
-        variables[name] = value
-    return variables

@@ -2,7 +2,7 @@
 
 runs/NAME/recipe.yaml  metrics.jsonl  checkpoints/latest          written by the trainer
 runs/NAME/logs/ATTEMPT/rank-00000.log  failure-00003.json         one folder for each time processes were started
-runs/NAME/logs/job.sh  jobs  slurm-JOB.log  stop                  `launch slurm`: the script, its job numbers, its output
+runs/NAME/logs/job.sh  jobs  slurm-JOB.log  stop                  `stratum launch slurm`: the script, its job numbers, its output
 """
 
 import json
@@ -14,7 +14,9 @@ from typing import Any
 
 import yaml
 
-METRICS = "metrics.jsonl"
+from recipes.schema.checkpoint_steps import METRICS as METRICS
+from recipes.schema.options import is_run
+
 _TAIL_BYTES = 256 * 1024
 
 
@@ -99,7 +101,7 @@ def runs_in(folder: Path) -> list[RunFolder]:
     """The runs in a folder of runs, by name."""
     if not folder.is_dir():
         return []
-    found = [p for p in folder.iterdir() if (p / "recipe.yaml").is_file() or (p / "logs").is_dir()]
+    found = [path for path in folder.iterdir() if is_run(path)]
     return [RunFolder(path) for path in sorted(found)]
 
 

@@ -21,6 +21,9 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from launch.children import stratum
+from recipes.schema.options import STRATUM
+
 PROMPT = "ROMEO."
 KILL_AFTER = 6
 """Steps past a checkpoint at which the kill comes: these are run again, and must repeat."""
@@ -41,8 +44,8 @@ class Story:
     def folder(self) -> Path:
         return Path("runs") / self.name
 
-    def command(self, module: str, *extra: str) -> list[str]:
-        return [sys.executable, "-m", module, "-cn", self.recipe, f"run.name={self.name}", *self.overrides, *extra]
+    def command(self, command: str, *extra: str) -> list[str]:
+        return stratum(command, "-cn", self.recipe, f"run.name={self.name}", *self.overrides, *extra)
 
     def say(self, text: str) -> None:
         self.console.print(f"\n[bold]{text}[/bold]", highlight=False)
@@ -54,7 +57,7 @@ class StoryFailed(Exception):
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Tell the story. -> 0 if every part came out right."""
-    parser = argparse.ArgumentParser(prog="python -m launch.smoke", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="make smoke", description=__doc__.splitlines()[0])
     parser.add_argument("-cn", "--recipe", default="smoke", help="recipe to use (default: smoke)")
     parser.add_argument(
         "--name", default="smoke", help="run name; a number is added if the run exists (default: smoke)"
@@ -75,8 +78,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     story.say(f"Done in {time.perf_counter() - started:.0f} s ({parts}).")
     story.console.print(
         f"Look at {story.folder}/loss.png and {story.folder}/summary.md; metrics in metrics.jsonl and tensorboard/.\n"
-        f"More text: .venv/bin/python -m train.generate -cn {story.recipe} run.name={story.name} "
-        f'+generate.prompt="HAMLET."',
+        f'More text: {STRATUM} generate {story.folder} --prompt "HAMLET."',
         highlight=False,
     )
     return 0
@@ -84,7 +86,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _tell(story: Story) -> None:
     story.say("1. Preparing data: plays of Shakespeare and the Python standard library")
-    _run(story, "prepare", story.command("data.prepare"))
+    _run(story, "prepare", story.command("prepare"))
 
     story.say(f"2. Training into {story.folder}; half-way this process will kill it with SIGKILL")
     killed_at = _train_and_kill(story)
@@ -96,11 +98,11 @@ def _tell(story: Story) -> None:
     _compare(story)
 
     story.say("5. A sample")
-    text = _run(story, "sample", story.command("train.generate", f"+generate.prompt={PROMPT}"), capture=True)
+    text = _run(story, "sample", story.command("generate", "--prompt", PROMPT), capture=True)
     story.console.print(text, highlight=False, markup=False)
     sample = story.folder / "sample.txt"
     sample.write_text(text)
-    _run(story, "report", [sys.executable, "-m", "train.record.report", str(story.folder), "--sample", str(sample)])
+    _run(story, "report", stratum("report", str(story.folder), "--sample", str(sample)))
     _check_outcome(story)
 
 
@@ -164,7 +166,7 @@ def _check_outcome(story: Story) -> None:
     if missing:
         raise StoryFailed(f"{story.folder} lacks {', '.join(missing)}")
     scores = [line["bits_per_byte"] for line in _lines(story.folder / "metrics.jsonl") if line["kind"] == "evaluation"]
-    first, last = (sum(s.values()) / len(s) for s in (scores[0], scores[-1]))
+    first, last = (sum(map(float, s.values())) / len(s) for s in (scores[0], scores[-1]))
     story.say(f"Held-out bits per byte, mean over sources: {first:.2f} at the random start, {last:.2f} now")
     if last >= TARGET_BITS_PER_BYTE:
         raise StoryFailed(f"{last:.2f} bits per byte is not below {TARGET_BITS_PER_BYTE}")

@@ -18,11 +18,13 @@ from typing import Any
 
 from omegaconf import DictConfig
 
+from launch.children import python_module
 from launch.local.supervise import StopRequest, run_attempt
 from launch.runs import RunFolder
 from recipes.schema.command import asked_for, dotted_keys, recipe_words, run_command, section
 from recipes.schema.compress import CompressConfig
 from recipes.schema.errors import USER_ERRORS, RecipeError
+from recipes.schema.options import STRATUM, CommandParser
 from recipes.schema.read import read_recipe
 from recipes.schema.recipe import Recipe
 
@@ -74,7 +76,7 @@ def run_stages(composed: DictConfig, stages: Iterable[Stage]) -> int:
             sys.stdout.write(f"# {stage.name}\n{_line(stage)}\n")
             sys.stdout.flush()
             end = run_attempt(
-                [sys.executable, "-m", "launch.local.rank", stage.module, *stage.words],
+                python_module("launch.local.rank", stage.module, *stage.words),
                 processes=1,
                 environment={**os.environ, "PYTHONUNBUFFERED": "1"},
                 logs=logs / f"{number:02}",
@@ -124,7 +126,7 @@ def _stage(name: str, text: Any, overrides: list[str]) -> Stage:
 
 
 def _line(stage: Stage) -> str:
-    return f"python {shlex.join(['-m', stage.module, *stage.words])}"
+    return shlex.join([STRATUM, stage.module.removeprefix("train.").split(".")[-1], *stage.words])
 
 
 def _key(word: str) -> str:
@@ -141,17 +143,25 @@ def _left(run: Path) -> str:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Entry point of `python -m launch stages -cn RECIPE [--run]`: print the stages' commands, or run them."""
-    words = [word for word in arguments if word != "--run"]
-    is_run = len(words) < len(arguments)
+    """Entry point of `stratum stages`: print the stages' commands, or run them."""
+    parser = CommandParser(
+        "stages",
+        about="The stages of a recipe (score, prune, distil, ...): print their commands, or run them one after the other.",
+        examples="""
+stratum stages -cn tiny_compress                                print the commands
+stratum stages -cn tiny_compress run.folder=runs/mine compress.folder=runs/mine/compress --run      run them
+""",
+        recipe=True,
+    )
+    parser.add_argument("--run", action="store_true", help="run them; what is done already is found done")
+    own, words = parser.parse_recipe(arguments)
 
     def job(composed: DictConfig) -> int:
         stages = stages_of(composed)
-        if is_run:
+        if own.run:
             return run_stages(composed, stages)
         show_stages(stages)
         return 0
 
-    sys.argv[1:] = words
     keys = [*dotted_keys(Recipe), *(f"compress.{key}" for key in dotted_keys(CompressConfig))]
-    return run_command(job, program="launch stages", keys=keys, user_errors=USER_ERRORS)
+    return run_command(job, words, program="stages", keys=keys, user_errors=USER_ERRORS)

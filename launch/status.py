@@ -1,6 +1,5 @@
-"""`python -m launch status [RUN ...]`: what runs are doing, from their folders and from Slurm where it is there."""
+"""`stratum status [RUN ...]`: what runs are doing, from their folders and from Slurm where it is there."""
 
-import argparse
 import json
 import shutil
 import sys
@@ -15,16 +14,23 @@ from rich.table import Table
 from launch.local.failures import log_of, read_failures, tell
 from launch.runs import RunFolder, runs_in, tail
 from launch.slurm.command import job_numbers
-from launch.slurm.queue import QueuedJob, SlurmError, look_up
+from launch.slurm.queue import QueuedJob, look_up
+from recipes.schema.errors import StratumError
+from recipes.schema.options import CommandParser, run_named
 
 _LOG_LINES = 8
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Entry point of `python -m launch status`. -> exit status."""
-    parser = argparse.ArgumentParser(
-        prog="python -m launch status",
-        description="What a run is doing: its Slurm job, step, time left, newest checkpoint, last lines, first error.",
+    """Entry point of `stratum status`. -> exit status."""
+    parser = CommandParser(
+        "status",
+        about="What a run is doing: its Slurm job, step, time left, newest checkpoint, last lines, first error.",
+        examples="""
+stratum status                                      a table of all runs in runs/
+stratum status smoke                                one run, in detail: by its name, or by its folder
+stratum status runs/smoke --json                    for scripts
+""",
     )
     parser.add_argument(
         "runs", nargs="*", metavar="RUN", help="run folders or names (default: a table of all in runs/)"
@@ -32,7 +38,7 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--json", action="store_true", help="one JSON object a run")
     own = parser.parse_args(list(arguments))
     try:
-        runs = [find_run(name) for name in own.runs] or runs_in(Path("runs"))
+        runs = [RunFolder(run_named(name)) for name in own.runs] or runs_in(Path("runs"))
         if own.json:
             for run in runs:
                 sys.stdout.write(json.dumps(_as_mapping(run)) + "\n")
@@ -41,21 +47,10 @@ def main(arguments: Sequence[str]) -> int:
                 sys.stdout.write(describe(run))
         else:
             _table(runs)
-    except SlurmError as error:
+    except StratumError as error:
         sys.stderr.write(f"error: {error}\n")
         return 2
     return 0
-
-
-def find_run(name: str) -> RunFolder:
-    """A run by its folder, or by its name in runs/. SlurmError where there is none."""
-    for path in (Path(name), Path("runs") / name):
-        if (path / "recipe.yaml").is_file() or (path / "logs").is_dir():
-            return RunFolder(path)
-    there = ", ".join(run.path.name for run in runs_in(Path("runs")))
-    raise SlurmError(
-        f"{name} is no run: neither it nor runs/{name} holds recipe.yaml or logs. In runs/: {there or 'none'}."
-    )
 
 
 def describe(run: RunFolder) -> str:

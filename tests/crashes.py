@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from tiny import RECIPE, engine_of, steps_of
 
+from data.system import disk
 from recipes.schema.recipe import Recipe
-from train.checkpoint import disk
 from train.checkpoint.manager import CheckpointFolder
-from train.checkpoint.manifest import Manifest, read_manifest
+from train.checkpoint.manifest import Manifest, RunState, read_manifest
 
 ACTS = ("writev", "fsync", "rename", "unlink", "mkdir", "rmdir")
 
@@ -33,7 +33,7 @@ class Act:
 
 
 class _Trapped:
-    """Stands in for the `os` that train.checkpoint.disk uses."""
+    """Stands in for the `os` that data.system.disk uses."""
 
     def __init__(self, before: Callable[[Act], object]) -> None:
         self._before, self._count = before, 0
@@ -101,7 +101,7 @@ def train_on(
             for step in range(begin, steps):
                 steps_of(engine, recipe, range(step, step + 1), before_update=checkpoints.before_update)
                 if checkpoints.is_due(step + 1):
-                    checkpoints.request(engine, step=step + 1, position=4 * (step + 1), recipe={}, data_hash="h")
+                    checkpoints.request(engine, RunState(step=step + 1, position=4 * (step + 1), data_hash="h"))
                 if log is not None:
                     with log.open("a") as stream:
                         stream.write(f"{rank} {os.getpid()} {step + 1}\n")

@@ -1,4 +1,4 @@
-"""`python drive_local.py FOLDER PROCESSES [--show N] -- words of tests/pretend.py`: `launch local`, of pretended training."""
+"""`python drive_local.py FOLDER PROCESSES [--show N] -- words of tests/pretend.py`: `stratum launch local` of pretended runs."""
 
 import argparse
 import os

@@ -6,6 +6,7 @@ run.life(None)                               it ran to its end
 """
 
 import os
+import pickle
 import signal
 import time
 from dataclasses import dataclass, replace
@@ -92,7 +93,7 @@ class Run:
         children = start_ranks(self.world, live, self.recipe, self._said / "output", folder=self._said)
         if kill is None:
             deaths = [os.waitpid(pid, 0)[1] for pid in children]
-            assert not any(deaths), (self._said / "output").read_text()[-4000:]
+            assert not any(deaths), self._last_words()
             return False
         try:
             if kill.steps is not None:
@@ -106,6 +107,11 @@ class Run:
                 os.kill(pid, signal.SIGKILL)
         statuses = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in order]
         return statuses[0] == -signal.SIGKILL
+
+    def _last_words(self) -> str:
+        """What the ranks printed, and how they ended."""
+        ends = [str(pickle.loads(path.read_bytes())) for path in sorted(self._said.glob("*.pickle"))]
+        return "\n".join([(self._said / "output").read_text()[-4000:], *ends])
 
     def _wait_for(self, count: int, start: int, children: dict[int, int]) -> None:
         """Until this life has recorded its beginning and `count` steps, or has come to its end."""

@@ -1,4 +1,4 @@
-"""Stands in for `python -m train` where the launcher is tested: the same signals, exit statuses, files, and no torch.
+"""Stands in for `stratum train` where the launcher is tested: the same signals, exit statuses, files, and no torch.
 
     python -m launch.local.rank pretend RUN_FOLDER --steps 40 [--fail RANK:STEP:HOW]...
 

@@ -8,9 +8,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def test_the_page_of_fields_is_up_to_date() -> None:
-    assert (ROOT / "docs" / "recipes.md").read_text() == page(), (
-        "run: python -m recipes.schema.reference > docs/recipes.md"
-    )
+    assert (ROOT / "docs" / "recipes.md").read_text() == page(), "run: stratum fields > docs/recipes.md"
 
 
 def test_links_between_pages_lead_somewhere() -> None:
@@ -29,7 +27,7 @@ def test_every_fault_in_the_table_is_shown_by_a_test_there_is() -> None:
     page = (ROOT / "docs" / "checkpoints.md").read_text()
     files = dict(re.findall(r"\b([A-Z]) `([a-z]+/test_\w+\.py)`", page))
     rows = [line.split("|")[1:-1] for line in page.splitlines() if line.count("|") == 4][2:]
-    assert len(files) == 7 and len(rows) >= 12
+    assert len(files) >= 9 and len(rows) >= 12
     for fault, _outcome, shown in rows:
         letters = re.findall(r"\b([A-Z])\b(?: ((?:`\w+`(?:, )?)+))?", shown)
         assert letters, fault

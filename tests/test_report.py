@@ -127,6 +127,29 @@ def test_losses_that_are_none_do_not_stop_a_report(tmp_path: Path) -> None:
     assert "7.0000 -> inf nats" in (tmp_path / "summary.md").read_text()
 
 
+NOT_FINITE = ("NaN", "Infinity", "-Infinity", "a text", None)
+
+
+@pytest.mark.parametrize("value", NOT_FINITE)
+def test_a_score_that_is_not_a_number_does_not_stop_a_report(value: str | None, tmp_path: Path) -> None:
+    """As old records hold them (nested values stayed text), as new ones do, and as a hand may have left them."""
+    sick = step(2, 0.0) | dict.fromkeys(("loss", "grad_norm", "learning_rate", "tokens_per_s", "mfu"), value)
+    scores = [{"kind": "evaluation", "step": at, "bits_per_byte": {"a": value, "NaN": value}} for at in (0, 2)]
+    write_report(folder_of(tmp_path, [begin("start", 0), scores[0], step(1, 7.0), sick, step(3, 1.0), scores[1]]))
+    shown = {"Infinity": "inf", "-Infinity": "-inf"}.get(str(value), "nan")
+    assert f"| NaN | {shown} | {shown} |" in (tmp_path / "summary.md").read_text()
+    reading = {
+        "layer": 0, "linear": "in_proj", "operand": "input", "format": "e4m3", "amax": value, "saturated": value,
+        "underflowed": 0.0, "floor_db": 10.0, "snr_db": value,
+    }  # fmt: skip
+    write_report(
+        folder_of(
+            tmp_path,
+            [begin("start", 0), step(1, 7.0), {"kind": "precision", "step": 1, "scaling": "x", "readings": [reading]}],
+        )
+    )
+
+
 def test_a_sample_kept_in_the_folder_stays_in_the_summary(tmp_path: Path) -> None:
     folder_of(tmp_path, LINES)
     (tmp_path / "sample.txt").write_text("with ``` inside")

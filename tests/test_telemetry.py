@@ -10,12 +10,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from launch.plan.cost.device import devices
 from recipes.schema.errors import StratumError
 from recipes.schema.telemetry import TelemetryConfig
 from train.precision.control import Reading
-from train.record.machine import PEAK_BF16_FLOPS, peak_by_name, peak_flops
-from train.record.metrics import METRICS, read_metrics
+from train.record.machine import peak_by_name, peak_flops
+from train.record.metrics import METRICS, JsonLines, read_metrics
 from train.record.report import read_run
 from train.record.telemetry import Telemetry
 
@@ -188,6 +187,21 @@ def test_numbers_that_are_none_are_strict_json_and_read_back(tmp_path: Path) -> 
     assert math.isnan(values[0]) and values[1:] == [math.inf, -math.inf, 2.0]
 
 
+def test_a_value_reads_back_as_what_it_was_at_any_depth(tmp_path: Path) -> None:
+    """NaN in a nested record stays a number, and a text that reads like a number stays a text, apostrophes and all."""
+    names = ["NaN", "Infinity", "-Infinity", "'NaN", "''-Infinity", "nan", "NaN ", "'", "it's"]
+    record = {
+        "kind": "x", "bits_per_byte": {"NaN": math.nan, "b": math.inf, "c": 1.5}, "source": "NaN",
+        "readings": [{"snr_db": -math.inf, "layer": "Infinity"}, names], "none": None,
+    }  # fmt: skip
+    stream = JsonLines(tmp_path / METRICS)
+    stream.write([record])
+    stream.close()
+    (line,) = read_metrics(tmp_path / METRICS)
+    assert math.isnan(line["bits_per_byte"].pop("NaN")) and math.isnan(record["bits_per_byte"].pop("NaN"))  # type: ignore
+    assert line == record
+
+
 def test_other_ranks_reduce_and_write_nothing(tmp_path: Path) -> None:
     reduce = Reducer()
     silent = Telemetry(
@@ -282,33 +296,21 @@ def test_a_live_bar_on_a_terminal(
     assert "10/10" in shown and "200 tok/s" in shown and "verse 2.500" in shown
 
 
-# Dense bf16 from NVIDIA's data sheets, names as drivers give them.
-@pytest.mark.parametrize(
-    ("name", "peak"),
-    [
-        ("NVIDIA H100 80GB HBM3", 989e12),
-        ("NVIDIA H100 PCIe", 756e12),
-        ("NVIDIA H200", 989e12),
-        ("NVIDIA A100-SXM4-80GB", 312e12),
-        ("NVIDIA A10G", 70e12),
-        ("NVIDIA A10", 125e12),
-        ("NVIDIA L4", 121e12),
-        ("NVIDIA L40S", 362e12),
-        ("NVIDIA B200", 2250e12),
-        ("NVIDIA GB200", 2450e12),
-        ("NVIDIA GeForce RTX 4090", 165.2e12),
-        ("Tesla T4", None),
-    ],
-)
-def test_peaks_by_name(name: str, peak: float | None) -> None:
-    assert peak_by_name(name) == peak
+# Dense bf16 with fp32 accumulation from NVIDIA's data sheets (half of a figure given with sparsity), names as drivers give them.
+PEAKS = {
+    "NVIDIA A100-SXM4-80GB": 312e12, "NVIDIA A100-SXM4-40GB": 312e12, "NVIDIA A100 80GB PCIe": 312e12, "NVIDIA A10": 125e12,
+    "NVIDIA A100-PCIE-40GB": 312e12, "NVIDIA A10G": 70e12, "NVIDIA A40": 149.7e12, "NVIDIA L4": 121e12, "NVIDIA L40S": 362e12,
+    "NVIDIA GeForce RTX 4090": 165.2e12, "NVIDIA H100 80GB HBM3": 989.4e12, "NVIDIA H100 PCIe": 756e12,
+    "NVIDIA H100 NVL": 835e12, "NVIDIA H200": 989.4e12, "NVIDIA H200 NVL": 835e12, "NVIDIA GH200 480GB": 989.4e12,
+    "NVIDIA H20": 148e12, "NVIDIA B200": 2250e12, "NVIDIA GB200": 2450e12, "NVIDIA B300 SXM6 AC": 2250e12,
+    "NVIDIA GB300": 2450e12,
+    "Tesla T4": None, "NVIDIA L40": None, "NVIDIA A30": None, "NVIDIA RTX A4000": None, "NVIDIA H1000": None,
+    "NVIDIA H100 80GB HBM3 MIG 1g.10gb": None, "NVIDIA GeForce RTX 4090 Laptop GPU": None, "NVIDIA GeForce RTX 4090 D": None,
+}  # fmt: skip
 
 
-def test_the_planner_counts_with_the_same_peaks() -> None:
-    shared = {name: device for name in PEAK_BF16_FLOPS if (device := devices().get(name.lower().replace(" ", "")))}
-    assert len(shared) >= 9, shared
-    for name, device in shared.items():
-        assert abs(device.peak["bf16"] / PEAK_BF16_FLOPS[name] - 1) < 1e-3, name
+def test_peaks_by_the_name_a_driver_gives() -> None:
+    assert {name: peak_by_name(name) for name in PEAKS} == PEAKS
 
 
 @pytest.mark.slow

@@ -1,40 +1,56 @@
-"""`python -m train -cn RECIPE [key=value ...]`: train a recipe. Hydra's own command line, with errors that help.
+"""`stratum train`, and `-m train` for torchrun: train a recipe.
 
-    python -m train -cn smoke                              train the smoke recipe
-    python -m train -cn smoke optim.lr=3e-4 precision=bf16     override a field, swap a group
-    python -m train -cn smoke --cfg job                    print the composed recipe
-    python -m train --config-dir mine -cn my_recipe        your own recipes beside the shipped ones
-    torchrun --nproc-per-node 4 -m train -cn smoke parallel.tensor=2 parallel.pipeline=2
-
-Exit status: 0 finished or paused as the recipe asked; 2 a recipe, data, checkpoint or machine that cannot be used;
-128 + the signal's number when a signal asked the run to stop (a checkpoint was written).
+Exit status: 0 finished or paused as the recipe asked; 2 a recipe, data, checkpoint or machine that cannot be used; 3 NaN or
+infinity in a gradient, a weight, a moment or an evaluation (no such state is saved, earlier checkpoints are intact); 128 + the
+signal's number when a signal asked the run to stop (a checkpoint was written).
 """
 
 import os
 import signal
 import sys
+from collections.abc import Sequence
 
 from omegaconf import DictConfig
 
 from recipes.schema.command import dotted_keys, run_command
 from recipes.schema.errors import USER_ERRORS
+from recipes.schema.options import CommandParser
+from recipes.schema.read import read_recipe
 from recipes.schema.recipe import Recipe
 
+_EXAMPLES = r"""
+stratum train -cn smoke                                         train the smoke recipe; the same command resumes
+stratum train -cn smoke run.name=mine optim.lr=3e-4 precision=bf16      override fields, swap a group
+stratum train -cn smoke --cfg job                               print the composed recipe
+stratum train -cn smoke -m optim.lr=1e-3,3e-4                   a sweep: a run each
+stratum train runs/smoke                                        continue a run by its folder
+torchrun --nproc-per-node 4 -m train -cn smoke parallel.tensor=2 parallel.pipeline=2
+"""
+_NOTES = """
+Several processes: `stratum launch local`, `stratum launch slurm`, or torchrun as above. Ctrl-C, SIGTERM and SIGUSR1 save at the
+end of the step. Exit status: 0 finished or paused as the recipe asked; 2 a recipe, data, checkpoint or machine that cannot
+be used; 128 + the signal's number when a signal stopped the run (a checkpoint was written).
+"""
 
-def main() -> int:
-    """Entry point of `python -m train` and of the `stratum-train` script."""
-    return run_command(_train, program="train", keys=dotted_keys(Recipe), user_errors=USER_ERRORS)
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Entry point of `stratum train` and of the module that torchrun starts."""
+    parser = CommandParser(
+        "train", about="Train a recipe on this process, or as one rank of torchrun.", examples=_EXAMPLES, notes=_NOTES,
+        recipe=True, sweeps=True,
+    )  # fmt: skip
+    _, words = parser.parse_recipe(sys.argv[1:] if arguments is None else arguments)
+    return run_command(_train, words, program="train", keys=dotted_keys(Recipe), user_errors=USER_ERRORS)
 
 
 def _train(composed: DictConfig) -> int:
-    from recipes.schema.read import read_recipe
-    from train.run import train
-
     recipe = read_recipe(composed)
+    from train.run import train  # torch takes seconds: a mistake in the recipe is reported without it
+
     end = train(recipe)
     if int(os.environ.get("RANK", "0")) == 0:
         if end.reason == "finished":
-            from train.record.report import write_report
+            from train.record.report import write_report  # likewise, and matplotlib
 
             write_report(end.folder)
             print(f"Finished at step {end.step}. Summary: {end.folder}/summary.md, picture: {end.folder}/loss.png")

@@ -10,23 +10,26 @@ from typing import Any
 
 import torch
 
+from data.prepared import look as look_at_data
 from data.store.manifest import MANIFEST, read_manifest
 from data.stream import Dataset, open_dataset
 from data.tokenizer import Tokenizer, load_tokenizer
-from recipes.schema.errors import DataError, RecipeError
+from recipes.schema.changes import check_same_function
+from recipes.schema.errors import DataError, refuse
+from recipes.schema.facts import identity_of, look, read_request
 from recipes.schema.layout import Layout, lay_out
 from recipes.schema.parallel import ParallelConfig
 from recipes.schema.recipe import Recipe
-from recipes.schema.rules import check_objective
-from recipes.schema.scaling import shape_problems
+from recipes.schema.rules import distill_problems, notes, problems, shape_rules, vocabulary_problems
 from train.checkpoint.manager import checkpoint_at
+from train.checkpoint.storage import read_manifest as read_checkpoint_manifest
 from train.checkpoint.storage import read_weights
 from train.distill import objective as distill
-from train.distill.teacher import Teacher, identity, open_teacher
-from train.distill.teacher_cache import KeptAnswers, read_request
+from train.distill.teacher import Teacher, open_teacher
+from train.distill.teacher_cache import KeptAnswers
 from train.engine import Engine
 from train.megatron import use_device
-from train.model.backend import ReferenceBackend, choose_backend
+from train.model.backend import ReferenceBackend, choose_backend, this_machine
 from train.model.build import build_model
 from train.objective import next_token
 from train.optim.optimizer import build_optimizer
@@ -34,6 +37,26 @@ from train.parallel.mesh import Mesh, close_mesh, open_mesh
 from train.parallel.wrap import connect, wrap_chunks
 
 log = logging.getLogger(__name__)
+
+
+def check_start(recipe: Recipe, *, world: int, rank: int = 0) -> Layout:
+    """The layout of a recipe that can start here, on `world` processes. RecipeError lists everything that is wrong with it.
+
+    Looks at the machine and the disk; changes nothing. Rank 0 also logs what is allowed and probably not meant.
+    """
+    machine = this_machine()
+    # Sizes of shards are compared when the data is opened; data behind a URL is judged then too.
+    data = look_at_data(
+        recipe.data,
+        rows=recipe.run.steps * recipe.run.global_rows,
+        global_rows=recipe.run.global_rows,
+        check_files=False,
+    )
+    found = problems(recipe, world=world, machine=machine, disk=look(recipe), prepared=data)
+    refuse(found)
+    for note in notes(recipe, machine=machine, prepared=data) if rank == 0 else ():
+        log.warning("%s", note)
+    return check(recipe, world=world)
 
 
 def check(recipe: Recipe, *, world: int) -> Layout:
@@ -51,12 +74,7 @@ def open_data(recipe: Recipe) -> Dataset:
     """The prepared data of a recipe, checked against its model. DataError names what does not match."""
     dataset = open_dataset(recipe.data)
     dataset.blend.check_length(recipe.run.steps * recipe.run.global_rows, global_rows=recipe.run.global_rows)
-    if dataset.vocab_size > recipe.model.vocab:
-        raise DataError(
-            f"the shards in {recipe.data.folder} hold token ids up to {dataset.vocab_size - 1:,} (vocabulary "
-            f"{dataset.vocab_size:,}), but model.vocab={recipe.model.vocab:,}. Set model.vocab={dataset.vocab_size}, or "
-            f"prepare the data again with a tokenizer of {recipe.model.vocab:,}."
-        )
+    refuse(vocabulary_problems(recipe, dataset.vocab_size), DataError)
     return dataset
 
 
@@ -74,8 +92,17 @@ def mesh_of(recipe: Recipe, layout: Layout, *, device: torch.device, rank: int) 
     """The process groups of a recipe, closed again at the end whatever happens. Collective over the world."""
     if recipe.run.deterministic:
         _be_deterministic(device)
+    objective = recipe.objective
+    has_teacher = objective.kind == "distill" and objective.teacher_cache is None
     try:
-        yield open_mesh(layout, device, rank=rank, seed=recipe.run.seed, timeout_s=recipe.launch.timeout_s)
+        yield open_mesh(
+            layout,
+            device,
+            rank=rank,
+            seed=recipe.run.seed,
+            timeout_s=recipe.launch.timeout_s,
+            teacher_tensor=objective.teacher_tensor or recipe.parallel.tensor if has_teacher else None,
+        )
     finally:
         close_mesh()
 
@@ -96,7 +123,7 @@ def build_objective(recipe: Recipe, *, mesh: Mesh, chunks: list[Any], tokenizer:
     chunks: the student's, unwrapped. tokenizer: fingerprint of the data's; None skips that check. Raises RecipeError,
     CheckpointError, BackendError.
     """
-    check_objective(recipe)
+    refuse(distill_problems(recipe))
     objective = recipe.objective
     if objective.kind == "next_token":
         return Objective(next_token.forward_step(mesh, reset_at_documents=recipe.data.reset_at_documents))
@@ -107,11 +134,10 @@ def build_objective(recipe: Recipe, *, mesh: Mesh, chunks: list[Any], tokenizer:
         step = distill.distill_step(recipe, mesh=mesh, source=source, match=None)
         return Objective(step, distill.PARTS, request.identity)
     source = open_teacher(recipe, mesh=mesh, tokenizer=tokenizer)
-    layers = tuple(layer.layer_number - 1 for layer in chunks[-1].decoder.layers)
-    match = distill.hidden_match(recipe, source, last_stage_layers=layers)
+    match = distill.hidden_match(recipe, source)
     assert objective.teacher is not None, "open_teacher has refused it"
     step = distill.distill_step(recipe, mesh=mesh, source=source, match=match)
-    return Objective(step, distill.PARTS, identity(*checkpoint_at(objective.teacher)))
+    return Objective(step, distill.PARTS, identity_of(*checkpoint_at(objective.teacher)))
 
 
 def build_engine(recipe: Recipe, mesh: Mesh, *, weights: Path | None = None, tokenizer: str | None = None) -> Engine:
@@ -122,16 +148,7 @@ def build_engine(recipe: Recipe, mesh: Mesh, *, weights: Path | None = None, tok
     """
 
     backend = choose_backend(recipe.precision, mesh.device)
-    problems = shape_problems(
-        recipe.model,
-        parallel=recipe.parallel,
-        precision=recipe.precision,
-        rank_tokens=recipe.run.microbatch_rows * recipe.data.row_tokens // recipe.parallel.context,
-    )
-    if problems and backend.name == "te":
-        raise RecipeError("\n".join(problems))
-    if problems and mesh.rank == 0:
-        log.warning("A GPU would refuse this recipe:\n  %s", "\n  ".join(problems))
+    refuse(shape_rules(recipe, backend=backend.name))
     chunks = build_model(
         recipe.model,
         parallel=recipe.parallel,
@@ -144,6 +161,7 @@ def build_engine(recipe: Recipe, mesh: Mesh, *, weights: Path | None = None, tok
         draw_weights=weights is None,
     )
     if weights is not None:
+        check_same_function(read_checkpoint_manifest(weights).recipe, recipe, place=str(weights))
         read_weights(weights, chunks, groups=mesh.groups)
     objective = build_objective(recipe, mesh=mesh, chunks=chunks, tokenizer=tokenizer)
     wrapped = wrap_chunks(chunks, parallel=recipe.parallel, mesh=mesh, fp8_weights=recipe.precision.fp8_weights)
@@ -166,6 +184,7 @@ def build_engine(recipe: Recipe, mesh: Mesh, *, weights: Path | None = None, tok
 @contextmanager
 def model_on_one_rank(recipe: Recipe, checkpoint: Path, *, device: torch.device) -> Iterator[Any]:
     """The whole model of a recipe in this process with a checkpoint's weights, for reading: plain torch, in eval mode."""
+    check_same_function(read_checkpoint_manifest(checkpoint).recipe, recipe, place=str(checkpoint))
     use_device(device)
 
     one = replace(recipe, parallel=ParallelConfig(), run=replace(recipe.run, global_rows=1, microbatch_rows=1))

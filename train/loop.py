@@ -103,9 +103,7 @@ def train_loop(
                 )
             if not math.isfinite(result.grad_norm):
                 telemetry.flush()  # the steps that led here are the ones to look at
-                checkpoints.wait()
-                found = checkpoints.whole()
-                check_numbers(step, grad_norm=result.grad_norm, newest_checkpoint=found[-1].name if found else None)
+                check_numbers(step, grad_norm=result.grad_norm, advice=lambda: checkpoints.advice(mesh))
 
             if recipe.evaluate.every_steps and step % recipe.evaluate.every_steps == 0 and step < run.steps:
                 telemetry.flush()

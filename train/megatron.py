@@ -33,7 +33,8 @@ from typing import Any, Literal
 import torch
 from torch.utils import _device
 
-from recipes.schema.errors import BackendError
+from recipes.schema.errors import BackendError, refuse
+from recipes.schema.rules import device_problems
 
 DeviceKind = Literal["auto", "cpu", "cuda"]
 
@@ -73,8 +74,7 @@ def choose_device(kind: DeviceKind) -> torch.device:
     """
     if kind == "cpu" or (kind == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
-    if not torch.cuda.is_available():
-        raise BackendError("run.device=cuda, but torch sees no GPU on this machine. Use run.device=auto or cpu.")
+    refuse(device_problems(kind, has_gpu=torch.cuda.is_available()), BackendError)
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
 
 
@@ -213,10 +213,11 @@ def _import_megatron() -> None:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Apex and Transformer Engine are absent on a CPU, as they should be
-            import megatron.core.dist_checkpointing  # after the redirection, as in the three below
-            import megatron.core.models.hybrid.hybrid_model
-            import megatron.core.optimizer
-            import megatron.core.pipeline_parallel  # noqa: F401
+            # After the redirection, and with torch.compile held off.
+            import megatron.core.dist_checkpointing
+            import megatron.core.models.hybrid.hybrid_model  # likewise
+            import megatron.core.optimizer  # likewise
+            import megatron.core.pipeline_parallel  # noqa: F401  likewise
     finally:
         torch.compile = compiler
 

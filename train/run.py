@@ -1,12 +1,13 @@
 """Assembly of a training run, in the order things depend on each other; the only module that sees the whole recipe.
 
-device -> layout -> data -> run folder -> mesh -> model -> DDP -> optimizer -> resume -> stream -> loop -> report
+device -> layout -> data -> mesh -> lease of the run folder -> model -> DDP -> optimizer -> resume -> stream -> loop -> report
 """
 
 import logging
 import os
+from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +16,17 @@ import torch
 import yaml
 
 from data.stream import Dataset, Stream
-from recipes.schema.changes import check_folder
-from recipes.schema.errors import CheckpointError, DataError
+from data.system import disk
+from recipes.schema.errors import CheckpointError, refuse
+from recipes.schema.facts import named
 from recipes.schema.pattern import flops_per_token, parameters
 from recipes.schema.read import recipe_mapping
 from recipes.schema.recipe import Recipe
-from recipes.schema.rules import check_objective, unused
-from train.build import build_engine, check, mesh_of, open_data
-from train.checkpoint import disk
+from recipes.schema.rules import start_problems
+from recipes.schema.scaling import describe_precision
+from train.build import build_engine, check_start, mesh_of, open_data
 from train.checkpoint.manager import CheckpointFolder, checkpoint_at
+from train.checkpoint.manifest import RunState
 from train.checkpoint.resume import TEACHER, resume
 from train.distill.teacher_cache import KeptAnswers
 from train.evaluate.losses import heldout_bits_per_byte
@@ -32,6 +35,8 @@ from train.megatron import choose_device, use_device
 from train.parallel.mesh import Mesh, world_from_environment
 from train.record.machine import peak_flops
 from train.record.telemetry import Telemetry
+from train.resilience.faults import check_scores
+from train.resilience.lease import held_lease
 
 log = logging.getLogger(__name__)
 
@@ -49,41 +54,29 @@ class RunEnd:
 def train(recipe: Recipe) -> RunEnd:
     """Run a recipe to its end, from wherever its folder left off. Every process of the world calls it.
 
-    Raises RecipeError, DataError, BackendError, CheckpointError, NumericsError; whatever was saved stays.
+    Raises RecipeError, DataError, BackendError, CheckpointError, NumericsError; LeaseError if another process trains in the
+    run's folder. Whatever was saved stays.
     """
     rank, world = world_from_environment()
-    layout = check(recipe, world=world)
-    check_objective(recipe)
+    layout = check_start(recipe, world=world, rank=rank)
     device = choose_device(recipe.run.device)
     _use_threads(recipe.run.threads)
     dataset = open_data(recipe)
-    for name, place in dataset.blend.exhausted(recipe.run.steps * recipe.run.global_rows) if rank == 0 else ():
-        step = place // recipe.run.global_rows + 1
-        log.warning(
-            "source %s has been read max_epochs times at step %d: others take its place from there.", name, step
-        )
-    if (idle := unused(recipe.objective)) and rank == 0:
-        log.warning("objective.kind=next_token trains on next tokens; not used: %s", idle)
     folder = Path(recipe.run.folder) / recipe.run.name
-    check_folder(folder, recipe)
     use_device(device)
-    with mesh_of(recipe, layout, device=device, rank=rank) as mesh:
-        return _train(recipe, mesh=mesh, dataset=dataset, folder=folder)
+    with mesh_of(recipe, layout, device=device, rank=rank) as mesh, held_lease(folder, mesh) as check_lease:
+        return _train(recipe, mesh=mesh, dataset=dataset, folder=folder, check_lease=check_lease)
 
 
-def _train(recipe: Recipe, *, mesh: Mesh, dataset: Dataset, folder: Path) -> RunEnd:
-
+def _train(recipe: Recipe, *, mesh: Mesh, dataset: Dataset, folder: Path, check_lease: Callable[[], None]) -> RunEnd:
     checkpoints = CheckpointFolder(folder / "checkpoints", recipe.checkpoint)
-    initial, origin = None, None
+    initial, origin = None, {}
     if recipe.run.start_from is not None and not checkpoints.whole():
-        initial, before = checkpoint_at(recipe.run.start_from)
-        ours = dataset.tokenizer.fingerprint
-        if before.tokenizer and before.tokenizer != ours:
-            raise DataError(
-                f"run.start_from={recipe.run.start_from} was trained with tokenizer {before.tokenizer[:12]}, the data in "
-                f"{recipe.data.folder} was made with {ours[:12]}: its ids stand for other text. Prepare the data with the "
-                f"checkpoint's tokenizer."
-            )
+        begin = named(recipe.run.start_from)
+        if begin.path is None or begin.manifest is None:
+            raise CheckpointError(f"run.start_from: {begin.error}")
+        initial, before = begin.path, begin.manifest
+        refuse(start_problems(recipe, begin, tokenizer=dataset.tokenizer.fingerprint))
         origin = {name: value for name, value in before.lineage.items() if name != TEACHER}
         origin |= {"started_from": str(initial), "started_from_fingerprint": before.fingerprint}
     engine = build_engine(recipe, mesh, weights=initial, tokenizer=dataset.tokenizer.fingerprint)
@@ -92,15 +85,17 @@ def _train(recipe: Recipe, *, mesh: Mesh, dataset: Dataset, folder: Path) -> Run
         checkpoints,
         engine,
         recipe=recipe,
-        mapping=mapping,
-        data_hash=dataset.manifest_hash,
-        tokenizer=dataset.tokenizer.fingerprint,
-        origin=origin,
+        new=RunState(
+            recipe=mapping,
+            data_hash=dataset.manifest_hash,
+            tokenizer=dataset.tokenizer.fingerprint,
+            lineage=origin,
+        ),
     )
-    step = start.step
+    step, position = start.state.step, start.state.position
     if mesh.rank == 0:
-        _warn_of_other_beginning(recipe, checkpoints.lineage)
-        _check_answers(recipe, dataset, start.position)
+        _warn_of_other_beginning(recipe, start.state.lineage)
+        _check_answers(recipe, dataset, position)
         folder.mkdir(parents=True, exist_ok=True)
         disk.write_text(folder / "recipe.yaml", yaml.safe_dump(mapping, sort_keys=False))
     mesh.barrier()
@@ -119,12 +114,13 @@ def _train(recipe: Recipe, *, mesh: Mesh, dataset: Dataset, folder: Path) -> Run
             peak_flops=_world_peak(peak_flops(mesh.device), mesh),
             recipe_dict=mapping,
             loss_parts=engine.loss_parts,
+            precision_at=lambda tokens: describe_precision(recipe.model, recipe.precision, tokens=tokens),
         )
         stack.callback(telemetry.close)
         stream = stack.enter_context(
             Stream(
                 dataset,
-                position=start.position,
+                position=position,
                 global_rows=recipe.run.global_rows,
                 microbatch_rows=recipe.run.microbatch_rows,
                 rank=mesh.data_rank,
@@ -141,18 +137,12 @@ def _train(recipe: Recipe, *, mesh: Mesh, dataset: Dataset, folder: Path) -> Run
             with telemetry.phase("evaluating"):
                 scores = heldout_bits_per_byte(engine, dataset, rows_per_source=recipe.evaluate.rows_per_source)
             telemetry.evaluation(at, scores)
+            check_scores(at, scores, advice=lambda: checkpoints.advice(mesh))
 
         def save(at: int, rows: int, *, background: bool) -> None:
+            check_lease()
             with telemetry.phase("staging" if background else "saving"):
-                checkpoints.request(
-                    engine,
-                    step=at,
-                    position=rows,
-                    recipe=mapping,
-                    data_hash=dataset.manifest_hash,
-                    tokenizer=dataset.tokenizer.fingerprint,
-                    background=background,
-                )
+                checkpoints.request(engine, replace(start.state, step=at, position=rows), background=background)
 
         stack.callback(checkpoints.close)
         if start.text:
@@ -164,6 +154,7 @@ def _train(recipe: Recipe, *, mesh: Mesh, dataset: Dataset, folder: Path) -> Run
             parameters=parameters(recipe.model).total,
             layout=mesh.layout.describe(),
             device=str(mesh.device),
+            precision=describe_precision(recipe.model, recipe.precision),
         )
         if step == 0:
             evaluate(0)

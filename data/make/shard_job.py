@@ -19,9 +19,10 @@ from data.make.corpus import Document, Reader, cut_in_two, digest, held_out
 from data.make.megatron_sets import describe_set, unended_documents
 from data.sources.files import again_where_far, is_remote
 from data.sources.records import Part
-from data.store.manifest import SPLITS, ShardEntry, shard_entry, write_durably
+from data.store.manifest import SPLITS, ShardEntry, shard_entry
 from data.store.origins import pack_origins
-from data.store.shards import ShardWriter, write_bytes_durably
+from data.store.shards import ShardWriter, write_with_facts
+from data.system import disk
 from data.tokenizer import Tokenizer, Unencodable
 from recipes.schema.data import SourceConfig
 from recipes.schema.errors import DataError
@@ -88,7 +89,7 @@ def make_shard(job: ShardJob, tokenizer: Tokenizer, *, threads: int, report: Rep
     job.result.parent.mkdir(parents=True, exist_ok=True)
     is_far = job.source.streaming or any(is_remote(part.file) for part in job.parts)
     result = again_where_far(is_far, lambda: _make(job, tokenizer, threads, report))
-    write_durably(job.result, json.dumps(asdict(result)))
+    disk.write_text(job.result, json.dumps(asdict(result)), is_own=True)
 
 
 def read_result(job: ShardJob) -> ShardResult:
@@ -201,7 +202,7 @@ class _Output:
         """Make the files visible. -> the manifest's entry."""
         facts = self._writer.finish()
         content = pack_origins(self.files, self._starts, np.asarray(self._records, dtype=np.uint32))
-        facts["origins"] = write_bytes_durably(self._folder / f"{self._path}.origins", content)
+        facts["origins"] = write_with_facts(self._folder / f"{self._path}.origins", content)
         return ShardEntry(
             path=self._path,
             documents=len(self._records),

@@ -19,10 +19,12 @@ from data.sources.files import again_where_far, find_files, is_remote, local_pat
 from data.sources.parts import cut, limited
 from data.sources.records import Part
 from data.sources.sets import HUB, is_set
-from data.store.manifest import file_sha256, write_durably
+from data.store.manifest import file_sha256
+from data.system import disk
 from recipes.schema.credentials import without_credentials
 from recipes.schema.data import DataConfig
-from recipes.schema.errors import DataError
+from recipes.schema.errors import DataError, refuse
+from recipes.schema.rules import source_problems
 
 PLAN = "plan.json"
 _NONE = "-"
@@ -113,13 +115,13 @@ def plan_work(config: DataConfig, folder: Path, *, say: Callable[[str], None] = 
         same_request(folder, raw["request"], request)
         work = Work(request, sources, raw.get("seen", {}))
         if request != raw["request"]:  # settings that cannot change what is finished
-            write_durably(path, json.dumps(asdict(work)))
+            disk.write_text(path, json.dumps(asdict(work)), is_own=True)
         return work
     work = Work(request, {}, {name: stamp for name in config.sources if (stamp := stamp_of(config, name))})
     for name in config.sources:
         is_far = config.sources[name].streaming or is_remote(config.sources[name].path)
         work.sources[name] = again_where_far(is_far, lambda name=name: _plan_source(config, name, work.dealt, say))  # type: ignore[misc]
-    write_durably(path, json.dumps(asdict(work)))
+    disk.write_text(path, json.dumps(asdict(work)), is_own=True)
     return work
 
 
@@ -190,8 +192,7 @@ def _settled(there: dict[str, Any], asked: dict[str, Any]) -> dict[str, Any]:
 
 def _plan_source(config: DataConfig, name: str, dealt: Mapping[str, str], say: Callable[[str], None]) -> SourceWork:
     source, place = config.sources[name], f"data.sources.{name}"
-    if not name or name != Path(name).name or name.startswith("."):
-        raise DataError(f"data.sources.{name}: source names become directory names. Use letters, digits, - and _.")
+    refuse(source_problems(config, name), DataError)
     if source.format == "megatron":
         return SourceWork([[part] for part in find_sets(place, source)], heldout="", train="")
     hidden: list[str] = []

@@ -14,6 +14,8 @@ import subprocess
 import tempfile
 from pathlib import Path
 
+from data.system import disk
+
 log = logging.getLogger(__name__)
 
 FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fopenmp")
@@ -55,15 +57,10 @@ def load(*sources: Path, flags: tuple[str, ...] = ()) -> ctypes.CDLL:
     key = hashlib.sha256("\n".join([*texts, *FLAGS, *flags, compiler, _processor()]).encode()).hexdigest()[:16]
     path = _folder() / f"{sources[0].stem}-{key}.so"
     if not path.exists():
-        # Built under another name, then renamed: ranks that start together do not read each other's unfinished file.
-        handle, aside = tempfile.mkstemp(suffix=".so", dir=path.parent)
-        os.close(handle)
-        command = [compiler, *FLAGS, *flags, "-shared", "-fPIC", "-o", aside, str(sources[0]), "-lm"]
-        try:
+        # Each under a name of its own: ranks that start together do not read each other's unfinished file.
+        with disk.written_aside(path, is_own=True) as aside:
+            command = [compiler, *FLAGS, *flags, "-shared", "-fPIC", "-o", str(aside), str(sources[0]), "-lm"]
             subprocess.run(command, check=True, capture_output=True, text=True)
-            os.replace(aside, path)
-        finally:
-            Path(aside).unlink(missing_ok=True)
     return ctypes.CDLL(str(path))
 
 

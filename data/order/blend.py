@@ -20,7 +20,8 @@ from data.order.curriculum import Curriculum, Window
 from data.order.permutation import RowOrder
 from data.order.shares import Phase
 from recipes.schema.data import DataConfig, PhaseConfig
-from recipes.schema.errors import DataError
+from recipes.schema.errors import DataError, refuse
+from recipes.schema.rules import order_problems
 
 ORDER = 2
 """Version of how shares that change, or have no short period, are laid out. A change of it changes the rows of such runs."""
@@ -249,30 +250,19 @@ def blend_of(config: DataConfig, rows: Sequence[int], *, groups: Sequence[tuple[
 
 def _phases(sources: Sequence[BlendSource], phases: Sequence[PhaseConfig], *, row_tokens: int) -> list[Phase]:
     """Phases in rows, with shares that sum to 1. DataError for what cannot be meant."""
-    names = [source.name for source in sources]
-    result = [Phase(0, _shares({s.name: s.weight for s in sources}, names, where="data.sources"))]
-    for index, phase in enumerate(phases):
-        where = f"data.phases[{index}]"
-        unknown = [name for name in phase.weights if name not in names]
-        if unknown:
-            raise DataError(f"{where}.weights names {', '.join(unknown)}; data.sources has {', '.join(names)}.")
+    weights = {source.name: source.weight for source in sources}
+    refuse(order_problems(weights, phases, row_tokens=row_tokens), DataError)
+    result = [Phase(0, _shares(weights, list(weights)))]
+    for phase in phases:
         start, ramp = -(-phase.from_tokens // row_tokens), -(-phase.ramp_tokens // row_tokens)
-        before = result[-1].start + result[-1].ramp
-        if start < max(1, before):
-            raise DataError(
-                f"{where}.from_tokens={phase.from_tokens:,} lies before the end of the phase before it, ramp included "
-                f"({before * row_tokens:,} tokens). Put phases in order, or shorten the ramp."
-            )
-        result.append(Phase(start, _shares(phase.weights, names, where=f"{where}.weights"), ramp))
+        result.append(Phase(start, _shares(phase.weights, list(weights)), ramp))
     return result
 
 
-def _shares(weights: Mapping[str, float], names: Sequence[str], *, where: str) -> tuple[Fraction, ...]:
+def _shares(weights: Mapping[str, float], names: Sequence[str]) -> tuple[Fraction, ...]:
     """Weights, read as the decimals they print as, as exact shares."""
     exact = [Fraction(str(weights.get(name, 0))) for name in names]
     total = sum(exact)
-    if not total:
-        raise DataError(f"{where}: all weights are 0, so there is nothing to draw. Give one source a weight above 0.")
     return tuple(weight / total for weight in exact)
 
 

@@ -1,10 +1,10 @@
-"""A batch's memory, filled: labels, the token before each, and the document each belongs to, of rows of several sources.
+"""Fills the memory of a batch: labels, the token before each label, and its document, for rows of several sources.
 
     fill(parts, source, row, ...) -> Filled
 
-By compiled code in one call for all rows (`data.native.rows`), or row by row through `data.rows.packing` and `data.rows.reader`, which also
-read what compiled code leaves out: rows that lie in two shards, the first of a stream, and everything again where a file
-changed, ended early or holds ids that are none, to say so. The rows are the same.
+Compiled code reads all rows in one call (`data.native.rows`). `packing.py` and `reader.py` read row by row what it leaves out:
+rows that span two shards and the first row of a stream. They also read again, to report the error, where a file changed, ended
+early or contains invalid ids. Both ways give the same rows.
 """
 
 from collections.abc import Sequence
@@ -141,6 +141,6 @@ def _not_ids(ids: np.ndarray, part: Rows, row: int, vocab_size: int) -> DataErro
     which = int(np.searchsorted(stream.shard_starts, start, side="right")) - 1
     return DataError(
         f"{stream.entries[which].path}.bin holds token id {worst:,} in row {row:,}, outside the vocabulary of "
-        f"{vocab_size:,}: the shard was replaced or damaged. `python -m data.inspect -cn RECIPE verify=true` checks every "
+        f"{vocab_size:,}: the shard was replaced or damaged. `stratum inspect -cn RECIPE --verify` checks every "
         f"file; prepare the data again."
     )

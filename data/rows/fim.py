@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from recipes.schema.data import FimConfig
-from recipes.schema.errors import DataError
+from recipes.schema.errors import DataError, Problem, refuse
 
 CROPPED_TOKENS = 3
 """Tokens of a rearranged document that give way to the special tokens."""
@@ -51,14 +51,20 @@ def build_fim(config: FimConfig, *, special: dict[str, int], eod: int) -> Fim | 
     """None where it is turned off. DataError where the tokenizer lacks a special token."""
     if not config.rate:
         return None
-    for field in ("prefix", "suffix", "middle"):
+    refuse(fim_problems(config, special=special), DataError)
+    return Fim(config, special[config.prefix], special[config.suffix], special[config.middle], eod)
+
+
+def fim_problems(config: FimConfig, *, special: dict[str, int]) -> list[Problem]:
+    """Special tokens of fill in the middle that a tokenizer does not have."""
+    found = []
+    for field in ("prefix", "suffix", "middle") if config.rate else ():
         name = getattr(config, field)
         if name not in special:
-            raise DataError(
-                f"data.fim.{field}={name!r} is no special token of the tokenizer (it has: {', '.join(special)}). Name "
-                f"those it has, or add them under data.tokenizer.special_tokens and prepare the data again."
-            )
-    return Fim(config, special[config.prefix], special[config.suffix], special[config.middle], eod)
+            text = f"data.fim.{field}={name!r} is no special token of the tokenizer (it has: {', '.join(special)})."
+            remedy = "Name those it has, or add them under data.tokenizer.special_tokens and prepare the data again."
+            found.append(Problem(f"data.fim.{field}", text, remedy))
+    return found
 
 
 def fold_key(*numbers: int) -> int:

@@ -125,7 +125,7 @@ def _in_template(record: Any, name: str) -> str:
     value = _field(record, name)
     if isinstance(value, list | tuple | dict | bytes):
         raise ValueError(
-            f"has {type(value).__name__} under {name!r}, and a template takes text and numbers. Name a field inside it as a.b, or "
+            f"has {type(value).__name__} under {name!r}, and a template takes text and numbers. Name a field in it as a.b, or "
             f"write such records as text before preparing"
         )
     return str(value)

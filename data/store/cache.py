@@ -28,9 +28,11 @@ from typing import Any
 
 import fsspec
 
-from data.store.manifest import FileFacts, file_sha256, write_durably
+from data.store.manifest import FileFacts, file_sha256
+from data.system import disk
 from recipes.schema.credentials import without_credentials
 from recipes.schema.data import CacheConfig
+from recipes.schema.data import is_remote as is_remote
 from recipes.schema.errors import DataError
 
 LEDGER = "ledger.json"
@@ -67,11 +69,6 @@ class _Waiting:
 
     def __exit__(self, *_: object) -> None:
         self._stack.pop()
-
-
-def is_remote(folder: str) -> bool:
-    """Whether a folder is a URL."""
-    return "://" in folder
 
 
 class _Mismatch(Exception):
@@ -192,15 +189,15 @@ class RemoteFolder:
                     size += len(piece)
                     if facts is not None and size > facts.bytes:
                         break
-                _durably(target)
             if facts is not None and size < facts.bytes:
                 raise OSError(f"the transfer ended after {size:,} of {facts.bytes:,} bytes")
             if facts is not None and (size != facts.bytes or digest.hexdigest() != facts.sha256):
                 raise _Mismatch(digest.hexdigest())
+            disk.sync(aside)
             found = aside.stat()
             entry = {"bytes": found.st_size, "mtime_ns": found.st_mtime_ns, "sha256": digest.hexdigest()}
             with self._changing() as ledger:
-                aside.rename(path)
+                disk.rename(aside, path)
                 if facts is not None:
                     ledger["copies"][self._name_of(path)] = entry
         finally:
@@ -272,7 +269,7 @@ class _Ledger:
 
     def write(self, content: dict[str, Any]) -> None:
         """Replace it whole."""
-        write_durably(self._path, json.dumps(content, indent=0, sort_keys=True))
+        disk.write_text(self._path, json.dumps(content, indent=0, sort_keys=True), is_own=True)
 
 
 def _touch(path: Path) -> None:
@@ -300,8 +297,3 @@ def _locked_if_free(path: Path) -> Iterator[bool]:
             yield False
         else:
             yield True
-
-
-def _durably(stream: Any) -> None:
-    stream.flush()
-    os.fsync(stream.fileno())

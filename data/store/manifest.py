@@ -18,7 +18,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from recipes.schema.errors import DataError
+from data.system import disk
+from recipes.schema.errors import DataError, refuse
+from recipes.schema.facts import no_data_problem
 
 MANIFEST = "manifest.json"
 FORMAT = 2
@@ -116,7 +118,7 @@ class Manifest:
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Write `manifest.json` aside and rename it: its presence says that the data is complete."""
-    write_durably(folder / MANIFEST, json.dumps(asdict(manifest), indent=1))
+    disk.write_text(folder / MANIFEST, json.dumps(asdict(manifest), indent=1), is_own=True)
 
 
 def read_manifest(folder: Path, *, verify: bool = False, check_files: bool = True) -> Manifest:
@@ -126,9 +128,7 @@ def read_manifest(folder: Path, *, verify: bool = False, check_files: bool = Tru
     """
     path = folder / MANIFEST
     if not path.is_file():
-        raise DataError(
-            f"no prepared data in {folder} (no {MANIFEST}). Prepare it: python -m data.prepare -cn <recipe>."
-        )
+        refuse([no_data_problem(folder)], DataError)
     try:
         raw = json.loads(path.read_text())
         if raw["format"] != FORMAT:
@@ -175,19 +175,6 @@ def file_sha256(path: Path) -> str:
     """sha256 of a file's content."""
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def write_durably(path: Path, text: str) -> None:
-    """Write a text file so that it is there whole or not at all, also after a crash."""
-    aside = path.with_name(f"{path.name}.writing-{os.uname().nodename}-{os.getpid()}")
-    try:
-        with aside.open("w") as stream:
-            stream.write(text)
-            stream.flush()
-            os.fsync(stream.fileno())
-        aside.rename(path)
-    finally:
-        aside.unlink(missing_ok=True)
 
 
 def _check_file(path: str, facts: FileFacts, *, verify: bool) -> None:

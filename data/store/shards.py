@@ -14,11 +14,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 
 from data.store.manifest import FileFacts, ShardEntry
+from data.system import disk
 from recipes.schema.errors import DataError
 
 _MAGIC = b"MMIDIDX\x00\x00"
@@ -48,8 +49,7 @@ class ShardWriter:
         self.vocab_size = vocab_size
         self.lengths = array("i")
         self.tokens = 0
-        self._own = f"writing-{os.uname().nodename}-{os.getpid()}"
-        self._aside = Path(f"{prefix}.bin.{self._own}")
+        self._aside = disk.aside_of(Path(f"{prefix}.bin"), is_own=True)
         self._stream = self._aside.open("wb")
         self._sha256 = hashlib.sha256()
 
@@ -68,7 +68,7 @@ class ShardWriter:
 
     def finish(self) -> dict[str, FileFacts]:
         """Make the shard durable and visible: the token file first, the index last. -> facts by suffix."""
-        _close_durably(self._stream)
+        self._stream.close()
         count = len(self.lengths)
         lengths = np.asarray(self.lengths, dtype="<i4")
         ends = np.cumsum(lengths, dtype=np.int64)
@@ -76,10 +76,10 @@ class ShardWriter:
         header = _HEADER.pack(_MAGIC, 1, _CODES[self.dtype], count, count + 1)
         index = header + lengths.tobytes() + offsets.tobytes() + np.arange(count + 1, dtype="<i8").tobytes()
         size = self._aside.stat().st_size
-        self._aside.rename(f"{self.prefix}.bin")
+        disk.put_in_place(self._aside, Path(f"{self.prefix}.bin"))
         return {
             "bin": FileFacts(bytes=size, sha256=self._sha256.hexdigest()),
-            "idx": write_bytes_durably(Path(f"{self.prefix}.idx"), index),
+            "idx": write_with_facts(Path(f"{self.prefix}.idx"), index),
         }
 
     def __enter__(self) -> "ShardWriter":
@@ -92,16 +92,9 @@ class ShardWriter:
         self._aside.unlink(missing_ok=True)
 
 
-def write_bytes_durably(path: Path, content: bytes) -> FileFacts:
-    """Write a file aside and rename it. -> its facts."""
-    aside = path.with_name(f"{path.name}.writing-{os.uname().nodename}-{os.getpid()}")
-    try:
-        with aside.open("wb") as stream:
-            stream.write(content)
-            _close_durably(stream)
-        aside.rename(path)
-    finally:
-        aside.unlink(missing_ok=True)
+def write_with_facts(path: Path, content: bytes) -> FileFacts:
+    """Write a file, whole or not at all. -> its facts."""
+    disk.write_bytes(path, content, is_own=True)
     return FileFacts(bytes=len(content), sha256=hashlib.sha256(content).hexdigest())
 
 
@@ -184,7 +177,7 @@ def open_shard(prefix: Path) -> Shard:
     index, tokens = Path(f"{prefix}.idx"), Path(f"{prefix}.bin")
     for path in (index, tokens):
         if not path.is_file():
-            raise DataError(f"{path} is missing. Prepare the data again: python -m data.prepare -cn <recipe>.")
+            raise DataError(f"{path} is missing. Prepare the data again: stratum prepare -cn <recipe>.")
     raw = index.read_bytes()
     header = _header(index, raw, len(raw))
     dtype, count, documents = header.dtype, header.sequences, header.documents
@@ -226,9 +219,3 @@ def _what_is_wrong(
         at = int((np.diff(boundaries) < 0).argmax())
         return f"lets document {at:,} end at sequence {boundaries[at + 1]:,}, before it begins at {boundaries[at]:,}"
     return None
-
-
-def _close_durably(stream: IO[bytes]) -> None:
-    stream.flush()
-    os.fsync(stream.fileno())
-    stream.close()

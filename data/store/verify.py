@@ -4,7 +4,7 @@
 
 What was checked is kept in `verified.json` beside the data. A file whose size or time of change differs from its entry is
 hashed again before any of it is used; hashing 4 GiB takes some seconds, so larger sets are checked by
-`python -m data.inspect verify=true`, once, instead of by every rank of every run.
+`stratum inspect --verify`, once, instead of by every rank of every run.
 """
 
 import json
@@ -15,7 +15,8 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from data.store.manifest import FileFacts, file_sha256, write_durably
+from data.store.manifest import FileFacts, file_sha256
+from data.system import disk
 from recipes.schema.errors import DataError
 
 VERIFIED = "verified.json"
@@ -50,8 +51,8 @@ class Verifier:
         total = sum(facts.bytes for _, facts in wanted)
         if self._mode == "auto" and total > BUDGET_BYTES:
             log.warning(
-                "%d files of %.0f GiB have not been checked against their checksums. `python -m data.inspect -cn RECIPE "
-                "verify=true` does it, once; files that change from now on are checked before they are used.",
+                "%d files of %.0f GiB have not been checked against their checksums. `stratum inspect -cn RECIPE "
+                "--verify` does it, once; files that change from now on are checked before they are used.",
                 len(wanted),
                 total / 2**30,
             )
@@ -93,7 +94,7 @@ class Verifier:
         with self._lock:
             text = json.dumps(self._verified, indent=0)
         try:
-            write_durably(self._path, text)
+            disk.write_text(self._path, text, is_own=True)
         except OSError as error:  # data may lie where we cannot write
             log.info("%s cannot be written (%s): files are checked again next time.", self._path, error)
 

@@ -212,7 +212,7 @@ def load_tokenizer(path: Path, config: TokenizerConfig, *, known_fingerprint: st
 
 def _backend(path: Path, config: TokenizerConfig) -> Backend:
     if ".model" in path.name:
-        from data.tokenizer.pieces import SentencePiece
+        from data.tokenizer.pieces import SentencePiece  # only such files need the sentencepiece package
 
         return SentencePiece(path)
     if path.suffix == ".json":

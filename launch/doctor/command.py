@@ -1,8 +1,8 @@
-"""`python -m launch doctor`: is this machine ready? Each line ok, absent or wrong, and then what to do about it.
+"""`stratum doctor`: is this machine ready? Each line ok, absent or wrong, and then what to do about it.
 
 Looks at Python, the project's packages against their pinned versions, GPUs and driver, CUDA and NCCL, compilers, disk, memory,
 shared memory, limits, fabric and Slurm. Needs nothing but Python (3.8 or newer, to be able to say that a newer one is
-needed): run it before anything is installed, and on every node of a cluster before a job is.
+needed): run it before anything is installed (`python3 -m launch.doctor`), and on every node of a cluster before a job is.
 
 What is checked on a GPU machine (`launch/doctor/gpu.py`) has **not been run on one**.
 """
@@ -30,11 +30,17 @@ FIXED = ("torch", "megatron-core", "hydra-core", "datasets", "wandb")
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Entry point of `python -m launch doctor`. -> 0: nothing is wrong; 1: something will fail."""
+    """Entry point of `stratum doctor`. -> 0: nothing is wrong; 1: something will fail."""
     parser = argparse.ArgumentParser(
-        prog="python -m launch doctor",
+        prog="stratum doctor",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
         description="Is this machine ready to train? Needs nothing but Python.",
-        epilog="Exit status: 0 nothing is wrong; 1 something will fail. `absent` is fine for what you do not use.",
+        epilog="""examples:
+  stratum doctor                                      this machine as it is
+  stratum doctor --gpu --json                         what training on GPUs needs, for scripts
+
+Before anything is installed, in a checkout: python3 -m launch.doctor
+Exit status: 0 nothing is wrong; 1 something will fail. `absent` is fine for what you do not use.""",
     )
     parser.add_argument("--gpu", action="store_true", help="count everything that training on GPUs needs as needed")
     parser.add_argument("--folder", type=Path, default=Path("runs"), help="where runs will be kept (default: runs)")
@@ -101,6 +107,9 @@ def _python(machine: Machine) -> Iterator[Finding]:
         "Python", "Python", "ok" if good else "wrong", f"{version} ({sys.executable})",
         "" if good else f"3.{low} to 3.{high - 1} is needed; `make setup` looks for one and says how to get it",
     )  # fmt: skip
+    if not (machine.project / "pyproject.toml").is_file():
+        yield Finding("Python", "environment", "ok", f"installed as a package in {sys.prefix}")
+        return
     environment = machine.project / ".venv"
     made = (environment / ".stratum-installed").is_file()
     inside = Path(sys.prefix).resolve() == environment.resolve()
@@ -179,7 +188,7 @@ def _system(machine: Machine, *, folder: Path) -> Iterator[Finding]:
 
 def _limits(machine: Machine) -> Iterator[Finding]:
     try:
-        import resource
+        import resource  # not on every system
     except ImportError:
         return
     files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
@@ -201,7 +210,7 @@ def _cluster(machine: Machine) -> Iterator[Finding]:
     slurm = machine.run("sbatch", "--version")
     without = "sbatch finds no cluster (no slurm.conf)" if shutil.which("sbatch") else "no sbatch here"
     yield Finding(
-        "cluster", "Slurm", "ok" if slurm else "absent", slurm or f"{without}: `launch local` and torchrun work"
+        "cluster", "Slurm", "ok" if slurm else "absent", slurm or f"{without}: `stratum launch local` and torchrun work"
     )
     containers = [name for name in ("enroot", "apptainer", "singularity", "docker", "podman") if shutil.which(name)]
     if containers:

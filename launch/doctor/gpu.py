@@ -1,4 +1,4 @@
-"""GPUs, driver, CUDA and fabric, for `launch doctor`. Written from NVIDIA's documentation; **not run on a GPU**."""
+"""GPUs, driver, CUDA and fabric, for `stratum doctor`. Written from NVIDIA's documentation; **not run on a GPU**."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What `launch doctor` asks of a machine, and how it answers. Standard library only, readable by Python 3.8."""
+"""What `stratum doctor` asks of a machine, and how it answers. Standard library only, readable by Python 3.8."""
 
 from __future__ import annotations
 
@@ -11,7 +11,9 @@ from importlib import metadata
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-SETUP = "run `make setup` (2 to 5 minutes)"
+IS_CHECKOUT = (ROOT / "pyproject.toml").is_file()
+"""Otherwise this is an installed package, without the files of the project's top folder."""
+SETUP = "run `make setup` (2 to 5 minutes)" if IS_CHECKOUT else "`pip check` lists what is missing; install it with pip"
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""`python -m launch local [-cn RECIPE] [overrides]`: a run of 1..N processes on this machine, seen to its end.
+"""`stratum launch local`: a run of 1..N processes on this machine, seen to its end.
 
     words --compose--> recipe --checks--> attempt (launch.local.supervise) --failed--> wait --> attempt --> ... --> exit status
 
@@ -6,64 +6,72 @@ Every attempt resumes from the newest checkpoint. The exit status is the trainer
 rank that failed first.
 """
 
-import argparse
 import os
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from launch.compose import compose, extra_environment, layout_of, run_folder, split_words
+from launch.children import python_module
+from launch.compose import checked_layout, compose, run_folder
+from launch.facts import fp32_block_scales_of
+from launch.lease import LeaseError, current_owner, refusal
 from launch.local.continuation import backoff_s, decide
 from launch.local.failures import tell
 from launch.local.supervise import StopRequest, run_attempt, say
 from launch.runs import RunFolder
 from recipes.schema.errors import USER_ERRORS, RecipeError
+from recipes.schema.facts import Machine, missing_packages
+from recipes.schema.options import CommandParser
 from recipes.schema.recipe import Recipe
+from recipes.schema.rules import environment_of, local_problems
 
-_HELP = """
-examples:
-  python -m launch local -cn smoke                                        as many processes as the recipe needs
-  python -m launch local -cn smoke run.name=two parallel.tensor=2         two processes
-  python -m launch local -cn smoke run.name=four --nproc 4 parallel.tensor=2 parallel.pipeline=2
-  python -m launch local -cn smoke --show all run.name=four --nproc 4     everybody's output, each line with its rank
-
+_EXAMPLES = """
+stratum launch local -cn smoke                                          as many processes as the recipe needs
+stratum launch local -cn smoke run.name=two parallel.tensor=2           two processes
+stratum launch local -cn smoke run.name=four --nproc 4 parallel.tensor=2 parallel.pipeline=2
+stratum launch local -cn smoke --show all run.name=pair --nproc 2       everybody's output, each line with its rank
+"""
+_NOTES = """
 Ctrl-C (or SIGTERM, SIGUSR1): all processes finish their step, save and stop; the same command continues. A second one
 kills them. After a failure the run starts again from its newest checkpoint (launch.restarts, launch.backoff_s). Logs of
-every rank: runs/NAME/logs/. Exit status: 0 finished, 2 something to mend in the recipe or the data, 130/143/138 stopped.
-All other words go to the trainer: recipe names, overrides, --cfg job; fields: `python -m recipes.schema.reference launch`.
+every rank: runs/NAME/logs/. Exit status: 0 finished, 2 an error to fix in the recipe or the data, 130/143/138 stopped.
 """
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Entry point of `python -m launch local`. -> exit status."""
-    parser = argparse.ArgumentParser(
-        prog="python -m launch local",
-        description="Run a recipe on 1..N processes of this machine, with restarts.",
-        epilog=_HELP,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
+    """Entry point of `stratum launch local`. -> exit status."""
+    parser = CommandParser(
+        "launch local",
+        about="Run a recipe on 1..N processes of this machine, with restarts.",
+        examples=_EXAMPLES,
+        notes=_NOTES,
+        recipe=True,
     )
     parser.add_argument("--nproc", type=int, metavar="N", help="processes; the same as launch.processes=N")
-    parser.add_argument("--show", default="0", metavar="RANKS", help="ranks shown live: 0 (default), 0,3 or all")
-    own, words = split_words(parser, arguments)
+    parser.add_argument("--show", default="0", metavar="RANKS", help="ranks shown live, as in 0,3, or all")
+    own, words = parser.parse_recipe(arguments)
     if own.nproc is not None:
         words.append(f"launch.processes={own.nproc}")
     recipe = compose(words, program="launch local")
     if isinstance(recipe, int):
         return recipe
     try:
-        processes = _processes(recipe)
-        layout = layout_of(recipe, processes=processes)
+        gpus = 0 if recipe.run.device == "cpu" else _gpus()
+        processes = recipe.launch.processes or gpus or _degrees(recipe)
+        machine = Machine(has_gpu=gpus > 0, missing=missing_packages(), fp32_block_scales=fp32_block_scales_of(recipe))
+        more = local_problems(recipe, processes=processes, gpus=gpus)
+        layout = checked_layout(recipe, processes=processes, machine=machine, more=more, here=True)
         environment = _environment(recipe, processes)
         shown = _shown(own.show, processes)
+        run = run_folder(recipe)
+        refuse_second(run)
     except USER_ERRORS as error:
         sys.stderr.write(f"error: {error}\n")
         return 2
-    run = run_folder(recipe)
     say(f"{processes} process{'es' * (processes > 1)} ({layout.describe()}), logs in {run.logs}")
     return run_to_end(
-        [sys.executable, "-m", "launch.local.rank", "train", *words],
+        python_module("launch.local.rank", "train", *words),
         recipe=recipe,
         run=run,
         processes=processes,
@@ -121,17 +129,18 @@ def run_to_end(
                 return end.status
 
 
-def _processes(recipe: Recipe) -> int:
-    """How many processes to start. RecipeError where the machine has too few GPUs for them."""
-    degrees = recipe.parallel.tensor * recipe.parallel.pipeline * recipe.parallel.context
-    gpus = 0 if recipe.run.device == "cpu" else _gpus()
-    processes = recipe.launch.processes or gpus or degrees
-    if gpus and processes > gpus:
-        raise RecipeError(
-            f"launch.processes={processes}, but this machine has {gpus} GPU{'s' * (gpus > 1)} (CUDA_VISIBLE_DEVICES counted). "
-            f"Use {gpus}, or run.device=cpu."
-        )
-    return processes
+def refuse_second(run: RunFolder) -> None:
+    """Refuse to start a run that a trainer works on. LeaseError names it.
+
+    The trainer itself refuses too (train.resilience.lease); here it costs no start of processes.
+    """
+    found = current_owner(run.path)
+    if found is not None and found[1] == "alive":
+        raise LeaseError(refusal(found[0], what=str(run.path)))
+
+
+def _degrees(recipe: Recipe) -> int:
+    return recipe.parallel.tensor * recipe.parallel.pipeline * recipe.parallel.context
 
 
 def _gpus() -> int:
@@ -151,7 +160,7 @@ def _environment(recipe: Recipe, processes: int) -> dict[str, str]:
         defaults["GLOO_SOCKET_IFNAME"] = "lo"  # gloo else goes by the host name, which need not lead back here
     if recipe.parallel.tensor > 1 or recipe.parallel.context > 1:
         defaults["CUDA_DEVICE_MAX_CONNECTIONS"] = "1"  # Megatron overlaps GEMMs and communication by launch order
-    return {**defaults, **os.environ, **extra_environment(recipe)}
+    return {**defaults, **os.environ, **environment_of(recipe.launch.environment)}
 
 
 def _shown(text: str, processes: int) -> frozenset[int]:

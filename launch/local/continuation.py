@@ -1,12 +1,13 @@
 """What comes after a run's processes have ended: nothing more, the same again, or giving up. Standard library only.
 
-One rule for `launch local` and for Slurm jobs. It looks at the exit status and at whether a new checkpoint was written:
+One rule for `stratum launch local` and for Slurm jobs. It looks at the exit status and at whether a new checkpoint was written:
 
     0 at the last step                 finished
     0 before it                        paused, as run.stop_after_steps asked: in a queue the next job continues
     138 (SIGUSR1: time is nearly up)   in a queue the next job continues
     130, 143 (SIGINT, SIGTERM)         someone asked it to stop: no more; but a preempted job continues
     2 (recipe, data, machine)          a mistake stays one: never again by itself
+    3 (NaN or infinity)                the same steps would give it again: never again by itself
     else                               a failure: again, until `restarts` of them in a row brought no new checkpoint
 """
 
@@ -14,7 +15,10 @@ import signal
 from dataclasses import dataclass
 from typing import Literal
 
-USER_ERROR = 2
+from recipes.schema.errors import NumericsError, StratumError
+
+USER_ERROR = StratumError.status
+NUMERICS = NumericsError.status
 TIME_IS_UP = 128 + signal.SIGUSR1
 STOPPED = (128 + signal.SIGINT, 128 + signal.SIGTERM, TIME_IS_UP)
 """Statuses of a run that saved and stopped because a signal asked."""
@@ -44,6 +48,8 @@ def decide(
         return Decision("finished", "finished")
     if status == USER_ERROR:
         return Decision("stop", "the recipe, the data or the machine has to be changed first", failures)
+    if status == NUMERICS:
+        return Decision("stop", "training gave NaN or infinity, and the same steps would give it again", failures)
     goes_on = in_queue and (status == TIME_IS_UP or (status in STOPPED and is_preempted))
     if status in STOPPED and not goes_on:
         return Decision("stop", f"stopped by {describe(status)}", failures)

@@ -1,4 +1,4 @@
-"""`python -m launch plan -cn RECIPE [overrides]`: what a run will need and take, and every mistake in it. Imports no torch."""
+"""`stratum plan`: what a run will need and take, and every mistake in it. Imports no torch."""
 
 import argparse
 import json
@@ -8,40 +8,44 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from launch.compose import compose, split_words
+from launch.compose import compose
 from launch.plan.cost.device import device_named, devices
 from launch.plan.cost.memory import GIB, RankMemory
 from launch.plan.goodput import add_options, draw_goodput, goodput_json, goodput_of, show_goodput
+from launch.plan.picture import draw
 from launch.plan.planner import Plan, make_plan, world_of
+from launch.plan.scale import counts_of, draw_scale, scale, scale_json, show_scale
+from launch.plan.search import search
+from launch.plan.tables import show, show_search
 from recipes.schema.errors import USER_ERRORS
 from recipes.schema.layout import rank_coordinates
+from recipes.schema.options import CommandParser
 from recipes.schema.recipe import Recipe
 
-_HELP = f"""
-examples:
-  python -m launch plan -cn smoke                                          the recipe as it stands, on H100s
-  python -m launch plan -cn smoke model=nemotron_nano_12b_v2 precision=fp8_blockwise data.row_tokens=8192 \\
-      --gpus 64 --device h100 parallel.tensor=4 parallel.sequence=true     a layout of your own
-  python -m launch plan -cn RECIPE --gpus 1024 --search                    the best layouts for so many GPUs, with reasons
-  python -m launch plan -cn RECIPE --json | jq .memory_gib_per_rank        for scripts
-  python -m launch plan -cn RECIPE --picture plan.png                      memory by stage, time by part
-  python -m launch plan -cn RECIPE --gpus 512 --goodput                    how often to save, and what failures cost
-  python -m launch plan -cn RECIPE --scale 8,64,512 --picture scale.png    what more GPUs still bring
-
-All other words are the trainer's own: recipe names, overrides, --config-dir, --cfg job. Devices: {", ".join(devices())}.
-Exit status: 0 the run can start; 1 it would fail (memory, formats); 2 the recipe cannot be laid out. What is counted and
-what is estimated, and how far off: docs/plan.md.
+_EXAMPLES = r"""
+stratum plan -cn smoke                                            the recipe as it stands, on H100s
+stratum plan -cn smoke model=nemotron_nano_12b_v2 precision=fp8_blockwise data.row_tokens=8192 \
+    --gpus 64 --device h100 parallel.tensor=4 parallel.sequence=true     a layout of your own
+stratum plan -cn nemotron_nano_12b_v2 run.global_rows=768 --gpus 256 --search     the best layouts, with reasons
+stratum plan -cn nemotron_nano_12b_v2 --gpus 736 --json | jq .memory_gib_per_rank     for scripts
+stratum plan -cn smoke --picture plan.png                         memory by stage, time by part
+stratum plan -cn nemotron_nano_12b_v2 --gpus 736 --goodput        how often to save, and what failures cost
+stratum plan -cn nemotron_nano_12b_v2 --scale 8,64 --picture scale.png     what more GPUs still bring
 """
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Entry point of `python -m launch plan`. -> exit status."""
-    parser = argparse.ArgumentParser(
-        prog="python -m launch plan",
-        description="What a run will need and take, and every mistake in it, before anything is started. Needs no torch.",
-        epilog=_HELP,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
+    """Entry point of `stratum plan`. -> exit status."""
+    parser = CommandParser(
+        "plan",
+        about="What a run will need and take, and every mistake in it, before anything is started. Needs no torch.",
+        examples=_EXAMPLES,
+        notes=f"""
+Devices: {", ".join(devices())}.
+Exit status: 0 the run can start; 1 it would fail (memory, formats); 2 the recipe cannot be laid out. docs/plan.md says what is
+counted, what is estimated, and how far off the estimates are.
+""",
+        recipe=True,
     )
     parser.add_argument("--gpus", type=int, metavar="N", help="GPUs of the run (default: launch.nodes x gpus_per_node, or as "
                         "few as the degrees need)")  # fmt: skip
@@ -57,13 +61,13 @@ def main(arguments: Sequence[str]) -> int:
         "--scale", metavar="N,N,...", help="the best layout at each of these numbers of GPUs, in one table"
     )
     add_options(parser)
-    own, words = split_words(parser, arguments)
+    own, words = parser.parse_recipe(arguments)
     if own.gpus is not None and own.gpus < 1:
         parser.error(f"--gpus {own.gpus}: at least 1")
     wanted = [name for name in ("search", "scale", "goodput") if getattr(own, name)]
     if len(wanted) > 1:
         parser.error(f"--{wanted[0]} and --{wanted[1]} answer different questions: ask one at a time")
-    recipe = compose(words, program="launch plan")
+    recipe = compose(words, program="plan")
     if isinstance(recipe, int):
         return recipe
     try:
@@ -81,8 +85,6 @@ def _plan(recipe: Recipe, own: argparse.Namespace) -> int:
     plan = make_plan(recipe, world=world_of(recipe, own.gpus), device=device_named(own.device))
     goodput = goodput_of(plan, own) if own.goodput else None
     if own.picture is not None:
-        from launch.plan.picture import draw
-
         draw(plan, own.picture) if goodput is None else draw_goodput(goodput, plan, own.picture)
     if own.json:
         extra = {} if goodput is None else {"goodput": goodput_json(goodput)}
@@ -94,8 +96,6 @@ def _plan(recipe: Recipe, own: argparse.Namespace) -> int:
         if own.picture is not None:
             sys.stdout.write(f"Picture: {own.picture}\n")
     else:
-        from launch.plan.tables import show
-
         show(plan, every_rank=own.ranks)
         if own.picture is not None:
             sys.stdout.write(f"Picture: {own.picture}\n")
@@ -103,7 +103,6 @@ def _plan(recipe: Recipe, own: argparse.Namespace) -> int:
 
 
 def _scale(recipe: Recipe, own: argparse.Namespace) -> int:
-    from launch.plan.scale import counts_of, draw_scale, scale, scale_json, show_scale
 
     points = scale(recipe, counts_of(own.scale), device=device_named(own.device), own=own)
     if own.json:
@@ -118,7 +117,6 @@ def _scale(recipe: Recipe, own: argparse.Namespace) -> int:
 
 
 def _search(recipe: Recipe, own: argparse.Namespace) -> int:
-    from launch.plan.search import search
 
     found = search(recipe, world=world_of(recipe, own.gpus), device=device_named(own.device), top=own.top)
     if own.json:
@@ -138,12 +136,8 @@ def _search(recipe: Recipe, own: argparse.Namespace) -> int:
             json.dumps({**best, "candidates": lines, "tried": found.tried, "rejected": found.rejected}) + "\n"
         )
     else:
-        from launch.plan.tables import show_search
-
         show_search(found, recipe)
         if own.picture is not None and found.best:
-            from launch.plan.picture import draw
-
             draw(found.best[0].plan, own.picture)
             sys.stdout.write(f"Picture of the first: {own.picture}\n")
     return 0 if found.best else 1

@@ -1,4 +1,4 @@
-"""`launch plan --goodput`: how often the run should save, and how much of its time ends up in the model when nodes fail.
+"""`stratum plan --goodput`: how often the run should save, and how much of its time ends up in the model when nodes fail.
 
 Times of saving and loading are the plan's, unless given; failures come as often as Llama 3's did, unless given.
 """
@@ -22,6 +22,7 @@ from launch.plan.cost.goodput import (
     simulate,
     young_interval,
 )
+from launch.plan.picture import canvas
 from launch.plan.planner import STORAGE_PER_NODE, Plan
 from launch.plan.tables import console, duration
 from recipes.schema.errors import RecipeError
@@ -192,7 +193,6 @@ def goodput_json(found: Goodput) -> dict[str, Any]:
 
 def draw_goodput(found: Goodput, plan: Plan, path: Path) -> None:
     """Goodput against the interval: the expected curve, and the simulated choices on it."""
-    from launch.plan.picture import canvas
 
     first = found.choices[0].saving
     shortest = min(choice.saving.interval_s for choice in found.choices)

@@ -5,8 +5,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
 from launch.plan.cost.memory import GIB
 from launch.plan.names import MEMORY_NAMES, PART_NAMES
 from launch.plan.planner import Plan
@@ -19,6 +17,8 @@ _STYLE = {"font.size": 10, "axes.spines.top": False, "axes.spines.right": False,
 @contextmanager
 def canvas(path: Path, *, size: tuple[float, float]) -> Iterator[Any]:
     """A figure that is written when its block ends. RecipeError for a kind of file that cannot be written."""
+    import matplotlib
+
     matplotlib.use("Agg")
     from matplotlib import pyplot
 

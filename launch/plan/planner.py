@@ -8,7 +8,7 @@ No torch, no GPU, nothing allocated: runs on a login node in a second.
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from launch.plan.checks import recipe_problems, recipe_warnings
+from launch.plan.checks import Facts, facts_of, recipe_problems, recipe_warnings
 from launch.plan.cost.activations import Modules
 from launch.plan.cost.device import Device, Format
 from launch.plan.cost.efficiency import STRATUM
@@ -128,24 +128,28 @@ def world_of(recipe: Recipe, gpus: int | None) -> int:
     return recipe.launch.nodes * each if each else degrees * max(1, recipe.launch.nodes)
 
 
-def make_plan(recipe: Recipe, *, world: int, device: Device, stages: Sequence[str] | None = None) -> Plan:
+def make_plan(
+    recipe: Recipe, *, world: int, device: Device, stages: Sequence[str] | None = None, facts: Facts | None = None
+) -> Plan:
     """Plan a run. RecipeError lists everything that keeps it from being laid out; later problems are in the plan.
 
-    stages: pattern of each chunk, where another cut than the recipe's is tried.
+    stages: pattern of each chunk, where another cut than the recipe's is tried. facts: `facts_of` the recipe, where many
+    layouts of one recipe are planned.
     """
-    problems = recipe_problems(recipe, device)
+    facts = facts or facts_of(recipe, device)
+    problems = [str(problem) for problem in recipe_problems(recipe, facts, world=world)]
     try:
         layout = lay_out(
             model=recipe.model, parallel=recipe.parallel, run=recipe.run, row_tokens=recipe.data.row_tokens, world=world
         )
-    except RecipeError as error:
-        raise RecipeError("\n".join([str(error), *problems])) from error
+    except RecipeError as error:  # problems name it with all the others
+        raise RecipeError("\n".join(problems)) from error
     if stages is not None and len(stages) > 1:
         recipe = replace(recipe, model=replace(recipe.model, pattern="|".join(stages)))
     chunks = tuple(cut(recipe.model.pattern, layout.pipeline * layout.virtual, model=recipe.model))
     modules: Modules = "te" if recipe.precision.backend in ("auto", "te") else "reference"
     setting = setting_of(recipe, layout=layout, stages=chunks, device=device)
-    teacher = find_teacher(recipe)
+    teacher = find_teacher(recipe, facts.disk.teacher)
     cost = teacher_cost(recipe, teacher.model, student=setting, modules=modules) if teacher.model is not None else None
     if cost is not None:
         setting = replace(setting, teacher_s=cost.seconds)
@@ -176,8 +180,8 @@ def make_plan(recipe: Recipe, *, world: int, device: Device, stages: Sequence[st
         time=step_time(setting),
         traffic=step_traffic(setting),
         checkpoints=checkpoints_of(recipe, layout=layout, device=device),
-        problems=(*problems, *teacher.problems),
-        warnings=(*recipe_warnings(recipe, layout, device), *teacher.notes),
+        problems=tuple(dict.fromkeys([*problems, *teacher.problems])),
+        warnings=(*recipe_warnings(recipe, layout, device, facts), *teacher.notes),
     )
     return replace(plan, problems=(*plan.problems, *_memory_problems(plan)))
 

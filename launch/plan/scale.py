@@ -1,4 +1,4 @@
-"""`launch plan --scale 8,64,512,...`: the best layout at each number of GPUs, and what more of them still bring.
+"""`stratum plan --scale 8,64,512,...`: the best layout at each number of GPUs, and what more of them still bring.
 
 The step stays as the recipe has it, so that training is the same: strong scaling, to the point where it ends.
 """
@@ -13,6 +13,7 @@ from rich.table import Table
 from launch.plan.cost.device import Device
 from launch.plan.cost.memory import GIB
 from launch.plan.goodput import Goodput, goodput_of
+from launch.plan.picture import canvas
 from launch.plan.planner import Plan
 from launch.plan.search import search
 from launch.plan.tables import console, duration
@@ -110,7 +111,6 @@ def scale_json(points: list[Point]) -> list[dict[str, Any]]:
 
 def draw_scale(points: list[Point], recipe: Recipe, path: Path) -> None:
     """Speed against linear scaling, and days with and without failures."""
-    from launch.plan.picture import canvas
 
     good = [(p.gpus, p.plan, p.goodput.advised.goodput) for p in points if p.plan is not None and p.goodput is not None]
     if not good:

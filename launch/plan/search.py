@@ -1,4 +1,4 @@
-"""`python -m launch plan --search`: every layout of a recipe on so many GPUs, planned, ranked, the best shown with reasons.
+"""`stratum plan --search`: every layout of a recipe on so many GPUs, planned, ranked, the best shown with reasons.
 
     degrees x virtual stages x microbatch x recompute --rules, memory, formats--> those that work --time--> ranked
 
@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
+from launch.plan.checks import facts_of
 from launch.plan.cost.device import Device
 from launch.plan.cost.time import layer_seconds
 from launch.plan.names import PART_NAMES
@@ -52,7 +53,7 @@ def search(recipe: Recipe, *, world: int, device: Device, top: int = 8) -> Found
     """
     rejected: Counter[str] = Counter()
     plans: list[Plan] = []
-    tried = 0
+    tried, facts = 0, facts_of(recipe, device)
     for parallel, rows in _layouts(recipe, world=world, device=device):
         tried += 1
         candidate = replace(recipe, parallel=parallel, run=replace(recipe.run, microbatch_rows=rows))
@@ -69,6 +70,7 @@ def search(recipe: Recipe, *, world: int, device: Device, top: int = 8) -> Found
                 world=world,
                 device=device,
                 stages=balanced_cut(candidate, layout=layout, device=device),
+                facts=facts,
             )
         except RecipeError as error:
             rejected[_reason(str(error))] += 1

@@ -12,6 +12,7 @@ from launch.plan.planner import USABLE, Plan
 from launch.plan.search import Found
 from recipes.schema.layout import rank_coordinates
 from recipes.schema.recipe import Recipe
+from recipes.schema.scaling import describe_precision
 
 
 def show(plan: Plan, *, every_rank: bool = False) -> None:
@@ -43,12 +44,10 @@ def _head(plan: Plan) -> Text:
         f": {plan.parameters:,} parameters, {len(''.join(plan.stages))} layers, rows of {recipe.data.row_tokens:,} tokens, "
         f"{recipe.run.global_rows:,} rows a step\n"
     )
-    scaling = recipe.precision.scaling
-    precision = recipe.precision.params + (f" + {scaling}" if scaling != "none" else "")
     text.append(
         f"{layout.world:,} x {plan.device.name} ({plan.device.memory_gib:.0f} GiB), {layout.describe()}, "
         f"{recipe.run.microbatch_rows} row{'s' * (recipe.run.microbatch_rows > 1)} x {layout.microbatches_per_step} "
-        f"microbatches, {precision}, recompute {recipe.parallel.recompute}"
+        f"microbatches, {describe_precision(recipe.model, recipe.precision)}, recompute {recipe.parallel.recompute}"
     )
     return text
 

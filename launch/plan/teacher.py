@@ -1,11 +1,10 @@
 """The teacher of a distilled run in its plan: what model it is, the bytes it takes on the last stage, the seconds it adds.
 
-Its model is read from the checkpoint or run folder that `objective.teacher` names; where that is not here yet, from the
+Its model is read from the checkpoint or run folder that `objective.teacher` names; if that is not on this disk, from the
 recipe of the same name. Counted as `train.distill.teacher` builds it: whole on the ranks of the last pipeline stage at
 `objective.teacher_tensor`, weights in one format, forward passes only.
 """
 
-import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -15,9 +14,11 @@ from launch.plan.cost.activations import Modules, Shape, hidden_bytes, layer_byt
 from launch.plan.cost.tensors import stage_tensors
 from launch.plan.cost.time import Setting, forward_seconds
 from recipes.schema.command import RECIPES
+from recipes.schema.facts import Named
 from recipes.schema.model import ModelConfig
 from recipes.schema.recipe import Recipe
 from recipes.schema.teacher_placement import place_of
+from recipes.schema.teacher_rules import teacher_vocabulary_problems
 from recipes.schema.typed import FieldError, build
 
 
@@ -47,14 +48,18 @@ class TeacherCost:
         return self.weights + self.passing
 
 
-def find_teacher(recipe: Recipe) -> FoundTeacher:
-    """The model that answers an online teacher's questions; no teacher where answers are kept or next tokens trained on."""
+def find_teacher(recipe: Recipe, checkpoint: Named | None) -> FoundTeacher:
+    """The model that answers an online teacher's questions; no teacher where answers are read or next tokens trained on.
+
+    checkpoint: what is at `objective.teacher` on this disk.
+    """
     objective = recipe.objective
     if objective.kind != "distill" or objective.teacher is None or objective.teacher_cache is not None:
         return FoundTeacher()
     place = Path(objective.teacher)
-    notes = []
-    found = _model_of(place)
+    if checkpoint is not None and checkpoint.recipe is not None:
+        return FoundTeacher(checkpoint.recipe.model)  # judged by recipes.schema.teacher_rules already
+    found, notes = _model_of(place), []
     if found is None:
         named = RECIPES / "model" / f"{place.name}.yaml"
         if not named.is_file():
@@ -66,13 +71,8 @@ def find_teacher(recipe: Recipe) -> FoundTeacher:
             )
         found = build(ModelConfig, yaml.safe_load(named.read_text()), "model")
         notes.append(f"objective.teacher={place} is not here: the teacher is planned as model={place.name}.")
-    problems = []
-    if found.vocab != recipe.model.vocab:
-        problems.append(
-            f"objective.teacher={place} has a vocabulary of {found.vocab:,}, the student (model.vocab) one of "
-            f"{recipe.model.vocab:,}: their distributions cannot be compared. Use a teacher with the student's tokenizer."
-        )
-    return FoundTeacher(found, tuple(notes), tuple(problems))
+    wrong = teacher_vocabulary_problems(recipe, found, path=place)
+    return FoundTeacher(found, tuple(notes), tuple(map(str, wrong)))
 
 
 def teacher_cost(recipe: Recipe, model: ModelConfig, *, student: Setting, modules: Modules) -> TeacherCost:
@@ -116,17 +116,8 @@ def teacher_cost(recipe: Recipe, model: ModelConfig, *, student: Setting, module
 
 
 def _model_of(place: Path) -> ModelConfig | None:
-    """The model of a checkpoint or run folder, from what it says of itself; None where neither is there."""
-    checkpoints = sorted(place.glob("checkpoints/step_*/manifest.json")) + sorted(place.glob("step_*/manifest.json"))
+    """The model of a run that has written its recipe and no checkpoint yet; None where there is no such run."""
     try:
-        if (place / "manifest.json").is_file():
-            plain = json.loads((place / "manifest.json").read_text())["recipe"]
-        elif checkpoints:
-            plain = json.loads(checkpoints[-1].read_text())["recipe"]
-        elif (place / "recipe.yaml").is_file():
-            plain = yaml.safe_load((place / "recipe.yaml").read_text())
-        else:
-            return None
-        return build(ModelConfig, plain["model"], "model")
+        return build(ModelConfig, yaml.safe_load((place / "recipe.yaml").read_text())["model"], "model")
     except (OSError, ValueError, KeyError, TypeError, FieldError, yaml.YAMLError):
-        return None  # training says what is wrong with it
+        return None  # planned by its name

@@ -11,13 +11,14 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from data.system import disk
 from launch.local.continuation import Decision, decide
 from launch.local.failures import read_failures, read_stop, tell
 from launch.local.rank import LOGS
 from launch.runs import RunFolder
 
 STOP = "stop"
-"""Name of the file in a run's logs by which `launch cancel` says that no job is to follow."""
+"""Name of the file in a run's logs by which `stratum cancel` says that no job is to follow."""
 _STATE = "continuation.json"
 
 
@@ -59,7 +60,7 @@ def after(run: RunFolder, status: int, *, steps: int, restarts: int, is_preempte
         is_preempted=is_preempted,
     )
     if decision.action == "again" and (run.logs / STOP).exists():
-        decision = Decision("stop", "`launch cancel` asked for no further job")
+        decision = Decision("stop", "`stratum cancel` asked for no further job")
     _write_state(run, failures=decision.failures, checkpoint=now)
     return decision
 
@@ -80,9 +81,7 @@ def _read_state(run: RunFolder) -> tuple[int, str | None]:
 
 
 def _write_state(run: RunFolder, *, failures: int, checkpoint: str | None) -> None:
-    aside = run.logs / f".{_STATE}"
-    aside.write_text(json.dumps({"failures": failures, "checkpoint": checkpoint}))
-    aside.replace(run.logs / _STATE)
+    disk.write_text(run.logs / _STATE, json.dumps({"failures": failures, "checkpoint": checkpoint}))
 
 
 if __name__ == "__main__":

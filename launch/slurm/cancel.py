@@ -1,6 +1,5 @@
-"""`python -m launch cancel RUN`: end a Slurm run; what it has trained is saved first, and no further job follows."""
+"""`stratum cancel RUN`: end a Slurm run; what it has trained is saved first, and no further job follows."""
 
-import argparse
 import sys
 import time
 from collections.abc import Sequence
@@ -8,26 +7,31 @@ from collections.abc import Sequence
 from launch.runs import RunFolder
 from launch.slurm.after_job import STOP
 from launch.slurm.command import active_jobs
-from launch.slurm.queue import SlurmError, cancel, look_up, send_signal
-from launch.status import find_run
+from launch.slurm.queue import cancel, look_up, send_signal
+from recipes.schema.errors import StratumError
+from recipes.schema.options import CommandParser, run_named
 
 _POLL_S = 1.0
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Entry point of `python -m launch cancel`. -> exit status: 0 when no job of the run is left."""
-    parser = argparse.ArgumentParser(
-        prog="python -m launch cancel",
-        description="End a Slurm run: its processes finish their step, save and stop; no further job follows. "
-        "`python -m launch slurm` with the same words continues it.",
+    """Entry point of `stratum cancel`. -> exit status: 0 when no job of the run is left."""
+    parser = CommandParser(
+        "cancel",
+        about="End a Slurm run: its processes finish their step, save and stop; no further job follows.\n"
+        "`stratum launch slurm` with the same words continues it.",
+        examples="""
+stratum cancel smoke                                save first, then end
+stratum cancel runs/smoke --now                     end at once; the newest checkpoint stays
+""",
     )
     parser.add_argument("run", metavar="RUN", help="run folder or name")
     parser.add_argument("--now", action="store_true", help="do not save first; the newest checkpoint stays")
-    parser.add_argument("--grace", type=float, default=600.0, metavar="S", help="seconds to wait for the save (600)")
+    parser.add_argument("--grace", type=float, default=600.0, metavar="S", help="seconds to wait for the save")
     own = parser.parse_args(list(arguments))
     try:
-        return _cancel(find_run(own.run), save=not own.now, grace_s=own.grace)
-    except SlurmError as error:
+        return _cancel(RunFolder(run_named(own.run)), save=not own.now, grace_s=own.grace)
+    except StratumError as error:
         sys.stderr.write(f"error: {error}\n")
         return 2
 
@@ -56,6 +60,6 @@ def _cancel(run: RunFolder, *, save: bool, grace_s: float) -> int:
             sys.stderr.write(f"still running after {grace_s:g} s: cancelled without a save\n")
         time.sleep(_POLL_S)
     sys.stderr.write(
-        f"Newest checkpoint: {run.newest_checkpoint() or 'none'}. The same `launch slurm` command continues.\n"
+        f"Newest checkpoint: {run.newest_checkpoint() or 'none'}. The same `stratum launch slurm` command continues.\n"
     )
     return 0

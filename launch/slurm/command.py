@@ -1,60 +1,62 @@
-"""`python -m launch slurm -cn RECIPE [overrides]`: check a recipe, write its job script, submit it.
+"""`stratum launch slurm`: check a recipe, write its job script, submit it.
 
-    words --compose--> recipe --checks--> Job --launch.slurm.job_script--> runs/NAME/logs/job.sh --sbatch--> job number in logs/jobs
+    words --compose--> recipe --checks--> Job --job_script.py--> runs/NAME/logs/job.sh --sbatch--> job number in logs/jobs
 
-What happens then is in the script and in `launch.slurm.after_job`; `launch status` and `launch cancel` look at it and end it.
+What happens then is in the script and in `launch.slurm.after_job`; `stratum status` and `stratum cancel` look at it and end it.
 """
 
-import argparse
 import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from launch.compose import compose, extra_environment, layout_of, run_folder, split_words
+from launch.children import checkout
+from launch.compose import checked_layout, compose, run_folder
+from launch.facts import fp32_block_scales_of
 from launch.runs import RunFolder
 from launch.slurm.after_job import start_afresh
 from launch.slurm.job_script import Job, Preparation, preparation_script, training_script
+from launch.slurm.job_times import advice
 from launch.slurm.queue import QueuedJob, SlurmError, look_up, submit
-from recipes.schema.errors import USER_ERRORS, RecipeError
+from recipes.schema.errors import USER_ERRORS, RecipeError, refuse
+from recipes.schema.facts import Machine
+from recipes.schema.options import CommandParser
 from recipes.schema.recipe import Recipe
+from recipes.schema.rules import container_problems, environment_of, slurm_problems
 
-_HELP = """
-examples:
-  python -m launch slurm -cn smoke --dry-run                              show the script; needs no Slurm
-  python -m launch slurm -cn smoke run.name=two launch.nodes=2            two nodes
-  python -m launch slurm -cn smoke run.name=big launch=slurm_gpu launch.nodes=16 launch.slurm.partition=h100
-  python -m launch slurm -cn smoke launch=slurm_pyxis launch.container.image=stratum.sqsh
-  python -m launch slurm -cn smoke --prepare --tasks 64                   an array job that prepares the recipe's data
-  python -m launch status runs/two;  python -m launch cancel runs/two
-
+_EXAMPLES = """
+stratum launch slurm -cn smoke --dry-run                                show the script; needs no Slurm
+stratum launch slurm -cn smoke run.name=two launch.nodes=2              two nodes
+stratum launch slurm -cn smoke run.name=big launch=slurm_gpu launch.nodes=16 launch.slurm.partition=h100
+stratum launch slurm -cn smoke launch=slurm_pyxis launch.container.image=stratum.sqsh
+stratum launch slurm -cn smoke --prepare --tasks 64                     an array job that prepares the recipe's data
+"""
+_NOTES = """
 The run continues over as many jobs as its last step needs (launch.slurm.continuation): before a job's time limit, and when
-it is preempted, the processes save and stop. Everything a job says lies in runs/NAME/logs/. All other words go to the
-trainer; `python -m recipes.schema.reference launch` lists the fields.
+it is preempted, the processes save and stop. Everything a job says is in runs/NAME/logs/. `stratum status NAME` shows how far
+it is, `stratum cancel NAME` ends it; `stratum fields launch` lists the fields.
 """
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Entry point of `python -m launch slurm`. -> exit status."""
-    parser = argparse.ArgumentParser(
-        prog="python -m launch slurm",
-        description="Submit a run to Slurm; it continues, job after job, to the recipe's last step.",
-        epilog=_HELP,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
+    """Entry point of `stratum launch slurm`. -> exit status."""
+    parser = CommandParser(
+        "launch slurm",
+        about="Submit a run to Slurm; it continues, job after job, to the recipe's last step.",
+        examples=_EXAMPLES,
+        notes=_NOTES,
+        recipe=True,
     )
     parser.add_argument("--dry-run", action="store_true", help="print the script, submit nothing")
     parser.add_argument("--prepare", action="store_true", help="prepare the recipe's data instead of training")
-    parser.add_argument(
-        "--tasks", type=int, default=8, metavar="N", help="with --prepare: tasks that share the work (8)"
-    )
+    parser.add_argument("--tasks", type=int, default=8, metavar="N", help="with --prepare: tasks that share the work")
     parser.add_argument(
         "--device",
         default="h100",
         metavar="KIND",
-        help="with --dry-run: GPUs that its advice on time limits is for (h100)",
+        help="with --dry-run: GPUs that its advice on time limits is for",
     )
-    own, words = split_words(parser, arguments)
+    own, words = parser.parse_recipe(arguments)
     recipe = compose(words, program="launch slurm")
     if isinstance(recipe, int):
         return recipe
@@ -85,8 +87,6 @@ def _train(recipe: Recipe, words: list[str], *, dry_run: bool, device: str) -> i
     script = training_script(job)
     run = run_folder(recipe)
     if dry_run:
-        from launch.slurm.job_times import advice
-
         said = advice(recipe, run, world=job.nodes * job.processes, device=device)
         sys.stdout.write(script)
         sys.stderr.write(
@@ -105,8 +105,8 @@ def _train(recipe: Recipe, words: list[str], *, dry_run: bool, device: str) -> i
     processes = f"{job.nodes} node{'s' * (job.nodes > 1)} x {job.processes}"
     sys.stdout.write(
         f"Submitted job {number} ({processes} processes) for {run.path}, to step {recipe.run.steps}.\n"
-        f"  python -m launch status {run.path}\n"
-        f"  python -m launch cancel {run.path}\n"
+        f"  stratum status {run.path}\n"
+        f"  stratum cancel {run.path}\n"
     )
     return 0
 
@@ -129,19 +129,9 @@ def training_job(recipe: Recipe, words: Sequence[str]) -> Job:
     launch = recipe.launch
     degrees = recipe.parallel.tensor * recipe.parallel.pipeline * recipe.parallel.context
     processes = launch.processes or launch.gpus_per_node or -(-degrees // launch.nodes)
-    layout_of(recipe, processes=processes, nodes=launch.nodes)
-    _check_container(recipe)
-    if launch.gpus_per_node and processes > launch.gpus_per_node:
-        raise RecipeError(
-            f"launch.processes={processes} is more than launch.gpus_per_node={launch.gpus_per_node}: each process needs a "
-            f"GPU of its own. Use launch.processes={launch.gpus_per_node}, or null."
-        )
-    if launch.slurm.save_before_end_s >= 60 * launch.slurm.time_limit_minutes:
-        raise RecipeError(
-            f"launch.slurm.save_before_end_s={launch.slurm.save_before_end_s} is not inside the time limit "
-            f"(launch.slurm.time_limit_minutes={launch.slurm.time_limit_minutes}): a job would be told to stop before it "
-            f"starts. Raise the limit, or lower save_before_end_s to a step and a save."
-        )
+    machine = Machine(has_gpu=True, fp32_block_scales=fp32_block_scales_of(recipe)) if launch.gpus_per_node else None
+    more = slurm_problems(recipe, processes=processes)
+    checked_layout(recipe, processes=processes, nodes=launch.nodes, machine=machine, more=more, here=False)
     environment = {"PYTHONUNBUFFERED": "1"}
     threads = launch.slurm.cpus_per_process or recipe.run.threads
     if threads:
@@ -154,19 +144,20 @@ def training_job(recipe: Recipe, words: Sequence[str]) -> Job:
         directory=os.getcwd(),
         words=words,
         python=sys.executable,
+        checkout=checkout(),
         nodes=launch.nodes,
         processes=processes,
         gpus_per_node=launch.gpus_per_node,
         steps=recipe.run.steps,
         restarts=launch.restarts,
-        environment={**environment, **extra_environment(recipe)},
+        environment={**environment, **environment_of(recipe.launch.environment)},
         slurm=launch.slurm,
         container=launch.container,
     )
 
 
 def _prepare(recipe: Recipe, words: list[str], *, tasks: int, dry_run: bool) -> int:
-    _check_container(recipe)
+    refuse(container_problems(recipe))
     if tasks < 1:
         raise RecipeError(f"--tasks={tasks}: use 1 or more")
     folder = Path(recipe.data.folder)
@@ -176,6 +167,7 @@ def _prepare(recipe: Recipe, words: list[str], *, tasks: int, dry_run: bool) -> 
         directory=os.getcwd(),
         words=words,
         python=sys.executable,
+        checkout=checkout(),
         tasks=tasks,
         cpus=recipe.data.workers,
         slurm=recipe.launch.slurm,
@@ -196,21 +188,11 @@ def _prepare(recipe: Recipe, words: list[str], *, tasks: int, dry_run: bool) -> 
     return 0
 
 
-def _check_container(recipe: Recipe) -> None:
-    container = recipe.launch.container
-    if container.kind != "none" and not container.image:
-        example = "stratum.sqsh" if container.kind == "pyxis" else "stratum.sif"
-        raise RecipeError(
-            f"launch.container.kind={container.kind}, but launch.container.image is empty. "
-            f"Name an image: launch.container.image={example}."
-        )
-
-
 def _refuse_second(run: RunFolder) -> None:
     """Two jobs writing into one run would spoil it."""
     active = active_jobs(run)
     if active:
         raise SlurmError(
-            f"job {active[0].number} of {run.path} is {active[0].state.lower()} already. Look at it with `python -m launch "
-            f"status {run.path}`, end it with `python -m launch cancel {run.path}`, or choose another run.name."
+            f"job {active[0].number} of {run.path} is {active[0].state.lower()} already. Look at it with `stratum "
+            f"status {run.path}`, end it with `stratum cancel {run.path}`, or choose another run.name."
         )

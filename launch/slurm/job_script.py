@@ -1,9 +1,9 @@
 """The text of Slurm scripts, a pure function of what a job is: readable, and editable by whoever knows their cluster.
 
-    Job --training_script--> bash:  find the rendezvous -> srun the ranks -> ask launch.slurm.after_job what comes next -> requeue or end
+    Job --training_script--> bash:  find the rendezvous -> srun the ranks -> ask after_job.py what comes next -> requeue or end
     Preparation --preparation_script--> bash:  one task of an array job prepares its share of the data
 
-Only bash, Slurm's own commands and `python -m launch...` stand in a script; the rule of what comes next is in
+Only bash, Slurm's own commands and `python -P -m launch...` stand in a script; the rule of what comes next is in
 launch.local.continuation, and the tests run these scripts on a real Slurm.
 """
 
@@ -11,6 +11,7 @@ import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from launch.children import FRONT, PYTHON_FLAGS
 from recipes.schema.launch import ContainerConfig, SlurmConfig
 
 
@@ -22,9 +23,9 @@ class Job:
     folder: str
     """The run's folder, as the recipe writes it."""
     directory: str
-    """Where the processes start: the folder `launch slurm` was called in."""
+    """Where the processes start: the folder `stratum launch slurm` was called in."""
     words: Sequence[str]
-    """What follows `python -m train`."""
+    """What follows `stratum train`."""
     python: str
     """Python on the bare nodes; in a container its own is used."""
     nodes: int
@@ -38,6 +39,8 @@ class Job:
     container: ContainerConfig
     module: str = "train"
     """What every process runs."""
+    checkout: str | None = None
+    """Folder of our packages if they are not installed: a container needs it."""
 
 
 @dataclass(frozen=True)
@@ -49,12 +52,13 @@ class Preparation:
     """The folder of the data, for the logs."""
     directory: str
     words: Sequence[str]
-    """What follows `python -m data.prepare`; each task adds its number."""
+    """What follows `stratum prepare`; each task adds its number."""
     python: str
     tasks: int
     cpus: int
     slurm: SlurmConfig
     container: ContainerConfig
+    checkout: str | None = None
 
 
 def training_script(job: Job) -> str:
@@ -82,7 +86,7 @@ def training_script(job: Job) -> str:
     parts = [
         f"""\
 #!/bin/bash
-# Run {job.name}, written by `python -m launch slurm`. When a job's time is nearly up, Slurm sends SIGUSR1 to the training
+# Run {job.name}, written by `stratum launch slurm`. When a job's time is nearly up, Slurm sends SIGUSR1 to the training
 # processes, which save and stop. {about}
 """,
         "".join(f"#SBATCH {option}\n" for option in options),
@@ -104,7 +108,7 @@ export MASTER_ADDR="${address:-$node}" MASTER_PORT=$((20000 + SLURM_JOB_ID % 120
         f"{slurm.setup.strip()}\n" if slurm.setup.strip() else "",
         f"""
 ranks=(srun --kill-on-bad-exit=1 --output="$STRATUM_LOGS/rank-%5t.log"{_rank_cpus(slurm)})
-{_python(job.container, python=job.python, directory=job.directory, has_gpus=job.gpus_per_node > 0)}
+{_python(job, has_gpus=job.gpus_per_node > 0)}
 
 "${{ranks[@]}}" "${{python[@]}}" {_folded(command)}
 status=$?
@@ -139,20 +143,20 @@ def preparation_script(job: Preparation) -> str:
         f"--chdir={shlex.quote(job.directory)}",
         f"--output={shlex.quote(job.folder)}/logs/%A_%a.log",
     ]
-    command = ["-m", "data.prepare", *job.words]
+    command = ["-m", FRONT, "prepare", *job.words]
     return "".join(
         [
             f"""\
 #!/bin/bash
-# Data {job.folder}, written by `python -m launch slurm --prepare`: {job.tasks} tasks share the work. A task that is started
+# Data {job.folder}, written by `stratum launch slurm --prepare`: {job.tasks} tasks share the work. A task that is started
 # again keeps its finished shards; the last one to finish writes the manifest.
 """,
             "".join(f"#SBATCH {option}\n" for option in options),
             "\nset -uo pipefail\n",
             f"{job.slurm.setup.strip()}\n" if job.slurm.setup.strip() else "",
-            _python(job.container, python=job.python, directory=job.directory, has_gpus=False),
+            _python(job, has_gpus=False),
             f'\n\n{_once(job.container)}"${{python[@]}}" {_folded(command)} \\\n',
-            f'    +task="$SLURM_ARRAY_TASK_ID/{job.tasks}"\n',
+            f'    --task "$SLURM_ARRAY_TASK_ID/{job.tasks}"\n',
         ]
     )
 
@@ -193,22 +197,31 @@ def _once(container: ContainerConfig) -> str:
     return "srun --overlap --nodes=1 --ntasks=1 --ntasks-per-node=1 " if container.kind == "pyxis" else ""
 
 
-def _python(container: ContainerConfig, *, python: str, directory: str, has_gpus: bool) -> str:
-    """Lines that set `python`, the words that start Python, in the container where there is one."""
-    mounts = ",".join(filter(None, (f"{directory}:{directory}", container.mounts)))
+def _python(job: Job | Preparation, *, has_gpus: bool) -> str:
+    """Lines that set `python`, the words that start Python, in the container where there is one.
+
+    Python does not search the working directory (launch.children). A container that has no installation of this project
+    still finds the checkout that the job was submitted from, by PYTHONPATH.
+    """
+    container, directory = job.container, job.directory
+    folders = dict.fromkeys(filter(None, (directory, job.checkout)))
+    mounts = ",".join([*(f"{folder}:{folder}" for folder in folders), *filter(None, [container.mounts])])
+    inside = shlex.join([container.python, *PYTHON_FLAGS])
+    if job.checkout is not None:
+        inside = f'env "PYTHONPATH="{shlex.quote(job.checkout)}"${{PYTHONPATH:+:$PYTHONPATH}}" {inside}'
     match container.kind:
         case "none":
-            return f"python=({shlex.quote(python)})"
+            return f"python=({shlex.join([job.python, *PYTHON_FLAGS])})"
         case "apptainer":
             words = ["apptainer", "exec", *(["--nv"] if has_gpus else []), "--bind", mounts, "--pwd", directory]
-            return f"python=({shlex.join([*words, container.image, container.python])})"
+            return f"python=({shlex.join([*words, container.image])} {inside})"
         case "pyxis":
             flags = [
                 f"--container-image={container.image}",
                 f"--container-mounts={mounts}",
                 f"--container-workdir={directory}",
             ]
-            return f'container=({shlex.join(flags)})\npython=("${{container[@]}}" {shlex.quote(container.python)})'
+            return f'container=({shlex.join(flags)})\npython=("${{container[@]}}" {inside})'
 
 
 def _folded(words: Sequence[str]) -> str:

@@ -2,7 +2,7 @@
 
     seconds of a step and of a save --> jobs of the recipe's time limit; the limit that suits; is save_before_end_s enough?
 
-Advice for `launch slurm --dry-run`; nothing is changed by it.
+Advice for `stratum launch slurm --dry-run`; nothing is changed by it.
 """
 
 import math

@@ -88,7 +88,7 @@ def _slurm(*command: str) -> str:
     if shutil.which(command[0]) is None:
         raise SlurmError(
             f"{command[0]} is not on this machine: this command talks to Slurm. Run it on a login node of the cluster "
-            f"(`python -m launch slurm --dry-run` shows the script anywhere)."
+            f"(`stratum launch slurm --dry-run` shows the script anywhere)."
         )
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     if result.returncode:

@@ -10,8 +10,12 @@ from typing import Any, Literal
 import yaml
 
 from recipes.schema.errors import RecipeError
+from recipes.schema.model import ModelConfig
+from recipes.schema.optim import ScheduleConfig
 from recipes.schema.read import recipe_mapping
 from recipes.schema.recipe import Recipe
+from recipes.schema.schedule import lengths_of
+from recipes.schema.typed import FieldError, build
 
 Kind = Literal["safe", "data order", "arithmetic", "another run"]
 """What a changed field does to a run that continues: nothing but rounding; other rows; other numbers from the same rows; or
@@ -61,9 +65,27 @@ def differences(old: dict[str, Any], new: dict[str, Any]) -> list[Difference]:
     found = []
     for key in sorted(before.keys() | after.keys()):
         then, now = before.get(key, _default(key)), after.get(key)
-        if then != now:
+        if then != now and not _is_same_length(key, old, new):
             found.append(Difference(key, then, now, _kind(key, new)))
     return found
+
+
+def _is_same_length(key: str, old: dict[str, Any], new: dict[str, Any]) -> bool:
+    """Whether a phase of the schedule is as long as before, once written in steps or tokens and once as a fraction."""
+    if key not in ("schedule.warmup", "schedule.decay"):
+        return False
+    name, found = key.removeprefix("schedule."), []
+    for plain in (old, new):
+        try:
+            lengths = lengths_of(
+                build(ScheduleConfig, plain["schedule"], "schedule"),
+                total_steps=plain["run"]["steps"],
+                tokens_per_step=plain["run"]["global_rows"] * plain["data"]["row_tokens"],
+            )
+        except (KeyError, TypeError, FieldError):
+            return False
+        found.append(getattr(lengths, name))
+    return found[0] == found[1]
 
 
 def refused(changes: list[Difference], allowed: Sequence[str]) -> str | None:
@@ -86,6 +108,55 @@ def refused(changes: list[Difference], allowed: Sequence[str]) -> str | None:
     )
 
 
+def check_same_function(saved: dict[str, Any], recipe: Recipe, *, place: str) -> None:
+    """RecipeError where a checkpoint's weights would compute another function in this recipe's model than they were trained
+    for: shapes can agree where activations, norms, angles or heads do not, and no loss would tell for long.
+
+    saved: the checkpoint's resolved recipe; one without a model says nothing. `checkpoint.allow` is the word that permits it:
+    `arithmetic` for what a resume may change by that word, `another_function` for everything else.
+    """
+    if not saved.get("model"):
+        return
+    then, now = ({"model": _effective(model)} for model in (saved["model"], recipe_mapping(recipe)["model"]))
+    words = {"safe", *(kind.replace("_", " ") for kind in recipe.checkpoint.allow)}
+    if "another function" in words:
+        words.add("another run")
+    changes = [change for change in differences(then, now) if change.kind not in words]
+    if not changes:
+        return
+    needed = dict.fromkeys("arithmetic" if change.kind == "arithmetic" else "another_function" for change in changes)
+    lines = "".join(
+        f"\n  {change.key}: {change.old} in the checkpoint, {change.new} in the recipe" for change in changes
+    )
+    raise RecipeError(
+        f"the weights of {place} were trained as another function than this recipe's model:{lines}\nTake the differences "
+        f"back, or add checkpoint.allow=[{','.join(needed)}] to use the weights in this model."
+    )
+
+
+def _effective(model: dict[str, Any]) -> dict[str, Any]:
+    """A model's fields without those that say nothing about its function: of layers it does not have, of angles it does not
+    turn, cuts between pipeline stages, and a scale that is written out or left to its default."""
+    plain = {field.name: _default(f"model.{field.name}") for field in dataclasses.fields(ModelConfig)} | model
+    kinds = set(str(plain["pattern"]))
+    plain["pattern"] = str(plain["pattern"]).replace("|", "")
+    plain["query_scale"] = plain["query_scale"] or plain["head_dim"]
+    unused = [] if kinds & {"*", "w"} else _ATTENTION
+    unused = unused if "w" in kinds else [*unused, "window_tokens"]
+    unused = unused if "-" in kinds else [*unused, "ffn", "activation"]
+    unused = unused if "M" in kinds else [*unused, *(name for name in plain if name.startswith("mamba_"))]
+    if plain["position"] == "none" or not kinds & {"*", "w"}:
+        unused = [*unused, *(name for name in plain if name.startswith("rope_"))]
+    elif plain["rope_scaling"] == "none":
+        unused = [*unused, "rope_factor", "rope_original_tokens"]
+    elif plain["rope_scaling"] == "linear":
+        unused = [*unused, "rope_original_tokens"]
+    return {name: value for name, value in plain.items() if name not in unused}
+
+
+_ATTENTION = ["heads", "kv_heads", "head_dim", "query_scale", "attention_softcap", "position"]
+
+
 def _meaning(kind: Kind) -> str:
     return "a fixed property of a run" if kind == "another run" else f"changes {'the ' * (kind == 'data order')}{kind}"
 
@@ -94,6 +165,7 @@ def _kind(key: str, new: dict[str, Any]) -> Kind:
     if key == "run.steps":
         schedule = new.get("schedule", {})
         ends = schedule.get("kind") == "cosine" or (schedule.get("kind") == "wsd" and schedule.get("decay"))
+        ends = ends or (isinstance(schedule.get("warmup"), float) and schedule["warmup"] > 0)  # a fraction of the run
         return "arithmetic" if ends and schedule.get("total") is None else "safe"
     matches = [name for name in _KINDS if key == name or key.startswith(f"{name}.")]
     return _KINDS[max(matches, key=len)] if matches else "arithmetic"

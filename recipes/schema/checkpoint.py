@@ -31,6 +31,8 @@ class CheckpointConfig:
     resume: Literal["auto", "never", "required"] = "auto"
     """`auto` continues where the run's folder left off; `never` refuses a folder that already holds checkpoints;
     `required` refuses one that holds none."""
-    allow: tuple[Literal["data_order", "arithmetic"], ...] = ()
+    allow: tuple[Literal["data_order", "arithmetic", "another_function"], ...] = ()
     """Kinds of recipe changes that a resume may bring: `data_order` (other rows from here on), `arithmetic` (other numbers
-    from the same rows, e.g. optim.lr). Changes that are safe need no word."""
+    from the same rows, e.g. optim.lr). Changes that are safe need no word. Reading weights (`run.start_from`, generation)
+    asks for the same word where angles, caps or epsilons differ from the checkpoint's, and for `another_function` where
+    heads, activation, norms or kinds of layers do; a resume is never allowed those."""

@@ -11,7 +11,7 @@ from recipes.schema.fields import Count, Fraction, NonNegativeFloat, PositiveFlo
 
 @dataclass(frozen=True)
 class CompressConfig:
-    """Scoring, pruning and searching (`python -m train.compress`, docs/compress.md); training does not read it."""
+    """Scoring, pruning and searching (`stratum compress`, docs/compress.md); training does not read it."""
 
     parent: str | None = None
     """The model to compress: a checkpoint folder, or a run folder (its newest checkpoint)."""

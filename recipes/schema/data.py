@@ -6,8 +6,12 @@ The text under a field is its documentation: meaning, unit, and why the default 
 from dataclasses import dataclass, field
 from typing import Literal
 
-from recipes.schema.errors import DataError
-from recipes.schema.fields import Count, Fraction, NonNegativeFloat, OpenFraction, PositiveFloat, PositiveInt
+from recipes.schema.fields import Count, Fraction, NonNegativeFloat, OpenFraction, PositiveFloat, PositiveInt, Seed
+
+
+def is_remote(folder: str) -> bool:
+    """Whether a folder is a URL."""
+    return "://" in folder
 
 
 @dataclass(frozen=True)
@@ -129,7 +133,7 @@ class DataConfig:
     """From raw text to rows of tokens."""
 
     folder: str = "runs/data/smoke"
-    """Where prepared shards, tokenizer and manifest lie (written by `python -m data.prepare`). Reading also takes a URL
+    """Where prepared shards, tokenizer and manifest lie (written by `stratum prepare`). Reading also takes a URL
     (`s3://`, `gs://`, `https://`, ...): shards are then copied to `cache.folder` as they are needed."""
     sources: dict[str, SourceConfig] = field(default_factory=dict)
     """Sources by name. At least one. The order in which they are written decides nothing."""
@@ -157,14 +161,14 @@ class DataConfig:
     for shards behind a URL, or on disks that seek slowly."""
     verify: Literal["auto", "always", "never"] = "auto"
     """Checksums when data is opened. `auto`: files not checked before, up to 4 GiB, and any file that changed since;
-    `always`: every file; `never`: sizes only. `python -m data.inspect verify=true` checks all, once."""
+    `always`: every file; `never`: sizes only. `stratum inspect --verify` checks all, once."""
     cache: CacheConfig = field(default_factory=CacheConfig)
     """Local copies of remote shards."""
     stall_warning_s: PositiveFloat = 30.0
     """Say which file is waited for when no rows came for this long, and again every so often."""
     stall_limit_s: PositiveFloat = 480.0
     """Stop with an error that names the file after this long; below `launch.timeout_s`, so that it is known why."""
-    seed: int = 1234
+    seed: Seed = 1234
     """Seed of the order of rows and of the held-out split; change it and the data order changes."""
     workers: PositiveInt = 2
     """Processes that tokenize. The output does not depend on it."""
@@ -181,17 +185,6 @@ class DataConfig:
         object.__setattr__(self, "sources", dict(sorted(self.sources.items())))
 
     def heldout_of(self, name: str) -> float:
-        """Share of a source's documents that is held out. DataError where a source that is drawn from would keep none."""
-        source = self.sources[name]
-        if source.heldout_fraction is None:
-            return self.heldout_fraction
-        drawn = [f"data.sources.{name}.weight={source.weight:g}"] if source.weight else []
-        for index, phase in enumerate(self.phases):
-            if phase.weights.get(name):
-                drawn.append(f"data.phases[{index}].weights.{name}={phase.weights[name]:g}")
-        if source.heldout_fraction == 1 and drawn:
-            raise DataError(
-                f"data.sources.{name}.heldout_fraction=1 keeps all of the source for evaluation, but {drawn[0]} draws from it. "
-                f"Set that to 0, or hold out less."
-            )
-        return source.heldout_fraction
+        """Share of a source's documents that is held out."""
+        fraction = self.sources[name].heldout_fraction
+        return self.heldout_fraction if fraction is None else fraction

@@ -1,8 +1,29 @@
 """Errors a user can cause. Each message gives the value, the place and the remedy; none needs a traceback to be understood."""
 
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One thing that keeps a recipe from running, as a rule found it (`recipes.schema.rules`)."""
+
+    key: str
+    """The recipe field it is about, e.g. `parallel.tensor`."""
+    text: str
+    """Value and place, as whole sentences."""
+    remedy: str = ""
+    """What to do, as whole sentences."""
+
+    def __str__(self) -> str:
+        return f"{self.text} {self.remedy}".rstrip()
+
 
 class StratumError(Exception):
-    """Base of the errors below: what ends a command with one message and exit status 2."""
+    """Base of the errors below: what ends a command with one message and an exit status."""
+
+    status = 2
+    """Something has to be changed before the same command can work: never tried again by itself."""
 
 
 class DataError(StratumError):
@@ -18,7 +39,10 @@ class CheckpointError(StratumError):
 
 
 class NumericsError(StratumError):
-    """Training produced NaN or infinity."""
+    """Training or an evaluation produced NaN or infinity."""
+
+    status = 3
+    """Apart from 2: recipe and checkpoints are usable. Never tried again by itself: the same steps would follow."""
 
 
 class BackendError(StratumError):
@@ -26,3 +50,10 @@ class BackendError(StratumError):
 
 
 USER_ERRORS: tuple[type[Exception], ...] = (StratumError,)
+
+
+def refuse(problems: Iterable[Problem], error: type[StratumError] = RecipeError) -> None:
+    """Raise `error` with every problem, a line or more each; nothing where there are none."""
+    lines = [str(problem) for problem in problems]
+    if lines:
+        raise error("\n".join(dict.fromkeys(lines)))

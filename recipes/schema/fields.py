@@ -29,7 +29,20 @@ class Range:
 
     def __str__(self) -> str:
         bounds = ((">=", self.ge), (">", self.gt), ("<=", self.le), ("<", self.lt))
-        return " and ".join(f"{sign} {bound:g}" for sign, bound in bounds if bound is not None)
+        return " and ".join(
+            f"{sign} {bound if isinstance(bound, int) else f'{bound:g}'}" for sign, bound in bounds if bound is not None
+        )
+
+
+@dataclass(frozen=True)
+class LengthRange(Range):
+    """A whole number of steps or tokens, or a fraction of all of them. They cannot be confused: a fraction is below 1."""
+
+    def admits(self, value: float) -> bool:
+        return value >= 0 if isinstance(value, int) else 0 <= value < 1
+
+    def __str__(self) -> str:
+        return ">= 0: a whole number, or a fraction below 1"
 
 
 PositiveInt = Annotated[int, Range(ge=1)]
@@ -38,4 +51,7 @@ PositiveFloat = Annotated[float, Range(gt=0)]
 NonNegativeFloat = Annotated[float, Range(ge=0)]
 Fraction = Annotated[float, Range(ge=0, le=1)]
 OpenFraction = Annotated[float, Range(ge=0, lt=1)]
+Seed = Annotated[int, Range(ge=0, lt=2**63)]
+"""What numpy, torch on a CPU and torch on a GPU all take as a seed."""
+Length = Annotated[int | float, LengthRange()]
 SoftCap = Annotated[float, Range(gt=0, le=70)]

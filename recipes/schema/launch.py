@@ -11,7 +11,7 @@ from recipes.schema.fields import Count, PositiveFloat, PositiveInt
 
 @dataclass(frozen=True)
 class SlurmConfig:
-    """What `python -m launch slurm` asks a cluster for, and how a run goes on when a job's time is up."""
+    """What `stratum launch slurm` asks a cluster for, and how a run goes on when a job's time is up."""
 
     partition: str | None = None
     """Partition of the jobs; null takes the cluster's default."""
@@ -56,18 +56,18 @@ class LaunchConfig:
     """How processes are started, find each other, and are started again."""
 
     nodes: PositiveInt = 1
-    """Machines (`launch slurm`)."""
+    """Machines (`stratum launch slurm`)."""
     processes: PositiveInt | None = None
     """Processes on each machine; null takes one a GPU, or without GPUs as many as tensor x pipeline x context need."""
     gpus_per_node: Count = 0
-    """GPUs asked for on each node (`launch slurm`); 0 asks for none."""
+    """GPUs asked for on each node (`stratum launch slurm`); 0 asks for none."""
     timeout_s: PositiveFloat = 600.0
     """Collective operations that take longer fail, instead of hanging for ever."""
     restarts: Count = 3
     """Restarts after failures in a row that brought no new checkpoint; then the run gives up. Mistakes in the recipe or
     the data are never tried again."""
     backoff_s: PositiveFloat = 10.0
-    """Wait before the first restart (`launch local`), doubled each time in a row, at most 5 minutes."""
+    """Wait before the first restart (`stratum launch local`), doubled each time in a row, at most 5 minutes."""
     grace_s: PositiveFloat = 600.0
     """Time to finish the step and save after a signal; what still runs then is killed. Must cover the longest of both."""
     environment: str = ""

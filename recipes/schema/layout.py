@@ -9,10 +9,10 @@ returns keeps Megatron-Core's rules and ours; what it cannot know is the machine
 import math
 from dataclasses import dataclass
 
-from recipes.schema.errors import RecipeError
+from recipes.schema.errors import Problem, refuse
 from recipes.schema.model import ModelConfig
 from recipes.schema.parallel import ParallelConfig
-from recipes.schema.pattern import ATTENTION, LayerKind, cut, layer_kinds
+from recipes.schema.pattern import ATTENTION, LayerKind, cut_problems, layer_kinds, pattern_problems
 from recipes.schema.run import RunConfig
 
 
@@ -57,40 +57,8 @@ def rank_coordinates(layout: Layout, rank: int) -> Coordinates:
 
 def lay_out(*, model: ModelConfig, parallel: ParallelConfig, run: RunConfig, row_tokens: int, world: int) -> Layout:
     """The layout of a recipe on `world` processes. RecipeError: a line (value, place, remedy) for each rule broken."""
-    problems = _switch_problems(parallel)
-    try:
-        kinds = set(layer_kinds(model.pattern))
-    except RecipeError as error:
-        problems.append(str(error))
-        kinds = set()
-    else:
-        problems += _shape_problems(model, kinds)
-        problems += _tensor_problems(model, parallel, kinds)
-        problems += _context_problems(model, parallel, kinds)
-        problems += _pipeline_problems(model, parallel)
-    problems += _row_problems(parallel, row_tokens)
-
-    degrees = parallel.tensor * parallel.pipeline * parallel.context
-    data, microbatches = 0, 0
-    if world % degrees:
-        problems.append(
-            f"parallel.tensor={parallel.tensor} x pipeline={parallel.pipeline} x context={parallel.context} = {degrees}"
-            f" does not divide the {world} process{'es' * (world > 1)} of this run. Start a multiple of {degrees} "
-            f"(torchrun --nproc-per-node {degrees} -m train ...), or lower the degrees."
-        )
-    else:
-        data = world // degrees
-        microbatches, not_whole = divmod(run.global_rows, run.microbatch_rows * data)
-        problems += _step_problems(parallel, run, data=data) if not_whole else []
-        if not not_whole and parallel.virtual_pipeline > 1 and microbatches % parallel.pipeline:
-            turn = run.microbatch_rows * data * parallel.pipeline
-            problems.append(
-                f"parallel.virtual_pipeline={parallel.virtual_pipeline} needs the microbatches of a step "
-                f"({microbatches}) to be a multiple of parallel.pipeline={parallel.pipeline}. Use "
-                f"run.global_rows={_nearest_multiples(run.global_rows, turn)}, or parallel.virtual_pipeline=1."
-            )
-    if problems:
-        raise RecipeError("\n".join(problems))
+    refuse(layout_problems(model=model, parallel=parallel, run=run, row_tokens=row_tokens, world=world))
+    data = world // (parallel.tensor * parallel.pipeline * parallel.context)
     return Layout(
         world=world,
         tensor=parallel.tensor,
@@ -98,55 +66,105 @@ def lay_out(*, model: ModelConfig, parallel: ParallelConfig, run: RunConfig, row
         virtual=parallel.virtual_pipeline,
         context=parallel.context,
         data=data,
-        microbatches_per_step=microbatches,
+        microbatches_per_step=run.global_rows // (run.microbatch_rows * data),
     )
 
 
-def _switch_problems(parallel: ParallelConfig) -> list[str]:
+def layout_problems(
+    *, model: ModelConfig, parallel: ParallelConfig, run: RunConfig, row_tokens: int, world: int | None
+) -> list[Problem]:
+    """Every rule that a layout breaks. world: None where the number of processes is not known."""
+    problems = _switch_problems(parallel)
+    wrong = pattern_problems(model.pattern)
+    problems += wrong
+    if not wrong:
+        kinds = set(layer_kinds(model.pattern))
+        problems += _shape_problems(model, kinds)
+        problems += _tensor_problems(model, parallel, kinds)
+        problems += _context_problems(model, parallel, kinds)
+        problems += cut_problems(model.pattern, parallel.pipeline * parallel.virtual_pipeline)
+    problems += _row_problems(parallel, row_tokens)
+    return problems if world is None else problems + _world_problems(parallel, run, world)
+
+
+def _world_problems(parallel: ParallelConfig, run: RunConfig, world: int) -> list[Problem]:
+    """Processes that the degrees do not divide, rows that the processes do not."""
+    degrees = parallel.tensor * parallel.pipeline * parallel.context
+    if world % degrees:
+        text = (
+            f"parallel.tensor={parallel.tensor} x pipeline={parallel.pipeline} x context={parallel.context} = {degrees}"
+            f" does not divide the {world} process{'es' * (world > 1)} of this run."
+        )
+        remedy = (
+            f"Start a multiple of {degrees} (torchrun --nproc-per-node {degrees} -m train ...), or lower the degrees."
+        )
+        return [Problem("parallel", text, remedy)]
+    data = world // degrees
+    microbatches, not_whole = divmod(run.global_rows, run.microbatch_rows * data)
+    if not_whole:
+        return _step_problems(run, data=data)
+    if parallel.virtual_pipeline > 1 and microbatches % parallel.pipeline:
+        turn = run.microbatch_rows * data * parallel.pipeline
+        text = (
+            f"parallel.virtual_pipeline={parallel.virtual_pipeline} needs the microbatches of a step ({microbatches}) to "
+            f"be a multiple of parallel.pipeline={parallel.pipeline}."
+        )
+        remedy = f"Use run.global_rows={_nearest_multiples(run.global_rows, turn)}, or parallel.virtual_pipeline=1."
+        return [Problem("parallel.virtual_pipeline", text, remedy)]
+    return []
+
+
+def _switch_problems(parallel: ParallelConfig) -> list[Problem]:
     """Switches that need another one."""
     problems = []
     if parallel.sequence and parallel.tensor == 1:
         problems.append(
-            "parallel.sequence=true needs parallel.tensor > 1: it splits the sequence over the tensor ranks. "
-            "Use parallel.sequence=false."
+            Problem(
+                "parallel.sequence",
+                "parallel.sequence=true needs parallel.tensor > 1: it splits the sequence over the tensor ranks.",
+                "Use parallel.sequence=false.",
+            )
         )
     if parallel.virtual_pipeline > 1 and parallel.pipeline == 1:
         problems.append(
-            f"parallel.virtual_pipeline={parallel.virtual_pipeline} needs parallel.pipeline > 1. "
-            f"Use parallel.virtual_pipeline=1."
+            Problem(
+                "parallel.virtual_pipeline",
+                f"parallel.virtual_pipeline={parallel.virtual_pipeline} needs parallel.pipeline > 1.",
+                "Use parallel.virtual_pipeline=1.",
+            )
         )
     if parallel.overlap_param_gather and not parallel.overlap_grad_reduce:
         problems.append(
-            "parallel.overlap_param_gather=true needs parallel.overlap_grad_reduce=true. Set both, or neither."
+            Problem(
+                "parallel.overlap_param_gather",
+                "parallel.overlap_param_gather=true needs parallel.overlap_grad_reduce=true.",
+                "Set both, or neither.",
+            )
         )
     return problems
 
 
-def _shape_problems(model: ModelConfig, kinds: set[LayerKind]) -> list[str]:
+def _shape_problems(model: ModelConfig, kinds: set[LayerKind]) -> list[Problem]:
     """Rules of the model alone, for the kinds of layers it has."""
     problems = []
     for owners, part_name, whole_name in ((ATTENTION, "kv_heads", "heads"), (("M",), "mamba_groups", "mamba_heads")):
         part, whole = getattr(model, part_name), getattr(model, whole_name)
         if not kinds.isdisjoint(owners) and whole % part:
-            problems.append(
-                f"model.{part_name}={part} does not divide model.{whole_name}={whole}. Use {_choices(whole)}."
-            )
+            text = f"model.{part_name}={part} does not divide model.{whole_name}={whole}."
+            problems.append(Problem(f"model.{part_name}", text, f"Use {_choices(whole)}."))
     has_attention = not kinds.isdisjoint(ATTENTION)
     if has_attention and model.position == "rope" and model.head_dim % 2:
-        problems.append(
-            f"model.head_dim={model.head_dim} is odd, but model.position=rope turns pairs of channels. "
-            f"Use {model.head_dim + 1}, or model.position=none."
-        )
+        text = f"model.head_dim={model.head_dim} is odd, but model.position=rope turns pairs of channels."
+        problems.append(Problem("model.head_dim", text, f"Use {model.head_dim + 1}, or model.position=none."))
     if model.rope_scaling != "none" and (model.position != "rope" or model.rope_factor <= 1):
         wrong = "position=none" if model.position != "rope" else f"rope_factor={model.rope_factor:g}"
-        problems.append(
-            f"model.rope_scaling={model.rope_scaling} stretches rotary angles, but model.{wrong}. Use model.position=rope "
-            f"with model.rope_factor > 1, or model.rope_scaling=none."
-        )
+        text = f"model.rope_scaling={model.rope_scaling} stretches rotary angles, but model.{wrong}."
+        remedy = "Use model.position=rope with model.rope_factor > 1, or model.rope_scaling=none."
+        problems.append(Problem("model.rope_scaling", text, remedy))
     return problems
 
 
-def _tensor_problems(model: ModelConfig, parallel: ParallelConfig, kinds: set[LayerKind]) -> list[str]:
+def _tensor_problems(model: ModelConfig, parallel: ParallelConfig, kinds: set[LayerKind]) -> list[Problem]:
     """What each tensor rank takes an equal share of. Key/value heads are never copied: there must be one a rank."""
     sizes = {"model.vocab": model.vocab}
     if not kinds.isdisjoint(ATTENTION):
@@ -159,32 +177,34 @@ def _tensor_problems(model: ModelConfig, parallel: ParallelConfig, kinds: set[La
     if not broken:
         return []
     fit = [degree for degree in range(1, min(sizes.values()) + 1) if all(size % degree == 0 for size in sizes.values())]
-    return [
-        f"parallel.tensor={parallel.tensor} does not divide {', '.join(broken)}. Use {_phrase(fit)} (what all sizes of "
-        f"this model allow), or change {'it' if len(broken) == 1 else 'them'}."
-    ]
+    text = f"parallel.tensor={parallel.tensor} does not divide {', '.join(broken)}."
+    change = f"or change {'it' if len(broken) == 1 else 'them'}."
+    return [Problem("parallel.tensor", text, f"Use {_phrase(fit)} (what all sizes of this model allow), {change}")]
 
 
-def _row_problems(parallel: ParallelConfig, row_tokens: int) -> list[str]:
+def _row_problems(parallel: ParallelConfig, row_tokens: int) -> list[Problem]:
     """A row is cut into 2 x context chunks (each rank takes an early and a late one), then over the tensor ranks."""
     problems = []
     context, tensor = parallel.context, parallel.tensor
     whole = math.lcm(tensor * context, 2 * context) if context > 1 else tensor
     if context > 1 and row_tokens % (2 * context):
-        problems.append(
+        text = (
             f"parallel.context={context} cuts a row into {2 * context} chunks, which does not divide "
-            f"data.row_tokens={row_tokens}. Use data.row_tokens={_nearest_multiples(row_tokens, 2 * context)}."
+            f"data.row_tokens={row_tokens}."
         )
+        remedy = f"Use data.row_tokens={_nearest_multiples(row_tokens, 2 * context)}."
+        problems.append(Problem("parallel.context", text, remedy))
     if parallel.sequence and row_tokens % (tensor * context):
-        problems.append(
+        text = (
             f"parallel.sequence=true splits a row over {tensor * context} ranks (tensor={tensor} x context={context}), "
-            f"which does not divide data.row_tokens={row_tokens}. "
-            f"Use data.row_tokens={_nearest_multiples(row_tokens, whole)}."
+            f"which does not divide data.row_tokens={row_tokens}."
         )
+        remedy = f"Use data.row_tokens={_nearest_multiples(row_tokens, whole)}."
+        problems.append(Problem("parallel.sequence", text, remedy))
     return problems
 
 
-def _context_problems(model: ModelConfig, parallel: ParallelConfig, kinds: set[LayerKind]) -> list[str]:
+def _context_problems(model: ModelConfig, parallel: ParallelConfig, kinds: set[LayerKind]) -> list[Problem]:
     """Mamba layers trade sequence for heads over the context ranks (megatron.core.ssm.mamba_context_parallel)."""
     context, tensor = parallel.context, parallel.tensor
     if context == 1 or "M" not in kinds or model.mamba_heads % tensor or model.mamba_groups % tensor:
@@ -197,29 +217,21 @@ def _context_problems(model: ModelConfig, parallel: ParallelConfig, kinds: set[L
     ]
     problems = []
     if heads % context:
-        problems.append(
+        text = (
             f"parallel.context={context} does not divide the {heads} Mamba heads of a tensor rank "
-            f"(model.mamba_heads={model.mamba_heads}, parallel.tensor={tensor}). Use {_phrase(fit)}."
+            f"(model.mamba_heads={model.mamba_heads}, parallel.tensor={tensor})."
         )
+        problems.append(Problem("parallel.context", text, f"Use {_phrase(fit)}."))
     if groups % context and context % groups:
-        problems.append(
+        text = (
             f"parallel.context={context} neither divides nor is a multiple of the {groups} Mamba groups of a tensor "
-            f"rank (model.mamba_groups={model.mamba_groups}, parallel.tensor={tensor}). Use {_phrase(fit)}."
+            f"rank (model.mamba_groups={model.mamba_groups}, parallel.tensor={tensor})."
         )
+        problems.append(Problem("parallel.context", text, f"Use {_phrase(fit)}."))
     return problems
 
 
-def _pipeline_problems(model: ModelConfig, parallel: ParallelConfig) -> list[str]:
-    """There must be layers for each stage, and cuts given by hand must be as many as the stages need."""
-    stages = parallel.pipeline * parallel.virtual_pipeline
-    try:
-        cut(model.pattern, stages, model=model)
-    except RecipeError as error:
-        return [str(error)]
-    return []
-
-
-def _step_problems(parallel: ParallelConfig, run: RunConfig, *, data: int) -> list[str]:
+def _step_problems(run: RunConfig, *, data: int) -> list[Problem]:
     """The rows of a step that cannot be dealt out in whole microbatches, with what could be."""
     turn = run.microbatch_rows * data
     remedy = f"run.global_rows={_nearest_multiples(run.global_rows, turn)}"
@@ -227,10 +239,11 @@ def _step_problems(parallel: ParallelConfig, run: RunConfig, *, data: int) -> li
         share = run.global_rows // data
         fit = max(rows for rows in range(1, run.microbatch_rows + 1) if share % rows == 0)
         remedy += f", or run.microbatch_rows={fit}"
-    return [
+    text = (
         f"run.global_rows={run.global_rows} is not a multiple of run.microbatch_rows={run.microbatch_rows} x {data} "
-        f"data-parallel ranks (world / (tensor x pipeline x context)). Use {remedy}."
-    ]
+        f"data-parallel ranks (world / (tensor x pipeline x context))."
+    )
+    return [Problem("run.global_rows", text, f"Use {remedy}.")]
 
 
 def _nearest_multiples(value: int, step: int) -> str:

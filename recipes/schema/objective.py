@@ -26,7 +26,7 @@ class ObjectiveConfig:
     teacher_scaling: Literal["none", "current", "blockwise", "mxfp8", "nvfp4"] = "none"
     """Low-precision recipe of the teacher's linear layers (docs/fp8.md)."""
     teacher_cache: str | None = None
-    """Folder written by `python -m train.distill.cache_command`: read the teacher's most likely tokens from there instead of
+    """Folder written by `stratum teacher-cache`: read the teacher's most likely tokens from there instead of
     running it."""
     trust_tokenizer: bool = False
     """Accept a teacher whose checkpoint does not say which tokenizer it was trained with (one that says so and differs is

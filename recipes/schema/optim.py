@@ -6,7 +6,7 @@ The text under a field is its documentation: meaning, unit, range and reason for
 from dataclasses import dataclass
 from typing import Literal
 
-from recipes.schema.fields import Count, Fraction, NonNegativeFloat, OpenFraction, PositiveFloat, PositiveInt
+from recipes.schema.fields import Fraction, Length, NonNegativeFloat, OpenFraction, PositiveFloat, PositiveInt
 
 
 @dataclass(frozen=True)
@@ -35,10 +35,11 @@ class ScheduleConfig:
     """`wsd`: warm-up, stable, decay; `cosine`: warm-up, half a cosine; `constant`: warm-up, then 1."""
     unit: Literal["steps", "tokens"] = "steps"
     """Unit of `warmup`, `decay` and `total`."""
-    warmup: Count = 0
-    """Linear rise from 0 over this long."""
-    decay: Count = 0
-    """`wsd` only: length of the decay at the end."""
+    warmup: Length = 0
+    """Linear rise from 0 over this long: steps or tokens, or below 1 a fraction of the whole schedule (0.1: a tenth of the
+    run), rounded down."""
+    decay: Length = 0
+    """`wsd` only: length of the decay at the end, given like `warmup`."""
     total: PositiveInt | None = None
     """Where the decay ends; null is the end of the run (`run.steps`)."""
     final_fraction: Fraction = 0.01

@@ -12,7 +12,7 @@ from functools import lru_cache
 from itertools import accumulate
 from typing import Literal, cast
 
-from recipes.schema.errors import RecipeError
+from recipes.schema.errors import Problem, refuse
 from recipes.schema.model import ModelConfig
 
 LayerKind = Literal["M", "*", "w", "-"]
@@ -23,19 +23,24 @@ CUT = "|"
 
 
 def layer_kinds(pattern: str) -> list[LayerKind]:
-    """The layers of a pattern in order, cuts left out. RecipeError names the first character that is none."""
-    alphabet = ", ".join(f"`{sign}` {name}" for sign, name in KINDS.items())
+    """The layers of a pattern in order, cuts left out. RecipeError names the first character that stands for no layer."""
+    refuse(pattern_problems(pattern))
+    return [cast(LayerKind, sign) for sign in pattern if sign != CUT]
+
+
+def pattern_problems(pattern: str) -> list[Problem]:
+    """Why a text is not a pattern of layers: the first reason."""
+    key, alphabet = "model.pattern", ", ".join(f"`{sign}` {name}" for sign, name in KINDS.items())
     for place, sign in enumerate(pattern):
         if sign not in KINDS and sign != CUT:
-            raise RecipeError(
-                f"model.pattern={pattern}: character {place + 1} is {sign!r}. Use {alphabet}, and `|` between stages."
-            )
-    kinds = [cast(LayerKind, sign) for sign in pattern if sign != CUT]
-    if not kinds:
-        raise RecipeError(f"model.pattern={pattern!r} has no layers. Use {alphabet}.")
-    if CUT in pattern and not all(pattern.split(CUT)):
-        raise RecipeError(f"model.pattern={pattern} has a pipeline stage without layers. Put layers around every `|`.")
-    return kinds
+            text = f"model.pattern={pattern}: character {place + 1} is {sign!r}."
+            return [Problem(key, text, f"Use {alphabet}, and `|` between stages.")]
+    if not pattern.replace(CUT, ""):
+        return [Problem(key, f"model.pattern={pattern!r} has no layers.", f"Use {alphabet}.")]
+    if not all(pattern.split(CUT)):
+        text = f"model.pattern={pattern} has a pipeline stage without layers."
+        return [Problem(key, text, "Put layers around every `|`.")]
+    return []
 
 
 def counts(pattern: str) -> dict[LayerKind, int]:
@@ -51,26 +56,36 @@ def cut(pattern: str, stages: int, *, model: ModelConfig) -> list[str]:
     them the layers are cut into contiguous parts whose largest share of the forward FLOPs in matrix products is as
     small as possible, the head counted with the last part; of the cuts that reach this, the most even one is taken.
     """
+    refuse([*pattern_problems(pattern), *cut_problems(pattern, stages)])
     kinds = layer_kinds(pattern)
     layers = "".join(kinds)
     if stages == 1:
         return [layers]
     if CUT in pattern:
-        parts = pattern.split(CUT)
-        if len(parts) != stages:
-            raise RecipeError(
-                f"model.pattern={pattern} is cut into {len(parts)} stages, but parallel.pipeline x "
-                f"parallel.virtual_pipeline = {stages}. Use {stages - 1} `|`, or none to have it cut evenly."
-            )
-        return parts
-    if stages > len(layers):
-        raise RecipeError(
-            f"parallel.pipeline x parallel.virtual_pipeline = {stages} stages, but model.pattern={pattern} has only "
-            f"{len(layers)} layers. Use at most {len(layers)}."
-        )
+        return pattern.split(CUT)
     costs = [layer_matmul_weights(kind, model) for kind in kinds]
     costs[-1] += model.vocab * model.hidden
     return [layers[start:end] for start, end in balanced_ranges(costs, stages)]
+
+
+def cut_problems(pattern: str, stages: int) -> list[Problem]:
+    """Why a (right) pattern cannot be cut into so many stages."""
+    layers, parts = len(pattern.replace(CUT, "")), pattern.split(CUT)
+    if stages == 1:
+        return []
+    if len(parts) > 1 and len(parts) != stages:
+        text = (
+            f"model.pattern={pattern} is cut into {len(parts)} stages, but parallel.pipeline x "
+            f"parallel.virtual_pipeline = {stages}."
+        )
+        return [Problem("model.pattern", text, f"Use {stages - 1} `|`, or none to have it cut evenly.")]
+    if stages > layers:
+        text = (
+            f"parallel.pipeline x parallel.virtual_pipeline = {stages} stages, but model.pattern={pattern} has only "
+            f"{layers} layers."
+        )
+        return [Problem("parallel.pipeline", text, f"Use at most {layers}.")]
+    return []
 
 
 def balanced_ranges(costs: list[int], parts: int) -> list[tuple[int, int]]:
@@ -180,6 +195,19 @@ def parameters(model: ModelConfig) -> ParameterCount:
         final_norm=model.hidden,
         norms=norms + layers["M"] * model.mamba_heads * model.mamba_head_dim,
     )
+
+
+def weights_of(model: ModelConfig) -> dict[str, object]:
+    """What names and shapes of a model's weights depend on: two models with equal values can load each other's weights."""
+    kinds = layer_kinds(model.pattern)
+    names = ["hidden", "vocab", "tie_embeddings", "post_norms"]
+    names += ["heads", "kv_heads", "head_dim"] * bool(set(kinds) & set(ATTENTION))
+    names += ["mamba_heads", "mamba_head_dim", "mamba_state", "mamba_groups", "mamba_conv"] * ("M" in kinds)
+    found = {f"model.{name}": getattr(model, name) for name in names}
+    found["model.pattern"] = "".join("*" if kind in ATTENTION else kind for kind in kinds)  # windows have no weights
+    if "-" in kinds:
+        found |= {"model.ffn": model.ffn, "gated MLP": model.activation in ("swiglu", "geglu")}
+    return found
 
 
 @dataclass(frozen=True)

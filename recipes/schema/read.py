@@ -1,6 +1,6 @@
-"""From Hydra's composed YAML to a typed Recipe, with every check that needs no device and no data.
+"""From Hydra's composed YAML to a typed Recipe: every field known, of its type and in its range.
 
-    composed DictConfig --> plain mapping --> recipes.schema.typed.build --> Recipe --> cross-field checks
+    composed DictConfig --> plain mapping --> recipes.schema.typed.build --> Recipe    (what spans fields: recipes.schema.rules)
 
 Hydra decides what is composed; nothing of it goes further than this module and the entry points.
 """
@@ -13,12 +13,10 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from recipes.schema.errors import RecipeError
-from recipes.schema.pattern import layer_kinds
 from recipes.schema.recipe import Recipe
-from recipes.schema.schedule import check as check_schedule
 from recipes.schema.typed import FieldError, build
 
-_OF_TOOLS = ("hydra", "generate", "compress", "cache", "stages")
+_OF_TOOLS = ("hydra", "compress", "stages")
 """Sections of a composed recipe that other commands read."""
 
 
@@ -36,18 +34,9 @@ def recipe_from_mapping(plain: dict[str, Any]) -> Recipe:
     """The typed recipe of a plain mapping, as in `recipe.yaml` of a run folder."""
     plain = {key: value for key, value in plain.items() if key not in _OF_TOOLS}
     try:
-        recipe = build(Recipe, plain, "")
+        return build(Recipe, plain, "")
     except FieldError as error:
         raise RecipeError(str(error)) from error
-    layer_kinds(recipe.model.pattern)
-    check_schedule(
-        recipe.schedule,
-        total_steps=recipe.run.steps,
-        tokens_per_step=recipe.run.global_rows * recipe.data.row_tokens,
-    )
-    if not recipe.data.sources:
-        raise RecipeError("data.sources is empty. Name at least one source, e.g. data.sources.mine.path=texts/*.jsonl.")
-    return recipe
 
 
 def recipe_mapping(recipe: Recipe) -> dict[str, Any]:

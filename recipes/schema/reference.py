@@ -1,9 +1,8 @@
-"""`python -m recipes.schema.reference [GROUP ...]`: every recipe field with its default, range and meaning, as Markdown.
+"""`stratum fields [GROUP ...]`: every recipe field with its default, range and meaning, as Markdown.
 
-docs/recipes.md is made from it (`python -m recipes.schema.reference > docs/recipes.md`), and a test keeps the two equal.
+docs/recipes.md is made from it (`stratum fields > docs/recipes.md`), and a test keeps the two equal.
 """
 
-import argparse
 import dataclasses
 import sys
 import typing
@@ -13,15 +12,17 @@ from typing import Any
 from recipes.schema.compress import CompressConfig
 from recipes.schema.data import PhaseConfig, SourceConfig
 from recipes.schema.fields import Range
+from recipes.schema.options import CommandParser
 from recipes.schema.recipe import Recipe
+from recipes.schema.suggestions import did_you_mean
 from recipes.schema.typed import field_docs
 
 _HEAD = """# Recipe fields
 
-Made by `python -m recipes.schema.reference`; the texts stand under the fields in `recipes/schema/`.
+Made by `stratum fields`; the texts stand under the fields in `recipes/schema/`.
 A recipe is YAML composed by Hydra from the groups below (`recipes/GROUP/*.yaml`). Swap a group with `precision=bf16`,
-override a field with `optim.lr=3e-4`; `python -m train -cn smoke --cfg job` prints the result. Your own recipes lie in
-a folder of yours: `python -m train --config-dir mine -cn my_recipe`.
+override a field with `optim.lr=3e-4`; `stratum train -cn smoke --cfg job` prints the result. Your own recipes lie in
+a folder of yours: `stratum train --config-dir mine -cn my_recipe`.
 """
 
 
@@ -42,16 +43,22 @@ def page(groups: Sequence[str] = ()) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Entry point of `python -m recipes.schema.reference`."""
+    """Entry point of `stratum fields`."""
     names = [*(field.name for field in dataclasses.fields(Recipe)), "compress"]
-    parser = argparse.ArgumentParser(
-        prog="python -m recipes.schema.reference", description="Every recipe field, as Markdown."
+    parser = CommandParser(
+        "fields",
+        about="What every recipe field means: type, range, default, as Markdown.",
+        examples="""
+stratum fields                                      all of them (docs/recipes.md)
+stratum fields optim schedule                       two groups
+""",
     )
     parser.add_argument("groups", nargs="*", metavar="GROUP", help=f"only these: {', '.join(names)}")
     groups = parser.parse_args(arguments).groups
     for group in groups:
         if group not in names:
-            parser.error(f"no group {group!r}; there are: {', '.join(names)}")
+            hint = did_you_mean(group, names, otherwise="")
+            parser.error(f"there is no group {group!r}. {hint} The groups are: {', '.join(names)}.".replace("  ", " "))
     sys.stdout.write(page(groups))
     return 0
 
@@ -86,6 +93,8 @@ def _type(hint: Any) -> str:
         return f"{_type(arguments[0])} {bounds}".strip()
     if origin is typing.Literal:
         return " or ".join(f"`{choice}`" for choice in arguments)
+    if arguments == (int, float):
+        return "int or float"
     if type(None) in arguments:
         (inner,) = (a for a in arguments if a is not type(None))
         return f"{_type(inner)} or null"

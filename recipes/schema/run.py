@@ -6,7 +6,7 @@ The text under a field is its documentation: meaning, unit, range and reason for
 from dataclasses import dataclass
 from typing import Literal
 
-from recipes.schema.fields import Count, PositiveInt
+from recipes.schema.fields import Count, PositiveInt, Seed
 
 
 @dataclass(frozen=True)
@@ -14,12 +14,12 @@ class RunConfig:
     """What one run is called, how long it lasts, and how big a step is."""
 
     name: str
-    """Name of the run: its files lie in `folder`/`name`."""
+    """Name of the run: its files are in `folder`/`name`. Letters, digits, blanks and signs; `/` makes a folder in a folder."""
     steps: PositiveInt
     """Optimizer steps to train in all (a resumed run counts the steps before it)."""
     folder: str = "runs"
     """Folder of all runs."""
-    seed: int = 1234
+    seed: Seed = 1234
     """Seed of the initial weights. The data order has its own, `data.seed`."""
     global_rows: PositiveInt = 8
     """Rows in one optimizer step, over all ranks. Independent of the layout, so is the training."""

@@ -17,11 +17,14 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
+from recipes.schema.errors import Problem
 from recipes.schema.model import ModelConfig
 from recipes.schema.parallel import ParallelConfig
 from recipes.schema.pattern import layer_kinds
 from recipes.schema.precision import PrecisionConfig
 
+HADAMARD = 16
+"""Values that the Hadamard rotation of NVFP4 mixes (arXiv 2509.25149)."""
 Orientation = Literal["rows", "columns"]
 """`rows`: one-dimensional blocks lie along the last dimension (features); `columns`: along the first (tokens)."""
 
@@ -157,11 +160,48 @@ def low_precision_linears(model: ModelConfig, precision: PrecisionConfig) -> dic
 
     The first `high_precision_first` and last `high_precision_last` layers of the pattern stay in high precision.
     """
-    if precision.scaling == "none" and (precision.switch_at_tokens is None or precision.scaling_after == "none"):
+    if not scalings_used(precision):
         return {}
     kinds = layer_kinds(model.pattern)
     first, last = precision.high_precision_first, len(kinds) - precision.high_precision_last
     return {index: LINEARS[kind] for index, kind in enumerate(kinds) if first <= index < last}
+
+
+def scalings_used(precision: PrecisionConfig) -> list[str]:
+    """The low-precision recipes that some step of a run computes in, in order; [] where all is high precision."""
+    names = [precision.scaling, *([precision.scaling_after] if precision.switch_at_tokens is not None else [])]
+    return [name for name in dict.fromkeys(names) if name != "none"]
+
+
+RECIPE_NAMES = {
+    "delayed": "fp8_delayed",
+    "current": "fp8_current",
+    "blockwise": "fp8_blockwise",
+    "unscaled": "fp8_unscaled",
+}
+"""Scalings whose option of the `precision` group, and name for people, is another."""
+
+
+def describe_precision(model: ModelConfig, precision: PrecisionConfig, *, tokens: int | None = None) -> str:
+    """What really multiplies, for people: `fp8_blockwise, 6 of 10 layers; ends bf16`. A format that no layer gets is not named
+    first: `bf16; fp8_blockwise in none of 4 layers`. tokens: of a step that starts after so many; None: of the whole run."""
+
+    def words(scaling: str) -> str:
+        name = RECIPE_NAMES.get(scaling, scaling)
+        if scaling == "none":
+            return precision.params
+        if not low:
+            return f"{precision.params}; {name} in none of {layers} layers"
+        return f"{name}, {low} of {layers} layers" + (f"; ends {precision.params}" if low < layers else "")
+
+    low, layers = len(low_precision_linears(model, precision)), len(layer_kinds(model.pattern))
+    if tokens is not None:
+        active = active_scaling(precision, tokens)
+        return words("none" if active is None else active.name)
+    text = words(precision.scaling)
+    if precision.switch_at_tokens is not None:
+        text += f"; from token {precision.switch_at_tokens:,}: {words(precision.scaling_after)}"
+    return text
 
 
 def active_scaling(precision: PrecisionConfig, tokens: int) -> Scaling | None:
@@ -188,8 +228,8 @@ def linear_shapes(model: ModelConfig, kind: str, *, tensor: int = 1) -> dict[str
 
 def shape_problems(
     model: ModelConfig, *, parallel: ParallelConfig, precision: PrecisionConfig, rank_tokens: int
-) -> list[str]:
-    """Why a recipe's shapes cannot run in low precision on a GPU; each line names the field and a remedy.
+) -> list[Problem]:
+    """Why a recipe's shapes cannot run in low precision on a GPU; each names the field and a remedy.
 
     rank_tokens: tokens of one microbatch on one rank (rows x tokens of a row, over context ranks). cuBLASLt wants both
     dimensions of each FP8 matrix to be multiples of 16; MXFP8 and NVFP4 of 32; under sequence parallelism 128-blocks
@@ -198,12 +238,12 @@ def shape_problems(
     layers = low_precision_linears(model, precision)
     if not layers:
         return []
-    scalings = [scaling_of(precision, name) for name in (precision.scaling, precision.scaling_after)]
+    scalings = [scaling_of(precision, name) for name in scalings_used(precision)]
     active = [scaling for scaling in scalings if scaling is not None]
     multiple = max(scaling.multiple for scaling in active)
-    names = "/".join(dict.fromkeys(scaling.name for scaling in active))
+    names = "/".join(scaling.name for scaling in active)
     kinds = layer_kinds(model.pattern)
-    remedy = {
+    owners = {
         "M": "model.mamba_heads, mamba_head_dim, mamba_state and mamba_groups",
         "*": "model.heads, kv_heads and head_dim",
         "w": "model.heads, kv_heads and head_dim",
@@ -214,22 +254,38 @@ def shape_problems(
         for name, (out, into) in linear_shapes(model, kind, tensor=parallel.tensor).items():
             for what, value in (("output", out), ("input", into)):
                 if value % multiple:
-                    problems.append(
+                    text = (
                         f"precision.scaling={names}: {name} of `{kind}` layers has {what} width {value:,} on each of "
-                        f"{parallel.tensor} tensor ranks, not a multiple of {multiple}. Lower parallel.tensor, or change "
-                        f"{remedy[kind]} (or model.hidden)."
+                        f"{parallel.tensor} tensor ranks, not a multiple of {multiple}."
                     )
+                    remedy = f"Lower parallel.tensor, or change {owners[kind]} (or model.hidden)."
+                    problems.append(Problem("precision.scaling", text, remedy))
     if rank_tokens % multiple:
-        problems.append(
-            f"precision.scaling={names}: a microbatch has {rank_tokens:,} tokens per rank, not a multiple of {multiple}. "
-            f"Change run.microbatch_rows or data.row_tokens."
-        )
+        problems.append(_ragged(names, rank_tokens, multiple))
     blocks = [scaling.input.block for scaling in active if scaling.input.block is not None]
     if parallel.sequence and blocks and (rank_tokens // parallel.tensor) % max(along for _, along in blocks):
         along = max(along for _, along in blocks)
-        problems.append(
+        text = (
             f"precision.scaling={names} with parallel.sequence=true: {rank_tokens:,} tokens over {parallel.tensor} tensor "
-            f"ranks leave {rank_tokens / parallel.tensor:g} each, not a multiple of the {along}-token block. Use a longer "
-            f"data.row_tokens or more run.microbatch_rows."
+            f"ranks leave {rank_tokens / parallel.tensor:g} each, not a multiple of the {along}-token block."
         )
+        remedy = "Use a longer data.row_tokens or more run.microbatch_rows."
+        problems.append(Problem("precision.scaling", text, remedy))
     return problems
+
+
+def rotation_problems(model: ModelConfig, *, precision: PrecisionConfig, rank_tokens: int) -> list[Problem]:
+    """Tokens that NVFP4's Hadamard rotation cannot take, on any backend: it turns blocks of 16 along the tokens."""
+    rotated = [
+        scaling.name
+        for scaling in (scaling_of(precision, name) for name in scalings_used(precision))
+        if scaling is not None and scaling.grad_for_weight_grad.hadamard
+    ]
+    if not rotated or not low_precision_linears(model, precision) or rank_tokens % HADAMARD == 0:
+        return []
+    return [_ragged(rotated[0], rank_tokens, HADAMARD)]
+
+
+def _ragged(names: str, rank_tokens: int, multiple: int) -> Problem:
+    text = f"precision.scaling={names}: a microbatch has {rank_tokens:,} tokens per rank, not a multiple of {multiple}."
+    return Problem("precision.scaling", text, "Change run.microbatch_rows or data.row_tokens.")

@@ -11,9 +11,11 @@ decay of D updates reaches exactly `final_fraction` with its last, and warm-up +
 """
 
 import math
+from dataclasses import dataclass
+from fractions import Fraction
 from typing import Literal
 
-from recipes.schema.errors import RecipeError
+from recipes.schema.errors import Problem, refuse
 from recipes.schema.optim import ScheduleConfig
 
 
@@ -24,49 +26,76 @@ def learning_rate_factor(
 
     total_steps: where the schedule ends if `schedule.total` is null. A schedule that `check` accepts is assumed.
     """
-    in_steps = schedule.unit == "steps"
-    done = step + 1 if in_steps else tokens + tokens_per_step
-    end = schedule.total or (total_steps if in_steps else total_steps * tokens_per_step)
-    if done <= schedule.warmup:
-        return done / schedule.warmup
+    lengths = lengths_of(schedule, total_steps=total_steps, tokens_per_step=tokens_per_step)
+    done = step + 1 if schedule.unit == "steps" else tokens + tokens_per_step
+    if done <= lengths.warmup:
+        return done / lengths.warmup
     match schedule.kind:
         case "constant":
             return 1.0
         case "cosine":
-            return _decayed("cosine", _progress(done, schedule.warmup, end), schedule.final_fraction)
+            return _decayed("cosine", _progress(done, lengths.warmup, lengths.whole), schedule.final_fraction)
         case "wsd":
-            if schedule.decay == 0:
+            if lengths.decay == 0:
                 return 1.0
-            return _decayed(schedule.decay_shape, _progress(done, end - schedule.decay, end), schedule.final_fraction)
+            start = lengths.whole - lengths.decay
+            return _decayed(schedule.decay_shape, _progress(done, start, lengths.whole), schedule.final_fraction)
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """The phases of a schedule in its own unit, steps or tokens."""
+
+    warmup: int
+    decay: int
+    """0 where nothing decays at the end."""
+    whole: int
+
+
+def lengths_of(schedule: ScheduleConfig, *, total_steps: int, tokens_per_step: int) -> Lengths:
+    """The phases in whole steps or tokens; a fraction is of the whole schedule. Fractions of at most 1 together fit."""
+    whole = schedule.total or (total_steps if schedule.unit == "steps" else total_steps * tokens_per_step)
+
+    def length(value: float) -> int:
+        return value if isinstance(value, int) else int(Fraction(repr(value)) * whole)  # exact: 0.29 of 100 is 29
+
+    return Lengths(length(schedule.warmup), length(schedule.decay) if schedule.kind == "wsd" else 0, whole)
+
+
+def unread(schedule: ScheduleConfig) -> str:
+    """What a schedule sets and does not read, for people; empty where there is nothing. Swapping a group leaves such fields."""
+    idle = schedule.decay and schedule.kind != "wsd"
+    return f"schedule.kind={schedule.kind} does not read schedule.decay={schedule.decay}" if idle else ""
+
+
+def schedule_problems(schedule: ScheduleConfig, *, total_steps: int, tokens_per_step: int) -> list[Problem]:
+    """Why the phases of a schedule do not fit into the run."""
+    lengths = lengths_of(schedule, total_steps=total_steps, tokens_per_step=tokens_per_step)
+    decay, end = schedule.decay if lengths.decay else 0, lengths.whole
+    whole = f"schedule.total={schedule.total}"
+    if schedule.total is None:
+        whole = f"run.steps={total_steps}" + ("" if schedule.unit == "steps" else f" x {tokens_per_step} tokens a step")
+    problems = []
+    if lengths.warmup + lengths.decay > end:
+        text = (
+            f"schedule.warmup={schedule.warmup} + schedule.decay={decay} {schedule.unit} are longer than the whole "
+            f"schedule, {whole}."
+        )
+        remedy = (
+            f"Shorten them to {end} together, give them as fractions of it (schedule.warmup=0.1), or lengthen run.steps or "
+            f"schedule.total."
+        )
+        problems.append(Problem("schedule.warmup", text, remedy))
+    if schedule.kind == "wsd" and decay and schedule.decay_shape == "exponential" and schedule.final_fraction == 0:
+        text = "schedule.decay_shape=exponential cannot reach schedule.final_fraction=0."
+        remedy = "Use a fraction above 0, or schedule.decay_shape=linear."
+        problems.append(Problem("schedule.decay_shape", text, remedy))
+    return problems
 
 
 def check(schedule: ScheduleConfig, *, total_steps: int, tokens_per_step: int) -> None:
-    """Raise RecipeError, one line for each thing, where the phases of a schedule do not fit into the run."""
-    in_steps = schedule.unit == "steps"
-    whole = f"schedule.total={schedule.total}"
-    end = schedule.total
-    if end is None:
-        whole = f"run.steps={total_steps}" + ("" if in_steps else f" x {tokens_per_step} tokens a step")
-        end = total_steps if in_steps else total_steps * tokens_per_step
-    problems = []
-    decay = schedule.decay if schedule.kind == "wsd" else 0
-    if schedule.warmup + decay > end:
-        problems.append(
-            f"schedule.warmup={schedule.warmup} + schedule.decay={decay} {schedule.unit} are longer than the whole "
-            f"schedule, {whole}. Shorten them to {end} together, or lengthen run.steps or schedule.total."
-        )
-    if schedule.decay and schedule.kind != "wsd":
-        problems.append(
-            f"schedule.decay={schedule.decay} means nothing to schedule.kind={schedule.kind}. Use "
-            f"schedule.kind=wsd, or schedule.decay=0."
-        )
-    if schedule.kind == "wsd" and decay and schedule.decay_shape == "exponential" and schedule.final_fraction == 0:
-        problems.append(
-            "schedule.decay_shape=exponential cannot reach schedule.final_fraction=0. Use a fraction above 0, or "
-            "schedule.decay_shape=linear."
-        )
-    if problems:
-        raise RecipeError("\n".join(problems))
+    """Raise RecipeError with every `schedule_problems`."""
+    refuse(schedule_problems(schedule, total_steps=total_steps, tokens_per_step=tokens_per_step))
 
 
 def _progress(done: int, start: int, end: int) -> float:

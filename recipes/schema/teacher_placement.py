@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from recipes.schema.errors import RecipeError
+from recipes.schema.errors import Problem, refuse
 from recipes.schema.layout import Layout
 
 
@@ -50,13 +50,21 @@ class Place:
 
 def place_of(layout: Layout, rank: int, *, tensor: int) -> Place | None:
     """The place of `rank`; None for a rank of an earlier stage. RecipeError where the teacher's degree does not fit."""
+    refuse(degree_problems(layout, tensor=tensor))
+    ranks = layout.world // layout.pipeline
+    first = layout.world - ranks
+    return Place(rank - first, ranks, layout.tensor * layout.context, tensor) if rank >= first else None
+
+
+def degree_problems(layout: Layout, *, tensor: int) -> list[Problem]:
+    """A tensor degree of the teacher that the ranks of the student's last stage cannot be cut into."""
     ranks = layout.world // layout.pipeline
     sharing = layout.tensor * layout.context
-    if ranks % tensor or (sharing % tensor and tensor % sharing):
-        fit = [n for n in range(1, ranks + 1) if ranks % n == 0 and (sharing % n == 0 or n % sharing == 0)]
-        raise RecipeError(
-            f"objective.teacher_tensor={tensor}: the teacher lives on the {ranks} ranks of the last pipeline stage, of "
-            f"which {sharing} share the same rows. Use {', '.join(map(str, fit))}."
-        )
-    first = layout.world - ranks
-    return Place(rank - first, ranks, sharing, tensor) if rank >= first else None
+    if ranks % tensor == 0 and (sharing % tensor == 0 or tensor % sharing == 0):
+        return []
+    fit = [n for n in range(1, ranks + 1) if ranks % n == 0 and (sharing % n == 0 or n % sharing == 0)]
+    text = (
+        f"objective.teacher_tensor={tensor}: the teacher runs on the {ranks} ranks of the last pipeline stage, of which "
+        f"{sharing} share the same rows."
+    )
+    return [Problem("objective.teacher_tensor", text, f"Use {', '.join(map(str, fit))}.")]

@@ -1,14 +1,17 @@
-"""Fields of the sections that tools other than the trainer read, written on the command line as `+generate.*`, `+cache.*`."""
+"""Options of the tools: each field is one option of a command (`stratum generate --top-k 40`), with the text under it as help.
+
+The shared options of every command that reads a recipe are in `recipes.schema.options`.
+"""
 
 from dataclasses import dataclass
 from typing import Literal
 
-from recipes.schema.fields import Count, Fraction, NonNegativeFloat, PositiveInt
+from recipes.schema.fields import Count, Fraction, NonNegativeFloat, PositiveInt, Seed
 
 
 @dataclass(frozen=True)
 class GenerateConfig:
-    """Fields of `+generate.*` on the command line."""
+    """Options of `stratum generate`."""
 
     prompt: str = "\n"
     """Text to continue."""
@@ -20,19 +23,63 @@ class GenerateConfig:
     """Only the k likeliest tokens; 0: all."""
     top_p: Fraction = 0.95
     """Only the likeliest tokens that hold this share of the probability."""
-    seed: int = 0
-    """Seed of the picks: the same seed and checkpoint give the same text."""
+    seed: Seed = 0
+    """Seed of the random choices: the same seed and checkpoint give the same text."""
     checkpoint: str | None = None
-    """A checkpoint folder; null takes the newest of the run."""
+    """A checkpoint folder; the newest of the run if not given."""
 
 
 @dataclass(frozen=True)
 class TeacherCacheConfig:
-    """Fields of `+cache.*` on the command line."""
+    """Options of `stratum teacher-cache`."""
 
     values: Literal["float16", "float32"] = "float32"
-    """Format of the kept log-probabilities."""
+    """Format of the cached log-probabilities."""
     block_rows: PositiveInt = 64
     """Rows written as one file."""
     student: str | None = None
     """A checkpoint or run: measure with it what keeping fewer tokens loses."""
+
+
+@dataclass(frozen=True)
+class PrepareConfig:
+    """Options of `stratum prepare`."""
+
+    task: str | None = None
+    """Do one part of an array job: K/N, plan or merge (see below). Without it, everything that is not done yet."""
+
+
+@dataclass(frozen=True)
+class InspectConfig:
+    """Options of `stratum inspect`."""
+
+    samples: Count = 2
+    """Documents of each source whose beginning is shown."""
+    chars: Count = 240
+    """Characters shown of each."""
+    picture: str | None = None
+    """File of the histogram; lengths.png in the data's folder if not given."""
+    verify: bool = False
+    """First read every file and compare it with its checksum."""
+
+
+@dataclass(frozen=True)
+class TraceConfig:
+    """Options of `stratum trace`."""
+
+    step: PositiveInt | None = None
+    """Show what this step saw."""
+    rows: PositiveInt | None = None
+    """Only the first of its rows; all if not given."""
+    file: str | None = None
+    """Show when documents of this file were seen: its name, or the end of it."""
+    record: Count | None = None
+    """Only this record of the file: line or row, from 0."""
+    source: str | None = None
+    """Show when a document of this source was seen; with --document."""
+    document: Count | None = None
+    """Number of the document in the source's training stream, from 0."""
+    chars: Count = 200
+    """Characters of text shown of each document; 0 for none."""
+    json: bool = False
+    """One JSON object a line instead of text."""

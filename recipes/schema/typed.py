@@ -42,6 +42,54 @@ def build[T](cls: type[T], mapping: Any, where: str) -> T:
     return typing.cast(T, result)
 
 
+def defaults_of(cls: type) -> dict[str, Any]:
+    """A dataclass's defaults as a plain mapping of every field, groups inside groups too; `???` where there is none."""
+    values: dict[str, Any] = {}
+    hints = typing.get_type_hints(cls)
+    for field in dataclasses.fields(cls):
+        if dataclasses.is_dataclass(hints[field.name]):
+            values[field.name] = defaults_of(typing.cast(type, hints[field.name]))
+        elif field.default is not dataclasses.MISSING:
+            values[field.name] = list(field.default) if isinstance(field.default, tuple) else field.default
+        elif field.default_factory is not dataclasses.MISSING:
+            values[field.name] = field.default_factory()
+        else:
+            values[field.name] = "???"
+    return values
+
+
+def differing(value: Any) -> dict[str, Any]:
+    """What a dataclass instance says that its defaults do not, as a plain mapping: how it is written as YAML."""
+    own: dict[str, Any] = {}
+    for name, default in defaults_of(type(value)).items():
+        item = getattr(value, name)
+        if dataclasses.is_dataclass(item):
+            own |= {name: inner} if (inner := differing(item)) else {}
+        elif isinstance(item, dict) and all(map(dataclasses.is_dataclass, item.values())):
+            own |= {name: {key: differing(one) for key, one in item.items()}} if item else {}
+        elif isinstance(item, tuple):
+            plain = [differing(one) if dataclasses.is_dataclass(one) else one for one in item]
+            own |= {name: plain} if plain != default else {}
+        elif item != default:
+            own[name] = item
+    return own
+
+
+def type_at(cls: type, key: str) -> Any:
+    """Type of the field at a dotted key, `X` for a field `X | None` and inside a named group; None where there is none."""
+    kind: Any = cls
+    for name in key.split("."):
+        if typing.get_origin(kind) is dict:
+            kind = typing.get_args(kind)[1]
+        elif dataclasses.is_dataclass(kind):
+            kind = typing.get_type_hints(kind).get(name)
+        else:
+            return None
+        if typing.get_origin(kind) in (typing.Union, types.UnionType):
+            kind = next((inner for inner in typing.get_args(kind) if inner is not type(None)), None)
+    return kind
+
+
 def field_docs(cls: type) -> dict[str, str]:
     """The text under each field of a dataclass, one line each, in order."""
     tree = ast.parse(textwrap.dedent(inspect.getsource(cls)))
@@ -82,8 +130,8 @@ def _value(hint: Any, value: Any, where: str, problems: list[str]) -> Any:
         hint, *extras = typing.get_args(hint)
         bounds = next((extra for extra in extras if isinstance(extra, Range)), None)
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
-    if origin in (typing.Union, types.UnionType):
-        if value is None and type(None) in arguments:
+    if origin in (typing.Union, types.UnionType) and type(None) in arguments:
+        if value is None:
             return None
         (inner,) = (a for a in arguments if a is not type(None))
         return _value(inner, value, where, problems)
@@ -93,7 +141,7 @@ def _value(hint: Any, value: Any, where: str, problems: list[str]) -> Any:
         if not isinstance(value, Mapping):
             problems.append(f"{where}={value!r} is a {_kind(value)}, not a group.")
             return None
-        return {str(key): _value(arguments[1], item, _at(where, key), problems) for key, item in value.items()}
+        return {str(key): _named(arguments[1], value, key, where, problems) for key in value}
     if origin in (list, tuple):
         if not isinstance(value, list | tuple):
             problems.append(f"{where}={value!r} is a {_kind(value)}, not a list.")
@@ -112,6 +160,16 @@ def _value(hint: Any, value: Any, where: str, problems: list[str]) -> Any:
         return None
 
 
+def _named(hint: Any, group: Mapping[Any, Any], key: Any, where: str, problems: list[str]) -> Any:
+    """One item of a named group. A mistyped name makes a new item, mostly one without its required fields: say so."""
+    before = len(problems)
+    item = _value(hint, group[key], _at(where, key), problems)
+    near = difflib.get_close_matches(str(key), [str(other) for other in group if other != key], n=1)
+    if near and any(" is missing: " in line for line in problems[before:]):
+        problems[-1] += f" Or did you mean {_at(where, near[0])}?"
+    return item
+
+
 def _choice(choices: tuple[Any, ...], value: Any) -> Any:
     if value in choices and not isinstance(value, bool):
         return value
@@ -121,7 +179,9 @@ def _choice(choices: tuple[Any, ...], value: Any) -> Any:
 
 
 def _scalar(kind: Any, value: Any) -> Any:
-    if kind is float:
+    if kind == int | float and isinstance(value, int) and not isinstance(value, bool):
+        return value
+    if kind in (float, int | float):
         if isinstance(value, int | float) and not isinstance(value, bool):
             return float(value)
         if isinstance(value, str):

@@ -38,6 +38,7 @@ from recipes.schema.recipe import Recipe
 from train.checkpoint import storage, writing
 from train.checkpoint.files import bytes_of
 from train.checkpoint.manager import CheckpointFolder
+from train.checkpoint.manifest import RunState
 from train.engine import Engine
 
 BESIDE = 6
@@ -107,9 +108,7 @@ class Torch:
     """torch.distributed.checkpoint over the same tensors."""
 
     def __init__(self, engine: Engine, folder: Path) -> None:
-        snapshot = storage.snapshot_of(
-            engine, step=0, position=0, tokens=0, recipe={}, data_hash="", tokenizer="", lineage={}
-        )
+        snapshot = storage.snapshot_of(engine, RunState())
         self.state = {piece.label: piece.data for piece in snapshot.pieces}
         self.folder = folder
 
@@ -142,7 +141,7 @@ def measure(recipe: Recipe, folder: Path, rounds: int) -> tuple[dict[str, list[f
         def request(*, background: bool) -> None:
             nonlocal saves
             saves += 1
-            checkpoints.request(engine, step=saves, position=0, recipe={}, data_hash="h", background=background)
+            checkpoints.request(engine, RunState(step=saves, position=0, data_hash="h"), background=background)
 
         def saved() -> dict[str, Any]:
             return next(event.fields for event in checkpoints.collect() if event.kind == "save")

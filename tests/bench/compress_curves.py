@@ -8,7 +8,7 @@
 Two runs that are compared differ in the loss alone: the same first weights, the same rows in the same order, the same
 schedule; a seed is another order of rows (and other first weights where they are drawn). A learning rate for each loss is
 chosen first, among the same three, on a seed that is not used again. Runs that are finished are not run again, one that was
-killed continues. About 90 minutes on one core; the teacher comes first (`python -m train -cn tiny_teacher`).
+killed continues. About 90 minutes on one core; the teacher comes first (`stratum train -cn tiny_teacher`).
 """
 
 import argparse

@@ -21,7 +21,8 @@ import yaml
 import train.megatron  # noqa: F401  readies Megatron before anything imports it
 from recipes.schema.command import RECIPES
 from recipes.schema.model import ModelConfig
-from train.checkpoint.storage import Manifest, publish
+from train.checkpoint.manifest import RunState
+from train.checkpoint.storage import publish
 from train.checkpoint.tensors import StoredTensor, StoredTensors, write_weights
 from train.hf.config import family_of
 from train.hf.convert import export_weights, import_weights
@@ -73,8 +74,7 @@ def main() -> None:
             weights,
             lambda name: torch.full(weights[name].shape, hash(name) % 97 / 97, dtype=weights[name].dtype),
         )
-        empty = Manifest(step=0, position=0, tokens=0, layout={}, recipe={}, data_hash="", versions={})
-        publish(folder / "writing", folder / "ours", empty)
+        publish(folder / "writing", folder / "ours", RunState())
 
     try:
         alone("nothing", lambda: None)

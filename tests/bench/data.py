@@ -9,8 +9,8 @@ Prints Markdown.
 
 "memmap" is what one would write by hand: numpy's memory map, a batch gathered by one index, widened once. It keeps no
 shares, epochs, documents or checksums and dies with the file. "Per core": tokens per second of CPU time, all threads.
-Best-fit rows: what was packed is kept up to some bytes (`data/rows/packing.py`), which this corpus does not exceed; "packed anew" is
-what remains on one that is a thousand times larger.
+Best-fit rows: packed rows are kept up to some bytes (`data/rows/packing.py`), which this corpus does not exceed; "packed anew"
+is the speed on a corpus a thousand times larger.
 """
 
 import argparse

@@ -30,6 +30,7 @@ from recipes.schema.read import recipe_from_mapping, recipe_mapping
 from recipes.schema.recipe import Recipe
 from train.build import build_engine, check, mesh_of
 from train.checkpoint.manager import CheckpointFolder
+from train.checkpoint.manifest import RunState
 from train.distill.soft_targets import OnlineTargets
 from train.distill.teacher import open_teacher
 from train.engine import Engine
@@ -74,7 +75,7 @@ def _saved(recipe: Recipe, folder: Path) -> Path:
     with mesh_of(recipe, check(recipe, world=1), device=torch.device("cpu"), rank=0) as mesh:
         engine = build_engine(recipe, mesh)
         return CheckpointFolder(folder, CheckpointConfig()).save(
-            engine, step=1, position=1, recipe=recipe_mapping(recipe), data_hash=""
+            engine, RunState(step=1, position=1, recipe=recipe_mapping(recipe))
         )
 
 

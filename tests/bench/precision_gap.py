@@ -1,6 +1,6 @@
 """`make precision-gap`: train the same small hybrid with every precision, and a small Gemma 2 with some, and compare losses.
 
-    each precision: python -m train -cn precision_gap precision=... --> runs/gap_NAME (resumes where it stopped)
+    each precision: stratum train -cn precision_gap precision=... --> runs/gap_NAME (resumes where it stopped)
     all of them --> docs/pictures/precision_gap.png and a table for docs/fp8.md
 
 Everything but the precision is the same: weights, rows, order, schedule. Runs that are finished are not run again, one that
@@ -51,7 +51,7 @@ def main() -> int:
     parser.add_argument("overrides", nargs="*", help="further overrides for every run")
     options = parser.parse_args()
     if not options.compare:
-        subprocess.run([sys.executable, "-m", "data.prepare", "-cn", "precision_gap"], cwd=ROOT, check=True)
+        subprocess.run([sys.executable, "-m", "train.stratum", "prepare", "-cn", "precision_gap"], cwd=ROOT, check=True)
         for name in options.only:
             command = [sys.executable, "-m", "train", "-cn", "precision_gap", f"run.name=gap_{name}"]
             subprocess.run([*command, *RUNS[name], *options.overrides], cwd=ROOT, check=True)

@@ -14,6 +14,7 @@ from tiny import engine_of, recipe_with, steps_of
 
 from recipes.schema.recipe import Recipe
 from train.checkpoint.manager import CheckpointFolder
+from train.checkpoint.manifest import RunState
 from train.checkpoint.stale import FEWEST
 
 
@@ -28,14 +29,12 @@ def both_ways(rank: int, recipe: Recipe, world: int, folder: Path) -> tuple[floa
     """
     with engine_of(recipe, rank=rank, world=world) as engine:
         steps_of(engine, recipe, range(1))
-        CheckpointFolder(folder / "waited", recipe.checkpoint).save(
-            engine, step=1, position=4, recipe={}, data_hash="h"
-        )
+        CheckpointFolder(folder / "waited", recipe.checkpoint).save(engine, RunState(step=1, position=4, data_hash="h"))
         checkpoints = CheckpointFolder(folder / "beside", recipe.checkpoint)
         released = threading.Event()
         with acts_of_saves(lambda act: act.name == "writev" and released.wait(60)):
             started = time.perf_counter()
-            checkpoints.request(engine, step=1, position=4, recipe={}, data_hash="h")
+            checkpoints.request(engine, RunState(step=1, position=4, data_hash="h"))
             held = time.perf_counter() - started
             kinds = [event.kind for event in checkpoints.collect()]
             for step in range(1, 4):
@@ -74,7 +73,7 @@ def unstaged(rank: int, folder: Path) -> list[bool]:
         checkpoints = CheckpointFolder(folder, SMALL.checkpoint)
         real = fingerprint.of_box
         fingerprint.of_box = lambda *a, **k: (time.sleep(0.02), real(*a, **k))[1]
-        checkpoints.request(engine, step=1, position=4, recipe={}, data_hash="h")
+        checkpoints.request(engine, RunState(step=1, position=4, data_hash="h"))
         seen = []
 
         def note() -> None:
@@ -98,7 +97,7 @@ def no_threads_left(rank: int, folder: Path) -> int:
         checkpoints = CheckpointFolder(folder, replace(SMALL.checkpoint, keep_last=1))
         for step in range(3):
             steps_of(engine, SMALL, range(step, step + 1), before_update=checkpoints.before_update)
-            checkpoints.request(engine, step=step + 1, position=0, recipe={}, data_hash="h")
+            checkpoints.request(engine, RunState(step=step + 1, position=0, data_hash="h"))
         checkpoints.wait()
         time.sleep(0.1)
         return sum(thread.name.startswith("save of") for thread in threading.enumerate())

@@ -12,7 +12,7 @@ from recipes.schema.checkpoint import CheckpointConfig
 from recipes.schema.errors import CheckpointError
 from recipes.schema.recipe import Recipe
 from train.checkpoint.manager import CheckpointFolder
-from train.checkpoint.manifest import read_manifest
+from train.checkpoint.manifest import RunState, read_manifest
 from train.checkpoint.resume import resume
 from train.model.initial import global_names
 
@@ -29,7 +29,7 @@ def save_on_the_way(rank: int, recipe: Recipe, world: int, folder: Path) -> tupl
     """Train STEPS steps, saving after SAVED_AT. -> the numbers after the save, and this rank's last weights."""
     with engine_of(recipe, rank=rank, world=world) as engine:
         steps_of(engine, recipe, range(SAVED_AT))
-        CheckpointFolder(folder, recipe.checkpoint).save(engine, step=SAVED_AT, position=8, recipe={}, data_hash="h")
+        CheckpointFolder(folder, recipe.checkpoint).save(engine, RunState(step=SAVED_AT, position=8, data_hash="h"))
         numbers = steps_of(engine, recipe, range(SAVED_AT, STEPS))
         return numbers, weights_of(engine.chunks)
 
@@ -161,7 +161,7 @@ def save_several(rank: int, folder: Path, every: int) -> None:
     with engine_of(recipe, rank=rank, world=2) as engine:
         checkpoints = CheckpointFolder(folder, recipe.checkpoint)
         for step in range(1, 6):
-            checkpoints.save(engine, step=step, position=step, recipe={}, data_hash="h")
+            checkpoints.save(engine, RunState(step=step, position=step, data_hash="h"))
 
 
 def test_retention_keeps_the_last_and_the_milestones(tmp_path: Path) -> None:
@@ -176,10 +176,10 @@ def save_on_full_disk(rank: int, folder: Path) -> None:
     recipe = recipe_with(**{"checkpoint.retries": 1, "checkpoint.retry_wait_s": 0.01})
     with engine_of(recipe, rank=rank, world=2) as engine:
         checkpoints = CheckpointFolder(folder, recipe.checkpoint)
-        checkpoints.save(engine, step=1, position=1, recipe={}, data_hash="h")
+        checkpoints.save(engine, RunState(step=1, position=1, data_hash="h"))
         usage = shutil.disk_usage(folder)
         shutil.disk_usage = lambda _path: usage._replace(free=1000)  # type: ignore[assignment]
-        checkpoints.save(engine, step=2, position=2, recipe={}, data_hash="h")
+        checkpoints.save(engine, RunState(step=2, position=2, data_hash="h"))
 
 
 def test_a_full_disk_is_named_before_anything_is_lost(tmp_path: Path) -> None:
@@ -196,7 +196,7 @@ def resume_modes(rank: int, folder: Path) -> list[str]:
         with engine_of(recipe, rank=rank, world=1) as engine:
             checkpoints = CheckpointFolder(folder, recipe.checkpoint)
             try:
-                resume(checkpoints, engine, recipe=recipe, mapping={}, data_hash="other")
+                resume(checkpoints, engine, recipe=recipe, new=RunState(data_hash="other"))
             except Exception as error:
                 messages.append(f"{type(error).__name__}: {error}")
     return messages

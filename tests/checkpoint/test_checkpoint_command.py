@@ -1,4 +1,4 @@
-"""`python -m train.checkpoint`, as a user meets it: what it prints, what it writes, what it refuses. Its numbers are compared
+"""`stratum checkpoint`, as a user meets it: what it prints, what it writes, what it refuses. Its numbers are compared
 with the files themselves, read by the safetensors library."""
 
 import json
@@ -19,10 +19,10 @@ from lives import Run, recipe_in
 from ranks import run_ranks
 from safetensors.numpy import load_file
 
+from recipes.schema import checkpoint_steps as steps
+from recipes.schema.manifest import _digest, read_manifest
 from recipes.schema.recipe import Recipe
-from train.checkpoint import steps
 from train.checkpoint.__main__ import main as command
-from train.checkpoint.manifest import _digest, read_manifest
 
 _LABEL = re.compile(r"(.+)\[(.*)\]")
 
@@ -337,7 +337,7 @@ def test_a_place_without_checkpoints_is_named(word: str, tmp_path: Path, say: Sa
 
 
 def test_as_a_process_it_helps_and_refuses(run: Path) -> None:
-    """`python -m train.checkpoint`, once for real."""
+    """`stratum checkpoint`, once for real."""
     (at(run, 8) / "manifest.json").write_bytes(b"\x80\x04.")
     words = [sys.executable, "-m", "train.checkpoint", "show", str(at(run, 8))]
     refused = subprocess.run(words, capture_output=True, text=True, timeout=120)
@@ -349,5 +349,5 @@ def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
         with pytest.raises(SystemExit) as end:
             command([*([word] if word else []), "--help"])
         out = capsys.readouterr().out
-        assert end.value.code == 0 and "usage: python -m train.checkpoint" in out
+        assert end.value.code == 0 and "usage: stratum checkpoint" in out
     assert all(word in out for word in ("list", "show", "verify", "diff", "reshard", "consolidate", "Exit status"))

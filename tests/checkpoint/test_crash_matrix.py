@@ -11,7 +11,8 @@ import pytest
 from crashes import SMALL, Act, Half, contents, train_on
 from ranks import RankFailed, run_ranks
 
-from train.checkpoint import offline, publishing, steps
+from recipes.schema import checkpoint_steps as steps
+from train.checkpoint import offline, publishing
 
 OLD, NEW, END = 2, 4, 6
 KEEP_ALL = replace(SMALL, checkpoint=replace(SMALL.checkpoint, keep_last=9))

@@ -17,12 +17,13 @@ from crashes import SMALL, Act, acts_of_saves, contents, train_on
 from ranks import RankFailed, run_ranks
 from tiny import engine_of, steps_of
 
+from recipes.schema import checkpoint_steps as steps
 from recipes.schema.errors import CheckpointError
-from train.checkpoint import fingerprint, offline, publishing, steps
+from train.checkpoint import fingerprint, offline, publishing
 from train.checkpoint.__main__ import main as command
 from train.checkpoint.files import Piece, Reader
 from train.checkpoint.manager import CheckpointFolder
-from train.checkpoint.manifest import read_manifest
+from train.checkpoint.manifest import RunState, read_manifest
 from train.checkpoint.publishing import point_at
 from train.checkpoint.stale import FEWEST
 
@@ -192,7 +193,7 @@ def lenient_run(rank: int, folder: Path) -> list[tuple[str, int]]:
         for step in range(NEW):
             steps_of(engine, recipe, range(step, step + 1), before_update=checkpoints.before_update)
             if checkpoints.is_due(step + 1):
-                checkpoints.request(engine, step=step + 1, position=0, recipe={}, data_hash="h")
+                checkpoints.request(engine, RunState(step=step + 1, position=0, data_hash="h"))
             checkpoints.wait()
             checkpoints.check()
             told += [(event.kind, event.step) for event in checkpoints.collect()]
@@ -216,7 +217,7 @@ def write_past_a_limit(rank: int, folder: Path) -> str:
     resource.setrlimit(resource.RLIMIT_FSIZE, (16384, resource.RLIM_INFINITY))
     with engine_of(SMALL, rank=rank, world=1) as engine:
         try:
-            CheckpointFolder(folder, SMALL.checkpoint).save(engine, step=1, position=0, recipe={}, data_hash="h")
+            CheckpointFolder(folder, SMALL.checkpoint).save(engine, RunState(step=1, position=0, data_hash="h"))
         except CheckpointError as error:
             return str(error)
     return "nothing"
@@ -233,7 +234,7 @@ def spoil_and_save(rank: int, folder: Path, spoil: str) -> str:
     with engine_of(SMALL, rank=rank, world=1) as engine:
         checkpoints = CheckpointFolder(folder, SMALL.checkpoint)
         steps_of(engine, SMALL, range(1))
-        checkpoints.save(engine, step=1, position=4, recipe={}, data_hash="h")
+        checkpoints.save(engine, RunState(step=1, position=4, data_hash="h"))
         weight = next(p for p in engine.chunks[0].module.parameters() if p.numel() >= FEWEST and p.dim() == 2)
         before = weight.detach().clone()
         steps_of(engine, SMALL, range(1, 2))
@@ -248,7 +249,7 @@ def spoil_and_save(rank: int, folder: Path, spoil: str) -> str:
             case "buffer of the save before":
                 stale_copy(checkpoints)
         try:
-            checkpoints.request(engine, step=2, position=8, recipe={}, data_hash="h")
+            checkpoints.request(engine, RunState(step=2, position=8, data_hash="h"))
             checkpoints.wait()
             checkpoints.check()
         except CheckpointError as error:
@@ -301,7 +302,7 @@ def train_with_no_learning_rate(rank: int, folder: Path) -> None:
         for step in range(2):
             rows = microbatches(SMALL, engine.mesh, step)
             train_step(engine, rows, step=step, learning_rate=0.0, watch=Stopwatch())
-            checkpoints.save(engine, step=step + 1, position=0, recipe={}, data_hash="h")
+            checkpoints.save(engine, RunState(step=step + 1, position=0, data_hash="h"))
 
 
 def test_weights_that_rightly_stand_still_are_saved(tmp_path: Path) -> None:
@@ -330,6 +331,8 @@ HOSTILE: dict[str, Callable[[dict[str, Any]], None]] = {
     "a hash that is none": lambda m: m.update(data_hash=5),
     "updates below zero": lambda m: m.update(updates=-1),
     "a step that is none": lambda m: m.update(step="rm -rf"),
+    "no step": lambda m: m.pop("step"),
+    "no recipe": lambda m: m.pop("recipe"),
     "fields from elsewhere": lambda m: m.update(__class__="os.system"),
 }
 
@@ -337,7 +340,7 @@ HOSTILE: dict[str, Callable[[dict[str, Any]], None]] = {
 @pytest.mark.parametrize("trick", HOSTILE)
 def test_a_hostile_manifest_is_refused_by_name(trick: str, folder: Path) -> None:
     """Its digest is right: whoever wrote it can compute one."""
-    from train.checkpoint.manifest import _digest
+    from recipes.schema.manifest import _digest
 
     path = folder / steps.name_of(NEW) / "manifest.json"
     body = json.loads(path.read_text())
@@ -350,7 +353,7 @@ def test_a_hostile_manifest_is_refused_by_name(trick: str, folder: Path) -> None
 
 def change_index(new: Path, change: Callable[[dict[str, Any]], None]) -> None:
     """Alter index.json, and make every digest right again."""
-    from train.checkpoint.manifest import _digest, sha256
+    from recipes.schema.manifest import _digest, sha256
 
     body = json.loads((new / "manifest.json").read_text())
     index = json.loads((new / "index.json").read_text())

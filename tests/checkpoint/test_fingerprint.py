@@ -12,9 +12,12 @@ from hypothesis import strategies as st
 from recipes.schema.errors import CheckpointError
 from train.checkpoint import fingerprint
 from train.checkpoint.files import boxes_of_run, bytes_of, opened
+from train.checkpoint.fingerprint import Sums
 
 MASK = 2**64 - 1
-DTYPES = (torch.float32, torch.bfloat16, torch.uint8, torch.int64, torch.float8_e4m3fn)
+DTYPES = (
+    torch.float32, torch.bfloat16, torch.uint8, torch.int64, torch.float8_e4m3fn, torch.float8_e5m2, torch.float16, torch.float64,
+)  # fmt: skip
 
 
 def mix(x: int) -> int:
@@ -25,8 +28,8 @@ def mix(x: int) -> int:
     return x ^ (x >> 31)
 
 
-def by_formula(values: torch.Tensor) -> tuple[int, int]:
-    """The module's formula, term by term."""
+def by_formula(values: torch.Tensor) -> Sums:
+    """The module's formula, term by term; NaN and infinity as torch itself finds them."""
     width = values.element_size()
     rows = values.reshape(-1, values.shape[-1])
     raw = rows.contiguous().view(torch.uint8).reshape(len(rows), -1).tolist()
@@ -39,10 +42,11 @@ def by_formula(values: torch.Tensor) -> tuple[int, int]:
                 rho = mix(~(2 * r + lane) & MASK) | 1
                 alpha = (mix(2 * c + lane) >> 32) | 1
                 sums[lane] += rho * alpha * bits
-    return sums[0] & MASK, sums[1] & MASK
+    sick = int((~values.double().isfinite()).sum()) if values.is_floating_point() else 0
+    return Sums(sums[0] & MASK, sums[1] & MASK, sick)
 
 
-def whole(values: torch.Tensor) -> tuple[int, int]:
+def whole(values: torch.Tensor) -> Sums:
     return fingerprint.of_box(values, whole=values.shape, offset=[0] * values.dim(), shape=values.shape)
 
 
@@ -62,7 +66,7 @@ def test_both_forms_are_the_formula(
     assert whole(values) == want
     monkeypatch.setenv("STRATUM_NATIVE", "0")
     fingerprint.kernels.cache_clear()
-    assert fingerprint._kernel() is None and whole(values) == want
+    assert fingerprint.kernels() is None and whole(values) == want
     fingerprint.kernels.cache_clear()
 
 
@@ -77,7 +81,7 @@ def test_any_cut_gives_the_same_value(shape: tuple[int, ...], dtype: torch.dtype
     values = random_of(shape, dtype)
     size = values.numel()
     edges = sorted({0, size, *(cut % (size + 1) for cut in cuts)})
-    total, covered = (0, 0), 0
+    total, covered = fingerprint.ZERO, 0
     for start, end in reversed(list(pairwise(edges))):
         for offset, box, first in boxes_of_run(shape, start, end):
             count = math.prod(box)
@@ -118,7 +122,7 @@ def test_every_small_change_shows(data: st.DataObject) -> None:
     assert (whole(values) != before) == changed
 
 
-def random_of_like(values: torch.Tensor, before: tuple[int, int]) -> torch.Tensor:
+def random_of_like(values: torch.Tensor, before: Sums) -> torch.Tensor:
     """The original, found by its fingerprint among the hundred that `data` may have drawn."""
     for seed in range(100):
         original = random_of((6, 11), values.dtype, seed)
@@ -134,16 +138,6 @@ def test_a_copy_comes_along() -> None:
     assert sums == whole(values) and torch.equal(out.view(torch.uint8), values.view(torch.uint8))
 
 
-def by_torch(
-    data: torch.Tensor, *, whole: tuple[int, ...], offset: tuple[int, ...], shape: tuple[int, ...]
-) -> tuple[int, int]:
-    """The plain form, which the formula proves above."""
-    rows = fingerprint._rows(whole, offset, shape)
-    width = data.element_size()
-    twice = 2 if width == 8 else 1
-    return fingerprint._in_torch(data, width // twice, rows, columns=twice * shape[-1], first=twice * offset[-1])
-
-
 BOXES = [
     ((9, 3000), (2, 700), (7, 1023)),  # within a block of columns
     ((9, 3000), (0, 0), (3, 2049)),  # blocks and one column
@@ -154,7 +148,7 @@ BOXES = [
 ]
 
 
-@pytest.mark.skipif(fingerprint._kernel() is None, reason="no C compiler here: the plain form is all there is")
+@pytest.mark.skipif(fingerprint.kernels() is None, reason="no C compiler here: the plain form is all there is")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("whole", "offset", "shape"), BOXES)
 def test_large_boxes_in_memory_and_in_a_file(
@@ -163,7 +157,7 @@ def test_large_boxes_in_memory_and_in_a_file(
     """Compiled: in memory, copied on the way, and read from a file by way of little and of much scratch."""
     box = {"whole": whole, "offset": offset, "shape": shape}
     data = random_of(shape, dtype)
-    want = by_torch(data, **box)
+    want = fingerprint._in_torch(data, **box)  # proven by the formula above
     copy = torch.zeros_like(data)
     assert fingerprint.of_box(data, **box) == fingerprint.of_box(data, **box, copy_to=copy.data_ptr()) == want
     assert torch.equal(copy.view(torch.uint8), data.view(torch.uint8))
@@ -172,18 +166,33 @@ def test_large_boxes_in_memory_and_in_a_file(
     with path.open("rb") as stream:
         for room in (1000, 4096, 1 << 20):
             scratch = torch.empty(room, dtype=torch.uint8)
-            width = dtype.itemsize
-            found = fingerprint.of_stored_box(stream.fileno(), 7, width=width, **box, scratch=scratch)
+            found = fingerprint.of_stored_box(stream.fileno(), 7, dtype=dtype, **box, scratch=scratch)
             assert found == want, room
         with pytest.raises(OSError, match="ends too early"):
-            fingerprint.of_stored_box(stream.fileno(), 8, width=width, **box, scratch=scratch)
+            fingerprint.of_stored_box(stream.fileno(), 8, dtype=dtype, **box, scratch=scratch)
     with pytest.raises(CheckpointError, match="Is a directory"), opened(tmp_path) as handle:
-        fingerprint.of_stored_box(handle, 0, width=width, **box, scratch=scratch)
+        fingerprint.of_stored_box(handle, 0, dtype=dtype, **box, scratch=scratch)
 
 
 def test_sums_over_ranks_wrap_like_the_formula() -> None:
-    parts = [(2**64 - 1, 2**63), (5, 2**63 + 7), (0, 1)]
+    parts = [Sums(2**64 - 1, 2**63, 1), Sums(5, 2**63 + 7), Sums(0, 1, 2)]
     tensor = sum(fingerprint.to_tensor([part]) for part in parts)
     assert isinstance(tensor, torch.Tensor)
-    assert fingerprint.from_tensor(tensor) == [(4, 8)]
-    assert fingerprint.from_text(fingerprint.text((4, 8))) == (4, 8)
+    assert fingerprint.from_tensor(tensor) == [Sums(4, 8, 3)]
+    assert fingerprint.from_text(fingerprint.text(Sums(4, 8, 3))) == Sums(4, 8)
+
+
+@pytest.mark.parametrize("dtype", [dtype for dtype in DTYPES if dtype.is_floating_point], ids=str)
+@pytest.mark.parametrize("shape", [(1,), (3, 7), (5, 1500), (700, 64)])
+def test_each_nan_and_infinity_is_counted_wherever_it_is(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    """The largest finite number and the smallest ones are not; first and last element, and some between, of both signs."""
+    limits = torch.finfo(dtype)
+    data = torch.full(shape, limits.max, dtype=torch.float64).to(dtype)
+    data.reshape(-1)[::2] = limits.min
+    data.reshape(-1)[::3] = limits.smallest_normal
+    assert whole(data).not_finite == 0
+    sick = [math.nan, -math.nan] if dtype == torch.float8_e4m3fn else [math.nan, math.inf, -math.inf]
+    places = sorted({0, data.numel() // 3, data.numel() // 2, data.numel() - 1})
+    for count, place in enumerate(places, start=1):
+        data.reshape(-1)[place] = sick[count % len(sick)]
+        assert whole(data).not_finite == count

@@ -19,6 +19,7 @@ from recipes.schema.read import recipe_mapping
 from recipes.schema.recipe import Recipe
 from train.checkpoint import offline
 from train.checkpoint.manager import CheckpointFolder
+from train.checkpoint.manifest import RunState
 
 KEPT = Path(__file__).with_name("kept")
 BF16 = replace(SMALL, precision=replace(SMALL.precision, params="bf16"))
@@ -34,7 +35,7 @@ def write(rank: int, folder: Path) -> dict[str, Any]:
     with engine_of(FOUR, rank=rank, world=4) as engine:
         steps_of(engine, FOUR, range(2))
         CheckpointFolder(folder, FOUR.checkpoint).save(
-            engine, step=2, position=8, recipe=recipe_mapping(FOUR), data_hash="h"
+            engine, RunState(step=2, position=8, recipe=recipe_mapping(FOUR), data_hash="h")
         )
         numbers = steps_of(engine, FOUR, range(2, 4))
         return {"losses": numbers.losses, "grad_norms": numbers.grad_norms}

@@ -13,7 +13,7 @@ from tiny import Numbers, engine_of, recipe_with, steps_of
 
 from recipes.schema.recipe import Recipe
 from train.checkpoint.manager import CheckpointFolder
-from train.checkpoint.manifest import read_manifest
+from train.checkpoint.manifest import RunState, read_manifest
 
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "TP1": (1, {}),
@@ -56,7 +56,7 @@ def save_at(rank: int, recipe: Recipe, world: int, folder: Path, further: int) -
     """Save after step SAVED_AT of an uninterrupted run. -> its first `further` steps, and those after the save."""
     with engine_of(recipe, rank=rank, world=world) as engine:
         before = steps_of(engine, recipe, range(SAVED_AT))
-        CheckpointFolder(folder, recipe.checkpoint).save(engine, step=SAVED_AT, position=8, recipe={}, data_hash="h")
+        CheckpointFolder(folder, recipe.checkpoint).save(engine, RunState(step=SAVED_AT, position=8, data_hash="h"))
         after = steps_of(engine, recipe, range(SAVED_AT, SAVED_AT + further))
         losses, norms = before.losses + after.losses, before.grad_norms + after.grad_norms
         return Numbers(losses[:further], norms[:further]), after
@@ -72,7 +72,7 @@ def load_each(
             found = CheckpointFolder(folder, recipe.checkpoint).resume(engine)
             assert found is not None and found.manifest.step == SAVED_AT and not found.notes
             again = CheckpointFolder(work / name, recipe.checkpoint)
-            again.save(engine, step=SAVED_AT, position=8, recipe={}, data_hash="h")
+            again.save(engine, RunState(step=SAVED_AT, position=8, data_hash="h"))
             results[name] = steps_of(engine, recipe, range(SAVED_AT, SAVED_AT + further))
     return results
 

@@ -12,7 +12,7 @@ from tiny import engine_of, recipe_with, steps_of
 from recipes.schema.read import recipe_mapping
 from recipes.schema.recipe import Recipe
 from train.checkpoint.manager import CheckpointFolder
-from train.checkpoint.manifest import read_manifest
+from train.checkpoint.manifest import RunState, read_manifest
 from train.checkpoint.storage import read_weights, write_model
 from train.model.initial import global_names
 
@@ -22,7 +22,9 @@ def write(rank: int, recipe: Recipe, world: int, folder: Path) -> str:
         steps_of(engine, recipe, range(1))
         modules = [chunk.module for chunk in engine.chunks]
         lineage = {"pruned_from": "somewhere", "kept_heads": [0, 2]}
-        manifest = write_model(folder, modules, mesh=engine.mesh, recipe=recipe_mapping(recipe), lineage=lineage)
+        manifest = write_model(
+            folder, modules, mesh=engine.mesh, state=RunState(recipe=recipe_mapping(recipe), lineage=lineage)
+        )
         assert manifest.lineage == lineage and manifest.updates is None
         return manifest.fingerprint
 
@@ -35,7 +37,7 @@ def start_from(rank: int, recipe: Recipe, world: int, folder: Path) -> tuple[Any
         assert found is not None and found.manifest.step == 0
         weights = {n: p.detach().clone() for chunk in engine.chunks for n, p in global_names(chunk.module)}
         numbers = steps_of(engine, recipe, range(3))
-        path = checkpoints.save(engine, step=3, position=12, recipe={}, data_hash="h")
+        path = checkpoints.save(engine, RunState(step=3, position=12, data_hash="h", lineage=found.manifest.lineage))
         return numbers, read_manifest(path).lineage["pruned_from"], weights
 
 

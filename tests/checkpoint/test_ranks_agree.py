@@ -8,7 +8,7 @@ from ranks import run_ranks
 from tiny import engine_of, recipe_with, steps_of
 
 from train.checkpoint.manager import CheckpointFolder
-from train.checkpoint.manifest import read_manifest
+from train.checkpoint.manifest import RunState, read_manifest
 from train.checkpoint.random_state import random_states
 
 
@@ -24,7 +24,7 @@ def drift(rank: int, folder: Path) -> list[list[str]]:
             steps_of(engine, recipe, range(step, step + 1), before_update=checkpoints.before_update)
             if step and rank == 1:
                 norm.data[7] = torch.nextafter(norm.data[7], torch.tensor(9.0))
-            checkpoints.request(engine, step=step + 1, position=0, recipe={}, data_hash="h", background=step == 2)
+            checkpoints.request(engine, RunState(step=step + 1, position=0, data_hash="h"), background=step == 2)
             checkpoints.wait()
             told += [
                 event.fields.get("differing_copies", []) for event in checkpoints.collect() if event.kind == "save"
@@ -51,10 +51,10 @@ def drift_of_tied(rank: int, folder: Path) -> list[list[str]]:
             steps_of(engine, recipe, range(step, step + 1), before_update=checkpoints.before_update)
             if copy is not None and step >= 4 - rank:
                 copy.data[-1, 5] = torch.nextafter(copy.data[-1, 5], torch.tensor(9.0))
-            checkpoints.request(engine, step=step + 1, position=0, recipe={}, data_hash="h", background=False)
+            checkpoints.request(engine, RunState(step=step + 1, position=0, data_hash="h"), background=False)
             told += [event.fields.get("differing_copies", []) for event in checkpoints.collect()][-1:]
         checkpoints.load(engine, checkpoints.path_of(3))
-        checkpoints.request(engine, step=4, position=0, recipe={}, data_hash="h", background=False)
+        checkpoints.request(engine, RunState(step=4, position=0, data_hash="h"), background=False)
         told += [event.fields.get("differing_copies", []) for event in checkpoints.collect()][-1:]
     return told
 

@@ -1,6 +1,5 @@
 """Weights read and written one at a time, without a model: whole from any layout, into a checkpoint any layout reads."""
 
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,6 +10,7 @@ from tiny import engine_of, recipe_with, steps_of
 from recipes.schema.recipe import Recipe
 from train.checkpoint.__main__ import main as command
 from train.checkpoint.manager import CheckpointFolder
+from train.checkpoint.manifest import RunState
 from train.checkpoint.storage import publish, read_manifest, read_weights
 from train.checkpoint.tensors import StoredTensor, StoredTensors, write_weights
 from train.model.initial import global_names
@@ -21,7 +21,7 @@ FOUR = {"parallel.tensor": 2, "parallel.pipeline": 2, "parallel.sequence": True,
 def save(rank: int, recipe: Recipe, world: int, folder: Path) -> Path:
     with engine_of(recipe, rank=rank, world=world) as engine:
         steps_of(engine, recipe, range(1))
-        return CheckpointFolder(folder, recipe.checkpoint).save(engine, step=1, position=4, recipe={}, data_hash="h")
+        return CheckpointFolder(folder, recipe.checkpoint).save(engine, RunState(step=1, position=4, data_hash="h"))
 
 
 def weights_at(rank: int, recipe: Recipe, world: int, folder: Path) -> dict[str, torch.Tensor]:
@@ -38,7 +38,7 @@ def test_any_layout_is_read_whole_and_written_for_any_layout(tmp_path: Path) -> 
     copy = tmp_path / "copy"
     (tmp_path / "aside").mkdir()
     write_weights(tmp_path / "aside", stored.weights, stored.read)
-    publish(tmp_path / "aside", copy, replace(read_manifest(path), tensors={}, files={}, updates=None))
+    publish(tmp_path / "aside", copy, read_manifest(path))
     assert read_manifest(copy).fingerprint == read_manifest(path).fingerprint
     assert StoredTensors(copy).weights == stored.weights
     assert not [name for name in stored.weights if "optimizer" in name or "extra_state" in name]
@@ -73,7 +73,7 @@ def test_what_is_no_number_is_compared_too(tmp_path: Path, capsys: pytest.Captur
         (tmp_path / "aside").mkdir()
         stored = {name: StoredTensor(tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
         write_weights(tmp_path / "aside", stored, tensors.__getitem__)
-        publish(tmp_path / "aside", tmp_path / side, replace(base, tensors={}, files={}, updates=None))
+        publish(tmp_path / "aside", tmp_path / side, base)
     assert command(["diff", str(tmp_path / "a"), str(tmp_path / "b"), "--values"]) == 1
     lines = [line.split() for line in capsys.readouterr().out.splitlines() if line.startswith("model.")]
     assert [line[0] for line in lines] == ["model.two", "model.one"]

@@ -11,8 +11,9 @@ import torch
 from crashes import Act, acts_of_saves
 from safetensors.torch import load_file
 
+from data.system import disk
 from recipes.schema.errors import CheckpointError
-from train.checkpoint import disk, files
+from train.checkpoint import files
 from train.checkpoint.files import Piece, bytes_of
 from train.checkpoint.writing import plan_file, write_proven
 

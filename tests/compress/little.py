@@ -3,9 +3,9 @@
 import contextlib
 import io
 import os
-import sys
 from pathlib import Path
-from types import ModuleType
+
+from train import stratum
 
 MODEL = """
 {pattern: M-*-, hidden: 32, vocab: 320, ffn: 64, heads: 4, kv_heads: 2, head_dim: 8, mamba_heads: 4, mamba_groups: 2,
@@ -13,10 +13,8 @@ MODEL = """
 """
 RECIPE = """
 defaults: [model: little, data: little, parallel: single, precision: fp32, objective: next_token, optim: adamw,
-           schedule: constant, checkpoint: standard, evaluate: standard, telemetry: standard, launch: standard,
-           compress: standard, _self_]
-run: {name: parent, steps: 2, folder: runs, seed: 1, global_rows: 2, microbatch_rows: 2, deterministic: true, device: cpu,
-      threads: 1, stop_after_steps: null, start_from: null}
+           schedule: constant, launch: standard, compress: standard, _self_]
+run: {name: parent, steps: 2, seed: 1, global_rows: 2, microbatch_rows: 2, device: cpu, threads: 1}
 data: {folder: prepared, sources: {python: {path: words.txt, weight: 1.0}}, tokenizer: {vocab_size: 320}, row_tokens: 16,
        workers: 1, heldout_fraction: 0.2}
 schedule: {warmup: 0}
@@ -27,13 +25,13 @@ stages: {once more: "compress score run.name=hunt compress.layers=3 compress.att
 """
 
 
-def shell(rank: int, folder: Path, program: ModuleType, words: list[str]) -> tuple[int, str]:
-    """For `run_ranks`: a command in a process and folder of its own. -> (exit status, what it printed)."""
+def shell(rank: int, folder: Path, words: list[str]) -> tuple[int, str]:
+    """For `run_ranks`: `stratum WORDS` in a process and folder of its own. -> (exit status, what it printed)."""
     os.chdir(folder)
-    sys.argv = ["command", *words, *([] if "--config-dir" in " ".join(words) else ["--config-dir", "recipes"])]
+    words = [*words, *([] if "--config-dir" in " ".join(words) else ["--config-dir", "recipes"])]
     out = io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):
-        status = program.main()
+        status = stratum.main(words)
     return status, out.getvalue()
 
 
@@ -42,7 +40,7 @@ def lay_out(root: Path, *, stages: str = "") -> None:
     (root / "recipes").mkdir()
     recipe = RECIPE[: RECIPE.index("stages:")] + stages if stages else RECIPE
     (root / "recipes" / "little.yaml").write_text("# @package _global_\n" + recipe)
-    for group, text in (("model", MODEL), ("data", "defaults: [reading, _self_]\nseed: 1234\n")):
+    for group, text in (("model", MODEL), ("data", "seed: 1234\n")):
         (root / "recipes" / group).mkdir()
         (root / "recipes" / group / "little.yaml").write_text(text)
     (root / "words.txt").write_text("\n\n".join(f"line {n} of {n * n} words, {n % 7} again" for n in range(400)))

@@ -82,10 +82,7 @@ def aside_of(folder: Path) -> Path:
 
 
 def finish(folder: Path) -> None:
-    manifest = storage.Manifest(
-        step=0, position=0, tokens=0, layout={}, recipe={}, data_hash="", versions={}, updates=None
-    )
-    storage.publish(folder.with_name(f".{folder.name}.writing"), folder, manifest)
+    storage.publish(folder.with_name(f".{folder.name}.writing"), folder, storage.RunState())
 
 
 def test_pruning_to_the_identity_is_bitwise_the_parent(

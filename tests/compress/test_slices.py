@@ -16,7 +16,8 @@ from hf.models import GEMMA, HYBRID, TOKENS
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from recipes.schema.model import ModelConfig
-from train.checkpoint.storage import Manifest, publish
+from train.checkpoint.manifest import RunState
+from train.checkpoint.storage import publish
 from train.checkpoint.tensors import StoredTensors
 from train.compress.prune import Target, choose, cut_weights, pruned_model
 from train.compress.scores import Scores
@@ -229,6 +230,5 @@ def _imported(directory: Path, folder: Path, model: ModelConfig) -> StoredTensor
 
 
 def _published(folder: Path) -> StoredTensors:
-    empty = Manifest(step=0, position=0, tokens=0, layout={}, recipe={}, data_hash="", versions={})
-    publish(folder.with_name(f".{folder.name}.writing"), folder, empty)
+    publish(folder.with_name(f".{folder.name}.writing"), folder, RunState())
     return StoredTensors(folder)

@@ -3,20 +3,19 @@
 import os
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 from compress.little import lay_out, shell
 from ranks import run_ranks
 
-from data import prepare
+from data import prepare as _prepare  # noqa: F401  here, so that the processes forked below need not import it
+from launch.children import stratum
 from launch.stages import _left
-from train import __main__ as training
-from train.checkpoint.steps import checkpoint_at
+from recipes.schema.checkpoint_steps import checkpoint_at
+from train import run as _assembly  # noqa: F401  likewise
 from train.record.metrics import METRICS, read_metrics
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -38,13 +37,13 @@ stages:
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("stages")
     lay_out(root, stages=STAGES)
-    for program in (prepare, training):
-        _run(root, program, "-cn", "little")
+    for command in ("prepare", "train"):
+        _run(root, command, "-cn", "little")
     return root
 
 
-def _run(root: Path, program: ModuleType, *words: str) -> None:
-    ((status, text),) = run_ranks(1, shell, root, program, list(words))
+def _run(root: Path, *words: str) -> None:
+    ((status, text),) = run_ranks(1, shell, root, list(words))
     assert status == 0, text
 
 
@@ -76,7 +75,7 @@ def test_killed_and_stopped_stages_go_on(folder: Path) -> None:
 
 
 def test_a_run_that_paused_has_steps_left(folder: Path) -> None:
-    _run(folder, training, "-cn", "little", "run.name=paused", "run.stop_after_steps=1")
+    _run(folder, "train", "-cn", "little", "run.name=paused", "run.stop_after_steps=1")
     assert _left(folder / "runs" / "paused") == "paused at step 1 of 2"
     assert _left(folder / "runs" / "parent") == ""
     assert "left no checkpoint" in _left(folder / "runs" / "nothing")
@@ -90,7 +89,7 @@ def _stages(
     log = root / "stages.log"
     with log.open("w") as out:
         process = subprocess.Popen(
-            [sys.executable, "-m", "train.compress", *words],
+            stratum(*words),
             cwd=root,
             env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
             stdout=out,

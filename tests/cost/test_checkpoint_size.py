@@ -11,11 +11,12 @@ from launch.plan.planner import checkpoints_of
 from recipes.schema.recipe import Recipe
 from train.build import check
 from train.checkpoint.manager import CheckpointFolder
+from train.checkpoint.manifest import RunState
 
 
 def save(rank: int, recipe: Recipe, folder: Path) -> None:
     with engine_of(recipe, rank=rank, world=1) as engine:
-        CheckpointFolder(folder, recipe.checkpoint).save(engine, step=1, position=1, recipe={}, data_hash="h")
+        CheckpointFolder(folder, recipe.checkpoint).save(engine, RunState(step=1, position=1, data_hash="h"))
 
 
 @pytest.mark.parametrize("params", ["bf16", "fp32"])

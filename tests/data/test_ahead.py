@@ -192,14 +192,14 @@ def test_a_process_killed_in_the_middle_of_a_fetch_leaves_nothing_that_counts(fo
             words = [sys.executable, "-c", FETCH, url, config.folder, name, str(facts.bytes), facts.sha256]
             child = subprocess.Popen(words, env=os.environ | {"PYTHONPATH": str(ROOT)})
             assert server.sent.wait(60)
-            wait_for(lambda: list((tmp_path / "cache").rglob("*fetching*")))
+            wait_for(lambda: list((tmp_path / "cache").rglob("*.fetching-*")))
             child.kill()
             child.wait()
             assert not list((tmp_path / "cache").rglob("*.bin"))
         del server.slow[name]
         remote = RemoteFolder(url, config, Activity())
         remote.local("a.train-00002.bin", other)  # another fetch removes what the dead one left
-        assert not list((tmp_path / "cache").rglob("*fetching*"))
+        assert not list((tmp_path / "cache").rglob("*.fetching-*"))
         assert remote.local(name, facts).read_bytes() == (folder / name).read_bytes()
 
 

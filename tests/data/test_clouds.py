@@ -123,7 +123,7 @@ def test_data_in_a_bucket_is_read_prepared_and_safe_from_kills(tmp_path: Path, s
                 assert child.returncode == 0, output
             child = run(tmp_path, endpoint, "fetch", scheme)
             cache, deadline = tmp_path / "cache", time.monotonic() + 60
-            while not any(p.stat().st_size for p in cache.rglob("*fetching*")):
+            while not any(p.stat().st_size for p in cache.rglob("*.fetching-*")):
                 assert time.monotonic() < deadline and child.poll() is None, child.communicate()[0]
                 time.sleep(0.002)
             os.kill(child.pid, signal.SIGKILL)

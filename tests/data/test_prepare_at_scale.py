@@ -154,7 +154,7 @@ def test_any_number_of_tasks_gives_the_same_bytes(config: DataConfig, whole: dic
 
 @pytest.mark.parametrize("text", ["", "3", "3/3", "-1/3", "all", "1/2/3"])
 def test_tasks_that_are_none(text: str) -> None:
-    with pytest.raises(DataError, match="is no task"):
+    with pytest.raises(DataError, match="is not a task"):
         parse_task(text)
 
 
@@ -162,19 +162,19 @@ def test_the_command_itself_on_two_processes(config: DataConfig, whole: dict[str
     other = elsewhere(config, "command")
     sources = "{" + ", ".join(f"{n}: {{path: {s.path}}}" for n, s in config.sources.items()) + "}"
     command = [
-        sys.executable, "-m", "data.prepare", "-cn", "smoke", f"data.folder={other.folder}", "~data.sources",
+        sys.executable, "-m", "train.stratum", "prepare", "-cn", "smoke", f"data.folder={other.folder}", "~data.sources",
         f"+data.sources={sources}", "data.tokenizer.vocab_size=400", "data.row_tokens=32", "data.heldout_fraction=0.1",
         "data.shard_bytes=60000", "data.workers=2",
     ]  # fmt: skip
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    plan = subprocess.run([*command, "+task=plan"], env=environment, capture_output=True, text=True, check=False)
+    plan = subprocess.run([*command, "--task=plan"], env=environment, capture_output=True, text=True, check=False)
     assert plan.returncode == 0, plan.stderr
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "web: " in done.stderr and "MB/s of text" in done.stderr
     assert digests(Path(other.folder)) == whole
-    wrong = subprocess.run([*command, "+task=3/3"], env=environment, capture_output=True, text=True, check=False)
-    assert wrong.returncode == 2 and wrong.stderr.startswith("error: task=3/3 is no task")
+    wrong = subprocess.run([*command, "--task=3/3"], env=environment, capture_output=True, text=True, check=False)
+    assert wrong.returncode == 2 and wrong.stderr.startswith("error: --task 3/3 is not a task")
 
 
 def test_ten_random_kills_change_nothing(config: DataConfig, whole: dict[str, str]) -> None:

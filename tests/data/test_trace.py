@@ -1,7 +1,6 @@
 """Provenance both ways against the texts themselves, and the commands that show it."""
 
 import json
-import sys
 from collections import defaultdict
 from dataclasses import replace
 from pathlib import Path
@@ -10,12 +9,12 @@ import numpy as np
 import pytest
 import yaml
 
-from data import inspect as inspect_command
-from data import trace
+from data import commands, inspect, trace
 from data.dataset import open_dataset
-from data.trace import TraceConfig, documents_of, pieces_of
+from data.trace import documents_of, pieces_of
 from recipes.schema.data import DataConfig
 from recipes.schema.errors import DataError
+from recipes.schema.tools import TraceConfig
 
 
 @pytest.mark.parametrize("packing", ["chunk", "best_fit"])
@@ -63,9 +62,9 @@ def test_steps_of_a_document_are_those_whose_rows_hold_it(prepared: DataConfig, 
 
 def test_questions_without_an_answer_say_why(prepared: DataConfig) -> None:
     dataset = open_dataset(prepared)
-    with pytest.raises(DataError, match="say what to trace: step=N, file=NAME"):
+    with pytest.raises(DataError, match="say what to trace: --step N, --file NAME"):
         documents_of(dataset, TraceConfig(source="verse"))
-    with pytest.raises(DataError, match=r"source=vers: the recipe has verse, code"):
+    with pytest.raises(DataError, match=r"--source vers: the recipe has verse, code"):
         documents_of(dataset, TraceConfig(source="vers", document=1))
     with pytest.raises(DataError, match=r"no document came from 0x.txt. Did you mean"):
         documents_of(dataset, TraceConfig(file="0x.txt"))
@@ -74,32 +73,32 @@ def test_questions_without_an_answer_say_why(prepared: DataConfig) -> None:
         documents_of(dataset, TraceConfig(file=held.file, record=held.record))
 
 
-def command(program, tmp_path: Path, config: DataConfig, *words: str, monkeypatch: pytest.MonkeyPatch) -> int:
+def command(program, tmp_path: Path, config: DataConfig, *words: str) -> int:
     """Run a command over a recipe of its own, as from a shell."""
     from dataclasses import asdict
 
     plain = json.loads(json.dumps(asdict(config)))
     (tmp_path / "own").mkdir(exist_ok=True)
     (tmp_path / "own" / "mine.yaml").write_text(yaml.safe_dump({"run": {"steps": 40, "global_rows": 4}, "data": plain}))
-    monkeypatch.setattr(sys, "argv", ["command", "mine", "--config-dir", str(tmp_path / "own"), *words])
-    return program.main()
+    return program(["-cn", "mine", "--config-dir", str(tmp_path / "own"), *words])
 
 
-def test_trace_from_the_command_line(prepared: DataConfig, tmp_path: Path, monkeypatch, capsys) -> None:
-    assert command(trace, tmp_path, prepared, "step=3", "chars=40", monkeypatch=monkeypatch) == 0
+def test_trace_from_the_command_line(prepared: DataConfig, tmp_path: Path, capsys) -> None:
+    assert command(commands.trace, tmp_path, prepared, "--step", "3", "--chars", "40") == 0
     shown = capsys.readouterr().out
     assert shown.startswith("step 3: rows 8 to 11 of data ") and shown.count("position ") == 4
     assert "code.jsonl record" in shown and ".txt record 0" in shown
-    assert command(trace, tmp_path, prepared, "file=code.jsonl", "record=5", monkeypatch=monkeypatch) == 0
+    assert command(commands.trace, tmp_path, prepared, "--file", "code.jsonl", "--record", "5") == 0
     assert "code.jsonl record 5: document" in capsys.readouterr().out
-    assert command(trace, tmp_path, prepared, "step=0", monkeypatch=monkeypatch) == 2
-    assert "trace.step=0 is out of range" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="2"):
+        command(commands.trace, tmp_path, prepared, "--step", "0")
+    assert "error: --step=0 is out of range" in capsys.readouterr().err
 
 
-def test_inspect_from_the_command_line(prepared: DataConfig, tmp_path: Path, monkeypatch, capsys) -> None:
+def test_inspect_from_the_command_line(prepared: DataConfig, tmp_path: Path, capsys) -> None:
     picture = tmp_path / "lengths.png"
-    words = ["verify=true", f"picture={picture}"]
-    assert command(inspect_command, tmp_path, prepared, *words, monkeypatch=monkeypatch) == 0
+    words = ["--verify", f"--picture={picture}"]
+    assert command(commands.inspect, tmp_path, prepared, *words) == 0
     shown = capsys.readouterr().out
     assert "files match their checksums" in shown and "verse" in shown and "epochs" in shown
     assert picture.read_bytes().startswith(b"\x89PNG")
@@ -107,7 +106,7 @@ def test_inspect_from_the_command_line(prepared: DataConfig, tmp_path: Path, mon
     raw = bytearray(shard.read_bytes())
     raw[10] ^= 1
     shard.write_bytes(raw)
-    assert command(inspect_command, tmp_path, prepared, *words, monkeypatch=monkeypatch) == 2
+    assert command(commands.inspect, tmp_path, prepared, *words) == 2
     assert f"{shard} does not match its checksum" in capsys.readouterr().err
 
 
@@ -120,5 +119,5 @@ def test_share_cut_counts_documents_that_lie_in_more_than_one_row(prepared: Data
         })  # fmt: skip
         begun = rows.stream.document_at(rows.count * 64 - 1) + 1
         if rows.count <= 64:
-            assert inspect_command.share_cut(rows, packing="chunk") == pytest.approx(split / begun), name
-    assert np.isfinite(inspect_command.lengths_of(dataset.train[0])).all()
+            assert inspect.share_cut(rows, packing="chunk") == pytest.approx(split / begun), name
+    assert np.isfinite(inspect.lengths_of(dataset.train[0])).all()

@@ -18,6 +18,7 @@ from recipes.schema.precision import PrecisionConfig
 from recipes.schema.recipe import Recipe
 from recipes.schema.scaling import E2M1, E4M3, E5M2, Operand, scaling_of
 from train.checkpoint.manager import CheckpointFolder
+from train.checkpoint.manifest import RunState
 from train.precision.quantize import quantize
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
@@ -90,8 +91,8 @@ def test_linear_layers_agree(scaling: str) -> None:
     from megatron.core.transformer import TransformerConfig
     from tiny import TINY
 
+    from train.model.backend import TransformerEngineBackend
     from train.precision.emulated import LowPrecisionLinear, _Product
-    from train.precision.te import TransformerEngineBackend
 
     options = TransformerEngineBackend().options(TINY, PrecisionConfig(scaling=scaling))  # type: ignore[arg-type]
     config = TransformerConfig(num_layers=10, hidden_size=64, num_attention_heads=4, bf16=True, **options)
@@ -152,9 +153,7 @@ def train_on_gpu(recipe: Recipe, steps: range, *, load: Path | None = None, save
             CheckpointFolder(load, recipe.checkpoint).load(engine, found[0])
         numbers = steps_of(engine, recipe, steps)
         if save is not None:
-            CheckpointFolder(save, recipe.checkpoint).save(
-                engine, step=steps.stop, position=0, recipe={}, data_hash="h"
-            )
+            CheckpointFolder(save, recipe.checkpoint).save(engine, RunState(step=steps.stop, position=0, data_hash="h"))
         return numbers
 
 

@@ -13,6 +13,7 @@ from recipes.schema.model import ModelConfig
 from recipes.schema.recipe import Recipe
 from train.checkpoint import storage
 from train.checkpoint.manager import CheckpointFolder
+from train.checkpoint.manifest import RunState
 from train.checkpoint.tensors import StoredTensors, write_weights
 from train.hf.config import SpecialTokens, to_config
 from train.hf.convert import Format, export_weights
@@ -61,7 +62,7 @@ def save(rank: int, recipe: Recipe, world: int, folder: Path) -> Path:
         steps_of(engine, recipe, range(1))
         mapping = json.loads(json.dumps(asdict(recipe)))
         return CheckpointFolder(folder, recipe.checkpoint).save(
-            engine, step=1, position=4, recipe=mapping, data_hash="d" * 64
+            engine, RunState(step=1, position=4, recipe=mapping, data_hash="d" * 64)
         )
 
 

@@ -211,6 +211,20 @@ def test_transformers_clamp_on_dt_is_seen_and_can_be_opened(
     assert run_ranks(1, found_in, checkpoint, HYBRID, {"x": folder}, False)[0]["x"].problems == []
 
 
+def test_a_greedy_text_that_meets_the_end_of_text_token_is_no_disagreement(
+    ready: dict[str, tuple[Path, Path]], tmp_path: Path
+) -> None:
+    """transformers' generate forbade the token on its side only: here every token ends a text."""
+    for family, (checkpoint, directory) in ready.items():
+        folder = broken(directory, tmp_path / family, lambda tensors: None)
+        config = json.loads((directory / "config.json").read_text())
+        ends = list(range(config["vocab_size"]))
+        (folder / "config.json").write_text(json.dumps(config | {"eos_token_id": ends}))
+        (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": ends}))
+        found = run_ranks(1, found_in, checkpoint, FAMILIES[family], {"x": folder}, True)[0]["x"]
+        assert found.problems == [] and found.generated == (20, 20)
+
+
 @pytest.mark.parametrize(
     "model",
     [

@@ -1,4 +1,4 @@
-"""`python -m train.hf` as its users run it: export with card, import with a recipe that goes on, check with exit statuses."""
+"""`stratum hf` as its users run it: export with card, import with a recipe that goes on, check with exit statuses."""
 
 import json
 import os
@@ -13,13 +13,14 @@ import torch
 import yaml
 from hf.models import FAMILIES, recipe_of
 from ranks import run_ranks
+from recipes_composed import composed
 from rich.console import Console
 from safetensors.torch import load_file, save_file
 from texts import VOCAB, config_of
 
 from data.prepare import prepare
 from recipes.schema.command import RECIPES
-from recipes.schema.read import recipe_mapping
+from recipes.schema.read import recipe_from_mapping, recipe_mapping
 from recipes.schema.recipe import Recipe
 from train.checkpoint.manager import checkpoint_at
 from train.hf.__main__ import main
@@ -270,11 +271,5 @@ def test_the_recipe_in_the_manifest_is_the_one_in_the_file(exports: dict[str, Pa
     assert status == 0 and "NOT COMPARED" in output and "--no-check was given" in output
     _, manifest = checkpoint_at(tmp_path / "mine" / "checkpoint")
     assert manifest.recipe["model"]["vocab"] == 320
-    from hydra import compose, initialize_config_dir
-
-    from recipes.schema.read import read_recipe
-
-    with initialize_config_dir(str(tmp_path / "mine"), version_base="1.3"):
-        composed = compose("mine", overrides=[f"hydra.searchpath=[file://{RECIPES}]"])
-    composed_mapping = recipe_mapping(read_recipe(composed))
+    composed_mapping = recipe_mapping(recipe_from_mapping(composed(f"--config-dir={tmp_path / 'mine'}", "-cn", "mine")))
     assert composed_mapping["model"] == manifest.recipe["model"] and composed_mapping["data"] == manifest.recipe["data"]

@@ -18,7 +18,8 @@ from transformers import AutoModelForCausalLM
 from recipes.schema.command import RECIPES
 from recipes.schema.errors import CheckpointError
 from recipes.schema.recipe import Recipe
-from train.checkpoint.storage import Manifest, publish, read_weights
+from train.checkpoint.manifest import RunState
+from train.checkpoint.storage import publish, read_weights
 from train.checkpoint.tensors import StoredTensors
 from train.hf.config import from_config, read_config, to_config
 from train.hf.convert import import_weights, kept_format
@@ -31,8 +32,7 @@ def imported(directory: Path, folder: Path, model: object = None, **options: obj
     aside.mkdir()
     model = model or from_config(read_config(directory), where=str(directory))
     import_weights(WeightFiles(directory), aside, model=model, **options)  # type: ignore[arg-type]
-    empty = Manifest(step=0, position=0, tokens=0, layout={}, recipe={}, data_hash="", versions={})
-    publish(aside, folder, empty)
+    publish(aside, folder, RunState())
     return StoredTensors(folder)
 
 
@@ -170,7 +170,8 @@ from train.checkpoint.tensors import StoredTensor, StoredTensors, write_weights
 from train.hf.convert import export_weights, import_weights
 from train.hf.files import WeightFiles
 from train.hf.mapping import pairs
-from train.checkpoint.storage import Manifest, publish
+from train.checkpoint.manifest import RunState
+from train.checkpoint.storage import publish
 import safetensors.torch
 MODEL = replace(HYBRID, pattern="M-*-" * 8, hidden=512, ffn=3072, vocab=2048, heads=8, kv_heads=4, head_dim=64,
                 mamba_heads=32, mamba_head_dim=64)
@@ -181,8 +182,7 @@ weights = {{n: StoredTensor(s, torch.float32) for p in pairs(MODEL, "nemotron_h"
 largest = max(sum(torch.Size(s).numel() * 4 for s in p.ours.values()) for p in pairs(MODEL, "nemotron_h"))
 whole = sum(entry.nbytes for entry in weights.values())
 write_weights(folder / "writing", weights, lambda name: torch.ones(weights[name].shape))
-publish(folder / "writing", folder / "ours",
-        Manifest(step=0, position=0, tokens=0, layout={{}}, recipe={{}}, data_hash="", versions={{}}))
+publish(folder / "writing", folder / "ours", RunState())
 start = peak()
 export_weights(StoredTensors(folder / "ours"), folder / "theirs", model=MODEL)
 exported = peak()

@@ -31,6 +31,7 @@ def after(status: int, **facts: object) -> Decision:
         (1, {"is_preempted": True, "has_new_checkpoint": True}, "again", 1),
         (130, {}, "stop", 0),
         (2, {"has_new_checkpoint": True}, "stop", 0),
+        (3, {"has_new_checkpoint": True, "is_preempted": True}, "stop", 0),  # NaN: the same steps again
         (1, {}, "again", 1),
         (1, {"failures": 1}, "again", 2),
         (137, {"failures": 2}, "stop", 3),

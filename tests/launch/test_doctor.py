@@ -1,4 +1,4 @@
-"""`python -m launch doctor` as a user runs it: with nothing installed, in the project's environment, on described GPU machines.
+"""`stratum doctor` as a user runs it: with nothing installed, in the project's environment, on described GPU machines.
 
 What nvidia-smi and the kernel say there is written as their documentation shows it; no such machine was at hand.
 """
@@ -25,7 +25,7 @@ NIC0    PIX     PIX      X
 
 def doctor(*words: str, cwd: Path = ROOT, flags: tuple[str, ...] = ("-S", "-E")) -> subprocess.CompletedProcess[str]:
     """The command in a Python that sees the standard library alone (-S: no site-packages)."""
-    command = [sys.executable, *flags, "-m", "launch", "doctor", *words]
+    command = [sys.executable, *flags, "-m", "launch.doctor", *words]
     return subprocess.run(command, cwd=cwd, capture_output=True, text=True, check=False)
 
 
@@ -48,7 +48,14 @@ def test_older_pythons_can_read_it() -> None:
     """A person with Python 3.8 is to be told so, not to see a syntax error."""
     import ast
 
-    for name in ("doctor.py", "doctor_gpu.py", "doctor_machine.py", "__main__.py", "__init__.py"):
+    for name in (
+        "doctor/command.py",
+        "doctor/gpu.py",
+        "doctor/machine.py",
+        "doctor/__init__.py",
+        "__main__.py",
+        "__init__.py",
+    ):
         ast.parse((ROOT / "launch" / name).read_text(), feature_version=(3, 8))
 
 

@@ -1,4 +1,4 @@
-"""`launch local` with real processes and real signals: statuses, restarts, one error once, no orphans, terminals."""
+"""`stratum launch local` with real processes and real signals: statuses, restarts, one error once, no orphans, terminals."""
 
 import os
 import pty

@@ -1,7 +1,8 @@
-"""`python -m launch plan` and `plan --search`, as a user runs them: no torch, fast, mistakes with value, place, remedy."""
+"""`stratum plan` and `plan --search`, as a user runs them: no torch, fast, mistakes with value, place, remedy."""
 
 import json
 import os
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -19,6 +20,7 @@ from launch.plan.cost.device import device_named, devices, find_device
 from launch.plan.cost.memory import GIB
 from launch.plan.planner import make_plan
 from launch.plan.search import search
+from recipes.schema.compress import CompressConfig
 from recipes.schema.recipe import Recipe
 from tests.tiny import recipe_with
 
@@ -38,7 +40,7 @@ def plan(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, dict[str
 
 def test_a_plan_needs_no_torch_and_is_fast() -> None:
     program = (
-        "import sys; from launch.__main__ import main; status = main(['plan', '-cn', 'nemotron_nano_12b_v2', '--json']);"
+        "import sys; from train.stratum import main; status = main(['plan', '-cn', 'nemotron_nano_12b_v2', '--json']);"
         "assert not {'torch', 'megatron', 'matplotlib'} & set(sys.modules), 'heavy'; sys.exit(status)"
     )
     before = os.times()
@@ -256,8 +258,29 @@ def test_devices_are_found_by_the_names_people_use() -> None:
     expected = {
         "H100": "h100", "DGX-H100": "h100", "h100_80gb": "h100", "NVIDIA H200": "h200", "DGX-GB200": "gb200", "B200": "b200",
         "DGX-GB300": "gb300", "a100_40gb": "a100_40gb", "A100 80GB": "a100_80gb", "A10G": "a10g", "L40S": "l40s",
-        "RTX 4090": "rtx4090", "H100 96GB HBM2e 500W": "h100_500w", "B200 power-limited": "b200_power_limited",
+        "RTX 4090": "rtx4090", "H100 96GB HBM2e 500W": "h100_500w", "B200 power-limited": "b200_power_limited", "l4": "l4",
+        "A100-PCIE-40GB": "a100_pcie_40gb", "NVIDIA H200 NVL": "h200_nvl", "a40": "a40", "NVIDIA H100 80GB HBM2e": "h100_pcie",
+        "H100 NVL 94GB": "h100_nvl", "GB200 NVL72": "gb200", "A3 H100 80GB": "h100", "NVIDIA A100 80GB PCIe": "a100_pcie",
     }  # fmt: skip
     assert {name: getattr(find_device(name), "name", None) for name in expected} == expected
     assert find_device("TPU v5p") is None
+    assert {name: getattr(find_device(name), "name", None) for name in devices()} == {name: name for name in devices()}
     assert all(device.source and device.peak["bf16"] > 0 for device in devices().values())
+
+
+@pytest.mark.parametrize(
+    ("typed", "near"),
+    [("h1000", "h100"), ("b20", "b200"), ("a1000", "a100"), ("l400", "l40s"), ("h200nvl", "h200_nvl")],
+)
+def test_a_mistyped_device_is_not_taken_for_another(typed: str, near: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["-cn", "smoke", "--gpus", "1", "--device", typed]) == 2
+    said = capsys.readouterr().err
+    assert re.search(rf"--device {typed}: .*Did you mean [^?]*\b{near}", said), said
+
+
+def test_the_compress_recipe_has_the_figures_of_the_device_table() -> None:
+    a10g = device_named("A10G")
+    assert (
+        CompressConfig().device_gb_per_s == a10g.hbm / 1e9
+        and CompressConfig().device_tflops == a10g.peak["bf16"] / 1e12
+    )

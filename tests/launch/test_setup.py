@@ -50,3 +50,53 @@ def test_without_any_the_remedy_is_one_clear_message(tmp_path: Path) -> None:
     assert found.returncode == 1
     assert "No Python 3.12 or 3.13" in found.stderr and "make PYTHON=" in found.stderr
     assert len(found.stderr.strip().splitlines()) == 1
+
+
+def project(folder: Path) -> Path:
+    """A project with an environment whose Python notes what pip is asked for, and works otherwise."""
+    for name in ("launch", ".venv/bin", "train"):
+        (folder / name).mkdir(parents=True)
+    (folder / "launch" / "setup.sh").write_text(SCRIPT.read_text())
+    for name in ("pyproject.toml", "constraints.txt", "train/__init__.py"):
+        (folder / name).write_text("")
+    python = f'#!/bin/sh\nif [ "$2" = pip ]; then echo "pip $*" >> {folder}/calls; exit 0; fi\nexec "{sys.executable}" "$@"\n'
+    executable(folder / ".venv" / "bin" / "python", python)
+    return folder
+
+
+def set_up(folder: Path, *, uv: str) -> tuple[list[str], str]:
+    """`make setup` there, with this script as uv. -> (what uv and pip were asked to install, stderr)."""
+    executable(folder / "bin" / "uv", f'#!/bin/sh\necho "uv $*" >> {folder}/calls\n{uv}\n')
+    environment = {**os.environ, "PATH": f"{folder}/bin:/usr/bin:/bin"}
+    done = subprocess.run(
+        ["bash", folder / "launch" / "setup.sh"], env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    calls = (folder / "calls").read_text().splitlines() if (folder / "calls").exists() else []
+    (folder / "calls").unlink(missing_ok=True)
+    return [call for call in calls if "--editable" in call], done.stderr
+
+
+def test_uv_installs_and_pip_does_if_uv_fails(tmp_path: Path) -> None:
+    there = project(tmp_path)
+    (there / "bin").mkdir()
+    calls, _ = set_up(there, uv="exit 1")
+    assert [call.split()[0] for call in calls] == ["uv", "pip"] and "--constraint constraints.txt" in calls[1]
+    calls, _ = set_up(there, uv="exit 0")
+    assert calls == []  # done before
+    (there / "pyproject.toml").write_text("# changed")
+    calls, said = set_up(there, uv="exit 0")
+    assert len(calls) == 1 and calls[0].startswith(
+        "uv pip install --python .venv/bin/python --constraint constraints.txt"
+    )
+    assert "pip, which takes longer" not in said
+
+
+def test_a_new_top_level_package_is_installed_too(tmp_path: Path) -> None:
+    """The editable install maps the packages that existed when it was made."""
+    there = project(tmp_path)
+    (there / "bin").mkdir()
+    assert set_up(there, uv="exit 0")[0] and not set_up(there, uv="exit 0")[0]
+    (there / "recipes").mkdir()
+    (there / "recipes" / "__init__.py").write_text("")
+    assert set_up(there, uv="exit 0")[0]

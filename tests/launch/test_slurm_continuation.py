@@ -79,7 +79,7 @@ def reached(run: RunFolder, step: int) -> bool:
 
 def launch(*words: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-m", "launch", *words], cwd=ROOT, capture_output=True, text=True, check=False
+        [sys.executable, "-m", "train.stratum", *words], cwd=ROOT, capture_output=True, text=True, check=False
     )
 
 

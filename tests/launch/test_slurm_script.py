@@ -6,12 +6,12 @@ A wanted change is made there too: the failing test prints the new text.
 import json
 import re
 import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from launch.children import stratum
 from launch.slurm.job_script import Job, Preparation, preparation_script, training_script
 from recipes.schema.launch import ContainerConfig, SlurmConfig
 
@@ -81,7 +81,7 @@ PREPARE = Preparation(
         ("cpu.sh", training_script(CPU)),
         ("gpu.sh", training_script(GPU)),
         ("pyxis.sh", training_script(replace(GPU, container=PYXIS))),
-        ("apptainer.sh", training_script(replace(GPU, container=APPTAINER))),
+        ("apptainer.sh", training_script(replace(GPU, container=APPTAINER, checkout="/opt/stratum"))),
         ("prepare.sh", preparation_script(PREPARE)),
     ],
 )
@@ -104,7 +104,9 @@ def test_every_word_reaches_the_trainer_as_it_was(kind: str, tmp_path: Path) -> 
         "#!/bin/bash\necho 'NodeName=n1 Arch=x86_64 NodeAddr=10.0.0.7 NodeHostName=n1'\n"
     )
     (commands / "scontrol").chmod(0o755)
-    job = replace(CPU, words=words, container=container, python="python", folder=str(tmp_path / "a run"))
+    job = replace(
+        CPU, words=words, container=container, python="python", folder=str(tmp_path / "a run"), checkout="/our code"
+    )
     script = training_script(job).replace('"${ranks[@]}"', 'echo "$MASTER_ADDR"; "${ranks[@]}"')
     environment = {
         "PATH": f"{commands}:/usr/bin:/bin",
@@ -121,7 +123,7 @@ def test_every_word_reaches_the_trainer_as_it_was(kind: str, tmp_path: Path) -> 
 
 
 def advise(tmp_path: Path, *words: str) -> str:
-    command = [sys.executable, "-m", "launch", "slurm", *words, f"run.folder={tmp_path}", "--dry-run"]
+    command = stratum("launch", "slurm", *words, f"run.folder={tmp_path}", "--dry-run")
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert result.returncode == 0 and result.stdout.startswith("#!/bin/bash"), result.stderr
     return result.stderr
@@ -131,9 +133,7 @@ def test_a_dry_run_says_how_many_jobs_the_run_will_take(tmp_path: Path) -> None:
     """The figures are the plan's: seconds left over what a job of 240 minutes leaves for steps."""
     words = ("-cn", "nemotron_nano_12b_v2", "launch=slurm_gpu", "launch.nodes=92", "parallel.pipeline=2")
     said = advise(tmp_path, *words)
-    plan = subprocess.run(
-        [sys.executable, "-m", "launch", "plan", *words, "--json"], cwd=ROOT, capture_output=True, text=True, check=True
-    )
+    plan = subprocess.run(stratum("plan", *words, "--json"), cwd=ROOT, capture_output=True, text=True, check=True)
     found = json.loads(plan.stdout)
     jobs = found["step_time_s"] * found["steps"] / (240 * 60 - 300 - 300)
     (told,) = re.findall(r"some ([\d,]+) jobs of 240 minutes", said)

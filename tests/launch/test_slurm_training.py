@@ -1,6 +1,6 @@
 """Real training over two nodes of a real Slurm: stopped by a signal, or by its time limit, requeued, resumed, finished.
 
-The end is compared bit for bit with a run of `launch local` that nothing disturbed.
+The end is compared bit for bit with a run of `stratum launch local` that nothing disturbed.
 """
 
 import json
@@ -56,7 +56,7 @@ def words(tmp_path: Path) -> list[str]:
 
 def launch(*words: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        [sys.executable, "-m", "launch", *words],
+        [sys.executable, "-m", "train.stratum", *words],
         cwd=ROOT,
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
         stdout=subprocess.PIPE,

@@ -4,13 +4,13 @@ import csv
 import json
 import re
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from launch.children import stratum
 from launch.plan.published.models import NotExpressible, model_named, public_shapes
 from launch.plan.published.rows import MORE, PUBLISHED, flops_as_published, published, read_rows
 from launch.plan.published.validate import Line, assess, summary, table
@@ -51,8 +51,8 @@ def test_every_row_says_why_it_is_out(lines: list[Line]) -> None:
 
 def test_the_page_shows_the_table_as_it_is(lines: list[Line]) -> None:
     page = (ROOT / "docs" / "plan.md").read_text()
-    assert table(lines) in page, "python -m launch validate --table"
-    assert table([assess(row) for row in read_rows(MORE)]) in page, f"python -m launch validate {MORE.name} --table"
+    assert table(lines) in page, "stratum validate --table"
+    assert table([assess(row) for row in read_rows(MORE)]) in page, f"stratum validate {MORE.name} --table"
 
 
 def test_no_single_source_carries_the_score(lines: list[Line]) -> None:
@@ -70,7 +70,7 @@ def test_the_command_prints_a_line_per_row_and_the_summary_last(tmp_path: Path) 
         "Mixtral-8x22B,H100,64,FP8,128,1,8192,1,1,1,,1000,\n"
         "Nemotron-H-56B,H100,64,FP8,192,1,8192,8,1,1,n/a,1500,\n"
     )
-    command = [sys.executable, "-m", "launch", "validate", str(rows)]
+    command = stratum("validate", str(rows))
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
     text = result.stdout.splitlines()
@@ -90,7 +90,7 @@ def test_a_file_that_is_none_is_an_error(tmp_path: Path) -> None:
         path = tmp_path / name
         if content:
             path.write_text(content)
-        command = [sys.executable, "-m", "launch", "validate", str(path)]
+        command = stratum("validate", str(path))
         result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
         assert result.returncode == 2 and result.stderr.startswith("error:")
 
@@ -109,7 +109,7 @@ ROW = {"model": "Llama-3-8B", "gpu": "H100", "n_gpu": "8", "precision": "BF16", 
         ({"tok_s_gpu": "", "mfu_pct": "43%"}, {"tokens": 8818}), ({"tp": "", "fsdp": "yes"}, {"shards": "parameters"}),
         ({"tp": "", "extra": "DeepSpeed ZeRO-3"}, {"shards": "parameters"}), ({"zero": "ZeRO-2"}, {"shards": "gradients"}),
         ({"zero": "1"}, {"shards": "optimizer"}), ({"fsdp": "1", "src": "Megatron-Bridge"}, {"shards": "parameters"}),
-        ({"gpu": "NVIDIA A100-PCIE-40GB"}, {"device": "a100_pcie"}), ({"gpu": "H100 PCIe"}, {"device": "h100_pcie"}),
+        ({"gpu": "NVIDIA A100-PCIE-40GB"}, {"device": "a100_pcie_40gb"}), ({"gpu": "H100 PCIe"}, {"device": "h100_pcie"}),
         ({"gpu": "A100-SXM4-40GB"}, {"device": "a100_40gb"}), ({"precision": "FP8-DS"}, {"low": "fp8"}),
         ({"precision": "fp8 blockwise"}, {"low": "fp8"}), ({"gpu": "GB300", "precision": "nvfp4"}, {"low": "fp4"}),
         ({"precision": ""}, {"low": "None"}), ({"recompute": "true"}, {"recompute": 1.0}),

@@ -7,8 +7,7 @@ from tiny import TINY
 from recipes.schema.errors import BackendError
 from recipes.schema.precision import PrecisionConfig
 from train.megatron import choose_device
-from train.model.backend import choose_backend
-from train.precision.te import TransformerEngineBackend
+from train.model.backend import TransformerEngineBackend, choose_backend
 
 
 def test_without_a_gpu_the_reference_is_chosen() -> None:

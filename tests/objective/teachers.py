@@ -9,6 +9,7 @@ from tiny import RECIPE, TINY, Numbers, engine_of, recipe_with, steps_of
 from recipes.schema.read import recipe_mapping
 from recipes.schema.recipe import Recipe
 from train.checkpoint.manager import CheckpointFolder
+from train.checkpoint.manifest import RunState
 
 TOKENIZER = "0123456789abcdef"
 TEACHER = replace(
@@ -30,7 +31,7 @@ def save_teacher(folder: Path, recipe: Recipe = TEACHER, *, tokenizer: str = TOK
 def _save(rank: int, folder: Path, recipe: Recipe, tokenizer: str) -> Path:
     with engine_of(recipe, rank=rank, world=1) as engine:
         return CheckpointFolder(folder / "checkpoints", recipe.checkpoint).save(
-            engine, step=3, position=12, recipe=recipe_mapping(recipe), data_hash="h", tokenizer=tokenizer
+            engine, RunState(step=3, position=12, recipe=recipe_mapping(recipe), data_hash="h", tokenizer=tokenizer)
         )
 
 

@@ -16,9 +16,9 @@ from recipes.schema.errors import DataError, RecipeError
 from recipes.schema.recipe import Recipe
 from recipes.schema.tools import TeacherCacheConfig
 from train.build import check, mesh_of
-from train.distill.fill_cache import _answer_all
 from train.distill.teacher import open_teacher
 from train.distill.teacher_cache import KeptAnswers, batch_keys, fewer, read_request
+from train.teacher_cache.fill import _answer_all
 
 STEPS, ROWS_A_STEP = 2, 4
 

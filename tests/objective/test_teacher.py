@@ -7,19 +7,17 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
-from objective.teachers import TEACHER, TOKENIZER, distill_tiny, save_teacher, student_of
+from objective.teachers import TOKENIZER, distill_tiny, save_teacher, student_of
 from ranks import RankFailed, run_ranks
 from tiny import RECIPE, engine_of, recipe_with
 
-from recipes.schema.errors import CheckpointError, RecipeError
+from recipes.schema.errors import CheckpointError, RecipeError, refuse
+from recipes.schema.facts import named
 from recipes.schema.layout import lay_out
 from recipes.schema.recipe import Recipe
 from recipes.schema.teacher_placement import Place, place_of
-from train.build import check, mesh_of
+from recipes.schema.teacher_rules import teacher_problems
 from train.checkpoint.manager import checkpoint_at
-from train.distill.objective import hidden_match
-from train.distill.teacher import check_teacher, open_teacher
 
 
 @pytest.fixture(scope="module")
@@ -64,21 +62,22 @@ def test_degrees_that_do_not_fit_are_named() -> None:
 
 
 def test_a_teacher_of_another_vocabulary_or_tokenizer_is_refused_with_the_reason(teacher: Path) -> None:
-    path, manifest = checkpoint_at(teacher)
+    _path, manifest = checkpoint_at(teacher)
     student = student_of(teacher)
 
     def ask(tokenizer: str | None = TOKENIZER, student: Recipe = student) -> None:
-        check_teacher(TEACHER, manifest, student=student, tokenizer=tokenizer, path=path)
+        refuse(teacher_problems(student, named(str(teacher)), tokenizer=tokenizer))
 
     ask()
     with pytest.raises(RecipeError, match=r"vocabulary of 256, the student .model.vocab. one of 512"):
         ask(student=replace(student, model=replace(student.model, vocab=512)))
-    with pytest.raises(RecipeError, match=r"trained with another tokenizer .0123456789ab. than the data"):
+    with pytest.raises(RecipeError, match=r"trained with another tokenizer .0123456789ab. than that of "):
         ask(tokenizer="fedcba")
     careful = replace(student, objective=replace(student.objective, trust_tokenizer=False))
     ask(student=careful)
     with pytest.raises(RecipeError, match=r"does not say which tokenizer.*objective.trust_tokenizer=true"):
-        check_teacher(TEACHER, replace(manifest, tokenizer=""), student=careful, tokenizer="fedcba", path=path)
+        nameless = replace(named(str(teacher)), manifest=replace(manifest, tokenizer=""))
+        refuse(teacher_problems(careful, nameless, tokenizer="fedcba"))
     with pytest.raises(RecipeError, match=r"another tokenizer"):
         ask(tokenizer="fedcba", student=student)  # trusted, but it says so and differs
     with pytest.raises(CheckpointError, match=r"is no checkpoint"):
@@ -113,19 +112,11 @@ def test_what_cannot_be_done_is_said(changes: dict[str, Any], message: str, teac
 
 
 def test_layers_of_earlier_stages_cannot_be_matched(teacher: Path) -> None:
-    (message,) = run_ranks(1, match_error, student_of(teacher, **{
-        "objective.hidden_match": "cosine", "objective.hidden_layers": "1:1"}))  # fmt: skip
-    assert "layer 1 of the student is not on its last pipeline stage (layers 6 to 9)" in message
-
-
-def match_error(rank: int, recipe: Recipe) -> str:
-    with mesh_of(recipe, check(recipe, world=1), device=torch.device("cpu"), rank=rank) as mesh:
-        opened = open_teacher(recipe, mesh=mesh, tokenizer=None)
-        try:
-            hidden_match(recipe, opened, last_stage_layers=(6, 7, 8, 9))
-        except RecipeError as error:
-            return str(error)
-    return ""
+    recipe = student_of(teacher, **{
+        "objective.hidden_match": "cosine", "objective.hidden_layers": "1:1", "parallel.pipeline": 2,
+        "model.pattern": "M-M*-M|-M*-"})  # fmt: skip
+    (problem,) = teacher_problems(recipe, named(str(teacher)), tokenizer=None)
+    assert "layer 1 of the student is not on its last pipeline stage (layers 6 to 9)" in str(problem)
 
 
 def test_the_teacher_computes_in_the_numbers_asked_for(teacher: Path) -> None:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from recipes.schema.errors import RecipeError
 from recipes.schema.optim import ScheduleConfig
-from recipes.schema.schedule import check, learning_rate_factor
+from recipes.schema.schedule import check, learning_rate_factor, lengths_of, unread
 
 
 def factors(schedule: ScheduleConfig, steps: int, tokens_per_step: int = 1) -> list[float]:
@@ -162,7 +162,7 @@ def test_without_a_decay_wsd_stays_at_its_peak() -> None:
             ScheduleConfig(unit="tokens", warmup=900, decay=0),
             ["schedule.warmup=900", "run.steps=100 x 8 tokens", "800"],
         ),
-        (ScheduleConfig(kind="cosine", decay=5), ["schedule.decay=5", "schedule.kind=cosine", "schedule.decay=0"]),
+        (ScheduleConfig(warmup=0.8, decay=30), ["schedule.warmup=0.8", "schedule.decay=30", "fractions"]),
         (
             ScheduleConfig(decay=5, decay_shape="exponential", final_fraction=0.0),
             ["exponential", "final_fraction=0", "decay_shape=linear"],
@@ -178,3 +178,30 @@ def test_phases_that_do_not_fit(schedule: ScheduleConfig, words: list[str]) -> N
 def test_phases_that_fill_the_run_fit() -> None:
     check(ScheduleConfig(warmup=50, decay=50), total_steps=100, tokens_per_step=8)
     check(ScheduleConfig(kind="cosine", warmup=100), total_steps=100, tokens_per_step=8)
+
+
+@pytest.mark.parametrize("unit", ["steps", "tokens"])
+@given(steps=st.integers(1, 10**7), percents=st.tuples(st.integers(0, 99), st.integers(0, 99)))
+def test_fractions_are_of_the_whole_and_fit_where_they_sum_to_one(
+    unit: Any, steps: int, percents: tuple[int, int]
+) -> None:
+    warmup, decay = percents
+    schedule = ScheduleConfig(unit=unit, warmup=warmup / 100, decay=decay / 100)
+    found = lengths_of(schedule, total_steps=steps, tokens_per_step=8)
+    whole = steps * (1 if unit == "steps" else 8)
+    assert (found.warmup, found.decay, found.whole) == (warmup * whole // 100, decay * whole // 100, whole)
+    if warmup + decay <= 100:
+        check(schedule, total_steps=steps, tokens_per_step=8)
+
+
+def test_fractions_give_the_same_rates_as_the_steps_they_stand_for() -> None:
+    said = ScheduleConfig(warmup=0.1, decay=0.3)
+    assert factors(said, 200) == factors(replace(said, warmup=20, decay=60), 200)
+    assert factors(said, 20) == factors(replace(said, warmup=2, decay=6), 20)
+    assert factors(replace(said, total=100), 200) == factors(replace(said, warmup=10, decay=30, total=100), 200)
+
+
+def test_a_decay_that_the_kind_does_not_read_is_named() -> None:
+    assert unread(ScheduleConfig(kind="cosine", decay=5)) == "schedule.kind=cosine does not read schedule.decay=5"
+    assert not unread(ScheduleConfig(kind="cosine")) and not unread(ScheduleConfig(decay=5))
+    assert factors(ScheduleConfig(kind="cosine", decay=5), 9) == factors(ScheduleConfig(kind="cosine"), 9)

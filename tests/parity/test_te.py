@@ -18,6 +18,7 @@ from matrices import matrices, same
 from recipes.schema.precision import PrecisionConfig
 from recipes.schema.scaling import E2M1, E4M3, E5M2, LINEARS, Operand, scaling_of
 from train.checkpoint.manager import CheckpointFolder
+from train.checkpoint.manifest import RunState
 from train.precision.quantize import hadamard_matrix, quantize, scale_from_history
 
 pytestmark = [
@@ -220,8 +221,7 @@ def _train(
     from tiny import recipe_with, steps_of
 
     from train.build import build_engine, check, mesh_of
-    from train.model.backend import EmulatedBackend
-    from train.precision.te import TransformerEngineBackend
+    from train.model.backend import EmulatedBackend, TransformerEngineBackend
 
     class OverReferences(TransformerEngineBackend):
         """The `te` backend with Transformer Engine's reference quantisers, and our scan where mamba-ssm needs a GPU."""
@@ -280,7 +280,7 @@ def _train(
         if resume_in is not None:
             folder = CheckpointFolder(resume_in, recipe.checkpoint)
             steps_of(engine, recipe, range(2))
-            folder.save(engine, step=2, position=8, recipe={}, data_hash="h")
+            folder.save(engine, RunState(step=2, position=8, data_hash="h"))
             whole = steps_of(engine, recipe, range(2, 4))
             fresh = build_engine(recipe, mesh)
             folder.load(fresh, folder.path_of(2))
@@ -408,7 +408,7 @@ def test_delayed_scaling_keeps_chosen_layers_in_high_precision() -> None:
     """Megatron refuses this combination; our wrapper switches autocast off inside, in those layers only."""
     from transformer_engine.pytorch.quantization import FP8GlobalStateManager
 
-    from train.precision.te import TransformerEngineBackend
+    from train.model.backend import TransformerEngineBackend
 
     seen = {}
 
@@ -457,7 +457,8 @@ def test_the_pinned_versions_have_every_name_we_rely_on(te: Any) -> None:
     from transformer_engine.common import recipe
     from transformer_engine.pytorch import constants
 
-    from train.precision.te import TransformerEngineBackend, megatron_fields
+    from train.model.backend import TransformerEngineBackend
+    from train.precision.te import megatron_fields
 
     names = {f.name: f for f in fields(TransformerConfig)}
     scalings = ("none", "delayed", "current", "blockwise", "mxfp8", "nvfp4")

@@ -19,6 +19,7 @@ from recipes.schema.precision import PrecisionConfig
 from recipes.schema.recipe import Recipe
 from recipes.schema.scaling import low_precision_linears, scaling_of, shape_problems
 from train.checkpoint.manager import CheckpointFolder
+from train.checkpoint.manifest import RunState
 from train.model.backend import choose_backend
 from train.precision import emulated
 from train.precision.emulated import LowPrecisionLinear, _Product
@@ -122,7 +123,7 @@ def train_and_resume(rank: int, recipe: Recipe, folder: Path) -> tuple[Numbers, 
     with engine_of(recipe, rank=rank, world=1) as engine:
         checkpoints = CheckpointFolder(folder, recipe.checkpoint)
         whole = steps_of(engine, recipe, range(2))
-        checkpoints.save(engine, step=2, position=8, recipe={}, data_hash="h")
+        checkpoints.save(engine, RunState(step=2, position=8, data_hash="h"))
         rest = steps_of(engine, recipe, range(2, 4))
     with engine_of(replace(recipe, run=replace(recipe.run, seed=99)), rank=rank, world=1) as fresh:
         checkpoints.load(fresh, checkpoints.path_of(2))
@@ -246,7 +247,8 @@ NANO_9B = ModelConfig(
 
 def problems(model: ModelConfig, scaling: str = "blockwise", tokens: int = 8192, **parallel: Any) -> list[str]:
     precision = PrecisionConfig(params="bf16", scaling=scaling)  # type: ignore[arg-type]
-    return shape_problems(model, parallel=ParallelConfig(**parallel), precision=precision, rank_tokens=tokens)
+    found = shape_problems(model, parallel=ParallelConfig(**parallel), precision=precision, rank_tokens=tokens)
+    return [str(problem) for problem in found]
 
 
 def test_the_9b_is_refused_at_tensor_8_and_taken_at_4() -> None:

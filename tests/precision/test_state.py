@@ -11,6 +11,7 @@ from tiny import engine_of, health, recipe_with, steps_of
 
 from recipes.schema.recipe import Recipe
 from train.checkpoint.manager import CheckpointFolder
+from train.checkpoint.manifest import RunState
 
 LOW = ("delayed", "current", "blockwise", "mxfp8", "nvfp4")
 SAVED_AT, STEPS = 2, 4
@@ -30,7 +31,7 @@ def state_of(engine: Any) -> dict[tuple[int, str], tuple[list[float], torch.Tens
 def save_on_the_way(rank: int, recipe: Recipe, world: int, folder: Path) -> Any:
     with engine_of(recipe, rank=rank, world=world) as engine:
         steps_of(engine, recipe, range(SAVED_AT))
-        CheckpointFolder(folder, recipe.checkpoint).save(engine, step=SAVED_AT, position=8, recipe={}, data_hash="h")
+        CheckpointFolder(folder, recipe.checkpoint).save(engine, RunState(step=SAVED_AT, position=8, data_hash="h"))
         state = state_of(engine) if recipe.precision.scaling == "delayed" else None
         return state, steps_of(engine, recipe, range(SAVED_AT, STEPS))
 
@@ -99,7 +100,7 @@ def test_another_backends_checkpoint_loads_with_fresh_scales(saved_as: str, load
 def save_weights(rank: int, recipe: Recipe, folder: Path) -> None:
     with engine_of(recipe, rank=rank, world=1) as engine:
         steps_of(engine, recipe, range(1))
-        CheckpointFolder(folder, recipe.checkpoint).save(engine, step=1, position=4, recipe={}, data_hash="h")
+        CheckpointFolder(folder, recipe.checkpoint).save(engine, RunState(step=1, position=4, data_hash="h"))
         torch.save([p.detach().clone() for p in engine.chunks[0].parameters()], folder / "weights.pt")
 
 
@@ -162,7 +163,7 @@ def fall_back_and_save(rank: int, recipe: Recipe, folder: Path) -> Any:
         rows = microbatches(recipe, engine.mesh, 0)
         train_step(engine, rows, step=0, learning_rate=1e-3, watch=Stopwatch(), measure=True)
         engine.precision.health()
-        CheckpointFolder(folder, recipe.checkpoint).save(engine, step=1, position=4, recipe={}, data_hash="h")
+        CheckpointFolder(folder, recipe.checkpoint).save(engine, RunState(step=1, position=4, data_hash="h"))
         numbers = steps_of(engine, recipe, range(1, 3))
         return [linear.scaling is None for linear in engine.precision.linears], numbers
 

@@ -1,4 +1,4 @@
-"""`python -m train` and `python -m launch local` as processes of their own, and what their runs recorded.
+"""`stratum train` and `stratum launch local` as processes of their own, and what their runs recorded.
 
 child = start(words, "name")            a new interpreter
 child = fork(words, "name", ...)        the same program in a fork of this one: no imports to wait for
@@ -35,7 +35,7 @@ RUN = [
 
 
 class Forked:
-    """One or more forked ranks of `python -m train`; for what tests ask, like a Popen of the first."""
+    """One or more forked ranks of `stratum train`; for what tests ask, like a Popen of the first."""
 
     def __init__(self, pids: list[int], output: Path) -> None:
         self.pids, self._output = pids, output
@@ -80,7 +80,7 @@ def fork(
     within: Callable[[], AbstractContextManager[None]] = nullcontext,
     step_s: float = 0.0,
 ) -> Forked:
-    """`python -m train words` in forked processes. within: entered around it. step_s: each step takes so much longer."""
+    """`stratum train words` in forked processes. within: entered around it. step_s: each step takes so much longer."""
     folder = Path(tempfile.mkdtemp(prefix="forked", dir=_folder_of(words)))
     line = [*words, f"run.name={name}", *extra]
     pids = start_ranks(ranks, _command, line, folder / "output", within, step_s, folder=folder)
@@ -99,11 +99,10 @@ def _command(
     sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
     real = loop.train_step
     loop.train_step = lambda *a, **k: (time.sleep(step_s), real(*a, **k))[1]
-    sys.argv = ["train", *words]
     status = 1
     try:
         with within():
-            status = main()
+            status = main(words)
     except BaseException:
         traceback.print_exc()
     sys.stdout.flush()
@@ -118,10 +117,10 @@ def _folder_of(words: list[str]) -> str:
 def start(
     words: list[str], name: str, *, ranks: int = 1, extra: tuple[str, ...] = (), launcher: str = "torchrun"
 ) -> subprocess.Popen[str]:
-    """A process of its own. ranks: more than one start by torchrun, or by `python -m launch local`."""
+    """A process of its own. ranks: more than one start by torchrun, or by `stratum launch local`."""
     command = ["-m", "train"]
     if launcher == "local":
-        command = ["-m", "launch", "local", "--nproc", str(ranks)]
+        command = ["-m", "train.stratum", "launch", "local", "--nproc", str(ranks)]
     elif ranks > 1:
         command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), "-m", "train"]
     return subprocess.Popen(

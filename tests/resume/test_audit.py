@@ -15,9 +15,9 @@ from shards import TEXT
 
 from data.store.manifest import TokenizerEntry, file_sha256, read_manifest, write_manifest
 from data.tokenizer import train_tokenizer
+from recipes.schema import checkpoint_steps as steps
 from recipes.schema.data import SourceConfig, TokenizerConfig
 from recipes.schema.recipe import Recipe
-from train.checkpoint import steps
 from train.record import machine
 from train.record.metrics import METRICS, read_metrics
 from train.run import train

@@ -40,3 +40,17 @@ def test_killed_and_interrupted_runs_end_as_the_undisturbed_one(words: list[str]
 
     refused = finish(fork(words, "killed", extra=("optim.lr=1",)), status=2)
     assert "optim.lr: 0.003 in the run's folder, 1.0 now" in refused
+
+
+def test_a_second_trainer_of_a_run_is_refused_and_the_first_does_not_notice(words: list[str], tmp_path: Path) -> None:
+    run = tmp_path / "shared"
+    first = fork(words, "shared", step_s=0.05)
+    wait_for_step(run, 4, first)
+    for ranks in (1, 2):
+        refused = finish(fork(words, "shared", ranks=ranks), status=2)
+        assert f"belongs to process {first.pids[0]} on " in refused and "choose another run.name" in refused
+    finish(first)
+    lines = read_metrics(run / METRICS)
+    assert [line["step"] for line in lines if line["kind"] == "step"] == list(range(1, STEPS + 1)), "one writer"
+    (lease,) = (run / "lease").glob("*.json")
+    assert '"is_released": true' in lease.read_text()

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 from lives import Contents, Kill, Run, contents_at, recipe_in
 
-from train.checkpoint import offline, steps
+from recipes.schema import checkpoint_steps as steps
+from train.checkpoint import offline
 
 KEEP_ALL = 10_000
 

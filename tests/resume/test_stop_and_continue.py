@@ -10,7 +10,8 @@ from crashes import acts_of_saves
 from lives import contents_at
 from processes import STEPS, finish, fork, losses, saves, start, wait_for_step
 
-from train.checkpoint import offline, steps
+from recipes.schema import checkpoint_steps as steps
+from train.checkpoint import offline
 from train.record.metrics import METRICS, read_metrics
 from train.resilience.faults import ECHO_S, GIVEN_UP
 
@@ -77,7 +78,7 @@ def test_a_signal_to_one_of_two_ranks_stops_both_alike(words: list[str], tmp_pat
 
 
 def test_the_launcher_stops_two_ranks_and_continues_them(words: list[str], tmp_path: Path) -> None:
-    """`python -m launch local --nproc 2`, as a user starts it; the same program then goes on in forked processes."""
+    """`stratum launch local --nproc 2`, as a user starts it; the same program then goes on in forked processes."""
     longer = ("run.steps=60",)
     finish(fork(words, "whole", ranks=2, extra=longer))
     child = start(words, "run", ranks=2, extra=longer, launcher="local")

@@ -1,150 +1,137 @@
 """The rules of the house, kept by machine: who may import whom, one door per library, texts under fields, no stray state.
 
 Every rule is a function over parsed sources that returns complaints `file:line: what, what to do`; each is also shown to
-catch a small sample that breaks it.
+catch a small sample that breaks it. `rooms.py` next to this file draws the rooms and their arrows from the imports.
 """
 
 import ast
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Callable
 
 import pytest
-
-ROOT = Path(__file__).resolve().parents[2]
-PACKAGES = ("train", "data", "launch")
-
-FLOORS = {
-    "train.errors": 0, "train.config": 0, "train.stopwatch": 0, "train.model.pattern": 0, "train.parallel.layout": 0,
-    "train.cost": 0, "train.optim.schedule": 0, "data.errors": 0, "data.build_c": 0, "data.fields": 0, "data.config": 0,
-    "data.typed": 0, "data.shares": 1, "data.ahead": 1,
-    "data.sources": 1, "data.corpus": 1, "data.work": 1, "data.megatron_sets": 1, "data.shard_job": 1,
-    "data.pool": 1, "data.progress": 1, "data.tokenizer": 1, "data.shards": 1, "data.manifest": 1, "data.origins": 1,
-    "data.verify": 1, "data.cache": 1, "data.reader": 1, "data.curriculum": 1, "data.order": 1, "data.fim": 1,
-    "data.pack": 1, "data.compiled": 1, "data.fill": 1, "data.blend": 1, "data.batch": 1, "data.dataset": 1,
-    "data.stream": 1, "data.command": 1,
-    "train.recipe": 1, "train.gemm": 1, "data.trace": 7, "data.inspect": 7,
-    "train.model": 2, "train.precision": 2, "train.parallel": 2, "train.optim": 2, "train.telemetry": 2, "train.displays": 2,
-    "train.machine": 2, "train.metrics": 1,
-    "train.faults": 2, "train.engine": 2,
-    "train.objective": 3, "train.compress": 3, "train.evaluate": 3, "train.checkpoint": 3, "train.report": 3, "train.hf": 3,
-    "train.precision_report": 3, "train.objective.place": 0, "train.precision.scaling": 0, "train.precision.control": 0,
-    "train.objective.asked": 0, "train.step": 4, "train.loop": 5, "train.run": 6,
-    "train.compress.__main__": 7, "launch.stages": 7, "train.teacher_cache": 7,
-    "train.__main__": 7, "train.generate": 7, "train.hf.__main__": 7, "train.hf.command": 7, "data.prepare": 7, "launch": 7,
-}  # fmt: skip
-"""Floor of each module or package (the longest matching name counts). Imports point down or stay level."""
+from rules.rooms import FLOORS, PACKAGES, ROOT, Source, arrows, floor_of, imports, room_of, sources
 
 DOORS = {
     "transformer_engine": {"train.precision.te"},
     "mamba_ssm": {"train.model.mixer"},
     "causal_conv1d": {"train.model.mixer"},
-    "hydra": {"data.command"},
-    "omegaconf": {
-        "data.command",
-        "data.prepare",
-        "data.trace",
-        "data.inspect",
-        "train.recipe",
-        "train.__main__",
-        "train.generate",
-        "train.compress.__main__",
-        "launch.stages",
-        "train.teacher_cache",
-    },
-    "wandb": {"train.displays"},
-    "tensorboard": {"train.displays"},
-    "matplotlib": {
-        "data.inspect",
-        "train.report",
-        "train.precision_report",
-        "train.compress.pictures",
-        "launch.plan_picture",
-        "launch.validate_picture",
-    },
+    "hydra": {"recipes.schema"},
+    "wandb": {"train.record"},
+    "tensorboard": {"train.record"},
     "transformers": {"train.hf"},
     "safetensors": {"train.hf"},
-    "tokenizers": {"data.tokenizer.hf"},
-    "tiktoken": {"data.tokenizer.ranks"},
-    "sentencepiece": {"data.tokenizer.pieces"},
+    "tokenizers": {"data.tokenizer"},
+    "tiktoken": {"data.tokenizer"},
+    "sentencepiece": {"data.tokenizer"},
     "pyarrow": {"data.sources"},
-    "fsspec": {"data.sources.files", "data.cache"},
-    "datasets": {"data.sources.sets"},
+    "fsspec": {"data.sources", "data.store"},
+    "datasets": {"data.sources"},
 }
-"""Modules that may import an outside library."""
+"""Rooms or modules that may import an outside library."""
 
-STDLIB_ONLY = [name for name, floor in FLOORS.items() if floor == 0]
+NO_TORCH = (
+    "recipes", "data.system", "data.make", "data.order", "data.sources", "data.store", "data.tokenizer", "launch",
+)  # fmt: skip
+"""Packages and rooms that run where torch is not installed, or would take seconds to load."""
 
+LAUNCH_FOR_TRAIN = ("launch.plan",)
+"""What `train` may take from `launch`: the cost model, for `compress` and for the peak of a device."""
 
-@dataclass(frozen=True)
-class Source:
-    """One module, parsed."""
-
-    name: str
-    path: str
-    tree: ast.Module
-
-
-def sources() -> list[Source]:
-    found = []
-    for package in PACKAGES:
-        for path in sorted((ROOT / package).rglob("*.py")):
-            name = ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
-            found.append(Source(name, str(path.relative_to(ROOT)), ast.parse(path.read_text())))
-    return found
+OPTIONAL_OR_SLOW = (
+    "matplotlib", "wandb", "transformers", "sentencepiece", "datasets", "torch.utils.tensorboard", "transformer_engine",
+    "megatron.core.extensions",
+)  # fmt: skip
+"""Packages imported inside the function that needs them: optional, or seconds of start-up that most commands do without."""
 
 
 def sample(name: str, text: str) -> list[Source]:
-    return [Source(name, "sample.py", ast.parse(text))]
+    return [Source(name, "sample.py", text, ast.parse(text))]
 
 
-def imports(source: Source) -> Iterator[tuple[str, int]]:
-    """Every imported module with its line, also inside functions and type-checking blocks."""
-    for node in ast.walk(source.tree):
-        if isinstance(node, ast.Import):
-            yield from ((alias.name, node.lineno) for alias in node.names)
-        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
-            yield node.module, node.lineno
-            yield from ((f"{node.module}.{alias.name}", node.lineno) for alias in node.names)
-
-
-def floor_of(module: str) -> int | None:
-    matches = [name for name in FLOORS if module == name or module.startswith(name + ".")]
-    return FLOORS[max(matches, key=len)] if matches else None
+def rooms_have_floors(all_sources: list[Source]) -> list[str]:
+    return [
+        f"{source.path}:1: room {room_of(source.name)} has no floor; give it one in tests/rules/rooms.py"
+        for source in all_sources
+        if floor_of(source.name) is None
+    ]
 
 
 def imports_point_down(all_sources: list[Source]) -> list[str]:
     complaints = []
     for source in all_sources:
         here = floor_of(source.name)
-        if here is None:
-            if source.name not in PACKAGES:
-                complaints.append(f"{source.path}:1: {source.name} has no floor; give it one in tests/rules")
-            continue
         for module, line in imports(source):
             there = floor_of(module)
-            if there is not None and there > here:
+            if here is None or there is None or room_of(module) == room_of(source.name):
+                continue
+            if there >= here:
                 complaints.append(
-                    f"{source.path}:{line}: floor {here} imports {module} of floor {there}; turn it round"
+                    f"{source.path}:{line}: {room_of(source.name)} (floor {here}) imports {module} (floor {there}); turn it round"
                 )
     return complaints
 
 
-def data_and_launch_keep_to_themselves(all_sources: list[Source]) -> list[str]:
+def no_circles_between_files(all_sources: list[Source]) -> list[str]:
+    """Circles inside a room too, and through imports inside functions."""
+    graph = arrows(all_sources)
+    done: set[str] = set()
+    complaints = []
+
+    def visit(module: str, path: tuple[str, ...]) -> None:
+        if module in path:
+            complaints.append(
+                f"{' -> '.join((*path[path.index(module) :], module))}: a circle; move what both need below"
+            )
+            return
+        if module in done:
+            return
+        for target in sorted(graph.get(module, ())):
+            visit(target, (*path, module))
+        done.add(module)
+
+    for module in sorted(graph):
+        visit(module, ())
+    return complaints
+
+
+def train_takes_only_the_plan_from_launch(all_sources: list[Source]) -> list[str]:
+    return [
+        f"{source.path}:{line}: train imports {module}; from launch it may take {', '.join(LAUNCH_FOR_TRAIN)}"
+        for source in all_sources
+        if source.name.startswith("train")
+        for module, line in imports(source)
+        if module.startswith("launch.") and not module.startswith(LAUNCH_FOR_TRAIN)
+    ]
+
+
+def rooms_without_torch(all_sources: list[Source]) -> list[str]:
+    return [
+        f"{source.path}:{line}: imports {module}; {room_of(source.name)} runs where there is no torch"
+        for source in all_sources
+        if any(source.name == name or source.name.startswith(name + ".") for name in NO_TORCH)
+        for module, line in imports(source)
+        if module.split(".")[0] in ("torch", "megatron")
+    ]
+
+
+def imports_inside_functions_say_why(all_sources: list[Source]) -> list[str]:
     complaints = []
     for source in all_sources:
-        package = source.name.split(".")[0]
-        for module, line in imports(source):
-            top = module.split(".")[0]
-            if package == "data" and top in ("train", "launch"):
-                complaints.append(f"{source.path}:{line}: data imports {module}; data knows neither train nor launch")
-            if package == "launch" and (
-                top in ("torch", "megatron") or (top == "train" and (floor_of(module) or 0) > 1)
-            ):
-                complaints.append(f"{source.path}:{line}: launch imports {module}; it runs where there is no torch")
+        lines = source.text.splitlines()
+        for function in ast.walk(source.tree):
+            if not isinstance(function, ast.FunctionDef | ast.AsyncFunctionDef):
+                continue
+            for node in ast.walk(function):
+                if isinstance(node, ast.Import | ast.ImportFrom):
+                    module = node.module or "" if isinstance(node, ast.ImportFrom) else node.names[0].name
+                    is_explained = "#" in lines[node.lineno - 1] + lines[node.lineno - 2]
+                    if not is_explained and not module.startswith(OPTIONAL_OR_SLOW):
+                        complaints.append(
+                            f"{source.path}:{node.lineno}: an import inside a function; move it to the top, or say in a "
+                            f"comment which optional package or start-up cost it waits for"
+                        )
     return complaints
 
 
@@ -165,10 +152,8 @@ def one_door_per_library(all_sources: list[Source]) -> list[str]:
 def fields_have_texts(all_sources: list[Source]) -> list[str]:
     complaints = []
     for source in all_sources:
-        if source.name not in ("train.config", "data.config", "train.generate"):
-            continue
         for node in ast.walk(source.tree):
-            if not isinstance(node, ast.ClassDef):
+            if not isinstance(node, ast.ClassDef) or not (node.name.endswith("Config") or node.name == "Recipe"):
                 continue
             for statement, following in zip(node.body, [*node.body[1:], None], strict=True):
                 is_text = isinstance(following, ast.Expr) and isinstance(following.value, ast.Constant)
@@ -182,7 +167,7 @@ def modules_say_what_they_are(all_sources: list[Source]) -> list[str]:
     return [
         f"{source.path}:1: no module text; say what enters, what leaves, what holds"
         for source in all_sources
-        if source.tree.body and not ast.get_docstring(source.tree)
+        if not ast.get_docstring(source.tree)
     ]
 
 
@@ -223,10 +208,14 @@ def library_code_does_not_print(all_sources: list[Source]) -> list[str]:
 
 
 RULES: dict[Callable[[list[Source]], list[str]], tuple[str, str]] = {
-    imports_point_down: ("train.model.pattern", "def f():\n    from train.loop import train_loop\n"),
-    data_and_launch_keep_to_themselves: ("data.blend", "import train.config\n"),
+    rooms_have_floors: ("train.attic.old", "x = 1\n"),
+    imports_point_down: ("train.model.norm", "def f():\n    from train.loop import train_loop\n"),
+    no_circles_between_files: ("train.model.norm", "import train.model.norm\n"),
+    train_takes_only_the_plan_from_launch: ("train.loop", "from launch.local.ports import reserved_port\n"),
+    rooms_without_torch: ("launch.plan.search", "def f():\n    import torch\n"),
+    imports_inside_functions_say_why: ("train.loop", "def f():\n    import json\n"),
     one_door_per_library: ("train.loop", "from torch.utils.tensorboard import SummaryWriter\n"),
-    fields_have_texts: ("train.config", "class A:\n    x: int = 1\n    y: int = 2\n"),
+    fields_have_texts: ("recipes.schema.run", "class AConfig:\n    x: int = 1\n    y: int = 2\n"),
     modules_say_what_they_are: ("train.loop", "x = 1\n"),
     no_module_level_state: ("train.loop", "registry = {}\n"),
     library_code_does_not_print: ("train.loop", "print(1)\n"),
@@ -244,19 +233,29 @@ def test_rule_catches_its_breach(rule: Callable[[list[Source]], list[str]]) -> N
     assert rule(sample(*RULES[rule]))
 
 
-def test_the_ground_floor_needs_the_standard_library_only() -> None:
-    """A login node has no torch, no numpy, no Hydra: the planner must still run there."""
+def test_floors_name_rooms_that_exist() -> None:
+    there = {room_of(source.name) for source in sources()}
+    assert not (FLOORS.keys() - there), "rooms with a floor and without files"
+
+
+def test_the_ground_floor_and_the_cost_model_need_little() -> None:
+    """What a run is needs YAML and Hydra at most; the cost model of the planner the standard library alone."""
     program = (
         "import sys\n"
         "class Refuse:\n"
         "    def find_spec(self, name, path=None, target=None):\n"
         "        top = name.split('.')[0]\n"
-        f"        if top not in {PACKAGES!r} and top not in sys.stdlib_module_names:\n"
-        "            raise ImportError(f'{name} is not in the standard library')\n"
-        "sys.meta_path.insert(0, Refuse())\n" + "".join(f"import {name}\n" for name in STDLIB_ONLY)
+        "        if top not in ALLOWED and top not in sys.stdlib_module_names:\n"
+        "            raise ImportError(f'{name} is not allowed here')\n"
+        "sys.meta_path.insert(0, Refuse())\n"
     )
-    result = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False)
-    assert result.returncode == 0, result.stderr
+    schema = [s.name for s in sources() if s.name.startswith("recipes")]
+    cost = [s.name for s in sources() if s.name.startswith("launch.plan.cost")]
+    hydra = {"hydra", "omegaconf", "yaml", "_yaml", "antlr4", "packaging"}
+    for names, allowed in ((schema, {*PACKAGES, *hydra}), (cost, {*PACKAGES})):
+        text = f"ALLOWED = {sorted(allowed)!r}\n" + program + "".join(f"import {name}\n" for name in names)
+        result = subprocess.run([sys.executable, "-c", text], cwd=ROOT, capture_output=True, text=True, check=False)
+        assert result.returncode == 0, result.stderr
 
 
 def test_tracked_files_hold_no_machine_paths() -> None:

@@ -1,14 +1,6 @@
-"""`python -m train.checkpoint COMMAND`: look at checkpoints, prove them, compare and rewrite them. No GPU, no model needed.
+"""`stratum checkpoint COMMAND`: look at checkpoints, prove them, compare and rewrite them. No GPU, no model needed.
 
-    python -m train.checkpoint list runs/smoke                     what a run has, and in what state
-    python -m train.checkpoint show runs/smoke                     what is in the newest: layout, sizes, recipe, lineage
-    python -m train.checkpoint verify runs/smoke                   read every byte and compare fingerprints
-    python -m train.checkpoint diff runs/a runs/b --values         which tensors differ, and by how much
-    python -m train.checkpoint reshard runs/a runs/b --files 8     the same checkpoint in eight equal files, in a run of its own
-    python -m train.checkpoint consolidate runs/a a.safetensors    all weights in one file
-
-A checkpoint is named by its own folder or by its run's folder (its newest). Nothing in a checkpoint is executed.
-Exit status: 0 all right; 1 damaged (list, verify), different (diff); 2 cannot be done, with the reason.
+Nothing in a checkpoint is executed.
 """
 
 import argparse
@@ -28,14 +20,16 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, Trans
 from rich.table import Table
 from rich.text import Text
 
+from recipes.schema import checkpoint_steps as steps
 from recipes.schema.changes import differences
 from recipes.schema.errors import CheckpointError, RecipeError
 from recipes.schema.layout import lay_out
 from recipes.schema.model import ModelConfig
+from recipes.schema.options import CommandParser, run_or_path
 from recipes.schema.parallel import ParallelConfig
 from recipes.schema.read import recipe_from_mapping
 from recipes.schema.run import RunConfig
-from train.checkpoint import offline, steps
+from train.checkpoint import offline
 from train.checkpoint.files import Reader
 from train.checkpoint.manifest import Manifest, describe_layout, read_manifest
 
@@ -46,22 +40,34 @@ _SECTIONS = (
     ("second moments", "optimizer.exp_avg_sq."),
     ("random state", "random."),
 )
+_EXAMPLES = """
+stratum checkpoint list runs/smoke                         what a run has, and in what state
+stratum checkpoint show smoke                              what is in the newest: layout, sizes, recipe, lineage
+stratum checkpoint verify smoke                            read every byte and compare fingerprints
+stratum checkpoint diff runs/smoke runs/mine --values      which tensors differ, and by how much
+stratum checkpoint reshard runs/smoke runs/eight --files 8     the same checkpoint in eight equal files, in a run of its own
+stratum checkpoint consolidate smoke smoke.safetensors     all weights in one file
+"""
+_NOTES = """
+A checkpoint is named by its own folder, or by its run (the newest). Nothing in a checkpoint is executed.
+Exit status: 0 all right; 1 damaged (list, verify), different (diff); 2 cannot be done, with the reason.
+"""
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point. -> exit status."""
-    assert __doc__ is not None
-    parser = argparse.ArgumentParser(
-        prog="python -m train.checkpoint",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+    parser = CommandParser(
+        "checkpoint",
+        about="Look at checkpoints, prove them, compare and rewrite them. No GPU, no model needed.",
+        examples=_EXAMPLES,
+        notes=_NOTES,
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    place: dict[str, Any] = {"type": Path, "help": "a checkpoint's folder, or a run's (its newest checkpoint)"}
+    place: dict[str, Any] = {"type": run_or_path, "help": "a checkpoint's folder, or a run (its newest checkpoint)"}
 
     command = commands.add_parser("list", help="checkpoints of a run: step, tokens, layout, size, state")
-    command.add_argument("run", type=Path, help="a run's folder")
+    command.add_argument("run", type=run_or_path, help="a run, by its folder or name")
     command.add_argument(
         "--verify", action="store_true", help="also read every byte and say whether it is what was saved"
     )
@@ -80,7 +86,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     command = commands.add_parser(
         "reshard",
         help="rewrite in another number of files; check a layout",
-        description="Any layout reads any checkpoint, so this is never needed to change the layout. It gives equal files "
+        about="Any layout reads any checkpoint, so this is never needed to change the layout. It gives equal files "
         "(one for each reading rank, say), drops the optimizer state, or checks that a layout fits: "
         "parallel.tensor=4 parallel.pipeline=2 --ranks 16.",
     )
@@ -249,7 +255,7 @@ def _verify(parsed: argparse.Namespace, console: Console) -> int:
         console.print(
             Text("right  ", style="green"),
             f"{_plain(str(path))}: {len(manifest.tensors)} tensors, {_size(manifest.bytes)} in {seconds:.1f} s; all "
-            f"fingerprints agree",
+            f"fingerprints agree, all numbers are finite",
         )
     return 1 if damaged else 0
 

@@ -120,10 +120,10 @@ def scan(folder: Path) -> tuple[Index, dict[str, TensorRecord]]:
     for tensor, places in index.items():
         ends = [[o + s for o, s in zip(p.offset, p.shape, strict=True)] for p in places]
         whole = tuple(max(column) for column in zip(*ends, strict=True))
-        total: Sums = (0, 0)
+        total = fingerprint.ZERO
         for place in places:
             total = fingerprint.add(total, _sums_of(folder, place, whole=whole, dtype=DTYPES[dtypes[tensor]]))
-        records[tensor] = TensorRecord(dtypes[tensor], whole, fingerprint.text(total))
+        records[tensor] = TensorRecord(dtypes[tensor], whole, fingerprint.text(total), total.not_finite)
     return index, records
 
 
@@ -224,7 +224,7 @@ class Reader:
     def sums(self, tensor: str) -> Sums:
         """The fingerprint of a tensor, from the bytes on disk."""
         record = self.manifest.tensors[tensor]
-        total: Sums = (0, 0)
+        total = fingerprint.ZERO
         for place in self.index[tensor]:
             total = fingerprint.add(total, _sums_of(self.folder, place, whole=record.shape, dtype=DTYPES[record.dtype]))
         return total
@@ -265,11 +265,11 @@ def scratch_of_sums() -> torch.Tensor:
 def sums_on_disk(handle: int, place: Place, *, whole: Sequence[int], dtype: torch.dtype, scratch: torch.Tensor) -> Sums:
     """Fingerprint of a stored box of any size, read by way of `scratch`. Raises OSError."""
     sums = fingerprint.of_stored_box(
-        handle, place.start, width=dtype.itemsize, whole=whole, offset=place.offset, shape=place.shape, scratch=scratch
+        handle, place.start, dtype=dtype, whole=whole, offset=place.offset, shape=place.shape, scratch=scratch
     )
     if sums is not None:
         return sums
-    total: Sums = (0, 0)
+    total = fingerprint.ZERO
     for step in steps_of(place, dtype, size=scratch.numel()):
         data = torch.empty(step.shape, dtype=dtype)
         _read_exactly(handle, bytes_of(data), step.start)

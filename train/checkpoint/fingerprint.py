@@ -9,6 +9,8 @@ sums add up. Multilinear hashing mod 2^64 (Lemire, Kaser, arXiv 1202.4961): a ch
 other change that knows nothing of the coefficients is missed with a probability of about 2^-64. It is no defence
 against a forger.
 
+The same pass counts the elements that are NaN or infinite: a checkpoint of them would be worthless, however well it is proven.
+
 On a CPU a compiled pass at memory speed; elsewhere the same in torch operations, on the tensor's own device.
 """
 
@@ -17,7 +19,7 @@ import math
 import os
 import re
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -31,8 +33,24 @@ _DIGITS = re.compile(r"[0-9a-f]{32}")
 _CHUNK = 1 << 20
 """Elements the torch form looks at once: its temporaries are 8 bytes each."""
 
-Sums = tuple[int, int]
-"""One partial fingerprint: a sum in each lane, 0 <= s < 2^64."""
+_EXPONENT = {
+    torch.float64: 0x7FF0 << 48, torch.float32: 0x7F80 << 16, torch.bfloat16: 0x7F80, torch.float16: 0x7C00,
+    torch.float8_e5m2: 0x7C, torch.float8_e4m3fn: 0x7F,
+}  # fmt: skip
+"""The bits that are all ones in NaN and infinities only: an element's exponent; of E4M3, which has no infinities, its NaN's bits
+(arXiv 2209.05433, table 1). Formats that are not here hold whole numbers."""
+
+
+class Sums(NamedTuple):
+    """A partial fingerprint: a sum in each lane, 0 <= s < 2^64, and how many elements are NaN or infinite."""
+
+    first: int
+    second: int
+    not_finite: int = 0
+
+
+ZERO = Sums(0, 0)
+"""The fingerprint of nothing, and of zeros."""
 
 
 def of_box(
@@ -45,26 +63,25 @@ def of_box(
     """
     assert data.is_contiguous() and data.numel() == math.prod(shape), "a box's elements, in order"
     if data.numel() == 0:
-        return (0, 0)
+        return ZERO
     assert len(whole) == len(offset) == len(shape), "as many numbers for each"
     width = data.element_size()
     if data.device.type == "cpu" and (kernel := kernels()) is not None:
-        sums = (ctypes.c_uint64 * LANES)()
-        kernel.stratum_fingerprint(data.data_ptr(), width, *_numbers(whole, offset, shape), copy_to, sums)
-        return sums[0], sums[1]
+        sums = (ctypes.c_uint64 * (LANES + 1))()
+        kernel.stratum_fingerprint(
+            data.data_ptr(), width, *_numbers(whole, offset, shape), copy_to, *_exponent_words(data.dtype), sums
+        )
+        return Sums(*sums)
     if copy_to is not None:
         ctypes.memmove(copy_to, data.data_ptr(), data.numel() * width)
-    columns, first = (shape[-1], offset[-1]) if shape else (1, 0)
-    if width == 8:
-        columns, first, width = 2 * columns, 2 * first, 4
-    return _in_torch(data, width, _rows(whole, offset, shape), columns=columns, first=first)
+    return _in_torch(data, whole=whole, offset=offset, shape=shape)
 
 
 def of_stored_box(
     handle: int,
     start: int,
     *,
-    width: int,
+    dtype: torch.dtype,
     whole: Sequence[int],
     offset: Sequence[int],
     shape: Sequence[int],
@@ -72,52 +89,62 @@ def of_stored_box(
 ) -> Sums | None:
     """The same of a box of any size that lies in an open file from byte `start` on; None without compiled code.
 
-    width: bytes an element. scratch: uint8 on the CPU, 8 bytes or more: what is read at once. Raises OSError where the system
+    scratch: uint8 on the CPU, 8 bytes or more: what is read at once. Raises OSError where the system
     refuses, or the file ends too early.
     """
     kernel = kernels()
     if kernel is None:
         return None
     assert len(whole) == len(offset) == len(shape), "as many numbers for each"
-    sums = (ctypes.c_uint64 * LANES)()
+    sums = (ctypes.c_uint64 * (LANES + 1))()
+    box, exponent = _numbers(whole, offset, shape), _exponent_words(dtype)
     problem = kernel.stratum_fingerprint_file(
-        handle, start, scratch.data_ptr(), scratch.numel(), width, *_numbers(whole, offset, shape), sums
+        handle, start, scratch.data_ptr(), scratch.numel(), dtype.itemsize, *box, *exponent, sums
     )
     if problem:
         raise OSError(problem, os.strerror(problem)) if problem > 0 else OSError("the file ends too early")
-    return sums[0], sums[1]
+    return Sums(*sums)
 
 
 def add(a: Sums, b: Sums) -> Sums:
     """The fingerprint of two parts together."""
-    return (a[0] + b[0]) % 2**64, (a[1] + b[1]) % 2**64
+    return Sums((a.first + b.first) % 2**64, (a.second + b.second) % 2**64, a.not_finite + b.not_finite)
 
 
 def times(a: Sums, count: int) -> Sums:
     """The sum of `count` copies."""
-    return a[0] * count % 2**64, a[1] * count % 2**64
+    return Sums(a.first * count % 2**64, a.second * count % 2**64, a.not_finite * count)
 
 
 def text(sums: Sums) -> str:
     """32 hexadecimal digits."""
-    return f"{sums[0]:016x}{sums[1]:016x}"
+    return f"{sums.first:016x}{sums.second:016x}"
 
 
 def from_text(digits: str) -> Sums:
-    """The inverse of `text`. Raises ValueError."""
+    """The inverse of `text`, which does not say what is finite. Raises ValueError."""
     if not isinstance(digits, str) or not _DIGITS.fullmatch(digits):
         raise ValueError(f"{digits!r} is not a fingerprint of 32 digits")
-    return int(digits[:16], 16), int(digits[16:], 16)
+    return Sums(int(digits[:16], 16), int(digits[16:], 16))
 
 
 def to_tensor(sums: list[Sums]) -> torch.Tensor:
-    """[len, 2] int64 whose wrapping sums over ranks are the sums of fingerprints."""
-    return torch.tensor([[_signed(lane) for lane in pair] for pair in sums], dtype=torch.int64).reshape(-1, LANES)
+    """[len, 3] int64 whose wrapping sums over ranks are the sums of fingerprints."""
+    return torch.tensor([[_signed(number) for number in each] for each in sums], dtype=torch.int64).reshape(
+        -1, LANES + 1
+    )
 
 
 def from_tensor(values: torch.Tensor) -> list[Sums]:
     """The inverse of `to_tensor`."""
-    return [(a % 2**64, b % 2**64) for a, b in values.tolist()]
+    return [Sums(a % 2**64, b % 2**64, count) for a, b, count in values.tolist()]
+
+
+def _exponent_words(dtype: torch.dtype) -> tuple[int, int]:
+    """`Sick` in fingerprint.c: mask and lowest bit of the exponent, repeated through 64 bits."""
+    mask = _EXPONENT.get(dtype, 0)
+    repeated = sum(1 << shift for shift in range(0, 64, 8 * dtype.itemsize))
+    return mask * repeated, (mask & -mask) * repeated
 
 
 def _numbers(*of_each: Sequence[int]) -> tuple[Any, ...]:
@@ -134,7 +161,12 @@ def _rows(whole: Sequence[int], offset: Sequence[int], shape: Sequence[int]) -> 
     return rows
 
 
-def _in_torch(data: torch.Tensor, width: int, rows: torch.Tensor, *, columns: int, first: int) -> Sums:
+def _in_torch(data: torch.Tensor, *, whole: Sequence[int], offset: Sequence[int], shape: Sequence[int]) -> Sums:
+    """The plain form, on the tensor's own device."""
+    columns, first = (shape[-1], offset[-1]) if shape else (1, 0)
+    width, rows = data.element_size(), _rows(whole, offset, shape)
+    if width == 8:
+        columns, first, width = 2 * columns, 2 * first, 4
     kind = {1: torch.uint8, 2: torch.int16, 4: torch.int32}[width]
     bits = data.reshape(-1).view(kind).reshape(len(rows), columns)
     rows = rows.to(data.device)
@@ -147,8 +179,18 @@ def _in_torch(data: torch.Tensor, width: int, rows: torch.Tensor, *, columns: in
         for lane in range(LANES):
             rho = _mix(~(LANES * rows[start : start + step] + lane)) | 1
             totals[lane] += ((part * alphas[lane]).sum(1) * rho).sum()
-    first_lane, second_lane = (int(total.item()) % 2**64 for total in totals)
-    return first_lane, second_lane
+    first_lane, second_lane, not_finite = torch.stack([*totals, _count_not_finite(data)]).tolist()
+    return Sums(first_lane % 2**64, second_lane % 2**64, not_finite)
+
+
+def _count_not_finite(data: torch.Tensor) -> torch.Tensor:
+    """int64, on the tensor's device. By the bits: not every format knows `isfinite`."""
+    mask = _EXPONENT.get(data.dtype, 0)
+    if not mask:
+        return torch.zeros((), dtype=torch.int64, device=data.device)
+    kind = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[data.element_size()]
+    parts = data.reshape(-1).view(kind).split(_CHUNK)
+    return torch.stack([((part & mask) == mask).sum() for part in parts]).sum()
 
 
 def _mix(x: torch.Tensor) -> torch.Tensor:

@@ -16,13 +16,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from data.system import disk
+from recipes.schema import checkpoint_steps as steps
 from recipes.schema.checkpoint import CheckpointConfig
-from recipes.schema.errors import CheckpointError
-from train.checkpoint import disk, publishing, steps, storage
-from train.checkpoint.manifest import Manifest
+from recipes.schema.checkpoint_steps import checkpoint_at as checkpoint_at
+from recipes.schema.errors import CheckpointError, NumericsError, StratumError
+from train.checkpoint import finite, publishing, storage
+from train.checkpoint.manifest import Manifest, RunState
 from train.checkpoint.saving import Event, Memory, Peers, Save, Snapshot, Staging
-from train.checkpoint.steps import checkpoint_at as checkpoint_at
 from train.engine import Engine
+from train.parallel.mesh import Mesh
 
 log = logging.getLogger(__name__)
 
@@ -50,7 +53,6 @@ class CheckpointFolder:
         """Step of the newest checkpoint this process knows to be durable."""
         self.save_s: float | None = None
         """Seconds the last save took from request to durable."""
-        self._peers: Peers | None = None
         self._staging = Staging()
         self._memory: Memory = {}
         self._memory_step: int | None = None
@@ -58,8 +60,6 @@ class CheckpointFolder:
         self._told = 0
         self._pending: list[Event] = []
         self._warned = False
-        self.lineage: dict[str, Any] = {}
-        """Where the weights come from, for every checkpoint to come; a loaded one brings its own."""
 
     def path_of(self, step: int) -> Path:
         """Folder of the checkpoint after `step` optimizer steps."""
@@ -77,9 +77,9 @@ class CheckpointFolder:
         """The newest checkpoint by manifest and file sizes (`steps.newest_in`). Not collective."""
         return steps.newest_in(self.folder)
 
-    def survey(self) -> tuple[list[tuple[Path, Manifest]], list[str]]:
+    def survey(self, mesh: Mesh) -> tuple[list[tuple[Path, Manifest]], list[str]]:
         """`steps.candidates` as rank 0 sees them, after it cleaned up what dead processes left. Collective."""
-        peers = self._talk()
+        peers = Peers(mesh.saving)
         outcome: Any = None
         if peers.rank == 0:
             try:
@@ -88,6 +88,8 @@ class CheckpointFolder:
                 outcome = steps.candidates(self.folder)
             except OSError as error:
                 outcome = CheckpointError(f"{self.folder} cannot be read: {error}")
+            except CheckpointError as error:
+                outcome = error
         outcome = peers.hear(outcome)
         if isinstance(outcome, CheckpointError):
             raise outcome
@@ -98,7 +100,7 @@ class CheckpointFolder:
 
         A checkpoint that does not load is passed over, and said. Raises CheckpointError where none loads.
         """
-        good, notes = self.survey()
+        good, notes = self.survey(engine.mesh)
         for path, _ in good:
             try:
                 manifest = self.load(engine, path)
@@ -115,66 +117,29 @@ class CheckpointFolder:
         """Fill weights, optimizer and random state from `path`, and prove that they are what was saved. Collective."""
         manifest = storage.read_training(path, engine)
         self._memory.clear()
-        self.lineage = manifest.lineage
         self.saved_step = manifest.step
         return manifest
 
-    def save(
-        self,
-        engine: Engine,
-        *,
-        step: int,
-        position: int,
-        recipe: dict[str, Any],
-        data_hash: str,
-        tokenizer: str = "",
-    ) -> Path:
+    def save(self, engine: Engine, state: RunState) -> Path:
         """Write a checkpoint and wait until it is durable. Collective over the world.
 
         Raises CheckpointError on every rank if any rank could not write; the checkpoints that were there stay.
         """
-        self.request(
-            engine,
-            step=step,
-            position=position,
-            recipe=recipe,
-            data_hash=data_hash,
-            tokenizer=tokenizer,
-            background=False,
-        )
+        self.request(engine, state, background=False)
         assert self._save is not None
         if self._save.error is not None:
-            raise CheckpointError(self._save.error)
-        return self.path_of(step)
+            raise _error_of(self._save)
+        return self.path_of(state.step)
 
-    def request(
-        self,
-        engine: Engine,
-        *,
-        step: int,
-        position: int,
-        recipe: dict[str, Any],
-        data_hash: str,
-        tokenizer: str = "",
-        tokens: int | None = None,
-        background: bool = True,
-    ) -> None:
-        """Save the state as it is now. Waits for the save before it; in the background returns at once. Collective."""
+    def request(self, engine: Engine, state: RunState, *, background: bool = True) -> None:
+        """Save the engine as it is now. Waits for the save before it; in the background returns at once. Collective."""
         self.wait()
         if background:
             self.check()  # every rank waited, so every rank knows
         self._pending += self.collect()
-        peers = self._talk()
-        snapshot = storage.snapshot_of(
-            engine,
-            step=step,
-            position=position,
-            tokens=position * engine.row_tokens if tokens is None else tokens,
-            recipe=recipe,
-            data_hash=data_hash,
-            tokenizer=tokenizer,
-            lineage=self.lineage,
-        )
+        peers = Peers(engine.mesh.saving)
+        step = state.step
+        snapshot = storage.snapshot_of(engine, state)
         if self._memory_step is not None and self._memory_step >= (snapshot.manifest.updates or 0):
             self._memory.clear()  # no update in between: standing still is right
         self._memory_step = snapshot.manifest.updates
@@ -182,12 +147,13 @@ class CheckpointFolder:
         self._save = Save(
             snapshot,
             peers=peers,
-            aside=self.folder / f".{self.path_of(step).name}.writing",
+            aside=disk.aside_of(self.path_of(step)),
             memory=self._memory,
             staging=self._staging if background else None,
             prepare=lambda: self._make_room(step, snapshot),
             publish=self._publish,
             retire=lambda: self._retain(step),
+            advice=lambda: finite.after_not_finite(self.folder),
             retries=self.config.retries,
             retry_wait_s=self.config.retry_wait_s,
         )
@@ -222,14 +188,22 @@ class CheckpointFolder:
         return news
 
     def check(self, *, always: bool = False) -> None:
-        """Raise CheckpointError where the last save failed and the recipe wants to stop then (or always).
+        """Raise CheckpointError if the last save failed and the recipe wants to stop then (or always), NumericsError in any case
+        if the state holds NaN or infinity.
 
         For when no rank is writing any more and any has failed: all then do.
         """
-        if self._save is None or (self.config.on_failure == "continue" and not always):
+        save = self._save
+        if save is None or save.error is None:
             return
-        if self._save.error is not None:
-            raise CheckpointError(f"{self._save.error} The run's earlier checkpoints are intact.")
+        if save.is_numeric or always or self.config.on_failure != "continue":
+            raise _error_of(save)
+
+    def advice(self, mesh: Mesh) -> str:
+        """What to do about NaN or infinity, with the newest finite checkpoint by name. Waits for a save under way. Collective."""
+        self.wait()
+        peers = Peers(mesh.saving)
+        return peers.hear(finite.after_not_finite(self.folder) if peers.rank == 0 else None)
 
     def is_first_warning(self) -> bool:
         """True once: what is wrong with the time a save takes need not be said at each."""
@@ -253,21 +227,16 @@ class CheckpointFolder:
             self.saved_step = save.step
             self.save_s = next((e.fields["seconds"] for e in save.events if e.kind == "save"), None)
 
-    def _talk(self) -> Peers:
-        if self._peers is None:
-            self._peers = Peers()
-        return self._peers
-
     def _publish(self, manifest: Manifest) -> dict[str, Any]:
         """On rank 0: name the complete checkpoint and point at it."""
         final = self.path_of(manifest.step)
-        publishing.publish(self.folder / f".{final.name}.writing", final)
+        publishing.publish(disk.aside_of(final), final)
         publishing.point_at(self.folder, final.name)
         return {"path": str(final)}
 
     def _make_room(self, step: int, snapshot: Snapshot) -> None:
         """Check that the folder can be written and the disk has room, before anything is written."""
-        aside = self.folder / f".{self.path_of(step).name}.writing"
+        aside = disk.aside_of(self.path_of(step))
         needed = estimated_bytes(snapshot)
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -275,14 +244,12 @@ class CheckpointFolder:
             disk.make_folder(aside)
             free = shutil.disk_usage(self.folder).free
         except OSError as error:
-            raise CheckpointError(
-                f"cannot save into {self.folder}: {error.strerror or error}. The run's earlier checkpoints are intact."
-            ) from error
+            raise CheckpointError(f"cannot save into {self.folder}: {error.strerror or error}.") from error
         if free < needed:
             disk.remove_tree(aside)
             raise CheckpointError(
-                f"cannot save into {self.folder}: about {needed / 1e9:.2f} GB needed, {free / 1e9:.2f} GB free. Free "
-                f"some space or lower checkpoint.keep_last; the run's earlier checkpoints are intact."
+                f"cannot save into {self.folder}: about {needed:,} bytes needed, {free:,} free, {needed - free:,} too few. Free "
+                f"some space or lower checkpoint.keep_last."
             )
 
     def _retain(self, newest_step: int) -> None:
@@ -295,6 +262,13 @@ class CheckpointFolder:
                     publishing.delete(path)
         except OSError as error:
             log.warning("an old checkpoint could not be deleted: %s", error)
+
+
+def _error_of(save: Save) -> StratumError:
+    """The error that a failed save is to raise."""
+    if save.is_numeric:
+        return NumericsError(save.error)
+    return CheckpointError(f"{save.error} The run's earlier checkpoints are intact.")
 
 
 def estimated_bytes(snapshot: Snapshot) -> int:

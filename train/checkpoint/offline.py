@@ -14,8 +14,10 @@ from pathlib import Path
 import torch
 import yaml
 
+from data.system import disk
+from recipes.schema import checkpoint_steps as steps
 from recipes.schema.errors import CheckpointError
-from train.checkpoint import disk, fingerprint, publishing, steps
+from train.checkpoint import fingerprint, publishing
 from train.checkpoint.files import (
     Reader,
     boxes_of_run,
@@ -35,7 +37,7 @@ Advance = Callable[[int], None]
 
 
 def verify(folder: Path, advance: Advance) -> list[str]:
-    """Compare every byte of a checkpoint with its manifest: one line for everything that is wrong.
+    """Compare every byte of a checkpoint with its manifest: one line for everything that is wrong, NaN and infinity included.
 
     Cached pages are dropped first, so that the disk is asked. Raises CheckpointError where manifest or index do not even
     read.
@@ -50,11 +52,15 @@ def verify(folder: Path, advance: Advance) -> list[str]:
             problems += _header_problems(folder / name, reader)
     for tensor, record in reader.manifest.tensors.items():
         try:
-            found = fingerprint.text(reader.sums(tensor))
+            sums = reader.sums(tensor)
         except CheckpointError as error:
             problems.append(f"{tensor}: {error}")
         else:
-            if found != record.fingerprint:
+            if sums.not_finite:
+                problems.append(
+                    f"{tensor}: {sums.not_finite:,} of {math.prod(record.shape):,} elements are NaN or infinite"
+                )
+            if (found := fingerprint.text(sums)) != record.fingerprint:
                 files = sorted({place.file for place in reader.index[tensor]})
                 problems.append(
                     f"{tensor}: its fingerprint is {found}, the manifest says {record.fingerprint}; it lies in "
@@ -126,7 +132,7 @@ def reshard(folder: Path, out: Path, *, files: int, with_optimizer: bool, advanc
     }
     if out.exists():
         raise CheckpointError(f"{out} is there already. Choose another folder, or move it away.")
-    aside = _aside(out)
+    aside = disk.aside_of(out)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         _clear(aside)
@@ -153,8 +159,7 @@ def reshard(folder: Path, out: Path, *, files: int, with_optimizer: bool, advanc
         if is_run(out):
             publishing.point_at(new.parent, new.name)
             disk.write_text(aside / "recipe.yaml", yaml.safe_dump(manifest.recipe, sort_keys=False))
-        disk.rename(aside, out)
-        disk.sync(out.parent)
+        disk.put_in_place(aside, out)
     except OSError as error:
         raise CheckpointError(f"{out} cannot be written: {error.strerror or error}") from error
     finally:
@@ -165,11 +170,6 @@ def reshard(folder: Path, out: Path, *, files: int, with_optimizer: bool, advanc
 def is_run(out: Path) -> bool:
     """Whether a folder's name is that of a run rather than of a checkpoint."""
     return not out.name.startswith("step_")
-
-
-def _aside(out: Path) -> Path:
-    """Where it is written until it is whole; no reader takes the name for a checkpoint, a run or a file of weights."""
-    return out.with_name(f".{out.name}.writing")
 
 
 def _clear(aside: Path) -> None:
@@ -207,7 +207,7 @@ def consolidate(folder: Path, out: Path, *, with_optimizer: bool, dtype: torch.d
     header, _ = header_of([(labels[n], formats[n], reader.manifest.tensors[n].shape) for n in names], metadata)
     if out.exists():
         raise CheckpointError(f"{out} is there already. Choose another name, or move it away.")
-    aside = _aside(out)
+    aside = disk.aside_of(out)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         _clear(aside)
@@ -215,9 +215,7 @@ def consolidate(folder: Path, out: Path, *, with_optimizer: bool, dtype: torch.d
         for name in names:
             disk.append(aside, [bytes_of(_proven(reader, name).to(formats[name]))])
             advance(reader.manifest.tensors[name].bytes)
-        disk.sync(aside)
-        disk.rename(aside, out)
-        disk.sync(out.parent)
+        disk.put_in_place(aside, out)
     except OSError as error:
         raise CheckpointError(f"{out} cannot be written: {error.strerror or error}") from error
     finally:

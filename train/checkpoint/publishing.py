@@ -9,10 +9,9 @@ latest                     name of the newest checkpoint; replaced atomically, l
 from dataclasses import replace
 from pathlib import Path
 
-from train.checkpoint import disk
+from data.system import disk
+from recipes.schema.checkpoint_steps import POINTER as POINTER
 from train.checkpoint.manifest import INDEX, MANIFEST, Index, Manifest, index_text, manifest_text, sha256
-
-POINTER = "latest"
 
 
 def seal(aside: Path, manifest: Manifest, index: Index) -> Manifest:

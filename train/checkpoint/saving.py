@@ -22,11 +22,12 @@ from typing import Any, Literal
 import torch
 import torch.distributed as dist
 
+from data.system import disk
 from recipes.schema.errors import CheckpointError
-from train.checkpoint import disk, fingerprint, publishing, stale
+from train.checkpoint import fingerprint, publishing, stale
 from train.checkpoint.files import Piece, bytes_of
 from train.checkpoint.fingerprint import Sums
-from train.checkpoint.manifest import DTYPE_NAMES, Index, Manifest, Place, TensorRecord
+from train.checkpoint.manifest import DTYPE_NAMES, Index, Manifest, Place, TensorRecord, describe_not_finite
 from train.checkpoint.pieces import OptimizerPart, part_pieces
 from train.checkpoint.writing import FilePlan, plan_file, write_proven
 
@@ -56,13 +57,12 @@ class Snapshot:
 
 
 class Peers:
-    """The ranks that save together, in a gloo group of their own."""
+    """The ranks that save together, in a gloo group of their own (`Mesh.saving`)."""
 
-    def __init__(self) -> None:
-        """Collective over the world."""
-        self.is_alone = not dist.is_initialized() or dist.get_world_size() == 1
-        self.rank = 0 if self.is_alone else dist.get_rank()
-        self.group = None if self.is_alone else dist.new_group(backend="gloo")
+    def __init__(self, group: dist.ProcessGroup | None) -> None:
+        self.is_alone = group is None
+        self.rank = 0 if group is None else dist.get_rank()
+        self.group = group
 
     def gather(self, value: Any) -> list[Any] | None:
         """Every rank's value, on rank 0; None elsewhere."""
@@ -121,6 +121,7 @@ class _Outcome:
 
     error: str | None
     may_retry: bool = False
+    is_numeric: bool = False
     fields: dict[str, Any] = field(default_factory=dict)
 
 
@@ -138,22 +139,26 @@ class Save:
         prepare: Callable[[], None],
         publish: Callable[[Manifest], dict[str, Any]],
         retire: Callable[[], None] = lambda: None,
+        advice: Callable[[], str] = lambda: "",
         retries: int,
         retry_wait_s: float,
     ) -> None:
         """staging: copy there first (a background save); None writes from the live tensors.
 
         prepare, publish, retire: run on rank 0 before the writing, after it, and when the save is durable and known to be.
+        advice: also on rank 0; what to do where the state is refused because it holds NaN or infinity.
         memory is replaced in place when the save is durable.
         """
         self.step = snapshot.manifest.step
         self.error: str | None = None
+        self.is_numeric = False
+        """Whether `error` is that the state holds NaN or infinity."""
         self.events: list[Event] = []
         self.staged = threading.Event()
         self.done = threading.Event()
         self._snapshot, self._peers, self._aside = snapshot, peers, aside
         self._memory, self._staging = memory, staging
-        self._prepare, self._publish, self._retire = prepare, publish, retire
+        self._prepare, self._publish, self._retire, self._advice = prepare, publish, retire, advice
         self._retries, self._retry_wait_s = retries, retry_wait_s
         self._plan: FilePlan = plan_file(snapshot.pieces)
         self._sums: list[Sums] = []
@@ -249,7 +254,7 @@ class Save:
         wait = self._retry_wait_s
         for attempt in range(self._retries + 1):
             outcome = self._attempt(problem, may_retry)
-            self.error = outcome.error
+            self.error, self.is_numeric = outcome.error, outcome.is_numeric
             if outcome.error is None:
                 self._memory.clear()
                 self._memory.update(self._seen)
@@ -317,13 +322,16 @@ class Save:
         lap = time.perf_counter()
         try:
             manifest, index = complete(self._snapshot.manifest, everyone)
+            if sick := not_finite(manifest, everyone):
+                text = f"step {self.step} is not saved: {describe_not_finite(sick)}. {self._advice()}".rstrip()
+                return _Outcome(text, is_numeric=True)
             files = {each.file: (self._aside / each.file).stat().st_size for each in everyone if each.file}
             manifest = publishing.seal(self._aside, replace(manifest, files=files), index)
             fields = self._publish(manifest)
         except CheckpointError as error:
-            return _Outcome(str(error), True)
+            return _Outcome(str(error), may_retry=True)
         except OSError as error:
-            return _Outcome(f"{self._aside} cannot be completed: {error.strerror or error}", True)
+            return _Outcome(f"{self._aside} cannot be completed: {error.strerror or error}", may_retry=True)
         self._seconds["publish"] = time.perf_counter() - lap
         fields |= {"bytes": manifest.bytes}
         if differing := differing_copies(manifest, everyone):
@@ -350,7 +358,7 @@ def complete(manifest: Manifest, everyone: Sequence[_Told]) -> tuple[Manifest, I
         for tensor, whole, dtype, start, offset, shape, part in told.entries:
             if records.setdefault(tensor, (dtype, whole)) != (dtype, whole):
                 raise CheckpointError(f"{tensor} is {records[tensor]} on one rank and {(dtype, whole)} on another.")
-            sums[tensor] = fingerprint.add(sums.get(tensor, (0, 0)), part)
+            sums[tensor] = fingerprint.add(sums.get(tensor, fingerprint.ZERO), part)
             elements[tensor] = elements.get(tensor, 0) + math.prod(shape)
             index.setdefault(tensor, []).append(Place(told.file, start, offset, shape))
     for tensor, (_, whole) in records.items():
@@ -359,10 +367,20 @@ def complete(manifest: Manifest, everyone: Sequence[_Told]) -> tuple[Manifest, I
                 f"{tensor} has {math.prod(whole):,} elements, the ranks wrote {elements[tensor]:,}: a part is missing or doubled."
             )
     tensors = {
-        name: TensorRecord(dtype, whole, fingerprint.text(sums[name]))
+        name: TensorRecord(dtype, whole, fingerprint.text(sums[name]), sums[name].not_finite)
         for name, (dtype, whole) in sorted(records.items())
     }
     return replace(manifest, tensors=tensors), index
+
+
+def not_finite(manifest: Manifest, everyone: Sequence[_Told]) -> dict[str, int]:
+    """Tensors of which what was written, or a copy that some rank trains, holds NaN or infinity; and how many elements."""
+    found = dict(manifest.not_finite)
+    for told in everyone:
+        for tensor, _, part in told.copies:
+            if part.not_finite and tensor not in manifest.not_finite:
+                found[tensor] = found.get(tensor, 0) + part.not_finite
+    return found
 
 
 def differing_copies(manifest: Manifest, everyone: Sequence[_Told]) -> list[str]:
@@ -371,15 +389,17 @@ def differing_copies(manifest: Manifest, everyone: Sequence[_Told]) -> list[str]
     elements: dict[str, int] = {}
     for told in everyone:
         for tensor, count, part in told.copies:
-            sums[tensor] = fingerprint.add(sums.get(tensor, (0, 0)), part)
+            sums[tensor] = fingerprint.add(sums.get(tensor, fingerprint.ZERO), part)
             elements[tensor] = elements.get(tensor, 0) + count
     return [
         name
         for name, found in sorted(sums.items())
-        if found
-        != fingerprint.times(
-            fingerprint.from_text(manifest.tensors[name].fingerprint),
-            elements[name] // math.prod(manifest.tensors[name].shape),
+        if fingerprint.text(found)
+        != fingerprint.text(
+            fingerprint.times(
+                fingerprint.from_text(manifest.tensors[name].fingerprint),
+                elements[name] // math.prod(manifest.tensors[name].shape),
+            )
         )
     ]
 
@@ -399,9 +419,9 @@ def part_sums(snapshot: Snapshot, by_label: dict[str, Sums]) -> Memory:
     for part in snapshot.parts:
         sums: stale.PartSums = {}
         for name, pieces in part_pieces(part).items():
-            total: Sums = (0, 0)
+            total = fingerprint.ZERO
             for piece in pieces:
-                total = fingerprint.add(total, by_label.get(piece.label, (0, 0)))
+                total = fingerprint.add(total, by_label.get(piece.label, fingerprint.ZERO))
             sums[name] = total
         if part.local.is_counted:
             seen[part_key(part)] = sums

@@ -12,6 +12,7 @@ that was not zero and now is, is refused as wiped. Parts of less than 16 element
 
 import torch
 
+from train.checkpoint import fingerprint
 from train.checkpoint.fingerprint import Sums
 from train.checkpoint.pieces import OptimizerPart
 
@@ -28,7 +29,7 @@ def problem(part: OptimizerPart, before: PartSums, now: PartSums) -> str | None:
     """Why this part of a parameter cannot be what training left, or None. before, now: at two saves with updates between."""
     if part.end - part.start < FEWEST:
         return None
-    wiped = [name for name, sums in now.items() if sums == (0, 0) != before.get(name, (0, 0))]
+    wiped = [name for name, sums in now.items() if sums == fingerprint.ZERO != before.get(name, fingerprint.ZERO)]
     if wiped:
         return f"{wiped[0]} was not zero at the last save and is all zero now"
     still = {name for name, sums in now.items() if before.get(name) == sums}

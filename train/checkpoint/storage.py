@@ -12,7 +12,7 @@ tensors of all ranks are fingerprinted and compared with the manifest: what trai
 import logging
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -20,11 +20,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from recipes.schema.errors import CheckpointError
+from data.system import disk
+from recipes.schema.errors import CheckpointError, NumericsError
 from train.checkpoint import fingerprint, publishing
 from train.checkpoint.files import Piece, Reader, scan
 from train.checkpoint.fingerprint import Sums
-from train.checkpoint.manifest import DTYPE_NAMES, Manifest, read_manifest
+from train.checkpoint.manifest import DTYPE_NAMES, Manifest, RunState, describe_not_finite, read_manifest
 from train.checkpoint.pieces import (
     MASTER,
     MODEL,
@@ -47,73 +48,33 @@ log = logging.getLogger(__name__)
 OTHER_MODEL = "is of another model"
 
 
-def snapshot_of(
-    engine: Engine,
-    *,
-    step: int,
-    position: int,
-    tokens: int,
-    recipe: dict[str, Any],
-    data_hash: str,
-    tokenizer: str,
-    lineage: dict[str, Any],
-) -> Snapshot:
-    """What this rank saves of a training run: weights, buffers, masters, moments, random state. Collective (precision)."""
+def snapshot_of(engine: Engine, state: RunState) -> Snapshot:
+    """What this rank saves of a training run: weights, buffers, masters, moments, random state. Collective (precision).
+
+    state: its layout and tokens are filled in here, from the engine.
+    """
     engine.precision.gather_state()
     modules = [chunk.module for chunk in engine.chunks]
     locals_ = locals_of(modules, engine.mesh.groups.dp_cp)
     parts = optimizer_parts(engine.optimizer, modules, locals_)
-    manifest = Manifest(
-        step=step,
-        position=position,
-        tokens=tokens,
-        layout=_layout(engine.mesh),
-        recipe=recipe,
-        data_hash=data_hash,
-        versions=versions(),
-        tokenizer=tokenizer,
-        updates=_updates(engine),
-        lineage=lineage,
-    )
+    state = replace(state, layout=_layout(engine.mesh), tokens=state.position * engine.row_tokens)
+    manifest = _manifest_of(state, updates=_updates(engine))
     pieces = [*owned_pieces(locals_, parts), *random_pieces(engine.mesh)]
     return Snapshot(manifest, pieces, parts, copied_pieces(parts))
 
 
-def write_model(
-    folder: Path,
-    chunks: Sequence[Any],
-    *,
-    mesh: Mesh,
-    recipe: dict[str, Any],
-    lineage: dict[str, Any],
-    step: int = 0,
-    position: int = 0,
-    tokens: int = 0,
-    data_hash: str = "",
-    tokenizer: str = "",
-) -> Manifest:
+def write_model(folder: Path, chunks: Sequence[Any], *, mesh: Mesh, state: RunState) -> Manifest:
     """Write the weights of unwrapped model chunks as a checkpoint without optimizer state, proven and published whole.
 
     folder: the checkpoint itself, e.g. runs/NAME/checkpoints/step_00000000; it must not exist, its parent is made. Training
     that starts there (or finds it as its run's newest) takes the weights and begins with fresh moments and the given step
-    and position. lineage: where the weights come from, kept in the manifest (JSON values), e.g. {"imported_from": ...,
-    "fingerprint": read_manifest(teacher).fingerprint}. recipe: `train.run.recipe_mapping` of a recipe that builds the model.
+    and position. state: its recipe builds the model, its lineage says where the weights come from; its layout is filled in.
 
     Collective over the world. Raises CheckpointError on every rank; nothing is left behind then.
     """
-    manifest = Manifest(
-        step=step,
-        position=position,
-        tokens=tokens,
-        layout=_layout(mesh),
-        recipe=recipe,
-        data_hash=data_hash,
-        versions=versions(),
-        tokenizer=tokenizer,
-        lineage=lineage,
-    )
+    manifest = _manifest_of(replace(state, layout=_layout(mesh)))
     pieces = owned_pieces(locals_of(chunks, mesh.groups.dp_cp), None)
-    aside = folder.with_name(f".{folder.name}.writing")
+    aside = disk.aside_of(folder)
 
     def prepare() -> None:
         if folder.exists():
@@ -127,7 +88,7 @@ def write_model(
 
     save = Save(
         Snapshot(manifest, pieces),
-        peers=Peers(),
+        peers=Peers(mesh.saving),
         aside=aside,
         memory={},
         staging=None,
@@ -138,7 +99,7 @@ def write_model(
     )
     save.run()
     if save.error is not None:
-        raise CheckpointError(save.error)
+        raise (NumericsError if save.is_numeric else CheckpointError)(save.error)
     return read_manifest(folder)
 
 
@@ -189,18 +150,21 @@ def read_weights(folder: Path, chunks: list[Any], *, groups: Any) -> None:
     _hand_over(locals_)
 
 
-def publish(aside: Path, final: Path, manifest: Manifest) -> None:
+def publish(aside: Path, final: Path, state: RunState) -> None:
     """Complete a checkpoint of whole tensors written aside (`train.checkpoint.tensors.write_weights`) and give it its name.
 
-    Shapes and fingerprints are taken from the files. One process calls it.
+    Shapes and fingerprints are taken from the files. state: a manifest of another checkpoint will do. One process calls it.
+    Raises NumericsError where they hold NaN or infinity.
     """
     index, records = scan(aside)
+    if sick := {name: record.not_finite for name, record in records.items() if record.not_finite}:
+        raise NumericsError(f"{final} is not written: {describe_not_finite(sick)}.")
     files = {path.name: path.stat().st_size for path in sorted(aside.iterdir())}
-    publishing.seal(aside, replace(manifest, tensors=records, files=files), index)
+    publishing.seal(aside, replace(_manifest_of(state), tensors=records, files=files), index)
     publishing.publish(aside, final)
 
 
-def versions() -> dict[str, str]:
+def _versions() -> dict[str, str]:
     """Versions of the libraries that a checkpoint's content depends on."""
     # Not megatron.core.__version__: that ends in the commit of whatever repository the process was started in.
     return {"torch": torch.__version__, "megatron-core": version("megatron-core")}
@@ -218,7 +182,7 @@ class _Loading:
         self.device = device
         self.names = sorted(reader.manifest.tensors)
         self.number = {name: i for i, name in enumerate(self.names)}
-        self.sums: list[Sums] = [(0, 0)] * len(self.names)
+        self.sums: list[Sums] = [fingerprint.ZERO] * len(self.names)
         self.elements = [0] * len(self.names)
         """How many are wanted of each tensor."""
         self.missing: set[str] = set()
@@ -274,7 +238,17 @@ class _Loading:
         if wrong:
             raise CheckpointError(
                 f"{folder} is damaged: what was read of {len(wrong)} tensors is not what was saved (their fingerprints differ), "
-                f"e.g. {', '.join(wrong[:3])}. `python -m train.checkpoint verify {folder}` names the files."
+                f"e.g. {', '.join(wrong[:3])}. `stratum checkpoint verify {folder}` names the files."
+            )
+        sick = {
+            name: sums.not_finite // (count // math.prod(self.reader.manifest.tensors[name].shape))
+            for name, sums, count in zip(self.names, found, elements_of, strict=True)
+            if sums.not_finite
+        }
+        if sick:
+            raise CheckpointError(
+                f"{folder} cannot be continued from: {describe_not_finite(sick)}. It is what was saved; an older version wrote "
+                f"it without looking."
             )
         asked = {name for name, count in zip(self.names, elements_of, strict=True) if count}
         unasked = {
@@ -301,7 +275,8 @@ class _Loading:
         """Whether what all ranks read of a tensor is the tensor, once or several times."""
         record = self.reader.manifest.tensors[name]
         copies, rest = divmod(elements, math.prod(record.shape))
-        return not rest and sums == fingerprint.times(fingerprint.from_text(record.fingerprint), copies)
+        expected = fingerprint.times(fingerprint.from_text(record.fingerprint), copies)
+        return not rest and fingerprint.text(sums) == fingerprint.text(expected)
 
     def _source(self, piece: Piece) -> str | None:
         """The checkpoint's tensor for a piece. Weights and masters stand in for each other where precisions differ."""
@@ -359,6 +334,12 @@ def _hand_over(locals_: dict[str, Local]) -> None:
     for local in locals_.values():
         if local.source is not local.data:
             local.source.copy_(local.data)
+
+
+def _manifest_of(state: RunState, *, updates: int | None = None) -> Manifest:
+    """A manifest without tensors, files and digest."""
+    known = {entry.name: getattr(state, entry.name) for entry in fields(RunState)}
+    return Manifest(**known, versions=_versions(), updates=updates)
 
 
 def _layout(mesh: Mesh) -> dict[str, int]:

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import torch
 
+from data.system import disk
 from recipes.schema.errors import CheckpointError
-from train.checkpoint import disk
 from train.checkpoint.files import Reader, bytes_of, header_of, label_of, whole_tensor
 from train.checkpoint.manifest import DTYPES
 

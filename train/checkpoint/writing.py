@@ -15,8 +15,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from data.system import disk
 from recipes.schema.errors import CheckpointError
-from train.checkpoint import disk, fingerprint
+from train.checkpoint import fingerprint
 from train.checkpoint.files import Piece, header_of, opened, scratch_of_sums, steps_of, sums_on_disk
 from train.checkpoint.fingerprint import Sums
 from train.checkpoint.manifest import Place
@@ -116,7 +117,7 @@ class _Companion:
         scratch = scratch_of_sums()
         for number, (piece, start) in enumerate(zip(self._plan.pieces, self._plan.starts, strict=True)):
             expected = piece.sums() if self._live is None else self._live[number]
-            found: Sums = (0, 0)
+            found = fingerprint.ZERO
             dtype = piece.data.dtype
             for step in steps_of(Place(self._path.name, start, piece.offset, piece.shape), dtype, size=disk.STEP):
                 self._wait_for(step.start + step.elements * dtype.itemsize)

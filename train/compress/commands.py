@@ -15,16 +15,18 @@ from omegaconf import DictConfig
 from rich.console import Console
 from rich.table import Table
 
+from data.system import disk
 from recipes.schema.command import recipe_words, section
 from recipes.schema.compress import CompressConfig
-from recipes.schema.errors import CheckpointError, RecipeError
+from recipes.schema.errors import CheckpointError, RecipeError, refuse
 from recipes.schema.pattern import layer_kinds, parameters
 from recipes.schema.read import read_recipe, recipe_mapping
 from recipes.schema.recipe import Recipe
-from recipes.schema.typed import FieldError, build
+from recipes.schema.rules import reading_problems
+from recipes.schema.typed import FieldError, build, differing
 from train.build import check, mesh_of, open_data
 from train.checkpoint import publishing, storage
-from train.checkpoint.manifest import read_manifest
+from train.checkpoint.manifest import RunState, read_manifest
 from train.compress.importance import attention_quota, removal_scores, width_scores
 from train.compress.parent import check_data, layout_recipe, parent_of, scoring_engine
 from train.compress.pictures import draw_layers, draw_widths
@@ -47,7 +49,7 @@ def score(composed: DictConfig) -> int:
 
     parent = parent_of(config)
     dataset = open_data(replace(recipe, model=parent.recipe.model))
-    check_data(parent, dataset)
+    check_data(parent, dataset, recipe=recipe)
     recipe = layout_recipe(parent, recipe, world=world)
     model = parent.recipe.model
     depth = len(layer_kinds(model.pattern))
@@ -174,7 +176,7 @@ def _write_pruned(
     if not is_same or scores.request.get("parent", parent.manifest.fingerprint) != parent.manifest.fingerprint:
         raise RecipeError(
             f"the scores in {folder} are of {scores.parent} as it was then, but compress.parent is {parent.path} as it is "
-            f"now. Score it first: python -m train.compress score with this recipe."
+            f"now. Score it first: stratum compress score with this recipe."
         )
     kept = choose(scores, target, depth or AS_SCORED)
     small = pruned_model(parent.recipe.model, target, kept.layers)
@@ -189,27 +191,17 @@ def _write_pruned(
     there = _manifest_at(final)
     is_there = there is not None and (there.lineage, there.recipe) == (json.loads(json.dumps(origin)), mapping)
     if not is_there:
-        aside = folder / "checkpoints" / f".{FIRST_STEP}.writing"
+        aside = disk.aside_of(final)
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir(parents=True)
         cut_weights(parent.path, aside, scores=scores, kept=kept, small=small, merge_heads=merge_heads)
-        manifest = storage.Manifest(
-            step=0,
-            position=0,
-            tokens=0,
-            layout={},
-            recipe=mapping,
-            data_hash="",
-            versions=storage.versions(),
-            tokenizer=parent.manifest.tokenizer,
-            lineage=origin,
-        )
-        storage.publish(aside, final, manifest)
+        state = RunState(recipe=mapping, tokenizer=parent.manifest.tokenizer, lineage=origin)
+        storage.publish(aside, final, state)
     publishing.point_at(final.parent, final.name)
     group = folder / "model"
     group.mkdir(exist_ok=True)
     about = f"# Pruned from {parent.path}: {parameters(small).total:,} parameters.\n"
-    (group / f"{name}.yaml").write_text(about + yaml.safe_dump(asdict(small), sort_keys=False))
+    (group / f"{name}.yaml").write_text(about + yaml.safe_dump(differing(small), sort_keys=False))
     before, after = parameters(parent.recipe.model).total, parameters(small).total
     return (
         f"{parent.path}: {before:,} -> {after:,} parameters ({after / before:.0%}), {parent.recipe.model.pattern} -> "
@@ -283,7 +275,7 @@ def search(composed: DictConfig) -> int:
             [{"name": n, "lost": lost, **describe(s)} for n, (lost, s) in zip(names, best, strict=True)], indent=1
         )
     )
-    console.print("A short distillation of each, then `python -m train.compress pick` with the same recipe:")
+    console.print("A short distillation of each, then `stratum compress pick` with the same recipe:")
     for name in names:
         out = Path(config.folder) / name
         console.print(f"  {_training_command(out, name)} objective=distill objective.teacher={config.parent}")
@@ -316,7 +308,7 @@ def pick(composed: DictConfig) -> int:
     recipe, _, folder = _read(composed)
     path = folder / "candidates.json"
     if not path.exists():
-        raise RecipeError(f"{path} is missing. Search first: python -m train.compress search with this recipe.")
+        raise RecipeError(f"{path} is missing. Search first: stratum compress search with this recipe.")
     table = Table("candidate", "layers", "hidden", "ffn", "parameters", "tokens/s", "steps", "held-out bits per byte")
     results = []
     steps: dict[str, int] = {}
@@ -368,4 +360,5 @@ def _read(composed: DictConfig) -> tuple[Recipe, CompressConfig, Path]:
     except FieldError as error:
         raise RecipeError(str(error)) from error
     recipe = read_recipe(composed)
+    refuse(reading_problems(recipe))
     return recipe, config, Path(config.folder) / recipe.run.name

@@ -337,7 +337,8 @@ def _calibration(dataset: Dataset, rows: int, engine: Engine) -> tuple[list[Any]
     """
     layout, size = engine.mesh.layout, engine.microbatch_rows
     per_turn = size * layout.data
-    turns = -(-rows // per_turn)
+    together = layout.pipeline if layout.virtual > 1 else 1  # the interleaved schedule takes a multiple of the stages
+    turns = -(-rows // (per_turn * together)) * together
     microbatches, counts = [], []
     for turn in range(turns):
         positions = np.arange(size) + turn * per_turn + engine.mesh.data_rank * size

@@ -8,8 +8,10 @@ from typing import Any
 
 from data.stream import Dataset
 from recipes.schema.compress import CompressConfig
-from recipes.schema.errors import CheckpointError, RecipeError
+from recipes.schema.errors import CheckpointError, RecipeError, refuse
 from recipes.schema.recipe import Recipe
+from recipes.schema.rules import vocabulary_problems
+from recipes.schema.teacher_rules import tokenizer_problems
 from train.checkpoint.manager import checkpoint_at
 from train.checkpoint.storage import Manifest, read_weights
 from train.distill.teacher import teacher_recipe
@@ -40,18 +42,16 @@ def parent_of(config: CompressConfig) -> Parent:
     return Parent(path, manifest, teacher_recipe(manifest, path))
 
 
-def check_data(parent: Parent, dataset: Dataset) -> None:
-    """Refuse calibration rows the parent cannot read."""
-    if dataset.vocab_size > parent.recipe.model.vocab:
-        raise RecipeError(
-            f"the rows in data.folder have a vocabulary of {dataset.vocab_size:,}, the model in {parent.path} one of "
-            f"{parent.recipe.model.vocab:,}. Use the data the model was trained on."
+def check_data(parent: Parent, dataset: Dataset, *, recipe: Recipe) -> None:
+    """Refuse calibration rows the parent cannot read. recipe: of the command, whose data it is."""
+    refuse(vocabulary_problems(recipe, dataset.vocab_size, vocab=parent.recipe.model.vocab))
+    ours, folder = dataset.tokenizer.fingerprint, recipe.data.folder
+    otherwise = "name another compress.parent"
+    refuse(
+        tokenizer_problems(
+            f"the model in {parent.path}", parent.manifest.tokenizer, ours, where=folder, otherwise=otherwise
         )
-    if parent.manifest.tokenizer and parent.manifest.tokenizer != dataset.tokenizer.fingerprint:
-        raise RecipeError(
-            f"the rows in data.folder were made with another tokenizer ({dataset.tokenizer.fingerprint[:12]}) than the "
-            f"model in {parent.path} ({parent.manifest.tokenizer[:12]}). Use data of the model's tokenizer."
-        )
+    )
 
 
 def layout_recipe(parent: Parent, recipe: Recipe, *, world: int) -> Recipe:

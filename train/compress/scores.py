@@ -18,9 +18,9 @@ from typing import Any
 
 import numpy as np
 
+from data.system import disk
 from recipes.schema.errors import CheckpointError
 from recipes.schema.model import ModelConfig
-from train.checkpoint import disk
 
 FORMAT = 1
 SCORES = "scores.json"
@@ -109,13 +109,13 @@ class Scores:
             )
         except FileNotFoundError as error:
             raise CheckpointError(
-                f"{folder} holds no scores: {Path(error.filename).name} is missing. Measure them: python -m train.compress "
+                f"{folder} holds no scores: {Path(error.filename).name} is missing. Measure them: stratum compress "
                 f"score with this recipe."
             ) from error
         except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
             raise CheckpointError(
-                f"the scores in {folder} cannot be read ({error}). Delete {folder}/{SCORES} and measure them again: python -m "
-                f"train.compress score with this recipe."
+                f"the scores in {folder} cannot be read ({error}). Delete {folder}/{SCORES} and measure them again: stratum "
+                f"compress score with this recipe."
             ) from error
         for name, array in arrays.items():
             what, *rest = name.split("/")

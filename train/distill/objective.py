@@ -23,10 +23,9 @@ from megatron.core.tensor_parallel.mappings import (
     gather_from_sequence_parallel_region,
 )
 
-from recipes.schema.errors import RecipeError
 from recipes.schema.objective import ObjectiveConfig
-from recipes.schema.pattern import layer_kinds
 from recipes.schema.recipe import Recipe
+from recipes.schema.teacher_rules import hidden_pairs, kept_channels
 from train.checkpoint.manager import checkpoint_at
 from train.distill.soft_targets import Head, KeptTargets, LossWeights, OnlineTargets, Targets, TopK, head_losses
 from train.distill.teacher import LayerOutputs, Teacher
@@ -38,7 +37,6 @@ from train.parallel.mesh import Mesh
 
 PARTS = ("divergence", "next_token", "hidden")
 """Names of the loss's parts, as they are reported beside it."""
-FINAL = "final"
 
 
 @dataclass(frozen=True)
@@ -188,29 +186,12 @@ def _distance(student: torch.Tensor, teacher: torch.Tensor, kind: str) -> torch.
     return (student - teacher).square().sum(-1) / teacher.square().sum(-1).clamp_min(1e-12)
 
 
-def hidden_match(recipe: Recipe, teacher: Teacher | None, *, last_stage_layers: tuple[int, ...]) -> HiddenMatch | None:
-    """What `objective.hidden_*` ask for. RecipeError where it cannot be done. teacher: None on earlier stages.
-
-    last_stage_layers: the student's layers that lie where the loss is.
-    """
+def hidden_match(recipe: Recipe, teacher: Teacher | None) -> HiddenMatch | None:
+    """What `objective.hidden_*` ask for, as `recipes.schema.teacher_rules` allows it. teacher: None on earlier stages."""
     objective = recipe.objective
     if objective.hidden_match == "none" or teacher is None:
         return None
-    pairs = _pairs(objective.hidden_layers)
-    depth = len(layer_kinds(recipe.model.pattern))
-    teacher_depth = len(layer_kinds(teacher.model.pattern))
-    for student_layer, teacher_layer in pairs or []:
-        place = f"objective.hidden_layers={objective.hidden_layers}: "
-        if student_layer >= depth or teacher_layer >= teacher_depth:
-            raise RecipeError(
-                f"{place}{student_layer}:{teacher_layer} does not exist; the student has layers 0 to {depth - 1}, the "
-                f"teacher 0 to {teacher_depth - 1}."
-            )
-        if student_layer not in last_stage_layers:
-            raise RecipeError(
-                f"{place}layer {student_layer} of the student is not on its last pipeline stage (layers "
-                f"{min(last_stage_layers)} to {max(last_stage_layers)}), where the teacher is. Match one of those."
-            )
+    pairs = hidden_pairs(objective.hidden_layers)
     return HiddenMatch(
         kind=objective.hidden_match,
         final=pairs is None,
@@ -221,40 +202,10 @@ def hidden_match(recipe: Recipe, teacher: Teacher | None, *, last_stage_layers: 
     )
 
 
-def _pairs(text: str) -> list[tuple[int, int]] | None:
-    """`3:5,7:11` -> pairs; `final` -> None."""
-    if text == FINAL:
-        return None
-    try:
-        return [(int(student), int(teacher)) for student, teacher in (pair.split(":") for pair in text.split(","))]
-    except ValueError:
-        raise RecipeError(
-            f"objective.hidden_layers={text!r} is neither `final` nor pairs student:teacher such as 3:5,7:11."
-        ) from None
-
-
 def _kept_channels(recipe: Recipe, teacher: Teacher) -> torch.Tensor | None:
     """Of the teacher's residual channels, those a pruned student kept, from the lineage of what it started from."""
     if recipe.model.hidden == teacher.model.hidden:
         return None
-    lineage = checkpoint_at(recipe.run.start_from)[1].lineage if recipe.run.start_from is not None else {}
-    kept = kept_channels(lineage, of=teacher.model.hidden)
-    if kept is None or len(kept) != recipe.model.hidden:
-        raise RecipeError(
-            f"objective.hidden_match={recipe.objective.hidden_match} compares hidden states of width "
-            f"{recipe.model.hidden} (student) and {teacher.model.hidden} (teacher). That needs one width, or a student "
-            f"that starts from a checkpoint pruned from this teacher (run.start_from). Use hidden_match=none."
-        )
+    assert recipe.run.start_from is not None, "rules.width_problems has refused it"
+    kept = kept_channels(checkpoint_at(recipe.run.start_from)[1].lineage, of=teacher.model.hidden)
     return torch.tensor(kept, device=teacher.head.weight_VH.device)
-
-
-def kept_channels(lineage: dict[str, Any], *, of: int) -> list[int] | None:
-    """Of a forebear's `of` residual channels, those that are left after one or more prunings; None where none was that wide."""
-    kept: list[int] | None = None
-    while lineage.get("kept"):
-        chosen: list[int] = lineage["kept"]["hidden"]
-        kept = chosen if kept is None else [chosen[place] for place in kept]
-        if lineage["parent_model"]["hidden"] == of:
-            return kept
-        lineage = lineage["before"]
-    return None

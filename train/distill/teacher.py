@@ -23,52 +23,24 @@ import torch
 import torch.distributed as dist
 from megatron.core.process_groups_config import ProcessGroupCollection
 
-from recipes.schema.errors import CheckpointError, RecipeError
-from recipes.schema.layout import lay_out
+from recipes.schema.errors import CheckpointError, RecipeError, refuse
+from recipes.schema.facts import Named, named
 from recipes.schema.model import ModelConfig
 from recipes.schema.parallel import ParallelConfig
 from recipes.schema.precision import PrecisionConfig
 from recipes.schema.read import recipe_from_mapping
 from recipes.schema.recipe import Recipe
 from recipes.schema.teacher_placement import Place, place_of
-from train.checkpoint.manager import checkpoint_at
+from recipes.schema.teacher_rules import teacher_problems
 from train.checkpoint.storage import Manifest, read_weights
 from train.distill.soft_targets import Head
 from train.model.backend import choose_backend
 from train.model.build import build_model
 from train.model.context import RowContext
 from train.model.head import head_weight, hidden_states
-from train.parallel.mesh import Mesh
+from train.parallel.mesh import Mesh, TeacherGroups
 
 log = logging.getLogger(__name__)
-
-
-def check_teacher(teacher: Recipe, manifest: Manifest, *, student: Recipe, tokenizer: str | None, path: Path) -> None:
-    """Refuse a teacher that speaks another language. tokenizer: fingerprint of the student's; None: not looked at."""
-    if teacher.model.vocab != student.model.vocab:
-        raise RecipeError(
-            f"the teacher in {path} has a vocabulary of {teacher.model.vocab:,}, the student (model.vocab) one of "
-            f"{student.model.vocab:,}: their distributions cannot be compared. Use a teacher with the student's tokenizer, "
-            f"or train the student on the teacher's."
-        )
-    if tokenizer is None:
-        return
-    if manifest.tokenizer and manifest.tokenizer != tokenizer:
-        raise RecipeError(
-            f"the teacher in {path} was trained with another tokenizer ({manifest.tokenizer[:12]}) than the data of this "
-            f"recipe ({tokenizer[:12]} in {student.data.folder}): the same ids mean other text. Prepare the data with the "
-            f"teacher's tokenizer (data.tokenizer.path)."
-        )
-    if not manifest.tokenizer and not student.objective.trust_tokenizer:
-        raise RecipeError(
-            f"the checkpoint in {path} does not say which tokenizer its model was trained with. If it is that of "
-            f"{student.data.folder}, say objective.trust_tokenizer=true."
-        )
-
-
-def identity(path: Path, manifest: Manifest) -> dict[str, Any]:
-    """What a run remembers of who taught it (JSON values). Equal fingerprints are equal weights, wherever they lie."""
-    return {"checkpoint": str(path), "step": manifest.step, "fingerprint": manifest.fingerprint}
 
 
 def number_format(student: Recipe) -> str:
@@ -166,24 +138,16 @@ def open_teacher(student: Recipe, *, mesh: Mesh, tokenizer: str | None) -> Teach
     Raises RecipeError, CheckpointError, BackendError naming what does not fit.
     """
     objective = student.objective
-    if objective.teacher is None:
-        raise RecipeError(
-            "objective.kind=distill needs objective.teacher: a checkpoint folder, or a run folder such as runs/NAME."
-        )
-    try:
-        path, manifest = checkpoint_at(objective.teacher)
-    except CheckpointError as error:
-        raise CheckpointError(f"objective.teacher: {error}") from error
-    teacher = teacher_recipe(manifest, path)
-    check_teacher(teacher, manifest, student=student, tokenizer=tokenizer, path=path)
+    assert objective.teacher is not None, "rules.distill_problems has refused it"
+    found = named(objective.teacher)
+    if found.error:
+        raise CheckpointError(f"objective.teacher: {found.error}")
+    refuse(teacher_problems(student, found, tokenizer=tokenizer, start=_start_of(student), world=mesh.layout.world))
+    path, teacher = found.path, found.recipe
+    assert path is not None and teacher is not None, "refused above"
     tensor = objective.teacher_tensor or student.parallel.tensor
     place = place_of(mesh.layout, mesh.rank, tensor=tensor)
     parallel = ParallelConfig(tensor=tensor)
-    run = replace(teacher.run, global_rows=1, microbatch_rows=1)
-    try:
-        lay_out(model=teacher.model, parallel=parallel, run=run, row_tokens=student.data.row_tokens, world=tensor)
-    except RecipeError as error:
-        raise RecipeError(f"the teacher in {path} at objective.teacher_tensor={tensor}:\n{error}") from error
     if place is None:
         read_weights(path, [], groups=mesh.groups)
         return None
@@ -193,9 +157,9 @@ def open_teacher(student: Recipe, *, mesh: Mesh, tokenizer: str | None) -> Teach
             teacher.data.row_tokens,
             student.data.row_tokens,
         )
-    first = mesh.layout.world - place.ranks
-    groups = _teacher_groups(place, first_rank=first, mesh=mesh)
-    exchange = _group([first + index for index in place.exchange_group]) if place.teachers > 1 else None
+    assert mesh.teacher is not None, "the mesh was opened without the teacher's groups"
+    groups = _megatron_groups(mesh.teacher)
+    exchange = mesh.teacher.exchange
     precision = replace(
         teacher.precision,
         params=student.precision.params if objective.teacher_params == "as_student" else objective.teacher_params,
@@ -216,6 +180,11 @@ def open_teacher(student: Recipe, *, mesh: Mesh, tokenizer: str | None) -> Teach
                          row_tokens=student.data.row_tokens, reset_at_documents=student.data.reset_at_documents)  # fmt: skip
     head = Head(_recut(chunk, groups.tp, mesh.groups.tp), softcap=teacher.model.logit_softcap)
     return Teacher(chunk, model=teacher.model, head=head, place=place, groups=groups, exchange=exchange)
+
+
+def _start_of(student: Recipe) -> Named | None:
+    """The checkpoint a student began with, where hidden states of another width are matched."""
+    return named(student.run.start_from) if student.run.start_from is not None else None
 
 
 def teacher_recipe(manifest: Manifest, path: Path) -> Recipe:
@@ -255,26 +224,17 @@ def frozen_model(
     return chunk
 
 
-def _teacher_groups(place: Place, *, first_rank: int, mesh: Mesh) -> ProcessGroupCollection:
+def _megatron_groups(teacher: TeacherGroups) -> ProcessGroupCollection:
     """The groups Megatron's modules ask for, of a model without pipeline and context ranks."""
-    alone = _group([mesh.rank])
-    tensor = _group([first_rank + index for index in place.teacher_group])
-    replicas = _group([first_rank + index for index in place.replicas])
-    everyone = _group(list(range(first_rank, first_rank + place.ranks)))
     groups = ProcessGroupCollection()
     for name in ("pp", "cp", "ep", "embd", "pos_embd", "expt_tp", "tp_ep"):
-        setattr(groups, name, alone)
+        setattr(groups, name, teacher.alone)
     for name in ("tp", "mp", "tp_cp"):
-        setattr(groups, name, tensor)
+        setattr(groups, name, teacher.tensor)
     for name in ("dp", "dp_cp", "expt_dp", "intra_dp_cp", "dp_cp_gtp_remat"):
-        setattr(groups, name, replicas)
-    groups.tp_dp_cp = everyone
+        setattr(groups, name, teacher.replicas)
+    groups.tp_dp_cp = teacher.everyone
     return groups
-
-
-def _group(ranks: list[int]) -> Any:
-    """A process group of these ranks, which alone call this."""
-    return dist.new_group(ranks, use_local_synchronization=True)
 
 
 def _recut(chunk: Any, teacher_group: Any, student_group: Any) -> torch.Tensor:

@@ -13,7 +13,6 @@ that fills the folder can be killed at any moment and continues.
 
 import hashlib
 import json
-import os
 import zlib
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
@@ -24,46 +23,16 @@ import numpy as np
 import torch
 
 from data.store.shards import token_dtype
-from recipes.schema.errors import CheckpointError, DataError, RecipeError
+from data.system import disk
+from recipes.schema.errors import DataError, RecipeError, refuse
+from recipes.schema.facts import REQUEST, CacheRequest, named, read_request
 from recipes.schema.recipe import Recipe
-from train.checkpoint.steps import checkpoint_at
+from recipes.schema.teacher_rules import cache_problems
 from train.distill.soft_targets import TopK
 
-FORMAT = 2
-REQUEST = "request.json"
 KEY_BYTES = 16
 COMPRESSION_LEVEL = 1
 """Higher levels save a few per cent at several times the time (docs/log.md)."""
-
-
-@dataclass(frozen=True)
-class Request:
-    """What a folder of answers holds; answers of two requests never share a folder."""
-
-    teacher: str
-    """Checkpoint that answered, where it lay then."""
-    step: int
-    """Of that checkpoint."""
-    fingerprint: str
-    """Of its weights: they count, not where they lie."""
-    numbers: str
-    """In which the teacher computed, as `fp32` or `bf16, blockwise`."""
-    top_k: int
-    temperature: float
-    values: str
-    """`float16` or `float32`: format of the log-probabilities."""
-    vocab: int
-    tokenizer: str
-    """Fingerprint; empty if unknown."""
-    row_tokens: int
-    documents: bool
-    """Whether documents within a row were told apart."""
-    format: int = FORMAT
-
-    @property
-    def identity(self) -> dict[str, Any]:
-        """Whose answers they are (`train.distill.teacher.identity`)."""
-        return {"checkpoint": self.teacher, "step": self.step, "fingerprint": self.fingerprint}
 
 
 def row_key(tokens: np.ndarray, documents: np.ndarray | None) -> bytes:
@@ -81,12 +50,12 @@ def batch_keys(batch: Any, *, documents: bool) -> list[bytes]:
     return [row_key(row, mark) for row, mark in zip(tokens, marks, strict=True)]
 
 
-def open_request(folder: Path, request: Request) -> None:
+def open_request(folder: Path, request: CacheRequest) -> None:
     """Make the folder for `request`, or check that it is one for it. RecipeError names what differs."""
     path = folder / REQUEST
     if not path.exists():
         folder.mkdir(parents=True, exist_ok=True)
-        _write_durably(path, json.dumps(asdict(request), indent=1).encode())
+        disk.write_text(path, json.dumps(asdict(request), indent=1))
         return
     found = asdict(read_request(folder))
     differing = [
@@ -101,38 +70,15 @@ def open_request(folder: Path, request: Request) -> None:
         )
 
 
-def read_request(folder: Path) -> Request:
-    """The request of a folder. DataError where there is none, or it cannot be read."""
-    path = folder / REQUEST
-    try:
-        plain = json.loads(path.read_text())
-        if plain.get("format") != FORMAT:
-            raise DataError(
-                f"{path} has format {plain.get('format')}; this version reads {FORMAT}. Write the answers again, into another "
-                f"folder: python -m train.distill.cache_command with this recipe."
-            )
-        return Request(**plain)
-    except FileNotFoundError as error:
-        raise DataError(
-            f"objective.teacher_cache={folder} holds no teacher's answers: {path.name} is missing. Write them: python -m "
-            f"train.distill.cache_command with this recipe."
-        ) from error
-    except (OSError, ValueError, TypeError, AttributeError) as error:
-        raise DataError(
-            f"{path} cannot be read ({error}). Bring it back, or write the answers again into another folder: python -m "
-            f"train.distill.cache_command with this recipe."
-        ) from error
-
-
-def write_block(folder: Path, keys: Sequence[bytes], answers: Sequence[TopK], request: Request) -> int:
+def write_block(folder: Path, keys: Sequence[bytes], answers: Sequence[TopK], request: CacheRequest) -> int:
     """Write the answers to some rows ([row_tokens, k] each) under a name made of their keys. -> bytes. One rank calls it."""
     frames = [zlib.compress(_pack(answer, request), COMPRESSION_LEVEL) for answer in answers]
     name = f"block_{hashlib.blake2b(b''.join(keys), digest_size=8).hexdigest()}"
-    _write_durably(folder / f"{name}.bin", b"".join(frames))
+    disk.write_bytes(folder / f"{name}.bin", b"".join(frames))
     lengths = np.asarray([len(frame) for frame in frames], dtype="<i8").tobytes()
     body = b"".join(keys) + lengths
     digest = hashlib.sha256(body).digest()
-    _write_durably(folder / f"{name}.idx", len(frames).to_bytes(8, "little") + body + digest)
+    disk.write_bytes(folder / f"{name}.idx", len(frames).to_bytes(8, "little") + body + digest)
     return sum(map(len, frames))
 
 
@@ -164,25 +110,8 @@ class KeptAnswers:
         assert objective.teacher_cache is not None
         folder = Path(objective.teacher_cache)
         answers = cls(folder, top_k=objective.top_k)
-        request = answers.request
-        problems = []
-        for name, kept, asked in (
-            ("model.vocab", request.vocab, recipe.model.vocab),
-            ("objective.temperature", request.temperature, objective.temperature),
-            ("data.row_tokens", request.row_tokens, recipe.data.row_tokens),
-            ("data.reset_at_documents", request.documents, recipe.data.reset_at_documents),
-        ):
-            if kept != asked:
-                problems.append(f"{name}={asked}, but the teacher was asked with {kept}")
-        if tokenizer is not None and request.tokenizer != tokenizer:
-            problems.append(
-                f"tokenizer {tokenizer[:12]} in {recipe.data.folder}, but the teacher's is {request.tokenizer[:12] or '?'}"
-            )
-        problems += _other_teacher(objective.teacher, request)
-        if objective.top_k > request.top_k:
-            problems.append(f"objective.top_k={objective.top_k}, but only {request.top_k} tokens are kept")
-        if problems:
-            raise RecipeError(f"objective.teacher_cache={folder} does not fit this recipe:\n  " + "\n  ".join(problems))
+        teacher = named(objective.teacher) if objective.teacher is not None else None
+        refuse(cache_problems(recipe, answers.request, tokenizer=tokenizer, teacher=teacher))
         return answers
 
     def __len__(self) -> int:
@@ -202,8 +131,8 @@ class KeptAnswers:
     def _missing(self, batch: Any, index: int) -> DataError:
         return DataError(
             f"{self.folder} holds no answer to the row at position {int(batch.positions[index]):,}: it was filled for other "
-            f"data, another order or fewer steps, or not to its end. Let the teacher answer the rest: python -m "
-            f"train.distill.cache_command with this recipe; it continues where it stopped."
+            f"data, another order or fewer steps, or not to its end. Let the teacher answer the rest: stratum "
+            f"teacher-cache with this recipe; it continues where it stopped."
         )
 
     def read(self, batch: Any, *, documents: bool) -> TopK:
@@ -223,23 +152,9 @@ class KeptAnswers:
         except (zlib.error, ValueError) as error:
             raise DataError(
                 f"{place.path} is damaged at byte {place.offset:,} ({error}). Remove it and its .idx and run "
-                f"python -m train.distill.cache_command again."
+                f"stratum teacher-cache again."
             ) from error
         return fewer(answer, self.top_k)
-
-
-def _other_teacher(named: str | None, request: Request) -> list[str]:
-    """What speaks against a teacher that the recipe names beside the answers. One that is gone is not needed."""
-    try:
-        path, manifest = checkpoint_at(named) if named is not None else (None, None)
-    except CheckpointError:
-        return []
-    if manifest is None or manifest.fingerprint == request.fingerprint:
-        return []
-    return [
-        f"objective.teacher={named} is {path} with weights {manifest.fingerprint[:12]}, but {request.teacher} with weights "
-        f"{request.fingerprint[:12]} answered; use objective.teacher=null, or the answers of the other"
-    ]
 
 
 def fewer(answer: TopK, k: int) -> TopK:
@@ -250,7 +165,7 @@ def fewer(answer: TopK, k: int) -> TopK:
     return TopK(answer.ids_NK[..., :k], answer.log_p_NK[..., :k], (answer.rest_N.double() + dropped).float())
 
 
-def _pack(answer: TopK, request: Request) -> bytes:
+def _pack(answer: TopK, request: CacheRequest) -> bytes:
     ids = answer.ids_NK.numpy().astype(token_dtype(request.vocab))
     log_p = answer.log_p_NK.numpy().astype(f"<{np.dtype(request.values).str[1:]}")
     return b"".join(_byte_planes(part) for part in (ids, log_p, answer.rest_N.numpy().astype("<f4")))
@@ -266,7 +181,7 @@ def _from_byte_planes(raw: bytes, dtype: np.dtype[Any]) -> np.ndarray:
     return np.ascontiguousarray(planes.T).view(dtype).reshape(-1)
 
 
-def _unpack(raw: bytes, request: Request) -> TopK:
+def _unpack(raw: bytes, request: CacheRequest) -> TopK:
     tokens, k = request.row_tokens, request.top_k
     ids_type, log_p_type = token_dtype(request.vocab), np.dtype(request.values)
     sizes = [tokens * k * ids_type.itemsize, tokens * k * log_p_type.itemsize, tokens * 4]
@@ -285,25 +200,14 @@ def _read_index(path: Path) -> dict[bytes, _Place]:
     count, body = int.from_bytes(raw[:8], "little"), raw[8:-32]
     data = path.with_suffix(".bin")
     if len(body) != count * (KEY_BYTES + 8) or hashlib.sha256(body).digest() != raw[-32:]:
-        raise DataError(
-            f"{path} is damaged. Remove it and {data.name} and run python -m train.distill.cache_command again."
-        )
+        raise DataError(f"{path} is damaged. Remove it and {data.name} and run stratum teacher-cache again.")
     lengths = np.frombuffer(body, "<i8", offset=count * KEY_BYTES)
     offsets = np.concatenate([[0], np.cumsum(lengths)])
     found = data.stat().st_size if data.exists() else -1
     if found != offsets[-1]:
         raise DataError(
             f"{data} is {found:,} bytes long, its index says {offsets[-1]:,}. Remove both and run "
-            f"python -m train.distill.cache_command again."
+            f"stratum teacher-cache again."
         )
     keys = [body[start : start + KEY_BYTES] for start in range(0, count * KEY_BYTES, KEY_BYTES)]
     return {key: _Place(data, int(offsets[n]), int(lengths[n])) for n, key in enumerate(keys)}
-
-
-def _write_durably(path: Path, content: bytes) -> None:
-    aside = path.with_name(f".{path.name}.writing")
-    with aside.open("wb") as stream:
-        stream.write(content)
-        stream.flush()
-        os.fsync(stream.fileno())
-    aside.rename(path)

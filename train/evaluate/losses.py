@@ -2,8 +2,8 @@
 
 bits per byte = (sum of -log2 p(label)) / (UTF-8 bytes the labels stand for)
 
-Rows are dealt to the data-parallel ranks in turn; a rank's last microbatch is filled up with rows that do not count, so
-that every microbatch has the shape the pipeline expects. The sums do not depend on the layout but for rounding.
+Rows are dealt to the data-parallel ranks in turn. Rows that do not count fill a rank's last microbatches, so that their
+shape and number are what the pipeline expects. The sums do not depend on the layout but for rounding.
 """
 
 import math
@@ -37,7 +37,9 @@ def _bits_per_byte(engine: Engine, dataset: Any, name: str, *, limit: int, token
     count = min(limit, dataset.heldout_count(name))
     batch = dataset.heldout_rows(name, 0, count)
     size = engine.microbatch_rows
-    per_rank = math.ceil(count / (layout.data * size)) * size
+    # Megatron's interleaved schedule takes a multiple of the pipeline's stages, and no fewer.
+    together = size * (layout.pipeline if layout.virtual > 1 else 1)
+    per_rank = math.ceil(count / (layout.data * together)) * together
     indices = np.arange(per_rank) * layout.data + mesh.data_rank
     counts = indices < count
     indices = np.where(counts, indices, 0)

@@ -1,11 +1,4 @@
-"""`python -m train.hf import|export|check`: models to and from Hugging Face's format, and the proof that they agree.
-
-    python -m train.hf export runs/smoke --out exports/smoke       a run's newest checkpoint -> a directory for transformers
-    python -m train.hf import exports/smoke --out imports/smoke    a directory -> a checkpoint, and a recipe that starts from it
-    python -m train.hf check runs/smoke exports/smoke              both models on real text, block by block
-
-Exit status: 0 done, and the two agree; 1 they do not agree; 2 something that cannot be read, converted or written.
-"""
+"""`stratum hf import|export|check`: models to and from Hugging Face's format, and the proof that they agree."""
 
 import argparse
 import logging
@@ -14,15 +7,25 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from recipes.schema.errors import USER_ERRORS
+from recipes.schema.options import CommandParser, run_or_path
 
 TEXT = "package:shakespeare"
 """Real text that comes with this project."""
+
+_EXAMPLES = """
+stratum hf export runs/smoke --out exports/smoke       a run's newest checkpoint -> a directory for transformers
+stratum hf import exports/smoke --out imports/smoke    a directory -> a checkpoint, and a recipe that starts from it
+stratum hf check runs/smoke exports/smoke              both models on real text, block by block
+"""
+_NOTES = """
+Exit status: 0 done, and the two agree; 1 they do not agree; 2 something that cannot be read, converted or written.
+"""
 
 _ERRORS: tuple[type[Exception], ...] = (*USER_ERRORS, OSError)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Entry point of `python -m train.hf`."""
+    """Entry point of `stratum hf`."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     parsed = _parser().parse_args(arguments)
     try:
@@ -45,13 +48,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 130
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m train.hf", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+def _parser() -> CommandParser:
+    parser = CommandParser(
+        "hf",
+        about="Models to and from Hugging Face's format, and the proof that they agree.",
+        examples=_EXAMPLES,
+        notes=_NOTES,
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="import|export|check")
 
-    check_options = argparse.ArgumentParser(add_help=False)
+    check_options = CommandParser(add_help=False)
     group = check_options.add_argument_group("the comparison")
     group.add_argument("--text", default=TEXT, help=f"text to run on: a file, folder or glob (default: {TEXT})")
     group.add_argument("--rows", type=_positive, default=2, help="rows of text (default: 2)")
@@ -67,7 +73,7 @@ def _parser() -> argparse.ArgumentParser:
         help="Nemotron-H: compare without transformers' lower bound on dt (time_step_min in config.json), as the "
         "published weights were trained",
     )
-    converting = argparse.ArgumentParser(add_help=False)
+    converting = CommandParser(add_help=False)
     converting.add_argument("--out", type=Path, required=True, help="folder to make; it must not hold anything yet")
     converting.add_argument("--name", help="what the model is called (default: the name of --out)")
     converting.add_argument(
@@ -81,7 +87,7 @@ def _parser() -> argparse.ArgumentParser:
     export = commands.add_parser(
         "export", parents=[converting, check_options], help="a checkpoint -> a directory that transformers loads"
     )
-    export.add_argument("checkpoint", type=Path, help="run folder (its newest checkpoint) or checkpoint folder")
+    export.add_argument("checkpoint", type=run_or_path, help="run (its newest checkpoint) or checkpoint folder")
     export.add_argument("--tokenizer", type=Path, help="tokenizer.json (default: that of the run's prepared data)")
     export.add_argument("--max-positions", type=_positive, help="max_position_embeddings (default: data.row_tokens)")
     export.add_argument("--vocab", type=_positive, help="rows of the embedding to write, where ours was padded")
@@ -101,7 +107,7 @@ def _parser() -> argparse.ArgumentParser:
     )
 
     check = commands.add_parser("check", parents=[check_options], help="both models on real text, block by block")
-    check.add_argument("checkpoint", type=Path, help="run folder, checkpoint folder, or folder of an import")
+    check.add_argument("checkpoint", type=run_or_path, help="run, checkpoint folder, or folder of an import")
     check.add_argument("directory", type=Path, help="directory in Hugging Face's format")
     return parser
 

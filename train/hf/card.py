@@ -11,6 +11,7 @@ import yaml
 
 from recipes.schema.pattern import KINDS, counts, flops_per_token, parameters
 from recipes.schema.recipe import Recipe
+from recipes.schema.scaling import describe_precision
 from train.checkpoint.storage import Manifest
 from train.hf.check import Agreement
 from train.hf.config import SpecialTokens, family_of
@@ -144,8 +145,7 @@ def _training(release: Release, record: RunRecord | None) -> list[str]:
         f"weight decay {recipe.optim.weight_decay}, clip {recipe.optim.clip_norm}",
         "schedule": f"{recipe.schedule.kind}, warm-up {recipe.schedule.warmup}, decay {recipe.schedule.decay} "
         f"({recipe.schedule.unit})",
-        "precision": f"{recipe.precision.params} weights, "
-        + ("no low precision" if recipe.precision.scaling == "none" else f"linear layers: {recipe.precision.scaling}"),
+        "precision": describe_precision(recipe.model, recipe.precision),
         "objective": recipe.objective.kind,
     }
     lines = ["", "## Training", "", *_table(rows), "", "The whole recipe: [recipe.yaml](recipe.yaml)."]

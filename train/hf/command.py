@@ -1,4 +1,4 @@
-"""What `python -m train.hf` does, assembled: conversion, tokenizer, recipe or card, comparison, in this order.
+"""What `stratum hf` does, assembled: conversion, tokenizer, recipe or card, comparison, in this order.
 
 Everything is written into a folder beside the target, which gets its name when the two models agree. Import this module
 after `train.megatron.prepare`.
@@ -20,10 +20,12 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 from data.make.corpus import documents
+from data.system import disk
 from data.tokenizer import load_tokenizer
 from recipes.schema.data import SourceConfig, TokenizerConfig
 from recipes.schema.errors import BackendError, CheckpointError, DataError, RecipeError
 from recipes.schema.model import ModelConfig
+from recipes.schema.options import STRATUM
 from recipes.schema.pattern import parameters
 from recipes.schema.precision import PrecisionConfig
 from recipes.schema.read import recipe_from_mapping
@@ -31,6 +33,7 @@ from recipes.schema.recipe import Recipe
 from train.build import model_on_one_rank, open_tokenizer
 from train.checkpoint import storage
 from train.checkpoint.manager import checkpoint_at
+from train.checkpoint.manifest import RunState
 from train.checkpoint.tensors import StoredTensors
 from train.hf import card, tokens
 from train.hf.check import Agreement, compare, load_theirs, their_ids
@@ -103,7 +106,7 @@ def export_model(parsed: argparse.Namespace) -> int:
     _say(
         f"wrote {parsed.out}: {converted.parameters:,} parameters, {converted.nbytes / 1e9:.3g} GB, model card README.md"
     )
-    return _conclude(agreement, why, f"python -m train.hf check {parsed.checkpoint} {parsed.out}")
+    return _conclude(agreement, why, f"stratum hf check {parsed.checkpoint} {parsed.out}")
 
 
 def import_model(parsed: argparse.Namespace) -> int:
@@ -131,14 +134,8 @@ def import_model(parsed: argparse.Namespace) -> int:
         writing.mkdir()
         with _bar(f"importing {name}", folder, files) as advance:
             converted = import_weights(files, writing, model=model, format=params, vocab=theirs.vocab, advance=advance)
-        manifest = storage.Manifest(
-            step=0,
-            position=0,
-            tokens=0,
-            layout={},
+        state = RunState(
             recipe=json.loads(json.dumps(asdict(recipe))),
-            data_hash="",
-            versions=storage.versions(),
             tokenizer=_copy_tokenizer(file, folder, end_of_document),
             lineage={
                 "imported_from": str(parsed.directory),
@@ -146,7 +143,7 @@ def import_model(parsed: argparse.Namespace) -> int:
                 "vocab": theirs.vocab,
             },
         )
-        storage.publish(writing, folder / "checkpoint", manifest)
+        storage.publish(writing, folder / "checkpoint", state)
         shutil.copyfile(parsed.directory / CONFIG, folder / "hf_config.json")
         (folder / f"{name}.yaml").write_text(recipe_text(imported))
         agreement, why = _compare_unless(parsed, recipe, checkpoint=folder / "checkpoint", folder=parsed.directory)
@@ -165,9 +162,9 @@ def import_model(parsed: argparse.Namespace) -> int:
     _say(
         f"wrote {parsed.out}: {converted.parameters:,} parameters in {parsed.out}/checkpoint; the recipe is {name}.yaml:"
     )
-    for program in ("data.prepare", "train", "train.generate"):
-        _say(f"  python -m {program} --config-dir {parsed.out} -cn {name}")
-    return _conclude(agreement, why, f"python -m train.hf check {parsed.out} {parsed.directory}")
+    for command in ("prepare", "train", "generate"):
+        _say(f"  {STRATUM} {command} --config-dir {parsed.out} -cn {name}")
+    return _conclude(agreement, why, f"stratum hf check {parsed.out} {parsed.directory}")
 
 
 def check_models(parsed: argparse.Namespace) -> int:
@@ -339,14 +336,14 @@ def _aside(out: Path, *, needed: int) -> Iterator[tuple[Path, Callable[[], None]
     free = shutil.disk_usage(out.parent).free
     if free < needed:
         raise RecipeError(f"{out} needs {needed / 1e9:.3g} GB, {free / 1e9:.3g} GB are free there.")
-    folder = out.with_name(f".{out.name}.writing")
+    folder = disk.aside_of(out)
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
 
     def publish() -> None:
         if out.exists():
             out.rmdir()
-        folder.rename(out)
+        disk.put_in_place(folder, out)
 
     try:
         yield folder, publish

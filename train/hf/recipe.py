@@ -1,7 +1,6 @@
 """The recipe an import leaves behind: one file that composes, so that training, evaluation and generation go on from it."""
 
-import json
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +11,9 @@ from recipes.schema.model import ModelConfig
 from recipes.schema.read import recipe_from_mapping
 from recipes.schema.recipe import Recipe
 from recipes.schema.run import RunConfig
+from recipes.schema.typed import differing
 
-_GROUPS = ("parallel: single", "objective: next_token", "optim: adamw", "schedule: wsd", "checkpoint: standard",
-           "evaluate: standard", "telemetry: standard", "launch: standard")  # fmt: skip
+_GROUPS = ("parallel: single", "objective: next_token", "optim: adamw", "schedule: wsd", "launch: standard")
 
 
 @dataclass(frozen=True)
@@ -38,11 +37,11 @@ def recipe_text(imported: Imported) -> str:
     """The recipe as YAML with Hydra's defaults list."""
     name, folder = imported.name, imported.checkpoint.parent
     groups = "\n".join(f"  - {group}" for group in (*_GROUPS, f"precision: {imported.params}"))
-    return f"""# Made by `python -m train.hf import {imported.source}`.
+    return f"""# Made by `stratum hf import {imported.source}`.
 # It continues the imported weights. data.sources are an example: put your own text there.
-#   python -m data.prepare   --config-dir {folder} -cn {name}
-#   python -m train          --config-dir {folder} -cn {name}
-#   python -m train.generate --config-dir {folder} -cn {name} +generate.prompt="Once"
+#   stratum prepare  --config-dir {folder} -cn {name}
+#   stratum train    --config-dir {folder} -cn {name}
+#   stratum generate --config-dir {folder} -cn {name} --prompt "Once"
 defaults:
 {groups}
   - _self_
@@ -56,7 +55,7 @@ def imported_recipe(imported: Imported) -> Recipe:
 
 
 def _body(imported: Imported) -> dict[str, Any]:
-    """Groups that no file of `recipes/` says: every field of them, so that each can be overridden."""
+    """Groups that no file of `recipes/` says: what differs from the defaults."""
     run = RunConfig(
         name=imported.name, steps=100, start_from=str(imported.checkpoint), global_rows=8, microbatch_rows=1
     )
@@ -74,5 +73,5 @@ def _body(imported: Imported) -> dict[str, Any]:
         row_tokens=imported.row_tokens,
         heldout_fraction=0.03,
     )
-    groups = {"run": asdict(run), "model": asdict(imported.model), "data": asdict(data)}
-    return json.loads(json.dumps({**groups, "optim": {"lr": 1e-5}, "schedule": {"warmup": 10, "decay": 20}}))
+    groups = {"run": differing(run), "model": differing(imported.model), "data": differing(data)}
+    return {**groups, "optim": {"lr": 1e-5}, "schedule": {"warmup": 10, "decay": 20}}

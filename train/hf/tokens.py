@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from data.tokenizer import Tokenizer
-from recipes.schema.errors import RecipeError
+from recipes.schema.errors import RecipeError, refuse
+from recipes.schema.teacher_rules import tokenizer_problems
 from train.hf.config import SpecialTokens
 
 TOKENIZER = "tokenizer.json"
@@ -117,8 +118,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 def check_fingerprint(tokenizer: Tokenizer, expected: str, *, path: Path) -> None:
     """RecipeError where a checkpoint says it was trained with another tokenizer; an unknown one (empty) passes."""
-    if expected and tokenizer.fingerprint != expected:
-        raise RecipeError(
-            f"{path} is not the tokenizer this checkpoint was trained with (its fingerprint is "
-            f"{tokenizer.fingerprint[:12]}, the checkpoint's {expected[:12]}). Give the right one with --tokenizer."
-        )
+    ours = tokenizer.fingerprint
+    refuse(
+        tokenizer_problems("this checkpoint", expected, ours, where=str(path), otherwise="give the right --tokenizer")
+    )

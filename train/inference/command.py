@@ -1,33 +1,34 @@
-"""`python -m train.generate -cn RECIPE`: stream text from the newest checkpoint of a recipe's run.
-
-python -m train.generate -cn smoke +generate.prompt="ROMEO."
-python -m train.generate -cn smoke +generate.temperature=0            greedy
-python -m train.generate -cn smoke +generate.top_p=0.9 +generate.tokens=400 +generate.seed=7
-python -m train.generate -cn smoke +generate.checkpoint=runs/smoke/checkpoints/step_00000120
-"""
+"""`stratum generate`: stream text from the newest checkpoint of a run."""
 
 import sys
+from collections.abc import Sequence
 
 from omegaconf import DictConfig
 
-from recipes.schema.command import dotted_keys, run_command, section
-from recipes.schema.errors import USER_ERRORS, RecipeError
+from recipes.schema.command import dotted_keys, run_tool
+from recipes.schema.errors import USER_ERRORS
+from recipes.schema.options import CommandParser
 from recipes.schema.read import read_recipe
 from recipes.schema.recipe import Recipe
 from recipes.schema.tools import GenerateConfig
-from recipes.schema.typed import FieldError, build
+
+_EXAMPLES = """
+stratum generate runs/smoke --prompt "ROMEO."                    continue a prompt
+stratum generate smoke --prompt "ROMEO." --temperature 0         greedy; `smoke` is looked up in runs/
+stratum generate runs/smoke --top-p 0.9 --tokens 40 --seed 7
+stratum generate -cn smoke --checkpoint runs/smoke/checkpoints/step_00000002      an older checkpoint, by its folder
+"""
 
 
-def main() -> int:
+def main(arguments: Sequence[str]) -> int:
     """Entry point of `stratum generate`."""
-    return run_command(_generate, program="train.inference.command", keys=dotted_keys(Recipe), user_errors=USER_ERRORS)
+    parser = CommandParser(
+        "generate", about="Stream text from the newest checkpoint of a run.", examples=_EXAMPLES, recipe=True
+    )
+    return run_tool(parser, arguments, GenerateConfig, _generate, keys=dotted_keys(Recipe), user_errors=USER_ERRORS)
 
 
-def _generate(composed: DictConfig) -> int:
-    try:
-        config = build(GenerateConfig, section(composed, "generate"), "generate")
-    except FieldError as error:
-        raise RecipeError(str(error)) from error
+def _generate(config: GenerateConfig, composed: DictConfig) -> int:
     recipe = read_recipe(composed)
     from train.inference.text import stream_text  # torch takes seconds: mistakes above are reported without it
 
@@ -36,7 +37,3 @@ def _generate(composed: DictConfig) -> int:
         sys.stdout.flush()
     sys.stdout.write("\n")
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

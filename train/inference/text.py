@@ -3,8 +3,10 @@
 from collections.abc import Iterator
 from pathlib import Path
 
-from recipes.schema.errors import CheckpointError
+from recipes.schema.errors import CheckpointError, refuse
 from recipes.schema.recipe import Recipe
+from recipes.schema.rules import reading_problems
+from recipes.schema.teacher_rules import tokenizer_problems
 from recipes.schema.tools import GenerateConfig
 from train.build import model_on_one_rank, open_tokenizer
 from train.checkpoint.manager import CheckpointFolder, checkpoint_at
@@ -19,6 +21,7 @@ def stream_text(recipe: Recipe, config: GenerateConfig) -> Iterator[str]:
     neither.
     """
 
+    refuse(reading_problems(recipe))
     device = choose_device(recipe.run.device)
     tokenizer, tokenizer_file = open_tokenizer(recipe)
     use_device(device)
@@ -28,14 +31,14 @@ def stream_text(recipe: Recipe, config: GenerateConfig) -> Iterator[str]:
     if found is None:
         place = config.checkpoint or recipe.run.start_from
         if place is None:
-            raise CheckpointError(f"{folder} holds no checkpoint. Train first: python -m train -cn <recipe>.")
+            raise CheckpointError(f"{folder} holds no checkpoint. Train first: stratum train -cn <recipe>.")
         found = checkpoint_at(place)
     path, manifest = found
-    if manifest.tokenizer and manifest.tokenizer != tokenizer.fingerprint:
-        raise CheckpointError(
-            f"{path} was trained with another tokenizer than {tokenizer_file}: its text would be gibberish. Point "
-            f"data.folder at the data it was trained on."
-        )
+    ours, another = tokenizer.fingerprint, "name another checkpoint (+generate.checkpoint)"
+    refuse(
+        tokenizer_problems(str(path), manifest.tokenizer, ours, where=str(tokenizer_file), otherwise=another),
+        CheckpointError,
+    )
     with model_on_one_rank(recipe, path, device=device) as model:
         ids = tokenizer.prompt(config.prompt)
         sampling = Sampling(temperature=config.temperature, top_k=config.top_k, top_p=config.top_p, seed=config.seed)

@@ -5,7 +5,9 @@ precision needs of it. `reference` is plain torch on any device; `emulated` is t
 (`train.precision.emulated`); `te` is Transformer Engine with mamba-ssm kernels on a GPU (`train.precision.te`).
 """
 
+import os
 from abc import abstractmethod
+from dataclasses import replace
 from typing import Any, Protocol
 
 import torch
@@ -13,16 +15,21 @@ from megatron.core.models.backends import LocalSpecProvider
 from megatron.core.ssm.mamba_mixer import MambaMixer
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 
-from recipes.schema.errors import BackendError
+from recipes.schema.errors import BackendError, refuse
+from recipes.schema.facts import Machine, missing_packages, wants_fp32_block_scales
 from recipes.schema.model import ModelConfig
 from recipes.schema.precision import PrecisionConfig
+from recipes.schema.rules import backend_name, backend_problems, low_precision_problems
 from train.model.attention import AttentionCore
 from train.model.linear import use_fast_product
-from train.model.mixer import ReferenceMixer, have_mamba_kernels
+from train.model.mixer import KernelMixer, ReferenceMixer
 from train.model.norm import RMSNorm
 from train.parallel.mesh import Mesh
 from train.precision import emulated, te
 from train.precision.control import PrecisionControl
+
+_GENERATIONS = {(8, 0): "ampere", (8, 6): "ampere", (8, 9): "ada", (9, 0): "hopper"}
+"""Compute capability -> generation (CUDA C++ Programming Guide, appendix on compute capabilities); from 10.0 on Blackwell."""
 
 
 class Backend(Protocol):
@@ -108,44 +115,38 @@ class EmulatedBackend(ReferenceBackend):
         emulated.equip(chunk, model=model, precision=precision)
 
 
-def choose_backend(precision: PrecisionConfig, device: torch.device) -> Backend:
-    """The backend a recipe asks for on this device.
+class TransformerEngineBackend(te.TransformerEngineModules):
+    """Megatron's Transformer Engine modules, with the stock Mamba-2 mixer on mamba-ssm kernels."""
 
-    `auto` is `te` where that can run, else `emulated` for a low-precision recipe, else `reference`. Raises BackendError
-    naming what is missing for an explicit `te`, or a scaling that a backend does not have.
+    def mixer(self) -> type[MambaMixer]:
+        return KernelMixer
+
+
+def this_machine() -> Machine:
+    """What rules need to know about the machine this process runs on."""
+    has_gpu = torch.cuda.is_available()
+    major, minor = torch.cuda.get_device_capability() if has_gpu else (0, 0)
+    return Machine(
+        has_gpu=has_gpu,
+        name=torch.cuda.get_device_name() if has_gpu else "this machine",
+        generation=_GENERATIONS.get((major, minor), "blackwell" if major > 9 else ""),
+        has_fp8=(major, minor) >= (8, 9),
+        missing=missing_packages(),
+        fp32_block_scales=wants_fp32_block_scales(os.environ),
+    )
+
+
+def choose_backend(precision: PrecisionConfig, device: torch.device) -> Backend:
+    """The backend a recipe asks for on this device (`recipes.schema.rules.backend_name`).
+
+    Raises BackendError naming what is missing, or a scaling that a backend does not have.
     """
-    scalings = {precision.scaling, precision.scaling_after if precision.switch_at_tokens is not None else "none"}
-    is_low = scalings != {"none"}
-    missing = []
-    if device.type != "cuda":
-        missing.append("a GPU")
-    if not te.is_installed():
-        missing.append("transformer-engine")
-    if not have_mamba_kernels():
-        missing.append("mamba-ssm with causal-conv1d")
-    if precision.fp8_weights and (missing or precision.backend in ("reference", "emulated")):
-        why = f"which needs {', '.join(missing)}" if missing else f"but precision.backend={precision.backend}"
-        raise BackendError(f"precision.fp8_weights=true: only `te` keeps weights in FP8, {why}. Set fp8_weights=false.")
-    match precision.backend:
-        case "te" if missing:
-            raise BackendError(
-                f"precision.backend=te needs {', '.join(missing)}. Use precision.backend=emulated (low precision) or "
-                f"reference, or install the `gpu` extra (`pip install -e '.[gpu]'`) on a machine with a GPU."
-            )
-        case "te" if "unscaled" in scalings:
-            raise BackendError("precision.scaling=unscaled is an example of what goes wrong; only `emulated` has it.")
-        case "reference" if is_low:
-            raise BackendError(
-                f"precision.backend=reference computes in high precision only, but precision.scaling={precision.scaling}"
-                f" (scaling_after={precision.scaling_after}). Use precision.backend=emulated or te, or scaling=none."
-            )
+    machine = replace(this_machine(), has_gpu=device.type == "cuda")
+    refuse([*low_precision_problems(precision), *backend_problems(precision, machine)], BackendError)
+    match backend_name(precision, machine):
         case "te":
-            return te.TransformerEngineBackend()
-        case "auto" if not missing and "unscaled" not in scalings:
-            return te.TransformerEngineBackend()
+            return TransformerEngineBackend()
         case "emulated":
             return EmulatedBackend()
-        case "auto" if is_low:
-            return EmulatedBackend()
-        case _:
+        case "reference":
             return ReferenceBackend()

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
+from train.model.documents import document_starts
 from train.native.scan import ScanSizes
 
 
@@ -43,9 +44,21 @@ class Chunked:
         self.A = A_H
         self.xbc = self.chunked(xbc_BLC)
         self.dt = self.chunked(dt_LBH.transpose(0, 1))  # [K, Q, H]
-        self.decay = torch.cumsum(self.dt * A_H, dim=1)  # s in the module text, [K, Q, H], never increasing
-        self.total = self.decay[:, -1]  # [K, H]
         self.document = None if document_BL is None else self.chunked(document_BL, fill_last=True)
+        self.decay, self.rest = self.running_sums()  # s in the module text: nearest float and rest, [K, Q, H] each
+        self.total = self.decay[:, -1]  # [K, H]
+
+    def running_sums(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """s = nearest + rest. The nearest float alone loses small steps after large ones: between two sums near -1000
+        s_i - s_j would have an error of 6e-5, and exp(s_i - s_j) as well. (nearest_i - nearest_j is exact where it matters.)
+
+        Sums start at zero at each document, so that a document's numbers do not depend on the one before it."""
+        steps = self.dt * self.A
+        s = steps.cumsum(1, dtype=torch.float64)
+        if self.document is not None:
+            s -= (s - steps).gather(1, document_starts(self.document).unsqueeze(-1).expand_as(s))
+        nearest = s.to(self.dt.dtype)
+        return nearest, (s - nearest).to(self.dt.dtype)
 
     def chunked(self, rows_BL: torch.Tensor, *, fill_last: bool = False) -> torch.Tensor:
         """[B, L, ...] -> [K, Q, ...]; a ragged end is filled with zeros, or with the last value."""
@@ -66,6 +79,7 @@ class Chunked:
         """-> (y [K, Q, H*P], states before each chunk [G, B, chunks, N, H/G, P], state after the last [B, G, N, H/G, P])."""
         s = self.sizes
         gain = self.state_weights().mul_(self.dt)  # of x instead of dt x
+        at_row, at_column = torch.exp(self.rest), torch.exp(-self.rest).mul_(self.dt)
         added = torch.stack(
             [torch.bmm(self.B(g).transpose(1, 2), self.weighted(self.group_x(g), gain, g)) for g in range(s.groups)]
         )
@@ -77,9 +91,9 @@ class Chunked:
             carried = torch.bmm(self.C(g), self.flat(states, g)).unflatten(-1, (s.heads_per_group, s.head_dim))
             for index, h in enumerate(self.heads(g)):
                 x = self.head_x(h)
-                part = torch.bmm(self.decays(h).mul_(scores), x * self.dt[:, :, h, None])
+                part = torch.bmm(self.decays(h).mul_(scores), x * at_column[:, :, h, None])
                 part.addcmul_(carried[:, :, index], carry[:, :, h, None])
-                y[:, :, h] = part.addcmul_(x, D_H[h])
+                torch.mul(part, at_row[:, :, h, None], out=y[:, :, h]).addcmul_(x, D_H[h])
         return y.flatten(-2), states, after
 
     def backward(self, grad_y_BLI: torch.Tensor, states: torch.Tensor, D_H: torch.Tensor) -> ScanGrads:
@@ -87,6 +101,7 @@ class Chunked:
         s = self.sizes
         grad_y = self.chunked(grad_y_BLI).unflatten(-1, (s.heads, s.head_dim))
         carry, gain = self.carry_weights(), self.state_weights()
+        at_row, at_column = torch.exp(self.rest), torch.exp(-self.rest)
         grad_xbc = torch.empty_like(self.xbc)
         grad_a = torch.empty_like(self.dt)  # of dt A at each token
         through_x = torch.empty_like(self.dt)  # <x, d(dt x)>
@@ -107,17 +122,17 @@ class Chunked:
             grad_scores = torch.zeros_like(scores)
             for index, h in enumerate(self.heads(g)):
                 x, grad = self.head_x(h), grad_y[:, :, h]
-                dt = self.dt[:, :, h, None]
+                dt, column = self.dt[:, :, h, None], at_column[:, :, h, None]
                 # Inside the chunk: y = M (dt x) with M = decays * scores
-                decays = self.decays(h)
-                pairs = torch.bmm(grad, (x * dt).transpose(1, 2)).mul_(decays)
+                decays, grad_row = self.decays(h), grad * at_row[:, :, h, None]
+                pairs = torch.bmm(grad_row, (x * (dt * column)).transpose(1, 2)).mul_(decays)
                 grad_scores += pairs
                 grad_a[:, :, h] += self.across(pairs.mul_(scores))
-                grad_x_dt = torch.bmm(decays.mul_(scores).transpose(1, 2), grad)
+                grad_x_dt = torch.bmm(decays.mul_(scores).transpose(1, 2), grad_row)
                 # Through the state built here: added = B^T (gain dt x)
                 out_of_state = from_state[:, :, index] * gain[:, :, h, None]
                 torch.sum(out_of_state * x, -1, out=left[:, :, h])
-                grad_x_dt += out_of_state
+                grad_x_dt = torch.addcmul(out_of_state, grad_x_dt, column)
                 torch.sum(grad_x_dt * x, -1, out=through_x[:, :, h])
                 grad_D[h] = torch.sum(grad * x)
                 torch.addcmul(grad_x_dt.mul_(dt), grad, D_H[h], out=grad_xbc[..., self.channels(h)])
@@ -180,7 +195,10 @@ class Chunked:
         return states[g].flatten(0, 1).flatten(-2)
 
     def decays(self, h: int) -> torch.Tensor:
-        """exp(s_i - s_j) for i >= j, [K, Q, Q]; above the diagonal 1, to be masked by the scores."""
+        """exp(nearest_i - nearest_j) for i >= j, [K, Q, Q]; elsewhere at most 1, to be masked by the scores.
+
+        exp(s_i - s_j) is this times exp(rest_i) and exp(-rest_j), which callers put into the factors at its rows and
+        columns: those have Q x P elements, and a second pass over Q x Q would cost 5 % of the scan."""
         s_KQ = self.decay[:, :, h]
         return (s_KQ.unsqueeze(-1) - s_KQ.unsqueeze(-2)).clamp_(max=0).exp_()
 
@@ -203,9 +221,10 @@ class Chunked:
 
     def state_weights(self) -> torch.Tensor:
         """exp(s_Q - s_j): how much of token j is left in the state at the end of its chunk, [K, Q, H]."""
-        weights = torch.exp(self.total.unsqueeze(1) - self.decay)
+        weights = torch.exp((self.decay[:, -1:] - self.decay) + (self.rest[:, -1:] - self.rest))
         if self.document is not None:
-            weights *= (self.document == self.document[:, -1:]).unsqueeze(-1)
+            # Filled, not multiplied: of an earlier document the difference means nothing, and exp may overflow.
+            weights.masked_fill_((self.document != self.document[:, -1:]).unsqueeze(-1), 0)
         return weights
 
     def carry_weights(self) -> torch.Tensor:

@@ -6,7 +6,6 @@ but those three. On a GPU with mamba-ssm the stock mixer is used (`train.model.b
 knows the package exists.
 """
 
-import importlib.util
 from typing import Any
 from unittest import mock
 
@@ -19,11 +18,6 @@ from torch import nn
 from train.model import ssd
 from train.model.context import LayerCaches, RowContext
 from train.model.norm import rms_norm
-
-
-def have_mamba_kernels() -> bool:
-    """Whether the packages behind Megatron's stock mixer can be imported here."""
-    return all(importlib.util.find_spec(name) is not None for name in ("mamba_ssm", "causal_conv1d"))
 
 
 class GroupedRMSNorm(nn.Module):

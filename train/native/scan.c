@@ -82,35 +82,48 @@ static void read_chunk(const Shape *h, const Sizes *z, const float *pre, const i
   }
 }
 
+/* Running sums s of dt A of one head within a chunk, as two floats: s = near + rest. A single float would lose the small
+   steps after a large one: s_i - s_j of two sums near -1000 has an error of 6e-5, e^(s_i - s_j) as much.
+   Sums start at zero at each document, so that a document's numbers do not depend on the one before it. */
+typedef struct {
+  float *near, *rest;
+} Sums;
+
+/* s_i - s_j of one i and a vector of j. */
+static inline V between(V near, V rest, Sums s, int64_t j) { return (near - load(s.near + j)) + (rest - load(s.rest + j)); }
+
 /* Decays of one head within a chunk: s, carry = e^s where the token still sees the state before the chunk, gain =
    e^(s_Q - s) where the state after it still sees the token; -> what is left of the state before. [Qp] each. */
-static float read_head(const Shape *h, const Chunk *k, const float *dt, float A, int64_t b, int64_t head, float *s, float *step,
+static float read_head(const Shape *h, const Chunk *k, const float *dt, float A, int64_t b, int64_t head, Sums s, float *step,
                        float *carry, float *gain, int64_t padded) {
+  const int64_t last = k->tokens - 1;
   double sum = 0;
   for (int64_t i = 0; i < k->tokens; i++) {
     step[i] = dt[(b * h->length + k->start + i) * h->heads + head];
-    sum += (double)(step[i] * A);
-    s[i] = (float)sum;
+    if (k->skip[i] == i) sum = 0;
+    sum += (double)step[i] * A;
+    s.near[i] = (float)sum;
+    s.rest[i] = (float)(sum - s.near[i]);
   }
-  for (int64_t i = k->tokens; i < padded; i++) s[i] = s[k->tokens - 1], step[i] = 0;
-  V total = all(s[k->tokens - 1]);
+  for (int64_t i = k->tokens; i < padded; i++) s.near[i] = s.near[last], s.rest[i] = s.rest[last], step[i] = 0;
   for (int64_t i = 0; i < padded; i += LANES) {
-    store(carry + i, exp_of(load(s + i)));
-    store(gain + i, exp_of(total - load(s + i)));
+    store(carry + i, exp_of(load(s.near + i)));
+    store(gain + i, exp_of(between(all(s.near[last]), all(s.rest[last]), s, i)));
   }
   for (int64_t i = 0; i < k->tokens; i++)
     if (k->skip[i] >= 0) carry[i] = 0;
-  for (int64_t i = 0; i < k->skip[k->tokens - 1]; i++) gain[i] = 0;
-  return carry[k->tokens - 1];
+  for (int64_t i = 0; i < k->skip[last]; i++) gain[i] = 0;
+  return carry[last];
 }
 
-/* out = scores * exp(s_i - s_j) on and left of the diagonal, zero right of it within the vectors that cross it. */
-static void decayed(int64_t tokens, int64_t padded, const float *scores, const float *s, float *decays, float *out) {
+/* out = scores * exp(s_i - s_j) on and left of the diagonal, zero right of it within the vectors that cross it. Between two
+   documents s_i - s_j can be positive; exp_of is finite there, and the scores are zero. */
+static void decayed(int64_t tokens, int64_t padded, const float *scores, Sums s, float *decays, float *out) {
   const I lanes = lane_numbers();
   for (int64_t i = 0; i < tokens; i++) {
-    const V own = all(s[i]);
+    const V near = all(s.near[i]), rest = all(s.rest[i]);
     for (int64_t j = 0; j <= i; j += LANES) {
-      V d = exp_of(at_most(own - load(s + j), 0.0f));
+      V d = exp_of(between(near, rest, s, j));
       d = choose(lanes + (int32_t)j <= (int32_t)i, d, all(0.0f));
       if (decays != NULL) store(decays + i * padded + j, d);
       store(out + i * padded + j, d * load(scores + i * padded + j));
@@ -142,12 +155,13 @@ int stratum_scan_forward(const Shape *h, const float *zxbcdt, const float *pre, 
 #pragma omp parallel for num_threads(threads) schedule(static)
   for (int64_t task = 0; task < tasks; task++) {
     const int64_t b = task / (h->groups * h->splits), g = task / h->splits % h->groups, split = task % h->splits;
-    int64_t floats = chunk_floats(h, &z) + Q * Qp + 2 * Q * P + Q * N + heads_here * N * P + 4 * Qp + 16 * 16;
+    int64_t floats = chunk_floats(h, &z) + Q * Qp + 2 * Q * P + Q * N + heads_here * N * P + 5 * Qp + 16 * 16;
     float *memory = aligned_alloc(64, (size_t)(floats + 15) / 16 * 64), *all_memory = memory;
     if (memory == NULL) { failed = 1; continue; }
     Chunk k = new_chunk(h, &z, &memory);
     float *M = take(&memory, Q * Qp), *x = take(&memory, Q * P), *xdt = take(&memory, Q * P), *scaled = take(&memory, Q * N);
-    float *s = take(&memory, Qp), *step = take(&memory, Qp), *carry = take(&memory, Qp), *gain = take(&memory, Qp);
+    const Sums s = {take(&memory, Qp), take(&memory, Qp)};
+    float *step = take(&memory, Qp), *carry = take(&memory, Qp), *gain = take(&memory, Qp);
     float *state = take(&memory, heads_here * N * P);
     memset(state, 0, (size_t)(heads_here * N * P) * 4);
     memset(M, 0, (size_t)(Q * Qp) * 4); /* what lies right of the diagonal's vectors is never written again */
@@ -206,7 +220,7 @@ int stratum_scan_backward(const Shape *h, const float *zxbcdt, const float *pre,
 #pragma omp parallel for num_threads(threads) schedule(static)
   for (int64_t task = 0; task < tasks; task++) {
     const int64_t b = task / (h->groups * h->splits), g = task / h->splits % h->groups, split = task % h->splits;
-    int64_t floats = chunk_floats(h, &z) + 3 * Q * Qp + 7 * Q * P + Q * N + P * Qp + 2 * N * P + heads_here * N * P + 8 * Qp;
+    int64_t floats = chunk_floats(h, &z) + 3 * Q * Qp + 7 * Q * P + Q * N + P * Qp + 2 * N * P + heads_here * N * P + 9 * Qp;
     float *memory = aligned_alloc(64, (size_t)(floats + depth * sums + 16 * 40 + 15) / 16 * 64), *all_memory = memory;
     if (memory == NULL) { failed = 1; continue; }
     Chunk k = new_chunk(h, &z, &memory);
@@ -216,7 +230,8 @@ int stratum_scan_backward(const Shape *h, const float *zxbcdt, const float *pre,
     float *grad_xdt = take(&memory, Q * P), *weighted = take(&memory, Q * P);
     float *piece = take(&memory, Q * (N > P ? N : P));
     float *beforeT = take(&memory, N * P), *builtT = take(&memory, N * P);
-    float *s = take(&memory, Qp), *step = take(&memory, Qp), *carry = take(&memory, Qp), *gain = take(&memory, Qp);
+    const Sums s = {take(&memory, Qp), take(&memory, Qp)};
+    float *step = take(&memory, Qp), *carry = take(&memory, Qp), *gain = take(&memory, Qp);
     float *ga = take(&memory, Qp), *run = take(&memory, Qp), *left_of = take(&memory, Qp), *entered = take(&memory, Qp);
     float *built = take(&memory, heads_here * N * P); /* gradient of the state after the chunk at hand */
     memset(built, 0, (size_t)(heads_here * N * P) * 4);

@@ -2,6 +2,9 @@
 
 Megatron keeps its groups in module globals; `open_mesh` creates them, reads them out once into a `Mesh`, and nothing
 outside this room asks the globals again. `close_mesh` undoes it, so that one process can run several recipes in a row.
+
+Every group of a run is created here, by every rank, in one order. torch numbers groups by a counter in each process and
+puts the number into a group's name: ranks that skip a group never meet in a later one.
 """
 
 import os
@@ -16,6 +19,23 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
 from recipes.schema.layout import Layout
+from recipes.schema.teacher_placement import place_of
+
+
+@dataclass(frozen=True)
+class TeacherGroups:
+    """The groups of a distillation's teacher on this rank of the last pipeline stage."""
+
+    alone: dist.ProcessGroup
+    """This rank only: what the teacher's model takes for its pipeline and context groups."""
+    tensor: dist.ProcessGroup
+    """The ranks that are one teacher."""
+    replicas: dist.ProcessGroup
+    """The ranks that hold the same part of the teacher's weights."""
+    everyone: dist.ProcessGroup
+    """All ranks of the last stage."""
+    exchange: dist.ProcessGroup
+    """One rank of each teacher that serves the same rows."""
 
 
 @dataclass(frozen=True)
@@ -26,6 +46,10 @@ class Mesh:
     rank: int
     device: torch.device
     groups: ProcessGroupCollection
+    saving: dist.ProcessGroup | None = None
+    """All ranks, over gloo, for saves in the background; None for a world of one."""
+    teacher: TeacherGroups | None = None
+    """None without a teacher, and on ranks of earlier pipeline stages."""
 
     @property
     def data_rank(self) -> int:
@@ -82,8 +106,20 @@ def world_from_environment() -> tuple[int, int]:
     return 0, 1
 
 
-def open_mesh(layout: Layout, device: torch.device, *, rank: int, seed: int, timeout_s: float) -> Mesh:
-    """Join the world and build the groups of `layout`. Collective over the world; undone by `close_mesh`."""
+def open_mesh(
+    layout: Layout,
+    device: torch.device,
+    *,
+    rank: int,
+    seed: int,
+    timeout_s: float,
+    teacher_tensor: int | None = None,
+) -> Mesh:
+    """Join the world and build the groups of `layout`. Collective over the world; undone by `close_mesh`.
+
+    teacher_tensor: tensor degree of a teacher that lives on the last pipeline stage; None: no teacher. RecipeError where
+    that degree does not fit the layout.
+    """
 
     backend = "nccl" if device.type == "cuda" else "gloo"
     timeout = timedelta(seconds=timeout_s)
@@ -102,7 +138,25 @@ def open_mesh(layout: Layout, device: torch.device, *, rank: int, seed: int, tim
     )
     unset_num_microbatches_calculator()
     seed_random_state(seed)
-    return Mesh(layout=layout, rank=rank, device=device, groups=ProcessGroupCollection.use_mpu_process_groups())
+    saving = dist.new_group(backend="gloo", timeout=timeout) if layout.world > 1 else None
+    teacher = None
+    if teacher_tensor is not None:
+        teacher = _teacher_groups(layout, rank, tensor=teacher_tensor, timeout=timeout)
+    groups = ProcessGroupCollection.use_mpu_process_groups()
+    return Mesh(layout=layout, rank=rank, device=device, groups=groups, saving=saving, teacher=teacher)
+
+
+def _teacher_groups(layout: Layout, rank: int, *, tensor: int, timeout: timedelta) -> TeacherGroups | None:
+    """A rank of an earlier stage creates as many groups of itself, which nobody uses, to keep torch's counters equal."""
+    place = place_of(layout, rank, tensor=tensor)
+    members = [[rank]] * 5
+    if place is not None:
+        first = layout.world - place.ranks
+        everyone = list(range(place.ranks))
+        parts = [[place.index], place.teacher_group, place.replicas, everyone, place.exchange_group]
+        members = [[first + index for index in part] for part in parts]
+    opened = [dist.new_group(ranks, timeout=timeout, use_local_synchronization=True) for ranks in members]
+    return TeacherGroups(*opened) if place is not None else None
 
 
 def seed_random_state(seed: int) -> None:

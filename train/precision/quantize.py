@@ -11,13 +11,11 @@ from dataclasses import dataclass
 
 import torch
 
-from recipes.schema.scaling import E4M3, Format, Operand, Orientation
+from recipes.schema.scaling import E4M3, HADAMARD, Format, Operand, Orientation
 from train.native import quantize as native
 
 FP32_MAX = torch.finfo(torch.float32).max
 RULES = {"fp32": 0, "power_of_two": 1, "e8m0": 2, "nvfp4": 3, "history": 0, "unit": 0}
-HADAMARD = 16
-"""Size of the rotation of NVFP4's weight gradients."""
 SIGNS = (1, 1, 1, -1, 1, -1, -1, -1, -1, -1, -1, 1, -1, 1, -1, -1)
 """Transformer Engine's fixed signs of that rotation (NVFP4 pretraining, arXiv 2509.25149)."""
 

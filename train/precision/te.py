@@ -1,4 +1,4 @@
-"""Transformer Engine as a backend: the only module that names it.
+"""Transformer Engine behind the `te` backend: the only module that names it.
 
 Megatron owns the modules and enters Transformer Engine's autocast around each layer; this module chooses them, translates
 a recipe's scaling into Megatron's fields, and switches scaling during a run.
@@ -9,26 +9,20 @@ the native recipes' quantisers and FP8 primary weights have not been run. docs/f
 """
 
 import functools
-import importlib.util
 import os
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from megatron.core.fp8_utils import get_fp8_recipe
 
-from recipes.schema.errors import BackendError
+from recipes.schema.errors import BackendError, refuse
+from recipes.schema.facts import wants_fp32_block_scales
 from recipes.schema.model import ModelConfig
 from recipes.schema.precision import PrecisionConfig
-from recipes.schema.scaling import active_scaling, low_precision_linears
+from recipes.schema.rules import block_scale_problems, low_precision_problems
+from recipes.schema.scaling import active_scaling, low_precision_linears, scalings_used
 from train.parallel.mesh import Mesh
 from train.precision.control import PrecisionControl, Reading
-
-if TYPE_CHECKING:
-    from megatron.core.ssm.mamba_mixer import MambaMixer
-
-
-def is_installed() -> bool:
-    """Whether Transformer Engine's torch package can be imported here."""
-    return importlib.util.find_spec("transformer_engine_torch") is not None
 
 
 def megatron_fields(precision: PrecisionConfig, scaling: str) -> dict[str, Any]:
@@ -51,8 +45,11 @@ def megatron_fields(precision: PrecisionConfig, scaling: str) -> dict[str, Any]:
             raise BackendError(f"precision.scaling={other}: Transformer Engine has no such recipe.")
 
 
-class TransformerEngineBackend:
-    """Megatron's Transformer Engine modules, with the stock Mamba-2 mixer on mamba-ssm kernels."""
+class TransformerEngineModules:
+    """Megatron's Transformer Engine modules and their precision; `train.model.backend` adds the mixer.
+
+    Megatron's Transformer Engine layers are imported where they are named: that package is optional.
+    """
 
     name = "te"
 
@@ -81,20 +78,12 @@ class TransformerEngineBackend:
 
         return TEDotProductAttention
 
-    def mixer(self) -> "type[MambaMixer]":
-        from train.model.mixer import KernelMixer
-
-        return KernelMixer
-
     def options(self, model: ModelConfig, precision: PrecisionConfig) -> dict[str, Any]:
-        _check_block_scales(precision)
+        # Transformer Engine takes the kind of block scales from the environment when it is imported, which was long ago.
+        fp32 = wants_fp32_block_scales(os.environ)
+        refuse([*low_precision_problems(precision), *block_scale_problems(precision, fp32=fp32)], BackendError)
         first, last = precision.high_precision_first, precision.high_precision_last
         by_megatron = bool(first or last) and not _uses_delayed(precision)
-        if precision.fp8_weights and not by_megatron and (first or last):
-            raise BackendError(
-                "precision.fp8_weights=true with delayed scaling keeps the weights of every layer in FP8. Set "
-                "high_precision_first and high_precision_last to 0, or use another scaling, or fp8_weights=false."
-            )
         return megatron_fields(precision, precision.scaling) | {
             "fp8_amax_history_len": precision.amax_history,
             "fp8_amax_compute_algo": precision.amax_from,
@@ -165,8 +154,6 @@ class _TransformerEnginePrecision:
             part.low_precision_history[:, 2] = backward.amax_history[:, 0] / self.shards
 
     def apply_state(self) -> None:
-        from megatron.core.fp8_utils import get_fp8_recipe
-
         if not self.delayed or self.precision.scaling != "delayed":
             return
         recipe = get_fp8_recipe(self.configs[0])
@@ -193,19 +180,8 @@ def _keep_scales_in_buffers(part: torch.nn.Module, precision: PrecisionConfig) -
     part.set_extra_state = lambda state: None  # type: ignore[method-assign,assignment]
 
 
-def _check_block_scales(precision: PrecisionConfig) -> None:
-    """Transformer Engine takes the kind of block scales from the environment when it is imported, which was long ago."""
-    variable = "NVTE_FP8_BLOCK_SCALING_FP32_SCALES"
-    is_fp32 = os.environ.get(variable, "0") == "1"
-    if "blockwise" in (precision.scaling, precision.scaling_after) and is_fp32 == precision.power_of_two_scales:
-        raise BackendError(
-            f"precision.power_of_two_scales={str(precision.power_of_two_scales).lower()}, but {variable} is "
-            f"{'1' if is_fp32 else 'not 1'} in the environment. Start with {variable}={int(not precision.power_of_two_scales)}."
-        )
-
-
 def _uses_delayed(precision: PrecisionConfig) -> bool:
-    return "delayed" in (precision.scaling, precision.scaling_after)
+    return "delayed" in scalings_used(precision)
 
 
 def _without_low_precision(forward: Any, *args: Any, **kwargs: Any) -> Any:

@@ -4,6 +4,7 @@ import math
 import sys
 import time
 import uuid
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -31,11 +32,15 @@ class Screen:
 
     name = "the progress display"
 
-    def __init__(self, total_steps: int, first_step: int, *, live: bool) -> None:
+    def __init__(
+        self, total_steps: int, first_step: int, *, live: bool, precision_at: Callable[[int], str] = lambda tokens: ""
+    ) -> None:
+        """precision_at: what the step that ended after so many tokens computed in, in words."""
         self._console = Console(file=sys.stderr)
         self._total = total_steps
         self._first = first_step
         self._started: float | None = None
+        self._precision_at = precision_at
         self._live = live and self._console.is_terminal
         self._bar = Progress(
             TextColumn("[bold]{task.description:<10}"),
@@ -76,6 +81,8 @@ class Screen:
         numbers = f"loss {last['loss']:.4f}  {speed:,.0f} tok/s"
         if "mfu" in last:
             numbers += f"  MFU {100 * last['mfu'] * speed / last['tokens_per_s']:.0f} %"
+        if precision := self._precision_at(last["tokens"]):
+            numbers += f"  {precision}"
         if self._live:
             self._bar.update(self._task, numbers=numbers)
         else:
@@ -99,11 +106,14 @@ class Screen:
             case "audit":
                 return line["text"]
             case "resume":
-                return f"resumed after step {line['step']} ({line['parameters']:,} parameters, {line['layout']})"
+                return (
+                    f"resumed after step {line['step']} ({line['parameters']:,} parameters, {line['layout']}, "
+                    f"{line['precision']})"
+                )
             case "start":
                 return (
                     f"training {line['parameters']:,} parameters on {line['device']}, {line['layout']}, {self._total} "
-                    f"steps"
+                    f"steps, {line['precision']}"
                 )
             case _:
                 return f"warning: {line['text']}" if line["kind"] == "warning" else None

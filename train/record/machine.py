@@ -10,29 +10,8 @@ from typing import Any
 
 import torch
 
+from launch.plan.cost.device import find_device
 from train.native.gemm import multiply
-
-PEAK_BF16_FLOPS = {
-    "GB300": 2450e12,
-    "GB200": 2450e12,
-    "B300": 2250e12,
-    "B200": 2250e12,
-    "H200 NVL": 835e12,
-    "GH200": 989e12,
-    "H200": 989e12,
-    "H100 PCIe": 756e12,
-    "H100 NVL": 835e12,
-    "H100": 989e12,
-    "A100": 312e12,
-    "A10G": 70e12,
-    "A10": 125e12,
-    "A40": 149.7e12,
-    "L40S": 362e12,
-    "L4": 121e12,
-    "RTX 4090": 165.2e12,
-}
-"""Dense bf16 peak with fp32 accumulation, FLOP/s, by a part of the device's name; the first part found counts.
-Sources: NVIDIA data sheets, half of a figure given with sparsity (A10G: 140 so given); B and GB: dgxc-benchmarking."""
 
 
 def peak_flops(device: torch.device) -> float | None:
@@ -53,9 +32,9 @@ def peak_flops(device: torch.device) -> float | None:
 
 
 def peak_by_name(name: str) -> float | None:
-    """Dense bf16 peak of a GPU by the name its driver gives it; None where we have no figure."""
-    words = f" {name} ".replace("-", " ")
-    return next((peak for part, peak in PEAK_BF16_FLOPS.items() if f" {part} " in words), None)
+    """Dense bf16 peak of a GPU by the name its driver gives it, FLOP/s; None if `launch/plan/cost/devices.toml` has no figure."""
+    device = find_device(name)
+    return device.peak["bf16"] if device is not None else None
 
 
 def describe_machine(device: torch.device) -> dict[str, Any]:

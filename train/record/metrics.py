@@ -1,16 +1,23 @@
-"""metrics.jsonl, the record of a run that all else is made from: strict JSON, a line an event, only ever appended."""
+"""metrics.jsonl, the record of a run that all else is made from: strict JSON, a line an event, only ever appended.
+
+JSON has no NaN and no infinities. As numbers they are written as their names, "NaN", "Infinity", "-Infinity", at any depth; a
+text that reads like one of them (a source may be named so) is written with one more apostrophe in front. So each reads back as it
+was.
+"""
 
 import json
 import math
 import os
+import re
 from pathlib import Path
 from typing import Any
 
+from recipes.schema.checkpoint_steps import METRICS as METRICS
 from recipes.schema.errors import StratumError
 
-METRICS = "metrics.jsonl"
 Line = dict[str, Any]
 _NOT_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
+_LIKE_A_NUMBER = re.compile("'*(" + "|".join(_NOT_FINITE) + ")")
 
 
 class JsonLines:
@@ -53,7 +60,7 @@ class JsonLines:
 
 
 def _strict(value: Any) -> Any:
-    """A value as strict JSON can hold it: NaN and infinities become their names, which `read_metrics` turns back."""
+    """A value as strict JSON can hold it, which `_read_back` turns back."""
     match value:
         case dict():
             return {key: _strict(item) for key, item in value.items()}
@@ -61,7 +68,25 @@ def _strict(value: Any) -> Any:
             return [_strict(item) for item in value]
         case float() if not math.isfinite(value):
             return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
+        case str() if _LIKE_A_NUMBER.fullmatch(value):
+            return f"'{value}"
     return value
+
+
+def _read_back(value: Any) -> Any:
+    match value:
+        case dict():
+            return {key: _read_back(item) for key, item in value.items()}
+        case list():
+            return [_read_back(item) for item in value]
+        case str() if _LIKE_A_NUMBER.fullmatch(value):
+            return _NOT_FINITE.get(value, value[1:])
+    return value
+
+
+def as_number(value: Any) -> float:
+    """What a reader of a record takes for a number: NaN for whatever is not one, so that formatting it cannot fail."""
+    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else math.nan
 
 
 def read_metrics(path: Path) -> list[Line]:
@@ -74,7 +99,5 @@ def read_metrics(path: Path) -> list[Line]:
             except ValueError:
                 continue
             if isinstance(line, dict) and "kind" in line:
-                lines.append(
-                    {key: _NOT_FINITE.get(item, item) if isinstance(item, str) else item for key, item in line.items()}
-                )
+                lines.append(_read_back(line))
     return lines

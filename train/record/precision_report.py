@@ -7,6 +7,8 @@ import math
 from pathlib import Path
 from typing import Any
 
+from train.record.metrics import as_number
+
 Line = dict[str, Any]
 
 _ORDER = ("input", "weight", "grad", "input_for_weight_grad", "grad_for_weight_grad")
@@ -93,7 +95,7 @@ def precision_section(lines: list[Line]) -> list[str]:
         "|---|---|---|---|---|---|---|---|",
         *(
             f"| {r['layer']} | {r['linear']} | {r['operand'].replace('_', ' ')} | {r['format']} | {_snr(r):.1f} | "
-            f"{r['amax']:.3g} | {r['saturated']:.2%} | {r['underflowed']:.2%} |"
+            f"{as_number(r['amax']):.3g} | {as_number(r['saturated']):.2%} | {as_number(r['underflowed']):.2%} |"
             for r in worst
         ),
         "",
@@ -108,4 +110,4 @@ def _operands(lines: list[Line]) -> list[str]:
 
 def _snr(reading: Line) -> float:
     """Decibels; infinite where nothing was lost."""
-    return math.inf if reading["snr_db"] is None else reading["snr_db"]
+    return math.inf if reading["snr_db"] is None else as_number(reading["snr_db"])

@@ -1,10 +1,9 @@
-"""`python -m train.record.report runs/NAME`: a picture and a page about a run, made from its metrics.jsonl.
+"""`stratum report`: a picture and a page about a run, made from its metrics.jsonl.
 
 metrics.jsonl, recipe.yaml --> loss.png (loss, held-out bits per byte, learning rate), summary.md, and for a
 low-precision run precision.png (quantisation errors)
 """
 
-import argparse
 import math
 import re
 import statistics
@@ -17,7 +16,8 @@ from typing import Any
 import yaml
 
 from recipes.schema.errors import StratumError
-from train.record.metrics import METRICS, read_metrics
+from recipes.schema.options import CommandParser, run_or_path
+from train.record.metrics import METRICS, as_number, read_metrics
 from train.record.precision_report import draw_precision, precision_section
 
 
@@ -56,14 +56,18 @@ def read_run(folder: Path) -> RunRecord:
     phases: dict[str, float] = {}
     for line in lines:
         if line["kind"] == "step":
-            runs.setdefault(line["step"], []).append(line)
+            runs.setdefault(line["step"], []).append(_numbers_of(line))
         elif line["kind"] == "phase":
-            phases[line["name"]] = phases.get(line["name"], 0.0) + line["seconds"]
+            phases[line["name"]] = phases.get(line["name"], 0.0) + as_number(line["seconds"])
     again = {step: times for step, times in runs.items() if len(times) > 1}
     machines = [line for line in lines if line["kind"] == "machine"]
     return RunRecord(
         steps={step: runs[step][-1] for step in sorted(runs)},
-        evaluations={line["step"]: line["bits_per_byte"] for line in lines if line["kind"] == "evaluation"},
+        evaluations={
+            line["step"]: {name: as_number(score) for name, score in line["bits_per_byte"].items()}
+            for line in lines
+            if line["kind"] == "evaluation"
+        },
         resumes=[line["step"] for line in lines if line["kind"] == "resume"],
         repeated={step: [line["loss"] for line in times] for step, times in again.items()},
         repeated_norms={step: [line["grad_norm"] for line in times] for step, times in again.items()},
@@ -71,6 +75,13 @@ def read_run(folder: Path) -> RunRecord:
         machine=machines[-1] if machines else {},
         phase_s=phases,
     )
+
+
+def _numbers_of(line: dict[str, Any]) -> dict[str, Any]:
+    """A step's line whose numbers are numbers, whoever wrote it."""
+    names = ("loss", "grad_norm", "learning_rate", "step_s", "tokens_per_s", "mfu", "memory_bytes")
+    seconds = {name: as_number(value) for name, value in line["seconds"].items()}
+    return line | {name: as_number(line[name]) for name in names if name in line} | {"seconds": seconds}
 
 
 def write_report(folder: Path, *, sample: str | None = None) -> None:
@@ -156,7 +167,8 @@ def draw(record: RunRecord, path: Path, *, title: str, recipe: dict[str, Any]) -
             right.plot(*zip(*points, strict=True), color=color, marker="o", markersize=4, linewidth=2, label=label)
         right.set(title="Held-out text", xlabel="step", ylabel="bits per byte")
         if sources:
-            right.set_ylim(0, 1.1 * max(score for scores in record.evaluations.values() for score in scores.values()))
+            finite = [s for scores in record.evaluations.values() for s in scores.values() if math.isfinite(s)]
+            right.set_ylim(0, 1.1 * max(finite, default=1.0))
             right.legend(loc="lower left")
         figure.savefig(path, dpi=140)
         pyplot.close(figure)
@@ -193,7 +205,7 @@ def _facts(record: RunRecord, recipe: dict[str, Any]) -> list[str]:
         "model": f"`{recipe['model']['pattern']}`, hidden {recipe['model']['hidden']}, "
         f"{start.get('parameters', 0):,} parameters",
         **_origin(recipe),
-        "precision": _precision(recipe["precision"]),
+        "precision": start.get("precision") or _precision(recipe["precision"]),
         "layout": f"{start.get('layout', '?')} on {start.get('device', '?')}",
         "steps": f"{last['step']:,} of {recipe['run']['steps']:,}",
         "tokens": f"{last['tokens']:,}",
@@ -233,7 +245,7 @@ def _origin(recipe: dict[str, Any]) -> dict[str, str]:
 
 
 def _precision(precision: dict[str, Any]) -> str:
-    """Number formats in words."""
+    """Number formats in words, for records older than the start line that says them."""
     scaling = precision.get("scaling", "none")
     text = precision["params"] if scaling == "none" else f"{precision['params']}, linear layers in {scaling}"
     if precision.get("switch_at_tokens") is not None:
@@ -296,18 +308,26 @@ def _resumes(record: RunRecord) -> list[str]:
     return lines
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Entry point of `python -m train.record.report`."""
-    parser = argparse.ArgumentParser(prog="python -m train.record.report", description="Picture and summary of a run.")
-    parser.add_argument("folder", type=Path, help="run folder, e.g. runs/smoke")
-    parser.add_argument("--sample", type=Path, help="text file with a sample to show in the summary")
+def main(arguments: Sequence[str]) -> int:
+    """Entry point of `stratum report`."""
+    parser = CommandParser(
+        "report",
+        about="Draw the picture and write the summary of a run (loss.png, summary.md), also while it trains.",
+        examples="""
+stratum report runs/smoke
+stratum report smoke                               the same: `smoke` is looked up in runs/
+""",
+    )
+    parser.add_argument("run", metavar="RUN", help="run folder (runs/smoke), or its name (smoke)")
+    parser.add_argument("--sample", type=Path, metavar="FILE", help="text file with a sample to show in the summary")
     parsed = parser.parse_args(arguments)
     try:
-        write_report(parsed.folder, sample=parsed.sample.read_text() if parsed.sample else None)
-    except StratumError as error:
+        folder = run_or_path(parsed.run)
+        write_report(folder, sample=parsed.sample.read_text() if parsed.sample else None)
+    except (StratumError, OSError) as error:
         sys.stderr.write(f"error: {error}\n")
         return 2
-    sys.stdout.write(f"wrote {parsed.folder}/summary.md and {parsed.folder}/loss.png\n")
+    sys.stdout.write(f"wrote {folder}/summary.md and {folder}/loss.png\n")
     return 0
 
 
@@ -323,7 +343,3 @@ def _smooth(values: list[float]) -> list[float]:
         near = [value for value in values[place - reach : place + reach + 1] if math.isfinite(value)]
         means.append(statistics.fmean(near) if near else math.nan)
     return means
-
-
-if __name__ == "__main__":
-    sys.exit(main())

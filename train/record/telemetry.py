@@ -52,8 +52,10 @@ class Telemetry:
         peak_flops: float | None,
         recipe_dict: dict[str, Any],
         loss_parts: tuple[str, ...] = (),
+        precision_at: Callable[[int], str] = lambda tokens: "",
     ) -> None:
         """reduce: sums a tensor over all ranks, in place; collective. peak_flops: of all devices together.
+        precision_at: what a step that starts after so many tokens computes in, in words.
 
         first_step: steps finished before. Raises StratumError where metrics.jsonl cannot be written.
         """
@@ -72,7 +74,12 @@ class Telemetry:
         if not is_writer:
             return
         self._record = JsonLines(folder / METRICS)
-        self._screen = Screen(total_steps, first_step, live=config.progress)
+        self._screen = Screen(
+            total_steps,
+            first_step,
+            live=config.progress,
+            precision_at=lambda tokens: precision_at(tokens - tokens_per_step),
+        )
         self._displays.append(self._screen)
         if config.tensorboard:
             self._add("TensorBoard", lambda: TensorBoard(folder / "tensorboard", first_step))

@@ -5,6 +5,7 @@ import os
 import signal
 import threading
 import time
+from collections.abc import Callable
 from types import FrameType
 
 from recipes.schema.errors import NumericsError
@@ -106,12 +107,24 @@ def too_late(since_s: float, *, save_s: float | None, grace_s: float, step: int,
     )
 
 
-def check_numbers(step: int, *, grad_norm: float, newest_checkpoint: str | None) -> None:
-    """Raise NumericsError when the gradient of a step was not finite: its update has spoilt the weights."""
-    if math.isfinite(grad_norm):
-        return
-    back = f"Continue from {newest_checkpoint}" if newest_checkpoint else "Start again"
-    raise NumericsError(
-        f"step {step}: the gradient norm is {grad_norm}. The weights of this process are spoilt and will not be saved. "
-        f"{back} with a lower optim.lr, a longer schedule.warmup or precision.params=fp32."
-    )
+def check_numbers(step: int, *, grad_norm: float, advice: Callable[[], str]) -> None:
+    """Raise NumericsError when the gradient of a step was not finite: its update has spoilt the weights.
+
+    advice: what to do then, called on every rank.
+    """
+    if not math.isfinite(grad_norm):
+        raise NumericsError(
+            f"step {step}: the gradient norm is {grad_norm}. The weights of this process are spoilt and will not be saved. "
+            f"{advice()}"
+        )
+
+
+def check_scores(step: int, scores: dict[str, float], *, advice: Callable[[], str]) -> None:
+    """Raise NumericsError when an evaluation gave NaN or infinity for any source. advice: see `check_numbers`."""
+    wrong = {name: score for name, score in scores.items() if not math.isfinite(score)}
+    if wrong:
+        named = ", ".join(f"{name} {score}" for name, score in list(wrong.items())[:3])
+        raise NumericsError(
+            f"step {step}: held-out bits per byte are not finite for {len(wrong)} of {len(scores)} sources ({named}): the "
+            f"model's logits overflow or hold NaN. {advice()}"
+        )

@@ -1,8 +1,10 @@
-"""GPUs as the planner sees them: peaks, memory, bandwidths, power, read from `devices.toml` beside this file.
+"""GPUs: peaks, memory, bandwidths, power, read from `devices.toml`, the only table of devices (the trainer's peak is from here).
 
-A device is found by any name people give it: `h100`, `H100 80GB`, `DGX-H100`, `nvidia_h100_80gb`.
+A device is found by its short name and by names that contain its words, as people and drivers write them: `h100`, `DGX-H100`,
+`NVIDIA H100 80GB HBM3`, `nvidia_h100_80gb`. Whole words count: `h1000` is no H100.
 """
 
+import difflib
 import re
 import tomllib
 from dataclasses import dataclass
@@ -42,6 +44,10 @@ class Device:
         return self.power_share**0.5
 
 
+_OTHER = {"mig", "laptop", "d"}
+"""Words that make a name that of something smaller: a slice of a GPU (MIG), a laptop's, the RTX 4090 D."""
+
+
 @cache
 def devices() -> dict[str, Device]:
     """Every device of the data file, by its short name."""
@@ -50,15 +56,24 @@ def devices() -> dict[str, Device]:
 
 
 def find_device(name: str) -> Device | None:
-    """The device meant by a name as people write it; None if none is."""
-    plain = re.sub(r"[^a-z0-9]", "", name.lower())
-    hits = [(len(part), device) for device in devices().values() for part in device.match if part in plain]
+    """The device that a name means; None if the table does not have it, or if the name is of a slice or variant of one."""
+    words = set(re.findall(r"[a-z0-9]+", name.lower()))
+    if words & _OTHER:
+        return None
+    matches = [(set(entry.split()), device) for device in devices().values() for entry in device.match]
+    hits = [(len(entry), device) for entry, device in matches if entry <= words]
     return max(hits, key=lambda hit: hit[0])[1] if hits else None
 
 
 def device_named(name: str) -> Device:
-    """Like `find_device`. RecipeError lists the devices where none is meant."""
+    """Like `find_device`. RecipeError names the devices that come near, and all."""
     device = find_device(name)
     if device is None:
-        raise RecipeError(f"--device {name}: no such device is known. Use one of {', '.join(devices())}.")
+        plain = "_".join(re.findall(r"[a-z0-9]+", name.lower()))
+        near = difflib.get_close_matches(plain, devices(), n=3)
+        raise RecipeError(
+            f"--device {name}: this device is not in the table."
+            + (f" Did you mean {' or '.join(near)}?" if near else "")
+            + f" Known devices: {', '.join(devices())}."
+        )
     return device

@@ -1,36 +1,36 @@
-"""`python -m launch validate ROWS.csv`: the planner's predictions next to published throughput."""
+"""`stratum validate`: the planner's predictions next to published throughput."""
 
-import argparse
 import csv
 import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from launch.plan.published.picture import draw
 from launch.plan.published.rows import PUBLISHED, read_rows
 from launch.plan.published.validate import HEAD, assess, line_json, line_text, report, summary, table
+from recipes.schema.options import CommandParser
 
-_HELP = """
-examples:
-  python -m launch validate                                   the rows shipped with this project
-  python -m launch validate ROWS.csv                          your own, same columns
-  python -m launch validate ROWS.csv --picture scatter.png    predicted against published
-  python -m launch validate --table                           the table of docs/plan.md
-
-A row is in scope where its model is a dense transformer or hybrid in the table of public shapes, its GPU is known, and it
-says enough of its layout. Rows of experts, LoRA, row-wise FP8 and TPUs are out. docs/plan.md states the FLOP convention
-of each publisher, the constants and the rows they were fitted on.
+_EXAMPLES = """
+stratum validate                                    the rows shipped with this project
+stratum validate rows.csv                           your own, same columns
+stratum validate --picture scatter.png              predicted against published
+stratum validate --table                            the table of docs/plan.md
+"""
+_NOTES = """
+A row is in scope if its model is a dense transformer or hybrid in the table of public shapes, its GPU is known, and it says
+enough of its layout. Rows of experts, LoRA, row-wise FP8 and TPUs are out. docs/plan.md states the FLOP convention of each
+publisher, the constants and the rows they were fitted on.
 """
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Entry point of `python -m launch validate`. -> exit status."""
-    parser = argparse.ArgumentParser(
-        prog="python -m launch validate",
-        description="Predictions of the planner beside published throughput.",
-        epilog=_HELP,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
+    """Entry point of `stratum validate`. -> exit status."""
+    parser = CommandParser(
+        "validate",
+        about="Predictions of the planner next to published throughput, row by row, then the errors.",
+        examples=_EXAMPLES,
+        notes=_NOTES,
     )
     parser.add_argument(
         "rows", nargs="?", type=Path, default=PUBLISHED, metavar="ROWS.csv", help="(default: the shipped rows)"
@@ -59,7 +59,5 @@ def main(arguments: Sequence[str]) -> int:
         sys.stdout.write(HEAD + "".join(line_text(number, line) for number, line in enumerate(lines, start=2)))
         sys.stdout.write("\n" + report(lines))
     if own.picture is not None:
-        from launch.plan.published.picture import draw  # matplotlib takes a second; only a picture needs it
-
         draw([line for line in lines if line.found is not None], own.picture)
     return 0

@@ -3,8 +3,6 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-import matplotlib
-
 from launch.plan.published.validate import Line
 
 _COLORS = {
@@ -19,6 +17,8 @@ _MARKS = {None: "o", "fp8": "s", "fp4": "^"}
 
 def draw(lines: Sequence[Line], path: Path) -> None:
     """Write the scatter plot of lines in scope."""
+    import matplotlib
+
     matplotlib.use("Agg")
     from matplotlib import pyplot
 

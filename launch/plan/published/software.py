@@ -1,6 +1,6 @@
 """Programs whose speed is published: what they hide and waste beside the kernels, and which one a row speaks of.
 
-The numbers are fitted, as `launch.plan.cost.efficiency`'s are: docs/plan.md says on which rows, tests/bench/planner_fit.py fits again.
+The numbers are fitted, like those of `launch.plan.cost.efficiency`: docs/plan.md lists the rows, tests/bench/planner_fit.py fits.
 """
 
 import re

@@ -1,6 +1,6 @@
-"""`python -m launch validate ROWS.csv`: the planner's predictions beside published throughput, row by row, the summary last.
+"""`stratum validate ROWS.csv`: the planner's predictions beside published throughput, row by row, the summary last.
 
-    row --launch.plan.published.rows--> in scope: Setting --launch.plan.cost.time--> predicted, error        out of scope: the reason
+    row --rows.py--> in scope: Setting --cost/time.py--> predicted, error        out of scope: the reason
 
 Rows of a configuration that the constants were fitted on are marked `fit`; every other row in scope is a test.
 """

@@ -1,5 +1,5 @@
 #!/bin/bash
-# Run big, written by `python -m launch slurm`. When a job's time is nearly up, Slurm sends SIGUSR1 to the training
+# Run big, written by `stratum launch slurm`. When a job's time is nearly up, Slurm sends SIGUSR1 to the training
 # processes, which save and stop. The next job, which waits behind it, goes on, until the last step is reached.
 #SBATCH --job-name=big
 #SBATCH --nodes=16
@@ -36,7 +36,7 @@ export NCCL_DEBUG=WARN
 module load cuda
 
 ranks=(srun --kill-on-bad-exit=1 --output="$STRATUM_LOGS/rank-%5t.log" --cpus-per-task=12)
-python=(apptainer exec --nv --bind /scratch/you/stratum:/scratch/you/stratum,/data:/data --pwd /scratch/you/stratum stratum.sif python)
+python=(apptainer exec --nv --bind /scratch/you/stratum:/scratch/you/stratum,/opt/stratum:/opt/stratum,/data:/data --pwd /scratch/you/stratum stratum.sif env "PYTHONPATH="/opt/stratum"${PYTHONPATH:+:$PYTHONPATH}" python -P)
 
 "${ranks[@]}" "${python[@]}" -m launch.local.rank train -cn nemotron_nano_12b_v2 run.name=big launch=slurm_gpu parallel.tensor=8 \
     'run.folder="my runs"' run.threads=12

@@ -1,5 +1,5 @@
 #!/bin/bash
-# Run two, written by `python -m launch slurm`. When a job's time is nearly up, Slurm sends SIGUSR1 to the training
+# Run two, written by `stratum launch slurm`. When a job's time is nearly up, Slurm sends SIGUSR1 to the training
 # processes, which save and stop. Then it goes back into the queue, under the same number, until the last step is reached.
 #SBATCH --job-name=two
 #SBATCH --nodes=2
@@ -24,7 +24,7 @@ export MASTER_ADDR="${address:-$node}" MASTER_PORT=$((20000 + SLURM_JOB_ID % 120
 export PYTHONUNBUFFERED=1
 
 ranks=(srun --kill-on-bad-exit=1 --output="$STRATUM_LOGS/rank-%5t.log")
-python=(/scratch/you/stratum/.venv/bin/python)
+python=(/scratch/you/stratum/.venv/bin/python -P)
 
 "${ranks[@]}" "${python[@]}" -m launch.local.rank train -cn smoke run.name=two launch.nodes=2
 status=$?

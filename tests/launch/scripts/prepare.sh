@@ -1,5 +1,5 @@
 #!/bin/bash
-# Data data/web, written by `python -m launch slurm --prepare`: 64 tasks share the work. A task that is started
+# Data data/web, written by `stratum launch slurm --prepare`: 64 tasks share the work. A task that is started
 # again keeps its finished shards; the last one to finish writes the manifest.
 #SBATCH --job-name=prepare-web
 #SBATCH --array=0-63
@@ -14,7 +14,7 @@
 #SBATCH --output=data/web/logs/%A_%a.log
 
 set -uo pipefail
-python=(/scratch/you/stratum/.venv/bin/python)
+python=(/scratch/you/stratum/.venv/bin/python -P)
 
-"${python[@]}" -m data.prepare -cn web \
-    +task="$SLURM_ARRAY_TASK_ID/64"
+"${python[@]}" -m train.stratum prepare -cn web \
+    --task "$SLURM_ARRAY_TASK_ID/64"

@@ -1,13 +1,22 @@
-"""Every act of a save upon the disk, one function each, so that tests can stop a process, or fail, at any of them."""
+"""Writing files that are there whole or not at all: written aside, made durable, then renamed. Nobody else renames files.
+
+    write_text(path, content)               a small file, replaced
+    with written_aside(path) as aside: ...  whatever the block writes at `aside` becomes `path`; nothing is left if it fails
+    put_in_place(aside, path)               the last part alone, for those who write for long
+
+Each act upon the disk is one function, which reaches the system through this module's `os`: so tests can stop a process,
+or fail, at any of them.
+"""
 
 import ctypes
 import functools
 import itertools
 import os
 import shutil
+import threading
 from collections import deque
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 _VECTORS = 512
@@ -127,11 +136,46 @@ def remove_tree(folder: Path) -> None:
     os.rmdir(folder)
 
 
-def write_text(path: Path, content: str) -> None:
-    """Replace a small file: written aside, made durable, renamed, the folder made durable."""
-    aside = path.with_name(f".{path.name}.writing")
-    aside.unlink(missing_ok=True)
-    write_new(aside, [content.encode()])
+def aside_of(path: Path, *, is_own: bool = False) -> Path:
+    """Where a file or folder is written until it is whole; no reader takes the name for that of a finished one.
+
+    `.NAME.writing` if one process writes it at a time: the next one finds and replaces what a killed one left. is_own: a name
+    of this thread's own, `.NAME.writing-HOST-THREAD`, if several may write the same file at once; a cleaner removes it.
+    """
+    own = f"-{os.uname().nodename}-{threading.get_native_id()}" if is_own else ""
+    return path.with_name(f".{path.name}.writing{own}")
+
+
+def put_in_place(aside: Path, path: Path) -> None:
+    """Make a file or folder that was written aside durable and give it its name, durably."""
     sync(aside)
     rename(aside, path)
     sync(path.parent)
+
+
+@contextmanager
+def written_aside(path: Path, *, is_own: bool = False) -> Iterator[Path]:
+    """A place at which the block writes a file that becomes `path` when it ends. If it fails, e.g. on a full disk, none is left.
+
+    is_own: as in `aside_of`.
+    """
+    aside = aside_of(path, is_own=is_own)
+    try:
+        aside.unlink(missing_ok=True)
+        yield aside
+        put_in_place(aside, path)
+    except BaseException:
+        with suppress(OSError):
+            aside.unlink(missing_ok=True)
+        raise
+
+
+def write_bytes(path: Path, content: bytes, *, is_own: bool = False) -> None:
+    """Write or replace a small file, whole or not at all. Raises OSError; the old file then stays, and nothing else."""
+    with written_aside(path, is_own=is_own) as aside:
+        write_new(aside, [content])
+
+
+def write_text(path: Path, content: str, *, is_own: bool = False) -> None:
+    """The same of a text, in UTF-8."""
+    write_bytes(path, content.encode(), is_own=is_own)

@@ -3,16 +3,21 @@
 Reading only, no model and no process group: the offline commands and login nodes use this.
 """
 
+import json
 import logging
+import os
 import re
 from pathlib import Path
 
 from recipes.schema.errors import CheckpointError
-from train.checkpoint import publishing
-from train.checkpoint.manifest import MANIFEST, Manifest, read_manifest
+from recipes.schema.manifest import MANIFEST, Manifest, describe_not_finite, read_manifest
 
 log = logging.getLogger(__name__)
 
+METRICS = "metrics.jsonl"
+"""A run's record, next to its folder of checkpoints."""
+POINTER = "latest"
+"""File that names the newest whole checkpoint of a folder; only a hint."""
 _NAME = re.compile(r"step_[0-9]{1,18}")
 PASSED_OVER = "passed over: "
 """Begin of a note about a checkpoint that is not whole."""
@@ -24,8 +29,14 @@ def name_of(step: int) -> str:
 
 
 def steps_in(folder: Path) -> list[Path]:
-    """Checkpoints that were published in a folder, oldest first."""
-    named = [path for path in folder.glob("step_*") if _NAME.fullmatch(path.name) and path.is_dir()]
+    """Checkpoints that were published in a folder, oldest first. CheckpointError where the folder cannot be read."""
+    try:
+        # Not glob: it passes over a folder that may not be read, and a run would start again at step 0.
+        named = [folder / name for name in os.listdir(folder) if _NAME.fullmatch(name) and (folder / name).is_dir()]
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    except OSError as error:
+        raise CheckpointError(f"{folder} cannot be read: {error.strerror or error}") from error
     return sorted(named, key=step_of)
 
 
@@ -54,11 +65,17 @@ def candidates(folder: Path) -> tuple[list[tuple[Path, Manifest]], list[str]]:
     good, notes = [], []
     for path in reversed(steps_in(folder)):
         try:
-            good.append((path, manifest_of(path)))
+            manifest = manifest_of(path)
+            if manifest.not_finite:
+                raise CheckpointError(f"{path}: {describe_not_finite(manifest.not_finite)}")
+            good.append((path, manifest))
         except CheckpointError as error:
             notes.append(f"{PASSED_OVER}{error}")
-    pointer = folder / publishing.POINTER
-    named = _named_by(pointer) if pointer.is_file() else None
+    pointer = folder / POINTER
+    try:
+        named = _named_by(pointer) if pointer.is_file() else None
+    except OSError as error:
+        return good, [*notes, f"{pointer} cannot be read: {error.strerror or error}"]
     if good and named != good[0][0].name:
         said = "is missing" if named is None else "is empty" if not named else f"says {named[:40]!r}"
         notes.append(f"{pointer} {said}; the newest whole checkpoint is {good[0][0].name}.")
@@ -87,7 +104,7 @@ def newest_in(folder: Path) -> tuple[Path, Manifest] | None:
 
 def refuse_to_forget(folder: Path, notes: list[str]) -> None:
     """Raise CheckpointError where there is a trace of checkpoints but none that can be used."""
-    pointer = folder / publishing.POINTER
+    pointer = folder / POINTER
     traces = notes or [f"{pointer} is there, the checkpoint it names is not"] * pointer.exists()
     if traces:
         raise CheckpointError(
@@ -113,3 +130,25 @@ def checkpoint_at(place: str | Path) -> tuple[Path, Manifest]:
         f"{path} is no checkpoint (no {MANIFEST}) and no run that has one. Name a folder like runs/NAME or "
         f"runs/NAME/checkpoints/{name_of(1000)}."
     )
+
+
+def lost_run(folder: Path) -> str:
+    """What a run's record says of checkpoints that are gone; empty where it never had one."""
+    last, had_checkpoint = 0, False
+    try:
+        with (folder / METRICS).open("rb") as stream:
+            for text in stream:
+                if b'"step"' not in text and b'"save"' not in text:
+                    continue
+                try:
+                    line = json.loads(text)
+                except ValueError:
+                    continue  # torn by a kill
+                kind = line.get("kind") if isinstance(line, dict) else None
+                last = max(last, int(line["step"])) if kind == "step" else last
+                had_checkpoint |= kind == "save"
+    except (OSError, KeyError, TypeError, ValueError):
+        return ""
+    if not had_checkpoint:
+        return ""
+    return f"{folder} holds a run of {last:,} steps that wrote checkpoints, but {folder / 'checkpoints'} holds none."

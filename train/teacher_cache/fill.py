@@ -12,10 +12,12 @@ from rich.progress import Progress
 from rich.table import Table
 
 from data.store.shards import token_dtype
-from recipes.schema.errors import RecipeError
+from recipes.schema.errors import RecipeError, refuse
+from recipes.schema.facts import CacheRequest
 from recipes.schema.parallel import ParallelConfig
 from recipes.schema.recipe import Recipe
-from recipes.schema.rules import check_objective
+from recipes.schema.rules import reading_problems
+from recipes.schema.teacher_rules import cache_command_problems
 from recipes.schema.tools import TeacherCacheConfig
 from train.build import check, mesh_of, open_data
 from train.checkpoint.manager import checkpoint_at
@@ -29,7 +31,7 @@ from train.distill.soft_targets import (
     top_k_of,
 )
 from train.distill.teacher import Teacher, frozen_model, number_format, open_teacher, teacher_recipe
-from train.distill.teacher_cache import KeptAnswers, Request, batch_keys, open_request, write_block
+from train.distill.teacher_cache import KeptAnswers, batch_keys, open_request, write_block
 from train.megatron import choose_device, use_device
 from train.model.context import RowContext
 from train.model.head import head_weight, hidden_states
@@ -43,11 +45,7 @@ def fill(recipe: Recipe, config: TeacherCacheConfig) -> None:
     """
 
     objective = recipe.objective
-    if objective.teacher_cache is None or not objective.top_k:
-        raise RecipeError(
-            "say where answers go and how many tokens of each are kept: objective.teacher_cache=FOLDER objective.top_k=64."
-        )
-    check_objective(replace(recipe, objective=replace(objective, kind="distill")))
+    refuse([*reading_problems(recipe), *cache_command_problems(recipe)])
     rank, world = world_from_environment()
     device = choose_device(recipe.run.device)
     if recipe.run.threads:
@@ -63,8 +61,8 @@ def fill(recipe: Recipe, config: TeacherCacheConfig) -> None:
         objective=replace(objective, teacher_tensor=parallel.tensor),
     )
     use_device(device)
-
-    with mesh_of(recipe, check(recipe, world=world), device=device, rank=rank) as mesh:
+    asks = replace(recipe, objective=replace(recipe.objective, kind="distill", teacher_cache=None))
+    with mesh_of(asks, check(recipe, world=world), device=device, rank=rank) as mesh:
         teacher = open_teacher(recipe, mesh=mesh, tokenizer=dataset.tokenizer.fingerprint)
         assert teacher is not None, "one stage: the teacher is on every rank"
         _answer_all(recipe, config, mesh=mesh, teacher=teacher, dataset=dataset, rows=rows)
@@ -80,7 +78,7 @@ def _answer_all(
     assert objective.teacher is not None and objective.teacher_cache is not None
     folder = Path(objective.teacher_cache)
     path, manifest = checkpoint_at(objective.teacher)
-    request = Request(
+    request = CacheRequest(
         teacher=str(path),
         step=manifest.step,
         fingerprint=manifest.fingerprint,
@@ -161,7 +159,7 @@ def _measure(recipe: Recipe, config: TeacherCacheConfig, *, mesh: Mesh, teacher:
     known = dataset.tokenizer.fingerprint
     if student.model.vocab != recipe.model.vocab or manifest.tokenizer not in ("", known):
         raise RecipeError(
-            f"+cache.student={config.student} has a vocabulary of {student.model.vocab:,} and tokenizer "
+            f"--student {config.student} has a vocabulary of {student.model.vocab:,} and tokenizer "
             f"{manifest.tokenizer[:12] or '?'}, the teacher's answers {recipe.model.vocab:,} and {known[:12]}: they cannot be "
             f"compared. Name a student of the same tokenizer."
         )

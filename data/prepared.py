@@ -1,0 +1,116 @@
+"""What a folder of prepared data says of a recipe, read without opening a shard: for `recipes.schema.rules`.
+
+    manifest.json, tokenizer --> Prepared(vocabulary, fingerprints, problems: sources, rows, order, special tokens)
+
+`open_dataset` refuses by the same functions, so that the planner and the trainer say the same. No torch.
+"""
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+
+from data.order.blend import Blend, blend_of
+from data.rows.fim import fim_problems
+from data.store.manifest import MANIFEST, SPLITS, Manifest, TokenizerEntry, file_sha256, read_manifest
+from data.tokenizer import Tokenizer, load_tokenizer
+from recipes.schema.credentials import without_credentials
+from recipes.schema.data import DataConfig, is_remote
+from recipes.schema.errors import DataError, Problem
+from recipes.schema.facts import Prepared, not_prepared
+from recipes.schema.rules import data_problems
+
+
+def look(config: DataConfig, *, rows: int, global_rows: int, check_files: bool = True) -> Prepared | None:
+    """What is prepared in `config.folder` for a run of `rows` rows, `global_rows` a step; None for data behind a URL.
+
+    check_files: also compare the sizes of all shards with the manifest.
+    """
+    folder = Path(config.folder)
+    if is_remote(config.folder):
+        return None
+    if not (folder / MANIFEST).is_file():
+        return not_prepared(config.folder)
+    try:
+        manifest = read_manifest(folder, check_files=check_files)
+    except DataError as error:
+        return Prepared(problems=(Problem("data.folder", str(error)),))
+    found = source_problems(config, manifest)
+    try:
+        tokenizer = tokenizer_of(folder / manifest.tokenizer.file, manifest.tokenizer, config)
+        found += fim_problems(config.fim, special=tokenizer.special)
+    except DataError as error:
+        found.append(Problem("data.tokenizer", str(error)))
+    found += row_problems(config, manifest)
+    exhausted: Sequence[tuple[str, int]] = ()
+    identity = ""
+    if not found and not data_problems(config):  # what the recipe alone shows is reported by the rules
+        try:
+            blend = blend_of(config, _rows(config, manifest))
+            identity = identity_of(manifest, blend)
+            exhausted = blend.exhausted(rows)
+            blend.check_length(rows, global_rows=global_rows)
+        except DataError as error:
+            found.append(Problem("data.sources", str(error)))
+    return Prepared(
+        vocab_size=manifest.tokenizer.vocab_size,
+        tokenizer=manifest.tokenizer.fingerprint,
+        hash=identity,
+        problems=tuple(found),
+        exhausted=tuple(exhausted),
+    )
+
+
+def identity_of(manifest: Manifest, blend: Blend) -> str:
+    """Identity of the data and of the order that positions refer to."""
+    if blend.order == 1:
+        return manifest.hash
+    return hashlib.sha256(f"{manifest.hash} in order {blend.order}".encode()).hexdigest()
+
+
+def tokenizer_of(path: Path, entry: TokenizerEntry, config: DataConfig) -> Tokenizer:
+    """The folder's tokenizer. DataError if it is not the one the shards were made with, to the byte."""
+    if path.is_file() and file_sha256(path) != entry.sha256:
+        raise DataError(f"{path} is not the tokenizer the shards were made with. Prepare the data again.")
+    return load_tokenizer(path, config.tokenizer, known_fingerprint=entry.fingerprint)
+
+
+def source_problems(config: DataConfig, manifest: Manifest) -> list[Problem]:
+    """Sources of the recipe that the folder lacks, and another token at the beginning of documents."""
+    found = []
+    tokenizer = manifest.request.get("tokenizer", {})
+    written, asked = tokenizer.get("begin_of_document"), config.tokenizer.begin_of_document
+    if tokenizer and written != asked:
+        text = (
+            f"the documents of {without_credentials(config.folder)} begin with {written or 'no special token'}, and "
+            f"data.tokenizer.begin_of_document={asked or 'null'}."
+        )
+        remedy = f"Set it to {written or 'null'}, or prepare the data again, into another data.folder."
+        found.append(Problem("data.tokenizer.begin_of_document", text, remedy))
+    missing = [name for name in config.sources if name not in manifest.sources]
+    if not missing:
+        return found
+    text = f"{without_credentials(config.folder)} holds no source {', '.join(missing)} (it holds {', '.join(manifest.sources)})."
+    remedy = "Prepare the data again, or take the source out of data.sources."
+    return [*found, Problem(f"data.sources.{missing[0]}", text, remedy)]
+
+
+def row_problems(config: DataConfig, manifest: Manifest) -> list[Problem]:
+    """Parts of sources that are shorter than one row."""
+    found = []
+    for name in config.sources:
+        for split in SPLITS if name in manifest.sources else ():
+            tokens = manifest.sources[name].count(split, "tokens")
+            if tokens // config.row_tokens == 0 and not (split == "train" and config.heldout_of(name) == 1):
+                text = (
+                    f"the {split} part of source {name!r} has {tokens:,} tokens, fewer than one row of "
+                    f"data.row_tokens={config.row_tokens}."
+                )
+                more = ", or raise its heldout_fraction" if split == "heldout" else ""
+                remedy = f"Lower data.row_tokens, or add text{more}."
+                found.append(Problem("data.row_tokens", text, remedy))
+    return found
+
+
+def _rows(config: DataConfig, manifest: Manifest) -> list[int]:
+    """Training rows of each source, in the recipe's order (`data.rows.packing.Rows.count`)."""
+    return [manifest.sources[name].count("train", "tokens") // config.row_tokens for name in config.sources]

@@ -1,0 +1,247 @@
+"""What a checkpoint says about itself: manifest.json, for people and programs.
+
+Plain JSON, guarded by a digest, and believed only after every number in it was checked: a reader of a hostile or damaged
+folder gets a CheckpointError with the file's name and the reason, and no code is run. It is read here, below `data`, `launch`
+and `train`, because a plan must be able to judge a teacher, a start or a resume where there is no torch. Where each part
+of a tensor lies is in index.json, which only the trainer reads (`train.checkpoint.manifest`).
+"""
+
+import hashlib
+import json
+import math
+import re
+import stat
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from recipes.schema.errors import CheckpointError
+
+FORMAT = 2
+MANIFEST = "manifest.json"
+
+DTYPE_BYTES = {
+    "F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1, "F8_E4M3": 1,
+    "F8_E5M2": 1,
+}  # fmt: skip
+"""Bytes of one number in each of safetensors' formats."""
+_REQUIRED = {"step", "position", "tokens", "layout", "recipe", "data_hash", "versions", "tensors"}
+"""Keys of manifest.json that every version wrote: a file without one is not read with a default instead."""
+LARGEST = 1 << 62
+_MOST_DIMENSIONS = 16
+_LONGEST_NAME = 255
+"""Bytes of a file's name (NAME_MAX)."""
+_LONGEST_JSON = 1 << 30
+"""Bytes; a longer one is no manifest or index of ours."""
+_FINGERPRINT = re.compile(r"[0-9a-f]{32}")
+
+
+@dataclass(frozen=True)
+class TensorRecord:
+    """One tensor of the whole model."""
+
+    dtype: str
+    """safetensors' name: F32, BF16, ..."""
+    shape: tuple[int, ...]
+    fingerprint: str
+    """128 bits of the content, the same at any sharding (`train.checkpoint.fingerprint`)."""
+    not_finite: int | None = None
+    """How many elements are NaN or infinite; None in checkpoints that older versions wrote."""
+
+    @property
+    def bytes(self) -> int:
+        """Size of the whole tensor."""
+        return math.prod(self.shape) * DTYPE_BYTES[self.dtype]
+
+
+@dataclass(frozen=True)
+class RunState:
+    """Where a run stands, tensors aside: what every save records of it. The defaults are those of weights nobody trained here."""
+
+    step: int = 0
+    """Optimizer steps finished."""
+    position: int = 0
+    """Rows consumed from the training stream."""
+    tokens: int = 0
+    """Tokens trained on."""
+    layout: dict[str, int] = field(default_factory=dict)
+    """Degrees it runs at. Informational: any layout can read the checkpoint."""
+    recipe: dict[str, Any] = field(default_factory=dict)
+    """The resolved recipe (`recipes.schema.read.recipe_mapping`); empty if unknown."""
+    data_hash: str = ""
+    """Hash of the data manifest the position refers to; empty if there is none."""
+    tokenizer: str = ""
+    """Fingerprint of the tokenizer the model was trained with; empty if unknown."""
+    lineage: dict[str, Any] = field(default_factory=dict)
+    """Where the weights come from, when not from training alone (JSON values): a pruned checkpoint's parent and what was kept."""
+
+
+@dataclass(frozen=True)
+class Manifest(RunState):
+    """What a checkpoint says about itself."""
+
+    versions: dict[str, str] = field(default_factory=dict)
+    """Versions of the libraries that wrote it."""
+    updates: int | None = None
+    """Adam's step count; None if there is no optimizer state: training then starts with fresh moments."""
+    tensors: dict[str, TensorRecord] = field(default_factory=dict)
+    """By name: `model.NAME`, `optimizer.master.NAME`, `optimizer.exp_avg.NAME`, `optimizer.exp_avg_sq.NAME`, `random.NAME`."""
+    files: dict[str, int] = field(default_factory=dict)
+    """Size in bytes of every other file of the checkpoint."""
+    index_sha256: str = ""
+    """Digest of index.json."""
+    format: int = FORMAT
+
+    @property
+    def bytes(self) -> int:
+        """Size of the checkpoint on disk, the manifest aside."""
+        return sum(self.files.values())
+
+    @property
+    def not_finite(self) -> dict[str, int]:
+        """Tensors with NaN or infinity, and how many elements, as far as the manifest knows."""
+        return {name: record.not_finite for name, record in self.tensors.items() if record.not_finite}
+
+    @property
+    def fingerprint(self) -> str:
+        """128 bits over all weights: two checkpoints with the same weights have the same."""
+        names = sorted(name for name in self.tensors if name.startswith("model."))
+        told = "\n".join(
+            f"{n} {self.tensors[n].dtype} {self.tensors[n].shape} {self.tensors[n].fingerprint}" for n in names
+        )
+        return hashlib.sha256(told.encode()).hexdigest()[:32]
+
+
+def describe_layout(layout: dict[str, int]) -> str:
+    """Degrees of a manifest in one short line, as `Layout.describe` gives them; `no run` where no run wrote it."""
+    names = (("TP", "tensor", 0), ("PP", "pipeline", 0), ("VP", "virtual", 1), ("CP", "context", 1), ("DP", "data", 0))
+    parts = [f"{short}{layout[key]}" for short, key, least in names if layout.get(key, 0) > least]
+    return " ".join(parts) or "no run"
+
+
+def describe_not_finite(counts: dict[str, int]) -> str:
+    """A few of the tensors with NaN or infinity by name: `3 tensors hold NaN or infinity: model.a (5 elements), ...`."""
+    named = [f"{name} ({count:,} element{'s' * (count > 1)})" for name, count in sorted(counts.items())]
+    few = ", ".join(named[:3]) + (f" and {len(named) - 3:,} more" if len(named) > 3 else "")
+    return f"{len(named):,} tensor{'s hold' if len(named) > 1 else ' holds'} NaN or infinity: {few}"
+
+
+def manifest_text(manifest: Manifest) -> str:
+    """manifest.json of a manifest."""
+    body = asdict(manifest)
+    return json.dumps(body | {"digest": _digest(body)}, indent=1)
+
+
+def sha256(content: str) -> str:
+    """Digest of a text."""
+    return hashlib.sha256(content.encode()).hexdigest()
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """The manifest of a checkpoint, with its digest and the sizes of all files checked. CheckpointError says what is wrong."""
+    path = folder / MANIFEST
+    raw = _read_json(path)
+    if not isinstance(raw, dict) or type(raw.get("format")) is not int:
+        raise CheckpointError(f"{path} is not the manifest of a checkpoint: it names no format.")
+    if raw["format"] != FORMAT:
+        raise CheckpointError(
+            f"{folder} has checkpoint format {raw['format']}; this version reads format {FORMAT}. Use the version of this "
+            f"project that wrote it."
+        )
+    digest = raw.pop("digest", None)
+    if digest != _digest(raw):
+        raise CheckpointError(f"{path} is damaged: its content does not match its digest.")
+    try:
+        if missing := _REQUIRED - raw.keys():
+            raise ValueError(f"it lacks {', '.join(sorted(missing))}")
+        tensors = {name: _record(name, value) for name, value in raw["tensors"].items()}
+        manifest = replace(Manifest(**(raw | {"tensors": {}})), tensors=tensors)
+        _check_types(manifest)
+    except (TypeError, ValueError, KeyError, AttributeError) as error:
+        raise CheckpointError(f"{path} cannot be read as a checkpoint manifest: {error}") from error
+    for name, size in manifest.files.items():
+        file = folder / name
+        try:
+            found = file.stat().st_size if file.is_file() else None
+        except OSError as error:
+            raise CheckpointError(f"{file} cannot be read: {error.strerror or error}") from error
+        if found != size:
+            raise CheckpointError(
+                f"{file} is {'missing' if found is None else f'{found:,} bytes long'}, the manifest says {size:,} bytes."
+                f" The checkpoint is damaged: remove {folder} to resume from an older one."
+            )
+    return manifest
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(read_text(path))
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from error
+
+
+def read_text(path: Path) -> str:
+    """What is in a file, unless it is a pipe, a device or far too long, which would hold the reader for ever."""
+    try:
+        found = path.stat()
+        if not stat.S_ISREG(found.st_mode) or found.st_size > _LONGEST_JSON:
+            raise CheckpointError(f"{path} cannot be read: it is no file, or {found.st_size:,} bytes long.")
+        return path.read_text()
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}") from error
+
+
+def _digest(body: dict[str, Any]) -> str:
+    return sha256(json.dumps(body, sort_keys=True, separators=(",", ":")))
+
+
+def _record(name: str, value: Any) -> TensorRecord:
+    if not name.isprintable():
+        raise ValueError(f"{name!r} is no name of a tensor")
+    shape = tuple(value["shape"])
+    if value["dtype"] not in DTYPE_BYTES:
+        raise ValueError(f"{name} is of unknown format {value['dtype']!r}")
+    if not all(is_count(n) for n in shape) or math.prod(shape) > LARGEST or len(shape) > _MOST_DIMENSIONS:
+        raise ValueError(f"{name} has the impossible shape {str(shape)[:80]}")
+    if not isinstance(value["fingerprint"], str) or not _FINGERPRINT.fullmatch(value["fingerprint"]):
+        raise ValueError(f"{value['fingerprint']!r} is not a fingerprint of 32 digits")
+    not_finite = value.get("not_finite")
+    if not_finite is not None and not (is_count(not_finite) and not_finite <= math.prod(shape)):
+        raise ValueError(f"{name} has {not_finite!r} elements that are not finite, of {math.prod(shape):,}")
+    return TensorRecord(value["dtype"], shape, value["fingerprint"], not_finite)
+
+
+def _check_types(manifest: Manifest) -> None:
+    for key in ("step", "position", "tokens"):
+        if not is_count(getattr(manifest, key)):
+            raise ValueError(f"{key} is {getattr(manifest, key)!r}, not a count")
+    if manifest.updates is not None and not is_count(manifest.updates):
+        raise ValueError(f"updates is {manifest.updates!r}, not a count")
+    for key in ("data_hash", "tokenizer", "index_sha256"):
+        if not isinstance(getattr(manifest, key), str):
+            raise ValueError(f"{key} is {getattr(manifest, key)!r}, not a text")
+    for key in ("layout", "recipe", "versions", "lineage", "files"):
+        if not isinstance(getattr(manifest, key), dict):
+            raise ValueError(f"{key} is not a mapping")
+    for degree, count in manifest.layout.items():
+        if not is_count(count):
+            raise ValueError(f"layout.{degree} is {count!r}, not a count")
+    for group in ("run", "model"):
+        if not isinstance(manifest.recipe.get(group, {}), dict):
+            raise ValueError(f"recipe.{group} is not a mapping")
+    teacher = manifest.lineage.get("teacher")
+    if teacher is not None:
+        said = teacher if isinstance(teacher, dict) else {}
+        if not all(isinstance(said.get(key), str) for key in ("checkpoint", "fingerprint")):
+            raise ValueError(f"lineage.teacher is {str(teacher)[:80]!r}, not a checkpoint and its fingerprint")
+    for name, size in manifest.files.items():
+        is_plain = name == Path(name).name and name not in ("", ".", "..") and name.isprintable()
+        if not is_plain or len(name.encode()) > _LONGEST_NAME:
+            raise ValueError(f"{name[:_LONGEST_NAME]!r} is no plain file name")
+        if not is_count(size):
+            raise ValueError(f"{name} is said to be {size!r} bytes long")
+
+
+def is_count(value: Any) -> bool:
+    """A whole number from 0 on that fits 64 bits (JSON's `true` is none, nor is 1.0)."""
+    return type(value) is int and 0 <= value <= LARGEST

@@ -1,0 +1,247 @@
+"""Each rule once: the planner, the trainer and the launchers say the very same sentence."""
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from recipes_drawn import VOCAB, Place
+
+from launch.compose import checked_layout
+from launch.plan.checks import Facts, facts_of, recipe_problems
+from launch.plan.cost.device import device_named
+from launch.plan.planner import make_plan
+from recipes.schema.data import SourceConfig
+from recipes.schema.errors import Problem, RecipeError
+from recipes.schema.facts import Machine
+from recipes.schema.read import recipe_from_mapping, recipe_mapping
+from recipes.schema.recipe import Recipe
+from recipes.schema.rules import name_problems, notes, problems
+from recipes.schema.teacher_rules import tokenizer_problems
+from train.build import check_start
+from train.model.backend import this_machine
+
+FP8 = {"precision.scaling": "current", "precision.high_precision_first": 0}
+DISTIL = {"objective.kind": "distill"}
+EVERY_RULE: dict[str, tuple[dict[str, Any], str]] = {
+    "te on a cpu": ({"precision.backend": "te", "run.device": "cpu"}, "precision.backend=te needs a GPU."),
+    "fp8 weights, emulated": (
+        FP8 | {"precision.fp8_weights": True, "precision.backend": "emulated"},
+        "only `te` keeps weights in FP8, but precision.backend=emulated. Set fp8_weights=false.",
+    ),
+    "fp8 weights, delayed scaling, high-precision ends": (
+        {"precision.scaling": "delayed", "precision.fp8_weights": True, "precision.high_precision_first": 1},
+        "precision.fp8_weights=true with delayed scaling keeps the weights of every layer in FP8.",
+    ),
+    "fp8 weights of a bf16 recipe": ({"precision.fp8_weights": True}, "fp8_weights=true needs a low-precision recipe."),
+    "reference backend in low precision": (
+        FP8 | {"precision.backend": "reference"},
+        "precision.backend=reference computes in high precision only, but precision.scaling=current.",
+    ),
+    "unscaled": (
+        {"precision.scaling": "unscaled", "precision.backend": "te"},
+        "precision.scaling=unscaled is an example of what goes wrong; only precision.backend=emulated has it.",
+    ),
+    "no layer left in low precision": (
+        {"precision.scaling": "blockwise", "precision.high_precision_first": 2, "precision.high_precision_last": 2},
+        "precision.scaling=blockwise, but high_precision_first=2 and high_precision_last=2 keep all 4 layers in high",
+    ),
+    "ragged tokens of nvfp4": (
+        {"precision.scaling": "nvfp4", "data.row_tokens": 17},
+        "precision.scaling=nvfp4: a microbatch has 17 tokens per rank, not a multiple of 16.",
+    ),
+    "vocabulary": (
+        {"model.vocab": 256},
+        f"has a vocabulary of {VOCAB} (token ids up to {VOCAB - 1}), but model.vocab=256.",
+    ),
+    "a source missing from the folder": (
+        {"data.sources": {"a": SourceConfig("x"), "more": SourceConfig("x")}},
+        "holds no source more (it holds a, b).",
+    ),
+    "all weights 0": ({"data.sources": {"a": SourceConfig("x", weight=0.0)}}, "data.sources: all weights are 0"),
+    "a source that is held out and drawn": (
+        {"data.sources": {"a": SourceConfig("x", heldout_fraction=1.0), "b": SourceConfig("x")}},
+        "data.sources.a.heldout_fraction=1 keeps all of the source for evaluation, but data.sources.a.weight=1 draws",
+    ),
+    "rows longer than a source": (
+        {"data.row_tokens": 8192},
+        "the heldout part of source 'a' has 401 tokens, fewer than one row of data.row_tokens=8192.",
+    ),
+    "no data": ({"data.folder": "EMPTY"}, "no prepared data in"),
+    "end of document": ({"data.tokenizer.end_of_document": "</s>"}, "the tokenizer has no special token '</s>'."),
+    "fill in the middle": (
+        {"data.fim.rate": 0.5},
+        "data.fim.prefix='<|fim_prefix|>' is no special token of the tokenizer (it has: <|endoftext|>).",
+    ),
+    "no teacher named": (DISTIL, "objective.kind=distill needs objective.teacher or objective.teacher_cache."),
+    "no teacher there": (DISTIL | {"objective.teacher": "nowhere"}, "objective.teacher: nowhere is no checkpoint"),
+    "a damaged teacher": (DISTIL | {"objective.teacher": "DISK/damaged"}, "is whole:"),
+    "teacher's vocabulary": (
+        DISTIL | {"objective.teacher": "DISK/narrow"},
+        f"has a vocabulary of 256, the student (model.vocab) one of {VOCAB + 4}: their distributions cannot be compared.",
+    ),
+    "teacher's tokenizer": (
+        DISTIL | {"objective.teacher": "DISK/foreign"},
+        "was trained with another tokenizer (ffffffffffff) than that of",
+    ),
+    "teacher's degree": (
+        DISTIL | {"objective.teacher": "DISK/teacher", "objective.teacher_tensor": 4},
+        "at objective.teacher_tensor=4:\nparallel.tensor=4 does not divide model.kv_heads=2, model.mamba_groups=2.",
+    ),
+    "no answers": (
+        DISTIL | {"objective.teacher_cache": "nowhere"},
+        "objective.teacher_cache=nowhere holds no teacher's",
+    ),
+    "no start": ({"run.start_from": "nowhere"}, "run.start_from: nowhere is no checkpoint"),
+    "a start of another tokenizer": (
+        {"run.start_from": "DISK/foreign"},
+        "trained with another tokenizer (ffffffffffff)",
+    ),
+    "a start of another model": (
+        {"run.start_from": "DISK/teacher"},
+        "has weights of another model (model.ffn: 192 there, 128 here; ",
+    ),
+    "resume required": ({"checkpoint.resume": "required"}, "holds no checkpoint. Use checkpoint.resume=auto"),
+    "resume never": (
+        {"checkpoint.resume": "never", "run.name": "began"},
+        "checkpoint.resume=never, but DISK/began/checkpoints already holds step_00000003.",
+    ),
+    "a folder of something else": ({"run.name": "thesis"}, "is not empty (chapter.tex)"),
+    "a run of another recipe": ({"run.name": "began", "optim.lr": 0.5}, "optim.lr: 0.001 in the run's folder, 0.5 now"),
+    "schedule": ({"schedule.warmup": 50}, "schedule.warmup=50 + schedule.decay=0 steps are longer than the whole"),
+    "layout": ({"parallel.tensor": 3}, "parallel.tensor=3 does not divide"),
+    "hidden layers": (
+        DISTIL | {"objective.teacher": "DISK/teacher", "objective.hidden_match": "mse", "objective.hidden_layers": "x"},
+        "objective.hidden_layers='x' is neither `final` nor pairs",
+    ),
+    "environment": ({"launch.environment": "NCCL_DEBUG"}, "'NCCL_DEBUG' is not NAME=VALUE."),
+    "name": ({"run.name": "../up"}, "run.name='../up' has an empty part, `.` or `..`"),
+}
+
+
+def changed(place: Place, changes: dict[str, Any]) -> Recipe:
+    recipe: Any = place.base
+    for key, value in changes.items():
+        if isinstance(value, str):
+            value = value.replace("DISK", place.base.run.folder).replace("EMPTY", f"{place.base.run.folder}/empty")
+        recipe = _replaced(recipe, key.split("."), value)
+    return recipe
+
+
+def _replaced(group: Any, path: list[str], value: Any) -> Any:
+    inner = value if len(path) == 1 else _replaced(getattr(group, path[0]), path[1:], value)
+    return replace(group, **{path[0]: inner})
+
+
+@pytest.mark.parametrize("rule", EVERY_RULE)
+def test_plan_train_and_launch_say_the_same_sentence(rule: str, place: Place) -> None:
+    changes, sentence = EVERY_RULE[rule]
+    recipe, sentence = changed(place, changes), sentence.replace("DISK", place.base.run.folder)
+    found = facts_of(recipe, device_named("h100"))
+    here = replace(found, machine=this_machine())
+    planned = [str(problem) for problem in recipe_problems(recipe, here, world=1)]
+    with pytest.raises(RecipeError) as trained:
+        check_start(recipe, world=1)
+    with pytest.raises(RecipeError) as launched:
+        checked_layout(recipe, processes=1, machine=this_machine(), here=True)
+    if rule == "no data":  # the plan may be made on another disk, and warns
+        assert planned == [] and "holds no prepared data here" in " ".join(warnings_of(recipe))
+        assert sentence in str(trained.value) and str(trained.value) == str(launched.value)
+        return
+    (said,) = (problem for problem in planned if sentence in problem)
+    assert said in str(trained.value) and said in str(launched.value)
+
+
+def warnings_of(recipe: Recipe) -> tuple[str, ...]:
+    return make_plan(recipe, world=1, device=device_named("h100")).warnings
+
+
+def test_a_good_recipe_has_no_problem_and_everything_wrong_comes_at_once(place: Place) -> None:
+    check_start(place.base, world=1)
+    wrong = changed(
+        place,
+        {"run.name": "", "schedule.warmup": 50, "parallel.tensor": 3, "data.fim.rate": 0.5, "run.start_from": "nowhere",
+         "precision.fp8_weights": True, "checkpoint.resume": "required", "model.vocab": 256},
+    )  # fmt: skip
+    with pytest.raises(RecipeError) as caught:
+        check_start(wrong, world=1)
+    for key in ("run.name", "schedule.warmup", "parallel.tensor", "data.fim.prefix", "run.start_from: nowhere",
+                "precision.fp8_weights", "checkpoint.resume=required", "model.vocab=256"):  # fmt: skip
+        assert key in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "name", ["", " ", ".", "..", "/abs", "a/../b", "a//b", "a/", "a\nb", "a\x00b", "a\u2028b", "x" * 300]
+)
+def test_names_that_leave_the_folder_or_break_a_line_are_refused(name: str) -> None:
+    (problem,) = name_problems(name)
+    assert repr(name) in problem.text and problem.key == "run.name"
+
+
+@pytest.mark.parametrize("name", ["smoke", "two words", "lr=1e-3,seed=2", "group/one", "größe", "..a"])
+def test_names_people_use_are_taken(name: str) -> None:
+    assert name_problems(name) == []
+
+
+@pytest.mark.parametrize("seed", [-1, 2**63])
+@pytest.mark.parametrize("group", ["run", "data"])
+def test_seeds_out_of_range_are_refused(seed: int, group: str, place: Place) -> None:
+    mapping = recipe_mapping(place.base)
+    mapping[group]["seed"] = seed
+    with pytest.raises(
+        RecipeError, match=rf"{group}\.seed={seed} is out of range. Use a value >= 0 and < 9223372036854775808"
+    ):
+        recipe_from_mapping(mapping)
+
+
+def test_what_does_nothing_is_said_and_not_refused(place: Place) -> None:
+    recipe = changed(place, {"precision.scaling_after": "mxfp8", "objective.temperature": 2.0})
+    prepared = facts_of(recipe, device_named("h100")).prepared
+    said = " ".join(str(note) for note in notes(recipe, machine=this_machine(), prepared=prepared))
+    assert "precision.scaling_after=mxfp8 is never used" in said and "objective.temperature=2.0" in said
+    assert f"model.vocab={VOCAB + 4} is larger than the vocabulary of {VOCAB}" in said
+    check_start(recipe, world=1)
+
+
+@pytest.mark.parametrize(
+    ("device", "changes", "part"),
+    [
+        ("h100", {"precision.scaling": "mxfp8"}, "precision.scaling=mxfp8 needs a Blackwell GPU; h100 is hopper."),
+        ("h100", {"precision.scaling": "mxfp8", "precision.backend": "emulated"}, ""),
+        ("h100", {"precision.scaling": "mxfp8", "run.device": "cpu"}, ""),
+        ("a100_80gb", {"precision.scaling": "current"}, "(ampere) has no FP8 matrix products."),
+        ("h100", {"precision.scaling": "unscaled"}, ""),
+        ("h100", {"precision.scaling": "blockwise", "precision.power_of_two_scales": False}, "BLOCK_SCALING_FP32_SCALES=1"),
+        ("h100", {"precision.scaling": "blockwise", "precision.power_of_two_scales": False,
+                  "launch.environment": "NVTE_FP8_BLOCK_SCALING_FP32_SCALES=1"}, ""),
+    ],
+)  # fmt: skip
+def test_what_a_gpu_lacks_matters_only_where_the_gpu_multiplies(
+    device: str, changes: dict[str, Any], part: str, place: Place
+) -> None:
+    recipe = changed(place, {"data.row_tokens": 64, "model.mamba_heads": 16} | changes)
+    facts: Facts = facts_of(recipe, device_named(device))
+    found = [p for p in recipe_problems(recipe, facts, world=1) if not p.text.startswith("precision.scaling") or part]
+    said = " ".join(
+        str(problem) for problem in found if problem.key.startswith("precision") and "width" not in problem.text
+    )
+    assert part in said if part else said == ""
+
+
+def test_a_gpu_is_asked_for_by_the_same_rule(place: Place) -> None:
+    recipe = changed(place, {"run.device": "cuda"})
+    (problem,) = problems(recipe, machine=Machine(has_gpu=False))
+    assert str(problem) == (
+        "run.device=cuda, but there is no GPU on this machine that torch can use. Use run.device=auto or cpu."
+    )
+
+
+def test_another_tokenizer_has_one_wording() -> None:
+    assert tokenizer_problems("x", "", "b", where="d", otherwise="o") == []
+    assert tokenizer_problems("x", "a", None, where="d", otherwise="o") == []
+    (problem,) = tokenizer_problems("x", "a" * 20, "b" * 20, where="runs/data", otherwise="name another run.start_from")
+    assert problem == Problem(
+        "data.folder",
+        "x was trained with another tokenizer (aaaaaaaaaaaa) than that of runs/data (bbbbbbbbbbbb): the same ids stand for other "
+        "text.",
+        "Use data made with the first (data.folder, data.tokenizer.path), or name another run.start_from.",
+    )

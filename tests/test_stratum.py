@@ -1,0 +1,211 @@
+"""The one command, `stratum`: what it lists, how it starts, what it says of mistakes, and that every example of its help runs."""
+
+import contextlib
+import io
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+
+import matplotlib.pyplot  # noqa: F401  here, so that the processes forked below need not import it
+import pytest
+import yaml
+from compress.little import lay_out
+from ranks import run_ranks
+
+from train import run as _assembly  # noqa: F401  likewise
+from train import stratum
+from train.compress.__main__ import COMMANDS as COMPRESS
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = [*(name.split() for name in stratum.COMMANDS), *(["compress", name] for name in COMPRESS)]
+PAGES += [["hf", name] for name in ("export", "import", "check")]
+
+
+def run(*words: str) -> tuple[int, str]:
+    """`stratum WORDS` in this process. -> (exit status, everything it printed)."""
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):
+        try:
+            status = stratum.main(list(words))
+        except SystemExit as end:
+            status = int(end.code or 0)
+    return status, out.getvalue()
+
+
+def examples(words: list[str]) -> list[str]:
+    """The commands in a help text, lines that a backslash continues joined, explanations cut off."""
+    text = run(*words, "--help")[1]
+    body = re.sub(r"\s*\\\n\s*", " ", text[text.index("\nexamples:\n") :].split("\n\n")[0])
+    commands = [re.split(r" {2,}", line.strip())[0] for line in body.splitlines()]
+    return [command for command in commands if command.startswith("stratum ")]
+
+
+def test_every_command_explains_itself_with_usage_and_examples() -> None:
+    status, text = run("--help")
+    assert status == 0 and all(f"  {name} " in text for name in stratum.COMMANDS)
+    for words in PAGES:
+        status, text = run(*words, "--help")
+        assert status == 0 and text.startswith(f"usage: stratum {' '.join(words)}"), words
+        assert "Hydra" not in text and "python -m" not in text.replace("python3 -m launch.doctor", ""), words
+        if words[0] != "hf" or len(words) == 1:
+            assert examples(words), f"{words}: no examples"
+
+
+def test_help_and_mistakes_answer_without_torch() -> None:
+    """Everything but `checkpoint`, whose tools are torch's. numpy, too, is not needed to explain a command."""
+    pages = [words for words in PAGES if words[0] != "checkpoint"]
+    program = (
+        "import contextlib, io, sys\nfrom train.stratum import main\n"
+        "for words in [[], ['--version'], ['trian'], *" + repr([[*words, "--help"] for words in pages]) + "]:\n"
+        "    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):\n"
+        "        try: main(words)\n"
+        "        except SystemExit: pass\n"
+        "    heavy = {'torch', 'megatron', 'numpy', 'pyarrow', 'matplotlib', 'transformers'} & set(sys.modules)\n"
+        "    assert not heavy, (words, heavy)\n"
+    )
+    result = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+
+
+def test_the_list_of_commands_imports_the_standard_library_only() -> None:
+    program = (
+        "import sys; before = set(sys.modules); from train.stratum import main; main(['--help']); main(['--version']);"
+        "own = {name.split('.')[0] for name in set(sys.modules) - before} - set(sys.stdlib_module_names) - {'train'};"
+        "assert not own, own"
+    )
+    result = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    assert f"torch {metadata.version('torch')}" in result.stdout
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with a run `smoke` that left its recipe behind."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs" / "smoke").mkdir(parents=True)
+    (tmp_path / "runs" / "smoke" / "recipe.yaml").write_text(
+        "run: {name: smoke, folder: runs, steps: 2}\noptim: {lr: 1}\n"
+    )
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("trian", "there is no command `stratum trian`. Did you mean `stratum train`?"),
+        ("launch locl", "there is no command `stratum launch locl`. Did you mean `stratum launch local`?"),
+        ("launch", "`stratum launch` needs a command. Use one of: local, slurm."),
+        ("slurm -cn smoke", "Did you mean `stratum launch slurm`?"),
+        ("xyzzy", "There are: prepare, inspect,"),
+        ("generate smoke --promt x", "unknown option --promt x. Did you mean --prompt?"),
+        ("generate smoke --tokens 0", "--tokens=0 is out of range. Use a value >= 1."),
+        ("generate smoke --top-p high", "--top-p='high' is a text, not a number."),
+        ("generate smok", "smok is not a run: neither it nor runs/smok has recipe.yaml or logs. Did you mean smoke?"),
+        ("generate nemotron_h_tiny", "For the recipe of this name: -cn nemotron_h_tiny."),
+        ("generate smoke -cn smoke", "'smoke' names a run, and -cn or --config-dir a recipe: give one of them."),
+        ("trace smoke step=3", "unknown recipe key 'step' on the command line. Did you mean --step?"),
+        ("train smoke optim=adamw", "this recipe does not take its optim from a group"),
+        ("plan -cn smoke -m optim.lr=1,2", "-m: no sweeps here. Use `stratum train -m`"),
+        ("checkpoint lst smoke", "Did you mean list?"),
+        ("compress prun", "there is no such command. Did you mean prune?"),
+        ("fields optm", "there is no group 'optm'. Did you mean optim?"),
+        ("status smok", "Did you mean smoke?"),
+        ("teacher-cache -cn smok", "there is no recipe 'smok'. Did you mean smoke?"),
+    ],
+)
+def test_a_mistyped_word_is_answered_with_what_was_meant(folder: Path, words: str, message: str) -> None:
+    status, text = run(*words.split())
+    assert status == 2 and message in text, text
+
+
+def test_a_run_is_named_by_its_folder_or_its_name_and_keeps_its_recipe(folder: Path) -> None:
+    """Whatever the name holds that Hydra's grammar would read otherwise; overrides win; a moved folder is where it is now."""
+    names = ["smoke", "a b", "x-optim.lr=0.1,y=[1]", "it's", "42", "null", "tail\\", "${HOME}"[1:]]
+    for name in names:
+        if name != "smoke":
+            shutil.copytree(folder / "runs" / "smoke", folder / "runs" / name, dirs_exist_ok=True)
+        for given in (name, f"runs/{name}/"):
+            status, text = run("train", given, "--cfg", "job", "optim.lr=2")
+            found = yaml.safe_load(text.replace("# @package _global_", ""))
+            assert status == 0 and found["run"] == {"name": name, "folder": "runs", "steps": 2}, (name, text)
+            assert found["optim"]["lr"] == 2
+    moved = folder / "else where" / "smoke"
+    shutil.copytree(folder / "runs" / "smoke", moved)
+    found = yaml.safe_load(run("train", str(moved), "--cfg", "job")[1])
+    assert found["run"]["folder"] == str(moved.parent)
+
+
+def test_every_command_that_is_named_anywhere_exists() -> None:
+    """In documents, messages and docstrings: `stratum WORD`, and no `python -m` where there is a command."""
+    first = {name.split()[0] for name in stratum.COMMANDS}
+    old = re.compile(
+        r"python3? -m (?:train\.(?!stratum\b)|data\.|recipes\.|launch (?:local|slurm|plan|status|cancel|doctor))"
+    )
+    wrong = []
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
+    for name in listed:
+        if name.endswith((".py", ".md", ".yaml", ".sh", ".toml", "Makefile")) and name != "tests/test_stratum.py":
+            text = (ROOT / name).read_text()
+            wrong += [f"{name}: {found[0]}" for found in old.finditer(text)]
+            for found in re.finditer(r"(?m)(?:`|^[ #$]*|\.venv/bin/)stratum ([a-z][a-z-]*)", text):
+                if found[1] not in first | {"help", "command"}:
+                    wrong.append(f"{name}: {found[0]}")
+    assert not wrong, "\n".join(wrong)
+
+
+def _example(rank: int, folder: Path, words: list[str]) -> tuple[int, str]:
+    os.chdir(folder)
+    os.environ["PATH"] = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    return run(*words)
+
+
+LITTLE = ["--config-dir", "recipes", "-cn", "little"]
+"""Stands for the shipped recipes that would train for minutes."""
+
+
+def adapted(line: str) -> list[str]:
+    """An example at tiny size: with the little recipe, and where it would need a cluster, as a dry run."""
+    words = shlex.split(line.split(" | ")[0])[1:]
+    is_plan = words[0] in ("plan", "stages") or words[:2] == ["launch", "slurm"]
+    if "-cn" in words and not is_plan:
+        at = words.index("-cn")
+        words[at : at + 2] = LITTLE
+        distil = ["objective=distill", "objective.teacher=runs/parent"] if words[0] == "teacher-cache" else []
+        compress = (
+            ["run.name=hunt", "compress.layers=3", "compress.attention_layers=1"] if words[0] == "compress" else []
+        )
+        words += [*distil, *compress]
+    if words[:2] == ["launch", "slurm"] and "--dry-run" not in words:
+        words.append("--dry-run")
+    return words
+
+
+@pytest.mark.slow
+def test_every_example_in_every_help_text_runs(tmp_path: Path) -> None:
+    """In the order of a run's life, so that each finds what the ones before have made."""
+    lay_out(tmp_path)
+    shutil.copy(ROOT / "launch/plan/published/published_throughput.csv", tmp_path / "rows.csv")
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts" / "a.jsonl").write_text('{"body": "words"}\n' * 400)
+    order = "prepare inspect train trace generate report status checkpoint hf plan launch doctor fields validate"
+    order += " compress teacher-cache stages cancel"
+    failed = []
+    for name in sorted(stratum.COMMANDS, key=lambda name: order.split().index(name.split()[0])):
+        for line in examples(name.split()):
+            words = adapted(line)
+            if words[0] == "train" and not (tmp_path / "runs" / "parent").exists():
+                for first in (
+                    ["train", *LITTLE],
+                    ["train", *LITTLE, "run.name=smoke"],
+                    ["train", *LITTLE, "run.name=mine"],
+                ):
+                    assert run_ranks(1, _example, tmp_path, first)[0][0] == 0
+            status, text = run_ranks(1, _example, tmp_path, words)[0]
+            if status:
+                failed.append(f"{line}\n    as {shlex.join(words)}: {status}\n{text[-600:]}")
+    assert not failed, "\n".join(failed)

@@ -1,0 +1,32 @@
+"""Which checkpoint of a run is free of NaN and infinity: the advice after a run that met them."""
+
+from pathlib import Path
+
+from recipes.schema.checkpoint_steps import candidates
+from recipes.schema.errors import CheckpointError
+from train.checkpoint.files import Reader
+
+
+def newest_finite(folder: Path) -> Path | None:
+    """The newest whole checkpoint without NaN or infinity. Reads the numbers of those whose manifest does not say: older versions
+    did not look. CheckpointError where the folder cannot be read."""
+    for path, manifest in candidates(folder)[0]:
+        try:
+            reader = Reader(path) if any(record.not_finite is None for record in manifest.tensors.values()) else None
+            if reader is None or not any(reader.sums(name).not_finite for name in manifest.tensors):
+                return path
+        except CheckpointError:
+            continue
+    return None
+
+
+def after_not_finite(folder: Path) -> str:
+    """What to do about NaN or infinity in a run with these checkpoints, in a sentence or two. Never raises."""
+    try:
+        newest = newest_finite(folder)
+    except CheckpointError as error:
+        return f"({error})"
+    begin = "No earlier checkpoint without them exists: start again"
+    if newest is not None:
+        begin = f"{newest.name} is the newest finite checkpoint: continue from it (checkpoint.allow=[arithmetic])"
+    return f"{begin} with a lower optim.lr, a longer schedule.warmup, optim.clip_norm=1 or precision.params=fp32."

@@ -1,0 +1,134 @@
+"""`stratum COMMAND ...`: the one command of this project. A command's module is imported when it is asked for, not before.
+
+    words --longest name in COMMANDS--> (module, function) --import--> function(rest of the words) -> exit status
+
+Nothing is imported here but the standard library, so that `--help` and mistakes answer at once.
+"""
+
+import difflib
+import importlib
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib import metadata
+
+PACKAGE = "stratum-pretrain"
+"""Name of the installed distribution."""
+
+
+@dataclass(frozen=True)
+class Command:
+    """One command of `stratum`."""
+
+    group: str
+    """Heading under which the help lists it."""
+    entry: str
+    """`module:function`; the function takes the arguments after the command's name and returns the exit status."""
+    about: str
+    """One line of help."""
+
+
+COMMANDS = {
+    "prepare": Command("data", "data.commands:prepare", "text -> tokenizer, token shards, manifest; restartable"),
+    "inspect": Command("data", "data.commands:inspect", "what prepared data holds: counts, lengths, shares, samples"),
+    "trace": Command("data", "data.commands:trace", "the documents a step saw, and the steps that saw a document"),
+    "train": Command("training", "train.__main__:main", "train a recipe; the same command resumes"),
+    "generate": Command("training", "train.inference.command:main", "stream text from a checkpoint of a run"),
+    "report": Command("training", "train.record.report:main", "picture and summary of a run, also while it trains"),
+    "checkpoint": Command("training", "train.checkpoint.__main__:main", "list, verify, compare and rewrite checkpoints"),
+    "hf": Command("training", "train.hf.__main__:main", "models to and from Hugging Face's format, compared block by block"),
+    "plan": Command("runs", "launch.plan.command:main", "memory, time, cost and every mistake of a run, before it starts"),
+    "launch local": Command("runs", "launch.local.command:main", "1..N processes on this machine, with restarts"),
+    "launch slurm": Command("runs", "launch.slurm.command:main", "a Slurm job that continues to the recipe's last step"),
+    "status": Command("runs", "launch.status:main", "what runs are doing: job, step, time left, first error"),
+    "cancel": Command("runs", "launch.slurm.cancel:main", "end a Slurm run after a save; no further job follows"),
+    "doctor": Command("runs", "launch.doctor.command:main", "is this machine ready? each line with its remedy"),
+    "compress": Command("shapes", "train.compress.__main__:main", "score, prune, search and pick smaller shapes of a model"),
+    "teacher-cache": Command("shapes", "train.teacher_cache.command:main", "store a teacher's answers once, to distil from"),
+    "stages": Command("shapes", "launch.stages:main", "the stages of a recipe (score, prune, distil, ...), printed or run"),
+    "fields": Command("reference", "recipes.schema.reference:main", "what every recipe field means"),
+    "validate": Command("reference", "launch.plan.published.command:main", "the plan's predictions next to published throughput"),
+}  # fmt: skip
+"""Every command by its name; a name of two words is a command of a group (`stratum launch local`)."""
+
+_HEAD = """usage: stratum COMMAND [arguments]
+
+Pretraining of language models built from Mamba-2, attention and MLP layers. A recipe says everything about a run; a run is
+named by its folder (runs/smoke), by its name (smoke), or by its recipe and overrides (-cn smoke run.name=mine).
+"""
+_TAIL = """
+`stratum COMMAND --help` explains a command, with examples. `stratum --version` shows the versions that matter.
+
+  stratum prepare -cn smoke && stratum train -cn smoke     prepare data, train
+  stratum generate runs/smoke --prompt "ROMEO."            text from the newest checkpoint
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Entry point of the `stratum` script. -> the command's exit status; 2 if there is no such command."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    if words[:1] == ["help"]:
+        words = [*words[1:], "--help"]
+    if not words or words[0] in ("-h", "--help"):
+        sys.stdout.write(help_text())
+        return 0 if words else 2
+    if words[0] in ("-V", "--version"):
+        sys.stdout.write(version_text())
+        return 0
+    name = next((name for name in (" ".join(words[:2]), words[0]) if name in COMMANDS), None)
+    if name is None:
+        return _unknown(words)
+    module, function = COMMANDS[name].entry.split(":")
+    return int(getattr(importlib.import_module(module), function)(words[len(name.split()) :]))
+
+
+def help_text(of: str = "") -> str:
+    """The list of commands, by group. of: only the commands of this first word."""
+    chosen = {name: command for name, command in COMMANDS.items() if name.startswith(of)}
+    width = max(map(len, chosen))
+    lines = []
+    for group in dict.fromkeys(command.group for command in chosen.values()):
+        lines += ["", f"{group}:"]
+        lines += [f"  {name:{width}}  {command.about}" for name, command in chosen.items() if command.group == group]
+    if of:
+        return "\n".join([f"usage: stratum {of.strip()} COMMAND [arguments]", *lines, ""])
+    return "\n".join([_HEAD.rstrip(), *lines, _TAIL])
+
+
+def version_text() -> str:
+    """Versions of this package and of what it trains with, read without importing any of it."""
+    needed = [f"{name} {_version(name)}" for name in ("torch", "megatron-core", "transformer-engine")]
+    return f"stratum {_version(PACKAGE)} ({', '.join(needed)}, Python {sys.version.split()[0]})\n"
+
+
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _unknown(words: Sequence[str]) -> int:
+    """Say what was probably meant, or list a group's commands. -> exit status."""
+    first = words[0]
+    if any(name.startswith(f"{first} ") for name in COMMANDS):
+        second = words[1] if len(words) > 1 else ""
+        if second in ("-h", "--help"):
+            sys.stdout.write(help_text(f"{first} "))
+            return 0
+        choices = [name.split()[1] for name in COMMANDS if name.startswith(f"{first} ")]
+        near = difflib.get_close_matches(second, choices, n=1, cutoff=0.5)
+        hint = f"Did you mean `stratum {first} {near[0]}`?" if near else f"Use one of: {', '.join(choices)}."
+        problem = f"there is no command `stratum {first} {second}`" if second else f"`stratum {first}` needs a command"
+    else:
+        near = difflib.get_close_matches(first, [*COMMANDS, "launch"], n=1, cutoff=0.5)
+        if not near:  # the second word of a command, as in `local`
+            near = [name for name in COMMANDS if name.endswith(f" {first}")]
+        hint = f"Did you mean `stratum {near[0]}`?" if near else f"There are: {', '.join(COMMANDS)}."
+        problem = f"there is no command `stratum {first}`"
+    sys.stderr.write(f"error: {problem}. {hint}\n")
+    return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())
