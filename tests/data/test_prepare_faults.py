@@ -347,7 +347,7 @@ def test_remedies_fit_the_fault(tmp_path: Path) -> None:
         list(corpus.documents("x", SourceConfig(path=str(tmp_path / "a.jsonl"), template="{text}!")))
     config = config_of(tmp_path, a=jsonl(tmp_path / "b.jsonl", [f"{n} {WORDS}" for n in range(12)]))
     prepare(config, console=QUIET)
-    with pytest.raises(DataError, match=r"the train part .* or add text\.$"):
+    with pytest.raises(DataError, match=r"the train part .* or add text\.\n"):
         open_dataset(replace(config, row_tokens=10**6))
     index = Path(config.folder) / "a" / "00000.train.idx"
     header_sequences = int.from_bytes(index.read_bytes()[18:26], "little")
