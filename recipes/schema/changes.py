@@ -198,7 +198,7 @@ def check_folder(folder: Path, recipe: Recipe) -> None:
     """Refuse a run folder that belongs to another recipe, naming the fields that differ. Changes nothing."""
     path = folder / RECIPE
     if not path.exists():
-        ours = ("logs", f".{path.name}.writing")  # launch's; what a kill leaves of this very file
+        ours = ("logs", "lease", f".{path.name}.writing")  # launch writes the first two; a kill leaves the third
         strangers = [p.name for p in folder.iterdir() if p.name not in ours] if folder.is_dir() else []
         if strangers:
             raise RecipeError(

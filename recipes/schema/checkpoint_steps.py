@@ -89,7 +89,11 @@ def checkpoint_at(place: str | Path) -> tuple[Path, Manifest]:
     Raises CheckpointError where there is none, or none is whole.
     """
     path = Path(place)
-    if (path / MANIFEST).is_file():
+    try:
+        is_checkpoint = (path / MANIFEST).is_file()
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error
+    if is_checkpoint:
         return path, read_manifest(path)
     for folder in (path / CHECKPOINTS, path):
         found = newest_in(folder)

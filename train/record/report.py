@@ -197,7 +197,7 @@ def summary(record: RunRecord, recipe: dict[str, Any], *, name: str, sample: str
 def _facts(record: RunRecord, recipe: dict[str, Any]) -> list[str]:
     """What was trained, how far, how fast, on what."""
     steps = list(record.steps.values())
-    first, last, machine = steps[0], steps[-1], record.machine
+    last, machine = steps[-1], record.machine
     start: dict[str, Any] = next((e for e in reversed(record.events) if e["kind"] in ("start", "resume")), {})
     rows = {
         "model": f"`{recipe['model']['pattern']}`, hidden {recipe['model']['hidden']}, "
@@ -207,7 +207,7 @@ def _facts(record: RunRecord, recipe: dict[str, Any]) -> list[str]:
         "layout": f"{start.get('layout', '?')} on {start.get('device', '?')}",
         "steps": f"{last['step']:,} of {recipe['run']['steps']:,}",
         "tokens": f"{last['tokens']:,}",
-        _loss(recipe): f"{first['loss']:.4f} -> {last['loss']:.4f} nats per token",
+        _loss(recipe): _loss_change([line["loss"] for line in steps]),
         "speed": f"{statistics.median(line['tokens_per_s'] for line in steps):,.0f} tokens/s (median)",
     }
     shares = [line["mfu"] for line in steps if "mfu" in line]
@@ -219,8 +219,17 @@ def _facts(record: RunRecord, recipe: dict[str, Any]) -> list[str]:
     if machine:
         where = machine["cpu"] if machine["device"] == "cpu" else f"{machine['device']}, host {machine['cpu']}"
         threads = f"{machine['threads']} thread{'s' * (machine['threads'] != 1)}"
-        rows["machine"] = f"{where}, {threads} a process; torch {machine['torch']}, Python {machine['python']}"
+        kernels = f", kernels {machine['kernels']}" if machine.get("kernels") else ""
+        rows["machine"] = f"{where}, {threads} a process{kernels}; torch {machine['torch']}, Python {machine['python']}"
     return ["| | |", "|---|---|", *(f"| {key} | {value} |" for key, value in rows.items())]
+
+
+def _loss_change(losses: list[float]) -> str:
+    """From the mean of the first steps to that of the last: a tenth of the run each, at most 50; a single step is noise."""
+    count = min(50, max(1, len(losses) // 10))
+    first, last = (sum(part) / count for part in (losses[:count], losses[-count:]))
+    of = f" (means of the first and last {count} steps)" if count > 1 else ""
+    return f"{first:.4f} -> {last:.4f} nats per token{of}"
 
 
 def _loss(recipe: dict[str, Any]) -> str:
@@ -330,14 +339,13 @@ stratum report smoke                               the same: `smoke` is looked u
 
 
 def _smooth(values: list[float]) -> list[float]:
-    """Mean of the values around each point, as many before as after: at most a tenth of the run or 100 steps.
+    """Mean of the values around each point, up to a twentieth of the run (2 to 50 steps) on either side, as far as there are any.
 
     Values that are not finite are left out.
     """
-    half = min(50, len(values) // 20)
+    half = min(50, max(2, len(values) // 20))
     means = []
     for place in range(len(values)):
-        reach = min(half, place, len(values) - 1 - place)
-        near = [value for value in values[place - reach : place + reach + 1] if math.isfinite(value)]
+        near = [value for value in values[max(0, place - half) : place + half + 1] if math.isfinite(value)]
         means.append(statistics.fmean(near) if near else math.nan)
     return means
