@@ -20,10 +20,10 @@ from recipes.schema.facts import Prepared, not_prepared
 from recipes.schema.rules import data_problems
 
 
-def look(config: DataConfig, *, rows: int, global_rows: int, check_files: bool = True) -> Prepared | None:
+def look(config: DataConfig, *, rows: int, global_rows: int) -> Prepared | None:
     """What is prepared in `config.folder` for a run of `rows` rows, `global_rows` a step; None for data behind a URL.
 
-    check_files: also compare the sizes of all shards with the manifest.
+    Sizes of all files are compared with the manifest; no shard is opened.
     """
     folder = Path(config.folder)
     if is_remote(config.folder):
@@ -31,7 +31,7 @@ def look(config: DataConfig, *, rows: int, global_rows: int, check_files: bool =
     if not (folder / MANIFEST).is_file():
         return not_prepared(config.folder)
     try:
-        manifest = read_manifest(folder, check_files=check_files)
+        manifest = read_manifest(folder)
     except DataError as error:
         return Prepared(problems=(Problem("data.folder", str(error)),))
     found = source_problems(config, manifest)

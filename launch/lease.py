@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Literal
 
 from data.system import disk
-from launch.slurm.queue import SlurmError, look_up
+from launch.queue import SlurmError, look_up
 from recipes.schema.errors import StratumError
 
 FOLDER = "lease"

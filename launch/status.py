@@ -1,8 +1,10 @@
 """`stratum status [RUN ...]`: what runs are doing, from their folders and from Slurm where it is there."""
 
 import json
+import re
 import shutil
 import sys
+import time
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -11,14 +13,19 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from launch.lease import current_owner
 from launch.local.failures import log_of, read_failures, tell
-from launch.runs import RunFolder, runs_in, tail
+from launch.queue import QueuedJob, SlurmError, look_up
+from launch.runs import RunFolder, runs_in
+from launch.slurm.after_job import NO_SUCCESSOR
 from launch.slurm.command import job_numbers
-from launch.slurm.queue import QueuedJob, look_up
 from recipes.schema.errors import StratumError
 from recipes.schema.options import CommandParser, run_named
+from recipes.schema.run_folder import last_texts
 
 _LOG_LINES = 8
+_STARTING_S = 120.0
+"""A run without a step whose logs are newer may still be starting."""
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -29,6 +36,7 @@ def main(arguments: Sequence[str]) -> int:
         examples="""
 stratum status                                      a table of all runs in runs/
 stratum status smoke                                one run, in detail: by its name, or by its folder
+stratum status smoke --watch                        again every 10 s, until Ctrl-C
 stratum status runs/smoke --json                    for scripts
 """,
     )
@@ -36,30 +44,66 @@ stratum status runs/smoke --json                    for scripts
         "runs", nargs="*", metavar="RUN", help="run folders or names (default: a table of all in runs/)"
     )
     parser.add_argument("--json", action="store_true", help="one JSON object a run")
+    parser.add_argument(
+        "--watch", nargs="?", const=10.0, type=float, metavar="S", help="again every S seconds (10), until Ctrl-C"
+    )
     own = parser.parse_args(list(arguments))
     try:
-        runs = [RunFolder(run_named(name)) for name in own.runs] or runs_in(Path("runs"))
-        if own.json:
-            for run in runs:
-                sys.stdout.write(json.dumps(_as_mapping(run)) + "\n")
-        elif own.runs:
-            for run in runs:
-                sys.stdout.write(describe(run))
-        else:
-            _table(runs)
+        while True:
+            text = _report(own.runs, as_json=own.json)
+            clear = "\x1b[2J\x1b[H" if own.watch is not None and sys.stdout.isatty() else ""
+            sys.stdout.write(clear + text)
+            sys.stdout.flush()
+            if own.watch is None:
+                return 0
+            time.sleep(max(1.0, own.watch))
     except StratumError as error:
         sys.stderr.write(f"error: {error}\n")
         return 2
-    return 0
+    except KeyboardInterrupt:
+        return 0
 
 
-def describe(run: RunFolder) -> str:
+def _report(names: Sequence[str], *, as_json: bool) -> str:
+    runs, queue = [RunFolder(run_named(name)) for name in names] or runs_in(Path("runs")), Queue()
+    if as_json:
+        return "".join(json.dumps(_as_mapping(run, queue)) + "\n" for run in runs)
+    text = "".join(describe(run, queue) for run in runs) if names else _table(runs, queue)
+    return text + (f"{queue.problem}. Shown is what the folders say.\n" if queue.problem else "")
+
+
+class Queue:
+    """What Slurm says about runs. Where it is there but does not answer it is asked only once: `problem` says so."""
+
+    def __init__(self) -> None:
+        self.problem = ""
+
+    def newest_job(self, run: RunFolder) -> QueuedJob | None:
+        """The job that runs or ran last; one that still waits behind it does not count. None if there is none, or no answer."""
+        numbers = job_numbers(run)
+        if shutil.which("scontrol") is None or self.problem or not numbers:
+            return None
+        try:
+            jobs = look_up(numbers[-8:])
+        except SlurmError as error:
+            self.problem = str(error)
+            return None
+        active = [job for job in jobs if job.is_active]
+        candidates = [job for job in active if not job.is_waiting] or active or jobs
+        return candidates[-1] if candidates else None
+
+
+def describe(run: RunFolder, queue: Queue) -> str:
     """A run in a few lines."""
     lines = [str(run.path)]
-    job = _newest_job(run)
+    job = queue.newest_job(run)
     if job is not None:
         lines.append(f"  job {_job_line(job)}")
     lines.append(f"  {_progress_line(run)}")
+    lines.append(f"  {_life(run, job, queue)}")
+    refusal = last_texts(run.logs / NO_SUCCESSOR, 3)
+    if refusal:
+        lines.append(f"  the next job of the chain could not be submitted from a compute node: {' '.join(refusal)}")
     lines.append(f"  newest checkpoint: {run.newest_checkpoint() or 'none yet'}")
     attempts = run.attempts()
     if attempts:
@@ -68,18 +112,35 @@ def describe(run: RunFolder) -> str:
             lines += [f"  {line}" for line in tell(attempts[-1], failures).splitlines()]
         log = log_of(attempts[-1], 0)
         lines.append(f"  {log}:")
-        lines += [f"    {line}" for line in tail(log, _LOG_LINES)]
+        lines += [f"    {line}" for line in last_texts(log, _LOG_LINES)]
     return "\n".join(lines) + "\n"
 
 
-def _newest_job(run: RunFolder) -> QueuedJob | None:
-    """The job that runs or ran last; one that still waits behind it does not count."""
-    if shutil.which("scontrol") is None:
-        return None
-    jobs = look_up(job_numbers(run)[-8:])
-    started = [job for job in jobs if job.is_active and not job.is_waiting] or [job for job in jobs if job.is_active]
-    candidates = started or jobs
-    return candidates[-1] if candidates else None
+def _life(run: RunFolder, job: QueuedJob | None, queue: Queue) -> str:
+    """Whether anything trains the run or will: by its lease and its job. A dead run is called dead."""
+    found = current_owner(run.path, may_ask_slurm=not queue.problem)
+    if found is not None and found[1] == "alive":
+        return f"trained by {found[0].describe()}"
+    if job is not None and job.is_active:
+        return (
+            "waits for its job" if job.is_waiting else "its job runs; no trainer has taken the run yet, or it has ended"
+        )
+    progress = run.progress()
+    if progress is not None and progress.total_steps is not None and progress.step >= progress.total_steps:
+        return "finished"
+    if queue.problem and job_numbers(run):
+        return "no trainer owns it; whether a job of it waits is not known without Slurm's answer"
+    logs = [path.stat().st_mtime for folder in run.attempts()[-1:] for path in folder.glob("rank-*.log")]
+    if logs and time.time() - max(logs) < _STARTING_S and progress is None:
+        return "starts, or has just ended"
+    how = (
+        "its trainer ended without giving the run back (killed, or its machine was lost)"
+        if found
+        else "no process trains it"
+    )
+    return (
+        f"dead: {how}, and no job of it waits or runs. The command that started it continues from the newest checkpoint"
+    )
 
 
 def _job_line(job: QueuedJob) -> str:
@@ -115,27 +176,36 @@ def _span(seconds: float) -> str:
     return (f"{days} d " if days else "") + f"{hour}:{minute:02}:{second:02}"
 
 
-def _table(runs: Sequence[RunFolder]) -> None:
-    table = Table("run", "job", "progress", "checkpoint")
+def _table(runs: Sequence[RunFolder], queue: Queue) -> str:
+    if not runs:
+        return "no runs in runs/\n"
+    table = Table("run", "job", "progress", "state", "checkpoint")
     for run in runs:
-        job = _newest_job(run)
+        job = queue.newest_job(run)
+        life = re.split(r"[:;(]", _life(run, job, queue))[0].strip()
         table.add_row(
-            str(run.path), _job_line(job) if job else "", _progress_line(run), run.newest_checkpoint() or "none yet"
+            str(run.path),
+            _job_line(job) if job else "",
+            _progress_line(run),
+            life,
+            run.newest_checkpoint() or "none yet",
         )
     console = Console()
-    if runs:
+    with console.capture() as captured:
         console.print(table)
-    else:
-        console.print("no runs in runs/")
+    return captured.get()
 
 
-def _as_mapping(run: RunFolder) -> dict[str, Any]:
-    job, progress = _newest_job(run), run.progress()
+def _as_mapping(run: RunFolder, queue: Queue) -> dict[str, Any]:
+    job, progress = queue.newest_job(run), run.progress()
     attempts = run.attempts()
     return {
         "run": str(run.path),
         "job": asdict(job) if job else None,
         "progress": asdict(progress) if progress else None,
+        "state": _life(run, job, queue),
+        "slurm": queue.problem or None,
+        "no_successor": " ".join(last_texts(run.logs / NO_SUCCESSOR, 3)) or None,
         "checkpoint": run.newest_checkpoint(),
         "failures": [asdict(failure) for failure in read_failures(attempts[-1])] if attempts else [],
     }

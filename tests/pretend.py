@@ -4,7 +4,8 @@
 
 Each step takes `--step-s`. Rank 0 writes metrics.jsonl and checkpoints/latest; a `--fail` happens once per run folder
 (or each time, with `always`), so that a restart gets past it. HOW: raise, error (status 2), kill (SIGKILL), peer (raise
-"Connection closed by peer", a moment late), hang (go on for ever, whatever signal comes). With `--hold STEP` a run that starts
+"Connection closed by peer", a moment late), hang (go on for ever, whatever signal comes). STEP 0 is before signals are handled,
+which takes `--start-s`. With `--hold STEP` a run that starts
 from the beginning does not go beyond that step until a signal comes: what a test does meanwhile may take as long as it likes.
 """
 
@@ -28,9 +29,14 @@ def main() -> int:
     parser.add_argument("--fail", action="append", default=[])
     parser.add_argument("--hold", type=int, default=0)
     parser.add_argument("--patience-s", type=float, default=2.0)
+    parser.add_argument("--end-s", type=float, default=0.0)
+    parser.add_argument("--start-s", type=float, default=0.0)
     own = parser.parse_args()
     rank = int(os.environ["RANK"])
     received: list[int] = []
+    for failure in own.fail:
+        _fail(failure, own.folder, rank=rank, step=0)
+    time.sleep(own.start_s)  # imports: no signal is handled yet
 
     def note(number: int, _frame: object) -> None:
         received.append(number)
@@ -70,6 +76,7 @@ def main() -> int:
                 latest.write_text(name)
         if is_stopping:
             print(f"stopped at step {step}", flush=True)
+            time.sleep(own.end_s)
             return 128 + received[0] if received else 0
     print("finished", flush=True)
     return 0

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from recipes.schema.errors import StratumError
-from train.record.metrics import METRICS
-from train.record.report import main, read_run, write_report
+from recipes.schema.run_folder import METRICS
+from train.record.report import _smooth, main, read_run, write_report
 
 RECIPE = {"model": {"pattern": "M-", "hidden": 8}, "precision": {"params": "fp32"}, "run": {"steps": 8}}
 
@@ -148,6 +148,25 @@ def test_a_score_that_is_not_a_number_does_not_stop_a_report(value: str | None, 
             [begin("start", 0), step(1, 7.0), {"kind": "precision", "step": 1, "scaling": "x", "readings": [reading]}],
         )
     )
+
+
+def test_the_loss_of_a_run_is_said_by_means_of_several_steps(tmp_path: Path) -> None:
+    """Forty steps around 8 and then around 4, each one off by up to a half: tenths are four steps."""
+    noise = (0.5, -0.5, 0.25, -0.25)
+    lines = [begin("start", 0), *(step(n, (8.0 if n <= 20 else 4.0) + noise[n % 4]) for n in range(1, 41))]
+    write_report(folder_of(tmp_path, lines))
+    assert (
+        "8.0000 -> 4.0000 nats per token (means of the first and last 4 steps)" in (tmp_path / "summary.md").read_text()
+    )
+
+
+@pytest.mark.parametrize("count", [5, 40, 400])
+def test_the_running_mean_ends_in_a_mean(count: int) -> None:
+    values = [float(n % 2) for n in range(count)]
+    smooth = _smooth(values)
+    assert len(smooth) == count
+    for raw, mean in ((values[0], smooth[0]), (values[-1], smooth[-1])):
+        assert 0 < mean < 1 and mean != raw
 
 
 def test_a_sample_kept_in_the_folder_stays_in_the_summary(tmp_path: Path) -> None:

@@ -3,6 +3,9 @@
 import errno
 import json
 import math
+import os
+import re
+import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,11 +14,13 @@ import pytest
 import torch
 
 from recipes.schema.errors import StratumError
+from recipes.schema.run_folder import METRICS, read_metrics
 from recipes.schema.telemetry import TelemetryConfig
 from train.precision.control import Reading
 from train.record.machine import peak_by_name, peak_flops
-from train.record.metrics import METRICS, JsonLines, read_metrics
+from train.record.metrics import JsonLines
 from train.record.report import read_run
+from train.record.stopwatch import Stopwatch
 from train.record.telemetry import Telemetry
 
 
@@ -30,7 +35,7 @@ class Reducer:
         return values.mul_(2)
 
 
-def recorder(folder: Path, reduce: Reducer, **changes: object) -> Telemetry:
+def recorder(folder: Path, reduce: Reducer, *, total_steps: int = 10, **changes: object) -> Telemetry:
     fields: dict[str, object] = {"log_every_steps": 4, "tensorboard": False, "progress": False}
     return Telemetry(
         folder,
@@ -38,7 +43,7 @@ def recorder(folder: Path, reduce: Reducer, **changes: object) -> Telemetry:
         is_writer=True,
         reduce=reduce,
         device=torch.device("cpu"),
-        total_steps=10,
+        total_steps=total_steps,
         first_step=0,
         tokens_per_step=100,
         flops_per_token=1e6,
@@ -79,7 +84,7 @@ def test_a_torn_line_is_closed_off_and_skipped(tmp_path: Path) -> None:
     path = tmp_path / METRICS
     path.write_text(path.read_text() + '{"kind": "step", "st')
     again = recorder(tmp_path, Reducer())
-    again.event("resume", step=2, parameters=1, layout="TP1")
+    again.event("resume", step=2, parameters=1, layout="TP1", precision="fp32")
     run(again, losses()[2:4], first=3)
     again.close()
     record = read_run(tmp_path)
@@ -264,6 +269,52 @@ def test_a_full_disk_is_one_clear_error(tmp_path: Path) -> None:
         telemetry.event("save", step=1, path="x")
 
 
+class FakeEvent:
+    """An event on a device whose clock is set by hand; it notes who waits for it."""
+
+    clock_ms = 0.0
+    waits = 0
+
+    def __init__(self, enable_timing: bool) -> None:
+        assert enable_timing
+
+    def record(self) -> None:
+        self.at = FakeEvent.clock_ms
+
+    def synchronize(self) -> None:
+        FakeEvent.waits += 1
+
+    def elapsed_time(self, end: "FakeEvent") -> float:
+        return end.at - self.at
+
+
+def test_laps_on_a_gpu_are_the_devices_and_wait_for_nothing_before_the_flush(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "Event", FakeEvent)
+    telemetry = recorder(tmp_path, Reducer())  # an interval of four steps
+    for step in range(1, 5):
+        watch = Stopwatch(torch.device("cuda"))
+        for name, milliseconds in (("forward_backward", 300), ("optimizer", 100), ("optimizer", 20)):
+            FakeEvent.clock_ms += milliseconds
+            watch.lap(name)
+        assert FakeEvent.waits == 0
+        telemetry.record(step, loss=torch.tensor(1.0), grad_norm=1.0, learning_rate=0.1, seconds=watch.seconds)
+    telemetry.close()
+    lines = [line for line in read_metrics(tmp_path / METRICS) if line["kind"] == "step"]
+    assert len(lines) == 4 and FakeEvent.waits > 0
+    for line in lines:
+        assert line["seconds"] == pytest.approx({"forward_backward": 0.3, "optimizer": 0.12})
+        assert line["step_s"] == pytest.approx(0.42)
+
+
+def test_megatron_does_not_bring_folders_of_weights_and_biases_along(tmp_path: Path) -> None:
+    """Its import makes two in TMPDIR, which a kill leaves there; W&B itself can still be imported afterwards."""
+    program = "import sys, train.megatron; assert 'wandb' not in sys.modules; import os; os.kill(os.getpid(), 9)"
+    subprocess.run([sys.executable, "-c", program], env={**os.environ, "TMPDIR": str(tmp_path)}, check=False)
+    assert [path.name for path in tmp_path.iterdir() if "wandb" in path.name] == []
+
+
 def test_phases_are_timed(tmp_path: Path) -> None:
     telemetry = recorder(tmp_path, Reducer())
     with telemetry.phase("saving"):
@@ -294,6 +345,21 @@ def test_a_live_bar_on_a_terminal(
     telemetry.close()
     shown = capsys.readouterr().err
     assert "10/10" in shown and "200 tok/s" in shown and "verse 2.500" in shown
+
+
+@pytest.mark.parametrize("columns", [60, 80, 120])
+def test_a_narrow_terminal_shows_the_step_and_the_time_left(
+    columns: int, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("COLUMNS", str(columns))
+    telemetry = recorder(tmp_path, Reducer(), progress=True, total_steps=100_000)
+    run(telemetry, losses())
+    telemetry.close()
+    shown = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", capsys.readouterr().err)
+    last = [line for line in re.split(r"[\r\n]", shown) if line.strip()][-1]
+    assert "10/100000" in last and re.search(r"\d:\d\d:\d\d left", last) and "loss" in last, last
+    assert len(last) <= columns
 
 
 # Dense bf16 with fp32 accumulation from NVIDIA's data sheets (half of a figure given with sparsity), names as drivers give them.

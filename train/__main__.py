@@ -5,6 +5,7 @@ infinity in a gradient, a weight, a moment or an evaluation (no such state is sa
 signal's number when a signal asked the run to stop (a checkpoint was written).
 """
 
+import contextlib
 import os
 import signal
 import sys
@@ -12,6 +13,7 @@ from collections.abc import Sequence
 
 from omegaconf import DictConfig
 
+from data.system.parent import end_with_parent
 from recipes.schema.command import dotted_keys, run_command
 from recipes.schema.errors import USER_ERRORS
 from recipes.schema.options import CommandParser
@@ -35,6 +37,8 @@ be used; 128 + the signal's number when a signal stopped the run (a checkpoint w
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point of `stratum train` and of the module that torchrun starts."""
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        end_with_parent()  # torchrun dies of SIGUSR1 and SIGKILL without a word to its processes: they save and stop then
     parser = CommandParser(
         "train", about="Train a recipe on this process, or as one rank of torchrun.", examples=_EXAMPLES, notes=_NOTES,
         recipe=True, sweeps=True,
@@ -53,15 +57,21 @@ def _train(composed: DictConfig) -> int:
             from train.record.report import write_report  # likewise, and matplotlib
 
             write_report(end.folder)
-            print(f"Finished at step {end.step}. Summary: {end.folder}/summary.md, picture: {end.folder}/loss.png")
+            _say(f"Finished at step {end.step}. Summary: {end.folder}/summary.md, picture: {end.folder}/loss.png")
         else:
-            print(
+            _say(
                 f"Stopped at step {end.step} ({end.reason}); the checkpoint is written. The same command continues "
                 f"from there."
             )
     if end.reason.startswith("SIG"):
         return 128 + int(getattr(signal, end.reason))
     return 0
+
+
+def _say(text: str) -> None:
+    """To the terminal, which may be closed: that is no failure of the run."""
+    with contextlib.suppress(OSError):
+        print(text, flush=True)
 
 
 if __name__ == "__main__":

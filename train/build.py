@@ -42,21 +42,21 @@ log = logging.getLogger(__name__)
 def check_start(recipe: Recipe, *, world: int, rank: int = 0) -> Layout:
     """The layout of a recipe that can start here, on `world` processes. RecipeError lists everything that is wrong with it.
 
-    Looks at the machine and the disk; changes nothing. Rank 0 also logs what is allowed and probably not meant.
+    Looks at the machine and the disk; changes nothing. Only rank 0 looks at the disk: thousands of ranks that ask a shared file
+    system for the size of every file of a checkpoint would wait for minutes. It also logs what is allowed and probably not meant.
     """
-    machine = this_machine()
-    # Sizes of shards are compared when the data is opened; data behind a URL is judged then too.
-    data = look_at_data(
-        recipe.data,
-        rows=recipe.run.steps * recipe.run.global_rows,
-        global_rows=recipe.run.global_rows,
-        check_files=False,
-    )
-    found = problems(recipe, world=world, machine=machine, disk=look(recipe), prepared=data)
-    refuse(found)
-    for note in notes(recipe, machine=machine, prepared=data) if rank == 0 else ():
+    machine, is_first = this_machine(), rank == 0
+    data = look_at_data(recipe.data, rows=_rows(recipe), global_rows=recipe.run.global_rows) if is_first else None
+    disk = look(recipe) if is_first else None
+    refuse(problems(recipe, world=world, machine=machine, disk=disk, prepared=data))
+    for note in notes(recipe, machine=machine, prepared=data) if is_first else ():
         log.warning("%s", note)
     return check(recipe, world=world)
+
+
+def _rows(recipe: Recipe) -> int:
+    """Rows of the whole run."""
+    return recipe.run.steps * recipe.run.global_rows
 
 
 def check(recipe: Recipe, *, world: int) -> Layout:
@@ -73,7 +73,7 @@ def check(recipe: Recipe, *, world: int) -> Layout:
 def open_data(recipe: Recipe) -> Dataset:
     """The prepared data of a recipe, checked against its model. DataError names what does not match."""
     dataset = open_dataset(recipe.data)
-    dataset.blend.check_length(recipe.run.steps * recipe.run.global_rows, global_rows=recipe.run.global_rows)
+    dataset.blend.check_length(_rows(recipe), global_rows=recipe.run.global_rows)
     refuse(vocabulary_problems(recipe, dataset.vocab_size), DataError)
     return dataset
 

@@ -55,6 +55,7 @@ def train_loop(
     last_step = run.steps
     received: signal.Signals | None = None
     writing = False
+    answer: Callable[[], list[bool]]
     if run.stop_after_steps is not None:
         last_step = min(last_step, first_step + run.stop_after_steps)
 
@@ -62,9 +63,18 @@ def train_loop(
         """Whether the step that ends as step `at` is one of those whose quantisation errors are looked at."""
         return recipe.precision.health and at % recipe.telemetry.log_every_steps == 0
 
+    def before_update() -> None:
+        """Ask all ranks about signals and saves while the optimizer works, so that no step waits for the answer. Signals
+        after the question are heard in the next step."""
+        nonlocal answer
+        checkpoints.before_update()
+        answer = mesh.begin_any_of(
+            *(signals.received == number for number in WATCHED), checkpoints.is_writing, checkpoints.has_failed
+        )
+
     with StopSignals() as signals:
         while step < last_step:
-            watch = Stopwatch()
+            watch = Stopwatch(mesh.device)
             microbatches: list[Any] = next(stream)
             watch.lap("data")
 
@@ -82,7 +92,7 @@ def train_loop(
                 learning_rate=recipe.optim.lr * factor,
                 watch=watch,
                 measure=is_measured(step + 1),
-                before_update=checkpoints.before_update,
+                before_update=before_update,
             )
             step += 1
             telemetry.record(
@@ -91,7 +101,7 @@ def train_loop(
                 parts=result.parts,
                 grad_norm=result.grad_norm,
                 learning_rate=recipe.optim.lr * factor,
-                seconds=watch.seconds(),
+                seconds=watch.seconds,
             )
             if is_measured(step):
                 telemetry.flush()
@@ -111,10 +121,8 @@ def train_loop(
             if checkpoints.is_due(step) and step < last_step:
                 telemetry.flush()
                 save(step, stream.position, background=recipe.checkpoint.background)
-            *heard, writing, failed = mesh.any_of(
-                *(signals.received == number for number in WATCHED), checkpoints.is_writing, checkpoints.has_failed
-            )
-            _tell(telemetry, checkpoints, recipe=recipe, step_s=sum(watch.seconds().values()))
+            *heard, writing, failed = answer()
+            _tell(telemetry, checkpoints, recipe=recipe, watch=watch)
             if failed and not writing:
                 checkpoints.check()
             if any(heard):
@@ -134,10 +142,11 @@ def train_loop(
                 step = saved
         if step > first_step and checkpoints.saved_step != step:
             save(step, stream.position, background=False)
-        _tell(telemetry, checkpoints, recipe=recipe, step_s=0.0)
+        _tell(telemetry, checkpoints, recipe=recipe)
         checkpoints.check(always=True)
+        if step >= run.steps:
+            evaluate(step)  # still under StopSignals: a first signal lets it finish, for all is saved
     if step >= run.steps:
-        evaluate(step)
         return LoopEnd(step, "finished")
     return LoopEnd(step, received.name if received is not None else "paused")
 
@@ -148,13 +157,15 @@ def _grace_s(recipe: Recipe, received: signal.Signals) -> float:
     return min(launch.grace_s, launch.slurm.save_before_end_s) if received == signal.SIGUSR1 else launch.grace_s
 
 
-def _tell(telemetry: Telemetry, checkpoints: CheckpointFolder, *, recipe: Recipe, step_s: float) -> None:
+def _tell(
+    telemetry: Telemetry, checkpoints: CheckpointFolder, *, recipe: Recipe, watch: Stopwatch | None = None
+) -> None:
     """Record what happened to the save under way: asked for, staged, durable, tried again, failed."""
     for event in checkpoints.collect():
         telemetry.event(event.kind, step=event.step, **event.fields)
         if event.kind == "save":
             late = grace_warning(
-                step_s,
+                sum(watch.seconds().values()) if watch is not None else 0.0,
                 save_s=event.fields["seconds"],
                 grace_s=recipe.launch.grace_s,
                 before_end_s=recipe.launch.slurm.save_before_end_s,

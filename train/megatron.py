@@ -26,6 +26,7 @@ import ctypes
 import functools
 import logging
 import os
+import sys
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any, Literal
@@ -202,14 +203,22 @@ def _redirect_tracker() -> None:
     random.CudaRNGStatesTracker.fork = fork
 
 
-def _import_megatron() -> None:
-    """Import Megatron-Core with `torch.compile` held off: its fused functions are not on the CPU path (saves seconds)."""
+def _import_megatron(*, is_compiling: bool) -> None:
+    """Import the parts of Megatron-Core that training uses.
+
+    Off a GPU `torch.compile` is held off meanwhile: fused functions are not on the CPU path (saves seconds). `wandb` is hidden:
+    Megatron imports it whether it is used or not, and its two temporary folders stay behind when the process is killed.
+    """
     compiler = torch.compile
 
     def uncompiled(function: Any = None, *_args: Any, **_kwargs: Any) -> Any:
         return function if function is not None else (lambda inner: inner)
 
-    torch.compile = uncompiled  # type: ignore[assignment]
+    if not is_compiling:
+        torch.compile = uncompiled  # type: ignore[assignment]
+    is_hidden = "wandb" not in sys.modules
+    if is_hidden:
+        sys.modules["wandb"] = None  # type: ignore[assignment]
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Apex and Transformer Engine are absent on a CPU, as they should be
@@ -220,10 +229,14 @@ def _import_megatron() -> None:
             import megatron.core.pipeline_parallel  # noqa: F401  likewise
     finally:
         torch.compile = compiler
+        if is_hidden:
+            del sys.modules["wandb"]
 
 
 _quieten()
-if not torch.cuda.is_available():
+if torch.cuda.is_available():
+    _import_megatron(is_compiling=True)
+else:
     _redirect_to_cpu()
-    _import_megatron()
+    _import_megatron(is_compiling=False)
     _redirect_tracker()

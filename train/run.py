@@ -28,14 +28,17 @@ from train.build import build_engine, check_start, mesh_of, open_data
 from train.checkpoint.manager import CheckpointFolder, checkpoint_at
 from train.checkpoint.manifest import RunState
 from train.checkpoint.resume import TEACHER, resume
+from train.checkpoint.saving import Peers
 from train.distill.teacher_cache import KeptAnswers
 from train.evaluate.losses import heldout_bits_per_byte
 from train.loop import train_loop
 from train.megatron import choose_device, use_device
+from train.native.forms import describe, of_all_ranks
 from train.parallel.mesh import Mesh, world_from_environment
 from train.record.machine import peak_flops
 from train.record.telemetry import Telemetry
 from train.resilience.faults import check_scores
+from train.resilience.hangs import hangs_named, record_operations
 from train.resilience.lease import held_lease
 
 log = logging.getLogger(__name__)
@@ -64,7 +67,12 @@ def train(recipe: Recipe) -> RunEnd:
     dataset = open_data(recipe)
     folder = Path(recipe.run.folder) / recipe.run.name
     use_device(device)
-    with mesh_of(recipe, layout, device=device, rank=rank) as mesh, held_lease(folder, mesh) as check_lease:
+    record_operations()
+    with (
+        mesh_of(recipe, layout, device=device, rank=rank) as mesh,
+        hangs_named(timeout_s=recipe.launch.timeout_s),
+        held_lease(folder, rank=rank, any_rank=mesh.any_rank) as check_lease,
+    ):
         return _train(recipe, mesh=mesh, dataset=dataset, folder=folder, check_lease=check_lease)
 
 
@@ -81,6 +89,7 @@ def _train(recipe: Recipe, *, mesh: Mesh, dataset: Dataset, folder: Path, check_
         origin |= {"started_from": str(initial), "started_from_fingerprint": before.fingerprint}
     engine = build_engine(recipe, mesh, weights=initial, tokenizer=dataset.tokenizer.fingerprint)
     mapping = recipe_mapping(recipe)
+    kernels = _kernels(mesh)
     start = resume(
         checkpoints,
         engine,
@@ -89,6 +98,7 @@ def _train(recipe: Recipe, *, mesh: Mesh, dataset: Dataset, folder: Path, check_
             recipe=mapping,
             data_hash=dataset.manifest_hash,
             tokenizer=dataset.tokenizer.fingerprint,
+            kernels=kernels,
             lineage=origin,
         ),
     )
@@ -114,6 +124,7 @@ def _train(recipe: Recipe, *, mesh: Mesh, dataset: Dataset, folder: Path, check_
             peak_flops=_world_peak(peak_flops(mesh.device), mesh),
             recipe_dict=mapping,
             loss_parts=engine.loss_parts,
+            kernels=kernels,
             precision_at=lambda tokens: describe_precision(recipe.model, recipe.precision, tokens=tokens),
         )
         stack.callback(telemetry.close)
@@ -154,6 +165,7 @@ def _train(recipe: Recipe, *, mesh: Mesh, dataset: Dataset, folder: Path, check_
             parameters=parameters(recipe.model).total,
             layout=mesh.layout.describe(),
             device=str(mesh.device),
+            kernels=kernels,
             precision=describe_precision(recipe.model, recipe.precision),
         )
         if step == 0:
@@ -203,6 +215,15 @@ def _warn_of_other_beginning(recipe: Recipe, lineage: dict[str, Any]) -> None:
             lineage["started_from"],
             began[:12],
         )
+
+
+def _kernels(mesh: Mesh) -> str:
+    """Which form of the CPU kernels each rank runs, said if they are not alike. Collective."""
+    peers = Peers(mesh.saving)
+    forms = peers.gather(describe(mesh.device))
+    if forms is not None and len(set(forms)) > 1:
+        log.warning("ranks run different kernels, so the layout of ranks changes bits: %s", of_all_ranks(forms))
+    return str(peers.hear(of_all_ranks(forms) if forms is not None else None))
 
 
 def _world_peak(per_rank: float | None, mesh: Mesh) -> float | None:

@@ -41,6 +41,7 @@ COMMANDS = {
     "launch local": Command("runs", "launch.local.command:main", "1..N processes on this machine, with restarts"),
     "launch slurm": Command("runs", "launch.slurm.command:main", "a Slurm job that continues to the recipe's last step"),
     "status": Command("runs", "launch.status:main", "what runs are doing: job, step, time left, first error"),
+    "logs": Command("runs", "launch.logs:main", "the last lines of a run's newest logs; --follow shows new ones"),
     "cancel": Command("runs", "launch.slurm.cancel:main", "end a Slurm run after a save; no further job follows"),
     "doctor": Command("runs", "launch.doctor.command:main", "is this machine ready? each line with its remedy"),
     "compress": Command("shapes", "train.compress.__main__:main", "score, prune, search and pick smaller shapes of a model"),

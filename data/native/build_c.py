@@ -1,7 +1,10 @@
 """C sources of this project, built once for this machine with its compiler: the one place that knows how.
 
-A library lies in the user's cache folder under a name that holds a hash of the source, the flags, the compiler and the
-processor, so that nothing stale is ever loaded. Standard library only.
+    source, flags, compiler, processor --> scan-KEY-DIGEST.so in the user's cache folder, or in a folder of this process alone
+
+The key says what a library was made from, so that nothing stale is loaded; the digest is that of the library itself, and is
+compared before it is loaded: loading a torn one would end the process with a bus error. Code is only loaded from files and
+folders that nobody but this user (or root) can write, and no link is followed there. Standard library only.
 """
 
 import ctypes
@@ -10,8 +13,10 @@ import logging
 import os
 import platform
 import shutil
+import stat
 import subprocess
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 
 from data.system import disk
@@ -25,17 +30,16 @@ FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fope
 def load_if_possible(
     *sources: Path, flags: tuple[str, ...] = (), what: str, instead: str = "plain torch"
 ) -> ctypes.CDLL | None:
-    """Like `load`; None where compiled code is not wanted or not possible here, which is said at info level.
+    """Like `load`; None if compiled code is not wanted, or not possible here: that is a warning, for bits may differ.
 
-    what: said to be not compiled; instead: what does its work then.
+    what: reported as not compiled; instead: what does its work then.
     """
     if not wanted():
         return None
     try:
         return load(*sources, flags=flags)
     except (OSError, subprocess.CalledProcessError) as error:
-        reason = getattr(error, "stderr", None) or error
-        log.info("%s not compiled (%s); %s is used instead", what, reason, instead)
+        log.warning("%s not compiled (%s); %s is used instead", what, _reason(error), instead)
         return None
 
 
@@ -55,25 +59,108 @@ def load(*sources: Path, flags: tuple[str, ...] = ()) -> ctypes.CDLL:
         raise OSError("no C compiler found: install gcc, or set CC")
     texts = [source.read_text() for source in sources]
     key = hashlib.sha256("\n".join([*texts, *FLAGS, *flags, compiler, _processor()]).encode()).hexdigest()[:16]
-    path = _folder() / f"{sources[0].stem}-{key}.so"
-    if not path.exists():
-        # Each under a name of its own: ranks that start together do not read each other's unfinished file.
-        with disk.written_aside(path, is_own=True) as aside:
-            command = [compiler, *FLAGS, *flags, "-shared", "-fPIC", "-o", str(aside), str(sources[0]), "-lm"]
-            subprocess.run(command, check=True, capture_output=True, text=True)
-    return ctypes.CDLL(str(path))
-
-
-def _folder() -> Path:
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "stratum"
+    name = f"{sources[0].stem}-{key}"
+    command = [compiler, *FLAGS, *flags, "-shared", "-fPIC", str(sources[0]), "-lm", "-o"]
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError:
-        folder = Path(tempfile.gettempdir()) / f"stratum-{os.getuid()}"
-        folder.mkdir(mode=0o700, exist_ok=True)
-        if folder.stat().st_uid != os.getuid():
-            raise OSError(f"{folder} belongs to someone else") from None
+        folder = _cache_folder()
+        return ctypes.CDLL(str(_library_in(folder, name) or _build(command, folder, name)))
+    except (OSError, subprocess.CalledProcessError) as error:
+        reason = _reason(error)
+    with tempfile.TemporaryDirectory(prefix="stratum-") as private:
+        _refuse_open_to_others(Path(private))
+        library = ctypes.CDLL(str(_build(command, Path(private), name)))  # it stays mapped when the folder is gone
+    log.warning("%s was compiled for this process alone, as it will be at each start: %s", sources[0].name, reason)
+    return library
+
+
+def _library_in(folder: Path, name: str) -> Path | None:
+    """A library of this name whose content has the digest in its file's name; torn, foreign and linked ones are removed."""
+    for path in sorted(folder.glob(f"{name}-*.so")):
+        with suppress(FileNotFoundError):  # another rank removed it
+            if _is_right(path, name):
+                return path
+            path.unlink()
+    return None
+
+
+def _is_right(path: Path, name: str) -> bool:
+    if path.is_symlink():
+        return False
+    with os.fdopen(os.open(path, os.O_RDONLY | os.O_NOFOLLOW), "rb") as stream:
+        found = os.fstat(stream.fileno())
+        return _is_ours_alone(found) and stat.S_ISREG(found.st_mode) and _named(name, stream.read()) == path.name
+
+
+def _build(command: list[str], folder: Path, name: str) -> Path:
+    """Compile into a folder. The name is given last, so that no process meets an unfinished file."""
+    handle, aside = tempfile.mkstemp(prefix=f".{name}-", dir=folder)
+    os.close(handle)
+    try:
+        subprocess.run([*command, aside], check=True, capture_output=True, text=True)
+        os.chmod(aside, 0o700)  # whatever the umask is
+        path = folder / _named(name, Path(aside).read_bytes())
+        disk.put_in_place(Path(aside), path)
+    finally:
+        Path(aside).unlink(missing_ok=True)
+    return path
+
+
+def _named(name: str, content: bytes) -> str:
+    """The file's name of a library with this content."""
+    return f"{name}-{hashlib.sha256(content).hexdigest()[:32]}.so"
+
+
+def _cache_folder() -> Path:
+    """The user's folder of libraries, made if need be. OSError if it cannot be made or others could put code there."""
+    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache").absolute()
+    for parent in reversed((base, *base.parents)):
+        if not os.path.lexists(parent):
+            parent.mkdir(mode=0o700, exist_ok=True)
+    folder = base / "stratum"
+    with suppress(FileExistsError):
+        os.mkdir(folder, 0o700)
+    _refuse_open_to_others(folder)
     return folder
+
+
+def _refuse_open_to_others(folder: Path) -> None:
+    """OSError unless only this user and root can change what is in `folder`, or what its path leads to.
+
+    On the way there a folder that others can write is fine if it is sticky, like /tmp: they cannot rename what is not theirs.
+    So is a group of the user's own, as many systems give each (the same number as the user's).
+    """
+    found = os.lstat(folder)
+    if stat.S_ISLNK(found.st_mode) or not stat.S_ISDIR(found.st_mode):
+        raise OSError(f"{folder} is a link or not a folder: no code is loaded from there")
+    if not _is_ours_alone(found):
+        raise OSError(
+            f"{folder} belongs to or can be written by other users: no code is loaded from there. Delete it, or set "
+            f"XDG_CACHE_HOME to a folder of your own"
+        )
+    way = Path(os.path.realpath(folder.parent))
+    lexical = [parent for parent in folder.parents if parent.is_symlink()]
+    for parent in (way, *way.parents, *lexical):
+        found = os.lstat(parent)
+        by_others = stat.S_IWOTH | (stat.S_IWGRP if found.st_gid != found.st_uid else 0)
+        is_open = found.st_mode & by_others and not found.st_mode & stat.S_ISVTX and not stat.S_ISLNK(found.st_mode)
+        if found.st_uid not in (0, os.geteuid()) or is_open:
+            raise OSError(
+                f"{parent} belongs to or can be written by other users: no code is loaded from below it. Set XDG_CACHE_HOME to a "
+                f"folder of your own, or: chmod go-w {parent}"
+            )
+
+
+def _is_ours_alone(found: os.stat_result) -> bool:
+    """Whether a file or folder is this user's or root's, and nobody else can write it."""
+    return found.st_uid in (0, os.geteuid()) and not found.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+
+
+def _reason(error: OSError | subprocess.CalledProcessError) -> str:
+    """In one line: the compiler's own first error, or what the system says."""
+    if isinstance(error, subprocess.CalledProcessError):
+        lines = (error.stderr or str(error)).strip().splitlines() or [str(error)]
+        return next((line for line in lines if "error" in line.lower()), lines[0])
+    return str(error)
 
 
 def _processor() -> str:

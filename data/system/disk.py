@@ -127,12 +127,18 @@ def remove(path: Path) -> None:
 
 
 def remove_tree(folder: Path) -> None:
-    """Delete a folder and the files in it; of a link to one, the link only."""
+    """Delete a folder and the files in it; of a link to one, the link only. Raises the first error at the end."""
     if folder.is_symlink():
         remove(folder)
         return
+    problem: OSError | None = None
     for path in sorted(folder.iterdir()):
-        shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else remove(path)
+        try:
+            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else remove(path)
+        except OSError as error:
+            problem = problem or error
+    if problem is not None:
+        raise problem
     os.rmdir(folder)
 
 

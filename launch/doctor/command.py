@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from launch.doctor.gpu import ON_GPU, cuda, fabric, gpus
-from launch.doctor.machine import SETUP, Finding, Machine, package, pins, project_file
+from launch.doctor.machine import ELSEWHERE, SETUP, Finding, Machine, package, pins, project_file
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -128,7 +128,7 @@ def _packages(machine: Machine) -> Iterator[Finding]:
         yield package("packages", name, pinned.get(name), have.get(name), missing="wrong")
     rest = {name: pin for name, pin in pinned.items() if name not in (*FIXED, *ON_GPU)}
     other = [f"{name} {have[name]} (pinned {pin})" for name, pin in rest.items() if name in have and have[name] != pin]
-    lacking = [name for name in rest if name not in have]
+    lacking = [name for name in rest if name not in have and sys.platform in ELSEWHERE.get(name, (sys.platform,))]
     if len(lacking) == len(rest):
         return
     yield Finding(

@@ -82,10 +82,12 @@ def cuda(machine: Machine, *, has_gpu: bool) -> Iterator[Finding]:
     nccl = next((f"{name} {version}" for name, version in have.items() if name.startswith("nvidia-nccl")), None)
     yield Finding("CUDA", "NCCL", "ok" if nccl else "absent", nccl or "not installed", "" if nccl else SETUP)
     for name in ON_GPU:
-        yield package(
-            "CUDA", name, pinned.get(name), have.get(name), missing="absent",
-            remedy=SETUP if has_gpu else "only for GPUs: `make setup` installs it where nvidia-smi works",
-        )  # fmt: skip
+        remedy = (
+            SETUP
+            if has_gpu
+            else "nothing to do here: only GPUs use it (`make setup` installs it where nvidia-smi works)"
+        )
+        yield package("CUDA", name, pinned.get(name), have.get(name), missing="absent", remedy=remedy)
     compiler = machine.run("nvcc", "--version")
     release = re.search(r"release ([\d.]+)", compiler or "")
     yield Finding(

@@ -11,6 +11,8 @@ from importlib import metadata
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
+ELSEWHERE = {"tzdata": ("win32", "emscripten"), "colorama": ("win32",)}
+"""Packages that only these systems need (values of sys.platform): the pins are for all."""
 IS_CHECKOUT = (ROOT / "pyproject.toml").is_file()
 """Otherwise this is an installed package, without the files of the project's top folder."""
 SETUP = "run `make setup` (2 to 5 minutes)" if IS_CHECKOUT else "`pip check` lists what is missing; install it with pip"
@@ -91,7 +93,7 @@ def project_file(machine: Machine, name: str) -> str:
 def package(topic: str, name: str, pin: str | None, have: str | None, *, missing: str, remedy: str = SETUP) -> Finding:
     """The line of one package. missing: its state where it is not installed."""
     if have is None:
-        return Finding(topic, name, missing, f"not installed{f' (pinned {pin})' if pin else ''}", SETUP)
+        return Finding(topic, name, missing, f"not installed{f' (pinned {pin})' if pin else ''}", remedy)
     if pin is not None and have.split("+")[0] != pin:
         return Finding(topic, name, "wrong", f"{have}, pinned {pin}", SETUP + ": it installs what was tested")
     return Finding(topic, name, "ok", have)

@@ -124,7 +124,8 @@ def run_to_end(
                 return end.status
             delay = backoff_s(failures, first_s=recipe.launch.backoff_s)
             from_where = run.newest_checkpoint() or "the beginning"
-            say(f"{decision.reason}; from {from_where} in {delay:g} s (Ctrl-C: not)")
+            when = f"in {delay:g} s (Ctrl-C: not)" if delay else "at once"
+            say(f"{decision.reason}; starting again from {from_where} {when}")
             if stop.wait(delay):
                 return end.status
 

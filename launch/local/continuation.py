@@ -5,10 +5,12 @@ One rule for `stratum launch local` and for Slurm jobs. It looks at the exit sta
     0 at the last step                 finished
     0 before it                        paused, as run.stop_after_steps asked: in a queue the next job continues
     138 (SIGUSR1: time is nearly up)   in a queue the next job continues
-    130, 143 (SIGINT, SIGTERM)         someone asked it to stop: no more; but a preempted job continues
+    130, 143, 129 (SIGINT, SIGTERM,    someone asked it to stop: no more; but a preempted job continues, and so does one
+              SIGHUP)                  that nobody asked: srun ends all ranks with SIGTERM when one is killed
     2 (recipe, data, machine)          a mistake stays one: never again by itself
     3 (NaN or infinity)                the same steps would give it again: never again by itself
-    else                               a failure: again, until `restarts` of them in a row brought no new checkpoint
+    else                               a failure: again, until `restarts` of them in a row brought no new checkpoint;
+                                       after a new checkpoint at once, without waiting
 """
 
 import signal
@@ -20,7 +22,7 @@ from recipes.schema.errors import NumericsError, StratumError
 USER_ERROR = StratumError.status
 NUMERICS = NumericsError.status
 TIME_IS_UP = 128 + signal.SIGUSR1
-STOPPED = (128 + signal.SIGINT, 128 + signal.SIGTERM, TIME_IS_UP)
+STOPPED = (128 + signal.SIGINT, 128 + signal.SIGTERM, TIME_IS_UP, 128 + signal.SIGHUP)
 """Statuses of a run that saved and stopped because a signal asked."""
 
 
@@ -42,8 +44,10 @@ def decide(
     restarts: int,
     in_queue: bool,
     is_preempted: bool = False,
+    was_asked: bool = True,
 ) -> Decision:
-    """What follows an end with `status`. failures: in a row before this one; in_queue: a next job can continue."""
+    """What follows an end with `status`. failures: in a row before this one; in_queue: a next job can continue; was_asked:
+    a status that looks like a signal's means that someone asked the run to stop."""
     if status == 0 and (at_last_step or not in_queue):
         return Decision("finished", "finished")
     if status == USER_ERROR:
@@ -51,22 +55,29 @@ def decide(
     if status == NUMERICS:
         return Decision("stop", "training gave NaN or infinity, and the same steps would give it again", failures)
     goes_on = in_queue and (status == TIME_IS_UP or (status in STOPPED and is_preempted))
-    if status in STOPPED and not goes_on:
+    if status in STOPPED and was_asked and not goes_on:
         return Decision("stop", f"stopped by {describe(status)}", failures)
     planned = status == 0 or goes_on
     if planned and has_new_checkpoint:
         why = "preempted" if is_preempted else "time was up" if status else "paused by run.stop_after_steps"
         return Decision("again", why)
     what = "it ended before a new checkpoint was written" if planned else f"it failed with {describe(status)}"
-    now = 1 if has_new_checkpoint else failures + 1
+    now = 0 if has_new_checkpoint else failures + 1
+    if restarts == 0:
+        return Decision("stop", f"{what}; launch.restarts=0 allows no restart", now)
     if now > restarts:
         return Decision("stop", f"{what}; {restarts} restarts in a row brought no new checkpoint", now)
+    if has_new_checkpoint:
+        return Decision("again", f"{what} after a new checkpoint was written")
     return Decision("again", f"{what}; restart {now} of {restarts} without a new checkpoint", now)
 
 
 def backoff_s(failures: int, *, first_s: float) -> float:
-    """Seconds to wait before the restart after so many failures in a row: doubling, at most five minutes."""
-    return min(300.0, first_s * 2.0 ** max(0, failures - 1))
+    """Seconds to wait before the restart after so many failures in a row that brought no new checkpoint: none after
+    progress, then doubling, at most five minutes."""
+    if not failures:
+        return 0.0
+    return min(300.0, first_s * 2.0 ** (failures - 1))
 
 
 def describe(status: int) -> str:

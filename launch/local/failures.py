@@ -8,12 +8,14 @@ consequences, and stay in the log files.
 """
 
 import json
+import math
 import re
+import signal
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from launch.local.continuation import describe
-from launch.runs import tail
+from recipes.schema.run_folder import last_texts
 
 _CONSEQUENCE = re.compile(
     r"Connection (closed|reset|refused)|Broken pipe|DistBackendError|DistNetworkError|connectFullMesh|"
@@ -21,6 +23,18 @@ _CONSEQUENCE = re.compile(
     re.IGNORECASE,
 )
 _SHOWN_LINES = 30
+SRUN_LOG = "srun.log"
+"""What srun itself says about an attempt."""
+_SIGNAL_WORDS = {
+    "Out Of Memory": signal.SIGKILL,
+    "Killed": signal.SIGKILL,
+    "Segmentation fault": signal.SIGSEGV,
+    "Bus error": signal.SIGBUS,
+    "Aborted": signal.SIGABRT,
+    "Illegal instruction": signal.SIGILL,
+    "Floating point exception": signal.SIGFPE,
+}
+"""srun's words for the signal that ended a task."""
 
 
 @dataclass(frozen=True)
@@ -72,6 +86,25 @@ def read_failures(folder: Path) -> list[RankFailure]:
     return by_cause(folder, found)
 
 
+def read_silent_failures(folder: Path) -> list[RankFailure]:
+    """Ranks that srun reports as killed, from its own messages (`srun: error: n1: task 1: Killed`): they left no record.
+
+    Ranks that srun itself ended afterwards (Terminated) are not among them. They sort behind failures with a record.
+    """
+    try:
+        text = (folder / SRUN_LOG).read_text(errors="replace")
+    except OSError:
+        return []
+    known = {failure.rank for failure in read_failures(folder)}
+    found = []
+    for host, ranks, words in re.findall(r"^srun: error: (\S+): tasks? ([\d,-]+): (.*)$", text, re.MULTILINE):
+        status = next((128 + number for start, number in _SIGNAL_WORDS.items() if words.startswith(start)), None)
+        first = int(re.split(r"[,-]", ranks)[0])
+        if status is not None and first not in known:
+            found.append(RankFailure(first, status, math.inf, host))
+    return found
+
+
 def by_cause(folder: Path, failures: list[RankFailure]) -> list[RankFailure]:
     """Failures in the order in which they explain each other: causes before consequences, then by time."""
     return sorted(failures, key=lambda f: (bool(_CONSEQUENCE.search(error_text(folder, f))), f.time))
@@ -81,7 +114,7 @@ def error_text(folder: Path, failure: RankFailure) -> str:
     """What the rank said: its traceback, or the last error message in its log. "" where it had no time to say anything."""
     if failure.error:
         return failure.error.rstrip()
-    lines = tail(log_of(folder, failure.rank), 400)
+    lines = last_texts(log_of(folder, failure.rank), 400)
     starts = [i for i, line in enumerate(lines) if re.match(r"(error( on rank \d+)?: |Fatal Python error)", line)]
     return "\n".join(lines[starts[-1] :]).rstrip() if starts else ""
 
@@ -95,8 +128,11 @@ def tell(folder: Path, failures: list[RankFailure], *, seen_live: frozenset[int]
     text = error_text(folder, first)
     said = {_bare(error_text(folder, f)) for f in failures if f.rank in seen_live and not f.error}
     head = f"rank {first.rank}{f' on {first.host}' if first.host else ''} failed first, with {describe(first.status)}"
+    hung = re.findall(r"^hang: (.*)$", text, re.MULTILINE)
+    if hung:
+        head = f"{hung[-1]}. Rank {first.rank} was the first to give up, with {describe(first.status)}"
     if not text:
-        last = [f"    {line}" for line in tail(log_of(folder, first.rank), 5) if first.rank not in seen_live]
+        last = [f"    {line}" for line in last_texts(log_of(folder, first.rank), 5) if first.rank not in seen_live]
         message = [f"{head}, without a word."] + (["Its last lines:", *last] if last else [])
     elif _bare(text) in said:
         message = [f"{head}: the error above."]

@@ -1,15 +1,17 @@
 """`python -m launch.local.rank MODULE words...`: what each process of a run starts as; becomes `python -m MODULE words...`.
 
 It runs in the process itself, so a signal sent to the process reaches the trainer and nothing else. It adds three things:
-torchrun's variables where Slurm's `srun` started the process; an end together with the launcher, should that be killed;
-and a record of how the process failed, written at once, so that the first of a thousand errors can be found.
+torchrun's variables, and gloo's interface, where Slurm's `srun` started the process; an end together with the launcher, should
+that be killed; and a record of how the process failed, written at once, so that the first of a thousand errors can be found.
 """
 
-import ctypes
+import contextlib
+import fcntl
 import os
 import runpy
 import signal
 import socket
+import struct
 import sys
 import time
 import traceback
@@ -17,6 +19,7 @@ from collections.abc import MutableMapping
 from pathlib import Path
 from types import TracebackType
 
+from data.system.parent import end_with_parent
 from launch.local.continuation import STOPPED
 from launch.local.failures import RankFailure, note_stop, write_failure
 
@@ -26,7 +29,9 @@ RANK_LOG = "STRATUM_RANK_LOG"
 """Variable: log that tracebacks go to instead of stderr, where the launcher shows this rank's output live."""
 LAUNCHER = "STRATUM_LAUNCHER"
 """Variable: process id of the launcher this process ends with."""
-_PR_SET_PDEATHSIG = 1
+ALIVE = "alive"
+"""File in an attempt's logs: a rank has started. Slurm scripts submit no further job before."""
+_SIOCGIFADDR = 0x8915
 
 
 def main() -> None:
@@ -34,6 +39,9 @@ def main() -> None:
     module, words = sys.argv[1], sys.argv[2:]
     started_by_srun = adopt_slurm(os.environ)
     _end_with_launcher()
+    if started_by_srun:
+        _prove_alive()
+        name_interface(os.environ)
     sys.argv = [module, *words]
     try:
         runpy.run_module(module, run_name="__main__", alter_sys=True)
@@ -59,6 +67,8 @@ def adopt_slurm(environment: MutableMapping[str, str]) -> bool:
         return False
     world = int(environment.get("SLURM_STEP_NUM_TASKS") or environment["SLURM_NTASKS"])
     nodes = int(environment.get("SLURM_STEP_NUM_NODES") or environment.get("SLURM_NNODES", "1"))
+    if nodes == 1:
+        environment["MASTER_ADDR"] = "127.0.0.1"  # the rendezvous is nobody else's then
     environment["RANK"] = environment["SLURM_PROCID"]
     environment["WORLD_SIZE"] = str(world)
     environment["LOCAL_RANK"] = environment["SLURM_LOCALID"]
@@ -67,12 +77,33 @@ def adopt_slurm(environment: MutableMapping[str, str]) -> bool:
     return True
 
 
+def _prove_alive() -> None:
+    with contextlib.suppress(OSError, KeyError):
+        (Path(os.environ[LOGS]) / ALIVE).touch()
+
+
+def name_interface(environment: MutableMapping[str, str]) -> None:
+    """Have gloo listen on the interface that leads to rank 0, unless the environment names one: by itself it takes the
+    address of the host's name, which on many nodes is a loopback one. Linux and IPv4 only; else nothing is set."""
+    if "GLOO_SOCKET_IFNAME" in environment or sys.platform != "linux":
+        return
+    with contextlib.suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        probe.connect((environment["MASTER_ADDR"], int(environment.get("MASTER_PORT", "1"))))  # sends nothing
+        address = probe.getsockname()[0]
+        for _, name in socket.if_nameindex():
+            request = struct.pack("256s", name.encode()[:15])
+            with contextlib.suppress(OSError):
+                reply = fcntl.ioctl(probe.fileno(), _SIOCGIFADDR, request)
+                if socket.inet_ntoa(reply[20:24]) == address:
+                    environment["GLOO_SOCKET_IFNAME"] = name
+                    return
+
+
 def _end_with_launcher() -> None:
     """Have Linux send SIGTERM when the launcher dies, so that no process stays behind: it saves and stops."""
     launcher = os.environ.get(LAUNCHER)
-    if launcher is None or sys.platform != "linux":
+    if launcher is None or not end_with_parent():
         return
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(signal.SIGTERM))
     if os.getppid() != int(launcher):
         sys.exit(128 + signal.SIGTERM)  # it died before we asked
 
@@ -96,7 +127,8 @@ def _record(status: int, error: str) -> None:
     folder = os.environ.get(LOGS)
     if folder is not None:
         rank = int(os.environ.get("RANK", "0"))
-        write_failure(Path(folder), RankFailure(rank, status, time.time(), socket.gethostname(), error))
+        host = os.environ.get("SLURMD_NODENAME") or socket.gethostname()
+        write_failure(Path(folder), RankFailure(rank, status, time.time(), host, error))
 
 
 def _say(text: str) -> None:

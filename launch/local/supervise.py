@@ -26,6 +26,7 @@ from launch.local.failures import RankFailure, by_cause, log_of, read_failures
 from launch.local.ports import reserved_port
 from launch.local.rank import LAUNCHER, LOGS, RANK_LOG
 from launch.local.terminal import Output
+from launch.runs import RunFolder
 
 SETTLE_S = 2.0
 """After the first failure: long enough for the others to notice and say so, short enough to restart at once."""
@@ -167,7 +168,9 @@ class _Watch:
                 self._pass_signals_on()
                 if self._deadline is not None and time.monotonic() > self._deadline:
                     if not self._failures:
-                        say(f"still running {self._grace_s:g} s after the signal (launch.grace_s): killed")
+                        say(
+                            f"still running {self._grace_s:g} s after the signal (launch.grace_s): killed. {self._kept()}"
+                        )
                     self._kill()
         records = {failure.rank: failure for failure in read_failures(self._logs)}
         failures = by_cause(self._logs, [records.get(rank, own) for rank, own in self._failures.items()])
@@ -198,8 +201,16 @@ class _Watch:
                 rank.process.send_signal(self._forwarded)
             self._end_within(self._grace_s)
         elif len(received) > 1:
-            say(f"{received[1].name} again: killed. The newest checkpoint stays.")
+            say(f"{received[1].name} again: killed. {self._kept()}")
             self._kill()
+
+    def _kept(self) -> str:
+        """What a kill costs: nothing where the last step is saved already."""
+        run = RunFolder(self._logs.parent.parent)
+        saved, progress = run.checkpoint_step(), run.progress()
+        if progress is not None and progress.step == saved:
+            return f"Nothing is lost: step {saved:,}, the last one, was saved before."
+        return f"The newest checkpoint stays: {run.newest_checkpoint() or 'there is none yet'}."
 
     def _end_within(self, seconds: float) -> None:
         deadline = time.monotonic() + seconds

@@ -1,25 +1,54 @@
-"""`python -m launch.slurm.after_job`: run by a Slurm script when its processes have ended; prints `finished`, `again` or `stop`.
+"""`python -m launch.slurm.after_job`: run by a Slurm script when its processes have ended; prints what is to follow, one word.
+
+    finished    nothing more
+    here        the same processes again, in this job's nodes
+    again       the run continues in the next job
+    stop        the run ends here
 
 Why it decided so, and the error of the rank that failed first, go to stderr: into the job's log. What it must remember
-between jobs (failures in a row, the checkpoint there was) lies in runs/NAME/logs/continuation.json.
+between jobs (failures in a row, the checkpoint there was, nodes on which ranks failed) is in runs/NAME/logs/continuation.json.
+A node on which two attempts failed is named in runs/NAME/logs/exclude: the next job does without it.
 """
 
 import argparse
+import contextlib
 import json
 import os
 import sys
+import time
 from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from data.system import disk
-from launch.local.continuation import Decision, decide
-from launch.local.failures import read_failures, read_stop, tell
+from launch.local.continuation import STOPPED, Decision, decide
+from launch.local.failures import RankFailure, by_cause, read_failures, read_silent_failures, read_stop, tell
 from launch.local.rank import LOGS
+from launch.queue import QueuedJob, read_job
 from launch.runs import RunFolder
 
 STOP = "stop"
 """Name of the file in a run's logs by which `stratum cancel` says that no job is to follow."""
+EXCLUDE = "exclude"
+"""Name of the file in a run's logs that lists nodes to do without, separated by commas."""
+STARTS = "starts"
+"""Name of the file in which the job script counts its starts since the last new checkpoint."""
+NO_SUCCESSOR = "no-successor"
+"""Name of the file in which the job script leaves sbatch's refusal to take the next job."""
 _STATE = "continuation.json"
+_MARGIN_S = 120.0
+"""Slurm warns up to 60 s early; a restart inside the job must start before its only warning comes."""
+
+
+@dataclass(frozen=True)
+class Remembered:
+    """What one job leaves for the next."""
+
+    failures: int = 0
+    """In a row, without a new checkpoint."""
+    checkpoint: str | None = None
+    nodes: dict[str, int] = field(default_factory=dict)
+    """Attempts in which a rank on this node failed first."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -31,57 +60,111 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--status", type=int, required=True, help="exit status of srun")
     parser.add_argument("--steps", type=int, required=True, help="the recipe's last step")
     parser.add_argument("--restarts", type=int, required=True, help="launch.restarts of the recipe")
-    parser.add_argument("--preempted", type=int, default=0, help="1 where Slurm took the nodes for a more urgent job")
+    parser.add_argument("--save-before-end-s", type=float, default=0.0, help="launch.slurm.save_before_end_s")
+    parser.add_argument("--job", default="", help="what `scontrol show job --oneliner` says about this job")
     own = parser.parse_args(arguments)
-    run = RunFolder(own.run)
-    logs = Path(os.environ[LOGS])
-    status = own.status or read_stop(logs) or 0
-    failures = read_failures(logs)
-    if failures:
-        status = failures[0].status  # srun gives the highest of all ranks, which need not be the first
+    run, logs, job = RunFolder(own.run), Path(os.environ[LOGS]), read_job(own.job)
+    failures = by_cause(logs, read_failures(logs) + read_silent_failures(logs))
+    decision = after(
+        run,
+        own.status,
+        failures=failures,
+        stopped=read_stop(logs),
+        job=job,
+        steps=own.steps,
+        restarts=own.restarts,
+    )
+    if failures and decision.action != "finished":
         sys.stderr.write(tell(logs, failures) + "\n")
-    decision = after(run, status, steps=own.steps, restarts=own.restarts, is_preempted=own.preempted > 0)
-    sys.stderr.write(f"{decision.action}: {decision.reason}; newest checkpoint: {run.newest_checkpoint()}\n")
-    sys.stdout.write(decision.action + "\n")
+    action: str = decision.action
+    if action == "again" and failures and _may_restart_here(run, failures, job, own.save_before_end_s):
+        action = "here"
+    sys.stderr.write(f"{action}: {decision.reason}; newest checkpoint: {run.newest_checkpoint()}\n")
+    sys.stdout.write(action + "\n")
     return 0
 
 
-def after(run: RunFolder, status: int, *, steps: int, restarts: int, is_preempted: bool) -> Decision:
-    """Decide what follows a job's end, and remember what the next decision needs."""
-    failures, before = _read_state(run)
-    now = run.newest_checkpoint()
+def after(
+    run: RunFolder,
+    status: int,
+    *,
+    failures: Sequence[RankFailure],
+    stopped: int | None,
+    job: QueuedJob,
+    steps: int,
+    restarts: int,
+) -> Decision:
+    """Decide what follows the end of a job's processes, and remember what the next decision needs.
+
+    status: srun's, the highest of all ranks. failures: causes first. stopped: with which status ranks stopped because a
+    signal asked; None where none did. job: as Slurm knows it now.
+    """
+    before, now = _read(run), run.newest_checkpoint()
+    is_lost = job.reason == "NodeDown"
+    is_cancelled = not is_lost and not job.is_preempted and job.state in ("CANCELLED", "COMPLETING")
+    if failures:
+        status = failures[0].status  # srun gives the highest of all ranks, which need not be the first
+    elif status == 0 or (status in STOPPED and stopped is not None):
+        status = stopped or status
+    # srun ends all ranks with SIGTERM when one is killed, and those that still start die of it: 143 alone says nothing.
+    was_asked = stopped is not None or is_cancelled or job.is_preempted
     decision = decide(
         status,
         at_last_step=run.checkpoint_step() >= steps,
-        has_new_checkpoint=now not in (None, before),
-        failures=failures,
+        has_new_checkpoint=now not in (None, before.checkpoint),
+        failures=before.failures,
         restarts=restarts,
         in_queue=True,
-        is_preempted=is_preempted,
+        is_preempted=job.is_preempted,
+        was_asked=was_asked and not is_lost,
     )
+    if decision.action == "again" and is_lost:
+        decision = replace(decision, reason=f"a node was lost; {decision.reason}")
+    if decision.action == "again" and is_cancelled:
+        decision = Decision("stop", "the job was cancelled, or its time limit came before the save had ended")
     if decision.action == "again" and (run.logs / STOP).exists():
         decision = Decision("stop", "`stratum cancel` asked for no further job")
-    _write_state(run, failures=decision.failures, checkpoint=now)
+    nodes = dict(before.nodes)
+    if failures and failures[0].host and decision.action == "again":
+        nodes[failures[0].host] = nodes.get(failures[0].host, 0) + 1
+    _write(run, Remembered(decision.failures, now, nodes))
+    excluded = sorted(node for node, count in nodes.items() if count > 1)
+    if excluded:
+        (run.logs / EXCLUDE).write_text(",".join(excluded) + "\n")
     return decision
+
+
+def _may_restart_here(
+    run: RunFolder, failures: Sequence[RankFailure], job: QueuedJob, save_before_end_s: float
+) -> bool:
+    """Whether the job's own nodes can go on: none is lost or failed twice, and the warning before the end is still to come."""
+    if job.state != "RUNNING" or job.is_preempted or job.reason == "NodeDown":
+        return False
+    if _read(run).nodes.get(failures[0].host, 0) > 1:
+        return False
+    with contextlib.suppress(ValueError):
+        left_s = time.mktime(time.strptime(job.end, "%Y-%m-%dT%H:%M:%S")) - time.time()
+        return left_s > save_before_end_s + _MARGIN_S
+    return True  # no time limit
 
 
 def start_afresh(run: RunFolder) -> None:
     """Forget earlier failures and an earlier `cancel`: the run is submitted again."""
-    (run.logs / STOP).unlink(missing_ok=True)
-    _write_state(run, failures=0, checkpoint=run.newest_checkpoint())
+    for name in (STOP, EXCLUDE, STARTS, NO_SUCCESSOR):
+        (run.logs / name).unlink(missing_ok=True)
+    _write(run, Remembered(checkpoint=run.newest_checkpoint()))
 
 
-def _read_state(run: RunFolder) -> tuple[int, str | None]:
-    """(failures in a row, newest checkpoint) as the last job left them."""
+def _read(run: RunFolder) -> Remembered:
+    """What the last job left."""
     try:
-        state = json.loads((run.logs / _STATE).read_text())
-        return int(state["failures"]), state["checkpoint"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return 0, None
+        return Remembered(**json.loads((run.logs / _STATE).read_text()))
+    except (OSError, ValueError, TypeError):
+        return Remembered()
 
 
-def _write_state(run: RunFolder, *, failures: int, checkpoint: str | None) -> None:
-    disk.write_text(run.logs / _STATE, json.dumps({"failures": failures, "checkpoint": checkpoint}))
+def _write(run: RunFolder, remembered: Remembered) -> None:
+    disk.write_text(run.logs / _STATE, json.dumps(asdict(remembered)))
 
 
 if __name__ == "__main__":

@@ -4,10 +4,10 @@ import sys
 import time
 from collections.abc import Sequence
 
+from launch.queue import cancel, look_up, send_signal
 from launch.runs import RunFolder
 from launch.slurm.after_job import STOP
 from launch.slurm.command import active_jobs
-from launch.slurm.queue import cancel, look_up, send_signal
 from recipes.schema.errors import StratumError
 from recipes.schema.options import CommandParser, run_named
 

@@ -6,18 +6,25 @@ What happens then is in the script and in `launch.slurm.after_job`; `stratum sta
 """
 
 import os
+import re
+import shlex
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from launch.children import checkout
 from launch.compose import checked_layout, compose, run_folder
 from launch.facts import fp32_block_scales_of
+from launch.lease import LeaseError, current_owner, refusal, take
+from launch.plan.cost.device import device_named
+from launch.plan.planner import make_plan
+from launch.queue import QueuedJob, SlurmError, jobs_of_script, look_up, submit
 from launch.runs import RunFolder
 from launch.slurm.after_job import start_afresh
-from launch.slurm.job_script import Job, Preparation, preparation_script, training_script
+from launch.slurm.job_script import Job, Preparation, preparation_script, training_script, without_gpus
 from launch.slurm.job_times import advice
-from launch.slurm.queue import QueuedJob, SlurmError, look_up, submit
+from launch.slurm.snapshot import config_folders, take_snapshot
 from recipes.schema.errors import USER_ERRORS, RecipeError, refuse
 from recipes.schema.facts import Machine
 from recipes.schema.options import CommandParser
@@ -26,9 +33,9 @@ from recipes.schema.rules import container_problems, environment_of, slurm_probl
 
 _EXAMPLES = """
 stratum launch slurm -cn smoke --dry-run                                show the script; needs no Slurm
-stratum launch slurm -cn smoke run.name=two launch.nodes=2              two nodes
-stratum launch slurm -cn smoke run.name=big launch=slurm_gpu launch.nodes=16 launch.slurm.partition=h100
-stratum launch slurm -cn smoke launch=slurm_pyxis launch.container.image=stratum.sqsh
+stratum launch slurm -cn smoke run.name=two launch.nodes=2 run.microbatch_rows=4      two nodes
+stratum launch slurm -cn nemotron_nano_12b_v2 launch=slurm_gpu launch.nodes=92 parallel.pipeline=2 launch.slurm.partition=h100
+stratum launch slurm -cn smoke run.name=boxed launch=slurm_pyxis launch.container.image=stratum.sqsh
 stratum launch slurm -cn smoke --prepare --tasks 64                     an array job that prepares the recipe's data
 """
 _NOTES = """
@@ -50,12 +57,8 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--dry-run", action="store_true", help="print the script, submit nothing")
     parser.add_argument("--prepare", action="store_true", help="prepare the recipe's data instead of training")
     parser.add_argument("--tasks", type=int, default=8, metavar="N", help="with --prepare: tasks that share the work")
-    parser.add_argument(
-        "--device",
-        default="h100",
-        metavar="KIND",
-        help="with --dry-run: GPUs that its advice on time limits is for",
-    )
+    parser.add_argument("--device", default="h100", metavar="KIND", help="kind of GPU the run is planned for")
+    parser.add_argument("--force", action="store_true", help="submit although the plan says that the run will fail")
     own, words = parser.parse_recipe(arguments)
     recipe = compose(words, program="launch slurm")
     if isinstance(recipe, int):
@@ -63,15 +66,16 @@ def main(arguments: Sequence[str]) -> int:
     try:
         if own.prepare:
             return _prepare(recipe, words, tasks=own.tasks, dry_run=own.dry_run)
-        return _train(recipe, words, dry_run=own.dry_run, device=own.device)
+        return _train(recipe, words, dry_run=own.dry_run, device=own.device, force=own.force)
     except USER_ERRORS as error:
         sys.stderr.write(f"error: {error}\n")
         return 2
 
 
 def active_jobs(run: RunFolder) -> list[QueuedJob]:
-    """Jobs of a run that wait or run."""
-    return [job for job in look_up(job_numbers(run)[-8:]) if job.is_active]
+    """Jobs of a run that wait or run, also those that were not submitted here but with its script."""
+    numbers = {*job_numbers(run)[-8:], *jobs_of_script(run.logs / "job.sh")}
+    return [job for job in look_up(sorted(numbers)) if job.is_active]
 
 
 def job_numbers(run: RunFolder) -> list[int]:
@@ -82,26 +86,26 @@ def job_numbers(run: RunFolder) -> list[int]:
         return []
 
 
-def _train(recipe: Recipe, words: list[str], *, dry_run: bool, device: str) -> int:
+def _train(recipe: Recipe, words: list[str], *, dry_run: bool, device: str, force: bool) -> int:
     job = training_job(recipe, words)
-    script = training_script(job)
     run = run_folder(recipe)
     if dry_run:
-        said = advice(recipe, run, world=job.nodes * job.processes, device=device)
-        sys.stdout.write(script)
+        sys.stdout.write(training_script(job))
         sys.stderr.write(
-            f"Not submitted. Without --dry-run it is written to {run.logs}/job.sh and handed to sbatch.\n{said}"
+            f"Not submitted. Without --dry-run it is written to {run.logs}/job.sh and handed to sbatch, with a copy of the "
+            f"code in {run.logs}/code.\n{advice(recipe, run, world=job.nodes * job.processes, device=device)}"
         )
         return 0
     if run.checkpoint_step() >= recipe.run.steps:
         sys.stderr.write(f"{run.path} is at its last step ({recipe.run.steps}) already; nothing to submit.\n")
         return 0
+    refuse_what_the_plan_refuses(recipe, world=job.nodes * job.processes, device=device, force=force)
     if run.longest_stop_s() > recipe.launch.slurm.save_before_end_s:
         sys.stderr.write(
             f"warning: a step and a save of this run took {run.longest_stop_s():.0f} s, longer than launch.slurm."
             f"save_before_end_s={recipe.launch.slurm.save_before_end_s}: what a job trains last would be lost. Raise it.\n"
         )
-    number = submit_run(run, script)
+    number = submit_run(run, job, keep_code=True)
     processes = f"{job.nodes} node{'s' * (job.nodes > 1)} x {job.processes}"
     sys.stdout.write(
         f"Submitted job {number} ({processes} processes) for {run.path}, to step {recipe.run.steps}.\n"
@@ -111,17 +115,54 @@ def _train(recipe: Recipe, words: list[str], *, dry_run: bool, device: str) -> i
     return 0
 
 
-def submit_run(run: RunFolder, script: str) -> int:
-    """Write a run's script and submit it, earlier failures forgotten. -> job number. SlurmError where it has a job already."""
-    _refuse_second(run)
+def refuse_what_the_plan_refuses(recipe: Recipe, *, world: int, device: str, force: bool) -> None:
+    """Plan a run on GPUs before it is submitted. RecipeError with the plan's problems; `force` turns them into a warning."""
+    if not asks_for_gpus(recipe):
+        return
+    kind = device_named(device)
+    problems = make_plan(recipe, world=world, device=kind).problems
+    if not problems:
+        return
+    text = "".join(f"\n  {problem}" for problem in problems)
+    if not force:
+        raise RecipeError(
+            f"on {world} {kind.name} GPUs this run would fail:{text}\n`stratum plan` with the same words shows the plan; "
+            f"--device KIND plans for other GPUs, --force submits all the same."
+        )
+    sys.stderr.write(f"warning: on {world} {kind.name} GPUs this run would fail (--force):{text}\n")
+
+
+def asks_for_gpus(recipe: Recipe) -> bool:
+    """Whether a job of the recipe gets GPUs: by the launcher's field, or by options of the user's own."""
+    return recipe.launch.gpus_per_node > 0 or "gpu" in recipe.launch.slurm.options
+
+
+def submit_run(run: RunFolder, job: Job, *, keep_code: bool) -> int:
+    """Write a run's script and submit it, earlier failures forgotten. -> job number.
+
+    keep_code: copy the packages first, and run the copy. Raises SlurmError if the run has a job already, LeaseError if a
+    trainer works on it or another submission of it is under way, RecipeError for values that Slurm cannot take.
+    """
+    training_script(job)  # what is wrong in it comes before anything is written
+    found = current_owner(run.path)
+    if found is not None and found[1] == "alive":
+        raise LeaseError(refusal(found[0], what=str(run.path)))
     run.logs.mkdir(parents=True, exist_ok=True)
-    start_afresh(run)
-    path = run.logs / "job.sh"
-    path.write_text(script)
-    number = submit(path)
-    with (run.logs / "jobs").open("a") as stream:
-        stream.write(f"{number}\n")
-    return number
+    lease = take(run.logs / "submitting", what=f"the submission of {run.path}")
+    try:
+        _refuse_second(run)
+        start_afresh(run)
+        if keep_code:
+            code = take_snapshot(run.logs, job.words)
+            job = replace(job, words=code.words, code=str(code.folder))
+        path = run.logs / "job.sh"
+        path.write_text(training_script(job))
+        number = submit(path)
+        with (run.logs / "jobs").open("a") as stream:
+            stream.write(f"{number}\n")
+        return number
+    finally:
+        lease.release()
 
 
 def training_job(recipe: Recipe, words: Sequence[str]) -> Job:
@@ -136,8 +177,8 @@ def training_job(recipe: Recipe, words: Sequence[str]) -> Job:
     threads = launch.slurm.cpus_per_process or recipe.run.threads
     if threads:
         environment["OMP_NUM_THREADS"] = str(threads)
-    if launch.gpus_per_node and (recipe.parallel.tensor > 1 or recipe.parallel.context > 1):
-        environment["CUDA_DEVICE_MAX_CONNECTIONS"] = "1"
+    if recipe.parallel.tensor > 1 or recipe.parallel.context > 1:
+        environment["CUDA_DEVICE_MAX_CONNECTIONS"] = "1"  # Megatron overlaps GEMMs and communication by launch order
     return Job(
         name=recipe.run.name,
         folder=str(run_folder(recipe).path),
@@ -153,7 +194,35 @@ def training_job(recipe: Recipe, words: Sequence[str]) -> Job:
         environment={**environment, **environment_of(recipe.launch.environment)},
         slurm=launch.slurm,
         container=launch.container,
+        mounts=outside_folders(
+            run_folder(recipe).path,
+            recipe.data.folder,
+            recipe.data.cache.folder,
+            recipe.data.tokenizer.path,
+            recipe.run.start_from,
+            recipe.objective.teacher,
+            recipe.objective.teacher_cache,
+            *config_folders(words),
+        ),
     )
+
+
+def outside_folders(*paths: str | Path | None) -> list[str]:
+    """Folders that a container needs next to the working folder: where these paths are, links followed, if they are outside.
+
+    A path that does not exist yet is represented by the nearest folder above it that does; remote paths are left out.
+    """
+    here = Path.cwd().resolve()
+    found: list[str] = []
+    for path in paths:
+        if path is None or "://" in str(path) or str(path).startswith("hf:"):
+            continue
+        for place in (Path(os.path.abspath(path)), Path(path).resolve()):
+            while not place.is_dir() and place != place.parent:
+                place = place.parent
+            if place != place.parent and not place.is_relative_to(here) and str(place) not in found:
+                found.append(str(place))
+    return [one for one in found if not any(Path(one).is_relative_to(two) for two in found if two != one)]
 
 
 def _prepare(recipe: Recipe, words: list[str], *, tasks: int, dry_run: bool) -> int:
@@ -172,20 +241,38 @@ def _prepare(recipe: Recipe, words: list[str], *, tasks: int, dry_run: bool) -> 
         cpus=recipe.data.workers,
         slurm=recipe.launch.slurm,
         container=recipe.launch.container,
+        mounts=outside_folders(
+            folder,
+            recipe.data.cache.folder,
+            recipe.data.tokenizer.path,
+            *(_before_glob(source.path) for source in recipe.data.sources.values()),
+            *config_folders(words),
+        ),
     )
     script = preparation_script(job)
+    given, kept = shlex.split(recipe.launch.slurm.options), without_gpus(recipe.launch.slurm.options)
+    if given != kept:
+        left_out = " ".join(word for word in given if word not in kept)
+        sys.stderr.write(f"Preparing data needs no GPU: {left_out} (launch.slurm.options) is left out.\n")
     path = folder / "logs" / "prepare.sh"
     if dry_run:
         sys.stdout.write(script)
         sys.stderr.write(f"Not submitted. Without --dry-run it is written to {path} and handed to sbatch.\n")
         return 0
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(script)
+    code = take_snapshot(path.parent, words)
+    path.write_text(preparation_script(replace(job, words=code.words, code=str(code.folder))))
     number = submit(path)
     sys.stdout.write(
         f"Submitted array job {number} ({tasks} tasks) for {folder}; logs: {path.parent}/{number}_TASK.log\n"
     )
     return 0
+
+
+def _before_glob(path: str) -> str:
+    """The folder of a source, up to its first wildcard."""
+    fixed = re.split(r"[*?\[{]", path, maxsplit=1)[0]
+    return path if fixed == path else fixed.rpartition("/")[0] or "."
 
 
 def _refuse_second(run: RunFolder) -> None:

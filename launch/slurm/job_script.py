@@ -1,10 +1,11 @@
 """The text of Slurm scripts, a pure function of what a job is: readable, and editable by whoever knows their cluster.
 
-    Job --training_script--> bash:  find the rendezvous -> srun the ranks -> ask after_job.py what comes next -> requeue or end
+    Job --training_script--> bash:  find the rendezvous -> srun the ranks -> ask launch.slurm.after_job what follows
     Preparation --preparation_script--> bash:  one task of an array job prepares its share of the data
 
 Only bash, Slurm's own commands and `python -P -m launch...` stand in a script; the rule of what comes next is in
-launch.local.continuation, and the tests run these scripts on a real Slurm.
+launch.local.continuation, and the tests run these scripts on a real Slurm. Every value that comes from a recipe goes through
+`quoted` (for bash), `option` (for #SBATCH lines) or `one_line` (for comments).
 """
 
 import shlex
@@ -12,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from launch.children import FRONT, PYTHON_FLAGS
+from recipes.schema.errors import RecipeError
 from recipes.schema.launch import ContainerConfig, SlurmConfig
 
 
@@ -39,8 +41,12 @@ class Job:
     container: ContainerConfig
     module: str = "train"
     """What every process runs."""
+    code: str = ""
+    """Folder with the packages as they were at submission; "" uses what Python finds by itself."""
     checkout: str | None = None
     """Folder of our packages if they are not installed: a container needs it."""
+    mounts: Sequence[str] = ()
+    """Folders outside `directory` that the run reads or writes: a container gets them at their own paths."""
 
 
 @dataclass(frozen=True)
@@ -58,15 +64,36 @@ class Preparation:
     cpus: int
     slurm: SlurmConfig
     container: ContainerConfig
+    code: str = ""
     checkout: str | None = None
+    mounts: Sequence[str] = ()
+
+
+def quoted(value: str) -> str:
+    """A value as one word of bash, whatever is in it."""
+    return shlex.quote(value)
+
+
+def option(word: str) -> str:
+    """One option of an #SBATCH line. RecipeError if it cannot stand on one line."""
+    if "\n" in word or "\r" in word:
+        raise RecipeError(
+            f"{word!r} contains a line break, which Slurm's options cannot. Choose another name or value."
+        )
+    return shlex.quote(word)
+
+
+def one_line(value: str) -> str:
+    """A value in a comment: no line break may end the comment."""
+    return " ".join(value.split())
 
 
 def training_script(job: Job) -> str:
-    """The sbatch script of a training run."""
+    """The sbatch script of a training run. RecipeError names a value that Slurm cannot take."""
     slurm, continuation = job.slurm, job.slurm.continuation
     about = {
         "requeue": "Then it goes back into the queue, under the same number, until the last step is reached.",
-        "chain": "The next job, which waits behind it, goes on, until the last step is reached.",
+        "chain": "The next job, which waits behind it, continues, until the last step is reached.",
         "none": "No other job follows.",
     }[continuation]
     options = [
@@ -75,108 +102,226 @@ def training_script(job: Job) -> str:
         f"--ntasks-per-node={job.processes}",
         *([f"--gpus-per-node={job.gpus_per_node}"] if job.gpus_per_node else []),
         *([f"--cpus-per-task={slurm.cpus_per_process}"] if slurm.cpus_per_process else []),
-        *_common_options(slurm),
+        *_common_options(slurm, slurm.options),
         f"--signal=USR1@{slurm.save_before_end_s}",
         "--requeue" if continuation == "requeue" else "--no-requeue",
         "--open-mode=append",
-        f"--chdir={shlex.quote(job.directory)}",
-        f"--output={shlex.quote(job.folder)}/logs/slurm-%j.log",
+        f"--chdir={job.directory}",
+        f"--output={_no_pattern(job.folder)}/logs/slurm-%j.log",
     ]
     command = ["-m", "launch.local.rank", job.module, *_with_threads(job)]
     parts = [
         f"""\
 #!/bin/bash
-# Run {job.name}, written by `stratum launch slurm`. When a job's time is nearly up, Slurm sends SIGUSR1 to the training
-# processes, which save and stop. {about}
+# Run {one_line(job.name)}, written by `stratum launch slurm`. When a job's time is nearly up, Slurm sends SIGUSR1 to the
+# training processes, which save and stop. {about}
 """,
-        "".join(f"#SBATCH {option}\n" for option in options),
+        "".join(f"#SBATCH {option(word)}\n" for word in options),
         f"""
-set -uo pipefail
-run={shlex.quote(job.folder)}
-export STRATUM_LOGS="$run/logs/slurm-$SLURM_JOB_ID-${{SLURM_RESTART_COUNT:-0}}"
-mkdir -p "$STRATUM_LOGS"
 trap : TERM USR1  # signals are for the training processes; this script outlives them to decide what comes next
+stratum_logs={quoted(job.folder)}/logs
+
+# However a job ends: {job.restarts + 1} starts without a new checkpoint between them are the last.
+newest=$(cat {quoted(job.folder)}/checkpoints/latest 2>/dev/null)
+read -r seen starts 2>/dev/null < "$stratum_logs/starts"
+[ "$seen" = "${{newest:-none}}" ] || starts=0
+starts=$((starts + 1))
+echo "${{newest:-none}} $starts" > "$stratum_logs/starts"
+if [ "$starts" -gt {job.restarts + 1} ]; then
+  echo "stop: {job.restarts + 1} starts in a row brought no new checkpoint (launch.restarts={job.restarts})" >&2
+  exit 1
+fi
 """,
-        _chain(job) if continuation == "chain" else "",
+        _setup(slurm),
+        f"""
+run={quoted(job.folder)}
+logs="$run/logs/slurm-$SLURM_JOB_ID-${{SLURM_RESTART_COUNT:-0}}"
+""",
+        _submit(job) if continuation != "none" else "",
         """
 # Rank 0 listens on the first node, at the address by which Slurm itself reaches it: its name need not resolve.
 node=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 address=$(scontrol show node --oneliner "$node" | sed -n 's/.* NodeAddr=\\([^ ]*\\).*/\\1/p')
-export MASTER_ADDR="${address:-$node}" MASTER_PORT=$((20000 + SLURM_JOB_ID % 12000))
+export MASTER_ADDR="${address:-$node}"
 """,
-        "".join(f"export {name}={shlex.quote(value)}\n" for name, value in job.environment.items()),
-        f"{slurm.setup.strip()}\n" if slurm.setup.strip() else "",
-        f"""
-ranks=(srun --kill-on-bad-exit=1 --output="$STRATUM_LOGS/rank-%5t.log"{_rank_cpus(slurm)})
-{_python(job, has_gpus=job.gpus_per_node > 0)}
+        "".join(f"export {name}={quoted(value)}\n" for name, value in job.environment.items()),
+        _code(job.code),
+        f"""\
+{_python(job)}
 
-"${{ranks[@]}}" "${{python[@]}}" {_folded(command)}
-status=$?
+attempt=1
+while :; do
+  # Each start has its own logs, and its own port: the last one's may still be held.
+  export STRATUM_LOGS="$logs" MASTER_PORT=$((20000 + (SLURM_JOB_ID + 4001 * ${{SLURM_RESTART_COUNT:-0}} + 401 * attempt) % 12000))
+  if [ "$attempt" -gt 1 ]; then STRATUM_LOGS="$logs-$attempt"; fi
+  mkdir -p "$STRATUM_LOGS"
+  ranks=(srun --kill-on-bad-exit=1 --output="${{STRATUM_LOGS//%/%%}}/rank-%5t.log"{_rank_cpus(slurm)})
+  "${{ranks[@]}}" "${{python[@]}}" {_folded(command)} 2> "$STRATUM_LOGS/srun.log"
+  status=$?
+  cat "$STRATUM_LOGS/srun.log" >&2
 
-# finished, again or stop; why stands in this job's log. An error is told once, with the rank that failed first. A preempted
-# job whose processes end in time counts as completed for Slurm, which then does not bring it back: this script does.
-preempted=$(scontrol show job --oneliner "$SLURM_JOB_ID" | grep -c ' PreemptTime=[0-9]')
-next=$({_once(job.container)}"${{python[@]}}" -m launch.slurm.after_job --run "$run" --status "$status" \\
-    --steps {job.steps} --restarts {job.restarts} --preempted "$preempted")
+  # finished, here (again in these nodes), again or stop; why stands in this job's log. An error is shown once, with the rank
+  # that failed first. A preempted job whose processes end in time counts as completed for Slurm, which then does not bring it
+  # back: this script does.
+  job=$(timeout 60 scontrol show job --oneliner "$SLURM_JOB_ID")
+  next=$({_once(job.container)}"${{python[@]}}" -m launch.slurm.after_job --run "$run" --status "$status" --steps {job.steps} \\
+    --restarts {job.restarts} --save-before-end-s {slurm.save_before_end_s} --job "$job")
+  [ "$next" = here ] || break
+  attempt=$((attempt + 1))
+done
 """,
-        {
-            "requeue": 'if [ "$next" = again ]; then scontrol requeue "$SLURM_JOB_ID"; fi\n',
-            "chain": 'if [ "$next" != again ] && [ -n "$successor" ]; then scancel "$successor"; fi\n',
-            "none": "",
-        }[continuation],
+        {"requeue": _REQUEUE, "chain": _CHAIN, "none": ""}[continuation],
         'exit "$status"\n',
     ]
     return "".join(parts)
 
 
+_REQUEUE = """
+if [ "$next" = again ]; then
+  # A node on which two attempts failed is left out, by a new job; the same job cannot change its nodes.
+  if ! { [ -s "$run/logs/exclude" ] && submit; }; then scontrol requeue "$SLURM_JOB_ID"; fi
+fi
+"""
+_CHAIN = """
+touch "$logs/ended"
+wait "$waiter"
+successor=$(cat "$logs/successor" 2>/dev/null)
+case $next in
+  again)
+    if [ -n "$successor" ] && [ -s "$run/logs/exclude" ]; then
+      scontrol update JobId="$successor" ExcNodeList="$(cat "$run/logs/exclude")"
+    elif [ -z "$successor" ] && ! submit; then
+      echo "sbatch does not take the next job (see above); this job goes back into the queue instead" >&2
+      scontrol update JobId="$SLURM_JOB_ID" Requeue=1 && scontrol requeue "$SLURM_JOB_ID"
+    fi ;;
+  finished | stop)
+    if [ -n "$successor" ]; then scancel "$successor"; fi ;;
+esac
+"""
+
+
+def _submit(job: Job) -> str:
+    """The function that submits one more job, and for a chain the process that does so once a rank has started."""
+    text = """
+# Submit one more job of this run. Not before a rank has started: a script that fails before that would submit for ever.
+alive() {
+  local mark
+  for mark in "$logs"*/alive; do if [ -e "$mark" ]; then return 0; fi; done
+  return 1
+}
+submit() {
+  local number=""
+  local options=(--parsable "$@")
+  if [ -s "$run/logs/exclude" ]; then options+=("--exclude=$(cat "$run/logs/exclude")"); fi
+  alive || return 1
+  if number=$(timeout 60 sbatch "${options[@]}" "$run/logs/job.sh" 2> "$logs.sbatch"); then
+    rm -f "$logs.sbatch" "$run/logs/no-successor"
+    echo "${number%%;*}" >> "$run/logs/jobs"
+    echo "${number%%;*}"
+  else
+    cat "$logs.sbatch" >&2
+    mv "$logs.sbatch" "$run/logs/no-successor"
+    return 1
+  fi
+}
+"""
+    if job.slurm.continuation != "chain":
+        return text
+    return (
+        text
+        + """
+# The next job of the chain waits from the moment the run has proved that it starts, so that not even the loss of this node
+# ends it; see the end of the script.
+mkdir -p "$logs"
+{
+  until alive || [ -e "$logs/ended" ]; do sleep 1; done
+  submit --dependency=afterany:"$SLURM_JOB_ID" > "$logs/successor"
+} &
+waiter=$!
+"""
+    )
+
+
 def preparation_script(job: Preparation) -> str:
-    """The sbatch script of an array job that prepares data, one share a task."""
+    """The sbatch script of an array job that prepares data, one share a task. RecipeError as in `training_script`."""
     options = [
         f"--job-name={job.name}",
         f"--array=0-{job.tasks - 1}",
         "--nodes=1",
         "--ntasks=1",
         f"--cpus-per-task={job.cpus}",
-        *_common_options(job.slurm),
+        *_common_options(job.slurm, " ".join(map(shlex.quote, without_gpus(job.slurm.options)))),
         "--requeue",
         "--open-mode=append",
-        f"--chdir={shlex.quote(job.directory)}",
-        f"--output={shlex.quote(job.folder)}/logs/%A_%a.log",
+        f"--chdir={job.directory}",
+        f"--output={_no_pattern(job.folder)}/logs/%A_%a.log",
     ]
     command = ["-m", FRONT, "prepare", *job.words]
     return "".join(
         [
             f"""\
 #!/bin/bash
-# Data {job.folder}, written by `stratum launch slurm --prepare`: {job.tasks} tasks share the work. A task that is started
-# again keeps its finished shards; the last one to finish writes the manifest.
+# Data {one_line(job.folder)}, written by `stratum launch slurm --prepare`: {job.tasks} tasks share the work. A task that is
+# started again keeps its finished shards; the last one to finish writes the manifest.
 """,
-            "".join(f"#SBATCH {option}\n" for option in options),
-            "\nset -uo pipefail\n",
-            f"{job.slurm.setup.strip()}\n" if job.slurm.setup.strip() else "",
-            _python(job, has_gpus=False),
+            "".join(f"#SBATCH {option(word)}\n" for word in options),
+            _setup(job.slurm),
+            _code(job.code),
+            _python(job),
             f'\n\n{_once(job.container)}"${{python[@]}}" {_folded(command)} \\\n',
             f'    --task "$SLURM_ARRAY_TASK_ID/{job.tasks}"\n',
         ]
     )
 
 
-def _common_options(slurm: SlurmConfig) -> list[str]:
+def without_gpus(options: str) -> list[str]:
+    """sbatch options of a GPU recipe as they suit work on CPUs: none that asks for GPUs, whole nodes or all their memory."""
+    words = shlex.split(options)
+    kept, skip = [], False
+    for position, word in enumerate(words):
+        if skip:
+            skip = False
+            continue
+        name, sign, value = word.partition("=")
+        if not sign and position + 1 < len(words) and not words[position + 1].startswith("-"):
+            value = words[position + 1]
+        asks = name.startswith(("--gpu", "--exclusive", "--ntasks", "--cpus-per-gpu", "--mem-per-gpu")) or name == "-G"
+        asks = asks or (name in ("--gres", "--tres-per-task", "--tres-per-job") and "gpu" in value)
+        asks = asks or (name == "--mem" and value == "0")
+        if asks:
+            skip = not sign and bool(value) and name != "--exclusive"
+        else:
+            kept.append(word)
+    return kept
+
+
+def _common_options(slurm: SlurmConfig, options: str) -> list[str]:
     named = {"partition": slurm.partition, "account": slurm.account, "qos": slurm.qos}
     hours, minutes = divmod(slurm.time_limit_minutes, 60)
     return [
         *[f"--{name}={value}" for name, value in named.items() if value is not None],
         *([f"--mem={slurm.memory_gib}G"] if slurm.memory_gib else []),
-        *shlex.split(slurm.options),
+        *shlex.split(options),
         f"--time={hours:02}:{minutes:02}:00",
     ]
 
 
-def _chain(job: Job) -> str:
-    return """
-# The next job of the chain waits from now on, so that not even the loss of this node ends the run; see the end of the script.
-successor=$(sbatch --parsable --dependency=afterany:"$SLURM_JOB_ID" "$run/logs/job.sh") && echo "$successor" >> "$run/logs/jobs"
-"""
+def _no_pattern(folder: str) -> str:
+    """A folder in Slurm's file names, where % begins a pattern."""
+    return folder.replace("%", "%%")
+
+
+def _setup(slurm: SlurmConfig) -> str:
+    """The user's lines in a plain shell: scripts they source (conda's, a system's bashrc) read variables that are not set."""
+    lines = f"{slurm.setup.strip()}\n" if slurm.setup.strip() else ""
+    return f"\n{lines}set +e -uo pipefail\n"
+
+
+def _code(folder: str) -> str:
+    """The packages as they were at submission: a requeued job must not run what the working tree contains by then."""
+    if not folder:
+        return ""
+    return f"export PYTHONPATH={quoted(folder)}${{PYTHONPATH:+:$PYTHONPATH}}\n"
 
 
 def _rank_cpus(slurm: SlurmConfig) -> str:
@@ -193,22 +338,28 @@ def _with_threads(job: Job) -> list[str]:
 
 
 def _once(container: ContainerConfig) -> str:
-    """What starts one process beside the ranks' step: srun where only srun can enter the container."""
+    """What starts one process next to the ranks' step: srun where only srun can enter the container."""
     return "srun --overlap --nodes=1 --ntasks=1 --ntasks-per-node=1 " if container.kind == "pyxis" else ""
 
 
-def _python(job: Job | Preparation, *, has_gpus: bool) -> str:
+def _python(job: Job | Preparation) -> str:
     """Lines that set `python`, the words that start Python, in the container where there is one.
 
-    Python does not search the working directory (launch.children). A container that has no installation of this project
-    still finds the checkout that the job was submitted from, by PYTHONPATH.
+    Python does not search the working directory (launch.children). A container gets our packages by PYTHONPATH, as they were at
+    submission, or else from the checkout that the job was submitted from.
     """
     container, directory = job.container, job.directory
-    folders = dict.fromkeys(filter(None, (directory, job.checkout)))
+    folders = list(dict.fromkeys(filter(None, (directory, None if job.code else job.checkout, *job.mounts))))
+    if container.kind != "none":
+        for folder in folders:
+            if "," in folder or ":" in folder:
+                raise RecipeError(f"{folder} cannot be mounted in a container: `,` and `:` separate mounts. Rename it.")
     mounts = ",".join([*(f"{folder}:{folder}" for folder in folders), *filter(None, [container.mounts])])
+    has_gpus = isinstance(job, Job) and job.gpus_per_node > 0
     inside = shlex.join([container.python, *PYTHON_FLAGS])
-    if job.checkout is not None:
-        inside = f'env "PYTHONPATH="{shlex.quote(job.checkout)}"${{PYTHONPATH:+:$PYTHONPATH}}" {inside}'
+    packages = job.code or job.checkout
+    if packages:
+        inside = f'env "PYTHONPATH="{quoted(packages)}"${{PYTHONPATH:+:$PYTHONPATH}}" {inside}'
     match container.kind:
         case "none":
             return f"python=({shlex.join([job.python, *PYTHON_FLAGS])})"
@@ -227,7 +378,7 @@ def _python(job: Job | Preparation, *, has_gpus: bool) -> str:
 def _folded(words: Sequence[str]) -> str:
     """Words of a command, quoted, folded at about 110 characters."""
     lines, line = [], ""
-    for word in map(shlex.quote, words):
+    for word in map(quoted, words):
         if line and len(line) + len(word) > 110:
             lines.append(line)
             line = ""

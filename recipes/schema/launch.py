@@ -34,12 +34,13 @@ class SlurmConfig:
     options: str = ""
     """More sbatch options, as on its command line: `--exclusive --constraint=ib`."""
     setup: str = ""
-    """Shell lines run on the first node before the processes start: `module load cuda`."""
+    """Shell lines run on the first node before the processes start, without `set -u`: `module load cuda`."""
 
 
 @dataclass(frozen=True)
 class ContainerConfig:
-    """Where the processes of a Slurm job find their software. The present folder is mounted at its own path."""
+    """Where the processes of a Slurm job find their software. The present folder is mounted at its own path, and so are
+    folders of the run and its data that are outside it."""
 
     kind: Literal["none", "pyxis", "apptainer"] = "none"
     """`pyxis`: srun starts the processes in an enroot image; `apptainer`: by `apptainer exec`; `none`: on the bare node."""
@@ -62,12 +63,13 @@ class LaunchConfig:
     gpus_per_node: Count = 0
     """GPUs asked for on each node (`stratum launch slurm`); 0 asks for none."""
     timeout_s: PositiveFloat = 600.0
-    """Collective operations that take longer fail, instead of hanging for ever."""
+    """Collective operations that take longer fail, naming the ranks that did not arrive, instead of hanging for ever."""
     restarts: Count = 3
     """Restarts after failures in a row that brought no new checkpoint; then the run gives up. Mistakes in the recipe or
     the data are never tried again."""
     backoff_s: PositiveFloat = 10.0
-    """Wait before the first restart (`stratum launch local`), doubled each time in a row, at most 5 minutes."""
+    """Wait before the first restart that follows no new checkpoint (`stratum launch local`), doubled each time in a row, at
+    most 5 minutes; after a new checkpoint there is no wait."""
     grace_s: PositiveFloat = 600.0
     """Time to finish the step and save after a signal; what still runs then is killed. Must cover the longest of both."""
     environment: str = ""

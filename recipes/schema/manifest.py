@@ -72,6 +72,8 @@ class RunState:
     """Hash of the data manifest the position refers to; empty if there is none."""
     tokenizer: str = ""
     """Fingerprint of the tokenizer the model was trained with; empty if unknown."""
+    kernels: str = ""
+    """Form of the CPU kernels on all ranks (`train.native.forms`); empty if unknown, and off CPUs."""
     lineage: dict[str, Any] = field(default_factory=dict)
     """Where the weights come from, when not from training alone (JSON values): a pruned checkpoint's parent and what was kept."""
 
@@ -217,7 +219,7 @@ def _check_types(manifest: Manifest) -> None:
             raise ValueError(f"{key} is {getattr(manifest, key)!r}, not a count")
     if manifest.updates is not None and not is_count(manifest.updates):
         raise ValueError(f"updates is {manifest.updates!r}, not a count")
-    for key in ("data_hash", "tokenizer", "index_sha256"):
+    for key in ("data_hash", "tokenizer", "kernels", "index_sha256"):
         if not isinstance(getattr(manifest, key), str):
             raise ValueError(f"{key} is {getattr(manifest, key)!r}, not a text")
     for key in ("layout", "recipe", "versions", "lineage", "files"):

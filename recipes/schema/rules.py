@@ -30,7 +30,7 @@ from recipes.schema.pattern import layer_kinds, pattern_problems, weights_of
 from recipes.schema.precision import PrecisionConfig
 from recipes.schema.read import recipe_mapping
 from recipes.schema.recipe import Recipe
-from recipes.schema.scaling import low_precision_linears, rotation_problems, scalings_used, shape_problems
+from recipes.schema.scaling import block_notes, low_precision_linears, rotation_problems, scalings_used, shape_problems
 from recipes.schema.schedule import schedule_problems, unread
 from recipes.schema.teacher_rules import cache_problems, distill_problems, teacher_problems, tokenizer_problems
 
@@ -109,6 +109,7 @@ def notes(recipe: Recipe, *, machine: Machine | None = None, prepared: Prepared 
         shapes = "; ".join(str(problem) for problem in _shapes(recipe))
         if shapes:
             found.append(Problem("precision.scaling", f"a GPU would refuse this recipe: {shapes}"))
+    found += block_notes(recipe.model, precision=precision, tensor=recipe.parallel.tensor)
     if prepared is not None:
         if 0 < prepared.vocab_size < recipe.model.vocab:
             text = (
@@ -436,11 +437,13 @@ def resume_problems(
     place: str,
     tokenizer: str = "",
     data_hash: str = "",
+    kernels: str = "",
     taught_by: Mapping[str, object] | None = None,
 ) -> list[Problem]:
     """Why a run may not continue from a checkpoint of its own. place: the checkpoint's folder.
 
-    tokenizer, data_hash: of the data now, empty where they are not known. taught_by: the teacher now (`identity_of`).
+    tokenizer, data_hash: of the data now; kernels: `RunState.kernels` now; empty where they are not known. taught_by: the teacher
+    now (`identity_of`).
     """
     found = []
     if recipe.checkpoint.resume == "never":
@@ -466,6 +469,14 @@ def resume_problems(
             found.append(Problem("run.name", f"{place} was trained with another recipe:{why}"))
     before = manifest.lineage.get("teacher")
     may_change = "arithmetic" in recipe.checkpoint.allow
+    if kernels_differ(manifest.kernels, kernels) and not may_change:
+        # A missing compiler or a full cache must not change a run unnoticed.
+        text = f"{place} was trained with kernels {manifest.kernels}; this start has them {kernels}: bits will differ."
+        remedy = (
+            "Restore what they were built with (a C compiler; a cache folder that only you can write; STRATUM_NATIVE), or add "
+            "checkpoint.allow=[arithmetic] to continue with these."
+        )
+        found.append(Problem("checkpoint.allow", text, remedy))
     if before and taught_by and before["fingerprint"] != taught_by["fingerprint"] and not may_change:
         text = f"{place} learned from {named_teacher(before)}; the teacher is {named_teacher(taught_by)} now."
         remedy = (
@@ -474,6 +485,11 @@ def resume_problems(
         )
         found.append(Problem("objective.teacher", text, remedy))
     return found
+
+
+def kernels_differ(before: str, now: str) -> bool:
+    """Whether both are known and not the same: the device is a choice of its own, and old checkpoints do not say."""
+    return bool(before and now and before != now)
 
 
 def named_teacher(teacher: Mapping[str, object] | None) -> str:

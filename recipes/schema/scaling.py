@@ -14,8 +14,8 @@ Standard library only, so that a launch can be planned on a login node. Tables: 
 """
 
 import math
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 from recipes.schema.errors import Problem
 from recipes.schema.model import ModelConfig
@@ -226,6 +226,22 @@ def linear_shapes(model: ModelConfig, kind: str, *, tensor: int = 1) -> dict[str
     return {column: (whole[0][0] // tensor, whole[0][1]), row: (whole[1][0], whole[1][1] // tensor)}
 
 
+def _width_that_fits(model: ModelConfig, kind: str, tensor: int, multiple: int) -> str:
+    """The one field that repairs the widths of a layer kind, with the next larger value that does."""
+    name = {"M": "mamba_heads", "-": "ffn"}.get(kind, "head_dim")
+    step = model.mamba_groups if kind == "M" else 1
+    value = getattr(model, name)
+    for wider in range(value + step - value % step, 2 * value + 64 * tensor, step):
+        changed: dict[str, Any] = {name: wider}
+        shapes = linear_shapes(replace(model, **changed), kind)
+        column, row = (shapes[linear] for linear in LINEARS[kind])
+        if all(size % multiple == 0 for size in (column[1], row[0])) and all(
+            size % (tensor * multiple) == 0 for size in (column[0], row[1])
+        ):
+            return f"Use model.{name}={wider}, or lower parallel.tensor."
+    return f"Use model.hidden={-(-model.hidden // multiple) * multiple}, or lower parallel.tensor."
+
+
 def shape_problems(
     model: ModelConfig, *, parallel: ParallelConfig, precision: PrecisionConfig, rank_tokens: int
 ) -> list[Problem]:
@@ -243,12 +259,6 @@ def shape_problems(
     multiple = max(scaling.multiple for scaling in active)
     names = "/".join(scaling.name for scaling in active)
     kinds = layer_kinds(model.pattern)
-    owners = {
-        "M": "model.mamba_heads, mamba_head_dim, mamba_state and mamba_groups",
-        "*": "model.heads, kv_heads and head_dim",
-        "w": "model.heads, kv_heads and head_dim",
-        "-": "model.ffn",
-    }
     problems = []
     for kind in dict.fromkeys(kinds[index] for index in layers):
         for name, (out, into) in linear_shapes(model, kind, tensor=parallel.tensor).items():
@@ -258,7 +268,7 @@ def shape_problems(
                         f"precision.scaling={names}: {name} of `{kind}` layers has {what} width {value:,} on each of "
                         f"{parallel.tensor} tensor ranks, not a multiple of {multiple}."
                     )
-                    remedy = f"Lower parallel.tensor, or change {owners[kind]} (or model.hidden)."
+                    remedy = _width_that_fits(model, kind, parallel.tensor, multiple)
                     problems.append(Problem("precision.scaling", text, remedy))
     if rank_tokens % multiple:
         problems.append(_ragged(names, rank_tokens, multiple))
@@ -269,9 +279,41 @@ def shape_problems(
             f"precision.scaling={names} with parallel.sequence=true: {rank_tokens:,} tokens over {parallel.tensor} tensor "
             f"ranks leave {rank_tokens / parallel.tensor:g} each, not a multiple of the {along}-token block."
         )
-        remedy = "Use a longer data.row_tokens or more run.microbatch_rows."
+        remedy = "Use parallel.sequence=false, a longer data.row_tokens or more run.microbatch_rows."
         problems.append(Problem("precision.scaling", text, remedy))
     return problems
+
+
+def block_notes(model: ModelConfig, *, precision: PrecisionConfig, tensor: int) -> list[Problem]:
+    """Linears whose blocks of scales move with `parallel.tensor`: blocks begin at each rank's shard, so a shard that is not a
+    whole number of them is cut elsewhere than the whole matrix, and other degrees round to other numbers."""
+    wide = max(
+        (extent for name in scalings_used(precision) for extent in _block_extents(scaling_of(precision, name))),
+        default=1,
+    )
+    kinds, found = layer_kinds(model.pattern), []
+    for kind in dict.fromkeys(kinds[index] for index in low_precision_linears(model, precision)):
+        whole = linear_shapes(model, kind)
+        for name, shape in linear_shapes(model, kind, tensor=tensor).items():
+            cut = [
+                (all_of, part)
+                for all_of, part in zip(whole[name], shape, strict=True)
+                if part != all_of and part % wide
+            ]
+            found += [f"{name} of `{kind}` ({all_of:,}: {part / wide:g} blocks a rank)" for all_of, part in cut]
+    if not found:
+        return []
+    text = (
+        f"blocks of {wide} begin at each of the {tensor} tensor ranks' shards, which are not whole blocks for "
+        f"{', '.join(found)}: another parallel.tensor cuts them elsewhere and rounds to other numbers."
+    )
+    return [Problem("parallel.tensor", text, "Compare runs at one degree.")]
+
+
+def _block_extents(scaling: Scaling | None) -> list[int]:
+    """Extents of a scaling's blocks that are wider than an element."""
+    operands = (scaling.input, scaling.weight) if scaling is not None else ()
+    return [extent for operand in operands for extent in operand.block or ()]
 
 
 def rotation_problems(model: ModelConfig, *, precision: PrecisionConfig, rank_tokens: int) -> list[Problem]:

@@ -9,6 +9,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -23,8 +24,9 @@ from train.checkpoint import fingerprint, offline, publishing
 from train.checkpoint.__main__ import main as command
 from train.checkpoint.files import Piece, Reader
 from train.checkpoint.manager import CheckpointFolder
-from train.checkpoint.manifest import RunState, read_manifest
+from train.checkpoint.manifest import Manifest, RunState, read_manifest
 from train.checkpoint.publishing import point_at
+from train.checkpoint.saving import Snapshot
 from train.checkpoint.stale import FEWEST
 
 OLD, NEW = 2, 4
@@ -221,6 +223,14 @@ def write_past_a_limit(rank: int, folder: Path) -> str:
         except CheckpointError as error:
             return str(error)
     return "nothing"
+
+
+def test_a_nearly_full_disk_is_said_with_numbers_that_differ(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    piece = Piece("model.a", (1000,), (0,), (1000,), torch.zeros(1000))
+    snapshot = Snapshot(Manifest(layout={"world": 1}), [piece])
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=3990))
+    with pytest.raises(CheckpointError, match=r"about 4,000 bytes needed, 3,990 free, 10 too few"):
+        CheckpointFolder(tmp_path, SMALL.checkpoint)._make_room(1, snapshot)
 
 
 def test_a_real_limit_of_the_system_is_reported(tmp_path: Path) -> None:
@@ -430,7 +440,7 @@ def test_names_that_look_like_steps(folder: Path) -> None:
     good, (note, pointer) = steps.candidates(folder)
     assert [manifest.step for _, manifest in good] == [NEW, OLD]
     assert f"holds step {OLD}, not the one it is named after. Name it {steps.name_of(OLD)}" in note
-    assert "is missing" in pointer
+    assert "cannot be read: it is not a regular file" in pointer
 
 
 def test_of_a_linked_checkpoint_only_the_link_is_deleted(folder: Path, tmp_path: Path) -> None:

@@ -162,8 +162,8 @@ def test_the_command_itself_on_two_processes(config: DataConfig, whole: dict[str
     other = elsewhere(config, "command")
     sources = "{" + ", ".join(f"{n}: {{path: {s.path}}}" for n, s in config.sources.items()) + "}"
     command = [
-        sys.executable, "-m", "train.stratum", "prepare", "-cn", "smoke", f"data.folder={other.folder}", "~data.sources",
-        f"+data.sources={sources}", "data.tokenizer.vocab_size=400", "data.row_tokens=32", "data.heldout_fraction=0.1",
+        sys.executable, "-m", "train.stratum", "prepare", "-cn", "smoke", f"data.folder={other.folder}",
+        f"data.sources={sources}", "data.tokenizer.vocab_size=400", "data.row_tokens=32", "data.heldout_fraction=0.1",
         "data.shard_bytes=60000", "data.workers=2",
     ]  # fmt: skip
     environment = os.environ | {"PYTHONPATH": str(ROOT)}

@@ -13,7 +13,7 @@ from transformers import AutoConfig
 from recipes.schema.command import RECIPES
 from recipes.schema.errors import RecipeError
 from recipes.schema.model import ModelConfig
-from train.hf.config import SpecialTokens, clamp_of, family_of, from_config, read_config, to_config
+from train.hf.config import SpecialTokens, clamp_of, family_of, from_config, read_config, to_config, usual
 
 # config.json of nvidia/NVIDIA-Nemotron-Nano-9B-v2 (revision 6533e8de).
 NANO_9B = {
@@ -131,6 +131,39 @@ def test_nothing_is_read_without_being_understood() -> None:
     ):
         with pytest.raises(RecipeError, match=message):
             from_config(config | change, where="config.json")
+
+
+def test_yarn_without_its_original_length_takes_the_models_length_as_transformers_does(tmp_path: Path) -> None:
+    model = replace(GEMMA, rope_scaling="yarn", rope_factor=4.0, rope_original_tokens=64)
+    config = to_config(model, tokens=TOKENS, max_positions=64, dtype="float32")
+    del config["rope_parameters"]["original_max_position_embeddings"]
+    assert from_config(config, where="x").rope_original_tokens == 64
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert AutoConfig.from_pretrained(tmp_path).rope_parameters["original_max_position_embeddings"] == 64
+
+
+def test_harmless_spellings_are_read_and_contradictions_are_not() -> None:
+    gemma = to_config(GEMMA, tokens=TOKENS, max_positions=64, dtype="float32")
+    hybrid = to_config(HYBRID, tokens=TOKENS, max_positions=64, dtype="float32")
+    harmless = {"use_bidirectional_attention": False, "attention_dropout": None}
+    assert from_config(gemma | harmless, where="x") == from_config(gemma, where="x")
+    null = hybrid | {"time_step_min": None, "time_step_limit": [0.0, float("inf")], "attention_dropout": None}
+    assert from_config(null, where="x") == from_config(hybrid, where="x") and clamp_of(null) == 0.0
+    narrow = {key: value for key, value in hybrid.items() if key != "head_dim"} | {
+        "attention_head_dim": HYBRID.head_dim
+    }
+    assert from_config(narrow, where="x") == from_config(hybrid, where="x")
+    assert AutoConfig.for_model(**usual(narrow | {"time_step_min": None})).head_dim == HYBRID.head_dim
+    rope = {"rope_type": "default", "rope_theta": 10000.0}
+    for config, message in (
+        (gemma | {"rope_theta": 5.0, "rope_parameters": rope}, "rope_theta=5.0 and rope_parameters"),
+        (gemma | {"rope_scaling": {"rope_type": "linear"}, "rope_parameters": rope}, "disagree: rope_type is 'linear'"),
+        (gemma | {"rope_parameters": rope | {"type": "yarn"}}, "rope_type='default' and type='yarn' disagree"),
+        (hybrid | {"time_step_limit": [0.0, 0.5]}, r"time_step_limit=\[0.0, 0.5\]: dt has no bounds here"),
+        (hybrid | {"time_step_min": "small"}, "time_step_min='small' is not a number"),
+    ):
+        with pytest.raises(RecipeError, match=message):
+            from_config(config, where="x")
 
 
 def test_a_config_that_is_no_object_is_refused(tmp_path: Path) -> None:

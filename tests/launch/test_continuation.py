@@ -5,7 +5,16 @@ from pathlib import Path
 import pytest
 
 from launch.local.continuation import Decision, backoff_s, decide, describe, shell_status
-from launch.local.failures import RankFailure, by_cause, log_of, read_failures, tell, write_failure
+from launch.local.failures import (
+    SRUN_LOG,
+    RankFailure,
+    by_cause,
+    log_of,
+    read_failures,
+    read_silent_failures,
+    tell,
+    write_failure,
+)
 from launch.runs import RunFolder
 
 
@@ -28,14 +37,16 @@ def after(status: int, **facts: object) -> Decision:
         (143, {"has_new_checkpoint": True}, "stop", 0),
         (143, {"has_new_checkpoint": True, "is_preempted": True}, "again", 0),
         (143, {"is_preempted": True}, "again", 1),
-        (1, {"is_preempted": True, "has_new_checkpoint": True}, "again", 1),
+        (1, {"is_preempted": True, "has_new_checkpoint": True}, "again", 0),
+        (143, {"was_asked": False}, "again", 1),  # srun ended the ranks because one was killed
+        (143, {"was_asked": False, "failures": 2}, "stop", 3),
         (130, {}, "stop", 0),
         (2, {"has_new_checkpoint": True}, "stop", 0),
         (3, {"has_new_checkpoint": True, "is_preempted": True}, "stop", 0),  # NaN: the same steps again
         (1, {}, "again", 1),
         (1, {"failures": 1}, "again", 2),
         (137, {"failures": 2}, "stop", 3),
-        (137, {"failures": 2, "has_new_checkpoint": True}, "again", 1),  # it got on in between
+        (137, {"failures": 2, "has_new_checkpoint": True}, "again", 0),  # it made progress in between
         (137, {"at_last_step": True, "in_queue": False}, "again", 1),  # the last evaluation is missing
     ],
 )
@@ -46,10 +57,17 @@ def test_the_rule(status: int, facts: dict[str, object], action: str, failures: 
 
 def test_no_restart_where_none_are_allowed() -> None:
     assert after(1, restarts=0).action == "stop"
+    assert after(1, restarts=0, has_new_checkpoint=True).action == "stop"
+
+
+def test_no_back_off_and_no_count_after_a_new_checkpoint() -> None:
+    decision = after(137, has_new_checkpoint=True, failures=2)
+    assert backoff_s(decision.failures, first_s=10) == 0
+    assert "after a new checkpoint was written" in decision.reason and "without a new checkpoint" not in decision.reason
 
 
 def test_backoff_doubles_up_to_five_minutes() -> None:
-    assert [backoff_s(n, first_s=10) for n in (1, 2, 3, 6, 60)] == [10, 20, 40, 300, 300]
+    assert [backoff_s(n, first_s=10) for n in (0, 1, 2, 3, 6, 60)] == [0, 10, 20, 40, 300, 300]
 
 
 def test_statuses_as_shells_give_them() -> None:
@@ -94,3 +112,20 @@ def test_progress_is_read_from_the_end_of_a_growing_file(tmp_path: Path) -> None
     (tmp_path / "checkpoints" / "step_00000300").mkdir(parents=True)
     (tmp_path / "checkpoints" / "latest").write_text("step_00000400")  # torn: names what is not there
     assert run.newest_checkpoint() == "step_00000300" and run.checkpoint_step() == 300
+
+
+def test_ranks_that_srun_reports_killed_are_failures_and_those_it_ended_itself_are_not(tmp_path: Path) -> None:
+    """The lines are those of Slurm 22.05 after `kill -9` of a rank, and of one that its cgroup killed."""
+    (tmp_path / SRUN_LOG).write_text(
+        "srun: error: n2: task 1: Killed\nsrun: launch/slurm: _step_signal: Terminating StepId=1.0\n"
+        "srun: error: n1: task 0: Terminated\nsrun: error: n3: tasks 4-5: Out Of Memory\n"
+        "srun: error: n4: task 6: Exited with exit code 1\n"
+    )
+    found = read_silent_failures(tmp_path)
+    assert [(f.rank, f.status, f.host) for f in found] == [(1, 137, "n2"), (4, 137, "n3")]
+    write_failure(tmp_path, RankFailure(6, 1, 5.0, "n4", "RuntimeError: Connection closed by peer"))
+    causes = by_cause(tmp_path, read_failures(tmp_path) + found)
+    assert causes[0].rank == 1, "a silent kill explains a lost connection"
+    write_failure(tmp_path, RankFailure(7, 1, 6.0, "n4", "ValueError: x"))
+    causes = by_cause(tmp_path, read_failures(tmp_path) + found)
+    assert causes[0].rank == 7, "an error that was recorded explains more than a kill"

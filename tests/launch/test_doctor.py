@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from launch.doctor.command import look, report
+from launch.doctor.gpu import ON_GPU
 from launch.doctor.machine import Finding, Machine
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -53,7 +54,7 @@ def test_older_pythons_can_read_it() -> None:
         "doctor/gpu.py",
         "doctor/machine.py",
         "doctor/__init__.py",
-        "__main__.py",
+        "doctor/__main__.py",
         "__init__.py",
     ):
         ast.parse((ROOT / "launch" / name).read_text(), feature_version=(3, 8))
@@ -67,6 +68,24 @@ def test_in_the_projects_environment_nothing_is_wrong() -> None:
     for name in ("torch", "megatron-core", "hydra-core", "datasets", "wandb"):
         assert by_name[name]["state"] == "ok"
     assert by_name["disk"]["found"].endswith("GB free for runs")
+
+
+def test_on_a_cpu_machine_nothing_is_asked_for_that_only_gpus_or_other_systems_need() -> None:
+    if shutil.which("nvidia-smi"):
+        pytest.skip("this machine has NVIDIA's driver")
+    found = json.loads(doctor("--json", flags=()).stdout)["findings"]
+    for one in found:
+        if one["what"] in ON_GPU:
+            assert one["state"] == "ok" or one["remedy"].startswith("nothing to do here: only GPUs use it"), one
+        assert "tzdata" not in one["found"] or sys.platform == "win32", one
+
+
+def test_make_help_lists_every_command() -> None:
+    lines = (ROOT / "Makefile").read_text().splitlines()
+    targets = {line.split(":")[0] for line in lines if "## " in line and line[:1].isalpha() and ":" in line}
+    result = subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True, check=True)
+    listed = {line.split()[1] for line in result.stdout.splitlines() if line.startswith("  make ")}
+    assert listed == targets and "bench-fp8" in listed
 
 
 def test_a_machine_for_gpus_needs_them() -> None:

@@ -14,12 +14,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from test_slurm_script import CPU
 
 from launch import lease as lease_module
 from launch.lease import FOLDER, LeaseError, Owner, current_owner, take
 from launch.local.command import refuse_second
+from launch.queue import QueuedJob, SlurmError
 from launch.runs import RunFolder
-from launch.slurm.queue import QueuedJob, SlurmError
+from launch.slurm.command import submit_run
+from recipes.schema.errors import StratumError
 
 ROOT = Path(__file__).resolve().parents[2]
 FORK = multiprocessing.get_context("fork")
@@ -184,9 +187,9 @@ def test_a_damaged_lease_is_named(tmp_path: Path) -> None:
 def test_an_owner_that_was_taken_for_dead_writes_nothing_more(tmp_path: Path) -> None:
     program = (
         "import sys\nfrom pathlib import Path\nfrom dataclasses import asdict\n"
-        "from types import SimpleNamespace\nfrom launch import lease\nfrom train.resilience.lease import held_lease\n"
-        "run, mesh = Path(sys.argv[1]), SimpleNamespace(rank=0, any_rank=lambda flag: flag)\n"
-        "with held_lease(run, mesh) as check:\n"
+        "from launch import lease\nfrom train.resilience.lease import held_lease\n"
+        "run = Path(sys.argv[1])\n"
+        "with held_lease(run, rank=0, any_rank=bool) as check:\n"
         "    check()\n"
         "    assert lease._create(run / 'lease', 2, lease._myself())\n"
         "    check()\n"
@@ -196,3 +199,40 @@ def test_an_owner_that_was_taken_for_dead_writes_nothing_more(tmp_path: Path) ->
         [sys.executable, "-c", program, str(tmp_path)], cwd=ROOT, capture_output=True, text=True, check=False
     )
     assert result.returncode == 2 and not result.stdout and "has taken over" in result.stderr, result.stderr
+
+
+def _submit(run: RunFolder, start: Any, answers: Any) -> None:
+    start.wait()
+    try:
+        answers.put(("job", submit_run(run, replace(CPU, folder=str(run.path)), keep_code=False)))
+    except StratumError as error:
+        answers.put(("refused", str(error)))
+
+
+def test_of_two_submissions_at_once_one_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Slurm's commands are stand-ins: sbatch takes a while, as a busy cluster's does."""
+    commands = {
+        "sbatch": f"sleep 0.5; echo x >> {tmp_path}/submitted; echo 12",
+        "squeue": "exit 0",
+        "scontrol": "echo JobId=12 JobState=PENDING Reason=Priority",
+    }
+    (tmp_path / "bin").mkdir()
+    for name, line in commands.items():
+        (tmp_path / "bin" / name).write_text(f"#!/bin/bash\n{line}\n")
+        (tmp_path / "bin" / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}/bin:{os.environ['PATH']}")
+    run, start, answers = RunFolder(tmp_path / "run"), FORK.Event(), FORK.Queue()
+    processes = [FORK.Process(target=_submit, args=(run, start, answers)) for _ in range(4)]
+    for process in processes:
+        process.start()
+    start.set()
+    found = [answers.get(timeout=60) for _ in processes]
+    for process in processes:
+        process.join()
+    assert sorted(what for what, _ in found) == ["job", "refused", "refused", "refused"], found
+    assert (tmp_path / "submitted").read_text() == "x\n" and (run.logs / "jobs").read_text() == "12\n"
+    with pytest.raises(SlurmError, match=r"job 12 of .* is pending already"):
+        submit_run(run, replace(CPU, folder=str(run.path)), keep_code=False)
+    take(run.path / FOLDER, what="a")
+    with pytest.raises(LeaseError, match="belongs to process"):
+        submit_run(RunFolder(run.path), replace(CPU, folder=str(run.path)), keep_code=False)

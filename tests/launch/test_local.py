@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from launch.runs import last_lines
+from recipes.schema.run_folder import last_metrics
 
 ROOT = Path(__file__).resolve().parents[2]
 DRIVER = ROOT / "tests" / "drive_local.py"
@@ -50,7 +50,7 @@ def wait_until(condition: Callable[[], object]) -> None:
 
 
 def wait_for_step(run: Path, step: int) -> None:
-    wait_until(lambda: any(line["step"] >= step for line in last_lines(run / "metrics.jsonl")))
+    wait_until(lambda: any(line["step"] >= step for line in last_metrics(run / "metrics.jsonl")))
 
 
 def ranks_running(run: Path) -> list[int]:
@@ -100,7 +100,7 @@ def test_the_first_error_shows_once_and_the_run_resumes(tmp_path: Path) -> None:
     assert "launch: rank 1" in err and "failed first, with status 1:" in err and "Ranks 0, 2 ended after it." in err
     assert "Connection closed" not in out + err, "what follows from the first error stays in the logs"
     assert "runpy" not in err, "the traceback starts in the program"
-    assert "restart 1 of 2 without a new checkpoint; from step_00000010 in 0.2 s" in err
+    assert "failed with status 1 after a new checkpoint was written; starting again from step_00000010 at once" in err
     assert out.endswith("rank 0 of 3 starts after step 10\nfinished\n")
     first, second = attempts(run)
     assert "Connection closed by peer" in (first / "rank-00000.log").read_text()
@@ -113,7 +113,7 @@ def test_restarts_are_counted_from_the_last_new_checkpoint_and_end(tmp_path: Pat
     assert "rank 1" in err and "SIGKILL (status 137; out of memory?), without a word." in err
     assert [f"restart {n} of 2" in err for n in (1, 2, 3)] == [True, True, False]
     assert "not started again: it failed with SIGKILL (status 137; out of memory?); 2 restarts in a row brought" in err
-    assert out.count("starts after step 20") == 2
+    assert out.count("starts after step 20") == 3, "one at once, two counted"
     none_left(run)
 
 
@@ -154,13 +154,26 @@ def test_a_second_signal_kills_at_once(tmp_path: Path) -> None:
     none_left(run)
 
 
+def test_a_kill_after_all_have_saved_says_that_nothing_is_lost(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    child = start(run, 2, "--steps", "2000", "--end-s", "60")
+    wait_for_step(run, 3)
+    child.send_signal(signal.SIGINT)
+    wait_until(lambda: "stopped at step" in "".join(p.read_text() for p in (run / "logs").glob("*/rank-00001.log")))
+    child.send_signal(signal.SIGINT)
+    out, err = finish(child, status=130)
+    (step,) = re.findall(r"stopped at step (\d+)", out)
+    assert f"SIGINT again: killed. Nothing is lost: step {step}, the last one, was saved before." in err
+    none_left(run)
+
+
 def test_the_grace_period_is_the_launchers_own(tmp_path: Path) -> None:
     run = tmp_path / "run"
     child = start(run, 2, "--steps", "2000", "--fail", "1:5:hang", options=("--grace", "1"))
     wait_until((run / "failed-1-5-hang").exists)
     child.send_signal(signal.SIGTERM)
     _, err = finish(child, status=143)
-    assert "still running 1 s after the signal (launch.grace_s): killed" in err
+    assert "still running 1 s after the signal (launch.grace_s): killed. The newest checkpoint stays" in err
     none_left(run)
 
 

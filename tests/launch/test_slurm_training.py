@@ -17,18 +17,19 @@ from slurm_rig import slurm_rig, wait_for
 from texts import VOCAB, config_of
 
 from data.prepare import prepare
-from launch.runs import METRICS, RunFolder
+from launch.queue import look_up, send_signal
+from launch.runs import RunFolder
 from launch.slurm.command import active_jobs, job_numbers
-from launch.slurm.queue import look_up, send_signal
-from train.record.metrics import read_metrics
+from recipes.schema.run_folder import METRICS, read_metrics
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPE = [
     "-cn", "smoke", "model.pattern=M*-", "model.hidden=32", "model.ffn=64", "model.heads=2", "model.kv_heads=2",
     "model.head_dim=16", "model.mamba_heads=4", "model.mamba_head_dim=8", "model.mamba_state=8", f"model.vocab={VOCAB}",
-    "model.mamba_chunk=8", "run.global_rows=4", "run.microbatch_rows=2", "run.threads=1", "schedule.warmup=2",
+    "precision.high_precision_first=1", "precision.high_precision_last=1", "model.mamba_chunk=8",
+    "run.global_rows=4", "run.microbatch_rows=2", "run.threads=1", "schedule.warmup=2",
     "schedule.decay=4", "evaluate.every_steps=0", "evaluate.rows_per_source=2", "telemetry.log_every_steps=1",
-    "telemetry.tensorboard=false", "launch.timeout_s=120",
+    "telemetry.tensorboard=false", "launch.timeout_s=120", "precision=fp32",
 ]  # fmt: skip
 
 
@@ -84,7 +85,9 @@ def compare(disturbed: RunFolder, whole: RunFolder, *, steps: int) -> None:
 
 
 def submit(words: list[str], name: str, *more: str) -> RunFolder:
-    output = finish(launch("slurm", *words, f"run.name={name}", "launch.nodes=2", "launch.processes=1", *more))
+    output = finish(
+        launch("launch", "slurm", *words, f"run.name={name}", "launch.nodes=2", "launch.processes=1", *more)
+    )
     assert output.startswith("Submitted job "), output
     return RunFolder(Path(words[-1].partition("=")[2]) / name)
 
@@ -95,7 +98,7 @@ def test_two_nodes_train_stop_at_a_signal_are_requeued_and_end_as_if_nothing_had
     more = ("run.steps=60", "checkpoint.every_steps=20")
     with slurm_rig(2):
         run = submit(words, "disturbed", *more, "launch.slurm.time_limit_minutes=30")
-        whole = launch("local", *words, "run.name=whole", "--nproc", "2", *more)
+        whole = launch("launch", "local", *words, "run.name=whole", "--nproc", "2", *more)
         (number,) = job_numbers(run)
         wait_for(lambda: (progress := run.progress()) is not None and progress.step >= 3)
         send_signal(number, "USR1")  # what Slurm itself sends before the time limit
@@ -116,7 +119,7 @@ def test_an_array_job_prepares_the_same_data_also_when_a_task_is_killed(words: l
     prepare(replace(config_of(tmp_path), folder=str(whole), shard_bytes=2500), console=Console(quiet=True))
     assert len(list(whole.rglob("*.train.bin"))) > 6
     with slurm_rig(2):
-        output = finish(launch("slurm", *words, f"data.folder={folder}", "--prepare", "--tasks", "3"))
+        output = finish(launch("launch", "slurm", *words, f"data.folder={folder}", "--prepare", "--tasks", "3"))
         assert "(3 tasks)" in output, output
         (number,) = re.findall(r"array job (\d+)", output)
         task = f"{number}_1"
@@ -145,7 +148,7 @@ def test_a_job_is_ended_by_its_time_limit_and_the_run_is_finished_by_the_next(wo
         (number,) = job_numbers(run)
         wait_for(lambda: not active_jobs(run), timeout_s=900)
         (job,) = look_up([number])
-    whole = launch("local", *words, "run.name=whole", *more)
+    whole = launch("launch", "local", *words, "run.name=whole", *more)
     assert "TP2" in finish(whole, timeout_s=900)
     log = (run.logs / f"slurm-{number}.log").read_text()
     assert job.state == "COMPLETED" and job.restarts >= 1, log

@@ -45,7 +45,8 @@ def fill(rank: int, recipe: Recipe, world: int, values: str, rows: int) -> None:
     tensor = recipe.objective.teacher_tensor or 1
     recipe = replace(recipe, run=replace(recipe.run, global_rows=2 * world // tensor, microbatch_rows=2),
                      parallel=replace(recipe.parallel, tensor=tensor))  # fmt: skip
-    with mesh_of(recipe, check(recipe, world=world), device=torch.device("cpu"), rank=rank) as mesh:
+    asks = replace(recipe, objective=replace(recipe.objective, kind="distill", teacher_cache=None))
+    with mesh_of(asks, check(recipe, world=world), device=torch.device("cpu"), rank=rank) as mesh:
         teacher = open_teacher(recipe, mesh=mesh, tokenizer=TOKENIZER)
         assert teacher is not None
         config = TeacherCacheConfig(values=values, block_rows=3)  # type: ignore[arg-type]
@@ -144,7 +145,7 @@ def test_answers_to_another_question_are_refused(teacher: Path, tmp_path: Path) 
     with pytest.raises(RankFailed, match="numbers: 'fp32' there, 'fp32, blockwise' now"):
         low = replace(recipe, objective=replace(recipe.objective, teacher_scaling="blockwise"))
         run_ranks(1, fill, low, 1, "float32", 4)
-    with pytest.raises(RecipeError, match=r"objective.teacher=.*other.* answered; use objective.teacher=null"):
+    with pytest.raises(RecipeError, match=r"objective.teacher=.*other.* answered. Use objective.teacher=null"):
         KeptAnswers.open(asked, tokenizer=None)
     KeptAnswers.open(
         replace(recipe, objective=replace(recipe.objective, teacher=str(tmp_path / "gone"))), tokenizer=None

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 from recipes_drawn import VOCAB, Place
 
-from launch.compose import checked_layout
+from launch.compose import checked_layout, compose
 from launch.plan.checks import Facts, facts_of, recipe_problems
 from launch.plan.cost.device import device_named
 from launch.plan.planner import make_plan
@@ -245,3 +245,16 @@ def test_another_tokenizer_has_one_wording() -> None:
         "text.",
         "Use data made with the first (data.folder, data.tokenizer.path), or name another run.start_from.",
     )
+
+
+def test_blocks_that_move_with_the_degree_of_tensor_parallelism_are_noted() -> None:
+    """Nemotron Nano 9B's MLP of 15,680 is 122.5 blocks of 128: 61.25 on each of two ranks."""
+    words = ["-cn", "smoke", "model=nemotron_nano_9b_v2", "precision=fp8_blockwise"]
+    said = {}
+    for tensor in (1, 2):
+        recipe = compose([*words, f"parallel.tensor={tensor}"], program="plan")
+        assert isinstance(recipe, Recipe)
+        found = notes(recipe)
+        said[tensor] = [str(note) for note in found if note.key == "parallel.tensor"]
+    assert said[1] == []
+    assert len(said[2]) == 1 and "of `-` (15,680: 61.25 blocks a rank)" in said[2][0], said[2]

@@ -93,3 +93,9 @@ def build_all(rank: int, drawn: list[Recipe]) -> list[str]:
             except Exception:
                 wrong.append(f"{recipe}\n{traceback.format_exc()}")
     return wrong
+
+
+def test_the_largest_seeds_are_really_taken(place: Place) -> None:
+    largest = 2**63 - 1
+    recipe = replace(place.base, run=replace(place.base.run, seed=largest), data=replace(place.base.data, seed=largest))
+    assert run_ranks(1, build_all, [recipe]) == [[]]

@@ -1,6 +1,8 @@
 """What a run says and refuses when it is started again: the table, changed recipes, lost checkpoints, torn pointers, other
 data, another tokenizer. Real runs, forked."""
 
+import logging
+import os
 import re
 import shutil
 from dataclasses import replace
@@ -8,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from crashes import Act, Half, acts_of_saves
+from crashes import Act, Half, acts_of_saves, manifest_at
 from lives import contents_at, recipe_in
 from ranks import RankFailed, run_ranks
 from shards import TEXT
@@ -18,8 +20,9 @@ from data.tokenizer import train_tokenizer
 from recipes.schema import checkpoint_steps as steps
 from recipes.schema.data import SourceConfig, TokenizerConfig
 from recipes.schema.recipe import Recipe
+from recipes.schema.run_folder import METRICS, read_metrics
+from train.native import fingerprint, kernels, quantize
 from train.record import machine
-from train.record.metrics import METRICS, read_metrics
 from train.run import train
 
 
@@ -96,7 +99,7 @@ def test_a_kill_in_the_first_act_of_a_run_does_not_spoil_its_folder(run: Recipe)
     folder = Path(new.run.folder) / "new"
     with pytest.raises(RankFailed, match="rank 0 died"):
         run_ranks(1, die, new, "recipe.yaml")
-    assert [path.name for path in folder.iterdir()] == [".recipe.yaml.writing"]
+    assert {path.name for path in folder.iterdir()} == {".recipe.yaml.writing", "lease"}
     run_ranks(1, go, new)
     assert contents_at(folder / "checkpoints" / steps.name_of(2)) and not (folder / ".recipe.yaml.writing").exists()
 
@@ -201,5 +204,41 @@ def test_other_data_needs_a_word_and_another_tokenizer_is_refused(run: Recipe) -
     said = refusal(
         changed(run, **{"checkpoint.allow": ("data_order", "arithmetic"), "run.steps": 12, "schedule.total": 8})
     )
-    assert f"with tokenizer {manifest.tokenizer.fingerprint[:12]}" in said and other.fingerprint[:12] in said
+    assert f"with another tokenizer ({manifest.tokenizer.fingerprint[:12]})" in said and other.fingerprint[:12] in said
     assert "ids stand for other text" in said
+
+
+def go_with_plain_kernels(rank: int, recipe: Recipe, ranks: tuple[int, ...]) -> str:
+    """As on a machine without a compiler, on some ranks. -> what rank 0 warned of."""
+    if rank in ranks:
+        os.environ["STRATUM_NATIVE"] = "0"
+        for cached in (kernels.library, quantize.library, fingerprint.kernels):
+            cached.cache_clear()
+    said: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
+    logging.getLogger("train.run").addHandler(handler)
+    go(rank, recipe)
+    return "\n".join(said)
+
+
+def test_other_kernels_change_bits_and_need_a_word(run: Recipe) -> None:
+    path = Path(run.run.folder) / run.run.name
+    then = manifest_at(path / "checkpoints", 4).kernels
+    assert re.fullmatch(r"compiled for \d+ lanes", then)
+    assert [line["kernels"] for line in lines_of(run) if line["kind"] in ("machine", "start")] == [then, then]
+    with pytest.raises(
+        RankFailed, match=rf"trained with kernels {then}; this start has them plain torch: bits will differ"
+    ):
+        run_ranks(1, go_with_plain_kernels, run, (0,))
+    allowed = changed(run, **{"checkpoint.allow": ("arithmetic",)})
+    run_ranks(1, go_with_plain_kernels, allowed, (0,))
+    table = next(line["text"] for line in lines_of(run)[::-1] if line["kind"] == "audit")
+    assert re.search(rf"kernels +{then} +plain torch +bits will differ \(allowed\)", table), table
+    assert manifest_at(path / "checkpoints", 8).kernels == "plain torch"
+
+
+def test_ranks_that_run_different_kernels_are_named(run: Recipe) -> None:
+    said, _ = run_ranks(2, go_with_plain_kernels, changed(run, **{"checkpoint.allow": ("arithmetic",)}), (1,))
+    assert re.search(r"different kernels.*compiled for \d+ lanes on rank 0; plain torch on rank 1", said), said
+    assert "plain torch on rank 1" in manifest_at(Path(run.run.folder) / run.run.name / "checkpoints", 8).kernels

@@ -6,7 +6,7 @@ from pathlib import Path
 from processes import STEPS, finish, fork, losses, saves, start, wait_for_step
 from texts import VOCAB
 
-from train.record.metrics import METRICS, read_metrics
+from recipes.schema.run_folder import METRICS, read_metrics
 
 
 def test_killed_and_interrupted_runs_end_as_the_undisturbed_one(words: list[str], tmp_path: Path) -> None:
@@ -44,13 +44,15 @@ def test_killed_and_interrupted_runs_end_as_the_undisturbed_one(words: list[str]
 
 def test_a_second_trainer_of_a_run_is_refused_and_the_first_does_not_notice(words: list[str], tmp_path: Path) -> None:
     run = tmp_path / "shared"
-    first = fork(words, "shared", step_s=0.05)
+    long = ("run.steps=100000",)
+    first = fork(words, "shared", step_s=0.05, extra=long)
     wait_for_step(run, 4, first)
     for ranks in (1, 2):
-        refused = finish(fork(words, "shared", ranks=ranks), status=2)
+        refused = finish(fork(words, "shared", ranks=ranks, extra=long), status=2)
         assert f"belongs to process {first.pids[0]} on " in refused and "choose another run.name" in refused
-    finish(first)
-    lines = read_metrics(run / METRICS)
-    assert [line["step"] for line in lines if line["kind"] == "step"] == list(range(1, STEPS + 1)), "one writer"
+    first.send_signal(signal.SIGTERM)
+    finish(first, status=128 + signal.SIGTERM)
+    steps = [line["step"] for line in read_metrics(run / METRICS) if line["kind"] == "step"]
+    assert steps == list(range(1, len(steps) + 1)), "one writer"
     (lease,) = (run / "lease").glob("*.json")
     assert '"is_released": true' in lease.read_text()

@@ -16,7 +16,7 @@ from data.trace import TraceConfig
 from recipes.schema.data import DataConfig, PhaseConfig, SourceConfig
 from recipes.schema.errors import DataError
 from recipes.schema.recipe import Recipe
-from train.record.metrics import METRICS, read_metrics
+from recipes.schema.run_folder import METRICS, read_metrics
 
 STEPS, GLOBAL = 12, 4
 
@@ -75,7 +75,7 @@ def test_stopped_in_the_middle_of_a_ramp_it_ends_the_same_and_is_traced_both_way
     write_folder(folder / "foreign", {n: [random_documents(200, seed=2)] for n in ("a", "b")}, vocab=290)
     foreign = replace(recipe, data=replace(recipe.data, folder=str(folder / "foreign")))
     with pytest.raises(
-        RankFailed, match=r"start_from=.*whole was trained with tokenizer .*: its ids stand for other text"
+        RankFailed, match=r"start_from=.*whole was trained with another tokenizer .*: the same ids stand for other text"
     ):
         run_ranks(1, train_run, named(foreign, "other_words", start_from=str(folder / "whole")))
 

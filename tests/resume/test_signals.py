@@ -56,12 +56,23 @@ def stuck(_signals: StopSignals) -> None:
     lock.acquire()
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_is_answered_at_the_end_of_the_step(number: signal.Signals) -> None:
     pid = in_a_child(step_of(0.4))
     os.kill(pid, number)
     assert status_of(pid, 0.1) is None
     assert status_of(pid, 5) == 128 + number
+
+
+def test_a_closed_terminal_is_nothing_to_a_run_under_nohup() -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with StopSignals() as signals:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert signals.received is None
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_the_echo_of_a_signal_is_no_second_one() -> None:

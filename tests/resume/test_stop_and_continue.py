@@ -1,18 +1,20 @@
 """SIGTERM and SIGUSR1 to real runs: they save at the end of the step, end with 128 + the signal, and go on bit for bit."""
 
+import os
 import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from crashes import acts_of_saves
 from lives import contents_at
 from processes import STEPS, finish, fork, losses, saves, start, wait_for_step
 
 from recipes.schema import checkpoint_steps as steps
+from recipes.schema.run_folder import METRICS, read_metrics
 from train.checkpoint import offline
-from train.record.metrics import METRICS, read_metrics
 from train.resilience.faults import ECHO_S, GIVEN_UP
 
 
@@ -65,6 +67,33 @@ def test_each_way_to_be_stopped_loses_nothing_that_is_saved(words: list[str], tm
     assert contents_at(run / "checkpoints" / last) == contents_at(tmp_path / "whole" / "checkpoints" / last)
     resumed = [line["step"] for line in read_metrics(run / METRICS) if line["kind"] == "resume"]
     assert resumed == [stopped, saved, saved]
+
+
+def test_a_closed_terminal_and_a_ctrl_c_in_the_last_evaluation_lose_nothing(words: list[str], tmp_path: Path) -> None:
+    child = fork(words, "hung", step_s=0.05)
+    wait_for_step(tmp_path / "hung", 3, child)
+    child.send_signal(signal.SIGHUP)
+    said = finish(child, status=128 + signal.SIGHUP)
+    assert f"Stopped at step {max(losses(tmp_path / 'hung'))} (SIGHUP); the checkpoint is written" in said
+    assert newest(tmp_path / "hung").name == steps.name_of(max(losses(tmp_path / "hung")))
+
+    child = fork(words, "hung", within=interrupted_in_the_last_evaluation)
+    said = finish(child)
+    assert f"Finished at step {STEPS}" in said and "nothing was written" not in said and "interrupted" not in said
+
+
+@contextmanager
+def interrupted_in_the_last_evaluation() -> Iterator[None]:
+    from train import run
+
+    real = run.heldout_bits_per_byte
+
+    def interrupted(*arguments: Any, **named: Any) -> dict[str, float]:
+        os.kill(os.getpid(), signal.SIGINT)
+        return real(*arguments, **named)
+
+    run.heldout_bits_per_byte = interrupted
+    yield
 
 
 def test_a_signal_to_one_of_two_ranks_stops_both_alike(words: list[str], tmp_path: Path) -> None:

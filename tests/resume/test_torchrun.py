@@ -1,9 +1,11 @@
 """torchrun starts the trainer too: four processes of its own train as one does."""
 
+import signal
+import time
 from pathlib import Path
 
 import pytest
-from processes import RUN, finish, fork, losses, start
+from processes import RUN, finish, fork, losses, saves, start, wait_for_step
 
 
 def test_torchrun_on_four_ranks_trains_the_same(words: list[str], tmp_path: Path) -> None:
@@ -14,3 +16,18 @@ def test_torchrun_on_four_ranks_trains_the_same(words: list[str], tmp_path: Path
     one, four = losses(tmp_path / "one"), losses(tmp_path / "four")
     assert sorted(four) == list(range(1, 9))
     assert [four[s] for s in sorted(four)] == pytest.approx([one[s] for s in sorted(one)], rel=2e-6)
+
+
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGKILL])
+def test_ranks_save_and_stop_when_torchrun_dies(number: signal.Signals, words: list[str], tmp_path: Path) -> None:
+    """torchrun handles SIGTERM, SIGINT, SIGHUP and SIGQUIT; of other signals it dies at once and tells its processes nothing."""
+    run = tmp_path / "orphans"
+    child = start(words, "orphans", ranks=2, extra=("run.steps=100000", "checkpoint.every_steps=0"))
+    wait_for_step(run, 4, child)
+    child.send_signal(number)
+    output, _ = child.communicate(timeout=120)  # until the last rank has closed it
+    assert child.returncode == -number
+    assert "Stopped at step" in output and "(SIGTERM); the checkpoint is written" in output
+    assert saves(run)[-1] == max(losses(run)), "nothing is lost"
+    time.sleep(0.5)
+    assert '"is_released": true' in next((run / "lease").glob("*.json")).read_text(), "and no orphan keeps the run"

@@ -26,11 +26,11 @@ STOREYS = (
     ("data.inspect", "data.trace"),
     ("data.commands",),
     # launch
-    ("launch", "launch.plan.cost", "launch.runs", "launch.facts", "launch.children"),
-    ("launch.plan.published", "launch.compose"),
+    ("launch", "launch.plan.cost", "launch.runs", "launch.queue", "launch.facts", "launch.children"),
+    ("launch.plan.published", "launch.compose", "launch.lease"),
     ("launch.plan", "launch.local"),
     ("launch.slurm", "launch.stages", "launch.smoke", "launch.doctor"),
-    ("launch.status",),
+    ("launch.status", "launch.logs"),
     # train
     ("train", "train.megatron", "train.native", "train.resilience"),
     ("train.record", "train.parallel"),

@@ -22,6 +22,7 @@ DOORS = {
     "tensorboard": {"train.record"},
     "transformers": {"train.hf"},
     "safetensors": {"train.hf"},
+    "huggingface_hub": {"train.hf"},
     "tokenizers": {"data.tokenizer"},
     "tiktoken": {"data.tokenizer"},
     "sentencepiece": {"data.tokenizer"},
@@ -36,8 +37,9 @@ NO_TORCH = (
 )  # fmt: skip
 """Packages and rooms that run where torch is not installed, or would take seconds to load."""
 
-LAUNCH_FOR_TRAIN = ("launch.plan",)
-"""What `train` may take from `launch`: the cost model, for `compress` and for the peak of a device."""
+LAUNCH_FOR_TRAIN = ("launch.plan", "launch.lease")
+"""What `train` may take from `launch`: the cost model, for `compress` and for the peak of a device; and the lease of a run
+folder, which launchers look at and trainers hold."""
 
 OPTIONAL_OR_SLOW = (
     "matplotlib", "wandb", "transformers", "sentencepiece", "datasets", "torch.utils.tensorboard", "transformer_engine",
@@ -96,7 +98,7 @@ def no_circles_between_files(all_sources: list[Source]) -> list[str]:
     return complaints
 
 
-def train_takes_only_the_plan_from_launch(all_sources: list[Source]) -> list[str]:
+def train_takes_the_plan_and_the_lease_from_launch(all_sources: list[Source]) -> list[str]:
     return [
         f"{source.path}:{line}: train imports {module}; from launch it may take {', '.join(LAUNCH_FOR_TRAIN)}"
         for source in all_sources
@@ -211,7 +213,7 @@ RULES: dict[Callable[[list[Source]], list[str]], tuple[str, str]] = {
     rooms_have_floors: ("train.attic.old", "x = 1\n"),
     imports_point_down: ("train.model.norm", "def f():\n    from train.loop import train_loop\n"),
     no_circles_between_files: ("train.model.norm", "import train.model.norm\n"),
-    train_takes_only_the_plan_from_launch: ("train.loop", "from launch.local.ports import reserved_port\n"),
+    train_takes_the_plan_and_the_lease_from_launch: ("train.loop", "from launch.local.ports import reserved_port\n"),
     rooms_without_torch: ("launch.plan.search", "def f():\n    import torch\n"),
     imports_inside_functions_say_why: ("train.loop", "def f():\n    import json\n"),
     one_door_per_library: ("train.loop", "from torch.utils.tensorboard import SummaryWriter\n"),

@@ -60,6 +60,8 @@ class CheckpointFolder:
         self._told = 0
         self._pending: list[Event] = []
         self._warned = False
+        self._left: set[str] = set()
+        """Steps that could not be deleted, each said once."""
 
     def path_of(self, step: int) -> Path:
         """Folder of the checkpoint after `step` optimizer steps."""
@@ -84,7 +86,7 @@ class CheckpointFolder:
         if peers.rank == 0:
             try:
                 if self.folder.is_dir():
-                    publishing.clean_up(self.folder)
+                    self._warn_of(publishing.clean_up(self.folder))
                 outcome = steps.candidates(self.folder)
             except OSError as error:
                 outcome = CheckpointError(f"{self.folder} cannot be read: {error}")
@@ -230,7 +232,7 @@ class CheckpointFolder:
     def _publish(self, manifest: Manifest) -> dict[str, Any]:
         """On rank 0: name the complete checkpoint and point at it."""
         final = self.path_of(manifest.step)
-        publishing.publish(disk.aside_of(final), final)
+        self._warn_of(publishing.publish(disk.aside_of(final), final))
         publishing.point_at(self.folder, final.name)
         return {"path": str(final)}
 
@@ -240,7 +242,7 @@ class CheckpointFolder:
         needed = estimated_bytes(snapshot)
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            publishing.clean_up(self.folder)
+            self._warn_of(publishing.clean_up(self.folder))
             disk.make_folder(aside)
             free = shutil.disk_usage(self.folder).free
         except OSError as error:
@@ -256,12 +258,21 @@ class CheckpointFolder:
         """On rank 0: delete checkpoints beyond `keep_last`, except those `keep_every_steps` keeps for good."""
         every = self.config.keep_every_steps
         numbered = [(steps.step_of(path), path) for path in self.whole()]
-        try:
-            for step, path in sorted(numbered, reverse=True)[self.config.keep_last :]:
-                if step != newest_step and not (every and step % every == 0):
-                    publishing.delete(path)
-        except OSError as error:
-            log.warning("an old checkpoint could not be deleted: %s", error)
+        for step, path in sorted(numbered, reverse=True)[self.config.keep_last :]:
+            if step != newest_step and not (every and step % every == 0):
+                self._warn_of(publishing.delete(path))
+
+    def _warn_of(self, left: list[publishing.Left]) -> None:
+        """Say once of each step that it cannot be deleted: a run does not end for it, but it takes room."""
+        for one in left:
+            step = one.path.name.removeprefix(".").split(".")[0]
+            if step not in self._left:
+                self._left.add(step)
+                log.warning(
+                    "%s cannot be deleted (%s): it is left there and takes room. Remove it by hand.",
+                    one.path,
+                    f"{one.error.filename or one.path}: {one.error.strerror or one.error}",
+                )
 
 
 def _error_of(save: Save) -> StratumError:

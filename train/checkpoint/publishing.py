@@ -2,15 +2,18 @@
 
 .step_00000150.writing     being written; left by a process that died; removed by the next save
 .step_00000150.replaced    a damaged or older step of the same number, for the moment in which the new one takes its place
-.step_00000050.deleting    no longer kept
+.step_00000050.deleting    no longer kept; or what cannot be deleted: left there, and tried again by later saves
 latest                     name of the newest checkpoint; replaced atomically, last
 """
 
-from dataclasses import replace
+import itertools
+import os
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from data.system import disk
-from recipes.schema.checkpoint_steps import POINTER as POINTER
+from recipes.schema.run_folder import POINTER as POINTER
 from train.checkpoint.manifest import INDEX, MANIFEST, Index, Manifest, index_text, manifest_text, sha256
 
 
@@ -29,15 +32,22 @@ def seal(aside: Path, manifest: Manifest, index: Index) -> Manifest:
     return manifest
 
 
-def publish(aside: Path, final: Path) -> None:
-    """Give a complete, durable folder its name; what had the name goes away. A kill leaves the old or the new (`recover`)."""
-    old = final.with_name(f".{final.name}.replaced")
+@dataclass(frozen=True)
+class Left:
+    """What should be deleted and cannot be: files of another owner, an immutable one, one that an NFS client holds open."""
+
+    path: Path
+    error: OSError
+
+
+def publish(aside: Path, final: Path) -> list[Left]:
+    """Give a complete, durable folder its name; what had the name goes away. A kill leaves the old or the new (`clean_up`)."""
+    old = _free(final.with_name(f".{final.name}.replaced"))
     if final.exists():
         disk.rename(final, old)
     disk.rename(aside, final)
     disk.sync(final.parent)
-    if old.exists():
-        disk.remove_tree(old)
+    return _discard(old) if old.exists() else []
 
 
 def point_at(folder: Path, name: str) -> None:
@@ -45,22 +55,51 @@ def point_at(folder: Path, name: str) -> None:
     disk.write_text(folder / POINTER, name + "\n")
 
 
-def delete(path: Path) -> None:
-    """Take a checkpoint away. Renamed first, so that a reader never meets half of one."""
-    doomed = path.with_name(f".{path.name}.deleting")
-    disk.rename(path, doomed)
-    disk.remove_tree(doomed)
+def delete(path: Path) -> list[Left]:
+    """Take a checkpoint away. Renamed first, so that a reader never meets half of one. Raises nothing: see what comes back."""
+    doomed = _free(path.with_name(f".{path.name}.deleting"))
+    try:
+        disk.rename(path, doomed)
+    except OSError as error:
+        return [Left(path, error)]
+    return _discard(doomed)
 
 
-def clean_up(folder: Path) -> None:
-    """Remove what processes that died left behind. A replaced step whose successor never came gets its name back."""
+def clean_up(folder: Path) -> list[Left]:
+    """Remove what processes that died left behind. A replaced step whose successor never came gets its name back.
+
+    What cannot be removed is out of the way of later saves, if it can be renamed, and comes back.
+    """
+    left = []
     for leftover in sorted(folder.glob(".*")):
         name = leftover.name.removeprefix(".")
-        if name.endswith(".replaced"):
-            final = folder / name.removesuffix(".replaced")
-            if final.exists():
-                disk.remove_tree(leftover)
-            else:
+        if name.endswith(".replaced") and not (final := folder / name.split(".")[0]).exists():
+            try:
                 disk.rename(leftover, final)
-        elif name.endswith((".writing", ".deleting")):
-            disk.remove_tree(leftover) if leftover.is_dir() else disk.remove(leftover)
+            except OSError as error:
+                left.append(Left(leftover, error))
+        elif name.endswith((".writing", ".deleting", ".replaced")):
+            left += _discard(leftover)
+    return left
+
+
+def _discard(path: Path) -> list[Left]:
+    """Remove a file or folder; what cannot be gets a name that no save needs."""
+    try:
+        disk.remove_tree(path) if path.is_dir() else disk.remove(path)
+    except OSError as error:
+        if not path.name.endswith(".deleting"):
+            with suppress(OSError):
+                disk.rename(path, _free(path.with_name(f"{path.name}.deleting")))
+        return [Left(path, error)]
+    return []
+
+
+def _free(path: Path) -> Path:
+    """This name, or one with a number before its last part that nothing has: `.step_00000050.2.deleting`."""
+    stem, _, kind = path.name.rpartition(".")
+    for number in itertools.count(2):
+        if not os.path.lexists(path):
+            break
+        path = path.with_name(f"{stem}.{number}.{kind}")
+    return path

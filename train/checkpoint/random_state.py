@@ -6,8 +6,10 @@ random.RANK.torch   random.RANK.cuda   random.RANK.tracker.NAME      torch's gen
 import torch
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 
+from recipes.schema.errors import CheckpointError
+from train.checkpoint import fingerprint
 from train.checkpoint.files import Piece, Reader
-from train.checkpoint.manifest import describe_layout
+from train.checkpoint.manifest import DTYPE_NAMES, describe_layout
 from train.parallel.mesh import Mesh, seed_random_state
 
 RANDOM = "random."
@@ -33,27 +35,51 @@ def random_pieces(mesh: Mesh) -> list[Piece]:
 
 
 def restore_random_state(reader: Reader, mesh: Mesh) -> None:
-    """Take up the saved random state where the layout is the same. At another no state fits: a rank draws for other parts of the
-    model, so each is seeded anew, from the saved run's seed and step alone: the same again at each resume from there, and not
-    what the run began with."""
+    """Restore the saved random state, proven by its fingerprints, if layout and kind of device are the same.
+
+    At others no state fits (a rank draws for other parts of the model): each rank is seeded from the saved seed and step alone,
+    the same at each resume from there, and not what the run began with. Weights alone come without any: the seed's state stays.
+
+    Not collective. Raises CheckpointError where the state is not what was saved.
+    """
     manifest = reader.manifest
-    if describe_layout(manifest.layout) != mesh.layout.describe():
+    names = {name for name in manifest.tensors if name.startswith(RANDOM)}
+    if not names:
+        return
+    was_on_gpu = any(name.endswith(".cuda") for name in names)
+    if describe_layout(manifest.layout) != mesh.layout.describe() or was_on_gpu != (mesh.device.type == "cuda"):
         run = manifest.recipe.get("run")
         seed = run.get("seed") if isinstance(run, dict) else None
         seed_random_state(((seed if isinstance(seed, int) else 0) + _SEEDS_APART * manifest.step) % 2**31)
         return
     tracked = dict(get_cuda_rng_tracker().get_states())
-    for name, state in random_states(mesh).items():
-        key = f"{RANDOM}{mesh.rank:05d}.{name}"
-        record = reader.manifest.tensors.get(key)
-        if record is None or record.shape != (state.numel(),):
-            continue
-        saved = torch.empty_like(state)
-        reader.read(key, offset=[0], into=saved)
-        if name == "torch":
-            torch.set_rng_state(saved)
-        elif name == "cuda":
-            torch.cuda.set_rng_state(saved, mesh.device)
-        else:
-            tracked[name.removeprefix("tracker.")] = saved
+    saved = {
+        name: _proven(reader, f"{RANDOM}{mesh.rank:05d}.{name}", like) for name, like in random_states(mesh).items()
+    }
+    try:
+        for name, state in saved.items():
+            if name == "torch":
+                torch.set_rng_state(state)
+            elif name == "cuda":
+                torch.cuda.set_rng_state(state, mesh.device)
+            else:
+                tracked[name.removeprefix("tracker.")] = state
+    except RuntimeError as error:
+        raise CheckpointError(f"{reader.folder}: the random state is not one of this torch: {error}") from error
     get_cuda_rng_tracker().set_states(tracked)
+
+
+def _proven(reader: Reader, key: str, like: torch.Tensor) -> torch.Tensor:
+    """A saved state of the format and size of `like`, after its fingerprint was compared with the manifest's."""
+    record = reader.manifest.tensors.get(key)
+    if record is None or (record.dtype, record.shape) != (DTYPE_NAMES[like.dtype], (like.numel(),)):
+        found = "is missing" if record is None else f"is {record.dtype} {record.shape}"
+        raise CheckpointError(
+            f"{reader.folder} is damaged: {key} {found}, {DTYPE_NAMES[like.dtype]} {(like.numel(),)} is expected."
+        )
+    saved = torch.empty(like.numel(), dtype=like.dtype)
+    reader.read(key, offset=[0], into=saved)
+    sums = fingerprint.of_box(saved, whole=record.shape, offset=(0,), shape=record.shape)
+    if fingerprint.text(sums) != record.fingerprint:
+        raise CheckpointError(f"{reader.folder} is damaged: {key} is not what was saved (its fingerprint differs).")
+    return saved

@@ -11,12 +11,12 @@ from recipes.schema.errors import CheckpointError, refuse
 from recipes.schema.facts import newest_of
 from recipes.schema.read import recipe_from_mapping
 from recipes.schema.recipe import Recipe
-from recipes.schema.rules import named_teacher, required_problem, resume_problems
+from recipes.schema.rules import kernels_differ, named_teacher, required_problem, resume_problems
+from recipes.schema.run_folder import METRICS, read_metrics
 from recipes.schema.schedule import learning_rate_factor
 from train.checkpoint.manager import CheckpointFolder, Found
 from train.checkpoint.manifest import Manifest, RunState, describe_layout
 from train.engine import Engine
-from train.record.metrics import METRICS, read_metrics
 
 TEACHER = "teacher"
 """Key of a checkpoint's lineage: who taught the model (`train.distill.teacher.identity`)."""
@@ -48,6 +48,7 @@ def resume(checkpoints: CheckpointFolder, engine: Engine, *, recipe: Recipe, new
                 place=str(path),
                 tokenizer=new.tokenizer,
                 data_hash=new.data_hash,
+                kernels=new.kernels,
                 taught_by=engine.teacher,
             )
         )
@@ -58,7 +59,11 @@ def resume(checkpoints: CheckpointFolder, engine: Engine, *, recipe: Recipe, new
             refuse([required_problem(checkpoints.folder)], CheckpointError)
         return Start(replace(new, lineage=lineage), _from_zero(checkpoints) or _learning(engine))
     place = str(found.path)
-    refuse(resume_problems(recipe, found.manifest, place=place, tokenizer=new.tokenizer, data_hash=new.data_hash))
+    refuse(
+        resume_problems(
+            recipe, found.manifest, place=place, tokenizer=new.tokenizer, data_hash=new.data_hash, kernels=new.kernels
+        )
+    )
     state = replace(new, step=found.manifest.step, position=found.manifest.position, lineage=lineage)
     return Start(state, _audit(found, engine, recipe=recipe, new=new))
 
@@ -89,6 +94,10 @@ def _audit(found: Found, engine: Engine, *, recipe: Recipe, new: RunState) -> st
         ("weights", manifest.fingerprint[:16], "proven: fingerprints agree after loading"),
         ("data", manifest.data_hash[:12] or "unknown", _same_data(manifest, new.data_hash)),
     ]
+    if manifest.kernels or new.kernels:
+        now_run = "the same" if manifest.kernels == new.kernels else new.kernels or "none: not on a CPU"
+        differ = kernels_differ(manifest.kernels, new.kernels)
+        rows.append(("kernels", manifest.kernels or "unknown", f"{now_run}{'    bits will differ (allowed)' * differ}"))
     before = manifest.lineage.get(TEACHER)
     if before or teacher:
         same = before and teacher and before["fingerprint"] == teacher["fingerprint"]

@@ -11,7 +11,7 @@ tensors of all ranks are fingerprinted and compared with the manifest: what trai
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, fields, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -129,7 +129,7 @@ def read_training(folder: Path, engine: Engine) -> Manifest:
         for part_ in parts:
             for values in part_.moments.values():
                 values.zero_()
-    restore_random_state(reader, engine.mesh)
+    _agree(_error_in(lambda: restore_random_state(reader, engine.mesh)))
     engine.precision.apply_state()
     return reader.manifest
 
@@ -189,6 +189,7 @@ class _Loading:
         self.wanted: list[tuple[str, Piece]] = []
         """Tensor of the checkpoint, piece to fill."""
         self.error: str | None = None
+        """What this rank cannot do: another model, or a file that cannot be read."""
 
     def want(self, pieces: Sequence[Piece]) -> None:
         """Note pieces to fill. Never raises."""
@@ -199,7 +200,8 @@ class _Loading:
                 continue
             record = self.reader.manifest.tensors[name]
             if record.shape != piece.whole:
-                self.error = self.error or f"{name} has shape {record.shape} there, {piece.whole} in this model"
+                shapes = f"{name} has shape {record.shape} there, {piece.whole} in this model"
+                self.error = self.error or f"{self.reader.folder} {OTHER_MODEL}: {shapes}."
                 continue
             self.elements[self.number[name]] += piece.data.numel()
             self.wanted.append((name, piece))
@@ -223,7 +225,7 @@ class _Loading:
         folder = self.reader.folder
         if self.error is None:
             self._fill_all()
-        _agree(self.error and f"{folder} {OTHER_MODEL}: {self.error}.")
+        _agree(self.error)
         values = fingerprint.to_tensor(self.sums).to(self.device)
         elements = torch.tensor(self.elements, dtype=torch.int64, device=self.device)
         if dist.is_initialized() and dist.get_world_size() > 1:
@@ -311,6 +313,14 @@ def _open(folder: Path) -> tuple[Reader | None, str | None]:
         return Reader(folder), None
     except CheckpointError as error:
         return None, str(error)
+
+
+def _error_in(act: Callable[[], None]) -> str | None:
+    try:
+        act()
+    except CheckpointError as error:
+        return str(error)
+    return None
 
 
 def _agree(error: str | None) -> None:

@@ -32,7 +32,7 @@ COMMANDS = {
     ),
     "search": _Command(
         "Try shapes within a budget and prune the best few; prints the command that distils each for a short while.",
-        "stratum compress search -cn tiny_compress compress.budget_parameters=2000000",
+        "stratum compress search -cn tiny_compress compress.search_layers=[8,10]",
     ),
     "pick": _Command(
         "Compare the candidates of `search` once they are distilled.",

@@ -61,7 +61,7 @@ def _parser() -> CommandParser:
     group = check_options.add_argument_group("the comparison")
     group.add_argument("--text", default=TEXT, help=f"text to run on: a file, folder or glob (default: {TEXT})")
     group.add_argument("--rows", type=_positive, default=2, help="rows of text (default: 2)")
-    group.add_argument("--tokens", type=_positive, default=257, help="tokens of a row (default: 257)")
+    group.add_argument("--tokens", type=_positive, help="tokens of a row (default: 257, or three chunks of the scan)")
     group.add_argument(
         "--check-dtype", choices=("fp32", "bf16"), default="fp32", help="both compute in it (default: fp32)"
     )
@@ -91,6 +91,12 @@ def _parser() -> CommandParser:
     export.add_argument("--tokenizer", type=Path, help="tokenizer.json (default: that of the run's prepared data)")
     export.add_argument("--max-positions", type=_positive, help="max_position_embeddings (default: data.row_tokens)")
     export.add_argument("--vocab", type=_positive, help="rows of the embedding to write, where ours was padded")
+    export.add_argument(
+        "--license", help="licence on the model card, e.g. apache-2.0 (default: that of an import, or unknown)"
+    )
+    export.add_argument(
+        "--push", metavar="OWNER/NAME", help="also upload it to the Hugging Face hub, private where it is new"
+    )
     export.add_argument("--file-gb", type=float, default=5.0, help="largest weight file, in GB (default: 5)")
 
     importing = commands.add_parser(
@@ -98,7 +104,9 @@ def _parser() -> CommandParser:
         parents=[converting, check_options],
         help="a directory -> a checkpoint and a recipe that starts from it",
     )
-    importing.add_argument("directory", type=Path, help="directory with config.json and *.safetensors")
+    importing.add_argument(
+        "directory", type=Path, help="directory with config.json and *.safetensors, or OWNER/NAME of a model on the hub"
+    )
     importing.add_argument(
         "--vocab-multiple",
         type=_positive,

@@ -6,6 +6,7 @@ recipe, manifest of the checkpoint, metrics of its run, comparison with transfor
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -37,6 +38,12 @@ class Release:
     agreement: Agreement | None
     unchecked_because: str
     """Why `agreement` is missing."""
+    stored_as: str
+    """Format of the files' tensors."""
+    license: str | None
+    """Licence that its maker gives it, an id of the hub."""
+    origin: dict[str, Any]
+    """What the card of the model it was imported from says of licence, language and origin."""
 
 
 def write_card(folder: Path, release: Release) -> None:
@@ -60,8 +67,9 @@ def _page(release: Release, record: RunRecord | None) -> list[str]:
     head = {
         "library_name": "transformers",
         "pipeline_tag": "text-generation",
+        "license": release.license or "unknown",
         "tags": [family, "pretraining", "stratum"],
-    }
+    } | {key: value for key, value in release.origin.items() if not (release.license and key.startswith("license"))}
     return [
         "---",
         yaml.safe_dump(head, sort_keys=False).strip(),
@@ -96,6 +104,7 @@ def _model(release: Release) -> list[str]:
                 "hidden size": f"{model.hidden:,}",
                 "parameters": f"{count.total:,}, of them {count.embedding + count.head:,} embedding and head{tied}",
                 "vocabulary": f"{model.vocab:,}",
+                "stored": f"{release.converted.nbytes / 1e9:.3g} GB in {release.stored_as}",
                 "row length in training": f"{release.recipe.data.row_tokens:,} tokens",
                 "training FLOPs per token": f"{flops_per_token(model, release.recipe.data.row_tokens).total:.4g}",
             }
@@ -118,6 +127,19 @@ def _use(release: Release) -> list[str]:
         "```",
         "",
         "No code of this directory is run: the class is transformers' own.",
+        *_versions(release),
+    ]
+
+
+def _versions(release: Release) -> list[str]:
+    """Which versions of transformers compute the model rightly."""
+    model = release.recipe.model
+    if "M" not in model.pattern:
+        return []
+    return [
+        "",
+        f"Use transformers 5.14 or later: versions 5.6 to 5.13 without mamba-ssm's kernels compute this family wrongly beyond "
+        f"one chunk of {model.mamba_chunk} tokens.",
     ]
 
 

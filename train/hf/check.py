@@ -20,7 +20,7 @@ import torch
 from recipes.schema.errors import BackendError, CheckpointError
 from recipes.schema.model import ModelConfig
 from recipes.schema.pattern import layer_kinds
-from train.hf.config import NO_CLAMP, family_of
+from train.hf.config import NO_CLAMP, family_of, read_config, usual
 from train.hf.mapping import layer_name
 from train.inference.decode import Sampling, forward_cached, generate
 from train.model.context import LayerCaches
@@ -126,19 +126,22 @@ def load_theirs(folder: Path, *, dtype: torch.dtype, device: torch.device, open_
     """
     transformers = _transformers()
     with quiet():
-        config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-        if open_clamp and hasattr(config, "time_step_min"):
-            config.time_step_min = NO_CLAMP
-        model, loading = transformers.AutoModelForCausalLM.from_pretrained(
-            folder,
-            config=config,
-            dtype=dtype,
-            attn_implementation="eager",
-            local_files_only=True,
-            trust_remote_code=False,
-            use_safetensors=True,
-            output_loading_info=True,
-        )
+        try:
+            config = transformers.AutoConfig.for_model(**usual(read_config(folder)))
+            if open_clamp and hasattr(config, "time_step_min"):
+                config.time_step_min = NO_CLAMP
+            model, loading = transformers.AutoModelForCausalLM.from_pretrained(
+                folder,
+                config=config,
+                dtype=dtype,
+                attn_implementation="eager",
+                local_files_only=True,
+                trust_remote_code=False,
+                use_safetensors=True,
+                output_loading_info=True,
+            )
+        except (RuntimeError, ValueError, TypeError, KeyError, AttributeError) as error:  # whatever its classes raise
+            raise CheckpointError(f"transformers cannot load {folder}: {error}") from error
     problems = [
         f"{kind.replace('_', ' ')}: {', '.join(sorted(map(str, loading[kind]))[:8])}"
         for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")
@@ -149,12 +152,13 @@ def load_theirs(folder: Path, *, dtype: torch.dtype, device: torch.device, open_
     return model.eval().to(device)
 
 
-def their_ids(folder: Path, text: str) -> list[int]:
-    """Ids that transformers' tokenizer of a directory gives a text, nothing added."""
+def their_ids(folder: Path, text: str, *, with_special: bool = False) -> list[int]:
+    """Ids that transformers' tokenizer of a directory gives a text; with_special: as a stranger calls it, with whatever its
+    template adds."""
     transformers = _transformers()
     with quiet():
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-        return tokenizer(text, add_special_tokens=False)["input_ids"]
+        return tokenizer(text, add_special_tokens=with_special)["input_ids"]
 
 
 @torch.no_grad()
@@ -325,6 +329,17 @@ def _relative(ours: torch.Tensor, theirs: torch.Tensor) -> float:
 def _cosine(ours: torch.Tensor, theirs: torch.Tensor) -> float:
     a, b = ours.double().flatten(), theirs.double().flatten()
     return float(a @ b / (a.norm() * b.norm()))
+
+
+def wrong_scan() -> str | None:
+    """What to know of the installed transformers' Nemotron-H; None where there is nothing."""
+    version = tuple(int(part) for part in _transformers().__version__.split(".")[:2])
+    if not (5, 6) <= version <= (5, 13):
+        return None
+    return (
+        f"transformers {_transformers().__version__} computes Nemotron-H wrongly beyond one chunk of the scan (versions 5.6 to "
+        f"5.13, without mamba-ssm's kernels): install 5.14 or later."
+    )
 
 
 def _transformers() -> Any:

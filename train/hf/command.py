@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import psutil
 import torch
@@ -21,7 +22,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 
 from data.make.corpus import documents
 from data.system import disk
-from data.tokenizer import load_tokenizer
+from data.tokenizer import Tokenizer, load_tokenizer
 from recipes.schema.data import SourceConfig, TokenizerConfig
 from recipes.schema.errors import BackendError, CheckpointError, DataError, RecipeError
 from recipes.schema.model import ModelConfig
@@ -35,15 +36,16 @@ from train.checkpoint import storage
 from train.checkpoint.manager import checkpoint_at
 from train.checkpoint.manifest import RunState
 from train.checkpoint.tensors import StoredTensors
-from train.hf import card, tokens
-from train.hf.check import Agreement, compare, load_theirs, their_ids
-from train.hf.config import CONFIG, NO_CLAMP, clamp_of, family_of, from_config, read_config, to_config
+from train.hf import card, hub, published, tokens
+from train.hf.check import Agreement, compare, load_theirs, their_ids, wrong_scan
+from train.hf.config import CONFIG, NO_CLAMP, SpecialTokens, clamp_of, family_of, from_config, read_config, to_config
 from train.hf.convert import different_weights, export_weights, import_weights, kept_format
 from train.hf.files import WeightFiles
 from train.hf.recipe import Imported, imported_recipe, recipe_text
 from train.megatron import choose_device
 
 _BAR_FROM_BYTES = 100_000_000
+_ROW_TOKENS = 257
 
 
 @dataclass(frozen=True)
@@ -52,7 +54,8 @@ class CheckOptions:
 
     text: str
     rows: int
-    row_tokens: int
+    row_tokens: int | None
+    """None: enough for three chunks of the scan."""
     dtype: str
     device: str
     tolerance: float | None
@@ -60,20 +63,19 @@ class CheckOptions:
 
 
 def export_model(parsed: argparse.Namespace) -> int:
+    if parsed.push is not None:
+        hub.check_push(parsed.push)
     path, manifest = _checkpoint_at(parsed.checkpoint)
     recipe = _recipe_of(manifest.recipe, path)
     family_of(recipe.model)
-    if parsed.tokenizer is not None:
-        file = parsed.tokenizer
-        tokenizer = load_tokenizer(file, recipe.data.tokenizer)
-    else:
-        try:
-            tokenizer, file = open_tokenizer(recipe)
-        except DataError as error:
-            raise RecipeError(f"{error} Or name the file: --tokenizer PATH.") from error
-    tokens.check_fingerprint(tokenizer, manifest.tokenizer, path=file)
-    special = tokens.special_tokens(tokenizer)
-    positions = parsed.max_positions or recipe.data.row_tokens
+    carried = published.published_of(path, manifest)
+    if carried is None and "imported_from" in manifest.lineage:
+        _say(
+            f"note: the folder {published.PUBLISHED} of the import is gone; the configuration is written from the recipe alone."
+        )
+    found = _tokenizer_for(parsed, recipe, manifest)
+    special = tokens.special_tokens(found[0]) if found else SpecialTokens(None, None, None)
+    vocab = parsed.vocab or _published_vocab(manifest, recipe.model, found[0] if found else None)
     stored = StoredTensors(path)
     name = parsed.name or parsed.out.name
     needed = sum(entry.nbytes for entry in stored.weights.values())
@@ -84,32 +86,43 @@ def export_model(parsed: argparse.Namespace) -> int:
                 folder,
                 model=recipe.model,
                 format=parsed.dtype,
-                vocab=parsed.vocab,
+                vocab=vocab,
                 file_bytes=int(parsed.file_gb * 1e9),
                 advance=advance,
             )
         formats = {entry.dtype for entry in WeightFiles(folder).entries.values()}
         dtype = "bfloat16" if torch.bfloat16 in formats else "float32"
-        config = to_config(recipe.model, tokens=special, max_positions=positions, dtype=dtype, vocab=parsed.vocab)
+        stored_as = " and ".join(sorted(str(one).removeprefix("torch.") for one in formats))
+        config = _config_for(parsed, recipe, manifest, carried=carried, special=special, dtype=dtype, vocab=vocab)
         (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
-        if not tokens.write_tokenizer(folder, file, tokenizer, max_positions=positions):
-            _say(
-                f"note: transformers reads {file.name} otherwise than this project; it is there without a configuration."
-            )
-        tokens.write_generation_config(folder, special)
-        agreement, why = _compare_unless(parsed, recipe, checkpoint=path, folder=folder)
-        release = card.Release(name, recipe, manifest, path, converted, special, agreement, why)
+        untouched = published.is_untouched(manifest)
+        if carried is None:
+            tokens.write_generation_config(folder, special)
+        if found is not None:
+            _write_tokenizer(folder, *found, recipe=recipe, carried=carried, untouched=untouched, config=config)
+        elif carried is not None:
+            published.give_back(carried, folder, tokenizer=False)
+        agreement, why = _compare_as_trained(
+            parsed, recipe, config, checkpoint=path, folder=folder, strange=not untouched
+        )
+        origin = published.card_fields(carried) if carried is not None else {}
+        release = card.Release(
+            name, recipe, manifest, path, converted, special, agreement, why, stored_as, parsed.license, origin
+        )
         card.write_card(folder, release)
         if agreement is not None and agreement.problems:
-            return _refuse(agreement, f"{parsed.out} was not written")
+            return _refuse(agreement, f"{parsed.out} was not written", config=config)
         publish()
     _say(
         f"wrote {parsed.out}: {converted.parameters:,} parameters, {converted.nbytes / 1e9:.3g} GB, model card README.md"
     )
+    if parsed.push is not None:
+        _say(f"pushed to {hub.push(parsed.out, parsed.push)}")
     return _conclude(agreement, why, f"stratum hf check {parsed.checkpoint} {parsed.out}")
 
 
 def import_model(parsed: argparse.Namespace) -> int:
+    named, parsed.directory = str(parsed.directory), hub.directory_of(parsed.directory)
     config = read_config(parsed.directory)
     theirs = from_config(config, where=str(parsed.directory / CONFIG))
     step = parsed.vocab_multiple
@@ -120,7 +133,7 @@ def import_model(parsed: argparse.Namespace) -> int:
     file, end_of_document = tokens.tokenizer_file(parsed.directory), tokens.end_of_document_of(parsed.directory, config)
     imported = Imported(
         name=name,
-        source=str(parsed.directory),
+        source=named,
         checkpoint=parsed.out / "checkpoint",
         model=model,
         params=params,
@@ -138,24 +151,17 @@ def import_model(parsed: argparse.Namespace) -> int:
             recipe=json.loads(json.dumps(asdict(recipe))),
             tokenizer=_copy_tokenizer(file, folder, end_of_document),
             lineage={
-                "imported_from": str(parsed.directory),
+                "imported_from": named,
                 "config_sha256": hashlib.sha256((parsed.directory / CONFIG).read_bytes()).hexdigest(),
                 "vocab": theirs.vocab,
             },
         )
         storage.publish(writing, folder / "checkpoint", state)
-        shutil.copyfile(parsed.directory / CONFIG, folder / "hf_config.json")
+        published.keep(parsed.directory, folder)
         (folder / f"{name}.yaml").write_text(recipe_text(imported))
-        agreement, why = _compare_unless(parsed, recipe, checkpoint=folder / "checkpoint", folder=parsed.directory)
-        if agreement is not None and agreement.problems and clamp_of(config) and not parsed.open_clamp:
-            parsed.open_clamp = True  # do the weights agree as they were trained?
-            opened, _ = _compare_unless(parsed, recipe, checkpoint=folder / "checkpoint", folder=parsed.directory)
-            if opened is not None and not opened.problems:
-                agreement = opened
-                _say(
-                    f"note: transformers clamps dt at time_step_min={clamp_of(config)} of {CONFIG}, which changes what this "
-                    f"model computes; without the clamp, as the weights were trained, the two agree."
-                )
+        agreement, why = _compare_as_trained(
+            parsed, recipe, config, checkpoint=folder / "checkpoint", folder=parsed.directory
+        )
         if agreement is not None and agreement.problems:
             return _refuse(agreement, f"{parsed.out} was not written", config=config)
         publish()
@@ -193,8 +199,111 @@ def check_models(parsed: argparse.Namespace) -> int:
     return _conclude(agreement, "", "")
 
 
+def _tokenizer_for(
+    parsed: argparse.Namespace, recipe: Recipe, manifest: storage.Manifest
+) -> tuple[Tokenizer, Path] | None:
+    """The tokenizer to export and its file. None where the checkpoint never had one: weights imported without."""
+    if parsed.tokenizer is not None:
+        found = load_tokenizer(parsed.tokenizer, recipe.data.tokenizer), parsed.tokenizer
+    else:
+        try:
+            found = open_tokenizer(recipe)
+        except DataError as error:
+            if "imported_from" in manifest.lineage and not manifest.tokenizer and recipe.data.tokenizer.path is None:
+                _say(
+                    "note: the weights were imported without a tokenizer, so none is written. --tokenizer PATH adds one."
+                )
+                return None
+            raise RecipeError(f"{error} Or name the file: --tokenizer PATH.") from error
+    tokens.check_fingerprint(found[0], manifest.tokenizer, path=found[1])
+    return found
+
+
+def _published_vocab(manifest: storage.Manifest, model: ModelConfig, tokenizer: Tokenizer | None) -> int | None:
+    """Rows of the published embedding, where ours was padded on import and no token uses the added rows; None: as ours."""
+    vocab = manifest.lineage.get("vocab")
+    if not isinstance(vocab, int) or vocab >= model.vocab or (tokenizer is not None and tokenizer.vocab_size > vocab):
+        return None
+    return vocab
+
+
+def _config_for(
+    parsed: argparse.Namespace,
+    recipe: Recipe,
+    manifest: storage.Manifest,
+    *,
+    carried: Path | None,
+    special: SpecialTokens,
+    dtype: str,
+    vocab: int | None,
+) -> dict[str, Any]:
+    """config.json of an export: of an imported model the published one, with what has changed since."""
+    if carried is None:
+        positions = parsed.max_positions or recipe.data.row_tokens
+        return to_config(recipe.model, tokens=special, max_positions=positions, dtype=dtype, vocab=vocab)
+    untouched, positions = published.is_untouched(manifest), parsed.max_positions
+    if positions is None and not untouched and recipe.data.row_tokens > (published.max_length_of(carried) or 0):
+        positions = recipe.data.row_tokens
+    return published.carried_config(
+        carried,
+        recipe.model,
+        dtype=dtype,
+        vocab=vocab or recipe.model.vocab,
+        max_positions=positions,
+        untouched=untouched,
+    )
+
+
+def _write_tokenizer(
+    folder: Path,
+    tokenizer: Tokenizer,
+    file: Path,
+    *,
+    recipe: Recipe,
+    carried: Path | None,
+    untouched: bool,
+    config: dict[str, Any],
+) -> None:
+    """The tokenizer's files: the published ones where it is the same tokenizer, without added tokens once trained here."""
+    if carried is not None:
+        source = tokens.tokenizer_file(carried)
+        same = source is not None and (
+            load_tokenizer(source, recipe.data.tokenizer).fingerprint == tokenizer.fingerprint
+        )
+        published.give_back(carried, folder, tokenizer=same)
+        if same:
+            if not untouched:
+                tokens.as_trained(folder)
+            return
+    if not tokens.write_tokenizer(folder, file, tokenizer, max_positions=config["max_position_embeddings"]):
+        _say(f"note: transformers reads {file.name} otherwise than this project; it is there without a configuration.")
+
+
+def _compare_as_trained(
+    parsed: argparse.Namespace,
+    recipe: Recipe,
+    config: dict[str, Any],
+    *,
+    checkpoint: Path,
+    folder: Path,
+    strange: bool = False,
+) -> tuple[Agreement | None, str]:
+    """`_compare_unless`; where transformers' clamp on dt of a published config is all that differs, without it, and said."""
+    agreement, why = _compare_unless(parsed, recipe, checkpoint=checkpoint, folder=folder, strange=strange)
+    if agreement is not None and agreement.problems and clamp_of(config) and not parsed.open_clamp:
+        parsed.open_clamp = True  # do the weights agree as they were trained?
+        opened, _ = _compare_unless(parsed, recipe, checkpoint=checkpoint, folder=folder, strange=strange)
+        if opened is not None and not opened.problems:
+            agreement = opened
+            _say(
+                f"note: transformers clamps dt at time_step_min={clamp_of(config)} of {CONFIG}, which changes what this "
+                f"model computes; without the clamp, as the weights were trained, the two agree."
+            )
+    return agreement, why
+
+
 def _compare_unless(
-    parsed: argparse.Namespace, recipe: Recipe, *, checkpoint: Path, folder: Path
+    parsed: argparse.Namespace, recipe: Recipe, *, checkpoint: Path, folder: Path, strange: bool = False
 ) -> tuple[Agreement | None, str]:
     """Compare after a conversion, or say why not: asked not to, no transformers, not enough memory for both models."""
     if parsed.no_check:
@@ -206,42 +315,60 @@ def _compare_unless(
     if options.device == "cpu" and needed > 0.9 * available:
         return None, f"both models need {needed / 1e9:.0f} GB of memory, {available / 1e9:.0f} GB are free here."
     try:
-        return _compare(options, recipe, checkpoint=checkpoint, folder=folder), ""
+        return _compare(options, recipe, checkpoint=checkpoint, folder=folder, strange=strange), ""
     except BackendError as error:
         return None, str(error)
 
 
-def _compare(options: CheckOptions, recipe: Recipe, *, checkpoint: Path, folder: Path) -> Agreement:
-    """Our model of a checkpoint beside transformers' of a directory, on real text."""
+def _compare(
+    options: CheckOptions, recipe: Recipe, *, checkpoint: Path, folder: Path, strange: bool = False
+) -> Agreement:
+    """Our model of a checkpoint next to transformers' of a directory, on real text.
+
+    strange: the directory's tokenizer is called as a stranger calls it, and must give the ids of training.
+    """
 
     device = choose_device(options.device)  # type: ignore[arg-type]
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[options.dtype]
     theirs = load_theirs(folder, dtype=dtype, device=device, open_clamp=options.open_clamp)
-    batch = _batch(options, recipe, folder).to(device)
+    batch = _batch(options, recipe, folder, strange=strange).to(device)
     plain = replace(recipe, precision=PrecisionConfig(params=options.dtype))  # type: ignore[arg-type]
     with model_on_one_rank(plain, checkpoint, device=device) as ours:
         return compare(ours, theirs, batch, model=recipe.model, tolerance=options.tolerance)
 
 
-def _batch(options: CheckOptions, recipe: Recipe, folder: Path) -> torch.Tensor:
+def _batch(options: CheckOptions, recipe: Recipe, folder: Path, *, strange: bool) -> torch.Tensor:
     """Rows of real text in the directory's own tokenizer, [rows, row_tokens], from places spread over the text."""
     source = SourceConfig(path=options.text, max_bytes=4_000_000)
     text = "\n".join(document.text for document in documents("check", source))
-    ids = _ids(text, recipe, folder)
-    wanted = options.rows * options.row_tokens
+    ids = _ids(text, recipe, folder, strange=strange)
+    chunk = _longest_chunk(recipe, folder)
+    row_tokens = options.row_tokens or max(_ROW_TOKENS, 2 * chunk + 1)
+    if row_tokens <= chunk:
+        raise RecipeError(
+            f"--tokens {row_tokens} is within one chunk of the scan ({chunk} tokens): what passes from chunk to chunk would not "
+            f"be compared. Use --tokens {2 * chunk + 1}."
+        )
+    wanted = options.rows * row_tokens
     if len(ids) < wanted:
         raise DataError(f"{options.text} has {len(ids):,} tokens, {wanted:,} are needed. Lower --rows or --tokens.")
     window = recipe.model.window_tokens
-    if "w" in recipe.model.pattern and options.row_tokens <= window:
+    if "w" in recipe.model.pattern and row_tokens <= window:
         _say(
-            f"note: rows of {options.row_tokens:,} tokens fit into the window of {window:,}, so local attention is not "
+            f"note: rows of {row_tokens:,} tokens fit into the window of {window:,}, so local attention is not "
             f"told from global. Use --tokens {window + 256}."
         )
-    gap = (len(ids) - options.row_tokens) // max(1, options.rows - 1) if options.rows > 1 else 0
-    return torch.tensor([ids[row * gap : row * gap + options.row_tokens] for row in range(options.rows)])
+    gap = (len(ids) - row_tokens) // max(1, options.rows - 1) if options.rows > 1 else 0
+    return torch.tensor([ids[row * gap : row * gap + row_tokens] for row in range(options.rows)])
 
 
-def _ids(text: str, recipe: Recipe, folder: Path) -> list[int]:
+def _longest_chunk(recipe: Recipe, folder: Path) -> int:
+    """Tokens of a chunk of the scan, ours or theirs; 0 without Mamba layers."""
+    theirs = read_config(folder).get("chunk_size", 0)
+    return max(recipe.model.mamba_chunk, int(theirs or 0)) if "M" in recipe.model.pattern else 0
+
+
+def _ids(text: str, recipe: Recipe, folder: Path, *, strange: bool) -> list[int]:
     """Ids of a text by the directory's tokenizer, which must be the same for transformers and for us; else by the run's,
     else its bytes: whether two models compute the same does not depend on what the ids stand for."""
     path = tokens.tokenizer_file(folder)
@@ -256,7 +383,7 @@ def _ids(text: str, recipe: Recipe, folder: Path) -> list[int]:
             return [byte % recipe.model.vocab for byte in text.encode()]
         _say(f"note: {folder} has no tokenizer for transformers; ids are from {path}.")
         return tokenizer.encode(text)
-    ids = their_ids(folder, text)
+    ids = their_ids(folder, text, with_special=strange)
     try:
         ours = load_tokenizer(path, recipe.data.tokenizer).encode(text)
     except DataError as error:
@@ -385,6 +512,8 @@ def _refuse(
     sys.stderr.write(f"error: {verdict}:\n")
     for problem in agreement.problems if problems is None else problems:
         sys.stderr.write(f"  {problem}\n")
+    if (config or {}).get("model_type") == "nemotron_h" and (wrong := wrong_scan()) is not None:
+        sys.stderr.write(f"  {wrong}\n")
     clamp = clamp_of(config or {})
     if clamp:
         sys.stderr.write(

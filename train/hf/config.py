@@ -13,6 +13,7 @@ then compute the function that was trained. It stays above zero because random i
 
 import json
 import logging
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -197,7 +198,9 @@ def from_config(config: dict[str, Any], *, where: str) -> ModelConfig:
         raise RecipeError(f"{where}: model_type={family!r} is not supported. Supported: {', '.join(_CLASSES)}.")
     problems: list[str] = []
     for key, value in _FIXED[family].items():
-        if key in config and config[key] != value:
+        if (
+            key in config and config[key] != value and (config[key] or value)
+        ):  # null, false and 0 say the same: not used
             problems.append(f"{key}={config[key]!r}: only {value!r} is supported")
     known = {*_FIXED[family], *_WRITTEN[family], *_NAMES[family], *_NOT_READ}
     if strange := sorted(config.keys() - known):
@@ -218,6 +221,7 @@ def from_config(config: dict[str, Any], *, where: str) -> ModelConfig:
     fields["vocab"] = need("vocab_size")
     if family == "nemotron_h":
         fields["pattern"] = _nemotron_pattern(config, problems)
+        _check_bounds(config, problems)
         acts = {theirs: ours for ours, theirs in _ACTIVATIONS.items()}
         act = need("mlp_hidden_act")
         fields["activation"] = acts.get(act)
@@ -235,12 +239,24 @@ def from_config(config: dict[str, Any], *, where: str) -> ModelConfig:
         raise RecipeError(f"{where} cannot be converted:\n{error}") from error
 
 
+def usual(config: dict[str, Any]) -> dict[str, Any]:
+    """The same config as transformers' classes want it: fields that say "not used" by null, false or 0 in the way the class
+    does, and the width of a head under its usual name."""
+    family: Family = config["model_type"]
+    fixed = {key: value for key, value in _FIXED[family].items() if key in config and not config[key] and not value}
+    if config.get("time_step_min", 1) is None:
+        fixed["time_step_min"] = NO_CLAMP
+    if config.get("head_dim") is None and config.get("attention_head_dim") is not None:
+        fixed["head_dim"] = config["attention_head_dim"]
+    return config | fixed
+
+
 def clamp_of(config: dict[str, Any]) -> float:
     """The lower bound that transformers puts on dt for this config; 0 where it has none worth the name."""
     if config.get("model_type") != "nemotron_h":
         return 0.0
-    floor = float(config.get("time_step_min", 1e-3))
-    return floor if floor > 1e-9 else 0.0
+    floor = config.get("time_step_min", 1e-3)
+    return float(floor) if isinstance(floor, int | float) and floor > 1e-9 else 0.0
 
 
 def _not_nemotron(model: ModelConfig) -> list[str]:
@@ -272,6 +288,25 @@ def _not_gemma(model: ModelConfig) -> list[str]:
     if model.hidden % model.heads:
         problems.append(f"model.heads={model.heads} does not divide model.hidden={model.hidden}")
     return problems
+
+
+def _check_bounds(config: dict[str, Any], problems: list[str]) -> None:
+    """dt has no bounds here, but for the lower one that transformers applies (`clamp_of`)."""
+    floor = config.get("time_step_min")
+    if floor is not None and not isinstance(floor, int | float):
+        problems.append(f"time_step_min={floor!r} is not a number")
+    limit = config.get("time_step_limit")
+    if limit is None:
+        return
+    try:
+        # transformers writes infinity as an object.
+        bounds = (bound["__float__"] if isinstance(bound, dict) else bound for bound in limit)
+        low, high = (bound if bound is None else float(bound) for bound in bounds)
+    except (TypeError, ValueError, KeyError):
+        problems.append(f"time_step_limit={limit!r} is not a pair of numbers")
+        return
+    if (low or 0.0) > 0 or (high is not None and high != math.inf):
+        problems.append(f"time_step_limit={limit!r}: dt has no bounds here; only [0.0, Infinity] is supported")
 
 
 def _nemotron_pattern(config: dict[str, Any], problems: list[str]) -> str | None:
@@ -310,13 +345,22 @@ def _rope(model: ModelConfig) -> dict[str, Any]:
 
 
 def _gemma_fields(config: dict[str, Any], problems: list[str]) -> dict[str, Any]:
-    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    if not isinstance(rope, dict):
-        problems.append(f"rope_parameters={rope!r} is not an object of fields")
-        rope = {}
-    rope = dict(rope)
-    kind = rope.pop("rope_type", rope.pop("type", "default"))
-    base = rope.pop("rope_theta", config.get("rope_theta", 10000.0))
+    rope: dict[str, Any] = {}
+    for place in ("rope_scaling", "rope_parameters"):
+        entry = config.get(place) or {}
+        if not isinstance(entry, dict):
+            problems.append(f"{place}={entry!r} is not an object of fields")
+            continue
+        entry = dict(entry)
+        old_kind = entry.pop("type", None)  # an older spelling
+        if old_kind is not None and entry.setdefault("rope_type", old_kind) != old_kind:
+            problems.append(f"{place}: rope_type={entry['rope_type']!r} and type={old_kind!r} disagree")
+        for key, value in entry.items():
+            if rope.setdefault(key, value) != value:
+                problems.append(f"rope_scaling and rope_parameters disagree: {key} is {rope[key]!r} and {value!r}")
+    if (base := config.get("rope_theta")) is not None and rope.setdefault("rope_theta", base) != base:
+        problems.append(f"rope_theta={base!r} and rope_parameters (rope_theta={rope['rope_theta']!r}) disagree")
+    kind, base = rope.pop("rope_type", "default"), rope.pop("rope_theta", 10000.0)
     fields: dict[str, Any] = {
         "activation": "geglu",
         "position": "rope",
@@ -328,7 +372,9 @@ def _gemma_fields(config: dict[str, Any], problems: list[str]) -> dict[str, Any]
     }
     if kind in ("linear", "yarn", "llama3"):
         fields |= {"rope_scaling": kind, "rope_factor": float(rope.pop("factor", 1.0))}
-        fields["rope_original_tokens"] = rope.pop("original_max_position_embeddings", 8192)
+        # Left out, it is the model's whole length, as in transformers.
+        whole = config.get("max_position_embeddings", 8192)
+        fields["rope_original_tokens"] = rope.pop("original_max_position_embeddings", None) or whole
     elif kind != "default":
         problems.append(f"rope_type={kind!r}: supported are default, linear, yarn, llama3")
     if kind == "llama3":

@@ -27,6 +27,7 @@ Format = Literal["keep", "fp32", "bf16"]
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 _LISTED = 8
+_TIED_HEAD = "lm_head.weight"
 
 
 @dataclass(frozen=True)
@@ -90,6 +91,7 @@ def import_weights(
     found = pairs(model, family, vocab=vocab)
     names = their_names(files, family)
     check_theirs(found, files, names)
+    _check_tied_head(files, names)
     pair_of = {name: pair for pair in found for name in pair.ours}
     weights = {
         name: StoredTensor(shape, _stored_as(format, _their_dtype(files, names, pair), pair))
@@ -120,7 +122,7 @@ def their_names(files: WeightFiles, family: Family) -> dict[str, str]:
     """
     names = {}
     for name in files.entries:
-        if name.endswith("rotary_emb.inv_freq") or (family == "gemma2" and name == "lm_head.weight"):
+        if name.endswith("rotary_emb.inv_freq") or (family == "gemma2" and name == _TIED_HEAD):
             continue
         spelled = name
         if family == "nemotron_h" and name.startswith("model."):
@@ -134,6 +136,17 @@ def check_theirs(found: Iterable[Pair], files: WeightFiles, names: Mapping[str, 
     expected = {name: shape for pair in found for name, shape in pair.theirs.items()}
     compare_names(
         expected, {spelled: files.entries[name].shape for spelled, name in names.items()}, where=str(files.folder)
+    )
+
+
+def _check_tied_head(files: WeightFiles, names: Mapping[str, str]) -> None:
+    """A tied model's files may hold its head again. CheckpointError where it is another matrix: it would be dropped."""
+    head, embedding = _TIED_HEAD, names.get("model.embed_tokens.weight")
+    if embedding is None or head not in files.entries or torch.equal(files.read(head), files.read(embedding)):
+        return
+    raise CheckpointError(
+        f"{files.folder}: {head} is not {embedding}, but tie_word_embeddings is true: the model would lose its head. Remove "
+        f"{head} from the files if the embedding is the head, or untie the model with a program that can."
     )
 
 

@@ -38,8 +38,8 @@ def special_tokens(tokenizer: Tokenizer) -> SpecialTokens:
 def write_tokenizer(folder: Path, path: Path, tokenizer: Tokenizer, *, max_positions: int) -> bool:
     """Write the tokenizer's files into `folder`: the same ids in transformers as here, nothing added to a text.
 
-    A tokenizer.json is copied, files of ranks become one; of SentencePiece models transformers reads those by BPE, as
-    Gemma's. -> whether transformers can load it.
+    A tokenizer.json is copied without what would change ids (`as_trained`), files of ranks become one; of SentencePiece models
+    transformers reads those by BPE that leave texts as they are, as Gemma's. -> whether transformers can load it.
     """
     tokens = special_tokens(tokenizer)
     texts = {number: text for text, number in tokenizer.special.items()}
@@ -56,15 +56,54 @@ def write_tokenizer(folder: Path, path: Path, tokenizer: Tokenizer, *, max_posit
     parsed = tokenizer.parsed()
     if tokenizer.file == TOKENIZER:
         shutil.copyfile(path, folder / TOKENIZER)
+        as_trained(folder)
     elif parsed is not None:
         (folder / TOKENIZER).write_text(json.dumps(parsed, ensure_ascii=False))
     else:
         shutil.copyfile(path, folder / PIECES)
-        if tokenizer.content().get("kind") != _PIECES_BY_BPE:
+        if tokenizer.content().get("kind") != _PIECES_BY_BPE or not _leaves_texts(tokenizer):
             return False
         config["tokenizer_class"] = "GemmaTokenizer"
     (folder / CONFIG).write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n")
     return True
+
+
+def as_trained(folder: Path) -> None:
+    """Make a folder's tokenizer give the ids that prepared data has: no token around a text (a template's `<bos>` is not in
+    the rows), nothing cut off or filled up, no chance. Files that do so already stay as they are, byte for byte."""
+    path = folder / TOKENIZER
+    if path.is_file():
+        parsed = _read(path)
+        plain = parsed | {"truncation": None, "padding": None, "post_processor": _silent(parsed.get("post_processor"))}
+        if parsed.get("model", {}).get("dropout") is not None:
+            plain["model"] = parsed["model"] | {"dropout": None}
+        if plain != parsed:
+            path.write_text(json.dumps(plain, ensure_ascii=False))
+    path = folder / CONFIG
+    if path.is_file():
+        config = _read(path)
+        wanted = {"add_bos_token": False, "add_eos_token": False}
+        if (folder / TOKENIZER).is_file():
+            wanted["tokenizer_class"] = "PreTrainedTokenizerFast"  # type: ignore[assignment]  # others build their own template
+        if config | wanted != config:
+            path.write_text(json.dumps(config | wanted, indent=2, ensure_ascii=False) + "\n")
+
+
+def _silent(processor: dict[str, Any] | None) -> dict[str, Any] | None:
+    """A post-processor without the parts that add tokens."""
+    if processor is None or processor.get("type") == "ByteLevel":
+        return processor
+    if processor.get("type") != "Sequence":
+        return None
+    kept = [part for part in map(_silent, processor.get("processors", [])) if part is not None]
+    return processor | {"processors": kept} if kept else None
+
+
+def _leaves_texts(tokenizer: Tokenizer) -> bool:
+    """Whether ids stand for exactly the bytes of a text: no space put before it, none joined, no letter replaced. transformers
+    does not do those as SentencePiece does."""
+    text = "x  y\tz ﬁ "
+    return int(tokenizer.token_bytes()[tokenizer.encode(text)].sum()) == len(text.encode())
 
 
 def write_generation_config(folder: Path, tokens: SpecialTokens) -> None:

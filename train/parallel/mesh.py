@@ -8,6 +8,8 @@ puts the number into a group's name: ranks that skip a group never meet in a lat
 """
 
 import os
+import socket
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -38,6 +40,9 @@ class TeacherGroups:
     """One rank of each teacher that serves the same rows."""
 
 
+_LOOPBACK = ("127.0.0.1", "localhost", "::1")
+
+
 @dataclass(frozen=True)
 class Mesh:
     """This process's place in the world and the groups it talks in."""
@@ -48,6 +53,8 @@ class Mesh:
     groups: ProcessGroupCollection
     saving: dist.ProcessGroup | None = None
     """All ranks, over gloo, for saves in the background; None for a world of one."""
+    watching: dist.ProcessGroup | None = None
+    """All ranks, over gloo, for what they ask each other beside the training (signals): it never waits for a GPU's stream."""
     teacher: TeacherGroups | None = None
     """None without a teacher, and on ranks of earlier pipeline stages."""
 
@@ -90,6 +97,19 @@ class Mesh:
         dist.all_reduce(values, op=dist.ReduceOp.MAX)
         return [bool(value) for value in values.tolist()]
 
+    def begin_any_of(self, *flags: bool) -> Callable[[], list[bool]]:
+        """`any_of` in two parts: the question is on its way at once, the answer is waited for when it is called. Collective."""
+        if self.layout.world == 1:
+            return lambda: list(flags)
+        values = torch.tensor([float(flag) for flag in flags])
+        work = dist.all_reduce(values, op=dist.ReduceOp.MAX, group=self.watching, async_op=True)
+
+        def answer() -> list[bool]:
+            work.wait()
+            return [bool(value) for value in values.tolist()]
+
+        return answer
+
     def barrier(self) -> None:
         """Wait for all ranks. Collective over the world."""
         if self.layout.world > 1:
@@ -125,7 +145,8 @@ def open_mesh(
     timeout = timedelta(seconds=timeout_s)
     if not dist.is_initialized():
         if "MASTER_ADDR" in os.environ:
-            dist.init_process_group(backend, rank=rank, world_size=layout.world, timeout=timeout)
+            store = _loopback_store(rank, world=layout.world, timeout=timeout)
+            dist.init_process_group(backend, rank=rank, world_size=layout.world, timeout=timeout, store=store)
         else:
             dist.init_process_group(backend, rank=0, world_size=1, timeout=timeout, store=dist.HashStore())
     parallel_state.initialize_model_parallel(
@@ -136,14 +157,18 @@ def open_mesh(
         distributed_timeout_minutes=max(1, round(timeout_s / 60)),
         create_gloo_process_groups=device.type == "cuda",
     )
+    _time_out_after(timeout)
     unset_num_microbatches_calculator()
     seed_random_state(seed)
     saving = dist.new_group(backend="gloo", timeout=timeout) if layout.world > 1 else None
+    watching = dist.new_group(backend="gloo", timeout=timeout) if layout.world > 1 else None
     teacher = None
     if teacher_tensor is not None:
         teacher = _teacher_groups(layout, rank, tensor=teacher_tensor, timeout=timeout)
     groups = ProcessGroupCollection.use_mpu_process_groups()
-    return Mesh(layout=layout, rank=rank, device=device, groups=groups, saving=saving, teacher=teacher)
+    return Mesh(
+        layout=layout, rank=rank, device=device, groups=groups, saving=saving, watching=watching, teacher=teacher
+    )
 
 
 def _teacher_groups(layout: Layout, rank: int, *, tensor: int, timeout: timedelta) -> TeacherGroups | None:
@@ -157,6 +182,33 @@ def _teacher_groups(layout: Layout, rank: int, *, tensor: int, timeout: timedelt
         members = [[first + index for index in part] for part in parts]
     opened = [dist.new_group(ranks, timeout=timeout, use_local_synchronization=True) for ranks in members]
     return TeacherGroups(*opened) if place is not None else None
+
+
+def _loopback_store(rank: int, *, world: int, timeout: timedelta) -> dist.Store | None:
+    """The rendezvous of ranks that are all on this machine: rank 0 listens on loopback only.
+
+    torch's own store listens on every interface, whatever MASTER_ADDR says, and anybody who reaches it can stop the run.
+    None if ranks may be elsewhere, or if torchrun keeps the store.
+    """
+    address, port = os.environ["MASTER_ADDR"], int(os.environ.get("MASTER_PORT", "0"))
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" or address not in _LOOPBACK or not port:
+        return None
+    if rank != 0:
+        return dist.TCPStore(address, port, world, is_master=False, timeout=timeout)
+    family = socket.AF_INET6 if address == "::1" else socket.AF_INET
+    with socket.socket(family) as listener:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind((address, port))
+        listener.listen(socket.SOMAXCONN)
+        return dist.TCPStore(
+            address, port, world, is_master=True, timeout=timeout, master_listen_fd=os.dup(listener.fileno())
+        )
+
+
+def _time_out_after(timeout: timedelta) -> None:
+    """Give every group of this process the timeout as asked: Megatron takes whole minutes only."""
+    for group in list(dist.distributed_c10d._world.pg_map):
+        dist.set_timeout(timeout, group)
 
 
 def seed_random_state(seed: int) -> None:

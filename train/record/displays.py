@@ -10,9 +10,13 @@ from typing import Any, Protocol
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Column
 
+from recipes.schema.run_folder import Line
 from recipes.schema.telemetry import TelemetryConfig
-from train.record.metrics import Line
+
+_ELAPSED, _LEFT = "0:00:00", "00:00:00 left"
+"""The widest that the bar's clocks get."""
 
 
 class Display(Protocol):
@@ -42,13 +46,18 @@ class Screen:
         self._started: float | None = None
         self._precision_at = precision_at
         self._live = live and self._console.is_terminal
+        step = f"{total_steps}/{total_steps}"
+        room = max(len("loss 8.8523"), self._console.width - len(f"evaluating  {step}  {_ELAPSED} {_LEFT}") - 1)
         self._bar = Progress(
-            TextColumn("[bold]{task.description:<10}"),
-            BarColumn(bar_width=None),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[numbers]}"),
-            TimeElapsedColumn(),
-            TextColumn("[cyan]{task.fields[left]}"),
+            # A narrow terminal takes from the bar first, then cuts the numbers after the loss; the rest always fits.
+            TextColumn("[bold]{task.description:<10}", table_column=Column(no_wrap=True, min_width=10)),
+            BarColumn(bar_width=None, table_column=Column(ratio=1)),
+            MofNCompleteColumn(table_column=_whole(step)),
+            TextColumn(
+                "{task.fields[numbers]}", table_column=Column(no_wrap=True, overflow="ellipsis", max_width=room)
+            ),
+            TimeElapsedColumn(table_column=_whole(_ELAPSED)),
+            TextColumn("[cyan]{task.fields[left]}", table_column=_whole(_LEFT)),
             console=self._console,
             refresh_per_second=4,
             disable=not self._live,
@@ -108,12 +117,12 @@ class Screen:
             case "resume":
                 return (
                     f"resumed after step {line['step']} ({line['parameters']:,} parameters, {line['layout']}, "
-                    f"{line['precision']})"
+                    f"{line['precision']}{_kernels(line)})"
                 )
             case "start":
                 return (
                     f"training {line['parameters']:,} parameters on {line['device']}, {line['layout']}, {self._total} "
-                    f"steps, {line['precision']}"
+                    f"steps, {line['precision']}{_kernels(line)}"
                 )
             case _:
                 return f"warning: {line['text']}" if line["kind"] == "warning" else None
@@ -197,6 +206,15 @@ def _scalars(line: Line) -> dict[str, float]:
             return lowest
         case _:
             return {}
+
+
+def _whole(widest: str) -> Column:
+    """A column that is never cut."""
+    return Column(no_wrap=True, min_width=len(widest))
+
+
+def _kernels(line: Line) -> str:
+    return f", kernels {line['kernels']}" if line.get("kernels") else ""
 
 
 def _clock(seconds: float) -> str:

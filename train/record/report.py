@@ -13,11 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from recipes.schema.errors import StratumError
+from recipes.schema.errors import RecipeError, StratumError
 from recipes.schema.options import CommandParser, run_or_path
-from train.record.metrics import METRICS, as_number, read_metrics
+from recipes.schema.run_folder import METRICS, RECIPE, as_number, read_metrics, recipe_in
 from train.record.precision_report import draw_precision, precision_section
 
 
@@ -90,11 +88,11 @@ def write_report(folder: Path, *, sample: str | None = None) -> None:
     sample: text shown in the summary; None takes sample.txt of the run folder where there is one.
     """
     record = read_run(folder)
-    path = folder / "recipe.yaml"
     try:
-        recipe = yaml.safe_load(path.read_text())
-    except (OSError, yaml.YAMLError) as error:
-        raise StratumError(f"{path} cannot be read: {error}. Without it a run cannot be described.") from error
+        recipe = recipe_in(folder)
+    except (FileNotFoundError, RecipeError) as error:
+        why = error if isinstance(error, RecipeError) else f"{folder / RECIPE} cannot be read: it is missing."
+        raise StratumError(f"{why} Without it a run cannot be described.") from error
     if sample is None and (folder / "sample.txt").exists():
         sample = (folder / "sample.txt").read_text()
     if record.steps:
@@ -199,7 +197,7 @@ def summary(record: RunRecord, recipe: dict[str, Any], *, name: str, sample: str
 def _facts(record: RunRecord, recipe: dict[str, Any]) -> list[str]:
     """What was trained, how far, how fast, on what."""
     steps = list(record.steps.values())
-    first, last, machine = steps[0], steps[-1], record.machine
+    last, machine = steps[-1], record.machine
     start: dict[str, Any] = next((e for e in reversed(record.events) if e["kind"] in ("start", "resume")), {})
     rows = {
         "model": f"`{recipe['model']['pattern']}`, hidden {recipe['model']['hidden']}, "
@@ -209,7 +207,7 @@ def _facts(record: RunRecord, recipe: dict[str, Any]) -> list[str]:
         "layout": f"{start.get('layout', '?')} on {start.get('device', '?')}",
         "steps": f"{last['step']:,} of {recipe['run']['steps']:,}",
         "tokens": f"{last['tokens']:,}",
-        _loss(recipe): f"{first['loss']:.4f} -> {last['loss']:.4f} nats per token",
+        _loss(recipe): _loss_change([line["loss"] for line in steps]),
         "speed": f"{statistics.median(line['tokens_per_s'] for line in steps):,.0f} tokens/s (median)",
     }
     shares = [line["mfu"] for line in steps if "mfu" in line]
@@ -221,8 +219,17 @@ def _facts(record: RunRecord, recipe: dict[str, Any]) -> list[str]:
     if machine:
         where = machine["cpu"] if machine["device"] == "cpu" else f"{machine['device']}, host {machine['cpu']}"
         threads = f"{machine['threads']} thread{'s' * (machine['threads'] != 1)}"
-        rows["machine"] = f"{where}, {threads} a process; torch {machine['torch']}, Python {machine['python']}"
+        kernels = f", kernels {machine['kernels']}" if machine.get("kernels") else ""
+        rows["machine"] = f"{where}, {threads} a process{kernels}; torch {machine['torch']}, Python {machine['python']}"
     return ["| | |", "|---|---|", *(f"| {key} | {value} |" for key, value in rows.items())]
+
+
+def _loss_change(losses: list[float]) -> str:
+    """From the mean of the first steps to that of the last: a tenth of the run each, at most 50; a single step is noise."""
+    count = min(50, max(1, len(losses) // 10))
+    first, last = (sum(part) / count for part in (losses[:count], losses[-count:]))
+    of = f" (means of the first and last {count} steps)" if count > 1 else ""
+    return f"{first:.4f} -> {last:.4f} nats per token{of}"
 
 
 def _loss(recipe: dict[str, Any]) -> str:
@@ -332,14 +339,13 @@ stratum report smoke                               the same: `smoke` is looked u
 
 
 def _smooth(values: list[float]) -> list[float]:
-    """Mean of the values around each point, as many before as after: at most a tenth of the run or 100 steps.
+    """Mean of the values around each point, up to a twentieth of the run (2 to 50 steps) on either side, as far as there are any.
 
     Values that are not finite are left out.
     """
-    half = min(50, len(values) // 20)
+    half = min(50, max(2, len(values) // 20))
     means = []
     for place in range(len(values)):
-        reach = min(half, place, len(values) - 1 - place)
-        near = [value for value in values[place - reach : place + reach + 1] if math.isfinite(value)]
+        near = [value for value in values[max(0, place - half) : place + half + 1] if math.isfinite(value)]
         means.append(statistics.fmean(near) if near else math.nan)
     return means

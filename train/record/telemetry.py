@@ -26,10 +26,11 @@ from typing import Any
 
 import torch
 
+from recipes.schema.run_folder import METRICS, Line
 from recipes.schema.telemetry import TelemetryConfig
 from train.record.displays import Display, Screen, TensorBoard, WeightsAndBiases
 from train.record.machine import describe_machine, peak_memory_bytes
-from train.record.metrics import METRICS, JsonLines, Line
+from train.record.metrics import JsonLines
 
 log = logging.getLogger(__name__)
 
@@ -52,12 +53,15 @@ class Telemetry:
         peak_flops: float | None,
         recipe_dict: dict[str, Any],
         loss_parts: tuple[str, ...] = (),
+        kernels: str = "",
         precision_at: Callable[[int], str] = lambda tokens: "",
     ) -> None:
         """reduce: sums a tensor over all ranks, in place; collective. peak_flops: of all devices together.
         precision_at: what a step that starts after so many tokens computes in, in words.
 
-        first_step: steps finished before. Raises StratumError where metrics.jsonl cannot be written.
+        first_step: steps finished before. kernels: which form the ranks run (`train.native.forms`).
+
+        Raises StratumError where metrics.jsonl cannot be written.
         """
         self._reduce = reduce
         self._device = device
@@ -90,6 +94,7 @@ class Telemetry:
                 {
                     "kind": "machine",
                     **describe_machine(device),
+                    "kernels": kernels,
                     "flops_per_token": flops_per_token,
                     "peak_flops": peak_flops,
                 }
@@ -103,12 +108,13 @@ class Telemetry:
         loss: torch.Tensor,
         grad_norm: torch.Tensor | float,
         learning_rate: float,
-        seconds: dict[str, float],
+        seconds: dict[str, float] | Callable[[], dict[str, float]],
         parts: torch.Tensor | None = None,
     ) -> None:
         """Note one finished step; `loss` is this rank's share, summed over ranks at the next flush (which this may be).
 
-        Nothing is read back from the device before the flush. seconds: of each part of the step; their sum is the step.
+        Nothing is read back from the device before the flush. seconds: of each part of the step; their sum is the step. A
+        function is called at the flush, on the rank that writes.
         parts: this rank's share of the loss's parts (`loss_parts`).
         """
         self._losses[len(self._pending), 0] = loss.detach()
@@ -208,6 +214,8 @@ class Telemetry:
 
     def _finish(self, line: Line) -> None:
         """Work out what follows from a step's own numbers."""
+        if callable(line["seconds"]):
+            line["seconds"] = line["seconds"]()
         step_s = sum(line["seconds"].values())
         line["grad_norm"] = float(line["grad_norm"])
         line["step_s"] = step_s

@@ -10,8 +10,8 @@ from types import FrameType
 
 from recipes.schema.errors import NumericsError
 
-WATCHED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
-"""Signals that ask a run to save and stop."""
+WATCHED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
+"""Signals that ask a run to save and stop. SIGHUP: the terminal was closed."""
 ECHO_S = 1.0
 """Signals this soon after the first are the same warning: a launcher and the terminal, or Slurm and torchrun, send both."""
 GIVEN_UP = 1
@@ -19,8 +19,9 @@ GIVEN_UP = 1
 
 
 class StopSignals:
-    """Turns Ctrl-C, SIGTERM and SIGUSR1 (Slurm's warning) into a request to stop at the next step boundary.
+    """Turns Ctrl-C, SIGTERM, SIGUSR1 (Slurm's warning) and SIGHUP into a request to stop at the next step boundary.
 
+    SIGHUP stays ignored where it is, as under nohup.
     Used as a context manager in the main thread; the previous handlers come back at its end. A second signal, a second or
     more after the first, ends the process at once with status 1, even while it is stuck in a collective: a thread hears of
     it. The newest whole checkpoint stays what it was.
@@ -39,6 +40,8 @@ class StopSignals:
         self._pipe = reader, writer
         self._previous_wakeup = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
         for number in WATCHED:
+            if number == signal.SIGHUP and signal.getsignal(number) is signal.SIG_IGN:
+                continue
             self._previous[number] = signal.signal(number, self._note)
         threading.Thread(target=_listen, args=(reader,), name="signals", daemon=True).start()
         return self

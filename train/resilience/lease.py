@@ -9,22 +9,22 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from launch.lease import FOLDER, HEARTBEAT_S, Lease, LeaseError, take
-from train.parallel.mesh import Mesh
 
 LOST = 2
 """Exit status of a trainer whose run another process has taken over: no launcher may start it again."""
 
 
 @contextmanager
-def held_lease(run: Path, mesh: Mesh) -> Iterator[Callable[[], None]]:
+def held_lease(run: Path, *, rank: int, any_rank: Callable[[bool], bool]) -> Iterator[Callable[[], None]]:
     """Rank 0 holds the run's lease while the context is open. Entering it is collective over the world, leaving it is not.
+    any_rank: whether a flag holds on at least one rank (`Mesh.any_rank`).
 
     -> a function to call before a checkpoint is written: it ends this process if another one has taken the run over, which
     happens only after this one was stopped, or cut off from the folder, for longer than launch.lease.EXPIRY_S. Raises
     LeaseError on every rank if another process trains in this folder.
     """
-    lease, error = _try_to_take(run) if mesh.rank == 0 else (None, None)
-    if mesh.any_rank(error is not None):
+    lease, error = _try_to_take(run) if rank == 0 else (None, None)
+    if any_rank(error is not None):
         raise error or LeaseError(f"rank 0 may not train in {run}; see its message.")
     if lease is None:
         yield lambda: None

@@ -1,6 +1,6 @@
 #!/bin/bash
-# Run big, written by `stratum launch slurm`. When a job's time is nearly up, Slurm sends SIGUSR1 to the training
-# processes, which save and stop. The next job, which waits behind it, goes on, until the last step is reached.
+# Run big, written by `stratum launch slurm`. When a job's time is nearly up, Slurm sends SIGUSR1 to the
+# training processes, which save and stop. The next job, which waits behind it, continues, until the last step is reached.
 #SBATCH --job-name=big
 #SBATCH --nodes=16
 #SBATCH --ntasks-per-node=8
@@ -17,35 +17,101 @@
 #SBATCH --chdir=/scratch/you/stratum
 #SBATCH --output=runs/big/logs/slurm-%j.log
 
-set -uo pipefail
-run=runs/big
-export STRATUM_LOGS="$run/logs/slurm-$SLURM_JOB_ID-${SLURM_RESTART_COUNT:-0}"
-mkdir -p "$STRATUM_LOGS"
 trap : TERM USR1  # signals are for the training processes; this script outlives them to decide what comes next
+stratum_logs=runs/big/logs
 
-# The next job of the chain waits from now on, so that not even the loss of this node ends the run; see the end of the script.
-successor=$(sbatch --parsable --dependency=afterany:"$SLURM_JOB_ID" "$run/logs/job.sh") && echo "$successor" >> "$run/logs/jobs"
+# However a job ends: 4 starts without a new checkpoint between them are the last.
+newest=$(cat runs/big/checkpoints/latest 2>/dev/null)
+read -r seen starts 2>/dev/null < "$stratum_logs/starts"
+[ "$seen" = "${newest:-none}" ] || starts=0
+starts=$((starts + 1))
+echo "${newest:-none} $starts" > "$stratum_logs/starts"
+if [ "$starts" -gt 4 ]; then
+  echo "stop: 4 starts in a row brought no new checkpoint (launch.restarts=3)" >&2
+  exit 1
+fi
+
+module load cuda
+set +e -uo pipefail
+
+run=runs/big
+logs="$run/logs/slurm-$SLURM_JOB_ID-${SLURM_RESTART_COUNT:-0}"
+
+# Submit one more job of this run. Not before a rank has started: a script that fails before that would submit for ever.
+alive() {
+  local mark
+  for mark in "$logs"*/alive; do if [ -e "$mark" ]; then return 0; fi; done
+  return 1
+}
+submit() {
+  local number=""
+  local options=(--parsable "$@")
+  if [ -s "$run/logs/exclude" ]; then options+=("--exclude=$(cat "$run/logs/exclude")"); fi
+  alive || return 1
+  if number=$(timeout 60 sbatch "${options[@]}" "$run/logs/job.sh" 2> "$logs.sbatch"); then
+    rm -f "$logs.sbatch" "$run/logs/no-successor"
+    echo "${number%%;*}" >> "$run/logs/jobs"
+    echo "${number%%;*}"
+  else
+    cat "$logs.sbatch" >&2
+    mv "$logs.sbatch" "$run/logs/no-successor"
+    return 1
+  fi
+}
+
+# The next job of the chain waits from the moment the run has proved that it starts, so that not even the loss of this node
+# ends it; see the end of the script.
+mkdir -p "$logs"
+{
+  until alive || [ -e "$logs/ended" ]; do sleep 1; done
+  submit --dependency=afterany:"$SLURM_JOB_ID" > "$logs/successor"
+} &
+waiter=$!
 
 # Rank 0 listens on the first node, at the address by which Slurm itself reaches it: its name need not resolve.
 node=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 address=$(scontrol show node --oneliner "$node" | sed -n 's/.* NodeAddr=\([^ ]*\).*/\1/p')
-export MASTER_ADDR="${address:-$node}" MASTER_PORT=$((20000 + SLURM_JOB_ID % 12000))
+export MASTER_ADDR="${address:-$node}"
 export PYTHONUNBUFFERED=1
 export CUDA_DEVICE_MAX_CONNECTIONS=1
 export NCCL_DEBUG=WARN
-module load cuda
-
-ranks=(srun --kill-on-bad-exit=1 --output="$STRATUM_LOGS/rank-%5t.log" --cpus-per-task=12)
+export PYTHONPATH=/scratch/you/stratum/runs/two/logs/code${PYTHONPATH:+:$PYTHONPATH}
 python=(/scratch/you/stratum/.venv/bin/python -P)
 
-"${ranks[@]}" "${python[@]}" -m launch.local.rank train -cn nemotron_nano_12b_v2 run.name=big launch=slurm_gpu parallel.tensor=8 \
-    'run.folder="my runs"' run.threads=12
-status=$?
+attempt=1
+while :; do
+  # Each start has its own logs, and its own port: the last one's may still be held.
+  export STRATUM_LOGS="$logs" MASTER_PORT=$((20000 + (SLURM_JOB_ID + 4001 * ${SLURM_RESTART_COUNT:-0} + 401 * attempt) % 12000))
+  if [ "$attempt" -gt 1 ]; then STRATUM_LOGS="$logs-$attempt"; fi
+  mkdir -p "$STRATUM_LOGS"
+  ranks=(srun --kill-on-bad-exit=1 --output="${STRATUM_LOGS//%/%%}/rank-%5t.log" --cpus-per-task=12)
+  "${ranks[@]}" "${python[@]}" -m launch.local.rank train -cn nemotron_nano_12b_v2 run.name=big launch=slurm_gpu parallel.tensor=8 \
+    'run.folder="my runs"' run.threads=12 2> "$STRATUM_LOGS/srun.log"
+  status=$?
+  cat "$STRATUM_LOGS/srun.log" >&2
 
-# finished, again or stop; why stands in this job's log. An error is told once, with the rank that failed first. A preempted
-# job whose processes end in time counts as completed for Slurm, which then does not bring it back: this script does.
-preempted=$(scontrol show job --oneliner "$SLURM_JOB_ID" | grep -c ' PreemptTime=[0-9]')
-next=$("${python[@]}" -m launch.slurm.after_job --run "$run" --status "$status" \
-    --steps 10000 --restarts 3 --preempted "$preempted")
-if [ "$next" != again ] && [ -n "$successor" ]; then scancel "$successor"; fi
+  # finished, here (again in these nodes), again or stop; why stands in this job's log. An error is shown once, with the rank
+  # that failed first. A preempted job whose processes end in time counts as completed for Slurm, which then does not bring it
+  # back: this script does.
+  job=$(timeout 60 scontrol show job --oneliner "$SLURM_JOB_ID")
+  next=$("${python[@]}" -m launch.slurm.after_job --run "$run" --status "$status" --steps 10000 \
+    --restarts 3 --save-before-end-s 900 --job "$job")
+  [ "$next" = here ] || break
+  attempt=$((attempt + 1))
+done
+
+touch "$logs/ended"
+wait "$waiter"
+successor=$(cat "$logs/successor" 2>/dev/null)
+case $next in
+  again)
+    if [ -n "$successor" ] && [ -s "$run/logs/exclude" ]; then
+      scontrol update JobId="$successor" ExcNodeList="$(cat "$run/logs/exclude")"
+    elif [ -z "$successor" ] && ! submit; then
+      echo "sbatch does not take the next job (see above); this job goes back into the queue instead" >&2
+      scontrol update JobId="$SLURM_JOB_ID" Requeue=1 && scontrol requeue "$SLURM_JOB_ID"
+    fi ;;
+  finished | stop)
+    if [ -n "$successor" ]; then scancel "$successor"; fi ;;
+esac
 exit "$status"

@@ -1,6 +1,6 @@
 #!/bin/bash
-# Data data/web, written by `stratum launch slurm --prepare`: 64 tasks share the work. A task that is started
-# again keeps its finished shards; the last one to finish writes the manifest.
+# Data data/web, written by `stratum launch slurm --prepare`: 64 tasks share the work. A task that is
+# started again keeps its finished shards; the last one to finish writes the manifest.
 #SBATCH --job-name=prepare-web
 #SBATCH --array=0-63
 #SBATCH --nodes=1
@@ -13,7 +13,7 @@
 #SBATCH --chdir=/scratch/you/stratum
 #SBATCH --output=data/web/logs/%A_%a.log
 
-set -uo pipefail
+set +e -uo pipefail
 python=(/scratch/you/stratum/.venv/bin/python -P)
 
 "${python[@]}" -m train.stratum prepare -cn web \

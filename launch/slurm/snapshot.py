@@ -1,0 +1,81 @@
+"""A copy of the packages and of the user's own recipes, made when a run is submitted: requeued jobs run it, not what the
+working tree contains by then.
+
+    packages, --config-dir folders --take_snapshot--> runs/NAME/logs/code/{recipes,data,launch,train,config-0,environment.txt}
+"""
+
+import importlib.metadata
+import shutil
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+PACKAGES = ("recipes", "data", "launch", "train")
+CODE = "code"
+"""Name of the copy in a run's logs."""
+_PROJECT = Path(__file__).resolve().parents[2]
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """What a job runs."""
+
+    folder: Path
+    """Absolute."""
+    words: list[str]
+    """The words of the command, with --config-dir as it is in the copy."""
+
+
+def take_snapshot(logs: Path, words: Sequence[str]) -> Snapshot:
+    """Copy everything a job runs into `logs`/code, in place of an earlier copy. Needs no version control."""
+    folder = logs.resolve() / CODE
+    aside = folder.with_name(f".{CODE}.writing")
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir(parents=True)
+    for package in PACKAGES:
+        ignored = shutil.ignore_patterns("__pycache__", "*.pyc")
+        shutil.copytree(_PROJECT / package, aside / package, ignore=ignored, symlinks=False)
+    changed = with_folder(words, folder)
+    for number, source in enumerate(config_folders(words)):
+        _copy_recipes(source, aside / f"config-{number}")
+    names = sorted((d.name.lower(), d.version) for d in importlib.metadata.distributions())
+    lines = [f"python {sys.version.split()[0]} {sys.executable}", *(f"{name}=={version}" for name, version in names)]
+    (aside / "environment.txt").write_text("\n".join(lines) + "\n")
+    shutil.rmtree(folder, ignore_errors=True)
+    aside.rename(folder)
+    return Snapshot(folder, changed)
+
+
+def _copy_recipes(source: Path, target: Path) -> None:
+    """YAML files only, groups included: the folder may be a run's, with checkpoints of terabytes."""
+    for path in sorted((*source.glob("*.y*ml"), *source.glob("[!.]*/*.y*ml"))):
+        copy = target / path.relative_to(source)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(path, copy)
+
+
+def config_folders(words: Sequence[str]) -> list[Path]:
+    """The folders of the user's own recipes that a command line names."""
+    found = []
+    for position, word in enumerate(words):
+        name, sign, value = word.partition("=")
+        if name in ("--config-dir", "-cd"):
+            value = value if sign else "".join(words[position + 1 : position + 2])
+            if Path(value).is_dir():
+                found.append(Path(value))
+    return found
+
+
+def with_folder(words: Sequence[str], folder: Path) -> list[str]:
+    """The words, with --config-dir leading into the copy in `folder`."""
+    changed, number, follows = [], 0, False
+    for word in words:
+        name, sign, value = word.partition("=")
+        if follows and Path(word).is_dir():
+            word, number = str(folder / f"config-{number}"), number + 1
+        elif name in ("--config-dir", "-cd") and sign and Path(value).is_dir():
+            word, number = f"{name}={folder / f'config-{number}'}", number + 1
+        follows = name in ("--config-dir", "-cd") and not sign
+        changed.append(word)
+    return changed

@@ -1,0 +1,194 @@
+"""Compiled libraries: proven before they are loaded, built again where wrong, never loaded from where others can write."""
+
+import ctypes
+import logging
+import os
+import shutil
+import stat
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from unprivileged import NOBODY, folder_for_anyone, unprivileged
+
+from data.native import build_c
+
+SEVEN = "int stratum_seven(void) { return 7; }"
+EIGHT = SEVEN.replace("7", "8")
+
+
+@pytest.fixture
+def source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A C source of the test's own, and an empty cache."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.delenv("STRATUM_NATIVE", raising=False)
+    path = tmp_path / f"seven{os.getpid()}.c"
+    path.write_text(SEVEN)
+    return path
+
+
+def seven(source: Path) -> int:
+    return build_c.load(source).stratum_seven()  # type: ignore[no-any-return]
+
+
+def libraries(tmp_path: Path) -> list[Path]:
+    return list((tmp_path / "cache" / "stratum").glob("*.so"))
+
+
+def torn(path: Path, tmp_path: Path) -> None:
+    with path.open("rb+") as stream:
+        stream.truncate(path.stat().st_size // 2)
+
+
+def edited(path: Path, tmp_path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def empty(path: Path, tmp_path: Path) -> None:
+    path.write_bytes(b"")
+
+
+def linked(path: Path, tmp_path: Path) -> None:
+    elsewhere = tmp_path / "elsewhere.so"
+    path.rename(elsewhere)
+    path.symlink_to(elsewhere)
+
+
+def open_to_others(path: Path, tmp_path: Path) -> None:
+    path.chmod(0o777)
+
+
+def of_another_source(path: Path, tmp_path: Path) -> None:
+    """Somebody's code under the name of ours."""
+    other = tmp_path / "other.c"
+    other.write_text(EIGHT)
+    shutil.copy(build_c.load(other)._name, path)
+
+
+@pytest.mark.parametrize("spoil", [torn, edited, empty, linked, open_to_others, of_another_source])
+def test_a_library_that_is_not_the_one_built_is_built_again(
+    spoil: Callable[[Path, Path], None], source: Path, tmp_path: Path
+) -> None:
+    """Written by another process: this one has not mapped what is spoilt, which would crash it rightly."""
+    pid = os.fork()
+    if pid == 0:
+        os._exit(seven(source))
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 7
+    (path,) = libraries(tmp_path)
+    spoil(path, tmp_path)
+    assert seven(source) == 7
+    assert [p for p in libraries(tmp_path) if p.name.startswith(source.stem)] == [path]
+    assert not path.is_symlink() and build_c._is_right(path, path.name.rpartition("-")[0])
+
+
+def test_what_is_built_is_closed_to_others_whatever_the_umask(source: Path, tmp_path: Path) -> None:
+    before = os.umask(0)
+    try:
+        assert seven(source) == 7
+    finally:
+        os.umask(before)
+    for path in (tmp_path / "cache", tmp_path / "cache" / "stratum", *libraries(tmp_path)):
+        assert not path.stat().st_mode & (stat.S_IWGRP | stat.S_IWOTH), path
+
+
+def shared(cache: Path) -> None:
+    cache.mkdir()
+    cache.chmod(0o777)
+
+
+def of_a_group(cache: Path) -> None:
+    (cache / "stratum").mkdir(parents=True)
+    (cache / "stratum").chmod(0o775)
+
+
+def a_link(cache: Path) -> None:
+    cache.mkdir()
+    (cache.parent / "theirs").mkdir(mode=0o700)
+    (cache / "stratum").symlink_to(cache.parent / "theirs")
+
+
+def of_another_user(cache: Path) -> None:
+    (cache / "stratum").mkdir(parents=True)
+    if os.geteuid() == 0:
+        os.chown(cache / "stratum", NOBODY, NOBODY)
+
+
+UNSAFE = {"a shared folder": shared, "a group's": of_a_group, "a link": a_link, "of another user": of_another_user}
+
+
+@pytest.mark.parametrize("where", UNSAFE)
+def test_no_code_is_loaded_from_where_others_can_write(
+    where: str, source: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    UNSAFE[where](tmp_path / "cache")
+    if where == "of another user" and os.geteuid() != 0:
+        monkeypatch.setattr(os, "geteuid", lambda: NOBODY)
+    with caplog.at_level(logging.WARNING):
+        library = build_c.load(source)
+    assert library.stratum_seven() == 7 and not library._name.startswith(str(tmp_path / "cache"))
+    assert "compiled for this process alone" in caplog.text and "no code is loaded from" in caplog.text
+    assert not libraries(tmp_path) and not list((tmp_path / "theirs").glob("*"))
+
+
+def test_a_cache_that_may_not_be_written_is_replaced_by_a_private_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    with folder_for_anyone() as folder:
+        source = folder / "seven.c"
+        source.write_text(SEVEN)
+        (folder / "cache").mkdir(mode=0o555)
+        monkeypatch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
+        with unprivileged(), caplog.at_level(logging.WARNING):
+            library = build_c.load(source)
+    assert library.stratum_seven() == 7 and "Permission denied" in caplog.text
+
+
+@pytest.fixture
+def compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A compiler that finds the disk of the cache full, and else does its work."""
+    path = tmp_path / "cc"
+    real = shutil.which("cc") or shutil.which("gcc")
+    full = f'case "$*" in *{tmp_path}/cache/*) echo "ld: error: No space left on device" >&2; exit 1;; esac'
+    path.write_text(f'#!/bin/sh\n{full}\nexec {real} "$@"\n')
+    path.chmod(0o755)
+    monkeypatch.setenv("CC", str(path))
+    yield path
+
+
+def test_a_full_disk_is_left_for_a_private_folder(
+    source: Path, tmp_path: Path, compiler: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING):
+        assert seven(source) == 7
+    assert "No space left on device" in caplog.text and not list((tmp_path / "cache" / "stratum").iterdir())
+
+
+def test_a_folder_that_forbids_execution_is_left_for_a_private_one(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    real = ctypes.CDLL
+
+    def forbidding(name: str) -> ctypes.CDLL:
+        if name.startswith(str(tmp_path / "cache")):
+            raise OSError(f"{name}: failed to map segment from shared object")
+        return real(name)
+
+    monkeypatch.setattr(build_c.ctypes, "CDLL", forbidding)
+    with caplog.at_level(logging.WARNING):
+        assert seven(source) == 7
+    assert "failed to map segment" in caplog.text
+
+
+def test_without_a_compiler_it_is_said_what_is_used_instead(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setenv("CC", "no-such-compiler")
+    with caplog.at_level(logging.WARNING):
+        assert build_c.load_if_possible(source, what="seven.c is") is None
+    assert (
+        "seven.c is not compiled (no C compiler found: install gcc, or set CC); plain torch is used instead"
+        in caplog.text
+    )

@@ -1,0 +1,132 @@
+"""What follows the end of a Slurm job's processes, by what srun, the ranks and Slurm say: the job lines are Slurm 22.05's own."""
+
+import json
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from test_slurm_script import CPU
+
+from launch.local.failures import RankFailure, write_failure
+from launch.local.rank import adopt_slurm, name_interface
+from launch.queue import read_job
+from launch.runs import RunFolder
+from launch.slurm import after_job
+from launch.slurm.after_job import EXCLUDE, STOP, after, main, start_afresh
+from launch.slurm.job_script import training_script
+
+RUNNING = "JobId=7 JobState=RUNNING Reason=None Restarts=0 PreemptTime=None EndTime={end} NodeList=n[1-2]"
+LOST = "JobId=7 JobState=COMPLETING Reason=NodeDown Restarts=0 EndTime=2026-11-30T03:23:50 NodeList=n1"
+CANCELLED = "JobId=7 JobState=COMPLETING Reason=None Restarts=0 EndTime=2026-11-30T03:24:05 NodeList=n[1-2]"
+PREEMPTED = "JobId=7 JobState=RUNNING Reason=None PreemptTime=2026-11-30T03:24:05 EndTime=2026-11-30T03:25:05"
+KILLED = RankFailure(1, 137, 0.0, "n2")
+
+
+def in_time(seconds: float) -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%S", time.localtime(time.time() + seconds))
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> RunFolder:
+    found = RunFolder(tmp_path / "a")
+    found.logs.mkdir(parents=True)
+    start_afresh(found)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("status", "failures", "stopped", "job", "action", "words"),
+    [
+        (143, [KILLED], None, RUNNING, "again", "it failed with SIGKILL"),  # killed while the others started
+        (143, [], None, RUNNING, "again", "it failed with SIGTERM"),  # the same, where srun's words are not known
+        (143, [], None, LOST, "again", "a node was lost"),
+        (0, [], 143, LOST, "again", "a node was lost"),  # the ranks took srun's SIGTERM for a request to stop
+        (143, [], None, CANCELLED, "stop", "stopped by SIGTERM"),
+        (0, [], 143, CANCELLED, "stop", "stopped by SIGTERM"),
+        (1, [RankFailure(0, 1, 0.0, "n1", "Connection closed")], None, CANCELLED, "stop", "the job was cancelled"),
+        (143, [], None, PREEMPTED, "again", "it ended before a new checkpoint"),
+        (0, [], 138, RUNNING, "again", "it ended before a new checkpoint"),
+        (0, [], 143, RUNNING, "stop", "stopped by SIGTERM"),  # scancel --signal=TERM
+        (2, [], None, RUNNING, "stop", "has to be changed first"),
+        (0, [], None, RUNNING, "again", "it ended before"),
+    ],
+)
+def test_who_asked_a_run_to_stop(
+    status: int, failures: list[RankFailure], stopped: int | None, job: str, action: str, words: str, run: RunFolder
+) -> None:
+    known = read_job(job.format(end=in_time(3600)))
+    decision = after(run, status, failures=failures, stopped=stopped, job=known, steps=100, restarts=3)
+    assert (decision.action, words in decision.reason) == (action, True), decision
+
+
+def test_launch_cancel_ends_what_would_continue(run: RunFolder) -> None:
+    (run.logs / STOP).touch()
+    job = read_job(RUNNING.format(end=in_time(3600)))
+    decision = after(run, 0, failures=[], stopped=138, job=job, steps=100, restarts=3)
+    assert decision.action == "stop" and "cancel" in decision.reason
+
+
+def ask(run: RunFolder, attempt: str, *, end_s: float, monkeypatch: pytest.MonkeyPatch, host: str = "n2") -> None:
+    logs = run.logs / attempt
+    logs.mkdir()
+    write_failure(logs, RankFailure(1, 1, 1.0, host, "ValueError: x"))
+    monkeypatch.setenv("STRATUM_LOGS", str(logs))
+    job = RUNNING.format(end=in_time(end_s))
+    words = ["--run", str(run.path), "--status", "1", "--steps", "100", "--restarts", "9", "--save-before-end-s", "300"]
+    assert main([*words, "--job", job]) == 0
+
+
+def test_a_failed_rank_restarts_in_the_allocation_until_one_node_has_failed_twice(
+    run: RunFolder, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    said = []
+    for attempt, end_s, host in (("a-1", 3600, "n2"), ("a-2", 3600, "n1"), ("a-3", 400, "n3"), ("a-4", 3600, "n2")):
+        ask(run, attempt, end_s=end_s, monkeypatch=monkeypatch, host=host)
+        said.append(capsys.readouterr().out.strip())
+    assert said == ["here", "here", "again", "again"], "400 s are too few: Slurm's only warning may have come"
+    assert (run.logs / EXCLUDE).read_text() == "n2\n"
+    start_afresh(run)
+    assert not (run.logs / EXCLUDE).exists()
+
+
+def test_the_script_leaves_out_a_node_that_failed_twice(tmp_path: Path) -> None:
+    """The scripts' function, with an sbatch that shows its words."""
+    run, commands = tmp_path / "a run", tmp_path / "bin"
+    (run / "logs" / "slurm-7-0").mkdir(parents=True)
+    (run / "logs" / EXCLUDE).write_text("n2,n5\n")
+    commands.mkdir()
+    (commands / "sbatch").write_text(f'#!/bin/bash\nprintf "%s\\n" "$@" > "{tmp_path}/words"; echo 12\n')
+    (commands / "sbatch").chmod(0o755)
+    script = training_script(replace(CPU, folder=str(run)))
+    begin, end = script.index("run="), script.index("# Rank 0 listens")
+    text = script[begin:end] + 'submit || echo refused\ntouch "$logs/alive"\nsubmit\n'
+    environment = {"SLURM_JOB_ID": "7", "PATH": f"{commands}:/usr/bin:/bin"}
+    result = subprocess.run(["bash"], input=text, env=environment, capture_output=True, text=True, check=True)
+    assert result.stdout == "refused\n12\n", "nothing before a rank has started"
+    assert (tmp_path / "words").read_text().splitlines() == ["--parsable", "--exclude=n2,n5", f"{run}/logs/job.sh"]
+    assert (run / "logs" / "jobs").read_text() == "12\n"
+
+
+def test_gloo_gets_the_interface_that_leads_to_rank_0() -> None:
+    environment = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+    name_interface(environment)
+    if sys.platform == "linux":
+        assert environment["GLOO_SOCKET_IFNAME"] == "lo"
+    own = {**environment, "GLOO_SOCKET_IFNAME": "ib0"}
+    name_interface(own)
+    assert own["GLOO_SOCKET_IFNAME"] == "ib0"
+
+
+def test_ranks_of_one_node_meet_on_loopback() -> None:
+    slurm = {"SLURM_PROCID": "1", "SLURM_LOCALID": "1", "SLURM_NTASKS": "2", "MASTER_ADDR": "10.0.0.7"}
+    for nodes, address in (("1", "127.0.0.1"), ("2", "10.0.0.7")):
+        environment = {**slurm, "SLURM_NNODES": nodes}
+        assert adopt_slurm(environment) and environment["MASTER_ADDR"] == address
+
+
+def test_the_memory_of_an_older_version_is_no_error(run: RunFolder) -> None:
+    (run.logs / after_job._STATE).write_text(json.dumps({"failures": 1, "checkpoint": None}))
+    assert after_job._read(run).failures == 1

@@ -1,0 +1,117 @@
+"""Which rank did not come to a collective operation that timed out, and which operation it was.
+
+    ranks that wait --torch's flight recorder--> group, operation, number --store--> ranks of the group that are not there
+
+gloo's own error names neither. The recorder keeps the last operations of each process (it works for gloo from torch 2.14 on).
+"""
+
+import contextlib
+import json
+import os
+import re
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+_RECORDED = "200"
+"""Operations that the recorder keeps: more than a step enqueues between two that wait."""
+_HUNG = re.compile(r"timed out|timeout|Connection (closed|reset)", re.IGNORECASE)
+_PATIENCE_S = 2.0
+"""For the other waiting ranks to say where they wait; they time out within moments of each other."""
+MARK = "hang: "
+"""Begins the line that names the rank; `launch` shows it first."""
+
+
+@dataclass(frozen=True)
+class Waiting:
+    """An operation that a rank has entered and not left."""
+
+    group: str
+    """torch's name of the group."""
+    operation: str
+    number: int
+    """Of the operations of this group, counted by each rank."""
+    ranks: tuple[int, ...]
+    """Of the group, by their numbers in the world."""
+
+
+def record_operations() -> None:
+    """Switch the recorder on. Call before the first process group is made: torch reads the variable there, and only there."""
+    os.environ.setdefault("TORCH_FR_BUFFER_SIZE", _RECORDED)
+
+
+@contextlib.contextmanager
+def hangs_named(*, timeout_s: float) -> Iterator[None]:
+    """Add a note to errors of collective operations that timed out or lost a peer: which rank did not arrive, and where."""
+    try:
+        yield
+    except RuntimeError as error:
+        if dist.is_initialized() and dist.get_world_size() > 1 and _HUNG.search(str(error)):
+            with contextlib.suppress(Exception):  # the error itself must get through, whatever this finds
+                mine = _waiting()
+                if mine is not None:
+                    error.add_note(MARK + _explain(mine, _exchange(mine), timeout_s=timeout_s))
+        raise
+
+
+def _waiting() -> Waiting | None:
+    """What this rank waits in; None if the recorder does not know."""
+    trace = json.loads(torch._C._distributed_c10d._dump_fr_trace_json())
+    entries = trace.get("entries", [])
+    if not entries:
+        return None
+    # The earliest that is still open is the one everything behind it waits for; a failed one may be closed by now.
+    entry = next((entry for entry in entries if not entry["retired"]), entries[-1])
+    name = str(entry["process_group"][0])
+    world = dist.distributed_c10d._world
+    groups = [group for group, found in world.pg_names.items() if found == name]
+    if not groups:
+        return None
+    return Waiting(
+        group=name,
+        operation=str(entry["profiling_name"]).rpartition(":")[2],
+        number=int(entry["p2p_seq_id"] if entry["is_p2p"] else entry["collective_seq_id"]),
+        ranks=tuple(dist.get_process_group_ranks(groups[0])),
+    )
+
+
+def _exchange(mine: Waiting) -> dict[int, Waiting]:
+    """Where the ranks of the group wait, those that say so in time. The store is a thread of rank 0: it answers while that
+    rank hangs in Python, not when its process is stopped."""
+    store = dist.PrefixStore("stratum-waiting", dist.distributed_c10d._get_default_store())
+    store.set_timeout(timedelta(seconds=_PATIENCE_S))
+    found = {dist.get_rank(): mine}
+    with contextlib.suppress(RuntimeError):
+        store.set(str(dist.get_rank()), json.dumps(asdict(mine)))
+        deadline = time.monotonic() + _PATIENCE_S
+        while (missing := [rank for rank in mine.ranks if rank not in found]) and time.monotonic() < deadline:
+            for rank in missing:
+                if store.check([str(rank)]):
+                    told = json.loads(store.get(str(rank)))
+                    found[rank] = Waiting(**{**told, "ranks": tuple(told["ranks"])})
+            time.sleep(0.05)
+    return found
+
+
+def _explain(mine: Waiting, found: dict[int, Waiting], *, timeout_s: float) -> str:
+    """One line. found: where ranks of the group wait, this one included."""
+    there = [rank for rank, one in found.items() if (one.group, one.number) == (mine.group, mine.number)]
+    elsewhere = {rank: one for rank, one in found.items() if rank not in there}
+    silent = [rank for rank in mine.ranks if rank not in found]
+    what = f"{mine.operation} number {mine.number} of the group of {_name(mine.ranks)}"
+    text = f"{_name(there)} waited for {what} (launch.timeout_s={timeout_s:g})"
+    if silent:
+        text += f"; {_name(silent)} did not arrive and {'is' if len(silent) == 1 else 'are'} in no operation"
+    for rank, one in sorted(elsewhere.items()):
+        text += f"; rank {rank} was in {one.operation} number {one.number} of the group of {_name(one.ranks)} instead"
+    return text
+
+
+def _name(ranks: "tuple[int, ...] | list[int]") -> str:
+    ordered = sorted(ranks)
+    shown = ", ".join(map(str, ordered[:8])) + (f" and {len(ordered) - 8} more" if len(ordered) > 8 else "")
+    return f"rank{'s' * (len(ordered) > 1)} {shown}"
