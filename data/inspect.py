@@ -1,6 +1,7 @@
 """`stratum inspect`: counts, lengths, shares, packing, samples of prepared data, and a picture of document lengths."""
 
 import itertools
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,7 @@ from data.store.verify import Verifier
 from recipes.schema.command import section
 from recipes.schema.data import DataConfig
 from recipes.schema.errors import DataError
+from recipes.schema.options import hand_over
 from recipes.schema.tools import InspectConfig
 from recipes.schema.typed import build
 
@@ -204,3 +206,7 @@ def draw(lengths: dict[str, np.ndarray], path: Path, *, row_tokens: int) -> None
         last.set_xlabel("tokens of a document")
         figure.savefig(path, dpi=140)
         pyplot.close(figure)
+
+
+if __name__ == "__main__":
+    hand_over("inspect", *sys.argv[1:])

@@ -11,6 +11,7 @@ depend on the number of workers or tasks. A folder with other data is never over
 
 import os
 import re
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -42,6 +43,7 @@ from data.system import disk
 from data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 from recipes.schema.data import DataConfig
 from recipes.schema.errors import DataError, refuse
+from recipes.schema.options import hand_over
 from recipes.schema.rules import data_problems
 from recipes.schema.typed import build
 
@@ -335,3 +337,7 @@ def _merge_source(name: str, work: Work, jobs: list[ShardJob], tokenizer: Tokeni
     if entry.bad_records:
         _say(console, f"{name}: left out {entry.bad_records:,} bad records, e.g. {problems[0]}")
     return entry
+
+
+if __name__ == "__main__":
+    hand_over("prepare", *sys.argv[1:])

@@ -18,6 +18,7 @@ from data.rows.packing import Piece, Rows
 from recipes.schema.command import section
 from recipes.schema.data import DataConfig
 from recipes.schema.errors import DataError
+from recipes.schema.options import hand_over
 from recipes.schema.tools import TraceConfig
 from recipes.schema.typed import build
 
@@ -184,3 +185,7 @@ def _record(config: TraceConfig) -> str:
 
 def _say(line: str) -> None:
     sys.stdout.write(line + "\n")
+
+
+if __name__ == "__main__":
+    hand_over("trace", *sys.argv[1:])

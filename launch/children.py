@@ -7,8 +7,8 @@
 import sys
 from pathlib import Path
 
-FRONT = "train.stratum"
-"""Module of the `stratum` command: started as a process, never imported here."""
+from recipes.schema.options import FRONT
+
 PYTHON_FLAGS = ("-P",)
 """Flags of every Python that runs a module of ours."""
 

@@ -9,6 +9,7 @@ its fields can be overridden. Standard library only.
 
 import argparse
 import dataclasses
+import os
 import re
 import sys
 import typing
@@ -22,6 +23,8 @@ from recipes.schema.typed import FieldError, build, field_docs
 
 STRATUM = "stratum"
 """Name of the one command that the package installs."""
+FRONT = "train.stratum"
+"""Its module, for processes that are started by module name."""
 RUNS = Path("runs")
 """Where a run is looked up by its bare name."""
 RECIPE_FILE = "recipe.yaml"
@@ -39,6 +42,12 @@ recipe:
 _SWEEP_HELP = """\
   -m                    run once for each value of a list (optim.lr=1e-3,3e-4): a sweep, a run folder each (--multirun)
 """
+
+
+def hand_over(*words: str) -> NoReturn:
+    """Become `stratum WORDS`: what older spellings such as `python -m data.prepare` do. The process is replaced."""
+    safe_path = ["-P"] if sys.flags.safe_path else []
+    os.execv(sys.executable, [sys.executable, *safe_path, "-m", FRONT, *words])
 
 
 class CommandParser(argparse.ArgumentParser):

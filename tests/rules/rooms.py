@@ -31,6 +31,7 @@ STOREYS = (
     ("launch.plan", "launch.local"),
     ("launch.slurm", "launch.stages", "launch.smoke", "launch.doctor"),
     ("launch.status", "launch.logs"),
+    ("launch.__main__",),
     # train
     ("train", "train.megatron", "train.native", "train.resilience"),
     ("train.record", "train.parallel"),
