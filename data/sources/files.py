@@ -6,6 +6,7 @@ this project: `package:NAME`, a corpus shipped with it, and `python-stdlib`, the
 """
 
 import bz2
+import functools
 import glob
 import gzip
 import io
@@ -105,7 +106,7 @@ def local_path(name: str) -> Path:
     if name.startswith(PACKAGE):
         return CORPORA / name.removeprefix(PACKAGE)
     if name.startswith(f"{STDLIB}/"):
-        return Path(sysconfig.get_paths()["stdlib"]) / name.removeprefix(f"{STDLIB}/")
+        return _stdlib_folder() / name.removeprefix(f"{STDLIB}/")
     return Path(name.removeprefix("file://"))
 
 
@@ -436,8 +437,13 @@ def _filesystem(name: str) -> tuple[Any, str]:
     return filesystem, path
 
 
+@functools.cache
+def _stdlib_folder() -> Path:
+    return Path(sysconfig.get_paths()["stdlib"])  # a millisecond, and asked for every file
+
+
 def _standard_library() -> list[File]:
-    folder = Path(sysconfig.get_paths()["stdlib"])
+    folder = _stdlib_folder()
     skipped = ("site-packages", "test", "tests", "idlelib", "lib2to3", "__pycache__")
     inside = ((f, f.relative_to(folder)) for f in folder.rglob("*.py"))
     found = [
