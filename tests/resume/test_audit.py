@@ -47,7 +47,7 @@ def run(before: tuple[Path, Recipe], tmp_path: Path) -> Recipe:
     folder, recipe = before
     shutil.copytree(folder / recipe.run.name, tmp_path / recipe.run.name)
     shutil.copytree(folder / "data", tmp_path / "data")
-    return changed(recipe, **{"run.folder": str(tmp_path)})
+    return changed(recipe, **{"run.folder": str(tmp_path), "data.folder": str(tmp_path / "data")})
 
 
 def changed(recipe: Recipe, **changes: Any) -> Recipe:
