@@ -9,7 +9,7 @@ os.environ.setdefault("WANDB_MODE", "offline")
 import torch
 from hypothesis import HealthCheck, settings
 
-settings.register_profile(  # a busy machine is no finding; with $CI set the rest is Hypothesis's own profile for that
+settings.register_profile(  # no deadline: a slow machine is not a fault; if $CI is set, the rest is Hypothesis's CI profile
     "stratum", settings(), deadline=None, suppress_health_check=[HealthCheck.too_slow]
 )
 settings.load_profile("stratum")

@@ -1,4 +1,4 @@
-"""Killing a save, or making it fail, at any of its acts upon the disk; and a small training run to do it to.
+"""Kill a save, or make it fail, at any of its disk operations; and a small training run for such tests.
 
 with acts_of_saves(lambda act: ...): ...      called before each write, fsync, rename, unlink, mkdir, rmdir of a save
 """
@@ -24,7 +24,7 @@ ACTS = ("writev", "fsync", "rename", "unlink", "mkdir", "rmdir")
 
 @dataclass(frozen=True)
 class Act:
-    """One act upon the disk, about to be done."""
+    """A disk operation that is about to be done."""
 
     number: int
     """From 0, in this process."""
@@ -89,9 +89,9 @@ def train_on(
     trap: Callable[[int, Act], None] | None = None,
     log: Path | None = None,
 ) -> tuple[int, str]:
-    """For `run_ranks`: resume, train to `steps`, saving in the background as it is due. -> where it began, and what was said.
+    """For `run_ranks`: resume, train to `steps`, save in the background when due. -> the first step, and the resume's notes.
 
-    trap(rank, act): called before each act of a save. log: gets a line a step, "rank pid step".
+    trap(rank, act): called before each disk operation of a save. log: gets one line a step, "rank pid step".
     """
     with engine_of(recipe, rank=rank, world=world) as engine:
         checkpoints = CheckpointFolder(folder, recipe.checkpoint)

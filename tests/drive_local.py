@@ -1,4 +1,4 @@
-"""`python drive_local.py FOLDER PROCESSES [--show N] -- words of tests/pretend.py`: `stratum launch local` of pretended runs."""
+"""`python drive_local.py FOLDER PROCESSES [--show N] -- options of tests/pretend.py`: simulated `stratum launch local`."""
 
 import argparse
 import os

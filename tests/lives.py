@@ -1,8 +1,9 @@
-"""The lives of one training run: real `train.run.train` on forked ranks, over real prepared data, to its end or until SIGKILL.
+"""One training run, started several times: real `train.run.train` on forked ranks and real prepared data, each time until its
+end or a SIGKILL.
 
 run = Run(recipe, world, folder=...)
-run.life(Kill(steps=3, delay_s=0.01))        it was killed in its fourth step
-run.life(None)                               it ran to its end
+run.life(Kill(steps=3, delay_s=0.01))        start it and kill it in its fourth step
+run.life(None)                               start it and let it finish
 """
 
 import os
@@ -29,7 +30,7 @@ Contents = dict[str, str]
 
 
 def recipe_in(folder: Path, *, steps_: int) -> Recipe:
-    """A hybrid of three layers with data of its own in `folder`, saved after every step."""
+    """A hybrid of three layers with its own data in `folder`, saved after every step."""
     write_folder(
         folder / "data", {"one": [random_documents(steps_ * 2, seed=1)], "two": [random_documents(60, seed=2)]}
     )
@@ -58,8 +59,8 @@ def contents_at(path: Path) -> Contents:
 
 @dataclass(frozen=True)
 class Kill:
-    """When a life ends: after it finished `steps` steps and a part `delay_s` of the next; or, with steps=None, that long after
-    its processes were started. rank: this one dies first, the others `apart_s` later (None: all at once)."""
+    """When to kill: `delay_s` after `steps` steps are finished or, with steps=None, after the processes were started.
+    rank: killed first, the others `apart_s` later (None: all at once)."""
 
     steps: int | None
     delay_s: float
@@ -71,7 +72,7 @@ class Run:
     """A run that is started again and again."""
 
     def __init__(self, recipe: Recipe, world: int, *, folder: Path) -> None:
-        """folder: for what the ranks say and how they end."""
+        """folder: for the ranks' output and results."""
         self.recipe, self.world = recipe, world
         self.folder = Path(recipe.run.folder) / recipe.run.name
         self._said = folder
@@ -87,7 +88,7 @@ class Run:
         return read_metrics(path) if path.exists() else []
 
     def life(self, kill: Kill | None) -> bool:
-        """Start the run; see it end, or kill it. -> whether it was killed."""
+        """Start the run and wait for its end, or kill it. -> whether it was killed."""
         path = self.folder / METRICS
         before = path.stat().st_size if path.exists() else 0
         children = start_ranks(self.world, live, self.recipe, self._said / "output", folder=self._said)
@@ -114,7 +115,7 @@ class Run:
         return "\n".join([(self._said / "output").read_text()[-4000:], *ends])
 
     def _wait_for(self, count: int, start: int, children: dict[int, int]) -> None:
-        """Until this life has recorded its beginning and `count` steps, or has come to its end."""
+        """Wait until this start has recorded its first event and `count` steps, or has ended."""
         path = self.folder / METRICS
         deadline = time.monotonic() + 60
         while True:
@@ -128,9 +129,9 @@ class Run:
 
 
 def live(rank: int, recipe: Recipe, output: Path) -> None:
-    """One rank of one life."""
+    """One rank of one start."""
     handle = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(handle, 1)
     os.dup2(handle, 2)
-    machine.peak_flops = lambda _device: 1e11  # measuring the machine would be half of a life
+    machine.peak_flops = lambda _device: 1e11  # measuring it would take half of the run's time
     train(recipe)

@@ -1,12 +1,12 @@
-"""Stands in for `stratum train` where the launcher is tested: the same signals, exit statuses, files, and no torch.
+"""A simulated `stratum train` for tests of the launcher: the same signals, exit statuses and files, without torch.
 
     python -m launch.local.rank pretend RUN_FOLDER --steps 40 [--fail RANK:STEP:HOW]...
 
-Each step takes `--step-s`. Rank 0 writes metrics.jsonl and checkpoints/latest; a `--fail` happens once per run folder
-(or each time, with `always`), so that a restart gets past it. HOW: raise, error (status 2), kill (SIGKILL), peer (raise
-"Connection closed by peer", a moment late), hang (go on for ever, whatever signal comes). STEP 0 is before signals are handled,
-which takes `--start-s`. With `--hold STEP` a run that starts
-from the beginning does not go beyond that step until a signal comes: what a test does meanwhile may take as long as it likes.
+Each step takes `--step-s`. Rank 0 writes metrics.jsonl and checkpoints/latest. A `--fail` happens once per run folder (or
+each time, with `always`), so that a restart gets past it. HOW: raise, error (status 2), kill (SIGKILL), peer (raise
+"Connection closed by peer", slightly late), hang (never end, whatever signal arrives). STEP 0 is before signals are handled,
+which takes `--start-s`. With `--hold STEP` a run that starts at step 0 waits at that step for a signal, so that a test has as
+much time as it needs.
 """
 
 import argparse
@@ -83,9 +83,9 @@ def main() -> int:
 
 
 def _meet(rank: int, step: int, *, received: list[int], patience_s: float) -> bool | None:
-    """Wait for the other ranks to come to this step, as a collective operation does: for ever if one has died.
+    """Wait until the other ranks reach this step, as a collective operation does: forever if one has died.
 
-    -> whether any of them was told to stop; None where one is missing `patience_s` after a signal.
+    -> whether any of them received a stop signal; None if one is still missing `patience_s` after a signal.
     """
     folder, world = Path(os.environ["STRATUM_LOGS"]), int(os.environ["WORLD_SIZE"])
     mine = folder / f".at-{rank}-{step}"

@@ -1,10 +1,10 @@
-"""Worlds of gloo ranks for tests: forked from this already-imported process, so a rank costs a fork instead of an import.
+"""Worlds of gloo ranks for tests, forked from this process, so that a rank costs a fork instead of imports.
 
     results = run_ranks(4, work, argument)      # work(rank, argument) runs in 4 processes that form one world
 
-The parent must not have process groups or busy threads of its own when it forks; tests keep torch on one thread. A world
-opens its process groups once: opened again on the same port, a rank may join the store that another is about to close, and
-both wait for ever (two ranks hung within five turns; torchrun's store outlives the groups).
+The parent must not have process groups or busy threads when it forks; tests keep torch on one thread. A world may open its
+process groups only once: if it opens them again on the same port, a rank may join the store that another is about to close,
+and both wait forever (two ranks hung within five tries; torchrun's store outlives the groups).
 """
 
 import importlib
@@ -27,7 +27,7 @@ _IN_EVERY_RANK = (
     "train.loop",
     "train.evaluate.losses",
 )
-"""What ranks import only once they build a model, three quarters of a small rank's time: imported here before the first fork."""
+"""Modules that ranks import when they build a model (three quarters of a small rank's time): imported before the first fork."""
 
 
 class RankFailed(AssertionError):
@@ -37,7 +37,7 @@ class RankFailed(AssertionError):
 def run_ranks(world: int, work: Callable[..., Any], *arguments: Any, timeout_s: float = 120.0) -> list[Any]:
     """Run `work(rank, *arguments)` in `world` forked processes with torchrun's environment. -> results by rank.
 
-    Results must pickle. Raises RankFailed with the tracebacks of the ranks that failed; every process is gone afterwards.
+    Results must pickle. Raises RankFailed with the tracebacks of the failed ranks. All processes have ended afterwards.
     """
     with tempfile.TemporaryDirectory() as folder:
         children = start_ranks(world, work, *arguments, folder=Path(folder))
@@ -45,7 +45,7 @@ def run_ranks(world: int, work: Callable[..., Any], *arguments: Any, timeout_s: 
 
 
 def start_ranks(world: int, work: Callable[..., Any], *arguments: Any, folder: Path) -> dict[int, int]:
-    """Fork the ranks and leave them running: each writes its end to `folder`/RANK.pickle. -> rank by process id."""
+    """Fork the ranks and leave them running; each writes its result to `folder`/RANK.pickle. -> rank by process id."""
     for module in _IN_EVERY_RANK:
         importlib.import_module(module)
     children = {}

@@ -1,4 +1,4 @@
-"""Recipes composed by the door every command uses."""
+"""Recipes composed the way every command does it."""
 
 import copy
 import functools

@@ -1,4 +1,4 @@
-"""Recipes drawn at random over all fields, beside prepared data and checkpoints that are right, wrong, damaged or not there."""
+"""Random recipes over all fields, with prepared data and checkpoints that are valid, wrong, damaged or missing."""
 
 import dataclasses
 import shutil
@@ -33,7 +33,7 @@ class Place:
 
     base: Recipe
     choices: dict[str, list[Any]]
-    """Values of fields that name things on this disk, or that a type alone does not say."""
+    """Values of fields that name files, or whose type alone does not give useful values."""
 
 
 def place_in(folder: Path) -> Place:
@@ -97,7 +97,7 @@ def place_in(folder: Path) -> Place:
 
 
 def _copy(checkpoint: Path, run: Path, **changes: Any) -> Path:
-    """A checkpoint once more, as another run's, with another manifest. -> its folder."""
+    """Copy a checkpoint into another run, with a changed manifest. -> its folder."""
     copy = run / "checkpoints" / checkpoint.name
     shutil.copytree(checkpoint, copy)
     (copy / "manifest.json").write_text(manifest_text(replace(read_manifest(checkpoint), **changes)))

@@ -18,7 +18,7 @@ def write_folder(
 ) -> Manifest:
     """A folder of data. sources: by name, documents of each shard, each ending with the end-of-document id (0).
 
-    Held-out documents are random. -> the manifest, which was written.
+    Held-out documents are random. -> the manifest, which is also written.
     """
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer = train_tokenizer([TEXT], TokenizerConfig(vocab_size=min(vocab, 300)))

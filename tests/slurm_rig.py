@@ -17,7 +17,7 @@ SCRIPT = Path(__file__).parent / "launch" / "slurm_rig.sh"
 
 
 def reason_to_skip() -> str | None:
-    """Why Slurm cannot be started here; None where it can. With STRATUM_TEST_SLURM=required there is no reason."""
+    """Why Slurm cannot be started here; None if it can. With STRATUM_TEST_SLURM=required always None."""
     missing = [name for name in ("slurmctld", "slurmd", "munged", "srun") if shutil.which(name) is None]
     if missing and os.environ.get("STRATUM_TEST_SLURM") != "required":
         return f"no {', '.join(missing)} here: apt-get install slurm-wlm munge"
@@ -62,8 +62,8 @@ def wait_for[T](ask: Callable[[], T], *, timeout_s: float = 300.0) -> T:
 
 @contextmanager
 def _reserved_ports(count: int) -> Iterator[int]:
-    """The first of `count` ports in a row that nobody listens on, kept from other clusters of these tests while open: two that
-    start together would both find them free. A name in Linux's abstract socket space, as `launch.local.ports` does it."""
+    """The first of `count` consecutive free ports, reserved against other clusters of these tests while the context is open,
+    because two that start together would both find them free. Reserved by an abstract Unix socket, as in `launch.local.ports`."""
     for first in random.SystemRandom().sample(range(16800, 19800, 100), 30):
         with socket.socket(socket.AF_UNIX) as claim:
             try:

@@ -1,4 +1,4 @@
-"""A report tells what a run's files say: numbers worked out here by hand, a picture that is one, errors that help."""
+"""Reports match the run's files: numbers computed by hand, a real picture, helpful errors."""
 
 import json
 import math
@@ -73,7 +73,7 @@ def test_a_report_says_what_happened(tmp_path: Path) -> None:
         "| forward_backward | 300.0 | 60.0 % |",
         "saving 2.0 s; steps took 4.0 s",
         "- resumed after step 4",
-        "2 of 2 steps that were run again gave the same loss and gradient norm to the last bit.",
+        "2 of 2 steps that ran more than once gave bitwise the same loss and gradient norm.",
         "```\nTo be\n```",
         "[metrics.jsonl](metrics.jsonl)",
     ):
@@ -104,7 +104,7 @@ def test_steps_that_came_out_otherwise_are_told(tmp_path: Path) -> None:
     other = [*LINES[:11], begin("resume", 4, layout="TP2 PP1 DP1"), step(5, 3.25), step(6, 2.0), step(7, math.pi)]
     write_report(folder_of(tmp_path, other))
     text = (tmp_path / "summary.md").read_text()
-    assert "1 of 2 steps that were run again" in text
+    assert "1 of 2 steps that ran more than once" in text
     assert "Largest difference in loss: 0.25 nats" in text
     assert "The layout changed (TP1 PP1 DP1, TP2 PP1 DP1)" in text
 
@@ -132,7 +132,7 @@ NOT_FINITE = ("NaN", "Infinity", "-Infinity", "a text", None)
 
 @pytest.mark.parametrize("value", NOT_FINITE)
 def test_a_score_that_is_not_a_number_does_not_stop_a_report(value: str | None, tmp_path: Path) -> None:
-    """As old records hold them (nested values stayed text), as new ones do, and as a hand may have left them."""
+    """As old records store them (nested values stayed text), as new ones do, and as manual edits may leave them."""
     sick = step(2, 0.0) | dict.fromkeys(("loss", "grad_norm", "learning_rate", "tokens_per_s", "mfu"), value)
     scores = [{"kind": "evaluation", "step": at, "bits_per_byte": {"a": value, "NaN": value}} for at in (0, 2)]
     write_report(folder_of(tmp_path, [begin("start", 0), scores[0], step(1, 7.0), sick, step(3, 1.0), scores[1]]))
@@ -151,7 +151,7 @@ def test_a_score_that_is_not_a_number_does_not_stop_a_report(value: str | None, 
 
 
 def test_the_loss_of_a_run_is_said_by_means_of_several_steps(tmp_path: Path) -> None:
-    """Forty steps around 8 and then around 4, each one off by up to a half: tenths are four steps."""
+    """Forty steps around 8 and then around 4, each off by up to a half: a tenth is four steps."""
     noise = (0.5, -0.5, 0.25, -0.25)
     lines = [begin("start", 0), *(step(n, (8.0 if n <= 20 else 4.0) + noise[n % 4]) for n in range(1, 41))]
     write_report(folder_of(tmp_path, lines))
@@ -178,7 +178,7 @@ def test_a_sample_kept_in_the_folder_stays_in_the_summary(tmp_path: Path) -> Non
 
 def test_a_run_without_steps(tmp_path: Path) -> None:
     write_report(folder_of(tmp_path, LINES[:2]))
-    assert "No step was finished yet." in (tmp_path / "summary.md").read_text()
+    assert "No step is finished yet." in (tmp_path / "summary.md").read_text()
     assert not (tmp_path / "loss.png").exists()
 
 
@@ -220,7 +220,7 @@ def test_a_low_precision_run_gets_a_picture_and_a_table(tmp_path: Path) -> None:
     write_report(tmp_path)
     text = (tmp_path / "summary.md").read_text()
     assert "| precision | bf16, linear layers in blockwise, none from token 700 |" in text
-    assert "below its band at 1 of 2 measured steps, the first of them step 4." in text
+    assert "At 1 of 2 measured steps an operand was below its lower limit, first at step 4." in text
     assert "| 3 | mlp.linear_fc1 | input | e4m3 | 30.0 | 0.25 | 12.50% | 50.00% |" in text
     assert text.index("30.0 | 0.25") < text.index("inf | 0.25"), "the operand that lost most comes first"
     assert (tmp_path / "precision.png").read_bytes()[:4] == b"\x89PNG"

@@ -1,4 +1,4 @@
-"""Tests as a user without rights: root may read and delete everything, so as root nothing would be shown.
+"""Run tests as an unprivileged user: root may read and delete everything, so permission errors do not occur.
 
 with folder_for_anyone() as folder, unprivileged(): ...      as uid 65534 if the tests run as root, else as they run
 """
@@ -15,7 +15,7 @@ NOBODY = 65534
 
 @contextmanager
 def unprivileged() -> Iterator[None]:
-    """Give up root's rights inside, in every thread of this process."""
+    """Give up root privileges inside, in every thread of this process."""
     if os.geteuid() != 0:
         yield
         return
@@ -33,7 +33,7 @@ def unprivileged() -> Iterator[None]:
 
 @contextmanager
 def folder_for_anyone() -> Iterator[Path]:
-    """A new folder that the unprivileged user owns and can reach (pytest's own lie below one of root's); gone afterwards."""
+    """A temporary folder that the unprivileged user owns and can reach (pytest's are inside one of root's)."""
     folder = Path(tempfile.mkdtemp(prefix="stratum-test-"))
     try:
         if os.geteuid() == 0:

@@ -1,8 +1,8 @@
 """`stratum train`, and `-m train` for torchrun: train a recipe.
 
-Exit status: 0 finished or paused as the recipe asked; 2 a recipe, data, checkpoint or machine that cannot be used; 3 NaN or
-infinity in a gradient, a weight, a moment or an evaluation (no such state is saved, earlier checkpoints are intact); 128 + the
-signal's number when a signal asked the run to stop (a checkpoint was written).
+Exit status: 0 finished, or paused at run.stop_after_steps; 2 a recipe, data, checkpoint or machine that cannot be used; 3 NaN
+or infinity in a gradient, a weight, a moment or an evaluation (such a state is not saved, earlier checkpoints are intact);
+128 + the signal's number if a signal stopped the run (a checkpoint was written).
 """
 
 import contextlib
@@ -24,23 +24,24 @@ _EXAMPLES = r"""
 stratum train -cn smoke                                         train the smoke recipe; the same command resumes
 stratum train -cn smoke run.name=mine optim.lr=3e-4 precision=bf16      override fields, swap a group
 stratum train -cn smoke --cfg job                               print the composed recipe
-stratum train -cn smoke -m optim.lr=1e-3,3e-4                   a sweep: a run each
+stratum train -cn smoke -m optim.lr=1e-3,3e-4                   a sweep: one run for each value
 stratum train runs/smoke                                        continue a run by its folder
 torchrun --nproc-per-node 4 -m train -cn smoke parallel.tensor=2 parallel.pipeline=2
 """
 _NOTES = """
 Several processes: `stratum launch local`, `stratum launch slurm`, or torchrun as above. Ctrl-C, SIGTERM and SIGUSR1 save at the
-end of the step. Exit status: 0 finished or paused as the recipe asked; 2 a recipe, data, checkpoint or machine that cannot
-be used; 128 + the signal's number when a signal stopped the run (a checkpoint was written).
+end of the step. Exit status: 0 finished, or paused at run.stop_after_steps; 2 a recipe, data, checkpoint or machine that
+cannot be used; 3 NaN or infinity; 128 + the signal's number if a signal stopped the run (a checkpoint was written).
 """
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point of `stratum train` and of the module that torchrun starts."""
     if "TORCHELASTIC_RUN_ID" in os.environ:
-        end_with_parent()  # torchrun dies of SIGUSR1 and SIGKILL without a word to its processes: they save and stop then
+        # SIGUSR1 and SIGKILL end torchrun without a signal to its processes: with this they get SIGTERM, save and stop.
+        end_with_parent()
     parser = CommandParser(
-        "train", about="Train a recipe on this process, or as one rank of torchrun.", examples=_EXAMPLES, notes=_NOTES,
+        "train", about="Train a recipe in this process, or as one rank of torchrun.", examples=_EXAMPLES, notes=_NOTES,
         recipe=True, sweeps=True,
     )  # fmt: skip
     _, words = parser.parse_recipe(sys.argv[1:] if arguments is None else arguments)
@@ -49,12 +50,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _train(composed: DictConfig) -> int:
     recipe = read_recipe(composed)
-    from train.run import train  # torch takes seconds: a mistake in the recipe is reported without it
+    from train.run import train  # importing torch takes seconds; errors in the recipe are reported before it
 
     end = train(recipe)
     if int(os.environ.get("RANK", "0")) == 0:
         if end.reason == "finished":
-            from train.record.report import write_report  # likewise, and matplotlib
+            from train.record.report import write_report  # needed only at the end of a run, on one rank
 
             write_report(end.folder)
             _say(f"Finished at step {end.step}. Summary: {end.folder}/summary.md, picture: {end.folder}/loss.png")
@@ -69,7 +70,7 @@ def _train(composed: DictConfig) -> int:
 
 
 def _say(text: str) -> None:
-    """To the terminal, which may be closed: that is no failure of the run."""
+    """Print to the terminal. If it is closed, that is not a failure of the run."""
     with contextlib.suppress(OSError):
         print(text, flush=True)
 

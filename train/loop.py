@@ -1,10 +1,10 @@
 """Everything that happens at a step, in order, on one page.
 
-    rows --> forward, backward, update --> record --> evaluate when due --> save when due --> news of saves --> stop when asked
+    rows --> forward, backward, update --> record --> evaluate if due --> save if due --> save events --> stop on a signal
 
-A save in the background copies the state while the next step runs forward and backward; only the update waits for it.
+A background save copies the state while the next step runs forward and backward; only the update waits for it.
 
-The loop's whole state is two integers, `step` and `position`; everything else is in the engine or on disk.
+The loop's state is two integers, `step` and `position`; everything else is in the engine or on disk.
 """
 
 import math
@@ -30,7 +30,7 @@ class LoopEnd:
 
     step: int
     reason: str
-    """"finished", "paused" (run.stop_after_steps) or the name of the signal that asked."""
+    """"finished", "paused" (run.stop_after_steps) or the name of the signal that stopped it."""
 
 
 def train_loop(
@@ -60,12 +60,12 @@ def train_loop(
         last_step = min(last_step, first_step + run.stop_after_steps)
 
     def is_measured(at: int) -> bool:
-        """Whether the step that ends as step `at` is one of those whose quantisation errors are looked at."""
+        """Whether quantisation error is measured at step `at`."""
         return recipe.precision.health and at % recipe.telemetry.log_every_steps == 0
 
     def before_update() -> None:
-        """Ask all ranks about signals and saves while the optimizer works, so that no step waits for the answer. Signals
-        after the question are heard in the next step."""
+        """Start the all-reduce about signals and saves. It runs during the update, so no step waits for it. A signal that
+        arrives later is seen in the next step."""
         nonlocal answer
         checkpoints.before_update()
         answer = mesh.begin_any_of(
@@ -112,7 +112,7 @@ def train_loop(
                     policy=recipe.precision.health_policy,
                 )
             if not math.isfinite(result.grad_norm):
-                telemetry.flush()  # the steps that led here are the ones to look at
+                telemetry.flush()  # record the steps before the failure
                 check_numbers(step, grad_norm=result.grad_norm, advice=lambda: checkpoints.advice(mesh))
 
             if recipe.evaluate.every_steps and step % recipe.evaluate.every_steps == 0 and step < run.steps:
@@ -121,8 +121,9 @@ def train_loop(
             if checkpoints.is_due(step) and step < last_step:
                 telemetry.flush()
                 save(step, stream.position, background=recipe.checkpoint.background)
+            # All ranks get the same answer, so they all break, raise or continue together.
             *heard, writing, failed = answer()
-            _tell(telemetry, checkpoints, recipe=recipe, watch=watch)
+            _record_saves(telemetry, checkpoints, recipe=recipe, watch=watch)
             if failed and not writing:
                 checkpoints.check()
             if any(heard):
@@ -138,29 +139,31 @@ def train_loop(
             )  # fmt: skip
             (is_too_late,) = mesh.any_of(text is not None)
             if is_too_late:
-                telemetry.event("warning", text=text or "another rank says that its time is up")
+                telemetry.event("warning", text=text or "another rank has no time left for another save")
                 step = saved
         if step > first_step and checkpoints.saved_step != step:
             save(step, stream.position, background=False)
-        _tell(telemetry, checkpoints, recipe=recipe)
+        _record_saves(telemetry, checkpoints, recipe=recipe)
         checkpoints.check(always=True)
         if step >= run.steps:
-            evaluate(step)  # still under StopSignals: a first signal lets it finish, for all is saved
+            evaluate(
+                step
+            )  # inside StopSignals: the state is saved, so a first signal does not interrupt the evaluation
     if step >= run.steps:
         return LoopEnd(step, "finished")
     return LoopEnd(step, received.name if received is not None else "paused")
 
 
 def _grace_s(recipe: Recipe, received: signal.Signals) -> float:
-    """How long a run has after a signal: SIGUSR1 is what Slurm sends before a job's time limit."""
+    """How long a run has after a signal. Slurm sends SIGUSR1 before a job's time limit."""
     launch = recipe.launch
     return min(launch.grace_s, launch.slurm.save_before_end_s) if received == signal.SIGUSR1 else launch.grace_s
 
 
-def _tell(
+def _record_saves(
     telemetry: Telemetry, checkpoints: CheckpointFolder, *, recipe: Recipe, watch: Stopwatch | None = None
 ) -> None:
-    """Record what happened to the save under way: asked for, staged, durable, tried again, failed."""
+    """Record events of the current save: requested, staged, durable, retried, failed."""
     for event in checkpoints.collect():
         telemetry.event(event.kind, step=event.step, **event.fields)
         if event.kind == "save":

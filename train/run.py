@@ -1,4 +1,4 @@
-"""Assembly of a training run, in the order things depend on each other; the only module that sees the whole recipe.
+"""Assembles a training run, in order of dependency; the only module that reads the whole recipe.
 
 device -> layout -> data -> mesh -> lease of the run folder -> model -> DDP -> optimizer -> resume -> stream -> loop -> report
 """
@@ -55,15 +55,15 @@ class RunEnd:
 
 
 def train(recipe: Recipe) -> RunEnd:
-    """Run a recipe to its end, from wherever its folder left off. Every process of the world calls it.
+    """Train a recipe to its end, resuming from its folder if possible. Every process of the world calls it.
 
     Raises RecipeError, DataError, BackendError, CheckpointError, NumericsError; LeaseError if another process trains in the
-    run's folder. Whatever was saved stays.
+    run's folder. Saved checkpoints are not affected.
     """
     rank, world = world_from_environment()
     layout = check_start(recipe, world=world, rank=rank)
     device = choose_device(recipe.run.device)
-    _use_threads(recipe.run.threads)
+    _set_threads(recipe.run.threads)
     dataset = open_data(recipe)
     folder = Path(recipe.run.folder) / recipe.run.name
     use_device(device)
@@ -78,13 +78,14 @@ def train(recipe: Recipe) -> RunEnd:
 
 def _train(recipe: Recipe, *, mesh: Mesh, dataset: Dataset, folder: Path, check_lease: Callable[[], None]) -> RunEnd:
     checkpoints = CheckpointFolder(folder / "checkpoints", recipe.checkpoint)
+    # run.start_from is only used by a new run: a run with checkpoints continues from its own.
     initial, origin = None, {}
-    if recipe.run.start_from is not None and not checkpoints.whole():
-        begin = named(recipe.run.start_from)
-        if begin.path is None or begin.manifest is None:
-            raise CheckpointError(f"run.start_from: {begin.error}")
-        initial, before = begin.path, begin.manifest
-        refuse(start_problems(recipe, begin, tokenizer=dataset.tokenizer.fingerprint))
+    if recipe.run.start_from is not None and not checkpoints.published():
+        source = named(recipe.run.start_from)
+        if source.path is None or source.manifest is None:
+            raise CheckpointError(f"run.start_from: {source.error}")
+        initial, before = source.path, source.manifest
+        refuse(start_problems(recipe, source, tokenizer=dataset.tokenizer.fingerprint))
         origin = {name: value for name, value in before.lineage.items() if name != TEACHER}
         origin |= {"started_from": str(initial), "started_from_fingerprint": before.fingerprint}
     engine = build_engine(recipe, mesh, weights=initial, tokenizer=dataset.tokenizer.fingerprint)
@@ -104,8 +105,8 @@ def _train(recipe: Recipe, *, mesh: Mesh, dataset: Dataset, folder: Path, check_
     )
     step, position = start.state.step, start.state.position
     if mesh.rank == 0:
-        _warn_of_other_beginning(recipe, start.state.lineage)
-        _check_answers(recipe, dataset, position)
+        _warn_if_start_changed(recipe, start.state.lineage)
+        _check_teacher_cache(recipe, dataset, position)
         folder.mkdir(parents=True, exist_ok=True)
         disk.write_text(folder / "recipe.yaml", yaml.safe_dump(mapping, sort_keys=False))
     mesh.barrier()
@@ -183,8 +184,8 @@ def _train(recipe: Recipe, *, mesh: Mesh, dataset: Dataset, folder: Path, check_
     return RunEnd(folder=folder, step=end.step, reason=end.reason)
 
 
-def _check_answers(recipe: Recipe, dataset: Dataset, position: int) -> None:
-    """Whether kept answers know the rows of the next step and of the last: else a run would end where they do."""
+def _check_teacher_cache(recipe: Recipe, dataset: Dataset, position: int) -> None:
+    """Check now that cached teacher logits exist for the rows of the next and the last step, not when the run reaches them."""
 
     objective, size = recipe.objective, recipe.run.global_rows
     end = recipe.run.steps * size
@@ -195,8 +196,8 @@ def _check_answers(recipe: Recipe, dataset: Dataset, position: int) -> None:
         answers.check_rows(dataset.training_rows(np.arange(first, min(first + size, end))))
 
 
-def _warn_of_other_beginning(recipe: Recipe, lineage: dict[str, Any]) -> None:
-    """A run that goes on does not read what it started from: say so where that has changed."""
+def _warn_if_start_changed(recipe: Recipe, lineage: dict[str, Any]) -> None:
+    """Warn if run.start_from has changed since the run began, because a resumed run does not read it again."""
 
     began = lineage.get("started_from_fingerprint")
     if began is None or recipe.run.start_from is None:
@@ -204,11 +205,11 @@ def _warn_of_other_beginning(recipe: Recipe, lineage: dict[str, Any]) -> None:
     try:
         path, manifest = checkpoint_at(recipe.run.start_from)
     except CheckpointError:
-        return  # it may be gone
+        return  # a resumed run does not need it, so it may have been deleted
     if manifest.fingerprint != began:
         log.warning(
-            "run.start_from=%s is %s with weights %s now; this run began from %s with weights %s and goes on with its own. "
-            "To begin anew, choose another run.name.",
+            "run.start_from=%s is now %s with weights %s. This run started from %s with weights %s and continues with its own "
+            "checkpoints. To start from the new weights, choose another run.name.",
             recipe.run.start_from,
             path,
             manifest.fingerprint[:12],
@@ -218,20 +219,20 @@ def _warn_of_other_beginning(recipe: Recipe, lineage: dict[str, Any]) -> None:
 
 
 def _kernels(mesh: Mesh) -> str:
-    """Which form of the CPU kernels each rank runs, said if they are not alike. Collective."""
+    """Which CPU kernels each rank runs; warns if ranks differ. Collective."""
     peers = Peers(mesh.saving)
     forms = peers.gather(describe(mesh.device))
     if forms is not None and len(set(forms)) > 1:
-        log.warning("ranks run different kernels, so the layout of ranks changes bits: %s", of_all_ranks(forms))
-    return str(peers.hear(of_all_ranks(forms) if forms is not None else None))
+        log.warning("ranks run different kernels, so results depend on the order of ranks: %s", of_all_ranks(forms))
+    return str(peers.broadcast(of_all_ranks(forms) if forms is not None else None))
 
 
 def _world_peak(per_rank: float | None, mesh: Mesh) -> float | None:
-    """Peak of all devices. A CPU rank measures what its own share of the threads reaches."""
+    """Peak of all devices together. Each CPU rank has measured its own threads only."""
     return None if per_rank is None else per_rank * mesh.layout.world
 
 
-def _use_threads(threads: int) -> None:
+def _set_threads(threads: int) -> None:
     cores = len(os.sched_getaffinity(0))
     local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     torch.set_num_threads(threads or max(1, cores // local))

@@ -1,4 +1,4 @@
-"""Saves beside training: what is written is the state at the request, bit for bit, whatever the optimizer does meanwhile."""
+"""Background saves: bitwise the state at the request is written, whatever the optimizer does meanwhile."""
 
 import hashlib
 import threading
@@ -15,7 +15,7 @@ from tiny import engine_of, recipe_with, steps_of
 from recipes.schema.recipe import Recipe
 from train.checkpoint.manager import CheckpointFolder
 from train.checkpoint.manifest import RunState
-from train.checkpoint.stale import FEWEST
+from train.checkpoint.stale import MIN_ELEMENTS
 
 
 def digests(folder: Path) -> dict[str, str]:
@@ -23,9 +23,9 @@ def digests(folder: Path) -> dict[str, str]:
 
 
 def both_ways(rank: int, recipe: Recipe, world: int, folder: Path) -> tuple[float, list[str]]:
-    """Save step 1 and wait; then the same state in the background, its writing held up, while three steps run.
+    """Save step 1 and wait; then save the same state in the background, with writing delayed, while three steps run.
 
-    -> how long the loop was held, and the kinds of events in the order they came.
+    -> how long the loop was blocked, and the kinds of events in order.
     """
     with engine_of(recipe, rank=rank, world=world) as engine:
         steps_of(engine, recipe, range(1))
@@ -63,12 +63,12 @@ def test_background_bytes_are_the_waited_ones(world: int, changes: dict[str, obj
 
 
 def unstaged(rank: int, folder: Path) -> list[bool]:
-    """The optimizer may not step before the copy is made: the staging is held up, and the update waits for it."""
+    """The optimizer may not update before the copy is made: staging is delayed, and the update waits for it."""
     from train.checkpoint import fingerprint
 
     with engine_of(SMALL, rank=rank, world=1) as engine:
         steps_of(engine, SMALL, range(1))
-        weight = next(p for p in engine.chunks[0].module.parameters() if p.numel() >= FEWEST)
+        weight = next(p for p in engine.chunks[0].module.parameters() if p.numel() >= MIN_ELEMENTS)
         before = weight.detach().clone()
         checkpoints = CheckpointFolder(folder, SMALL.checkpoint)
         real = fingerprint.of_box

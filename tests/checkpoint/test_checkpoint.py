@@ -1,4 +1,4 @@
-"""Checkpoints: bitwise on the same layout, the same training on another, whole or absent whatever happens."""
+"""Checkpoints: bitwise equal at the same layout, equal training at another one, complete or absent after any failure."""
 
 import shutil
 from pathlib import Path
@@ -35,7 +35,7 @@ def save_on_the_way(rank: int, recipe: Recipe, world: int, folder: Path) -> tupl
 
 
 def load_and_go_on(rank: int, recipe: Recipe, world: int, folder: Path) -> tuple[Numbers, dict[str, torch.Tensor]]:
-    """Start from other weights, load, train the remaining steps; the step counter must have come along."""
+    """Start from other weights, load, train the remaining steps; the step counter must be restored too."""
     with engine_of(recipe, rank=rank, world=world) as engine:
         checkpoints = CheckpointFolder(folder, recipe.checkpoint)
         found = checkpoints.newest()

@@ -1,5 +1,5 @@
-"""SIGKILL at the acts of a save upon the disk: the next start finds the old step or the new one, to the bit, and the run ends
-as if nothing had happened."""
+"""SIGKILL at each disk operation of a save: the next start finds bitwise the old or the new step, and the run ends as an
+uninterrupted one."""
 
 import os
 import shutil
@@ -22,7 +22,7 @@ Contents = dict[int, dict[str, str]]
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
-    """By number of ranks, the checkpoints of a run that nothing happened to."""
+    """Checkpoints of an uninterrupted run, by number of ranks."""
     folders = {}
     for world in (1, 2):
         folders[world] = tmp_path_factory.mktemp("whole")
@@ -31,7 +31,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
 
 
 class KillAt:
-    """Kill `rank` before its act number `number`, in the middle of it where it is a write; note which it was."""
+    """Kill `rank` before its disk operation `number`, or in the middle of it if it is a write; log which it was."""
 
     def __init__(self, rank: int, number: int, log: Path) -> None:
         self.rank, self.number, self.log = rank, number, log

@@ -1,5 +1,4 @@
-"""What else can go wrong with a save or a checkpoint: each fault is detected by name or survived. The table of it stands in
-docs/checkpoints.md."""
+"""Other faults of a save or a checkpoint: each is reported by name or has no effect. The table is in docs/checkpoints.md."""
 
 import errno
 import json
@@ -27,7 +26,7 @@ from train.checkpoint.manager import CheckpointFolder
 from train.checkpoint.manifest import Manifest, RunState, read_manifest
 from train.checkpoint.publishing import point_at
 from train.checkpoint.saving import Snapshot
-from train.checkpoint.stale import FEWEST
+from train.checkpoint.stale import MIN_ELEMENTS
 
 OLD, NEW = 2, 4
 
@@ -114,7 +113,7 @@ def test_damage_is_named_and_training_falls_back(fault: str, folder: Path, capsy
 def test_a_flipped_byte_in_a_header_is_survived_and_found_by_verify(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Readers go by index.json, so training goes on from what is proven; `verify` reports the file."""
+    """Readers use index.json, so training continues from verified data; `verify` reports the file."""
     new = folder / steps.name_of(NEW)
     flip(new / "rank_00000.safetensors", 0.01)
     assert command(["verify", str(new)]) == 1 and "header" in capsys.readouterr().out
@@ -182,7 +181,7 @@ def test_a_save_that_fails_once_is_tried_again_from_the_same_copy(pair: Path, tm
 
 
 def lenient_run(rank: int, folder: Path) -> list[tuple[str, int]]:
-    """Every save of step 2 fails; the run goes on, and step 4 is saved."""
+    """Every save of step 2 fails; the run continues, and step 4 is saved."""
     recipe = replace(SMALL, checkpoint=replace(SMALL.checkpoint, on_failure="continue"))
     told = []
 
@@ -212,7 +211,7 @@ def test_a_lenient_run_outlives_a_failed_save(tmp_path: Path) -> None:
 
 
 def write_past_a_limit(rank: int, folder: Path) -> str:
-    """The system's own refusal, not a pretended one: files may not grow past 16 KiB."""
+    """A real refusal by the system: files may not grow beyond 16 KiB."""
     import signal
 
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
@@ -240,12 +239,12 @@ def test_a_real_limit_of_the_system_is_reported(tmp_path: Path) -> None:
 
 
 def spoil_and_save(rank: int, folder: Path, spoil: str) -> str:
-    """Save, train, spoil what is in memory, save again. -> what the second save said."""
+    """Save, train, corrupt the tensors in memory, save again. -> the second save's error."""
     with engine_of(SMALL, rank=rank, world=1) as engine:
         checkpoints = CheckpointFolder(folder, SMALL.checkpoint)
         steps_of(engine, SMALL, range(1))
         checkpoints.save(engine, RunState(step=1, position=4, data_hash="h"))
-        weight = next(p for p in engine.chunks[0].module.parameters() if p.numel() >= FEWEST and p.dim() == 2)
+        weight = next(p for p in engine.chunks[0].module.parameters() if p.numel() >= MIN_ELEMENTS and p.dim() == 2)
         before = weight.detach().clone()
         steps_of(engine, SMALL, range(1, 2))
         moments = [engine.optimizer.chained_optimizers[0].optimizer.state[p] for p in _mains(engine, weight)]
@@ -290,7 +289,7 @@ def stale_copy(checkpoints: CheckpointFolder) -> None:
         ("weight frozen", "the fp32 weight did not move"),
         ("weight zeroed", "was not zero at the last save and is all zero now"),
         ("moment zeroed", "exp_avg was not zero at the last save"),
-        ("buffer of the save before", "is not what the model holds"),
+        ("buffer of the save before", "differs from the model"),
         ("nothing", "saved"),
     ],
 )

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from recipes.schema.errors import CheckpointError
 from train.checkpoint import fingerprint
-from train.checkpoint.files import boxes_of_run, bytes_of, opened
+from train.checkpoint.files import boxes_of_range, bytes_of, opened
 from train.checkpoint.fingerprint import Sums
 
 MASK = 2**64 - 1
@@ -83,7 +83,7 @@ def test_any_cut_gives_the_same_value(shape: tuple[int, ...], dtype: torch.dtype
     edges = sorted({0, size, *(cut % (size + 1) for cut in cuts)})
     total, covered = fingerprint.ZERO, 0
     for start, end in reversed(list(pairwise(edges))):
-        for offset, box, first in boxes_of_run(shape, start, end):
+        for offset, box, first in boxes_of_range(shape, start, end):
             count = math.prod(box)
             data = values.reshape(-1)[first : first + count]
             where = tuple(slice(o, o + n) for o, n in zip(offset, box, strict=True))

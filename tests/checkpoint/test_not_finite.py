@@ -21,7 +21,7 @@ from train.checkpoint import finite, saving
 from train.checkpoint.__main__ import main as command
 from train.checkpoint.manager import CheckpointFolder
 from train.checkpoint.manifest import RunState, read_manifest
-from train.checkpoint.pieces import locals_of, optimizer_parts
+from train.checkpoint.pieces import local_tensors_of, optimizer_parts
 
 
 def poison(engine: Any, where: str) -> None:
@@ -32,8 +32,8 @@ def poison(engine: Any, where: str) -> None:
     with torch.no_grad():
         match where:
             case "moment":
-                locals_ = locals_of([module], engine.mesh.groups.dp_cp)
-                part = optimizer_parts(engine.optimizer, [module], locals_)[0]
+                local_tensors = local_tensors_of([module], engine.mesh.groups.dp_cp)
+                part = optimizer_parts(engine.optimizer, [module], local_tensors)[0]
                 part.moments["exp_avg_sq"].reshape(-1)[-1] = math.inf
             case "row":
                 named["embedding.word_embeddings.weight"][3] = math.nan

@@ -1,4 +1,4 @@
-"""A file proven while it is written: what safetensors reads from it, and every way in which writer or prover end early."""
+"""A file verified while it is written: what safetensors reads from it, and every way in which writer or verifier stop early."""
 
 import errno
 import os
@@ -15,7 +15,7 @@ from data.system import disk
 from recipes.schema.errors import CheckpointError
 from train.checkpoint import files
 from train.checkpoint.files import Piece, bytes_of
-from train.checkpoint.writing import plan_file, write_proven
+from train.checkpoint.writing import plan_file, write_verified
 
 
 def pieces() -> list[Piece]:
@@ -40,9 +40,9 @@ def small_steps(monkeypatch: pytest.MonkeyPatch) -> None:
 def write(path: Path, made: list[Piece], *, known: bool = False) -> list[tuple[int, int]]:
     plan = plan_file(made)
     live = [piece.sums() for piece in plan.pieces] if known else None
-    proven = write_proven(path, plan, [bytes_of(piece.data) for piece in plan.pieces], live=live)
-    assert proven.sums == [piece.sums() for piece in plan.pieces]
-    return proven.sums
+    verified = write_verified(path, plan, [bytes_of(piece.data) for piece in plan.pieces], live=live)
+    assert verified.sums == [piece.sums() for piece in plan.pieces]
+    return verified.sums
 
 
 @pytest.mark.parametrize("known", [False, True])
@@ -97,4 +97,4 @@ def test_a_byte_that_changes_on_its_way_is_named(label: str, tmp_path: Path, mon
     monkeypatch.setattr(disk, "write", write_wrong)
     with pytest.raises(CheckpointError) as caught:
         write(tmp_path / "f", made)
-    assert f"what lies on disk of {label} is not what the model holds" in str(caught.value)
+    assert f"{label} on disk differs from the model" in str(caught.value)

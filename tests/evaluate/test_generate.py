@@ -1,4 +1,4 @@
-"""Generation: the cached step gives the logits of the full forward pass, and the picks follow their definitions."""
+"""Generation: cached steps give the logits of the full forward pass, and sampling follows its definitions."""
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ from train.model.context import LayerCaches
 
 
 def cached_against_full(rank: int, changes: dict[str, object]) -> float:
-    """Largest difference of logits, cached in uneven parts against one pass, over their spread."""
+    """Largest difference between logits cached in uneven parts and those of one pass, relative to their spread."""
     recipe = recipe_with(**changes)
     with engine_of(recipe, rank=rank, world=1) as engine, torch.no_grad():
         model = engine.chunks[0].module.eval()

@@ -1,4 +1,4 @@
-"""The smoke recipe made tiny over data of the test's own, as words of a command line."""
+"""The smoke recipe made tiny, with the test's own data, as command-line arguments."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""`stratum train` and `stratum launch local` as processes of their own, and what their runs recorded.
+"""`stratum train` and `stratum launch local` in separate processes, and what their runs recorded.
 
 child = start(words, "name")            a new interpreter
 child = fork(words, "name", ...)        the same program in a fork of this one: no imports to wait for
@@ -37,7 +37,7 @@ RUN = [
 
 
 class Forked:
-    """One or more forked ranks of `stratum train`; for what tests ask, like a Popen of the first."""
+    """One or more forked ranks of `stratum train`, with the parts of Popen's interface that tests use."""
 
     def __init__(self, pids: list[int], output: Path) -> None:
         self.pids, self._output = pids, output
@@ -45,7 +45,7 @@ class Forked:
 
     @property
     def returncode(self) -> int | None:
-        """Exit status of the ranks that ended: the one that all have, or the first that is not like rank 0's."""
+        """Common exit status of the ended ranks, or the first that differs from rank 0's; None if none has ended."""
         known = [self.statuses[pid] for pid in self.pids if pid in self.statuses]
         return next((status for status in known if status != known[0]), known[0]) if known else None
 
@@ -67,7 +67,7 @@ class Forked:
         return self._output.read_text(), None
 
     def send_signal(self, number: int) -> None:
-        """To all ranks."""
+        """Send a signal to all ranks."""
         for pid in self.pids:
             if pid not in self.statuses:
                 os.kill(pid, number)
@@ -82,7 +82,7 @@ def fork(
     within: Callable[[], AbstractContextManager[None]] = nullcontext,
     step_s: float = 0.0,
 ) -> Forked:
-    """`stratum train words` in forked processes. within: entered around it. step_s: each step takes so much longer."""
+    """`stratum train words` in forked processes. within: context manager around it. step_s: added to each step's time."""
     folder = Path(tempfile.mkdtemp(prefix="forked", dir=_folder_of(words)))
     line = [*words, f"run.name={name}", *extra]
     pids = start_ranks(ranks, _command, line, folder / "output", within, step_s, folder=folder)
@@ -119,7 +119,7 @@ def _folder_of(words: list[str]) -> str:
 def start(
     words: list[str], name: str, *, ranks: int = 1, extra: tuple[str, ...] = (), launcher: str = "torchrun"
 ) -> subprocess.Popen[str]:
-    """A process of its own. ranks: more than one start by torchrun, or by `stratum launch local`."""
+    """A new process. ranks: more than one are started by torchrun or `stratum launch local`."""
     command = ["-m", "train"]
     if launcher == "local":
         command = ["-m", "train.stratum", "launch", "local", "--nproc", str(ranks)]
@@ -157,7 +157,7 @@ def saves(folder: Path) -> list[int]:
 
 
 def wait_for_step(folder: Path, step: int, child: Child, *, saved: bool = False) -> None:
-    """Until this step is done (and, with `saved`, any checkpoint durable)."""
+    """Wait until this step is done (and, with `saved`, any checkpoint is durable)."""
     deadline = time.monotonic() + 90
     while not ((folder / METRICS).exists() and max(losses(folder), default=0) >= step and (not saved or saves(folder))):
         assert child.poll() is None, child.communicate()[0]

@@ -1,5 +1,5 @@
-"""What a run says and refuses when it is started again: the table, changed recipes, lost checkpoints, torn pointers, other
-data, another tokenizer. Real runs, forked."""
+"""What a run shows and refuses when it is resumed: the table, changed recipes, lost checkpoints, torn pointers, other data,
+another tokenizer. Real runs, forked."""
 
 import logging
 import os
@@ -47,7 +47,7 @@ def run(before: tuple[Path, Recipe], tmp_path: Path) -> Recipe:
     folder, recipe = before
     shutil.copytree(folder / recipe.run.name, tmp_path / recipe.run.name)
     shutil.copytree(folder / "data", tmp_path / "data")
-    return changed(recipe, **{"run.folder": str(tmp_path)})
+    return changed(recipe, **{"run.folder": str(tmp_path), "data.folder": str(tmp_path / "data")})
 
 
 def changed(recipe: Recipe, **changes: Any) -> Recipe:
@@ -64,7 +64,7 @@ def start(recipe: Recipe, world: int = 1) -> str:
 
 
 def refusal(recipe: Recipe) -> str:
-    """What the run said instead of starting; nothing in its folder changed."""
+    """The run's error; it did not start and nothing in its folder changed."""
     folder = Path(recipe.run.folder) / recipe.run.name
     before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     with pytest.raises(RankFailed) as caught:
@@ -189,7 +189,7 @@ def test_other_data_needs_a_word_and_another_tokenizer_is_refused(run: Recipe) -
     said = refusal(run)
     assert f"{run.data.folder} now holds" in said and "checkpoint.allow=[data_order]" in said
     text = start(changed(run, **{"checkpoint.allow": ("data_order",)}))
-    assert row(text, "data")[-1].endswith("OTHER ROWS from here on (allowed)")
+    assert row(text, "data")[-1].endswith("DIFFERENT ROWS from here on (allowed)")
 
     other = train_tokenizer([TEXT[: len(TEXT) // 3].upper()], TokenizerConfig(vocab_size=290))
     other.save(folder / "tokenizer.json")

@@ -1,4 +1,4 @@
-"""NaN and infinity in whole runs: their own exit status, nothing of them saved, never started again by itself."""
+"""NaN and infinity in whole runs: a separate exit status, no such state saved, no automatic restart."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -33,7 +33,7 @@ def test_a_last_update_that_blows_up_is_not_published(ranks: int, words: list[st
 def test_an_evaluation_that_is_not_finite_is_an_error_and_the_report_can_be_made(
     words: list[str], tmp_path: Path
 ) -> None:
-    """The weights are finite, and saved; what they give is not."""
+    """The weights are finite and saved; the evaluation is not finite."""
 
     @contextmanager
     def within() -> Iterator[None]:

@@ -1,5 +1,5 @@
-"""SIGKILL at random moments of a real run, training and saves in the background alike: every death leaves the old step or the
-new one, to the bit, and the run ends as the one that nothing happened to. `make test-slow` does it a hundred times."""
+"""SIGKILL at random moments of a real run, during training and background saves: each kill leaves bitwise the old or the new
+step, and the run ends as an uninterrupted one. `make test-slow` does it a hundred times."""
 
 import random
 import statistics
@@ -24,7 +24,7 @@ def undisturbed(run: Run) -> tuple[dict[int, float], dict[int, Contents]]:
 
 
 def next_kill(rng: random.Random, *, left: int, kills_left: int, world: int, step_s: float, start_s: float) -> Kill:
-    """A moment so chosen that the kills that are left spread over the steps that are left."""
+    """A random moment that spreads the remaining kills over the remaining steps."""
     rank = rng.choice([None, *range(world)])
     if rng.random() < 0.15:
         return Kill(None, rng.uniform(0, start_s), rank, rng.uniform(0, step_s))

@@ -1,4 +1,4 @@
-"""A run over phases, a ramp, a source that runs out and best-fit rows: stopped in the middle, it ends as if it had not been."""
+"""A run with phases, a ramp, a source that runs out and best-fit rows: stopped and resumed, it ends as an uninterrupted one."""
 
 import json
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""Signals: the first asks for a save, its echoes are the same question, a second ends the process at once, whatever it does."""
+"""Signals: the first requests a save, its echoes are ignored, a second one ends the process at once, whatever it does."""
 
 import os
 import signal
@@ -8,11 +8,11 @@ from collections.abc import Callable
 
 import pytest
 
-from train.resilience.faults import ECHO_S, GIVEN_UP, StopSignals, grace_warning
+from train.resilience.faults import ECHO_S, SECOND_SIGNAL_STATUS, StopSignals, grace_warning
 
 
 def in_a_child(work: Callable[[StopSignals], None]) -> int:
-    """Fork a process that works under StopSignals; it exits with 128 + the signal it noted. -> its pid, once it listens."""
+    """Fork a process that runs under StopSignals and exits with 128 + the received signal. -> its pid, once it is ready."""
     reader, writer = os.pipe()
     pid = os.fork()
     if pid == 0:
@@ -91,7 +91,7 @@ def test_a_second_signal_ends_the_process_at_once(work: Callable[[StopSignals], 
     time.sleep(ECHO_S + 0.1)
     assert status_of(pid, 0.05) is None
     os.kill(pid, signal.SIGTERM)
-    assert status_of(pid, 2) == GIVEN_UP
+    assert status_of(pid, 2) == SECOND_SIGNAL_STATUS
 
 
 def test_handlers_come_back() -> None:

@@ -1,4 +1,4 @@
-"""SIGTERM and SIGUSR1 to real runs: they save at the end of the step, end with 128 + the signal, and go on bit for bit."""
+"""SIGTERM and SIGUSR1 to real runs: they save at the end of the step, exit with 128 + the signal, and continue bitwise equal."""
 
 import os
 import signal
@@ -15,7 +15,7 @@ from processes import STEPS, finish, fork, losses, saves, start, wait_for_step
 from recipes.schema import checkpoint_steps as steps
 from recipes.schema.run_folder import METRICS, read_metrics
 from train.checkpoint import offline
-from train.resilience.faults import ECHO_S, GIVEN_UP
+from train.resilience.faults import ECHO_S, SECOND_SIGNAL_STATUS
 
 
 @contextmanager
@@ -58,7 +58,7 @@ def test_each_way_to_be_stopped_loses_nothing_that_is_saved(words: list[str], tm
     child.send_signal(signal.SIGTERM)
     time.sleep(ECHO_S + 0.2)
     child.send_signal(signal.SIGTERM)
-    finish(child, status=GIVEN_UP)
+    finish(child, status=SECOND_SIGNAL_STATUS)
     assert newest(run).name == steps.name_of(saved)
 
     finish(fork(words, "run"))
@@ -107,7 +107,7 @@ def test_a_signal_to_one_of_two_ranks_stops_both_alike(words: list[str], tmp_pat
 
 
 def test_the_launcher_stops_two_ranks_and_continues_them(words: list[str], tmp_path: Path) -> None:
-    """`stratum launch local --nproc 2`, as a user starts it; the same program then goes on in forked processes."""
+    """`stratum launch local --nproc 2`, as a user starts it; the run then continues in forked processes."""
     longer = ("run.steps=60",)
     finish(fork(words, "whole", ranks=2, extra=longer))
     child = start(words, "run", ranks=2, extra=longer, launcher="local")

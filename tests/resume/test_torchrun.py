@@ -1,4 +1,4 @@
-"""torchrun starts the trainer too: four processes of its own train as one does."""
+"""torchrun can start the trainer: its four processes train like one."""
 
 import signal
 import time
@@ -20,7 +20,7 @@ def test_torchrun_on_four_ranks_trains_the_same(words: list[str], tmp_path: Path
 
 @pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGKILL])
 def test_ranks_save_and_stop_when_torchrun_dies(number: signal.Signals, words: list[str], tmp_path: Path) -> None:
-    """torchrun handles SIGTERM, SIGINT, SIGHUP and SIGQUIT; of other signals it dies at once and tells its processes nothing."""
+    """torchrun handles SIGTERM, SIGINT, SIGHUP and SIGQUIT; any other signal kills it, and its processes receive nothing."""
     run = tmp_path / "orphans"
     child = start(words, "orphans", ranks=2, extra=("run.steps=100000", "checkpoint.every_steps=0"))
     wait_for_step(run, 4, child)

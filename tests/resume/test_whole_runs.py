@@ -46,7 +46,7 @@ def teacher(tmp_path_factory: pytest.TempPathFactory) -> Recipe:
 
 @pytest.fixture(scope="module")
 def answers(teacher: Recipe) -> ObjectiveConfig:
-    """The teacher's answers on disk, for the rows of the runs below."""
+    """The teacher's cached logits for the rows of the runs below."""
     folder = Path(teacher.run.folder)
     objective = ObjectiveConfig(
         teacher=str(folder / "teacher"), teacher_cache=str(folder / "answers"), top_k=8, trust_tokenizer=True

@@ -1,1 +1,1 @@
-"""Sharded checkpoints: written whole or not at all, proven when read, at any layout."""
+"""Sharded checkpoints: published only when complete, verified when read, readable at any layout."""

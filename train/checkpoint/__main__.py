@@ -1,4 +1,4 @@
-"""`stratum checkpoint COMMAND`: look at checkpoints, prove them, compare and rewrite them. No GPU, no model needed.
+"""`stratum checkpoint COMMAND`: list, verify, compare and rewrite checkpoints. Needs no GPU and builds no model.
 
 Nothing in a checkpoint is executed.
 """
@@ -41,16 +41,16 @@ _SECTIONS = (
     ("random state", "random."),
 )
 _EXAMPLES = """
-stratum checkpoint list runs/smoke                         what a run has, and in what state
-stratum checkpoint show smoke                              what is in the newest: layout, sizes, recipe, lineage
+stratum checkpoint list runs/smoke                         checkpoints of a run and their state
+stratum checkpoint show smoke                              the newest one: layout, sizes, recipe, lineage
 stratum checkpoint verify smoke                            read every byte and compare fingerprints
 stratum checkpoint diff runs/smoke runs/mine --values      which tensors differ, and by how much
-stratum checkpoint reshard runs/smoke runs/eight --files 8     the same checkpoint in eight equal files, in a run of its own
+stratum checkpoint reshard runs/smoke runs/eight --files 8     the same checkpoint in eight equal files, in a new run
 stratum checkpoint consolidate smoke smoke.safetensors     all weights in one file
 """
 _NOTES = """
-A checkpoint is named by its own folder, or by its run (the newest). Nothing in a checkpoint is executed.
-Exit status: 0 all right; 1 damaged (list, verify), different (diff); 2 cannot be done, with the reason.
+Give a checkpoint's folder, or a run for its newest checkpoint. Nothing in a checkpoint is executed.
+Exit status: 0 success; 1 damaged (list, verify) or different (diff); 2 failed, with the reason.
 """
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -59,28 +59,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point. -> exit status."""
     parser = CommandParser(
         "checkpoint",
-        about="Look at checkpoints, prove them, compare and rewrite them. No GPU, no model needed.",
+        about="List, verify, compare and rewrite checkpoints. Needs no GPU and builds no model.",
         examples=_EXAMPLES,
         notes=_NOTES,
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    place: dict[str, Any] = {"type": run_or_path, "help": "a checkpoint's folder, or a run (its newest checkpoint)"}
+    checkpoint: dict[str, Any] = {"type": run_or_path, "help": "a checkpoint's folder, or a run (its newest)"}
 
     command = commands.add_parser("list", help="checkpoints of a run: step, tokens, layout, size, state")
     command.add_argument("run", type=run_or_path, help="a run, by its folder or name")
     command.add_argument(
-        "--verify", action="store_true", help="also read every byte and say whether it is what was saved"
+        "--verify", action="store_true", help="also read every byte and compare it with what was saved"
     )
     command = commands.add_parser("show", help="what is in a checkpoint: layout, sizes, recipe, lineage")
-    command.add_argument("checkpoint", **place)
+    command.add_argument("checkpoint", **checkpoint)
     command.add_argument("--tensors", action="store_true", help="also every tensor: format, shape, fingerprint")
-    command.add_argument("--json", action="store_true", help="the manifest as it is, for programs")
+    command.add_argument("--json", action="store_true", help="print the manifest as JSON")
     command = commands.add_parser("verify", help="read every byte and compare fingerprints")
-    command.add_argument("checkpoint", **place)
+    command.add_argument("checkpoint", **checkpoint)
     command.add_argument("--all", action="store_true", help="every checkpoint of the run")
     command = commands.add_parser("diff", help="which tensors and recipe fields differ")
-    command.add_argument("a", **place)
-    command.add_argument("b", **place)
+    command.add_argument("a", **checkpoint)
+    command.add_argument("b", **checkpoint)
     command.add_argument("--values", action="store_true", help="measure how much tensors differ (reads them)")
     command.add_argument("--most", type=_count, default=20, metavar="N", help="tensors to name (default: 20)")
     command = commands.add_parser(
@@ -90,7 +90,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "(one for each reading rank, say), drops the optimizer state, or checks that a layout fits: "
         "parallel.tensor=4 parallel.pipeline=2 --ranks 16.",
     )
-    command.add_argument("checkpoint", **place)
+    command.add_argument("checkpoint", **checkpoint)
     command.add_argument(
         "out",
         type=Path,
@@ -101,13 +101,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     command.add_argument("--files", type=_count, help="number of files (default: --ranks, else 1)")
     command.add_argument("--weights", action="store_true", help="weights only: training starts with fresh moments")
     command = commands.add_parser("consolidate", help="one safetensors file")
-    command.add_argument("checkpoint", **place)
+    command.add_argument("checkpoint", **checkpoint)
     command.add_argument("out", type=Path, help="file to write, e.g. weights.safetensors")
     command.add_argument("--all", action="store_true", help="optimizer state too, under full names")
     command.add_argument("--dtype", choices=sorted(_DTYPES), help="convert weights (default: as stored)")
 
     parsed = parser.parse_args(arguments)
-    # No markup: names in a checkpoint are anybody's.
+    # No markup: names come from the checkpoint, which is not trusted.
     console = Console(highlight=False, markup=False, soft_wrap=True, width=None if sys.stdout.isatty() else 200)
     act = {
         "list": _list, "show": _show, "verify": _verify, "diff": _diff, "reshard": _reshard, "consolidate": _consolidate,
@@ -130,9 +130,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _count(word: str) -> int:
-    """For argparse: a whole number from 1 to 100,000."""
+    """For argparse: an integer from 1 to 100,000."""
     if not (word.isascii() and word.isdigit() and 1 <= int(word[:7]) <= 100_000):
-        raise argparse.ArgumentTypeError(f"{word!r} is no whole number from 1 to 100,000")
+        raise argparse.ArgumentTypeError(f"{word!r} is not an integer from 1 to 100,000")
     return int(word)
 
 
@@ -169,16 +169,17 @@ def _list(parsed: argparse.Namespace, console: Console) -> int:
             console.print(f"note: {_plain(note)}")
     for leftover in sorted(folder.glob(".step_*")):
         console.print(
-            f"note: {_plain(leftover.name)} is on its way in or out, or was when a process died: the next start removes it"
+            f"note: {_plain(leftover.name)} is being written or deleted, or a killed process left it: the next start "
+            f"removes it"
         )
     if not parsed.verify:
-        console.print("`whole`: manifest, index and sizes agree; --verify reads the numbers too.")
+        console.print("`whole`: manifest, index and file sizes agree; --verify also reads the tensors.")
     return 1 if damage else 0
 
 
-def _checkpoints_of(place: Path) -> Path:
-    """The folder with a run's checkpoints. CheckpointError where it holds none."""
-    folder = place / "checkpoints" if (place / "checkpoints").is_dir() else place
+def _checkpoints_of(run: Path) -> Path:
+    """The folder with a run's checkpoints. CheckpointError if it has none."""
+    folder = run / "checkpoints" if (run / "checkpoints").is_dir() else run
     if not steps.steps_in(folder):
         raise CheckpointError(f"{folder} holds no checkpoint. Name a run's folder, like runs/NAME.")
     return folder
@@ -190,7 +191,7 @@ def _problems_of(path: Path, manifest: Manifest) -> list[str]:
 
 
 def _briefly(error: CheckpointError, path: Path) -> str:
-    """An error without the folder that stands beside it."""
+    """An error without the folder name, which the table already shows."""
     return str(error).replace(f"{path}/", "").split(" The checkpoint is damaged")[0]
 
 
@@ -253,7 +254,7 @@ def _verify(parsed: argparse.Namespace, console: Console) -> int:
             continue
         seconds = time.perf_counter() - started
         console.print(
-            Text("right  ", style="green"),
+            Text("intact ", style="green"),
             f"{_plain(str(path))}: {len(manifest.tensors)} tensors, {_size(manifest.bytes)} in {seconds:.1f} s; all "
             f"fingerprints agree, all numbers are finite",
         )
@@ -296,7 +297,7 @@ def _diff(parsed: argparse.Namespace, console: Console) -> int:
         for one in found[: parsed.most]:
             cells = (f"{one.differing:,} of {one.elements:,}", f"{one.largest:.3g}", f"{one.relative:.3g}")
             is_measured = parsed.values and not one.note.startswith(("only", "shape"))
-            table.add_row(one.name, one.note or "other numbers", *(cells if is_measured else ()))
+            table.add_row(one.name, one.note or "different values", *(cells if is_measured else ()))
         console.print(table)
         if len(found) > parsed.most:
             console.print(f"... and {len(found) - parsed.most} more (--most {len(found)})")
@@ -318,7 +319,7 @@ def _reshard(parsed: argparse.Namespace, console: Console) -> int:
     )
     if is_run:
         console.print(
-            f"Training goes on from there with run.folder={parsed.out.parent} run.name={parsed.out.name}", markup=False
+            f"To continue training from it: run.folder={parsed.out.parent} run.name={parsed.out.name}", markup=False
         )
     return 0
 
@@ -334,7 +335,7 @@ def _consolidate(parsed: argparse.Namespace, console: Console) -> int:
 
 
 def _check_layout(manifest: Manifest, fields: list[str], ranks: int | None) -> str:
-    """Describe a layout that fits the checkpoint's model. RecipeError, CheckpointError name what does not."""
+    """Describe the layout if it fits the checkpoint's model. RecipeError or CheckpointError says what does not fit."""
     known = ParallelConfig.__dataclass_fields__
     values: dict[str, Any] = {}
     for word in fields:
@@ -342,7 +343,7 @@ def _check_layout(manifest: Manifest, fields: list[str], ranks: int | None) -> s
         name = key.removeprefix("parallel.")
         if name not in known or not (value.isdigit() or value in ("true", "false")):
             raise CheckpointError(
-                f"{word!r} is no parallel.FIELD=N. There are: {', '.join(f'parallel.{n}' for n in known)}."
+                f"{word!r} is not parallel.FIELD=N. Fields: {', '.join(f'parallel.{n}' for n in known)}."
             )
         values[name] = int(value) if value.isdigit() else value == "true"
     recipe = recipe_from_mapping(manifest.recipe)
@@ -374,7 +375,7 @@ def _pairs(console: Console, rows: list[tuple[str, str]]) -> None:
 
 
 def _plain(text: str) -> str:
-    """A text from anywhere without what a terminal would obey."""
+    """Untrusted text with control characters escaped, so that the terminal does not interpret them."""
     return "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text)
 
 

@@ -1,9 +1,9 @@
-"""The bytes of a checkpoint: one safetensors file per writing rank, and reading any box of any tensor out of them.
+"""Files of a checkpoint: one safetensors file per writing rank, and reading any box of any tensor from them.
 
     rank_00003.safetensors:   model.output_layer.weight[128:256,0:64]   optimizer.exp_avg....[0:17,0:64]   ...
 
-A file is a safetensors file like any other (8 bytes of length, a JSON header, the numbers); each entry's name says which
-box of which tensor it is. Readers go by index.json, which says the same for all files at once.
+Each file is ordinary safetensors (8 bytes of header length, a JSON header, the data). An entry's name says which box of
+which tensor it is. Readers use index.json, which has the same information for all files.
 """
 
 import json
@@ -26,16 +26,16 @@ from train.checkpoint.manifest import (
     DTYPES,
     Index,
     Manifest,
-    Place,
+    StoredBox,
     TensorRecord,
     read_index,
     read_manifest,
 )
 
 _CHUNK = 1 << 20
-"""Bytes read at once where they cannot go straight to their place."""
+"""Bytes per read when data cannot be read directly into the target."""
 _ALIGN = 64
-"""The numbers of a file start at a multiple of this."""
+"""Data in a file start at a multiple of this many bytes."""
 _LONGEST_HEADER = 1 << 30
 _LABEL = re.compile(r"(?P<tensor>[^\[\]]+)\[(?P<box>(\d+:\d+(,\d+:\d+)*)?)\]")
 
@@ -69,7 +69,7 @@ class Piece:
 def header_of(
     entries: Sequence[tuple[str, torch.dtype, tuple[int, ...]]], metadata: dict[str, str] | None = None
 ) -> tuple[bytes, list[int]]:
-    """A safetensors header for numbers that lie one behind the other, and where each begins in the file.
+    """A safetensors header for contiguous tensors, and the byte in the file at which each starts.
 
     entries: label, format and shape of each.
     """
@@ -87,23 +87,23 @@ def header_of(
 
 
 def read_header(path: Path) -> tuple[dict[str, Any], int]:
-    """The entries of a safetensors file and where its numbers begin. CheckpointError where it is none."""
+    """The entries of a safetensors file and the byte at which its data start. CheckpointError if it is not safetensors."""
     size = path.stat().st_size if path.is_file() else 0
     with opened(path) as handle:
         length = int.from_bytes(os.pread(handle, 8, 0), "little")
         if length > min(size - 8, _LONGEST_HEADER):
-            raise CheckpointError(f"{path} is no safetensors file: its header would be {length:,} bytes long.")
+            raise CheckpointError(f"{path} is not a safetensors file: its header would be {length:,} bytes long.")
         text = os.pread(handle, length, 8)
     try:
         entries = json.loads(text)
         entries.pop("__metadata__", None)
         return entries, 8 + length
     except (ValueError, RecursionError, AttributeError) as error:
-        raise CheckpointError(f"{path} is no safetensors file: {error}") from error
+        raise CheckpointError(f"{path} is not a safetensors file: {error}") from error
 
 
 def scan(folder: Path) -> tuple[Index, dict[str, TensorRecord]]:
-    """Index and records of the files of a folder, from their headers and numbers alone. CheckpointError as in `read_header`."""
+    """Index and tensor records of a folder, from its files' headers and data alone. CheckpointError as in `read_header`."""
     index: Index = {}
     dtypes: dict[str, str] = {}
     for path in sorted(folder.glob("*.safetensors")):
@@ -111,18 +111,18 @@ def scan(folder: Path) -> tuple[Index, dict[str, TensorRecord]]:
         for label, entry in entries.items():
             found = _LABEL.fullmatch(label)
             if found is None:
-                raise CheckpointError(f"{path} holds {label!r}, which does not say what part of what tensor it is.")
+                raise CheckpointError(f"{path} contains {label!r}, which is not a TENSOR[START:END,...] name.")
             offset = tuple(int(span.split(":")[0]) for span in found["box"].split(",") if span)
-            place = Place(path.name, begin + entry["data_offsets"][0], offset, tuple(entry["shape"]))
-            index.setdefault(found["tensor"], []).append(place)
+            stored = StoredBox(path.name, begin + entry["data_offsets"][0], offset, tuple(entry["shape"]))
+            index.setdefault(found["tensor"], []).append(stored)
             dtypes[found["tensor"]] = entry["dtype"]
     records = {}
-    for tensor, places in index.items():
-        ends = [[o + s for o, s in zip(p.offset, p.shape, strict=True)] for p in places]
+    for tensor, boxes in index.items():
+        ends = [[o + s for o, s in zip(p.offset, p.shape, strict=True)] for p in boxes]
         whole = tuple(max(column) for column in zip(*ends, strict=True))
         total = fingerprint.ZERO
-        for place in places:
-            total = fingerprint.add(total, _sums_of(folder, place, whole=whole, dtype=DTYPES[dtypes[tensor]]))
+        for stored in boxes:
+            total = fingerprint.add(total, _sums_of(folder, stored, whole=whole, dtype=DTYPES[dtypes[tensor]]))
         records[tensor] = TensorRecord(dtypes[tensor], whole, fingerprint.text(total), total.not_finite)
     return index, records
 
@@ -139,7 +139,7 @@ def bytes_of(data: torch.Tensor) -> memoryview:
 
 @contextmanager
 def opened(path: Path) -> Iterator[int]:
-    """A file's descriptor for reading; what the system refuses becomes a CheckpointError with its name."""
+    """A descriptor for reading. An OSError becomes a CheckpointError that names the file."""
     with _named(path):
         handle = os.open(path, os.O_RDONLY)
         try:
@@ -160,7 +160,7 @@ class Reader:
     """Reads boxes of the tensors of one checkpoint."""
 
     def __init__(self, folder: Path) -> None:
-        """Raises CheckpointError where manifest or index are not right."""
+        """Raises CheckpointError if the manifest or index is not valid."""
         self.folder = folder
         self.manifest: Manifest = read_manifest(folder)
         self.index: Index = read_index(folder, self.manifest)
@@ -168,26 +168,26 @@ class Reader:
         self._last: tuple[str, int] | None = None
 
     def read(self, tensor: str, *, offset: Sequence[int], into: torch.Tensor) -> None:
-        """Fill `into` (contiguous, any device) with the box of its shape at `offset`, converted to its format."""
+        """Fill `into` (contiguous, any device) with the box at `offset` that has its shape, converted to its dtype."""
         dtype = DTYPES[self.manifest.tensors[tensor].dtype]
-        for place, box in self._overlaps(tensor, offset, into.shape):
+        for stored, box in self._overlaps(tensor, offset, into.shape):
             target = into[tuple(slice(s.start - o, s.stop - o) for s, o in zip(box, offset, strict=True))]
-            part = [slice(s.start - o, s.stop - o) for s, o in zip(box, place.offset, strict=True)]
-            with self._handle(place.file) as handle:
-                _read_part(handle, place, part, dtype=dtype, target=target)
+            part = [slice(s.start - o, s.stop - o) for s, o in zip(box, stored.offset, strict=True)]
+            with self._handle(stored.file) as handle:
+                _read_part(handle, stored, part, dtype=dtype, target=target)
 
     def position(self, tensor: str, *, offset: Sequence[int], shape: Sequence[int]) -> tuple[str, int]:
-        """File and byte where reading this box begins: boxes read in this order are read as the files lie."""
+        """File and byte at which this box starts. Reading boxes in this order reads each file sequentially."""
         width = DTYPES[self.manifest.tensors[tensor].dtype].itemsize
         starts = []
-        for place, box in self._overlaps(tensor, offset, shape):
-            rows = box[0].start - place.offset[0] if box else 0
-            starts.append((place.file, place.start + rows * math.prod(place.shape[1:]) * width))
+        for stored, box in self._overlaps(tensor, offset, shape):
+            rows = box[0].start - stored.offset[0] if box else 0
+            starts.append((stored.file, stored.start + rows * math.prod(stored.shape[1:]) * width))
         return min(starts, default=("", 0))
 
     @contextmanager
-    def kept_open(self) -> Iterator[None]:
-        """Inside, a file stays open until another is read, so that the system sees reads that follow each other."""
+    def files_kept_open(self) -> Iterator[None]:
+        """Keep a file open until another one is read, so that the kernel's read-ahead sees sequential reads."""
         try:
             with ExitStack() as self._files:
                 yield
@@ -209,68 +209,72 @@ class Reader:
 
     def _overlaps(
         self, tensor: str, offset: Sequence[int], shape: Sequence[int]
-    ) -> Iterator[tuple[Place, list[slice]]]:
-        """The stored parts that a box meets, and where in the whole tensor."""
-        for place in self.index[tensor]:
-            low = [max(a, b) for a, b in zip(place.offset, offset, strict=True)]
-            high = [min(o + n, p + m) for o, n, p, m in zip(place.offset, place.shape, offset, shape, strict=True)]
+    ) -> Iterator[tuple[StoredBox, list[slice]]]:
+        """Stored boxes that overlap a box, and each overlap in coordinates of the whole tensor."""
+        for stored in self.index[tensor]:
+            low = [max(a, b) for a, b in zip(stored.offset, offset, strict=True)]
+            high = [min(o + n, p + m) for o, n, p, m in zip(stored.offset, stored.shape, offset, shape, strict=True)]
             if all(a < b for a, b in zip(low, high, strict=True)):
-                yield place, [slice(a, b) for a, b in zip(low, high, strict=True)]
+                yield stored, [slice(a, b) for a, b in zip(low, high, strict=True)]
 
     def empty(self, tensor: str, shape: Sequence[int]) -> torch.Tensor:
-        """Memory for a box of a tensor in the format it is stored in."""
+        """Uninitialised memory for a box of a tensor, in the dtype it is stored in."""
         return torch.empty(tuple(shape), dtype=DTYPES[self.manifest.tensors[tensor].dtype])
 
     def sums(self, tensor: str) -> Sums:
         """The fingerprint of a tensor, from the bytes on disk."""
         record = self.manifest.tensors[tensor]
         total = fingerprint.ZERO
-        for place in self.index[tensor]:
-            total = fingerprint.add(total, _sums_of(self.folder, place, whole=record.shape, dtype=DTYPES[record.dtype]))
+        for stored in self.index[tensor]:
+            total = fingerprint.add(
+                total, _sums_of(self.folder, stored, whole=record.shape, dtype=DTYPES[record.dtype])
+            )
         return total
 
 
-def _read_part(handle: int, place: Place, part: list[slice], *, dtype: torch.dtype, target: torch.Tensor) -> None:
-    """Read `part` of a stored box into `target`: straight where both are in one run, else by rows."""
-    if not part:
-        part, place, target = [slice(0, 1)], Place(place.file, place.start, (0,), (1,)), target.reshape(1)
-    row_elements = math.prod(place.shape[1:])
+def _read_part(handle: int, stored: StoredBox, part: list[slice], *, dtype: torch.dtype, target: torch.Tensor) -> None:
+    """Read `part` of a stored box into `target`: directly if both are contiguous, otherwise by rows."""
+    if not part:  # a scalar: read it as one row of one element
+        part, stored, target = [slice(0, 1)], StoredBox(stored.file, stored.start, (0,), (1,)), target.reshape(1)
+    row_elements = math.prod(stored.shape[1:])
     row_bytes = row_elements * dtype.itemsize
     first, last = part[0].start, part[0].stop
-    inner_whole = all(s.start == 0 and s.stop == n for s, n in zip(part[1:], place.shape[1:], strict=True))
+    inner_whole = all(s.start == 0 and s.stop == n for s, n in zip(part[1:], stored.shape[1:], strict=True))
     direct = inner_whole and target.is_contiguous() and target.dtype == dtype and target.device.type == "cpu"
     if direct:
-        _read_exactly(handle, bytes_of(target), place.start + first * row_bytes)
+        _read_exactly(handle, bytes_of(target), stored.start + first * row_bytes)
         return
     step = max(1, _CHUNK // max(1, row_bytes))
     scratch = torch.empty(min(step, last - first), row_elements, dtype=dtype)
     for row in range(first, last, step):
         rows = scratch[: min(step, last - row)]
-        _read_exactly(handle, bytes_of(rows), place.start + row * row_bytes)
-        box = rows.reshape(len(rows), *place.shape[1:])[(slice(None), *part[1:])]
+        _read_exactly(handle, bytes_of(rows), stored.start + row * row_bytes)
+        box = rows.reshape(len(rows), *stored.shape[1:])[(slice(None), *part[1:])]
         target[row - first : row - first + len(rows)].copy_(box)
 
 
-def _sums_of(folder: Path, place: Place, *, whole: Sequence[int], dtype: torch.dtype) -> Sums:
+def _sums_of(folder: Path, stored: StoredBox, *, whole: Sequence[int], dtype: torch.dtype) -> Sums:
     """Fingerprint of a stored box of any size."""
-    with opened(folder / place.file) as handle:
-        return sums_on_disk(handle, place, whole=whole, dtype=dtype, scratch=scratch_of_sums())
+    with opened(folder / stored.file) as handle:
+        return sums_on_disk(handle, stored, whole=whole, dtype=dtype, scratch=scratch_of_sums())
 
 
 def scratch_of_sums() -> torch.Tensor:
-    """Memory that stored boxes are read into to be fingerprinted; used again, it has its pages and lies in the cache."""
+    """A reusable buffer for fingerprinting stored boxes: its pages are already mapped, and it stays in the CPU cache."""
     return torch.empty(_CHUNK, dtype=torch.uint8)
 
 
-def sums_on_disk(handle: int, place: Place, *, whole: Sequence[int], dtype: torch.dtype, scratch: torch.Tensor) -> Sums:
-    """Fingerprint of a stored box of any size, read by way of `scratch`. Raises OSError."""
+def sums_on_disk(
+    handle: int, stored: StoredBox, *, whole: Sequence[int], dtype: torch.dtype, scratch: torch.Tensor
+) -> Sums:
+    """Fingerprint of a stored box of any size, read through the buffer `scratch`. Raises OSError."""
     sums = fingerprint.of_stored_box(
-        handle, place.start, dtype=dtype, whole=whole, offset=place.offset, shape=place.shape, scratch=scratch
+        handle, stored.start, dtype=dtype, whole=whole, offset=stored.offset, shape=stored.shape, scratch=scratch
     )
     if sums is not None:
         return sums
     total = fingerprint.ZERO
-    for step in steps_of(place, dtype, size=scratch.numel()):
+    for step in steps_of(stored, dtype, size=scratch.numel()):
         data = torch.empty(step.shape, dtype=dtype)
         _read_exactly(handle, bytes_of(data), step.start)
         part = fingerprint.of_box(data, whole=whole, offset=step.offset, shape=step.shape)
@@ -278,17 +282,17 @@ def sums_on_disk(handle: int, place: Place, *, whole: Sequence[int], dtype: torc
     return total
 
 
-def steps_of(place: Place, dtype: torch.dtype, *, size: int) -> Iterator[Place]:
-    """A stored box in blocks of rows of about `size` bytes, in the file's order."""
-    if not place.shape:
-        yield place
+def steps_of(stored: StoredBox, dtype: torch.dtype, *, size: int) -> Iterator[StoredBox]:
+    """A stored box split into blocks of rows of about `size` bytes, in file order."""
+    if not stored.shape:
+        yield stored
         return
-    row_bytes = math.prod(place.shape[1:]) * dtype.itemsize
+    row_bytes = math.prod(stored.shape[1:]) * dtype.itemsize
     step = max(1, size // max(1, row_bytes))
-    for row in range(0, place.shape[0], step):
-        count = min(step, place.shape[0] - row)
-        offset, shape = (place.offset[0] + row, *place.offset[1:]), (count, *place.shape[1:])
-        yield Place(place.file, place.start + row * row_bytes, offset, shape)
+    for row in range(0, stored.shape[0], step):
+        count = min(step, stored.shape[0] - row)
+        offset, shape = (stored.offset[0] + row, *stored.offset[1:]), (count, *stored.shape[1:])
+        yield StoredBox(stored.file, stored.start + row * row_bytes, offset, shape)
 
 
 def _read_exactly(handle: int, into: memoryview, start: int) -> None:
@@ -301,17 +305,19 @@ def _read_exactly(handle: int, into: memoryview, start: int) -> None:
 
 
 def whole_tensor(reader: Reader, tensor: str) -> torch.Tensor:
-    """A whole tensor of a checkpoint, in its stored format."""
+    """A whole tensor of a checkpoint, in its stored dtype."""
     record = reader.manifest.tensors[tensor]
     values = torch.empty(record.shape, dtype=DTYPES[record.dtype])
     reader.read(tensor, offset=[0] * len(record.shape), into=values)
     return values
 
 
-def boxes_of_run(shape: Sequence[int], start: int, end: int) -> Iterator[tuple[tuple[int, ...], tuple[int, ...], int]]:
-    """Elements start..end of a flattened box as boxes, in order: (offset, shape, first element) of each.
+def boxes_of_range(
+    shape: Sequence[int], start: int, end: int
+) -> Iterator[tuple[tuple[int, ...], tuple[int, ...], int]]:
+    """Split elements [start, end) of a flattened box into boxes, in order: (offset, shape, first element) of each.
 
-    A run of a matrix is at most three: the rest of a row, whole rows, the begin of a row.
+    A range of a matrix gives at most three boxes: the end of a row, whole rows, the start of a row.
     """
     if start >= end:
         return
@@ -335,5 +341,5 @@ def _inside(
     shape: Sequence[int], row: int, start: int, end: int
 ) -> Iterator[tuple[tuple[int, ...], tuple[int, ...], int]]:
     inner = math.prod(shape[1:])
-    for offset, box, first in boxes_of_run(shape[1:], start - row * inner, end - row * inner):
+    for offset, box, first in boxes_of_range(shape[1:], start - row * inner, end - row * inner):
         yield (row, *offset), (1, *box), first + row * inner

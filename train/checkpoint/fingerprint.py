@@ -1,17 +1,17 @@
-"""What a tensor is, as 128 bits that do not depend on how it is cut: the same value comes out at any sharding.
+"""A 128-bit fingerprint of a tensor that does not depend on how the tensor is sharded.
 
     F_lane(T) = sum over rows r, columns c of  rho_lane(r) * alpha_lane(c) * bits(r, c)    mod 2^64,  lane = 0, 1
 
 The last dimension counts as columns, the others, flattened, as rows; `bits` is an element as an unsigned integer (8-byte
 elements count as two columns). rho (64 bits) and alpha (32 bits) are odd and come from splitmix64 of their coordinate in
-the *whole* tensor (Steele, Lea, Flood 2014), so a part of the tensor contributes the same wherever it lies, and the parts'
-sums add up. Multilinear hashing mod 2^64 (Lemire, Kaser, arXiv 1202.4961): a change of a single element always shows; any
-other change that knows nothing of the coefficients is missed with a probability of about 2^-64. It is no defence
-against a forger.
+the *whole* tensor (Steele, Lea, Flood 2014). So a part contributes the same sum on whichever rank or file it is, and the
+sums of all parts add up to the tensor's. Multilinear hashing mod 2^64 (Lemire, Kaser, arXiv 1202.4961): a change of a single
+element is always detected; any other change made without knowledge of the coefficients is missed with a probability of about
+2^-64. It does not protect against deliberate forgery.
 
-The same pass counts the elements that are NaN or infinite: a checkpoint of them would be worthless, however well it is proven.
+The same pass counts NaN and infinite elements, because a checkpoint that contains them is useless even if it is intact.
 
-On a CPU a compiled pass at memory speed; elsewhere the same in torch operations, on the tensor's own device.
+On a CPU it is a compiled pass at memory speed; elsewhere torch operations on the tensor's own device give the same result.
 """
 
 import ctypes
@@ -31,14 +31,14 @@ _FIRST = 0xBF58476D1CE4E5B9
 _SECOND = 0x94D049BB133111EB
 _DIGITS = re.compile(r"[0-9a-f]{32}")
 _CHUNK = 1 << 20
-"""Elements the torch form looks at once: its temporaries are 8 bytes each."""
+"""Elements per block in the torch version, whose temporaries take 8 bytes an element."""
 
 _EXPONENT = {
     torch.float64: 0x7FF0 << 48, torch.float32: 0x7F80 << 16, torch.bfloat16: 0x7F80, torch.float16: 0x7C00,
     torch.float8_e5m2: 0x7C, torch.float8_e4m3fn: 0x7F,
 }  # fmt: skip
-"""The bits that are all ones in NaN and infinities only: an element's exponent; of E4M3, which has no infinities, its NaN's bits
-(arXiv 2209.05433, table 1). Formats that are not here hold whole numbers."""
+"""Bits that are all ones only in NaN and infinity: the exponent; for E4M3, which has no infinity, the bits of its NaN
+(arXiv 2209.05433, table 1). Formats that are not listed are integers."""
 
 
 class Sums(NamedTuple):
@@ -50,7 +50,7 @@ class Sums(NamedTuple):
 
 
 ZERO = Sums(0, 0)
-"""The fingerprint of nothing, and of zeros."""
+"""The fingerprint of an empty box, and of zeros."""
 
 
 def of_box(
@@ -59,7 +59,7 @@ def of_box(
     """What a box of a tensor contributes to the tensor's fingerprint.
 
     data: contiguous, the box's elements in order, any shape; whole: shape of the whole tensor; offset, shape: the box.
-    copy_to: address that the box's bytes are copied to on the way (CPU only).
+    copy_to: address to which the same pass copies the box's bytes (CPU only).
     """
     assert data.is_contiguous() and data.numel() == math.prod(shape), "a box's elements, in order"
     if data.numel() == 0:
@@ -87,10 +87,10 @@ def of_stored_box(
     shape: Sequence[int],
     scratch: torch.Tensor,
 ) -> Sums | None:
-    """The same of a box of any size that lies in an open file from byte `start` on; None without compiled code.
+    """`of_box` for a box of any size in an open file, starting at byte `start`. None without compiled kernels.
 
-    scratch: uint8 on the CPU, 8 bytes or more: what is read at once. Raises OSError where the system
-    refuses, or the file ends too early.
+    scratch: uint8 CPU buffer of at least 8 bytes; its size is the size of a read. Raises OSError if a read fails or the
+    file ends too early.
     """
     kernel = kernels()
     if kernel is None:
@@ -122,7 +122,7 @@ def text(sums: Sums) -> str:
 
 
 def from_text(digits: str) -> Sums:
-    """The inverse of `text`, which does not say what is finite. Raises ValueError."""
+    """The inverse of `text`; `not_finite` is 0, because the text does not contain it. Raises ValueError."""
     if not isinstance(digits, str) or not _DIGITS.fullmatch(digits):
         raise ValueError(f"{digits!r} is not a fingerprint of 32 digits")
     return Sums(int(digits[:16], 16), int(digits[16:], 16))
@@ -148,7 +148,7 @@ def _exponent_words(dtype: torch.dtype) -> tuple[int, int]:
 
 
 def _numbers(*of_each: Sequence[int]) -> tuple[Any, ...]:
-    """How many dimensions, and whole, offset and shape as C takes them."""
+    """The number of dimensions, and whole, offset and shape as C arrays."""
     numbers = ctypes.c_int64 * len(of_each[0])
     return (len(of_each[0]), *(numbers(*each) for each in of_each))
 
@@ -162,7 +162,7 @@ def _rows(whole: Sequence[int], offset: Sequence[int], shape: Sequence[int]) -> 
 
 
 def _in_torch(data: torch.Tensor, *, whole: Sequence[int], offset: Sequence[int], shape: Sequence[int]) -> Sums:
-    """The plain form, on the tensor's own device."""
+    """The torch version, on the tensor's own device. int64 products wrap modulo 2^64, which is what the formula needs."""
     columns, first = (shape[-1], offset[-1]) if shape else (1, 0)
     width, rows = data.element_size(), _rows(whole, offset, shape)
     if width == 8:
@@ -184,7 +184,7 @@ def _in_torch(data: torch.Tensor, *, whole: Sequence[int], offset: Sequence[int]
 
 
 def _count_not_finite(data: torch.Tensor) -> torch.Tensor:
-    """int64, on the tensor's device. By the bits: not every format knows `isfinite`."""
+    """int64, on the tensor's device. Tests the bits, because torch has no `isfinite` for every format."""
     mask = _EXPONENT.get(data.dtype, 0)
     if not mask:
         return torch.zeros((), dtype=torch.int64, device=data.device)
@@ -202,7 +202,7 @@ def _mix(x: torch.Tensor) -> torch.Tensor:
 
 
 def _shifted(x: torch.Tensor, by: int) -> torch.Tensor:
-    """Right shift that brings in zeros."""
+    """Logical right shift; torch's `>>` of int64 is arithmetic."""
     return (x >> by) & ((1 << (64 - by)) - 1)
 
 

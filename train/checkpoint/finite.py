@@ -1,4 +1,4 @@
-"""Which checkpoint of a run is free of NaN and infinity: the advice after a run that met them."""
+"""Find the newest checkpoint without NaN or infinity, and advise what to do when a run produced them."""
 
 from pathlib import Path
 
@@ -8,8 +8,8 @@ from train.checkpoint.files import Reader
 
 
 def newest_finite(folder: Path) -> Path | None:
-    """The newest whole checkpoint without NaN or infinity. Reads the numbers of those whose manifest does not say: older versions
-    did not look. CheckpointError where the folder cannot be read."""
+    """The newest whole checkpoint without NaN or infinity. Reads the tensors if the manifest has no count, because older
+    versions did not record one. CheckpointError if the folder cannot be read."""
     for path, manifest in candidates(folder)[0]:
         try:
             reader = Reader(path) if any(record.not_finite is None for record in manifest.tensors.values()) else None
@@ -21,7 +21,7 @@ def newest_finite(folder: Path) -> Path | None:
 
 
 def after_not_finite(folder: Path) -> str:
-    """What to do about NaN or infinity in a run with these checkpoints, in a sentence or two. Never raises."""
+    """Advice after NaN or infinity in a run with these checkpoints, in one or two sentences. Never raises."""
     try:
         newest = newest_finite(folder)
     except CheckpointError as error:

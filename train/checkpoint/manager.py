@@ -1,12 +1,12 @@
-"""When to save, what to keep, and where to resume: the folder `checkpoints/` of one run.
+"""When to save, which checkpoints to keep and which one to resume from: the folder `checkpoints/` of one run.
 
 checkpoints/latest            name of the newest whole checkpoint, replaced atomically and last
-checkpoints/step_00000100/    whole (train.checkpoint.storage)
-checkpoints/.step_...         on its way in or out (train.checkpoint.publishing)
+checkpoints/step_00000100/    a complete checkpoint (train.checkpoint.storage)
+checkpoints/.step_...         being written or deleted (train.checkpoint.publishing)
 
-A save is asked for at a step boundary (`request`). In the background it has three moments: requested; staged, before the
-optimizer's next step (`before_update`); durable, noticed at a later step boundary (`collect`). One save is under way at a
-time: the next request waits for the last.
+A save is requested at a step boundary (`request`). A background save has three stages: requested; staged, before the next
+optimizer update (`before_update`); durable, noticed at a later step boundary (`collect`). Only one save runs at a time: the
+next request waits for it.
 """
 
 import logging
@@ -30,17 +30,17 @@ from train.parallel.mesh import Mesh
 log = logging.getLogger(__name__)
 
 _CLOSE_S = 120.0
-"""How long a run that ends waits for a save under way whose peers may be dead."""
+"""How long a failing run waits for an unfinished save; other ranks of that save may be dead."""
 
 
 @dataclass(frozen=True)
 class Found:
-    """A checkpoint to resume from, and what was passed over on the way to it."""
+    """A checkpoint to resume from, and which newer ones were skipped."""
 
     path: Path
     manifest: Manifest
     notes: list[str] = field(default_factory=list)
-    """What is not as it should be: a torn pointer, newer checkpoints that are damaged."""
+    """Problems found: a torn pointer, damaged newer checkpoints."""
 
 
 class CheckpointFolder:
@@ -50,25 +50,25 @@ class CheckpointFolder:
         self.folder = folder
         self.config = config
         self.saved_step: int | None = None
-        """Step of the newest checkpoint this process knows to be durable."""
+        """Step of the newest checkpoint that is durable, as far as this process knows."""
         self.save_s: float | None = None
         """Seconds the last save took from request to durable."""
         self._staging = Staging()
         self._memory: Memory = {}
         self._memory_step: int | None = None
         self._save: Save | None = None
-        self._told = 0
+        self._reported = 0
         self._pending: list[Event] = []
         self._warned = False
-        self._left: set[str] = set()
-        """Steps that could not be deleted, each said once."""
+        self._warned_steps: set[str] = set()
+        """Steps that could not be deleted and were already warned about."""
 
     def path_of(self, step: int) -> Path:
         """Folder of the checkpoint after `step` optimizer steps."""
         return self.folder / steps.name_of(step)
 
-    def whole(self) -> list[Path]:
-        """Checkpoints that were published, oldest first."""
+    def published(self) -> list[Path]:
+        """Published checkpoints, oldest first."""
         return steps.steps_in(self.folder)
 
     def is_due(self, step: int) -> bool:
@@ -80,7 +80,7 @@ class CheckpointFolder:
         return steps.newest_in(self.folder)
 
     def survey(self, mesh: Mesh) -> tuple[list[tuple[Path, Manifest]], list[str]]:
-        """`steps.candidates` as rank 0 sees them, after it cleaned up what dead processes left. Collective."""
+        """`steps.candidates` of rank 0, on every rank. Rank 0 first removes what killed processes left. Collective."""
         peers = Peers(mesh.saving)
         outcome: Any = None
         if peers.rank == 0:
@@ -92,15 +92,15 @@ class CheckpointFolder:
                 outcome = CheckpointError(f"{self.folder} cannot be read: {error}")
             except CheckpointError as error:
                 outcome = error
-        outcome = peers.hear(outcome)
+        outcome = peers.broadcast(outcome)
         if isinstance(outcome, CheckpointError):
             raise outcome
         return outcome
 
     def resume(self, engine: Engine) -> Found | None:
-        """Fill the engine from the newest checkpoint that proves right; None where there never was one. Collective.
+        """Fill the engine from the newest checkpoint that verifies; None if there never was one. Collective.
 
-        A checkpoint that does not load is passed over, and said. Raises CheckpointError where none loads.
+        A checkpoint that does not load is skipped and noted in the result. Raises CheckpointError if none loads.
         """
         good, notes = self.survey(engine.mesh)
         for path, _ in good:
@@ -116,7 +116,7 @@ class CheckpointFolder:
         return None
 
     def load(self, engine: Engine, path: Path) -> Manifest:
-        """Fill weights, optimizer and random state from `path`, and prove that they are what was saved. Collective."""
+        """Fill weights, optimizer and random state from `path`, and verify that they are what was saved. Collective."""
         manifest = storage.read_training(path, engine)
         self._memory.clear()
         self.saved_step = manifest.step
@@ -125,7 +125,7 @@ class CheckpointFolder:
     def save(self, engine: Engine, state: RunState) -> Path:
         """Write a checkpoint and wait until it is durable. Collective over the world.
 
-        Raises CheckpointError on every rank if any rank could not write; the checkpoints that were there stay.
+        Raises CheckpointError on every rank if any rank could not write; earlier checkpoints are not touched.
         """
         self.request(engine, state, background=False)
         assert self._save is not None
@@ -134,7 +134,7 @@ class CheckpointFolder:
         return self.path_of(state.step)
 
     def request(self, engine: Engine, state: RunState, *, background: bool = True) -> None:
-        """Save the engine as it is now. Waits for the save before it; in the background returns at once. Collective."""
+        """Save the engine's current state. Waits for the previous save; a background save then returns at once. Collective."""
         self.wait()
         if background:
             self.check()  # every rank waited, so every rank knows
@@ -143,9 +143,9 @@ class CheckpointFolder:
         step = state.step
         snapshot = storage.snapshot_of(engine, state)
         if self._memory_step is not None and self._memory_step >= (snapshot.manifest.updates or 0):
-            self._memory.clear()  # no update in between: standing still is right
+            self._memory.clear()  # no update since the last save: unchanged tensors are correct, not stale
         self._memory_step = snapshot.manifest.updates
-        self._told = 0
+        self._reported = 0
         self._save = Save(
             snapshot,
             peers=peers,
@@ -166,34 +166,34 @@ class CheckpointFolder:
             self._note_end()
 
     def before_update(self) -> None:
-        """Wait until the save under way has copied what the optimizer is about to change. Not collective."""
+        """Wait until the running save has copied what the optimizer is about to change. Not collective."""
         if self._save is not None:
             self._save.staged.wait()
 
     @property
     def is_writing(self) -> bool:
-        """Whether a save of this rank is under way."""
+        """Whether this rank has an unfinished save."""
         return self._save is not None and not self._save.done.is_set()
 
     @property
     def has_failed(self) -> bool:
-        """Whether this rank's last save ended in failure."""
+        """Whether this rank's last save failed."""
         return self._save is not None and self._save.done.is_set() and self._save.error is not None
 
     def collect(self) -> list[Event]:
-        """What happened since the last call. Raises nothing: see `check`."""
+        """Save events since the last call. Does not raise: see `check`."""
         news, self._pending = self._pending, []
         if self._save is not None:
             self._note_end()
             events = list(self._save.events)
-            news, self._told = news + events[self._told :], len(events)
+            news, self._reported = news + events[self._reported :], len(events)
         return news
 
     def check(self, *, always: bool = False) -> None:
-        """Raise CheckpointError if the last save failed and the recipe wants to stop then (or always), NumericsError in any case
-        if the state holds NaN or infinity.
+        """Raise CheckpointError if the last save failed and `checkpoint.on_failure` (or `always`) says to stop. Raise
+        NumericsError in any case if the state contains NaN or infinity.
 
-        For when no rank is writing any more and any has failed: all then do.
+        Call it when no rank is writing and one has failed: a save fails on all ranks, so all of them raise.
         """
         save = self._save
         if save is None or save.error is None:
@@ -202,26 +202,26 @@ class CheckpointFolder:
             raise _error_of(save)
 
     def advice(self, mesh: Mesh) -> str:
-        """What to do about NaN or infinity, with the newest finite checkpoint by name. Waits for a save under way. Collective."""
+        """Advice about NaN or infinity that names the newest finite checkpoint. Waits for a running save. Collective."""
         self.wait()
         peers = Peers(mesh.saving)
-        return peers.hear(finite.after_not_finite(self.folder) if peers.rank == 0 else None)
+        return peers.broadcast(finite.after_not_finite(self.folder) if peers.rank == 0 else None)
 
     def is_first_warning(self) -> bool:
-        """True once: what is wrong with the time a save takes need not be said at each."""
+        """True at the first call only: a warning about the duration of saves is given once."""
         first, self._warned = not self._warned, True
         return first
 
     def wait(self) -> None:
-        """Wait for the save under way, whatever its end."""
+        """Wait until the running save has succeeded or failed."""
         if self._save is not None:
             self._save.done.wait()
             self._note_end()
 
     def close(self) -> None:
-        """At the end of a run that failed: give a save under way the time to become durable."""
+        """At the end of a failed run: give a running save time to become durable."""
         if self._save is not None and not self._save.done.wait(_CLOSE_S):
-            log.warning("the save of step %d was still under way and is given up", self._save.step)
+            log.warning("the save of step %d did not finish in %.0f s and is abandoned", self._save.step, _CLOSE_S)
 
     def _note_end(self) -> None:
         save = self._save
@@ -230,14 +230,14 @@ class CheckpointFolder:
             self.save_s = next((e.fields["seconds"] for e in save.events if e.kind == "save"), None)
 
     def _publish(self, manifest: Manifest) -> dict[str, Any]:
-        """On rank 0: name the complete checkpoint and point at it."""
+        """On rank 0: rename the complete checkpoint to its final name and move the pointer to it."""
         final = self.path_of(manifest.step)
         self._warn_of(publishing.publish(disk.aside_of(final), final))
         publishing.point_at(self.folder, final.name)
         return {"path": str(final)}
 
     def _make_room(self, step: int, snapshot: Snapshot) -> None:
-        """Check that the folder can be written and the disk has room, before anything is written."""
+        """Before writing: check that the folder is writable and the disk has enough space."""
         aside = disk.aside_of(self.path_of(step))
         needed = estimated_bytes(snapshot)
         try:
@@ -255,28 +255,28 @@ class CheckpointFolder:
             )
 
     def _retain(self, newest_step: int) -> None:
-        """On rank 0: delete checkpoints beyond `keep_last`, except those `keep_every_steps` keeps for good."""
+        """On rank 0: delete all but the newest `keep_last` checkpoints and those kept for `keep_every_steps`."""
         every = self.config.keep_every_steps
-        numbered = [(steps.step_of(path), path) for path in self.whole()]
+        numbered = [(steps.step_of(path), path) for path in self.published()]
         for step, path in sorted(numbered, reverse=True)[self.config.keep_last :]:
             if step != newest_step and not (every and step % every == 0):
                 self._warn_of(publishing.delete(path))
 
-    def _warn_of(self, left: list[publishing.Left]) -> None:
-        """Say once of each step that it cannot be deleted: a run does not end for it, but it takes room."""
+    def _warn_of(self, left: list[publishing.NotDeleted]) -> None:
+        """Warn once for each step that cannot be deleted. The run continues, but the step uses disk space."""
         for one in left:
             step = one.path.name.removeprefix(".").split(".")[0]
-            if step not in self._left:
-                self._left.add(step)
+            if step not in self._warned_steps:
+                self._warned_steps.add(step)
                 log.warning(
-                    "%s cannot be deleted (%s): it is left there and takes room. Remove it by hand.",
+                    "%s cannot be deleted (%s) and still uses disk space. Remove it by hand.",
                     one.path,
                     f"{one.error.filename or one.path}: {one.error.strerror or one.error}",
                 )
 
 
 def _error_of(save: Save) -> StratumError:
-    """The error that a failed save is to raise."""
+    """The exception for a failed save."""
     if save.is_numeric:
         return NumericsError(save.error)
     return CheckpointError(f"{save.error} The run's earlier checkpoints are intact.")

@@ -1,7 +1,7 @@
-"""Where each part of a checkpoint's tensors lies: index.json, checked against the manifest (`recipes.schema.manifest`).
+"""index.json: in which file each part of a tensor is stored, checked against the manifest (`recipes.schema.manifest`).
 
-Plain JSON, guarded by the manifest's digest, and believed only after every number in it was checked against the files: a
-reader of a hostile or damaged folder gets a CheckpointError with the file's name and the reason, and no code is run.
+It is plain JSON. Its digest is in the manifest, and every number in it is checked against the files before use. A hostile or
+damaged folder gives a CheckpointError with the file's name and the reason; no code from it is run.
 """
 
 import json
@@ -33,13 +33,13 @@ DTYPES = {
     "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
     "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
 }  # fmt: skip
-"""safetensors' names of number formats."""
+"""safetensors' names of dtypes."""
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 @dataclass(frozen=True)
-class Place:
-    """Where a box of a tensor lies: `offset` and `shape` in the whole tensor, `start` in bytes from the file's begin."""
+class StoredBox:
+    """A box of a tensor in a file: `offset` and `shape` in the whole tensor, `start` in bytes from the start of the file."""
 
     file: str
     start: int
@@ -48,24 +48,24 @@ class Place:
 
     @property
     def elements(self) -> int:
-        """How many numbers it has."""
+        """Number of elements."""
         return math.prod(self.shape)
 
 
-Index = dict[str, list[Place]]
-"""The parts of each tensor; together they are the tensor."""
+Index = dict[str, list[StoredBox]]
+"""The stored boxes of each tensor; together they cover it exactly once."""
 
 
 def index_text(index: Index) -> str:
-    """index.json of an index."""
-    files = sorted({place.file for places in index.values() for place in places})
+    """The content of index.json."""
+    files = sorted({stored.file for boxes in index.values() for stored in boxes})
     number = {name: i for i, name in enumerate(files)}
     pieces = {t: [[number[p.file], p.start, list(p.offset), list(p.shape)] for p in index[t]] for t in sorted(index)}
     return json.dumps({"files": files, "pieces": pieces}, separators=(",", ":"))
 
 
 def read_index(folder: Path, manifest: Manifest) -> Index:
-    """Where each tensor's parts lie, checked: digest, names, bounds in tensor and file, every element there once."""
+    """Read index.json and check its digest, names, bounds in tensor and file, and each tensor's number of elements."""
     path = folder / INDEX
     content = read_text(path)
     if sha256(content) != manifest.index_sha256:
@@ -74,26 +74,28 @@ def read_index(folder: Path, manifest: Manifest) -> Index:
     try:
         raw = json.loads(content)
         for tensor, record in manifest.tensors.items():
-            index[tensor] = [_place(raw["files"], piece, manifest, record) for piece in raw["pieces"].get(tensor, [])]
-            elements = sum(math.prod(place.shape) for place in index[tensor])
+            index[tensor] = [
+                _stored_box(raw["files"], piece, manifest, record) for piece in raw["pieces"].get(tensor, [])
+            ]
+            elements = sum(math.prod(stored.shape) for stored in index[tensor])
             if elements != math.prod(record.shape):
                 raise ValueError(f"{tensor} has {math.prod(record.shape):,} elements, its parts {elements:,}")
     except (TypeError, ValueError, KeyError, IndexError, AttributeError, RecursionError) as error:
-        raise CheckpointError(f"{path} does not describe the files beside it: {error}") from error
+        raise CheckpointError(f"{path} does not describe the files in its folder: {error}") from error
     return index
 
 
-def _place(files: list[str], piece: Any, manifest: Manifest, record: TensorRecord) -> Place:
+def _stored_box(files: list[str], piece: Any, manifest: Manifest, record: TensorRecord) -> StoredBox:
     number, start, offset, shape = piece
     if not all(is_count(n) for n in (number, start, *offset, *shape)):
         raise ValueError(f"a part has impossible numbers: {str(piece)[:200]}")
-    place = Place(files[number], start, tuple(offset), tuple(shape))
-    if place.file not in manifest.files:
-        raise ValueError(f"{place.file!r} is not a file of this checkpoint")
-    ends = [o + s for o, s in zip(place.offset, place.shape, strict=True)]
+    stored = StoredBox(files[number], start, tuple(offset), tuple(shape))
+    if stored.file not in manifest.files:
+        raise ValueError(f"{stored.file!r} is not a file of this checkpoint")
+    ends = [o + s for o, s in zip(stored.offset, stored.shape, strict=True)]
     if any(end > size for end, size in zip(ends, record.shape, strict=True)):
         raise ValueError(f"a part reaches outside its tensor: {piece}, {record.shape}")
-    size = math.prod(place.shape) * DTYPE_BYTES[record.dtype]
-    if start + size > manifest.files[place.file]:
-        raise ValueError(f"a part reaches outside {place.file}: {piece}")
-    return place
+    size = math.prod(stored.shape) * DTYPE_BYTES[record.dtype]
+    if start + size > manifest.files[stored.file]:
+        raise ValueError(f"a part reaches outside {stored.file}: {piece}")
+    return stored

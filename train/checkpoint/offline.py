@@ -1,6 +1,6 @@
-"""What can be done with checkpoints without a model or process group: verify, compare, rewrite, put into one file.
+"""Operations on checkpoints without a model or process group: verify, compare, reshard, consolidate into one file.
 
-Memory stays near one tensor. Everything is read through manifest and index, so nothing in a checkpoint is executed.
+Memory use is about one tensor. Everything is read through manifest and index, so nothing in a checkpoint is executed.
 """
 
 import logging
@@ -20,7 +20,7 @@ from recipes.schema.errors import CheckpointError
 from train.checkpoint import fingerprint, publishing
 from train.checkpoint.files import (
     Reader,
-    boxes_of_run,
+    boxes_of_range,
     bytes_of,
     header_of,
     label_of,
@@ -28,19 +28,19 @@ from train.checkpoint.files import (
     read_header,
     whole_tensor,
 )
-from train.checkpoint.manifest import DTYPES, Index, Manifest, Place
+from train.checkpoint.manifest import DTYPES, Index, Manifest, StoredBox
 
 log = logging.getLogger(__name__)
 
 Advance = Callable[[int], None]
-"""Told the bytes of each tensor that is done."""
+"""Progress callback: called with the bytes of each finished tensor."""
 
 
 def verify(folder: Path, advance: Advance) -> list[str]:
-    """Compare every byte of a checkpoint with its manifest: one line for everything that is wrong, NaN and infinity included.
+    """Compare every byte of a checkpoint with its manifest. -> one line for each problem, NaN and infinity included.
 
-    Cached pages are dropped first, so that the disk is asked. Raises CheckpointError where manifest or index do not even
-    read.
+    Cached pages are dropped first, so that the data come from the disk. Raises CheckpointError if the manifest or index
+    cannot be read.
     """
     reader = Reader(folder)
     problems = []
@@ -61,20 +61,20 @@ def verify(folder: Path, advance: Advance) -> list[str]:
                     f"{tensor}: {sums.not_finite:,} of {math.prod(record.shape):,} elements are NaN or infinite"
                 )
             if (found := fingerprint.text(sums)) != record.fingerprint:
-                files = sorted({place.file for place in reader.index[tensor]})
+                files = sorted({stored.file for stored in reader.index[tensor]})
                 problems.append(
-                    f"{tensor}: its fingerprint is {found}, the manifest says {record.fingerprint}; it lies in "
+                    f"{tensor}: its fingerprint is {found}, the manifest says {record.fingerprint}; it is stored in "
                     f"{', '.join(files[:4])}{' ...' * (len(files) > 4)}"
                 )
         advance(record.bytes)
-    strangers = sorted({p.name for p in folder.iterdir()} - listed - {"manifest.json"})
-    problems += [f"{folder / name} is not part of the checkpoint" for name in strangers]
+    unexpected = sorted({p.name for p in folder.iterdir()} - listed - {"manifest.json"})
+    problems += [f"{folder / name} is not part of the checkpoint" for name in unexpected]
     return problems
 
 
 @dataclass(frozen=True)
 class TensorDifference:
-    """Two checkpoints' numbers of one tensor."""
+    """How one tensor differs between two checkpoints."""
 
     name: str
     note: str
@@ -83,13 +83,13 @@ class TensorDifference:
     """Elements that differ."""
     elements: int = 0
     largest: float = 0.0
-    """Largest absolute difference; NaN where only one side is a number."""
+    """Largest absolute difference; NaN if only one side is NaN."""
     relative: float = 0.0
     """Norm of the difference over the norm of A."""
 
 
 def compare(a: Reader, b: Reader, *, values: bool, advance: Advance) -> Iterator[TensorDifference]:
-    """Tensors that are not the same in both; random state aside. values: also read and measure those that differ."""
+    """Tensors that differ, except random state. values: also read them and measure the differences."""
     ours, theirs = a.manifest.tensors, b.manifest.tensors
     for name in sorted({*ours, *theirs}):
         if name.startswith("random."):
@@ -120,22 +120,22 @@ def compare(a: Reader, b: Reader, *, values: bool, advance: Advance) -> Iterator
 
 
 def reshard(folder: Path, out: Path, *, files: int, with_optimizer: bool, advance: Advance) -> Manifest:
-    """Write a checkpoint anew as `files` files of about the same size, proven by its own fingerprints, and publish it at `out`.
+    """Rewrite a checkpoint as `files` files of about equal size, verify it against the old fingerprints, publish it at `out`.
 
-    out: a checkpoint's folder (step_...), or a run's, from which training resumes: with checkpoint, pointer and recipe. It
-    appears whole or not at all; what a killed process left beside it is removed, and said. with_optimizer: false keeps
-    weights only. Raises CheckpointError; nothing is left then.
+    out: a checkpoint's folder (step_...), or a run folder from which training can resume (checkpoint, pointer, recipe). It
+    appears complete or not at all. What a killed run of this command left is removed, with a warning. with_optimizer: false
+    keeps weights only. Raises CheckpointError and then leaves nothing.
     """
     reader = Reader(folder)
     tensors = {
         name: record for name, record in reader.manifest.tensors.items() if with_optimizer or name.startswith("model.")
     }
     if out.exists():
-        raise CheckpointError(f"{out} is there already. Choose another folder, or move it away.")
+        raise CheckpointError(f"{out} already exists. Choose another folder, or move it away.")
     aside = disk.aside_of(out)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        _clear(aside)
+        _remove_leftover(aside)
         disk.make_folder(aside)
         new = aside
         if is_run(out):
@@ -155,7 +155,7 @@ def reshard(folder: Path, out: Path, *, files: int, with_optimizer: bool, advanc
         manifest = publishing.seal(new, manifest, index)
         problems = verify(new, lambda _: None)
         if problems:
-            raise CheckpointError(f"{out} did not come out right: {problems[0]}")
+            raise CheckpointError(f"{out} was not written: the copy does not verify: {problems[0]}")
         if is_run(out):
             publishing.point_at(new.parent, new.name)
             disk.write_text(aside / "recipe.yaml", yaml.safe_dump(manifest.recipe, sort_keys=False))
@@ -163,24 +163,24 @@ def reshard(folder: Path, out: Path, *, files: int, with_optimizer: bool, advanc
     except OSError as error:
         raise CheckpointError(f"{out} cannot be written: {error.strerror or error}") from error
     finally:
-        _give_back(aside)
+        _remove_unfinished(aside)
     return manifest
 
 
 def is_run(out: Path) -> bool:
-    """Whether a folder's name is that of a run rather than of a checkpoint."""
+    """Whether a folder name is a run's, not a checkpoint's."""
     return not out.name.startswith("step_")
 
 
-def _clear(aside: Path) -> None:
-    """Remove what a process left that was killed while it wrote."""
+def _remove_leftover(aside: Path) -> None:
+    """Remove what a killed run of this command left."""
     if aside.exists() or aside.is_symlink():
-        log.warning("%s, which an interrupted run of this command left, is removed", aside)
+        log.warning("removing %s, left by an interrupted run of this command", aside)
         disk.remove_tree(aside) if aside.is_dir() else disk.remove(aside)
 
 
-def _give_back(aside: Path) -> None:
-    """Remove what was not completed, as far as the system lets us: the error under way is the one to tell."""
+def _remove_unfinished(aside: Path) -> None:
+    """Remove unfinished output. Its own errors are ignored, because the error that caused it is the one to report."""
     with suppress(OSError):
         if aside.is_dir():
             disk.remove_tree(aside)
@@ -189,7 +189,7 @@ def _give_back(aside: Path) -> None:
 
 
 def consolidate(folder: Path, out: Path, *, with_optimizer: bool, dtype: torch.dtype | None, advance: Advance) -> int:
-    """Write all weights into one safetensors file, under their names without section. -> bytes written.
+    """Write all weights into one safetensors file, under their names without the `model.` prefix. -> bytes written.
 
     with_optimizer: every tensor, under its full name. dtype: convert floating-point weights to it.
     """
@@ -206,25 +206,25 @@ def consolidate(folder: Path, out: Path, *, with_optimizer: bool, dtype: torch.d
     }
     header, _ = header_of([(labels[n], formats[n], reader.manifest.tensors[n].shape) for n in names], metadata)
     if out.exists():
-        raise CheckpointError(f"{out} is there already. Choose another name, or move it away.")
+        raise CheckpointError(f"{out} already exists. Choose another name, or move it away.")
     aside = disk.aside_of(out)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        _clear(aside)
+        _remove_leftover(aside)
         disk.write_new(aside, [header])
         for name in names:
-            disk.append(aside, [bytes_of(_proven(reader, name).to(formats[name]))])
+            disk.append(aside, [bytes_of(_verified_tensor(reader, name).to(formats[name]))])
             advance(reader.manifest.tensors[name].bytes)
         disk.put_in_place(aside, out)
     except OSError as error:
         raise CheckpointError(f"{out} cannot be written: {error.strerror or error}") from error
     finally:
-        _give_back(aside)
+        _remove_unfinished(aside)
     return out.stat().st_size
 
 
-def _proven(reader: Reader, name: str) -> torch.Tensor:
-    """A whole tensor whose fingerprint is the manifest's; else CheckpointError."""
+def _verified_tensor(reader: Reader, name: str) -> torch.Tensor:
+    """A whole tensor, after its fingerprint was compared with the manifest. CheckpointError if it differs."""
     tensor = whole_tensor(reader, name)
     sums = fingerprint.of_box(tensor, whole=tensor.shape, offset=[0] * tensor.dim(), shape=tensor.shape)
     if fingerprint.text(sums) != reader.manifest.tensors[name].fingerprint:
@@ -239,12 +239,12 @@ def _format(stored: torch.dtype, wanted: torch.dtype | None) -> torch.dtype:
 def _write_share(
     reader: Reader, path: Path, tensors: list[str], number: int, files: int, index: Index, advance: Advance
 ) -> None:
-    """One of `files` files: the same share of every tensor, cut into boxes."""
+    """Write file `number` of `files`: the same share of every tensor, split into boxes."""
     parts = []
     for name in sorted(tensors, key=lambda n: -DTYPES[reader.manifest.tensors[n].dtype].itemsize):
         record = reader.manifest.tensors[name]
         elements = math.prod(record.shape)
-        share = boxes_of_run(record.shape, elements * number // files, elements * (number + 1) // files)
+        share = boxes_of_range(record.shape, elements * number // files, elements * (number + 1) // files)
         parts += [(name, DTYPES[record.dtype], offset, shape) for offset, shape, _ in share]
     header, starts = header_of([(label_of(name, o, s), dtype, s) for name, dtype, o, s in parts])
     disk.write_new(path, [header])
@@ -252,33 +252,39 @@ def _write_share(
         box = torch.empty(shape, dtype=dtype)
         reader.read(name, offset=offset, into=box)
         disk.append(path, [bytes_of(box)])
-        index.setdefault(name, []).append(Place(path.name, start, offset, shape))
+        index.setdefault(name, []).append(StoredBox(path.name, start, offset, shape))
         advance(box.numel() * box.element_size())
     disk.sync(path)
 
 
 def _header_problems(path: Path, reader: Reader) -> list[str]:
-    """Where a file's own header and the index disagree."""
+    """Disagreements between a file's own header and the index."""
     try:
         entries, begin = read_header(path)
-        said = {
+        recorded = {
             label: (entry["dtype"], tuple(entry["shape"]), begin + entry["data_offsets"][0])
             for label, entry in entries.items()
         }
     except (CheckpointError, KeyError, TypeError) as error:
         return [f"{path}: its header cannot be read: {error}"]
     expected = {
-        label_of(tensor, place.offset, place.shape): (reader.manifest.tensors[tensor].dtype, place.shape, place.start)
-        for tensor, places in reader.index.items()
-        for place in places
-        if place.file == path.name
+        label_of(tensor, stored.offset, stored.shape): (
+            reader.manifest.tensors[tensor].dtype,
+            stored.shape,
+            stored.start,
+        )
+        for tensor, boxes in reader.index.items()
+        for stored in boxes
+        if stored.file == path.name
     }
-    if said == expected:
+    if recorded == expected:
         return []
-    return [f"{path}: its header and index.json disagree about {len(said.items() ^ expected.items()) // 2 or 1} parts"]
+    return [
+        f"{path}: its header and index.json disagree about {len(recorded.items() ^ expected.items()) // 2 or 1} parts"
+    ]
 
 
 def _forget_cached(path: Path) -> None:
-    """Ask the system to read this file from the disk the next time."""
+    """Drop a file from the page cache, so that the next read comes from the disk."""
     with opened(path) as handle:
         os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)

@@ -1,12 +1,12 @@
-"""Which boxes of which tensors this rank's model and optimizer hold: Megatron's sharding, said as plain boxes.
+"""Which boxes of which tensors are on this rank: Megatron's sharding of model and optimizer, expressed as plain boxes.
 
     model.NAME                   weights and buffers, whole-model names, fused projections by component
-    optimizer.master.NAME        fp32 master of a weight, where the weight itself is not fp32
+    optimizer.master.NAME        fp32 master of a weight that is not fp32 itself
     optimizer.exp_avg.NAME       first moment            optimizer.exp_avg_sq.NAME   second moment
 
-Megatron's `sharded_state_dict` says where a weight's local part lies in the whole and how fused projections fall apart. Its
-distributed optimizer gives each data-parallel rank a run of elements of each flattened local weight. Such a run, cut at
-the components' borders, is a few boxes: one optimizer state needs no gathering and has a place in the whole tensor.
+Megatron's `sharded_state_dict` gives a local weight's offset in the whole tensor and the components of fused projections. Its
+distributed optimizer gives each data-parallel rank a contiguous range of each flattened local weight. Split at component
+boundaries, such a range is a few boxes of whole tensors, so optimizer state is saved without gathering it.
 """
 
 import math
@@ -20,7 +20,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTenso
 from megatron.core.optimizer.optimizer import MegatronOptimizer
 
 from recipes.schema.errors import CheckpointError
-from train.checkpoint.files import Piece, boxes_of_run
+from train.checkpoint.files import Piece, boxes_of_range
 
 MODEL, MASTER = "model.", "optimizer.master."
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -30,10 +30,10 @@ _METADATA = {"distrib_optim_sharding_type": "fully_reshardable", "singleton_loca
 
 @dataclass(frozen=True)
 class Component:
-    """A block of elements of a local tensor and the box of a whole tensor that it is."""
+    """A contiguous block of a local tensor, and the box of the whole tensor that it corresponds to."""
 
     name: str
-    """Whole-model name, without a section."""
+    """Whole-model name, without the `model.` or `optimizer.` prefix."""
     whole: tuple[int, ...]
     offset: tuple[int, ...]
     shape: tuple[int, ...]
@@ -42,48 +42,49 @@ class Component:
 
 
 @dataclass(frozen=True)
-class Local:
-    """A parameter or buffer of this rank and what it is of the whole model."""
+class LocalTensor:
+    """A parameter or buffer of this rank, and the parts of the whole model that it contains."""
 
     data: torch.Tensor
-    """Ordinary numbers, contiguous."""
+    """A plain contiguous tensor."""
     source: torch.Tensor
-    """What the module holds: `data` itself, or a weight kept in FP8 of which `data` is the decoded copy."""
+    """The module's own tensor: `data` itself, or an FP8 weight that `data` is the decoded copy of."""
     components: list[Component]
     is_counted: bool
-    """Whether it counts for the whole: false for a copy another tensor or pipeline rank holds (norms, tied embeddings)."""
+    """Whether this rank's copy is the one saved: false for copies of norms and tied embeddings that another tensor or
+    pipeline rank saves."""
     data_replica: int
-    """Index among the data-parallel (and context) ranks that hold the same."""
+    """Index among the data-parallel (and context) ranks with the same tensor."""
     is_trained: bool
-    """Whether an optimizer has its state."""
+    """Whether it has optimizer state."""
 
 
 @dataclass(frozen=True)
 class OptimizerPart:
-    """What this rank's optimizer keeps of one parameter: elements `start` up to `end` of the flattened local weight."""
+    """This rank's optimizer state of one parameter: elements [start, end) of the flattened local weight."""
 
-    local: Local
+    local: LocalTensor
     parameter: torch.nn.Parameter
     start: int
     end: int
     master: torch.Tensor
-    """fp32, [end - start]; shares the weight's memory where that is fp32."""
+    """fp32, [end - start]; shares the weight's memory if the weight is fp32."""
     moments: dict[str, torch.Tensor]
     group: dict[str, Any]
-    """The optimizer's own: lr, weight_decay, betas, eps, step."""
+    """The optimizer's parameter group: lr, weight_decay, betas, eps, step."""
 
     @property
     def has_master(self) -> bool:
-        """Whether the master is another number than the weight."""
+        """Whether the master is stored separately from the weight."""
         return self.master.untyped_storage().data_ptr() != self.parameter.untyped_storage().data_ptr()
 
 
-def locals_of(modules: Sequence[Any], data_group: Any) -> dict[str, Local]:
+def local_tensors_of(modules: Sequence[Any], data_group: Any) -> dict[str, LocalTensor]:
     """Parameters and persistent buffers of unwrapped model chunks, by (chunk index and) local name.
 
     data_group: the data-parallel ranks, context ranks included. Raises CheckpointError for state that is not a tensor.
     """
-    found: dict[str, Local] = {}
+    found: dict[str, LocalTensor] = {}
     for index, module in enumerate(modules):
         trained = {name for name, parameter in module.named_parameters() if parameter.requires_grad}
         state = module.sharded_state_dict(metadata={**_METADATA, "dp_cp_group": data_group})
@@ -95,25 +96,25 @@ def locals_of(modules: Sequence[Any], data_group: Any) -> dict[str, Local]:
     return found
 
 
-def owned_pieces(locals_: dict[str, Local], parts: Sequence[OptimizerPart] | None) -> list[Piece]:
-    """What this rank writes: every element of the model and its optimizer is in one rank's pieces, once.
+def owned_pieces(local_tensors: dict[str, LocalTensor], parts: Sequence[OptimizerPart] | None) -> list[Piece]:
+    """What this rank writes. Over all ranks, every element of the model and its optimizer is written exactly once.
 
-    Of a weight a rank writes the run whose optimizer state it holds; of a buffer, or without an optimizer (None), the first
-    replica all of it.
+    A rank writes the range of a weight whose optimizer state it has. Buffers, and weights without an optimizer (None), are
+    written whole by the first replica.
     """
     pieces: list[Piece] = []
     for part in parts or ():
         if part.local.is_counted:
             pieces += [piece for group in part_pieces(part).values() for piece in group]
-    for local in locals_.values():
-        is_shared_out = parts is not None and local.is_trained
-        if not is_shared_out and local.is_counted and local.data_replica == 0:
+    for local in local_tensors.values():
+        is_in_parts = parts is not None and local.is_trained
+        if not is_in_parts and local.is_counted and local.data_replica == 0:
             pieces += _cut(MODEL, local, local.data.reshape(-1), 0)
     return pieces
 
 
 def part_pieces(part: OptimizerPart) -> dict[str, list[Piece]]:
-    """Pieces of this rank's run of a parameter: `weight`, `master` where that is another number, and the moments."""
+    """Pieces of this rank's range of a parameter: `weight`, `master` if it is stored separately, and the moments."""
     weight = part.local.data.reshape(-1)[part.start : part.end]
     pieces = {"weight": _cut(MODEL, part.local, weight, part.start)}
     if part.has_master:
@@ -124,34 +125,36 @@ def part_pieces(part: OptimizerPart) -> dict[str, list[Piece]]:
 
 
 def copied_pieces(parts: Sequence[OptimizerPart]) -> list[Piece]:
-    """This rank's runs of weights that another tensor or pipeline rank writes (norms, tied embeddings) but that this one trains
-    too: equal to the bit as long as nothing went wrong."""
+    """This rank's ranges of weights that it also trains but another tensor or pipeline rank writes (norms, tied embeddings).
+    The copies are bitwise equal unless something went wrong."""
     return [piece for part in parts if not part.local.is_counted for piece in part_pieces(part)["weight"]]
 
 
-def weight_pieces(locals_: dict[str, Local]) -> list[Piece]:
+def weight_pieces(local_tensors: dict[str, LocalTensor]) -> list[Piece]:
     """Every local weight and buffer, whole."""
-    return [piece for local in locals_.values() for piece in _cut(MODEL, local, local.data.reshape(-1), 0)]
+    return [piece for local in local_tensors.values() for piece in _cut(MODEL, local, local.data.reshape(-1), 0)]
 
 
 def optimizer_pieces(parts: Sequence[OptimizerPart]) -> list[Piece]:
-    """Masters (where they are not the weights) and moments of this rank's optimizer."""
+    """Separate masters and the moments of this rank's optimizer."""
     return [
         piece for part in parts for name, pieces in part_pieces(part).items() for piece in pieces if name != "weight"
     ]
 
 
 def optimizer_parts(
-    optimizer: MegatronOptimizer, modules: Sequence[Any], locals_: dict[str, Local]
+    optimizer: MegatronOptimizer, modules: Sequence[Any], local_tensors: dict[str, LocalTensor]
 ) -> list[OptimizerPart]:
-    """What this rank's distributed optimizer holds of each parameter, in the order of the model's names."""
+    """This rank's distributed optimizer state of each parameter, in the order of the model's names."""
     names = {
-        parameter: locals_[f"{index}/{name}"]
+        parameter: local_tensors[f"{index}/{name}"]
         for index, module in enumerate(modules)
         for name, parameter in module.named_parameters()
-        if f"{index}/{name}" in locals_
+        if f"{index}/{name}" in local_tensors
     }
     parts = {}
+    # Megatron chains one optimizer for each kind of parameter. One without parameters on this rank has no buffer map. Its
+    # accessors for ranges and state are private; there are no public ones.
     for piece in getattr(optimizer, "chained_optimizers", [optimizer]):
         for parameter in getattr(piece, "model_param_gbuf_map", {}):
             run = piece._get_model_param_range_map(parameter)["param"]
@@ -169,14 +172,14 @@ def optimizer_parts(
     return [parts[parameter] for parameter in names if parameter in parts]
 
 
-def _cut(section: str, local: Local, values: torch.Tensor, start: int) -> list[Piece]:
-    """Pieces of `values`, elements from `start` on of the flattened local tensor."""
+def _cut(section: str, local: LocalTensor, values: torch.Tensor, start: int) -> list[Piece]:
+    """Pieces of `values`, which are elements of the flattened local tensor from `start` on."""
     pieces = []
     end = start + values.numel()
     for component in local.components:
         low = max(start, component.start) - component.start
         high = min(end, component.start + math.prod(component.shape)) - component.start
-        for offset, shape, first in boxes_of_run(component.shape, low, high):
+        for offset, shape, first in boxes_of_range(component.shape, low, high):
             at = component.start + first - start
             pieces.append(
                 Piece(
@@ -190,22 +193,23 @@ def _cut(section: str, local: Local, values: torch.Tensor, start: int) -> list[P
     return pieces
 
 
-def _local(value: ShardedTensor | ShardedTensorFactory, *, is_trained: bool) -> Local:
+def _local(value: ShardedTensor | ShardedTensorFactory, *, is_trained: bool) -> LocalTensor:
     source = value.data.detach()
-    # A weight kept in FP8 between steps is decoded (not run: needs a GPU).
+    # An FP8 weight (Transformer Engine) is decoded first. Not tested: needs a GPU.
     data = source if type(source) is torch.Tensor else source.dequantize()
     parts = [value] if isinstance(value, ShardedTensor) else list(nested_values(replace(value, data=data).build()))
+    # Megatron's replica id is (pipeline, tensor, data) or the data-parallel index alone. The copy to save has zeros in front.
     replica = value.replica_id if isinstance(value.replica_id, tuple) else (0, 0, value.replica_id)
     components = []
     for part in parts:
-        assert not part.prepend_axis_num and part.flattened_range is None, f"{part.key}: one tensor a layer"
+        assert not part.prepend_axis_num and part.flattened_range is None, f"{part.key}: expected one tensor per layer"
         start = part.data.storage_offset() - data.storage_offset() if part is not value else 0
         components.append(
             Component(part.key, tuple(part.global_shape), tuple(part.global_offset), tuple(part.local_shape), start)
         )
-    assert data.is_contiguous(), f"{value.key}: filled in place"
+    assert data.is_contiguous(), f"{value.key}: must be contiguous, because loading fills it in place"
     assert sum(math.prod(c.shape) for c in components) == data.numel(), f"{value.key}: its components are not the whole"
-    return Local(data, source, components, not any(replica[:-1]), replica[-1], is_trained)
+    return LocalTensor(data, source, components, not any(replica[:-1]), replica[-1], is_trained)
 
 
 def _refuse_pickled(value: ShardedObject) -> None:
@@ -213,6 +217,6 @@ def _refuse_pickled(value: ShardedObject) -> None:
     if data is None or (isinstance(data, torch.Tensor) and data.numel() == 0):
         return
     raise CheckpointError(
-        f"{value.key} is state of kind {type(data).__name__}, which only a pickle could hold; checkpoints hold tensors. Keep "
-        f"it in a buffer."
+        f"{value.key} is a {type(data).__name__}, which only a pickle could store; checkpoints store tensors only. Make it a "
+        f"buffer."
     )

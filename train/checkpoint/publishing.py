@@ -1,8 +1,8 @@
-"""Making a checkpoint visible, and taking old ones away: renames in an order in which a kill loses nothing.
+"""Publishing a checkpoint and deleting old ones, by renames in an order in which a kill at any point loses nothing.
 
-.step_00000150.writing     being written; left by a process that died; removed by the next save
-.step_00000150.replaced    a damaged or older step of the same number, for the moment in which the new one takes its place
-.step_00000050.deleting    no longer kept; or what cannot be deleted: left there, and tried again by later saves
+.step_00000150.writing     being written; if left by a killed process, the next save removes it
+.step_00000150.replaced    the old checkpoint of the same step, while the new one replaces it
+.step_00000050.deleting    being deleted; if that fails it stays, and later saves try again
 latest                     name of the newest checkpoint; replaced atomically, last
 """
 
@@ -18,9 +18,9 @@ from train.checkpoint.manifest import INDEX, MANIFEST, Index, Manifest, index_te
 
 
 def seal(aside: Path, manifest: Manifest, index: Index) -> Manifest:
-    """Add index and manifest to the files written aside and make everything durable. -> the complete manifest.
+    """Add index and manifest to the files in the temporary folder and make all durable. -> the complete manifest.
 
-    manifest: with its tensors, and its files but the index.
+    manifest: has its tensors, and all its files except the index.
     """
     text = index_text(index)
     files = manifest.files | {INDEX: len(text.encode())}
@@ -33,15 +33,16 @@ def seal(aside: Path, manifest: Manifest, index: Index) -> Manifest:
 
 
 @dataclass(frozen=True)
-class Left:
-    """What should be deleted and cannot be: files of another owner, an immutable one, one that an NFS client holds open."""
+class NotDeleted:
+    """What could not be deleted, e.g. another owner's file, an immutable one, or one an NFS client has open."""
 
     path: Path
     error: OSError
 
 
-def publish(aside: Path, final: Path) -> list[Left]:
-    """Give a complete, durable folder its name; what had the name goes away. A kill leaves the old or the new (`clean_up`)."""
+def publish(aside: Path, final: Path) -> list[NotDeleted]:
+    """Rename a complete, durable folder to its final name and delete what had that name. After a kill at any point, `clean_up`
+    gives the old or the new checkpoint."""
     old = _free(final.with_name(f".{final.name}.replaced"))
     if final.exists():
         disk.rename(final, old)
@@ -51,24 +52,24 @@ def publish(aside: Path, final: Path) -> list[Left]:
 
 
 def point_at(folder: Path, name: str) -> None:
-    """Move the pointer, atomically: a reader sees the old or the new name, never part of one."""
+    """Replace the pointer atomically: a reader sees the old or the new name, never a part of one."""
     disk.write_text(folder / POINTER, name + "\n")
 
 
-def delete(path: Path) -> list[Left]:
-    """Take a checkpoint away. Renamed first, so that a reader never meets half of one. Raises nothing: see what comes back."""
-    doomed = _free(path.with_name(f".{path.name}.deleting"))
+def delete(path: Path) -> list[NotDeleted]:
+    """Delete a checkpoint. It is renamed first, so that a reader never sees half of one. Does not raise: see the result."""
+    deleting = _free(path.with_name(f".{path.name}.deleting"))
     try:
-        disk.rename(path, doomed)
+        disk.rename(path, deleting)
     except OSError as error:
-        return [Left(path, error)]
-    return _discard(doomed)
+        return [NotDeleted(path, error)]
+    return _discard(deleting)
 
 
-def clean_up(folder: Path) -> list[Left]:
-    """Remove what processes that died left behind. A replaced step whose successor never came gets its name back.
+def clean_up(folder: Path) -> list[NotDeleted]:
+    """Remove what killed processes left. A replaced checkpoint whose successor was never published gets its name back.
 
-    What cannot be removed is out of the way of later saves, if it can be renamed, and comes back.
+    What cannot be removed is renamed if possible, so that it does not block later saves, and is returned.
     """
     left = []
     for leftover in sorted(folder.glob(".*")):
@@ -77,26 +78,26 @@ def clean_up(folder: Path) -> list[Left]:
             try:
                 disk.rename(leftover, final)
             except OSError as error:
-                left.append(Left(leftover, error))
+                left.append(NotDeleted(leftover, error))
         elif name.endswith((".writing", ".deleting", ".replaced")):
             left += _discard(leftover)
     return left
 
 
-def _discard(path: Path) -> list[Left]:
-    """Remove a file or folder; what cannot be gets a name that no save needs."""
+def _discard(path: Path) -> list[NotDeleted]:
+    """Remove a file or folder. If that fails, rename it to a name that no save uses."""
     try:
         disk.remove_tree(path) if path.is_dir() else disk.remove(path)
     except OSError as error:
         if not path.name.endswith(".deleting"):
             with suppress(OSError):
                 disk.rename(path, _free(path.with_name(f"{path.name}.deleting")))
-        return [Left(path, error)]
+        return [NotDeleted(path, error)]
     return []
 
 
 def _free(path: Path) -> Path:
-    """This name, or one with a number before its last part that nothing has: `.step_00000050.2.deleting`."""
+    """This path, or the first unused one with a number before the suffix: `.step_00000050.2.deleting`."""
     stem, _, kind = path.name.rpartition(".")
     for number in itertools.count(2):
         if not os.path.lexists(path):

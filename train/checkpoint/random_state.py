@@ -1,4 +1,4 @@
-"""Random state in a checkpoint: saved rank by rank, taken up where the degrees are the same, derived where they are not.
+"""Random state in a checkpoint: saved by each rank, restored at the same layout, derived from the seed at another one.
 
 random.RANK.torch   random.RANK.cuda   random.RANK.tracker.NAME      torch's generators, and those of Megatron's tracker
 """
@@ -13,8 +13,8 @@ from train.checkpoint.manifest import DTYPE_NAMES, describe_layout
 from train.parallel.mesh import Mesh, seed_random_state
 
 RANDOM = "random."
-_SEEDS_APART = 1_000_003
-"""Between the seeds of two steps; Megatron adds a few thousand for tensor and pipeline ranks."""
+_SEED_STRIDE = 1_000_003
+"""Difference of the seeds of two steps: a prime far above the few thousand that Megatron adds for tensor and pipeline ranks."""
 
 
 def random_states(mesh: Mesh) -> dict[str, torch.Tensor]:
@@ -27,7 +27,7 @@ def random_states(mesh: Mesh) -> dict[str, torch.Tensor]:
 
 
 def random_pieces(mesh: Mesh) -> list[Piece]:
-    """What this rank saves."""
+    """The random state that this rank saves."""
     return [
         Piece(f"{RANDOM}{mesh.rank:05d}.{name}", (state.numel(),), (0,), (state.numel(),), state.contiguous())
         for name, state in random_states(mesh).items()
@@ -35,12 +35,13 @@ def random_pieces(mesh: Mesh) -> list[Piece]:
 
 
 def restore_random_state(reader: Reader, mesh: Mesh) -> None:
-    """Restore the saved random state, proven by its fingerprints, if layout and kind of device are the same.
+    """Restore the saved random state, after comparing fingerprints, if the layout and the kind of device are the same.
 
-    At others no state fits (a rank draws for other parts of the model): each rank is seeded from the saved seed and step alone,
-    the same at each resume from there, and not what the run began with. Weights alone come without any: the seed's state stays.
+    Otherwise no saved state fits, because a rank draws for other parts of the model. Each rank is then seeded from the saved
+    seed and step: the same at each resume from this checkpoint, different from the start of the run. A checkpoint of weights
+    only has no random state; the current state is not changed then.
 
-    Not collective. Raises CheckpointError where the state is not what was saved.
+    Not collective. Raises CheckpointError if the state is not what was saved.
     """
     manifest = reader.manifest
     names = {name for name in manifest.tensors if name.startswith(RANDOM)}
@@ -50,11 +51,12 @@ def restore_random_state(reader: Reader, mesh: Mesh) -> None:
     if describe_layout(manifest.layout) != mesh.layout.describe() or was_on_gpu != (mesh.device.type == "cuda"):
         run = manifest.recipe.get("run")
         seed = run.get("seed") if isinstance(run, dict) else None
-        seed_random_state(((seed if isinstance(seed, int) else 0) + _SEEDS_APART * manifest.step) % 2**31)
+        seed_random_state(((seed if isinstance(seed, int) else 0) + _SEED_STRIDE * manifest.step) % 2**31)
         return
     tracked = dict(get_cuda_rng_tracker().get_states())
     saved = {
-        name: _proven(reader, f"{RANDOM}{mesh.rank:05d}.{name}", like) for name, like in random_states(mesh).items()
+        name: _verified_state(reader, f"{RANDOM}{mesh.rank:05d}.{name}", like)
+        for name, like in random_states(mesh).items()
     }
     try:
         for name, state in saved.items():
@@ -65,12 +67,12 @@ def restore_random_state(reader: Reader, mesh: Mesh) -> None:
             else:
                 tracked[name.removeprefix("tracker.")] = state
     except RuntimeError as error:
-        raise CheckpointError(f"{reader.folder}: the random state is not one of this torch: {error}") from error
+        raise CheckpointError(f"{reader.folder}: this torch version cannot use the random state: {error}") from error
     get_cuda_rng_tracker().set_states(tracked)
 
 
-def _proven(reader: Reader, key: str, like: torch.Tensor) -> torch.Tensor:
-    """A saved state of the format and size of `like`, after its fingerprint was compared with the manifest's."""
+def _verified_state(reader: Reader, key: str, like: torch.Tensor) -> torch.Tensor:
+    """A saved state with the dtype and size of `like`, after its fingerprint was compared with the manifest's."""
     record = reader.manifest.tensors.get(key)
     if record is None or (record.dtype, record.shape) != (DTYPE_NAMES[like.dtype], (like.numel(),)):
         found = "is missing" if record is None else f"is {record.dtype} {record.shape}"

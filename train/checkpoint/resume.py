@@ -1,6 +1,6 @@
-"""Where a run starts: at its newest checkpoint that proves right, after an audit of what changed since, or at zero, aloud.
+"""Where a run starts: from the newest checkpoint that verifies, after reporting what changed; otherwise from step 0.
 
-survey of the folder -> is this resume allowed? (mode, tokenizer, data, recipe) -> load and prove -> one table for the user
+survey of the folder -> is this resume allowed? (mode, tokenizer, data, recipe) -> load and verify -> one table for the user
 """
 
 from dataclasses import dataclass, replace
@@ -19,7 +19,7 @@ from train.checkpoint.manifest import Manifest, RunState, describe_layout
 from train.engine import Engine
 
 TEACHER = "teacher"
-"""Key of a checkpoint's lineage: who taught the model (`train.distill.teacher.identity`)."""
+"""Key of a checkpoint's lineage: the teacher that the model learned from (`train.distill.teacher.identity`)."""
 
 
 @dataclass(frozen=True)
@@ -27,13 +27,13 @@ class Start:
     """Where training begins."""
 
     state: RunState
-    """What the next save starts from: step and position, and where the weights come from."""
+    """Step, position and lineage that training continues from; the next save copies its other fields."""
     text: str | None
-    """What the user should see."""
+    """The text to show the user."""
 
 
 def resume(checkpoints: CheckpointFolder, engine: Engine, *, recipe: Recipe, new: RunState) -> Start:
-    """Load the newest checkpoint that proves right, where the recipe allows it. Collective over the world.
+    """Load the newest checkpoint that verifies, if the recipe allows it. Collective over the world.
 
     new: the run as it would start at step 0, with this recipe, data and tokenizer. A loaded checkpoint's step, position and
     lineage replace its own. Raises CheckpointError, DataError, RecipeError.
@@ -52,6 +52,7 @@ def resume(checkpoints: CheckpointFolder, engine: Engine, *, recipe: Recipe, new
                 taught_by=engine.teacher,
             )
         )
+    # Loading may fall back to an older checkpoint than the one checked above, so the rules are checked again below.
     found = checkpoints.resume(engine)
     lineage = (found.manifest.lineage if found else new.lineage) | _taught_by(engine)
     if found is None:
@@ -69,7 +70,7 @@ def resume(checkpoints: CheckpointFolder, engine: Engine, *, recipe: Recipe, new
 
 
 def _audit(found: Found, engine: Engine, *, recipe: Recipe, new: RunState) -> str:
-    """The table a user sees on resume: what was saved, what goes on now, and every difference by what it does."""
+    """The table a user sees on resume: what was saved, what runs now, and the effect of every difference."""
     manifest = found.manifest
     now = engine.mesh.layout.describe()
     teacher = engine.teacher
@@ -84,14 +85,14 @@ def _audit(found: Found, engine: Engine, *, recipe: Recipe, new: RunState) -> st
         (
             "optimizer",
             "fresh moments" if manifest.updates is None else f"{manifest.updates:,} updates",
-            "none saved: starts anew" if manifest.updates is None else "the same",
+            "none saved: starts fresh" if manifest.updates is None else "the same",
         ),
         (
             "random state",
             "",
             "restored" if then == now else "seeded by seed and step (another layout)",
         ),
-        ("weights", manifest.fingerprint[:16], "proven: fingerprints agree after loading"),
+        ("weights", manifest.fingerprint[:16], "verified: fingerprints agree after loading"),
         ("data", manifest.data_hash[:12] or "unknown", _same_data(manifest, new.data_hash)),
     ]
     if manifest.kernels or new.kernels:
@@ -115,11 +116,11 @@ def _audit(found: Found, engine: Engine, *, recipe: Recipe, new: RunState) -> st
 def _same_data(manifest: Manifest, data_hash: str) -> str:
     if not manifest.data_hash:
         return f"{data_hash[:12]}: cannot be compared"
-    return "the same" if manifest.data_hash == data_hash else f"{data_hash[:12]}: OTHER ROWS from here on (allowed)"
+    return "the same" if manifest.data_hash == data_hash else f"{data_hash[:12]}: DIFFERENT ROWS from here on (allowed)"
 
 
 def _changes(manifest: Manifest, mapping: dict[str, Any]) -> list[Difference]:
-    """Differences of the recipes, without those that only say where and how to run."""
+    """Differences of the recipes, except fields about where and how to run."""
     quiet = ("launch.", "telemetry.", "evaluate.", "checkpoint.", "run.stop_after_steps", "run.threads", "parallel.")
     if not manifest.recipe:
         return []
@@ -155,7 +156,7 @@ def _rate(mapping: dict[str, Any], manifest: Manifest) -> str:
 
 
 def _from_zero(checkpoints: CheckpointFolder) -> str | None:
-    """Refuse to start a run over whose checkpoints are lost, as its record tells; say so where it never had one."""
+    """Refuse to start at step 0 if metrics.jsonl records checkpoints that are gone. Warn if the run never saved one."""
     _, lost = newest_of(checkpoints.folder.parent)
     if lost is not None:
         refuse([lost], CheckpointError)
@@ -164,7 +165,7 @@ def _from_zero(checkpoints: CheckpointFolder) -> str | None:
     last = max((line["step"] for line in lines if line["kind"] == "step"), default=0)
     if last:
         return (
-            f"warning: {checkpoints.folder.parent} holds {last:,} steps of a run that ended before its first checkpoint; "
-            f"training starts at step 0."
+            f"warning: {checkpoints.folder.parent} has metrics of {last:,} steps of a run that ended before its first "
+            f"checkpoint; training starts at step 0."
         )
     return None

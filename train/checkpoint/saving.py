@@ -1,13 +1,13 @@
-"""One save, from the request at a step boundary to a durable checkpoint. Each rank makes a `Save`; together they act.
+"""One save, from the request at a step boundary to a durable checkpoint. Each rank makes a `Save`; they act collectively.
 
-    every rank   fingerprint live tensors, copy them aside (staged)      until then the optimizer may not step
+    every rank   fingerprint live tensors, copy them (staged)            the optimizer may not update before this is done
     rank 0       make .step_N.writing
     every rank   write its file and fsync it; meanwhile read it back and compare fingerprints (train.checkpoint.writing)
-    rank 0       add up, check that nothing is missing, manifest, fsync all, rename, pointer                 (durable)
-    rank 0       delete what is no longer kept
+    rank 0       add up fingerprints, check that nothing is missing, manifest, fsync all, rename, pointer    (durable)
+    rank 0       delete checkpoints that are no longer kept
 
-All of it runs in a thread beside training, or in the caller's. The ranks agree over a process group of their own, so that
-they never meet training's collectives. A thread dies with its process: a killed trainer leaves no writer behind.
+It runs in a background thread or in the caller's thread. The ranks use a separate process group, so that a background save
+cannot mix with the collectives of training. A thread dies with its process: a killed trainer leaves no writer running.
 """
 
 import logging
@@ -27,9 +27,9 @@ from recipes.schema.errors import CheckpointError
 from train.checkpoint import fingerprint, publishing, stale
 from train.checkpoint.files import Piece, bytes_of
 from train.checkpoint.fingerprint import Sums
-from train.checkpoint.manifest import DTYPE_NAMES, Index, Manifest, Place, TensorRecord, describe_not_finite
+from train.checkpoint.manifest import DTYPE_NAMES, Index, Manifest, StoredBox, TensorRecord, describe_not_finite
 from train.checkpoint.pieces import OptimizerPart, part_pieces
-from train.checkpoint.writing import FilePlan, plan_file, write_proven
+from train.checkpoint.writing import FilePlan, plan_file, write_verified
 
 log = logging.getLogger(__name__)
 
@@ -45,19 +45,19 @@ class Event:
 
 @dataclass(frozen=True)
 class Snapshot:
-    """What a rank has to write."""
+    """What one rank writes in a save."""
 
     manifest: Manifest
-    """Without tensors, files and digest: these come at the end."""
+    """Without tensors, files and digest, which are known only at the end."""
     pieces: list[Piece]
     parts: list[OptimizerPart] = field(default_factory=list)
-    """To judge whether training moved them; empty: not judged."""
+    """Checked for whether training changed them (train.checkpoint.stale); empty: no check."""
     copies: list[Piece] = field(default_factory=list)
-    """What this rank trains beside the rank that writes it; compared, not written."""
+    """Weights that this rank also trains but another rank writes: compared, not written."""
 
 
 class Peers:
-    """The ranks that save together, in a gloo group of their own (`Mesh.saving`)."""
+    """The ranks of a save, in a separate gloo group (`Mesh.saving`)."""
 
     def __init__(self, group: dist.ProcessGroup | None) -> None:
         self.is_alone = group is None
@@ -65,15 +65,15 @@ class Peers:
         self.group = group
 
     def gather(self, value: Any) -> list[Any] | None:
-        """Every rank's value, on rank 0; None elsewhere."""
+        """Every rank's value on rank 0; None on the others."""
         if self.is_alone:
             return [value]
         values = [None] * dist.get_world_size() if self.rank == 0 else None
         dist.gather_object(value, values, dst=0, group=self.group)
         return values
 
-    def hear(self, value: Any) -> Any:
-        """Rank 0's value, everywhere."""
+    def broadcast(self, value: Any) -> Any:
+        """Rank 0's value, on every rank."""
         if self.is_alone:
             return value
         box = [value]
@@ -82,26 +82,26 @@ class Peers:
 
 
 class Staging:
-    """Host memory that a save copies to; kept, so that its pages are there the next time."""
+    """Host memory that a save copies to. It is reused, so that its pages are already mapped at the next save."""
 
     def __init__(self) -> None:
         self._buffer = torch.empty(0, dtype=torch.uint8)
 
     def of_size(self, size: int, device: torch.device) -> torch.Tensor:
-        """At least `size` bytes, page-locked where the source is a GPU."""
+        """A buffer of `size` bytes, page-locked if the source is a GPU."""
         if self._buffer.numel() < size:
-            self._buffer = torch.empty(0, dtype=torch.uint8)
+            self._buffer = torch.empty(0, dtype=torch.uint8)  # frees the old buffer before the larger one is allocated
             self._buffer = torch.empty(size, dtype=torch.uint8, pin_memory=device.type == "cuda")
         return self._buffer[:size]
 
 
 Memory = dict[str, stale.PartSums]
-"""Partial fingerprints of this rank's parts at its last save, by the part's first label."""
+"""Fingerprints of this rank's optimizer parts at its last save, by `part_key`."""
 
 
 @dataclass(frozen=True)
-class _Told:
-    """What a rank tells rank 0 after writing."""
+class _RankResult:
+    """What a rank reports to rank 0 after writing."""
 
     error: str | None
     may_retry: bool = True
@@ -126,7 +126,7 @@ class _Outcome:
 
 
 class Save:
-    """One rank's part in one save. `run` (in whatever thread) does it all; it never raises: see `error`."""
+    """One rank's part of one save. `run`, in any thread, does all of it and never raises: see `error`."""
 
     def __init__(
         self,
@@ -143,16 +143,16 @@ class Save:
         retries: int,
         retry_wait_s: float,
     ) -> None:
-        """staging: copy there first (a background save); None writes from the live tensors.
+        """staging: copy the tensors there first (a background save); None writes from the live tensors.
 
-        prepare, publish, retire: run on rank 0 before the writing, after it, and when the save is durable and known to be.
-        advice: also on rank 0; what to do where the state is refused because it holds NaN or infinity.
-        memory is replaced in place when the save is durable.
+        prepare, publish, retire: called on rank 0 before writing, after writing, and after all ranks know that the save is
+        durable. advice: called on rank 0 if the state is refused because of NaN or infinity.
+        memory is updated in place when the save is durable.
         """
         self.step = snapshot.manifest.step
         self.error: str | None = None
         self.is_numeric = False
-        """Whether `error` is that the state holds NaN or infinity."""
+        """Whether `error` is about NaN or infinity in the state."""
         self.events: list[Event] = []
         self.staged = threading.Event()
         self.done = threading.Event()
@@ -192,7 +192,7 @@ class Save:
         self.done.set()
 
     def _stage(self) -> str | None:
-        """Fingerprint the live tensors, on the way copying them. -> what is stale."""
+        """Fingerprint the live tensors and copy them in the same pass. -> an error if one is stale."""
         started, cpu = time.perf_counter(), time.thread_time()
         if self._device.type == "cuda":
             self._stage_from_gpu()
@@ -211,12 +211,12 @@ class Save:
             for piece, start in zip(self._plan.pieces, self._plan.starts, strict=True):
                 self._sums.append(piece.sums(copy_to=address + start - body))
             self._body = [bytes_of(buffer)] if buffer.numel() else []
-        else:  # the caller waits, so nothing moves: fingerprints are taken while the file is written
+        else:  # the caller waits, so the tensors do not change: fingerprints are taken while the file is written
             self._body = [bytes_of(piece.data) for piece in self._plan.pieces]
         self._copies = _sums_of_copies(self._snapshot)
 
     def _stage_from_gpu(self) -> None:
-        """The same from device memory, on a stream of its own, into page-locked memory. Not run: needs a GPU."""
+        """The same from GPU memory, on a separate stream, into page-locked memory. Not tested: needs a GPU."""
         staging = self._staging or Staging()
         buffer = staging.of_size(sum(piece.bytes for piece in self._plan.pieces), self._device)
         torch.cuda.set_device(self._device)
@@ -234,7 +234,7 @@ class Save:
         self._body = [bytes_of(buffer)] if buffer.numel() else []
 
     def _stale(self) -> str | None:
-        """Compare this rank's parts with what they were at the last save, once their fingerprints are known."""
+        """Compare this rank's parts with the last save, if their fingerprints are known yet. -> an error if one is stale."""
         if len(self._sums) < len(self._plan.pieces):
             return None
         by_label = {p.label: sums for p, sums in zip(self._plan.pieces, self._sums, strict=True)}
@@ -245,8 +245,8 @@ class Save:
                 found = stale.problem(part, self._memory[key], self._seen[key])
                 if found:
                     return (
-                        f"step {self.step} is stale: {key}: {found}. Nothing was published; the optimizer does not reach "
-                        f"this weight, or what is saved is not what is trained."
+                        f"step {self.step} is stale: {key}: {found}. Nothing was published. Either the optimizer does not "
+                        f"update this weight, or the saved tensors are not the trained ones."
                     )
         return None
 
@@ -274,12 +274,12 @@ class Save:
         ready = None
         if self._peers.rank == 0 and problem is None:
             ready = _failure_of(self._prepare)
-        ready = self._peers.hear(ready)
-        told = _Told(problem or ready, may_retry)
+        ready = self._peers.broadcast(ready)
+        result = _RankResult(problem or ready, may_retry)
         if problem is None and ready is None:
-            told = self._write()
+            result = self._write()
         self._seconds["write"] = time.perf_counter() - lap
-        everyone = self._peers.gather(told)
+        everyone = self._peers.gather(result)
         outcome = None
         if everyone is not None:
             errors = [f"rank {rank}: {each.error}" for rank, each in enumerate(everyone) if each.error is not None]
@@ -290,40 +290,42 @@ class Save:
             else:
                 outcome = self._conclude(everyone)
             if outcome.error is not None:
-                _failure_of(lambda: _drop(self._aside))  # gives room back; what stays is removed by the next save
-        return self._peers.hear(outcome)
+                _failure_of(
+                    lambda: _drop(self._aside)
+                )  # frees disk space; if it fails, the next save removes the folder
+        return self._peers.broadcast(outcome)
 
-    def _write(self) -> _Told:
-        """Write this rank's file and prove it."""
+    def _write(self) -> _RankResult:
+        """Write this rank's file and verify it."""
         name = f"rank_{self._peers.rank:05d}.safetensors"
         if not self._plan.pieces:
-            return _Told(None, copies=self._copies)
+            return _RankResult(None, copies=self._copies)
         try:
-            proven = write_proven(self._aside / name, self._plan, self._body, live=self._sums or None)
+            verified = write_verified(self._aside / name, self._plan, self._body, live=self._sums or None)
         except OSError as error:
-            return _Told(f"{self._aside / name} cannot be written: {error.strerror or error}")
+            return _RankResult(f"{self._aside / name} cannot be written: {error.strerror or error}")
         except CheckpointError as error:
-            return _Told(str(error))
+            return _RankResult(str(error))
         except Exception as error:
-            return _Told(f"{self._aside / name}: {type(error).__name__}: {error}")
+            return _RankResult(f"{self._aside / name}: {type(error).__name__}: {error}")
         if not self._sums:
-            self._sums = proven.sums
+            self._sums = verified.sums
             if found := self._stale():
-                return _Told(found, may_retry=False)
-        self._seconds["proof_late"] = proven.late_s
+                return _RankResult(found, may_retry=False)
+        self._seconds["proof_late"] = verified.late_s
         entries = [
             (p.tensor, p.whole, DTYPE_NAMES[p.data.dtype], start, p.offset, p.shape, sums)
             for p, start, sums in zip(self._plan.pieces, self._plan.starts, self._sums, strict=True)
         ]
-        return _Told(None, True, name, entries, self._copies, self._cpu_s + proven.cpu_s)
+        return _RankResult(None, True, name, entries, self._copies, self._cpu_s + verified.cpu_s)
 
-    def _conclude(self, everyone: Sequence[_Told]) -> _Outcome:
-        """On rank 0: add up what all ranks wrote, complete the checkpoint, publish it."""
+    def _conclude(self, everyone: Sequence[_RankResult]) -> _Outcome:
+        """On rank 0: add up the fingerprints of all ranks, complete the checkpoint, publish it."""
         lap = time.perf_counter()
         try:
             manifest, index = complete(self._snapshot.manifest, everyone)
-            if sick := not_finite(manifest, everyone):
-                text = f"step {self.step} is not saved: {describe_not_finite(sick)}. {self._advice()}".rstrip()
+            if bad := not_finite(manifest, everyone):
+                text = f"step {self.step} is not saved: {describe_not_finite(bad)}. {self._advice()}".rstrip()
                 return _Outcome(text, is_numeric=True)
             files = {each.file: (self._aside / each.file).stat().st_size for each in everyone if each.file}
             manifest = publishing.seal(self._aside, replace(manifest, files=files), index)
@@ -337,8 +339,8 @@ class Save:
         if differing := differing_copies(manifest, everyone):
             fields["differing_copies"] = differing
             log.warning(
-                "step %d: ranks that train the same weights no longer hold the same numbers: %d weights, e.g. %s. The checkpoint "
-                "holds one rank's. Gradients of norms or tied embeddings are not summed alike, or memory is at fault.",
+                "step %d: copies of the same weights differ between ranks: %d weights, e.g. %s. The checkpoint contains one "
+                "rank's copy. Either gradients of norms or tied embeddings are reduced differently, or memory is faulty.",
                 self.step, len(differing), ", ".join(differing[:3]),
             )  # fmt: skip
         most = max(each.fingerprint_cpu_s for each in everyone)
@@ -348,23 +350,24 @@ class Save:
         self.events.append(Event(kind, self.step, fields | {"at": time.time()}))
 
 
-def complete(manifest: Manifest, everyone: Sequence[_Told]) -> tuple[Manifest, Index]:
-    """The tensors and the index of what all ranks wrote. CheckpointError where a tensor has holes or two shapes."""
+def complete(manifest: Manifest, everyone: Sequence[_RankResult]) -> tuple[Manifest, Index]:
+    """Manifest with tensors, and index, of what all ranks wrote. CheckpointError if a tensor is incomplete or has two shapes."""
     sums: dict[str, Sums] = {}
     records: dict[str, tuple[str, tuple[int, ...]]] = {}
     elements: dict[str, int] = {}
     index: Index = {}
-    for told in everyone:
-        for tensor, whole, dtype, start, offset, shape, part in told.entries:
+    for result in everyone:
+        for tensor, whole, dtype, start, offset, shape, part in result.entries:
             if records.setdefault(tensor, (dtype, whole)) != (dtype, whole):
                 raise CheckpointError(f"{tensor} is {records[tensor]} on one rank and {(dtype, whole)} on another.")
             sums[tensor] = fingerprint.add(sums.get(tensor, fingerprint.ZERO), part)
             elements[tensor] = elements.get(tensor, 0) + math.prod(shape)
-            index.setdefault(tensor, []).append(Place(told.file, start, offset, shape))
+            index.setdefault(tensor, []).append(StoredBox(result.file, start, offset, shape))
     for tensor, (_, whole) in records.items():
         if elements[tensor] != math.prod(whole):
             raise CheckpointError(
-                f"{tensor} has {math.prod(whole):,} elements, the ranks wrote {elements[tensor]:,}: a part is missing or doubled."
+                f"{tensor} has {math.prod(whole):,} elements, the ranks wrote {elements[tensor]:,}: a part is missing or "
+                f"was written twice."
             )
     tensors = {
         name: TensorRecord(dtype, whole, fingerprint.text(sums[name]), sums[name].not_finite)
@@ -373,22 +376,22 @@ def complete(manifest: Manifest, everyone: Sequence[_Told]) -> tuple[Manifest, I
     return replace(manifest, tensors=tensors), index
 
 
-def not_finite(manifest: Manifest, everyone: Sequence[_Told]) -> dict[str, int]:
-    """Tensors of which what was written, or a copy that some rank trains, holds NaN or infinity; and how many elements."""
+def not_finite(manifest: Manifest, everyone: Sequence[_RankResult]) -> dict[str, int]:
+    """Tensors with NaN or infinity in what was written or in a rank's copy of it, and the number of such elements."""
     found = dict(manifest.not_finite)
-    for told in everyone:
-        for tensor, _, part in told.copies:
+    for result in everyone:
+        for tensor, _, part in result.copies:
             if part.not_finite and tensor not in manifest.not_finite:
                 found[tensor] = found.get(tensor, 0) + part.not_finite
     return found
 
 
-def differing_copies(manifest: Manifest, everyone: Sequence[_Told]) -> list[str]:
-    """Weights of which some rank trains a copy that is not what was written."""
+def differing_copies(manifest: Manifest, everyone: Sequence[_RankResult]) -> list[str]:
+    """Weights of which some rank's copy differs from what was written: the copies' fingerprints must add up to a multiple."""
     sums: dict[str, Sums] = {}
     elements: dict[str, int] = {}
-    for told in everyone:
-        for tensor, count, part in told.copies:
+    for result in everyone:
+        for tensor, count, part in result.copies:
             sums[tensor] = fingerprint.add(sums.get(tensor, fingerprint.ZERO), part)
             elements[tensor] = elements.get(tensor, 0) + count
     return [
@@ -409,7 +412,7 @@ def _sums_of_copies(snapshot: Snapshot) -> list[tuple[str, int, Sums]]:
 
 
 def part_key(part: OptimizerPart) -> str:
-    """Name of an optimizer part: its first component and its run."""
+    """Name of an optimizer part: its first component and its range."""
     return f"{part.local.components[0].name}[{part.start}:{part.end}]"
 
 

@@ -1,13 +1,14 @@
-"""Whether weights and moments moved since the last save of this process, and if not, whether arithmetic explains it.
+"""Whether weights and moments changed since the last save of this process, and if not, whether arithmetic explains it.
 
-A tensor whose fingerprint stands still between two saves of a training run is refused as stale, unless
+A save is refused as stale if a tensor's fingerprint did not change between two saves, unless
 
     moments            are zero, or too small to change (a parameter without gradient)
     fp32 weights       the last update is less than two units in the last place of every element (also: learning rate 0)
-    bf16 weights       equal their rounded fp32 masters, and the masters moved or are explained
+    bf16 weights       equal their rounded fp32 masters, and the masters changed or one of the above explains them
 
-Adam's update is worked out from the state itself (arXiv 1711.05101, algorithm 2), so nothing has to be configured. A tensor
-that was not zero and now is, is refused as wiped. Parts of less than 16 elements are not judged: chance could repeat them.
+Adam's update is computed from the state itself (arXiv 1711.05101, algorithm 2), so there is nothing to configure. A tensor
+that was not zero and is zero now is refused as wiped. Parts of fewer than 16 elements are not checked, because so few elements
+can stay equal by chance.
 """
 
 import torch
@@ -16,18 +17,18 @@ from train.checkpoint import fingerprint
 from train.checkpoint.fingerprint import Sums
 from train.checkpoint.pieces import OptimizerPart
 
-FEWEST = 16
+MIN_ELEMENTS = 16
 _TINY = torch.finfo(torch.float32).tiny
 _ULPS = 2.0**-22
 """Two units in the last place of fp32, relative."""
 
 PartSums = dict[str, Sums]
-"""Fingerprints of a part's pieces: `weight`, `master` (where there is one), `exp_avg`, `exp_avg_sq`."""
+"""Fingerprints of a part's pieces: `weight`, `master` (if stored separately), `exp_avg`, `exp_avg_sq`."""
 
 
 def problem(part: OptimizerPart, before: PartSums, now: PartSums) -> str | None:
-    """Why this part of a parameter cannot be what training left, or None. before, now: at two saves with updates between."""
-    if part.end - part.start < FEWEST:
+    """Why this part of a parameter cannot be the result of training, or None. before, now: at two saves with updates between."""
+    if part.end - part.start < MIN_ELEMENTS:
         return None
     wiped = [name for name, sums in now.items() if sums == fingerprint.ZERO != before.get(name, fingerprint.ZERO)]
     if wiped:
@@ -45,6 +46,7 @@ def problem(part: OptimizerPart, before: PartSums, now: PartSums) -> str | None:
 
 
 def _would_have_moved(part: OptimizerPart) -> bool:
+    """Whether Adam's last update, with bias correction and decoupled weight decay, exceeds fp32 rounding of any element."""
     group, weight = part.group, part.master
     updates = max(1, int(group["step"]))
     first = part.moments["exp_avg"] / (1 - group["betas"][0] ** updates)

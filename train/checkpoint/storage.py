@@ -1,12 +1,12 @@
-"""From a built model to a checkpoint's tensors and back, at any layout: what is saved, and loading with proof.
+"""From a built model to a checkpoint's tensors and back, at any layout: what is saved, and loading with verification.
 
     step_00000100/
         manifest.json            step, position, layout, recipe, lineage, and each tensor's shape and fingerprint
-        index.json               which box of which tensor lies where
-        rank_00000.safetensors   what rank 0 wrote: its weights and its share of the optimizer's state
+        index.json               which box of which tensor is in which file
+        rank_00000.safetensors   written by rank 0: its weights and its share of the optimizer state
 
-Every tensor has its whole-model name and is found box by box, so another layout can read it. After loading, the live
-tensors of all ranks are fingerprinted and compared with the manifest: what training continues from is what was saved.
+Tensors have whole-model names and are read box by box, so any layout can read any checkpoint. After loading, the live
+tensors of all ranks are fingerprinted and compared with the manifest, so that training continues from what was saved.
 """
 
 import logging
@@ -29,9 +29,9 @@ from train.checkpoint.manifest import DTYPE_NAMES, Manifest, RunState, describe_
 from train.checkpoint.pieces import (
     MASTER,
     MODEL,
-    Local,
+    LocalTensor,
     copied_pieces,
-    locals_of,
+    local_tensors_of,
     optimizer_parts,
     optimizer_pieces,
     owned_pieces,
@@ -46,39 +46,40 @@ log = logging.getLogger(__name__)
 
 
 OTHER_MODEL = "is of another model"
+"""In the message of every such error: `CheckpointFolder.resume` then stops instead of trying an older checkpoint."""
 
 
 def snapshot_of(engine: Engine, state: RunState) -> Snapshot:
     """What this rank saves of a training run: weights, buffers, masters, moments, random state. Collective (precision).
 
-    state: its layout and tokens are filled in here, from the engine.
+    state: its layout and tokens are set here, from the engine.
     """
     engine.precision.gather_state()
     modules = [chunk.module for chunk in engine.chunks]
-    locals_ = locals_of(modules, engine.mesh.groups.dp_cp)
-    parts = optimizer_parts(engine.optimizer, modules, locals_)
+    local_tensors = local_tensors_of(modules, engine.mesh.groups.dp_cp)
+    parts = optimizer_parts(engine.optimizer, modules, local_tensors)
     state = replace(state, layout=_layout(engine.mesh), tokens=state.position * engine.row_tokens)
     manifest = _manifest_of(state, updates=_updates(engine))
-    pieces = [*owned_pieces(locals_, parts), *random_pieces(engine.mesh)]
+    pieces = [*owned_pieces(local_tensors, parts), *random_pieces(engine.mesh)]
     return Snapshot(manifest, pieces, parts, copied_pieces(parts))
 
 
 def write_model(folder: Path, chunks: Sequence[Any], *, mesh: Mesh, state: RunState) -> Manifest:
-    """Write the weights of unwrapped model chunks as a checkpoint without optimizer state, proven and published whole.
+    """Write the weights of unwrapped model chunks as a verified checkpoint without optimizer state.
 
     folder: the checkpoint itself, e.g. runs/NAME/checkpoints/step_00000000; it must not exist, its parent is made. Training
-    that starts there (or finds it as its run's newest) takes the weights and begins with fresh moments and the given step
-    and position. state: its recipe builds the model, its lineage says where the weights come from; its layout is filled in.
+    that starts from it (or resumes from it) uses the weights, fresh moments, and the given step and position. state: its
+    recipe builds the model, its lineage says where the weights come from; its layout is set here.
 
-    Collective over the world. Raises CheckpointError on every rank; nothing is left behind then.
+    Collective over the world. Raises CheckpointError on every rank and then leaves nothing.
     """
     manifest = _manifest_of(replace(state, layout=_layout(mesh)))
-    pieces = owned_pieces(locals_of(chunks, mesh.groups.dp_cp), None)
+    pieces = owned_pieces(local_tensors_of(chunks, mesh.groups.dp_cp), None)
     aside = disk.aside_of(folder)
 
     def prepare() -> None:
         if folder.exists():
-            raise CheckpointError(f"{folder} is there already. Choose another folder, or move it away.")
+            raise CheckpointError(f"{folder} already exists. Choose another folder, or move it away.")
         folder.parent.mkdir(parents=True, exist_ok=True)
         aside.mkdir()
 
@@ -104,30 +105,31 @@ def write_model(folder: Path, chunks: Sequence[Any], *, mesh: Mesh, state: RunSt
 
 
 def read_training(folder: Path, engine: Engine) -> Manifest:
-    """Fill weights, optimizer state and random state of this rank from a checkpoint, whatever layout wrote it, and prove it.
+    """Fill this rank's weights, optimizer state and random state from a checkpoint of any layout, and verify them.
 
-    Collective over the world. Raises CheckpointError on every rank: another model, damage, content that is not what was
-    saved; the engine then holds a mixture and must be filled from another checkpoint or not be used.
+    Collective over the world. Raises CheckpointError on every rank for another model, damage, or content that is not what was
+    saved. The engine is then partly filled: load another checkpoint or do not use it.
     """
     reader, error = _open(folder)
     _agree(error)
     assert reader is not None
     modules = [chunk.module for chunk in engine.chunks]
-    locals_ = locals_of(modules, engine.mesh.groups.dp_cp)
-    parts = optimizer_parts(engine.optimizer, modules, locals_)
+    local_tensors = local_tensors_of(modules, engine.mesh.groups.dp_cp)
+    parts = optimizer_parts(engine.optimizer, modules, local_tensors)
     has_optimizer = reader.manifest.updates is not None
     loading = _Loading(reader, engine.mesh.device)
-    loading.want(weight_pieces(locals_))
+    loading.want(weight_pieces(local_tensors))
     if has_optimizer:
         loading.want(optimizer_pieces(parts))
     loading.finish(ignored=() if has_optimizer else ("optimizer.",))
-    _hand_over(locals_)
-    for part in engine.optimizer.param_groups:
-        part["step"] = reader.manifest.updates or 0
+    _copy_back_to_fp8(local_tensors)
+    for group in engine.optimizer.param_groups:
+        group["step"] = reader.manifest.updates or 0
     if not has_optimizer:
+        # Masters were made from the initial weights; moments may be left from a checkpoint that failed to load.
         engine.optimizer.reload_model_params()
-        for part_ in parts:
-            for values in part_.moments.values():
+        for part in parts:
+            for values in part.moments.values():
                 values.zero_()
     _agree(_error_in(lambda: restore_random_state(reader, engine.mesh)))
     engine.precision.apply_state()
@@ -135,30 +137,30 @@ def read_training(folder: Path, engine: Engine) -> Manifest:
 
 
 def read_weights(folder: Path, chunks: list[Any], *, groups: Any) -> None:
-    """Fill the weights of unwrapped model chunks only (evaluation, generation, teachers), at any layout. Collective.
+    """Fill only the weights of unwrapped model chunks (evaluation, generation, teachers), at any layout. Collective.
 
-    groups: Megatron's process groups of the chunks' own layout. CheckpointError, on every rank, names weights that only one
-    side has. A precision backend's own state may be missing.
+    groups: Megatron's process groups of the chunks' layout. Raises CheckpointError on every rank, with the names, if model and
+    checkpoint do not have the same weights. State of a precision backend may be missing.
     """
     reader, error = _open(folder)
     _agree(error)
     assert reader is not None
-    locals_ = locals_of(chunks, groups.dp_cp)
+    local_tensors = local_tensors_of(chunks, groups.dp_cp)
     loading = _Loading(reader, torch.device("cuda" if dist.get_backend() == "nccl" else "cpu"))
-    loading.want(weight_pieces(locals_))
+    loading.want(weight_pieces(local_tensors))
     loading.finish(ignored=("optimizer.",))
-    _hand_over(locals_)
+    _copy_back_to_fp8(local_tensors)
 
 
 def publish(aside: Path, final: Path, state: RunState) -> None:
-    """Complete a checkpoint of whole tensors written aside (`train.checkpoint.tensors.write_weights`) and give it its name.
+    """Complete a checkpoint that `train.checkpoint.tensors.write_weights` wrote to a temporary folder, and publish it.
 
-    Shapes and fingerprints are taken from the files. state: a manifest of another checkpoint will do. One process calls it.
-    Raises NumericsError where they hold NaN or infinity.
+    Shapes and fingerprints are computed from the files. state: may be the manifest of another checkpoint. Called by one
+    process. Raises NumericsError if the files contain NaN or infinity.
     """
     index, records = scan(aside)
-    if sick := {name: record.not_finite for name, record in records.items() if record.not_finite}:
-        raise NumericsError(f"{final} is not written: {describe_not_finite(sick)}.")
+    if bad := {name: record.not_finite for name, record in records.items() if record.not_finite}:
+        raise NumericsError(f"{final} is not written: {describe_not_finite(bad)}.")
     files = {path.name: path.stat().st_size for path in sorted(aside.iterdir())}
     publishing.seal(aside, replace(_manifest_of(state), tensors=records, files=files), index)
     publishing.publish(aside, final)
@@ -166,15 +168,15 @@ def publish(aside: Path, final: Path, state: RunState) -> None:
 
 def _versions() -> dict[str, str]:
     """Versions of the libraries that a checkpoint's content depends on."""
-    # Not megatron.core.__version__: that ends in the commit of whatever repository the process was started in.
+    # Not megatron.core.__version__, which ends in the commit of the repository that the process was started in.
     return {"torch": torch.__version__, "megatron-core": version("megatron-core")}
 
 
 class _Loading:
-    """Reads pieces of one checkpoint and adds up what arrived, to be compared over all ranks at the end.
+    """Reads pieces of one checkpoint and adds up their fingerprints, which all ranks compare at the end.
 
-    Every piece counts, also of what several ranks hold (data-parallel copies, norms, tied embeddings): all ranks together hold a
-    tensor as often as their elements fill it, and their fingerprints must add up to that many times the one that was saved.
+    Every piece counts, including copies (data-parallel copies, norms, tied embeddings). If all ranks together read n times
+    the elements of a tensor, their fingerprints must add up to n times the saved one.
     """
 
     def __init__(self, reader: Reader, device: torch.device) -> None:
@@ -184,12 +186,12 @@ class _Loading:
         self.number = {name: i for i, name in enumerate(self.names)}
         self.sums: list[Sums] = [fingerprint.ZERO] * len(self.names)
         self.elements = [0] * len(self.names)
-        """How many are wanted of each tensor."""
+        """Number of elements of each tensor that this rank reads."""
         self.missing: set[str] = set()
         self.wanted: list[tuple[str, Piece]] = []
-        """Tensor of the checkpoint, piece to fill."""
+        """(tensor of the checkpoint, piece to fill)."""
         self.error: str | None = None
-        """What this rank cannot do: another model, or a file that cannot be read."""
+        """Why this rank cannot load: another model, or a file that cannot be read."""
 
     def want(self, pieces: Sequence[Piece]) -> None:
         """Note pieces to fill. Never raises."""
@@ -207,10 +209,10 @@ class _Loading:
             self.wanted.append((name, piece))
 
     def _fill_all(self) -> None:
-        """Read what is wanted in the order of the files, which the system then reads ahead. Never raises."""
+        """Read all requested pieces in file order, so that the kernel can read ahead. Raises no CheckpointError: see `error`."""
         try:
             self.wanted.sort(key=lambda w: self.reader.position(w[0], offset=w[1].offset, shape=w[1].shape))
-            with self.reader.kept_open():
+            with self.reader.files_kept_open():
                 for name, piece in self.wanted:
                     at = self.number[name]
                     self.sums[at] = fingerprint.add(self.sums[at], self._fill(name, piece))
@@ -218,9 +220,9 @@ class _Loading:
             self.error = self.error or str(error)
 
     def finish(self, *, ignored: tuple[str, ...] = ()) -> None:
-        """Fill what is wanted and compare with the manifest over all ranks. Collective. Raises CheckpointError on every rank.
+        """Fill all requested pieces and compare with the manifest over all ranks. Collective. CheckpointError on every rank.
 
-        ignored: begins of names that nobody need have asked for.
+        ignored: name prefixes that may stay unread.
         """
         folder = self.reader.folder
         if self.error is None:
@@ -239,49 +241,52 @@ class _Loading:
         ]
         if wrong:
             raise CheckpointError(
-                f"{folder} is damaged: what was read of {len(wrong)} tensors is not what was saved (their fingerprints differ), "
-                f"e.g. {', '.join(wrong[:3])}. `stratum checkpoint verify {folder}` names the files."
+                f"{folder} is damaged: {len(wrong)} tensors are not what was saved (their fingerprints differ), e.g. "
+                f"{', '.join(wrong[:3])}. `stratum checkpoint verify {folder}` names the files."
             )
-        sick = {
+        bad = {
             name: sums.not_finite // (count // math.prod(self.reader.manifest.tensors[name].shape))
             for name, sums, count in zip(self.names, found, elements_of, strict=True)
             if sums.not_finite
         }
-        if sick:
+        if bad:
             raise CheckpointError(
-                f"{folder} cannot be continued from: {describe_not_finite(sick)}. It is what was saved; an older version wrote "
-                f"it without looking."
+                f"{folder} cannot be resumed: {describe_not_finite(bad)}. It is what was saved, by an older version that did "
+                f"not check for this."
             )
-        asked = {name for name, count in zip(self.names, elements_of, strict=True) if count}
-        unasked = {
+        read = {name for name, count in zip(self.names, elements_of, strict=True) if count}
+        unread = {
             name
             for name in self.names
-            if name not in asked
+            if name not in read
             and not name.startswith((RANDOM, MASTER, *ignored))
-            and MASTER + name.removeprefix(MODEL) not in asked
+            and MASTER + name.removeprefix(MODEL) not in read
         }
         missing = {name for names in _everywhere(sorted(self.missing)) for name in names}
-        for names, problem in ((missing, "lacks"), (unasked, "holds, and this model lacks,")):
+        for names, problem in (
+            (missing, "this model has {} weights that it does not contain"),
+            (unread, "it contains {} weights that this model does not have"),
+        ):
             if weights := sorted(name.removeprefix(MODEL) for name in names if not _is_precision_state(name)):
                 raise CheckpointError(
-                    f"{folder} {OTHER_MODEL}: it {problem} {len(weights)} weights, e.g. {', '.join(weights[:3])}."
+                    f"{folder} {OTHER_MODEL}: {problem.format(len(weights))}, e.g. {', '.join(weights[:3])}."
                 )
-        if missing | unasked:
+        if missing | unread:
             log.warning(
-                "%s was written by another precision backend: scales and amax histories start anew, so the first steps will "
-                "not repeat those of the run that wrote it.",
+                "%s was written by another precision backend: scales and amax histories start fresh, so the first steps will "
+                "differ from those of the run that wrote it.",
                 folder,
             )
 
     def _is_whole(self, name: str, sums: Sums, *, elements: int) -> bool:
-        """Whether what all ranks read of a tensor is the tensor, once or several times."""
+        """Whether all ranks together read the tensor exactly, once or several times."""
         record = self.reader.manifest.tensors[name]
         copies, rest = divmod(elements, math.prod(record.shape))
         expected = fingerprint.times(fingerprint.from_text(record.fingerprint), copies)
         return not rest and fingerprint.text(sums) == fingerprint.text(expected)
 
     def _source(self, piece: Piece) -> str | None:
-        """The checkpoint's tensor for a piece. Weights and masters stand in for each other where precisions differ."""
+        """The checkpoint's tensor for a piece. If precisions differ, a master is read for a weight or the reverse."""
         tensors = self.reader.manifest.tensors
         name = piece.tensor
         if name.startswith(MODEL) and piece.data.dtype == torch.float32:
@@ -295,7 +300,7 @@ class _Loading:
         return None
 
     def _fill(self, name: str, piece: Piece) -> Sums:
-        """Read one piece. -> the fingerprint of what arrived, in the checkpoint's own format."""
+        """Read one piece. -> the fingerprint of what was read, in the checkpoint's dtype."""
         record = self.reader.manifest.tensors[name]
         target = piece.data.view(piece.shape)
         same = DTYPE_NAMES[piece.data.dtype] == record.dtype
@@ -339,9 +344,9 @@ def _everywhere(value: Any) -> list[Any]:
     return values
 
 
-def _hand_over(locals_: dict[str, Local]) -> None:
-    """Give weights kept in FP8 what was read into their decoded copies. Not run: needs a GPU."""
-    for local in locals_.values():
+def _copy_back_to_fp8(local_tensors: dict[str, LocalTensor]) -> None:
+    """Copy the decoded weights that were filled back into FP8 weights. Not tested: needs a GPU."""
+    for local in local_tensors.values():
         if local.source is not local.data:
             local.source.copy_(local.data)
 
@@ -357,12 +362,12 @@ def _layout(mesh: Mesh) -> dict[str, int]:
 
 
 def _updates(engine: Engine) -> int:
-    """Adam's step count: one for all groups."""
+    """Adam's step count, which is the same for all parameter groups."""
     counts = {int(group["step"]) for group in engine.optimizer.param_groups if group["params"]}
     assert len(counts) <= 1, f"parameter groups count their updates differently: {counts}"
     return counts.pop() if counts else 0
 
 
 def _is_precision_state(name: str) -> bool:
-    """Whether a tensor is a precision backend's own state."""
+    """Whether a tensor is state of a precision backend."""
     return ".low_precision_" in name

@@ -1,9 +1,9 @@
-"""The tensors of a checkpoint, whole and one at a time, without building a model: what converters read and write.
+"""Read and write a checkpoint's weights one whole tensor at a time, without building a model. For converters.
 
-    StoredTensors(folder)            names, shapes, formats; read(name) -> the whole tensor, whatever layout wrote it
+    StoredTensors(folder)            names, shapes, dtypes; read(name) -> the whole tensor, at any layout
     write_weights(folder, ...)       a checkpoint of weights only, tensor by tensor, that any layout can start from
 
-Memory stays near one tensor both ways. Nothing of a checkpoint is executed: it is JSON and safetensors.
+Memory use is about one tensor. Nothing in a checkpoint is executed: it is JSON and safetensors.
 """
 
 from collections.abc import Callable
@@ -18,24 +18,24 @@ from train.checkpoint.files import Reader, bytes_of, header_of, label_of, whole_
 from train.checkpoint.manifest import DTYPES
 
 _SECTION = "model."
-_OWN_STATE = ".low_precision_"
+_PRECISION_STATE = ".low_precision_"
 
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """What a checkpoint's manifest says about a tensor."""
+    """Shape and dtype of a tensor, from a checkpoint's manifest."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
 
     @property
     def nbytes(self) -> int:
-        """Size of its numbers."""
+        """Size in bytes."""
         return self.shape_numel * self.dtype.itemsize
 
     @property
     def shape_numel(self) -> int:
-        """How many numbers it has."""
+        """Number of elements."""
         return torch.Size(self.shape).numel()
 
 
@@ -43,25 +43,25 @@ class StoredTensors:
     """A checkpoint's weights by name. Reading needs no process group and no model; it is not collective."""
 
     def __init__(self, folder: Path) -> None:
-        """CheckpointError where the manifest or index in `folder` are not right."""
+        """CheckpointError if the manifest or index in `folder` is not valid."""
         self.folder = folder
         self._reader = Reader(folder)
         self.weights = {
             name.removeprefix(_SECTION): StoredTensor(record.shape, DTYPES[record.dtype])
             for name, record in self._reader.manifest.tensors.items()
-            if name.startswith(_SECTION) and _OWN_STATE not in name
+            if name.startswith(_SECTION) and _PRECISION_STATE not in name
         }
 
     def read(self, name: str) -> torch.Tensor:
-        """One whole weight, in the format it is stored in."""
+        """One whole weight, in its stored dtype."""
         return whole_tensor(self._reader, _SECTION + name)
 
 
 def write_weights(folder: Path, weights: dict[str, StoredTensor], read: Callable[[str], torch.Tensor]) -> None:
-    """Write the tensors of a checkpoint of `weights` into an empty folder; `read` gives each when it is written.
+    """Write the tensors `weights` of a checkpoint into an empty folder; `read` returns each when it is needed.
 
-    `storage.publish` then completes the checkpoint with its manifest. Tensors are written in the order of `weights`, wide
-    formats first. Raises CheckpointError where the disk refuses.
+    `storage.publish` then adds the manifest. Tensors are written in the order of `weights`, wide dtypes first. Raises
+    CheckpointError if the disk cannot be written.
     """
     names = sorted(weights, key=lambda name: -weights[name].dtype.itemsize)
     entries = []

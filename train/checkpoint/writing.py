@@ -1,10 +1,10 @@
-"""Writing one rank's file, and proving it meanwhile: together they take about as long as writing alone.
+"""Writing one rank's file and verifying it at the same time, which takes about as long as writing alone.
 
-    this thread      write 8 MB -> let the disk begin to take them -> write the next 8 MB -> ...          -> fsync
-    its companion    fingerprint a live piece -> read the piece back -> fingerprint that -> compare -> ...
+    writer thread      write 8 MB -> start its write-back -> write the next 8 MB -> ...                      -> fsync
+    verifier thread    fingerprint a live piece -> read the piece back -> fingerprint that -> compare -> ...
 
-The companion follows behind the writer and reads through the page cache: what it proves is that the file holds what the model
-holds. That the disk took it, the fsync says, through the descriptor that wrote; either failing fails the save.
+The verifier follows the writer and reads through the page cache, so it shows that the file's content equals the model's.
+That the content reached the disk is shown by the fsync on the writing descriptor. If either fails, the save fails.
 """
 
 import os
@@ -20,18 +20,18 @@ from recipes.schema.errors import CheckpointError
 from train.checkpoint import fingerprint
 from train.checkpoint.files import Piece, header_of, opened, scratch_of_sums, steps_of, sums_on_disk
 from train.checkpoint.fingerprint import Sums
-from train.checkpoint.manifest import Place
+from train.checkpoint.manifest import StoredBox
 
 
 @dataclass(frozen=True)
 class FilePlan:
-    """What one file will hold: its header, and where in it each piece starts."""
+    """Content of one file: its header, its pieces, and where each starts."""
 
     header: bytes
     pieces: list[Piece]
     """In the order of the file."""
     starts: list[int]
-    """Of each piece, in bytes from the file's begin."""
+    """Of each piece, in bytes from the start of the file."""
 
     @property
     def bytes(self) -> int:
@@ -40,60 +40,59 @@ class FilePlan:
 
 
 def plan_file(pieces: Sequence[Piece]) -> FilePlan:
-    """Lay pieces out in one file: wide formats first, so that all are aligned."""
+    """Order pieces in one file: wide dtypes first, so that all are aligned."""
     ordered = sorted((p for p in pieces if p.bytes), key=lambda p: -p.data.element_size())
     header, starts = header_of([(p.label, p.data.dtype, p.shape) for p in ordered])
     return FilePlan(header, ordered, starts)
 
 
 @dataclass(frozen=True)
-class Proven:
-    """What is known of a file that was written."""
+class VerifiedFile:
+    """Result of writing and verifying a file."""
 
     sums: list[Sums]
     """Fingerprint of each piece."""
     cpu_s: float
-    """Processor time of the companion: live fingerprints taken here, reading back, fingerprints of that."""
+    """CPU time of the verifier: fingerprints of live tensors, reading back, fingerprints of what was read."""
     late_s: float
-    """How long the proof went on after the file was durable."""
+    """How long verification took after the file was durable."""
 
 
-def write_proven(
+def write_verified(
     path: Path, plan: FilePlan, body: Sequence[memoryview], *, live: Sequence[Sums] | None = None
-) -> Proven:
-    """Write a planned file, make it durable, and compare what can be read back with the live tensors.
+) -> VerifiedFile:
+    """Write a planned file, make it durable, read it back and compare it with the live tensors.
 
-    body: the pieces' bytes in order, in as many buffers as one likes. live: the pieces' fingerprints; None takes them
-    meanwhile, from pieces that then must stand still. Raises OSError where the system refuses, CheckpointError where the
-    file is not what the model holds.
+    body: the pieces' bytes in order, in any number of buffers. live: the pieces' fingerprints; None computes them here, and
+    the pieces must not change meanwhile. Raises OSError if writing fails, CheckpointError if the file differs from the model.
     """
-    companion = _Companion(path, plan, live)
+    verifier = _Verifier(path, plan, live)
     with disk.new_file(path) as handle:
-        companion.thread.start()
+        verifier.thread.start()
         try:
             for size in disk.write_in_steps(handle, [plan.header, *body]):
-                companion.sizes.put(size)
+                verifier.sizes.put(size)
             disk.sync_file(handle)
         finally:
             durable = time.perf_counter()
-            companion.sizes.put(None)
-            companion.thread.join()
-    if companion.error is not None:
-        raise companion.error
-    return Proven(companion.sums, companion.cpu_s, time.perf_counter() - durable)
+            verifier.sizes.put(None)
+            verifier.thread.join()
+    if verifier.error is not None:
+        raise verifier.error
+    return VerifiedFile(verifier.sums, verifier.cpu_s, time.perf_counter() - durable)
 
 
-class _Ended(Exception):
-    """The writer gave up before the file was complete."""
+class _WriterStopped(Exception):
+    """The writer stopped before the file was complete."""
 
 
-class _Companion:
-    """The thread that proves a file while it is written."""
+class _Verifier:
+    """The thread that verifies a file while it is written."""
 
     def __init__(self, path: Path, plan: FilePlan, live: Sequence[Sums] | None) -> None:
         self.sizes: queue.SimpleQueue[int | None] = queue.SimpleQueue()
-        """The writer tells how far it is; None: no further."""
-        self.thread = threading.Thread(target=self._run, name=f"proof of {path.name}", daemon=True)
+        """Size of the file so far, from the writer; None: the writer is done."""
+        self.thread = threading.Thread(target=self._run, name=f"verify {path.name}", daemon=True)
         self.sums: list[Sums] = []
         self.error: Exception | None = None
         self.cpu_s = 0.0
@@ -103,36 +102,36 @@ class _Companion:
     def _run(self) -> None:
         try:
             with opened(self._path) as handle:
-                self._prove(handle)
-        except _Ended:
+                self._verify(handle)
+        except _WriterStopped:
             pass  # the writer's own error is raised
         except Exception as error:
             self.error = error
         self.cpu_s = time.thread_time()
 
-    def _prove(self, handle: int) -> None:
+    def _verify(self, handle: int) -> None:
         self._wait_for(len(self._plan.header))
         if os.pread(handle, len(self._plan.header), 0) != self._plan.header:
-            raise CheckpointError(f"{self._path} does not hold the header that was written to it.")
+            raise CheckpointError(f"{self._path} does not contain the header that was written to it.")
         scratch = scratch_of_sums()
         for number, (piece, start) in enumerate(zip(self._plan.pieces, self._plan.starts, strict=True)):
             expected = piece.sums() if self._live is None else self._live[number]
             found = fingerprint.ZERO
             dtype = piece.data.dtype
-            for step in steps_of(Place(self._path.name, start, piece.offset, piece.shape), dtype, size=disk.STEP):
+            for step in steps_of(StoredBox(self._path.name, start, piece.offset, piece.shape), dtype, size=disk.STEP):
                 self._wait_for(step.start + step.elements * dtype.itemsize)
                 part = sums_on_disk(handle, step, whole=piece.whole, dtype=dtype, scratch=scratch)
                 found = fingerprint.add(found, part)
             if found != expected:
                 raise CheckpointError(
-                    f"{self._path}: what lies on disk of {piece.label} is not what the model holds (fingerprint "
-                    f"{fingerprint.text(found)} instead of {fingerprint.text(expected)})."
+                    f"{self._path}: {piece.label} on disk differs from the model (fingerprint {fingerprint.text(found)} "
+                    f"instead of {fingerprint.text(expected)})."
                 )
             self.sums.append(expected)
 
     def _wait_for(self, size: int) -> None:
         while self._size < size:
-            told = self.sizes.get()
-            if told is None:
-                raise _Ended
-            self._size = told
+            size_now = self.sizes.get()
+            if size_now is None:
+                raise _WriterStopped
+            self._size = size_now

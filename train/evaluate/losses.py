@@ -1,9 +1,9 @@
 """Held-out loss by source, in bits per byte: comparable across tokenizers and vocabularies.
 
-bits per byte = (sum of -log2 p(label)) / (UTF-8 bytes the labels stand for)
+bits per byte = (sum of -log2 p(label)) / (UTF-8 bytes of the labels)
 
-Rows are dealt to the data-parallel ranks in turn. Rows that do not count fill a rank's last microbatches, so that their
-shape and number are what the pipeline expects. The sums do not depend on the layout but for rounding.
+Rows are distributed round-robin over the data-parallel ranks. Each rank's last microbatches are padded with rows that are not
+counted, because the pipeline needs a fixed shape and number. Apart from rounding, the sums do not depend on the layout.
 """
 
 import math
@@ -37,7 +37,7 @@ def _bits_per_byte(engine: Engine, dataset: Any, name: str, *, limit: int, token
     count = min(limit, dataset.heldout_count(name))
     batch = dataset.heldout_rows(name, 0, count)
     size = engine.microbatch_rows
-    # Megatron's interleaved schedule takes a multiple of the pipeline's stages, and no fewer.
+    # Megatron's interleaved schedule needs a multiple of the number of pipeline stages as its number of microbatches.
     together = size * (layout.pipeline if layout.virtual > 1 else 1)
     per_rank = math.ceil(count / (layout.data * together)) * together
     indices = np.arange(per_rank) * layout.data + mesh.data_rank
@@ -59,6 +59,7 @@ def _bits_per_byte(engine: Engine, dataset: Any, name: str, *, limit: int, token
     nats = torch.zeros((), dtype=torch.float64, device=mesh.device)
     if reports:
         nats = (torch.cat(reports) * torch.from_numpy(counts).to(mesh.device)).sum()
+    # The sum runs over the world. Tensor ranks have equal losses; of the pipeline, only the last stage reports any.
     nats = mesh.sum_over_world(nats) / layout.tensor
     total_bytes = int(token_bytes[batch.labels.numpy()].sum())
     return float(nats) / math.log(2) / total_bytes

@@ -30,7 +30,7 @@ def main(arguments: Sequence[str]) -> int:
 
 def _generate(config: GenerateConfig, composed: DictConfig) -> int:
     recipe = read_recipe(composed)
-    from train.inference.text import stream_text  # torch takes seconds: mistakes above are reported without it
+    from train.inference.text import stream_text  # importing torch takes seconds; errors above are reported before it
 
     for piece in stream_text(recipe, config):
         sys.stdout.write(piece)

@@ -2,7 +2,7 @@
 
     prompt ids --prefill--> caches + last logits --pick--> id --one step--> caches + logits --> ...
 
-The whole model sits on one rank (any checkpoint can be read at that layout); tensor parallelism is not used here.
+The whole model is on one rank, a layout at which any checkpoint can be read. There is no tensor parallelism here.
 """
 
 from collections.abc import Iterator
@@ -16,14 +16,14 @@ from train.model.context import LayerCaches, RowContext
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the next token is picked from the model's distribution."""
+    """How the next token is sampled from the model's distribution."""
 
     temperature: float = 0.8
-    """Divides the logits; 0 always takes the likeliest token (greedy)."""
+    """Divides the logits; 0 always takes the most likely token (greedy)."""
     top_k: int = 0
-    """Only the k likeliest tokens; 0: all."""
+    """Only the k most likely tokens; 0: all."""
     top_p: float = 1.0
-    """Only the likeliest tokens that together hold this share of the probability (arXiv 1904.09751)."""
+    """Only the most likely tokens that together have this probability (nucleus sampling, arXiv 1904.09751)."""
     seed: int = 0
 
 
@@ -54,7 +54,7 @@ def pick(logits_BV: torch.Tensor, sampling: Sampling, generator: torch.Generator
     probabilities = torch.softmax(logits_BV, dim=-1)
     if sampling.top_p < 1:
         ordered, order = probabilities.sort(dim=-1, descending=True)
-        beyond = ordered.cumsum(-1) - ordered >= sampling.top_p  # the token that crosses the line still counts
+        beyond = ordered.cumsum(-1) - ordered >= sampling.top_p  # the token that reaches top_p is still included
         probabilities = probabilities.masked_fill(beyond.gather(-1, order.argsort(-1)), 0)
     return torch.multinomial(probabilities, 1, generator=generator).squeeze(-1)
 

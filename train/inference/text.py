@@ -15,10 +15,9 @@ from train.megatron import choose_device, use_device
 
 
 def stream_text(recipe: Recipe, config: GenerateConfig) -> Iterator[str]:
-    """Yield the prompt and then the text the model writes, in pieces as they become whole characters.
+    """Yield the prompt and then the model's text, in pieces of whole characters.
 
-    A run without a checkpoint is read where it starts from (`run.start_from`). Raises CheckpointError where there is
-    neither.
+    For a run without a checkpoint, `run.start_from` is read instead. Raises CheckpointError if there is neither.
     """
 
     refuse(reading_problems(recipe))
@@ -31,7 +30,7 @@ def stream_text(recipe: Recipe, config: GenerateConfig) -> Iterator[str]:
     if found is None:
         place = config.checkpoint or recipe.run.start_from
         if place is None:
-            raise CheckpointError(f"{folder} holds no checkpoint. Train first: stratum train -cn <recipe>.")
+            raise CheckpointError(f"{folder} contains no checkpoint. Train first: stratum train -cn <recipe>.")
         found = checkpoint_at(place)
     path, manifest = found
     ours, another = tokenizer.fingerprint, "name another checkpoint (+generate.checkpoint)"

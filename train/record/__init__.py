@@ -1,1 +1,1 @@
-"""What a run shows and keeps: metrics, displays, reports, and what its machine is."""
+"""The record of a run: metrics, displays, reports, and a description of its machine."""

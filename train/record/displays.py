@@ -1,4 +1,4 @@
-"""Where a run is shown besides its record: the terminal, TensorBoard, Weights & Biases."""
+"""Displays of a run, in addition to metrics.jsonl: terminal, TensorBoard, Weights & Biases."""
 
 import math
 import sys
@@ -16,11 +16,11 @@ from recipes.schema.run_folder import Line
 from recipes.schema.telemetry import TelemetryConfig
 
 _ELAPSED, _LEFT = "0:00:00", "00:00:00 left"
-"""The widest that the bar's clocks get."""
+"""The widest texts of the bar's clocks."""
 
 
 class Display(Protocol):
-    """One place where lines are shown or sent."""
+    """Something that shows or sends lines of the record."""
 
     name: str
 
@@ -28,18 +28,18 @@ class Display(Protocol):
         """Show new lines, oldest first: the steps of one interval, or one event."""
 
     def close(self) -> None:
-        """Show nothing more."""
+        """Stop showing."""
 
 
 class Screen:
-    """A live bar on a terminal, a plain line per interval elsewhere; events as lines above it."""
+    """A live progress bar on a terminal, otherwise a plain line per interval. Events are printed as lines above the bar."""
 
     name = "the progress display"
 
     def __init__(
         self, total_steps: int, first_step: int, *, live: bool, precision_at: Callable[[int], str] = lambda tokens: ""
     ) -> None:
-        """precision_at: what the step that ended after so many tokens computed in, in words."""
+        """precision_at: text about the precision of the step that ended after this many tokens."""
         self._console = Console(file=sys.stderr)
         self._total = total_steps
         self._first = first_step
@@ -49,7 +49,7 @@ class Screen:
         step = f"{total_steps}/{total_steps}"
         room = max(len("loss 8.8523"), self._console.width - len(f"evaluating  {step}  {_ELAPSED} {_LEFT}") - 1)
         self._bar = Progress(
-            # A narrow terminal takes from the bar first, then cuts the numbers after the loss; the rest always fits.
+            # On a narrow terminal the bar shrinks first, then the numbers after the loss are cut; the rest always fits.
             TextColumn("[bold]{task.description:<10}", table_column=Column(no_wrap=True, min_width=10)),
             BarColumn(bar_width=None, table_column=Column(ratio=1)),
             MofNCompleteColumn(table_column=_whole(step)),
@@ -66,7 +66,7 @@ class Screen:
         self._bar.start()
 
     def advance(self, step: int) -> None:
-        """A step is done, its numbers not known yet. The time left counts evaluations and saves as they came so far."""
+        """A step is done; its numbers are not known yet. The time left includes evaluations and saves at their rate so far."""
         now = time.perf_counter()
         if self._started is None:
             self._started, self._first = now, step
@@ -75,7 +75,7 @@ class Screen:
         self._bar.update(self._task, completed=step, left=f"{_clock(left)} left" if done else "")
 
     def describe(self, phase: str) -> None:
-        """Name what is going on, at the head of the bar."""
+        """Show the name of the current phase at the start of the bar."""
         self._bar.update(self._task, description=phase)
 
     def write(self, lines: list[Line]) -> None:
@@ -136,12 +136,12 @@ class Screen:
 
 
 class TensorBoard:
-    """TensorBoard events: one scalar per number. What an earlier process wrote past `first_step` is hidden."""
+    """TensorBoard events: one scalar per number. What an earlier process wrote after `first_step` is hidden."""
 
     name = "TensorBoard"
 
     def __init__(self, folder: Path, first_step: int) -> None:
-        from torch.utils.tensorboard import SummaryWriter
+        from torch.utils.tensorboard import SummaryWriter  # slow to import, and off in many runs
 
         self._writer = SummaryWriter(str(folder), purge_step=first_step + 1 if first_step else None)
 
@@ -156,12 +156,12 @@ class TensorBoard:
 
 
 class WeightsAndBiases:
-    """The same scalars at Weights & Biases, one run there for one folder here however often it is resumed."""
+    """The same scalars at Weights & Biases. A run folder is one run there, even if it is resumed several times."""
 
     name = "Weights & Biases"
 
     def __init__(self, folder: Path, config: TelemetryConfig, recipe: dict[str, Any]) -> None:
-        import wandb
+        import wandb  # optional package
 
         identity = folder / "wandb_id"
         if not identity.exists():
@@ -174,10 +174,11 @@ class WeightsAndBiases:
             config=recipe,
             id=identity.read_text().strip(),
             resume="allow" if config.wandb == "online" else None,
-            # No question on the terminal, no wait without end, no second owner of our output.
+            # Never prompt on the terminal, never wait without a limit, and do not capture our output.
             settings=wandb.Settings(silent=True, console="off", login_timeout=10, init_timeout=30, finish_timeout=60),
         )
-        self._run.define_metric("*", step_metric="step")  # steps run again are drawn, not refused as out of order
+        # W&B rejects log calls whose own step decreases; with our step as the x axis, repeated steps are drawn.
+        self._run.define_metric("*", step_metric="step")
 
     def write(self, lines: list[Line]) -> None:
         for line in lines:
@@ -189,7 +190,7 @@ class WeightsAndBiases:
 
 
 def _scalars(line: Line) -> dict[str, float]:
-    """The numbers of a line worth a curve, by name."""
+    """The numbers of a line to draw as curves, by name."""
     match line["kind"]:
         case "step":
             names = ("loss", "grad_norm", "learning_rate", "tokens_per_s", "step_s", "mfu", "memory_bytes")
@@ -209,7 +210,7 @@ def _scalars(line: Line) -> dict[str, float]:
 
 
 def _whole(widest: str) -> Column:
-    """A column that is never cut."""
+    """A column that is never shortened."""
     return Column(no_wrap=True, min_width=len(widest))
 
 

@@ -1,4 +1,4 @@
-"""What a run's machine is, what it can do at best, and how much memory was used."""
+"""Description of a run's machine, its peak FLOP/s, and peak memory use."""
 
 import math
 import platform
@@ -15,9 +15,8 @@ from train.native.gemm import multiply
 
 
 def peak_flops(device: torch.device) -> float | None:
-    """Peak of one device, FLOP/s: bf16 by name for a GPU (None if unknown), measured in fp32 for a CPU (0.2 s).
-
-    On a CPU it is what this process's threads reach together.
+    """Peak of one device, FLOP/s. GPU: published bf16 peak by name (None if unknown). CPU: measured in fp32 (0.2 s), for all
+    threads of this process together.
     """
     if device.type == "cuda":
         return peak_by_name(torch.cuda.get_device_name(device))
@@ -32,7 +31,7 @@ def peak_flops(device: torch.device) -> float | None:
 
 
 def peak_by_name(name: str) -> float | None:
-    """Dense bf16 peak of a GPU by the name its driver gives it, FLOP/s; None if `launch/plan/cost/devices.toml` has no figure."""
+    """Dense bf16 peak of a GPU by its driver's name for it, FLOP/s; None if it is not in `launch/plan/cost/devices.toml`."""
     device = find_device(name)
     return device.peak["bf16"] if device is not None else None
 
@@ -49,7 +48,7 @@ def describe_machine(device: torch.device) -> dict[str, Any]:
 
 
 def _cpu_name() -> str:
-    """The processor's name as Linux gives it, elsewhere its architecture."""
+    """The processor's name on Linux, elsewhere its architecture."""
     try:
         described = Path("/proc/cpuinfo").read_text()
     except OSError:
@@ -59,7 +58,7 @@ def _cpu_name() -> str:
 
 
 def peak_memory_bytes(device: torch.device) -> int:
-    """Most memory used so far: of the device for a GPU, of this process (resident) for a CPU."""
+    """Peak memory so far: allocated by torch on a GPU, resident memory of this process on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     unit = 1 if sys.platform == "darwin" else 1024  # getrusage(2): KiB on Linux, bytes on macOS

@@ -1,4 +1,4 @@
-"""Writing metrics.jsonl, the record of a run, a line an event. `recipes.schema.run_folder` says what is in it and reads it."""
+"""Writes metrics.jsonl, the record of a run, one line per event. `recipes.schema.run_folder` defines and reads it."""
 
 import json
 import os
@@ -9,7 +9,7 @@ from recipes.schema.run_folder import Line, as_json
 
 
 class JsonLines:
-    """metrics.jsonl: whole lines, handed to the operating system at once, so that a killed process loses none."""
+    """metrics.jsonl: each line is passed to the operating system at once, so that a killed process loses none."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -17,6 +17,7 @@ class JsonLines:
             path.parent.mkdir(parents=True, exist_ok=True)
             self._stream = path.open("ab+")
             if self._stream.tell() > 0:
+                # A kill may have cut the last line short: end it, so that the next line is readable.
                 self._stream.seek(-1, os.SEEK_END)
                 if self._stream.read(1) != b"\n":
                     self._stream.write(b"\n")
@@ -42,6 +43,6 @@ class JsonLines:
 
     def _full(self, error: OSError) -> StratumError:
         return StratumError(
-            f"{self._path} cannot be written: {error.strerror or error}. Free space or permit writing there; the same "
+            f"{self._path} cannot be written: {error.strerror or error}. Free some space or make it writable; the same "
             f"command then continues from the newest checkpoint."
         )

@@ -1,6 +1,6 @@
-"""The page and the picture about a run's low precision, made from the precision lines of its metrics.jsonl.
+"""Text and picture about a run's low precision, made from the precision lines of its metrics.jsonl.
 
-lines of kind "precision" --> precision.png (how much each operand keeps, now and over time), a section of summary.md
+lines of kind "precision" --> precision.png (each operand's signal over noise, now and over time), a section of summary.md
 """
 
 import math
@@ -17,9 +17,9 @@ _COLORS = ("#2b6cb0", "#2f9e44", "#d9480f", "#0b7285", "#9c36b5")
 
 
 def draw_precision(lines: list[Line], path: Path, *, title: str) -> None:
-    """Left: signal over noise of every operand of every low-precision layer at the last measured step, by color; right:
-    over time, the lowest of each operand, and the largest share of numbers that became zero."""
-    import matplotlib
+    """Left: signal over noise of every operand of every low-precision layer at the last measured step. Right: over time, the
+    lowest value of each operand, and the largest share of numbers that became zero."""
+    import matplotlib  # slow to import, and only needed for pictures
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
@@ -61,7 +61,7 @@ def draw_precision(lines: list[Line], path: Path, *, title: str) -> None:
     for value, style in sorted({(r["floor_db"], ":") for r in last["readings"]}):
         above.axhline(value, color="#7b8794", linestyle=style, linewidth=1)
     above.set(ylabel="lowest of any layer, dB")
-    above.set_title("Signal over noise (dotted: the band's floor)", loc="left", fontweight="bold", fontsize=11)
+    above.set_title("Signal over noise (dotted: lower limit)", loc="left", fontweight="bold", fontsize=11)
     above.legend(fontsize=7, frameon=False)
     below.set(xlabel="step", ylabel="most of any layer, %", ylim=(0, None))
     below.set_title("Numbers that became zero", loc="left", fontweight="bold", fontsize=11)
@@ -73,23 +73,23 @@ def draw_precision(lines: list[Line], path: Path, *, title: str) -> None:
 
 
 def precision_section(lines: list[Line]) -> list[str]:
-    """Markdown: the operands that lost most at the last measured step, and how many left their band when."""
+    """Markdown: the operands with the lowest signal over noise at the last measured step, and when any was below its limit."""
     last = lines[-1]
     worst = sorted(last["readings"], key=_snr)[:5]
-    sick_steps = [line["step"] for line in lines if any(_snr(r) < r["floor_db"] for r in line["readings"])]
+    unhealthy_steps = [line["step"] for line in lines if any(_snr(r) < r["floor_db"] for r in line["readings"])]
     text = (
-        "Every measured operand stayed in its band."
-        if not sick_steps
+        "Every measured operand stayed above its lower limit."
+        if not unhealthy_steps
         else (
-            f"Some operand was below its band at {len(sick_steps)} of {len(lines)} measured steps, the first of them "
-            f"step {sick_steps[0]:,}."
+            f"At {len(unhealthy_steps)} of {len(lines)} measured steps an operand was below its lower limit, first at step "
+            f"{unhealthy_steps[0]:,}."
         )
     )
     return [
         "",
         "## Low precision",
         "",
-        f"`{last['scaling']}`. {text} At step {last['step']:,} these lost most:",
+        f"`{last['scaling']}`. {text} The lowest at step {last['step']:,}:",
         "",
         "| layer | linear | operand | format | signal over noise, dB | largest magnitude | saturated | became zero |",
         "|---|---|---|---|---|---|---|---|",
@@ -109,5 +109,5 @@ def _operands(lines: list[Line]) -> list[str]:
 
 
 def _snr(reading: Line) -> float:
-    """Decibels; infinite where nothing was lost."""
+    """Decibels; infinite if quantisation was exact."""
     return math.inf if reading["snr_db"] is None else as_number(reading["snr_db"])

@@ -1,4 +1,4 @@
-"""`stratum report`: a picture and a page about a run, made from its metrics.jsonl.
+"""`stratum report`: a picture and a summary of a run, made from its metrics.jsonl.
 
 metrics.jsonl, recipe.yaml --> loss.png (loss, held-out bits per byte, learning rate), summary.md, and for a
 low-precision run precision.png (quantisation errors)
@@ -21,7 +21,7 @@ from train.record.precision_report import draw_precision, precision_section
 
 @dataclass(frozen=True)
 class RunRecord:
-    """A run's metrics, sorted out."""
+    """A run's metrics, by kind."""
 
     steps: dict[int, dict[str, Any]]
     """The last line of each step."""
@@ -34,7 +34,7 @@ class RunRecord:
     events: list[dict[str, Any]]
     """Everything else, in order."""
     machine: dict[str, Any]
-    """What the last process ran on; empty where it was not written."""
+    """The machine of the last process; empty if it was not recorded."""
     phase_s: dict[str, float]
     """Seconds spent in each phase outside steps (saving, evaluating), all processes together."""
 
@@ -45,10 +45,10 @@ class RunRecord:
 
 
 def read_run(folder: Path) -> RunRecord:
-    """Read a run folder. StratumError where it holds no metrics."""
+    """Read a run folder. StratumError if it has no metrics."""
     path = folder / METRICS
     if not path.exists():
-        raise StratumError(f"{folder} holds no {METRICS}, so it is not a run folder. Give one, e.g. runs/smoke.")
+        raise StratumError(f"{folder} has no {METRICS}, so it is not a run folder. Give one, e.g. runs/smoke.")
     lines = read_metrics(path)
     runs: dict[int, list[dict[str, Any]]] = {}
     phases: dict[str, float] = {}
@@ -76,23 +76,23 @@ def read_run(folder: Path) -> RunRecord:
 
 
 def _numbers_of(line: dict[str, Any]) -> dict[str, Any]:
-    """A step's line whose numbers are numbers, whoever wrote it."""
+    """A step's line with every number as a float: NaN and infinity are stored as text or null."""
     names = ("loss", "grad_norm", "learning_rate", "step_s", "tokens_per_s", "mfu", "memory_bytes")
     seconds = {name: as_number(value) for name, value in line["seconds"].items()}
     return line | {name: as_number(line[name]) for name in names if name in line} | {"seconds": seconds}
 
 
 def write_report(folder: Path, *, sample: str | None = None) -> None:
-    """Write loss.png and summary.md into a run folder, replacing earlier ones. StratumError if it is no run folder.
+    """Write loss.png and summary.md into a run folder, replacing earlier ones. StratumError if it is not a run folder.
 
-    sample: text shown in the summary; None takes sample.txt of the run folder where there is one.
+    sample: text shown in the summary; None takes sample.txt of the run folder, if it exists.
     """
     record = read_run(folder)
     try:
         recipe = recipe_in(folder)
     except (FileNotFoundError, RecipeError) as error:
         why = error if isinstance(error, RecipeError) else f"{folder / RECIPE} cannot be read: it is missing."
-        raise StratumError(f"{why} Without it a run cannot be described.") from error
+        raise StratumError(f"{why} A report needs it.") from error
     if sample is None and (folder / "sample.txt").exists():
         sample = (folder / "sample.txt").read_text()
     if record.steps:
@@ -123,8 +123,8 @@ _STYLE = {
 
 
 def draw(record: RunRecord, path: Path, *, title: str, recipe: dict[str, Any]) -> None:
-    """Training loss with the learning rate under it, and held-out bits per byte by source; resumes are marked."""
-    import matplotlib
+    """Training loss, learning rate, and held-out bits per byte by source; resumes are marked."""
+    import matplotlib  # slow to import, and not needed for the summary
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
@@ -151,7 +151,7 @@ def draw(record: RunRecord, path: Path, *, title: str, recipe: dict[str, Any]) -
                 axes.axvline(step, color=_RESUME, linestyle=(0, (4, 3)), linewidth=1.1, label=label)
         top.legend(loc="upper right")
 
-        start = "random start" if recipe["run"].get("start_from") is None else "weights it started from"
+        start = "random start" if recipe["run"].get("start_from") is None else "starting weights"
         sources = list(dict.fromkeys(name for scores in record.evaluations.values() for name in scores))
         for index, name in enumerate(sources):
             color = _SOURCES[index % len(_SOURCES)]
@@ -173,10 +173,10 @@ def draw(record: RunRecord, path: Path, *, title: str, recipe: dict[str, Any]) -
 
 
 def summary(record: RunRecord, recipe: dict[str, Any], *, name: str, sample: str | None) -> str:
-    """The page about a run, Markdown."""
+    """summary.md."""
     lines = [f"# Run `{name}`", ""]
     if not record.steps:
-        return "\n".join([*lines, "No step was finished yet.", ""])
+        return "\n".join([*lines, "No step is finished yet.", ""])
     lines += [
         *_facts(record, recipe),
         "",
@@ -195,7 +195,7 @@ def summary(record: RunRecord, recipe: dict[str, Any], *, name: str, sample: str
 
 
 def _facts(record: RunRecord, recipe: dict[str, Any]) -> list[str]:
-    """What was trained, how far, how fast, on what."""
+    """Table of model, progress, loss, speed and machine."""
     steps = list(record.steps.values())
     last, machine = steps[-1], record.machine
     start: dict[str, Any] = next((e for e in reversed(record.events) if e["kind"] in ("start", "resume")), {})
@@ -225,7 +225,7 @@ def _facts(record: RunRecord, recipe: dict[str, Any]) -> list[str]:
 
 
 def _loss_change(losses: list[float]) -> str:
-    """From the mean of the first steps to that of the last: a tenth of the run each, at most 50; a single step is noise."""
+    """Mean loss of the first steps and of the last: a tenth of the run each, at most 50, because single steps are noisy."""
     count = min(50, max(1, len(losses) // 10))
     first, last = (sum(part) / count for part in (losses[:count], losses[-count:]))
     of = f" (means of the first and last {count} steps)" if count > 1 else ""
@@ -233,7 +233,7 @@ def _loss_change(losses: list[float]) -> str:
 
 
 def _loss(recipe: dict[str, Any]) -> str:
-    """What the training loss is: a divergence from a teacher is none of next tokens, and ends near 0."""
+    """Name of the training loss. A divergence from a teacher is not a next-token loss, and it approaches 0."""
     objective = recipe.get("objective", {})
     if objective.get("kind") != "distill":
         return "training loss"
@@ -243,7 +243,7 @@ def _loss(recipe: dict[str, Any]) -> str:
 
 
 def _origin(recipe: dict[str, Any]) -> dict[str, str]:
-    """Where the weights come from, where not from this run alone."""
+    """Rows for starting weights and teacher, if the run has them."""
     objective, start = recipe.get("objective", {}), recipe["run"].get("start_from")
     rows = {"started from": f"`{start}`"} if start else {}
     if objective.get("kind") == "distill":
@@ -252,7 +252,7 @@ def _origin(recipe: dict[str, Any]) -> dict[str, str]:
 
 
 def _precision(precision: dict[str, Any]) -> str:
-    """Number formats in words, for records older than the start line that says them."""
+    """Number formats as text, for older records whose start line does not contain them."""
     scaling = precision.get("scaling", "none")
     text = precision["params"] if scaling == "none" else f"{precision['params']}, linear layers in {scaling}"
     if precision.get("switch_at_tokens") is not None:
@@ -277,7 +277,7 @@ def _heldout(record: RunRecord) -> list[str]:
 
 
 def _times(record: RunRecord) -> list[str]:
-    """Where a step's time goes, and what was spent outside steps."""
+    """Time by part of a step, and time outside steps."""
     steps = list(record.steps.values())
     names = dict.fromkeys(part for line in steps for part in line["seconds"])
     medians = {name: statistics.median(line["seconds"].get(name, 0.0) for line in steps) for name in names}
@@ -293,10 +293,10 @@ def _times(record: RunRecord) -> list[str]:
 
 
 def _resumes(record: RunRecord) -> list[str]:
-    """Where the run was taken up again, and whether steps that were run again came out the same."""
+    """Where the run was resumed, and whether repeated steps gave the same result."""
     lines = ["", "## Resumes", ""]
     if not record.resumes and not record.repeated:
-        return [*lines, "None: the run went through in one piece."]
+        return [*lines, "None: the run was not interrupted."]
     lines += [f"- resumed after step {step}" for step in record.resumes]
     if record.repeated:
         total = len(record.repeated)
@@ -304,7 +304,7 @@ def _resumes(record: RunRecord) -> list[str]:
             len(set(values)) == 1 and len(set(record.repeated_norms[step])) == 1
             for step, values in record.repeated.items()
         )
-        text = f"{same} of {total} steps that were run again gave the same loss and gradient norm to the last bit."
+        text = f"{same} of {total} steps that ran more than once gave bitwise the same loss and gradient norm."
         if same < total:
             gap = max(max(values) - min(values) for values in record.repeated.values())
             layouts = {e["layout"] for e in record.events if e["kind"] in ("start", "resume") and "layout" in e}
@@ -319,7 +319,7 @@ def main(arguments: Sequence[str]) -> int:
     """Entry point of `stratum report`."""
     parser = CommandParser(
         "report",
-        about="Draw the picture and write the summary of a run (loss.png, summary.md), also while it trains.",
+        about="Write the picture and the summary of a run (loss.png, summary.md). Works while it trains.",
         examples="""
 stratum report runs/smoke
 stratum report smoke                               the same: `smoke` is looked up in runs/
@@ -339,13 +339,10 @@ stratum report smoke                               the same: `smoke` is looked u
 
 
 def _smooth(values: list[float]) -> list[float]:
-    """Mean of the values around each point, up to a twentieth of the run (2 to 50 steps) on either side, as far as there are any.
-
-    Values that are not finite are left out.
-    """
+    """Running mean over up to a twentieth of the run (2 to 50 steps) on either side. Non-finite values are left out."""
     half = min(50, max(2, len(values) // 20))
     means = []
-    for place in range(len(values)):
-        near = [value for value in values[max(0, place - half) : place + half + 1] if math.isfinite(value)]
+    for index in range(len(values)):
+        near = [value for value in values[max(0, index - half) : index + half + 1] if math.isfinite(value)]
         means.append(statistics.fmean(near) if near else math.nan)
     return means

@@ -1,7 +1,7 @@
-"""Where the time of a step goes: laps by name, in seconds; on a GPU by events in its stream, so that a lap is the device's.
+"""Time of each part of a step: named laps, in seconds. On a GPU they are measured by events in its stream.
 
-The host runs ahead of a GPU: by its own clock, the time of the forward pass would appear wherever the host next waits. Marking
-an event waits for nothing; events are read when someone asks for `seconds`, at the logging interval.
+The host runs ahead of a GPU, so host time would assign the forward pass to the next place where the host waits. Recording an
+event does not wait; events are read only by `seconds`, at the logging interval.
 """
 
 import time
@@ -10,20 +10,20 @@ import torch
 
 
 class Stopwatch:
-    """Started when made; `lap(name)` books the time since the last lap (or the start) under `name`."""
+    """Starts when it is created; `lap(name)` adds the time since the last lap (or the start) to `name`."""
 
     def __init__(self, device: torch.device | None = None) -> None:
-        """device: whose work is timed; None: the host's."""
+        """device: the device whose work is timed; None: the host."""
         self._is_on_gpu = device is not None and device.type == "cuda"
         self._start = self._mark()
         self._laps: list[tuple[str, float | torch.cuda.Event]] = []
 
     def lap(self, name: str) -> None:
-        """Book the time since the last lap under `name`, adding to what is there. Never waits."""
+        """Add the time since the last lap to `name`. Never waits."""
         self._laps.append((name, self._mark()))
 
     def seconds(self) -> dict[str, float]:
-        """Seconds by lap name so far. Waits until a GPU has come to the last lap."""
+        """Seconds by lap name so far. Waits until a GPU has reached the last lap."""
         found: dict[str, float] = {}
         last = self._start
         for name, mark in self._laps:

@@ -1,7 +1,7 @@
-"""What a run shows and records: progress bar, metrics.jsonl, TensorBoard, Weights & Biases.
+"""Records a run in metrics.jsonl and shows it in the progress bar, TensorBoard and Weights & Biases.
 
-Losses stay on the device, in a buffer of one interval; `flush` sums the buffer over the ranks once and writes one line
-per step. metrics.jsonl is the record the others are made from:
+Losses stay on the device in a buffer of one logging interval. `flush` sums the buffer over the ranks once and writes one
+line per step. Everything else is made from metrics.jsonl:
 
     {"kind": "machine", "cpu": ..., "device": ..., "threads": 2, "torch": ..., "flops_per_token": ..., ...}
     {"kind": "step", "step": 12, "tokens": 24576, "loss": ..., "grad_norm": ..., "learning_rate": ..., "seconds": {...}}
@@ -11,9 +11,9 @@ per step. metrics.jsonl is the record the others are made from:
     {"kind": "save_requested" | "save_staged" | "save" (durable) | "save_retried" | "save_failed", "step": 100, ...}
     {"kind": "start" | "resume" | "audit" | "warning" | ..., "step": ..., ...}
 
-Numbers are written so that they read back to the same bits. Lines are only ever appended: after a resume, steps that
-are run again appear again, and readers take the last. A line torn by a kill is closed off and skipped by the reader.
-Only metrics.jsonl may stop a run, when its disk is full; a display that fails is switched off with a warning.
+Numbers are written so that they read back to the same bits. Lines are only appended: repeated steps after a resume appear
+again, and readers use the last. A line cut short by a kill is ended at the next start and skipped by readers.
+A failure to write metrics.jsonl stops the run; a display that fails is switched off with a warning.
 """
 
 import logging
@@ -36,7 +36,7 @@ log = logging.getLogger(__name__)
 
 
 class Telemetry:
-    """Recorder of one run. Every rank makes one and calls the same methods; only the writer shows and writes."""
+    """Recorder of one run. Every rank creates one and calls the same methods; only the writer writes and displays."""
 
     def __init__(
         self,
@@ -57,11 +57,11 @@ class Telemetry:
         precision_at: Callable[[int], str] = lambda tokens: "",
     ) -> None:
         """reduce: sums a tensor over all ranks, in place; collective. peak_flops: of all devices together.
-        precision_at: what a step that starts after so many tokens computes in, in words.
+        precision_at: text about the precision of a step that starts after this many tokens.
 
-        first_step: steps finished before. kernels: which form the ranks run (`train.native.forms`).
+        first_step: steps already finished. kernels: which CPU kernels the ranks run (`train.native.forms`).
 
-        Raises StratumError where metrics.jsonl cannot be written.
+        Raises StratumError if metrics.jsonl cannot be written.
         """
         self._reduce = reduce
         self._device = device
@@ -71,7 +71,7 @@ class Telemetry:
         self._loss_parts = loss_parts
         self._losses = torch.zeros(config.log_every_steps, 1 + len(loss_parts), device=device)
         self._pending: list[Line] = []
-        self._sick: set[tuple[int, str, str]] = set()
+        self._unhealthy: set[tuple[int, str, str]] = set()
         self._record: JsonLines | None = None
         self._displays: list[Display] = []
         self._screen: Screen | None = None
@@ -111,10 +111,10 @@ class Telemetry:
         seconds: dict[str, float] | Callable[[], dict[str, float]],
         parts: torch.Tensor | None = None,
     ) -> None:
-        """Note one finished step; `loss` is this rank's share, summed over ranks at the next flush (which this may be).
+        """Record one finished step. `loss` is this rank's share; the next flush, possibly in this call, sums it over ranks.
 
-        Nothing is read back from the device before the flush. seconds: of each part of the step; their sum is the step. A
-        function is called at the flush, on the rank that writes.
+        Nothing is read from the device before the flush. seconds: time of each part; their sum is the step's time. If it is a
+        function, it is called at the flush, on the writer only.
         parts: this rank's share of the loss's parts (`loss_parts`).
         """
         self._losses[len(self._pending), 0] = loss.detach()
@@ -139,7 +139,7 @@ class Telemetry:
             self.flush()
 
     def flush(self) -> None:
-        """Sum the noted losses over the ranks and write them. Collective over the world if anything is noted."""
+        """Sum the recorded losses over the ranks and write them. Collective over the world if any step is recorded."""
         if not self._pending:
             return
         losses = self._reduce(self._losses[: len(self._pending)].clone()).tolist()
@@ -154,23 +154,23 @@ class Telemetry:
         self._write(lines)
 
     def event(self, kind: str, **fields: Any) -> None:
-        """Write an event at once. Steps noted before it are flushed by the loop, not here."""
+        """Write an event at once. It does not flush recorded steps: the training loop does that first."""
         self._write([{"kind": kind, **fields, "time": time.time()}])
 
     def precision(self, step: int, *, scaling: str, readings: Sequence[Any], policy: str) -> None:
-        """Write how well each low-precision operand was quantised (`train.precision.control.Reading`), and warn of those
-        that left their band since the last time, by the worst of them."""
+        """Write the quantisation error of each low-precision operand (`train.precision.control.Reading`). Warn, naming the
+        worst, if operands are below their lower limit that were not at the last measurement."""
         if not readings:
             return
         self.event("precision", step=step, scaling=scaling, readings=[asdict(reading) for reading in readings])
-        sick = sorted((r for r in readings if not r.is_healthy), key=lambda r: r.snr_db)
-        names = {(r.layer, r.linear, r.operand) for r in sick}
-        news, self._sick = names - self._sick, names
-        if news:
-            worst = sick[0]
+        unhealthy = sorted((r for r in readings if not r.is_healthy), key=lambda r: r.snr_db)
+        names = {(r.layer, r.linear, r.operand) for r in unhealthy}
+        new, self._unhealthy = names - self._unhealthy, names
+        if new:
+            worst = unhealthy[0]
             self._warn(
-                f"step {step}: {len(sick)} of {len(readings)} quantised operands below their band; the worst: {worst.operand} "
-                f"of layer {worst.layer} {worst.linear} at {worst.snr_db:.1f} dB (band from {worst.floor_db:g} dB), "
+                f"step {step}: {len(unhealthy)} of {len(readings)} quantised operands are below their lower limit; the worst: "
+                f"{worst.operand} of layer {worst.layer} {worst.linear} at {worst.snr_db:.1f} dB (limit {worst.floor_db:g} dB), "
                 f"{worst.saturated:.3%} saturated, {worst.underflowed:.3%} became zero"
                 + ("; their layers continue in high precision" if policy == "high_precision" else "")
             )
@@ -181,7 +181,7 @@ class Telemetry:
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Show that something else than training goes on (`saving`, `evaluating`), and write how long it took."""
+        """Show a phase other than training (`saving`, `evaluating`), and record how long it took."""
         started = time.perf_counter()
         if self._screen:
             self._screen.describe(name)
@@ -193,9 +193,9 @@ class Telemetry:
         self.event("phase", name=name, seconds=time.perf_counter() - started)
 
     def close(self) -> None:
-        """Close files and the progress bar. Not collective, so that it is safe when another rank has failed.
+        """Close files and the progress bar. Not collective, so it is safe if another rank has failed.
 
-        Steps never flushed are written as kind "unreduced_step", without a loss: the ranks may not agree to reduce.
+        Steps that were not flushed are written as kind "unreduced_step", without a loss, because that needs a collective.
         """
         lines, self._pending = self._pending, []
         try:
@@ -213,7 +213,7 @@ class Telemetry:
                 self._record = None
 
     def _finish(self, line: Line) -> None:
-        """Work out what follows from a step's own numbers."""
+        """Compute what follows from a step's numbers: speed, utilisation, memory."""
         if callable(line["seconds"]):
             line["seconds"] = line["seconds"]()
         step_s = sum(line["seconds"].values())
@@ -238,13 +238,13 @@ class Telemetry:
             self._warn(f"{name} is off: {_reason(error)}")
 
     def _attempt(self, display: "Display", act: Callable[[], None]) -> None:
-        """Let a display act; one that fails is dropped with a warning, for no display is worth a run."""
+        """Call a display. If it fails it is removed with a warning, because a display must not end a run."""
         try:
             act()
         except Exception as error:
             if display in self._displays:
                 self._displays.remove(display)
-            self._warn(f"{display.name} is off from here: {_reason(error)}")
+            self._warn(f"{display.name} is off from now on: {_reason(error)}")
 
     def _warn(self, text: str) -> None:
         if self._screen not in self._displays:

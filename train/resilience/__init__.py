@@ -1,1 +1,1 @@
-"""Signals, non-finite values, and time that runs out."""
+"""Stop signals, non-finite values, hangs, and the lease of the run folder."""

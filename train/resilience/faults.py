@@ -1,4 +1,4 @@
-"""What can go wrong around a step: signals that ask the run to stop, too little time to do so, and numbers that are none."""
+"""Faults around a step: stop signals, not enough time to save before the kill, and non-finite values."""
 
 import math
 import os
@@ -13,18 +13,18 @@ from recipes.schema.errors import NumericsError
 WATCHED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 """Signals that ask a run to save and stop. SIGHUP: the terminal was closed."""
 ECHO_S = 1.0
-"""Signals this soon after the first are the same warning: a launcher and the terminal, or Slurm and torchrun, send both."""
-GIVEN_UP = 1
-"""Exit status of a process that a second signal ended."""
+"""Signals this soon after the first count as the same one: the terminal and a launcher, or Slurm and torchrun, both send it."""
+SECOND_SIGNAL_STATUS = 1
+"""Exit status after a second signal."""
 
 
 class StopSignals:
     """Turns Ctrl-C, SIGTERM, SIGUSR1 (Slurm's warning) and SIGHUP into a request to stop at the next step boundary.
 
-    SIGHUP stays ignored where it is, as under nohup.
-    Used as a context manager in the main thread; the previous handlers come back at its end. A second signal, a second or
-    more after the first, ends the process at once with status 1, even while it is stuck in a collective: a thread hears of
-    it. The newest whole checkpoint stays what it was.
+    If SIGHUP is ignored, as under nohup, it stays ignored.
+    Used as a context manager in the main thread; it restores the previous handlers. A second signal, a second or more after
+    the first, ends the process at once with status 1, even in a blocked collective, because a thread receives it. The
+    newest whole checkpoint is not touched.
     """
 
     def __init__(self) -> None:
@@ -60,12 +60,13 @@ class StopSignals:
 
     @property
     def since_s(self) -> float:
-        """Seconds since the first signal; 0 while there was none."""
+        """Seconds since the first signal; 0 before it."""
         return time.monotonic() - self._received_at if self.received is not None else 0.0
 
 
 def _listen(reader: int) -> None:
-    """Python runs handlers in the main thread, between its instructions; the system's byte in the pipe comes at once."""
+    """Exit at a second signal. Python runs handlers only in the main thread, between bytecodes, so a blocked collective delays
+    them; the byte that `signal.set_wakeup_fd` writes arrives at once."""
     first: float | None = None
     while number := os.read(reader, 1):
         if number[0] not in WATCHED:
@@ -74,60 +75,61 @@ def _listen(reader: int) -> None:
         if first is None:
             first = now
         elif now - first >= ECHO_S:
-            os._exit(GIVEN_UP)
+            os._exit(SECOND_SIGNAL_STATUS)
     os.close(reader)
 
 
 def grace_warning(step_s: float, *, save_s: float, grace_s: float, before_end_s: float) -> str | None:
-    """What to say where a step and a save do not fit into the time between a warning signal and the kill.
+    """A warning if a step and a save do not fit between a warning signal and the kill; None if they fit.
 
     grace_s: launch.grace_s, after any signal; before_end_s: launch.slurm.save_before_end_s, after the SIGUSR1 that Slurm sends
     before a job's time limit.
     """
     needed = step_s + save_s
-    heard, field = "SIGTERM or SIGUSR1", f"launch.grace_s={grace_s:g}"
+    sent, field = "SIGTERM or SIGUSR1", f"launch.grace_s={grace_s:g}"
     if needed <= grace_s:
-        heard, field = "SIGUSR1, before a job's time limit,", f"launch.slurm.save_before_end_s={before_end_s:g}"
+        sent, field = "SIGUSR1, before a job's time limit,", f"launch.slurm.save_before_end_s={before_end_s:g}"
         if needed <= before_end_s:
             return None
     return (
-        f"a step ({step_s:.0f} s) and a save ({save_s:.0f} s) take longer than {field} leaves after {heard}: a run that is "
-        f"told to stop would be killed before it has saved. Give it more time, or smaller steps; the checkpoints before are safe."
+        f"a step ({step_s:.0f} s) and a save ({save_s:.0f} s) take longer than {field} allows after {sent}: a run that gets "
+        f"this signal would be killed before it has saved. Give it more time, or make steps shorter. Earlier checkpoints are "
+        f"safe."
     )
 
 
 def too_late(since_s: float, *, save_s: float | None, grace_s: float, step: int, saved_step: int) -> str | None:
-    """What to say where another save would not end before the kill; None where it would, or nothing is known.
+    """A warning if another save would not finish before the kill; None if it would, or if no save was timed yet.
 
-    since_s: since the signal. save_s: what the last save took. The run then ends in order at the step that is saved.
+    since_s: since the signal. save_s: duration of the last save. The run then ends normally at `saved_step`.
     """
     if save_s is None or saved_step == step or since_s + save_s <= grace_s:
         return None
     return (
-        f"{since_s:.0f} s of the {grace_s:g} s after the signal are gone, and the last save took {save_s:.0f} s: step "
-        f"{step:,} is not saved any more, step {saved_step:,} is. Raise launch.grace_s (launch.slurm.save_before_end_s) to "
-        f"lose no steps."
+        f"{since_s:.0f} s of the {grace_s:g} s after the signal have passed, and the last save took {save_s:.0f} s: step "
+        f"{step:,} is not saved, the last saved step is {saved_step:,}. To lose no steps, raise launch.grace_s "
+        f"(launch.slurm.save_before_end_s)."
     )
 
 
 def check_numbers(step: int, *, grad_norm: float, advice: Callable[[], str]) -> None:
-    """Raise NumericsError when the gradient of a step was not finite: its update has spoilt the weights.
+    """Raise NumericsError if the gradient norm of a step was not finite, because its update has corrupted the weights.
 
-    advice: what to do then, called on every rank.
+    advice: returns what the user can do; called on every rank.
     """
     if not math.isfinite(grad_norm):
         raise NumericsError(
-            f"step {step}: the gradient norm is {grad_norm}. The weights of this process are spoilt and will not be saved. "
+            f"step {step}: the gradient norm is {grad_norm}. The weights of this process are invalid and will not be saved. "
             f"{advice()}"
         )
 
 
 def check_scores(step: int, scores: dict[str, float], *, advice: Callable[[], str]) -> None:
-    """Raise NumericsError when an evaluation gave NaN or infinity for any source. advice: see `check_numbers`."""
+    """Raise NumericsError if an evaluation gave NaN or infinity for any source. advice: see `check_numbers`."""
     wrong = {name: score for name, score in scores.items() if not math.isfinite(score)}
     if wrong:
         named = ", ".join(f"{name} {score}" for name, score in list(wrong.items())[:3])
         raise NumericsError(
             f"step {step}: held-out bits per byte are not finite for {len(wrong)} of {len(scores)} sources ({named}): the "
-            f"model's logits overflow or hold NaN. {advice()}"
+            f"model's logits overflow or contain NaN. {advice()}"
         )

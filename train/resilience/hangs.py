@@ -1,8 +1,8 @@
-"""Which rank did not come to a collective operation that timed out, and which operation it was.
+"""When a collective operation times out: which operation it was, and which rank did not enter it.
 
-    ranks that wait --torch's flight recorder--> group, operation, number --store--> ranks of the group that are not there
+    waiting ranks --torch's flight recorder--> group, operation, number --store--> ranks of the group that are missing
 
-gloo's own error names neither. The recorder keeps the last operations of each process (it works for gloo from torch 2.14 on).
+gloo's error names neither. The recorder keeps the last operations of each process (for gloo from torch 2.14 on).
 """
 
 import contextlib
@@ -18,40 +18,40 @@ import torch
 import torch.distributed as dist
 
 _RECORDED = "200"
-"""Operations that the recorder keeps: more than a step enqueues between two that wait."""
+"""Operations that the recorder keeps: more than a step enqueues between two blocking ones."""
 _HUNG = re.compile(r"timed out|timeout|Connection (closed|reset)", re.IGNORECASE)
 _PATIENCE_S = 2.0
-"""For the other waiting ranks to say where they wait; they time out within moments of each other."""
+"""Time for the other ranks to report where they wait; they time out almost together."""
 MARK = "hang: "
-"""Begins the line that names the rank; `launch` shows it first."""
+"""Prefix of the line that names the rank; `launch` shows this line first."""
 
 
 @dataclass(frozen=True)
 class Waiting:
-    """An operation that a rank has entered and not left."""
+    """An operation that a rank has entered but not completed."""
 
     group: str
     """torch's name of the group."""
     operation: str
     number: int
-    """Of the operations of this group, counted by each rank."""
+    """Sequence number among the operations of this group, counted by each rank."""
     ranks: tuple[int, ...]
-    """Of the group, by their numbers in the world."""
+    """The group's ranks, as world ranks."""
 
 
 def record_operations() -> None:
-    """Switch the recorder on. Call before the first process group is made: torch reads the variable there, and only there."""
+    """Switch the recorder on. Call it before the first process group is made, which is when torch reads the variable."""
     os.environ.setdefault("TORCH_FR_BUFFER_SIZE", _RECORDED)
 
 
 @contextlib.contextmanager
 def hangs_named(*, timeout_s: float) -> Iterator[None]:
-    """Add a note to errors of collective operations that timed out or lost a peer: which rank did not arrive, and where."""
+    """Add a note to errors of collective operations that timed out or lost a peer: which rank is missing, in which one."""
     try:
         yield
     except RuntimeError as error:
         if dist.is_initialized() and dist.get_world_size() > 1 and _HUNG.search(str(error)):
-            with contextlib.suppress(Exception):  # the error itself must get through, whatever this finds
+            with contextlib.suppress(Exception):  # a failure here must not hide the original error
                 mine = _waiting()
                 if mine is not None:
                     error.add_note(MARK + _explain(mine, _exchange(mine), timeout_s=timeout_s))
@@ -59,12 +59,12 @@ def hangs_named(*, timeout_s: float) -> Iterator[None]:
 
 
 def _waiting() -> Waiting | None:
-    """What this rank waits in; None if the recorder does not know."""
+    """The operation this rank waits in; None if the recorder has no entries. Uses private torch functions: no public ones."""
     trace = json.loads(torch._C._distributed_c10d._dump_fr_trace_json())
     entries = trace.get("entries", [])
     if not entries:
         return None
-    # The earliest that is still open is the one everything behind it waits for; a failed one may be closed by now.
+    # The oldest open operation blocks all later ones. If it failed it may be closed already; then it is the last entry.
     entry = next((entry for entry in entries if not entry["retired"]), entries[-1])
     name = str(entry["process_group"][0])
     world = dist.distributed_c10d._world
@@ -80,8 +80,8 @@ def _waiting() -> Waiting | None:
 
 
 def _exchange(mine: Waiting) -> dict[int, Waiting]:
-    """Where the ranks of the group wait, those that say so in time. The store is a thread of rank 0: it answers while that
-    rank hangs in Python, not when its process is stopped."""
+    """Where the ranks of the group wait, of those that report in time. The store is a thread of rank 0: it answers while
+    rank 0 hangs in Python, but not if its process is stopped."""
     store = dist.PrefixStore("stratum-waiting", dist.distributed_c10d._get_default_store())
     store.set_timeout(timedelta(seconds=_PATIENCE_S))
     found = {dist.get_rank(): mine}
@@ -91,14 +91,14 @@ def _exchange(mine: Waiting) -> dict[int, Waiting]:
         while (missing := [rank for rank in mine.ranks if rank not in found]) and time.monotonic() < deadline:
             for rank in missing:
                 if store.check([str(rank)]):
-                    told = json.loads(store.get(str(rank)))
-                    found[rank] = Waiting(**{**told, "ranks": tuple(told["ranks"])})
+                    reported = json.loads(store.get(str(rank)))
+                    found[rank] = Waiting(**{**reported, "ranks": tuple(reported["ranks"])})
             time.sleep(0.05)
     return found
 
 
 def _explain(mine: Waiting, found: dict[int, Waiting], *, timeout_s: float) -> str:
-    """One line. found: where ranks of the group wait, this one included."""
+    """The line to show. found: where ranks of the group wait, including this one."""
     there = [rank for rank, one in found.items() if (one.group, one.number) == (mine.group, mine.number)]
     elsewhere = {rank: one for rank, one in found.items() if rank not in there}
     silent = [rank for rank in mine.ranks if rank not in found]

@@ -1,4 +1,4 @@
-"""A trainer holds the lease of its run folder (launch/lease.py) for as long as it may write into it."""
+"""A trainer keeps the lease of its run folder (launch/lease.py) while it may write to it, so that two never write at once."""
 
 import os
 import sys
@@ -11,16 +11,16 @@ from pathlib import Path
 from launch.lease import FOLDER, HEARTBEAT_S, Lease, LeaseError, take
 
 LOST = 2
-"""Exit status of a trainer whose run another process has taken over: no launcher may start it again."""
+"""Exit status if another process has taken over the run; launchers do not restart after it."""
 
 
 @contextmanager
 def held_lease(run: Path, *, rank: int, any_rank: Callable[[bool], bool]) -> Iterator[Callable[[], None]]:
-    """Rank 0 holds the run's lease while the context is open. Entering it is collective over the world, leaving it is not.
-    any_rank: whether a flag holds on at least one rank (`Mesh.any_rank`).
+    """Rank 0 keeps the run's lease while the context is open. Entering it is collective over the world, leaving it is not.
+    any_rank: whether a flag is true on at least one rank (`Mesh.any_rank`).
 
-    -> a function to call before a checkpoint is written: it ends this process if another one has taken the run over, which
-    happens only after this one was stopped, or cut off from the folder, for longer than launch.lease.EXPIRY_S. Raises
+    -> a function to call before a checkpoint is written. It ends this process if another one has taken over the run, which
+    can happen only if this one was stopped, or could not reach the folder, for longer than launch.lease.EXPIRY_S. Raises
     LeaseError on every rank if another process trains in this folder.
     """
     lease, error = _try_to_take(run) if rank == 0 else (None, None)
@@ -60,8 +60,8 @@ def _check(lease: Lease, run: Path) -> None:
         return
     if not is_mine:
         sys.stderr.write(
-            f"error: another process has taken over {run}, because this one gave no sign of life for too long. It ends "
-            f"here and writes nothing more.\n"
+            f"error: another process has taken over {run}, because this one did not renew its lease in time. This process "
+            f"ends now and writes nothing more.\n"
         )
         sys.stderr.flush()
-        os._exit(LOST)  # the process that owns the run now is writing: no clean-up of ours may touch it
+        os._exit(LOST)  # the new owner may be writing: exit without clean-up handlers, which could touch its files
