@@ -38,7 +38,7 @@ class Loss(ctypes.Structure):
     _fields_ = [("lines", i64), ("width", i64), ("bf16", i32), ("cap", f32)]
 
 
-def takes(x: torch.Tensor) -> bool:
+def usable(x: torch.Tensor) -> bool:
     """Whether the compiled forms take a tensor like this: fp32 or bf16 on a CPU."""
     return x.device.type == "cpu" and x.dtype in (torch.float32, torch.bfloat16) and library("passes") is not None
 
