@@ -142,7 +142,7 @@ def test_any_number_of_tasks_gives_the_same_bytes(config: DataConfig, whole: dic
     assert prepare(other, console=QUIET, task="plan") is None
     for index in (2, 0):
         prepare(other, console=QUIET, task=f"{index}/3")
-    with pytest.raises(DataError, match=r"lacks \d+ of \d+ shards \(the first: web/00001\)"):
+    with pytest.raises(DataError, match=r"lacks \d+ of \d+ shards \(the first: books/00001\)"):
         prepare(other, console=QUIET, task="merge")
     assert prepare(other, console=QUIET, task="1/3") is not None  # the last one writes the manifest
     assert digests(Path(other.folder)) == whole

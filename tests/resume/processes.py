@@ -26,7 +26,7 @@ STEPS = 24
 SHAPE = [
     "model.pattern=M*-", "model.hidden=32", "model.ffn=64", "model.heads=2", "model.kv_heads=2", "model.head_dim=16",
     "model.mamba_heads=4", "model.mamba_head_dim=8", "model.mamba_state=8", f"model.vocab={VOCAB}", "model.mamba_chunk=8",
-    "precision.high_precision_first=1", "precision.high_precision_last=1",
+    "precision.scaling=none",
 ]  # fmt: skip
 RUN = [
     "precision=fp32",
