@@ -1,4 +1,4 @@
-"""Assembly: from a typed recipe to process groups, data, model, objective and optimizer, each checked against the others."""
+"""Assembly: from a typed recipe to process groups, data, model, objective and optimizer, with checks that they match."""
 
 import logging
 import os
@@ -40,10 +40,10 @@ log = logging.getLogger(__name__)
 
 
 def check_start(recipe: Recipe, *, world: int, rank: int = 0) -> Layout:
-    """The layout of a recipe that can start here, on `world` processes. RecipeError lists everything that is wrong with it.
+    """Check that a recipe can start on this machine with `world` processes. -> its layout. RecipeError lists all problems.
 
-    Looks at the machine and the disk; changes nothing. Only rank 0 looks at the disk: thousands of ranks that ask a shared file
-    system for the size of every file of a checkpoint would wait for minutes. It also logs what is allowed and probably not meant.
+    Reads the machine and the disk; changes nothing. Only rank 0 reads the disk: thousands of ranks that request the size of
+    every file of a checkpoint from a shared file system would wait for minutes. Rank 0 also logs likely mistakes.
     """
     machine, is_first = this_machine(), rank == 0
     data = look_at_data(recipe.data, rows=_rows(recipe), global_rows=recipe.run.global_rows) if is_first else None
@@ -60,7 +60,7 @@ def _rows(recipe: Recipe) -> int:
 
 
 def check(recipe: Recipe, *, world: int) -> Layout:
-    """The layout of a recipe on `world` processes, with every divisibility check. RecipeError lists what does not fit."""
+    """The layout of a recipe on `world` processes. RecipeError lists all violated divisibility rules."""
     return lay_out(
         model=recipe.model,
         parallel=recipe.parallel,
@@ -79,7 +79,7 @@ def open_data(recipe: Recipe) -> Dataset:
 
 
 def open_tokenizer(recipe: Recipe) -> tuple[Tokenizer, Path]:
-    """The tokenizer of a recipe and its file: that of the prepared data, or before any is prepared the recipe's own."""
+    """(tokenizer, its file): from the prepared data, or from the recipe's path if no data is prepared yet."""
     folder, config = Path(recipe.data.folder), recipe.data.tokenizer
     if not (folder / MANIFEST).is_file() and config.path is not None:
         return load_tokenizer(Path(config.path), config), Path(config.path)
@@ -89,7 +89,7 @@ def open_tokenizer(recipe: Recipe) -> tuple[Tokenizer, Path]:
 
 @contextmanager
 def mesh_of(recipe: Recipe, layout: Layout, *, device: torch.device, rank: int) -> Iterator[Mesh]:
-    """The process groups of a recipe, closed again at the end whatever happens. Collective over the world."""
+    """The process groups of a recipe; always closed at exit, also after an exception. Collective over the world."""
     if recipe.run.deterministic:
         _be_deterministic(device)
     objective = recipe.objective
@@ -109,18 +109,18 @@ def mesh_of(recipe: Recipe, layout: Layout, *, device: torch.device, rank: int) 
 
 @dataclass(frozen=True)
 class Objective:
-    """What Megatron's schedules call for a microbatch, and what it reports beside the loss."""
+    """The function that Megatron's schedules call for a microbatch, and the names of its terms other than the loss."""
 
     forward_step: Callable[..., Any]
     parts: tuple[str, ...] = ()
     teacher: dict[str, Any] | None = None
-    """Which weights teach (`train.distill.teacher.identity`), on every rank."""
+    """Identity of the teacher's weights (`recipes.schema.facts.identity_of`), the same on every rank."""
 
 
 def build_objective(recipe: Recipe, *, mesh: Mesh, chunks: list[Any], tokenizer: str | None) -> Objective:
     """The objective of a recipe; a teacher is built and loaded here. Collective over the world.
 
-    chunks: the student's, unwrapped. tokenizer: fingerprint of the data's; None skips that check. Raises RecipeError,
+    chunks: the student's, unwrapped. tokenizer: fingerprint of the data's tokenizer; None skips the check. Raises RecipeError,
     CheckpointError, BackendError.
     """
     refuse(distill_problems(recipe))
@@ -135,7 +135,7 @@ def build_objective(recipe: Recipe, *, mesh: Mesh, chunks: list[Any], tokenizer:
         return Objective(step, distill.PARTS, request.identity)
     source = open_teacher(recipe, mesh=mesh, tokenizer=tokenizer)
     match = distill.hidden_match(recipe, source)
-    assert objective.teacher is not None, "open_teacher has refused it"
+    assert objective.teacher is not None, "open_teacher refuses a recipe without a teacher"
     step = distill.distill_step(recipe, mesh=mesh, source=source, match=match)
     return Objective(step, distill.PARTS, identity_of(*checkpoint_at(objective.teacher)))
 
@@ -143,8 +143,8 @@ def build_objective(recipe: Recipe, *, mesh: Mesh, chunks: list[Any], tokenizer:
 def build_engine(recipe: Recipe, mesh: Mesh, *, weights: Path | None = None, tokenizer: str | None = None) -> Engine:
     """Model, data parallelism and optimizer of a recipe on this rank. Collective over the world.
 
-    weights: a checkpoint whose weights the model begins with, instead of random ones. tokenizer: fingerprint of the
-    data's, which a teacher must share.
+    weights: a checkpoint to load the initial weights from, instead of random ones. tokenizer: fingerprint of the data's
+    tokenizer; a teacher's must be equal.
     """
 
     backend = choose_backend(recipe.precision, mesh.device)
@@ -183,7 +183,7 @@ def build_engine(recipe: Recipe, mesh: Mesh, *, weights: Path | None = None, tok
 
 @contextmanager
 def model_on_one_rank(recipe: Recipe, checkpoint: Path, *, device: torch.device) -> Iterator[Any]:
-    """The whole model of a recipe in this process with a checkpoint's weights, for reading: plain torch, in eval mode."""
+    """The whole model of a recipe in this process with a checkpoint's weights, for inference: plain torch, in eval mode."""
     check_same_function(read_checkpoint_manifest(checkpoint).recipe, recipe, place=str(checkpoint))
     use_device(device)
 

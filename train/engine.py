@@ -1,4 +1,4 @@
-"""The built model and its optimizer, as one value that tools and the step share, and how microbatches run through it."""
+"""The built model and its optimizer as one object, and the function that runs microbatches through it."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ from train.precision.control import PrecisionControl
 
 @dataclass(frozen=True)
 class Engine:
-    """What a step needs, built once by `train.run`."""
+    """Everything a training step needs; built once (`train.build.build_engine`)."""
 
     mesh: Mesh
     chunks: list[Any]
@@ -27,9 +27,9 @@ class Engine:
     microbatch_rows: int
     reset_at_documents: bool
     loss_parts: tuple[str, ...] = ()
-    """What the objective reports beside the loss."""
+    """Names of the terms that the objective reports in addition to the loss."""
     teacher: dict[str, Any] | None = None
-    """Whose answers it learns from (`train.distill.teacher.identity`); None where it learns from text alone."""
+    """Identity of the teacher's weights (`recipes.schema.facts.identity_of`); None without a teacher."""
 
 
 def run_schedule(
@@ -37,8 +37,8 @@ def run_schedule(
 ) -> list[torch.Tensor]:
     """Run this rank's microbatches through Megatron's schedule; gradients end up reduced in the DDP buffers.
 
-    -> what the loss function of `forward_step` reported for each microbatch, on the last pipeline stage; else empty.
-    Collective over the pipeline, tensor and context groups, and with gradients over the data groups.
+    -> on the last pipeline stage, the report of `forward_step`'s loss function for each microbatch; else empty.
+    Collective over the pipeline, tensor and context groups; unless forward_only, over the data groups too.
     """
     layout = engine.mesh.layout
     schedule = get_forward_backward_func(

@@ -1,22 +1,22 @@
-"""Megatron-Core's door: importing this module makes `megatron.core` importable and usable, with or without a GPU.
+"""Prepares and imports Megatron-Core: importing this module makes `megatron.core` usable, with or without a GPU.
 
-Each package that imports Megatron imports this module in its `__init__`, so that it is always first.
+Each package that imports Megatron imports this module in its `__init__`, so that it always runs first.
 
-Megatron names `torch.cuda` in about 280 places, as a device for new tensors, for streams and events, and for the random
-state. On a GPU nothing here happens. Without one, exactly the names that Megatron's training path uses are redirected to
-their CPU meaning, once per process and before `megatron.core` is imported; the rest of this project never asks which
-machine it runs on.
+Megatron uses `torch.cuda` in about 280 places: as a device for new tensors, for streams and events, and for the random
+state. On a machine with a GPU nothing is redirected. Without one, exactly the names that Megatron's training path uses are
+redirected to CPU equivalents, once per process and before `megatron.core` is imported; the rest of this project needs no
+such distinction.
 
 What is redirected, and why:
 
     torch.cuda.current_device()      the CPU device: Megatron passes it as `device=` everywhere
-    device="cuda" in factories       the CPU device: optimizer, clipping and the schedules make scalars that way
+    device="cuda" in factories       the CPU device: optimizer, clipping and the schedules create scalars with it
     Tensor.cuda, Module.cuda         identity
     Tensor.type()                    the CUDA name: the distributed optimizer sorts parameters by that string
-    streams and events               inert stand-ins: CPU work is synchronous
+    streams and events               objects that do nothing: CPU work is synchronous
     CUDA random state                the CPU generator's
-    malloc                           keeps freed memory: returning and re-faulting the pages of activation-sized tensors
-                                     every step costs up to 4x of the memory-bound operations (docs/log.md)
+    malloc                           keeps freed memory: giving back the pages of activation-sized tensors and faulting them
+                                     in again makes memory-bound operations up to 4x slower (docs/log.md)
     torch.compile                    not applied while `megatron.core` is imported (saves seconds of start-up; its fused
                                      functions are not on the CPU path)
 """
@@ -40,11 +40,11 @@ from recipes.schema.rules import device_problems
 DeviceKind = Literal["auto", "cpu", "cuda"]
 
 _FACTORIES = ("tensor", "empty", "zeros", "ones", "full", "arange", "rand", "randn", "empty_like", "zeros_like")
-"""torch functions through which Megatron makes tensors with a literal CUDA device."""
+"""torch functions that Megatron calls with device="cuda"."""
 
 
 class _InertStream:
-    """Stands in for `torch.cuda.Stream` and `torch.cuda.Event`: on a CPU, work is finished when the call returns."""
+    """Replaces `torch.cuda.Stream` and `torch.cuda.Event`: on a CPU, work is complete when the call returns."""
 
     def __init__(self, *_args: object, **_kwargs: object) -> None: ...
 
@@ -69,9 +69,9 @@ class _InertStream:
 
 
 def choose_device(kind: DeviceKind) -> torch.device:
-    """The device of this process: with `auto`, its own GPU (by LOCAL_RANK) where there is one, else the CPU.
+    """The device of this process: with `auto`, its own GPU (by LOCAL_RANK) if there is one, else the CPU.
 
-    Raises BackendError if `cuda` is asked for and there is none.
+    Raises BackendError if `cuda` is configured and there is no GPU.
     """
     if kind == "cpu" or (kind == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
@@ -80,9 +80,9 @@ def choose_device(kind: DeviceKind) -> torch.device:
 
 
 def use_device(device: torch.device) -> None:
-    """Make `device` the one on which Megatron makes its tensors, streams and random state. Before the mesh is opened.
+    """Make Megatron create its tensors, streams and random state on `device`. Call it before `open_mesh`.
 
-    On a GPU machine `run.device=cpu` redirects `torch.cuda` here; on a machine without one that was done at import.
+    On a GPU machine `run.device=cpu` redirects `torch.cuda` here; on a machine without a GPU the import did it already.
     """
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -100,7 +100,7 @@ def _redirect_to_cpu() -> None:
 
 @contextlib.contextmanager
 def without_memory() -> Iterator[None]:
-    """Build modules on the meta device inside: shapes and names of a model of any size, no weights."""
+    """Context in which modules are built on the meta device: shapes and names of a model of any size, without weights."""
     current = torch.cuda.current_device
     torch.cuda.current_device = lambda: torch.device("meta")  # type: ignore[assignment,return-value]
     try:
@@ -110,7 +110,7 @@ def without_memory() -> Iterator[None]:
 
 
 def _quieten() -> None:
-    """Silence what Megatron and torch say about themselves on every start: nothing in it is for the user of a recipe."""
+    """Silence the messages that Megatron and torch print at every start: none of them is useful to the user of a recipe."""
     for module in (r"megatron\.", r"torch\.distributed\.(c10d_logger|checkpoint)"):
         warnings.filterwarnings("ignore", module=module)
     for name in ("megatron.core", "torch.utils.cpp_extension", "torch.distributed.checkpoint"):
@@ -147,7 +147,8 @@ def _redirect_devices(cpu: torch.device) -> None:
 
         return make
 
-    # `with torch.device("meta")` knows the factories by identity, from a list made on first use: it must know the real ones.
+    # torch trap: `with torch.device("meta")` recognises factories by identity, in a cached list. Fill the cache before
+    # the factories are replaced.
     _device._device_constructors()
     for name in _FACTORIES:
         setattr(torch, name, on_cpu(getattr(torch, name)))
@@ -181,7 +182,7 @@ def _redirect_random_state() -> None:
 
 
 def _redirect_tracker() -> None:
-    """Give Megatron's random-state tracker the CPU generator."""
+    """Make Megatron's random-state tracker use the CPU generator."""
     from megatron.core.tensor_parallel import random  # importable only after the redirection
 
     random._get_cuda_rng_state = lambda *_args, **_kwargs: torch.get_rng_state()
@@ -189,7 +190,7 @@ def _redirect_tracker() -> None:
 
     @contextlib.contextmanager
     def fork(tracker: Any, name: str = random._MODEL_PARALLEL_RNG_TRACKER_NAME) -> Iterator[None]:
-        """Draw from the named state and return to the old one (Megatron's own warns that the CPU state moved)."""
+        """Draw from the named state, then restore the old one (Megatron's own fork warns if the CPU state changed)."""
         if name not in tracker.states_:
             raise RuntimeError(f"random state {name!r} was never seeded: build the mesh before the model")
         outer = torch.get_rng_state()
@@ -206,8 +207,8 @@ def _redirect_tracker() -> None:
 def _import_megatron(*, is_compiling: bool) -> None:
     """Import the parts of Megatron-Core that training uses.
 
-    Off a GPU `torch.compile` is held off meanwhile: fused functions are not on the CPU path (saves seconds). `wandb` is hidden:
-    Megatron imports it whether it is used or not, and its two temporary folders stay behind when the process is killed.
+    Without a GPU `torch.compile` is disabled during the import: the CPU path uses no fused functions (saves seconds). `wandb`
+    is hidden: Megatron always imports it, and its two temporary folders remain if the process is killed.
     """
     compiler = torch.compile
 
@@ -221,8 +222,8 @@ def _import_megatron(*, is_compiling: bool) -> None:
         sys.modules["wandb"] = None  # type: ignore[assignment]
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Apex and Transformer Engine are absent on a CPU, as they should be
-            # After the redirection, and with torch.compile held off.
+            warnings.simplefilter("ignore")  # Megatron warns that Apex and Transformer Engine are missing
+            # Imports here, not at the top: they must run after the redirection and with torch.compile disabled.
             import megatron.core.dist_checkpointing
             import megatron.core.models.hybrid.hybrid_model  # likewise
             import megatron.core.optimizer  # likewise

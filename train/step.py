@@ -1,4 +1,4 @@
-"""One optimizer step: microbatches through Megatron's forward-backward schedule, gradients finished, weights updated."""
+"""One optimizer step: run the microbatches through Megatron's forward-backward schedule, then update the weights."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,14 +13,14 @@ from train.record.stopwatch import Stopwatch
 
 @dataclass(frozen=True)
 class StepResult:
-    """Numbers of one step, still on the device."""
+    """Results of one step; tensors are still on the device."""
 
     loss: torch.Tensor
-    """This rank's share of the mean loss: summed over the world it is the step's mean loss, in nats per token."""
+    """This rank's share of the mean loss: its sum over the world is the step's mean loss, in nats per token."""
     grad_norm: float
     """Norm of the whole gradient before clipping; the same on every rank."""
     parts: torch.Tensor
-    """This rank's share of what the objective reports beside the loss (`Engine.loss_parts`), summed likewise."""
+    """This rank's share of the objective's other terms (`Engine.loss_parts`); sum them in the same way."""
 
 
 def train_step(
@@ -36,7 +36,7 @@ def train_step(
     """One update of the weights. Collective over the world.
 
     step: steps finished before this one. measure: take readings of quantised operands (`engine.precision.health`).
-    before_update: called when gradients are done and weights and moments are still the last step's.
+    before_update: called after the gradients are complete and before weights and moments change.
     """
     tokens = len(microbatches) * engine.microbatch_rows * engine.mesh.layout.data * engine.row_tokens
     engine.precision.begin_step(step=step, tokens=step * tokens, measure=measure)
@@ -44,11 +44,11 @@ def train_step(
         chunk.zero_grad_buffer()
     engine.optimizer.zero_grad()
     reports = run_schedule(engine, microbatches, forward_step=engine.forward_step)
-    # One report a microbatch: the loss, then its parts.
+    # Each report is [loss, *parts].
     total = torch.zeros(1 + len(engine.loss_parts), device=engine.mesh.device)
     if reports:
         total = torch.stack(reports).view(len(reports), -1).sum(0)
-    # Tensor ranks all hold the same loss, data ranks a share each: divided so that the sum over the world is the mean.
+    # Tensor ranks have equal losses, data ranks have different rows: divide so that the sum over the world is the mean.
     total = total / (len(microbatches) * engine.mesh.layout.data * engine.mesh.layout.tensor)
     watch.lap("forward_backward")
     if before_update is not None:

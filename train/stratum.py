@@ -1,8 +1,8 @@
-"""`stratum COMMAND ...`: the one command of this project. A command's module is imported when it is asked for, not before.
+"""`stratum COMMAND ...`: the command line of this project. It imports only the module of the command that is run.
 
     words --longest name in COMMANDS--> (module, function) --import--> function(rest of the words) -> exit status
 
-Nothing is imported here but the standard library, so that `--help` and mistakes answer at once.
+This file imports only the standard library, so that `--help` and error messages appear at once.
 """
 
 import difflib
@@ -30,7 +30,7 @@ class Command:
 
 COMMANDS = {
     "prepare": Command("data", "data.commands:prepare", "text -> tokenizer, token shards, manifest; restartable"),
-    "inspect": Command("data", "data.commands:inspect", "what prepared data holds: counts, lengths, shares, samples"),
+    "inspect": Command("data", "data.commands:inspect", "contents of prepared data: counts, lengths, shares, samples"),
     "trace": Command("data", "data.commands:trace", "the documents a step saw, and the steps that saw a document"),
     "train": Command("training", "train.__main__:main", "train a recipe; the same command resumes"),
     "generate": Command("training", "train.inference.command:main", "stream text from a checkpoint of a run"),
@@ -84,7 +84,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def help_text(of: str = "") -> str:
-    """The list of commands, by group. of: only the commands of this first word."""
+    """The list of commands, by group. of: list only the commands that start with this text."""
     chosen = {name: command for name, command in COMMANDS.items() if name.startswith(of)}
     width = max(map(len, chosen))
     lines = []
@@ -97,7 +97,7 @@ def help_text(of: str = "") -> str:
 
 
 def version_text() -> str:
-    """Versions of this package and of what it trains with, read without importing any of it."""
+    """Versions of this package and of its main libraries, read from metadata without importing them."""
     needed = [f"{name} {_version(name)}" for name in ("torch", "megatron-core", "transformer-engine")]
     return f"stratum {_version(PACKAGE)} ({', '.join(needed)}, Python {sys.version.split()[0]})\n"
 
@@ -110,7 +110,7 @@ def _version(package: str) -> str:
 
 
 def _unknown(words: Sequence[str]) -> int:
-    """Say what was probably meant, or list a group's commands. -> exit status."""
+    """Print an error with the closest command, or list a group's commands. -> exit status."""
     first = words[0]
     if any(name.startswith(f"{first} ") for name in COMMANDS):
         second = words[1] if len(words) > 1 else ""

@@ -37,7 +37,7 @@ def same_arithmetic(monkeypatch: pytest.MonkeyPatch) -> None:
     """Our side multiplies and norms by the torch operations that the stand-in uses: one last bit flips FP8 codes. Our own
     products and kernels are held to float64 elsewhere (tests/model/test_passes.py)."""
     monkeypatch.setattr("train.native.gemm._goes_to_onednn", lambda a, b: False)
-    monkeypatch.setattr("train.native.passes.takes", lambda x: False)
+    monkeypatch.setattr("train.native.passes.usable", lambda x: False)
 
 
 @pytest.fixture(scope="module")

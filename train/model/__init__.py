@@ -1,3 +1,3 @@
-"""The architecture: layers, attention, the Mamba-2 scan, norms, head; and which modules a backend names."""
+"""The architecture: layers, attention, the Mamba-2 scan, norms and the head; and the modules of each backend."""
 
-import train.megatron  # noqa: F401  readies Megatron before a module of this package imports it
+import train.megatron  # noqa: F401  prepares Megatron before a module of this package imports it

@@ -1,5 +1,7 @@
-"""The MLP layers' nonlinearities, gated or not, in one pass over memory each way on a CPU (`passes.c`), and the MLP that
-applies them."""
+"""The activation functions of MLP layers, gated or not, and the MLP that applies them.
+
+On a CPU forward and backward each read memory once (`passes.c`).
+"""
 
 from collections.abc import Callable
 from functools import partial
@@ -15,14 +17,14 @@ Function = Literal["squared_relu", "gelu", "silu"]
 
 
 class _Activation(torch.autograd.Function):
-    """Keeps the input alone."""
+    """Saves only the input: the backward pass computes the activation again instead of storing it."""
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, function: Function, gated: bool) -> torch.Tensor:
         x = x.contiguous()
         ctx.save_for_backward(x)
         ctx.function, ctx.gated = function, gated
-        if passes.takes(x):
+        if passes.usable(x):
             return passes.activation_forward(x, function, gated=gated)
         if not gated:
             return _forward(function, x)
@@ -32,7 +34,7 @@ class _Activation(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:  # type: ignore[override]
         (x,) = ctx.saved_tensors
-        if passes.takes(x):
+        if passes.usable(x):
             return passes.activation_backward(x, grad.contiguous(), ctx.function, gated=ctx.gated), None, None
         if not ctx.gated:
             return _backward(ctx.function, grad, x), None, None
@@ -65,16 +67,15 @@ def _backward(function: Function, grad: torch.Tensor, x: torch.Tensor) -> torch.
 
 
 def activate(x: torch.Tensor, function: Function, gated: bool) -> torch.Tensor:
-    """f(x), or f(gate) * up where the last dim of x is [gate | up]. Differentiable once.
+    """f(x), or f(gate) * up if gated (the last dim of x is then [gate | up]). Differentiable once.
 
-    squared_relu: max(x, 0)^2 (arXiv 2109.08668). gelu: in its tanh approximation (arXiv 1606.08415, section 2).
+    squared_relu: max(x, 0)^2 (arXiv 2109.08668). gelu: the tanh approximation (arXiv 1606.08415, section 2).
     """
     return _Activation.apply(x, function, gated)
 
 
 def activation_function(name: str) -> tuple[Callable[[torch.Tensor], torch.Tensor], bool]:
-    """(what `FeedForward` applies to its whole inner layer, whether that is [gate | up]) of a recipe's
-    `model.activation`."""
+    """For a recipe's `model.activation`: (function of `FeedForward`'s whole inner layer, whether that is [gate | up])."""
     functions: dict[str, tuple[Function, bool]] = {
         "squared_relu": ("squared_relu", False),
         "gelu": ("gelu", False),
@@ -87,14 +88,16 @@ def activation_function(name: str) -> tuple[Callable[[torch.Tensor], torch.Tenso
 
 
 class FeedForward(MLP):
-    """Megatron's MLP, whose activation takes gate and up together: Megatron's own forward pass applies it to the gate and
-    multiplies after."""
+    """Megatron's MLP with an activation that takes gate and up together.
+
+    Megatron's own forward pass applies the activation to the gate and multiplies afterwards: one more pass over memory.
+    """
 
     def forward(
         self, hidden_states: torch.Tensor, per_token_scale: torch.Tensor | None = None, **_unused: Any
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """[sequence, rows, hidden] -> the same shape. Collective as the two linears are."""
-        assert per_token_scale is None, "for experts, which are not built here"
+        """[sequence, rows, hidden] -> the same shape. The two linear layers are collective over the tensor group."""
+        assert per_token_scale is None, "per_token_scale is for mixtures of experts, which are not supported"
         inner, bias = self.linear_fc1(hidden_states)
         assert bias is None, "layers here have no biases"
         return self.linear_fc2(self.config.activation_func(inner))

@@ -1,21 +1,21 @@
 """The attention core: scaled dot-product attention over grouped queries, with rotary positions, a window, a soft cap,
-documents, context ranks and a cache.
+document boundaries, context parallelism and a key/value cache.
 
 Megatron's own core needs Transformer Engine for packed documents and for context parallelism, and has no soft cap; this
-one does all of it on any device. It stands inside Megatron's SelfAttention, which owns the projections and their sharding.
+one supports all of them on any device. It is part of Megatron's SelfAttention, which owns the projections and their sharding.
 
-    query_SBHD, key_SBGD, value_SBGD --turn--> scores --cap--> mask --> softmax --> output_SB(HD)
+    query_SBHD, key_SBGD, value_SBGD --rotate--> scores --cap--> mask --> softmax --> output_SB(HD)
 
     S sequence, B rows, H query heads, G key/value heads, D width
 
-A query sees the keys from its first one (start of its window, start of its document) to its own: an interval, whatever is
-combined. Context parallelism: context rank r of c holds chunks r and 2c-1-r of 2c equal chunks of the row (the order
-Megatron's Mamba all-to-all assumes, balanced for causal masks). Keys and values are gathered over the group and put into
-true order; the gather's backward is the matching reduce-scatter.
+Each query sees one interval of keys: from its first key (start of its window or of its document, the later one) to its own
+position. Context parallelism: context rank r of c holds chunks r and 2c-1-r of 2c equal chunks of the row (the order that
+Megatron's Mamba all-to-all assumes; it balances causal masks). Keys and values are gathered over the group and sorted into
+the order of the row; the backward pass of the gather is the matching reduce-scatter.
 
-Which arithmetic: on a CPU `train.model.capped`; without a soft cap, for few queries, without a compiler and on a GPU torch's
-scaled_dot_product_attention (FlashAttention). On a GPU soft caps, windows and documents go to torch's FlexAttention
-(`train.model.flex`).
+Implementations. CPU: `train.model.capped`, or torch's scaled_dot_product_attention if there is no soft cap and either few
+queries or no compiler. GPU: torch's scaled_dot_product_attention (FlashAttention), or torch's FlexAttention
+(`train.model.flex`) for soft caps, windows and documents.
 """
 
 from collections.abc import Iterator
@@ -38,11 +38,12 @@ from train.model.rotary import Rotary
 from train.native import attention as compiled
 
 BLOCKED_QUERIES = 16
-"""Queries from which on the blocked attention, which first turns all keys, is used without a soft cap too."""
+"""Without a soft cap, blocked attention is used from this many queries on: it first transposes all keys, which does not
+pay for fewer."""
 
 
 def zigzag_positions(sequence: int, *, rank: int, ranks: int, device: torch.device) -> torch.Tensor:
-    """True positions of the tokens context rank `rank` holds, [sequence / ranks], for a row of `sequence` tokens."""
+    """Positions in the row of the tokens on context rank `rank`, [sequence / ranks], for a row of `sequence` tokens."""
     if ranks == 1:
         return torch.arange(sequence, device=device)
     chunk = sequence // (2 * ranks)
@@ -51,19 +52,19 @@ def zigzag_positions(sequence: int, *, rank: int, ranks: int, device: torch.devi
 
 
 @dataclass(frozen=True)
-class Stretch:
-    """Queries that follow one another in the row."""
+class QueryRange:
+    """Queries that are neighbours in the row."""
 
     queries: slice
-    """Among this rank's queries."""
+    """Indices among this rank's queries."""
     offset: int
-    """Place of the first of them among the keys."""
+    """Index of the first query among the keys."""
 
 
 class AttentionCore(MegatronModule):
-    """Causal attention; fp32 arithmetic on a CPU whatever the storage.
+    """Causal attention. On a CPU the arithmetic is fp32 for every storage dtype.
 
-    softcap, rotary: of the whole model (`train.model.build` binds them). The window comes from Megatron's config.
+    softcap, rotary: the same for all layers (bound by `train.model.build`). The window comes from Megatron's config.
     """
 
     def __init__(
@@ -81,7 +82,7 @@ class AttentionCore(MegatronModule):
     ) -> None:
         super().__init__(config=config)
         assert attn_mask_type == AttnMaskType.causal, "language models here are causal"
-        assert pg_collection is not None, "process groups are handed in"
+        assert pg_collection is not None, "AttentionCore needs pg_collection"
         self.layer_number = layer_number
         self.softmax_scale = softmax_scale
         self.context_group = pg_collection.cp
@@ -100,7 +101,7 @@ class AttentionCore(MegatronModule):
         attention_bias: None = None,
         packed_seq_params: RowContext | None = None,
     ) -> torch.Tensor:
-        """See the module text for shapes. Collective over the context group where that has more than one rank."""
+        """Shapes: see the module docstring. Collective over the context group if it has more than one rank."""
         row = packed_seq_params if packed_seq_params is not None else RowContext()
         ranks, here = self.context_group.size(), self.context_group.rank()
         queries, device, storage = query_SBHD.shape[0], query_SBHD.device, query_SBHD.dtype
@@ -119,9 +120,9 @@ class AttentionCore(MegatronModule):
         scale = self.softmax_scale if self.softmax_scale is not None else query_SBHD.shape[-1] ** -0.5
         keys = key_SBGD.shape[0]
         outputs = []
-        for stretch in _stretches(queries, keys, rank=here, ranks=ranks):
-            q = query_SBHD[stretch.queries]
-            outputs.append(self._attend(q, key_SBGD, value_SBGD, row, offset=stretch.offset, scale=scale))
+        for part in _query_ranges(queries, keys, rank=here, ranks=ranks):
+            q = query_SBHD[part.queries]
+            outputs.append(self._attend(q, key_SBGD, value_SBGD, row, offset=part.offset, scale=scale))
         output = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
         return output.to(storage)
 
@@ -135,14 +136,14 @@ class AttentionCore(MegatronModule):
         offset: int,
         scale: float,
     ) -> torch.Tensor:
-        """Attention of a stretch of queries, each from its first key to its own."""
+        """Attention of neighbouring queries, each from its first key to its own position."""
         queries, rows, device = query_QBHD.shape[0], query_QBHD.shape[1], query_QBHD.device
         keys = key_KBGD.shape[0]
 
         def first_keys() -> torch.Tensor | None:
             return self._first_keys(queries, offset, row, rows=rows, device=device)
 
-        def given_first_keys() -> torch.Tensor:
+        def first_keys_or_zeros() -> torch.Tensor:
             first = first_keys()
             return first if first is not None else torch.zeros(rows, queries, dtype=torch.int32, device=device)
 
@@ -156,18 +157,18 @@ class AttentionCore(MegatronModule):
         if is_blocked:
             return capped_attention(
                 query_QBHD, key_KBGD, value_KBGD,
-                first_key_BQ=given_first_keys(), offset=offset, scale=scale, softcap=self.softcap,
+                first_key_BQ=first_keys_or_zeros(), offset=offset, scale=scale, softcap=self.softcap,
             )  # fmt: skip
         mask = mask_of(
             row, queries=queries, keys=keys, offset=offset, window=self.window_tokens, device=device,
-            first_key_BQ=given_first_keys,
+            first_key_BQ=first_keys_or_zeros,
         )  # fmt: skip
         return flex(query_QBHD, key_KBGD, value_KBGD, mask=mask, scale=scale, softcap=self.softcap)
 
     def _first_keys(
         self, queries: int, offset: int, row: RowContext, *, rows: int, device: torch.device
     ) -> torch.Tensor | None:
-        """First key each query sees, [rows, queries] int32; None where that is the first of all for every query."""
+        """First key each query sees, [rows, queries] int32; None if every query starts at key 0."""
         window = self.window_tokens
         if row.documents is None and (window is None or offset + queries <= window):
             return None
@@ -179,16 +180,17 @@ class AttentionCore(MegatronModule):
         return torch.maximum(first, starts).to(torch.int32)
 
     def _gathered(self, part_SBGD: torch.Tensor) -> torch.Tensor:
-        """Keys or values of all context ranks in true order. Collective."""
+        """Keys or values of all context ranks in the order of the row. Collective."""
         ranks = self.context_group.size()
         by_rank = gather_from_sequence_parallel_region(part_SBGD, group=self.context_group)
-        chunks = by_rank.chunk(2 * ranks)  # rank r's two chunks stand at 2r and 2r + 1
-        return torch.cat([*chunks[0::2], *chunks[:0:-2]])
+        chunks = by_rank.chunk(2 * ranks)  # rank r's two chunks are at 2r and 2r + 1
+        return torch.cat([*chunks[0::2], *chunks[:0:-2]])  # first chunks rank 0 upwards, second ones downwards
 
     def _extend_cache(
         self, row: RowContext, key_SBGD: torch.Tensor, value_SBGD: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """All keys and values the new queries may see. The cache of a layer with a window keeps no more than that."""
+        """All keys and values that the new queries may see. Updates the cache; with a window it stores the last
+        window_tokens - 1 only."""
         assert row.caches is not None
         cached = row.caches.keys_values
         if self.layer_number in cached:
@@ -198,19 +200,19 @@ class AttentionCore(MegatronModule):
         keep = key_SBGD.shape[0] if self.window_tokens is None else min(self.window_tokens - 1, key_SBGD.shape[0])
         start = key_SBGD.shape[0] - keep
         kept = (key_SBGD[start:], value_SBGD[start:])
-        # A copy where something is dropped, so that the dropped part is freed.
+        # If tokens are dropped, copy: a slice would keep the memory of the whole tensor alive.
         cached[self.layer_number] = kept if start == 0 else (kept[0].clone(), kept[1].clone())
         return key_SBGD, value_SBGD
 
 
-def _stretches(queries: int, keys: int, *, rank: int, ranks: int) -> Iterator[Stretch]:
-    """This rank's queries as runs of neighbours: all of them, or its two chunks of the row."""
+def _query_ranges(queries: int, keys: int, *, rank: int, ranks: int) -> Iterator[QueryRange]:
+    """This rank's queries as ranges of neighbours: one range, or its two chunks of the row under context parallelism."""
     if ranks == 1:
-        yield Stretch(slice(0, queries), keys - queries)
+        yield QueryRange(slice(0, queries), keys - queries)
         return
     chunk = queries // 2
-    yield Stretch(slice(0, chunk), rank * chunk)
-    yield Stretch(slice(chunk, queries), (2 * ranks - 1 - rank) * chunk)
+    yield QueryRange(slice(0, chunk), rank * chunk)
+    yield QueryRange(slice(chunk, queries), (2 * ranks - 1 - rank) * chunk)
 
 
 def _plain(
@@ -222,10 +224,11 @@ def _plain(
     offset: int,
     scale: float,
 ) -> torch.Tensor:
-    """Without a soft cap: torch's attention, plain causal where it can be told so, else with a mask. -> [Q, B, H * D]."""
+    """torch's attention, without a soft cap: with `is_causal` if that is enough, else with a mask. -> [Q, B, H * D]."""
     queries = query_QBHD.shape[0]
     key_KBGD, value_KBGD = key_KBGD[: offset + queries], value_KBGD[: offset + queries]
     mask = None
+    # torch's is_causal aligns the first query with the first key, so an offset needs a mask.
     if first_BQ is not None or (offset > 0 and queries > 1):
         keys = torch.arange(offset + queries, device=query_QBHD.device)
         mask = keys <= keys[offset:, None]

@@ -1,7 +1,7 @@
-"""Which modules a model is made of: the backend is a value, chosen once, and nothing else asks which one it is.
+"""Which modules a model is made of. The backend is an object, chosen once; no other code tests which backend runs.
 
-A backend is Megatron's BackendSpecProvider (linear layers, norm, attention core) plus the Mamba-2 mixer, and what low
-precision needs of it. `reference` is plain torch on any device; `emulated` is the same modules with low-precision numbers
+A backend is Megatron's BackendSpecProvider (linear layers, norm, attention core) plus the Mamba-2 mixer and the hooks for
+low precision. `reference` is plain torch on any device; `emulated` is the same modules with emulated low precision
 (`train.precision.emulated`); `te` is Transformer Engine with mamba-ssm kernels on a GPU (`train.precision.te`).
 """
 
@@ -29,11 +29,12 @@ from train.precision import emulated, te
 from train.precision.control import PrecisionControl
 
 _GENERATIONS = {(8, 0): "ampere", (8, 6): "ampere", (8, 9): "ada", (9, 0): "hopper"}
-"""Compute capability -> generation (CUDA C++ Programming Guide, appendix on compute capabilities); from 10.0 on Blackwell."""
+"""Compute capability -> generation (CUDA C++ Programming Guide, appendix on compute capabilities); 10.0 and above is
+Blackwell."""
 
 
 class Backend(Protocol):
-    """Modules a model spec names."""
+    """The module classes that `train.model.build` puts into a model spec."""
 
     name: str
 
@@ -45,7 +46,7 @@ class Backend(Protocol):
 
     @abstractmethod
     def column_parallel_layer_norm_linear(self) -> type | None:
-        """One module for norm and linear where the backend has it, else None."""
+        """The class that fuses norm and linear, or None if the backend has none."""
 
     @abstractmethod
     def norm(self) -> type: ...
@@ -66,7 +67,7 @@ class Backend(Protocol):
 
     @abstractmethod
     def control(self, chunks: list[Any], *, precision: PrecisionConfig, mesh: Mesh, seed: int) -> PrecisionControl:
-        """What the training loop steers low precision with, over all chunks of this rank."""
+        """The object by which the training loop controls low precision, for all chunks of this rank."""
 
 
 class ReferenceBackend(LocalSpecProvider):
@@ -106,7 +107,7 @@ class ReferenceBackend(LocalSpecProvider):
 
 
 class EmulatedBackend(ReferenceBackend):
-    """The reference modules, with the GEMMs of the recipe's scaling computed in low precision."""
+    """The reference modules, with GEMMs computed in emulated low precision by the recipe's scaling."""
 
     name = "emulated"
 
@@ -123,7 +124,7 @@ class TransformerEngineBackend(te.TransformerEngineModules):
 
 
 def this_machine() -> Machine:
-    """What rules need to know about the machine this process runs on."""
+    """The facts about this machine that the recipe rules need."""
     has_gpu = torch.cuda.is_available()
     major, minor = torch.cuda.get_device_capability() if has_gpu else (0, 0)
     return Machine(
@@ -137,9 +138,9 @@ def this_machine() -> Machine:
 
 
 def choose_backend(precision: PrecisionConfig, device: torch.device) -> Backend:
-    """The backend a recipe asks for on this device (`recipes.schema.rules.backend_name`).
+    """The backend that a recipe selects on this device (`recipes.schema.rules.backend_name`).
 
-    Raises BackendError naming what is missing, or a scaling that a backend does not have.
+    Raises BackendError if a package or the hardware is missing, or if the backend does not support the scaling.
     """
     machine = replace(this_machine(), has_gpu=device.type == "cuda")
     refuse([*low_precision_problems(precision), *backend_problems(precision, machine)], BackendError)

@@ -2,8 +2,8 @@
 
     ModelConfig, ParallelConfig, Backend --> TransformerConfig + spec --> [Model] one per virtual pipeline chunk
 
-The checkpoint names of all backends are the same: where a backend fuses norm and linear, the spec maps the fused names
-onto the separate ones.
+All backends use the same names in checkpoints: if a backend fuses norm and linear, the spec maps the fused names to the
+separate ones.
 """
 
 import math
@@ -44,7 +44,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 class Model(HybridModel):
-    """Megatron's HybridModel with this project's cross-entropy, and what Gemma 2 does to embeddings and logits."""
+    """Megatron's HybridModel with this project's cross-entropy, and Gemma 2's scaling of embeddings and cap on logits."""
 
     def __init__(self, *, model: ModelConfig, **arguments: Any) -> None:
         super().__init__(**arguments)
@@ -53,12 +53,12 @@ class Model(HybridModel):
             self.embedding.register_forward_hook(_times_root_of_hidden)
 
     def forward(self, *args: Any, labels: torch.Tensor | None = None, **kwargs: Any) -> torch.Tensor:
-        """Megatron's forward pass; logits that leave the model are capped."""
+        """Megatron's forward pass; returned logits are soft-capped if the model has a cap. With labels: losses."""
         output = super().forward(*args, labels=labels, **kwargs)
         return self.capped(output) if labels is None and self.post_process else output
 
     def capped(self, logits: torch.Tensor) -> torch.Tensor:
-        """Logits of the head as the model means them."""
+        """The head's logits after the model's soft cap, if it has one."""
         return logits if self.logit_softcap is None else soft_cap(logits, self.logit_softcap)
 
     def compute_language_model_loss(self, labels: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
@@ -73,7 +73,7 @@ class Model(HybridModel):
 
 
 def _times_root_of_hidden(_module: torch.nn.Module, _inputs: Any, output: torch.Tensor) -> torch.Tensor:
-    """Embeddings times sqrt(hidden), the factor rounded to their format as Gemma's own code does."""
+    """Embeddings times sqrt(hidden); the factor is rounded to the embeddings' dtype, as in Gemma's own code."""
     return output * torch.tensor(output.shape[-1] ** 0.5, dtype=output.dtype, device=output.device)
 
 
@@ -85,7 +85,7 @@ def transformer_config(
     run: RunConfig,
     backend: Backend,
 ) -> TransformerConfig:
-    """Megatron's own configuration for a recipe. Megatron validates it again and completes it."""
+    """Megatron's configuration for a recipe. Megatron validates it again and fills in the rest."""
     kinds = layer_kinds(model.pattern)
     dtype = DTYPES[precision.params]
     activation, gated = activation_function(model.activation)
@@ -116,7 +116,7 @@ def transformer_config(
         params_dtype=dtype,
         bf16=precision.params == "bf16",
         pipeline_dtype=dtype,
-        # Initial weights come from `train.model.initial`, the same at every layout; Megatron's depend on it.
+        # `train.model.initial` draws the same initial weights for every layout; Megatron's depend on the layout.
         perform_initialization=False,
         tensor_model_parallel_size=parallel.tensor,
         pipeline_model_parallel_size=parallel.pipeline,
@@ -201,8 +201,8 @@ def stack_spec(model: ModelConfig, backend: Backend, *, reset_at_documents: bool
 
 
 def _attention_core(model: ModelConfig, backend: Backend, *, reset_at_documents: bool) -> Any:
-    """The backend's attention core, or this project's where that lacks something: no stock core has a soft cap, or tells
-    documents apart by index."""
+    """The backend's attention core, or this project's if the model needs a soft cap, rotary positions or documents: stock
+    cores have no soft cap and do not separate documents by index."""
     core = backend.core_attention()
     needs_own = model.attention_softcap is not None or model.position == "rope" or reset_at_documents
     if core is not AttentionCore and not needs_own:
@@ -225,18 +225,18 @@ def build_model(
 ) -> list[Model]:
     """This rank's part of the model, initialized: one chunk per virtual pipeline stage, first stage first.
 
-    reset_at_documents: whether batches will say where documents begin.
+    reset_at_documents: whether batches carry document boundaries.
 
-    Weights depend on `run.seed` and the parameter's name only, not on the layout. draw_weights: False leaves them
-    undefined, for a caller who reads them all from a checkpoint. Collective (tied embeddings).
+    Weights depend on `run.seed` and the parameter's name only, not on the layout. draw_weights=False leaves them
+    uninitialized, for a caller that loads all of them from a checkpoint. Collective (tied embeddings).
     """
     config = transformer_config(model, parallel=parallel, precision=precision, run=run, backend=backend)
-    # HybridStack names Transformer Engine's norm for its final norm whatever the spec says.
+    # Megatron trap: HybridStack takes its final norm from the module-level name TENorm and ignores the spec.
     hybrid_block.TENorm = backend.norm()
     spec = stack_spec(model, backend, reset_at_documents=reset_at_documents)
     chunks_per_rank = parallel.virtual_pipeline
     stages = parallel.pipeline * chunks_per_rank
-    # Megatron knows one kind of attention layer; which of them have a window stands in its config.
+    # Megatron's patterns have one kind of attention layer; its config (window_attn_skip_freq) says which have a window.
     pattern = "|".join(cut(model.pattern, stages, model=model)).replace("w", "*")
     pipeline_rank = mesh.groups.pp.rank()
     chunks = []
@@ -253,7 +253,7 @@ def build_model(
             post_process=stage == stages - 1,
             parallel_output=True,
             share_embeddings_and_output_weights=model.tie_embeddings,
-            position_embedding_type="none",  # the attention core turns queries and keys itself
+            position_embedding_type="none",  # the attention core applies rotary positions itself
             pg_collection=mesh.groups,
             vp_stage=chunk if chunks_per_rank > 1 else None,
         )

@@ -1,14 +1,14 @@
-"""Attention on a CPU, blocked: scores are made, capped and used a block at a time, never all [S, S] of them.
+"""Blocked attention on a CPU: scores are computed, capped and used one block at a time; [S, S] scores never exist.
 
-    p = exp(c tanh(q k^T scale / c))  on first_key <= key <= the query's own place      out = (p v) / (sum of p)
+    p = exp(c tanh(q k^T scale / c))  for first_key <= key <= the query's own index     out = (p v) / (sum of p)
 
-The cap bounds every score by c, so exponentials need no largest score taken out first (exp(70) x 10^6 keys fits fp32):
-blocks of keys simply add up. The backward pass makes p again from the saved sums, as FlashAttention does (arXiv
-2205.14135). Masks are intervals: causal, within a window, within a document, which keeps all of a query's keys together,
-so blocks outside it are skipped. The compiled form (`attention.c`) also does without a cap.
+The cap bounds every score by c, so there is no need to subtract the largest score before the exponential (exp(70) x 10^6
+keys fits fp32): sums over blocks of keys simply add up. The backward pass computes p again from the saved sums, as
+FlashAttention does (arXiv 2205.14135). Masks are intervals (causal, window, document), so blocks of keys outside a query's
+interval are skipped. The compiled version (`attention.c`) also supports attention without a cap.
 
-Shape letters: Q queries, K keys, B rows, H query heads, G key/value heads, R = H / G, D width. The queries are the last Q
-of the K positions or a stretch of them (`offset`). Arithmetic is fp32 (float64 for float64) whatever the storage.
+Shape letters: Q queries, K keys, B rows, H query heads, G key/value heads, R = H / G, D width. The first query is key
+number `offset`. Arithmetic is fp32 (float64 for float64 inputs) for every storage dtype.
 """
 
 from collections.abc import Iterator
@@ -20,22 +20,23 @@ import torch
 from train.native import attention as compiled
 
 LARGEST_CAP = 70.0
+"""exp(70) = 2.5e30; fp32 overflows at 3.4e38, so sums over up to 10^8 keys are finite."""
 QUERIES, KEYS = 128, 512
 """Block sizes in tokens: a block of scores of one key/value head stays in the cache."""
 BLOCK_SCORES = 1 << 19
-"""Scores worked on at once, over all rows and heads taken together."""
+"""Scores computed at once, over all rows and heads together."""
 
 
 @dataclass(frozen=True)
 class _Plan:
-    """What the passes share besides tensors."""
+    """The arguments other than tensors that forward and backward share."""
 
     groups: int
     offset: int
-    """Place among the keys of the first query."""
+    """Index of the first query among the keys."""
     scale: float
     softcap: float
-    """0: none."""
+    """0: no cap."""
 
 
 def capped_attention(
@@ -48,20 +49,20 @@ def capped_attention(
     scale: float,
     softcap: float | None,
 ) -> torch.Tensor:
-    """Attention of queries at places offset ... offset + Q - 1 among the keys, each from its first key to its own place.
+    """Attention of queries offset ... offset + Q - 1 (indices among the keys), each from its first key to its own index.
 
-    first_key_BQ: int32, never decreasing along Q. softcap None: none, where `compiled.attention_usable`. -> [Q, B, H * D].
-    Deterministic. Differentiable once.
+    first_key_BQ: int32, never decreasing along Q. softcap None: no cap, only if `compiled.attention_usable`.
+    -> [Q, B, H * D]. Deterministic. Differentiable once.
     """
     assert softcap is None or softcap <= LARGEST_CAP, f"exponentials of scores up to {softcap} overflow"
-    assert softcap is not None or compiled.attention_usable(query_QBHD), "torch's attention is for this"
+    assert softcap is not None or compiled.attention_usable(query_QBHD), "use torch's attention without a cap"
     plan = _Plan(groups=key_KBGD.shape[2], offset=offset, scale=scale, softcap=softcap or 0.0)
     return _Capped.apply(query_QBHD, key_KBGD, value_KBGD, first_key_BQ.contiguous(), plan)
 
 
 @dataclass(frozen=True)
 class _Block:
-    """A block of scores: rows x groups `pairs`, queries, keys."""
+    """A block of scores. pairs: (row, key/value head) pairs, flattened."""
 
     pairs: slice
     queries: slice
@@ -69,7 +70,7 @@ class _Block:
 
 
 def _blocks(first_key_BQ: torch.Tensor, plan: _Plan, *, heads_per_group: int) -> Iterator[list[_Block]]:
-    """All blocks that hold visible pairs; the blocks of one list share their queries."""
+    """All blocks in which some query sees some key; the blocks of one list share their queries."""
     rows, queries = first_key_BQ.shape
     pairs = rows * plan.groups
     lowest = first_key_BQ.min(dim=0).values.tolist()
@@ -109,7 +110,7 @@ class _Capped(torch.autograd.Function):
         plan: _Plan = ctx.plan
         q, k, v = _by_pair(query, plan.groups), _by_pair(key, plan.groups), _by_pair(value, plan.groups)
         grad = _by_pair(grad_out.view(query.shape), plan.groups)
-        # d p = (grad v^T - <grad, out>) / sum: the second term is the same for all keys of a query.
+        # Gradient of p: (grad v^T - <grad, out>) / sum. The second term is the same for all keys of a query.
         if plan.softcap:
             grad = grad / sums.unsqueeze(-1)
         constant = (grad * out).sum(-1)
@@ -170,7 +171,7 @@ def _backward(
 
 
 def _by_pair(x_SBHD: torch.Tensor, groups: int) -> torch.Tensor:
-    """[S, B, H, D] -> [B * G, S * R, D] contiguous: a matrix for each row and key/value head, its query heads in turn."""
+    """[S, B, H, D] -> [B * G, S * R, D] contiguous: one matrix per row and key/value head; its lines are (token, query head)."""
     sequence, rows, heads, width = x_SBHD.shape
     work = torch.promote_types(x_SBHD.dtype, torch.float32)
     by_group = x_SBHD.to(work).view(sequence, rows, groups, heads // groups, width)
@@ -178,18 +179,18 @@ def _by_pair(x_SBHD: torch.Tensor, groups: int) -> torch.Tensor:
 
 
 def _by_token(x: torch.Tensor, like_SBHD: torch.Tensor) -> torch.Tensor:
-    """The way back from `_by_pair`: [S, B, H, D]."""
+    """Inverse of `_by_pair`: [S, B, H, D]."""
     sequence, rows, heads, width = like_SBHD.shape
     return x.view(rows, -1, sequence, heads * rows // x.shape[0], width).permute(2, 0, 1, 3, 4).reshape(like_SBHD.shape)
 
 
 def _lines(queries: slice, per_group: int) -> slice:
-    """The lines of `_by_pair` that belong to a stretch of queries."""
+    """The lines of `_by_pair` that belong to a slice of queries."""
     return slice(queries.start * per_group, queries.stop * per_group)
 
 
 def _hidden(first_key_BQ: torch.Tensor, block: _Block, plan: _Plan, lines: int) -> torch.Tensor | None:
-    """True where a query must not see a key, [pairs, lines, keys]; None where it may see them all."""
+    """True where a query must not see a key, [pairs, lines, keys]; None if every query of the block sees every key."""
     first = first_key_BQ[:, block.queries]
     if block.keys.stop <= plan.offset + block.queries.start + 1 and int(first.max()) <= block.keys.start:
         return None
@@ -204,7 +205,7 @@ def _hidden(first_key_BQ: torch.Tensor, block: _Block, plan: _Plan, lines: int) 
 def _exponentials_(
     scores: torch.Tensor, sums: torch.Tensor, first_key_BQ: torch.Tensor, block: _Block, plan: _Plan
 ) -> None:
-    """Raw products -> p in place, 0 where hidden; their sums over the keys are added to `sums`."""
+    """q k^T -> p in place, 0 where hidden. Adds the sums of p over the keys to `sums`."""
     scores.mul_(plan.scale / plan.softcap).tanh_().mul_(plan.softcap).exp_()
     hidden = _hidden(first_key_BQ, block, plan, scores.shape[1])
     if hidden is not None:
@@ -220,7 +221,7 @@ def _gradients_(
     block: _Block,
     plan: _Plan,
 ) -> torch.Tensor:
-    """Raw products -> p; grad_p -> gradient of the raw products, in place."""
+    """In place: scores (q k^T) become p, which is returned; grad_p becomes the gradient of q k^T."""
     t = scores.mul_(plan.scale / plan.softcap).tanh_()
     slope = torch.addcmul(torch.full((), plan.scale, dtype=t.dtype, device=t.device), t, t, value=-plan.scale)
     p = t.mul_(plan.softcap).exp_()

@@ -1,6 +1,7 @@
-"""The chunked scan in plain torch: what `train.model.ssd` computes where `scan.c` does not, and what that is held to.
+"""The chunked scan in plain torch: the definition that `scan.c` is tested against, and its replacement on GPUs, in float64
+and without a compiler.
 
-Formulas and shape letters: module text of `train.model.ssd`.
+Formulas and shape letters: module docstring of `train.model.ssd`.
 """
 
 from dataclasses import dataclass
@@ -16,17 +17,17 @@ class ScanGrads:
     xbc: torch.Tensor
     """[B, L, C]"""
     dt: torch.Tensor
-    """[B, L, H], of dt after softplus"""
+    """[B, L, H], gradient of dt after softplus"""
     A: torch.Tensor
     D: torch.Tensor
 
 
 class Chunked:
-    """One scan laid out in chunks: tensors [K, Q, ...], rows padded to whole chunks with dt = 0, which changes nothing.
+    """One scan in chunks: tensors [K, Q, ...]. Rows are padded to whole chunks with dt = 0, which leaves the state unchanged.
 
-    Heads are taken one by one and groups one by one: each then works on strided views of the token-major tensors, which
-    batched products take without a copy, and on Q x Q matrices that stay in the cache. (All heads at once needs a
-    transposed copy of every operand and streams the matrices through memory: 1.9 times slower, docs/log.md.)
+    Groups and heads are computed one at a time, on strided views of the token-major tensors, which batched products accept
+    without a copy, and on Q x Q matrices that fit the cache. (All heads at once would need a transposed copy of every
+    operand and write the matrices to memory: 1.9 times slower, docs/log.md.)
     """
 
     def __init__(
@@ -45,14 +46,14 @@ class Chunked:
         self.xbc = self.chunked(xbc_BLC)
         self.dt = self.chunked(dt_LBH.transpose(0, 1))  # [K, Q, H]
         self.document = None if document_BL is None else self.chunked(document_BL, fill_last=True)
-        self.decay, self.rest = self.running_sums()  # s in the module text: nearest float and rest, [K, Q, H] each
+        self.decay, self.rest = self.running_sums()  # s of the formulas: nearest float and rest, [K, Q, H] each
         self.total = self.decay[:, -1]  # [K, H]
 
     def running_sums(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """s = nearest + rest. The nearest float alone loses small steps after large ones: between two sums near -1000
-        s_i - s_j would have an error of 6e-5, and exp(s_i - s_j) as well. (nearest_i - nearest_j is exact where it matters.)
+        """s = nearest + rest. The nearest float alone loses small steps after large ones: with two sums near -1000 the error
+        of s_i - s_j would be 6e-5, and so would that of exp(s_i - s_j). (nearest_i - nearest_j is exact if the two are close.)
 
-        Sums start at zero at each document, so that a document's numbers do not depend on the one before it."""
+        Sums restart at zero at each document, so that a document's numbers do not depend on the one before it."""
         steps = self.dt * self.A
         s = steps.cumsum(1, dtype=torch.float64)
         if self.document is not None:
@@ -61,7 +62,7 @@ class Chunked:
         return nearest, (s - nearest).to(self.dt.dtype)
 
     def chunked(self, rows_BL: torch.Tensor, *, fill_last: bool = False) -> torch.Tensor:
-        """[B, L, ...] -> [K, Q, ...]; a ragged end is filled with zeros, or with the last value."""
+        """[B, L, ...] -> [K, Q, ...]; an incomplete last chunk is padded with zeros, or with the last value."""
         missing = self.per_row * self.sizes.chunk - self.length
         if missing:
             shape = (self.rows, missing, *rows_BL.shape[2:])
@@ -76,9 +77,11 @@ class Chunked:
     def forward(
         self, D_H: torch.Tensor, *, before: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """-> (y [K, Q, H*P], states before each chunk [G, B, chunks, N, H/G, P], state after the last [B, G, N, H/G, P])."""
+        """before: state before the first chunk, or None for zeros.
+
+        -> (y [K, Q, H*P], states before each chunk [G, B, chunks, N, H/G, P], state after the last [B, G, N, H/G, P])."""
         s = self.sizes
-        gain = self.state_weights().mul_(self.dt)  # of x instead of dt x
+        gain = self.state_weights().mul_(self.dt)  # dt is included, so it multiplies x
         at_row, at_column = torch.exp(self.rest), torch.exp(-self.rest).mul_(self.dt)
         added = torch.stack(
             [torch.bmm(self.B(g).transpose(1, 2), self.weighted(self.group_x(g), gain, g)) for g in range(s.groups)]
@@ -97,15 +100,15 @@ class Chunked:
         return y.flatten(-2), states, after
 
     def backward(self, grad_y_BLI: torch.Tensor, states: torch.Tensor, D_H: torch.Tensor) -> ScanGrads:
-        """Gradients of `forward` (without `before`), given its output's and the states it returned."""
+        """Gradients of `forward` with before=None, from the gradient of y and the states that it returned."""
         s = self.sizes
         grad_y = self.chunked(grad_y_BLI).unflatten(-1, (s.heads, s.head_dim))
         carry, gain = self.carry_weights(), self.state_weights()
         at_row, at_column = torch.exp(self.rest), torch.exp(-self.rest)
         grad_xbc = torch.empty_like(self.xbc)
-        grad_a = torch.empty_like(self.dt)  # of dt A at each token
+        grad_a = torch.empty_like(self.dt)  # gradient of dt A at each token
         through_x = torch.empty_like(self.dt)  # <x, d(dt x)>
-        left = torch.empty_like(self.dt)  # what the state built in this chunk takes from each token
+        left = torch.empty_like(self.dt)  # gradient of dt A through each token's share of the chunk's final state
         grad_D = torch.empty_like(D_H)
 
         carried = [self.weighted(grad_y[:, :, self.span(g)], carry, g) for g in range(s.groups)]
@@ -195,10 +198,10 @@ class Chunked:
         return states[g].flatten(0, 1).flatten(-2)
 
     def decays(self, h: int) -> torch.Tensor:
-        """exp(nearest_i - nearest_j) for i >= j, [K, Q, Q]; elsewhere at most 1, to be masked by the scores.
+        """exp(nearest_i - nearest_j) for i >= j, [K, Q, Q]; elsewhere at most 1 (the scores are zero there).
 
-        exp(s_i - s_j) is this times exp(rest_i) and exp(-rest_j), which callers put into the factors at its rows and
-        columns: those have Q x P elements, and a second pass over Q x Q would cost 5 % of the scan."""
+        exp(s_i - s_j) is this times exp(rest_i) and exp(-rest_j). Callers multiply the neighbouring factors of the product
+        by those two: they have Q x P elements, and a second pass over Q x Q would cost 5 % of the scan."""
         s_KQ = self.decay[:, :, h]
         return (s_KQ.unsqueeze(-1) - s_KQ.unsqueeze(-2)).clamp_(max=0).exp_()
 
@@ -207,7 +210,7 @@ class Chunked:
         return self.causal_(torch.bmm(self.C(g), self.B(g).transpose(1, 2)))
 
     def causal_(self, square: torch.Tensor) -> torch.Tensor:
-        """Zero what looks ahead or into another document, in place. [K, Q, Q]."""
+        """Zero the pairs with j > i or in different documents, in place. [K, Q, Q]."""
         square = square.tril_()
         if self.document is not None:
             square.masked_fill_(self.document.unsqueeze(-1) != self.document.unsqueeze(-2), 0)
@@ -220,29 +223,29 @@ class Chunked:
         return torch.matmul(pairs, before).tril_().sum(-2)
 
     def state_weights(self) -> torch.Tensor:
-        """exp(s_Q - s_j): how much of token j is left in the state at the end of its chunk, [K, Q, H]."""
+        """exp(s_Q - s_j): decay of token j's contribution up to the end of its chunk, [K, Q, H]."""
         weights = torch.exp((self.decay[:, -1:] - self.decay) + (self.rest[:, -1:] - self.rest))
         if self.document is not None:
-            # Filled, not multiplied: of an earlier document the difference means nothing, and exp may overflow.
+            # Fill, do not multiply by zero: between documents the difference has no meaning and exp may be infinite.
             weights.masked_fill_((self.document != self.document[:, -1:]).unsqueeze(-1), 0)
         return weights
 
     def carry_weights(self) -> torch.Tensor:
-        """exp(s_i): how much of the state before the chunk token i still sees, [K, Q, H]."""
+        """exp(s_i): decay of the state before the chunk up to token i, [K, Q, H]."""
         weights = torch.exp(self.decay)
         if self.document is not None:
             weights *= (self.document == self.document_before().unsqueeze(-1)).unsqueeze(-1)
         return weights
 
     def document_before(self) -> torch.Tensor:
-        """Document of the token before each chunk, [K]; a row's first chunk has none (its own first is as good)."""
+        """Document of the token before each chunk, [K]. For a row's first chunk: its first document (the state is zero)."""
         assert self.document is not None
         last = self.document[:, -1].view(self.rows, self.per_row)
         first = self.document[:, 0].view(self.rows, self.per_row)
         return torch.cat([first[:, :1], last[:, :-1]], dim=1).flatten()
 
     def chunk_decays(self) -> torch.Tensor:
-        """exp(s_Q): what is left after a chunk of the state before it, [G, B, chunks, 1, H/G, 1]."""
+        """exp(s_Q): decay of the state over a whole chunk, [G, B, chunks, 1, H/G, 1]."""
         s = self.sizes
         decays = torch.exp(self.total)
         if self.document is not None:
@@ -251,7 +254,7 @@ class Chunked:
         return by_group.permute(2, 0, 1, 3, 4, 5)
 
     def pass_states(self, added: torch.Tensor, before: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
-        """Run the state over the chunks: added [G, K, N, H/G*P] -> (before each chunk [G, B, chunks, ...], after the last)."""
+        """The recurrence over chunks: added [G, K, N, H/G*P] -> (states before each [G, B, chunks, ...], after the last)."""
         s = self.sizes
         added = added.view(s.groups, self.rows, self.per_row, s.state, s.heads_per_group, s.head_dim)
         decays = self.chunk_decays()
@@ -265,7 +268,7 @@ class Chunked:
     def pass_states_backward(
         self, grad_before: torch.Tensor, states: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Gradients of `pass_states`: -> (of added, shaped as the states; of s_Q through the chunk decays [K, H])."""
+        """Backward of `pass_states` -> (gradient of added, states' shape; gradient of s_Q through the chunk decays [K, H])."""
         grad_before = grad_before.view(states.shape)
         decays = self.chunk_decays()
         grad_added = torch.empty_like(states)

@@ -1,7 +1,7 @@
-"""What a batch carries to every layer besides its hidden states: document boundaries, and caches when generating.
+"""What every layer receives in addition to hidden states: document boundaries, and caches during generation.
 
-Megatron hands `packed_seq_params` through the schedules, the recompute function and every layer down to the mixer and
-the attention core, so `RowContext` extends that class instead of adding a second way.
+Megatron passes `packed_seq_params` through the schedules, activation recomputation and every layer to the mixer and the
+attention core. `RowContext` extends that class, so no second path is needed.
 """
 
 from dataclasses import dataclass, field
@@ -13,8 +13,8 @@ from megatron.core.packed_seq_params import PackedSeqParams
 
 @dataclass
 class LayerCaches:
-    """State of a generation in progress: grows with the text for attention only, up to its window where it has
-    one; stays the same size for Mamba-2."""
+    """State of one generation. Attention caches grow with the text (with a window: up to its size); Mamba-2 states have a
+    constant size."""
 
     length: int = 0
     """Tokens already in the caches."""
@@ -27,18 +27,18 @@ class LayerCaches:
 
 @dataclass
 class RowContext(PackedSeqParams):
-    """Extras of one microbatch. Rows stay [sequence, rows, hidden] ("sbhd"); documents are told apart by index."""
+    """Extra inputs of one microbatch. Rows stay [sequence, rows, hidden] ("sbhd"); documents are given by index."""
 
     qkv_format: str = "sbhd"
     documents: torch.Tensor | None = None
-    """[rows, sequence] int: document of each token of the whole row (also under context parallelism); None: one."""
+    """[rows, sequence] int: document of each token of the whole row (also under context parallelism). None: one document."""
     caches: LayerCaches | None = None
-    """Set while generating."""
+    """Set during generation only."""
     masks: dict[tuple[int | None, ...], Any] = field(default_factory=dict)
     """Attention masks that layers of this microbatch share (`train.model.flex`)."""
 
     def __post_init__(self) -> None:
-        """Megatron's stock mixer hands `seq_idx` to mamba-ssm's kernels, which reset where it changes."""
+        """Megatron's stock mixer passes `seq_idx` to mamba-ssm's kernels, which reset the state where it changes."""
         super().__post_init__()
         if self.documents is not None:
             self.seq_idx = self.documents.to(torch.int32).contiguous()

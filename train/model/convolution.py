@@ -1,4 +1,4 @@
-"""The causal depthwise convolution of Mamba-2 in plain torch, cut where documents end, and its gradients.
+"""The causal depthwise convolution of Mamba-2 in plain torch, which does not cross document boundaries, and its gradients.
 
 Shape letters: L sequence, B rows, C channels, W taps.
 """
@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 
 def _same_document(document_BL: torch.Tensor, shift: int) -> torch.Tensor:
-    """Whether a token and the one `shift` before it share a document, [L - shift, B, 1]."""
+    """Whether a token and the token `shift` earlier belong to the same document, [L - shift, B, 1]."""
     return (document_BL[:, shift:] == document_BL[:, :-shift]).t().unsqueeze(-1)
 
 
@@ -26,7 +26,7 @@ def convolve(
     out_LBC = out.transpose(0, 1)
     torch.mul(x_LBC, weight_CW[:, -1], out=out_LBC)
     out_LBC.add_(bias_C)
-    for shift in range(1, min(taps, length)):  # one shifted multiply-add per tap, cut where documents end
+    for shift in range(1, min(taps, length)):  # one shifted multiply-add per tap
         earlier = x_LBC[:-shift] * _same_document(document_BL, shift)
         out_LBC[shift:].addcmul_(earlier, weight_CW[:, -1 - shift])
     return out
@@ -35,11 +35,11 @@ def convolve(
 def _correlate(x_LBC: torch.Tensor, weight_CW: torch.Tensor, bias_C: torch.Tensor) -> torch.Tensor:
     """bias + sum over taps k of weight[k] x[l - (W-1) + k] for l = 0 ... L + W - 2, zeros outside, [B, L + W - 1, C].
 
-    The rows are seen as channels-last images of width one, which the depthwise kernels of oneDNN and cuDNN take.
+    The rows are viewed as channels-last images of width one, for which oneDNN and cuDNN have depthwise kernels.
     """
     length, rows, channels = x_LBC.shape
     taps = weight_CW.shape[1]
-    # Strides are spelled out: those of a width of one are ambiguous, and read the other way the kernel is 10 times slower.
+    # Explicit strides: at width one the layout is ambiguous, and torch may pick a kernel that is 10 times slower.
     image = (
         x_LBC.transpose(0, 1)
         .contiguous()
@@ -57,7 +57,7 @@ def convolve_backward(
     document_BL: torch.Tensor | None,
     grad_input: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Gradients of `convolve`: writes the input's into `grad_input` [L, B, C], -> (of the weight, of the bias)."""
+    """Gradients of `convolve`. Writes the input's into `grad_input` [L, B, C]. -> (gradient of weight, of bias)."""
     grad = grad_BLC.transpose(0, 1)
     x_LBC = x_LBC.to(weight_CW.dtype)
     taps = weight_CW.shape[1]

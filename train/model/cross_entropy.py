@@ -1,10 +1,10 @@
-"""Cross-entropy over a vocabulary that is split over the tensor ranks, without gathering it.
+"""Cross-entropy over a vocabulary that is split over the tensor ranks, without gathering the logits.
 
-Each rank holds logits of its own slice of the vocabulary. The softmax of a slice needs two numbers from the others: the
-largest log-sum-exp and the sum of the slices' exponentials below it. The forward pass only reads the logits; the backward
-pass makes the probabilities from them again and writes the gradient in their place: no second tensor of their size is ever
-alive, which at a vocabulary of 131,072 is what decides how many rows fit. On a CPU each pass goes over memory once
-(`passes.c`).
+Each rank has the logits of its own slice of the vocabulary. The softmax needs two numbers per token from the other ranks:
+the largest log-sum-exp of the slices, and the sum of the slices' exponentials relative to it. The forward pass only reads
+the logits; the backward pass computes the probabilities again and overwrites the logits with the gradient. So there is
+never a second tensor of that size: at a vocabulary of 131,072 that memory decides how many rows fit. On a CPU forward and
+backward each read the logits once (`passes.c`).
 """
 
 from typing import Any
@@ -15,7 +15,7 @@ import torch.distributed as dist
 from train.native import passes
 
 PART_LOGITS = {"cpu": 1 << 18, "cuda": 1 << 24}
-"""Logits worked on at once in plain torch: on a CPU their temporaries stay in a cache, on a GPU in a bounded workspace."""
+"""Logits processed at once in plain torch. CPU: temporaries fit the cache. GPU: temporaries have a bounded size."""
 
 
 class _VocabParallelCrossEntropy(torch.autograd.Function):
@@ -48,13 +48,13 @@ class _VocabParallelCrossEntropy(torch.autograd.Function):
 
 
 def _lines(logits_SBV: torch.Tensor) -> torch.Tensor:
-    """[tokens, vocabulary], detached: autograd refuses to save a view that was made outside it and then changed."""
+    """[tokens, vocabulary], detached: autograd raises an error for a saved view that is modified in place."""
     return logits_SBV.detach().view(-1, logits_SBV.shape[-1])
 
 
 def _log_sums(lines: torch.Tensor, labels: torch.Tensor, cap: float | None) -> tuple[torch.Tensor, torch.Tensor]:
-    """log-sum-exp of each line's (capped) logits and the one at its label, 0 where the label is negative; fp32."""
-    if passes.takes(lines):
+    """log-sum-exp of each line's (capped) logits, and its (capped) logit at the label, 0 if the label is negative; fp32."""
+    if passes.usable(lines):
         return passes.loss_forward(lines, labels.contiguous(), cap=cap)
     target = lines.gather(1, labels.clamp(min=0)[:, None]).squeeze(1).float()
     target = (target if cap is None else _capped(target, cap)) * (labels >= 0)
@@ -68,8 +68,8 @@ def _log_sums(lines: torch.Tensor, labels: torch.Tensor, cap: float | None) -> t
 def _gradients_(
     lines: torch.Tensor, labels: torch.Tensor, log_sum: torch.Tensor, grad: torch.Tensor, cap: float | None
 ) -> None:
-    """Logits become grad (softmax - one at the label), times the slope of the cap."""
-    if passes.takes(lines):
+    """In place: logits become grad (softmax - onehot(label)), times the slope of the cap."""
+    if passes.usable(lines):
         passes.loss_backward_(lines, labels.contiguous(), log_sum, grad, cap=cap)
         return
     at_label = -(labels >= 0).to(log_sum.dtype)
@@ -107,17 +107,17 @@ class _SoftCap(torch.autograd.Function):
 
 
 def soft_cap(x: torch.Tensor, cap: float) -> torch.Tensor:
-    """cap * tanh(x / cap): close to x where that is small, never beyond the cap (Gemma 2, arXiv 2408.00118)."""
+    """cap * tanh(x / cap): close to x for small x, never larger than the cap (Gemma 2, arXiv 2408.00118)."""
     return _SoftCap.apply(x, cap)
 
 
 def vocab_parallel_cross_entropy(
     logits_SBV: torch.Tensor, labels_SB: torch.Tensor, *, group: dist.ProcessGroup, softcap: float | None = None
 ) -> torch.Tensor:
-    """-log softmax(logits)[label] per token, in nats, fp32; of soft-capped logits where a cap is given.
+    """-log softmax(logits)[label] per token, in nats, fp32; with softcap, of the soft-capped logits.
 
     logits_SBV: this rank's slice of the vocabulary, slices in rank order; labels_SB: ids in the whole vocabulary.
-    -> [sequence, rows]. The backward pass overwrites `logits_SBV` (contiguous ones; others are copied), so it runs once.
+    -> [sequence, rows]. The backward pass overwrites `logits_SBV` (if contiguous, else a copy), so it can run only once.
     Collective over `group` in the forward pass.
     """
     return _VocabParallelCrossEntropy.apply(logits_SBV, labels_SB, group, softcap)

@@ -1,9 +1,9 @@
-"""Attention with caps, windows and documents through torch's FlexAttention, which fuses them into one GPU kernel (**not run
-on a GPU**; mask and score functions are tested on a CPU, where torch runs them unfused, and compilations are counted).
+"""Attention with soft caps, windows and documents by torch's FlexAttention, which fuses them into one GPU kernel (**not run
+on a GPU**; tests run mask and score functions on a CPU, where torch does not fuse them, and count compilations).
 
-Compiling and making block masks cost more than attention itself, so both are done once: the function is compiled once a
-process and cap, again only for shapes of another kind; a mask without documents is kept for as long as it is in use, one
-with documents for its microbatch (`RowContext.masks`): layers with the same window share it.
+Compilation and block masks cost more than attention itself, so both are reused. The function is compiled once per process
+and cap, and again for new kinds of shapes. Masks without documents are cached per shape; masks with documents are cached
+for one microbatch (`RowContext.masks`). Layers with the same window share a mask.
 """
 
 import functools
@@ -18,7 +18,7 @@ from train.model.context import RowContext
 
 @functools.cache
 def fused(device_type: str) -> Callable[..., Any]:
-    """FlexAttention compiled; on a CPU, where it has no gradient compiled, as it is."""
+    """FlexAttention: compiled on a GPU; not on a CPU, where the compiled one has no gradient."""
     return torch.compile(flex_attention) if device_type == "cuda" else flex_attention
 
 
@@ -32,7 +32,7 @@ def _cap(softcap: float) -> Callable[..., torch.Tensor]:
 
 @functools.lru_cache(maxsize=32)
 def _interval_mask(queries: int, keys: int, offset: int, window: int | None, device: torch.device) -> BlockMask:
-    """Of every row: from the start of the window, or of the row, to the query's own place."""
+    """The same for all rows: keys from the start of the window (None: of the row) to the query's own index."""
     span = keys if window is None else window
 
     def visible(b: torch.Tensor, h: torch.Tensor, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
@@ -53,8 +53,8 @@ def mask_of(
     row: RowContext, *, queries: int, keys: int, offset: int, window: int | None, device: torch.device,
     first_key_BQ: Callable[[], torch.Tensor],
 ) -> BlockMask:  # fmt: skip
-    """The mask of queries at places offset ... offset + queries - 1 among the keys. first_key_BQ: called where documents
-    are apart and their mask was not made yet."""
+    """The mask of queries offset ... offset + queries - 1 (indices among the keys). first_key_BQ: called only if the row has
+    documents and their mask is not cached yet."""
     if row.documents is None:
         return _interval_mask(queries, keys, offset, window, device)
     key = (queries, keys, offset, window)
@@ -72,7 +72,7 @@ def flex(
     scale: float,
     softcap: float | None,
 ) -> torch.Tensor:
-    """The contract of `train.model.capped.capped_attention`, given a mask. softcap None: no cap."""
+    """Shapes as in `train.model.capped.capped_attention`; the mask replaces first keys and offset. softcap None: no cap."""
     out_BHQD = fused(query_QBHD.device.type)(
         query_QBHD.permute(1, 2, 0, 3),
         key_KBGD.permute(1, 2, 0, 3),

@@ -1,4 +1,4 @@
-"""The model up to its output head, for objectives that compute the head themselves, a few tokens at a time."""
+"""The model without its output head, for objectives that apply the head themselves to a few tokens at a time."""
 
 from typing import Any
 
@@ -10,12 +10,12 @@ from train.model.context import RowContext
 def hidden_states(
     model: Any, tokens_BS: torch.Tensor, positions_BS: torch.Tensor, *, context: RowContext | None
 ) -> torch.Tensor:
-    """Hidden states after the final norm, [sequence of this rank, rows, hidden]; on other pipeline stages, what they send.
+    """Hidden states after the final norm, [sequence of this rank, rows, hidden]; on other pipeline stages, the stage's output.
 
-    model: an unwrapped chunk. Collective as its forward pass is.
+    model: an unwrapped chunk. Runs the collectives of its forward pass.
     """
     has_head = model.post_process
-    model.post_process = False  # Megatron then returns what it would have given to the head
+    model.post_process = False  # Megatron then returns the input of the head
     try:
         return model(tokens_BS, positions_BS, None, packed_seq_params=context)
     finally:
@@ -25,10 +25,11 @@ def hidden_states(
 def head_weight(model: Any) -> torch.Tensor:
     """The head's weight on this tensor rank, [vocabulary of this rank, hidden]; `model` is the chunk that has the head.
 
-    Waits until the data-parallel ranks have gathered it, where that overlaps with the forward pass.
+    If the parameter all-gather over data ranks overlaps with the forward pass, this waits until it is complete.
     """
     head = model.output_layer
-    if head._forward_pre_hooks:  # the gather is finished by a hook of the module's call: call it with no tokens
+    # Megatron's DDP waits for the all-gather in a forward pre-hook, so call the module with zero tokens.
+    if head._forward_pre_hooks:
         splits_sequence, head.sequence_parallel = head.sequence_parallel, False
         weight = _weight(model)
         with torch.no_grad():

@@ -1,11 +1,11 @@
 """Initial weights that depend on the seed and the parameter's name only.
 
-Megatron draws each rank's shard from a stream of its own, so the same seed gives another model at another layout. Here
-the whole tensor of each parameter is drawn from a generator seeded with (seed, global name), and the rank keeps its
-part: training starts from the same weights at every layout, and losses can be compared across layouts.
+Megatron draws each rank's shard from the rank's own random stream, so the same seed gives different models at different
+layouts. Here the whole tensor of each parameter is drawn from a generator seeded with (seed, global name), and the rank
+keeps its part: every layout starts from the same weights, and losses can be compared across layouts.
 
-Rules (h hidden, L layers): projections N(0, init_std), those writing into the residual stream N(0, init_std / sqrt(L));
-norm factors and D one (norm weights that are added to one: zero); A uniform in [1, 16]; softplus(dt_bias) log-uniform in
+Rules (L layers): projections N(0, init_std); projections into the residual stream N(0, init_std / sqrt(L)); norm weights
+and D one (zero for norm weights to which one is added); A uniform in [1, 16]; softplus(dt_bias) log-uniform in
 [0.001, 0.1]; convolution uniform in +-1/sqrt(taps) (mamba-ssm's Mamba2 module, arXiv 2405.21060).
 
 Cost: a rank draws the full tensor of each of its parameters, one at a time, on the CPU.
@@ -33,7 +33,7 @@ DT_FLOOR = 1e-4
 
 
 def global_names(chunk: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """(name with whole-model layer indices from 0, parameter) of every parameter in this rank's chunk."""
+    """(name with layer indices of the whole model, from 0; parameter) for every parameter in this rank's chunk."""
     layers = chunk.decoder.layers
     for name, parameter in chunk.named_parameters():
         match = re.match(r"decoder\.layers\.(\d+)\.", name)
@@ -46,7 +46,7 @@ def global_names(chunk: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
 def initialize(chunk: nn.Module, *, model: ModelConfig, seed: int, tensor_group: dist.ProcessGroup) -> None:
     """Fill every parameter of `chunk` in place. Same result for the same seed at every layout. Not collective.
 
-    Parameters without memory (meta device) are left alone.
+    Parameters without memory (meta device) are skipped.
     """
     layers = len(layer_kinds(model.pattern))
     for name, parameter in global_names(chunk):
@@ -66,7 +66,7 @@ def _whole_shape(parameter: nn.Parameter, ranks: int) -> list[int]:
 
 
 def _part(whole: torch.Tensor, parameter: nn.Parameter, *, rank: int, ranks: int) -> torch.Tensor:
-    """This rank's part of a whole tensor. A fused projection is cut component by component, as Megatron lays it out."""
+    """This rank's part of a whole tensor. Fused projections are split component by component, as Megatron does."""
     if ranks == 1 or not getattr(parameter, "tensor_model_parallel", False):
         return whole
     dim = parameter.partition_dim

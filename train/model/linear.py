@@ -1,9 +1,9 @@
-"""Parallel linear layers of the reference backend on a CPU: Megatron's, with a faster product.
+"""Parallel linear layers of the reference backend on a CPU: Megatron's, with a faster matrix product.
 
 Megatron's ColumnParallelLinear and RowParallelLinear own the weight, its sharding, names and checkpoints, and call one
-function for the product and its collectives. On a CPU `fast_linear` takes that function's place. It multiplies in fp32 by
-`train.native.gemm` whatever the storage: a native bf16 product is about 50x slower than fp32 on processors without instructions
-for it (docs/log.md), so there bf16 means storage and traffic.
+function for the product and its collectives. On a CPU `fast_linear` replaces that function. It multiplies in fp32
+(`train.native.gemm`) for every storage dtype: on processors without bf16 instructions a bf16 product is about 50x slower
+than fp32 (docs/log.md), so there bf16 only saves memory and traffic.
 """
 
 from typing import Any
@@ -16,7 +16,7 @@ from train.native.gemm import multiply
 
 
 class _Product(torch.autograd.Function):
-    """y = x W^T in fp32, stored in x's dtype; so are both gradients. Of a split sequence this rank's part is kept."""
+    """y = x W^T in fp32, returned in x's dtype; gradients likewise. With a split sequence only this rank's part is saved."""
 
     @staticmethod
     def forward(
@@ -83,16 +83,18 @@ def fast_linear(
 ) -> torch.Tensor:
     """Same contract as Megatron's `linear_with_grad_accumulation_and_async_allreduce` and `linear_with_frozen_weight`.
 
-    input: [sequence, rows, in] (its part of the sequence with `sequence_parallel`) -> [sequence, rows, out of this rank].
+    input: [sequence, rows, in] (with `sequence_parallel`: this rank's part) -> [sequence, rows, out of this rank].
     Collective over `tp_group` in forward (`sequence_parallel`) and backward (either flag).
     """
-    assert not gradient_accumulation_fusion and grad_output_buffer is None and gtp_remat_size == 1, "not used here"
+    assert not gradient_accumulation_fusion and grad_output_buffer is None and gtp_remat_size == 1, (
+        "fast_linear supports neither fused gradient accumulation, deferred weight gradients nor gtp"
+    )
     output = _Product.apply(input, weight, tp_group, allreduce_dgrad, sequence_parallel)
     return output if bias is None else output + bias
 
 
 def use_fast_product(module: torch.nn.Module) -> None:
-    """Give every parallel linear inside `module` that computes on a CPU the fast product."""
+    """Make every parallel linear layer in `module` use `fast_linear`, if the module is on a CPU."""
     first = next(module.parameters(), None)
     if first is None or first.device.type != "cpu":
         return

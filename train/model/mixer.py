@@ -1,9 +1,8 @@
-"""The Mamba-2 mixer: Megatron's, with its scan in plain torch (`train.model.ssd`) on any device.
+"""The Mamba-2 mixer: Megatron's, with this project's scan (`train.model.ssd`), which runs on any device.
 
 Megatron's MambaMixer owns the projections, the sharding over tensor and context ranks and the checkpoint layout; it
-takes convolution, scan and gated norm from the mamba-ssm package, which needs a GPU. `ReferenceMixer` keeps everything
-but those three. On a GPU with mamba-ssm the stock mixer is used (`train.model.build`); this module is the only one that
-knows the package exists.
+takes convolution, scan and gated norm from the mamba-ssm package, which needs a GPU. `ReferenceMixer` replaces these
+three only. The `te` backend uses `KernelMixer`: the stock mixer on mamba-ssm (`train.model.backend`).
 """
 
 from typing import Any
@@ -21,16 +20,16 @@ from train.model.norm import rms_norm
 
 
 class GroupedRMSNorm(nn.Module):
-    """RMSNorm over each of the channel groups of the mixer's gated output (the gate is already multiplied in).
+    """RMSNorm over each channel group of the mixer's output, after the gate was applied.
 
-    Takes the arguments Megatron gives mamba-ssm's class of the same job; weight [channels of this tensor rank].
+    Same arguments as the mamba-ssm class that Megatron uses for it; weight [channels of this tensor rank].
     """
 
     def __init__(
         self, channels: int, eps: float, group_size: int, norm_before_gate: bool, device: Any, dtype: torch.dtype
     ) -> None:
         super().__init__()
-        assert not norm_before_gate, "the gate comes first in Mamba-2 as trained here"
+        assert not norm_before_gate, "norm_before_gate is not supported: the gate is applied before the norm"
         self.eps = eps
         self.group_size = group_size
         self.weight = nn.Parameter(torch.ones(channels, device=device, dtype=dtype))
@@ -42,7 +41,7 @@ class GroupedRMSNorm(nn.Module):
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: dict[str, Any] | None = None
     ) -> dict[str, Any]:
-        """Split over the tensor ranks along its only axis, as Megatron's own class does."""
+        """Sharded over the tensor ranks along its only dim, as Megatron's own class does."""
         assert metadata is not None
         return make_sharded_tensors_for_checkpoint(
             self.state_dict(prefix="", keep_vars=True),
@@ -55,20 +54,20 @@ class GroupedRMSNorm(nn.Module):
 
 
 def _finish(mixer: MambaMixer) -> None:
-    """What Megatron's constructor leaves as it was: the recipe's epsilon, and fp32 for all of the scan's parameters.
+    """Set what Megatron's constructor does not: the recipe's epsilon, and fp32 for dt_bias (A_log and D are fp32 already).
 
-    Small rates want more digits than bf16 has (0.001 rounds by 0.4 %).
+    Small values of dt need more digits than bf16 has (0.001 is rounded by up to 0.4 %).
     """
     mixer.norm.eps = mixer.config.layernorm_epsilon
     mixer.dt_bias.data = mixer.dt_bias.data.float()
 
 
 class KernelMixer(MambaMixer):
-    """Megatron's mixer on mamba-ssm's kernels, with rows in which documents are told apart by index (`RowContext.seq_idx`).
+    """Megatron's mixer on mamba-ssm's kernels; documents in a row are given by index (`RowContext.seq_idx`).
 
-    Megatron takes any packed row under context parallelism for its "thd" format. Ours keep the order of whole rows, so the
-    all-to-all around the scan is told of none; the kernels get the index. **Not run on a GPU**; through Triton's interpreter it
-    equals `ReferenceMixer` (tests/parity/test_mamba_ssm.py).
+    Under context parallelism Megatron treats every packed row as its "thd" format. Our rows are whole "sbhd" rows, so the
+    all-to-all around the scan must not see the packing; only the kernels receive the index. **Not run on a GPU**; in
+    Triton's interpreter it equals `ReferenceMixer` (tests/parity/test_mamba_ssm.py).
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -83,6 +82,7 @@ class ReferenceMixer(MambaMixer):
     """Mamba-2 mixer in plain torch: in-projection, causal convolution, chunked scan, gate, grouped norm, out-projection."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
+        # Megatron's constructor refuses to run without mamba-ssm and builds its norm: replace both while it runs.
         with mock.patch.multiple(mamba_mixer, HAVE_MAMBA_SSM=True, ExtendedRMSNorm=GroupedRMSNorm):
             super().__init__(*args, **kwargs)
         _finish(self)
@@ -124,7 +124,7 @@ class ReferenceMixer(MambaMixer):
         }
 
     def _continue(self, zxbcdt_SBD: torch.Tensor, caches: LayerCaches) -> torch.Tensor:
-        """Run the scan from the cached state and leave the new one: any number of tokens, constant memory."""
+        """Continue the scan from the cached state and store the new one. Any number of tokens, constant memory."""
         state = caches.mamba.get(self.layer_number)
         y, new_state = ssd.mamba_core_continue(
             zxbcdt_SBD, **self._scan_arguments(), chunk=self.chunk_size, state_pair=state

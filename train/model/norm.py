@@ -1,5 +1,5 @@
-"""RMSNorm, in one pass over memory each way on a CPU (`passes.c`), and as Megatron's specs want it: built from
-(config, hidden_size, eps), usable under sequence parallelism."""
+"""RMSNorm as a function and as the module that Megatron's specs need: built from (config, hidden_size, eps), usable under
+sequence parallelism. On a CPU forward and backward each read memory once (`passes.c`)."""
 
 from typing import Any
 
@@ -12,13 +12,13 @@ from train.native import passes
 
 
 class _RMSNorm(torch.autograd.Function):
-    """Keeps the input and one number a line."""
+    """Saves the input and one number per line and group, not the normed output."""
 
     @staticmethod
     def forward(
         ctx: Any, x: torch.Tensor, weight: torch.Tensor, eps: float, offset: float, groups: int
     ) -> torch.Tensor:
-        if passes.takes(x):
+        if passes.usable(x):
             x = x.contiguous()
             out, roots = passes.norm_forward(x, weight, eps=eps, offset=offset, groups=groups)
         else:
@@ -32,7 +32,7 @@ class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
         x, weight, roots = ctx.saved_tensors
-        if passes.takes(x):
+        if passes.usable(x):
             grad_x, grad_weight = passes.norm_backward(
                 x, weight, roots, grad.contiguous(), offset=ctx.offset, groups=ctx.groups
             )
@@ -47,7 +47,7 @@ class _RMSNorm(torch.autograd.Function):
 
 
 def _parts(x: torch.Tensor, groups: int) -> torch.Tensor:
-    """[..., groups, channels of a group] in the format of the arithmetic."""
+    """[..., groups, channels of a group], at least fp32."""
     return x.to(torch.promote_types(x.dtype, torch.float32)).unflatten(-1, (groups, -1))
 
 
@@ -67,11 +67,11 @@ def rms_norm(
 
 
 class RMSNorm(nn.Module):
-    """`rms_norm` by a weight of its own, which is added to one where the config centres weights at zero (Megatron's
-    `layernorm_zero_centered_gamma`; Gemma).
+    """`rms_norm` with its weight as a parameter; the factor is 1 + weight if the config sets
+    `layernorm_zero_centered_gamma` (Gemma).
 
     Under sequence parallelism each tensor rank sees a part of the sequence, so the weight's gradient is a partial sum;
-    the `sequence_parallel` mark tells Megatron to add it up over the tensor group.
+    the attribute `sequence_parallel` makes Megatron sum it over the tensor group.
     """
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float) -> None:

@@ -1,9 +1,9 @@
-"""Layers that norm what they give before it is added to the residual stream (Gemma 2, arXiv 2408.00118, section 2).
+"""Layers with a second norm on their output, before the residual addition (Gemma 2, arXiv 2408.00118, section 2).
 
     x + post_norm(layer(norm(x)))
 
-Megatron's layers end in a replaceable bias-dropout-add; these classes put the norm in front of the addition. The weight is
-`post_norm.weight` of the layer in every checkpoint.
+Megatron's layers end in a replaceable bias-dropout-add function; these classes replace it by norm and addition. In
+checkpoints the weight is the layer's `post_norm.weight`.
 """
 
 from collections.abc import Callable
@@ -18,7 +18,7 @@ Residual = Callable[[tuple[torch.Tensor, torch.Tensor | None], torch.Tensor, flo
 
 
 class _PostNormed:
-    """Mixed into a Megatron layer whose output goes through the attribute `ending`."""
+    """Mixin for a Megatron layer; `ending` names its attribute that holds the bias-dropout-add function."""
 
     ending: str
 

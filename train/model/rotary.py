@@ -1,14 +1,14 @@
-"""Rotary positions (arXiv 2104.09864), with the scalings by which rows grow longer than those a model was trained on.
+"""Rotary positions (arXiv 2104.09864), with the scalings for rows longer than those a model was trained on.
 
-    x_SBHD, positions_S --> x with channel i and i + D/2 of each head turned by position / base^(2i/D)
+    x_SBHD, positions_S --> x with channels (i, i + D/2) of each head rotated by position / base^(2i/D)
 
-Scalings change the angle per token of each pair, once, when the model is built:
+Scalings change the angle per token of each pair of channels, once, when the model is built:
 
     linear   every angle / factor (arXiv 2306.15595)
-    llama3   slow pairs / factor, fast ones kept, between them a blend by wave length (arXiv 2407.21783, released code)
-    yarn     the same idea with a ramp over the pair's index, and scores times (0.1 ln(factor) + 1)^2 (arXiv 2309.00071)
+    llama3   slow pairs / factor, fast pairs unchanged, a blend by wave length between (arXiv 2407.21783, released code)
+    yarn     the same with a ramp over the pair's index, and scores times (0.1 ln(factor) + 1)^2 (arXiv 2309.00071)
 
-One `Rotary` is shared by all layers of a model and keeps the cosines of the positions seen so far.
+One `Rotary` is shared by all layers of a model; it caches the cosines and sines of the positions seen so far.
 """
 
 import math
@@ -19,13 +19,14 @@ import torch
 from recipes.schema.model import ModelConfig
 
 YARN_FAST, YARN_SLOW = 32.0, 1.0
-"""Turns within the original row beyond which pairs are kept, and below which they are slowed (arXiv 2309.00071, 3.2)."""
+"""Full rotations within the original row: pairs with more are unchanged, pairs with fewer than the second number are divided
+by the factor (arXiv 2309.00071, 3.2)."""
 LLAMA3_FAST, LLAMA3_SLOW = 4.0, 1.0
 """The same for `llama3`: high_freq_factor and low_freq_factor of the released models."""
 
 
 def angles_per_token(model: ModelConfig) -> torch.Tensor:
-    """Angle by which each pair of channels turns per token, [head_dim / 2] fp32."""
+    """Rotation angle of each pair of channels per token, [head_dim / 2] fp32."""
     pairs = torch.arange(0, model.head_dim, 2, dtype=torch.float32)
     angle = 1.0 / model.rope_base ** (pairs / model.head_dim)
     match model.rope_scaling:
@@ -43,39 +44,39 @@ def angles_per_token(model: ModelConfig) -> torch.Tensor:
 
 
 def score_factor(model: ModelConfig) -> float:
-    """What a scaling multiplies attention scores with."""
+    """The factor by which the scaling multiplies attention scores."""
     if model.position == "rope" and model.rope_scaling == "yarn":
         return (0.1 * math.log(model.rope_factor) + 1) ** 2
     return 1.0
 
 
 def _pair_of(turns: float, model: ModelConfig) -> float:
-    """The (fractional) pair that makes this many turns within the original row."""
+    """The (fractional) index of the pair that makes this many full rotations within the original row."""
     wanted = model.rope_original_tokens / (turns * 2 * math.pi)
     return model.head_dim * math.log(wanted) / (2 * math.log(model.rope_base))
 
 
 def _ramp(pair: torch.Tensor, fast: float, slow: float, model: ModelConfig) -> torch.Tensor:
-    """0 up to pair `fast`, 1 from pair `slow` on, a line between."""
+    """0 up to pair `fast`, 1 from pair `slow` on, linear between."""
     low, high = max(math.floor(fast), 0), min(math.ceil(slow), model.head_dim - 1)
     return ((pair - low) / max(high - low, 0.001)).clamp(0, 1)
 
 
 class Rotary:
-    """Turns queries and keys by their positions. Holds no parameters; its table grows with the longest row seen."""
+    """Rotates queries and keys by their positions. Has no parameters; its table grows with the longest row seen."""
 
     def __init__(self, model: ModelConfig) -> None:
         self.angles = angles_per_token(model)
         self.table: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def __call__(self, x_SBHD: torch.Tensor, positions_S: torch.Tensor, *, length: int) -> torch.Tensor:
-        """x_SBHD turned, in its dtype. positions_S: true position of each token, all below `length`."""
+        """x_SBHD rotated, in its dtype. positions_S: position of each token in the row, all below `length`."""
         cos, sin = self._up_to(length, x_SBHD.device)
         if positions_S.shape[0] == length:
             cos_S, sin_S = cos[:length], sin[:length]  # a whole row in order
         else:
             cos_S, sin_S = cos[positions_S], sin[positions_S]
-        return _Turn.apply(x_SBHD, cos_S[:, None, None], sin_S[:, None, None])
+        return _Rotate.apply(x_SBHD, cos_S[:, None, None], sin_S[:, None, None])
 
     def _up_to(self, length: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
         if self.table is None or self.table[0].shape[0] < length or self.table[0].device != device:
@@ -85,21 +86,21 @@ class Rotary:
         return self.table
 
 
-class _Turn(torch.autograd.Function):
-    """Rotation of pairs (i, i + D/2); the gradient is the rotation back."""
+class _Rotate(torch.autograd.Function):
+    """Rotation of pairs (i, i + D/2); the backward pass is the inverse rotation."""
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
         ctx.save_for_backward(cos, sin)
-        return _turn(x, cos, sin)
+        return _rotate(x, cos, sin)
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:  # type: ignore[override]
         cos, sin = ctx.saved_tensors
-        return _turn(grad, cos, -sin), None, None
+        return _rotate(grad, cos, -sin), None, None
 
 
-def _turn(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     work = torch.promote_types(x.dtype, torch.float32)
     first, second = x.to(work).chunk(2, dim=-1)
     out = torch.empty(x.shape, dtype=work, device=x.device)

@@ -1,5 +1,5 @@
-"""The Mamba-2 core: causal convolution, chunked scan, gate; and its single-step form for generation. In C where it can be
-(`scan.c`), else in plain torch (`train.model.chunked`, `.convolution`), which is the definition.
+"""The Mamba-2 core: causal convolution, chunked scan and gate; and the single-step form for generation. Training uses C if
+possible (`scan.c`), else plain torch (`train.model.chunked`, `.convolution`), which is the definition.
 
 Mamba-2 (arXiv 2405.21060) keeps a state per head and updates it at every token t:
 
@@ -11,18 +11,18 @@ chunk, the outputs of a chunk are
     y = tril(C B^T  exp(s_i - s_j)) (dt x)  +  exp(s) C state_before  +  D x        state_after = exp(s_Q) state_before
                                                                                       + (B exp(s_Q - s))^T (dt x)
 
-`mamba_core` is one autograd function with the gradient written out, because that is where the time goes on a CPU: the
-Q x Q matrices are rebuilt in the backward pass instead of kept. The gradient of a_k = dt_k A, of which s is the running
-sum, adds up what passes over token k: pairs i >= k > j within the chunk, what enters from before the chunk to i >= k,
-what leaves from j < k at its end. (The shorter way, <dy_i, y_i> - <dt x_i, d(dt x)_i> summed over i >= k, lets pairs on
-one side of k cancel instead of leaving them out, and costs three of fp32's seven digits: measured, docs/log.md.)
+`mamba_core` is one autograd function with a hand-written gradient, for speed on a CPU: the backward pass computes the
+Q x Q matrices again instead of storing them. Let a_k = dt_k A, so that s is the running sum of a. The gradient of a_k sums
+every path that crosses token k: pairs i >= k > j within the chunk, the state before the chunk seen by tokens i >= k, and
+tokens j < k in the state after the chunk. (The shorter formula, <dy_i, y_i> - <dt x_i, d(dt x)_i> summed over i >= k,
+relies on cancellation of the pairs on one side of k, and loses three of fp32's seven digits: measured, docs/log.md.)
 
-s is kept as a sum of two floats, and starts at zero at each document (in C and in torch). In one float, differences of
-sums near -1000 are off by 6e-5: where decays are strong and mixed (dt 10 and 0.001, A 16) outputs were off by 2e-4.
+s is stored as a sum of two floats and restarts at zero at each document (in C and in torch). With one float, differences of
+sums near -1000 have errors of 6e-5: with strong and mixed decays (dt 10 and 0.001, A 16) outputs had errors of 2e-4.
 
 Shape letters: L sequence, B rows, D = [z | x | B | C | dt] channels of the in-projection, C convolution channels (x, B, C),
 W taps, H heads, P channels of a head, G groups of heads sharing B and C, N state size; Q tokens of a chunk, K chunks of
-all rows (K = B * ceil(L / Q)). Arithmetic is fp32 (float64 for float64 inputs) whatever the storage.
+all rows (K = B * ceil(L / Q)). Arithmetic is fp32 (float64 for float64 inputs) for every storage dtype.
 """
 
 from typing import Any
@@ -37,7 +37,7 @@ from train.native import scan as compiled
 from train.native.scan import ScanSizes
 
 StatePair = tuple[torch.Tensor, torch.Tensor]
-"""(last W-1 convolution inputs [W-1, B, C], scan state [B, G, N, H/G, P] fp32): constant size whatever was read."""
+"""(last W-1 convolution inputs [W-1, B, C], scan state [B, G, N, H/G, P] fp32): constant size for texts of any length."""
 
 
 def mamba_core(
@@ -57,8 +57,8 @@ def mamba_core(
 ) -> torch.Tensor:
     """y * silu(z) of the Mamba-2 recurrence over whole rows, [L, B, H*P] in the input's dtype.
 
-    zxbcdt_LBD: output of the in-projection. document_BL: increasing document index of each token; convolution and state
-    start anew where it changes. Any L. Deterministic. Differentiable once in all tensors but the documents.
+    zxbcdt_LBD: output of the in-projection. document_BL: document index of each token, never decreasing; convolution and
+    state restart where it changes. Any L. Deterministic. Differentiable once in all tensors but the documents.
     """
     sizes = ScanSizes(heads=heads, head_dim=head_dim, state=state, groups=groups, chunk=min(chunk, zxbcdt_LBD.shape[0]))
     return _MambaCore.apply(zxbcdt_LBD, conv_weight_CW, conv_bias_C, dt_bias_H, A_log_H, D_H, document_BL, sizes)
@@ -80,7 +80,7 @@ def mamba_core_continue(
     chunk: int,
     state_pair: StatePair | None,
 ) -> tuple[torch.Tensor, StatePair]:
-    """The same recurrence continued from `state_pair` (None: from nothing). -> (y * silu(z) [L, B, H*P], new state)."""
+    """The same recurrence continued from `state_pair` (None: zeros). -> (y * silu(z) [L, B, H*P], new state)."""
     sizes = ScanSizes(heads=heads, head_dim=head_dim, state=state, groups=groups, chunk=min(chunk, zxbcdt_LBD.shape[0]))
     work = _work_dtype(zxbcdt_LBD)
     z, xbc, dt = _split(zxbcdt_LBD, sizes)
@@ -252,7 +252,7 @@ def _single_step(
     state: torch.Tensor,
     sizes: ScanSizes,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """One token of the recurrence. -> (y [B, H*P], new state); the state given is left alone."""
+    """One token of the recurrence. -> (y [B, H*P], new state); `state` is not modified."""
     g, n, hg = sizes.groups, sizes.state, sizes.heads_per_group
     x = xbc_BC[:, : sizes.inner].view(-1, g, 1, hg, sizes.head_dim)
     B = xbc_BC[:, sizes.inner : sizes.inner + g * n].view(-1, g, n, 1, 1)

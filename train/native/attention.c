@@ -1,11 +1,11 @@
-/* Attention with a soft cap or without (train/model/capped.py has the formulas and the letters): forward and backward, a block
-   of scores at a time in the cache. Without a cap exponentials are taken below the largest score of a line so far, and what
-   was added up is scaled down when a larger one comes (FlashAttention, arXiv 2205.14135).
+/* Attention with or without a soft cap (formulas and letters: train/model/capped.py), forward and backward, one block of scores
+   in the cache at a time. Without a cap exponentials are relative to the largest score of the line so far, and the sums are
+   rescaled when a larger score comes (FlashAttention, arXiv 2205.14135).
 
-   Lines are the queries of a pair (a row and a key/value head), each with its query heads in turn. A line sees the keys from
-   its query's first one to its own place. A task is a block of lines of a pair going over its blocks of keys; in the
-   backward pass a pair's blocks of lines are dealt to `stretches` tasks with gradients of keys and values of their own,
-   which are added up by the caller. All of it depends on shapes alone: the same bits for any number of threads.
+   A pair is a row and a key/value head. Its lines are (query, query head), query by query. A line sees the keys from its
+   query's first key to the query's own index. A task is a block of lines of a pair and loops over its blocks of keys. In the
+   backward pass the line blocks of a pair are distributed over `stretches` tasks; each has its own gradients of keys and
+   values, and the caller adds these up. The split depends on shapes only: the same bits for any number of threads.
 
    Layouts: q, out [pairs, lines, D]; k, v [pairs, keys, D]; sums [pairs, lines]; first_key [rows, queries]. */
 
@@ -16,7 +16,7 @@ enum { LINES = 128, KEYS = 128 };
 typedef struct {
   int64_t pairs, lines, keys, width;
   int64_t groups, per_group, queries, offset, stretches;
-  float scale, softcap; /* 0: none */
+  float scale, softcap; /* softcap 0: no cap */
 } Attention;
 
 static void visible(const Attention *k, const int32_t *first_key, int64_t pair, int64_t line, int64_t *from, int64_t *to) {
@@ -25,7 +25,7 @@ static void visible(const Attention *k, const int32_t *first_key, int64_t pair, 
   *to = k->offset + query + 1;
 }
 
-/* What a block of lines sees of a block of keys. */
+/* A block of lines and a block of keys. */
 typedef struct {
   int64_t pair, line, lines, key, keys, padded;
 } Block;
@@ -50,7 +50,7 @@ static void seen(const Attention *k, const int32_t *first_key, int64_t pair, int
   *end = blocks_of(to, KEYS);
 }
 
-/* out[pair][key block] = that block of x [pairs, keys, D], transposed: [D, KEYS], zeros behind the last key. */
+/* out[pair][key block] = that block of x [pairs, keys, D] transposed to [D, KEYS], padded with zeros. */
 static void turn(const Attention *k, const float *x, float *out, int threads) {
   const int64_t blocks = blocks_of(k->keys, KEYS);
 #pragma omp parallel for num_threads(threads) schedule(static)
@@ -66,7 +66,7 @@ static inline V within(V x, int64_t j, int64_t from, int64_t to) {
   return choose((place >= (int32_t)from) & (place < (int32_t)to), x, all(0.0f));
 }
 
-/* The keys of a block that a line sees, as whole vectors [start, stop), and zeros in `p` outside of those. */
+/* The keys [from, to) of a block that a line sees; [start, stop) is the same in whole vectors. Zeroes `p` outside of these. */
 static void span(const Attention *k, const int32_t *first_key, const Block *b, int64_t line, float *p, int64_t *from, int64_t *to,
                  int64_t *start, int64_t *stop) {
   visible(k, first_key, b->pair, b->line + line, from, to);
@@ -79,14 +79,14 @@ static void span(const Attention *k, const int32_t *first_key, const Block *b, i
   memset(p + *stop, 0, (size_t)(b->padded - *stop) * 4);
 }
 
-/* Ask for floats that a product needs soon: what is beyond a core's own caches stalls each tile at its start. */
+/* Prefetch floats of the next product: data outside the core's own caches would stall each tile at its start. */
 static inline void ask_for(const float *x, int64_t width) {
   for (int64_t d = 0; d < width; d += 16) __builtin_prefetch(x + d);
 }
 
 static float *scratch(int64_t floats) { return aligned_alloc(64, (size_t)((floats + 15) / 16 * 64)); }
 
-/* p of a line from its raw products, capped; -> their sum. */
+/* In place: q k^T of a line becomes p (with a cap). -> sum of p. */
 static float capped_line(const Attention *k, float *p, int64_t from, int64_t to, int64_t start, int64_t stop) {
   const float inner = k->scale / k->softcap;
   V sum = {0};
@@ -98,7 +98,7 @@ static float capped_line(const Attention *k, float *p, int64_t from, int64_t to,
   return sum_of(sum);
 }
 
-/* The same without a cap, below the largest score; *highest becomes that, *factor what belongs to what was added before. */
+/* The same without a cap, relative to the largest score. Updates *highest; earlier sums must be multiplied by *factor. */
 static float plain_line(const Attention *k, float *p, int64_t from, int64_t to, int64_t start, int64_t stop, float *highest,
                         float *factor) {
   float top = *highest;
@@ -125,8 +125,8 @@ static float plain_line(const Attention *k, float *p, int64_t from, int64_t to, 
   return sum_of(sum);
 }
 
-/* -> 0, or 1 without memory. turned: room for [pairs, key blocks, D, KEYS]. Writes out and sums: those of p, or without a cap
-   the logarithms of the sums of exponentials. */
+/* -> 0, or 1 if memory is short. turned: scratch for [pairs, key blocks, D, KEYS]. Writes out, and sums: the sums of p, or
+   without a cap log-sum-exp. */
 int stratum_capped_forward(const Attention *k, const float *q, const float *keys, const float *values, const int32_t *first_key,
                            float *turned, float *out, float *sums, int threads) {
   const int64_t D = k->width, line_blocks = blocks_of(k->lines, LINES), key_blocks = blocks_of(k->keys, KEYS);
@@ -176,9 +176,9 @@ int stratum_capped_forward(const Attention *k, const float *q, const float *keys
   return failed;
 }
 
-/* Gradients given grad [pairs, lines, D] of out (with a cap already divided by the sums), constant = <grad, out> [pairs,
-   lines] and the forward pass's sums.
-   Writes grad_q, and grad_k and grad_v [stretches, pairs, keys, D]. turned: room for twice what the forward pass needs. */
+/* Gradients from grad [pairs, lines, D] of out (with a cap: divided by the sums), constant = <grad, out> [pairs, lines] and
+   the forward pass's sums. Writes grad_q, and grad_k and grad_v [stretches, pairs, keys, D]. turned: scratch, twice as large
+   as in the forward pass. */
 int stratum_capped_backward(const Attention *k, const float *q, const float *keys, const float *values, const int32_t *first_key,
                             const float *sums, const float *grad, const float *constant, float *turned, float *grad_q, float *grad_k, float *grad_v,
                             int threads) {

@@ -1,4 +1,4 @@
-"""The compiled, blocked attention: how `attention.c` is called. `train.model.capped` is the definition."""
+"""Binding of the compiled, blocked attention in `attention.c`. `train.model.capped` is the definition."""
 
 import ctypes
 from typing import Any
@@ -21,7 +21,7 @@ class Attention(ctypes.Structure):
 
 
 def attention_usable(query: torch.Tensor) -> bool:
-    """Whether the compiled attention takes heads like these [..., width]: on a CPU, not float64, filling its vectors."""
+    """Whether the compiled attention supports these heads [..., width]: on a CPU, not float64, width a multiple of the lanes."""
     if query.device.type != "cpu" or query.dtype == torch.float64:
         return False
     kernels = library("attention")
@@ -29,7 +29,7 @@ def attention_usable(query: torch.Tensor) -> bool:
 
 
 TASKS = 16
-"""Tasks that a backward pass over attention is cut into at least, whatever the threads."""
+"""A backward pass is split into at least this many tasks, for any number of threads, so that the bits do not depend on it."""
 
 
 def _attention(q: torch.Tensor, k: torch.Tensor, first_key_BQ: torch.Tensor, plan: Any) -> Attention:
@@ -52,8 +52,9 @@ def _turned(k: torch.Tensor, times: int) -> torch.Tensor:
 def capped_forward(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, first_key_BQ: torch.Tensor, plan: Any
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """q [pairs, lines, D], k, v [pairs, keys, D], fp32 and contiguous. -> (out like q, sums of p [pairs, lines]; without a cap
-    (plan.softcap 0) their logarithms)."""
+    """q [pairs, lines, D], k, v [pairs, keys, D], fp32 and contiguous. -> (out like q, sums of p [pairs, lines]).
+
+    Without a cap (plan.softcap 0) the second is the log-sum-exp instead."""
     kernels = library("attention")
     assert kernels is not None
     out, sums = torch.empty_like(q), torch.empty(q.shape[:2])
@@ -72,7 +73,7 @@ def capped_backward(
     constant: torch.Tensor,
     plan: Any,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """grad: of out, with a cap divided by the sums; constant: <grad, out>. -> gradients of q, k, v."""
+    """grad: gradient of out, divided by the sums if there is a cap; constant: <grad, out>. -> gradients of q, k, v."""
     kernels = library("attention")
     assert kernels is not None
     head = _attention(q, k, first_key_BQ, plan)

@@ -1,19 +1,19 @@
-/* Order-free sum of a box of a tensor: see fingerprint.py, which says what is computed and holds the plain form.
+/* Order-independent sum of a box of a tensor. Definition and plain version: train/checkpoint/fingerprint.py.
 
    sums[lane] += rho_lane(row) * sum over columns of alpha_lane(column) * bits(row, column)      mod 2^64
 
-   A 64-bit word holds 2, 4 or 8 elements; plane p is the p-th of each word, shifted down. Coefficients lie plane by plane, one
-   to a word, so that a product is one multiplication of 32 by 32 bits:
+   A 64-bit word has 2, 4 or 8 elements; plane p is the p-th element of each word, shifted down. Coefficients are stored plane
+   by plane, one per word, so that each product is one multiplication of 32 by 32 bits:
 
        word      | element 3 | element 2 | element 1 | element 0 |       (16 bits each; lowest address right)
        plane 1   |           |           |           | element 1 |
 
-   NaN and infinity are counted on the way: three operations on a word that is loaded anyway tell whether any of its elements has
-   an exponent of ones; only blocks with such an element are counted element by element.
+   NaN and infinity are counted in the same pass: three operations per loaded word detect whether any of its elements has an
+   exponent of all ones; only blocks with such an element are counted element by element.
 
-   The box is taken in tiles of rows that stay in the second cache, a tile in blocks of columns whose coefficients stay in the
-   first. While one tile is summed the next is asked for, in the order of memory: blocks jump from row to row, and the
-   processor's own prefetching does not follow them. */
+   The box is processed in tiles of rows that fit the second-level cache, a tile in blocks of columns whose coefficients fit the
+   first-level cache. While one tile is summed the next one is prefetched in memory order: blocks jump from row to row, which
+   the hardware prefetcher does not follow. */
 
 #include <errno.h>
 #include <stdint.h>
@@ -49,7 +49,7 @@ typedef uint64_t V __attribute__((vector_size(16)));
    the word: (bits & mask) + one has the element's top bit where the element is NaN or infinite. Both 0 for whole numbers. */
 typedef struct {
     uint64_t mask, one;
-} Sick;
+} NonFinite;
 
 static inline uint64_t mix(uint64_t x)
 {
@@ -77,37 +77,37 @@ ALWAYS void make_alpha(int64_t n, int planes, int64_t first, uint64_t alpha[LANE
 }
 
 /* The top bit of an element, or of a word's elements, that is not finite. */
-#define SICK(bits, mask, one) (((bits) & (mask)) + (one))
+#define NONFINITE(bits, mask, one) (((bits) & (mask)) + (one))
 
 /* How many of n columns are not finite; the first is an even one of the whole. */
-static __attribute__((noinline)) uint64_t count_sick(const char *x, int64_t n, int width, Sick sick)
+static __attribute__((noinline)) uint64_t count_nonfinite(const char *x, int64_t n, int width, NonFinite nonfinite)
 {
     uint64_t count = 0;
     for (int64_t c = 0; c < n; c++) {
         const int shift = 8 * (int)(c * width % 8);
         uint64_t bits = 0;
         memcpy(&bits, x + c * width, width);
-        count += SICK(bits, sick.mask >> shift, sick.one >> shift) >> (8 * width - 1) & 1;
+        count += NONFINITE(bits, nonfinite.mask >> shift, nonfinite.one >> shift) >> (8 * width - 1) & 1;
     }
     return count;
 }
 
-/* Adds n columns, from x on, of a row of the whole. ahead: n columns that are asked for meanwhile. found, rest: gather the top bits
-   of elements that are not finite. */
+/* Adds n columns, from x on, of row `row` of the whole tensor. ahead: n columns to prefetch. found, rest: collect the top bits of
+   elements that are not finite. */
 ALWAYS void add_row(const char *x, int64_t n, int width, uint64_t alpha[LANES][BLOCK], uint64_t row, const char *ahead,
-                    Sick sick, V *found, uint64_t *rest, uint64_t *sums)
+                    NonFinite nonfinite, V *found, uint64_t *rest, uint64_t *sums)
 {
     const int planes = 8 / width;
     const int64_t plane = BLOCK / planes, vectors = n / (planes * WORDS);
     uint64_t total[LANES] = {0};
     V s[LANES] = {{0}};
-    const V mask = sick.mask + (V){0}, one = sick.one + (V){0};
+    const V mask = nonfinite.mask + (V){0}, one = nonfinite.one + (V){0};
     const int high = 64 - 8 * width; /* only the halves of an 8-byte element differ */
-    const uint64_t masks[2] = {sick.mask << high >> high, sick.mask >> high}, ones[2] = {sick.one << high >> high, sick.one >> high};
+    const uint64_t masks[2] = {nonfinite.mask << high >> high, nonfinite.mask >> high}, ones[2] = {nonfinite.one << high >> high, nonfinite.one >> high};
     for (int64_t i = 0; i < vectors; i++) {
         const V word = loaded(x + i * (int64_t)sizeof(V));
         __builtin_prefetch(ahead + i * (int64_t)sizeof(V), 0, 2);
-        *found |= SICK(word, mask, one);
+        *found |= NONFINITE(word, mask, one);
         for (int p = 0; p < planes; p++) {
             V bits = word >> (8 * width * p);
             if (width < 4)
@@ -122,7 +122,7 @@ ALWAYS void add_row(const char *x, int64_t n, int width, uint64_t alpha[LANES][B
     for (int64_t c = vectors * planes * WORDS; c < n; c++) {
         uint64_t bits = 0;
         memcpy(&bits, x + c * width, width);
-        *rest |= SICK(bits, masks[c & 1], ones[c & 1]);
+        *rest |= NONFINITE(bits, masks[c & 1], ones[c & 1]);
         for (int lane = 0; lane < LANES; lane++)
             total[lane] += bits * alpha[lane][(c % planes) * plane + c / planes];
     }
@@ -130,7 +130,7 @@ ALWAYS void add_row(const char *x, int64_t n, int width, uint64_t alpha[LANES][B
         sums[lane] += total[lane] * (mix(~(LANES * row + lane)) | 1u);
 }
 
-/* A box: its rows of `columns` elements from column `first` of the whole on; the other dimensions say where its rows lie. */
+/* A box: rows of `columns` elements, starting at column `first` of the whole tensor; the outer dimensions locate its rows. */
 typedef struct {
     int outer; /* dimensions before the last */
     int width; /* bytes an element: 4, 2, 1 */
@@ -151,7 +151,7 @@ ALWAYS uint64_t row_of(const Box *box, int64_t r)
 }
 
 /* Adds rows from..end of a box; data: of row `from`. */
-ALWAYS void add_width(const char *data, int width, const Box *box, int64_t from, int64_t end, char *copy, Sick sick,
+ALWAYS void add_width(const char *data, int width, const Box *box, int64_t from, int64_t end, char *copy, NonFinite nonfinite,
                       uint64_t *sums)
 {
     const int64_t stride = box->columns * width, tile = TILE / stride > 0 ? TILE / stride : 1;
@@ -169,23 +169,23 @@ ALWAYS void add_width(const char *data, int width, const Box *box, int64_t from,
             V found = {0};
             uint64_t any = 0;
             for (int64_t r = top; r < below; r++, ahead += n * width)
-                add_row(x + (r - top) * stride + start * width, n, width, alpha, row_of(box, r), ahead, sick, &found, &any, sums);
+                add_row(x + (r - top) * stride + start * width, n, width, alpha, row_of(box, r), ahead, nonfinite, &found, &any, sums);
             for (int64_t k = 0; k < WORDS; k++)
                 any |= found[k];
             for (int64_t r = top; r < below && any & tops; r++)
-                sums[LANES] += count_sick(x + (r - top) * stride + start * width, n, width, sick);
+                sums[LANES] += count_nonfinite(x + (r - top) * stride + start * width, n, width, nonfinite);
         }
     }
 }
 
-static void add_rows(const char *data, const Box *box, int64_t from, int64_t end, char *copy, Sick sick, uint64_t *sums)
+static void add_rows(const char *data, const Box *box, int64_t from, int64_t end, char *copy, NonFinite nonfinite, uint64_t *sums)
 {
     if (box->width == 4)
-        add_width(data, 4, box, from, end, copy, sick, sums);
+        add_width(data, 4, box, from, end, copy, nonfinite, sums);
     else if (box->width == 2)
-        add_width(data, 2, box, from, end, copy, sick, sums);
+        add_width(data, 2, box, from, end, copy, nonfinite, sums);
     else
-        add_width(data, 1, box, from, end, copy, sick, sums);
+        add_width(data, 1, box, from, end, copy, nonfinite, sums);
 }
 
 static Box box_of(int width, int dims, const int64_t *whole, const int64_t *offset, const int64_t *shape)
@@ -207,13 +207,13 @@ static Box box_of(int width, int dims, const int64_t *whole, const int64_t *offs
     return box;
 }
 
-/* A box in memory. width: bytes an element, 8 counts as two columns of 4. whole, offset, shape: `dims` numbers each. copy: NULL, or
-   where the box's bytes are copied to on the way. mask, one: see `Sick`. sums: a sum in each lane, then how many are sick. */
+/* A box in memory. width: bytes per element, 8 counts as two columns of 4. whole, offset, shape: `dims` numbers each. copy: NULL, or
+   the destination of a copy of the box. mask, one: see `NonFinite`. sums: one sum per lane, then the number of non-finite elements. */
 void stratum_fingerprint(const char *data, int width, int dims, const int64_t *whole, const int64_t *offset,
                          const int64_t *shape, char *copy, uint64_t mask, uint64_t one, uint64_t *sums)
 {
     const Box box = box_of(width, dims, whole, offset, shape);
-    add_rows(data, &box, 0, box.rows, copy, (Sick){mask, one}, sums);
+    add_rows(data, &box, 0, box.rows, copy, (NonFinite){mask, one}, sums);
 }
 
 static int read_all(int file, char *into, int64_t size, int64_t at)
@@ -229,13 +229,13 @@ static int read_all(int file, char *into, int64_t size, int64_t at)
     return 0;
 }
 
-/* The same of a box that lies in a file from byte `at` on, by way of `room` bytes of scratch. -> 0, the system's error number, or -1
-   where the file ends too early. */
+/* The same for a box stored in a file from byte `at` on, read through `room` bytes of scratch. -> 0, errno, or -1 if the file is
+   too short. */
 int stratum_fingerprint_file(int file, int64_t at, char *scratch, int64_t room, int width, int dims, const int64_t *whole,
                              const int64_t *offset, const int64_t *shape, uint64_t mask, uint64_t one, uint64_t *sums)
 {
     const Box box = box_of(width, dims, whole, offset, shape);
-    const Sick sick = {mask, one};
+    const NonFinite nonfinite = {mask, one};
     const int64_t stride = box.columns * box.width;
     int problem = 0;
     if (stride <= room) {
@@ -243,7 +243,7 @@ int stratum_fingerprint_file(int file, int64_t at, char *scratch, int64_t room, 
         for (int64_t r = 0; r < box.rows && !problem; r += step, at += step * stride) {
             const int64_t end = box.rows - r < step ? box.rows : r + step;
             if ((problem = read_all(file, scratch, (end - r) * stride, at)) == 0)
-                add_rows(scratch, &box, r, end, NULL, sick, sums);
+                add_rows(scratch, &box, r, end, NULL, nonfinite, sums);
         }
         return problem;
     }
@@ -254,7 +254,7 @@ int stratum_fingerprint_file(int file, int64_t at, char *scratch, int64_t room, 
             part.columns = box.columns - c < most ? box.columns - c : most;
             part.first = box.first + c;
             if ((problem = read_all(file, scratch, part.columns * box.width, at)) == 0)
-                add_rows(scratch, &part, r, r + 1, NULL, sick, sums);
+                add_rows(scratch, &part, r, r + 1, NULL, nonfinite, sums);
             at += part.columns * box.width;
         }
     return problem;

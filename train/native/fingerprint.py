@@ -1,4 +1,4 @@
-"""The compiled fingerprint: how `fingerprint.c` is loaded. `train.checkpoint.fingerprint` is the definition."""
+"""Binding of the compiled fingerprint in `fingerprint.c`. `train.checkpoint.fingerprint` is the definition."""
 
 import ctypes
 import functools

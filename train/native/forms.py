@@ -1,4 +1,5 @@
-"""Which form of the kernels this process runs: compiled, for how many SIMD lanes, or plain torch. They round differently."""
+"""Which version of the CPU kernels this process runs: compiled (for how many SIMD lanes) or plain torch. Each rounds
+differently, so checkpoints record it."""
 
 import torch
 
@@ -8,7 +9,7 @@ NAMES = ("scan", "attention", "passes")
 
 
 def describe(device: torch.device) -> str:
-    """The forms in a few words, the same words for the same rounding; "" off CPUs, where none of them runs."""
+    """The versions as text, equal texts for equal rounding; "" on other devices than CPUs, where no such kernel runs."""
     if device.type != "cpu":
         return ""
     libraries = {name: kernels.library(name) for name in NAMES} | {"quantize": quantize.library()}
@@ -21,7 +22,7 @@ def describe(device: torch.device) -> str:
 
 
 def of_all_ranks(forms: list[str]) -> str:
-    """What the ranks run, by rank, as one text: that of each if it is the same."""
+    """The texts of all ranks as one: their common text if they are equal, else each text with its ranks."""
     ranks: dict[str, list[str]] = {}
     for rank, form in enumerate(forms):
         ranks.setdefault(form, []).append(str(rank))

@@ -1,19 +1,19 @@
-"""fp32 matrix products on a CPU, by the faster of the two libraries that torch carries.
+"""fp32 matrix products on a CPU, by the faster of the two libraries in torch.
 
-torch gives fp32 products to MKL, which uses half of the vectors' width on AMD processors with AVX-512; oneDNN uses all of
-it: 2.1 times as fast there, 1.1 times with AVX2 (docs/log.md). torch calls oneDNN for fp32 only from compiled graphs,
+torch uses MKL for fp32 products; on AMD processors with AVX-512 MKL uses half of the vector width. oneDNN uses all of it:
+2.1 times as fast there, 1.1 times with AVX2 (docs/log.md). torch itself calls oneDNN for fp32 only in compiled graphs,
 through the operator used here. In all cases tried oneDNN gave the same bits for any number of threads.
 """
 
 import torch
 
 SMALLEST = 1 << 20
-"""Multiplications from which on oneDNN's call, 8 us dearer than MKL's, pays (measured: even at 0.9 million)."""
+"""oneDNN is used from this many multiplications on: a call costs 8 us more than MKL's (measured: equal at 0.9 million)."""
 
 
 def multiply(a: torch.Tensor, b: torch.Tensor, *, factor: float = 1.0) -> torch.Tensor:
-    """factor times a [m, k] times b [k, n] of any strides, outside autograd. Where `a` is a transposed view (a weight's
-    gradient) the result may be one too."""
+    """factor * a [m, k] * b [k, n], of any strides, outside autograd. If `a` is a transposed view (as for a weight's
+    gradient), the result may be one too."""
     if not _goes_to_onednn(a, b):
         return torch.addmm(a.new_empty(()), a, b, beta=0, alpha=factor)
     product = _oriented(a, b)
@@ -21,7 +21,7 @@ def multiply(a: torch.Tensor, b: torch.Tensor, *, factor: float = 1.0) -> torch.
 
 
 def _oriented(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    # oneDNN is up to 1.7 times as fast with the wide side of a weight's gradient in its weight's place.
+    # For a weight's gradient oneDNN is up to 1.7 times as fast if its "weight" argument is the wider operand.
     if a.stride(0) == 1 and a.shape[0] > b.shape[1]:
         return _product(b.t(), a).t()
     return _product(a, b.t())

@@ -1,7 +1,7 @@
 """The C kernels of the model (`scan.c`, `attention.c`, `passes.c`), compiled on first use and called on CPU tensors.
 
-Each has a definition in plain torch, which also takes over without a compiler, on other devices and in float64; tests hold
-both to the same tolerances. STRATUM_NATIVE=0 turns the compiled forms off.
+Each has a definition in plain torch, which is used without a compiler, on other devices and in float64; the tests use the
+same tolerances for both. STRATUM_NATIVE=0 turns the compiled versions off.
 """
 
 import ctypes
@@ -18,7 +18,7 @@ FOLDER = Path(__file__).parent
 
 @functools.cache
 def library(name: str) -> ctypes.CDLL | None:
-    """The compiled `name`.c, or None where that is not possible here (said once, at info level)."""
+    """The compiled `name`.c, or None if it cannot be compiled here (logged once, at info level)."""
     loaded = build_c.load_if_possible(FOLDER / f"{name}.c", FOLDER / "simd.h", what=f"{name}.c is")
     if loaded is None:
         return None
@@ -39,8 +39,8 @@ def library(name: str) -> ctypes.CDLL | None:
 
 
 def call(function: Any, head: ctypes.Structure, *tensors: torch.Tensor | None) -> None:
-    """Call a kernel with its leading struct and pointers; every tensor is contiguous where the kernel assumes it."""
+    """Call a kernel with its leading struct and the tensors' pointers. Kernels assume contiguous tensors."""
     assert all(x is None or x.is_contiguous() for x in tensors)
     pointers = [None if x is None else x.data_ptr() for x in tensors]
     if function(ctypes.byref(head), *pointers, torch.get_num_threads()):
-        raise MemoryError("no memory for the scan's scratch space")
+        raise MemoryError("not enough memory for the kernel's scratch space")

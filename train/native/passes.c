@@ -1,9 +1,8 @@
-/* Norms, activations and the loss in one pass over memory each, forward and backward: train/model/norm.py, activation.py,
-   cross_entropy.py.
+/* Norms, activations and the loss, each in one pass over memory, forward and backward. Definitions: train/model/norm.py,
+   activation.py, cross_entropy.py.
 
-   Tensors are fp32 or bf16 (`bf16` says which), arithmetic is fp32. Each line of a matrix belongs to one thread; the
-   weight's gradient of a norm is summed over lines in stretches that depend on shapes alone. The same bits for any number
-   of threads. */
+   Tensors are fp32 or bf16 (`bf16` says which), arithmetic is fp32. One thread computes each line of a matrix; the gradient
+   of a norm's weight is summed over stretches of lines that depend on shapes only: the same bits for any number of threads. */
 
 #include "simd.h"
 
@@ -29,7 +28,7 @@ enum { SQUARED_RELU = 0, GELU = 1, SILU = 2 };
 typedef uint16_t Half __attribute__((vector_size(2 * LANES), aligned(2), may_alias));
 typedef uint32_t U __attribute__((vector_size(4 * LANES)));
 
-/* LANES numbers from element i of a tensor; the first n of them, zeros behind. */
+/* LANES numbers from element i of a tensor; get_some: the first n of them, padded with zeros. */
 INLINE V get(const void *p, int64_t i, int bf16) {
   if (!bf16) return load((const float *)p + i);
   return (V)(__builtin_convertvector(*(const Half *)((const uint16_t *)p + i), U) << 16);
@@ -64,7 +63,7 @@ INLINE void put_some(void *p, int64_t i, int64_t n, V x, int bf16) {
   } else for (int64_t j = 0; j < n; j++) ((float *)p)[i + j] = x[j];
 }
 
-/* Runs `whole` for full vectors of a line and `part` for what is left, with j the place and n the numbers. */
+/* Runs `whole` for full vectors of a line and `part` for the remaining n numbers; j is the index of the first number. */
 #define EACH(width, whole, part)                         \
   {                                                      \
     int64_t j = 0;                                       \
@@ -119,7 +118,7 @@ INLINE void norm_backward(const Norm *k, const void *x, const float *weight, con
   }
 }
 
-/* ---- activations: out = f(x), or f(gate) up where a line of x is [gate | up] */
+/* ---- activations: out = f(x), or f(gate) * up if gated (a line of x is then [gate | up]) */
 
 INLINE V activated(int function, V x, V *slope) {
   if (function == SQUARED_RELU) {
@@ -172,11 +171,11 @@ INLINE void activation_backward(const Activation *k, const void *x, const void *
   }
 }
 
-/* ---- cross-entropy over the logits of a line, capped as c tanh(x / c) where there is a cap */
+/* ---- cross-entropy over the logits of a line, with a cap of c tanh(x / c) */
 
 INLINE V capped(V x, float cap) { return cap == 0 ? x : tanh_of(x * (1.0f / cap)) * cap; }
 
-/* log sum exp of each line, and the (capped) logit at its label where that is not negative. */
+/* log-sum-exp of each line, and the (capped) logit at its label, 0 if the label is negative. */
 INLINE void loss_forward(const Loss *k, const void *logits, const int64_t *labels, float *log_sums, float *targets, int threads,
                          int bf16, int has_cap) {
   const float cap = has_cap ? k->cap : 0;
@@ -197,7 +196,7 @@ INLINE void loss_forward(const Loss *k, const void *logits, const int64_t *label
   }
 }
 
-/* In place: grad (softmax - one at the label), times the cap's slope. */
+/* In place: logits become grad (softmax - onehot(label)), times the cap's slope. */
 INLINE void loss_backward(const Loss *k, void *logits, const int64_t *labels, const float *log_sums, const float *grad, int threads,
                           int bf16, int has_cap) {
   const float inner = has_cap ? 1.0f / k->cap : 0;

@@ -1,7 +1,7 @@
-"""The compiled norms, activations and loss: how `passes.c` is called.
+"""Binding of the compiled norms, activations and loss in `passes.c`: each a single pass over memory.
 
-Plain torch in `train.model.norm`, `.activation` and `.cross_entropy` is the definition and takes over where there is no
-compiler, on other devices and in float64.
+The definition is plain torch in `train.model.norm`, `.activation` and `.cross_entropy`, which is used without a compiler,
+on other devices and in float64.
 """
 
 import ctypes
@@ -13,7 +13,7 @@ from train.native.kernels import library
 FUNCTIONS = ("squared_relu", "gelu", "silu")
 """Their numbers in passes.c."""
 STRETCHES, STRETCH_LINES = 16, 128
-"""A norm's lines are dealt out in at least so many stretches, of at most so many lines, whatever the threads."""
+"""A norm's lines are split into at least so many stretches, of at most so many lines each, for any number of threads."""
 
 i64, i32, f32 = ctypes.c_int64, ctypes.c_int32, ctypes.c_float
 
@@ -38,8 +38,8 @@ class Loss(ctypes.Structure):
     _fields_ = [("lines", i64), ("width", i64), ("bf16", i32), ("cap", f32)]
 
 
-def takes(x: torch.Tensor) -> bool:
-    """Whether the compiled forms take a tensor like this: fp32 or bf16 on a CPU."""
+def usable(x: torch.Tensor) -> bool:
+    """Whether the compiled versions support this tensor: fp32 or bf16 on a CPU."""
     return x.device.type == "cpu" and x.dtype in (torch.float32, torch.bfloat16) and library("passes") is not None
 
 
@@ -48,7 +48,7 @@ def _call(name: str, head: ctypes.Structure, *tensors: torch.Tensor) -> None:
     failed = getattr(library("passes"), name)(
         ctypes.byref(head), *(x.data_ptr() for x in tensors), torch.get_num_threads()
     )
-    assert not failed, f"{name} does not know what it was asked for"
+    assert not failed, f"{name}: unknown activation function"
 
 
 def _is_bf16(x: torch.Tensor) -> int:
@@ -70,7 +70,7 @@ def _norm(x: torch.Tensor, *, eps: float, offset: float, groups: int) -> Norm:
 def norm_forward(
     x: torch.Tensor, weight: torch.Tensor, *, eps: float, offset: float, groups: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """x contiguous. -> (normed x, one over the root mean square of each part of a line [..., groups, 1])."""
+    """x contiguous. -> (normed x, 1 / root mean square of each group [..., groups, 1])."""
     out = torch.empty_like(x)
     roots = torch.empty(*x.shape[:-1], groups, 1)
     head = _norm(x, eps=eps, offset=offset, groups=groups)
@@ -125,7 +125,7 @@ def _loss(logits: torch.Tensor, cap: float | None) -> Loss:
 
 
 def loss_forward(logits: torch.Tensor, labels: torch.Tensor, *, cap: float | None) -> tuple[torch.Tensor, torch.Tensor]:
-    """logits [lines, vocabulary], labels int64 [lines], negative where the label is elsewhere.
+    """logits [lines, vocabulary], labels int64 [lines], negative if the label is in another rank's slice.
 
     -> (log-sum-exp of each line, (capped) logit at its label or zero), fp32.
     """
@@ -137,5 +137,5 @@ def loss_forward(logits: torch.Tensor, labels: torch.Tensor, *, cap: float | Non
 def loss_backward_(
     logits: torch.Tensor, labels: torch.Tensor, log_sums: torch.Tensor, grad: torch.Tensor, *, cap: float | None
 ) -> None:
-    """Logits become their gradients. grad: fp32 [lines]."""
+    """Overwrite the logits with their gradients. grad: fp32 [lines]."""
     _call("stratum_loss_backward", _loss(logits, cap), logits, labels, log_sums, grad)

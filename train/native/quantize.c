@@ -1,9 +1,9 @@
-/* Block quantisation on a CPU in one pass over memory: the numbers of train/precision/quantize.py, bit for bit.
+/* Block quantisation on a CPU in one pass over memory: the same bits as train/precision/quantize.py.
 
    Every function reads a contiguous [rows, columns] matrix of fp32 or bf16 and writes fp32: the values after rounding to
-   a small format, times the block's decoding scale. No fused multiply-add and no fast math may be used to compile this.
+   a small format, times the block's decoding scale. Compile without fused multiply-add and without fast math.
 
-   Rounding to nearest even uses the adder: a number of exponent E plus 2^(E + 23 - mantissa) loses exactly the bits the
+   Rounding to nearest even uses the adder: a number of exponent E plus 2^(E + 23 - mantissa) loses exactly the bits that the
    small format does not have. The sum's and the format's last bits have the same parity, so ties go to even. */
 
 #include <math.h>
@@ -28,7 +28,7 @@ static inline float load(const void *data, int64_t i, int kind) {
   return kind == BF16 ? float_of((uint32_t)((const uint16_t *)data)[i] << 16) : ((const float *)data)[i];
 }
 
-/* |x| as an ordered integer; NaN counts as nothing, so that the scale of a block comes from its numbers. */
+/* |x| as an ordered integer; NaN as 0, so that it does not affect the scale of a block. */
 static inline uint32_t magnitude(float x) {
   int32_t b = (int32_t)(bits_of(x) & 0x7FFFFFFFu);
   return (uint32_t)(b > 0x7F800000 ? 0 : b);
@@ -136,7 +136,7 @@ static inline __attribute__((always_inline)) void column_kind(const void *x, int
   for (int64_t j = 0; j < n; j++) { uint32_t b = magnitude(load(x, start + j, kind)); m[j] = b > m[j] ? b : m[j]; }
 }
 
-enum { WIDTH = 2048 }; /* columns worked on at once: their scales stay in the first-level cache */
+enum { WIDTH = 2048 }; /* columns processed at once: their scales fit the first-level cache */
 
 /* Largest magnitude of the whole matrix. */
 float stratum_amax(const void *x, int64_t count, int kind, int threads) {
@@ -151,7 +151,7 @@ float stratum_amax(const void *x, int64_t count, int kind, int threads) {
   return float_of(m);
 }
 
-/* One scale for everything: out = round(x * encode), and the amax that was seen. */
+/* One scale for the whole tensor: out = round(x * encode). -> amax of x. */
 float stratum_tensor(const void *x, int64_t count, int kind, float encode, const Spec *s, float *out, int threads) {
   uint32_t m = 0;
   int64_t piece = 2048, pieces = (count + piece - 1) / piece;
@@ -239,9 +239,9 @@ void stratum_rotate(const void *x, int64_t rows, int64_t columns, int kind, cons
     }
 }
 
-/* How far values * factor is from x, over the finite elements of x. sums: sum of x^2, sum of squared differences, elements
-   that were not zero and became zero, elements with |x| > limit. Added up piece by piece in order: the same on any number
-   of threads. */
+/* Compares values * factor with x, over the finite elements of x. sums: sum of x^2, sum of squared differences, number of
+   elements that were not zero and became zero, number of elements with |x| > limit. Pieces are summed in order: the same
+   result for any number of threads. */
 int stratum_compare(const void *x, const float *values, int64_t count, int kind, float factor, float limit, double *sums,
                     int threads) {
   enum { PIECE = 8192, LANES = 8 };

@@ -1,7 +1,7 @@
-"""The compiled form of the quantisers: `quantize.c`, built once for this machine with its C compiler, or not used at all.
+"""Binding of the compiled quantisers in `quantize.c`, built once for this machine with its C compiler.
 
-Where there is no compiler everything works all the same, several times slower, through `train.precision.quantize`; the
-numbers are the same bits. STRATUM_NATIVE=0 turns the compiled form off.
+Without a compiler `train.precision.quantize` computes the same bits, several times slower. STRATUM_NATIVE=0 turns the
+compiled version off.
 """
 
 import ctypes
@@ -14,7 +14,7 @@ from data.native import build_c
 
 SOURCE = Path(__file__).with_name("quantize.c")
 FLAGS = ("-ffp-contract=off",)
-"""No contraction: these kernels promise exact bits."""
+"""No fused multiply-add: these kernels must give the same bits as the plain torch version."""
 
 
 class Spec(ctypes.Structure):
@@ -34,7 +34,7 @@ class Spec(ctypes.Structure):
 
 @functools.cache
 def library() -> ctypes.CDLL | None:
-    """The compiled kernels, built if need be; None where that is not possible here (said once, at info level)."""
+    """The compiled kernels, built if needed; None if they cannot be built here (logged once, at info level)."""
     loaded = build_c.load_if_possible(SOURCE, flags=FLAGS, what="low-precision kernels are")
     if loaded is None:
         return None
@@ -51,7 +51,7 @@ def library() -> ctypes.CDLL | None:
 
 
 def usable(x: torch.Tensor) -> bool:
-    """Whether the compiled kernels take this matrix."""
+    """Whether the compiled kernels support this matrix."""
     return (
         x.device.type == "cpu"
         and x.dtype in (torch.float32, torch.bfloat16)
@@ -61,7 +61,7 @@ def usable(x: torch.Tensor) -> bool:
 
 
 def amax(x: torch.Tensor) -> float:
-    """Largest magnitude of a matrix, NaN not counted."""
+    """Largest magnitude of a matrix, NaN ignored."""
     kernels = library()
     assert kernels is not None
     return kernels.stratum_amax(x.data_ptr(), x.numel(), _kind(x), torch.get_num_threads())
@@ -100,7 +100,7 @@ def blocks(x: torch.Tensor, spec: Spec, *, height: int, width: int) -> torch.Ten
 
 
 def rotate(x: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
-    """matrix' times every 16 rows of x, matrix: [16, 16] fp32. -> fp32, rounded to bf16 where x is bf16."""
+    """matrix^T times every 16 rows of x, matrix: [16, 16] fp32. -> fp32, rounded to bf16 if x is bf16."""
     kernels = library()
     assert kernels is not None
     out = torch.empty(x.shape, dtype=torch.float32)
@@ -112,8 +112,8 @@ def rotate(x: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
 
 
 def compare(x: torch.Tensor, values: torch.Tensor, *, factor: float, limit: float) -> tuple[float, float, int, int]:
-    """values * factor against x, over finite elements. -> sum of x^2, sum of squared differences, elements that became
-    zero, elements with |x| > limit. values: contiguous fp32, x's shape."""
+    """Compare values * factor with x, over finite elements. -> sum of x^2, sum of squared differences, number of elements
+    that became zero, number of elements with |x| > limit. values: contiguous fp32, x's shape."""
     kernels = library()
     assert kernels is not None
     sums = (ctypes.c_double * 4)()
@@ -121,7 +121,7 @@ def compare(x: torch.Tensor, values: torch.Tensor, *, factor: float, limit: floa
         x.data_ptr(), values.data_ptr(), x.numel(), _kind(x), factor, limit, sums, torch.get_num_threads()
     )
     if failed:
-        raise MemoryError("no memory to measure quantisation errors")
+        raise MemoryError("not enough memory to measure quantisation errors")
     return sums[0], sums[1], int(sums[2]), int(sums[3])
 
 

@@ -1,10 +1,10 @@
-/* The Mamba-2 core of train/model/ssd.py (its module text has the formulas and the letters) in one pass over memory.
+/* The Mamba-2 core of train/model/ssd.py (its docstring has the formulas and the letters) in one pass over memory.
 
-   A task is a row and some heads of a group. It goes over the row chunk by chunk with the state in the cache; everything of
-   a chunk (Q x Q matrices, decays, scaled copies) lives in scratch memory that stays there too. Backward runs the chunks in
-   reverse with the state's gradient. A group's heads are dealt to as many tasks (`splits`) as the threads need, each of which
-   makes the group's C B^T again. Sums over heads, the gradients of B and C, follow one binary tree over the group's `parts`
-   (a power of two, of equally many heads in order), of which a task has a branch: the same bits for any number of threads.
+   A task is a row and some heads of a group. It processes the row chunk by chunk with the state in the cache; the data of a
+   chunk (Q x Q matrices, decays, scaled copies) is in scratch memory that fits the cache too. Backward runs the chunks in
+   reverse with the state's gradient. A group's heads are split over as many tasks (`splits`) as the threads need; each task
+   computes the group's C B^T again. Sums over heads (the gradients of B and C) follow one binary tree over the group's
+   `parts` (a power of two, of equally many heads, in order); a task is a subtree: the same bits for any number of threads.
 
    Layouts: zxbcdt [L, B, width]; pre, grad_pre [B, L, C] (C = HP + 2GN channels: x, B, C); dt, s [B, L, H]; y [B, L, HP];
    out [L, B, HP]; states [B, chunks, H, N, P]; first [B, L] place of the first token of each token's document, or null. */
@@ -29,13 +29,14 @@ static Sizes sizes_of(const Shape *h) {
   return s;
 }
 
-/* What is summed over the heads of a group for a chunk: gradients of the scores [Q, Qp], and of B and C [Q, N] each. */
+/* Size of the sums over the heads of a group for a chunk: gradients of the scores [Q, Qp], and of B and C, [Q, N] each. */
 static int64_t shared_floats(const Shape *h, const Sizes *z) { return h->chunk * (z->padded + 2 * h->state); }
 
 static void add_to(float *sum, const float *more, int64_t floats) {
   for (int64_t i = 0; i < floats; i++) sum[i] += more[i];
 }
 
+/* Allocates from a task's scratch memory, in units of 64 bytes. */
 static inline float *take(float **memory, int64_t floats) {
   float *here = *memory;
   *memory += (floats + 15) / 16 * 16;
@@ -48,7 +49,7 @@ static inline V silu_slope(V x) {
   return s * (all(1.0f) + x * (all(1.0f) - s));
 }
 
-/* What a task reads of one chunk for its group, and the weights of one head. */
+/* The input of one chunk for one group. */
 typedef struct {
   int64_t start, tokens;
   float *B, *C, *BT, *scores; /* [Q, N], [Q, N], [N, Qp], tril(C B^T) within documents [Q, Qp] */
@@ -82,9 +83,9 @@ static void read_chunk(const Shape *h, const Sizes *z, const float *pre, const i
   }
 }
 
-/* Running sums s of dt A of one head within a chunk, as two floats: s = near + rest. A single float would lose the small
-   steps after a large one: s_i - s_j of two sums near -1000 has an error of 6e-5, e^(s_i - s_j) as much.
-   Sums start at zero at each document, so that a document's numbers do not depend on the one before it. */
+/* Running sums s of dt A of one head within a chunk, as two floats: s = near + rest. A single float would lose small steps
+   after a large one: s_i - s_j of two sums near -1000 would have an error of 6e-5, and e^(s_i - s_j) as well.
+   Sums restart at zero at each document, so that a document's numbers do not depend on the one before it. */
 typedef struct {
   float *near, *rest;
 } Sums;
@@ -92,8 +93,9 @@ typedef struct {
 /* s_i - s_j of one i and a vector of j. */
 static inline V between(V near, V rest, Sums s, int64_t j) { return (near - load(s.near + j)) + (rest - load(s.rest + j)); }
 
-/* Decays of one head within a chunk: s, carry = e^s where the token still sees the state before the chunk, gain =
-   e^(s_Q - s) where the state after it still sees the token; -> what is left of the state before. [Qp] each. */
+/* Decays of one head within a chunk, [Qp] each: s; carry = e^s, 0 for tokens that do not see the state before the chunk
+   (later documents); gain = e^(s_Q - s), 0 for tokens that the state after the chunk does not see. -> decay of the state
+   over the chunk. */
 static float read_head(const Shape *h, const Chunk *k, const float *dt, float A, int64_t b, int64_t head, Sums s, float *step,
                        float *carry, float *gain, int64_t padded) {
   const int64_t last = k->tokens - 1;
@@ -145,7 +147,7 @@ static Chunk new_chunk(const Shape *h, const Sizes *z, float **memory) {
   return k;
 }
 
-/* -> 0, or 1 without memory. A = -exp(A_log). Writes y, out and states. */
+/* -> 0, or 1 if memory is short. A = -exp(A_log). Writes y, out and states. */
 int stratum_scan_forward(const Shape *h, const float *zxbcdt, const float *pre, const float *dt, const float *A, const float *D,
                          const int64_t *first, float *y, float *out, float *states, int threads) {
   const Sizes z = sizes_of(h);
@@ -164,7 +166,7 @@ int stratum_scan_forward(const Shape *h, const float *zxbcdt, const float *pre, 
     float *step = take(&memory, Qp), *carry = take(&memory, Qp), *gain = take(&memory, Qp);
     float *state = take(&memory, heads_here * N * P);
     memset(state, 0, (size_t)(heads_here * N * P) * 4);
-    memset(M, 0, (size_t)(Q * Qp) * 4); /* what lies right of the diagonal's vectors is never written again */
+    memset(M, 0, (size_t)(Q * Qp) * 4); /* right of the diagonal's vectors it stays zero: never written again */
     for (int64_t c = 0; c < z.chunks; c++) {
       read_chunk(h, &z, pre, first, b, g, c, &k);
       for (int64_t local = 0; local < heads_here; local++) {
@@ -242,7 +244,7 @@ int stratum_scan_backward(const Shape *h, const float *zxbcdt, const float *pre,
     for (int64_t c = z.chunks - 1; c >= 0; c--) {
       read_chunk(h, &z, pre, first, b, g, c, &k);
       const int64_t T = k.tokens;
-      int64_t open = 0; /* branches of the tree that wait for their neighbour */
+      int64_t open = 0; /* subtrees whose sibling is not done yet */
       for (int64_t local = 0; local < heads_here; local++) {
         float *grad_scores = stack + open * sums, *gB = grad_scores + Q * Qp, *gC = gB + Q * N;
         if (local % leaf == 0) memset(grad_scores, 0, (size_t)sums * 4);
@@ -358,7 +360,7 @@ int stratum_scan_backward(const Shape *h, const float *zxbcdt, const float *pre,
   return failed;
 }
 
-/* grad_pre's B and C channels, through their SiLU, from what stratum_scan_backward left in `shared` (which is added up). */
+/* Sums `shared` of stratum_scan_backward over the splits, in place, and writes grad_pre's B and C channels (through SiLU). */
 int stratum_scan_finish(const Shape *h, const float *pre, const int64_t *first, float *shared, float *grad_pre, int threads) {
   const Sizes z = sizes_of(h);
   const int64_t N = h->state, Q = h->chunk, Qp = z.padded, sums = shared_floats(h, &z), places = h->rows * h->groups * z.chunks;
@@ -392,7 +394,7 @@ int stratum_scan_finish(const Shape *h, const float *pre, const int64_t *first, 
   return failed;
 }
 
-/* Causal convolution of the x, B, C channels of zxbcdt (after z): pre [B, L, C]. weight [C, taps]. */
+/* Causal convolution of the x, B, C channels of zxbcdt (after z). Writes pre [B, L, C]. weight: [taps, C]. */
 int stratum_conv_forward(const Shape *h, const float *zxbcdt, const float *weight, const float *bias, const int64_t *first,
                           float *pre, int threads) {
   const Sizes z = sizes_of(h);
@@ -410,7 +412,7 @@ int stratum_conv_forward(const Shape *h, const float *zxbcdt, const float *weigh
   return 0;
 }
 
-/* Gradients of it: the input's into grad_zxbcdt's x, B, C channels, the weight's [taps, C] and the bias's [C]. */
+/* Backward of the convolution: writes grad_zxbcdt's x, B, C channels, grad_weight [taps, C] and grad_bias [C]. */
 int stratum_conv_backward(const Shape *h, const float *zxbcdt, const float *weight, const int64_t *first, const float *grad_pre,
                            float *grad_zxbcdt, float *grad_weight, float *grad_bias, int threads) {
   const Sizes z = sizes_of(h);

@@ -1,4 +1,4 @@
-"""The compiled Mamba-2 scan: how `scan.c` is called. `train.model.ssd` has the formulas, `train.model.chunked` the definition."""
+"""Binding of the compiled Mamba-2 scan in `scan.c`. `train.model.ssd` has the formulas, `train.model.chunked` the definition."""
 
 import ctypes
 from dataclasses import dataclass
@@ -53,7 +53,7 @@ class Shape(ctypes.Structure):
 
 
 def scan_usable(zxbcdt: torch.Tensor, sizes: ScanSizes) -> bool:
-    """Whether the compiled scan takes this input: on a CPU, not float64, widths that fill its vectors."""
+    """Whether the compiled scan supports this input: on a CPU, not float64, widths that are multiples of the lanes."""
     if zxbcdt.device.type != "cpu" or zxbcdt.dtype == torch.float64:
         return False
     kernels = library("scan")
@@ -63,12 +63,12 @@ def scan_usable(zxbcdt: torch.Tensor, sizes: ScanSizes) -> bool:
 
 
 MOST_PARTS = 8
-"""Parts of a group's heads at most, and so tasks of a row and group."""
+"""A group's heads are split into at most this many parts, and so a row and group into at most as many tasks."""
 
 
 def scan_shape(zxbcdt_LBD: torch.Tensor, sizes: ScanSizes, taps: int) -> Shape:
-    """The kernels' view of the sizes. Heads of a group are split until all threads have as many tasks; the bits do not
-    depend on that (scan.c says why)."""
+    """The sizes as the kernels need them. The heads of a group are split until tasks divide evenly among threads; the bits
+    do not depend on the split (scan.c says why)."""
     length, rows, width = zxbcdt_LBD.shape
     per_group = sizes.heads_per_group
     parts = min(per_group & -per_group, MOST_PARTS)
@@ -122,7 +122,7 @@ def scan_backward(
     grad_zxbcdt: torch.Tensor,
     sizes: ScanSizes,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Writes all of `grad_zxbcdt` but dt. -> gradients of (conv weight [C, W], conv bias, dt [B, L, H], A, D)."""
+    """Writes `grad_zxbcdt` except its dt channels. -> gradients of (conv weight [C, W], conv bias, dt [B, L, H], A, D)."""
     kernels = library("scan")
     assert kernels is not None
     length, rows, _ = zxbcdt_LBD.shape

@@ -1,4 +1,4 @@
-/* Vectors of floats, exp and tanh on them, and small matrix products: what scan.c and attention.c share.
+/* Vectors of floats, exp and tanh on them, and small matrix products: shared by scan.c, attention.c and passes.c.
 
    A vector is as wide as the processor's registers; gcc and clang turn the vector type into instructions. exp and tanh
    are good to about two units in the last place; their coefficients are least-squares fits at Chebyshev nodes of
@@ -25,14 +25,14 @@ static inline V load(const float *p) { return *(const Vu *)p; }
 static inline void store(float *p, V x) { *(Vu *)p = x; }
 static inline V all(float x) { return x - (V){0}; }
 static inline V choose(I mask, V yes, V no) { return (V)(((I)yes & mask) | ((I)no & ~mask)); }
-static inline V at_least(V x, float low) { return choose(x < all(low), all(low), x); } /* NaN stays, in both */
+static inline V at_least(V x, float low) { return choose(x < all(low), all(low), x); } /* both return NaN for NaN */
 static inline V at_most(V x, float high) { return choose(x > all(high), all(high), x); }
 static inline I lane_numbers(void) {
   I n;
   for (int i = 0; i < LANES; i++) n[i] = i;
   return n;
 }
-/* Lane i of x for m[i] = i below LANES, of y beyond: two vectors mixed, in one or two instructions where m is constant. */
+/* Lane i of the result is x[m[i]] if m[i] < LANES, else y[m[i] - LANES]: one or two instructions if m is constant. */
 static inline V mix(V x, V y, I m) {
 #ifdef __clang__
   V out;
@@ -42,13 +42,13 @@ static inline V mix(V x, V y, I m) {
   return __builtin_shuffle(x, y, m);
 #endif
 }
-/* Added up from the first lane to the last: once a line of attention or of a norm. */
+/* Sum from the first lane to the last: used once per line of attention or of a norm. */
 static inline float sum_of(V x) {
   float s = 0;
   for (int i = 0; i < LANES; i++) s += x[i];
   return s;
 }
-/* Added up in halves, in fewer steps: for the scan, which needs several a position. */
+/* Sum by halves, in fewer steps: for the scan, which needs several sums per token. */
 static inline float sum_by_halves(V x) {
   for (int half = LANES / 2; half > 0; half /= 2) x += mix(x, x, (lane_numbers() + half) & (LANES - 1));
   return x[0];
@@ -101,8 +101,8 @@ static inline V sigmoid_of(V x) { return all(1.0f) / (all(1.0f) + exp_of(-x)); }
 /* Products C (+)= A B of small matrices in the cache. A's element (i, k) is a[i * a_row + k * a_col], so A may be
    transposed; B and C have contiguous rows, their widths are multiples of LANES.
 
-   part: FULL; LOWER where A is zero right of its diagonal (k > i); UPPER where it is zero left of it (k < i); BELOW where
-   only C on and left of the diagonal is wanted (right of it, within a tile, C gets whatever comes out). */
+   part: FULL; LOWER if A is zero right of its diagonal (k > i); UPPER if it is zero left of it (k < i); BELOW if only C on
+   and left of the diagonal is needed (right of it, within a tile, the values of C are undefined). */
 enum { FULL = 0, LOWER = 1, UPPER = 2, BELOW = 3 };
 
 #define INLINE static inline __attribute__((always_inline))

@@ -1,1 +1,1 @@
-"""What a model is trained to do on a microbatch: next tokens."""
+"""The next-token objective (distillation: train/distill)."""

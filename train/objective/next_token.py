@@ -13,7 +13,7 @@ from train.parallel.mesh import Mesh
 
 @dataclass(frozen=True)
 class LocalRows:
-    """This rank's part of one microbatch: its share of the sequence, ids [rows, tokens here]."""
+    """This context rank's part of one microbatch, token ids [rows, tokens of this rank]."""
 
     tokens: torch.Tensor
     labels: torch.Tensor
@@ -22,7 +22,7 @@ class LocalRows:
 
 
 def local_rows(batch: Any, mesh: Mesh, *, reset_at_documents: bool) -> LocalRows:
-    """Cut this context rank's part out of a `data.batch.Batch` and move it to the device."""
+    """Select this context rank's part of a `data.batch.Batch` and move it to the device."""
     tokens = batch.tokens.to(mesh.device, non_blocking=True)
     labels = batch.labels.to(mesh.device, non_blocking=True)
     groups = mesh.groups.cp
@@ -38,11 +38,11 @@ def local_rows(batch: Any, mesh: Mesh, *, reset_at_documents: bool) -> LocalRows
 def forward_step(
     mesh: Mesh, *, reset_at_documents: bool
 ) -> Callable[[Any, torch.nn.Module], tuple[torch.Tensor, Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]]]:
-    """The function Megatron's schedules call for each microbatch: run the model, say how its output becomes a loss.
+    """The function that Megatron's schedules call for each microbatch: run the model and return (output, loss function).
 
-    The loss is the sum over this rank's tokens divided by the tokens of the whole rows, so that adding it up over
-    context ranks gives the microbatch's mean. Megatron divides by the number of microbatches and averages over data
-    ranks, and multiplies by the context degree to undo the averaging over context ranks.
+    The loss is the sum over this rank's tokens divided by the tokens of the whole rows, so that its sum over context ranks
+    is the microbatch's mean. Megatron divides by the number of microbatches, averages over data and context ranks, and
+    multiplies by the context degree to undo the latter.
     """
     context_ranks = mesh.groups.cp.size()
 

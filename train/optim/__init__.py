@@ -1,3 +1,3 @@
 """The optimizer."""
 
-import train.megatron  # noqa: F401  readies Megatron before a module of this package imports it
+import train.megatron  # noqa: F401  prepares Megatron before a module of this package imports it

@@ -1,9 +1,9 @@
 """AdamW over fp32 masters, sharded over the data-parallel ranks by Megatron's distributed optimizer.
 
-Megatron keeps parameters, gradients and optimizer state in flat buffers and gives each data-parallel rank a slice; the
-arithmetic on a slice is an ordinary Adam. That Adam is ours, because Megatron's checkpoints expect the step count in
-the parameter group: with torch's own AdamW, which keeps a count per parameter, a reloaded optimizer ends up with all
-parameters sharing one counter that every one of them advances (docs/megatron.md).
+Megatron stores parameters, gradients and optimizer state in flat buffers and gives each data-parallel rank a slice; the
+arithmetic on a slice is ordinary Adam. This project has its own Adam because Megatron's checkpoints expect the step count in
+the parameter group. torch's AdamW has one count per parameter: after a load all parameters would share one counter, which
+every parameter increments (docs/megatron.md).
 """
 
 from typing import Any
@@ -20,7 +20,7 @@ from train.parallel.mesh import Mesh
 
 
 class GroupStepAdamW(torch.optim.Optimizer):
-    """AdamW (arXiv 1711.05101, algorithm 2) whose step count lives in the parameter group.
+    """AdamW (arXiv 1711.05101, algorithm 2) with its step count in the parameter group.
 
     State of a parameter: `exp_avg`, `exp_avg_sq`, both fp32 and of its shape. One fused kernel per group.
     """
@@ -35,12 +35,12 @@ class GroupStepAdamW(torch.optim.Optimizer):
         adam_w_mode: bool = True,
         capturable: bool = False,
     ) -> None:
-        assert adam_w_mode and not capturable, "decoupled weight decay, without CUDA graphs"
+        assert adam_w_mode and not capturable, "GroupStepAdamW supports decoupled weight decay only, and no CUDA graphs"
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "betas": betas, "eps": eps, "step": 0})
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
-        """Update every parameter that has a gradient, in place. Moments must be there (`build_optimizer` makes them)."""
+        """Update every parameter that has a gradient, in place. Moments must exist (`build_optimizer` creates them)."""
         for group in self.param_groups:
             params = [p for p in group["params"] if p.grad is not None and p.numel() > 0]
             if not params:
@@ -71,7 +71,7 @@ def build_optimizer(
 ) -> MegatronOptimizer:
     """Megatron's distributed optimizer over DDP-wrapped chunks. Collective over the world.
 
-    Weight decay falls on matrices only: one-dimensional parameters (norms, biases, A_log, D, dt_bias) are excluded.
+    Weight decay applies to matrices only, not to one-dimensional parameters (norms, biases, A_log, D, dt_bias).
     """
     _use_group_step_adamw()
     config = OptimizerConfig(
@@ -94,7 +94,7 @@ def build_optimizer(
     )
     for part in _parts(optimizer):
         _repair_group_index(part)
-        part.init_state_fn(part.optimizer, part.config)  # moments exist from the start: a run can be saved at any step
+        part.init_state_fn(part.optimizer, part.config)  # create the moments now, so that step 0 can be saved too
     for group in optimizer.param_groups:
         group["weight_decay"] = optim.weight_decay * group["wd_mult"]
     return optimizer
@@ -111,7 +111,7 @@ def _parts(optimizer: MegatronOptimizer) -> list[Any]:
 
 
 def _use_group_step_adamw() -> None:
-    """Put our Adam where Megatron looks for a fused one, so that it reads and writes the group's step count."""
+    """Replace Megatron's fused Adam by GroupStepAdamW; for fused ones it saves and loads the group's step count."""
     megatron_optimizer.Adam = GroupStepAdamW
     megatron_optimizer.USING_PYTORCH_OPTIMIZER = False
     distrib_optimizer.HAVE_APEX_OR_TE = True
@@ -121,9 +121,8 @@ def _use_group_step_adamw() -> None:
 def _repair_group_index(part: Any) -> None:
     """Make Megatron's parameter index agree with the order of its own groups.
 
-    In 0.19.2 the index follows the order of the gradient buffers (bf16 first), the groups are built fp32 first. With
-    both kinds of parameters in a model (fp32 scan parameters beside bf16 weights), checkpoints would mix up states, or
-    fail where the shapes differ.
+    In 0.19.2 the index follows the order of the gradient buffers (bf16 first), but the groups are built fp32 first. In a
+    model with both (fp32 scan parameters and bf16 weights), checkpoints would swap states, or fail if the shapes differ.
     """
     for group_index, (fp32, bf16) in enumerate(zip(part.model_fp32_groups, part.model_float16_groups, strict=True)):
         for order, parameter in enumerate([*fp32, *bf16]):

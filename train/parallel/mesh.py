@@ -1,10 +1,10 @@
-"""Process groups: from a layout of degrees to Megatron's groups, handed on as one value.
+"""Process groups: from a layout of degrees to Megatron's groups, as one `Mesh` object.
 
-Megatron keeps its groups in module globals; `open_mesh` creates them, reads them out once into a `Mesh`, and nothing
-outside this room asks the globals again. `close_mesh` undoes it, so that one process can run several recipes in a row.
+Megatron stores its groups in module globals; `open_mesh` creates them and copies them once into a `Mesh`. No module outside
+this package reads the globals. `close_mesh` destroys the groups, so one process can run several recipes in sequence.
 
-Every group of a run is created here, by every rank, in one order. torch numbers groups by a counter in each process and
-puts the number into a group's name: ranks that skip a group never meet in a later one.
+Invariant: every group of a run is created here, by every rank, in the same order. torch numbers groups by a counter in each
+process and uses the number in the group's name, so a rank that skips one group waits for ever in the next one.
 """
 
 import os
@@ -29,11 +29,11 @@ class TeacherGroups:
     """The groups of a distillation's teacher on this rank of the last pipeline stage."""
 
     alone: dist.ProcessGroup
-    """This rank only: what the teacher's model takes for its pipeline and context groups."""
+    """This rank only: the pipeline and context group of the teacher's model."""
     tensor: dist.ProcessGroup
-    """The ranks that are one teacher."""
+    """The ranks that share one copy of the teacher."""
     replicas: dist.ProcessGroup
-    """The ranks that hold the same part of the teacher's weights."""
+    """The ranks that have the same part of the teacher's weights."""
     everyone: dist.ProcessGroup
     """All ranks of the last stage."""
     exchange: dist.ProcessGroup
@@ -45,7 +45,7 @@ _LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 @dataclass(frozen=True)
 class Mesh:
-    """This process's place in the world and the groups it talks in."""
+    """This process's rank and its process groups."""
 
     layout: Layout
     rank: int
@@ -54,18 +54,18 @@ class Mesh:
     saving: dist.ProcessGroup | None = None
     """All ranks, over gloo, for saves in the background; None for a world of one."""
     watching: dist.ProcessGroup | None = None
-    """All ranks, over gloo, for what they ask each other beside the training (signals): it never waits for a GPU's stream."""
+    """All ranks, over gloo, to exchange flags such as signals during training: it never waits for a GPU's stream."""
     teacher: TeacherGroups | None = None
     """None without a teacher, and on ranks of earlier pipeline stages."""
 
     @property
     def data_rank(self) -> int:
-        """Index among the data-parallel ranks, context ranks not counted: which share of the rows is read."""
+        """Index among the data-parallel ranks, without context ranks: it selects the rows that this rank reads."""
         return self.groups.dp.rank()
 
     @property
     def is_last_stage(self) -> bool:
-        """Whether this rank holds the end of the model, where losses exist."""
+        """Whether this rank has the last layers of the model, and so the loss."""
         return self.groups.pp.rank() == self.groups.pp.size() - 1
 
     def sum_over_world(self, values: torch.Tensor) -> torch.Tensor:
@@ -75,14 +75,14 @@ class Mesh:
         return values
 
     def broadcast_from_last_stage(self, values: torch.Tensor) -> torch.Tensor:
-        """Give every pipeline rank the last stage's `values`, in place. Collective over the pipeline group."""
+        """Copy the last stage's `values` to every pipeline rank, in place. Collective over the pipeline group."""
         if self.groups.pp.size() > 1:
             ranks = dist.get_process_group_ranks(self.groups.pp)
             dist.broadcast(values, src=ranks[-1], group=self.groups.pp)
         return values
 
     def any_rank(self, flag: bool) -> bool:
-        """Whether `flag` holds on at least one rank. Collective over the world."""
+        """Whether `flag` is true on at least one rank. Collective over the world."""
         if self.layout.world == 1:
             return flag
         value = torch.tensor([float(flag)], device=self.device)
@@ -90,7 +90,7 @@ class Mesh:
         return bool(value.item())
 
     def any_of(self, *flags: bool) -> list[bool]:
-        """For each flag, whether it holds on at least one rank. Collective over the world."""
+        """For each flag, whether it is true on at least one rank. Collective over the world."""
         if self.layout.world == 1:
             return list(flags)
         values = torch.tensor([float(flag) for flag in flags], device=self.device)
@@ -98,7 +98,7 @@ class Mesh:
         return [bool(value) for value in values.tolist()]
 
     def begin_any_of(self, *flags: bool) -> Callable[[], list[bool]]:
-        """`any_of` in two parts: the question is on its way at once, the answer is waited for when it is called. Collective."""
+        """`any_of` without waiting: starts the reduction; the returned function waits for it. Collective over the world."""
         if self.layout.world == 1:
             return lambda: list(flags)
         values = torch.tensor([float(flag) for flag in flags])
@@ -137,8 +137,8 @@ def open_mesh(
 ) -> Mesh:
     """Join the world and build the groups of `layout`. Collective over the world; undone by `close_mesh`.
 
-    teacher_tensor: tensor degree of a teacher that lives on the last pipeline stage; None: no teacher. RecipeError where
-    that degree does not fit the layout.
+    teacher_tensor: tensor degree of a teacher on the last pipeline stage; None: no teacher. Raises RecipeError if that
+    degree does not fit the layout.
     """
 
     backend = "nccl" if device.type == "cuda" else "gloo"
@@ -172,7 +172,8 @@ def open_mesh(
 
 
 def _teacher_groups(layout: Layout, rank: int, *, tensor: int, timeout: timedelta) -> TeacherGroups | None:
-    """A rank of an earlier stage creates as many groups of itself, which nobody uses, to keep torch's counters equal."""
+    """Groups of the teacher on the last stage. Ranks of earlier stages create as many unused groups of one rank, because
+    torch's group counter must be the same on all ranks."""
     place = place_of(layout, rank, tensor=tensor)
     members = [[rank]] * 5
     if place is not None:
@@ -185,10 +186,10 @@ def _teacher_groups(layout: Layout, rank: int, *, tensor: int, timeout: timedelt
 
 
 def _loopback_store(rank: int, *, world: int, timeout: timedelta) -> dist.Store | None:
-    """The rendezvous of ranks that are all on this machine: rank 0 listens on loopback only.
+    """The rendezvous store if all ranks are on this machine: rank 0 listens on loopback only.
 
-    torch's own store listens on every interface, whatever MASTER_ADDR says, and anybody who reaches it can stop the run.
-    None if ranks may be elsewhere, or if torchrun keeps the store.
+    torch's own store listens on every interface for any MASTER_ADDR, and anybody who can reach it can stop the run.
+    None if ranks may be on other machines, or if torchrun hosts the store.
     """
     address, port = os.environ["MASTER_ADDR"], int(os.environ.get("MASTER_PORT", "0"))
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" or address not in _LOOPBACK or not port:
@@ -206,20 +207,20 @@ def _loopback_store(rank: int, *, world: int, timeout: timedelta) -> dist.Store 
 
 
 def _time_out_after(timeout: timedelta) -> None:
-    """Give every group of this process the timeout as asked: Megatron takes whole minutes only."""
+    """Set the exact timeout on every group of this process: Megatron accepts whole minutes only."""
     for group in list(dist.distributed_c10d._world.pg_map):
         dist.set_timeout(timeout, group)
 
 
 def seed_random_state(seed: int) -> None:
-    """Seed the generators that dropout draws from: alike on data-parallel ranks, apart on tensor and pipeline ranks as Megatron
-    has it. Inside a mesh's groups."""
+    """Seed the generators of dropout as Megatron does: equal on data-parallel ranks, different on tensor and pipeline ranks.
+    Needs initialized groups."""
 
     model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
 
 
 def close_mesh() -> None:
-    """Leave the world. Safe to call when `open_mesh` failed half-way."""
+    """Destroy all process groups. Safe to call after `open_mesh` failed."""
 
     parallel_state.destroy_model_parallel()
     if dist.is_initialized():

@@ -1,4 +1,4 @@
-"""Data parallelism around the model's chunks: Megatron's DDP with fp32 gradient buffers, overlap as the recipe asks."""
+"""Data parallelism of the model's chunks: Megatron's DDP with fp32 gradient buffers and the recipe's overlap options."""
 
 from collections.abc import Callable
 from typing import Any
@@ -50,13 +50,13 @@ def wrap_chunks(
 
 
 def connect(chunks: list[DistributedDataParallel], optimizer: MegatronOptimizer) -> None:
-    """Tell Megatron's schedules how to finish gradients and when to hold back their reduction."""
+    """Set the functions by which Megatron's schedules finish gradients and delay their reduction."""
     config = chunks[0].module.config
     config.finalize_model_grads_func = finalize_model_grads
     config.grad_scale_func = optimizer.scale_loss
     if chunks[0].ddp_config.overlap_grad_reduce:
-        holds = [chunk.no_sync for chunk in chunks]
-        config.no_sync_func = holds if len(chunks) > 1 else holds[0]
+        contexts = [chunk.no_sync for chunk in chunks]
+        config.no_sync_func = contexts if len(chunks) > 1 else contexts[0]
         if len(chunks) > 1:
             starts = [chunk.start_grad_sync for chunk in chunks]
             config.grad_sync_func = starts
@@ -68,7 +68,7 @@ def connect(chunks: list[DistributedDataParallel], optimizer: MegatronOptimizer)
 def _spare_collectives_with_oneself() -> None:
     """Let a data-parallel group of one rank skip its reduce-scatter and all-gather.
 
-    Input and output are then the same memory, and gloo copies it out and back: 6 % of a step of the smoke recipe.
+    Input and output are then the same memory, but gloo still copies it twice: 6 % of a step of the smoke recipe.
     """
 
     def unless_alone(collective: Callable[..., Any]) -> Callable[..., Any]:

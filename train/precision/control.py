@@ -1,4 +1,4 @@
-"""What a training loop tells the precision machinery, whatever the backend: a step begins, a step is done, how healthy is it."""
+"""The interface between the training loop and low precision, the same for all backends: begin a step, finish it, read health."""
 
 from abc import abstractmethod
 from dataclasses import dataclass
@@ -7,14 +7,14 @@ from typing import Protocol
 
 @dataclass(frozen=True)
 class Reading:
-    """How well one operand of one linear layer was quantised, over all ranks that hold a part of it."""
+    """Quantisation error of one operand of one linear layer, over all ranks that have a part of it."""
 
     layer: int
     """Index in the pattern, 0 is the first."""
     linear: str
     """Name of the module inside the layer."""
     operand: str
-    """input, weight, grad, input_for_weight_grad or grad_for_weight_grad (where that differs)."""
+    """input, weight, grad, input_for_weight_grad or grad_for_weight_grad (the last two only if quantised separately)."""
     format: str
     amax: float
     scale: float
@@ -24,9 +24,9 @@ class Reading:
     underflowed: float
     """Fraction of elements that were not zero and became zero."""
     snr_db: float | None
-    """10 log10(sum x^2 / sum (decoded - x)^2); None where x is all zero or nothing was lost."""
+    """10 log10(sum x^2 / sum (decoded - x)^2); None if x is all zero or the decoding is exact."""
     floor_db: float
-    """Lower end of the band."""
+    """An operand below this is unhealthy."""
 
     @property
     def is_healthy(self) -> bool:
@@ -45,13 +45,13 @@ class PrecisionControl(Protocol):
 
     @abstractmethod
     def finish_step(self) -> None:
-        """After the weights were updated: move amax histories and scales on. Collective over the ranks that share amaxes."""
+        """After the weights were updated: update amax histories and scales. Collective over the ranks that share amaxes."""
 
     @abstractmethod
     def health(self) -> list[Reading]:
         """Readings of the last measured step, merged over ranks, in the order of the layers. Collective over the world.
 
-        The policy is carried out here: see `precision.health_policy`.
+        Applies `precision.health_policy`.
         """
 
     @abstractmethod
@@ -60,7 +60,7 @@ class PrecisionControl(Protocol):
 
     @abstractmethod
     def apply_state(self) -> None:
-        """After a checkpoint was read: take them from the modules' buffers."""
+        """After a checkpoint was loaded: read scales and amax histories from the modules' buffers."""
 
     @abstractmethod
     def active(self) -> str:

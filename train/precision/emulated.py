@@ -1,16 +1,16 @@
-"""Low-precision linear layers on any device: Megatron's parallel linears with the GEMMs' operands quantised exactly.
+"""Low-precision linear layers on any device: Megatron's parallel linears with GEMM operands quantised bit for bit.
 
-    x, weight --quantise--> values that the small format can hold --fp32 GEMM--> output   (and so both gradients)
+    x, weight --quantise--> values that the small format can represent --fp32 GEMM--> output   (gradients likewise)
 
-A module keeps its class, weight, names and sharded checkpoint; only the function it calls for its product changes. What
-is quantised how is `recipes.schema.scaling`'s table, the numbers are `train.precision.quantize`'s. A GPU adds the same
-products in another order and, per tensor core, with fewer bits; that is the whole difference.
+A module keeps its class, weight, names and sharded checkpoint; only its function for the matrix product changes.
+`recipes.schema.scaling` says how each operand is quantised, `train.precision.quantize` does it. The only difference to a
+GPU is in the sums: tensor cores add the same products in another order and with fewer bits.
 
-Delayed scaling keeps state: a scale and an amax history for input, weight and gradient of each linear, as buffers of the
-module, so that checkpoints carry them to any layout; the mark of a layer that the health policy took out is another.
-Scales move on once a step, after the amaxes of all microbatches and ranks were reduced, and so do not depend on how a step
-was cut into microbatches or ranks. A rank computes the gradient of its own tokens' mean, which grows with the number of
-data shards: gradient scales are kept for one shard.
+Delayed scaling has state: a scale and an amax history for input, weight and gradient of each linear, as buffers of the
+module, so checkpoints move them to any layout. Another buffer marks layers that the health policy switched to high
+precision. Scales are updated once per step, after amaxes were reduced over all microbatches and ranks, so they do not
+depend on how a step is split over these. A rank computes the gradient of the mean over its own tokens, which grows with
+the number of data shards: gradient scales are stored for one shard.
 """
 
 import zlib
@@ -39,32 +39,32 @@ OPERANDS = ("input", "weight", "grad")
 
 @dataclass
 class LowPrecisionLinear:
-    """What one linear layer needs to know at a step. Mutable: it is the state of that layer."""
+    """The mutable low-precision state of one linear layer during a step."""
 
     layer: int
     name: str
     module: torch.nn.Module
     scaling: Scaling | None = None
-    """Of the step now running; None multiplies in high precision."""
+    """Scaling of the current step; None: high precision."""
     scales: tuple[float, float, float] = (1.0, 1.0, 1.0)
     """Delayed scaling's encoding scales of input, weight and gradient."""
     amaxes: list[float] = field(default_factory=lambda: [0.0, 0.0, 0.0])
     """Largest magnitudes seen in this step."""
     seed: int = 0
-    """Of this step's stochastic rounding, on this rank."""
+    """Seed of this step's stochastic rounding on this rank."""
     backwards: int = 0
-    """Backward passes of this step so far: each rounds with its own seed."""
+    """Backward passes of this step so far; each rounds with its own seed."""
     weight_cache: tuple[Any, Quantized] | None = None
-    """The quantised weight, kept for the step's other microbatches and backward passes."""
+    """(key of the weight, the quantised weight), reused by the step's other microbatches and backward passes."""
     sums: dict[str, health.Sums] | None = None
-    """Measurements of this step by operand; None when it is not measured."""
+    """Error sums of this step by operand; None if the step is not measured."""
 
     def operand(self, name: str) -> Operand:
         assert self.scaling is not None
         return getattr(self.scaling, name)
 
     def quantized(self, x: torch.Tensor, name: str, along: Orientation, *, record: bool) -> Quantized:
-        """Quantise operand `name` of this layer; with `record`, note its amax (and how well it went)."""
+        """Quantise operand `name` of this layer. record: store its amax, and its error if the step is measured."""
         operand = self.operand(name)
         index = OPERANDS.index(name.removesuffix("_for_weight_grad"))
         scale = self.scales[index] if operand.rule == "history" else 1.0
@@ -81,13 +81,13 @@ class LowPrecisionLinear:
         """The weight for the forward (`rows`) or the data-gradient GEMM (`columns`)."""
         if not self.operand("weight").same_both_ways:
             return self.quantized(weight, "weight", along, record=record)
-        key = (weight.data_ptr(), weight._version)
+        key = (weight.data_ptr(), weight._version)  # torch increases _version at every in-place update
         if self.weight_cache is None or self.weight_cache[0] != key or (record and self.scaling_needs_record()):
             self.weight_cache = (key, self.quantized(weight, "weight", along, record=record))
         return self.weight_cache[1]
 
     def scaling_needs_record(self) -> bool:
-        """Whether the weight's amax or measurements of this step are still missing."""
+        """Whether this step's amax or error sums of the weight are still missing."""
         assert self.scaling is not None
         return (self.scaling.uses_history and self.amaxes[1] == 0.0) or (
             self.sums is not None and "weight" not in self.sums
@@ -138,13 +138,16 @@ class _Product(torch.autograd.Function):
 
 
 def gemm(name: str, linear: LowPrecisionLinear, a: torch.Tensor, b: torch.Tensor, factor: float) -> torch.Tensor:
-    """factor * a b in fp32. name: forward, data_grad or weight_grad; every low-precision GEMM comes through here."""
+    """factor * a b in fp32. All low-precision GEMMs call this, so tests can count them by name and layer.
+
+    name: forward, data_grad or weight_grad.
+    """
     del name, linear
     return multiply(a, b, factor=factor)
 
 
 def equip(chunk: torch.nn.Module, *, model: ModelConfig, precision: PrecisionConfig) -> None:
-    """Give the linears of a model chunk that a recipe wants in low precision their product and their state."""
+    """Add low-precision products and state to the linear layers that a recipe selects, in a freshly built chunk."""
     chosen = low_precision_linears(model, precision)
     scalings = [scaling_of(precision), scaling_of(precision, precision.scaling_after)]
     has_history = any(scaling is not None and scaling.uses_history for scaling in scalings)
@@ -165,10 +168,10 @@ def equip(chunk: torch.nn.Module, *, model: ModelConfig, precision: PrecisionCon
 
 
 def _product_of(linear: LowPrecisionLinear, plain: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
-    """The function a parallel linear calls for its product and collectives; same contract as Megatron's.
+    """The function that a parallel linear calls for its product and collectives; same contract as Megatron's.
 
-    The input is gathered before it is quantised: the same numbers as quantising each rank's part with an amax reduced
-    over the tensor group, which is what Transformer Engine does.
+    The input is gathered and then quantised. Transformer Engine quantises each rank's part with an amax reduced over the
+    tensor group, which gives the same numbers.
     """
 
     def product(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, **arguments: Any) -> torch.Tensor:
@@ -185,14 +188,14 @@ def _product_of(linear: LowPrecisionLinear, plain: Callable[..., torch.Tensor]) 
 
 
 class EmulatedPrecision:
-    """PrecisionControl over the equipped linears of this rank's chunks; without any, it does nothing."""
+    """PrecisionControl of this rank's linear layers that `equip` changed; without such layers it does nothing."""
 
     def __init__(
         self, chunks: list[Any], *, precision: PrecisionConfig, amax_group: dist.ProcessGroup, shards: int, seed: int
     ) -> None:
-        """amax_group: ranks that agree on delayed scaling's amaxes. shards: data-parallel times context ranks.
+        """amax_group: ranks over which delayed scaling reduces amaxes. shards: data-parallel times context ranks.
 
-        seed: of stochastic rounding, this rank's own.
+        seed: seed of stochastic rounding, different on every rank.
         """
         parts = [part for chunk in chunks for part in chunk.modules()]
         self.linears = [part.low_precision for part in parts if hasattr(part, "low_precision")]
@@ -267,13 +270,13 @@ class EmulatedPrecision:
                 )
             )
         if self.precision.health_policy == "high_precision":
-            sick = {(r.layer, r.linear) for r in readings if not r.is_healthy}
+            unhealthy = {(r.layer, r.linear) for r in readings if not r.is_healthy}
             for linear in self.linears:
-                if (linear.layer, linear.name) in sick:
+                if (linear.layer, linear.name) in unhealthy:
                     linear.module.low_precision_off.fill_(1.0)
         return readings
 
 
 def _is_off(linear: LowPrecisionLinear) -> bool:
-    """Whether the health policy moved this layer to high precision, in this run or the one it resumed from."""
+    """Whether the health policy switched this layer to high precision, in this run or before it was resumed."""
     return bool(linear.module.low_precision_off.item())

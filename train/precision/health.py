@@ -1,6 +1,6 @@
-"""How much a quantised operand lost: sums that add up over ranks, and the readings made of them.
+"""Quantisation errors: sums per operand that add up over ranks, and the readings computed from them.
 
-Done on the steps a recipe logs, not on every step.
+Measured only on the steps that a recipe logs.
 """
 
 import math
@@ -16,7 +16,7 @@ from train.precision.quantize import Quantized, encoding_scale, scale_of_the_lar
 
 @dataclass(frozen=True)
 class Sums:
-    """One operand on one rank."""
+    """Error sums of one operand on one rank (or, merged, on several)."""
 
     elements: int
     saturated: int
@@ -36,12 +36,12 @@ def measure(
     scale: float,
     torch_only: bool = False,
 ) -> Sums:
-    """Compare a matrix (as it entered quantisation: after the Hadamard rotation, where there is one) with its decoding.
+    """Compare a matrix (after the Hadamard rotation, if the operand has one) with its decoding.
 
-    scale: the encoding scale, where the operand's rule is `history` or `unit`. torch_only: do not use the compiled form.
+    scale: the encoding scale, used if the operand's rule is `history` or `unit`. torch_only: do not use the compiled version.
     """
     largest_scale = scale_of_the_largest(x, operand, scale=scale)
-    # A block's own amax never leaves the format, but where NVFP4 rounds the scale to few bits or there is an infinity.
+    # Scales from a block's own amax never saturate, except if NVFP4 rounds the scale or x has an infinity (both below).
     limit = operand.format.overflow / largest_scale if operand.block is None else math.inf
     if not torch_only and native.usable(x):
         signal, noise, zero, over = native.compare(x, quantized.values, factor=quantized.factor, limit=limit)
@@ -63,7 +63,7 @@ def measure(
 
 
 def merged(parts: list[Sums]) -> Sums:
-    """The same operand over several ranks."""
+    """Sums of the same operand, combined over ranks."""
     return Sums(
         elements=sum(p.elements for p in parts),
         saturated=sum(p.saturated for p in parts),
@@ -82,7 +82,7 @@ def reading(sums: Sums, *, layer: int, linear: str, name: str, operand: Operand,
     elif math.isfinite(sums.noise):
         snr_db = 10 * math.log10(sums.signal / sums.noise)
     else:
-        snr_db = -math.inf  # an infinity took the whole tensor's scale with it
+        snr_db = -math.inf  # an infinite amax made the scale of the tensor useless
     return Reading(
         layer=layer,
         linear=linear,

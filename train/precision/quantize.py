@@ -1,10 +1,10 @@
-"""Quantise and decode: the exact numbers a low-precision GEMM multiplies, in fp32, in plain torch on any device.
+"""Quantise and decode: the exact values that a low-precision GEMM multiplies, as fp32, in plain torch on any device.
 
     matrix --scale of each block--> code points of a small format --decode--> fp32 values    (`quantize`)
 
-This file is the definition; `quantize.c` computes the same bits in one pass over memory and is used where it can be.
-Semantics follow Transformer Engine: round to nearest even, saturate to the format's largest number, amax counts numbers
-only, a block of zeros (or one with an infinity) gets scale 1, NaN stays NaN. References each is tested against: docs/fp8.md.
+This file is the definition; `quantize.c` computes the same bits in one pass over memory and is used if possible.
+Semantics follow Transformer Engine: round to nearest even, saturate to the format's largest number, amax ignores NaN, a
+block of zeros (or with an infinity) gets scale 1, NaN stays NaN. docs/fp8.md lists the references of the tests.
 """
 
 from dataclasses import dataclass
@@ -17,22 +17,22 @@ from train.native import quantize as native
 FP32_MAX = torch.finfo(torch.float32).max
 RULES = {"fp32": 0, "power_of_two": 1, "e8m0": 2, "nvfp4": 3, "history": 0, "unit": 0}
 SIGNS = (1, 1, 1, -1, 1, -1, -1, -1, -1, -1, -1, 1, -1, 1, -1, -1)
-"""Transformer Engine's fixed signs of that rotation (NVFP4 pretraining, arXiv 2509.25149)."""
+"""Transformer Engine's fixed signs of the Hadamard rotation (NVFP4 pretraining, arXiv 2509.25149)."""
 
 
 @dataclass(frozen=True)
 class Quantized:
-    """A quantised matrix as the GEMM sees it."""
+    """A quantised matrix as input of a GEMM."""
 
     values: torch.Tensor
-    """[rows, columns] fp32: code points, times the block's scale where scales differ within the matrix."""
+    """[rows, columns] fp32: code points, times the block's decoding scale if scales are per block."""
     factor: float
-    """Multiplies the GEMM's result: the decoding scale of the whole tensor (exact values x one rounding at the end)."""
+    """Decoding scale of the whole tensor. It multiplies the GEMM's result, not the values: one rounding instead of two."""
     amax: float | None = None
-    """Largest magnitude seen, where the rule needs it."""
+    """Largest magnitude, if the scaling rule needs it."""
 
     def decoded(self) -> torch.Tensor:
-        """[rows, columns] fp32: what the quantised matrix stands for."""
+        """[rows, columns] fp32: the decoded matrix."""
         return self.values * self.factor
 
 
@@ -45,10 +45,10 @@ def quantize(
     seed: int = 0,
     torch_only: bool = False,
 ) -> Quantized:
-    """Quantise a matrix [rows, columns], fp32 or bf16, with its scale blocks along the dimension the GEMM sums over.
+    """Quantise a matrix [rows, columns], fp32 or bf16, with its scale blocks along the dimension that the GEMM sums over.
 
-    scale: the encoding scale, where the operand's rule is `history` or `unit`. seed: of stochastic rounding.
-    torch_only: do not use the compiled form.
+    scale: the encoding scale, used if the operand's rule is `history` or `unit`. seed: seed of stochastic rounding.
+    torch_only: do not use the compiled version.
     """
     x = x.contiguous()
     use_native = not torch_only and native.usable(x)
@@ -77,14 +77,15 @@ def round_to(y: torch.Tensor, format: Format) -> torch.Tensor:
     """fp32 -> nearest number of a small format, ties to even, saturating; NaN stays."""
     a = torch.where(y.abs() > format.max, format.max, y.abs())
     exponent = _exponent(a, format)
+    # Adding 2^(exponent + 23 - mantissa) makes the fp32 adder round away the bits that the format lacks (ties to even).
     magic = ((exponent + (23 - format.mantissa)) << 23).view(torch.float32)
     return torch.copysign((a + magic) - magic, y)
 
 
 def round_stochastically(y: torch.Tensor, format: Format, seed: int) -> torch.Tensor:
-    """fp32 -> one of the two nearest numbers of a small format, the nearer one more often; its mean is y.
+    """fp32 -> one of the two neighbouring numbers of a small format, at random so that the mean is y (if not saturated).
 
-    y: contiguous. Element i is decided by 24 random bits that depend on (seed, i) only.
+    y: contiguous. Element i uses 24 random bits that depend on (seed, i) only.
     """
     a = torch.where(y.abs() > format.max, format.max, y.abs())
     exponent = _exponent(a, format)
@@ -97,8 +98,7 @@ def round_stochastically(y: torch.Tensor, format: Format, seed: int) -> torch.Te
 
 
 def encoding_scale(x: torch.Tensor, operand: Operand, along: Orientation, *, scale: float = 1.0) -> torch.Tensor:
-    """What each element of a matrix (already rotated, where the operand is) is multiplied with before rounding: fp32,
-    [] or [rows, columns]."""
+    """The factor of each element before rounding, fp32, [] or [rows, columns]. x: after the rotation, if the operand has one."""
     if operand.block is None:
         amax = _magnitude(x).amax() if x.numel() else torch.zeros(())
         return _tensor_scale(amax, operand.format) if operand.rule == "fp32" else torch.tensor(scale, device=x.device)
@@ -203,7 +203,7 @@ def _block_scales(
 
 
 def _tensor_scale(amax: torch.Tensor, format: Format) -> torch.Tensor:
-    """format.max / amax in fp32; 1 where amax is zero or infinite."""
+    """format.max / amax in fp32; 1 if amax is zero or infinite."""
     scale = torch.div(torch.tensor(format.max, device=amax.device), amax).clamp(max=FP32_MAX)
     return torch.where((amax > 0) & torch.isfinite(amax), scale, 1.0)
 
@@ -229,7 +229,7 @@ def _magnitude(x: torch.Tensor) -> torch.Tensor:
 
 
 def _amax(x: torch.Tensor, *, use_native: bool) -> float:
-    """Largest magnitude of a matrix, NaN not counted; 0 where it is empty."""
+    """Largest magnitude of a matrix, NaN ignored; 0 if it is empty."""
     if use_native:
         return native.amax(x)
     return float(_magnitude(x).amax()) if x.numel() else 0.0

@@ -1,11 +1,11 @@
-"""Transformer Engine behind the `te` backend: the only module that names it.
+"""The Transformer Engine part of the `te` backend; no other module imports Transformer Engine.
 
-Megatron owns the modules and enters Transformer Engine's autocast around each layer; this module chooses them, translates
-a recipe's scaling into Megatron's fields, and switches scaling during a run.
+Megatron owns the modules and enters Transformer Engine's autocast around each layer. This module selects the modules,
+translates a recipe's scaling into Megatron's fields, and switches the scaling during a run.
 
 **Not run on a GPU.** On a CPU, Transformer Engine's Python layer and Megatron's Transformer Engine modules run over a
-stand-in for its compiled extension, with its own reference quantisers (tests/parity/test_te.py); the native kernels,
-the native recipes' quantisers and FP8 primary weights have not been run. docs/fp8.md says what that leaves open.
+replacement of its compiled extension, with its own reference quantisers (tests/parity/test_te.py); the native kernels,
+the native recipes' quantisers and FP8 primary weights have not been run. docs/fp8.md lists what has not been run.
 """
 
 import functools
@@ -26,7 +26,7 @@ from train.precision.control import PrecisionControl, Reading
 
 
 def megatron_fields(precision: PrecisionConfig, scaling: str) -> dict[str, Any]:
-    """Megatron's TransformerConfig fields that select a scaling; every field is set, so that one can follow another."""
+    """Megatron's TransformerConfig fields that select a scaling. All are always set, so one scaling can replace another."""
     off: dict[str, Any] = {"fp8": None, "fp8_recipe": "delayed", "fp4": None}
     match scaling:
         case "none":
@@ -48,7 +48,7 @@ def megatron_fields(precision: PrecisionConfig, scaling: str) -> dict[str, Any]:
 class TransformerEngineModules:
     """Megatron's Transformer Engine modules and their precision; `train.model.backend` adds the mixer.
 
-    Megatron's Transformer Engine layers are imported where they are named: that package is optional.
+    The imports are inside the methods because Transformer Engine is optional.
     """
 
     name = "te"
@@ -79,7 +79,7 @@ class TransformerEngineModules:
         return TEDotProductAttention
 
     def options(self, model: ModelConfig, precision: PrecisionConfig) -> dict[str, Any]:
-        # Transformer Engine takes the kind of block scales from the environment when it is imported, which was long ago.
+        # Transformer Engine reads the kind of block scales from the environment at import, so a recipe cannot set it here.
         fp32 = wants_fp32_block_scales(os.environ)
         refuse([*low_precision_problems(precision), *block_scale_problems(precision, fp32=fp32)], BackendError)
         first, last = precision.high_precision_first, precision.high_precision_last
@@ -94,12 +94,12 @@ class TransformerEngineModules:
         }
 
     def equip(self, chunk: torch.nn.Module, *, model: ModelConfig, precision: PrecisionConfig) -> None:
-        """Keep the chosen layers in high precision under delayed scaling too, which Megatron refuses.
+        """Delayed scaling: keep the recipe's high-precision layers, which Megatron refuses, and store scales in buffers.
 
-        Delayed scaling needs one autocast around the whole stack, so Megatron cannot leave single layers out; an inner
-        autocast that is switched off can, without disturbing the amax reduction at the end of the outer one.
+        Delayed scaling needs one autocast around the whole stack, so Megatron cannot exclude single layers. An inner,
+        disabled autocast can, and does not affect the amax reduction at the end of the outer one.
 
-        Scales and histories get the buffers that the emulated backend has. Transformer Engine would store them as pickled
+        Scales and histories get the same buffers as in the emulated backend. Transformer Engine would store them as pickled
         objects, and refuses to load those.
         """
         if not _uses_delayed(precision):
@@ -146,7 +146,7 @@ class _TransformerEnginePrecision:
     def gather_state(self) -> None:
         for part in self.delayed:
             if "scaling_bwd" not in part.fp8_meta:
-                continue  # no step was run yet: the buffers say so
+                continue  # no step has run yet, so the buffers are up to date
             forward, backward = part.fp8_meta["scaling_fwd"], part.fp8_meta["scaling_bwd"]
             part.low_precision_scale[:2] = forward.scale[:2]
             part.low_precision_scale[2] = backward.scale[0] * self.shards
