@@ -36,9 +36,8 @@ def main(arguments: Sequence[str]) -> int:
 
 def _write_cache(config: TeacherCacheConfig, composed: DictConfig) -> int:
     recipe = read_recipe(composed)
-    from train.teacher_cache.write_cache import (
-        write_cache,
-    )  # importing torch takes seconds; mistakes above are reported without it
+    # Start-up cost: importing torch takes seconds; mistakes above are reported without it.
+    from train.teacher_cache.write_cache import write_cache
 
     write_cache(recipe, config)
     return 0
