@@ -26,7 +26,7 @@ from train.checkpoint.storage import read_manifest as read_checkpoint_manifest
 from train.checkpoint.storage import read_weights
 from train.distill import objective as distill
 from train.distill.teacher import Teacher, open_teacher
-from train.distill.teacher_cache import KeptAnswers
+from train.distill.teacher_cache import TeacherCache
 from train.engine import Engine
 from train.megatron import use_device
 from train.model.backend import ReferenceBackend, choose_backend, this_machine
@@ -127,10 +127,10 @@ def build_objective(recipe: Recipe, *, mesh: Mesh, chunks: list[Any], tokenizer:
     objective = recipe.objective
     if objective.kind == "next_token":
         return Objective(next_token.forward_step(mesh, reset_at_documents=recipe.data.reset_at_documents))
-    source: Teacher | KeptAnswers | None
+    source: Teacher | TeacherCache | None
     if objective.teacher_cache is not None:
         request = read_request(Path(objective.teacher_cache))
-        source = KeptAnswers.open(recipe, tokenizer=tokenizer) if mesh.is_last_stage else None
+        source = TeacherCache.open(recipe, tokenizer=tokenizer) if mesh.is_last_stage else None
         step = distill.distill_step(recipe, mesh=mesh, source=source, match=None)
         return Objective(step, distill.PARTS, request.identity)
     source = open_teacher(recipe, mesh=mesh, tokenizer=tokenizer)

@@ -29,7 +29,7 @@ from train.checkpoint.manager import CheckpointFolder, checkpoint_at
 from train.checkpoint.manifest import RunState
 from train.checkpoint.resume import TEACHER, resume
 from train.checkpoint.saving import Peers
-from train.distill.teacher_cache import KeptAnswers
+from train.distill.teacher_cache import TeacherCache
 from train.evaluate.losses import heldout_bits_per_byte
 from train.loop import train_loop
 from train.megatron import choose_device, use_device
@@ -185,15 +185,14 @@ def _train(recipe: Recipe, *, mesh: Mesh, dataset: Dataset, folder: Path, check_
 
 
 def _check_teacher_cache(recipe: Recipe, dataset: Dataset, position: int) -> None:
-    """Check now that cached teacher logits exist for the rows of the next and the last step, not when the run reaches them."""
-
+    """DataError if the teacher cache lacks rows of the next step or of the last: the run would fail when it reaches them."""
     objective, size = recipe.objective, recipe.run.global_rows
     end = recipe.run.steps * size
     if objective.kind != "distill" or objective.teacher_cache is None or position >= end:
         return
-    answers = KeptAnswers(Path(objective.teacher_cache))
+    cache = TeacherCache(Path(objective.teacher_cache))
     for first in (position, max(position, end - size)):
-        answers.check_rows(dataset.training_rows(np.arange(first, min(first + size, end))))
+        cache.check_rows(dataset.training_rows(np.arange(first, min(first + size, end))))
 
 
 def _warn_if_start_changed(recipe: Recipe, lineage: dict[str, Any]) -> None:

@@ -45,7 +45,7 @@ COMMANDS = {
     "cancel": Command("runs", "launch.slurm.cancel:main", "end a Slurm run after a save; no further job follows"),
     "doctor": Command("runs", "launch.doctor.command:main", "is this machine ready? each line with its remedy"),
     "compress": Command("shapes", "train.compress.__main__:main", "score, prune, search and pick smaller shapes of a model"),
-    "teacher-cache": Command("shapes", "train.teacher_cache.command:main", "store a teacher's answers once, to distil from"),
+    "teacher-cache": Command("shapes", "train.teacher_cache.command:main", "store teacher logits once, to distil from them"),
     "stages": Command("shapes", "launch.stages:main", "the stages of a recipe (score, prune, distil, ...), printed or run"),
     "fields": Command("reference", "recipes.schema.reference:main", "what every recipe field means"),
     "validate": Command("reference", "launch.plan.published.command:main", "the plan's predictions next to published throughput"),

@@ -19,7 +19,7 @@ from recipes.schema.facts import Named
 from recipes.schema.model import ModelConfig
 from recipes.schema.recipe import Recipe
 from recipes.schema.run_folder import recipe_in
-from recipes.schema.teacher_placement import place_of
+from recipes.schema.teacher_placement import placement_of
 from recipes.schema.teacher_rules import teacher_vocabulary_problems
 from recipes.schema.typed import FieldError, build
 
@@ -81,10 +81,10 @@ def teacher_cost(recipe: Recipe, model: ModelConfig, *, student: Setting, module
     """Bytes and seconds of a teacher. RecipeError where its degree does not fit the student's layout."""
     objective, layout = recipe.objective, student.layout
     tensor = objective.teacher_tensor or layout.tensor
-    stands = place_of(layout, layout.world - 1, tensor=tensor)
-    assert stands is not None, "the last rank is on the last stage"
+    placement = placement_of(layout, layout.world - 1, tensor=tensor)
+    assert placement is not None, "the last rank is on the last stage"
     rows = recipe.run.microbatch_rows
-    read = rows // stands.teachers if rows % stands.teachers == 0 else rows
+    read = rows // placement.teachers if rows % placement.teachers == 0 else rows
     params = recipe.precision.params if objective.teacher_params == "as_student" else objective.teacher_params
     size = 2 if params == "bf16" else 4
     is_low = objective.teacher_scaling != "none"
@@ -114,7 +114,7 @@ def teacher_cost(recipe: Recipe, model: ModelConfig, *, student: Setting, module
             split_sequence=False,
         )
     )
-    return TeacherCost(weights=weights, passing=passing, seconds=seconds * stands.row_sets)
+    return TeacherCost(weights=weights, passing=passing, seconds=seconds * placement.row_sets)
 
 
 def _model_of(place: Path) -> ModelConfig | None:

@@ -91,16 +91,16 @@ class Named:
 
 @dataclass(frozen=True)
 class CacheRequest:
-    """What a folder of teacher's answers holds; answers of two requests never share a folder."""
+    """What a teacher cache contains. Logits of two requests never share a folder."""
 
     teacher: str
-    """Checkpoint that answered, and where it was then."""
+    """The teacher's checkpoint, at the path it had when the cache was written."""
     step: int
     """Of that checkpoint."""
     fingerprint: str
     """Of its weights: they count, not where they are."""
     numbers: str
-    """In which the teacher computed, as `fp32` or `bf16, blockwise`."""
+    """Number format the teacher computed in, as `fp32` or `bf16, blockwise`."""
     top_k: int
     temperature: float
     values: str
@@ -110,12 +110,12 @@ class CacheRequest:
     """Fingerprint; empty if unknown."""
     row_tokens: int
     documents: bool
-    """Whether documents within a row were told apart."""
+    """Whether the teacher separated documents within a row."""
     format: int = REQUEST_FORMAT
 
     @property
     def identity(self) -> dict[str, Any]:
-        """Whose answers they are, as a run remembers its teacher (`identity_of`)."""
+        """The teacher's identity, as a run records it (`identity_of`)."""
         return {"checkpoint": self.teacher, "step": self.step, "fingerprint": self.fingerprint}
 
 
@@ -124,7 +124,7 @@ class Disk:
     """What is on this disk of all that a recipe names, its prepared data aside."""
 
     teacher: Named | None = None
-    """None: not named, or not run because its answers are read from a cache."""
+    """None: not named, or not run because its logits are read from a cache."""
     start: Named | None = None
     """`run.start_from`. None: not named, or not read because the run has checkpoints of its own."""
     cache: CacheRequest | None = None
@@ -232,7 +232,7 @@ def identity_of(path: Path | str, manifest: Manifest) -> dict[str, Any]:
 
 
 def read_cache(place: str | Path) -> tuple[CacheRequest | None, str]:
-    """The request of a folder of teacher's answers; or why it cannot be read."""
+    """The request of a teacher cache, or why it cannot be read."""
     try:
         return read_request(Path(place)), ""
     except DataError as error:
@@ -240,22 +240,22 @@ def read_cache(place: str | Path) -> tuple[CacheRequest | None, str]:
 
 
 def read_request(folder: Path) -> CacheRequest:
-    """The request of a folder of teacher's answers. DataError where there is none, or it cannot be read."""
+    """The request of a teacher cache. DataError if it is missing or cannot be read."""
     path = folder / REQUEST
     again = "stratum teacher-cache with this recipe"
     try:
         plain = json.loads(path.read_text())
         if plain.get("format") != REQUEST_FORMAT:
             raise DataError(
-                f"{path} has format {plain.get('format')}; this version reads {REQUEST_FORMAT}. Write the answers again, "
+                f"{path} has format {plain.get('format')}; this version reads {REQUEST_FORMAT}. Write the cache again, "
                 f"into another folder: {again}."
             )
         return CacheRequest(**plain)
     except FileNotFoundError as error:
         raise DataError(
-            f"objective.teacher_cache={folder} holds no teacher's answers: {path.name} is missing. Write them: {again}."
+            f"objective.teacher_cache={folder} is not a teacher cache: {path.name} is missing. Write it: {again}."
         ) from error
     except (OSError, ValueError, TypeError, AttributeError) as error:
         raise DataError(
-            f"{path} cannot be read ({error}). Bring it back, or write the answers again into another folder: {again}."
+            f"{path} cannot be read ({error}). Restore it, or write the cache again into another folder: {again}."
         ) from error

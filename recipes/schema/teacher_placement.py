@@ -1,4 +1,4 @@
-"""Where a teacher stands among the ranks of its student's last pipeline stage (`train.distill.teacher` says why there)."""
+"""Which ranks of the student's last pipeline stage form a teacher (`train.distill.teacher` explains why that stage)."""
 
 from dataclasses import dataclass
 
@@ -7,11 +7,11 @@ from recipes.schema.layout import Layout
 
 
 @dataclass(frozen=True)
-class Place:
-    """Where a rank stands among the ranks of the student's last stage, and which of them it works with."""
+class TeacherPlacement:
+    """The position of a rank among the ranks of the student's last stage, and its groups. Rank numbers are within the stage."""
 
     index: int
-    """Of this rank among the `ranks` of the last stage."""
+    """Number of this rank among the `ranks` of the last stage."""
     ranks: int
     sharing: int
     """Neighbouring ranks that read the same rows: the student's tensor x context."""
@@ -20,17 +20,17 @@ class Place:
 
     @property
     def teachers(self) -> int:
-        """Teachers that serve the same rows; each reads 1 / teachers of them."""
+        """Number of teachers that serve the same rows; each reads 1 / teachers of them."""
         return max(1, self.sharing // self.tensor)
 
     @property
     def row_sets(self) -> int:
-        """Sets of rows one teacher serves."""
+        """Number of sets of rows that one teacher serves."""
         return max(1, self.tensor // self.sharing)
 
     @property
     def teacher_group(self) -> list[int]:
-        """The ranks that are one teacher."""
+        """The ranks that form this rank's teacher."""
         first = self.index // self.tensor * self.tensor
         return list(range(first, first + self.tensor))
 
@@ -41,23 +41,23 @@ class Place:
 
     @property
     def exchange_group(self) -> list[int]:
-        """One rank of each teacher that serves these rows."""
+        """One rank of each teacher that serves these rows; they exchange hidden states."""
         if self.teachers == 1:
             return [self.index]
         first = self.index // self.sharing * self.sharing + self.index % self.tensor
         return [first + self.tensor * teacher for teacher in range(self.teachers)]
 
 
-def place_of(layout: Layout, rank: int, *, tensor: int) -> Place | None:
-    """The place of `rank`; None for a rank of an earlier stage. RecipeError where the teacher's degree does not fit."""
+def placement_of(layout: Layout, rank: int, *, tensor: int) -> TeacherPlacement | None:
+    """The placement of `rank`; None for a rank of an earlier stage. RecipeError if the teacher's degree does not fit."""
     refuse(degree_problems(layout, tensor=tensor))
     ranks = layout.world // layout.pipeline
     first = layout.world - ranks
-    return Place(rank - first, ranks, layout.tensor * layout.context, tensor) if rank >= first else None
+    return TeacherPlacement(rank - first, ranks, layout.tensor * layout.context, tensor) if rank >= first else None
 
 
 def degree_problems(layout: Layout, *, tensor: int) -> list[Problem]:
-    """A tensor degree of the teacher that the ranks of the student's last stage cannot be cut into."""
+    """A tensor degree of the teacher that does not divide the ranks of the student's last stage."""
     ranks = layout.world // layout.pipeline
     sharing = layout.tensor * layout.context
     if ranks % tensor == 0 and (sharing % tensor == 0 or tensor % sharing == 0):

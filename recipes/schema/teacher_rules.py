@@ -1,6 +1,6 @@
-"""Rules of distillation: what an objective says, what its teacher or the teacher's stored answers say against it.
+"""Rules of distillation: problems of an objective, and of its teacher or teacher cache with the student.
 
-Reached through `recipes.schema.rules.problems`; the trainer calls single ones again where it opens the teacher.
+`recipes.schema.rules.problems` calls them; the trainer calls some of them again when it opens the teacher.
 """
 
 from dataclasses import replace
@@ -21,7 +21,7 @@ FINAL = "final"
 
 
 def distill_problems(recipe: Recipe) -> list[Problem]:
-    """Everything about an objective that the recipe alone shows to be wrong."""
+    """Problems of an objective that can be found from the recipe alone."""
     objective = recipe.objective
     if objective.kind != "distill":
         return []
@@ -29,7 +29,7 @@ def distill_problems(recipe: Recipe) -> list[Problem]:
     if objective.teacher is None and objective.teacher_cache is None:
         text = "objective.kind=distill needs objective.teacher or objective.teacher_cache."
         remedy = (
-            "Name a checkpoint folder or a run folder such as runs/NAME, or what `stratum teacher-cache` wrote; or use "
+            "Name a checkpoint folder, a run folder such as runs/NAME, or a folder written by `stratum teacher-cache`; or use "
             "objective=next_token."
         )
         found.append(Problem("objective.teacher", text, remedy))
@@ -40,14 +40,14 @@ def distill_problems(recipe: Recipe) -> list[Problem]:
         return found + _without_match(objective)
     if objective.teacher_cache is not None:
         text = (
-            f"objective.hidden_match={objective.hidden_match} needs the teacher itself; objective.teacher_cache holds its "
-            f"answers only."
+            f"objective.hidden_match={objective.hidden_match} needs the teacher itself; objective.teacher_cache has only its "
+            f"logits."
         )
         found.append(Problem("objective.hidden_match", text, "Use hidden_match=none, or teacher_cache=null."))
     elif objective.hidden_layers != FINAL and recipe.parallel.recompute != "none":
         text = (
             f"objective.hidden_layers={objective.hidden_layers} needs activations that parallel.recompute="
-            f"{recipe.parallel.recompute} throws away."
+            f"{recipe.parallel.recompute} discards."
         )
         remedy = "Use hidden_layers=final, or parallel.recompute=none."
         found.append(Problem("objective.hidden_layers", text, remedy))
@@ -57,15 +57,15 @@ def distill_problems(recipe: Recipe) -> list[Problem]:
 
 
 def cache_command_problems(recipe: Recipe) -> list[Problem]:
-    """What `stratum teacher-cache` needs, beyond what distillation needs."""
+    """Problems for `stratum teacher-cache`: those of distillation, and the fields that this command needs."""
     objective, found = recipe.objective, []
     if objective.teacher is None:
         text = "objective.teacher is not set."
         found.append(Problem("objective.teacher", text, "Name a checkpoint folder, or a run folder such as runs/NAME."))
     if objective.teacher_cache is None or not objective.top_k:
         folder = objective.teacher_cache or "null"
-        text = f"objective.teacher_cache={folder} and objective.top_k={objective.top_k} do not say what is kept where."
-        remedy = "Say where answers go and how many tokens of each: objective.teacher_cache=FOLDER objective.top_k=64."
+        text = f"objective.teacher_cache={folder} and objective.top_k={objective.top_k}: both must be set."
+        remedy = "Set the folder and the number of tokens stored per position: objective.teacher_cache=FOLDER objective.top_k=64."
         found.append(Problem("objective.teacher_cache", text, remedy))
     return found + distill_problems(replace(recipe, objective=replace(objective, kind="distill")))
 
@@ -82,13 +82,13 @@ def _without_match(objective: ObjectiveConfig) -> list[Problem]:
         if value != default:
             text = f"objective.{name}={value} does nothing while objective.hidden_match=none."
             back = "null" if default is None else default
-            remedy = f"Use hidden_match=cosine or mse, or leave {name} at {back}."
+            remedy = f"Use hidden_match=cosine or mse, or set {name} to {back}."
             found.append(Problem(f"objective.{name}", text, remedy))
     return found
 
 
 def hidden_pairs(text: str) -> list[tuple[int, int]] | None:
-    """`3:5,7:11` as pairs of layers, student and teacher; None for `final`. ValueError for another text."""
+    """`3:5,7:11` as (student layer, teacher layer) pairs; None for `final`. ValueError for any other text."""
     if text == FINAL:
         return None
     pairs = []
@@ -104,16 +104,16 @@ def _pair_problem(text: str) -> Problem | None:
     try:
         hidden_pairs(text)
     except ValueError:
-        said = f"objective.hidden_layers={text!r} is neither `final` nor pairs student:teacher such as 3:5,7:11."
-        return Problem("objective.hidden_layers", said, "Number layers from 0.")
+        problem = f"objective.hidden_layers={text!r} is neither `final` nor pairs student:teacher such as 3:5,7:11."
+        return Problem("objective.hidden_layers", problem, "Number layers from 0.")
     return None
 
 
 def tokenizer_problems(place: str, trained_with: str, ours: str | None, *, where: str, otherwise: str) -> list[Problem]:
-    """A checkpoint of another tokenizer than the one at hand: the same ids would be other text. Nothing allows it.
+    """A checkpoint that was trained with another tokenizer: the same ids stand for other text. No setting allows it.
 
-    place: the checkpoint, as people know it. trained_with, ours: fingerprints; empty or None where one is not known. where: the
-    data or file of our tokenizer. otherwise: what to do instead of changing the data.
+    place: the checkpoint, as shown to the user. trained_with, ours: fingerprints; empty or None if unknown. where: the data or
+    file that our tokenizer belongs to. otherwise: the remedy other than changing the data.
     """
     if not trained_with or not ours or trained_with == ours:
         return []
@@ -121,17 +121,17 @@ def tokenizer_problems(place: str, trained_with: str, ours: str | None, *, where
         f"{place} was trained with another tokenizer ({trained_with[:12]}) than that of {where} ({ours[:12]}): the same ids "
         f"stand for other text."
     )
-    remedy = f"Use data made with the first (data.folder, data.tokenizer.path), or {otherwise}."
+    remedy = f"Use data prepared with the tokenizer of {place} (data.folder, data.tokenizer.path), or {otherwise}."
     return [Problem("data.folder", text, remedy)]
 
 
 def teacher_problems(
     recipe: Recipe, teacher: Named, *, tokenizer: str | None, start: Named | None = None, world: int | None = None
 ) -> list[Problem]:
-    """What speaks against a teacher that answers while its student trains.
+    """Problems of a teacher that runs together with its student.
 
-    tokenizer: fingerprint of the data's; None: not known. start: the checkpoint a pruned student begins with. world: processes;
-    None: not known.
+    tokenizer: fingerprint of the data's tokenizer. start: the checkpoint that a pruned student starts from. world: number of
+    processes. None: not known.
     """
     assert teacher.manifest is not None
     if teacher.recipe is None:
@@ -146,8 +146,8 @@ def teacher_problems(
         otherwise="name another objective.teacher",
     )
     if tokenizer is not None and not teacher.manifest.tokenizer and not objective.trust_tokenizer:
-        text = f"the checkpoint in {path} does not say which tokenizer its model was trained with."
-        remedy = f"If it is that of {recipe.data.folder}, say objective.trust_tokenizer=true."
+        text = f"the checkpoint in {path} does not say which tokenizer it was trained with."
+        remedy = f"If it is the tokenizer of {recipe.data.folder}, set objective.trust_tokenizer=true."
         found.append(Problem("objective.trust_tokenizer", text, remedy))
     found += degree_of_teacher_problems(recipe, teacher, world=world)
     if objective.hidden_match != "none" and objective.teacher_cache is None:
@@ -156,19 +156,19 @@ def teacher_problems(
 
 
 def teacher_vocabulary_problems(recipe: Recipe, model: ModelConfig, *, path: Path | None) -> list[Problem]:
-    """A teacher of another vocabulary than the student's."""
+    """A teacher whose vocabulary differs from the student's."""
     if model.vocab == recipe.model.vocab:
         return []
     text = (
         f"the teacher in {path} has a vocabulary of {model.vocab:,}, the student (model.vocab) one of "
         f"{recipe.model.vocab:,}: their distributions cannot be compared."
     )
-    remedy = "Use a teacher with the student's tokenizer, train the student on the teacher's, or use objective.kind=next_token."
+    remedy = "Use a teacher with the student's tokenizer, train the student with the teacher's, or use objective.kind=next_token."
     return [Problem("objective.teacher", text, remedy)]
 
 
 def degree_of_teacher_problems(recipe: Recipe, teacher: Named, *, world: int | None) -> list[Problem]:
-    """A tensor degree that does not fit the teacher's sizes, or the ranks of the student's last stage."""
+    """A tensor degree that does not fit the teacher's sizes or the ranks of the student's last stage."""
     assert teacher.recipe is not None
     tensor = recipe.objective.teacher_tensor or recipe.parallel.tensor
     shapes = layout_problems(
@@ -187,18 +187,18 @@ def degree_of_teacher_problems(recipe: Recipe, teacher: Named, *, world: int | N
             model=recipe.model, parallel=recipe.parallel, run=recipe.run, row_tokens=recipe.data.row_tokens, world=world
         )
     except RecipeError:
-        return found  # reported as problems of the student's layout
+        return found  # the rules of the student's layout report this
     return found + degree_problems(layout, tensor=tensor)
 
 
 def _match_problems(recipe: Recipe, teacher: Recipe, *, start: Named | None) -> list[Problem]:
-    """Hidden states that cannot be compared: layers that do not exist or are on another stage, other widths."""
+    """Hidden states that cannot be compared: missing layers, layers of another stage, different widths."""
     objective, parallel, found = recipe.objective, recipe.parallel, []
     try:
         pairs = hidden_pairs(objective.hidden_layers) or []
         last = cut(recipe.model.pattern, parallel.pipeline * parallel.virtual_pipeline, model=recipe.model)[-1]
     except (ValueError, RecipeError):
-        return []  # reported by the rules of pairs and layouts
+        return []  # the rules of pairs and layouts report this
     depth, teacher_depth = len(layer_kinds(recipe.model.pattern)), len(layer_kinds(teacher.model.pattern))
     first = depth - len(last)
     for student_layer, teacher_layer in pairs:
@@ -218,24 +218,25 @@ def _match_problems(recipe: Recipe, teacher: Recipe, *, start: Named | None) -> 
 
 
 def width_problems(recipe: Recipe, teacher: Recipe, lineage: dict[str, Any]) -> list[Problem]:
-    """Hidden states of two widths. lineage: of the checkpoint the student starts from."""
+    """Hidden states of different widths. lineage: of the checkpoint that the student starts from."""
     width, theirs = recipe.model.hidden, teacher.model.hidden
     if width == theirs or len(kept_channels(lineage, of=theirs) or ()) == width:
         return []
     text = (
         f"objective.hidden_match={recipe.objective.hidden_match} compares hidden states of width {width} (student) and "
-        f"{theirs} (teacher). That needs one width, or a student that starts from a checkpoint pruned from this teacher "
+        f"{theirs} (teacher). The widths must be equal, or the student must start from a checkpoint pruned from this teacher "
         f"(run.start_from)."
     )
     return [Problem("objective.hidden_match", text, "Use hidden_match=none.")]
 
 
 def kept_channels(lineage: dict[str, Any], *, of: int) -> list[int] | None:
-    """Of a forebear's `of` residual channels, those left after one or more prunings; None where none was that wide."""
+    """Residual channels left after one or more prunings of an ancestor with `of` channels; None if no ancestor had `of`."""
     kept: list[int] | None = None
     while lineage.get("kept"):
         chosen: list[int] = lineage["kept"]["hidden"]
-        kept = chosen if kept is None else [chosen[place] for place in kept]
+        # Each pruning numbers channels by its own parent: map them to the numbers of the ancestor, one level up.
+        kept = chosen if kept is None else [chosen[index] for index in kept]
         if lineage["parent_model"]["hidden"] == of:
             return kept
         lineage = lineage["before"]
@@ -245,32 +246,34 @@ def kept_channels(lineage: dict[str, Any], *, of: int) -> list[int] | None:
 def cache_problems(
     recipe: Recipe, request: CacheRequest, *, tokenizer: str | None, teacher: Named | None
 ) -> list[Problem]:
-    """What a folder of teacher's answers was made for that the recipe is not. tokenizer: fingerprint of the data's."""
+    """Differences between a teacher cache and the recipe. tokenizer: fingerprint of the data's tokenizer."""
     objective, found = recipe.objective, []
     place = f"objective.teacher_cache={objective.teacher_cache} does not fit this recipe:"
-    remedy = "Use the values the answers were made with, or write the answers again into another folder: stratum teacher-cache."
+    remedy = "Use the values that the cache was written with, or write another folder: stratum teacher-cache."
 
     def differs(key: str, text: str) -> None:
         found.append(Problem(key, f"{place} {text}.", remedy))
 
-    for name, kept, asked in (
+    for name, cached, value in (
         ("model.vocab", request.vocab, recipe.model.vocab),
         ("objective.temperature", request.temperature, objective.temperature),
         ("data.row_tokens", request.row_tokens, recipe.data.row_tokens),
         ("data.reset_at_documents", request.documents, recipe.data.reset_at_documents),
     ):
-        if kept != asked:
-            differs(name, f"{name}={asked}, but the teacher was asked with {kept}")
+        if cached != value:
+            differs(name, f"{name}={value}, but the cache was written with {cached}")
     if tokenizer is not None and request.tokenizer != tokenizer:
         theirs = request.tokenizer[:12] or "?"
         differs("data.folder", f"tokenizer {tokenizer[:12]} in {recipe.data.folder}, but the teacher's is {theirs}")
     if objective.top_k > request.top_k:
-        differs("objective.top_k", f"objective.top_k={objective.top_k}, but only {request.top_k} tokens are kept")
-    manifest = teacher.manifest if teacher is not None else None  # one that is gone is not needed
+        differs("objective.top_k", f"objective.top_k={objective.top_k}, but only {request.top_k} tokens are stored")
+    manifest = (
+        teacher.manifest if teacher is not None else None
+    )  # training from the cache does not need the teacher: it may be deleted
     if teacher is not None and manifest is not None and manifest.fingerprint != request.fingerprint:
         text = (
             f"{place} objective.teacher={teacher.place} is {teacher.path} with weights {manifest.fingerprint[:12]}, but "
-            f"{request.teacher} with weights {request.fingerprint[:12]} answered."
+            f"the cache was written by {request.teacher} with weights {request.fingerprint[:12]}."
         )
-        found.append(Problem("objective.teacher", text, "Use objective.teacher=null, or the answers of the other."))
+        found.append(Problem("objective.teacher", text, "Use objective.teacher=null, or a cache of this teacher."))
     return found

@@ -1,4 +1,4 @@
-"""The commands as a user gives them, one after the other, on a few lines of text: teacher, kept answers, scores, search."""
+"""The commands as a user gives them, one after the other, on a few lines of text: teacher, teacher cache, scores, search."""
 
 import re
 import shlex
@@ -35,17 +35,17 @@ def test_from_a_teacher_to_the_best_of_a_search(folder: Path) -> None:
         "objective.teacher_cache=answers",
         "objective.top_k=8",
     ]
-    assert "4 rows answered now, 0 before; 8 tokens" in run("teacher-cache", "-cn", "little", *answers)
+    assert "4 rows added, 0 were there before; top 8 tokens" in run("teacher-cache", "-cn", "little", *answers)
     assert "Finished at step 2" in run("train", "-cn", "little", *answers, "run.name=from_answers")
     table = run("teacher-cache", "-cn", "little", *answers, "--student", "runs/from_answers", "--block-rows", "2")
-    assert "0 rows answered now, 4 before" in table and "divergence" in table
+    assert "0 rows added, 4 were there before" in table and "divergence" in table
 
     hunt = ["-cn", "little", "run.name=hunt"]
     depth = ["compress.layers=3", "compress.attention_layers=1"]
     first = run("compress", "score", *hunt, *depth)
     assert "least block influence first" in first and re.search(r"removed 1 of 1: layer \d \(", first)
     assert {path.name for path in (folder / "cut/hunt").glob("*.png")} == {"widths.png", "layers.png"}
-    assert "holds these scores" in run("compress", "score", *hunt, *depth)
+    assert "already has these scores" in run("compress", "score", *hunt, *depth)
     assert "widths over 3 rows" in run("compress", "score", *hunt, *depth, "compress.calibration_rows=3")
     refused = run("compress", "search", *hunt, "compress.budget_parameters=100", status=2)
     assert "no shape fits the budget" in refused and "compress.budget_parameters=100" in refused
@@ -65,7 +65,7 @@ def test_from_a_teacher_to_the_best_of_a_search(folder: Path) -> None:
         assert "latest is missing" not in run("train", *shlex.split(words), "run.steps=1")
     uneven = run("train", *shlex.split(commands[0]), "run.steps=2")
     assert "Finished at step 2" in uneven
-    assert "not trained equally far (hunt_1: step 2, hunt_2: step 1)" in run("compress", "pick", *hunt, status=2)
+    assert "trained to different steps (hunt_1: step 2, hunt_2: step 1)" in run("compress", "pick", *hunt, status=2)
     run("train", *shlex.split(commands[1]), "run.steps=2")
     assert re.search(r"Best: hunt_[12]$", run("compress", "pick", *hunt).strip())
     shown = run("stages", "-cn", "little", "run.threads=1", "compress.layers=4")

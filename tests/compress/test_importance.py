@@ -162,7 +162,7 @@ def test_gemmas_parts_are_scored_too(tmp_path: Path) -> None:
     (tmp_path / "scores" / "scores.npz").write_bytes(damaged[: len(damaged) // 2])
     with pytest.raises(CheckpointError, match=r"cannot be read .*Delete .*scores.json and measure them again"):
         Scores.load(tmp_path / "scores")
-    with pytest.raises(CheckpointError, match=r"holds no scores: scores.json is missing"):
+    with pytest.raises(CheckpointError, match=r"has no scores: scores.json is missing"):
         Scores.load(tmp_path / "nothing")
 
 

@@ -24,7 +24,7 @@ from train.compress.commands import _write_pruned
 from train.compress.importance import _mapping
 from train.compress.parent import Parent
 from train.compress.prune import _AXES as AXES
-from train.compress.prune import Depth, Kept, Target, _indices, choose, cut_weights, head_merges, pruned_model
+from train.compress.prune import Depth, KeptParts, Target, _indices, choose, cut_weights, head_merges, pruned_model
 from train.compress.scores import Removal, Scores
 from train.distill.objective import kept_channels
 from train.distill.teacher import teacher_recipe
@@ -65,7 +65,7 @@ def before(parent: tuple[Path, ModelConfig]) -> torch.Tensor:
 
 
 def cut(
-    parent: Path, folder: Path, scores: Scores, target: Target, kept: Kept | None = None, *, merge: bool = False
+    parent: Path, folder: Path, scores: Scores, target: Target, kept: KeptParts | None = None, *, merge: bool = False
 ) -> ModelConfig:
     kept = kept if kept is not None else choose(scores, target)
     small = pruned_model(ModelConfig(**scores.model), target, kept.layers)
@@ -278,7 +278,7 @@ def test_a_pruned_checkpoint_says_where_it_comes_from_and_is_exported(
     text = _write_pruned(whole, scores, Target(hidden=48, ffn=80), folder, name="small")
     assert f"{parameters(model).total:,} -> " in text and str(folder / "model" / "small.yaml") in text
     assert (folder / "checkpoints" / "latest").read_text().strip() == "step_00000000"
-    assert "there already" in _write_pruned(whole, scores, Target(hidden=48, ffn=80), folder, name="small")
+    assert "exists already" in _write_pruned(whole, scores, Target(hidden=48, ffn=80), folder, name="small")
     with pytest.raises(RecipeError, match=r"compress.merge_heads=true has nothing to merge"):
         _write_pruned(whole, scores, Target(hidden=48), folder, name="small", merge_heads=True)
     found, pruned = checkpoint_at(folder)

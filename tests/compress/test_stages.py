@@ -68,7 +68,7 @@ def test_killed_and_stopped_stages_go_on(folder: Path) -> None:
 
     status, text = _stages(folder)
     assert status == 0 and f"resumed after step {saved.step}" in text
-    assert "holds these scores" in text and "there already" in text
+    assert "already has these scores" in text and "exists already" in text
     done, second = (checkpoint_at(folder / "runs" / name)[1] for name in ("first", "second"))
     assert done.step == STEPS and second.lineage["started_from_fingerprint"] == done.fingerprint
     assert second.lineage["kept"] == saved.lineage["kept"] and "teacher" not in second.lineage

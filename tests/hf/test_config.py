@@ -127,7 +127,7 @@ def test_nothing_is_read_without_being_understood() -> None:
         ({"num_hidden_layers": 3}, f"num_hidden_layers=3, but the pattern has {len(HYBRID.pattern)} layers"),
         ({"layers_block_type": ["mamba", "mlp"]}, r"hybrid_override_pattern=.* and layers_block_type \(M-\) disagree"),
         ({"layers_block_type": "mamba"}, "layers_block_type='mamba' is not a list"),
-        ({"hybrid_override_pattern": 5}, "hybrid_override_pattern=5 is not a text"),
+        ({"hybrid_override_pattern": 5}, "hybrid_override_pattern=5 is not a string"),
     ):
         with pytest.raises(RecipeError, match=message):
             from_config(config | change, where="config.json")

@@ -22,7 +22,7 @@ from train.checkpoint.manifest import RunState
 from train.checkpoint.storage import publish, read_weights
 from train.checkpoint.tensors import StoredTensors
 from train.hf.config import from_config, read_config, to_config
-from train.hf.convert import import_weights, kept_format
+from train.hf.convert import import_weights, lossless_format
 from train.hf.files import WeightFiles
 from train.model.initial import global_names
 
@@ -144,19 +144,21 @@ def test_numbers_that_are_none_are_refused_by_name(family: str, tmp_path: Path) 
         wrong = next(n for n in tensors if name in n)
         tensors[wrong][7, 3] = value
         save_file(tensors, file)
-        with pytest.raises(CheckpointError, match=rf"{wrong} holds 1 numbers of .* that are NaN or infinite"):
+        with pytest.raises(CheckpointError, match=rf"{wrong} has 1 of .* values that are NaN or infinite"):
             imported(broken, tmp_path / f"{name}_in")
 
 
 def test_keeping_every_bit_takes_the_finest_format(tmp_path: Path) -> None:
     path = trained(tmp_path / "run", recipe_of(HYBRID), world=1)
     directory = exported(path, tmp_path / "theirs", HYBRID, format="bf16")
-    assert kept_format(WeightFiles(directory), HYBRID, vocab=HYBRID.vocab) == "bf16"  # A_log, D and dt_bias are fp32
+    assert (
+        lossless_format(WeightFiles(directory), HYBRID, vocab=HYBRID.vocab) == "bf16"
+    )  # A_log, D and dt_bias are fp32
     file = sorted(directory.glob("*.safetensors"))[0]
     tensors = load_file(file)
     one = next(name for name, tensor in tensors.items() if tensor.dtype == torch.bfloat16)
     save_file(tensors | {one: tensors[one].float()}, file)
-    assert kept_format(WeightFiles(directory), HYBRID, vocab=HYBRID.vocab) == "fp32"
+    assert lossless_format(WeightFiles(directory), HYBRID, vocab=HYBRID.vocab) == "fp32"
 
 
 PROGRAM = """

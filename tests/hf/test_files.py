@@ -54,7 +54,7 @@ def test_pickles_are_refused(tmp_path: Path) -> None:
     torch.save(TENSORS, tmp_path / "pytorch_model.bin")
     with pytest.raises(CheckpointError, match=r"only pickles \(pytorch_model\.bin\), which can run code"):
         WeightFiles(tmp_path)
-    with pytest.raises(CheckpointError, match=r"holds no \*\.safetensors"):
+    with pytest.raises(CheckpointError, match=r"has no \*\.safetensors"):
         WeightFiles(tmp_path / "nothing")
 
 
@@ -76,7 +76,7 @@ def test_damage_is_named(tmp_path: Path) -> None:
         WeightFiles(tmp_path)
     for place in (5, "../elsewhere.safetensors"):
         (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"x": place}}))
-        with pytest.raises(CheckpointError, match=r"x is in .* which is no file of the directory"):
+        with pytest.raises(CheckpointError, match=r"x is in .* which is not a file of the directory"):
             WeightFiles(tmp_path)
     (tmp_path / "model.safetensors.index.json").unlink()
     save_file({"x": torch.ones(2, dtype=torch.int8)}, second)

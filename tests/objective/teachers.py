@@ -17,7 +17,7 @@ TEACHER = replace(
     run=replace(RECIPE.run, seed=77),
     model=replace(TINY, pattern="M-*-M-", ffn=192, mamba_heads=4, mamba_head_dim=32, init_std=0.06),
 )
-"""Another pattern, other widths and (untrained) quite another opinion than TINY; the same vocabulary."""
+"""A pattern, widths and (untrained) predictions that differ from TINY's; the same vocabulary."""
 
 
 def save_teacher(folder: Path, recipe: Recipe = TEACHER, *, tokenizer: str = TOKENIZER) -> Path:
@@ -36,7 +36,7 @@ def _save(rank: int, folder: Path, recipe: Recipe, tokenizer: str) -> Path:
 
 
 def student_of(teacher: Path, **changes: Any) -> Recipe:
-    """TINY learning from a checkpoint; changes are dotted fields."""
+    """TINY distilled from a checkpoint; changes are dotted fields."""
     return recipe_with(
         **{"objective.kind": "distill", "objective.teacher": str(teacher), "objective.trust_tokenizer": True, **changes}
     )

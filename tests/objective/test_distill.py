@@ -1,4 +1,4 @@
-"""Distillation as a whole: the loss by plain float64 formulas on both models' logits, and the same at every layout."""
+"""Distillation end to end: its loss against plain float64 formulas on both models' logits, and equal at every layout."""
 
 from pathlib import Path
 from typing import Any

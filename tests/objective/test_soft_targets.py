@@ -9,8 +9,8 @@ from ranks import run_ranks
 from torch.nn import functional as F
 
 from train.distill.soft_targets import (
+    CachedTargets,
     Head,
-    KeptTargets,
     LossWeights,
     OnlineTargets,
     head_losses,
@@ -61,7 +61,7 @@ def inputs(dtype: torch.dtype = torch.float32) -> Inputs:
 
 
 def exact(weights: LossWeights, cap: float | None, top_k: int) -> tuple[torch.Tensor, ...]:
-    """(divergence, next token, gradient of hidden, gradient of weight) by the textbook, in float64."""
+    """(divergence, next token, gradient of hidden, gradient of weight) by the textbook formulas, in float64."""
     x = inputs()
     hidden, weight = x.hidden.double().requires_grad_(), x.weight.double().requires_grad_()
     z = hidden @ weight.t()
@@ -97,11 +97,11 @@ def ours(
     teacher = Head(x.teacher_weight.chunk(world)[rank], cap)
     group = dist.group.WORLD
     assert group is not None
-    targets: OnlineTargets | KeptTargets = OnlineTargets(x.teacher_hidden, teacher, top_k)
+    targets: OnlineTargets | CachedTargets = OnlineTargets(x.teacher_hidden, teacher, top_k)
     if kept:
         logits = OnlineTargets(x.teacher_hidden, teacher).logits(slice(None), temperature=weights.temperature)
         (log_p,) = log_softmax_over_ranks([logits], group=group)
-        targets = KeptTargets(top_k_of(log_p, top_k, group=group))
+        targets = CachedTargets(top_k_of(log_p, top_k, group=group))
     losses = head_losses(
         hidden, Head(weight, cap), targets=targets, labels_N=x.labels, weights=weights, group=group, chunk_tokens=8
     )

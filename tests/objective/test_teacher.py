@@ -1,4 +1,4 @@
-"""The teacher: where it stands, whom it refuses, in which numbers it computes, and that it costs no gradients."""
+"""The teacher: its ranks, the students it refuses, its number formats, and that it has no gradients."""
 
 import itertools
 from dataclasses import replace
@@ -15,7 +15,7 @@ from recipes.schema.errors import CheckpointError, RecipeError, refuse
 from recipes.schema.facts import named
 from recipes.schema.layout import lay_out
 from recipes.schema.recipe import Recipe
-from recipes.schema.teacher_placement import Place, place_of
+from recipes.schema.teacher_placement import TeacherPlacement, placement_of
 from recipes.schema.teacher_rules import teacher_problems
 from train.checkpoint.manager import checkpoint_at
 
@@ -36,10 +36,10 @@ def test_places_share_rows_out(tensor: int, context: int, data: int, pipeline: i
         "model.kv_heads": 4, "model.mamba_groups": 4, "model.mamba_heads": 8,
     })  # fmt: skip
     layout = lay_out(model=recipe.model, parallel=recipe.parallel, run=recipe.run, row_tokens=64, world=world)
-    found = [place_of(layout, rank, tensor=degree) for rank in range(world)]
+    found = [placement_of(layout, rank, tensor=degree) for rank in range(world)]
     first = world - world // pipeline
     assert all(place is None for place in found[:first])
-    places: list[Place] = [place for place in found[first:] if place is not None]
+    places: list[TeacherPlacement] = [place for place in found[first:] if place is not None]
     for place in places:
         assert (
             place.index in place.teacher_group and place.index in place.replicas and place.index in place.exchange_group
@@ -58,7 +58,7 @@ def test_degrees_that_do_not_fit_are_named() -> None:
     layout = lay_out(model=RECIPE.model, parallel=RECIPE.parallel, run=replace(RECIPE.run, global_rows=12), row_tokens=64,
                      world=6)  # fmt: skip
     with pytest.raises(RecipeError, match=r"objective.teacher_tensor=4: .* Use 1, 2, 3, 6"):
-        place_of(layout, 0, tensor=4)
+        placement_of(layout, 0, tensor=4)
 
 
 def test_a_teacher_of_another_vocabulary_or_tokenizer_is_refused_with_the_reason(teacher: Path) -> None:
@@ -79,7 +79,7 @@ def test_a_teacher_of_another_vocabulary_or_tokenizer_is_refused_with_the_reason
         nameless = replace(named(str(teacher)), manifest=replace(manifest, tokenizer=""))
         refuse(teacher_problems(careful, nameless, tokenizer="fedcba"))
     with pytest.raises(RecipeError, match=r"another tokenizer"):
-        ask(tokenizer="fedcba", student=student)  # trusted, but it says so and differs
+        ask(tokenizer="fedcba", student=student)  # trusted, but the recorded tokenizer differs
     with pytest.raises(CheckpointError, match=r"is no checkpoint"):
         checkpoint_at(teacher / "nothing")
     with pytest.raises(RankFailed, match=r"needs objective.teacher"):
@@ -95,7 +95,7 @@ def test_a_teacher_of_another_vocabulary_or_tokenizer_is_refused_with_the_reason
         ({"objective.hidden_match": "mse", "objective.hidden_layers": "x"}, "neither `final` nor pairs"),
         (
             {"objective.hidden_match": "mse", "objective.hidden_layers": "3:5", "parallel.recompute": "full"},
-            "throws away",
+            "discards",
         ),
         ({"objective.top_k": 257}, "objective.top_k=257 is more than the vocabulary, model.vocab=256"),
         ({"objective.distill_weight": 0.0}, "leaves nothing to learn from the teacher"),
@@ -103,7 +103,7 @@ def test_a_teacher_of_another_vocabulary_or_tokenizer_is_refused_with_the_reason
             {"objective.hidden_layers": "3:5"},
             "objective.hidden_layers=3:5 does nothing while objective.hidden_match=none",
         ),
-        ({"objective.hidden_weight": 0.5}, "leave hidden_weight at null"),
+        ({"objective.hidden_weight": 0.5}, "set hidden_weight to null"),
     ],
 )
 def test_what_cannot_be_done_is_said(changes: dict[str, Any], message: str, teacher: Path) -> None:
@@ -143,7 +143,7 @@ def gradient_numbers(rank: int, recipe: Recipe) -> tuple[int, int]:
 
 
 def test_overlapped_gathers_and_a_tied_head_train_the_same(teacher: Path) -> None:
-    """With overlap the head's weight may still be on its way when the loss wants it."""
+    """With overlap the head's weight may not be gathered yet when the loss reads it."""
     changes = {"model.tie_embeddings": True, "objective.hidden_match": "cosine", "objective.hidden_layers": "3:1,7:4"}
     overlap = {"parallel.overlap_grad_reduce": True, "parallel.overlap_param_gather": True}
     for tied in (False, True):

@@ -87,9 +87,9 @@ EVERY_RULE: dict[str, tuple[dict[str, Any], str]] = {
         DISTIL | {"objective.teacher": "DISK/teacher", "objective.teacher_tensor": 4},
         "at objective.teacher_tensor=4:\nparallel.tensor=4 does not divide model.kv_heads=2, model.mamba_groups=2.",
     ),
-    "no answers": (
+    "no teacher cache": (
         DISTIL | {"objective.teacher_cache": "nowhere"},
-        "objective.teacher_cache=nowhere holds no teacher's",
+        "objective.teacher_cache=nowhere is not a teacher cache",
     ),
     "no start": ({"run.start_from": "nowhere"}, "run.start_from: nowhere is no checkpoint"),
     "a start of another tokenizer": (
@@ -243,7 +243,7 @@ def test_another_tokenizer_has_one_wording() -> None:
         "data.folder",
         "x was trained with another tokenizer (aaaaaaaaaaaa) than that of runs/data (bbbbbbbbbbbb): the same ids stand for other "
         "text.",
-        "Use data made with the first (data.folder, data.tokenizer.path), or name another run.start_from.",
+        "Use data prepared with the tokenizer of x (data.folder, data.tokenizer.path), or name another run.start_from.",
     )
 
 

@@ -12,7 +12,7 @@ from recipes.schema.objective import ObjectiveConfig
 from recipes.schema.parallel import ParallelConfig
 from recipes.schema.recipe import Recipe
 from recipes.schema.tools import TeacherCacheConfig
-from train.teacher_cache.fill import fill
+from train.teacher_cache.write_cache import write_cache
 
 LAYOUTS = {
     "PP2": (2, ParallelConfig(pipeline=2)),
@@ -24,8 +24,8 @@ DEFAULT = {("distill", "PP2"), ("distill", "TP2xPP2"), ("cached", "VPP2")}
 """Run by default: the ones that fail first; the rest of the matrix is slow."""
 
 
-def _fill(rank: int, recipe: Recipe) -> None:
-    fill(recipe, TeacherCacheConfig(block_rows=2))
+def _write_cache(rank: int, recipe: Recipe) -> None:
+    write_cache(recipe, TeacherCacheConfig(block_rows=2))
 
 
 @pytest.fixture(scope="module")
@@ -51,8 +51,8 @@ def answers(teacher: Recipe) -> ObjectiveConfig:
     objective = ObjectiveConfig(
         teacher=str(folder / "teacher"), teacher_cache=str(folder / "answers"), top_k=8, trust_tokenizer=True
     )
-    asked = replace(teacher, objective=objective, run=replace(teacher.run, steps=4, global_rows=2, microbatch_rows=1))
-    run_ranks(1, _fill, asked)
+    recipe = replace(teacher, objective=objective, run=replace(teacher.run, steps=4, global_rows=2, microbatch_rows=1))
+    run_ranks(1, _write_cache, recipe)
     return replace(objective, kind="distill")
 
 

@@ -23,19 +23,19 @@ class _Command:
 
 COMMANDS = {
     "score": _Command(
-        "Measure the parent's widths and layers over calibration rows, at any layout (torchrun works); draws pictures.",
+        "Score the parent's widths and layers on calibration rows, at any layout (also under torchrun), and draw pictures.",
         "stratum compress score -cn tiny_compress",
     ),
     "prune": _Command(
-        "Cut the parent down to compress.layers, hidden, ffn, ...: a checkpoint and a recipe of the smaller shape.",
+        "Prune the parent to compress.layers, hidden, ffn, ...; writes a checkpoint and a recipe of the smaller shape.",
         "stratum compress prune -cn tiny_compress                          after `score` of the same recipe",
     ),
     "search": _Command(
-        "Try shapes within a budget and prune the best few; prints the command that distils each for a short while.",
+        "Try shapes within a budget and prune the best ones; prints a command for a short distillation of each.",
         "stratum compress search -cn tiny_compress compress.search_layers=[8,10]",
     ),
     "pick": _Command(
-        "Compare the candidates of `search` once they are distilled.",
+        "Compare the candidates of `search` after their distillation.",
         "stratum compress pick -cn tiny_compress                           after training what `search` printed",
     ),
 }
@@ -54,7 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     _, recipe_words = parser.parse_recipe(words)
 
     def job(composed: DictConfig) -> int:
-        # Loaded here: torch and Megatron take seconds, and a mistake on the command line is reported without them.
+        # Importing torch and Megatron takes seconds; a mistake on the command line is reported without them.
         return int(getattr(importlib.import_module("train.compress.commands"), command)(composed))
 
     keys = [*dotted_keys(Recipe), *(f"compress.{key}" for key in dotted_keys(CompressConfig))]
@@ -80,7 +80,7 @@ def _help() -> str:
 
 def _unknown(word: str) -> str:
     hint = did_you_mean(word, COMMANDS, otherwise=f"Use one of: {', '.join(COMMANDS)}.")
-    return f"error: `{STRATUM} compress {word}`: there is no such command. {hint}\n"
+    return f"error: `{STRATUM} compress {word}`: unknown command. {hint}\n"
 
 
 if __name__ == "__main__":

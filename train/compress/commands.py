@@ -1,4 +1,4 @@
-"""The commands of `stratum compress`: what each reads, does and writes."""
+"""The commands of `stratum compress`: score, prune, search and pick."""
 
 import json
 import shlex
@@ -41,7 +41,7 @@ FIRST_STEP = "step_00000000"
 
 
 def score(composed: DictConfig) -> int:
-
+    """Score the parent's parts; writes scores and pictures. Every process of the world calls it."""
     recipe, config, folder = _read(composed)
     rank, world = world_from_environment()
     device = choose_device(recipe.run.device)
@@ -58,7 +58,7 @@ def score(composed: DictConfig) -> int:
     remove = depth - config.layers if config.layers else 0
     attention_quota(layer_kinds(model.pattern), remove, config.attention_layers)
     if remove and config.depth_metric == "block_influence":
-        remove = 0
+        remove = 0  # block influence is measured with the widths: no removal trials
     if recipe.run.threads:
         torch.set_num_threads(recipe.run.threads)
     request = {
@@ -72,22 +72,22 @@ def score(composed: DictConfig) -> int:
     console = _console(quiet=rank > 0)
     title = parent.path.parent.parent.name
     pictures = {"widths.png": draw_widths, "layers.png": draw_layers}
-    known = _same_scores(folder, request)
-    if known is not None:
+    finished = _existing_scores(folder, request)
+    if finished is not None:
         console.print(
-            f"{folder} holds these scores of {parent.path} already. To measure again, delete {folder}/{SCORES}."
+            f"{folder} already has these scores of {parent.path}. To measure again, delete {folder}/{SCORES}."
         )
         for name, draw in pictures.items() if not rank else ():
             if not (folder / name).exists():  # killed before it was drawn
-                draw(known, folder / name, title=title)
+                draw(finished, folder / name, title=title)
         return 0
     kinds = layer_kinds(model.pattern)
-    partial = folder / "partial"  # what is measured so far: a kill costs the round that it interrupts
-    scores = _same_scores(partial, request)
-    begun = f"widths over {config.calibration_rows:,} rows ..."
+    partial = folder / "partial"  # scores of the finished rounds: a kill loses only the round in progress
+    scores = _existing_scores(partial, request)
+    status = f"widths over {config.calibration_rows:,} rows ..."
     if scores is not None:
-        begun = f"goes on after removal {len(scores.removals)} of {remove}"
-    console.print(f"{parent.path}: {begun}")
+        status = f"continues after removal {len(scores.removals)} of {remove}"
+    console.print(f"{parent.path}: {status}")
     with (
         mesh_of(recipe, check(recipe, world=world), device=device, rank=rank) as mesh,
         scoring_engine(parent, recipe, mesh) as engine,
@@ -121,7 +121,7 @@ def score(composed: DictConfig) -> int:
     if rank:
         return 0
     for name in pictures:
-        (folder / name).unlink(missing_ok=True)  # of other scores
+        (folder / name).unlink(missing_ok=True)  # a picture of older scores
     scores.save(folder)
     for name, draw in pictures.items():
         draw(scores, folder / name, title=title)
@@ -130,9 +130,8 @@ def score(composed: DictConfig) -> int:
     return 0
 
 
-def _same_scores(folder: Path, request: dict[str, Any]) -> Any:
-    """The scores in a folder where they answer `request`; None where there are none, others, or damaged ones."""
-
+def _existing_scores(folder: Path, request: dict[str, Any]) -> Scores | None:
+    """The scores in a folder if they were made for `request`; None if missing, damaged, or made for another request."""
     try:
         scores = Scores.load(folder)
     except CheckpointError:
@@ -141,9 +140,8 @@ def _same_scores(folder: Path, request: dict[str, Any]) -> Any:
 
 
 def prune(composed: DictConfig) -> int:
-
+    """Write the pruned checkpoint and its model recipe."""
     recipe, config, folder = _read(composed)
-
     target = Target(**{name: getattr(config, name) for name in Target.__dataclass_fields__})
     written = _write_pruned(
         parent_of(config),
@@ -170,13 +168,12 @@ def _write_pruned(
     merge_heads: bool = False,
     depth: Any = None,
 ) -> str:
-    """Cut, write checkpoint and model recipe. -> what was done, for people. A checkpoint that is there and the same stays."""
-
+    """Prune; write checkpoint and model recipe. -> a text for the user. An equal checkpoint is not written again."""
     is_same = asdict(parent.recipe.model) == asdict(model_of(scores)) and Path(scores.parent) == parent.path
     if not is_same or scores.request.get("parent", parent.manifest.fingerprint) != parent.manifest.fingerprint:
         raise RecipeError(
-            f"the scores in {folder} are of {scores.parent} as it was then, but compress.parent is {parent.path} as it is "
-            f"now. Score it first: stratum compress score with this recipe."
+            f"the scores in {folder} were measured on other weights ({scores.parent}) than compress.parent has now "
+            f"({parent.path}). Score it first: stratum compress score with this recipe."
         )
     kept = choose(scores, target, depth or AS_SCORED)
     small = pruned_model(parent.recipe.model, target, kept.layers)
@@ -188,15 +185,16 @@ def _write_pruned(
     final = folder / "checkpoints" / FIRST_STEP
     mapping = recipe_mapping(recipe)
     origin = lineage(scores, kept, parent=parent.path, manifest=parent.manifest, merged_heads=merge_heads)
-    there = _manifest_at(final)
-    is_there = there is not None and (there.lineage, there.recipe) == (json.loads(json.dumps(origin)), mapping)
-    if not is_there:
-        aside = disk.aside_of(final)
-        shutil.rmtree(aside, ignore_errors=True)
-        aside.mkdir(parents=True)
-        cut_weights(parent.path, aside, scores=scores, kept=kept, small=small, merge_heads=merge_heads)
+    existing = _manifest_at(final)
+    # A manifest is JSON: tuples become lists. The round trip makes the new lineage comparable with a stored one.
+    is_done = existing is not None and (existing.lineage, existing.recipe) == (json.loads(json.dumps(origin)), mapping)
+    if not is_done:
+        staging = disk.aside_of(final)
+        shutil.rmtree(staging, ignore_errors=True)
+        staging.mkdir(parents=True)
+        cut_weights(parent.path, staging, scores=scores, kept=kept, small=small, merge_heads=merge_heads)
         state = RunState(recipe=mapping, tokenizer=parent.manifest.tokenizer, lineage=origin)
-        storage.publish(aside, final, state)
+        storage.publish(staging, final, state)
     publishing.point_at(final.parent, final.name)
     group = folder / "model"
     group.mkdir(exist_ok=True)
@@ -206,13 +204,12 @@ def _write_pruned(
     return (
         f"{parent.path}: {before:,} -> {after:,} parameters ({after / before:.0%}), {parent.recipe.model.pattern} -> "
         f"{small.pattern}\n"
-        f"Checkpoint{' (there already)' * is_there}: {final}; model recipe: {group}/{name}.yaml"
+        f"Checkpoint{' (exists already)' * is_done}: {final}; model recipe: {group}/{name}.yaml"
     )
 
 
 def _manifest_at(checkpoint: Path) -> Any:
-    """Manifest of a whole checkpoint; None where there is none."""
-
+    """Manifest of a complete checkpoint; None if there is none."""
     try:
         return read_manifest(checkpoint)
     except CheckpointError:
@@ -220,21 +217,20 @@ def _manifest_at(checkpoint: Path) -> Any:
 
 
 def _training_command(folder: Path, name: str) -> str:
-    """What trains a pruned checkpoint on, with the recipe this command was given."""
-    words = ["python", "-m", "train", *recipe_words(str(folder)), f"model={name}", f"run.name={name}"]
+    """The command that trains a pruned checkpoint with the recipe of this command."""
+    words = ["stratum", "train", *recipe_words(str(folder)), f"model={name}", f"run.name={name}"]
     return shlex.join([*words, f"run.start_from={folder}"])
 
 
 def search(composed: DictConfig) -> int:
-
+    """Rank shapes within the budget, prune the best ones, and print the command that distils each."""
     recipe, config, folder = _read(composed)
-
     scores = Scores.load(folder)
     model = model_of(scores)
     tried = targets(config)
 
     depth = Depth(config.depth_metric, config.attention_layers)
-    layers: dict[int, list[int]] = {}
+    layers: dict[int, list[int]] = {}  # by number of layers: the layers kept do not depend on the widths
 
     def layers_of(target: Any) -> list[int]:
         if target.layers not in layers:
@@ -255,7 +251,7 @@ def search(composed: DictConfig) -> int:
     console.print(table)
     parent = parent_of(config)
     names = []
-    (folder / "candidates.json").unlink(missing_ok=True)  # of another search
+    (folder / "candidates.json").unlink(missing_ok=True)  # from an earlier search
     for number, (_, shape) in enumerate(best, 1):
         name = f"{recipe.run.name}_{number}"
         out = Path(config.folder) / name
@@ -283,8 +279,7 @@ def search(composed: DictConfig) -> int:
 
 
 def _range_of(model: Any, tried: list[Any], config: CompressConfig, layers_of: Callable[[Any], list[int]]) -> str:
-    """How far the shapes tried are from a budget that none of them fits."""
-
+    """The range of costs of the shapes tried, for the message that none fits the budget."""
     shapes = [shape_of(model, target, layers_of(target), config) for target in tried]
     limits = (
         (config.budget_parameters, "have {:,} to {:,} parameters (compress.budget_parameters={:,})", "parameters"),
@@ -295,16 +290,16 @@ def _range_of(model: Any, tried: list[Any], config: CompressConfig, layers_of: C
             "tokens_per_s",
         ),
     )
-    said = []
+    ranges = []
     for limit, text, name in limits:
         if limit:
             values = [getattr(shape, name) for shape in shapes]
-            said.append(text.format(min(values), max(values), limit))
-    return f"Those tried {', '.join(said)}. Widen compress.search_..., or the budget."
+            ranges.append(text.format(min(values), max(values), limit))
+    return f"Those tried {', '.join(ranges)}. Widen compress.search_..., or the budget."
 
 
 def pick(composed: DictConfig) -> int:
-
+    """Compare the distilled candidates by held-out bits per byte, and print the best."""
     recipe, _, folder = _read(composed)
     path = folder / "candidates.json"
     if not path.exists():
@@ -315,10 +310,10 @@ def pick(composed: DictConfig) -> int:
     for candidate in json.loads(path.read_text()):
         run = Path(recipe.run.folder) / candidate["name"]
         if not (run / "metrics.jsonl").exists():
-            raise RecipeError(f"{run} was not trained yet: run the command that search printed for it.")
+            raise RecipeError(f"{run} was not trained yet. Run the command that search printed for it.")
         evaluations = read_run(run).evaluations
         if not evaluations:
-            raise RecipeError(f"{run} was never evaluated (evaluate.every_steps): there is nothing to compare.")
+            raise RecipeError(f"{run} has no evaluation to compare. Train it with evaluate.every_steps.")
         step = max(evaluations)
         steps[candidate["name"]] = step
         score = sum(evaluations[step].values()) / len(evaluations[step])
@@ -335,24 +330,24 @@ def pick(composed: DictConfig) -> int:
     console.print(table)
     if len(set(steps.values())) > 1:
         raise RecipeError(
-            "the candidates were not trained equally far ("
+            "the candidates were trained to different steps ("
             + ", ".join(f"{name}: step {step:,}" for name, step in steps.items())
-            + "). Run those behind on: the commands that search printed continue them."
+            + "). Continue the shorter ones: the commands that search printed do this."
         )
     console.print(f"Best: {min(results)[1]}")
     return 0
 
 
 def _console(*, quiet: bool = False) -> Console:
-    """Where results are printed: whole lines, whole tables, brackets as they are."""
+    """A console that does not wrap lines or tables and does not interpret brackets."""
     width = None if sys.stdout.isatty() else 120
     return Console(highlight=False, markup=False, soft_wrap=True, quiet=quiet, width=width)
 
 
 def _read(composed: DictConfig) -> tuple[Recipe, CompressConfig, Path]:
-    """Recipe, its compress section, and the folder of what is written."""
+    """(recipe, its compress section, output folder)."""
     plain = section(composed, "compress")
-    for name, value in plain.items():  # [52,54,56] on the command line, where 52,54,56 would be a sweep
+    for name, value in plain.items():  # written [52,54,56] on the command line, because Hydra reads 52,54,56 as a sweep
         if name.startswith("search_") and isinstance(value, list):
             plain[name] = ",".join(map(str, value))
     try:

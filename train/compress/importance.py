@@ -1,17 +1,17 @@
-"""How much each part of a model does, from forward passes over calibration rows: the scores pruning goes by.
+"""Importance scores of a model's parts, from forward passes over calibration rows. Pruning selects by these scores.
 
-    calibration rows --> the model at any layout, with taps --> sums over tokens, reduced over ranks --> Scores
+    calibration rows --> the model at any layout, with hooks --> sums over tokens, reduced over ranks --> Scores
 
-Widths (Minitron, arXiv 2407.14679, section 3.1; Mamba-2: arXiv 2504.11409): the magnitude of an activation, mean over a
-row's tokens, then the root of the sum of squares over rows. FFN neurons: what goes into the second matrix. Query heads:
-the norm of a head's output. Residual channels: outputs of all norms in front of layers and head, summed. Mamba channels:
-the x part of the in-projection's output.
+Widths (Minitron, arXiv 2407.14679, section 3.1; Mamba-2: arXiv 2504.11409): the magnitude of an activation, averaged over
+the tokens of a row, then the root of the sum of squares over rows. FFN neurons: the input of the second matrix. Query
+heads: the norm of a head's output. Residual channels: the outputs of all norms in front of layers and head, summed. Mamba
+channels: the x part of the in-projection's output.
 
-Depth: block influence 1 - cos(input, output) comes with the same pass. Removal scores take layers out one at a time, the
-least harmful first, and compare logits (arXiv 2508.14444, section 4) or the next-token loss with the whole model's.
+Depth: the same pass measures block influence, 1 - cos(input, output). Removal scores take layers out one at a time, the
+least harmful first, and compare logits (arXiv 2508.14444, section 4) or the next-token loss with the full model's.
 
-A row's mean is taken over the whole row before it is squared, whatever ranks share the row; sums are float64. So the
-scores do not depend on the layout but for the rounding of the forward pass itself.
+The mean is taken over the full row before it is squared, even if several ranks share the row, and sums are float64. So the
+scores depend on the layout only through the rounding of the forward pass.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -38,12 +38,12 @@ Reduce = Callable[[torch.Tensor], torch.Tensor]
 
 
 class _Sums:
-    """Running float64 sums by name; `rows` says which rows of the microbatch that now runs count."""
+    """Running float64 sums by name. `rows` is 1 for rows of the current microbatch that count, 0 for padding rows."""
 
     def __init__(self) -> None:
         self.rows = torch.ones(0)
         self.tokens = 0
-        """Of a whole row."""
+        """Tokens of a full row, over all context ranks."""
         self.values: dict[str, torch.Tensor] = {}
 
     def add(self, name: str, value: torch.Tensor) -> None:
@@ -62,12 +62,12 @@ class _Sums:
 
 @contextmanager
 def _taps(chunk: Any, model: ModelConfig, sums: _Sums, mesh: Mesh) -> Iterator[None]:
-    """Hooks on every layer of a chunk that add what passes to `sums`, gone again afterwards."""
+    """Within the block, hooks on every layer of a chunk add statistics of its activations to `sums`."""
     splits_sequence = chunk.config.sequence_parallel
     tensor = mesh.groups.tp.size()
 
     def over(*groups: Any) -> Reduce:
-        """Adds up what ranks have of the same rows."""
+        """Sums over the ranks that share the same rows."""
 
         def reduce(x: torch.Tensor) -> torch.Tensor:
             for group in groups:
@@ -77,7 +77,7 @@ def _taps(chunk: Any, model: ModelConfig, sums: _Sums, mesh: Mesh) -> Iterator[N
 
         return reduce
 
-    # Residual-stream tensors are cut along the sequence by both kinds of parallelism, inner ones by context ranks only.
+    # Context parallelism splits all tensors along the sequence; sequence parallelism splits only the residual stream.
     stream = over(mesh.groups.cp, *([mesh.groups.tp] if splits_sequence else []))
     inner = over(mesh.groups.cp)
     hooks = []
@@ -116,7 +116,7 @@ def _taps(chunk: Any, model: ModelConfig, sums: _Sums, mesh: Mesh) -> Iterator[N
         if model.post_norms:
             norm(f"{place}.post_norm", layer.post_norm, ranks_channels=False)
 
-        entering: list[torch.Tensor] = []
+        entering: list[torch.Tensor] = []  # the input of the layer call in progress
 
         def enter(_module: Any, _inputs: Any, arguments: dict[str, Any]) -> None:
             entering[:] = [arguments["hidden_states"]]
@@ -142,7 +142,7 @@ def _taps(chunk: Any, model: ModelConfig, sums: _Sums, mesh: Mesh) -> Iterator[N
 
 
 def width_scores(engine: Engine, model: ModelConfig, dataset: Dataset, *, rows: int, parent: str) -> Scores:
-    """Scores of everything but removals, over the first `rows` training rows. Collective; the same on every rank."""
+    """All scores except removals, over the first `rows` training rows. Collective; every rank gets the same."""
     mesh = engine.mesh
     sums = _Sums()
     sums.tokens = engine.row_tokens
@@ -154,7 +154,7 @@ def width_scores(engine: Engine, model: ModelConfig, dataset: Dataset, *, rows: 
         mine = local_rows(next(iterator), mesh, reset_at_documents=engine.reset_at_documents)
         with _taps(chunk, model, sums, mesh):
             output = hidden_states(chunk, mine.tokens, mine.positions, context=mine.context)
-        return output, _nothing
+        return output, _no_loss
 
     with torch.no_grad():
         run_schedule(engine, microbatches, forward_step=step, forward_only=True)
@@ -187,11 +187,10 @@ def removal_scores(
     metric: str,
     before: Sequence[Removal] = (),
 ) -> Iterator[Removal]:
-    """Take `remove` layers out one at a time, the least harmful by `metric` first: each round as it is done. Collective;
-    the same on every rank.
+    """Remove `remove` layers one at a time, the least harmful by `metric` first; yields each round when it is done.
 
     attention_layers: how many must be left at the end; None leaves it to the metric. metric: `logit_mse`, `perplexity`.
-    before: rounds of the same question that are done already.
+    before: rounds of the same request that are done already. Collective; every rank gets the same.
     """
     kinds = layer_kinds(model.pattern)
     quota = attention_quota(kinds, remove, attention_layers)
@@ -201,6 +200,7 @@ def removal_scores(
         left = remove - len(removed)
         of_attention = sum(kinds[n] in ATTENTION for n in removed)
         allowed = [n for n in range(len(kinds)) if n not in removed]
+        # Keep the quota reachable: once it is used up, or as soon as only attention layers may still be removed.
         if quota is not None and of_attention == quota:
             allowed = [n for n in allowed if kinds[n] not in ATTENTION]
         elif quota is not None and quota - of_attention == left:
@@ -213,9 +213,9 @@ def removal_scores(
 
 
 def attention_quota(kinds: list[Any], remove: int, attention_layers: int | None) -> int | None:
-    """How many of the `remove` layers are attention layers where `attention_layers` are to stay; None: as it comes.
+    """How many of the `remove` layers must be attention layers so that `attention_layers` are left; None: no constraint.
 
-    RecipeError where that cannot be.
+    RecipeError if that is impossible.
     """
     if attention_layers is None:
         return None
@@ -231,7 +231,7 @@ def attention_quota(kinds: list[Any], remove: int, attention_layers: int | None)
 
 
 class _Comparison:
-    """The whole model's hidden states over the calibration rows, and shorter models compared with it."""
+    """Holds the full model's final hidden states of the calibration rows, and compares shortened models with it."""
 
     def __init__(self, engine: Engine, model: ModelConfig, dataset: Dataset, rows: int) -> None:
         self.engine, self.model = engine, model
@@ -261,12 +261,16 @@ class _Comparison:
 
         self._run(removed, compare)
         error, square, loss = mesh.sum_over_world(sums).tolist()
-        return error, square, loss / mesh.layout.tensor  # every tensor rank knows the losses, and its slice of logits
+        return (
+            error,
+            square,
+            loss / mesh.layout.tensor,
+        )  # tensor ranks have disjoint slices of the logits, but all have the same losses
 
     def _run(self, removed: set[int], act: Callable[[int, torch.Tensor], None]) -> None:
-        """Run the model without some layers; `act` gets each microbatch's final hidden states on the last stage."""
+        """Run the model without some layers. On the last stage, `act` gets the final hidden states of each microbatch."""
         mesh = self.engine.mesh
-        places = iter(range(len(self.microbatches)))
+        indices = iter(range(len(self.microbatches)))
 
         def step(iterator: Any, chunk: Any) -> Any:
             mine = local_rows(next(iterator), mesh, reset_at_documents=self.engine.reset_at_documents)
@@ -279,8 +283,8 @@ class _Comparison:
                     parts = [torch.empty_like(hidden_SBH) for _ in range(mesh.groups.tp.size())]
                     dist.all_gather(parts, hidden_SBH.contiguous(), group=mesh.groups.tp)
                     whole = torch.cat(parts)
-                act(next(places), whole)
-                return _nothing(hidden_SBH)
+                act(next(indices), whole)
+                return _no_loss(hidden_SBH)
 
             return output, take
 
@@ -291,7 +295,8 @@ class _Comparison:
 def _logit_sums(
     states: tuple[torch.Tensor, torch.Tensor], labels_SB: torch.Tensor, weights_SB: torch.Tensor, head: Head, mesh: Mesh
 ) -> torch.Tensor:
-    """(squared differences, squares of the whole model's logits) of this slice, next-token loss of all: float64 sums."""
+    """float64 sums: squared logit differences and squared logits of the full model, both of this vocabulary slice, and the
+    next-token loss of the whole vocabulary."""
     group = mesh.groups.tp
     shorter, whole = (state.flatten(0, 1) for state in states)
     labels, weights = labels_SB.reshape(-1), weights_SB.reshape(-1)
@@ -321,7 +326,7 @@ def _logit_sums(
 
 @contextmanager
 def _without_layers(chunk: Any, removed: set[int]) -> Iterator[None]:
-    """The chunk with some layers (whole-model numbers) taken out for a while: the residual stream passes by."""
+    """Within the block, the chunk runs without some layers (whole-model numbers); the residual stream skips them."""
     layers = chunk.decoder.layers
     chunk.decoder.layers = torch.nn.ModuleList([layer for layer in layers if layer.layer_number - 1 not in removed])
     try:
@@ -331,13 +336,13 @@ def _without_layers(chunk: Any, removed: set[int]) -> Iterator[None]:
 
 
 def _calibration(dataset: Dataset, rows: int, engine: Engine) -> tuple[list[Any], list[torch.Tensor]]:
-    """This data rank's microbatches of the first `rows` training rows, and for each which of its rows count.
+    """This data rank's microbatches of the first `rows` training rows, and for each a 0/1 weight per row.
 
-    Dealt in turn; the last microbatches are filled up with rows that do not count, so that all have one shape.
+    Data ranks take microbatches in turn. The last ones are padded with rows of weight 0, so that all have the same shape.
     """
     layout, size = engine.mesh.layout, engine.microbatch_rows
     per_turn = size * layout.data
-    together = layout.pipeline if layout.virtual > 1 else 1  # the interleaved schedule takes a multiple of the stages
+    together = layout.pipeline if layout.virtual > 1 else 1  # the interleaved schedule needs a multiple of the stages
     turns = -(-rows // (per_turn * together)) * together
     microbatches, counts = [], []
     for turn in range(turns):
@@ -348,14 +353,14 @@ def _calibration(dataset: Dataset, rows: int, engine: Engine) -> tuple[list[Any]
 
 
 def _merge(values: dict[str, torch.Tensor], model: ModelConfig, mesh: Mesh) -> dict[str, np.ndarray]:
-    """Sums over data ranks, slices of tensor ranks put together, stages added up. Collective; the same on every rank."""
+    """Sum over data ranks and stages, concatenate the slices of tensor ranks. Collective; every rank gets the same."""
     mine = (mesh.groups.dp.rank(), mesh.groups.cp.rank(), mesh.groups.tp.rank(), mesh.groups.pp.rank())
     local = {name: value.cpu().numpy() for name, value in values.items()}
     everyone: list[Any] = [(mine, local)]
     if mesh.layout.world > 1:
         everyone = [None] * mesh.layout.world
         dist.all_gather_object(everyone, (mine, local))
-    # Context ranks have reduced what they share: one of them speaks for all.
+    # The hooks have already reduced over context ranks: take context rank 0 only.
     ranks = sorted(((key, found) for key, found in everyone if key[1] == 0), key=lambda pair: pair[0])
     merged: dict[str, np.ndarray] = {}
     for data in range(mesh.layout.data):
@@ -372,7 +377,7 @@ def _mapping(model: ModelConfig) -> dict[str, Any]:
     return {name: getattr(model, name) for name in model.__dataclass_fields__}
 
 
-def _nothing(output: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """A loss function for passes that want none."""
+def _no_loss(output: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The loss function of forward passes without a loss; Megatron's schedules require one."""
     zero = output.new_zeros(())
     return zero, zero

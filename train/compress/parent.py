@@ -1,4 +1,4 @@
-"""The model to compress, built for forward passes at the recipe's layout, in plain modules whose insides can be looked at."""
+"""The model to compress, built for forward passes at the recipe's layout, from modules that hooks can observe."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -32,7 +32,7 @@ class Parent:
 
 
 def parent_of(config: CompressConfig) -> Parent:
-    """The checkpoint a recipe wants compressed. RecipeError, CheckpointError where there is none."""
+    """The checkpoint that `compress.parent` names. RecipeError if not set, CheckpointError if not found."""
     if config.parent is None:
         raise RecipeError("compress.parent is not set: name a checkpoint folder, or a run folder such as runs/NAME.")
     try:
@@ -43,7 +43,7 @@ def parent_of(config: CompressConfig) -> Parent:
 
 
 def check_data(parent: Parent, dataset: Dataset, *, recipe: Recipe) -> None:
-    """Refuse calibration rows the parent cannot read. recipe: of the command, whose data it is."""
+    """Refuse calibration rows of another vocabulary or tokenizer than the parent's. recipe: names the data."""
     refuse(vocabulary_problems(recipe, dataset.vocab_size, vocab=parent.recipe.model.vocab))
     ours, folder = dataset.tokenizer.fingerprint, recipe.data.folder
     otherwise = "name another compress.parent"
@@ -55,17 +55,19 @@ def check_data(parent: Parent, dataset: Dataset, *, recipe: Recipe) -> None:
 
 
 def layout_recipe(parent: Parent, recipe: Recipe, *, world: int) -> Recipe:
-    """The parent's model at the recipe's layout, rows and microbatch: what a scoring pass runs."""
+    """The parent's model with the recipe's layout, rows and microbatch size, for a scoring pass."""
     ranks = recipe.parallel.tensor * recipe.parallel.pipeline * recipe.parallel.context
     data = max(1, world // ranks)
-    turns = recipe.parallel.pipeline if recipe.parallel.virtual_pipeline > 1 else 1
-    run = replace(recipe.run, global_rows=recipe.run.microbatch_rows * data * turns)
+    # The interleaved schedule needs a number of microbatches that is a multiple of the stages.
+    microbatches = recipe.parallel.pipeline if recipe.parallel.virtual_pipeline > 1 else 1
+    run = replace(recipe.run, global_rows=recipe.run.microbatch_rows * data * microbatches)
     return replace(recipe, model=parent.recipe.model, run=run)
 
 
 @contextmanager
 def scoring_engine(parent: Parent, recipe: Recipe, mesh: Mesh) -> Iterator[Engine]:
-    """An engine without optimizer, in evaluation mode; `recipe` as `layout_recipe` made it. Collective over the world."""
+    """An engine without optimizer, in evaluation mode. recipe: from `layout_recipe`. Collective over the world."""
+    # The reference backend: fused modules would hide the activations that the hooks read.
     precision = replace(recipe.precision, params=parent.recipe.precision.params, backend="reference", scaling="none",
                         switch_at_tokens=None, fp8_weights=False)  # fmt: skip
     backend = ReferenceBackend()

@@ -1,4 +1,4 @@
-"""Pictures of scores: how importance is spread over widths, and which layers a model can spare."""
+"""Pictures of scores: the distribution of importance over widths, and the effect of removing layers."""
 
 from pathlib import Path
 from typing import Any
@@ -19,35 +19,35 @@ _QUARTERS = ("#1a4f8b", "#4a86c5", "#94bce3", "#dbe8f5")
 
 
 def draw_widths(scores: Scores, path: Path, *, title: str) -> None:
-    """Residual channels in order of importance; neurons, heads and Mamba heads layer by layer."""
+    """Draw residual channels by importance, and neurons, heads and Mamba heads by layer."""
     pyplot = _pyplot()
     kinds = layer_kinds(scores.model["pattern"])
     with pyplot.rc_context(_STYLE):
-        figure, axes = pyplot.subplots(2, 2, figsize=(11, 6.6), layout="constrained")
+        figure, panels = pyplot.subplots(2, 2, figsize=(11, 6.6), layout="constrained")
         figure.suptitle(f"{title}: importance of widths, {scores.rows:,} calibration rows", x=0.01, ha="left")
-        place = axes[0, 0]
-        place.plot(np.sort(scores.hidden)[::-1], color=_COLORS["M"], linewidth=2)
-        place.set(title="Residual channels, most important first", xlabel="rank", ylabel="score", ylim=(0, None))
-        place.grid(visible=True)
-        _quarters(axes[0, 1], scores, [n for n, kind in enumerate(kinds) if kind == "-"])
-        _heads(axes[1, 0], scores, "heads", "Query heads (score / layer's mean)")
-        _heads(axes[1, 1], scores, "mamba", "Mamba-2 heads (score / layer's mean)")
+        axes = panels[0, 0]
+        axes.plot(np.sort(scores.hidden)[::-1], color=_COLORS["M"], linewidth=2)
+        axes.set(title="Residual channels, most important first", xlabel="rank", ylabel="score", ylim=(0, None))
+        axes.grid(visible=True)
+        _quarters(panels[0, 1], scores, [n for n, kind in enumerate(kinds) if kind == "-"])
+        _heads(panels[1, 0], scores, "heads", "Query heads (score / layer's mean)")
+        _heads(panels[1, 1], scores, "mamba", "Mamba-2 heads (score / layer's mean)")
         figure.savefig(path, dpi=140)
         pyplot.close(figure)
 
 
 def draw_layers(scores: Scores, path: Path, *, title: str) -> None:
-    """Block influence of each layer and, where layers were taken out, what each removal did to the logits."""
+    """Draw the block influence of each layer and, if removals were tried, the effect of each removal on the logits."""
     pyplot = _pyplot()
     kinds = layer_kinds(scores.model["pattern"])
     numbers = np.arange(len(kinds))
     rounds = len(scores.removals)
     with pyplot.rc_context(_STYLE):
-        figure, axes = pyplot.subplots(
+        figure, panels = pyplot.subplots(
             1 + (rounds > 0), 1, figsize=(max(7, 0.28 * len(kinds) + 3), 3.2 + 0.42 * rounds + 1.2 * (rounds > 0)),
             layout="constrained", squeeze=False, height_ratios=[2.4, *([0.8 + 0.42 * rounds] if rounds else [])],
         )  # fmt: skip
-        bars = axes[0, 0]
+        bars = panels[0, 0]
         bars.bar(numbers, scores.influence, color=[_COLORS[kind] for kind in kinds])
         bars.set(title=f"{title}: block influence, 1 - cos(input, output)", ylabel="influence")
         bars.set_xticks(numbers, [f"{kind}\n{n}" for n, kind in enumerate(kinds)])
@@ -55,38 +55,38 @@ def draw_layers(scores: Scores, path: Path, *, title: str) -> None:
             bars.bar([0], [0], color=_COLORS[kind], label=KINDS[kind])
         bars.legend(loc="upper right", ncols=4)
         if rounds:
-            _removals(axes[1, 0], scores, kinds)
+            _removals(panels[1, 0], scores, kinds)
         figure.savefig(path, dpi=140)
         pyplot.close(figure)
 
 
-def _removals(place: Any, scores: Scores, kinds: list[Any]) -> None:
+def _removals(axes: Any, scores: Scores, kinds: list[Any]) -> None:
     by_loss = scores.depth_metric == "perplexity"
     grid = np.full((len(scores.removals), len(kinds)), np.nan)
     for index, removal in enumerate(scores.removals):
         for candidate in removal.candidates:
             grid[index, candidate.layer] = candidate.loss_increase if by_loss else candidate.logit_error
-    shown = place.imshow(np.log10(np.maximum(grid, 1e-6)), aspect="auto", cmap="Blues")
-    what = "rise of the loss, nats" if by_loss else "logit error, relative"
-    place.set(title=f"Removed one after the other ({what}; outlined: taken)", xlabel="layer", ylabel="round")
-    place.set_xticks(range(len(kinds)), [str(n) for n in range(len(kinds))])
-    place.set_yticks(range(len(grid)), [str(n + 1) for n in range(len(grid))])
+    shown = axes.imshow(np.log10(np.maximum(grid, 1e-6)), aspect="auto", cmap="Blues")
+    what = "increase of the loss, nats" if by_loss else "logit error, relative"
+    axes.set(title=f"Removal trials ({what}; outlined: removed)", xlabel="layer", ylabel="round")
+    axes.set_xticks(range(len(kinds)), [str(n) for n in range(len(kinds))])
+    axes.set_yticks(range(len(grid)), [str(n + 1) for n in range(len(grid))])
     middle = np.nanmean(np.log10(np.maximum(grid, 1e-6)))
     for index, removal in enumerate(scores.removals):
         box = {"fill": False, "edgecolor": _MARK, "linewidth": 2}
-        place.add_patch(_pyplot().Rectangle((removal.layer - 0.5, index - 0.5), 1, 1, **box))
+        axes.add_patch(_pyplot().Rectangle((removal.layer - 0.5, index - 0.5), 1, 1, **box))
         if len(kinds) <= 24:
             for layer, value in enumerate(grid[index]):
                 if np.isfinite(value):
                     color = "white" if np.log10(max(value, 1e-6)) > middle else _INK
-                    place.text(layer, index, f"{value:.2g}", ha="center", va="center", fontsize=7, color=color)
-    place.figure.colorbar(shown, ax=place, label="log10", pad=0.01)
+                    axes.text(layer, index, f"{value:.2g}", ha="center", va="center", fontsize=7, color=color)
+    axes.figure.colorbar(shown, ax=axes, label="log10", pad=0.01)
 
 
-def _quarters(place: Any, scores: Scores, layers: list[int]) -> None:
-    """Per MLP layer, the share of squared scores that each quarter of its neurons holds, best quarter first."""
-    place.set(title="MLP neurons: share of importance by quarter", xlabel="layer", ylabel="share")
-    place.set(ylim=(0, 1.16), yticks=np.linspace(0, 1, 6))  # bars fill 0 to 1: the legend stands above them
+def _quarters(axes: Any, scores: Scores, layers: list[int]) -> None:
+    """Per MLP layer, the share of squared scores in each quarter of its neurons, best quarter first."""
+    axes.set(title="MLP neurons: share of importance by quarter", xlabel="layer", ylabel="share")
+    axes.set(ylim=(0, 1.16), yticks=np.linspace(0, 1, 6))  # bars fill 0 to 1; the space above is for the legend
     if not layers:
         return
     bottom = np.zeros(len(layers))
@@ -97,33 +97,34 @@ def _quarters(place: Any, scores: Scores, layers: list[int]) -> None:
             ends = [round(len(values) * q / 4) for q in (quarter, quarter + 1)]
             shares.append(values[ends[0] : ends[1]].sum() / max(values.sum(), 1e-300))
         label = ("best quarter", "second", "third", "last")[quarter]
-        place.bar(range(len(layers)), shares, bottom=bottom, color=_QUARTERS[quarter], label=label)
+        axes.bar(range(len(layers)), shares, bottom=bottom, color=_QUARTERS[quarter], label=label)
         bottom += shares
-    place.set_xticks(range(len(layers)), [str(n) for n in layers])
-    place.legend(loc="upper center", ncols=4)
+    axes.set_xticks(range(len(layers)), [str(n) for n in layers])
+    axes.legend(loc="upper center", ncols=4)
 
 
-def _heads(place: Any, scores: Scores, kind: str, title: str) -> None:
-    place.set_title(title)
+def _heads(axes: Any, scores: Scores, kind: str, title: str) -> None:
+    axes.set_title(title)
     layers = [n for n, parts in scores.layers.items() if kind in parts]
     if not layers:
-        place.text(0.5, 0.5, "no such layers", ha="center", va="center", color=_MUTED, transform=place.transAxes)
-        place.set_axis_off()
+        axes.text(0.5, 0.5, "no such layers", ha="center", va="center", color=_MUTED, transform=axes.transAxes)
+        axes.set_axis_off()
         return
     rows = [scores.layers[n][kind] for n in layers]
     grid = np.stack([np.linalg.norm(row, axis=1) if row.ndim == 2 else row for row in rows])
     grid = grid / np.maximum(grid.mean(axis=1, keepdims=True), 1e-300)
-    shown = place.imshow(grid, aspect="auto", cmap="Blues", vmin=0)
-    place.set(xlabel="head", ylabel="layer")
-    place.set_yticks(range(len(layers)), [str(n) for n in layers])
-    place.xaxis.get_major_locator().set_params(integer=True)
+    shown = axes.imshow(grid, aspect="auto", cmap="Blues", vmin=0)
+    axes.set(xlabel="head", ylabel="layer")
+    axes.set_yticks(range(len(layers)), [str(n) for n in layers])
+    axes.xaxis.get_major_locator().set_params(integer=True)
     groups = model_of(scores).mamba_groups if kind == "mamba" else model_of(scores).kv_heads
     for group in range(1, groups):
-        place.axvline(group * grid.shape[1] / groups - 0.5, color="white", linewidth=1.5)
-    place.figure.colorbar(shown, ax=place, pad=0.01)
+        axes.axvline(group * grid.shape[1] / groups - 0.5, color="white", linewidth=1.5)
+    axes.figure.colorbar(shown, ax=axes, pad=0.01)
 
 
 def _pyplot() -> Any:
+    # Imported here: matplotlib is slow to import and only rank 0 draws.
     import matplotlib
 
     matplotlib.use("Agg")

@@ -1,21 +1,21 @@
-"""From scores and a target to a smaller model: which parts stay, and the parent's weights cut down to them.
+"""Pruning: from scores and target sizes, choose the parts to keep and cut the parent's weights to them.
 
-    Scores + target sizes --choose--> Kept (indices) --cut each tensor--> checkpoint of a smaller recipe, with its lineage
+    Scores + target sizes --choose--> KeptParts (indices) --cut each tensor--> checkpoint of a smaller recipe, with its lineage
 
-Each tensor of a checkpoint is read whole, cut along its axes and written, one at a time; no model is built. What an axis
-of a tensor means stands in one table (`_AXES`).
+Tensors of the checkpoint are read, cut along their axes and written one at a time; no model is built. The table `_AXES`
+says what each axis of a tensor counts.
 
-An RMSNorm divides by the root of the mean square over its channels; with fewer channels that mean changes. The weights of
-each norm are multiplied by what the calibration rows say it changed by: nothing where the channels left are like those
-gone, sqrt(all / kept) where those gone are zero, which is what makes the last case exact.
+An RMSNorm divides by the root of the mean square over its channels, and that mean changes when channels are removed. The
+weights of each norm are multiplied by sqrt(mean square of the kept channels / mean square of all channels), measured on
+the calibration rows. This is exact if the removed channels are zero.
 
-Query heads may be merged (`merge_heads`): each group's heads ranked 1 to L, K kept, head i of the kept becomes
+Query heads may be merged (`merge_heads`). In each group, rank the heads 1 to L and keep K; then kept head i becomes
 
     head_i + (head_i - head_j),  j = 2K - i + 1        for i from max(1, 2K - L + 1) to K
 
-as Minitron prints it (arXiv 2407.14679, section 2.3; from 2K - L there, whose partner L + 1 does not exist). With grouped
-keys it does so to query heads alone, which is read here as their projections: keys, values and the output's columns are
-those of the kept heads. Two heads that ask the same merge into the same.
+as in Minitron (arXiv 2407.14679, section 2.3; the paper starts at i = 2K - L, whose partner L + 1 does not exist). With
+grouped keys the paper merges only query heads. We read this as their projections: keys, values and the columns of the
+output projection stay those of the kept heads. Merging two heads with equal queries changes nothing.
 """
 
 import math
@@ -54,20 +54,20 @@ class Target:
 
 @dataclass(frozen=True)
 class Depth:
-    """How the layers that stay are chosen."""
+    """How the kept layers are chosen."""
 
     metric: str = ""
-    """`compress.depth_metric`; empty: removals where the scores tried some, else block influence."""
+    """`compress.depth_metric`; empty: removal trials if the scores have any, else block influence."""
     attention_layers: int | None = None
-    """How many of them must stay; None leaves it to the scores."""
+    """How many attention layers are kept; None leaves it to the scores."""
 
 
 AS_SCORED = Depth()
 
 
 @dataclass(frozen=True)
-class Kept:
-    """Indices of what stays, ascending. By layer where layers choose for themselves (numbers of the parent)."""
+class KeptParts:
+    """Indices of the kept parts, ascending. Dictionaries are keyed by layer number in the parent."""
 
     layers: list[int]
     hidden: np.ndarray
@@ -82,10 +82,10 @@ def pruned_model(model: ModelConfig, target: Target, layers: list[int]) -> Model
     problems = []
     sizes: dict[str, Any] = {}
     for name in ("hidden", "ffn", "heads", "mamba_heads", "mamba_head_dim"):
-        asked, have = getattr(target, name), getattr(model, name)
-        if asked > have:
-            problems.append(f"compress.{name}={asked} is more than the parent's {have}.")
-        sizes[name] = asked or have
+        wanted, have = getattr(target, name), getattr(model, name)
+        if wanted > have:
+            problems.append(f"compress.{name}={wanted} is more than the parent's {have}.")
+        sizes[name] = wanted or have
     for name, groups in (("heads", model.kv_heads), ("mamba_heads", model.mamba_groups)):
         if sizes[name] % groups:
             group = "key/value heads" if name == "heads" else "Mamba groups"
@@ -104,21 +104,19 @@ def pruned_model(model: ModelConfig, target: Target, layers: list[int]) -> Model
         ("mamba_head_dim", "M", "Mamba"),
     ):
         if sizes[name] != getattr(model, name) and not set(of) & set(pattern):
-            problems.append(
-                f"compress.{name}={sizes[name]} cuts nothing: {pattern} has no {what} layers. Leave it at 0."
-            )
+            problems.append(f"compress.{name}={sizes[name]} cuts nothing: {pattern} has no {what} layers. Set it to 0.")
     if problems:
         raise RecipeError("\n".join(problems))
     return replace(model, pattern=pattern, **sizes)
 
 
-def choose(scores: Scores, target: Target, depth: Depth = AS_SCORED) -> Kept:
-    """What stays. RecipeError where there are no scores for what the target asks."""
+def choose(scores: Scores, target: Target, depth: Depth = AS_SCORED) -> KeptParts:
+    """The parts to keep. RecipeError if the scores do not cover the target."""
     model = model_of(scores)
     kinds = layer_kinds(model.pattern)
     layers = _layers(scores, kinds, target.layers, depth)
     small = pruned_model(model, target, layers)
-    kept = Kept(layers=layers, hidden=best(scores.hidden, small.hidden))
+    kept = KeptParts(layers=layers, hidden=best(scores.hidden, small.hidden))
     for number in layers:
         parts = scores.layers[number]
         if kinds[number] == "M":
@@ -134,7 +132,7 @@ def choose(scores: Scores, target: Target, depth: Depth = AS_SCORED) -> Kept:
 
 
 def _layers(scores: Scores, kinds: list[Any], keep: int, depth: Depth) -> list[int]:
-    """Layers that stay: without those removed first, or with the largest block influence."""
+    """Layers to keep: all but the first ones removed in the trials, or those with the largest block influence."""
     have = len(kinds)
     remove = have - keep if keep else 0
     if remove < 0:
@@ -147,21 +145,21 @@ def _layers(scores: Scores, kinds: list[Any], keep: int, depth: Depth) -> list[i
         tried = f"{len(scores.removals)}{f' by {scores.depth_metric}' * bool(scores.removals)}"
         raise RecipeError(
             f"compress.layers={keep} removes {remove} layers{f' by {depth.metric}' * bool(depth.metric)}, but the scores tried "
-            f"{tried}. Score again with this compress.layers, or use compress.depth_metric=block_influence, which every "
-            f"scoring measures."
+            f"{tried}. Score again with this compress.layers, or use compress.depth_metric=block_influence, which `score` "
+            f"always measures."
         )
     gone = {removal.layer for removal in scores.removals[:remove]}
     of_attention = sum(kinds[n] in ATTENTION for n in gone)
     if quota is not None and of_attention != quota:
         raise RecipeError(
             f"compress.attention_layers={depth.attention_layers} with compress.layers={keep} removes {quota} attention "
-            f"layers, but the first {remove} removals in the scores take out {of_attention}. Score again with these two."
+            f"layers, but the first {remove} removals in the scores include {of_attention}. Score again with these two values."
         )
     return [n for n in range(have) if n not in gone]
 
 
 def _by_influence(influence: np.ndarray, kinds: list[Any], remove: int, quota: int | None) -> list[int]:
-    """All layers but the `remove` of least block influence, `quota` of them of attention."""
+    """All layers except the `remove` with the least block influence; `quota` of the removed ones are attention layers."""
     if quota is None:
         return best(influence, len(kinds) - remove).tolist()
     kept: list[int] = []
@@ -201,8 +199,8 @@ _AXES: dict[str, tuple[str | None, ...]] = {
     "mlp.linear_fc1.weight": ("ffn_branches", "hidden"),
     "mlp.linear_fc2.weight": ("hidden", "ffn"),
 }
-"""What the axes of each tensor count (names behind `decoder.layers.N.`). B and C are shared by a group of heads and keep all
-their states: groups and state size are never cut."""
+"""What each axis of a tensor counts; None: never cut. Names of layer tensors follow `decoder.layers.N.`. B and C are shared by
+a group of heads: groups and state size are never cut. A checkpoint stores fused tensors as named parts (`.z`, `.x`, ...)."""
 _LAYER = re.compile(r"decoder\.layers\.(\d+)\.(.*)")
 
 
@@ -214,20 +212,20 @@ class _Plan:
     shape: tuple[int, ...]
     indices: tuple[np.ndarray | None, ...]
     factor: torch.Tensor | None
-    """Norm weights: multiplied in (after the offset), one for each channel that stays."""
+    """Multiplied with weight + offset, one factor for each kept channel; None: 1."""
     offset: int
     merges: list[tuple[int, int]]
-    """Query heads that take up others (`head_merges`)."""
+    """(kept, dropped) query heads to merge (`head_merges`)."""
 
 
 def cut_weights(
-    parent: Path, folder: Path, *, scores: Scores, kept: Kept, small: ModelConfig, merge_heads: bool = False
+    parent: Path, folder: Path, *, scores: Scores, kept: KeptParts, small: ModelConfig, merge_heads: bool = False
 ) -> None:
-    """Write the weights of the smaller model into `folder`, a new folder. CheckpointError for a tensor that does not fit."""
+    """Write the weights of the smaller model into an empty `folder`. CheckpointError for a tensor that `_AXES` does not know."""
     model = model_of(scores)
     stored = StoredTensors(parent)
     plans: dict[str, _Plan] = {}
-    number_of = {number: place for place, number in enumerate(kept.layers)}
+    number_of = {number: index for index, number in enumerate(kept.layers)}
     for name, tensor in stored.weights.items():
         match = _LAYER.fullmatch(name)
         number, suffix = (int(match.group(1)), match.group(2)) if match else (None, name)
@@ -235,7 +233,7 @@ def cut_weights(
             continue
         axes = _AXES.get(suffix)
         if axes is None or len(axes) != len(tensor.shape):
-            raise CheckpointError(f"{parent}: no rule how to cut {name} {tensor.shape} (train/compress/prune.py)")
+            raise CheckpointError(f"{parent}: no rule to cut {name} {tensor.shape} (_AXES in train/compress/prune.py)")
         target = f"decoder.layers.{number_of[number]}.{suffix}" if number is not None else name
         indices = tuple(
             _indices(axis, number, size, model, kept) for axis, size in zip(axes, tensor.shape, strict=True)
@@ -266,8 +264,8 @@ def cut_weights(
     write_weights(folder, sizes, read)
 
 
-def _indices(axis: str | None, number: int | None, size: int, model: ModelConfig, kept: Kept) -> np.ndarray | None:
-    """Places that stay along an axis of a tensor; None: all."""
+def _indices(axis: str | None, number: int | None, size: int, model: ModelConfig, kept: KeptParts) -> np.ndarray | None:
+    """Indices to keep along an axis of a tensor; None: all."""
     if axis is None:
         return None
     if axis == "hidden":
@@ -276,7 +274,7 @@ def _indices(axis: str | None, number: int | None, size: int, model: ModelConfig
     match axis:
         case "ffn":
             return kept.ffn[number]
-        case "ffn_branches":  # a gated MLP holds both branches below each other
+        case "ffn_branches":  # a gated MLP stacks the rows of both branches
             branches = 2 if activation_function(model.activation)[1] else 1
             return _blocks(kept.ffn[number], count=branches, every=size // branches)
         case "mamba_heads":
@@ -285,20 +283,20 @@ def _indices(axis: str | None, number: int | None, size: int, model: ModelConfig
             heads, channels = kept.mamba_heads[number], kept.mamba_channels[number]
             return (heads[:, None] * model.mamba_head_dim + channels[None, :]).reshape(-1)
         case "query":
-            return _times(kept.heads[number], model.head_dim)
-        case "query_key_value":  # Megatron: for each key/value head its query heads, then key, then value
+            return _head_rows(kept.heads[number], model.head_dim)
+        case "query_key_value":  # Megatron's order: for each key/value head its query heads, then key, then value
             per_group = model.heads // model.kv_heads
             rows = []
             for group in range(model.kv_heads):
                 first = group * (per_group + 2)
                 mine = kept.heads[number][kept.heads[number] // per_group == group] - group * per_group
                 rows += [*(first + mine), first + per_group, first + per_group + 1]
-            return _times(np.asarray(rows), model.head_dim)
+            return _head_rows(np.asarray(rows), model.head_dim)
     raise AssertionError(f"no axis {axis}")
 
 
 def head_merges(scores: np.ndarray, keep: int, *, groups: int) -> list[tuple[int, int]]:
-    """(head kept, head dropped whose difference it takes), in each of `groups` groups of query heads; see the module text."""
+    """(kept head, dropped head it is merged with) in each of `groups` groups of query heads; see the module docstring."""
     size, count = len(scores) // groups, keep // groups
     pairs = []
     for group in range(groups):
@@ -308,7 +306,7 @@ def head_merges(scores: np.ndarray, keep: int, *, groups: int) -> list[tuple[int
 
 
 def merge_query_heads(qkv: torch.Tensor, merges: list[tuple[int, int]], *, model: ModelConfig) -> torch.Tensor:
-    """A query-key-value weight (rows in Megatron's order) whose query heads have taken up what `merges` says."""
+    """A query-key-value weight (rows in Megatron's order) with kept query heads replaced by 2 kept - dropped."""
     per_group = model.heads // model.kv_heads
     grouped = qkv.view(model.kv_heads, per_group + 2, model.head_dim, -1)
     merged = grouped.clone()
@@ -318,14 +316,14 @@ def merge_query_heads(qkv: torch.Tensor, merges: list[tuple[int, int]], *, model
     return merged.view_as(qkv)
 
 
-def _times(heads: np.ndarray, width: int) -> np.ndarray:
-    """Places of whole heads of `width`."""
+def _head_rows(heads: np.ndarray, width: int) -> np.ndarray:
+    """Row indices of whole heads of `width` rows."""
     return (heads[:, None] * width + np.arange(width)).reshape(-1)
 
 
-def _blocks(places: np.ndarray, *, count: int, every: int) -> np.ndarray:
-    """The same places in each of `count` blocks."""
-    return np.concatenate([block * every + places for block in range(count)])
+def _blocks(indices: np.ndarray, *, count: int, every: int) -> np.ndarray:
+    """The same indices in each of `count` blocks of size `every`."""
+    return np.concatenate([block * every + indices for block in range(count)])
 
 
 def _factor(
@@ -334,11 +332,11 @@ def _factor(
     number: int | None,
     *,
     scores: Scores,
-    kept: Kept,
+    kept: KeptParts,
     model: ModelConfig,
     small: ModelConfig,
 ) -> torch.Tensor | None:
-    """What a tensor's channels that stay are multiplied with; None: nothing."""
+    """Factors for the kept channels of a tensor; None: no change."""
     scaled = math.sqrt(model.hidden / small.hidden) if model.scale_embedding else 1.0
     if suffix == "mixer.norm.weight":
         inner = _indices("inner", number, 0, model, kept)
@@ -353,26 +351,26 @@ def _factor(
     if small.hidden == model.hidden:
         return None
     if name == "embedding.word_embeddings.weight" and scaled != 1.0:
-        # The smaller model multiplies embeddings by the root of its own width.
+        # The smaller model multiplies embeddings by the root of its own width: keep the product of the parent.
         return torch.full((small.hidden,), scaled, dtype=torch.float64)
     if suffix.endswith("norm.weight"):
         energy = scores.energy[name.removesuffix(".weight")]
         factor = float(np.sqrt(_ratio(energy[kept.hidden].mean(), energy.mean())))
         if name == "decoder.final_norm.weight" and model.tie_embeddings:
-            factor /= scaled  # the head is the embedding, which was multiplied
+            factor /= scaled  # the head is the embedding, which was multiplied by `scaled` above
         return torch.full((small.hidden,), factor, dtype=torch.float64)
     return None
 
 
 def _ratio(a: Any, b: Any) -> Any:
-    """a / b, 1 where nothing was measured."""
+    """a / b, or 1 where b is 0."""
     return np.where(np.asarray(b) > 0, np.asarray(a) / np.where(np.asarray(b) > 0, b, 1), 1.0)
 
 
 def lineage(
-    scores: Scores, kept: Kept, *, parent: Path, manifest: Manifest, merged_heads: bool = False
+    scores: Scores, kept: KeptParts, *, parent: Path, manifest: Manifest, merged_heads: bool = False
 ) -> dict[str, Any]:
-    """What a pruned checkpoint's manifest says about where it comes from."""
+    """The lineage in the manifest of a pruned checkpoint."""
     return {
         "made_by": "prune",
         "parent": str(parent),

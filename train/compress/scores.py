@@ -1,12 +1,12 @@
-"""What was measured about a model's parts before any are cut away, and which parts that ranks first.
+"""Scores of a model's parts, measured before pruning, and the selection of the best parts by score.
 
-    hidden     every residual channel, over all norms
-    layers     by layer: `ffn` every neuron | `heads` every query head | `mamba` every (head, channel)
-    energy     by norm: mean square of each channel of its input, for what a norm divides by after channels are gone
-    influence  by layer: 1 - cos(input, output), block influence
-    removals   depth: in the order in which layers were taken out, what taking out each candidate did
+    hidden     score of each residual channel, over all norms
+    layers     by layer: scores of `ffn` neurons | `heads` query heads | `mamba` (head, channel) pairs
+    energy     by norm: mean square of each channel of its input, to correct the norm's weight after channels are removed
+    influence  by layer: block influence, 1 - cos(input, output)
+    removals   depth: one entry per removed layer, in order, with the effect of removing each candidate
 
-A folder holds scores.json (for people) and scores.npz (all numbers).
+A folder contains scores.json (for people) and scores.npz (all numbers).
 """
 
 import io
@@ -24,23 +24,23 @@ from recipes.schema.model import ModelConfig
 
 FORMAT = 1
 SCORES = "scores.json"
-"""Its name: written last, so a folder without it holds no scores."""
+"""Written last: a folder without this file has no scores."""
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """The whole model without some layers, against the whole model, over the calibration rows."""
+    """The model without some layers, compared with the full model on the calibration rows."""
 
     layer: int
     logit_error: float
-    """sum (logits - whole model's)^2 / sum (whole model's)^2."""
+    """sum (logits - full model's logits)^2 / sum (full model's logits)^2."""
     loss_increase: float
-    """Next-token loss above the whole model's, nats per token."""
+    """Next-token loss minus the full model's, nats per token."""
 
 
 @dataclass(frozen=True)
 class Removal:
-    """One round of depth scoring: what each candidate did on top of the layers removed before, and which was taken."""
+    """One round of depth scoring: the effect of each candidate, given the layers removed before, and the layer removed."""
 
     layer: int
     candidates: list[Candidate]
@@ -48,7 +48,7 @@ class Removal:
 
 @dataclass
 class Scores:
-    """See the module text. All arrays are float64."""
+    """See the module docstring. All arrays are float64."""
 
     model: dict[str, Any]
     """The scored model's shape."""
@@ -62,10 +62,10 @@ class Scores:
     influence: np.ndarray = field(default_factory=lambda: np.zeros(0))
     removals: list[Removal] = field(default_factory=list)
     request: dict[str, Any] = field(default_factory=dict)
-    """What was asked for, of which weights and data: the same need not be measured twice."""
+    """Settings, weights and data that the scores were measured with. Equal requests are not measured again."""
 
     def save(self, folder: Path) -> None:
-        """Write both files. Killed at any moment, the folder holds old scores, none, or these: scores.json comes last."""
+        """Write both files, scores.json last: after a kill at any moment the folder has the old scores, none, or these."""
         folder.mkdir(parents=True, exist_ok=True)
         (folder / SCORES).unlink(missing_ok=True)
         arrays: dict[str, Any] = {"hidden": self.hidden, "influence": self.influence}
@@ -89,7 +89,7 @@ class Scores:
 
     @classmethod
     def load(cls, folder: Path) -> "Scores":
-        """Read both files. CheckpointError where they are missing or damaged."""
+        """Read both files. CheckpointError if they are missing or damaged."""
         try:
             about = json.loads((folder / SCORES).read_text())
             if about["format"] != FORMAT:
@@ -109,7 +109,7 @@ class Scores:
             )
         except FileNotFoundError as error:
             raise CheckpointError(
-                f"{folder} holds no scores: {Path(error.filename).name} is missing. Measure them: stratum compress "
+                f"{folder} has no scores: {Path(error.filename).name} is missing. Measure them: stratum compress "
                 f"score with this recipe."
             ) from error
         except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
@@ -127,13 +127,13 @@ class Scores:
 
 
 def best(values: np.ndarray, keep: int) -> np.ndarray:
-    """Indices of the `keep` largest values, in their original order; of equal ones the first."""
+    """Indices of the `keep` largest values, ascending. Among equal values the first wins."""
     order = np.argsort(-values, kind="stable")[:keep]
     return np.sort(order)
 
 
 def best_in_groups(values: np.ndarray, keep: int, groups: int) -> np.ndarray:
-    """The same with an equal number from each of `groups` neighbouring groups."""
+    """Like `best`, with an equal number from each of `groups` contiguous groups."""
     assert len(values) % groups == 0 and keep % groups == 0, f"{keep} of {len(values)} do not divide by {groups} groups"
     size = len(values) // groups
     return np.concatenate([g * size + best(values[g * size : (g + 1) * size], keep // groups) for g in range(groups)])
@@ -142,7 +142,7 @@ def best_in_groups(values: np.ndarray, keep: int, groups: int) -> np.ndarray:
 def best_mamba(scores: np.ndarray, *, heads: int, channels: int, groups: int) -> tuple[np.ndarray, np.ndarray]:
     """(heads kept, channels kept) of a Mamba-2 layer from scores [heads, channels].
 
-    Channels first, by their norm over heads, the same ones in every head; then heads by their norm over those channels,
+    First channels, by their norm over heads: the same channels in every head. Then heads, by their norm over those channels:
     an equal number in each group of heads that share B and C (arXiv 2504.11409, section 3).
     """
     kept_channels = best(np.linalg.norm(scores, axis=0), channels)

@@ -1,10 +1,10 @@
-"""Smaller shapes within a budget, ranked by what they keep.
+"""Smaller shapes within a budget, ranked by the importance they keep.
 
     sizes to try --> every combination --> within parameters, memory and speed? --> ranked by importance kept --> the best few
 
-Minitron (arXiv 2407.14679, section 3.3) enumerates shapes near a target size and retrains each for a while; Nano 2
-(arXiv 2508.14444, section 4) enumerates widths within a memory budget and distils the best three. Which of them is best
-after training, only training says: importance decides which are tried.
+Minitron (arXiv 2407.14679, section 3.3) enumerates shapes near a target size and retrains each for a short time. Nano 2
+(arXiv 2508.14444, section 4) enumerates widths within a memory budget and distils the best three. Importance only selects
+the candidates; which one is best is known after their training.
 """
 
 import itertools
@@ -24,7 +24,7 @@ from train.compress.scores import Scores
 
 @dataclass(frozen=True)
 class Shape:
-    """A candidate, measured."""
+    """A candidate and its costs."""
 
     target: Target
     model: ModelConfig
@@ -33,7 +33,7 @@ class Shape:
     tokens_per_s: float
 
     def fits(self, config: CompressConfig) -> bool:
-        """Whether it keeps all limits of a recipe's `compress.budget_*`."""
+        """Whether it is within all limits of `compress.budget_*`."""
         wanted = config.budget_parameters
         near = not wanted or abs(self.parameters - wanted) <= config.budget_tolerance * wanted
         small = not config.budget_gib or self.gib <= config.budget_gib
@@ -41,7 +41,7 @@ class Shape:
 
 
 def sizes(text: str, otherwise: int) -> list[int]:
-    """`52,54,56` or `4480:5120:128` (both ends included) as numbers; empty: the one given. RecipeError where it is neither."""
+    """`52,54,56` or `4480:5120:128` (both ends included) as numbers; empty: [otherwise]. RecipeError for any other text."""
     if not text.strip():
         return [otherwise]
     try:
@@ -68,7 +68,7 @@ def targets(config: CompressConfig) -> list[Target]:
 
 
 def shape_of(model: ModelConfig, target: Target, layers: list[int], config: CompressConfig) -> Shape:
-    """A candidate and its costs for the device and context of `config`. RecipeError for sizes that do not fit the parent."""
+    """A candidate with its costs for the device and context of `config`. RecipeError if sizes do not fit the parent."""
     small = pruned_model(model, target, layers)
     context, batch = config.budget_context_tokens, config.budget_batch
     speed = roofline_tokens_per_s(
@@ -81,20 +81,22 @@ def shape_of(model: ModelConfig, target: Target, layers: list[int], config: Comp
 def feasible(
     model: ModelConfig, tried: list[Target], config: CompressConfig, *, layers_of: Callable[[Target], list[int]]
 ) -> list[Shape]:
-    """The candidates within the budget, largest memory first. layers_of: which layers a target's depth keeps."""
+    """The candidates within the budget, largest memory first. layers_of: gives the layers that a target keeps."""
     shapes = [shape_of(model, target, layers_of(target), config) for target in tried]
     return sorted((shape for shape in shapes if shape.fits(config)), key=lambda shape: (-shape.gib, str(shape.target)))
 
 
 def damage(scores: Scores, target: Target, depth: Depth = AS_SCORED) -> float:
-    """What a candidate loses: the share of squared scores cut away, summed over kinds of parts, and for its missing layers
-    the logits' relative error, or where none were tried their share of all block influence. 0 for the parent. It orders
-    shapes; its size means nothing by itself."""
+    """Estimated loss of a candidate, only for ranking: 0 for the parent, no unit.
+
+    It is the share of squared scores removed, summed over the kinds of parts, plus the depth term: the relative error of the
+    logits, or, without removal trials, the removed layers' share of the total block influence.
+    """
     kept = choose(scores, target, depth)
     lost = [_share(scores.hidden, kept.hidden)]
     for kind, chosen in (("ffn", kept.ffn), ("heads", kept.heads)):
         if chosen:
-            lost.append(float(np.mean([_share(scores.layers[n][kind], places) for n, places in chosen.items()])))
+            lost.append(float(np.mean([_share(scores.layers[n][kind], indices) for n, indices in chosen.items()])))
     if kept.mamba_heads:
         of_layers = []
         for number, heads in kept.mamba_heads.items():
@@ -112,19 +114,19 @@ def damage(scores: Scores, target: Target, depth: Depth = AS_SCORED) -> float:
 
 
 def ranked(scores: Scores, shapes: list[Shape], depth: Depth = AS_SCORED) -> list[tuple[float, Shape]]:
-    """(damage, candidate), the least damaged first."""
+    """(damage, candidate) pairs, smallest damage first."""
     found = [(damage(scores, shape.target, depth), shape) for shape in shapes]
     return sorted(found, key=lambda pair: pair[0])
 
 
 def describe(shape: Shape) -> dict[str, object]:
-    """A candidate in plain numbers."""
+    """A candidate as JSON values."""
     layers = len(layer_kinds(shape.model.pattern))
     return {**asdict(shape.target), "layers": layers, "pattern": shape.model.pattern, "parameters": shape.parameters,
             "gib": round(shape.gib, 3), "tokens_per_s": round(shape.tokens_per_s, 2)}  # fmt: skip
 
 
 def _share(values: np.ndarray, kept: np.ndarray) -> float:
-    """Share of squared scores that is cut away."""
+    """Share of squared scores that is removed."""
     total = float((values**2).sum())
     return 1 - float((values[kept] ** 2).sum()) / total if total else 0.0

@@ -1,1 +1,1 @@
-"""Learning from a teacher: its placement, its answers on disk, the losses."""
+"""Distillation: the teacher model, its logits cached on disk, and the losses."""

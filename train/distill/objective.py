@@ -1,15 +1,15 @@
-"""The distillation objective: agree with a teacher's distribution, token by token.
+"""The distillation objective: match a teacher's distribution, token by token.
 
-    rows --> teacher (objective.teacher) or its kept answers (objective.kept) --+
-      |                                                                          +--> loss (objective.soft_targets)
-      +----> student, up to its head --------------------------------------------+
+    rows --> teacher (distill.teacher) or its cached logits (distill.teacher_cache) --+
+      |                                                                               +--> loss (distill.soft_targets)
+      +----> student, up to its head -------------------------------------------------+
 
     loss = w_d divergence + w_n next-token + a hidden match        mean over the tokens of a step
 
 Forward KL on logits alone, temperature 1, is what Minitron found best (arXiv 2407.14679, section 4.3) and Nemotron Nano 2
-used (arXiv 2508.14444, section 4); the teacher's whole distribution in place of the label is Gemma 2's (arXiv 2408.00118,
-section 3.3). With Minitron's balance, a = divergence / match of the same row, so that it does not depend on how rows are
-dealt out. All is computed on the student's last pipeline stage.
+used (arXiv 2508.14444, section 4). Gemma 2 replaces the label by the teacher's whole distribution (arXiv 2408.00118,
+section 3.3). With Minitron's balance, a = divergence / match of the same row, so it does not depend on which rank gets
+which row. The loss is computed on the student's last pipeline stage.
 """
 
 from collections.abc import Callable
@@ -27,38 +27,40 @@ from recipes.schema.objective import ObjectiveConfig
 from recipes.schema.recipe import Recipe
 from recipes.schema.teacher_rules import hidden_pairs, kept_channels
 from train.checkpoint.manager import checkpoint_at
-from train.distill.soft_targets import Head, KeptTargets, LossWeights, OnlineTargets, Targets, TopK, head_losses
+from train.distill.soft_targets import CachedTargets, Head, LossWeights, OnlineTargets, Targets, TopK, head_losses
 from train.distill.teacher import LayerOutputs, Teacher
-from train.distill.teacher_cache import KeptAnswers
+from train.distill.teacher_cache import TeacherCache
 from train.model.attention import zigzag_positions
 from train.model.head import head_weight, hidden_states
 from train.objective.next_token import LocalRows, local_rows
 from train.parallel.mesh import Mesh
 
 PARTS = ("divergence", "next_token", "hidden")
-"""Names of the loss's parts, as they are reported beside it."""
+"""Names of the parts of the loss, as they are reported next to the total."""
 
 
 @dataclass(frozen=True)
 class HiddenMatch:
-    """Which hidden states are compared, and how."""
+    """Which hidden states of student and teacher are compared, and how."""
 
     kind: str
     final: bool
-    """After the final norms."""
+    """Compare the states after the final norms."""
     student_layers: tuple[int, ...]
     teacher_layers: tuple[int, ...]
     weight: float | None
+    """None: each row is weighted so that the match counts as much as the divergence (Minitron's balance)."""
     channels: torch.Tensor | None
-    """Of the teacher, those the student kept; None: all."""
+    """Teacher channels that a pruned student kept; None: all."""
 
 
 def distill_step(
-    recipe: Recipe, *, mesh: Mesh, source: "Teacher | KeptAnswers | None", match: HiddenMatch | None
+    recipe: Recipe, *, mesh: Mesh, source: "Teacher | TeacherCache | None", match: HiddenMatch | None
 ) -> Callable[..., Any]:
-    """The function Megatron's schedules call for each microbatch. source: None on ranks of earlier stages.
+    """The function that Megatron's schedules call for each microbatch. source: None on ranks of earlier stages.
 
-    Its report for a microbatch is [loss, *PARTS]. Scaled as the next-token objective's loss is (`next_token.forward_step`).
+    For each microbatch it reports [loss, *PARTS], scaled like the loss of the next-token objective
+    (`next_token.forward_step`).
     """
     objective, model_config = recipe.objective, recipe.model
     weights = LossWeights(
@@ -108,7 +110,7 @@ def distill_step(
 
 
 def _targets(
-    source: Teacher | KeptAnswers,
+    source: Teacher | TeacherCache,
     batch: Any,
     rows: LocalRows,
     *,
@@ -116,31 +118,32 @@ def _targets(
     objective: ObjectiveConfig,
     match: HiddenMatch | None,
 ) -> tuple[Targets, list[torch.Tensor]]:
-    """What the teacher says of this context rank's tokens, and its hidden states to match there."""
+    """The teacher's targets for the tokens of this context rank, and its hidden states to match."""
     cp = mesh.groups.cp
     tokens = batch.tokens.to(mesh.device, non_blocking=True)
-    where = zigzag_positions(tokens.shape[1], rank=cp.rank(), ranks=cp.size(), device=mesh.device)
-    if isinstance(source, KeptAnswers):
-        kept = source.read(batch, documents=rows.context is not None)
+    # Teacher and cache see whole rows; the loss needs only the positions that zigzag gives to this context rank.
+    local_positions = zigzag_positions(tokens.shape[1], rank=cp.rank(), ranks=cp.size(), device=mesh.device)
+    if isinstance(source, TeacherCache):
+        cached = source.read(batch, documents=rows.context is not None)
 
-        def mine(x: torch.Tensor) -> torch.Tensor:  # [rows, sequence, ...] of whole rows -> [tokens here, ...]
-            return x.to(mesh.device)[:, where].transpose(0, 1).flatten(0, 1)
+        def local(x: torch.Tensor) -> torch.Tensor:  # [rows, sequence, ...] of whole rows -> [tokens of this rank, ...]
+            return x.to(mesh.device)[:, local_positions].transpose(0, 1).flatten(0, 1)
 
-        return KeptTargets(TopK(mine(kept.ids_NK).long(), mine(kept.log_p_NK), mine(kept.rest_N))), []
+        return CachedTargets(TopK(local(cached.ids_NK).long(), local(cached.log_p_NK), local(cached.rest_N))), []
     documents = rows.context.documents if rows.context is not None else None
     states = source.hidden(tokens, documents, layers=match.teacher_layers if match else ())
-    states = [state[where] if cp.size() > 1 else state for state in states]
+    states = [state[local_positions] if cp.size() > 1 else state for state in states]
     targets = OnlineTargets(states[0].flatten(0, 1), source.head, top_k=objective.top_k)
     return targets, states if match is not None and match.final else states[1:]
 
 
 def _splits(chunk: Any) -> bool:
-    """Whether hidden states are split over the tensor ranks along the sequence."""
+    """Whether tensor ranks split hidden states along the sequence (sequence parallelism)."""
     return bool(chunk.config.sequence_parallel)
 
 
 def _whole_on_every_rank(hidden_SBH: torch.Tensor, chunk: Any, mesh: Mesh) -> torch.Tensor:
-    """Hidden states as the head needs them; the backward pass adds up the ranks' gradients."""
+    """Hidden states of all tokens on every tensor rank, as the head needs them. Backward sums the ranks' gradients."""
     if _splits(chunk):
         return gather_from_sequence_parallel_region(hidden_SBH, group=mesh.groups.tp)
     return copy_to_tensor_model_parallel_region(hidden_SBH, group=mesh.groups.tp)
@@ -154,9 +157,10 @@ def _match(
     mesh: Mesh,
     splits_sequence: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(weighted sum over tokens for the loss, plain sum): the mean over the pairs of each token's distance.
+    """(weighted sum for the loss, plain sum) over tokens of each token's distance, averaged over the pairs.
 
-    Under sequence parallelism a rank has a part of the tokens; values are those of all, gradients of its own.
+    Under sequence parallelism a rank has only some of the tokens: the values returned cover all tokens, the gradients only
+    its own.
     """
     distance_B = torch.zeros_like(divergence_B)
     for student, teacher in pairs:
@@ -176,18 +180,19 @@ def _match(
             dist.all_reduce(ratio, group=mesh.groups.cp)
         alpha_B = ratio[0] / ratio[1].clamp_min(torch.finfo(ratio.dtype).tiny)
     weighted = (alpha_B * distance_B).sum()
+    # The detached difference sets the value to the sum over all tokens and leaves the gradient of the local tokens.
     return weighted + ((alpha_B * whole_B).sum() - weighted).detach(), whole_B.sum()
 
 
 def _distance(student: torch.Tensor, teacher: torch.Tensor, kind: str) -> torch.Tensor:
-    """Per token, [sequence, rows]: 1 - cosine, or squared error over the teacher's square."""
+    """Per token, [sequence, rows]: 1 - cosine, or squared error divided by the teacher's squared norm."""
     if kind == "cosine":
         return 1 - torch.nn.functional.cosine_similarity(student, teacher, dim=-1)
     return (student - teacher).square().sum(-1) / teacher.square().sum(-1).clamp_min(1e-12)
 
 
 def hidden_match(recipe: Recipe, teacher: Teacher | None) -> HiddenMatch | None:
-    """What `objective.hidden_*` ask for, as `recipes.schema.teacher_rules` allows it. teacher: None on earlier stages."""
+    """The hidden-state match that `objective.hidden_*` configures; None if there is none. teacher: None on earlier stages."""
     objective = recipe.objective
     if objective.hidden_match == "none" or teacher is None:
         return None
@@ -203,9 +208,12 @@ def hidden_match(recipe: Recipe, teacher: Teacher | None) -> HiddenMatch | None:
 
 
 def _kept_channels(recipe: Recipe, teacher: Teacher) -> torch.Tensor | None:
-    """Of the teacher's residual channels, those a pruned student kept, from the lineage of what it started from."""
+    """Residual channels of the teacher that a pruned student kept, from the lineage of its start checkpoint.
+
+    None if both have the same width.
+    """
     if recipe.model.hidden == teacher.model.hidden:
         return None
-    assert recipe.run.start_from is not None, "rules.width_problems has refused it"
+    assert recipe.run.start_from is not None, "teacher_rules.width_problems refuses this"
     kept = kept_channels(checkpoint_at(recipe.run.start_from)[1].lineage, of=teacher.model.hidden)
     return torch.tensor(kept, device=teacher.head.weight_VH.device)

@@ -1,16 +1,16 @@
-"""The teacher: a second model in the same world, frozen, at its own tensor degree, whole on the last stage's ranks.
+"""The teacher: a second, frozen model in the same world, with its own tensor degree, on the ranks of the last stage.
 
-The student's loss exists on its last pipeline stage, so that is where the teacher lives; its ranks are numbered 0, 1, ...
-and cut into teacher groups of `objective.teacher_tensor` neighbours, each group a whole teacher. R = tensor x context of
-the student's ranks share the same rows.
+The student's loss is computed on its last pipeline stage, so the teacher runs there. The ranks of that stage are numbered
+0, 1, ... and divided into groups of `objective.teacher_tensor` neighbours; each group is a complete teacher. Of the
+student's ranks, R = tensor x context share the same rows.
 
-    teacher tensor < R    R / tensor teachers serve the same rows: each reads a part of them, hidden states are exchanged
+    teacher tensor < R    R / tensor teachers serve the same rows: each reads some of them, and hidden states are exchanged
     teacher tensor = R    one teacher for each set of rows
-    teacher tensor > R    one teacher serves tensor / R sets of rows: it reads them one after the other
+    teacher tensor > R    one teacher serves tensor / R sets of rows, one after the other
 
-What crosses between the models is never logits: the teacher gives final hidden states, and its head is cut over the
-vocabulary like the student's, so that `train.distill.soft_targets` compares slice with slice, a few tokens at a time.
-The teacher needs no gradients, no optimizer and no pipeline of its own.
+Ranks exchange hidden states, never logits: the teacher's head is split over the vocabulary like the student's, so that
+`train.distill.soft_targets` compares slice with slice, in chunks of tokens. The teacher has no gradients, no optimizer and
+no pipeline.
 """
 
 import logging
@@ -30,7 +30,7 @@ from recipes.schema.parallel import ParallelConfig
 from recipes.schema.precision import PrecisionConfig
 from recipes.schema.read import recipe_from_mapping
 from recipes.schema.recipe import Recipe
-from recipes.schema.teacher_placement import Place, place_of
+from recipes.schema.teacher_placement import TeacherPlacement, placement_of
 from recipes.schema.teacher_rules import teacher_problems
 from train.checkpoint.storage import Manifest, read_weights
 from train.distill.soft_targets import Head
@@ -44,21 +44,23 @@ log = logging.getLogger(__name__)
 
 
 def number_format(student: Recipe) -> str:
-    """In which numbers the teacher beside a student computes: its answers depend on it."""
+    """The number format the teacher computes in, e.g. `bf16, blockwise`. Its logits depend on it."""
     params, scaling = student.objective.teacher_params, student.objective.teacher_scaling
     params = student.precision.params if params == "as_student" else params
     return params if scaling == "none" else f"{params}, {scaling}"
 
 
 class Teacher:
-    """A frozen model that gives hidden states for the rows of this rank."""
+    """A frozen model that computes hidden states for the rows of this rank."""
 
-    def __init__(self, chunk: Any, *, model: ModelConfig, head: Head, place: Place, groups: Any, exchange: Any) -> None:
+    def __init__(
+        self, chunk: Any, *, model: ModelConfig, head: Head, placement: TeacherPlacement, groups: Any, exchange: Any
+    ) -> None:
         self.chunk = chunk
         self.model = model
         self.head = head
-        """Cut over the student's tensor ranks."""
-        self.place = place
+        """Split over the student's tensor ranks."""
+        self.placement = placement
         self._group = groups.tp
         self._exchange = exchange
 
@@ -66,16 +68,16 @@ class Teacher:
     def hidden(
         self, tokens_BS: torch.Tensor, documents_BS: torch.Tensor | None, *, layers: tuple[int, ...] = ()
     ) -> list[torch.Tensor]:
-        """Final hidden states of whole rows, then those after each of `layers`, [sequence, rows, hidden] each.
+        """Final hidden states of whole rows, then the states after each of `layers`: [sequence, rows, hidden] each.
 
         Collective over the ranks of the last stage that share a teacher or rows.
         """
-        if self.place.row_sets > 1:
+        if self.placement.row_sets > 1:
             return self._for_all_sets(tokens_BS, documents_BS, layers)
-        teachers, rows = self.place.teachers, tokens_BS.shape[0]
-        if teachers == 1 or rows % teachers:  # rows that cannot be dealt out are read by every teacher
+        teachers, rows = self.placement.teachers, tokens_BS.shape[0]
+        if teachers == 1 or rows % teachers:  # rows that do not divide evenly are read by every teacher
             return self._run(tokens_BS, documents_BS, layers)
-        which = self.place.index % self.place.sharing // self.place.tensor
+        which = self.placement.index % self.placement.sharing // self.placement.tensor
         mine = slice(which * rows // teachers, (which + 1) * rows // teachers)
         parts = self._run(tokens_BS[mine], documents_BS[mine] if documents_BS is not None else None, layers)
         return [torch.cat(_gather(part, self._exchange), dim=1) for part in parts]
@@ -83,12 +85,12 @@ class Teacher:
     def _for_all_sets(
         self, tokens_BS: torch.Tensor, documents_BS: torch.Tensor | None, layers: tuple[int, ...]
     ) -> list[torch.Tensor]:
-        sharing = self.place.sharing
+        sharing = self.placement.sharing
         all_tokens = _gather(tokens_BS, self._group)[::sharing]
         all_documents = (
             [None] * len(all_tokens) if documents_BS is None else _gather(documents_BS, self._group)[::sharing]
         )
-        mine = self.place.index % self.place.tensor // sharing
+        mine = self.placement.index % self.placement.tensor // sharing
         result: list[torch.Tensor] = []
         for index, (tokens, documents) in enumerate(zip(all_tokens, all_documents, strict=True)):
             states = self._run(tokens, documents, layers)
@@ -107,7 +109,7 @@ class Teacher:
 
 
 class LayerOutputs:
-    """Within its block, keeps what the given layers (whole-model numbers from 0) of a chunk give; their last call counts."""
+    """Context manager that records the outputs of layers of a chunk (whole-model numbers from 0), of their last call."""
 
     def __init__(self, chunk: Any, layers: tuple[int, ...]) -> None:
         self.taken: dict[int, torch.Tensor] = {}
@@ -133,27 +135,27 @@ class LayerOutputs:
 
 
 def open_teacher(student: Recipe, *, mesh: Mesh, tokenizer: str | None) -> Teacher | None:
-    """Build and load the teacher a recipe names. None on ranks of earlier pipeline stages. Collective over the world.
+    """Build and load the teacher that a recipe names. None on ranks of earlier pipeline stages. Collective over the world.
 
-    Raises RecipeError, CheckpointError, BackendError naming what does not fit.
+    Raises RecipeError, CheckpointError or BackendError that names what does not fit.
     """
     objective = student.objective
-    assert objective.teacher is not None, "rules.distill_problems has refused it"
+    assert objective.teacher is not None, "teacher_rules.distill_problems refuses this"
     found = named(objective.teacher)
     if found.error:
         raise CheckpointError(f"objective.teacher: {found.error}")
     refuse(teacher_problems(student, found, tokenizer=tokenizer, start=_start_of(student), world=mesh.layout.world))
     path, teacher = found.path, found.recipe
-    assert path is not None and teacher is not None, "refused above"
+    assert path is not None and teacher is not None, "teacher_problems refuses this"
     tensor = objective.teacher_tensor or student.parallel.tensor
-    place = place_of(mesh.layout, mesh.rank, tensor=tensor)
+    placement = placement_of(mesh.layout, mesh.rank, tensor=tensor)
     parallel = ParallelConfig(tensor=tensor)
-    if place is None:
+    if placement is None:  # an earlier stage: reading is collective, so this rank takes part and reads nothing
         read_weights(path, [], groups=mesh.groups)
         return None
     if student.data.row_tokens > teacher.data.row_tokens and mesh.data_rank == 0:
         log.warning(
-            "The teacher was trained on rows of %d tokens and is asked about rows of %d.",
+            "The teacher was trained on rows of %d tokens, but the student's rows have %d.",
             teacher.data.row_tokens,
             student.data.row_tokens,
         )
@@ -170,8 +172,8 @@ def open_teacher(student: Recipe, *, mesh: Mesh, tokenizer: str | None) -> Teach
         health=False,
     )
     teacher_mesh = Mesh(
-        layout=replace(mesh.layout, world=place.ranks, tensor=tensor, pipeline=1, virtual=1, context=1,
-                       data=place.ranks // tensor),
+        layout=replace(mesh.layout, world=placement.ranks, tensor=tensor, pipeline=1, virtual=1, context=1,
+                       data=placement.ranks // tensor),
         rank=mesh.rank,
         device=mesh.device,
         groups=groups,
@@ -179,20 +181,20 @@ def open_teacher(student: Recipe, *, mesh: Mesh, tokenizer: str | None) -> Teach
     chunk = frozen_model(teacher, parallel=parallel, precision=precision, mesh=teacher_mesh, weights=path,
                          row_tokens=student.data.row_tokens, reset_at_documents=student.data.reset_at_documents)  # fmt: skip
     head = Head(_recut(chunk, groups.tp, mesh.groups.tp), softcap=teacher.model.logit_softcap)
-    return Teacher(chunk, model=teacher.model, head=head, place=place, groups=groups, exchange=exchange)
+    return Teacher(chunk, model=teacher.model, head=head, placement=placement, groups=groups, exchange=exchange)
 
 
 def _start_of(student: Recipe) -> Named | None:
-    """The checkpoint a student began with, where hidden states of another width are matched."""
+    """The checkpoint that the student starts from; None if it starts from random weights."""
     return named(student.run.start_from) if student.run.start_from is not None else None
 
 
 def teacher_recipe(manifest: Manifest, path: Path) -> Recipe:
-    """The recipe of the run that wrote a checkpoint. CheckpointError where it holds none that can be read."""
+    """The recipe of the run that wrote a checkpoint. CheckpointError if it has none that this version can read."""
     try:
         return recipe_from_mapping(manifest.recipe)
     except RecipeError as error:
-        raise CheckpointError(f"{path} holds no recipe that this version reads: {error}") from error
+        raise CheckpointError(f"{path} has no recipe that this version can read: {error}") from error
 
 
 def frozen_model(
@@ -205,7 +207,7 @@ def frozen_model(
     row_tokens: int,
     reset_at_documents: bool,
 ) -> Any:
-    """A whole model of a checkpoint's recipe without gradients, in evaluation mode. Collective over the world."""
+    """The model of a checkpoint, without gradients and in evaluation mode. Collective over the world."""
     backend = choose_backend(precision, mesh.device)
     (chunk,) = build_model(
         recipe.model,
@@ -225,7 +227,7 @@ def frozen_model(
 
 
 def _megatron_groups(teacher: TeacherGroups) -> ProcessGroupCollection:
-    """The groups Megatron's modules ask for, of a model without pipeline and context ranks."""
+    """The process groups that Megatron's modules read, for a model without pipeline and context parallelism."""
     groups = ProcessGroupCollection()
     for name in ("pp", "cp", "ep", "embd", "pos_embd", "expt_tp", "tp_ep"):
         setattr(groups, name, teacher.alone)
@@ -238,19 +240,19 @@ def _megatron_groups(teacher: TeacherGroups) -> ProcessGroupCollection:
 
 
 def _recut(chunk: Any, teacher_group: Any, student_group: Any) -> torch.Tensor:
-    """The teacher's head cut over the student's tensor ranks. Collective over the teacher's group, once."""
+    """The teacher's head, split over the student's tensor ranks. Collective over the teacher's group."""
     weight = head_weight(chunk).detach()
     if teacher_group.size() != student_group.size():
         whole = torch.cat(_gather(weight, teacher_group)) if teacher_group.size() > 1 else weight
         weight = whole.chunk(student_group.size())[student_group.rank()].clone()
         if not chunk.share_embeddings_and_output_weights:
-            chunk.output_layer.weight = None  # its own cut is not needed again
-    # Multiplied in every chunk of tokens: converted once where a CPU would have to convert it each time.
+            chunk.output_layer.weight = None  # frees the teacher's own split, which nothing reads from here on
+    # soft_targets multiplies by it for every chunk of tokens. A CPU would convert bf16 to fp32 each time: do it once.
     return weight.float() if weight.device.type == "cpu" else weight
 
 
 def _gather(part: torch.Tensor, group: Any) -> list[torch.Tensor]:
-    """Everyone's tensor, in the order of the group's ranks."""
+    """The tensors of all ranks of a group, in rank order."""
     parts = [torch.empty_like(part) for _ in range(group.size())]
     dist.all_gather(parts, part.contiguous(), group=group)
     return parts

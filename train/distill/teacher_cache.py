@@ -1,14 +1,14 @@
-"""A teacher's answers, kept on disk: for each row its k most likely next tokens at every place, and the mass of the rest.
+"""Teacher logits cached on disk: for each row, the k most likely tokens at every position and the mass of the rest.
 
     FOLDER/
-        request.json           what was asked: teacher and its weights, k, temperature, tokenizer, row length, number formats
-        block_3f9a0c41d27e85b6.bin     some rows, each compressed by zlib (which adds a checksum)
-        block_3f9a0c41d27e85b6.idx     their keys and lengths, with a hash; written last: a block without it does not exist
+        request.json           what the cache holds: teacher and its weights, k, temperature, tokenizer, row length, formats
+        block_3f9a0c41d27e85b6.bin     some rows, each compressed with zlib (which adds a checksum)
+        block_3f9a0c41d27e85b6.idx     their keys and lengths, with a hash; written last: without it the block does not count
 
-A row is found by what it says: its key is a hash of its tokens (and of its documents, where they are told apart). So an
-answer does not depend on which rank asked, on the layout, the order or the epoch; a row drawn again is answered once, and a
-recipe with other weights, seed or steps uses what is there. Blocks are written whole, aside, then renamed: the command
-that fills the folder can be killed at any moment and continues.
+A row is found by its content: its key is a hash of its tokens (and of its document numbers, if the model separates
+documents). So the cached logits do not depend on rank, layout, order or epoch. A row that is drawn twice is stored once,
+and a recipe with other mixture weights, seed or steps can use the same folder. Each file is written under a temporary name
+and then renamed, so the command that fills the folder can be killed at any moment and continues.
 """
 
 import hashlib
@@ -32,11 +32,11 @@ from train.distill.soft_targets import TopK
 
 KEY_BYTES = 16
 COMPRESSION_LEVEL = 1
-"""Higher levels save a few per cent at several times the time (docs/log.md)."""
+"""Higher levels save a few percent and take several times as long (docs/log.md)."""
 
 
 def row_key(tokens: np.ndarray, documents: np.ndarray | None) -> bytes:
-    """Key of a row: tokens [row_tokens], and the document of each token where they are told apart."""
+    """Key of a row: tokens [row_tokens], and the document number of each token if the model separates documents."""
     digest = hashlib.blake2b(np.ascontiguousarray(tokens, dtype="<i4").tobytes(), digest_size=KEY_BYTES)
     if documents is not None:
         digest.update(np.ascontiguousarray(documents, dtype="<i4").tobytes())
@@ -51,7 +51,7 @@ def batch_keys(batch: Any, *, documents: bool) -> list[bytes]:
 
 
 def open_request(folder: Path, request: CacheRequest) -> None:
-    """Make the folder for `request`, or check that it is one for it. RecipeError names what differs."""
+    """Create the folder for `request`, or check that it was made for it. RecipeError names what differs."""
     path = folder / REQUEST
     if not path.exists():
         folder.mkdir(parents=True, exist_ok=True)
@@ -61,18 +61,20 @@ def open_request(folder: Path, request: CacheRequest) -> None:
     differing = [
         f"{key}: {found[key]!r} there, {value!r} now" for key, value in asdict(request).items() if found[key] != value
     ]
-    if any(
-        not text.startswith(("teacher: ", "step: ")) for text in differing
-    ):  # the same weights elsewhere are the same
+    # The fingerprint identifies the weights: a copy of the checkpoint in another folder is the same teacher.
+    if any(not text.startswith(("teacher: ", "step: ")) for text in differing):
         raise RecipeError(
-            f"{folder} holds a teacher's answers to another request:\n  " + "\n  ".join(differing) + "\nUse another "
+            f"{folder} was written with other settings:\n  " + "\n  ".join(differing) + "\nUse another "
             "objective.teacher_cache."
         )
 
 
-def write_block(folder: Path, keys: Sequence[bytes], answers: Sequence[TopK], request: CacheRequest) -> int:
-    """Write the answers to some rows ([row_tokens, k] each) under a name made of their keys. -> bytes. One rank calls it."""
-    frames = [zlib.compress(_pack(answer, request), COMPRESSION_LEVEL) for answer in answers]
+def write_block(folder: Path, keys: Sequence[bytes], rows: Sequence[TopK], request: CacheRequest) -> int:
+    """Write rows of top-k logits ([row_tokens, k] each) as one block. -> bytes written. One rank calls it.
+
+    The name is a hash of the keys: writing the same rows again replaces the block with equal bytes.
+    """
+    frames = [zlib.compress(_pack(row, request), COMPRESSION_LEVEL) for row in rows]
     name = f"block_{hashlib.blake2b(b''.join(keys), digest_size=8).hexdigest()}"
     disk.write_bytes(folder / f"{name}.bin", b"".join(frames))
     lengths = np.asarray([len(frame) for frame in frames], dtype="<i8").tobytes()
@@ -83,96 +85,96 @@ def write_block(folder: Path, keys: Sequence[bytes], answers: Sequence[TopK], re
 
 
 @dataclass(frozen=True)
-class _Place:
-    """Where a row's answer lies."""
+class _StoredRow:
+    """Where a row's logits are stored."""
 
     path: Path
     offset: int
     length: int
 
 
-class KeptAnswers:
-    """A folder of answers, opened for reading."""
+class TeacherCache:
+    """A folder of cached teacher logits, opened for reading."""
 
     def __init__(self, folder: Path, *, top_k: int = 0) -> None:
-        """top_k: use fewer tokens than are kept; 0 uses all. DataError for a damaged index."""
+        """top_k: use fewer tokens than are stored; 0 uses all. DataError if an index is damaged."""
         self.folder = folder
         self.request = read_request(folder)
         self.top_k = top_k or self.request.top_k
-        self._places: dict[bytes, _Place] = {}
+        self._stored: dict[bytes, _StoredRow] = {}
         for index in sorted(folder.glob("block_*.idx")):
-            self._places |= _read_index(index)
+            self._stored |= _read_index(index)
 
     @classmethod
-    def open(cls, recipe: Recipe, *, tokenizer: str | None) -> "KeptAnswers":
-        """The answers a recipe names, checked against it. RecipeError names what does not fit."""
+    def open(cls, recipe: Recipe, *, tokenizer: str | None) -> "TeacherCache":
+        """The cache that a recipe names, checked against the recipe. RecipeError names what does not fit."""
         objective = recipe.objective
         assert objective.teacher_cache is not None
         folder = Path(objective.teacher_cache)
-        answers = cls(folder, top_k=objective.top_k)
+        cache = cls(folder, top_k=objective.top_k)
         teacher = named(objective.teacher) if objective.teacher is not None else None
-        refuse(cache_problems(recipe, answers.request, tokenizer=tokenizer, teacher=teacher))
-        return answers
+        refuse(cache_problems(recipe, cache.request, tokenizer=tokenizer, teacher=teacher))
+        return cache
 
     def __len__(self) -> int:
-        """Rows that are answered."""
-        return len(self._places)
+        """Number of stored rows."""
+        return len(self._stored)
 
     def keys(self) -> Iterable[bytes]:
-        """Keys of the rows that are answered."""
-        return self._places.keys()
+        """Keys of the stored rows."""
+        return self._stored.keys()
 
     def check_rows(self, batch: Any) -> None:
-        """DataError where one of a batch's rows has no answer. Reads no answer."""
+        """DataError if a row of the batch is not stored. Looks up keys only; reads no logits."""
         for index, key in enumerate(batch_keys(batch, documents=self.request.documents)):
-            if key not in self._places:
+            if key not in self._stored:
                 raise self._missing(batch, index)
 
     def _missing(self, batch: Any, index: int) -> DataError:
         return DataError(
-            f"{self.folder} holds no answer to the row at position {int(batch.positions[index]):,}: it was filled for other "
-            f"data, another order or fewer steps, or not to its end. Let the teacher answer the rest: stratum "
-            f"teacher-cache with this recipe; it continues where it stopped."
+            f"{self.folder} has no teacher logits for the row at position {int(batch.positions[index]):,}: it was written for "
+            f"other data, another order or fewer steps, or it is incomplete. Add the missing rows: stratum teacher-cache with "
+            f"this recipe; it continues where it stopped."
         )
 
     def read(self, batch: Any, *, documents: bool) -> TopK:
-        """The answers to a batch's rows, [rows, row_tokens, k]. DataError for a row without one, or a damaged one."""
+        """Top-k logits of a batch's rows, [rows, row_tokens, k]. DataError for a row that is missing or damaged."""
         rows = [self._row(key, batch, index) for index, key in enumerate(batch_keys(batch, documents=documents))]
         return TopK(*(torch.stack([getattr(row, name) for row in rows]) for name in ("ids_NK", "log_p_NK", "rest_N")))
 
     def _row(self, key: bytes, batch: Any, index: int) -> TopK:
-        place = self._places.get(key)
-        if place is None:
+        stored = self._stored.get(key)
+        if stored is None:
             raise self._missing(batch, index)
-        with place.path.open("rb") as stream:
-            stream.seek(place.offset)
-            frame = stream.read(place.length)
+        with stored.path.open("rb") as stream:
+            stream.seek(stored.offset)
+            frame = stream.read(stored.length)
         try:
-            answer = _unpack(zlib.decompress(frame), self.request)
+            row = _unpack(zlib.decompress(frame), self.request)
         except (zlib.error, ValueError) as error:
             raise DataError(
-                f"{place.path} is damaged at byte {place.offset:,} ({error}). Remove it and its .idx and run "
+                f"{stored.path} is damaged at byte {stored.offset:,} ({error}). Remove it and its .idx and run "
                 f"stratum teacher-cache again."
             ) from error
-        return fewer(answer, self.top_k)
+        return reduce_to_k(row, self.top_k)
 
 
-def fewer(answer: TopK, k: int) -> TopK:
-    """The same answer with only its k most likely tokens; the others join the rest."""
-    if k >= answer.ids_NK.shape[-1]:
-        return answer
-    dropped = answer.log_p_NK[..., k:].double().exp().sum(-1)
-    return TopK(answer.ids_NK[..., :k], answer.log_p_NK[..., :k], (answer.rest_N.double() + dropped).float())
+def reduce_to_k(targets: TopK, k: int) -> TopK:
+    """Only the k most likely tokens; the mass of the others is added to the rest."""
+    if k >= targets.ids_NK.shape[-1]:
+        return targets
+    dropped = targets.log_p_NK[..., k:].double().exp().sum(-1)
+    return TopK(targets.ids_NK[..., :k], targets.log_p_NK[..., :k], (targets.rest_N.double() + dropped).float())
 
 
-def _pack(answer: TopK, request: CacheRequest) -> bytes:
-    ids = answer.ids_NK.numpy().astype(token_dtype(request.vocab))
-    log_p = answer.log_p_NK.numpy().astype(f"<{np.dtype(request.values).str[1:]}")
-    return b"".join(_byte_planes(part) for part in (ids, log_p, answer.rest_N.numpy().astype("<f4")))
+def _pack(targets: TopK, request: CacheRequest) -> bytes:
+    ids = targets.ids_NK.numpy().astype(token_dtype(request.vocab))
+    log_p = targets.log_p_NK.numpy().astype(f"<{np.dtype(request.values).str[1:]}")
+    return b"".join(_byte_planes(part) for part in (ids, log_p, targets.rest_N.numpy().astype("<f4")))
 
 
 def _byte_planes(numbers: np.ndarray) -> bytes:
-    """First the lowest byte of all numbers, then the next: what is alike lies together, and compresses."""
+    """The lowest byte of all numbers, then the next byte, and so on: similar bytes are adjacent and compress better."""
     return np.ascontiguousarray(numbers).view(np.uint8).reshape(-1, numbers.itemsize).T.tobytes()
 
 
@@ -195,7 +197,7 @@ def _unpack(raw: bytes, request: CacheRequest) -> TopK:
     )
 
 
-def _read_index(path: Path) -> dict[bytes, _Place]:
+def _read_index(path: Path) -> dict[bytes, _StoredRow]:
     raw = path.read_bytes()
     count, body = int.from_bytes(raw[:8], "little"), raw[8:-32]
     data = path.with_suffix(".bin")
@@ -206,8 +208,8 @@ def _read_index(path: Path) -> dict[bytes, _Place]:
     found = data.stat().st_size if data.exists() else -1
     if found != offsets[-1]:
         raise DataError(
-            f"{data} is {found:,} bytes long, its index says {offsets[-1]:,}. Remove both and run "
+            f"{data} is {found:,} bytes long, but its index says {offsets[-1]:,}. Remove both and run "
             f"stratum teacher-cache again."
         )
     keys = [body[start : start + KEY_BYTES] for start in range(0, count * KEY_BYTES, KEY_BYTES)]
-    return {key: _Place(data, int(offsets[n]), int(lengths[n])) for n, key in enumerate(keys)}
+    return {key: _StoredRow(data, int(offsets[n]), int(lengths[n])) for n, key in enumerate(keys)}

@@ -1,1 +1,1 @@
-"""Models to and from Hugging Face's format, and the comparison of both."""
+"""Conversion of models to and from Hugging Face's format, and comparison with transformers."""

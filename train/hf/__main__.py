@@ -1,4 +1,4 @@
-"""`stratum hf import|export|check`: models to and from Hugging Face's format, and the proof that they agree."""
+"""`stratum hf import|export|check`: convert models to and from Hugging Face's format, and check that both agree."""
 
 import argparse
 import logging
@@ -18,7 +18,7 @@ stratum hf import exports/smoke --out imports/smoke    a directory -> a checkpoi
 stratum hf check runs/smoke exports/smoke              both models on real text, block by block
 """
 _NOTES = """
-Exit status: 0 done, and the two agree; 1 they do not agree; 2 something that cannot be read, converted or written.
+Exit status: 0 done, and the two models agree; 1 they disagree; 2 something cannot be read, converted or written.
 """
 
 _ERRORS: tuple[type[Exception], ...] = (*USER_ERRORS, OSError)
@@ -29,7 +29,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     parsed = _parser().parse_args(arguments)
     try:
-        from train.hf import command  # torch takes seconds: --help and a wrong command line do without
+        from train.hf import command  # importing torch takes seconds; --help and usage errors do not need it
         from train.megatron import choose_device, use_device
 
         use_device(choose_device(parsed.device))
@@ -51,7 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _parser() -> CommandParser:
     parser = CommandParser(
         "hf",
-        about="Models to and from Hugging Face's format, and the proof that they agree.",
+        about="Convert models to and from Hugging Face's format, and check that both agree.",
         examples=_EXAMPLES,
         notes=_NOTES,
     )
@@ -61,11 +61,15 @@ def _parser() -> CommandParser:
     group = check_options.add_argument_group("the comparison")
     group.add_argument("--text", default=TEXT, help=f"text to run on: a file, folder or glob (default: {TEXT})")
     group.add_argument("--rows", type=_positive, default=2, help="rows of text (default: 2)")
-    group.add_argument("--tokens", type=_positive, help="tokens of a row (default: 257, or three chunks of the scan)")
     group.add_argument(
-        "--check-dtype", choices=("fp32", "bf16"), default="fp32", help="both compute in it (default: fp32)"
+        "--tokens", type=_positive, help="tokens of a row (default: 257, or two chunks of the scan plus one token)"
     )
-    group.add_argument("--device", choices=("auto", "cpu", "cuda"), default="cpu", help="where both run (default: cpu)")
+    group.add_argument(
+        "--check-dtype", choices=("fp32", "bf16"), default="fp32", help="format both models compute in (default: fp32)"
+    )
+    group.add_argument(
+        "--device", choices=("auto", "cpu", "cuda"), default="cpu", help="device both models run on (default: cpu)"
+    )
     group.add_argument("--tolerance", type=float, help="largest relative error (default: 1e-4; bf16 5e-2)")
     group.add_argument(
         "--open-clamp",
@@ -74,8 +78,8 @@ def _parser() -> CommandParser:
         "published weights were trained",
     )
     converting = CommandParser(add_help=False)
-    converting.add_argument("--out", type=Path, required=True, help="folder to make; it must not hold anything yet")
-    converting.add_argument("--name", help="what the model is called (default: the name of --out)")
+    converting.add_argument("--out", type=Path, required=True, help="folder to create; must not exist or be empty")
+    converting.add_argument("--name", help="name of the model (default: the name of --out)")
     converting.add_argument(
         "--dtype",
         choices=("keep", "fp32", "bf16"),
@@ -90,12 +94,12 @@ def _parser() -> CommandParser:
     export.add_argument("checkpoint", type=run_or_path, help="run (its newest checkpoint) or checkpoint folder")
     export.add_argument("--tokenizer", type=Path, help="tokenizer.json (default: that of the run's prepared data)")
     export.add_argument("--max-positions", type=_positive, help="max_position_embeddings (default: data.row_tokens)")
-    export.add_argument("--vocab", type=_positive, help="rows of the embedding to write, where ours was padded")
+    export.add_argument("--vocab", type=_positive, help="rows of the embedding to write, if ours was padded")
     export.add_argument(
         "--license", help="licence on the model card, e.g. apache-2.0 (default: that of an import, or unknown)"
     )
     export.add_argument(
-        "--push", metavar="OWNER/NAME", help="also upload it to the Hugging Face hub, private where it is new"
+        "--push", metavar="OWNER/NAME", help="also upload it to the Hugging Face hub, private if it is new"
     )
     export.add_argument("--file-gb", type=float, default=5.0, help="largest weight file, in GB (default: 5)")
 

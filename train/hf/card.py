@@ -1,4 +1,4 @@
-"""The model card of an exported directory: what a stranger needs to judge and to repeat a model, on one page.
+"""The model card of an exported directory: one page to judge and reproduce the model.
 
 recipe, manifest of the checkpoint, metrics of its run, comparison with transformers --> README.md, recipe.yaml, loss.png
 """
@@ -27,7 +27,7 @@ _ARTICLES = {
 
 @dataclass(frozen=True)
 class Release:
-    """What a card is written from."""
+    """Everything a card is written from."""
 
     name: str
     recipe: Recipe
@@ -41,13 +41,13 @@ class Release:
     stored_as: str
     """Format of the files' tensors."""
     license: str | None
-    """Licence that its maker gives it, an id of the hub."""
+    """Licence from `--license`, as an id of the hub."""
     origin: dict[str, Any]
-    """What the card of the model it was imported from says of licence, language and origin."""
+    """Licence, language and origin from the card of the imported model."""
 
 
 def write_card(folder: Path, release: Release) -> None:
-    """Write README.md, recipe.yaml, and loss.png where the run's metrics are still there, into `folder`."""
+    """Write README.md, recipe.yaml and, if the run still has metrics, loss.png into `folder`."""
     (folder / "recipe.yaml").write_text(yaml.safe_dump(release.manifest.recipe, sort_keys=False))
     record = _record(release.checkpoint)
     if record is not None and record.steps:
@@ -78,7 +78,7 @@ def _page(release: Release, record: RunRecord | None) -> list[str]:
         f"# {release.name}",
         "",
         f"A language model of the {name} family ({papers}) with {release.converted.parameters:,} parameters, after "
-        f"{manifest.tokens:,} tokens. It is a base model: it continues text, it was not taught to follow instructions.",
+        f"{manifest.tokens:,} tokens. It is a base model: it continues text and was not trained to follow instructions.",
         "",
         *_model(release),
         *_use(release),
@@ -126,13 +126,13 @@ def _use(release: Release) -> list[str]:
         "print(tokenizer.decode(model.generate(**prompt, max_new_tokens=100)[0]))",
         "```",
         "",
-        "No code of this directory is run: the class is transformers' own.",
+        "No code from this directory is run: transformers has the class built in.",
         *_versions(release),
     ]
 
 
 def _versions(release: Release) -> list[str]:
-    """Which versions of transformers compute the model rightly."""
+    """The versions of transformers that compute the model correctly."""
     model = release.recipe.model
     if "M" not in model.pattern:
         return []
@@ -205,10 +205,10 @@ def _lineage(release: Release, record: RunRecord | None) -> list[str]:
     if manifest.tensors:
         rows["fingerprint of the weights"] = f"`{manifest.fingerprint}`"
     if manifest.lineage:
-        told = ", ".join(
+        fields = ", ".join(
             f"{key} {value}" for key, value in manifest.lineage.items() if not isinstance(value, dict | list)
         )
-        rows["lineage"] = told or ", ".join(manifest.lineage)
+        rows["lineage"] = fields or ", ".join(manifest.lineage)
     if release.recipe.objective.teacher:
         rows["teacher"] = f"`{release.recipe.objective.teacher}`"
     if record is not None and record.resumes:

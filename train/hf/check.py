@@ -1,11 +1,11 @@
-"""Do two implementations compute the same function? Our model beside transformers', block by block, on the same tokens.
+"""Compare our model with transformers' implementation, block by block, on the same tokens.
 
-    ours, theirs, tokens --> Agreement: a row per block, logits, logits by our caches; the first block that drifts
+    ours, theirs, tokens --> Agreement: a row per block, logits, logits with our caches; the first block that drifts
 
-A block of ours is measured twice. *Alone*: it is given the other side's input, so its error is its own; the measure is
-the difference of what the two add to the residual stream, over the size of what theirs adds. *So far*: each side has run
-on its own input from the tokens on, so errors of earlier blocks are in it. A block drifts when its own error is beyond
-the tolerance; rounding of the residual stream is allowed for where a block adds little to a large stream.
+Each block of ours is measured twice. *Alone*: it gets the input of their block, so the error is its own. The measure is
+the difference between what the two add to the residual stream, divided by the norm of what theirs adds. *So far*: each
+model runs from the tokens on its own states, so errors of earlier blocks are included. A block drifts if its own error
+exceeds the tolerance plus an allowance for rounding, which matters if a block adds little to a large residual stream.
 """
 
 import math
@@ -26,60 +26,60 @@ from train.inference.decode import Sampling, forward_cached, generate
 from train.model.context import LayerCaches
 
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2}
-"""Largest relative error by the format both sides compute in."""
+"""Largest relative error, by the format that both models compute in."""
 
 _ROUNDINGS = 32
-"""Roundings of the residual stream that a block's error may hold beside the tolerance."""
+"""Roundings of the residual stream allowed in a block's error, in addition to the tolerance."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """One place in the model."""
+    """The comparison at one place in the model."""
 
     theirs: str
     ours: str
     alone: float
-    """Relative error given the other side's input."""
+    """Relative error of our block on the input of theirs."""
     limit: float
-    """What `alone` may be at most."""
+    """Upper limit of `alone`."""
     error: float
-    """Relative error of the output, so far."""
+    """Relative error of the output, including earlier blocks."""
     cosine: float
-    """Cosine of the outputs, so far."""
+    """Cosine of the outputs, including earlier blocks."""
 
     @property
     def drifts(self) -> bool:
-        """Whether this place computes something else. A NaN drifts."""
+        """Whether the error exceeds the limit. NaN counts as drift."""
         return not self.alone <= self.limit
 
 
 @dataclass(frozen=True)
 class Agreement:
-    """What came out of a comparison."""
+    """The result of a comparison."""
 
     rows: list[Row]
     tokens: int
     tolerance: float
     dtype: str
     logits_worst: float
-    """Largest difference of a logit over the largest logit."""
+    """Largest difference of a logit, divided by the largest logit."""
     same_choice: float
-    """Share of places where both find the same token likeliest."""
+    """Share of positions with the same most likely token."""
     cached_worst: float
-    """The same of our logits by our caches, token by token along the given text."""
+    """`logits_worst` of our logits with caches, computed token by token along the same text."""
     generated: int
-    """Tokens continued greedily by both: information only, since one rounding at two likely tokens parts equal models."""
+    """Tokens generated greedily by both. Information only: rounding alone can change the choice between two likely tokens."""
     generated_same: int
-    """How many of them agree, from the first on."""
+    """How many of them agree before the first difference."""
 
     @property
     def first_drift(self) -> Row | None:
-        """The first place that computes something else."""
+        """The first place that drifts."""
         return next((row for row in self.rows if row.drifts), None)
 
     @property
     def problems(self) -> list[str]:
-        """Why the two are not the same function; empty where they are."""
+        """Why the two models disagree; empty if they agree."""
         found = []
         if (row := self.first_drift) is not None:
             others = sum(other.drifts for other in self.rows) - 1
@@ -109,20 +109,20 @@ class Agreement:
         return lines
 
     def summary(self) -> list[str]:
-        """The rest, a line each."""
+        """The results that are not in the table, one per line."""
         return [
             f"{self.tokens:,} tokens of text in {self.dtype}: logits within {self.logits_worst:.1e} of the largest, "
-            f"{self.tolerance:.0e} allowed; the same likeliest token at {100 * self.same_choice:.2f} % of the places.",
+            f"{self.tolerance:.0e} allowed; the same most likely token at {100 * self.same_choice:.2f} % of the positions.",
             f"Token by token through our caches, as in generation: logits within {self.cached_worst:.1e} of the largest. "
             f"Greedy continuation: {self.generated_same} of {self.generated} tokens the same (information only).",
         ]
 
 
 def load_theirs(folder: Path, *, dtype: torch.dtype, device: torch.device, open_clamp: bool = False) -> Any:
-    """transformers' model of a directory, no code of the directory run. BackendError where the package is missing.
+    """transformers' model of a directory; no code of the directory is run. BackendError if the package is missing.
 
-    open_clamp: let transformers' Nemotron-H use dt below `time_step_min`, as it was trained. CheckpointError where weights
-    are missing or left over.
+    open_clamp: let transformers' Nemotron-H use dt below `time_step_min`, as in its training. CheckpointError if weights are
+    missing or unexpected.
     """
     transformers = _transformers()
     with quiet():
@@ -140,7 +140,13 @@ def load_theirs(folder: Path, *, dtype: torch.dtype, device: torch.device, open_
                 use_safetensors=True,
                 output_loading_info=True,
             )
-        except (RuntimeError, ValueError, TypeError, KeyError, AttributeError) as error:  # whatever its classes raise
+        except (
+            RuntimeError,
+            ValueError,
+            TypeError,
+            KeyError,
+            AttributeError,
+        ) as error:  # its classes raise any of these for a bad config
             raise CheckpointError(f"transformers cannot load {folder}: {error}") from error
     problems = [
         f"{kind.replace('_', ' ')}: {', '.join(sorted(map(str, loading[kind]))[:8])}"
@@ -148,13 +154,13 @@ def load_theirs(folder: Path, *, dtype: torch.dtype, device: torch.device, open_
         if loading.get(kind)
     ]
     if problems:
-        raise CheckpointError(f"transformers does not take {folder} as it is: {'; '.join(problems)}.")
+        raise CheckpointError(f"transformers cannot load all weights of {folder}: {'; '.join(problems)}.")
     return model.eval().to(device)
 
 
 def their_ids(folder: Path, text: str, *, with_special: bool = False) -> list[int]:
-    """Ids that transformers' tokenizer of a directory gives a text; with_special: as a stranger calls it, with whatever its
-    template adds."""
+    """Token ids of a text by transformers' tokenizer of a directory. with_special: include the tokens its template adds, as in
+    a plain call `tokenizer(text)`."""
     transformers = _transformers()
     with quiet():
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
@@ -171,9 +177,9 @@ def compare(
     tolerance: float | None = None,
     continue_tokens: int = 20,
 ) -> Agreement:
-    """Run both models on the same tokens and compare every block and the logits, of a whole row and of our caches.
+    """Run both models on the same tokens and compare every block and the logits, of whole rows and with our caches.
 
-    ours: the whole model on this rank, in eval mode. tolerance: None takes that of the format.
+    ours: the whole model on this rank, in eval mode. tolerance: None takes the default of the format.
     """
     with quiet():
         return _compare(ours, theirs, tokens_BS, model, tolerance, continue_tokens)
@@ -210,7 +216,7 @@ def _compare(
         members = range(index * per_block, (index + 1) * per_block)
         hidden = call.input.transpose(0, 1).contiguous()
         for member in members:
-            hidden = our_calls[member].again(hidden)
+            hidden = our_calls[member].rerun(hidden)
         added = call.output - call.input
         size, stream = _norm(added), _norm(call.output)
         rounding = _ROUNDINGS * torch.finfo(dtype).eps * stream / size if size else 0.0
@@ -226,7 +232,7 @@ def _compare(
             )
         )
     last, their_last = our_calls[-1], their_calls[-1]
-    normed = last.again(their_last.input.transpose(0, 1).contiguous()).transpose(0, 1)
+    normed = last.rerun(their_last.input.transpose(0, 1).contiguous()).transpose(0, 1)
     output = last.output.transpose(0, 1)
     rows.append(
         Row(
@@ -239,7 +245,9 @@ def _compare(
         )
     )
     error = _relative(our_logits, their_logits)
-    head_alone = error if not any(row.drifts for row in rows) else 0.0  # its input differs already
+    head_alone = (
+        error if not any(row.drifts for row in rows) else 0.0
+    )  # its input differs already: do not blame the head
     rows.append(Row("logits", "logits", head_alone, tolerance, error, _cosine(our_logits, their_logits)))
     prompt = min(32, tokens_BS.shape[1])
     text_S = tokens_BS[0, : prompt + continue_tokens]
@@ -250,15 +258,15 @@ def _compare(
         dtype=str(dtype).removeprefix("torch."),
         logits_worst=float((our_logits - their_logits).abs().max() / their_logits.abs().max()),
         same_choice=float((our_logits.argmax(-1) == their_logits.argmax(-1)).float().mean()),
-        cached_worst=_read_on(ours, text_S, their_logits[0], prompt),
+        cached_worst=_cached_error(ours, text_S, their_logits[0], prompt),
         generated=continue_tokens,
         generated_same=_greedy_same(ours, theirs, text_S[:prompt], continue_tokens),
     )
 
 
-def _read_on(ours: Any, tokens_S: torch.Tensor, their_logits_SV: torch.Tensor, prompt: int) -> float:
-    """Our caches along a given text: the first `prompt` tokens at once, then one at a time. -> largest difference of a logit
-    from theirs, over the largest logit."""
+def _cached_error(ours: Any, tokens_S: torch.Tensor, their_logits_SV: torch.Tensor, prompt: int) -> float:
+    """Run our model with caches along a text: the first `prompt` tokens at once, then one at a time. -> largest difference of
+    a logit from theirs, divided by the largest logit."""
     caches, worst = LayerCaches(), 0.0
     for start, end in [(0, prompt), *((place, place + 1) for place in range(prompt, len(tokens_S)))]:
         logits_V = forward_cached(ours, tokens_S[None, start:end], caches)[0, : their_logits_SV.shape[-1]]
@@ -267,8 +275,10 @@ def _read_on(ours: Any, tokens_S: torch.Tensor, their_logits_SV: torch.Tensor, p
 
 
 def _greedy_same(ours: Any, theirs: Any, prompt_S: torch.Tensor, count: int) -> int:
-    """Greedy tokens after a prompt that agree, from the first on. End-of-text tokens are tokens like any other on both
-    sides: transformers' `generate` would forbid them, or stop."""
+    """Number of greedy tokens after a prompt that agree before the first difference.
+
+    End-of-text tokens get no special treatment: transformers' `generate` would forbid them or stop, so it is not used.
+    """
     tokens = prompt_S
     for _ in range(count):
         tokens = torch.cat([tokens, theirs(tokens[None], use_cache=False).logits[0, -1:].argmax(-1)])
@@ -279,7 +289,7 @@ def _greedy_same(ours: Any, theirs: Any, prompt_S: torch.Tensor, count: int) -> 
 
 @dataclass
 class _Call:
-    """What one module was called with and what it gave."""
+    """One recorded call of a module: input, output and the other arguments."""
 
     module: Any
     input: torch.Tensor
@@ -287,8 +297,8 @@ class _Call:
     arguments: dict[str, Any]
     is_named: bool
 
-    def again(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Call the module once more with another input, all else the same."""
+    def rerun(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Call the module again with another input and the same other arguments."""
         if self.is_named:
             return _first(self.module(hidden_states=hidden, **self.arguments))
         return _first(self.module(hidden, **self.arguments))
@@ -332,7 +342,7 @@ def _cosine(ours: torch.Tensor, theirs: torch.Tensor) -> float:
 
 
 def wrong_scan() -> str | None:
-    """What to know of the installed transformers' Nemotron-H; None where there is nothing."""
+    """A note if the installed transformers computes Nemotron-H wrongly; None otherwise."""
     version = tuple(int(part) for part in _transformers().__version__.split(".")[:2])
     if not (5, 6) <= version <= (5, 13):
         return None
@@ -354,7 +364,7 @@ def _transformers() -> Any:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Without transformers' advice about kernels and its bars; errors are still raised."""
+    """Within the block, transformers shows no warnings and no progress bars. Errors are still raised."""
     logging = _transformers().utils.logging
     level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()

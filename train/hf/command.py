@@ -1,7 +1,7 @@
-"""What `stratum hf` does, assembled: conversion, tokenizer, recipe or card, comparison, in this order.
+"""The commands of `stratum hf`: conversion, tokenizer, recipe or card, comparison, in this order.
 
-Everything is written into a folder beside the target, which gets its name when the two models agree. Import this module
-after `train.megatron.prepare`.
+Everything is written into a temporary folder next to the target. It is renamed to the target when the models agree. Import
+this module after `train.megatron.prepare`.
 """
 
 import argparse
@@ -39,7 +39,7 @@ from train.checkpoint.tensors import StoredTensors
 from train.hf import card, hub, published, tokens
 from train.hf.check import Agreement, compare, load_theirs, their_ids, wrong_scan
 from train.hf.config import CONFIG, NO_CLAMP, SpecialTokens, clamp_of, family_of, from_config, read_config, to_config
-from train.hf.convert import different_weights, export_weights, import_weights, kept_format
+from train.hf.convert import different_weights, export_weights, import_weights, lossless_format
 from train.hf.files import WeightFiles
 from train.hf.recipe import Imported, imported_recipe, recipe_text
 from train.megatron import choose_device
@@ -50,12 +50,12 @@ _ROW_TOKENS = 257
 
 @dataclass(frozen=True)
 class CheckOptions:
-    """How a comparison is run."""
+    """Options of a comparison."""
 
     text: str
     rows: int
     row_tokens: int | None
-    """None: enough for three chunks of the scan."""
+    """None: 257, or two chunks of the scan plus one token if that is more."""
     dtype: str
     device: str
     tolerance: float | None
@@ -70,8 +70,8 @@ def export_model(parsed: argparse.Namespace) -> int:
     family_of(recipe.model)
     carried = published.published_of(path, manifest)
     if carried is None and "imported_from" in manifest.lineage:
-        _say(
-            f"note: the folder {published.PUBLISHED} of the import is gone; the configuration is written from the recipe alone."
+        _print(
+            f"note: the folder {published.PUBLISHED} of the import is missing; config.json is written from the recipe alone."
         )
     found = _tokenizer_for(parsed, recipe, manifest)
     special = tokens.special_tokens(found[0]) if found else SpecialTokens(None, None, None)
@@ -79,7 +79,7 @@ def export_model(parsed: argparse.Namespace) -> int:
     stored = StoredTensors(path)
     name = parsed.name or parsed.out.name
     needed = sum(entry.nbytes for entry in stored.weights.values())
-    with _aside(parsed.out, needed=needed) as (folder, publish):
+    with _staging_folder(parsed.out, needed=needed) as (folder, publish):
         with _bar(f"exporting {name}", folder, stored) as advance:
             converted = export_weights(
                 stored,
@@ -113,11 +113,11 @@ def export_model(parsed: argparse.Namespace) -> int:
         if agreement is not None and agreement.problems:
             return _refuse(agreement, f"{parsed.out} was not written", config=config)
         publish()
-    _say(
+    _print(
         f"wrote {parsed.out}: {converted.parameters:,} parameters, {converted.nbytes / 1e9:.3g} GB, model card README.md"
     )
     if parsed.push is not None:
-        _say(f"pushed to {hub.push(parsed.out, parsed.push)}")
+        _print(f"pushed to {hub.push(parsed.out, parsed.push)}")
     return _conclude(agreement, why, f"stratum hf check {parsed.checkpoint} {parsed.out}")
 
 
@@ -129,7 +129,7 @@ def import_model(parsed: argparse.Namespace) -> int:
     model = replace(theirs, vocab=-(-theirs.vocab // step) * step)
     files = WeightFiles(parsed.directory)
     name = parsed.name or parsed.out.name
-    params = kept_format(files, model, vocab=theirs.vocab) if parsed.dtype == "keep" else parsed.dtype
+    params = lossless_format(files, model, vocab=theirs.vocab) if parsed.dtype == "keep" else parsed.dtype
     file, end_of_document = tokens.tokenizer_file(parsed.directory), tokens.end_of_document_of(parsed.directory, config)
     imported = Imported(
         name=name,
@@ -142,7 +142,7 @@ def import_model(parsed: argparse.Namespace) -> int:
         row_tokens=min(config.get("max_position_embeddings", 1024), 1024),
     )
     recipe = imported_recipe(imported)
-    with _aside(parsed.out, needed=files.nbytes) as (folder, publish):
+    with _staging_folder(parsed.out, needed=files.nbytes) as (folder, publish):
         writing = folder / ".checkpoint.writing"
         writing.mkdir()
         with _bar(f"importing {name}", folder, files) as advance:
@@ -165,11 +165,11 @@ def import_model(parsed: argparse.Namespace) -> int:
         if agreement is not None and agreement.problems:
             return _refuse(agreement, f"{parsed.out} was not written", config=config)
         publish()
-    _say(
+    _print(
         f"wrote {parsed.out}: {converted.parameters:,} parameters in {parsed.out}/checkpoint; the recipe is {name}.yaml:"
     )
     for command in ("prepare", "train", "generate"):
-        _say(f"  {STRATUM} {command} --config-dir {parsed.out} -cn {name}")
+        _print(f"  {STRATUM} {command} --config-dir {parsed.out} -cn {name}")
     return _conclude(agreement, why, f"stratum hf check {parsed.out} {parsed.directory}")
 
 
@@ -181,12 +181,12 @@ def check_models(parsed: argparse.Namespace) -> int:
     differing = _different_fields(recipe.model, theirs)
     if differing:
         raise RecipeError(
-            f"{parsed.directory / CONFIG} describes another model than {path}:\n  " + "\n  ".join(differing)
+            f"{parsed.directory / CONFIG} describes a different model than {path}:\n  " + "\n  ".join(differing)
         )
     files, stored = WeightFiles(parsed.directory), StoredTensors(path)
     vocab = theirs.vocab
     different = different_weights(stored, files, model=recipe.model, vocab=vocab)
-    _say(
+    _print(
         f"weights: {len(files.entries) - len(different)} of {len(files.entries)} tensors hold the same numbers"
         + (f"; not {', '.join(different[:8])}{', ...' if len(different) > 8 else ''}" if different else "")
     )
@@ -202,7 +202,7 @@ def check_models(parsed: argparse.Namespace) -> int:
 def _tokenizer_for(
     parsed: argparse.Namespace, recipe: Recipe, manifest: storage.Manifest
 ) -> tuple[Tokenizer, Path] | None:
-    """The tokenizer to export and its file. None where the checkpoint never had one: weights imported without."""
+    """The tokenizer to export and its file. None for weights that were imported without a tokenizer."""
     if parsed.tokenizer is not None:
         found = load_tokenizer(parsed.tokenizer, recipe.data.tokenizer), parsed.tokenizer
     else:
@@ -210,7 +210,7 @@ def _tokenizer_for(
             found = open_tokenizer(recipe)
         except DataError as error:
             if "imported_from" in manifest.lineage and not manifest.tokenizer and recipe.data.tokenizer.path is None:
-                _say(
+                _print(
                     "note: the weights were imported without a tokenizer, so none is written. --tokenizer PATH adds one."
                 )
                 return None
@@ -220,7 +220,7 @@ def _tokenizer_for(
 
 
 def _published_vocab(manifest: storage.Manifest, model: ModelConfig, tokenizer: Tokenizer | None) -> int | None:
-    """Rows of the published embedding, where ours was padded on import and no token uses the added rows; None: as ours."""
+    """Rows of the published embedding, if ours was padded on import and no token uses the added rows; None: as ours."""
     vocab = manifest.lineage.get("vocab")
     if not isinstance(vocab, int) or vocab >= model.vocab or (tokenizer is not None and tokenizer.vocab_size > vocab):
         return None
@@ -237,7 +237,7 @@ def _config_for(
     dtype: str,
     vocab: int | None,
 ) -> dict[str, Any]:
-    """config.json of an export: of an imported model the published one, with what has changed since."""
+    """config.json of an export. For an imported model it is the published one, with the changes since."""
     if carried is None:
         positions = parsed.max_positions or recipe.data.row_tokens
         return to_config(recipe.model, tokens=special, max_positions=positions, dtype=dtype, vocab=vocab)
@@ -264,7 +264,7 @@ def _write_tokenizer(
     untouched: bool,
     config: dict[str, Any],
 ) -> None:
-    """The tokenizer's files: the published ones where it is the same tokenizer, without added tokens once trained here."""
+    """Write the tokenizer files: the published ones if the tokenizer is the same. After training here, without added tokens."""
     if carried is not None:
         source = tokens.tokenizer_file(carried)
         same = source is not None and (
@@ -276,7 +276,9 @@ def _write_tokenizer(
                 tokens.as_trained(folder)
             return
     if not tokens.write_tokenizer(folder, file, tokenizer, max_positions=config["max_position_embeddings"]):
-        _say(f"note: transformers reads {file.name} otherwise than this project; it is there without a configuration.")
+        _print(
+            f"note: transformers reads {file.name} differently from this project, so it is written without a configuration."
+        )
 
 
 def _compare_as_trained(
@@ -288,14 +290,14 @@ def _compare_as_trained(
     folder: Path,
     strange: bool = False,
 ) -> tuple[Agreement | None, str]:
-    """`_compare_unless`; where transformers' clamp on dt of a published config is all that differs, without it, and said."""
+    """`_compare_unless`; if only transformers' clamp on dt makes the models differ, without the clamp, with a note."""
     agreement, why = _compare_unless(parsed, recipe, checkpoint=checkpoint, folder=folder, strange=strange)
     if agreement is not None and agreement.problems and clamp_of(config) and not parsed.open_clamp:
-        parsed.open_clamp = True  # do the weights agree as they were trained?
+        parsed.open_clamp = True  # compare again without the clamp, as the weights were trained
         opened, _ = _compare_unless(parsed, recipe, checkpoint=checkpoint, folder=folder, strange=strange)
         if opened is not None and not opened.problems:
             agreement = opened
-            _say(
+            _print(
                 f"note: transformers clamps dt at time_step_min={clamp_of(config)} of {CONFIG}, which changes what this "
                 f"model computes; without the clamp, as the weights were trained, the two agree."
             )
@@ -305,7 +307,7 @@ def _compare_as_trained(
 def _compare_unless(
     parsed: argparse.Namespace, recipe: Recipe, *, checkpoint: Path, folder: Path, strange: bool = False
 ) -> tuple[Agreement | None, str]:
-    """Compare after a conversion, or say why not: asked not to, no transformers, not enough memory for both models."""
+    """(comparison after a conversion, "") or (None, why not): --no-check, no transformers, or not enough memory."""
     if parsed.no_check:
         return None, "--no-check was given."
     options = _options(parsed)
@@ -325,7 +327,7 @@ def _compare(
 ) -> Agreement:
     """Our model of a checkpoint next to transformers' of a directory, on real text.
 
-    strange: the directory's tokenizer is called as a stranger calls it, and must give the ids of training.
+    strange: call the directory's tokenizer with its template, as any user would; it must give the ids of training.
     """
 
     device = choose_device(options.device)  # type: ignore[arg-type]
@@ -338,7 +340,7 @@ def _compare(
 
 
 def _batch(options: CheckOptions, recipe: Recipe, folder: Path, *, strange: bool) -> torch.Tensor:
-    """Rows of real text in the directory's own tokenizer, [rows, row_tokens], from places spread over the text."""
+    """Rows of token ids of real text by the directory's tokenizer, [rows, row_tokens], spread evenly over the text."""
     source = SourceConfig(path=options.text, max_bytes=4_000_000)
     text = "\n".join(document.text for document in documents("check", source))
     ids = _ids(text, recipe, folder, strange=strange)
@@ -346,7 +348,7 @@ def _batch(options: CheckOptions, recipe: Recipe, folder: Path, *, strange: bool
     row_tokens = options.row_tokens or max(_ROW_TOKENS, 2 * chunk + 1)
     if row_tokens <= chunk:
         raise RecipeError(
-            f"--tokens {row_tokens} is within one chunk of the scan ({chunk} tokens): what passes from chunk to chunk would not "
+            f"--tokens {row_tokens} is within one chunk of the scan ({chunk} tokens): the state passed between chunks would not "
             f"be compared. Use --tokens {2 * chunk + 1}."
         )
     wanted = options.rows * row_tokens
@@ -354,9 +356,9 @@ def _batch(options: CheckOptions, recipe: Recipe, folder: Path, *, strange: bool
         raise DataError(f"{options.text} has {len(ids):,} tokens, {wanted:,} are needed. Lower --rows or --tokens.")
     window = recipe.model.window_tokens
     if "w" in recipe.model.pattern and row_tokens <= window:
-        _say(
-            f"note: rows of {row_tokens:,} tokens fit into the window of {window:,}, so local attention is not "
-            f"told from global. Use --tokens {window + 256}."
+        _print(
+            f"note: rows of {row_tokens:,} tokens fit into the window of {window:,}, so local and global attention "
+            f"cannot be distinguished. Use --tokens {window + 256}."
         )
     gap = (len(ids) - row_tokens) // max(1, options.rows - 1) if options.rows > 1 else 0
     return torch.tensor([ids[row * gap : row * gap + row_tokens] for row in range(options.rows)])
@@ -369,8 +371,8 @@ def _longest_chunk(recipe: Recipe, folder: Path) -> int:
 
 
 def _ids(text: str, recipe: Recipe, folder: Path, *, strange: bool) -> list[int]:
-    """Ids of a text by the directory's tokenizer, which must be the same for transformers and for us; else by the run's,
-    else its bytes: whether two models compute the same does not depend on what the ids stand for."""
+    """Token ids of a text by the directory's tokenizer, which must give the same ids in transformers and here. Without one, by
+    the run's tokenizer, or else the bytes of the text: the comparison of two models does not depend on the meaning of ids."""
     path = tokens.tokenizer_file(folder)
     if path is None or not (folder / tokens.CONFIG).is_file():
         try:
@@ -379,20 +381,20 @@ def _ids(text: str, recipe: Recipe, folder: Path, *, strange: bool) -> list[int]
             else:
                 tokenizer = load_tokenizer(path, recipe.data.tokenizer)
         except DataError:
-            _say(f"note: {folder} has no tokenizer that can be read; ids are the bytes of the text.")
+            _print(f"note: {folder} has no tokenizer that can be read; ids are the bytes of the text.")
             return [byte % recipe.model.vocab for byte in text.encode()]
-        _say(f"note: {folder} has no tokenizer for transformers; ids are from {path}.")
+        _print(f"note: {folder} has no tokenizer for transformers; ids are from {path}.")
         return tokenizer.encode(text)
     ids = their_ids(folder, text, with_special=strange)
     try:
         ours = load_tokenizer(path, recipe.data.tokenizer).encode(text)
     except DataError as error:
-        _say(f"note: the tokenizer was not compared: {error}")
+        _print(f"note: the tokenizer was not compared: {error}")
         return ids
     if ours != ids:
         place = next((i for i, (a, b) in enumerate(zip(ours, ids, strict=False)) if a != b), min(len(ours), len(ids)))
         raise CheckpointError(
-            f"{folder}: transformers and this project make other token ids of the same text, from id {place:,} on."
+            f"{folder}: transformers and this project give different token ids for the same text, from id {place:,} on."
         )
     return ids
 
@@ -410,23 +412,23 @@ def _options(parsed: argparse.Namespace) -> CheckOptions:
 
 
 def _checkpoint_at(place: Path) -> tuple[Path, storage.Manifest]:
-    """The checkpoint of a run's folder, of an import's, or the folder itself."""
+    """The checkpoint in a run folder, in an import folder, or the folder itself."""
     return checkpoint_at(place / "checkpoint" if (place / "checkpoint").is_dir() else place)
 
 
 def _recipe_of(mapping: dict[str, object], path: Path) -> Recipe:
     if not mapping:
-        raise CheckpointError(f"{path} does not say which recipe it is of, so its model is not known.")
+        raise CheckpointError(f"{path} has no recipe, so its model is not known.")
     return recipe_from_mapping(mapping)
 
 
 def _different_fields(ours: ModelConfig, theirs: ModelConfig) -> list[str]:
-    """Fields of the two models that disagree and matter to the function. Our vocabulary may be padded."""
+    """Differing fields of the two models that affect the function. Our vocabulary may be padded."""
     family = family_of(ours)
     free = {"init_std", "vocab", "mamba_chunk", "window_tokens" if "w" not in ours.pattern else "", "query_scale"}
     free |= {"rope_base", "rope_scaling", "rope_factor", "rope_original_tokens"} if ours.position == "none" else set()
     if family == "nemotron_h":
-        free.add("tie_embeddings")  # written as two equal matrices
+        free.add("tie_embeddings")  # exported as two equal matrices
     else:
         free |= {name for name in asdict(ours) if name.startswith("mamba_")}
     pairs = [(name, value, asdict(theirs)[name]) for name, value in asdict(ours).items() if name not in free]
@@ -439,27 +441,27 @@ def _different_fields(ours: ModelConfig, theirs: ModelConfig) -> list[str]:
 
 
 def _copy_tokenizer(file: Path | None, folder: Path, end_of_document: str | None) -> str:
-    """Take the tokenizer along. -> its fingerprint, empty where there is none or this project cannot read it."""
+    """Copy the tokenizer. -> its fingerprint; empty if there is none or this project cannot read it."""
     if file is None or end_of_document is None:
-        _say("note: the directory has no tokenizer; set data.tokenizer in the recipe before preparing data.")
+        _print("note: the directory has no tokenizer; set data.tokenizer in the recipe before preparing data.")
         return ""
     shutil.copyfile(file, folder / file.name)
     try:
         return load_tokenizer(folder / file.name, TokenizerConfig(end_of_document=end_of_document)).fingerprint
     except DataError as error:
-        _say(f"note: {error}")
+        _print(f"note: {error}")
         return ""
 
 
 @contextmanager
-def _aside(out: Path, *, needed: int) -> Iterator[tuple[Path, Callable[[], None]]]:
-    """A folder beside `out`, and what makes it `out`. Where that was not called it disappears when the block is left."""
+def _staging_folder(out: Path, *, needed: int) -> Iterator[tuple[Path, Callable[[], None]]]:
+    """A temporary folder next to `out`, and a function that renames it to `out`. If that is not called, it is removed."""
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise RecipeError(f"{out} is not empty. Choose another --out; nothing is overwritten.")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise RecipeError(f"{out.parent} cannot be made: {error.strerror}. Choose another --out.") from error
+        raise RecipeError(f"{out.parent} cannot be created: {error.strerror}. Choose another --out.") from error
     free = shutil.disk_usage(out.parent).free
     if free < needed:
         raise RecipeError(f"{out} needs {needed / 1e9:.3g} GB, {free / 1e9:.3g} GB are free there.")
@@ -480,7 +482,7 @@ def _aside(out: Path, *, needed: int) -> Iterator[tuple[Path, Callable[[], None]
 
 @contextmanager
 def _bar(title: str, folder: Path, source: object) -> Iterator[Callable[[int], None]]:
-    """A progress bar in bytes for models that take a while, on a terminal."""
+    """A progress bar in bytes, for large models only."""
     weights = getattr(source, "weights", None) or getattr(source, "entries", {})
     total = sum(entry.nbytes for entry in weights.values())
     columns = (
@@ -497,10 +499,10 @@ def _bar(title: str, folder: Path, source: object) -> Iterator[Callable[[int], N
 
 def _conclude(agreement: Agreement | None, why: str, command: str) -> int:
     if agreement is None:
-        _say(f"NOT COMPARED with transformers: {why}\nA conversion is done when the two agree: {command}")
+        _print(f"NOT COMPARED with transformers: {why}\nCompare later with: {command}")
         return 0
     _show(agreement)
-    _say("The two agree.")
+    _print("The two agree.")
     return 0
 
 
@@ -517,16 +519,16 @@ def _refuse(
     clamp = clamp_of(config or {})
     if clamp:
         sys.stderr.write(
-            f"  {CONFIG} has time_step_min={clamp}: transformers clamps dt there, which the published weights were not "
-            f"trained with. --open-clamp compares without; in {CONFIG}, {NO_CLAMP} does.\n"
+            f"  {CONFIG} has time_step_min={clamp}: transformers clamps dt at this value, but the published weights "
+            f"were trained without a clamp. --open-clamp compares without it, and so does {NO_CLAMP} in {CONFIG}.\n"
         )
     return 1
 
 
 def _show(agreement: Agreement) -> None:
     for line in [*agreement.table(), "", *agreement.summary()]:
-        _say(line)
+        _print(line)
 
 
-def _say(text: str) -> None:
+def _print(text: str) -> None:
     sys.stdout.write(text + "\n")

@@ -1,14 +1,14 @@
-"""A model's shape as Hugging Face's config.json, and back: every field written, nothing read without being understood.
+"""Conversion between a model's shape and Hugging Face's config.json. Unknown values of known fields are errors.
 
-    ModelConfig --family_of--> "nemotron_h" | "gemma2" | RecipeError naming the field that neither has
+    ModelConfig --family_of--> "nemotron_h" | "gemma2" | RecipeError naming the fields that neither supports
     ModelConfig --to_config--> dict for config.json        config.json --from_config--> ModelConfig
 
-Each family has fields that carry a value of ours under another name, and fields that have one value because our layers do
-only that; a config that asks for something else there is refused, by name.
+Each family has fields that are ours under another name, and fields with one fixed value because our layers do only that.
+A config with another value there is refused, naming the field.
 
 transformers' Nemotron-H clamps dt from below at `time_step_min` (0.001 in the published configs); Megatron, which trained
-the published weights, and this project do not. An exported config sets it to 1e-30, which clamps nothing: files and code
-then compute the function that was trained. It stays above zero because random initialization takes its logarithm.
+the published weights, and this project do not. An exported config sets it to 1e-30, which clamps nothing, so that
+transformers computes the function that was trained. It is not 0 because random initialization takes its logarithm.
 """
 
 import json
@@ -32,7 +32,7 @@ NO_CLAMP = 1e-30
 
 @dataclass(frozen=True)
 class SpecialTokens:
-    """Ids that Hugging Face's configs and tokenizers name; None where there is none."""
+    """Special token ids of Hugging Face's configs and tokenizers; None if there is none."""
 
     bos: int | None
     eos: int | None
@@ -68,7 +68,7 @@ _NAMES: dict[Family, dict[str, str]] = {
         "final_logit_softcapping": "logit_softcap",
     },
 }
-"""Their name: our field, where the value is the same."""
+"""Their name -> our field, for fields with equal values."""
 
 _FIXED: dict[Family, dict[str, Any]] = {
     "nemotron_h": {
@@ -93,11 +93,11 @@ _FIXED: dict[Family, dict[str, Any]] = {
         "hidden_activation": "gelu_pytorch_tanh",
     },
 }
-"""What our layers do, whatever the recipe says."""
+"""Fields with the one value that our layers support."""
 
 _WRITTEN: dict[Family, dict[str, Any]] = {
     "nemotron_h": {
-        "expand": 2,  # read by nobody: the inner width is mamba_num_heads x mamba_head_dim
+        "expand": 2,  # unused by the class: the inner width is mamba_num_heads x mamba_head_dim
         "mamba_ssm_cache_dtype": "float32",
         "num_logits_to_keep": 1,
         "rescale_prenorm_residual": True,
@@ -109,7 +109,7 @@ _WRITTEN: dict[Family, dict[str, Any]] = {
     },
     "gemma2": {"cache_implementation": "hybrid", "hidden_act": "gelu_pytorch_tanh", "use_cache": True},
 }
-"""Fields that do not change what our model computes; not looked at when a config is read."""
+"""Fields that do not change what our model computes; ignored when a config is read."""
 
 _NOT_READ = (
     "_name_or_path", "architectures", "auto_map", "bos_token_id", "eos_token_id", "pad_token_id", "torch_dtype", "dtype",
@@ -117,12 +117,12 @@ _NOT_READ = (
     "hybrid_override_pattern", "layers_block_type", "layer_types", "mlp_hidden_act", "attention_head_dim",
     "rms_norm_eps", "query_pre_attn_scalar", "rope_theta", "rope_parameters", "rope_scaling", "time_step_limit",
     "sliding_window_size", "_attn_implementation", "attn_implementation",
-    # Fields of layers that Nemotron-H's class has and a pattern of M, * and - does not use.
+    # Fields of layer types that a pattern of M, * and - does not have.
     "moe_intermediate_size", "moe_latent_size", "moe_shared_expert_intermediate_size", "moe_shared_expert_overlap",
     "mtp_layers_block_type", "mtp_hybrid_override_pattern", "n_group", "n_routed_experts", "n_shared_experts",
     "norm_topk_prob", "num_experts_per_tok", "output_router_logits", "routed_scaling_factor", "topk_group",
 )  # fmt: skip
-"""Fields that are read on their own below, or say nothing about the function computed."""
+"""Fields that other functions below read, or that do not affect the function computed."""
 
 _ACTIVATIONS = {"squared_relu": "relu2", "gelu": "gelu_pytorch_tanh", "silu": "silu"}
 _LAYERS = {"M": "linear_attention", "*": "full_attention", "-": "mlp", "E": "moe"}
@@ -131,7 +131,7 @@ _LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
 
 
 def family_of(model: ModelConfig) -> Family:
-    """The family whose class computes this model. RecipeError names the fields that keep it out of each."""
+    """The family whose class computes this model. RecipeError names the fields that exclude it from each family."""
     problems: dict[Family, list[str]] = {"nemotron_h": _not_nemotron(model), "gemma2": _not_gemma(model)}
     for family, found in problems.items():
         if not found:
@@ -143,7 +143,7 @@ def family_of(model: ModelConfig) -> Family:
 def to_config(
     model: ModelConfig, *, tokens: SpecialTokens, max_positions: int, dtype: str, vocab: int | None = None
 ) -> dict[str, Any]:
-    """config.json of a model, keys sorted. dtype: torch's name of the stored format. vocab: theirs, None is ours."""
+    """config.json of a model, keys sorted. dtype: torch's name of the stored format. vocab: theirs; None: as ours."""
     family = family_of(model)
     kinds = layer_kinds(model.pattern)
     config: dict[str, Any] = {
@@ -180,7 +180,7 @@ def to_config(
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """config.json of a Hugging Face directory. RecipeError where there is none."""
+    """config.json of a Hugging Face directory. RecipeError if it is missing or damaged."""
     path = folder / CONFIG
     try:
         config = json.loads(path.read_text())
@@ -198,13 +198,11 @@ def from_config(config: dict[str, Any], *, where: str) -> ModelConfig:
         raise RecipeError(f"{where}: model_type={family!r} is not supported. Supported: {', '.join(_CLASSES)}.")
     problems: list[str] = []
     for key, value in _FIXED[family].items():
-        if (
-            key in config and config[key] != value and (config[key] or value)
-        ):  # null, false and 0 say the same: not used
+        if key in config and config[key] != value and (config[key] or value):  # null, false and 0 all mean "not used"
             problems.append(f"{key}={config[key]!r}: only {value!r} is supported")
     known = {*_FIXED[family], *_WRITTEN[family], *_NAMES[family], *_NOT_READ}
     if strange := sorted(config.keys() - known):
-        log.warning("%s: not looked at: %s", where, ", ".join(strange))
+        log.warning("%s: ignored fields: %s", where, ", ".join(strange))
 
     def need(key: str, *others: str) -> Any:
         for name in (key, *others):
@@ -240,8 +238,8 @@ def from_config(config: dict[str, Any], *, where: str) -> ModelConfig:
 
 
 def usual(config: dict[str, Any]) -> dict[str, Any]:
-    """The same config as transformers' classes want it: fields that say "not used" by null, false or 0 in the way the class
-    does, and the width of a head under its usual name."""
+    """The same config in the form that transformers' classes accept: "not used" (null, false or 0) written as the class
+    writes it, and the head width under its usual name."""
     family: Family = config["model_type"]
     fixed = {key: value for key, value in _FIXED[family].items() if key in config and not config[key] and not value}
     if config.get("time_step_min", 1) is None:
@@ -252,7 +250,7 @@ def usual(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def clamp_of(config: dict[str, Any]) -> float:
-    """The lower bound that transformers puts on dt for this config; 0 where it has none worth the name."""
+    """The lower bound on dt that transformers applies for this config; 0 if there is none, or if it is negligible."""
     if config.get("model_type") != "nemotron_h":
         return 0.0
     floor = config.get("time_step_min", 1e-3)
@@ -291,7 +289,7 @@ def _not_gemma(model: ModelConfig) -> list[str]:
 
 
 def _check_bounds(config: dict[str, Any], problems: list[str]) -> None:
-    """dt has no bounds here, but for the lower one that transformers applies (`clamp_of`)."""
+    """Our dt has no bounds: refuse `time_step_limit`. `clamp_of` handles the lower bound `time_step_min`."""
     floor = config.get("time_step_min")
     if floor is not None and not isinstance(floor, int | float):
         problems.append(f"time_step_min={floor!r} is not a number")
@@ -324,7 +322,7 @@ def _nemotron_pattern(config: dict[str, Any], problems: list[str]) -> str | None
         problems.append("hybrid_override_pattern (or layers_block_type) is missing")
         return None
     if not isinstance(pattern, str):
-        problems.append(f"hybrid_override_pattern={pattern!r} is not a text")
+        problems.append(f"hybrid_override_pattern={pattern!r} is not a string")
         return None
     if config.get("num_hidden_layers", len(pattern)) != len(pattern):
         problems.append(f"num_hidden_layers={config['num_hidden_layers']!r}, but the pattern has {len(pattern)} layers")
@@ -372,7 +370,7 @@ def _gemma_fields(config: dict[str, Any], problems: list[str]) -> dict[str, Any]
     }
     if kind in ("linear", "yarn", "llama3"):
         fields |= {"rope_scaling": kind, "rope_factor": float(rope.pop("factor", 1.0))}
-        # Left out, it is the model's whole length, as in transformers.
+        # If missing, it is the model's maximum length, as in transformers.
         whole = config.get("max_position_embeddings", 8192)
         fields["rope_original_tokens"] = rope.pop("original_max_position_embeddings", None) or whole
     elif kind != "default":
@@ -387,7 +385,7 @@ def _gemma_fields(config: dict[str, Any], problems: list[str]) -> dict[str, Any]
         kinds = ["full_attention" if index % 2 else "sliding_attention" for index in range(count)]
     if kinds is None:
         problems.append(
-            "num_hidden_layers is missing" if count is None else f"num_hidden_layers={count!r} is no number"
+            "num_hidden_layers is missing" if count is None else f"num_hidden_layers={count!r} is not a number"
         )
         return fields
     if not isinstance(kinds, list) or not all(isinstance(name, str) for name in kinds):

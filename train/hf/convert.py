@@ -5,7 +5,7 @@
 
 Peak memory is that of the largest pair (the embedding, or a fused projection with its parts), whatever the size of the
 model. Names and shapes of both sides are compared before anything is written; what is missing, extra or of another shape
-is an error that names it. Neither direction computes anything, so there and back gives the same bits.
+is an error that names it. Neither direction does arithmetic, so a round trip gives the same bits.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -51,7 +51,7 @@ def export_weights(
 ) -> Converted:
     """Write `*.safetensors` (and their index) into `folder` from a checkpoint of any layout.
 
-    vocab: rows of the embedding to write where ours was padded. advance: told the bytes of each tensor written.
+    vocab: rows of the embedding to write, if ours was padded. advance: called with the bytes of each tensor written.
     Raises CheckpointError naming weights that are missing, extra or mis-shaped.
     """
     found = pairs(model, family_of(model), vocab=vocab)
@@ -84,7 +84,7 @@ def import_weights(
 ) -> Converted:
     """Write a checkpoint of weights into the empty `folder` from a directory's `*.safetensors`.
 
-    vocab: rows their embedding has where `model.vocab` has more. The manifest is the caller's.
+    vocab: rows of their embedding, if `model.vocab` is larger. The caller writes the manifest.
     Raises CheckpointError naming weights that are missing, extra or mis-shaped.
     """
     family = family_of(model)
@@ -98,15 +98,15 @@ def import_weights(
         for pair in found
         for name, shape in pair.ours.items()
     }
-    held: dict[str, torch.Tensor] = {}  # what the pair being written has not given yet
+    pending: dict[str, torch.Tensor] = {}  # tensors of the current pair that are not written yet
 
     def read(name: str) -> torch.Tensor:
-        if name not in held:
+        if name not in pending:
             pair = pair_of[name]
             dtype, where = weights[name].dtype, files.folder
             tensors = [_finite(files.read(names[n]), names[n], where=where).to(dtype) for n in pair.theirs]
-            held.update(zip(pair.ours, to_ours(pair, tensors), strict=True))
-        tensor = held.pop(name)
+            pending.update(zip(pair.ours, to_ours(pair, tensors), strict=True))
+        tensor = pending.pop(name)
         advance(tensor.nbytes)
         return tensor
 
@@ -115,10 +115,10 @@ def import_weights(
 
 
 def their_names(files: WeightFiles, family: Family) -> dict[str, str]:
-    """Names as the table spells them: names in the files. Two spellings of the same are understood.
+    """Names in the table -> names in the files.
 
-    transformers calls Nemotron-H's stack `model.` inside and `backbone.` in files; buffers that old versions saved are
-    left out, and so is a copy of a tied head.
+    transformers uses `model.` for Nemotron-H's layers in memory and `backbone.` in files; both are accepted. Buffers saved by
+    old versions and a copy of a tied head are left out.
     """
     names = {}
     for name in files.entries:
@@ -132,7 +132,7 @@ def their_names(files: WeightFiles, family: Family) -> dict[str, str]:
 
 
 def check_theirs(found: Iterable[Pair], files: WeightFiles, names: Mapping[str, str]) -> None:
-    """CheckpointError where a directory does not hold exactly the tensors of a model."""
+    """CheckpointError if a directory does not have exactly the tensors of a model."""
     expected = {name: shape for pair in found for name, shape in pair.theirs.items()}
     compare_names(
         expected, {spelled: files.entries[name].shape for spelled, name in names.items()}, where=str(files.folder)
@@ -140,13 +140,13 @@ def check_theirs(found: Iterable[Pair], files: WeightFiles, names: Mapping[str, 
 
 
 def _check_tied_head(files: WeightFiles, names: Mapping[str, str]) -> None:
-    """A tied model's files may hold its head again. CheckpointError where it is another matrix: it would be dropped."""
+    """Files of a tied model may repeat the head. CheckpointError if it differs from the embedding: it would be lost."""
     head, embedding = _TIED_HEAD, names.get("model.embed_tokens.weight")
     if embedding is None or head not in files.entries or torch.equal(files.read(head), files.read(embedding)):
         return
     raise CheckpointError(
         f"{files.folder}: {head} is not {embedding}, but tie_word_embeddings is true: the model would lose its head. Remove "
-        f"{head} from the files if the embedding is the head, or untie the model with a program that can."
+        f"{head} from the files if the embedding is the head, or untie the model in transformers."
     )
 
 
@@ -165,14 +165,14 @@ def compare_names(expected: Mapping[str, Shape], found: Mapping[str, Shape], *, 
         problems.append(f"of another shape: {_some(shapes)}")
     if problems:
         raise CheckpointError(
-            f"{where} does not hold the weights its configuration describes:\n  " + "\n  ".join(problems)
+            f"{where} does not have the weights that its configuration describes:\n  " + "\n  ".join(problems)
         )
 
 
 def different_weights(stored: StoredTensors, files: WeightFiles, *, model: ModelConfig, vocab: int | None) -> list[str]:
-    """Their names of the tensors whose numbers are not those of our checkpoint, one pair in memory at a time.
+    """Their names of the tensors whose values differ from our checkpoint's. One pair is in memory at a time.
 
-    Where the two are stored in different formats the finer one is rounded to the other.
+    If the two formats differ, the finer one is rounded to the coarser.
     """
     family = family_of(model)
     found = pairs(model, family, vocab=vocab)
@@ -189,8 +189,8 @@ def different_weights(stored: StoredTensors, files: WeightFiles, *, model: Model
     return different
 
 
-def kept_format(files: WeightFiles, model: ModelConfig, *, vocab: int) -> Format:
-    """The format of a checkpoint that keeps every bit of a directory: bf16 where no weight that may be in it is finer."""
+def lossless_format(files: WeightFiles, model: ModelConfig, *, vocab: int) -> Format:
+    """The checkpoint format that keeps every bit of a directory: bf16 if no weight that bf16 would round is finer."""
     family = family_of(model)
     found, names = pairs(model, family, vocab=vocab), their_names(files, family)
     check_theirs(found, files, names)
@@ -201,12 +201,12 @@ def kept_format(files: WeightFiles, model: ModelConfig, *, vocab: int) -> Format
 
 
 def _finite(tensor: torch.Tensor, name: str, *, where: Path) -> torch.Tensor:
-    """The tensor. CheckpointError where a number of it is none: a comparison sees only what its text reaches."""
+    """The tensor. CheckpointError if it has NaN or infinity: a comparison on text cannot see every row of the embedding."""
     if tensor.numel() and not all(bool(end.isfinite()) for end in torch.aminmax(tensor)):
         bad = int((~tensor.isfinite()).sum())
         raise CheckpointError(
-            f"{where}: {name} holds {bad:,} numbers of {tensor.numel():,} that are NaN or infinite. Take weights from before "
-            f"they broke, or copy the files again."
+            f"{where}: {name} has {bad:,} of {tensor.numel():,} values that are NaN or infinite. Use an earlier "
+            f"checkpoint, or copy the files again."
         )
     return tensor
 

@@ -1,11 +1,11 @@
-"""Hugging Face's weight files, one tensor at a time: `*.safetensors` with an index, read and written without holding more.
+"""Hugging Face's weight files, `*.safetensors` with an index, read and written one tensor at a time.
 
-    model.safetensors                                        where everything fits into one file
+    model.safetensors                                        if everything fits into one file
     model-00001-of-00003.safetensors ... model.safetensors.index.json
 
 A file is eight bytes (length of the header, little endian), a JSON header of names, formats, shapes and byte ranges, then
-the bytes (github.com/huggingface/safetensors, README). The package writes a file from tensors it holds all at once, so
-writing is done here, from a plan made of shapes; reading is the package's.
+the bytes (github.com/huggingface/safetensors, README). The package can only write a file from tensors that
+are all in memory, so this module writes files itself, from a plan of shapes. It reads them with the package.
 """
 
 import json
@@ -31,7 +31,7 @@ _DTYPES = {code: dtype for dtype, code in _CODES.items()}
 
 @dataclass(frozen=True)
 class Entry:
-    """What is known of a stored tensor without reading it."""
+    """Name, shape and format of a stored tensor."""
 
     name: str
     shape: tuple[int, ...]
@@ -39,7 +39,7 @@ class Entry:
 
     @property
     def nbytes(self) -> int:
-        """Size of its numbers."""
+        """Size in bytes."""
         return math.prod(self.shape) * self.dtype.itemsize
 
 
@@ -68,11 +68,11 @@ class WeightFiles:
 
     @property
     def nbytes(self) -> int:
-        """Size of all tensors."""
+        """Size of all tensors in bytes."""
         return sum(entry.nbytes for entry in self.entries.values())
 
     def read(self, name: str) -> torch.Tensor:
-        """One tensor, in memory of its own: the file is mapped only while it is copied."""
+        """One tensor, copied out of the mapped file, so that the file does not stay mapped."""
         with _opened(self._file_of[name]) as file:
             return file.get_tensor(name).clone()
 
@@ -87,10 +87,10 @@ class WeightFiles:
         pickles = sorted(path.name for path in [*self.folder.glob("*.bin"), *self.folder.glob("*.pt")])
         if pickles:
             raise CheckpointError(
-                f"{self.folder} holds only pickles ({', '.join(pickles[:3])}), which can run code when opened. Convert "
-                f"them to safetensors on a machine you can spare: transformers' `save_pretrained` writes them."
+                f"{self.folder} has only pickles ({', '.join(pickles[:3])}), which can run code when opened. Convert "
+                f"them to safetensors in a sandbox: transformers' `save_pretrained` writes them."
             )
-        raise CheckpointError(f"{self.folder} holds no *.safetensors.")
+        raise CheckpointError(f"{self.folder} has no *.safetensors.")
 
     def _weight_map(self) -> dict[str, str]:
         try:
@@ -100,7 +100,7 @@ class WeightFiles:
         for name, file in files.items():
             if not isinstance(file, str) or Path(file).name != file:
                 raise CheckpointError(
-                    f"{self.folder / INDEX}: {name} is in {file!r}, which is no file of the directory."
+                    f"{self.folder / INDEX}: {name} is in {file!r}, which is not a file of the directory."
                 )
         return files
 
@@ -112,15 +112,15 @@ class WeightFiles:
         wrong += [name for name in self.entries if name not in listed]
         if wrong:
             raise CheckpointError(
-                f"{self.folder / INDEX} and the files disagree about {len(wrong)} tensors, e.g. {wrong[0]}: some file is "
-                f"missing its part or was replaced. Copy the directory again."
+                f"{self.folder / INDEX} and the files disagree about {len(wrong)} tensors, e.g. {wrong[0]}: a file is "
+                f"missing or was replaced. Copy the directory again."
             )
 
 
 class WeightWriter:
     """Writes a directory's weight files from a plan, tensor by tensor in the plan's order. Use as a context manager.
 
-    Files are cut so that none holds more than `file_bytes`, but for a single larger tensor.
+    No file has more than `file_bytes` of tensors, except for a single larger tensor.
     """
 
     def __init__(self, folder: Path, plan: Sequence[Entry], *, file_bytes: int) -> None:
@@ -135,7 +135,7 @@ class WeightWriter:
         self._open = -1
 
     def add(self, name: str, tensor: torch.Tensor) -> None:
-        """Append the plan's next tensor; it is converted to the planned format."""
+        """Append the next tensor of the plan, converted to the planned format."""
         assert self._next is not None, f"{name} comes after the end of the plan"
         number, entry = self._next
         assert (entry.name, entry.shape) == (name, tuple(tensor.shape)), f"{name} {tuple(tensor.shape)} is not {entry}"
@@ -147,7 +147,7 @@ class WeightWriter:
         self._next = next(self._queue, None)
 
     def finish(self) -> None:
-        """Close the last file and write the index where there are several."""
+        """Close the last file and, if there are several, write the index."""
         assert self._next is None, f"{self._next} was never added"
         self._close()
         if len(self._files) > 1:
@@ -194,13 +194,13 @@ class WeightWriter:
 
 def _cut(plan: Sequence[Entry], file_bytes: int) -> list[list[Entry]]:
     files: list[list[Entry]] = [[]]
-    held = 0
+    size = 0
     for entry in plan:
-        if files[-1] and held + entry.nbytes > file_bytes:
+        if files[-1] and size + entry.nbytes > file_bytes:
             files.append([])
-            held = 0
+            size = 0
         files[-1].append(entry)
-        held += entry.nbytes
+        size += entry.nbytes
     return files
 
 

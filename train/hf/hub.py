@@ -1,9 +1,9 @@
-"""Models on the Hugging Face hub: the only module that knows `huggingface_hub`.
+"""Models on the Hugging Face hub. Only this module imports `huggingface_hub`.
 
     a directory, or OWNER/NAME on the hub --directory_of--> a directory here        a directory --push--> OWNER/NAME
 
-`HF_HUB_OFFLINE=1`, `HF_ENDPOINT`, `HF_TOKEN` and `HF_HOME` work as everywhere in that library. Neither code nor pickles are
-fetched.
+`HF_HUB_OFFLINE=1`, `HF_ENDPOINT`, `HF_TOKEN` and `HF_HOME` work as documented for that library. Code and pickles are not
+downloaded.
 """
 
 import re
@@ -30,8 +30,8 @@ _WANTED = [
 
 
 def directory_of(name: Path) -> Path:
-    """The directory itself, or a copy in the hub's cache of the model of this name. RecipeError where it is neither,
-    CheckpointError where it cannot be fetched."""
+    """The directory itself, or the hub's cached copy of the model of this name. RecipeError if it is neither,
+    CheckpointError if it cannot be fetched."""
     if name.is_dir():
         return name
     if not _ID.fullmatch(str(name)):
@@ -41,7 +41,7 @@ def directory_of(name: Path) -> Path:
     except (LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
         if constants.HF_HUB_OFFLINE:
             raise CheckpointError(
-                f"{name} is not a directory here, and the hub's cache does not hold it: HF_HUB_OFFLINE=1 forbids fetching it. "
+                f"{name} is not a directory here, and the hub's cache does not have it: HF_HUB_OFFLINE=1 forbids fetching it. "
                 f"Unset HF_HUB_OFFLINE, or give a directory."
             ) from error
         raise CheckpointError(f"{name} cannot be fetched from {constants.ENDPOINT}: {error}") from error
@@ -52,7 +52,7 @@ def directory_of(name: Path) -> Path:
 
 
 def check_push(name: str) -> None:
-    """RecipeError before anything is converted where a push could not be made."""
+    """RecipeError if a push cannot work; called before anything is converted."""
     if not _ID.fullmatch(name):
         raise RecipeError(f"--push {name} is not the name of a model on the hub. Use OWNER/NAME.")
     if constants.HF_HUB_OFFLINE:
@@ -60,7 +60,7 @@ def check_push(name: str) -> None:
 
 
 def push(folder: Path, name: str) -> str:
-    """Upload a directory as the model OWNER/NAME, private where it is new. -> its address. CheckpointError where it fails; the
+    """Upload a directory as the model OWNER/NAME, private if it is new. -> its address. CheckpointError if it fails; the
     directory stays."""
     api = HfApi()
     try:

@@ -1,19 +1,19 @@
-"""One table: what each tensor of our checkpoints is called in Hugging Face's files, and how one becomes the other.
+"""A table of the names of our tensors in Hugging Face's files, and the conversion between them.
 
     pairs(model) -> [Pair]      ours: names and shapes in a checkpoint (whole model, any layout)
                                 theirs: names and shapes in `*.safetensors`
-    to_theirs(pair, tensors)  <-->  to_ours(pair, tensors)     exact: no arithmetic, so there and back is bitwise
+    to_theirs(pair, tensors)  <-->  to_ours(pair, tensors)     exact: no arithmetic, so a round trip is bitwise
 
 Two families: Nemotron-H (arXiv 2504.03624, Nemotron Nano 2 too) with transformers' NemotronHForCausalLM, and Gemma 2
-(arXiv 2408.00118) with Gemma2ForCausalLM. Two ways of moving are enough for both:
+(arXiv 2408.00118) with Gemma2ForCausalLM. Two kinds of moves are enough for both:
 
-- `rows`: ours below each other are theirs below each other. Fused projections that one side cuts and the other does not
-  (Mamba's z, x, B, C, dt; the two branches of a gated MLP), and everything that is the same on both sides.
-- `groups`: Megatron keeps, for each key/value head, its query heads, the key, the value; Hugging Face keeps all queries,
-  all keys, all values.
+- `rows`: our tensors concatenated along rows equal theirs concatenated along rows. For projections that only one side fuses
+  (Mamba's z, x, B, C, dt; the two branches of a gated MLP), and for everything that is equal on both sides.
+- `groups`: Megatron stores, for each key/value head, its query heads, the key, the value; Hugging Face stores all queries,
+  then all keys, then all values.
 
 Letters of a shape: h hidden, v our vocabulary, u theirs, f ffn, q heads x head_dim, e kv_heads x head_dim, d inner width
-of Mamba, n groups x state, m Mamba heads, k taps of the convolution. `2d+2n+m` adds up.
+of Mamba, n groups x state, m Mamba heads, k taps of the convolution. `2d+2n+m` is a sum.
 """
 
 from collections.abc import Sequence
@@ -32,7 +32,7 @@ Family = Literal["nemotron_h", "gemma2"]
 
 @dataclass(frozen=True)
 class Rule:
-    """One row of the table; names go behind the name of the layer."""
+    """One row of the table. Names are relative to the layer."""
 
     ours: dict[str, str]
     theirs: dict[str, str]
@@ -40,12 +40,12 @@ class Rule:
     pads: bool = False
     """Ours may have more rows than theirs: vocabularies rounded up for parallelism."""
     full: bool = False
-    """Stays fp32 in a bf16 model: small rates want more digits."""
+    """Stays fp32 in a bf16 model (A_log, D, dt_bias: small rates need the precision)."""
 
 
 @dataclass(frozen=True)
 class Pair:
-    """Tensors of ours that hold the same numbers as tensors of theirs. Full names, exact shapes."""
+    """Our tensors and their tensors with the same values. Full names, exact shapes."""
 
     ours: dict[str, Shape]
     theirs: dict[str, Shape]
@@ -135,7 +135,7 @@ TABLE: dict[Family, dict[str, tuple[Rule, ...]]] = {"nemotron_h": _NEMOTRON, "ge
 def pairs(model: ModelConfig, family: Family, *, vocab: int | None = None) -> list[Pair]:
     """Every correspondence of a model, in the order of Hugging Face's files: embedding, layers, final norm, head.
 
-    vocab: rows of Hugging Face's embedding where ours has more (padding); None: the same. RecipeError where larger.
+    vocab: rows of Hugging Face's embedding, if ours is padded; None: the same as ours. RecipeError if larger than ours.
     """
     theirs_vocab = model.vocab if vocab is None else vocab
     if theirs_vocab > model.vocab:
@@ -151,23 +151,23 @@ def pairs(model: ModelConfig, family: Family, *, vocab: int | None = None) -> li
         for rule in table["last"]
         if not (model.tie_embeddings and "output_layer.weight" in rule.ours)
     ]
-    if model.tie_embeddings and family == "nemotron_h":  # whose class has a head of its own, always
+    if model.tie_embeddings and family == "nemotron_h":  # NemotronHForCausalLM always has a separate head
         head = Rule({_EMBEDDING: "v h"}, {"lm_head.weight": "u h"}, pads=True)
         found.append(_pair(head, "", "", sizes=sizes, model=model))
     return found
 
 
 def layer_name(family: Family, index: int) -> str:
-    """Where our layer `index` lies in Hugging Face's model."""
+    """Name of our layer `index` in Hugging Face's model."""
     match family:
         case "nemotron_h":
             return f"backbone.layers.{index}"
-        case "gemma2":  # a block of theirs is attention and MLP, two layers of ours
+        case "gemma2":  # one of their blocks is attention and MLP: two of our layers
             return f"model.layers.{index // 2}"
 
 
 def to_theirs(pair: Pair, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    """Our tensors of a pair, in its order, as theirs."""
+    """Convert our tensors of a pair, in its order, to theirs."""
     if pair.move == "groups":
         (fused,) = tensors
         grouped = fused.unflatten(0, (-1, pair.queries_per_group + 2, pair.head_dim))
@@ -177,9 +177,9 @@ def to_theirs(pair: Pair, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]
 
 
 def to_ours(pair: Pair, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    """Their tensors of a pair, in its order, as ours.
+    """Convert their tensors of a pair, in its order, to ours.
 
-    Rows that only our vocabulary has get the mean of the others: their logit is the mean logit, never the largest.
+    Rows that only our padded vocabulary has get the mean of the other rows: their logit is the mean logit, never the largest.
     """
     if pair.move == "groups":
         query, key, value = (tensor.unflatten(0, (-1, pair.head_dim)) for tensor in tensors)
@@ -195,7 +195,7 @@ def to_ours(pair: Pair, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
 
 
 def _cut(tensors: Sequence[torch.Tensor], shapes: list[Shape]) -> list[torch.Tensor]:
-    """Tensors below each other, cut again after the first dims of `shapes`; rows beyond them are dropped."""
+    """Concatenate tensors along rows and split them by the first dims of `shapes`; surplus rows are dropped."""
     whole = tensors[0] if len(tensors) == 1 else torch.cat(list(tensors))
     rows = [shape[0] for shape in shapes]
     return list(whole[: sum(rows)].split(rows))

@@ -1,10 +1,10 @@
-"""What an imported directory says that is not ours to change: kept next to the checkpoint, and given back on export.
+"""Files of an imported directory other than weights: stored next to the checkpoint, and written again on export.
 
     a directory --keep--> IMPORT/published/   config, generation config, tokenizer files, chat template, licence, notices
     IMPORT/published/ --carried_config, give_back--> the exported directory
 
-A config field is ours to say where the model was changed since (pruned, extended, another vocabulary or format); every other
-field goes out as it came in, known here or not.
+Export rewrites a config field only if the model changed since the import (pruned, extended, another vocabulary or format).
+All other fields are exported unchanged, including those that this project does not know.
 """
 
 import json
@@ -34,11 +34,11 @@ _SPELLINGS = {
     "head_dim": ("attention_head_dim",),
     "torch_dtype": ("dtype",),
 }
-"""Other names of a field, which a new value replaces."""
+"""Other names of a field: a new value replaces all of them."""
 
 
 def keep(directory: Path, folder: Path) -> None:
-    """Copy what a directory says into `folder`/published: neither weights nor code."""
+    """Copy config, tokenizer, licence and card of a directory into `folder`/published; no weights, no code."""
     target = folder / PUBLISHED
     target.mkdir()
     names = (CONFIG, _GENERATION, "README.md", *_TOKENIZER_FILES)
@@ -51,7 +51,7 @@ def keep(directory: Path, folder: Path) -> None:
 
 
 def published_of(checkpoint: Path, manifest: Manifest) -> Path | None:
-    """The folder that `keep` made for a checkpoint, or for the one its run began from; None where it is gone or never was."""
+    """The folder that `keep` wrote for a checkpoint, or for the checkpoint its run started from; None if there is none."""
     places = [checkpoint.parent]
     if "started_from" in manifest.lineage:
         places.append(Path(manifest.lineage["started_from"]).parent)
@@ -61,22 +61,22 @@ def published_of(checkpoint: Path, manifest: Manifest) -> Path | None:
 
 
 def is_untouched(manifest: Manifest) -> bool:
-    """Whether the weights are those of the import: nobody trained them here."""
+    """Whether the weights are still those of the import, without training."""
     return "imported_from" in manifest.lineage and manifest.step == 0 and "started_from" not in manifest.lineage
 
 
 def carried_config(
     published: Path, model: ModelConfig, *, dtype: str, vocab: int, max_positions: int | None, untouched: bool
 ) -> dict[str, Any]:
-    """config.json of a model that was imported: the published one with the fields that the model no longer agrees with.
+    """config.json of an imported model: the published one, with the fields that changed since replaced.
 
     dtype: torch's name of the stored format. max_positions: a new length, None keeps the published one. untouched: whether the
     weights are still the published ones; training here has no lower bound on dt, so the config of trained weights has none.
     """
     config = read_config(published)
     before = from_config(config, where=str(published / CONFIG))
-    said = {"tokens": SpecialTokens(None, None, None), "max_positions": 1, "dtype": dtype}
-    then, now = (to_config(m, vocab=vocab, **said) for m in (before, model))  # type: ignore[arg-type]
+    common = {"tokens": SpecialTokens(None, None, None), "max_positions": 1, "dtype": dtype}
+    then, now = (to_config(m, vocab=vocab, **common) for m in (before, model))  # type: ignore[arg-type]
     changes = {key: value for key, value in now.items() if then[key] != value}
     if config["vocab_size"] != vocab:
         changes["vocab_size"] = vocab
@@ -95,7 +95,8 @@ def carried_config(
 
 
 def give_back(published: Path, folder: Path, *, tokenizer: bool) -> None:
-    """Copy licence, notices and the generation config into an exported folder; tokenizer: its files too, as they were."""
+    """Copy licence, notices and the generation config into an exported folder; tokenizer: also the unchanged tokenizer
+    files."""
     for path in sorted(published.iterdir()):
         is_paper = path.name.lower().startswith(_PAPERS) or path.name == _GENERATION
         if is_paper or (tokenizer and path.name in _TOKENIZER_FILES):
@@ -108,7 +109,7 @@ def give_back(published: Path, folder: Path, *, tokenizer: bool) -> None:
 
 
 def card_fields(published: Path) -> dict[str, Any]:
-    """Licence, languages and origin from the head of a published model card; empty where it has none."""
+    """Licence, languages and origin from the front matter of a published model card; empty if it has none."""
     try:
         parts = (published / "README.md").read_text().split("---", 2)
         head = yaml.safe_load(parts[1]) if len(parts) == 3 and not parts[0].strip() else {}

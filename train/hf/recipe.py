@@ -1,4 +1,4 @@
-"""The recipe an import leaves behind: one file that composes, so that training, evaluation and generation go on from it."""
+"""The recipe that an import writes: one file that composes, for training, evaluation and generation from the weights."""
 
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,13 +18,13 @@ _GROUPS = ("parallel: single", "objective: next_token", "optim: adamw", "schedul
 
 @dataclass(frozen=True)
 class Imported:
-    """What a recipe is written from."""
+    """Everything the recipe is written from."""
 
     name: str
     source: str
     """Where the weights came from, for the comment at the top."""
     checkpoint: Path
-    """The imported checkpoint, as the recipe is to name it."""
+    """Path of the imported checkpoint, as written in the recipe."""
     model: ModelConfig
     params: str
     """`fp32` or `bf16`: the recipe's precision group."""
@@ -50,12 +50,12 @@ defaults:
 
 
 def imported_recipe(imported: Imported) -> Recipe:
-    """The same recipe, composed: every group's defaults where the file says nothing."""
+    """The same recipe, composed with the defaults of every group."""
     return recipe_from_mapping({**_body(imported), "precision": {"params": imported.params}})
 
 
 def _body(imported: Imported) -> dict[str, Any]:
-    """Groups that no file of `recipes/` says: what differs from the defaults."""
+    """The values that differ from the defaults, by group."""
     run = RunConfig(
         name=imported.name, steps=100, start_from=str(imported.checkpoint), global_rows=8, microbatch_rows=1
     )

@@ -1,4 +1,4 @@
-"""The tokenizer's files beside the weights, and which ids are special.
+"""The tokenizer files of a directory, and its special ids.
 
 tokenizer.json (ours: the tokenizers library's own format) --> tokenizer.json, tokenizer_config.json,
                                                                generation_config.json
@@ -19,14 +19,14 @@ TOKENIZER = "tokenizer.json"
 PIECES = "tokenizer.model"
 CONFIG = "tokenizer_config.json"
 _PIECES_BY_BPE = 2
-"""SentencePiece's number of that kind of model (sentencepiece_model.proto, ModelType)."""
+"""Value of ModelType.BPE in sentencepiece_model.proto."""
 _BOS = ("<bos>", "<s>", "<|begin_of_text|>")
 _PAD = ("<pad>", "<|pad|>", "[PAD]")
 
 
 def special_tokens(tokenizer: Tokenizer) -> SpecialTokens:
-    """Ids of a tokenizer. A model trained here has seen the end of a document before each: without a token of its own,
-    that is the beginning of a text."""
+    """Special ids of a tokenizer. In our rows each document follows an end-of-document token, so that token is the bos if the
+    tokenizer has no other."""
     ids = tokenizer.special
     return SpecialTokens(
         bos=next((ids[text] for text in _BOS if text in ids), tokenizer.eod),
@@ -36,10 +36,12 @@ def special_tokens(tokenizer: Tokenizer) -> SpecialTokens:
 
 
 def write_tokenizer(folder: Path, path: Path, tokenizer: Tokenizer, *, max_positions: int) -> bool:
-    """Write the tokenizer's files into `folder`: the same ids in transformers as here, nothing added to a text.
+    """Write the tokenizer's files into `folder`: transformers then gives the same ids as this project, with no
+    tokens added.
 
-    A tokenizer.json is copied without what would change ids (`as_trained`), files of ranks become one; of SentencePiece models
-    transformers reads those by BPE that leave texts as they are, as Gemma's. -> whether transformers can load it.
+    A tokenizer.json is copied without parts that would change ids (`as_trained`); rank files are converted to one. Of
+    SentencePiece models, transformers reads only BPE models that do not normalise text, like Gemma's. -> whether
+    transformers can load it.
     """
     tokens = special_tokens(tokenizer)
     texts = {number: text for text, number in tokenizer.special.items()}
@@ -69,8 +71,8 @@ def write_tokenizer(folder: Path, path: Path, tokenizer: Tokenizer, *, max_posit
 
 
 def as_trained(folder: Path) -> None:
-    """Make a folder's tokenizer give the ids that prepared data has: no token around a text (a template's `<bos>` is not in
-    the rows), nothing cut off or filled up, no chance. Files that do so already stay as they are, byte for byte."""
+    """Make the tokenizer of a folder give the ids of prepared data: no added tokens (rows have no `<bos>` from a template), no
+    truncation, no padding, no dropout. Files that already do so are not changed."""
     path = folder / TOKENIZER
     if path.is_file():
         parsed = _read(path)
@@ -84,7 +86,7 @@ def as_trained(folder: Path) -> None:
         config = _read(path)
         wanted = {"add_bos_token": False, "add_eos_token": False}
         if (folder / TOKENIZER).is_file():
-            wanted["tokenizer_class"] = "PreTrainedTokenizerFast"  # type: ignore[assignment]  # others build their own template
+            wanted["tokenizer_class"] = "PreTrainedTokenizerFast"  # type: ignore[assignment]  # other classes build their own template
         if config | wanted != config:
             path.write_text(json.dumps(config | wanted, indent=2, ensure_ascii=False) + "\n")
 
@@ -100,14 +102,14 @@ def _silent(processor: dict[str, Any] | None) -> dict[str, Any] | None:
 
 
 def _leaves_texts(tokenizer: Tokenizer) -> bool:
-    """Whether ids stand for exactly the bytes of a text: no space put before it, none joined, no letter replaced. transformers
-    does not do those as SentencePiece does."""
+    """Whether decoding gives exactly the bytes of a text: no added or merged spaces, no replaced letters. transformers does
+    not normalise as SentencePiece does."""
     text = "x  y\tz ﬁ "
     return int(tokenizer.token_bytes()[tokenizer.encode(text)].sum()) == len(text.encode())
 
 
 def write_generation_config(folder: Path, tokens: SpecialTokens) -> None:
-    """generation_config.json: where a text begins and ends, and how this project samples by default."""
+    """Write generation_config.json: bos, eos and pad ids, and this project's default sampling."""
     config = {
         "bos_token_id": tokens.bos,
         "eos_token_id": tokens.eos,
@@ -125,9 +127,9 @@ def tokenizer_file(folder: Path) -> Path | None:
 
 
 def end_of_document_of(folder: Path, config: dict[str, Any]) -> str | None:
-    """The text of a directory's end-of-text token; None where there is no tokenizer.
+    """The text of a directory's end-of-text token; None without a tokenizer.
 
-    It is the special token of tokenizer.json with config.json's id, else what tokenizer_config.json says.
+    It is the special token in tokenizer.json with the id from config.json, or else the one in tokenizer_config.json.
     """
     path = tokenizer_file(folder)
     if path is None:
@@ -143,8 +145,8 @@ def end_of_document_of(folder: Path, config: dict[str, Any]) -> str | None:
         if text is not None:
             return str(text["content"] if isinstance(text, dict) else text)
     raise RecipeError(
-        f"{path} has no special token with the id eos_token_id={wanted} of config.json. Correct one of them, or take "
-        f"the tokenizer away to import the weights only."
+        f"{path} has no special token with the id eos_token_id={wanted} of config.json. Correct one of them, or remove "
+        f"the tokenizer to import only the weights."
     )
 
 
@@ -156,7 +158,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def check_fingerprint(tokenizer: Tokenizer, expected: str, *, path: Path) -> None:
-    """RecipeError where a checkpoint says it was trained with another tokenizer; an unknown one (empty) passes."""
+    """RecipeError if a checkpoint was trained with another tokenizer. An unknown one (empty) passes."""
     ours = tokenizer.fingerprint
     refuse(
         tokenizer_problems("this checkpoint", expected, ours, where=str(path), otherwise="give the right --tokenizer")

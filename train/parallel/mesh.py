@@ -21,7 +21,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
 from recipes.schema.layout import Layout
-from recipes.schema.teacher_placement import place_of
+from recipes.schema.teacher_placement import placement_of
 
 
 @dataclass(frozen=True)
@@ -174,15 +174,15 @@ def open_mesh(
 def _teacher_groups(layout: Layout, rank: int, *, tensor: int, timeout: timedelta) -> TeacherGroups | None:
     """Groups of the teacher on the last stage. Ranks of earlier stages create as many unused groups of one rank, because
     torch's group counter must be the same on all ranks."""
-    place = place_of(layout, rank, tensor=tensor)
+    placement = placement_of(layout, rank, tensor=tensor)
     members = [[rank]] * 5
-    if place is not None:
-        first = layout.world - place.ranks
-        everyone = list(range(place.ranks))
-        parts = [[place.index], place.teacher_group, place.replicas, everyone, place.exchange_group]
+    if placement is not None:
+        first = layout.world - placement.ranks
+        everyone = list(range(placement.ranks))
+        parts = [[placement.index], placement.teacher_group, placement.replicas, everyone, placement.exchange_group]
         members = [[first + index for index in part] for part in parts]
     opened = [dist.new_group(ranks, timeout=timeout, use_local_synchronization=True) for ranks in members]
-    return TeacherGroups(*opened) if place is not None else None
+    return TeacherGroups(*opened) if placement is not None else None
 
 
 def _loopback_store(rank: int, *, world: int, timeout: timedelta) -> dist.Store | None:

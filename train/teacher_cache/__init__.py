@@ -1,1 +1,1 @@
-"""`stratum teacher-cache`: ask a teacher once for every row, so that training needs no teacher."""
+"""`stratum teacher-cache`: compute teacher logits once for every row, so that training needs no teacher."""

@@ -1,4 +1,4 @@
-"""`stratum teacher-cache`: store a teacher's answers once, so that training from them needs no teacher."""
+"""`stratum teacher-cache`: compute teacher logits once, so that training from them needs no teacher."""
 
 from collections.abc import Sequence
 
@@ -12,29 +12,32 @@ from recipes.schema.recipe import Recipe
 from recipes.schema.tools import TeacherCacheConfig
 
 _ABOUT = """
-Ask the teacher once. It reads every row that the recipe trains on (each once, however often it is drawn), and its most
-likely tokens (objective.top_k) at every position are stored in objective.teacher_cache, with the mass of the rest. Training
-from that folder then needs no teacher. Killed, the same command continues.
+Run the teacher once over every row that the recipe trains on. For each position its most likely tokens (objective.top_k)
+and the mass of the rest are stored in objective.teacher_cache. A row that is drawn several times is stored once. Training
+from that folder then needs no teacher. After a kill, the same command continues.
 """
 _EXAMPLES = """
-stratum teacher-cache -cn tiny_distill objective.teacher_cache=runs/answers objective.top_k=64
+stratum teacher-cache -cn tiny_distill objective.teacher_cache=runs/logits objective.top_k=64
 stratum teacher-cache -cn tiny_distill objective.teacher_cache=runs/half objective.top_k=64 --values float16
-stratum teacher-cache -cn tiny_distill objective.teacher_cache=runs/answers objective.top_k=64 --student runs/tiny_teacher
+stratum teacher-cache -cn tiny_distill objective.teacher_cache=runs/logits objective.top_k=64 --student runs/tiny_teacher
 """
 _NOTES = """
-On several processes each whole teacher takes blocks of rows of its own: `torchrun ... -m train.stratum teacher-cache ...`.
+With several processes, each complete teacher computes its own blocks of rows: `torchrun ... -m train.stratum teacher-cache ...`.
 """
 
 
 def main(arguments: Sequence[str]) -> int:
     """Entry point of `stratum teacher-cache`."""
     parser = CommandParser("teacher-cache", about=_ABOUT, examples=_EXAMPLES, notes=_NOTES, recipe=True)
-    return run_tool(parser, arguments, TeacherCacheConfig, _fill, keys=dotted_keys(Recipe), user_errors=USER_ERRORS)
+    return run_tool(
+        parser, arguments, TeacherCacheConfig, _write_cache, keys=dotted_keys(Recipe), user_errors=USER_ERRORS
+    )
 
 
-def _fill(config: TeacherCacheConfig, composed: DictConfig) -> int:
+def _write_cache(config: TeacherCacheConfig, composed: DictConfig) -> int:
     recipe = read_recipe(composed)
-    from train.teacher_cache.fill import fill  # torch takes seconds: mistakes above are reported without it
+    # Start-up cost: importing torch takes seconds; mistakes above are reported without it.
+    from train.teacher_cache.write_cache import write_cache
 
-    fill(recipe, config)
+    write_cache(recipe, config)
     return 0

@@ -1,4 +1,4 @@
-"""Ask a teacher for every row of a recipe, and measure what keeping fewer of its tokens loses."""
+"""Compute and store teacher logits for every row of a recipe, and measure the loss of storing fewer tokens."""
 
 from collections.abc import Iterator
 from dataclasses import replace
@@ -31,19 +31,18 @@ from train.distill.soft_targets import (
     top_k_of,
 )
 from train.distill.teacher import Teacher, frozen_model, number_format, open_teacher, teacher_recipe
-from train.distill.teacher_cache import KeptAnswers, batch_keys, open_request, write_block
+from train.distill.teacher_cache import TeacherCache, batch_keys, open_request, write_block
 from train.megatron import choose_device, use_device
 from train.model.context import RowContext
 from train.model.head import head_weight, hidden_states
 from train.parallel.mesh import Mesh, world_from_environment
 
 
-def fill(recipe: Recipe, config: TeacherCacheConfig) -> None:
-    """Let the teacher answer every row of a recipe that is not answered yet. Every process of the world calls it.
+def write_cache(recipe: Recipe, config: TeacherCacheConfig) -> None:
+    """Compute and store teacher logits for every row of a recipe that is not stored yet. Every process of the world calls it.
 
-    Raises RecipeError, DataError, CheckpointError; what was written stays and is used again.
+    Raises RecipeError, DataError, CheckpointError. Blocks that were written stay, and the next call continues from them.
     """
-
     objective = recipe.objective
     refuse([*reading_problems(recipe), *cache_command_problems(recipe)])
     rank, world = world_from_environment()
@@ -61,19 +60,20 @@ def fill(recipe: Recipe, config: TeacherCacheConfig) -> None:
         objective=replace(objective, teacher_tensor=parallel.tensor),
     )
     use_device(device)
-    asks = replace(recipe, objective=replace(recipe.objective, kind="distill", teacher_cache=None))
-    with mesh_of(asks, check(recipe, world=world), device=device, rank=rank) as mesh:
+    # mesh_of opens the teacher's process groups for distillation with an online teacher only.
+    online = replace(recipe, objective=replace(recipe.objective, kind="distill", teacher_cache=None))
+    with mesh_of(online, check(recipe, world=world), device=device, rank=rank) as mesh:
         teacher = open_teacher(recipe, mesh=mesh, tokenizer=dataset.tokenizer.fingerprint)
-        assert teacher is not None, "one stage: the teacher is on every rank"
-        _answer_all(recipe, config, mesh=mesh, teacher=teacher, dataset=dataset, rows=rows)
+        assert teacher is not None, "with one pipeline stage the teacher is on every rank"
+        _cache_all_rows(recipe, config, mesh=mesh, teacher=teacher, dataset=dataset, rows=rows)
         if config.student is not None:
             _measure(recipe, config, mesh=mesh, teacher=teacher, dataset=dataset)
 
 
-def _answer_all(
+def _cache_all_rows(
     recipe: Recipe, config: TeacherCacheConfig, *, mesh: Mesh, teacher: Teacher, dataset: Any, rows: int
 ) -> None:
-
+    """Store the logits of `rows` training rows, and print counts and sizes. Collective over the world."""
     objective = recipe.objective
     assert objective.teacher is not None and objective.teacher_cache is not None
     folder = Path(objective.teacher_cache)
@@ -96,13 +96,13 @@ def _answer_all(
     mesh.barrier()
     if mesh.rank:
         open_request(folder, request)
-    seen = set(KeptAnswers(folder).keys())
+    seen = set(TeacherCache(folder).keys())
     before = len(seen)
-    mesh.barrier()  # nobody writes before everybody has looked
-    written, answered, rest = 0, 0, 0.0
+    mesh.barrier()  # every rank must see the same stored rows, so no rank writes before all have read the index
+    written, new_rows, rest = 0, 0, 0.0
     console = Console(highlight=False, soft_wrap=True)
     with Progress(console=console, disable=mesh.rank > 0 or not console.is_terminal) as progress:
-        task = progress.add_task("the teacher reads", total=rows)
+        task = progress.add_task("teacher forward", total=rows)
         for number, start in enumerate(range(0, rows, config.block_rows)):
             batch = dataset.training_rows(np.arange(start, min(start + config.block_rows, rows)))
             keys = batch_keys(batch, documents=request.documents)
@@ -111,28 +111,29 @@ def _answer_all(
             progress.advance(task, len(keys))
             if not new or number % mesh.layout.data != mesh.data_rank:
                 continue
-            answers = list(_answers(recipe, mesh, teacher, batch.select(np.asarray(new))))
+            targets = list(_top_k_of_rows(recipe, mesh, teacher, batch.select(np.asarray(new))))
             if mesh.groups.tp.rank() == 0:
-                written += write_block(folder, [keys[i] for i in new], answers, request)
-                rest += sum(float(answer.rest_N.double().sum()) for answer in answers)
-                answered += len(new)
-    sums = mesh.sum_over_world(torch.tensor([written, answered, rest], dtype=torch.float64, device=mesh.device))
-    written, answered, rest = int(sums[0]), int(sums[1]), float(sums[2])
+                written += write_block(folder, [keys[i] for i in new], targets, request)
+                rest += sum(float(row.rest_N.double().sum()) for row in targets)
+                new_rows += len(new)
+    sums = mesh.sum_over_world(torch.tensor([written, new_rows, rest], dtype=torch.float64, device=mesh.device))
+    written, new_rows, rest = int(sums[0]), int(sums[1]), float(sums[2])
     if mesh.rank:
         return
-    tokens = answered * request.row_tokens
-    console.print(f"{folder}: {answered:,} rows answered now, {before:,} before; {request.top_k} tokens of each kept.")
+    tokens = new_rows * request.row_tokens
+    console.print(
+        f"{folder}: {new_rows:,} rows added, {before:,} were there before; top {request.top_k} tokens per position."
+    )
     if tokens:
-        whole = 2 * request.vocab
+        full = 2 * request.vocab
         console.print(
-            f"{written / tokens:.1f} bytes a token on disk (whole distributions in 16 bits: {whole:,}); the rest holds "
-            f"{rest / tokens:.4f} of the probability on average."
+            f"{written / tokens:.1f} bytes per token on disk (full distributions in 16 bits: {full:,}); mean probability of "
+            f"the rest {rest / tokens:.4f}."
         )
 
 
-def _answers(recipe: Recipe, mesh: Mesh, teacher: Teacher, batch: Any) -> Iterator[TopK]:
-    """The teacher's answer to each row, on the CPU. Collective over the teacher's ranks."""
-
+def _top_k_of_rows(recipe: Recipe, mesh: Mesh, teacher: Teacher, batch: Any) -> Iterator[TopK]:
+    """The teacher's top-k logits of each row, on the CPU. Collective over the teacher's ranks."""
     size, tokens = recipe.run.microbatch_rows, recipe.data.row_tokens
     for start in range(0, len(batch.positions), size):
         rows = slice(start, start + size)
@@ -151,8 +152,7 @@ def _answers(recipe: Recipe, mesh: Mesh, teacher: Teacher, batch: Any) -> Iterat
 
 
 def _measure(recipe: Recipe, config: TeacherCacheConfig, *, mesh: Mesh, teacher: Teacher, dataset: Any) -> None:
-    """Print what keeping k tokens makes of the divergence, for smaller and smaller k."""
-
+    """Print the divergence of a student measured with the top k tokens, for several k."""
     assert config.student is not None
     path, manifest = checkpoint_at(config.student)
     student = teacher_recipe(manifest, path)
@@ -160,8 +160,8 @@ def _measure(recipe: Recipe, config: TeacherCacheConfig, *, mesh: Mesh, teacher:
     if student.model.vocab != recipe.model.vocab or manifest.tokenizer not in ("", known):
         raise RecipeError(
             f"--student {config.student} has a vocabulary of {student.model.vocab:,} and tokenizer "
-            f"{manifest.tokenizer[:12] or '?'}, the teacher's answers {recipe.model.vocab:,} and {known[:12]}: they cannot be "
-            f"compared. Name a student of the same tokenizer."
+            f"{manifest.tokenizer[:12] or '?'}, but the teacher has {recipe.model.vocab:,} and {known[:12]}: they cannot be "
+            f"compared. Name a student with the same tokenizer."
         )
     chunk = frozen_model(student, parallel=recipe.parallel, precision=student.precision, mesh=mesh, weights=path,
                          row_tokens=recipe.data.row_tokens, reset_at_documents=recipe.data.reset_at_documents)  # fmt: skip
@@ -175,10 +175,10 @@ def _measure(recipe: Recipe, config: TeacherCacheConfig, *, mesh: Mesh, teacher:
         for start in range(0, config.block_rows, size):
             rows = batch.select(np.arange(start, min(start + size, config.block_rows)))
             tokens = rows.tokens.to(mesh.device)
-            places = torch.arange(tokens.shape[1], device=mesh.device).expand_as(tokens)
+            positions = torch.arange(tokens.shape[1], device=mesh.device).expand_as(tokens)
             documents = rows.document_index.to(mesh.device) if recipe.data.reset_at_documents else None
             context = RowContext(documents=documents) if documents is not None else None
-            hidden = hidden_states(chunk, tokens, places, context=context).flatten(0, 1)
+            hidden = hidden_states(chunk, tokens, positions, context=context).flatten(0, 1)
             (states,) = teacher.hidden(tokens, documents)
             for k in sums:
                 losses = head_losses(
@@ -193,9 +193,13 @@ def _measure(recipe: Recipe, config: TeacherCacheConfig, *, mesh: Mesh, teacher:
     if mesh.rank:
         return
     total = config.block_rows * recipe.data.row_tokens
-    whole = max(sums[0] / total, 1e-30)  # the teacher itself has none
+    whole = max(sums[0] / total, 1e-30)  # the divergence of the teacher from itself is 0
     table = Table(
-        "k", "bytes a token, uncompressed", "divergence, nats", "share of the whole", title=f"student: {path}"
+        "k",
+        "bytes per token, uncompressed",
+        "divergence, nats",
+        "share of the full divergence",
+        title=f"student: {path}",
     )
     width = token_dtype(recipe.model.vocab).itemsize + np.dtype(config.values).itemsize
     for k in counts:

@@ -1,4 +1,4 @@
-"""Kept answers: training from them is training beside the teacher, whoever wrote and reads them; nothing wrong is read."""
+"""The teacher cache: training from it equals training with the teacher, at any layout; wrong or damaged caches are refused."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -17,8 +17,8 @@ from recipes.schema.recipe import Recipe
 from recipes.schema.tools import TeacherCacheConfig
 from train.build import check, mesh_of
 from train.distill.teacher import open_teacher
-from train.distill.teacher_cache import KeptAnswers, batch_keys, fewer, read_request
-from train.teacher_cache.fill import _answer_all
+from train.distill.teacher_cache import TeacherCache, batch_keys, read_request, reduce_to_k
+from train.teacher_cache.write_cache import _cache_all_rows
 
 STEPS, ROWS_A_STEP = 2, 4
 
@@ -40,17 +40,17 @@ class Rows:
         )
 
 
-def fill(rank: int, recipe: Recipe, world: int, values: str, rows: int) -> None:
+def write(rank: int, recipe: Recipe, world: int, values: str, rows: int) -> None:
     torch.set_num_threads(1)
     tensor = recipe.objective.teacher_tensor or 1
     recipe = replace(recipe, run=replace(recipe.run, global_rows=2 * world // tensor, microbatch_rows=2),
                      parallel=replace(recipe.parallel, tensor=tensor))  # fmt: skip
-    asks = replace(recipe, objective=replace(recipe.objective, kind="distill", teacher_cache=None))
-    with mesh_of(asks, check(recipe, world=world), device=torch.device("cpu"), rank=rank) as mesh:
+    online = replace(recipe, objective=replace(recipe.objective, kind="distill", teacher_cache=None))
+    with mesh_of(online, check(recipe, world=world), device=torch.device("cpu"), rank=rank) as mesh:
         teacher = open_teacher(recipe, mesh=mesh, tokenizer=TOKENIZER)
         assert teacher is not None
         config = TeacherCacheConfig(values=values, block_rows=3)  # type: ignore[arg-type]
-        _answer_all(recipe, config, mesh=mesh, teacher=teacher, dataset=Rows(), rows=rows)
+        _cache_all_rows(recipe, config, mesh=mesh, teacher=teacher, dataset=Rows(), rows=rows)
 
 
 @pytest.fixture(scope="module")
@@ -58,52 +58,51 @@ def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_teacher(tmp_path_factory.mktemp("teacher"))
 
 
-def answers_of(
+def cache_of(
     teacher: Path, folder: Path, *, world: int, tensor: int = 1, values: str = "float32", k: int = 12
 ) -> Recipe:
-    """Fill a folder. -> the recipe that trains from it."""
-    asked = {"objective.teacher_cache": str(folder), "objective.top_k": k, "run.microbatch_rows": 2}
-    recipe = student_of(teacher, **asked, **{"objective.teacher_tensor": tensor})
-    run_ranks(world, fill, recipe, world, values, 2 * STEPS * ROWS_A_STEP)  # every row twice
+    """Write a cache. -> the recipe that trains from it."""
+    changed = {"objective.teacher_cache": str(folder), "objective.top_k": k, "run.microbatch_rows": 2}
+    recipe = student_of(teacher, **changed, **{"objective.teacher_tensor": tensor})
+    run_ranks(world, write, recipe, world, values, 2 * STEPS * ROWS_A_STEP)  # every row twice
     return recipe
 
 
-def test_any_layout_writes_and_reads_what_the_teacher_would_say_online(teacher: Path, tmp_path: Path) -> None:
-    by_one = answers_of(teacher, tmp_path / "one", world=1)
-    by_two = answers_of(teacher, tmp_path / "two", world=2)
-    by_pair = answers_of(teacher, tmp_path / "pair", world=2, tensor=2)
+def test_any_layout_writes_and_reads_what_the_teacher_computes_online(teacher: Path, tmp_path: Path) -> None:
+    by_one = cache_of(teacher, tmp_path / "one", world=1)
+    by_two = cache_of(teacher, tmp_path / "two", world=2)
+    by_pair = cache_of(teacher, tmp_path / "pair", world=2, tensor=2)
     files = {p.name for p in (tmp_path / "one").iterdir()}
-    assert files == {p.name for p in (tmp_path / "two").iterdir()}, "who wrote them does not matter"
-    assert len(KeptAnswers(tmp_path / "one")) == STEPS * ROWS_A_STEP, "rows drawn again are answered once"
+    assert files == {p.name for p in (tmp_path / "two").iterdir()}, "the layout that writes them does not matter"
+    assert len(TeacherCache(tmp_path / "one")) == STEPS * ROWS_A_STEP, "a row drawn twice is stored once"
     online = replace(by_one, objective=replace(by_one.objective, teacher_cache=None))
-    (beside,) = run_ranks(1, distill_tiny, online, 1, STEPS)
+    (expected,) = run_ranks(1, distill_tiny, online, 1, STEPS)
     for recipe, world in ((by_one, 1), (by_two, 2), (by_pair, 2)):
         for numbers in run_ranks(world, distill_tiny, recipe, world, STEPS):
-            np.testing.assert_allclose(numbers.losses, beside.losses, rtol=2e-6)
-            np.testing.assert_allclose(numbers.grad_norms, beside.grad_norms, rtol=1e-5)
-    half = answers_of(teacher, tmp_path / "half", world=1, values="float16")
+            np.testing.assert_allclose(numbers.losses, expected.losses, rtol=2e-6)
+            np.testing.assert_allclose(numbers.grad_norms, expected.grad_norms, rtol=1e-5)
+    half = cache_of(teacher, tmp_path / "half", world=1, values="float16")
     (rounded,) = run_ranks(1, distill_tiny, half, 1, STEPS)
-    np.testing.assert_allclose(rounded.losses, beside.losses, rtol=1e-3)
-    assert rounded.losses != beside.losses
+    np.testing.assert_allclose(rounded.losses, expected.losses, rtol=1e-3)
+    assert rounded.losses != expected.losses
 
     fewer_online = replace(online, objective=replace(online.objective, top_k=5))
-    fewer_kept = replace(by_one, objective=replace(by_one.objective, top_k=5))
-    results = [run_ranks(1, distill_tiny, recipe, 1, 1)[0].losses for recipe in (fewer_online, fewer_kept)]
+    fewer_cached = replace(by_one, objective=replace(by_one.objective, top_k=5))
+    results = [run_ranks(1, distill_tiny, recipe, 1, 1)[0].losses for recipe in (fewer_online, fewer_cached)]
     np.testing.assert_allclose(*results, rtol=2e-6)
 
 
-def test_interrupted_writing_goes_on_and_damage_is_named(teacher: Path, tmp_path: Path) -> None:
-    folder = tmp_path / "answers"
-    recipe = answers_of(teacher, folder, world=1)
+def test_interrupted_writing_continues_and_damage_is_named(teacher: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "cache"
+    recipe = cache_of(teacher, folder, world=1)
     complete = {p.name: p.read_bytes() for p in folder.iterdir()}
     lost = sorted(folder.glob("*.idx"))[0]
     lost.unlink()  # killed between a block's two files
     (folder / f".{lost.name}.writing").write_bytes(b"half")
-    (answered,) = {len(KeptAnswers(folder))}
-    assert answered < STEPS * ROWS_A_STEP
-    with pytest.raises(RankFailed, match="holds no answer to the row at position"):
+    assert len(TeacherCache(folder)) < STEPS * ROWS_A_STEP
+    with pytest.raises(RankFailed, match="has no teacher logits for the row at position"):
         run_ranks(1, distill_tiny, recipe, 1, STEPS)
-    run_ranks(1, fill, recipe, 1, "float32", STEPS * ROWS_A_STEP)
+    run_ranks(1, write, recipe, 1, "float32", STEPS * ROWS_A_STEP)
     assert {p.name: p.read_bytes() for p in folder.iterdir() if not p.name.startswith(".")} == complete
 
     block = sorted(folder.glob("*.bin"))[0]
@@ -112,22 +111,22 @@ def test_interrupted_writing_goes_on_and_damage_is_named(teacher: Path, tmp_path
     block.write_bytes(raw)
     batch = Rows().training_rows(np.arange(STEPS * ROWS_A_STEP))
     with pytest.raises(DataError, match="is damaged at byte"):
-        KeptAnswers(folder).read(batch, documents=False)
+        TeacherCache(folder).read(batch, documents=False)
     block.write_bytes(raw[:-1])
     with pytest.raises(DataError, match="its index says"):
-        KeptAnswers(folder)
+        TeacherCache(folder)
     index = sorted(folder.glob("*.idx"))[0]
     index.write_bytes(index.read_bytes()[:-3])
     with pytest.raises(DataError, match=r"\.idx is damaged"):
-        KeptAnswers(folder)
+        TeacherCache(folder)
 
 
-def test_answers_to_another_question_are_refused(teacher: Path, tmp_path: Path) -> None:
-    folder = tmp_path / "answers"
-    recipe = answers_of(teacher, folder, world=1)
+def test_a_cache_of_other_settings_is_refused(teacher: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "cache"
+    recipe = cache_of(teacher, folder, world=1)
     assert read_request(folder).top_k == 12
     with pytest.raises(RankFailed, match="top_k: 12 there, 9 now"):
-        run_ranks(1, fill, replace(recipe, objective=replace(recipe.objective, top_k=9)), 1, "float32", 4)
+        run_ranks(1, write, replace(recipe, objective=replace(recipe.objective, top_k=9)), 1, "float32", 4)
     wrong = replace(
         recipe,
         objective=replace(recipe.objective, temperature=2.0, top_k=40),
@@ -135,26 +134,26 @@ def test_answers_to_another_question_are_refused(teacher: Path, tmp_path: Path) 
         data=replace(recipe.data, row_tokens=32),
     )
     with pytest.raises(RecipeError) as error:
-        KeptAnswers.open(wrong, tokenizer="f" * 16)
+        TeacherCache.open(wrong, tokenizer="f" * 16)
     for what in ("model.vocab=512", "objective.temperature=2.0", "data.row_tokens=32", "top_k=40", "tokenizer ffff"):
         assert what in str(error.value)
     other = save_teacher(tmp_path / "other", replace(TEACHER, run=replace(TEACHER.run, seed=78)))
-    asked = replace(recipe, objective=replace(recipe.objective, teacher=str(other)))
+    changed = replace(recipe, objective=replace(recipe.objective, teacher=str(other)))
     with pytest.raises(RankFailed, match=r"fingerprint: '[0-9a-f]*' there, '[0-9a-f]*' now"):
-        run_ranks(1, fill, asked, 1, "float32", 4)
+        run_ranks(1, write, changed, 1, "float32", 4)
     with pytest.raises(RankFailed, match="numbers: 'fp32' there, 'fp32, blockwise' now"):
         low = replace(recipe, objective=replace(recipe.objective, teacher_scaling="blockwise"))
-        run_ranks(1, fill, low, 1, "float32", 4)
-    with pytest.raises(RecipeError, match=r"objective.teacher=.*other.* answered. Use objective.teacher=null"):
-        KeptAnswers.open(asked, tokenizer=None)
-    KeptAnswers.open(
+        run_ranks(1, write, low, 1, "float32", 4)
+    with pytest.raises(RecipeError, match=r"objective.teacher=.*other.*was written by .*Use objective.teacher=null"):
+        TeacherCache.open(changed, tokenizer=None)
+    TeacherCache.open(
         replace(recipe, objective=replace(recipe.objective, teacher=str(tmp_path / "gone"))), tokenizer=None
     )
-    with pytest.raises(DataError, match="holds no teacher's answers"):
-        KeptAnswers(tmp_path / "nothing")
+    with pytest.raises(DataError, match="is not a teacher cache"):
+        TeacherCache(tmp_path / "nothing")
 
 
-def test_a_rows_key_is_what_it_says() -> None:
+def test_a_rows_key_is_its_content() -> None:
     batch = Rows().training_rows(np.array([0, 8, 1]))
     plain = batch_keys(batch, documents=False)
     assert plain[0] == plain[1] != plain[2]
@@ -162,9 +161,9 @@ def test_a_rows_key_is_what_it_says() -> None:
 
 
 def test_fewer_tokens_join_the_rest(teacher: Path, tmp_path: Path) -> None:
-    answers_of(teacher, tmp_path / "answers", world=1)
-    answer = KeptAnswers(tmp_path / "answers").read(Rows().training_rows(np.arange(2)), documents=False)
-    smaller = fewer(answer, 3)
-    whole = answer.log_p_NK.exp().sum(-1) + answer.rest_N
+    cache_of(teacher, tmp_path / "cache", world=1)
+    cached = TeacherCache(tmp_path / "cache").read(Rows().training_rows(np.arange(2)), documents=False)
+    smaller = reduce_to_k(cached, 3)
+    whole = cached.log_p_NK.exp().sum(-1) + cached.rest_N
     torch.testing.assert_close(smaller.log_p_NK.exp().sum(-1) + smaller.rest_N, whole)
     torch.testing.assert_close(whole, torch.ones_like(whole))
