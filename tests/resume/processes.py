@@ -161,5 +161,7 @@ def wait_for_step(folder: Path, step: int, child: Child, *, saved: bool = False)
     deadline = time.monotonic() + 90
     while not ((folder / METRICS).exists() and max(losses(folder), default=0) >= step and (not saved or saves(folder))):
         assert child.poll() is None, child.communicate()[0]
-        assert time.monotonic() < deadline, "training does not get on"
+        if time.monotonic() > deadline:
+            child.send_signal(signal.SIGTERM)  # torchrun passes it on: no process is left behind
+            raise AssertionError(f"training does not get on:\n{child.communicate(timeout=60)[0]}")
         time.sleep(0.01)

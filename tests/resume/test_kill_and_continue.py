@@ -35,7 +35,10 @@ def test_killed_and_interrupted_runs_end_as_the_undisturbed_one(words: list[str]
     assert final == undisturbed[-1]["bits_per_byte"]
 
     too_small = finish(fork(words, "other", extra=("model.vocab=256",)), status=2)
-    assert f"vocabulary {VOCAB}), but model.vocab=256. Set model.vocab={VOCAB}" in too_small
+    assert (
+        f"has a vocabulary of {VOCAB} (token ids up to {VOCAB - 1}), but model.vocab=256. Set model.vocab={VOCAB}"
+        in too_small
+    )
     assert not (tmp_path / "other").exists()
 
     refused = finish(fork(words, "killed", extra=("optim.lr=1",)), status=2)

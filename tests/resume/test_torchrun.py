@@ -1,11 +1,15 @@
 """torchrun can start the trainer: its four processes train like one."""
 
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
 import pytest
 from processes import RUN, finish, fork, losses, saves, start, wait_for_step
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def test_torchrun_on_four_ranks_trains_the_same(words: list[str], tmp_path: Path) -> None:
@@ -18,6 +22,30 @@ def test_torchrun_on_four_ranks_trains_the_same(words: list[str], tmp_path: Path
     assert [four[s] for s in sorted(four)] == pytest.approx([one[s] for s in sorted(one)], rel=2e-6)
 
 
+ORPHAN = """
+import os, sys, time
+from data.system.parent import end_with_parent
+from train.resilience.faults import StopSignals
+if os.fork():
+    time.sleep(60)
+assert end_with_parent()
+with StopSignals() as signals:
+    print(os.getpid(), flush=True)
+    while signals.received is None:
+        time.sleep(0.01)
+    print(signals.received.name, flush=True)
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGKILL])
+def test_a_process_notices_that_its_parent_is_gone(number: signal.Signals) -> None:
+    parent = subprocess.Popen([sys.executable, "-c", ORPHAN], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    assert parent.stdout is not None and parent.stdout.readline()
+    parent.send_signal(number)
+    assert parent.communicate(timeout=30)[0] == "SIGTERM\n"
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGKILL])
 def test_ranks_save_and_stop_when_torchrun_dies(number: signal.Signals, words: list[str], tmp_path: Path) -> None:
     """torchrun handles SIGTERM, SIGINT, SIGHUP and SIGQUIT; any other signal kills it, and its processes receive nothing."""
