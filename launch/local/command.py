@@ -8,7 +8,6 @@ rank that failed first.
 
 import os
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -21,6 +20,7 @@ from launch.local.continuation import decide
 from launch.local.failures import tell
 from launch.local.supervise import StopRequest, run_attempt, say
 from launch.runs import RunFolder
+from recipes.schema import units
 from recipes.schema.errors import USER_ERRORS, RecipeError
 from recipes.schema.facts import Machine, missing_packages
 from recipes.schema.options import CommandParser
@@ -182,7 +182,7 @@ def _shown(text: str, processes: int) -> frozenset[int]:
 
 def _new_folder(logs: Path) -> Path:
     """A name for this attempt's logs that no attempt has had."""
-    stem, number = f"local-{time.strftime('%Y%m%d-%H%M%S')}", 1
+    stem, number = f"local-{units.stamp()}", 1
     while (logs / (stem if number == 1 else f"{stem}-{number}")).exists():
         number += 1
     return logs / (stem if number == 1 else f"{stem}-{number}")
