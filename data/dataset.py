@@ -27,6 +27,7 @@ from data.store.manifest import MANIFEST, SPLITS, Manifest, ShardEntry, read_man
 from data.store.origins import Origin, Origins, read_origins
 from data.store.verify import Verifier
 from data.tokenizer import Tokenizer
+from recipes.schema import units
 from recipes.schema.credentials import without_credentials
 from recipes.schema.data import DataConfig
 from recipes.schema.errors import DataError, refuse
@@ -250,7 +251,7 @@ def _check_budget(config: DataConfig, manifest: Manifest, budget_bytes: int) -> 
         shown = without_credentials(config.folder)
         raise DataError(
             f"data.cache.gib={config.cache.gib:g} is less than one shard: shard {path} of {shown} takes "
-            f"{size / 2**30:.3g} GiB. Set data.cache.gib to that at least, or prepare with a lower data.shard_bytes."
+            f"{units.gib(size)}. Set data.cache.gib to that at least, or prepare with a lower data.shard_bytes."
         )
 
 

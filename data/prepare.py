@@ -24,7 +24,7 @@ from rich.console import Console
 from data.make.corpus import Reader
 from data.make.lock import prepare_lock
 from data.make.pool import make_shards
-from data.make.progress import Display, megabytes
+from data.make.progress import Display
 from data.make.shard_job import ShardJob, dealt, read_result
 from data.make.shard_work import Work, plan_work, read_stamps, request_of, same_request, stamp_of
 from data.sources.files import find_files, is_remote
@@ -41,6 +41,7 @@ from data.store.manifest import (
 )
 from data.system import disk
 from data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
+from recipes.schema import units
 from recipes.schema.data import DataConfig
 from recipes.schema.errors import DataError, refuse
 from recipes.schema.options import hand_over
@@ -208,7 +209,7 @@ def _make_missing(config: DataConfig, todo: Task, jobs: list[ShardJob], tokenize
     if config.workers > 1 and whole.size > 4 * config.shard_bytes:
         _say(
             console,
-            f"{whole.file} ({megabytes(whole.size)}) cannot be cut, so one process reads all of it. Many smaller files are "
+            f"{whole.file} ({units.size(whole.size)}) cannot be cut, so one process reads all of it. Many smaller files are "
             f"prepared faster.",
         )
     if tokenizer.note is not None:
@@ -225,7 +226,7 @@ def _make_missing(config: DataConfig, todo: Task, jobs: list[ShardJob], tokenize
             workers=config.workers,
             advance=display.advance,
         )
-    _say(console, f"tokenized {megabytes(sum(sizes.values()))}; {display.speed}")
+    _say(console, f"tokenized {units.size(sum(sizes.values()))}; {display.speed}")
 
 
 def _merge(folder: Path, work: Work, jobs: list[ShardJob], tokenizer: Tokenizer, console: Console) -> Manifest:
@@ -270,8 +271,8 @@ def _changes(config: DataConfig, manifest: Manifest, stamps: dict[str, str]) -> 
                 continue  # prepared data does not need its sources
             if (len(now), sum(file.size for file in now)) != (there["files"], there["bytes"]):
                 yield (
-                    f"{name}: there are {len(now):,} files of {megabytes(sum(file.size for file in now))} now, "
-                    f"{there['files']:,} of {megabytes(there['bytes'])} were read. {kept}"
+                    f"{name}: there are {len(now):,} files of {units.size(sum(file.size for file in now))} now, "
+                    f"{there['files']:,} of {units.size(there['bytes'])} were read. {kept}"
                 )
                 continue
         stamp = stamp_of(config, name) if name in stamps else None

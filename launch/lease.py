@@ -27,6 +27,7 @@ from typing import Literal
 
 from data.system import disk
 from launch.queue import SlurmError, look_up
+from recipes.schema import units
 from recipes.schema.errors import StratumError
 
 FOLDER = "lease"
@@ -64,8 +65,7 @@ class Owner:
     def describe(self) -> str:
         """`process 4711 on n1 (Slurm job 12), started 2026-03-01 12:00:00`."""
         job = f" (Slurm job {self.job})" if self.job is not None else ""
-        at = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(self.started))
-        return f"process {self.pid} on {self.host}{job}, started {at}"
+        return f"process {self.pid} on {self.host}{job}, started {units.moment(self.started)}"
 
 
 State = Literal["alive", "dead", "unknown"]

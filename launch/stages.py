@@ -10,7 +10,6 @@ running stage, which saves as ever; a second one kills it.
 import os
 import shlex
 import sys
-import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +20,7 @@ from omegaconf import DictConfig
 from launch.children import python_module
 from launch.local.supervise import StopRequest, run_attempt
 from launch.runs import RunFolder
+from recipes.schema import units
 from recipes.schema.command import asked_for, dotted_keys, recipe_words, run_command, section
 from recipes.schema.compress import CompressConfig
 from recipes.schema.errors import USER_ERRORS, RecipeError
@@ -70,7 +70,7 @@ def stages_of(composed: DictConfig) -> list[Stage]:
 def run_stages(composed: DictConfig, stages: Iterable[Stage]) -> int:
     """Run them in order. -> 0, or the status of the stage that did not end well; 0 too where one paused as it was asked."""
     recipe = read_recipe(composed)
-    logs = Path(recipe.run.folder) / f"stages-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
+    logs = Path(recipe.run.folder) / f"stages-{units.stamp()}-{os.getpid()}"
     with StopRequest() as stop:
         for number, stage in enumerate(stages, 1):
             sys.stdout.write(f"# {stage.name}\n{_line(stage)}\n")

@@ -19,6 +19,7 @@ from launch.queue import QueuedJob, SlurmError, look_up
 from launch.runs import RunFolder, runs_in
 from launch.slurm.after_job import NO_SUCCESSOR
 from launch.slurm.command import job_numbers
+from recipes.schema import units
 from recipes.schema.errors import StratumError
 from recipes.schema.options import CommandParser, run_named
 from recipes.schema.run_folder import last_texts
@@ -165,15 +166,8 @@ def _progress_line(run: RunFolder) -> str:
     if progress.total_steps is not None and progress.step >= progress.total_steps:
         return f"{text}: finished"
     if progress.seconds_left is not None:
-        text += f", {_span(progress.seconds_left)} left at this pace"
-    return f"{text} (last step {_span(progress.age_s)} ago)"
-
-
-def _span(seconds: float) -> str:
-    minutes, second = divmod(round(seconds), 60)
-    hours, minute = divmod(minutes, 60)
-    days, hour = divmod(hours, 24)
-    return (f"{days} d " if days else "") + f"{hour}:{minute:02}:{second:02}"
+        text += f", {units.clock(progress.seconds_left)} left at this pace"
+    return f"{text} (last step {units.clock(progress.age_s)} ago)"
 
 
 def _table(runs: Sequence[RunFolder], queue: Queue) -> str:

@@ -15,6 +15,8 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from recipes.schema import units
+
 _LINE_EVERY_S = 20.0
 
 
@@ -61,20 +63,11 @@ class Display:
         if not self._console.is_terminal and now - self._said > _LINE_EVERY_S:
             self._said = now
             total = sum(self._sizes.values())
-            share = f"{self._stored / total:.0%} of {megabytes(total)}" if total else megabytes(self._stored)
+            share = f"{self._stored / total:.0%} of {units.size(total)}" if total else units.size(self._stored)
             self._console.print(f"tokenized {share}; {self.speed}", highlight=False)
 
     @property
     def speed(self) -> str:
         """Bytes of text and tokens a second since the start."""
         seconds = max(1e-3, time.monotonic() - self._started)
-        return f"{self._text / seconds / 1e6:.1f} MB/s of text, {self._tokens / seconds / 1e6:.2f}M tokens/s"
-
-
-def megabytes(size: float) -> str:
-    """A size for people."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if size < 1000:
-            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
-        size /= 1000
-    return f"{size:.1f} TB"
+        return f"{units.size(self._text / seconds)}/s of text, {self._tokens / seconds / 1e6:.2f}M tokens/s"

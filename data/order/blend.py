@@ -8,8 +8,6 @@ start-up and memory do not depend on the corpus.
 
 import hashlib
 import math
-import threading
-from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -19,6 +17,7 @@ import numpy as np
 from data.order.curriculum import Curriculum, Window
 from data.order.permutation import RowOrder
 from data.order.shares import Phase
+from data.system.recent import Recent
 from recipes.schema.data import DataConfig, PhaseConfig
 from recipes.schema.errors import DataError, refuse
 from recipes.schema.rules import order_problems
@@ -92,8 +91,7 @@ class Blend:
         ]
         self._is_capped = any(most is not None for most in self._most)
         self._limits = np.array([math.inf if most is None else most for most in self._most])
-        self._lock = threading.Lock()
-        self._draws: OrderedDict[int, tuple[int, Draw]] = OrderedDict()
+        self._draws: Recent[int, Draw] = Recent(most=_CACHED_WINDOWS)
 
     def draw(self, positions: np.ndarray) -> Draw:
         """What lies at `positions` (int64, any order). Depends on nothing else. DataError past a source's max_epochs."""
@@ -203,18 +201,9 @@ class Blend:
 
     def _window(self, position: int) -> tuple[int, Draw]:
         """The window of the order that holds a position: its start, and what lies in it."""
-        with self._lock:
-            for start, (stop, draw) in self._draws.items():
-                if start <= position < stop:
-                    self._draws.move_to_end(start)  # those who read and those who look ahead do not turn each other out
-                    return start, draw
         window = self.curriculum.window(position)
-        draw = self._resolve(window)
-        with self._lock:
-            self._draws[window.start] = window.stop, draw
-            if len(self._draws) > _CACHED_WINDOWS:
-                self._draws.popitem(last=False)
-        return window.start, draw
+        found = self._draws.get(window.start)  # those who read and those who look ahead do not turn each other out
+        return window.start, found or self._draws.keep(window.start, self._resolve(window))
 
     def _resolve(self, window: Window) -> Draw:
         source = window.source.astype(np.int64)

@@ -34,8 +34,6 @@ there, it cannot be promised (Balinski and Young, Fair Representation, 1982, for
 import heapq
 import itertools
 import math
-import threading
-from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -44,6 +42,7 @@ import numpy as np
 
 from data.order.shares import Phase, Segment, course_of
 from data.order.tree import ShareTree
+from data.system.recent import Recent
 
 WINDOW_ROWS = 4096
 """Rows of a window, about: what is laid out at once (some milliseconds) and kept."""
@@ -121,9 +120,8 @@ class Curriculum:
 
     def __init__(self, phases: Sequence[Phase], limits: Sequence[int | None] = ()) -> None:
         """phases and limits: as `data.order.shares` takes them."""
-        self._lock = threading.Lock()
-        self._windows: OrderedDict[tuple[int, int], Window] = OrderedDict()
-        self._ends: OrderedDict[tuple[int, int], _End] = OrderedDict()
+        self._windows: Recent[tuple[int, int], Window] = Recent(most=_CACHED_WINDOWS)
+        self._ends: Recent[tuple[int, int], _End] = Recent(most=_CACHED_WINDOWS)
         self._layouts: dict[int, tuple[np.ndarray, np.ndarray, float]] = {}
         course = course_of(phases, limits)
         self.segments, self.stop = course.segments, course.stop
@@ -161,17 +159,8 @@ class Curriculum:
         assert self.stop is None or position < self.stop, "nothing is left to draw there"
         which = self._segment_of(position)
         number = self._number(which, position)
-        with self._lock:
-            found = self._windows.get((which, number))
-            if found is not None:
-                self._windows.move_to_end((which, number))
-                return found
-        window = self._build(which, number)
-        with self._lock:
-            self._windows[which, number] = window
-            if len(self._windows) > _CACHED_WINDOWS:
-                self._windows.popitem(last=False)
-        return window
+        found = self._windows.get((which, number))
+        return found or self._windows.keep((which, number), self._build(which, number))
 
     def _segment_of(self, position: int) -> int:
         which = len(self.segments) - 1
@@ -224,15 +213,8 @@ class Curriculum:
         if part.period:
             grown = (int(share * part.rows) * number for share in part.segment.shares)
             return _End(position, tuple(d + g for d, g in zip(part.drawn, grown, strict=True)))
-        with self._lock:
-            found = self._ends.get((which, number))
-        if found is None:
-            found = _balanced_end(part, position)
-            with self._lock:
-                self._ends[which, number] = found
-                if len(self._ends) > _CACHED_WINDOWS:
-                    self._ends.popitem(last=False)
-        return found
+        found = self._ends.get((which, number))
+        return found or self._ends.keep((which, number), _balanced_end(part, position))
 
     def _rounded(self, following: Segment | None) -> tuple[int, ...]:
         """What was drawn of each source where the last part ends: whole numbers next to what is owed there, that keep the

@@ -16,8 +16,6 @@ What is left after the last whole row of a source is not used, and counted.
 
 import bisect
 import itertools
-import threading
-from collections import OrderedDict
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -25,6 +23,7 @@ import numpy as np
 
 from data.native import rows as native
 from data.rows.reader import OpenShard, TokenStream
+from data.system.recent import Recent
 
 STRETCH_ROWS = 64
 """Rows that best-fit packing arranges together."""
@@ -63,9 +62,9 @@ class Rows:
         self.row_tokens = row_tokens
         self.best_fit = best_fit
         self._eod = eod
-        self._lock = threading.Lock()
-        self._stretches: OrderedDict[int, Packed] = OrderedDict()
-        self._kept_bytes, self._keep_bytes = 0, _KEPT_BYTES // sources
+        self._stretches: Recent[int, Packed] = Recent(
+            most_weight=_KEPT_BYTES // sources, weigh=lambda packed: packed.numbers.nbytes
+        )
 
     @property
     def count(self) -> int:
@@ -186,20 +185,11 @@ class Rows:
 
     def _packed(self, wanted: Sequence[int]) -> dict[int, Packed]:
         """Stretches by number, those that are not kept packed in one call."""
-        with self._lock:
-            found = {number: self._stretches.get(number) for number in wanted}
-        missing = [number for number, packed in found.items() if packed is None]
-        if missing:
-            new = self._pack(missing)
-            found.update(new)
-            with self._lock:
-                for number, packed in new.items():
-                    if number not in self._stretches:
-                        self._stretches[number] = packed
-                        self._kept_bytes += packed.numbers.nbytes
-                while self._kept_bytes > self._keep_bytes and len(self._stretches) > 1:
-                    self._kept_bytes -= self._stretches.popitem(last=False)[1].numbers.nbytes
-        return found  # type: ignore[return-value]
+        found = {number: packed for number in wanted if (packed := self._stretches.get(number)) is not None}
+        missing = [number for number in dict.fromkeys(wanted) if number not in found]
+        for number, packed in self._pack(missing).items() if missing else ():
+            found[number] = self._stretches.keep(number, packed)
+        return found
 
     def _pack(self, stretches: Sequence[int]) -> dict[int, Packed]:
         size, bounds = STRETCH_ROWS * self.row_tokens, self.stream.bounds

@@ -9,7 +9,6 @@ read (while only this run uses the cache). What cannot be fetched is left to the
 
 import logging
 import threading
-from collections import OrderedDict
 from dataclasses import dataclass
 
 import numpy as np
@@ -49,7 +48,7 @@ class FetchAhead:
         self._blend, self._rows, self._remote = blend, rows, remote
         self._limit = _SHARE * remote.budget_bytes
         self._lock = threading.Lock()
-        self._needed: OrderedDict[tuple[int, int], _Need] = OrderedDict()
+        self._needed: dict[tuple[int, int], _Need] = {}
         self._looked = position
         self._is_full = False
         self._shards_there_are = sum(len(part.stream.entries) for part in rows)

@@ -13,9 +13,7 @@ import contextlib
 import ctypes
 import os
 import resource
-import threading
 import time
-from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import overload
@@ -26,6 +24,7 @@ from data.native.rows import ShardRecord
 from data.store.cache import Activity
 from data.store.manifest import ShardEntry
 from data.store.shards import Header, read_header
+from data.system.recent import Recent
 from recipes.schema.errors import DataError
 
 _OPEN_SHARDS = 4096
@@ -209,31 +208,22 @@ class Shelf:
         self._may_vanish = may_vanish
         self._find = find
         self.activity = activity
-        self._lock = threading.Lock()
-        self._room = min(_OPEN_COPIES, _OPEN_SHARDS) if may_vanish else _room_for_shards()
-        self._kept_starts = 0
-        self._open: OrderedDict[tuple[str, int], OpenShard] = OrderedDict()
+        room = min(_OPEN_COPIES, _OPEN_SHARDS) if may_vanish else _room_for_shards()
+        self._open: Recent[tuple[str, int], OpenShard] = Recent(most=room, weigh=lambda shard: shard.kept_starts)
 
     def open(self, entry: ShardEntry) -> OpenShard:
         """The entry's shard, opened if it was not."""
         key = entry.path, entry.first_document
-        with self._lock:
-            if key in self._open:
-                self._open.move_to_end(key)
-                return self._open[key]
-            keep_starts = self._kept_starts + entry.documents <= _STARTS_IN_MEMORY
+        found = self._open.get(key)
+        if found is not None:
+            return found
+        keep_starts = self._open.weight + entry.documents <= _STARTS_IN_MEMORY
         with self.activity.of(f"opening {entry.path}"):
             try:
                 shard = self._opened(entry, keep_starts=keep_starts)
             except OSError as error:
                 raise DataError(f"{entry.path} cannot be opened: {error.strerror or error}.") from error
-        with self._lock:
-            if key not in self._open:
-                self._open[key] = shard
-                self._kept_starts += shard.kept_starts
-            while len(self._open) > self._room:
-                self._kept_starts -= self._open.popitem(last=False)[1].kept_starts
-            return self._open.get(key, shard)
+        return self._open.keep(key, shard)
 
     def _opened(self, entry: ShardEntry, *, keep_starts: bool) -> OpenShard:
         for left in reversed(range(3)):
@@ -247,10 +237,7 @@ class Shelf:
 
     def forget(self, shard: OpenShard) -> None:
         """Open this shard anew, and verify it, when it is next read."""
-        key = shard.entry.path, shard.entry.first_document
-        with self._lock:
-            if self._open.get(key) is shard:
-                self._kept_starts -= self._open.pop(key).kept_starts
+        self._open.drop((shard.entry.path, shard.entry.first_document), shard)
 
 
 def _room_for_shards() -> int:

@@ -27,6 +27,7 @@ from typing import IO, Any
 import fsspec
 import pyarrow
 
+from data.system.retry import wait_s
 from recipes.schema.credentials import without_credentials
 from recipes.schema.errors import DataError
 
@@ -42,8 +43,8 @@ _EXTRA = {"s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "http": "a
 _MOST_PATHS = 1_000_000
 """That the braces of a path may stand for."""
 _BLOCK = 1 << 20
-_PAUSES_S = (1.0, 5.0, 25.0)
-"""Waits before remote files are tried again."""
+_TRIES, _FIRST_WAIT_S = 5, 2.0
+"""Of remote files; the waits between them double."""
 log = logging.getLogger(__name__)
 
 
@@ -78,10 +79,11 @@ def find_files(place: str, path: str, *, hidden: list[str] | None = None) -> lis
 
 def again_where_far[T](is_far: bool, act: Callable[[], T]) -> T:
     """What `act` gives; where it reads from a server, it is tried again when that does not answer. ReadError in the end."""
-    for pause in _PAUSES_S if is_far else ():
+    for failures in range(1, _TRIES if is_far else 1):
         try:
             return act()
         except ReadError as error:
+            pause = wait_s(failures, first_s=_FIRST_WAIT_S)
             log.warning("%s Tried again in %.0f s.", error, pause)
             time.sleep(pause)
     return act()

@@ -30,6 +30,7 @@ import fsspec
 
 from data.store.manifest import FileFacts, file_sha256
 from data.system import disk
+from data.system.retry import wait_s
 from recipes.schema.credentials import without_credentials
 from recipes.schema.data import CacheConfig
 from recipes.schema.data import is_remote as is_remote
@@ -173,8 +174,8 @@ class RemoteFolder:
                         f"{self.url}/{name} cannot be fetched after {attempt + 1} attempts: {shown}"
                     ) from error
                 log.warning("%s/%s: %s. Attempt %d of %d follows.", self.url, name, shown, attempt + 2, again + 1)
-                self._sleep(min(60.0, 2.0**attempt))
                 attempt += 1
+                self._sleep(wait_s(attempt, first_s=1.0, most_s=60.0))
 
     def _fetch(self, name: str, path: Path, facts: FileFacts | None) -> None:
         aside = path.with_name(f"{path.name}.fetching-{os.uname().nodename}-{os.getpid()}")

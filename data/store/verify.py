@@ -17,6 +17,7 @@ from pathlib import Path
 
 from data.store.manifest import FileFacts, file_sha256
 from data.system import disk
+from recipes.schema import units
 from recipes.schema.errors import DataError
 
 VERIFIED = "verified.json"
@@ -51,10 +52,10 @@ class Verifier:
         total = sum(facts.bytes for _, facts in wanted)
         if self._mode == "auto" and total > BUDGET_BYTES:
             log.warning(
-                "%d files of %.0f GiB have not been checked against their checksums. `stratum inspect -cn RECIPE "
+                "%d files of %s have not been checked against their checksums. `stratum inspect -cn RECIPE "
                 "--verify` does it, once; files that change from now on are checked before they are used.",
                 len(wanted),
-                total / 2**30,
+                units.gib(total),
             )
             return
         with ThreadPoolExecutor(max_workers=max(1, len(os.sched_getaffinity(0)))) as pool:

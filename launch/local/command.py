@@ -8,24 +8,27 @@ rank that failed first.
 
 import os
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from data.system.retry import wait_s
 from launch.children import python_module
 from launch.compose import checked_layout, compose, run_folder
 from launch.facts import fp32_block_scales_of
 from launch.lease import LeaseError, current_owner, refusal
-from launch.local.continuation import backoff_s, decide
+from launch.local.continuation import decide
 from launch.local.failures import tell
 from launch.local.supervise import StopRequest, run_attempt, say
 from launch.runs import RunFolder
+from recipes.schema import units
 from recipes.schema.errors import USER_ERRORS, RecipeError
 from recipes.schema.facts import Machine, missing_packages
 from recipes.schema.options import CommandParser
 from recipes.schema.recipe import Recipe
 from recipes.schema.rules import environment_of, local_problems
 
+_MOST_WAIT_S = 300.0
+"""Before a restart."""
 _EXAMPLES = """
 stratum launch local -cn smoke                                          as many processes as the recipe needs
 stratum launch local -cn smoke run.name=two parallel.tensor=2           two processes
@@ -122,7 +125,7 @@ def run_to_end(
             if decision.action != "again":
                 say(f"not started again: {decision.reason}")
                 return end.status
-            delay = backoff_s(failures, first_s=recipe.launch.backoff_s)
+            delay = wait_s(failures, first_s=recipe.launch.backoff_s, most_s=_MOST_WAIT_S)
             from_where = run.newest_checkpoint() or "the beginning"
             when = f"in {delay:g} s (Ctrl-C: not)" if delay else "at once"
             say(f"{decision.reason}; starting again from {from_where} {when}")
@@ -179,7 +182,7 @@ def _shown(text: str, processes: int) -> frozenset[int]:
 
 def _new_folder(logs: Path) -> Path:
     """A name for this attempt's logs that no attempt has had."""
-    stem, number = f"local-{time.strftime('%Y%m%d-%H%M%S')}", 1
+    stem, number = f"local-{units.stamp()}", 1
     while (logs / (stem if number == 1 else f"{stem}-{number}")).exists():
         number += 1
     return logs / (stem if number == 1 else f"{stem}-{number}")

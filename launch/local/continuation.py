@@ -72,14 +72,6 @@ def decide(
     return Decision("again", f"{what}; restart {now} of {restarts} without a new checkpoint", now)
 
 
-def backoff_s(failures: int, *, first_s: float) -> float:
-    """Seconds to wait before the restart after so many failures in a row that brought no new checkpoint: none after
-    progress, then doubling, at most five minutes."""
-    if not failures:
-        return 0.0
-    return min(300.0, first_s * 2.0 ** (failures - 1))
-
-
 def describe(status: int) -> str:
     """An exit status in words: `status 1`, `SIGKILL (status 137; out of memory?)`."""
     try:

@@ -10,7 +10,7 @@ from typing import Any
 
 from launch.compose import compose
 from launch.plan.cost.device import device_named, devices
-from launch.plan.cost.memory import GIB, RankMemory
+from launch.plan.cost.memory import RankMemory
 from launch.plan.goodput import add_options, draw_goodput, goodput_json, goodput_of, show_goodput
 from launch.plan.picture import draw
 from launch.plan.planner import Plan, make_plan, world_of
@@ -21,6 +21,7 @@ from recipes.schema.errors import USER_ERRORS
 from recipes.schema.layout import rank_coordinates
 from recipes.schema.options import CommandParser
 from recipes.schema.recipe import Recipe
+from recipes.schema.units import GIB
 
 _EXAMPLES = r"""
 stratum plan -cn smoke                                            the recipe as it stands, on H100s

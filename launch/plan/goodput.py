@@ -24,7 +24,8 @@ from launch.plan.cost.goodput import (
 )
 from launch.plan.picture import canvas
 from launch.plan.planner import STORAGE_PER_NODE, Plan
-from launch.plan.tables import console, duration
+from launch.plan.tables import console
+from recipes.schema import units
 from recipes.schema.errors import RecipeError
 
 _MARKS = ("#b02a30", "#e9a23b", "#2a9d8f", "#8a5a9e", "#555555")
@@ -135,7 +136,7 @@ def show_goodput(found: Goodput, plan: Plan) -> None:
     failures = found.failures
     out.print(
         f"Goodput: {found.nodes:,} node{'s' * (found.nodes > 1)}, each failing every {found.node_mtbf_s / 3600:,.0f} h: a "
-        f"failure every {duration(failures.mean_s / 3600)}; {failures.restart_s:,.0f} s to restart, {failures.load_s:,.0f} s "
+        f"failure every {units.span(failures.mean_s)}; {failures.restart_s:,.0f} s to restart, {failures.load_s:,.0f} s "
         f"to load; a save stalls {found.choices[0].saving.stall_s:.2g} s, durable {found.choices[0].saving.write_s:.2g} s later"
     )
     table = Table(title="What share of the time ends up in the model", title_justify="left", title_style="bold")
@@ -151,7 +152,7 @@ def show_goodput(found: Goodput, plan: Plan) -> None:
         "whole run",
     ):
         table.add_column(name, justify="left" if name == "save every" else "right")
-    hours = plan.recipe.run.steps * plan.time.seconds / 3600
+    seconds = plan.recipe.run.steps * plan.time.seconds
     for choice in found.choices:
         played = choice.played
         share = [part / played.elapsed for part in (played.stalled, played.lost, played.restarting)]
@@ -162,11 +163,11 @@ def show_goodput(found: Goodput, plan: Plan) -> None:
             f"{choice.goodput:.2%}",
             f"{played.goodput:.2%} ± {2 * played.error:.2%}",
             *[f"{part:.2%}" for part in share],
-            duration(hours / choice.goodput) if choice.goodput > 1e-6 else "never",
+            units.span(seconds / choice.goodput) if choice.goodput > 1e-6 else "never",
         )
     out.print(table)
     advised = found.advised
-    expected = hours / advised.goodput * 3600 / failures.mean_s if advised.goodput > 1e-6 else float("inf")
+    expected = seconds / advised.goodput / failures.mean_s if advised.goodput > 1e-6 else float("inf")
     busy = min(1.0, advised.saving.write_s / advised.saving.cycle_s)
     out.print(
         f"Advised: checkpoint.every_steps={advised.steps}, the rarest saves within 0.1 % of the best (storage busy "
@@ -216,7 +217,7 @@ def draw_goodput(found: Goodput, plan: Plan, path: Path) -> None:
         axes.set_ylabel("share of time that ends up in the model")
         axes.set_title(
             f"{plan.recipe.run.name} on {plan.layout.world:,} x {plan.device.name}: a failure every "
-            f"{duration(found.failures.mean_s / 3600)}"
+            f"{units.span(found.failures.mean_s)}"
         )
         axes.legend(frameon=False, loc="lower center")
         axes.grid(alpha=0.25)

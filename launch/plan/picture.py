@@ -5,10 +5,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from launch.plan.cost.memory import GIB
 from launch.plan.names import MEMORY_NAMES, PART_NAMES
 from launch.plan.planner import Plan
 from recipes.schema.errors import RecipeError
+from recipes.schema.units import GIB
 
 _COLORS = ("#1f5fa8", "#4a90d9", "#7fb3e6", "#b5d3f0", "#2a9d8f", "#e9a23b", "#f2c879", "#c77dba", "#8a5a9e", "#b9b9b9")
 _STYLE = {"font.size": 10, "axes.spines.top": False, "axes.spines.right": False, "axes.titleweight": "bold"}

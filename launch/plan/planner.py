@@ -12,7 +12,7 @@ from launch.plan.checks import Facts, facts_of, recipe_problems, recipe_warnings
 from launch.plan.cost.activations import Modules
 from launch.plan.cost.device import Device, Format
 from launch.plan.cost.efficiency import STRATUM
-from launch.plan.cost.memory import GIB, RankMemory, rank_memory
+from launch.plan.cost.memory import RankMemory, rank_memory
 from launch.plan.cost.time import Setting, StepTime, step_time
 from launch.plan.cost.traffic import StepTraffic, step_traffic
 from launch.plan.teacher import find_teacher, teacher_cost
@@ -22,6 +22,7 @@ from recipes.schema.parallel import ParallelConfig
 from recipes.schema.pattern import Flops, cut, flops_per_token, layer_kinds, parameters, visible_keys
 from recipes.schema.recipe import Recipe
 from recipes.schema.scaling import low_precision_linears
+from recipes.schema.units import GIB
 
 USABLE = 0.97
 """Share of a device's memory a plan may fill: an allocator never uses the last of it."""

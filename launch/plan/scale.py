@@ -11,14 +11,15 @@ from typing import Any
 from rich.table import Table
 
 from launch.plan.cost.device import Device
-from launch.plan.cost.memory import GIB
 from launch.plan.goodput import Goodput, goodput_of
 from launch.plan.picture import canvas
 from launch.plan.planner import Plan
 from launch.plan.search import search
-from launch.plan.tables import console, duration
+from launch.plan.tables import console
+from recipes.schema import units
 from recipes.schema.errors import RecipeError
 from recipes.schema.recipe import Recipe
+from recipes.schema.units import GIB
 
 
 @dataclass(frozen=True)
@@ -79,9 +80,9 @@ def show_scale(points: list[Point], recipe: Recipe) -> None:
             f"{plan.mfu:.0%}",
             f"{plan.tokens_per_s_per_gpu / first.tokens_per_s_per_gpu:.0%}",
             f"{plan.fullest.total / GIB:.1f}",
-            duration(plan.hours),
+            units.span(3600 * plan.hours),
             f"{advised.goodput:.1%}",
-            duration(plan.recipe.run.steps * plan.time.seconds / 3600 / advised.goodput),
+            units.span(plan.recipe.run.steps * plan.time.seconds / advised.goodput),
             f"{advised.steps:,} steps",
         )
     out.print(table)

@@ -6,10 +6,10 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from launch.plan.cost.memory import GIB
 from launch.plan.names import MEMORY_NAMES, PART_NAMES
 from launch.plan.planner import USABLE, Plan
 from launch.plan.search import Found
+from recipes.schema import units
 from recipes.schema.layout import rank_coordinates
 from recipes.schema.recipe import Recipe
 from recipes.schema.scaling import describe_precision
@@ -80,7 +80,7 @@ def _memory(plan: Plan) -> Table:
     for name in ("stage", "in flight", *shown.values(), "total", f"of {capacity:.0f}"):
         table.add_column(name, justify="right")
     for memory in plan.memory:
-        share = memory.total / GIB / capacity
+        share = memory.total / units.GIB / capacity
         style = "red" if share > USABLE else "yellow" if share > 0.9 else ""
         table.add_row(
             str(memory.stage),
@@ -134,10 +134,10 @@ def _cost(plan: Plan) -> Table:
             f"{plan.mfu:.1%}",
         ),
         ("MFU, masked half counted (torchtitan, llm-foundry)", f"{plan.mfu_unmasked:.1%}"),
-        (f"{plan.recipe.run.steps:,} steps, {total_tokens / 1e9:,.3f} billion tokens", duration(plan.hours)),
+        (f"{plan.recipe.run.steps:,} steps, {total_tokens / 1e9:,.3f} billion tokens", units.span(3600 * plan.hours)),
         ("GPU-hours", f"{plan.gpu_hours:,.1f}"),
         ("energy at full power, host included, cooling not", f"{plan.energy_mwh:,.3f} MWh"),
-        ("a checkpoint", f"{saved.size_bytes / 1e9:,.2f} GB"),
+        ("a checkpoint", units.size(saved.size_bytes)),
         ("saving it: training waits / written", f"{saved.stall_s:.2g} s / {saved.write_s:.2g} s"),
     ):
         table.add_row(name, value)
@@ -181,7 +181,7 @@ def show_search(found: Found, recipe: Recipe) -> None:
                 f"{plan.time.seconds:.3g}",
                 f"{plan.tokens_per_s_per_gpu:,.0f}",
                 f"{plan.mfu:.1%}",
-                f"{plan.fullest.total / GIB:.1f}",
+                f"{plan.fullest.total / units.GIB:.1f}",
                 candidate.why,
             )
         out.print(table)
@@ -194,11 +194,4 @@ def show_search(found: Found, recipe: Recipe) -> None:
 
 
 def _gib(size: float) -> str:
-    return f"{size / GIB:.2f}" if size >= 0.005 * GIB else ("0" if not size else f"{size / GIB:.1g}")
-
-
-def duration(hours: float) -> str:
-    """Days, hours or minutes, as a person would say it."""
-    if hours >= 48:
-        return f"{hours / 24:,.1f} days"
-    return f"{hours:.1f} h" if hours >= 1 else f"{hours * 60:.1f} min"
+    return f"{size / units.GIB:.2f}" if size >= 0.005 * units.GIB else ("0" if not size else f"{size / units.GIB:.1g}")

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from launch.plan.cost.device import device_named
 from launch.plan.planner import make_plan
 from launch.runs import RunFolder
+from recipes.schema import units
 from recipes.schema.errors import RecipeError
 from recipes.schema.recipe import Recipe
 
@@ -36,7 +37,7 @@ def advice(recipe: Recipe, run: RunFolder, *, world: int, device: str) -> str:
     slurm, left = recipe.launch.slurm, recipe.run.steps - run.checkpoint_step()
     seconds, limit = left * pace.step_s, 60.0 * slurm.time_limit_minutes
     useful = limit - slurm.save_before_end_s - START_S
-    text = f"{pace.source}: {pace.step_s:.3g} s a step, {left:,} steps left: {_span(seconds)}"
+    text = f"{pace.source}: {pace.step_s:.3g} s a step, {left:,} steps left: {units.span(seconds)}"
     minutes = 10 * math.ceil((1.25 * seconds + START_S + slurm.save_before_end_s) / 600)
     if minutes <= slurm.time_limit_minutes:
         text += f". One job does it; launch.slurm.time_limit_minutes={minutes} leaves a quarter to spare and may start sooner.\n"
@@ -84,10 +85,3 @@ def _planned(recipe: Recipe, *, world: int, device: str) -> Pace | str:
     return Pace(
         plan.time.seconds, plan.time.seconds + save_s, f"Predicted on {kind.name}s (--device KIND; docs/plan.md)"
     )
-
-
-def _span(seconds: float) -> str:
-    hours = seconds / 3600
-    if hours >= 48:
-        return f"{hours / 24:,.1f} days"
-    return f"{hours:.1f} hours" if hours >= 1 else f"{seconds / 60:.1f} minutes"

@@ -11,6 +11,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from data.system import disk
+
 PACKAGES = ("recipes", "data", "launch", "train")
 CODE = "code"
 """Name of the copy in a run's logs."""
@@ -30,7 +32,7 @@ class Snapshot:
 def take_snapshot(logs: Path, words: Sequence[str]) -> Snapshot:
     """Copy everything a job runs into `logs`/code, in place of an earlier copy. Needs no version control."""
     folder = logs.resolve() / CODE
-    aside = folder.with_name(f".{CODE}.writing")
+    aside = disk.aside_of(folder)
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
     for package in PACKAGES:
@@ -43,7 +45,7 @@ def take_snapshot(logs: Path, words: Sequence[str]) -> Snapshot:
     lines = [f"python {sys.version.split()[0]} {sys.executable}", *(f"{name}=={version}" for name, version in names)]
     (aside / "environment.txt").write_text("\n".join(lines) + "\n")
     shutil.rmtree(folder, ignore_errors=True)
-    aside.rename(folder)
+    disk.put_in_place(aside, folder)
     return Snapshot(folder, changed)
 
 

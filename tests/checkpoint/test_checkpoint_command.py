@@ -20,6 +20,7 @@ from ranks import run_ranks
 from safetensors.numpy import load_file
 
 from recipes.schema import checkpoint_steps as steps
+from recipes.schema import units
 from recipes.schema.manifest import _digest, read_manifest
 from recipes.schema.recipe import Recipe
 from train.checkpoint.__main__ import main as command
@@ -86,7 +87,7 @@ def test_list_shows_every_checkpoint_and_marks_the_newest(run: Path, say: Say) -
     assert [cell[0] for cell in cells] == ["4", "6", "8"]
     assert [cell[1] for cell in cells] == ["128", "192", "256"]  # 2 rows of 16 tokens a step
     size = sum(path.stat().st_size for path in at(run, 8).iterdir() if path.name != "manifest.json")
-    assert cells[2][2:5] == ["TP1 PP1 DP2", "3", f"{size / 1000:.3g} KB"]
+    assert cells[2][2:5] == ["TP1 PP1 DP2", "3", units.size(size)]
     assert [cell[6] for cell in cells] == ["whole", "whole", "whole, newest"]
     assert say("list", run / "checkpoints") == (0, out, "")
     assert "verified, newest" in say("list", run, "--verify")[1]
@@ -130,7 +131,7 @@ def test_show_tells_what_is_in_it(run: Path, say: Say) -> None:
     assert told["model"] == "M*-, hidden 32, vocabulary 300"
     weights = {name: values for name, values in whole_tensors(at(run, 8)).items() if name.startswith("model.")}
     count = sum(values.size for values in weights.values())
-    assert re.search(rf"weights +{len(weights)} +{count:,} +F32 +{4 * count / 1000:.3g} KB", out)
+    assert re.search(rf"weights +{len(weights)} +{count:,} +F32 +{units.size(4 * count)}", out)
     assert re.search(rf"second moments +{len(weights)} +{count:,} ", out)
     _, out, _ = say("show", at(run, 4), "--tensors")
     assert re.search(r"model\.embedding\.word_embeddings\.weight +F32 +300 x 32 +[0-9a-f]{32}", out)

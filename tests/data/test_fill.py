@@ -208,5 +208,6 @@ def test_packed_stretches_that_are_kept_stay_within_their_bytes(
         batch = few.training_rows(np.arange(start, min(count, start + 16)))
         assert torch.equal(batch.labels, expected.labels[start : start + 16])
     rows = few.train[0]
-    assert rows._kept_bytes == sum(p.numbers.nbytes for p in rows._stretches.values()) <= 5000
-    assert 0 < len(rows._stretches) < -(-count // 64)
+    kept = rows._stretches._values.values()
+    assert rows._stretches.weight == sum(packed.numbers.nbytes for packed in kept) <= 5000
+    assert 0 < len(kept) < -(-count // 64)

@@ -264,7 +264,7 @@ def test_a_server_that_fails_once_while_planning_is_asked_again(
         return real(f"{given[0]}", SourceConfig(path=str(tmp_path / "a.jsonl")), 1 << 20)
 
     monkeypatch.setattr(shard_work, "cut", failing)
-    monkeypatch.setattr(files, "_PAUSES_S", (0.0,))
+    monkeypatch.setattr(files, "_FIRST_WAIT_S", 0.0)
     config = replace(config_of(tmp_path, a=Path("-")), sources={"a": SourceConfig(path="memory://a.jsonl")})
     shard_work.plan_work(config, tmp_path)
     assert len(asked) == 2

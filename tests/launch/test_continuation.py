@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from launch.local.continuation import Decision, backoff_s, decide, describe, shell_status
+from launch.local.continuation import Decision, decide, describe, shell_status
 from launch.local.failures import (
     SRUN_LOG,
     RankFailure,
@@ -62,12 +62,8 @@ def test_no_restart_where_none_are_allowed() -> None:
 
 def test_no_back_off_and_no_count_after_a_new_checkpoint() -> None:
     decision = after(137, has_new_checkpoint=True, failures=2)
-    assert backoff_s(decision.failures, first_s=10) == 0
+    assert decision.failures == 0
     assert "after a new checkpoint was written" in decision.reason and "without a new checkpoint" not in decision.reason
-
-
-def test_backoff_doubles_up_to_five_minutes() -> None:
-    assert [backoff_s(n, first_s=10) for n in (0, 1, 2, 3, 6, 60)] == [0, 10, 20, 40, 300, 300]
 
 
 def test_statuses_as_shells_give_them() -> None:

@@ -17,11 +17,11 @@ from shards import write_folder
 from launch.compose import compose
 from launch.plan.command import as_json, main
 from launch.plan.cost.device import device_named, devices, find_device
-from launch.plan.cost.memory import GIB
 from launch.plan.planner import make_plan
 from launch.plan.search import search
 from recipes.schema.compress import CompressConfig
 from recipes.schema.recipe import Recipe
+from recipes.schema.units import GIB
 from tests.tiny import recipe_with
 
 ROOT = Path(__file__).resolve().parents[2]

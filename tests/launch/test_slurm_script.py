@@ -302,6 +302,6 @@ def test_a_dry_run_goes_by_the_runs_own_record(tmp_path: Path) -> None:
     ] + [{"kind": "phase", "name": "saving", "seconds": 200.0}]
     (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     said = advice(read("-cn", "smoke", "run.name=old", "run.steps=1200"), RunFolder(run), world=1, device="h100")
-    assert "By the run's own record: 10 s a step, 1,000 steps left: 2.8 hours. One job does it" in said
+    assert "By the run's own record: 10 s a step, 1,000 steps left: 2.8 h. One job does it" in said
     assert "launch.slurm.time_limit_minutes=220" in said, "3.5 hours, 300 s to start, 300 s to save"
     assert "twice a step and a save (420 s). Use launch.slurm.save_before_end_s=420" in said

@@ -21,6 +21,7 @@ from rich.table import Table
 from rich.text import Text
 
 from recipes.schema import checkpoint_steps as steps
+from recipes.schema import units
 from recipes.schema.changes import differences
 from recipes.schema.errors import CheckpointError, RecipeError
 from recipes.schema.layout import lay_out
@@ -146,11 +147,11 @@ def _list(parsed: argparse.Namespace, console: Console) -> int:
     damage = []
     for path in steps.steps_in(folder):
         step = f"{int(path.name.removeprefix('step_')):,}"
-        when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(path.stat().st_mtime))
+        when = units.moment(path.stat().st_mtime)
         cells = [""] * 4
         try:
             manifest = steps.manifest_of(path)
-            size, files = _size(manifest.bytes), str(len(manifest.files))
+            size, files = units.size(manifest.bytes), str(len(manifest.files))
             cells = [f"{manifest.tokens:,}", describe_layout(manifest.layout), files, size]
             problems = _problems_of(path, manifest) if parsed.verify else []
         except CheckpointError as error:
@@ -207,7 +208,7 @@ def _show(parsed: argparse.Namespace, console: Console) -> int:
         ("weights", manifest.fingerprint), ("data", manifest.data_hash or "unknown"),
         ("tokenizer", manifest.tokenizer or "unknown"),
         ("versions", ", ".join(f"{k} {v}" for k, v in manifest.versions.items())),
-        ("on disk", f"{_size(manifest.bytes)} in {len(manifest.files)} files, format {manifest.format}"),
+        ("on disk", f"{units.size(manifest.bytes)} in {len(manifest.files)} files, format {manifest.format}"),
     ]  # fmt: skip
     if manifest.recipe:
         model = manifest.recipe.get("model", {})
@@ -222,7 +223,7 @@ def _show(parsed: argparse.Namespace, console: Console) -> int:
         if section:
             elements = sum(torch.Size(record.shape).numel() for record in section)
             formats = ", ".join(sorted({record.dtype for record in section}))
-            table.add_row(title, str(len(section)), f"{elements:,}", formats, _size(sum(r.bytes for r in section)))
+            table.add_row(title, str(len(section)), f"{elements:,}", formats, units.size(sum(r.bytes for r in section)))
     console.print(table)
     if parsed.tensors:
         table = Table("tensor", "format", "shape", "fingerprint", box=None, pad_edge=False)
@@ -255,7 +256,7 @@ def _verify(parsed: argparse.Namespace, console: Console) -> int:
         seconds = time.perf_counter() - started
         console.print(
             Text("intact ", style="green"),
-            f"{_plain(str(path))}: {len(manifest.tensors)} tensors, {_size(manifest.bytes)} in {seconds:.1f} s; all "
+            f"{_plain(str(path))}: {len(manifest.tensors)} tensors, {units.size(manifest.bytes)} in {seconds:.1f} s; all "
             f"fingerprints agree, all numbers are finite",
         )
     return 1 if damaged else 0
@@ -315,7 +316,8 @@ def _reshard(parsed: argparse.Namespace, console: Console) -> int:
     is_run = offline.is_run(parsed.out)
     where = parsed.out / "checkpoints" / steps.name_of(new.step) if is_run else parsed.out
     console.print(
-        f"wrote {where}: {len(new.tensors)} tensors in {files} file{'s' * (files > 1)}, {_size(new.bytes)}; fingerprints agree"
+        f"wrote {where}: {len(new.tensors)} tensors in {files} file{'s' * (files > 1)}, {units.size(new.bytes)}; "
+        "fingerprints agree"
     )
     if is_run:
         console.print(
@@ -330,7 +332,7 @@ def _consolidate(parsed: argparse.Namespace, console: Console) -> int:
         size = offline.consolidate(
             path, parsed.out, with_optimizer=parsed.all, dtype=_DTYPES.get(parsed.dtype or ""), advance=advance
         )
-    console.print(f"wrote {parsed.out}, {_size(size)}")
+    console.print(f"wrote {parsed.out}, {units.size(size)}")
     return 0
 
 
@@ -377,14 +379,6 @@ def _pairs(console: Console, rows: list[tuple[str, str]]) -> None:
 def _plain(text: str) -> str:
     """Untrusted text with control characters escaped, so that the terminal does not interpret them."""
     return "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text)
-
-
-def _size(count: int) -> str:
-    for unit in ("B", "KB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:.3g} {unit}"
-        count /= 1000  # type: ignore[assignment]
-    return f"{count:.4g} TB"
 
 
 if __name__ == "__main__":

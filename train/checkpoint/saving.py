@@ -23,6 +23,7 @@ import torch
 import torch.distributed as dist
 
 from data.system import disk
+from data.system.retry import wait_s
 from recipes.schema.errors import CheckpointError
 from train.checkpoint import fingerprint, publishing, stale
 from train.checkpoint.files import Piece, bytes_of
@@ -251,7 +252,6 @@ class Save:
         return None
 
     def _attempts(self, problem: str | None, may_retry: bool) -> None:
-        wait = self._retry_wait_s
         for attempt in range(self._retries + 1):
             outcome = self._attempt(problem, may_retry)
             self.error, self.is_numeric = outcome.error, outcome.is_numeric
@@ -264,9 +264,9 @@ class Save:
                 return
             if not outcome.may_retry or attempt == self._retries:
                 return
+            wait = wait_s(attempt + 1, first_s=self._retry_wait_s)
             self._note("save_retried", error=outcome.error, wait_s=wait)
             time.sleep(wait)
-            wait *= 2
 
     def _attempt(self, problem: str | None, may_retry: bool) -> _Outcome:
         """One try of all ranks: write, check, publish."""

@@ -10,6 +10,7 @@ from typing import Any
 
 import yaml
 
+from recipes.schema import units
 from recipes.schema.pattern import KINDS, counts, flops_per_token, parameters
 from recipes.schema.recipe import Recipe
 from recipes.schema.scaling import describe_precision
@@ -104,7 +105,7 @@ def _model(release: Release) -> list[str]:
                 "hidden size": f"{model.hidden:,}",
                 "parameters": f"{count.total:,}, of them {count.embedding + count.head:,} embedding and head{tied}",
                 "vocabulary": f"{model.vocab:,}",
-                "stored": f"{release.converted.nbytes / 1e9:.3g} GB in {release.stored_as}",
+                "stored": f"{units.size(release.converted.nbytes)} in {release.stored_as}",
                 "row length in training": f"{release.recipe.data.row_tokens:,} tokens",
                 "training FLOPs per token": f"{flops_per_token(model, release.recipe.data.row_tokens).total:.4g}",
             }
@@ -218,7 +219,7 @@ def _lineage(release: Release, record: RunRecord | None) -> list[str]:
 
 def _conversion(release: Release) -> list[str]:
     lines = ["", "## Conversion", ""]
-    size = f"{release.converted.tensors:,} tensors, {release.converted.nbytes / 1e9:.3g} GB."
+    size = f"{release.converted.tensors:,} tensors, {units.size(release.converted.nbytes)}."
     if release.agreement is None:
         return [*lines, f"{size} **Not compared with transformers**: {release.unchecked_because}"]
     agreement = release.agreement

@@ -23,6 +23,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 from data.make.corpus import documents
 from data.system import disk
 from data.tokenizer import Tokenizer, load_tokenizer
+from recipes.schema import units
 from recipes.schema.data import SourceConfig, TokenizerConfig
 from recipes.schema.errors import BackendError, CheckpointError, DataError, RecipeError
 from recipes.schema.model import ModelConfig
@@ -114,7 +115,7 @@ def export_model(parsed: argparse.Namespace) -> int:
             return _refuse(agreement, f"{parsed.out} was not written", config=config)
         publish()
     _print(
-        f"wrote {parsed.out}: {converted.parameters:,} parameters, {converted.nbytes / 1e9:.3g} GB, model card README.md"
+        f"wrote {parsed.out}: {converted.parameters:,} parameters, {units.size(converted.nbytes)}, model card README.md"
     )
     if parsed.push is not None:
         _print(f"pushed to {hub.push(parsed.out, parsed.push)}")
@@ -315,7 +316,7 @@ def _compare_unless(
     needed = 2 * count * (4 if options.dtype == "fp32" else 2)
     available = psutil.virtual_memory().available
     if options.device == "cpu" and needed > 0.9 * available:
-        return None, f"both models need {needed / 1e9:.0f} GB of memory, {available / 1e9:.0f} GB are free here."
+        return None, f"both models need {units.size(needed)} of memory, {units.size(available)} are free here."
     try:
         return _compare(options, recipe, checkpoint=checkpoint, folder=folder, strange=strange), ""
     except BackendError as error:
@@ -464,7 +465,7 @@ def _staging_folder(out: Path, *, needed: int) -> Iterator[tuple[Path, Callable[
         raise RecipeError(f"{out.parent} cannot be created: {error.strerror}. Choose another --out.") from error
     free = shutil.disk_usage(out.parent).free
     if free < needed:
-        raise RecipeError(f"{out} needs {needed / 1e9:.3g} GB, {free / 1e9:.3g} GB are free there.")
+        raise RecipeError(f"{out} needs {units.size(needed)}, {units.size(free)} are free there.")
     folder = disk.aside_of(out)
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()

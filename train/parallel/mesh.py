@@ -74,13 +74,6 @@ class Mesh:
             dist.all_reduce(values)
         return values
 
-    def broadcast_from_last_stage(self, values: torch.Tensor) -> torch.Tensor:
-        """Copy the last stage's `values` to every pipeline rank, in place. Collective over the pipeline group."""
-        if self.groups.pp.size() > 1:
-            ranks = dist.get_process_group_ranks(self.groups.pp)
-            dist.broadcast(values, src=ranks[-1], group=self.groups.pp)
-        return values
-
     def any_rank(self, flag: bool) -> bool:
         """Whether `flag` is true on at least one rank. Collective over the world."""
         if self.layout.world == 1:

@@ -12,10 +12,11 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Column
 
+from recipes.schema import units
 from recipes.schema.run_folder import Line
 from recipes.schema.telemetry import TelemetryConfig
 
-_ELAPSED, _LEFT = "0:00:00", "00:00:00 left"
+_ELAPSED, _LEFT = "0:00:00", "9 d 00:00:00 left"
 """The widest texts of the bar's clocks."""
 
 
@@ -72,7 +73,7 @@ class Screen:
             self._started, self._first = now, step
         done = step - self._first
         left = (now - self._started) / done * (self._total - step) if done else math.nan
-        self._bar.update(self._task, completed=step, left=f"{_clock(left)} left" if done else "")
+        self._bar.update(self._task, completed=step, left=f"{units.clock(left)} left" if done else "")
 
     def describe(self, phase: str) -> None:
         """Show the name of the current phase at the start of the bar."""
@@ -106,7 +107,7 @@ class Screen:
                 scores = ", ".join(f"{name} {value:.3f}" for name, value in line["bits_per_byte"].items())
                 return f"step {line['step']}: held-out bits per byte: {scores}"
             case "save":
-                shares = f" ({line['bytes'] / 1e6:,.0f} MB in {line['seconds']:.1f} s)" if "bytes" in line else ""
+                shares = f" ({units.size(line['bytes'])} in {line['seconds']:.1f} s)" if "bytes" in line else ""
                 return f"step {line['step']}: saved {line['path']}{shares}"
             case "save_retried":
                 return f"warning: step {line['step']}: {line['error']} Trying again in {line['wait_s']:g} s."
@@ -216,9 +217,3 @@ def _whole(widest: str) -> Column:
 
 def _kernels(line: Line) -> str:
     return f", kernels {line['kernels']}" if line.get("kernels") else ""
-
-
-def _clock(seconds: float) -> str:
-    minutes, second = divmod(round(seconds), 60)
-    hour, minute = divmod(minutes, 60)
-    return f"{hour}:{minute:02}:{second:02}"

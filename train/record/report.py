@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from recipes.schema import units
 from recipes.schema.errors import RecipeError, StratumError
 from recipes.schema.options import CommandParser, run_or_path
 from recipes.schema.run_folder import METRICS, RECIPE, as_number, read_metrics, recipe_in
@@ -215,7 +216,7 @@ def _facts(record: RunRecord, recipe: dict[str, Any]) -> list[str]:
         of = "published bf16 peak" if str(start.get("device", "cpu")).startswith("cuda") else "measured fp32 peak"
         peak = f" of {machine['peak_flops'] / 1e12:.3g} TFLOP/s" if machine.get("peak_flops") else ""
         rows["model FLOPs utilisation"] = f"{100 * statistics.median(shares):.1f} % of the {of}{peak} (median)"
-    rows["peak memory"] = f"{max(line['memory_bytes'] for line in steps) / 2**30:.2f} GiB in the first process"
+    rows["peak memory"] = f"{units.gib(max(line['memory_bytes'] for line in steps))} in the first process"
     if machine:
         where = machine["cpu"] if machine["device"] == "cpu" else f"{machine['device']}, host {machine['cpu']}"
         threads = f"{machine['threads']} thread{'s' * (machine['threads'] != 1)}"

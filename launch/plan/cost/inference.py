@@ -8,8 +8,7 @@ from dataclasses import dataclass
 
 from recipes.schema.model import ModelConfig
 from recipes.schema.pattern import counts, flops_per_token, parameters
-
-GIB = 2.0**30
+from recipes.schema.units import GIB
 
 
 @dataclass(frozen=True)

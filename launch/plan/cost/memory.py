@@ -27,8 +27,8 @@ from recipes.schema.parallel import ParallelConfig
 from recipes.schema.pattern import cut
 from recipes.schema.precision import PrecisionConfig
 from recipes.schema.scaling import low_precision_linears
+from recipes.schema.units import GIB
 
-GIB = 2.0**30
 RESERVE_BYTES = 2.0 * GIB
 """CUDA context, cuBLAS and NCCL workspaces, and what the allocator cannot use: an allowance, not a measurement."""
 

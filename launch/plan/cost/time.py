@@ -33,10 +33,6 @@ class Parts(defaultdict[str, float]):
         for name, value in seconds.items():
             self[name] += times * value
 
-    def largest_first(self) -> list[tuple[str, float]]:
-        """(name, seconds) of every part."""
-        return sorted(self.items(), key=lambda item: -item[1])
-
 
 OPTIMIZER_BYTES = 30.0
 """Memory traffic of AdamW for one parameter: gradient 4, master and two moments read and written 24, weight written 2."""

@@ -7,11 +7,12 @@ layers keep is `launch.plan.cost.activations`. Nothing here is fitted but `UNUSA
 from dataclasses import replace
 
 from launch.plan.cost.activations import Shape, hidden_bytes, layer_bytes
-from launch.plan.cost.memory import GIB, rank_memory
+from launch.plan.cost.memory import rank_memory
 from launch.plan.cost.tensors import stage_tensors
 from launch.plan.published.rows import Published
 from recipes.schema.parallel import ParallelConfig
 from recipes.schema.precision import PrecisionConfig
+from recipes.schema.units import GIB
 
 UNUSABLE = 1.05
 """Memory the allocator holds over what it has handed out."""
