@@ -2,9 +2,7 @@
 
 import copy
 import functools
-import sys
 from typing import Any
-from unittest import mock
 
 from omegaconf import DictConfig, OmegaConf
 
@@ -27,7 +25,6 @@ def _composed(*words: str) -> dict[str, Any]:
         found.update({str(key): value for key, value in plain.items()})
         return 0
 
-    with mock.patch.object(sys, "argv", ["program", *words]):
-        status = run_command(keep, program="test", keys=dotted_keys(Recipe), user_errors=())
+    status = run_command(keep, words, program="test", keys=dotted_keys(Recipe), user_errors=())
     assert status == 0, words
     return found
