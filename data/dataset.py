@@ -30,6 +30,7 @@ from data.tokenizer import Tokenizer
 from recipes.schema.credentials import without_credentials
 from recipes.schema.data import DataConfig
 from recipes.schema.errors import DataError, refuse
+from recipes.schema.rules import data_problems
 
 log = logging.getLogger(__name__)
 
@@ -190,7 +191,7 @@ def open_dataset(config: DataConfig) -> Dataset:
 
     shelf = Shelf(find, activity=activity, may_vanish=is_remote(config.folder))
     tokenizer = tokenizer_of(folder / manifest.tokenizer.file, manifest.tokenizer, config)
-    refuse(source_problems(config, manifest), DataError)
+    refuse([*data_problems(config), *source_problems(config, manifest)], DataError)
     if is_remote(config.folder):
         _refuse_foreign_sets(config, manifest)
     names = list(config.sources)

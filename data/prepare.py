@@ -21,10 +21,11 @@ from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
 from data.make.corpus import Reader
+from data.make.lock import prepare_lock
 from data.make.pool import make_shards
 from data.make.progress import Display, megabytes
 from data.make.shard_job import ShardJob, dealt, read_result
-from data.make.shard_work import Work, plan_work, request_of, same_request
+from data.make.shard_work import Work, plan_work, read_stamps, request_of, same_request, stamp_of
 from data.sources.files import find_files, is_remote
 from data.sources.sets import is_set
 from data.store.manifest import (
@@ -82,37 +83,52 @@ def prepare(config: DataConfig, *, console: Console, task: str | None = None) ->
     refuse(data_problems(config), DataError)
     folder = Path(config.folder)
     if (folder / MANIFEST).exists():
-        manifest = read_manifest(folder)
-        same_request(folder, manifest.request, request_of(config))
-        _say(console, f"{folder} is up to date.")
-        for line in _changes(config, manifest):
-            _say(console, line)
-        return manifest
+        return _up_to_date(config, folder, console)
     os.environ.setdefault("RAYON_NUM_THREADS", str(config.workers))  # the tokenizers library's own thread pool
     started = time.perf_counter()
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        work = plan_work(config, folder)
-        jobs = jobs_of(config, work)
-        tokenizer = _tokenizer(config, folder, jobs, console)
-        _make_missing(config, todo, jobs, tokenizer, console)
-        left = sum(not job.result.exists() for job in jobs)
-        if not todo.merge and (left or not todo.count):
-            _say(
-                console, f"Task {task} of {folder} took {_since(started)}; {left} of {len(jobs)} shards are to be made."
-            )
-            return None
-        manifest = _merge(folder, work, jobs, tokenizer, console)
-        if todo.merge:
-            _remove_leftovers(folder)
+        with prepare_lock(folder, is_shared=todo.count != 1, say=lambda line: _say(console, line)):
+            manifest = _prepare_locked(config, folder, todo, task, console)
     except OSError as error:
         raise DataError(f"cannot write {folder}: {error.strerror or error}. Finished shards are kept.") from error
-    _say(console, f"Prepared {folder} in {_since(started)}.")
+    if manifest is not None:
+        _say(console, f"Prepared {folder} in {_since(started)}.")
+    return manifest
+
+
+def _prepare_locked(
+    config: DataConfig, folder: Path, todo: Task, task: str | None, console: Console
+) -> Manifest | None:
+    started = time.perf_counter()
+    if (folder / MANIFEST).exists():  # another process made it meanwhile
+        return _up_to_date(config, folder, console)
+    if task is None:
+        _remove_leftovers(folder)
+    work = plan_work(config, folder, say=lambda line: _say(console, line))
+    jobs = jobs_of(config, work)
+    tokenizer = _tokenizer(config, folder, jobs, console)
+    _make_missing(config, todo, jobs, tokenizer, console)
+    left = sum(not job.result.exists() for job in jobs)
+    if not todo.merge and (left or not todo.count):
+        _say(console, f"Task {task} of {folder} took {_since(started)}; {left} of {len(jobs)} shards are to be made.")
+        return None
+    return _merge(folder, work, jobs, tokenizer, console)
+
+
+def _up_to_date(config: DataConfig, folder: Path, console: Console) -> Manifest:
+    """A finished folder's manifest. DataError where it holds other data."""
+    manifest = read_manifest(folder)
+    same_request(folder, manifest.request, request_of(config))
+    _say(console, f"{folder} is up to date.")
+    for line in _changes(config, manifest, read_stamps(folder)):
+        _say(console, line)
     return manifest
 
 
 def jobs_of(config: DataConfig, work: Work) -> list[ShardJob]:
     """Every shard of the folder, source by source."""
+    dealt = work.dealt
     return [
         ShardJob(
             folder=Path(config.folder),
@@ -120,8 +136,8 @@ def jobs_of(config: DataConfig, work: Work) -> list[ShardJob]:
             number=number,
             source=config.sources[name],
             parts=parts,
-            heldout=source.heldout,
-            train=source.train,
+            dealt=dealt,
+            is_single=not source.train,
             seed=config.seed,
             fraction=config.heldout_of(name),
         )
@@ -239,22 +255,26 @@ def _remove_leftovers(folder: Path) -> None:
         left.unlink(missing_ok=True)
 
 
-def _changes(config: DataConfig, manifest: Manifest) -> Iterator[str]:
+def _changes(config: DataConfig, manifest: Manifest, stamps: dict[str, str]) -> Iterator[str]:
     """A line for each source whose files, as far as they are here, are no longer those that were read."""
     for name, source in config.sources.items():
+        kept = "What was prepared is kept; prepare into another data.folder to take them in."
         there = manifest.sources[name].description
-        if is_remote(source.path) or is_set(source) or source.format == "megatron" or source.max_bytes is not None:
-            continue
-        try:
-            now = find_files(f"data.sources.{name}", source.path)
-        except DataError:
-            continue  # prepared data does not need its sources
-        if (len(now), sum(file.size for file in now)) != (there["files"], there["bytes"]):
-            yield (
-                f"{name}: there are {len(now):,} files of {megabytes(sum(file.size for file in now))} now, "
-                f"{there['files']:,} of {megabytes(there['bytes'])} were read. What was prepared is kept; prepare into "
-                f"another data.folder to take them in."
-            )
+        is_counted = not (is_remote(source.path) or is_set(source) or source.format == "megatron" or source.max_bytes)
+        if is_counted:
+            try:
+                now = find_files(f"data.sources.{name}", source.path)
+            except DataError:
+                continue  # prepared data does not need its sources
+            if (len(now), sum(file.size for file in now)) != (there["files"], there["bytes"]):
+                yield (
+                    f"{name}: there are {len(now):,} files of {megabytes(sum(file.size for file in now))} now, "
+                    f"{there['files']:,} of {megabytes(there['bytes'])} were read. {kept}"
+                )
+                continue
+        stamp = stamp_of(config, name) if name in stamps else None
+        if stamp is not None and stamp != stamps[name]:
+            yield f"{name}: files of {source.path} were changed, added or removed since they were read. {kept}"
 
 
 def _say(console: Console, text: str) -> None:

@@ -75,13 +75,23 @@ def tokenizer_of(path: Path, entry: TokenizerEntry, config: DataConfig) -> Token
 
 
 def source_problems(config: DataConfig, manifest: Manifest) -> list[Problem]:
-    """Sources of the recipe that the folder lacks."""
+    """Sources of the recipe that the folder lacks, and another token at the beginning of documents."""
+    found = []
+    tokenizer = manifest.request.get("tokenizer", {})
+    written, asked = tokenizer.get("begin_of_document"), config.tokenizer.begin_of_document
+    if tokenizer and written != asked:
+        text = (
+            f"the documents of {without_credentials(config.folder)} begin with {written or 'no special token'}, and "
+            f"data.tokenizer.begin_of_document={asked or 'null'}."
+        )
+        remedy = f"Set it to {written or 'null'}, or prepare the data again, into another data.folder."
+        found.append(Problem("data.tokenizer.begin_of_document", text, remedy))
     missing = [name for name in config.sources if name not in manifest.sources]
     if not missing:
-        return []
+        return found
     text = f"{without_credentials(config.folder)} holds no source {', '.join(missing)} (it holds {', '.join(manifest.sources)})."
     remedy = "Prepare the data again, or take the source out of data.sources."
-    return [Problem(f"data.sources.{missing[0]}", text, remedy)]
+    return [*found, Problem(f"data.sources.{missing[0]}", text, remedy)]
 
 
 def row_problems(config: DataConfig, manifest: Manifest) -> list[Problem]:
@@ -95,7 +105,8 @@ def row_problems(config: DataConfig, manifest: Manifest) -> list[Problem]:
                     f"the {split} part of source {name!r} has {tokens:,} tokens, fewer than one row of "
                     f"data.row_tokens={config.row_tokens}."
                 )
-                remedy = "Lower data.row_tokens, add text, or raise its heldout_fraction."
+                more = ", or raise its heldout_fraction" if split == "heldout" else ""
+                remedy = f"Lower data.row_tokens, or add text{more}."
                 found.append(Problem("data.row_tokens", text, remedy))
     return found
 

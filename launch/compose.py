@@ -10,7 +10,7 @@ from typing import Any
 
 from launch.facts import prepared_of
 from launch.runs import RunFolder
-from recipes.schema.command import dotted_keys, run_command
+from recipes.schema.command import dotted_keys, inherited_sources, run_command
 from recipes.schema.errors import USER_ERRORS, Problem
 from recipes.schema.facts import Machine, look
 from recipes.schema.layout import Layout, lay_out
@@ -19,12 +19,14 @@ from recipes.schema.recipe import Recipe
 from recipes.schema.rules import problems, refuse
 
 
-def compose(words: Sequence[str], *, program: str) -> Recipe | int:
+def compose(words: Sequence[str], *, program: str, notes: list[str] | None = None) -> Recipe | int:
     """The recipe that `words` compose; or an exit status, where they ask for something else or are wrong (and it was said)."""
     found: list[Recipe] = []
 
     def keep(composed: Any) -> int:
         found.append(read_recipe(composed))
+        if notes is not None and (note := inherited_sources(composed)):
+            notes.append(note)  # what the composed recipe no longer shows
         return 0
 
     status = run_command(keep, words, program=program, keys=dotted_keys(Recipe), user_errors=USER_ERRORS)

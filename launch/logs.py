@@ -6,9 +6,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from launch.local.failures import SRUN_LOG
-from launch.runs import RunFolder, tail
+from launch.runs import RunFolder
 from recipes.schema.errors import StratumError
 from recipes.schema.options import CommandParser, run_named
+from recipes.schema.run_folder import last_texts
 
 _POLL_S = 0.5
 _CHUNK = 1 << 16
@@ -44,7 +45,7 @@ stratum logs smoke --follow                         new lines as they come
         sys.stderr.write(f"{run.path} has no logs of these ranks yet.\n")
         return 1
     for path in paths:
-        sys.stdout.write("".join(f"{line}\n" for line in [f"==> {path} <==", *tail(path, own.lines)]))
+        sys.stdout.write("".join(f"{line}\n" for line in [f"==> {path} <==", *last_texts(path, own.lines)]))
     sys.stdout.flush()
     try:
         for text in follow(run, ranks) if own.follow else ():

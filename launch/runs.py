@@ -5,19 +5,13 @@ runs/NAME/logs/ATTEMPT/rank-00000.log  failure-00003.json         one folder for
 runs/NAME/logs/job.sh  jobs  slurm-JOB.log  stop                  `stratum launch slurm`: the script, its job numbers, its output
 """
 
-import json
-import re
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import yaml
-
-from recipes.schema.checkpoint_steps import METRICS as METRICS
+from recipes.schema.errors import CheckpointError, RecipeError
 from recipes.schema.options import is_run
-
-_TAIL_BYTES = 256 * 1024
+from recipes.schema.run_folder import CHECKPOINTS, METRICS, last_metrics, recipe_in, step_of, steps_in
 
 
 @dataclass(frozen=True)
@@ -47,32 +41,31 @@ class RunFolder:
         return sorted(folders, key=lambda p: p.stat().st_mtime)
 
     def newest_checkpoint(self) -> str | None:
-        """Name of the newest checkpoint; None where there is none. Not verified: that is the trainer's."""
-        folder = self.path / "checkpoints"
-        try:
-            name = (folder / "latest").read_text().strip()
-        except OSError:
-            name = ""
-        if name and (folder / name).is_dir():
-            return name
-        found = sorted(p.name for p in folder.glob("step_*") if p.is_dir())
-        return found[-1] if found else None
+        """Name of the newest published checkpoint; None if there is none. Not verified: that is the trainer's part."""
+        found = self._checkpoints()
+        return found[-1].name if found else None
 
     def checkpoint_step(self) -> int:
-        """Steps in the newest checkpoint, 0 where there is none."""
-        found = re.search(r"(\d+)$", self.newest_checkpoint() or "")
-        return int(found.group(1)) if found else 0
+        """Steps in the newest checkpoint, 0 if there is none."""
+        found = self._checkpoints()
+        return step_of(found[-1]) if found else 0
+
+    def _checkpoints(self) -> list[Path]:
+        try:
+            return steps_in(self.path / CHECKPOINTS)
+        except CheckpointError:
+            return []
 
     def total_steps(self) -> int | None:
         """`run.steps` of the recipe the run was last started with; None before it ever started."""
         try:
-            return int(yaml.safe_load((self.path / "recipe.yaml").read_text())["run"]["steps"])
-        except (OSError, yaml.YAMLError, KeyError, TypeError, ValueError):
+            return int(recipe_in(self.path)["run"]["steps"])
+        except (OSError, RecipeError, KeyError, TypeError, ValueError):
             return None
 
     def progress(self) -> Progress | None:
         """The last steps on record; None before the first."""
-        steps = [line for line in last_lines(self.path / METRICS) if line.get("kind") == "step"]
+        steps = [line for line in last_metrics(self.path / METRICS) if line.get("kind") == "step"]
         steps = [line for line in steps if {"step", "loss", "tokens_per_s", "time"} <= line.keys()]
         if not steps:
             return None
@@ -91,7 +84,7 @@ class RunFolder:
 
     def longest_stop_s(self) -> float:
         """The longest step and the longest save on record together: what a run needs to stop in good order."""
-        lines = last_lines(self.path / METRICS)
+        lines = last_metrics(self.path / METRICS)
         steps = [line.get("step_s", 0.0) for line in lines if line.get("kind") == "step"]
         saves = [line["seconds"] for line in lines if line.get("kind") == "phase" and line.get("name") == "saving"]
         return max(steps, default=0.0) + max(saves, default=0.0)
@@ -103,34 +96,3 @@ def runs_in(folder: Path) -> list[RunFolder]:
         return []
     found = [path for path in folder.iterdir() if is_run(path)]
     return [RunFolder(path) for path in sorted(found)]
-
-
-def last_lines(path: Path) -> list[dict[str, Any]]:
-    """Whole JSON lines at the end of a file that may be growing and huge; [] where there is none."""
-    try:
-        with path.open("rb") as stream:
-            size = stream.seek(0, 2)
-            stream.seek(max(0, size - _TAIL_BYTES))
-            texts = stream.read().splitlines()
-    except OSError:
-        return []
-    lines = []
-    for text in texts:
-        try:
-            line = json.loads(text)
-        except ValueError:
-            continue  # the first may be cut, the last unfinished
-        if isinstance(line, dict):
-            lines.append(line)
-    return lines
-
-
-def tail(path: Path, count: int) -> list[str]:
-    """The last `count` lines of a text file; [] where there is none."""
-    try:
-        with path.open("rb") as stream:
-            size = stream.seek(0, 2)
-            stream.seek(max(0, size - _TAIL_BYTES))
-            return stream.read().decode(errors="replace").splitlines()[-count:]
-    except OSError:
-        return []

@@ -7,7 +7,6 @@ Standard library and rich; imports no torch.
 """
 
 import argparse
-import json
 import os
 import signal
 import subprocess
@@ -16,13 +15,13 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
 from launch.children import stratum
 from recipes.schema.options import STRATUM
+from recipes.schema.run_folder import METRICS, Line, read_metrics
 
 PROMPT = "ROMEO."
 KILL_AFTER = 6
@@ -109,7 +108,6 @@ def _tell(story: Story) -> None:
 def _train_and_kill(story: Story) -> int:
     """Start training, wait until it is a few steps past a checkpoint near its middle, kill it. -> last step seen."""
     started = time.perf_counter()
-    metrics = story.folder / "metrics.jsonl"
     child = subprocess.Popen(story.command("train"), start_new_session=True)
     kill_at: int | None = None
     try:
@@ -117,7 +115,7 @@ def _train_and_kill(story: Story) -> int:
             status = child.poll()
             if status is not None:
                 raise StoryFailed(f"training ended by itself with status {status} before it could be killed")
-            lines = _lines(metrics)
+            lines = _lines(story)
             steps = [line["step"] for line in lines if line["kind"] == "step"]
             if kill_at is None:
                 half = _total_steps(story) / 2
@@ -133,11 +131,11 @@ def _train_and_kill(story: Story) -> int:
             os.killpg(child.pid, signal.SIGINT)
             child.wait()
     story.seconds["train"] = time.perf_counter() - started
-    return max(line["step"] for line in _lines(metrics) if line["kind"] == "step")
+    return max(line["step"] for line in _lines(story) if line["kind"] == "step")
 
 
 def _total_steps(story: Story) -> int:
-    for line in _lines(story.folder / "metrics.jsonl"):
+    for line in _lines(story):
         if line["kind"] == "start":
             return int(line["total_steps"])
     return 1 << 30
@@ -145,7 +143,7 @@ def _total_steps(story: Story) -> int:
 
 def _compare(story: Story) -> None:
     losses: dict[int, list[float]] = {}
-    for line in _lines(story.folder / "metrics.jsonl"):
+    for line in _lines(story):
         if line["kind"] == "step":
             losses.setdefault(line["step"], []).append(line["loss"])
     twice = {step: values for step, values in losses.items() if len(values) > 1}
@@ -165,7 +163,7 @@ def _check_outcome(story: Story) -> None:
     missing = [name for name in expected if not (story.folder / name).exists()]
     if missing:
         raise StoryFailed(f"{story.folder} lacks {', '.join(missing)}")
-    scores = [line["bits_per_byte"] for line in _lines(story.folder / "metrics.jsonl") if line["kind"] == "evaluation"]
+    scores = [line["bits_per_byte"] for line in _lines(story) if line["kind"] == "evaluation"]
     first, last = (sum(map(float, s.values())) / len(s) for s in (scores[0], scores[-1]))
     story.say(f"Held-out bits per byte, mean over sources: {first:.2f} at the random start, {last:.2f} now")
     if last >= TARGET_BITS_PER_BYTE:
@@ -190,17 +188,10 @@ def _free_name(name: str) -> str:
     return taken
 
 
-def _lines(path: Path) -> list[dict[str, Any]]:
-    """Whole lines of a metrics file that may be growing; an unfinished last line is left for later."""
-    if not path.exists():
-        return []
-    lines = []
-    for text in path.read_text().splitlines():
-        try:
-            lines.append(json.loads(text))
-        except ValueError:
-            continue
-    return lines
+def _lines(story: Story) -> list[Line]:
+    """What the run has recorded so far."""
+    path = story.folder / METRICS
+    return read_metrics(path) if path.exists() else []
 
 
 if __name__ == "__main__":

@@ -16,11 +16,12 @@ from rich.table import Table
 from launch.lease import current_owner
 from launch.local.failures import log_of, read_failures, tell
 from launch.queue import QueuedJob, SlurmError, look_up
-from launch.runs import RunFolder, runs_in, tail
+from launch.runs import RunFolder, runs_in
 from launch.slurm.after_job import NO_SUCCESSOR
 from launch.slurm.command import job_numbers
 from recipes.schema.errors import StratumError
 from recipes.schema.options import CommandParser, run_named
+from recipes.schema.run_folder import last_texts
 
 _LOG_LINES = 8
 _STARTING_S = 120.0
@@ -100,7 +101,7 @@ def describe(run: RunFolder, queue: Queue) -> str:
         lines.append(f"  job {_job_line(job)}")
     lines.append(f"  {_progress_line(run)}")
     lines.append(f"  {_life(run, job, queue)}")
-    refusal = tail(run.logs / NO_SUCCESSOR, 3)
+    refusal = last_texts(run.logs / NO_SUCCESSOR, 3)
     if refusal:
         lines.append(f"  the next job of the chain could not be submitted from a compute node: {' '.join(refusal)}")
     lines.append(f"  newest checkpoint: {run.newest_checkpoint() or 'none yet'}")
@@ -111,7 +112,7 @@ def describe(run: RunFolder, queue: Queue) -> str:
             lines += [f"  {line}" for line in tell(attempts[-1], failures).splitlines()]
         log = log_of(attempts[-1], 0)
         lines.append(f"  {log}:")
-        lines += [f"    {line}" for line in tail(log, _LOG_LINES)]
+        lines += [f"    {line}" for line in last_texts(log, _LOG_LINES)]
     return "\n".join(lines) + "\n"
 
 
@@ -204,7 +205,7 @@ def _as_mapping(run: RunFolder, queue: Queue) -> dict[str, Any]:
         "progress": asdict(progress) if progress else None,
         "state": _life(run, job, queue),
         "slurm": queue.problem or None,
-        "no_successor": " ".join(tail(run.logs / NO_SUCCESSOR, 3)) or None,
+        "no_successor": " ".join(last_texts(run.logs / NO_SUCCESSOR, 3)) or None,
         "checkpoint": run.newest_checkpoint(),
         "failures": [asdict(failure) for failure in read_failures(attempts[-1])] if attempts else [],
     }

@@ -19,9 +19,9 @@ from tiny import RECIPE
 
 from recipes.schema.data import DataConfig, SourceConfig
 from recipes.schema.recipe import Recipe
+from recipes.schema.run_folder import METRICS, read_metrics
 from train.checkpoint.manifest import read_manifest
 from train.record import machine
-from train.record.metrics import METRICS, read_metrics
 from train.run import train
 
 Contents = dict[str, str]

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from recipes.schema.errors import StratumError
-from train.record.metrics import METRICS
+from recipes.schema.run_folder import METRICS
 from train.record.report import _smooth, main, read_run, write_report
 
 RECIPE = {"model": {"pattern": "M-", "hidden": 8}, "precision": {"params": "fp32"}, "run": {"steps": 8}}

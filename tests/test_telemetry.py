@@ -14,10 +14,11 @@ import pytest
 import torch
 
 from recipes.schema.errors import StratumError
+from recipes.schema.run_folder import METRICS, read_metrics
 from recipes.schema.telemetry import TelemetryConfig
 from train.precision.control import Reading
 from train.record.machine import peak_by_name, peak_flops
-from train.record.metrics import METRICS, JsonLines, read_metrics
+from train.record.metrics import JsonLines
 from train.record.report import read_run
 from train.record.stopwatch import Stopwatch
 from train.record.telemetry import Telemetry
@@ -83,7 +84,7 @@ def test_a_torn_line_is_closed_off_and_skipped(tmp_path: Path) -> None:
     path = tmp_path / METRICS
     path.write_text(path.read_text() + '{"kind": "step", "st')
     again = recorder(tmp_path, Reducer())
-    again.event("resume", step=2, parameters=1, layout="TP1")
+    again.event("resume", step=2, parameters=1, layout="TP1", precision="fp32")
     run(again, losses()[2:4], first=3)
     again.close()
     record = read_run(tmp_path)

@@ -6,7 +6,7 @@ text --held_out--> whether it is kept for evaluation: a function of seed and tex
 """
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from data.sources.files import file_size
@@ -109,39 +109,58 @@ def held_out(known: str, *, fraction: float) -> bool:
 
 
 def cut_in_two(name: str, text: str, *, fraction: float) -> tuple[str, str]:
-    """(train, held out) of a source that is a single document: cut at a line end. DataError for a single line."""
+    """(train, held out) of a source that is a single document: cut at a line end. DataError for a single line.
+
+    The beginning is held out: lines added to the end later leave it held out.
+    """
     lines = text.splitlines(keepends=True)
     if len(lines) < 2:
         raise DataError(f"source {name!r} is a single line, so nothing can be held out. Give it more documents.")
-    keep = min(len(lines) - 1, max(1, round(len(lines) * (1 - fraction))))
-    return "".join(lines[:keep]), "".join(lines[keep:])
+    held = min(len(lines) - 1, max(1, round(len(lines) * fraction)))
+    return "".join(lines[held:]), "".join(lines[:held])
 
 
 def first_two(
-    name: str, source: SourceConfig, shards: Sequence[Sequence[Part]], *, seed: int, fraction: float
-) -> list[str]:
-    """Digests of the first two different texts: one goes to each split, so that neither is empty.
+    name: str,
+    source: SourceConfig,
+    shards: Sequence[Sequence[Part]],
+    *,
+    seed: int,
+    fraction: float,
+    dealt: Mapping[str, str],
+) -> tuple[str, str]:
+    """Digests of a text that is held out and one that is trained on, so that neither split of a source is empty: the first
+    two different texts, but for those whose split another source has decided.
 
-    One digest where the source is a single document, which can be cut in two. DataError where it cannot, where there is no
-    text, or one text several times.
+    dealt: split by digest, of texts that other sources decided. The second digest is empty where the source is a single
+    document, which can be cut in two. DataError where it cannot, where there is no text, or where all of it is one split's.
     """
     reader = Reader(name, source)
-    found: list[str] = []
+    found: dict[str, str] = {}
+    seen: set[str] = set()
     count, only = 0, ""
     for group in shards:
         for part in group:
             for document in reader.documents(part):
                 count += 1
                 known, only = digest(document.text.encode(), seed=seed), document.text
-                if known not in found:
-                    found.append(known)
-                    if len(found) == 2:
-                        return found
+                seen.add(known)
+                split = dealt.get(known) or ("train" if "heldout" in found else "heldout")
+                if known not in found.values():
+                    found.setdefault(split, known)
+                if len(found) == 2:
+                    return found["heldout"], found["train"]
     if count == 0:
         raise DataError(f"{reader.place}.path={source.path} holds no text: every document is empty.")
+    if len(seen) > 1:
+        there, lacking = ("train", "held out") if "train" in found else ("held out", "trained on")
+        raise DataError(
+            f"source {name!r}: other sources have all of its {len(seen):,} texts in the {there} split, so none can be {lacking}. "
+            f"Give it texts of its own, or leave it out."
+        )
     if count > 1:
         raise DataError(
             f"source {name!r} is one text {count} times, so nothing can be held out. Give it more documents."
         )
     cut_in_two(name, only, fraction=fraction)  # it can be
-    return found
+    return seen.pop(), ""

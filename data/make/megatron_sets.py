@@ -1,6 +1,7 @@
 """Existing Megatron `.bin/.idx` sets as a source: read where they lie, never copied, checked once.
 
-The last documents of each set are held out, as Megatron-LM's own split of a data set does. Checksums, the largest id and
+The first documents of each set are held out: what is appended to a set later leaves them held out (Megatron-LM's own split
+takes the last ones, which training reads once the set has grown). Checksums, the largest id and
 bytes of text are found in one pass over the tokens.
 """
 
@@ -71,15 +72,15 @@ def describe_set(
         )
     sha256 = hashlib.sha256()
     text_bytes = {}
-    middle = int(shard.ends[count - held - 1]) if count > held else 0
+    middle = int(shard.ends[held - 1]) if held else 0
     token_bytes = tokenizer.token_bytes()
-    for split, start, stop in (("train", 0, middle), ("heldout", middle, len(shard.tokens))):
+    for split, start, stop in (("heldout", 0, middle), ("train", middle, len(shard.tokens))):
         text_bytes[split] = _look_through(shard, start, stop, sha256, token_bytes, report)
     files = {
         "bin": FileFacts(bytes=len(shard.tokens) * shard.tokens.dtype.itemsize, sha256=sha256.hexdigest()),
         "idx": file_facts(Path(f"{prefix}.idx")),
     }
-    tokens = {"train": middle, "heldout": len(shard.tokens) - middle}
+    tokens = {"train": len(shard.tokens) - middle, "heldout": middle}
     documents = {"train": count - held, "heldout": held}
     return {
         split: ShardEntry(
@@ -89,7 +90,7 @@ def describe_set(
             text_bytes=text_bytes[split],
             dtype=shard.tokens.dtype.name,
             files=files,
-            first_document=0 if split == "train" else count - held,
+            first_document=held if split == "train" else 0,
         )
         for split in documents
         if documents[split]

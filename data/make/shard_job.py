@@ -6,9 +6,8 @@ The `.json` holds the shard's entries of the manifest and what was counted; wher
 """
 
 import json
-import time
 from array import array
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -18,7 +17,7 @@ import numpy as np
 
 from data.make.corpus import Document, Reader, cut_in_two, digest, held_out
 from data.make.megatron_sets import describe_set, unended_documents
-from data.sources.files import ReadError, is_remote
+from data.sources.files import again_where_far, is_remote
 from data.sources.records import Part
 from data.store.manifest import SPLITS, ShardEntry, shard_entry
 from data.store.origins import pack_origins
@@ -30,8 +29,6 @@ from recipes.schema.errors import DataError
 
 _BATCH_DOCUMENTS = 256
 _BATCH_CHARACTERS = 1 << 20
-_PAUSES_S = (1.0, 5.0, 25.0)
-"""Waits before a shard of remote files is tried again."""
 
 Report = Callable[[int, int, int], None]
 """Called with stored bytes read, bytes of text and tokens written, since the call before."""
@@ -47,9 +44,10 @@ class ShardJob:
     number: int
     source: SourceConfig
     parts: list[Part]
-    heldout: str
-    train: str
-    """Digests of the texts that are in their split whatever their number says (see `data.make.shard_work`)."""
+    dealt: Mapping[str, str]
+    """Split by digest, of the texts of all sources that are in it whatever their number says (see `data.make.shard_work`)."""
+    is_single: bool
+    """Whether the source is one document, which is cut in two."""
     seed: int
     fraction: float
 
@@ -90,15 +88,7 @@ def make_shard(job: ShardJob, tokenizer: Tokenizer, *, threads: int, report: Rep
     """Write one shard and its result. DataError for bad input; a remote file that cannot be read is tried again."""
     job.result.parent.mkdir(parents=True, exist_ok=True)
     is_far = job.source.streaming or any(is_remote(part.file) for part in job.parts)
-    pauses = list(_PAUSES_S) if is_far else []
-    while True:
-        try:
-            result = _make(job, tokenizer, threads, report)
-            break
-        except ReadError:
-            if not pauses:
-                raise
-            time.sleep(pauses.pop(0))
+    result = again_where_far(is_far, lambda: _make(job, tokenizer, threads, report))
     disk.write_text(job.result, json.dumps(asdict(result)), is_own=True)
 
 
@@ -124,7 +114,7 @@ class Text:
 def dealt(job: ShardJob, documents: Iterator[Document]) -> Iterator[Text]:
     """Each document with its split; a source that is one document is cut in two."""
     for document in documents:
-        if not job.train:
+        if job.is_single:
             train, heldout = cut_in_two(job.name, document.text, fraction=job.fraction)
             yield Text("train", replace(document, text=train), len(train.encode()))
             yield Text("heldout", replace(document, text=heldout), len(heldout.encode()))
@@ -134,10 +124,10 @@ def dealt(job: ShardJob, documents: Iterator[Document]) -> Iterator[Text]:
 
 
 def split_of(job: ShardJob, text: bytes) -> str:
-    """The split of a text: by its digest, but for the two that make sure that neither split is empty."""
+    """The split of a text: by its digest, but for those that make sure that no source's split is empty."""
     known = digest(text, seed=job.seed)
-    if known in (job.train, job.heldout):
-        return "train" if known == job.train else "heldout"
+    if job.fraction < 1 and known in job.dealt:
+        return job.dealt[known]
     return "heldout" if held_out(known, fraction=job.fraction) else "train"
 
 
@@ -164,7 +154,7 @@ def _make(job: ShardJob, tokenizer: Tokenizer, threads: int, report: Report) -> 
                     unknown += tokenizer.unknown_count(numbers)
                     outputs[text.split].add(text, numbers)
                     text_bytes += text.bytes
-                    tokens += len(numbers) + 1
+                    tokens += len(numbers) + 1 + (tokenizer.bod is not None)
                 report(reader.stored_bytes - seen, text_bytes, tokens)
                 seen = reader.stored_bytes
             report(part.size - seen, 0, 0)
@@ -185,6 +175,7 @@ class _Output:
     def __init__(self, job: ShardJob, split: str, tokenizer: Tokenizer) -> None:
         self._path = f"{job.prefix}.{split}"
         self._folder = job.folder
+        self._begin = [] if tokenizer.bod is None else [tokenizer.bod]
         self._eod = tokenizer.eod
         self._writer = ShardWriter(job.folder / self._path, vocab_size=tokenizer.vocab_size)
         self._starts: list[int] = []
@@ -199,13 +190,13 @@ class _Output:
         self._writer.__exit__(*ended)
 
     def add(self, text: Text, ids: np.ndarray) -> None:
-        """Append a document and its end-of-document token."""
+        """Append a document between its begin-of-document token, where there is one, and its end-of-document token."""
         if self.files[-1:] != [text.document.file]:
             self.files.append(text.document.file)
             self._starts.append(len(self._records))
         self._records.append(text.document.record)
         self._text_bytes += text.bytes
-        self._writer.add(np.append(ids, self._eod))
+        self._writer.add(np.concatenate([self._begin, ids, [self._eod]]) if self._begin else np.append(ids, self._eod))
 
     def finish(self) -> ShardEntry:
         """Make the files visible. -> the manifest's entry."""

@@ -5,16 +5,23 @@
 Every task and every restart works from the same plan, which is why the bytes do not depend on how the work was shared out.
 """
 
+import copy
+import hashlib
 import json
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from data.make.corpus import first_two
 from data.make.megatron_sets import find_sets
+from data.sources.files import again_where_far, find_files, is_remote, local_path
 from data.sources.parts import cut, limited
 from data.sources.records import Part
+from data.sources.sets import HUB, is_set
+from data.store.manifest import file_sha256
 from data.system import disk
+from recipes.schema.credentials import without_credentials
 from recipes.schema.data import DataConfig
 from recipes.schema.errors import DataError, refuse
 from recipes.schema.rules import source_problems
@@ -57,17 +64,32 @@ class Work:
 
     request: dict[str, Any]
     sources: dict[str, SourceWork]
+    seen: dict[str, str] = field(default_factory=dict)
+    """By source: digest of the names, sizes and times of change of its files, where these are here."""
+
+    @property
+    def dealt(self) -> dict[str, str]:
+        """Split by digest, of the texts that are in it whatever their number says, in every source."""
+        pairs = ((split, getattr(work, split)) for work in self.sources.values() for split in ("heldout", "train"))
+        return {known: split for split, known in pairs if known not in ("", _NONE)}
 
 
 def request_of(config: DataConfig) -> dict[str, Any]:
     """The fields the prepared files depend on."""
     sources = {name: _picked(asdict(source), _PREPARED_FIELDS) for name, source in config.sources.items()}
     for name, source in config.sources.items():
+        sources[name]["path"] = without_credentials(source.path)
         if source.heldout_fraction is not None:
             sources[name]["heldout_fraction"] = source.heldout_fraction
+    tokenizer = _picked(asdict(config.tokenizer), _TOKENIZER_FIELDS)
+    if config.tokenizer.begin_of_document is not None:
+        tokenizer["begin_of_document"] = config.tokenizer.begin_of_document
+    path = config.tokenizer.path
+    if path is not None and Path(path).is_file():
+        tokenizer["sha256"] = file_sha256(Path(path))
     request = {
         "sources": sources,
-        "tokenizer": _picked(asdict(config.tokenizer), _TOKENIZER_FIELDS),
+        "tokenizer": tokenizer,
         "heldout_fraction": config.heldout_fraction,
         "seed": config.seed,
         "shard_bytes": config.shard_bytes,
@@ -76,7 +98,7 @@ def request_of(config: DataConfig) -> dict[str, Any]:
     return plain
 
 
-def plan_work(config: DataConfig, folder: Path) -> Work:
+def plan_work(config: DataConfig, folder: Path, *, say: Callable[[str], None] = lambda line: None) -> Work:
     """The plan of a folder: what another task or an earlier run decided, or made now and kept. Reads the beginning of each
     source, and `max_bytes` of those that have it.
 
@@ -91,14 +113,53 @@ def plan_work(config: DataConfig, folder: Path) -> Work:
         except (ValueError, KeyError, TypeError) as error:
             raise DataError(f"{path} cannot be read: {error!r}. Remove {folder} and prepare again.") from error
         same_request(folder, raw["request"], request)
-        return Work(request, sources)
-    work = Work(request, {name: _plan_source(config, name) for name in config.sources})
+        work = Work(request, sources, raw.get("seen", {}))
+        if request != raw["request"]:  # settings that cannot change what is finished
+            disk.write_text(path, json.dumps(asdict(work)), is_own=True)
+        return work
+    work = Work(request, {}, {name: stamp for name in config.sources if (stamp := stamp_of(config, name))})
+    for name in config.sources:
+        is_far = config.sources[name].streaming or is_remote(config.sources[name].path)
+        work.sources[name] = again_where_far(is_far, lambda name=name: _plan_source(config, name, work.dealt, say))  # type: ignore[misc]
     disk.write_text(path, json.dumps(asdict(work)), is_own=True)
     return work
 
 
+def read_stamps(folder: Path) -> dict[str, str]:
+    """`seen` of a folder's plan; empty where there is none."""
+    try:
+        return dict(json.loads((folder / PLAN).read_text()).get("seen", {}))
+    except (OSError, ValueError, TypeError, AttributeError):
+        return {}
+
+
+def stamp_of(config: DataConfig, name: str) -> str | None:
+    """Digest of the names, sizes and times of change of a source's files; None where they are not files that are here."""
+    source = config.sources[name]
+    path = source.path.removeprefix(HUB) if is_set(source) else source.path
+    if is_remote(path) or (is_set(source) and not Path(path).exists()):
+        return None
+    try:
+        if source.format == "megatron":
+            files = [
+                f"{part.file}.{kind}" for part in find_sets(f"data.sources.{name}", source) for kind in ("bin", "idx")
+            ]
+        else:
+            files = [file.name for file in find_files(f"data.sources.{name}", path)]
+        facts = [(file, *_facts(local_path(file))) for file in files]
+    except (DataError, OSError):
+        return None
+    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+
+
+def _facts(path: Path) -> tuple[int, int]:
+    found = path.stat()
+    return found.st_size, found.st_mtime_ns
+
+
 def same_request(folder: Path, there: dict[str, Any], asked: dict[str, Any]) -> None:
     """Refuse to mix the work of two requests. DataError names what changed."""
+    asked = _settled(there, asked)
     if there == asked:
         return
     changed = ", ".join(_differences(there, asked, ""))
@@ -108,17 +169,41 @@ def same_request(folder: Path, there: dict[str, Any], asked: dict[str, Any]) -> 
     )
 
 
-def _plan_source(config: DataConfig, name: str) -> SourceWork:
+def _settled(there: dict[str, Any], asked: dict[str, Any]) -> dict[str, Any]:
+    """A request with the values of an earlier one where a change cannot have changed finished shards.
+
+    A shard that was finished while bad records were errors has none, so it is what skipping them, or a higher limit, would
+    have made. `max_expansion` only ever refuses. A tokenizer's file may be gone by now.
+    """
+    same = copy.deepcopy(asked)
+    if not {"sha256"} <= (there["tokenizer"].keys() & same["tokenizer"].keys()):
+        same["tokenizer"].pop("sha256", None)
+        if "sha256" in there["tokenizer"]:
+            same["tokenizer"]["sha256"] = there["tokenizer"]["sha256"]
+    for name in there["sources"].keys() & same["sources"].keys():
+        old, new = there["sources"][name], same["sources"][name]
+        new["max_expansion"] = old["max_expansion"]
+        if old["on_bad_record"] == "error":
+            new["on_bad_record"] = "error"
+            if new["max_record_bytes"] > old["max_record_bytes"]:
+                new["max_record_bytes"] = old["max_record_bytes"]
+    return same
+
+
+def _plan_source(config: DataConfig, name: str, dealt: Mapping[str, str], say: Callable[[str], None]) -> SourceWork:
     source, place = config.sources[name], f"data.sources.{name}"
     refuse(source_problems(config, name), DataError)
     if source.format == "megatron":
         return SourceWork([[part] for part in find_sets(place, source)], heldout="", train="")
-    shards = limited(place, source, cut(place, source, config.shard_bytes))
+    hidden: list[str] = []
+    shards = limited(place, source, cut(place, source, config.shard_bytes, hidden=hidden))
+    if hidden:
+        say(f"{name}: left out {len(hidden):,} files and folders whose names begin with a dot, e.g. {hidden[0]}")
     fraction = config.heldout_of(name)
     if fraction == 1:
         return SourceWork(shards, heldout=_NONE, train=_NONE)
-    heldout, *train = first_two(name, source, shards, seed=config.seed, fraction=fraction)
-    return SourceWork(shards, heldout=heldout, train=train[0] if train else "")
+    heldout, train = first_two(name, source, shards, seed=config.seed, fraction=fraction, dealt=dealt)
+    return SourceWork(shards, heldout=heldout, train=train)
 
 
 def _source_work(raw: dict[str, Any]) -> SourceWork:

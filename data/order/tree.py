@@ -6,8 +6,8 @@ A node of weight w_v that has drawn n rows gives
 
 so the draws of any leaf before any position are known at once, exactly, and a row costs the depth of the tree, whatever
 the number of sources. Each split adds an error of at most 1/2, of which a child passes on its share: a leaf of weight w is off
-by at most (1 + sum of w / w_v over the inner nodes v between it and the root) / 2. `bound` is the largest of these, below 1 for one
-heavy and many light sources. Some trees are tried: the lightest joined first (Huffman), the sorted weights cut in halves, the
+by at most (1 + sum of w / w_v over the inner nodes v between it and the root) / 2. `bound` is the largest of these, about 1 for
+one heavy and many light sources. Some trees are tried: the lightest joined first (Huffman), the sorted weights cut in halves, the
 heaviest split off one by one, each with the lightest sources apart; the one with the smallest bound is used.
 """
 

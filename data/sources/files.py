@@ -10,10 +10,12 @@ import glob
 import gzip
 import io
 import itertools
+import logging
 import lzma
 import os
 import re
 import sysconfig
+import time
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -39,6 +41,9 @@ _EXTRA = {"s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "http": "a
 _MOST_PATHS = 1_000_000
 """That the braces of a path may stand for."""
 _BLOCK = 1 << 20
+_PAUSES_S = (1.0, 5.0, 25.0)
+"""Waits before remote files are tried again."""
+log = logging.getLogger(__name__)
 
 
 class ReadError(DataError):
@@ -68,6 +73,17 @@ def find_files(place: str, path: str, *, hidden: list[str] | None = None) -> lis
     else:
         found = [file for pattern in expand_braces(path) for file in _matching(place, pattern, hidden)]
     return sorted(set(found), key=lambda file: file.name)
+
+
+def again_where_far[T](is_far: bool, act: Callable[[], T]) -> T:
+    """What `act` gives; where it reads from a server, it is tried again when that does not answer. ReadError in the end."""
+    for pause in _PAUSES_S if is_far else ():
+        try:
+            return act()
+        except ReadError as error:
+            log.warning("%s Tried again in %.0f s.", error, pause)
+            time.sleep(pause)
+    return act()
 
 
 def is_remote(name: str) -> bool:

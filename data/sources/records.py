@@ -90,7 +90,7 @@ def text_of(source: SourceConfig) -> Callable[[Any], str]:
             f"template={source.template!r} names no field: every text would be the same. Write it as {{field}} text."
         )
     return lambda record: "".join(
-        literal + (str(_field(record, name)) if name is not None else "") for literal, name in pieces
+        literal + (_in_template(record, name) if name is not None else "") for literal, name in pieces
     )
 
 
@@ -112,9 +112,23 @@ def columns_of(place: str, source: SourceConfig, names: list[str], what: str) ->
 
 def _plain_text(record: Any, name: str) -> str:
     value = _field(record, name)
+    if isinstance(value, bytes):
+        raise ValueError(
+            f"has bytes under {name!r}, not text: cast the column from binary to string, or set text_field"
+        )
     if not isinstance(value, str):
         raise ValueError(f"has {type(value).__name__} under {name!r}, not text")
     return value
+
+
+def _in_template(record: Any, name: str) -> str:
+    value = _field(record, name)
+    if isinstance(value, list | tuple | dict | bytes):
+        raise ValueError(
+            f"has {type(value).__name__} under {name!r}, and a template takes text and numbers. Name a field in it as a.b, or "
+            f"write such records as text before preparing"
+        )
+    return str(value)
 
 
 def _field(record: Any, name: str) -> Any:

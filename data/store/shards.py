@@ -135,6 +135,11 @@ def _header(index: Path, raw: bytes, size: int) -> Header:
     if code not in _DTYPES:
         raise DataError(f"{index} stores tokens as dtype code {code}; token ids are whole numbers: codes 1-5 and 8.")
     expected = _HEADER.size + sequences * 12 + documents * 8
+    if size == expected + sequences and sequences:
+        raise DataError(
+            f"{index} is the index of a multimodal set (it ends with a mode for each sequence), which is not read. Make the set "
+            f"from text alone."
+        )
     if size != expected:
         raise DataError(f"{index} is {size:,} bytes long, {expected:,} expected: it is damaged. Prepare again.")
     return Header(_DTYPES[code], sequences, documents)

@@ -28,19 +28,33 @@ from recipes.schema.errors import DataError
 class Tokenizer:
     """A loaded tokenizer. A byte-level one encodes any text, and decoding gives it back exactly."""
 
-    def __init__(self, backend: Backend, end_of_document: str, *, known_fingerprint: str | None = None) -> None:
+    def __init__(
+        self,
+        backend: Backend,
+        end_of_document: str,
+        *,
+        begin_of_document: str | None = None,
+        known_fingerprint: str | None = None,
+    ) -> None:
         """known_fingerprint: what a manifest says of this very file, so that it need not be computed again."""
         self._backend = backend
-        if end_of_document not in backend.special:
-            names = list(backend.special)
-            some = ", ".join(names[:12]) + (f", ... ({len(names):,} in all)" if len(names) > 12 else "")
-            raise DataError(
-                f"the tokenizer has no special token {end_of_document!r}. Set data.tokenizer.end_of_document to one it "
-                f"has: {some or 'it has none'}."
-            )
-        self.eod: int = backend.special[end_of_document]
+        self.eod: int = self._special_id("end_of_document", end_of_document)
+        self.bod: int | None = None
+        """Id of the token before every document; None where there is none."""
+        if begin_of_document is not None:
+            self.bod = self._special_id("begin_of_document", begin_of_document)
         self.vocab_size: int = backend.vocab_size
         self._known_fingerprint = known_fingerprint
+
+    def _special_id(self, field: str, name: str) -> int:
+        special = self._backend.special
+        if name not in special:
+            names = list(special)
+            some = ", ".join(names[:12]) + (f", ... ({len(names):,} in all)" if len(names) > 12 else "")
+            raise DataError(
+                f"the tokenizer has no special token {name!r}. Set data.tokenizer.{field} to one it has: {some or 'it has none'}."
+            )
+        return special[name]
 
     @functools.cached_property
     def fingerprint(self) -> str:
@@ -99,7 +113,19 @@ class Tokenizer:
     @property
     def note(self) -> str | None:
         """What the user should know about how texts are encoded with this file. Asking may take a second."""
-        return self._backend.note
+        notes = [self._backend.note]
+        begin = self._backend.template_begin
+        if begin is not None and self.bod is None:
+            notes.append(
+                f"The tokenizer's own template puts {begin!r} before a text, and data.tokenizer.begin_of_document is null, so it "
+                f"is not written. To continue a model that was trained with it, set data.tokenizer.begin_of_document={begin!r}."
+            )
+        return " ".join(filter(None, notes)) or None
+
+    def prompt(self, text: str) -> list[int]:
+        """Ids that a continuation of a text begins with: after the token that begins a document, or ends the one before."""
+        begin = [] if self.bod is None else [self.bod]
+        return begin + self.encode(text) or [self.eod]
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of ids; special tokens are left out."""
@@ -169,14 +195,19 @@ def train_tokenizer(texts: Iterable[str], config: TokenizerConfig) -> Tokenizer:
 
     Raises DataError where the texts are too few for so many tokens.
     """
-    return Tokenizer(hf.train(texts, config), config.end_of_document)
+    return Tokenizer(hf.train(texts, config), config.end_of_document, begin_of_document=config.begin_of_document)
 
 
 def load_tokenizer(path: Path, config: TokenizerConfig, *, known_fingerprint: str | None = None) -> Tokenizer:
     """Read a tokenizer of any kind. DataError where it cannot be read, or lacks the end-of-document token."""
     if not path.is_file():
         raise DataError(f"no tokenizer at {path}. Set data.tokenizer.path to a file, or null to train one.")
-    return Tokenizer(_backend(path, config), config.end_of_document, known_fingerprint=known_fingerprint)
+    return Tokenizer(
+        _backend(path, config),
+        config.end_of_document,
+        begin_of_document=config.begin_of_document,
+        known_fingerprint=known_fingerprint,
+    )
 
 
 def _backend(path: Path, config: TokenizerConfig) -> Backend:

@@ -47,6 +47,11 @@ class Backend(ABC):
         return None
 
     @property
+    def template_begin(self) -> str | None:
+        """Special token that the file's own template puts before a text; None where it puts none, or has no template."""
+        return None
+
+    @property
     def unknown(self) -> int | None:
         """Id that stands for what the vocabulary does not have; None where there is none."""
         return None

@@ -141,6 +141,13 @@ class HuggingFace(Backend):
         return [number for found in ids for number in self._spelled.get(found, (found,))]
 
     @functools.cached_property
+    def template_begin(self) -> str | None:  # type: ignore[override]
+        """Special token that the file's own template puts before a text."""
+        first: list[int] = self._library.encode("a", add_special_tokens=True).ids[:1]
+        plain = self._library.encode("a", add_special_tokens=False).ids[:1]
+        return self._tokens[first[0]] if first and first != plain else None
+
+    @functools.cached_property
     def unknown(self) -> int | None:  # type: ignore[override]
         """Id of the model's unknown token."""
         model = self.parsed["model"]
@@ -247,6 +254,12 @@ def train(texts: Iterable[str], config: TokenizerConfig) -> HuggingFace:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
+    least = 256 + len(special)
+    if config.vocab_size < least:
+        raise DataError(
+            f"data.tokenizer.vocab_size={config.vocab_size} is less than the 256 bytes and {len(special)} special tokens that "
+            f"every byte-level tokenizer has. Use {least} or more."
+        )
     library.train_from_iterator(texts, trainer)
     size = library.get_vocab_size()
     if size != config.vocab_size:

@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from launch.local.continuation import describe
-from launch.runs import tail
+from recipes.schema.run_folder import last_texts
 
 _CONSEQUENCE = re.compile(
     r"Connection (closed|reset|refused)|Broken pipe|DistBackendError|DistNetworkError|connectFullMesh|"
@@ -114,7 +114,7 @@ def error_text(folder: Path, failure: RankFailure) -> str:
     """What the rank said: its traceback, or the last error message in its log. "" where it had no time to say anything."""
     if failure.error:
         return failure.error.rstrip()
-    lines = tail(log_of(folder, failure.rank), 400)
+    lines = last_texts(log_of(folder, failure.rank), 400)
     starts = [i for i, line in enumerate(lines) if re.match(r"(error( on rank \d+)?: |Fatal Python error)", line)]
     return "\n".join(lines[starts[-1] :]).rstrip() if starts else ""
 
@@ -132,7 +132,7 @@ def tell(folder: Path, failures: list[RankFailure], *, seen_live: frozenset[int]
     if hung:
         head = f"{hung[-1]}. Rank {first.rank} was the first to give up, with {describe(first.status)}"
     if not text:
-        last = [f"    {line}" for line in tail(log_of(folder, first.rank), 5) if first.rank not in seen_live]
+        last = [f"    {line}" for line in last_texts(log_of(folder, first.rank), 5) if first.rank not in seen_live]
         message = [f"{head}, without a word."] + (["Its last lines:", *last] if last else [])
     elif _bare(text) in said:
         message = [f"{head}: the error above."]

@@ -4,7 +4,7 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -67,13 +67,14 @@ counted, what is estimated, and how far off the estimates are.
     wanted = [name for name in ("search", "scale", "goodput") if getattr(own, name)]
     if len(wanted) > 1:
         parser.error(f"--{wanted[0]} and --{wanted[1]} answer different questions: ask one at a time")
-    recipe = compose(words, program="plan")
+    notes: list[str] = []
+    recipe = compose(words, program="plan", notes=notes)
     if isinstance(recipe, int):
         return recipe
     try:
         if own.scale is not None:
             return _scale(recipe, own)
-        return _search(recipe, own) if own.search else _plan(recipe, own)
+        return _search(recipe, own) if own.search else _plan(recipe, own, notes)
     except USER_ERRORS as error:
         if own.json:
             sys.stdout.write(json.dumps({"problems": str(error).splitlines()}) + "\n")
@@ -81,8 +82,9 @@ counted, what is estimated, and how far off the estimates are.
         return 2
 
 
-def _plan(recipe: Recipe, own: argparse.Namespace) -> int:
+def _plan(recipe: Recipe, own: argparse.Namespace, notes: Sequence[str]) -> int:
     plan = make_plan(recipe, world=world_of(recipe, own.gpus), device=device_named(own.device))
+    plan = replace(plan, warnings=(*plan.warnings, *notes))
     goodput = goodput_of(plan, own) if own.goodput else None
     if own.picture is not None:
         draw(plan, own.picture) if goodput is None else draw_goodput(goodput, plan, own.picture)

@@ -14,9 +14,11 @@ from launch.plan.cost.activations import Modules, Shape, hidden_bytes, layer_byt
 from launch.plan.cost.tensors import stage_tensors
 from launch.plan.cost.time import Setting, forward_seconds
 from recipes.schema.command import RECIPES
+from recipes.schema.errors import RecipeError
 from recipes.schema.facts import Named
 from recipes.schema.model import ModelConfig
 from recipes.schema.recipe import Recipe
+from recipes.schema.run_folder import recipe_in
 from recipes.schema.teacher_placement import place_of
 from recipes.schema.teacher_rules import teacher_vocabulary_problems
 from recipes.schema.typed import FieldError, build
@@ -118,6 +120,6 @@ def teacher_cost(recipe: Recipe, model: ModelConfig, *, student: Setting, module
 def _model_of(place: Path) -> ModelConfig | None:
     """The model of a run that has written its recipe and no checkpoint yet; None where there is no such run."""
     try:
-        return build(ModelConfig, yaml.safe_load((place / "recipe.yaml").read_text())["model"], "model")
-    except (OSError, ValueError, KeyError, TypeError, FieldError, yaml.YAMLError):
+        return build(ModelConfig, recipe_in(place)["model"], "model")
+    except (OSError, RecipeError, KeyError, FieldError):
         return None  # planned by its name

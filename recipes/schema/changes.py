@@ -7,13 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
-
 from recipes.schema.errors import RecipeError
 from recipes.schema.model import ModelConfig
 from recipes.schema.optim import ScheduleConfig
 from recipes.schema.read import recipe_mapping
 from recipes.schema.recipe import Recipe
+from recipes.schema.run_folder import RECIPE, recipe_in
 from recipes.schema.schedule import lengths_of
 from recipes.schema.typed import FieldError, build
 
@@ -197,7 +196,7 @@ def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def check_folder(folder: Path, recipe: Recipe) -> None:
     """Refuse a run folder that belongs to another recipe, naming the fields that differ. Changes nothing."""
-    path = folder / "recipe.yaml"
+    path = folder / RECIPE
     if not path.exists():
         ours = ("logs", "lease", f".{path.name}.writing")  # launch writes the first two; a kill leaves the third
         strangers = [p.name for p in folder.iterdir() if p.name not in ours] if folder.is_dir() else []
@@ -208,9 +207,9 @@ def check_folder(folder: Path, recipe: Recipe) -> None:
             )
         return
     try:
-        old = yaml.safe_load(path.read_text())
-    except (OSError, yaml.YAMLError) as error:
-        raise RecipeError(f"{path} cannot be read: {error}. Choose another run.name, or move {folder} away.") from error
+        old = recipe_in(folder)
+    except RecipeError as error:
+        raise RecipeError(f"{error} Choose another run.name, or move {folder} away.") from error
     why = refused(differences(old, recipe_mapping(recipe)), recipe.checkpoint.allow)
     if why is not None:
         raise RecipeError(f"{folder} holds a run of another recipe:{why}")

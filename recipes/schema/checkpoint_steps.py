@@ -3,46 +3,20 @@
 Reading only, no model and no process group: the offline commands and login nodes use this.
 """
 
-import json
 import logging
-import os
-import re
 from pathlib import Path
 
 from recipes.schema.errors import CheckpointError
 from recipes.schema.manifest import MANIFEST, Manifest, describe_not_finite, read_manifest
+from recipes.schema.run_folder import CHECKPOINTS, METRICS, POINTER, pointed_at, read_metrics
+from recipes.schema.run_folder import name_of as name_of
+from recipes.schema.run_folder import step_of as step_of
+from recipes.schema.run_folder import steps_in as steps_in
 
 log = logging.getLogger(__name__)
 
-METRICS = "metrics.jsonl"
-"""A run's record, next to its folder of checkpoints."""
-POINTER = "latest"
-"""File that names the newest whole checkpoint of a folder; only a hint."""
-_NAME = re.compile(r"step_[0-9]{1,18}")
 PASSED_OVER = "passed over: "
 """Begin of a note about a checkpoint that is not whole."""
-
-
-def name_of(step: int) -> str:
-    """Name of the folder of the checkpoint after `step` optimizer steps."""
-    return f"step_{step:08d}"
-
-
-def steps_in(folder: Path) -> list[Path]:
-    """Checkpoints that were published in a folder, oldest first. CheckpointError where the folder cannot be read."""
-    try:
-        # Not glob: it passes over a folder that may not be read, and a run would start again at step 0.
-        named = [folder / name for name in os.listdir(folder) if _NAME.fullmatch(name) and (folder / name).is_dir()]
-    except (FileNotFoundError, NotADirectoryError):
-        return []
-    except OSError as error:
-        raise CheckpointError(f"{folder} cannot be read: {error.strerror or error}") from error
-    return sorted(named, key=step_of)
-
-
-def step_of(path: Path) -> int:
-    """The step that a checkpoint's folder is named after."""
-    return int(path.name.removeprefix("step_"))
 
 
 def manifest_of(path: Path) -> Manifest:
@@ -73,18 +47,13 @@ def candidates(folder: Path) -> tuple[list[tuple[Path, Manifest]], list[str]]:
             notes.append(f"{PASSED_OVER}{error}")
     pointer = folder / POINTER
     try:
-        named = _named_by(pointer) if pointer.is_file() else None
+        named = pointed_at(folder)
     except OSError as error:
         return good, [*notes, f"{pointer} cannot be read: {error.strerror or error}"]
     if good and named != good[0][0].name:
         said = "is missing" if named is None else "is empty" if not named else f"says {named[:40]!r}"
         notes.append(f"{pointer} {said}; the newest whole checkpoint is {good[0][0].name}.")
     return good, notes
-
-
-def _named_by(pointer: Path) -> str:
-    with pointer.open("rb") as stream:
-        return stream.read(200).decode(errors="replace").strip()
 
 
 def newest_in(folder: Path) -> tuple[Path, Manifest] | None:
@@ -126,7 +95,7 @@ def checkpoint_at(place: str | Path) -> tuple[Path, Manifest]:
         raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error
     if is_checkpoint:
         return path, read_manifest(path)
-    for folder in (path / "checkpoints", path):
+    for folder in (path / CHECKPOINTS, path):
         found = newest_in(folder)
         if found is not None:
             return found
@@ -138,21 +107,12 @@ def checkpoint_at(place: str | Path) -> tuple[Path, Manifest]:
 
 def lost_run(folder: Path) -> str:
     """What a run's record says of checkpoints that are gone; empty where it never had one."""
-    last, had_checkpoint = 0, False
     try:
-        with (folder / METRICS).open("rb") as stream:
-            for text in stream:
-                if b'"step"' not in text and b'"save"' not in text:
-                    continue
-                try:
-                    line = json.loads(text)
-                except ValueError:
-                    continue  # torn by a kill
-                kind = line.get("kind") if isinstance(line, dict) else None
-                last = max(last, int(line["step"])) if kind == "step" else last
-                had_checkpoint |= kind == "save"
+        lines = read_metrics(folder / METRICS)
+        last = max((int(line["step"]) for line in lines if line["kind"] == "step"), default=0)
     except (OSError, KeyError, TypeError, ValueError):
         return ""
+    had_checkpoint = any(line["kind"] == "save" for line in lines)
     if not had_checkpoint:
         return ""
-    return f"{folder} holds a run of {last:,} steps that wrote checkpoints, but {folder / 'checkpoints'} holds none."
+    return f"{folder} holds a run of {last:,} steps that wrote checkpoints, but {folder / CHECKPOINTS} holds none."

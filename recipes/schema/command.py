@@ -361,6 +361,22 @@ def asked_for() -> tuple[str, list[str]]:
     return str(config.job.config_name), [word for word in config.overrides.task if not word.startswith("hydra")]
 
 
+def inherited_sources(composed: DictConfig) -> str:
+    """What a recipe that names sources of its own also inherits, for people; empty where it inherits none. Inside a job."""
+    config = HydraConfig.get()
+    files = [Path(source.path) / f"{config.job.config_name}.yaml" for source in config.runtime.config_sources]
+    file = next((path for path in files if path.is_file()), None)
+    body = OmegaConf.select(OmegaConf.load(file), "data.sources") if file is not None else None
+    names = [str(name) for name in composed.data.sources or () if body and name not in body]
+    if not body or not names:
+        return ""
+    verb, own = "is" if len(names) == 1 else "are", ", ".join(map(str, body))
+    return (
+        f"data.sources: {', '.join(names)} {verb} inherited and mixed with {config.job.config_name}'s own, {own}. To train on "
+        f"its own alone, put data/no_sources before _self_ in its defaults."
+    )
+
+
 def recipe_words(folder: str | None) -> list[str]:
     """The words that name the running command's recipe again, with `folder` as one more place of groups and recipes."""
     config = HydraConfig.get()

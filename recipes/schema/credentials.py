@@ -35,13 +35,18 @@ def with_credentials(name: str, given: str) -> str:
         return given
     user = _USER.match(given)
     place, _, query = given.partition("?")
-    scheme, _, rest = _USER.sub(r"\1", place).partition("://")
-    if not name.startswith(f"{scheme}://{rest.split('/')[0]}"):
+    if _host(name) != _host(_USER.sub(r"\1", place)):
         return name
     if user:
         name = user[0] + name[len(user[1]) :]
     name, _, shown = name.partition("?")
     return f"{name}?{query}" if query and shown in ("", without_credentials(given).partition("?")[2]) else name
+
+
+def _host(url: str) -> tuple[str, str]:
+    """Protocol, and host or bucket or first folder."""
+    scheme, _, rest = url.partition("://")
+    return scheme, rest.lstrip("/").split("/")[0].split("?")[0]
 
 
 def _clean(url: str) -> str:

@@ -20,9 +20,9 @@ class SourceConfig:
 
     path: str
     """File, folder or glob of text, here or behind `s3://`, `gs://`, `https://`, `hf://` (any fsspec protocol); `.gz`,
-    `.zst`, `.bz2`, `.xz` are decompressed, names that begin with a dot are left out, `{000..063}` and `{a,b}` stand for several paths. `hf:NAME` is a Hugging Face
-    `datasets` set. `package:NAME` is a corpus shipped with this project (data/corpora), `python-stdlib` the standard
-    library sources of the running Python."""
+    `.zst`, `.bz2`, `.xz` are decompressed, names that begin with a dot are left out of folders, `{000..063}` and `{a,b}` stand
+    for several paths. `hf:NAME` is a Hugging Face `datasets` set. `package:NAME` is a corpus shipped with this project
+    (data/corpora), `python-stdlib` the standard library sources of the running Python."""
     weight: NonNegativeFloat = 1.0
     """Share of training rows drawn from this source, relative to the other weights (they need not sum to 1). 0 keeps it
     for later phases, or for evaluation only."""
@@ -67,6 +67,9 @@ class TokenizerConfig:
     """Size of the trained vocabulary, special tokens included. Checked against `model.vocab`."""
     end_of_document: str = "<|endoftext|>"
     """Special token written after every document."""
+    begin_of_document: str | None = None
+    """Special token written before every document and put before a prompt, for models trained with one (Gemma, Llama:
+    `<bos>`, `<|begin_of_text|>`); null: none. `hf import` sets it from the model's own tokenizer."""
     special_tokens: dict[str, int] = field(default_factory=dict)
     """Further special tokens and their ids, for a trained tokenizer (ids from 1 up) or a file of ranks that names none."""
     pattern: str | None = None

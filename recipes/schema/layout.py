@@ -96,7 +96,8 @@ def _world_problems(parallel: ParallelConfig, run: RunConfig, world: int) -> lis
             f" does not divide the {world} process{'es' * (world > 1)} of this run."
         )
         remedy = (
-            f"Start a multiple of {degrees} (torchrun --nproc-per-node {degrees} -m train ...), or lower the degrees."
+            f"Start a multiple of {degrees} (torchrun --nproc-per-node {degrees} -m train ...), or lower the degrees"
+            f"{_degree_that_fits(parallel, world)}."
         )
         return [Problem("parallel", text, remedy)]
     data = world // degrees
@@ -142,6 +143,17 @@ def _switch_problems(parallel: ParallelConfig) -> list[Problem]:
             )
         )
     return problems
+
+
+def _degree_that_fits(parallel: ParallelConfig, world: int) -> str:
+    """The one degree to lower, and to what, so that `world` processes divide; empty where one is not enough."""
+    degrees = parallel.tensor * parallel.pipeline * parallel.context
+    for name in ("context", "pipeline", "tensor"):
+        degree = getattr(parallel, name)
+        for lower in range(degree - 1, 0, -1):
+            if world % (degrees // degree * lower) == 0:
+                return f", e.g. parallel.{name}={lower}"
+    return ""
 
 
 def _shape_problems(model: ModelConfig, kinds: set[LayerKind]) -> list[Problem]:

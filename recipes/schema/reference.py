@@ -20,9 +20,18 @@ from recipes.schema.typed import field_docs
 _HEAD = """# Recipe fields
 
 Made by `stratum fields`; the texts stand under the fields in `recipes/schema/`.
-A recipe is YAML composed by Hydra from the groups below (`recipes/GROUP/*.yaml`). Swap a group with `precision=bf16`,
-override a field with `optim.lr=3e-4`; `stratum train -cn smoke --cfg job` prints the result. Your own recipes lie in
-a folder of yours: `stratum train --config-dir mine -cn my_recipe`.
+A recipe is YAML composed by Hydra, in this order, later over earlier: the defaults below, the groups it lists
+(`recipes/GROUP/*.yaml`), the recipe itself, the command line. YAML says only what differs from a default, so that
+`recipes/precision/fp8_blockwise.yaml` is what blockwise *is*; `stratum train -cn smoke --cfg job` prints the whole.
+
+- Swap a group with `precision=bf16`, override any field with `optim.lr=3e-4`.
+- A text field takes its value as written (`launch.container.image=registry#name:tag`); quote it for the shell only.
+- Your own recipes and groups lie in a folder of yours: `stratum train --config-dir mine -cn my_recipe`. They inherit the
+  defaults without a word. `defaults: [smoke, _self_]` inherits a whole recipe.
+- `data.sources={mine: {path: words}}` on the command line replaces the recipe's sources; `data.sources.mine.path=words`
+  adds one. A recipe that inherits another's adds to its sources (`stratum plan` names them); with
+  `defaults: [smoke, data/no_sources, _self_]` its own are the only ones.
+- `schedule.warmup` and `schedule.decay` below 1 are fractions of the run, so that `run.steps=20` alone shortens a run.
 """
 
 

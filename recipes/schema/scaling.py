@@ -14,8 +14,8 @@ Standard library only, so that a launch can be planned on a login node. Tables: 
 """
 
 import math
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 from recipes.schema.errors import Problem
 from recipes.schema.model import ModelConfig
@@ -226,6 +226,22 @@ def linear_shapes(model: ModelConfig, kind: str, *, tensor: int = 1) -> dict[str
     return {column: (whole[0][0] // tensor, whole[0][1]), row: (whole[1][0], whole[1][1] // tensor)}
 
 
+def _width_that_fits(model: ModelConfig, kind: str, tensor: int, multiple: int) -> str:
+    """The one field that repairs the widths of a layer kind, with the next larger value that does."""
+    name = {"M": "mamba_heads", "-": "ffn"}.get(kind, "head_dim")
+    step = model.mamba_groups if kind == "M" else 1
+    value = getattr(model, name)
+    for wider in range(value + step - value % step, 2 * value + 64 * tensor, step):
+        changed: dict[str, Any] = {name: wider}
+        shapes = linear_shapes(replace(model, **changed), kind)
+        column, row = (shapes[linear] for linear in LINEARS[kind])
+        if all(size % multiple == 0 for size in (column[1], row[0])) and all(
+            size % (tensor * multiple) == 0 for size in (column[0], row[1])
+        ):
+            return f"Use model.{name}={wider}, or lower parallel.tensor."
+    return f"Use model.hidden={-(-model.hidden // multiple) * multiple}, or lower parallel.tensor."
+
+
 def shape_problems(
     model: ModelConfig, *, parallel: ParallelConfig, precision: PrecisionConfig, rank_tokens: int
 ) -> list[Problem]:
@@ -243,12 +259,6 @@ def shape_problems(
     multiple = max(scaling.multiple for scaling in active)
     names = "/".join(scaling.name for scaling in active)
     kinds = layer_kinds(model.pattern)
-    owners = {
-        "M": "model.mamba_heads, mamba_head_dim, mamba_state and mamba_groups",
-        "*": "model.heads, kv_heads and head_dim",
-        "w": "model.heads, kv_heads and head_dim",
-        "-": "model.ffn",
-    }
     problems = []
     for kind in dict.fromkeys(kinds[index] for index in layers):
         for name, (out, into) in linear_shapes(model, kind, tensor=parallel.tensor).items():
@@ -258,7 +268,7 @@ def shape_problems(
                         f"precision.scaling={names}: {name} of `{kind}` layers has {what} width {value:,} on each of "
                         f"{parallel.tensor} tensor ranks, not a multiple of {multiple}."
                     )
-                    remedy = f"Lower parallel.tensor, or change {owners[kind]} (or model.hidden)."
+                    remedy = _width_that_fits(model, kind, parallel.tensor, multiple)
                     problems.append(Problem("precision.scaling", text, remedy))
     if rank_tokens % multiple:
         problems.append(_ragged(names, rank_tokens, multiple))
@@ -269,7 +279,7 @@ def shape_problems(
             f"precision.scaling={names} with parallel.sequence=true: {rank_tokens:,} tokens over {parallel.tensor} tensor "
             f"ranks leave {rank_tokens / parallel.tensor:g} each, not a multiple of the {along}-token block."
         )
-        remedy = "Use a longer data.row_tokens or more run.microbatch_rows."
+        remedy = "Use parallel.sequence=false, a longer data.row_tokens or more run.microbatch_rows."
         problems.append(Problem("precision.scaling", text, remedy))
     return problems
 

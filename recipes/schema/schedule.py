@@ -82,8 +82,8 @@ def schedule_problems(schedule: ScheduleConfig, *, total_steps: int, tokens_per_
             f"schedule, {whole}."
         )
         remedy = (
-            f"Shorten them to {end} together, give them as fractions of it (schedule.warmup=0.1), or lengthen run.steps or "
-            f"schedule.total."
+            f"Shorten them to {end} together, e.g. {_that_fits(lengths)} (below 1: a fraction of the whole), or lengthen "
+            f"run.steps or schedule.total."
         )
         problems.append(Problem("schedule.warmup", text, remedy))
     if schedule.kind == "wsd" and decay and schedule.decay_shape == "exponential" and schedule.final_fraction == 0:
@@ -96,6 +96,18 @@ def schedule_problems(schedule: ScheduleConfig, *, total_steps: int, tokens_per_
 def check(schedule: ScheduleConfig, *, total_steps: int, tokens_per_step: int) -> None:
     """Raise RecipeError with every `schedule_problems`."""
     refuse(schedule_problems(schedule, total_steps=total_steps, tokens_per_step=tokens_per_step))
+
+
+def _that_fits(lengths: Lengths) -> str:
+    """The one phase to shorten, and to what."""
+    for name, rest, most in (
+        ("decay", lengths.whole - lengths.warmup, 20),
+        ("warmup", lengths.whole - lengths.decay, 10),
+    ):
+        percent = min(most, 100 * rest // lengths.whole)
+        if percent > 0 and (name == "warmup" or lengths.decay):
+            return f"schedule.{name}={percent / 100:g}"
+    return "schedule.warmup=0.1 schedule.decay=0.2" if lengths.decay else "schedule.warmup=0.1"
 
 
 def _progress(done: int, start: int, end: int) -> float:

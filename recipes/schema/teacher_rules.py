@@ -163,7 +163,7 @@ def teacher_vocabulary_problems(recipe: Recipe, model: ModelConfig, *, path: Pat
         f"the teacher in {path} has a vocabulary of {model.vocab:,}, the student (model.vocab) one of "
         f"{recipe.model.vocab:,}: their distributions cannot be compared."
     )
-    remedy = "Use a teacher with the student's tokenizer, or train the student on the teacher's."
+    remedy = "Use a teacher with the student's tokenizer, train the student on the teacher's, or use objective.kind=next_token."
     return [Problem("objective.teacher", text, remedy)]
 
 

@@ -15,8 +15,8 @@ from data import prepare as _prepare  # noqa: F401  here, so that the processes 
 from launch.children import stratum
 from launch.stages import _left
 from recipes.schema.checkpoint_steps import checkpoint_at
+from recipes.schema.run_folder import METRICS, read_metrics
 from train import run as _assembly  # noqa: F401  likewise
-from train.record.metrics import METRICS, read_metrics
 
 ROOT = Path(__file__).resolve().parents[2]
 STEPS = 400

@@ -137,8 +137,8 @@ def test_each_source_may_hold_out_its_own_share_or_all(prepared: DataConfig, tex
     assert count["code"] == [as_before.count(split, "documents") for split in ("train", "heldout")]
     assert count["probe"] == [0, 180]
     dataset = open_dataset(config)
-    assert dataset.heldout_count("probe") > 0 and dataset.train[2].count == 0
-    assert set(dataset.training_rows(np.arange(200)).source.tolist()) == {0, 1}
+    assert dataset.heldout_count("probe") > 0 and dataset.train[1].count == 0
+    assert set(dataset.training_rows(np.arange(200)).source.tolist()) == {0, 2}
     with pytest.raises(DataError, match=r"sources\.verse\.heldout_fraction changed"):
         prepare(replace(config, sources=sources | {"verse": prepared.sources["verse"]}), console=QUIET)
     drawn = replace(config, sources=sources | {"probe": replace(sources["probe"], weight=0.1)})

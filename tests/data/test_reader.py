@@ -132,7 +132,7 @@ def test_sets_beyond_the_budget_are_named_not_read(folder: Path, monkeypatch, ca
     monkeypatch.setattr("data.store.verify.BUDGET_BYTES", 100)
     flip(folder / f"{SHARD}.bin")
     dataset = open_dataset(config_of(folder))
-    assert "have not been checked" in caplog.text and "data.inspect" in caplog.text
+    assert "have not been checked" in caplog.text and "stratum inspect" in caplog.text
     dataset.training_rows(np.arange(dataset.train[0].count))
     flip(folder / f"{SHARD}.bin")  # put right again, but changed since it was first seen
     dataset.training_rows(np.arange(5))

@@ -22,10 +22,10 @@ from data.prepare import prepare
 from recipes.schema.command import RECIPES
 from recipes.schema.read import recipe_from_mapping, recipe_mapping
 from recipes.schema.recipe import Recipe
+from recipes.schema.run_folder import METRICS, read_metrics
 from recipes.schema.tools import GenerateConfig
 from train.checkpoint.manager import checkpoint_at
 from train.hf.__main__ import main
-from train.record.metrics import METRICS, read_metrics
 from train.run import train
 
 CHECK = ["--rows", "2", "--tokens", "33"]

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from launch.runs import last_lines
+from recipes.schema.run_folder import last_metrics
 
 ROOT = Path(__file__).resolve().parents[2]
 DRIVER = ROOT / "tests" / "drive_local.py"
@@ -50,7 +50,7 @@ def wait_until(condition: Callable[[], object]) -> None:
 
 
 def wait_for_step(run: Path, step: int) -> None:
-    wait_until(lambda: any(line["step"] >= step for line in last_lines(run / "metrics.jsonl")))
+    wait_until(lambda: any(line["step"] >= step for line in last_metrics(run / "metrics.jsonl")))
 
 
 def ranks_running(run: Path) -> list[int]:

@@ -18,18 +18,18 @@ from texts import VOCAB, config_of
 
 from data.prepare import prepare
 from launch.queue import look_up, send_signal
-from launch.runs import METRICS, RunFolder
+from launch.runs import RunFolder
 from launch.slurm.command import active_jobs, job_numbers
-from train.record.metrics import read_metrics
+from recipes.schema.run_folder import METRICS, read_metrics
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPE = [
     "-cn", "smoke", "model.pattern=M*-", "model.hidden=32", "model.ffn=64", "model.heads=2", "model.kv_heads=2",
     "model.head_dim=16", "model.mamba_heads=4", "model.mamba_head_dim=8", "model.mamba_state=8", f"model.vocab={VOCAB}",
-    "precision.high_precision_first=1", "precision.high_precision_last=1", "model.mamba_chunk=8",
+    "precision.scaling=none", "model.mamba_chunk=8",
     "run.global_rows=4", "run.microbatch_rows=2", "run.threads=1", "schedule.warmup=2",
     "schedule.decay=4", "evaluate.every_steps=0", "evaluate.rows_per_source=2", "telemetry.log_every_steps=1",
-    "telemetry.tensorboard=false", "launch.timeout_s=120",
+    "telemetry.tensorboard=false", "launch.timeout_s=120", "precision=fp32",
 ]  # fmt: skip
 
 

@@ -162,7 +162,7 @@ def test_without_a_decay_wsd_stays_at_its_peak() -> None:
             ScheduleConfig(unit="tokens", warmup=900, decay=0),
             ["schedule.warmup=900", "run.steps=100 x 8 tokens", "800"],
         ),
-        (ScheduleConfig(warmup=0.8, decay=30), ["schedule.warmup=0.8", "schedule.decay=30", "fractions"]),
+        (ScheduleConfig(warmup=0.8, decay=30), ["schedule.warmup=0.8", "schedule.decay=30", "e.g. schedule.decay=0.2"]),
         (
             ScheduleConfig(decay=5, decay_shape="exponential", final_fraction=0.0),
             ["exponential", "final_fraction=0", "decay_shape=linear"],

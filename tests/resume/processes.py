@@ -20,19 +20,19 @@ from ranks import start_ranks
 from texts import VOCAB
 
 from recipes.schema.command import RECIPES
-from train.record.metrics import METRICS, read_metrics
+from recipes.schema.run_folder import METRICS, read_metrics
 
 STEPS = 24
 SHAPE = [
     "model.pattern=M*-", "model.hidden=32", "model.ffn=64", "model.heads=2", "model.kv_heads=2", "model.head_dim=16",
     "model.mamba_heads=4", "model.mamba_head_dim=8", "model.mamba_state=8", f"model.vocab={VOCAB}", "model.mamba_chunk=8",
-    "precision.high_precision_first=1", "precision.high_precision_last=1",
+    "precision.scaling=none",
 ]  # fmt: skip
 RUN = [
     "precision=fp32",
     f"run.steps={STEPS}", "run.global_rows=4", "run.microbatch_rows=2", "run.threads=1", "schedule.warmup=2",
     "schedule.decay=4", "checkpoint.every_steps=6", "evaluate.every_steps=0", "evaluate.rows_per_source=2",
-    "telemetry.log_every_steps=1", "telemetry.tensorboard=false",
+    "telemetry.log_every_steps=1", "telemetry.tensorboard=false", "precision=fp32",
 ]  # fmt: skip
 
 

@@ -20,9 +20,9 @@ from data.tokenizer import train_tokenizer
 from recipes.schema import checkpoint_steps as steps
 from recipes.schema.data import SourceConfig, TokenizerConfig
 from recipes.schema.recipe import Recipe
+from recipes.schema.run_folder import METRICS, read_metrics
 from train.native import fingerprint, kernels, quantize
 from train.record import machine
-from train.record.metrics import METRICS, read_metrics
 from train.run import train
 
 

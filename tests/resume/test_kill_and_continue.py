@@ -6,7 +6,7 @@ from pathlib import Path
 from processes import STEPS, finish, fork, losses, saves, start, wait_for_step
 from texts import VOCAB
 
-from train.record.metrics import METRICS, read_metrics
+from recipes.schema.run_folder import METRICS, read_metrics
 
 
 def test_killed_and_interrupted_runs_end_as_the_undisturbed_one(words: list[str], tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from data.trace import TraceConfig
 from recipes.schema.data import DataConfig, PhaseConfig, SourceConfig
 from recipes.schema.errors import DataError
 from recipes.schema.recipe import Recipe
-from train.record.metrics import METRICS, read_metrics
+from recipes.schema.run_folder import METRICS, read_metrics
 
 STEPS, GLOBAL = 12, 4
 

@@ -13,8 +13,8 @@ from lives import contents_at
 from processes import STEPS, finish, fork, losses, saves, start, wait_for_step
 
 from recipes.schema import checkpoint_steps as steps
+from recipes.schema.run_folder import METRICS, read_metrics
 from train.checkpoint import offline
-from train.record.metrics import METRICS, read_metrics
 from train.resilience.faults import ECHO_S, GIVEN_UP
 
 

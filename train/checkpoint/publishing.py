@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from data.system import disk
-from recipes.schema.checkpoint_steps import POINTER as POINTER
+from recipes.schema.run_folder import POINTER as POINTER
 from train.checkpoint.manifest import INDEX, MANIFEST, Index, Manifest, index_text, manifest_text, sha256
 
 

@@ -12,11 +12,11 @@ from recipes.schema.facts import newest_of
 from recipes.schema.read import recipe_from_mapping
 from recipes.schema.recipe import Recipe
 from recipes.schema.rules import kernels_differ, named_teacher, required_problem, resume_problems
+from recipes.schema.run_folder import METRICS, read_metrics
 from recipes.schema.schedule import learning_rate_factor
 from train.checkpoint.manager import CheckpointFolder, Found
 from train.checkpoint.manifest import Manifest, RunState, describe_layout
 from train.engine import Engine
-from train.record.metrics import METRICS, read_metrics
 
 TEACHER = "teacher"
 """Key of a checkpoint's lineage: who taught the model (`train.distill.teacher.identity`)."""

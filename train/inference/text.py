@@ -40,7 +40,7 @@ def stream_text(recipe: Recipe, config: GenerateConfig) -> Iterator[str]:
         CheckpointError,
     )
     with model_on_one_rank(recipe, path, device=device) as model:
-        ids = tokenizer.encode(config.prompt) or [tokenizer.eod]
+        ids = tokenizer.prompt(config.prompt)
         sampling = Sampling(temperature=config.temperature, top_k=config.top_k, top_p=config.top_p, seed=config.seed)
         decoder = tokenizer.incremental_decoder()
         yield config.prompt

@@ -12,8 +12,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Column
 
+from recipes.schema.run_folder import Line
 from recipes.schema.telemetry import TelemetryConfig
-from train.record.metrics import Line
 
 _ELAPSED, _LEFT = "0:00:00", "00:00:00 left"
 """The widest that the bar's clocks get."""

@@ -7,7 +7,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from train.record.metrics import as_number
+from recipes.schema.run_folder import as_number
 
 Line = dict[str, Any]
 

@@ -13,11 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from recipes.schema.errors import StratumError
+from recipes.schema.errors import RecipeError, StratumError
 from recipes.schema.options import CommandParser, run_or_path
-from train.record.metrics import METRICS, as_number, read_metrics
+from recipes.schema.run_folder import METRICS, RECIPE, as_number, read_metrics, recipe_in
 from train.record.precision_report import draw_precision, precision_section
 
 
@@ -90,11 +88,11 @@ def write_report(folder: Path, *, sample: str | None = None) -> None:
     sample: text shown in the summary; None takes sample.txt of the run folder where there is one.
     """
     record = read_run(folder)
-    path = folder / "recipe.yaml"
     try:
-        recipe = yaml.safe_load(path.read_text())
-    except (OSError, yaml.YAMLError) as error:
-        raise StratumError(f"{path} cannot be read: {error}. Without it a run cannot be described.") from error
+        recipe = recipe_in(folder)
+    except (FileNotFoundError, RecipeError) as error:
+        why = error if isinstance(error, RecipeError) else f"{folder / RECIPE} cannot be read: it is missing."
+        raise StratumError(f"{why} Without it a run cannot be described.") from error
     if sample is None and (folder / "sample.txt").exists():
         sample = (folder / "sample.txt").read_text()
     if record.steps:

@@ -26,10 +26,11 @@ from typing import Any
 
 import torch
 
+from recipes.schema.run_folder import METRICS, Line
 from recipes.schema.telemetry import TelemetryConfig
 from train.record.displays import Display, Screen, TensorBoard, WeightsAndBiases
 from train.record.machine import describe_machine, peak_memory_bytes
-from train.record.metrics import METRICS, JsonLines, Line
+from train.record.metrics import JsonLines
 
 log = logging.getLogger(__name__)
 

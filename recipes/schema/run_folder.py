@@ -1,0 +1,180 @@
+"""The files of a run's folder that others than the trainer read: their names, and reading them safely. No torch.
+
+    RUN/recipe.yaml               the recipe the run was last started with
+    RUN/metrics.jsonl             its record, a JSON object a line, only ever appended (written by train.record.metrics)
+    RUN/checkpoints/step_N/       published checkpoints
+    RUN/checkpoints/latest        name of the newest, a hint for people
+
+JSON has no NaN and no infinities. As numbers they are written as their names, "NaN", "Infinity", "-Infinity", at any depth; a
+text that reads like one of them (a source may be named so) is written with one more apostrophe in front. So each reads back as
+it was.
+
+The run may be under way, killed, damaged or somebody else's. So every read is bounded and of regular files only: a pipe or
+a device in place of a file would hold the reader for ever. Lines that are torn are left out.
+"""
+
+import errno
+import json
+import math
+import os
+import re
+import stat
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import yaml
+
+from recipes.schema.errors import CheckpointError, RecipeError
+
+RECIPE = "recipe.yaml"
+METRICS = "metrics.jsonl"
+CHECKPOINTS = "checkpoints"
+POINTER = "latest"
+
+Line = dict[str, Any]
+"""One event of metrics.jsonl; `kind` says of what."""
+
+_RECIPE_BYTES = 8 << 20
+_TAIL_BYTES = 256 * 1024
+_NAME_BYTES = 200
+_STEP_NAME = re.compile(r"step_[0-9]{1,18}")
+
+_NOT_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
+"""How the record writes numbers that JSON does not have."""
+_LIKE_A_NUMBER = re.compile("'*(" + "|".join(_NOT_FINITE) + ")")
+"""Texts that need one more apostrophe in front, not to be read as such a number."""
+
+
+def open_regular(path: Path) -> BinaryIO:
+    """A regular file, opened for reading. Raises OSError, also for a folder, a pipe or a device."""
+    # Without O_NONBLOCK, opening a pipe that nobody writes to would wait for ever.
+    stream = os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb")
+    if not stat.S_ISREG(os.fstat(stream.fileno()).st_mode):
+        stream.close()
+        raise OSError(errno.EINVAL, "it is not a regular file", str(path))
+    return stream
+
+
+def read_bytes(path: Path, *, at_most: int) -> bytes:
+    """The content of a regular file. Raises OSError, also if it is longer than `at_most`."""
+    with open_regular(path) as stream:
+        content = stream.read(at_most + 1)
+    if len(content) > at_most:
+        raise OSError(errno.EFBIG, f"it is longer than {at_most:,} bytes", str(path))
+    return content
+
+
+def recipe_in(folder: Path) -> dict[str, Any]:
+    """The mapping in a run's recipe.yaml. FileNotFoundError if there is none; RecipeError if it cannot be read as one."""
+    path = folder / RECIPE
+    try:
+        plain = yaml.safe_load(read_bytes(path, at_most=_RECIPE_BYTES).decode())
+    except FileNotFoundError:
+        raise
+    except (OSError, ValueError, yaml.YAMLError, RecursionError) as error:
+        raise RecipeError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}.") from error
+    if not isinstance(plain, dict):
+        raise RecipeError(f"{path} cannot be read: it holds {type(plain).__name__}, not the fields of a recipe.")
+    return plain
+
+
+def read_metrics(path: Path) -> list[Line]:
+    """The lines of a metrics.jsonl in order; a torn line is left out. Raises OSError."""
+    with open_regular(path) as stream:
+        return _lines_of(stream)
+
+
+def last_metrics(path: Path) -> list[Line]:
+    """The last lines of a metrics.jsonl that may be growing and huge; [] if there is none, or it cannot be read."""
+    return _lines_of(_tail(path).splitlines())
+
+
+def last_texts(path: Path, count: int) -> list[str]:
+    """The last `count` lines of a text file, such as a log; [] if there is none, or it cannot be read."""
+    return _tail(path).decode(errors="replace").splitlines()[-count:]
+
+
+def as_json(value: Any) -> Any:
+    """A value as strict JSON can hold it. NaN and infinities become their names, which reading turns back, at any depth."""
+    match value:
+        case dict():
+            return {key: as_json(item) for key, item in value.items()}
+        case list() | tuple():
+            return [as_json(item) for item in value]
+        case float() if not math.isfinite(value):
+            return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
+        case str() if _LIKE_A_NUMBER.fullmatch(value):
+            return f"'{value}"
+    return value
+
+
+def as_number(value: Any) -> float:
+    """What a reader of a record takes for a number: NaN for whatever is not one, so that formatting it cannot fail."""
+    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else math.nan
+
+
+def name_of(step: int) -> str:
+    """Name of the folder of the checkpoint after `step` optimizer steps."""
+    return f"step_{step:08d}"
+
+
+def step_of(path: Path) -> int:
+    """The step that a checkpoint's folder is named after."""
+    return int(path.name.removeprefix("step_"))
+
+
+def steps_in(folder: Path) -> list[Path]:
+    """Checkpoints that were published in a folder, oldest first. CheckpointError if the folder cannot be read."""
+    try:
+        # Not glob: it passes over a folder that may not be read, and a run would start again at step 0.
+        named = [
+            folder / name for name in os.listdir(folder) if _STEP_NAME.fullmatch(name) and (folder / name).is_dir()
+        ]
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    except OSError as error:
+        raise CheckpointError(f"{folder} cannot be read: {error.strerror or error}") from error
+    return sorted(named, key=step_of)
+
+
+def pointed_at(folder: Path) -> str | None:
+    """The name in a folder's pointer `latest`; None if there is no such file. Raises OSError."""
+    try:
+        with open_regular(folder / POINTER) as stream:
+            return stream.read(_NAME_BYTES).decode(errors="replace").strip()
+    except FileNotFoundError:
+        return None
+
+
+def _tail(path: Path) -> bytes:
+    try:
+        with open_regular(path) as stream:
+            stream.seek(max(0, os.fstat(stream.fileno()).st_size - _TAIL_BYTES))
+            return stream.read(_TAIL_BYTES)
+    except OSError:
+        return b""
+
+
+def _lines_of(texts: Iterable[bytes]) -> list[Line]:
+    lines = []
+    for text in texts:
+        try:
+            line = json.loads(text)
+        except (ValueError, RecursionError):
+            continue  # torn: the run was killed as it wrote, or is writing
+        if isinstance(line, dict) and "kind" in line:
+            lines.append(_read_back(line))
+    return lines
+
+
+def _read_back(value: Any) -> Any:
+    """What `as_json` was given."""
+    match value:
+        case dict():
+            return {key: _read_back(item) for key, item in value.items()}
+        case list():
+            return [_read_back(item) for item in value]
+        case str() if _LIKE_A_NUMBER.fullmatch(value):
+            return _NOT_FINITE.get(value, value[1:])
+    return value

@@ -1,0 +1,127 @@
+"""The words of a command line mean what a user wrote, and what cannot be read is quoted for them."""
+
+import json
+import shlex
+from pathlib import Path
+
+import pytest
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hypothesis import given
+from hypothesis import strategies as st
+from recipes_composed import composed
+
+from launch.plan.command import main as plan
+from recipes.schema.command import dotted_keys, run_command, text_words, whole_words
+from recipes.schema.errors import USER_ERRORS
+from recipes.schema.read import read_recipe, recipe_from_mapping
+from recipes.schema.recipe import Recipe
+
+
+def read(word: str) -> object:
+    """The value Hydra reads from one word, as the door hands it over."""
+    return OverridesParser.create().parse_override(text_words(["program", word])[1]).value()
+
+
+def refusal(capsys: pytest.CaptureFixture[str], *words: str) -> str:
+    status = run_command(
+        lambda config: int(read_recipe(config) is None),
+        words,
+        program="train",
+        keys=dotted_keys(Recipe),
+        user_errors=USER_ERRORS,
+    )
+    assert status == 2
+    return capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "word",
+    [
+        "run.name=two words", "run.name=123", "run.name=true", "run.name=1_000", "run.name=a;b", "run.name=a(b",
+        "run.name=it's", 'run.name=say "hi" \\', "launch.container.image=nvcr.io#nvidia/pytorch:24.01",
+        "launch.container.mounts=/a:/b,/c:/d", "launch.slurm.options=--comment='my job' --constraint=[a|b]",
+        "launch.slurm.setup=module load cuda; export A=1", "launch.environment=A=1 B={2}",
+        "data.sources.mine.path=s3://b/dt=2024-01-01/*.parquet", "data.sources.mine.path=part-{000..063}.jsonl",
+        "data.sources.mine.template={title}", "data.tokenizer.end_of_document=<|e|>",
+    ],
+)  # fmt: skip
+def test_a_text_field_takes_its_value_as_written(word: str) -> None:
+    assert read(word) == word.split("=", 1)[1]
+
+
+@given(st.text(st.characters(codec="ascii", exclude_characters="\n\r$")))
+def test_whatever_text_is_written_is_read(text: str) -> None:
+    plain = {"null": None}.get(text.strip().lower(), text)
+    if text[:1] not in ("'", '"', "[") and text == text.strip() and "\\" not in text and plain is not None:
+        assert read(f"run.name={text}") == text
+
+
+def test_numbers_lists_nothing_quotes_and_references_stay_what_they_are() -> None:
+    assert read("optim.lr=1e-3") == 1e-3 and read("data.phases=[]") == []
+    assert read("objective.teacher=null") is None and read("run.name='a b'") == "a b"
+    assert read("objective.teacher=${compress.parent}") == "${compress.parent}"
+    assert read("compress.search_layers=[52,54]") == [52, 54] and read("compress.search_layers=52,54") == "52,54"
+    sweep = ["train", "-m", "run.name=a,b"]
+    assert text_words(sweep) == sweep
+
+
+def test_sources_given_whole_replace_and_given_one_by_one_join() -> None:
+    whole = recipe_from_mapping(
+        composed("-cn", "smoke", "data.sources={mine:{path:words}}", "data.sources.mine.weight=2")
+    )
+    assert {name: source.weight for name, source in whole.data.sources.items()} == {"mine": 2.0}
+    joined = recipe_from_mapping(
+        composed("-cn", "smoke", "data.sources.mine.path=words", "data.sources.python.max_epochs=3")
+    )
+    assert set(joined.data.sources) == {"shakespeare", "python", "mine"}
+    assert joined.data.sources["python"].max_epochs == 3
+    assert whole_words(["p", "data.tokenizer.special_tokens={a:1}"])[1:] == [
+        "~data.tokenizer.special_tokens", "+data.tokenizer.special_tokens={a:1}",
+    ]  # fmt: skip
+
+
+def test_a_recipe_that_inherits_may_leave_the_others_sources_out(tmp_path: Path) -> None:
+    body = "run: {name: mine}\ndata: {sources: {python: {path: words}}}\n"
+    (tmp_path / "mixed.yaml").write_text("defaults: [smoke, _self_]\n" + body)
+    (tmp_path / "alone.yaml").write_text("defaults: [smoke, data/no_sources, _self_]\n" + body)
+    mixed, alone = (
+        recipe_from_mapping(composed(f"--config-dir={tmp_path}", "-cn", name)).data.sources
+        for name in ("mixed", "alone")
+    )
+    assert set(mixed) == {"shakespeare", "python"} and mixed["python"].max_bytes == 3_000_000
+    assert set(alone) == {"python"} and alone["python"].max_bytes is None
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["data.sources.pyhton.weight=2"], "Or did you mean data.sources.python?"),
+        (["data.sources.python.wieght=2"], "Did you mean weight?"),
+        (["data.row_tokens=a#b"], "'data.row_tokens=\"a#b\"'"),
+        (["data.sources={mine:{path:s3://b/day=1/*}}"], "quote each text that has"),
+        (["optim.lrr=1"], "Did you mean optim.lr?"),
+    ],
+)
+def test_mistyped_words_are_explained(words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert message in refusal(capsys, "-cn", "smoke", *words)
+
+
+def test_the_quoted_word_of_an_error_can_be_read(capsys: pytest.CaptureFixture[str]) -> None:
+    said = refusal(capsys, "-cn", "smoke", "+other.field=a=b #c")
+    (word,) = shlex.split(said.strip().rsplit("for the shell: ", 1)[1])
+    assert OverridesParser.create().parse_override(word).value() == "a=b #c"
+
+
+def test_the_plan_says_which_sources_a_recipe_inherits(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    body = "run: {name: not_there}\ndata: {sources: {mine: {path: words}}}\n"
+    (tmp_path / "mixed.yaml").write_text("defaults: [smoke, _self_]\n" + body)
+    (tmp_path / "alone.yaml").write_text("defaults: [smoke, data/no_sources, _self_]\n" + body)
+    said = {}
+    for name in ("mixed", "alone", "smoke"):
+        assert (
+            plan([f"--config-dir={tmp_path}", "-cn", name, "run.name=not_there", "data.folder=not_there", "--json"])
+            == 0
+        )
+        said[name] = [line for line in json.loads(capsys.readouterr().out)["warnings"] if "inherited" in line]
+    assert said["alone"] == said["smoke"] == []
+    assert "shakespeare, python are inherited and mixed with mixed's own, mine" in said["mixed"][0]
