@@ -8,13 +8,14 @@ Every reader of a run's, a checkpoint's or a model's small files uses these; wha
 the caller turns into its own error with the file's name.
 """
 
+import errno
 import json
 import os
 import re
 import stat
 import unicodedata
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import yaml
 
@@ -42,28 +43,25 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
+def open_regular(path: Path) -> BinaryIO:
+    """A regular file, opened for reading. Raises OSError: NotAFile for a folder, a pipe or a device."""
+    # Without O_NONBLOCK, opening a pipe that nobody writes to would wait for ever.
+    stream = os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY), "rb", closefd=True)
+    mode = os.fstat(stream.fileno()).st_mode
+    if not stat.S_ISREG(mode):
+        stream.close()
+        raise NotAFile(errno.EINVAL, f"it is {_kind(mode)}, not a regular file", str(path))
+    return stream
+
+
 def read_bounded(path: Path, *, most_bytes: int = LARGEST_TEXT) -> bytes:
     """The content of a regular file of at most `most_bytes`. Raises OSError: NotAFile for anything else, which is not read."""
-    handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY)  # a pipe would wait for a writer
-    with open(handle, "rb") as stream:
-        found = os.fstat(handle)
-        if not stat.S_ISREG(found.st_mode):
-            raise NotAFile(0, f"it is {_kind(found.st_mode)}, not a file", str(path))
-        content = stream.read(most_bytes + 1) if found.st_size <= most_bytes else b""
-        if max(len(content), found.st_size) > most_bytes:
-            raise NotAFile(0, f"it is larger than {most_bytes:,} bytes", str(path))
-        return content
-
-
-def read_tail(path: Path, *, most_bytes: int) -> bytes:
-    """The last bytes of a regular file of any size, which may be growing. Raises OSError as `read_bounded`."""
-    handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY)
-    with open(handle, "rb") as stream:
-        found = os.fstat(handle)
-        if not stat.S_ISREG(found.st_mode):
-            raise NotAFile(0, f"it is {_kind(found.st_mode)}, not a file", str(path))
-        stream.seek(max(0, found.st_size - most_bytes))
-        return stream.read(most_bytes)
+    with open_regular(path) as stream:
+        size = os.fstat(stream.fileno()).st_size
+        content = stream.read(most_bytes + 1) if size <= most_bytes else b""
+    if max(len(content), size) > most_bytes:
+        raise NotAFile(errno.EFBIG, f"it is longer than {most_bytes:,} bytes", str(path))
+    return content
 
 
 def read_bounded_text(path: Path, *, most_bytes: int = LARGEST_TEXT) -> str:
@@ -133,6 +131,17 @@ def printable(text: str, *, most: int | None = None) -> str:
 def printable_lines(text: str) -> str:
     """The same for a text of several lines: line breaks and tabs stay."""
     return "\n".join("\t".join(map(printable, line.split("\t"))) for line in text.replace("\r\n", "\n").split("\n"))
+
+
+def literal(value: Any) -> Any:
+    """Plain values as a recipe file says them: `${...}` in a text of someone else's is text there, not a reference."""
+    if isinstance(value, dict):
+        return {key: literal(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [literal(inner) for inner in value]
+    if not isinstance(value, str):
+        return value
+    return re.sub(r"(\\*)\$\{", lambda found: f"{found[1] * 2}\\${{", value)
 
 
 def in_markdown(text: str, *, most: int = 300) -> str:

@@ -7,11 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from recipes.schema.command import dotted_keys, run_command
-from recipes.schema.foreign import parse_yaml, printable, read_bounded
-from recipes.schema.read import read_recipe
+from recipes.schema.foreign import literal, parse_yaml, printable, read_bounded
+from recipes.schema.read import read_recipe, recipe_mapping
 from recipes.schema.recipe import Recipe
+from recipes.schema.rules import environment_problems
 
 HEAD = "# @package _global_\n"
 SMOKE = "defaults: [smoke, _self_]\n"
@@ -124,7 +126,7 @@ def test_a_pipe_as_a_recipe_does_not_hang(tmp_path: Path, capsys: pytest.Capture
     with pytest.raises(OSError, match="a device"):
         read_bounded(Path("/dev/zero"))
     (tmp_path / "long").write_bytes(b"x" * 11)
-    with pytest.raises(OSError, match="larger than 10 bytes"):
+    with pytest.raises(OSError, match="longer than 10 bytes"):
         read_bounded(tmp_path / "long", most_bytes=10)
 
 
@@ -143,3 +145,23 @@ def test_escape_codes_do_not_reach_the_terminal(tmp_path: Path, capsys: pytest.C
     assert status == 2 and "\x1b" not in said and "\x07" not in said
     assert printable("a\x1b[31m\u202eb\n") == "a\\x1b[31m\\u202eb\\n"
     assert parse_yaml("a: {b: [1, x]}") == {"a": {"b": [1, "x"]}}
+
+
+def test_secrets_are_refused_or_left_out_of_what_is_stored(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for word in ("HF_TOKEN=x", "WANDB_API_KEY=x", "AWS_SECRET_ACCESS_KEY=x", "PROXY=https://me:pw@host/"):
+        assert "gives a secret" in str(environment_problems(word)[0]), word
+    assert not environment_problems("NCCL_DEBUG=INFO TOKENIZERS_PARALLELISM=false NCCL_IB_HCA=mlx5")
+    status, said, found = say(capsys, "-cn", "smoke", "data.folder=https://me:pw@host/set?token=abc")
+    assert status == 0, said
+    assert recipe_mapping(found[0])["data"]["folder"] == "https://host/set?token=***"
+
+
+def test_a_text_of_someone_elses_is_no_reference_in_an_imported_recipe(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for text in ("${oc.env:HOME}", r"\${x}", r"\\${run.folder}", "a\nrun: {name: evil}"):
+        body = yaml.safe_dump({"defaults": ["smoke", "_self_"], **literal({"data": {"folder": text}})})
+        (tmp_path / "mine.yaml").write_text(HEAD + body)
+        status, said, found = say(capsys, "--config-dir", str(tmp_path), "-cn", "mine")
+        assert status == 0, said
+        assert found[0].data.folder == text and found[0].run.name == "smoke"
