@@ -23,7 +23,7 @@ from data.rows.packing import Piece, Rows
 from data.rows.read_ahead import FetchAhead
 from data.rows.reader import Shelf, TokenStream
 from data.store.cache import Activity, RemoteFolder, is_remote
-from data.store.manifest import MANIFEST, SPLITS, Manifest, ShardEntry, read_manifest
+from data.store.manifest import LARGEST_TOKENIZER_BYTES, MANIFEST, SPLITS, Manifest, ShardEntry, read_manifest
 from data.store.origins import Origin, Origins, read_origins
 from data.store.verify import Verifier
 from data.tokenizer import Tokenizer
@@ -174,7 +174,7 @@ def open_dataset(config: DataConfig) -> Dataset:
         folder = remote.folder
         remote.local(MANIFEST)
         manifest = read_manifest(folder, check_files=False)
-        remote.local(manifest.tokenizer.file)
+        remote.local(manifest.tokenizer.file, most_bytes=LARGEST_TOKENIZER_BYTES, sha256=manifest.tokenizer.sha256)
 
         def find(entry: ShardEntry, suffix: str) -> Path:
             assert remote is not None

@@ -29,6 +29,7 @@ from data.system import disk
 from launch.queue import SlurmError, look_up
 from recipes.schema import units
 from recipes.schema.errors import StratumError
+from recipes.schema.foreign import read_json
 
 FOLDER = "lease"
 """Name of the folder in a run folder."""
@@ -247,11 +248,11 @@ def _current(folder: Path) -> _Held | None:
     while numbers := _numbers(folder):
         path = folder / _name(numbers[-1])
         try:
-            owner = Owner(**json.loads(path.read_text()))
+            owner = Owner(**read_json(path))
             return _Held(numbers[-1], owner, path.stat().st_mtime)
         except FileNotFoundError:
             continue  # a newer owner has just removed it
-        except (ValueError, TypeError) as error:
+        except (OSError, ValueError, TypeError) as error:
             raise LeaseError(
                 f"{path} does not say who owns the run ({error}). If nobody trains in it, delete {folder}."
             ) from None

@@ -11,7 +11,7 @@ from recipes_composed import composed as composed_words
 from tiny import RECIPE, TINY, recipe_with
 
 from recipes.schema.changes import check_folder, differences, refused
-from recipes.schema.command import RECIPES, dotted_keys, with_overrides
+from recipes.schema.command import RECIPES, dotted_keys
 from recipes.schema.errors import RecipeError
 from recipes.schema.optim import ScheduleConfig
 from recipes.schema.pattern import parameters
@@ -207,20 +207,6 @@ def test_a_folder_of_something_else_is_refused(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match=r"thesis\.tex"):
         check_folder(tmp_path, RECIPE)
     assert (tmp_path / "thesis.tex").read_text() == "years of work"
-
-
-@pytest.mark.parametrize(
-    ("words", "expected"),
-    [
-        (["train", "-cn", "smoke"], ["train", "-cn", "smoke", "x=1"]),
-        (["train", "-cn", "smoke", "a=1,2", "-m"], ["train", "-cn", "smoke", "a=1,2", "x=1", "-m"]),
-        (["train", "~b", "--cfg", "job"], ["train", "~b", "x=1", "--cfg", "job"]),
-        (["train", "a=1", "--config-dir=c", "b=2", "-m"], ["train", "--config-dir=c", "a=1", "b=2", "x=1", "-m"]),
-        (["train", "x=2", "-cn", "smoke"], ["train", "x=2", "-cn", "smoke"]),
-    ],
-)
-def test_overrides_are_added_where_hydra_takes_them(words: list[str], expected: list[str]) -> None:
-    assert with_overrides(words, {"x": "1"}) == expected
 
 
 def command(*words: str) -> subprocess.CompletedProcess:

@@ -26,6 +26,7 @@ from data.system import disk
 from data.tokenizer import Tokenizer, Unencodable
 from recipes.schema.data import SourceConfig
 from recipes.schema.errors import DataError
+from recipes.schema.foreign import read_json
 
 _BATCH_DOCUMENTS = 256
 _BATCH_CHARACTERS = 1 << 20
@@ -95,7 +96,7 @@ def make_shard(job: ShardJob, tokenizer: Tokenizer, *, threads: int, report: Rep
 def read_result(job: ShardJob) -> ShardResult:
     """The result of a finished shard. DataError where it cannot be read."""
     try:
-        raw: dict[str, Any] = json.loads(job.result.read_text())
+        raw: dict[str, Any] = read_json(job.result, most_bytes=1 << 30)
         splits = {split: shard_entry(entry) for split, entry in raw["splits"].items()}
         return ShardResult(**(raw | {"splits": splits, "problems": tuple(raw["problems"])}))
     except (OSError, ValueError, KeyError, TypeError) as error:

@@ -24,6 +24,7 @@ from data.system import disk
 from recipes.schema.credentials import without_credentials
 from recipes.schema.data import DataConfig
 from recipes.schema.errors import DataError, refuse
+from recipes.schema.foreign import read_json
 from recipes.schema.rules import source_problems
 
 PLAN = "plan.json"
@@ -108,7 +109,7 @@ def plan_work(config: DataConfig, folder: Path, *, say: Callable[[str], None] = 
     path = folder / PLAN
     if path.exists():
         try:
-            raw = json.loads(path.read_text())
+            raw = read_json(path, most_bytes=1 << 30)
             sources = {name: _source_work(entry) for name, entry in raw["sources"].items()}
         except (ValueError, KeyError, TypeError) as error:
             raise DataError(f"{path} cannot be read: {error!r}. Remove {folder} and prepare again.") from error
@@ -128,7 +129,7 @@ def plan_work(config: DataConfig, folder: Path, *, say: Callable[[str], None] = 
 def read_stamps(folder: Path) -> dict[str, str]:
     """`seen` of a folder's plan; empty where there is none."""
     try:
-        return dict(json.loads((folder / PLAN).read_text()).get("seen", {}))
+        return dict(read_json(folder / PLAN, most_bytes=1 << 30).get("seen", {}))
     except (OSError, ValueError, TypeError, AttributeError):
         return {}
 

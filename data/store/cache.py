@@ -23,18 +23,20 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import fsspec
 
-from data.store.manifest import FileFacts, file_sha256
+from data.store.manifest import LARGEST_BYTES, FileFacts, file_sha256
 from data.system import disk
 from data.system.retry import wait_s
 from recipes.schema.credentials import without_credentials
 from recipes.schema.data import CacheConfig
 from recipes.schema.data import is_remote as is_remote
 from recipes.schema.errors import DataError
+from recipes.schema.foreign import printable, read_json
 
 LEDGER = "ledger.json"
 _PIECE_BYTES = 4 << 20
@@ -72,6 +74,27 @@ class _Waiting:
         self._stack.pop()
 
 
+@dataclass(frozen=True)
+class _Wanted:
+    """What a file that is fetched must be."""
+
+    most_bytes: int
+    bytes: int | None
+    """Exactly so many; None if it is not known."""
+    sha256: str | None
+
+    @classmethod
+    def of(cls, facts: FileFacts | None, *, most_bytes: int, sha256: str | None) -> "_Wanted":
+        if facts is None:
+            return cls(most_bytes=most_bytes, bytes=None, sha256=sha256)
+        return cls(most_bytes=facts.bytes, bytes=facts.bytes, sha256=facts.sha256)
+
+
+def is_inside(path: Path, folder: Path) -> bool:
+    """Whether a file written at `path` is inside `folder`, links of the folders above it followed."""
+    return ".." not in path.parts and path.parent.resolve().is_relative_to(folder.resolve())
+
+
 class _Mismatch(Exception):
     """What arrived is not what the manifest says."""
 
@@ -102,17 +125,25 @@ class RemoteFolder:
         except (ValueError, ImportError) as error:
             raise DataError(f"data.folder={self.url} cannot be opened: {without_credentials(str(error))}") from error
 
-    def local(self, name: str, facts: FileFacts | None = None) -> Path:
-        """A local copy of a file. Without facts (the manifest itself) it is fetched again and not checked.
+    def local(
+        self, name: str, facts: FileFacts | None = None, *, most_bytes: int = LARGEST_BYTES, sha256: str | None = None
+    ) -> Path:
+        """A local copy of a file. Without facts (the manifest and the tokenizer) it is fetched again: at most `most_bytes`, and
+        only the content of `sha256` if that is given.
 
-        Raises DataError, naming the file, when it cannot be fetched or is not what the manifest says.
+        The copy is always inside the cache's folder, whatever the name. Raises DataError, naming the file, if it cannot be
+        fetched or is not what the manifest says.
         """
         path = self.path_of(name, facts)
+        if not is_inside(path, self._root):
+            raise DataError(
+                f"{self.url} names a file {printable(name, most=200)!r}, which would be outside data.cache.folder."
+            )
         with self._activity.of(f"waiting for a copy of {self.url}/{name}"), _locked(self._lock_of(path)):
             path.parent.mkdir(parents=True, exist_ok=True)
             _touch(path)  # first: then it is not what goes for want of room
             if facts is None or not self._is_whole(path, facts):
-                self._fetch_with_retries(name, path, facts)
+                self._fetch_with_retries(name, path, _Wanted.of(facts, most_bytes=most_bytes, sha256=sha256))
                 self._evict(keep=path)
         return path
 
@@ -147,12 +178,12 @@ class RemoteFolder:
     def _name_of(self, path: Path) -> str:
         return str(path.relative_to(self._root))
 
-    def _fetch_with_retries(self, name: str, path: Path, facts: FileFacts | None) -> None:
+    def _fetch_with_retries(self, name: str, path: Path, wanted: "_Wanted") -> None:
         wrong: str | None = None
         attempt = 0
         while True:
             try:
-                self._fetch(name, path, facts)
+                self._fetch(name, path, wanted)
                 return
             except FileNotFoundError as error:
                 raise DataError(
@@ -177,29 +208,34 @@ class RemoteFolder:
                 attempt += 1
                 self._sleep(wait_s(attempt, first_s=1.0, most_s=60.0))
 
-    def _fetch(self, name: str, path: Path, facts: FileFacts | None) -> None:
+    def _fetch(self, name: str, path: Path, wanted: "_Wanted") -> None:
         aside = path.with_name(f"{path.name}.fetching-{os.uname().nodename}-{os.getpid()}")
         with self._changing() as ledger:
             ledger["fetching"][self._name_of(aside)] = self._name_of(path)
         digest, size = hashlib.sha256(), 0
         try:
-            with self._system.open(f"{self._path}/{name}", "rb") as source, aside.open("wb") as target:
+            aside.unlink(missing_ok=True)  # never written through: it may be a link
+            with self._system.open(f"{self._path}/{name}", "rb") as source, aside.open("xb") as target:
                 while piece := source.read(_PIECE_BYTES):
                     target.write(piece)
                     digest.update(piece)
                     size += len(piece)
-                    if facts is not None and size > facts.bytes:
+                    if size > wanted.most_bytes:
                         break
-            if facts is not None and size < facts.bytes:
-                raise OSError(f"the transfer ended after {size:,} of {facts.bytes:,} bytes")
-            if facts is not None and (size != facts.bytes or digest.hexdigest() != facts.sha256):
+            if wanted.bytes is not None and size < wanted.bytes:
+                raise OSError(f"the transfer ended after {size:,} of {wanted.bytes:,} bytes")
+            if wanted.bytes is None and size > wanted.most_bytes:
+                raise DataError(
+                    f"{self.url}/{name} is larger than {wanted.most_bytes:,} bytes, so it is not what it should be."
+                )
+            if size > wanted.most_bytes or wanted.sha256 not in (None, digest.hexdigest()):
                 raise _Mismatch(digest.hexdigest())
             disk.sync(aside)
             found = aside.stat()
             entry = {"bytes": found.st_size, "mtime_ns": found.st_mtime_ns, "sha256": digest.hexdigest()}
             with self._changing() as ledger:
                 disk.rename(aside, path)
-                if facts is not None:
+                if wanted.bytes is not None:
                     ledger["copies"][self._name_of(path)] = entry
         finally:
             aside.unlink(missing_ok=True)
@@ -259,12 +295,12 @@ class _Ledger:
             found = self._path.stat()
             signature = found.st_ino, found.st_size, found.st_mtime_ns
             if self._known is None or self._known[0] != signature:
-                content = json.loads(self._path.read_text())
+                content = read_json(self._path)
                 self._known = signature, {kind: dict(content[kind]) for kind in ("copies", "fetching")}
             return self._known[1]
         except FileNotFoundError:
             pass
-        except (OSError, ValueError, TypeError, KeyError) as error:
+        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
             log.warning("%s cannot be read (%s): copies made before are kept and no longer counted.", self._path, error)
         return {"copies": {}, "fetching": {}}
 

@@ -14,6 +14,7 @@ import functools
 import hashlib
 import json
 import os
+import re
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,10 +22,22 @@ from typing import Any
 from data.system import disk
 from recipes.schema.errors import DataError, refuse
 from recipes.schema.facts import no_data_problem
+from recipes.schema.foreign import printable, read_json
 
 MANIFEST = "manifest.json"
 FORMAT = 2
 SPLITS = ("train", "heldout")
+LARGEST_BYTES = 1 << 30
+"""Of a manifest, which lists every shard."""
+LARGEST_TOKENIZER_BYTES = 1 << 30
+"""Of a tokenizer's file that is fetched."""
+_OWN_FILES = (MANIFEST, "verified.json")
+_SUFFIXES = ("bin", "idx", "origins")
+_ID_TYPES = ("uint8", "int8", "int16", "int32", "int64", "uint16", "uint32", "uint64")
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+_LARGEST_COUNT = 1 << 62
+_LONGEST_NAME = 255
+"""Bytes (NAME_MAX)."""
 
 
 @dataclass(frozen=True)
@@ -130,7 +143,7 @@ def read_manifest(folder: Path, *, verify: bool = False, check_files: bool = Tru
     if not path.is_file():
         refuse([no_data_problem(folder)], DataError)
     try:
-        raw = json.loads(path.read_text())
+        raw = read_json(path, most_bytes=LARGEST_BYTES)
         if raw["format"] != FORMAT:
             raise DataError(
                 f"{path} has format {raw['format']}; this version reads {FORMAT}. Prepare the data again, into another "
@@ -141,8 +154,10 @@ def read_manifest(folder: Path, *, verify: bool = False, check_files: bool = Tru
             request=raw["request"],
             sources={name: source_entry(entry) for name, entry in raw["sources"].items()},
         )
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise DataError(f"{path} cannot be read as a data manifest: {error!r}. Prepare the data again.") from error
+        _check_content(manifest)
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        said = printable(str(error) if isinstance(error, ValueError) else repr(error), most=200)
+        raise DataError(f"{path} cannot be read as a data manifest: {said}. Prepare the data again.") from error
     for source in manifest.sources.values() if check_files else ():
         for entries in source.splits.values():
             for entry in entries:
@@ -175,6 +190,61 @@ def file_sha256(path: Path) -> str:
     """sha256 of a file's content."""
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _check_content(manifest: Manifest) -> None:
+    """Raise ValueError for names, counts and digests that no manifest of ours has: it may be a stranger's, and copies of its
+    files are written under its names."""
+    tokenizer = manifest.tokenizer
+    if not _is_bare(tokenizer.file) or tokenizer.file in _OWN_FILES:
+        raise ValueError(f"tokenizer.file={tokenizer.file!r} is not the bare name of a tokenizer's file")
+    _check_digest(tokenizer.sha256, "tokenizer.sha256")
+    _check_counts("tokenizer", vocab_size=tokenizer.vocab_size, eod=tokenizer.eod)
+    if not isinstance(tokenizer.fingerprint, str) or not isinstance(manifest.request, dict):
+        raise ValueError("tokenizer.fingerprint or request is of the wrong kind")
+    for name, source in manifest.sources.items():
+        if not _is_bare(name):
+            raise ValueError(f"{name!r} is not the name of a source")
+        if not isinstance(source.description, dict):
+            raise ValueError(f"the description of {name!r} is not a mapping")
+        _check_counts(name, bad_records=source.bad_records, empty_documents=source.empty_documents)
+        for entry in (entry for split in SPLITS for entry in source.splits[split]):
+            _check_entry(entry)
+
+
+def _check_entry(entry: ShardEntry) -> None:
+    path = entry.path
+    if not isinstance(path, str) or not all(map(_is_bare, path.removeprefix("/").split("/"))):
+        raise ValueError(f"{path!r} is not the path of a shard inside the folder")
+    if entry.dtype not in _ID_TYPES:
+        raise ValueError(f"{path!r}: ids are stored as {entry.dtype!r}, not one of {', '.join(_ID_TYPES)}")
+    counts = {
+        key: getattr(entry, key) for key in ("documents", "tokens", "text_bytes", "first_document", "first_record")
+    }
+    _check_counts(path, **counts)
+    for suffix, facts in entry.files.items():
+        if suffix not in _SUFFIXES:
+            raise ValueError(f"{path!r} has a file of unknown kind {suffix!r}")
+        _check_counts(path, bytes=facts.bytes)
+        _check_digest(facts.sha256, f"{path}.{suffix}")
+
+
+def _is_bare(name: object) -> bool:
+    """Whether a name names one file in a folder, and nothing above or outside it."""
+    if not isinstance(name, str) or name in ("", ".", "..") or "/" in name or "\0" in name:
+        return False
+    return name.isprintable() and len(name.encode(errors="replace")) <= _LONGEST_NAME
+
+
+def _check_digest(digest: object, where: str) -> None:
+    if not isinstance(digest, str) or not _SHA256.fullmatch(digest):
+        raise ValueError(f"{where}: {str(digest)[:80]!r} is not a sha256")
+
+
+def _check_counts(where: str, **counts: object) -> None:
+    for key, count in counts.items():
+        if type(count) is not int or not 0 <= count <= _LARGEST_COUNT:
+            raise ValueError(f"{where}: {key}={str(count)[:40]!r} is not a count")
 
 
 def _check_file(path: str, facts: FileFacts, *, verify: bool) -> None:

@@ -19,6 +19,7 @@ from data.store.manifest import FileFacts, file_sha256
 from data.system import disk
 from recipes.schema import units
 from recipes.schema.errors import DataError
+from recipes.schema.foreign import read_json
 
 VERIFIED = "verified.json"
 BUDGET_BYTES = 4 << 30
@@ -38,7 +39,9 @@ class Verifier:
         self._verified: dict[str, list[int]] = {}
         try:
             if mode != "always" and self._path.exists():
-                self._verified = {str(k): list(map(int, v)) for k, v in json.loads(self._path.read_text()).items()}
+                self._verified = {
+                    str(k): list(map(int, v)) for k, v in read_json(self._path, most_bytes=1 << 30).items()
+                }
         except (OSError, ValueError, TypeError, AttributeError) as error:
             log.warning("%s cannot be read (%s): files are checked again.", self._path, error)
 

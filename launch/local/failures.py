@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from launch.local.continuation import describe
+from recipes.schema.foreign import read_bounded, read_json
 from recipes.schema.run_folder import last_texts
 
 _CONSEQUENCE = re.compile(
@@ -80,7 +81,7 @@ def read_failures(folder: Path) -> list[RankFailure]:
     found = []
     for path in folder.glob("failure-*.json"):
         try:
-            found.append(RankFailure(**json.loads(path.read_text())))
+            found.append(RankFailure(**read_json(path)))
         except (OSError, ValueError, TypeError):
             continue  # half-written by a rank that was killed
     return by_cause(folder, found)
@@ -92,7 +93,7 @@ def read_silent_failures(folder: Path) -> list[RankFailure]:
     Ranks that srun itself ended afterwards (Terminated) are not among them. They sort behind failures with a record.
     """
     try:
-        text = (folder / SRUN_LOG).read_text(errors="replace")
+        text = read_bounded(folder / SRUN_LOG).decode(errors="replace")
     except OSError:
         return []
     known = {failure.rank for failure in read_failures(folder)}

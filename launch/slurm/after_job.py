@@ -26,6 +26,7 @@ from launch.local.failures import RankFailure, by_cause, read_failures, read_sil
 from launch.local.rank import LOGS
 from launch.queue import QueuedJob, read_job
 from launch.runs import RunFolder
+from recipes.schema.foreign import read_json
 
 STOP = "stop"
 """Name of the file in a run's logs by which `stratum cancel` says that no job is to follow."""
@@ -158,7 +159,7 @@ def start_afresh(run: RunFolder) -> None:
 def _read(run: RunFolder) -> Remembered:
     """What the last job left."""
     try:
-        return Remembered(**json.loads((run.logs / _STATE).read_text()))
+        return Remembered(**read_json(run.logs / _STATE))
     except (OSError, ValueError, TypeError):
         return Remembered()
 

@@ -27,6 +27,7 @@ from launch.slurm.job_times import advice
 from launch.slurm.snapshot import config_folders, take_snapshot
 from recipes.schema.errors import USER_ERRORS, RecipeError, refuse
 from recipes.schema.facts import Machine
+from recipes.schema.foreign import read_bounded_text
 from recipes.schema.options import CommandParser
 from recipes.schema.recipe import Recipe
 from recipes.schema.rules import container_problems, environment_of, slurm_problems
@@ -81,8 +82,8 @@ def active_jobs(run: RunFolder) -> list[QueuedJob]:
 def job_numbers(run: RunFolder) -> list[int]:
     """Every job this run was given, oldest first."""
     try:
-        return [int(word) for word in (run.logs / "jobs").read_text().split()]
-    except OSError:
+        return [int(word) for word in read_bounded_text(run.logs / "jobs").split()]
+    except (OSError, ValueError):
         return []
 
 

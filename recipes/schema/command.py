@@ -2,53 +2,76 @@
 
     words --text_words, whole_words--> Hydra: defaults of the dataclasses <- GROUP/*.yaml <- RECIPE.yaml <- words --> job
 
-Hydra parses the words, composes the YAML and calls the job; nothing else of it is used: no working folders of its own,
-no logging set-up, no `_target_`. Errors a user can cause end in one message on stderr and exit status 2.
+Hydra parses the words and composes the YAML; nothing else of it is used: no entry point, plugins, callbacks, working folders
+or logging of its own, no `_target_`. A recipe is data that may come from a stranger: `recipes.schema.recipe_source` refuses what
+would run code or read files. Errors a user can cause end in one message on stderr and exit status 2.
 """
 
+import argparse
 import dataclasses
+import errno
+import hashlib
+import itertools
 import logging
 import os
 import re
 import shlex
 import sys
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NoReturn, cast
 
-import hydra
+from hydra import compose as hydra_compose
+from hydra._internal.config_search_path_impl import ConfigSearchPathImpl
+from hydra._internal.core_plugins.importlib_resources_config_source import ImportlibResourcesConfigSource
+from hydra._internal.core_plugins.structured_config_source import StructuredConfigSource
+from hydra._internal.hydra import Hydra
+from hydra._internal.sources_registry import SourcesRegistry
 from hydra.core.config_store import ConfigStore
+from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import ChoiceSweep
 from hydra.errors import HydraException, OverrideParseException
-from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf.errors import OmegaConfBaseException
 
 from recipes.schema.compress import CompressConfig
 from recipes.schema.data import SourceConfig
-from recipes.schema.errors import DataError, StratumError
+from recipes.schema.errors import RecipeError, StratumError
+from recipes.schema.foreign import printable, printable_lines
 from recipes.schema.options import STRATUM, CommandParser, options_of
 from recipes.schema.recipe import Recipe
+from recipes.schema.recipe_source import RecipeSource, refuse_code_in_word
 from recipes.schema.suggestions import did_you_mean
 from recipes.schema.typed import defaults_of, type_at
 
 RECIPES = Path(__file__).resolve().parent.parent
 """Folder of the recipes shipped with this project: Hydra's search path starts here."""
 
-_QUIET = {
-    "hydra.run.dir": ".",
-    "hydra.output_subdir": "null",
-    "hydra.sweep.dir": "runs",
-    "hydra.sweep.subdir": ".",
-    "hydra/job_logging": "none",
-    "hydra/hydra_logging": "none",
-    # Hydra composes its own settings before the recipe; `hydra/env` is the group it leaves for programs. Defaults put there
-    # come first for every recipe, also one of the user's that does not name them, and any field can then be overridden.
-    "hydra/env": "recipe_defaults",
+_SEARCH = "hydra.searchpath="
+"""The one setting of Hydra's that the command line may give: more folders of recipes."""
+_MOST_JOBS = 1000
+"""Runs of one sweep."""
+_LONGEST_NAME = 150
+"""Bytes of the name of a sweep's run."""
+_OF_THE_MACHINE = {
+    errno.EACCES: "Check who may read and write it.",
+    errno.EPERM: "Check who may read and write it.",
+    errno.EROFS: "The file system cannot be written to. Choose another folder.",
+    errno.ENOSPC: "The disk is full. Free some room, then repeat the command.",
+    errno.EDQUOT: "Your share of the disk is used up. Free some room, then repeat the command.",
+    errno.EMFILE: "Raise the limit: `ulimit -n 65536`.",
+    errno.ENFILE: "The machine has too many open files.",
+    errno.ENOTDIR: "A part of this path is a file, not a folder. Choose another path.",
+    errno.EISDIR: "This path is a folder, not a file. Choose another path.",
+    errno.EEXIST: "It is there already, and is something else. Choose another path.",
+    errno.ENAMETOOLONG: "Choose a shorter name.",
+    errno.ELOOP: "A link there leads back to itself.",
+    errno.ENOENT: "Check the path.",
 }
-"""Hydra's own folders and logging, turned off: a run's files lie in its run folder. (A sweep leaves runs/multirun.yaml.)"""
+"""What the operating system refuses for a reason that the user has to remove, and how."""
 
 _SECTIONS: dict[str, type] = {"compress": CompressConfig}
 """Sections of a composed recipe that tools read, and their fields."""
@@ -65,59 +88,173 @@ def run_command(
     """Compose the recipe that `words` name and call `job` with it (once per job of a sweep). -> exit status.
 
     program: the command, as after `stratum`; keys: every dotted key a recipe can have and every option of the command, to
-    name the nearest; user_errors: what ends in a message, not a traceback.
+    name the nearest; user_errors: what ends in a message, not a traceback, besides StratumError.
     """
-    store_defaults()
-    before = sys.argv
-    sys.argv = with_overrides(whole_words(text_words([program, *words])), _QUIET)
-    try:
-        return _run(job, given=words, program=program, keys=keys, user_errors=user_errors)
-    finally:
-        sys.argv = before
-
-
-def _run(
-    job: Callable[[DictConfig], int],
-    *,
-    given: Sequence[str],
-    program: str,
-    keys: list[str],
-    user_errors: tuple[type[Exception], ...],
-) -> int:
     rank = int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")))
     head = f"%(asctime)s rank {rank} %(name)s: %(message)s"
     logging.basicConfig(level=logging.WARNING, format=head, stream=sys.stderr)
-    os.environ["HYDRA_FULL_ERROR"] = "1"  # errors come here instead of Hydra's own report
     statuses: list[int] = []
-
-    @hydra.main(version_base="1.3", config_path=str(RECIPES), config_name=None)
-    def entry(composed: DictConfig) -> None:
-        if HydraConfig.get().job.config_name is None:
-            raise DataError(f"no recipe named. Start with `{STRATUM} {program} -cn NAME`; {_shipped()}")
-        if HydraConfig.get().mode == RunMode.MULTIRUN:
-            _name_sweep_job(composed)
-        try:
-            statuses.append(job(composed))
-        except user_errors as error:
-            _complain(str(error), rank=rank)
-            statuses.append(error.status if isinstance(error, StratumError) else 2)
-
+    told: tuple[type[Exception], ...] = (StratumError, *user_errors)
     try:
-        entry()
-    except user_errors as error:
+        asked = _parsed(words, program=program)
+        for composed in _composed(asked, given=words, program=program, keys=keys):
+            if asked.cfg:
+                _show(composed, asked)
+                return 0
+            try:
+                statuses.append(job(_without_hydra(composed)))
+            except told as error:
+                if not asked.multirun:
+                    raise
+                _complain(str(error), rank=rank)
+                statuses.append(error.status if isinstance(error, StratumError) else 2)
+    except told as error:
         _complain(str(error), rank=rank)
         return error.status if isinstance(error, StratumError) else 2
-    except OverrideParseException as error:
-        words = {word.lstrip("+"): word for word in given}
-        _complain(_unreadable(words.get(error.override.lstrip("+"), error.override)), rank=rank)
-        return 2
-    except HydraException as error:
-        _complain(_explain(str(error), program=program, keys=keys), rank=rank)
+    except OSError as error:
+        if error.errno not in _OF_THE_MACHINE:
+            raise
+        _complain(f"{of_the_machine(error)}", rank=rank)
         return 2
     except KeyboardInterrupt:
-        _complain("interrupted. What was saved before is intact; the same command continues from there.", rank=rank)
+        _complain("interrupted before a step was finished; nothing was written.", rank=rank)
         return 130
+    finally:
+        GlobalHydra.instance().clear()
     return max(statuses, default=0)
+
+
+def of_the_machine(error: OSError) -> str:
+    """What the operating system refused, for people: the file, the reason, and what to look at."""
+    remedy = _OF_THE_MACHINE.get(error.errno or 0, "")
+    named = f"{printable(str(error.filename))}: " if error.filename is not None else ""
+    return f"{named}{error.strerror or error}. {remedy}".rstrip()
+
+
+def _parsed(words: Sequence[str], *, program: str) -> argparse.Namespace:
+    """Hydra's words, by ourselves: Hydra's own entry point would act on a recipe before anyone can look at it."""
+    parser = _Words(prog=program, add_help=False, allow_abbrev=False)
+    parser.add_argument("overrides", nargs="*")
+    parser.add_argument("-cn", "--config-name")
+    parser.add_argument("-cd", "--config-dir")
+    parser.add_argument("-c", "--cfg", choices=("job", "hydra", "all"))
+    parser.add_argument("-p", "--package")
+    parser.add_argument("--resolve", action="store_true")
+    parser.add_argument("-m", "--multirun", action="store_true")
+    asked = parser.parse_intermixed_args(list(words))
+    if not asked.config_name:
+        raise RecipeError(f"no recipe named. Start with `{STRATUM} {program} -cn NAME`; {_shipped()}")
+    return asked
+
+
+def _composed(
+    asked: argparse.Namespace, *, given: Sequence[str], program: str, keys: list[str]
+) -> Iterator[DictConfig]:
+    """What the words compose, Hydra's own section included: one recipe, or one for each job of a sweep.
+
+    Nothing of Hydra's section is acted on: no callback, plugin or logging of it is ever made. RecipeError says what is wrong.
+    """
+    store_defaults()
+    by_word = {word.lstrip("+"): word for word in given}
+    try:
+        for word in asked.overrides:
+            refuse_code_in_word(word)
+        overrides = whole_words(text_words(asked.overrides, is_sweep=asked.multirun))
+        for jobs, is_job in _jobs(overrides, asked):
+            _initialize(asked)
+            # The group of defaults comes first for every recipe, also one of the user's that does not name it: any field can
+            # then be overridden. `hydra/env` is the group Hydra composes before the recipe and leaves for programs.
+            composed = hydra_compose(asked.config_name, ["hydra/env=recipe_defaults", *jobs], return_hydra_config=True)
+            HydraConfig.instance().set_config(composed)
+            if is_job:
+                _name_sweep_job(composed, jobs)
+            yield composed
+    except OverrideParseException as error:
+        raise RecipeError(_unreadable(by_word.get(error.override.lstrip("+"), error.override))) from error
+    except (HydraException, OmegaConfBaseException) as error:
+        raise RecipeError(_explain(str(error), program=program, keys=keys)) from error
+    except RecursionError as error:
+        raise RecipeError("the recipe or a word of the command line is nested too deeply.") from error
+
+
+def _initialize(asked: argparse.Namespace) -> None:
+    """Hydra's search path: the shipped recipes, --config-dir, and folders of hydra.searchpath; all read by RecipeSource."""
+    for source in (RecipeSource, ImportlibResourcesConfigSource, StructuredConfigSource):
+        SourcesRegistry.instance().register(source)  # instead of looking for plugins, which imports every one it finds
+    search = ConfigSearchPathImpl()
+    search.append("hydra", "pkg://hydra.conf")
+    search.append("main", f"{RecipeSource.scheme()}://{RECIPES}")
+    if asked.config_dir is not None:
+        own = Path(asked.config_dir).resolve()
+        if not own.is_dir():
+            raise RecipeError(f"--config-dir {printable(asked.config_dir)} is not a folder.")
+        search.append("command-line", f"{RecipeSource.scheme()}://{own}")
+    for folder in asked.more_folders:
+        search.append("command-line, more", f"{RecipeSource.scheme()}://{folder}")
+    search.append("schema", "structured://")
+    GlobalHydra.instance().clear()
+    Hydra.create_main_hydra2(task_name=STRATUM, config_search_path=search)
+
+
+def _jobs(words: list[str], asked: argparse.Namespace) -> Iterator[tuple[list[str], bool]]:
+    """The overrides of each job of a sweep, and whether it is one; without -m those of the one recipe."""
+    asked.more_folders = [folder for word in words if word.startswith(_SEARCH) for folder in _search_folders(word)]
+    words = [word for word in words if not word.startswith(_SEARCH)]
+    if not asked.multirun:
+        yield words, False
+        return
+    _initialize(asked)
+    hydra = GlobalHydra.instance().hydra
+    assert hydra is not None
+    parser = OverridesParser.create(config_loader=hydra.config_loader)
+    choices: list[list[str]] = []
+    count = 1
+    for word, override in zip(words, parser.parse_overrides(words), strict=True):
+        if not override.is_sweep_override():
+            choices.append([word])
+            continue
+        if not override.is_discrete_sweep():
+            raise RecipeError(f"{printable(word)}: a sweep needs values that can be counted, as in 1e-3,3e-4.")
+        key = override.get_key_element()
+        values = list(itertools.islice(override.sweep_string_iterator(), _MOST_JOBS + 1))
+        choices.append([f"{key}={value}" for value in values])
+        count *= len(values)
+        if count > _MOST_JOBS:
+            raise RecipeError(f"-m: this sweep has more than {_MOST_JOBS:,} runs. Use fewer values.")
+    for one in itertools.product(*choices):
+        yield list(one), True
+
+
+def _search_folders(word: str) -> list[str]:
+    """Folders of `hydra.searchpath=[file://FOLDER, ...]`: more places of groups and recipes."""
+    value = OverridesParser.create().parse_override(word).value()
+    if not isinstance(value, list) or not all(isinstance(one, str) and one.startswith("file://") for one in value):
+        raise RecipeError(f"{printable(word)}: use {_SEARCH}[file://FOLDER].")
+    return [str(Path(one.removeprefix("file://")).resolve()) for one in value]
+
+
+def _without_hydra(composed: DictConfig) -> DictConfig:
+    with open_dict(composed):
+        own: DictConfig = OmegaConf.masked_copy(composed, [str(key) for key in composed if key != "hydra"])
+    OmegaConf.set_struct(own, True)
+    return own
+
+
+def _show(composed: DictConfig, asked: argparse.Namespace) -> None:
+    """Print the composed recipe, as --cfg, --package and --resolve ask."""
+    shown: Any = composed if asked.cfg == "all" else _without_hydra(composed)
+    if asked.cfg == "hydra":
+        shown = OmegaConf.masked_copy(composed, ["hydra"])
+    if asked.package not in (None, "_global_"):
+        shown = OmegaConf.select(shown, asked.package)
+        if shown is None:
+            raise RecipeError(f"--package {printable(asked.package)}: the recipe has no such part.")
+        sys.stdout.write(f"# @package {printable(asked.package)}\n")
+    try:
+        text = OmegaConf.to_yaml(shown, resolve=asked.resolve) if OmegaConf.is_config(shown) else f"{shown}\n"
+    except OmegaConfBaseException as error:
+        raise RecipeError(f"the recipe does not resolve: {printable(str(error))}") from error
+    sys.stdout.write(text)
 
 
 def run_tool[T](
@@ -148,6 +285,11 @@ def store_defaults() -> None:
     store = ConfigStore.instance()
     store.store("recipe_defaults", defaults_of(Recipe), group="hydra/env", package="_global_")
     store.store("standard", defaults_of(CompressConfig), group="compress")
+    for group in (
+        "hydra/launcher",
+        "hydra/sweeper",
+    ):  # named by Hydra's defaults; the plugins themselves are never loaded
+        store.store("basic", {}, group=group)
     # Options that earlier recipes had to name and that said nothing but defaults.
     for group, name in (
         *((group, "standard") for group in ("run", "checkpoint", "evaluate", "telemetry")),
@@ -156,13 +298,12 @@ def store_defaults() -> None:
         store.store(name, {}, group=group)
 
 
-def text_words(words: list[str]) -> list[str]:
+def text_words(words: list[str], *, is_sweep: bool = False) -> list[str]:
     """A command line whose values for text fields mean what is written, where Hydra's grammar would read something else.
 
     `run.name=123` is a number to it, `launch.container.mounts=/a:/a,/b:/b` a sweep, `registry#name:tag` an error.
     """
     parser = OverridesParser.create()
-    is_sweep = bool({"-m", "--multirun"} & set(words))
 
     def readable(word: str) -> str:
         key, sign, value = word.partition("=")
@@ -182,7 +323,7 @@ def text_words(words: list[str]) -> list[str]:
                 return word
         return f"{key}={_quoted(value)}"
 
-    return [words[0], *map(readable, words[1:])]
+    return list(map(readable, words))
 
 
 def whole_words(words: list[str]) -> list[str]:
@@ -203,7 +344,15 @@ def whole_words(words: list[str]) -> list[str]:
 
 def section(composed: DictConfig, name: str) -> dict[str, Any]:
     """A section of the composed YAML as plain values; empty where there is none."""
-    return cast(dict[str, Any], OmegaConf.to_container(composed.get(name) or OmegaConf.create({}), resolve=True))
+    found = composed.get(name)
+    if found is None:
+        return {}
+    if not isinstance(found, DictConfig):
+        raise RecipeError(f"{name}={printable(str(found), most=80)} is not a group of fields.")
+    try:
+        return cast(dict[str, Any], OmegaConf.to_container(found, resolve=True))
+    except OmegaConfBaseException as error:
+        raise RecipeError(f"{name}: the recipe does not resolve: {printable(str(error))}") from error
 
 
 def asked_for() -> tuple[str, list[str]]:
@@ -241,20 +390,6 @@ def recipe_words(folder: str | None) -> list[str]:
     return [f"--config-dir={own[0]}", *name, f"hydra.searchpath=[file://{folder}]"]
 
 
-def with_overrides(words: list[str], overrides: dict[str, str]) -> list[str]:
-    """A command line with overrides added, those aside that it has already.
-
-    All stand where the user's last override is: Hydra's parser wants them side by side, whatever order they are written in.
-    """
-    given = {word.split("=", 1)[0].lstrip("+~") for word in words}
-    added = [f"{key}={value}" for key, value in overrides.items() if key not in given]
-    places = [i for i, word in enumerate(words) if i and not word.startswith("-") and ("=" in word or word[0] == "~")]
-    if places:
-        before = [word for i, word in enumerate(words[: places[-1]]) if i not in places]
-        return [*before, *(words[i] for i in places), *added, *words[places[-1] + 1 :]]
-    return [*words, *added]
-
-
 def dotted_keys(cls: type, prefix: str = "") -> list[str]:
     """Every dotted key of a dataclass of fields and groups, groups included."""
     keys = []
@@ -285,13 +420,15 @@ def _quoted(value: str) -> str:
     return f"{quote}{escaped}{quote}"
 
 
-def _name_sweep_job(composed: DictConfig) -> None:
+def _name_sweep_job(composed: DictConfig, words: Sequence[str]) -> None:
     """Give each job of a sweep a run folder of its own, named after what it overrides."""
-    words = (word.lstrip("+") for word in HydraConfig.get().overrides.task if not word.startswith("~"))
-    overrides = ",".join(sorted(word for word in words if not word.startswith("run.name=")))
+    said = (word.lstrip("+") for word in words if not word.startswith(("~", "hydra")))
+    overrides = ",".join(sorted(word for word in said if not word.startswith("run.name=")))
+    ending = re.sub(r"[^A-Za-z0-9_.=,+-]", "_", overrides)
+    if len(ending) > _LONGEST_NAME:
+        ending = f"{ending[:_LONGEST_NAME]}-{hashlib.sha256(overrides.encode()).hexdigest()[:12]}"
     with open_dict(composed):
-        composed.run.name = f"{composed.run.name}-{re.sub(r'[^A-Za-z0-9_.=,+-]', '_', overrides)}"
-    OmegaConf.set_struct(composed, True)
+        composed.run.name = f"{composed.run.name}-{ending}"
 
 
 def _explain(message: str, *, program: str, keys: list[str]) -> str:
@@ -362,8 +499,13 @@ def _shipped() -> str:
     return f"The recipes are: {', '.join(_names())} (your own: --config-dir FOLDER)."
 
 
+class _Words(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise RecipeError(message)
+
+
 def _complain(message: str, *, rank: int) -> None:
     """One message; with several processes the others' are marked with their rank, as theirs may differ."""
     head = "error" if rank == 0 else f"error on rank {rank}"
-    sys.stderr.write(f"{head}: {message}\n")
+    sys.stderr.write(f"{head}: {printable_lines(message)}\n")
     sys.stderr.flush()

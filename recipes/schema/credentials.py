@@ -7,11 +7,16 @@ A renewed signature gives the same text, so that data prepared with the last one
 """
 
 import re
+from typing import Any
 
 _URL = re.compile(r"\w[\w+.-]*://[^\s'\"<>|]+")
 _USER = re.compile(r"^(\w[\w+.-]*://)[^/?#]*@")
 _SECRET_NAME = re.compile(
     r"token|key|sig|secret|pass|pwd|auth|cred|jwt|session|sas|^x-(amz|goog|ms)-|^(expires|se|st|sv|sp|sr|spr|code)$",
+    re.IGNORECASE,
+)
+_SECRET_VARIABLE = re.compile(
+    r"(?:^|_)(?:TOKEN|SECRET|PASSWORD|PASSWD|PASS|PWD|CREDENTIALS?|APIKEY|(?:API|ACCESS|PRIVATE|AUTH|SECRET)_?KEY)(?:$|_)",
     re.IGNORECASE,
 )
 _OPAQUE_VALUE = re.compile(r"[\w+/=.%~-]{24,}")
@@ -22,6 +27,20 @@ _MASK = "***"
 def without_credentials(text: str) -> str:
     """A text with the credentials of every URL in it taken out; other texts stay as they are."""
     return _URL.sub(lambda found: _clean(found[0]), text) if "://" in text else text
+
+
+def is_secret(name: str, value: str) -> bool:
+    """Whether an environment variable gives access: by its name, or by a URL in it."""
+    return bool(_SECRET_VARIABLE.search(name)) or without_credentials(value) != value
+
+
+def mapping_without_credentials(value: Any) -> Any:
+    """Plain values with the credentials of every URL in their texts taken out."""
+    if isinstance(value, dict):
+        return {key: mapping_without_credentials(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [mapping_without_credentials(inner) for inner in value]
+    return without_credentials(value) if isinstance(value, str) else value
 
 
 def with_credentials(name: str, given: str) -> str:

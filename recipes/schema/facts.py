@@ -8,7 +8,6 @@ Plain values. `recipes.schema.rules` judges them; the trainer, the planner and t
 """
 
 import importlib.util
-import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from typing import Any
 
 from recipes.schema.checkpoint_steps import candidates, checkpoint_at, lost_run, refuse_to_forget, steps_in
 from recipes.schema.errors import CheckpointError, DataError, Problem, RecipeError
+from recipes.schema.foreign import read_json
 from recipes.schema.manifest import Manifest
 from recipes.schema.read import recipe_from_mapping
 from recipes.schema.recipe import Recipe
@@ -244,7 +244,7 @@ def read_request(folder: Path) -> CacheRequest:
     path = folder / REQUEST
     again = "stratum teacher-cache with this recipe"
     try:
-        plain = json.loads(path.read_text())
+        plain = read_json(path)
         if plain.get("format") != REQUEST_FORMAT:
             raise DataError(
                 f"{path} has format {plain.get('format')}; this version reads {REQUEST_FORMAT}. Write the cache again, "

@@ -10,12 +10,12 @@ import hashlib
 import json
 import math
 import re
-import stat
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from recipes.schema.errors import CheckpointError
+from recipes.schema.foreign import read_bounded_text
 
 FORMAT = 2
 MANIFEST = "manifest.json"
@@ -185,10 +185,7 @@ def _read_json(path: Path) -> Any:
 def read_text(path: Path) -> str:
     """What is in a file, unless it is a pipe, a device or far too long, which would hold the reader for ever."""
     try:
-        found = path.stat()
-        if not stat.S_ISREG(found.st_mode) or found.st_size > _LONGEST_JSON:
-            raise CheckpointError(f"{path} cannot be read: it is no file, or {found.st_size:,} bytes long.")
-        return path.read_text()
+        return read_bounded_text(path, most_bytes=_LONGEST_JSON)
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}") from error
 

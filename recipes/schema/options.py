@@ -4,7 +4,7 @@
 
 A tool's options are the fields of a dataclass (`recipes.schema.tools`): name, type, range, default and help text come from
 there. A run is named by its folder or by its name in `runs/`; its `recipe.yaml` is then composed as any recipe is, so that
-its fields can be overridden. Standard library only.
+its fields can be overridden.
 """
 
 import argparse
@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from recipes.schema.errors import RecipeError
+from recipes.schema.foreign import printable_lines
 from recipes.schema.suggestions import did_you_mean
 from recipes.schema.typed import FieldError, build, field_docs
 
@@ -142,7 +143,7 @@ class CommandParser(argparse.ArgumentParser):
         elif choice and choice[2]:
             choices = [name.strip("' ") for name in choice[2].split(",")]
             message = f"{message}. {did_you_mean(choice[1], choices, otherwise='')}".rstrip()
-        sys.stderr.write(f"error: {message}\n")
+        sys.stderr.write(f"error: {printable_lines(message)}\n")
         raise SystemExit(2)
 
 
@@ -165,7 +166,8 @@ def run_or_path(name: str) -> Path:
 
 def is_run(path: Path) -> bool:
     """Whether a folder holds what a run leaves behind."""
-    return (path / RECIPE_FILE).is_file() or (path / "logs").is_dir() or (path / "checkpoints").is_dir()
+    # os.path: a name that is too long or has a NUL is no run either.
+    return os.path.isfile(path / RECIPE_FILE) or os.path.isdir(path / "logs") or os.path.isdir(path / "checkpoints")
 
 
 def option_of(field: str) -> str:
@@ -222,7 +224,7 @@ def _is_override(word: str) -> bool:
     if word.startswith("~"):
         return True
     # The runs of a sweep have names such as smoke-optim.lr=0.001.
-    return "=" in word and not any((path / RECIPE_FILE).is_file() for path in (Path(word), RUNS / word))
+    return "=" in word and not any(os.path.isfile(path / RECIPE_FILE) for path in (Path(word), RUNS / word))
 
 
 def _metavar(hint: Any) -> str:

@@ -12,6 +12,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from recipes.schema.credentials import mapping_without_credentials
 from recipes.schema.errors import RecipeError
 from recipes.schema.recipe import Recipe
 from recipes.schema.typed import FieldError, build
@@ -40,5 +41,5 @@ def recipe_from_mapping(plain: dict[str, Any]) -> Recipe:
 
 
 def recipe_mapping(recipe: Recipe) -> dict[str, Any]:
-    """A recipe as plain mappings and numbers: what `recipe.yaml` and checkpoints hold."""
-    return json.loads(json.dumps(asdict(recipe)))
+    """A recipe as plain mappings and numbers: what `recipe.yaml` and checkpoints hold. URLs are without their credentials."""
+    return mapping_without_credentials(json.loads(json.dumps(asdict(recipe))))

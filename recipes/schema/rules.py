@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Literal
 
 from recipes.schema.changes import check_folder, differences, refused
+from recipes.schema.credentials import is_secret
 from recipes.schema.data import DataConfig, PhaseConfig
 from recipes.schema.errors import Problem, RecipeError
 from recipes.schema.errors import refuse as refuse
@@ -529,10 +530,16 @@ def environment_problems(environment: str) -> list[Problem]:
     except ValueError as error:
         return [Problem("launch.environment", f"launch.environment={environment!r}: {error}.", remedy)]
     wrong = [word for word in words if not word.partition("=")[1] or not word.partition("=")[0].isidentifier()]
-    return [
+    found = [
         Problem("launch.environment", f"launch.environment={environment!r}: {word!r} is not NAME=VALUE.", remedy)
         for word in wrong
     ]
+    secret = [name for name, _, value in (word.partition("=") for word in words) if is_secret(name, value)]
+    if secret:
+        text = f"launch.environment gives a secret ({', '.join(secret)}), which would be stored in job scripts and checkpoints."
+        remedy = f"Take it out and export it in the shell you launch from: export {secret[0]}=..."
+        found = [Problem("launch.environment", text, remedy)]
+    return found
 
 
 def local_problems(recipe: Recipe, *, processes: int, gpus: int) -> list[Problem]:

@@ -13,19 +13,16 @@ The run may be under way, killed, damaged or somebody else's. So every read is b
 a device in place of a file would hold the reader for ever. Lines that are torn are left out.
 """
 
-import errno
 import json
 import math
 import os
 import re
-import stat
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, BinaryIO
-
-import yaml
+from typing import Any
 
 from recipes.schema.errors import CheckpointError, RecipeError
+from recipes.schema.foreign import open_regular, parse_yaml, read_bounded_text
 
 RECIPE = "recipe.yaml"
 METRICS = "metrics.jsonl"
@@ -46,33 +43,14 @@ _LIKE_A_NUMBER = re.compile("'*(" + "|".join(_NOT_FINITE) + ")")
 """Texts that need one more apostrophe in front, not to be read as such a number."""
 
 
-def open_regular(path: Path) -> BinaryIO:
-    """A regular file, opened for reading. Raises OSError, also for a folder, a pipe or a device."""
-    # Without O_NONBLOCK, opening a pipe that nobody writes to would wait for ever.
-    stream = os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb")
-    if not stat.S_ISREG(os.fstat(stream.fileno()).st_mode):
-        stream.close()
-        raise OSError(errno.EINVAL, "it is not a regular file", str(path))
-    return stream
-
-
-def read_bytes(path: Path, *, at_most: int) -> bytes:
-    """The content of a regular file. Raises OSError, also if it is longer than `at_most`."""
-    with open_regular(path) as stream:
-        content = stream.read(at_most + 1)
-    if len(content) > at_most:
-        raise OSError(errno.EFBIG, f"it is longer than {at_most:,} bytes", str(path))
-    return content
-
-
 def recipe_in(folder: Path) -> dict[str, Any]:
     """The mapping in a run's recipe.yaml. FileNotFoundError if there is none; RecipeError if it cannot be read as one."""
     path = folder / RECIPE
     try:
-        plain = yaml.safe_load(read_bytes(path, at_most=_RECIPE_BYTES).decode())
+        plain = parse_yaml(read_bounded_text(path, most_bytes=_RECIPE_BYTES))
     except FileNotFoundError:
         raise
-    except (OSError, ValueError, yaml.YAMLError, RecursionError) as error:
+    except (OSError, ValueError) as error:
         raise RecipeError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}.") from error
     if not isinstance(plain, dict):
         raise RecipeError(f"{path} cannot be read: it holds {type(plain).__name__}, not the fields of a recipe.")

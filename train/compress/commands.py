@@ -19,6 +19,7 @@ from data.system import disk
 from recipes.schema.command import recipe_words, section
 from recipes.schema.compress import CompressConfig
 from recipes.schema.errors import CheckpointError, RecipeError, refuse
+from recipes.schema.foreign import literal, printable
 from recipes.schema.pattern import layer_kinds, parameters
 from recipes.schema.read import read_recipe, recipe_mapping
 from recipes.schema.recipe import Recipe
@@ -198,8 +199,8 @@ def _write_pruned(
     publishing.point_at(final.parent, final.name)
     group = folder / "model"
     group.mkdir(exist_ok=True)
-    about = f"# Pruned from {parent.path}: {parameters(small).total:,} parameters.\n"
-    (group / f"{name}.yaml").write_text(about + yaml.safe_dump(differing(small), sort_keys=False))
+    about = f"# Pruned from {printable(str(parent.path))}: {parameters(small).total:,} parameters.\n"
+    (group / f"{name}.yaml").write_text(about + yaml.safe_dump(literal(differing(small)), sort_keys=False))
     before, after = parameters(parent.recipe.model).total, parameters(small).total
     return (
         f"{parent.path}: {before:,} -> {after:,} parameters ({after / before:.0%}), {parent.recipe.model.pattern} -> "

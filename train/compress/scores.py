@@ -20,6 +20,7 @@ import numpy as np
 
 from data.system import disk
 from recipes.schema.errors import CheckpointError
+from recipes.schema.foreign import read_json
 from recipes.schema.model import ModelConfig
 
 FORMAT = 1
@@ -91,7 +92,7 @@ class Scores:
     def load(cls, folder: Path) -> "Scores":
         """Read both files. CheckpointError if they are missing or damaged."""
         try:
-            about = json.loads((folder / SCORES).read_text())
+            about = read_json(folder / SCORES, most_bytes=1 << 30)
             if about["format"] != FORMAT:
                 raise ValueError(f"format {about['format']}; this version reads {FORMAT}")
             with np.load(folder / "scores.npz", allow_pickle=False) as stored:

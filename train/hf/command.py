@@ -30,7 +30,7 @@ from recipes.schema.model import ModelConfig
 from recipes.schema.options import STRATUM
 from recipes.schema.pattern import parameters
 from recipes.schema.precision import PrecisionConfig
-from recipes.schema.read import recipe_from_mapping
+from recipes.schema.read import recipe_from_mapping, recipe_mapping
 from recipes.schema.recipe import Recipe
 from train.build import model_on_one_rank, open_tokenizer
 from train.checkpoint import storage
@@ -149,7 +149,7 @@ def import_model(parsed: argparse.Namespace) -> int:
         with _bar(f"importing {name}", folder, files) as advance:
             converted = import_weights(files, writing, model=model, format=params, vocab=theirs.vocab, advance=advance)
         state = RunState(
-            recipe=json.loads(json.dumps(asdict(recipe))),
+            recipe=recipe_mapping(recipe),
             tokenizer=_copy_tokenizer(file, folder, end_of_document),
             lineage={
                 "imported_from": named,

@@ -11,7 +11,6 @@ the published weights, and this project do not. An exported config sets it to 1e
 transformers computes the function that was trained. It is not 0 because random initialization takes its logarithm.
 """
 
-import json
 import logging
 import math
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from recipes.schema.errors import RecipeError
+from recipes.schema.foreign import read_json
 from recipes.schema.model import ModelConfig
 from recipes.schema.pattern import layer_kinds
 from recipes.schema.typed import FieldError, build
@@ -183,7 +183,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     """config.json of a Hugging Face directory. RecipeError if it is missing or damaged."""
     path = folder / CONFIG
     try:
-        config = json.loads(path.read_text())
+        config = read_json(path)
     except (OSError, ValueError) as error:
         raise RecipeError(f"{path} cannot be read: {error}. Give a directory in Hugging Face's format.") from error
     if not isinstance(config, dict):

@@ -22,6 +22,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from recipes.schema.errors import CheckpointError
+from recipes.schema.foreign import read_json
 
 INDEX = "model.safetensors.index.json"
 ONE_FILE = "model.safetensors"
@@ -94,7 +95,7 @@ class WeightFiles:
 
     def _weight_map(self) -> dict[str, str]:
         try:
-            files = dict(json.loads((self.folder / INDEX).read_text())["weight_map"])
+            files = dict(read_json(self.folder / INDEX, most_bytes=1 << 30)["weight_map"])
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise CheckpointError(f"{self.folder / INDEX} cannot be read: {error!r}. Copy the file again.") from error
         for name, file in files.items():

@@ -7,13 +7,11 @@ Export rewrites a config field only if the model changed since the import (prune
 All other fields are exported unchanged, including those that this project does not know.
 """
 
-import json
 import shutil
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from recipes.schema.foreign import parse_yaml, read_bounded_text, read_json
 from recipes.schema.model import ModelConfig
 from train.checkpoint.manifest import Manifest
 from train.hf.config import CONFIG, NO_CLAMP, SpecialTokens, from_config, read_config, to_config
@@ -111,14 +109,14 @@ def give_back(published: Path, folder: Path, *, tokenizer: bool) -> None:
 def card_fields(published: Path) -> dict[str, Any]:
     """Licence, languages and origin from the front matter of a published model card; empty if it has none."""
     try:
-        parts = (published / "README.md").read_text().split("---", 2)
-        head = yaml.safe_load(parts[1]) if len(parts) == 3 and not parts[0].strip() else {}
-    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        parts = read_bounded_text(published / "README.md").split("---", 2)
+        head = parse_yaml(parts[1]) if len(parts) == 3 and not parts[0].strip() else {}
+    except (OSError, ValueError):
         return {}
     return {key: head[key] for key in _CARD_FIELDS if key in head} if isinstance(head, dict) else {}
 
 
 def max_length_of(published: Path) -> int | None:
     """The published `max_position_embeddings`."""
-    value = json.loads((published / CONFIG).read_text()).get("max_position_embeddings")
+    value = read_json(published / CONFIG).get("max_position_embeddings")
     return value if isinstance(value, int) else None

@@ -1,5 +1,6 @@
 """The recipe that an import writes: one file that composes, for training, evaluation and generation from the weights."""
 
+import shlex
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -7,6 +8,7 @@ from typing import Any
 import yaml
 
 from recipes.schema.data import DataConfig, SourceConfig, TokenizerConfig
+from recipes.schema.foreign import literal, printable
 from recipes.schema.model import ModelConfig
 from recipes.schema.read import recipe_from_mapping
 from recipes.schema.recipe import Recipe
@@ -35,18 +37,19 @@ class Imported:
 
 def recipe_text(imported: Imported) -> str:
     """The recipe as YAML with Hydra's defaults list."""
-    name, folder = imported.name, imported.checkpoint.parent
+    name, folder = shlex.quote(printable(imported.name)), imported.checkpoint.parent
     groups = "\n".join(f"  - {group}" for group in (*_GROUPS, f"precision: {imported.params}"))
-    return f"""# Made by `stratum hf import {imported.source}`.
+    source, place = (shlex.quote(printable(text)) for text in (imported.source, str(folder)))
+    return f"""# Made by `stratum hf import {source}`.
 # It continues the imported weights. data.sources are an example: put your own text there.
-#   stratum prepare  --config-dir {folder} -cn {name}
-#   stratum train    --config-dir {folder} -cn {name}
-#   stratum generate --config-dir {folder} -cn {name} --prompt "Once"
+#   stratum prepare  --config-dir {place} -cn {name}
+#   stratum train    --config-dir {place} -cn {name}
+#   stratum generate --config-dir {place} -cn {name} --prompt "Once"
 defaults:
 {groups}
   - _self_
 
-{yaml.safe_dump(_body(imported), sort_keys=False)}"""
+{yaml.safe_dump(literal(_body(imported)), sort_keys=False)}"""
 
 
 def imported_recipe(imported: Imported) -> Recipe:

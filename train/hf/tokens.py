@@ -12,6 +12,7 @@ from typing import Any
 
 from data.tokenizer import Tokenizer
 from recipes.schema.errors import RecipeError, refuse
+from recipes.schema.foreign import read_json
 from recipes.schema.teacher_rules import tokenizer_problems
 from train.hf.config import SpecialTokens
 
@@ -152,7 +153,7 @@ def end_of_document_of(folder: Path, config: dict[str, Any]) -> str | None:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        return dict(json.loads(path.read_text()))
+        return dict(read_json(path, most_bytes=1 << 30))
     except (OSError, ValueError, TypeError) as error:
         raise RecipeError(f"{path} cannot be read: {error!r}. Copy the file again.") from error
 

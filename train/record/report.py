@@ -15,6 +15,7 @@ from typing import Any
 
 from recipes.schema import units
 from recipes.schema.errors import RecipeError, StratumError
+from recipes.schema.foreign import read_bounded
 from recipes.schema.options import CommandParser, run_or_path
 from recipes.schema.run_folder import METRICS, RECIPE, as_number, read_metrics, recipe_in
 from train.record.precision_report import draw_precision, precision_section
@@ -95,7 +96,7 @@ def write_report(folder: Path, *, sample: str | None = None) -> None:
         why = error if isinstance(error, RecipeError) else f"{folder / RECIPE} cannot be read: it is missing."
         raise StratumError(f"{why} A report needs it.") from error
     if sample is None and (folder / "sample.txt").exists():
-        sample = (folder / "sample.txt").read_text()
+        sample = read_bounded(folder / "sample.txt").decode(errors="replace")
     if record.steps:
         draw(record, folder / "loss.png", title=folder.name, recipe=recipe)
     if measured := record.precision():

@@ -1,0 +1,200 @@
+"""Small files and texts that someone else wrote: read within bounds, shown without control characters.
+
+    path --read_bounded--> bytes of a regular file, at most so many        (a pipe, a device or an endless file holds no reader)
+    text --parse_yaml--> plain values, as JSON could write them            (no tags, no duplicate keys, no alias bombs)
+    text --printable--> the same text for a terminal or a log              (no escape codes, no line breaks)
+
+Every reader of a run's, a checkpoint's or a model's small files uses these; what is wrong is a ValueError or an OSError, which
+the caller turns into its own error with the file's name.
+"""
+
+import errno
+import json
+import os
+import re
+import stat
+import unicodedata
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import yaml
+
+LARGEST_TEXT = 16 << 20
+"""Bytes of the largest recipe, pointer or small JSON file that is read."""
+_MOST_YAML_NODES = 200_000
+_DEEPEST = 100
+"""Levels of mappings and lists inside each other."""
+
+
+class NotAFile(OSError):
+    """A pipe, a device, a folder or a file that is too large, where a small file should be."""
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML's plain values only, and no key twice."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.tag != "tag:yaml.org,2002:merge":
+                if key.value in seen:
+                    raise ValueError(f"the key {printable(key.value)!r} is written twice ({_place(key)})")
+                seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+def open_regular(path: Path) -> BinaryIO:
+    """A regular file, opened for reading. Raises OSError: NotAFile for a folder, a pipe or a device."""
+    # Without O_NONBLOCK, opening a pipe that nobody writes to would wait for ever.
+    stream = os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY), "rb", closefd=True)
+    mode = os.fstat(stream.fileno()).st_mode
+    if not stat.S_ISREG(mode):
+        stream.close()
+        raise NotAFile(errno.EINVAL, f"it is {_kind(mode)}, not a regular file", str(path))
+    return stream
+
+
+def read_bounded(path: Path, *, most_bytes: int = LARGEST_TEXT) -> bytes:
+    """The content of a regular file of at most `most_bytes`. Raises OSError: NotAFile for anything else, which is not read."""
+    with open_regular(path) as stream:
+        size = os.fstat(stream.fileno()).st_size
+        content = stream.read(most_bytes + 1) if size <= most_bytes else b""
+    if max(len(content), size) > most_bytes:
+        raise NotAFile(errno.EFBIG, f"it is longer than {most_bytes:,} bytes", str(path))
+    return content
+
+
+def read_bounded_text(path: Path, *, most_bytes: int = LARGEST_TEXT) -> str:
+    """The text of a regular file. Raises OSError as `read_bounded`, ValueError where it is not UTF-8."""
+    return decoded(read_bounded(path, most_bytes=most_bytes))
+
+
+def decoded(content: bytes) -> str:
+    """UTF-8 as text. ValueError says which byte is not."""
+    try:
+        return content.decode()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"it is not UTF-8 text (byte {error.start:,} is 0x{content[error.start]:02x})") from error
+
+
+def parse_json(content: str | bytes) -> Any:
+    """json.loads with every way to fail as ValueError."""
+    try:
+        return json.loads(decoded(content) if isinstance(content, bytes) else content)
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
+
+
+def read_json(path: Path, *, most_bytes: int = LARGEST_TEXT) -> Any:
+    """The value of a JSON file. Raises OSError as `read_bounded`, ValueError where it is not JSON."""
+    return parse_json(read_bounded(path, most_bytes=most_bytes))
+
+
+def read_yaml(path: Path) -> Any:
+    """The value of a YAML file. Raises OSError as `read_bounded`, ValueError as `parse_yaml`."""
+    return parse_yaml(read_bounded_text(path))
+
+
+def parse_yaml(text: str) -> Any:
+    """Plain values of a YAML text. ValueError, with line and column, where it is not YAML, tagged, too deep or too large when
+    its aliases are written out, or gives a key twice."""
+    try:
+        _check_nesting(text)
+        loader = _Loader(text)
+        try:
+            node = loader.get_single_node()
+            if node is None:
+                return None
+            _check_expansion(node)
+            return loader.construct_document(node)
+        finally:
+            loader.dispose()
+    except yaml.MarkedYAMLError as error:
+        said = " ".join(filter(None, (error.context, error.problem)))
+        mark = error.problem_mark or error.context_mark
+        hint = " YAML is indented with blanks, not tabs." if "'\\t'" in said else ""
+        where = f" (line {mark.line + 1}, column {mark.column + 1})" if mark is not None else ""
+        raise ValueError(f"it is not YAML that can be read: {printable(said)}{where}.{hint}") from error
+    except (yaml.YAMLError, RecursionError, TypeError, OverflowError) as error:
+        raise ValueError(f"it is not YAML that can be read: {printable(str(error))}") from error
+
+
+def printable(text: str, *, most: int | None = None) -> str:
+    """A text in which control characters (escape codes, line breaks, text direction) are written as escapes; at most `most`
+    characters of it."""
+    cut = text if most is None or len(text) <= most else text[:most] + "..."
+    if cut.isprintable():
+        return cut
+    return "".join(_escaped(c) if _is_control(c) else c for c in cut)
+
+
+def printable_lines(text: str) -> str:
+    """The same for a text of several lines: line breaks and tabs stay."""
+    return "\n".join("\t".join(map(printable, line.split("\t"))) for line in text.replace("\r\n", "\n").split("\n"))
+
+
+def literal(value: Any) -> Any:
+    """Plain values as a recipe file says them: `${...}` in a text of someone else's is text there, not a reference."""
+    if isinstance(value, dict):
+        return {key: literal(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [literal(inner) for inner in value]
+    if not isinstance(value, str):
+        return value
+    return re.sub(r"(\\*)\$\{", lambda found: f"{found[1] * 2}\\${{", value)
+
+
+def in_markdown(text: str, *, most: int = 300) -> str:
+    """A text for one cell or line of Markdown: no markup, no HTML, no line break of it has an effect."""
+    return re.sub(r"([\\`*_{}\[\]()#+!|~&<>$])", lambda found: f"&#{ord(found[1])};", printable(text, most=most))
+
+
+def _is_control(character: str) -> bool:
+    return unicodedata.category(character) in ("Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp")
+
+
+def _escaped(character: str) -> str:
+    return character.encode("unicode_escape").decode()
+
+
+def _kind(mode: int) -> str:
+    kinds = ((stat.S_ISDIR, "a folder"), (stat.S_ISFIFO, "a pipe"), (stat.S_ISSOCK, "a socket"))
+    return next((kind for matches, kind in kinds if matches(mode)), "a device")
+
+
+def _place(node: yaml.Node) -> str:
+    return f"line {node.start_mark.line + 1}, column {node.start_mark.column + 1}"
+
+
+def _check_nesting(text: str) -> None:
+    """Depth and number of nodes, from the events: nothing is built yet."""
+    depth = 0
+    for nodes, event in enumerate(yaml.parse(text, Loader=yaml.SafeLoader)):
+        if isinstance(event, yaml.CollectionStartEvent):
+            depth += 1
+            if depth > _DEEPEST:
+                raise ValueError(f"it is nested more than {_DEEPEST} levels deep")
+        elif isinstance(event, yaml.CollectionEndEvent):
+            depth -= 1
+        if nodes > _MOST_YAML_NODES:
+            raise ValueError(f"it has more than {_MOST_YAML_NODES:,} values")
+
+
+def _check_expansion(root: yaml.Node) -> None:
+    """The number of values once every alias is written out: nine lines of aliases can stand for a billion values."""
+    sizes: dict[int, int] = {}
+    open_nodes: set[int] = set()
+
+    def size(node: yaml.Node) -> int:
+        if id(node) in open_nodes:
+            raise ValueError(f"an alias stands for itself ({_place(node)})")
+        if id(node) not in sizes:
+            open_nodes.add(id(node))
+            inner = node.value if isinstance(node, yaml.CollectionNode) else []
+            parts = (part for item in inner for part in (item if isinstance(item, tuple) else (item,)))
+            sizes[id(node)] = 1 + sum(map(size, parts))
+            open_nodes.remove(id(node))
+        return sizes[id(node)]
+
+    if size(root) > _MOST_YAML_NODES:
+        raise ValueError(f"its aliases stand for more than {_MOST_YAML_NODES:,} values")

@@ -1,0 +1,161 @@
+"""Recipe files as Hydra reads them, checked first: a recipe is data, and may come from a stranger.
+
+    FOLDER/GROUP/NAME.yaml --RecipeSource--> bounded, plain YAML without code --> Hydra composes it
+
+Refused, with file and key: anything of Hydra's own section (its callbacks, logging, launchers and sweepers name callables and
+files), `_target_`, interpolations other than references to fields of the recipe (`${run.folder}`), which read the environment
+or files, and paths that leave the recipe's folder. Words of the command line are held to the same.
+"""
+
+import io
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from hydra.core.object_type import ObjectType
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
+from hydra.plugins.config_source import ConfigLoadError, ConfigResult, ConfigSource
+from omegaconf import OmegaConf
+
+from recipes.schema.errors import RecipeError
+from recipes.schema.foreign import parse_yaml, printable, read_bounded_text
+
+SEARCH = "hydra.searchpath"
+_INTERPOLATION = re.compile(r"(?<!\\)(?:\\\\)*\$\{")
+_REFERENCE = re.compile(r"\$\{ *\.*(?!hydra\b)[\w-]+(?:[.\[][\w\-\]]+)* *\}")
+"""A reference to a field of the recipe: names and dots, no resolver (`name:`), nothing nested."""
+_PLACE = "Write the value itself, or refer to a field of the recipe as ${run.folder} does."
+
+
+class RecipeSource(ConfigSource):
+    """A folder of recipes and groups."""
+
+    @staticmethod
+    def scheme() -> str:
+        """`recipe://FOLDER` in Hydra's search path."""
+        return "recipe"
+
+    def load_config(self, config_path: str) -> ConfigResult:
+        """One file. RecipeError names file and key where it is not a recipe."""
+        path = self._file(config_path)
+        if not path.is_file():
+            raise ConfigLoadError(f"Config not found : {path}")
+        try:
+            text = read_bounded_text(path)
+            plain = parse_yaml(text)
+            header = ConfigSource._get_header_dict(text[:512])
+        except (OSError, ValueError) as error:
+            raise RecipeError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}") from error
+        if plain is not None and not isinstance(plain, dict):
+            raise RecipeError(f"{path} is not a recipe: it is not a group of fields.")
+        for key, why in code_in(plain, package=header["package"] or ""):
+            raise RecipeError(f"{path}: {printable(key)} {why}")
+        config = OmegaConf.load(io.StringIO(text))
+        return ConfigResult(config=config, path=self.full_path(), provider=self.provider, header=header)
+
+    def available(self) -> bool:
+        """Whether the folder is there."""
+        return Path(self.path).is_dir()
+
+    def is_group(self, config_path: str) -> bool:
+        """Whether a path in the folder is a folder."""
+        return self._is_inside(config_path) and os.path.isdir(os.path.join(self.path, config_path))
+
+    def is_config(self, config_path: str) -> bool:
+        """Whether a path in the folder is a recipe or an option of a group."""
+        return self._is_inside(config_path) and "\0" not in config_path and os.path.lexists(self._file(config_path))
+
+    def list(self, config_path: str, results_filter: ObjectType | None) -> list[str]:
+        """Names in a folder, as Hydra asks for them."""
+        files: list[str] = []
+        for name in os.listdir(os.path.join(self.path, config_path)):
+            if not name.startswith("."):
+                self._list_add_result(files, os.path.join(config_path, name), name, results_filter)
+        return sorted(set(files))
+
+    def _file(self, config_path: str) -> Path:
+        if not self._is_inside(config_path):
+            raise RecipeError(
+                f"{printable(config_path)} leaves the folder of recipes {self.path}. Use --config-dir FOLDER."
+            )
+        return Path(self.path) / self._normalize_file_name(config_path)
+
+    def _is_inside(self, config_path: str) -> bool:
+        parts = config_path.split("/")
+        return not config_path.startswith("/") and ".." not in parts
+
+
+def code_in(plain: Any, *, package: str = "") -> Iterator[tuple[str, str]]:
+    """Keys of a recipe file that would do more than give a field a value, and why. package: of the file's head."""
+    if _is_of_hydra(package):
+        yield "@package", f"{printable(package)} is Hydra's own section, which recipes may not set. Take it out."
+    for entry in _defaults(plain):
+        if _is_of_hydra(entry):
+            yield "defaults", f"names {printable(entry)!r}, a part of Hydra's own section. Take it out."
+    yield from _code(plain, "")
+
+
+def refuse_code_in_word(word: str) -> None:
+    """RecipeError for a word of the command line that would do more than give a field of the recipe a value."""
+    key = word.partition("=")[0].lstrip("+~")
+    if _is_of_hydra(key) and key != SEARCH:
+        raise RecipeError(f"{printable(word)}: Hydra's own settings are not used here. Take the word out.")
+    if word.count("{") + word.count("[") > 1000:
+        raise RecipeError(f"{printable(word, most=80)}: too many brackets.")
+    try:
+        override = OverridesParser.create().parse_override(word)
+        value = override.value()
+    except (HydraException, RecursionError):
+        value = word.partition("=")[2]  # reported as unreadable later, or read as one text
+    for where, why in _code({"_target_" if "_target_" in re.split(r"[.@/\[\]]", key) else key: value}, ""):
+        raise RecipeError(f"{printable(word)}: {printable(where)} {why}")
+    for why in _bad_interpolations(word.partition("=")[2]):
+        raise RecipeError(f"{printable(word)}: {why}")
+
+
+def _code(value: Any, where: str) -> Iterator[tuple[str, str]]:
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            name = f"{where}.{key}" if where else str(key)
+            parts = str(key).split(".")
+            if "_target_" in parts:
+                yield name, "names something to run; recipes hold values only. Take it out."
+            elif not where and _is_of_hydra(str(key)):
+                yield name, "is Hydra's own section, which recipes may not set. Take it out."
+            elif any(True for _ in _bad_interpolations(str(key))):
+                yield name, "is computed; the name of a field is written out."
+            yield from _code(inner, name)
+    elif isinstance(value, list | tuple):
+        for index, inner in enumerate(value):
+            yield from _code(inner, f"{where}[{index}]")
+    elif isinstance(value, str):
+        for why in _bad_interpolations(value):
+            yield where, why
+    elif hasattr(value, "text"):  # a quoted text of Hydra's grammar
+        yield from _code(str(value.text), where)
+
+
+def _bad_interpolations(text: str) -> Iterator[str]:
+    for found in _INTERPOLATION.finditer(text):
+        start = found.end() - 2
+        if not _REFERENCE.match(text, start):
+            yield f"has {printable(text[start : start + 40])!r}, which reads something outside the recipe. {_PLACE}"
+
+
+def _defaults(plain: Any) -> Iterator[str]:
+    """Every text of a file's defaults list."""
+    entries = plain.get("defaults") if isinstance(plain, dict) else None
+    for entry in entries if isinstance(entries, list) else []:
+        if isinstance(entry, dict):
+            yield from (str(key) for key in entry)
+        else:
+            yield str(entry)
+
+
+def _is_of_hydra(name: str) -> bool:
+    """Whether a key, a group or a package is in Hydra's section: `hydra/launcher`, `override hydra/env`, `model@hydra.x`."""
+    parts = (part.strip() for part in re.split(r"[\s@:]", name))
+    return any(re.match(r"(_global_\.)?/?hydra(?![\w-])", part) for part in parts)
