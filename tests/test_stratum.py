@@ -112,7 +112,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ("train smoke optim=adamw", "this recipe does not take its optim from a group"),
         ("plan -cn smoke -m optim.lr=1,2", "-m: no sweeps here. Use `stratum train -m`"),
         ("checkpoint lst smoke", "Did you mean list?"),
-        ("compress prun", "there is no such command. Did you mean prune?"),
+        ("compress prun", "unknown command. Did you mean prune?"),
         ("fields optm", "there is no group 'optm'. Did you mean optim?"),
         ("status smok", "Did you mean smoke?"),
         ("teacher-cache -cn smok", "there is no recipe 'smok'. Did you mean smoke?"),

@@ -46,7 +46,7 @@ _SWEEP_HELP = """\
 
 
 def hand_over(*words: str) -> NoReturn:
-    """Become `stratum WORDS`: what older spellings such as `python -m data.prepare` do. The process is replaced."""
+    """Become `stratum WORDS`, for older spellings of a command. The process is replaced."""
     safe_path = ["-P"] if sys.flags.safe_path else []
     os.execv(sys.executable, [sys.executable, *safe_path, "-m", FRONT, *words])
 

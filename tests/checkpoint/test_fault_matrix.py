@@ -439,7 +439,7 @@ def test_names_that_look_like_steps(folder: Path) -> None:
     good, (note, pointer) = steps.candidates(folder)
     assert [manifest.step for _, manifest in good] == [NEW, OLD]
     assert f"holds step {OLD}, not the one it is named after. Name it {steps.name_of(OLD)}" in note
-    assert "cannot be read: it is not a regular file" in pointer
+    assert "cannot be read: it is a device, not a regular file" in pointer
 
 
 def test_of_a_linked_checkpoint_only_the_link_is_deleted(folder: Path, tmp_path: Path) -> None:

@@ -248,7 +248,7 @@ def test_layers_are_chosen_as_the_recipe_says() -> None:
     assert layers(6, metric="block_influence", attention_layers=2) == [0, 2, 3, 5, 6, 7]
     assert layers(5, metric="block_influence", attention_layers=0) == [0, 2, 4, 5, 7]
     for keep, how, message in (
-        (6, {"attention_layers": 2}, "removes 0 attention layers, but the first 2 removals in the scores take out 1"),
+        (6, {"attention_layers": 2}, "removes 0 attention layers, but the first 2 removals in the scores include 1"),
         (6, {"metric": "perplexity"}, "removes 2 layers by perplexity, but the scores tried 3 by logit_mse"),
         (3, {}, "removes 5 layers, but the scores tried 3"),
         (8, {"attention_layers": 1}, "2 attention layers of 8, of which 8 stay .compress.layers.. Use 2"),

@@ -61,8 +61,7 @@ def test_numbers_lists_nothing_quotes_and_references_stay_what_they_are() -> Non
     assert read("objective.teacher=null") is None and read("run.name='a b'") == "a b"
     assert read("objective.teacher=${compress.parent}") == "${compress.parent}"
     assert read("compress.search_layers=[52,54]") == [52, 54] and read("compress.search_layers=52,54") == "52,54"
-    sweep = ["train", "-m", "run.name=a,b"]
-    assert text_words(sweep) == sweep
+    assert text_words(["run.name=a,b"], is_sweep=True) == ["run.name=a,b"]
 
 
 def test_sources_given_whole_replace_and_given_one_by_one_join() -> None:

@@ -137,7 +137,7 @@ def open_mesh(
     backend = "nccl" if device.type == "cuda" else "gloo"
     timeout = timedelta(seconds=timeout_s)
     if not dist.is_initialized():
-        if "MASTER_ADDR" in os.environ:
+        if "MASTER_ADDR" in os.environ and layout.world > 1:
             store = _loopback_store(rank, world=layout.world, timeout=timeout)
             dist.init_process_group(backend, rank=rank, world_size=layout.world, timeout=timeout, store=store)
         else:
@@ -192,10 +192,15 @@ def _loopback_store(rank: int, *, world: int, timeout: timedelta) -> dist.Store 
     family = socket.AF_INET6 if address == "::1" else socket.AF_INET
     with socket.socket(family) as listener:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind((address, port))
+        try:
+            listener.bind((address, port))
+        except OSError:
+            # The store of a mesh that this process opened before still listens: torch finds it by its port.
+            return dist.TCPStore(address, port, world, is_master=True, timeout=timeout, multi_tenant=True)
         listener.listen(socket.SOMAXCONN)
+        descriptor = os.dup(listener.fileno())
         return dist.TCPStore(
-            address, port, world, is_master=True, timeout=timeout, master_listen_fd=os.dup(listener.fileno())
+            address, port, world, is_master=True, timeout=timeout, multi_tenant=True, master_listen_fd=descriptor
         )
 
 
