@@ -171,7 +171,7 @@ def test_the_command_itself_on_two_processes(config: DataConfig, whole: dict[str
     assert plan.returncode == 0, plan.stderr
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert "web: " in done.stderr and "MB/s of text" in done.stderr
+    assert "web: " in done.stderr and "B/s of text" in done.stderr
     assert digests(Path(other.folder)) == whole
     wrong = subprocess.run([*command, "--task=3/3"], env=environment, capture_output=True, text=True, check=False)
     assert wrong.returncode == 2 and wrong.stderr.startswith("error: --task 3/3 is not a task")
