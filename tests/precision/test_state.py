@@ -94,7 +94,7 @@ def test_another_backends_checkpoint_loads_with_fresh_scales(saved_as: str, load
     base = {"run.microbatch_rows": 4, "precision.amax_history": 3}
     run_ranks(1, save_weights, recipe_with(**base, **{"precision.scaling": saved_as}), tmp_path)
     same, text = run_ranks(1, load_weights, recipe_with(**base, **{"precision.scaling": loaded_as}), tmp_path)[0]
-    assert same and "scales and amax histories start anew" in text
+    assert same and "scales and amax histories start fresh" in text
 
 
 def save_weights(rank: int, recipe: Recipe, folder: Path) -> None:
