@@ -183,7 +183,9 @@ def save_on_full_disk(rank: int, folder: Path) -> None:
 
 
 def test_a_full_disk_is_named_before_anything_is_lost(tmp_path: Path) -> None:
-    with pytest.raises(RankFailed, match=r"CheckpointError: cannot save into .*: about [\d,]+ bytes needed, 1,000 free"):
+    with pytest.raises(
+        RankFailed, match=r"CheckpointError: cannot save into .*: about [\d,]+ bytes needed, 1,000 free"
+    ):
         run_ranks(2, save_on_full_disk, tmp_path)
     assert [p.name for p in tmp_path.glob("step_*")] == ["step_00000001"]
     assert not list(tmp_path.glob(".*"))
