@@ -64,7 +64,7 @@ def test_questions_without_an_answer_say_why(prepared: DataConfig) -> None:
     dataset = open_dataset(prepared)
     with pytest.raises(DataError, match="say what to trace: --step N, --file NAME"):
         documents_of(dataset, TraceConfig(source="verse"))
-    with pytest.raises(DataError, match=r"--source vers: the recipe has verse, code"):
+    with pytest.raises(DataError, match=r"--source vers: the recipe has code, verse"):
         documents_of(dataset, TraceConfig(source="vers", document=1))
     with pytest.raises(DataError, match=r"no document came from 0x.txt. Did you mean"):
         documents_of(dataset, TraceConfig(file="0x.txt"))
