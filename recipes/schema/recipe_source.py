@@ -101,7 +101,8 @@ def code_in(plain: Any, *, package: str = "") -> Iterator[tuple[str, str]]:
 def refuse_code_in_word(word: str) -> None:
     """RecipeError for a word of the command line that would do more than give a field of the recipe a value."""
     key = word.partition("=")[0].lstrip("+~")
-    if _is_of_hydra(key) and key != SEARCH:
+    is_search = word.startswith(f"{SEARCH}=")  # whose value takes folders only, and is read by `command.py`
+    if _is_of_hydra(key) and not is_search:
         raise RecipeError(f"{printable(word)}: Hydra's own settings are not used here. Take the word out.")
     if word.count("{") + word.count("[") > 1000:
         raise RecipeError(f"{printable(word, most=80)}: too many brackets.")
@@ -110,7 +111,8 @@ def refuse_code_in_word(word: str) -> None:
         value = override.value()
     except (HydraException, RecursionError):
         value = word.partition("=")[2]  # reported as unreadable later, or read as one text
-    for where, why in _code({"_target_" if "_target_" in re.split(r"[.@/\[\]]", key) else key: value}, ""):
+    name = "_target_" if "_target_" in re.split(r"[.@/\[\]]", key) else key
+    for where, why in _code({} if is_search else {name: value}, ""):
         raise RecipeError(f"{printable(word)}: {printable(where)} {why}")
     for why in _bad_interpolations(word.partition("=")[2]):
         raise RecipeError(f"{printable(word)}: {why}")

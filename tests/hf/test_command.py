@@ -226,7 +226,7 @@ def test_mistakes_are_explained_and_leave_nothing(
         (["export", tmp_path, "--out", tmp_path / "x"], "is no checkpoint"),
         (["import", tmp_path, "--out", tmp_path / "x"], "config.json cannot be read"),
         (["export", run, "--out", tmp_path / "x", "--tokenizer", tmp_path / "none.json"], "no tokenizer at"),
-        (["check", run, exports["gemma2"]], "describes another model than"),
+        (["check", run, exports["gemma2"]], "describes a different model than"),
     ):
         status, output = command(tmp_path, *words)
         assert status == 2 and message in output, output

@@ -90,6 +90,8 @@ def test_a_strangers_recipe_is_refused_with_the_key(
         "run.name='${oc.env:HOME}'",
         "optim.lr=${oc.decode:1}",
         "hydra.searchpath=[pkg://evil]",
+        "+hydra.searchpath=[file://evil]",
+        "hydra.searchpath=[{_target_: os.system}]",
     ],
 )
 def test_a_word_that_runs_code_or_reads_the_environment_is_refused(

@@ -50,7 +50,10 @@ def test_each_way_to_be_stopped_loses_nothing_that_is_saved(words: list[str], tm
     said = finish(child, status=128 + signal.SIGTERM)
     saved = saves(run)[-1]
     assert saved in (12, 18) and max(losses(run)) > saved and newest(run).name == steps.name_of(saved)
-    assert f"Stopped at step {saved} (SIGTERM)" in said and f"step {saved} is. Raise launch.grace_s" in said
+    assert (
+        f"Stopped at step {saved} (SIGTERM)" in said
+        and f"the last saved step is {saved}. To lose no steps, raise launch.grace_s" in said
+    )
 
     # A second signal, in the middle of the next save.
     child = fork(words, "run", within=slow_saves, step_s=0.05)
