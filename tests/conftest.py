@@ -19,4 +19,7 @@ if os.environ.get("STRATUM_TEST_TE") == "1":
 
     te_on_cpu.install()
 
-import train.megatron  # noqa: F401  after the stand-in for Transformer Engine, before any test imports Megatron
+# After the stand-in for Transformer Engine, which reports a GPU, and before any test imports Megatron.
+from train.megatron import use_device
+
+use_device(torch.device("cpu"))

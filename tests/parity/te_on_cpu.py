@@ -204,12 +204,12 @@ def generic_gemm(
     split_accumulator: bool,
     **others: Any,
 ) -> tuple[Any, torch.Tensor | None, None, None]:
-    """op(B) op(A) of high-precision matrices in fp32: cuBLAS's column-major product, read row-major."""
+    """op(B) op(A) in fp32: cuBLAS's column-major product, read row-major. FP8 codes are multiplied, the sum is scaled."""
     assert not gelu and others.get("comm_overlap") is None
-    lead = None if transpose_B else _plain(B).shape[:-1]
-    a, b = _plain(A), _plain(B)
+    (a, scale_a), (b, scale_b) = _codes(A), _codes(B)
+    lead = None if transpose_B else b.shape[:-1]
     a, b = a.reshape(-1, a.shape[-1]), b.reshape(-1, b.shape[-1])
-    y = (b.t() if transpose_B else b) @ (a.t() if transpose_A else a)
+    y = (b.t() if transpose_B else b) @ (a.t() if transpose_A else a) * (scale_a * scale_b)
     grad_bias = None
     if bias is not None:
         if grad:
@@ -279,9 +279,23 @@ def fp8_transpose(data: torch.Tensor, dtype: Any, out: Any = None) -> torch.Tens
     return data.reshape(-1, data.shape[-1]).t().contiguous()
 
 
-def _plain(tensor: Any) -> torch.Tensor:
-    """fp32 values of a plain tensor or of FP8 storage, whichever way round it is kept."""
+def scaled_mm(
+    a: torch.Tensor, b: torch.Tensor, *, scale_a: Any, scale_b: Any, out_dtype: Any, **_: Any
+) -> torch.Tensor:
+    """`torch._scaled_mm` of two FP8 matrices with a scale each: the product of the codes in fp32, scaled. (torch's own on a
+    CPU depends on the processor.)"""
+    return ((a.float() @ b.float()) * (float(scale_a) * float(scale_b))).to(out_dtype)
+
+
+def _codes(tensor: Any) -> tuple[torch.Tensor, float]:
+    """fp32 values of FP8 storage, whichever way round it is kept, and their scale; of a plain tensor itself and 1."""
     if not hasattr(tensor, "_fp8_dtype"):
-        return tensor.float()
+        return tensor.float(), 1.0
     data = tensor._data if tensor._data is not None else tensor._transpose.t().contiguous()
-    return data.view(_FP8[int(tensor._fp8_dtype)]).float() * tensor._scale_inv
+    return data.view(_FP8[int(tensor._fp8_dtype)]).float(), float(tensor._scale_inv)
+
+
+def _plain(tensor: Any) -> torch.Tensor:
+    """fp32 values that a plain tensor or FP8 storage stands for."""
+    codes, scale = _codes(tensor)
+    return codes * scale

@@ -14,11 +14,13 @@ from typing import Any
 import pytest
 import torch
 from matrices import matrices, same
+from parity import te_on_cpu
 
 from recipes.schema.precision import PrecisionConfig
 from recipes.schema.scaling import E2M1, E4M3, E5M2, LINEARS, Operand, scaling_of
 from train.checkpoint.manager import CheckpointFolder
 from train.checkpoint.manifest import RunState
+from train.precision import quantize as quantize_module
 from train.precision.quantize import hadamard_matrix, quantize, scale_from_history
 
 pytestmark = [
@@ -29,6 +31,8 @@ pytestmark = [
 ]
 TORCH = {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}
 CURRENT = "transformer_engine.pytorch.custom_recipes.reference_current_scaling.current_scaling_ref_factory"
+NVFP4_MOST = 6.0 * 448.0
+"""Largest magnitude of NVFP4 with a tensor scale of 1."""
 NVFP4 = "transformer_engine.pytorch.custom_recipes.reference_nvfp4.nvfp4_ref_rht_2d_factory"
 
 
@@ -37,6 +41,7 @@ def same_arithmetic(monkeypatch: pytest.MonkeyPatch) -> None:
     """Our side multiplies and norms by the torch operations that the stand-in uses: one last bit flips FP8 codes. Our own
     products and kernels are held to float64 elsewhere (tests/model/test_passes.py)."""
     monkeypatch.setattr("train.native.gemm._goes_to_onednn", lambda a, b: False)
+    monkeypatch.setattr("torch._scaled_mm", te_on_cpu.scaled_mm)
     monkeypatch.setattr("train.native.passes.usable", lambda x: False)
 
 
@@ -260,12 +265,19 @@ def _train(
         }
     )
     torch.set_num_threads(1)
+    scale_of = quantize_module._nvfp4_tensor_scale
     nearest = functools.wraps(scaling_of)(lambda *args: (s := scaling_of(*args)) and _nearest(s))
     layout = check(recipe, world=1)
     with (
         mesh_of(recipe, layout, device=torch.device("cpu"), rank=0) as mesh,
         mock.patch("train.build.choose_backend", lambda precision, device: chosen),
         mock.patch("recipes.schema.scaling.scaling_of", nearest),
+        mock.patch("train.precision.quantize.rotate", _rotate_by_product),
+        mock.patch(
+            "train.precision.quantize._nvfp4_tensor_scale",
+            lambda amax, format: (*scale_of(amax, format)[:2], amax / NVFP4_MOST),  # unrounded, for `_block_by_block`
+        ),
+        mock.patch("train.precision.emulated.multiply", _block_by_block if scaling == "nvfp4" else _scaled_product),
     ):
         engine = build_engine(recipe, mesh)
         names = {name: tuple(p.shape) for name, p in engine.chunks[0].module.named_parameters()}
@@ -286,6 +298,26 @@ def _train(
             folder.load(fresh, folder.path_of(2))
             return whole, steps_of(fresh, recipe, range(2, 4))
         return steps_of(engine, recipe, range(4)), names, kinds
+
+
+def _scaled_product(a: torch.Tensor, b: torch.Tensor, *, factor: float = 1.0) -> torch.Tensor:
+    """The product of the codes, then the scales of both: the order of the stand-in."""
+    return (a @ b) * factor
+
+
+def _block_by_block(a: torch.Tensor, b: torch.Tensor, *, factor: float = 1.0) -> torch.Tensor:
+    """The order of Transformer Engine's reference for NVFP4: exact products of blocks of 16, added up one after the other, then
+    scaled by (amax of a x amax of b) / (6 x 448)^2 in fp32."""
+    blocks = (a[:, start : start + 16] @ b[start : start + 16] for start in range(0, a.shape[1], 16))
+    return torch.div(torch.tensor(factor * NVFP4_MOST**2), NVFP4_MOST**2) * sum(
+        blocks, torch.zeros(a.shape[0], b.shape[1])
+    )
+
+
+def _rotate_by_product(x: torch.Tensor, *, torch_only: bool = False) -> torch.Tensor:
+    """NVFP4's rotation by the product of Transformer Engine's reference, whose sums round in another order than ours."""
+    matrix = hadamard_matrix().to(x.dtype)
+    return (x.t().contiguous().view(-1, len(matrix)) @ matrix).view(x.shape[1], x.shape[0]).t().contiguous().float()
 
 
 def _scales(engine: Any) -> dict[str, list[float]]:
@@ -452,7 +484,6 @@ def test_the_pinned_versions_have_every_name_we_rely_on(te: Any) -> None:
     from megatron.core.extensions import transformer_engine as modules
     from megatron.core.optimizer import OptimizerConfig
     from megatron.core.transformer import TransformerConfig
-    from parity import te_on_cpu
     from tiny import TINY
     from transformer_engine.common import recipe
     from transformer_engine.pytorch import constants
