@@ -18,16 +18,16 @@ test-slow: setup ## the slow tests
 	@OMP_NUM_THREADS=1 $(PY) -m pytest -q -m slow
 
 test-slurm: setup ## real Slurm on this machine, several nodes: continuation, time limits, bit for bit (installs slurm-wlm as root)
-	@bash tests/launch/install_slurm.sh
-	@OMP_NUM_THREADS=1 $(PY) -m pytest -q -rs -m "slow or not slow" tests/launch/test_slurm_continuation.py tests/launch/test_slurm_training.py
+	@bash tests/launch/slurm/install_slurm.sh
+	@OMP_NUM_THREADS=1 $(PY) -m pytest -q -rs -m "slow or not slow" tests/launch/slurm/test_slurm_continuation.py tests/launch/slurm/test_slurm_training.py
 
 test-oracle: setup ## compare with mamba-ssm's Triton kernels, torchao and Transformer Engine, on the CPU; data behind S3 and gs://
 	@bash tests/parity/install.sh
-	@bash tests/data/install_clouds.sh
+	@bash tests/data/sources/install_clouds.sh
 	@OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(PY) -m pytest -q -m oracle tests/parity/test_mamba_ssm.py
 	@OMP_NUM_THREADS=1 $(PY) -m pytest -q -m oracle tests/parity/test_torchao.py
 	@STRATUM_TEST_TE=1 OMP_NUM_THREADS=1 $(PY) -m pytest -q -m oracle tests/parity/test_te.py
-	@OMP_NUM_THREADS=1 $(PY) -m pytest -q -m oracle tests/data/test_clouds.py
+	@OMP_NUM_THREADS=1 $(PY) -m pytest -q -m oracle tests/data/sources/test_clouds.py
 
 check: setup ## format, lint, types, architecture rules (under a minute)
 	@$(PY) -m ruff format --check .

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from hypothesis import strategies as st
-from objective.teachers import TEACHER, save_teacher
 from shards import random_documents, write_folder
+from teachers import TEACHER, save_teacher
 from tiny import RECIPE
 
 from recipes.schema.data import PhaseConfig, SourceConfig

@@ -1,4 +1,4 @@
-"""A real Slurm of several nodes on this machine, started and stopped by the tests (tests/launch/slurm_rig.sh)."""
+"""A real Slurm of several nodes on this machine, started and stopped by the tests (tests/launch/slurm/slurm_rig.sh)."""
 
 import os
 import random
@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-SCRIPT = Path(__file__).parent / "launch" / "slurm_rig.sh"
+SCRIPT = Path(__file__).parent / "launch" / "slurm" / "slurm_rig.sh"
 
 
 def reason_to_skip() -> str | None:

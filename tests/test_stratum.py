@@ -14,7 +14,7 @@ from pathlib import Path
 import matplotlib.pyplot  # noqa: F401  here, so that the processes forked below need not import it
 import pytest
 import yaml
-from compress.little import lay_out
+from pruning_folder import lay_out
 from ranks import run_ranks
 
 from train import run as _assembly  # noqa: F401  likewise

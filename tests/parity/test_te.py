@@ -39,7 +39,7 @@ NVFP4 = "transformer_engine.pytorch.custom_recipes.reference_nvfp4.nvfp4_ref_rht
 @pytest.fixture(autouse=True)
 def same_arithmetic(monkeypatch: pytest.MonkeyPatch) -> None:
     """Our side multiplies and norms by the torch operations that the stand-in uses: one last bit flips FP8 codes. Our own
-    products and kernels are held to float64 elsewhere (tests/model/test_passes.py)."""
+    products and kernels are held to float64 elsewhere (tests/train/model/test_passes.py)."""
     monkeypatch.setattr("train.native.gemm._goes_to_onednn", lambda a, b: False)
     monkeypatch.setattr("torch._scaled_mm", te_on_cpu.scaled_mm)
     monkeypatch.setattr("train.native.passes.usable", lambda x: False)

@@ -1,0 +1,156 @@
+"""Real training over two nodes of a real Slurm: stopped by a signal, or by its time limit, requeued, resumed, finished.
+
+The end is compared bit for bit with a run of `stratum launch local` that nothing disturbed.
+"""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+from slurm_rig import slurm_rig, wait_for
+from texts import VOCAB, config_of
+
+from data.prepare import prepare
+from launch.queue import look_up, send_signal
+from launch.runs import RunFolder
+from launch.slurm.command import active_jobs, job_numbers
+from recipes.schema.run_folder import METRICS, read_metrics
+
+ROOT = Path(__file__).resolve().parents[3]
+RECIPE = [
+    "-cn", "smoke", "model.pattern=M*-", "model.hidden=32", "model.ffn=64", "model.heads=2", "model.kv_heads=2",
+    "model.head_dim=16", "model.mamba_heads=4", "model.mamba_head_dim=8", "model.mamba_state=8", f"model.vocab={VOCAB}",
+    "precision.scaling=none", "model.mamba_chunk=8",
+    "run.global_rows=4", "run.microbatch_rows=2", "run.threads=1", "schedule.warmup=2",
+    "schedule.decay=4", "evaluate.every_steps=0", "evaluate.rows_per_source=2", "telemetry.log_every_steps=1",
+    "telemetry.tensorboard=false", "launch.timeout_s=120", "precision=fp32",
+]  # fmt: skip
+
+
+@pytest.fixture
+def words(tmp_path: Path) -> list[str]:
+    """A tiny recipe over this test's own data."""
+    (tmp_path / "verse").mkdir()
+    for index in range(12):
+        lines = [f"line {index} {n}: the quick brown fox {n * index} naïve dogs\n" for n in range(20)]
+        (tmp_path / "verse" / f"{index:02d}.txt").write_text("".join(lines))
+    records = [json.dumps({"content": f"def f{n}(x):\n    return x + {n}\n"}) + "\n" for n in range(180)]
+    (tmp_path / "code.jsonl").write_text("".join(records))
+    config = config_of(tmp_path)
+    prepare(config, console=Console(quiet=True))
+    sources = [f"~data.sources.{name}" for name in ("shakespeare", "python")]
+    for name, source in config.sources.items():
+        fields = {"path": source.path, "weight": source.weight, "text_field": source.text_field}
+        sources += [f"+data.sources.{name}.{key}={value}" for key, value in fields.items()]
+    data = [
+        f"data.folder={config.folder}", f"data.tokenizer.vocab_size={VOCAB}", f"data.row_tokens={config.row_tokens}",
+        f"data.heldout_fraction={config.heldout_fraction}",
+    ]  # fmt: skip
+    return [*RECIPE, *sources, *data, f"run.folder={tmp_path}"]
+
+
+def launch(*words: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "train.stratum", *words],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def finish(child: subprocess.Popen[str], timeout_s: float = 300) -> str:
+    output, _ = child.communicate(timeout=timeout_s)
+    assert child.returncode == 0, output
+    return output
+
+
+def record(run: RunFolder) -> tuple[dict[int, tuple[float, float]], dict[str, float]]:
+    """The last loss and gradient norm of each step, and the last held-out scores: all exact."""
+    lines = read_metrics(run.path / METRICS)
+    steps = {line["step"]: (line["loss"], line["grad_norm"]) for line in lines if line["kind"] == "step"}
+    return steps, [line["bits_per_byte"] for line in lines if line["kind"] == "evaluation"][-1]
+
+
+def compare(disturbed: RunFolder, whole: RunFolder, *, steps: int) -> None:
+    assert sorted(record(whole)[0]) == list(range(1, steps + 1))
+    assert record(disturbed) == record(whole), "the end must be the same to the last bit"
+
+
+def submit(words: list[str], name: str, *more: str) -> RunFolder:
+    output = finish(
+        launch("launch", "slurm", *words, f"run.name={name}", "launch.nodes=2", "launch.processes=1", *more)
+    )
+    assert output.startswith("Submitted job "), output
+    return RunFolder(Path(words[-1].partition("=")[2]) / name)
+
+
+def test_two_nodes_train_stop_at_a_signal_are_requeued_and_end_as_if_nothing_had_happened(
+    words: list[str], tmp_path: Path
+) -> None:
+    more = ("run.steps=60", "checkpoint.every_steps=20")
+    with slurm_rig(2):
+        run = submit(words, "disturbed", *more, "launch.slurm.time_limit_minutes=30")
+        whole = launch("launch", "local", *words, "run.name=whole", "--nproc", "2", *more)
+        (number,) = job_numbers(run)
+        wait_for(lambda: (progress := run.progress()) is not None and progress.step >= 3)
+        send_signal(number, "USR1")  # what Slurm itself sends before the time limit
+        wait_for(lambda: not active_jobs(run))
+        (job,) = look_up([number])
+    local = finish(whole)
+    assert "launch: 2 processes (TP1 PP1 DP2), logs in" in local and "Finished at step 60" in local
+    log = (run.logs / f"slurm-{number}.log").read_text()
+    assert (job.state, job.restarts) == ("COMPLETED", 1), log
+    assert "again: time was up" in log
+    compare(run, RunFolder(tmp_path / "whole"), steps=60)
+
+
+def test_an_array_job_prepares_the_same_data_also_when_a_task_is_killed(words: list[str], tmp_path: Path) -> None:
+    """Three tasks of several shards side by side, one killed at work and requeued: byte for byte what one process makes."""
+    whole, folder = tmp_path / "by_one", tmp_path / "by_tasks"
+    words = [word for word in words if not word.startswith("data.folder=")] + ["data.shard_bytes=2500"]
+    prepare(replace(config_of(tmp_path), folder=str(whole), shard_bytes=2500), console=Console(quiet=True))
+    assert len(list(whole.rglob("*.train.bin"))) > 6
+    with slurm_rig(2):
+        output = finish(launch("launch", "slurm", *words, f"data.folder={folder}", "--prepare", "--tasks", "3"))
+        assert "(3 tasks)" in output, output
+        (number,) = re.findall(r"array job (\d+)", output)
+        task = f"{number}_1"
+
+        def shown(what: str) -> str:
+            command = ["scontrol", "show", "job", task]
+            text = subprocess.run(command, capture_output=True, text=True, check=False).stdout
+            return text.partition(f"{what}=")[2].split()[0] if f"{what}=" in text else ""
+
+        wait_for(lambda: shown("JobState") == "RUNNING")
+        subprocess.run(["scontrol", "requeue", task], check=True)
+        wait_for((folder / "manifest.json").exists, timeout_s=300)
+        assert shown("Restarts") == "1"
+    for suffix in ("*.bin", "*.idx", "*.origins", "tokenizer.json", "manifest.json"):
+        made = {path.relative_to(folder): path.read_bytes() for path in folder.rglob(suffix)}
+        assert made and made == {path.relative_to(whole): path.read_bytes() for path in whole.rglob(suffix)}
+
+
+@pytest.mark.slow
+def test_a_job_is_ended_by_its_time_limit_and_the_run_is_finished_by_the_next(words: list[str], tmp_path: Path) -> None:
+    """One minute a job: Slurm sends SIGUSR1 25 to 55 s after the start. Also: tensor parallel over the two nodes."""
+    more = ("run.steps=2500", "checkpoint.every_steps=500", "parallel.tensor=2", "model.mamba_groups=2")
+    with slurm_rig(2):
+        limits = ("launch.slurm.time_limit_minutes=1", "launch.slurm.save_before_end_s=5")
+        run = submit(words, "disturbed", *more, *limits)
+        (number,) = job_numbers(run)
+        wait_for(lambda: not active_jobs(run), timeout_s=900)
+        (job,) = look_up([number])
+    whole = launch("launch", "local", *words, "run.name=whole", *more)
+    assert "TP2" in finish(whole, timeout_s=900)
+    log = (run.logs / f"slurm-{number}.log").read_text()
+    assert job.state == "COMPLETED" and job.restarts >= 1, log
+    assert log.count("again: time was up") >= 1
+    compare(run, RunFolder(tmp_path / "whole"), steps=2500)

