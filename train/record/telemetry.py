@@ -59,7 +59,7 @@ class Telemetry:
         """reduce: sums a tensor over all ranks, in place; collective. peak_flops: of all devices together.
         precision_at: text about the precision of a step that starts after this many tokens.
 
-        first_step: steps already finished. kernels: which CPU kernels the ranks run (`train.native.forms`).
+        first_step: steps already finished. kernels: which CPU kernels the ranks run (`train.native.kernel_versions`).
 
         Raises StratumError if metrics.jsonl cannot be written.
         """
