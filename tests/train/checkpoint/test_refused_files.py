@@ -15,7 +15,7 @@ import pytest
 from crashes import SMALL, Act, contents, train_on
 from ranks import run_ranks
 from test_fault_matrix import DAMAGE
-from unprivileged import folder_for_anyone, unprivileged
+from unprivileged import folder_for_anyone, give_to_nobody, load_kernels, unprivileged
 
 from recipes.schema import checkpoint_steps as steps
 from recipes.schema.errors import CheckpointError
@@ -27,11 +27,21 @@ OLD, NEW = 2, 4
 KEEP_ONE = replace(SMALL, checkpoint=replace(SMALL.checkpoint, keep_last=1))
 
 
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Steps 2 and 4 of two ranks."""
+    folder = tmp_path_factory.mktemp("pair")
+    run_ranks(2, train_on, 2, folder, NEW)
+    return folder
+
+
 @pytest.fixture
-def folder() -> Iterator[Path]:
-    """Steps 2 and 4 of two ranks, of an unprivileged user."""
+def folder(pair: Path) -> Iterator[Path]:
+    """The same, owned by an unprivileged user."""
+    load_kernels()
     with folder_for_anyone() as parent:
-        run_ranks(2, train_unprivileged, 2, parent / "checkpoints", NEW)
+        shutil.copytree(pair, parent / "checkpoints")
+        give_to_nobody(parent)
         yield parent / "checkpoints"
 
 
@@ -215,13 +225,6 @@ EDITS: dict[str, Callable[[Path], None]] = {
     ),
     "format of another size": lambda new: edit_records(new, lambda t: t["random.00001.torch"].update(dtype="I8")),
 }
-
-
-@pytest.fixture(scope="module")
-def pair(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("pair")
-    run_ranks(2, train_on, 2, folder, NEW)
-    return folder
 
 
 @pytest.mark.parametrize("edit", EDITS)
