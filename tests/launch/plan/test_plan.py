@@ -115,9 +115,7 @@ def test_a_source_that_runs_out_is_found_where_the_data_is_prepared(
     status, found, _ = plan(capsys, *words, "run.steps=33", "data.on_exhausted=continue")
     assert status == 1 and any("every source that is drawn at row 260" in one for one in found["problems"])
     status, found, _ = plan(capsys, *words, "+data.sources.more.path=nowhere")
-    assert status == 1 and any(
-        "holds no source more (it holds shakespeare, python)" in one for one in found["problems"]
-    )
+    assert status == 1 and any("has no source more (it has shakespeare, python)" in one for one in found["problems"])
 
 
 def test_a_teacher_takes_its_place_and_time_on_the_last_stage(tmp_path: Path) -> None:
