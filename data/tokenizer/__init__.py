@@ -53,7 +53,9 @@ class Tokenizer:
         special = self._backend.special
         if name not in special:
             names = list(special)
-            some = ", ".join(names[:12]) + (f", ... ({len(names):,} in all)" if len(names) > 12 else "")
+            some = ", ".join(printable(known, most=60) for known in names[:12]) + (
+                f", ... ({len(names):,} in all)" if len(names) > 12 else ""
+            )
             raise DataError(
                 f"the tokenizer has no special token {name!r}. Set data.tokenizer.{field} to one it has: {some or 'it has none'}."
             )
