@@ -5,13 +5,14 @@ runs/NAME/logs/ATTEMPT/rank-00000.log  failure-00003.json         one folder for
 runs/NAME/logs/job.sh  jobs  slurm-JOB.log  stop                  `stratum launch slurm`: the script, its job numbers, its output
 """
 
+import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
 from recipes.schema.errors import CheckpointError, RecipeError
 from recipes.schema.options import is_run
-from recipes.schema.run_folder import CHECKPOINTS, METRICS, last_metrics, recipe_in, step_of, steps_in
+from recipes.schema.run_folder import CHECKPOINTS, METRICS, as_number, last_metrics, recipe_in, step_of, steps_in
 
 
 @dataclass(frozen=True)
@@ -70,14 +71,16 @@ class RunFolder:
         if not steps:
             return None
         last, total = steps[-1], self.total_steps()
+        for line in steps[-50:]:
+            line["time"] = as_number(line["time"])
         before = [line for line in steps[-50:] if line["step"] < last["step"] and line["time"] < last["time"]]
         pace = (last["time"] - before[0]["time"]) / (last["step"] - before[0]["step"]) if before else None
         left = None if total is None or pace is None else pace * max(0, total - last["step"])
         return Progress(
             step=last["step"],
             total_steps=total,
-            loss=float(last["loss"]),
-            tokens_per_s=float(last["tokens_per_s"]),
+            loss=as_number(last["loss"]),
+            tokens_per_s=as_number(last["tokens_per_s"]),
             seconds_left=left,
             age_s=max(0.0, time.time() - last["time"]),
         )
@@ -85,9 +88,11 @@ class RunFolder:
     def longest_stop_s(self) -> float:
         """The longest step and the longest save on record together: what a run needs to stop in good order."""
         lines = last_metrics(self.path / METRICS)
-        steps = [line.get("step_s", 0.0) for line in lines if line.get("kind") == "step"]
-        saves = [line["seconds"] for line in lines if line.get("kind") == "phase" and line.get("name") == "saving"]
-        return max(steps, default=0.0) + max(saves, default=0.0)
+        steps = [as_number(line.get("step_s")) for line in lines if line["kind"] == "step"]
+        saves = [
+            as_number(line.get("seconds")) for line in lines if line["kind"] == "phase" and line.get("name") == "saving"
+        ]
+        return sum(max(filter(math.isfinite, times), default=0.0) for times in (steps, saves))
 
 
 def runs_in(folder: Path) -> list[RunFolder]:

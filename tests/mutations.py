@@ -69,7 +69,7 @@ def mutated_value(value: Any, rng: random.Random) -> Any:
             owner[rng.choice(("", "extra", "\x1b[31m"))] = owner.pop(key)
         case 3:
             deep: Any = []
-            for _ in range(500):
+            for _ in range(300):  # deeper ones cannot be copied by a second change
                 deep = [deep]
             owner[key] = deep
         case _:

@@ -146,7 +146,12 @@ def literal(value: Any) -> Any:
 
 def in_markdown(text: str, *, most: int = 300) -> str:
     """A text for one cell or line of Markdown: no markup, no HTML, no line break of it has an effect."""
-    return re.sub(r"([\\`*_{}\[\]()#+!|~&<>$])", lambda found: f"&#{ord(found[1])};", printable(text, most=most))
+    # An underscore between letters or digits is not markup, and names are full of them.
+    return re.sub(
+        r"((?<![A-Za-z0-9])_|_(?![A-Za-z0-9])|[\\`*{}\[\]()#+!|~&<>$])",
+        lambda found: f"&#{ord(found[1])};",
+        printable(text, most=most),
+    )
 
 
 def _is_control(character: str) -> bool:
