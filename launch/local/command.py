@@ -17,7 +17,7 @@ from launch.compose import checked_layout, compose, run_folder
 from launch.facts import fp32_block_scales_of
 from launch.lease import LeaseError, current_owner, refusal
 from launch.local.continuation import decide
-from launch.local.failures import tell
+from launch.local.failures import failure_message
 from launch.local.supervise import StopRequest, run_attempt, say
 from launch.runs import RunFolder
 from recipes.schema import units
@@ -110,7 +110,7 @@ def run_to_end(
                 use_terminal=use_terminal,
             )
             if end.failures:
-                say(tell(logs, end.failures, seen_live=shown))
+                say(failure_message(logs, end.failures, seen_live=shown))
             if end.status == 0 or stop.received:
                 return end.status
             decision = decide(

@@ -231,7 +231,7 @@ def test_of_two_submissions_at_once_one_is_refused(tmp_path: Path, monkeypatch: 
         process.join()
     assert sorted(what for what, _ in found) == ["job", "refused", "refused", "refused"], found
     assert (tmp_path / "submitted").read_text() == "x\n" and (run.logs / "jobs").read_text() == "12\n"
-    with pytest.raises(SlurmError, match=r"job 12 of .* is pending already"):
+    with pytest.raises(SlurmError, match=r"job 12 of .* is already pending"):
         submit_run(run, replace(CPU, folder=str(run.path)), keep_code=False)
     take(run.path / FOLDER, what="a")
     with pytest.raises(LeaseError, match="belongs to process"):

@@ -60,7 +60,7 @@ def test_without_an_answer_of_slurm_the_folders_are_shown(
         "asked once, not once a run"
     )
     assert said.count("step 30 of 100") == 2 and said.count("newest checkpoint: step_00000020") == 2
-    assert "whether a job of it waits is not known without Slurm's answer" in said
+    assert "whether a job of it waits is unknown, because Slurm did not answer" in said
     assert "has had no answer for 0.5 s" in asked.problem and "dead:" not in said
 
 
@@ -82,7 +82,7 @@ def test_a_dead_run_is_called_dead(run: RunFolder, tmp_path: Path, monkeypatch: 
     owner.kill()
     owner.communicate()
     said = describe(run, Queue())
-    assert "dead: its trainer ended without giving the run back (killed, or its machine was lost)" in said
+    assert "dead: its trainer ended without releasing the run (killed, or its machine was lost)" in said
     (run.logs / NO_SUCCESSOR).write_text("sbatch: error: Access/permission denied\n")
     assert "could not be submitted from a compute node: sbatch: error: Access" in describe(run, Queue())
     lease.take(run.path / "lease", what="a").release()

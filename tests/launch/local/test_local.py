@@ -97,7 +97,7 @@ def test_the_first_error_shows_once_and_the_run_resumes(tmp_path: Path) -> None:
     failures = ("--fail", "1:15:raise", "--fail", "0:15:peer", "--fail", "2:15:peer")
     out, err = finish(start(run, 3, "--steps", "30", *failures), status=0)
     assert err.count("ValueError: rank 1 broke at step 15") == 1
-    assert "launch: rank 1" in err and "failed first, with status 1:" in err and "Ranks 0, 2 ended after it." in err
+    assert "launch: rank 1" in err and "failed first, with status 1:" in err and "Ranks 0, 2 failed after it." in err
     assert "Connection closed" not in out + err, "what follows from the first error stays in the logs"
     assert "runpy" not in err, "the traceback starts in the program"
     assert "failed with status 1 after a new checkpoint was written; starting again from step_00000010 at once" in err
@@ -110,7 +110,7 @@ def test_the_first_error_shows_once_and_the_run_resumes(tmp_path: Path) -> None:
 def test_restarts_are_counted_from_the_last_new_checkpoint_and_end(tmp_path: Path) -> None:
     run = tmp_path / "run"
     out, err = finish(start(run, 2, "--steps", "30", "--fail", "1:25:kill:always"), status=137)
-    assert "rank 1" in err and "SIGKILL (status 137; out of memory?), without a word." in err
+    assert "rank 1" in err and "SIGKILL (status 137; out of memory?), without a message." in err
     assert [f"restart {n} of 2" in err for n in (1, 2, 3)] == [True, True, False]
     assert "not started again: it failed with SIGKILL (status 137; out of memory?); 2 restarts in a row brought" in err
     assert out.count("starts after step 20") == 3, "one at once, two counted"

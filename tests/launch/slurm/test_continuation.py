@@ -9,10 +9,10 @@ from launch.local.failures import (
     SRUN_LOG,
     RankFailure,
     by_cause,
+    failure_message,
     log_of,
     read_failures,
     read_silent_failures,
-    tell,
     write_failure,
 )
 from launch.runs import RunFolder
@@ -77,22 +77,24 @@ def test_causes_come_before_consequences_whatever_the_clocks_say(tmp_path: Path)
     (tmp_path / "failure-00007.json").write_text('{"rank": 7, "sta')  # killed while writing
     failures = read_failures(tmp_path)
     assert [f.rank for f in failures] == [5, 0]
-    said = tell(tmp_path, failures)
+    said = failure_message(tmp_path, failures)
     assert said.startswith("rank 5 on n1 failed first, with status 1:\n    OutOfMemoryError") and "reset" not in said
 
 
 def test_the_last_message_in_a_log_is_the_error(tmp_path: Path) -> None:
     log_of(tmp_path, 3).write_text("error: an old one\nstep 1\nerror on rank 3: a=b is wrong.\nUse a=c.\n")
     failures = by_cause(tmp_path, [RankFailure(3, 2, 0.0)])
-    assert "    error on rank 3: a=b is wrong.\n    Use a=c.\n" in tell(tmp_path, failures)
+    assert "    error on rank 3: a=b is wrong.\n    Use a=c.\n" in failure_message(tmp_path, failures)
     log_of(tmp_path, 0).write_text("error: a=b is wrong.\nUse a=c.\n")
     failures.append(RankFailure(0, 2, 1.0))
-    assert "the error above" in tell(tmp_path, failures, seen_live=frozenset([0])), "rank 0 has shown the same"
+    assert "the error above" in failure_message(tmp_path, failures, seen_live=frozenset([0])), (
+        "rank 0 has shown the same"
+    )
 
 
 def test_a_long_traceback_is_shortened_to_its_end(tmp_path: Path) -> None:
     text = "\n".join(["Traceback (most recent call last):", *(f"  line {n}" for n in range(100)), "ValueError: x"])
-    said = tell(tmp_path, [RankFailure(0, 1, 0.0, "", text)]).splitlines()
+    said = failure_message(tmp_path, [RankFailure(0, 1, 0.0, "", text)]).splitlines()
     assert len(said) < 40 and said[1].strip().startswith("Traceback") and "ValueError: x" in said[-2]
 
 

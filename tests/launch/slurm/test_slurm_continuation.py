@@ -316,7 +316,7 @@ def test_cancel_of_a_run_without_jobs_says_so(stories: dict[str, Story]) -> None
     environment = os.environ.get("SLURM_CONF")
     assert environment, "the cluster still runs"
     result = launch("cancel", str(stories["requeued"].run.path))
-    assert result.returncode == 0 and "No job of" in result.stderr
+    assert result.returncode == 0 and "has no job that waits or runs" in result.stderr
 
 
 def test_names_and_options_reach_slurm_as_they_are_and_the_copy_of_the_code_runs(stories: dict[str, Story]) -> None:

@@ -7,6 +7,7 @@ import json
 import os
 import re
 import shlex
+import stat
 import subprocess
 import sys
 from dataclasses import replace
@@ -17,8 +18,16 @@ import pytest
 from launch.children import stratum
 from launch.compose import compose
 from launch.runs import RunFolder
-from launch.slurm.command import outside_folders, training_job
-from launch.slurm.job_script import Job, Preparation, preparation_script, training_script, without_gpus
+from launch.slurm.command import _write_script, outside_folders, training_job
+from launch.slurm.environment import ENVIRONMENT, changes, check, environment_text
+from launch.slurm.job_script import (
+    CREDENTIALS,
+    Job,
+    Preparation,
+    preparation_script,
+    training_script,
+    without_gpus,
+)
 from launch.slurm.job_times import advice
 from launch.slurm.snapshot import take_snapshot
 from recipes.schema.errors import RecipeError
@@ -102,6 +111,39 @@ def test_scripts_are_what_they_were_and_bash_understands_them(name: str, text: s
     subprocess.run(["bash", "-n"], input=text, text=True, check=True)
 
 
+def test_passwords_and_tokens_are_not_in_the_script_but_reach_the_trainer(tmp_path: Path) -> None:
+    secret = ["data.folder=https://me:pw9@host/set?token=abc", "data.sources.x.path='s3://b/f?sig=it`s'"]
+    words = ["-cn", "smoke", *secret, "run.steps=3"]
+    job = replace(CPU, words=words, python="python", folder=str(tmp_path / "a run"))
+    script = training_script(job)
+    assert not any(word in script for word in ("pw9", "abc", "it`s")) and "${credentials[1]}" in script
+    path = tmp_path / "a run" / "logs" / "job.sh"
+    path.parent.mkdir(parents=True)
+    assert _write_script(path, script, words).read_text() == script
+    assert stat.S_IMODE((path.parent / CREDENTIALS).stat().st_mode) == 0o600
+    result = run_with_stand_ins(script, tmp_path)
+    assert result.stdout.splitlines()[-len(words) :] == words, result
+    _write_script(path, script, ["-cn", "smoke"])
+    assert not (path.parent / CREDENTIALS).exists(), "no old password is left"
+    prepare = preparation_script(replace(PREPARE, words=words))
+    assert "pw9" not in prepare and f". data/web/logs/{CREDENTIALS}" in prepare
+
+
+def test_a_job_says_which_packages_changed_since_submission(tmp_path: Path) -> None:
+    before = "python==3.12.3\nnumpy==2.3.0\ntorch==2.14.1\nold==1.0\n"
+    now = "python==3.12.3\nnumpy==2.3.0\ntorch==2.15.0\nnew==0.1\n"
+    assert changes(before, now) == ["new 0.1 added", "old 1.0 removed", "torch 2.14.1 -> 2.15.0"]
+    path = tmp_path / ENVIRONMENT
+    assert check(path) == "" and path.read_text() == environment_text(), "in a container the first job writes the list"
+    assert check(path) == ""
+    path.write_text(re.sub(r"^torch==.*$", "torch==1.0", environment_text(), flags=re.MULTILINE))
+    (line,) = check(path).splitlines()
+    assert line.startswith("warning: packages changed since this run was submitted") and "torch 1.0 -> 2." in line
+    path.unlink()
+    os.mkfifo(path)
+    assert "is unknown" in check(path)
+
+
 @pytest.mark.parametrize("kind", ["none", "pyxis", "apptainer"])
 def test_every_word_reaches_the_trainer_as_it_was(kind: str, tmp_path: Path) -> None:
     """The script, run by bash with stand-ins for Slurm's commands that print their words, one a line."""
@@ -123,7 +165,8 @@ def run_with_stand_ins(script: str, tmp_path: Path, **environment: str) -> subpr
     commands = tmp_path / "bin"
     commands.mkdir(exist_ok=True)
     (tmp_path / "a run" / "logs").mkdir(parents=True, exist_ok=True)
-    programs = {name: 'printf "%s\\n" "$@"' for name in ("srun", "apptainer", "python")}
+    line = 'case "$*" in *launch.slurm.environment*) ;; *) printf "%s\\n" "$@" ;; esac'
+    programs = {name: line for name in ("srun", "apptainer", "python")}
     programs["scontrol"] = "echo 'NodeName=n1 Arch=x86_64 NodeAddr=10.0.0.7 NodeHostName=n1'"
     for name, line in programs.items():
         (commands / name).write_text(f"#!/bin/bash\n{line}\n")
@@ -220,7 +263,11 @@ def test_a_requeued_job_runs_the_code_it_was_submitted_with(tmp_path: Path) -> N
     mine = tmp_path / "mine"
     mine.mkdir()
     (mine / "a.yaml").write_text("x: 1\n")
-    code = take_snapshot(tmp_path / "logs", ["--config-dir=" + str(mine), "-cn", "a", "--config-dir", str(mine)])
+    code = take_snapshot(
+        tmp_path / "logs",
+        ["--config-dir=" + str(mine), "-cn", "a", "--config-dir", str(mine)],
+        with_environment=True,
+    )
     assert code.words == [f"--config-dir={code.folder}/config-0", "-cn", "a", "--config-dir", f"{code.folder}/config-1"]
     (mine / "a.yaml").write_text("x: 2\n")
     assert (code.folder / "config-0" / "a.yaml").read_text() == "x: 1\n"
@@ -250,11 +297,11 @@ def test_a_run_that_its_plan_refuses_is_not_submitted(tmp_path: Path) -> None:
     command = stratum("launch", "slurm", *words, f"run.folder={tmp_path}")
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert result.returncode == 2 and "on 4 h100 GPUs this run would fail:" in result.stderr, result.stderr
-    assert "GiB" in result.stderr and "--force submits all the same" in result.stderr
+    assert "GiB" in result.stderr and "--force submits anyway" in result.stderr
     assert not list(tmp_path.iterdir()), "nothing is written"
     forced = subprocess.run([*command, "--force"], cwd=ROOT, capture_output=True, text=True, check=False, env=NO_SLURM)
     assert "warning: on 4 h100 GPUs this run would fail (--force)" in forced.stderr
-    assert forced.returncode == 2 and "is not on this machine" in forced.stderr
+    assert forced.returncode == 2 and "is not installed on this machine" in forced.stderr
 
 
 def test_megatrons_launch_order_is_kept_however_gpus_are_asked_for() -> None:
@@ -282,10 +329,10 @@ def test_a_dry_run_says_how_many_jobs_the_run_will_take(tmp_path: Path) -> None:
     plan = subprocess.run(stratum("plan", *words, "--json"), cwd=ROOT, capture_output=True, text=True, check=True)
     found = json.loads(plan.stdout)
     jobs = found["step_time_s"] * found["steps"] / (240 * 60 - 300 - 300)
-    (told,) = re.findall(r"some ([\d,]+) jobs of 240 minutes", said)
+    (told,) = re.findall(r"about ([\d,]+) jobs of 240 minutes", said)
     assert abs(int(told.replace(",", "")) - jobs) <= 1
     short = advise(tmp_path, *words, "launch.slurm.save_before_end_s=2")
-    assert "is short of twice a step and a save" in short and "Use launch.slurm.save_before_end_s=60" in short
+    assert "is less than twice a step and a save" in short and "Use launch.slurm.save_before_end_s=60" in short
     assert "this run would fail" in advise(tmp_path, *words, "--device", "a10g")
 
 
@@ -302,6 +349,6 @@ def test_a_dry_run_goes_by_the_runs_own_record(tmp_path: Path) -> None:
     ] + [{"kind": "phase", "name": "saving", "seconds": 200.0}]
     (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     said = advice(read("-cn", "smoke", "run.name=old", "run.steps=1200"), RunFolder(run), world=1, device="h100")
-    assert "By the run's own record: 10 s a step, 1,000 steps left: 2.8 h. One job does it" in said
+    assert "By the run's own record: 10 s a step, 1,000 steps left: 2.8 h. One job is enough" in said
     assert "launch.slurm.time_limit_minutes=220" in said, "3.5 hours, 300 s to start, 300 s to save"
     assert "twice a step and a save (420 s). Use launch.slurm.save_before_end_s=420" in said
