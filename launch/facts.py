@@ -6,8 +6,8 @@ from pathlib import Path
 from data.store.manifest import MANIFEST
 from recipes.schema.data import is_remote
 from recipes.schema.facts import Prepared, not_prepared, wants_fp32_block_scales
+from recipes.schema.launch_rules import environment_of, environment_problems
 from recipes.schema.recipe import Recipe
-from recipes.schema.rules import environment_of, environment_problems
 
 
 def prepared_of(recipe: Recipe) -> Prepared | None:

@@ -260,6 +260,8 @@ def _current(folder: Path) -> _Current | None:
             owner = _owner_from(read_json(path))
             return _Current(numbers[-1], owner, path.stat().st_mtime)
         except FileNotFoundError:
+            if path.is_symlink():
+                raise LeaseError(f"{path} is a link to nowhere. If no process trains in it, delete {folder}.") from None
             continue  # a newer owner has just removed it
         except (OSError, ValueError) as error:
             raise LeaseError(

@@ -8,11 +8,13 @@ from dataclasses import dataclass
 
 from launch.facts import fp32_block_scales_of, prepared_of
 from launch.plan.cost.device import Device
+from recipes.schema.credentials import without_credentials
 from recipes.schema.errors import Problem
 from recipes.schema.facts import Disk, Machine, Prepared, look
+from recipes.schema.launch_rules import script_problems
 from recipes.schema.layout import Layout
 from recipes.schema.recipe import Recipe
-from recipes.schema.rules import container_problems, notes, problems
+from recipes.schema.rules import notes, problems
 
 
 @dataclass(frozen=True)
@@ -77,7 +79,7 @@ def recipe_warnings(recipe: Recipe, layout: Layout, device: Device, facts: Facts
             "parallel.overlap_grad_reduce=false: gradients are reduced after the backward pass instead of during it."
         )
     found += [str(note) for note in notes(recipe, machine=facts.machine, prepared=facts.prepared)]
-    found += [f"`stratum launch slurm` would refuse: {problem}" for problem in container_problems(recipe)]
+    found += [f"`stratum launch slurm` would refuse: {problem}" for problem in script_problems(recipe)]
     if recipe.run.device == "cpu":
         found.append("run.device=cpu: the plan is for GPUs; this recipe will not use them.")
     if recipe.run.deterministic:
@@ -86,7 +88,7 @@ def recipe_warnings(recipe: Recipe, layout: Layout, device: Device, facts: Facts
         )
     if not facts.is_here:
         found.append(
-            f"data.folder={recipe.data.folder} holds no prepared data here: vocabulary, size and whatever else the recipe "
-            f"names on disk were not checked. `stratum prepare` makes it."
+            f"data.folder={without_credentials(recipe.data.folder)} has no prepared data here: its vocabulary and size, and "
+            f"other files that the recipe names, were not checked. `stratum prepare` prepares it."
         )
     return found

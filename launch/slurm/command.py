@@ -38,9 +38,9 @@ from launch.user_errors import exit_status
 from recipes.schema.errors import RecipeError, refuse
 from recipes.schema.facts import Machine
 from recipes.schema.foreign import read_bounded_text
+from recipes.schema.launch_rules import environment_of, script_problems, slurm_problems
 from recipes.schema.options import CommandParser
 from recipes.schema.recipe import Recipe
-from recipes.schema.rules import container_problems, environment_of, slurm_problems
 
 _EXAMPLES = """
 stratum launch slurm -cn smoke --dry-run                                show the script; needs no Slurm
@@ -235,7 +235,7 @@ def outside_folders(*paths: str | Path | None) -> list[str]:
 
 
 def _prepare(recipe: Recipe, words: list[str], *, tasks: int, dry_run: bool) -> int:
-    refuse(container_problems(recipe))
+    refuse(script_problems(recipe))
     if tasks < 1:
         raise RecipeError(f"--tasks={tasks}: use 1 or more")
     folder = Path(recipe.data.folder)

@@ -121,7 +121,7 @@ def pointed_at(folder: Path) -> str | None:
     try:
         with open_regular(folder / POINTER) as stream:
             return stream.read(_NAME_BYTES).decode(errors="replace").strip()
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
 
 

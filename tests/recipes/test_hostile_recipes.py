@@ -13,9 +13,9 @@ import yaml
 
 from recipes.schema.command import dotted_keys, run_command
 from recipes.schema.foreign import literal, parse_yaml, printable, read_bounded
+from recipes.schema.launch_rules import environment_problems
 from recipes.schema.read import read_recipe, recipe_mapping, recipe_yaml
 from recipes.schema.recipe import Recipe
-from recipes.schema.rules import environment_problems
 from recipes.schema.run_folder import recipe_in
 
 HEAD = "# @package _global_\n"

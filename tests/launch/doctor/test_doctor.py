@@ -33,6 +33,9 @@ def doctor(*words: str, cwd: Path = ROOT, flags: tuple[str, ...] = ("-S", "-E"))
 def bare_copy(folder: Path) -> Path:
     """The project as it is just after `git clone`: no environment."""
     shutil.copytree(ROOT / "launch", folder / "launch", ignore=shutil.ignore_patterns("__pycache__"))
+    (folder / "recipes" / "schema").mkdir(parents=True)
+    for name in ("recipes/__init__.py", "recipes/schema/__init__.py", "recipes/schema/units.py"):
+        shutil.copy(ROOT / name, folder / name)
     for name in ("pyproject.toml", "constraints.txt"):
         shutil.copy(ROOT / name, folder / name)
     return folder
@@ -135,13 +138,13 @@ def findings(machine: Machine, folder: Path) -> dict[str, Finding]:
 
 def test_a_gpu_node(gpu_machine: Machine, tmp_path: Path) -> None:
     found = findings(gpu_machine, tmp_path)
-    assert found["GPUs"] == Finding("GPU", "GPUs", "ok", "2 x NVIDIA H100 80GB HBM3 (80 GiB)")
+    assert found["GPUs"] == Finding("GPU", "GPUs", "ok", "2 x NVIDIA H100 80GB HBM3 (79.6 GiB)")
     assert (found["low precision"].state, found["low precision"].found) == ("ok", "FP8 (compute capability 9)")
     assert found["driver"].state == "ok" and "580.95.05" in found["driver"].found
     assert found["NVLink"].found == "18 links a pair"
     assert "mlx5_0:1 at 400 Gb/sec; down: mlx5_1:1" in found["RDMA ports"].found and found["RDMA ports"].remedy
     assert found["GPUDirect RDMA"].state == "absent" and "nvidia_peermem" in found["GPUDirect RDMA"].remedy
-    assert found["memory"].found == "1024.0 GiB", "the control group's, not the machine's"
+    assert found["memory"].found == "1,024 GiB", "the control group's, not the machine's"
 
 
 @pytest.mark.parametrize(

@@ -112,7 +112,7 @@ def test_restarts_are_counted_from_the_last_new_checkpoint_and_end(tmp_path: Pat
     out, err = finish(start(run, 2, "--steps", "30", "--fail", "1:25:kill:always"), status=137)
     assert "rank 1" in err and "SIGKILL (status 137; out of memory?), without a message." in err
     assert [f"restart {n} of 2" in err for n in (1, 2, 3)] == [True, True, False]
-    assert "not started again: it failed with SIGKILL (status 137; out of memory?); 2 restarts in a row brought" in err
+    assert "no restart: it failed with SIGKILL (status 137; out of memory?); 2 restarts in a row brought" in err
     assert out.count("starts after step 20") == 3, "one at once, two counted"
     none_left(run)
 
@@ -121,7 +121,7 @@ def test_a_mistake_of_the_user_is_said_once_and_not_tried_again(tmp_path: Path) 
     run = tmp_path / "run"
     _, err = finish(start(run, 2, "--fail", "1:3:error"), status=2)
     assert err.count("data.folder=nowhere is not there.") == 1
-    assert "not started again: the recipe, the data or the machine has to be changed first" in err
+    assert "no restart: the recipe, the data or the machine has to be changed first" in err
     assert len(attempts(run)) == 1
     _, err = finish(start(tmp_path / "other", 2, "--fail", "0:3:error"), status=2)
     assert err.startswith("error: no.\nlaunch: rank 0") and "the error above" in err and err.count("error: no.") == 1

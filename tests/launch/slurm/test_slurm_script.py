@@ -32,6 +32,7 @@ from launch.slurm.job_times import advice
 from launch.slurm.snapshot import take_snapshot
 from recipes.schema.errors import RecipeError
 from recipes.schema.launch import ContainerConfig, SlurmConfig
+from recipes.schema.launch_rules import script_problems
 from recipes.schema.recipe import Recipe
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -352,3 +353,20 @@ def test_a_dry_run_goes_by_the_runs_own_record(tmp_path: Path) -> None:
     assert "By the run's own record: 10 s a step, 1,000 steps left: 2.8 h. One job is enough" in said
     assert "launch.slurm.time_limit_minutes=220" in said, "3.5 hours, 300 s to start, 300 s to save"
     assert "twice a step and a save (420 s). Use launch.slurm.save_before_end_s=420" in said
+
+
+@pytest.mark.parametrize(
+    ("word", "said"),
+    [
+        ("launch.slurm.options='--comment=\"x'", "launch.slurm.options='--comment=\"x': No closing quotation"),
+        ("launch.slurm.setup='export HF_TOKEN=hf_abc'", "launch.slurm.setup gives a secret (HF_TOKEN)"),
+        ("launch.slurm.setup='export PROXY=https://me:pw@host'", "launch.slurm.setup gives a secret (PROXY)"),
+    ],
+)
+def test_what_no_script_can_contain_is_refused_before_it_is_written(word: str, said: str) -> None:
+    with pytest.raises(RecipeError) as refusal:
+        training_job(read("-cn", "smoke", word), [])
+    assert said in str(refusal.value) and "hf_abc" not in str(refusal.value) and "pw" not in str(refusal.value)
+    for fine in ("module load cuda", "export HF_TOKEN=$(cat ~/.token)", 'export X_KEY="$OTHER"'):
+        recipe = read("-cn", "smoke")
+        assert not script_problems(replace(recipe, launch=replace(recipe.launch, slurm=SlurmConfig(setup=fine))))
