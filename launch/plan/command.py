@@ -111,7 +111,6 @@ def _plan(recipe: Recipe, own: argparse.Namespace, notes: Sequence[str]) -> int:
 
 
 def _scale(recipe: Recipe, own: argparse.Namespace) -> int:
-
     points = scale(recipe, counts_of(own.scale), device=device_named(own.device), own=own)
     if own.json:
         sys.stdout.write(json.dumps({"points": scale_json(points)}) + "\n")
@@ -125,7 +124,6 @@ def _scale(recipe: Recipe, own: argparse.Namespace) -> int:
 
 
 def _search(recipe: Recipe, own: argparse.Namespace) -> int:
-
     found = search(recipe, world=world_of(recipe, own.gpus), device=device_named(own.device), top=own.top)
     if own.json:
         best = as_json(found.best[0].plan, ranks=False) if found.best else {"problems": list(found.rejected)}
@@ -152,7 +150,7 @@ def _search(recipe: Recipe, own: argparse.Namespace) -> int:
 
 
 def as_json(plan: Plan, *, ranks: bool) -> dict[str, Any]:
-    """A plan as one flat object; bytes, seconds, FLOPs in plain units unless the key says another."""
+    """A plan as one flat object; values are in bytes, seconds and FLOPs unless the key names another unit."""
     layout = plan.layout
     found: dict[str, Any] = {
         "parameters": plan.parameters,
@@ -196,7 +194,7 @@ def as_json(plan: Plan, *, ranks: bool) -> dict[str, Any]:
 
 
 def memory_parts(memory: RankMemory) -> dict[str, float]:
-    """Memory of a rank by what it holds, in bytes."""
+    """Memory of a rank by part, in bytes."""
     parts = asdict(memory)
     del parts["stage"], parts["in_flight"]
     return parts

@@ -32,7 +32,7 @@ def run(tmp_path: Path) -> RunFolder:
     (found.path / "metrics.jsonl").write_text("".join(STEP.format(n=n) for n in range(1, 31)))
     (found.path / "checkpoints" / "step_00000020").mkdir(parents=True)
     (found.logs / "jobs").write_text("6\n7\n")
-    (found.logs / "slurm-7.log").write_text("again: time was up\n")
+    (found.logs / "slurm-7.log").write_text("again: its time limit was near\n")
     log_of(attempt, 0).write_text("step 29\nstep 30\n")
     log_of(attempt, 1).write_text("hello of rank 1\n")
     (attempt / SRUN_LOG).write_text("srun: error: n1: task 1: Killed\n")
@@ -104,7 +104,7 @@ def test_logs_shows_the_newest_lines_and_follows(run: RunFolder, capsys: pytest.
     attempt = run.logs / "slurm-7-0"
     assert main([str(run.path), "-n", "1"]) == 0
     said = capsys.readouterr().out
-    assert "again: time was up" in said and "task 1: Killed" in said and "step 30" in said
+    assert "again: its time limit was near" in said and "task 1: Killed" in said and "step 30" in said
     assert "step 29" not in said and "rank 1" not in said
     assert logs_of(run, None)[-1] == log_of(attempt, 1)
     assert main([str(run.path), "--ranks", "x"]) == 2 and main(["nowhere"]) == 2

@@ -121,7 +121,7 @@ def test_a_mistake_of_the_user_is_said_once_and_not_tried_again(tmp_path: Path) 
     run = tmp_path / "run"
     _, err = finish(start(run, 2, "--fail", "1:3:error"), status=2)
     assert err.count("data.folder=nowhere is not there.") == 1
-    assert "no restart: the recipe, the data or the machine has to be changed first" in err
+    assert "no restart: the recipe, the data or the machine must be changed first" in err
     assert len(attempts(run)) == 1
     _, err = finish(start(tmp_path / "other", 2, "--fail", "0:3:error"), status=2)
     assert err.startswith("error: no.\nlaunch: rank 0") and "the error above" in err and err.count("error: no.") == 1

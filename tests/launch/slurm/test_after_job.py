@@ -41,7 +41,7 @@ def run(tmp_path: Path) -> RunFolder:
     ("status", "failures", "stopped", "job", "action", "words"),
     [
         (143, [KILLED], None, RUNNING, "again", "it failed with SIGKILL"),  # killed while the others started
-        (143, [], None, RUNNING, "again", "it failed with SIGTERM"),  # the same, where srun's words are not known
+        (143, [], None, RUNNING, "again", "it failed with SIGTERM"),  # the same, if srun's message is not known
         (143, [], None, LOST, "again", "a node was lost"),
         (0, [], 143, LOST, "again", "a node was lost"),  # the ranks took srun's SIGTERM for a request to stop
         (143, [], None, CANCELLED, "stop", "stopped by SIGTERM"),
@@ -50,7 +50,7 @@ def run(tmp_path: Path) -> RunFolder:
         (143, [], None, PREEMPTED, "again", "it ended before a new checkpoint"),
         (0, [], 138, RUNNING, "again", "it ended before a new checkpoint"),
         (0, [], 143, RUNNING, "stop", "stopped by SIGTERM"),  # scancel --signal=TERM
-        (2, [], None, RUNNING, "stop", "has to be changed first"),
+        (2, [], None, RUNNING, "stop", "must be changed first"),
         (0, [], None, RUNNING, "again", "it ended before"),
     ],
 )

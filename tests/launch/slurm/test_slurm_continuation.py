@@ -184,7 +184,7 @@ def test_time_is_up_and_the_same_job_continues_to_the_last_step(stories: dict[st
     assert (job.state, job.restarts) == ("COMPLETED", 1)
     assert story.run.checkpoint_step() == STEPS
     assert (
-        "again: time was up" in story.job_log
+        "again: its time limit was near" in story.job_log
         and "finished: finished; newest checkpoint: step_00000150" in story.job_log
     )
     assert story.rank_log(1).count("rank 1 of 2 starts after step") == 2, "two nodes, two jobs"
@@ -279,7 +279,7 @@ def test_a_mistake_is_not_tried_again(stories: dict[str, Story]) -> None:
     (job,) = story.notes["jobs"]
     assert (job.state, job.restarts) == ("FAILED", 0)
     assert "data.folder=nowhere is not there." in story.job_log
-    assert "stop: the recipe, the data or the machine has to be changed first" in story.job_log
+    assert "stop: the recipe, the data or the machine must be changed first" in story.job_log
 
 
 def test_two_jobs_never_write_into_one_run(stories: dict[str, Story]) -> None:

@@ -108,7 +108,7 @@ def test_two_nodes_train_stop_at_a_signal_are_requeued_and_end_as_if_nothing_had
     assert "launch: 2 processes (TP1 PP1 DP2), logs in" in local and "Finished at step 60" in local
     log = (run.logs / f"slurm-{number}.log").read_text()
     assert (job.state, job.restarts) == ("COMPLETED", 1), log
-    assert "again: time was up" in log
+    assert "again: its time limit was near" in log
     compare(run, RunFolder(tmp_path / "whole"), steps=60)
 
 
@@ -152,5 +152,5 @@ def test_a_job_is_ended_by_its_time_limit_and_the_run_is_finished_by_the_next(wo
     assert "TP2" in finish(whole, timeout_s=900)
     log = (run.logs / f"slurm-{number}.log").read_text()
     assert job.state == "COMPLETED" and job.restarts >= 1, log
-    assert log.count("again: time was up") >= 1
+    assert log.count("again: its time limit was near") >= 1
     compare(run, RunFolder(tmp_path / "whole"), steps=2500)
