@@ -1,4 +1,4 @@
-"""Run folders from strangers: `status`, `logs`, `cancel` and `launch local` neither hang, nor end in a traceback, nor pass
+"""Run folders from strangers: `status`, `logs`, `cancel` and `launch local` do not hang, do not end in a traceback, and pass no
 escape codes to the terminal."""
 
 import json

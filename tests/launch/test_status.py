@@ -1,4 +1,4 @@
-"""`stratum status` and `stratum logs`: what is on disk is always shown, within seconds, and a dead run is called dead."""
+"""`stratum status` and `stratum logs`: the content of the folder is always shown, within seconds; dead runs are called dead."""
 
 import json
 import os
@@ -40,7 +40,7 @@ def run(tmp_path: Path) -> RunFolder:
 
 
 def slurm(folder: Path, line: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Slurm's commands, all of them this one line of bash; each call leaves a line in `calls`."""
+    """Replace Slurm's commands by one line of bash; each call appends a line to `calls`."""
     (folder / "bin").mkdir()
     for name in ("scontrol", "squeue"):
         (folder / "bin" / name).write_text(f"#!/bin/bash\necho {name} >> {folder}/calls\n{line}\n")

@@ -1,6 +1,6 @@
-"""`stratum doctor` as a user runs it: with nothing installed, in the project's environment, on described GPU machines.
+"""`stratum doctor` as a user runs it: with nothing installed, in the project's environment, on simulated GPU machines.
 
-What nvidia-smi and the kernel say there is written as their documentation shows it; no such machine was at hand.
+The output of nvidia-smi and the kernel follows their documentation; no such machine was available.
 """
 
 import json
@@ -25,7 +25,7 @@ NIC0    PIX     PIX      X
 
 
 def doctor(*words: str, cwd: Path = ROOT, flags: tuple[str, ...] = ("-S", "-E")) -> subprocess.CompletedProcess[str]:
-    """The command in a Python that sees the standard library alone (-S: no site-packages)."""
+    """The command in a Python that sees only the standard library (-S: no site-packages)."""
     command = [sys.executable, *flags, "-m", "launch.doctor", *words]
     return subprocess.run(command, cwd=cwd, capture_output=True, text=True, check=False)
 
@@ -49,7 +49,7 @@ def test_with_nothing_installed_it_says_what_to_do(tmp_path: Path) -> None:
 
 
 def test_older_pythons_can_read_it() -> None:
-    """A person with Python 3.8 is to be told so, not to see a syntax error."""
+    """With Python 3.8 there must be a message, not a syntax error."""
     import ast
 
     for name in (
@@ -73,7 +73,7 @@ def test_in_the_projects_environment_nothing_is_wrong() -> None:
     assert by_name["disk"]["found"].endswith("GB free for runs")
 
 
-def test_on_a_cpu_machine_nothing_is_asked_for_that_only_gpus_or_other_systems_need() -> None:
+def test_on_a_cpu_machine_nothing_is_required_that_only_gpus_or_other_systems_need() -> None:
     if shutil.which("nvidia-smi"):
         pytest.skip("this machine has NVIDIA's driver")
     found = json.loads(doctor("--json", flags=()).stdout)["findings"]
@@ -119,7 +119,7 @@ def gpu_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Machine:
 
 
 def smi(tools: Path, rows: list[str]) -> None:
-    """An nvidia-smi that answers the three questions asked of it."""
+    """An nvidia-smi that answers doctor's three queries."""
     lines = "\n".join(rows)
     drivers = "\n".join(row.split(", ")[2] for row in rows)
     program = tools / "nvidia-smi"

@@ -1,6 +1,6 @@
-"""The text of Slurm scripts, compared with tests/launch/slurm/scripts/: a change there is a change users see in their jobs.
+"""The text of Slurm scripts, compared with tests/launch/slurm/scripts/: a change there is visible to users in their jobs.
 
-A wanted change is made there too: the failing test prints the new text.
+After an intended change, update the file: the failing test prints the new text.
 """
 
 import json
@@ -107,7 +107,7 @@ PREPARE = Preparation(
         ("prepare.sh", preparation_script(PREPARE)),
     ],
 )
-def test_scripts_are_what_they_were_and_bash_understands_them(name: str, text: str) -> None:
+def test_scripts_are_unchanged_and_valid_bash(name: str, text: str) -> None:
     assert (SCRIPTS / name).read_text() == text, f"if this is wanted, write it to {SCRIPTS / name}:\n{text}"
     subprocess.run(["bash", "-n"], input=text, text=True, check=True)
 
@@ -146,8 +146,8 @@ def test_a_job_says_which_packages_changed_since_submission(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("kind", ["none", "pyxis", "apptainer"])
-def test_every_word_reaches_the_trainer_as_it_was(kind: str, tmp_path: Path) -> None:
-    """The script, run by bash with stand-ins for Slurm's commands that print their words, one a line."""
+def test_every_word_reaches_the_trainer_unchanged(kind: str, tmp_path: Path) -> None:
+    """The script, run by bash with stand-ins for Slurm's commands that print their words, one on each line."""
     words = ["-cn", "smoke", 'launch.environment="A=1 B=2"', "data.sources.x.path=it's $HOME/*.txt", "a=[1,2]"]
     container = ContainerConfig(kind=kind, image="image") if kind != "none" else ContainerConfig()  # type: ignore[arg-type]
     job = replace(
@@ -185,7 +185,7 @@ def run_with_stand_ins(script: str, tmp_path: Path, **environment: str) -> subpr
 
 
 def test_a_requeued_job_has_a_port_of_its_own(tmp_path: Path) -> None:
-    """The old one may still be held by processes that are going."""
+    """Processes that are still ending may hold the old port."""
     script = training_script(replace(CPU, python="python", folder=str(tmp_path / "a run")))
     ports = [
         run_with_stand_ins(script, tmp_path, SLURM_RESTART_COUNT=str(n)).stdout.splitlines()[0].split()[1]
@@ -195,8 +195,8 @@ def test_a_requeued_job_has_a_port_of_its_own(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("continuation", ["requeue", "chain", "none"])
-def test_starts_without_progress_end_however_the_jobs_end(continuation: str, tmp_path: Path) -> None:
-    """launch.restarts=3: four starts; a new checkpoint between them begins the count again. Nothing after a start asks."""
+def test_starts_without_progress_are_limited_in_every_mode(continuation: str, tmp_path: Path) -> None:
+    """launch.restarts=3: four starts; a new checkpoint between them resets the count. It depends on nothing after the start."""
     slurm = replace(CPU.slurm, continuation=continuation)  # type: ignore[arg-type]
     script = training_script(replace(CPU, slurm=slurm, python="python", folder=str(tmp_path / "a run")))
     statuses = [run_with_stand_ins(script, tmp_path).returncode for _ in range(5)]
@@ -213,7 +213,7 @@ HOSTILE = 'it\'s a "run" $(id) `id` ; # %j \\ *'
 
 
 def test_names_and_options_with_blanks_and_quotes_keep_them(tmp_path: Path) -> None:
-    """What sbatch and bash make of the lines: shlex reads #SBATCH lines as sbatch does (test_slurm_continuation.py submits such a
+    """How sbatch and bash read the lines: shlex reads #SBATCH lines as sbatch does (test_slurm_continuation.py submits such a
     job to a real one)."""
     slurm = SlurmConfig(options="--comment='my job' --exclusive")
     script = training_script(replace(CPU, name=HOSTILE, folder=f"runs/{HOSTILE}", slurm=slurm))
@@ -244,14 +244,14 @@ def test_preparing_data_asks_for_no_gpus() -> None:
 
 
 def test_folders_outside_the_working_folder_are_mounted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Links in the working folder lead outside too. Syntax: `--container-mounts=SRC:DST,...` (pyxis), `--bind src:dest,...`."""
+    """Links in the working folder may lead outside. Syntax: `--container-mounts=SRC:DST,...` (pyxis), `--bind src:dest,...`."""
     work, elsewhere = tmp_path / "work", tmp_path / "scratch"
     (elsewhere / "runs").mkdir(parents=True)
     (work / "inside").mkdir(parents=True)
     (work / "runs").symlink_to(elsewhere / "runs")
     monkeypatch.chdir(work)
     found = outside_folders("runs/new", "inside/data", elsewhere / "data" / "not" / "yet", "s3://b/x", "hf:x", None)
-    assert found == [str(elsewhere)], "the nearest folder that is there; what is inside it needs no second mount"
+    assert found == [str(elsewhere)], "the nearest existing folder; what is inside it needs no second mount"
     for container, text in ((PYXIS, "--container-mounts="), (APPTAINER, "--bind ")):
         script = training_script(replace(GPU, container=container, mounts=["/lustre/data"]))
         assert f"{text}/scratch/you/stratum:/scratch/you/stratum,/lustre/data:/lustre/data,/data:/data" in script
@@ -260,7 +260,7 @@ def test_folders_outside_the_working_folder_are_mounted(tmp_path: Path, monkeypa
 
 
 def test_a_requeued_job_runs_the_code_it_was_submitted_with(tmp_path: Path) -> None:
-    """The copy alone is imported, whatever stands in the working folder; the user's own recipes are copied too."""
+    """Only the copy is imported, not the working folder; the user's own recipes are copied too."""
     mine = tmp_path / "mine"
     mine.mkdir()
     (mine / "a.yaml").write_text("x: 1\n")
@@ -305,7 +305,7 @@ def test_a_run_that_its_plan_refuses_is_not_submitted(tmp_path: Path) -> None:
     assert forced.returncode == 2 and "is not installed on this machine" in forced.stderr
 
 
-def test_megatrons_launch_order_is_kept_however_gpus_are_asked_for() -> None:
+def test_megatrons_launch_order_is_kept_for_every_way_to_request_gpus() -> None:
     recipe = read("-cn", "smoke", "launch.slurm.options='--gres=gpu:2'", "parallel.tensor=2", "parallel.sequence=true")
     assert training_job(recipe, []).environment["CUDA_DEVICE_MAX_CONNECTIONS"] == "1"
 
@@ -324,7 +324,7 @@ def advise(tmp_path: Path, *words: str) -> str:
 
 
 def test_a_dry_run_says_how_many_jobs_the_run_will_take(tmp_path: Path) -> None:
-    """The figures are the plan's: seconds left over what a job of 240 minutes leaves for steps."""
+    """By the plan: seconds left / the time for steps in a job of 240 minutes."""
     words = ("-cn", "nemotron_nano_12b_v2", "launch=slurm_gpu", "launch.nodes=92", "parallel.pipeline=2")
     said = advise(tmp_path, *words)
     plan = subprocess.run(stratum("plan", *words, "--json"), cwd=ROOT, capture_output=True, text=True, check=True)
