@@ -19,6 +19,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from data.system.console import open_console
 from launch.children import stratum
 from recipes.schema.options import STRATUM
 from recipes.schema.run_folder import METRICS, Line, read_metrics
@@ -47,7 +48,7 @@ class Workflow:
         return stratum(command, "-cn", self.recipe, f"run.name={self.name}", *self.overrides, *extra)
 
     def say(self, text: str) -> None:
-        self.console.print(f"\n[bold]{text}[/bold]", highlight=False)
+        self.console.print(f"\n{text}", style="bold")
 
 
 class WorkflowFailed(Exception):
@@ -63,22 +64,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("overrides", nargs="*", help="recipe overrides, key=value")
     parsed = parser.parse_args(arguments)
-    workflow = Workflow(_free_name(parsed.name), parsed.recipe, parsed.overrides, Console(stderr=True))
+    workflow = Workflow(_free_name(parsed.name), parsed.recipe, parsed.overrides, open_console(stderr=True))
     started = time.perf_counter()
     try:
         _run_all(workflow)
     except WorkflowFailed as failure:
-        workflow.console.print(f"\n[bold red]Failed:[/bold red] {failure}", highlight=False)
+        workflow.console.print(f"\nFailed: {failure}", style="bold red")
         return 1
     except KeyboardInterrupt:
-        workflow.console.print(f"\nStopped. The trained run is in {workflow.folder}.", highlight=False)
+        workflow.console.print(f"\nStopped. The trained run is in {workflow.folder}.")
         return 130
     parts = ", ".join(f"{name} {value:.0f} s" for name, value in workflow.seconds.items())
     workflow.say(f"Done in {time.perf_counter() - started:.0f} s ({parts}).")
     workflow.console.print(
         f"Look at {workflow.folder}/loss.png and {workflow.folder}/summary.md; metrics in metrics.jsonl and tensorboard/.\n"
         f'More text: {STRATUM} generate {workflow.folder} --prompt "HAMLET."',
-        highlight=False,
     )
     return 0
 
@@ -98,7 +98,7 @@ def _run_all(workflow: Workflow) -> None:
 
     workflow.say("5. A sample")
     text = _run(workflow, "sample", workflow.command("generate", "--prompt", PROMPT), capture=True)
-    workflow.console.print(text, highlight=False, markup=False)
+    workflow.console.print(text)
     sample = workflow.folder / "sample.txt"
     sample.write_text(text)
     _run(workflow, "report", stratum("report", str(workflow.folder), "--sample", str(sample)))

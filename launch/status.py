@@ -10,10 +10,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
-from rich.text import Text
 
+from data.system.console import open_console
 from launch.lease import LeaseError, current_owner
 from launch.local.failures import failure_message, log_of, read_failures
 from launch.queue import QueuedJob, SlurmError, look_up
@@ -192,8 +191,8 @@ def _table(runs: Sequence[RunFolder], queue: Queue) -> str:
             life,
             run.newest_checkpoint() or "none yet",
         )
-        table.add_row(*map(Text, cells))  # as plain texts: a name may look like rich's markup
-    console = Console()
+        table.add_row(*cells)
+    console = open_console(wraps=True)
     with console.capture() as captured:
         console.print(table)
     return captured.get()

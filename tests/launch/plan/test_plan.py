@@ -96,7 +96,7 @@ def test_mistakes_are_found_before_anything_starts(
 def test_a_source_that_runs_out_is_found_where_the_data_is_prepared(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """100 and 60 rows of 32 tokens, 8 rows in each step, shares 0.6 and 0.4: after 150 rows 60 of `python` are read, in step 19."""
+    """100 and 60 rows of 32 tokens, 8 in each step, shares 0.6 and 0.4: after 150 rows 60 of `python` are read, in step 19."""
     documents = {"shakespeare": 100, "python": 60}
     write_folder(tmp_path, {n: [[np.append(np.ones(31), 0)] * rows] for n, rows in documents.items()})
     words = [
