@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_slurm_script import CPU
+from slurm_jobs import CPU
 
 from launch import lease as lease_module
 from launch.lease import FOLDER, LeaseError, Owner, current_owner, take

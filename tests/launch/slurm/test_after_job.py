@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from test_slurm_script import CPU
+from slurm_jobs import CPU
 
 from launch.local.failures import RankFailure, write_failure
 from launch.local.rank import adopt_slurm, name_interface

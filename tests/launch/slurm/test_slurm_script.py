@@ -14,6 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from slurm_jobs import CPU
 
 from launch.children import stratum
 from launch.compose import compose
@@ -22,7 +23,6 @@ from launch.slurm.command import _write_script, outside_folders, training_job
 from launch.slurm.environment import ENVIRONMENT, changes, check, environment_text
 from launch.slurm.job_script import (
     CREDENTIALS,
-    Job,
     Preparation,
     preparation_script,
     training_script,
@@ -38,22 +38,6 @@ from recipes.schema.recipe import Recipe
 ROOT = Path(__file__).resolve().parents[3]
 SCRIPTS = Path(__file__).parent / "scripts"
 NO_SLURM = {**os.environ, "PATH": "/nowhere"}
-CPU = Job(
-    name="two",
-    folder="runs/two",
-    directory="/scratch/you/stratum",
-    words=["-cn", "smoke", "run.name=two", "launch.nodes=2"],
-    python="/scratch/you/stratum/.venv/bin/python",
-    nodes=2,
-    processes=1,
-    gpus_per_node=0,
-    steps=200,
-    restarts=3,
-    environment={"PYTHONUNBUFFERED": "1"},
-    slurm=SlurmConfig(),
-    container=ContainerConfig(),
-    code="/scratch/you/stratum/runs/two/logs/code",
-)
 GPU = replace(
     CPU,
     name="big",
