@@ -163,7 +163,7 @@ def test_a_kill_after_all_have_saved_says_that_nothing_is_lost(tmp_path: Path) -
     child.send_signal(signal.SIGINT)
     out, err = finish(child, status=130)
     (step,) = re.findall(r"stopped at step (\d+)", out)
-    assert f"SIGINT again: killed. Nothing is lost: step {step}, the last one, was saved before." in err
+    assert f"SIGINT again: killed. Nothing is lost: the last step, {step}, is saved." in err
     none_left(run)
 
 
@@ -173,7 +173,7 @@ def test_the_grace_period_is_the_launchers_own(tmp_path: Path) -> None:
     wait_until((run / "failed-1-5-hang").exists)
     child.send_signal(signal.SIGTERM)
     _, err = finish(child, status=143)
-    assert "still running 1 s after the signal (launch.grace_s): killed. The newest checkpoint stays" in err
+    assert "still running 1 s after the signal (launch.grace_s): killed. The newest checkpoint is" in err
     none_left(run)
 
 
