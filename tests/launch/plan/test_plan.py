@@ -164,7 +164,7 @@ def test_a_teacher_with_another_vocabulary_or_without_a_folder_is_reported(capsy
     status, found, _ = plan(capsys, "-cn", "tiny_distill", "objective.teacher=runs/gemma2_9b", "--gpus", "1")
     assert status == 1 and any("256,000" in problem and "2,048" in problem for problem in found["problems"])
     _, found, _ = plan(capsys, "-cn", "tiny_distill", "objective.teacher=runs/nobody", "--gpus", "1")
-    assert any("runs/nobody is not here" in warning for warning in found["warnings"])
+    assert any("runs/nobody is not on this disk" in warning for warning in found["warnings"])
 
 
 def test_all_mistakes_are_reported_at_once(capsys: pytest.CaptureFixture[str]) -> None:
@@ -219,9 +219,7 @@ def test_goodput_and_scaling_on_the_command_line(tmp_path: Path, capsys: pytest.
     picture = tmp_path / "goodput.png"
     assert main([*words, "--gpus", "64", "--goodput", "--picture", str(picture)]) == 0
     text = " ".join(capsys.readouterr().out.split())
-    assert (
-        "Advised: checkpoint.every_steps=" in text and "not built here yet" in text and picture.stat().st_size > 20_000
-    )
+    assert "Advised: checkpoint.every_steps=" in text and "not implemented" in text and picture.stat().st_size > 20_000
 
     status, found, _ = plan(capsys, *words, "--scale", "64,100", "--picture", str(tmp_path / "scale.png"))
     assert status == 1, "no layout of 100 GPUs divides 768 rows"

@@ -133,7 +133,7 @@ def test_cells_as_people_write_them(cells: dict[str, str], is_read_as: dict[str,
         ({"gpu": ""}, "GPU not named"), ({"model": ""}, "model not named"), ({"n_gpu": ""}, "number of GPUs"),
         ({"precision": "TF32"}, "fp32|tf32"), ({"precision": "hybrid"}, "precision 'hybrid'"),
         ({"gpu": "A100", "precision": "FP8"}, "no fp8"), ({"model": "Mixtral 8x22B"}, "mixture of experts"),
-        ({"model": "Falcon-H1-7B"}, "side by side"), ({"tp": "3"}, "does not divide"), ({"tok_s_gpu": ""}, "no throughput"),
+        ({"model": "Falcon-H1-7B"}, "in parallel"), ({"tp": "3"}, "does not divide"), ({"tok_s_gpu": ""}, "no throughput"),
         ({"tp": ""}, "layout not published"),
     ],
 )  # fmt: skip
