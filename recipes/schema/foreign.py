@@ -144,6 +144,17 @@ def literal(value: Any) -> Any:
     return re.sub(r"(\\*)\$\{", lambda found: f"{found[1] * 2}\\${{", value)
 
 
+def without_literals(value: Any) -> Any:
+    """The inverse of `literal`: plain values as whoever wrote the recipe file meant them."""
+    if isinstance(value, dict):
+        return {key: without_literals(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [without_literals(inner) for inner in value]
+    if not isinstance(value, str):
+        return value
+    return re.sub(r"((?:\\\\)*)\\\$\{", lambda found: f"{found[1][: len(found[1]) // 2]}${{", value)
+
+
 def in_markdown(text: str, *, most: int = 300) -> str:
     """A text for one cell or line of Markdown: no markup, no HTML, no line break of it has an effect."""
     # An underscore between letters or digits is not markup, and names are full of them.

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from recipes.schema.errors import CheckpointError, RecipeError
-from recipes.schema.foreign import open_regular, parse_yaml, read_bounded_text
+from recipes.schema.foreign import open_regular, parse_yaml, read_bounded_text, without_literals
 
 RECIPE = "recipe.yaml"
 METRICS = "metrics.jsonl"
@@ -72,7 +72,7 @@ def recipe_in(folder: Path) -> dict[str, Any]:
         raise RecipeError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}.") from error
     if not isinstance(plain, dict):
         raise RecipeError(f"{path} cannot be read: it holds {type(plain).__name__}, not the fields of a recipe.")
-    return plain
+    return {str(key): without_literals(value) for key, value in plain.items()}
 
 
 def read_metrics(path: Path) -> list[Line]:
@@ -145,7 +145,7 @@ def pointed_at(folder: Path) -> str | None:
     try:
         with open_regular(folder / POINTER) as stream:
             return stream.read(_NAME_BYTES).decode(errors="replace").strip()
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
 
 
