@@ -7,7 +7,7 @@ from pathlib import Path
 
 from launch.local.failures import SRUN_LOG
 from launch.runs import RunFolder
-from recipes.schema.errors import StratumError
+from recipes.schema.errors import StratumError, complain
 from recipes.schema.options import CommandParser, run_named
 from recipes.schema.run_folder import last_texts
 
@@ -35,11 +35,9 @@ stratum logs smoke --follow                         new lines as they come
         run = RunFolder(run_named(own.run))
         ranks = None if own.ranks == "all" else frozenset(int(word) for word in own.ranks.split(","))
     except StratumError as error:
-        sys.stderr.write(f"error: {error}\n")
-        return 2
+        return complain(error)
     except ValueError:
-        sys.stderr.write(f"error: --ranks={own.ranks}: give ranks as in 0,3, or all\n")
-        return 2
+        return complain(f"--ranks={own.ranks}: give ranks as in 0,3, or all")
     paths = logs_of(run, ranks)
     if not paths and not own.follow:
         sys.stderr.write(f"{run.path} has no logs of these ranks yet.\n")

@@ -20,7 +20,7 @@ from launch.runs import RunFolder, runs_in
 from launch.slurm.after_job import NO_SUCCESSOR
 from launch.slurm.command import job_numbers
 from recipes.schema import units
-from recipes.schema.errors import StratumError
+from recipes.schema.errors import StratumError, complain
 from recipes.schema.options import CommandParser, run_named
 from recipes.schema.run_folder import last_texts
 
@@ -59,8 +59,7 @@ stratum status runs/smoke --json                    for scripts
                 return 0
             time.sleep(max(1.0, own.watch))
     except StratumError as error:
-        sys.stderr.write(f"error: {error}\n")
-        return 2
+        return complain(error)
     except KeyboardInterrupt:
         return 0
 

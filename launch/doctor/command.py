@@ -25,13 +25,21 @@ from launch.doctor.machine import ELSEWHERE, SETUP, Finding, Machine, package, p
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
+    from typing import NoReturn
 
 FIXED = ("torch", "megatron-core", "hydra-core", "datasets", "wandb")
 
 
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """One message without control characters. `recipes` has more, but needs what may not be installed yet."""
+        sys.stderr.write("error: " + repr(message)[1:-1] + "\n")
+        raise SystemExit(2)
+
+
 def main(arguments: Sequence[str]) -> int:
     """Entry point of `stratum doctor`. -> 0: nothing is wrong; 1: something will fail."""
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="stratum doctor",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         description="Is this machine ready to train? Needs nothing but Python.",

@@ -21,7 +21,7 @@ from launch.local.failures import tell
 from launch.local.supervise import StopRequest, run_attempt, say
 from launch.runs import RunFolder
 from recipes.schema import units
-from recipes.schema.errors import USER_ERRORS, RecipeError
+from recipes.schema.errors import USER_ERRORS, RecipeError, complain
 from recipes.schema.facts import Machine, missing_packages
 from recipes.schema.options import CommandParser
 from recipes.schema.recipe import Recipe
@@ -70,8 +70,7 @@ def main(arguments: Sequence[str]) -> int:
         run = run_folder(recipe)
         refuse_second(run)
     except USER_ERRORS as error:
-        sys.stderr.write(f"error: {error}\n")
-        return 2
+        return complain(error)
     say(f"{processes} process{'es' * (processes > 1)} ({layout.describe()}), logs in {run.logs}")
     return run_to_end(
         python_module("launch.local.rank", "train", *words),

@@ -17,7 +17,7 @@ from launch.plan.planner import Plan, make_plan, world_of
 from launch.plan.scale import counts_of, draw_scale, scale, scale_json, show_scale
 from launch.plan.search import search
 from launch.plan.tables import show, show_search
-from recipes.schema.errors import USER_ERRORS
+from recipes.schema.errors import USER_ERRORS, complain
 from recipes.schema.layout import rank_coordinates
 from recipes.schema.options import CommandParser
 from recipes.schema.recipe import Recipe
@@ -26,7 +26,7 @@ from recipes.schema.units import GIB
 _EXAMPLES = r"""
 stratum plan -cn smoke                                            the recipe as it stands, on H100s
 stratum plan -cn smoke model=nemotron_nano_12b_v2 precision=fp8_blockwise data.row_tokens=8192 \
-    --gpus 64 --device h100 parallel.tensor=4 parallel.sequence=true     a layout of your own
+    run.global_rows=128 --gpus 64 --device h100 parallel.tensor=4 parallel.sequence=true     a layout of your own
 stratum plan -cn nemotron_nano_12b_v2 run.global_rows=768 --gpus 256 --search     the best layouts, with reasons
 stratum plan -cn nemotron_nano_12b_v2 --gpus 736 --json | jq .memory_gib_per_rank     for scripts
 stratum plan -cn smoke --picture plan.png                         memory by stage, time by part
@@ -79,8 +79,7 @@ counted, what is estimated, and how far off the estimates are.
     except USER_ERRORS as error:
         if own.json:
             sys.stdout.write(json.dumps({"problems": str(error).splitlines()}) + "\n")
-        sys.stderr.write(f"error: {error}\n")
-        return 2
+        return complain(error)
 
 
 def _plan(recipe: Recipe, own: argparse.Namespace, notes: Sequence[str]) -> int:

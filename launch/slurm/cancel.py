@@ -8,7 +8,7 @@ from launch.queue import cancel, look_up, send_signal
 from launch.runs import RunFolder
 from launch.slurm.after_job import STOP
 from launch.slurm.command import active_jobs
-from recipes.schema.errors import StratumError
+from recipes.schema.errors import StratumError, complain
 from recipes.schema.options import CommandParser, run_named
 
 _POLL_S = 1.0
@@ -32,8 +32,7 @@ stratum cancel runs/smoke --now                     end at once; the newest chec
     try:
         return _cancel(RunFolder(run_named(own.run)), save=not own.now, grace_s=own.grace)
     except StratumError as error:
-        sys.stderr.write(f"error: {error}\n")
-        return 2
+        return complain(error)
 
 
 def _cancel(run: RunFolder, *, save: bool, grace_s: float) -> int:

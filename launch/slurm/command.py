@@ -25,7 +25,7 @@ from launch.slurm.after_job import start_afresh
 from launch.slurm.job_script import Job, Preparation, preparation_script, training_script, without_gpus
 from launch.slurm.job_times import advice
 from launch.slurm.snapshot import config_folders, take_snapshot
-from recipes.schema.errors import USER_ERRORS, RecipeError, refuse
+from recipes.schema.errors import USER_ERRORS, RecipeError, complain, refuse
 from recipes.schema.facts import Machine
 from recipes.schema.foreign import read_bounded_text
 from recipes.schema.options import CommandParser
@@ -36,7 +36,7 @@ _EXAMPLES = """
 stratum launch slurm -cn smoke --dry-run                                show the script; needs no Slurm
 stratum launch slurm -cn smoke run.name=two launch.nodes=2 run.microbatch_rows=4      two nodes
 stratum launch slurm -cn nemotron_nano_12b_v2 launch=slurm_gpu launch.nodes=92 parallel.pipeline=2 launch.slurm.partition=h100
-stratum launch slurm -cn smoke run.name=boxed launch=slurm_pyxis launch.container.image=stratum.sqsh
+stratum launch slurm -cn smoke run.name=boxed run.microbatch_rows=1 launch=slurm_pyxis launch.container.image=stratum.sqsh
 stratum launch slurm -cn smoke --prepare --tasks 64                     an array job that prepares the recipe's data
 """
 _NOTES = """
@@ -69,8 +69,7 @@ def main(arguments: Sequence[str]) -> int:
             return _prepare(recipe, words, tasks=own.tasks, dry_run=own.dry_run)
         return _train(recipe, words, dry_run=own.dry_run, device=own.device, force=own.force)
     except USER_ERRORS as error:
-        sys.stderr.write(f"error: {error}\n")
-        return 2
+        return complain(error)
 
 
 def active_jobs(run: RunFolder) -> list[QueuedJob]:

@@ -1,7 +1,10 @@
 """Errors a user can cause. Each message gives the value, the place and the remedy; none needs a traceback to be understood."""
 
+import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
+
+from recipes.schema.foreign import printable_lines
 
 
 @dataclass(frozen=True)
@@ -50,6 +53,12 @@ class BackendError(StratumError):
 
 
 USER_ERRORS: tuple[type[Exception], ...] = (StratumError,)
+
+
+def complain(error: object) -> int:
+    """Print an error as one message, without control characters. -> the exit status of a StratumError; 2 for others."""
+    sys.stderr.write(f"error: {printable_lines(str(error))}\n")
+    return error.status if isinstance(error, StratumError) else 2
 
 
 def refuse(problems: Iterable[Problem], error: type[StratumError] = RecipeError) -> None:

@@ -51,6 +51,8 @@ class RecipeSource(ConfigSource):
             raise RecipeError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}") from error
         if plain is not None and not isinstance(plain, dict):
             raise RecipeError(f"{path} is not a recipe: it is not a group of fields.")
+        if plain is not None and not isinstance(plain.get("defaults", []), list):
+            raise RecipeError(f"{path}: defaults is not a list. Write it as in `defaults: [smoke, _self_]`.")
         for key, why in code_in(plain, package=header["package"] or ""):
             raise RecipeError(f"{path}: {printable(key)} {why}")
         config = OmegaConf.load(io.StringIO(text))
