@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from launch.facts import fp32_block_scales_of, prepared_of
 from launch.plan.cost.device import Device
+from recipes.schema.credentials import without_credentials
 from recipes.schema.errors import Problem
 from recipes.schema.facts import Disk, Machine, Prepared, look
 from recipes.schema.layout import Layout
@@ -89,4 +90,4 @@ def recipe_warnings(recipe: Recipe, layout: Layout, device: Device, facts: Facts
             f"data.folder={recipe.data.folder} holds no prepared data here: vocabulary, size and whatever else the recipe "
             f"names on disk were not checked. `stratum prepare` makes it."
         )
-    return found
+    return [without_credentials(text) for text in found]

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from launch.children import FRONT, PYTHON_FLAGS
+from recipes.schema.credentials import without_credentials
 from recipes.schema.errors import RecipeError
 from recipes.schema.launch import ContainerConfig, SlurmConfig
 
@@ -83,6 +84,16 @@ def option(word: str) -> str:
     return shlex.quote(word)
 
 
+def refuse_credentials(words: Sequence[str]) -> None:
+    """RecipeError for a word of the command line that has a password, a token or a signature in a URL."""
+    for word in words:
+        if without_credentials(word) != word:
+            raise RecipeError(
+                f"{word}: the job script would store these credentials, and Slurm shows scripts to others. Put the URL into a "
+                f"recipe of your own that only you can read (--config-dir FOLDER)."
+            )
+
+
 def one_line(value: str) -> str:
     """A value in a comment: no line break may end the comment."""
     return " ".join(value.split())
@@ -90,6 +101,7 @@ def one_line(value: str) -> str:
 
 def training_script(job: Job) -> str:
     """The sbatch script of a training run. RecipeError names a value that Slurm cannot take."""
+    refuse_credentials(job.words)
     slurm, continuation = job.slurm, job.slurm.continuation
     about = {
         "requeue": "Then it goes back into the queue, under the same number, until the last step is reached.",
@@ -244,6 +256,7 @@ waiter=$!
 
 def preparation_script(job: Preparation) -> str:
     """The sbatch script of an array job that prepares data, one share a task. RecipeError as in `training_script`."""
+    refuse_credentials(job.words)
     options = [
         f"--job-name={job.name}",
         f"--array=0-{job.tasks - 1}",

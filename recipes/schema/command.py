@@ -42,8 +42,8 @@ from omegaconf.errors import OmegaConfBaseException
 
 from recipes.schema.compress import CompressConfig
 from recipes.schema.data import SourceConfig
-from recipes.schema.errors import RecipeError, StratumError
-from recipes.schema.foreign import printable, printable_lines
+from recipes.schema.errors import RecipeError, StratumError, complain
+from recipes.schema.foreign import printable
 from recipes.schema.options import STRATUM, CommandParser, options_of
 from recipes.schema.recipe import Recipe
 from recipes.schema.recipe_source import RecipeSource, refuse_code_in_word
@@ -82,45 +82,44 @@ _SECTIONS: dict[str, type] = {"compress": CompressConfig}
 
 def run_command(
     job: Callable[[DictConfig], int],
-    words: Sequence[str],
+    arguments: Sequence[str],
     *,
     program: str,
     keys: list[str],
     user_errors: tuple[type[Exception], ...],
 ) -> int:
-    """Compose the recipe that `words` name and call `job` with it (once per job of a sweep). -> exit status.
+    """Compose the recipe that the arguments name and call `job` with it (once per job of a sweep). -> exit status.
 
     program: the command, as after `stratum`; keys: every dotted key a recipe can have and every option of the command, to
     name the nearest; user_errors: what ends in a message, not a traceback, besides StratumError.
     """
     rank = int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")))
-    head = f"%(asctime)s rank {rank} %(name)s: %(message)s"
-    logging.basicConfig(level=logging.WARNING, format=head, stream=sys.stderr)
+    logging.basicConfig(
+        level=logging.WARNING, format=f"%(asctime)s rank {rank} %(name)s: %(message)s", stream=sys.stderr
+    )
+    head = "error" if rank == 0 else f"error on rank {rank}"
     statuses: list[int] = []
-    told: tuple[type[Exception], ...] = (StratumError, *user_errors)
+    user_errors = (StratumError, *user_errors)
     try:
-        asked = _parsed(words, program=program)
-        for composed in _composed(asked, given=words, program=program, keys=keys):
-            if asked.cfg:
-                _show(composed, asked)
+        parsed = _parsed(arguments, program=program)
+        for composed in _composed(parsed, given=arguments, program=program, keys=keys):
+            if parsed.cfg:
+                _show(composed, parsed)
                 return 0
             try:
                 statuses.append(job(_without_hydra(composed)))
-            except told as error:
-                if not asked.multirun:
+            except user_errors as error:
+                if not parsed.multirun:
                     raise
-                _complain(str(error), rank=rank)
-                statuses.append(error.status if isinstance(error, StratumError) else 2)
-    except told as error:
-        _complain(str(error), rank=rank)
-        return error.status if isinstance(error, StratumError) else 2
+                statuses.append(complain(error, head=head))
+    except user_errors as error:
+        return complain(error, head=head)
     except OSError as error:
         if error.errno not in _OF_THE_MACHINE:
             raise
-        _complain(f"{of_the_machine(error)}", rank=rank)
-        return 2
+        return complain(of_the_machine(error), head=head)
     except KeyboardInterrupt:
-        _complain("interrupted before a step was finished; nothing was written.", rank=rank)
+        complain("interrupted before a step was finished; nothing was written.", head=head)
         return 130
     finally:
         GlobalHydra.instance().clear()
@@ -144,14 +143,14 @@ def _parsed(words: Sequence[str], *, program: str) -> argparse.Namespace:
     parser.add_argument("-p", "--package")
     parser.add_argument("--resolve", action="store_true")
     parser.add_argument("-m", "--multirun", action="store_true")
-    asked = parser.parse_intermixed_args(list(words))
-    if not asked.config_name:
+    parsed = parser.parse_intermixed_args(list(words))
+    if not parsed.config_name:
         raise RecipeError(f"no recipe named. Start with `{STRATUM} {program} -cn NAME`; {_shipped()}")
-    return asked
+    return parsed
 
 
 def _composed(
-    asked: argparse.Namespace, *, given: Sequence[str], program: str, keys: list[str]
+    parsed: argparse.Namespace, *, given: Sequence[str], program: str, keys: list[str]
 ) -> Iterator[DictConfig]:
     """What the words compose, Hydra's own section included: one recipe, or one for each job of a sweep.
 
@@ -160,14 +159,14 @@ def _composed(
     store_defaults()
     by_word = {word.lstrip("+"): word for word in given}
     try:
-        for word in asked.overrides:
+        for word in parsed.overrides:
             refuse_code_in_word(word)
-        overrides = whole_words(text_words(asked.overrides, is_sweep=asked.multirun))
-        for jobs, is_job in _jobs(overrides, asked):
-            _initialize(asked)
+        overrides = whole_words(text_words(parsed.overrides, is_sweep=parsed.multirun))
+        for jobs, is_job in _jobs(overrides, parsed):
+            _initialize(parsed)
             # The group of defaults comes first for every recipe, also one of the user's that does not name it: any field can
             # then be overridden. `hydra/env` is the group Hydra composes before the recipe and leaves for programs.
-            composed = hydra_compose(asked.config_name, ["hydra/env=recipe_defaults", *jobs], return_hydra_config=True)
+            composed = hydra_compose(parsed.config_name, ["hydra/env=recipe_defaults", *jobs], return_hydra_config=True)
             HydraConfig.instance().set_config(composed)
             if is_job:
                 _name_sweep_job(composed, jobs)
@@ -182,32 +181,32 @@ def _composed(
         raise RecipeError(f"the recipe cannot be composed: {printable(str(error), most=200)}") from error
 
 
-def _initialize(asked: argparse.Namespace) -> None:
+def _initialize(parsed: argparse.Namespace) -> None:
     """Hydra's search path: the shipped recipes, --config-dir, and folders of hydra.searchpath; all read by RecipeSource."""
     for source in (RecipeSource, StructuredConfigSource):
         SourcesRegistry.instance().register(source)
     search = ConfigSearchPathImpl()
     search.append("main", f"{RecipeSource.scheme()}://{RECIPES}")
-    if asked.config_dir is not None:
-        own = Path(asked.config_dir).resolve()
+    if parsed.config_dir is not None:
+        own = Path(parsed.config_dir).resolve()
         if not own.is_dir():
-            raise RecipeError(f"--config-dir {printable(asked.config_dir)} is not a folder.")
+            raise RecipeError(f"--config-dir {printable(parsed.config_dir)} is not a folder.")
         search.append("command-line", f"{RecipeSource.scheme()}://{own}")
-    for folder in asked.more_folders:
+    for folder in parsed.more_folders:
         search.append("command-line, more", f"{RecipeSource.scheme()}://{folder}")
     search.append("schema", "structured://")
     GlobalHydra.instance().clear()
     Hydra.create_main_hydra2(task_name=STRATUM, config_search_path=search)
 
 
-def _jobs(words: list[str], asked: argparse.Namespace) -> Iterator[tuple[list[str], bool]]:
+def _jobs(words: list[str], parsed: argparse.Namespace) -> Iterator[tuple[list[str], bool]]:
     """The overrides of each job of a sweep, and whether it is one; without -m those of the one recipe."""
-    asked.more_folders = [folder for word in words if word.startswith(_SEARCH) for folder in _search_folders(word)]
+    parsed.more_folders = [folder for word in words if word.startswith(_SEARCH) for folder in _search_folders(word)]
     words = [word for word in words if not word.startswith(_SEARCH)]
-    if not asked.multirun:
+    if not parsed.multirun:
         yield words, False
         return
-    _initialize(asked)
+    _initialize(parsed)
     hydra = GlobalHydra.instance().hydra
     assert hydra is not None
     parser = OverridesParser.create(config_loader=hydra.config_loader)
@@ -244,18 +243,18 @@ def _without_hydra(composed: DictConfig) -> DictConfig:
     return own
 
 
-def _show(composed: DictConfig, asked: argparse.Namespace) -> None:
+def _show(composed: DictConfig, parsed: argparse.Namespace) -> None:
     """Print the composed recipe, as --cfg, --package and --resolve ask."""
-    shown: Any = composed if asked.cfg == "all" else _without_hydra(composed)
-    if asked.cfg == "hydra":
+    shown: Any = composed if parsed.cfg == "all" else _without_hydra(composed)
+    if parsed.cfg == "hydra":
         shown = OmegaConf.masked_copy(composed, ["hydra"])
-    if asked.package not in (None, "_global_"):
-        shown = OmegaConf.select(shown, asked.package)
+    if parsed.package not in (None, "_global_"):
+        shown = OmegaConf.select(shown, parsed.package)
         if shown is None:
-            raise RecipeError(f"--package {printable(asked.package)}: the recipe has no such part.")
-        sys.stdout.write(f"# @package {printable(asked.package)}\n")
+            raise RecipeError(f"--package {printable(parsed.package)}: the recipe has no such part.")
+        sys.stdout.write(f"# @package {printable(parsed.package)}\n")
     try:
-        text = OmegaConf.to_yaml(shown, resolve=asked.resolve) if OmegaConf.is_config(shown) else f"{shown}\n"
+        text = OmegaConf.to_yaml(shown, resolve=parsed.resolve) if OmegaConf.is_config(shown) else f"{shown}\n"
     except OmegaConfBaseException as error:
         raise RecipeError(f"the recipe does not resolve: {printable(str(error))}") from error
     sys.stdout.write(text)
@@ -360,7 +359,7 @@ def section(composed: DictConfig, name: str) -> dict[str, Any]:
         raise RecipeError(f"{name}: the recipe does not resolve: {printable(str(error))}") from error
 
 
-def asked_for() -> tuple[str, list[str]]:
+def recipe_and_overrides() -> tuple[str, list[str]]:
     """(recipe, overrides) of the command line that is running, for commands that write command lines."""
     config = HydraConfig.get()
     return str(config.job.config_name), [word for word in config.overrides.task if not word.startswith("hydra")]
@@ -507,10 +506,3 @@ def _shipped() -> str:
 class _Words(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise RecipeError(message)
-
-
-def _complain(message: str, *, rank: int) -> None:
-    """One message; with several processes the others' are marked with their rank, as theirs may differ."""
-    head = "error" if rank == 0 else f"error on rank {rank}"
-    sys.stderr.write(f"{head}: {printable_lines(message)}\n")
-    sys.stderr.flush()

@@ -4,6 +4,7 @@ import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from recipes.schema.credentials import without_credentials
 from recipes.schema.foreign import printable_lines
 
 
@@ -19,7 +20,7 @@ class Problem:
     """What to do, as whole sentences."""
 
     def __str__(self) -> str:
-        return f"{self.text} {self.remedy}".rstrip()
+        return without_credentials(f"{self.text} {self.remedy}".rstrip())
 
 
 class StratumError(Exception):
@@ -55,9 +56,11 @@ class BackendError(StratumError):
 USER_ERRORS: tuple[type[Exception], ...] = (StratumError,)
 
 
-def complain(error: object) -> int:
-    """Print an error as one message, without control characters. -> the exit status of a StratumError; 2 for others."""
-    sys.stderr.write(f"error: {printable_lines(str(error))}\n")
+def complain(error: object, *, head: str = "error") -> int:
+    """Print an error as one message, without control characters and without credentials. -> a StratumError's exit status,
+    2 for others."""
+    sys.stderr.write(f"{head}: {printable_lines(without_credentials(str(error)))}\n")
+    sys.stderr.flush()
     return error.status if isinstance(error, StratumError) else 2
 
 

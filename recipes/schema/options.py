@@ -17,8 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from recipes.schema.errors import RecipeError
-from recipes.schema.foreign import printable_lines
+from recipes.schema.errors import RecipeError, complain
 from recipes.schema.suggestions import did_you_mean
 from recipes.schema.typed import FieldError, build, field_docs
 
@@ -143,8 +142,7 @@ class CommandParser(argparse.ArgumentParser):
         elif choice and choice[2]:
             choices = [name.strip("' ") for name in choice[2].split(",")]
             message = f"{message}. {did_you_mean(choice[1], choices, otherwise='')}".rstrip()
-        sys.stderr.write(f"error: {printable_lines(message)}\n")
-        raise SystemExit(2)
+        raise SystemExit(complain(message))
 
 
 def run_named(name: str) -> Path:

@@ -4,7 +4,7 @@ recipe, manifest of the checkpoint, metrics of its run, comparison with transfor
 """
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +52,7 @@ def write_card(folder: Path, release: Release) -> None:
     (folder / "recipe.yaml").write_text(yaml.safe_dump(release.manifest.recipe, sort_keys=False))
     record = _record(release.checkpoint)
     if record is not None and record.steps:
-        draw(record, folder / "loss.png", title=release.name, recipe=asdict(release.recipe))
+        draw(record, folder / "loss.png", title=release.name, recipe=recipe_mapping(release.recipe))
     (folder / "README.md").write_text("\n".join(_page(release, record)) + "\n")
 
 
