@@ -7,7 +7,8 @@ from pathlib import Path
 
 from launch.local.failures import SRUN_LOG
 from launch.runs import RunFolder
-from recipes.schema.errors import StratumError, complain
+from recipes.schema.errors import StratumError
+from recipes.schema.messages import complain
 from recipes.schema.options import CommandParser, run_named
 from recipes.schema.run_folder import last_texts
 

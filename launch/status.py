@@ -20,7 +20,8 @@ from launch.runs import RunFolder, runs_in
 from launch.slurm.after_job import NO_SUCCESSOR
 from launch.slurm.command import job_numbers
 from recipes.schema import units
-from recipes.schema.errors import StratumError, complain
+from recipes.schema.errors import StratumError
+from recipes.schema.messages import complain
 from recipes.schema.options import CommandParser, run_named
 from recipes.schema.run_folder import last_texts
 

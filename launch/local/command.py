@@ -21,8 +21,9 @@ from launch.local.failures import tell
 from launch.local.supervise import StopRequest, run_attempt, say
 from launch.runs import RunFolder
 from recipes.schema import units
-from recipes.schema.errors import USER_ERRORS, RecipeError, complain
+from recipes.schema.errors import USER_ERRORS, RecipeError
 from recipes.schema.facts import Machine, missing_packages
+from recipes.schema.messages import complain
 from recipes.schema.options import CommandParser
 from recipes.schema.recipe import Recipe
 from recipes.schema.rules import environment_of, local_problems

@@ -17,8 +17,9 @@ from launch.plan.planner import Plan, make_plan, world_of
 from launch.plan.scale import counts_of, draw_scale, scale, scale_json, show_scale
 from launch.plan.search import search
 from launch.plan.tables import show, show_search
-from recipes.schema.errors import USER_ERRORS, complain
+from recipes.schema.errors import USER_ERRORS
 from recipes.schema.layout import rank_coordinates
+from recipes.schema.messages import complain
 from recipes.schema.options import CommandParser
 from recipes.schema.recipe import Recipe
 from recipes.schema.units import GIB

@@ -8,7 +8,8 @@ from launch.queue import cancel, look_up, send_signal
 from launch.runs import RunFolder
 from launch.slurm.after_job import STOP
 from launch.slurm.command import active_jobs
-from recipes.schema.errors import StratumError, complain
+from recipes.schema.errors import StratumError
+from recipes.schema.messages import complain
 from recipes.schema.options import CommandParser, run_named
 
 _POLL_S = 1.0

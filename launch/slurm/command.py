@@ -25,9 +25,10 @@ from launch.slurm.after_job import start_afresh
 from launch.slurm.job_script import Job, Preparation, preparation_script, training_script, without_gpus
 from launch.slurm.job_times import advice
 from launch.slurm.snapshot import config_folders, take_snapshot
-from recipes.schema.errors import USER_ERRORS, RecipeError, complain, refuse
+from recipes.schema.errors import USER_ERRORS, RecipeError, refuse
 from recipes.schema.facts import Machine
 from recipes.schema.foreign import read_bounded_text
+from recipes.schema.messages import complain
 from recipes.schema.options import CommandParser
 from recipes.schema.recipe import Recipe
 from recipes.schema.rules import container_problems, environment_of, slurm_problems

@@ -42,8 +42,9 @@ from omegaconf.errors import OmegaConfBaseException
 
 from recipes.schema.compress import CompressConfig
 from recipes.schema.data import SourceConfig
-from recipes.schema.errors import RecipeError, StratumError, complain
+from recipes.schema.errors import RecipeError, StratumError
 from recipes.schema.foreign import printable
+from recipes.schema.messages import complain
 from recipes.schema.options import STRATUM, CommandParser, options_of
 from recipes.schema.recipe import Recipe
 from recipes.schema.recipe_source import RecipeSource, refuse_code_in_word

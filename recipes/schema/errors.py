@@ -1,11 +1,9 @@
 """Errors a user can cause. Each message gives the value, the place and the remedy; none needs a traceback to be understood."""
 
-import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
 
 from recipes.schema.credentials import without_credentials
-from recipes.schema.foreign import printable_lines
 
 
 @dataclass(frozen=True)
@@ -54,14 +52,6 @@ class BackendError(StratumError):
 
 
 USER_ERRORS: tuple[type[Exception], ...] = (StratumError,)
-
-
-def complain(error: object, *, head: str = "error") -> int:
-    """Print an error as one message, without control characters and without credentials. -> a StratumError's exit status,
-    2 for others."""
-    sys.stderr.write(f"{head}: {printable_lines(without_credentials(str(error)))}\n")
-    sys.stderr.flush()
-    return error.status if isinstance(error, StratumError) else 2
 
 
 def refuse(problems: Iterable[Problem], error: type[StratumError] = RecipeError) -> None:

@@ -17,7 +17,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from recipes.schema.errors import RecipeError, complain
+from recipes.schema.errors import RecipeError
+from recipes.schema.messages import complain
 from recipes.schema.suggestions import did_you_mean
 from recipes.schema.typed import FieldError, build, field_docs
 

@@ -1,5 +1,6 @@
 """Passwords and tokens in URLs reach nothing that is stored or shown: every writer of recipe text, of words and of messages."""
 
+import contextlib
 import re
 import sys
 from pathlib import Path
@@ -10,8 +11,9 @@ import yaml
 from recipes_composed import composed
 from rules.rooms import sources
 
-from recipes.schema.errors import DataError, Problem, complain
+from recipes.schema.errors import DataError, Problem
 from recipes.schema.manifest import Manifest, manifest_text
+from recipes.schema.messages import complain
 from recipes.schema.options import CommandParser
 from recipes.schema.read import recipe_from_mapping, recipe_mapping
 from recipes.schema.telemetry import TelemetryConfig
@@ -78,10 +80,8 @@ def test_no_command_prints_or_writes_credentials(
     (tmp_path / "mine.yaml").write_text("# @package _global_\ndefaults: [smoke, _self_]\n" + STAGES)
     if words[0] == "stages":
         words[words.index("smoke")] = "mine"
-    try:
+    with contextlib.suppress(SystemExit):
         stratum.main(list(words))
-    except SystemExit:
-        pass
     shown = capsys.readouterr()
     assert shown.out + shown.err and SECRET not in shown.out + shown.err
     written = [path for path in tmp_path.rglob("*") if path.is_file() and path.name != "mine.yaml"]

@@ -23,9 +23,10 @@ from data.system.console import open_console, progress
 from recipes.schema import checkpoint_steps as steps
 from recipes.schema import units
 from recipes.schema.changes import differences
-from recipes.schema.errors import CheckpointError, RecipeError, complain
+from recipes.schema.errors import CheckpointError, RecipeError
 from recipes.schema.foreign import printable_lines
 from recipes.schema.layout import lay_out
+from recipes.schema.messages import complain
 from recipes.schema.model import ModelConfig
 from recipes.schema.options import CommandParser, run_or_path
 from recipes.schema.parallel import ParallelConfig

@@ -6,7 +6,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from recipes.schema.errors import USER_ERRORS, complain
+from recipes.schema.errors import USER_ERRORS
+from recipes.schema.messages import complain
 from recipes.schema.options import CommandParser, run_or_path
 
 TEXT = "package:shakespeare"

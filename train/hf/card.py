@@ -12,6 +12,7 @@ import yaml
 
 from recipes.schema import units
 from recipes.schema.pattern import KINDS, counts, flops_per_token, parameters
+from recipes.schema.read import recipe_mapping
 from recipes.schema.recipe import Recipe
 from recipes.schema.scaling import describe_precision
 from train.checkpoint.storage import Manifest

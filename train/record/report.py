@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from recipes.schema import units
-from recipes.schema.errors import RecipeError, StratumError, complain
+from recipes.schema.errors import RecipeError, StratumError
 from recipes.schema.foreign import read_bounded, read_bounded_text
+from recipes.schema.messages import complain
 from recipes.schema.options import CommandParser, run_or_path
 from recipes.schema.run_folder import METRICS, RECIPE, as_number, read_metrics, recipe_in
 from train.record.precision_report import draw_precision, precision_section

@@ -9,7 +9,7 @@ from pathlib import Path
 from launch.plan.published.picture import draw
 from launch.plan.published.rows import PUBLISHED, read_rows
 from launch.plan.published.validate import HEAD, assess, line_json, line_text, report, summary, table
-from recipes.schema.errors import complain
+from recipes.schema.messages import complain
 from recipes.schema.options import CommandParser
 
 _EXAMPLES = """

@@ -271,7 +271,7 @@ def test_devices_are_found_by_the_names_people_use() -> None:
 @pytest.mark.parametrize(
     ("name", "bf16", "fp8", "fp32", "bandwidth", "watts", "memory_gib"),
     [
-        # NVIDIA's data sheets: TFLOP/s as printed with sparsity (fp32: without), GB/s, W. Memory: what torch reports (devices.toml).
+        # NVIDIA's data sheets: TFLOP/s with sparsity (fp32: without), GB/s, W. Memory: as torch reports it (devices.toml).
         ("A10", 250, None, 31.2, 600, 150, 22.06),
         ("A40", 299.4, None, 37.4, 696, 300, 45_416 / 1024),
         ("L4", 242, 485, 30.3, 300, 72, 22.16),
