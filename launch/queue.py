@@ -34,7 +34,6 @@ class QueuedJob:
     nodes: str
     start: str
     restarts: int
-    dependency: str
     is_preempted: bool = False
     end: str = "Unknown"
     """When its time is up, as Slurm writes it: local time, ISO 8601."""
@@ -80,7 +79,6 @@ def read_job(text: str) -> QueuedJob:
         nodes=fields.get("NodeList", "(null)"),
         start=fields.get("StartTime", "Unknown"),
         restarts=int(fields.get("Restarts", "0")),
-        dependency=fields.get("Dependency", "(null)"),
         is_preempted=fields.get("PreemptTime", "None")[:1].isdigit(),
         end=fields.get("EndTime", "Unknown"),
     )

@@ -90,11 +90,6 @@ def read_json(path: Path, *, most_bytes: int = LARGEST_TEXT) -> Any:
     return parse_json(read_bounded(path, most_bytes=most_bytes))
 
 
-def read_yaml(path: Path) -> Any:
-    """The value of a YAML file. Raises OSError as `read_bounded`, ValueError as `parse_yaml`."""
-    return parse_yaml(read_bounded_text(path))
-
-
 def parse_yaml(text: str) -> Any:
     """Plain values of a YAML text. ValueError, with line and column, where it is not YAML, tagged, too deep or too large when
     its aliases are written out, or gives a key twice."""
@@ -142,11 +137,6 @@ def literal(value: Any) -> Any:
     if not isinstance(value, str):
         return value
     return re.sub(r"(\\*)\$\{", lambda found: f"{found[1] * 2}\\${{", value)
-
-
-def in_markdown(text: str, *, most: int = 300) -> str:
-    """A text for one cell or line of Markdown: no markup, no HTML, no line break of it has an effect."""
-    return re.sub(r"([\\`*_{}\[\]()#+!|~&<>$])", lambda found: f"&#{ord(found[1])};", printable(text, most=most))
 
 
 def _is_control(character: str) -> bool:
