@@ -178,7 +178,7 @@ def _composed(
         raise RecipeError(_explain(str(error), program=program, keys=keys)) from error
     except RecursionError as error:
         raise RecipeError("the recipe or a word of the command line is nested too deeply.") from error
-    except ValueError as error:  # Hydra raises it for some words, as for ~model=1e400
+    except (ValueError, TypeError) as error:  # of Hydra, as for ~model=1e400 or data=[[]]
         raise RecipeError(f"the recipe cannot be composed: {printable(str(error), most=200)}") from error
 
 

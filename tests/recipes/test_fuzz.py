@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, example, given, settings
+from hypothesis import HealthCheck, Phase, example, given, settings
 from hypothesis import strategies as st
 from hypothesis.strategies import SearchStrategy
 from ranks import run_ranks
@@ -33,6 +33,7 @@ RECIPES = Path(__file__).resolve().parents[2] / "recipes"
 HEAD = "# @package _global_\n"
 SMOKE = f"{HEAD}defaults: [smoke, _self_]\n"
 MOST_SECONDS = 10.0
+"""Of CPU time; of the clock six times as many, because the machine may be busy."""
 GROUPS = sorted({path.parent.name for path in RECIPES.glob("*/*.yaml")})
 OPTIONS = sorted(f"{path.parent.name}={path.stem}" for path in RECIPES.glob("*/*.yaml"))
 """Every `group=option` there is."""
@@ -155,6 +156,7 @@ class Fuzz:
         self.watch = Watch(self.folder)
         sys.addaudithook(self.watch)
         signal.signal(signal.SIGALRM, self._hang)
+        signal.signal(signal.SIGPROF, self._hang)
         train.run.train = self._train  # the last act of `stratum train` that costs nothing is to check the recipe
         data.prepare.prepare = self._prepare
 
@@ -195,12 +197,14 @@ class Fuzz:
 
     @contextlib.contextmanager
     def _limits(self) -> Iterator[None]:
-        signal.setitimer(signal.ITIMER_REAL, MOST_SECONDS)
+        signal.setitimer(signal.ITIMER_PROF, MOST_SECONDS)
+        signal.setitimer(signal.ITIMER_REAL, 6 * MOST_SECONDS)
         self.watch.is_on = True
         try:
             yield
         finally:
             self.watch.is_on = False
+            signal.setitimer(signal.ITIMER_PROF, 0)
             signal.setitimer(signal.ITIMER_REAL, 0)
 
     def _hang(self, number: int, frame: Any) -> None:
@@ -275,6 +279,7 @@ ANY: dict[str, Any] = {
     "suppress_health_check": list(HealthCheck),
     "derandomize": True,
     "database": None,
+    "phases": [Phase.explicit, Phase.generate, Phase.shrink],
 }
 WORDS = st.lists(OVERRIDES, min_size=1, max_size=3).map(lambda words: ["plan", "-cn", "smoke", *words])
 FILES = st.builds(as_file, st.sampled_from([SMOKE, HEAD, HEAD]), KEYS, VALUES) | st.builds(
@@ -292,8 +297,13 @@ def fuzz(rank: int, folder: Path, surface: str, count: int) -> None:
     def one(case: Any) -> None:
         run(case)
 
-    for long in (["plan", "-cn", "smoke", "run.steps=1" * 3000], ["train", "-cn", "smoke", f"run.name={'[' * 400}"]):
-        one = example(long)(one) if surface == "words" else one
+    for words in (
+        ["plan", "-cn", "smoke", "data=[[]]"],
+        ["plan", "-cn", "smoke", "~model=1e400"],
+        ["plan", "-cn", "smoke", "run.steps=1" * 3000],
+        ["train", "-cn", "smoke", f"run.name={'[' * 400}"],
+    ):
+        one = example(words)(one) if surface == "words" else one
     settings(max_examples=count, **ANY)(given(cases)(one))()
 
 
