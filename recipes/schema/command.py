@@ -70,12 +70,12 @@ _OF_THE_MACHINE = {
     errno.ENFILE: "The machine has too many open files.",
     errno.ENOTDIR: "A part of this path is a file, not a folder. Choose another path.",
     errno.EISDIR: "This path is a folder, not a file. Choose another path.",
-    errno.EEXIST: "It is there already, and is something else. Choose another path.",
+    errno.EEXIST: "It is there already, and is of another kind. Choose another path.",
     errno.ENAMETOOLONG: "Choose a shorter name.",
     errno.ELOOP: "A link there leads back to itself.",
     errno.ENOENT: "Check the path.",
 }
-"""What the operating system refuses for a reason that the user has to remove, and how."""
+"""Errors of the operating system that the user has to fix, and how."""
 
 _SECTIONS: dict[str, type] = {"compress": CompressConfig}
 """Sections of a composed recipe that tools read, and their fields."""
@@ -128,14 +128,14 @@ def run_command(
 
 
 def of_the_machine(error: OSError) -> str:
-    """What the operating system refused, for people: the file, the reason, and what to look at."""
+    """An error of the operating system as a message: the file, the reason, what to do."""
     remedy = _OF_THE_MACHINE.get(error.errno or 0, "")
     named = f"{printable(str(error.filename))}: " if error.filename is not None else ""
     return f"{named}{error.strerror or error}. {remedy}".rstrip()
 
 
 def _parsed(words: Sequence[str], *, program: str) -> argparse.Namespace:
-    """Hydra's words, by ourselves: Hydra's own entry point would act on a recipe before anyone can look at it."""
+    """Parse Hydra's words. Hydra's own entry point would act on a recipe before it is checked."""
     parser = _Words(prog=program, add_help=False, allow_abbrev=False)
     parser.add_argument("overrides", nargs="*")
     parser.add_argument("-cn", "--config-name")
@@ -153,9 +153,9 @@ def _parsed(words: Sequence[str], *, program: str) -> argparse.Namespace:
 def _composed(
     parsed: argparse.Namespace, *, given: Sequence[str], program: str, keys: list[str]
 ) -> Iterator[DictConfig]:
-    """What the words compose, Hydra's own section included: one recipe, or one for each job of a sweep.
+    """Compose the recipe, with Hydra's own section: one, or one for each job of a sweep.
 
-    Nothing of Hydra's section is acted on: no callback, plugin or logging of it is ever made. RecipeError says what is wrong.
+    Hydra's section has no effect: its callbacks, plugins and logging are never created. RecipeError says what is wrong.
     """
     store_defaults()
     by_word = {word.lstrip("+"): word for word in given}
@@ -295,7 +295,7 @@ def store_defaults() -> None:
     }.items():  # named by Hydra's own defaults list, and never used
         for group in groups:
             store.store(name, {}, group=f"hydra/{group}")
-    # Options that earlier recipes had to name and that said nothing but defaults.
+    # Options that earlier recipes had to name and that contained only defaults.
     for group, name in (
         *((group, "standard") for group in ("run", "checkpoint", "evaluate", "telemetry")),
         ("data", "reading"),
@@ -304,9 +304,9 @@ def store_defaults() -> None:
 
 
 def text_words(words: list[str], *, is_sweep: bool = False) -> list[str]:
-    """A command line whose values for text fields mean what is written, where Hydra's grammar would read something else.
+    """Quote values of text fields that Hydra's grammar would read as something else.
 
-    `run.name=123` is a number to it, `launch.container.mounts=/a:/a,/b:/b` a sweep, `registry#name:tag` an error.
+    For Hydra `run.name=123` is a number, `launch.container.mounts=/a:/a,/b:/b` a sweep, `registry#name:tag` an error.
     """
     parser = OverridesParser.create()
 
@@ -348,7 +348,7 @@ def whole_words(words: list[str]) -> list[str]:
 
 
 def section(composed: DictConfig, name: str) -> dict[str, Any]:
-    """A section of the composed YAML as plain values; empty where there is none."""
+    """A section of the composed YAML as plain values; empty if there is none."""
     found = composed.get(name)
     if found is None:
         return {}
@@ -367,7 +367,7 @@ def recipe_and_overrides() -> tuple[str, list[str]]:
 
 
 def inherited_sources(composed: DictConfig) -> str:
-    """What a recipe that names sources of its own also inherits, for people; empty where it inherits none. Inside a job."""
+    """A note for the plan if a recipe with sources of its own also inherits some; otherwise empty. Call it inside a job."""
     config = HydraConfig.get()
     files = [Path(source.path) / f"{config.job.config_name}.yaml" for source in config.runtime.config_sources]
     file = next((path for path in files if path.is_file()), None)
@@ -406,7 +406,7 @@ def dotted_keys(cls: type, prefix: str = "") -> list[str]:
 
 
 def _type_of(key: str) -> Any:
-    """Type of the recipe field, or field of a tool's section, at a dotted key; None where there is none."""
+    """Type of the recipe field, or field of a tool's section, at a dotted key; None if there is none."""
     first, _, rest = key.partition(".")
     return type_at(_SECTIONS[first], rest) if rest and first in _SECTIONS else type_at(Recipe, key)
 

@@ -238,7 +238,7 @@ def _metavar(hint: Any) -> str:
 
 
 def _typed(hint: Any, value: Any) -> Any:
-    """A word of the command line as its field's type, where it can be read as one; the reader complains otherwise."""
+    """A word of the command line as its field's type, if it can be read as one; otherwise the reader reports it."""
     is_whole = isinstance(value, str) and re.fullmatch(r"[+-]?\d+", value) is not None
     return int(value) if _metavar_or_flag(hint) == "N" and is_whole else value
 

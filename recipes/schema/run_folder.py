@@ -88,7 +88,7 @@ def as_json(value: Any) -> Any:
 
 
 def as_number(value: Any) -> float:
-    """What a reader of a record takes for a number: NaN for whatever is not one, so that formatting it cannot fail."""
+    """A value of a record as a number; NaN if it is not a number, so that formatting cannot fail."""
     return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else math.nan
 
 
