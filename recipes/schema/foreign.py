@@ -78,11 +78,21 @@ def decoded(content: bytes) -> str:
 
 
 def parse_json(content: str | bytes) -> Any:
-    """json.loads with every way to fail as ValueError."""
+    """json.loads with every way to fail as ValueError, a key that is written twice too."""
     try:
-        return json.loads(decoded(content) if isinstance(content, bytes) else content)
+        return json.loads(decoded(content) if isinstance(content, bytes) else content, object_pairs_hook=_unique)
     except RecursionError as error:
         raise ValueError("it is nested too deeply") from error
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of JSON from its keys and values."""
+    value = dict(pairs)
+    if len(value) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"the key {printable(twice, most=100)!r} is written twice")
+    return value
 
 
 def read_json(path: Path, *, most_bytes: int = LARGEST_TEXT) -> Any:
