@@ -25,7 +25,7 @@ from data.make.corpus import Reader
 from data.make.lock import prepare_lock
 from data.make.pool import make_shards
 from data.make.progress import Display
-from data.make.shard_job import ShardJob, dealt, read_result
+from data.make.shard_job import ShardJob, dealt, read_results
 from data.make.shard_work import Work, plan_work, read_stamps, request_of, same_request, stamp_of
 from data.sources.files import find_files, is_remote
 from data.sources.sets import is_set
@@ -40,6 +40,7 @@ from data.store.manifest import (
     write_manifest,
 )
 from data.system import disk
+from data.system.console import open_console
 from data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 from recipes.schema import units
 from recipes.schema.data import DataConfig
@@ -143,6 +144,7 @@ def jobs_of(config: DataConfig, work: Work) -> list[ShardJob]:
             is_single=not source.train,
             seed=config.seed,
             fraction=config.heldout_of(name),
+            shard_bytes=config.shard_bytes,
         )
         for name, source in work.sources.items()
         for number, parts in enumerate(source.shards)
@@ -152,7 +154,7 @@ def jobs_of(config: DataConfig, work: Work) -> list[ShardJob]:
 def prepare_recipe(task: str | None, composed: DictConfig) -> int:
     """Prepare the data of a composed recipe. -> exit status."""
     plain: Any = OmegaConf.to_container(composed.data, resolve=True)
-    console = Console(stderr=True)
+    console = open_console(stderr=True)
     try:
         prepare(build(DataConfig, plain, "data"), console=console, task=task)
     except KeyboardInterrupt:
@@ -276,7 +278,11 @@ def _changes(config: DataConfig, manifest: Manifest, stamps: dict[str, str]) -> 
                 )
                 continue
         stamp = stamp_of(config, name) if name in stamps else None
-        if stamp is not None and stamp != stamps[name]:
+        if stamp is None or stamp == stamps[name]:
+            continue
+        if is_set(source):
+            yield f"{name}: the set {source.path} changed since it was prepared. {kept}"
+        else:
             yield f"{name}: files of {source.path} were changed, added or removed since they were read. {kept}"
 
 
@@ -303,20 +309,20 @@ def _merge_source(name: str, work: Work, jobs: list[ShardJob], tokenizer: Tokeni
     for job in jobs:
         if job.name != name:
             continue
-        result = read_result(job)
         first = before.get(job.parts[0].file, 0)
-        for split, shard in result.splits.items():
-            entry.splits[split].append(replace(shard, first_record=first))
-        for file, records in result.records.items():
-            before[file] = before.get(file, 0) + records
-        problems += result.problems
-        unended += result.unended
-        unknown += result.unknown
-        entry = replace(
-            entry,
-            bad_records=entry.bad_records + result.bad_records,
-            empty_documents=entry.empty_documents + result.empty_documents,
-        )
+        for result in read_results(job):
+            for split, shard in result.splits.items():
+                entry.splits[split].append(replace(shard, first_record=first))
+            for file, records in result.records.items():
+                before[file] = before.get(file, 0) + records
+            problems += result.problems
+            unended += result.unended
+            unknown += result.unknown
+            entry = replace(
+                entry,
+                bad_records=entry.bad_records + result.bad_records,
+                empty_documents=entry.empty_documents + result.empty_documents,
+            )
     tokens, text_bytes = (sum(entry.count(split, what) for split in SPLITS) for what in ("tokens", "text_bytes"))
     _say(
         console,

@@ -51,8 +51,8 @@ class Reader:
         """Dotted place of the source in the recipe."""
         return f"data.sources.{self.name}"
 
-    def documents(self, part: Part) -> Iterator[Document]:
-        """The documents of one part. Empty texts are left out.
+    def documents(self, part: Part, *, first: int = 0) -> Iterator[Document]:
+        """The documents of one part, from record `first` on. Empty texts are left out.
 
         Raises DataError for a file that cannot be read or is not the one planned with, and for a bad record unless the
         source's policy is to skip them.
@@ -67,12 +67,19 @@ class Reader:
         for record in read(self.place, self.source, part):
             self.stored_bytes = min(record.stored_bytes, part.size)
             self.records[part.file] += 1
+            if record.number < first:
+                continue
             if record.problem is not None:
                 self.refuse(part, record.number, record.problem)
             elif not record.text:
                 self.empty_documents += 1
             else:
                 yield Document(record.text, part.file, record.number)
+
+    def restart_counts(self) -> None:
+        """Count bad records and empty documents from zero."""
+        self.bad_records = self.empty_documents = 0
+        self.problems = []
 
     def refuse(self, part: Part, number: int, problem: str) -> None:
         """Stop at, or count, a record that cannot be used."""

@@ -18,7 +18,7 @@ from data.make.megatron_sets import find_sets
 from data.sources.files import again_where_far, find_files, is_remote, local_path
 from data.sources.parts import cut, limited
 from data.sources.records import Part
-from data.sources.sets import HUB, is_set
+from data.sources.sets import HUB, hub_revision, is_set
 from data.store.manifest import file_sha256
 from data.system import disk
 from recipes.schema.credentials import without_credentials
@@ -66,7 +66,7 @@ class Work:
     request: dict[str, Any]
     sources: dict[str, SourceWork]
     seen: dict[str, str] = field(default_factory=dict)
-    """By source: digest of the names, sizes and times of change of its files, where these are here."""
+    """`stamp_of` of the sources that have one, when the plan was made."""
 
     @property
     def dealt(self) -> dict[str, str]:
@@ -114,6 +114,7 @@ def plan_work(config: DataConfig, folder: Path, *, say: Callable[[str], None] = 
         except (ValueError, KeyError, TypeError) as error:
             raise DataError(f"{path} cannot be read: {error!r}. Remove {folder} and prepare again.") from error
         same_request(folder, raw["request"], request)
+        _check_sets(folder, config, raw.get("seen", {}))
         work = Work(request, sources, raw.get("seen", {}))
         if request != raw["request"]:  # settings that cannot change what is finished
             disk.write_text(path, json.dumps(asdict(work)), is_own=True)
@@ -134,12 +135,26 @@ def read_stamps(folder: Path) -> dict[str, str]:
         return {}
 
 
+def _check_sets(folder: Path, config: DataConfig, seen: Mapping[str, str]) -> None:
+    """Refuse to continue with a set that changed since the plan: its rows are known by number only."""
+    for name, source in config.sources.items():
+        stamp = stamp_of(config, name) if name in seen and is_set(source) else None
+        if stamp is not None and stamp != seen[name]:
+            raise DataError(
+                f"the set {source.path} (data.sources.{name}) changed while {folder} was being prepared. Prepare into another "
+                f"data.folder."
+            )
+
+
 def stamp_of(config: DataConfig, name: str) -> str | None:
-    """Digest of the names, sizes and times of change of a source's files; None where they are not files that are here."""
+    """What tells whether a source changed: the revision of a set of the Hub, or a digest of the names, sizes and times of change
+    of files on this machine. None if neither can be found out."""
     source = config.sources[name]
     path = source.path.removeprefix(HUB) if is_set(source) else source.path
-    if is_remote(path) or (is_set(source) and not Path(path).exists()):
+    if is_remote(path):
         return None
+    if is_set(source) and not Path(path).exists():
+        return hub_revision(source)
     try:
         if source.format == "megatron":
             files = [

@@ -182,17 +182,22 @@ class Plain:
 
     def check(self, given: int) -> None:
         """Stop an expansion without end; `given` bytes have come out so far."""
-        if given > EXPANSION_FREE_BYTES and given > self._max_expansion * max(1, self._stored.count):
-            raise DataError(
-                f"{self._name} expands more than max_expansion={self._max_expansion} times: {given:,} bytes out of "
-                f"{self._stored.count:,}. Leave it out, or raise max_expansion of this source if it is meant to."
-            )
+        check_expansion(self._name, given, self._stored.count, self._max_expansion)
 
     def __enter__(self) -> "Plain":
         return self
 
     def __exit__(self, *ended: object) -> None:
         self._stored.close()
+
+
+def check_expansion(name: str, given: int, stored: int, most: int) -> None:
+    """DataError if `stored` bytes of a file gave more than `most` times as many; below EXPANSION_FREE_BYTES anything goes."""
+    if given > EXPANSION_FREE_BYTES and given > most * max(1, stored):
+        raise DataError(
+            f"{name} expands more than max_expansion={most} times: {given:,} bytes out of {stored:,}. Leave it out, or raise "
+            f"max_expansion of this source if it is meant to."
+        )
 
 
 def _open_at(name: str, start: int) -> IO[bytes]:

@@ -51,6 +51,16 @@ def set_facts(place: str, source: SourceConfig) -> SetFacts:
     return SetFacts(rows=len(opened), bytes=int(opened.data.nbytes), shards=0)
 
 
+def hub_revision(source: SourceConfig) -> str | None:
+    """Commit of a set of the Hub as it would be opened now (offline: of its newest copy here). None if it cannot be opened."""
+    import datasets
+
+    try:
+        return datasets.load_dataset_builder(source.path.removeprefix(HUB), source.config).hash
+    except Exception:  # no network, no copy, a wrong name: opening the set says which
+        return None
+
+
 def read_set(place: str, source: SourceConfig, part: Part) -> Iterator[Record]:
     """The records of one part of a set."""
     opened = _open(place, source)
