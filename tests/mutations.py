@@ -69,7 +69,7 @@ def mutated_value(value: Any, rng: random.Random) -> Any:
             owner[rng.choice(("", "extra", "\x1b[31m"))] = owner.pop(key)
         case 3:
             deep: Any = []
-            for _ in range(500):
+            for _ in range(300):  # copying takes two frames of Python a level, of the 1,000 there are
                 deep = [deep]
             owner[key] = deep
         case _:

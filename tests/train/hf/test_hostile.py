@@ -62,7 +62,7 @@ def read_all(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("count", [25, pytest.param(1500, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [12, pytest.param(1500, marks=pytest.mark.slow)])
 def test_damaged_directories_are_refused_in_one_message(
     family: str, count: int, directories: dict[str, Path], tmp_path: Path
 ) -> None:
@@ -115,7 +115,7 @@ def test_pipes_devices_and_damaged_texts_are_refused(name: str, directories: dic
     path.unlink()
     for make in (lambda: os.mkfifo(path), lambda: path.symlink_to("/dev/zero"), path.mkdir):
         make()
-        with pytest.raises((RecipeError, CheckpointError), match=r"not a regular file|a folder"):
+        with pytest.raises((RecipeError, CheckpointError), match=r"not a regular file|Is a directory"):
             read_all(tmp_path)
         path.rmdir() if path.is_dir() else path.unlink()
     if name.endswith(".json"):
