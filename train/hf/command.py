@@ -104,7 +104,7 @@ def export_model(parsed: argparse.Namespace) -> int:
         elif carried is not None:
             published.restore(carried, folder, tokenizer=False)
         agreement, why = _compare_as_trained(
-            parsed, recipe, config, checkpoint=path, folder=folder, strange=not untouched
+            parsed, recipe, config, checkpoint=path, folder=folder, with_template=not untouched
         )
         origin = published.card_fields(carried) if carried is not None else {}
         release = card.Release(
@@ -308,13 +308,13 @@ def _compare_as_trained(
     *,
     checkpoint: Path,
     folder: Path,
-    strange: bool = False,
+    with_template: bool = False,
 ) -> tuple[Agreement | None, str]:
     """`_compare_unless`; if only transformers' clamp on dt makes the models differ, without the clamp, with a note."""
-    agreement, why = _compare_unless(parsed, recipe, checkpoint=checkpoint, folder=folder, strange=strange)
+    agreement, why = _compare_unless(parsed, recipe, checkpoint=checkpoint, folder=folder, with_template=with_template)
     if agreement is not None and agreement.problems and clamp_of(config) and not parsed.open_clamp:
         parsed.open_clamp = True  # compare again without the clamp, as the weights were trained
-        opened, _ = _compare_unless(parsed, recipe, checkpoint=checkpoint, folder=folder, strange=strange)
+        opened, _ = _compare_unless(parsed, recipe, checkpoint=checkpoint, folder=folder, with_template=with_template)
         if opened is not None and not opened.problems:
             agreement = opened
             _print(
@@ -325,7 +325,7 @@ def _compare_as_trained(
 
 
 def _compare_unless(
-    parsed: argparse.Namespace, recipe: Recipe, *, checkpoint: Path, folder: Path, strange: bool = False
+    parsed: argparse.Namespace, recipe: Recipe, *, checkpoint: Path, folder: Path, with_template: bool = False
 ) -> tuple[Agreement | None, str]:
     """(comparison after a conversion, "") or (None, why not): --no-check, no transformers, or not enough memory."""
     if parsed.no_check:
@@ -337,28 +337,28 @@ def _compare_unless(
     if options.device == "cpu" and needed > 0.9 * available:
         return None, f"both models need {units.size(needed)} of memory, {units.size(available)} are free here."
     try:
-        return _compare(options, recipe, checkpoint=checkpoint, folder=folder, strange=strange), ""
+        return _compare(options, recipe, checkpoint=checkpoint, folder=folder, with_template=with_template), ""
     except BackendError as error:
         return None, str(error)
 
 
 def _compare(
-    options: CheckOptions, recipe: Recipe, *, checkpoint: Path, folder: Path, strange: bool = False
+    options: CheckOptions, recipe: Recipe, *, checkpoint: Path, folder: Path, with_template: bool = False
 ) -> Agreement:
     """Our model of a checkpoint next to transformers' of a directory, on real text.
 
-    strange: call the directory's tokenizer with its template, as any user would; it must give the ids of training.
+    with_template: call the directory's tokenizer with its template, as any user would; it must give the ids of training.
     """
     device = choose_device(options.device)  # type: ignore[arg-type]
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[options.dtype]
     theirs = load_theirs(folder, dtype=dtype, device=device, open_clamp=options.open_clamp)
-    batch = _batch(options, recipe, folder, strange=strange).to(device)
+    batch = _batch(options, recipe, folder, with_template=with_template).to(device)
     plain = replace(recipe, precision=PrecisionConfig(params=options.dtype))  # type: ignore[arg-type]
     with model_on_one_rank(plain, checkpoint, device=device) as ours:
         return compare(ours, theirs, batch, model=recipe.model, tolerance=options.tolerance)
 
 
-def _batch(options: CheckOptions, recipe: Recipe, folder: Path, *, strange: bool) -> torch.Tensor:
+def _batch(options: CheckOptions, recipe: Recipe, folder: Path, *, with_template: bool) -> torch.Tensor:
     """Rows of token ids of real text by the directory's tokenizer, [rows, row_tokens], spread evenly over the text."""
     chunk = _longest_chunk(recipe, folder)
     row_tokens = options.row_tokens or max(_ROW_TOKENS, 2 * chunk + 1)
@@ -369,7 +369,7 @@ def _batch(options: CheckOptions, recipe: Recipe, folder: Path, *, strange: bool
         )
     source = SourceConfig(path=options.text, max_bytes=4_000_000)
     text = "\n".join(document.text for document in documents("check", source))
-    ids = _ids(text, recipe, folder, strange=strange)
+    ids = _ids(text, recipe, folder, with_template=with_template)
     wanted = options.rows * row_tokens
     if len(ids) < wanted:
         raise DataError(f"{options.text} has {len(ids):,} tokens, {wanted:,} are needed. Lower --rows or --tokens.")
@@ -389,7 +389,7 @@ def _longest_chunk(recipe: Recipe, folder: Path) -> int:
     return max(recipe.model.mamba_chunk, int(theirs or 0)) if "M" in recipe.model.pattern else 0
 
 
-def _ids(text: str, recipe: Recipe, folder: Path, *, strange: bool) -> list[int]:
+def _ids(text: str, recipe: Recipe, folder: Path, *, with_template: bool) -> list[int]:
     """Token ids of a text by the directory's tokenizer, which must give the same ids in transformers and here. Without one, by
     the run's tokenizer, or else the bytes of the text: the comparison of two models does not depend on the meaning of ids."""
     path = tokens.tokenizer_file(folder)
@@ -405,25 +405,25 @@ def _ids(text: str, recipe: Recipe, folder: Path, *, strange: bool) -> list[int]
         _print(f"note: {folder} has no tokenizer for transformers; ids are from {path}.")
         return tokenizer.encode(text)
     texts = [text, *tokens.ODD_TEXTS]
-    theirs = their_ids(folder, texts, with_special=strange)
+    theirs = their_ids(folder, texts, with_special=with_template)
     try:
         tokenizer = load_tokenizer(path, recipe.data.tokenizer)
     except DataError as error:
         _print(f"note: the tokenizer was not compared: {error}")
         return theirs[0]
     begin = [] if tokenizer.bod is None else [tokenizer.bod]
-    ours = [(begin if strange else []) + tokenizer.encode(text) for text in texts]
+    ours = [(begin if with_template else []) + tokenizer.encode(text) for text in texts]
     for number, (a, b) in enumerate(zip(ours, theirs, strict=True)):
         if a == b:
             continue
         place = next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
         shown = repr(texts[number][:40])
         problem = f"{folder}: transformers and this project give different token ids for {shown}, from id {place:,} on"
-        if strange or number == 0:
+        if with_template or number == 0:
             raise CheckpointError(f"{problem}: {b[place : place + 4]} there, {a[place : place + 4]} here.")
         _print(f"note: {problem}. Prepared data has the ids of this project.")
         break
-    if not strange and their_ids(folder, ["a"], with_special=True)[0] != begin + tokenizer.encode("a"):
+    if not with_template and their_ids(folder, ["a"], with_special=True)[0] != begin + tokenizer.encode("a"):
         _print(
             f"note: called on a text, the tokenizer of {folder} adds other special tokens than training rows have here "
             f"(data.tokenizer.begin_of_document={recipe.data.tokenizer.begin_of_document or 'null'}, then the text)."

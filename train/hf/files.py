@@ -97,7 +97,7 @@ class WeightFiles:
 
     def _has_index(self) -> bool:
         index = self.folder / INDEX
-        return index.exists() or index.is_symlink()  # whatever it is, reading it decides
+        return index.exists() or index.is_symlink()  # a pipe or a broken link too: reading it is an error
 
     def _weight_map(self) -> dict[str, str]:
         try:

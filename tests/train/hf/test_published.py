@@ -185,7 +185,7 @@ def test_an_import_continues_with_its_begin_of_document_token(imports: Path, pub
     assert again.keys() == weights.keys() and not any(weights[name].equal(again[name]) for name in weights)
 
 
-def test_a_run_without_the_token_of_its_tokenizer_is_told_and_exported_without(imports: Path) -> None:
+def test_without_the_begin_token_prepare_and_export_say_so(imports: Path) -> None:
     without = ("data.tokenizer.begin_of_document=null", "data.folder=without")
     assert "template puts '<bos>' before a text" in " ".join(stratum(imports, "gemma2", "prepare", *without).split())
     stratum(imports, "gemma2", "train", "run.name=without", *without)
