@@ -14,6 +14,7 @@ import os
 import re
 import stat
 import unicodedata
+from collections import Counter
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -78,11 +79,20 @@ def decoded(content: bytes) -> str:
 
 
 def parse_json(content: str | bytes) -> Any:
-    """json.loads with every failure as ValueError."""
+    """json.loads with every failure as ValueError, including a key that is written twice."""
     try:
-        return json.loads(decoded(content) if isinstance(content, bytes) else content)
+        return json.loads(decoded(content) if isinstance(content, bytes) else content, object_pairs_hook=_unique)
     except RecursionError as error:
         raise ValueError("it is nested too deeply") from error
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of JSON from its keys and values."""
+    value = dict(pairs)
+    if len(value) < len(pairs):
+        twice = Counter(name for name, _ in pairs).most_common(1)[0][0]
+        raise ValueError(f"the key {printable(twice, most=100)!r} is written twice")
+    return value
 
 
 def read_json(path: Path, *, most_bytes: int = LARGEST_TEXT) -> Any:
