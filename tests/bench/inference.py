@@ -5,7 +5,7 @@ number of tokens after prompts of equal length (transformers pads ragged batches
 one process, because the machine's speed drifts; the best of all rounds counts. The load of the machine is printed: on a busy
 machine compare the figures of one line only.
 
-    python -m tests.bench.inference [--threads 1] [--rounds 3] [--tokens 64] [--hidden 256] [--part peers|context|profile]
+    python -m tests.bench.inference [--threads 1] [--rounds 3] [--tokens 128] [--hidden 256] [--part peers|context|profile]
 """
 
 import argparse
@@ -166,7 +166,7 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--tokens", type=int, default=64)
+    parser.add_argument("--tokens", type=int, default=128)
     parser.add_argument("--hidden", type=int, default=256)
     parser.add_argument("--part", choices=("peers", "context", "profile"), default="peers")
     arguments = parser.parse_args()

@@ -94,11 +94,9 @@ def limits(rank: int) -> dict[str, Any]:
         while not engine.is_idle:
             events += engine.step()
         found["finish"] = {event.request - first: (event.finish, event.message) for event in events if event.finish}
-        again, alone = (
-            [event.token.id for event in InferenceEngine(model, TINY).run([Request(ids(9, seed=1), 6, sampling=GREEDY)])[0] if event.token],
-            [event.token.id for event in events if event.request == second and event.token],
-        )  # fmt: skip
-        found["other"] = again == alone
+        again = InferenceEngine(model, TINY).run([Request(ids(9, seed=1), 6, sampling=GREEDY)])[0]
+        pairs = zip(again, [event for event in events if event.request == second], strict=True)
+        found["other"] = all(a.token == b.token for a, b in pairs)
         after = engine.run([Request(ids(9), 6, sampling=GREEDY)])[0]
         fresh = InferenceEngine(model, TINY).run([Request(ids(9), 6, sampling=GREEDY)])[0]
         found["after"] = [event.token for event in after] == [event.token for event in fresh]
