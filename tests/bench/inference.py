@@ -3,7 +3,7 @@
 The same weights in both: a model of transformers with random weights, copied into ours. Both generate greedily, the same
 number of tokens after prompts of equal length (transformers pads ragged batches; this is its best case). They take turns in
 one process, because the machine's speed drifts; the best of all rounds counts. The load of the machine is printed: on a busy
-machine compare the figures of one line only.
+machine compare the figures of one line only, with `--threads 1 --clock cpu`: the processor's seconds instead of the wall's.
 
     python -m tests.bench.inference [--threads 1] [--rounds 3] [--tokens 128] [--hidden 256] [--part peers|context|profile]
 """
@@ -35,6 +35,7 @@ from train.model.build import build_model
 
 VOCAB = 4096
 PROMPT = 32
+CLOCK = "wall"
 
 
 def shapes(hidden: int) -> dict[str, ModelConfig]:
@@ -67,6 +68,11 @@ def ours_and_theirs(shape: ModelConfig) -> Iterator[tuple[Any, Any]]:
         yield ours.eval(), theirs
 
 
+def now() -> float:
+    """Seconds of the clock that is asked for."""
+    return time.process_time() if CLOCK == "cpu" else time.perf_counter()
+
+
 def prompts_of(batch: int, length: int) -> torch.Tensor:
     return torch.randint(0, VOCAB, (batch, length), generator=torch.Generator().manual_seed(1))
 
@@ -75,18 +81,18 @@ def engine_tokens(model: Any, shape: ModelConfig, prompts: torch.Tensor, count: 
     """-> (generated tokens, seconds)"""
     config = EngineConfig(rows=len(prompts), context_tokens=prompts.shape[1] + count, step_tokens=512)
     engine = InferenceEngine(model, shape, config)
-    start = time.perf_counter()
+    start = now()
     events = engine.run([Request(prompt, count, sampling=Sampling(temperature=0.0)) for prompt in prompts.tolist()])
-    return [[e.token.id for e in one if e.token is not None] for one in events], time.perf_counter() - start
+    return [[e.token.id for e in one if e.token is not None] for one in events], now() - start
 
 
 def their_tokens(model: Any, prompts: torch.Tensor, count: int) -> tuple[list[list[int]], float]:
-    start = time.perf_counter()
+    start = now()
     out = model.generate(
         prompts, attention_mask=torch.ones_like(prompts), max_new_tokens=count, min_new_tokens=count, do_sample=False,
         use_cache=True, pad_token_id=0,
     )  # fmt: skip
-    return out[:, prompts.shape[1] :].tolist(), time.perf_counter() - start
+    return out[:, prompts.shape[1] :].tolist(), now() - start
 
 
 def load() -> str:
@@ -95,7 +101,7 @@ def load() -> str:
 
 def against_peers(arguments: argparse.Namespace) -> None:
     print(
-        f"hidden {arguments.hidden}, prompts of {PROMPT} tokens, {arguments.tokens} new ones, {arguments.threads} threads\n"
+        f"hidden {arguments.hidden}, prompts of {PROMPT} tokens, {arguments.tokens} new ones, {arguments.threads} threads, seconds of the {CLOCK}\n"
     )
     print(
         "| family | batch | ours, tokens/s | theirs, tokens/s | ratio | equal tokens | machine |\n|---|---|---|---|---|---|---|"
@@ -136,11 +142,11 @@ def over_contexts(arguments: argparse.Namespace) -> None:
                 engine.add(Request(prompts_of(1, context)[0].tolist(), 33, sampling=Sampling(temperature=0.0)))
                 while not engine.stats().generated_tokens:
                     engine.step()
-                start = time.perf_counter()
+                start = now()
                 while not engine.is_idle:
                     engine.step()
                 print(
-                    f"| {name} | {context:,} | {(time.perf_counter() - start) / 32 * 1e3:.2f} | {load()} |", flush=True
+                    f"| {name} | {context:,} | {(now() - start) / 32 * 1e3:.2f} | {load()} |", flush=True
                 )
 
 
@@ -168,8 +174,11 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--tokens", type=int, default=128)
     parser.add_argument("--hidden", type=int, default=256)
+    parser.add_argument("--clock", choices=("wall", "cpu"), default="wall")
     parser.add_argument("--part", choices=("peers", "context", "profile"), default="peers")
     arguments = parser.parse_args()
+    global CLOCK
+    CLOCK = arguments.clock
     torch.set_num_threads(arguments.threads)
     {"peers": against_peers, "context": over_contexts, "profile": profile}[arguments.part](arguments)
 
