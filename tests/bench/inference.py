@@ -101,7 +101,8 @@ def load() -> str:
 
 def against_peers(arguments: argparse.Namespace) -> None:
     print(
-        f"hidden {arguments.hidden}, prompts of {PROMPT} tokens, {arguments.tokens} new ones, {arguments.threads} threads, seconds of the {CLOCK}\n"
+        f"hidden {arguments.hidden}, prompts of {PROMPT} tokens, {arguments.tokens} new ones, "
+        f"{arguments.threads} threads, seconds of the {CLOCK}\n"
     )
     print(
         "| family | batch | ours, tokens/s | theirs, tokens/s | ratio | equal tokens | machine |\n|---|---|---|---|---|---|---|"
@@ -145,9 +146,7 @@ def over_contexts(arguments: argparse.Namespace) -> None:
                 start = now()
                 while not engine.is_idle:
                     engine.step()
-                print(
-                    f"| {name} | {context:,} | {(now() - start) / 32 * 1e3:.2f} | {load()} |", flush=True
-                )
+                print(f"| {name} | {context:,} | {(now() - start) / 32 * 1e3:.2f} | {load()} |", flush=True)
 
 
 def profile(arguments: argparse.Namespace) -> None:

@@ -57,9 +57,12 @@ INLINE void dots(const int rows, const int columns, int64_t K, const float *x, c
   FOLD_ALL(4)
   FOLD_ALL(2)
   FOLD_ALL(1)
-  const int64_t here = last - column < columns ? last - column : columns;
-  for (int r = 0; r < rows; r++)
-    for (int64_t c = 0; c < here; c++) to[r * to_row + column + c] = sum[0][r * columns + c];
+  float all_sums[LANES];
+  store(all_sums, sum[0]);
+  for (int r = 0; r < rows; r++) {
+    if (column + columns <= last) memcpy(to + r * to_row + column, all_sums + r * columns, (size_t)columns * 4);
+    else memcpy(to + r * to_row + column, all_sums + r * columns, (size_t)(last - column) * 4);
+  }
 }
 
 INLINE void block(const Few *k, const float *x, const void *w, float *to, int64_t column, int64_t end, int bf16) {
