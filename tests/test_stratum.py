@@ -225,6 +225,7 @@ def test_every_example_in_every_help_text_runs(tmp_path: Path) -> None:
     lay_out(tmp_path)
     shutil.copy(ROOT / "launch/plan/published/published_throughput.csv", tmp_path / "rows.csv")
     (tmp_path / "texts").mkdir()
+    (tmp_path / "prompts.txt").write_text("one prompt\nanother\n")
     (tmp_path / "texts" / "a.jsonl").write_text("".join(f'{{"body": "words of document {n}"}}\n' for n in range(400)))
     (tmp_path / "stratum.sqsh").touch()
     order = "prepare inspect train trace generate report status checkpoint hf plan launch logs doctor fields validate compress"

@@ -15,6 +15,15 @@ class GenerateConfig:
 
     prompt: str = "\n"
     """Text to continue."""
+    prompts: str | None = None
+    """A file of texts to continue together, one a line; in a .jsonl file a JSON string or an object with "prompt". The
+    output is then a JSON object for each text."""
+    n: PositiveInt = 1
+    """Texts for each prompt; their seeds count up from --seed. More than one: JSON."""
+    logprobs: Count | None = None
+    """Also the log-probabilities of tokens, and of this many of the likeliest in each place. As JSON."""
+    batch: PositiveInt = 16
+    """Texts that are generated at the same time at most."""
     tokens: PositiveInt = 200
     """Tokens to write at most."""
     temperature: NonNegativeFloat = 0.8
