@@ -38,6 +38,21 @@ def head_weight(model: Any) -> torch.Tensor:
     return _weight(model)
 
 
+def head_logits(model: Any, hidden_NH: torch.Tensor) -> torch.Tensor:
+    """Logits of some tokens, [N, vocabulary of this tensor rank], by the head's own forward pass; before the soft cap.
+
+    hidden_NH: states after the final norm, complete on every tensor rank. `model` is the chunk that has the head.
+    """
+    head = model.output_layer
+    weight = model.shared_embedding_or_output_weight() if model.share_embeddings_and_output_weights else None
+    splits_sequence, head.sequence_parallel = head.sequence_parallel, False  # these tokens are not cut over the ranks
+    try:
+        logits_NBV, _ = head(hidden_NH[:, None], weight=weight)
+    finally:
+        head.sequence_parallel = splits_sequence
+    return logits_NBV[:, 0]
+
+
 def _weight(model: Any) -> torch.Tensor:
     if model.share_embeddings_and_output_weights:
         return model.shared_embedding_or_output_weight()
