@@ -10,7 +10,8 @@ from recipes.schema.teacher_rules import tokenizer_problems
 from recipes.schema.tools import GenerateConfig
 from train.build import model_on_one_rank, open_tokenizer
 from train.checkpoint.manager import CheckpointFolder, checkpoint_at
-from train.inference.decode import Sampling, generate
+from train.inference.batch_engine import EngineConfig, InferenceEngine
+from train.inference.request import Request, Sampling
 from train.megatron import choose_device, use_device
 
 
@@ -41,8 +42,13 @@ def stream_text(recipe: Recipe, config: GenerateConfig) -> Iterator[str]:
     with model_on_one_rank(recipe, path, device=device) as model:
         ids = tokenizer.prompt(config.prompt)
         sampling = Sampling(temperature=config.temperature, top_k=config.top_k, top_p=config.top_p, seed=config.seed)
+        request = Request(ids, config.tokens, sampling=sampling, stop=frozenset({tokenizer.eod}))
+        engine = InferenceEngine(model, recipe.model, EngineConfig(rows=1, context_tokens=len(ids) + config.tokens))
+        engine.add(request)
         decoder = tokenizer.incremental_decoder()
         yield config.prompt
-        for token in generate(model, ids, tokens=config.tokens, sampling=sampling, end_of_document=tokenizer.eod):
-            yield decoder.feed(token)
+        while not engine.is_idle:
+            for event in engine.step():
+                if event.token is not None:
+                    yield decoder.feed(event.token.id)
         yield decoder.finish()

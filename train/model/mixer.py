@@ -15,7 +15,7 @@ from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch import nn
 
 from train.model import ssd
-from train.model.context import LayerCaches, RowContext
+from train.model.context import RowContext
 from train.model.norm import rms_norm
 
 
@@ -100,8 +100,12 @@ class ReferenceMixer(MambaMixer):
         Collective over the tensor group (projections) and the context group (all-to-all around the scan).
         """
         zxbcdt, _ = self.in_proj(hidden_SBH)
-        if packed_seq_params is not None and packed_seq_params.caches is not None:
-            y = self._continue(zxbcdt, packed_seq_params.caches)
+        if packed_seq_params is not None and packed_seq_params.segments is not None:
+            segments = packed_seq_params.segments
+            pool = segments.mamba_pools[self.layer_number]
+            y = ssd.mamba_core_segments(
+                zxbcdt[:, 0], **self._scan_arguments(), chunk=self.chunk_size, segments=segments, pool=pool
+            )[:, None]
         else:
             zxbcdt = self.cp.pre_conv_ssm(zxbcdt, None)
             documents = packed_seq_params.documents if packed_seq_params is not None else None
@@ -122,12 +126,3 @@ class ReferenceMixer(MambaMixer):
             "state": self.d_state,
             "groups": self.cp.ngroups_local_tpcp,
         }
-
-    def _continue(self, zxbcdt_SBD: torch.Tensor, caches: LayerCaches) -> torch.Tensor:
-        """Continue the scan from the cached state and store the new one. Any number of tokens, constant memory."""
-        state = caches.mamba.get(self.layer_number)
-        y, new_state = ssd.mamba_core_continue(
-            zxbcdt_SBD, **self._scan_arguments(), chunk=self.chunk_size, state_pair=state
-        )
-        caches.mamba[self.layer_number] = new_state
-        return y

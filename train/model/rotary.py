@@ -69,11 +69,11 @@ class Rotary:
         self.angles = angles_per_token(model)
         self.table: tuple[torch.Tensor, torch.Tensor] | None = None
 
-    def __call__(self, x_SBHD: torch.Tensor, positions_S: torch.Tensor, *, length: int) -> torch.Tensor:
-        """x_SBHD rotated, in its dtype. positions_S: position of each token in the row, all below `length`."""
+    def __call__(self, x_SBHD: torch.Tensor, positions_S: torch.Tensor | None, *, length: int) -> torch.Tensor:
+        """x_SBHD rotated, in its dtype. positions_S: position of each token, all below `length`; None: a whole row in order."""
         cos, sin = self._up_to(length, x_SBHD.device)
-        if positions_S.shape[0] == length:
-            cos_S, sin_S = cos[:length], sin[:length]  # a whole row in order
+        if positions_S is None:
+            cos_S, sin_S = cos[:length], sin[:length]
         else:
             cos_S, sin_S = cos[positions_S], sin[positions_S]
         return _Rotate.apply(x_SBHD, cos_S[:, None, None], sin_S[:, None, None])
