@@ -25,6 +25,15 @@ class EvaluateConfig:
     """Items of each task that are scored (all of them where there are fewer)."""
 
 
-def is_due(every_steps: int, step: int, *, steps: int) -> bool:
-    """Whether an evaluation of this interval is due after `step` of `steps` steps."""
+def heldout_is_due(config: EvaluateConfig, step: int, *, steps: int) -> bool:
+    """Whether held-out rows are scored after `step` of `steps` steps."""
+    return _is_due(config.every_steps, step, steps)
+
+
+def tasks_are_due(config: EvaluateConfig, step: int, *, steps: int) -> bool:
+    """Whether tasks are scored after `step` of `steps` steps."""
+    return bool(config.tasks) and _is_due(config.tasks_every_steps, step, steps)
+
+
+def _is_due(every_steps: int, step: int, steps: int) -> bool:
     return step in (0, steps) or (every_steps > 0 and step % every_steps == 0)

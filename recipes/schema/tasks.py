@@ -110,20 +110,25 @@ def read_task(path: Path) -> TaskConfig:
         raise DataError("\n".join(f"{path}: {line}" for line in str(error).splitlines())) from error
 
 
-def task_problems(names: tuple[str, ...], *, row_tokens: int) -> list[Problem]:
-    """What keeps tasks from being asked during training: unknown names, wrong files, text to generate, too long for a row."""
+def task_problems(names: tuple[str, ...], *, row_tokens: int, reads_files: bool) -> list[Problem]:
+    """What keeps tasks from being asked during training: unknown names, wrong files, text to generate, too long for a row.
+
+    reads_files: whether task files are on this machine.
+    """
     found = []
     key = "evaluate.tasks"
     for name in names:
         try:
-            kind = read_task(Path(name)).kind if is_file(name) else None
+            kind = read_task(Path(name)).kind if is_file(name) and reads_files else None
         except DataError as error:
             found.append(Problem(key, f"evaluate.tasks: {error}"))
             continue
         long = long_context(name)
         if kind is None and long is None and name != HUMAN_EVAL and not name.startswith(REASONING):
             found.append(Problem(key, f"evaluate.tasks: {unknown_task(name)}"))
-        elif kind in ("exact_match", "generate") or (kind is None and (long is None or long[0] in ("tracking", "words"))):
+        elif kind in ("exact_match", "generate") or (
+            kind is None and (long is None or long[0] in ("tracking", "words"))
+        ):
             text = f"evaluate.tasks: {name} needs generated text, and during training tasks are only scored."
             found.append(Problem(key, text, f"Leave it out, and run `stratum evaluate RUN --tasks {name}` afterwards."))
         elif long is not None and long[1] > row_tokens:

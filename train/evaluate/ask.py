@@ -1,9 +1,9 @@
 """Asks a model the items of a task: scores of likelihood and judged answers become metrics with intervals.
 
-    cloze            accuracy (every token of the target is the likeliest), bits_per_byte of the targets
-    multiple_choice  accuracy (the likeliest choice is right), accuracy_per_byte (log-probability per byte of the choice)
-    rolling          bits_per_byte of the texts, from the first token on
-    generate         score of the greedy answers
+cloze            accuracy (every token of the target is the likeliest), bits_per_byte of the targets
+multiple_choice  accuracy (the likeliest choice is right), accuracy_per_byte (log-probability per byte of the choice)
+rolling          bits_per_byte of the texts, from the first token on
+generate         score of the greedy answers
 """
 
 import math
@@ -17,7 +17,7 @@ from train.evaluate.decoder import Decoder
 from train.evaluate.intervals import Metric, mean, ratio, share
 from train.evaluate.score import Forward, Request, Score, bits, fitted, rolling_requests, scores
 from train.evaluate.tasks.task import Item, Task, begin_token, request_of
-from train.inference.decode import Sampling
+from train.inference.request import Sampling
 
 _BLOCK_TOKENS = 1 << 22
 """Tokens of items whose rows are in memory at once."""
@@ -68,9 +68,7 @@ def requests_of(task: Task, item: Item, tokenizer: Tokenizer, *, row_tokens: int
     if task.kind == "rolling":
         ids = tokenizer.encode(item.prompt)
         return list(rolling_requests(ids, prefix=begin_token(tokenizer), row_tokens=row_tokens))
-    return [
-        request_of(tokenizer, item.prompt, target, end_of_document=task.end_of_document) for target in item.targets
-    ]
+    return [request_of(tokenizer, item.prompt, target, end_of_document=task.end_of_document) for target in item.targets]
 
 
 def _blocks(task: Task, forward: Forward, tokenizer: Tokenizer) -> Iterator[list[list[Request]]]:
@@ -100,7 +98,7 @@ def _check_finite(task: Task, found: Sequence[Sequence[Score]]) -> None:
             if not math.isfinite(score.log_probability):
                 raise NumericsError(
                     f"task {task.name}, {item.place}: the log-probability is {score.log_probability}, so the model's logits "
-                    f"overflow or contain NaN. Evaluate an earlier checkpoint."
+                    f"overflow or contain NaN."
                 )
 
 

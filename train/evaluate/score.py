@@ -17,14 +17,13 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 
 from recipes.schema.errors import DataError
 from recipes.schema.layout import Layout
 from train.engine import Engine, run_schedule
 from train.evaluate.deal import deal, evaluating
 from train.model.cross_entropy import vocab_parallel_cross_entropy
-from train.model.head import head_logits, hidden_states
+from train.model.head import head_logits, hidden_states, whole_sequence
 from train.objective.next_token import local_rows
 from train.parallel.mesh import Mesh
 
@@ -228,8 +227,7 @@ def _step(forward: Forward) -> Callable[..., Any]:
         owner_BS = batch.owner.to(mesh.device)[:, rows.positions[0]]
 
         def report_of(hidden_SBH: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-            if chunk.config.sequence_parallel:
-                hidden_SBH = gather_from_sequence_parallel_region(hidden_SBH, group=mesh.groups.tp)
+            hidden_SBH = whole_sequence(chunk, hidden_SBH)
             is_scored = rows.labels >= 0
             picked_NH = hidden_SBH.transpose(0, 1)[is_scored]
             nats, misses = _token_scores(chunk, picked_NH, rows.labels[is_scored], group=mesh.groups.tp)

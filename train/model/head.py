@@ -3,6 +3,7 @@
 from typing import Any
 
 import torch
+from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 
 from train.model.context import RowContext
 
@@ -36,6 +37,16 @@ def head_weight(model: Any) -> torch.Tensor:
             head(weight.new_empty(0, 1, weight.shape[1]), weight=weight)
         head.sequence_parallel = splits_sequence
     return _weight(model)
+
+
+def whole_sequence(model: Any, hidden_SBH: torch.Tensor) -> torch.Tensor:
+    """Hidden states of the whole sequence on every tensor rank, where sequence parallelism has cut it. For use without gradients.
+
+    Collective over the tensor group.
+    """
+    if not model.config.sequence_parallel:
+        return hidden_SBH
+    return gather_from_sequence_parallel_region(hidden_SBH, group=model.pg_collection.tp)
 
 
 def head_logits(model: Any, hidden_NH: torch.Tensor) -> torch.Tensor:

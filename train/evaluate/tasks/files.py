@@ -100,12 +100,12 @@ def _choices(config: TaskConfig, record: Mapping[str, Any], place: str) -> tuple
         raise DataError(f"{place}: {config.choices}={_shown(choices)} is not a list of two or more choices.")
     for number, choice in enumerate(choices):
         if not isinstance(choice, str | int | float) or isinstance(choice, bool) or not str(choice).strip():
-            raise DataError(f"{place}: choice {number} of {config.choices} is {_shown(choice)}, not a text with content.")
+            raise DataError(
+                f"{place}: choice {number} of {config.choices} is {_shown(choice)}, not a text with content."
+            )
     if len(set(map(str, choices))) < len(choices):
         raise DataError(f"{place}: {config.choices} has the same choice twice: {_shown(choices)}.")
-    return tuple(
-        filled(config.choice, {**record, "choice": choice}, place=place, key="choice") for choice in choices
-    )
+    return tuple(filled(config.choice, {**record, "choice": choice}, place=place, key="choice") for choice in choices)
 
 
 def _answer(config: TaskConfig, record: Mapping[str, Any], place: str, *, count: int) -> int:

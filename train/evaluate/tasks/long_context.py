@@ -11,7 +11,9 @@ The needle's answer is scored as a cloze: it is right if its tokens are the like
 would write. The other two need generated text, and are scored by the share of the expected names in it.
 """
 
+import itertools
 from collections.abc import Callable, Iterable
+from functools import partial
 
 import numpy as np
 
@@ -22,11 +24,11 @@ from train.evaluate.tasks.verify import every
 
 ITEMS = 32
 """Items where no other number is asked for; RULER has 500."""
-_NOISE = (
-    "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."  # RULER's
-)
+_NOISE = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."  # RULER's
 _ANSWER_TOKENS = {"tracking": 30, "words": 120}
 """Tokens to generate, as in RULER."""
+_LEAST_FILLING = {"needle": 1, "multikey": 4, "tracking": 1, "words": 20}
+"""Sentences or words around what is asked for, at least: otherwise there is nothing to find it among."""
 _HOPS = 4
 _COMMON = 10
 _REPEATS = ((30, 3), (10, 1), (4, 1))
@@ -40,10 +42,10 @@ def open_long_context(kind: str, tokens: int, *, tokenizer: Tokenizer, seed: int
     """A task of the given kind at `tokens` tokens. DataError if the tokenizer needs more for its shortest item."""
     name = f"{kind}-{tokens // 1024}k"
     makers: dict[str, list[Maker]] = {
-        "needle": [lambda rng, amount: _needle(rng, amount, is_noise=True)],
-        "multikey": [lambda rng, amount: _needle(rng, amount, is_noise=False)],
+        "needle": [partial(_needle, is_noise=True)],
+        "multikey": [partial(_needle, is_noise=False)],
         "tracking": [_tracking],
-        "words": [lambda rng, amount, r=repeats: _words(rng, amount, *r) for repeats in _REPEATS],
+        "words": [partial(_words, common_times=common, other_times=other) for common, other in _REPEATS],
     }
     answer_tokens = _ANSWER_TOKENS.get(kind, 0)
 
@@ -52,12 +54,17 @@ def open_long_context(kind: str, tokens: int, *, tokenizer: Tokenizer, seed: int
         return len(context_ids(tokenizer, item.prompt + target)) + answer_tokens
 
     for make in makers[kind]:
-        made = [_longest(make, (seed, _number_of(kind), index), size, tokens) for index in range(items or ITEMS)]
+        made = [
+            _longest(make, (seed, _number_of(kind), index), size, tokens, least=_LEAST_FILLING[kind])
+            for index in range(items or ITEMS)
+        ]
         found = [item for item in made if item is not None]
         if len(found) == len(made):
             break
     else:
-        raise DataError(f"{name}: the shortest item takes more than {tokens:,} tokens with this tokenizer. Use a longer one.")
+        raise DataError(
+            f"{name}: the shortest item takes more than {tokens:,} tokens with this tokenizer. Use a longer one."
+        )
     placed = tuple(Item(f"{name} {i}", item.prompt, item.targets) for i, item in enumerate(found))
     task_kind: Kind = "generate" if answer_tokens else "cloze"
     return Task(
@@ -72,20 +79,20 @@ def open_long_context(kind: str, tokens: int, *, tokenizer: Tokenizer, seed: int
     )
 
 
-def _longest(make: Maker, key: Iterable[int], size: Callable[[Item], int], most: int) -> Item | None:
-    """The item with as much filling as fits; None if not even the one without does. Same generator at each size."""
+def _longest(make: Maker, key: Iterable[int], size: Callable[[Item], int], most: int, *, least: int) -> Item | None:
+    """The item with as much filling as fits; None if not even the least does. Same generator at each size."""
 
     def at(amount: int) -> Item:
         return make(np.random.default_rng([*key]), amount)
 
-    shortest = size(at(0))
+    shortest, probe = size(at(least)), 32
     if shortest > most:
         return None
-    probe = 32
-    amount = max(0, int((most - shortest) / max(1e-9, (size(at(probe)) - shortest) / probe)))
-    while amount and size(item := at(amount)) > most:
-        amount -= max(1, round(amount * (size(item) - most) / most))
-    return at(amount)
+    each = (size(at(least + probe)) - shortest) / probe
+    amount = least + int((most - shortest) / each)
+    while (item := at(amount)) and (excess := size(item) - most) > 0:
+        amount = max(least, amount - max(1, round(excess / each)))
+    return item
 
 
 def _needle(rng: np.random.Generator, amount: int, *, is_noise: bool) -> Item:
@@ -109,7 +116,7 @@ def _tracking(rng: np.random.Generator, amount: int) -> Item:
         name = "".join(chr(65 + int(letter)) for letter in rng.integers(0, 26, 5))
         names += [] if name in names else [name]
     value = int(rng.integers(10_000, 100_000))
-    chain = [f"VAR {names[0]} = {value}", *(f"VAR {b} = VAR {a}" for a, b in zip(names, names[1:], strict=False))]
+    chain = [f"VAR {names[0]} = {value}", *(f"VAR {b} = VAR {a}" for a, b in itertools.pairwise(names))]
     sentences = [_NOISE] * amount
     places = sorted(int(place) for place in rng.integers(0, amount + 1, len(chain)))
     for offset, (place, line) in enumerate(zip(places, chain, strict=True)):

@@ -33,7 +33,9 @@ def open_human_eval(*, items: int | None = None) -> Task:
         name=HUMAN_EVAL,
         kind="generate",
         items=tuple(
-            Item(p["task_id"], p["prompt"], (p["canonical_solution"],), facts={k: p[k] for k in ("test", "entry_point")})
+            Item(
+                p["task_id"], p["prompt"], (p["canonical_solution"],), facts={k: p[k] for k in ("test", "entry_point")}
+            )
             for p in problems
         ),
         max_new_tokens=512,

@@ -63,9 +63,7 @@ class Task:
 
     def texts(self) -> list[tuple[str, str]]:
         """(place, text) of each item, as a corpus might hold it: the prompt with the right target."""
-        return [
-            (item.place, item.prompt + (item.targets[item.answer] if item.targets else "")) for item in self.items
-        ]
+        return [(item.place, item.prompt + (item.targets[item.answer] if item.targets else "")) for item in self.items]
 
 
 def begin_token(tokenizer: Tokenizer) -> int:
