@@ -115,23 +115,37 @@ def task_problems(names: tuple[str, ...], *, row_tokens: int, reads_files: bool)
 
     reads_files: whether task files are on this machine.
     """
-    found = []
-    key = "evaluate.tasks"
+    found: list[Problem] = []
     for name in names:
         try:
-            kind = read_task(Path(name)).kind if is_file(name) and reads_files else None
+            text, remedy = _during_training(name, row_tokens=row_tokens, reads_files=reads_files)
         except DataError as error:
-            found.append(Problem(key, f"evaluate.tasks: {error}"))
-            continue
-        long = long_context(name)
-        if kind is None and long is None and name != HUMAN_EVAL and not name.startswith(REASONING):
-            found.append(Problem(key, f"evaluate.tasks: {unknown_task(name)}"))
-        elif kind in ("exact_match", "generate") or (
-            kind is None and (long is None or long[0] in ("tracking", "words"))
-        ):
-            text = f"evaluate.tasks: {name} needs generated text, and during training tasks are only scored."
-            found.append(Problem(key, text, f"Leave it out, and run `stratum evaluate RUN --tasks {name}` afterwards."))
-        elif long is not None and long[1] > row_tokens:
-            text = f"evaluate.tasks: {name} needs rows of {long[1]:,} tokens, and data.row_tokens={row_tokens:,}."
-            found.append(Problem(key, text, "Choose a shorter one, or evaluate it afterwards with `stratum evaluate`."))
+            text, remedy = str(error), ""
+        if text:
+            found.append(Problem("evaluate.tasks", f"evaluate.tasks: {text}", remedy))
     return found
+
+
+def _during_training(name: str, *, row_tokens: int, reads_files: bool) -> tuple[str, str]:
+    """(what is wrong, remedy) of one task; empty if it can be scored. Raises DataError for a wrong name or file."""
+    generates = False
+    long = long_context(name)
+    if is_file(name):
+        generates = reads_files and read_task(Path(name)).kind in ("exact_match", "generate")
+    elif long is not None:
+        generates = long[0] in ("tracking", "words")
+    elif name == HUMAN_EVAL or name.startswith(REASONING):
+        generates = True
+    else:
+        raise unknown_task(name)
+    if generates:
+        return (
+            f"{name} needs generated text, and during training tasks are only scored.",
+            f"Leave it out, and run `stratum evaluate RUN --tasks {name}` afterwards.",
+        )
+    if long is not None and long[1] > row_tokens:
+        return (
+            f"{name} needs rows of {long[1]:,} tokens, and data.row_tokens={row_tokens:,}.",
+            "Choose a shorter one, or evaluate it afterwards with `stratum evaluate`.",
+        )
+    return "", ""
