@@ -1,7 +1,5 @@
 """`stratum evaluate` from the command line: results, intervals, resuming, and one clear error for each fault."""
 
-import contextlib
-import io
 import json
 import math
 import shutil
@@ -14,19 +12,17 @@ import pytest
 import torch
 from ranks import run_ranks
 from shards import TEXT, random_documents, write_folder
-from test_task_files import CAPITALS, task_in
+from task_files import CAPITALS, CHOICES, command, task_in
 from tiny import RECIPE, TINY, engine_of
 
 from recipes.schema.data import SourceConfig
 from recipes.schema.read import recipe_from_mapping, recipe_mapping
 from recipes.schema.recipe import Recipe
-from train import stratum
 from train.checkpoint.manager import CheckpointFolder, checkpoint_at
 from train.checkpoint.manifest import RunState
 from train.evaluate import evaluation  # noqa: F401  imported before the first fork
 
 VOCAB = 300
-CHOICES = {"kind": "multiple_choice", "prompt": "{country}:", "choices": "cities", "answer": "right"}
 
 
 def save(rank: int, recipe: Recipe, folder: Path, tokenizer: str, value: float | None) -> Path:
@@ -53,16 +49,6 @@ def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root / "run"
 
 
-def command(*words: str) -> tuple[int, str]:
-    out = io.StringIO()
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):
-        try:
-            status = stratum.main(["evaluate", *words])
-        except SystemExit as end:
-            status = int(end.code or 0)
-    return status, out.getvalue()
-
-
 def in_child(rank: int, *words: str) -> tuple[int, str]:
     torch.set_num_threads(1)
     return command(*words)
@@ -78,9 +64,6 @@ def results(folder: Path) -> dict[str, Any]:
 
 
 def test_results_hold_scores_intervals_and_what_they_are_of(run_folder: Path, tmp_path: Path) -> None:
-    (tmp_path / "c").mkdir()
-    (tmp_path / "r").mkdir()
-    (tmp_path / "g").mkdir()
     choices = task_in(tmp_path / "c", CAPITALS, name="capitals", **CHOICES)
     rolling = task_in(
         tmp_path / "r", [{"text": TEXT[:500]}, {"text": "fox"}], kind="rolling", prompt="{text}", name="texts"

@@ -1,11 +1,10 @@
 """Task files: what is asked of a record, and one clear error for each fault, with file and line."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
+from task_files import CAPITALS, task_in
 
 from recipes.schema.errors import DataError
 from train.evaluate.tasks.files import open_task_file
@@ -13,24 +12,8 @@ from train.evaluate.tasks.task import Item, Task
 from train.evaluate.tasks.verify import JUDGES, last_number
 
 
-def task_in(folder: Path, records: list[Any], **fields: Any) -> Path:
-    """A task file and its data."""
-    lines = [record if isinstance(record, str) else json.dumps(record) for record in records]
-    (folder / "data.jsonl").write_text("".join(f"{line}\n" for line in lines))
-    path = folder / "mine.yaml"
-    path.write_text(yaml.safe_dump({"data": "data.jsonl", **fields}))
-    return path
-
-
 def opened(folder: Path, records: list[Any], **fields: Any) -> Task:
     return open_task_file(task_in(folder, records, **fields))
-
-
-CAPITALS = [
-    {"country": "France", "cities": ["Paris", "Lyon"], "right": 0},
-    {"country": "Italy", "cities": ["Milan", "Rome"], "right": "Rome"},
-    {"country": "{Spain}", "cities": ["Madrid", "Vigo", "Toledo"], "right": 0},
-]
 
 
 def test_choices_prompts_and_examples(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from ranks import run_ranks
 from shards import random_documents, write_folder
-from test_task_files import CAPITALS, task_in
+from task_files import CAPITALS, CHOICES, task_in
 from tiny import RECIPE, TINY
 
 from recipes.schema.data import SourceConfig
@@ -22,21 +22,15 @@ from train.evaluate.score import forward_of_model
 from train.evaluate.training_tasks import open_training_tasks
 from train.record.report import write_report
 
-CHOICES = {
-    "kind": "multiple_choice",
-    "prompt": "{country}:",
-    "choices": "cities",
-    "answer": "right",
-    "name": "capitals",
-}
-
 
 @pytest.fixture
 def recipe(tmp_path: Path) -> Recipe:
     write_folder(tmp_path / "data", {"a": [random_documents(300, seed=3)]})
-    (tmp_path / "cloze").mkdir()
     clozes = [{"prompt": "the quick", "target": " brown fox"}, {"prompt": "a lazy", "target": " dog"}] * 5
-    tasks = (task_in(tmp_path, CAPITALS, **CHOICES), task_in(tmp_path / "cloze", clozes, kind="cloze", name="words"))
+    tasks = (
+        task_in(tmp_path, CAPITALS, name="capitals", **CHOICES),
+        task_in(tmp_path / "cloze", clozes, kind="cloze", name="words"),
+    )
     return replace(
         RECIPE,
         run=replace(RECIPE.run, folder=str(tmp_path), name="run", device="cpu", steps=5),
