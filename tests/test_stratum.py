@@ -206,7 +206,9 @@ def test_every_example_in_every_help_text_runs(tmp_path: Path) -> None:
     shutil.copy(ROOT / "launch/plan/published/published_throughput.csv", tmp_path / "rows.csv")
     (tmp_path / "texts").mkdir()
     (tmp_path / "texts" / "a.jsonl").write_text('{"body": "words"}\n' * 400)
-    order = "prepare inspect train trace generate report status checkpoint hf plan launch doctor fields validate"
+    order = (
+        "prepare inspect train trace generate evaluate report status checkpoint hf plan launch doctor fields validate"
+    )
     order += " compress teacher-cache stages cancel"
     failed = []
     for name in sorted(stratum.COMMANDS, key=lambda name: order.split().index(name.split()[0])):

@@ -1,12 +1,13 @@
 """What `stratum evaluate` does: open the tasks, then the model, ask, write results.json after each task, print a table."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
 
+from data.system.console import open_console
 from data.tokenizer import Tokenizer, load_tokenizer
 from recipes.schema.errors import BackendError, CheckpointError, NumericsError, refuse
 from recipes.schema.foreign import printable
@@ -22,6 +23,7 @@ from train.evaluate.decoder import BatchedDecoder
 from train.evaluate.results import HARNESS, Results, Subject, overlap_table, results_table
 from train.evaluate.score import Forward, forward_of_model
 from train.evaluate.tasks.catalog import names_of, open_tasks
+from train.evaluate.tasks.packages import optional_package
 from train.evaluate.tasks.task import Task
 from train.megatron import choose_device, use_device
 
@@ -40,7 +42,7 @@ class _Opened:
 
 def evaluate_checkpoint(config: EvaluateToolConfig, place: Path) -> int:
     """Evaluate the newest checkpoint of a run, or the checkpoint itself. -> exit status. Raises StratumError."""
-    console = Console(highlight=False)
+    console = open_console()
     device = choose_device(config.device)
     use_device(device)
     opened = _open(config, place)
@@ -49,46 +51,46 @@ def evaluate_checkpoint(config: EvaluateToolConfig, place: Path) -> int:
     harness = [HARNESS + name for name in names_of(config.harness)]
     row_tokens = config.row_tokens or opened.recipe.data.row_tokens
     settings = {"row_tokens": row_tokens, "items": config.items, "seed": config.seed}
+    run_harness = _harness() if harness else None
     results = Results(_folder(config, opened.path), opened.subject)
     asked = [*(task.name for task in tasks), *harness]
     if config.resume:
         hashes = {**dict.fromkeys(harness), **{task.name: task.hash for task in tasks}}
         finished = [name for name in asked if results.finished(name, hash=hashes[name], settings=settings)]
         if finished:
-            console.print(f"already in results.json: {', '.join(finished)}", soft_wrap=True)
+            console.print(f"already in results.json: {', '.join(finished)}")
         tasks = [task for task in tasks if task.name not in finished]
         harness = [name for name in harness if name not in finished]
     if tasks or harness:
         with model_on_one_rank(opened.recipe, opened.path, device=device) as model:
             forward = forward_of_model(model, row_tokens=row_tokens, microbatch_rows=config.batch_rows)
             decoder = BatchedDecoder(model, opened.recipe.model, opened.tokenizer)
-            for result, seconds in _results(config, tasks, harness, forward, opened.tokenizer, decoder):
+            asking = _Asking(config, forward, opened.tokenizer, decoder, run_harness)
+            for result, seconds in _results(asking, tasks, harness):
                 results.add(result, settings=settings, seconds=seconds)
                 asked += [] if result.name in asked else [result.name]  # a group of the harness has many tasks
                 _report(result, console, row_tokens=row_tokens, seconds=seconds)
     shown = {name: entry for name, entry in results.tasks.items() if name in asked}
-    console.print(results_table(shown, title=f"{opened.path} (step {opened.subject.step:,})"), soft_wrap=True)
-    console.print(f"{results.path}", soft_wrap=True)
+    console.print(results_table(shown, title=f"{opened.path} (step {opened.subject.step:,})"))
+    console.print(f"{results.path}")
     return 0
 
 
 def search_data(config: EvaluateToolConfig, folder: Path) -> int:
     """Look for the tasks' texts in a folder of prepared data. -> exit status. Raises StratumError."""
-    console = Console(highlight=False)
+    console = open_console()
     tokenizer = tokenizer_in(folder)
     tasks = open_tasks(names_of(config.tasks), tokenizer=tokenizer, seed=config.seed, items=config.items)
     found = find_overlap(tasks, folder)
     for match in found.matches[:_MATCHES_SHOWN]:
         where = f"{match.file} record {match.record:,} (source {match.source}, document {match.document:,})"
-        console.print(printable(f"{match.task} {match.item}: {where}: {match.text!r}"), soft_wrap=True, markup=False)
+        console.print(printable(f"{match.task} {match.item}: {where}: {match.text!r}"))
     count = len(found.matches) + found.left_out
     if count > _MATCHES_SHOWN:
-        console.print(f"... and {count - _MATCHES_SHOWN:,} more", soft_wrap=True)
-    console.print(
-        overlap_table(found, title=f"{folder}: {found.documents:,} documents, {found.tokens:,} tokens"), soft_wrap=True
-    )
+        console.print(f"... and {count - _MATCHES_SHOWN:,} more")
+    console.print(overlap_table(found, title=f"{folder}: {found.documents:,} documents, {found.tokens:,} tokens"))
     if config.out is not None:
-        console.print(f"{found.write(Path(config.out), folder)}", soft_wrap=True)
+        console.print(f"{found.write(Path(config.out), folder)}")
     return 0
 
 
@@ -139,43 +141,55 @@ def _check_code(tasks: list[Task], *, is_allowed: bool) -> None:
         )
 
 
-def _results(
-    config: EvaluateToolConfig,
-    tasks: list[Task],
-    harness: list[str],
-    forward: Forward,
-    tokenizer: Tokenizer,
-    decoder: BatchedDecoder,
-) -> Iterator[tuple[TaskResult, float]]:
+@dataclass(frozen=True)
+class _Asking:
+    """What tasks are asked with."""
+
+    config: EvaluateToolConfig
+    forward: Forward
+    tokenizer: Tokenizer
+    decoder: BatchedDecoder
+    run_harness: Callable[..., list[TaskResult]] | None
+
+
+def _results(asking: _Asking, tasks: list[Task], harness: list[str]) -> Iterator[tuple[TaskResult, float]]:
     """(result, seconds) of each task. CheckpointError where the model gives numbers that are not finite."""
+    folder = asking.config.harness_folder
     try:
         for task in tasks:
             began = time.monotonic()
-            yield ask(task, forward=forward, tokenizer=tokenizer, decoder=decoder), time.monotonic() - began
+            result = ask(task, forward=asking.forward, tokenizer=asking.tokenizer, decoder=asking.decoder)
+            yield result, time.monotonic() - began
         for name in harness:
-            from train.evaluate.harness import run_harness  # an optional package, and seconds of imports
-
+            assert asking.run_harness is not None
             began = time.monotonic()
-            for result in run_harness(
+            for result in asking.run_harness(
                 name.removeprefix(HARNESS),
-                folder=None if config.harness_folder is None else Path(config.harness_folder),
-                forward=forward,
-                tokenizer=tokenizer,
-                decoder=decoder,
-                items=config.items,
+                folder=None if folder is None else Path(folder),
+                forward=asking.forward,
+                tokenizer=asking.tokenizer,
+                decoder=asking.decoder,
+                items=asking.config.items,
             ):
                 yield result, time.monotonic() - began
     except NumericsError as error:
         raise CheckpointError(f"{error} Evaluate an earlier checkpoint.") from error
 
 
+def _harness() -> Callable[..., list[TaskResult]]:
+    """What runs tasks of lm-evaluation-harness. BackendError if it is not installed."""
+    with optional_package("lm_eval"):
+        from train.evaluate.harness import run_harness  # an optional package, and seconds of imports
+
+        return run_harness
+
+
 def _report(result: TaskResult, console: Console, *, row_tokens: int, seconds: float) -> None:
     """A line for a finished task, and one for what was cut."""
     values = ", ".join(f"{name} {metric.value:.4f}" for name, metric in result.metrics.items())
-    console.print(f"{result.name}: {result.items:,} items, {values} ({seconds:.1f} s)", soft_wrap=True)
+    console.print(f"{result.name}: {result.items:,} items, {values} ({seconds:.1f} s)")
     if result.cut_contexts:
         console.print(
             f"  warning: {result.cut_contexts:,} contexts lost their beginning, because a row has {row_tokens:,} tokens. Allow "
-            f"longer rows with --row-tokens.",
-            soft_wrap=True,
+            f"longer rows with --row-tokens."
         )

