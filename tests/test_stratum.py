@@ -184,6 +184,7 @@ def adapted(line: str) -> list[str]:
     words = shlex.split(line.split(" | ")[0])[1:]
     is_plan = words[0] == "plan" or words[:2] == ["launch", "slurm"] or (words[0] == "stages" and "--run" not in words)
     words = [word.replace("runs/tiny_teacher", "runs/parent").replace("=[8,10]", "=[3,4]") for word in words]
+    words = ["prepared" if word == "runs/data/smoke" else word for word in words]
     if "-cn" in words and not is_plan:
         at = words.index("-cn")
         words[at : at + 2] = LITTLE

@@ -48,7 +48,9 @@ def ask(task: Task, *, forward: Forward, tokenizer: Tokenizer, decoder: Decoder 
     if task.judge is not None:
         assert decoder is not None, "a task that generates needs a decoder"
         return _generated(task, decoder)
-    if task.row_tokens > forward.row_tokens and not forward.has_fixed_shape:
+    is_long = task.row_tokens > forward.row_tokens
+    if is_long:
+        assert decoder is not None, "the rules refuse tasks that are longer than the rows of training"
         forward = replace(forward, row_tokens=task.row_tokens)
     found: list[list[Score]] = []
     cut = 0
@@ -56,7 +58,7 @@ def ask(task: Task, *, forward: Forward, tokenizer: Tokenizer, decoder: Decoder 
         requests = [request for of_item in block for request in of_item]
         kept = [fitted(request, forward.row_tokens) for request in requests]
         cut += sum(one is not other for one, other in zip(requests, kept, strict=True))
-        results = iter(scores(forward, kept))
+        results = iter(decoder.scores(kept) if is_long and decoder is not None else scores(forward, kept))
         found += [[next(results) for _ in of_item] for of_item in block]
     _check_finite(task, found)
     metrics, samples = _judged(task, found)

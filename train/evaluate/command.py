@@ -13,7 +13,7 @@ from recipes.schema.tools import EvaluateToolConfig
 
 _ERRORS: tuple[type[Exception], ...] = (*USER_ERRORS, OSError)
 _EXAMPLES = """
-stratum evaluate runs/smoke --tasks needle-1k,multikey-1k --row-tokens 1024 --items 2
+stratum evaluate runs/smoke --tasks needle-1k,multikey-1k --items 2
 stratum evaluate smoke --tasks needle-1k --items 2 --resume        tasks that are finished are left out
 stratum evaluate --contamination runs/data/smoke --tasks needle-1k --items 2     documents that hold the tasks' texts
 """

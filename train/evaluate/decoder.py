@@ -1,5 +1,10 @@
-"""What generates text for tasks: prompts in, continuations out. The tasks do not know how."""
+"""What generates text for tasks: prompts in, continuations out. The tasks do not know how.
 
+It also scores targets after contexts that are longer than the rows of training. It reads them in parts, into caches, so
+memory does not grow with the square of the length.
+"""
+
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -7,8 +12,10 @@ from typing import Any, Protocol
 from data.tokenizer import IncrementalDecoder, Tokenizer
 from recipes.schema.errors import NumericsError
 from recipes.schema.model import ModelConfig
+from train.evaluate.score import Request as ScoreRequest
+from train.evaluate.score import Score
 from train.inference.batch_engine import EngineConfig, InferenceEngine
-from train.inference.request import Request, Sampling
+from train.inference.request import Event, Request, Sampling, Token
 
 _BATCH_TOKENS = 1 << 16
 """Tokens of texts that are decoded together: sixteen of 4,096, one of more than 32,768."""
@@ -23,6 +30,9 @@ class Decoder(Protocol):
     ) -> list[str]:
         """The continuation of each prompt, in order: up to the end of the document, the first of the `stop` texts (which does
         not belong to it) or `max_new_tokens`."""
+
+    def scores(self, requests: Sequence[ScoreRequest]) -> list[Score]:
+        """As `train.evaluate.score.scores`, for requests of any length."""
 
 
 @dataclass
@@ -49,9 +59,7 @@ class BatchedDecoder:
             return []
         tokenizer = self._tokenizer
         ids = [tokenizer.prompt(prompt) for prompt in prompts]
-        longest = max(map(len, ids)) + max_new_tokens
-        rows = max(1, min(_MOST_ROWS, len(ids), _BATCH_TOKENS // longest))
-        engine = InferenceEngine(self._model, self._shape, EngineConfig(rows=rows, context_tokens=longest))
+        engine = self._engine(len(ids), longest=max(map(len, ids)) + max_new_tokens)
         ends = frozenset({tokenizer.eod})
         answers = {
             engine.add(Request(prompt, max_new_tokens, sampling=sampling, stop=ends)): _Answer(
@@ -62,9 +70,7 @@ class BatchedDecoder:
         while not engine.is_idle:
             for event in engine.step():
                 answer = answers[event.request]
-                if event.finish == "error":
-                    place = list(answers).index(event.request)
-                    raise NumericsError(f"prompt {place}: {event.message}.")
+                _check(event, list(answers))
                 if event.token is None or answer.ended is not None or event.token.id == tokenizer.eod:
                     continue
                 answer.text += answer.decoder.feed(event.token.id)
@@ -72,6 +78,32 @@ class BatchedDecoder:
                 if answer.ended is not None:
                     engine.cancel(event.request)
         return [_whole(answer, stop) for answer in answers.values()]
+
+    def scores(self, requests: Sequence[ScoreRequest]) -> list[Score]:
+        """As `Decoder.scores`. Raises NumericsError if logits are not finite."""
+        if not requests:
+            return []
+        engine = self._engine(len(requests), longest=max(len(r.context) + len(r.target) for r in requests))
+        ids = [engine.add(Request(r.context + r.target, 0, score_from=len(r.context))) for r in requests]
+        tokens: dict[int, list[Token]] = {id: [] for id in ids}
+        while not engine.is_idle:
+            for event in engine.step():
+                _check(event, ids)
+                tokens[event.request] += event.scores
+        return [
+            Score(math.fsum(token.logprob for token in tokens[id]), all(token.is_likeliest for token in tokens[id]))
+            for id in ids
+        ]
+
+    def _engine(self, count: int, *, longest: int) -> InferenceEngine:
+        """An engine for so many texts of at most `longest` tokens."""
+        rows = max(1, min(_MOST_ROWS, count, _BATCH_TOKENS // longest))
+        return InferenceEngine(self._model, self._shape, EngineConfig(rows=rows, context_tokens=longest))
+
+
+def _check(event: Event, ids: Sequence[int]) -> None:
+    if event.finish == "error":
+        raise NumericsError(f"text {ids.index(event.request)}: {event.message}.")
 
 
 def _whole(answer: _Answer, stop: Sequence[str]) -> str:

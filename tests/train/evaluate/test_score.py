@@ -16,6 +16,7 @@ from recipes.schema.layout import Layout
 from recipes.schema.recipe import Recipe
 from train.build import build_engine, check, mesh_of, model_on_one_rank
 from train.evaluate.deal import deal
+from train.evaluate.decoder import BatchedDecoder
 from train.evaluate.score import (
     Request,
     Score,
@@ -99,6 +100,24 @@ def test_scores_are_those_of_transformers_on_the_export(
     assert [score.is_greedy for score in found] == [score.is_greedy for score in wanted]
     for ours, right, request in zip(found, wanted, requests, strict=True):
         assert abs(ours.log_probability - right.log_probability) < 1e-5 * len(request.target)
+
+
+def by_decoder(rank: int, recipe: Recipe, path: Path, requests: list[Request]) -> list[Score]:
+    torch.set_num_threads(1)
+    with model_on_one_rank(recipe, path, device=CPU) as model:
+        return BatchedDecoder(model, recipe.model, tokenizer=None).scores(requests)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_long_contexts_are_scored_in_parts_with_the_same_result(family: str, checkpoints: dict[str, Path]) -> None:
+    """What the decoder reads into caches, against one forward pass; a context of several parts and pages among them."""
+    recipe = recipe_of(FAMILIES[family])
+    requests = [*random_requests(12), *random_requests(4, seed=5, longest=1500)]
+    (found,) = run_ranks(1, by_decoder, recipe, checkpoints[family], requests)
+    ((wanted,),) = run_ranks(1, on_one_rank, recipe, checkpoints[family], requests, 1500, [2])
+    for one, right, request in zip(found, wanted, requests, strict=True):
+        assert abs(one.log_probability - right.log_probability) < 1e-5 * len(request.target)
+        assert one.is_greedy == right.is_greedy
 
 
 @pytest.mark.parametrize("family", FAMILIES)
