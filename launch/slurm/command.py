@@ -35,6 +35,7 @@ from launch.slurm.job_script import (
 from launch.slurm.job_times import advice
 from launch.slurm.snapshot import config_folders, take_snapshot
 from launch.user_errors import exit_status
+from recipes.schema.data import is_remote
 from recipes.schema.errors import RecipeError, refuse
 from recipes.schema.facts import Machine
 from recipes.schema.foreign import read_bounded_text
@@ -238,6 +239,8 @@ def _prepare(recipe: Recipe, words: list[str], *, tasks: int, dry_run: bool) -> 
     refuse(script_problems(recipe))
     if tasks < 1:
         raise RecipeError(f"--tasks={tasks}: use 1 or more")
+    if is_remote(recipe.data.folder):
+        raise RecipeError(f"data.folder={recipe.data.folder} is an address; data is prepared into a folder. Name one.")
     folder = Path(recipe.data.folder)
     job = Preparation(
         name=f"prepare-{folder.name}",

@@ -39,6 +39,38 @@ class GenerateConfig:
 
 
 @dataclass(frozen=True)
+class EvaluateToolConfig:
+    """Options of `stratum evaluate`."""
+
+    tasks: str | None = None
+    """Tasks, separated by commas: names (needle-4k, human-eval, reasoning/chain_sum) and task files (mine.yaml)."""
+    harness: str | None = None
+    """Tasks of lm-evaluation-harness, separated by commas; with --harness-folder. Needs the extra `evaluate`."""
+    harness_folder: str | None = None
+    """Folder with the harness's task files (YAML). Without it, the tasks that come with the harness, whose data is online."""
+    items: PositiveInt | None = None
+    """Ask at most so many items of each task."""
+    row_tokens: PositiveInt | None = None
+    """Longest row that is scored; the recipe's data.row_tokens if not given. Long-context tasks take what they need."""
+    batch_rows: PositiveInt = 8
+    """Rows that are scored at once. Changes the memory, not the scores."""
+    seed: Seed = 0
+    """Seed of tasks that are made: long contexts and reasoning."""
+    out: str | None = None
+    """Folder of results.json; evaluations/step_N in the run's folder if not given."""
+    resume: bool = False
+    """Leave out tasks that are finished in results.json with the same items and settings."""
+    run_code: bool = False
+    """Allow tasks that run code which the model wrote (human-eval). It runs without network, in a temporary folder."""
+    contamination: str | None = None
+    """Instead of a model, look for the tasks' texts in this folder of prepared data, and name the documents."""
+    tokenizer: str | None = None
+    """The tokenizer's file, if the recipe's prepared data is not here."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where the model runs."""
+
+
+@dataclass(frozen=True)
 class TeacherCacheConfig:
     """Options of `stratum teacher-cache`."""
 

@@ -114,6 +114,10 @@ EVERY_RULE: dict[str, tuple[dict[str, Any], str]] = {
         "objective.hidden_layers='x' is neither `final` nor pairs",
     ),
     "environment": ({"launch.environment": "NCCL_DEBUG"}, "'NCCL_DEBUG' is not NAME=VALUE."),
+    "an unknown task": ({"evaluate.tasks": ("needel-1k",)}, "there is no task 'needel-1k'. Did you mean needle-1k?"),
+    "no task file": ({"evaluate.tasks": ("DISK/mine.yaml",)}, "evaluate.tasks: there is no task file DISK/mine.yaml."),
+    "a task that generates": ({"evaluate.tasks": ("words-1k",)}, "evaluate.tasks: words-1k needs generated text,"),
+    "a task longer than a row": ({"evaluate.tasks": ("needle-1k",)}, "needle-1k needs rows of 1,024 tokens, and"),
     "name": ({"run.name": "../up"}, "run.name='../up' has an empty part, `.` or `..`"),
 }
 
@@ -123,6 +127,8 @@ def changed(place: Place, changes: dict[str, Any]) -> Recipe:
     for key, value in changes.items():
         if isinstance(value, str):
             value = value.replace("DISK", place.base.run.folder).replace("EMPTY", f"{place.base.run.folder}/empty")
+        elif key == "evaluate.tasks":
+            value = tuple(name.replace("DISK", place.base.run.folder) for name in value)
         recipe = _replaced(recipe, key.split("."), value)
     return recipe
 
