@@ -35,6 +35,8 @@ from train.objective import next_token
 from train.optim.optimizer import build_optimizer
 from train.parallel.mesh import Mesh, close_mesh, open_mesh
 from train.parallel.wrap import connect, wrap_chunks
+from train.quantize.directory import QuantizedFiles, is_quantized
+from train.quantize.loading import load_quantized
 
 log = logging.getLogger(__name__)
 
@@ -183,11 +185,18 @@ def build_engine(recipe: Recipe, mesh: Mesh, *, weights: Path | None = None, tok
 
 @contextmanager
 def model_on_one_rank(recipe: Recipe, checkpoint: Path, *, device: torch.device) -> Iterator[Any]:
-    """The whole model of a recipe in this process with a checkpoint's weights, for inference: plain torch, in eval mode."""
-    check_same_function(read_checkpoint_manifest(checkpoint).recipe, recipe, place=str(checkpoint))
+    """The whole model of a recipe in this process with a checkpoint's weights, for inference: plain torch, in eval mode.
+
+    checkpoint: or a directory of `stratum hf export --quantize`: its linear layers keep their codes and scales.
+    """
+    quantized = QuantizedFiles(checkpoint) if is_quantized(checkpoint) else None
+    if quantized is None:
+        check_same_function(read_checkpoint_manifest(checkpoint).recipe, recipe, place=str(checkpoint))
     use_device(device)
 
     one = replace(recipe, parallel=ParallelConfig(), run=replace(recipe.run, global_rows=1, microbatch_rows=1))
+    if quantized is not None:  # its weights are rounded already
+        one = replace(one, precision=replace(one.precision, quantize_weights="none"))
     layout = check(one, world=1)
     with mesh_of(one, layout, device=device, rank=0) as mesh:
         chunks = build_model(
@@ -200,7 +209,10 @@ def model_on_one_rank(recipe: Recipe, checkpoint: Path, *, device: torch.device)
             backend=ReferenceBackend(),
             draw_weights=False,
         )
-        read_weights(checkpoint, chunks, groups=mesh.groups)
+        if quantized is None:
+            read_weights(checkpoint, chunks, groups=mesh.groups)
+        else:
+            load_quantized(chunks[0], quantized, model=one.model, groups=mesh.groups)
         yield chunks[0].eval()
 
 
