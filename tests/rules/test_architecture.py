@@ -227,6 +227,17 @@ def library_code_does_not_print(all_sources: list[Source]) -> list[str]:
     ]
 
 
+def consoles_are_made_in_one_place(all_sources: list[Source]) -> list[str]:
+    return [
+        f"{source.path}:{node.lineno}: makes a console; call data.system.console, which prints names without markup"
+        for source in all_sources
+        if source.name != "data.system.console" and "rich" in source.text
+        for node in ast.walk(source.tree)
+        if (isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "Console")
+        or (isinstance(node, ast.ImportFrom) and "Progress" in [alias.name for alias in node.names])
+    ]
+
+
 RULES: dict[Callable[[list[Source]], list[str]], tuple[str, str]] = {
     rooms_have_floors: ("train.attic.old", "x = 1\n"),
     imports_point_down: ("train.model.norm", "def f():\n    from train.loop import train_loop\n"),
@@ -239,6 +250,7 @@ RULES: dict[Callable[[list[Source]], list[str]], tuple[str, str]] = {
     fields_have_texts: ("recipes.schema.run", "class AConfig:\n    x: int = 1\n    y: int = 2\n"),
     modules_say_what_they_are: ("train.loop", "x = 1\n"),
     no_module_level_state: ("train.loop", "registry = {}\n"),
+    consoles_are_made_in_one_place: ("train.loop", "from rich.console import Console\nConsole()\n"),
     library_code_does_not_print: ("train.loop", "print(1)\n"),
 }
 
