@@ -78,7 +78,8 @@ FORMATS = {
 def weight_format(name: str) -> WeightFormat:
     """The format of a name. RecipeError suggests the closest one."""
     if name not in FORMATS:
-        hint = did_you_mean(name, FORMATS, otherwise=f"There are: {', '.join(FORMATS)}.")
+        begin = [form for form in FORMATS if form.startswith(name)]
+        hint = did_you_mean(name, begin or FORMATS, otherwise=f"There are: {', '.join(FORMATS)}.")
         raise RecipeError(f"{name!r} is not a format of quantised weights. {hint}")
     return FORMATS[name]
 

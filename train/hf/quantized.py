@@ -39,8 +39,8 @@ class Quantizer:
     scale_dtype: torch.dtype
     linears: dict[str, Linear]
     """By the names of their weights in the files."""
-    calibrated: dict[str, QuantizedMatrix]
-    """By the names of the matrices, without `.weight`; empty: round to nearest."""
+    matrices: dict[str, QuantizedMatrix]
+    """By the names of the matrices, without `.weight`: the calibrated ones, and those rounded to nearest so far."""
     kept: tuple[str, ...]
     """Linear layers that keep their format, by the last part of their names in the files."""
 
@@ -57,9 +57,11 @@ class Quantizer:
             yield f"{name.removesuffix('weight')}{last}", tensor
 
     def matrix(self, name: str, weight: torch.Tensor) -> QuantizedMatrix:
-        """The quantised weight of a name."""
-        found = self.calibrated.get(name.removesuffix(".weight"))
-        return quantize(weight, self.form, name=name, scale_dtype=self.scale_dtype) if found is None else found
+        """The quantised weight of a name; kept, so that the comparison uses the codes that were written."""
+        key = name.removesuffix(".weight")
+        if key not in self.matrices:
+            self.matrices[key] = quantize(weight, self.form, name=name, scale_dtype=self.scale_dtype)
+        return self.matrices[key]
 
     @torch.no_grad()
     def apply(self, chunk: Any) -> None:

@@ -53,25 +53,27 @@ def to_config(form: WeightFormat, *, ignore: list[str]) -> dict[str, Any]:
 
 def from_config(config: dict[str, Any], *, where: str) -> WeightFormat:
     """The format that a `quantization_config` describes. CheckpointError names what is not supported."""
-    groups = config.get("config_groups") or {}
     problems = []
     if config.get("quant_method") != METHOD:
         problems.append(f"quant_method={config.get('quant_method')!r}, supported is {METHOD!r}")
     if config.get("format") not in _CONTAINERS:
         problems.append(f"format={config.get('format')!r}, supported are {', '.join(_CONTAINERS)}")
-    if len(groups) != 1:
-        problems.append(f"{len(groups)} config_groups, supported is one")
-    weights = (next(iter(groups.values())).get("weights") if groups else None) or {}
+    groups = config.get("config_groups") or {}
+    group = next(iter(groups.values())) if isinstance(groups, dict) and len(groups) == 1 else None
+    weights = group.get("weights") if isinstance(group, dict) else None
+    if not isinstance(weights, dict):
+        problems.append(f"{len(groups)} config_groups, supported is one with `weights`")
+        weights = {}
     kind, bits, strategy = weights.get("type"), weights.get("num_bits"), weights.get("strategy")
     blocks: dict[Any, Any] = {
         "tensor": (None, None),
         "channel": (1, None),
         "group": (1, weights.get("group_size")),
-        "block": tuple(weights.get("block_structure") or ()),
+        "block": tuple(weights.get("block_structure") or (None, None)),
     }
-    if (kind, bits) not in (("int", 4), ("int", 8), ("float", 8)):
+    if weights and (kind, bits) not in (("int", 4), ("int", 8), ("float", 8)):
         problems.append(f"weights of type={kind!r} with num_bits={bits!r}, supported are int 4, int 8 and float 8")
-    if strategy not in blocks:
+    if weights and strategy not in blocks:
         problems.append(f"strategy={strategy!r}, supported are {', '.join(blocks)}")
     if not weights.get("symmetric", True):
         problems.append("symmetric=false: zero points are not supported")
@@ -133,6 +135,7 @@ class QuantizedFiles(WeightFiles):
             raise CheckpointError(
                 f"{self.folder}: {module}.weight_scale has NaN or infinite values. Copy the files again."
             )
+        tensors["weight_scale"] = tensors["weight_scale"].reshape(self.form.scale_shape(self.quantized[name]))
         return QuantizedMatrix.from_stored(self.form, tensors)
 
     def _stored_names(self, name: str) -> list[str]:
