@@ -10,7 +10,7 @@ held-out rows; it has less noise than a difference of losses. Finished runs are 
 import argparse
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ from recipes.schema.weight_formats import FORMATS
 from train.build import model_on_one_rank, open_data
 from train.checkpoint.manager import checkpoint_at
 from train.hf.config import family_of
-from train.hf.quantized import Quantizer
+from train.hf.quantize_export import Quantizer
 from train.model.context import RowContext
 from train.quantize.calibrate import calibrated, calibration_rows
 from train.quantize.parts import linears
@@ -53,7 +53,13 @@ def main() -> int:
     parser.add_argument("--heldout-rows", type=int, default=64, help="held-out rows of each source, at most")
     parser.add_argument("--base", default=f"runs/{TEACHER}", help="run of the base model")
     parser.add_argument("--formats", nargs="*", choices=list(FORMATS), default=list(FORMATS))
-    parser.add_argument("--distilled", nargs="*", choices=list(FORMATS), default=["int4-g32"], help="formats to distil")
+    parser.add_argument(
+        "--distilled",
+        nargs="*",
+        choices=[*FORMATS, "none"],
+        default=["int4-g32", "int4-g128", "none"],
+        help="formats to distil",
+    )
     options = parser.parse_args()
     _stratum("prepare", "-cn", "smoke")
     if not (ROOT / options.base / "checkpoints").is_dir():
@@ -81,7 +87,7 @@ def main() -> int:
             results[name]["calibrated"] = _measure(chunk, held, base)
             chunk.load_state_dict(weights)
             _show(base, results)
-    for name in [*options.distilled, "none"] if options.distilled else []:
+    for name in options.distilled:
         run = f"quantize_{name.replace('-', '_')}"
         _stratum(
             "train", *BASE, f"run.name={run}", f"run.steps={options.distill_steps}", f"run.start_from={options.base}",

@@ -41,7 +41,7 @@ from train.hf.check import Agreement, compare, load_theirs, their_ids, wrong_sca
 from train.hf.config import CONFIG, NO_CLAMP, SpecialTokens, clamp_of, family_of, from_config, read_config, to_config
 from train.hf.convert import different_weights, export_weights, import_weights, lossless_format
 from train.hf.files import WeightFiles
-from train.hf.quantized import Quantizer, open_quantizer, open_weights
+from train.hf.quantize_export import Quantizer, open_quantizer, open_weights
 from train.hf.recipe import Imported, imported_recipe, recipe_text
 from train.megatron import choose_device
 

@@ -22,7 +22,7 @@ from train.checkpoint.tensors import StoredTensor, StoredTensors, write_weights
 from train.hf.config import family_of
 from train.hf.files import Entry, WeightFiles, WeightWriter
 from train.hf.mapping import Family, Pair, Shape, pairs, to_ours, to_theirs
-from train.hf.quantized import Quantizer
+from train.hf.quantize_export import Quantizer
 
 Format = Literal["keep", "fp32", "bf16"]
 """How weights are stored: as they are, or converted. A_log, D and dt_bias stay fp32 in bf16, as a bf16 run has them."""

@@ -25,7 +25,7 @@ from train.model.attention import AttentionCore
 from train.model.linear import use_fast_product
 from train.model.mixer import KernelMixer, ReferenceMixer
 from train.model.norm import RMSNorm
-from train.model.quantized import train_rounded
+from train.model.quantized_linear import train_rounded
 from train.parallel.mesh import Mesh
 from train.precision import emulated, te
 from train.precision.control import PrecisionControl

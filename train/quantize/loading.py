@@ -13,7 +13,7 @@ from recipes.schema.model import ModelConfig
 from train.checkpoint.pieces import MODEL, local_tensors_of, weight_pieces
 from train.hf.config import family_of
 from train.hf.mapping import Pair, pairs, to_ours
-from train.model.quantized import store_quantized
+from train.model.quantized_linear import store_quantized
 from train.quantize.directory import QuantizedFiles
 from train.quantize.parts import linears
 

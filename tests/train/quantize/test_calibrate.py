@@ -21,7 +21,7 @@ from train.build import check, mesh_of, model_on_one_rank
 from train.checkpoint.tensors import StoredTensors
 from train.hf.config import family_of, to_config
 from train.hf.convert import export_weights
-from train.hf.quantized import Quantizer
+from train.hf.quantize_export import Quantizer
 from train.inference.decode import Sampling, generate
 from train.model.backend import choose_backend
 from train.model.build import build_model
