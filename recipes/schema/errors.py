@@ -3,6 +3,8 @@
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from recipes.schema.credentials import without_credentials
+
 
 @dataclass(frozen=True)
 class Problem:
@@ -16,7 +18,8 @@ class Problem:
     """What to do, as whole sentences."""
 
     def __str__(self) -> str:
-        return f"{self.text} {self.remedy}".rstrip()
+        """The sentences, without the passwords and tokens of URLs in them."""
+        return without_credentials(f"{self.text} {self.remedy}".rstrip())
 
 
 class StratumError(Exception):

@@ -144,9 +144,25 @@ def literal(value: Any) -> Any:
     return re.sub(r"(\\*)\$\{", lambda found: f"{found[1] * 2}\\${{", value)
 
 
+def without_literals(value: Any) -> Any:
+    """The inverse of `literal`: plain values as whoever wrote the recipe file meant them."""
+    if isinstance(value, dict):
+        return {key: without_literals(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [without_literals(inner) for inner in value]
+    if not isinstance(value, str):
+        return value
+    return re.sub(r"((?:\\\\)*)\\\$\{", lambda found: f"{found[1][: len(found[1]) // 2]}${{", value)
+
+
 def in_markdown(text: str, *, most: int = 300) -> str:
     """A text for one cell or line of Markdown: no markup, no HTML, no line break of it has an effect."""
-    return re.sub(r"([\\`*_{}\[\]()#+!|~&<>$])", lambda found: f"&#{ord(found[1])};", printable(text, most=most))
+    # An underscore between letters or digits is not markup, and names are full of them.
+    return re.sub(
+        r"((?<![A-Za-z0-9])_|_(?![A-Za-z0-9])|[\\`*{}\[\]()#+!|~&<>$])",
+        lambda found: f"&#{ord(found[1])};",
+        printable(text, most=most),
+    )
 
 
 def _is_control(character: str) -> bool:

@@ -13,6 +13,7 @@ from rich.table import Column
 
 from data.system.console import bars, open_console
 from recipes.schema import units
+from recipes.schema.foreign import printable_lines
 from recipes.schema.run_folder import Line
 from recipes.schema.telemetry import TelemetryConfig
 
@@ -128,6 +129,7 @@ class Screen:
                 return f"warning: {line['text']}" if line["kind"] == "warning" else None
 
     def _say(self, text: str) -> None:
+        text = printable_lines(text)  # names of sources and folders may contain escape codes
         if self._live:
             self._bar.console.print(text)
         else:

@@ -13,14 +13,14 @@ from recipes.schema.options import CommandParser
 
 _EXAMPLES = """
 stratum validate                                    the rows shipped with this project
-stratum validate rows.csv                           your own, same columns
+stratum validate rows.csv                           your own rows, with the same columns
 stratum validate --picture scatter.png              predicted against published
 stratum validate --table                            the table of docs/plan.md
 """
 _NOTES = """
-A row is in scope if its model is a dense transformer or hybrid in the table of public shapes, its GPU is known, and it says
-enough of its layout. Rows of experts, LoRA, row-wise FP8 and TPUs are out. docs/plan.md states the FLOP convention of each
-publisher, the constants and the rows they were fitted on.
+A row is in scope if its model is a dense transformer or hybrid in the table of public shapes, its GPU is known, and its layout
+is complete. Rows with experts, LoRA, row-wise FP8 or TPUs are out of scope. docs/plan.md gives the FLOP convention of each
+publisher, the constants, and the rows they were fitted on.
 """
 
 
