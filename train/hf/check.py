@@ -10,8 +10,13 @@ exceeds the tolerance plus an allowance for rounding, which matters if a block a
 
 import io
 import math
+<<<<<<< HEAD
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr
+=======
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+>>>>>>> main
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,9 +24,10 @@ from typing import Any
 import torch
 
 from recipes.schema.errors import BackendError, CheckpointError
+from recipes.schema.foreign import printable
 from recipes.schema.model import ModelConfig
 from recipes.schema.pattern import layer_kinds
-from train.hf.config import NO_CLAMP, family_of, read_config, usual
+from train.hf.config import NO_CLAMP, family_of, for_transformers, read_config
 from train.hf.mapping import layer_name
 from train.inference.decode import Sampling, forward_cached, generate
 from train.model.context import LayerCaches
@@ -128,7 +134,7 @@ def load_theirs(folder: Path, *, dtype: torch.dtype, device: torch.device, open_
     transformers = _transformers()
     with quiet():
         try:
-            config = transformers.AutoConfig.for_model(**usual(read_config(folder)))
+            config = transformers.AutoConfig.for_model(**for_transformers(read_config(folder)))
             if open_clamp and hasattr(config, "time_step_min"):
                 config.time_step_min = NO_CLAMP
             model, loading = transformers.AutoModelForCausalLM.from_pretrained(
@@ -141,14 +147,8 @@ def load_theirs(folder: Path, *, dtype: torch.dtype, device: torch.device, open_
                 use_safetensors=True,
                 output_loading_info=True,
             )
-        except (
-            RuntimeError,
-            ValueError,
-            TypeError,
-            KeyError,
-            AttributeError,
-        ) as error:  # its classes raise any of these for a bad config
-            raise CheckpointError(f"transformers cannot load {folder}: {error}") from error
+        except Exception as error:  # its classes raise errors of every kind for a bad config
+            raise CheckpointError(f"transformers cannot load {folder}: {_shown(error)}") from error
     problems = [
         f"{kind.replace('_', ' ')}: {', '.join(sorted(map(str, loading[kind]))[:8])}"
         for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")
@@ -159,13 +159,22 @@ def load_theirs(folder: Path, *, dtype: torch.dtype, device: torch.device, open_
     return model.eval().to(device)
 
 
-def their_ids(folder: Path, text: str, *, with_special: bool = False) -> list[int]:
-    """Token ids of a text by transformers' tokenizer of a directory. with_special: include the tokens its template adds, as in
-    a plain call `tokenizer(text)`."""
+def their_ids(folder: Path, texts: Sequence[str], *, with_special: bool) -> list[list[int]]:
+    """Token ids of texts by transformers' tokenizer of a directory. with_special: include the tokens its template adds, as in
+    a plain call `tokenizer(text)`. CheckpointError if it cannot be read."""
     transformers = _transformers()
     with quiet():
-        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-        return tokenizer(text, add_special_tokens=with_special)["input_ids"]
+        try:
+            tokenizer = transformers.AutoTokenizer.from_pretrained(
+                folder, local_files_only=True, trust_remote_code=False
+            )
+            return [tokenizer(text, add_special_tokens=with_special)["input_ids"] for text in texts]
+        except Exception as error:  # its classes raise errors of every kind for a bad file
+            raise CheckpointError(f"transformers cannot read the tokenizer of {folder}: {_shown(error)}") from error
+
+
+def _shown(error: Exception) -> str:
+    return printable(f"{type(error).__name__}: {error}", most=500)
 
 
 @torch.no_grad()
