@@ -10,13 +10,8 @@ exceeds the tolerance plus an allowance for rounding, which matters if a block a
 
 import io
 import math
-<<<<<<< HEAD
-from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stderr
-=======
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
->>>>>>> main
+from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
