@@ -35,6 +35,7 @@ from recipes.schema.scaling import block_notes, low_precision_linears, rotation_
 from recipes.schema.schedule import schedule_problems, unread
 from recipes.schema.tasks import task_problems
 from recipes.schema.teacher_rules import cache_problems, distill_problems, teacher_problems, tokenizer_problems
+from recipes.schema.weight_formats import rounding_problems
 
 Backend = Literal["reference", "emulated", "te"]
 _LONGEST_NAME = 200
@@ -226,6 +227,8 @@ def backend_name(precision: PrecisionConfig, machine: Machine) -> Backend:
     used = scalings_used(precision)
     if precision.backend != "auto":
         return precision.backend
+    if precision.quantize_weights != "none":
+        return "reference"
     if machine.has_gpu and not machine.missing and "unscaled" not in used:
         return "te"
     return "emulated" if used else "reference"
@@ -264,6 +267,7 @@ def shape_rules(recipe: Recipe, *, backend: str) -> list[Problem]:
         remedy = f"Lower them to less than {layers} together, or use precision.scaling=none."
         found.append(Problem("precision.high_precision_first", text, remedy))
     found += rotation_problems(recipe.model, precision=precision, rank_tokens=_rank_tokens(recipe))
+    found += rounding_problems(recipe.model, precision=precision, tensor=recipe.parallel.tensor)
     return found + (_shapes(recipe) if backend == "te" else [])
 
 

@@ -35,7 +35,7 @@ class GenerateConfig:
     seed: Seed = 0
     """Seed of the random choices: the same seed and checkpoint give the same text."""
     checkpoint: str | None = None
-    """A checkpoint folder; the newest of the run if not given."""
+    """A checkpoint folder, or a folder of `stratum hf export --quantize`; the newest checkpoint of the run if not given."""
 
 
 @dataclass(frozen=True)

@@ -33,6 +33,22 @@ EVERY_RULE: dict[str, tuple[dict[str, Any], str]] = {
         "precision.fp8_weights=true with delayed scaling keeps the weights of every layer in FP8.",
     ),
     "fp8 weights of a bf16 recipe": ({"precision.fp8_weights": True}, "fp8_weights=true needs a low-precision recipe."),
+    "rounded weights and low precision": (
+        FP8 | {"precision.quantize_weights": "int8"},
+        "precision.quantize_weights=int8 and a low-precision scaling would both round the weights.",
+    ),
+    "rounded weights on another backend": (
+        {"precision.quantize_weights": "int8", "precision.backend": "emulated"},
+        "only the reference backend rounds weights, not emulated. Use precision.backend=reference.",
+    ),
+    "rounded weights over tensor ranks": (
+        {"precision.quantize_weights": "int8", "parallel.tensor": 2},
+        "precision.quantize_weights=int8 with parallel.tensor=2: scales of split matrices are not supported.",
+    ),
+    "groups of weights that do not divide": (
+        {"precision.quantize_weights": "int4-g128", "model.ffn": 192},
+        "precision.quantize_weights=int4-g128: groups of 128 do not divide the inputs of ",
+    ),
     "reference backend in low precision": (
         FP8 | {"precision.backend": "reference"},
         "precision.backend=reference computes in high precision only, but precision.scaling=current.",

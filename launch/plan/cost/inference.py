@@ -11,6 +11,7 @@ from recipes.schema.errors import RecipeError
 from recipes.schema.model import ModelConfig
 from recipes.schema.pattern import counts, flops_per_token, parameters
 from recipes.schema.units import GIB, gib
+from recipes.schema.weight_formats import stored_linears, weight_format
 
 
 @dataclass(frozen=True)
@@ -32,10 +33,17 @@ class InferenceMemory:
 
 
 def inference_memory(
-    model: ModelConfig, *, context_tokens: int, batch: int = 1, weight_bytes: float = 2.0, cache_bytes: float = 2.0
+    model: ModelConfig,
+    *,
+    context_tokens: int,
+    batch: int = 1,
+    weight_bytes: float = 2.0,
+    cache_bytes: float = 2.0,
+    quantized: str | None = None,
 ) -> InferenceMemory:
     """Memory of `batch` sequences of `context_tokens` each. weight_bytes, cache_bytes: size of one number (2 for bf16).
 
+    quantized: format of the linear layers' weights (`recipes.schema.weight_formats`); scales have weight_bytes each.
     A `w` layer keeps only the keys and values of its window.
     """
     layers = counts(model.pattern)
@@ -44,10 +52,20 @@ def inference_memory(
     conv = inner + 2 * model.mamba_groups * model.mamba_state
     state = inner * model.mamba_state + conv * (model.mamba_conv - 1)
     return InferenceMemory(
-        weights=weight_bytes * parameters(model).total,
+        weights=_weights(model, weight_bytes, quantized),
         keys_values=batch * cache_bytes * 2 * model.kv_heads * model.head_dim * seen,
         mamba_states=batch * cache_bytes * layers["M"] * state,
     )
+
+
+def _weights(model: ModelConfig, weight_bytes: float, quantized: str | None) -> float:
+    plain = weight_bytes * parameters(model).total
+    if quantized is None:
+        return plain
+    form = weight_format(quantized)
+    shapes = [shape for _, _, shape in stored_linears(model)]
+    dense = weight_bytes * sum(rows * columns for rows, columns in shapes)
+    return plain - dense + sum(form.stored_bytes(shape, scale_bytes=int(weight_bytes)) for shape in shapes)
 
 
 def roofline_tokens_per_s(
