@@ -21,13 +21,15 @@ test-slurm: setup ## real Slurm on this machine, several nodes: continuation, ti
 	@bash tests/launch/slurm/install_slurm.sh
 	@OMP_NUM_THREADS=1 $(PY) -m pytest -q -rs -m "slow or not slow" tests/launch/slurm/test_slurm_continuation.py tests/launch/slurm/test_slurm_training.py
 
-test-oracle: setup ## compare with mamba-ssm's Triton kernels, torchao and Transformer Engine, on the CPU; data behind S3 and gs://
+test-oracle: setup ## compare with mamba-ssm, torchao, Transformer Engine and vLLM, on the CPU; data behind S3 and gs://
 	@bash tests/parity/install.sh
 	@bash tests/data/sources/install_clouds.sh
 	@OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(PY) -m pytest -q -m oracle tests/parity/test_mamba_ssm.py
 	@OMP_NUM_THREADS=1 $(PY) -m pytest -q -m oracle tests/parity/test_torchao.py
 	@STRATUM_TEST_TE=1 OMP_NUM_THREADS=1 $(PY) -m pytest -q -m oracle tests/parity/test_te.py
 	@OMP_NUM_THREADS=1 $(PY) -m pytest -q -m oracle tests/data/sources/test_clouds.py
+	@bash tests/parity/install_vllm.sh
+	@OMP_NUM_THREADS=1 $(PY) -m pytest -q -rs -m oracle tests/parity/test_vllm.py
 
 check: setup ## format, lint, types, architecture rules (under a minute)
 	@$(PY) -m ruff format --check .

@@ -8,7 +8,6 @@ import numpy as np
 from omegaconf import DictConfig
 from rich import box
 from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 from rich.table import Table
 
 from data.dataset import Dataset, open_dataset
@@ -16,6 +15,7 @@ from data.rows.packing import STRETCH_ROWS, Rows, best_fit
 from data.store.cache import is_remote
 from data.store.manifest import SPLITS, read_manifest
 from data.store.verify import Verifier
+from data.system.console import open_console, progress
 from recipes.schema.command import section
 from recipes.schema.data import DataConfig
 from recipes.schema.errors import DataError
@@ -57,7 +57,7 @@ def share_cut(rows: Rows, *, packing: str) -> float:
 def inspect(config: InspectConfig, composed: DictConfig) -> int:
     """Print the tables and draw the picture. -> exit status. DataError if the data cannot be read."""
     data = build(DataConfig, section(composed, "data"), "data")
-    console = Console(highlight=False)
+    console = open_console()
     if config.verify:
         _verify(data, console)
     dataset = open_dataset(data)
@@ -69,16 +69,16 @@ def inspect(config: InspectConfig, composed: DictConfig) -> int:
     global_rows = int(composed.run.global_rows)
     console.print(_rows_table(dataset, data, steps=int(composed.run.steps), total_rows=total_rows))
     for name, place in dataset.blend.exhausted(total_rows):
-        console.print(f"{name} runs out at step {place // global_rows + 1:,}: others take its place", soft_wrap=True)
+        console.print(f"{name} runs out at step {place // global_rows + 1:,}: others take its place")
     try:
         dataset.blend.check_length(total_rows, global_rows=global_rows)
     except DataError as error:
-        console.print(f"[bold]Such a run would be refused:[/bold] {error}", soft_wrap=True)
+        console.print(f"Such a run would be refused: {error}", style="bold")
     if config.samples:
         _samples(dataset, config, console)
     picture = Path(config.picture) if config.picture else dataset.folder / "lengths.png"
     draw(lengths, picture, row_tokens=data.row_tokens)
-    console.print(f"Document lengths: {picture}", soft_wrap=True)
+    console.print(f"Document lengths: {picture}")
     return 0
 
 
@@ -137,9 +137,9 @@ def _samples(dataset: Dataset, config: InspectConfig, console: Console) -> None:
             rows.stream.read(start, tokens)
             origin = dataset.origin(rows.stream, int(document))
             text = dataset.tokenizer.decode(tokens.tolist())[: config.chars]
-            console.print(f"\n[bold]{name}[/bold] document {document:,}, {stop - start:,} tokens", soft_wrap=True)
-            console.print(f"{origin.file} record {origin.record:,}", style="dim", markup=False, soft_wrap=True)
-            console.print(repr(text), markup=False, soft_wrap=True)
+            console.print(f"\n{name} document {document:,}, {stop - start:,} tokens", style="bold")
+            console.print(f"{origin.file} record {origin.record:,}", style="dim")
+            console.print(repr(text))
 
 
 def _verify(data: DataConfig, console: Console) -> None:
@@ -156,10 +156,8 @@ def _verify(data: DataConfig, console: Console) -> None:
         for entry in manifest.sources[name].splits[split]
         for suffix, facts in entry.files.items()
     }
-    columns = (TextColumn("checking"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, disable=not console.is_terminal) as bars:
-        bar = bars.add_task("checking", total=sum(facts.bytes for facts in files.values()))
-        Verifier(folder, mode="always").check_all(files.items(), progress=lambda done: bars.advance(bar, done))
+    with progress("checking", sum(facts.bytes for facts in files.values())) as advance:
+        Verifier(folder, mode="always").check_all(files.items(), progress=advance)
     console.print(f"{len(files):,} files match their checksums.")
 
 

@@ -40,6 +40,7 @@ from data.store.manifest import (
     write_manifest,
 )
 from data.system import disk
+from data.system.console import open_console
 from data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 from recipes.schema import units
 from recipes.schema.data import DataConfig
@@ -152,7 +153,7 @@ def jobs_of(config: DataConfig, work: Work) -> list[ShardJob]:
 def prepare_recipe(task: str | None, composed: DictConfig) -> int:
     """Prepare the data of a composed recipe. -> exit status."""
     plain: Any = OmegaConf.to_container(composed.data, resolve=True)
-    console = Console(stderr=True)
+    console = open_console(stderr=True)
     try:
         prepare(build(DataConfig, plain, "data"), console=console, task=task)
     except KeyboardInterrupt:

@@ -19,6 +19,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from data.system.console import open_console
 from launch.children import stratum
 from recipes.schema.options import STRATUM
 from recipes.schema.run_folder import METRICS, Line, read_metrics
@@ -47,7 +48,7 @@ class Story:
         return stratum(command, "-cn", self.recipe, f"run.name={self.name}", *self.overrides, *extra)
 
     def say(self, text: str) -> None:
-        self.console.print(f"\n[bold]{text}[/bold]", highlight=False)
+        self.console.print(f"\n{text}", style="bold")
 
 
 class StoryFailed(Exception):
@@ -63,15 +64,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("overrides", nargs="*", help="recipe overrides, key=value")
     parsed = parser.parse_args(arguments)
-    story = Story(_free_name(parsed.name), parsed.recipe, parsed.overrides, Console(stderr=True))
+    story = Story(_free_name(parsed.name), parsed.recipe, parsed.overrides, open_console(stderr=True))
     started = time.perf_counter()
     try:
         _tell(story)
     except StoryFailed as failure:
-        story.console.print(f"\n[bold red]The story went wrong:[/bold red] {failure}", highlight=False)
+        story.console.print(f"\nThe story went wrong: {failure}", style="bold red")
         return 1
     except KeyboardInterrupt:
-        story.console.print(f"\nStopped. What was trained lies in {story.folder}.", highlight=False)
+        story.console.print(f"\nStopped. What was trained lies in {story.folder}.")
         return 130
     parts = ", ".join(f"{name} {value:.0f} s" for name, value in story.seconds.items())
     story.say(f"Done in {time.perf_counter() - started:.0f} s ({parts}).")
@@ -98,7 +99,7 @@ def _tell(story: Story) -> None:
 
     story.say("5. A sample")
     text = _run(story, "sample", story.command("generate", "--prompt", PROMPT), capture=True)
-    story.console.print(text, highlight=False, markup=False)
+    story.console.print(text)
     sample = story.folder / "sample.txt"
     sample.write_text(text)
     _run(story, "report", stratum("report", str(story.folder), "--sample", str(sample)))

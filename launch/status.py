@@ -10,9 +10,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
+from data.system.console import open_console
 from launch.lease import current_owner
 from launch.local.failures import log_of, read_failures, tell
 from launch.queue import QueuedJob, SlurmError, look_up
@@ -184,7 +184,7 @@ def _table(runs: Sequence[RunFolder], queue: Queue) -> str:
             life,
             run.newest_checkpoint() or "none yet",
         )
-    console = Console()
+    console = open_console(wraps=True)
     with console.capture() as captured:
         console.print(table)
     return captured.get()

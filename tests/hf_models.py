@@ -92,12 +92,18 @@ def scrambled(path: Path, folder: Path, *, step: int = 1) -> Path:
 
 
 def exported(
-    path: Path, folder: Path, model: ModelConfig, *, format: Format = "keep", vocab: int | None = None
+    path: Path,
+    folder: Path,
+    model: ModelConfig,
+    *,
+    format: Format = "keep",
+    vocab: int | None = None,
+    max_positions: int = 128,
 ) -> Path:
     """A directory in Hugging Face's format, without a tokenizer, in several files."""
     folder.mkdir(parents=True)
     export_weights(StoredTensors(path), folder, model=model, format=format, vocab=vocab, file_bytes=200_000)
-    config = to_config(model, tokens=TOKENS, max_positions=128, dtype="float32", vocab=vocab)
+    config = to_config(model, tokens=TOKENS, max_positions=max_positions, dtype="float32", vocab=vocab)
     (folder / "config.json").write_text(json.dumps(config))
     return folder
 

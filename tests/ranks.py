@@ -20,7 +20,7 @@ from typing import Any
 
 from launch.local.ports import reserved_port
 
-_IN_EVERY_RANK = (
+IN_EVERY_RANK = (
     "torch._dynamo",
     "train.parallel.wrap",
     "train.build",
@@ -46,7 +46,7 @@ def run_ranks(world: int, work: Callable[..., Any], *arguments: Any, timeout_s: 
 
 def start_ranks(world: int, work: Callable[..., Any], *arguments: Any, folder: Path) -> dict[int, int]:
     """Fork the ranks and leave them running; each writes its result to `folder`/RANK.pickle. -> rank by process id."""
-    for module in _IN_EVERY_RANK:
+    for module in IN_EVERY_RANK:
         importlib.import_module(module)
     children = {}
     with reserved_port() as port:  # the ranks inherit the reservation

@@ -1,5 +1,8 @@
 """The built model and its optimizer as one object, and the function that runs microbatches through it."""
 
+import train.megatron  # noqa: F401  prepares Megatron before the imports below
+
+# isort: split
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any

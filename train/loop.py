@@ -20,7 +20,7 @@ from train.checkpoint.manager import CheckpointFolder
 from train.engine import Engine
 from train.record.stopwatch import Stopwatch
 from train.record.telemetry import Telemetry
-from train.resilience.faults import WATCHED, StopSignals, check_numbers, grace_warning, too_late
+from train.resilience.faults import WATCHED, StopSignals, check_losses, check_numbers, grace_warning, too_late
 from train.step import train_step
 
 
@@ -58,6 +58,12 @@ def train_loop(
     answer: Callable[[], list[bool]]
     if run.stop_after_steps is not None:
         last_step = min(last_step, first_step + run.stop_after_steps)
+
+    def flush() -> None:
+        """Write the recorded steps and check their losses. Losses are read from the device only at a flush, so that no step
+        waits for it; a flush precedes every save."""
+        telemetry.flush()
+        check_losses(telemetry.not_finite, advice=lambda: checkpoints.advice(mesh))
 
     def is_measured(at: int) -> bool:
         """Whether quantisation error is measured at step `at`."""
@@ -114,12 +120,13 @@ def train_loop(
             if not math.isfinite(result.grad_norm):
                 telemetry.flush()  # record the steps before the failure
                 check_numbers(step, grad_norm=result.grad_norm, advice=lambda: checkpoints.advice(mesh))
+            check_losses(telemetry.not_finite, advice=lambda: checkpoints.advice(mesh))
 
             if recipe.evaluate.every_steps and step % recipe.evaluate.every_steps == 0 and step < run.steps:
-                telemetry.flush()
+                flush()
                 evaluate(step)
             if checkpoints.is_due(step) and step < last_step:
-                telemetry.flush()
+                flush()
                 save(step, stream.position, background=recipe.checkpoint.background)
             # All ranks get the same answer, so they all break, raise or continue together.
             *heard, writing, failed = answer()
@@ -130,7 +137,7 @@ def train_loop(
                 received = WATCHED[heard.index(True)]
                 break
 
-        telemetry.flush()
+        flush()
         checkpoints.wait()
         saved = checkpoints.saved_step if writing and not checkpoints.has_failed else None
         if received is not None and saved is not None and step < run.steps:

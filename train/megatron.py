@@ -1,6 +1,7 @@
 """Prepares and imports Megatron-Core: importing this module makes `megatron.core` usable, with or without a GPU.
 
-Each package that imports Megatron imports this module in its `__init__`, so that it always runs first.
+Each package that imports Megatron imports this module in its `__init__`, so that it always runs first. In `train/checkpoint`,
+whose offline commands start without Megatron, and in `train/engine.py` the files that import Megatron do it.
 
 Megatron uses `torch.cuda` in about 280 places: as a device for new tensors, for streams and events, and for the random
 state. On a machine with a GPU nothing is redirected. Without one, exactly the names that Megatron's training path uses are

@@ -33,7 +33,7 @@ from train.distill.teacher_cache import TeacherCache
 from train.evaluate.losses import heldout_bits_per_byte
 from train.loop import train_loop
 from train.megatron import choose_device, use_device
-from train.native.forms import describe, of_all_ranks
+from train.native.kernel_versions import describe, of_all_ranks
 from train.parallel.mesh import Mesh, world_from_environment
 from train.record.machine import peak_flops
 from train.record.telemetry import Telemetry

@@ -6,7 +6,6 @@ from types import TracebackType
 from rich.console import Console
 from rich.progress import (
     BarColumn,
-    Progress,
     SpinnerColumn,
     TaskID,
     TaskProgressColumn,
@@ -15,6 +14,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from data.system.console import bars
 from recipes.schema import units
 
 _LINE_EVERY_S = 20.0
@@ -29,16 +29,15 @@ class Display:
         self._sizes = sizes
         self._started = self._said = time.monotonic()
         self._stored = self._text = self._tokens = 0
-        self._bars = Progress(
+        self._bars = bars(
             SpinnerColumn(),
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(),
             TaskProgressColumn(),
             TextColumn("{task.fields[speed]}"),
             TimeElapsedColumn(),
             TimeRemainingColumn(),
             console=console,
-            disable=not console.is_terminal,
         )
         self._tasks: dict[str, TaskID] = {
             name: self._bars.add_task(name, total=size or None, speed="") for name, size in sizes.items()

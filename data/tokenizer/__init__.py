@@ -71,6 +71,14 @@ class Tokenizer:
         """Name its file has in a folder of prepared data."""
         return self._backend.file
 
+    @property
+    def template_begin(self) -> str | None:
+        """Special token that the file's own template puts before a text (`<bos>` of Gemma and Llama); None if there is none.
+
+        The value for `data.tokenizer.begin_of_document` of a recipe that continues a model with this tokenizer.
+        """
+        return self._backend.template_begin
+
     def encode(self, text: str) -> list[int]:
         """Ids of a text, no special tokens added; special tokens spelled out in the text are text."""
         return self._backend.encode(text)
@@ -114,7 +122,7 @@ class Tokenizer:
     def note(self) -> str | None:
         """What the user should know about how texts are encoded with this file. Asking may take a second."""
         notes = [self._backend.note]
-        begin = self._backend.template_begin
+        begin = self.template_begin
         if begin is not None and self.bod is None:
             notes.append(
                 f"The tokenizer's own template puts {begin!r} before a text, and data.tokenizer.begin_of_document is null, so it "

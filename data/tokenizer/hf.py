@@ -145,9 +145,10 @@ class HuggingFace(Backend):
     @functools.cached_property
     def template_begin(self) -> str | None:  # type: ignore[override]
         """Special token that the file's own template puts before a text."""
-        first: list[int] = self._library.encode("a", add_special_tokens=True).ids[:1]
-        plain = self._library.encode("a", add_special_tokens=False).ids[:1]
-        return self._tokens[first[0]] if first and first != plain else None
+        encoded = self._library.encode("a", add_special_tokens=True)
+        if not encoded.ids or not encoded.special_tokens_mask[0] or 0 not in encoded.special_tokens_mask:
+            return None  # the text comes first, or it has no token and nothing shows what comes before it
+        return self._tokens[encoded.ids[0]]
 
     @functools.cached_property
     def unknown(self) -> int | None:  # type: ignore[override]

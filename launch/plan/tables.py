@@ -6,6 +6,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from data.system.console import open_console
 from launch.plan.names import MEMORY_NAMES, PART_NAMES
 from launch.plan.planner import USABLE, Plan
 from launch.plan.search import Found
@@ -33,7 +34,7 @@ def show(plan: Plan, *, every_rank: bool = False) -> None:
 
 def console() -> Console:
     """Wide enough for the tables."""
-    return Console(width=max(100, min(140, shutil.get_terminal_size((130, 40)).columns)), highlight=False)
+    return open_console(wraps=True, width=max(100, min(140, shutil.get_terminal_size((130, 40)).columns)))
 
 
 def _head(plan: Plan) -> Text:
@@ -162,10 +163,13 @@ def show_search(found: Found, recipe: Recipe) -> None:
         out.print(f"None of {found.tried:,} layouts works:")
     else:
         first = found.best[0].plan
-        out.print(
-            f"[bold]{recipe.run.name}[/bold]: {first.parameters:,} parameters on {first.layout.world:,} x "
-            f"{first.device.name}; {found.tried:,} layouts tried, {found.fitting:,} work. The best:"
+        head = Text(recipe.run.name, style="bold")
+        head.append(
+            f": {first.parameters:,} parameters on {first.layout.world:,} x {first.device.name}; {found.tried:,} layouts "
+            f"tried, {found.fitting:,} work. The best:",
+            style="not bold",
         )
+        out.print(head)
         table = Table(show_lines=True)
         for name in ("", "layout", "rows", "recompute", "s/step", "tokens/s/GPU", "MFU", "GiB", "why"):
             table.add_column(
@@ -186,11 +190,11 @@ def show_search(found: Found, recipe: Recipe) -> None:
             )
         out.print(table)
         words = " ".join(found.best[0].overrides) or "none: the recipe as it is"
-        out.print(f"\nThe first one as overrides:\n  {words}", soft_wrap=True, markup=False)
+        out.print(f"\nThe first one as overrides:\n  {words}", soft_wrap=True)
     if found.rejected:
         out.print("\nNot shown:")
         for reason, count in found.rejected.items():
-            out.print(f"  {count:6,} {reason}", markup=False)
+            out.print(f"  {count:6,} {reason}")
 
 
 def _gib(size: float) -> str:

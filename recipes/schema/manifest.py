@@ -73,7 +73,7 @@ class RunState:
     tokenizer: str = ""
     """Fingerprint of the tokenizer the model was trained with; empty if unknown."""
     kernels: str = ""
-    """Form of the CPU kernels on all ranks (`train.native.forms`); empty if unknown, and off CPUs."""
+    """Form of the CPU kernels on all ranks (`train.native.kernel_versions`); empty if unknown, and off CPUs."""
     lineage: dict[str, Any] = field(default_factory=dict)
     """Where the weights come from, when not from training alone (JSON values): a pruned checkpoint's parent and what was kept."""
 

@@ -113,7 +113,8 @@ def steps_in(folder: Path) -> list[Path]:
         return []
     except OSError as error:
         raise CheckpointError(f"{folder} cannot be read: {error.strerror or error}") from error
-    return sorted(named, key=step_of)
+    # Two folders of one step: one could not be replaced by a later save, whose name has one more zero. The later one is newer.
+    return sorted(named, key=lambda path: (step_of(path), len(path.name)))
 
 
 def pointed_at(folder: Path) -> str | None:

@@ -151,6 +151,24 @@ def one_door_per_library(all_sources: list[Source]) -> list[str]:
     return complaints
 
 
+def megatron_is_prepared_before_it_is_imported(all_sources: list[Source]) -> list[str]:
+    """`train.megatron` is imported first: by the package's `__init__`, or in the file above the import. Otherwise Megatron prints
+    warnings, and keeps references to functions of `torch.cuda` that are redirected later."""
+    prepared = {s.name for s in all_sources if any(module == "train.megatron" for module, _ in imports(s))}
+    complaints = []
+    for source in all_sources:
+        if source.name == "train.megatron" or source.name.rpartition(".")[0] in prepared:
+            continue
+        ready = False
+        for node in source.tree.body:
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            ready = ready or "train.megatron" in names
+            if not ready and any(name.split(".")[0] == "megatron" for name in names):
+                complaints.append(f"{source.path}:{node.lineno}: imports Megatron; import train.megatron above it")
+    return complaints
+
+
 def fields_have_texts(all_sources: list[Source]) -> list[str]:
     complaints = []
     for source in all_sources:
@@ -209,6 +227,17 @@ def library_code_does_not_print(all_sources: list[Source]) -> list[str]:
     ]
 
 
+def consoles_are_made_in_one_place(all_sources: list[Source]) -> list[str]:
+    return [
+        f"{source.path}:{node.lineno}: makes a console; call data.system.console, which prints names without markup"
+        for source in all_sources
+        if source.name != "data.system.console" and "rich" in source.text
+        for node in ast.walk(source.tree)
+        if (isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "Console")
+        or (isinstance(node, ast.ImportFrom) and "Progress" in [alias.name for alias in node.names])
+    ]
+
+
 RULES: dict[Callable[[list[Source]], list[str]], tuple[str, str]] = {
     rooms_have_floors: ("train.attic.old", "x = 1\n"),
     imports_point_down: ("train.model.norm", "def f():\n    from train.loop import train_loop\n"),
@@ -217,9 +246,11 @@ RULES: dict[Callable[[list[Source]], list[str]], tuple[str, str]] = {
     rooms_without_torch: ("launch.plan.search", "def f():\n    import torch\n"),
     imports_inside_functions_say_why: ("train.loop", "def f():\n    import json\n"),
     one_door_per_library: ("train.loop", "from torch.utils.tensorboard import SummaryWriter\n"),
+    megatron_is_prepared_before_it_is_imported: ("train.loop", "from megatron.core import optimizer\n"),
     fields_have_texts: ("recipes.schema.run", "class AConfig:\n    x: int = 1\n    y: int = 2\n"),
     modules_say_what_they_are: ("train.loop", "x = 1\n"),
     no_module_level_state: ("train.loop", "registry = {}\n"),
+    consoles_are_made_in_one_place: ("train.loop", "from rich.console import Console\nConsole()\n"),
     library_code_does_not_print: ("train.loop", "print(1)\n"),
 }
 

@@ -16,10 +16,10 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 from rich.table import Table
 from rich.text import Text
 
+from data.system.console import open_console, progress
 from recipes.schema import checkpoint_steps as steps
 from recipes.schema import units
 from recipes.schema.changes import differences
@@ -108,8 +108,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     command.add_argument("--dtype", choices=sorted(_DTYPES), help="convert weights (default: as stored)")
 
     parsed = parser.parse_args(arguments)
-    # No markup: names come from the checkpoint, which is not trusted.
-    console = Console(highlight=False, markup=False, soft_wrap=True, width=None if sys.stdout.isatty() else 200)
+    console = open_console()
     act = {
         "list": _list, "show": _show, "verify": _verify, "diff": _diff, "reshard": _reshard, "consolidate": _consolidate,
     }[parsed.command]  # fmt: skip
@@ -358,11 +357,9 @@ def _check_layout(manifest: Manifest, fields: list[str], ranks: int | None) -> s
 
 @contextmanager
 def _bar(what: str, manifest: Manifest, share: float = 1.0) -> Iterator[offline.Advance]:
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
     total = sum(record.bytes for record in manifest.tensors.values()) * share
-    with Progress(*columns, console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as progress:
-        task = progress.add_task(what, total=total)
-        yield lambda size: progress.advance(task, size)
+    with progress(what, total) as advance:
+        yield advance
 
 
 def _weights_only(manifest: Manifest) -> float:

@@ -21,6 +21,7 @@ from recipes.schema import checkpoint_steps as steps
 from recipes.schema.checkpoint import CheckpointConfig
 from recipes.schema.checkpoint_steps import checkpoint_at as checkpoint_at
 from recipes.schema.errors import CheckpointError, NumericsError, StratumError
+from recipes.schema.run_folder import POINTER
 from train.checkpoint import finite, publishing, storage
 from train.checkpoint.manifest import Manifest, RunState
 from train.checkpoint.saving import Event, Memory, Peers, Save, Snapshot, Staging
@@ -131,7 +132,7 @@ class CheckpointFolder:
         assert self._save is not None
         if self._save.error is not None:
             raise _error_of(self._save)
-        return self.path_of(state.step)
+        return Path(next(event.fields["path"] for event in self._save.events if event.kind == "save"))
 
     def request(self, engine: Engine, state: RunState, *, background: bool = True) -> None:
         """Save the engine's current state. Waits for the previous save; a background save then returns at once. Collective."""
@@ -149,7 +150,6 @@ class CheckpointFolder:
         self._save = Save(
             snapshot,
             peers=peers,
-            aside=disk.aside_of(self.path_of(step)),
             memory=self._memory,
             staging=self._staging if background else None,
             prepare=lambda: self._make_room(step, snapshot),
@@ -229,20 +229,24 @@ class CheckpointFolder:
             self.saved_step = save.step
             self.save_s = next((e.fields["seconds"] for e in save.events if e.kind == "save"), None)
 
-    def _publish(self, manifest: Manifest) -> dict[str, Any]:
+    def _publish(self, aside: Path, manifest: Manifest) -> dict[str, Any]:
         """On rank 0: rename the complete checkpoint to its final name and move the pointer to it."""
-        final = self.path_of(manifest.step)
-        self._warn_of(publishing.publish(disk.aside_of(final), final))
-        publishing.point_at(self.folder, final.name)
+        final, left = publishing.publish_step(aside, self.path_of(manifest.step))
+        self._warn_of(left)
+        try:
+            publishing.point_at(self.folder, final.name)
+        except OSError as error:  # only a hint for people: the step itself is durable
+            reason = error.strerror or error
+            log.warning("%s cannot be replaced (%s); the newest step is %s", self.folder / POINTER, reason, final.name)
         return {"path": str(final)}
 
-    def _make_room(self, step: int, snapshot: Snapshot) -> None:
-        """Before writing: check that the folder is writable and the disk has enough space."""
-        aside = disk.aside_of(self.path_of(step))
+    def _make_room(self, step: int, snapshot: Snapshot) -> Path:
+        """Before writing: check that the folder is writable and the disk has enough space. -> the new folder to write into."""
         needed = estimated_bytes(snapshot)
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             self._warn_of(publishing.clean_up(self.folder))
+            aside = publishing.unused(disk.aside_of(self.path_of(step)))
             disk.make_folder(aside)
             free = shutil.disk_usage(self.folder).free
         except OSError as error:
@@ -253,13 +257,17 @@ class CheckpointFolder:
                 f"cannot save into {self.folder}: about {needed:,} bytes needed, {free:,} free, {needed - free:,} too few. Free "
                 f"some space or lower checkpoint.keep_last."
             )
+        return aside
 
     def _retain(self, newest_step: int) -> None:
         """On rank 0: delete all but the newest `keep_last` checkpoints and those kept for `keep_every_steps`."""
         every = self.config.keep_every_steps
-        numbered = [(steps.step_of(path), path) for path in self.published()]
-        for step, path in sorted(numbered, reverse=True)[self.config.keep_last :]:
-            if step != newest_step and not (every and step % every == 0):
+        published = self.published()
+        numbers = sorted({steps.step_of(path) for path in published})
+        newest = numbers[-self.config.keep_last :]
+        for path in published:
+            step = steps.step_of(path)
+            if step not in (newest_step, *newest) and not (every and step % every == 0):
                 self._warn_of(publishing.delete(path))
 
     def _warn_of(self, left: list[publishing.NotDeleted]) -> None:

@@ -9,6 +9,9 @@ distributed optimizer gives each data-parallel rank a contiguous range of each f
 boundaries, such a range is a few boxes of whole tensors, so optimizer state is saved without gathering it.
 """
 
+import train.megatron  # noqa: F401  prepares Megatron before the imports below
+
+# isort: split
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace

@@ -43,12 +43,30 @@ class NotDeleted:
 def publish(aside: Path, final: Path) -> list[NotDeleted]:
     """Rename a complete, durable folder to its final name and delete what had that name. After a kill at any point, `clean_up`
     gives the old or the new checkpoint."""
-    old = _free(final.with_name(f".{final.name}.replaced"))
-    if final.exists():
+    old = unused(final.with_name(f".{final.name}.replaced"))
+    if os.path.lexists(final):
         disk.rename(final, old)
     disk.rename(aside, final)
     disk.sync(final.parent)
-    return _discard(old) if old.exists() else []
+    return _discard(old) if os.path.lexists(old) else []
+
+
+def publish_step(aside: Path, final: Path) -> tuple[Path, list[NotDeleted]]:
+    """`publish` for a run's step. -> the published folder, and what could not be deleted.
+
+    If a folder of that step is there and cannot be renamed, the step is published with one more zero in its name:
+    step_000000100 is step 100 too, and readers prefer it to step_00000100.
+    """
+    left: list[NotDeleted] = []
+    while os.path.lexists(final):
+        try:
+            return final, left + publish(aside, final)
+        except OSError as error:
+            if not aside.exists() or not os.path.lexists(final):
+                raise  # it was renamed: something else has failed
+            left.append(NotDeleted(final, error))
+            final = final.with_name(final.name.replace("_", "_0", 1))
+    return final, left + publish(aside, final)
 
 
 def point_at(folder: Path, name: str) -> None:
@@ -58,7 +76,7 @@ def point_at(folder: Path, name: str) -> None:
 
 def delete(path: Path) -> list[NotDeleted]:
     """Delete a checkpoint. It is renamed first, so that a reader never sees half of one. Does not raise: see the result."""
-    deleting = _free(path.with_name(f".{path.name}.deleting"))
+    deleting = unused(path.with_name(f".{path.name}.deleting"))
     try:
         disk.rename(path, deleting)
     except OSError as error:
@@ -91,12 +109,12 @@ def _discard(path: Path) -> list[NotDeleted]:
     except OSError as error:
         if not path.name.endswith(".deleting"):
             with suppress(OSError):
-                disk.rename(path, _free(path.with_name(f"{path.name}.deleting")))
+                disk.rename(path, unused(path.with_name(f"{path.name}.deleting")))
         return [NotDeleted(path, error)]
     return []
 
 
-def _free(path: Path) -> Path:
+def unused(path: Path) -> Path:
     """This path, or the first unused one with a number before the suffix: `.step_00000050.2.deleting`."""
     stem, _, kind = path.name.rpartition(".")
     for number in itertools.count(2):

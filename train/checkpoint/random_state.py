@@ -3,6 +3,9 @@
 random.RANK.torch   random.RANK.cuda   random.RANK.tracker.NAME      torch's generators, and those of Megatron's tracker
 """
 
+import train.megatron  # noqa: F401  prepares Megatron before the imports below
+
+# isort: split
 import torch
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 

@@ -134,11 +134,10 @@ class Save:
         snapshot: Snapshot,
         *,
         peers: Peers,
-        aside: Path,
         memory: Memory,
         staging: Staging | None,
-        prepare: Callable[[], None],
-        publish: Callable[[Manifest], dict[str, Any]],
+        prepare: Callable[[], Path],
+        publish: Callable[[Path, Manifest], dict[str, Any]],
         retire: Callable[[], None] = lambda: None,
         advice: Callable[[], str] = lambda: "",
         retries: int,
@@ -147,8 +146,8 @@ class Save:
         """staging: copy the tensors there first (a background save); None writes from the live tensors.
 
         prepare, publish, retire: called on rank 0 before writing, after writing, and after all ranks know that the save is
-        durable. advice: called on rank 0 if the state is refused because of NaN or infinity.
-        memory is updated in place when the save is durable.
+        durable. prepare returns the new folder to write into, publish gets it. advice: called on rank 0 if the state is refused
+        because of NaN or infinity. memory is updated in place when the save is durable.
         """
         self.step = snapshot.manifest.step
         self.error: str | None = None
@@ -157,7 +156,9 @@ class Save:
         self.events: list[Event] = []
         self.staged = threading.Event()
         self.done = threading.Event()
-        self._snapshot, self._peers, self._aside = snapshot, peers, aside
+        self._snapshot, self._peers = snapshot, peers
+        self._aside: Path | None = None
+        """The folder of this attempt; None if it could not be made."""
         self._memory, self._staging = memory, staging
         self._prepare, self._publish, self._retire, self._advice = prepare, publish, retire, advice
         self._retries, self._retry_wait_s = retries, retry_wait_s
@@ -271,13 +272,13 @@ class Save:
     def _attempt(self, problem: str | None, may_retry: bool) -> _Outcome:
         """One try of all ranks: write, check, publish."""
         lap = time.perf_counter()
-        ready = None
+        self._aside, ready = None, None
         if self._peers.rank == 0 and problem is None:
-            ready = _failure_of(self._prepare)
-        ready = self._peers.broadcast(ready)
+            ready = _failure_of(self._make_folder)
+        self._aside, ready = self._peers.broadcast((self._aside, ready))
         result = _RankResult(problem or ready, may_retry)
-        if problem is None and ready is None:
-            result = self._write()
+        if self._aside is not None:
+            result = self._write(self._aside)
         self._seconds["write"] = time.perf_counter() - lap
         everyone = self._peers.gather(result)
         outcome = None
@@ -288,26 +289,32 @@ class Save:
             if errors:
                 outcome = _Outcome("; ".join(errors[:3]), all(each.may_retry for each in everyone))
             else:
-                outcome = self._conclude(everyone)
+                assert self._aside is not None, "without a folder every rank has an error"
+                outcome = self._conclude(everyone, self._aside)
             if outcome.error is not None:
-                _failure_of(
-                    lambda: _drop(self._aside)
-                )  # frees disk space; if it fails, the next save removes the folder
+                _failure_of(self._drop_folder)  # frees disk space; if it fails, the next save removes the folder
         return self._peers.broadcast(outcome)
 
-    def _write(self) -> _RankResult:
+    def _make_folder(self) -> None:
+        self._aside = self._prepare()
+
+    def _drop_folder(self) -> None:
+        if self._aside is not None and self._aside.is_dir():
+            disk.remove_tree(self._aside)
+
+    def _write(self, aside: Path) -> _RankResult:
         """Write this rank's file and verify it."""
         name = f"rank_{self._peers.rank:05d}.safetensors"
         if not self._plan.pieces:
             return _RankResult(None, copies=self._copies)
         try:
-            verified = write_verified(self._aside / name, self._plan, self._body, live=self._sums or None)
+            verified = write_verified(aside / name, self._plan, self._body, live=self._sums or None)
         except OSError as error:
-            return _RankResult(f"{self._aside / name} cannot be written: {error.strerror or error}")
+            return _RankResult(f"{aside / name} cannot be written: {error.strerror or error}")
         except CheckpointError as error:
             return _RankResult(str(error))
         except Exception as error:
-            return _RankResult(f"{self._aside / name}: {type(error).__name__}: {error}")
+            return _RankResult(f"{aside / name}: {type(error).__name__}: {error}")
         if not self._sums:
             self._sums = verified.sums
             if found := self._stale():
@@ -319,7 +326,7 @@ class Save:
         ]
         return _RankResult(None, True, name, entries, self._copies, self._cpu_s + verified.cpu_s)
 
-    def _conclude(self, everyone: Sequence[_RankResult]) -> _Outcome:
+    def _conclude(self, everyone: Sequence[_RankResult], aside: Path) -> _Outcome:
         """On rank 0: add up the fingerprints of all ranks, complete the checkpoint, publish it."""
         lap = time.perf_counter()
         try:
@@ -327,13 +334,13 @@ class Save:
             if bad := not_finite(manifest, everyone):
                 text = f"step {self.step} is not saved: {describe_not_finite(bad)}. {self._advice()}".rstrip()
                 return _Outcome(text, is_numeric=True)
-            files = {each.file: (self._aside / each.file).stat().st_size for each in everyone if each.file}
-            manifest = publishing.seal(self._aside, replace(manifest, files=files), index)
-            fields = self._publish(manifest)
+            files = {each.file: (aside / each.file).stat().st_size for each in everyone if each.file}
+            manifest = publishing.seal(aside, replace(manifest, files=files), index)
+            fields = self._publish(aside, manifest)
         except CheckpointError as error:
             return _Outcome(str(error), may_retry=True)
         except OSError as error:
-            return _Outcome(f"{self._aside} cannot be completed: {error.strerror or error}", may_retry=True)
+            return _Outcome(f"{aside} cannot be completed: {error.strerror or error}", may_retry=True)
         self._seconds["publish"] = time.perf_counter() - lap
         fields |= {"bytes": manifest.bytes}
         if differing := differing_copies(manifest, everyone):
@@ -439,8 +446,3 @@ def _failure_of(action: Callable[[], None]) -> str | None:
     except OSError as error:
         return f"{error.filename or ''}: {error.strerror or error}"
     return None
-
-
-def _drop(folder: Path) -> None:
-    if folder.is_dir():
-        disk.remove_tree(folder)

@@ -77,20 +77,20 @@ def write_model(folder: Path, chunks: Sequence[Any], *, mesh: Mesh, state: RunSt
     pieces = owned_pieces(local_tensors_of(chunks, mesh.groups.dp_cp), None)
     aside = disk.aside_of(folder)
 
-    def prepare() -> None:
+    def prepare() -> Path:
         if folder.exists():
             raise CheckpointError(f"{folder} already exists. Choose another folder, or move it away.")
         folder.parent.mkdir(parents=True, exist_ok=True)
         aside.mkdir()
+        return aside
 
-    def done(complete: Manifest) -> dict[str, Any]:
+    def done(aside: Path, complete: Manifest) -> dict[str, Any]:
         publishing.publish(aside, folder)
         return {"path": str(folder)}
 
     save = Save(
         Snapshot(manifest, pieces),
         peers=Peers(mesh.saving),
-        aside=aside,
         memory={},
         staging=None,
         prepare=prepare,

@@ -3,7 +3,6 @@
 import json
 import shlex
 import shutil
-import sys
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -12,10 +11,10 @@ from typing import Any
 import torch
 import yaml
 from omegaconf import DictConfig
-from rich.console import Console
 from rich.table import Table
 
 from data.system import disk
+from data.system.console import open_console
 from recipes.schema.command import recipe_words, section
 from recipes.schema.compress import CompressConfig
 from recipes.schema.errors import CheckpointError, RecipeError, refuse
@@ -70,7 +69,7 @@ def score(composed: DictConfig) -> int:
         **({"depth_rows": config.depth_rows, "metric": config.depth_metric, "attention_layers": config.attention_layers}
            if remove else {}),
     }  # fmt: skip
-    console = _console(quiet=rank > 0)
+    console = open_console(quiet=rank > 0)
     title = parent.path.parent.parent.name
     pictures = {"widths.png": draw_widths, "layers.png": draw_layers}
     finished = _existing_scores(folder, request)
@@ -153,7 +152,7 @@ def prune(composed: DictConfig) -> int:
         merge_heads=config.merge_heads,
         depth=Depth(config.depth_metric, config.attention_layers),
     )
-    console = _console()
+    console = open_console()
     console.print(written)
     console.print(f"Train it: {_training_command(folder, recipe.run.name)}")
     return 0
@@ -239,7 +238,7 @@ def search(composed: DictConfig) -> int:
         return layers[target.layers]
 
     shapes = feasible(model, tried, config, layers_of=layers_of)
-    console = _console()
+    console = open_console()
     console.print(f"{len(tried):,} shapes tried, {len(shapes):,} within the budget.")
     if not shapes:
         raise RecipeError(f"no shape fits the budget. {_range_of(model, tried, config, layers_of)}")
@@ -327,7 +326,7 @@ def pick(composed: DictConfig) -> int:
             str(step),
             f"{score:.4f}",
         )
-    console = _console()
+    console = open_console()
     console.print(table)
     if len(set(steps.values())) > 1:
         raise RecipeError(
@@ -337,12 +336,6 @@ def pick(composed: DictConfig) -> int:
         )
     console.print(f"Best: {min(results)[1]}")
     return 0
-
-
-def _console(*, quiet: bool = False) -> Console:
-    """A console that does not wrap lines or tables and does not interpret brackets."""
-    width = None if sys.stdout.isatty() else 120
-    return Console(highlight=False, markup=False, soft_wrap=True, quiet=quiet, width=width)
 
 
 def _read(composed: DictConfig) -> tuple[Recipe, CompressConfig, Path]:

@@ -17,11 +17,10 @@ from typing import Any
 
 import psutil
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 from data.make.corpus import documents
 from data.system import disk
+from data.system.console import progress
 from data.tokenizer import Tokenizer, load_tokenizer
 from recipes.schema import units
 from recipes.schema.data import SourceConfig, TokenizerConfig
@@ -486,16 +485,8 @@ def _bar(title: str, folder: Path, source: object) -> Iterator[Callable[[int], N
     """A progress bar in bytes, for large models only."""
     weights = getattr(source, "weights", None) or getattr(source, "entries", {})
     total = sum(entry.nbytes for entry in weights.values())
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        DownloadColumn(),
-        TransferSpeedColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=Console(stderr=True), disable=total < _BAR_FROM_BYTES) as progress:
-        task = progress.add_task(title, total=total)
-        yield lambda nbytes: progress.advance(task, nbytes)
+    with progress(title, total, is_shown=total >= _BAR_FROM_BYTES) as advance:
+        yield advance
 
 
 def _conclude(agreement: Agreement | None, why: str, command: str) -> int:

@@ -8,10 +8,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
 from rich.table import Column
 
+from data.system.console import bars, open_console
 from recipes.schema import units
 from recipes.schema.run_folder import Line
 from recipes.schema.telemetry import TelemetryConfig
@@ -41,7 +41,7 @@ class Screen:
         self, total_steps: int, first_step: int, *, live: bool, precision_at: Callable[[int], str] = lambda tokens: ""
     ) -> None:
         """precision_at: text about the precision of the step that ended after this many tokens."""
-        self._console = Console(file=sys.stderr)
+        self._console = open_console(stderr=True, wraps=True)
         self._total = total_steps
         self._first = first_step
         self._started: float | None = None
@@ -49,7 +49,7 @@ class Screen:
         self._live = live and self._console.is_terminal
         step = f"{total_steps}/{total_steps}"
         room = max(len("loss 8.8523"), self._console.width - len(f"evaluating  {step}  {_ELAPSED} {_LEFT}") - 1)
-        self._bar = Progress(
+        self._bar = bars(
             # On a narrow terminal the bar shrinks first, then the numbers after the loss are cut; the rest always fits.
             TextColumn("[bold]{task.description:<10}", table_column=Column(no_wrap=True, min_width=10)),
             BarColumn(bar_width=None, table_column=Column(ratio=1)),
@@ -60,8 +60,7 @@ class Screen:
             TimeElapsedColumn(table_column=_whole(_ELAPSED)),
             TextColumn("[cyan]{task.fields[left]}", table_column=_whole(_LEFT)),
             console=self._console,
-            refresh_per_second=4,
-            disable=not self._live,
+            is_shown=self._live,
         )
         self._task = self._bar.add_task("training", total=total_steps, completed=first_step, numbers="", left="")
         self._bar.start()
@@ -130,7 +129,7 @@ class Screen:
 
     def _say(self, text: str) -> None:
         if self._live:
-            self._bar.console.print(text, highlight=False, markup=False)
+            self._bar.console.print(text)
         else:
             sys.stderr.write(text + "\n")
             sys.stderr.flush()

@@ -17,6 +17,7 @@ A failure to write metrics.jsonl stops the run; a display that fails is switched
 """
 
 import logging
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -59,7 +60,7 @@ class Telemetry:
         """reduce: sums a tensor over all ranks, in place; collective. peak_flops: of all devices together.
         precision_at: text about the precision of a step that starts after this many tokens.
 
-        first_step: steps already finished. kernels: which CPU kernels the ranks run (`train.native.forms`).
+        first_step: steps already finished. kernels: which CPU kernels the ranks run (`train.native.kernel_versions`).
 
         Raises StratumError if metrics.jsonl cannot be written.
         """
@@ -71,6 +72,8 @@ class Telemetry:
         self._loss_parts = loss_parts
         self._losses = torch.zeros(config.log_every_steps, 1 + len(loss_parts), device=device)
         self._pending: list[Line] = []
+        self.not_finite: tuple[int, float] | None = None
+        """First step since the start whose loss is NaN or infinite, and its loss. Known after a flush, on every rank."""
         self._unhealthy: set[tuple[int, str, str]] = set()
         self._record: JsonLines | None = None
         self._displays: list[Display] = []
@@ -144,6 +147,9 @@ class Telemetry:
             return
         losses = self._reduce(self._losses[: len(self._pending)].clone()).tolist()
         lines, self._pending = self._pending, []
+        if self.not_finite is None:
+            wrong = ((line["step"], loss) for line, (loss, *_) in zip(lines, losses, strict=True))
+            self.not_finite = next((found for found in wrong if not math.isfinite(found[1])), None)
         if self._record is None:
             return
         for line, (loss, *parts) in zip(lines, losses, strict=True):

@@ -124,6 +124,19 @@ def check_numbers(step: int, *, grad_norm: float, advice: Callable[[], str]) -> 
         )
 
 
+def check_losses(not_finite: tuple[int, float] | None, *, advice: Callable[[], str]) -> None:
+    """Raise NumericsError if the loss of a step was NaN or infinite, even if its gradients were finite.
+
+    not_finite: the first such step and its loss (`Telemetry.not_finite`), the same on every rank. advice: see `check_numbers`.
+    """
+    if not_finite is not None:
+        step, loss = not_finite
+        raise NumericsError(
+            f"step {step}: the training loss is {loss}, though its gradients are finite. Nothing is saved after that step. "
+            f"{advice()}"
+        )
+
+
 def check_scores(step: int, scores: dict[str, float], *, advice: Callable[[], str]) -> None:
     """Raise NumericsError if an evaluation gave NaN or infinity for any source. advice: see `check_numbers`."""
     wrong = {name: score for name, score in scores.items() if not math.isfinite(score)}

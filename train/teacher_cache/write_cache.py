@@ -7,11 +7,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from rich.console import Console
-from rich.progress import Progress
 from rich.table import Table
 
 from data.store.shards import token_dtype
+from data.system.console import open_console, progress
 from recipes.schema.errors import RecipeError, refuse
 from recipes.schema.facts import CacheRequest
 from recipes.schema.parallel import ParallelConfig
@@ -100,15 +99,13 @@ def _cache_all_rows(
     before = len(seen)
     mesh.barrier()  # every rank must see the same stored rows, so no rank writes before all have read the index
     written, new_rows, rest = 0, 0, 0.0
-    console = Console(highlight=False, soft_wrap=True)
-    with Progress(console=console, disable=mesh.rank > 0 or not console.is_terminal) as progress:
-        task = progress.add_task("teacher forward", total=rows)
+    with progress("teacher forward", rows, in_bytes=False, is_shown=mesh.rank == 0) as advance:
         for number, start in enumerate(range(0, rows, config.block_rows)):
             batch = dataset.training_rows(np.arange(start, min(start + config.block_rows, rows)))
             keys = batch_keys(batch, documents=request.documents)
             new = [i for i, key in enumerate(keys) if key not in seen and key not in keys[:i]]
             seen.update(keys)
-            progress.advance(task, len(keys))
+            advance(len(keys))
             if not new or number % mesh.layout.data != mesh.data_rank:
                 continue
             targets = list(_top_k_of_rows(recipe, mesh, teacher, batch.select(np.asarray(new))))
@@ -121,6 +118,7 @@ def _cache_all_rows(
     if mesh.rank:
         return
     tokens = new_rows * request.row_tokens
+    console = open_console()
     console.print(
         f"{folder}: {new_rows:,} rows added, {before:,} were there before; top {request.top_k} tokens per position."
     )
@@ -205,4 +203,4 @@ def _measure(recipe: Recipe, config: TeacherCacheConfig, *, mesh: Mesh, teacher:
     for k in counts:
         table.add_row(str(k), str(k * width + 4), f"{sums[k] / total:.5f}", f"{sums[k] / total / whole:.4f}")
     table.add_row("all", f"{2 * recipe.model.vocab} (16 bits)", f"{whole:.5f}", "1")
-    Console(highlight=False, soft_wrap=True).print(table)
+    open_console().print(table)

@@ -324,6 +324,11 @@ def test_the_token_that_begins_documents(tmp_path: Path) -> None:
     prepare(config, console=QUIET)
     dataset = open_dataset(config)
     assert dataset.tokenizer.prompt("the") == [1, *dataset.tokenizer.encode("the")] and dataset.tokenizer.note is None
+    assert dataset.tokenizer.template_begin == "<bos>"
+    ends = tokenizers.processors.TemplateProcessing(single="$A <bos>", special_tokens=[("<bos>", 1)])
+    library.post_processor = ends
+    library.save(str(tmp_path / "ends.json"))
+    assert hf.load(tmp_path / "ends.json").template_begin is None
     for split in ("train", "heldout"):
         for entry in read_manifest(Path(config.folder)).sources["a"].splits[split]:
             shard = open_entry(Path(config.folder), entry)

@@ -269,6 +269,29 @@ def test_devices_are_found_by_the_names_people_use() -> None:
 
 
 @pytest.mark.parametrize(
+    ("name", "bf16", "fp8", "fp32", "bandwidth", "watts", "memory_gib"),
+    [
+        # NVIDIA's data sheets: TFLOP/s as printed with sparsity (fp32: without), GB/s, W. Memory: what torch reports (devices.toml).
+        ("A10", 250, None, 31.2, 600, 150, 22.06),
+        ("A40", 299.4, None, 37.4, 696, 300, 45_416 / 1024),
+        ("L4", 242, 485, 30.3, 300, 72, 22.16),
+        ("L40S", 724, 1466, 91.6, 864, 350, 44.39),
+        ("H200 NVL", 1671, 3341, 60, 4800, 600, 139.80),
+        ("A100-PCIE-40GB", 624, None, 19.5, 1555, 250, 40_326 / 1024),
+    ],
+)
+def test_devices_have_the_figures_of_their_data_sheets(
+    name: str, bf16: float, fp8: float | None, fp32: float, bandwidth: float, watts: float, memory_gib: float
+) -> None:
+    device = device_named(name)
+    assert 2 * device.peak["bf16"] == pytest.approx(bf16 * 1e12, rel=1e-3)
+    assert device.peak.get("fp8", 0) * 2 == pytest.approx((fp8 or 0) * 1e12, rel=1e-3)
+    assert device.peak["fp32"] == pytest.approx(fp32 * 1e12) and "fp4" not in device.peak
+    assert device.hbm == pytest.approx(bandwidth * 1e9) and device.watts == watts
+    assert device.memory_gib == pytest.approx(memory_gib, abs=0.01)
+
+
+@pytest.mark.parametrize(
     ("typed", "near"),
     [("h1000", "h100"), ("b20", "b200"), ("a1000", "a100"), ("l400", "l40s"), ("h200nvl", "h200_nvl")],
 )

@@ -231,7 +231,7 @@ def killed_before(number: int, words: list[object]) -> list[Act]:
     return acts
 
 
-KEPT = Path(__file__).with_name("kept") / "step_00000002"
+OLD = Path(__file__).with_name("version_0_1_0") / "step_00000002"
 
 
 @pytest.mark.parametrize("command_", ["reshard", "reshard to a checkpoint", "consolidate"])
@@ -240,7 +240,7 @@ def test_killed_at_any_time_it_leaves_nothing_that_counts_and_is_done_by_running
 ) -> None:
     name = {"reshard": "run", "reshard to a checkpoint": "step_00000002", "consolidate": "w.safetensors"}[command_]
     files = ["--files", 2] if command_ != "consolidate" else []
-    acts = killed_before(-1, [command_.split()[0], KEPT, tmp_path / "whole" / name, *files])
+    acts = killed_before(-1, [command_.split()[0], OLD, tmp_path / "whole" / name, *files])
     writes = [act.number for act in acts if act.name == "writev"]
     (rename,) = [act.number for act in acts if act.name == "rename" and act.target.endswith(f".{name}.writing")]
     for number in sorted(
@@ -248,7 +248,7 @@ def test_killed_at_any_time_it_leaves_nothing_that_counts_and_is_done_by_running
     ):
         out = tmp_path / str(number) / name
         out.parent.mkdir(exist_ok=True)
-        words = [command_.split()[0], KEPT, out, *files]
+        words = [command_.split()[0], OLD, out, *files]
         killed_before(number, words)
         assert out.exists() == (number > rename), acts[number]
         if out.exists():
@@ -263,7 +263,7 @@ def test_killed_at_any_time_it_leaves_nothing_that_counts_and_is_done_by_running
         if command_ == "consolidate":
             assert out.read_bytes() == (tmp_path / "whole" / name).read_bytes()
         else:
-            assert say("verify", out)[0] == 0 and say("diff", KEPT, out)[0] == 0
+            assert say("verify", out)[0] == 0 and say("diff", OLD, out)[0] == 0
         if command_ == "reshard":
             assert (out / "checkpoints" / "latest").read_text() == "step_00000002\n" and (out / "recipe.yaml").is_file()
 

@@ -15,7 +15,7 @@ import pytest
 from crashes import SMALL, Act, contents, train_on
 from ranks import run_ranks
 from test_fault_matrix import DAMAGE
-from unprivileged import folder_for_anyone, unprivileged
+from unprivileged import folder_for_anyone, give_to_nobody, load_kernels, unprivileged
 
 from recipes.schema import checkpoint_steps as steps
 from recipes.schema.errors import CheckpointError
@@ -27,11 +27,21 @@ OLD, NEW = 2, 4
 KEEP_ONE = replace(SMALL, checkpoint=replace(SMALL.checkpoint, keep_last=1))
 
 
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Steps 2 and 4 of two ranks."""
+    folder = tmp_path_factory.mktemp("pair")
+    run_ranks(2, train_on, 2, folder, NEW)
+    return folder
+
+
 @pytest.fixture
-def folder() -> Iterator[Path]:
-    """Steps 2 and 4 of two ranks, of an unprivileged user."""
+def folder(pair: Path) -> Iterator[Path]:
+    """The same, owned by an unprivileged user."""
+    load_kernels()
     with folder_for_anyone() as parent:
-        run_ranks(2, train_unprivileged, 2, parent / "checkpoints", NEW)
+        shutil.copytree(pair, parent / "checkpoints")
+        give_to_nobody(parent)
         yield parent / "checkpoints"
 
 
@@ -88,6 +98,56 @@ def test_a_leftover_in_the_way_of_a_save_is_moved_out_of_it(folder: Path) -> Non
     ((_, _, said),) = run_ranks(1, train_unprivileged, 1, folder, NEW + 2)
     assert len(said) == 1 and "cannot be deleted" in said[0]
     assert NEW + 2 in contents(folder) and (folder / f"{left.name}.deleting").is_dir()
+
+
+def refuse_step_4(name: str, target: str) -> Callable[[int, Act], None]:
+    def trap(_rank: int, act: Act) -> None:
+        if act.name == name and Path(act.target).name == target:
+            raise OSError(errno.EPERM, os.strerror(errno.EPERM), act.target)
+
+    return trap
+
+
+def test_a_damaged_step_that_cannot_be_renamed_does_not_fail_the_save_of_that_step(folder: Path) -> None:
+    """Step 4 is damaged and immutable: training continues from step 2, and the new step 4 gets another name."""
+    (folder / steps.name_of(NEW) / "rank_00001.safetensors").unlink()
+    trap = refuse_step_4("rename", steps.name_of(NEW))
+    ((began, _, said),) = run_ranks(1, train_unprivileged, 1, folder, NEW, SMALL, trap)
+    assert began == OLD and len(said) == 1 and f"{steps.name_of(NEW)} cannot be deleted" in said[0], said
+    good, notes = steps.candidates(folder)
+    assert [path.name for path, _ in good] == ["step_000000004", steps.name_of(OLD)]
+    assert (folder / "latest").read_text() == "step_000000004\n" and len(notes) == 1
+    ((began, _, said),) = run_ranks(1, train_unprivileged, 1, folder, NEW + 2, KEEP_ONE, trap)
+    assert began == NEW and len(said) == 1, said
+    assert list(contents_of_good(folder)) == [NEW + 2]
+
+
+def contents_of_good(folder: Path) -> dict[int, Path]:
+    return {manifest.step: path for path, manifest in steps.candidates(folder)[0]}
+
+
+def test_a_leftover_that_cannot_even_be_renamed_does_not_fail_a_save(folder: Path) -> None:
+    left = folder / f".{steps.name_of(NEW + 2)}.writing"
+    left.mkdir()
+
+    def trap(_rank: int, act: Act) -> None:
+        if act.name in ("rename", "rmdir") and act.target == str(left):
+            raise OSError(errno.EPERM, os.strerror(errno.EPERM), act.target)
+
+    ((_, _, said),) = run_ranks(1, train_unprivileged, 1, folder, NEW + 2, SMALL, trap)
+    assert len(said) == 1 and f"{left} cannot be deleted" in said[0], said
+    assert NEW + 2 in contents_of_good(folder) and left.is_dir()
+
+
+@pytest.mark.parametrize("pointer", ["cannot be replaced", "is a folder"])
+def test_a_pointer_that_cannot_be_replaced_does_not_fail_a_save(pointer: str, folder: Path) -> None:
+    if pointer == "is a folder":
+        (folder / "latest").unlink()
+        (folder / "latest" / "inner").mkdir(parents=True)
+    trap = refuse_step_4("rename", ".latest.writing")
+    ((_, _, said),) = run_ranks(1, train_unprivileged, 1, folder, NEW + 2, SMALL, trap)
+    assert NEW + 2 in contents_of_good(folder)
+    assert any("latest cannot be replaced" in text and steps.name_of(NEW + 2) in text for text in said), said
 
 
 UNREADABLE: dict[str, Callable[[Path], Path]] = {
@@ -165,13 +225,6 @@ EDITS: dict[str, Callable[[Path], None]] = {
     ),
     "format of another size": lambda new: edit_records(new, lambda t: t["random.00001.torch"].update(dtype="I8")),
 }
-
-
-@pytest.fixture(scope="module")
-def pair(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("pair")
-    run_ranks(2, train_on, 2, folder, NEW)
-    return folder
 
 
 @pytest.mark.parametrize("edit", EDITS)

@@ -68,7 +68,7 @@ def test_weights_of_another_model_are_refused_by_name(tmp_path: Path) -> None:
 def test_what_is_no_number_is_compared_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The same NaN on both sides is no difference; where only one side is a number, the tensor is named first."""
     nan = float("nan")
-    base = read_manifest(Path(__file__).with_name("kept") / "step_00000002")
+    base = read_manifest(Path(__file__).with_name("version_0_1_0") / "step_00000002")
     sides = {
         "a": {"one": [1.0, nan, 3.0, -0.0], "two": [1.0, 2.0], "three": [5.0, 6.0]},
         "b": {"one": [2.0, nan, 3.0, 0.0], "two": [nan, 2.0], "three": [5.0, 6.0]},

@@ -1,7 +1,7 @@
-"""A small checkpoint written by version 0.1.0 (format 2) is in the folder `kept` and must load in all later versions.
+"""A small checkpoint that version 0.1.0 wrote (format 2, folder `version_0_1_0`) loads in all later versions.
 
-It was written on four ranks (TP2 PP2, bf16, a hybrid of three layers) by `write` below; what is expected of it was noted by
-the run that wrote it. Never write it anew: add another beside it when the format changes.
+`write` below wrote it on four ranks (TP2 PP2, bf16, five layers). The same run noted the losses expected after it.
+Do not write it again: when the format changes, add another folder.
 """
 
 import json
@@ -21,7 +21,7 @@ from train.checkpoint import offline
 from train.checkpoint.manager import CheckpointFolder
 from train.checkpoint.manifest import RunState
 
-KEPT = Path(__file__).with_name("kept")
+OLD = Path(__file__).with_name("version_0_1_0")
 BF16 = replace(SMALL, precision=replace(SMALL.precision, params="bf16"))
 FOUR = replace(
     BF16,
@@ -41,7 +41,7 @@ def write(rank: int, folder: Path) -> dict[str, Any]:
         return {"losses": numbers.losses, "grad_norms": numbers.grad_norms}
 
 
-def go_on(rank: int, recipe: Recipe, world: int, folder: Path) -> dict[str, Any]:
+def train_two_steps(rank: int, recipe: Recipe, world: int, folder: Path) -> dict[str, Any]:
     with engine_of(recipe, rank=rank, world=world) as engine:
         found = CheckpointFolder(folder, recipe.checkpoint).resume(engine)
         assert found is not None and found.manifest.step == 2 and found.manifest.position == 8 and not found.notes
@@ -50,14 +50,14 @@ def go_on(rank: int, recipe: Recipe, world: int, folder: Path) -> dict[str, Any]
 
 
 @pytest.mark.parametrize("world", [1, 4])
-def test_the_kept_checkpoint_loads_and_trains_on(world: int, tmp_path: Path) -> None:
-    shutil.copytree(KEPT, tmp_path / "checkpoints")
+def test_a_checkpoint_of_an_old_version_loads_and_trains(world: int, tmp_path: Path) -> None:
+    shutil.copytree(OLD, tmp_path / "checkpoints")
     recipe = FOUR if world == 4 else replace(FOUR, parallel=SMALL.parallel)
-    want = json.loads((KEPT / "expected.json").read_text())
-    got = run_ranks(world, go_on, recipe, world, tmp_path / "checkpoints")[0]
+    want = json.loads((OLD / "expected.json").read_text())
+    got = run_ranks(world, train_two_steps, recipe, world, tmp_path / "checkpoints")[0]
     assert got["losses"] == pytest.approx(want["losses"], rel=3e-4)
     assert got["grad_norms"] == pytest.approx(want["grad_norms"], rel=3e-3)
 
 
-def test_the_kept_checkpoint_verifies() -> None:
-    assert offline.verify(KEPT / "step_00000002", lambda _: None) == []
+def test_a_checkpoint_of_an_old_version_verifies() -> None:
+    assert offline.verify(OLD / "step_00000002", lambda _: None) == []
