@@ -42,7 +42,7 @@ STOREYS = (
     ("train.distill", "train.loop"),
     ("train.build",),
     ("train.run", "train.compress", "train.inference", "train.teacher_cache"),
-    ("train.hf", "train.__main__"),
+    ("train.hf", "train.serve", "train.__main__"),
     ("train.stratum",),
 )
 """Rooms from the ground up; a room imports only rooms below its own storey. (launch stands on data, train on launch.)"""
