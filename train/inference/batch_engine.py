@@ -28,6 +28,7 @@ from train.inference.prefix import PrefixCache
 from train.inference.request import Event, Finish, Request, Token
 from train.inference.sampling import Draw, draw
 from train.inference.thinking import ThinkingWatch
+from train.model.few_tokens import FewTokens
 
 
 @dataclass(frozen=True)
@@ -129,6 +130,7 @@ class InferenceEngine:
         self.prefixes = PrefixCache(
             self.pools, block_tokens=config.block_tokens, capacity=config.prefix_blocks, root=fingerprint
         )
+        self._few = FewTokens(model)
         self._free_rows = list(range(config.rows - 1, -1, -1))
         self._running: list[_Text] = []
         self._waiting: list[_Text] = []
@@ -306,7 +308,7 @@ class InferenceEngine:
     @torch.no_grad()
     def _run(self, batch: list[tuple[_Text, int]]) -> None:
         reads = [Read(text.row, text.tokens[text.done : text.done + count], text.done) for text, count in batch]
-        hidden_TH = read_tokens(self.model, reads, self.pools)
+        hidden_TH = read_tokens(self.model, reads, self.pools, few=self._few)
         # The lines of logits that are needed: after the last token of a text, and before each token to score.
         lines: list[int] = []
         scoring: list[range] = []
@@ -325,7 +327,9 @@ class InferenceEngine:
                 drawing.append((text, len(lines)))
                 lines.append(begin - 1)
         finite_T = torch.isfinite(hidden_TH).all(-1)
-        logits_NV = logits_of(self.model, hidden_TH if lines == list(range(len(hidden_TH))) else hidden_TH[lines])
+        logits_NV = logits_of(
+            self.model, hidden_TH if lines == list(range(len(hidden_TH))) else hidden_TH[lines], few=self._few
+        )
         log_sums_N = logits_NV.logsumexp(-1)
         bad = self._broken(batch, finite_T, lines, log_sums_N)
         for (text, count), places in zip(batch, scoring, strict=True):

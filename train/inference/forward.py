@@ -19,6 +19,7 @@ from launch.plan.cost.inference import cache_sizes
 from recipes.schema.model import ModelConfig
 from train.inference.pools import Pools
 from train.model.context import KeyPlaces, RowContext, Segment, Segments
+from train.model.few_tokens import MOST, FewTokens
 
 
 @dataclass(frozen=True)
@@ -64,14 +65,18 @@ def pack(reads: Sequence[Read], pools: Pools, *, device: torch.device) -> tuple[
     return torch.from_numpy(ids).to(device)[None], segments
 
 
-def read_tokens(model: Any, reads: Sequence[Read], pools: Pools) -> torch.Tensor:
+def read_tokens(model: Any, reads: Sequence[Read], pools: Pools, *, few: FewTokens | None = None) -> torch.Tensor:
     """Read tokens into the pools. -> hidden states after the final norm, [T, hidden], in the order of the reads.
+
+    few: the same layers prepared for steps in which each text has one token; None calls the layers in every step.
 
     model: the whole model, or this tensor rank's part, in eval mode. Collective over the tensor group. The caller holds
     `torch.no_grad()`.
     """
     tokens_1T, segments = pack(reads, pools, device=pools.device)
     hidden = model.embedding(input_ids=tokens_1T, position_ids=segments.positions_T[None])
+    if few is not None and segments.singles == len(reads) <= MOST:
+        return few(hidden[:, 0].contiguous(), segments)
     context = RowContext(segments=segments)
     for layer in model.decoder.layers:
         hidden = layer(hidden_states=hidden, attention_mask=None, packed_seq_params=context)
@@ -80,11 +85,13 @@ def read_tokens(model: Any, reads: Sequence[Read], pools: Pools) -> torch.Tensor
     return model.decoder.final_norm(hidden)[:, 0]
 
 
-def logits_of(model: Any, hidden_NH: torch.Tensor) -> torch.Tensor:
+def logits_of(model: Any, hidden_NH: torch.Tensor, *, few: FewTokens | None = None) -> torch.Tensor:
     """The head's logits for some hidden states, soft-capped if the model does that, fp32 [N, whole vocabulary].
 
     Collective over the tensor group.
     """
+    if few is not None and (logits := few.logits(hidden_NH)) is not None:
+        return logits
     weight = model.shared_embedding_or_output_weight() if model.share_embeddings_and_output_weights else None
     part, _ = model.output_layer(hidden_NH[:, None], weight=weight)
     part = model.capped(part[:, 0].float())

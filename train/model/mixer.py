@@ -15,7 +15,7 @@ from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch import nn
 
 from train.model import ssd
-from train.model.context import RowContext
+from train.model.context import RowContext, Segments
 from train.model.norm import rms_norm
 
 
@@ -101,17 +101,20 @@ class ReferenceMixer(MambaMixer):
         """
         zxbcdt, _ = self.in_proj(hidden_SBH)
         if packed_seq_params is not None and packed_seq_params.segments is not None:
-            segments = packed_seq_params.segments
-            pool = segments.mamba_pools[self.layer_number]
-            y = ssd.mamba_core_segments(
-                zxbcdt[:, 0], **self._scan_arguments(), chunk=self.chunk_size, segments=segments, pool=pool
-            )[:, None]
+            y = self.continued(zxbcdt[:, 0], packed_seq_params.segments)[:, None]
         else:
             zxbcdt = self.cp.pre_conv_ssm(zxbcdt, None)
             documents = packed_seq_params.documents if packed_seq_params is not None else None
             y = ssd.mamba_core(zxbcdt, **self._scan_arguments(), chunk=self.chunk_size, document_BL=documents)
             y = self.cp.post_conv_ssm(y, None)
         return self.out_proj(self.norm(y))
+
+    def continued(self, zxbcdt_TD: torch.Tensor, segments: Segments) -> torch.Tensor:
+        """Convolution, scan and gate of the texts of a step of inference, which update their states. -> [T, H*P]."""
+        pool = segments.mamba_pools[self.layer_number]
+        return ssd.mamba_core_segments(
+            zxbcdt_TD, **self._scan_arguments(), chunk=self.chunk_size, segments=segments, pool=pool
+        )
 
     def _scan_arguments(self) -> dict[str, Any]:
         """Parameters and sizes of the scan on this rank (context ranks use a slice of the tensor rank's heads)."""

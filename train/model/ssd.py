@@ -131,6 +131,14 @@ def mamba_core_segments(
 
     -> y * silu(z), [T, H*P]. A text that begins (`before` is 0) starts from zeros, whatever is in its slot.
     """
+    sizes = ScanSizes(heads=heads, head_dim=head_dim, state=state, groups=groups, chunk=chunk)
+    if compiled.scan_usable(zxbcdt_TD, sizes):
+        out = compiled.scan_segments(
+            zxbcdt_TD.float().contiguous(), segments.table, conv_weight_CW=conv_weight_CW.float(),
+            conv_bias_C=conv_bias_C.float(), dt_bias_H=dt_bias_H.float(), A_log_H=A_log_H.float(), D_H=D_H.float(),
+            conv_pool=pool.conv, scan_pool=pool.scan, sizes=sizes,
+        )  # fmt: skip
+        return out.to(zxbcdt_TD.dtype)
     arguments = {
         "conv_weight_CW": conv_weight_CW, "conv_bias_C": conv_bias_C, "dt_bias_H": dt_bias_H, "A_log_H": A_log_H, "D_H": D_H,
         "heads": heads, "head_dim": head_dim, "state": state, "groups": groups, "chunk": chunk,
