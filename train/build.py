@@ -15,7 +15,7 @@ from data.store.manifest import MANIFEST, read_manifest
 from data.stream import Dataset, open_dataset
 from data.tokenizer import Tokenizer, load_tokenizer
 from recipes.schema.changes import check_same_function
-from recipes.schema.errors import DataError, refuse
+from recipes.schema.errors import DataError, RecipeError, refuse
 from recipes.schema.facts import identity_of, look, read_request
 from recipes.schema.layout import Layout, lay_out
 from recipes.schema.parallel import ParallelConfig

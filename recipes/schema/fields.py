@@ -51,6 +51,7 @@ PositiveFloat = Annotated[float, Range(gt=0)]
 NonNegativeFloat = Annotated[float, Range(ge=0)]
 Fraction = Annotated[float, Range(ge=0, le=1)]
 OpenFraction = Annotated[float, Range(ge=0, lt=1)]
+Port = Annotated[int, Range(ge=0, lt=2**16)]
 Seed = Annotated[int, Range(ge=0, lt=2**63)]
 """What numpy, torch on a CPU and torch on a GPU all take as a seed."""
 Length = Annotated[int | float, LengthRange()]

@@ -54,7 +54,7 @@ STOREYS = (
     ("train.compress", "train.inference", "train.teacher_cache"),
     ("train.evaluate",),
     ("train.run",),
-    ("train.hf", "train.__main__"),
+    ("train.hf", "train.serve", "train.__main__"),
     ("train.stratum",),
 )
 """Rooms from the ground up; a room imports only rooms below its own storey. (launch stands on data, train on launch.)"""
