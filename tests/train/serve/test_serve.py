@@ -18,6 +18,7 @@ from pathlib import Path
 import httpx
 import pytest
 import torch
+from browser import CHROMIUM, open_page
 from openai import AsyncOpenAI, NotFoundError, OpenAI
 from pruning_folder import lay_out, shell
 from ranks import run_ranks
@@ -361,3 +362,40 @@ def test_what_cannot_start_says_why(folder: Path) -> None:
         ):
             status, output = run_ranks(1, command, folder, ["serve", "runs/parent", "--port", "0", *words])[0]
             assert status == 2 and "Traceback" not in output and reason in output, (words, status, output)
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium: tests/install_chromium.sh")
+def test_the_page_continues_texts_and_chats_in_a_browser(server: Server, tmp_path: Path) -> None:
+    text = (
+        server.client()
+        .completions.create(model="parent", prompt=PROMPT, max_tokens=20, temperature=0.0)
+        .choices[0]
+        .text
+    )
+
+    async def use() -> None:
+        async with open_page(server.url) as page:
+            await page.wait_for("document.readyState == 'complete' && !$('keys').hidden")  # it asks for the key
+            await page.evaluate("$('key').value = 'open sesame'; load()")
+            await page.wait_for("$('model').textContent == 'parent'")
+            await page.evaluate(f"$('prompt').value = {PROMPT!r}; $('temperature').value = 0; $('tokens').value = 20")
+            await page.evaluate("$('form').requestSubmit()")
+            await page.wait_for("$('note').textContent && !running")
+            assert await page.evaluate("$('text').textContent") == PROMPT + text
+            assert "20 tokens" in await page.evaluate("$('note').textContent")
+            await page.evaluate(
+                "$('mode').value = 'chat'; $('mode').onchange(); $('prompt').value = '<img src=x onerror=alert(1)>'"
+            )
+            await page.evaluate("$('form').requestSubmit()")
+            await page.wait_for("messages.length == 2")
+            assert await page.evaluate("$('text').querySelector('img')") is None  # text stays text
+            await page.evaluate("$('tokens').value = 100000; $('prompt').value = 'x'; $('form').requestSubmit()")
+            await page.wait_for("$('text').querySelector('.error') && messages.length == 2")
+            assert "at most" in await page.evaluate("$('text').querySelector('.error').textContent")
+            for name, width, dark in (("wide", 1000, False), ("phone", 380, True)):
+                await page.look(width=width, height=700, dark=dark)
+                assert await page.evaluate("document.documentElement.scrollWidth <= innerWidth"), name
+                await page.screenshot(tmp_path / f"{name}.png")
+            assert not page.errors
+
+    asyncio.run(use())
