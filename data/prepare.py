@@ -52,7 +52,7 @@ from recipes.schema.typed import build
 
 @dataclass(frozen=True)
 class Task:
-    """Which part of the work this process does."""
+    """The part of the work that this process does."""
 
     plan: bool = True
     index: int = 0
@@ -63,7 +63,7 @@ class Task:
 
 
 def parse_task(text: str | None) -> Task:
-    """What `--task` asks for. DataError with what may be asked for."""
+    """The task that `--task` names. DataError with the allowed ones."""
     if text is None:
         return Task()
     if text == "plan":
@@ -79,7 +79,7 @@ def parse_task(text: str | None) -> Task:
 
 
 def prepare(config: DataConfig, *, console: Console, task: str | None = None) -> Manifest | None:
-    """Bring `config.folder` to hold what `config` asks for. -> its manifest; None where the task is only a part of it.
+    """Prepare the data of `config` in `config.folder`. -> its manifest; None if the task is only a part of the work.
 
     Raises DataError for bad input, and for a folder that holds other data, which is left as it is.
     """
@@ -121,7 +121,7 @@ def _prepare_locked(
 
 
 def _up_to_date(config: DataConfig, folder: Path, console: Console) -> Manifest:
-    """A finished folder's manifest. DataError where it holds other data."""
+    """A finished folder's manifest. DataError if it holds other data."""
     manifest = read_manifest(folder)
     same_request(folder, manifest.request, request_of(config))
     _say(console, f"{folder} is up to date.")
@@ -158,7 +158,7 @@ def prepare_recipe(task: str | None, composed: DictConfig) -> int:
     try:
         prepare(build(DataConfig, plain, "data"), console=console, task=task)
     except KeyboardInterrupt:
-        _say(console, "Interrupted. Finished shards are kept; the same command goes on.")
+        _say(console, "Interrupted. Finished shards are kept; the same command continues.")
         return 130
     return 0
 

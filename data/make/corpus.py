@@ -93,7 +93,7 @@ class Reader:
 
 
 def documents(name: str, source: SourceConfig) -> Iterator[Document]:
-    """All documents of one source, up to `max_bytes` of UTF-8 text. DataError where there is none, or as Reader says."""
+    """All documents of one source, up to `max_bytes` of UTF-8 text. DataError if there is none, and as Reader raises."""
     reader = Reader(name, source)
     count = 0
     for group in limited(reader.place, source, cut(reader.place, source, _WHOLE)):
@@ -106,7 +106,7 @@ def documents(name: str, source: SourceConfig) -> Iterator[Document]:
 
 
 def digest(text: bytes, *, seed: int) -> str:
-    """What a text is known by when it is dealt to a split."""
+    """Digest of a text; the split of a text follows from it."""
     return hashlib.blake2b(text, digest_size=8, key=seed.to_bytes(8, "little", signed=True)).hexdigest()
 
 
@@ -139,8 +139,9 @@ def first_two(
     """Digests of a text that is held out and one that is trained on, so that neither split of a source is empty: the first
     two different texts, but for those whose split another source has decided.
 
-    dealt: split by digest, of texts that other sources decided. The second digest is empty where the source is a single
-    document, which can be cut in two. DataError where it cannot, where there is no text, or where all of it is one split's.
+    dealt: split by digest, of texts that other sources decided. The second digest is empty if the source is a single
+    document, which can be cut in two. DataError if it cannot, if there is no
+    text, or if other sources have put all of it into one split.
     """
     reader = Reader(name, source)
     found: dict[str, str] = {}

@@ -44,7 +44,7 @@ Report = Callable[[int, int, int], None]
 
 @dataclass(frozen=True)
 class ShardJob:
-    """What one shard is made from."""
+    """The input of one job."""
 
     folder: Path
     name: str
@@ -53,7 +53,7 @@ class ShardJob:
     source: SourceConfig
     parts: list[Part]
     dealt: Mapping[str, str]
-    """Split by digest, of the texts of all sources that are in it whatever their number says (see `data.make.shard_work`)."""
+    """Split by digest, of texts of any source whose split does not follow from the digest (see `data.make.shard_work`)."""
     is_single: bool
     """Whether the source is one document, which is cut in two."""
     seed: int
@@ -83,7 +83,7 @@ class ShardJob:
 
 @dataclass(frozen=True)
 class ShardResult:
-    """What a shard came out as."""
+    """The result of one shard: its manifest entries and counts."""
 
     splits: dict[str, ShardEntry]
     """By split; one without documents is missing."""
@@ -279,7 +279,7 @@ class _Output:
         self._writer.__exit__(*ended)
 
     def add(self, text: Text, ids: np.ndarray) -> None:
-        """Append a document between its begin-of-document token, where there is one, and its end-of-document token."""
+        """Append a document between its begin-of-document token, if any, and its end-of-document token."""
         if self.files[-1:] != [text.document.file]:
             self.files.append(text.document.file)
             self._starts.append(len(self._records))

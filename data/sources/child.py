@@ -76,7 +76,7 @@ def _ask(function: str, place: str, source: SourceConfig, argument: Any, *, what
                     os.waitpid(child, 0)
         errors.seek(0)
         lines = errors.read()[-2000:].decode(errors="replace").strip().splitlines()
-        why = f": {printable(lines[0], most=200)}" if lines else ""
+        why = f": {printable(lines[-1], most=200)}" if lines else ""
         raise DataError(
             f"{what} ({place}) cannot be read: the library that reads it ended its process (exit status "
             f"{os.waitstatus_to_exitcode(status)}{why}). The file is damaged, or decodes to too much. Make it again, or leave it "

@@ -26,7 +26,7 @@ _KINDS = {".txt": "text", ".text": "text", ".md": "text", ".rst": "text", ".py":
 
 
 def cut(place: str, source: SourceConfig, shard_bytes: int, *, hidden: list[str] | None = None) -> list[list[Part]]:
-    """The parts of each shard of a source. DataError where the source cannot be found or opened. hidden: see `find_files`."""
+    """The parts of each shard of a source. DataError if the source cannot be found or opened. hidden: see `find_files`."""
     if is_set(source):
         return _cut_set(place, source, shard_bytes)
     if source.streaming:
@@ -51,7 +51,7 @@ def cut(place: str, source: SourceConfig, shard_bytes: int, *, hidden: list[str]
 
 
 def kind_of(place: str, source: SourceConfig, file: File) -> str:
-    """How a file is read. DataError where its name does not tell and nobody says."""
+    """How a file is read. DataError if its name does not tell and nobody says."""
     kind = source.format if source.format != "auto" else _KINDS.get(plain_suffix(file.name))
     if kind is None:
         raise DataError(
@@ -63,7 +63,7 @@ def kind_of(place: str, source: SourceConfig, file: File) -> str:
 
 
 def read(place: str, source: SourceConfig, part: Part) -> Iterator[Record]:
-    """The records of one part, whatever it is a part of."""
+    """The records of one part of a file or a set."""
     reader = child.records if part.kind in ("dataset", "parquet") else read_part
     for record in reader(place, source, part):
         if part.records is not None and record.number >= part.records:

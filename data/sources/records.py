@@ -2,7 +2,7 @@
 
     Part --read_part--> Record(number, text)  or  Record(number, problem), one for every line or row, in order
 
-What is wrong with one record is told in it, and the caller decides; what is wrong with the file is a DataError.
+A bad record says what is wrong with it, and the caller decides what to do; a bad file is a DataError.
 """
 
 import csv
@@ -147,7 +147,7 @@ def _field(record: Any, name: str) -> Any:
 
 
 def checked(text: str, limit: int) -> str | None:
-    """What makes a text unusable; None where it is fine."""
+    """What makes a text unusable; None if it is fine."""
     try:
         size = len(text.encode()) if len(text) * 4 > limit or not text.isascii() else 0
     except UnicodeEncodeError as error:

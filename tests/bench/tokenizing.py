@@ -90,7 +90,7 @@ def make_inputs(megabytes: float) -> None:
             (wheel,) = Path(aside).glob("*.whl")
             with zipfile.ZipFile(wheel) as archive:
                 (FOLDER / TEKKEN).write_bytes(archive.read(f"mistral_common/data/{TEKKEN}"))
-    given = ranks.load(FOLDER / TEKKEN, TokenizerConfig())
+    given = ranks.load(FOLDER / TEKKEN, (FOLDER / TEKKEN).read_bytes(), TokenizerConfig())
     if not (FOLDER / "tokenizer.json").exists():
         hf.from_ranks(given).save(FOLDER / "tokenizer.json")
         rows = json.loads((FOLDER / TEKKEN).read_text())["vocab"][: len(given.tokens)]

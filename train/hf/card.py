@@ -5,7 +5,7 @@ recipe, manifest of the checkpoint, metrics of its run, comparison with transfor
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from recipes.schema import units
 from recipes.schema.credentials import mapping_without_credentials, without_credentials
 from recipes.schema.foreign import in_markdown, printable
 from recipes.schema.pattern import KINDS, counts, flops_per_token, parameters
+from recipes.schema.read import recipe_mapping, recipe_yaml
 from recipes.schema.recipe import Recipe
 from recipes.schema.scaling import describe_precision
 from train.checkpoint.storage import Manifest
@@ -54,10 +55,10 @@ class Release:
 def write_card(folder: Path, release: Release) -> None:
     """Write README.md, recipe.yaml and, if the run still has metrics, loss.png into `folder`."""
     recipe = mapping_without_credentials(release.manifest.recipe)
-    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe, sort_keys=False))
+    (folder / "recipe.yaml").write_text(recipe_yaml(recipe))
     record = _record(release.checkpoint)
     if record is not None and record.steps:
-        draw(record, folder / "loss.png", title=release.name, recipe=asdict(release.recipe))
+        draw(record, folder / "loss.png", title=release.name, recipe=recipe_mapping(release.recipe))
     (folder / "README.md").write_text("\n".join(_page(release, record)) + "\n")
 
 
