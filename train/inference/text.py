@@ -32,6 +32,11 @@ class Opened:
     tokenizer: Tokenizer
     checkpoint: Path
 
+    @property
+    def fingerprint(self) -> str:
+        """Identifies weights and tokenizer in the keys of the prefix cache of one process."""
+        return f"{self.checkpoint.resolve()} {self.tokenizer.fingerprint}"
+
 
 @contextmanager
 def opened(recipe: Recipe, *, checkpoint: str | None = None) -> Iterator[Opened]:

@@ -16,8 +16,8 @@ from recipes.schema.foreign import printable
 from recipes.schema.recipe import Recipe
 from recipes.schema.tools import ServeConfig
 from train.inference.batch_engine import EngineConfig, InferenceEngine
-from train.inference.loading import loaded_model
 from train.inference.request import Thinking
+from train.inference.text import opened
 from train.serve.app import Served, build_app
 from train.serve.chat import open_template
 from train.serve.worker import Worker
@@ -27,7 +27,7 @@ _GIB = 2**30
 
 def serve(recipe: Recipe, config: ServeConfig, listener: socket.socket, *, key: str | None) -> int:
     """Serve until SIGTERM or SIGINT. -> exit status: 0, or 1 if the engine failed."""
-    with loaded_model(recipe, config.checkpoint) as loaded:
+    with opened(recipe, checkpoint=config.checkpoint) as loaded:
         template = open_template(config.chat_template, loaded.tokenizer) if config.chat_template else None
         engine = InferenceEngine(
             loaded.model,

@@ -27,7 +27,7 @@ from recipes.schema.foreign import read_yaml
 from recipes.schema.read import recipe_from_mapping
 from train import stratum
 from train.inference.batch_engine import EngineConfig, InferenceEngine
-from train.inference.loading import LoadedModel, loaded_model
+from train.inference.text import Opened, opened
 from train.serve.app import Served, build_app
 from train.serve.worker import Worker
 
@@ -315,7 +315,7 @@ def broken(rank: int, folder: Path) -> list[tuple[int, str]]:
     recipe = recipe_from_mapping(read_yaml(Path("runs/parent/recipe.yaml")))
     found = []
 
-    async def ask(loaded: LoadedModel) -> None:
+    async def ask(loaded: Opened) -> None:
         engine = InferenceEngine(loaded.model, recipe.model, EngineConfig(rows=4, context_tokens=CONTEXT))
         worker = Worker(engine, most=8)
         app = build_app(
@@ -333,7 +333,7 @@ def broken(rank: int, folder: Path) -> list[tuple[int, str]]:
             found.append(((await http.get("/health")).status_code, ""))
         await worker.stop()
 
-    with loaded_model(recipe) as loaded:
+    with opened(recipe) as loaded:
         asyncio.run(ask(loaded))
     return found
 
