@@ -1,7 +1,7 @@
-"""Memory of running a model: weights, keys and values of its attention layers, states of its Mamba-2 layers.
+"""Memory of inference: weights, keys and values of attention layers, states of Mamba-2 layers.
 
-Compression budgets are given in this memory: Nemotron Nano 9B-v2 was pruned so that its weights and 131,072 tokens fit on one
-A10G (arXiv 2508.14444, section 4).
+Budgets for compression are given in this memory: Nemotron Nano 9B-v2 was pruned so that its weights and a context of 131,072
+tokens fit on one A10G (arXiv 2508.14444, section 4).
 """
 
 from bisect import bisect_right
@@ -21,7 +21,7 @@ class InferenceMemory:
     weights: float
     keys_values: float
     mamba_states: float
-    """Scan state and the last inputs of the convolution: independent of the length."""
+    """Scan state and the last inputs of the convolution. Does not depend on the context length."""
 
     @property
     def total(self) -> float:
@@ -71,10 +71,10 @@ def _weights(model: ModelConfig, weight_bytes: float, quantized: str | None) -> 
 def roofline_tokens_per_s(
     model: ModelConfig, *, context_tokens: int, batch: int, gb_per_s: float, tflops: float
 ) -> float:
-    """Upper bound of tokens generated per second by all rows of a batch at a full context, in 16 bits.
+    """Upper bound of the tokens per second that all rows of a batch generate at a full context, in 16 bits.
 
-    A step is limited by memory (it reads all weights except the embedding, and all caches, and writes the Mamba states) or by
-    its matrix products. Efficiencies are left out: the figure ranks shapes for one device, it is not a prediction.
+    A step is limited by memory traffic (it reads all weights except the embedding, reads all caches, and writes the Mamba states)
+    or by its matrix products. Efficiencies are not included: use the figure to rank shapes on one device, not as a prediction.
     """
     memory = inference_memory(model, context_tokens=context_tokens, batch=batch)
     embedding = 0 if model.tie_embeddings else 2 * parameters(model).embedding
