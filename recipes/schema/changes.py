@@ -36,6 +36,7 @@ _KINDS: dict[str, Kind] = {
         (
             "model.norm_eps", "model.rope_base", "model.rope_scaling", "model.rope_factor", "model.rope_original_tokens",
             "model.window_tokens", "model.query_scale", "model.attention_softcap", "model.logit_softcap",
+            "model.vocab_padding",
         ),
         "arithmetic",
     ),

@@ -116,12 +116,14 @@ def notes(recipe: Recipe, *, machine: Machine | None = None, prepared: Prepared 
             found.append(Problem("precision.scaling", f"a GPU would refuse this recipe: {shapes}"))
     found += block_notes(recipe.model, precision=precision, tensor=recipe.parallel.tensor)
     if prepared is not None:
-        if 0 < prepared.vocab_size < recipe.model.vocab:
+        if 0 < prepared.vocab_size < recipe.model.real_vocab:
             text = (
                 f"model.vocab={recipe.model.vocab:,} is larger than the vocabulary of {prepared.vocab_size:,} in "
-                f"{recipe.data.folder}: {recipe.model.vocab - prepared.vocab_size:,} rows of the embedding never see a token."
+                f"{recipe.data.folder}: {recipe.model.real_vocab - prepared.vocab_size:,} rows never see a token, but "
+                f"count in the loss."
             )
-            remedy = f"Use model.vocab={prepared.vocab_size}, unless the rest is meant as padding."
+            padding = recipe.model.vocab - prepared.vocab_size
+            remedy = f"Set model.vocab_padding={padding} to leave them out, or use model.vocab={prepared.vocab_size}."
             found.append(Problem("model.vocab", text, remedy))
         for name, row in prepared.exhausted:
             text = (
@@ -512,14 +514,18 @@ def prepared_problems(recipe: Recipe, prepared: Prepared) -> list[Problem]:
 
 def vocabulary_problems(recipe: Recipe, vocab_size: int, *, vocab: int | None = None) -> list[Problem]:
     """Token ids that the model has no embedding for. vocab_size: of the data. vocab: of another model than the recipe's."""
-    has = recipe.model.vocab if vocab is None else vocab
+    has = recipe.model.real_vocab if vocab is None else vocab
     if vocab_size <= has:
         return []
+    named = "model.vocab - model.vocab_padding" if recipe.model.vocab_padding else "model.vocab"
     text = (
         f"the prepared data in {recipe.data.folder} has a vocabulary of {vocab_size:,} (token ids up to {vocab_size - 1:,}), "
-        f"but {'model.vocab' if vocab is None else 'the vocabulary of the model'}={has:,}."
+        f"but {named if vocab is None else 'the vocabulary of the model'}={has:,}."
     )
-    remedy = f"Set model.vocab={vocab_size}, or prepare the data again with a smaller tokenizer."
+    larger = f"model.vocab={vocab_size}"
+    if vocab_size <= recipe.model.vocab:
+        larger = f"model.vocab_padding={recipe.model.vocab - vocab_size}"
+    remedy = f"Set {larger}, or prepare the data again with a smaller tokenizer."
     return [Problem("model.vocab", text, remedy if vocab is None else "Use the data the model was trained on.")]
 
 

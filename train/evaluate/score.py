@@ -250,10 +250,11 @@ def _token_scores(
     for start in range(0, len(labels_N), size):
         part = slice(start, start + size)
         logits_NV = head_logits(chunk, hidden_NH[part])
-        best = _argmax_over_ranks(logits_NV, group=group)
+        best = _argmax_over_ranks(chunk.capped(logits_NV), group=group)
         losses = vocab_parallel_cross_entropy(
-            logits_NV[:, None], labels_N[part, None], group=group, softcap=chunk.logit_softcap
-        )
+            logits_NV[:, None], labels_N[part, None], group=group, softcap=chunk.logit_softcap,
+            padding=chunk.vocab_padding,
+        )  # fmt: skip
         nats[part], misses[part] = losses[:, 0].double(), (best != labels_N[part]).double()
     return nats, misses
 

@@ -109,7 +109,7 @@ def _model(release: Release) -> list[str]:
                 "layers": f"{_code(model.pattern)} ({layers})",
                 "hidden size": f"{model.hidden:,}",
                 "parameters": f"{count.total:,}, of them {count.embedding + count.head:,} embedding and head{tied}",
-                "vocabulary": f"{model.vocab:,}",
+                "vocabulary": f"{model.real_vocab:,}",
                 "stored": f"{units.size(release.converted.nbytes)} in {release.stored_as}",
                 "row length in training": f"{release.recipe.data.row_tokens:,} tokens",
                 "training FLOPs per token": f"{flops_per_token(model, release.recipe.data.row_tokens).total:.4g}",

@@ -140,7 +140,8 @@ def import_model(parsed: argparse.Namespace) -> int:
     config = read_config(parsed.directory)
     theirs = from_config(config, where=str(parsed.directory / CONFIG))
     step = parsed.vocab_multiple
-    model = replace(theirs, vocab=-(-theirs.vocab // step) * step)
+    padding = -theirs.vocab % step
+    model = replace(theirs, vocab=theirs.vocab + padding, vocab_padding=padding)
     files = open_weights(parsed.directory)
     name = parsed.name or parsed.out.name
     params = lossless_format(files, model, vocab=theirs.vocab) if parsed.dtype == "keep" else parsed.dtype
@@ -241,7 +242,11 @@ def _tokenizer_for(
 def _published_vocab(manifest: storage.Manifest, model: ModelConfig, tokenizer: Tokenizer | None) -> int | None:
     """Rows of the published embedding, if ours was padded on import and no token uses the added rows; None: as ours."""
     vocab = (published.import_of(manifest.lineage) or {}).get("vocab")
-    if not isinstance(vocab, int) or vocab >= model.vocab or (tokenizer is not None and tokenizer.vocab_size > vocab):
+    if (
+        not isinstance(vocab, int)
+        or vocab >= model.real_vocab
+        or (tokenizer is not None and tokenizer.vocab_size > vocab)
+    ):
         return None
     return vocab
 
@@ -267,7 +272,7 @@ def _config_for(
         carried,
         recipe.model,
         dtype=dtype,
-        vocab=vocab or recipe.model.vocab,
+        vocab=vocab or recipe.model.real_vocab,
         max_positions=positions,
         untouched=untouched,
     )
@@ -416,7 +421,7 @@ def _ids(text: str, recipe: Recipe, folder: Path, *, with_template: bool) -> lis
                 tokenizer = load_tokenizer(path, recipe.data.tokenizer)
         except DataError:
             _print(f"note: {folder} has no tokenizer that can be read; ids are the bytes of the text.")
-            return [byte % recipe.model.vocab for byte in text.encode()]
+            return [byte % recipe.model.real_vocab for byte in text.encode()]
         _print(f"note: {folder} has no tokenizer for transformers; ids are from {path}.")
         return tokenizer.encode(text)
     texts = [text, *tokens.ODD_TEXTS]
@@ -473,7 +478,14 @@ def _recipe_of(mapping: dict[str, object], path: Path) -> Recipe:
 def _different_fields(ours: ModelConfig, theirs: ModelConfig) -> list[str]:
     """Differing fields of the two models that affect the function. Our vocabulary may be padded."""
     family = family_of(ours)
-    free = {"init_std", "vocab", "mamba_chunk", "window_tokens" if "w" not in ours.pattern else "", "query_scale"}
+    free = {
+        "init_std",
+        "vocab",
+        "vocab_padding",
+        "mamba_chunk",
+        "window_tokens" if "w" not in ours.pattern else "",
+        "query_scale",
+    }
     free |= {"rope_base", "rope_scaling", "rope_factor", "rope_original_tokens"} if ours.position == "none" else set()
     if family == "nemotron_h":
         free.add("tie_embeddings")  # exported as two equal matrices
@@ -483,8 +495,8 @@ def _different_fields(ours: ModelConfig, theirs: ModelConfig) -> list[str]:
     pairs.append(("query_scale", ours.query_scale or ours.head_dim, theirs.query_scale or theirs.head_dim))
     pairs = [(name, a.replace("|", "") if name == "pattern" else a, b) for name, a, b in pairs]
     found = [f"model.{name}: {a} in the checkpoint, {b} in {CONFIG}" for name, a, b in pairs if a != b]
-    if ours.vocab < theirs.vocab:
-        found.append(f"model.vocab: {ours.vocab} in the checkpoint, {theirs.vocab} in {CONFIG}")
+    if ours.real_vocab < theirs.vocab:
+        found.append(f"model.vocab without padding: {ours.real_vocab} in the checkpoint, {theirs.vocab} in {CONFIG}")
     return found
 
 

@@ -151,13 +151,13 @@ def family_of(model: ModelConfig) -> Family:
 def to_config(
     model: ModelConfig, *, tokens: SpecialTokens, max_positions: int, dtype: str, vocab: int | None = None
 ) -> dict[str, Any]:
-    """config.json of a model, keys sorted. dtype: torch's name of the stored format. vocab: theirs; None: as ours."""
+    """config.json of a model, keys sorted. dtype: torch's name of the stored format. vocab: theirs; None: ours unpadded."""
     family = family_of(model)
     kinds = layer_kinds(model.pattern)
     config: dict[str, Any] = {
         "architectures": [_CLASSES[family]],
         "model_type": family,
-        "vocab_size": model.vocab if vocab is None else vocab,
+        "vocab_size": model.real_vocab if vocab is None else vocab,
         "max_position_embeddings": max_positions,
         "bos_token_id": tokens.bos,
         "eos_token_id": tokens.eos,

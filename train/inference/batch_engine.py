@@ -191,7 +191,7 @@ class InferenceEngine:
     # ---- who runs
 
     def _check(self, request: Request) -> None:
-        prompt, vocab = request.prompt, self.shape.vocab
+        prompt, vocab = request.prompt, self.shape.real_vocab
         if not len(prompt):
             raise RecipeError("the prompt has no tokens. Give at least one, such as the end-of-text token.")
         if min(prompt) < 0 or max(prompt) >= vocab:

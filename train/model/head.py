@@ -1,11 +1,21 @@
-"""The model without its output head, for objectives that apply the head themselves to a few tokens at a time."""
+"""The model without its output head, for objectives that apply the head themselves to a few tokens at a time; and which rows
+of the head stand for tokens."""
 
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 
 from train.model.context import RowContext
+
+
+def token_rows(slice_size: int, padding: int, group: dist.ProcessGroup) -> int:
+    """How many rows of this tensor rank's slice of the head stand for tokens: all but the padding, which is on the last rank.
+
+    padding: `model.vocab_padding`; a rule keeps it smaller than a slice.
+    """
+    return slice_size - padding if group.rank() == group.size() - 1 else slice_size
 
 
 def hidden_states(

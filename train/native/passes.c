@@ -18,7 +18,7 @@ typedef struct {
 } Activation;
 
 typedef struct {
-  int64_t lines, width;
+  int64_t lines, width, pitch; /* `width` logits of each line count; lines begin `pitch` numbers apart */
   int32_t bf16;
   float cap; /* 0: none */
 } Loss;
@@ -112,7 +112,7 @@ INLINE void loss_forward(const Loss *k, const void *logits, const int64_t *label
   const float cap = has_cap ? k->cap : 0;
 #pragma omp parallel for num_threads(threads) schedule(static)
   for (int64_t line = 0; line < k->lines; line++) {
-    const int64_t at = line * k->width;
+    const int64_t at = line * k->pitch;
     V highest = all(-INFINITY), sum = {0};
     EACH(k->width, V x = get(logits, at + j, bf16); highest = choose(x > highest, x, highest),
          for (int64_t i = 0; i < n; i++) { V x = get_some(logits, at + j + i, 1, bf16); if (x[0] > highest[0]) highest[0] = x[0]; })
@@ -133,7 +133,7 @@ INLINE void loss_backward(const Loss *k, void *logits, const int64_t *labels, co
   const float inner = has_cap ? 1.0f / k->cap : 0;
 #pragma omp parallel for num_threads(threads) schedule(static)
   for (int64_t line = 0; line < k->lines; line++) {
-    const int64_t at = line * k->width;
+    const int64_t at = line * k->pitch;
     const float g = grad[line], log_sum = log_sums[line];
     const V own = labels[line] < 0 ? all(0.0f) : get_some(logits, at + labels[line], 1, bf16);
     EACH(k->width,

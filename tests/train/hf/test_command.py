@@ -251,5 +251,7 @@ def test_the_recipe_in_the_manifest_is_the_one_in_the_file(exports: dict[str, Pa
     assert status == 0 and "NOT COMPARED" in output and "--no-check was given" in output
     _, manifest = checkpoint_at(tmp_path / "mine" / "checkpoint")
     assert manifest.recipe["model"]["vocab"] == 320
+    theirs = json.loads((exports["gemma2"] / "config.json").read_text())["vocab_size"]
+    assert manifest.recipe["model"]["vocab_padding"] == 320 - theirs > 0
     composed_mapping = recipe_mapping(recipe_from_mapping(composed(f"--config-dir={tmp_path / 'mine'}", "-cn", "mine")))
     assert composed_mapping["model"] == manifest.recipe["model"] and composed_mapping["data"] == manifest.recipe["data"]
