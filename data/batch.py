@@ -16,7 +16,7 @@ class Batch:
     """[rows, row_tokens] int64: the token after each of `tokens`."""
     document_index: torch.Tensor | None
     """[rows, row_tokens] int32: which document of the row each label belongs to, increasing from 0 (the input before a
-    document's first token, its end-of-document token, counts to it). None where documents are not kept apart."""
+    document's first token, its end-of-document token, counts to it). None if documents are not kept apart."""
     source: torch.Tensor
     """[rows] int32: index of the source in the recipe's order."""
     positions: np.ndarray

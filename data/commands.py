@@ -26,7 +26,7 @@ def prepare(arguments: Sequence[str]) -> int:
         "prepare",
         about="""
 Turn a recipe's data.sources into token shards in data.folder, with a manifest of checksums.
-Run it again after any interruption: finished shards are kept, and the bytes come out the same.
+Run it again after any interruption: finished shards are kept, and the result has the same bytes.
 """,
         examples=r"""
 stratum prepare -cn smoke                          everything on this machine

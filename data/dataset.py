@@ -38,7 +38,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class RowAt:
-    """What one row of training is made of."""
+    """The documents of one training row."""
 
     position: int
     source: int
@@ -64,13 +64,13 @@ class Dataset:
     seed: int
     fim: Fim | None
     activity: Activity
-    """What reading threads wait for."""
+    """The file that reading threads wait for."""
     folder: Path
-    """Where the files lie, or copies of them."""
+    """Folder of the files, or of copies of them."""
     find: Callable[[ShardEntry, str], Path]
     """A local, verified file of a shard, by suffix."""
     remote: RemoteFolder | None = None
-    """Where the shards lie, if not here."""
+    """URL of the shards, if they are not local."""
 
     @property
     def manifest_hash(self) -> str:
@@ -83,7 +83,7 @@ class Dataset:
         return self.tokenizer.vocab_size
 
     def training_rows(self, positions: np.ndarray) -> Batch:
-        """The rows at global `positions`. DataError names a file that does not hold what it should."""
+        """The rows at global `positions`. DataError names a file with wrong content."""
         draw = self.blend.draw(positions)
         filled = self._read(self.train, draw.source, draw.row)
         if self.fim is not None:
@@ -95,7 +95,7 @@ class Dataset:
         return _batch(filled, draw.source, np.asarray(positions))
 
     def fetch_ahead(self, position: int) -> FetchAhead | None:
-        """Begin to fetch the shards of the rows from `position` on, where they lie behind a URL."""
+        """Begin to fetch the shards of the rows from `position` on, if they are behind a URL."""
         if self.remote is None or not self.remote.fetch_threads:
             return None
         return FetchAhead(self.blend, self.train, self.remote, position=position, threads=self.remote.fetch_threads)
@@ -110,7 +110,7 @@ class Dataset:
         return _batch(self._read(self.heldout, source, rows), source, rows)
 
     def locate(self, position: int) -> RowAt:
-        """What the row at a position is made of."""
+        """The documents of the row at a position."""
         draw = self.blend.draw(np.array([position]))
         source, row = int(draw.source[0]), int(draw.row[0])
         return RowAt(position, source, row, int(draw.epoch[0]), self.train[source].pieces(row))
@@ -256,7 +256,7 @@ def _check_budget(config: DataConfig, manifest: Manifest, budget_bytes: int) -> 
 
 
 def _refuse_foreign_sets(config: DataConfig, manifest: Manifest) -> None:
-    """DataError where data behind a URL points at files of the machine it was prepared on."""
+    """DataError if data behind a URL refers to files of the machine it was prepared on."""
     shown = without_credentials(config.folder)
     for name in config.sources:
         for entries in manifest.sources[name].splits.values():

@@ -19,6 +19,7 @@ from data.system.console import open_console, progress
 from recipes.schema.command import section
 from recipes.schema.data import DataConfig
 from recipes.schema.errors import DataError
+from recipes.schema.foreign import printable
 from recipes.schema.options import hand_over
 from recipes.schema.tools import InspectConfig
 from recipes.schema.typed import build
@@ -90,7 +91,7 @@ def _table(title: str, *heads: str) -> Table:
 
 
 def _counts(dataset: Dataset) -> Table:
-    title = f"{dataset.folder}, data {dataset.manifest_hash[:12]}"
+    title = f"{printable(str(dataset.folder))}, data {dataset.manifest_hash[:12]}"
     table = _table(title, "source", "split", "shards", "documents", "tokens", "of all", "B/token")
     sources = dataset.manifest.sources
     every = sum(sources[name].count(split, "tokens") for name in dataset.source_names for split in SPLITS)
@@ -138,7 +139,7 @@ def _samples(dataset: Dataset, config: InspectConfig, console: Console) -> None:
             origin = dataset.origin(rows.stream, int(document))
             text = dataset.tokenizer.decode(tokens.tolist())[: config.chars]
             console.print(f"\n{name} document {document:,}, {stop - start:,} tokens", style="bold")
-            console.print(f"{origin.file} record {origin.record:,}", style="dim")
+            console.print(f"{printable(origin.file)} record {origin.record:,}", style="dim")
             console.print(repr(text))
 
 

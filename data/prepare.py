@@ -25,7 +25,7 @@ from data.make.corpus import Reader
 from data.make.lock import prepare_lock
 from data.make.pool import make_shards
 from data.make.progress import Display
-from data.make.shard_job import ShardJob, dealt, read_result
+from data.make.shard_job import ShardJob, dealt, read_results
 from data.make.shard_work import Work, plan_work, read_stamps, request_of, same_request, stamp_of
 from data.sources.files import find_files, is_remote
 from data.sources.sets import is_set
@@ -52,7 +52,7 @@ from recipes.schema.typed import build
 
 @dataclass(frozen=True)
 class Task:
-    """Which part of the work this process does."""
+    """The part of the work that this process does."""
 
     plan: bool = True
     index: int = 0
@@ -63,7 +63,7 @@ class Task:
 
 
 def parse_task(text: str | None) -> Task:
-    """What `--task` asks for. DataError with what may be asked for."""
+    """The task that `--task` names. DataError with the allowed ones."""
     if text is None:
         return Task()
     if text == "plan":
@@ -79,7 +79,7 @@ def parse_task(text: str | None) -> Task:
 
 
 def prepare(config: DataConfig, *, console: Console, task: str | None = None) -> Manifest | None:
-    """Bring `config.folder` to hold what `config` asks for. -> its manifest; None where the task is only a part of it.
+    """Prepare the data of `config` in `config.folder`. -> its manifest; None if the task is only a part of the work.
 
     Raises DataError for bad input, and for a folder that holds other data, which is left as it is.
     """
@@ -121,7 +121,7 @@ def _prepare_locked(
 
 
 def _up_to_date(config: DataConfig, folder: Path, console: Console) -> Manifest:
-    """A finished folder's manifest. DataError where it holds other data."""
+    """A finished folder's manifest. DataError if it holds other data."""
     manifest = read_manifest(folder)
     same_request(folder, manifest.request, request_of(config))
     _say(console, f"{folder} is up to date.")
@@ -144,6 +144,7 @@ def jobs_of(config: DataConfig, work: Work) -> list[ShardJob]:
             is_single=not source.train,
             seed=config.seed,
             fraction=config.heldout_of(name),
+            shard_bytes=config.shard_bytes,
         )
         for name, source in work.sources.items()
         for number, parts in enumerate(source.shards)
@@ -157,7 +158,7 @@ def prepare_recipe(task: str | None, composed: DictConfig) -> int:
     try:
         prepare(build(DataConfig, plain, "data"), console=console, task=task)
     except KeyboardInterrupt:
-        _say(console, "Interrupted. Finished shards are kept; the same command goes on.")
+        _say(console, "Interrupted. Finished shards are kept; the same command continues.")
         return 130
     return 0
 
@@ -277,7 +278,11 @@ def _changes(config: DataConfig, manifest: Manifest, stamps: dict[str, str]) -> 
                 )
                 continue
         stamp = stamp_of(config, name) if name in stamps else None
-        if stamp is not None and stamp != stamps[name]:
+        if stamp is None or stamp == stamps[name]:
+            continue
+        if is_set(source):
+            yield f"{name}: the set {source.path} changed since it was prepared. {kept}"
+        else:
             yield f"{name}: files of {source.path} were changed, added or removed since they were read. {kept}"
 
 
@@ -304,20 +309,20 @@ def _merge_source(name: str, work: Work, jobs: list[ShardJob], tokenizer: Tokeni
     for job in jobs:
         if job.name != name:
             continue
-        result = read_result(job)
         first = before.get(job.parts[0].file, 0)
-        for split, shard in result.splits.items():
-            entry.splits[split].append(replace(shard, first_record=first))
-        for file, records in result.records.items():
-            before[file] = before.get(file, 0) + records
-        problems += result.problems
-        unended += result.unended
-        unknown += result.unknown
-        entry = replace(
-            entry,
-            bad_records=entry.bad_records + result.bad_records,
-            empty_documents=entry.empty_documents + result.empty_documents,
-        )
+        for result in read_results(job):
+            for split, shard in result.splits.items():
+                entry.splits[split].append(replace(shard, first_record=first))
+            for file, records in result.records.items():
+                before[file] = before.get(file, 0) + records
+            problems += result.problems
+            unended += result.unended
+            unknown += result.unknown
+            entry = replace(
+                entry,
+                bad_records=entry.bad_records + result.bad_records,
+                empty_documents=entry.empty_documents + result.empty_documents,
+            )
     tokens, text_bytes = (sum(entry.count(split, what) for split in SPLITS) for what in ("tokens", "text_bytes"))
     _say(
         console,

@@ -1,8 +1,8 @@
-"""What a folder of prepared data says of a recipe, read without opening a shard: for `recipes.schema.rules`.
+"""Facts of a folder of prepared data for `recipes.schema.rules`, read without opening a shard.
 
     manifest.json, tokenizer --> Prepared(vocabulary, fingerprints, problems: sources, rows, order, special tokens)
 
-`open_dataset` refuses by the same functions, so that the planner and the trainer say the same. No torch.
+`open_dataset` refuses by the same functions, so that the planner and the trainer give the same answer. No torch.
 """
 
 import hashlib
@@ -21,7 +21,7 @@ from recipes.schema.rules import data_problems
 
 
 def look(config: DataConfig, *, rows: int, global_rows: int) -> Prepared | None:
-    """What is prepared in `config.folder` for a run of `rows` rows, `global_rows` a step; None for data behind a URL.
+    """The prepared data in `config.folder` for a run of `rows` rows, `global_rows` a step; None for data behind a URL.
 
     Sizes of all files are compared with the manifest; no shard is opened.
     """
@@ -89,7 +89,7 @@ def source_problems(config: DataConfig, manifest: Manifest) -> list[Problem]:
     missing = [name for name in config.sources if name not in manifest.sources]
     if not missing:
         return found
-    text = f"{without_credentials(config.folder)} holds no source {', '.join(missing)} (it holds {', '.join(manifest.sources)})."
+    text = f"{without_credentials(config.folder)} has no source {', '.join(missing)} (it has {', '.join(manifest.sources)})."
     remedy = "Prepare the data again, or take the source out of data.sources."
     return [*found, Problem(f"data.sources.{missing[0]}", text, remedy)]
 

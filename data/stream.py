@@ -80,7 +80,7 @@ class Stream:
                 self._wait()
             step = self._read[self.position]
             if isinstance(step, BaseException):
-                raise step  # and again, if asked again
+                raise step  # every later call raises it too
             del self._read[self.position]
             self.position += self._global_rows
             if self._ahead is not None:
@@ -146,5 +146,5 @@ class Stream:
             with self._changed:
                 self._read[position] = step
                 if isinstance(step, BaseException):
-                    self._is_closing = True  # what lies behind it is never asked for
+                    self._is_closing = True  # later steps are never read
                 self._changed.notify_all()

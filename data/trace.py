@@ -1,6 +1,6 @@
 """`stratum trace`: which documents a training step saw, and at which steps a document was seen.
 
-Needs the prepared data and the recipe, no run and no checkpoint: what lies at a position is a pure function of them. Steps
+Needs the prepared data and the recipe, no run and no checkpoint: the content of a position is a pure function of them. Steps
 count as in metrics.jsonl, from 1.
 """
 
@@ -18,6 +18,7 @@ from data.rows.packing import Piece, Rows
 from recipes.schema.command import section
 from recipes.schema.data import DataConfig
 from recipes.schema.errors import DataError
+from recipes.schema.foreign import printable, printable_lines
 from recipes.schema.options import hand_over
 from recipes.schema.tools import TraceConfig
 from recipes.schema.typed import build
@@ -61,7 +62,7 @@ def pieces_of(dataset: Dataset, row: RowAt, *, chars: int) -> Iterator[SeenPiece
 
 
 def documents_of(dataset: Dataset, config: TraceConfig) -> list[tuple[int, int]]:
-    """(source, document) of the training documents that are asked for. DataError where there are none."""
+    """(source, document) of the training documents that the options name. DataError if there are none."""
     if config.file is None:
         if config.source is None or config.document is None:
             raise DataError("say what to trace: --step N, --file NAME [--record N], or --source NAME --document N.")
@@ -86,11 +87,12 @@ def documents_of(dataset: Dataset, config: TraceConfig) -> list[tuple[int, int]]
         raise DataError(f"{config.file}{_record(config)} is held out: it is evaluated on and never trained on.")
     near = difflib.get_close_matches(config.file, [*names, *(name.rsplit("/", 1)[-1] for name in names)], n=1)
     hint = f"Did you mean {near[0]}?" if near else f"Files are named like {min(names, default='')}."
+    hint = printable(hint, most=300)
     raise DataError(f"no document came from {config.file}{_record(config)}. {hint}")
 
 
 def trace(config: TraceConfig, composed: DictConfig) -> int:
-    """Print what the options ask for. -> exit status. DataError if there is no such step, file or document."""
+    """Print what the options name. -> exit status. DataError if there is no such step, file or document."""
     dataset = open_dataset(build(DataConfig, section(composed, "data"), "data"))
     steps, global_rows = int(composed.run.steps), int(composed.run.global_rows)
     if config.step is not None:
@@ -115,7 +117,7 @@ def _show_step(dataset: Dataset, config: TraceConfig, global_rows: int, *, steps
         pieces = list(pieces_of(dataset, row, chars=config.chars))
         if config.json:
             seen = {"step": config.step, "position": position, "source": name, "row": row.row, "epoch": row.epoch}
-            _say(json.dumps(seen | {"documents": [asdict(piece) for piece in pieces]}, ensure_ascii=False))
+            _say_json(seen | {"documents": [asdict(piece) for piece in pieces]})
             continue
         _say(f"\nposition {position:,}: source {name}, row {row.row:,}, epoch {row.epoch + 1}")
         for piece in pieces:
@@ -141,7 +143,7 @@ def _show_document(
     if config.json:
         places = [{"step": place // global_rows + 1, "position": place, "row": row} for place, row in seen]
         record = {"source": name, "document": document, "file": origin.file, "record": origin.record, "seen": places}
-        _say(json.dumps(record, ensure_ascii=False))
+        _say_json(record)
         return
     _say(
         f"{origin.file} record {origin.record:,}: document {document:,} of source {name}, {stop - start:,} tokens, in "
@@ -158,7 +160,7 @@ def _show_document(
 
 
 def _matching(dataset: Dataset, rows: Rows, config: TraceConfig, names: set[str]) -> Iterator[int]:
-    """Documents of a stream that came from the file asked for; names: files met."""
+    """Documents of a stream that came from `config.file`; names: collects the names of all files."""
     assert config.file is not None
     for which, entry in enumerate(rows.stream.entries):
         origins = dataset.origins(entry)
@@ -184,7 +186,13 @@ def _record(config: TraceConfig) -> str:
 
 
 def _say(line: str) -> None:
-    sys.stdout.write(line + "\n")
+    sys.stdout.write(printable_lines(line) + "\n")
+
+
+def _say_json(value: dict[str, object]) -> None:
+    line = json.dumps(value, ensure_ascii=False)
+    # json leaves C1 control characters (0x9b begins an escape code) unless all of the line is ASCII.
+    sys.stdout.write((line if line.isprintable() else json.dumps(value)) + "\n")
 
 
 if __name__ == "__main__":

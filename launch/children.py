@@ -1,7 +1,7 @@
-"""How a process of this project is started: Python, a module of ours, and no look at the working directory.
+"""Command lines that start a module of this project, without searching the working directory for code.
 
-`python -m NAME` puts the working directory in front of everything that is installed, so a user's own `train.py`, `data/` or
-`recipes/` there would be run instead of ours. `-P` leaves it out.
+`python -m NAME` searches the working directory before installed packages, so a user's own `train.py`, `data/` or `recipes/`
+there would run instead of ours. `-P` turns this off.
 """
 
 import sys
@@ -10,20 +10,20 @@ from pathlib import Path
 from recipes.schema.options import FRONT
 
 PYTHON_FLAGS = ("-P",)
-"""Flags of every Python that runs a module of ours."""
+"""Flags of every Python process that runs a module of this project."""
 
 
 def checkout() -> str | None:
-    """The folder of our packages if this is a checkout; None if they are installed. A container may have neither."""
+    """The folder of our packages if this is a checkout; None if the packages are installed. A container may have neither."""
     folder = Path(__file__).resolve().parents[1]
     return str(folder) if (folder / "pyproject.toml").is_file() else None
 
 
 def python_module(module: str, *words: str) -> list[str]:
-    """The command that runs a module with the Python of this process."""
+    """The command that runs a module with this process's Python."""
     return [sys.executable, *PYTHON_FLAGS, "-m", module, *words]
 
 
 def stratum(*words: str) -> list[str]:
-    """The command `stratum WORDS`, of the installation this process belongs to."""
+    """The command `stratum WORDS` of this installation."""
     return python_module(FRONT, *words)

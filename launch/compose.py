@@ -1,7 +1,6 @@
-"""From the words of a command line to a typed recipe, by Hydra as the trainer reads it; imports no torch.
+"""From the words of a command line to a typed recipe, composed by Hydra exactly as the trainer does. Imports no torch.
 
-The words are kept: `launch` checks the recipe they mean and hands the same words to the trainer, which composes
-them again, so what was checked is what runs.
+`launch` checks the recipe and passes the same words to the trainer, which composes them again: what was checked is what runs.
 """
 
 from collections.abc import Sequence
@@ -20,26 +19,29 @@ from recipes.schema.rules import problems, refuse
 
 
 def compose(words: Sequence[str], *, program: str, notes: list[str] | None = None) -> Recipe | int:
-    """The recipe that `words` compose; or an exit status, where they ask for something else or are wrong (and it was said)."""
+    """The recipe that `words` compose; or an exit status, if they ask for something else (`--cfg`) or are wrong.
+
+    In that case the output or the message is already printed. notes: gets notes about the composition.
+    """
     found: list[Recipe] = []
 
-    def keep(composed: Any) -> int:
+    def take(composed: Any) -> int:
         found.append(read_recipe(composed))
         if notes is not None and (note := inherited_sources(composed)):
-            notes.append(note)  # what the composed recipe no longer shows
+            notes.append(note)  # the composed recipe itself does not show this
         return 0
 
-    status = run_command(keep, words, program=program, keys=dotted_keys(Recipe), user_errors=USER_ERRORS)
+    status = run_command(take, words, program=program, keys=dotted_keys(Recipe), user_errors=USER_ERRORS)
     return found[0] if found and not status else status
 
 
 def checked_layout(
     recipe: Recipe, *, processes: int, nodes: int = 1, machine: Machine | None, more: Sequence[Problem] = (), here: bool
 ) -> Layout:
-    """The layout of a recipe that can start with so many processes a node. RecipeError lists everything that is wrong.
+    """The layout of a recipe with `processes` on each node. Raises RecipeError with everything that is wrong.
 
-    machine: where it runs; None where that is not known. more: what else the launcher found. here: whether it starts on this
-    machine, so that what is not on this disk is missing.
+    machine: where it runs; None if unknown. more: further problems, found by the launcher. here: whether it starts on this
+    machine, so that files that are not on this disk are missing.
     """
     world = processes * nodes
     prepared = prepared_of(recipe)
@@ -51,5 +53,5 @@ def checked_layout(
 
 
 def run_folder(recipe: Recipe) -> RunFolder:
-    """Where a recipe's run lies."""
+    """The run folder of a recipe."""
     return RunFolder(Path(recipe.run.folder) / recipe.run.name)

@@ -1,4 +1,4 @@
-"""Facts about this disk and environment that rules ask about before processes are started; no torch."""
+"""Facts about this disk and environment for the rules, before processes are started. No torch."""
 
 import os
 from pathlib import Path
@@ -6,17 +6,17 @@ from pathlib import Path
 from data.store.manifest import MANIFEST
 from recipes.schema.data import is_remote
 from recipes.schema.facts import Prepared, not_prepared, wants_fp32_block_scales
+from recipes.schema.launch_rules import environment_of, environment_problems
 from recipes.schema.recipe import Recipe
-from recipes.schema.rules import environment_of, environment_problems
 
 
 def prepared_of(recipe: Recipe) -> Prepared | None:
-    """What is prepared of a recipe's data on this disk; None for data behind a URL."""
+    """The prepared data of a recipe on this disk; None for data behind a URL."""
     if is_remote(recipe.data.folder):
         return None
     if not (Path(recipe.data.folder) / MANIFEST).is_file():
         return not_prepared(recipe.data.folder)
-    # numpy and tokenizers cost a second of start-up, which a plan without prepared data does without
+    # imports numpy and tokenizers (a second of start-up), which a plan without prepared data does not need
     from data.prepared import look
 
     rows = recipe.run.global_rows
@@ -24,7 +24,7 @@ def prepared_of(recipe: Recipe) -> Prepared | None:
 
 
 def fp32_block_scales_of(recipe: Recipe) -> bool:
-    """Whether the environment of the run's processes will ask Transformer Engine for block scales in fp32."""
+    """Whether the environment of the run's processes makes Transformer Engine use fp32 block scales."""
     words = recipe.launch.environment
     own = {} if environment_problems(words) else environment_of(words)
     return wants_fp32_block_scales({**os.environ, **own})

@@ -1,16 +1,16 @@
-"""Who owns a run folder: one trainer at a time, on shared folders too. Standard library only.
+"""The lease of a run folder: one trainer at a time, on shared folders too. No torch.
 
     runs/NAME/lease/00000007.json   {host, pid, ...}   the highest number owns the run; its file's time is its heartbeat
 
 A number is taken by link(2), which is exclusive on NFS too: two processes never get the same one. The next number may be
-taken only when the owner of the highest has given it back or is proved dead, and no number is given twice, so an owner that
-was taken for dead sees a higher number as soon as it looks, and stops. Proof of death, in this order:
+taken only after the owner of the highest has released it or is proved dead. No number is given twice, so an owner that was
+wrongly taken for dead sees a higher number at its next check, and stops. Proof of death, in this order:
 
     on the same machine    its process id is gone, or belongs to a process that started at another time
-    in a Slurm job         Slurm says that the job has ended, or has started again since
+    in a Slurm job         Slurm says that the job has ended, or has been restarted since
     elsewhere              no heartbeat for EXPIRY_S, by the clock of the file server
 
-Nothing here relies on flock, which some shared file systems accept and ignore, or on two machines' clocks agreeing.
+Nothing here relies on flock, which some shared file systems accept and ignore, or on the clocks of two machines agreeing.
 """
 
 import contextlib
@@ -21,7 +21,7 @@ import re
 import socket
 import time
 import uuid
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -29,13 +29,14 @@ from data.system import disk
 from launch.queue import SlurmError, look_up
 from recipes.schema import units
 from recipes.schema.errors import StratumError
-from recipes.schema.foreign import read_json
+from recipes.schema.foreign import printable, read_json
+from recipes.schema.typed import FieldError, build
 
 FOLDER = "lease"
 """Name of the folder in a run folder."""
 HEARTBEAT_S = 10.0
 EXPIRY_S = 60.0
-"""Several heartbeats: a busy file server may delay one."""
+"""More than one heartbeat, because a busy file server may delay one."""
 _POLL_S = 0.5
 
 
@@ -50,11 +51,11 @@ class Owner:
     host: str
     pid: int
     process_started: int
-    """Clock ticks from the machine's start to the process's (proc(5)): tells a process from a later one of the same id."""
+    """Clock ticks from the machine's start to the process's start (proc(5)): process ids are used again."""
     machine: str
-    """Boot id and process-id namespace: only inside the same one does `pid` mean the same process."""
+    """Boot id and process-id namespace: `pid` names the same process only if both are equal."""
     started: float
-    """Seconds since the epoch, by the owner's clock: for people."""
+    """Seconds since the epoch, by the owner's clock. For messages only."""
     job: int | None = None
     """Slurm job."""
     job_restarts: int = 0
@@ -73,7 +74,7 @@ State = Literal["alive", "dead", "unknown"]
 
 
 @dataclass(frozen=True)
-class _Held:
+class _Current:
     number: int
     owner: Owner
     beat: float
@@ -81,7 +82,7 @@ class _Held:
 
 
 class Lease:
-    """The right to write into one folder, taken by `take` and given back by `release`."""
+    """The right to write into one folder: taken by `take`, given up by `release`."""
 
     def __init__(self, folder: Path, number: int, owner: Owner) -> None:
         self._folder = folder
@@ -94,47 +95,47 @@ class Lease:
         return self._folder / _name(self._number)
 
     def renew(self) -> bool:
-        """Give a sign of life. -> False if another process has taken over: then nothing more may be written.
+        """Send a heartbeat. -> False if another process has taken over; then this one must not write any more.
 
-        Raises OSError when the folder cannot be reached.
+        Raises OSError if the folder cannot be reached.
         """
         if max(_numbers(self._folder), default=0) > self._number:
             return False
         try:
-            os.utime(self.path)  # the server's clock, not ours
+            os.utime(self.path)  # without a time: the file server's clock
         except FileNotFoundError:
             return False
         return True
 
     def release(self) -> None:
-        """Give it back. The number stays taken."""
+        """Give up the folder. The number stays taken."""
         with contextlib.suppress(OSError):
             if self.path.exists():
                 disk.write_text(self.path, _text(Owner(**{**asdict(self._owner), "is_released": True})), is_own=True)
 
 
 def take(folder: Path, *, what: str) -> Lease:
-    """Take the lease in `folder`, which is made if missing; at once if it is free or its owner is proved dead.
+    """Take the lease in `folder`, which is created if missing; at once if it is free or its owner is proved dead.
 
-    Waits, at most EXPIRY_S, only for an owner on another machine that neither Slurm nor a heartbeat speaks for. what: said
-    in the refusal. Raises LeaseError naming the owner if it is alive, OSError if the folder cannot be written.
+    Waits, for at most EXPIRY_S, only if the owner is on another machine and its last heartbeat is fresh. what: the name of
+    what is owned, for the refusal. Raises LeaseError naming the owner if it is alive, OSError if the folder cannot be written.
     """
     folder.mkdir(parents=True, exist_ok=True)
     first_seen: dict[int, float] = {}
     while True:
-        held = _current(folder)
-        if held is not None and not held.owner.is_released:
-            state = _state(held, folder)
-            seen = first_seen.setdefault(held.number, held.beat)
-            if state == "alive" or (state == "unknown" and held.beat != seen):
-                raise LeaseError(refusal(held.owner, what=what))
+        current = _current(folder)
+        if current is not None and not current.owner.is_released:
+            state = _state(current, folder)
+            seen = first_seen.setdefault(current.number, current.beat)
+            if state == "alive" or (state == "unknown" and current.beat != seen):
+                raise LeaseError(refusal(current.owner, what=what))
             if state == "unknown":
                 time.sleep(_POLL_S)
                 continue
-        number = 1 if held is None else held.number + 1
+        number = 1 if current is None else current.number + 1
         owner = _myself()
         if _create(folder, number, owner):
-            if max(_numbers(folder)) > number:  # we were slow: this number was taken, and passed on, long ago
+            if max(_numbers(folder)) > number:  # we were slow: others have taken this number and higher ones
                 (folder / _name(number)).unlink(missing_ok=True)
                 continue
             for old in _numbers(folder):
@@ -147,33 +148,36 @@ def refusal(owner: Owner, *, what: str) -> str:
     """Why a second process may not write into `what`."""
     end = f"`stratum cancel {what}`" if owner.job is not None else f"`kill {owner.pid}` on {owner.host}"
     return (
-        f"{what} belongs to {owner.describe()}, which still runs: two trainers in one run would spoil it. Wait for its end, "
-        f"end it ({end} saves first), or choose another run.name."
+        f"{what} belongs to {owner.describe()}, which still runs; two trainers would damage the run. Wait until it ends, "
+        f"stop it ({end} saves first), or choose another run.name."
     )
 
 
 def current_owner(run: Path, *, may_ask_slurm: bool = True) -> tuple[Owner, State] | None:
-    """Who owns a run, and whether it still lives; None if nobody does, or if it was given back. Never waits for heartbeats."""
+    """The owner of a run, and whether it is alive; None if the run has no owner. Never waits for heartbeats.
+
+    Raises LeaseError if the lease cannot be read.
+    """
     folder = run / FOLDER
-    held = _current(folder)
-    if held is None or held.owner.is_released:
+    current = _current(folder)
+    if current is None or current.owner.is_released:
         return None
-    state = _state(held, folder, may_ask_slurm=may_ask_slurm)
-    return held.owner, "alive" if state == "unknown" else state
+    state = _state(current, folder, may_ask_slurm=may_ask_slurm)
+    return current.owner, "alive" if state == "unknown" else state
 
 
-def _state(held: _Held, folder: Path, *, may_ask_slurm: bool = True) -> State:
-    """Whether an owner lives. "unknown": its last heartbeat is fresh, but it may have died since."""
-    owner = held.owner
+def _state(current: _Current, folder: Path, *, may_ask_slurm: bool = True) -> State:
+    """Whether an owner is alive. "unknown": its last heartbeat is fresh, but it may have died since."""
+    owner = current.owner
     if owner.machine == _machine() and owner.host == socket.gethostname():
         return "alive" if process_started(owner.pid) == owner.process_started else "dead"
     if owner.job is not None and may_ask_slurm and _job_is_over(owner):
         return "dead"
-    return "dead" if _server_time(folder) - held.beat > EXPIRY_S else "unknown"
+    return "dead" if _server_time(folder) - current.beat > EXPIRY_S else "unknown"
 
 
 def _job_is_over(owner: Owner) -> bool:
-    """Whether Slurm says so; False if it cannot be asked, or still has the job."""
+    """Whether Slurm says that the owner's job has ended; False if Slurm does not answer."""
     assert owner.job is not None
     try:
         (job,) = look_up([owner.job]) or (None,)
@@ -186,17 +190,17 @@ def _job_is_over(owner: Owner) -> bool:
 
 
 def process_started(pid: int) -> int | None:
-    """When a process of this machine started, in clock ticks since the machine did; None if it is gone or only a zombie."""
+    """Start of a process of this machine, in clock ticks since the machine's start; None if it is gone or a zombie."""
     try:
         text = Path(f"/proc/{pid}/stat").read_text()
     except OSError:
         return None if Path("/proc/self/stat").exists() else _started_without_proc(pid)
-    fields = text.rpartition(")")[2].split()  # the name before it may contain anything
+    fields = text.rpartition(")")[2].split()  # the process name before it may contain anything
     return None if fields[0] in "ZX" else int(fields[19])
 
 
 def _started_without_proc(pid: int) -> int | None:
-    """For systems without /proc: 0 for any process that runs."""
+    """For systems without /proc: 0 for every running process."""
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
@@ -207,7 +211,7 @@ def _started_without_proc(pid: int) -> int | None:
 
 
 def _machine() -> str:
-    """What has to be the same for a process id to mean the same process."""
+    """See `Owner.machine`."""
     boot = ""
     with contextlib.suppress(OSError):
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
@@ -236,31 +240,50 @@ def _name(number: int) -> str:
 
 
 def _numbers(folder: Path) -> list[int]:
+    """The numbers taken so far, lowest first. Raises LeaseError if `folder` cannot be listed."""
     try:
         names = os.listdir(folder)
     except FileNotFoundError:
         return []
+    except OSError as error:
+        raise LeaseError(
+            f"{folder} cannot be read: {error.strerror or error}. It must be a folder that you can read."
+        ) from None
     return sorted(int(name[:8]) for name in names if re.fullmatch(r"\d{8}\.json", name))
 
 
-def _current(folder: Path) -> _Held | None:
-    """The lease of the highest number; None if there is none."""
+def _current(folder: Path) -> _Current | None:
+    """The lease with the highest number; None if there is none. Raises LeaseError if it cannot be read."""
     while numbers := _numbers(folder):
         path = folder / _name(numbers[-1])
         try:
-            owner = Owner(**read_json(path))
-            return _Held(numbers[-1], owner, path.stat().st_mtime)
+            owner = _owner_from(read_json(path))
+            return _Current(numbers[-1], owner, path.stat().st_mtime)
         except FileNotFoundError:
+            if path.is_symlink():
+                raise LeaseError(f"{path} is a link to nowhere. If no process trains in it, delete {folder}.") from None
             continue  # a newer owner has just removed it
-        except (OSError, ValueError, TypeError) as error:
+        except (OSError, ValueError) as error:
             raise LeaseError(
-                f"{path} does not say who owns the run ({error}). If nobody trains in it, delete {folder}."
+                f"{path} does not say who owns the run ({printable(str(error), most=200)}). If no process trains in it, "
+                f"delete {folder}."
             ) from None
     return None
 
 
+def _owner_from(value: object) -> Owner:
+    """The owner in a lease file. ValueError if the file is not one that `take` wrote."""
+    try:
+        owner = build(Owner, value, "owner")
+    except FieldError as error:
+        raise ValueError(str(error)) from None
+    if owner.pid < 1 or not 0 <= owner.started < 1e11 or (owner.job is not None and owner.job < 1):
+        raise ValueError(f"pid={owner.pid}, started={owner.started:g}, job={owner.job}")
+    return replace(owner, host=printable(owner.host, most=100))
+
+
 def _create(folder: Path, number: int, owner: Owner) -> bool:
-    """Take a number. -> False if another process has it."""
+    """Take a number. -> False if another process has it already."""
     aside = folder / f".{owner.token}"
     try:
         disk.write_text(aside, _text(owner), is_own=True)
@@ -270,7 +293,7 @@ def _create(folder: Path, number: int, owner: Owner) -> bool:
         except FileExistsError:
             return False
         except OSError as error:
-            # A reply of NFS may be lost after the link was made: the count of links tells (link(2), open(2)).
+            # NFS may lose the reply after making the link; the number of links then shows it (link(2), open(2)).
             if aside.stat().st_nlink == 2:
                 return True
             if error.errno not in (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK, errno.EINVAL):
@@ -281,7 +304,7 @@ def _create(folder: Path, number: int, owner: Owner) -> bool:
 
 
 def _create_without_links(path: Path, content: bytes) -> bool:
-    """For file systems that have no hard links: exclusive creation."""
+    """Exclusive creation, for file systems without hard links."""
     try:
         handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
     except FileExistsError:
@@ -296,13 +319,13 @@ def _text(owner: Owner) -> str:
 
 
 def _server_time(folder: Path) -> float:
-    """Now, by the clock that stamps files in `folder`."""
+    """Now, by the clock that sets the times of files in `folder`."""
     probe = folder / f".probe-{uuid.uuid4().hex}"
     try:
         probe.touch()
         return probe.stat().st_mtime
     except OSError:
-        return time.time()  # a folder that only its owner may write
+        return time.time()  # only the run's owner may write into the folder
     finally:
         with contextlib.suppress(OSError):
             probe.unlink(missing_ok=True)

@@ -1,13 +1,16 @@
-"""`stratum logs RUN`: the last lines of a run's newest logs; `--follow` shows new ones as they come."""
+"""`stratum logs RUN`: the last lines of a run's newest logs; `--follow` shows new lines as they arrive."""
 
+import re
 import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from launch.local.failures import SRUN_LOG
-from launch.runs import RunFolder
-from recipes.schema.errors import StratumError
+from launch.runs import RunFolder, by_age
+from launch.user_errors import exit_status
+from recipes.schema.errors import RecipeError
+from recipes.schema.foreign import open_regular, printable, printable_lines
 from recipes.schema.options import CommandParser, run_named
 from recipes.schema.run_folder import last_texts
 
@@ -23,32 +26,31 @@ def main(arguments: Sequence[str]) -> int:
         examples="""
 stratum logs smoke                                  rank 0, and the job
 stratum logs runs/smoke --ranks all -n 5            the last five lines of every rank
-stratum logs smoke --follow                         new lines as they come
+stratum logs smoke --follow                         new lines as they arrive
 """,
     )
     parser.add_argument("run", metavar="RUN", help="run folder or name")
     parser.add_argument("--ranks", default="0", metavar="RANKS", help="ranks to show: 0, 0,3 or all")
     parser.add_argument("-n", "--lines", type=int, default=20, metavar="N", help="lines of each log")
-    parser.add_argument("-f", "--follow", action="store_true", help="show new lines as they come, until Ctrl-C")
+    parser.add_argument("-f", "--follow", action="store_true", help="show new lines as they arrive, until Ctrl-C")
     own = parser.parse_args(list(arguments))
-    try:
-        run = RunFolder(run_named(own.run))
-        ranks = None if own.ranks == "all" else frozenset(int(word) for word in own.ranks.split(","))
-    except StratumError as error:
-        sys.stderr.write(f"error: {error}\n")
-        return 2
-    except ValueError:
-        sys.stderr.write(f"error: --ranks={own.ranks}: give ranks as in 0,3, or all\n")
-        return 2
+    if own.lines < 0:
+        parser.error(f"-n {own.lines}: use 0 or more")
+    return exit_status(lambda: _show(own.run, own.ranks, lines=own.lines, is_following=own.follow))
+
+
+def _show(name: str, ranks_text: str, *, lines: int, is_following: bool) -> int:
+    run, ranks = RunFolder(run_named(name)), _ranks(ranks_text)
     paths = logs_of(run, ranks)
-    if not paths and not own.follow:
-        sys.stderr.write(f"{run.path} has no logs of these ranks yet.\n")
+    if not paths and not is_following:
+        sys.stderr.write(f"{printable(str(run.path))} has no logs of these ranks yet.\n")
         return 1
     for path in paths:
-        sys.stdout.write("".join(f"{line}\n" for line in [f"==> {path} <==", *last_texts(path, own.lines)]))
+        texts = [_heading(path), *map(printable, last_texts(path, lines) if lines else [])]
+        sys.stdout.write("".join(f"{text}\n" for text in texts))
     sys.stdout.flush()
     try:
-        for text in follow(run, ranks) if own.follow else ():
+        for text in follow(run, ranks) if is_following else ():
             sys.stdout.write(text)
             sys.stdout.flush()
     except KeyboardInterrupt:
@@ -57,31 +59,43 @@ stratum logs smoke --follow                         new lines as they come
 
 
 def logs_of(run: RunFolder, ranks: frozenset[int] | None) -> list[Path]:
-    """The job's newest log and the newest attempt's logs, in this order. ranks: None takes all."""
-    jobs = sorted(run.logs.glob("slurm-*.log"), key=lambda path: path.stat().st_mtime)
-    found = jobs[-1:]
+    """The job's newest log, then the logs of the newest attempt. ranks: None takes all."""
+    found = by_age(run.logs.glob("slurm-*.log"))[-1:]
     for folder in run.attempts()[-1:]:
         srun = folder / SRUN_LOG
         found += [srun] if srun.is_file() and srun.stat().st_size else []
-        found += [
-            path
-            for path in sorted(folder.glob("rank-*.log"))
-            if ranks is None or int(path.stem.removeprefix("rank-")) in ranks
-        ]
+        for path in sorted(folder.glob("rank-*.log")):
+            number = re.fullmatch(r"rank-(\d{1,9})\.log", path.name)
+            if number and path.is_file() and (ranks is None or int(number[1]) in ranks):
+                found.append(path)
     return found
 
 
 def follow(run: RunFolder, ranks: frozenset[int] | None) -> Iterator[str]:
-    """New text of the newest logs for ever, also of attempts that start later; a line says where it changes."""
-    places = {path: path.stat().st_size for path in logs_of(run, ranks)}
+    """New text of the newest logs, without end, also of attempts that start later. A line names the log where it changes."""
+    positions = {path: path.stat().st_size for path in logs_of(run, ranks)}
     last: Path | None = None
     while True:
         for path in logs_of(run, ranks):
-            with path.open("rb") as stream:
-                stream.seek(places.get(path, 0))
-                while data := stream.read(_CHUNK):
-                    head = f"==> {path} <==\n" if path != last else ""
-                    last = path
-                    yield head + data.decode(errors="replace")
-                places[path] = stream.tell()
+            try:
+                with open_regular(path) as stream:
+                    stream.seek(positions.get(path, 0))
+                    while data := stream.read(_CHUNK):
+                        heading = f"{_heading(path)}\n" if path != last else ""
+                        last = path
+                        yield heading + printable_lines(data.decode(errors="replace"))
+                    positions[path] = stream.tell()
+            except OSError:
+                continue  # a pipe, or a file that is gone
         time.sleep(_POLL_S)
+
+
+def _heading(path: Path) -> str:
+    return f"==> {printable(str(path))} <=="
+
+
+def _ranks(text: str) -> frozenset[int] | None:
+    try:
+        return None if text == "all" else frozenset(int(word) for word in text.split(","))
+    except ValueError:
+        raise RecipeError(f"--ranks={text}: give ranks as in 0,3, or all") from None

@@ -1,6 +1,7 @@
-"""Slurm's commands as functions: submit, look, signal, cancel. The one place that runs them outside job scripts."""
+"""Slurm's commands as functions: submit, look up, signal, cancel. Nothing else runs them, except job scripts."""
 
 import os
+import re
 import shutil
 import subprocess
 from collections.abc import Sequence
@@ -8,17 +9,20 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from recipes.schema.errors import StratumError
+from recipes.schema.foreign import printable
 
 WAITING = ("PENDING", "REQUEUED", "REQUEUE_HOLD", "SUSPENDED", "REQUEUE_FED")
 QUESTION_LIMIT_S = 10.0
-"""A question that Slurm does not answer within this time is given up: what is known without it is shown."""
+"""A question without an answer after this time is given up; the caller shows what it knows without Slurm."""
 ORDER_LIMIT_S = 60.0
-"""For orders (submit, cancel): a busy controller may take long, and a job whose number was lost would be worse."""
+"""For orders (submit, cancel): a busy controller may need long, and losing a job's number would be worse than waiting."""
 ACTIVE = (*WAITING, "RUNNING", "CONFIGURING", "COMPLETING", "STAGE_OUT", "RESIZING", "SIGNALING", "STOPPED")
+_LONGEST_ANSWER = 2000
+"""Characters of Slurm's output that an error message repeats."""
 
 
 class SlurmError(StratumError):
-    """Slurm is not here, refused, or does not answer."""
+    """Slurm is not installed here, refused, or does not answer."""
 
 
 @dataclass(frozen=True)
@@ -34,10 +38,9 @@ class QueuedJob:
     nodes: str
     start: str
     restarts: int
-    dependency: str
     is_preempted: bool = False
     end: str = "Unknown"
-    """When its time is up, as Slurm writes it: local time, ISO 8601."""
+    """End of its time limit, as Slurm writes it: local time, ISO 8601."""
 
     @property
     def is_active(self) -> bool:
@@ -46,18 +49,24 @@ class QueuedJob:
 
     @property
     def is_waiting(self) -> bool:
-        """Whether it has no processes (yet, or for now)."""
+        """Whether it has no processes, either not yet or not at the moment."""
         return self.state in WAITING
 
 
 def submit(script: Path, *, options: Sequence[str] = ()) -> int:
-    """Submit a script. -> job number. SlurmError with sbatch's own words where it refuses."""
+    """Submit a script. -> job number. Raises SlurmError with sbatch's own message if it refuses."""
     answer = _slurm("sbatch", "--parsable", *options, str(script), limit_s=ORDER_LIMIT_S)
-    return int(answer.strip().split(";")[0])
+    number = answer.strip().split(";")[0]
+    if not number.isdecimal():
+        raise SlurmError(
+            f"sbatch printed {printable(answer, most=_LONGEST_ANSWER)!r} instead of a job number. The job may have been "
+            f"submitted: look with `squeue --me`."
+        )
+    return int(number)
 
 
 def look_up(numbers: Sequence[int]) -> list[QueuedJob]:
-    """The jobs of these numbers that Slurm still knows (it forgets them minutes after their end)."""
+    """The jobs of these numbers that Slurm still knows (it forgets a job some minutes after its end)."""
     found = []
     for number in numbers:
         try:
@@ -69,57 +78,64 @@ def look_up(numbers: Sequence[int]) -> list[QueuedJob]:
 
 
 def read_job(text: str) -> QueuedJob:
-    """A job from what `scontrol show job --oneliner` prints about it."""
-    fields = dict(word.split("=", 1) for word in text.split() if "=" in word)
+    """A job from the output of `scontrol show job --oneliner`. Control characters come back as escapes."""
+    # A job's name and the path of its script may contain `JobState=...`: the name is cut out, and of the rest the first wins.
+    text = re.sub(r"\bJobName=.*? (?=UserId=)", "", text, count=1)
+    fields: dict[str, str] = {}
+    for name, sign, value in (word.partition("=") for word in text.split()):
+        if sign:
+            fields.setdefault(name, printable(value, most=200))
     return QueuedJob(
-        number=int(fields.get("JobId", "0")),
+        number=_whole(fields.get("JobId", "")),
         state=fields.get("JobState", "UNKNOWN"),
         reason=fields.get("Reason", "None"),
         run_time=fields.get("RunTime", "?"),
         time_limit=fields.get("TimeLimit", "?"),
         nodes=fields.get("NodeList", "(null)"),
         start=fields.get("StartTime", "Unknown"),
-        restarts=int(fields.get("Restarts", "0")),
-        dependency=fields.get("Dependency", "(null)"),
+        restarts=_whole(fields.get("Restarts", "")),
         is_preempted=fields.get("PreemptTime", "None")[:1].isdigit(),
         end=fields.get("EndTime", "Unknown"),
     )
 
 
 def jobs_of_script(script: Path) -> list[int]:
-    """Numbers of this user's waiting and running jobs that were submitted with this script, whoever submitted them."""
+    """Numbers of this user's waiting and running jobs that were submitted with this script, from anywhere."""
     lines = _slurm("squeue", "--noheader", f"--user={os.getuid()}", "--format=%A %o").splitlines()
     pairs = [line.strip().split(" ", 1) for line in lines if " " in line.strip()]
-    return sorted({int(number) for number, command in pairs if Path(command) == script.absolute()})
+    return sorted({int(number) for number, path in pairs if number.isdecimal() and Path(path) == script.absolute()})
 
 
 def send_signal(number: int, name: str) -> None:
-    """Send a signal to the processes of a job's steps; its script does not get it."""
+    """Send a signal to the processes of a job's steps, but not to its script."""
     _slurm("scancel", f"--signal={name}", str(number), limit_s=ORDER_LIMIT_S)
 
 
 def cancel(number: int) -> None:
-    """End a job now: SIGTERM to its processes, SIGKILL a few seconds later (KillWait of the cluster)."""
+    """End a job now: SIGTERM to its processes, SIGKILL after the cluster's KillWait."""
     _slurm("scancel", str(number), limit_s=ORDER_LIMIT_S)
 
 
+def _whole(text: str) -> int:
+    return int(text) if text.isdecimal() and len(text) < 19 else 0
+
+
 def _slurm(*command: str, limit_s: float = QUESTION_LIMIT_S) -> str:
+    """Standard output of one of Slurm's commands. Raises SlurmError."""
     if shutil.which(command[0]) is None:
         raise SlurmError(
-            f"{command[0]} is not on this machine: this command talks to Slurm. Run it on a login node of the cluster "
-            f"(`stratum launch slurm --dry-run` shows the script anywhere)."
+            f"{command[0]} is not installed on this machine, and this command needs Slurm. Run it on a login node of the "
+            f"cluster (`stratum launch slurm --dry-run` shows the script anywhere)."
         )
     try:
-        result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=limit_s)
+        result = subprocess.run(command, capture_output=True, check=False, timeout=limit_s)
     except subprocess.TimeoutExpired:
         raise SlurmError(
             f"`{' '.join(command)}` has had no answer for {limit_s:g} s: Slurm's controller is down or busy"
-            + (
-                ". It may have been carried out all the same: look with `squeue --me`."
-                if limit_s > QUESTION_LIMIT_S
-                else ""
-            )
+            + (". It may have been carried out: look with `squeue --me`." if limit_s > QUESTION_LIMIT_S else "")
         ) from None
+    output, errors = (stream.decode(errors="replace") for stream in (result.stdout, result.stderr))
     if result.returncode:
-        raise SlurmError(f"`{' '.join(command)}` refused: {result.stderr.strip() or result.stdout.strip()}")
-    return result.stdout
+        said = printable(errors.strip() or output.strip(), most=_LONGEST_ANSWER)
+        raise SlurmError(f"`{' '.join(command)}` refused: {said}")
+    return output

@@ -1,35 +1,39 @@
-"""What a run's folder says from outside: steps reached, newest checkpoint, speed, logs. Reads only; imports no torch.
+"""What the files of a run's folder say about it: steps done, newest checkpoint, speed, logs. Reads only; imports no torch.
 
 runs/NAME/recipe.yaml  metrics.jsonl  checkpoints/latest          written by the trainer
-runs/NAME/logs/ATTEMPT/rank-00000.log  failure-00003.json         one folder for each time processes were started
+runs/NAME/logs/ATTEMPT/rank-00000.log  failure-00003.json         one folder for each start of the processes
 runs/NAME/logs/job.sh  jobs  slurm-JOB.log  stop                  `stratum launch slurm`: the script, its job numbers, its output
+
+The folder may be damaged or somebody else's: what cannot be read, or is not what it should be, counts as missing.
 """
 
+import math
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 from recipes.schema.errors import CheckpointError, RecipeError
 from recipes.schema.options import is_run
-from recipes.schema.run_folder import CHECKPOINTS, METRICS, last_metrics, recipe_in, step_of, steps_in
+from recipes.schema.run_folder import CHECKPOINTS, METRICS, Line, as_number, last_metrics, recipe_in, step_of, steps_in
 
 
 @dataclass(frozen=True)
 class Progress:
-    """Where a run is, from the last lines of its metrics."""
+    """How far a run is, from the last lines of its metrics."""
 
     step: int
     total_steps: int | None
     loss: float
     tokens_per_s: float
     seconds_left: float | None
-    """At the present speed, evaluations and saves included; None where the total is not known."""
+    """At the present speed, with evaluations and saves; None if the total is unknown."""
     age_s: float
-    """Since the last step was recorded."""
+    """Time since the last step was recorded."""
 
 
 class RunFolder:
-    """One run, looked at from outside."""
+    """One run, seen from outside."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -37,11 +41,10 @@ class RunFolder:
 
     def attempts(self) -> list[Path]:
         """Folders of rank logs, one for each start, oldest first."""
-        folders = [p for p in self.logs.glob("*-*") if p.is_dir()] if self.logs.is_dir() else []
-        return sorted(folders, key=lambda p: p.stat().st_mtime)
+        return by_age(path for path in self.logs.glob("*-*") if path.is_dir()) if self.logs.is_dir() else []
 
     def newest_checkpoint(self) -> str | None:
-        """Name of the newest published checkpoint; None if there is none. Not verified: that is the trainer's part."""
+        """Name of the newest published checkpoint; None if there is none. Only the trainer verifies checkpoints."""
         found = self._checkpoints()
         return found[-1].name if found else None
 
@@ -57,16 +60,16 @@ class RunFolder:
             return []
 
     def total_steps(self) -> int | None:
-        """`run.steps` of the recipe the run was last started with; None before it ever started."""
+        """`run.steps` of the recipe the run was last started with; None before its first start."""
         try:
             return int(recipe_in(self.path)["run"]["steps"])
-        except (OSError, RecipeError, KeyError, TypeError, ValueError):
+        except (OSError, RecipeError, KeyError, TypeError, ValueError, OverflowError):
             return None
 
     def progress(self) -> Progress | None:
         """The last steps on record; None before the first."""
         steps = [line for line in last_metrics(self.path / METRICS) if line.get("kind") == "step"]
-        steps = [line for line in steps if {"step", "loss", "tokens_per_s", "time"} <= line.keys()]
+        steps = [line for line in steps if 0 <= _number(line, "step") < 1e18 and 0 <= _number(line, "time") < 1e11]
         if not steps:
             return None
         last, total = steps[-1], self.total_steps()
@@ -74,20 +77,33 @@ class RunFolder:
         pace = (last["time"] - before[0]["time"]) / (last["step"] - before[0]["step"]) if before else None
         left = None if total is None or pace is None else pace * max(0, total - last["step"])
         return Progress(
-            step=last["step"],
+            step=int(last["step"]),
             total_steps=total,
-            loss=float(last["loss"]),
-            tokens_per_s=float(last["tokens_per_s"]),
+            loss=_number(last, "loss"),
+            tokens_per_s=_number(last, "tokens_per_s"),
             seconds_left=left,
             age_s=max(0.0, time.time() - last["time"]),
         )
 
     def longest_stop_s(self) -> float:
-        """The longest step and the longest save on record together: what a run needs to stop in good order."""
+        """The longest step plus the longest save on record: the time the run needs to save and stop."""
         lines = last_metrics(self.path / METRICS)
-        steps = [line.get("step_s", 0.0) for line in lines if line.get("kind") == "step"]
-        saves = [line["seconds"] for line in lines if line.get("kind") == "phase" and line.get("name") == "saving"]
-        return max(steps, default=0.0) + max(saves, default=0.0)
+        steps = [_number(line, "step_s") for line in lines if line.get("kind") == "step"]
+        saves = [
+            _number(line, "seconds") for line in lines if line.get("kind") == "phase" and line.get("name") == "saving"
+        ]
+        return sum(max(filter(math.isfinite, times), default=0.0) for times in (steps, saves))
+
+
+def by_age(paths: Iterable[Path]) -> list[Path]:
+    """Paths by the time of their last change, oldest first, without those that are gone or are links to nowhere."""
+    times: dict[Path, float] = {}
+    for path in paths:
+        try:
+            times[path] = path.stat().st_mtime
+        except OSError:
+            continue
+    return sorted(times, key=times.__getitem__)
 
 
 def runs_in(folder: Path) -> list[RunFolder]:
@@ -96,3 +112,10 @@ def runs_in(folder: Path) -> list[RunFolder]:
         return []
     found = [path for path in folder.iterdir() if is_run(path)]
     return [RunFolder(path) for path in sorted(found)]
+
+
+def _number(line: Line, key: str) -> float:
+    try:
+        return as_number(line.get(key))
+    except OverflowError:  # JSON allows integers of any length
+        return math.nan

@@ -1,10 +1,10 @@
-"""The stages of a recipe (`stages:`): commands one after the other, each of which reads what the one before wrote.
+"""The stages of a recipe (`stages:`): commands that run one after the other, each reading the output of the one before.
 
-    stages --> words of each command --> printed | run: begin at the first, what is done already is found done
+    stages --> words of each command --> printed | run, beginning at the first; finished stages are recognised and skipped
 
-Killed at any moment, the same command continues: scores and pruned checkpoints that are there are used, training resumes.
-A stage begins only when the one before has ended, and trained to its last step. Ctrl-C, SIGTERM and SIGUSR1 go to the
-running stage, which saves as ever; a second one kills it.
+After a kill the same command continues: existing scores and pruned checkpoints are used, training resumes. A stage starts only
+after the one before has ended, and trained to its last step. Ctrl-C, SIGTERM and SIGUSR1 are passed to the running stage, which
+saves and stops; a second signal kills it.
 """
 
 import os
@@ -21,17 +21,18 @@ from launch.children import python_module
 from launch.local.supervise import StopRequest, run_attempt
 from launch.runs import RunFolder
 from recipes.schema import units
-from recipes.schema.command import asked_for, dotted_keys, recipe_words, run_command, section
+from recipes.schema.command import dotted_keys, recipe_and_overrides, recipe_words, run_command, section
 from recipes.schema.compress import CompressConfig
+from recipes.schema.credentials import without_credentials
 from recipes.schema.errors import USER_ERRORS, RecipeError
 from recipes.schema.options import STRATUM, CommandParser
 from recipes.schema.read import read_recipe
 from recipes.schema.recipe import Recipe
 
-CHAIN = ("run.name", "run.start_from", "model")
-"""What stages call their runs and find each other by: the command line cannot give all of them one value."""
-OWN = ("compress.parent",)
-"""What a stage's own words keep saying: the command line's value is for the stages that say nothing of it."""
+LINKS = ("run.name", "run.start_from", "model")
+"""Keys by which stages find each other's runs: the command line cannot set one value for all stages."""
+STAGE_FIRST = ("compress.parent",)
+"""Keys for which a stage's own value wins over the command line."""
 
 
 @dataclass(frozen=True)
@@ -44,31 +45,31 @@ class Stage:
 
     @property
     def run_name(self) -> str | None:
-        """What it trains; None where it trains nothing or its recipe says the name."""
+        """Name of the run it trains, if its words set it; else None."""
         names = [word.removeprefix("run.name=") for word in self.words if word.startswith("run.name=")]
         return names[-1] if names else None
 
 
 def stages_of(composed: DictConfig) -> list[Stage]:
-    """A recipe's stages with the words of the command line. RecipeError for a stage that is none, or words that break them."""
+    """A recipe's stages with the words of the command line. Raises RecipeError for an invalid stage or wrong words."""
     stages = section(composed, "stages")
     if not stages:
         raise RecipeError("this recipe has no stages.")
-    _, overrides = asked_for()
+    _, overrides = recipe_and_overrides()
     found = [_stage(name, text, overrides) for name, text in stages.items()]
-    asked = {_key(word) for word in overrides}
-    for key in CHAIN:
+    given = {_key(word) for word in overrides}
+    for key in LINKS:
         said = dict.fromkeys(w for text in stages.values() for w in shlex.split(str(text)) if _key(w) == key)
-        if key in asked and said:
+        if key in given and said:
             raise RecipeError(
-                f"{key} on the command line: the stages say it themselves and find each other by it ({', '.join(said)}). To "
-                f"keep two attempts apart use run.folder and compress.folder."
+                f"{key} on the command line: the stages set it themselves and find each other by it ({', '.join(said)}). To "
+                f"separate two attempts use run.folder and compress.folder."
             )
     return found
 
 
 def run_stages(composed: DictConfig, stages: Iterable[Stage]) -> int:
-    """Run them in order. -> 0, or the status of the stage that did not end well; 0 too where one paused as it was asked."""
+    """Run them in order. -> 0, or the status of the stage that failed; also 0 if a stage paused (run.stop_after_steps)."""
     recipe = read_recipe(composed)
     logs = Path(recipe.run.folder) / f"stages-{units.stamp()}-{os.getpid()}"
     with StopRequest() as stop:
@@ -93,7 +94,7 @@ def run_stages(composed: DictConfig, stages: Iterable[Stage]) -> int:
             )
             if left:
                 sys.stderr.write(
-                    f"stage {stage.name} {left}; the stages after it wait. The same command continues it.\n"
+                    f"stage {stage.name} {left}; the stages after it were not started. The same command continues it.\n"
                 )
                 return 0
     return 0
@@ -118,15 +119,16 @@ def _stage(name: str, text: Any, overrides: list[str]) -> Stage:
             f"stages.{name} starts with {(words or [''])[0]!r}; a stage is `train ...` or `compress COMMAND ...`."
         )
     folders = [word.removeprefix("--config-dir=") for word in words if word.startswith("--config-dir=")]
-    own = {_key(word) for word in words if _key(word) in OWN}
+    own = {_key(word) for word in words if _key(word) in STAGE_FIRST}
     given = [word for word in overrides if _key(word) not in own]
-    asked = {_key(word) for word in given}  # what the command line says instead of a stage's own words
-    rest = [word for word in words if not word.startswith("--config-dir=") and _key(word) not in asked]
+    replaced = {_key(word) for word in given}  # keys that the command line sets instead of the stage
+    rest = [word for word in words if not word.startswith("--config-dir=") and _key(word) not in replaced]
     return Stage(name, module, [*command, *recipe_words(folders[0] if folders else None), *rest, *given])
 
 
 def _line(stage: Stage) -> str:
-    return shlex.join([STRATUM, stage.module.removeprefix("train.").split(".")[-1], *stage.words])
+    words = map(without_credentials, stage.words)
+    return shlex.join([STRATUM, stage.module.removeprefix("train.").split(".")[-1], *words])
 
 
 def _key(word: str) -> str:
@@ -134,7 +136,7 @@ def _key(word: str) -> str:
 
 
 def _left(run: Path) -> str:
-    """How far a run is from its last step, for people; empty where it is there."""
+    """How far a run is from its last step, for messages; "" if it is complete."""
     folder = RunFolder(run)
     if folder.newest_checkpoint() is None:
         return f"left no checkpoint in {run}"
@@ -153,7 +155,7 @@ stratum stages -cn tiny_compress run.folder=runs/mine compress.folder=runs/mine/
 """,
         recipe=True,
     )
-    parser.add_argument("--run", action="store_true", help="run them; what is done already is found done")
+    parser.add_argument("--run", action="store_true", help="run them; finished stages are skipped")
     own, words = parser.parse_recipe(arguments)
 
     def job(composed: DictConfig) -> int:

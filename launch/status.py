@@ -1,4 +1,4 @@
-"""`stratum status [RUN ...]`: what runs are doing, from their folders and from Slurm where it is there."""
+"""`stratum status [RUN ...]`: what runs are doing, from their folders and, if it is installed, from Slurm."""
 
 import json
 import re
@@ -13,20 +13,21 @@ from typing import Any
 from rich.table import Table
 
 from data.system.console import open_console
-from launch.lease import current_owner
-from launch.local.failures import log_of, read_failures, tell
+from launch.lease import LeaseError, current_owner
+from launch.local.failures import failure_message, log_of, read_failures
 from launch.queue import QueuedJob, SlurmError, look_up
-from launch.runs import RunFolder, runs_in
+from launch.runs import RunFolder, by_age, runs_in
 from launch.slurm.after_job import NO_SUCCESSOR
 from launch.slurm.command import job_numbers
+from launch.user_errors import exit_status
 from recipes.schema import units
-from recipes.schema.errors import StratumError
+from recipes.schema.foreign import printable
 from recipes.schema.options import CommandParser, run_named
 from recipes.schema.run_folder import last_texts
 
 _LOG_LINES = 8
 _STARTING_S = 120.0
-"""A run without a step whose logs are newer may still be starting."""
+"""A run without a step may still be starting if its logs are newer than this."""
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -49,18 +50,21 @@ stratum status runs/smoke --json                    for scripts
         "--watch", nargs="?", const=10.0, type=float, metavar="S", help="again every S seconds (10), until Ctrl-C"
     )
     own = parser.parse_args(list(arguments))
+    if own.watch is not None and not 0 <= own.watch <= 86_400:
+        parser.error(f"--watch {own.watch:g}: use 0 to 86,400 seconds")
+    return exit_status(lambda: _show(own.runs, as_json=own.json, every_s=own.watch))
+
+
+def _show(names: Sequence[str], *, as_json: bool, every_s: float | None) -> int:
     try:
         while True:
-            text = _report(own.runs, as_json=own.json)
-            clear = "\x1b[2J\x1b[H" if own.watch is not None and sys.stdout.isatty() else ""
+            text = _report(names, as_json=as_json)
+            clear = "\x1b[2J\x1b[H" if every_s is not None and sys.stdout.isatty() else ""
             sys.stdout.write(clear + text)
             sys.stdout.flush()
-            if own.watch is None:
+            if every_s is None:
                 return 0
-            time.sleep(max(1.0, own.watch))
-    except StratumError as error:
-        sys.stderr.write(f"error: {error}\n")
-        return 2
+            time.sleep(max(1.0, every_s))
     except KeyboardInterrupt:
         return 0
 
@@ -70,17 +74,17 @@ def _report(names: Sequence[str], *, as_json: bool) -> str:
     if as_json:
         return "".join(json.dumps(_as_mapping(run, queue)) + "\n" for run in runs)
     text = "".join(describe(run, queue) for run in runs) if names else _table(runs, queue)
-    return text + (f"{queue.problem}. Shown is what the folders say.\n" if queue.problem else "")
+    return text + (f"{queue.problem}. The above is from the folders only.\n" if queue.problem else "")
 
 
 class Queue:
-    """What Slurm says about runs. Where it is there but does not answer it is asked only once: `problem` says so."""
+    """What Slurm knows about runs. If it does not answer once, `problem` says so and it is not asked again."""
 
     def __init__(self) -> None:
         self.problem = ""
 
     def newest_job(self, run: RunFolder) -> QueuedJob | None:
-        """The job that runs or ran last; one that still waits behind it does not count. None if there is none, or no answer."""
+        """The run's job that runs or ran last, rather than one that waits behind it. None if there is none, or no answer."""
         numbers = job_numbers(run)
         if shutil.which("scontrol") is None or self.problem or not numbers:
             return None
@@ -95,8 +99,8 @@ class Queue:
 
 
 def describe(run: RunFolder, queue: Queue) -> str:
-    """A run in a few lines."""
-    lines = [str(run.path)]
+    """A run in a few lines. Control characters in names and logs are shown as escapes."""
+    lines = [printable(str(run.path))]
     job = queue.newest_job(run)
     if job is not None:
         lines.append(f"  job {_job_line(job)}")
@@ -104,22 +108,27 @@ def describe(run: RunFolder, queue: Queue) -> str:
     lines.append(f"  {_life(run, job, queue)}")
     refusal = last_texts(run.logs / NO_SUCCESSOR, 3)
     if refusal:
-        lines.append(f"  the next job of the chain could not be submitted from a compute node: {' '.join(refusal)}")
+        lines.append(
+            f"  the next job of the chain could not be submitted from a compute node: {printable(' '.join(refusal))}"
+        )
     lines.append(f"  newest checkpoint: {run.newest_checkpoint() or 'none yet'}")
     attempts = run.attempts()
     if attempts:
         failures = read_failures(attempts[-1])
         if failures:
-            lines += [f"  {line}" for line in tell(attempts[-1], failures).splitlines()]
+            lines += [f"  {line}" for line in failure_message(attempts[-1], failures).splitlines()]
         log = log_of(attempts[-1], 0)
-        lines.append(f"  {log}:")
-        lines += [f"    {line}" for line in last_texts(log, _LOG_LINES)]
+        lines.append(f"  {printable(str(log))}:")
+        lines += [f"    {printable(line)}" for line in last_texts(log, _LOG_LINES)]
     return "\n".join(lines) + "\n"
 
 
 def _life(run: RunFolder, job: QueuedJob | None, queue: Queue) -> str:
-    """Whether anything trains the run or will: by its lease and its job. A dead run is called dead."""
-    found = current_owner(run.path, may_ask_slurm=not queue.problem)
+    """Whether a process trains the run, or a job will: by its lease and its job. Otherwise the run is called dead."""
+    try:
+        found = current_owner(run.path, may_ask_slurm=not queue.problem)
+    except LeaseError as error:
+        return f"unknown: {printable(str(error))}"
     if found is not None and found[1] == "alive":
         return f"trained by {found[0].describe()}"
     if job is not None and job.is_active:
@@ -130,15 +139,13 @@ def _life(run: RunFolder, job: QueuedJob | None, queue: Queue) -> str:
     if progress is not None and progress.total_steps is not None and progress.step >= progress.total_steps:
         return "finished"
     if queue.problem and job_numbers(run):
-        return "no trainer owns it; whether a job of it waits is not known without Slurm's answer"
-    logs = [path.stat().st_mtime for folder in run.attempts()[-1:] for path in folder.glob("rank-*.log")]
-    if logs and time.time() - max(logs) < _STARTING_S and progress is None:
+        return "no trainer owns it; whether a job of it waits is unknown, because Slurm did not answer"
+    logs = by_age(path for folder in run.attempts()[-1:] for path in folder.glob("rank-*.log"))
+    if logs and time.time() - logs[-1].stat().st_mtime < _STARTING_S and progress is None:
         return "starts, or has just ended"
-    how = (
-        "its trainer ended without giving the run back (killed, or its machine was lost)"
-        if found
-        else "no process trains it"
-    )
+    how = "no process trains it"
+    if found:
+        how = "its trainer ended without releasing the run (killed, or its machine was lost)"
     return (
         f"dead: {how}, and no job of it waits or runs. The command that started it continues from the newest checkpoint"
     )
@@ -153,7 +160,7 @@ def _job_line(job: QueuedJob) -> str:
     if job.restarts:
         text += f", requeued {job.restarts} time{'s' * (job.restarts > 1)}"
     if job.state == "TIMEOUT":
-        text += ". Its last save did not end in time: raise launch.slurm.save_before_end_s, then submit again"
+        text += ". Its last save did not finish in time: raise launch.slurm.save_before_end_s, then submit again"
     return text
 
 
@@ -177,13 +184,14 @@ def _table(runs: Sequence[RunFolder], queue: Queue) -> str:
     for run in runs:
         job = queue.newest_job(run)
         life = re.split(r"[:;(]", _life(run, job, queue))[0].strip()
-        table.add_row(
-            str(run.path),
+        cells = (
+            printable(str(run.path)),
             _job_line(job) if job else "",
             _progress_line(run),
             life,
             run.newest_checkpoint() or "none yet",
         )
+        table.add_row(*cells)
     console = open_console(wraps=True)
     with console.capture() as captured:
         console.print(table)

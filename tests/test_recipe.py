@@ -17,7 +17,7 @@ from recipes.schema.optim import ScheduleConfig
 from recipes.schema.pattern import parameters
 from recipes.schema.read import recipe_from_mapping, recipe_mapping
 from recipes.schema.recipe import Recipe
-from recipes.schema.rules import problems, refuse
+from recipes.schema.rules import problems, refuse, shape_rules
 from recipes.schema.schedule import learning_rate_factor
 from train.build import check
 
@@ -254,3 +254,10 @@ def test_the_composed_recipe_is_printed_and_help_is_ours() -> None:
     assert shown.returncode == 0 and float(yaml.safe_load(shown.stdout)["optim"]["lr"]) == 3e-4
     help = command("--help").stdout
     assert help.startswith("usage: stratum train") and "Hydra" not in help and "Configuration groups" not in help
+
+
+@pytest.mark.parametrize("name", [*PUBLISHED, "nemotron_h_130m", "gemma2_130m", "smoke"])
+def test_every_recipe_meant_for_a_gpu_has_widths_that_fp8_takes_there(name: str) -> None:
+    """cuBLASLt needs both dimensions of an FP8 matrix to be multiples of 16. The 130M recipe had an in_proj of 4,120 rows."""
+    recipe = recipe_from_mapping(composed(name, "precision=fp8_current"))
+    assert shape_rules(recipe, backend="te") == []

@@ -38,14 +38,23 @@ cannot be used; 3 NaN or infinity; 128 + the signal's number if a signal stopped
 def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point of `stratum train` and of the module that torchrun starts."""
     if "TORCHELASTIC_RUN_ID" in os.environ:
-        # SIGUSR1 and SIGKILL end torchrun without a signal to its processes: with this they get SIGTERM, save and stop.
-        end_with_parent()
+        follow_torchrun()
     parser = CommandParser(
         "train", about="Train a recipe in this process, or as one rank of torchrun.", examples=_EXAMPLES, notes=_NOTES,
         recipe=True, sweeps=True,
     )  # fmt: skip
     _, words = parser.parse_recipe(sys.argv[1:] if arguments is None else arguments)
     return run_command(_train, words, program="train", keys=dotted_keys(Recipe), user_errors=USER_ERRORS)
+
+
+def follow_torchrun() -> None:
+    """Let this process save and stop whenever torchrun ends."""
+    # SIGUSR1 and SIGKILL end torchrun without a signal to its processes: with this they get SIGTERM, save and stop.
+    end_with_parent()
+    # torchrun handles SIGHUP even under nohup, and kills its processes 30 s after passing it on. They inherit nohup's
+    # "ignore", so without this line they would train on until that kill.
+    if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 def _train(composed: DictConfig) -> int:

@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import yaml
 
 from data.stream import Dataset, Stream
 from data.system import disk
@@ -21,7 +20,7 @@ from recipes.schema.errors import CheckpointError, refuse
 from recipes.schema.evaluate import heldout_is_due, tasks_are_due
 from recipes.schema.facts import named
 from recipes.schema.pattern import flops_per_token, parameters
-from recipes.schema.read import recipe_mapping
+from recipes.schema.read import recipe_mapping, recipe_yaml
 from recipes.schema.recipe import Recipe
 from recipes.schema.rules import start_problems
 from recipes.schema.scaling import describe_precision
@@ -111,7 +110,7 @@ def _train(recipe: Recipe, *, mesh: Mesh, dataset: Dataset, folder: Path, check_
         _warn_if_start_changed(recipe, start.state.lineage)
         _check_teacher_cache(recipe, dataset, position)
         folder.mkdir(parents=True, exist_ok=True)
-        disk.write_text(folder / "recipe.yaml", yaml.safe_dump(mapping, sort_keys=False))
+        disk.write_text(folder / "recipe.yaml", recipe_yaml(mapping))
     mesh.barrier()
 
     with ExitStack() as stack:

@@ -51,8 +51,8 @@ class Reader:
         """Dotted place of the source in the recipe."""
         return f"data.sources.{self.name}"
 
-    def documents(self, part: Part) -> Iterator[Document]:
-        """The documents of one part. Empty texts are left out.
+    def documents(self, part: Part, *, first: int = 0) -> Iterator[Document]:
+        """The documents of one part, from record `first` on. Empty texts are left out.
 
         Raises DataError for a file that cannot be read or is not the one planned with, and for a bad record unless the
         source's policy is to skip them.
@@ -67,12 +67,19 @@ class Reader:
         for record in read(self.place, self.source, part):
             self.stored_bytes = min(record.stored_bytes, part.size)
             self.records[part.file] += 1
+            if record.number < first:
+                continue
             if record.problem is not None:
                 self.refuse(part, record.number, record.problem)
             elif not record.text:
                 self.empty_documents += 1
             else:
                 yield Document(record.text, part.file, record.number)
+
+    def restart_counts(self) -> None:
+        """Count bad records and empty documents from zero."""
+        self.bad_records = self.empty_documents = 0
+        self.problems = []
 
     def refuse(self, part: Part, number: int, problem: str) -> None:
         """Stop at, or count, a record that cannot be used."""
@@ -86,7 +93,7 @@ class Reader:
 
 
 def documents(name: str, source: SourceConfig) -> Iterator[Document]:
-    """All documents of one source, up to `max_bytes` of UTF-8 text. DataError where there is none, or as Reader says."""
+    """All documents of one source, up to `max_bytes` of UTF-8 text. DataError if there is none, and as Reader raises."""
     reader = Reader(name, source)
     count = 0
     for group in limited(reader.place, source, cut(reader.place, source, _WHOLE)):
@@ -99,7 +106,7 @@ def documents(name: str, source: SourceConfig) -> Iterator[Document]:
 
 
 def digest(text: bytes, *, seed: int) -> str:
-    """What a text is known by when it is dealt to a split."""
+    """Digest of a text; the split of a text follows from it."""
     return hashlib.blake2b(text, digest_size=8, key=seed.to_bytes(8, "little", signed=True)).hexdigest()
 
 
@@ -132,8 +139,9 @@ def first_two(
     """Digests of a text that is held out and one that is trained on, so that neither split of a source is empty: the first
     two different texts, but for those whose split another source has decided.
 
-    dealt: split by digest, of texts that other sources decided. The second digest is empty where the source is a single
-    document, which can be cut in two. DataError where it cannot, where there is no text, or where all of it is one split's.
+    dealt: split by digest, of texts that other sources decided. The second digest is empty if the source is a single
+    document, which can be cut in two. DataError if it cannot, if there is no
+    text, or if other sources have put all of it into one split.
     """
     reader = Reader(name, source)
     found: dict[str, str] = {}

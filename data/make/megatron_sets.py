@@ -1,4 +1,4 @@
-"""Existing Megatron `.bin/.idx` sets as a source: read where they lie, never copied, checked once.
+"""Existing Megatron `.bin/.idx` sets as a source: read in place, never copied, checked once.
 
 The first documents of each set are held out: what is appended to a set later leaves them held out (Megatron-LM's own split
 takes the last ones, which training reads once the set has grown). Checksums, the largest id and
@@ -25,11 +25,9 @@ _TOKENS = 1 << 24
 
 
 def find_sets(place: str, source: SourceConfig) -> list[Part]:
-    """The sets that a path stands for: a path without suffix, a folder, or a glob. DataError where there are none."""
+    """The sets that a path stands for: a path without suffix, a folder, or a glob. DataError if there are none."""
     if is_remote(source.path):
-        raise DataError(
-            f"{place}.path={source.path}: Megatron sets are read where they lie, so they must be local files."
-        )
+        raise DataError(f"{place}.path={source.path}: Megatron sets are read in place, so they must be local files.")
     pattern = source.path.removesuffix(".bin").removesuffix(".idx")
     if Path(pattern).is_dir():
         found = sorted(Path(pattern).rglob("*.idx"))

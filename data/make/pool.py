@@ -30,7 +30,7 @@ def make_shards(
     workers: int,
     advance: Advance,
 ) -> None:
-    """Make all shards, on up to `workers` processes (threads, where there are fewer shards). DataError as the first fails.
+    """Make all shards, on up to `workers` processes (threads, if there are fewer shards). DataError at the first failure.
 
     tokenizer: loaded, for a single shard or worker; other processes load it from tokenizer_file.
     """

@@ -1,4 +1,4 @@
-"""How far preparing has come: bars on a terminal, now and then a line elsewhere (a Slurm job's log)."""
+"""Progress of preparing: bars on a terminal, a line every 20 s elsewhere (a Slurm job's log)."""
 
 import time
 from types import TracebackType

@@ -1,8 +1,15 @@
-"""One shard: read its parts, tokenize, write. All that one process does in one go, and does again after a kill.
+"""One job of preparing: read its parts, tokenize, write a shard. One process does a job from beginning to end.
 
     SOURCE/00003.train.bin .idx .origins    SOURCE/00003.heldout.bin .idx .origins    SOURCE/00003.json, last
 
-The `.json` holds the shard's entries of the manifest and what was counted; where it is, the shard is done.
+The `.json` has the shard's entries of the manifest and the counts of its records. If it exists, the job is done.
+
+A job whose text is longer than `shard_bytes` (a large compressed file) writes several shards, one after the other:
+
+    SOURCE/00003-000.*, SOURCE/00003-000.json    SOURCE/00003-001.*, SOURCE/00003-001.json    ...    SOURCE/00003.*
+
+Each `.json` says where the next shard begins. After a kill, the job decompresses and reads up to this place again, but does
+not tokenize again. Where a shard ends depends on the texts only, so the bytes are those of an undisturbed run.
 """
 
 import json
@@ -37,7 +44,7 @@ Report = Callable[[int, int, int], None]
 
 @dataclass(frozen=True)
 class ShardJob:
-    """What one shard is made from."""
+    """The input of one job."""
 
     folder: Path
     name: str
@@ -46,11 +53,13 @@ class ShardJob:
     source: SourceConfig
     parts: list[Part]
     dealt: Mapping[str, str]
-    """Split by digest, of the texts of all sources that are in it whatever their number says (see `data.make.shard_work`)."""
+    """Split by digest, of texts of any source whose split does not follow from the digest (see `data.make.shard_work`)."""
     is_single: bool
     """Whether the source is one document, which is cut in two."""
     seed: int
     fraction: float
+    shard_bytes: int
+    """Bytes of text after which a shard ends and the next begins."""
 
     @property
     def prefix(self) -> str:
@@ -59,8 +68,12 @@ class ShardJob:
 
     @property
     def result(self) -> Path:
-        """Where its result lies when it is done."""
+        """File of the result of its last shard: it exists once the job is done."""
         return self.folder / f"{self.prefix}.json"
+
+    def early_prefix(self, number: int) -> str:
+        """`prefix` of a shard before the last."""
+        return f"{self.prefix}-{number:03d}"
 
     @property
     def size(self) -> int:
@@ -70,7 +83,7 @@ class ShardJob:
 
 @dataclass(frozen=True)
 class ShardResult:
-    """What a shard came out as."""
+    """The result of one shard: its manifest entries and counts."""
 
     splits: dict[str, ShardEntry]
     """By split; one without documents is missing."""
@@ -83,24 +96,46 @@ class ShardResult:
     """Documents of an existing set without an end-of-document token."""
     unknown: int = 0
     """Unknown tokens that were written."""
+    next_part: int | None = None
+    """Index of the part in which the job's next shard begins; None for its last shard."""
+    next_record: int = 0
+    """Record of that part at which it begins."""
 
 
 def make_shard(job: ShardJob, tokenizer: Tokenizer, *, threads: int, report: Report) -> None:
-    """Write one shard and its result. DataError for bad input; a remote file that cannot be read is tried again."""
+    """Write the shard of a job, or all of its shards that do not exist yet, with their results.
+
+    DataError for bad input; a remote file that cannot be read is tried again.
+    """
     job.result.parent.mkdir(parents=True, exist_ok=True)
     is_far = job.source.streaming or any(is_remote(part.file) for part in job.parts)
-    result = again_where_far(is_far, lambda: _make(job, tokenizer, threads, report))
-    disk.write_text(job.result, json.dumps(asdict(result)), is_own=True)
+    again_where_far(is_far, lambda: _make(job, tokenizer, threads, report))
 
 
-def read_result(job: ShardJob) -> ShardResult:
-    """The result of a finished shard. DataError where it cannot be read."""
+def read_results(job: ShardJob) -> list[ShardResult]:
+    """The results of a finished job's shards, in order. DataError if one cannot be read."""
+    return [*_early_results(job), _read_result(job.result)]
+
+
+def _early_results(job: ShardJob) -> list[ShardResult]:
+    """Results of the shards before the last that are finished."""
+    results: list[ShardResult] = []
+    while (path := job.folder / f"{job.early_prefix(len(results))}.json").exists():
+        results.append(_read_result(path))
+    return results
+
+
+def _read_result(path: Path) -> ShardResult:
     try:
-        raw: dict[str, Any] = read_json(job.result, most_bytes=1 << 30)
+        raw: dict[str, Any] = read_json(path, most_bytes=1 << 30)
         splits = {split: shard_entry(entry) for split, entry in raw["splits"].items()}
         return ShardResult(**(raw | {"splits": splits, "problems": tuple(raw["problems"])}))
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{job.result} cannot be read: {error!r}. Remove it and prepare again.") from error
+        raise DataError(f"{path} cannot be read: {error!r}. Remove it and prepare again.") from error
+
+
+def _write_result(path: Path, result: ShardResult) -> None:
+    disk.write_text(path, json.dumps(asdict(result)), is_own=True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,41 +167,95 @@ def split_of(job: ShardJob, text: bytes) -> str:
     return "heldout" if held_out(known, fraction=job.fraction) else "train"
 
 
-def _make(job: ShardJob, tokenizer: Tokenizer, threads: int, report: Report) -> ShardResult:
+def _make(job: ShardJob, tokenizer: Tokenizer, threads: int, report: Report) -> None:
     if job.source.format == "megatron":
         (part,) = job.parts
         first = job.number == 0
         splits = describe_set(part.file, tokenizer, fraction=job.fraction, first=first, report=report)
-        return ShardResult(splits=splits, records={}, unended=unended_documents(part.file, tokenizer.eod))
-    reader = Reader(job.name, job.source)
-    unknown = 0
+        unended = unended_documents(part.file, tokenizer.eod)
+        _write_result(job.result, ShardResult(splits=splits, records={}, unended=unended))
+        return
+    done = _early_results(job)
+    start, record = (done[-1].next_part or 0, done[-1].next_record) if done else (0, 0)
+    texts = _TextStream(job, Reader(job.name, job.source), part=start, record=record)
+    number = len(done)
+    while (result := _write_shard(job, number, texts, tokenizer, threads, report)).next_part is not None:
+        _write_result(job.folder / f"{job.early_prefix(number)}.json", result)
+        number += 1
+    _write_result(job.result, result)
+
+
+class _TextStream:
+    """The texts of a job in batches, from a place in its parts on. The place moves with each batch."""
+
+    def __init__(self, job: ShardJob, reader: Reader, *, part: int, record: int) -> None:
+        """part, record: index of the first part, and the first record of it."""
+        self._job = job
+        self.reader = reader
+        self.part = part
+        """Index of the part that the last batch came from."""
+        self.record = record
+        """Record of that part after the last batch."""
+        self._reported = 0
+        self.batches = self._batches()
+
+    def _batches(self) -> Iterator[list[Text]]:
+        while self.part < len(self._job.parts):
+            documents = self.reader.documents(self._job.parts[self.part], first=self.record)
+            for batch in _batches(dealt(self._job, documents)):
+                self.record = batch[-1].document.record + 1
+                yield batch
+            self.part, self.record = self.part + 1, 0
+
+    def unreported_bytes(self) -> int:
+        """Stored bytes that were read since the call before."""
+        before = self._reported
+        self._reported = sum(part.size for part in self._job.parts[: self.part])
+        if self.part < len(self._job.parts):
+            self._reported += self.reader.stored_bytes
+        return self._reported - before
+
+
+def _write_shard(
+    job: ShardJob, number: int, texts: _TextStream, tokenizer: Tokenizer, threads: int, report: Report
+) -> ShardResult:
+    """Write one shard of a job, up to `shard_bytes` of text or to the end. -> its result, which is not written yet."""
+    reader = texts.reader
+    reader.restart_counts()
+    unknown = shard_bytes = 0
+    has_more = False
     with ExitStack() as stack:
         outputs = {split: stack.enter_context(_Output(job, split, tokenizer)) for split in SPLITS}
-        for part in job.parts:
-            seen = 0
-            for batch in _batches(dealt(job, reader.documents(part))):
-                text_bytes = tokens = 0
-                ids = _encoded([text.document.text for text in batch], tokenizer, threads)
-                for text, numbers in zip(batch, ids, strict=True):
-                    problem = numbers if isinstance(numbers, str) else tokenizer.loss(text.document.text, numbers)
-                    if problem is not None or isinstance(numbers, str):
-                        reader.refuse(part, text.document.record, str(problem))
-                        continue
-                    unknown += tokenizer.unknown_count(numbers)
-                    outputs[text.split].add(text, numbers)
-                    text_bytes += text.bytes
-                    tokens += len(numbers) + 1 + (tokenizer.bod is not None)
-                report(reader.stored_bytes - seen, text_bytes, tokens)
-                seen = reader.stored_bytes
-            report(part.size - seen, 0, 0)
-        splits = {split: output.finish() for split, output in outputs.items() if output.files}
+        for batch in texts.batches:
+            text_bytes = tokens = 0
+            ids = _encoded([text.document.text for text in batch], tokenizer, threads)
+            for text, numbers in zip(batch, ids, strict=True):
+                problem = numbers if isinstance(numbers, str) else tokenizer.loss(text.document.text, numbers)
+                if problem is not None or isinstance(numbers, str):
+                    reader.refuse(job.parts[texts.part], text.document.record, str(problem))
+                    continue
+                unknown += tokenizer.unknown_count(numbers)
+                outputs[text.split].add(text, numbers)
+                text_bytes += text.bytes
+                tokens += len(numbers) + 1 + (tokenizer.bod is not None)
+            report(texts.unreported_bytes(), text_bytes, tokens)
+            shard_bytes += text_bytes
+            if shard_bytes >= job.shard_bytes and not job.is_single:  # the two texts of a single document stay together
+                has_more = True
+                break
+        else:
+            report(texts.unreported_bytes(), 0, 0)
+        prefix = job.early_prefix(number) if has_more else job.prefix
+        splits = {split: output.finish(f"{prefix}.{split}") for split, output in outputs.items() if output.files}
     return ShardResult(
         splits=splits,
-        records=reader.records if len(job.parts) == 1 else {},
+        records=reader.records if len(job.parts) == 1 and not has_more else {},
         bad_records=reader.bad_records,
         empty_documents=reader.empty_documents,
         problems=tuple(reader.problems),
         unknown=unknown,
+        next_part=texts.part if has_more else None,
+        next_record=texts.record if has_more else 0,
     )
 
 
@@ -174,11 +263,10 @@ class _Output:
     """The files of one split of a shard, in the making."""
 
     def __init__(self, job: ShardJob, split: str, tokenizer: Tokenizer) -> None:
-        self._path = f"{job.prefix}.{split}"
         self._folder = job.folder
         self._begin = [] if tokenizer.bod is None else [tokenizer.bod]
         self._eod = tokenizer.eod
-        self._writer = ShardWriter(job.folder / self._path, vocab_size=tokenizer.vocab_size)
+        self._writer = ShardWriter(job.folder / f"{job.prefix}.{split}", vocab_size=tokenizer.vocab_size)
         self._starts: list[int] = []
         self._records = array("I")
         self._text_bytes = 0
@@ -191,7 +279,7 @@ class _Output:
         self._writer.__exit__(*ended)
 
     def add(self, text: Text, ids: np.ndarray) -> None:
-        """Append a document between its begin-of-document token, where there is one, and its end-of-document token."""
+        """Append a document between its begin-of-document token, if any, and its end-of-document token."""
         if self.files[-1:] != [text.document.file]:
             self.files.append(text.document.file)
             self._starts.append(len(self._records))
@@ -199,13 +287,14 @@ class _Output:
         self._text_bytes += text.bytes
         self._writer.add(np.concatenate([self._begin, ids, [self._eod]]) if self._begin else np.append(ids, self._eod))
 
-    def finish(self) -> ShardEntry:
-        """Make the files visible. -> the manifest's entry."""
+    def finish(self, name: str) -> ShardEntry:
+        """Make the files visible under their name in the folder, without suffix. -> the manifest's entry."""
+        self._writer.prefix = self._folder / name
         facts = self._writer.finish()
         content = pack_origins(self.files, self._starts, np.asarray(self._records, dtype=np.uint32))
-        facts["origins"] = write_with_facts(self._folder / f"{self._path}.origins", content)
+        facts["origins"] = write_with_facts(self._folder / f"{name}.origins", content)
         return ShardEntry(
-            path=self._path,
+            path=name,
             documents=len(self._records),
             tokens=self._writer.tokens,
             text_bytes=self._text_bytes,

@@ -1,4 +1,4 @@
-"""What preparing a folder takes, decided once: which parts make which shard, and which texts go where.
+"""The plan of a folder, made once: the parts of each shard, and the texts whose split is fixed.
 
     plan.json    request (the recipe fields the content depends on), and per source the parts of each shard
 
@@ -18,7 +18,7 @@ from data.make.megatron_sets import find_sets
 from data.sources.files import again_where_far, find_files, is_remote, local_path
 from data.sources.parts import cut, limited
 from data.sources.records import Part
-from data.sources.sets import HUB, is_set
+from data.sources.sets import HUB, hub_revision, is_set
 from data.store.manifest import file_sha256
 from data.system import disk
 from recipes.schema.credentials import without_credentials
@@ -29,7 +29,7 @@ from recipes.schema.rules import source_problems
 
 PLAN = "plan.json"
 _NONE = "-"
-"""In place of a digest: no text is dealt otherwise than its number says."""
+"""In place of a digest: the split of every text follows from its digest."""
 _PREPARED_FIELDS = ("path", "format", "text_field", "template", "config", "split", "streaming", "on_bad_record",
                     "max_record_bytes", "max_expansion", "max_bytes")  # fmt: skip
 _TOKENIZER_FIELDS = ("path", "vocab_size", "end_of_document", "special_tokens", "pattern", "rank_offset", "keep_vocab",
@@ -43,9 +43,9 @@ class SourceWork:
     shards: list[list[Part]]
     """Parts of each shard; of a Megatron set, one part that names it."""
     heldout: str
-    """Digest of a text that is held out whatever its number says, so that there is one; empty for a Megatron set."""
+    """Digest of a text that is always held out, so that the split is not empty; empty for a Megatron set."""
     train: str
-    """The same for training; empty where the source is a single document, which is cut in two."""
+    """The same for training; empty if the source is a single document, which is cut in two."""
 
     @property
     def bytes(self) -> int:
@@ -61,16 +61,16 @@ class SourceWork:
 
 @dataclass(frozen=True)
 class Work:
-    """All of it."""
+    """The work of all sources."""
 
     request: dict[str, Any]
     sources: dict[str, SourceWork]
     seen: dict[str, str] = field(default_factory=dict)
-    """By source: digest of the names, sizes and times of change of its files, where these are here."""
+    """`stamp_of` of the sources that have one, when the plan was made."""
 
     @property
     def dealt(self) -> dict[str, str]:
-        """Split by digest, of the texts that are in it whatever their number says, in every source."""
+        """Split by digest, of texts whose split does not follow from the digest; the same in every source."""
         pairs = ((split, getattr(work, split)) for work in self.sources.values() for split in ("heldout", "train"))
         return {known: split for split, known in pairs if known not in ("", _NONE)}
 
@@ -100,7 +100,7 @@ def request_of(config: DataConfig) -> dict[str, Any]:
 
 
 def plan_work(config: DataConfig, folder: Path, *, say: Callable[[str], None] = lambda line: None) -> Work:
-    """The plan of a folder: what another task or an earlier run decided, or made now and kept. Reads the beginning of each
+    """The plan of a folder: that of another task or an earlier run, or a new one, which is stored. Reads the beginning of each
     source, and `max_bytes` of those that have it.
 
     Raises DataError for sources without files or text, and for a folder begun with another request.
@@ -114,6 +114,7 @@ def plan_work(config: DataConfig, folder: Path, *, say: Callable[[str], None] = 
         except (ValueError, KeyError, TypeError) as error:
             raise DataError(f"{path} cannot be read: {error!r}. Remove {folder} and prepare again.") from error
         same_request(folder, raw["request"], request)
+        _check_sets(folder, config, raw.get("seen", {}))
         work = Work(request, sources, raw.get("seen", {}))
         if request != raw["request"]:  # settings that cannot change what is finished
             disk.write_text(path, json.dumps(asdict(work)), is_own=True)
@@ -127,19 +128,33 @@ def plan_work(config: DataConfig, folder: Path, *, say: Callable[[str], None] = 
 
 
 def read_stamps(folder: Path) -> dict[str, str]:
-    """`seen` of a folder's plan; empty where there is none."""
+    """`seen` of a folder's plan; empty without a plan."""
     try:
         return dict(read_json(folder / PLAN, most_bytes=1 << 30).get("seen", {}))
     except (OSError, ValueError, TypeError, AttributeError):
         return {}
 
 
+def _check_sets(folder: Path, config: DataConfig, seen: Mapping[str, str]) -> None:
+    """Refuse to continue with a set that changed since the plan: its rows are known by number only."""
+    for name, source in config.sources.items():
+        stamp = stamp_of(config, name) if name in seen and is_set(source) else None
+        if stamp is not None and stamp != seen[name]:
+            raise DataError(
+                f"the set {source.path} (data.sources.{name}) changed while {folder} was being prepared. Prepare into another "
+                f"data.folder."
+            )
+
+
 def stamp_of(config: DataConfig, name: str) -> str | None:
-    """Digest of the names, sizes and times of change of a source's files; None where they are not files that are here."""
+    """State of a source, to notice changes: the revision of a set of the Hub, or a digest of the names, sizes and times of change
+    of files on this machine. None if neither can be found out."""
     source = config.sources[name]
     path = source.path.removeprefix(HUB) if is_set(source) else source.path
-    if is_remote(path) or (is_set(source) and not Path(path).exists()):
+    if is_remote(path):
         return None
+    if is_set(source) and not Path(path).exists():
+        return hub_revision(source)
     try:
         if source.format == "megatron":
             files = [
@@ -171,7 +186,7 @@ def same_request(folder: Path, there: dict[str, Any], asked: dict[str, Any]) -> 
 
 
 def _settled(there: dict[str, Any], asked: dict[str, Any]) -> dict[str, Any]:
-    """A request with the values of an earlier one where a change cannot have changed finished shards.
+    """A request with the values of an earlier one in fields that cannot change finished shards.
 
     A shard that was finished while bad records were errors has none, so it is what skipping them, or a higher limit, would
     have made. `max_expansion` only ever refuses. A tokenizer's file may be gone by now.

@@ -51,7 +51,7 @@ def wanted() -> bool:
 def load(*sources: Path, flags: tuple[str, ...] = ()) -> ctypes.CDLL:
     """The shared library of these C sources (the first gives its name; the others are headers it includes).
 
-    Raises OSError where there is no compiler or the library cannot be loaded, subprocess.CalledProcessError with the
+    Raises OSError without a compiler or if the library cannot be loaded, subprocess.CalledProcessError with the
     compiler's words in `stderr` where it refuses the source.
     """
     compiler = shutil.which(os.environ.get("CC", "cc")) or shutil.which("gcc") or shutil.which("clang")

@@ -34,7 +34,7 @@ class Stretch(NamedTuple):
     """Rows that are packed together."""
 
     shard: int
-    """Address of the record of the entry they lie in."""
+    """Address of the record of their entry."""
     low: int
     """Token of the entry they begin at."""
     rows: int
@@ -44,7 +44,7 @@ class Stretch(NamedTuple):
 
 @functools.cache
 def library() -> ctypes.CDLL | None:
-    """The compiled code, built if need be; None where that is not possible here (said once, at info level)."""
+    """The compiled code, built if need be; None if that is not possible here (logged once, at info level)."""
     source = Path(__file__).with_name("rows.c")
     loaded = build_c.load_if_possible(source, what="the reading of rows is", instead="numpy")
     if loaded is None:
@@ -57,7 +57,7 @@ def library() -> ctypes.CDLL | None:
 
 
 def address_of(numbers: np.ndarray) -> int:
-    """Where an array that is not empty lies; in a third of the time that `numbers.ctypes.data` takes."""
+    """Address of an array that is not empty; in a third of the time that `numbers.ctypes.data` takes."""
     return ctypes.addressof(ctypes.c_char.from_buffer(numbers))  # type: ignore[arg-type]
 
 

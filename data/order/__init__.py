@@ -1,1 +1,1 @@
-"""Which row comes at which position: a pure function."""
+"""The row at each position: a pure function."""

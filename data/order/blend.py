@@ -25,7 +25,7 @@ from recipes.schema.rules import order_problems
 ORDER = 2
 """Version of how shares that change, or have no short period, are laid out. A change of it changes the rows of such runs."""
 TREE_ORDER = 3
-"""The same where rows go down a tree of many sources."""
+"""The same for rows drawn by a tree of many sources."""
 _CACHED_WINDOWS = 4
 
 
@@ -40,12 +40,12 @@ class BlendSource:
     max_epochs: float | None = None
     """Most times it may be read through."""
     groups: tuple[int, ...] = ()
-    """Rows of each of its shards, where rows are shuffled within a few shards at a time."""
+    """Rows of each of its shards, if rows are shuffled within a few shards at a time."""
 
 
 @dataclass(frozen=True)
 class Draw:
-    """What lies at some positions, arrays of equal length."""
+    """Source and row at some positions, arrays of equal length."""
 
     source: np.ndarray
     """Index of the source."""
@@ -94,7 +94,7 @@ class Blend:
         self._draws: Recent[int, Draw] = Recent(most=_CACHED_WINDOWS)
 
     def draw(self, positions: np.ndarray) -> Draw:
-        """What lies at `positions` (int64, any order). Depends on nothing else. DataError past a source's max_epochs."""
+        """Source and row at `positions` (int64, any order). Depends on nothing else. DataError past a source's max_epochs."""
         positions = np.asarray(positions, dtype=np.int64)
         if not len(positions):
             return Draw(*(np.empty(0, dtype=np.int64) for _ in range(3)))
@@ -145,7 +145,7 @@ class Blend:
         return 1 if self.curriculum.is_plain else ORDER
 
     def check_length(self, rows: int, *, global_rows: int = 1) -> None:
-        """DataError where the first `rows` rows, `global_rows` a step, would read a source more often than its max_epochs.
+        """DataError if the first `rows` rows, `global_rows` a step, would read a source more often than its max_epochs.
 
         It says at which step the source runs out, and what could be done.
         """
@@ -153,7 +153,7 @@ class Blend:
         if end is not None and rows > end:
             raise DataError(
                 f"every source that is drawn at row {end:,} (step {end // global_rows + 1:,}, token "
-                f"{end * self._row_tokens:,}) has been read max_epochs times; the run goes on to row {rows:,}. Lower run.steps, "
+                f"{end * self._row_tokens:,}) has been read max_epochs times; the run ends at row {rows:,}. Lower run.steps, "
                 f"add text, or raise max_epochs."
             )
         drawn, lines = self.curriculum.drawn(rows), []
@@ -178,7 +178,7 @@ class Blend:
         return sorted(found, key=lambda item: item[1])
 
     def positions_of(self, source: int, row: int, *, stop: int) -> list[int]:
-        """Every position below `stop` at which a row of a source lies, in order."""
+        """Every position below `stop` that has a row of this source, in order."""
         stop = stop if self.curriculum.stop is None else min(stop, self.curriculum.stop)
         total = int(self.curriculum.drawn(stop)[source])
         rows, found = int(self._rows[source]), []
@@ -189,7 +189,7 @@ class Blend:
         return found
 
     def _position_of(self, source: int, nth: int, stop: int) -> int:
-        """Position of the nth draw (from 0) of a source; it lies below `stop`."""
+        """Position of the nth draw (from 0) of a source; it is below `stop`."""
         low, high = 0, stop  # drawn(low) <= nth < drawn(high)
         while high - low > 1:
             middle = (low + high) // 2
@@ -200,7 +200,7 @@ class Blend:
         return low
 
     def _window(self, position: int) -> tuple[int, Draw]:
-        """The window of the order that holds a position: its start, and what lies in it."""
+        """The window of the order that contains a position: its start, and its draws."""
         window = self.curriculum.window(position)
         found = self._draws.get(window.start)  # those who read and those who look ahead do not turn each other out
         return window.start, found or self._draws.keep(window.start, self._resolve(window))

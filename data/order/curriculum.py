@@ -1,4 +1,4 @@
-"""From which source each row of training comes: exact shares that may change with time, a pure function of the position.
+"""The source of each training row: exact shares that may change with time, a pure function of the position.
 
     phases --data.order.shares--> owed(p): rows of each source that the first p rows should hold, an exact fraction
            --Curriculum---> window(p): the stretch of rows around p, with the source of each
@@ -45,7 +45,7 @@ from data.order.tree import ShareTree
 from data.system.recent import Recent
 
 WINDOW_ROWS = 4096
-"""Rows of a window, about: what is laid out at once (some milliseconds) and kept."""
+"""Approximate rows of a window, which is laid out at once (some milliseconds) and cached."""
 MAX_PERIOD = 1 << 16
 """Longest period, in rows, that is laid out as one window."""
 TOLERANCES = (1.0, 1.25, 1.5, 2.0, 4.0, math.inf)
@@ -58,7 +58,7 @@ _CACHED_WINDOWS = 8
 _PLACES = 32
 """Balanced places looked at for a window's end."""
 _ROUNDINGS = 128
-"""Ways to round what is owed that are looked at where shares change."""
+"""Roundings of the exact shares that are tried where shares change."""
 _ROUNDING = 1e-9
 """Rows owed within a window are computed in float64, from an exact start."""
 
@@ -100,7 +100,7 @@ class _Part:
     drawn: tuple[int, ...]
     """Rows of each source before its start: next to what is owed."""
     period: int
-    """Rows after which what is owed has grown by whole numbers, where that is short; else 0."""
+    """Rows after which the shares have grown by whole numbers, if they are few; else 0."""
     tree: ShareTree | None = None
     """In place of windows."""
 
@@ -145,17 +145,17 @@ class Curriculum:
         return any(part.tree is not None for part in self._parts)
 
     def owed(self, position: int) -> tuple[Fraction, ...]:
-        """Rows of each source that the first `position` rows should hold. Exact."""
+        """Rows of each source that the first `position` rows should contain. Exact."""
         return self.segments[self._segment_of(position)].owed_at(position)
 
     def drawn(self, position: int) -> np.ndarray:
-        """[sources] int64: rows of each source that the first `position` rows do hold, as far as there are any."""
+        """[sources] int64: rows of each source that the first `position` rows contain."""
         window = self.window(position if self.stop is None else min(position, self.stop - 1))
         inside = window.source[: position - window.start]
         return window.drawn + np.bincount(inside, minlength=len(window.drawn))
 
     def window(self, position: int) -> Window:
-        """The window that holds `position`, which lies before `stop`."""
+        """The window that contains `position`, which is below `stop`."""
         assert self.stop is None or position < self.stop, "nothing is left to draw there"
         which = self._segment_of(position)
         number = self._number(which, position)
@@ -169,7 +169,7 @@ class Curriculum:
         return which
 
     def _number(self, which: int, position: int) -> int:
-        """Number of the window of a part that holds a position."""
+        """Number of the window of a part that contains a position."""
         part = self._parts[which]
         number = (position - part.segment.start) // part.rows
         full = part.full_windows()
@@ -275,7 +275,7 @@ class _Stretch:
 
 
 def _tree(segment: Segment, drawn: Sequence[int], *, runs_out: bool) -> ShareTree | None:
-    """The tree that a segment's rows go down; None where they are laid out in windows.
+    """The tree that a segment's rows go down; None if they are laid out in windows.
 
     runs_out: a source reaches its limit where the segment ends, so none may be a row ahead there.
     """

@@ -27,7 +27,7 @@ class RowOrder:
         self._groups = np.asarray(groups, dtype=np.int64) if together and len(groups) > together else None
 
     def rows_at(self, index: np.ndarray, epoch: np.ndarray) -> np.ndarray:
-        """Rows (int64) that come as numbers `index` of epochs `epoch`."""
+        """Rows (int64) that are number `index` of epoch `epoch`."""
         if self._groups is None:
             return permute(index, epoch, size=self.rows, key=self._key)
         row = np.empty_like(index)
@@ -43,7 +43,7 @@ class RowOrder:
         return row
 
     def index_of(self, row: int, epoch: int) -> int:
-        """The number at which a row comes in an epoch."""
+        """The number of a row within an epoch."""
         one, at = np.array([row], dtype=np.int64), np.array([epoch], dtype=np.int64)
         if self._groups is None:
             return int(permute(one, at, size=self.rows, key=self._key, back=True)[0])

@@ -32,7 +32,7 @@ class Segment:
 
     start: int
     stop: int | None
-    """None: goes on for ever."""
+    """None: without end."""
     owed: tuple[Fraction, ...]
     """At `start`."""
     shares: tuple[Fraction, ...]
@@ -64,7 +64,7 @@ class Course:
 
 
 def course_of(phases: Sequence[Phase], limits: Sequence[int | None] = ()) -> Course:
-    """What phases ask for, with sources left out once they have reached their limits.
+    """The shares that phases configure, without sources that have reached their limits.
 
     phases: by start; a ramp ends before the next phase starts. limits: most rows of each source; none where empty.
     """
@@ -111,14 +111,14 @@ def _as_asked(
 
 
 def _without(shares: Sequence[Fraction], gone: Container[int]) -> tuple[Fraction, ...]:
-    """Shares of the sources that are left, summing to 1; all 0 where none of them has any."""
+    """Shares of the remaining sources, summing to 1; all 0 if none of them has a share."""
     kept = [Fraction(0) if i in gone else share for i, share in enumerate(shares)]
     total = sum(kept)
     return tuple(share / total if total else share for share in kept)
 
 
 def _runs_out(segment: Segment, source: int, limit: int) -> int | None:
-    """The last position of a segment at which a source is owed no more than its limit; None where it never gets there."""
+    """The last position of a segment at which a source is owed no more than its limit; None if it never gets there."""
 
     def owed(position: int) -> Fraction:
         q = position - segment.start

@@ -26,7 +26,7 @@ _Tree = int | tuple["_Tree", "_Tree"]
 
 
 class ShareTree:
-    """The sources of the rows after a position, as long as shares hold still."""
+    """The sources of the rows after a position, while shares are constant."""
 
     def __init__(self, shares: Sequence[Fraction], ahead: Sequence[Fraction]) -> None:
         """shares: of each source, summing to 1. ahead: owed less drawn at the position, of each source, summing to 0."""

@@ -74,7 +74,7 @@ def _compiled(
     vocab_size: int,
     activity: Activity,
 ) -> list[int] | None:
-    """Fill what one call can. -> the places it left out; None where something is wrong and nothing counts."""
+    """Fill what one call can. -> the places it left out; None if an error occurred and nothing of it may be used."""
     plan, left = native.Plan(), list[int]()
     if len(distinct := set(sources)) == 1:
         left = parts[sources[0]].plan(rows, list(range(len(rows))), plan)

@@ -1,4 +1,4 @@
-"""Fill in the middle (Bavarian et al., arXiv 2207.14255): a document shown so that its middle comes last.
+"""Fill in the middle (Bavarian et al., arXiv 2207.14255): a document is rearranged so that its middle comes last.
 
     PSM   <prefix> p <suffix> s <middle> m eod         SPM   <prefix> <suffix> s <middle> p m eod
 
@@ -24,7 +24,7 @@ _MASK = 2**64 - 1
 
 @dataclass(frozen=True)
 class Fim:
-    """What rearranges documents, with the ids of its special tokens."""
+    """Rearranges documents, with the ids of its special tokens."""
 
     config: FimConfig
     prefix: int
@@ -48,7 +48,7 @@ class Fim:
 
 
 def build_fim(config: FimConfig, *, special: dict[str, int], eod: int) -> Fim | None:
-    """None where it is turned off. DataError where the tokenizer lacks a special token."""
+    """None if it is turned off. DataError if the tokenizer lacks a special token."""
     if not config.rate:
         return None
     refuse(fim_problems(config, special=special), DataError)

@@ -9,7 +9,7 @@ token is predicted as well, and a document in a row sees what it would see alone
 *best fit* (Ding et al., arXiv 2404.10830): the same stretch of 64 rows, but its documents are arranged so that few are cut.
 Longer ones than a row are cut into rows; the rest go, longest first, where they leave the least room; what fits nowhere
 fills the gaps, cut as needed. So rows are full, no label is padding, row counts are the same, and a row is a pure function
-of the stretch it lies in: nothing is stored, nothing is built at start-up.
+of its stretch: nothing is stored, nothing is built at start-up.
 
 What is left after the last whole row of a source is not used, and counted.
 """
@@ -48,7 +48,7 @@ class Packed(NamedTuple):
     """Of the numbers in memory."""
     rows: int
     entry: int
-    """The stream's entry that all of it lies in, and the token before it; -1: there is none, or compiled code cannot read it."""
+    """The stream's entry with all of it and the token before it; -1: several entries, or compiled code cannot read it."""
     start: int
     """Token of that entry that is its first label."""
 
@@ -111,14 +111,14 @@ class Rows:
         return inputs, labels
 
     def pieces(self, row: int) -> list[Piece]:
-        """The documents, or parts of them, that a row holds, in its order."""
+        """The documents, or parts of them, of a row, in its order."""
         if not self.best_fit:
             return self.cut(row * self.row_tokens, (row + 1) * self.row_tokens)
         stretch, place = divmod(row, STRETCH_ROWS)
         return self._unpack(stretch, self._packed([stretch])[stretch], place)
 
     def rows_of(self, start: int, stop: int) -> list[int]:
-        """Rows that hold labels from `start` to `stop` of the stream; those beyond the last whole row are in none."""
+        """Rows with labels from `start` to `stop` of the stream; labels beyond the last whole row are in no row."""
         stop = min(stop, self.count * self.row_tokens)
         if start >= stop:
             return []
@@ -184,7 +184,7 @@ class Rows:
         return [Piece(low + start, low + start + size) for start, size in zip(places[::2], places[1::2], strict=True)]
 
     def _packed(self, wanted: Sequence[int]) -> dict[int, Packed]:
-        """Stretches by number, those that are not kept packed in one call."""
+        """Stretches by number; those that are not cached are packed in one call."""
         found = {number: packed for number in wanted if (packed := self._stretches.get(number)) is not None}
         missing = [number for number in dict.fromkeys(wanted) if number not in found]
         for number, packed in self._pack(missing).items() if missing else ():

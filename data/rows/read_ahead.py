@@ -1,6 +1,6 @@
-"""Shards behind a URL, fetched before a row needs them: what lies ahead is known, because order is a function of position.
+"""Shards behind a URL, fetched before a row needs them: the next rows are known, because order is a function of position.
 
-    position --blend--> next rows --> shards they lie in, by first need --> copies, as many as the budget holds
+    position --blend--> next rows --> their shards, by first need --> copies, as many as the budget holds
 
 The shards of the rows looked through so far are *needed* until their last such row has passed. Threads fetch them in the
 order in which they are first needed, and look further as room becomes free, so that a copy is never evicted before it was
@@ -31,7 +31,7 @@ log = logging.getLogger(__name__)
 
 @dataclass
 class _Need:
-    """A shard that rows ahead lie in."""
+    """A shard that later rows need."""
 
     entry: ShardEntry
     last: int
@@ -44,7 +44,7 @@ class FetchAhead:
 
     def __init__(self, blend: Blend, rows: list[Rows], remote: RemoteFolder, *, position: int, threads: int) -> None:
         self.position = position
-        """What lies before it is needed no more. Set by the reader, without waiting for anyone."""
+        """Rows before it are no longer needed. Set by the reader, which never waits."""
         self._blend, self._rows, self._remote = blend, rows, remote
         self._limit = _SHARE * remote.budget_bytes
         self._lock = threading.Lock()
@@ -57,7 +57,7 @@ class FetchAhead:
             threading.Thread(target=self._run, name=f"fetch-{number}", daemon=True).start()
 
     def close(self) -> None:
-        """Fetch no more. What is being fetched is left to end by itself."""
+        """Start no more fetches. Those in progress end by themselves."""
         self._closing.set()
 
     def _run(self) -> None:
@@ -80,7 +80,7 @@ class FetchAhead:
                 log.warning("%s Fetched ahead; the first row that needs it tries again.", error)
 
     def _next(self) -> ShardEntry | None:
-        """The shard to fetch next; None while there is none, or no room."""
+        """The shard to fetch next; None if nothing is left, or while there is no room."""
         gone = [key for key, need in self._needed.items() if need.last < self.position]
         for key in gone:
             del self._needed[key]
@@ -98,7 +98,7 @@ class FetchAhead:
             self._look(stop)
 
     def _look(self, stop: int) -> None:
-        """Note the shards of the rows up to `stop`, or up to the first row that needs one for which there is no room."""
+        """Note the shards of the rows up to `stop`, or up to the first row whose shard does not fit the budget."""
         taken = sum(_size(need.entry) for need in self._needed.values())
         found = self._shards(self._looked, stop)
         for key, (first, _) in sorted(found.items(), key=lambda item: item[1]):

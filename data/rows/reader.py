@@ -28,19 +28,19 @@ from data.system.recent import Recent
 from recipes.schema.errors import DataError
 
 _OPEN_SHARDS = 4096
-"""Shards open at a time, two files each: rows drawn from all of a source come from another one each time."""
+"""Shards open at a time, two files each: shuffled rows of a source come from a different one each time."""
 _OPEN_COPIES = 64
 """The same for copies that others may remove: they take room on the disk until they are closed."""
 _OTHER_FILES = 512
-"""Files that are left for the rest of the process where it may not open that many."""
+"""Files that are left for the rest of the process if it may not open that many."""
 _STARTS_IN_MEMORY = 8 << 20
-"""Documents, of all open shards, whose beginnings are kept in memory (8 bytes each); others are read when they are needed."""
+"""Documents, of all open shards, whose starts are kept in memory (8 bytes each); others are read when needed."""
 _LOOK_EVERY_S = 1.0
 """How often a shard's name is looked up, to find that another file took its place."""
 
 
 class FarStarts:
-    """Byte offsets at which the documents of an entry begin, read from the index as they are asked for.
+    """Byte offsets at which the documents of an entry begin, read from the index when needed.
 
     Each read looks whether the index is still the one that was opened: DataError, naming it, where it is not.
     """
@@ -70,7 +70,7 @@ class FarStarts:
         return self._read(start, stop)
 
     def describe(self, record: ShardRecord) -> None:
-        """Say where compiled code finds them. It does not look up where documents of several sequences begin."""
+        """Give compiled code their addresses. It does not look up the starts of documents of several sequences."""
         if not self._is_plain:
             record.documents = -1
         record.index_fd, (record.index_size, record.index_mtime_ns) = self._fd, self._opened
@@ -199,7 +199,7 @@ class OpenShard:
 
 
 class Shelf:
-    """The shards that are open: a bounded number of them, whoever reads. Safe for threads."""
+    """The open shards, a bounded number for all readers. Safe for threads."""
 
     def __init__(
         self, find: Callable[[ShardEntry, str], Path], *, activity: Activity, may_vanish: bool = False
@@ -236,12 +236,12 @@ class Shelf:
         raise AssertionError("returned or raised")
 
     def forget(self, shard: OpenShard) -> None:
-        """Open this shard anew, and verify it, when it is next read."""
+        """Open and verify this shard again when it is next read."""
         self._open.drop((shard.entry.path, shard.entry.first_document), shard)
 
 
 def _room_for_shards() -> int:
-    """How many shards may be open: as many as wanted, where the limit of open files is that or can be raised to it."""
+    """How many shards may be open: as many as wanted, if the limit of open files allows it or can be raised."""
     wanted = 2 * _OPEN_SHARDS + _OTHER_FILES
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     most = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
@@ -290,7 +290,7 @@ class TokenStream:
         return self._shelf.open(self.entries[which])
 
     def entry_with(self, start: int, stop: int) -> tuple[int, int]:
-        """The entry that all tokens from start to stop lie in, and the number of the first there; -1 where there is none."""
+        """The entry with all tokens from start to stop, and the number of the first there; -1 if no single entry has them."""
         which = bisect.bisect_right(self.bounds, start) - 1
         if start < 0 or stop > self.bounds[which + 1]:
             return -1, 0
@@ -326,14 +326,14 @@ class TokenStream:
         return (np.concatenate(parts) if parts else np.empty(0, dtype=np.int64)), max(number, 0)
 
     def document_at(self, position: int) -> int:
-        """Number (over all entries) of the document that a position lies in."""
+        """Number (over all entries) of the document at a position."""
         which = bisect.bisect_right(self.bounds, position) - 1
         shard = self._shelf.open(self.entries[which])
         place = shard.first_byte + (position - self.bounds[which]) * shard.itemsize
         return int(self.documents_before[which]) + bisect.bisect_right(shard.search, place) - 1
 
     def entry_of(self, document: int) -> tuple[int, int]:
-        """The entry a document lies in, and its number there."""
+        """The entry of a document, and its number there."""
         which = int(np.searchsorted(self.documents_before, document, side="right")) - 1
         return which, document - int(self.documents_before[which])
 
@@ -354,7 +354,7 @@ class TokenStream:
         return start, int(self.shard_starts[which + 1])
 
     def _read_from(self, which: int, places: list[tuple[int, int]], out: np.ndarray) -> None:
-        """Rows of `out` from one entry, (row, start) each; read again from a verified file where it changed meanwhile."""
+        """Rows of `out` from one entry, (row, start) each; read again from a verified file if it changed meanwhile."""
         entry = self.entries[which]
         while True:
             shard = self._shelf.open(entry)

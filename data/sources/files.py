@@ -30,6 +30,7 @@ import pyarrow
 from data.system.retry import wait_s
 from recipes.schema.credentials import without_credentials
 from recipes.schema.errors import DataError
+from recipes.schema.foreign import printable
 
 CORPORA = Path(__file__).resolve().parents[1] / "corpora"
 PACKAGE = "package:"
@@ -49,7 +50,7 @@ log = logging.getLogger(__name__)
 
 
 class ReadError(DataError):
-    """A file that cannot be read (now): worth another try where it is remote."""
+    """A file that cannot be read now: worth another try if it is remote."""
 
 
 @dataclass(frozen=True)
@@ -57,13 +58,13 @@ class File:
     """One file of a source."""
 
     name: str
-    """As it is shown and written: a path, a URL without credentials, `package:...` or `python-stdlib/...`."""
+    """As shown and stored: a path, a URL without credentials, `package:...` or `python-stdlib/...`."""
     size: int
-    """Bytes as stored; 0 where the server does not tell."""
+    """Bytes as stored; 0 if the server does not tell."""
 
 
 def find_files(place: str, path: str, *, hidden: list[str] | None = None) -> list[File]:
-    """The files a source's path stands for, sorted by name. DataError, naming `place`, where there are none.
+    """The files a source's path stands for, sorted by name. DataError, naming `place`, if there are none.
 
     Files and folders whose names begin with a dot are left out of folders, and added to `hidden`.
     """
@@ -78,7 +79,7 @@ def find_files(place: str, path: str, *, hidden: list[str] | None = None) -> lis
 
 
 def again_where_far[T](is_far: bool, act: Callable[[], T]) -> T:
-    """What `act` gives; where it reads from a server, it is tried again when that does not answer. ReadError in the end."""
+    """The value of `act`. If it reads from a server that does not answer, it is tried again; ReadError after the last try."""
     for failures in range(1, _TRIES if is_far else 1):
         try:
             return act()
@@ -90,12 +91,12 @@ def again_where_far[T](is_far: bool, act: Callable[[], T]) -> T:
 
 
 def is_remote(name: str) -> bool:
-    """Whether a name leads over a network (or to any other file system behind fsspec)."""
+    """Whether a name is a URL: of a network, or of another file system of fsspec."""
     return "://" in name and not name.startswith("file://")
 
 
 def file_size(name: str) -> int:
-    """Bytes of a file now. ReadError where it is gone."""
+    """Bytes of a file now. ReadError if it is gone."""
     with reading(name):
         if is_remote(name):
             return int(_filesystem(name)[0].info(name).get("size") or 0)
@@ -104,7 +105,7 @@ def file_size(name: str) -> int:
 
 
 def local_path(name: str) -> Path:
-    """The place of a file that is not remote."""
+    """The path of a file that is not remote."""
     if name.startswith(PACKAGE):
         return CORPORA / name.removeprefix(PACKAGE)
     if name.startswith(f"{STDLIB}/"):
@@ -124,7 +125,7 @@ def is_compressed(name: str) -> bool:
 
 
 def open_binary(name: str) -> IO[bytes]:
-    """A file's bytes as stored, seekable wherever the server can give parts."""
+    """A file's bytes as stored, seekable if the server can give parts."""
     if is_remote(name):
         filesystem, path = _filesystem(name)
         stream: IO[bytes] = filesystem.open(path, "rb")
@@ -135,7 +136,7 @@ def open_binary(name: str) -> IO[bytes]:
 class Plain:
     """A file's decompressed bytes, read forwards; counts what was read of the file as stored.
 
-    Raises DataError where the file expands more than `max_expansion` times: what a few bytes can unfold to has no end.
+    Raises DataError if the file expands more than `max_expansion` times: a few bytes can expand to any size.
     """
 
     def __init__(self, name: str, *, max_expansion: int, start: int = 0) -> None:
@@ -174,25 +175,30 @@ class Plain:
         return self._stored.count
 
     def check_end(self) -> None:
-        """Refuse a packed file in which nothing is packed: what wrote it did not finish."""
+        """Refuse an empty compressed file: its writer did not finish."""
         if self._suffix in COMPRESSED and not self._stored.count:
             raise DataError(
                 f"{self._name} is 0 bytes long, which no {self._suffix} file is. Make it again, or remove it."
             )
 
     def check(self, given: int) -> None:
-        """Stop an expansion without end; `given` bytes have come out so far."""
-        if given > EXPANSION_FREE_BYTES and given > self._max_expansion * max(1, self._stored.count):
-            raise DataError(
-                f"{self._name} expands more than max_expansion={self._max_expansion} times: {given:,} bytes out of "
-                f"{self._stored.count:,}. Leave it out, or raise max_expansion of this source if it is meant to."
-            )
+        """Stop an expansion without end, after `given` decompressed bytes."""
+        check_expansion(self._name, given, self._stored.count, self._max_expansion)
 
     def __enter__(self) -> "Plain":
         return self
 
     def __exit__(self, *ended: object) -> None:
         self._stored.close()
+
+
+def check_expansion(name: str, given: int, stored: int, most: int) -> None:
+    """DataError if `stored` bytes of a file gave more than `most` times as many; below EXPANSION_FREE_BYTES anything goes."""
+    if given > EXPANSION_FREE_BYTES and given > most * max(1, stored):
+        raise DataError(
+            f"{name} expands more than max_expansion={most} times: {given:,} bytes out of {stored:,}. Leave it out, or raise "
+            f"max_expansion of this source if it is meant to."
+        )
 
 
 def _open_at(name: str, start: int) -> IO[bytes]:
@@ -221,7 +227,7 @@ def _open_at(name: str, start: int) -> IO[bytes]:
 
 @contextmanager
 def reading(name: str) -> Iterator[None]:
-    """Every way of failing to read a file, as one ReadError that names it, without credentials."""
+    """Turn every failure to read a file into one ReadError that names it, without credentials."""
     shown = without_credentials(name)
     try:
         yield
@@ -245,17 +251,19 @@ def expand_braces(path: str) -> list[str]:
         span = re.fullmatch(r"\{(\d+)\.\.(\d+)\}", part)
         if span:
             first, last = span.groups()
-            many *= max(0, int(last) - int(first) + 1)
-            if not 0 < many <= _MOST_PATHS:
-                raise DataError(
-                    f"{part} in {path} makes {many:,} paths; at least 1 and at most {_MOST_PATHS:,} are taken. Write the smaller "
-                    f"number first, or use a glob."
-                )
-            choices.append([str(n).zfill(len(first)) for n in range(int(first), int(last) + 1)])
+            numbers = range(int(first), int(last) + 1)
+            many *= len(numbers) if len(last) < 19 else _MOST_PATHS + 1
+            choices.append([str(n).zfill(len(first)) for n in numbers[:_MOST_PATHS]])
         elif part.startswith("{") and "," in part:
+            many *= part.count(",") + 1
             choices.append(part[1:-1].split(","))
         else:
             choices.append([part])
+        if not 0 < many <= _MOST_PATHS:
+            raise DataError(
+                f"{part} in {printable(path, most=300)} makes {many:,} paths; at least 1 and at most {_MOST_PATHS:,} are taken. "
+                f"Write the smaller number first, or use a glob."
+            )
     return ["".join(picked) for picked in itertools.product(*choices)]
 
 
@@ -291,7 +299,7 @@ class _Members:
         self._waiting = b""
 
     def read(self, size: int) -> bytes:
-        """Up to `size` bytes; none at the end. EOFError where a member is cut short."""
+        """Up to `size` bytes; none at the end. EOFError if a member is cut short."""
         while True:
             if self._member.eof:
                 self._waiting = (self._waiting + self._member.unused_data).lstrip(b"\0")  # .xz may be padded
@@ -441,7 +449,7 @@ def _filesystem(name: str) -> tuple[Any, str]:
 
 @functools.cache
 def _stdlib_folder() -> Path:
-    return Path(sysconfig.get_paths()["stdlib"])  # a millisecond, and asked for every file
+    return Path(sysconfig.get_paths()["stdlib"])  # takes a millisecond, and is needed for every file
 
 
 def _standard_library() -> list[File]:

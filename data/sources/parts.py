@@ -12,12 +12,10 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
-import pyarrow.parquet
-
-from data.sources.files import File, find_files, is_compressed, is_remote, open_binary, plain_suffix, reading
-from data.sources.records import Part, Record, lines_before, read_part, row_group_bytes
-from data.sources.sets import is_set, read_set, set_facts
-from recipes.schema.credentials import with_credentials
+from data.sources import child
+from data.sources.files import File, find_files, is_compressed, is_remote, plain_suffix
+from data.sources.records import Part, Record, lines_before, read_part
+from data.sources.sets import is_set
 from recipes.schema.data import SourceConfig
 from recipes.schema.errors import DataError
 
@@ -28,7 +26,7 @@ _KINDS = {".txt": "text", ".text": "text", ".md": "text", ".rst": "text", ".py":
 
 
 def cut(place: str, source: SourceConfig, shard_bytes: int, *, hidden: list[str] | None = None) -> list[list[Part]]:
-    """The parts of each shard of a source. DataError where the source cannot be found or opened. hidden: see `find_files`."""
+    """The parts of each shard of a source. DataError if the source cannot be found or opened. hidden: see `find_files`."""
     if is_set(source):
         return _cut_set(place, source, shard_bytes)
     if source.streaming:
@@ -38,7 +36,7 @@ def cut(place: str, source: SourceConfig, shard_bytes: int, *, hidden: list[str]
     grouped = 0
     for file in find_files(place, source.path, hidden=hidden):
         kind = kind_of(place, source, file)
-        pieces = _cut_file(source, file, kind, shard_bytes) if file.size > shard_bytes * 3 // 2 else []
+        pieces = _cut_file(place, source, file, kind, shard_bytes) if file.size > shard_bytes * 3 // 2 else []
         if len(pieces) > 1:
             shards += [group] if group else []
             group, grouped = [], 0
@@ -53,7 +51,7 @@ def cut(place: str, source: SourceConfig, shard_bytes: int, *, hidden: list[str]
 
 
 def kind_of(place: str, source: SourceConfig, file: File) -> str:
-    """How a file is read. DataError where its name does not tell and nobody says."""
+    """How a file is read. DataError if its name does not tell and nobody says."""
     kind = source.format if source.format != "auto" else _KINDS.get(plain_suffix(file.name))
     if kind is None:
         raise DataError(
@@ -65,9 +63,9 @@ def kind_of(place: str, source: SourceConfig, file: File) -> str:
 
 
 def read(place: str, source: SourceConfig, part: Part) -> Iterator[Record]:
-    """The records of one part, whatever it is a part of."""
-    records = read_set(place, source, part) if part.kind == "dataset" else read_part(place, source, part)
-    for record in records:
+    """The records of one part of a file or a set."""
+    reader = child.records if part.kind in ("dataset", "parquet") else read_part
+    for record in reader(place, source, part):
         if part.records is not None and record.number >= part.records:
             return
         yield record
@@ -81,7 +79,7 @@ def problem_of(place: str, source: SourceConfig, part: Part, number: int, proble
         return f"{part.file}:{number + 1 + lines_before(source, part)} {problem}"
     if part.kind == "dataset" and source.streaming:
         return f"{part.file} shard {part.start} row {number + 1} {problem}"
-    first = part.start if part.kind in ("dataset", "csv", "tsv") else _rows_before(source, part)
+    first = part.start if part.kind in ("dataset", "csv", "tsv") else _rows_before(place, source, part)
     return f"{part.file} row {first + number + 1} {problem}"
 
 
@@ -105,7 +103,7 @@ def limited(place: str, source: SourceConfig, shards: list[list[Part]]) -> list[
     return kept
 
 
-def _cut_file(source: SourceConfig, file: File, kind: str, shard_bytes: int) -> list[Part]:
+def _cut_file(place: str, source: SourceConfig, file: File, kind: str, shard_bytes: int) -> list[Part]:
     """Parts of a large file; an empty list where it is read whole."""
     if is_compressed(file.name):
         return []
@@ -117,16 +115,15 @@ def _cut_file(source: SourceConfig, file: File, kind: str, shard_bytes: int) -> 
         ]
     if kind == "parquet":
         bounds, size, sizes = [0], 0, []
-        with reading(file.name), open_binary(with_credentials(file.name, source.path)) as stream:
-            table = pyarrow.parquet.ParquetFile(stream)
-            for group in range(table.num_row_groups):
-                size += row_group_bytes(table, group)
-                if size >= shard_bytes and group + 1 < table.num_row_groups:
-                    bounds.append(group + 1)
-                    sizes.append(size)
-                    size = 0
+        groups = child.groups(place, source, file.name)
+        for group, (_, group_bytes) in enumerate(groups, start=1):
+            size += group_bytes
+            if size >= shard_bytes and group < len(groups):
+                bounds.append(group)
+                sizes.append(size)
+                size = 0
         sizes.append(size)
-        pairs = itertools.pairwise([*bounds, table.num_row_groups])
+        pairs = itertools.pairwise([*bounds, len(groups)])
         return [_part(file, kind, size, start, stop) for size, (start, stop) in zip(sizes, pairs, strict=True)]
     return []
 
@@ -136,7 +133,7 @@ def _part(file: File, kind: str, size: int, start: int, stop: int | None) -> Par
 
 
 def _cut_set(place: str, source: SourceConfig, shard_bytes: int) -> list[list[Part]]:
-    facts = set_facts(place, source)
+    facts = child.facts(place, source)
     name = f"{source.path}/{source.config or 'default'}/{source.split}"
     if source.streaming:
         return [[Part(name, "dataset", size=0, file_size=0, start=shard)] for shard in range(facts.shards)]
@@ -148,7 +145,5 @@ def _cut_set(place: str, source: SourceConfig, shard_bytes: int) -> list[list[Pa
     ]
 
 
-def _rows_before(source: SourceConfig, part: Part) -> int:
-    with open_binary(with_credentials(part.file, source.path)) as stream:
-        table = pyarrow.parquet.ParquetFile(stream)
-        return sum(table.metadata.row_group(group).num_rows for group in range(part.start))
+def _rows_before(place: str, source: SourceConfig, part: Part) -> int:
+    return sum(rows for rows, _ in child.groups(place, source, part.file)[: part.start])

@@ -2,7 +2,7 @@
 
     Part --read_part--> Record(number, text)  or  Record(number, problem), one for every line or row, in order
 
-What is wrong with one record is told in it, and the caller decides; what is wrong with the file is a DataError.
+A bad record says what is wrong with it, and the caller decides what to do; a bad file is a DataError.
 """
 
 import csv
@@ -15,10 +15,11 @@ from typing import Any
 import pyarrow
 import pyarrow.parquet
 
-from data.sources.files import Plain, open_binary, reading
+from data.sources.files import Plain, check_expansion, open_binary, reading
 from recipes.schema.credentials import with_credentials
 from recipes.schema.data import SourceConfig
 from recipes.schema.errors import DataError
+from recipes.schema.foreign import printable
 
 _ROWS = 64
 """Rows of parquet decoded at once."""
@@ -146,7 +147,7 @@ def _field(record: Any, name: str) -> Any:
 
 
 def checked(text: str, limit: int) -> str | None:
-    """What makes a text unusable; None where it is fine."""
+    """What makes a text unusable; None if it is fine."""
     try:
         size = len(text.encode()) if len(text) * 4 > limit or not text.isascii() else 0
     except UnicodeEncodeError as error:
@@ -274,33 +275,63 @@ def _opened(source: SourceConfig, part: Part) -> str:
 def _parquet(place: str, source: SourceConfig, part: Part) -> Iterator[Record]:
     extract = text_of(source)
     with open_binary(_opened(source, part)) as stream:
-        try:
-            table = pyarrow.parquet.ParquetFile(stream)
-        except pyarrow.ArrowException as error:
-            raise DataError(f"{part.file} cannot be read as parquet: {error}") from error
+        table = _parquet_file(place, part.file, stream)
         columns = columns_of(place, source, table.schema_arrow.names, part.file)
+        # Dictionaries stay dictionaries: a value that every row repeats is in memory once.
+        texts = [name for name in columns if _is_text(table.schema_arrow.field(name).type)]
+        table = _parquet_file(place, part.file, stream, read_dictionary=texts)
         groups = range(part.start, table.num_row_groups if part.stop is None else part.stop)
-        done, number = 0, 0
+        done = number = given = 0
         for group in groups:
             _check_expansion(table, group, source, part)
-            for batch in table.iter_batches(batch_size=_ROWS, row_groups=[group], columns=columns):
-                for row in batch.to_pylist():
-                    yield _record(number, row, extract, source, done)
+            stored = done + _group_bytes(table, group)
+            for batch in table.iter_batches(batch_size=_ROWS, row_groups=[group], columns=columns, use_threads=False):
+                for values in zip(*batch.columns, strict=True):
+                    record = _row(number, dict(zip(batch.schema.names, values, strict=True)), extract, source, done)
                     number += 1
-            done += row_group_bytes(table, group)
+                    given += len(record.text)
+                    check_expansion(part.file, given, stored, source.max_expansion)
+                    yield record
+            done = stored
 
 
-def row_group_bytes(table: Any, group: int) -> int:
-    """Stored bytes of one row group."""
+def _parquet_file(place: str, name: str, stream: Any, **options: Any) -> Any:
+    try:
+        return pyarrow.parquet.ParquetFile(stream, buffer_size=1 << 20, **options)
+    except (pyarrow.ArrowException, OSError, ValueError) as error:
+        why = printable(str(error), most=300)
+        raise DataError(
+            f"{name} ({place}) cannot be read as parquet: {why}. Make it again, or leave it out."
+        ) from error
+
+
+def _is_text(kind: Any) -> bool:
+    return bool(pyarrow.types.is_string(kind) or pyarrow.types.is_binary(kind))
+
+
+def _row(
+    number: int, scalars: dict[str, Any], extract: Callable[[Any], str], source: SourceConfig, stored: int
+) -> Record:
+    try:
+        row = {name: scalar.as_py() for name, scalar in scalars.items()}
+    except (ValueError, OverflowError) as error:  # text that is not UTF-8, a time outside of Python's range
+        return Record(number, "", f"has a value that cannot be read: {printable(str(error), most=200)}", stored)
+    return _record(number, row, extract, source, stored)
+
+
+def row_groups(place: str, source: SourceConfig, file: str) -> list[tuple[int, int]]:
+    """(rows, stored bytes) of each row group of a parquet file. DataError if it cannot be read."""
+    with reading(file), open_binary(with_credentials(file, source.path)) as stream:
+        table = _parquet_file(place, file, stream)
+        numbers = range(table.num_row_groups)
+        return [(table.metadata.row_group(group).num_rows, _group_bytes(table, group)) for group in numbers]
+
+
+def _group_bytes(table: Any, group: int) -> int:
     facts = table.metadata.row_group(group)
-    return sum(facts.column(index).total_compressed_size for index in range(facts.num_columns))
+    return sum(max(0, facts.column(index).total_compressed_size) for index in range(facts.num_columns))
 
 
 def _check_expansion(table: Any, group: int, source: SourceConfig, part: Part) -> None:
-    facts = table.metadata.row_group(group)
-    stored, plain = row_group_bytes(table, group), facts.total_byte_size
-    if plain > (64 << 20) and plain > source.max_expansion * max(1, stored):
-        raise DataError(
-            f"{part.file} row group {group} expands more than max_expansion={source.max_expansion} times: {plain:,} bytes "
-            f"out of {stored:,}. Leave the file out, or raise max_expansion of this source if it is meant to."
-        )
+    plain = table.metadata.row_group(group).total_byte_size
+    check_expansion(f"{part.file} row group {group}", plain, _group_bytes(table, group), source.max_expansion)

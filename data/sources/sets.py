@@ -33,7 +33,7 @@ class SetFacts:
 
 
 def is_set(source: SourceConfig) -> bool:
-    """Whether a source is a `datasets` set: by its path, its format, or what lies in the folder."""
+    """Whether a source is a `datasets` set: by its path, its format, or the files in the folder."""
     if source.format == "dataset" or (source.path.startswith(HUB) and not source.path.startswith(f"{HUB}//")):
         return True
     folder = Path(source.path)
@@ -44,11 +44,21 @@ def is_set(source: SourceConfig) -> bool:
 
 
 def set_facts(place: str, source: SourceConfig) -> SetFacts:
-    """Size of a set. DataError where it cannot be opened."""
+    """Size of a set. DataError if it cannot be opened."""
     opened = _open(place, source)
     if source.streaming:
         return SetFacts(rows=0, bytes=0, shards=opened.num_shards)
     return SetFacts(rows=len(opened), bytes=int(opened.data.nbytes), shards=0)
+
+
+def hub_revision(source: SourceConfig) -> str | None:
+    """Commit of a set of the Hub as it would be opened now (offline: of its newest copy here). None if it cannot be opened."""
+    import datasets
+
+    try:
+        return datasets.load_dataset_builder(source.path.removeprefix(HUB), source.config).hash
+    except Exception:  # no network, no copy, a wrong name: opening the set says which
+        return None
 
 
 def read_set(place: str, source: SourceConfig, part: Part) -> Iterator[Record]:

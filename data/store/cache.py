@@ -44,7 +44,7 @@ log = logging.getLogger(__name__)
 
 
 class Activity:
-    """What each thread is waiting for, so that a stall can be given a name."""
+    """The file each thread waits for, so that the report of a stall can name it."""
 
     def __init__(self) -> None:
         self._doing: dict[int, list[tuple[object, float]]] = {}
@@ -76,7 +76,7 @@ class _Waiting:
 
 @dataclass(frozen=True)
 class _Wanted:
-    """What a file that is fetched must be."""
+    """Size and digest that a fetched file must have."""
 
     most_bytes: int
     bytes: int | None
@@ -96,7 +96,7 @@ def is_inside(path: Path, folder: Path) -> bool:
 
 
 class _Mismatch(Exception):
-    """What arrived is not what the manifest says."""
+    """The fetched bytes do not match the manifest."""
 
     def __init__(self, sha256: str) -> None:
         super().__init__("what arrived does not match its checksum")
@@ -148,7 +148,7 @@ class RemoteFolder:
         return path
 
     def path_of(self, name: str, facts: FileFacts | None) -> Path:
-        """Where the copy of a file is kept."""
+        """Path of the copy of a file."""
         return self.folder / name if facts is None else self.folder / facts.sha256[:16] / Path(name).name
 
     def touch(self, files: Sequence[tuple[str, FileFacts]]) -> None:
@@ -161,7 +161,7 @@ class RemoteFolder:
         return self._root / "locks" / known
 
     def _is_whole(self, path: Path, facts: FileFacts) -> bool:
-        """Whether a copy holds what the manifest says. Hashed only where it is not as the ledger or this process knows it."""
+        """Whether a copy matches the manifest. It is hashed only if it differs from what the ledger or this process recorded."""
         try:
             found = path.stat()
         except FileNotFoundError:
@@ -325,7 +325,7 @@ def _locked(path: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _locked_if_free(path: Path) -> Iterator[bool]:
-    """Hold the lock of a file unless a process holds it already. Gives whether it is held."""
+    """Take the lock of a file unless a process has it already. Yields whether it was taken."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with Path(f"{path}.lock").open("w") as stream:
         try:

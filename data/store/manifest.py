@@ -1,10 +1,10 @@
-"""What a folder of prepared data holds: the manifest, written last, that vouches for every file.
+"""The content of a folder of prepared data: the manifest, written last, with size and digest of every file.
 
     manifest.json
       tokenizer   file, sha256, fingerprint, vocabulary size, end-of-document id
       request     the recipe fields the content depends on
       sources     by name: description, counts, and per split the list of shards in reading order
-        shard     path (or an existing Megatron set, read where it lies), documents, tokens, dtype, bytes and sha256 of its files
+        shard     path (or an existing Megatron set, read in place), documents, tokens, dtype, bytes and sha256 of its files
 
 A source's stream of tokens is its shards one after the other. Which file and record a document came from is kept beside
 each shard (`data.store.origins`), not here, so that the manifest stays small at any number of documents.
@@ -76,7 +76,7 @@ class ShardEntry:
         return Path(self.file_name(str(folder), suffix))
 
     def file_name(self, folder: str, suffix: str) -> str:
-        """The same as text: a folder may hold many thousands."""
+        """The same as text: a folder may have many thousands."""
         return f"{self.path}.{suffix}" if self.path.startswith("/") else f"{folder}/{self.path}.{suffix}"
 
 
@@ -85,7 +85,7 @@ class SourceEntry:
     """One source, prepared."""
 
     description: dict[str, Any]
-    """What it was made from: path, format, number and bytes of its files."""
+    """Its input: path, format, number and bytes of its files."""
     splits: dict[str, list[ShardEntry]]
     """By split (`train`, `heldout`): shards in reading order, none empty."""
     bad_records: int = 0
@@ -107,7 +107,7 @@ class TokenizerEntry:
     sha256: str
     """Of that file."""
     fingerprint: str
-    """Of its content, whatever the kind of file."""
+    """Of its content; the kind of file does not matter."""
     vocab_size: int
     eod: int
     """Id of the end-of-document token, the last of every document."""
@@ -115,7 +115,7 @@ class TokenizerEntry:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a folder of prepared data holds."""
+    """The content of a folder of prepared data."""
 
     tokenizer: TokenizerEntry
     request: dict[str, Any]
@@ -171,13 +171,13 @@ def read_manifest(folder: Path, *, verify: bool = False, check_files: bool = Tru
 
 
 def source_entry(raw: dict[str, Any]) -> SourceEntry:
-    """A SourceEntry from what `asdict` made of it. TypeError or KeyError where it is something else."""
+    """A SourceEntry from the result of `asdict`. TypeError or KeyError if it is something else."""
     splits = {split: [shard_entry(entry) for entry in raw["splits"][split]] for split in SPLITS}
     return SourceEntry(**(raw | {"splits": splits}))
 
 
 def shard_entry(raw: dict[str, Any]) -> ShardEntry:
-    """A ShardEntry from what `asdict` made of it. TypeError or KeyError where it is something else."""
+    """A ShardEntry from the result of `asdict`. TypeError or KeyError if it is something else."""
     return ShardEntry(**(raw | {"files": {suffix: FileFacts(**facts) for suffix, facts in raw["files"].items()}}))
 
 

@@ -1,4 +1,4 @@
-"""Where a shard's documents came from: file and record of each, kept beside the shard, and the way back.
+"""Where a shard's documents came from: file and record of each, stored next to the shard, and the reverse.
 
     PREFIX.origins    numpy .npz: `files` (their names, UTF-8, a line each), `starts` (first document of each file, and the
                       count), `records` (record number of every document, from 0: line, row, or 0 for a text file)
@@ -62,8 +62,8 @@ def pack_origins(files: list[str], starts: list[int], records: np.ndarray) -> by
 
 
 def read_origins(folder: Path, entry: ShardEntry, *, file: Path | None = None) -> Origins:
-    """Origins of an entry's documents. file: a copy of their file, where it is not in `folder`. DataError where it is damaged."""
-    if "origins" not in entry.files:  # a Megatron set read where it lies
+    """Origins of an entry's documents. file: a copy of their file, if it is not in `folder`. DataError if it is damaged."""
+    if "origins" not in entry.files:  # a Megatron set, read in place
         numbers = np.arange(entry.first_document, entry.first_document + entry.documents)
         return Origins([f"{entry.prefix(folder)}.bin"], np.array([0, entry.documents]), numbers)
     path = file or entry.file(folder, "origins")

@@ -27,7 +27,7 @@ _HEADER = struct.Struct("<9sQBQQ")
 _DTYPES: dict[int, np.dtype[Any]] = {
     1: np.dtype("u1"), 2: np.dtype("i1"), 3: np.dtype("<i2"), 4: np.dtype("<i4"), 5: np.dtype("<i8"), 8: np.dtype("<u2")
 }  # fmt: skip
-"""Megatron's dtype codes that hold token ids (6 and 7 are floating point)."""
+"""Megatron's dtype codes of token ids (6 and 7 are floating point)."""
 _CODES = {dtype: code for code, dtype in _DTYPES.items()}
 
 
@@ -100,7 +100,7 @@ def write_with_facts(path: Path, content: bytes) -> FileFacts:
 
 @dataclass(frozen=True)
 class Header:
-    """What the beginning of an index says."""
+    """The header of an index."""
 
     dtype: np.dtype[Any]
     sequences: int
@@ -189,7 +189,7 @@ def open_shard(prefix: Path) -> Shard:
     wrong = _what_is_wrong(lengths, offsets, boundaries, places[:-1] * dtype.itemsize)
     if wrong is not None:
         raise DataError(
-            f"{index} {wrong}: it is damaged, or its sequences do not lie one after the other. Make it again."
+            f"{index} {wrong}: it is damaged, or its sequences do not follow each other without gaps. Make it again."
         )
     ends = places[boundaries[1:]]
     size = tokens.stat().st_size
@@ -206,7 +206,7 @@ def open_shard(prefix: Path) -> Shard:
 def _what_is_wrong(
     lengths: np.ndarray, offsets: np.ndarray, boundaries: np.ndarray, expected: np.ndarray
 ) -> str | None:
-    """What keeps an index from saying where documents lie; None: nothing. expected: offsets of sequences without gaps."""
+    """What makes an index unusable, as a message; None if it is fine. expected: offsets of sequences without gaps."""
     if (lengths < 0).any():
         return f"has a sequence of {lengths.min():,} tokens (sequence {int(lengths.argmin()):,})"
     if (offsets != expected).any():

@@ -2,7 +2,7 @@
 
     Verifier(folder).check(path, facts)   hashes a file unless it was hashed before and has not changed since
 
-What was checked is kept in `verified.json` beside the data. A file whose size or time of change differs from its entry is
+What was checked is kept in `verified.json` next to the data. A file whose size or time of change differs from its entry is
 hashed again before any of it is used; hashing 4 GiB takes some seconds, so larger sets are checked by
 `stratum inspect --verify`, once, instead of by every rank of every run.
 """
@@ -99,7 +99,7 @@ class Verifier:
             text = json.dumps(self._verified, indent=0)
         try:
             disk.write_text(self._path, text, is_own=True)
-        except OSError as error:  # data may lie where we cannot write
+        except OSError as error:  # the data may be read-only
             log.info("%s cannot be written (%s): files are checked again next time.", self._path, error)
 
 

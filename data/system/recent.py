@@ -1,4 +1,4 @@
-"""A cache of what was used last."""
+"""A cache of the values used last."""
 
 import threading
 from collections import OrderedDict

@@ -1,4 +1,4 @@
-"""How long to wait before trying again."""
+"""Waiting times between tries."""
 
 
 def wait_s(failures: int, *, first_s: float, most_s: float = float("inf")) -> float:

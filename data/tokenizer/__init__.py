@@ -4,14 +4,13 @@
     *.model            SentencePiece                                                                     (pieces)
     *.tiktoken, tekken and rank-list .json    tiktoken                                                   (ranks)
 
-A tokenizer is identified by a fingerprint of its content, whatever the kind of file: shards remember it, and data prepared
+A tokenizer is identified by a fingerprint of its content, for every kind of file: shards record it, and data prepared
 with another tokenizer is refused. `token_bytes` says how many UTF-8 bytes each token stands for, so losses can be given in
 bits per byte.
 """
 
 import codecs
 import functools
-import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,10 @@ from data.tokenizer.backend import Backend, fingerprint
 from data.tokenizer.backend import Unencodable as Unencodable
 from recipes.schema.data import TokenizerConfig
 from recipes.schema.errors import DataError
+from recipes.schema.foreign import parse_json, printable, read_bounded
+
+LARGEST_BYTES = 256 << 20
+"""Bytes of the largest tokenizer file that is read; Gemma's, one of the largest, has 34 MB."""
 
 
 class Tokenizer:
@@ -40,7 +43,7 @@ class Tokenizer:
         self._backend = backend
         self.eod: int = self._special_id("end_of_document", end_of_document)
         self.bod: int | None = None
-        """Id of the token before every document; None where there is none."""
+        """Id of the token before every document; None without one."""
         if begin_of_document is not None:
             self.bod = self._special_id("begin_of_document", begin_of_document)
         self.vocab_size: int = backend.vocab_size
@@ -50,7 +53,9 @@ class Tokenizer:
         special = self._backend.special
         if name not in special:
             names = list(special)
-            some = ", ".join(names[:12]) + (f", ... ({len(names):,} in all)" if len(names) > 12 else "")
+            some = ", ".join(printable(known, most=60) for known in names[:12]) + (
+                f", ... ({len(names):,} in all)" if len(names) > 12 else ""
+            )
             raise DataError(
                 f"the tokenizer has no special token {name!r}. Set data.tokenizer.{field} to one it has: {some or 'it has none'}."
             )
@@ -58,7 +63,7 @@ class Tokenizer:
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """sha256 of the tokenizer's content, whatever the kind and formatting of the file."""
+        """sha256 of the tokenizer's content; the kind and formatting of the file do not matter."""
         return self._known_fingerprint or fingerprint(self._backend)
 
     @property
@@ -88,10 +93,10 @@ class Tokenizer:
         return self._backend.encode_batch(texts, threads)
 
     def loss(self, text: str, ids: np.ndarray) -> str | None:
-        """What is wrong with the ids of a text: what they do not give back. None where they stand for all of it.
+        """The part of a text that its ids do not give back, as a message. None if they stand for all of it.
 
         A byte-level tokenizer must give back the text, or what its own normaliser makes of it, to the byte. Any other must give
-        back as many bytes as the normalised text has, blanks apart; where it wrote its unknown token, nothing can be said.
+        back as many bytes as the normalised text has, blanks not counted; a text with the unknown token is not checked.
         """
         backend = self._backend
         if backend.is_exact:
@@ -161,7 +166,7 @@ class Tokenizer:
         return IncrementalDecoder(self._backend)
 
     def parsed(self) -> dict[str, Any] | None:
-        """Content of a `tokenizer.json` with the same ids for every text; None where there is no such thing known.
+        """Content of a `tokenizer.json` with the same ids for every text; None if none is known.
 
         DataError for ranks that merges cannot reach.
         """
@@ -201,13 +206,13 @@ class IncrementalDecoder:
 def train_tokenizer(texts: Iterable[str], config: TokenizerConfig) -> Tokenizer:
     """A byte-level BPE of exactly `vocab_size` tokens. The same texts give the same tokenizer.
 
-    Raises DataError where the texts are too few for so many tokens.
+    Raises DataError if the texts are too few for so many tokens.
     """
     return Tokenizer(hf.train(texts, config), config.end_of_document, begin_of_document=config.begin_of_document)
 
 
 def load_tokenizer(path: Path, config: TokenizerConfig, *, known_fingerprint: str | None = None) -> Tokenizer:
-    """Read a tokenizer of any kind. DataError where it cannot be read, or lacks the end-of-document token."""
+    """Read a tokenizer of any kind. DataError if it cannot be read, or lacks the end-of-document token."""
     if not path.is_file():
         raise DataError(f"no tokenizer at {path}. Set data.tokenizer.path to a file, or null to train one.")
     return Tokenizer(
@@ -219,15 +224,21 @@ def load_tokenizer(path: Path, config: TokenizerConfig, *, known_fingerprint: st
 
 
 def _backend(path: Path, config: TokenizerConfig) -> Backend:
+    try:
+        content = read_bounded(path, most_bytes=LARGEST_BYTES)
+    except OSError as error:
+        raise DataError(
+            f"{path} cannot be read: {printable(str(error.strerror or error))}. Set data.tokenizer.path to another file."
+        ) from error
     if ".model" in path.name:
         from data.tokenizer.pieces import SentencePiece  # only such files need the sentencepiece package
 
-        return SentencePiece(path)
+        return SentencePiece(path, content)
     if path.suffix == ".json":
         try:
-            parsed = json.loads(path.read_bytes())
+            parsed = parse_json(content)
         except ValueError as error:
             raise DataError(f"{path} is not JSON: {error}") from error
         if isinstance(parsed, dict) and "model" in parsed:
-            return hf.load(path, fast=config.encoder == "auto")
-    return ranks.Tiktoken(ranks.load(path, config))
+            return hf.load(path, content, fast=config.encoder == "auto")
+    return ranks.Tiktoken(ranks.load(path, content, config))

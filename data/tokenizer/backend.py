@@ -1,9 +1,9 @@
-"""What a tokenizer library must give: the seam between `data.tokenizer` and the three kinds of files there are."""
+"""The interface of a tokenizer library, between `data.tokenizer` and the three kinds of files there are."""
 
 import hashlib
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,18 @@ import numpy as np
 
 
 class Unencodable(ValueError):
-    """A text that a tokenizer library gives up on."""
+    """A text that a tokenizer library cannot encode."""
+
+
+LARGEST_VOCAB = 1 << 24
+"""Ids of the largest vocabulary that is read: tables by id take memory for every id up to the largest."""
+
+
+def check_ids(ids: Iterable[int]) -> None:
+    """Refuse ids of tokens that are not whole numbers from 0 on, or so large that tables by id would not fit. ValueError."""
+    for number in ids:
+        if not isinstance(number, int) or not 0 <= number < LARGEST_VOCAB:
+            raise ValueError(f"it has a token of id {number!r}; ids are whole numbers from 0 to {LARGEST_VOCAB - 1:,}")
 
 
 class Backend(ABC):
@@ -48,12 +59,12 @@ class Backend(ABC):
 
     @property
     def template_begin(self) -> str | None:
-        """Special token that the file's own template puts before a text; None where it puts none, or has no template."""
+        """Special token that the file's own template puts before a text; None if it puts none, or has no template."""
         return None
 
     @property
     def unknown(self) -> int | None:
-        """Id that stands for what the vocabulary does not have; None where there is none."""
+        """Id of the unknown token; None without one."""
         return None
 
     @abstractmethod

@@ -4,7 +4,7 @@ Any such file loads. Where it is a byte-level BPE whose merges follow the order 
 most published files are, bulk encoding goes through tiktoken, several times faster. Two things must hold for that: `as_ranks`
 shows, token by token, that the merges give the same ids, and `data.tokenizer.proof` has texts on which the two libraries'
 regular expressions, which read some patterns differently, must agree. Otherwise bulk encoding is this library's, and `note`
-says so. While it goes on, the beginning of a text in every million characters is encoded both ways and compared.
+says so. During the work, the beginning of a text in every million characters is encoded both ways and compared.
 """
 
 import contextlib
@@ -18,11 +18,12 @@ import numpy as np
 from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, trainers
 from tokenizers import Tokenizer as Library
 
-from data.tokenizer.backend import Backend, Unencodable
+from data.tokenizer.backend import Backend, Unencodable, check_ids
 from data.tokenizer.proof import proof_texts
 from data.tokenizer.ranks import PATTERNS, Ranks, encode_batch, encoding_of, from_oniguruma, portable
 from recipes.schema.data import TokenizerConfig
 from recipes.schema.errors import DataError
+from recipes.schema.foreign import printable
 
 FILE = "tokenizer.json"
 _COMPARED_CHARACTERS = 2048
@@ -59,7 +60,7 @@ class HuggingFace(Backend):
 
     @functools.cached_property
     def ranks(self) -> Ranks | None:
-        """The same tokenizer by ranks; None where it is none, or cannot be shown to be."""
+        """The same tokenizer by ranks; None if `as_ranks` cannot show that there is one."""
         return as_ranks(self.parsed)
 
     @functools.cached_property
@@ -79,7 +80,7 @@ class HuggingFace(Backend):
         """Why bulk encoding is the slow one, where that comes as a surprise."""
         if self._wants_fast and self.ranks is not None and self._fast is None:
             return (
-                f"tiktoken reads the pattern {self.ranks.pattern!r} otherwise than `tokenizers` does, so texts are encoded by "
+                f"tiktoken reads the pattern {self.ranks.pattern!r} differently from `tokenizers`, so texts are encoded by "
                 f"`tokenizers`, several times slower."
             )
         return None
@@ -89,7 +90,7 @@ class HuggingFace(Backend):
         return self._as_text(self._library.encode(text, add_special_tokens=False).ids)
 
     def encode_batch(self, texts: list[str], threads: int) -> list[np.ndarray]:
-        """Ids of several texts. DataError where the two libraries differ on the beginning of one."""
+        """Ids of several texts. DataError if the two libraries differ on the beginning of one."""
         if self._fast is not None:
             self._uncompared += sum(map(len, texts))
             if texts and self._uncompared >= _COMPARED_EVERY:
@@ -122,7 +123,7 @@ class HuggingFace(Backend):
         }
 
     def _letters(self, name: str) -> list[int]:
-        """Ids of a text one character at a time: there is always such a way where there is one at all."""
+        """Ids of a text one character at a time: if the vocabulary can spell a text at all, it can do so."""
         ids: list[int] = []
         for at, character in enumerate(name):
             if self._kind == "bytes":
@@ -217,18 +218,39 @@ class HuggingFace(Backend):
         self._library.save(str(path))
 
 
-def load(path: Path, *, fast: bool = True) -> HuggingFace:
-    """Read a `tokenizer.json`. DataError where it cannot be read."""
+def load(path: Path, content: bytes, *, fast: bool = True) -> HuggingFace:
+    """Read a `tokenizer.json`. path: of the file, for messages. DataError if it cannot be read."""
     try:
-        return HuggingFace(Library.from_file(str(path)), fast=fast)
-    except Exception as error:  # the library raises plain Exception for every kind of bad file
-        raise DataError(f"{path} is not a tokenizer.json: {error}") from error
+        _check_special_tokens(json.loads(content))
+        tokenizer = HuggingFace(Library.from_buffer(content), fast=fast)
+        tokenizer.encode("a")
+        return tokenizer
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # plain Exception for every kind of bad file; what panics in Rust is not even that
+        raise DataError(f"{path} is not a tokenizer.json: {printable(str(error), most=300)}") from error
+
+
+def _check_special_tokens(parsed: Any) -> None:
+    """ValueError if a special token has the id of another token: a document could then contain it. The library gives it a new id
+    without a word."""
+    model, added = parsed["model"], parsed.get("added_tokens") or []
+    vocab = model["vocab"]
+    if not isinstance(vocab, dict):  # Unigram: a list of [piece, score], or none yet
+        vocab = {entry[0]: number for number, entry in enumerate(vocab)}
+    check_ids(vocab.values())
+    check_ids(entry["id"] for entry in added)
+    names = {number: token for token, number in vocab.items()}
+    for entry in added:
+        taken = names.setdefault(entry["id"], entry["content"])
+        if taken != entry["content"]:
+            raise ValueError(f"its added token {entry['content']!r} has the id {entry['id']} of the token {taken!r}")
 
 
 def train(texts: Iterable[str], config: TokenizerConfig) -> HuggingFace:
     """A byte-level BPE of exactly `vocab_size` tokens. The same texts give the same tokenizer.
 
-    Raises DataError where the texts are too few for so many tokens.
+    Raises DataError if the texts are too few for so many tokens.
     """
     library = Library(models.BPE())
     if config.pattern in (None, "gpt2"):
@@ -239,7 +261,7 @@ def train(texts: Iterable[str], config: TokenizerConfig) -> HuggingFace:
             cut = pre_tokenizers.Split(Regex(pattern), behavior="isolated")
         except Exception as error:  # the library's own type
             raise DataError(
-                f"data.tokenizer.pattern={config.pattern!r} is no regular expression, and none of "
+                f"data.tokenizer.pattern={config.pattern!r} is neither a regular expression nor one of "
                 f"{', '.join(PATTERNS)}: {error}"
             ) from error
         whole = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
@@ -299,12 +321,12 @@ def from_ranks(ranks: Ranks) -> HuggingFace:
 
 
 def as_ranks(parsed: dict[str, Any]) -> Ranks | None:
-    """A `tokenizer.json` as ranks with the same ids for every text; None where that cannot be shown.
+    """A `tokenizer.json` as ranks with the same ids for every text; None if that cannot be shown.
 
     BPE by merges joins the listed pair of lowest number; BPE by ranks joins any two neighbours whose union is a token, lowest
     rank first. They agree where, for every token t, joining the bytes of t by ranks ends in t through a pair that is a listed
     merge, and these pairs are listed in the order of their tokens' ids. For what happens inside a stretch of bytes before
-    anything is joined across its ends does not depend on what lies around it: whenever two neighbours make up t, they are the
+    anything is joined across its ends does not depend on its surroundings: whenever two neighbours make up t, they are the
     very two that joining t alone ends with. So both ways make the same joins in the same order.
     """
     pattern = _pattern_of(parsed["pre_tokenizer"])
@@ -389,7 +411,7 @@ def as_parsed(ranks: Ranks) -> dict[str, Any]:
 
 
 def _last_pair(token: bytes, rank: dict[bytes, int]) -> tuple[bytes, bytes] | None:
-    """The two parts whose joining makes `token` when its bytes are joined by ranks; None where they end otherwise."""
+    """The two parts whose joining makes `token` when its bytes are joined by ranks; None if they end differently."""
     parts = [token[i : i + 1] for i in range(len(token))]
     while len(parts) > 2:
         best, where = None, -1

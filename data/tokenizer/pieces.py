@@ -25,11 +25,12 @@ class SentencePiece(Backend):
     file = FILE
     is_exact = False
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, content: bytes) -> None:
+        """content: of the file, whose path is for messages. DataError if the library refuses it."""
+        self._model = content
         try:
-            self._model = path.read_bytes()
             self._processor = sentencepiece.SentencePieceProcessor(model_proto=self._model)
-        except (OSError, RuntimeError) as error:
+        except RuntimeError as error:
             raise DataError(f"{path} is not a SentencePiece model: {error}") from error
         p = self._processor
         self.vocab_size = p.vocab_size()

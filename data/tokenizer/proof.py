@@ -36,7 +36,7 @@ _WRITTEN = (
 
 
 def proof_texts(tokens: Iterable[bytes]) -> list[str]:
-    """Texts to encode both ways. tokens: the vocabulary, of which those that are whole characters are used."""
+    """Texts to encode both ways. tokens: the vocabulary; only tokens that are whole characters are used."""
     whole = []
     for token in tokens:
         try:

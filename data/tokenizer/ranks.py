@@ -23,12 +23,15 @@ from typing import Any
 import numpy as np
 import tiktoken
 
-from data.tokenizer.backend import Backend, Unencodable
+from data.tokenizer.backend import Backend, Unencodable, check_ids
 from recipes.schema.data import TokenizerConfig
 from recipes.schema.errors import DataError
+from recipes.schema.foreign import printable
 
 FILE = "tokenizer.ranks.json"
 _FORMAT = "stratum-ranks-1"
+_MOST_SPECIAL = 100_000
+"""Special tokens that a tekken file may ask for; published ones have 1,000."""
 _COUNTED = re.compile(r"(\{\d+(?:,\d*)?\})\+")
 _ATOM = re.compile(
     r"\\[pP]\{[^}]*\}|\\x\{[^}]*\}|\\.|\[(?:\[:[^\]]*:\]|\\.|\[[^\]]*\]|\^?\]?[^\]\\\[])*\]|.", re.DOTALL
@@ -210,34 +213,50 @@ def encode_batch(encoding: tiktoken.Encoding, texts: list[str], threads: int) ->
         return list(pool.map(encode, texts))
 
 
-def load(path: Path, config: TokenizerConfig) -> Ranks:
-    """Ranks out of any of the files. DataError where it is none of them, or something it does not say is not given."""
+def load(path: Path, content: bytes, config: TokenizerConfig) -> Ranks:
+    """Ranks of any of the files. path: for messages. DataError if it is none of them, or lacks something that the recipe does not
+    give either."""
     try:
-        content = path.read_bytes()
         if path.suffix == ".json":
             parsed = json.loads(content)
             if isinstance(parsed, dict) and parsed.get("format") == _FORMAT:
                 tokens = [base64.b64decode(token) for token in parsed["tokens"]]
-                return Ranks(tokens, parsed["offset"], parsed["pattern"], parsed["special"])
+                return _checked(Ranks(tokens, parsed["offset"], parsed["pattern"], parsed["special"]))
             if isinstance(parsed, dict):
                 return _tekken(parsed, config)
             return _completed(_ranked(parsed, config), config, path)
         lines = (line.split() for line in content.splitlines() if line)
         pairs = sorted((int(rank), base64.b64decode(token)) for token, rank in lines)
         return _completed(_in_order(pairs, config), config, path)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{path} is not a tiktoken or tekken file: {error!r}") from error
+    except DataError:
+        raise
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        why = printable(str(error) if type(error) is ValueError else repr(error), most=300)
+        raise DataError(f"{path} is not a tiktoken or tekken file: {why}") from error
+
+
+def _checked(ranks: Ranks) -> Ranks:
+    """Ranks whose special tokens have ids of their own. ValueError."""
+    check_ids([ranks.offset, *ranks.special.values()])
+    for name, number in ranks.special.items():
+        if 0 <= number - ranks.offset < len(ranks.tokens):
+            raise ValueError(f"its special token {name!r} has the id {number} of an ordinary token")
+    if not isinstance(ranks.pattern, str):
+        raise ValueError(f"its pattern is {ranks.pattern!r}, not text")
+    return ranks
 
 
 def _tekken(parsed: dict[str, Any], config: TokenizerConfig) -> Ranks:
     settings = parsed["config"]
     offset = settings["default_num_special_tokens"]
+    if not isinstance(offset, int) or not 0 <= offset <= _MOST_SPECIAL:
+        raise ValueError(f"default_num_special_tokens={offset!r} is not a whole number from 0 to {_MOST_SPECIAL:,}")
     size = config.keep_vocab or settings["default_vocab_size"]
     given = parsed.get("special_tokens")
     names = {entry["token_str"]: entry["rank"] for entry in given} if given else _numbered(_TEKKEN_SPECIAL)
     pairs = [(row["rank"], base64.b64decode(row["token_bytes"])) for row in parsed["vocab"]]
     tokens = _in_order(pairs, config)[: size - offset]
-    return Ranks(tokens, offset, settings["pattern"], _filled(names | config.special_tokens, range(offset)))
+    return _checked(Ranks(tokens, offset, settings["pattern"], _filled(names | config.special_tokens, range(offset))))
 
 
 def _ranked(parsed: Sequence[dict[str, Any]], config: TokenizerConfig) -> list[bytes]:

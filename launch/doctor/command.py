@@ -1,10 +1,10 @@
-"""`stratum doctor`: is this machine ready? Each line ok, absent or wrong, and then what to do about it.
+"""`stratum doctor`: is this machine ready? Each line is ok, absent or wrong, with what to do about it.
 
-Looks at Python, the project's packages against their pinned versions, GPUs and driver, CUDA and NCCL, compilers, disk, memory,
-shared memory, limits, fabric and Slurm. Needs nothing but Python (3.8 or newer, to be able to say that a newer one is
-needed): run it before anything is installed (`python3 -m launch.doctor`), and on every node of a cluster before a job is.
+It checks Python, the project's packages against their pinned versions, GPUs and driver, CUDA and NCCL, compilers, disk,
+memory, shared memory, limits, fabric and Slurm. It needs only Python (3.8 or newer, so that it can say that a newer one is
+needed): run it before anything is installed (`python3 -m launch.doctor`), and on every node of a cluster before the first job.
 
-What is checked on a GPU machine (`launch/doctor/gpu.py`) has **not been run on one**.
+The checks for GPU machines (`launch/doctor/gpu.py`) have **not been run on one**.
 """
 
 from __future__ import annotations
@@ -22,16 +22,28 @@ from typing import TYPE_CHECKING
 
 from launch.doctor.gpu import ON_GPU, cuda, fabric, gpus
 from launch.doctor.machine import ELSEWHERE, SETUP, Finding, Machine, package, pins, project_file
+from recipes.schema import units
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
+    from typing import NoReturn
 
+_INTERFACE = (
+    "for gloo on several nodes, torchrun needs GLOO_SOCKET_IFNAME=NAME (`ip -brief address`); `launch slurm` sets it"
+)
 FIXED = ("torch", "megatron-core", "hydra-core", "datasets", "wandb")
 
 
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """One message without control characters. `recipes` has more, but needs what may not be installed yet."""
+        sys.stderr.write("error: " + repr(message)[1:-1] + "\n")
+        raise SystemExit(2)
+
+
 def main(arguments: Sequence[str]) -> int:
-    """Entry point of `stratum doctor`. -> 0: nothing is wrong; 1: something will fail."""
-    parser = argparse.ArgumentParser(
+    """Entry point of `stratum doctor`. -> 0 if nothing is wrong, 1 if something will fail."""
+    parser = _Parser(
         prog="stratum doctor",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         description="Is this machine ready to train? Needs nothing but Python.",
@@ -42,8 +54,8 @@ def main(arguments: Sequence[str]) -> int:
 Before anything is installed, in a checkout: python3 -m launch.doctor
 Exit status: 0 nothing is wrong; 1 something will fail. `absent` is fine for what you do not use.""",
     )
-    parser.add_argument("--gpu", action="store_true", help="count everything that training on GPUs needs as needed")
-    parser.add_argument("--folder", type=Path, default=Path("runs"), help="where runs will be kept (default: runs)")
+    parser.add_argument("--gpu", action="store_true", help="also require what training on GPUs needs")
+    parser.add_argument("--folder", type=Path, default=Path("runs"), help="where runs will be stored (default: runs)")
     parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
     own = parser.parse_args(list(arguments))
     findings = [_needed(one) if own.gpu else one for one in look(Machine(), folder=own.folder)]
@@ -56,7 +68,7 @@ Exit status: 0 nothing is wrong; 1 something will fail. `absent` is fine for wha
 
 
 def look(machine: Machine, *, folder: Path) -> list[Finding]:
-    """Everything that can be seen. folder: where runs will be kept."""
+    """All findings. folder: where runs will be stored."""
     cards = list(gpus(machine))
     has_gpu = any(one.state == "ok" for one in cards)
     return [
@@ -91,7 +103,7 @@ def report(findings: list[Finding], *, color: bool) -> str:
 
 
 def _needed(one: Finding) -> Finding:
-    """For a machine that has to train on GPUs: what is absent there is wrong."""
+    """A finding on a machine that must train on GPUs: absent becomes wrong for GPU and CUDA."""
     if one.state == "absent" and one.topic in ("GPU", "CUDA"):
         return Finding(one.topic, one.what, "wrong", one.found, one.remedy)
     return one
@@ -105,7 +117,7 @@ def _python(machine: Machine) -> Iterator[Finding]:
     good = (3, low) <= sys.version_info[:2] < (3, high)
     yield Finding(
         "Python", "Python", "ok" if good else "wrong", f"{version} ({sys.executable})",
-        "" if good else f"3.{low} to 3.{high - 1} is needed; `make setup` looks for one and says how to get it",
+        "" if good else f"3.{low} to 3.{high - 1} is needed; `make setup` finds one or says how to get it",
     )  # fmt: skip
     if not (machine.project / "pyproject.toml").is_file():
         yield Finding("Python", "environment", "ok", f"installed as a package in {sys.prefix}")
@@ -115,7 +127,7 @@ def _python(machine: Machine) -> Iterator[Finding]:
     inside = Path(sys.prefix).resolve() == environment.resolve()
     yield Finding(
         "Python", "environment", "ok" if made or inside else "absent",
-        (".venv" + ("" if inside else " (this Python is another one: packages below are those of .venv)"))
+        (".venv" + ("" if inside else " (not the Python that runs this; the packages below are those of .venv)"))
         if made or inside else "no finished .venv",
         "" if made or inside else SETUP,
     )  # fmt: skip
@@ -135,7 +147,7 @@ def _packages(machine: Machine) -> Iterator[Finding]:
         "packages", f"{len(rest)} others", "absent" if other or lacking else "ok",
         "; ".join(filter(None, [
             f"{len(other)} in another version: {', '.join(other[:3])}" if other else "",
-            f"{len(lacking)} not here: {', '.join(lacking[:5])}" if lacking else "",
+            f"{len(lacking)} missing: {', '.join(lacking[:5])}" if lacking else "",
         ])) or "all as pinned in constraints.txt",
         SETUP + ": it installs what was tested" if other or lacking else "",
     )  # fmt: skip
@@ -152,37 +164,43 @@ def _system(machine: Machine, *, folder: Path) -> Iterator[Finding]:
     memory = _memory(machine)
     if memory is not None:
         yield Finding(
-            "machine", "memory", "ok" if memory > 7.5 else "absent", f"{memory:.1f} GiB",
-            "" if memory > 7.5 else "the smoke recipe and its tests want 8 GiB",
+            "machine", "memory", "ok" if memory > 7.5 * units.GIB else "absent", units.gib(memory),
+            "" if memory > 7.5 * units.GIB else "the smoke recipe and its tests need 8 GiB",
         )  # fmt: skip
     place = folder
-    while not place.exists() and place != place.parent:
+    while not os.path.exists(place) and place != place.parent:  # a name that is too long does not exist either
         place = place.parent
     usage = shutil.disk_usage(place)
-    free = usage.free / 1e9
-    enough = free > 20
+    enough = usage.free > 20e9
     yield Finding(
-        "machine", "disk", "ok" if enough else "wrong" if free < 1 else "absent", f"{free:,.0f} GB free for {folder}",
-        "" if enough else "a checkpoint takes 14 bytes a parameter (bf16) and two are kept: free some, or set run.folder",
+        "machine", "disk", "ok" if enough else "wrong" if usage.free < 1e9 else "absent",
+        f"{units.size(usage.free)} free for {folder}",
+        "" if enough else "a checkpoint has 14 bytes per parameter (bf16) and two are kept: free some space, or set run.folder",
     )  # fmt: skip
     writable = os.access(place, os.W_OK)
     if not writable:
-        yield Finding("machine", "run folder", "wrong", f"{place} cannot be written", "set run.folder, or permit it")
+        yield Finding(
+            "machine", "run folder", "wrong", f"{place} cannot be written", "set run.folder, or make it writable"
+        )
     shared = machine.root / "dev/shm"
     if shared.is_dir():
-        size = shutil.disk_usage(shared).total / 2**30
+        size = shutil.disk_usage(shared).total
         yield Finding(
-            "machine", "shared memory", "ok" if size >= 1 else "wrong", f"{size:.2f} GiB in /dev/shm",
-            "" if size >= 1 else "NCCL needs more: start the container with --ipc=host or --shm-size=16g",
+            "machine", "shared memory", "ok" if size >= units.GIB else "wrong", f"{units.gib(size)} in /dev/shm",
+            "" if size >= units.GIB else "NCCL needs more: start the container with --ipc=host or --shm-size=16g",
         )  # fmt: skip
     yield from _limits(machine)
     try:
         address = socket.gethostbyname(socket.gethostname())
-        yield Finding("machine", "own name", "ok", f"{socket.gethostname()} is {address}")
+        is_loopback = address.startswith("127.")
+        yield Finding(
+            "machine", "own name", "absent" if is_loopback else "ok", f"{socket.gethostname()} is {address}",
+            _INTERFACE if is_loopback else "",
+        )  # fmt: skip
     except OSError:
         yield Finding(
             "machine", "own name", "wrong", f"{socket.gethostname()} has no address",
-            "processes of several nodes cannot find this one: add it to /etc/hosts or DNS",
+            f"other nodes cannot find this one: add it to /etc/hosts or DNS. {_INTERFACE}",
         )  # fmt: skip
 
 
@@ -202,7 +220,7 @@ def _limits(machine: Machine) -> Iterator[Finding]:
         good = locked == resource.RLIM_INFINITY
         yield Finding(
             "machine", "locked memory", "ok" if good else "wrong", "unlimited" if good else f"{locked:,} bytes",
-            "" if good else "RDMA cannot register buffers: ulimit -l unlimited, in Slurm PropagateResourceLimitsExcept=MEMLOCK",
+            "" if good else "RDMA cannot register buffers: ulimit -l unlimited; in Slurm: PropagateResourceLimitsExcept=MEMLOCK",
         )  # fmt: skip
 
 
@@ -217,11 +235,11 @@ def _cluster(machine: Machine) -> Iterator[Finding]:
         yield Finding("cluster", "containers", "ok", ", ".join(containers))
 
 
-def _memory(machine: Machine) -> float | None:
-    """GiB this process may use: of the machine, or of its control group."""
+def _memory(machine: Machine) -> int | None:
+    """Bytes this process may use: the machine's memory, or the limit of its control group."""
     total = re.search(r"MemTotal:\s+(\d+) kB", machine.read("proc/meminfo"))
     if total is None:
         return None
     size = int(total[1]) * 1024
     limit = machine.read("sys/fs/cgroup/memory.max")
-    return min(size, int(limit)) / 2**30 if limit.isdigit() else size / 2**30
+    return min(size, int(limit)) if limit.isdigit() else size

@@ -6,13 +6,14 @@ import re
 from typing import TYPE_CHECKING
 
 from launch.doctor.machine import SETUP, Finding, Machine, package, pins
+from recipes.schema import units
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
 ON_GPU = ("transformer-engine", "mamba-ssm", "causal-conv1d")
 DRIVERS = {"13": (580, 0), "12": (525, 60)}
-"""Oldest driver for a major version of CUDA (CUDA Compatibility guide, minor version compatibility)."""
+"""Oldest driver for each major version of CUDA (CUDA Compatibility guide, minor version compatibility)."""
 _GPU_FIELDS = (
     "name",
     "memory.total",
@@ -42,7 +43,7 @@ def gpus(machine: Machine) -> Iterator[Finding]:
     )
     yield Finding(
         "GPU", "GPUs", "ok" if len(kinds) == 1 else "absent", described,
-        "" if len(kinds) == 1 else "the slowest and smallest sets the pace of all: use CUDA_VISIBLE_DEVICES",
+        "" if len(kinds) == 1 else "the slowest and smallest GPU limits all: select equal ones with CUDA_VISIBLE_DEVICES",
     )  # fmt: skip
     capability = min(float(row[3]) for row in rows if row[3].replace(".", "", 1).isdigit()) if rows else 0.0
     formats = "FP8, MXFP8, NVFP4" if capability >= 10 else "FP8" if capability >= 8.9 else "none"
@@ -58,19 +59,19 @@ def gpus(machine: Machine) -> Iterator[Finding]:
         )  # fmt: skip
     if any(row[5] == "Enabled" for row in rows):
         yield Finding(
-            "GPU", "MIG", "absent", "GPUs are cut into instances (MIG)", "turn it off for training over several"
+            "GPU", "MIG", "absent", "GPUs are cut into instances (MIG)", "turn MIG off to train on several GPUs"
         )
 
 
 def cuda(machine: Machine, *, has_gpu: bool) -> Iterator[Finding]:
-    """Driver against torch's CUDA, and the packages only GPUs need."""
+    """The driver compared with torch's CUDA, and the packages that only GPUs need."""
     pinned, have = pins(machine), machine.packages()
     built = machine.torch_cuda()
     driver = machine.run("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
     if built is None:
-        yield Finding("CUDA", "torch's CUDA", "absent", "no torch built for CUDA is here", SETUP)
+        yield Finding("CUDA", "torch's CUDA", "absent", "no torch with CUDA is installed", SETUP)
     elif not has_gpu or not driver:
-        yield Finding("CUDA", "torch's CUDA", "ok", f"{built} (no driver to compare with)")
+        yield Finding("CUDA", "torch's CUDA", "ok", f"{built} (there is no driver to compare with)")
     else:
         oldest = DRIVERS.get(built.split(".")[0], (0, 0))
         words = driver.splitlines()[0].split(".")
@@ -92,7 +93,7 @@ def cuda(machine: Machine, *, has_gpu: bool) -> Iterator[Finding]:
     release = re.search(r"release ([\d.]+)", compiler or "")
     yield Finding(
         "CUDA", "nvcc", "ok" if release else "absent", release[1] if release else "not found",
-        "" if release else "builds mamba-ssm and causal-conv1d where they have no wheel: the CUDA toolkit of torch's version",
+        "" if release else "builds mamba-ssm and causal-conv1d if they have no wheel: install torch's CUDA toolkit",
     )  # fmt: skip
 
 
@@ -111,10 +112,10 @@ def fabric(machine: Machine, *, has_gpu: bool) -> Iterator[Finding]:
         yield Finding(
             "fabric", "RDMA ports", "ok" if active and not down else "wrong" if not active else "absent",
             (rates or "none active") + (f"; down: {', '.join(down)}" if down else ""),
-            "" if not down else "check cable and `ibstat`, or name the good ones in NCCL_IB_HCA",
+            "" if not down else "check the cable and `ibstat`, or list the working ports in NCCL_IB_HCA",
         )  # fmt: skip
     else:
-        yield Finding("fabric", "RDMA ports", "absent", "none: several nodes would talk over TCP")
+        yield Finding("fabric", "RDMA ports", "absent", "none: several nodes would communicate over TCP")
     if not has_gpu:
         return
     topology = machine.run("nvidia-smi", "topo", "-m") or ""
@@ -123,15 +124,15 @@ def fabric(machine: Machine, *, has_gpu: bool) -> Iterator[Finding]:
     if several:
         yield Finding(
             "fabric", "NVLink", "ok" if links else "absent", f"{'/'.join(links)} links a pair" if links else "none between GPUs",
-            "" if links else "parallel.tensor over PCIe is slow: prefer pipeline and data parallelism, or check fabric manager",
+            "" if links else "parallel.tensor over PCIe is slow: use pipeline and data parallelism, or check the fabric manager",
         )  # fmt: skip
     if ports:
         direct = (machine.root / "sys/module/nvidia_peermem").exists()
         yield Finding(
             "fabric", "GPUDirect RDMA", "ok" if direct else "absent", "nvidia_peermem" + ("" if direct else " is not loaded"),
-            "" if direct else "modprobe nvidia_peermem, unless the kernel offers DMA-BUF (NCCL_DEBUG=INFO tells)",
+            "" if direct else "modprobe nvidia_peermem, unless the kernel has DMA-BUF (see the output of NCCL_DEBUG=INFO)",
         )  # fmt: skip
 
 
 def _gib(mebibytes: str) -> str:
-    return f"{int(mebibytes) / 1024:.0f} GiB" if mebibytes.isdigit() else mebibytes
+    return units.gib(int(mebibytes) * 2**20) if mebibytes.isdigit() else mebibytes

@@ -1,4 +1,4 @@
-"""What `stratum doctor` asks of a machine, and how it answers. Standard library only, readable by Python 3.8."""
+"""How `stratum doctor` reads a machine: files, programs, installed packages. Standard library only; runs on Python 3.8."""
 
 from __future__ import annotations
 
@@ -12,48 +12,50 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 ELSEWHERE = {"tzdata": ("win32", "emscripten"), "colorama": ("win32",)}
-"""Packages that only these systems need (values of sys.platform): the pins are for all."""
+"""Packages that only these systems need (values of sys.platform); constraints.txt is for all systems."""
 IS_CHECKOUT = (ROOT / "pyproject.toml").is_file()
-"""Otherwise this is an installed package, without the files of the project's top folder."""
+"""If false, this is an installed package, without the files of the project's top folder."""
 SETUP = "run `make setup` (2 to 5 minutes)" if IS_CHECKOUT else "`pip check` lists what is missing; install it with pip"
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One line."""
+    """One line of the report."""
 
     topic: str
     what: str
     state: str
-    """`ok`; `absent`: not there, and not needed for everything; `wrong`: something will fail."""
+    """`ok`; `absent`: missing, but not always needed; `wrong`: something will fail."""
     found: str
     remedy: str = ""
 
 
 class Machine:
-    """What is asked of the machine; a test gives another root and PATH."""
+    """The machine that is checked; a test gives another root and PATH."""
 
     def __init__(self, root: Path = Path("/"), project: Path = ROOT) -> None:
         self.root = root
         self.project = project
 
     def read(self, path: str) -> str:
-        """A small file of the system; empty where it cannot be read."""
+        """A small file of the system; "" if it cannot be read."""
         try:
-            return (self.root / path).read_text(errors="replace").strip()
+            return _plain((self.root / path).read_text(errors="replace")).strip()
         except OSError:
             return ""
 
     def run(self, *words: str) -> str | None:
-        """What a program prints; None where it is not there or fails."""
+        """What a program prints, without control characters; None if it is missing or fails."""
         program = shutil.which(words[0])
         if program is None:
             return None
         try:
-            done = subprocess.run([program, *words[1:]], capture_output=True, text=True, timeout=20, check=False)
+            done = subprocess.run(
+                [program, *words[1:]], capture_output=True, text=True, errors="replace", timeout=20, check=False
+            )
         except (OSError, subprocess.TimeoutExpired):
             return None
-        return done.stdout.strip() if done.returncode == 0 else None
+        return _plain(done.stdout).strip() if done.returncode == 0 else None
 
     def packages(self) -> dict[str, str]:
         """Installed versions, in the project's environment if it has one, else in this Python's."""
@@ -73,7 +75,7 @@ class Machine:
 
 
 def pins(machine: Machine) -> dict[str, str]:
-    """Tested versions by name: constraints.txt, and the exact ones of the `gpu` extra."""
+    """Tested versions by name: of constraints.txt, and the exact ones of the `gpu` extra."""
     found = {}
     for line in project_file(machine, "constraints.txt").splitlines():
         name, sign, version = line.partition("==")
@@ -85,13 +87,13 @@ def pins(machine: Machine) -> dict[str, str]:
 
 
 def project_file(machine: Machine, name: str) -> str:
-    """A file of the project's top folder; empty where there is none."""
+    """A file of the project's top folder; "" if there is none."""
     path = machine.project / name
     return path.read_text() if path.is_file() else ""
 
 
 def package(topic: str, name: str, pin: str | None, have: str | None, *, missing: str, remedy: str = SETUP) -> Finding:
-    """The line of one package. missing: its state where it is not installed."""
+    """The line of one package. missing: its state if it is not installed."""
     if have is None:
         return Finding(topic, name, missing, f"not installed{f' (pinned {pin})' if pin else ''}", remedy)
     if pin is not None and have.split("+")[0] != pin:
@@ -100,5 +102,10 @@ def package(topic: str, name: str, pin: str | None, have: str | None, *, missing
 
 
 def plain_name(name: str) -> str:
-    """A package's name as indexes compare it."""
+    """A package's name in the form that indexes compare."""
     return name.lower().replace("_", "-").replace(".", "-")
+
+
+def _plain(text: str) -> str:
+    """Text for a terminal: control characters except line breaks and tabs become `?`."""
+    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", "?", text)

@@ -1,11 +1,12 @@
-"""`stratum launch local`: a run of 1..N processes on this machine, seen to its end.
+"""`stratum launch local`: run 1..N processes on this machine until the run is finished.
 
     words --compose--> recipe --checks--> attempt (launch.local.supervise) --failed--> wait --> attempt --> ... --> exit status
 
-Every attempt resumes from the newest checkpoint. The exit status is the trainer's own (docs/launch.md), or that of the
-rank that failed first.
+Every attempt resumes from the newest checkpoint. The exit status is the trainer's (docs/launch.md), or that of the rank that
+failed first.
 """
 
+import functools
 import os
 import sys
 from collections.abc import Sequence
@@ -17,26 +18,27 @@ from launch.compose import checked_layout, compose, run_folder
 from launch.facts import fp32_block_scales_of
 from launch.lease import LeaseError, current_owner, refusal
 from launch.local.continuation import decide
-from launch.local.failures import tell
+from launch.local.failures import failure_message
 from launch.local.supervise import StopRequest, run_attempt, say
 from launch.runs import RunFolder
+from launch.user_errors import exit_status
 from recipes.schema import units
-from recipes.schema.errors import USER_ERRORS, RecipeError
+from recipes.schema.errors import RecipeError
 from recipes.schema.facts import Machine, missing_packages
+from recipes.schema.launch_rules import environment_of, local_problems
 from recipes.schema.options import CommandParser
 from recipes.schema.recipe import Recipe
-from recipes.schema.rules import environment_of, local_problems
 
 _MOST_WAIT_S = 300.0
-"""Before a restart."""
+"""Longest wait before a restart."""
 _EXAMPLES = """
 stratum launch local -cn smoke                                          as many processes as the recipe needs
 stratum launch local -cn smoke run.name=two parallel.tensor=2           two processes
 stratum launch local -cn smoke run.name=four --nproc 4 parallel.tensor=2 parallel.pipeline=2
-stratum launch local -cn smoke --show all run.name=pair --nproc 2       everybody's output, each line with its rank
+stratum launch local -cn smoke --show all run.name=pair --nproc 2       output of all ranks, each line with its rank
 """
 _NOTES = """
-Ctrl-C (or SIGTERM, SIGUSR1): all processes finish their step, save and stop; the same command continues. A second one
+Ctrl-C (or SIGTERM, SIGUSR1): all processes finish their step, save and stop; the same command continues. A second signal
 kills them. After a failure the run starts again from its newest checkpoint (launch.restarts, launch.backoff_s). Logs of
 every rank: runs/NAME/logs/. Exit status: 0 finished, 2 an error to fix in the recipe or the data, 130/143/138 stopped.
 """
@@ -59,19 +61,20 @@ def main(arguments: Sequence[str]) -> int:
     recipe = compose(words, program="launch local")
     if isinstance(recipe, int):
         return recipe
-    try:
-        gpus = 0 if recipe.run.device == "cpu" else _gpus()
-        processes = recipe.launch.processes or gpus or _degrees(recipe)
-        machine = Machine(has_gpu=gpus > 0, missing=missing_packages(), fp32_block_scales=fp32_block_scales_of(recipe))
-        more = local_problems(recipe, processes=processes, gpus=gpus)
-        layout = checked_layout(recipe, processes=processes, machine=machine, more=more, here=True)
-        environment = _environment(recipe, processes)
-        shown = _shown(own.show, processes)
-        run = run_folder(recipe)
-        refuse_second(run)
-    except USER_ERRORS as error:
-        sys.stderr.write(f"error: {error}\n")
-        return 2
+    return exit_status(functools.partial(_launch, recipe, words, show=own.show))
+
+
+def _launch(recipe: Recipe, words: Sequence[str], *, show: str) -> int:
+    """Check everything, then run. -> exit status."""
+    gpus = 0 if recipe.run.device == "cpu" else _gpus()
+    processes = recipe.launch.processes or gpus or _degrees(recipe)
+    machine = Machine(has_gpu=gpus > 0, missing=missing_packages(), fp32_block_scales=fp32_block_scales_of(recipe))
+    more = local_problems(recipe, processes=processes, gpus=gpus)
+    layout = checked_layout(recipe, processes=processes, machine=machine, more=more, here=True)
+    environment = _environment(recipe, processes)
+    shown = _shown(show, processes)
+    run = run_folder(recipe)
+    refuse_second(run)
     say(f"{processes} process{'es' * (processes > 1)} ({layout.describe()}), logs in {run.logs}")
     return run_to_end(
         python_module("launch.local.rank", "train", *words),
@@ -92,7 +95,7 @@ def run_to_end(
     environment: dict[str, str],
     shown: frozenset[int],
 ) -> int:
-    """Attempts until the run is finished, stopped, or not worth another one. -> exit status."""
+    """Start attempts until the run is finished or stopped, or must not be tried again. -> exit status."""
     failures = 0
     use_terminal = len(shown) == 1 and recipe.telemetry.progress and sys.stdout.isatty() and sys.stderr.isatty()
     with StopRequest() as stop:
@@ -110,7 +113,7 @@ def run_to_end(
                 use_terminal=use_terminal,
             )
             if end.failures:
-                say(tell(logs, end.failures, seen_live=shown))
+                say(failure_message(logs, end.failures, seen_live=shown))
             if end.status == 0 or stop.received:
                 return end.status
             decision = decide(
@@ -123,20 +126,20 @@ def run_to_end(
             )
             failures = decision.failures
             if decision.action != "again":
-                say(f"not started again: {decision.reason}")
+                say(f"no restart: {decision.reason}")
                 return end.status
             delay = wait_s(failures, first_s=recipe.launch.backoff_s, most_s=_MOST_WAIT_S)
             from_where = run.newest_checkpoint() or "the beginning"
-            when = f"in {delay:g} s (Ctrl-C: not)" if delay else "at once"
+            when = f"in {delay:g} s (Ctrl-C cancels)" if delay else "at once"
             say(f"{decision.reason}; starting again from {from_where} {when}")
             if stop.wait(delay):
                 return end.status
 
 
 def refuse_second(run: RunFolder) -> None:
-    """Refuse to start a run that a trainer works on. LeaseError names it.
+    """Raise LeaseError if a trainer owns the run.
 
-    The trainer itself refuses too (train.resilience.lease); here it costs no start of processes.
+    The trainer refuses too (train.resilience.lease); this check saves starting the processes.
     """
     found = current_owner(run.path)
     if found is not None and found[1] == "alive":
@@ -148,7 +151,7 @@ def _degrees(recipe: Recipe) -> int:
 
 
 def _gpus() -> int:
-    """GPUs that processes of this machine can see; asks the driver's files, not CUDA."""
+    """Number of GPUs that processes on this machine can use, by the driver's files, without CUDA."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is not None:
         return len([name for name in visible.split(",") if name.strip() not in ("", "-1")])
@@ -157,13 +160,15 @@ def _gpus() -> int:
 
 
 def _environment(recipe: Recipe, processes: int) -> dict[str, str]:
-    """What every process gets beside its rank. What the caller has set already stays."""
+    """Environment of every process, before its rank is added. Variables that are already set keep their values."""
     threads = recipe.run.threads or max(1, len(os.sched_getaffinity(0)) // processes)
     defaults = {"OMP_NUM_THREADS": str(threads), "PYTHONUNBUFFERED": "1"}
     if sys.platform == "linux":
-        defaults["GLOO_SOCKET_IFNAME"] = "lo"  # gloo else goes by the host name, which need not lead back here
+        defaults["GLOO_SOCKET_IFNAME"] = "lo"  # otherwise gloo uses the host name, which need not resolve to this host
     if recipe.parallel.tensor > 1 or recipe.parallel.context > 1:
-        defaults["CUDA_DEVICE_MAX_CONNECTIONS"] = "1"  # Megatron overlaps GEMMs and communication by launch order
+        defaults["CUDA_DEVICE_MAX_CONNECTIONS"] = (
+            "1"  # Megatron overlaps communication only if kernels start in launch order
+        )
     return {**defaults, **os.environ, **environment_of(recipe.launch.environment)}
 
 
@@ -176,12 +181,12 @@ def _shown(text: str, processes: int) -> frozenset[int]:
         raise RecipeError(f"--show={text}: give ranks as in 0,3, or all") from None
     beyond = sorted(rank for rank in ranks if not 0 <= rank < processes)
     if beyond:
-        raise RecipeError(f"--show={text}: there is no rank {beyond[0]} among {processes} processes")
+        raise RecipeError(f"--show={text}: with {processes} processes there is no rank {beyond[0]}")
     return ranks
 
 
 def _new_folder(logs: Path) -> Path:
-    """A name for this attempt's logs that no attempt has had."""
+    """A new folder name for this attempt's logs."""
     stem, number = f"local-{units.stamp()}", 1
     while (logs / (stem if number == 1 else f"{stem}-{number}")).exists():
         number += 1

@@ -1,10 +1,10 @@
-"""Which rank failed first, and its error once: records that failing ranks leave beside their logs, and how they are told.
+"""Which rank failed first, and its error once: the records that failing ranks leave next to their logs, as one message.
 
     rank 3: exception --> failure-00003.json {status, time, traceback}      (launch.local.rank)
     all records of an attempt --> the cause: the earliest that is not "my peer is gone" --> one message
 
-When one rank dies, the others die of its absence moments later, each with a long traceback of its own: those are
-consequences, and stay in the log files.
+When one rank dies, the others lose their peer and die moments later, each with a long traceback of its own. Those
+tracebacks are consequences: they stay in the log files.
 """
 
 import json
@@ -15,8 +15,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from launch.local.continuation import describe
-from recipes.schema.foreign import read_bounded, read_json
+from recipes.schema.foreign import printable, read_bounded, read_json
 from recipes.schema.run_folder import last_texts
+from recipes.schema.typed import FieldError, build
 
 _CONSEQUENCE = re.compile(
     r"Connection (closed|reset|refused)|Broken pipe|DistBackendError|DistNetworkError|connectFullMesh|"
@@ -25,7 +26,7 @@ _CONSEQUENCE = re.compile(
 )
 _SHOWN_LINES = 30
 SRUN_LOG = "srun.log"
-"""What srun itself says about an attempt."""
+"""Log of srun's own messages, in an attempt's folder."""
 _SIGNAL_WORDS = {
     "Out Of Memory": signal.SIGKILL,
     "Killed": signal.SIGKILL,
@@ -35,21 +36,21 @@ _SIGNAL_WORDS = {
     "Illegal instruction": signal.SIGILL,
     "Floating point exception": signal.SIGFPE,
 }
-"""srun's words for the signal that ended a task."""
+"""The signal that ended a task, by the words srun has for it."""
 
 
 @dataclass(frozen=True)
 class RankFailure:
-    """One rank that ended otherwise than it should."""
+    """One rank that did not end as it should."""
 
     rank: int
     status: int
-    """As a shell gives it: 128 + the signal's number where a signal killed the process."""
+    """As a shell gives it: 128 + the signal's number if a signal killed the process."""
     time: float
     """Seconds since the epoch, by the clock of its host."""
     host: str = ""
     error: str = ""
-    """Traceback; empty where the rank told its error in its log, or had no time to."""
+    """Traceback; empty if the rank's log has the error, or the rank could not write one."""
 
 
 def log_of(folder: Path, rank: int) -> Path:
@@ -58,7 +59,7 @@ def log_of(folder: Path, rank: int) -> Path:
 
 
 def write_failure(folder: Path, failure: RankFailure) -> None:
-    """Leave a record. Failing to is no error: the exit status still tells."""
+    """Write a rank's record. If that fails it is ignored: the exit status still shows the failure."""
     try:
         (folder / f"failure-{failure.rank:05d}.json").write_text(json.dumps(asdict(failure)))
     except OSError:
@@ -66,31 +67,32 @@ def write_failure(folder: Path, failure: RankFailure) -> None:
 
 
 def note_stop(folder: Path, status: int) -> None:
-    """Note that a rank saved and stopped because a signal asked: an empty file, whose name says with which status."""
+    """Record that a rank saved and stopped after a signal: an empty file with the status in its name."""
     (folder / f"stopped-{status}").touch()
 
 
 def read_stop(folder: Path) -> int | None:
-    """With which status ranks stopped because a signal asked; None where none did."""
-    found = [int(path.name.removeprefix("stopped-")) for path in folder.glob("stopped-*")]
+    """Status of the ranks that stopped after a signal; None if no rank did."""
+    names = [path.name.removeprefix("stopped-") for path in folder.glob("stopped-*")]
+    found = [int(name) for name in names if name.isdecimal() and len(name) < 4]
     return max(found, default=None)
 
 
 def read_failures(folder: Path) -> list[RankFailure]:
-    """Records of an attempt, the likeliest cause first."""
+    """The records of an attempt, the likeliest cause first."""
     found = []
     for path in folder.glob("failure-*.json"):
         try:
-            found.append(RankFailure(**read_json(path)))
-        except (OSError, ValueError, TypeError):
+            found.append(build(RankFailure, read_json(path), "failure"))
+        except (OSError, ValueError, FieldError):
             continue  # half-written by a rank that was killed
     return by_cause(folder, found)
 
 
 def read_silent_failures(folder: Path) -> list[RankFailure]:
-    """Ranks that srun reports as killed, from its own messages (`srun: error: n1: task 1: Killed`): they left no record.
+    """Ranks without a record that srun reports as killed (`srun: error: n1: task 1: Killed`).
 
-    Ranks that srun itself ended afterwards (Terminated) are not among them. They sort behind failures with a record.
+    Ranks that srun ended afterwards (Terminated) are left out. They come after failures with a record.
     """
     try:
         text = read_bounded(folder / SRUN_LOG).decode(errors="replace")
@@ -107,12 +109,12 @@ def read_silent_failures(folder: Path) -> list[RankFailure]:
 
 
 def by_cause(folder: Path, failures: list[RankFailure]) -> list[RankFailure]:
-    """Failures in the order in which they explain each other: causes before consequences, then by time."""
+    """Failures ordered by causes before consequences, then by time."""
     return sorted(failures, key=lambda f: (bool(_CONSEQUENCE.search(error_text(folder, f))), f.time))
 
 
 def error_text(folder: Path, failure: RankFailure) -> str:
-    """What the rank said: its traceback, or the last error message in its log. "" where it had no time to say anything."""
+    """The rank's traceback, or the last error message in its log; "" if it left neither."""
     if failure.error:
         return failure.error.rstrip()
     lines = last_texts(log_of(folder, failure.rank), 400)
@@ -120,10 +122,11 @@ def error_text(folder: Path, failure: RankFailure) -> str:
     return "\n".join(lines[starts[-1] :]).rstrip() if starts else ""
 
 
-def tell(folder: Path, failures: list[RankFailure], *, seen_live: frozenset[int] = frozenset()) -> str:
+def failure_message(folder: Path, failures: list[RankFailure], *, seen_live: frozenset[int] = frozenset()) -> str:
     """One message for an attempt's failures, causes first as `by_cause` gives them.
 
-    seen_live: ranks whose output the reader has seen already; what they said themselves is not said again.
+    seen_live: ranks whose output the user has already seen; errors in that output are not repeated. Control characters are
+    shown as escapes.
     """
     first, others = failures[0], failures[1:]
     text = error_text(folder, first)
@@ -134,7 +137,7 @@ def tell(folder: Path, failures: list[RankFailure], *, seen_live: frozenset[int]
         head = f"{hung[-1]}. Rank {first.rank} was the first to give up, with {describe(first.status)}"
     if not text:
         last = [f"    {line}" for line in last_texts(log_of(folder, first.rank), 5) if first.rank not in seen_live]
-        message = [f"{head}, without a word."] + (["Its last lines:", *last] if last else [])
+        message = [f"{head}, without a message."] + (["Its last lines:", *last] if last else [])
     elif _bare(text) in said:
         message = [f"{head}: the error above."]
     else:
@@ -142,9 +145,9 @@ def tell(folder: Path, failures: list[RankFailure], *, seen_live: frozenset[int]
     if others:
         ranks = sorted(f.rank for f in others)
         names = ", ".join(map(str, ranks[:8])) + (f" and {len(ranks) - 8} more" if len(ranks) > 8 else "")
-        message.append(f"{'Ranks' if len(ranks) > 1 else 'Rank'} {names} ended after it.")
+        message.append(f"{'Ranks' if len(ranks) > 1 else 'Rank'} {names} failed after it.")
     message.append(f"Logs: {folder}")
-    return "\n".join(message)
+    return "\n".join(map(printable, message))
 
 
 def _bare(text: str) -> str:

@@ -1,9 +1,9 @@
 """Ports that two worlds on one machine never share.
 
-A port found by binding to 0 and letting go is anybody's again before rank 0 listens on it: the kernel hands the same numbers
-to every outgoing connection, and gloo makes dozens. So a port is taken from below that range, and a name in Linux's abstract
-socket space, bound for as long as the world lives, keeps other worlds away from it: no file to clean up, and a killed
-process lets go of it. Slurm's jobs use 20000 to 31999 (launch/slurm/job_script.py).
+A port found by binding to port 0 and closing the socket may be taken before rank 0 listens on it: the kernel gives such
+numbers to every outgoing connection, and gloo opens dozens. So a port is chosen below that range, and a name in Linux's
+abstract socket space, bound as long as the world runs, reserves it against other worlds: there is no file to clean up, and the
+kernel frees the name when the process dies. Slurm jobs use 20000 to 31999 (launch/slurm/job_script.py).
 """
 
 import random
@@ -17,10 +17,10 @@ PORTS = range(32000, 32768)
 
 @contextmanager
 def reserved_port() -> Iterator[int]:
-    """A port of this machine on which nobody listens, kept from every other caller while the context is open here or in a
-    process forked inside it.
+    """A port of this machine on which nobody listens. No other caller gets it while the context is open, here or in a process
+    forked inside it.
 
-    Raises OSError when all are taken.
+    Raises OSError if all are taken.
     """
     port, claim = _claim()
     with claim:
@@ -35,6 +35,6 @@ def _claim() -> tuple[int, socket.socket]:
             with socket.socket() as probe:
                 probe.bind(("", port))
             return port, claim
-        except OSError:  # claimed by another world, or somebody listens there
+        except OSError:  # another world has it, or some process listens there
             claim.close()
     raise OSError(f"no free port from {PORTS[0]} to {PORTS[-1]}: end some of the runs on this machine")

@@ -1,8 +1,8 @@
-"""`python -m launch.local.rank MODULE words...`: what each process of a run starts as; becomes `python -m MODULE words...`.
+"""`python -m launch.local.rank MODULE words...`: the entry point of each process of a run; it runs `python -m MODULE words...`.
 
-It runs in the process itself, so a signal sent to the process reaches the trainer and nothing else. It adds three things:
-torchrun's variables, and gloo's interface, where Slurm's `srun` started the process; an end together with the launcher, should
-that be killed; and a record of how the process failed, written at once, so that the first of a thousand errors can be found.
+The module runs in this same process, so signals reach the trainer directly. This entry point adds: torchrun's variables and
+gloo's interface, if Slurm's `srun` started the process; a stop if the launcher is killed; and a record of a failure, written at
+once, so that the first of a thousand errors can be found.
 """
 
 import contextlib
@@ -24,13 +24,13 @@ from launch.local.continuation import STOPPED
 from launch.local.failures import RankFailure, note_stop, write_failure
 
 LOGS = "STRATUM_LOGS"
-"""Variable: folder of this attempt's logs and records."""
+"""Environment variable: folder of this attempt's logs and records."""
 RANK_LOG = "STRATUM_RANK_LOG"
-"""Variable: log that tracebacks go to instead of stderr, where the launcher shows this rank's output live."""
+"""Environment variable: log for tracebacks instead of stderr, if the launcher shows this rank's output live."""
 LAUNCHER = "STRATUM_LAUNCHER"
-"""Variable: process id of the launcher this process ends with."""
+"""Environment variable: process id of the launcher; this process stops if the launcher dies."""
 ALIVE = "alive"
-"""File in an attempt's logs: a rank has started. Slurm scripts submit no further job before."""
+"""File in an attempt's logs: a rank has started. Slurm scripts submit the next job only after that."""
 _SIOCGIFADDR = 0x8915
 
 
@@ -50,7 +50,7 @@ def main() -> None:
             sys.stderr.write(end.code + "\n")
         status = end.code if isinstance(end.code, int) else int(end.code is not None)
         for late in (signal.SIGTERM, signal.SIGUSR1):
-            signal.signal(late, signal.SIG_IGN)  # meant for a run that still trains; it must not spoil the exit status
+            signal.signal(late, signal.SIG_IGN)  # too late for a run that has ended; it must not change the exit status
         sys.exit(_orderly(status, started_by_srun))
     except KeyboardInterrupt:
         sys.exit(_orderly(128 + signal.SIGINT, started_by_srun))
@@ -58,17 +58,17 @@ def main() -> None:
         text = "".join(traceback.format_exception(type(error), error, _from_module(error.__traceback__)))
         _record(1, text)
         _say(text)
-        os._exit(1)  # threads and process groups that wait for lost peers would hold up a normal end
+        os._exit(1)  # a normal exit would wait for threads and process groups that wait for lost peers
 
 
 def adopt_slurm(environment: MutableMapping[str, str]) -> bool:
-    """Set torchrun's variables from Slurm's, where `srun` started this process, one task a rank. -> whether it did."""
+    """Set torchrun's variables from Slurm's, if `srun` started this process as one task for each rank. -> whether it did."""
     if "RANK" in environment or "SLURM_PROCID" not in environment or "MASTER_ADDR" not in environment:
         return False
     world = int(environment.get("SLURM_STEP_NUM_TASKS") or environment["SLURM_NTASKS"])
     nodes = int(environment.get("SLURM_STEP_NUM_NODES") or environment.get("SLURM_NNODES", "1"))
     if nodes == 1:
-        environment["MASTER_ADDR"] = "127.0.0.1"  # the rendezvous is nobody else's then
+        environment["MASTER_ADDR"] = "127.0.0.1"  # on one node, other machines need not reach the rendezvous
     environment["RANK"] = environment["SLURM_PROCID"]
     environment["WORLD_SIZE"] = str(world)
     environment["LOCAL_RANK"] = environment["SLURM_LOCALID"]
@@ -83,12 +83,12 @@ def _prove_alive() -> None:
 
 
 def name_interface(environment: MutableMapping[str, str]) -> None:
-    """Have gloo listen on the interface that leads to rank 0, unless the environment names one: by itself it takes the
-    address of the host's name, which on many nodes is a loopback one. Linux and IPv4 only; else nothing is set."""
+    """Make gloo use the interface that leads to rank 0, unless the environment names one. By default it uses the address of the
+    host's name, which on many nodes is a loopback address. Linux and IPv4 only; otherwise nothing is set."""
     if "GLOO_SOCKET_IFNAME" in environment or sys.platform != "linux":
         return
     with contextlib.suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        probe.connect((environment["MASTER_ADDR"], int(environment.get("MASTER_PORT", "1"))))  # sends nothing
+        probe.connect((environment["MASTER_ADDR"], int(environment.get("MASTER_PORT", "1"))))  # UDP: this sends nothing
         address = probe.getsockname()[0]
         for _, name in socket.if_nameindex():
             request = struct.pack("256s", name.encode()[:15])
@@ -100,19 +100,19 @@ def name_interface(environment: MutableMapping[str, str]) -> None:
 
 
 def _end_with_launcher() -> None:
-    """Have Linux send SIGTERM when the launcher dies, so that no process stays behind: it saves and stops."""
+    """Make Linux send SIGTERM if the launcher dies: this process then saves and stops."""
     launcher = os.environ.get(LAUNCHER)
     if launcher is None or not end_with_parent():
         return
     if os.getppid() != int(launcher):
-        sys.exit(128 + signal.SIGTERM)  # it died before we asked
+        sys.exit(128 + signal.SIGTERM)  # it died before the call above
 
 
 def _orderly(status: int, started_by_srun: bool) -> int:
-    """Leave the record of an end that the program chose itself. -> the status to end with.
+    """Write the record of a failure that the program reported by its status. -> the status to end with.
 
-    srun ends a step at once when a rank fails, but takes any status other than 0 for a failure: a rank that saved and
-    stopped as a signal asked would cut off the others' end. There such a stop is noted in a file, and ends with 0.
+    srun takes every status other than 0 for a failure, and then kills the other ranks at once. So under srun, a rank that saved
+    and stopped after a signal records this in a file and ends with 0; otherwise it would kill ranks that are still saving.
     """
     if status in STOPPED:
         if started_by_srun:
@@ -141,11 +141,11 @@ def _say(text: str) -> None:
             with open(path, "a") as stream:
                 stream.write(text)
     except OSError:
-        return  # it stands in the record
+        return  # the record has it too
 
 
 def _from_module(trace: TracebackType | None) -> TracebackType | None:
-    """The traceback without the frames of this module and of runpy."""
+    """The traceback, without the frames of this module and runpy."""
     start = trace
     while start is not None and start.tb_frame.f_code.co_filename in (__file__, "<frozen runpy>"):
         start = start.tb_next

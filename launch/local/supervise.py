@@ -1,12 +1,12 @@
-"""Start the processes of a run on this machine, watch them, end them: one attempt, from first start to last exit.
+"""Start the processes of a run on this machine, watch them, end them: one attempt, from the first start to the last exit.
 
     command x N --> ranks (own sessions, logs) --> wait --> AttemptEnd(status, failures)
-                                                    |  a signal: passed on once; after grace_s, or a second one: SIGKILL
-                                                    |  a rank fails: the others get SETTLE_S to end by themselves
+                                                    |  a signal: passed on once; SIGKILL after grace_s, or after a second signal
+                                                    |  a rank fails: the others have SETTLE_S to end by themselves
 
-torchrun's contract towards the processes (its variables, its rendezvous by address and port) without its two habits that
-cost runs: there one timeout serves both the save after a signal and the ranks that hang because a peer has died, and the
-exit status of a failed rank is lost (always 1), so that a mistake in the recipe is tried again like a broken cable.
+For the processes it is like torchrun: the same variables, and a rendezvous by address and port. Two things differ, because they
+lose work under torchrun: one timeout there serves both the save after a signal and ranks that hang because a peer has died;
+and the exit status of a failed rank is lost (always 1), so that an error in the recipe is retried like a hardware failure.
 """
 
 import contextlib
@@ -29,12 +29,12 @@ from launch.local.terminal import Output
 from launch.runs import RunFolder
 
 SETTLE_S = 2.0
-"""After the first failure: long enough for the others to notice and say so, short enough to restart at once."""
+"""After the first failure: the others have time to notice it and write their message, and the restart is not delayed."""
 _POLL_S = 0.05
 
 
 class StopRequest:
-    """Signals that ask the launcher to stop, noted while the context is open. SIGHUP (terminal closed) counts as SIGTERM."""
+    """Signals that ask the launcher to stop, recorded while the context is open. SIGHUP (terminal closed) counts as SIGTERM."""
 
     def __init__(self) -> None:
         self.received: list[signal.Signals] = []
@@ -67,15 +67,15 @@ class AttemptEnd:
     """How an attempt ended."""
 
     status: int
-    """0; 128 + the signal's number where a signal asked it to stop; else the status of the rank that failed first."""
+    """0; 128 + the signal's number if a signal stopped it; else the status of the rank that failed first."""
     failures: list[RankFailure]
-    """Ranks that failed, causes first; not those that were killed because of them."""
+    """Ranks that failed, causes first; without those that were killed because of them."""
 
 
 def say(text: str) -> None:
-    """One message of the launcher on stderr. A closed terminal is no reason to stop a run."""
+    """Write one message of the launcher to stderr. A closed terminal must not stop the run."""
     with contextlib.suppress(OSError, ValueError):
-        line = "\r\x1b[2K" if sys.stderr.isatty() else ""  # the processes' progress bar may stand there
+        line = "\r\x1b[2K" if sys.stderr.isatty() else ""  # clears a progress bar of the processes
         sys.stderr.write(f"{line}launch: {text}\n")
         sys.stderr.flush()
 
@@ -98,7 +98,7 @@ def run_attempt(
     stop: StopRequest,
     use_terminal: bool,
 ) -> AttemptEnd:
-    """Run `command` as `processes` ranks of one world and see them to their end; none is left when it returns.
+    """Run `command` as `processes` ranks of one world until all have ended. No process is left when it returns.
 
     logs: a new folder; shown: ranks whose output is also shown live; use_terminal: draw progress bars (one rank shown).
     """
@@ -108,7 +108,7 @@ def run_attempt(
         port = world.enter_context(reserved_port())
         world.callback(_end, ranks)
         for number in range(processes):
-            contract = {
+            variables = {
                 "RANK": str(number),
                 "LOCAL_RANK": str(number),
                 "WORLD_SIZE": str(processes),
@@ -123,7 +123,7 @@ def run_attempt(
                 _start(
                     command,
                     number,
-                    environment={**environment, **contract},
+                    environment={**environment, **variables},
                     log=log_of(logs, number),
                     prefix=f"[{number}] " if len(shown) > 1 else "",
                     is_shown=number in shown,
@@ -134,7 +134,7 @@ def run_attempt(
 
 
 def _end(ranks: list[_Rank]) -> None:
-    """Nothing of the world is left, not what a rank has started either."""
+    """End all processes of the world, including those that a rank has started."""
     for rank in ranks:
         _kill(rank)
         rank.process.wait()
@@ -143,7 +143,7 @@ def _end(ranks: list[_Rank]) -> None:
 
 
 class _Watch:
-    """The ranks of one attempt from their start to the last exit."""
+    """Watches the ranks of one attempt until the last exit."""
 
     def __init__(self, ranks: list[_Rank], *, logs: Path, grace_s: float, stop: StopRequest) -> None:
         self._running = list(ranks)
@@ -157,7 +157,7 @@ class _Watch:
         self._is_killing = False
 
     def until_end(self) -> AttemptEnd:
-        """Watch until no rank runs any more."""
+        """Watch until no rank is running."""
         while self._running:
             self._pump()
             for rank in list(self._running):
@@ -165,11 +165,12 @@ class _Watch:
                     self._running.remove(rank)
                     self._note_end(rank, returncode)
             if not self._is_killing:
-                self._pass_signals_on()
+                self._forward_signals()
                 if self._deadline is not None and time.monotonic() > self._deadline:
                     if not self._failures:
                         say(
-                            f"still running {self._grace_s:g} s after the signal (launch.grace_s): killed. {self._kept()}"
+                            f"still running {self._grace_s:g} s after the signal (launch.grace_s): killed. "
+                            f"{self._what_is_saved()}"
                         )
                     self._kill()
         records = {failure.rank: failure for failure in read_failures(self._logs)}
@@ -191,26 +192,26 @@ class _Watch:
             self._failures[rank.number] = RankFailure(rank.number, status, time.time())
             self._end_within(SETTLE_S)
 
-    def _pass_signals_on(self) -> None:
-        """The first signal goes to every rank once: a second would end it before it has saved."""
+    def _forward_signals(self) -> None:
+        """Send the first signal to every rank once: a second would end it before it has saved."""
         received = self._stop.received
         if received and self._forwarded is None:
             self._forwarded = received[0]
-            say(f"{received[0].name}: the processes finish their step, save and stop. Once more kills them.")
+            say(f"{received[0].name}: the processes finish their step, save and stop. A second signal kills them.")
             for rank in self._running:
                 rank.process.send_signal(self._forwarded)
             self._end_within(self._grace_s)
         elif len(received) > 1:
-            say(f"{received[1].name} again: killed. {self._kept()}")
+            say(f"{received[1].name} again: killed. {self._what_is_saved()}")
             self._kill()
 
-    def _kept(self) -> str:
-        """What a kill costs: nothing where the last step is saved already."""
+    def _what_is_saved(self) -> str:
+        """What the kill loses: nothing if the last step is already saved."""
         run = RunFolder(self._logs.parent.parent)
         saved, progress = run.checkpoint_step(), run.progress()
         if progress is not None and progress.step == saved:
-            return f"Nothing is lost: step {saved:,}, the last one, was saved before."
-        return f"The newest checkpoint stays: {run.newest_checkpoint() or 'there is none yet'}."
+            return f"Nothing is lost: the last step, {saved:,}, is saved."
+        return f"The newest checkpoint is {run.newest_checkpoint() or 'none yet'}."
 
     def _end_within(self, seconds: float) -> None:
         deadline = time.monotonic() + seconds
@@ -222,7 +223,7 @@ class _Watch:
             _kill(rank)
 
     def _pump(self) -> None:
-        """Pass output on as it comes; wait a moment where there is none."""
+        """Forward the output that has arrived; wait a moment if there is none."""
         outputs = [rank.output for rank in self._running if rank.output]
         descriptors = [descriptor for output in outputs for descriptor in output.descriptors()]
         if not descriptors:
@@ -243,7 +244,7 @@ def _start(
     is_shown: bool,
     use_terminal: bool,
 ) -> _Rank:
-    """Start one rank in a session of its own: Ctrl-C in the terminal reaches the launcher only, which passes it on once."""
+    """Start one rank in a session of its own: Ctrl-C in the terminal reaches only the launcher, which forwards it once."""
     if not is_shown:
         with log.open("ab") as stream:
             process = subprocess.Popen(
@@ -271,6 +272,6 @@ def _start(
 
 
 def _kill(rank: _Rank) -> None:
-    """SIGKILL for a rank and whatever it has started; also what it left behind when it ended."""
+    """SIGKILL a rank and the processes it has started, also after the rank itself has ended."""
     with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(rank.process.pid, signal.SIGKILL)

@@ -3,7 +3,7 @@
     rank --pseudo-terminal or two pipes--> Output.pump() --+--> the launcher's stdout and stderr, raw (a bar stays a bar)
                                                            +--> rank-00000.log, without control codes
 
-All other ranks write into their files by themselves. One thread, no buffering of what is shown.
+All other ranks write their log files themselves. One thread; shown output is not buffered.
 """
 
 import contextlib
@@ -23,11 +23,11 @@ _CHUNK = 65536
 
 
 class Output:
-    """Live output of one process. `stdout` and `stderr` are what the process is given; `close_child_ends` after its start."""
+    """Live output of one process. `stdout` and `stderr` are for the process; call `close_child_ends` after its start."""
 
     def __init__(self, log: Path, *, prefix: str = "", use_terminal: bool = False) -> None:
-        """prefix: put before each line shown, where several processes are. use_terminal: give the process a terminal of
-        its own, so that it draws its progress bar."""
+        """prefix: printed before each shown line, if several processes are shown. use_terminal: give the process a
+        pseudo-terminal, so that it draws its progress bar."""
         self._log = log.open("ab", buffering=0)
         self._prefix = prefix.encode()
         self._size: os.terminal_size | None = None
@@ -35,7 +35,7 @@ class Output:
         self._streams: dict[int, _Stream] = {}
         if use_terminal:
             self._master, slave = pty.openpty()
-            tty.setraw(slave)  # line ends are left to the real terminal
+            tty.setraw(slave)  # the real terminal converts line ends
             self.stdout = self.stderr = slave
             self._streams[self._master] = _Stream(sys.stderr.buffer, self._prefix)
             self._follow_size()
@@ -50,16 +50,16 @@ class Output:
             os.set_blocking(descriptor, False)
 
     def close_child_ends(self) -> None:
-        """Close this process's copies of the ends that the child writes to."""
+        """Close this process's copies of the child's write ends."""
         for descriptor in {self.stdout, self.stderr}:
             os.close(descriptor)
 
     def descriptors(self) -> list[int]:
-        """What to wait on for new output."""
+        """Descriptors to wait on for new output."""
         return list(self._streams)
 
     def pump(self) -> None:
-        """Pass on what has come. Never waits."""
+        """Forward the output that has arrived. Never waits."""
         self._follow_size()
         for descriptor, stream in list(self._streams.items()):
             while True:
@@ -78,7 +78,7 @@ class Output:
                     self._log.write(stream.clean(data))
 
     def close(self) -> None:
-        """Pass on the rest and close."""
+        """Forward the rest and close."""
         self.pump()
         for descriptor, stream in self._streams.items():
             os.close(descriptor)
@@ -87,7 +87,7 @@ class Output:
         self._log.close()
 
     def _follow_size(self) -> None:
-        """Give the process's terminal the size of the real one."""
+        """Give the pseudo-terminal the size of the real one."""
         if self._master is None or self._master not in self._streams:
             return
         try:
@@ -100,7 +100,7 @@ class Output:
 
 
 class _Stream:
-    """One stream on its way: raw to the screen, whole clean lines to the log."""
+    """One stream: raw to the screen, whole clean lines to the log."""
 
     def __init__(self, screen: BinaryIO, prefix: bytes) -> None:
         self._screen = screen
@@ -118,7 +118,7 @@ class _Stream:
             self._screen.flush()
 
     def clean(self, data: bytes) -> bytes:
-        """The lines that `data` completes, as they stood on the screen at last."""
+        """The lines that `data` completes, as the screen finally showed them."""
         *whole, rest = (self._line + data).split(b"\n")
         self._line = rest.rpartition(b"\r")[2] if len(rest) > _CHUNK else rest
         return b"".join(_as_seen(line) + b"\n" for line in whole)
@@ -128,5 +128,5 @@ class _Stream:
 
 
 def _as_seen(line: bytes) -> bytes:
-    """A line without control codes; what carriage returns have overwritten is gone."""
+    """A line without control codes and without text that a carriage return overwrote."""
     return _CONTROL.sub(b"", line).rstrip(b"\r").rpartition(b"\r")[2]

@@ -1,23 +1,25 @@
-"""What is wrong with a recipe on a kind of GPU, and what is allowed but costs something: value, place, remedy.
+"""What is wrong with a recipe on a kind of GPU, and what is allowed but has a cost: value, place, remedy.
 
-Every rule is in `recipes.schema.rules`, which training asks too; here its facts are collected (the kind of GPU, this disk)
-and the planner's advice is added.
+All rules are in `recipes.schema.rules`, which the trainer uses too. This file collects their facts (the kind of GPU, this
+disk) and adds the planner's advice.
 """
 
 from dataclasses import dataclass
 
 from launch.facts import fp32_block_scales_of, prepared_of
 from launch.plan.cost.device import Device
+from recipes.schema.credentials import without_credentials
 from recipes.schema.errors import Problem
 from recipes.schema.facts import Disk, Machine, Prepared, look
+from recipes.schema.launch_rules import script_problems
 from recipes.schema.layout import Layout
 from recipes.schema.recipe import Recipe
-from recipes.schema.rules import container_problems, notes, problems
+from recipes.schema.rules import notes, problems
 
 
 @dataclass(frozen=True)
 class Facts:
-    """What a plan knows beyond the recipe."""
+    """What a plan knows in addition to the recipe."""
 
     machine: Machine
     disk: Disk
@@ -26,12 +28,12 @@ class Facts:
 
     @property
     def is_here(self) -> bool:
-        """Whether the run can start on this disk, judged by its data: if it is elsewhere, so may be all that is missing here."""
+        """Whether the run's data is on this disk. If not, other files that are missing here may be on the same other disk."""
         return self.prepared is not None and self.prepared.is_here
 
 
 def facts_of(recipe: Recipe, device: Device) -> Facts:
-    """The planned machine, with the packages of the `gpu` extra, and what is on this disk."""
+    """Facts for the planned machine, with all packages of the `gpu` extra, and this disk."""
     machine = Machine(
         has_gpu=True,
         name=device.name,
@@ -43,7 +45,7 @@ def facts_of(recipe: Recipe, device: Device) -> Facts:
 
 
 def recipe_problems(recipe: Recipe, facts: Facts, *, world: int) -> list[Problem]:
-    """Everything that would stop the run, its memory aside."""
+    """Everything that would stop the run, except memory."""
     return problems(
         recipe,
         world=world,
@@ -55,7 +57,7 @@ def recipe_problems(recipe: Recipe, facts: Facts, *, world: int) -> list[Problem
 
 
 def recipe_warnings(recipe: Recipe, layout: Layout, device: Device, facts: Facts) -> list[str]:
-    """What is allowed and probably not wanted."""
+    """What is allowed but probably not wanted."""
     found = []
     if layout.tensor > device.domain:
         found.append(
@@ -77,7 +79,7 @@ def recipe_warnings(recipe: Recipe, layout: Layout, device: Device, facts: Facts
             "parallel.overlap_grad_reduce=false: gradients are reduced after the backward pass instead of during it."
         )
     found += [str(note) for note in notes(recipe, machine=facts.machine, prepared=facts.prepared)]
-    found += [f"`stratum launch slurm` would refuse: {problem}" for problem in container_problems(recipe)]
+    found += [f"`stratum launch slurm` would refuse: {problem}" for problem in script_problems(recipe)]
     if recipe.run.device == "cpu":
         found.append("run.device=cpu: the plan is for GPUs; this recipe will not use them.")
     if recipe.run.deterministic:
@@ -86,7 +88,7 @@ def recipe_warnings(recipe: Recipe, layout: Layout, device: Device, facts: Facts
         )
     if not facts.is_here:
         found.append(
-            f"data.folder={recipe.data.folder} holds no prepared data here: vocabulary, size and whatever else the recipe "
-            f"names on disk were not checked. `stratum prepare` makes it."
+            f"data.folder={without_credentials(recipe.data.folder)} has no prepared data here: its vocabulary and size, and "
+            f"other files that the recipe names, were not checked. `stratum prepare` prepares it."
         )
-    return found
+    return [without_credentials(text) for text in found]

@@ -1,6 +1,7 @@
-"""`stratum plan`: what a run will need and take, and every mistake in it. Imports no torch."""
+"""`stratum plan`: memory and time of a run, and everything that is wrong with it. Imports no torch."""
 
 import argparse
+import functools
 import json
 import sys
 from collections.abc import Sequence
@@ -17,7 +18,8 @@ from launch.plan.planner import Plan, make_plan, world_of
 from launch.plan.scale import counts_of, draw_scale, scale, scale_json, show_scale
 from launch.plan.search import search
 from launch.plan.tables import show, show_search
-from recipes.schema.errors import USER_ERRORS
+from launch.user_errors import exit_status
+from recipes.schema.errors import StratumError
 from recipes.schema.layout import rank_coordinates
 from recipes.schema.options import CommandParser
 from recipes.schema.recipe import Recipe
@@ -26,12 +28,12 @@ from recipes.schema.units import GIB
 _EXAMPLES = r"""
 stratum plan -cn smoke                                            the recipe as it stands, on H100s
 stratum plan -cn smoke model=nemotron_nano_12b_v2 precision=fp8_blockwise data.row_tokens=8192 \
-    --gpus 64 --device h100 parallel.tensor=4 parallel.sequence=true     a layout of your own
+    run.global_rows=128 run.microbatch_rows=1 --gpus 64 parallel.tensor=4 parallel.sequence=true     a layout of your own
 stratum plan -cn nemotron_nano_12b_v2 run.global_rows=768 --gpus 256 --search     the best layouts, with reasons
 stratum plan -cn nemotron_nano_12b_v2 --gpus 736 --json | jq .memory_gib_per_rank     for scripts
 stratum plan -cn smoke --picture plan.png                         memory by stage, time by part
 stratum plan -cn nemotron_nano_12b_v2 --gpus 736 --goodput        how often to save, and what failures cost
-stratum plan -cn nemotron_nano_12b_v2 --scale 8,64 --picture scale.png     what more GPUs still bring
+stratum plan -cn nemotron_nano_12b_v2 --scale 8,64 --picture scale.png     how much faster more GPUs are
 """
 
 
@@ -39,25 +41,25 @@ def main(arguments: Sequence[str]) -> int:
     """Entry point of `stratum plan`. -> exit status."""
     parser = CommandParser(
         "plan",
-        about="What a run will need and take, and every mistake in it, before anything is started. Needs no torch.",
+        about="Memory and time of a run, and everything that is wrong with it, before it starts. Needs no torch.",
         examples=_EXAMPLES,
         notes=f"""
 Devices: {", ".join(devices())}.
-Exit status: 0 the run can start; 1 it would fail (memory, formats); 2 the recipe cannot be laid out. docs/plan.md says what is
-counted, what is estimated, and how far off the estimates are.
+Exit status: 0 the run can start; 1 it would fail (memory, formats); 2 the recipe cannot be used. docs/plan.md explains what is
+counted, what is estimated, and how accurate the estimates are.
 """,
         recipe=True,
     )
     parser.add_argument("--gpus", type=int, metavar="N", help="GPUs of the run (default: launch.nodes x gpus_per_node, or as "
                         "few as the degrees need)")  # fmt: skip
     parser.add_argument("--device", default="h100", metavar="KIND", help="kind of GPU (default: h100)")
-    parser.add_argument("--search", action="store_true", help="look for the best layouts instead")
+    parser.add_argument("--search", action="store_true", help="find the best layouts instead")
     parser.add_argument("--top", type=int, default=8, metavar="N", help="layouts that --search shows (default: 8)")
     parser.add_argument("--json", action="store_true", help="one JSON object on stdout, nothing else")
     parser.add_argument(
         "--picture", type=Path, metavar="FILE", help="draw memory by stage and time by part (.png, .svg, .pdf)"
     )
-    parser.add_argument("--ranks", action="store_true", help="list every rank, however many there are")
+    parser.add_argument("--ranks", action="store_true", help="list every rank, even of a large world")
     parser.add_argument(
         "--scale", metavar="N,N,...", help="the best layout at each of these numbers of GPUs, in one table"
     )
@@ -67,20 +69,23 @@ counted, what is estimated, and how far off the estimates are.
         parser.error(f"--gpus {own.gpus}: at least 1")
     wanted = [name for name in ("search", "scale", "goodput") if getattr(own, name)]
     if len(wanted) > 1:
-        parser.error(f"--{wanted[0]} and --{wanted[1]} answer different questions: ask one at a time")
+        parser.error(f"--{wanted[0]} and --{wanted[1]} cannot be combined: use one at a time")
     notes: list[str] = []
     recipe = compose(words, program="plan", notes=notes)
     if isinstance(recipe, int):
         return recipe
+    return exit_status(functools.partial(_answer, recipe, own, notes))
+
+
+def _answer(recipe: Recipe, own: argparse.Namespace, notes: Sequence[str]) -> int:
     try:
         if own.scale is not None:
             return _scale(recipe, own)
         return _search(recipe, own) if own.search else _plan(recipe, own, notes)
-    except USER_ERRORS as error:
+    except StratumError as error:
         if own.json:
             sys.stdout.write(json.dumps({"problems": str(error).splitlines()}) + "\n")
-        sys.stderr.write(f"error: {error}\n")
-        return 2
+        raise
 
 
 def _plan(recipe: Recipe, own: argparse.Namespace, notes: Sequence[str]) -> int:
@@ -106,7 +111,6 @@ def _plan(recipe: Recipe, own: argparse.Namespace, notes: Sequence[str]) -> int:
 
 
 def _scale(recipe: Recipe, own: argparse.Namespace) -> int:
-
     points = scale(recipe, counts_of(own.scale), device=device_named(own.device), own=own)
     if own.json:
         sys.stdout.write(json.dumps({"points": scale_json(points)}) + "\n")
@@ -120,7 +124,6 @@ def _scale(recipe: Recipe, own: argparse.Namespace) -> int:
 
 
 def _search(recipe: Recipe, own: argparse.Namespace) -> int:
-
     found = search(recipe, world=world_of(recipe, own.gpus), device=device_named(own.device), top=own.top)
     if own.json:
         best = as_json(found.best[0].plan, ranks=False) if found.best else {"problems": list(found.rejected)}
@@ -147,7 +150,7 @@ def _search(recipe: Recipe, own: argparse.Namespace) -> int:
 
 
 def as_json(plan: Plan, *, ranks: bool) -> dict[str, Any]:
-    """A plan as one flat object; bytes, seconds, FLOPs in plain units unless the key says another."""
+    """A plan as one flat object; values are in bytes, seconds and FLOPs unless the key names another unit."""
     layout = plan.layout
     found: dict[str, Any] = {
         "parameters": plan.parameters,
@@ -191,7 +194,7 @@ def as_json(plan: Plan, *, ranks: bool) -> dict[str, Any]:
 
 
 def memory_parts(memory: RankMemory) -> dict[str, float]:
-    """Memory of a rank by what it holds, in bytes."""
+    """Memory of a rank by part, in bytes."""
     parts = asdict(memory)
     del parts["stage"], parts["in_flight"]
     return parts

@@ -1,6 +1,6 @@
-"""`stratum plan --goodput`: how often the run should save, and how much of its time ends up in the model when nodes fail.
+"""`stratum plan --goodput`: how often the run should save, and which share of its time is useful when nodes fail.
 
-Times of saving and loading are the plan's, unless given; failures come as often as Llama 3's did, unless given.
+By default, times of saving and loading are the plan's, and failures are as frequent as Llama 3's.
 """
 
 import argparse
@@ -30,43 +30,43 @@ from recipes.schema.errors import RecipeError
 
 _MARKS = ("#b02a30", "#e9a23b", "#2a9d8f", "#8a5a9e", "#555555")
 RESTART_S = 300.0
-"""From a failure until all processes run again, an allowance: a dead process is noticed at once, a hang after
-`launch.timeout_s`; then scheduling, imports and connections."""
+"""From a failure until all processes run again; an assumption: a dead process is noticed at once, a hang after
+`launch.timeout_s`; then scheduling, imports and connections follow."""
 
 
 @dataclass(frozen=True)
 class Choice:
-    """One way to save, and what comes of it."""
+    """One save interval and its result."""
 
     name: str
     steps: int
-    """Between saves."""
+    """Steps between saves."""
     saving: Saving
     goodput: float
-    """Expected."""
-    played: Outcome
+    """Expected share of useful time."""
+    simulated: Outcome
 
 
 @dataclass(frozen=True)
 class Goodput:
-    """What failures make of a plan."""
+    """A plan with failures."""
 
     failures: Failures
     nodes: int
     node_mtbf_s: float
     choices: tuple[Choice, ...]
     memory: float
-    """Expected with copies of the state in other nodes' memory instead of on storage."""
+    """Expected goodput with copies of the state in other nodes' memory instead of on storage."""
 
     @property
     def advised(self) -> Choice:
-        """The rarest saves that lose no more than 0.1 % against the best."""
+        """The longest interval that loses at most 0.1 % compared with the best."""
         return self.choices[-1]
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """The options of `--goodput`."""
-    group = parser.add_argument_group("goodput", "what failures make of the run (docs/plan.md)")
+    group = parser.add_argument_group("goodput", "the run with failures (docs/plan.md)")
     group.add_argument("--goodput", action="store_true", help="best save interval and expected share of useful time")
     group.add_argument(
         "--node-mtbf-hours", type=float, metavar="H", default=LLAMA_NODE_MTBF_S / 3600,
@@ -82,11 +82,11 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def goodput_of(plan: Plan, own: argparse.Namespace) -> Goodput:
-    """Expected and simulated goodput of a plan at the recipe's interval and at better ones. RecipeError for times below zero."""
+    """Expected and simulated goodput at the recipe's interval and at better ones. Raises RecipeError for negative times."""
     for name in ("node_mtbf_hours", "restart_s", "load_s", "stall_s", "write_s"):
         value = getattr(own, name)
         if value is not None and (value < 0 or (name == "node_mtbf_hours" and value == 0)):
-            raise RecipeError(f"--{name.replace('_', '-')} {value:g}: times are above zero.")
+            raise RecipeError(f"--{name.replace('_', '-')} {value:g}: use a number above 0.")
     nodes = max(1, -(-plan.layout.world // plan.device.node))
     mean = own.node_mtbf_hours * 3600 / nodes
     load = load_seconds(plan) if own.load_s is None else own.load_s
@@ -115,14 +115,14 @@ def goodput_of(plan: Plan, own: argparse.Namespace) -> Goodput:
 
 
 def load_seconds(plan: Plan) -> float:
-    """Until a node's ranks have read their state: each its weights (every data-parallel copy reads them) and its moments."""
+    """Seconds until a node's ranks have read their state: weights (every data-parallel copy reads them) and moments."""
     rank = plan.fullest
     node = (rank.weights + rank.masters + rank.moments) * min(plan.device.node, plan.layout.world)
     return node / STORAGE_PER_NODE
 
 
 def _in_memory(plan: Plan, failures: Failures, stall: float) -> float:
-    """Copies sent to one other node over the network and read back from there; every failure is survived by one copy."""
+    """Expected goodput if each node keeps a copy of its state on one other node; one copy survives each failure."""
     rank = plan.fullest
     seconds = (rank.weights + rank.masters + rank.moments) / plan.device.network
     near = replace(failures, load_s=seconds)
@@ -131,7 +131,7 @@ def _in_memory(plan: Plan, failures: Failures, stall: float) -> float:
 
 
 def show_goodput(found: Goodput, plan: Plan) -> None:
-    """Print the outcome."""
+    """Print the result."""
     out = console()
     failures = found.failures
     out.print(
@@ -139,7 +139,7 @@ def show_goodput(found: Goodput, plan: Plan) -> None:
         f"failure every {units.span(failures.mean_s)}; {failures.restart_s:,.0f} s to restart, {failures.load_s:,.0f} s "
         f"to load; a save stalls {found.choices[0].saving.stall_s:.2g} s, durable {found.choices[0].saving.write_s:.2g} s later"
     )
-    table = Table(title="What share of the time ends up in the model", title_justify="left", title_style="bold")
+    table = Table(title="Share of useful time", title_justify="left", title_style="bold")
     for name in (
         "save every",
         "steps",
@@ -154,14 +154,14 @@ def show_goodput(found: Goodput, plan: Plan) -> None:
         table.add_column(name, justify="left" if name == "save every" else "right")
     seconds = plan.recipe.run.steps * plan.time.seconds
     for choice in found.choices:
-        played = choice.played
-        share = [part / played.elapsed for part in (played.stalled, played.lost, played.restarting)]
+        simulated = choice.simulated
+        share = [part / simulated.elapsed for part in (simulated.stalled, simulated.lost, simulated.restarting)]
         table.add_row(
             choice.name,
             f"{choice.steps:,}",
             f"{choice.saving.interval_s:,.0f}",
             f"{choice.goodput:.2%}",
-            f"{played.goodput:.2%} ± {2 * played.error:.2%}",
+            f"{simulated.goodput:.2%} ± {2 * simulated.error:.2%}",
             *[f"{part:.2%}" for part in share],
             units.span(seconds / choice.goodput) if choice.goodput > 1e-6 else "never",
         )
@@ -170,20 +170,20 @@ def show_goodput(found: Goodput, plan: Plan) -> None:
     expected = seconds / advised.goodput / failures.mean_s if advised.goodput > 1e-6 else float("inf")
     busy = min(1.0, advised.saving.write_s / advised.saving.cycle_s)
     out.print(
-        f"Advised: checkpoint.every_steps={advised.steps}, the rarest saves within 0.1 % of the best (storage busy "
+        f"Advised: checkpoint.every_steps={advised.steps}, the longest interval within 0.1 % of the best (storage busy "
         f"{busy:.1%} of the time); about {expected:,.1f} failures until the last step. With copies in other nodes' memory "
-        f"(not built here yet), one surviving each failure: {found.memory:.2%}."
+        f"(not implemented), of which one survives each failure: {found.memory:.2%}."
     )
 
 
 def goodput_json(found: Goodput) -> dict[str, Any]:
-    """The outcome for scripts: seconds and shares."""
+    """The result for scripts: seconds and shares."""
     return {
         "nodes": found.nodes,
         "failures": asdict(found.failures),
         "choices": [
-            {"name": c.name, "every_steps": c.steps, **asdict(c.saving), "goodput": c.goodput, "simulated": c.played.goodput,
-             "standard_error": c.played.error}
+            {"name": c.name, "every_steps": c.steps, **asdict(c.saving), "goodput": c.goodput, "simulated": c.simulated.goodput,
+             "standard_error": c.simulated.error}
             for c in found.choices
         ],
         "advised_every_steps": found.advised.steps,
@@ -193,8 +193,7 @@ def goodput_json(found: Goodput) -> dict[str, Any]:
 
 
 def draw_goodput(found: Goodput, plan: Plan, path: Path) -> None:
-    """Goodput against the interval: the expected curve, and the simulated choices on it."""
-
+    """Draw goodput over the interval: the expected curve, and the simulated choices."""
     first = found.choices[0].saving
     shortest = min(choice.saving.interval_s for choice in found.choices)
     span = [shortest / 30 * 10 ** (k / 60) for k in range(240)]
@@ -207,14 +206,14 @@ def draw_goodput(found: Goodput, plan: Plan, path: Path) -> None:
             named.setdefault(choice.steps, []).append(choice)
         for (steps, same), color in zip(named.items(), _MARKS, strict=False):
             axes.errorbar(
-                same[0].saving.interval_s, same[0].played.goodput, yerr=2 * same[0].played.error, fmt="o", color=color,
+                same[0].saving.interval_s, same[0].simulated.goodput, yerr=2 * same[0].simulated.error, fmt="o", color=color,
                 label=f"{', '.join(choice.name for choice in same)}: {steps:,} steps, {same[0].goodput:.2%}", capsize=3,
             )  # fmt: skip
         worst = min(choice.goodput for choice in found.choices)
         axes.set_xscale("log")
         axes.set_ylim(max(0.0, 1 - 4 * (1 - worst)), 1 + 0.2 * (1 - worst))
         axes.set_xlabel("seconds of training between saves")
-        axes.set_ylabel("share of time that ends up in the model")
+        axes.set_ylabel("share of useful time")
         axes.set_title(
             f"{plan.recipe.run.name} on {plan.layout.world:,} x {plan.device.name}: a failure every "
             f"{units.span(found.failures.mean_s)}"

@@ -1,4 +1,4 @@
-"""What tables and pictures call the parts of a step's time and of a rank's memory."""
+"""Names of the parts of a step's time and of a rank's memory, for tables and pictures."""
 
 PART_NAMES = {
     "mamba": "Mamba-2 products", "scan": "Mamba-2 scan", "attention": "attention products", "scores": "attention scores",
@@ -7,10 +7,10 @@ PART_NAMES = {
     "context": "context parallel, exposed", "pipeline": "stages' messages", "bubble": "pipeline bubble", "teacher": "teacher",
     "uneven": "uneven stages", "data": "data parallel, exposed", "optimizer": "optimizer", "jitter": "stragglers",
 }  # fmt: skip
-"""Names of a step's parts for people."""
+"""Parts of a step's time."""
 
 MEMORY_NAMES = {
     "weights": "weights", "gradients": "grads", "masters": "masters", "moments": "moments", "low_copies": "FP8",
-    "activations": "activations", "workspace": "passing", "communication": "messages", "teacher": "teacher",
+    "activations": "activations", "workspace": "temporary", "communication": "messages", "teacher": "teacher",
     "reserve": "reserve",
 }  # fmt: skip

@@ -16,7 +16,7 @@ _STYLE = {"font.size": 10, "axes.spines.top": False, "axes.spines.right": False,
 
 @contextmanager
 def canvas(path: Path, *, size: tuple[float, float]) -> Iterator[Any]:
-    """A figure that is written when its block ends. RecipeError for a kind of file that cannot be written."""
+    """A figure that is written when its block ends. Raises RecipeError for another kind of file than .png, .svg or .pdf."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -33,7 +33,7 @@ def canvas(path: Path, *, size: tuple[float, float]) -> Iterator[Any]:
 
 
 def draw(plan: Plan, path: Path) -> None:
-    """Write the picture. RecipeError for a kind of file that cannot be written."""
+    """Write the picture. Raises RecipeError as `canvas`."""
     with canvas(path, size=(13, 5.2)) as figure:
         left, right = figure.subplots(1, 2, width_ratios=(3, 2))
         places = [str(memory.stage) for memory in plan.memory]

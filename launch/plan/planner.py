@@ -1,8 +1,8 @@
-"""From a typed recipe to what a run of it will need and take: layout, memory, time, cost, and everything wrong with it.
+"""The plan of a run, from its typed recipe: layout, memory, time, cost, and everything that is wrong.
 
-    Recipe, GPUs, device --checks--> problems --train.cost--> memory of every stage, time of a step --> days, energy, checkpoints
+    Recipe, GPUs, device --checks--> problems --cost--> memory of every stage, time of a step --> days, energy, checkpoints
 
-No torch, no GPU, nothing allocated: runs on a login node in a second.
+Needs no torch and no GPU and allocates nothing: it runs on a login node in a second.
 """
 
 from collections.abc import Sequence
@@ -25,22 +25,22 @@ from recipes.schema.scaling import low_precision_linears
 from recipes.schema.units import GIB
 
 USABLE = 0.97
-"""Share of a device's memory a plan may fill: an allocator never uses the last of it."""
+"""Share of a device's memory that a plan may fill: the allocator cannot use all of it."""
 STORAGE_PER_NODE = 2e9
-"""Bytes/s one node writes to shared storage; an allowance (arXiv 2407.21783: 2 TB/s sustained for 2,000 nodes)."""
+"""Bytes/s one node writes to shared storage; an assumption (arXiv 2407.21783: 2 TB/s sustained for 2,000 nodes)."""
 TO_HOST = 20e9
-"""Bytes/s from a GPU to its host's memory over PCIe 4, about."""
+"""Bytes/s from a GPU to its host's memory over PCIe 4, approximately."""
 
 
 @dataclass(frozen=True)
 class Checkpoints:
-    """What saving takes."""
+    """Size and times of a checkpoint."""
 
     size_bytes: float
     stall_s: float
-    """Training waits: each GPU copies its share to the host."""
+    """Training waits this long: each GPU copies its share to the host."""
     write_s: float
-    """Until the last byte is on shared storage, in the background."""
+    """Time until the last byte is on shared storage, in the background."""
 
 
 @dataclass(frozen=True)
@@ -55,16 +55,16 @@ class Plan:
     modules: Modules
     parameters: int
     flops: Flops
-    """Of a token: forward and backward, nothing twice."""
+    """Of one token: forward and backward, without recomputation."""
     memory: tuple[RankMemory, ...]
-    """Of each pipeline rank."""
+    """For each pipeline rank."""
     time: StepTime
     traffic: StepTraffic
     checkpoints: Checkpoints
     problems: tuple[str, ...]
-    """What will fail; the run must not start."""
+    """What will fail: the run must not start."""
     warnings: tuple[str, ...]
-    """What may be meant but costs something."""
+    """What is allowed but has a cost."""
 
     @property
     def tokens_per_step(self) -> int:
@@ -82,12 +82,12 @@ class Plan:
 
     @property
     def mfu(self) -> float:
-        """Model FLOPs utilisation: attention as a causal mask leaves it, the scan and the head counted."""
+        """Model FLOPs utilisation: attention without the masked half, scan and head included."""
         return self.flops.total * self.tokens_per_s_per_gpu / self.peak
 
     @property
     def mfu_unmasked(self) -> float:
-        """The same with the masked half of attention counted, as some publish it."""
+        """The same with the masked half of attention included, as some publishers count it."""
         model, row = self.recipe.model, self.recipe.data.row_tokens
         kinds = layer_kinds(model.pattern)
         seen = kinds.count("*") * visible_keys(row) + kinds.count("w") * visible_keys(row, window=model.window_tokens)
@@ -105,7 +105,7 @@ class Plan:
 
     @property
     def hours(self) -> float:
-        """Of the whole run, saving included, nothing failing."""
+        """Hours of the whole run, with saves, without failures."""
         every = self.recipe.checkpoint.every_steps
         saves = self.recipe.run.steps // every if every else 1
         return (self.recipe.run.steps * self.time.seconds + saves * self.checkpoints.stall_s) / 3600
@@ -116,12 +116,12 @@ class Plan:
 
     @property
     def energy_mwh(self) -> float:
-        """At the GPUs' full power with their share of the host; cooling not counted."""
+        """At full power of the GPUs with their share of the host; without cooling."""
         return self.gpu_hours * (self.device.watts + self.device.host_watts) / 1e6
 
 
 def world_of(recipe: Recipe, gpus: int | None) -> int:
-    """GPUs of a run: as asked, or as the launch group says, or as few as its degrees need."""
+    """GPUs of a run: the given number, else that of the launch group, else as few as the degrees need."""
     if gpus is not None:
         return gpus
     degrees = recipe.parallel.tensor * recipe.parallel.pipeline * recipe.parallel.context
@@ -132,10 +132,9 @@ def world_of(recipe: Recipe, gpus: int | None) -> int:
 def make_plan(
     recipe: Recipe, *, world: int, device: Device, stages: Sequence[str] | None = None, facts: Facts | None = None
 ) -> Plan:
-    """Plan a run. RecipeError lists everything that keeps it from being laid out; later problems are in the plan.
+    """Plan a run. Raises RecipeError with all problems if the layout is impossible; other problems are in the plan.
 
-    stages: pattern of each chunk, where another cut than the recipe's is tried. facts: `facts_of` the recipe, where many
-    layouts of one recipe are planned.
+    stages: pattern of each chunk, if not the recipe's own cut. facts: `facts_of` the recipe, to reuse them for many layouts.
     """
     facts = facts or facts_of(recipe, device)
     problems = [str(problem) for problem in recipe_problems(recipe, facts, world=world)]
@@ -143,7 +142,7 @@ def make_plan(
         layout = lay_out(
             model=recipe.model, parallel=recipe.parallel, run=recipe.run, row_tokens=recipe.data.row_tokens, world=world
         )
-    except RecipeError as error:  # problems name it with all the others
+    except RecipeError as error:  # it is among the problems
         raise RecipeError("\n".join(problems)) from error
     if stages is not None and len(stages) > 1:
         recipe = replace(recipe, model=replace(recipe.model, pattern="|".join(stages)))
@@ -213,7 +212,7 @@ def setting_of(recipe: Recipe, *, layout: Layout, stages: tuple[str, ...], devic
 
 
 def checkpoints_of(recipe: Recipe, *, layout: Layout, device: Device) -> Checkpoints:
-    """Size and times of a checkpoint: weights in the recipe's format, fp32 masters beside bf16 ones, two fp32 moments."""
+    """Size and times of a checkpoint: weights in the recipe's format, fp32 masters if these are bf16, two fp32 moments."""
     total = parameters(recipe.model).total
     size = float(total * (2 + 12 if recipe.precision.params == "bf16" else 4 + 8))
     nodes = max(1, layout.world // device.node)
@@ -229,7 +228,7 @@ def _high(recipe: Recipe, device: Device) -> Format:
 
 
 def _memory_problems(plan: Plan) -> list[str]:
-    """Too little memory, with what would help most."""
+    """The problem that memory is too small, with the most effective remedies."""
     if plan.fits:
         return []
     rank, capacity = plan.fullest, plan.device.memory_gib * USABLE

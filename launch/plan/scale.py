@@ -1,6 +1,6 @@
-"""`stratum plan --scale 8,64,512,...`: the best layout at each number of GPUs, and what more of them still bring.
+"""`stratum plan --scale 8,64,512,...`: the best layout at each number of GPUs, and the speed-up.
 
-The step stays as the recipe has it, so that training is the same: strong scaling, to the point where it ends.
+The step stays as in the recipe, so that training is the same: strong scaling.
 """
 
 import argparse
@@ -28,22 +28,22 @@ class Point:
 
     gpus: int
     plan: Plan | None
-    """The fastest layout; None where none works."""
+    """The fastest layout; None if none works."""
     goodput: Goodput | None
     reason: str
-    """Why none works."""
+    """Why no layout works; "" if one does."""
 
 
 def counts_of(text: str) -> list[int]:
-    """`8,64,512` as numbers, ascending. RecipeError for anything else."""
+    """`8,64,512` as numbers, ascending. Raises RecipeError for anything else."""
     words = [word for word in text.replace(",", " ").split() if word]
     if not words or not all(word.isdigit() and int(word) for word in words):
-        raise RecipeError(f"--scale {text}: numbers of GPUs with commas between them, e.g. --scale 8,64,512.")
+        raise RecipeError(f"--scale {text}: give numbers of GPUs separated by commas, as in --scale 8,64,512.")
     return sorted({int(word) for word in words})
 
 
 def scale(recipe: Recipe, counts: list[int], *, device: Device, own: argparse.Namespace) -> list[Point]:
-    """Search the best layout for each number of GPUs, with its goodput."""
+    """Find the best layout for each number of GPUs, with its goodput."""
     points = []
     for gpus in counts:
         found = search(recipe, world=gpus, device=device, top=1)
@@ -57,13 +57,13 @@ def scale(recipe: Recipe, counts: list[int], *, device: Device, own: argparse.Na
 
 
 def show_scale(points: list[Point], recipe: Recipe) -> None:
-    """Print one line a number of GPUs."""
+    """Print a table with one line for each number of GPUs."""
     out = console()
     table = Table(
         title=f"{recipe.run.name}: {recipe.run.global_rows:,} rows of {recipe.data.row_tokens:,} tokens a step, best layouts",
         title_justify="left", title_style="bold",
     )  # fmt: skip
-    for name in ("GPUs", "layout", "s/step", "tokens/s/GPU", "MFU", "of linear", "GiB", "nothing failing", "goodput",
+    for name in ("GPUs", "layout", "s/step", "tokens/s/GPU", "MFU", "of linear", "GiB", "without failures", "goodput",
                  "with failures", "save every"):  # fmt: skip
         table.add_column(name, justify="left" if name == "layout" else "right")
     first = next((point.plan for point in points if point.plan is not None), None)
@@ -86,7 +86,9 @@ def show_scale(points: list[Point], recipe: Recipe) -> None:
             f"{advised.steps:,} steps",
         )
     out.print(table)
-    out.print("Predictions: docs/plan.md says how far off they are, and what failures and times of saving are assumed.")
+    out.print(
+        "Predictions: docs/plan.md says how accurate they are, and which failures and times of saving are assumed."
+    )
 
 
 def scale_json(points: list[Point]) -> list[dict[str, Any]]:
@@ -111,8 +113,7 @@ def scale_json(points: list[Point]) -> list[dict[str, Any]]:
 
 
 def draw_scale(points: list[Point], recipe: Recipe, path: Path) -> None:
-    """Speed against linear scaling, and days with and without failures."""
-
+    """Draw speed next to linear scaling, and days with and without failures."""
     good = [(p.gpus, p.plan, p.goodput.advised.goodput) for p in points if p.plan is not None and p.goodput is not None]
     if not good:
         raise RecipeError(f"--picture {path}: no number of GPUs works, so there is nothing to draw.")
@@ -129,7 +130,7 @@ def draw_scale(points: list[Point], recipe: Recipe, path: Path) -> None:
             left.annotate(f"{plan.mfu:.0%}", (count, speed), xytext=(0, 8), textcoords="offset points", ha="center")
         left.set_ylabel("tokens/s (numbers: MFU)")
         left.set_title("Speed")
-        right.plot(gpus, days, "o-", color="#1f5fa8", label="nothing failing")
+        right.plot(gpus, days, "o-", color="#1f5fa8", label="without failures")
         right.plot(
             gpus, [day / share for day, (_, _, share) in zip(days, good, strict=True)], "o-", color="#2a9d8f",
             label="with failures",

@@ -1,9 +1,9 @@
-"""`stratum plan --search`: every layout of a recipe on so many GPUs, planned, ranked, the best shown with reasons.
+"""`stratum plan --search`: plan every layout of a recipe on a number of GPUs, rank them, show the best with reasons.
 
     degrees x virtual stages x microbatch x recompute --rules, memory, formats--> those that work --time--> ranked
 
-Pipeline cuts are chosen for balance in seconds of the predicted time, scan, scores and head included; where that is not the
-cut the recipe would take by itself, the pattern with its `|` is among the overrides.
+Pipeline cuts balance the predicted seconds, with scan, scores and head. If that is not the cut that the recipe would get by
+default, the pattern with its `|` is among the overrides.
 """
 
 import itertools
@@ -31,25 +31,25 @@ class Candidate:
 
     plan: Plan
     overrides: list[str]
-    """What to add to the command line to train with it."""
+    """Words to add to the command line to train with it."""
     why: str
 
 
 @dataclass(frozen=True)
 class Found:
-    """The outcome of a search."""
+    """The result of a search."""
 
     best: list[Candidate]
     tried: int
     fitting: int
     rejected: dict[str, int]
-    """Reason -> how many layouts."""
+    """Reason -> number of layouts."""
 
 
 def search(recipe: Recipe, *, world: int, device: Device, top: int = 8) -> Found:
     """Plan every layout of `recipe` on `world` GPUs. The recipe's model, data, precision and step stay as they are.
 
-    A reason names the step's rows where no data-parallel degree of `world` GPUs divides them.
+    If no data-parallel degree of `world` GPUs divides the rows of a step, a reason says so.
     """
     rejected: Counter[str] = Counter()
     plans: list[Plan] = []
@@ -80,9 +80,12 @@ def search(recipe: Recipe, *, world: int, device: Device, top: int = 8) -> Found
             continue
         plans.append(plan)
     if not tried:
-        rows_of_step, most = recipe.run.global_rows, world // (world & -world)  # what no power-of-two degree takes away
+        rows_of_step, most = (
+            recipe.run.global_rows,
+            world // (world & -world),
+        )  # the odd factor, which no power-of-two degree divides
         rejected[
-            f"no layout: run.global_rows={rows_of_step} is no multiple of the data-parallel ranks of {world} GPUs. Use "
+            f"no layout: run.global_rows={rows_of_step} is not a multiple of the data-parallel ranks of {world} GPUs. Use "
             f"run.global_rows={-(-rows_of_step // most) * most} or other --gpus"
         ] += 1
     plans.sort(key=lambda plan: (plan.time.seconds, plan.fullest.total))
@@ -90,15 +93,15 @@ def search(recipe: Recipe, *, world: int, device: Device, top: int = 8) -> Found
         Candidate(
             plan,
             _overrides(plan, recipe),
-            _why(plan, plans[0] if place else plans[1] if len(plans) > 1 else None, place),
+            _why(plan, plans[0] if index else plans[1] if len(plans) > 1 else None, index),
         )
-        for place, plan in enumerate(plans[:top])
+        for index, plan in enumerate(plans[:top])
     ]
     return Found(best=best, tried=tried, fitting=len(plans), rejected=dict(rejected.most_common()))
 
 
 def balanced_cut(recipe: Recipe, *, layout: Layout, device: Device) -> list[str] | None:
-    """The cut of the pattern whose slowest chunk is fastest, by predicted seconds; None for a single stage."""
+    """The cut of the pattern that minimises the predicted seconds of the slowest chunk; None for a single stage."""
     stages = layout.pipeline * layout.virtual
     if stages == 1:
         return None
@@ -164,7 +167,7 @@ def _uncut(recipe: Recipe) -> Recipe:
 
 
 def _overrides(plan: Plan, recipe: Recipe) -> list[str]:
-    """The words that turn `recipe` into the plan's."""
+    """The overrides that turn `recipe` into the plan's recipe."""
     words = []
     for name in ("tensor", "pipeline", "virtual_pipeline", "context", "sequence", "recompute",
                  "overlap_grad_reduce", "overlap_param_gather"):  # fmt: skip
@@ -183,23 +186,23 @@ def _overrides(plan: Plan, recipe: Recipe) -> list[str]:
     return words
 
 
-def _why(plan: Plan, other: Plan | None, place: int) -> str:
-    """The parts of a step that put this layout where it is."""
+def _why(plan: Plan, other: Plan | None, index: int) -> str:
+    """The parts of a step that explain the layout's rank."""
     if other is None:
         return "the only one that works"
-    step, beside = plan.time, other.time
-    gaps = {name: step.parts[name] - beside.parts[name] for name in {*step.parts, *beside.parts}}
-    if place == 0:
+    step, compared = plan.time, other.time
+    gaps = {name: step.parts[name] - compared.parts[name] for name in {*step.parts, *compared.parts}}
+    if index == 0:
         gained = [(name, -gap) for name, gap in gaps.items() if gap < -0.002 * step.seconds]
         paid = [(name, gap) for name, gap in gaps.items() if gap > 0.002 * step.seconds]
-        lead = beside.seconds / step.seconds - 1
+        lead = compared.seconds / step.seconds - 1
         text = f"{lead:.1%} ahead of the next" if lead >= 0.0005 else "as fast as the next, with less memory"
         if gained:
             text += f": less {_list(gained, step.seconds)}"
         if paid:
             text += f"; pays {_list(paid, step.seconds)}"
         return text
-    behind = step.seconds / beside.seconds - 1
+    behind = step.seconds / compared.seconds - 1
     lost = [(name, gap) for name, gap in gaps.items() if gap > 0.002 * step.seconds]
     saved = [(name, -gap) for name, gap in gaps.items() if gap < -0.002 * step.seconds]
     text = f"{behind:.1%} behind the first"
@@ -216,7 +219,7 @@ def _list(parts: list[tuple[str, float]], whole: float) -> str:
 
 
 def _reason(problem: str) -> str:
-    """What kind of problem this is, for counting."""
+    """The kind of a problem, for counting."""
     first = problem.splitlines()[0]
     if first.startswith("memory:"):
         return "do not fit in memory"

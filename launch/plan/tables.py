@@ -1,4 +1,4 @@
-"""A plan, or the outcome of a search, as tables a person can read."""
+"""A plan, or the result of a search, as tables."""
 
 import shutil
 
@@ -94,7 +94,7 @@ def _memory(plan: Plan) -> Table:
 
 
 def _work(plan: Plan) -> Table:
-    table = Table(title="A step of the mean GPU: what is computed and moved", title_justify="left", title_style="bold")
+    table = Table(title="One step, per GPU: computation and data movement", title_justify="left", title_style="bold")
     for name in ("part", "TFLOP", "share", "GB in memory", "GB sent"):
         table.add_column(name, justify="left" if name == "part" else "right")
     parts = {name: part for name, part in plan.traffic.parts.items() if part.flops}
@@ -120,7 +120,7 @@ def _time(plan: Plan) -> Table:
 
 
 def _cost(plan: Plan) -> Table:
-    table = Table(title="What the run takes", title_justify="left", title_style="bold", show_header=False)
+    table = Table(title="Cost of the run", title_justify="left", title_style="bold", show_header=False)
     table.add_column()
     table.add_column(justify="right")
     saved = plan.checkpoints
@@ -128,18 +128,18 @@ def _cost(plan: Plan) -> Table:
     tflops = plan.flops.total * plan.tokens_per_s_per_gpu / 1e12
     for name, value in (
         ("time of a step", f"{plan.time.seconds:.4g} s"),
-        ("tokens/s of a GPU", f"{plan.tokens_per_s_per_gpu:,.0f}"),
-        ("model TFLOP/s of a GPU", f"{tflops:,.1f}"),
+        ("tokens/s per GPU", f"{plan.tokens_per_s_per_gpu:,.0f}"),
+        ("model TFLOP/s per GPU", f"{tflops:,.1f}"),
         (
-            f"MFU of {plan.peak / 1e12:,.0f} TFLOP/s, masked half of attention left out (ours, NVIDIA's)",
+            f"MFU of {plan.peak / 1e12:,.0f} TFLOP/s, without the masked half of attention (ours, NVIDIA's)",
             f"{plan.mfu:.1%}",
         ),
-        ("MFU, masked half counted (torchtitan, llm-foundry)", f"{plan.mfu_unmasked:.1%}"),
+        ("MFU, with the masked half (torchtitan, llm-foundry)", f"{plan.mfu_unmasked:.1%}"),
         (f"{plan.recipe.run.steps:,} steps, {total_tokens / 1e9:,.3f} billion tokens", units.span(3600 * plan.hours)),
         ("GPU-hours", f"{plan.gpu_hours:,.1f}"),
-        ("energy at full power, host included, cooling not", f"{plan.energy_mwh:,.3f} MWh"),
+        ("energy at full power, with host, without cooling", f"{plan.energy_mwh:,.3f} MWh"),
         ("a checkpoint", units.size(saved.size_bytes)),
-        ("saving it: training waits / written", f"{saved.stall_s:.2g} s / {saved.write_s:.2g} s"),
+        ("saving it: training waits / until written", f"{saved.stall_s:.2g} s / {saved.write_s:.2g} s"),
     ):
         table.add_row(name, value)
     return table
@@ -153,7 +153,7 @@ def _complain(out: Console, plan: Plan) -> None:
     if plan.problems:
         out.print(f"\nThis run would fail: {len(plan.problems)} problem{'s' * (len(plan.problems) > 1)}.")
     else:
-        out.print("\nThis run can start. Times are predictions: docs/plan.md says how far off they are.")
+        out.print("\nThis run can start. Times are predictions: docs/plan.md says how accurate they are.")
 
 
 def show_search(found: Found, recipe: Recipe) -> None:
@@ -175,10 +175,10 @@ def show_search(found: Found, recipe: Recipe) -> None:
             table.add_column(
                 name, justify="left" if name in ("layout", "why", "recompute") else "right", overflow="fold"
             )
-        for place, candidate in enumerate(found.best, start=1):
+        for number, candidate in enumerate(found.best, start=1):
             plan = candidate.plan
             table.add_row(
-                str(place),
+                str(number),
                 plan.layout.describe(),
                 str(plan.recipe.run.microbatch_rows),
                 plan.recipe.parallel.recompute,
@@ -189,8 +189,8 @@ def show_search(found: Found, recipe: Recipe) -> None:
                 candidate.why,
             )
         out.print(table)
-        words = " ".join(found.best[0].overrides) or "none: the recipe as it is"
-        out.print(f"\nThe first one as overrides:\n  {words}", soft_wrap=True)
+        words = " ".join(found.best[0].overrides) or "none: the recipe is the best already"
+        out.print(f"\nThe first layout as overrides:\n  {words}", soft_wrap=True)
     if found.rejected:
         out.print("\nNot shown:")
         for reason, count in found.rejected.items():

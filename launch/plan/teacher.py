@@ -1,4 +1,4 @@
-"""The teacher of a distilled run in its plan: what model it is, the bytes it takes on the last stage, the seconds it adds.
+"""The teacher of a distilled run in its plan: its model, its bytes on the last stage, the seconds it adds.
 
 Its model is read from the checkpoint or run folder that `objective.teacher` names; if that is not on this disk, from the
 recipe of the same name. Counted as `train.distill.teacher` builds it: whole on the ranks of the last pipeline stage at
@@ -29,21 +29,21 @@ class FoundTeacher:
     """The teacher a recipe names."""
 
     model: ModelConfig | None = None
-    """None where there is none, or nothing tells its shape."""
+    """None if there is no teacher, or its shape is unknown."""
     notes: tuple[str, ...] = ()
     problems: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class TeacherCost:
-    """What a teacher adds."""
+    """Bytes and seconds that a teacher adds."""
 
     weights: int
     """Bytes on each rank of the last stage."""
     passing: float
-    """Bytes there that a forward pass needs at once."""
+    """Temporary bytes of a forward pass there."""
     seconds: float
-    """Of each microbatch there."""
+    """Seconds for each microbatch there."""
 
     @property
     def bytes(self) -> float:
@@ -51,7 +51,7 @@ class TeacherCost:
 
 
 def find_teacher(recipe: Recipe, checkpoint: Named | None) -> FoundTeacher:
-    """The model that answers an online teacher's questions; no teacher where answers are read or next tokens trained on.
+    """The model of an online teacher; none if the run reads cached teacher logits, or does not distil.
 
     checkpoint: what is at `objective.teacher` on this disk.
     """
@@ -60,25 +60,25 @@ def find_teacher(recipe: Recipe, checkpoint: Named | None) -> FoundTeacher:
         return FoundTeacher()
     place = Path(objective.teacher)
     if checkpoint is not None and checkpoint.recipe is not None:
-        return FoundTeacher(checkpoint.recipe.model)  # judged by recipes.schema.teacher_rules already
+        return FoundTeacher(checkpoint.recipe.model)  # recipes.schema.teacher_rules has checked it
     found, notes = _model_of(place), []
     if found is None:
         named = RECIPES / "model" / f"{place.name}.yaml"
         if not named.is_file():
             return FoundTeacher(
                 notes=(
-                    f"objective.teacher={place} is not here, and no model of the recipes is called {place.name}: the teacher's "
-                    f"memory and time are not in this plan.",
+                    f"objective.teacher={place} is not on this disk, and no model recipe is named {place.name}: the "
+                    f"teacher's memory and time are not in this plan.",
                 )
             )
         found = build(ModelConfig, yaml.safe_load(named.read_text()), "model")
-        notes.append(f"objective.teacher={place} is not here: the teacher is planned as model={place.name}.")
+        notes.append(f"objective.teacher={place} is not on this disk: the teacher is planned as model={place.name}.")
     wrong = teacher_vocabulary_problems(recipe, found, path=place)
     return FoundTeacher(found, tuple(notes), tuple(map(str, wrong)))
 
 
 def teacher_cost(recipe: Recipe, model: ModelConfig, *, student: Setting, modules: Modules) -> TeacherCost:
-    """Bytes and seconds of a teacher. RecipeError where its degree does not fit the student's layout."""
+    """Bytes and seconds of a teacher. Raises RecipeError if its degree does not fit the student's layout."""
     objective, layout = recipe.objective, student.layout
     tensor = objective.teacher_tensor or layout.tensor
     placement = placement_of(layout, layout.world - 1, tensor=tensor)
@@ -92,7 +92,7 @@ def teacher_cost(recipe: Recipe, model: ModelConfig, *, student: Setting, module
     low_layers = frozenset(range(len(pattern))) if is_low else frozenset()
     tensors = stage_tensors(model, pattern, tensor=tensor, is_first=True, is_last=True, low_layers=low_layers)
     weights = sum(one.numel * (4 if one.is_fp32 else size) + 2 * one.numel * one.is_low for one in tensors)
-    if tensor != layout.tensor:  # its head is cut again, over the student's ranks
+    if tensor != layout.tensor:  # its head is divided again, over the student's ranks
         table = model.vocab * model.hidden * size
         weights += table // layout.tensor - (0 if model.tie_embeddings else table // tensor)
     shape = Shape(
@@ -118,8 +118,8 @@ def teacher_cost(recipe: Recipe, model: ModelConfig, *, student: Setting, module
 
 
 def _model_of(place: Path) -> ModelConfig | None:
-    """The model of a run that has written its recipe and no checkpoint yet; None where there is no such run."""
+    """The model of a run that has a recipe but no checkpoint yet; None if there is no such run."""
     try:
         return build(ModelConfig, recipe_in(place)["model"], "model")
     except (OSError, RecipeError, KeyError, FieldError):
-        return None  # planned by its name
+        return None  # the caller plans by its name

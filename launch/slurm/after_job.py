@@ -1,13 +1,13 @@
-"""`python -m launch.slurm.after_job`: run by a Slurm script when its processes have ended; prints what is to follow, one word.
+"""`python -m launch.slurm.after_job`: a Slurm script runs it when its processes have ended; it prints one word.
 
-    finished    nothing more
-    here        the same processes again, in this job's nodes
+    finished    the run is complete
+    here        start the same processes again, in this job's nodes
     again       the run continues in the next job
     stop        the run ends here
 
-Why it decided so, and the error of the rank that failed first, go to stderr: into the job's log. What it must remember
-between jobs (failures in a row, the checkpoint there was, nodes on which ranks failed) is in runs/NAME/logs/continuation.json.
-A node on which two attempts failed is named in runs/NAME/logs/exclude: the next job does without it.
+The reason, and the error of the rank that failed first, go to stderr and so into the job's log. What the next call needs
+(failures in a row, the newest checkpoint, nodes on which ranks failed) is in runs/NAME/logs/continuation.json. A node on
+which two attempts failed is listed in runs/NAME/logs/exclude: the next job does not use it.
 """
 
 import argparse
@@ -22,28 +22,29 @@ from pathlib import Path
 
 from data.system import disk
 from launch.local.continuation import STOPPED, Decision, decide
-from launch.local.failures import RankFailure, by_cause, read_failures, read_silent_failures, read_stop, tell
+from launch.local.failures import RankFailure, by_cause, failure_message, read_failures, read_silent_failures, read_stop
 from launch.local.rank import LOGS
 from launch.queue import QueuedJob, read_job
 from launch.runs import RunFolder
 from recipes.schema.foreign import read_json
+from recipes.schema.typed import FieldError, build
 
 STOP = "stop"
-"""Name of the file in a run's logs by which `stratum cancel` says that no job is to follow."""
+"""File in a run's logs: `stratum cancel` creates it, and then no further job follows."""
 EXCLUDE = "exclude"
-"""Name of the file in a run's logs that lists nodes to do without, separated by commas."""
+"""File in a run's logs: nodes that the next job must not use, separated by commas."""
 STARTS = "starts"
-"""Name of the file in which the job script counts its starts since the last new checkpoint."""
+"""File in a run's logs: the job script counts its starts since the last new checkpoint in it."""
 NO_SUCCESSOR = "no-successor"
-"""Name of the file in which the job script leaves sbatch's refusal to take the next job."""
+"""File in a run's logs: sbatch's message if it refused the next job."""
 _STATE = "continuation.json"
 _MARGIN_S = 120.0
-"""Slurm warns up to 60 s early; a restart inside the job must start before its only warning comes."""
+"""Slurm may warn 60 s early and warns only once, so a restart inside the job must come before that."""
 
 
 @dataclass(frozen=True)
-class Remembered:
-    """What one job leaves for the next."""
+class Continuation:
+    """State that one job passes to the next."""
 
     failures: int = 0
     """In a row, without a new checkpoint."""
@@ -76,7 +77,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         restarts=own.restarts,
     )
     if failures and decision.action != "finished":
-        sys.stderr.write(tell(logs, failures) + "\n")
+        sys.stderr.write(failure_message(logs, failures) + "\n")
     action: str = decision.action
     if action == "again" and failures and _may_restart_here(run, failures, job, own.save_before_end_s):
         action = "here"
@@ -95,10 +96,10 @@ def after(
     steps: int,
     restarts: int,
 ) -> Decision:
-    """Decide what follows the end of a job's processes, and remember what the next decision needs.
+    """Decide what follows the end of a job's processes, and store what the next decision needs.
 
-    status: srun's, the highest of all ranks. failures: causes first. stopped: with which status ranks stopped because a
-    signal asked; None where none did. job: as Slurm knows it now.
+    status: srun's, the highest of all ranks. failures: causes first. stopped: status of the ranks that stopped after a
+    signal; None if no rank did. job: as Slurm knows it now.
     """
     before, now = _read(run), run.newest_checkpoint()
     is_lost = job.reason == "NodeDown"
@@ -107,7 +108,8 @@ def after(
         status = failures[0].status  # srun gives the highest of all ranks, which need not be the first
     elif status == 0 or (status in STOPPED and stopped is not None):
         status = stopped or status
-    # srun ends all ranks with SIGTERM when one is killed, and those that still start die of it: 143 alone says nothing.
+    # If one rank is killed, srun ends the others with SIGTERM, and ranks that are still starting die of it. So 143 alone
+    # does not mean that someone asked the run to stop.
     was_asked = stopped is not None or is_cancelled or job.is_preempted
     decision = decide(
         status,
@@ -122,13 +124,13 @@ def after(
     if decision.action == "again" and is_lost:
         decision = replace(decision, reason=f"a node was lost; {decision.reason}")
     if decision.action == "again" and is_cancelled:
-        decision = Decision("stop", "the job was cancelled, or its time limit came before the save had ended")
+        decision = Decision("stop", "the job was cancelled, or reached its time limit before the save was complete")
     if decision.action == "again" and (run.logs / STOP).exists():
         decision = Decision("stop", "`stratum cancel` asked for no further job")
     nodes = dict(before.nodes)
     if failures and failures[0].host and decision.action == "again":
         nodes[failures[0].host] = nodes.get(failures[0].host, 0) + 1
-    _write(run, Remembered(decision.failures, now, nodes))
+    _write(run, Continuation(decision.failures, now, nodes))
     excluded = sorted(node for node, count in nodes.items() if count > 1)
     if excluded:
         (run.logs / EXCLUDE).write_text(",".join(excluded) + "\n")
@@ -138,7 +140,7 @@ def after(
 def _may_restart_here(
     run: RunFolder, failures: Sequence[RankFailure], job: QueuedJob, save_before_end_s: float
 ) -> bool:
-    """Whether the job's own nodes can go on: none is lost or failed twice, and the warning before the end is still to come."""
+    """Whether this job can start the ranks again: no node is lost or failed twice, and the warning before its end is not due."""
     if job.state != "RUNNING" or job.is_preempted or job.reason == "NodeDown":
         return False
     if _read(run).nodes.get(failures[0].host, 0) > 1:
@@ -150,22 +152,22 @@ def _may_restart_here(
 
 
 def start_afresh(run: RunFolder) -> None:
-    """Forget earlier failures and an earlier `cancel`: the run is submitted again."""
+    """Delete the state of earlier jobs and an earlier `cancel`: the run is submitted again."""
     for name in (STOP, EXCLUDE, STARTS, NO_SUCCESSOR):
         (run.logs / name).unlink(missing_ok=True)
-    _write(run, Remembered(checkpoint=run.newest_checkpoint()))
+    _write(run, Continuation(checkpoint=run.newest_checkpoint()))
 
 
-def _read(run: RunFolder) -> Remembered:
-    """What the last job left."""
+def _read(run: RunFolder) -> Continuation:
+    """The state that the last job stored; the initial one if there is none that can be read."""
     try:
-        return Remembered(**read_json(run.logs / _STATE))
-    except (OSError, ValueError, TypeError):
-        return Remembered()
+        return build(Continuation, read_json(run.logs / _STATE), "continuation")
+    except (OSError, ValueError, FieldError):
+        return Continuation()
 
 
-def _write(run: RunFolder, remembered: Remembered) -> None:
-    disk.write_text(run.logs / _STATE, json.dumps(asdict(remembered)))
+def _write(run: RunFolder, state: Continuation) -> None:
+    disk.write_text(run.logs / _STATE, json.dumps(asdict(state)))
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
-"""`stratum cancel RUN`: end a Slurm run; what it has trained is saved first, and no further job follows."""
+"""`stratum cancel RUN`: end a Slurm run after a save; no further job follows."""
 
+import functools
 import sys
 import time
 from collections.abc import Sequence
@@ -8,14 +9,15 @@ from launch.queue import cancel, look_up, send_signal
 from launch.runs import RunFolder
 from launch.slurm.after_job import STOP
 from launch.slurm.command import active_jobs
-from recipes.schema.errors import StratumError
+from launch.user_errors import exit_status
+from recipes.schema.foreign import printable
 from recipes.schema.options import CommandParser, run_named
 
 _POLL_S = 1.0
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Entry point of `stratum cancel`. -> exit status: 0 when no job of the run is left."""
+    """Entry point of `stratum cancel`. -> exit status: 0 once no job of the run is left."""
     parser = CommandParser(
         "cancel",
         about="End a Slurm run: its processes finish their step, save and stop; no further job follows.\n"
@@ -29,17 +31,16 @@ stratum cancel runs/smoke --now                     end at once; the newest chec
     parser.add_argument("--now", action="store_true", help="do not save first; the newest checkpoint stays")
     parser.add_argument("--grace", type=float, default=600.0, metavar="S", help="seconds to wait for the save")
     own = parser.parse_args(list(arguments))
-    try:
-        return _cancel(RunFolder(run_named(own.run)), save=not own.now, grace_s=own.grace)
-    except StratumError as error:
-        sys.stderr.write(f"error: {error}\n")
-        return 2
+    if not 0 <= own.grace <= 86_400:
+        parser.error(f"--grace {own.grace:g}: use 0 to 86,400 seconds")
+    return exit_status(functools.partial(_cancel, own.run, save=not own.now, grace_s=own.grace))
 
 
-def _cancel(run: RunFolder, *, save: bool, grace_s: float) -> int:
+def _cancel(name: str, *, save: bool, grace_s: float) -> int:
+    run = RunFolder(run_named(name))
     jobs = active_jobs(run)
     if not jobs:
-        sys.stderr.write(f"No job of {run.path} waits or runs.\n")
+        sys.stderr.write(f"{printable(str(run.path))} has no job that waits or runs.\n")
         return 0
     (run.logs / STOP).touch()
     for job in jobs:
@@ -50,7 +51,7 @@ def _cancel(run: RunFolder, *, save: bool, grace_s: float) -> int:
     if save:
         for number in running:
             send_signal(number, "USR1")
-            sys.stderr.write(f"job {number}: its processes finish their step, save and stop (--now does not wait)\n")
+            sys.stderr.write(f"job {number}: its processes finish their step, save and stop (--now skips the save)\n")
     deadline = time.monotonic() + grace_s
     while any(job.is_active for job in look_up(running)):
         if time.monotonic() > deadline:

@@ -2,9 +2,10 @@
 
     words --compose--> recipe --checks--> Job --job_script.py--> runs/NAME/logs/job.sh --sbatch--> job number in logs/jobs
 
-What happens then is in the script and in `launch.slurm.after_job`; `stratum status` and `stratum cancel` look at it and end it.
+What follows is decided by the script and `launch.slurm.after_job`. `stratum status` shows the run, `stratum cancel` ends it.
 """
 
+import functools
 import os
 import re
 import shlex
@@ -22,27 +23,36 @@ from launch.plan.planner import make_plan
 from launch.queue import QueuedJob, SlurmError, jobs_of_script, look_up, submit
 from launch.runs import RunFolder
 from launch.slurm.after_job import start_afresh
-from launch.slurm.job_script import Job, Preparation, preparation_script, training_script, without_gpus
+from launch.slurm.job_script import (
+    CREDENTIALS,
+    Job,
+    Preparation,
+    credentials_text,
+    preparation_script,
+    training_script,
+    without_gpus,
+)
 from launch.slurm.job_times import advice
 from launch.slurm.snapshot import config_folders, take_snapshot
-from recipes.schema.errors import USER_ERRORS, RecipeError, refuse
+from launch.user_errors import exit_status
+from recipes.schema.errors import RecipeError, refuse
 from recipes.schema.facts import Machine
 from recipes.schema.foreign import read_bounded_text
+from recipes.schema.launch_rules import environment_of, script_problems, slurm_problems
 from recipes.schema.options import CommandParser
 from recipes.schema.recipe import Recipe
-from recipes.schema.rules import container_problems, environment_of, slurm_problems
 
 _EXAMPLES = """
 stratum launch slurm -cn smoke --dry-run                                show the script; needs no Slurm
 stratum launch slurm -cn smoke run.name=two launch.nodes=2 run.microbatch_rows=4      two nodes
 stratum launch slurm -cn nemotron_nano_12b_v2 launch=slurm_gpu launch.nodes=92 parallel.pipeline=2 launch.slurm.partition=h100
-stratum launch slurm -cn smoke run.name=boxed launch=slurm_pyxis launch.container.image=stratum.sqsh
+stratum launch slurm -cn smoke run.name=boxed run.microbatch_rows=1 launch=slurm_pyxis launch.container.image=stratum.sqsh
 stratum launch slurm -cn smoke --prepare --tasks 64                     an array job that prepares the recipe's data
 """
 _NOTES = """
 The run continues over as many jobs as its last step needs (launch.slurm.continuation): before a job's time limit, and when
-it is preempted, the processes save and stop. Everything a job says is in runs/NAME/logs/. `stratum status NAME` shows how far
-it is, `stratum cancel NAME` ends it; `stratum fields launch` lists the fields.
+it is preempted, the processes save and stop. All output of the jobs is in runs/NAME/logs/. `stratum status NAME` shows the
+progress, `stratum cancel NAME` ends the run; `stratum fields launch` lists the fields.
 """
 
 
@@ -59,30 +69,28 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--prepare", action="store_true", help="prepare the recipe's data instead of training")
     parser.add_argument("--tasks", type=int, default=8, metavar="N", help="with --prepare: tasks that share the work")
     parser.add_argument("--device", default="h100", metavar="KIND", help="kind of GPU the run is planned for")
-    parser.add_argument("--force", action="store_true", help="submit although the plan says that the run will fail")
+    parser.add_argument("--force", action="store_true", help="submit even if the plan says that the run will fail")
     own, words = parser.parse_recipe(arguments)
     recipe = compose(words, program="launch slurm")
     if isinstance(recipe, int):
         return recipe
-    try:
-        if own.prepare:
-            return _prepare(recipe, words, tasks=own.tasks, dry_run=own.dry_run)
-        return _train(recipe, words, dry_run=own.dry_run, device=own.device, force=own.force)
-    except USER_ERRORS as error:
-        sys.stderr.write(f"error: {error}\n")
-        return 2
+    if own.prepare:
+        return exit_status(functools.partial(_prepare, recipe, words, tasks=own.tasks, dry_run=own.dry_run))
+    return exit_status(
+        functools.partial(_train, recipe, words, dry_run=own.dry_run, device=own.device, force=own.force)
+    )
 
 
 def active_jobs(run: RunFolder) -> list[QueuedJob]:
-    """Jobs of a run that wait or run, also those that were not submitted here but with its script."""
+    """Jobs of a run that wait or run, including those that were submitted with its script by other means."""
     numbers = {*job_numbers(run)[-8:], *jobs_of_script(run.logs / "job.sh")}
     return [job for job in look_up(sorted(numbers)) if job.is_active]
 
 
 def job_numbers(run: RunFolder) -> list[int]:
-    """Every job this run was given, oldest first."""
+    """Numbers of all jobs of this run, oldest first; none if the file is not a list of numbers."""
     try:
-        return [int(word) for word in read_bounded_text(run.logs / "jobs").split()]
+        return [int(word) for word in read_bounded_text(run.logs / "jobs").split() if len(word) < 19]
     except (OSError, ValueError):
         return []
 
@@ -98,13 +106,13 @@ def _train(recipe: Recipe, words: list[str], *, dry_run: bool, device: str, forc
         )
         return 0
     if run.checkpoint_step() >= recipe.run.steps:
-        sys.stderr.write(f"{run.path} is at its last step ({recipe.run.steps}) already; nothing to submit.\n")
+        sys.stderr.write(f"{run.path} has reached its last step ({recipe.run.steps}); there is nothing to submit.\n")
         return 0
     refuse_what_the_plan_refuses(recipe, world=job.nodes * job.processes, device=device, force=force)
     if run.longest_stop_s() > recipe.launch.slurm.save_before_end_s:
         sys.stderr.write(
             f"warning: a step and a save of this run took {run.longest_stop_s():.0f} s, longer than launch.slurm."
-            f"save_before_end_s={recipe.launch.slurm.save_before_end_s}: what a job trains last would be lost. Raise it.\n"
+            f"save_before_end_s={recipe.launch.slurm.save_before_end_s}: the last steps of each job would be lost. Raise it.\n"
         )
     number = submit_run(run, job, keep_code=True)
     processes = f"{job.nodes} node{'s' * (job.nodes > 1)} x {job.processes}"
@@ -117,7 +125,7 @@ def _train(recipe: Recipe, words: list[str], *, dry_run: bool, device: str, forc
 
 
 def refuse_what_the_plan_refuses(recipe: Recipe, *, world: int, device: str, force: bool) -> None:
-    """Plan a run on GPUs before it is submitted. RecipeError with the plan's problems; `force` turns them into a warning."""
+    """Plan a run on GPUs before it is submitted. Raises RecipeError with the plan's problems; with `force` only warns."""
     if not asks_for_gpus(recipe):
         return
     kind = device_named(device)
@@ -128,23 +136,23 @@ def refuse_what_the_plan_refuses(recipe: Recipe, *, world: int, device: str, for
     if not force:
         raise RecipeError(
             f"on {world} {kind.name} GPUs this run would fail:{text}\n`stratum plan` with the same words shows the plan; "
-            f"--device KIND plans for other GPUs, --force submits all the same."
+            f"--device KIND plans for other GPUs, --force submits anyway."
         )
     sys.stderr.write(f"warning: on {world} {kind.name} GPUs this run would fail (--force):{text}\n")
 
 
 def asks_for_gpus(recipe: Recipe) -> bool:
-    """Whether a job of the recipe gets GPUs: by the launcher's field, or by options of the user's own."""
+    """Whether a job of the recipe gets GPUs, by launch.gpus_per_node or by the user's own sbatch options."""
     return recipe.launch.gpus_per_node > 0 or "gpu" in recipe.launch.slurm.options
 
 
 def submit_run(run: RunFolder, job: Job, *, keep_code: bool) -> int:
-    """Write a run's script and submit it, earlier failures forgotten. -> job number.
+    """Write a run's script and submit it; counts of earlier failures start again at 0. -> job number.
 
-    keep_code: copy the packages first, and run the copy. Raises SlurmError if the run has a job already, LeaseError if a
-    trainer works on it or another submission of it is under way, RecipeError for values that Slurm cannot take.
+    keep_code: copy the packages first, and run the copy. Raises SlurmError if the run already has a job, LeaseError if a
+    trainer owns it or another submission of it is in progress, RecipeError for values that Slurm cannot take.
     """
-    training_script(job)  # what is wrong in it comes before anything is written
+    training_script(job)  # raises before anything is written
     found = current_owner(run.path)
     if found is not None and found[1] == "alive":
         raise LeaseError(refusal(found[0], what=str(run.path)))
@@ -154,11 +162,9 @@ def submit_run(run: RunFolder, job: Job, *, keep_code: bool) -> int:
         _refuse_second(run)
         start_afresh(run)
         if keep_code:
-            code = take_snapshot(run.logs, job.words)
+            code = take_snapshot(run.logs, job.words, with_environment=job.container.kind == "none")
             job = replace(job, words=code.words, code=str(code.folder))
-        path = run.logs / "job.sh"
-        path.write_text(training_script(job))
-        number = submit(path)
+        number = submit(_write_script(run.logs / "job.sh", training_script(job), job.words))
         with (run.logs / "jobs").open("a") as stream:
             stream.write(f"{number}\n")
         return number
@@ -167,7 +173,7 @@ def submit_run(run: RunFolder, job: Job, *, keep_code: bool) -> int:
 
 
 def training_job(recipe: Recipe, words: Sequence[str]) -> Job:
-    """The job of a recipe, checked. RecipeError names what cannot work."""
+    """The job of a recipe, checked. Raises RecipeError with everything that is wrong."""
     launch = recipe.launch
     degrees = recipe.parallel.tensor * recipe.parallel.pipeline * recipe.parallel.context
     processes = launch.processes or launch.gpus_per_node or -(-degrees // launch.nodes)
@@ -179,7 +185,9 @@ def training_job(recipe: Recipe, words: Sequence[str]) -> Job:
     if threads:
         environment["OMP_NUM_THREADS"] = str(threads)
     if recipe.parallel.tensor > 1 or recipe.parallel.context > 1:
-        environment["CUDA_DEVICE_MAX_CONNECTIONS"] = "1"  # Megatron overlaps GEMMs and communication by launch order
+        environment["CUDA_DEVICE_MAX_CONNECTIONS"] = (
+            "1"  # Megatron overlaps communication only if kernels start in launch order
+        )
     return Job(
         name=recipe.run.name,
         folder=str(run_folder(recipe).path),
@@ -227,7 +235,7 @@ def outside_folders(*paths: str | Path | None) -> list[str]:
 
 
 def _prepare(recipe: Recipe, words: list[str], *, tasks: int, dry_run: bool) -> int:
-    refuse(container_problems(recipe))
+    refuse(script_problems(recipe))
     if tasks < 1:
         raise RecipeError(f"--tasks={tasks}: use 1 or more")
     folder = Path(recipe.data.folder)
@@ -254,33 +262,44 @@ def _prepare(recipe: Recipe, words: list[str], *, tasks: int, dry_run: bool) -> 
     given, kept = shlex.split(recipe.launch.slurm.options), without_gpus(recipe.launch.slurm.options)
     if given != kept:
         left_out = " ".join(word for word in given if word not in kept)
-        sys.stderr.write(f"Preparing data needs no GPU: {left_out} (launch.slurm.options) is left out.\n")
+        sys.stderr.write(f"Preparing data needs no GPU, so {left_out} of launch.slurm.options is left out.\n")
     path = folder / "logs" / "prepare.sh"
     if dry_run:
         sys.stdout.write(script)
         sys.stderr.write(f"Not submitted. Without --dry-run it is written to {path} and handed to sbatch.\n")
         return 0
     path.parent.mkdir(parents=True, exist_ok=True)
-    code = take_snapshot(path.parent, words)
-    path.write_text(preparation_script(replace(job, words=code.words, code=str(code.folder))))
-    number = submit(path)
+    code = take_snapshot(path.parent, words, with_environment=False)
+    script = preparation_script(replace(job, words=code.words, code=str(code.folder)))
+    number = submit(_write_script(path, script, code.words))
     sys.stdout.write(
         f"Submitted array job {number} ({tasks} tasks) for {folder}; logs: {path.parent}/{number}_TASK.log\n"
     )
     return 0
 
 
+def _write_script(path: Path, text: str, words: Sequence[str]) -> Path:
+    """Write a job script, and next to it the words with credentials, for this user only. -> `path`"""
+    secret = path.parent / CREDENTIALS
+    secret.unlink(missing_ok=True)
+    if credentials := credentials_text(words):
+        with open(os.open(secret, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as stream:
+            stream.write(credentials)
+    path.write_text(text)
+    return path
+
+
 def _before_glob(path: str) -> str:
-    """The folder of a source, up to its first wildcard."""
+    """The folder of a source: its path up to the first wildcard."""
     fixed = re.split(r"[*?\[{]", path, maxsplit=1)[0]
     return path if fixed == path else fixed.rpartition("/")[0] or "."
 
 
 def _refuse_second(run: RunFolder) -> None:
-    """Two jobs writing into one run would spoil it."""
+    """Raise SlurmError if a job of the run waits or runs: two jobs would write into one run."""
     active = active_jobs(run)
     if active:
         raise SlurmError(
-            f"job {active[0].number} of {run.path} is {active[0].state.lower()} already. Look at it with `stratum "
-            f"status {run.path}`, end it with `stratum cancel {run.path}`, or choose another run.name."
+            f"job {active[0].number} of {run.path} is already {active[0].state.lower()}. See `stratum status "
+            f"{run.path}`, end it with `stratum cancel {run.path}`, or choose another run.name."
         )

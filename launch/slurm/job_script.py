@@ -1,11 +1,12 @@
-"""The text of Slurm scripts, a pure function of what a job is: readable, and editable by whoever knows their cluster.
+"""The text of Slurm scripts, as a pure function of the job. Users can read the scripts, and edit them for their cluster.
 
     Job --training_script--> bash:  find the rendezvous -> srun the ranks -> ask launch.slurm.after_job what follows
     Preparation --preparation_script--> bash:  one task of an array job prepares its share of the data
 
-Only bash, Slurm's own commands and `python -P -m launch...` stand in a script; the rule of what comes next is in
+A script uses only bash, Slurm's own commands and `python -P -m launch...`. The rule of what follows a job is in
 launch.local.continuation, and the tests run these scripts on a real Slurm. Every value that comes from a recipe goes through
-`quoted` (for bash), `option` (for #SBATCH lines) or `one_line` (for comments).
+`quoted` (for bash), `option` (for #SBATCH lines) or `one_line` (for comments). Words that contain a password or a token are
+not in the script: it reads them from a file that only the user can read (`credentials_text`).
 """
 
 import shlex
@@ -13,13 +14,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from launch.children import FRONT, PYTHON_FLAGS
+from recipes.schema.credentials import without_credentials
 from recipes.schema.errors import RecipeError
 from recipes.schema.launch import ContainerConfig, SlurmConfig
+
+CREDENTIALS = "credentials.sh"
+"""File next to a script, with mode 600: the words of its command that contain a password or a token."""
 
 
 @dataclass(frozen=True)
 class Job:
-    """Everything a training script says."""
+    """Everything a training script depends on."""
 
     name: str
     folder: str
@@ -29,7 +34,7 @@ class Job:
     words: Sequence[str]
     """What follows `stratum train`."""
     python: str
-    """Python on the bare nodes; in a container its own is used."""
+    """Python on the bare nodes; containers use their own."""
     nodes: int
     processes: int
     """On each node."""
@@ -40,22 +45,22 @@ class Job:
     slurm: SlurmConfig
     container: ContainerConfig
     module: str = "train"
-    """What every process runs."""
+    """Module that every process runs."""
     code: str = ""
-    """Folder with the packages as they were at submission; "" uses what Python finds by itself."""
+    """Folder with the copy of the packages made at submission; "" uses the installed ones."""
     checkout: str | None = None
     """Folder of our packages if they are not installed: a container needs it."""
     mounts: Sequence[str] = ()
-    """Folders outside `directory` that the run reads or writes: a container gets them at their own paths."""
+    """Folders outside `directory` that the run reads or writes; a container mounts them at their own paths."""
 
 
 @dataclass(frozen=True)
 class Preparation:
-    """Everything a script for data preparation says."""
+    """Everything a script for data preparation depends on."""
 
     name: str
     folder: str
-    """The folder of the data, for the logs."""
+    """Folder of the data; its logs go there."""
     directory: str
     words: Sequence[str]
     """What follows `stratum prepare`; each task adds its number."""
@@ -70,26 +75,26 @@ class Preparation:
 
 
 def quoted(value: str) -> str:
-    """A value as one word of bash, whatever is in it."""
+    """A value as one word of bash."""
     return shlex.quote(value)
 
 
 def option(word: str) -> str:
-    """One option of an #SBATCH line. RecipeError if it cannot stand on one line."""
+    """One option of an #SBATCH line. Raises RecipeError if it has a line break."""
     if "\n" in word or "\r" in word:
         raise RecipeError(
-            f"{word!r} contains a line break, which Slurm's options cannot. Choose another name or value."
+            f"{word!r} contains a line break, which Slurm options must not. Choose another name or value."
         )
     return shlex.quote(word)
 
 
 def one_line(value: str) -> str:
-    """A value in a comment: no line break may end the comment."""
+    """A value in a comment, without line breaks, which would end the comment."""
     return " ".join(value.split())
 
 
 def training_script(job: Job) -> str:
-    """The sbatch script of a training run. RecipeError names a value that Slurm cannot take."""
+    """The sbatch script of a training run. Raises RecipeError for a value that Slurm cannot take."""
     slurm, continuation = job.slurm, job.slurm.continuation
     about = {
         "requeue": "Then it goes back into the queue, under the same number, until the last step is reached.",
@@ -118,10 +123,10 @@ def training_script(job: Job) -> str:
 """,
         "".join(f"#SBATCH {option(word)}\n" for word in options),
         f"""
-trap : TERM USR1  # signals are for the training processes; this script outlives them to decide what comes next
+trap : TERM USR1  # signals are for the training processes; this script lives on to decide what follows
 stratum_logs={quoted(job.folder)}/logs
 
-# However a job ends: {job.restarts + 1} starts without a new checkpoint between them are the last.
+# In every case: after {job.restarts + 1} starts without a new checkpoint between them, the run ends.
 newest=$(cat {quoted(job.folder)}/checkpoints/latest 2>/dev/null)
 read -r seen starts 2>/dev/null < "$stratum_logs/starts"
 [ "$seen" = "${{newest:-none}}" ] || starts=0
@@ -139,7 +144,7 @@ logs="$run/logs/slurm-$SLURM_JOB_ID-${{SLURM_RESTART_COUNT:-0}}"
 """,
         _submit(job) if continuation != "none" else "",
         """
-# Rank 0 listens on the first node, at the address by which Slurm itself reaches it: its name need not resolve.
+# Rank 0 listens on the first node, at the address by which Slurm reaches that node: node names need not resolve.
 node=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 address=$(scontrol show node --oneliner "$node" | sed -n 's/.* NodeAddr=\\([^ ]*\\).*/\\1/p')
 export MASTER_ADDR="${address:-$node}"
@@ -148,10 +153,10 @@ export MASTER_ADDR="${address:-$node}"
         _code(job.code),
         f"""\
 {_python(job)}
-
+{_credentials(job.words, f"{job.folder}/logs")}{_environment_check(job)}
 attempt=1
 while :; do
-  # Each start has its own logs, and its own port: the last one's may still be held.
+  # Each start has its own logs, and its own port: the last start may not have released its port yet.
   export STRATUM_LOGS="$logs" MASTER_PORT=$((20000 + (SLURM_JOB_ID + 4001 * ${{SLURM_RESTART_COUNT:-0}} + 401 * attempt) % 12000))
   if [ "$attempt" -gt 1 ]; then STRATUM_LOGS="$logs-$attempt"; fi
   mkdir -p "$STRATUM_LOGS"
@@ -160,9 +165,9 @@ while :; do
   status=$?
   cat "$STRATUM_LOGS/srun.log" >&2
 
-  # finished, here (again in these nodes), again or stop; why stands in this job's log. An error is shown once, with the rank
-  # that failed first. A preempted job whose processes end in time counts as completed for Slurm, which then does not bring it
-  # back: this script does.
+  # finished, here (again in these nodes), again or stop; the reason is in this job's log. An error is shown once, with the
+  # rank that failed first. Slurm counts a preempted job whose processes end in time as completed and does not requeue it:
+  # this script does.
   job=$(timeout 60 scontrol show job --oneliner "$SLURM_JOB_ID")
   next=$({_once(job.container)}"${{python[@]}}" -m launch.slurm.after_job --run "$run" --status "$status" --steps {job.steps} \\
     --restarts {job.restarts} --save-before-end-s {slurm.save_before_end_s} --job "$job")
@@ -201,9 +206,9 @@ esac
 
 
 def _submit(job: Job) -> str:
-    """The function that submits one more job, and for a chain the process that does so once a rank has started."""
+    """The bash function that submits one more job, and for a chain the process that calls it once a rank has started."""
     text = """
-# Submit one more job of this run. Not before a rank has started: a script that fails before that would submit for ever.
+# Submit one more job of this run, but not before a rank has started: a script that fails earlier would submit for ever.
 alive() {
   local mark
   for mark in "$logs"*/alive; do if [ -e "$mark" ]; then return 0; fi; done
@@ -230,8 +235,8 @@ submit() {
     return (
         text
         + """
-# The next job of the chain waits from the moment the run has proved that it starts, so that not even the loss of this node
-# ends it; see the end of the script.
+# The next job of the chain is submitted as soon as a rank has started, so that the chain survives the loss of this node;
+# see the end of the script.
 mkdir -p "$logs"
 {
   until alive || [ -e "$logs/ended" ]; do sleep 1; done
@@ -243,7 +248,7 @@ waiter=$!
 
 
 def preparation_script(job: Preparation) -> str:
-    """The sbatch script of an array job that prepares data, one share a task. RecipeError as in `training_script`."""
+    """The sbatch script of an array job that prepares data, one share for each task. Raises as `training_script`."""
     options = [
         f"--job-name={job.name}",
         f"--array=0-{job.tasks - 1}",
@@ -261,21 +266,44 @@ def preparation_script(job: Preparation) -> str:
         [
             f"""\
 #!/bin/bash
-# Data {one_line(job.folder)}, written by `stratum launch slurm --prepare`: {job.tasks} tasks share the work. A task that is
-# started again keeps its finished shards; the last one to finish writes the manifest.
+# Data {one_line(job.folder)}, written by `stratum launch slurm --prepare`: {job.tasks} tasks share the work. A restarted
+# task keeps its finished shards; the last task to finish writes the manifest.
 """,
             "".join(f"#SBATCH {option(word)}\n" for word in options),
             _setup(job.slurm),
             _code(job.code),
             _python(job),
-            f'\n\n{_once(job.container)}"${{python[@]}}" {_folded(command)} \\\n',
+            "\n",
+            _credentials(job.words, f"{job.folder}/logs"),
+            f'\n{_once(job.container)}"${{python[@]}}" {_folded(command)} \\\n',
             f'    --task "$SLURM_ARRAY_TASK_ID/{job.tasks}"\n',
         ]
     )
 
 
+def credentials_text(words: Sequence[str]) -> str:
+    """The content of `CREDENTIALS`: the words that contain a password or a token; "" if there are none."""
+    found = _with_credentials(words)
+    return f"credentials=({shlex.join(found)})\n" if found else ""
+
+
+def _with_credentials(words: Sequence[str]) -> list[str]:
+    return [word for word in dict.fromkeys(words) if without_credentials(word) != word]
+
+
+def _credentials(words: Sequence[str], folder: str) -> str:
+    if not _with_credentials(words):
+        return ""
+    return f". {quoted(f'{folder}/{CREDENTIALS}')}  # words with a password or a token; only you can read this file\n"
+
+
+def _environment_check(job: Job) -> str:
+    """A warning in the job's log if packages have changed since submission."""
+    return f'{_once(job.container)}"${{python[@]}}" -m launch.slurm.environment\n' if job.code else ""
+
+
 def without_gpus(options: str) -> list[str]:
-    """sbatch options of a GPU recipe as they suit work on CPUs: none that asks for GPUs, whole nodes or all their memory."""
+    """sbatch options of a GPU recipe for work on CPUs: without those that ask for GPUs, whole nodes or all their memory."""
     words = shlex.split(options)
     kept, skip = [], False
     for position, word in enumerate(words):
@@ -307,30 +335,30 @@ def _common_options(slurm: SlurmConfig, options: str) -> list[str]:
 
 
 def _no_pattern(folder: str) -> str:
-    """A folder in Slurm's file names, where % begins a pattern."""
+    """A folder in one of Slurm's file names, in which % begins a pattern."""
     return folder.replace("%", "%%")
 
 
 def _setup(slurm: SlurmConfig) -> str:
-    """The user's lines in a plain shell: scripts they source (conda's, a system's bashrc) read variables that are not set."""
+    """The user's lines, without `set -u`: scripts that they source (conda's, a system's bashrc) read unset variables."""
     lines = f"{slurm.setup.strip()}\n" if slurm.setup.strip() else ""
     return f"\n{lines}set +e -uo pipefail\n"
 
 
 def _code(folder: str) -> str:
-    """The packages as they were at submission: a requeued job must not run what the working tree contains by then."""
+    """Use the copy of the packages: a requeued job must not run later edits of the working tree."""
     if not folder:
         return ""
     return f"export PYTHONPATH={quoted(folder)}${{PYTHONPATH:+:$PYTHONPATH}}\n"
 
 
 def _rank_cpus(slurm: SlurmConfig) -> str:
-    """srun does not take over --cpus-per-task from sbatch since Slurm 22.05."""
+    """Since Slurm 22.05, srun does not inherit --cpus-per-task from sbatch."""
     return f" --cpus-per-task={slurm.cpus_per_process}" if slurm.cpus_per_process else ""
 
 
 def _with_threads(job: Job) -> list[str]:
-    """The words, with the threads of a process where the recipe says how many CPUs Slurm binds each to."""
+    """The words, with run.threads if the recipe sets the number of CPUs that Slurm binds each process to."""
     has_own = any(word.lstrip("+").startswith("run.threads=") for word in job.words)
     if has_own or not job.slurm.cpus_per_process:
         return list(job.words)
@@ -338,15 +366,15 @@ def _with_threads(job: Job) -> list[str]:
 
 
 def _once(container: ContainerConfig) -> str:
-    """What starts one process next to the ranks' step: srun where only srun can enter the container."""
+    """Prefix of a command that starts one process outside the ranks' step: with pyxis, only srun can enter the container."""
     return "srun --overlap --nodes=1 --ntasks=1 --ntasks-per-node=1 " if container.kind == "pyxis" else ""
 
 
 def _python(job: Job | Preparation) -> str:
-    """Lines that set `python`, the words that start Python, in the container where there is one.
+    """Lines that set `python`: the words that start Python, in the container if there is one.
 
-    Python does not search the working directory (launch.children). A container gets our packages by PYTHONPATH, as they were at
-    submission, or else from the checkout that the job was submitted from.
+    Python does not search the working directory (launch.children). In a container PYTHONPATH leads to the copy of our packages,
+    or else to the checkout that the job was submitted from.
     """
     container, directory = job.container, job.directory
     folders = list(dict.fromkeys(filter(None, (directory, None if job.code else job.checkout, *job.mounts))))
@@ -376,9 +404,10 @@ def _python(job: Job | Preparation) -> str:
 
 
 def _folded(words: Sequence[str]) -> str:
-    """Words of a command, quoted, folded at about 110 characters."""
+    """Words of a command, quoted, folded at about 110 characters; those with credentials as entries of `credentials`."""
+    secret = _with_credentials(words)
     lines, line = [], ""
-    for word in map(quoted, words):
+    for word in (f'"${{credentials[{secret.index(word)}]}}"' if word in secret else quoted(word) for word in words):
         if line and len(line) + len(word) > 110:
             lines.append(line)
             line = ""

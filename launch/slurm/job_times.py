@@ -1,8 +1,8 @@
-"""How long a run will take on a cluster, in jobs: from its own record, or, on GPUs, from the plan before it ever ran.
+"""How many jobs a run will need on a cluster: from its own record, or, before its first start on GPUs, from the plan.
 
-    seconds of a step and of a save --> jobs of the recipe's time limit; the limit that suits; is save_before_end_s enough?
+    seconds of a step and of a save --> number of jobs, a suitable time limit, whether save_before_end_s is long enough
 
-Advice for `stratum launch slurm --dry-run`; nothing is changed by it.
+Advice for `stratum launch slurm --dry-run`; it changes nothing.
 """
 
 import math
@@ -16,21 +16,21 @@ from recipes.schema.errors import RecipeError
 from recipes.schema.recipe import Recipe
 
 START_S = 300.0
-"""From the start of a job to its first step: an allowance, as `plan --goodput` has it."""
+"""From the start of a job to its first step; an assumption, the same as in `plan --goodput`."""
 
 
 @dataclass(frozen=True)
 class Pace:
-    """What a run does in a second, and who says so."""
+    """How fast a run is, and where the figures come from."""
 
     step_s: float
     stop_s: float
-    """From the signal to the end: the step under way and a save."""
+    """From the signal to the end: the current step and a save."""
     source: str
 
 
 def advice(recipe: Recipe, run: RunFolder, *, world: int, device: str) -> str:
-    """A few lines for a person; what cannot be known is said."""
+    """The advice, in a few lines; it says so if the time is unknown."""
     pace = _recorded(run) or _planned(recipe, world=world, device=device)
     if isinstance(pace, str):
         return pace
@@ -40,19 +40,22 @@ def advice(recipe: Recipe, run: RunFolder, *, world: int, device: str) -> str:
     text = f"{pace.source}: {pace.step_s:.3g} s a step, {left:,} steps left: {units.span(seconds)}"
     minutes = 10 * math.ceil((1.25 * seconds + START_S + slurm.save_before_end_s) / 600)
     if minutes <= slurm.time_limit_minutes:
-        text += f". One job does it; launch.slurm.time_limit_minutes={minutes} leaves a quarter to spare and may start sooner.\n"
+        text += (
+            f". One job is enough; launch.slurm.time_limit_minutes={minutes} has a quarter to spare, and shorter jobs may "
+            f"start sooner.\n"
+        )
     elif useful <= 0:
         text += f". A job of {slurm.time_limit_minutes} minutes has no time for steps: raise launch.slurm.time_limit_minutes.\n"
     else:
         jobs, share = math.ceil(seconds / useful), 1 - useful / limit
         text += (
-            f", some {jobs:,} jobs of {slurm.time_limit_minutes} minutes, of which starting ({START_S:.0f} s) and "
-            f"launch.slurm.save_before_end_s take {share:.1%}.\n"
+            f", about {jobs:,} jobs of {slurm.time_limit_minutes} minutes; starting ({START_S:.0f} s) and "
+            f"launch.slurm.save_before_end_s take {share:.1%} of that time.\n"
         )
     need = 2 * pace.stop_s
     if need > slurm.save_before_end_s:
         text += (
-            f"launch.slurm.save_before_end_s={slurm.save_before_end_s} is short of twice a step and a save "
+            f"launch.slurm.save_before_end_s={slurm.save_before_end_s} is less than twice a step and a save "
             f"({need:.0f} s). Use launch.slurm.save_before_end_s={60 * math.ceil(need / 60)}.\n"
         )
     return text
@@ -70,14 +73,14 @@ def _recorded(run: RunFolder) -> Pace | None:
 
 
 def _planned(recipe: Recipe, *, world: int, device: str) -> Pace | str:
-    """The plan's prediction; or why there is none."""
+    """The plan's prediction, or the reason why there is none."""
     if not recipe.launch.gpus_per_node:
-        return "How long it takes is not predicted for CPUs; after some steps the run's own record says it here.\n"
+        return "Times are not predicted for CPUs; after some steps this shows the run's own speed.\n"
     kind = device_named(device)
     try:
         plan = make_plan(recipe, world=world, device=kind)
     except RecipeError as error:
-        return f"It cannot be planned: {error}\n"
+        return f"This run cannot be planned: {error}\n"
     if plan.problems:
         problems = "".join(f"  {problem}\n" for problem in plan.problems)
         return f"Planned on {kind.name}s (--device KIND names others), this run would fail:\n{problems}"

@@ -1,21 +1,20 @@
-"""A copy of the packages and of the user's own recipes, made when a run is submitted: requeued jobs run it, not what the
-working tree contains by then.
+"""A copy of the packages and of the user's own recipes, made when a run is submitted: jobs run the copy, so later edits of
+the working tree do not change a requeued run.
 
     packages, --config-dir folders --take_snapshot--> runs/NAME/logs/code/{recipes,data,launch,train,config-0,environment.txt}
 """
 
-import importlib.metadata
 import shutil
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from data.system import disk
+from launch.slurm.environment import ENVIRONMENT, environment_text
 
 PACKAGES = ("recipes", "data", "launch", "train")
 CODE = "code"
-"""Name of the copy in a run's logs."""
+"""Folder of the copy, in a run's logs."""
 _PROJECT = Path(__file__).resolve().parents[2]
 
 
@@ -26,11 +25,14 @@ class Snapshot:
     folder: Path
     """Absolute."""
     words: list[str]
-    """The words of the command, with --config-dir as it is in the copy."""
+    """The words of the command, with --config-dir changed to the copy."""
 
 
-def take_snapshot(logs: Path, words: Sequence[str]) -> Snapshot:
-    """Copy everything a job runs into `logs`/code, in place of an earlier copy. Needs no version control."""
+def take_snapshot(logs: Path, words: Sequence[str], *, with_environment: bool) -> Snapshot:
+    """Copy everything a job runs into `logs`/code, replacing an earlier copy. Needs no version control.
+
+    with_environment: also list this Python's packages; not if jobs run in a container, whose packages are others.
+    """
     folder = logs.resolve() / CODE
     aside = disk.aside_of(folder)
     shutil.rmtree(aside, ignore_errors=True)
@@ -41,20 +43,23 @@ def take_snapshot(logs: Path, words: Sequence[str]) -> Snapshot:
     changed = with_folder(words, folder)
     for number, source in enumerate(config_folders(words)):
         _copy_recipes(source, aside / f"config-{number}")
-    names = sorted((d.name.lower(), d.version) for d in importlib.metadata.distributions())
-    lines = [f"python {sys.version.split()[0]} {sys.executable}", *(f"{name}=={version}" for name, version in names)]
-    (aside / "environment.txt").write_text("\n".join(lines) + "\n")
+    if with_environment:
+        (aside / ENVIRONMENT).write_text(environment_text())
     shutil.rmtree(folder, ignore_errors=True)
     disk.put_in_place(aside, folder)
     return Snapshot(folder, changed)
 
 
 def _copy_recipes(source: Path, target: Path) -> None:
-    """YAML files only, groups included: the folder may be a run's, with checkpoints of terabytes."""
+    """Copy YAML files only, with those of groups: the folder may be a run's, with terabytes of checkpoints.
+
+    Only this user can read the copies: a recipe may contain a URL with a password.
+    """
     for path in sorted((*source.glob("*.y*ml"), *source.glob("[!.]*/*.y*ml"))):
         copy = target / path.relative_to(source)
         copy.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(path, copy)
+        copy.chmod(0o600)
 
 
 def config_folders(words: Sequence[str]) -> list[Path]:
@@ -70,7 +75,7 @@ def config_folders(words: Sequence[str]) -> list[Path]:
 
 
 def with_folder(words: Sequence[str], folder: Path) -> list[str]:
-    """The words, with --config-dir leading into the copy in `folder`."""
+    """The words, with --config-dir changed to the copy in `folder`."""
     changed, number, follows = [], 0, False
     for word in words:
         name, sign, value = word.partition("=")

@@ -3,6 +3,8 @@
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from recipes.schema.credentials import without_credentials
+
 
 @dataclass(frozen=True)
 class Problem:
@@ -16,7 +18,8 @@ class Problem:
     """What to do, as whole sentences."""
 
     def __str__(self) -> str:
-        return f"{self.text} {self.remedy}".rstrip()
+        """The sentences, without the passwords and tokens of URLs in them."""
+        return without_credentials(f"{self.text} {self.remedy}".rstrip())
 
 
 class StratumError(Exception):
@@ -53,7 +56,7 @@ USER_ERRORS: tuple[type[Exception], ...] = (StratumError,)
 
 
 def refuse(problems: Iterable[Problem], error: type[StratumError] = RecipeError) -> None:
-    """Raise `error` with every problem, a line or more each; nothing where there are none."""
+    """Raise `error` with every problem, a line or more each; does nothing if there are none."""
     lines = [str(problem) for problem in problems]
     if lines:
         raise error("\n".join(dict.fromkeys(lines)))

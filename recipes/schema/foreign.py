@@ -1,6 +1,6 @@
 """Small files and texts that someone else wrote: read within bounds, shown without control characters.
 
-    path --read_bounded--> bytes of a regular file, at most so many        (a pipe, a device or an endless file holds no reader)
+    path --read_bounded--> bytes of a regular file, at most so many        (no pipe, device or endless file blocks a reader)
     text --parse_yaml--> plain values, as JSON could write them            (no tags, no duplicate keys, no alias bombs)
     text --printable--> the same text for a terminal or a log              (no escape codes, no line breaks)
 
@@ -65,7 +65,7 @@ def read_bounded(path: Path, *, most_bytes: int = LARGEST_TEXT) -> bytes:
 
 
 def read_bounded_text(path: Path, *, most_bytes: int = LARGEST_TEXT) -> str:
-    """The text of a regular file. Raises OSError as `read_bounded`, ValueError where it is not UTF-8."""
+    """The text of a regular file. Raises OSError as `read_bounded`, ValueError if it is not UTF-8."""
     return decoded(read_bounded(path, most_bytes=most_bytes))
 
 
@@ -78,7 +78,7 @@ def decoded(content: bytes) -> str:
 
 
 def parse_json(content: str | bytes) -> Any:
-    """json.loads with every way to fail as ValueError."""
+    """json.loads with every failure as ValueError."""
     try:
         return json.loads(decoded(content) if isinstance(content, bytes) else content)
     except RecursionError as error:
@@ -86,17 +86,12 @@ def parse_json(content: str | bytes) -> Any:
 
 
 def read_json(path: Path, *, most_bytes: int = LARGEST_TEXT) -> Any:
-    """The value of a JSON file. Raises OSError as `read_bounded`, ValueError where it is not JSON."""
+    """The value of a JSON file. Raises OSError as `read_bounded`, ValueError if it is not JSON."""
     return parse_json(read_bounded(path, most_bytes=most_bytes))
 
 
-def read_yaml(path: Path) -> Any:
-    """The value of a YAML file. Raises OSError as `read_bounded`, ValueError as `parse_yaml`."""
-    return parse_yaml(read_bounded_text(path))
-
-
 def parse_yaml(text: str) -> Any:
-    """Plain values of a YAML text. ValueError, with line and column, where it is not YAML, tagged, too deep or too large when
+    """Plain values of a YAML text. ValueError, with line and column, if it is not YAML, is tagged, too deep or too large when
     its aliases are written out, or gives a key twice."""
     try:
         _check_nesting(text)
@@ -144,9 +139,25 @@ def literal(value: Any) -> Any:
     return re.sub(r"(\\*)\$\{", lambda found: f"{found[1] * 2}\\${{", value)
 
 
+def without_literals(value: Any) -> Any:
+    """The inverse of `literal`: plain values as whoever wrote the recipe file meant them."""
+    if isinstance(value, dict):
+        return {key: without_literals(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [without_literals(inner) for inner in value]
+    if not isinstance(value, str):
+        return value
+    return re.sub(r"((?:\\\\)*)\\\$\{", lambda found: f"{found[1][: len(found[1]) // 2]}${{", value)
+
+
 def in_markdown(text: str, *, most: int = 300) -> str:
     """A text for one cell or line of Markdown: no markup, no HTML, no line break of it has an effect."""
-    return re.sub(r"([\\`*_{}\[\]()#+!|~&<>$])", lambda found: f"&#{ord(found[1])};", printable(text, most=most))
+    # An underscore between letters or digits is not markup, and names are full of them.
+    return re.sub(
+        r"((?<![A-Za-z0-9])_|_(?![A-Za-z0-9])|[\\`*{}\[\]()#+!|~&<>$])",
+        lambda found: f"&#{ord(found[1])};",
+        printable(text, most=most),
+    )
 
 
 def _is_control(character: str) -> bool:

@@ -6,17 +6,28 @@ Hydra decides what is composed; nothing of it goes further than this module and 
 """
 
 import json
+import re
 from dataclasses import asdict
 from typing import Any
 
+import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from recipes.schema.credentials import mapping_without_credentials
 from recipes.schema.errors import RecipeError
+from recipes.schema.foreign import literal
 from recipes.schema.recipe import Recipe
 from recipes.schema.typed import FieldError, build
 
+
+class _RecipeDumper(yaml.SafeDumper):
+    """Also quotes texts that OmegaConf reads as numbers and PyYAML does not, such as `1e3`."""
+
+
+_RecipeDumper.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d[\d_]*)?\.?[\d_]*([eE][-+]?\d+)?$"), list("-+0123456789.")
+)
 _OF_TOOLS = ("hydra", "compress", "stages")
 """Sections of a composed recipe that other commands read."""
 
@@ -43,3 +54,8 @@ def recipe_from_mapping(plain: dict[str, Any]) -> Recipe:
 def recipe_mapping(recipe: Recipe) -> dict[str, Any]:
     """A recipe as plain mappings and numbers: what `recipe.yaml` and checkpoints hold. URLs are without their credentials."""
     return mapping_without_credentials(json.loads(json.dumps(asdict(recipe))))
+
+
+def recipe_yaml(mapping: dict[str, Any]) -> str:
+    """The content of a `recipe.yaml`, which may be composed again: `${...}` in a text stays text there."""
+    return yaml.dump(literal(mapping), Dumper=_RecipeDumper, sort_keys=False)

@@ -5,24 +5,23 @@
 
 The trainer, the planner and the launchers pass the facts they have; a rule whose fact is not known (None) is left out. So
 what can be known before a start is refused before it, in the very sentence the trainer would use. Ranges and types of
-single fields are `recipes.schema.fields`'. Rules of layouts, schedules, patterns and shapes stand beside the arithmetic they
+single fields are `recipes.schema.fields`'. Rules of layouts, schedules, patterns and shapes are next to the arithmetic they
 protect (`layout`, `schedule`, `pattern`, `scaling`, `teacher_rules`) and are reached through `problems` too.
 """
 
 import dataclasses
-import shlex
 import unicodedata
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
 from recipes.schema.changes import check_folder, differences, refused
-from recipes.schema.credentials import is_secret
 from recipes.schema.data import DataConfig, PhaseConfig
 from recipes.schema.errors import Problem, RecipeError
 from recipes.schema.errors import refuse as refuse
 from recipes.schema.evaluate import EvaluateConfig
 from recipes.schema.facts import BLOCK_SCALES, Disk, Machine, Named, Prepared
+from recipes.schema.launch_rules import environment_problems
 from recipes.schema.layout import layout_problems
 from recipes.schema.manifest import Manifest
 from recipes.schema.objective import ObjectiveConfig
@@ -51,9 +50,9 @@ def problems(
     prepared: Prepared | None = None,
     here: bool = True,
 ) -> list[Problem]:
-    """Everything that keeps a recipe from running, in the order of its groups; [] where it can start.
+    """Everything that keeps a recipe from running, in the order of its groups; [] if it can start.
 
-    world: processes. machine, disk, prepared: facts (`recipes.schema.facts`); None where they are not known. here: False where
+    world: processes. machine, disk, prepared: facts (`recipes.schema.facts`); None if they are not known. here: False where
     the run will start elsewhere, so that what is not on this disk may be there.
     """
     found = [
@@ -447,7 +446,7 @@ def resume_problems(
 ) -> list[Problem]:
     """Why a run may not continue from a checkpoint of its own. place: the checkpoint's folder.
 
-    tokenizer, data_hash: of the data now; kernels: `RunState.kernels` now; empty where they are not known. taught_by: the teacher
+    tokenizer, data_hash: of the data now; kernels: `RunState.kernels` now; empty if they are not known. taught_by: the teacher
     now (`identity_of`).
     """
     found = []
@@ -520,73 +519,8 @@ def vocabulary_problems(recipe: Recipe, vocab_size: int, *, vocab: int | None = 
     return [Problem("model.vocab", text, remedy if vocab is None else "Use the data the model was trained on.")]
 
 
-def environment_of(environment: str) -> dict[str, str]:
-    """`launch.environment` as a mapping. RecipeError for words that are not NAME=VALUE."""
-    refuse(environment_problems(environment))
-    return {name: value for name, _, value in (word.partition("=") for word in shlex.split(environment))}
-
-
-def environment_problems(environment: str) -> list[Problem]:
-    """Words of launch.environment that are not NAME=VALUE."""
-    remedy = "Write it as in 'launch.environment=\"NCCL_DEBUG=INFO OMP_NUM_THREADS=4\"'."
-    try:
-        words = shlex.split(environment)
-    except ValueError as error:
-        return [Problem("launch.environment", f"launch.environment={environment!r}: {error}.", remedy)]
-    wrong = [word for word in words if not word.partition("=")[1] or not word.partition("=")[0].isidentifier()]
-    found = [
-        Problem("launch.environment", f"launch.environment={environment!r}: {word!r} is not NAME=VALUE.", remedy)
-        for word in wrong
-    ]
-    secret = [name for name, _, value in (word.partition("=") for word in words) if is_secret(name, value)]
-    if secret:
-        text = f"launch.environment gives a secret ({', '.join(secret)}), which would be stored in job scripts and checkpoints."
-        remedy = f"Take it out and export it in the shell you launch from: export {secret[0]}=..."
-        found = [Problem("launch.environment", text, remedy)]
-    return found
-
-
-def local_problems(recipe: Recipe, *, processes: int, gpus: int) -> list[Problem]:
-    """More processes on this machine than it has GPUs. gpus: 0 where the run uses none."""
-    if not gpus or processes <= gpus:
-        return []
-    text = f"launch.processes={processes}, but this machine has {gpus} GPU{'s' * (gpus > 1)} (CUDA_VISIBLE_DEVICES counted)."
-    return [Problem("launch.processes", text, f"Use {gpus}, or run.device=cpu.")]
-
-
-def container_problems(recipe: Recipe) -> list[Problem]:
-    """A container without an image."""
-    container = recipe.launch.container
-    if container.kind == "none" or container.image:
-        return []
-    example = "stratum.sqsh" if container.kind == "pyxis" else "stratum.sif"
-    text = f"launch.container.kind={container.kind}, but launch.container.image is empty."
-    return [Problem("launch.container.image", text, f"Name an image: launch.container.image={example}.")]
-
-
-def slurm_problems(recipe: Recipe, *, processes: int) -> list[Problem]:
-    """What keeps a recipe from running as Slurm jobs. processes: on each node."""
-    launch, found = recipe.launch, container_problems(recipe)
-    if launch.gpus_per_node and processes > launch.gpus_per_node:
-        text = (
-            f"launch.processes={processes} is more than launch.gpus_per_node={launch.gpus_per_node}: each process needs a "
-            f"GPU of its own."
-        )
-        remedy = f"Use launch.processes={launch.gpus_per_node}, or null."
-        found.append(Problem("launch.processes", text, remedy))
-    if launch.slurm.save_before_end_s >= 60 * launch.slurm.time_limit_minutes:
-        text = (
-            f"launch.slurm.save_before_end_s={launch.slurm.save_before_end_s} is not inside the time limit "
-            f"(launch.slurm.time_limit_minutes={launch.slurm.time_limit_minutes}): a job would be told to stop before it "
-            f"starts."
-        )
-        remedy = "Raise the limit, or lower save_before_end_s to a step and a save."
-        found.append(Problem("launch.slurm.save_before_end_s", text, remedy))
-    return found
-
-
 def unused(objective: ObjectiveConfig) -> str:
-    """Fields that are set and not looked at, for people; empty where there are none."""
+    """Fields that are set and not looked at, for people; empty if there are none."""
     if objective.kind != "next_token":
         return ""
     plain = ObjectiveConfig()

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from recipes.schema.errors import CheckpointError, RecipeError
-from recipes.schema.foreign import open_regular, parse_yaml, read_bounded_text
+from recipes.schema.foreign import open_regular, parse_yaml, read_bounded_text, without_literals
 
 RECIPE = "recipe.yaml"
 METRICS = "metrics.jsonl"
@@ -36,6 +36,24 @@ _RECIPE_BYTES = 8 << 20
 _TAIL_BYTES = 256 * 1024
 _NAME_BYTES = 200
 _STEP_NAME = re.compile(r"step_[0-9]{1,18}")
+
+_COUNTS = {"step", "total_steps", "tokens", "parameters", "threads", "bytes", "memory_bytes"}
+_TEXTS = {
+    "kind",
+    "name",
+    "layout",
+    "device",
+    "cpu",
+    "torch",
+    "python",
+    "kernels",
+    "precision",
+    "scaling",
+    "text",
+    "path",
+}
+"""Fields of a line by what they contain. A line with something else in one of them was not written by a trainer."""
+_LARGEST_COUNT = 1 << 62
 
 _NOT_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 """How the record writes numbers that JSON does not have."""
@@ -54,7 +72,7 @@ def recipe_in(folder: Path) -> dict[str, Any]:
         raise RecipeError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}.") from error
     if not isinstance(plain, dict):
         raise RecipeError(f"{path} cannot be read: it holds {type(plain).__name__}, not the fields of a recipe.")
-    return plain
+    return {str(key): without_literals(value) for key, value in plain.items()}
 
 
 def read_metrics(path: Path) -> list[Line]:
@@ -89,7 +107,12 @@ def as_json(value: Any) -> Any:
 
 def as_number(value: Any) -> float:
     """What a reader of a record takes for a number: NaN for whatever is not one, so that formatting it cannot fail."""
-    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else math.nan
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        return math.nan
+    try:
+        return float(value)
+    except OverflowError:  # a whole number of more than 308 digits
+        return math.nan
 
 
 def name_of(step: int) -> str:
@@ -122,7 +145,7 @@ def pointed_at(folder: Path) -> str | None:
     try:
         with open_regular(folder / POINTER) as stream:
             return stream.read(_NAME_BYTES).decode(errors="replace").strip()
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
 
 
@@ -143,8 +166,22 @@ def _lines_of(texts: Iterable[bytes]) -> list[Line]:
         except (ValueError, RecursionError):
             continue  # torn: the run was killed as it wrote, or is writing
         if isinstance(line, dict) and "kind" in line:
-            lines.append(_read_back(line))
+            line = _read_back(line)
+            if _has_right_types(line):
+                lines.append(line)
     return lines
+
+
+def _has_right_types(line: Line) -> bool:
+    for key, value in line.items():
+        if key in _COUNTS and not (type(value) is int and 0 <= value <= _LARGEST_COUNT):
+            return False
+        if key in _TEXTS and not isinstance(value, str):
+            return False
+    has_parts = line["kind"] in ("step", "unreduced_step")  # seconds by part of the step; else one number
+    if "seconds" in line and not isinstance(line["seconds"], dict if has_parts else int | float):
+        return False
+    return isinstance(line.get("bits_per_byte", {}), dict)
 
 
 def _read_back(value: Any) -> Any:

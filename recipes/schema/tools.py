@@ -4,9 +4,9 @@ The shared options of every command that reads a recipe are in `recipes.schema.o
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
-from recipes.schema.fields import Count, Fraction, NonNegativeFloat, PositiveInt, Seed
+from recipes.schema.fields import Count, Fraction, NonNegativeFloat, PositiveInt, Range, Seed
 
 
 @dataclass(frozen=True)
@@ -85,9 +85,9 @@ class PrepareConfig:
 class InspectConfig:
     """Options of `stratum inspect`."""
 
-    samples: Count = 2
+    samples: Annotated[int, Range(ge=0, le=1000)] = 2
     """Documents of each source whose beginning is shown."""
-    chars: Count = 240
+    chars: Annotated[int, Range(ge=0, le=100_000)] = 240
     """Characters shown of each."""
     picture: str | None = None
     """File of the histogram; lengths.png in the data's folder if not given."""

@@ -90,7 +90,7 @@ def make_inputs(megabytes: float) -> None:
             (wheel,) = Path(aside).glob("*.whl")
             with zipfile.ZipFile(wheel) as archive:
                 (FOLDER / TEKKEN).write_bytes(archive.read(f"mistral_common/data/{TEKKEN}"))
-    given = ranks.load(FOLDER / TEKKEN, TokenizerConfig())
+    given = ranks.load(FOLDER / TEKKEN, (FOLDER / TEKKEN).read_bytes(), TokenizerConfig())
     if not (FOLDER / "tokenizer.json").exists():
         hf.from_ranks(given).save(FOLDER / "tokenizer.json")
         rows = json.loads((FOLDER / TEKKEN).read_text())["vocab"][: len(given.tokens)]
@@ -134,7 +134,7 @@ class Clock:
 
 
 def _ours(way: str, corpus: Path, aside: Path) -> tuple[float, float, list[np.ndarray]]:
-    from data.make.shard_job import make_shard, read_result
+    from data.make.shard_job import make_shard, read_results
     from data.make.shard_work import plan_work
     from data.prepare import jobs_of, prepare
     from data.store.manifest import SPLITS
@@ -158,8 +158,8 @@ def _ours(way: str, corpus: Path, aside: Path) -> tuple[float, float, list[np.nd
     make_shard(job, tokenizer, threads=1, report=lambda stored, text, tokens: None)
     wall, cpu = clock.read()
     documents = []
-    for split in SPLITS:
-        shard = open_entry(Path(config.folder), read_result(job).splits[split])
+    for entry in (result.splits[split] for split in SPLITS for result in read_results(job) if split in result.splits):
+        shard = open_entry(Path(config.folder), entry)
         documents += [ids[:-1] for ids in np.split(np.asarray(shard.tokens), shard.ends[:-1])]
     return wall, cpu, documents
 

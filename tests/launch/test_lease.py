@@ -1,4 +1,4 @@
-"""One run, one owner: real processes that race for a folder, killed owners, owners on machines that cannot be seen from here."""
+"""One run, one owner: real processes that race for a folder, killed owners, owners on other machines."""
 
 import errno
 import json
@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_slurm_script import CPU
+from slurm_jobs import CPU
 
 from launch import lease as lease_module
 from launch.lease import FOLDER, LeaseError, Owner, current_owner, take
@@ -41,7 +41,7 @@ def _take_and_wait(folder: Path, start: Any, answers: Any) -> None:
 
 
 def race(folder: Path, count: int) -> tuple[list[Any], list[Any]]:
-    """`count` processes try at once. -> (their answers, the processes; the winner still holds the lease)"""
+    """`count` processes try at once. -> (their answers, the processes; the winner still owns the lease)"""
     start, answers = FORK.Event(), FORK.Queue()
     processes = [FORK.Process(target=_take_and_wait, args=(folder, start, answers)) for _ in range(count)]
     for process in processes:
@@ -75,7 +75,7 @@ def test_two_trainers_in_one_run_folder(tmp_path: Path) -> None:
     assert not list((tmp_path / FOLDER).glob(".*")), "nothing is left behind"
 
 
-def test_a_lease_given_back_is_free(tmp_path: Path) -> None:
+def test_a_released_lease_is_free(tmp_path: Path) -> None:
     first = take(tmp_path, what="a")
     with pytest.raises(LeaseError):
         take(tmp_path, what="a")
@@ -93,7 +93,7 @@ def _leave(folder: Path, owner: Owner, *, age_s: float) -> Path:
     return path
 
 
-def test_a_process_id_given_to_another_process_is_no_owner(tmp_path: Path) -> None:
+def test_a_reused_process_id_is_not_the_owner(tmp_path: Path) -> None:
     mine = replace(lease_module._myself(), process_started=3)
     _leave(tmp_path / FOLDER, mine, age_s=0)
     assert take(tmp_path / FOLDER, what="a").path.stem == "00000005"
@@ -106,7 +106,7 @@ def test_an_owner_on_another_machine_is_judged_by_its_heartbeat(
     _leave(tmp_path / "old", ELSEWHERE, age_s=1000)
     begun = time.monotonic()
     assert take(tmp_path / "old", what="a").path.stem == "00000005"
-    assert time.monotonic() - begun < 5, "dead for long: at once"
+    assert time.monotonic() - begun < 5, "long dead: at once"
 
     path = _leave(tmp_path / "beating", ELSEWHERE, age_s=3)
     beat = FORK.Process(target=lambda: (time.sleep(0.4), os.utime(path)))
@@ -172,7 +172,7 @@ def shared_folder(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.mark.usefixtures("shared_folder")
-def test_any_file_system_gives_a_number_once(tmp_path: Path) -> None:
+def test_every_file_system_gives_a_number_only_once(tmp_path: Path) -> None:
     answers, processes = race(tmp_path, 4)
     end(processes)
     assert sorted(what for what, *_ in answers) == ["owner", "refused", "refused", "refused"]
@@ -231,7 +231,7 @@ def test_of_two_submissions_at_once_one_is_refused(tmp_path: Path, monkeypatch: 
         process.join()
     assert sorted(what for what, _ in found) == ["job", "refused", "refused", "refused"], found
     assert (tmp_path / "submitted").read_text() == "x\n" and (run.logs / "jobs").read_text() == "12\n"
-    with pytest.raises(SlurmError, match=r"job 12 of .* is pending already"):
+    with pytest.raises(SlurmError, match=r"job 12 of .* is already pending"):
         submit_run(run, replace(CPU, folder=str(run.path)), keep_code=False)
     take(run.path / FOLDER, what="a")
     with pytest.raises(LeaseError, match="belongs to process"):

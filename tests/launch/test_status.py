@@ -1,4 +1,4 @@
-"""`stratum status` and `stratum logs`: what is on disk is always shown, within seconds, and a dead run is called dead."""
+"""`stratum status` and `stratum logs`: the content of the folder is always shown, within seconds; dead runs are called dead."""
 
 import json
 import os
@@ -32,7 +32,7 @@ def run(tmp_path: Path) -> RunFolder:
     (found.path / "metrics.jsonl").write_text("".join(STEP.format(n=n) for n in range(1, 31)))
     (found.path / "checkpoints" / "step_00000020").mkdir(parents=True)
     (found.logs / "jobs").write_text("6\n7\n")
-    (found.logs / "slurm-7.log").write_text("again: time was up\n")
+    (found.logs / "slurm-7.log").write_text("again: its time limit was near\n")
     log_of(attempt, 0).write_text("step 29\nstep 30\n")
     log_of(attempt, 1).write_text("hello of rank 1\n")
     (attempt / SRUN_LOG).write_text("srun: error: n1: task 1: Killed\n")
@@ -40,7 +40,7 @@ def run(tmp_path: Path) -> RunFolder:
 
 
 def slurm(folder: Path, line: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Slurm's commands, all of them this one line of bash; each call leaves a line in `calls`."""
+    """Replace Slurm's commands by one line of bash; each call appends a line to `calls`."""
     (folder / "bin").mkdir()
     for name in ("scontrol", "squeue"):
         (folder / "bin" / name).write_text(f"#!/bin/bash\necho {name} >> {folder}/calls\n{line}\n")
@@ -60,7 +60,7 @@ def test_without_an_answer_of_slurm_the_folders_are_shown(
         "asked once, not once a run"
     )
     assert said.count("step 30 of 100") == 2 and said.count("newest checkpoint: step_00000020") == 2
-    assert "whether a job of it waits is not known without Slurm's answer" in said
+    assert "whether a job of it waits is unknown, because Slurm did not answer" in said
     assert "has had no answer for 0.5 s" in asked.problem and "dead:" not in said
 
 
@@ -82,7 +82,7 @@ def test_a_dead_run_is_called_dead(run: RunFolder, tmp_path: Path, monkeypatch: 
     owner.kill()
     owner.communicate()
     said = describe(run, Queue())
-    assert "dead: its trainer ended without giving the run back (killed, or its machine was lost)" in said
+    assert "dead: its trainer ended without releasing the run (killed, or its machine was lost)" in said
     (run.logs / NO_SUCCESSOR).write_text("sbatch: error: Access/permission denied\n")
     assert "could not be submitted from a compute node: sbatch: error: Access" in describe(run, Queue())
     lease.take(run.path / "lease", what="a").release()
@@ -104,7 +104,7 @@ def test_logs_shows_the_newest_lines_and_follows(run: RunFolder, capsys: pytest.
     attempt = run.logs / "slurm-7-0"
     assert main([str(run.path), "-n", "1"]) == 0
     said = capsys.readouterr().out
-    assert "again: time was up" in said and "task 1: Killed" in said and "step 30" in said
+    assert "again: its time limit was near" in said and "task 1: Killed" in said and "step 30" in said
     assert "step 29" not in said and "rank 1" not in said
     assert logs_of(run, None)[-1] == log_of(attempt, 1)
     assert main([str(run.path), "--ranks", "x"]) == 2 and main(["nowhere"]) == 2

@@ -1,8 +1,10 @@
 """Recipes from strangers: none runs code, reads the environment or other files, hangs, or ends in a traceback."""
 
 import os
+import random
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +13,10 @@ import yaml
 
 from recipes.schema.command import dotted_keys, run_command
 from recipes.schema.foreign import literal, parse_yaml, printable, read_bounded
-from recipes.schema.read import read_recipe, recipe_mapping
+from recipes.schema.launch_rules import environment_problems
+from recipes.schema.read import read_recipe, recipe_mapping, recipe_yaml
 from recipes.schema.recipe import Recipe
-from recipes.schema.rules import environment_problems
+from recipes.schema.run_folder import recipe_in
 
 HEAD = "# @package _global_\n"
 SMOKE = "defaults: [smoke, _self_]\n"
@@ -167,3 +170,59 @@ def test_a_text_of_someone_elses_is_no_reference_in_an_imported_recipe(
         status, said, found = say(capsys, "--config-dir", str(tmp_path), "-cn", "mine")
         assert status == 0, said
         assert found[0].data.folder == text and found[0].run.name == "smoke"
+
+
+def test_a_run_folder_gives_back_every_text_of_its_recipe(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """`stratum train RUN` composes recipe.yaml again: `${HOME}` in a setup line was read as a reference there."""
+    parts = [
+        "${HOME}",
+        "$",
+        "{",
+        "}",
+        "\\",
+        "'",
+        '"',
+        "\n",
+        "\t",
+        " ",
+        "#",
+        ":",
+        "é",
+        "???",
+        "${oc.env:USER}",
+        "a",
+        "- ",
+        "%",
+    ]
+    draw = random.Random(7)
+    texts = [
+        *parts,
+        "\\${x}",
+        "\\\\${x}",
+        "export P=${HOME}/bin:\"$P\"\nmodule load 'cuda'\n",
+        "null",
+        "1e3",
+        "-1_0",
+        ".5",
+        "1.",
+        "true",
+        "0x1f",
+        "12:30",
+    ]
+    texts += ["".join(draw.choices(parts, k=draw.randrange(1, 9))) for _ in range(300)]
+    texts = [
+        text for text in texts if text != "???"
+    ]  # no recipe can say this one: OmegaConf's word for a missing value
+    recipe = say(capsys, "-cn", "smoke")[2][0]
+    source = next(iter(recipe.data.sources.values()))
+    sources = {f"s{number}": replace(source, path=text) for number, text in enumerate(texts)}
+    recipe = replace(recipe, data=replace(recipe.data, sources=sources))
+    folder = tmp_path / "smoke"
+    folder.mkdir()
+    (folder / "recipe.yaml").write_text(recipe_yaml(recipe_mapping(recipe)))
+    status, said, found = say(capsys, f"--config-dir={folder}", "-cn", "recipe")
+    assert status == 0, said
+    assert {name: one.path for name, one in found[0].data.sources.items()} == {
+        name: one.path for name, one in sources.items()
+    }
+    assert recipe_in(folder) == recipe_mapping(recipe)

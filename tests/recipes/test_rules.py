@@ -55,7 +55,7 @@ EVERY_RULE: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "a source missing from the folder": (
         {"data.sources": {"a": SourceConfig("x"), "more": SourceConfig("x")}},
-        "holds no source more (it holds a, b).",
+        "has no source more (it has a, b).",
     ),
     "all weights 0": ({"data.sources": {"a": SourceConfig("x", weight=0.0)}}, "data.sources: all weights are 0"),
     "a source that is held out and drawn": (

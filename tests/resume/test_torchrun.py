@@ -45,6 +45,32 @@ def test_a_process_notices_that_its_parent_is_gone(number: signal.Signals) -> No
     assert parent.communicate(timeout=30)[0] == "SIGTERM\n"
 
 
+def test_a_rank_of_torchrun_under_nohup_takes_the_sighup_that_torchrun_passes_on() -> None:
+    program = (
+        "import signal; from train.__main__ import follow_torchrun\n"
+        "signal.signal(signal.SIGHUP, signal.SIG_IGN); follow_torchrun(); print(signal.getsignal(signal.SIGHUP).name)"
+    )
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout == "SIG_DFL\n"
+
+
+@pytest.mark.slow
+def test_ranks_save_and_stop_when_the_terminal_of_a_torchrun_under_nohup_closes(
+    words: list[str], tmp_path: Path
+) -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does; processes inherit it
+    try:
+        child = start(words, "nohup", ranks=2, extra=("run.steps=100000", "checkpoint.every_steps=0"))
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    run = tmp_path / "nohup"
+    wait_for_step(run, 4, child)
+    child.send_signal(signal.SIGHUP)
+    output, _ = child.communicate(timeout=120)
+    assert "Stopped at step" in output and "(SIGHUP); the checkpoint is written" in output
+    assert saves(run)[-1] == max(losses(run)), "nothing is lost"
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGKILL])
 def test_ranks_save_and_stop_when_torchrun_dies(number: signal.Signals, words: list[str], tmp_path: Path) -> None:

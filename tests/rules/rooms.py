@@ -26,7 +26,15 @@ STOREYS = (
     ("data.inspect", "data.trace"),
     ("data.commands",),
     # launch
-    ("launch", "launch.plan.cost", "launch.runs", "launch.queue", "launch.facts", "launch.children"),
+    (
+        "launch",
+        "launch.plan.cost",
+        "launch.runs",
+        "launch.queue",
+        "launch.facts",
+        "launch.children",
+        "launch.user_errors",
+    ),
     ("launch.plan.published", "launch.compose", "launch.lease"),
     ("launch.plan", "launch.local"),
     ("launch.slurm", "launch.stages", "launch.smoke", "launch.doctor"),

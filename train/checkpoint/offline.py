@@ -12,11 +12,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-import yaml
 
 from data.system import disk
 from recipes.schema import checkpoint_steps as steps
 from recipes.schema.errors import CheckpointError
+from recipes.schema.read import recipe_yaml
 from train.checkpoint import fingerprint, publishing
 from train.checkpoint.files import (
     Reader,
@@ -158,7 +158,7 @@ def reshard(folder: Path, out: Path, *, files: int, with_optimizer: bool, advanc
             raise CheckpointError(f"{out} was not written: the copy does not verify: {problems[0]}")
         if is_run(out):
             publishing.point_at(new.parent, new.name)
-            disk.write_text(aside / "recipe.yaml", yaml.safe_dump(manifest.recipe, sort_keys=False))
+            disk.write_text(aside / "recipe.yaml", recipe_yaml(manifest.recipe))
         disk.put_in_place(aside, out)
     except OSError as error:
         raise CheckpointError(f"{out} cannot be written: {error.strerror or error}") from error

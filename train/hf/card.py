@@ -4,7 +4,7 @@ recipe, manifest of the checkpoint, metrics of its run, comparison with transfor
 """
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ import yaml
 
 from recipes.schema import units
 from recipes.schema.pattern import KINDS, counts, flops_per_token, parameters
+from recipes.schema.read import recipe_mapping, recipe_yaml
 from recipes.schema.recipe import Recipe
 from recipes.schema.scaling import describe_precision
 from train.checkpoint.storage import Manifest
@@ -49,10 +50,10 @@ class Release:
 
 def write_card(folder: Path, release: Release) -> None:
     """Write README.md, recipe.yaml and, if the run still has metrics, loss.png into `folder`."""
-    (folder / "recipe.yaml").write_text(yaml.safe_dump(release.manifest.recipe, sort_keys=False))
+    (folder / "recipe.yaml").write_text(recipe_yaml(release.manifest.recipe))
     record = _record(release.checkpoint)
     if record is not None and record.steps:
-        draw(record, folder / "loss.png", title=release.name, recipe=asdict(release.recipe))
+        draw(record, folder / "loss.png", title=release.name, recipe=recipe_mapping(release.recipe))
     (folder / "README.md").write_text("\n".join(_page(release, record)) + "\n")
 
 

@@ -5,12 +5,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from recipes.schema.data import DataConfig, SourceConfig, TokenizerConfig
-from recipes.schema.foreign import literal, printable
+from recipes.schema.foreign import printable
 from recipes.schema.model import ModelConfig
-from recipes.schema.read import recipe_from_mapping
+from recipes.schema.read import recipe_from_mapping, recipe_yaml
 from recipes.schema.recipe import Recipe
 from recipes.schema.run import RunConfig
 from recipes.schema.typed import differing
@@ -49,7 +47,7 @@ defaults:
 {groups}
   - _self_
 
-{yaml.safe_dump(literal(_body(imported)), sort_keys=False)}"""
+{recipe_yaml(_body(imported))}"""
 
 
 def imported_recipe(imported: Imported) -> Recipe:

@@ -13,6 +13,8 @@ from rich.table import Column
 
 from data.system.console import bars, open_console
 from recipes.schema import units
+from recipes.schema.credentials import without_credentials
+from recipes.schema.foreign import printable_lines
 from recipes.schema.run_folder import Line
 from recipes.schema.telemetry import TelemetryConfig
 
@@ -128,6 +130,7 @@ class Screen:
                 return f"warning: {line['text']}" if line["kind"] == "warning" else None
 
     def _say(self, text: str) -> None:
+        text = printable_lines(text)  # names of sources and folders may contain escape codes
         if self._live:
             self._bar.console.print(text)
         else:
@@ -166,6 +169,7 @@ class WeightsAndBiases:
         identity = folder / "wandb_id"
         if not identity.exists():
             identity.write_text(uuid.uuid4().hex[:12])
+        sys.argv = [without_credentials(word) for word in sys.argv]  # W&B stores the command line
         self._run = wandb.init(
             project=config.wandb_project,
             name=folder.name,

@@ -7,6 +7,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+from recipes.schema.foreign import in_markdown, printable
 from recipes.schema.run_folder import as_number
 
 Line = dict[str, Any]
@@ -14,6 +15,25 @@ Line = dict[str, Any]
 _ORDER = ("input", "weight", "grad", "input_for_weight_grad", "grad_for_weight_grad")
 _SHORT = {"input_for_weight_grad": "input\n(weight grad)", "grad_for_weight_grad": "grad\n(weight grad)"}
 _COLORS = ("#2b6cb0", "#2f9e44", "#d9480f", "#0b7285", "#9c36b5")
+
+
+def is_measurement(line: Line) -> bool:
+    """Whether a line has a measurement's fields: it may be damaged or written by someone else."""
+    readings = line.get("readings")
+    if not isinstance(readings, list) or not readings or not {"step", "scaling"} <= line.keys():
+        return False
+    return all(
+        isinstance(reading, dict)
+        and type(reading.get("layer")) is int
+        and all(isinstance(reading.get(key), str) for key in ("linear", "operand", "format"))
+        and all(key in reading for key in ("snr_db", "amax", "saturated", "underflowed", "floor_db"))
+        for reading in readings
+    )
+
+
+def in_picture(text: str) -> str:
+    """A name in a picture: matplotlib would read `$...$` as a formula, and refuse a wrong one."""
+    return printable(text, most=80).replace("$", r"\$")
 
 
 def draw_precision(lines: list[Line], path: Path, *, title: str) -> None:
@@ -32,15 +52,19 @@ def draw_precision(lines: list[Line], path: Path, *, title: str) -> None:
         [_snr(table[layer, linear, name]) if (layer, linear, name) in table else math.nan for name in operands]
         for layer, linear in layers
     ]
-    floor = min(r["floor_db"] for r in last["readings"])
+    floor = min(as_number(r["floor_db"]) for r in last["readings"])
     height = max(4.6, 1.6 + 0.22 * len(layers))
     figure = pyplot.figure(figsize=(11, height), layout="constrained")
     grid = figure.add_gridspec(2, 2, width_ratios=(1.1, 1))
     left = figure.add_subplot(grid[:, 0])
     image = left.imshow(values, aspect="auto", cmap="RdYlGn", vmin=floor - 5, vmax=40)
     left.set_xticks(range(len(operands)), [_SHORT.get(name, name) for name in operands], fontsize=8)
-    left.set_yticks(range(len(layers)), [f"{layer} {linear.split('.')[-1]}" for layer, linear in layers], fontsize=7)
-    left.set_title(f"{title}: {last['scaling']}, step {last['step']:,}", loc="left", fontweight="bold", fontsize=11)
+    left.set_yticks(
+        range(len(layers)), [in_picture(f"{layer} {linear.split('.')[-1]}") for layer, linear in layers], fontsize=7
+    )
+    left.set_title(
+        f"{title}: {in_picture(last['scaling'])}, step {last['step']:,}", loc="left", fontweight="bold", fontsize=11
+    )
     for row, cells in enumerate(values):
         for column, value in enumerate(cells):
             if math.isfinite(value) and len(layers) <= 60:
@@ -55,10 +79,10 @@ def draw_precision(lines: list[Line], path: Path, *, title: str) -> None:
             if mine:
                 steps.append(line["step"])
                 lowest.append(min(_snr(r) for r in mine))
-                underflow.append(100 * max(r["underflowed"] for r in mine))
+                underflow.append(100 * max(as_number(r["underflowed"]) for r in mine))
         above.plot(steps, lowest, color=color, label=name.replace("_", " "), marker=".")
         below.plot(steps, underflow, color=color, marker=".")
-    for value, style in sorted({(r["floor_db"], ":") for r in last["readings"]}):
+    for value, style in sorted({(as_number(r["floor_db"]), ":") for r in last["readings"]}):
         above.axhline(value, color="#7b8794", linestyle=style, linewidth=1)
     above.set(ylabel="lowest of any layer, dB")
     above.set_title("Signal over noise (dotted: lower limit)", loc="left", fontweight="bold", fontsize=11)
@@ -76,7 +100,9 @@ def precision_section(lines: list[Line]) -> list[str]:
     """Markdown: the operands with the lowest signal over noise at the last measured step, and when any was below its limit."""
     last = lines[-1]
     worst = sorted(last["readings"], key=_snr)[:5]
-    unhealthy_steps = [line["step"] for line in lines if any(_snr(r) < r["floor_db"] for r in line["readings"])]
+    unhealthy_steps = [
+        line["step"] for line in lines if any(_snr(r) < as_number(r["floor_db"]) for r in line["readings"])
+    ]
     text = (
         "Every measured operand stayed above its lower limit."
         if not unhealthy_steps
@@ -89,12 +115,13 @@ def precision_section(lines: list[Line]) -> list[str]:
         "",
         "## Low precision",
         "",
-        f"`{last['scaling']}`. {text} The lowest at step {last['step']:,}:",
+        f"{in_markdown(last['scaling'])}. {text} The lowest at step {last['step']:,}:",
         "",
         "| layer | linear | operand | format | signal over noise, dB | largest magnitude | saturated | became zero |",
         "|---|---|---|---|---|---|---|---|",
         *(
-            f"| {r['layer']} | {r['linear']} | {r['operand'].replace('_', ' ')} | {r['format']} | {_snr(r):.1f} | "
+            f"| {r['layer']} | {in_markdown(r['linear'])} | {in_markdown(r['operand'].replace('_', ' '))} | "
+            f"{in_markdown(r['format'])} | {_snr(r):.1f} | "
             f"{as_number(r['amax']):.3g} | {as_number(r['saturated']):.2%} | {as_number(r['underflowed']):.2%} |"
             for r in worst
         ),

@@ -15,11 +15,12 @@ from typing import Any
 
 from recipes.schema import units
 from recipes.schema.errors import RecipeError, StratumError
-from recipes.schema.foreign import read_bounded
+from recipes.schema.foreign import in_markdown, printable, printable_lines, read_bounded, read_bounded_text
+from recipes.schema.messages import complain
 from recipes.schema.options import CommandParser, run_or_path
 from recipes.schema.run_folder import METRICS, RECIPE, as_number, read_metrics, recipe_in
-from train.record.precision_report import draw_precision, precision_section
-from train.record.task_report import Scores, draw_tasks, tasks_section
+from train.record.precision_report import draw_precision, in_picture, is_measurement, precision_section
+from train.record.task_report import Scores, draw_tasks, is_scores, tasks_section
 
 
 @dataclass(frozen=True)
@@ -43,12 +44,12 @@ class RunRecord:
 
     def precision(self) -> list[dict[str, Any]]:
         """Measurements of quantised operands, the last of each step."""
-        last = {line["step"]: line for line in self.events if line["kind"] == "precision"}
+        last = {line["step"]: line for line in self.events if line["kind"] == "precision" and is_measurement(line)}
         return [last[step] for step in sorted(last)]
 
     def tasks(self) -> Scores:
         """Scores of tasks by step, the last of each step."""
-        return {line["step"]: line["tasks"] for line in self.events if line["kind"] == "tasks"}
+        return {line["step"]: line["tasks"] for line in self.events if line["kind"] == "tasks" and is_scores(line)}
 
 
 def read_run(folder: Path) -> RunRecord:
@@ -60,6 +61,8 @@ def read_run(folder: Path) -> RunRecord:
     runs: dict[int, list[dict[str, Any]]] = {}
     phases: dict[str, float] = {}
     for line in lines:
+        if not _NEEDED.get(line["kind"], set()) <= line.keys():
+            continue
         if line["kind"] == "step":
             runs.setdefault(line["step"], []).append(_numbers_of(line))
         elif line["kind"] == "phase":
@@ -71,15 +74,33 @@ def read_run(folder: Path) -> RunRecord:
         evaluations={
             line["step"]: {name: as_number(score) for name, score in line["bits_per_byte"].items()}
             for line in lines
-            if line["kind"] == "evaluation"
+            if line["kind"] == "evaluation" and _NEEDED["evaluation"] <= line.keys()
         },
-        resumes=[line["step"] for line in lines if line["kind"] == "resume"],
+        resumes=[line["step"] for line in lines if line["kind"] == "resume" and "step" in line],
         repeated={step: [line["loss"] for line in times] for step, times in again.items()},
         repeated_norms={step: [line["grad_norm"] for line in times] for step, times in again.items()},
         events=[line for line in lines if line["kind"] not in ("step", "evaluation", "machine", "phase")],
         machine=machines[-1] if machines else {},
         phase_s=phases,
     )
+
+
+_NEEDED = {
+    "step": {
+        "step",
+        "tokens",
+        "loss",
+        "grad_norm",
+        "learning_rate",
+        "seconds",
+        "step_s",
+        "tokens_per_s",
+        "memory_bytes",
+    },
+    "evaluation": {"step", "bits_per_byte"},
+    "phase": {"name", "seconds"},
+}
+"""Fields without which a line of that kind is left out."""
 
 
 def _numbers_of(line: dict[str, Any]) -> dict[str, Any]:
@@ -103,11 +124,11 @@ def write_report(folder: Path, *, sample: str | None = None) -> None:
     if sample is None and (folder / "sample.txt").exists():
         sample = read_bounded(folder / "sample.txt").decode(errors="replace")
     if record.steps:
-        draw(record, folder / "loss.png", title=folder.name, recipe=recipe)
+        draw(record, folder / "loss.png", title=in_picture(folder.name), recipe=recipe)
     if measured := record.precision():
-        draw_precision(measured, folder / "precision.png", title=folder.name)
+        draw_precision(measured, folder / "precision.png", title=in_picture(folder.name))
     if scored := record.tasks():
-        draw_tasks(scored, folder / "tasks.png", title=folder.name)
+        draw_tasks(scored, folder / "tasks.png", title=in_picture(folder.name))
     (folder / "summary.md").write_text(summary(record, recipe, name=folder.name, sample=sample))
 
 
@@ -170,7 +191,7 @@ def draw(record: RunRecord, path: Path, *, title: str, recipe: dict[str, Any]) -
                 place = (points[-1][0], points[0][1])
                 note = {"color": color, "ha": "right", "va": "bottom", "fontsize": 8}
                 right.annotate(start, place, textcoords="offset points", xytext=(0, 2), **note)
-            label = f"{name}: {points[-1][1]:.2f} at step {points[-1][0]}"
+            label = f"{in_picture(name)}: {points[-1][1]:.2f} at step {points[-1][0]}"
             right.plot(*zip(*points, strict=True), color=color, marker="o", markersize=4, linewidth=2, label=label)
         right.set(title="Held-out text", xlabel="step", ylabel="bits per byte")
         if sources:
@@ -183,7 +204,7 @@ def draw(record: RunRecord, path: Path, *, title: str, recipe: dict[str, Any]) -
 
 def summary(record: RunRecord, recipe: dict[str, Any], *, name: str, sample: str | None) -> str:
     """summary.md."""
-    lines = [f"# Run `{name}`", ""]
+    lines = [f"# Run {_code(name)}", ""]
     if not record.steps:
         return "\n".join([*lines, "No step is finished yet.", ""])
     lines += [
@@ -198,7 +219,7 @@ def summary(record: RunRecord, recipe: dict[str, Any], *, name: str, sample: str
     ]
     if sample:
         fence = "`" * max(3, 1 + max(map(len, re.findall("`+", sample)), default=0))
-        lines += ["", "## Sample", "", fence, sample.rstrip(), fence]
+        lines += ["", "## Sample", "", fence, printable_lines(sample.rstrip()), fence]
     files = "[recipe.yaml](recipe.yaml) (resolved), [metrics.jsonl](metrics.jsonl), [tensorboard/](tensorboard), "
     lines += ["", f"Files: {files}[checkpoints/](checkpoints).", ""]
     return "\n".join(lines)
@@ -210,11 +231,11 @@ def _facts(record: RunRecord, recipe: dict[str, Any]) -> list[str]:
     last, machine = steps[-1], record.machine
     start: dict[str, Any] = next((e for e in reversed(record.events) if e["kind"] in ("start", "resume")), {})
     rows = {
-        "model": f"`{recipe['model']['pattern']}`, hidden {recipe['model']['hidden']}, "
+        "model": f"{_code(recipe['model']['pattern'])}, hidden {recipe['model']['hidden']}, "
         f"{start.get('parameters', 0):,} parameters",
         **_origin(recipe),
-        "precision": start.get("precision") or _precision(recipe["precision"]),
-        "layout": f"{start.get('layout', '?')} on {start.get('device', '?')}",
+        "precision": in_markdown(start.get("precision") or _precision(recipe["precision"])),
+        "layout": in_markdown(f"{start.get('layout', '?')} on {start.get('device', '?')}"),
         "steps": f"{last['step']:,} of {recipe['run']['steps']:,}",
         "tokens": f"{last['tokens']:,}",
         _loss(recipe): _loss_change([line["loss"] for line in steps]),
@@ -223,14 +244,15 @@ def _facts(record: RunRecord, recipe: dict[str, Any]) -> list[str]:
     shares = [line["mfu"] for line in steps if "mfu" in line]
     if shares:
         of = "published bf16 peak" if str(start.get("device", "cpu")).startswith("cuda") else "measured fp32 peak"
-        peak = f" of {machine['peak_flops'] / 1e12:.3g} TFLOP/s" if machine.get("peak_flops") else ""
+        peak = f" of {as_number(machine['peak_flops']) / 1e12:.3g} TFLOP/s" if machine.get("peak_flops") else ""
         rows["model FLOPs utilisation"] = f"{100 * statistics.median(shares):.1f} % of the {of}{peak} (median)"
     rows["peak memory"] = f"{units.gib(max(line['memory_bytes'] for line in steps))} in the first process"
-    if machine:
+    if {"cpu", "device", "threads", "torch", "python"} <= machine.keys():
         where = machine["cpu"] if machine["device"] == "cpu" else f"{machine['device']}, host {machine['cpu']}"
         threads = f"{machine['threads']} thread{'s' * (machine['threads'] != 1)}"
         kernels = f", kernels {machine['kernels']}" if machine.get("kernels") else ""
-        rows["machine"] = f"{where}, {threads} a process{kernels}; torch {machine['torch']}, Python {machine['python']}"
+        versions = f"torch {machine['torch']}, Python {machine['python']}"
+        rows["machine"] = in_markdown(f"{where}, {threads} a process{kernels}; {versions}")
     return ["| | |", "|---|---|", *(f"| {key} | {value} |" for key, value in rows.items())]
 
 
@@ -255,9 +277,9 @@ def _loss(recipe: dict[str, Any]) -> str:
 def _origin(recipe: dict[str, Any]) -> dict[str, str]:
     """Rows for starting weights and teacher, if the run has them."""
     objective, start = recipe.get("objective", {}), recipe["run"].get("start_from")
-    rows = {"started from": f"`{start}`"} if start else {}
+    rows = {"started from": _code(str(start))} if start else {}
     if objective.get("kind") == "distill":
-        rows["teacher"] = f"`{objective.get('teacher_cache') or objective.get('teacher')}`"
+        rows["teacher"] = _code(str(objective.get("teacher_cache") or objective.get("teacher")))
     return rows
 
 
@@ -282,7 +304,7 @@ def _heldout(record: RunRecord) -> list[str]:
         "",
         f"| source | step {at_start} | step {at_end} |",
         "|---|---|---|",
-        *(f"| {name} | {first.get(name, math.nan):.3f} | {last[name]:.3f} |" for name in last),
+        *(f"| {in_markdown(name)} | {first.get(name, math.nan):.3f} | {last[name]:.3f} |" for name in last),
     ]
 
 
@@ -294,10 +316,10 @@ def _times(record: RunRecord) -> list[str]:
     whole = sum(medians.values())
     lines = ["", "## Where a step's time goes", "", "| part | median ms | share |", "|---|---|---|"]
     for name, value in sorted(medians.items(), key=lambda item: -item[1]):
-        lines.append(f"| {name} | {1000 * value:.1f} | {100 * value / whole:.1f} % |")
+        lines.append(f"| {in_markdown(name)} | {1000 * value:.1f} | {100 * value / whole:.1f} % |")
     if record.phase_s:
         trained = sum(line["step_s"] for line in steps)
-        spent = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in record.phase_s.items())
+        spent = ", ".join(f"{in_markdown(name)} {seconds:.1f} s" for name, seconds in record.phase_s.items())
         lines += ["", f"Outside steps: {spent}; steps took {trained:.1f} s."]
     return lines
 
@@ -320,9 +342,18 @@ def _resumes(record: RunRecord) -> list[str]:
             layouts = {e["layout"] for e in record.events if e["kind"] in ("start", "resume") and "layout" in e}
             text += f" Largest difference in loss: {gap:.3g} nats per token."
             if len(layouts) > 1:
-                text += f" The layout changed ({', '.join(sorted(layouts))}), which changes the order of sums."
+                text += (
+                    f" The layout changed ({in_markdown(', '.join(sorted(layouts)))}), which changes the order of sums."
+                )
         lines += ["", text]
     return lines
+
+
+def _code(text: str) -> str:
+    """A text as code in a line or a table of Markdown; plain if it contains a backtick. No markup in it has an effect."""
+    if "`" in text or "|" in text:
+        return in_markdown(text)
+    return f"`{printable(text, most=300)}`"
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -340,10 +371,9 @@ stratum report smoke                               the same: `smoke` is looked u
     parsed = parser.parse_args(arguments)
     try:
         folder = run_or_path(parsed.run)
-        write_report(folder, sample=parsed.sample.read_text() if parsed.sample else None)
-    except (StratumError, OSError) as error:
-        sys.stderr.write(f"error: {error}\n")
-        return 2
+        write_report(folder, sample=read_bounded_text(parsed.sample) if parsed.sample else None)
+    except (StratumError, OSError, ValueError) as error:
+        return complain(error)
     sys.stdout.write(f"wrote {folder}/summary.md and {folder}/loss.png\n")
     return 0
 

@@ -1,14 +1,14 @@
 """Bytes a rank keeps between the forward and the backward pass, layer by layer, and how many microbatches are in flight.
 
 Two sets of modules keep different things: `reference` (this project's plain torch modules on a CPU; measured with autograd's
-hooks in tests/cost) and `te` (Transformer Engine and mamba-ssm kernels; read from their sources, **not measured on a GPU**).
+hooks in tests/launch/plan) and `te` (Transformer Engine and mamba-ssm kernels; from their sources, **not measured on a GPU**).
 
-Bytes per token, h hidden, e bytes of the recipe's format, q and k widths of queries and keys, f of the MLP, D and C channels
-of Mamba's projection and convolution, i its inner width (all on a tensor rank), i' = 1 where an FP8 copy is kept instead:
+Bytes per token: h hidden width, e bytes of the recipe's format, q and k widths of queries and keys, f width of the MLP, D and C
+channels of Mamba's projection and convolution, i its inner width (all on a tensor rank), i' = 1 if an FP8 copy is kept instead:
 
                         reference                                      te
     norm before         2 e h (in, out)                                the same           in low precision (e + 1) h
-    attention           q, k, v, out in fp32, out in e, 4 a head       e (3q + 2k), turned + e k, 4 a head; low precision + q
+    attention           q, k, v, out in fp32, out in e, 4 a head       e (3q + 2k), RoPE + e k, 4 a head; low precision + q
     MLP                 2 e f     gated 3 e f                          the same, the last of them 1 byte in low precision
     Mamba-2             e D + 4 (C + i) + states + gated norm          e (D + 2 i) + i' i
 """
@@ -22,17 +22,16 @@ from recipes.schema.pattern import LayerKind
 
 Modules = Literal["reference", "te"]
 LOSS_PART = 1 << 24
-"""Logits that the loss works on at once on a GPU (`train.model.cross_entropy`)."""
-
+"""Number of logits that the loss processes at once on a GPU (`train.model.cross_entropy`)."""
 
 CPU_CHUNK_BYTES = 2 << 20
-"""Logits of one chunk of the distillation loss on a CPU: `train.distill.soft_targets`, as the next."""
 GPU_CHUNK_BYTES = 256 << 20
+"""Logits in one chunk of the distillation loss, on a CPU and on a GPU (`train.distill.soft_targets`)."""
 
 
 @dataclass(frozen=True)
 class Shape:
-    """What activations depend on."""
+    """What the size of activations depends on."""
 
     model: ModelConfig
     modules: Modules
@@ -56,7 +55,7 @@ class Shape:
 
 
 def hidden_bytes(shape: Shape) -> float:
-    """The residual stream once: what a recomputed layer keeps, and what stages send each other."""
+    """The residual stream: what a recomputed layer keeps, and what pipeline stages send to each other."""
     return shape.share * shape.model.hidden * shape.size
 
 
@@ -86,14 +85,14 @@ def layer_bytes(shape: Shape, kind: LayerKind, *, is_low: bool = False) -> float
             else:
                 chunk = min(m.mamba_chunk, shape.sequence)
                 chunks = -(-shape.sequence // chunk)
-                # Context ranks trade sequence for heads: their share of the work is the same.
+                # Context ranks exchange sequence for heads, so their share of the work stays the same.
                 states = 4 * inner * m.mamba_state * shape.rows * chunks / shape.context
                 kept += tokens * (e * projected + 4 * conv + 4 * inner + 2 * e * inner + 4 * groups) + states
     return kept
 
 
 def head_bytes(shape: Shape) -> float:
-    """Final norm, logits (their gradient takes their place) and labels."""
+    """Final norm, logits (overwritten by their gradient) and labels."""
     m, e = shape.model, shape.size
     norm = shape.share * (m.hidden * 2 * e + 4)
     logits = float(e * shape.tokens * m.vocab / shape.tensor)
@@ -101,8 +100,8 @@ def head_bytes(shape: Shape) -> float:
 
 
 def head_workspace(shape: Shape) -> float:
-    """Beside the logits while the head runs: what the loss works on at once in fp32 (`train.model.cross_entropy`), and on a
-    CPU logits or their gradient in fp32 where the recipe's format is bf16."""
+    """In addition to the logits while the head runs: the part that the loss processes at once in fp32
+    (`train.model.cross_entropy`); on a CPU with a bf16 recipe, logits or their gradient in fp32."""
     logits = shape.tokens * shape.model.vocab / shape.tensor
     if shape.modules == "reference":
         return 4.0 * logits if shape.size == 2 else 0.0
@@ -110,16 +109,16 @@ def head_workspace(shape: Shape) -> float:
 
 
 def distilled_head_bytes(shape: Shape) -> float:
-    """Final norm, and what the distillation loss (`train.distill.soft_targets`) keeps in place of logits: its gradients of
-    the hidden states and of the head's weight, computed with the loss; labels."""
+    """Final norm, and what the distillation loss (`train.distill.soft_targets`) keeps instead of logits: gradients of
+    the hidden states and of the head's weight, which it computes together with the loss; labels."""
     m, e = shape.model, shape.size
     norm = shape.share * (m.hidden * 2 * e + 4)
     return norm + e * shape.tokens * m.hidden + 4.0 * m.vocab / shape.tensor * m.hidden + 8.0 * shape.tokens
 
 
 def distilled_head_workspace(shape: Shape) -> float:
-    """Logits of one chunk of tokens, of both models with their logarithms and the gradient, fp32; the product that is added to
-    the weight's gradient, and on a CPU the weight in fp32 where the recipe's format is bf16."""
+    """In fp32: logits of one chunk of tokens, of both models, with their logarithms and the gradient; the product that is added
+    to the weight's gradient; on a CPU with a bf16 recipe, the weight."""
     m = shape.model
     table = m.vocab / shape.tensor * m.hidden
     budget = CPU_CHUNK_BYTES if shape.modules == "reference" else GPU_CHUNK_BYTES
@@ -146,28 +145,28 @@ def _attention_bytes(shape: Shape, *, copy: int, is_low: bool) -> float:
     m, e, tokens = shape.model, shape.size, shape.tokens
     heads = m.heads / shape.tensor
     query, keys = heads * m.head_dim, m.kv_heads / shape.tensor * m.head_dim
-    turned = m.position == "rope"
-    kept = 4 * heads * tokens  # log-sum-exp of each row of scores
+    has_rope = m.position == "rope"
+    kept = 4 * heads * tokens  # log-sum-exp of each row of scores, fp32
     if shape.modules == "te":
-        # Projection (its values are used as they are), queries and keys copied where turned, output.
-        kept += tokens * e * (query + 2 * keys + (query + keys if turned else query) + query)
+        # Projection (its values are used without a copy), queries and keys (copied by RoPE), output.
+        kept += tokens * e * (query + 2 * keys + (query + keys if has_rope else query) + query)
         return kept + (tokens * query if is_low else 0)
-    if turned:
+    if has_rope:
         kept += 16 * m.head_dim * shape.sequence / shape.context
     if shape.context > 1:
         seen = shape.rows * shape.sequence
         return kept + tokens * (4 * query + 4 * query + (e * query if e == 2 else 0)) + 8 * keys * seen
     if e == 2:
         return kept + tokens * (8 * query + 8 * keys + 2 * query)
-    copies = query if turned or m.kv_heads // shape.tensor > 1 else 0
+    copies = query if has_rope or m.kv_heads // shape.tensor > 1 else 0
     flat = query
-    return kept + 4 * tokens * (query + 2 * keys + copies + (keys if turned else 0) + query + flat)
+    return kept + 4 * tokens * (query + 2 * keys + copies + (keys if has_rope else 0) + query + flat)
 
 
 def in_flight(*, stage: int, stages: int, virtual: int, microbatches: int) -> Iterator[tuple[int, int]]:
     """Megatron's order of work on a pipeline rank: (+1, chunk) for a forward pass, (-1, chunk) for a backward pass.
 
-    1F1B, interleaved where virtual > 1 (`schedules.py` of Megatron-Core).
+    1F1B; interleaved if virtual > 1 (`schedules.py` of Megatron-Core).
     """
     total = microbatches * virtual
     ahead = stages - stage - 1

@@ -1,5 +1,6 @@
-"""The few constants that make predicted times match published ones, and what software hides or wastes. docs/plan.md says
-which rows they were fitted on; all else in `train.cost` is counted, or from a data sheet.
+"""The few constants that make predicted times match published ones, and what software overlaps or wastes.
+
+docs/plan.md lists the rows they were fitted on. Everything else in `launch.plan.cost` is counted, or from a data sheet.
 """
 
 from dataclasses import dataclass, field
@@ -11,7 +12,7 @@ Shards = Literal["optimizer", "gradients", "parameters"]
 
 @dataclass(frozen=True)
 class Efficiency:
-    """Fractions of the data sheet's peak that long-running kernels reach."""
+    """Fractions of the data sheet's peak that large kernels reach."""
 
     gemm: dict[str, dict[str, float]] = field(
         default_factory=lambda: {
@@ -33,10 +34,10 @@ class Efficiency:
             "blackwell_ultra": 0.423,
         }
     )
-    """Fused attention forward and backward, of the bf16 peak. Fitted, but for ada (ampere's)."""
+    """Fused attention forward and backward, of the bf16 peak. Fitted, except ada (ampere's value)."""
     scan: float = 0.15
-    """The chunked scan, of the bf16 peak. By hand: 3 to 6 % of the step of the one dense hybrid whose speed is published
-    (Nemotron-H 56B), which 0.10 and 0.25 fit as well."""
+    """The chunked scan, of the bf16 peak. Set by hand: it is 3 to 6 % of the step of the only dense hybrid with published speed
+    (Nemotron-H 56B), which 0.10 and 0.25 fit equally well."""
     hbm: float = 0.80
     """Elementwise kernels, of the memory bandwidth."""
     link: float = 0.80
@@ -50,36 +51,36 @@ class Efficiency:
     kernel_s: float = 4e-6
     """From the end of one kernel to the start of the next."""
     hop_s: float = 10e-6
-    """Latency a ring collective adds for each domain it passes."""
+    """Latency that a ring collective adds for each domain."""
 
 
 @dataclass(frozen=True)
 class Software:
-    """What the program around the kernels hides and wastes."""
+    """What the program around the kernels overlaps and wastes."""
 
     name: str
     elementwise: float = 1.0
-    """Memory traffic over that of fused kernels."""
+    """Memory traffic, relative to fused kernels."""
     products: float = 1.0
-    """Speed of its matrix products over the best of the generation."""
+    """Speed of its matrix products, relative to the best of the generation."""
     attention: float = 1.0
-    """Speed of its attention kernels over the best of the generation."""
+    """Speed of its attention kernels, relative to the best of the generation."""
     bucket_bytes: float = 160e6
-    """Gradients are reduced in pieces of this size (Megatron-Core: 40 million fp32 elements) ..."""
+    """Gradients are reduced in buckets of this size (Megatron-Core: 40 million fp32 elements) ..."""
     bucket_bytes_per_rank: float = 4e6
     """... or of this for each data-parallel rank, if that is more (Megatron-Core: a million elements)."""
     shards: Shards = "optimizer"
-    """What its data-parallel ranks divide."""
+    """What its data-parallel ranks divide among them."""
     hides_tensor: float = 0.0
-    """Share of tensor-parallel traffic that runs beside products."""
+    """Share of tensor-parallel traffic that overlaps with matrix products."""
     hides_data: float = 0.95
-    """Share of data-parallel traffic that may run beside products."""
+    """Share of data-parallel traffic that may overlap with matrix products."""
     gradient_bytes: int = 4
-    """Of a gradient in the reduction."""
+    """Bytes of one gradient in the reduction."""
 
 
 MEGATRON = Software("Megatron-Core")
 
 STRATUM = Software("Stratum", elementwise=1.74)
-"""This project's trainer. Not measured: its norms are fused with products (Transformer Engine), the rest of its elementwise
-work is plain torch, for which llm-foundry's constant stands; tensor-parallel traffic is not hidden."""
+"""This project's trainer, not measured. Its norms are fused with products (Transformer Engine); the rest of its elementwise
+work is plain torch, so llm-foundry's constant is used; tensor-parallel traffic does not overlap."""

@@ -1,17 +1,17 @@
-"""Goodput: the share of a run's time that ends up in the model, when machines fail and work since the last save is lost.
+"""Goodput: the useful share of a run's time, when machines fail and work since the last save is lost.
 
     train (interval) | stall | train | stall | train ... failure | restart, load | train from the newest durable save
 
-Failures come at random, without memory (exponential), at any time: also while a save is being written, and during a restart,
-which then begins again. A save stalls training for `stall_s` and is durable `write_s` later, in the background; the next one
-waits for it. With M the mean time between failures, T the interval, d the stall, w the writing, R restart and loading, and
-c = d + max(T, w) from one save to the next, the i-th save is durable after T + d + (i - 1) c + w, a failure comes later than
-that with chance exp(-(that)/M), and R seconds without a failure take M (exp(R/M) - 1), so that
+Failures are random and memoryless (exponential). They may come at any time: also while a save is written, and during a
+restart, which then begins again. A save stalls training for `stall_s`; it is durable `write_s` later, in the background, and the
+next save waits for it. Let M be the mean time between failures, T the interval, d the stall, w the writing time, R restart and
+loading, and c = d + max(T, w) the time from one save to the next. The i-th save is durable after t = T + d + (i - 1) c + w; no
+failure comes before that with probability exp(-t/M); and R seconds without a failure take M (exp(R/M) - 1) on average. So
 
     goodput = T exp((c - T - d - w - R)/M) / (M (exp(c/M) - 1))
 
-which for w = 0 is J. T. Daly's equation (Future Generation Computer Systems 22, 2006, eq. 20). `simulate` plays the same
-story event by event and knows none of these formulas.
+which for w = 0 is J. T. Daly's equation (Future Generation Computer Systems 22, 2006, eq. 20). `simulate` simulates the same
+process event by event, without these formulas.
 """
 
 import math
@@ -19,24 +19,24 @@ import random
 from dataclasses import dataclass
 
 LLAMA_NODE_MTBF_S = 54 * 86400 * (16384 // 8) / 419
-"""Seconds a node of eight H100s runs between unexpected interruptions of its job: 419 in 54 days on 16,384 GPUs (arXiv
+"""Seconds that a node of eight H100s runs between unexpected interruptions of its job: 419 in 54 days on 16,384 GPUs (arXiv
 2407.21783, section 3.3.4), so 264 days."""
 
 
 @dataclass(frozen=True)
 class Failures:
-    """How often a job is interrupted, and what an interruption takes."""
+    """How often a job is interrupted, and how long an interruption takes."""
 
     mean_s: float
-    """Between failures of the whole job."""
+    """Mean time between failures of the whole job."""
     restart_s: float
-    """From a failure until all processes run again: noticed, cleaned up, scheduled, started."""
+    """From a failure until all processes run again: detection, clean-up, scheduling, start."""
     load_s: float
     """Reading the checkpoint."""
 
     @property
     def back_s(self) -> float:
-        """From a failure until training goes on."""
+        """From a failure until training continues."""
         return self.restart_s + self.load_s
 
 
@@ -45,11 +45,11 @@ class Saving:
     """When and how a run saves, in seconds."""
 
     interval_s: float
-    """Of training between saves."""
+    """Training time between saves."""
     stall_s: float
-    """Training waits for a save."""
+    """Time that training waits for a save."""
     write_s: float = 0.0
-    """From the stall's end until the save is durable."""
+    """From the end of the stall until the save is durable."""
 
     @property
     def cycle_s(self) -> float:
@@ -59,12 +59,12 @@ class Saving:
 
 @dataclass(frozen=True)
 class Outcome:
-    """Where the time of a simulated run went, in seconds."""
+    """The time of a simulated run by kind, in seconds."""
 
     useful: float
     stalled: float
     lost: float
-    """Trained, and trained again after a failure."""
+    """Training that had to be repeated after a failure."""
     restarting: float
     failures: int
     error: float
@@ -83,8 +83,8 @@ def expected_goodput(failures: Failures, saving: Saving) -> float:
     """Expected share of useful time of a long run, in closed form."""
     mean = failures.mean_s
     if failures.back_s + saving.cycle_s + saving.write_s > 500 * mean:
-        return 0.0  # nothing is ever finished; exp would overflow
-    early = saving.cycle_s - saving.interval_s - saving.stall_s  # the first save waits for none
+        return 0.0  # nothing ever finishes; exp would overflow
+    early = saving.cycle_s - saving.interval_s - saving.stall_s  # the first save does not wait for another
     done = saving.interval_s * math.exp((early - saving.write_s - failures.back_s) / mean)
     return done / (mean * math.expm1(saving.cycle_s / mean))
 
@@ -104,7 +104,7 @@ def daly_interval(failures: Failures, stall_s: float) -> float:
 
 
 def best_interval(failures: Failures, *, stall_s: float, write_s: float) -> float:
-    """The interval with the highest expected goodput, by golden section over its logarithm (goodput has one hump)."""
+    """The interval with the highest expected goodput, by golden section over its logarithm (goodput has a single maximum)."""
     ratio = (math.sqrt(5) - 1) / 2
     low, high = math.log(1e-3), math.log(20 * failures.mean_s)
 
@@ -123,7 +123,7 @@ def best_interval(failures: Failures, *, stall_s: float, write_s: float) -> floa
 
 
 def rarest_interval(failures: Failures, *, stall_s: float, write_s: float, lose: float = 1e-3) -> float:
-    """The longest interval whose goodput is within `lose` of the best: fewer saves leave storage and network alone."""
+    """The longest interval whose goodput is within `lose` of the best: fewer saves use less storage and network."""
     low = best_interval(failures, stall_s=stall_s, write_s=write_s)
     enough = expected_goodput(failures, Saving(low, stall_s, write_s)) - lose
     high = 40 * failures.mean_s
@@ -148,12 +148,10 @@ def simulate(failures: Failures, saving: Saving, *, count: int = 4000, seed: int
         until = chance.expovariate(1 / failures.mean_s)
         now = trained = waited = 0.0
         durable = 0.0
-        pending: tuple[float, float] | None = None  # when durable, and what it holds
+        pending: tuple[float, float] | None = None  # when it is durable, and the training time that it contains
         while now < until:
             skipped = int((until - now) / saving.cycle_s) - 2 if pending is not None else 0
-            if (
-                skipped > 0 and pending is not None
-            ):  # from one save to the next everything repeats until something fails
+            if skipped > 0 and pending is not None:  # every cycle is the same until a failure
                 now, trained = now + skipped * saving.cycle_s, trained + skipped * saving.interval_s
                 waited += skipped * (saving.cycle_s - saving.interval_s)
                 durable = pending[1] + (skipped - 1) * saving.interval_s
@@ -162,7 +160,7 @@ def simulate(failures: Failures, saving: Saving, *, count: int = 4000, seed: int
             now, trained = now + work, trained + work
             if now >= until:
                 break
-            ready = max(now, pending[0]) if pending is not None else now  # the last save is waited for
+            ready = max(now, pending[0]) if pending is not None else now  # it waits until the last save is durable
             end = min(until, ready + saving.stall_s)
             waited, now = waited + end - now, end
             if now >= until:

@@ -1,7 +1,7 @@
 """Memory of running a model: weights, keys and values of its attention layers, states of its Mamba-2 layers.
 
-What a compression budget is counted in: Nemotron Nano 9B-v2 was cut to fit 131,072 tokens beside its weights on one A10G
-(arXiv 2508.14444, section 4).
+Compression budgets are given in this memory: Nemotron Nano 9B-v2 was pruned so that its weights and 131,072 tokens fit on one
+A10G (arXiv 2508.14444, section 4).
 """
 
 from bisect import bisect_right
@@ -15,12 +15,12 @@ from recipes.schema.units import GIB, gib
 
 @dataclass(frozen=True)
 class InferenceMemory:
-    """Bytes on one device, of all sequences of a batch."""
+    """Bytes on one device, for all sequences of a batch."""
 
     weights: float
     keys_values: float
     mamba_states: float
-    """Scan state and the last inputs of the convolution: the same at any length."""
+    """Scan state and the last inputs of the convolution: independent of the length."""
 
     @property
     def total(self) -> float:
@@ -34,9 +34,9 @@ class InferenceMemory:
 def inference_memory(
     model: ModelConfig, *, context_tokens: int, batch: int = 1, weight_bytes: float = 2.0, cache_bytes: float = 2.0
 ) -> InferenceMemory:
-    """Memory of `batch` sequences of `context_tokens` each. weight_bytes, cache_bytes: of one number (2 for bf16).
+    """Memory of `batch` sequences of `context_tokens` each. weight_bytes, cache_bytes: size of one number (2 for bf16).
 
-    A `w` layer keeps the keys and values of its window only.
+    A `w` layer keeps only the keys and values of its window.
     """
     layers = counts(model.pattern)
     seen = layers["*"] * context_tokens + layers["w"] * min(context_tokens, model.window_tokens)
@@ -55,8 +55,8 @@ def roofline_tokens_per_s(
 ) -> float:
     """Upper bound of tokens generated per second by all rows of a batch at a full context, in 16 bits.
 
-    A step reads every weight but the embedding's once and all caches, and writes the Mamba states back; or is bound by its
-    multiplications. Efficiencies are left out: it ranks shapes for one device, it does not predict a figure.
+    A step is limited by memory (it reads all weights except the embedding, and all caches, and writes the Mamba states) or by
+    its matrix products. Efficiencies are left out: the figure ranks shapes for one device, it is not a prediction.
     """
     memory = inference_memory(model, context_tokens=context_tokens, batch=batch)
     embedding = 0 if model.tie_embeddings else 2 * parameters(model).embedding

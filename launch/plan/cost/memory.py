@@ -1,7 +1,7 @@
 """Bytes on each rank of a recipe: weights, gradients, optimizer state, low-precision copies, activations, buffers.
 
-Weights, gradients and optimizer state are exact (`launch.plan.cost.tensors`; tests/cost compares them with built models at every
-kind of layout). Activations are within a few percent of what autograd keeps on a CPU; on a GPU they have not been measured.
+Weights, gradients and optimizer state are exact (`launch.plan.cost.tensors`; tests/launch/plan compares them with built models,
+in all kinds of layout). Activations are within a few percent of what autograd keeps on a CPU; not measured on a GPU.
 """
 
 from dataclasses import dataclass, replace
@@ -30,12 +30,12 @@ from recipes.schema.scaling import low_precision_linears
 from recipes.schema.units import GIB
 
 RESERVE_BYTES = 2.0 * GIB
-"""CUDA context, cuBLAS and NCCL workspaces, and what the allocator cannot use: an allowance, not a measurement."""
+"""CUDA context, cuBLAS and NCCL workspaces, and memory the allocator cannot use: an assumption, not a measurement."""
 
 
 @dataclass(frozen=True)
 class RankMemory:
-    """Bytes of one rank. The ranks of a stage differ in optimizer state only: this is its fullest."""
+    """Bytes of one rank. The ranks of a stage differ only in optimizer state; this is the fullest."""
 
     stage: int
     weights: int
@@ -43,22 +43,22 @@ class RankMemory:
     masters: int
     moments: int
     low_copies: int
-    """Weights kept in the low-precision format beside the others, both ways round (`te`)."""
+    """Low-precision copies of the weights, plain and transposed (`te`)."""
     activations: float
-    """What autograd keeps at the worst moment, over all microbatches in flight."""
+    """What autograd keeps at the peak, over all microbatches in flight."""
     workspace: float
-    """Alive only while one layer or the head runs."""
+    """Temporary memory while one layer or the head runs."""
     communication: float
     """Buffers of messages between stages, and sequences gathered over tensor ranks."""
     reserve: float
     teacher: float
-    """A teacher's weights and what its forward pass needs, on the last stage (`train.cost.teacher`)."""
+    """A teacher's weights and what its forward pass needs, on the last stage (`launch.plan.teacher`)."""
     in_flight: int
-    """Microbatches (of one model chunk each) whose activations are kept at the worst moment."""
+    """Microbatches (of one model chunk each) whose activations are kept at the peak."""
 
     @property
     def state(self) -> int:
-        """What is there from the first step to the last."""
+        """What exists from the first step to the last."""
         return self.weights + self.gradients + self.masters + self.moments + self.low_copies
 
     @property
@@ -75,9 +75,10 @@ def optimizer_state(
     stage: int,
     shard: int | None = None,
 ) -> "State":
-    """Bytes of weights, gradients and optimizer state of a pipeline rank whose data-parallel x context place is `shard`.
+    """Bytes of weights, gradients and optimizer state of a pipeline rank.
 
-    None: an equal part of every bucket, padding included, which no rank exceeds.
+    shard: its index among the data-parallel x context ranks; None: an equal part of every bucket with its padding, which no rank
+    exceeds.
     """
     return _state(
         model,
@@ -134,7 +135,7 @@ def _state(
 
 @dataclass(frozen=True)
 class State:
-    """Bytes that do not depend on microbatches."""
+    """Bytes that are independent of microbatches."""
 
     weights: int
     gradients: int
@@ -157,7 +158,7 @@ def rank_memory(
     distils: bool = False,
 ) -> RankMemory:
     """Memory of the fullest rank of a pipeline stage. rows: of a microbatch. teacher: its bytes, on the last stage. distils:
-    whether the head's loss is distillation's, which holds logits of a few tokens only."""
+    whether the loss is distillation, which keeps the logits of only a few tokens at a time."""
     state = optimizer_state(model, parallel=parallel, precision=precision, layout=layout, stage=stage)
     kept, workspace = stage_activations(
         model,
@@ -202,7 +203,7 @@ def stage_activations(
     modules: Modules,
     distils: bool = False,
 ) -> tuple[float, float]:
-    """(bytes autograd keeps at the worst moment, bytes of the largest passing need) on a pipeline rank."""
+    """(bytes autograd keeps at the peak, bytes of the largest temporary need) on a pipeline rank."""
     shape = _shape(model, precision, layout, rows=rows, sequence=sequence, parallel=parallel, modules=modules)
     chunks = cut(model.pattern, layout.pipeline * layout.virtual, model=model)
     low = low_precision_linears(model, precision)
@@ -221,7 +222,7 @@ def stage_activations(
         ends = head(shape) if place == len(chunks) - 1 else 0.0
         ends += 8.0 * shape.tokens if place == 0 else 0.0
         kept.append(len(layers) * hidden if is_full else sum(layers))
-        # Layer i is back when the inputs of those behind it are gone.
+        # Layer i is recomputed when the inputs of the layers behind it are freed already.
         back = [layer - (len(layers) - count) * hidden - own for count, layer in enumerate(layers, start=1)]
         again.append((max(0.0, *back) if is_full else 0.0, ends))
         mine.append(chunks[place])
@@ -235,7 +236,7 @@ def stage_activations(
         if way > 0:
             now += kept[chunk]
             worst = max(worst, now + again[chunk][1])
-        else:  # the head is gone before a recomputed layer is back
+        else:  # the head is freed before a layer is recomputed
             worst = max(worst, now + again[chunk][0])
             now -= kept[chunk]
     passing = layer_workspace(shape, "".join(mine))
@@ -245,7 +246,7 @@ def stage_activations(
 
 
 def _most_in_flight(layout: Layout, stage: int) -> int:
-    """Forward passes of a chunk that wait for their backward pass, at most, on a pipeline rank."""
+    """The largest number of forward passes of a chunk that wait for their backward pass on a pipeline rank."""
     ways = in_flight(
         stage=stage,
         stages=layout.pipeline,

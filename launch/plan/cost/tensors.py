@@ -3,7 +3,7 @@
     stage pattern --> Tensor, Tensor, ... --(by format, backwards, padded)--> buffers --> shards of the data-parallel ranks
 
 The rules are Megatron-Core's (`optimizer/param_layout.py`, `DistributedOptimizer._compute_per_buffer_param_layout` and
-`DistributedDataParallel` of 0.19): parameters from last to first, each from a multiple of 64 elements on, buckets ending at a
+`DistributedDataParallel` of 0.19): parameters from last to first, each starting at a multiple of 64 elements, buckets ending at a
 multiple of lcm(data-parallel ranks, 128), a tied embedding in a bucket of its own.
 """
 
@@ -25,9 +25,9 @@ class Tensor:
 
     numel: int
     is_fp32: bool = False
-    """Kept in fp32 whatever the recipe's format: A_log, D and dt_bias."""
+    """Always fp32, for every format of the recipe: A_log, D and dt_bias."""
     is_shared: bool = False
-    """Embedding or head of a tied model cut into stages: one bucket alone."""
+    """Embedding or head of a tied model with several stages: it has a bucket of its own."""
     is_low: bool = False
     """Weight of a linear layer that runs in low precision."""
 
@@ -42,7 +42,7 @@ def stage_tensors(
     stages: int = 1,
     low_layers: frozenset[int] = frozenset(),
 ) -> list[Tensor]:
-    """Parameters of one model chunk on one tensor rank, in order. low_layers: places in `pattern` with low precision."""
+    """Parameters of one model chunk on one tensor rank, in order. low_layers: indexes in `pattern` with low precision."""
     table = model.vocab // tensor * model.hidden
     shared = model.tie_embeddings and stages > 1
     found = [Tensor(table, is_shared=shared)] if is_first else []
@@ -77,7 +77,7 @@ def layer_tensors(model: ModelConfig, kind: LayerKind, *, tensor: int, is_low: b
 
 @dataclass(frozen=True)
 class Buffer:
-    """Parameters of one format of one model chunk, laid out."""
+    """The layout of the parameters of one format of one model chunk."""
 
     is_fp32: bool
     numel: int
@@ -88,7 +88,7 @@ class Buffer:
     """[start, end) of each bucket, padding included."""
 
     def shard(self, rank: int, ranks: int) -> int:
-        """Elements of parameters whose optimizer state data-parallel `rank` of `ranks` keeps (padding needs none)."""
+        """Elements of parameters whose optimizer state is on data-parallel rank `rank` of `ranks` (padding has no state)."""
         total = 0
         for start, end in self.buckets:
             size = (end - start) // ranks
@@ -98,7 +98,7 @@ class Buffer:
 
 
 def buffers(tensors: list[Tensor], *, all_fp32: bool, shards: int, bucket_numel: int | None) -> list[Buffer]:
-    """The buffers of a chunk, one a format. shards: data-parallel x context ranks; bucket_numel: None for one bucket."""
+    """The buffers of a chunk, one for each format. shards: data-parallel x context ranks; bucket_numel: None for one bucket."""
     groups: dict[bool, list[Tensor]] = {}
     for one in tensors:
         groups.setdefault(one.is_fp32 or all_fp32, []).append(one)
@@ -106,7 +106,7 @@ def buffers(tensors: list[Tensor], *, all_fp32: bool, shards: int, bucket_numel:
 
 
 def bucket_size(*, data: int, overlap: bool, is_first_stage: bool, is_first_chunk: bool) -> int | None:
-    """Elements after which Megatron closes a bucket; None: never. data: data-parallel ranks without context ranks."""
+    """Elements after which Megatron closes a bucket; None if it never does. data: data-parallel ranks without context ranks."""
     return max(40_000_000, 1_000_000 * data) if overlap and is_first_stage and is_first_chunk else None
 
 
@@ -115,7 +115,7 @@ def _lay_out(is_fp32: bool, tensors: list[Tensor], *, shards: int, bucket_numel:
     places: list[tuple[int, int]] = []
     buckets: list[tuple[int, int]] = []
     at = begin = 0
-    held = 0
+    in_bucket = 0
 
     def close(end: int) -> int:
         padded = -(-end // divisor) * divisor
@@ -124,16 +124,16 @@ def _lay_out(is_fp32: bool, tensors: list[Tensor], *, shards: int, bucket_numel:
 
     for one in reversed(tensors):
         at = -(-at // PARAMETER_START) * PARAMETER_START
-        if one.is_shared and held:
+        if one.is_shared and in_bucket:
             at = begin = close(at)
-            held = 0
+            in_bucket = 0
         end = at + one.numel
         places.append((at, end))
-        held += 1
+        in_bucket += 1
         at = end
         if one.is_shared or (bucket_numel is not None and end - begin >= bucket_numel):
             at = begin = close(end)
-            held = 0
-    if held:
+            in_bucket = 0
+    if in_bucket:
         close(at)
     return Buffer(is_fp32, buckets[-1][1], tuple(places), tuple(buckets))

@@ -2,10 +2,10 @@
 
     products      FLOPs / (peak x efficiency), with the tail of the last wave of tiles; or bytes / bandwidth if that is longer
     elementwise   bytes / bandwidth
-    collectives   bytes / (link or network), less what runs beside products
+    collectives   bytes / (link or network), without what overlaps with products
     pipeline      (microbatches + (stages - 1) / virtual) x the slowest stage
 
-What it cannot know: a network shared with others, a slow node, a data loader that does not keep up.
+Not modelled: a network shared with other jobs, slow nodes, a data loader that is too slow.
 """
 
 import math
@@ -23,13 +23,13 @@ from recipes.schema.pattern import LayerKind
 
 
 class Parts(defaultdict[str, float]):
-    """Seconds by what they are spent on."""
+    """Seconds by part of the step."""
 
     def __init__(self, seconds: Mapping[str, float] | None = None) -> None:
         super().__init__(float, seconds or {})
 
     def add(self, seconds: Mapping[str, float], *, times: float = 1.0) -> None:
-        """Add other parts to these, each `times` over."""
+        """Add other parts to these, each multiplied by `times`."""
         for name, value in seconds.items():
             self[name] += times * value
 
@@ -58,11 +58,11 @@ class Setting:
     """Layers (0 is the first) without low-precision products."""
     split_sequence: bool = False
     recompute: float = 0.0
-    """Share of the layers' forward pass run again: 0 none, 1 full."""
+    """Share of the layers' forward pass that is run again: 0 none, 1 full."""
     overlap_grad_reduce: bool = True
     overlap_param_gather: bool = True
     teacher_s: float = 0.0
-    """What a teacher on the last stage takes of each microbatch (`train.cost.teacher`)."""
+    """Seconds of a teacher on the last stage, for each microbatch (`launch.plan.teacher`)."""
     software: Software = MEGATRON
     efficiency: Efficiency = field(default_factory=Efficiency)
 
@@ -78,7 +78,7 @@ class StepTime:
 
     seconds: float
     parts: Parts
-    """Seconds by part on the mean rank, `uneven` what the slowest takes beyond it; they add up to `seconds`."""
+    """Seconds by part on the mean rank; `uneven`: what the slowest rank needs in addition. They add up to `seconds`."""
     stage_seconds: tuple[float, ...]
     """One microbatch, forward and backward, on each pipeline rank."""
 
@@ -97,7 +97,7 @@ def step_time(setting: Setting) -> StepTime:
         hop = 2.0 * setting.tokens * setting.model.hidden / (layout.tensor if setting.split_sequence else 1)
         wire = hop / _bandwidth(setting, size=layout.pipeline, stride=layout.tensor * layout.context * layout.data)
         parts["bubble"] += (layout.pipeline - 1) * (mean / layout.virtual + 2 * wire)
-        # One pair of messages a microbatch and chunk, about half of it behind products.
+        # One pair of messages for each microbatch and chunk; about half of it overlaps with products.
         parts["pipeline"] += m * layout.virtual * wire
     parts.add(_data_parallel(setting, slowest))
     weights = max(_rank_weights(setting, stage) for stage in range(layout.pipeline))
@@ -118,7 +118,7 @@ def layer_seconds(setting: Setting, kind: LayerKind | Literal["head"], *, is_low
 
 def forward_seconds(setting: Setting) -> float:
     """Seconds of one microbatch's forward pass, head included, through all layers on one rank; nothing is kept."""
-    again = replace(setting, recompute=1.0)  # what running a layer's forward pass again takes
+    again = replace(setting, recompute=1.0)  # the time of running a layer's forward pass again
     layers = Counter("".join(setting.stages))
     total = 0.0
     for kind, count in layers.items():
@@ -176,7 +176,7 @@ def _layer(setting: Setting, kind: str, work: LayerWork) -> Parts:
     tensor_peak = device.peak.get("bf16", device.peak["fp32"]) * device.clock
     scores = work.score_flops / (tensor_peak * eff.attention[device.generation] * software.attention)
     scan = work.scan_flops / (tensor_peak * eff.scan)
-    parts["scores"] += 3.5 * scores  # backward rebuilds the scores: five products instead of two
+    parts["scores"] += 3.5 * scores  # backward recomputes the scores: five products instead of two
     parts["scan"] += 3.5 * scan
     elementwise = work.forward_bytes * software.elementwise / memory
     parts["elementwise"] += elementwise + work.backward_bytes * software.elementwise / memory
@@ -233,7 +233,7 @@ def _context(setting: Setting, work: LayerWork, scores: float) -> Parts:
 def _bandwidth(setting: Setting, *, size: int, stride: int) -> float:
     """Bytes/s a rank moves in a collective over `size` ranks that stand `stride` apart.
 
-    Inside a domain the link; across domains each domain's members of the group share the ring, each with its own card.
+    Inside a domain this is the link. Across domains, the members of the group in a domain share the ring, each with its own card.
     """
     device, eff = setting.device, setting.efficiency
     link = device.link * eff.link
@@ -244,7 +244,7 @@ def _bandwidth(setting: Setting, *, size: int, stride: int) -> float:
 
 
 def _latency(setting: Setting, *, size: int, stride: int) -> float:
-    """Seconds a ring collective takes however little it moves."""
+    """Seconds that a ring collective needs at any size."""
     return setting.efficiency.hop_s * max(1.0, size * stride / setting.device.domain)
 
 
@@ -270,7 +270,7 @@ def _rank_weights(setting: Setting, stage: int) -> float:
 
 
 def _data_parallel(setting: Setting, microbatch: float) -> Parts:
-    """Seconds of gradient reduction and weight gathering that are not hidden, once a step."""
+    """Seconds of gradient reduction and weight gathering that do not overlap, for each step."""
     layout, software = setting.layout, setting.software
     parts = Parts()
     size = layout.data * layout.context
@@ -290,7 +290,7 @@ def _data_parallel(setting: Setting, microbatch: float) -> Parts:
 
 
 def _gather_parameters(setting: Setting, weights: float, compute: float) -> Parts:
-    """Seconds a microbatch waits for weights to be gathered (forward and backward) and gradients to be scattered."""
+    """Seconds that a microbatch waits until weights are gathered (forward and backward) and gradients scattered."""
     layout, software = setting.layout, setting.software
     size = layout.data * layout.context
     if size == 1:

@@ -1,4 +1,4 @@
-"""FLOPs of a training step, bytes through device memory, and bytes between GPUs: the mean GPU's, by part. Counted, not timed."""
+"""FLOPs of a training step, bytes through device memory, and bytes between GPUs: counts by part, averaged over GPUs."""
 
 from collections import Counter
 from dataclasses import dataclass
@@ -9,17 +9,17 @@ from launch.plan.cost.work import LayerWork, head_work, layer_work
 
 @dataclass
 class Traffic:
-    """What one GPU does for one part of the model in a step."""
+    """Work of one GPU for one part of the model in a step."""
 
     flops: float = 0.0
-    """Computed: forward, backward and what is computed again."""
+    """Forward, backward and recomputation."""
     memory_bytes: float = 0.0
-    """Read and written in its own memory."""
+    """Reads and writes of its own memory."""
 
 
 @dataclass(frozen=True)
 class StepTraffic:
-    """One step of the mean GPU."""
+    """One step, averaged over GPUs."""
 
     parts: dict[str, Traffic]
     """Mamba-2 projections, scan, attention projections, attention scores, MLP, head."""
@@ -37,7 +37,7 @@ PARTS = {
 
 
 def step_traffic(setting: Setting) -> StepTraffic:
-    """Count one step. Bytes of products are what their operands and results take once each way."""
+    """Count one step. A product reads its operands once and writes its result once."""
     layout = setting.layout
     names = ("Mamba-2 projections", "Mamba-2 scan", "attention projections", "attention scores", "MLP", "head")
     parts = {name: Traffic() for name in names}

@@ -1,5 +1,5 @@
-"""What one layer, and the head, ask of a GPU for one microbatch: matrix products, attention, scan, memory traffic, traffic
-between GPUs. Counted on one rank; no GPU's speed is in here (`launch.plan.cost.time` brings that).
+"""Work of one layer, and of the head, for one microbatch on one rank: matrix products, attention, scan, memory traffic, traffic
+between GPUs. Independent of the GPU's speed, which `launch.plan.cost.time` adds.
 
 A multiply-add is 2 FLOPs. `tokens` are those of a microbatch on one context rank; T below.
 """
@@ -19,7 +19,7 @@ class Gemm:
     n: int
     k: int
     is_low: bool
-    """In the recipe's low precision, where it has one."""
+    """Whether it runs in the recipe's low precision."""
 
     @property
     def flops(self) -> float:
@@ -28,13 +28,13 @@ class Gemm:
 
 @dataclass(frozen=True)
 class LayerWork:
-    """One layer (or the head) on one rank, one microbatch. Bytes of `memory` are for fused kernels in 2-byte storage."""
+    """One layer (or the head) on one rank, one microbatch. Memory bytes are for fused kernels and 2-byte formats."""
 
     gemms: tuple[Gemm, ...] = ()
     score_flops: float = 0.0
-    """Attention scores and values forward, masked half left out."""
+    """Attention scores and values, forward, without the masked half."""
     scan_flops: float = 0.0
-    """The chunked scan forward."""
+    """The chunked scan, forward."""
     forward_bytes: float = 0.0
     """Elementwise reads and writes of device memory."""
     backward_bytes: float = 0.0
@@ -43,9 +43,9 @@ class LayerWork:
     tensor_collectives: tuple[int, int] = (0, 0)
     """All-gathers and reduce-scatters of that size over the tensor ranks, forward and backward."""
     ring_bytes: float = 0.0
-    """Keys and values one rank passes to the next in each of context - 1 turns, forward (backward: twice)."""
+    """Keys and values that one rank passes to the next in each of context - 1 turns, forward (backward: twice)."""
     exchange_bytes: float = 0.0
-    """What Mamba layers exchange all-to-all over the context ranks, forward (backward: the same)."""
+    """All-to-all traffic of Mamba layers over the context ranks, forward (backward: the same)."""
     weights: int = 0
     """Weights in matrix products on this rank."""
 
@@ -66,16 +66,16 @@ def layer_work(
         case "-":
             gates = 2 if model.activation in ("swiglu", "geglu") else 1
             inner = 2.0 * model.ffn * tokens / tensor
-            forward += (gates + 1) * inner  # read the branches, write one
-            backward += (2 * gates + 1) * inner  # read branches and gradient, write gradients
+            forward += (gates + 1) * inner  # reads the branches, writes one
+            backward += (2 * gates + 1) * inner  # reads branches and gradient, writes gradients
         case "*" | "w":
             query = model.heads * model.head_dim / tensor
             keys = model.kv_heads * model.head_dim / tensor
             window = model.window_tokens if kind == "w" else None
             score_flops = 4.0 * tokens * visible_keys(sequence, window=window) * query
-            turned = (query + keys) if model.position == "rope" else 0.0
-            forward += 2.0 * tokens * (2 * query + 2 * turned)  # queries split off; rotation
-            backward += 2.0 * tokens * (2 * query + 2 * turned)
+            rotated = (query + keys) if model.position == "rope" else 0.0
+            forward += 2.0 * tokens * (2 * query + 2 * rotated)  # queries split off; rotation
+            backward += 2.0 * tokens * (2 * query + 2 * rotated)
             ring = 2.0 * tokens * 2 * keys
         case "M":
             inner_width = model.mamba_heads * model.mamba_head_dim / tensor
@@ -99,8 +99,8 @@ def layer_work(
         forward_bytes=forward,
         backward_bytes=backward,
         tensor_bytes=2.0 * tokens * model.hidden,
-        # Sequence parallel: gather before and scatter after; backward the same, and the input gathered once more for the
-        # weight gradient. Else one all-reduce (a scatter and a gather) each way.
+        # Sequence parallel: gather before and scatter after; backward the same, plus one more gather of the input for the
+        # weight gradient. Otherwise one all-reduce (a scatter and a gather) in each direction.
         tensor_collectives=((2, 3) if split_sequence else (2, 2)) if tensor > 1 else (0, 0),
         ring_bytes=ring,
         exchange_bytes=exchange,

@@ -6,13 +6,13 @@ from launch.plan.cost.device import Device
 
 
 def whole(text: str) -> int | None:
-    """The integer a cell starts with: `64 (0)`, `4096(playbook)`, `1,024`, `8K` (8,192); None for `n/a` or nothing."""
+    """The integer at the start of a cell: `64 (0)`, `4096(playbook)`, `1,024`, `8K` (8,192); None for `n/a` or nothing."""
     value = number(text, thousand=1024)
     return None if value is None else int(value)
 
 
 def number(text: str, *, thousand: int = 1000) -> float | None:
-    """The number a cell starts with, k or M after it counted."""
+    """The number at the start of a cell, with k or M after it."""
     found = re.match(r"\s*~?(\d[\d,]*(?:\.\d+)?)\s?([kKM](?![A-Za-z]))?", text)
     if not found:
         return None
@@ -21,7 +21,7 @@ def number(text: str, *, thousand: int = 1000) -> float | None:
 
 
 def gpus(text: str, device: Device) -> int | None:
-    """GPUs of a cell: `64`, `8x8`, `8 nodes`."""
+    """Number of GPUs in a cell: `64`, `8x8`, `8 nodes`."""
     product = re.match(r"\s*(\d+)\s*[xX*\u00d7]\s*(\d+)", text)
     if product:
         return int(product.group(1)) * int(product.group(2))

@@ -9,18 +9,19 @@ from pathlib import Path
 from launch.plan.published.picture import draw
 from launch.plan.published.rows import PUBLISHED, read_rows
 from launch.plan.published.validate import HEAD, assess, line_json, line_text, report, summary, table
+from recipes.schema.messages import complain
 from recipes.schema.options import CommandParser
 
 _EXAMPLES = """
 stratum validate                                    the rows shipped with this project
-stratum validate rows.csv                           your own, same columns
+stratum validate rows.csv                           your own rows, with the same columns
 stratum validate --picture scatter.png              predicted against published
 stratum validate --table                            the table of docs/plan.md
 """
 _NOTES = """
-A row is in scope if its model is a dense transformer or hybrid in the table of public shapes, its GPU is known, and it says
-enough of its layout. Rows of experts, LoRA, row-wise FP8 and TPUs are out. docs/plan.md states the FLOP convention of each
-publisher, the constants and the rows they were fitted on.
+A row is in scope if its model is a dense transformer or hybrid in the table of public shapes, its GPU is known, and its layout
+is complete. Rows with experts, LoRA, row-wise FP8 or TPUs are out of scope. docs/plan.md gives the FLOP convention of each
+publisher, the constants, and the rows they were fitted on.
 """
 
 
@@ -46,11 +47,9 @@ def main(arguments: Sequence[str]) -> int:
     try:
         lines = [assess(row) for row in read_rows(own.rows)]
     except OSError as error:
-        sys.stderr.write(f"error: {own.rows}: {error.strerror}. Name a file with the columns of {PUBLISHED.name}.\n")
-        return 2
+        return complain(f"{own.rows}: {error.strerror}. Name a file with the columns of {PUBLISHED.name}.")
     except (ValueError, csv.Error) as error:
-        sys.stderr.write(f"error: {own.rows}: {error}\n")
-        return 2
+        return complain(f"{own.rows}: {error}")
     if own.json:
         sys.stdout.write(json.dumps({"rows": [line_json(line) for line in lines], "summary": summary(lines)}) + "\n")
     elif own.table:

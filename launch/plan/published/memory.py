@@ -1,7 +1,8 @@
-"""Peak memory of a published run: what its software keeps of weights, gradients and optimizer, and the planner's activations.
+"""Peak memory of a published run: weights, gradients and optimizer state as its software keeps them, and the planner's
+activations.
 
-The two programs whose peaks are published differ from this project's in what state they keep (below) and in the loss; what
-layers keep is `launch.plan.cost.activations`. Nothing here is fitted but `UNUSABLE`.
+The two programs with published peaks differ from this project in the state they keep (below) and in the loss. Activations of
+layers are those of `launch.plan.cost.activations`. Only `UNUSABLE` is fitted.
 """
 
 from dataclasses import replace
@@ -15,18 +16,18 @@ from recipes.schema.precision import PrecisionConfig
 from recipes.schema.units import GIB
 
 UNUSABLE = 1.05
-"""Memory the allocator holds over what it has handed out."""
+"""Memory that the allocator reserves, relative to what it has allocated."""
 KEPT_BY_SELECTION = 0.36
-"""Share of a layer's activations that torchtitan's selective checkpointing keeps: its input, the attention output and every
-second product's result (of Llama 3 8B: 31,744 of 89,088 numbers a token)."""
+"""Share of a layer's activations that torchtitan's selective checkpointing keeps: its input, the attention output and the
+result of every second product (of Llama 3 8B: 31,744 of 89,088 numbers a token)."""
 
 LOSS_EAGER, LOSS_COMPILED = 13, 5
-"""Bytes a logit takes while torchtitan's loss runs: 2 as computed, 4 cast, 4 of log-probabilities and gradient, 3 to spare;
-compiled, cast and log-probabilities are never stored (8 bytes less)."""
+"""Bytes for each logit while torchtitan's loss runs: 2 as computed, 4 cast, 4 for log-probabilities and gradient, 3 of slack;
+compiled, the cast and the log-probabilities are never stored (8 bytes less)."""
 
 
 def published_memory(found: Published) -> float | None:
-    """Predicted GiB of the fullest rank; None where the row does not say enough."""
+    """Predicted GiB of the fullest rank; None if the row does not have enough information."""
     setting, layout = found.setting, found.setting.layout
     software = setting.software.name
     if software == "llm-foundry" or (software == "torchtitan" and not found.recompute_published):
@@ -55,14 +56,16 @@ def published_memory(found: Published) -> float | None:
         )  # fmt: skip
         layers = sum(map(len, patterns))
         block = sum(layer_bytes(shape, kind) for kind in ("*", "-"))
-        if setting.model.activation == "swiglu":  # both programs keep the gate's activation beside the two branches
+        if (
+            setting.model.activation == "swiglu"
+        ):  # both programs keep the gate's activation in addition to the two branches
             block += shape.size * shape.tokens * setting.model.ffn / layout.tensor
         logits = shape.tokens * setting.model.vocab / layout.tensor if is_last else 0.0
         if software == "nanotron":
-            # bf16 weights and gradients, fp32 accumulators, fp32 master and moments, these divided by ZeRO-1.
+            # bf16 weights and gradients, fp32 accumulators; fp32 master and moments, divided by ZeRO-1.
             state = numel * (2 + 2 + 4 + 12 / (layout.data if found.is_optimizer_sharded else 1))
             flight = min(layout.pipeline - stage, layout.microbatches_per_step)
-            # Of both inputs it keeps what it gathered over the tensor ranks.
+            # It keeps both inputs as gathered over the tensor ranks.
             gathered = 2 * hidden_bytes(shape) * (layout.tensor - 1)
             kept = flight * layers / 2 * (block + gathered) + 10 * logits
         else:
@@ -78,7 +81,7 @@ def published_memory(found: Published) -> float | None:
 
 
 def _on_megatron(found: Published) -> float:
-    """A run on Megatron-Core, as this project's planner sees it, nothing of the machine reserved."""
+    """A run on Megatron-Core by this project's planner, without the memory that the planner reserves."""
     setting = found.setting
     parallel = ParallelConfig(
         tensor=setting.layout.tensor,
@@ -86,7 +89,7 @@ def _on_megatron(found: Published) -> float:
         recompute="full" if setting.recompute == 1 else "none",
     )
     layout = setting.layout
-    if "" in setting.stages:  # a chunk of embedding or head alone: planned without virtual stages
+    if "" in setting.stages:  # a chunk with only the embedding or the head: planned without virtual stages
         layout = replace(layout, virtual=1)
     else:
         setting = replace(setting, model=replace(setting.model, pattern="|".join(setting.stages)))

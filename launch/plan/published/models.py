@@ -1,8 +1,8 @@
-"""From a model's name as people write it to a recipe's model fields, by the table `public_models.toml` beside this file.
+"""From a model's name as people write it to a recipe's model fields, by the table `public_models.toml` in this folder.
 
 "LLAMA3.1_405B", "Llama 3.1 405B" --> pattern `*-` x 126, hidden 16384, ...
 "GPT 7.1B (L30 h4096 a32 vocab131072)" --> the shape written in the name
-"Mixtral 8x22B", "Qwen3_235B_a22B" --> why not: experts
+"Mixtral 8x22B", "Qwen3_235B_a22B" --> NotExpressible: experts
 """
 
 import re
@@ -37,11 +37,11 @@ _FAMILIES = (
 
 
 class NotExpressible(Exception):
-    """A model no recipe of this project can say, or one that is not known; the message is the reason."""
+    """A model that no recipe of this project can express, or that is unknown; the message is the reason."""
 
 
 def model_named(name: str, *, source: str = "") -> ModelConfig:
-    """The fields of a published model. source: who published, for names that are only a size. NotExpressible says why not."""
+    """The fields of a published model. source: the publisher, for names that are only a size. Raises NotExpressible."""
     if not name.strip():
         raise NotExpressible("model not named")
     plain = re.sub(r"[_/-]+", " ", name.lower())
@@ -53,7 +53,9 @@ def model_named(name: str, *, source: str = "") -> ModelConfig:
     if written is not None:
         return written
     if _LAYERS.search(plain):
-        raise NotExpressible("layers that no recipe can say (attention and Mamba side by side, shared, or recurrent)")
+        raise NotExpressible(
+            "layers that no recipe can express (attention and Mamba in parallel, shared, or recurrent)"
+        )
     size = re.search(r"(\d+(?:\.\d+)?) ?(t|b|m)\b", plain)
     found = [(match, family) for part, family in _FAMILIES if (match := re.search(part, plain))]
     if not found and "nanotron" in source.lower():
@@ -79,7 +81,7 @@ def model_named(name: str, *, source: str = "") -> ModelConfig:
 
 
 def public_shapes() -> list[tuple[str, ModelConfig, int]]:
-    """Every entry of the table: name, fields, and the parameters its publisher states."""
+    """Every entry of the table: name, fields, and the published number of parameters."""
     return [
         (f"{entry['family']} {'/'.join(entry['versions'])} {shape['size'][0]}B", _config(shape), shape["parameters"])
         for entry in _table()
@@ -115,8 +117,8 @@ def _config(shape: dict[str, Any]) -> ModelConfig:
 
 
 def _blocks(shape: dict[str, Any]) -> str:
-    """Attention and MLP in turn; with a window everywhere, in the first of every `window_every` blocks, or in all but the last
-    of every `global_every`."""
+    """Alternating attention and MLP. Attention has a window in all blocks, in the first of every `window_every` blocks, or in all
+    but the last of every `global_every`."""
     whole = shape.get("global_every", 0)
     if whole:
         return "".join("*-" if layer % whole == whole - 1 else "w-" for layer in range(shape["layers"]))
@@ -125,7 +127,7 @@ def _blocks(shape: dict[str, Any]) -> str:
 
 
 def _written_shape(plain: str) -> ModelConfig | None:
-    """A shape written out in a name: L layers, h hidden, a heads, and perhaps f, kv and vocab."""
+    """A shape that a name spells out: L layers, h hidden, a heads, and optionally f, kv and vocab."""
     numbers = {
         key: int(found.group(1))
         for key in ("l", "h", "a", "f", "kv", "vocab")

@@ -1,4 +1,4 @@
-"""Predicted against published tokens/s of a GPU, one dot a row, on logarithmic axes; fitted rows hollow."""
+"""Predicted against published tokens/s per GPU: one dot for each row, logarithmic axes, fitted rows hollow."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -43,10 +43,10 @@ def draw(lines: Sequence[Line], path: Path) -> None:
             )  # fmt: skip
             if not line.is_fit:
                 seen.add(label)
-        axis.plot([], [], "o", color="#555555", markerfacecolor="none", label="fitted on")
+        axis.plot([], [], "o", color="#555555", markerfacecolor="none", label="fitted")
         axis.set(xscale="log", yscale="log", xlim=(low, high), ylim=(low, high), aspect="equal")
-        axis.set_xlabel("published tokens/s of a GPU")
-        axis.set_ylabel("predicted tokens/s of a GPU")
+        axis.set_xlabel("published tokens/s per GPU")
+        axis.set_ylabel("predicted tokens/s per GPU")
         axis.legend(frameon=False, loc="lower right")
         path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path, dpi=120)

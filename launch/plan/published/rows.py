@@ -1,4 +1,4 @@
-"""Published throughput rows: what was run, read from a CSV, as a `Setting` the planner can predict, or why that cannot be.
+"""Published throughput rows: from a CSV row to a `Setting` that the planner can predict, or the reason why it cannot.
 
 Columns (all but model, gpu and n_gpu may be empty): src, release, model, gpu, n_gpu, precision, gbs, mbs, seqlen, fsdp, tp, pp,
 cp, vp, ep, dp, zero, recompute, extra, tok_s_gpu, model_tflops_gpu, mfu_pct, mem_gib, note.
@@ -21,7 +21,7 @@ from recipes.schema.pattern import ATTENTION, balanced_ranges, layer_kinds, laye
 PUBLISHED = Path(__file__).parent / "published_throughput.csv"
 """333 rows collected from public documents; each row's `src` names its document."""
 MORE = PUBLISHED.with_name("published_more.csv")
-"""Rows of other publishers and models, collected after the planner was built and first predicted blind (docs/plan.md)."""
+"""Rows of other publishers and models, collected after the planner was built; first predicted without fitting (docs/plan.md)."""
 
 
 class OutOfScope(Exception):
@@ -39,9 +39,9 @@ class Published:
     recompute_published: bool
     is_optimizer_sharded: bool
     is_loss_compiled: bool
-    """torch.compile fuses the loss with the cast of the logits: torchtitan since 2025."""
+    """Whether torch.compile fuses the loss with the cast of the logits (torchtitan since 2025)."""
     assumed: tuple[str, ...]
-    """What the row leaves out and was assumed."""
+    """Assumptions about what the row does not state."""
 
     @property
     def step_s(self) -> float:
@@ -52,7 +52,7 @@ class Published:
 
 
 def read_rows(path: Path) -> list[Row]:
-    """The rows of a file. ValueError names a missing column."""
+    """The rows of a file. Raises ValueError for a missing column."""
     with path.open(newline="", encoding="utf-8-sig") as file:
         reader = csv.DictReader(file)
         reader.fieldnames = [name.strip().lower() for name in reader.fieldnames or []]
@@ -63,7 +63,7 @@ def read_rows(path: Path) -> list[Row]:
 
 
 def published(row: Row) -> Published:
-    """Read one row. OutOfScope says why it cannot be predicted."""
+    """Read one row. Raises OutOfScope if it cannot be predicted."""
     assumed: list[str] = []
     get = row.get
     note = get("note", "").lower()
@@ -111,7 +111,7 @@ def _precision(text: str, assumed: list[str]) -> tuple[Format | None, str]:
     """(low-precision format, how it is scaled) of a precision as people write it."""
     plain = text.lower()
     if "rowwise" in plain or "row-wise" in plain:
-        raise OutOfScope("FP8 with row-wise scales: no recipe of this project has them")
+        raise OutOfScope("FP8 with row-wise scales, which no recipe of this project has")
     if "fp4" in plain:
         return "fp4", "nvfp4"
     if "mx" in plain and "(fp8-mx)" not in plain and "paren" not in plain:
@@ -124,7 +124,7 @@ def _precision(text: str, assumed: list[str]) -> tuple[Format | None, str]:
     if not plain or plain in ("n/a", "-", "?"):
         assumed.append("bf16")
     elif not re.search(r"b(f|float)?16|bfloat|amp|mixed", plain):
-        raise OutOfScope(f"precision {text!r} is not one this planner knows")
+        raise OutOfScope(f"precision {text!r} is unknown to this planner")
     return None, "none"
 
 
@@ -174,7 +174,7 @@ def _layout(row: Row, *, world: int, sequence: int, assumed: list[str]) -> tuple
 
 
 def _stages(model: ModelConfig, stages: int) -> list[str]:
-    """Pattern of each chunk: whole blocks, the head counted as the publishers do, spread evenly."""
+    """Pattern of each chunk: whole blocks, evenly divided, with the head counted as the publishers do."""
     kinds = layer_kinds(model.pattern)
     blocks = re.findall(r"[*w]-|M-|.", "".join(kinds))
     costs = [sum(layer_matmul_weights(kind, model) for kind in block) for block in blocks]  # type: ignore[misc]
@@ -188,7 +188,7 @@ def _stages(model: ModelConfig, stages: int) -> list[str]:
 
 
 def _recompute(text: str) -> float:
-    """Share of the layers' forward pass run again."""
+    """Share of the layers' forward pass that is run again."""
     plain = text.lower()
     if "full" in plain or plain in ("true", "yes", "on"):
         return 1.0
@@ -198,7 +198,7 @@ def _recompute(text: str) -> float:
 
 
 def _throughput(row: Row, setting: Setting) -> float:
-    """Published tokens/s of one GPU, from whatever figure a row has."""
+    """Published tokens/s of one GPU, from any figure that the row has."""
     direct = number(row.get("tok_s_gpu", ""))
     if direct:
         return direct
@@ -214,7 +214,7 @@ def _throughput(row: Row, setting: Setting) -> float:
 
 
 def _memory_gib(row: Row) -> float | None:
-    """Published peak; some files say GB and mean it."""
+    """Published peak in GiB; some files give GB."""
     found = number(row.get("mem_gib", ""))
     is_decimal = found is not None and "gb peak" in row.get("note", "").lower()
     return found * 1e9 / 2**30 if found is not None and is_decimal else found
@@ -223,8 +223,8 @@ def _memory_gib(row: Row) -> float | None:
 def flops_as_published(row: Row, model: ModelConfig, sequence: int) -> float:
     """FLOPs of a token by the publisher's convention: 6 a weight of a product, the head among them, and attention scores.
 
-    The masked half of attention counts in full for Megatron-LM's table (mcore 0.8), nanotron, torchtitan and NeMo until
-    25.04; NVIDIA's later tables and this project count what a causal mask leaves.
+    The masked half of attention is included by Megatron-LM's table (mcore 0.8), nanotron, torchtitan and NeMo until
+    25.04; NVIDIA's later tables and this project leave it out.
     """
     source = row.get("src", "").lower()
     kinds = layer_kinds(model.pattern)

@@ -1,6 +1,6 @@
-"""Programs whose speed is published: what they hide and waste beside the kernels, and which one a row speaks of.
+"""Programs with published speed: what they overlap and waste around the kernels, and which one a row is about.
 
-The numbers are fitted, like those of `launch.plan.cost.efficiency`: docs/plan.md lists the rows, tests/bench/planner_fit.py fits.
+The numbers are fitted by tests/bench/planner_fit.py, as those of `launch.plan.cost.efficiency`; docs/plan.md lists the rows.
 """
 
 import re
@@ -13,7 +13,7 @@ Row = dict[str, str]
 
 
 def software_of(row: Row, generation: str, *, is_hybrid: bool = False) -> Software:
-    """The program that ran, as far as a row tells: who publishes, and words like `zero-3` and `async`."""
+    """The program of a row, from its publisher and from words such as `zero-3` and `async`."""
     source, extra = row.get("src", "").lower(), row.get("extra", "").lower()
     shards = shards_of(row)
     if any(name in source for name in ("llm-foundry", *PLAIN_TORCH)):
@@ -28,11 +28,11 @@ def software_of(row: Row, generation: str, *, is_hybrid: bool = False) -> Softwa
 
 
 def shards_of(row: Row) -> Shards:
-    """What data-parallel ranks divide, from the columns fsdp and zero and words of extra."""
+    """What data-parallel ranks divide, from the columns fsdp and zero and from words of the column extra."""
     extra, zero, fsdp = (row.get(name, "").lower() for name in ("extra", "zero", "fsdp"))
     if "shard_grad_op" in extra or re.search(r"zero[- ]?2", extra) or re.search(r"\b(zero[- ]?)?2\b", zero):
         return "gradients"
-    # Megatron-Bridge 25.11 writes 1 for "with FSDP"; elsewhere 1 is a degree.
+    # In Megatron-Bridge 25.11, 1 means "with FSDP"; elsewhere it is a degree.
     is_on = bool(re.search(r"yes|true|on\b|[fh]sdp", fsdp)) or (fsdp == "1" and "bridge" in row.get("src", "").lower())
     if is_on or (whole(fsdp) or 0) > 1 or "full_shard" in extra:
         return "parameters"
@@ -58,15 +58,15 @@ PLAIN_TORCH = (
     "maxtext",
     "paxml",
 )
-"""Programs whose modules are plain torch or JAX; taken to be as fast as llm-foundry."""
+"""Programs with plain torch or JAX modules; assumed to be as fast as llm-foundry."""
 TUNED = Software("Megatron-Core, tuned", hides_tensor=0.9)
-"""NVIDIA's own runs and others on Megatron-Core: tensor-parallel traffic beside products, fused kernels. That of hybrids is
-not hidden: their recipes set up no overlap."""
+"""NVIDIA's own runs and others on Megatron-Core: fused kernels, and tensor-parallel traffic that overlaps with products. In
+hybrids it does not overlap: their recipes do not enable it."""
 TITAN = Software("torchtitan", elementwise=1.74, products=0.92)
 TITAN_HOPPER = replace(TITAN, attention=0.705)
-"""With and without torch.compile: fitted apart, the two came out alike."""
+"""With and without torch.compile: separate fits gave the same values."""
 FOUNDRY = Software("llm-foundry", elementwise=1.74, gradient_bytes=2)
 """Plain torch modules in bf16 under FSDP, FlashAttention 2."""
 FOUNDRY_HOPPER = replace(FOUNDRY, products=0.762, attention=0.705)
-"""The same in 2023 on a then new GPU: kernels of Ampere's generation."""
+"""The same in 2023, when the GPU was new: with kernels of Ampere's generation."""
 NANOTRON = Software("nanotron", elementwise=1.74, attention=0.705, bucket_bytes=25e6, bucket_bytes_per_rank=0)

@@ -1,8 +1,8 @@
-"""`stratum validate ROWS.csv`: the planner's predictions beside published throughput, row by row, the summary last.
+"""`stratum validate ROWS.csv`: the planner's predictions next to published throughput, row by row, then a summary.
 
     row --rows.py--> in scope: Setting --cost/time.py--> predicted, error        out of scope: the reason
 
-Rows of a configuration that the constants were fitted on are marked `fit`; every other row in scope is a test.
+Rows of configurations that the constants were fitted on are marked `fit`; all other rows in scope are tests.
 """
 
 import re
@@ -19,20 +19,20 @@ from launch.plan.published.rows import MORE, PUBLISHED, OutOfScope, Published, p
 from launch.plan.published.software import Row
 
 FIT_EVERY = 3
-"""Of the distinct configurations of each source, in file order, the first of every so many is fitted on."""
+"""Of the distinct configurations of each source, in file order, every third, beginning with the first, is used for fitting."""
 
 
 @dataclass(frozen=True)
 class Line:
-    """What became of one row."""
+    """One row and its prediction."""
 
     row: Row
     found: Published | None
     reason: str
-    """Why it is out of scope; empty where it is in."""
+    """Why it is out of scope; "" if it is in scope."""
     is_fit: bool
     tokens_per_s: float
-    """Predicted, per GPU; 0 out of scope."""
+    """Predicted, per GPU; 0 if out of scope."""
     memory_gib: float | None
 
     @property
@@ -43,14 +43,14 @@ class Line:
 
     @property
     def memory_error(self) -> float | None:
-        """The same of peak memory, where both are there."""
+        """The same for peak memory, if both figures exist."""
         published_gib = self.found.memory_gib if self.found is not None else None
         return self.memory_gib / published_gib - 1 if self.memory_gib and published_gib else None
 
 
 @dataclass(frozen=True)
 class Score:
-    """How good the predictions of some lines are."""
+    """Accuracy of the predictions of some lines."""
 
     rows: int
     median: float
@@ -69,13 +69,13 @@ class Score:
 
 
 def assess(row: Row) -> Line:
-    """Predict one row, or say why not. Never raises for what a row says."""
+    """Predict one row, or give the reason why not. Never raises because of the row's content."""
     try:
         found = published(row)
         seconds = step_time(found.setting).seconds
     except OutOfScope as reason:
         return Line(row, None, str(reason), False, 0.0, None)
-    except Exception as error:  # one row that no one foresaw must not hide the others
+    except Exception as error:  # an unforeseen row must not hide the others
         return Line(row, None, f"cannot be read: {type(error).__name__}: {error}", False, 0.0, None)
     predicted = found.tokens_per_s * found.step_s / seconds
     memory = published_memory(found) if found.memory_gib else None
@@ -83,7 +83,7 @@ def assess(row: Row) -> Line:
 
 
 def publisher(row: Row) -> str:
-    """Who published a row, in a word or two; `not said` without a source."""
+    """Publisher of a row, in one or two words; `unknown` without a source."""
     source = row.get("src", "").strip()
     if "maxtext" in source or "paxml" in source:
         return "NVIDIA, JAX"
@@ -91,11 +91,11 @@ def publisher(row: Row) -> str:
         return "Meta (arXiv 2407.21783)"
     if source.startswith("NVIDIA dgxc"):
         return "NVIDIA dgxc-benchmarking"
-    return re.split(r"[ /]", source)[0] if source else "not said"
+    return re.split(r"[ /]", source)[0] if source else "unknown"
 
 
 def configuration(row: Row, found: Published) -> tuple[str, ...]:
-    """What makes two rows the same configuration: all but the release and what was measured."""
+    """The key of a row's configuration: everything except the release and the measurement."""
     setting = found.setting
     return (
         row.get("src", ""),
@@ -124,7 +124,7 @@ def fit_configurations() -> frozenset[tuple[str, ...]]:
 
 
 def rank_correlations(lines: Sequence[Line], *, least: int = 4) -> dict[str, tuple[float, int]]:
-    """Spearman's rho of predicted and published tokens/s over each model's configurations, with their number."""
+    """Spearman's rho of predicted and published tokens/s over the configurations of each model, and their number."""
     groups: dict[str, dict[tuple[str, ...], tuple[float, float]]] = defaultdict(dict)
     for line in lines:
         if line.found is not None:
@@ -142,7 +142,7 @@ def rank_correlations(lines: Sequence[Line], *, least: int = 4) -> dict[str, tup
 
 
 def summary(lines: Sequence[Line]) -> dict[str, Any]:
-    """The figures at the end, as plain data."""
+    """The summary as plain data."""
     known = [line for line in lines if line.found is not None]
     tests = [line for line in known if not line.is_fit]
     memory = [abs(line.memory_error) for line in known if line.memory_error is not None]
@@ -183,10 +183,10 @@ def table(lines: Sequence[Line]) -> str:
 
 
 def report(lines: Sequence[Line]) -> str:
-    """The summary a person reads last."""
+    """The summary as text."""
     found = summary(lines)
     text = f"{found['rows']} rows, {found['in_scope']} in scope ({found['test_rows']} test, "
-    text += f"{found['in_scope'] - found['test_rows']} fitted on), {found['rows'] - found['in_scope']} out:\n"
+    text += f"{found['in_scope'] - found['test_rows']} fitted), {found['rows'] - found['in_scope']} out:\n"
     text += "".join(f"  {count:4} {reason}\n" for reason, count in found["out_of_scope"].items())
     if not found["in_scope"]:
         return text
@@ -243,7 +243,7 @@ def line_json(line: Line) -> dict[str, Any]:
 
 
 def _spearman(pairs: list[tuple[float, float]]) -> float:
-    """Rank correlation, ties by mean rank. 0 where one side does not vary."""
+    """Rank correlation; ties have the mean rank. 0 if one side is constant."""
     left, right = (_ranks([pair[side] for pair in pairs]) for side in (0, 1))
     mean = (len(pairs) + 1) / 2
     top = sum((a - mean) * (b - mean) for a, b in zip(left, right, strict=True))

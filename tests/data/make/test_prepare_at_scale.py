@@ -23,7 +23,7 @@ from data.prepare import parse_task, prepare
 from data.store.manifest import read_manifest
 from data.store.origins import Origin, read_origins
 from data.store.shards import open_entry, open_shard
-from data.tokenizer import load_tokenizer
+from data.tokenizer import Tokenizer, load_tokenizer
 from recipes.schema.data import DataConfig, SourceConfig, TokenizerConfig
 from recipes.schema.errors import DataError
 
@@ -211,6 +211,59 @@ def test_ten_random_kills_change_nothing(config: DataConfig, whole: dict[str, st
             if not killed:
                 break
         assert digests(folder) == whole
+
+
+def test_a_large_compressed_file_is_finished_where_it_was_killed(tmp_path: Path) -> None:
+    """kill -9 as soon as a shard inside the file is finished: that shard is kept, its texts are not tokenized again."""
+    draw = random.Random(3)
+    for name in "ab":  # one job for both, as they are small as stored
+        lines = [
+            json.dumps({"text": f"{n}{name} " + " ".join(draw.choices(["tea", "ale", "wine"], k=30))})
+            for n in range(600)
+        ]
+        lines[::100] = ["{oops"] * 6
+        (tmp_path / f"{name}.jsonl.gz").write_bytes(gzip.compress("\n".join(lines).encode(), mtime=0))
+    source = SourceConfig(path=str(tmp_path / "*.gz"), on_bad_record="skip")
+    tokenizer = TokenizerConfig(vocab_size=300)
+    config = DataConfig(
+        folder=str(tmp_path / "whole"),
+        sources={"s": source},
+        tokenizer=tokenizer,
+        shard_bytes=30_000,
+        row_tokens=32,
+        workers=1,
+    )
+    manifest = prepare(config, console=QUIET)
+    assert manifest is not None and len(manifest.sources["s"].splits["train"]) >= 4
+    documents = sum(manifest.sources["s"].count(split, "documents") for split in ("train", "heldout"))
+    assert (manifest.sources["s"].bad_records, documents) == (12, 1188)
+    folder = tmp_path / "killed"
+    other = replace(config, folder=str(folder))
+    finished: dict[Path, int] = {}
+    for kill in (1, 2):
+        child = os.fork()
+        if child == 0:
+            try:
+                prepare(other, console=QUIET)
+            finally:
+                os._exit(0)
+        while len(list(folder.glob("s/*-*.json"))) < kill:
+            assert os.waitpid(child, os.WNOHANG) == (0, 0)
+            time.sleep(0.005)
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        assert finished.items() <= {path: path.stat().st_mtime_ns for path in folder.glob("s/*-*.json")}.items()
+        finished = {path: path.stat().st_mtime_ns for path in folder.glob("s/*-*.json")}
+    encoded: list[str] = []
+    real = Tokenizer.encode_batch
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            Tokenizer, "encode_batch", lambda self, texts, **rest: (encoded.extend(texts), real(self, texts, **rest))[1]
+        )
+        prepare(other, console=QUIET)
+    assert finished.items() <= {path: path.stat().st_mtime_ns for path in folder.glob("s/*-*.json")}.items()
+    assert 0 < len(encoded) < 1188 - 2 * 250
+    assert digests(folder) == digests(tmp_path / "whole")
 
 
 def test_a_worker_that_dies_is_named(config: DataConfig) -> None:

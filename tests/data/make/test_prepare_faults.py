@@ -217,7 +217,37 @@ def test_a_set_on_disk_that_grew_is_noticed(tmp_path: Path) -> None:
     config = replace(config, sources={"a": SourceConfig(path=f"hf:{tmp_path / 'set'}")})
     prepare(config, console=QUIET)
     save(30)
-    assert "were changed, added or removed since" in said_by(config)
+    assert f"the set hf:{tmp_path}/set changed since it was prepared. What was prepared is kept" in said_by(config)
+
+
+def test_a_set_of_the_hub_that_grew_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By its revision; here that of the newest copy in the cache of `datasets`, laid out as that library does."""
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+
+    def download(count: int, revision: str) -> None:
+        rows = datasets.Dataset.from_dict({"text": [f"{n} {WORDS}" for n in range(count)]})
+        rows.to_parquet(tmp_path / "set" / "a.parquet")
+        loaded = datasets.load_dataset(str(tmp_path / "set"), cache_dir=str(tmp_path / "elsewhere"))
+        copy = tmp_path / "cache" / "me___set" / "default" / "0.0.0" / revision
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        Path(loaded["train"].cache_files[0]["filename"]).parent.rename(copy)
+
+    download(20, "a" * 40)
+    config = replace(config_of(tmp_path, a=Path("-")), sources={"a": SourceConfig(path="hf:me/set")})
+    prepare(config, console=QUIET)
+    unfinished = replace(config, folder=str(tmp_path / "unfinished"))
+    prepare(unfinished, console=QUIET, task="plan")
+    assert "changed" not in said_by(config)
+    download(30, "b" * 40)
+    assert "a: the set hf:me/set changed since it was prepared. What was prepared is kept" in said_by(config)
+    with pytest.raises(
+        DataError, match=r"the set hf:me/set \(data\.sources\.a\) changed while .*unfinished was being prepared"
+    ):
+        prepare(unfinished, console=QUIET)
+    prepare(replace(config, folder=str(tmp_path / "new")), console=QUIET)
+    assert read_manifest(tmp_path / "new").sources["a"].count("train", "documents") > 20
 
 
 def test_the_order_in_which_sources_are_written_decides_nothing(tmp_path: Path) -> None:
@@ -328,7 +358,7 @@ def test_the_token_that_begins_documents(tmp_path: Path) -> None:
     ends = tokenizers.processors.TemplateProcessing(single="$A <bos>", special_tokens=[("<bos>", 1)])
     library.post_processor = ends
     library.save(str(tmp_path / "ends.json"))
-    assert hf.load(tmp_path / "ends.json").template_begin is None
+    assert hf.load(tmp_path / "ends.json", (tmp_path / "ends.json").read_bytes()).template_begin is None
     for split in ("train", "heldout"):
         for entry in read_manifest(Path(config.folder)).sources["a"].splits[split]:
             shard = open_entry(Path(config.folder), entry)

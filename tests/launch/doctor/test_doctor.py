@@ -1,6 +1,6 @@
-"""`stratum doctor` as a user runs it: with nothing installed, in the project's environment, on described GPU machines.
+"""`stratum doctor` as a user runs it: with nothing installed, in the project's environment, on simulated GPU machines.
 
-What nvidia-smi and the kernel say there is written as their documentation shows it; no such machine was at hand.
+The output of nvidia-smi and the kernel follows their documentation; no such machine was available.
 """
 
 import json
@@ -25,7 +25,7 @@ NIC0    PIX     PIX      X
 
 
 def doctor(*words: str, cwd: Path = ROOT, flags: tuple[str, ...] = ("-S", "-E")) -> subprocess.CompletedProcess[str]:
-    """The command in a Python that sees the standard library alone (-S: no site-packages)."""
+    """The command in a Python that sees only the standard library (-S: no site-packages)."""
     command = [sys.executable, *flags, "-m", "launch.doctor", *words]
     return subprocess.run(command, cwd=cwd, capture_output=True, text=True, check=False)
 
@@ -33,6 +33,9 @@ def doctor(*words: str, cwd: Path = ROOT, flags: tuple[str, ...] = ("-S", "-E"))
 def bare_copy(folder: Path) -> Path:
     """The project as it is just after `git clone`: no environment."""
     shutil.copytree(ROOT / "launch", folder / "launch", ignore=shutil.ignore_patterns("__pycache__"))
+    (folder / "recipes" / "schema").mkdir(parents=True)
+    for name in ("recipes/__init__.py", "recipes/schema/__init__.py", "recipes/schema/units.py"):
+        shutil.copy(ROOT / name, folder / name)
     for name in ("pyproject.toml", "constraints.txt"):
         shutil.copy(ROOT / name, folder / name)
     return folder
@@ -46,7 +49,7 @@ def test_with_nothing_installed_it_says_what_to_do(tmp_path: Path) -> None:
 
 
 def test_older_pythons_can_read_it() -> None:
-    """A person with Python 3.8 is to be told so, not to see a syntax error."""
+    """With Python 3.8 there must be a message, not a syntax error."""
     import ast
 
     for name in (
@@ -70,7 +73,7 @@ def test_in_the_projects_environment_nothing_is_wrong() -> None:
     assert by_name["disk"]["found"].endswith("GB free for runs")
 
 
-def test_on_a_cpu_machine_nothing_is_asked_for_that_only_gpus_or_other_systems_need() -> None:
+def test_on_a_cpu_machine_nothing_is_required_that_only_gpus_or_other_systems_need() -> None:
     if shutil.which("nvidia-smi"):
         pytest.skip("this machine has NVIDIA's driver")
     found = json.loads(doctor("--json", flags=()).stdout)["findings"]
@@ -116,7 +119,7 @@ def gpu_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Machine:
 
 
 def smi(tools: Path, rows: list[str]) -> None:
-    """An nvidia-smi that answers the three questions asked of it."""
+    """An nvidia-smi that answers doctor's three queries."""
     lines = "\n".join(rows)
     drivers = "\n".join(row.split(", ")[2] for row in rows)
     program = tools / "nvidia-smi"
@@ -135,13 +138,13 @@ def findings(machine: Machine, folder: Path) -> dict[str, Finding]:
 
 def test_a_gpu_node(gpu_machine: Machine, tmp_path: Path) -> None:
     found = findings(gpu_machine, tmp_path)
-    assert found["GPUs"] == Finding("GPU", "GPUs", "ok", "2 x NVIDIA H100 80GB HBM3 (80 GiB)")
+    assert found["GPUs"] == Finding("GPU", "GPUs", "ok", "2 x NVIDIA H100 80GB HBM3 (79.6 GiB)")
     assert (found["low precision"].state, found["low precision"].found) == ("ok", "FP8 (compute capability 9)")
     assert found["driver"].state == "ok" and "580.95.05" in found["driver"].found
     assert found["NVLink"].found == "18 links a pair"
     assert "mlx5_0:1 at 400 Gb/sec; down: mlx5_1:1" in found["RDMA ports"].found and found["RDMA ports"].remedy
     assert found["GPUDirect RDMA"].state == "absent" and "nvidia_peermem" in found["GPUDirect RDMA"].remedy
-    assert found["memory"].found == "1024.0 GiB", "the control group's, not the machine's"
+    assert found["memory"].found == "1,024 GiB", "the control group's, not the machine's"
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""The set-up script finds a Python that works, whatever broken ones stand before it."""
+"""The set-up script finds a working Python, also if broken ones come first."""
 
 import os
 import stat
@@ -25,7 +25,7 @@ def executable(path: Path, text: str) -> None:
     path.chmod(path.stat().st_mode | stat.S_IXUSR)
 
 
-def test_a_broken_shim_and_an_old_python_are_passed_over(tmp_path: Path) -> None:
+def test_a_broken_shim_and_an_old_python_are_skipped(tmp_path: Path) -> None:
     shims, home = tmp_path / "shims", tmp_path / "home"
     executable(shims / "python3.12", "#!/bin/sh\necho 'pyenv: python3.12: command not found' >&2\nexit 127\n")
     executable(shims / "python3.13", "#!/bin/sh\nexit 1\n")
@@ -42,7 +42,7 @@ def test_a_named_python_comes_first(tmp_path: Path) -> None:
     assert os.path.samefile(found.stdout.strip(), sys.executable)
 
 
-def test_without_any_the_remedy_is_one_clear_message(tmp_path: Path) -> None:
+def test_without_a_python_one_message_gives_the_remedy(tmp_path: Path) -> None:
     shims = tmp_path / "shims"
     for name in ("python3", "python3.12", "python3.13"):
         executable(shims / name, "#!/bin/sh\nexit 1\n")
@@ -53,7 +53,7 @@ def test_without_any_the_remedy_is_one_clear_message(tmp_path: Path) -> None:
 
 
 def project(folder: Path) -> Path:
-    """A project with an environment whose Python notes what pip is asked for, and works otherwise."""
+    """A project with an environment whose Python records pip's arguments, and works otherwise."""
     for name in ("launch", ".venv/bin", "train"):
         (folder / name).mkdir(parents=True)
     (folder / "launch" / "setup.sh").write_text(SCRIPT.read_text())
@@ -65,7 +65,7 @@ def project(folder: Path) -> Path:
 
 
 def set_up(folder: Path, *, uv: str) -> tuple[list[str], str]:
-    """`make setup` there, with this script as uv. -> (what uv and pip were asked to install, stderr)."""
+    """`make setup` there, with this script as uv. -> (arguments of uv and pip, stderr)."""
     executable(folder / "bin" / "uv", f'#!/bin/sh\necho "uv $*" >> {folder}/calls\n{uv}\n')
     environment = {**os.environ, "PATH": f"{folder}/bin:/usr/bin:/bin"}
     done = subprocess.run(
@@ -83,7 +83,7 @@ def test_uv_installs_and_pip_does_if_uv_fails(tmp_path: Path) -> None:
     calls, _ = set_up(there, uv="exit 1")
     assert [call.split()[0] for call in calls] == ["uv", "pip"] and "--constraint constraints.txt" in calls[1]
     calls, _ = set_up(there, uv="exit 0")
-    assert calls == []  # done before
+    assert calls == []  # already installed
     (there / "pyproject.toml").write_text("# changed")
     calls, said = set_up(there, uv="exit 0")
     assert len(calls) == 1 and calls[0].startswith(

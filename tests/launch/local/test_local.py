@@ -45,7 +45,7 @@ def finish(child: subprocess.Popen[str], *, status: int) -> tuple[str, str]:
 def wait_until(condition: Callable[[], object]) -> None:
     deadline = time.monotonic() + 60
     while not condition():
-        assert time.monotonic() < deadline, "the run does not get on"
+        assert time.monotonic() < deadline, "the run makes no progress"
         time.sleep(0.01)
 
 
@@ -54,7 +54,7 @@ def wait_for_step(run: Path, step: int) -> None:
 
 
 def ranks_running(run: Path) -> list[int]:
-    """Process ids of ranks of a run, wherever they are."""
+    """Process ids of all ranks of a run on this machine."""
     found = []
     for folder in Path("/proc").iterdir():
         if folder.name.isdigit():
@@ -97,8 +97,8 @@ def test_the_first_error_shows_once_and_the_run_resumes(tmp_path: Path) -> None:
     failures = ("--fail", "1:15:raise", "--fail", "0:15:peer", "--fail", "2:15:peer")
     out, err = finish(start(run, 3, "--steps", "30", *failures), status=0)
     assert err.count("ValueError: rank 1 broke at step 15") == 1
-    assert "launch: rank 1" in err and "failed first, with status 1:" in err and "Ranks 0, 2 ended after it." in err
-    assert "Connection closed" not in out + err, "what follows from the first error stays in the logs"
+    assert "launch: rank 1" in err and "failed first, with status 1:" in err and "Ranks 0, 2 failed after it." in err
+    assert "Connection closed" not in out + err, "consequences of the first error stay in the logs"
     assert "runpy" not in err, "the traceback starts in the program"
     assert "failed with status 1 after a new checkpoint was written; starting again from step_00000010 at once" in err
     assert out.endswith("rank 0 of 3 starts after step 10\nfinished\n")
@@ -110,18 +110,18 @@ def test_the_first_error_shows_once_and_the_run_resumes(tmp_path: Path) -> None:
 def test_restarts_are_counted_from_the_last_new_checkpoint_and_end(tmp_path: Path) -> None:
     run = tmp_path / "run"
     out, err = finish(start(run, 2, "--steps", "30", "--fail", "1:25:kill:always"), status=137)
-    assert "rank 1" in err and "SIGKILL (status 137; out of memory?), without a word." in err
+    assert "rank 1" in err and "SIGKILL (status 137; out of memory?), without a message." in err
     assert [f"restart {n} of 2" in err for n in (1, 2, 3)] == [True, True, False]
-    assert "not started again: it failed with SIGKILL (status 137; out of memory?); 2 restarts in a row brought" in err
+    assert "no restart: it failed with SIGKILL (status 137; out of memory?); 2 restarts in a row brought" in err
     assert out.count("starts after step 20") == 3, "one at once, two counted"
     none_left(run)
 
 
-def test_a_mistake_of_the_user_is_said_once_and_not_tried_again(tmp_path: Path) -> None:
+def test_a_user_error_is_shown_once_and_not_retried(tmp_path: Path) -> None:
     run = tmp_path / "run"
     _, err = finish(start(run, 2, "--fail", "1:3:error"), status=2)
     assert err.count("data.folder=nowhere is not there.") == 1
-    assert "not started again: the recipe, the data or the machine has to be changed first" in err
+    assert "no restart: the recipe, the data or the machine must be changed first" in err
     assert len(attempts(run)) == 1
     _, err = finish(start(tmp_path / "other", 2, "--fail", "0:3:error"), status=2)
     assert err.startswith("error: no.\nlaunch: rank 0") and "the error above" in err and err.count("error: no.") == 1
@@ -163,7 +163,7 @@ def test_a_kill_after_all_have_saved_says_that_nothing_is_lost(tmp_path: Path) -
     child.send_signal(signal.SIGINT)
     out, err = finish(child, status=130)
     (step,) = re.findall(r"stopped at step (\d+)", out)
-    assert f"SIGINT again: killed. Nothing is lost: step {step}, the last one, was saved before." in err
+    assert f"SIGINT again: killed. Nothing is lost: the last step, {step}, is saved." in err
     none_left(run)
 
 
@@ -173,7 +173,7 @@ def test_the_grace_period_is_the_launchers_own(tmp_path: Path) -> None:
     wait_until((run / "failed-1-5-hang").exists)
     child.send_signal(signal.SIGTERM)
     _, err = finish(child, status=143)
-    assert "still running 1 s after the signal (launch.grace_s): killed. The newest checkpoint stays" in err
+    assert "still running 1 s after the signal (launch.grace_s): killed. The newest checkpoint is" in err
     none_left(run)
 
 
@@ -185,7 +185,7 @@ def test_no_process_outlives_a_killed_launcher(tmp_path: Path) -> None:
     child.kill()
     child.communicate()
     none_left(run)
-    assert (run / "checkpoints" / "latest").exists(), "they saved before they went"
+    assert (run / "checkpoints" / "latest").exists(), "they saved before they ended"
 
 
 def test_no_restart_once_a_signal_came(tmp_path: Path) -> None:
@@ -197,7 +197,7 @@ def test_no_restart_once_a_signal_came(tmp_path: Path) -> None:
 
 
 def test_on_a_terminal_the_process_has_one_too_and_the_log_is_clean(tmp_path: Path) -> None:
-    """A program that draws a bar sees a terminal of the real one's width; its log holds the last state of each line."""
+    """A program that draws a bar gets a terminal of the real width; its log has the final state of each line."""
     (tmp_path / "bar.py").write_text(
         "import os, sys\n"
         "assert sys.stderr.isatty() and sys.stdout.isatty(), 'no terminal'\n"

@@ -1,4 +1,4 @@
-"""Ports for worlds on one machine: never one for two."""
+"""Ports for worlds on one machine: no two worlds share one."""
 
 import os
 import signal
@@ -21,7 +21,7 @@ def test_every_world_has_a_port_of_its_own(monkeypatch: pytest.MonkeyPatch) -> N
                 worlds.enter_context(reserved_port())
 
 
-def test_a_port_somebody_listens_on_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_port_in_use_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     with reserved_port() as port:
         pass
     monkeypatch.setattr(ports, "PORTS", range(port, port + 1))

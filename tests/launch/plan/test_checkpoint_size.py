@@ -1,4 +1,4 @@
-"""Predicted size of a checkpoint against the files of one."""
+"""Predicted size of a checkpoint against its files."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Goodput: the formula against Daly's, the simulation against the formula, both against what has been published."""
+"""Goodput: the formula against Daly's, the simulation against the formula, both against published figures."""
 
 import math
 
@@ -34,7 +34,7 @@ HOUR = 3600.0
 def test_the_simulation_agrees_with_the_formula(
     mean: float, restart: float, load: float, share: float, stall: float, write: float, seed: int
 ) -> None:
-    """Any run: within five standard errors, saves that overtake each other and failures of restarts included."""
+    """Any run: within five standard errors, also if saves are slower than the interval and restarts fail."""
     failures, saving = Failures(mean, restart, load), Saving(share * mean, stall, write)
     played = simulate(failures, saving, count=4000, seed=seed)
     assert played.goodput == pytest.approx(expected_goodput(failures, saving), abs=5 * played.error + 1e-4)
@@ -51,11 +51,11 @@ def test_without_background_writing_it_is_dalys_equation(mean: float, stall: flo
     assert expected_goodput(failures, Saving(tau, stall)) == pytest.approx(1 / wall)
     best = best_interval(failures, stall_s=stall, write_s=0)
     assert best == pytest.approx(daly_interval(failures, stall), rel=0.01)
-    # Dalys optimum solves exp((tau + delta) / M) (1 - tau / M) = 1 exactly.
+    # Daly's optimum solves exp((tau + delta) / M) (1 - tau / M) = 1 exactly.
     assert math.exp((best + stall) / mean) * (1 - best / mean) == pytest.approx(1, abs=1e-5)
 
 
-def test_the_rarest_saves_lose_what_they_may() -> None:
+def test_the_longest_interval_loses_at_most_the_given_share() -> None:
     failures = Failures(8 * HOUR, 300, 60)
     best, rarest = (
         expected_goodput(failures, Saving(interval(failures, stall_s=2, write_s=40), 2, 40))
@@ -69,18 +69,18 @@ def test_without_failures_only_stalls_count() -> None:
     assert expected_goodput(Failures(1e15, 600, 60), Saving(990, 10, 100)) == pytest.approx(0.99)
 
 
-def test_a_run_that_fails_faster_than_it_starts_gets_nowhere() -> None:
+def test_a_run_that_fails_faster_than_it_starts_has_no_goodput() -> None:
     assert expected_goodput(Failures(1, 3600, 0), Saving(60, 1)) < 1e-12
 
 
 def test_llama_3_405b() -> None:
     """arXiv 2407.21783: 419 unexpected interruptions in 54 days on 16,384 GPUs, "higher than 90 %" effective training time,
-    storage of 2 TB/s. Its state of 14 bytes a parameter is durable in 2.8 s; 10 minutes to be back, saves every 10 minutes."""
+    storage of 2 TB/s. Its state of 14 bytes per parameter is durable in 2.8 s; 10 minutes to restart, saves every 10 minutes."""
     mean = LLAMA_NODE_MTBF_S / (16384 / 8)
     assert mean / HOUR == pytest.approx(3.09, abs=0.01)
     found = expected_goodput(Failures(mean, 600, 3), Saving(600, 1.0, 405e9 * 14 / 2e12))
     assert 0.90 < found < 0.95
-    # What "above 90 %" allows: 18 minutes an interruption, restart and repeated work together.
+    # "Above 90 %" allows 18 minutes for each interruption: restart and repeated work together.
     assert expected_goodput(Failures(mean, 600, 3), Saving(960, 1.0, 2.8)) == pytest.approx(0.90, abs=0.01)
 
 
@@ -96,8 +96,8 @@ def test_gemini() -> None:
     assert expected_goodput(memory, Saving(often, 0.5, 10)) == pytest.approx(0.97, abs=0.01)
 
 
-def test_millions_of_saves_between_failures_are_played_in_no_time() -> None:
-    """A fast step on one small machine: 57 million saves from one failure to the next; played singly it took days."""
+def test_millions_of_saves_between_failures_are_simulated_quickly() -> None:
+    """A fast step on one small machine: 57 million saves between two failures; one by one this took days."""
     failures, saving = (
         Failures(mean_s=2.28e7, restart_s=300, load_s=1),
         Saving(interval_s=0.4, stall_s=0.0037, write_s=0.03),

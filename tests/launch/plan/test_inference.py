@@ -1,4 +1,4 @@
-"""Memory of running a model against the figures of its paper."""
+"""Memory of inference against the figures of the paper."""
 
 from pathlib import Path
 
@@ -18,7 +18,7 @@ def shipped(name: str) -> ModelConfig:
 
 @pytest.mark.parametrize(("name", "gib"), [("nemotron_nano_9b_v2", 18.62), ("nemotron_nano_12b_v2", 26.0)])
 def test_nano_2_at_131072_tokens(name: str, gib: float) -> None:
-    """The 9B fits the 19.66 GiB that arXiv 2508.14444 (section 4) leaves of an A10G; the 12B it was cut from does not."""
+    """The 9B fits the 19.66 GiB that arXiv 2508.14444 (section 4) leaves of an A10G; the 12B it was pruned from does not."""
     found = inference_memory(shipped(name), context_tokens=131_072)
     assert found.gib == pytest.approx(gib, abs=0.01)
     assert (found.gib < 19.66) == (name == "nemotron_nano_9b_v2")

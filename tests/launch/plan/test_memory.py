@@ -63,7 +63,7 @@ DISTILLED: dict[str, tuple[int, dict[str, Any]]] = {
 
 
 def measure(rank: int, recipe: Recipe, world: int) -> dict[str, float]:
-    """Bytes this rank really holds, and the most autograd kept during a step."""
+    """Bytes that this rank holds, and the peak that autograd kept during a step."""
     with engine_of(recipe, rank=rank, world=world) as engine:
         with saved_bytes(engine.chunks) as saved:
             rows = microbatches(recipe, engine.mesh, 0)

@@ -96,7 +96,7 @@ def test_mistakes_are_found_before_anything_starts(
 def test_a_source_that_runs_out_is_found_where_the_data_is_prepared(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """100 and 60 rows of 32 tokens, 8 rows a step, shares 0.6 and 0.4: after 150 rows 60 of `python` are read, in step 19."""
+    """100 and 60 rows of 32 tokens, 8 in each step, shares 0.6 and 0.4: after 150 rows 60 of `python` are read, in step 19."""
     documents = {"shakespeare": 100, "python": 60}
     write_folder(tmp_path, {n: [[np.append(np.ones(31), 0)] * rows] for n, rows in documents.items()})
     words = [
@@ -115,13 +115,11 @@ def test_a_source_that_runs_out_is_found_where_the_data_is_prepared(
     status, found, _ = plan(capsys, *words, "run.steps=33", "data.on_exhausted=continue")
     assert status == 1 and any("every source that is drawn at row 260" in one for one in found["problems"])
     status, found, _ = plan(capsys, *words, "+data.sources.more.path=nowhere")
-    assert status == 1 and any(
-        "holds no source more (it holds shakespeare, python)" in one for one in found["problems"]
-    )
+    assert status == 1 and any("has no source more (it has shakespeare, python)" in one for one in found["problems"])
 
 
 def test_a_teacher_takes_its_place_and_time_on_the_last_stage(tmp_path: Path) -> None:
-    """The published 12B in bf16, whole on one rank: 2 bytes a parameter, 2 more for A_log, D and dt_bias in fp32."""
+    """The published 12B in bf16, whole on one rank: 2 bytes per parameter, 2 more for A_log, D and dt_bias in fp32."""
     model = yaml.safe_load((ROOT / "recipes/model/nemotron_nano_12b_v2.yaml").read_text())
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump({"model": model}))
     words = {
@@ -146,7 +144,7 @@ def test_a_teacher_takes_its_place_and_time_on_the_last_stage(tmp_path: Path) ->
 
 
 def test_a_teacher_of_the_students_shape_costs_about_a_third_of_its_step() -> None:
-    """Backward is twice forward, and adds up gradients and rebuilds attention scores."""
+    """Backward is twice forward, plus accumulated gradients and recomputed attention scores."""
     recipe = compose(["-cn", "nemotron_nano_12b_v2"], program="plan")
     assert isinstance(recipe, Recipe)
     objective = replace(recipe.objective, kind="distill", teacher="runs/nemotron_nano_12b_v2")
@@ -160,15 +158,15 @@ def test_a_teacher_of_the_students_shape_costs_about_a_third_of_its_step() -> No
     assert "planned as model=nemotron_nano_12b_v2" in found.warnings[-1]
 
 
-def test_a_teacher_of_other_words_or_nowhere_is_said(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_teacher_with_another_vocabulary_or_without_a_folder_is_reported(capsys: pytest.CaptureFixture[str]) -> None:
     status, found, _ = plan(capsys, "-cn", "tiny_distill", "objective.teacher=runs/gemma2_9b", "--gpus", "1")
     assert status == 1 and any("256,000" in problem and "2,048" in problem for problem in found["problems"])
     _, found, _ = plan(capsys, "-cn", "tiny_distill", "objective.teacher=runs/nobody", "--gpus", "1")
-    assert any("runs/nobody is not here" in warning for warning in found["warnings"])
+    assert any("runs/nobody is not on this disk" in warning for warning in found["warnings"])
 
 
-def test_all_mistakes_come_at_once(capsys: pytest.CaptureFixture[str]) -> None:
-    """A layout that breaks two rules and a precision the GPU lacks: three lines, one go."""
+def test_all_mistakes_are_reported_at_once(capsys: pytest.CaptureFixture[str]) -> None:
+    """A layout that breaks two rules and a precision the GPU lacks: three lines at once."""
     _, _, errors = plan(capsys, "-cn", "smoke", "parallel.tensor=3", "parallel.virtual_pipeline=2", "precision=mxfp8")
     assert "parallel.tensor=3" in errors and "virtual_pipeline=2" in errors and "mxfp8" in errors
 
@@ -181,7 +179,7 @@ def test_a_plan_adds_up() -> None:
     assert len(data["ranks"]) == 8 and data["ranks"][5] == {"tensor": 1, "context": 0, "data": 0, "pipeline": 1}
     assert data["memory_gib_per_rank"] == max(sum(s["memory_bytes"].values()) for s in data["stages"]) / GIB
     assert data["tokens_per_s_per_gpu"] * 8 * data["step_time_s"] == pytest.approx(data["tokens_per_step"])
-    # What is computed is what the convention counts: no recomputation, so 3 forward passes (recipes.schema.pattern).
+    # Without recomputation the work equals the FLOP convention: 3 forward passes (recipes.schema.pattern).
     counted = sum(data["step_flops_per_gpu"].values()) * 8
     assert counted == pytest.approx(data["flops_per_token"]["total"] * data["tokens_per_step"], rel=1e-6)
 
@@ -204,7 +202,7 @@ def test_tables_and_pictures(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert picture.stat().st_size > 20_000
 
 
-def test_goodput_and_scaling_as_a_user_asks_for_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_goodput_and_scaling_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["-cn", "nemotron_nano_12b_v2", "run.global_rows=768"]
     status, found, _ = plan(capsys, *words, "--gpus", "64", "--goodput", "--node-mtbf-hours", "100", "--stall-s", "3")
     goodput = found["goodput"]
@@ -219,12 +217,10 @@ def test_goodput_and_scaling_as_a_user_asks_for_them(tmp_path: Path, capsys: pyt
     picture = tmp_path / "goodput.png"
     assert main([*words, "--gpus", "64", "--goodput", "--picture", str(picture)]) == 0
     text = " ".join(capsys.readouterr().out.split())
-    assert (
-        "Advised: checkpoint.every_steps=" in text and "not built here yet" in text and picture.stat().st_size > 20_000
-    )
+    assert "Advised: checkpoint.every_steps=" in text and "not implemented" in text and picture.stat().st_size > 20_000
 
     status, found, _ = plan(capsys, *words, "--scale", "64,100", "--picture", str(tmp_path / "scale.png"))
-    assert status == 1, "no layout of 100 GPUs takes 768 rows"
+    assert status == 1, "no layout of 100 GPUs divides 768 rows"
     fits, not_ = found["points"]
     assert fits["gpus"] == 64 and 0.9 < fits["goodput"] < 1 and fits["mfu"] > 0.4
     assert not not_["works"] and not_["reason"] and (tmp_path / "scale.png").stat().st_size > 20_000
@@ -271,7 +267,7 @@ def test_devices_are_found_by_the_names_people_use() -> None:
 @pytest.mark.parametrize(
     ("name", "bf16", "fp8", "fp32", "bandwidth", "watts", "memory_gib"),
     [
-        # NVIDIA's data sheets: TFLOP/s as printed with sparsity (fp32: without), GB/s, W. Memory: what torch reports (devices.toml).
+        # NVIDIA's data sheets: TFLOP/s as printed, with sparsity (fp32: without), GB/s, W. Memory, in GiB: what torch reports.
         ("A10", 250, None, 31.2, 600, 150, 22.06),
         ("A40", 299.4, None, 37.4, 696, 300, 45_416 / 1024),
         ("L4", 242, 485, 30.3, 300, 72, 22.16),

@@ -1,4 +1,4 @@
-"""Predicted times against what can be worked out by hand: pipeline bubble, recomputation, collectives, bandwidth of a group."""
+"""Predicted times against calculations by hand: pipeline bubble, recomputation, collectives, bandwidth of a group."""
 
 from dataclasses import replace
 
@@ -29,7 +29,7 @@ def setting(*, tensor: int = 1, pipeline: int = 1, virtual: int = 1, data: int =
 
 @pytest.mark.parametrize(("virtual", "microbatches"), [(1, 8), (1, 32), (2, 8), (4, 16)])
 def test_the_bubble_is_the_textbooks(virtual: int, microbatches: int) -> None:
-    """(p - 1) / (v m) of the time the stages work (arXiv 2104.04473, section 2.2), and the messages that fill it."""
+    """(p - 1) / (v m) of the stages' working time (arXiv 2104.04473, section 2.2), and the messages that fill it."""
     found = step_time(setting(pipeline=4, virtual=virtual, microbatches=microbatches))
     work = sum(found.stage_seconds) / 4 * microbatches
     assert found.parts["bubble"] / work == pytest.approx(3 / (virtual * microbatches), rel=0.05)
@@ -53,7 +53,7 @@ def test_more_ranks_never_make_one_layer_slower_within_a_domain_at_this_length()
 
 
 def test_gradients_over_one_network_card_take_their_bytes() -> None:
-    """8 tensor ranks fill a node, so each data-parallel rank has a card of its own: bytes (d - 1) / d over 80 % of 50 GB/s."""
+    """8 tensor ranks fill a node, so each data-parallel rank has its own card: bytes x (d - 1) / d / (80 % of 50 GB/s)."""
     one = replace(setting(tensor=8, data=4, microbatches=1), overlap_grad_reduce=False, overlap_param_gather=False)
     found = step_time(one).parts["data"]
     weights = 8.03e9 / 8

@@ -1,4 +1,4 @@
-"""The planner against the world: 333 published rows, and rows no one has seen yet."""
+"""The planner against 333 published rows, and against arbitrary rows."""
 
 import csv
 import json
@@ -33,8 +33,8 @@ def test_published_rows_are_predicted(lines: list[Line]) -> None:
     assert found["memory_rows"] >= 25 and found["memory_median_error"] < 0.10
 
 
-def test_rows_of_publishers_the_planner_had_not_seen() -> None:
-    """The second file: predicted blind before any of it was fitted on (docs/plan.md); now a third is, the rest is tests."""
+def test_rows_of_the_second_file() -> None:
+    """The second file. It was first predicted without fitting (docs/plan.md); now a third is fitted, the rest are tests."""
     some = [assess(row) for row in read_rows(MORE)]
     found = summary(some)
     assert found["rows"] == 147 and found["in_scope"] == 147 and found["test_rows"] >= 90
@@ -44,7 +44,7 @@ def test_rows_of_publishers_the_planner_had_not_seen() -> None:
     assert len(hybrids) == 10 and all(abs(line.error) < 0.12 for line in hybrids)
 
 
-def test_every_row_says_why_it_is_out(lines: list[Line]) -> None:
+def test_every_row_out_of_scope_has_a_reason(lines: list[Line]) -> None:
     assert all(line.reason for line in lines if line.found is None)
     assert not [line.reason for line in lines if line.reason.startswith("cannot be read")]
 
@@ -56,7 +56,7 @@ def test_the_page_shows_the_table_as_it_is(lines: list[Line]) -> None:
 
 
 def test_no_single_source_carries_the_score(lines: list[Line]) -> None:
-    """Without its largest source the planner still keeps its promise."""
+    """The accuracy holds without the largest source."""
     others = [line for line in lines if "llm-foundry" not in line.row["src"]]
     assert summary(others)["test_median_step_time_error"] < 0.15
 
@@ -85,7 +85,7 @@ def test_the_command_prints_a_line_per_row_and_the_summary_last(tmp_path: Path) 
     assert [row["in_scope"] for row in data["rows"]] == [True, False, False, True]
 
 
-def test_a_file_that_is_none_is_an_error(tmp_path: Path) -> None:
+def test_a_missing_or_wrong_file_is_an_error(tmp_path: Path) -> None:
     for name, content in (("missing.csv", None), ("other.csv", "a,b\n1,2\n")):
         path = tmp_path / name
         if content:
@@ -133,7 +133,7 @@ def test_cells_as_people_write_them(cells: dict[str, str], is_read_as: dict[str,
         ({"gpu": ""}, "GPU not named"), ({"model": ""}, "model not named"), ({"n_gpu": ""}, "number of GPUs"),
         ({"precision": "TF32"}, "fp32|tf32"), ({"precision": "hybrid"}, "precision 'hybrid'"),
         ({"gpu": "A100", "precision": "FP8"}, "no fp8"), ({"model": "Mixtral 8x22B"}, "mixture of experts"),
-        ({"model": "Falcon-H1-7B"}, "side by side"), ({"tp": "3"}, "does not divide"), ({"tok_s_gpu": ""}, "no throughput"),
+        ({"model": "Falcon-H1-7B"}, "in parallel"), ({"tp": "3"}, "does not divide"), ({"tok_s_gpu": ""}, "no throughput"),
         ({"tp": ""}, "layout not published"),
     ],
 )  # fmt: skip
@@ -145,7 +145,7 @@ def test_what_is_not_predicted_has_a_reason(cells: dict[str, str], reason: str) 
 @settings(max_examples=120)
 @given(st.data())
 def test_no_cell_breaks_the_reader(data: st.DataObject) -> None:
-    """Cells of other rows, and cells from nowhere, give a prediction or a reason."""
+    """Cells of other rows, and random cells, give a prediction or a reason."""
     rows = read_rows(PUBLISHED)
     row = dict(data.draw(st.sampled_from(rows)))
     for _ in range(data.draw(st.integers(1, 4))):
@@ -163,7 +163,7 @@ def test_no_cell_breaks_the_reader(data: st.DataObject) -> None:
     ("name", "model", "stated"), [(n, m, p) for n, m, p in public_shapes()], ids=lambda v: str(v)[:24]
 )
 def test_public_shapes_have_their_publishers_parameters(name: str, model: object, stated: int) -> None:
-    """Within 1.5 %: biases, learned positions and extra norms of some families are no fields here."""
+    """Within 1.5 %: this project has no fields for the biases, learned positions and extra norms of some families."""
     assert parameters(model).total == pytest.approx(stated, rel=0.015)  # type: ignore[arg-type]
 
 
@@ -203,7 +203,7 @@ def test_names_as_people_write_them(name: str, hidden: int) -> None:
         "Codestral Mamba 7B",
     ],
 )
-def test_what_cannot_be_said_has_a_reason(name: str) -> None:
+def test_models_that_no_recipe_can_express_have_a_reason(name: str) -> None:
     with pytest.raises(NotExpressible):
         model_named(name)
 

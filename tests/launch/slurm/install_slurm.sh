@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# The packages that the Slurm tests need, where they are missing: slurm-wlm and munge, by apt-get as root. Nothing is started.
-# Where that is not possible it says why, and the tests skip.
+# Installs the packages that the Slurm tests need, if missing: slurm-wlm and munge, by apt-get as root. Starts nothing.
+# If that is impossible it says why, and the tests skip.
 set -euo pipefail
 if command -v slurmctld slurmd munged srun > /dev/null; then exit 0; fi
 if ! command -v apt-get > /dev/null; then echo "Slurm tests will be skipped: no apt-get here; install slurm-wlm and munge by hand."; exit 0; fi

@@ -4,7 +4,7 @@
 #   SLURM_RIG=DIR slurm_rig.sh start [NODES]     start, wait until the nodes are idle; then `export SLURM_CONF=DIR/etc/slurm.conf`
 #   SLURM_RIG=DIR slurm_rig.sh stop              end every daemon that `start` started
 #
-# With $SLURM_RIG_OWNER, a process id, the cluster stops by itself when that process is gone, however it went.
+# With $SLURM_RIG_OWNER, a process id, the cluster stops by itself when that process has ended for any reason.
 # Needs the packages slurm-wlm and munge (Debian, Ubuntu). $SLURM_RIG_PORT (16800): first of the ports used.
 set -euo pipefail
 rig=${SLURM_RIG:?set SLURM_RIG to a folder}

@@ -1,4 +1,4 @@
-"""What follows the end of a Slurm job's processes, by what srun, the ranks and Slurm say: the job lines are Slurm 22.05's own."""
+"""What follows the end of a Slurm job's processes, by srun, the ranks and Slurm. Job lines are from Slurm 22.05."""
 
 import json
 import subprocess
@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from test_slurm_script import CPU
+from slurm_jobs import CPU
 
 from launch.local.failures import RankFailure, write_failure
 from launch.local.rank import adopt_slurm, name_interface
@@ -41,16 +41,16 @@ def run(tmp_path: Path) -> RunFolder:
     ("status", "failures", "stopped", "job", "action", "words"),
     [
         (143, [KILLED], None, RUNNING, "again", "it failed with SIGKILL"),  # killed while the others started
-        (143, [], None, RUNNING, "again", "it failed with SIGTERM"),  # the same, where srun's words are not known
+        (143, [], None, RUNNING, "again", "it failed with SIGTERM"),  # the same, if srun's message is not known
         (143, [], None, LOST, "again", "a node was lost"),
-        (0, [], 143, LOST, "again", "a node was lost"),  # the ranks took srun's SIGTERM for a request to stop
+        (0, [], 143, LOST, "again", "a node was lost"),  # the ranks stopped after srun's SIGTERM
         (143, [], None, CANCELLED, "stop", "stopped by SIGTERM"),
         (0, [], 143, CANCELLED, "stop", "stopped by SIGTERM"),
         (1, [RankFailure(0, 1, 0.0, "n1", "Connection closed")], None, CANCELLED, "stop", "the job was cancelled"),
         (143, [], None, PREEMPTED, "again", "it ended before a new checkpoint"),
         (0, [], 138, RUNNING, "again", "it ended before a new checkpoint"),
         (0, [], 143, RUNNING, "stop", "stopped by SIGTERM"),  # scancel --signal=TERM
-        (2, [], None, RUNNING, "stop", "has to be changed first"),
+        (2, [], None, RUNNING, "stop", "must be changed first"),
         (0, [], None, RUNNING, "again", "it ended before"),
     ],
 )
@@ -93,7 +93,7 @@ def test_a_failed_rank_restarts_in_the_allocation_until_one_node_has_failed_twic
 
 
 def test_the_script_leaves_out_a_node_that_failed_twice(tmp_path: Path) -> None:
-    """The scripts' function, with an sbatch that shows its words."""
+    """The bash function of the scripts, with an sbatch that records its words."""
     run, commands = tmp_path / "a run", tmp_path / "bin"
     (run / "logs" / "slurm-7-0").mkdir(parents=True)
     (run / "logs" / EXCLUDE).write_text("n2,n5\n")
@@ -105,7 +105,7 @@ def test_the_script_leaves_out_a_node_that_failed_twice(tmp_path: Path) -> None:
     text = script[begin:end] + 'submit || echo refused\ntouch "$logs/alive"\nsubmit\n'
     environment = {"SLURM_JOB_ID": "7", "PATH": f"{commands}:/usr/bin:/bin"}
     result = subprocess.run(["bash"], input=text, env=environment, capture_output=True, text=True, check=True)
-    assert result.stdout == "refused\n12\n", "nothing before a rank has started"
+    assert result.stdout == "refused\n12\n", "no submission before a rank has started"
     assert (tmp_path / "words").read_text().splitlines() == ["--parsable", "--exclude=n2,n5", f"{run}/logs/job.sh"]
     assert (run / "logs" / "jobs").read_text() == "12\n"
 
@@ -127,6 +127,6 @@ def test_ranks_of_one_node_meet_on_loopback() -> None:
         assert adopt_slurm(environment) and environment["MASTER_ADDR"] == address
 
 
-def test_the_memory_of_an_older_version_is_no_error(run: RunFolder) -> None:
+def test_the_state_of_an_older_version_is_not_an_error(run: RunFolder) -> None:
     (run.logs / after_job._STATE).write_text(json.dumps({"failures": 1, "checkpoint": None}))
     assert after_job._read(run).failures == 1

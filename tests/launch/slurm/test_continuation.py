@@ -1,4 +1,4 @@
-"""What follows an end of processes: the whole table of the rule, and the messages of failing ranks."""
+"""What follows when processes end: the whole table of the rule, and the messages of failing ranks."""
 
 from pathlib import Path
 
@@ -9,10 +9,10 @@ from launch.local.failures import (
     SRUN_LOG,
     RankFailure,
     by_cause,
+    failure_message,
     log_of,
     read_failures,
     read_silent_failures,
-    tell,
     write_failure,
 )
 from launch.runs import RunFolder
@@ -27,9 +27,9 @@ def after(status: int, **facts: object) -> Decision:
     ("status", "facts", "action", "failures"),
     [
         (0, {"at_last_step": True}, "finished", 0),
-        (0, {"in_queue": False}, "finished", 0),  # paused: a person goes on
-        (0, {"has_new_checkpoint": True}, "again", 0),  # paused: the queue goes on
-        (0, {"failures": 2}, "stop", 3),  # pausing for ever without a step
+        (0, {"in_queue": False}, "finished", 0),  # paused: the user continues
+        (0, {"has_new_checkpoint": True}, "again", 0),  # paused: the next job continues
+        (0, {"failures": 2}, "stop", 3),  # pauses without a step, again and again
         (138, {"has_new_checkpoint": True, "failures": 2}, "again", 0),
         (138, {}, "again", 1),
         (138, {"failures": 2}, "stop", 3),  # the time limit is too short for one step
@@ -55,7 +55,7 @@ def test_the_rule(status: int, facts: dict[str, object], action: str, failures: 
     assert (decision.action, decision.failures) == (action, failures), decision.reason
 
 
-def test_no_restart_where_none_are_allowed() -> None:
+def test_no_restart_if_none_is_allowed() -> None:
     assert after(1, restarts=0).action == "stop"
     assert after(1, restarts=0, has_new_checkpoint=True).action == "stop"
 
@@ -71,28 +71,30 @@ def test_statuses_as_shells_give_them() -> None:
     assert describe(139) == "SIGSEGV (status 139)" and describe(5) == "status 5"
 
 
-def test_causes_come_before_consequences_whatever_the_clocks_say(tmp_path: Path) -> None:
+def test_causes_come_before_consequences_also_against_the_clocks(tmp_path: Path) -> None:
     for rank, at, error in ((0, 1.0, "RuntimeError: Connection reset by peer"), (5, 2.0, "OutOfMemoryError: 80 GiB")):
         write_failure(tmp_path, RankFailure(rank, 1, at, "n1", error))
     (tmp_path / "failure-00007.json").write_text('{"rank": 7, "sta')  # killed while writing
     failures = read_failures(tmp_path)
     assert [f.rank for f in failures] == [5, 0]
-    said = tell(tmp_path, failures)
+    said = failure_message(tmp_path, failures)
     assert said.startswith("rank 5 on n1 failed first, with status 1:\n    OutOfMemoryError") and "reset" not in said
 
 
 def test_the_last_message_in_a_log_is_the_error(tmp_path: Path) -> None:
     log_of(tmp_path, 3).write_text("error: an old one\nstep 1\nerror on rank 3: a=b is wrong.\nUse a=c.\n")
     failures = by_cause(tmp_path, [RankFailure(3, 2, 0.0)])
-    assert "    error on rank 3: a=b is wrong.\n    Use a=c.\n" in tell(tmp_path, failures)
+    assert "    error on rank 3: a=b is wrong.\n    Use a=c.\n" in failure_message(tmp_path, failures)
     log_of(tmp_path, 0).write_text("error: a=b is wrong.\nUse a=c.\n")
     failures.append(RankFailure(0, 2, 1.0))
-    assert "the error above" in tell(tmp_path, failures, seen_live=frozenset([0])), "rank 0 has shown the same"
+    assert "the error above" in failure_message(tmp_path, failures, seen_live=frozenset([0])), (
+        "rank 0 has shown the same"
+    )
 
 
 def test_a_long_traceback_is_shortened_to_its_end(tmp_path: Path) -> None:
     text = "\n".join(["Traceback (most recent call last):", *(f"  line {n}" for n in range(100)), "ValueError: x"])
-    said = tell(tmp_path, [RankFailure(0, 1, 0.0, "", text)]).splitlines()
+    said = failure_message(tmp_path, [RankFailure(0, 1, 0.0, "", text)]).splitlines()
     assert len(said) < 40 and said[1].strip().startswith("Traceback") and "ValueError: x" in said[-2]
 
 
@@ -106,7 +108,7 @@ def test_progress_is_read_from_the_end_of_a_growing_file(tmp_path: Path) -> None
     assert progress is not None and (progress.step, progress.total_steps) == (4000, 5000)
     assert progress.seconds_left == pytest.approx(2000)
     (tmp_path / "checkpoints" / "step_00000300").mkdir(parents=True)
-    (tmp_path / "checkpoints" / "latest").write_text("step_00000400")  # torn: names what is not there
+    (tmp_path / "checkpoints" / "latest").write_text("step_00000400")  # torn: the checkpoint does not exist
     assert run.newest_checkpoint() == "step_00000300" and run.checkpoint_step() == 300
 
 
@@ -121,7 +123,7 @@ def test_ranks_that_srun_reports_killed_are_failures_and_those_it_ended_itself_a
     assert [(f.rank, f.status, f.host) for f in found] == [(1, 137, "n2"), (4, 137, "n3")]
     write_failure(tmp_path, RankFailure(6, 1, 5.0, "n4", "RuntimeError: Connection closed by peer"))
     causes = by_cause(tmp_path, read_failures(tmp_path) + found)
-    assert causes[0].rank == 1, "a silent kill explains a lost connection"
+    assert causes[0].rank == 1, "a kill without a record is the cause of a lost connection"
     write_failure(tmp_path, RankFailure(7, 1, 6.0, "n4", "ValueError: x"))
     causes = by_cause(tmp_path, read_failures(tmp_path) + found)
-    assert causes[0].rank == 7, "an error that was recorded explains more than a kill"
+    assert causes[0].rank == 7, "a recorded error comes before a kill"

@@ -42,7 +42,7 @@ JOB = Job(
 CHAIN = replace(JOB.slurm, continuation="chain")
 SPARE = replace(JOB.slurm, partition="spare", options="--nodelist=n[3-4]")
 HELD = ("--hold", "20", "--patience-s", "60")
-"""Does not end before it is told to stop, however long the machine takes to do that."""
+"""Runs until it gets a signal, also on a slow machine."""
 URGENT = ("--partition=urgent", "--nodelist=n3", "--exclusive", "--output=/dev/null", "--wrap=sleep 1")
 
 
@@ -72,7 +72,7 @@ HOSTILE = "it's a (run) $(id) ; #1 %j"
 
 @dataclass(frozen=True)
 class Story:
-    """A run that has ended, and what was seen on the way."""
+    """A run that has ended, and observations made while it ran."""
 
     run: RunFolder
     notes: dict[str, object]
@@ -82,12 +82,12 @@ class Story:
         return "".join(path.read_text() for path in sorted(self.run.logs.glob("slurm-*.log")))
 
     def rank_log(self, rank: int) -> str:
-        """Of all attempts, in order."""
+        """The logs of all attempts, in order."""
         return "".join((folder / f"rank-{rank:05d}.log").read_text() for folder in self.run.attempts())
 
 
 def in_a_hostile_folder(root: Path) -> RunFolder:
-    """A run whose name and options contain what bash, sbatch and Slurm's file patterns have meanings for."""
+    """A run whose name and options contain special characters of bash, sbatch and Slurm's file patterns."""
     run = RunFolder(root / HOSTILE)
     slurm = replace(JOB.slurm, options="--nodelist=n[1-2] --comment='my job'")
     words = (str(run.path), "--steps", "20", "--step-s", "0.1")
@@ -118,7 +118,7 @@ def launch(*words: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.fixture(scope="module")
 def stories(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Story]]:
-    """Every scenario of this module, run to its end on one cluster."""
+    """All scenarios of this module, run to their end on one cluster."""
     root = tmp_path_factory.mktemp("runs")
     with slurm_rig(4):
         runs = {
@@ -184,7 +184,7 @@ def test_time_is_up_and_the_same_job_continues_to_the_last_step(stories: dict[st
     assert (job.state, job.restarts) == ("COMPLETED", 1)
     assert story.run.checkpoint_step() == STEPS
     assert (
-        "again: time was up" in story.job_log
+        "again: its time limit was near" in story.job_log
         and "finished: finished; newest checkpoint: step_00000150" in story.job_log
     )
     assert story.rank_log(1).count("rank 1 of 2 starts after step") == 2, "two nodes, two jobs"
@@ -240,7 +240,7 @@ def test_failures_without_progress_end(stories: dict[str, Story]) -> None:
 
 @pytest.mark.parametrize("name", ["killed", "killed_chain"])
 def test_a_rank_killed_while_others_start_does_not_end_the_run(name: str, stories: dict[str, Story]) -> None:
-    """srun returns 143 then, the status of the ranks that it ended itself; nobody has cancelled anything."""
+    """srun then returns 143, the status of the ranks that it ended itself, although nobody cancelled the job."""
     story = stories[name]
     assert story.notes["jobs"][0].state == "COMPLETED" and story.run.checkpoint_step() == STEPS
     assert "rank 1 on n2 failed first, with SIGKILL" in story.job_log
@@ -279,7 +279,7 @@ def test_a_mistake_is_not_tried_again(stories: dict[str, Story]) -> None:
     (job,) = story.notes["jobs"]
     assert (job.state, job.restarts) == ("FAILED", 0)
     assert "data.folder=nowhere is not there." in story.job_log
-    assert "stop: the recipe, the data or the machine has to be changed first" in story.job_log
+    assert "stop: the recipe, the data or the machine must be changed first" in story.job_log
 
 
 def test_two_jobs_never_write_into_one_run(stories: dict[str, Story]) -> None:
@@ -316,7 +316,7 @@ def test_cancel_of_a_run_without_jobs_says_so(stories: dict[str, Story]) -> None
     environment = os.environ.get("SLURM_CONF")
     assert environment, "the cluster still runs"
     result = launch("cancel", str(stories["requeued"].run.path))
-    assert result.returncode == 0 and "No job of" in result.stderr
+    assert result.returncode == 0 and "has no job that waits or runs" in result.stderr
 
 
 def test_names_and_options_reach_slurm_as_they_are_and_the_copy_of_the_code_runs(stories: dict[str, Story]) -> None:

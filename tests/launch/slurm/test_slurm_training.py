@@ -81,7 +81,7 @@ def record(run: RunFolder) -> tuple[dict[int, tuple[float, float]], dict[str, fl
 
 def compare(disturbed: RunFolder, whole: RunFolder, *, steps: int) -> None:
     assert sorted(record(whole)[0]) == list(range(1, steps + 1))
-    assert record(disturbed) == record(whole), "the end must be the same to the last bit"
+    assert record(disturbed) == record(whole), "both ends must be equal to the last bit"
 
 
 def submit(words: list[str], name: str, *more: str) -> RunFolder:
@@ -92,7 +92,7 @@ def submit(words: list[str], name: str, *more: str) -> RunFolder:
     return RunFolder(Path(words[-1].partition("=")[2]) / name)
 
 
-def test_two_nodes_train_stop_at_a_signal_are_requeued_and_end_as_if_nothing_had_happened(
+def test_two_nodes_train_stop_at_a_signal_are_requeued_and_end_like_an_undisturbed_run(
     words: list[str], tmp_path: Path
 ) -> None:
     more = ("run.steps=60", "checkpoint.every_steps=20")
@@ -108,12 +108,12 @@ def test_two_nodes_train_stop_at_a_signal_are_requeued_and_end_as_if_nothing_had
     assert "launch: 2 processes (TP1 PP1 DP2), logs in" in local and "Finished at step 60" in local
     log = (run.logs / f"slurm-{number}.log").read_text()
     assert (job.state, job.restarts) == ("COMPLETED", 1), log
-    assert "again: time was up" in log
+    assert "again: its time limit was near" in log
     compare(run, RunFolder(tmp_path / "whole"), steps=60)
 
 
 def test_an_array_job_prepares_the_same_data_also_when_a_task_is_killed(words: list[str], tmp_path: Path) -> None:
-    """Three tasks of several shards side by side, one killed at work and requeued: byte for byte what one process makes."""
+    """Three parallel tasks of several shards, one killed and requeued: byte for byte the output of one process."""
     whole, folder = tmp_path / "by_one", tmp_path / "by_tasks"
     words = [word for word in words if not word.startswith("data.folder=")] + ["data.shard_bytes=2500"]
     prepare(replace(config_of(tmp_path), folder=str(whole), shard_bytes=2500), console=Console(quiet=True))
@@ -140,7 +140,7 @@ def test_an_array_job_prepares_the_same_data_also_when_a_task_is_killed(words: l
 
 @pytest.mark.slow
 def test_a_job_is_ended_by_its_time_limit_and_the_run_is_finished_by_the_next(words: list[str], tmp_path: Path) -> None:
-    """One minute a job: Slurm sends SIGUSR1 25 to 55 s after the start. Also: tensor parallel over the two nodes."""
+    """One minute for each job: Slurm sends SIGUSR1 25 to 55 s after the start. Also: tensor parallel over the two nodes."""
     more = ("run.steps=2500", "checkpoint.every_steps=500", "parallel.tensor=2", "model.mamba_groups=2")
     with slurm_rig(2):
         limits = ("launch.slurm.time_limit_minutes=1", "launch.slurm.save_before_end_s=5")
@@ -152,5 +152,5 @@ def test_a_job_is_ended_by_its_time_limit_and_the_run_is_finished_by_the_next(wo
     assert "TP2" in finish(whole, timeout_s=900)
     log = (run.logs / f"slurm-{number}.log").read_text()
     assert job.state == "COMPLETED" and job.restarts >= 1, log
-    assert log.count("again: time was up") >= 1
+    assert log.count("again: its time limit was near") >= 1
     compare(run, RunFolder(tmp_path / "whole"), steps=2500)

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from ranks import run_ranks
 
-from launch.local.failures import RankFailure, tell
+from launch.local.failures import RankFailure, failure_message
 from recipes.schema.layout import Layout
 from train.parallel.mesh import close_mesh, open_mesh
 from train.resilience.hangs import MARK, hangs_named, record_operations
@@ -54,7 +54,7 @@ def test_a_hung_rank_is_named_after_exactly_the_timeout() -> None:
 
 def test_the_launcher_says_first_who_did_not_arrive(tmp_path: Path) -> None:
     error = f"Traceback:\n  ...\nRuntimeError: Timed out waiting\n{MARK}ranks 0, 1 waited for x; rank 2 did not arrive"
-    said = tell(tmp_path, [RankFailure(0, 1, 0.0, "n1", error), RankFailure(2, 137, 1.0)])
+    said = failure_message(tmp_path, [RankFailure(0, 1, 0.0, "n1", error), RankFailure(2, 137, 1.0)])
     assert said.startswith("ranks 0, 1 waited for x; rank 2 did not arrive. Rank 0 was the first to give up")
 
 

@@ -11,10 +11,10 @@
 #SBATCH --chdir=/scratch/you/stratum
 #SBATCH --output=runs/two/logs/slurm-%j.log
 
-trap : TERM USR1  # signals are for the training processes; this script outlives them to decide what comes next
+trap : TERM USR1  # signals are for the training processes; this script lives on to decide what follows
 stratum_logs=runs/two/logs
 
-# However a job ends: 4 starts without a new checkpoint between them are the last.
+# In every case: after 4 starts without a new checkpoint between them, the run ends.
 newest=$(cat runs/two/checkpoints/latest 2>/dev/null)
 read -r seen starts 2>/dev/null < "$stratum_logs/starts"
 [ "$seen" = "${newest:-none}" ] || starts=0
@@ -30,7 +30,7 @@ set +e -uo pipefail
 run=runs/two
 logs="$run/logs/slurm-$SLURM_JOB_ID-${SLURM_RESTART_COUNT:-0}"
 
-# Submit one more job of this run. Not before a rank has started: a script that fails before that would submit for ever.
+# Submit one more job of this run, but not before a rank has started: a script that fails earlier would submit for ever.
 alive() {
   local mark
   for mark in "$logs"*/alive; do if [ -e "$mark" ]; then return 0; fi; done
@@ -52,17 +52,18 @@ submit() {
   fi
 }
 
-# Rank 0 listens on the first node, at the address by which Slurm itself reaches it: its name need not resolve.
+# Rank 0 listens on the first node, at the address by which Slurm reaches that node: node names need not resolve.
 node=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 address=$(scontrol show node --oneliner "$node" | sed -n 's/.* NodeAddr=\([^ ]*\).*/\1/p')
 export MASTER_ADDR="${address:-$node}"
 export PYTHONUNBUFFERED=1
 export PYTHONPATH=/scratch/you/stratum/runs/two/logs/code${PYTHONPATH:+:$PYTHONPATH}
 python=(/scratch/you/stratum/.venv/bin/python -P)
+"${python[@]}" -m launch.slurm.environment
 
 attempt=1
 while :; do
-  # Each start has its own logs, and its own port: the last one's may still be held.
+  # Each start has its own logs, and its own port: the last start may not have released its port yet.
   export STRATUM_LOGS="$logs" MASTER_PORT=$((20000 + (SLURM_JOB_ID + 4001 * ${SLURM_RESTART_COUNT:-0} + 401 * attempt) % 12000))
   if [ "$attempt" -gt 1 ]; then STRATUM_LOGS="$logs-$attempt"; fi
   mkdir -p "$STRATUM_LOGS"
@@ -71,9 +72,9 @@ while :; do
   status=$?
   cat "$STRATUM_LOGS/srun.log" >&2
 
-  # finished, here (again in these nodes), again or stop; why stands in this job's log. An error is shown once, with the rank
-  # that failed first. A preempted job whose processes end in time counts as completed for Slurm, which then does not bring it
-  # back: this script does.
+  # finished, here (again in these nodes), again or stop; the reason is in this job's log. An error is shown once, with the
+  # rank that failed first. Slurm counts a preempted job whose processes end in time as completed and does not requeue it:
+  # this script does.
   job=$(timeout 60 scontrol show job --oneliner "$SLURM_JOB_ID")
   next=$("${python[@]}" -m launch.slurm.after_job --run "$run" --status "$status" --steps 200 \
     --restarts 3 --save-before-end-s 300 --job "$job")

@@ -1,6 +1,6 @@
 #!/bin/bash
-# Data data/web, written by `stratum launch slurm --prepare`: 64 tasks share the work. A task that is
-# started again keeps its finished shards; the last one to finish writes the manifest.
+# Data data/web, written by `stratum launch slurm --prepare`: 64 tasks share the work. A restarted
+# task keeps its finished shards; the last task to finish writes the manifest.
 #SBATCH --job-name=prepare-web
 #SBATCH --array=0-63
 #SBATCH --nodes=1
