@@ -183,7 +183,8 @@ def _example(rank: int, folder: Path, words: list[str]) -> tuple[int, str]:
 LITTLE = ["--config-dir", "recipes", "-cn", "little"]
 """Stands for the shipped recipes that would train for minutes."""
 
-IN_TINY = {"runs/tiny_teacher": "runs/parent", "=[8,10]": "=[3,4]", "hamlet.txt": "words.txt", "17": "0"}
+IN_TINY = {"runs/tiny_teacher": "runs/parent", "=[8,10]": "=[3,4]", "hamlet.txt": "words.txt", "17": "0",
+           "runs/data/smoke": "prepared"}  # fmt: skip
 """Text of an example -> what the folder of `lay_out` has instead."""
 
 MAY_FAIL = {

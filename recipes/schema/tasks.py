@@ -14,7 +14,7 @@ from typing import Literal
 
 from recipes.schema.errors import DataError, Problem
 from recipes.schema.fields import Count, PositiveInt
-from recipes.schema.foreign import read_yaml
+from recipes.schema.foreign import parse_yaml, read_bounded_text
 from recipes.schema.suggestions import did_you_mean
 from recipes.schema.typed import FieldError, build
 
@@ -96,7 +96,7 @@ def unknown_task(name: str, *, more: list[str] | None = None) -> DataError:
 def read_task(path: Path) -> TaskConfig:
     """A task file. DataError names the file and every field that is wrong or missing."""
     try:
-        plain = read_yaml(path)
+        plain = parse_yaml(read_bounded_text(path))
     except FileNotFoundError as error:
         folder = path.parent
         near = sorted(p.name for p in folder.iterdir() if is_file(p.name)) if folder.is_dir() else []

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from recipes.schema.errors import USER_ERRORS
+from recipes.schema.messages import complain
 from recipes.schema.options import CommandParser, run_or_path
 from recipes.schema.tools import EvaluateToolConfig
 
@@ -55,8 +56,7 @@ def main(arguments: Sequence[str]) -> int:
             return search_data(config, Path(config.contamination))
         return evaluate_checkpoint(config, run_or_path(parsed.place))
     except _ERRORS as error:
-        sys.stderr.write(f"error: {error}\n")
-        return 2
+        return complain(error)
     except KeyboardInterrupt:
         sys.stderr.write("error: interrupted. Finished tasks are in results.json; --resume continues.\n")
         return 130

@@ -20,7 +20,7 @@ from recipes.schema.messages import complain
 from recipes.schema.options import CommandParser, run_or_path
 from recipes.schema.run_folder import METRICS, RECIPE, as_number, read_metrics, recipe_in
 from train.record.precision_report import draw_precision, in_picture, is_measurement, precision_section
-from train.record.task_report import Scores, draw_tasks, tasks_section
+from train.record.task_report import Scores, draw_tasks, is_scores, tasks_section
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class RunRecord:
 
     def tasks(self) -> Scores:
         """Scores of tasks by step, the last of each step."""
-        return {line["step"]: line["tasks"] for line in self.events if line["kind"] == "tasks"}
+        return {line["step"]: line["tasks"] for line in self.events if line["kind"] == "tasks" and is_scores(line)}
 
 
 def read_run(folder: Path) -> RunRecord:

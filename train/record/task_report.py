@@ -8,11 +8,22 @@ from typing import Any
 
 from recipes.schema.foreign import in_markdown
 from recipes.schema.run_folder import as_number
+from train.record.precision_report import in_picture
 
 Scores = dict[int, dict[str, dict[str, Any]]]
 """By step, by task: what `train.evaluate.training_tasks` recorded."""
 
 _COLORS = ("#2b6cb0", "#2f9e44", "#9c36b5", "#e67700", "#0b7285", "#c2255c")
+
+
+def is_scores(line: dict[str, Any]) -> bool:
+    """Whether a line has the fields of scored tasks: it may be damaged or written by someone else."""
+    tasks = line.get("tasks")
+    return (
+        type(line.get("step")) is int
+        and isinstance(tasks, dict)
+        and all(isinstance(entry, dict) and isinstance(entry.get("metrics"), dict) for entry in tasks.values())
+    )
 
 
 def draw_tasks(scores: Scores, path: Path, *, title: str) -> None:
@@ -28,10 +39,12 @@ def draw_tasks(scores: Scores, path: Path, *, title: str) -> None:
         points = [(step, _metric(scores[step], task, metric)) for step in sorted(scores)]
         steps = [step for step, found in points if found]
         values, low, high = (
-            [as_number(found[end]) for _, found in points if found] for end in ("value", "low", "high")
+            [as_number(found.get(end)) for _, found in points if found] for end in ("value", "low", "high")
         )
         color = _COLORS[index % len(_COLORS)]
-        axes.plot(steps, values, color=color, marker="o", markersize=4, label=f"{task}: {metric} {values[-1]:.3f}")
+        axes.plot(
+            steps, values, color=color, marker="o", markersize=4, label=in_picture(f"{task}: {metric} {values[-1]:.3f}")
+        )
         axes.fill_between(steps, low, high, color=color, alpha=0.15, linewidth=0)
     left.set(title=f"{title}: right answers", xlabel="step", ylim=(-0.02, 1.02))
     right.set(title="Bits per byte", xlabel="step")
@@ -66,7 +79,8 @@ def _curves(scores: Scores) -> list[tuple[str, str]]:
         (task, metric)
         for step in sorted(scores)
         for task, entry in scores[step].items()
-        for metric in entry.get("metrics", {})
+        for metric in entry["metrics"]
+        if _metric(scores[step], task, metric)
     )
     return list(dict.fromkeys(pairs))
 

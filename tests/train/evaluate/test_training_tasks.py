@@ -1,5 +1,6 @@
 """Tasks during training: at their interval, the same at every layout and after a resume, in the record and the report."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -89,6 +90,10 @@ def test_tasks_are_scored_at_their_interval_and_survive_a_resume(recipe: Recipe,
         step: line["tasks"] for step, line in whole.items()
     }
 
+    strange = [{"tasks": []}, {"step": 1}, {"step": 2, "tasks": {"a": {"metrics": {"b": 1, "$c$": {}}}, "d": {}}}]
+    strange += [{"step": 7, "tasks": {"|x$": {"metrics": {"y": {"value": "?"}, "z": 3}}}}]
+    with (tmp_path / "run" / METRICS).open("a") as stream:
+        stream.writelines(json.dumps({"kind": "tasks", **line}) + "\n" for line in strange)
     write_report(tmp_path / "run")
     text = (tmp_path / "run" / "summary.md").read_text()
     assert "## Tasks" in text and "| words | bits_per_byte | 8 | " in text and "| capitals | accuracy | 3 | " in text
