@@ -147,7 +147,9 @@ def make_plan(
     if stages is not None and len(stages) > 1:
         recipe = replace(recipe, model=replace(recipe.model, pattern="|".join(stages)))
     chunks = tuple(cut(recipe.model.pattern, layout.pipeline * layout.virtual, model=recipe.model))
-    modules: Modules = "te" if recipe.precision.backend in ("auto", "te") else "reference"
+    precision = recipe.precision
+    is_te = precision.backend == "te" or (precision.backend == "auto" and precision.quantize_weights == "none")
+    modules: Modules = "te" if is_te else "reference"
     setting = setting_of(recipe, layout=layout, stages=chunks, device=device)
     teacher = find_teacher(recipe, facts.disk.teacher)
     cost = teacher_cost(recipe, teacher.model, student=setting, modules=modules) if teacher.model is not None else None

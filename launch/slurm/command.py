@@ -35,6 +35,7 @@ from launch.slurm.job_script import (
 from launch.slurm.job_times import advice
 from launch.slurm.snapshot import config_folders, take_snapshot
 from launch.user_errors import exit_status
+from recipes.schema.data import is_remote
 from recipes.schema.errors import RecipeError, refuse
 from recipes.schema.facts import Machine
 from recipes.schema.foreign import read_bounded_text
@@ -46,7 +47,7 @@ _EXAMPLES = """
 stratum launch slurm -cn smoke --dry-run                                print the script; needs no Slurm
 stratum launch slurm -cn smoke run.name=two launch.nodes=2 run.microbatch_rows=4      two nodes
 stratum launch slurm -cn nemotron_nano_12b_v2 launch=slurm_gpu launch.nodes=92 parallel.pipeline=2 launch.slurm.partition=h100
-stratum launch slurm -cn smoke run.name=boxed launch=slurm_pyxis launch.container.image=stratum.sqsh
+stratum launch slurm -cn smoke run.name=boxed run.microbatch_rows=1 launch=slurm_pyxis launch.container.image=stratum.sqsh
 stratum launch slurm -cn smoke --prepare --tasks 64                     an array job that prepares the recipe's data
 """
 _NOTES = """
@@ -231,6 +232,8 @@ def _prepare(recipe: Recipe, words: list[str], *, tasks: int, dry_run: bool) -> 
     refuse(script_problems(recipe))
     if tasks < 1:
         raise RecipeError(f"--tasks={tasks}: use 1 or more")
+    if is_remote(recipe.data.folder):
+        raise RecipeError(f"data.folder={recipe.data.folder} is an address; data is prepared into a folder. Name one.")
     folder = Path(recipe.data.folder)
     job = Preparation(
         name=f"prepare-{folder.name}",

@@ -11,6 +11,7 @@ from launch.plan.published.picture import draw
 from launch.plan.published.rows import PUBLISHED, read_rows
 from launch.plan.published.validate import HEAD, assess, line_json, line_text, report, summary, table
 from recipes.schema.errors import RecipeError
+from recipes.schema.messages import complain
 from recipes.schema.options import CommandParser
 
 _EXAMPLES = """
@@ -48,14 +49,11 @@ def main(arguments: Sequence[str]) -> int:
             check_kind(own.picture)
         lines = [assess(row) for row in read_rows(own.rows)]
     except RecipeError as error:
-        sys.stderr.write(f"error: {error}\n")
-        return 2
+        return complain(error)
     except OSError as error:
-        sys.stderr.write(f"error: {own.rows}: {error.strerror}. Name a file with the columns of {PUBLISHED.name}.\n")
-        return 2
+        return complain(f"{own.rows}: {error.strerror}. Name a file with the columns of {PUBLISHED.name}.")
     except (ValueError, csv.Error) as error:
-        sys.stderr.write(f"error: {own.rows}: {error}\n")
-        return 2
+        return complain(f"{own.rows}: {error}")
     if own.json:
         sys.stdout.write(json.dumps({"rows": [line_json(line) for line in lines], "summary": summary(lines)}) + "\n")
     elif own.table:
