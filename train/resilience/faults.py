@@ -43,6 +43,7 @@ class StopSignals:
             if number == signal.SIGHUP and signal.getsignal(number) is signal.SIG_IGN:
                 continue
             self._previous[number] = signal.signal(number, self._note)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGUSR1})  # launch.local.rank blocks it until here
         threading.Thread(target=_listen, args=(reader,), name="signals", daemon=True).start()
         return self
 
