@@ -45,6 +45,7 @@ def main() -> int:
 
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, note)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGUSR1})
     checkpoints = own.folder / "checkpoints"
     checkpoints.mkdir(parents=True, exist_ok=True)
     (own.folder / "recipe.yaml").write_text(f"run: {{steps: {own.steps}}}\n")

@@ -55,7 +55,7 @@ def wait_for[T](ask: Callable[[], T], *, timeout_s: float = 300.0) -> T:
     """The first true answer of `ask`, asked four times a second."""
     deadline = time.monotonic() + timeout_s
     while not (answer := ask()):
-        assert time.monotonic() < deadline, "Slurm does not get on"
+        assert time.monotonic() < deadline, f"Slurm did not reach the expected state within {timeout_s:g} s"
         time.sleep(0.25)
     return answer
 

@@ -1,4 +1,4 @@
-"""Everything that happens at a step, in order, on one page.
+"""The training loop: everything that happens at a step, in order.
 
     rows --> forward, backward, update --> record --> evaluate if due --> save if due --> save events --> stop on a signal
 
@@ -21,7 +21,7 @@ from train.checkpoint.manager import CheckpointFolder
 from train.engine import Engine
 from train.record.stopwatch import Stopwatch
 from train.record.telemetry import Telemetry
-from train.resilience.faults import WATCHED, StopSignals, check_losses, check_numbers, grace_warning, too_late
+from train.resilience.faults import WATCHED, StopSignals, check_grad_norm, check_losses, grace_warning, too_late
 from train.step import train_step
 
 
@@ -56,7 +56,7 @@ def train_loop(
     last_step = run.steps
     received: signal.Signals | None = None
     writing = False
-    answer: Callable[[], list[bool]]
+    flags_of_all_ranks: Callable[[], list[bool]]
     if run.stop_after_steps is not None:
         last_step = min(last_step, first_step + run.stop_after_steps)
 
@@ -71,11 +71,11 @@ def train_loop(
         return recipe.precision.health and at % recipe.telemetry.log_every_steps == 0
 
     def before_update() -> None:
-        """Start the all-reduce about signals and saves. It runs during the update, so no step waits for it. A signal that
-        arrives later is seen in the next step."""
-        nonlocal answer
+        """Start the all-reduce of the flags for signals and saves. It runs during the update, so no step waits for it. A signal
+        that arrives later is seen in the next step."""
+        nonlocal flags_of_all_ranks
         checkpoints.before_update()
-        answer = mesh.begin_any_of(
+        flags_of_all_ranks = mesh.begin_any_of(
             *(signals.received == number for number in WATCHED), checkpoints.is_writing, checkpoints.has_failed
         )
 
@@ -120,7 +120,7 @@ def train_loop(
                 )
             if not math.isfinite(result.grad_norm):
                 telemetry.flush()  # record the steps before the failure
-                check_numbers(step, grad_norm=result.grad_norm, advice=lambda: checkpoints.advice(mesh))
+                check_grad_norm(step, grad_norm=result.grad_norm, advice=lambda: checkpoints.advice(mesh))
             check_losses(telemetry.not_finite, advice=lambda: checkpoints.advice(mesh))
 
             if step < run.steps and (
@@ -132,13 +132,13 @@ def train_loop(
             if checkpoints.is_due(step) and step < last_step:
                 flush()
                 save(step, stream.position, background=recipe.checkpoint.background)
-            # All ranks get the same answer, so they all break, raise or continue together.
-            *heard, writing, failed = answer()
+            # All ranks get the same flags, so they all break, raise or continue together.
+            *signalled, writing, failed = flags_of_all_ranks()
             _record_saves(telemetry, checkpoints, recipe=recipe, watch=watch)
             if failed and not writing:
                 checkpoints.check()
-            if any(heard):
-                received = WATCHED[heard.index(True)]
+            if any(signalled):
+                received = WATCHED[signalled.index(True)]
                 break
 
         flush()
@@ -157,9 +157,8 @@ def train_loop(
         _record_saves(telemetry, checkpoints, recipe=recipe)
         checkpoints.check(always=True)
         if step >= run.steps:
-            evaluate(
-                step
-            )  # inside StopSignals: the state is saved, so a first signal does not interrupt the evaluation
+            # Still inside StopSignals: the state is saved, so a first signal does not interrupt the evaluation.
+            evaluate(step)
     if step >= run.steps:
         return LoopEnd(step, "finished")
     return LoopEnd(step, received.name if received is not None else "paused")

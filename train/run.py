@@ -1,4 +1,4 @@
-"""Assembles a training run, in order of dependency; the only module that reads the whole recipe.
+"""Assembles a training run, in order of dependency. It is the only module that reads the whole recipe.
 
 device -> layout -> data -> mesh -> lease of the run folder -> model -> DDP -> optimizer -> resume -> stream -> loop -> report
 """
@@ -40,7 +40,7 @@ from train.record.machine import peak_flops
 from train.record.telemetry import Telemetry
 from train.resilience.faults import check_scores
 from train.resilience.hangs import hangs_named, record_operations
-from train.resilience.lease import held_lease
+from train.resilience.lease import run_lease
 
 log = logging.getLogger(__name__)
 
@@ -72,7 +72,7 @@ def train(recipe: Recipe) -> RunEnd:
     with (
         mesh_of(recipe, layout, device=device, rank=rank) as mesh,
         hangs_named(timeout_s=recipe.launch.timeout_s),
-        held_lease(folder, rank=rank, any_rank=mesh.any_rank) as check_lease,
+        run_lease(folder, rank=rank, any_rank=mesh.any_rank) as check_lease,
     ):
         return _train(recipe, mesh=mesh, dataset=dataset, folder=folder, check_lease=check_lease)
 
@@ -192,7 +192,7 @@ def _train(recipe: Recipe, *, mesh: Mesh, dataset: Dataset, folder: Path, check_
 
 
 def _check_teacher_cache(recipe: Recipe, dataset: Dataset, position: int) -> None:
-    """DataError if the teacher cache lacks rows of the next step or of the last: the run would fail when it reaches them."""
+    """Raise DataError if the teacher cache lacks rows of the next or the last step: the run would fail when it reaches them."""
     objective, size = recipe.objective, recipe.run.global_rows
     end = recipe.run.steps * size
     if objective.kind != "distill" or objective.teacher_cache is None or position >= end:
@@ -204,15 +204,14 @@ def _check_teacher_cache(recipe: Recipe, dataset: Dataset, position: int) -> Non
 
 def _warn_if_start_changed(recipe: Recipe, lineage: dict[str, Any]) -> None:
     """Warn if run.start_from has changed since the run began, because a resumed run does not read it again."""
-
-    began = lineage.get("started_from_fingerprint")
-    if began is None or recipe.run.start_from is None:
+    original = lineage.get("started_from_fingerprint")
+    if original is None or recipe.run.start_from is None:
         return
     try:
         path, manifest = checkpoint_at(recipe.run.start_from)
     except CheckpointError:
         return  # a resumed run does not need it, so it may have been deleted
-    if manifest.fingerprint != began:
+    if manifest.fingerprint != original:
         log.warning(
             "run.start_from=%s is now %s with weights %s. This run started from %s with weights %s and continues with its own "
             "checkpoints. To start from the new weights, choose another run.name.",
@@ -220,17 +219,17 @@ def _warn_if_start_changed(recipe: Recipe, lineage: dict[str, Any]) -> None:
             path,
             manifest.fingerprint[:12],
             lineage["started_from"],
-            began[:12],
+            original[:12],
         )
 
 
 def _kernels(mesh: Mesh) -> str:
     """Which CPU kernels each rank runs; warns if ranks differ. Collective."""
     peers = Peers(mesh.saving)
-    forms = peers.gather(describe(mesh.device))
-    if forms is not None and len(set(forms)) > 1:
-        log.warning("ranks run different kernels, so results depend on the order of ranks: %s", of_all_ranks(forms))
-    return str(peers.broadcast(of_all_ranks(forms) if forms is not None else None))
+    kernels = peers.gather(describe(mesh.device))
+    if kernels is not None and len(set(kernels)) > 1:
+        log.warning("ranks run different kernels, so results depend on the order of ranks: %s", of_all_ranks(kernels))
+    return str(peers.broadcast(of_all_ranks(kernels) if kernels is not None else None))
 
 
 def _world_peak(per_rank: float | None, mesh: Mesh) -> float | None:

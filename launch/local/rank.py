@@ -37,6 +37,8 @@ _SIOCGIFADDR = 0x8915
 def main() -> None:
     """Entry point of `python -m launch.local.rank`. Ends the process with the module's own exit status."""
     module, words = sys.argv[1], sys.argv[2:]
+    # Slurm may send this warning while the module is still importing. Blocked, it waits until the trainer unblocks it.
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})
     started_by_srun = set_torchrun_variables(os.environ)
     _end_with_launcher()
     if started_by_srun:

@@ -10,6 +10,7 @@ from typing import Any
 
 from rich.table import Table
 
+from launch.figure import canvas
 from launch.plan.cost.goodput import (
     LLAMA_NODE_MTBF_S,
     Failures,
@@ -22,7 +23,6 @@ from launch.plan.cost.goodput import (
     simulate,
     young_interval,
 )
-from launch.plan.picture import canvas
 from launch.plan.planner import STORAGE_PER_NODE, Plan
 from launch.plan.tables import console
 from recipes.schema import units

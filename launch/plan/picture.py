@@ -1,43 +1,13 @@
-"""The picture of a plan: memory of each pipeline stage as stacked bars with the device's limit, and the time of a step by part.
+"""The picture of a plan: memory of each pipeline stage as stacked bars with the device's limit; time of a step by part."""
 
-All pictures of `stratum plan` and `stratum validate` use `canvas`.
-"""
-
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
+from launch.figure import canvas
 from launch.plan.part_names import MEMORY_NAMES, PART_NAMES
 from launch.plan.planner import Plan
-from recipes.schema.errors import RecipeError
 from recipes.schema.units import GIB
 
 _COLORS = ("#1f5fa8", "#4a90d9", "#7fb3e6", "#b5d3f0", "#2a9d8f", "#e9a23b", "#f2c879", "#c77dba", "#8a5a9e", "#b9b9b9")
-_STYLE = {"font.size": 10, "axes.spines.top": False, "axes.spines.right": False, "axes.titleweight": "bold"}
-
-
-def check_kind(path: Path) -> None:
-    """Raise RecipeError if a picture of this name cannot be written."""
-    if path.suffix.lower() not in (".png", ".svg", ".pdf"):
-        raise RecipeError(f"--picture {path}: write a .png, .svg or .pdf.")
-
-
-@contextmanager
-def canvas(path: Path, *, size: tuple[float, float]) -> Iterator[Any]:
-    """A figure of `size` inches, written to `path` when the context ends. Raises RecipeError if it is not .png, .svg or .pdf."""
-    import matplotlib  # slow to import, and only needed for pictures
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    check_kind(path)
-    with pyplot.rc_context(_STYLE):
-        figure = pyplot.figure(figsize=size, layout="constrained")
-        yield figure
-        path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path, dpi=130)
-        pyplot.close(figure)
 
 
 def draw(plan: Plan, path: Path) -> None:

@@ -10,9 +10,9 @@ from typing import Any
 
 from rich.table import Table
 
+from launch.figure import canvas
 from launch.plan.cost.device import Device
 from launch.plan.goodput import Goodput, goodput_of
-from launch.plan.picture import canvas
 from launch.plan.planner import Plan
 from launch.plan.search import search
 from launch.plan.tables import console

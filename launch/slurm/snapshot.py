@@ -34,19 +34,19 @@ def take_snapshot(logs: Path, words: Sequence[str], *, with_environment: bool) -
     with_environment: also list this Python's packages. False if jobs run in a container, which has other packages.
     """
     folder = logs.resolve() / CODE
-    aside = disk.aside_of(folder)
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
+    unfinished = disk.aside_of(folder)
+    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished.mkdir(parents=True)
     for package in PACKAGES:
         ignored = shutil.ignore_patterns("__pycache__", "*.pyc")
-        shutil.copytree(_PROJECT / package, aside / package, ignore=ignored, symlinks=False)
+        shutil.copytree(_PROJECT / package, unfinished / package, ignore=ignored, symlinks=False)
     changed = with_folder(words, folder)
     for number, source in enumerate(config_folders(words)):
-        _copy_recipes(source, aside / f"config-{number}")
+        _copy_recipes(source, unfinished / f"config-{number}")
     if with_environment:
-        (aside / ENVIRONMENT).write_text(environment_text())
+        (unfinished / ENVIRONMENT).write_text(environment_text())
     shutil.rmtree(folder, ignore_errors=True)
-    disk.put_in_place(aside, folder)
+    disk.put_in_place(unfinished, folder)
     return Snapshot(folder, changed)
 
 

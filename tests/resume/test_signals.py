@@ -2,9 +2,12 @@
 
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
@@ -109,3 +112,21 @@ def test_too_little_time_is_said_in_advance() -> None:
     assert text is not None and "launch.grace_s=60" in text and "50 s" in text
     text = grace_warning(20, save_s=20, grace_s=60, before_end_s=30)
     assert text is not None and "launch.slurm.save_before_end_s=30" in text and "SIGUSR1" in text
+
+
+def test_slurms_warning_during_start_up_is_not_lost_and_kills_nobody(tmp_path: Path) -> None:
+    """A rank that still imports when SIGUSR1 comes stops at its first step boundary, as if it had come later."""
+    (tmp_path / "late_trainer.py").write_text(
+        "import sys, time\nprint('importing', flush=True)\ntime.sleep(0.5)\n"
+        "from train.resilience.faults import StopSignals\n"
+        "with StopSignals() as signals:\n    time.sleep(0.05)\n    print(signals.received.name, flush=True)\n"
+    )
+    child = subprocess.Popen(
+        [sys.executable, "-m", "launch.local.rank", "late_trainer"],
+        env={**os.environ, "PYTHONPATH": f"{Path(__file__).resolve().parents[2]}:{tmp_path}"},
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert child.stdout is not None and child.stdout.readline() == "importing\n"
+    child.send_signal(signal.SIGUSR1)
+    assert child.communicate(timeout=60)[0] == "SIGUSR1\n" and child.returncode == 0

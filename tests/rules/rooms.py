@@ -34,6 +34,7 @@ STOREYS = (
         "launch.queue",
         "launch.facts",
         "launch.children",
+        "launch.figure",
         "launch.user_errors",
     ),
     ("launch.plan.published", "launch.compose", "launch.lease"),

@@ -89,8 +89,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     command = commands.add_parser(
         "reshard",
         help="rewrite in another number of files; check a layout",
-        about="Any layout reads any checkpoint, so this is never needed to change the layout. It gives equal files "
-        "(one for each reading rank, say), drops the optimizer state, or checks that a layout fits: "
+        about="Any layout can read any checkpoint, so you do not need this to change the layout. It writes files of equal size "
+        "(for example one for each reading rank), drops the optimizer state, or checks that a layout fits the model: "
         "parallel.tensor=4 parallel.pipeline=2 --ranks 16.",
     )
     command.add_argument("checkpoint", **checkpoint)
@@ -102,7 +102,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     command.add_argument("fields", nargs="*", metavar="parallel.FIELD=N", help="a layout to check against the model")
     command.add_argument("--ranks", type=_count, help="processes of that layout (default: as few as it needs)")
     command.add_argument("--files", type=_count, help="number of files (default: --ranks, else 1)")
-    command.add_argument("--weights", action="store_true", help="weights only: training starts with fresh moments")
+    command.add_argument("--weights", action="store_true", help="weights only: training then starts with fresh moments")
     command = commands.add_parser("consolidate", help="one safetensors file")
     command.add_argument("checkpoint", **checkpoint)
     command.add_argument("out", type=Path, help="file to write, e.g. weights.safetensors")
@@ -169,8 +169,8 @@ def _list(parsed: argparse.Namespace, console: Console) -> int:
             console.print(f"note: {printable_lines(note)}")
     for leftover in sorted(folder.glob(".step_*")):
         console.print(
-            f"note: {printable_lines(leftover.name)} is being written or deleted, or a killed process left it: the next start "
-            f"removes it"
+            f"note: {printable_lines(leftover.name)} is being written or deleted, or a killed process left it. In that case the "
+            f"next start of the run removes it."
         )
     if not parsed.verify:
         console.print("`whole`: manifest, index and file sizes agree; --verify also reads the tensors.")
@@ -178,10 +178,10 @@ def _list(parsed: argparse.Namespace, console: Console) -> int:
 
 
 def _checkpoints_of(run: Path) -> Path:
-    """The folder with a run's checkpoints. CheckpointError if it has none."""
+    """The folder with a run's checkpoints. CheckpointError if there are none."""
     folder = run / "checkpoints" if (run / "checkpoints").is_dir() else run
     if not steps.steps_in(folder):
-        raise CheckpointError(f"{folder} holds no checkpoint. Name a run's folder, like runs/NAME.")
+        raise CheckpointError(f"{folder} has no checkpoints. Give a run's folder, like runs/NAME.")
     return folder
 
 
@@ -336,7 +336,7 @@ def _consolidate(parsed: argparse.Namespace, console: Console) -> int:
 
 
 def _check_layout(manifest: Manifest, fields: list[str], ranks: int | None) -> str:
-    """Describe the layout if it fits the checkpoint's model. RecipeError or CheckpointError says what does not fit."""
+    """The layout as text, if it fits the checkpoint's model. Otherwise raises RecipeError or CheckpointError with the reason."""
     known = ParallelConfig.__dataclass_fields__
     values: dict[str, Any] = {}
     for word in fields:

@@ -1,9 +1,9 @@
-"""Files of a checkpoint: one safetensors file per writing rank, and reading any box of any tensor from them.
+"""The files of a checkpoint: one safetensors file for each writing rank. Reads any box of any tensor from them.
 
     rank_00003.safetensors:   model.output_layer.weight[128:256,0:64]   optimizer.exp_avg....[0:17,0:64]   ...
 
-Each file is ordinary safetensors (8 bytes of header length, a JSON header, the data). An entry's name says which box of
-which tensor it is. Readers use index.json, which has the same information for all files.
+Each file is ordinary safetensors (8 bytes of header length, a JSON header, the data). The name of an entry gives the tensor and
+the box. Readers use index.json, which has the same information for all files.
 """
 
 import json
@@ -50,7 +50,7 @@ class Piece:
     offset: tuple[int, ...]
     shape: tuple[int, ...]
     data: torch.Tensor
-    """Contiguous, the box's elements in order; any shape."""
+    """The box's elements in order; contiguous, of any shape."""
 
     @property
     def bytes(self) -> int:
@@ -62,7 +62,7 @@ class Piece:
         return label_of(self.tensor, self.offset, self.shape)
 
     def sums(self, copy_to: int | None = None) -> Sums:
-        """What this piece contributes to its tensor's fingerprint."""
+        """The piece's contribution to its tensor's fingerprint. copy_to: see `fingerprint.of_box`."""
         return fingerprint.of_box(self.data, whole=self.whole, offset=self.offset, shape=self.shape, copy_to=copy_to)
 
 
@@ -103,7 +103,7 @@ def read_header(path: Path) -> tuple[dict[str, Any], int]:
 
 
 def scan(folder: Path) -> tuple[Index, dict[str, TensorRecord]]:
-    """Index and tensor records of a folder, from its files' headers and data alone. CheckpointError as in `read_header`."""
+    """Index and tensor records of a folder, from its files' headers and data. Raises CheckpointError, like `read_header`."""
     index: Index = {}
     dtypes: dict[str, str] = {}
     for path in sorted(folder.glob("*.safetensors")):
@@ -168,7 +168,7 @@ class Reader:
         self._last: tuple[str, int] | None = None
 
     def read(self, tensor: str, *, offset: Sequence[int], into: torch.Tensor) -> None:
-        """Fill `into` (contiguous, any device) with the box at `offset` that has its shape, converted to its dtype."""
+        """Fill `into` with the box of its shape at `offset`, converted to its dtype. into: contiguous, on any device."""
         dtype = DTYPES[self.manifest.tensors[tensor].dtype]
         for stored, box in self._overlaps(tensor, offset, into.shape):
             target = into[tuple(slice(s.start - o, s.stop - o) for s, o in zip(box, offset, strict=True))]
@@ -233,7 +233,7 @@ class Reader:
 
 
 def _read_part(handle: int, stored: StoredBox, part: list[slice], *, dtype: torch.dtype, target: torch.Tensor) -> None:
-    """Read `part` of a stored box into `target`: directly if both are contiguous, otherwise by rows."""
+    """Read `part` of a stored box into `target`: directly if both are contiguous, otherwise block by block."""
     if not part:  # a scalar: read it as one row of one element
         part, stored, target = [slice(0, 1)], StoredBox(stored.file, stored.start, (0,), (1,)), target.reshape(1)
     row_elements = math.prod(stored.shape[1:])

@@ -4,14 +4,14 @@
 
 The last dimension counts as columns, the others, flattened, as rows; `bits` is an element as an unsigned integer (8-byte
 elements count as two columns). rho (64 bits) and alpha (32 bits) are odd and come from splitmix64 of their coordinate in
-the *whole* tensor (Steele, Lea, Flood 2014). So a part contributes the same sum on whichever rank or file it is, and the
-sums of all parts add up to the tensor's. Multilinear hashing mod 2^64 (Lemire, Kaser, arXiv 1202.4961): a change of a single
-element is always detected; any other change made without knowledge of the coefficients is missed with a probability of about
-2^-64. It does not protect against deliberate forgery.
+the *whole* tensor (Steele, Lea, Flood 2014). So the sum of a part does not depend on the rank or file that contains it, and the
+sums of all parts add up to the tensor's. This is multilinear hashing mod 2^64 (Lemire, Kaser, arXiv 1202.4961): a change of a
+single element is always detected; any other change made without knowledge of the coefficients is missed with a probability of
+about 2^-64. It does not protect against deliberate forgery.
 
 The same pass counts NaN and infinite elements, because a checkpoint that contains them is useless even if it is intact.
 
-On a CPU it is a compiled pass at memory speed; elsewhere torch operations on the tensor's own device give the same result.
+On a CPU a compiled kernel computes it at memory speed. Elsewhere torch operations on the tensor's device give the same result.
 """
 
 import ctypes
@@ -56,9 +56,9 @@ ZERO = Sums(0, 0)
 def of_box(
     data: torch.Tensor, *, whole: Sequence[int], offset: Sequence[int], shape: Sequence[int], copy_to: int | None = None
 ) -> Sums:
-    """What a box of a tensor contributes to the tensor's fingerprint.
+    """The contribution of a box of a tensor to the tensor's fingerprint.
 
-    data: contiguous, the box's elements in order, any shape; whole: shape of the whole tensor; offset, shape: the box.
+    data: the box's elements in order; contiguous, of any shape. whole: shape of the whole tensor. offset, shape: the box.
     copy_to: address to which the same pass copies the box's bytes (CPU only).
     """
     assert data.is_contiguous() and data.numel() == math.prod(shape), "a box's elements, in order"

@@ -8,8 +8,11 @@ from train.checkpoint.files import Reader
 
 
 def newest_finite(folder: Path) -> Path | None:
-    """The newest whole checkpoint without NaN or infinity. Reads the tensors if the manifest has no count, because older
-    versions did not record one. CheckpointError if the folder cannot be read."""
+    """The newest whole checkpoint without NaN or infinity; None if there is none.
+
+    Older versions did not count NaN and infinity in the manifest: then this reads the tensors. Raises CheckpointError if the
+    folder cannot be read.
+    """
     for path, manifest in candidates(folder)[0]:
         try:
             reader = Reader(path) if any(record.not_finite is None for record in manifest.tensors.values()) else None
@@ -20,13 +23,13 @@ def newest_finite(folder: Path) -> Path | None:
     return None
 
 
-def after_not_finite(folder: Path) -> str:
+def advice_after_not_finite(folder: Path) -> str:
     """Advice after NaN or infinity in a run with these checkpoints, in one or two sentences. Never raises."""
     try:
         newest = newest_finite(folder)
     except CheckpointError as error:
         return f"({error})"
-    begin = "No earlier checkpoint without them exists: start again"
+    remedy = "No earlier checkpoint without them exists: start again"
     if newest is not None:
-        begin = f"{newest.name} is the newest finite checkpoint: continue from it (checkpoint.allow=[arithmetic])"
-    return f"{begin} with a lower optim.lr, a longer schedule.warmup, optim.clip_norm=1 or precision.params=fp32."
+        remedy = f"{newest.name} is the newest finite checkpoint: continue from it (checkpoint.allow=[arithmetic])"
+    return f"{remedy} with a lower optim.lr, a longer schedule.warmup, optim.clip_norm=1 or precision.params=fp32."

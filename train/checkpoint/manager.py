@@ -35,8 +35,8 @@ _CLOSE_S = 120.0
 
 
 @dataclass(frozen=True)
-class Found:
-    """A checkpoint to resume from, and which newer ones were skipped."""
+class LoadedCheckpoint:
+    """The checkpoint that a run resumed from, and why newer ones were skipped."""
 
     path: Path
     manifest: Manifest
@@ -45,7 +45,7 @@ class Found:
 
 
 class CheckpointFolder:
-    """The checkpoints of one run. Collective methods say so; the others only look at the disk."""
+    """The checkpoints of one run. Methods that are collective say so; the others only read the disk."""
 
     def __init__(self, folder: Path, config: CheckpointConfig) -> None:
         self.folder = folder
@@ -81,7 +81,7 @@ class CheckpointFolder:
         return steps.newest_in(self.folder)
 
     def survey(self, mesh: Mesh) -> tuple[list[tuple[Path, Manifest]], list[str]]:
-        """`steps.candidates` of rank 0, on every rank. Rank 0 first removes what killed processes left. Collective."""
+        """The result of `steps.candidates` on rank 0, for every rank. Rank 0 first removes files of killed saves. Collective."""
         peers = Peers(mesh.saving)
         outcome: Any = None
         if peers.rank == 0:
@@ -98,10 +98,10 @@ class CheckpointFolder:
             raise outcome
         return outcome
 
-    def resume(self, engine: Engine) -> Found | None:
-        """Fill the engine from the newest checkpoint that verifies; None if there never was one. Collective.
+    def resume(self, engine: Engine) -> LoadedCheckpoint | None:
+        """Fill the engine from the newest checkpoint that verifies; None if the run has never saved one. Collective.
 
-        A checkpoint that does not load is skipped and noted in the result. Raises CheckpointError if none loads.
+        A checkpoint that cannot be loaded is skipped and noted in the result. Raises CheckpointError if none can be loaded.
         """
         good, notes = self.survey(engine.mesh)
         for path, _ in good:
@@ -112,7 +112,7 @@ class CheckpointFolder:
                     raise
                 notes.append(str(error))
                 continue
-            return Found(path, manifest, notes)
+            return LoadedCheckpoint(path, manifest, notes)
         steps.refuse_to_forget(self.folder, notes)
         return None
 
@@ -138,7 +138,7 @@ class CheckpointFolder:
         """Save the engine's current state. Waits for the previous save; a background save then returns at once. Collective."""
         self.wait()
         if background:
-            self.check()  # every rank waited, so every rank knows
+            self.check()  # every rank has waited, so all of them know whether the previous save failed
         self._pending += self.collect()
         peers = Peers(engine.mesh.saving)
         step = state.step
@@ -154,8 +154,8 @@ class CheckpointFolder:
             staging=self._staging if background else None,
             prepare=lambda: self._make_room(step, snapshot),
             publish=self._publish,
-            retire=lambda: self._retain(step),
-            advice=lambda: finite.after_not_finite(self.folder),
+            delete_old=lambda: self._retain(step),
+            advice=lambda: finite.advice_after_not_finite(self.folder),
             retries=self.config.retries,
             retry_wait_s=self.config.retry_wait_s,
         )
@@ -193,7 +193,7 @@ class CheckpointFolder:
         """Raise CheckpointError if the last save failed and `checkpoint.on_failure` (or `always`) says to stop. Raise
         NumericsError in any case if the state contains NaN or infinity.
 
-        Call it when no rank is writing and one has failed: a save fails on all ranks, so all of them raise.
+        Call it only after all ranks have agreed that none is writing and one has failed. A save fails on all ranks, so all raise.
         """
         save = self._save
         if save is None or save.error is None:
@@ -205,7 +205,7 @@ class CheckpointFolder:
         """Advice about NaN or infinity that names the newest finite checkpoint. Waits for a running save. Collective."""
         self.wait()
         peers = Peers(mesh.saving)
-        return peers.broadcast(finite.after_not_finite(self.folder) if peers.rank == 0 else None)
+        return peers.broadcast(finite.advice_after_not_finite(self.folder) if peers.rank == 0 else None)
 
     def is_first_warning(self) -> bool:
         """True at the first call only: a warning about the duration of saves is given once."""
@@ -229,9 +229,9 @@ class CheckpointFolder:
             self.saved_step = save.step
             self.save_s = next((e.fields["seconds"] for e in save.events if e.kind == "save"), None)
 
-    def _publish(self, aside: Path, manifest: Manifest) -> dict[str, Any]:
+    def _publish(self, unfinished: Path, manifest: Manifest) -> dict[str, Any]:
         """On rank 0: rename the complete checkpoint to its final name and move the pointer to it."""
-        final, left = publishing.publish_step(aside, self.path_of(manifest.step))
+        final, left = publishing.publish_step(unfinished, self.path_of(manifest.step))
         self._warn_of(left)
         try:
             publishing.point_at(self.folder, final.name)
@@ -246,21 +246,21 @@ class CheckpointFolder:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             self._warn_of(publishing.clean_up(self.folder))
-            aside = publishing.unused(disk.aside_of(self.path_of(step)))
-            disk.make_folder(aside)
+            unfinished = publishing.unused(disk.aside_of(self.path_of(step)))
+            disk.make_folder(unfinished)
             free = shutil.disk_usage(self.folder).free
         except OSError as error:
             raise CheckpointError(f"cannot save into {self.folder}: {error.strerror or error}.") from error
         if free < needed:
-            disk.remove_tree(aside)
+            disk.remove_tree(unfinished)
             raise CheckpointError(
                 f"cannot save into {self.folder}: about {needed:,} bytes needed, {free:,} free, {needed - free:,} too few. Free "
                 f"some space or lower checkpoint.keep_last."
             )
-        return aside
+        return unfinished
 
     def _retain(self, newest_step: int) -> None:
-        """On rank 0: delete all but the newest `keep_last` checkpoints and those kept for `keep_every_steps`."""
+        """On rank 0: delete all checkpoints except the newest `keep_last` and those of `keep_every_steps`."""
         every = self.config.keep_every_steps
         published = self.published()
         numbers = sorted({steps.step_of(path) for path in published})
@@ -291,6 +291,6 @@ def _error_of(save: Save) -> StratumError:
 
 
 def estimated_bytes(snapshot: Snapshot) -> int:
-    """Bytes of the whole checkpoint, from this rank's share (ranks hold about equal shares)."""
+    """Bytes of the whole checkpoint, estimated from this rank's share (all ranks have about equal shares)."""
     layout = snapshot.manifest.layout
     return sum(piece.bytes for piece in snapshot.pieces) * layout.get("world", 1)

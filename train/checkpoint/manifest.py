@@ -1,7 +1,7 @@
-"""index.json: in which file each part of a tensor is stored, checked against the manifest (`recipes.schema.manifest`).
+"""index.json: which file contains each part of a tensor. It is checked against the manifest (`recipes.schema.manifest`).
 
 It is plain JSON. Its digest is in the manifest, and every number in it is checked against the files before use. A hostile or
-damaged folder gives a CheckpointError with the file's name and the reason; no code from it is run.
+damaged folder raises a CheckpointError with the file's name and the reason; no code from it is run.
 """
 
 import json

@@ -123,8 +123,8 @@ def reshard(folder: Path, out: Path, *, files: int, with_optimizer: bool, advanc
     """Rewrite a checkpoint as `files` files of about equal size, verify it against the old fingerprints, publish it at `out`.
 
     out: a checkpoint's folder (step_...), or a run folder from which training can resume (checkpoint, pointer, recipe). It
-    appears complete or not at all. What a killed run of this command left is removed, with a warning. with_optimizer: false
-    keeps weights only. Raises CheckpointError and then leaves nothing.
+    appears complete or not at all. Output left by a killed run of this command is removed, with a warning. with_optimizer: false
+    writes only weights. Raises CheckpointError and then leaves no output.
     """
     reader = Reader(folder)
     tensors = {
@@ -132,14 +132,14 @@ def reshard(folder: Path, out: Path, *, files: int, with_optimizer: bool, advanc
     }
     if out.exists():
         raise CheckpointError(f"{out} already exists. Choose another folder, or move it away.")
-    aside = disk.aside_of(out)
+    unfinished = disk.aside_of(out)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        _remove_leftover(aside)
-        disk.make_folder(aside)
-        new = aside
+        _remove_leftover(unfinished)
+        disk.make_folder(unfinished)
+        new = unfinished
         if is_run(out):
-            new = aside / "checkpoints" / steps.name_of(reader.manifest.step)
+            new = unfinished / "checkpoints" / steps.name_of(reader.manifest.step)
             disk.make_folder(new.parent)
             disk.make_folder(new)
         index: Index = {}
@@ -158,12 +158,12 @@ def reshard(folder: Path, out: Path, *, files: int, with_optimizer: bool, advanc
             raise CheckpointError(f"{out} was not written: the copy does not verify: {problems[0]}")
         if is_run(out):
             publishing.point_at(new.parent, new.name)
-            disk.write_text(aside / "recipe.yaml", recipe_yaml(manifest.recipe))
-        disk.put_in_place(aside, out)
+            disk.write_text(unfinished / "recipe.yaml", recipe_yaml(manifest.recipe))
+        disk.put_in_place(unfinished, out)
     except OSError as error:
         raise CheckpointError(f"{out} cannot be written: {error.strerror or error}") from error
     finally:
-        _remove_unfinished(aside)
+        _remove_unfinished(unfinished)
     return manifest
 
 
@@ -172,20 +172,20 @@ def is_run(out: Path) -> bool:
     return not out.name.startswith("step_")
 
 
-def _remove_leftover(aside: Path) -> None:
-    """Remove what a killed run of this command left."""
-    if aside.exists() or aside.is_symlink():
-        log.warning("removing %s, left by an interrupted run of this command", aside)
-        disk.remove_tree(aside) if aside.is_dir() else disk.remove(aside)
+def _remove_leftover(unfinished: Path) -> None:
+    """Remove unfinished output that a killed run of this command left."""
+    if unfinished.exists() or unfinished.is_symlink():
+        log.warning("removing %s, left by an interrupted run of this command", unfinished)
+        disk.remove_tree(unfinished) if unfinished.is_dir() else disk.remove(unfinished)
 
 
-def _remove_unfinished(aside: Path) -> None:
+def _remove_unfinished(unfinished: Path) -> None:
     """Remove unfinished output. Its own errors are ignored, because the error that caused it is the one to report."""
     with suppress(OSError):
-        if aside.is_dir():
-            disk.remove_tree(aside)
+        if unfinished.is_dir():
+            disk.remove_tree(unfinished)
         else:
-            aside.unlink(missing_ok=True)
+            unfinished.unlink(missing_ok=True)
 
 
 def consolidate(folder: Path, out: Path, *, with_optimizer: bool, dtype: torch.dtype | None, advance: Advance) -> int:
@@ -207,19 +207,19 @@ def consolidate(folder: Path, out: Path, *, with_optimizer: bool, dtype: torch.d
     header, _ = header_of([(labels[n], formats[n], reader.manifest.tensors[n].shape) for n in names], metadata)
     if out.exists():
         raise CheckpointError(f"{out} already exists. Choose another name, or move it away.")
-    aside = disk.aside_of(out)
+    unfinished = disk.aside_of(out)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        _remove_leftover(aside)
-        disk.write_new(aside, [header])
+        _remove_leftover(unfinished)
+        disk.write_new(unfinished, [header])
         for name in names:
-            disk.append(aside, [bytes_of(_verified_tensor(reader, name).to(formats[name]))])
+            disk.append(unfinished, [bytes_of(_verified_tensor(reader, name).to(formats[name]))])
             advance(reader.manifest.tensors[name].bytes)
-        disk.put_in_place(aside, out)
+        disk.put_in_place(unfinished, out)
     except OSError as error:
         raise CheckpointError(f"{out} cannot be written: {error.strerror or error}") from error
     finally:
-        _remove_unfinished(aside)
+        _remove_unfinished(unfinished)
     return out.stat().st_size
 
 
@@ -258,7 +258,7 @@ def _write_share(
 
 
 def _header_problems(path: Path, reader: Reader) -> list[str]:
-    """Disagreements between a file's own header and the index."""
+    """Differences between a file's own header and the index."""
     try:
         entries, begin = read_header(path)
         recorded = {

@@ -54,7 +54,7 @@ class LocalTensor:
     """The module's own tensor: `data` itself, or an FP8 weight that `data` is the decoded copy of."""
     components: list[Component]
     is_counted: bool
-    """Whether this rank's copy is the one saved: false for copies of norms and tied embeddings that another tensor or
+    """Whether this rank's copy is the one that is saved. False for copies of norms and tied embeddings that another tensor or
     pipeline rank saves."""
     data_replica: int
     """Index among the data-parallel (and context) ranks with the same tensor."""
@@ -100,7 +100,7 @@ def local_tensors_of(modules: Sequence[Any], data_group: Any) -> dict[str, Local
 
 
 def owned_pieces(local_tensors: dict[str, LocalTensor], parts: Sequence[OptimizerPart] | None) -> list[Piece]:
-    """What this rank writes. Over all ranks, every element of the model and its optimizer is written exactly once.
+    """The pieces that this rank writes. All ranks together write each element of the model and its optimizer exactly once.
 
     A rank writes the range of a weight whose optimizer state it has. Buffers, and weights without an optimizer (None), are
     written whole by the first replica.
@@ -128,8 +128,8 @@ def part_pieces(part: OptimizerPart) -> dict[str, list[Piece]]:
 
 
 def copied_pieces(parts: Sequence[OptimizerPart]) -> list[Piece]:
-    """This rank's ranges of weights that it also trains but another tensor or pipeline rank writes (norms, tied embeddings).
-    The copies are bitwise equal unless something went wrong."""
+    """This rank's ranges of weights that it trains too, but that another tensor or pipeline rank writes (norms, tied embeddings).
+    The copies are bitwise equal unless there is a fault."""
     return [piece for part in parts if not part.local.is_counted for piece in part_pieces(part)["weight"]]
 
 
@@ -220,6 +220,6 @@ def _refuse_pickled(value: ShardedObject) -> None:
     if data is None or (isinstance(data, torch.Tensor) and data.numel() == 0):
         return
     raise CheckpointError(
-        f"{value.key} is a {type(data).__name__}, which only a pickle could store; checkpoints store tensors only. Make it a "
-        f"buffer."
+        f"{value.key} is a {type(data).__name__}. Checkpoints store only tensors, because other objects would need pickle. Make "
+        f"it a buffer."
     )

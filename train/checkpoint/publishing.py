@@ -1,4 +1,4 @@
-"""Publishing a checkpoint and deleting old ones, by renames in an order in which a kill at any point loses nothing.
+"""Publishes a checkpoint and deletes old ones. The order of the renames is such that a kill at any point loses nothing.
 
 .step_00000150.writing     being written; if left by a killed process, the next save removes it
 .step_00000150.replaced    the old checkpoint of the same step, while the new one replaces it
@@ -17,7 +17,7 @@ from recipes.schema.run_folder import POINTER as POINTER
 from train.checkpoint.manifest import INDEX, MANIFEST, Index, Manifest, index_text, manifest_text, sha256
 
 
-def seal(aside: Path, manifest: Manifest, index: Index) -> Manifest:
+def seal(unfinished: Path, manifest: Manifest, index: Index) -> Manifest:
     """Add index and manifest to the files in the temporary folder and make all durable. -> the complete manifest.
 
     manifest: has its tensors, and all its files except the index.
@@ -25,48 +25,48 @@ def seal(aside: Path, manifest: Manifest, index: Index) -> Manifest:
     text = index_text(index)
     files = manifest.files | {INDEX: len(text.encode())}
     manifest = replace(manifest, files=files, index_sha256=sha256(text))
-    disk.write_new(aside / INDEX, [text.encode()])
-    disk.write_new(aside / MANIFEST, [manifest_text(manifest).encode()])
-    for path in (aside / INDEX, aside / MANIFEST, aside):
+    disk.write_new(unfinished / INDEX, [text.encode()])
+    disk.write_new(unfinished / MANIFEST, [manifest_text(manifest).encode()])
+    for path in (unfinished / INDEX, unfinished / MANIFEST, unfinished):
         disk.sync(path)
     return manifest
 
 
 @dataclass(frozen=True)
 class NotDeleted:
-    """What could not be deleted, e.g. another owner's file, an immutable one, or one an NFS client has open."""
+    """A file or folder that could not be deleted: for example immutable, another owner's, or open on an NFS client."""
 
     path: Path
     error: OSError
 
 
-def publish(aside: Path, final: Path) -> list[NotDeleted]:
+def publish(unfinished: Path, final: Path) -> list[NotDeleted]:
     """Rename a complete, durable folder to its final name and delete what had that name. After a kill at any point, `clean_up`
     gives the old or the new checkpoint."""
     old = unused(final.with_name(f".{final.name}.replaced"))
     if os.path.lexists(final):
         disk.rename(final, old)
-    disk.rename(aside, final)
+    disk.rename(unfinished, final)
     disk.sync(final.parent)
     return _discard(old) if os.path.lexists(old) else []
 
 
-def publish_step(aside: Path, final: Path) -> tuple[Path, list[NotDeleted]]:
+def publish_step(unfinished: Path, final: Path) -> tuple[Path, list[NotDeleted]]:
     """`publish` for a run's step. -> the published folder, and what could not be deleted.
 
-    If a folder of that step is there and cannot be renamed, the step is published with one more zero in its name:
-    step_000000100 is step 100 too, and readers prefer it to step_00000100.
+    If a folder of that step exists and cannot be renamed, the step gets one more zero in its name: step_000000100 is step 100
+    too, and readers prefer it to step_00000100.
     """
     left: list[NotDeleted] = []
     while os.path.lexists(final):
         try:
-            return final, left + publish(aside, final)
+            return final, left + publish(unfinished, final)
         except OSError as error:
-            if not aside.exists() or not os.path.lexists(final):
-                raise  # it was renamed: something else has failed
+            if not unfinished.exists() or not os.path.lexists(final):
+                raise  # a rename has succeeded, so another operation failed
             left.append(NotDeleted(final, error))
             final = final.with_name(final.name.replace("_", "_0", 1))
-    return final, left + publish(aside, final)
+    return final, left + publish(unfinished, final)
 
 
 def point_at(folder: Path, name: str) -> None:
@@ -85,9 +85,9 @@ def delete(path: Path) -> list[NotDeleted]:
 
 
 def clean_up(folder: Path) -> list[NotDeleted]:
-    """Remove what killed processes left. A replaced checkpoint whose successor was never published gets its name back.
+    """Remove files and folders that killed processes left. A replaced checkpoint without a successor gets its name back.
 
-    What cannot be removed is renamed if possible, so that it does not block later saves, and is returned.
+    Files and folders that cannot be removed are renamed if possible, so that they do not block later saves, and are returned.
     """
     left = []
     for leftover in sorted(folder.glob(".*")):

@@ -1,4 +1,4 @@
-"""Random state in a checkpoint: saved by each rank, restored at the same layout, derived from the seed at another one.
+"""Random state in a checkpoint: saved by each rank, restored at the same layout, derived from the seed at another layout.
 
 random.RANK.torch   random.RANK.cuda   random.RANK.tracker.NAME      torch's generators, and those of Megatron's tracker
 """
@@ -40,9 +40,9 @@ def random_pieces(mesh: Mesh) -> list[Piece]:
 def restore_random_state(reader: Reader, mesh: Mesh) -> None:
     """Restore the saved random state, after comparing fingerprints, if the layout and the kind of device are the same.
 
-    Otherwise no saved state fits, because a rank draws for other parts of the model. Each rank is then seeded from the saved
-    seed and step: the same at each resume from this checkpoint, different from the start of the run. A checkpoint of weights
-    only has no random state; the current state is not changed then.
+    Otherwise no saved state fits, because a rank draws numbers for other parts of the model. Each rank is then seeded from the
+    saved seed and step: the same at each resume from this checkpoint, but not the seed of the run's start. A checkpoint of
+    weights only has no random state; then the current state is not changed.
 
     Not collective. Raises CheckpointError if the state is not what was saved.
     """

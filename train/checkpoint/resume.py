@@ -14,7 +14,7 @@ from recipes.schema.recipe import Recipe
 from recipes.schema.rules import kernels_differ, named_teacher, required_problem, resume_problems
 from recipes.schema.run_folder import METRICS, read_metrics
 from recipes.schema.schedule import learning_rate_factor
-from train.checkpoint.manager import CheckpointFolder, Found
+from train.checkpoint.manager import CheckpointFolder, LoadedCheckpoint
 from train.checkpoint.manifest import Manifest, RunState, describe_layout
 from train.engine import Engine
 
@@ -35,8 +35,8 @@ class Start:
 def resume(checkpoints: CheckpointFolder, engine: Engine, *, recipe: Recipe, new: RunState) -> Start:
     """Load the newest checkpoint that verifies, if the recipe allows it. Collective over the world.
 
-    new: the run as it would start at step 0, with this recipe, data and tokenizer. A loaded checkpoint's step, position and
-    lineage replace its own. Raises CheckpointError, DataError, RecipeError.
+    new: the state of the run at step 0, with this recipe, data and tokenizer. The step, position and lineage of a loaded
+    checkpoint replace its own. Raises CheckpointError, DataError, RecipeError.
     """
     good, _ = checkpoints.survey(engine.mesh)
     if good:
@@ -69,8 +69,8 @@ def resume(checkpoints: CheckpointFolder, engine: Engine, *, recipe: Recipe, new
     return Start(state, _audit(found, engine, recipe=recipe, new=new))
 
 
-def _audit(found: Found, engine: Engine, *, recipe: Recipe, new: RunState) -> str:
-    """The table a user sees on resume: what was saved, what runs now, and the effect of every difference."""
+def _audit(found: LoadedCheckpoint, engine: Engine, *, recipe: Recipe, new: RunState) -> str:
+    """The table that a user sees on resume: the saved value, the value now, and the effect of each difference."""
     manifest = found.manifest
     now = engine.mesh.layout.describe()
     teacher = engine.teacher
@@ -156,7 +156,7 @@ def _rate(mapping: dict[str, Any], manifest: Manifest) -> str:
 
 
 def _from_zero(checkpoints: CheckpointFolder) -> str | None:
-    """Refuse to start at step 0 if metrics.jsonl records checkpoints that are gone. Warn if the run never saved one."""
+    """Raise CheckpointError if metrics.jsonl records checkpoints that are gone. -> a warning if the run never saved one."""
     _, lost = newest_of(checkpoints.folder.parent)
     if lost is not None:
         refuse([lost], CheckpointError)
@@ -165,7 +165,7 @@ def _from_zero(checkpoints: CheckpointFolder) -> str | None:
     last = max((line["step"] for line in lines if line["kind"] == "step"), default=0)
     if last:
         return (
-            f"warning: {checkpoints.folder.parent} has metrics of {last:,} steps of a run that ended before its first "
+            f"warning: {checkpoints.folder.parent} has metrics of {last:,} steps, but the run ended before its first "
             f"checkpoint; training starts at step 0."
         )
     return None

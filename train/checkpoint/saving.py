@@ -1,6 +1,6 @@
-"""One save, from the request at a step boundary to a durable checkpoint. Each rank makes a `Save`; they act collectively.
+"""One save, from the request at a step boundary to a durable checkpoint. Each rank creates a `Save`; they act collectively.
 
-    every rank   fingerprint live tensors, copy them (staged)            the optimizer may not update before this is done
+    every rank   fingerprint live tensors, copy them (staged)            the optimizer must not update before this is done
     rank 0       make .step_N.writing
     every rank   write its file and fsync it; meanwhile read it back and compare fingerprints (train.checkpoint.writing)
     rank 0       add up fingerprints, check that nothing is missing, manifest, fsync all, rename, pointer    (durable)
@@ -37,7 +37,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Event:
-    """Something that happened to a save; `fields` go into the run's record."""
+    """An event of a save; `fields` go into the run's record."""
 
     kind: Literal["save_requested", "save_staged", "save", "save_retried", "save_failed"]
     step: int
@@ -49,10 +49,10 @@ class Snapshot:
     """What one rank writes in a save."""
 
     manifest: Manifest
-    """Without tensors, files and digest, which are known only at the end."""
+    """Without tensors, files and digest, which are known only after writing."""
     pieces: list[Piece]
     parts: list[OptimizerPart] = field(default_factory=list)
-    """Checked for whether training changed them (train.checkpoint.stale); empty: no check."""
+    """Optimizer parts to check for a change since the last save (train.checkpoint.stale); empty: no check."""
     copies: list[Piece] = field(default_factory=list)
     """Weights that this rank also trains but another rank writes: compared, not written."""
 
@@ -118,7 +118,7 @@ class _RankResult:
 
 @dataclass(frozen=True)
 class _Outcome:
-    """What rank 0 tells all ranks at the end of an attempt."""
+    """The result of an attempt, which rank 0 sends to all ranks."""
 
     error: str | None
     may_retry: bool = False
@@ -127,7 +127,7 @@ class _Outcome:
 
 
 class Save:
-    """One rank's part of one save. `run`, in any thread, does all of it and never raises: see `error`."""
+    """One rank's part of one save. `run` does all of it, in any thread, and never raises: see `error`."""
 
     def __init__(
         self,
@@ -138,14 +138,14 @@ class Save:
         staging: Staging | None,
         prepare: Callable[[], Path],
         publish: Callable[[Path, Manifest], dict[str, Any]],
-        retire: Callable[[], None] = lambda: None,
+        delete_old: Callable[[], None] = lambda: None,
         advice: Callable[[], str] = lambda: "",
         retries: int,
         retry_wait_s: float,
     ) -> None:
         """staging: copy the tensors there first (a background save); None writes from the live tensors.
 
-        prepare, publish, retire: called on rank 0 before writing, after writing, and after all ranks know that the save is
+        prepare, publish, delete_old: called on rank 0 before writing, after writing, and after all ranks know that the save is
         durable. prepare returns the new folder to write into, publish gets it. advice: called on rank 0 if the state is refused
         because of NaN or infinity. memory is updated in place when the save is durable.
         """
@@ -157,10 +157,10 @@ class Save:
         self.staged = threading.Event()
         self.done = threading.Event()
         self._snapshot, self._peers = snapshot, peers
-        self._aside: Path | None = None
+        self._unfinished: Path | None = None
         """The folder of this attempt; None if it could not be made."""
         self._memory, self._staging = memory, staging
-        self._prepare, self._publish, self._retire, self._advice = prepare, publish, retire, advice
+        self._prepare, self._publish, self._delete_old, self._advice = prepare, publish, delete_old, advice
         self._retries, self._retry_wait_s = retries, retry_wait_s
         self._plan: FilePlan = plan_file(snapshot.pieces)
         self._sums: list[Sums] = []
@@ -194,13 +194,13 @@ class Save:
         self.done.set()
 
     def _stage(self) -> str | None:
-        """Fingerprint the live tensors and copy them in the same pass. -> an error if one is stale."""
+        """Fingerprint the live tensors and copy them in the same pass. -> an error message if one is stale."""
         started, cpu = time.perf_counter(), time.thread_time()
         if self._device.type == "cuda":
             self._stage_from_gpu()
         else:
             self._stage_from_memory()
-        found = self._stale()
+        found = self._find_stale()
         self._cpu_s = time.thread_time() - cpu
         self._seconds["stage"] = time.perf_counter() - started
         self._note("save_staged", seconds=self._seconds["stage"])
@@ -235,8 +235,8 @@ class Save:
         stream.synchronize()
         self._body = [bytes_of(buffer)] if buffer.numel() else []
 
-    def _stale(self) -> str | None:
-        """Compare this rank's parts with the last save, if their fingerprints are known yet. -> an error if one is stale."""
+    def _find_stale(self) -> str | None:
+        """Compare this rank's parts with the last save, if their fingerprints are known. -> an error message if one is stale."""
         if len(self._sums) < len(self._plan.pieces):
             return None
         by_label = {p.label: sums for p, sums in zip(self._plan.pieces, self._sums, strict=True)}
@@ -261,7 +261,7 @@ class Save:
                 self._memory.update(self._seen)
                 self._note("save", **outcome.fields, seconds=time.perf_counter() - self._started, parts=self._seconds)
                 if self._peers.rank == 0:
-                    self._retire()
+                    self._delete_old()
                 return
             if not outcome.may_retry or attempt == self._retries:
                 return
@@ -272,13 +272,13 @@ class Save:
     def _attempt(self, problem: str | None, may_retry: bool) -> _Outcome:
         """One try of all ranks: write, check, publish."""
         lap = time.perf_counter()
-        self._aside, ready = None, None
+        self._unfinished, ready = None, None
         if self._peers.rank == 0 and problem is None:
             ready = _failure_of(self._make_folder)
-        self._aside, ready = self._peers.broadcast((self._aside, ready))
+        self._unfinished, ready = self._peers.broadcast((self._unfinished, ready))
         result = _RankResult(problem or ready, may_retry)
-        if self._aside is not None:
-            result = self._write(self._aside)
+        if self._unfinished is not None:
+            result = self._write(self._unfinished)
         self._seconds["write"] = time.perf_counter() - lap
         everyone = self._peers.gather(result)
         outcome = None
@@ -289,35 +289,35 @@ class Save:
             if errors:
                 outcome = _Outcome("; ".join(errors[:3]), all(each.may_retry for each in everyone))
             else:
-                assert self._aside is not None, "without a folder every rank has an error"
-                outcome = self._conclude(everyone, self._aside)
+                assert self._unfinished is not None, "without a folder every rank has an error"
+                outcome = self._conclude(everyone, self._unfinished)
             if outcome.error is not None:
                 _failure_of(self._drop_folder)  # frees disk space; if it fails, the next save removes the folder
         return self._peers.broadcast(outcome)
 
     def _make_folder(self) -> None:
-        self._aside = self._prepare()
+        self._unfinished = self._prepare()
 
     def _drop_folder(self) -> None:
-        if self._aside is not None and self._aside.is_dir():
-            disk.remove_tree(self._aside)
+        if self._unfinished is not None and self._unfinished.is_dir():
+            disk.remove_tree(self._unfinished)
 
-    def _write(self, aside: Path) -> _RankResult:
+    def _write(self, unfinished: Path) -> _RankResult:
         """Write this rank's file and verify it."""
         name = f"rank_{self._peers.rank:05d}.safetensors"
         if not self._plan.pieces:
             return _RankResult(None, copies=self._copies)
         try:
-            verified = write_verified(aside / name, self._plan, self._body, live=self._sums or None)
+            verified = write_verified(unfinished / name, self._plan, self._body, live=self._sums or None)
         except OSError as error:
-            return _RankResult(f"{aside / name} cannot be written: {error.strerror or error}")
+            return _RankResult(f"{unfinished / name} cannot be written: {error.strerror or error}")
         except CheckpointError as error:
             return _RankResult(str(error))
         except Exception as error:
-            return _RankResult(f"{aside / name}: {type(error).__name__}: {error}")
+            return _RankResult(f"{unfinished / name}: {type(error).__name__}: {error}")
         if not self._sums:
             self._sums = verified.sums
-            if found := self._stale():
+            if found := self._find_stale():
                 return _RankResult(found, may_retry=False)
         self._seconds["proof_late"] = verified.late_s
         entries = [
@@ -326,7 +326,7 @@ class Save:
         ]
         return _RankResult(None, True, name, entries, self._copies, self._cpu_s + verified.cpu_s)
 
-    def _conclude(self, everyone: Sequence[_RankResult], aside: Path) -> _Outcome:
+    def _conclude(self, everyone: Sequence[_RankResult], unfinished: Path) -> _Outcome:
         """On rank 0: add up the fingerprints of all ranks, complete the checkpoint, publish it."""
         lap = time.perf_counter()
         try:
@@ -334,13 +334,13 @@ class Save:
             if bad := not_finite(manifest, everyone):
                 text = f"step {self.step} is not saved: {describe_not_finite(bad)}. {self._advice()}".rstrip()
                 return _Outcome(text, is_numeric=True)
-            files = {each.file: (aside / each.file).stat().st_size for each in everyone if each.file}
-            manifest = publishing.seal(aside, replace(manifest, files=files), index)
-            fields = self._publish(aside, manifest)
+            files = {each.file: (unfinished / each.file).stat().st_size for each in everyone if each.file}
+            manifest = publishing.seal(unfinished, replace(manifest, files=files), index)
+            fields = self._publish(unfinished, manifest)
         except CheckpointError as error:
             return _Outcome(str(error), may_retry=True)
         except OSError as error:
-            return _Outcome(f"{aside} cannot be completed: {error.strerror or error}", may_retry=True)
+            return _Outcome(f"{unfinished} cannot be completed: {error.strerror or error}", may_retry=True)
         self._seconds["publish"] = time.perf_counter() - lap
         fields |= {"bytes": manifest.bytes}
         if differing := differing_copies(manifest, everyone):
@@ -358,7 +358,8 @@ class Save:
 
 
 def complete(manifest: Manifest, everyone: Sequence[_RankResult]) -> tuple[Manifest, Index]:
-    """Manifest with tensors, and index, of what all ranks wrote. CheckpointError if a tensor is incomplete or has two shapes."""
+    """The manifest with its tensors, and the index, from the results of all ranks. CheckpointError if a tensor is incomplete or
+    has two shapes."""
     sums: dict[str, Sums] = {}
     records: dict[str, tuple[str, tuple[int, ...]]] = {}
     elements: dict[str, int] = {}
@@ -384,7 +385,7 @@ def complete(manifest: Manifest, everyone: Sequence[_RankResult]) -> tuple[Manif
 
 
 def not_finite(manifest: Manifest, everyone: Sequence[_RankResult]) -> dict[str, int]:
-    """Tensors with NaN or infinity in what was written or in a rank's copy of it, and the number of such elements."""
+    """Tensors with NaN or infinity in the written data or in a rank's copy, and the number of such elements."""
     found = dict(manifest.not_finite)
     for result in everyone:
         for tensor, _, part in result.copies:
@@ -394,7 +395,7 @@ def not_finite(manifest: Manifest, everyone: Sequence[_RankResult]) -> dict[str,
 
 
 def differing_copies(manifest: Manifest, everyone: Sequence[_RankResult]) -> list[str]:
-    """Weights of which some rank's copy differs from what was written: the copies' fingerprints must add up to a multiple."""
+    """Weights whose copy on some rank differs from the written one: fingerprints of n copies must add up to n times its own."""
     sums: dict[str, Sums] = {}
     elements: dict[str, int] = {}
     for result in everyone:

@@ -1,4 +1,4 @@
-"""Whether weights and moments changed since the last save of this process, and if not, whether arithmetic explains it.
+"""Checks that weights and moments changed since the last save of this process, or that arithmetic explains why not.
 
 A save is refused as stale if a tensor's fingerprint did not change between two saves, unless
 
@@ -7,7 +7,7 @@ A save is refused as stale if a tensor's fingerprint did not change between two 
     bf16 weights       equal their rounded fp32 masters, and the masters changed or one of the above explains them
 
 Adam's update is computed from the state itself (arXiv 1711.05101, algorithm 2), so there is nothing to configure. A tensor
-that was not zero and is zero now is refused as wiped. Parts of fewer than 16 elements are not checked, because so few elements
+that was not zero and is all zero now is refused too. Parts of fewer than 16 elements are not checked, because so few elements
 can stay equal by chance.
 """
 
@@ -27,7 +27,10 @@ PartSums = dict[str, Sums]
 
 
 def problem(part: OptimizerPart, before: PartSums, now: PartSums) -> str | None:
-    """Why this part of a parameter cannot be the result of training, or None. before, now: at two saves with updates between."""
+    """The reason why this part of a parameter cannot be the result of training; None if it can.
+
+    before, now: its fingerprints at two saves with updates between them.
+    """
     if part.end - part.start < MIN_ELEMENTS:
         return None
     wiped = [name for name, sums in now.items() if sums == fingerprint.ZERO != before.get(name, fingerprint.ZERO)]
@@ -36,17 +39,17 @@ def problem(part: OptimizerPart, before: PartSums, now: PartSums) -> str | None:
     still = {name for name, sums in now.items() if before.get(name) == sums}
     for name in ("exp_avg", "exp_avg_sq"):
         if name in still and bool((part.moments[name].abs() >= 2 * _TINY).any()):
-            return f"{name} did not move since the last save"
+            return f"{name} did not change since the last save"
     exact = "master" if part.has_master else "weight"
     if exact in still and _would_have_moved(part):
-        return f"the fp32 {exact} did not move since the last save, though its update is not small"
+        return f"the fp32 {exact} did not change since the last save, although its update is not small"
     if part.has_master and "weight" in still and not _is_rounded_master(part):
-        return "the weight did not move since the last save and is not its rounded fp32 master"
+        return "the weight did not change since the last save and is not its rounded fp32 master"
     return None
 
 
 def _would_have_moved(part: OptimizerPart) -> bool:
-    """Whether Adam's last update, with bias correction and decoupled weight decay, exceeds fp32 rounding of any element."""
+    """Whether Adam's last update, with bias correction and decoupled weight decay, exceeds the fp32 rounding of any element."""
     group, weight = part.group, part.master
     updates = max(1, int(group["step"]))
     first = part.moments["exp_avg"] / (1 - group["betas"][0] ** updates)

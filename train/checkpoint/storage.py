@@ -1,4 +1,4 @@
-"""From a built model to a checkpoint's tensors and back, at any layout: what is saved, and loading with verification.
+"""Saves a built model and its optimizer as tensors of a checkpoint, and loads them at any layout, with verification.
 
     step_00000100/
         manifest.json            step, position, layout, recipe, lineage, and each tensor's shape and fingerprint
@@ -50,7 +50,8 @@ OTHER_MODEL = "is of another model"
 
 
 def snapshot_of(engine: Engine, state: RunState) -> Snapshot:
-    """What this rank saves of a training run: weights, buffers, masters, moments, random state. Collective (precision).
+    """What this rank saves of a training run: weights, buffers, masters, moments, random state. Collective, because scales are
+    gathered (`engine.precision.gather_state`).
 
     state: its layout and tokens are set here, from the engine.
     """
@@ -67,25 +68,25 @@ def snapshot_of(engine: Engine, state: RunState) -> Snapshot:
 def write_model(folder: Path, chunks: Sequence[Any], *, mesh: Mesh, state: RunState) -> Manifest:
     """Write the weights of unwrapped model chunks as a verified checkpoint without optimizer state.
 
-    folder: the checkpoint itself, e.g. runs/NAME/checkpoints/step_00000000; it must not exist, its parent is made. Training
+    folder: the checkpoint itself, e.g. runs/NAME/checkpoints/step_00000000. It must not exist; its parent is created. Training
     that starts from it (or resumes from it) uses the weights, fresh moments, and the given step and position. state: its
     recipe builds the model, its lineage says where the weights come from; its layout is set here.
 
-    Collective over the world. Raises CheckpointError on every rank and then leaves nothing.
+    Collective over the world. If it raises CheckpointError, it does so on every rank and leaves no files.
     """
     manifest = _manifest_of(replace(state, layout=_layout(mesh)))
     pieces = owned_pieces(local_tensors_of(chunks, mesh.groups.dp_cp), None)
-    aside = disk.aside_of(folder)
+    unfinished = disk.aside_of(folder)
 
     def prepare() -> Path:
         if folder.exists():
             raise CheckpointError(f"{folder} already exists. Choose another folder, or move it away.")
         folder.parent.mkdir(parents=True, exist_ok=True)
-        aside.mkdir()
-        return aside
+        unfinished.mkdir()
+        return unfinished
 
-    def done(aside: Path, complete: Manifest) -> dict[str, Any]:
-        publishing.publish(aside, folder)
+    def done(unfinished: Path, complete: Manifest) -> dict[str, Any]:
+        publishing.publish(unfinished, folder)
         return {"path": str(folder)}
 
     save = Save(
@@ -111,16 +112,16 @@ def read_training(folder: Path, engine: Engine) -> Manifest:
     saved. The engine is then partly filled: load another checkpoint or do not use it.
     """
     reader, error = _open(folder)
-    _agree(error)
+    _raise_if_any(error)
     assert reader is not None
     modules = [chunk.module for chunk in engine.chunks]
     local_tensors = local_tensors_of(modules, engine.mesh.groups.dp_cp)
     parts = optimizer_parts(engine.optimizer, modules, local_tensors)
     has_optimizer = reader.manifest.updates is not None
     loading = _Loading(reader, engine.mesh.device)
-    loading.want(weight_pieces(local_tensors))
+    loading.request(weight_pieces(local_tensors))
     if has_optimizer:
-        loading.want(optimizer_pieces(parts))
+        loading.request(optimizer_pieces(parts))
     loading.finish(ignored=() if has_optimizer else ("optimizer.",))
     _copy_back_to_fp8(local_tensors)
     for group in engine.optimizer.param_groups:
@@ -131,7 +132,7 @@ def read_training(folder: Path, engine: Engine) -> Manifest:
         for part in parts:
             for values in part.moments.values():
                 values.zero_()
-    _agree(_error_in(lambda: restore_random_state(reader, engine.mesh)))
+    _raise_if_any(_error_in(lambda: restore_random_state(reader, engine.mesh)))
     engine.precision.apply_state()
     return reader.manifest
 
@@ -143,27 +144,27 @@ def read_weights(folder: Path, chunks: list[Any], *, groups: Any) -> None:
     checkpoint do not have the same weights. State of a precision backend may be missing.
     """
     reader, error = _open(folder)
-    _agree(error)
+    _raise_if_any(error)
     assert reader is not None
     local_tensors = local_tensors_of(chunks, groups.dp_cp)
     loading = _Loading(reader, torch.device("cuda" if dist.get_backend() == "nccl" else "cpu"))
-    loading.want(weight_pieces(local_tensors))
+    loading.request(weight_pieces(local_tensors))
     loading.finish(ignored=("optimizer.",))
     _copy_back_to_fp8(local_tensors)
 
 
-def publish(aside: Path, final: Path, state: RunState) -> None:
+def publish(unfinished: Path, final: Path, state: RunState) -> None:
     """Complete a checkpoint that `train.checkpoint.tensors.write_weights` wrote to a temporary folder, and publish it.
 
     Shapes and fingerprints are computed from the files. state: may be the manifest of another checkpoint. Called by one
     process. Raises NumericsError if the files contain NaN or infinity.
     """
-    index, records = scan(aside)
+    index, records = scan(unfinished)
     if bad := {name: record.not_finite for name, record in records.items() if record.not_finite}:
         raise NumericsError(f"{final} is not written: {describe_not_finite(bad)}.")
-    files = {path.name: path.stat().st_size for path in sorted(aside.iterdir())}
-    publishing.seal(aside, replace(_manifest_of(state), tensors=records, files=files), index)
-    publishing.publish(aside, final)
+    files = {path.name: path.stat().st_size for path in sorted(unfinished.iterdir())}
+    publishing.seal(unfinished, replace(_manifest_of(state), tensors=records, files=files), index)
+    publishing.publish(unfinished, final)
 
 
 def _versions() -> dict[str, str]:
@@ -188,13 +189,13 @@ class _Loading:
         self.elements = [0] * len(self.names)
         """Number of elements of each tensor that this rank reads."""
         self.missing: set[str] = set()
-        self.wanted: list[tuple[str, Piece]] = []
+        self.requests: list[tuple[str, Piece]] = []
         """(tensor of the checkpoint, piece to fill)."""
         self.error: str | None = None
         """Why this rank cannot load: another model, or a file that cannot be read."""
 
-    def want(self, pieces: Sequence[Piece]) -> None:
-        """Note pieces to fill. Never raises."""
+    def request(self, pieces: Sequence[Piece]) -> None:
+        """Add pieces to fill. Never raises."""
         for piece in pieces:
             name = self._source(piece)
             if name is None:
@@ -202,18 +203,18 @@ class _Loading:
                 continue
             record = self.reader.manifest.tensors[name]
             if record.shape != piece.whole:
-                shapes = f"{name} has shape {record.shape} there, {piece.whole} in this model"
+                shapes = f"{name} has shape {record.shape} in the checkpoint and {piece.whole} in this model"
                 self.error = self.error or f"{self.reader.folder} {OTHER_MODEL}: {shapes}."
                 continue
             self.elements[self.number[name]] += piece.data.numel()
-            self.wanted.append((name, piece))
+            self.requests.append((name, piece))
 
     def _fill_all(self) -> None:
         """Read all requested pieces in file order, so that the kernel can read ahead. Raises no CheckpointError: see `error`."""
         try:
-            self.wanted.sort(key=lambda w: self.reader.position(w[0], offset=w[1].offset, shape=w[1].shape))
+            self.requests.sort(key=lambda w: self.reader.position(w[0], offset=w[1].offset, shape=w[1].shape))
             with self.reader.files_kept_open():
-                for name, piece in self.wanted:
+                for name, piece in self.requests:
                     at = self.number[name]
                     self.sums[at] = fingerprint.add(self.sums[at], self._fill(name, piece))
         except CheckpointError as error:
@@ -227,7 +228,7 @@ class _Loading:
         folder = self.reader.folder
         if self.error is None:
             self._fill_all()
-        _agree(self.error)
+        _raise_if_any(self.error)
         values = fingerprint.to_tensor(self.sums).to(self.device)
         elements = torch.tensor(self.elements, dtype=torch.int64, device=self.device)
         if dist.is_initialized() and dist.get_world_size() > 1:
@@ -251,8 +252,8 @@ class _Loading:
         }
         if bad:
             raise CheckpointError(
-                f"{folder} cannot be resumed: {describe_not_finite(bad)}. It is what was saved, by an older version that did "
-                f"not check for this."
+                f"{folder} cannot be resumed: {describe_not_finite(bad)}. The files are intact: an older version, which did not "
+                f"check for this, saved them so."
             )
         read = {name for name, count in zip(self.names, elements_of, strict=True) if count}
         unread = {
@@ -262,7 +263,7 @@ class _Loading:
             and not name.startswith((RANDOM, MASTER, *ignored))
             and MASTER + name.removeprefix(MODEL) not in read
         }
-        missing = {name for names in _everywhere(sorted(self.missing)) for name in names}
+        missing = {name for names in _all_gather(sorted(self.missing)) for name in names}
         for names, problem in (
             (missing, "this model has {} weights that it does not contain"),
             (unread, "it contains {} weights that this model does not have"),
@@ -328,14 +329,14 @@ def _error_in(act: Callable[[], None]) -> str | None:
     return None
 
 
-def _agree(error: str | None) -> None:
+def _raise_if_any(error: str | None) -> None:
     """Raise on every rank if any has an error. Collective over the world."""
-    errors = [each for each in _everywhere(error) if each is not None]
+    errors = [each for each in _all_gather(error) if each is not None]
     if errors:
         raise CheckpointError(error or f"on another rank: {errors[0]}")
 
 
-def _everywhere(value: Any) -> list[Any]:
+def _all_gather(value: Any) -> list[Any]:
     """Every rank's value. Collective over the world."""
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return [value]

@@ -1,4 +1,4 @@
-"""Read and write a checkpoint's weights one whole tensor at a time, without building a model. For converters.
+"""Reads and writes a checkpoint's weights one whole tensor at a time, without building a model. Converters use it.
 
     StoredTensors(folder)            names, shapes, dtypes; read(name) -> the whole tensor, at any layout
     write_weights(folder, ...)       a checkpoint of weights only, tensor by tensor, that any layout can start from

@@ -1,10 +1,10 @@
-"""Writing one rank's file and verifying it at the same time, which takes about as long as writing alone.
+"""Writes one rank's file and verifies it at the same time. This takes about as long as writing alone.
 
     writer thread      write 8 MB -> start its write-back -> write the next 8 MB -> ...                      -> fsync
     verifier thread    fingerprint a live piece -> read the piece back -> fingerprint that -> compare -> ...
 
-The verifier follows the writer and reads through the page cache, so it shows that the file's content equals the model's.
-That the content reached the disk is shown by the fsync on the writing descriptor. If either fails, the save fails.
+The verifier follows the writer and reads through the page cache, so it proves that the file's content equals the model's. The
+fsync on the writing descriptor proves that the content reached the disk. If either fails, the save fails.
 """
 
 import os

@@ -68,7 +68,7 @@ class Screen:
         self._bar.start()
 
     def advance(self, step: int) -> None:
-        """A step is done; its numbers are not known yet. The time left includes evaluations and saves at their rate so far."""
+        """Show that a step is done; its numbers follow later. The time left includes evaluations and saves so far."""
         now = time.perf_counter()
         if self._started is None:
             self._started, self._first = now, step

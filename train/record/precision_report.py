@@ -1,4 +1,4 @@
-"""Text and picture about a run's low precision, made from the precision lines of its metrics.jsonl.
+"""Text and picture of a run's quantisation errors, made from the precision lines of its metrics.jsonl.
 
 lines of kind "precision" --> precision.png (each operand's signal over noise, now and over time), a section of summary.md
 """
@@ -18,7 +18,7 @@ _COLORS = ("#2b6cb0", "#2f9e44", "#d9480f", "#0b7285", "#9c36b5")
 
 
 def is_measurement(line: Line) -> bool:
-    """Whether a line has a measurement's fields: it may be damaged or written by someone else."""
+    """Whether a line has the fields of a measurement. The file may be damaged or come from another program."""
     readings = line.get("readings")
     if not isinstance(readings, list) or not readings or not {"step", "scaling"} <= line.keys():
         return False

@@ -28,7 +28,7 @@ class RunRecord:
     """A run's metrics, by kind."""
 
     steps: dict[int, dict[str, Any]]
-    """The last line of each step."""
+    """The last line of each step, by step."""
     evaluations: dict[int, dict[str, float]]
     resumes: list[int]
     repeated: dict[int, list[float]]
@@ -36,7 +36,7 @@ class RunRecord:
     repeated_norms: dict[int, list[float]]
     """Gradient norms of the same steps."""
     events: list[dict[str, Any]]
-    """Everything else, in order."""
+    """Lines of all other kinds, in order."""
     machine: dict[str, Any]
     """The machine of the last process; empty if it was not recorded."""
     phase_s: dict[str, float]
@@ -100,7 +100,7 @@ _NEEDED = {
     "evaluation": {"step", "bits_per_byte"},
     "phase": {"name", "seconds"},
 }
-"""Fields without which a line of that kind is left out."""
+"""Fields that a line of each kind must have; otherwise it is left out."""
 
 
 def _numbers_of(line: dict[str, Any]) -> dict[str, Any]:

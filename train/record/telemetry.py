@@ -165,8 +165,8 @@ class Telemetry:
         self._write([{"kind": kind, **fields, "time": time.time()}])
 
     def precision(self, step: int, *, scaling: str, readings: Sequence[Any], policy: str) -> None:
-        """Write the quantisation error of each low-precision operand (`train.precision.control.Reading`). Warn, naming the
-        worst, if operands are below their lower limit that were not at the last measurement."""
+        """Write the quantisation error of each low-precision operand (`train.precision.control.Reading`). Warn if operands
+        are below their lower limit that were not at the last measurement; the warning names the worst."""
         if not readings:
             return
         self.event("precision", step=step, scaling=scaling, readings=[asdict(reading) for reading in readings])

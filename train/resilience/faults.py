@@ -1,4 +1,4 @@
-"""Faults around a step: stop signals, not enough time to save before the kill, and non-finite values."""
+"""Events that end a run: stop signals (and too little time to save after them), and non-finite values."""
 
 import math
 import os
@@ -43,6 +43,7 @@ class StopSignals:
             if number == signal.SIGHUP and signal.getsignal(number) is signal.SIG_IGN:
                 continue
             self._previous[number] = signal.signal(number, self._note)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGUSR1})  # launch.local.rank blocks it until here
         threading.Thread(target=_listen, args=(reader,), name="signals", daemon=True).start()
         return self
 
@@ -99,7 +100,7 @@ def grace_warning(step_s: float, *, save_s: float, grace_s: float, before_end_s:
 
 
 def too_late(since_s: float, *, save_s: float | None, grace_s: float, step: int, saved_step: int) -> str | None:
-    """A warning if another save would not finish before the kill; None if it would, or if no save was timed yet.
+    """A warning if another save would not finish before the kill; None if it would, or if there was no save to time yet.
 
     since_s: since the signal. save_s: duration of the last save. The run then ends normally at `saved_step`.
     """
@@ -112,7 +113,7 @@ def too_late(since_s: float, *, save_s: float | None, grace_s: float, step: int,
     )
 
 
-def check_numbers(step: int, *, grad_norm: float, advice: Callable[[], str]) -> None:
+def check_grad_norm(step: int, *, grad_norm: float, advice: Callable[[], str]) -> None:
     """Raise NumericsError if the gradient norm of a step was not finite, because its update has corrupted the weights.
 
     advice: returns what the user can do; called on every rank.
@@ -127,7 +128,7 @@ def check_numbers(step: int, *, grad_norm: float, advice: Callable[[], str]) -> 
 def check_losses(not_finite: tuple[int, float] | None, *, advice: Callable[[], str]) -> None:
     """Raise NumericsError if the loss of a step was NaN or infinite, even if its gradients were finite.
 
-    not_finite: the first such step and its loss (`Telemetry.not_finite`), the same on every rank. advice: see `check_numbers`.
+    not_finite: the first such step and its loss (`Telemetry.not_finite`), the same on every rank. advice: see `check_grad_norm`.
     """
     if not_finite is not None:
         step, loss = not_finite
@@ -138,7 +139,7 @@ def check_losses(not_finite: tuple[int, float] | None, *, advice: Callable[[], s
 
 
 def check_scores(step: int, scores: dict[str, float], *, advice: Callable[[], str]) -> None:
-    """Raise NumericsError if an evaluation gave NaN or infinity for any source. advice: see `check_numbers`."""
+    """Raise NumericsError if an evaluation gave NaN or infinity for any source. advice: see `check_grad_norm`."""
     wrong = {name: score for name, score in scores.items() if not math.isfinite(score)}
     if wrong:
         named = ", ".join(f"{name} {score}" for name, score in list(wrong.items())[:3])

@@ -1,8 +1,8 @@
-"""When a collective operation times out: which operation it was, and which rank did not enter it.
+"""Names the operation and the missing rank when a collective operation times out.
 
     waiting ranks --torch's flight recorder--> group, operation, number --store--> ranks of the group that are missing
 
-gloo's error names neither. The recorder keeps the last operations of each process (for gloo from torch 2.14 on).
+gloo's own error names neither. The recorder keeps the last operations of each process (for gloo since torch 2.14).
 """
 
 import contextlib
@@ -80,8 +80,8 @@ def _waiting() -> Waiting | None:
 
 
 def _exchange(mine: Waiting) -> dict[int, Waiting]:
-    """Where the ranks of the group wait, of those that report in time. The store is a thread of rank 0: it answers while
-    rank 0 hangs in Python, but not if its process is stopped."""
+    """The operation in which each rank of the group waits, for ranks that report in time. The store is a thread of rank 0: it
+    answers while rank 0 hangs in Python, but not if its process is stopped."""
     store = dist.PrefixStore("stratum-waiting", dist.distributed_c10d._get_default_store())
     store.set_timeout(timedelta(seconds=_PATIENCE_S))
     found = {dist.get_rank(): mine}
@@ -98,7 +98,7 @@ def _exchange(mine: Waiting) -> dict[int, Waiting]:
 
 
 def _explain(mine: Waiting, found: dict[int, Waiting], *, timeout_s: float) -> str:
-    """The line to show. found: where ranks of the group wait, including this one."""
+    """The line to show. found: the operations in which ranks of the group wait, including this one."""
     there = [rank for rank, one in found.items() if (one.group, one.number) == (mine.group, mine.number)]
     elsewhere = {rank: one for rank, one in found.items() if rank not in there}
     silent = [rank for rank in mine.ranks if rank not in found]

@@ -1,4 +1,4 @@
-"""A trainer keeps the lease of its run folder (launch/lease.py) while it may write to it, so that two never write at once."""
+"""A trainer keeps the lease of its run folder (launch/lease.py) while it may write, so that two trainers never write at once."""
 
 import os
 import sys
@@ -15,7 +15,7 @@ LOST = 2
 
 
 @contextmanager
-def held_lease(run: Path, *, rank: int, any_rank: Callable[[bool], bool]) -> Iterator[Callable[[], None]]:
+def run_lease(run: Path, *, rank: int, any_rank: Callable[[bool], bool]) -> Iterator[Callable[[], None]]:
     """Rank 0 keeps the run's lease while the context is open. Entering it is collective over the world, leaving it is not.
     any_rank: whether a flag is true on at least one rank (`Mesh.any_rank`).
 

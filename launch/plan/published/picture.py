@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from launch.plan.picture import canvas
+from launch.figure import canvas
 from launch.plan.published.validate import Line
 
 _COLORS = {

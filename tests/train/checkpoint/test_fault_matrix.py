@@ -286,7 +286,7 @@ def stale_copy(checkpoints: CheckpointFolder) -> None:
 @pytest.mark.parametrize(
     ("spoil", "said"),
     [
-        ("weight frozen", "the fp32 weight did not move"),
+        ("weight frozen", "the fp32 weight did not change"),
         ("weight zeroed", "was not zero at the last save and is all zero now"),
         ("moment zeroed", "exp_avg was not zero at the last save"),
         ("buffer of the save before", "differs from the model"),
