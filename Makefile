@@ -53,6 +53,10 @@ bench: setup ## speed of the smoke recipe, the scan and the loop, as a table
 bench-model: setup ## both model families against transformers, with growing rows (several minutes)
 	@$(PY) -m tests.bench.model
 
+bench-inference: setup ## tokens per second of the inference engine against transformers' generate (several minutes)
+	@$(PY) -m tests.bench.inference
+	@$(PY) -m tests.bench.inference --part context
+
 bench-fp8: setup ## what emulating each low-precision recipe costs, as a table
 	@$(PY) -m tests.bench.precision
 
@@ -74,5 +78,5 @@ clean: ## remove caches and the environment; runs/ is left alone
 	rm -rf .venv .oracle .peers .clouds .mypy_cache .ruff_cache .pytest_cache *.egg-info
 	find . -name __pycache__ -not -path './runs/*' -prune -exec rm -rf {} +
 
-.PHONY: help setup smoke test test-slow test-slurm test-oracle test-gpu check format bench bench-model bench-fp8 bench-checkpoint bench-data precision-gap compress-curves clean validate-plan
+.PHONY: help setup smoke test test-slow test-slurm test-oracle test-gpu check format bench bench-model bench-inference bench-fp8 bench-checkpoint bench-data precision-gap compress-curves clean validate-plan
 .DEFAULT_GOAL := help

@@ -184,12 +184,25 @@ def build_engine(recipe: Recipe, mesh: Mesh, *, weights: Path | None = None, tok
 @contextmanager
 def model_on_one_rank(recipe: Recipe, checkpoint: Path, *, device: torch.device) -> Iterator[Any]:
     """The whole model of a recipe in this process with a checkpoint's weights, for inference: plain torch, in eval mode."""
+    with model_for_inference(recipe, checkpoint, device=device) as model:
+        yield model
+
+
+@contextmanager
+def model_for_inference(
+    recipe: Recipe, checkpoint: Path, *, device: torch.device, rank: int = 0, tensor: int = 1
+) -> Iterator[Any]:
+    """The model of a recipe with a checkpoint's weights, for inference: plain torch, in eval mode, one pipeline stage, split
+    over `tensor` ranks. The checkpoint may be of any layout. Collective over these ranks, which are the world.
+    """
     check_same_function(read_checkpoint_manifest(checkpoint).recipe, recipe, place=str(checkpoint))
     use_device(device)
 
-    one = replace(recipe, parallel=ParallelConfig(), run=replace(recipe.run, global_rows=1, microbatch_rows=1))
-    layout = check(one, world=1)
-    with mesh_of(one, layout, device=device, rank=0) as mesh:
+    one = replace(
+        recipe, parallel=ParallelConfig(tensor=tensor), run=replace(recipe.run, global_rows=1, microbatch_rows=1)
+    )
+    layout = check(one, world=tensor)
+    with mesh_of(one, layout, device=device, rank=rank) as mesh:
         chunks = build_model(
             one.model,
             parallel=one.parallel,

@@ -111,7 +111,7 @@ def _version(package: str) -> str:
 
 def _unknown(words: Sequence[str]) -> int:
     """Print an error with the closest command, or list a group's commands. -> exit status."""
-    first = words[0]
+    first, *_ = words = [repr(word)[1:-1] for word in words[:2]]  # without control characters
     if any(name.startswith(f"{first} ") for name in COMMANDS):
         second = words[1] if len(words) > 1 else ""
         if second in ("-h", "--help"):

@@ -166,9 +166,9 @@ class Tokenizer:
         return IncrementalDecoder(self._backend)
 
     def parsed(self) -> dict[str, Any] | None:
-        """Content of a `tokenizer.json` with the same ids for every text; None if none is known.
+        """Content of a `tokenizer.json` with the same ids for every text; None if no such conversion is known.
 
-        DataError for ranks that merges cannot reach.
+        DataError says what a `tokenizer.json` cannot represent: ranks that merges cannot reach, rules of SentencePiece.
         """
         match self._backend:
             case hf.HuggingFace():
@@ -176,7 +176,7 @@ class Tokenizer:
             case ranks.Tiktoken():
                 return hf.as_parsed(self._backend.ranks)
             case _:
-                return None
+                return self._backend.tokenizer_json()
 
     def content(self) -> Any:
         """What the fingerprint is made of."""

@@ -91,4 +91,4 @@ def recipe_warnings(recipe: Recipe, layout: Layout, device: Device, facts: Facts
             f"data.folder={without_credentials(recipe.data.folder)} has no prepared data here: its vocabulary and size, and "
             f"other files that the recipe names, were not checked. `stratum prepare` prepares it."
         )
-    return found
+    return [without_credentials(text) for text in found]

@@ -28,7 +28,7 @@ from recipes.schema.units import GIB
 _EXAMPLES = r"""
 stratum plan -cn smoke                                            the recipe as it stands, on H100s
 stratum plan -cn smoke model=nemotron_nano_12b_v2 precision=fp8_blockwise data.row_tokens=8192 \
-    --gpus 64 --device h100 parallel.tensor=4 parallel.sequence=true     a layout of your own
+    run.global_rows=128 run.microbatch_rows=1 --gpus 64 parallel.tensor=4 parallel.sequence=true     a layout of your own
 stratum plan -cn nemotron_nano_12b_v2 run.global_rows=768 --gpus 256 --search     the best layouts, with reasons
 stratum plan -cn nemotron_nano_12b_v2 --gpus 736 --json | jq .memory_gib_per_rank     for scripts
 stratum plan -cn smoke --picture plan.png                         memory by stage, time by part

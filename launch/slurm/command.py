@@ -46,7 +46,7 @@ _EXAMPLES = """
 stratum launch slurm -cn smoke --dry-run                                show the script; needs no Slurm
 stratum launch slurm -cn smoke run.name=two launch.nodes=2 run.microbatch_rows=4      two nodes
 stratum launch slurm -cn nemotron_nano_12b_v2 launch=slurm_gpu launch.nodes=92 parallel.pipeline=2 launch.slurm.partition=h100
-stratum launch slurm -cn smoke run.name=boxed launch=slurm_pyxis launch.container.image=stratum.sqsh
+stratum launch slurm -cn smoke run.name=boxed run.microbatch_rows=1 launch=slurm_pyxis launch.container.image=stratum.sqsh
 stratum launch slurm -cn smoke --prepare --tasks 64                     an array job that prepares the recipe's data
 """
 _NOTES = """

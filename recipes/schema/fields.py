@@ -1,6 +1,6 @@
 """Types of recipe fields: plain types with a range that the recipe reader checks.
 
-A field written `hidden: PositiveInt` is an `int` to every reader and type checker; the range travels beside it as
+A field written `hidden: PositiveInt` is an `int` to every reader and type checker; the range is attached as
 `typing.Annotated` metadata and is enforced in one place, `recipes.schema.read`. Standard library only.
 """
 
@@ -18,7 +18,7 @@ class Range:
     lt: float | None = None
 
     def admits(self, value: float) -> bool:
-        """Whether `value` lies inside all bounds (NaN never does)."""
+        """Whether `value` is inside all bounds (NaN never is)."""
         return (
             (self.ge is None or value >= self.ge)
             and (self.gt is None or value > self.gt)
@@ -45,11 +45,26 @@ class LengthRange(Range):
         return ">= 0: a whole number, or a fraction below 1"
 
 
+@dataclass(frozen=True)
+class TemperatureRange(Range):
+    """0, or from 0.01 to 100: logits divided by less could overflow fp32."""
+
+    def admits(self, value: float) -> bool:
+        return value == 0 or 0.01 <= value <= 100
+
+    def __str__(self) -> str:
+        return "0, or from 0.01 to 100"
+
+
 PositiveInt = Annotated[int, Range(ge=1)]
 Count = Annotated[int, Range(ge=0)]
 PositiveFloat = Annotated[float, Range(gt=0)]
 NonNegativeFloat = Annotated[float, Range(ge=0)]
 Fraction = Annotated[float, Range(ge=0, le=1)]
+PositiveFraction = Annotated[float, Range(gt=0, le=1)]
+Temperature = Annotated[float, Range(ge=0.01, le=100)]
+"""Of distillation. Logits divided by a smaller one could overflow fp32."""
+TemperatureOrZero = Annotated[float, TemperatureRange()]
 OpenFraction = Annotated[float, Range(ge=0, lt=1)]
 Seed = Annotated[int, Range(ge=0, lt=2**63)]
 """What numpy, torch on a CPU and torch on a GPU all take as a seed."""

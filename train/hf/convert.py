@@ -16,6 +16,7 @@ from typing import Literal
 import torch
 
 from recipes.schema.errors import CheckpointError
+from recipes.schema.foreign import printable
 from recipes.schema.model import ModelConfig
 from train.checkpoint.tensors import StoredTensor, StoredTensors, write_weights
 from train.hf.config import family_of
@@ -213,7 +214,7 @@ def _finite(tensor: torch.Tensor, name: str, *, where: Path) -> torch.Tensor:
 
 def _some(names: list[str]) -> str:
     more = f", and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
-    return ", ".join(names[:_LISTED]) + more
+    return ", ".join(printable(name, most=200) for name in names[:_LISTED]) + more
 
 
 def _their_dtype(files: WeightFiles, names: Mapping[str, str], pair: Pair) -> torch.dtype:

@@ -22,10 +22,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from recipes.schema.errors import CheckpointError
-from recipes.schema.foreign import read_json
+from recipes.schema.foreign import open_regular, printable, read_json
 
 INDEX = "model.safetensors.index.json"
 ONE_FILE = "model.safetensors"
+_MOST_INDEX_BYTES = 1 << 27
+"""Size of the largest index that is read: a million tensors."""
 _CODES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 _DTYPES = {code: dtype for dtype, code in _CODES.items()}
 
@@ -57,12 +59,13 @@ class WeightFiles:
         for path in self._paths():
             with _opened(path) as file:
                 for name in file.keys():  # noqa: SIM118 - not a mapping
+                    shown = printable(name, most=100)
                     if name in self.entries:
-                        raise CheckpointError(f"{folder}: {name} is in {self._file_of[name].name} and in {path.name}.")
+                        raise CheckpointError(f"{folder}: {shown} is in {self._file_of[name].name} and in {path.name}.")
                     part = file.get_slice(name)
                     code = part.get_dtype()
                     if code not in _DTYPES:
-                        raise CheckpointError(f"{path}: {name} is stored as {code}. Supported: {', '.join(_DTYPES)}.")
+                        raise CheckpointError(f"{path}: {shown} is stored as {code}. Supported: {', '.join(_DTYPES)}.")
                     self.entries[name] = Entry(name, tuple(part.get_shape()), _DTYPES[code])
                     self._file_of[name] = path
         self._check_index()
@@ -78,8 +81,7 @@ class WeightFiles:
             return file.get_tensor(name).clone()
 
     def _paths(self) -> list[Path]:
-        index = self.folder / INDEX
-        if index.is_file():
+        if self._has_index():
             paths = [self.folder / name for name in sorted(set(self._weight_map().values()))]
         else:
             paths = sorted(self.folder.glob("*.safetensors"))
@@ -93,28 +95,36 @@ class WeightFiles:
             )
         raise CheckpointError(f"{self.folder} has no *.safetensors.")
 
+    def _has_index(self) -> bool:
+        index = self.folder / INDEX
+        return index.exists() or index.is_symlink()  # a pipe or a broken link too: reading it is an error
+
     def _weight_map(self) -> dict[str, str]:
         try:
-            files = dict(read_json(self.folder / INDEX, most_bytes=1 << 30)["weight_map"])
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise CheckpointError(f"{self.folder / INDEX} cannot be read: {error!r}. Copy the file again.") from error
+            index = read_json(self.folder / INDEX, most_bytes=_MOST_INDEX_BYTES)
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"{self.folder / INDEX} cannot be read: {error}. Copy the file again.") from error
+        files = index.get("weight_map") if isinstance(index, dict) else None
+        if not isinstance(files, dict):
+            raise CheckpointError(f"{self.folder / INDEX} has no weight_map. Copy the file again.")
         for name, file in files.items():
-            if not isinstance(file, str) or Path(file).name != file:
+            if not isinstance(file, str) or Path(file).name != file or not file.isprintable() or file == "..":
                 raise CheckpointError(
-                    f"{self.folder / INDEX}: {name} is in {file!r}, which is not a file of the directory."
+                    f"{self.folder / INDEX}: {printable(name, most=100)} is in {printable(repr(file), most=100)}, which is not "
+                    f"a file of the directory."
                 )
         return files
 
     def _check_index(self) -> None:
-        if not (self.folder / INDEX).is_file():
+        if not self._has_index():
             return
         listed = self._weight_map()
         wrong = [name for name, file in listed.items() if self._file_of.get(name) != self.folder / file]
         wrong += [name for name in self.entries if name not in listed]
         if wrong:
             raise CheckpointError(
-                f"{self.folder / INDEX} and the files disagree about {len(wrong)} tensors, e.g. {wrong[0]}: a file is "
-                f"missing or was replaced. Copy the directory again."
+                f"{self.folder / INDEX} and the files disagree about {len(wrong)} tensors, e.g. "
+                f"{printable(wrong[0], most=100)}: a file is missing or was replaced. Copy the directory again."
             )
 
 
@@ -214,7 +224,10 @@ def _file_names(count: int) -> list[str]:
 @contextmanager
 def _opened(path: Path) -> Iterator[safe_open]:
     try:
+        open_regular(path).close()  # the library would wait for the writer of a pipe
         with safe_open(path, framework="pt") as file:
             yield file
     except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{path} cannot be read as safetensors: {error}. Copy the file again.") from error
+        raise CheckpointError(
+            f"{path} cannot be read as safetensors: {printable(str(error), most=300)}. Copy the file again."
+        ) from error

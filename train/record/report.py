@@ -15,7 +15,8 @@ from typing import Any
 
 from recipes.schema import units
 from recipes.schema.errors import RecipeError, StratumError
-from recipes.schema.foreign import in_markdown, printable, printable_lines, read_bounded
+from recipes.schema.foreign import in_markdown, printable, printable_lines, read_bounded, read_bounded_text
+from recipes.schema.messages import complain
 from recipes.schema.options import CommandParser, run_or_path
 from recipes.schema.run_folder import METRICS, RECIPE, as_number, read_metrics, recipe_in
 from train.record.precision_report import draw_precision, in_picture, is_measurement, precision_section
@@ -362,10 +363,9 @@ stratum report smoke                               the same: `smoke` is looked u
     parsed = parser.parse_args(arguments)
     try:
         folder = run_or_path(parsed.run)
-        write_report(folder, sample=parsed.sample.read_text() if parsed.sample else None)
-    except (StratumError, OSError) as error:
-        sys.stderr.write(f"error: {error}\n")
-        return 2
+        write_report(folder, sample=read_bounded_text(parsed.sample) if parsed.sample else None)
+    except (StratumError, OSError, ValueError) as error:
+        return complain(error)
     sys.stdout.write(f"wrote {folder}/summary.md and {folder}/loss.png\n")
     return 0
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from launch.plan.published.picture import draw
 from launch.plan.published.rows import PUBLISHED, read_rows
 from launch.plan.published.validate import HEAD, assess, line_json, line_text, report, summary, table
+from recipes.schema.messages import complain
 from recipes.schema.options import CommandParser
 
 _EXAMPLES = """
@@ -46,11 +47,9 @@ def main(arguments: Sequence[str]) -> int:
     try:
         lines = [assess(row) for row in read_rows(own.rows)]
     except OSError as error:
-        sys.stderr.write(f"error: {own.rows}: {error.strerror}. Name a file with the columns of {PUBLISHED.name}.\n")
-        return 2
+        return complain(f"{own.rows}: {error.strerror}. Name a file with the columns of {PUBLISHED.name}.")
     except (ValueError, csv.Error) as error:
-        sys.stderr.write(f"error: {own.rows}: {error}\n")
-        return 2
+        return complain(f"{own.rows}: {error}")
     if own.json:
         sys.stdout.write(json.dumps({"rows": [line_json(line) for line in lines], "summary": summary(lines)}) + "\n")
     elif own.table:

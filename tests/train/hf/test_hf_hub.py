@@ -71,8 +71,8 @@ class Hub(http.server.BaseHTTPRequestHandler):
         body = self.rfile.read(length) if length else b"".join(iter(self._chunk, b""))
         path = urlparse(self.path).path
         if path == "/api/repos/create":
-            asked = json.loads(body)
-            name = f"{asked['organization']}/{asked['name']}"
+            request = json.loads(body)
+            name = f"{request['organization']}/{request['name']}"
             (self.folder / name).mkdir(parents=True, exist_ok=True)
             self.answer_json({"url": f"http://{self.headers['Host']}/{name}", "name": name})
         elif "/preupload/" in path:
