@@ -66,6 +66,7 @@ Temperature = Annotated[float, Range(ge=0.01, le=100)]
 """Of distillation. Logits divided by a smaller one could overflow fp32."""
 TemperatureOrZero = Annotated[float, TemperatureRange()]
 OpenFraction = Annotated[float, Range(ge=0, lt=1)]
+Port = Annotated[int, Range(ge=0, lt=2**16)]
 Seed = Annotated[int, Range(ge=0, lt=2**63)]
 """What numpy, torch on a CPU and torch on a GPU all take as a seed."""
 Length = Annotated[int | float, LengthRange()]

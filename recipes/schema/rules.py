@@ -19,6 +19,7 @@ from recipes.schema.changes import check_folder, differences, refused
 from recipes.schema.data import DataConfig, PhaseConfig
 from recipes.schema.errors import Problem, RecipeError
 from recipes.schema.errors import refuse as refuse
+from recipes.schema.evaluate import EvaluateConfig
 from recipes.schema.facts import BLOCK_SCALES, Disk, Machine, Named, Prepared
 from recipes.schema.launch_rules import environment_problems
 from recipes.schema.layout import layout_problems
@@ -32,7 +33,9 @@ from recipes.schema.read import recipe_mapping
 from recipes.schema.recipe import Recipe
 from recipes.schema.scaling import block_notes, low_precision_linears, rotation_problems, scalings_used, shape_problems
 from recipes.schema.schedule import schedule_problems, unread
+from recipes.schema.tasks import task_problems
 from recipes.schema.teacher_rules import cache_problems, distill_problems, teacher_problems, tokenizer_problems
+from recipes.schema.weight_formats import rounding_problems
 
 Backend = Literal["reference", "emulated", "te"]
 _LONGEST_NAME = 200
@@ -70,6 +73,7 @@ def problems(
         ),
         *environment_problems(recipe.launch.environment),
         *distill_problems(recipe),
+        *task_problems(recipe.evaluate.tasks, row_tokens=recipe.data.row_tokens, reads_files=here and disk is not None),
     ]
     if not pattern_problems(recipe.model.pattern):
         found += precision_problems(recipe, machine)
@@ -89,6 +93,7 @@ def reading_problems(recipe: Recipe) -> list[Problem]:
             precision=PrecisionConfig(),
             objective=ObjectiveConfig(),
             schedule=ScheduleConfig(),
+            evaluate=EvaluateConfig(),
         )
     )
 
@@ -224,6 +229,8 @@ def backend_name(precision: PrecisionConfig, machine: Machine) -> Backend:
     used = scalings_used(precision)
     if precision.backend != "auto":
         return precision.backend
+    if precision.quantize_weights != "none":
+        return "reference"
     if machine.has_gpu and not machine.missing and "unscaled" not in used:
         return "te"
     return "emulated" if used else "reference"
@@ -262,6 +269,7 @@ def shape_rules(recipe: Recipe, *, backend: str) -> list[Problem]:
         remedy = f"Lower them to less than {layers} together, or use precision.scaling=none."
         found.append(Problem("precision.high_precision_first", text, remedy))
     found += rotation_problems(recipe.model, precision=precision, rank_tokens=_rank_tokens(recipe))
+    found += rounding_problems(recipe.model, precision=precision, tensor=recipe.parallel.tensor)
     return found + (_shapes(recipe) if backend == "te" else [])
 
 

@@ -8,9 +8,10 @@ model runs from the tokens on its own states, so errors of earlier blocks are in
 exceeds the tolerance plus an allowance for rounding, which matters if a block adds little to a large residual stream.
 """
 
+import io
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -377,7 +378,8 @@ def quiet() -> Iterator[None]:
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:
-        yield
+        with redirect_stderr(io.StringIO()):  # compressed-tensors shows bars without asking
+            yield
     finally:
         logging.set_verbosity(level)
         if bars:

@@ -42,6 +42,7 @@ from train.hf.check import Agreement, compare, load_theirs, their_ids, wrong_sca
 from train.hf.config import CONFIG, NO_CLAMP, SpecialTokens, clamp_of, family_of, from_config, read_config, to_config
 from train.hf.convert import different_weights, export_weights, import_weights, lossless_format
 from train.hf.files import WeightFiles
+from train.hf.quantize_export import Quantizer, open_quantizer, open_weights
 from train.hf.recipe import Imported, imported_recipe, recipe_text
 from train.megatron import choose_device
 
@@ -61,6 +62,8 @@ class CheckOptions:
     device: str
     tolerance: float | None
     open_clamp: bool
+    quantizer: Quantizer | None
+    """Rounds our model's weights before the comparison."""
 
 
 def export_model(parsed: argparse.Namespace) -> int:
@@ -78,6 +81,7 @@ def export_model(parsed: argparse.Namespace) -> int:
     special = tokens.special_tokens(found[0]) if found else SpecialTokens(None, None, None)
     vocab = parsed.vocab or _published_vocab(manifest, recipe.model, found[0] if found else None)
     stored = StoredTensors(path)
+    parsed.quantizer = quantizer = open_quantizer(parsed, recipe, path)
     name = parsed.name or parsed.out.name
     needed = sum(entry.nbytes for entry in stored.weights.values())
     with _staging_folder(parsed.out, needed=needed) as (folder, publish):
@@ -89,12 +93,17 @@ def export_model(parsed: argparse.Namespace) -> int:
                 format=parsed.dtype,
                 vocab=vocab,
                 file_bytes=int(parsed.file_gb * 1e9),
+                quantizer=quantizer,
                 advance=advance,
             )
-        formats = {entry.dtype for entry in WeightFiles(folder).entries.values()}
+        formats = {entry.dtype for entry in WeightFiles(folder, quantized=True).entries.values()}
         dtype = "bfloat16" if torch.bfloat16 in formats else "float32"
-        stored_as = " and ".join(sorted(str(one).removeprefix("torch.") for one in formats))
+        stored_as = " and ".join(sorted(str(one).removeprefix("torch.") for one in formats if one.is_floating_point))
+        if quantizer is not None:
+            stored_as = f"{dtype}, linear layers {quantizer.form.name}"
         config = _config_for(parsed, recipe, manifest, carried=carried, special=special, dtype=dtype, vocab=vocab)
+        if quantizer is not None:
+            config |= quantizer.config
         (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
         untouched = published.is_untouched(manifest)
         if carried is None:
@@ -113,6 +122,10 @@ def export_model(parsed: argparse.Namespace) -> int:
         card.write_card(folder, release)
         if agreement is not None and agreement.problems:
             return _refuse(agreement, f"{parsed.out} was not written", config=config)
+        if agreement is None and quantizer is not None and not parsed.no_check:
+            raise BackendError(
+                f"{parsed.out} was not written: quantised weights go out compared only. {why} See --no-check."
+            )
         publish()
     _print(
         f"wrote {parsed.out}: {converted.parameters:,} parameters, {units.size(converted.nbytes)}, model card README.md"
@@ -129,7 +142,7 @@ def import_model(parsed: argparse.Namespace) -> int:
     step = parsed.vocab_multiple
     padding = -theirs.vocab % step
     model = replace(theirs, vocab=theirs.vocab + padding, vocab_padding=padding)
-    files = WeightFiles(parsed.directory)
+    files = open_weights(parsed.directory)
     name = parsed.name or parsed.out.name
     params = lossless_format(files, model, vocab=theirs.vocab) if parsed.dtype == "keep" else parsed.dtype
     file, end_of_document = tokens.tokenizer_file(parsed.directory), tokens.end_of_document_of(parsed.directory, config)
@@ -189,7 +202,7 @@ def check_models(parsed: argparse.Namespace) -> int:
         raise RecipeError(
             f"{parsed.directory / CONFIG} describes a different model than {path}:\n  " + "\n  ".join(differing)
         )
-    files, stored = WeightFiles(parsed.directory), StoredTensors(path)
+    files, stored = open_weights(parsed.directory), StoredTensors(path)
     vocab = theirs.vocab
     different = different_weights(stored, files, model=recipe.model, vocab=vocab)
     _print(
@@ -360,6 +373,8 @@ def _compare(
     batch = _batch(options, recipe, folder, with_template=with_template).to(device)
     plain = replace(recipe, precision=PrecisionConfig(params=options.dtype))  # type: ignore[arg-type]
     with model_on_one_rank(plain, checkpoint, device=device) as ours:
+        if options.quantizer is not None:
+            options.quantizer.apply(ours)
         return compare(ours, theirs, batch, model=recipe.model, tolerance=options.tolerance)
 
 
@@ -445,6 +460,7 @@ def _options(parsed: argparse.Namespace) -> CheckOptions:
         device=parsed.device,
         tolerance=parsed.tolerance,
         open_clamp=parsed.open_clamp,
+        quantizer=getattr(parsed, "quantizer", None),
     )
 
 

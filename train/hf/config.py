@@ -119,7 +119,7 @@ _WRITTEN: dict[Family, dict[str, Any]] = {
 
 _NOT_READ = (
     "_name_or_path", "architectures", "auto_map", "bos_token_id", "eos_token_id", "pad_token_id", "torch_dtype", "dtype",
-    "transformers_version", "model_type", "vocab_size", "num_hidden_layers", "max_position_embeddings",
+    "transformers_version", "quantization_config", "model_type", "vocab_size", "num_hidden_layers", "max_position_embeddings",
     "hybrid_override_pattern", "layers_block_type", "layer_types", "mlp_hidden_act", "attention_head_dim",
     "rms_norm_eps", "query_pre_attn_scalar", "rope_theta", "rope_parameters", "rope_scaling", "time_step_limit",
     "sliding_window_size", "_attn_implementation", "attn_implementation",

@@ -26,10 +26,11 @@ from recipes.schema.foreign import open_regular, printable, read_json
 
 INDEX = "model.safetensors.index.json"
 ONE_FILE = "model.safetensors"
+_DENSE = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+_QUANTIZED = {torch.int64: "I64", torch.int32: "I32", torch.int8: "I8", torch.float8_e4m3fn: "F8_E4M3"}
+_CODES = _DENSE | _QUANTIZED
 _MOST_INDEX_BYTES = 1 << 27
 """Size of the largest index that is read: a million tensors."""
-_CODES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
-_DTYPES = {code: dtype for dtype, code in _CODES.items()}
 
 
 @dataclass(frozen=True)
@@ -49,10 +50,11 @@ class Entry:
 class WeightFiles:
     """The safetensors files of a directory. Opening reads headers only; CheckpointError names what is wrong.
 
-    Pickles (`pytorch_model.bin`) are refused: opening one can run code.
+    Pickles (`pytorch_model.bin`) are refused: opening one can run code. quantized: also accept the types of quantised weights.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, quantized: bool = False) -> None:
+        supported = {code: dtype for dtype, code in (_CODES if quantized else _DENSE).items()}
         self.folder = folder
         self.entries: dict[str, Entry] = {}
         self._file_of: dict[str, Path] = {}
@@ -64,9 +66,11 @@ class WeightFiles:
                         raise CheckpointError(f"{folder}: {shown} is in {self._file_of[name].name} and in {path.name}.")
                     part = file.get_slice(name)
                     code = part.get_dtype()
-                    if code not in _DTYPES:
-                        raise CheckpointError(f"{path}: {shown} is stored as {code}. Supported: {', '.join(_DTYPES)}.")
-                    self.entries[name] = Entry(name, tuple(part.get_shape()), _DTYPES[code])
+                    if code not in supported:
+                        raise CheckpointError(
+                            f"{path}: {shown} is stored as {code}. Supported: {', '.join(supported)}."
+                        )
+                    self.entries[name] = Entry(name, tuple(part.get_shape()), supported[code])
                     self._file_of[name] = path
         self._check_index()
 

@@ -201,7 +201,8 @@ class InferenceEngine:
         if whole > most:
             raise RecipeError(
                 f"{len(prompt):,} prompt tokens and {request.max_new_tokens:,} new ones are {whole:,}, but a text here has at "
-                f"most {most:,}. Shorten the prompt, or ask for at most {max(0, most - len(prompt)):,} new tokens."
+                f"most {most:,}. Shorten the prompt"
+                + (f", or ask for at most {most - len(prompt):,} new tokens." if len(prompt) < most else ".")
             )
         if request.score_from is not None and request.score_from < 1:
             raise RecipeError(

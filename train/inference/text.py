@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from data.tokenizer import Tokenizer
+from data.tokenizer import Tokenizer, load_tokenizer
 from recipes.schema.errors import CheckpointError, DataError, refuse
 from recipes.schema.recipe import Recipe
 from recipes.schema.rules import reading_problems
@@ -21,6 +21,7 @@ from train.checkpoint.manager import CheckpointFolder, checkpoint_at
 from train.inference.batch_engine import EngineConfig, InferenceEngine
 from train.inference.request import Event, Request, Sampling, Token
 from train.megatron import choose_device, use_device
+from train.quantize.directory import is_quantized
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,11 @@ class Opened:
     model: Any
     tokenizer: Tokenizer
     checkpoint: Path
+
+    @property
+    def fingerprint(self) -> str:
+        """Identifies weights and tokenizer in the keys of the prefix cache of one process."""
+        return f"{self.checkpoint.resolve()} {self.tokenizer.fingerprint}"
 
 
 @contextmanager
@@ -44,18 +50,10 @@ def opened(recipe: Recipe, *, checkpoint: str | None = None) -> Iterator[Opened]
     tokenizer, tokenizer_file = open_tokenizer(recipe)
     use_device(device)
 
-    folder = Path(recipe.run.folder) / recipe.run.name / "checkpoints"
-    found = CheckpointFolder(folder, recipe.checkpoint).newest() if checkpoint is None else None
-    if found is None:
-        place = checkpoint or recipe.run.start_from
-        if place is None:
-            raise CheckpointError(f"{folder} contains no checkpoint. Train first: stratum train -cn <recipe>.")
-        found = checkpoint_at(place)
-    path, manifest = found
+    path, fingerprint = _weights_of(recipe, checkpoint)
     ours, another = tokenizer.fingerprint, "name another checkpoint (+generate.checkpoint)"
     refuse(
-        tokenizer_problems(str(path), manifest.tokenizer, ours, where=str(tokenizer_file), otherwise=another),
-        CheckpointError,
+        tokenizer_problems(str(path), fingerprint, ours, where=str(tokenizer_file), otherwise=another), CheckpointError
     )
     with model_on_one_rank(recipe, path, device=device) as model:
         yield Opened(model, tokenizer, path)
@@ -149,3 +147,19 @@ def read_prompts(path: Path) -> list[str]:
             )
         prompts.append(text)
     return prompts
+
+
+def _weights_of(recipe: Recipe, checkpoint: str | None) -> tuple[Path, str]:
+    """(checkpoint or directory of quantised weights, fingerprint of its tokenizer; empty if it has none)."""
+    if checkpoint is not None and is_quantized(Path(checkpoint)):
+        path = Path(checkpoint)
+        file = next((path / name for name in ("tokenizer.json", "tokenizer.model") if (path / name).is_file()), None)
+        return path, "" if file is None else load_tokenizer(file, recipe.data.tokenizer).fingerprint
+    folder = Path(recipe.run.folder) / recipe.run.name / "checkpoints"
+    found = CheckpointFolder(folder, recipe.checkpoint).newest() if checkpoint is None else None
+    if found is None:
+        place = checkpoint or recipe.run.start_from
+        if place is None:
+            raise CheckpointError(f"{folder} contains no checkpoint. Train first: stratum train -cn <recipe>.")
+        found = checkpoint_at(place)
+    return found[0], found[1].tokenizer

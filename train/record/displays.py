@@ -202,6 +202,12 @@ def _scalars(line: Line) -> dict[str, float]:
             return {f"train/{name}": line[name] for name in names if name in line} | seconds
         case "evaluation":
             return {f"heldout_bits_per_byte/{name}": value for name, value in line["bits_per_byte"].items()}
+        case "tasks":
+            return {
+                f"tasks/{task}/{name}": metric["value"]
+                for task, entry in line["tasks"].items()
+                for name, metric in entry["metrics"].items()
+            }
         case "precision":
             lowest: dict[str, float] = {}
             for reading in line["readings"]:

@@ -1,7 +1,7 @@
-"""Memory of running a model: weights, keys and values of its attention layers, states of its Mamba-2 layers.
+"""Memory of inference: weights, keys and values of attention layers, states of Mamba-2 layers.
 
-Compression budgets are given in this memory: Nemotron Nano 9B-v2 was pruned so that its weights and 131,072 tokens fit on one
-A10G (arXiv 2508.14444, section 4).
+Budgets for compression are given in this memory: Nemotron Nano 9B-v2 was pruned so that its weights and a context of 131,072
+tokens fit on one A10G (arXiv 2508.14444, section 4).
 """
 
 from bisect import bisect_right
@@ -11,6 +11,7 @@ from recipes.schema.errors import RecipeError
 from recipes.schema.model import ModelConfig
 from recipes.schema.pattern import counts, flops_per_token, parameters
 from recipes.schema.units import GIB, gib
+from recipes.schema.weight_formats import stored_linears, weight_format
 
 
 @dataclass(frozen=True)
@@ -20,7 +21,7 @@ class InferenceMemory:
     weights: float
     keys_values: float
     mamba_states: float
-    """Scan state and the last inputs of the convolution: independent of the length."""
+    """Scan state and the last inputs of the convolution. Does not depend on the context length."""
 
     @property
     def total(self) -> float:
@@ -32,10 +33,17 @@ class InferenceMemory:
 
 
 def inference_memory(
-    model: ModelConfig, *, context_tokens: int, batch: int = 1, weight_bytes: float = 2.0, cache_bytes: float = 2.0
+    model: ModelConfig,
+    *,
+    context_tokens: int,
+    batch: int = 1,
+    weight_bytes: float = 2.0,
+    cache_bytes: float = 2.0,
+    quantized: str | None = None,
 ) -> InferenceMemory:
     """Memory of `batch` sequences of `context_tokens` each. weight_bytes, cache_bytes: size of one number (2 for bf16).
 
+    quantized: format of the linear layers' weights (`recipes.schema.weight_formats`); scales have weight_bytes each.
     A `w` layer keeps only the keys and values of its window.
     """
     layers = counts(model.pattern)
@@ -44,19 +52,29 @@ def inference_memory(
     conv = inner + 2 * model.mamba_groups * model.mamba_state
     state = inner * model.mamba_state + conv * (model.mamba_conv - 1)
     return InferenceMemory(
-        weights=weight_bytes * parameters(model).total,
+        weights=_weights(model, weight_bytes, quantized),
         keys_values=batch * cache_bytes * 2 * model.kv_heads * model.head_dim * seen,
         mamba_states=batch * cache_bytes * layers["M"] * state,
     )
 
 
+def _weights(model: ModelConfig, weight_bytes: float, quantized: str | None) -> float:
+    plain = weight_bytes * parameters(model).total
+    if quantized is None:
+        return plain
+    form = weight_format(quantized)
+    shapes = [shape for _, _, shape in stored_linears(model)]
+    dense = weight_bytes * sum(rows * columns for rows, columns in shapes)
+    return plain - dense + sum(form.stored_bytes(shape, scale_bytes=int(weight_bytes)) for shape in shapes)
+
+
 def roofline_tokens_per_s(
     model: ModelConfig, *, context_tokens: int, batch: int, gb_per_s: float, tflops: float
 ) -> float:
-    """Upper bound of tokens generated per second by all rows of a batch at a full context, in 16 bits.
+    """Upper bound of the tokens per second that all rows of a batch generate at a full context, in 16 bits.
 
-    A step is limited by memory (it reads all weights except the embedding, and all caches, and writes the Mamba states) or by
-    its matrix products. Efficiencies are left out: the figure ranks shapes for one device, it is not a prediction.
+    A step is limited by memory traffic (it reads all weights except the embedding, reads all caches, and writes the Mamba states)
+    or by its matrix products. Efficiencies are not included: use the figure to rank shapes on one device, not as a prediction.
     """
     memory = inference_memory(model, context_tokens=context_tokens, batch=batch)
     embedding = 0 if model.tie_embeddings else 2 * parameters(model).embedding
