@@ -159,7 +159,9 @@ def _reason(error: OSError | subprocess.CalledProcessError) -> str:
     """In one line: the compiler's own first error, or what the system says."""
     if isinstance(error, subprocess.CalledProcessError):
         lines = (error.stderr or str(error)).strip().splitlines() or [str(error)]
-        return next((line for line in lines if "error" in line.lower()), lines[0])
+        # gcc's last line, `collect2: error: ld returned 1`, hides the linker's reason, e.g. `final link failed: No space left`.
+        lines = [line for line in lines if not line.startswith("collect2:")] or lines
+        return next((line for line in lines if "error" in line.lower() or "failed" in line), lines[0])
     return str(error)
 
 

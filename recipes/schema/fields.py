@@ -45,11 +45,26 @@ class LengthRange(Range):
         return ">= 0: a whole number, or a fraction below 1"
 
 
+@dataclass(frozen=True)
+class TemperatureRange(Range):
+    """0, or from 0.01 to 100: logits divided by less could overflow fp32."""
+
+    def admits(self, value: float) -> bool:
+        return value == 0 or 0.01 <= value <= 100
+
+    def __str__(self) -> str:
+        return "0, or from 0.01 to 100"
+
+
 PositiveInt = Annotated[int, Range(ge=1)]
 Count = Annotated[int, Range(ge=0)]
 PositiveFloat = Annotated[float, Range(gt=0)]
 NonNegativeFloat = Annotated[float, Range(ge=0)]
 Fraction = Annotated[float, Range(ge=0, le=1)]
+PositiveFraction = Annotated[float, Range(gt=0, le=1)]
+Temperature = Annotated[float, Range(ge=0.01, le=100)]
+"""Of distillation. Logits divided by a smaller one could overflow fp32."""
+TemperatureOrZero = Annotated[float, TemperatureRange()]
 OpenFraction = Annotated[float, Range(ge=0, lt=1)]
 Port = Annotated[int, Range(ge=0, lt=2**16)]
 Seed = Annotated[int, Range(ge=0, lt=2**63)]

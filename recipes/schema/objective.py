@@ -6,7 +6,7 @@ The text under a field is its documentation: meaning, unit, range and reason for
 from dataclasses import dataclass
 from typing import Literal
 
-from recipes.schema.fields import Count, NonNegativeFloat, PositiveFloat
+from recipes.schema.fields import Count, NonNegativeFloat, Temperature
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class ObjectiveConfig:
     divergence: Literal["kl", "cross_entropy"] = "kl"
     """`kl`: KL(teacher || student), 0 if they agree. `cross_entropy`: KL plus the teacher's entropy, as in Gemma 2.
     Their gradients are the same."""
-    temperature: PositiveFloat = 1.0
+    temperature: Temperature = 1.0
     """Divides both models' logits; the divergence is multiplied by its square (arXiv 1503.02531). Minitron found 1 best."""
     distill_weight: NonNegativeFloat = 1.0
     """Weight of the divergence."""

@@ -34,7 +34,9 @@ def distill_problems(recipe: Recipe) -> list[Problem]:
         )
         found.append(Problem("objective.teacher", text, remedy))
     if objective.top_k > recipe.model.real_vocab:
-        text = f"objective.top_k={objective.top_k} is more than the vocabulary, {_vocabulary(recipe.model)}."
+        text = (
+            f"objective.top_k={objective.top_k} is more than the vocabulary, model.vocab={_vocabulary(recipe.model)}."
+        )
         found.append(Problem("objective.top_k", text, "Use 0 for the whole distribution, or fewer tokens."))
     if objective.hidden_match == "none":
         return found + _without_match(objective)
@@ -160,16 +162,15 @@ def teacher_vocabulary_problems(recipe: Recipe, model: ModelConfig, *, path: Pat
     if (model.vocab, model.vocab_padding) == (recipe.model.vocab, recipe.model.vocab_padding):
         return []
     text = (
-        f"the teacher in {path} has {_vocabulary(model)}, the student {_vocabulary(recipe.model)}: their distributions "
-        f"cannot be compared."
+        f"the teacher in {path} has a vocabulary of {_vocabulary(model)}, the student (model.vocab) one of "
+        f"{_vocabulary(recipe.model)}: their distributions cannot be compared."
     )
     remedy = "Use a teacher with the student's tokenizer, train the student with the teacher's, or use objective.kind=next_token."
     return [Problem("objective.teacher", text, remedy)]
 
 
 def _vocabulary(model: ModelConfig) -> str:
-    padding = f" of which {model.vocab_padding:,} are padding (model.vocab_padding)" if model.vocab_padding else ""
-    return f"model.vocab={model.vocab:,}{padding}"
+    return f"{model.vocab:,}" + (f" ({model.vocab_padding:,} of it model.vocab_padding)" if model.vocab_padding else "")
 
 
 def degree_of_teacher_problems(recipe: Recipe, teacher: Named, *, world: int | None) -> list[Problem]:

@@ -6,7 +6,16 @@ The shared options of every command that reads a recipe are in `recipes.schema.o
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from recipes.schema.fields import Count, Fraction, NonNegativeFloat, Port, PositiveFloat, PositiveInt, Range, Seed
+from recipes.schema.fields import (
+    Count,
+    Port,
+    PositiveFloat,
+    PositiveFraction,
+    PositiveInt,
+    Range,
+    Seed,
+    TemperatureOrZero,
+)
 
 
 @dataclass(frozen=True)
@@ -26,11 +35,11 @@ class GenerateConfig:
     """Texts that are generated at the same time at most."""
     tokens: PositiveInt = 200
     """Tokens to write at most."""
-    temperature: NonNegativeFloat = 0.8
+    temperature: TemperatureOrZero = 0.8
     """0 is greedy."""
     top_k: Count = 0
     """Only the k likeliest tokens; 0: all."""
-    top_p: Fraction = 0.95
+    top_p: PositiveFraction = 0.95
     """Only the likeliest tokens that hold this share of the probability."""
     seed: Seed = 0
     """Seed of the random choices: the same seed and checkpoint give the same text."""

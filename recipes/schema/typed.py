@@ -12,6 +12,7 @@ import dataclasses
 import difflib
 import inspect
 import itertools
+import math
 import textwrap
 import types
 import typing
@@ -20,6 +21,9 @@ from typing import Any
 
 from recipes.schema.errors import DataError
 from recipes.schema.fields import Range
+
+SMALLEST = 2.0**-126
+"""The smallest fp32 number with all digits; arithmetic may round smaller ones to 0, and then divide by it."""
 
 
 class FieldError(DataError):
@@ -154,6 +158,8 @@ def _value(hint: Any, value: Any, where: str, problems: list[str]) -> Any:
         number = _scalar(hint, value)
         if bounds is not None and not bounds.admits(number):
             raise _Bad(f"is out of range. Use a value {bounds}.")
+        if isinstance(number, int) and not -(2**63) <= number < 2**63:  # counts end up in arrays and tensors
+            raise _Bad(f"is out of range. Use a value < {2**63}.")
         return number
     except _Bad as problem:
         problems.append(f"{where}={value!r} {problem}")
@@ -183,10 +189,10 @@ def _scalar(kind: Any, value: Any) -> Any:
         return value
     if kind in (float, int | float):
         if isinstance(value, int | float) and not isinstance(value, bool):
-            return float(value)
+            return _finite(value)
         if isinstance(value, str):
             try:
-                return float(value)
+                return _finite(float(value))
             except ValueError:
                 pass
         raise _Bad(f"is a {_kind(value)}, not a number.")
@@ -197,6 +203,19 @@ def _scalar(kind: Any, value: Any) -> Any:
     names = {int: "a whole number", str: "a text", bool: "true or false"}
     assert kind in names, f"fields of type {kind} are not understood"
     raise _Bad(f"is a {_kind(value)}, not {names[kind]}.")
+
+
+def _finite(value: int | float) -> float:
+    """A number for a field with fractions. Infinities have no meaning in any field, nor has what fp32 rounds to 0."""
+    try:
+        number = float(value)
+    except OverflowError:  # a whole number above 1.8e308
+        number = math.inf
+    if not math.isfinite(number):
+        raise _Bad("is not a finite number.")
+    if 0 < abs(number) < SMALLEST:
+        raise _Bad(f"is too close to 0 for fp32. Use 0, or at least {SMALLEST:.2g} from it.")
+    return number
 
 
 def _kind(value: Any) -> str:

@@ -1,5 +1,6 @@
 """Each rule once: the planner, the trainer and the launchers say the very same sentence."""
 
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -17,6 +18,8 @@ from recipes.schema.read import recipe_from_mapping, recipe_mapping
 from recipes.schema.recipe import Recipe
 from recipes.schema.rules import name_problems, notes, problems
 from recipes.schema.teacher_rules import tokenizer_problems
+from recipes.schema.tools import GenerateConfig
+from recipes.schema.typed import FieldError, build
 from train.build import check_start
 from train.model.backend import this_machine
 
@@ -166,7 +169,7 @@ def test_plan_train_and_launch_say_the_same_sentence(rule: str, place: Place) ->
     with pytest.raises(RecipeError) as launched:
         checked_layout(recipe, processes=1, machine=this_machine(), here=True)
     if rule == "no data":  # the plan may be made on another disk, and warns
-        assert planned == [] and "holds no prepared data here" in " ".join(warnings_of(recipe))
+        assert planned == [] and "has no prepared data here" in " ".join(warnings_of(recipe))
         assert sentence in str(trained.value) and str(trained.value) == str(launched.value)
         return
     (said,) = (problem for problem in planned if sentence in problem)
@@ -202,6 +205,35 @@ def test_names_that_leave_the_folder_or_break_a_line_are_refused(name: str) -> N
 @pytest.mark.parametrize("name", ["smoke", "two words", "lr=1e-3,seed=2", "group/one", "größe", "..a"])
 def test_names_people_use_are_taken(name: str) -> None:
     assert name_problems(name) == []
+
+
+def test_numbers_that_no_arithmetic_can_use_are_refused_in_every_field(place: Place) -> None:
+    """Infinite, NaN, so small that fp32 rounds to 0, or too large for int64: each is one refusal that names the field."""
+    mapping = recipe_mapping(place.base)
+    tried = 0
+    for group, field, value in [(g, f, v) for g, fields in mapping.items() for f, v in fields.items()]:
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            continue
+        odd = [math.inf, -math.inf, math.nan, "1e400", 1e-320] if isinstance(value, float) else [2**63, 10**400]
+        for number in odd:
+            changed_mapping = mapping | {group: mapping[group] | {field: number}}
+            with pytest.raises(RecipeError, match=rf"{group}\.{field}="):
+                recipe_from_mapping(changed_mapping)
+            tried += 1
+    assert tried > 150
+    name = next(iter(mapping["data"]["sources"]))
+    sources = {name: mapping["data"]["sources"][name] | {"weight": math.inf}}
+    with pytest.raises(RecipeError, match=rf"data\.sources\.{name}\.weight=inf is not a finite number"):
+        recipe_from_mapping(mapping | {"data": mapping["data"] | {"sources": sources}})
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("temperature", 1e-30), ("temperature", 1e30), ("top_p", 0.0), ("seed", 2**63)]
+)
+def test_sampling_options_that_overflow_or_leave_no_token_are_refused(field: str, value: float) -> None:
+    with pytest.raises(FieldError, match=f"{field}=.* out of range"):
+        build(GenerateConfig, {field: value}, "generate")
+    assert build(GenerateConfig, {"temperature": 0}, "generate").temperature == 0
 
 
 @pytest.mark.parametrize("seed", [-1, 2**63])

@@ -150,7 +150,8 @@ def compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A compiler that finds the disk of the cache full, and else does its work."""
     path = tmp_path / "cc"
     real = shutil.which("cc") or shutil.which("gcc")
-    full = f'case "$*" in *{tmp_path}/cache/*) echo "ld: error: No space left on device" >&2; exit 1;; esac'
+    said = 'echo "ld: final link failed: No space left on device" >&2; echo "collect2: error: ld returned 1 exit status" >&2'
+    full = f'case "$*" in *{tmp_path}/cache/*) {said}; exit 1;; esac'
     path.write_text(f'#!/bin/sh\n{full}\nexec {real} "$@"\n')
     path.chmod(0o755)
     monkeypatch.setenv("CC", str(path))

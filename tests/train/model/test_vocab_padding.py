@@ -1,14 +1,17 @@
 """A padded vocabulary: loss, logits, gradients and training of the model without padding, on one rank and split over two."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from ranks import run_ranks
 from tiny import VOCAB, Numbers, engine_of, microbatches, recipe_with, steps_of
-from train.inference.decode import Sampling, generate
 
 from recipes.schema.errors import RecipeError
 from recipes.schema.recipe import Recipe
 from train.build import check
+from train.inference.batch_engine import EngineConfig, InferenceEngine
+from train.inference.request import Request, Sampling
 
 PADDING = 8
 PADDED = {"model.vocab": VOCAB + PADDING, "model.vocab_padding": PADDING}
@@ -59,24 +62,26 @@ def test_training_and_logits_are_those_without_padding(changes: dict[str, object
             assert (after[VOCAB:] == 2.0).all()
 
 
-def generated(rank: int, changes: dict[str, object]) -> list[int]:
+def generated(rank: int, changes: dict[str, object], world: int) -> list[int]:
     """Ids that a model gives whose padding has the largest logits by far."""
-    with engine_of(recipe_with(**changes, **PADDED), rank=rank, world=1) as engine, torch.no_grad():
-        model = engine.chunks[0].module
-        model.output_layer.weight[-PADDING : -PADDING // 2] = 50.0
-        model.output_layer.weight[-PADDING // 2 :] = -50.0
-        ways = (
-            Sampling(temperature=0.0),
-            Sampling(temperature=5.0),
-            Sampling(temperature=5.0, top_k=VOCAB + PADDING, top_p=0.999),
-        )
-        return [token for way in ways for token in generate(model, [1, 2, 3], tokens=12, sampling=way)]
+    recipe = recipe_with(**changes, **PADDED, **{"parallel.tensor": world})
+    with engine_of(recipe, rank=rank, world=world) as engine, torch.no_grad():
+        model = engine.chunks[0].module.eval()
+        if rank == world - 1:
+            model.output_layer.weight[-PADDING : -PADDING // 2] = 50.0
+            model.output_layer.weight[-PADDING // 2 :] = -50.0
+        hot = Sampling(temperature=5.0)
+        ways = (Sampling(temperature=0.0), hot, replace(hot, top_k=VOCAB + PADDING, top_p=0.999))
+        texts = InferenceEngine(model, recipe.model, EngineConfig(rows=3, context_tokens=32))
+        events = texts.run([Request([1, 2, 3], 12, sampling=way) for way in ways])
+        return [event.token.id for text in events for event in text if event.token is not None]
 
 
 @pytest.mark.parametrize("changes", [{}, {"model.logit_softcap": 3.0}], ids=["plain", "capped"])
 def test_padding_is_never_generated(changes: dict[str, object]) -> None:
-    (ids,) = run_ranks(1, generated, changes)
-    assert len(ids) == 36 and max(ids) < VOCAB
+    for world in (1, 2):
+        for ids in run_ranks(world, generated, changes, world):
+            assert len(ids) == 36 and max(ids) < VOCAB
 
 
 @pytest.mark.parametrize(
