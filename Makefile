@@ -24,10 +24,12 @@ test-slurm: setup ## real Slurm on this machine, several nodes: continuation, ti
 test-oracle: setup ## compare with mamba-ssm, torchao, Transformer Engine and vLLM, on the CPU; data behind S3 and gs://
 	@bash tests/parity/install.sh
 	@bash tests/data/sources/install_clouds.sh
+	@bash tests/train/evaluate/install_harness.sh
 	@OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(PY) -m pytest -q -m oracle tests/parity/test_mamba_ssm.py
 	@OMP_NUM_THREADS=1 $(PY) -m pytest -q -m oracle tests/parity/test_torchao.py
 	@STRATUM_TEST_TE=1 OMP_NUM_THREADS=1 $(PY) -m pytest -q -m oracle tests/parity/test_te.py
 	@OMP_NUM_THREADS=1 $(PY) -m pytest -q -m oracle tests/data/sources/test_clouds.py
+	@OMP_NUM_THREADS=1 .harness/bin/python -m pytest -q -m oracle tests/train/evaluate/test_harness.py
 	@bash tests/parity/install_vllm.sh
 	@OMP_NUM_THREADS=1 $(PY) -m pytest -q -rs -m oracle tests/parity/test_vllm.py
 
@@ -53,6 +55,10 @@ bench: setup ## speed of the smoke recipe, the scan and the loop, as a table
 bench-model: setup ## both model families against transformers, with growing rows (several minutes)
 	@$(PY) -m tests.bench.model
 
+bench-inference: setup ## tokens per second of the inference engine against transformers' generate (several minutes)
+	@$(PY) -m tests.bench.inference
+	@$(PY) -m tests.bench.inference --part context
+
 bench-fp8: setup ## what emulating each low-precision recipe costs, as a table
 	@$(PY) -m tests.bench.precision
 
@@ -71,8 +77,8 @@ compress-curves: setup ## prune a tiny teacher, distil its students and train th
 	@.venv/bin/stratum prepare -cn tiny_teacher && .venv/bin/stratum train -cn tiny_teacher && $(PY) -m tests.bench.compress_curves
 
 clean: ## remove caches and the environment; runs/ is left alone
-	rm -rf .venv .oracle .peers .clouds .mypy_cache .ruff_cache .pytest_cache *.egg-info
+	rm -rf .venv .oracle .peers .clouds .harness .mypy_cache .ruff_cache .pytest_cache *.egg-info
 	find . -name __pycache__ -not -path './runs/*' -prune -exec rm -rf {} +
 
-.PHONY: help setup smoke test test-slow test-slurm test-oracle test-gpu check format bench bench-model bench-fp8 bench-checkpoint bench-data precision-gap compress-curves clean validate-plan
+.PHONY: help setup smoke test test-slow test-slurm test-oracle test-gpu check format bench bench-model bench-inference bench-fp8 bench-checkpoint bench-data precision-gap compress-curves clean validate-plan
 .DEFAULT_GOAL := help

@@ -1,4 +1,4 @@
-"""Command lines that start a module of this project, without searching the working directory for code.
+"""How launchers start processes: command lines and environment variables.
 
 `python -m NAME` searches the working directory before installed packages, so a user's own `train.py`, `data/` or `recipes/`
 there would run instead of ours. `-P` turns this off.
@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 from recipes.schema.options import FRONT
+from recipes.schema.recipe import Recipe
 
 PYTHON_FLAGS = ("-P",)
 """Flags of every Python process that runs a module of this project."""
@@ -22,6 +23,17 @@ def checkout() -> str | None:
 def python_module(module: str, *words: str) -> list[str]:
     """The command that runs a module with this process's Python."""
     return [sys.executable, *PYTHON_FLAGS, "-m", module, *words]
+
+
+def rank_environment(recipe: Recipe, *, threads: int | None) -> dict[str, str]:
+    """Environment variables that every process of a run needs. threads: CPU threads of a process; None does not set them."""
+    variables = {"PYTHONUNBUFFERED": "1"}
+    if threads:
+        variables["OMP_NUM_THREADS"] = str(threads)
+    if recipe.parallel.tensor > 1 or recipe.parallel.context > 1:
+        # Megatron overlaps communication with products only if the GPU starts kernels in launch order.
+        variables["CUDA_DEVICE_MAX_CONNECTIONS"] = "1"
+    return variables
 
 
 def stratum(*words: str) -> list[str]:

@@ -38,7 +38,6 @@ class QueuedJob:
     nodes: str
     start: str
     restarts: int
-    dependency: str
     is_preempted: bool = False
     end: str = "Unknown"
     """End of its time limit, as Slurm writes it: local time, ISO 8601."""
@@ -95,7 +94,6 @@ def read_job(text: str) -> QueuedJob:
         nodes=fields.get("NodeList", "(null)"),
         start=fields.get("StartTime", "Unknown"),
         restarts=_whole(fields.get("Restarts", "")),
-        dependency=fields.get("Dependency", "(null)"),
         is_preempted=fields.get("PreemptTime", "None")[:1].isdigit(),
         end=fields.get("EndTime", "Unknown"),
     )

@@ -21,8 +21,9 @@ from launch.children import python_module
 from launch.local.supervise import StopRequest, run_attempt
 from launch.runs import RunFolder
 from recipes.schema import units
-from recipes.schema.command import asked_for, dotted_keys, recipe_words, run_command, section
+from recipes.schema.command import dotted_keys, recipe_and_overrides, recipe_words, run_command, section
 from recipes.schema.compress import CompressConfig
+from recipes.schema.credentials import without_credentials
 from recipes.schema.errors import USER_ERRORS, RecipeError
 from recipes.schema.options import STRATUM, CommandParser
 from recipes.schema.read import read_recipe
@@ -54,7 +55,7 @@ def stages_of(composed: DictConfig) -> list[Stage]:
     stages = section(composed, "stages")
     if not stages:
         raise RecipeError("this recipe has no stages.")
-    _, overrides = asked_for()
+    _, overrides = recipe_and_overrides()
     found = [_stage(name, text, overrides) for name, text in stages.items()]
     given = {_key(word) for word in overrides}
     for key in LINKS:
@@ -126,7 +127,8 @@ def _stage(name: str, text: Any, overrides: list[str]) -> Stage:
 
 
 def _line(stage: Stage) -> str:
-    return shlex.join([STRATUM, stage.module.removeprefix("train.").split(".")[-1], *stage.words])
+    words = map(without_credentials, stage.words)
+    return shlex.join([STRATUM, stage.module.removeprefix("train.").split(".")[-1], *words])
 
 
 def _key(word: str) -> str:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from recipes.schema.command import of_the_machine
 from recipes.schema.errors import StratumError
-from recipes.schema.foreign import printable_lines
+from recipes.schema.messages import complain
 
 
 def exit_status(job: Callable[[], int]) -> int:
@@ -24,8 +24,6 @@ def exit_status(job: Callable[[], int]) -> int:
     except KeyboardInterrupt:
         return 130
     except StratumError as error:
-        message, status = str(error), error.status
+        return complain(error)
     except OSError as error:
-        message, status = of_the_machine(error), 2
-    sys.stderr.write(f"error: {printable_lines(message)}\n")
-    return status
+        return complain(of_the_machine(error))

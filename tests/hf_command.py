@@ -4,8 +4,11 @@ import os
 import sys
 from pathlib import Path
 
+import matplotlib.pyplot  # noqa: F401  imported here, so that the processes forked below need not import it
 from ranks import run_ranks
+from transformers import Gemma2ForCausalLM, NemotronHForCausalLM  # noqa: F401  likewise
 
+from train.hf import command as _command  # noqa: F401  likewise
 from train.hf.__main__ import main
 
 

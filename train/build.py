@@ -15,7 +15,7 @@ from data.store.manifest import MANIFEST, read_manifest
 from data.stream import Dataset, open_dataset
 from data.tokenizer import Tokenizer, load_tokenizer
 from recipes.schema.changes import check_same_function
-from recipes.schema.errors import DataError, refuse
+from recipes.schema.errors import DataError, RecipeError, refuse
 from recipes.schema.facts import identity_of, look, read_request
 from recipes.schema.layout import Layout, lay_out
 from recipes.schema.parallel import ParallelConfig
@@ -35,6 +35,8 @@ from train.objective import next_token
 from train.optim.optimizer import build_optimizer
 from train.parallel.mesh import Mesh, close_mesh, open_mesh
 from train.parallel.wrap import connect, wrap_chunks
+from train.quantize.directory import QuantizedFiles, is_quantized
+from train.quantize.loading import load_quantized
 
 log = logging.getLogger(__name__)
 
@@ -184,12 +186,33 @@ def build_engine(recipe: Recipe, mesh: Mesh, *, weights: Path | None = None, tok
 @contextmanager
 def model_on_one_rank(recipe: Recipe, checkpoint: Path, *, device: torch.device) -> Iterator[Any]:
     """The whole model of a recipe in this process with a checkpoint's weights, for inference: plain torch, in eval mode."""
-    check_same_function(read_checkpoint_manifest(checkpoint).recipe, recipe, place=str(checkpoint))
+    with model_for_inference(recipe, checkpoint, device=device) as model:
+        yield model
+
+
+@contextmanager
+def model_for_inference(
+    recipe: Recipe, checkpoint: Path, *, device: torch.device, rank: int = 0, tensor: int = 1
+) -> Iterator[Any]:
+    """The model of a recipe with a checkpoint's weights, for inference: plain torch, in eval mode, one pipeline stage, split
+    over `tensor` ranks. The checkpoint may be of any layout. Collective over these ranks, which are the world.
+
+    checkpoint: or a directory of `stratum hf export --quantize`, on one rank: its linear layers keep their codes and scales.
+    """
+    quantized = QuantizedFiles(checkpoint) if is_quantized(checkpoint) else None
+    if quantized is None:
+        check_same_function(read_checkpoint_manifest(checkpoint).recipe, recipe, place=str(checkpoint))
+    elif tensor > 1:
+        raise RecipeError(f"{checkpoint} has quantised weights, which are not split over ranks. Use one rank.")
     use_device(device)
 
-    one = replace(recipe, parallel=ParallelConfig(), run=replace(recipe.run, global_rows=1, microbatch_rows=1))
-    layout = check(one, world=1)
-    with mesh_of(one, layout, device=device, rank=0) as mesh:
+    one = replace(
+        recipe, parallel=ParallelConfig(tensor=tensor), run=replace(recipe.run, global_rows=1, microbatch_rows=1)
+    )
+    if quantized is not None:  # its weights are rounded already
+        one = replace(one, precision=replace(one.precision, quantize_weights="none"))
+    layout = check(one, world=tensor)
+    with mesh_of(one, layout, device=device, rank=rank) as mesh:
         chunks = build_model(
             one.model,
             parallel=one.parallel,
@@ -200,7 +223,10 @@ def model_on_one_rank(recipe: Recipe, checkpoint: Path, *, device: torch.device)
             backend=ReferenceBackend(),
             draw_weights=False,
         )
-        read_weights(checkpoint, chunks, groups=mesh.groups)
+        if quantized is None:
+            read_weights(checkpoint, chunks, groups=mesh.groups)
+        else:
+            load_quantized(chunks[0], quantized, model=one.model, groups=mesh.groups)
         yield chunks[0].eval()
 
 

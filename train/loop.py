@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from data.stream import Stream
+from recipes.schema.evaluate import heldout_is_due, tasks_are_due
 from recipes.schema.recipe import Recipe
 from recipes.schema.schedule import learning_rate_factor
 from train.checkpoint.manager import CheckpointFolder
@@ -122,7 +123,10 @@ def train_loop(
                 check_numbers(step, grad_norm=result.grad_norm, advice=lambda: checkpoints.advice(mesh))
             check_losses(telemetry.not_finite, advice=lambda: checkpoints.advice(mesh))
 
-            if recipe.evaluate.every_steps and step % recipe.evaluate.every_steps == 0 and step < run.steps:
+            if step < run.steps and (
+                heldout_is_due(recipe.evaluate, step, steps=run.steps)
+                or tasks_are_due(recipe.evaluate, step, steps=run.steps)
+            ):
                 flush()
                 evaluate(step)
             if checkpoints.is_due(step) and step < last_step:

@@ -17,6 +17,7 @@ import torch
 from data.stream import Dataset, Stream
 from data.system import disk
 from recipes.schema.errors import CheckpointError, refuse
+from recipes.schema.evaluate import heldout_is_due, tasks_are_due
 from recipes.schema.facts import named
 from recipes.schema.pattern import flops_per_token, parameters
 from recipes.schema.read import recipe_mapping, recipe_yaml
@@ -30,6 +31,7 @@ from train.checkpoint.resume import TEACHER, resume
 from train.checkpoint.saving import Peers
 from train.distill.teacher_cache import TeacherCache
 from train.evaluate.losses import heldout_bits_per_byte
+from train.evaluate.training_tasks import open_training_tasks, task_scores
 from train.loop import train_loop
 from train.megatron import choose_device, use_device
 from train.native.kernel_versions import describe, of_all_ranks
@@ -77,6 +79,7 @@ def train(recipe: Recipe) -> RunEnd:
 
 def _train(recipe: Recipe, *, mesh: Mesh, dataset: Dataset, folder: Path, check_lease: Callable[[], None]) -> RunEnd:
     checkpoints = CheckpointFolder(folder / "checkpoints", recipe.checkpoint)
+    tasks = open_training_tasks(recipe, dataset.tokenizer)
     # run.start_from is only used by a new run: a run with checkpoints continues from its own.
     initial, origin = None, {}
     if recipe.run.start_from is not None and not checkpoints.published():
@@ -145,10 +148,15 @@ def _train(recipe: Recipe, *, mesh: Mesh, dataset: Dataset, folder: Path, check_
         )
 
         def evaluate(at: int) -> None:
-            with telemetry.phase("evaluating"):
-                scores = heldout_bits_per_byte(engine, dataset, rows_per_source=recipe.evaluate.rows_per_source)
-            telemetry.evaluation(at, scores)
-            check_scores(at, scores, advice=lambda: checkpoints.advice(mesh))
+            if heldout_is_due(recipe.evaluate, at, steps=recipe.run.steps):
+                with telemetry.phase("evaluating"):
+                    scores = heldout_bits_per_byte(engine, dataset, rows_per_source=recipe.evaluate.rows_per_source)
+                telemetry.evaluation(at, scores)
+                check_scores(at, scores, advice=lambda: checkpoints.advice(mesh))
+            if tasks_are_due(recipe.evaluate, at, steps=recipe.run.steps):
+                with telemetry.phase("scoring tasks"):
+                    results = task_scores(engine, tasks, dataset.tokenizer)
+                telemetry.event("tasks", step=at, tasks=results)
 
         def save(at: int, rows: int, *, background: bool) -> None:
             check_lease()

@@ -34,6 +34,8 @@ COMMANDS = {
     "trace": Command("data", "data.commands:trace", "the documents a step saw, and the steps that saw a document"),
     "train": Command("training", "train.__main__:main", "train a recipe; the same command resumes"),
     "generate": Command("training", "train.inference.command:main", "stream text from a checkpoint of a run"),
+    "evaluate": Command("training", "train.evaluate.command:main", "scores of a checkpoint on tasks, with intervals"),
+    "serve": Command("training", "train.serve.command:main", "a model behind OpenAI's API, with a page to try it"),
     "report": Command("training", "train.record.report:main", "picture and summary of a run, also while it trains"),
     "checkpoint": Command("training", "train.checkpoint.__main__:main", "list, verify, compare and rewrite checkpoints"),
     "hf": Command("training", "train.hf.__main__:main", "models to and from Hugging Face's format, compared block by block"),
@@ -111,7 +113,7 @@ def _version(package: str) -> str:
 
 def _unknown(words: Sequence[str]) -> int:
     """Print an error with the closest command, or list a group's commands. -> exit status."""
-    first = words[0]
+    first, *_ = words = [repr(word)[1:-1] for word in words[:2]]  # without control characters
     if any(name.startswith(f"{first} ") for name in COMMANDS):
         second = words[1] if len(words) > 1 else ""
         if second in ("-h", "--help"):

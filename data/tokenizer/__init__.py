@@ -144,6 +144,14 @@ class Tokenizer:
         """The text of ids; special tokens are left out."""
         return self._backend.decode([int(i) for i in ids])
 
+    def bytes_of(self, id: int) -> bytes:
+        """UTF-8 bytes of one token; empty for special tokens."""
+        return self._backend.bytes_of(id)
+
+    def special_name(self, id: int) -> str | None:
+        """Name of a special token; None if the id is an ordinary one."""
+        return next((name for name, special in self._backend.special.items() if special == id), None)
+
     def token_bytes(self) -> np.ndarray:
         """UTF-8 bytes each id stands for, int32 [vocab_size]; 0 for special tokens."""
         return self._token_bytes
@@ -166,9 +174,9 @@ class Tokenizer:
         return IncrementalDecoder(self._backend)
 
     def parsed(self) -> dict[str, Any] | None:
-        """Content of a `tokenizer.json` with the same ids for every text; None if none is known.
+        """Content of a `tokenizer.json` with the same ids for every text; None if no such conversion is known.
 
-        DataError for ranks that merges cannot reach.
+        DataError says what a `tokenizer.json` cannot represent: ranks that merges cannot reach, rules of SentencePiece.
         """
         match self._backend:
             case hf.HuggingFace():
@@ -176,7 +184,7 @@ class Tokenizer:
             case ranks.Tiktoken():
                 return hf.as_parsed(self._backend.ranks)
             case _:
-                return None
+                return self._backend.tokenizer_json()
 
     def content(self) -> Any:
         """What the fingerprint is made of."""

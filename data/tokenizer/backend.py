@@ -71,6 +71,13 @@ class Backend(ABC):
     def content(self) -> Any:
         """All that decides the ids of a text, without what is chance in the file; the same content is one tokenizer."""
 
+    def tokenizer_json(self) -> dict[str, Any] | None:
+        """Content of a `tokenizer.json` with the same ids for every text; None if no such conversion is known.
+
+        DataError says which part of the tokenizer a `tokenizer.json` cannot represent.
+        """
+        return None
+
     @abstractmethod
     def save(self, path: Path) -> None:
         """Write a file that loads to the same tokenizer."""

@@ -95,6 +95,70 @@ class SentencePiece(Backend):
             "pieces": pieces.hexdigest(),
         }
 
+    def tokenizer_json(self) -> dict[str, Any]:
+        """The model as a `tokenizer.json`, as Llama 2's and Gemma's are published. DataError for kinds and rules without one."""
+        from sentencepiece import sentencepiece_model_pb2
+
+        model = sentencepiece_model_pb2.ModelProto.FromString(self._model)
+        trained, rules = model.trainer_spec, model.normalizer_spec
+        kinds = model.SentencePiece
+        obstacles = {
+            f"pieces are chosen by the {trained.ModelType.Name(trained.model_type).lower()} method, not by BPE":
+                trained.model_type != trained.BPE,
+            f"letters are replaced (normalisation {rules.name!r})": bool(rules.precompiled_charsmap),
+            "several spaces become one": rules.remove_extra_whitespaces,
+            "spaces belong to the word before": trained.treat_whitespace_as_suffix,
+            "spaces are not written as \u2581": not rules.escape_whitespaces,
+            "words of its own are given, and a space before each text": rules.add_dummy_prefix
+            and any(piece.type == kinds.USER_DEFINED for piece in model.pieces),
+            "pieces are marked unused": any(piece.type == kinds.UNUSED for piece in model.pieces),
+        }  # fmt: skip
+        if found := [text for text, applies in obstacles.items() if applies]:
+            raise DataError(f"a tokenizer.json cannot represent this SentencePiece model: {'; '.join(found)}.")
+        ids = {piece.piece: number for number, piece in enumerate(model.pieces)}
+        normal = [piece for piece in model.pieces if piece.type == kinds.NORMAL]
+        names = {piece.piece for piece in normal}
+        # SentencePiece joins the two neighbours whose union has the best score; merges are listed in this order.
+        merges = [
+            [text[:cut], text[cut:]]
+            for text in (piece.piece for piece in sorted(normal, key=lambda piece: (-piece.score, ids[piece.piece])))
+            for cut in range(1, len(text))
+            if text[:cut] in names and text[cut:] in names
+        ]
+        plain = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+        added = [
+            {"id": ids[piece.piece], "content": piece.piece.replace(_SPACE, " "), **plain, "special": not is_text}
+            for piece in model.pieces
+            if (is_text := piece.type == kinds.USER_DEFINED) or piece.type in (kinds.CONTROL, kinds.UNKNOWN)
+        ]
+        space = {"type": "Replace", "pattern": {"String": " "}, "content": _SPACE}
+        before = {"type": "Prepend", "prepend": _SPACE}
+        back: list[dict[str, Any]] = [
+            {"type": "Replace", "pattern": {"String": _SPACE}, "content": " "},
+            {"type": "ByteFallback"},
+            {"type": "Fuse"},
+        ]
+        if rules.add_dummy_prefix:
+            back.append({"type": "Strip", "content": " ", "start": 1, "stop": 0})
+        return {
+            "version": "1.0",
+            "truncation": None,
+            "padding": None,
+            "added_tokens": added,
+            "normalizer": {"type": "Sequence", "normalizers": [before, space]} if rules.add_dummy_prefix else space,
+            "pre_tokenizer": None,
+            "post_processor": None,
+            "decoder": {"type": "Sequence", "decoders": back},
+            "model": {
+                "type": "BPE",
+                "unk_token": self._processor.id_to_piece(self._processor.unk_id()),
+                "fuse_unk": True,
+                "byte_fallback": trained.byte_fallback,
+                "vocab": ids,
+                "merges": merges,
+            },
+        }
+
     def save(self, path: Path) -> None:
         """The file as it was read."""
         path.write_bytes(self._model)

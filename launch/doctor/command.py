@@ -26,6 +26,7 @@ from recipes.schema import units
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
+    from typing import NoReturn
 
 _INTERFACE = (
     "for gloo on several nodes, torchrun needs GLOO_SOCKET_IFNAME=NAME (`ip -brief address`); `launch slurm` sets it"
@@ -33,9 +34,16 @@ _INTERFACE = (
 FIXED = ("torch", "megatron-core", "hydra-core", "datasets", "wandb")
 
 
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """One message without control characters. `recipes` has more, but needs what may not be installed yet."""
+        sys.stderr.write("error: " + repr(message)[1:-1] + "\n")
+        raise SystemExit(2)
+
+
 def main(arguments: Sequence[str]) -> int:
     """Entry point of `stratum doctor`. -> 0 if nothing is wrong, 1 if something will fail."""
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="stratum doctor",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         description="Is this machine ready to train? Needs nothing but Python.",

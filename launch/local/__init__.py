@@ -1,1 +1,1 @@
-"""Processes of a run on this machine: start, watch, end, restart."""
+"""Runs on this machine: start, watch, end and restart the processes."""

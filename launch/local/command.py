@@ -2,7 +2,7 @@
 
     words --compose--> recipe --checks--> attempt (launch.local.supervise) --failed--> wait --> attempt --> ... --> exit status
 
-Every attempt resumes from the newest checkpoint. The exit status is the trainer's (docs/launch.md), or that of the rank that
+Each attempt resumes from the newest checkpoint. The exit status is that of the trainer (docs/launch.md), or of the rank that
 failed first.
 """
 
@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from data.system.retry import wait_s
-from launch.children import python_module
+from launch.children import python_module, rank_environment
 from launch.compose import checked_layout, compose, run_folder
 from launch.facts import fp32_block_scales_of
 from launch.lease import LeaseError, current_owner, refusal
@@ -74,7 +74,7 @@ def _launch(recipe: Recipe, words: Sequence[str], *, show: str) -> int:
     environment = _environment(recipe, processes)
     shown = _shown(show, processes)
     run = run_folder(recipe)
-    refuse_second(run)
+    refuse_second_trainer(run)
     say(f"{processes} process{'es' * (processes > 1)} ({layout.describe()}), logs in {run.logs}")
     return run_to_end(
         python_module("launch.local.rank", "train", *words),
@@ -95,7 +95,7 @@ def run_to_end(
     environment: dict[str, str],
     shown: frozenset[int],
 ) -> int:
-    """Start attempts until the run is finished or stopped, or must not be tried again. -> exit status."""
+    """Start attempts until the run is finished or stopped, or must not be restarted. -> exit status."""
     failures = 0
     use_terminal = len(shown) == 1 and recipe.telemetry.progress and sys.stdout.isatty() and sys.stderr.isatty()
     with StopRequest() as stop:
@@ -136,7 +136,7 @@ def run_to_end(
                 return end.status
 
 
-def refuse_second(run: RunFolder) -> None:
+def refuse_second_trainer(run: RunFolder) -> None:
     """Raise LeaseError if a trainer owns the run.
 
     The trainer refuses too (train.resilience.lease); this check saves starting the processes.
@@ -151,7 +151,7 @@ def _degrees(recipe: Recipe) -> int:
 
 
 def _gpus() -> int:
-    """Number of GPUs that processes on this machine can use, by the driver's files, without CUDA."""
+    """Number of GPUs that processes on this machine can use, from the driver's files, without CUDA."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is not None:
         return len([name for name in visible.split(",") if name.strip() not in ("", "-1")])
@@ -160,15 +160,11 @@ def _gpus() -> int:
 
 
 def _environment(recipe: Recipe, processes: int) -> dict[str, str]:
-    """Environment of every process, before its rank is added. Variables that are already set keep their values."""
+    """Environment of every process, without its rank. Variables that are already set keep their values."""
     threads = recipe.run.threads or max(1, len(os.sched_getaffinity(0)) // processes)
-    defaults = {"OMP_NUM_THREADS": str(threads), "PYTHONUNBUFFERED": "1"}
+    defaults = rank_environment(recipe, threads=threads)
     if sys.platform == "linux":
         defaults["GLOO_SOCKET_IFNAME"] = "lo"  # otherwise gloo uses the host name, which need not resolve to this host
-    if recipe.parallel.tensor > 1 or recipe.parallel.context > 1:
-        defaults["CUDA_DEVICE_MAX_CONNECTIONS"] = (
-            "1"  # Megatron overlaps communication only if kernels start in launch order
-        )
     return {**defaults, **os.environ, **environment_of(recipe.launch.environment)}
 
 
@@ -186,7 +182,7 @@ def _shown(text: str, processes: int) -> frozenset[int]:
 
 
 def _new_folder(logs: Path) -> Path:
-    """A new folder name for this attempt's logs."""
+    """A folder name for this attempt's logs that does not exist yet."""
     stem, number = f"local-{units.stamp()}", 1
     while (logs / (stem if number == 1 else f"{stem}-{number}")).exists():
         number += 1

@@ -1,15 +1,15 @@
-"""What follows when a run's processes have ended: nothing, a restart, or giving up. No torch.
+"""Decides what follows when a run's processes have ended: nothing, a restart, or the end of the run. No torch.
 
-One rule for `stratum launch local` and for Slurm jobs. It depends on the exit status and on whether a new checkpoint was written:
+`stratum launch local` and Slurm jobs use this one rule. It depends on the exit status and on whether there is a new checkpoint:
 
     0 at the last step                 finished
     0 before it                        paused by run.stop_after_steps: in a queue the next job continues
     138 (SIGUSR1: near the time limit) in a queue the next job continues
-    130, 143, 129 (SIGINT, SIGTERM,    someone stopped it: no restart. But a preempted job continues, and so does one that
-              SIGHUP)                  nobody stopped: srun ends all ranks with SIGTERM when one is killed
+    130, 143, 129 (SIGINT, SIGTERM,    a user stopped it: no restart. But a preempted job continues, and so does a job that
+              SIGHUP)                  no user stopped: srun ends all ranks with SIGTERM when one is killed
     2 (recipe, data, machine)          the same error would follow: no restart
     3 (NaN or infinity)                the same steps would follow: no restart
-    else                               a failure: restart, up to `restarts` times in a row without a new checkpoint;
+    other                              a failure: restart, up to `restarts` times in a row without a new checkpoint;
                                        at once if there is a new checkpoint
 """
 
@@ -23,12 +23,12 @@ USER_ERROR = StratumError.status
 NUMERICS = NumericsError.status
 TIME_IS_UP = 128 + signal.SIGUSR1
 STOPPED = (128 + signal.SIGINT, 128 + signal.SIGTERM, TIME_IS_UP, 128 + signal.SIGHUP)
-"""Statuses of a run that saved and stopped after a signal."""
+"""Exit statuses of a run that saved and stopped after a signal."""
 
 
 @dataclass(frozen=True)
 class Decision:
-    """What to do, why, and the current number of failures in a row without a new checkpoint."""
+    """What to do and why, and the number of failures in a row without a new checkpoint so far."""
 
     action: Literal["finished", "again", "stop"]
     reason: str
@@ -44,12 +44,12 @@ def decide(
     restarts: int,
     in_queue: bool,
     is_preempted: bool = False,
-    was_asked: bool = True,
+    stop_requested: bool = True,
 ) -> Decision:
-    """What follows an end with `status`.
+    """Decide what follows the exit status `status`.
 
-    failures: in a row before this one. in_queue: a next job can continue. was_asked: if `status` is that of a signal, someone
-    asked the run to stop.
+    failures: failures in a row before this one. in_queue: whether a next job can continue the run. stop_requested: whether a user
+    or Slurm asked the run to stop; used if `status` is that of a signal.
     """
     if status == 0 and (at_last_step or not in_queue):
         return Decision("finished", "finished")
@@ -58,7 +58,7 @@ def decide(
     if status == NUMERICS:
         return Decision("stop", "training gave NaN or infinity, and the same steps would follow", failures)
     continues = in_queue and (status == TIME_IS_UP or (status in STOPPED and is_preempted))
-    if status in STOPPED and was_asked and not continues:
+    if status in STOPPED and stop_requested and not continues:
         return Decision("stop", f"stopped by {describe(status)}", failures)
     planned = status == 0 or continues
     if planned and has_new_checkpoint:
@@ -76,7 +76,7 @@ def decide(
 
 
 def describe(status: int) -> str:
-    """An exit status as text: `status 1`, `SIGKILL (status 137; out of memory?)`."""
+    """Text for an exit status: `status 1`, `SIGKILL (status 137; out of memory?)`."""
     try:
         name = signal.Signals(status - 128).name
     except ValueError:
@@ -85,5 +85,5 @@ def describe(status: int) -> str:
 
 
 def shell_status(returncode: int) -> int:
-    """subprocess's return code as shells and Slurm give it: 128 + the signal's number if a signal killed the process."""
+    """subprocess's return code in the form of shells and Slurm: 128 + the signal's number if a signal killed the process."""
     return 128 - returncode if returncode < 0 else returncode

@@ -1,10 +1,10 @@
-"""Which rank failed first, and its error once: the records that failing ranks leave next to their logs, as one message.
+"""Finds the rank that failed first, and writes one message with its error, from the records that failing ranks write.
 
     rank 3: exception --> failure-00003.json {status, time, traceback}      (launch.local.rank)
-    all records of an attempt --> the cause: the earliest that is not "my peer is gone" --> one message
+    all records of an attempt --> the cause: the earliest that is not a lost connection --> one message
 
-When one rank dies, the others lose their peer and die moments later, each with a long traceback of its own. Those
-tracebacks are consequences: they stay in the log files.
+When one rank dies, the others lose their connection to it and die moments later, each with a long traceback. Those tracebacks
+are consequences: they stay in the log files.
 """
 
 import json
@@ -36,50 +36,50 @@ _SIGNAL_WORDS = {
     "Illegal instruction": signal.SIGILL,
     "Floating point exception": signal.SIGFPE,
 }
-"""The signal that ended a task, by the words srun has for it."""
+"""The signal that ended a task, by srun's text for it."""
 
 
 @dataclass(frozen=True)
 class RankFailure:
-    """One rank that did not end as it should."""
+    """The failure of one rank."""
 
     rank: int
     status: int
-    """As a shell gives it: 128 + the signal's number if a signal killed the process."""
+    """Exit status in the form of shells: 128 + the signal's number if a signal killed the process."""
     time: float
     """Seconds since the epoch, by the clock of its host."""
     host: str = ""
     error: str = ""
-    """Traceback; empty if the rank's log has the error, or the rank could not write one."""
+    """Traceback; empty if the rank's log contains the error, or the rank could not write it."""
 
 
 def log_of(folder: Path, rank: int) -> Path:
-    """Where a rank's output goes."""
+    """The log file of a rank."""
     return folder / f"rank-{rank:05d}.log"
 
 
 def write_failure(folder: Path, failure: RankFailure) -> None:
-    """Write a rank's record. If that fails it is ignored: the exit status still shows the failure."""
+    """Write a rank's record. An error is ignored, because the exit status still shows the failure."""
     try:
         (folder / f"failure-{failure.rank:05d}.json").write_text(json.dumps(asdict(failure)))
     except OSError:
         return
 
 
-def note_stop(folder: Path, status: int) -> None:
+def record_stop(folder: Path, status: int) -> None:
     """Record that a rank saved and stopped after a signal: an empty file with the status in its name."""
     (folder / f"stopped-{status}").touch()
 
 
 def read_stop(folder: Path) -> int | None:
-    """Status of the ranks that stopped after a signal; None if no rank did."""
+    """Exit status of the ranks that stopped after a signal; None if no rank did."""
     names = [path.name.removeprefix("stopped-") for path in folder.glob("stopped-*")]
     found = [int(name) for name in names if name.isdecimal() and len(name) < 4]
     return max(found, default=None)
 
 
 def read_failures(folder: Path) -> list[RankFailure]:
-    """The records of an attempt, the likeliest cause first."""
+    """The records of an attempt, the most likely cause first."""
     found = []
     for path in folder.glob("failure-*.json"):
         try:
@@ -109,12 +109,12 @@ def read_silent_failures(folder: Path) -> list[RankFailure]:
 
 
 def by_cause(folder: Path, failures: list[RankFailure]) -> list[RankFailure]:
-    """Failures ordered by causes before consequences, then by time."""
+    """Failures in order: causes before consequences, then by time."""
     return sorted(failures, key=lambda f: (bool(_CONSEQUENCE.search(error_text(folder, f))), f.time))
 
 
 def error_text(folder: Path, failure: RankFailure) -> str:
-    """The rank's traceback, or the last error message in its log; "" if it left neither."""
+    """The rank's traceback, or the last error message in its log; "" without either."""
     if failure.error:
         return failure.error.rstrip()
     lines = last_texts(log_of(folder, failure.rank), 400)
@@ -130,7 +130,7 @@ def failure_message(folder: Path, failures: list[RankFailure], *, seen_live: fro
     """
     first, others = failures[0], failures[1:]
     text = error_text(folder, first)
-    said = {_bare(error_text(folder, f)) for f in failures if f.rank in seen_live and not f.error}
+    already_shown = {_bare(error_text(folder, f)) for f in failures if f.rank in seen_live and not f.error}
     head = f"rank {first.rank}{f' on {first.host}' if first.host else ''} failed first, with {describe(first.status)}"
     hung = re.findall(r"^hang: (.*)$", text, re.MULTILINE)
     if hung:
@@ -138,7 +138,7 @@ def failure_message(folder: Path, failures: list[RankFailure], *, seen_live: fro
     if not text:
         last = [f"    {line}" for line in last_texts(log_of(folder, first.rank), 5) if first.rank not in seen_live]
         message = [f"{head}, without a message."] + (["Its last lines:", *last] if last else [])
-    elif _bare(text) in said:
+    elif _bare(text) in already_shown:
         message = [f"{head}: the error above."]
     else:
         message = [f"{head}:", *(f"    {line}" for line in _shortened(text))]

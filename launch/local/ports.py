@@ -1,9 +1,9 @@
-"""Ports that two worlds on one machine never share.
+"""Reserves a rendezvous port for a run, so that two runs on one machine never use the same port.
 
-A port found by binding to port 0 and closing the socket may be taken before rank 0 listens on it: the kernel gives such
-numbers to every outgoing connection, and gloo opens dozens. So a port is chosen below that range, and a name in Linux's
-abstract socket space, bound as long as the world runs, reserves it against other worlds: there is no file to clean up, and the
-kernel frees the name when the process dies. Slurm jobs use 20000 to 31999 (launch/slurm/job_script.py).
+A port found by binding to port 0 and closing the socket may be taken before rank 0 listens on it: the kernel also gives these
+ports to outgoing connections, and gloo opens dozens. So the port is below that range. A name in Linux's abstract socket space,
+bound as long as the run lasts, reserves it against other runs. This leaves no file to clean up: the kernel frees the name when
+the process dies. Slurm jobs use 20000 to 31999 (launch/slurm/job_script.py).
 """
 
 import random
@@ -17,10 +17,9 @@ PORTS = range(32000, 32768)
 
 @contextmanager
 def reserved_port() -> Iterator[int]:
-    """A port of this machine on which nobody listens. No other caller gets it while the context is open, here or in a process
-    forked inside it.
+    """A free port of this machine. No other caller gets it while the context is open, here or in a process forked inside it.
 
-    Raises OSError if all are taken.
+    Raises OSError if all ports are taken.
     """
     port, claim = _claim()
     with claim:
@@ -35,6 +34,6 @@ def _claim() -> tuple[int, socket.socket]:
             with socket.socket() as probe:
                 probe.bind(("", port))
             return port, claim
-        except OSError:  # another world has it, or some process listens there
+        except OSError:  # another run has reserved it, or a process listens on it
             claim.close()
     raise OSError(f"no free port from {PORTS[0]} to {PORTS[-1]}: end some of the runs on this machine")

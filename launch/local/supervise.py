@@ -1,12 +1,12 @@
-"""Start the processes of a run on this machine, watch them, end them: one attempt, from the first start to the last exit.
+"""Starts the processes of a run on this machine, watches them, and ends them: one attempt, from the first start to the last exit.
 
     command x N --> ranks (own sessions, logs) --> wait --> AttemptEnd(status, failures)
-                                                    |  a signal: passed on once; SIGKILL after grace_s, or after a second signal
+                                                    |  a signal: forwarded once; SIGKILL after grace_s, or after a second signal
                                                     |  a rank fails: the others have SETTLE_S to end by themselves
 
-For the processes it is like torchrun: the same variables, and a rendezvous by address and port. Two things differ, because they
-lose work under torchrun: one timeout there serves both the save after a signal and ranks that hang because a peer has died;
-and the exit status of a failed rank is lost (always 1), so that an error in the recipe is retried like a hardware failure.
+The processes see the same as under torchrun: the same variables, and a rendezvous by address and port. Two things differ, because
+torchrun loses work there: it has one timeout for both the save after a signal and ranks that hang because a peer has died; and it
+loses the exit status of a failed rank (it is always 1), so that an error in the recipe is retried like a hardware failure.
 """
 
 import contextlib
@@ -29,12 +29,12 @@ from launch.local.terminal import Output
 from launch.runs import RunFolder
 
 SETTLE_S = 2.0
-"""After the first failure: the others have time to notice it and write their message, and the restart is not delayed."""
+"""Seconds after the first failure: enough for the other ranks to notice it and write their error, short enough for a restart."""
 _POLL_S = 0.05
 
 
 class StopRequest:
-    """Signals that ask the launcher to stop, recorded while the context is open. SIGHUP (terminal closed) counts as SIGTERM."""
+    """Records signals that ask the launcher to stop, while the context is open. SIGHUP (terminal closed) counts as SIGTERM."""
 
     def __init__(self) -> None:
         self.received: list[signal.Signals] = []
@@ -55,7 +55,7 @@ class StopRequest:
         self.received.append(signal.SIGTERM if name == signal.SIGHUP else name)
 
     def wait(self, seconds: float) -> bool:
-        """Sleep, or return early. -> whether a signal has come."""
+        """Sleep until the time is over or a signal arrives. -> whether a signal has arrived."""
         deadline = time.monotonic() + seconds
         while not self.received and time.monotonic() < deadline:
             time.sleep(min(_POLL_S, seconds))
@@ -67,9 +67,9 @@ class AttemptEnd:
     """How an attempt ended."""
 
     status: int
-    """0; 128 + the signal's number if a signal stopped it; else the status of the rank that failed first."""
+    """0 if all ranks succeeded; 128 + the signal's number if a signal stopped them; else that of the rank that failed first."""
     failures: list[RankFailure]
-    """Ranks that failed, causes first; without those that were killed because of them."""
+    """Ranks that failed, causes first, without ranks that the launcher killed because of them."""
 
 
 def say(text: str) -> None:
@@ -98,9 +98,9 @@ def run_attempt(
     stop: StopRequest,
     use_terminal: bool,
 ) -> AttemptEnd:
-    """Run `command` as `processes` ranks of one world until all have ended. No process is left when it returns.
+    """Run `command` as `processes` ranks of one world until all have ended. When it returns, no process is left.
 
-    logs: a new folder; shown: ranks whose output is also shown live; use_terminal: draw progress bars (one rank shown).
+    logs: a new folder. shown: ranks whose output is also shown live. use_terminal: draw progress bars (if one rank is shown).
     """
     logs.mkdir(parents=True)
     ranks: list[_Rank] = []
@@ -134,7 +134,7 @@ def run_attempt(
 
 
 def _end(ranks: list[_Rank]) -> None:
-    """End all processes of the world, including those that a rank has started."""
+    """Kill all processes of the world, including processes that a rank has started."""
     for rank in ranks:
         _kill(rank)
         rank.process.wait()
@@ -184,8 +184,8 @@ class _Watch:
         status = shell_status(returncode)
         if returncode == 0 or self._is_killing:
             return
-        was_asked = self._forwarded is not None and status == 128 + self._forwarded
-        if was_asked or (returncode > 0 and status in STOPPED):
+        stop_requested = self._forwarded is not None and status == 128 + self._forwarded
+        if stop_requested or (returncode > 0 and status in STOPPED):
             self._stopped_status = status
             self._end_within(self._grace_s)
         else:
@@ -193,7 +193,7 @@ class _Watch:
             self._end_within(SETTLE_S)
 
     def _forward_signals(self) -> None:
-        """Send the first signal to every rank once: a second would end it before it has saved."""
+        """Send the first signal to every rank, only once: a second one would end a rank before it has saved."""
         received = self._stop.received
         if received and self._forwarded is None:
             self._forwarded = received[0]
@@ -206,7 +206,7 @@ class _Watch:
             self._kill()
 
     def _what_is_saved(self) -> str:
-        """What the kill loses: nothing if the last step is already saved."""
+        """Text about what is lost by killing the ranks: nothing if the last step is already saved."""
         run = RunFolder(self._logs.parent.parent)
         saved, progress = run.checkpoint_step(), run.progress()
         if progress is not None and progress.step == saved:
@@ -223,7 +223,7 @@ class _Watch:
             _kill(rank)
 
     def _pump(self) -> None:
-        """Forward the output that has arrived; wait a moment if there is none."""
+        """Forward the output that has arrived; wait up to _POLL_S if there is none."""
         outputs = [rank.output for rank in self._running if rank.output]
         descriptors = [descriptor for output in outputs for descriptor in output.descriptors()]
         if not descriptors:
@@ -244,7 +244,7 @@ def _start(
     is_shown: bool,
     use_terminal: bool,
 ) -> _Rank:
-    """Start one rank in a session of its own: Ctrl-C in the terminal reaches only the launcher, which forwards it once."""
+    """Start one rank in its own session, so that Ctrl-C in the terminal reaches only the launcher, which forwards it once."""
     if not is_shown:
         with log.open("ab") as stream:
             process = subprocess.Popen(

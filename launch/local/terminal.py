@@ -1,9 +1,9 @@
-"""Output of the processes that are shown live: to the terminal as it comes, and to their log files cleaned.
+"""Output of the processes that are shown live: unchanged to the terminal, and without control codes to their log files.
 
-    rank --pseudo-terminal or two pipes--> Output.pump() --+--> the launcher's stdout and stderr, raw (a bar stays a bar)
+    rank --pseudo-terminal or two pipes--> Output.pump() --+--> the launcher's stdout and stderr, unchanged (with progress bars)
                                                            +--> rank-00000.log, without control codes
 
-All other ranks write their log files themselves. One thread; shown output is not buffered.
+All other ranks write their log files themselves. It uses one thread and does not buffer shown output.
 """
 
 import contextlib
@@ -100,7 +100,7 @@ class Output:
 
 
 class _Stream:
-    """One stream: raw to the screen, whole clean lines to the log."""
+    """One stream: unchanged to the screen, complete lines without control codes to the log."""
 
     def __init__(self, screen: BinaryIO, prefix: bytes) -> None:
         self._screen = screen
@@ -118,7 +118,7 @@ class _Stream:
             self._screen.flush()
 
     def clean(self, data: bytes) -> bytes:
-        """The lines that `data` completes, as the screen finally showed them."""
+        """The lines that `data` completes, as they finally appeared on the screen."""
         *whole, rest = (self._line + data).split(b"\n")
         self._line = rest.rpartition(b"\r")[2] if len(rest) > _CHUNK else rest
         return b"".join(_as_seen(line) + b"\n" for line in whole)

@@ -1,1 +1,1 @@
-"""What a run will need and take, before it is started."""
+"""The planner: memory and time of a run, and its problems, before it starts."""

@@ -1,7 +1,7 @@
-"""What is wrong with a recipe on a kind of GPU, and what is allowed but has a cost: value, place, remedy.
+"""Problems of a recipe on a kind of GPU, and warnings about what is allowed but costly. Each has value, place and remedy.
 
-All rules are in `recipes.schema.rules`, which the trainer uses too. This file collects their facts (the kind of GPU, this
-disk) and adds the planner's advice.
+All rules are in `recipes.schema.rules`, which the trainer uses too. This file collects the facts that the rules need (the kind
+of GPU, this disk) and adds the planner's warnings.
 """
 
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ from recipes.schema.rules import notes, problems
 
 @dataclass(frozen=True)
 class Facts:
-    """What a plan knows in addition to the recipe."""
+    """Facts that the rules need in addition to the recipe."""
 
     machine: Machine
     disk: Disk
@@ -28,7 +28,7 @@ class Facts:
 
     @property
     def is_here(self) -> bool:
-        """Whether the run's data is on this disk. If not, other files that are missing here may be on the same other disk."""
+        """Whether the run's data is on this disk. If not, the run's other files may be on another disk too."""
         return self.prepared is not None and self.prepared.is_here
 
 
@@ -45,7 +45,7 @@ def facts_of(recipe: Recipe, device: Device) -> Facts:
 
 
 def recipe_problems(recipe: Recipe, facts: Facts, *, world: int) -> list[Problem]:
-    """Everything that would stop the run, except memory."""
+    """All problems that would stop the run, except too little memory."""
     return problems(
         recipe,
         world=world,
@@ -57,7 +57,7 @@ def recipe_problems(recipe: Recipe, facts: Facts, *, world: int) -> list[Problem
 
 
 def recipe_warnings(recipe: Recipe, layout: Layout, device: Device, facts: Facts) -> list[str]:
-    """What is allowed but probably not wanted."""
+    """Warnings about settings that are allowed but probably not intended."""
     found = []
     if layout.tensor > device.domain:
         found.append(
@@ -71,7 +71,7 @@ def recipe_warnings(recipe: Recipe, layout: Layout, device: Device, facts: Facts
         )
     if layout.pipeline > 1 and layout.microbatches_per_step < layout.pipeline:
         found.append(
-            f"a step has {layout.microbatches_per_step} microbatches for {layout.pipeline} pipeline stages: most of them wait. "
+            f"a step has {layout.microbatches_per_step} microbatches for {layout.pipeline} pipeline stages: most stages wait. "
             f"Raise run.global_rows, or lower run.microbatch_rows or parallel.pipeline."
         )
     if layout.data > 1 and not recipe.parallel.overlap_grad_reduce:
@@ -84,11 +84,11 @@ def recipe_warnings(recipe: Recipe, layout: Layout, device: Device, facts: Facts
         found.append("run.device=cpu: the plan is for GPUs; this recipe will not use them.")
     if recipe.run.deterministic:
         found.append(
-            "run.deterministic=true: some deterministic kernels are slower; how much has not been measured on a GPU."
+            "run.deterministic=true: some deterministic kernels are slower. By how much was not measured on a GPU."
         )
     if not facts.is_here:
         found.append(
             f"data.folder={without_credentials(recipe.data.folder)} has no prepared data here: its vocabulary and size, and "
-            f"other files that the recipe names, were not checked. `stratum prepare` prepares it."
+            f"other files that the recipe names, were not checked. Run `stratum prepare` to prepare it."
         )
-    return found
+    return [without_credentials(text) for text in found]

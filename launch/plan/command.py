@@ -1,4 +1,4 @@
-"""`stratum plan`: memory and time of a run, and everything that is wrong with it. Imports no torch."""
+"""`stratum plan`: memory and time of a run, and its problems. Imports no torch."""
 
 import argparse
 import functools
@@ -28,7 +28,7 @@ from recipes.schema.units import GIB
 _EXAMPLES = r"""
 stratum plan -cn smoke                                            the recipe as it stands, on H100s
 stratum plan -cn smoke model=nemotron_nano_12b_v2 precision=fp8_blockwise data.row_tokens=8192 \
-    --gpus 64 --device h100 parallel.tensor=4 parallel.sequence=true     a layout of your own
+    run.global_rows=128 run.microbatch_rows=1 --gpus 64 parallel.tensor=4 parallel.sequence=true     a layout of your own
 stratum plan -cn nemotron_nano_12b_v2 run.global_rows=768 --gpus 256 --search     the best layouts, with reasons
 stratum plan -cn nemotron_nano_12b_v2 --gpus 736 --json | jq .memory_gib_per_rank     for scripts
 stratum plan -cn smoke --picture plan.png                         memory by stage, time by part
@@ -41,7 +41,7 @@ def main(arguments: Sequence[str]) -> int:
     """Entry point of `stratum plan`. -> exit status."""
     parser = CommandParser(
         "plan",
-        about="Memory and time of a run, and everything that is wrong with it, before it starts. Needs no torch.",
+        about="Predict memory and time of a run and list its problems, before it starts. Needs no torch.",
         examples=_EXAMPLES,
         notes=f"""
 Devices: {", ".join(devices())}.
@@ -50,11 +50,11 @@ counted, what is estimated, and how accurate the estimates are.
 """,
         recipe=True,
     )
-    parser.add_argument("--gpus", type=int, metavar="N", help="GPUs of the run (default: launch.nodes x gpus_per_node, or as "
-                        "few as the degrees need)")  # fmt: skip
+    parser.add_argument("--gpus", type=int, metavar="N", help="GPUs of the run (default: launch.nodes x gpus_per_node, or the "
+                        "smallest number that the degrees need)")  # fmt: skip
     parser.add_argument("--device", default="h100", metavar="KIND", help="kind of GPU (default: h100)")
     parser.add_argument("--search", action="store_true", help="find the best layouts instead")
-    parser.add_argument("--top", type=int, default=8, metavar="N", help="layouts that --search shows (default: 8)")
+    parser.add_argument("--top", type=int, default=8, metavar="N", help="with --search: layouts to show (default: 8)")
     parser.add_argument("--json", action="store_true", help="one JSON object on stdout, nothing else")
     parser.add_argument(
         "--picture", type=Path, metavar="FILE", help="draw memory by stage and time by part (.png, .svg, .pdf)"
@@ -150,7 +150,7 @@ def _search(recipe: Recipe, own: argparse.Namespace) -> int:
 
 
 def as_json(plan: Plan, *, ranks: bool) -> dict[str, Any]:
-    """A plan as one flat object; values are in bytes, seconds and FLOPs unless the key names another unit."""
+    """A plan as one JSON object. Values are in bytes, seconds and FLOPs unless the key names another unit."""
     layout = plan.layout
     found: dict[str, Any] = {
         "parameters": plan.parameters,

@@ -1,6 +1,6 @@
-"""`stratum plan --goodput`: how often the run should save, and which share of its time is useful when nodes fail.
+"""`stratum plan --goodput`: how often a run should save, and what share of its time is useful if nodes fail.
 
-By default, times of saving and loading are the plan's, and failures are as frequent as Llama 3's.
+By default, the times to save and load come from the plan, and nodes fail as often as in the training of Llama 3.
 """
 
 import argparse
@@ -18,7 +18,7 @@ from launch.plan.cost.goodput import (
     best_interval,
     daly_interval,
     expected_goodput,
-    rarest_interval,
+    longest_interval,
     simulate,
     young_interval,
 )
@@ -30,8 +30,8 @@ from recipes.schema.errors import RecipeError
 
 _MARKS = ("#b02a30", "#e9a23b", "#2a9d8f", "#8a5a9e", "#555555")
 RESTART_S = 300.0
-"""From a failure until all processes run again; an assumption: a dead process is noticed at once, a hang after
-`launch.timeout_s`; then scheduling, imports and connections follow."""
+"""Seconds from a failure until all processes run again. An assumption: a dead process is detected at once, a hang after
+`launch.timeout_s`; scheduling, imports and connections take the rest."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class Choice:
 
 @dataclass(frozen=True)
 class Goodput:
-    """A plan with failures."""
+    """Goodput of a planned run at several save intervals."""
 
     failures: Failures
     nodes: int
@@ -66,23 +66,24 @@ class Goodput:
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """The options of `--goodput`."""
-    group = parser.add_argument_group("goodput", "the run with failures (docs/plan.md)")
-    group.add_argument("--goodput", action="store_true", help="best save interval and expected share of useful time")
+    group = parser.add_argument_group("goodput", "a run with failures (docs/plan.md)")
+    group.add_argument("--goodput", action="store_true", help="best save interval, and expected share of useful time")
     group.add_argument(
         "--node-mtbf-hours", type=float, metavar="H", default=LLAMA_NODE_MTBF_S / 3600,
         help="hours a node runs between failures that interrupt the job (default: 6,335, as Llama 3's did)",
     )  # fmt: skip
     group.add_argument(
         "--restart-s", type=float, metavar="S", default=RESTART_S,
-        help="from a failure until all processes run again (default: 300)",
+        help="seconds from a failure until all processes run again (default: 300)",
     )  # fmt: skip
-    for name, text in (("load", "to read a checkpoint"), ("stall", "training waits for a save"),
-                       ("write", "until a save is durable, in the background")):  # fmt: skip
+    for name, text in (("load", "to read a checkpoint"), ("stall", "that training waits for a save"),
+                       ("write", "to write a save in the background")):  # fmt: skip
         group.add_argument(f"--{name}-s", type=float, metavar="S", help=f"seconds {text} (default: as planned)")
 
 
 def goodput_of(plan: Plan, own: argparse.Namespace) -> Goodput:
-    """Expected and simulated goodput at the recipe's interval and at better ones. Raises RecipeError for negative times."""
+    """Expected and simulated goodput at the recipe's save interval and at recommended ones. Raises RecipeError for negative
+    times."""
     for name in ("node_mtbf_hours", "restart_s", "load_s", "stall_s", "write_s"):
         value = getattr(own, name)
         if value is not None and (value < 0 or (name == "node_mtbf_hours" and value == 0)):
@@ -102,7 +103,7 @@ def goodput_of(plan: Plan, own: argparse.Namespace) -> Goodput:
         ("Young's", young_interval(failures, stall)),
         ("Daly's", daly_interval(failures, stall)),
         ("best", best),
-        ("advised", rarest_interval(failures, stall_s=stall, write_s=write)),
+        ("advised", longest_interval(failures, stall_s=stall, write_s=write)),
     ]
     choices = []
     for name, seconds in wanted:
@@ -115,14 +116,14 @@ def goodput_of(plan: Plan, own: argparse.Namespace) -> Goodput:
 
 
 def load_seconds(plan: Plan) -> float:
-    """Seconds until a node's ranks have read their state: weights (every data-parallel copy reads them) and moments."""
+    """Seconds in which the ranks of a node read their state: weights (each data-parallel copy reads them), masters, moments."""
     rank = plan.fullest
     node = (rank.weights + rank.masters + rank.moments) * min(plan.device.node, plan.layout.world)
     return node / STORAGE_PER_NODE
 
 
 def _in_memory(plan: Plan, failures: Failures, stall: float) -> float:
-    """Expected goodput if each node keeps a copy of its state on one other node; one copy survives each failure."""
+    """Expected goodput if each node keeps a copy of its state in the memory of one other node, and each failure leaves a copy."""
     rank = plan.fullest
     seconds = (rank.weights + rank.masters + rank.moments) / plan.device.network
     near = replace(failures, load_s=seconds)
@@ -135,9 +136,10 @@ def show_goodput(found: Goodput, plan: Plan) -> None:
     out = console()
     failures = found.failures
     out.print(
-        f"Goodput: {found.nodes:,} node{'s' * (found.nodes > 1)}, each failing every {found.node_mtbf_s / 3600:,.0f} h: a "
-        f"failure every {units.span(failures.mean_s)}; {failures.restart_s:,.0f} s to restart, {failures.load_s:,.0f} s "
-        f"to load; a save stalls {found.choices[0].saving.stall_s:.2g} s, durable {found.choices[0].saving.write_s:.2g} s later"
+        f"Goodput: {found.nodes:,} node{'s' * (found.nodes > 1)}, each fails every {found.node_mtbf_s / 3600:,.0f} h: one "
+        f"failure every {units.span(failures.mean_s)}. A restart takes {failures.restart_s:,.0f} s, loading "
+        f"{failures.load_s:,.0f} s. A save stalls training for {found.choices[0].saving.stall_s:.2g} s and is durable "
+        f"{found.choices[0].saving.write_s:.2g} s later."
     )
     table = Table(title="Share of useful time", title_justify="left", title_style="bold")
     for name in (
@@ -170,9 +172,9 @@ def show_goodput(found: Goodput, plan: Plan) -> None:
     expected = seconds / advised.goodput / failures.mean_s if advised.goodput > 1e-6 else float("inf")
     busy = min(1.0, advised.saving.write_s / advised.saving.cycle_s)
     out.print(
-        f"Advised: checkpoint.every_steps={advised.steps}, the longest interval within 0.1 % of the best (storage busy "
-        f"{busy:.1%} of the time); about {expected:,.1f} failures until the last step. With copies in other nodes' memory "
-        f"(not implemented), of which one survives each failure: {found.memory:.2%}."
+        f"Advised: checkpoint.every_steps={advised.steps}, the longest interval within 0.1 % of the best (storage is busy "
+        f"{busy:.1%} of the time). Expect about {expected:,.1f} failures until the last step. With copies of the state in "
+        f"other nodes' memory (not implemented) the share would be {found.memory:.2%}."
     )
 
 
@@ -193,7 +195,7 @@ def goodput_json(found: Goodput) -> dict[str, Any]:
 
 
 def draw_goodput(found: Goodput, plan: Plan, path: Path) -> None:
-    """Draw goodput over the interval: the expected curve, and the simulated choices."""
+    """Draw goodput against the save interval: the expected curve and the simulated choices."""
     first = found.choices[0].saving
     shortest = min(choice.saving.interval_s for choice in found.choices)
     span = [shortest / 30 * 10 ** (k / 60) for k in range(240)]

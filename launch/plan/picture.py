@@ -1,11 +1,14 @@
-"""A plan as a picture: memory of each pipeline stage as stacked bars under the device's limit, and the time of a step by part."""
+"""The picture of a plan: memory of each pipeline stage as stacked bars with the device's limit, and the time of a step by part.
+
+All pictures of `stratum plan` and `stratum validate` use `canvas`.
+"""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from launch.plan.names import MEMORY_NAMES, PART_NAMES
+from launch.plan.part_names import MEMORY_NAMES, PART_NAMES
 from launch.plan.planner import Plan
 from recipes.schema.errors import RecipeError
 from recipes.schema.units import GIB
@@ -14,16 +17,21 @@ _COLORS = ("#1f5fa8", "#4a90d9", "#7fb3e6", "#b5d3f0", "#2a9d8f", "#e9a23b", "#f
 _STYLE = {"font.size": 10, "axes.spines.top": False, "axes.spines.right": False, "axes.titleweight": "bold"}
 
 
+def check_kind(path: Path) -> None:
+    """Raise RecipeError if a picture of this name cannot be written."""
+    if path.suffix.lower() not in (".png", ".svg", ".pdf"):
+        raise RecipeError(f"--picture {path}: write a .png, .svg or .pdf.")
+
+
 @contextmanager
 def canvas(path: Path, *, size: tuple[float, float]) -> Iterator[Any]:
-    """A figure that is written when its block ends. Raises RecipeError for another kind of file than .png, .svg or .pdf."""
-    import matplotlib
+    """A figure of `size` inches, written to `path` when the context ends. Raises RecipeError if it is not .png, .svg or .pdf."""
+    import matplotlib  # slow to import, and only needed for pictures
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    if path.suffix.lower() not in (".png", ".svg", ".pdf"):
-        raise RecipeError(f"--picture {path}: write a .png, .svg or .pdf.")
+    check_kind(path)
     with pyplot.rc_context(_STYLE):
         figure = pyplot.figure(figsize=size, layout="constrained")
         yield figure
@@ -33,7 +41,7 @@ def canvas(path: Path, *, size: tuple[float, float]) -> Iterator[Any]:
 
 
 def draw(plan: Plan, path: Path) -> None:
-    """Write the picture. Raises RecipeError as `canvas`."""
+    """Write the picture. Raises RecipeError, like `canvas`."""
     with canvas(path, size=(13, 5.2)) as figure:
         left, right = figure.subplots(1, 2, width_ratios=(3, 2))
         places = [str(memory.stage) for memory in plan.memory]

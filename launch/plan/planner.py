@@ -1,8 +1,8 @@
-"""The plan of a run, from its typed recipe: layout, memory, time, cost, and everything that is wrong.
+"""The plan of a run, from its typed recipe: layout, memory, time, cost and problems.
 
-    Recipe, GPUs, device --checks--> problems --cost--> memory of every stage, time of a step --> days, energy, checkpoints
+    Recipe, GPUs, device --checks--> problems --cost--> memory of each stage, time of a step --> days, energy, checkpoints
 
-Needs no torch and no GPU and allocates nothing: it runs on a login node in a second.
+It needs no torch and no GPU and allocates no tensors, so it runs on a login node in a second.
 """
 
 from collections.abc import Sequence
@@ -27,7 +27,7 @@ from recipes.schema.units import GIB
 USABLE = 0.97
 """Share of a device's memory that a plan may fill: the allocator cannot use all of it."""
 STORAGE_PER_NODE = 2e9
-"""Bytes/s one node writes to shared storage; an assumption (arXiv 2407.21783: 2 TB/s sustained for 2,000 nodes)."""
+"""Bytes/s that one node writes to shared storage. An assumption (arXiv 2407.21783: 2 TB/s sustained for 2,000 nodes)."""
 TO_HOST = 20e9
 """Bytes/s from a GPU to its host's memory over PCIe 4, approximately."""
 
@@ -38,9 +38,9 @@ class Checkpoints:
 
     size_bytes: float
     stall_s: float
-    """Training waits this long: each GPU copies its share to the host."""
+    """Training waits this long while each GPU copies its share to the host."""
     write_s: float
-    """Time until the last byte is on shared storage, in the background."""
+    """Time to write it to shared storage in the background."""
 
 
 @dataclass(frozen=True)
@@ -62,9 +62,9 @@ class Plan:
     traffic: StepTraffic
     checkpoints: Checkpoints
     problems: tuple[str, ...]
-    """What will fail: the run must not start."""
+    """Reasons why the run would fail."""
     warnings: tuple[str, ...]
-    """What is allowed but has a cost."""
+    """Settings that are allowed but costly."""
 
     @property
     def tokens_per_step(self) -> int:
@@ -87,7 +87,7 @@ class Plan:
 
     @property
     def mfu_unmasked(self) -> float:
-        """The same with the masked half of attention included, as some publishers count it."""
+        """The same including the masked half of attention, as some publishers count it."""
         model, row = self.recipe.model, self.recipe.data.row_tokens
         kinds = layer_kinds(model.pattern)
         seen = kinds.count("*") * visible_keys(row) + kinds.count("w") * visible_keys(row, window=model.window_tokens)
@@ -116,12 +116,12 @@ class Plan:
 
     @property
     def energy_mwh(self) -> float:
-        """At full power of the GPUs with their share of the host; without cooling."""
+        """Energy with the GPUs and their share of the host at full power, without cooling."""
         return self.gpu_hours * (self.device.watts + self.device.host_watts) / 1e6
 
 
 def world_of(recipe: Recipe, gpus: int | None) -> int:
-    """GPUs of a run: the given number, else that of the launch group, else as few as the degrees need."""
+    """GPUs of a run: `gpus` if given, else the number of the launch group, else the smallest number that the degrees need."""
     if gpus is not None:
         return gpus
     degrees = recipe.parallel.tensor * recipe.parallel.pipeline * recipe.parallel.context
@@ -134,7 +134,7 @@ def make_plan(
 ) -> Plan:
     """Plan a run. Raises RecipeError with all problems if the layout is impossible; other problems are in the plan.
 
-    stages: pattern of each chunk, if not the recipe's own cut. facts: `facts_of` the recipe, to reuse them for many layouts.
+    stages: pattern of each chunk; None for the recipe's own cut. facts: result of `facts_of`, to reuse it for many layouts.
     """
     facts = facts or facts_of(recipe, device)
     problems = [str(problem) for problem in recipe_problems(recipe, facts, world=world)]
@@ -142,12 +142,14 @@ def make_plan(
         layout = lay_out(
             model=recipe.model, parallel=recipe.parallel, run=recipe.run, row_tokens=recipe.data.row_tokens, world=world
         )
-    except RecipeError as error:  # it is among the problems
+    except RecipeError as error:  # `problems` includes it
         raise RecipeError("\n".join(problems)) from error
     if stages is not None and len(stages) > 1:
         recipe = replace(recipe, model=replace(recipe.model, pattern="|".join(stages)))
     chunks = tuple(cut(recipe.model.pattern, layout.pipeline * layout.virtual, model=recipe.model))
-    modules: Modules = "te" if recipe.precision.backend in ("auto", "te") else "reference"
+    precision = recipe.precision
+    is_te = precision.backend == "te" or (precision.backend == "auto" and precision.quantize_weights == "none")
+    modules: Modules = "te" if is_te else "reference"
     setting = setting_of(recipe, layout=layout, stages=chunks, device=device)
     teacher = find_teacher(recipe, facts.disk.teacher)
     cost = teacher_cost(recipe, teacher.model, student=setting, modules=modules) if teacher.model is not None else None
@@ -187,7 +189,7 @@ def make_plan(
 
 
 def setting_of(recipe: Recipe, *, layout: Layout, stages: tuple[str, ...], device: Device) -> Setting:
-    """What the time of a recipe's step depends on."""
+    """Everything that the step time of a recipe depends on."""
     low = low_precision_linears(recipe.model, recipe.precision)
     layers = range(len(layer_kinds(recipe.model.pattern)))
     scaling = recipe.precision.scaling
@@ -247,8 +249,8 @@ def _memory_problems(plan: Plan) -> list[str]:
         f"parallel.tensor={_next_degree(parallel, 'tensor')} or parallel.pipeline={_next_degree(parallel, 'pipeline')}"
     )
     return [
-        f"memory: a rank of stage {rank.stage} needs {rank.total / GIB:.1f} GiB, {plan.device.name} has "
-        f"{plan.device.memory_gib:.1f} GiB of which {capacity:.1f} can be used. Use {', '.join(remedies)}; "
+        f"memory: a rank of stage {rank.stage} needs {rank.total / GIB:.1f} GiB; {plan.device.name} has "
+        f"{plan.device.memory_gib:.1f} GiB, and {capacity:.1f} GiB can be used. Use {', '.join(remedies)}; "
         f"`--search` lists layouts that fit."
     ]
 

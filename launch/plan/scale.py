@@ -1,6 +1,6 @@
-"""`stratum plan --scale 8,64,512,...`: the best layout at each number of GPUs, and the speed-up.
+"""`stratum plan --scale 8,64,512,...`: the best layout for each number of GPUs, and the speed-up.
 
-The step stays as in the recipe, so that training is the same: strong scaling.
+The rows of a step do not change, so the training result is the same (strong scaling).
 """
 
 import argparse
@@ -24,7 +24,7 @@ from recipes.schema.units import GIB
 
 @dataclass(frozen=True)
 class Point:
-    """One number of GPUs."""
+    """The result for one number of GPUs."""
 
     gpus: int
     plan: Plan | None
@@ -35,7 +35,7 @@ class Point:
 
 
 def counts_of(text: str) -> list[int]:
-    """`8,64,512` as numbers, ascending. Raises RecipeError for anything else."""
+    """The numbers in a text like `8,64,512`, ascending. Raises RecipeError for any other text."""
     words = [word for word in text.replace(",", " ").split() if word]
     if not words or not all(word.isdigit() and int(word) for word in words):
         raise RecipeError(f"--scale {text}: give numbers of GPUs separated by commas, as in --scale 8,64,512.")
@@ -87,12 +87,12 @@ def show_scale(points: list[Point], recipe: Recipe) -> None:
         )
     out.print(table)
     out.print(
-        "Predictions: docs/plan.md says how accurate they are, and which failures and times of saving are assumed."
+        "These are predictions: docs/plan.md says how accurate they are, and which failures and save times are assumed."
     )
 
 
 def scale_json(points: list[Point]) -> list[dict[str, Any]]:
-    """The same for scripts."""
+    """The result for scripts."""
     return [
         {"gpus": point.gpus, "works": False, "reason": point.reason}
         if point.plan is None or point.goodput is None
@@ -113,7 +113,7 @@ def scale_json(points: list[Point]) -> list[dict[str, Any]]:
 
 
 def draw_scale(points: list[Point], recipe: Recipe, path: Path) -> None:
-    """Draw speed next to linear scaling, and days with and without failures."""
+    """Draw speed compared with linear scaling, and days with and without failures."""
     good = [(p.gpus, p.plan, p.goodput.advised.goodput) for p in points if p.plan is not None and p.goodput is not None]
     if not good:
         raise RecipeError(f"--picture {path}: no number of GPUs works, so there is nothing to draw.")
@@ -148,4 +148,4 @@ def draw_scale(points: list[Point], recipe: Recipe, path: Path) -> None:
             axes.grid(alpha=0.25)
             axes.margins(x=0.08)
             axes.legend(frameon=False)
-        figure.suptitle(f"{recipe.run.name} on {good[0][1].device.name}, the same step at every size")
+        figure.suptitle(f"{recipe.run.name} on {good[0][1].device.name}, the same rows a step for every number of GPUs")

@@ -1,9 +1,9 @@
 """`stratum plan --search`: plan every layout of a recipe on a number of GPUs, rank them, show the best with reasons.
 
-    degrees x virtual stages x microbatch x recompute --rules, memory, formats--> those that work --time--> ranked
+    degrees x virtual stages x microbatch x recompute --rules, memory, formats--> layouts that work --time--> ranked
 
-Pipeline cuts balance the predicted seconds, with scan, scores and head. If that is not the cut that the recipe would get by
-default, the pattern with its `|` is among the overrides.
+Pipeline cuts balance the predicted seconds, including scan, scores and head. If this differs from the default cut, the overrides
+contain the pattern with its `|`.
 """
 
 import itertools
@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from launch.plan.checks import facts_of
 from launch.plan.cost.device import Device
 from launch.plan.cost.time import layer_seconds
-from launch.plan.names import PART_NAMES
+from launch.plan.part_names import PART_NAMES
 from launch.plan.planner import Plan, make_plan, setting_of
 from recipes.schema.errors import RecipeError
 from recipes.schema.layout import Layout, lay_out
@@ -31,25 +31,29 @@ class Candidate:
 
     plan: Plan
     overrides: list[str]
-    """Words to add to the command line to train with it."""
+    """Overrides to add to the command line to train with this layout."""
     why: str
+    """The parts of a step that explain its rank."""
 
 
 @dataclass(frozen=True)
-class Found:
+class SearchResult:
     """The result of a search."""
 
     best: list[Candidate]
+    """Fastest first."""
     tried: int
+    """Number of layouts planned."""
     fitting: int
+    """Number of layouts without problems."""
     rejected: dict[str, int]
     """Reason -> number of layouts."""
 
 
-def search(recipe: Recipe, *, world: int, device: Device, top: int = 8) -> Found:
-    """Plan every layout of `recipe` on `world` GPUs. The recipe's model, data, precision and step stay as they are.
+def search(recipe: Recipe, *, world: int, device: Device, top: int = 8) -> SearchResult:
+    """Plan every layout of `recipe` on `world` GPUs. Model, data, precision and rows of a step are not changed.
 
-    If no data-parallel degree of `world` GPUs divides the rows of a step, a reason says so.
+    If no data-parallel degree divides the rows of a step, `rejected` says so.
     """
     rejected: Counter[str] = Counter()
     plans: list[Plan] = []
@@ -80,13 +84,13 @@ def search(recipe: Recipe, *, world: int, device: Device, top: int = 8) -> Found
             continue
         plans.append(plan)
     if not tried:
-        rows_of_step, most = (
-            recipe.run.global_rows,
-            world // (world & -world),
-        )  # the odd factor, which no power-of-two degree divides
+        step_rows = recipe.run.global_rows
+        odd = world // (
+            world & -world
+        )  # every data-parallel degree is a multiple of it: other degrees are powers of two
         rejected[
-            f"no layout: run.global_rows={rows_of_step} is not a multiple of the data-parallel ranks of {world} GPUs. Use "
-            f"run.global_rows={-(-rows_of_step // most) * most} or other --gpus"
+            f"no layout: run.global_rows={step_rows} is not a multiple of the data-parallel ranks of {world} GPUs. Use "
+            f"run.global_rows={-(-step_rows // odd) * odd} or other --gpus"
         ] += 1
     plans.sort(key=lambda plan: (plan.time.seconds, plan.fullest.total))
     best = [
@@ -97,11 +101,11 @@ def search(recipe: Recipe, *, world: int, device: Device, top: int = 8) -> Found
         )
         for index, plan in enumerate(plans[:top])
     ]
-    return Found(best=best, tried=tried, fitting=len(plans), rejected=dict(rejected.most_common()))
+    return SearchResult(best=best, tried=tried, fitting=len(plans), rejected=dict(rejected.most_common()))
 
 
 def balanced_cut(recipe: Recipe, *, layout: Layout, device: Device) -> list[str] | None:
-    """The cut of the pattern that minimises the predicted seconds of the slowest chunk; None for a single stage."""
+    """The pipeline cut that minimises the predicted seconds of the slowest chunk; None for a single stage."""
     stages = layout.pipeline * layout.virtual
     if stages == 1:
         return None
@@ -120,7 +124,7 @@ def balanced_cut(recipe: Recipe, *, layout: Layout, device: Device) -> list[str]
 
 
 def _layouts(recipe: Recipe, *, world: int, device: Device) -> Iterator[tuple[ParallelConfig, int]]:
-    """Every sensible choice of degrees, virtual stages, microbatch and recompute."""
+    """Every combination to try: degrees (powers of two), virtual stages, rows of a microbatch, recomputation."""
     model, row = recipe.model, recipe.data.row_tokens
     kinds = layer_kinds(model.pattern)
     tensors = [d for d in _doublings(min(world, max(1, device.domain), 16)) if not model.vocab % d]
@@ -187,7 +191,7 @@ def _overrides(plan: Plan, recipe: Recipe) -> list[str]:
 
 
 def _why(plan: Plan, other: Plan | None, index: int) -> str:
-    """The parts of a step that explain the layout's rank."""
+    """Text: the parts of a step that explain the layout's rank. other: for the first layout the second, for others the first."""
     if other is None:
         return "the only one that works"
     step, compared = plan.time, other.time
@@ -219,7 +223,7 @@ def _list(parts: list[tuple[str, float]], whole: float) -> str:
 
 
 def _reason(problem: str) -> str:
-    """The kind of a problem, for counting."""
+    """The kind of a problem, to count rejected layouts by."""
     first = problem.splitlines()[0]
     if first.startswith("memory:"):
         return "do not fit in memory"

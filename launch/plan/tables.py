@@ -1,4 +1,4 @@
-"""A plan, or the result of a search, as tables."""
+"""Prints a plan, or the result of a search, as tables."""
 
 import shutil
 
@@ -7,9 +7,9 @@ from rich.table import Table
 from rich.text import Text
 
 from data.system.console import open_console
-from launch.plan.names import MEMORY_NAMES, PART_NAMES
+from launch.plan.part_names import MEMORY_NAMES, PART_NAMES
 from launch.plan.planner import USABLE, Plan
-from launch.plan.search import Found
+from launch.plan.search import SearchResult
 from recipes.schema import units
 from recipes.schema.layout import rank_coordinates
 from recipes.schema.recipe import Recipe
@@ -29,11 +29,11 @@ def show(plan: Plan, *, every_rank: bool = False) -> None:
     ):
         out.print(part)
         out.print()
-    _complain(out, plan)
+    _print_problems(out, plan)
 
 
 def console() -> Console:
-    """Wide enough for the tables."""
+    """A console that is wide enough for the tables."""
     return open_console(wraps=True, width=max(100, min(140, shutil.get_terminal_size((130, 40)).columns)))
 
 
@@ -67,9 +67,9 @@ def _ranks(plan: Plan, *, every_rank: bool) -> Table:
     for rank in shown:
         if rank > last + 1:
             table.add_row("...", "", "", "", "", "")
-        place = rank_coordinates(layout, rank)
-        layers = " ... ".join(plan.stages[place.pipeline :: layout.pipeline])
-        table.add_row(*map(str, (rank, place.tensor, place.context, place.data, place.pipeline)), layers)
+        at = rank_coordinates(layout, rank)
+        layers = " ... ".join(plan.stages[at.pipeline :: layout.pipeline])
+        table.add_row(*map(str, (rank, at.tensor, at.context, at.data, at.pipeline)), layers)
         last = rank
     return table
 
@@ -131,7 +131,7 @@ def _cost(plan: Plan) -> Table:
         ("tokens/s per GPU", f"{plan.tokens_per_s_per_gpu:,.0f}"),
         ("model TFLOP/s per GPU", f"{tflops:,.1f}"),
         (
-            f"MFU of {plan.peak / 1e12:,.0f} TFLOP/s, without the masked half of attention (ours, NVIDIA's)",
+            f"MFU of {plan.peak / 1e12:,.0f} TFLOP/s, without the masked half of attention (this project, NVIDIA)",
             f"{plan.mfu:.1%}",
         ),
         ("MFU, with the masked half (torchtitan, llm-foundry)", f"{plan.mfu_unmasked:.1%}"),
@@ -145,7 +145,7 @@ def _cost(plan: Plan) -> Table:
     return table
 
 
-def _complain(out: Console, plan: Plan) -> None:
+def _print_problems(out: Console, plan: Plan) -> None:
     for problem in plan.problems:
         out.print(Text("problem: ", style="bold red") + Text(problem))
     for warning in plan.warnings:
@@ -156,7 +156,7 @@ def _complain(out: Console, plan: Plan) -> None:
         out.print("\nThis run can start. Times are predictions: docs/plan.md says how accurate they are.")
 
 
-def show_search(found: Found, recipe: Recipe) -> None:
+def show_search(found: SearchResult, recipe: Recipe) -> None:
     """Print the best layouts of a search."""
     out = console()
     if not found.best:

@@ -1,8 +1,8 @@
-"""The teacher of a distilled run in its plan: its model, its bytes on the last stage, the seconds it adds.
+"""The cost of a teacher in the plan of a distillation run: its bytes on the last stage, and the seconds it adds.
 
-Its model is read from the checkpoint or run folder that `objective.teacher` names; if that is not on this disk, from the
-recipe of the same name. Counted as `train.distill.teacher` builds it: whole on the ranks of the last pipeline stage at
-`objective.teacher_tensor`, weights in one format, forward passes only.
+Its model is read from the checkpoint or run folder `objective.teacher`, or, if that is not on this disk, from the model recipe
+of the same name. The teacher is counted as `train.distill.teacher` builds it: the whole model on the ranks of the last pipeline
+stage, divided by `objective.teacher_tensor`, weights in one format, forward passes only.
 """
 
 from dataclasses import dataclass, replace
@@ -26,7 +26,7 @@ from recipes.schema.typed import FieldError, build
 
 @dataclass(frozen=True)
 class FoundTeacher:
-    """The teacher a recipe names."""
+    """The teacher of a recipe, as far as it is known."""
 
     model: ModelConfig | None = None
     """None if there is no teacher, or its shape is unknown."""
@@ -36,55 +36,55 @@ class FoundTeacher:
 
 @dataclass(frozen=True)
 class TeacherCost:
-    """Bytes and seconds that a teacher adds."""
+    """Memory and time that a teacher adds."""
 
     weights: int
     """Bytes on each rank of the last stage."""
-    passing: float
+    workspace: float
     """Temporary bytes of a forward pass there."""
     seconds: float
-    """Seconds for each microbatch there."""
+    """Seconds it adds to each microbatch there."""
 
     @property
     def bytes(self) -> float:
-        return self.weights + self.passing
+        return self.weights + self.workspace
 
 
 def find_teacher(recipe: Recipe, checkpoint: Named | None) -> FoundTeacher:
-    """The model of an online teacher; none if the run reads cached teacher logits, or does not distil.
+    """The model of an online teacher. Empty if the run reads cached teacher logits, or does not distil.
 
     checkpoint: what is at `objective.teacher` on this disk.
     """
     objective = recipe.objective
     if objective.kind != "distill" or objective.teacher is None or objective.teacher_cache is not None:
         return FoundTeacher()
-    place = Path(objective.teacher)
+    path = Path(objective.teacher)
     if checkpoint is not None and checkpoint.recipe is not None:
         return FoundTeacher(checkpoint.recipe.model)  # recipes.schema.teacher_rules has checked it
-    found, notes = _model_of(place), []
-    if found is None:
-        named = RECIPES / "model" / f"{place.name}.yaml"
+    model, notes = _model_of(path), []
+    if model is None:
+        named = RECIPES / "model" / f"{path.name}.yaml"
         if not named.is_file():
             return FoundTeacher(
                 notes=(
-                    f"objective.teacher={place} is not on this disk, and no model recipe is named {place.name}: the "
+                    f"objective.teacher={path} is not on this disk, and no model recipe is named {path.name}: the "
                     f"teacher's memory and time are not in this plan.",
                 )
             )
-        found = build(ModelConfig, yaml.safe_load(named.read_text()), "model")
-        notes.append(f"objective.teacher={place} is not on this disk: the teacher is planned as model={place.name}.")
-    wrong = teacher_vocabulary_problems(recipe, found, path=place)
-    return FoundTeacher(found, tuple(notes), tuple(map(str, wrong)))
+        model = build(ModelConfig, yaml.safe_load(named.read_text()), "model")
+        notes.append(f"objective.teacher={path} is not on this disk: the teacher is planned as model={path.name}.")
+    wrong = teacher_vocabulary_problems(recipe, model, path=path)
+    return FoundTeacher(model, tuple(notes), tuple(map(str, wrong)))
 
 
 def teacher_cost(recipe: Recipe, model: ModelConfig, *, student: Setting, modules: Modules) -> TeacherCost:
-    """Bytes and seconds of a teacher. Raises RecipeError if its degree does not fit the student's layout."""
+    """Memory and time of a teacher. Raises RecipeError if its tensor degree does not fit the student's layout."""
     objective, layout = recipe.objective, student.layout
     tensor = objective.teacher_tensor or layout.tensor
     placement = placement_of(layout, layout.world - 1, tensor=tensor)
     assert placement is not None, "the last rank is on the last stage"
     rows = recipe.run.microbatch_rows
-    read = rows // placement.teachers if rows % placement.teachers == 0 else rows
+    teacher_rows = rows // placement.teachers if rows % placement.teachers == 0 else rows
     params = recipe.precision.params if objective.teacher_params == "as_student" else objective.teacher_params
     size = 2 if params == "bf16" else 4
     is_low = objective.teacher_scaling != "none"
@@ -92,14 +92,21 @@ def teacher_cost(recipe: Recipe, model: ModelConfig, *, student: Setting, module
     low_layers = frozenset(range(len(pattern))) if is_low else frozenset()
     tensors = stage_tensors(model, pattern, tensor=tensor, is_first=True, is_last=True, low_layers=low_layers)
     weights = sum(one.numel * (4 if one.is_fp32 else size) + 2 * one.numel * one.is_low for one in tensors)
-    if tensor != layout.tensor:  # its head is divided again, over the student's ranks
+    if tensor != layout.tensor:  # the teacher's head is sharded over the student's tensor ranks instead of its own
         table = model.vocab * model.hidden * size
         weights += table // layout.tensor - (0 if model.tie_embeddings else table // tensor)
     shape = Shape(
-        model, modules, size, rows=read, sequence=student.sequence, tensor=tensor, context=1, split_sequence=False
+        model,
+        modules,
+        size,
+        rows=teacher_rows,
+        sequence=student.sequence,
+        tensor=tensor,
+        context=1,
+        split_sequence=False,
     )
-    passing = max(layer_bytes(shape, kind, is_low=is_low) for kind in set(pattern))  # type: ignore[arg-type]
-    passing += 2 * hidden_bytes(shape) + hidden_bytes(replace(shape, rows=rows))
+    workspace = max(layer_bytes(shape, kind, is_low=is_low) for kind in set(pattern))  # type: ignore[arg-type]
+    workspace += 2 * hidden_bytes(shape) + hidden_bytes(replace(shape, rows=rows))
     low = "fp4" if objective.teacher_scaling == "nvfp4" else "fp8"
     seconds = forward_seconds(
         replace(
@@ -107,19 +114,19 @@ def teacher_cost(recipe: Recipe, model: ModelConfig, *, student: Setting, module
             model=model,
             layout=replace(layout, tensor=tensor, pipeline=1, virtual=1, context=1),
             stages=(pattern,),
-            rows=read,
+            rows=teacher_rows,
             low=low if is_low and low in student.device.peak else None,  # type: ignore[arg-type]
             high="bf16" if params == "bf16" and "bf16" in student.device.peak else "fp32",
             scaling=objective.teacher_scaling,
             split_sequence=False,
         )
     )
-    return TeacherCost(weights=weights, passing=passing, seconds=seconds * placement.row_sets)
+    return TeacherCost(weights=weights, workspace=workspace, seconds=seconds * placement.row_sets)
 
 
-def _model_of(place: Path) -> ModelConfig | None:
+def _model_of(path: Path) -> ModelConfig | None:
     """The model of a run that has a recipe but no checkpoint yet; None if there is no such run."""
     try:
-        return build(ModelConfig, recipe_in(place)["model"], "model")
+        return build(ModelConfig, recipe_in(path)["model"], "model")
     except (OSError, RecipeError, KeyError, FieldError):
-        return None  # the caller plans by its name
+        return None  # the caller then looks for a model recipe of that name

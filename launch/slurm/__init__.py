@@ -1,1 +1,1 @@
-"""Slurm: job scripts, submission, continuation."""
+"""Slurm: write job scripts, submit them, continue runs over several jobs."""

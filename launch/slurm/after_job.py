@@ -1,13 +1,13 @@
-"""`python -m launch.slurm.after_job`: a Slurm script runs it when its processes have ended; it prints one word.
+"""`python -m launch.slurm.after_job`: a Slurm script runs it after its processes have ended. It prints one word.
 
     finished    the run is complete
-    here        start the same processes again, in this job's nodes
+    here        start the same processes again, on this job's nodes
     again       the run continues in the next job
-    stop        the run ends here
+    stop        the run ends
 
-The reason, and the error of the rank that failed first, go to stderr and so into the job's log. What the next call needs
-(failures in a row, the newest checkpoint, nodes on which ranks failed) is in runs/NAME/logs/continuation.json. A node on
-which two attempts failed is listed in runs/NAME/logs/exclude: the next job does not use it.
+The reason, and the error of the rank that failed first, go to stderr, which is the job's log. The state for the next call
+(failures in a row, the newest checkpoint, nodes on which ranks failed) is in runs/NAME/logs/continuation.json. A node on which
+two attempts failed is listed in runs/NAME/logs/exclude, and the next job does not use it.
 """
 
 import argparse
@@ -30,16 +30,16 @@ from recipes.schema.foreign import read_json
 from recipes.schema.typed import FieldError, build
 
 STOP = "stop"
-"""File in a run's logs: `stratum cancel` creates it, and then no further job follows."""
+"""File in a run's logs: if it exists, no further job follows. `stratum cancel` creates it."""
 EXCLUDE = "exclude"
 """File in a run's logs: nodes that the next job must not use, separated by commas."""
 STARTS = "starts"
-"""File in a run's logs: the job script counts its starts since the last new checkpoint in it."""
+"""File in a run's logs: number of starts since the last new checkpoint, written by the job script."""
 NO_SUCCESSOR = "no-successor"
 """File in a run's logs: sbatch's message if it refused the next job."""
 _STATE = "continuation.json"
 _MARGIN_S = 120.0
-"""Slurm may warn 60 s early and warns only once, so a restart inside the job must come before that."""
+"""Slurm may send its warning 60 s early and sends it only once, so a restart inside the job must happen before that."""
 
 
 @dataclass(frozen=True)
@@ -47,10 +47,11 @@ class Continuation:
     """State that one job passes to the next."""
 
     failures: int = 0
-    """In a row, without a new checkpoint."""
+    """Failures in a row without a new checkpoint."""
     checkpoint: str | None = None
+    """Name of the newest checkpoint when the job ended."""
     nodes: dict[str, int] = field(default_factory=dict)
-    """Attempts in which a rank on this node failed first."""
+    """Node -> number of attempts in which a rank on it failed first."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -67,7 +68,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     own = parser.parse_args(arguments)
     run, logs, job = RunFolder(own.run), Path(os.environ[LOGS]), read_job(own.job)
     failures = by_cause(logs, read_failures(logs) + read_silent_failures(logs))
-    decision = after(
+    decision = decide_after_job(
         run,
         own.status,
         failures=failures,
@@ -86,7 +87,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def after(
+def decide_after_job(
     run: RunFolder,
     status: int,
     *,
@@ -96,21 +97,21 @@ def after(
     steps: int,
     restarts: int,
 ) -> Decision:
-    """Decide what follows the end of a job's processes, and store what the next decision needs.
+    """Decide what follows the end of a job's processes, and store the state for the next decision.
 
-    status: srun's, the highest of all ranks. failures: causes first. stopped: status of the ranks that stopped after a
-    signal; None if no rank did. job: as Slurm knows it now.
+    status: exit status of srun, the highest of all ranks. failures: causes first. stopped: exit status of the ranks that stopped
+    after a signal; None if no rank did. job: Slurm's record of the job.
     """
     before, now = _read(run), run.newest_checkpoint()
     is_lost = job.reason == "NodeDown"
     is_cancelled = not is_lost and not job.is_preempted and job.state in ("CANCELLED", "COMPLETING")
     if failures:
-        status = failures[0].status  # srun gives the highest of all ranks, which need not be the first
+        status = failures[0].status  # srun's status may come from a rank that failed later
     elif status == 0 or (status in STOPPED and stopped is not None):
         status = stopped or status
-    # If one rank is killed, srun ends the others with SIGTERM, and ranks that are still starting die of it. So 143 alone
-    # does not mean that someone asked the run to stop.
-    was_asked = stopped is not None or is_cancelled or job.is_preempted
+    # If one rank is killed, srun sends SIGTERM to the others, and it kills ranks that are still starting. So status 143 alone
+    # does not mean that a user stopped the run.
+    stop_requested = stopped is not None or is_cancelled or job.is_preempted
     decision = decide(
         status,
         at_last_step=run.checkpoint_step() >= steps,
@@ -119,7 +120,7 @@ def after(
         restarts=restarts,
         in_queue=True,
         is_preempted=job.is_preempted,
-        was_asked=was_asked and not is_lost,
+        stop_requested=stop_requested and not is_lost,
     )
     if decision.action == "again" and is_lost:
         decision = replace(decision, reason=f"a node was lost; {decision.reason}")
@@ -140,7 +141,7 @@ def after(
 def _may_restart_here(
     run: RunFolder, failures: Sequence[RankFailure], job: QueuedJob, save_before_end_s: float
 ) -> bool:
-    """Whether this job can start the ranks again: no node is lost or failed twice, and the warning before its end is not due."""
+    """Whether this job can restart the ranks: no node was lost or failed twice, and Slurm's warning before the end is not due."""
     if job.state != "RUNNING" or job.is_preempted or job.reason == "NodeDown":
         return False
     if _read(run).nodes.get(failures[0].host, 0) > 1:
@@ -151,15 +152,15 @@ def _may_restart_here(
     return True  # no time limit
 
 
-def start_afresh(run: RunFolder) -> None:
-    """Delete the state of earlier jobs and an earlier `cancel`: the run is submitted again."""
+def reset_state(run: RunFolder) -> None:
+    """Delete the state of earlier jobs and of an earlier `stratum cancel`, before the run is submitted again."""
     for name in (STOP, EXCLUDE, STARTS, NO_SUCCESSOR):
         (run.logs / name).unlink(missing_ok=True)
     _write(run, Continuation(checkpoint=run.newest_checkpoint()))
 
 
 def _read(run: RunFolder) -> Continuation:
-    """The state that the last job stored; the initial one if there is none that can be read."""
+    """The state that the last job stored; the initial state if it is missing or cannot be read."""
     try:
         return build(Continuation, read_json(run.logs / _STATE), "continuation")
     except (OSError, ValueError, FieldError):

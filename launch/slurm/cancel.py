@@ -20,15 +20,15 @@ def main(arguments: Sequence[str]) -> int:
     """Entry point of `stratum cancel`. -> exit status: 0 once no job of the run is left."""
     parser = CommandParser(
         "cancel",
-        about="End a Slurm run: its processes finish their step, save and stop; no further job follows.\n"
-        "`stratum launch slurm` with the same words continues it.",
+        about="End a Slurm run: its processes finish their step, save and stop. No further job follows.\n"
+        "The same `stratum launch slurm` command continues it.",
         examples="""
 stratum cancel smoke                                save first, then end
 stratum cancel runs/smoke --now                     end at once; the newest checkpoint stays
 """,
     )
     parser.add_argument("run", metavar="RUN", help="run folder or name")
-    parser.add_argument("--now", action="store_true", help="do not save first; the newest checkpoint stays")
+    parser.add_argument("--now", action="store_true", help="end it without a save; the newest checkpoint stays")
     parser.add_argument("--grace", type=float, default=600.0, metavar="S", help="seconds to wait for the save")
     own = parser.parse_args(list(arguments))
     if not 0 <= own.grace <= 86_400:
@@ -40,7 +40,7 @@ def _cancel(name: str, *, save: bool, grace_s: float) -> int:
     run = RunFolder(run_named(name))
     jobs = active_jobs(run)
     if not jobs:
-        sys.stderr.write(f"{printable(str(run.path))} has no job that waits or runs.\n")
+        sys.stderr.write(f"{printable(str(run.path))} has no waiting or running job.\n")
         return 0
     (run.logs / STOP).touch()
     for job in jobs:

@@ -2,7 +2,7 @@
 
     words --compose--> recipe --checks--> Job --job_script.py--> runs/NAME/logs/job.sh --sbatch--> job number in logs/jobs
 
-What follows is decided by the script and `launch.slurm.after_job`. `stratum status` shows the run, `stratum cancel` ends it.
+The script and `launch.slurm.after_job` decide what follows each job. `stratum status` shows the run, `stratum cancel` ends it.
 """
 
 import functools
@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from launch.children import checkout
+from launch.children import checkout, rank_environment
 from launch.compose import checked_layout, compose, run_folder
 from launch.facts import fp32_block_scales_of
 from launch.lease import LeaseError, current_owner, refusal, take
@@ -22,7 +22,7 @@ from launch.plan.cost.device import device_named
 from launch.plan.planner import make_plan
 from launch.queue import QueuedJob, SlurmError, jobs_of_script, look_up, submit
 from launch.runs import RunFolder
-from launch.slurm.after_job import start_afresh
+from launch.slurm.after_job import reset_state
 from launch.slurm.job_script import (
     CREDENTIALS,
     Job,
@@ -35,6 +35,7 @@ from launch.slurm.job_script import (
 from launch.slurm.job_times import advice
 from launch.slurm.snapshot import config_folders, take_snapshot
 from launch.user_errors import exit_status
+from recipes.schema.data import is_remote
 from recipes.schema.errors import RecipeError, refuse
 from recipes.schema.facts import Machine
 from recipes.schema.foreign import read_bounded_text
@@ -43,16 +44,16 @@ from recipes.schema.options import CommandParser
 from recipes.schema.recipe import Recipe
 
 _EXAMPLES = """
-stratum launch slurm -cn smoke --dry-run                                show the script; needs no Slurm
+stratum launch slurm -cn smoke --dry-run                                print the script; needs no Slurm
 stratum launch slurm -cn smoke run.name=two launch.nodes=2 run.microbatch_rows=4      two nodes
 stratum launch slurm -cn nemotron_nano_12b_v2 launch=slurm_gpu launch.nodes=92 parallel.pipeline=2 launch.slurm.partition=h100
-stratum launch slurm -cn smoke run.name=boxed launch=slurm_pyxis launch.container.image=stratum.sqsh
+stratum launch slurm -cn smoke run.name=boxed run.microbatch_rows=1 launch=slurm_pyxis launch.container.image=stratum.sqsh
 stratum launch slurm -cn smoke --prepare --tasks 64                     an array job that prepares the recipe's data
 """
 _NOTES = """
-The run continues over as many jobs as its last step needs (launch.slurm.continuation): before a job's time limit, and when
-it is preempted, the processes save and stop. All output of the jobs is in runs/NAME/logs/. `stratum status NAME` shows the
-progress, `stratum cancel NAME` ends the run; `stratum fields launch` lists the fields.
+The run continues over several jobs until its last step (launch.slurm.continuation): before a job's time limit, and when a job
+is preempted, the processes save and stop. All output of the jobs is in runs/NAME/logs/. `stratum status NAME` shows the
+progress, `stratum cancel NAME` ends the run, `stratum fields launch` lists the fields.
 """
 
 
@@ -60,7 +61,7 @@ def main(arguments: Sequence[str]) -> int:
     """Entry point of `stratum launch slurm`. -> exit status."""
     parser = CommandParser(
         "launch slurm",
-        about="Submit a run to Slurm; it continues, job after job, to the recipe's last step.",
+        about="Submit a run to Slurm. It continues, job after job, to the recipe's last step.",
         examples=_EXAMPLES,
         notes=_NOTES,
         recipe=True,
@@ -82,7 +83,7 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def active_jobs(run: RunFolder) -> list[QueuedJob]:
-    """Jobs of a run that wait or run, including those that were submitted with its script by other means."""
+    """Jobs of a run that wait or run, including jobs that a user submitted with its script."""
     numbers = {*job_numbers(run)[-8:], *jobs_of_script(run.logs / "job.sh")}
     return [job for job in look_up(sorted(numbers)) if job.is_active]
 
@@ -101,14 +102,14 @@ def _train(recipe: Recipe, words: list[str], *, dry_run: bool, device: str, forc
     if dry_run:
         sys.stdout.write(training_script(job))
         sys.stderr.write(
-            f"Not submitted. Without --dry-run it is written to {run.logs}/job.sh and handed to sbatch, with a copy of the "
+            f"Not submitted. Without --dry-run the script is written to {run.logs}/job.sh and submitted, with a copy of the "
             f"code in {run.logs}/code.\n{advice(recipe, run, world=job.nodes * job.processes, device=device)}"
         )
         return 0
     if run.checkpoint_step() >= recipe.run.steps:
         sys.stderr.write(f"{run.path} has reached its last step ({recipe.run.steps}); there is nothing to submit.\n")
         return 0
-    refuse_what_the_plan_refuses(recipe, world=job.nodes * job.processes, device=device, force=force)
+    check_plan(recipe, world=job.nodes * job.processes, device=device, force=force)
     if run.longest_stop_s() > recipe.launch.slurm.save_before_end_s:
         sys.stderr.write(
             f"warning: a step and a save of this run took {run.longest_stop_s():.0f} s, longer than launch.slurm."
@@ -124,9 +125,9 @@ def _train(recipe: Recipe, words: list[str], *, dry_run: bool, device: str, forc
     return 0
 
 
-def refuse_what_the_plan_refuses(recipe: Recipe, *, world: int, device: str, force: bool) -> None:
+def check_plan(recipe: Recipe, *, world: int, device: str, force: bool) -> None:
     """Plan a run on GPUs before it is submitted. Raises RecipeError with the plan's problems; with `force` only warns."""
-    if not asks_for_gpus(recipe):
+    if not requests_gpus(recipe):
         return
     kind = device_named(device)
     problems = make_plan(recipe, world=world, device=kind).problems
@@ -141,16 +142,16 @@ def refuse_what_the_plan_refuses(recipe: Recipe, *, world: int, device: str, for
     sys.stderr.write(f"warning: on {world} {kind.name} GPUs this run would fail (--force):{text}\n")
 
 
-def asks_for_gpus(recipe: Recipe) -> bool:
-    """Whether a job of the recipe gets GPUs, by launch.gpus_per_node or by the user's own sbatch options."""
+def requests_gpus(recipe: Recipe) -> bool:
+    """Whether a job of the recipe requests GPUs, by launch.gpus_per_node or by the user's own sbatch options."""
     return recipe.launch.gpus_per_node > 0 or "gpu" in recipe.launch.slurm.options
 
 
 def submit_run(run: RunFolder, job: Job, *, keep_code: bool) -> int:
-    """Write a run's script and submit it; counts of earlier failures start again at 0. -> job number.
+    """Write a run's script and submit it. Resets the count of earlier failures. -> job number.
 
     keep_code: copy the packages first, and run the copy. Raises SlurmError if the run already has a job, LeaseError if a
-    trainer owns it or another submission of it is in progress, RecipeError for values that Slurm cannot take.
+    trainer owns it or another submission of it is in progress, RecipeError for values that Slurm cannot represent.
     """
     training_script(job)  # raises before anything is written
     found = current_owner(run.path)
@@ -159,8 +160,8 @@ def submit_run(run: RunFolder, job: Job, *, keep_code: bool) -> int:
     run.logs.mkdir(parents=True, exist_ok=True)
     lease = take(run.logs / "submitting", what=f"the submission of {run.path}")
     try:
-        _refuse_second(run)
-        start_afresh(run)
+        _refuse_second_job(run)
+        reset_state(run)
         if keep_code:
             code = take_snapshot(run.logs, job.words, with_environment=job.container.kind == "none")
             job = replace(job, words=code.words, code=str(code.folder))
@@ -173,21 +174,14 @@ def submit_run(run: RunFolder, job: Job, *, keep_code: bool) -> int:
 
 
 def training_job(recipe: Recipe, words: Sequence[str]) -> Job:
-    """The job of a recipe, checked. Raises RecipeError with everything that is wrong."""
+    """The job of a recipe, checked. Raises RecipeError with all problems."""
     launch = recipe.launch
     degrees = recipe.parallel.tensor * recipe.parallel.pipeline * recipe.parallel.context
     processes = launch.processes or launch.gpus_per_node or -(-degrees // launch.nodes)
     machine = Machine(has_gpu=True, fp32_block_scales=fp32_block_scales_of(recipe)) if launch.gpus_per_node else None
     more = slurm_problems(recipe, processes=processes)
     checked_layout(recipe, processes=processes, nodes=launch.nodes, machine=machine, more=more, here=False)
-    environment = {"PYTHONUNBUFFERED": "1"}
-    threads = launch.slurm.cpus_per_process or recipe.run.threads
-    if threads:
-        environment["OMP_NUM_THREADS"] = str(threads)
-    if recipe.parallel.tensor > 1 or recipe.parallel.context > 1:
-        environment["CUDA_DEVICE_MAX_CONNECTIONS"] = (
-            "1"  # Megatron overlaps communication only if kernels start in launch order
-        )
+    environment = rank_environment(recipe, threads=launch.slurm.cpus_per_process or recipe.run.threads)
     return Job(
         name=recipe.run.name,
         folder=str(run_folder(recipe).path),
@@ -217,20 +211,20 @@ def training_job(recipe: Recipe, words: Sequence[str]) -> Job:
 
 
 def outside_folders(*paths: str | Path | None) -> list[str]:
-    """Folders that a container needs next to the working folder: where these paths are, links followed, if they are outside.
+    """Folders outside the working directory that a container must mount so that these paths exist in it, links included.
 
-    A path that does not exist yet is represented by the nearest folder above it that does; remote paths are left out.
+    For a path that does not exist yet, the nearest existing folder above it. Remote paths are left out.
     """
     here = Path.cwd().resolve()
     found: list[str] = []
     for path in paths:
         if path is None or "://" in str(path) or str(path).startswith("hf:"):
             continue
-        for place in (Path(os.path.abspath(path)), Path(path).resolve()):
-            while not place.is_dir() and place != place.parent:
-                place = place.parent
-            if place != place.parent and not place.is_relative_to(here) and str(place) not in found:
-                found.append(str(place))
+        for folder in (Path(os.path.abspath(path)), Path(path).resolve()):  # the path itself, and what links lead to
+            while not folder.is_dir() and folder != folder.parent:
+                folder = folder.parent
+            if folder != folder.parent and not folder.is_relative_to(here) and str(folder) not in found:
+                found.append(str(folder))
     return [one for one in found if not any(Path(one).is_relative_to(two) for two in found if two != one)]
 
 
@@ -238,6 +232,8 @@ def _prepare(recipe: Recipe, words: list[str], *, tasks: int, dry_run: bool) -> 
     refuse(script_problems(recipe))
     if tasks < 1:
         raise RecipeError(f"--tasks={tasks}: use 1 or more")
+    if is_remote(recipe.data.folder):
+        raise RecipeError(f"data.folder={recipe.data.folder} is an address; data is prepared into a folder. Name one.")
     folder = Path(recipe.data.folder)
     job = Preparation(
         name=f"prepare-{folder.name}",
@@ -262,11 +258,11 @@ def _prepare(recipe: Recipe, words: list[str], *, tasks: int, dry_run: bool) -> 
     given, kept = shlex.split(recipe.launch.slurm.options), without_gpus(recipe.launch.slurm.options)
     if given != kept:
         left_out = " ".join(word for word in given if word not in kept)
-        sys.stderr.write(f"Preparing data needs no GPU, so {left_out} of launch.slurm.options is left out.\n")
+        sys.stderr.write(f"Preparing data needs no GPU: {left_out} of launch.slurm.options is left out.\n")
     path = folder / "logs" / "prepare.sh"
     if dry_run:
         sys.stdout.write(script)
-        sys.stderr.write(f"Not submitted. Without --dry-run it is written to {path} and handed to sbatch.\n")
+        sys.stderr.write(f"Not submitted. Without --dry-run the script is written to {path} and submitted.\n")
         return 0
     path.parent.mkdir(parents=True, exist_ok=True)
     code = take_snapshot(path.parent, words, with_environment=False)
@@ -279,7 +275,7 @@ def _prepare(recipe: Recipe, words: list[str], *, tasks: int, dry_run: bool) -> 
 
 
 def _write_script(path: Path, text: str, words: Sequence[str]) -> Path:
-    """Write a job script, and next to it the words with credentials, for this user only. -> `path`"""
+    """Write a job script, and next to it a file with the words that contain credentials, readable by this user only. -> `path`"""
     secret = path.parent / CREDENTIALS
     secret.unlink(missing_ok=True)
     if credentials := credentials_text(words):
@@ -290,12 +286,12 @@ def _write_script(path: Path, text: str, words: Sequence[str]) -> Path:
 
 
 def _before_glob(path: str) -> str:
-    """The folder of a source: its path up to the first wildcard."""
+    """The part of a source's path before the first wildcard, as a folder."""
     fixed = re.split(r"[*?\[{]", path, maxsplit=1)[0]
     return path if fixed == path else fixed.rpartition("/")[0] or "."
 
 
-def _refuse_second(run: RunFolder) -> None:
+def _refuse_second_job(run: RunFolder) -> None:
     """Raise SlurmError if a job of the run waits or runs: two jobs would write into one run."""
     active = active_jobs(run)
     if active:

@@ -1,9 +1,9 @@
-"""`python -m launch.slurm.environment`: has a package changed since the run was submitted? The job script asks at each start.
+"""`python -m launch.slurm.environment`: each job runs it at its start, to warn if packages have changed.
 
     submission --environment_text--> logs/code/environment.txt --start of a job--> one warning that names the changes
 
-The code of a job is a copy (launch.slurm.snapshot); its packages are not, because an environment has gigabytes. In a container
-the first job writes the list, since the submitting machine has other packages.
+A job runs a copy of this project's code (launch.slurm.snapshot). Installed packages are not copied, because an environment has
+gigabytes. In a container the first job writes the list, because the submitting machine has other packages.
 """
 
 import contextlib
@@ -14,7 +14,7 @@ from pathlib import Path
 from recipes.schema.foreign import printable, read_bounded_text
 
 ENVIRONMENT = "environment.txt"
-"""File in the copy of the code: Python's version, then a line `NAME==VERSION` for each package."""
+"""File in the copy of the code: Python's version, then one line `NAME==VERSION` for each package."""
 _SHOWN = 12
 
 
@@ -26,7 +26,7 @@ def environment_text() -> str:
 
 
 def changes(before: str, now: str) -> list[str]:
-    """What differs between two environments: `torch 2.14.1 -> 2.15.0`, `numpy 2.3.0 removed`, `rich 14.0 added`."""
+    """Differences of two environments: `torch 2.14.1 -> 2.15.0`, `numpy 2.3.0 removed`, `rich 14.0 added`."""
     old, new = (dict(line.split("==", 1) for line in text.splitlines() if "==" in line) for text in (before, now))
     found = []
     for name in sorted({*old, *new}):
@@ -46,7 +46,7 @@ def check(path: Path) -> str:
     try:
         found = changes(read_bounded_text(path), now)
     except FileNotFoundError:
-        with contextlib.suppress(OSError):  # a read-only mount; the check is only advice
+        with contextlib.suppress(OSError):  # read-only mount: the run must not fail because of a warning
             path.write_text(now)
         return ""
     except (OSError, ValueError) as error:

@@ -1,12 +1,12 @@
-"""The text of Slurm scripts, as a pure function of the job. Users can read the scripts, and edit them for their cluster.
+"""The text of Slurm scripts, as a pure function of the job. Users can read the scripts and edit them for their cluster.
 
-    Job --training_script--> bash:  find the rendezvous -> srun the ranks -> ask launch.slurm.after_job what follows
+    Job --training_script--> bash:  find the rendezvous -> srun the ranks -> launch.slurm.after_job decides what follows
     Preparation --preparation_script--> bash:  one task of an array job prepares its share of the data
 
-A script uses only bash, Slurm's own commands and `python -P -m launch...`. The rule of what follows a job is in
-launch.local.continuation, and the tests run these scripts on a real Slurm. Every value that comes from a recipe goes through
-`quoted` (for bash), `option` (for #SBATCH lines) or `one_line` (for comments). Words that contain a password or a token are
-not in the script: it reads them from a file that only the user can read (`credentials_text`).
+A script uses only bash, Slurm's own commands and `python -P -m launch...`. The rule for what follows a job is in
+launch.local.continuation; the tests run these scripts on a real Slurm. Every value from a recipe goes through `quoted` (for
+bash), `option` (for #SBATCH lines) or `one_line` (for comments). Words that contain a password or a token are not in the
+script: it reads them from a file that only the user can read (`credentials_text`).
 """
 
 import shlex
@@ -30,11 +30,11 @@ class Job:
     folder: str
     """The run's folder, as the recipe writes it."""
     directory: str
-    """Where the processes start: the folder `stratum launch slurm` was called in."""
+    """Working directory of the processes: the one of `stratum launch slurm`."""
     words: Sequence[str]
-    """What follows `stratum train`."""
+    """Words after `stratum train`."""
     python: str
-    """Python on the bare nodes; containers use their own."""
+    """Python on the nodes; containers use their own."""
     nodes: int
     processes: int
     """On each node."""
@@ -63,7 +63,7 @@ class Preparation:
     """Folder of the data; its logs go there."""
     directory: str
     words: Sequence[str]
-    """What follows `stratum prepare`; each task adds its number."""
+    """Words after `stratum prepare`; each task adds its number."""
     python: str
     tasks: int
     cpus: int
@@ -94,7 +94,7 @@ def one_line(value: str) -> str:
 
 
 def training_script(job: Job) -> str:
-    """The sbatch script of a training run. Raises RecipeError for a value that Slurm cannot take."""
+    """The sbatch script of a training run. Raises RecipeError for a value that Slurm cannot represent."""
     slurm, continuation = job.slurm, job.slurm.continuation
     about = {
         "requeue": "Then it goes back into the queue, under the same number, until the last step is reached.",
@@ -112,8 +112,9 @@ def training_script(job: Job) -> str:
         "--requeue" if continuation == "requeue" else "--no-requeue",
         "--open-mode=append",
         f"--chdir={job.directory}",
-        f"--output={_no_pattern(job.folder)}/logs/slurm-%j.log",
+        f"--output={_escape_patterns(job.folder)}/logs/slurm-%j.log",
     ]
+    one_task = _one_task(job.container)
     command = ["-m", "launch.local.rank", job.module, *_with_threads(job)]
     parts = [
         f"""\
@@ -150,7 +151,7 @@ address=$(scontrol show node --oneliner "$node" | sed -n 's/.* NodeAddr=\\([^ ]*
 export MASTER_ADDR="${address:-$node}"
 """,
         "".join(f"export {name}={quoted(value)}\n" for name, value in job.environment.items()),
-        _code(job.code),
+        _pythonpath_line(job.code),
         f"""\
 {_python(job)}
 {_credentials(job.words, f"{job.folder}/logs")}{_environment_check(job)}
@@ -169,7 +170,7 @@ while :; do
   # rank that failed first. Slurm counts a preempted job whose processes end in time as completed and does not requeue it:
   # this script does.
   job=$(timeout 60 scontrol show job --oneliner "$SLURM_JOB_ID")
-  next=$({_once(job.container)}"${{python[@]}}" -m launch.slurm.after_job --run "$run" --status "$status" --steps {job.steps} \\
+  next=$({one_task}"${{python[@]}}" -m launch.slurm.after_job --run "$run" --status "$status" --steps {job.steps} \\
     --restarts {job.restarts} --save-before-end-s {slurm.save_before_end_s} --job "$job")
   [ "$next" = here ] || break
   attempt=$((attempt + 1))
@@ -206,7 +207,7 @@ esac
 
 
 def _submit(job: Job) -> str:
-    """The bash function that submits one more job, and for a chain the process that calls it once a rank has started."""
+    """The bash function that submits the next job; for a chain, also the background process that calls it once a rank started."""
     text = """
 # Submit one more job of this run, but not before a rank has started: a script that fails earlier would submit for ever.
 alive() {
@@ -248,7 +249,7 @@ waiter=$!
 
 
 def preparation_script(job: Preparation) -> str:
-    """The sbatch script of an array job that prepares data, one share for each task. Raises as `training_script`."""
+    """The sbatch script of an array job that prepares data, one share for each task. Raises like `training_script`."""
     options = [
         f"--job-name={job.name}",
         f"--array=0-{job.tasks - 1}",
@@ -259,7 +260,7 @@ def preparation_script(job: Preparation) -> str:
         "--requeue",
         "--open-mode=append",
         f"--chdir={job.directory}",
-        f"--output={_no_pattern(job.folder)}/logs/%A_%a.log",
+        f"--output={_escape_patterns(job.folder)}/logs/%A_%a.log",
     ]
     command = ["-m", FRONT, "prepare", *job.words]
     return "".join(
@@ -271,11 +272,11 @@ def preparation_script(job: Preparation) -> str:
 """,
             "".join(f"#SBATCH {option(word)}\n" for word in options),
             _setup(job.slurm),
-            _code(job.code),
+            _pythonpath_line(job.code),
             _python(job),
             "\n",
             _credentials(job.words, f"{job.folder}/logs"),
-            f'\n{_once(job.container)}"${{python[@]}}" {_folded(command)} \\\n',
+            f'\n{_one_task(job.container)}"${{python[@]}}" {_folded(command)} \\\n',
             f'    --task "$SLURM_ARRAY_TASK_ID/{job.tasks}"\n',
         ]
     )
@@ -299,11 +300,11 @@ def _credentials(words: Sequence[str], folder: str) -> str:
 
 def _environment_check(job: Job) -> str:
     """A warning in the job's log if packages have changed since submission."""
-    return f'{_once(job.container)}"${{python[@]}}" -m launch.slurm.environment\n' if job.code else ""
+    return f'{_one_task(job.container)}"${{python[@]}}" -m launch.slurm.environment\n' if job.code else ""
 
 
 def without_gpus(options: str) -> list[str]:
-    """sbatch options of a GPU recipe for work on CPUs: without those that ask for GPUs, whole nodes or all their memory."""
+    """sbatch options for a job on CPUs: `options` without those that request GPUs, whole nodes or all memory of a node."""
     words = shlex.split(options)
     kept, skip = [], False
     for position, word in enumerate(words):
@@ -334,47 +335,47 @@ def _common_options(slurm: SlurmConfig, options: str) -> list[str]:
     ]
 
 
-def _no_pattern(folder: str) -> str:
-    """A folder in one of Slurm's file names, in which % begins a pattern."""
+def _escape_patterns(folder: str) -> str:
+    """A folder for use in Slurm's file names, in which % starts a pattern."""
     return folder.replace("%", "%%")
 
 
 def _setup(slurm: SlurmConfig) -> str:
-    """The user's lines, without `set -u`: scripts that they source (conda's, a system's bashrc) read unset variables."""
+    """The user's setup lines. They run without `set -u`, because scripts they source (conda, bashrc) read unset variables."""
     lines = f"{slurm.setup.strip()}\n" if slurm.setup.strip() else ""
     return f"\n{lines}set +e -uo pipefail\n"
 
 
-def _code(folder: str) -> str:
-    """Use the copy of the packages: a requeued job must not run later edits of the working tree."""
+def _pythonpath_line(folder: str) -> str:
+    """The line that makes Python use the copy of the packages: a requeued job must not run later edits of the working tree."""
     if not folder:
         return ""
     return f"export PYTHONPATH={quoted(folder)}${{PYTHONPATH:+:$PYTHONPATH}}\n"
 
 
 def _rank_cpus(slurm: SlurmConfig) -> str:
-    """Since Slurm 22.05, srun does not inherit --cpus-per-task from sbatch."""
+    """The srun option for CPUs: since Slurm 22.05, srun does not inherit --cpus-per-task from sbatch."""
     return f" --cpus-per-task={slurm.cpus_per_process}" if slurm.cpus_per_process else ""
 
 
 def _with_threads(job: Job) -> list[str]:
-    """The words, with run.threads if the recipe sets the number of CPUs that Slurm binds each process to."""
+    """The words, and run.threads=N if the recipe sets the number of CPUs that Slurm binds each process to."""
     has_own = any(word.lstrip("+").startswith("run.threads=") for word in job.words)
     if has_own or not job.slurm.cpus_per_process:
         return list(job.words)
     return [*job.words, f"run.threads={job.slurm.cpus_per_process}"]
 
 
-def _once(container: ContainerConfig) -> str:
+def _one_task(container: ContainerConfig) -> str:
     """Prefix of a command that starts one process outside the ranks' step: with pyxis, only srun can enter the container."""
     return "srun --overlap --nodes=1 --ntasks=1 --ntasks-per-node=1 " if container.kind == "pyxis" else ""
 
 
 def _python(job: Job | Preparation) -> str:
-    """Lines that set `python`: the words that start Python, in the container if there is one.
+    """Lines that set `python`: the words that start Python, inside the container if the recipe has one.
 
-    Python does not search the working directory (launch.children). In a container PYTHONPATH leads to the copy of our packages,
-    or else to the checkout that the job was submitted from.
+    Python does not search the working directory (launch.children). In a container PYTHONPATH names the copy of our packages, or
+    the checkout that the job was submitted from.
     """
     container, directory = job.container, job.directory
     folders = list(dict.fromkeys(filter(None, (directory, None if job.code else job.checkout, *job.mounts))))
@@ -404,7 +405,7 @@ def _python(job: Job | Preparation) -> str:
 
 
 def _folded(words: Sequence[str]) -> str:
-    """Words of a command, quoted, folded at about 110 characters; those with credentials as entries of `credentials`."""
+    """Words of a command, quoted, in lines of about 110 characters. Words with credentials become entries of `credentials`."""
     secret = _with_credentials(words)
     lines, line = [], ""
     for word in (f'"${{credentials[{secret.index(word)}]}}"' if word in secret else quoted(word) for word in words):

@@ -1,8 +1,8 @@
-"""How many jobs a run will need on a cluster: from its own record, or, before its first start on GPUs, from the plan.
+"""How many jobs a run will need: from its own record, or, before its first start on GPUs, from the plan.
 
     seconds of a step and of a save --> number of jobs, a suitable time limit, whether save_before_end_s is long enough
 
-Advice for `stratum launch slurm --dry-run`; it changes nothing.
+`stratum launch slurm --dry-run` prints this advice. It changes nothing.
 """
 
 import math
@@ -16,21 +16,22 @@ from recipes.schema.errors import RecipeError
 from recipes.schema.recipe import Recipe
 
 START_S = 300.0
-"""From the start of a job to its first step; an assumption, the same as in `plan --goodput`."""
+"""Seconds from the start of a job to its first step. An assumption, the same as in `stratum plan --goodput`."""
 
 
 @dataclass(frozen=True)
 class Pace:
-    """How fast a run is, and where the figures come from."""
+    """Speed of a run."""
 
     step_s: float
     stop_s: float
-    """From the signal to the end: the current step and a save."""
+    """Seconds from a signal to the end: the current step and a save."""
     source: str
+    """Where the figures come from, for the text."""
 
 
 def advice(recipe: Recipe, run: RunFolder, *, world: int, device: str) -> str:
-    """The advice, in a few lines; it says so if the time is unknown."""
+    """The advice as text of a few lines, also if the time is unknown."""
     pace = _recorded(run) or _planned(recipe, world=world, device=device)
     if isinstance(pace, str):
         return pace
@@ -41,7 +42,7 @@ def advice(recipe: Recipe, run: RunFolder, *, world: int, device: str) -> str:
     minutes = 10 * math.ceil((1.25 * seconds + START_S + slurm.save_before_end_s) / 600)
     if minutes <= slurm.time_limit_minutes:
         text += (
-            f". One job is enough; launch.slurm.time_limit_minutes={minutes} has a quarter to spare, and shorter jobs may "
+            f". One job is enough. launch.slurm.time_limit_minutes={minutes} includes a reserve of 25 %; shorter jobs may "
             f"start sooner.\n"
         )
     elif useful <= 0:
@@ -62,7 +63,7 @@ def advice(recipe: Recipe, run: RunFolder, *, world: int, device: str) -> str:
 
 
 def _recorded(run: RunFolder) -> Pace | None:
-    """The pace of the run's last steps, evaluations and saves included."""
+    """Speed of the run's last steps, including evaluations and saves; None if the record does not show it."""
     progress = run.progress()
     if progress is None or progress.seconds_left is None or not progress.total_steps:
         return None
@@ -73,9 +74,9 @@ def _recorded(run: RunFolder) -> Pace | None:
 
 
 def _planned(recipe: Recipe, *, world: int, device: str) -> Pace | str:
-    """The plan's prediction, or the reason why there is none."""
+    """Speed predicted by the plan, or a message that says why there is no prediction."""
     if not recipe.launch.gpus_per_node:
-        return "Times are not predicted for CPUs; after some steps this shows the run's own speed.\n"
+        return "Times on CPUs are not predicted. After some steps this shows the run's own speed.\n"
     kind = device_named(device)
     try:
         plan = make_plan(recipe, world=world, device=kind)
@@ -83,7 +84,7 @@ def _planned(recipe: Recipe, *, world: int, device: str) -> Pace | str:
         return f"This run cannot be planned: {error}\n"
     if plan.problems:
         problems = "".join(f"  {problem}\n" for problem in plan.problems)
-        return f"Planned on {kind.name}s (--device KIND names others), this run would fail:\n{problems}"
+        return f"On {kind.name}s (--device KIND for other GPUs) this run would fail:\n{problems}"
     save_s = plan.checkpoints.stall_s + plan.checkpoints.write_s
     return Pace(
         plan.time.seconds, plan.time.seconds + save_s, f"Predicted on {kind.name}s (--device KIND; docs/plan.md)"

@@ -1,5 +1,5 @@
-"""A copy of the packages and of the user's own recipes, made when a run is submitted: jobs run the copy, so later edits of
-the working tree do not change a requeued run.
+"""Copies the packages and the user's own recipes when a run is submitted. Jobs run the copy, so later edits of the working tree
+do not change a requeued run.
 
     packages, --config-dir folders --take_snapshot--> runs/NAME/logs/code/{recipes,data,launch,train,config-0,environment.txt}
 """
@@ -20,18 +20,18 @@ _PROJECT = Path(__file__).resolve().parents[2]
 
 @dataclass(frozen=True)
 class Snapshot:
-    """What a job runs."""
+    """The copy that a job runs."""
 
     folder: Path
-    """Absolute."""
+    """Absolute path."""
     words: list[str]
     """The words of the command, with --config-dir changed to the copy."""
 
 
 def take_snapshot(logs: Path, words: Sequence[str], *, with_environment: bool) -> Snapshot:
-    """Copy everything a job runs into `logs`/code, replacing an earlier copy. Needs no version control.
+    """Copy everything that a job runs into `logs`/code, replacing an earlier copy. Needs no version control.
 
-    with_environment: also list this Python's packages; not if jobs run in a container, whose packages are others.
+    with_environment: also list this Python's packages. False if jobs run in a container, which has other packages.
     """
     folder = logs.resolve() / CODE
     aside = disk.aside_of(folder)
@@ -51,7 +51,7 @@ def take_snapshot(logs: Path, words: Sequence[str], *, with_environment: bool) -
 
 
 def _copy_recipes(source: Path, target: Path) -> None:
-    """Copy YAML files only, with those of groups: the folder may be a run's, with terabytes of checkpoints.
+    """Copy only the YAML files of a folder and its groups: it may be a run folder, with terabytes of checkpoints.
 
     Only this user can read the copies: a recipe may contain a URL with a password.
     """

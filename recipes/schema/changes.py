@@ -36,6 +36,7 @@ _KINDS: dict[str, Kind] = {
         (
             "model.norm_eps", "model.rope_base", "model.rope_scaling", "model.rope_factor", "model.rope_original_tokens",
             "model.window_tokens", "model.query_scale", "model.attention_softcap", "model.logit_softcap",
+            "model.vocab_padding",
         ),
         "arithmetic",
     ),
@@ -111,7 +112,7 @@ def check_same_function(saved: dict[str, Any], recipe: Recipe, *, place: str) ->
     """RecipeError where a checkpoint's weights would compute another function in this recipe's model than they were trained
     for: shapes can agree where activations, norms, angles or heads do not, and no loss would tell for long.
 
-    saved: the checkpoint's resolved recipe; one without a model says nothing. `checkpoint.allow` is the word that permits it:
+    saved: the checkpoint's resolved recipe; without a model it is not compared. `checkpoint.allow` permits it:
     `arithmetic` for what a resume may change by that word, `another_function` for everything else.
     """
     if not saved.get("model"):
@@ -171,7 +172,7 @@ def _kind(key: str, new: dict[str, Any]) -> Kind:
 
 
 def _default(key: str) -> Any:
-    """Default of a dotted field, as recipes in YAML write it; None where there is none."""
+    """Default of a dotted field, as recipes in YAML write it; None if there is none."""
     cls: Any = Recipe
     *groups, name = key.split(".")
     for group in groups:

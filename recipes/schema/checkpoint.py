@@ -20,7 +20,7 @@ class CheckpointConfig:
     keep_every_steps: Count = 0
     """Also keep every checkpoint at a multiple of this step for good; 0 keeps none."""
     background: bool = True
-    """Write while training goes on, from a copy in host memory (as big as this rank's part of the checkpoint); false waits
+    """Write while training continues, from a copy in host memory (as big as this rank's part of the checkpoint); false waits
     for the disk at each save."""
     retries: Count = 2
     """Times a failed save is tried again from the same copy."""

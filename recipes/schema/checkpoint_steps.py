@@ -20,7 +20,7 @@ PASSED_OVER = "passed over: "
 
 
 def manifest_of(path: Path) -> Manifest:
-    """The manifest of a step's folder. CheckpointError where it is not right, or of another step than the folder's name says."""
+    """The manifest of a step's folder. CheckpointError if it is damaged, or of another step than the folder's name says."""
     manifest = read_manifest(path)
     if manifest.step != step_of(path):
         raise CheckpointError(
@@ -57,7 +57,7 @@ def candidates(folder: Path) -> tuple[list[tuple[Path, Manifest]], list[str]]:
 
 
 def newest_in(folder: Path) -> tuple[Path, Manifest] | None:
-    """The newest checkpoint whose manifest and file sizes are right, and its manifest; None where there never was one.
+    """The newest checkpoint whose manifest and file sizes are right, and its manifest; None if there never was one.
 
     Warns of what is passed over. Raises CheckpointError where checkpoints were written but none is whole: starting from
     zero would hide the loss of a run.
@@ -86,7 +86,7 @@ def refuse_to_forget(folder: Path, notes: list[str]) -> None:
 def checkpoint_at(place: str | Path) -> tuple[Path, Manifest]:
     """The checkpoint a user names: a checkpoint folder itself, or the newest of a run's folder; its manifest is checked.
 
-    Raises CheckpointError where there is none, or none is whole.
+    Raises CheckpointError if there is none, or none is complete.
     """
     path = Path(place)
     try:
@@ -106,7 +106,7 @@ def checkpoint_at(place: str | Path) -> tuple[Path, Manifest]:
 
 
 def lost_run(folder: Path) -> str:
-    """What a run's record says of checkpoints that are gone; empty where it never had one."""
+    """What a run's record says of checkpoints that are gone; empty if it never had one."""
     try:
         lines = read_metrics(folder / METRICS)
         last = max((int(line["step"]) for line in lines if line["kind"] == "step"), default=0)

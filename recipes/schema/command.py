@@ -23,8 +23,11 @@ from pathlib import Path
 from typing import Any, NoReturn, cast
 
 from hydra import compose as hydra_compose
+
+# Hydra's public `initialize` reads recipe files unchecked and imports every plugin that is installed. These four build the same
+# thing with our reader of recipe files and without plugins. They may move in another Hydra: pyproject.toml stays below 1.4, and
+# tests/rules/test_dependencies.py names what is gone.
 from hydra._internal.config_search_path_impl import ConfigSearchPathImpl
-from hydra._internal.core_plugins.importlib_resources_config_source import ImportlibResourcesConfigSource
 from hydra._internal.core_plugins.structured_config_source import StructuredConfigSource
 from hydra._internal.hydra import Hydra
 from hydra._internal.sources_registry import SourcesRegistry
@@ -40,7 +43,8 @@ from omegaconf.errors import OmegaConfBaseException
 from recipes.schema.compress import CompressConfig
 from recipes.schema.data import SourceConfig
 from recipes.schema.errors import RecipeError, StratumError
-from recipes.schema.foreign import printable, printable_lines
+from recipes.schema.foreign import printable
+from recipes.schema.messages import complain
 from recipes.schema.options import STRATUM, CommandParser, options_of
 from recipes.schema.recipe import Recipe
 from recipes.schema.recipe_source import RecipeSource, refuse_code_in_word
@@ -66,12 +70,12 @@ _OF_THE_MACHINE = {
     errno.ENFILE: "The machine has too many open files.",
     errno.ENOTDIR: "A part of this path is a file, not a folder. Choose another path.",
     errno.EISDIR: "This path is a folder, not a file. Choose another path.",
-    errno.EEXIST: "It is there already, and is something else. Choose another path.",
+    errno.EEXIST: "It is there already, and is of another kind. Choose another path.",
     errno.ENAMETOOLONG: "Choose a shorter name.",
     errno.ELOOP: "A link there leads back to itself.",
     errno.ENOENT: "Check the path.",
 }
-"""What the operating system refuses for a reason that the user has to remove, and how."""
+"""Errors of the operating system that the user has to fix, and how."""
 
 _SECTIONS: dict[str, type] = {"compress": CompressConfig}
 """Sections of a composed recipe that tools read, and their fields."""
@@ -79,45 +83,44 @@ _SECTIONS: dict[str, type] = {"compress": CompressConfig}
 
 def run_command(
     job: Callable[[DictConfig], int],
-    words: Sequence[str],
+    arguments: Sequence[str],
     *,
     program: str,
     keys: list[str],
     user_errors: tuple[type[Exception], ...],
 ) -> int:
-    """Compose the recipe that `words` name and call `job` with it (once per job of a sweep). -> exit status.
+    """Compose the recipe that the arguments name and call `job` with it (once per job of a sweep). -> exit status.
 
     program: the command, as after `stratum`; keys: every dotted key a recipe can have and every option of the command, to
     name the nearest; user_errors: what ends in a message, not a traceback, besides StratumError.
     """
     rank = int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")))
-    head = f"%(asctime)s rank {rank} %(name)s: %(message)s"
-    logging.basicConfig(level=logging.WARNING, format=head, stream=sys.stderr)
+    logging.basicConfig(
+        level=logging.WARNING, format=f"%(asctime)s rank {rank} %(name)s: %(message)s", stream=sys.stderr
+    )
+    head = "error" if rank == 0 else f"error on rank {rank}"
     statuses: list[int] = []
-    told: tuple[type[Exception], ...] = (StratumError, *user_errors)
+    user_errors = (StratumError, *user_errors)
     try:
-        asked = _parsed(words, program=program)
-        for composed in _composed(asked, given=words, program=program, keys=keys):
-            if asked.cfg:
-                _show(composed, asked)
+        parsed = _parsed(arguments, program=program)
+        for composed in _composed(parsed, given=arguments, program=program, keys=keys):
+            if parsed.cfg:
+                _show(composed, parsed)
                 return 0
             try:
                 statuses.append(job(_without_hydra(composed)))
-            except told as error:
-                if not asked.multirun:
+            except user_errors as error:
+                if not parsed.multirun:
                     raise
-                _complain(str(error), rank=rank)
-                statuses.append(error.status if isinstance(error, StratumError) else 2)
-    except told as error:
-        _complain(str(error), rank=rank)
-        return error.status if isinstance(error, StratumError) else 2
+                statuses.append(complain(error, head=head))
+    except user_errors as error:
+        return complain(error, head=head)
     except OSError as error:
         if error.errno not in _OF_THE_MACHINE:
             raise
-        _complain(f"{of_the_machine(error)}", rank=rank)
-        return 2
+        return complain(of_the_machine(error), head=head)
     except KeyboardInterrupt:
-        _complain("interrupted before a step was finished; nothing was written.", rank=rank)
+        complain("interrupted before a step was finished; nothing was written.", head=head)
         return 130
     finally:
         GlobalHydra.instance().clear()
@@ -125,14 +128,14 @@ def run_command(
 
 
 def of_the_machine(error: OSError) -> str:
-    """What the operating system refused, for people: the file, the reason, and what to look at."""
+    """An error of the operating system as a message: the file, the reason, what to do."""
     remedy = _OF_THE_MACHINE.get(error.errno or 0, "")
     named = f"{printable(str(error.filename))}: " if error.filename is not None else ""
     return f"{named}{error.strerror or error}. {remedy}".rstrip()
 
 
 def _parsed(words: Sequence[str], *, program: str) -> argparse.Namespace:
-    """Hydra's words, by ourselves: Hydra's own entry point would act on a recipe before anyone can look at it."""
+    """Parse Hydra's words. Hydra's own entry point would act on a recipe before it is checked."""
     parser = _Words(prog=program, add_help=False, allow_abbrev=False)
     parser.add_argument("overrides", nargs="*")
     parser.add_argument("-cn", "--config-name")
@@ -141,30 +144,30 @@ def _parsed(words: Sequence[str], *, program: str) -> argparse.Namespace:
     parser.add_argument("-p", "--package")
     parser.add_argument("--resolve", action="store_true")
     parser.add_argument("-m", "--multirun", action="store_true")
-    asked = parser.parse_intermixed_args(list(words))
-    if not asked.config_name:
+    parsed = parser.parse_intermixed_args(list(words))
+    if not parsed.config_name:
         raise RecipeError(f"no recipe named. Start with `{STRATUM} {program} -cn NAME`; {_shipped()}")
-    return asked
+    return parsed
 
 
 def _composed(
-    asked: argparse.Namespace, *, given: Sequence[str], program: str, keys: list[str]
+    parsed: argparse.Namespace, *, given: Sequence[str], program: str, keys: list[str]
 ) -> Iterator[DictConfig]:
-    """What the words compose, Hydra's own section included: one recipe, or one for each job of a sweep.
+    """Compose the recipe, with Hydra's own section: one, or one for each job of a sweep.
 
-    Nothing of Hydra's section is acted on: no callback, plugin or logging of it is ever made. RecipeError says what is wrong.
+    Hydra's section has no effect: its callbacks, plugins and logging are never created. RecipeError says what is wrong.
     """
     store_defaults()
     by_word = {word.lstrip("+"): word for word in given}
     try:
-        for word in asked.overrides:
+        for word in parsed.overrides:
             refuse_code_in_word(word)
-        overrides = whole_words(text_words(asked.overrides, is_sweep=asked.multirun))
-        for jobs, is_job in _jobs(overrides, asked):
-            _initialize(asked)
+        overrides = whole_words(text_words(parsed.overrides, is_sweep=parsed.multirun))
+        for jobs, is_job in _jobs(overrides, parsed):
+            _initialize(parsed)
             # The group of defaults comes first for every recipe, also one of the user's that does not name it: any field can
             # then be overridden. `hydra/env` is the group Hydra composes before the recipe and leaves for programs.
-            composed = hydra_compose(asked.config_name, ["hydra/env=recipe_defaults", *jobs], return_hydra_config=True)
+            composed = hydra_compose(parsed.config_name, ["hydra/env=recipe_defaults", *jobs], return_hydra_config=True)
             HydraConfig.instance().set_config(composed)
             if is_job:
                 _name_sweep_job(composed, jobs)
@@ -175,35 +178,36 @@ def _composed(
         raise RecipeError(_explain(str(error), program=program, keys=keys)) from error
     except RecursionError as error:
         raise RecipeError("the recipe or a word of the command line is nested too deeply.") from error
+    except (ValueError, TypeError) as error:  # of Hydra, as for ~model=1e400 or data=[[]]
+        raise RecipeError(f"the recipe cannot be composed: {printable(str(error), most=200)}") from error
 
 
-def _initialize(asked: argparse.Namespace) -> None:
+def _initialize(parsed: argparse.Namespace) -> None:
     """Hydra's search path: the shipped recipes, --config-dir, and folders of hydra.searchpath; all read by RecipeSource."""
-    for source in (RecipeSource, ImportlibResourcesConfigSource, StructuredConfigSource):
-        SourcesRegistry.instance().register(source)  # instead of looking for plugins, which imports every one it finds
+    for source in (RecipeSource, StructuredConfigSource):
+        SourcesRegistry.instance().register(source)
     search = ConfigSearchPathImpl()
-    search.append("hydra", "pkg://hydra.conf")
     search.append("main", f"{RecipeSource.scheme()}://{RECIPES}")
-    if asked.config_dir is not None:
-        own = Path(asked.config_dir).resolve()
+    if parsed.config_dir is not None:
+        own = Path(parsed.config_dir).resolve()
         if not own.is_dir():
-            raise RecipeError(f"--config-dir {printable(asked.config_dir)} is not a folder.")
+            raise RecipeError(f"--config-dir {printable(parsed.config_dir)} is not a folder.")
         search.append("command-line", f"{RecipeSource.scheme()}://{own}")
-    for folder in asked.more_folders:
+    for folder in parsed.more_folders:
         search.append("command-line, more", f"{RecipeSource.scheme()}://{folder}")
     search.append("schema", "structured://")
     GlobalHydra.instance().clear()
     Hydra.create_main_hydra2(task_name=STRATUM, config_search_path=search)
 
 
-def _jobs(words: list[str], asked: argparse.Namespace) -> Iterator[tuple[list[str], bool]]:
+def _jobs(words: list[str], parsed: argparse.Namespace) -> Iterator[tuple[list[str], bool]]:
     """The overrides of each job of a sweep, and whether it is one; without -m those of the one recipe."""
-    asked.more_folders = [folder for word in words if word.startswith(_SEARCH) for folder in _search_folders(word)]
+    parsed.more_folders = [folder for word in words if word.startswith(_SEARCH) for folder in _search_folders(word)]
     words = [word for word in words if not word.startswith(_SEARCH)]
-    if not asked.multirun:
+    if not parsed.multirun:
         yield words, False
         return
-    _initialize(asked)
+    _initialize(parsed)
     hydra = GlobalHydra.instance().hydra
     assert hydra is not None
     parser = OverridesParser.create(config_loader=hydra.config_loader)
@@ -240,18 +244,18 @@ def _without_hydra(composed: DictConfig) -> DictConfig:
     return own
 
 
-def _show(composed: DictConfig, asked: argparse.Namespace) -> None:
+def _show(composed: DictConfig, parsed: argparse.Namespace) -> None:
     """Print the composed recipe, as --cfg, --package and --resolve ask."""
-    shown: Any = composed if asked.cfg == "all" else _without_hydra(composed)
-    if asked.cfg == "hydra":
+    shown: Any = composed if parsed.cfg == "all" else _without_hydra(composed)
+    if parsed.cfg == "hydra":
         shown = OmegaConf.masked_copy(composed, ["hydra"])
-    if asked.package not in (None, "_global_"):
-        shown = OmegaConf.select(shown, asked.package)
+    if parsed.package not in (None, "_global_"):
+        shown = OmegaConf.select(shown, parsed.package)
         if shown is None:
-            raise RecipeError(f"--package {printable(asked.package)}: the recipe has no such part.")
-        sys.stdout.write(f"# @package {printable(asked.package)}\n")
+            raise RecipeError(f"--package {printable(parsed.package)}: the recipe has no such part.")
+        sys.stdout.write(f"# @package {printable(parsed.package)}\n")
     try:
-        text = OmegaConf.to_yaml(shown, resolve=asked.resolve) if OmegaConf.is_config(shown) else f"{shown}\n"
+        text = OmegaConf.to_yaml(shown, resolve=parsed.resolve) if OmegaConf.is_config(shown) else f"{shown}\n"
     except OmegaConfBaseException as error:
         raise RecipeError(f"the recipe does not resolve: {printable(str(error))}") from error
     sys.stdout.write(text)
@@ -285,12 +289,13 @@ def store_defaults() -> None:
     store = ConfigStore.instance()
     store.store("recipe_defaults", defaults_of(Recipe), group="hydra/env", package="_global_")
     store.store("standard", defaults_of(CompressConfig), group="compress")
-    for group in (
-        "hydra/launcher",
-        "hydra/sweeper",
-    ):  # named by Hydra's defaults; the plugins themselves are never loaded
-        store.store("basic", {}, group=group)
-    # Options that earlier recipes had to name and that said nothing but defaults.
+    for name, groups in {
+        "default": ("output", "help", "hydra_help", "job_logging", "hydra_logging"),
+        "basic": ("launcher", "sweeper"),
+    }.items():  # named by Hydra's own defaults list, and never used
+        for group in groups:
+            store.store(name, {}, group=f"hydra/{group}")
+    # Options that earlier recipes had to name and that contained only defaults.
     for group, name in (
         *((group, "standard") for group in ("run", "checkpoint", "evaluate", "telemetry")),
         ("data", "reading"),
@@ -299,9 +304,9 @@ def store_defaults() -> None:
 
 
 def text_words(words: list[str], *, is_sweep: bool = False) -> list[str]:
-    """A command line whose values for text fields mean what is written, where Hydra's grammar would read something else.
+    """Quote values of text fields that Hydra's grammar would read as something else.
 
-    `run.name=123` is a number to it, `launch.container.mounts=/a:/a,/b:/b` a sweep, `registry#name:tag` an error.
+    For Hydra `run.name=123` is a number, `launch.container.mounts=/a:/a,/b:/b` a sweep, `registry#name:tag` an error.
     """
     parser = OverridesParser.create()
 
@@ -343,7 +348,7 @@ def whole_words(words: list[str]) -> list[str]:
 
 
 def section(composed: DictConfig, name: str) -> dict[str, Any]:
-    """A section of the composed YAML as plain values; empty where there is none."""
+    """A section of the composed YAML as plain values; empty if there is none."""
     found = composed.get(name)
     if found is None:
         return {}
@@ -355,14 +360,14 @@ def section(composed: DictConfig, name: str) -> dict[str, Any]:
         raise RecipeError(f"{name}: the recipe does not resolve: {printable(str(error))}") from error
 
 
-def asked_for() -> tuple[str, list[str]]:
+def recipe_and_overrides() -> tuple[str, list[str]]:
     """(recipe, overrides) of the command line that is running, for commands that write command lines."""
     config = HydraConfig.get()
     return str(config.job.config_name), [word for word in config.overrides.task if not word.startswith("hydra")]
 
 
 def inherited_sources(composed: DictConfig) -> str:
-    """What a recipe that names sources of its own also inherits, for people; empty where it inherits none. Inside a job."""
+    """A note for the plan if a recipe with sources of its own also inherits some; otherwise empty. Call it inside a job."""
     config = HydraConfig.get()
     files = [Path(source.path) / f"{config.job.config_name}.yaml" for source in config.runtime.config_sources]
     file = next((path for path in files if path.is_file()), None)
@@ -401,7 +406,7 @@ def dotted_keys(cls: type, prefix: str = "") -> list[str]:
 
 
 def _type_of(key: str) -> Any:
-    """Type of the recipe field, or field of a tool's section, at a dotted key; None where there is none."""
+    """Type of the recipe field, or field of a tool's section, at a dotted key; None if there is none."""
     first, _, rest = key.partition(".")
     return type_at(_SECTIONS[first], rest) if rest and first in _SECTIONS else type_at(Recipe, key)
 
@@ -502,10 +507,3 @@ def _shipped() -> str:
 class _Words(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise RecipeError(message)
-
-
-def _complain(message: str, *, rank: int) -> None:
-    """One message; with several processes the others' are marked with their rank, as theirs may differ."""
-    head = "error" if rank == 0 else f"error on rank {rank}"
-    sys.stderr.write(f"{head}: {printable_lines(message)}\n")
-    sys.stderr.flush()

@@ -62,7 +62,7 @@ class TokenizerConfig:
 
     path: str | None = None
     """A tokenizer to load: `tokenizer.json`, SentencePiece `.model`, tekken or tiktoken file; null trains a byte-level BPE
-    on the sources. Either way it is kept beside the shards."""
+    on the sources. Either way it is stored with the shards."""
     vocab_size: PositiveInt = 4096
     """Size of the trained vocabulary, special tokens included. Checked against `model.vocab`."""
     end_of_document: str = "<|endoftext|>"

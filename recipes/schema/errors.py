@@ -56,7 +56,7 @@ USER_ERRORS: tuple[type[Exception], ...] = (StratumError,)
 
 
 def refuse(problems: Iterable[Problem], error: type[StratumError] = RecipeError) -> None:
-    """Raise `error` with every problem, a line or more each; nothing where there are none."""
+    """Raise `error` with every problem, a line or more each; does nothing if there are none."""
     lines = [str(problem) for problem in problems]
     if lines:
         raise error("\n".join(dict.fromkeys(lines)))

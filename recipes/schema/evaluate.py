@@ -1,4 +1,4 @@
-"""Fields of the `evaluate` group: held-out evaluation during training.
+"""Fields of the `evaluate` group: held-out evaluation and tasks during training.
 
 The text under a field is its documentation: meaning, unit, range and reason for the default (source of docs/recipes.md).
 """
@@ -10,9 +10,30 @@ from recipes.schema.fields import Count, PositiveInt
 
 @dataclass(frozen=True)
 class EvaluateConfig:
-    """Held-out evaluation during training."""
+    """Held-out evaluation and tasks during training."""
 
     every_steps: Count = 100
     """Evaluate at every multiple of this step, and at the start and end; 0 evaluates at the start and end only."""
     rows_per_source: PositiveInt = 32
     """Held-out rows of each source that are scored (all of them where there are fewer)."""
+    tasks: tuple[str, ...] = ()
+    """Tasks to score during training: names such as needle-1k, or task files (docs/evaluate.md). Only tasks that need no
+    generated text."""
+    tasks_every_steps: Count = 1000
+    """Score them at every multiple of this step, and at the start and end; 0 at the start and end only."""
+    task_items: PositiveInt = 256
+    """Items of each task that are scored (all of them where there are fewer)."""
+
+
+def heldout_is_due(config: EvaluateConfig, step: int, *, steps: int) -> bool:
+    """Whether held-out rows are scored after `step` of `steps` steps."""
+    return _is_due(config.every_steps, step, steps)
+
+
+def tasks_are_due(config: EvaluateConfig, step: int, *, steps: int) -> bool:
+    """Whether tasks are scored after `step` of `steps` steps."""
+    return bool(config.tasks) and _is_due(config.tasks_every_steps, step, steps)
+
+
+def _is_due(every_steps: int, step: int, steps: int) -> bool:
+    return step in (0, steps) or (every_steps > 0 and step % every_steps == 0)

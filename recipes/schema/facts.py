@@ -1,7 +1,7 @@
 """Facts that rules ask about and a recipe does not say: the machine, the checkpoints and answers a recipe names, the data.
 
     Machine      what computes: GPU or not, its generation, which packages are missing
-    Disk         what is on this disk: `look` reads manifests only (JSON), so that a plan can look where there is no torch
+    Disk         what is on this disk: `look` reads manifests only (JSON), so that a plan needs no torch
     Prepared     the prepared data; `data.prepared` reads it, because a tokenizer's file needs the tokenizer's reader
 
 Plain values. `recipes.schema.rules` judges them; the trainer, the planner and the launchers only collect them.
@@ -39,7 +39,7 @@ class Machine:
     has_gpu: bool
     name: str = "this machine"
     generation: str = ""
-    """`ampere`, `ada`, `hopper`, `blackwell`, ...; empty where it is not known: rules about it are then left to the run."""
+    """`ampere`, `ada`, `hopper`, `blackwell`, ...; empty if it is not known: rules about it are then left to the run."""
     has_fp8: bool = True
     """Whether the GPU multiplies FP8 matrices."""
     missing: tuple[str, ...] = ()
@@ -53,11 +53,11 @@ class Prepared:
     """A folder of prepared data, judged for one recipe."""
 
     vocab_size: int = 0
-    """0 where it is not known."""
+    """0 if it is not known."""
     tokenizer: str = ""
-    """Fingerprint; empty where it is not known."""
+    """Fingerprint; empty if it is not known."""
     hash: str = ""
-    """Identity of the data and of the order of its rows; empty where the order is wrong."""
+    """Identity of the data and of the order of its rows; empty if the order is wrong."""
     is_here: bool = True
     """False: nothing is prepared in the folder, and `problems` says so."""
     problems: tuple[Problem, ...] = ()
@@ -79,7 +79,7 @@ class Named:
     path: Path | None = None
     manifest: Manifest | None = None
     recipe: Recipe | None = None
-    """Of the run that wrote it. None where the manifest has none that can be read."""
+    """Of the run that wrote it. None if the manifest has none that can be read."""
     recipe_error: str = ""
 
     @property

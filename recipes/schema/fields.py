@@ -1,6 +1,6 @@
 """Types of recipe fields: plain types with a range that the recipe reader checks.
 
-A field written `hidden: PositiveInt` is an `int` to every reader and type checker; the range travels beside it as
+A field written `hidden: PositiveInt` is an `int` to every reader and type checker; the range is attached as
 `typing.Annotated` metadata and is enforced in one place, `recipes.schema.read`. Standard library only.
 """
 
@@ -18,7 +18,7 @@ class Range:
     lt: float | None = None
 
     def admits(self, value: float) -> bool:
-        """Whether `value` lies inside all bounds (NaN never does)."""
+        """Whether `value` is inside all bounds (NaN never is)."""
         return (
             (self.ge is None or value >= self.ge)
             and (self.gt is None or value > self.gt)
@@ -51,6 +51,7 @@ PositiveFloat = Annotated[float, Range(gt=0)]
 NonNegativeFloat = Annotated[float, Range(ge=0)]
 Fraction = Annotated[float, Range(ge=0, le=1)]
 OpenFraction = Annotated[float, Range(ge=0, lt=1)]
+Port = Annotated[int, Range(ge=0, lt=2**16)]
 Seed = Annotated[int, Range(ge=0, lt=2**63)]
 """What numpy, torch on a CPU and torch on a GPU all take as a seed."""
 Length = Annotated[int | float, LengthRange()]

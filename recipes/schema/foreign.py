@@ -1,6 +1,6 @@
 """Small files and texts that someone else wrote: read within bounds, shown without control characters.
 
-    path --read_bounded--> bytes of a regular file, at most so many        (a pipe, a device or an endless file holds no reader)
+    path --read_bounded--> bytes of a regular file, at most so many        (no pipe, device or endless file blocks a reader)
     text --parse_yaml--> plain values, as JSON could write them            (no tags, no duplicate keys, no alias bombs)
     text --printable--> the same text for a terminal or a log              (no escape codes, no line breaks)
 
@@ -14,6 +14,7 @@ import os
 import re
 import stat
 import unicodedata
+from collections import Counter
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -65,7 +66,7 @@ def read_bounded(path: Path, *, most_bytes: int = LARGEST_TEXT) -> bytes:
 
 
 def read_bounded_text(path: Path, *, most_bytes: int = LARGEST_TEXT) -> str:
-    """The text of a regular file. Raises OSError as `read_bounded`, ValueError where it is not UTF-8."""
+    """The text of a regular file. Raises OSError as `read_bounded`, ValueError if it is not UTF-8."""
     return decoded(read_bounded(path, most_bytes=most_bytes))
 
 
@@ -78,15 +79,24 @@ def decoded(content: bytes) -> str:
 
 
 def parse_json(content: str | bytes) -> Any:
-    """json.loads with every way to fail as ValueError."""
+    """json.loads with every failure as ValueError, including a key that is written twice."""
     try:
-        return json.loads(decoded(content) if isinstance(content, bytes) else content)
+        return json.loads(decoded(content) if isinstance(content, bytes) else content, object_pairs_hook=_unique)
     except RecursionError as error:
         raise ValueError("it is nested too deeply") from error
 
 
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of JSON from its keys and values."""
+    value = dict(pairs)
+    if len(value) < len(pairs):
+        twice = Counter(name for name, _ in pairs).most_common(1)[0][0]
+        raise ValueError(f"the key {printable(twice, most=100)!r} is written twice")
+    return value
+
+
 def read_json(path: Path, *, most_bytes: int = LARGEST_TEXT) -> Any:
-    """The value of a JSON file. Raises OSError as `read_bounded`, ValueError where it is not JSON."""
+    """The value of a JSON file. Raises OSError as `read_bounded`, ValueError if it is not JSON."""
     return parse_json(read_bounded(path, most_bytes=most_bytes))
 
 
@@ -96,7 +106,7 @@ def read_yaml(path: Path) -> Any:
 
 
 def parse_yaml(text: str) -> Any:
-    """Plain values of a YAML text. ValueError, with line and column, where it is not YAML, tagged, too deep or too large when
+    """Plain values of a YAML text. ValueError, with line and column, if it is not YAML, is tagged, too deep or too large when
     its aliases are written out, or gives a key twice."""
     try:
         _check_nesting(text)

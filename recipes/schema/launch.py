@@ -11,7 +11,7 @@ from recipes.schema.fields import Count, PositiveFloat, PositiveInt
 
 @dataclass(frozen=True)
 class SlurmConfig:
-    """What `stratum launch slurm` asks a cluster for, and how a run goes on when a job's time is up."""
+    """What `stratum launch slurm` asks a cluster for, and how a run continues after a job's time limit."""
 
     partition: str | None = None
     """Partition of the jobs; null takes the cluster's default."""

@@ -73,7 +73,7 @@ def lay_out(*, model: ModelConfig, parallel: ParallelConfig, run: RunConfig, row
 def layout_problems(
     *, model: ModelConfig, parallel: ParallelConfig, run: RunConfig, row_tokens: int, world: int | None
 ) -> list[Problem]:
-    """Every rule that a layout breaks. world: None where the number of processes is not known."""
+    """Every rule that a layout breaks. world: None if the number of processes is not known."""
     problems = _switch_problems(parallel)
     wrong = pattern_problems(model.pattern)
     problems += wrong
@@ -81,6 +81,7 @@ def layout_problems(
         kinds = set(layer_kinds(model.pattern))
         problems += _shape_problems(model, kinds)
         problems += _tensor_problems(model, parallel, kinds)
+        problems += _padding_problems(model, parallel)
         problems += _context_problems(model, parallel, kinds)
         problems += cut_problems(model.pattern, parallel.pipeline * parallel.virtual_pipeline)
     problems += _row_problems(parallel, row_tokens)
@@ -146,7 +147,7 @@ def _switch_problems(parallel: ParallelConfig) -> list[Problem]:
 
 
 def _degree_that_fits(parallel: ParallelConfig, world: int) -> str:
-    """The one degree to lower, and to what, so that `world` processes divide; empty where one is not enough."""
+    """The one degree to lower, and to what, so that `world` processes divide; empty if one is not enough."""
     degrees = parallel.tensor * parallel.pipeline * parallel.context
     for name in ("context", "pipeline", "tensor"):
         degree = getattr(parallel, name)
@@ -192,6 +193,18 @@ def _tensor_problems(model: ModelConfig, parallel: ParallelConfig, kinds: set[La
     text = f"parallel.tensor={parallel.tensor} does not divide {', '.join(broken)}."
     change = f"or change {'it' if len(broken) == 1 else 'them'}."
     return [Problem("parallel.tensor", text, f"Use {_phrase(fit)} (what all sizes of this model allow), {change}")]
+
+
+def _padding_problems(model: ModelConfig, parallel: ParallelConfig) -> list[Problem]:
+    """Padding of the vocabulary that would leave the last tensor rank without a token."""
+    most = model.vocab // parallel.tensor - 1
+    if model.vocab_padding <= most or model.vocab % parallel.tensor:
+        return []
+    text = (
+        f"model.vocab_padding={model.vocab_padding:,} leaves no token for the last of the slices into which "
+        f"parallel.tensor={parallel.tensor} cuts model.vocab={model.vocab:,}."
+    )
+    return [Problem("model.vocab_padding", text, f"Use at most {most:,}, and a smaller model.vocab.")]
 
 
 def _row_problems(parallel: ParallelConfig, row_tokens: int) -> list[Problem]:

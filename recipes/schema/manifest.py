@@ -2,8 +2,8 @@
 
 Plain JSON, guarded by a digest, and believed only after every number in it was checked: a reader of a hostile or damaged
 folder gets a CheckpointError with the file's name and the reason, and no code is run. It is read here, below `data`, `launch`
-and `train`, because a plan must be able to judge a teacher, a start or a resume where there is no torch. Where each part
-of a tensor lies is in index.json, which only the trainer reads (`train.checkpoint.manifest`).
+and `train`, because a plan must be able to judge a teacher, a start or a resume without torch. Where each part
+of a tensor is stored is in index.json, which only the trainer reads (`train.checkpoint.manifest`).
 """
 
 import hashlib
@@ -242,5 +242,5 @@ def _check_types(manifest: Manifest) -> None:
 
 
 def is_count(value: Any) -> bool:
-    """A whole number from 0 on that fits 64 bits (JSON's `true` is none, nor is 1.0)."""
+    """A whole number from 0 on that fits 64 bits (not JSON's `true` and not 1.0)."""
     return type(value) is int and 0 <= value <= LARGEST

@@ -6,7 +6,7 @@ The text under a field is its documentation: meaning, unit, range and reason for
 from dataclasses import dataclass
 from typing import Literal
 
-from recipes.schema.fields import PositiveFloat, PositiveInt, SoftCap
+from recipes.schema.fields import Count, PositiveFloat, PositiveInt, SoftCap
 
 
 @dataclass(frozen=True)
@@ -19,7 +19,10 @@ class ModelConfig:
     hidden: PositiveInt
     """Width of the residual stream."""
     vocab: PositiveInt
-    """Vocabulary size; must equal the tokenizer's and divide by `parallel.tensor`."""
+    """Rows of the embedding and of the head; must divide by `parallel.tensor`. Without `vocab_padding`, the tokenizer's size."""
+    vocab_padding: Count = 0
+    """The last rows of `vocab` that stand for no token: they are not in the softmax, learn nothing and are never generated.
+    `vocab` less this is the tokenizer's size. Must be less than `vocab` / `parallel.tensor`."""
     ffn: PositiveInt = 1024
     """Inner width of an MLP layer (per branch where gated)."""
     activation: Literal["squared_relu", "swiglu", "geglu", "gelu", "silu"] = "squared_relu"
@@ -76,3 +79,8 @@ class ModelConfig:
     init_std: PositiveFloat = 0.02
     """Standard deviation of initial weights; projections back into the residual stream get it divided by
     sqrt(number of layers)."""
+
+    @property
+    def real_vocab(self) -> int:
+        """How many token ids there are: the vocabulary without its padding."""
+        return self.vocab - self.vocab_padding

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from recipes.schema.errors import RecipeError
-from recipes.schema.foreign import printable_lines
+from recipes.schema.messages import complain
 from recipes.schema.suggestions import did_you_mean
 from recipes.schema.typed import FieldError, build, field_docs
 
@@ -143,8 +143,7 @@ class CommandParser(argparse.ArgumentParser):
         elif choice and choice[2]:
             choices = [name.strip("' ") for name in choice[2].split(",")]
             message = f"{message}. {did_you_mean(choice[1], choices, otherwise='')}".rstrip()
-        sys.stderr.write(f"error: {printable_lines(message)}\n")
-        raise SystemExit(2)
+        raise SystemExit(complain(message))
 
 
 def run_named(name: str) -> Path:
@@ -239,7 +238,7 @@ def _metavar(hint: Any) -> str:
 
 
 def _typed(hint: Any, value: Any) -> Any:
-    """A word of the command line as its field's type, where it can be read as one; the reader complains otherwise."""
+    """A word of the command line as its field's type, if it can be read as one; otherwise the reader reports it."""
     is_whole = isinstance(value, str) and re.fullmatch(r"[+-]?\d+", value) is not None
     return int(value) if _metavar_or_flag(hint) == "N" and is_whole else value
 

@@ -38,6 +38,9 @@ class PrecisionConfig:
     """From the first step at or after this many tokens on, use `scaling_after`; null never switches."""
     scaling_after: Literal["none", "delayed", "current", "blockwise", "mxfp8", "nvfp4", "unscaled"] = "none"
     """Scaling after the switch: `none` ends training in high precision."""
+    quantize_weights: Literal["none", "int8", "int4-g32", "int4-g128", "fp8-block"] = "none"
+    """Round the weights of the linear layers to this format at each step, as `stratum hf export --quantize` will; the gradient
+    goes to the unrounded weight. Meant for distillation from the unquantised model (docs/quantize.md)."""
     fp8_weights: bool = False
     """`te`: keep weights in FP8 between steps and gather them in FP8 over data-parallel ranks."""
     health: bool = True

@@ -4,7 +4,7 @@
 
 Refused, with file and key: anything of Hydra's own section (its callbacks, logging, launchers and sweepers name callables and
 files), `_target_`, interpolations other than references to fields of the recipe (`${run.folder}`), which read the environment
-or files, and paths that leave the recipe's folder. Words of the command line are held to the same.
+or files, and paths that leave the recipe's folder. Words of the command line follow the same rules.
 """
 
 import io
@@ -39,7 +39,7 @@ class RecipeSource(ConfigSource):
         return "recipe"
 
     def load_config(self, config_path: str) -> ConfigResult:
-        """One file. RecipeError names file and key where it is not a recipe."""
+        """One file. RecipeError names file and key if it is not a recipe."""
         path = self._file(config_path)
         if not path.is_file():
             raise ConfigLoadError(f"Config not found : {path}")
@@ -51,6 +51,8 @@ class RecipeSource(ConfigSource):
             raise RecipeError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}") from error
         if plain is not None and not isinstance(plain, dict):
             raise RecipeError(f"{path} is not a recipe: it is not a group of fields.")
+        if plain is not None and not isinstance(plain.get("defaults", []), list):
+            raise RecipeError(f"{path}: defaults is not a list. Write it as in `defaults: [smoke, _self_]`.")
         for key, why in code_in(plain, package=header["package"] or ""):
             raise RecipeError(f"{path}: {printable(key)} {why}")
         config = OmegaConf.load(io.StringIO(text))
@@ -69,7 +71,7 @@ class RecipeSource(ConfigSource):
         return self._is_inside(config_path) and "\0" not in config_path and os.path.lexists(self._file(config_path))
 
     def list(self, config_path: str, results_filter: ObjectType | None) -> list[str]:
-        """Names in a folder, as Hydra asks for them."""
+        """Names in a folder, in the form that Hydra expects."""
         files: list[str] = []
         for name in os.listdir(os.path.join(self.path, config_path)):
             if not name.startswith("."):

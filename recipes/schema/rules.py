@@ -5,7 +5,7 @@
 
 The trainer, the planner and the launchers pass the facts they have; a rule whose fact is not known (None) is left out. So
 what can be known before a start is refused before it, in the very sentence the trainer would use. Ranges and types of
-single fields are `recipes.schema.fields`'. Rules of layouts, schedules, patterns and shapes stand beside the arithmetic they
+single fields are `recipes.schema.fields`'. Rules of layouts, schedules, patterns and shapes are next to the arithmetic they
 protect (`layout`, `schedule`, `pattern`, `scaling`, `teacher_rules`) and are reached through `problems` too.
 """
 
@@ -19,6 +19,7 @@ from recipes.schema.changes import check_folder, differences, refused
 from recipes.schema.data import DataConfig, PhaseConfig
 from recipes.schema.errors import Problem, RecipeError
 from recipes.schema.errors import refuse as refuse
+from recipes.schema.evaluate import EvaluateConfig
 from recipes.schema.facts import BLOCK_SCALES, Disk, Machine, Named, Prepared
 from recipes.schema.launch_rules import environment_problems
 from recipes.schema.layout import layout_problems
@@ -32,7 +33,9 @@ from recipes.schema.read import recipe_mapping
 from recipes.schema.recipe import Recipe
 from recipes.schema.scaling import block_notes, low_precision_linears, rotation_problems, scalings_used, shape_problems
 from recipes.schema.schedule import schedule_problems, unread
+from recipes.schema.tasks import task_problems
 from recipes.schema.teacher_rules import cache_problems, distill_problems, teacher_problems, tokenizer_problems
+from recipes.schema.weight_formats import rounding_problems
 
 Backend = Literal["reference", "emulated", "te"]
 _LONGEST_NAME = 200
@@ -48,9 +51,9 @@ def problems(
     prepared: Prepared | None = None,
     here: bool = True,
 ) -> list[Problem]:
-    """Everything that keeps a recipe from running, in the order of its groups; [] where it can start.
+    """Everything that keeps a recipe from running, in the order of its groups; [] if it can start.
 
-    world: processes. machine, disk, prepared: facts (`recipes.schema.facts`); None where they are not known. here: False where
+    world: processes. machine, disk, prepared: facts (`recipes.schema.facts`); None if they are not known. here: False where
     the run will start elsewhere, so that what is not on this disk may be there.
     """
     found = [
@@ -70,6 +73,7 @@ def problems(
         ),
         *environment_problems(recipe.launch.environment),
         *distill_problems(recipe),
+        *task_problems(recipe.evaluate.tasks, row_tokens=recipe.data.row_tokens, reads_files=here and disk is not None),
     ]
     if not pattern_problems(recipe.model.pattern):
         found += precision_problems(recipe, machine)
@@ -89,6 +93,7 @@ def reading_problems(recipe: Recipe) -> list[Problem]:
             precision=PrecisionConfig(),
             objective=ObjectiveConfig(),
             schedule=ScheduleConfig(),
+            evaluate=EvaluateConfig(),
         )
     )
 
@@ -111,12 +116,14 @@ def notes(recipe: Recipe, *, machine: Machine | None = None, prepared: Prepared 
             found.append(Problem("precision.scaling", f"a GPU would refuse this recipe: {shapes}"))
     found += block_notes(recipe.model, precision=precision, tensor=recipe.parallel.tensor)
     if prepared is not None:
-        if 0 < prepared.vocab_size < recipe.model.vocab:
+        if 0 < prepared.vocab_size < recipe.model.real_vocab:
             text = (
                 f"model.vocab={recipe.model.vocab:,} is larger than the vocabulary of {prepared.vocab_size:,} in "
-                f"{recipe.data.folder}: {recipe.model.vocab - prepared.vocab_size:,} rows of the embedding never see a token."
+                f"{recipe.data.folder}: {recipe.model.real_vocab - prepared.vocab_size:,} rows never see a token, but "
+                f"count in the loss."
             )
-            remedy = f"Use model.vocab={prepared.vocab_size}, unless the rest is meant as padding."
+            padding = recipe.model.vocab - prepared.vocab_size
+            remedy = f"Set model.vocab_padding={padding} to leave them out, or use model.vocab={prepared.vocab_size}."
             found.append(Problem("model.vocab", text, remedy))
         for name, row in prepared.exhausted:
             text = (
@@ -222,6 +229,8 @@ def backend_name(precision: PrecisionConfig, machine: Machine) -> Backend:
     used = scalings_used(precision)
     if precision.backend != "auto":
         return precision.backend
+    if precision.quantize_weights != "none":
+        return "reference"
     if machine.has_gpu and not machine.missing and "unscaled" not in used:
         return "te"
     return "emulated" if used else "reference"
@@ -260,6 +269,7 @@ def shape_rules(recipe: Recipe, *, backend: str) -> list[Problem]:
         remedy = f"Lower them to less than {layers} together, or use precision.scaling=none."
         found.append(Problem("precision.high_precision_first", text, remedy))
     found += rotation_problems(recipe.model, precision=precision, rank_tokens=_rank_tokens(recipe))
+    found += rounding_problems(recipe.model, precision=precision, tensor=recipe.parallel.tensor)
     return found + (_shapes(recipe) if backend == "te" else [])
 
 
@@ -442,7 +452,7 @@ def resume_problems(
 ) -> list[Problem]:
     """Why a run may not continue from a checkpoint of its own. place: the checkpoint's folder.
 
-    tokenizer, data_hash: of the data now; kernels: `RunState.kernels` now; empty where they are not known. taught_by: the teacher
+    tokenizer, data_hash: of the data now; kernels: `RunState.kernels` now; empty if they are not known. taught_by: the teacher
     now (`identity_of`).
     """
     found = []
@@ -504,19 +514,23 @@ def prepared_problems(recipe: Recipe, prepared: Prepared) -> list[Problem]:
 
 def vocabulary_problems(recipe: Recipe, vocab_size: int, *, vocab: int | None = None) -> list[Problem]:
     """Token ids that the model has no embedding for. vocab_size: of the data. vocab: of another model than the recipe's."""
-    has = recipe.model.vocab if vocab is None else vocab
+    has = recipe.model.real_vocab if vocab is None else vocab
     if vocab_size <= has:
         return []
+    named = "model.vocab - model.vocab_padding" if recipe.model.vocab_padding else "model.vocab"
     text = (
         f"the prepared data in {recipe.data.folder} has a vocabulary of {vocab_size:,} (token ids up to {vocab_size - 1:,}), "
-        f"but {'model.vocab' if vocab is None else 'the vocabulary of the model'}={has:,}."
+        f"but {named if vocab is None else 'the vocabulary of the model'}={has:,}."
     )
-    remedy = f"Set model.vocab={vocab_size}, or prepare the data again with a smaller tokenizer."
+    larger = f"model.vocab={vocab_size}"
+    if vocab_size <= recipe.model.vocab:
+        larger = f"model.vocab_padding={recipe.model.vocab - vocab_size}"
+    remedy = f"Set {larger}, or prepare the data again with a smaller tokenizer."
     return [Problem("model.vocab", text, remedy if vocab is None else "Use the data the model was trained on.")]
 
 
 def unused(objective: ObjectiveConfig) -> str:
-    """Fields that are set and not looked at, for people; empty where there are none."""
+    """Fields that are set and not looked at, for people; empty if there are none."""
     if objective.kind != "next_token":
         return ""
     plain = ObjectiveConfig()

@@ -34,5 +34,5 @@ class RunConfig:
     stop_after_steps: PositiveInt | None = None
     """Stop (with a checkpoint) after this many steps of this process; null runs to `steps`. For time-sliced machines."""
     start_from: str | None = None
-    """Checkpoint (or run folder: its newest) whose weights a new run begins with; optimizer, step and data start anew. A
-    pruned model is trained on this way. Read only while the run has no checkpoint of its own."""
+    """Checkpoint (or run folder: its newest) whose weights a new run begins with; optimizer, step and data start from zero. A
+    pruned model is trained further this way. Read only while the run has no checkpoint of its own."""

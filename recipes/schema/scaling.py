@@ -45,7 +45,7 @@ class Format:
 
     @property
     def overflow(self) -> float:
-        """Half a step beyond the largest number: what lies above is not rounded to it but cut off."""
+        """Half a step beyond the largest number: larger values are not rounded to it but clipped."""
         return self.max + 2.0 ** (math.frexp(self.max)[1] - 2 - self.mantissa)
 
 

@@ -63,7 +63,7 @@ def lengths_of(schedule: ScheduleConfig, *, total_steps: int, tokens_per_step: i
 
 
 def unread(schedule: ScheduleConfig) -> str:
-    """What a schedule sets and does not read, for people; empty where there is nothing. Swapping a group leaves such fields."""
+    """What a schedule sets and does not read, for people; empty if there is nothing. Swapping a group leaves such fields."""
     idle = schedule.decay and schedule.kind != "wsd"
     return f"schedule.kind={schedule.kind} does not read schedule.decay={schedule.decay}" if idle else ""
 

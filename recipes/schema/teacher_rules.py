@@ -33,8 +33,8 @@ def distill_problems(recipe: Recipe) -> list[Problem]:
             "objective=next_token."
         )
         found.append(Problem("objective.teacher", text, remedy))
-    if objective.top_k > recipe.model.vocab:
-        text = f"objective.top_k={objective.top_k} is more than the vocabulary, model.vocab={recipe.model.vocab}."
+    if objective.top_k > recipe.model.real_vocab:
+        text = f"objective.top_k={objective.top_k} is more than the vocabulary, {_vocabulary(recipe.model)}."
         found.append(Problem("objective.top_k", text, "Use 0 for the whole distribution, or fewer tokens."))
     if objective.hidden_match == "none":
         return found + _without_match(objective)
@@ -157,14 +157,19 @@ def teacher_problems(
 
 def teacher_vocabulary_problems(recipe: Recipe, model: ModelConfig, *, path: Path | None) -> list[Problem]:
     """A teacher whose vocabulary differs from the student's."""
-    if model.vocab == recipe.model.vocab:
+    if (model.vocab, model.vocab_padding) == (recipe.model.vocab, recipe.model.vocab_padding):
         return []
     text = (
-        f"the teacher in {path} has a vocabulary of {model.vocab:,}, the student (model.vocab) one of "
-        f"{recipe.model.vocab:,}: their distributions cannot be compared."
+        f"the teacher in {path} has {_vocabulary(model)}, the student {_vocabulary(recipe.model)}: their distributions "
+        f"cannot be compared."
     )
     remedy = "Use a teacher with the student's tokenizer, train the student with the teacher's, or use objective.kind=next_token."
     return [Problem("objective.teacher", text, remedy)]
+
+
+def _vocabulary(model: ModelConfig) -> str:
+    padding = f" of which {model.vocab_padding:,} are padding (model.vocab_padding)" if model.vocab_padding else ""
+    return f"model.vocab={model.vocab:,}{padding}"
 
 
 def degree_of_teacher_problems(recipe: Recipe, teacher: Named, *, world: int | None) -> list[Problem]:
@@ -255,7 +260,7 @@ def cache_problems(
         found.append(Problem(key, f"{place} {text}.", remedy))
 
     for name, cached, value in (
-        ("model.vocab", request.vocab, recipe.model.vocab),
+        ("model.vocab", request.vocab, recipe.model.real_vocab),
         ("objective.temperature", request.temperature, objective.temperature),
         ("data.row_tokens", request.row_tokens, recipe.data.row_tokens),
         ("data.reset_at_documents", request.documents, recipe.data.reset_at_documents),

@@ -6,7 +6,7 @@ The shared options of every command that reads a recipe are in `recipes.schema.o
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from recipes.schema.fields import Count, Fraction, NonNegativeFloat, PositiveInt, Range, Seed
+from recipes.schema.fields import Count, Fraction, NonNegativeFloat, Port, PositiveFloat, PositiveInt, Range, Seed
 
 
 @dataclass(frozen=True)
@@ -15,6 +15,15 @@ class GenerateConfig:
 
     prompt: str = "\n"
     """Text to continue."""
+    prompts: str | None = None
+    """A file of texts to continue together, one a line; in a .jsonl file a JSON string or an object with "prompt". The
+    output is then a JSON object for each text."""
+    n: PositiveInt = 1
+    """Texts for each prompt; their seeds count up from --seed. More than one: JSON."""
+    logprobs: Count | None = None
+    """Also the log-probabilities of tokens, and of this many of the likeliest in each place. As JSON."""
+    batch: PositiveInt = 16
+    """Texts that are generated at the same time at most."""
     tokens: PositiveInt = 200
     """Tokens to write at most."""
     temperature: NonNegativeFloat = 0.8
@@ -26,7 +35,77 @@ class GenerateConfig:
     seed: Seed = 0
     """Seed of the random choices: the same seed and checkpoint give the same text."""
     checkpoint: str | None = None
+    """A checkpoint folder, or a folder of `stratum hf export --quantize`; the newest checkpoint of the run if not given."""
+
+
+@dataclass(frozen=True)
+class EvaluateToolConfig:
+    """Options of `stratum evaluate`."""
+
+    tasks: str | None = None
+    """Tasks, separated by commas: names (needle-4k, human-eval, reasoning/chain_sum) and task files (mine.yaml)."""
+    harness: str | None = None
+    """Tasks of lm-evaluation-harness, separated by commas; with --harness-folder. Needs the extra `evaluate`."""
+    harness_folder: str | None = None
+    """Folder with the harness's task files (YAML). Without it, the tasks that come with the harness, whose data is online."""
+    items: PositiveInt | None = None
+    """Ask at most so many items of each task."""
+    row_tokens: PositiveInt | None = None
+    """Longest row that is scored; the recipe's data.row_tokens if not given. Long-context tasks take what they need."""
+    batch_rows: PositiveInt = 8
+    """Rows that are scored at once. Changes the memory, not the scores."""
+    seed: Seed = 0
+    """Seed of tasks that are made: long contexts and reasoning."""
+    out: str | None = None
+    """Folder of results.json; evaluations/step_N in the run's folder if not given."""
+    resume: bool = False
+    """Leave out tasks that are finished in results.json with the same items and settings."""
+    run_code: bool = False
+    """Allow tasks that run code which the model wrote (human-eval). It runs without network, in a temporary folder."""
+    contamination: str | None = None
+    """Instead of a model, look for the tasks' texts in this folder of prepared data, and name the documents."""
+    tokenizer: str | None = None
+    """The tokenizer's file, if the recipe's prepared data is not here."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where the model runs."""
+
+
+@dataclass(frozen=True)
+class ServeConfig:
+    """Options of `stratum serve`."""
+
+    host: str = "127.0.0.1"
+    """Address to listen on; the default is reachable from this machine only."""
+    port: Port = 8000
+    """Port to listen on; 0: a free one, which the first line of output names."""
+    name: str | None = None
+    """Name of the model in the API; the run's name if not given."""
+    checkpoint: str | None = None
     """A checkpoint folder; the newest of the run if not given."""
+    rows: PositiveInt = 16
+    """Requests that run at once; more wait."""
+    queue: Count = 64
+    """Requests that may wait; more are refused with status 429."""
+    context_tokens: PositiveInt = 4096
+    """Tokens of the longest text, prompt and answer together."""
+    memory_gib: PositiveFloat | None = None
+    """GiB of keys, values and states; enough for `rows` texts of `context_tokens` if not given."""
+    step_tokens: PositiveInt = 512
+    """Tokens read at once at most: how long a new prompt delays the other requests."""
+    prefix_blocks: Count = 256
+    """Blocks of 128 tokens of prompts that are stored for later prompts which begin the same; 0: none."""
+    body_mib: PositiveFloat = 4
+    """MiB of the largest body of a call."""
+    key_file: str | None = None
+    """A file with a key that clients must send as bearer token."""
+    chat_template: str | None = None
+    """A Jinja file for chat completions, or `plain` for a model that was not trained on chats."""
+    think_start: str | None = None
+    """The marker that starts thinking, such as <think>; calls may then give `thinking_budget`."""
+    think_end: str | None = None
+    """The marker that ends it, such as </think>."""
+    drain_s: Count = 60
+    """After SIGTERM: seconds for open requests to end."""
 
 
 @dataclass(frozen=True)

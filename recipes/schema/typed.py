@@ -23,11 +23,11 @@ from recipes.schema.fields import Range
 
 
 class FieldError(DataError):
-    """A mapping that is not what its dataclass asks for."""
+    """A mapping that does not fit its dataclass."""
 
 
 class _Bad(Exception):
-    """One value that does not fit; caught by the reader, which goes on to find the others."""
+    """One value that does not fit; caught by the reader, which continues with the others."""
 
 
 def build[T](cls: type[T], mapping: Any, where: str) -> T:
@@ -43,7 +43,7 @@ def build[T](cls: type[T], mapping: Any, where: str) -> T:
 
 
 def defaults_of(cls: type) -> dict[str, Any]:
-    """A dataclass's defaults as a plain mapping of every field, groups inside groups too; `???` where there is none."""
+    """A dataclass's defaults as a plain mapping of every field, groups inside groups too; `???` if a field has no default."""
     values: dict[str, Any] = {}
     hints = typing.get_type_hints(cls)
     for field in dataclasses.fields(cls):
@@ -59,7 +59,7 @@ def defaults_of(cls: type) -> dict[str, Any]:
 
 
 def differing(value: Any) -> dict[str, Any]:
-    """What a dataclass instance says that its defaults do not, as a plain mapping: how it is written as YAML."""
+    """The fields of a dataclass instance that differ from its defaults, as a plain mapping: how it is written as YAML."""
     own: dict[str, Any] = {}
     for name, default in defaults_of(type(value)).items():
         item = getattr(value, name)
@@ -76,7 +76,7 @@ def differing(value: Any) -> dict[str, Any]:
 
 
 def type_at(cls: type, key: str) -> Any:
-    """Type of the field at a dotted key, `X` for a field `X | None` and inside a named group; None where there is none."""
+    """Type of the field at a dotted key, `X` for a field `X | None` and inside a named group; None if there is none."""
     kind: Any = cls
     for name in key.split("."):
         if typing.get_origin(kind) is dict:
@@ -124,7 +124,7 @@ def _dataclass(cls: type, mapping: Any, where: str, problems: list[str]) -> Any:
 
 
 def _value(hint: Any, value: Any, where: str, problems: list[str]) -> Any:
-    """`value` as `hint` asks, or None with a line in `problems`."""
+    """`value` in the type `hint`, or None with a line in `problems`."""
     bounds = None
     if typing.get_origin(hint) is typing.Annotated:
         hint, *extras = typing.get_args(hint)

@@ -35,7 +35,7 @@ from train.model import ssd
 from train.record.machine import peak_flops
 from train.record.stopwatch import Stopwatch
 from train.record.telemetry import Telemetry
-from train.resilience.faults import StopSignals, check_numbers
+from train.resilience.faults import StopSignals, check_grad_norm
 from train.step import train_step
 
 ROWS, ROW_TOKENS = 8, 256
@@ -92,7 +92,7 @@ def loop_body(
         watch.lap("data")
         factor = learning_rate_factor(recipe.schedule, step=step, tokens=0, total_steps=1 << 30, tokens_per_step=TOKENS)
         result = train_step(engine, [batch], step=0, learning_rate=1e-3 * factor, watch=watch)
-        check_numbers(step, grad_norm=result.grad_norm, advice=str)
+        check_grad_norm(step, grad_norm=result.grad_norm, advice=str)
         telemetry.record(
             step, loss=result.loss, grad_norm=result.grad_norm, learning_rate=1e-3, seconds=watch.seconds()
         )

@@ -21,7 +21,7 @@ from dataclasses import replace
 from launch.plan.cost.efficiency import Efficiency
 from launch.plan.cost.time import Setting, step_time
 from launch.plan.published import software as programs
-from launch.plan.published.rows import MORE, PUBLISHED, OutOfScope, Published, published, read_rows
+from launch.plan.published.rows import PUBLISHED, PUBLISHED_LATER, OutOfScope, Published, published, read_rows
 from launch.plan.published.validate import FIT_EVERY, Line, configuration, publisher, rank_correlations
 
 HARDWARE = (
@@ -57,7 +57,7 @@ def main() -> int:
     parser.add_argument("--leave-out", choices=("publisher", "model", "gpu"), help="refit without each, predict it")
     wanted = parser.parse_args().leave_out
     known: list[Known] = []
-    for row in (row for file in (PUBLISHED, MORE) for row in read_rows(file)):
+    for row in (row for file in (PUBLISHED, PUBLISHED_LATER) for row in read_rows(file)):
         try:
             known.append((row, published(row)))
         except OutOfScope:

@@ -18,7 +18,7 @@ from slurm_jobs import CPU
 
 from launch import lease as lease_module
 from launch.lease import FOLDER, LeaseError, Owner, current_owner, take
-from launch.local.command import refuse_second
+from launch.local.command import refuse_second_trainer
 from launch.queue import QueuedJob, SlurmError
 from launch.runs import RunFolder
 from launch.slurm.command import submit_run
@@ -67,9 +67,9 @@ def test_two_trainers_in_one_run_folder(tmp_path: Path) -> None:
         assert all(f"runs/a belongs to process {winners[0]} on " in text and "still runs" in text for text in refusals)
         assert [path.name for path in (tmp_path / FOLDER).glob("*.json")] == [f"{generation:08d}.json"]
         with pytest.raises(LeaseError, match=f"process {winners[0]} "):
-            refuse_second(run)
+            refuse_second_trainer(run)
         end(processes)
-        refuse_second(run)
+        refuse_second_trainer(run)
         found = current_owner(tmp_path)
         assert found is not None and found[1] == "dead"
     assert not list((tmp_path / FOLDER).glob(".*")), "nothing is left behind"
@@ -187,9 +187,9 @@ def test_a_damaged_lease_is_named(tmp_path: Path) -> None:
 def test_an_owner_that_was_taken_for_dead_writes_nothing_more(tmp_path: Path) -> None:
     program = (
         "import sys\nfrom pathlib import Path\nfrom dataclasses import asdict\n"
-        "from launch import lease\nfrom train.resilience.lease import held_lease\n"
+        "from launch import lease\nfrom train.resilience.lease import run_lease\n"
         "run = Path(sys.argv[1])\n"
-        "with held_lease(run, rank=0, any_rank=bool) as check:\n"
+        "with run_lease(run, rank=0, any_rank=bool) as check:\n"
         "    check()\n"
         "    assert lease._create(run / 'lease', 2, lease._myself())\n"
         "    check()\n"

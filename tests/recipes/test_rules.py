@@ -33,6 +33,22 @@ EVERY_RULE: dict[str, tuple[dict[str, Any], str]] = {
         "precision.fp8_weights=true with delayed scaling keeps the weights of every layer in FP8.",
     ),
     "fp8 weights of a bf16 recipe": ({"precision.fp8_weights": True}, "fp8_weights=true needs a low-precision recipe."),
+    "rounded weights and low precision": (
+        FP8 | {"precision.quantize_weights": "int8"},
+        "precision.quantize_weights=int8 and a low-precision scaling would both round the weights.",
+    ),
+    "rounded weights on another backend": (
+        {"precision.quantize_weights": "int8", "precision.backend": "emulated"},
+        "only the reference backend rounds weights, not emulated. Use precision.backend=reference.",
+    ),
+    "rounded weights over tensor ranks": (
+        {"precision.quantize_weights": "int8", "parallel.tensor": 2},
+        "precision.quantize_weights=int8 with parallel.tensor=2: scales of split matrices are not supported.",
+    ),
+    "groups of weights that do not divide": (
+        {"precision.quantize_weights": "int4-g128", "model.ffn": 192},
+        "precision.quantize_weights=int4-g128: groups of 128 do not divide the inputs of ",
+    ),
     "reference backend in low precision": (
         FP8 | {"precision.backend": "reference"},
         "precision.backend=reference computes in high precision only, but precision.scaling=current.",
@@ -114,6 +130,10 @@ EVERY_RULE: dict[str, tuple[dict[str, Any], str]] = {
         "objective.hidden_layers='x' is neither `final` nor pairs",
     ),
     "environment": ({"launch.environment": "NCCL_DEBUG"}, "'NCCL_DEBUG' is not NAME=VALUE."),
+    "an unknown task": ({"evaluate.tasks": ("needel-1k",)}, "there is no task 'needel-1k'. Did you mean needle-1k?"),
+    "no task file": ({"evaluate.tasks": ("DISK/mine.yaml",)}, "evaluate.tasks: there is no task file DISK/mine.yaml."),
+    "a task that generates": ({"evaluate.tasks": ("words-1k",)}, "evaluate.tasks: words-1k needs generated text,"),
+    "a task longer than a row": ({"evaluate.tasks": ("needle-1k",)}, "needle-1k needs rows of 1,024 tokens, and"),
     "name": ({"run.name": "../up"}, "run.name='../up' has an empty part, `.` or `..`"),
 }
 
@@ -123,6 +143,8 @@ def changed(place: Place, changes: dict[str, Any]) -> Recipe:
     for key, value in changes.items():
         if isinstance(value, str):
             value = value.replace("DISK", place.base.run.folder).replace("EMPTY", f"{place.base.run.folder}/empty")
+        elif key == "evaluate.tasks":
+            value = tuple(name.replace("DISK", place.base.run.folder) for name in value)
         recipe = _replaced(recipe, key.split("."), value)
     return recipe
 

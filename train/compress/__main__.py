@@ -10,6 +10,7 @@ from omegaconf import DictConfig
 from recipes.schema.command import dotted_keys, run_command
 from recipes.schema.compress import CompressConfig
 from recipes.schema.errors import USER_ERRORS
+from recipes.schema.foreign import printable
 from recipes.schema.options import STRATUM, CommandParser
 from recipes.schema.recipe import Recipe
 from recipes.schema.suggestions import did_you_mean
@@ -79,6 +80,7 @@ def _help() -> str:
 
 
 def _unknown(word: str) -> str:
+    word = printable(word)
     hint = did_you_mean(word, COMMANDS, otherwise=f"Use one of: {', '.join(COMMANDS)}.")
     return f"error: `{STRATUM} compress {word}`: unknown command. {hint}\n"
 

@@ -254,7 +254,7 @@ class _Comparison:
         def compare(index: int, hidden_SBH: torch.Tensor) -> None:
             chunk = self.engine.chunks[-1]
             rows = local_rows(self.microbatches[index], mesh, reset_at_documents=self.engine.reset_at_documents)
-            head = Head(head_weight(chunk), softcap=model.logit_softcap)
+            head = Head.of(head_weight(chunk), model, group=mesh.groups.tp)
             weights_SB = self.counts[index].expand(hidden_SBH.shape[0], -1)
             states = (hidden_SBH, self.whole[index])
             sums.add_(_logit_sums(states, rows.labels.t(), weights_SB, head, mesh))
@@ -300,7 +300,7 @@ def _logit_sums(
     group = mesh.groups.tp
     shorter, whole = (state.flatten(0, 1) for state in states)
     labels, weights = labels_SB.reshape(-1), weights_SB.reshape(-1)
-    vocab = head.weight_VH.shape[0]
+    vocab = head.slice_size
     budget = CPU_CHUNK_BYTES if shorter.device.type == "cpu" else GPU_CHUNK_BYTES
     size = max(16, budget // (4 * vocab))
     local = labels - group.rank() * vocab

@@ -44,7 +44,7 @@ def parent_of(config: CompressConfig) -> Parent:
 
 def check_data(parent: Parent, dataset: Dataset, *, recipe: Recipe) -> None:
     """Refuse calibration rows of another vocabulary or tokenizer than the parent's. recipe: names the data."""
-    refuse(vocabulary_problems(recipe, dataset.vocab_size, vocab=parent.recipe.model.vocab))
+    refuse(vocabulary_problems(recipe, dataset.vocab_size, vocab=parent.recipe.model.real_vocab))
     ours, folder = dataset.tokenizer.fingerprint, recipe.data.folder
     otherwise = "name another compress.parent"
     refuse(

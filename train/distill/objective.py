@@ -85,7 +85,7 @@ def distill_step(
             sequence, count = rows.labels.shape[1], rows.labels.shape[0]
             losses = head_losses(
                 _whole_on_every_rank(hidden_SBH, chunk, mesh).flatten(0, 1),
-                Head(head_weight(chunk), softcap=model_config.logit_softcap),
+                Head.of(head_weight(chunk), model_config, group=mesh.groups.tp),
                 targets=targets,
                 labels_N=rows.labels.t().reshape(-1),
                 weights=weights,

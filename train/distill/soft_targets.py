@@ -18,7 +18,7 @@ The factor T^2 keeps gradients at the size they have at T = 1 (Hinton, arXiv 150
 the teacher's k most likely tokens and the mass r of the rest. Their divergence is that of k + 1 outcomes: a lower bound of
 the full one (the term r KL(p_rest || q_rest) is missing), with no gradient that changes proportions within the rest.
 
-Shapes: N tokens of a chunk or of all chunks, H hidden, V vocabulary of this rank, K top-k tokens.
+Shapes: N tokens of a chunk or of all chunks, H hidden, V tokens of this rank's slice of the vocabulary, K top-k tokens.
 """
 
 from dataclasses import dataclass
@@ -26,7 +26,10 @@ from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
+from torch.nn.functional import pad
 
+from recipes.schema.model import ModelConfig
+from train.model.head import token_rows
 from train.native.gemm import multiply
 
 CPU_CHUNK_BYTES = 2 << 20
@@ -40,8 +43,18 @@ class Head:
     """An output head on this tensor rank."""
 
     weight_VH: torch.Tensor
-    """This rank's slice of the vocabulary. Slices are in rank order and have equal size."""
+    """The rows of this rank's slice of the vocabulary that stand for tokens."""
+    slice_size: int
+    """Rows of each rank's slice, in rank order. The last rank's weight may have fewer (`model.vocab_padding`)."""
     softcap: float | None = None
+
+    @classmethod
+    def of(cls, weight_VH: torch.Tensor, model: ModelConfig, *, group: dist.ProcessGroup) -> "Head":
+        """A model's head from this rank's slice of its weight, padding included."""
+        slice_size = weight_VH.shape[0]
+        real = token_rows(slice_size, model.vocab_padding, group)
+        weight = weight_VH if real == slice_size else weight_VH[:real]
+        return cls(weight, slice_size, softcap=model.logit_softcap)
 
 
 @dataclass(frozen=True)
@@ -96,7 +109,7 @@ class OnlineTargets:
         if not self.top_k:
             return None
         assert log_p_NV is not None
-        return top_k_of(log_p_NV, self.top_k, group=group)
+        return top_k_of(log_p_NV, self.top_k, slice_size=self.head.slice_size, group=group)
 
 
 @dataclass(frozen=True)
@@ -141,7 +154,7 @@ def head_losses(
     if not chunk_tokens:
         budget = CPU_CHUNK_BYTES if hidden_NH.device.type == "cpu" else GPU_CHUNK_BYTES
         chunk_tokens = max(16, budget // (4 * head.weight_VH.shape[0]))
-    problem = _Problem(head.softcap, targets, labels_N, weights, group, chunk_tokens)
+    problem = _Problem(head.softcap, head.slice_size, targets, labels_N, weights, group, chunk_tokens)
     needs_gradient = torch.is_grad_enabled() and (hidden_NH.requires_grad or head.weight_VH.requires_grad)
     total, divergence, next_token = _HeadLoss.apply(hidden_NH, head.weight_VH, problem, needs_gradient)
     return HeadLosses(total, divergence, next_token)
@@ -150,6 +163,7 @@ def head_losses(
 @dataclass(frozen=True)
 class _Problem:
     softcap: float | None
+    slice_size: int
     targets: Targets
     labels_N: torch.Tensor
     weights: LossWeights
@@ -225,12 +239,16 @@ def _chunk(
     log_q, log_q_plain = logs[0], logs[-1] if T != 1 else logs[0]
     log_p = logs[1] if teacher is not None else None
 
-    labels, is_local = _local(problem.labels_N[part], z_NV.shape[1], group)
+    labels, is_local = _local(problem.labels_N[part], problem.slice_size, group)
     at_label = log_q_plain.gather(1, labels.unsqueeze(1)).squeeze(1) * is_local
     most_likely = problem.targets.most_likely(part, log_p, group=group)
     if most_likely is not None:
         gradient, divergence = _top_k_divergence(
-            log_q, most_likely, group=group, report_entropy=weights.is_cross_entropy
+            log_q,
+            most_likely,
+            slice_size=problem.slice_size,
+            group=group,
+            report_entropy=weights.is_cross_entropy,
         )
     else:
         assert log_p is not None
@@ -257,13 +275,13 @@ def _divergence(
 
 
 def _top_k_divergence(
-    log_q: torch.Tensor, teacher: TopK, *, group: dist.ProcessGroup, report_entropy: bool
+    log_q: torch.Tensor, teacher: TopK, *, slice_size: int, group: dist.ProcessGroup, report_entropy: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`_divergence` for k + 1 outcomes: the top k and the rest.
 
     The gradient of the rest is its excess mass, distributed in proportion to the student's own probabilities.
     """
-    ids, is_local = _local(teacher.ids_NK, log_q.shape[1], group)
+    ids, is_local = _local(teacher.ids_NK, slice_size, group)
     log_p = teacher.log_p_NK.to(log_q.dtype)
     rest_p = teacher.rest_N.to(log_q.dtype)
     p = log_p.exp() * is_local
@@ -309,9 +327,13 @@ def log_softmax_over_ranks(logits: list[torch.Tensor], *, group: dist.ProcessGro
     return logs
 
 
-def top_k_of(log_p_NV: torch.Tensor, k: int, *, group: dist.ProcessGroup) -> TopK:
-    """The k most likely tokens of distributions split over `group`. Collective; on ties the lower rank wins."""
-    slice_size = log_p_NV.shape[1]
+def top_k_of(log_p_NV: torch.Tensor, k: int, *, slice_size: int, group: dist.ProcessGroup) -> TopK:
+    """The k most likely tokens of distributions split over `group`; k is at most the number of all tokens.
+
+    slice_size: ids of each rank, of which the last may have fewer tokens. Collective; on ties the lower rank wins.
+    """
+    if log_p_NV.shape[1] < min(k, slice_size):  # ranks exchange k tokens each; these have probability 0
+        log_p_NV = pad(log_p_NV, (0, slice_size - log_p_NV.shape[1]), value=-torch.inf)
     log_p, ids = log_p_NV.topk(min(k, slice_size), dim=1)
     if group.size() > 1:
         ids = ids + group.rank() * slice_size

@@ -180,7 +180,7 @@ def open_teacher(student: Recipe, *, mesh: Mesh, tokenizer: str | None) -> Teach
     )  # fmt: skip
     chunk = frozen_model(teacher, parallel=parallel, precision=precision, mesh=teacher_mesh, weights=path,
                          row_tokens=student.data.row_tokens, reset_at_documents=student.data.reset_at_documents)  # fmt: skip
-    head = Head(_recut(chunk, groups.tp, mesh.groups.tp), softcap=teacher.model.logit_softcap)
+    head = Head.of(_recut(chunk, groups.tp, mesh.groups.tp), teacher.model, group=mesh.groups.tp)
     return Teacher(chunk, model=teacher.model, head=head, placement=placement, groups=groups, exchange=exchange)
 
 

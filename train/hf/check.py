@@ -8,9 +8,10 @@ model runs from the tokens on its own states, so errors of earlier blocks are in
 exceeds the tolerance plus an allowance for rounding, which matters if a block adds little to a large residual stream.
 """
 
+import io
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,12 +19,14 @@ from typing import Any
 import torch
 
 from recipes.schema.errors import BackendError, CheckpointError
+from recipes.schema.foreign import printable
 from recipes.schema.model import ModelConfig
 from recipes.schema.pattern import layer_kinds
-from train.hf.config import NO_CLAMP, family_of, read_config, usual
+from train.hf.config import NO_CLAMP, family_of, for_transformers, read_config
 from train.hf.mapping import layer_name
-from train.inference.decode import Sampling, forward_cached, generate
-from train.model.context import LayerCaches
+from train.inference.batch_engine import EngineConfig, InferenceEngine
+from train.inference.forward import logits_in_parts
+from train.inference.request import Request, Sampling
 
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2}
 """Largest relative error, by the format that both models compute in."""
@@ -127,7 +130,7 @@ def load_theirs(folder: Path, *, dtype: torch.dtype, device: torch.device, open_
     transformers = _transformers()
     with quiet():
         try:
-            config = transformers.AutoConfig.for_model(**usual(read_config(folder)))
+            config = transformers.AutoConfig.for_model(**for_transformers(read_config(folder)))
             if open_clamp and hasattr(config, "time_step_min"):
                 config.time_step_min = NO_CLAMP
             model, loading = transformers.AutoModelForCausalLM.from_pretrained(
@@ -140,14 +143,8 @@ def load_theirs(folder: Path, *, dtype: torch.dtype, device: torch.device, open_
                 use_safetensors=True,
                 output_loading_info=True,
             )
-        except (
-            RuntimeError,
-            ValueError,
-            TypeError,
-            KeyError,
-            AttributeError,
-        ) as error:  # its classes raise any of these for a bad config
-            raise CheckpointError(f"transformers cannot load {folder}: {error}") from error
+        except Exception as error:  # its classes raise errors of every kind for a bad config
+            raise CheckpointError(f"transformers cannot load {folder}: {_shown(error)}") from error
     problems = [
         f"{kind.replace('_', ' ')}: {', '.join(sorted(map(str, loading[kind]))[:8])}"
         for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")
@@ -158,13 +155,22 @@ def load_theirs(folder: Path, *, dtype: torch.dtype, device: torch.device, open_
     return model.eval().to(device)
 
 
-def their_ids(folder: Path, text: str, *, with_special: bool = False) -> list[int]:
-    """Token ids of a text by transformers' tokenizer of a directory. with_special: include the tokens its template adds, as in
-    a plain call `tokenizer(text)`."""
+def their_ids(folder: Path, texts: Sequence[str], *, with_special: bool) -> list[list[int]]:
+    """Token ids of texts by transformers' tokenizer of a directory. with_special: include the tokens its template adds, as in
+    a plain call `tokenizer(text)`. CheckpointError if it cannot be read."""
     transformers = _transformers()
     with quiet():
-        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-        return tokenizer(text, add_special_tokens=with_special)["input_ids"]
+        try:
+            tokenizer = transformers.AutoTokenizer.from_pretrained(
+                folder, local_files_only=True, trust_remote_code=False
+            )
+            return [tokenizer(text, add_special_tokens=with_special)["input_ids"] for text in texts]
+        except Exception as error:  # its classes raise errors of every kind for a bad file
+            raise CheckpointError(f"transformers cannot read the tokenizer of {folder}: {_shown(error)}") from error
+
+
+def _shown(error: Exception) -> str:
+    return printable(f"{type(error).__name__}: {error}", most=500)
 
 
 @torch.no_grad()
@@ -258,23 +264,23 @@ def _compare(
         dtype=str(dtype).removeprefix("torch."),
         logits_worst=float((our_logits - their_logits).abs().max() / their_logits.abs().max()),
         same_choice=float((our_logits.argmax(-1) == their_logits.argmax(-1)).float().mean()),
-        cached_worst=_cached_error(ours, text_S, their_logits[0], prompt),
+        cached_worst=_cached_error(ours, text_S, their_logits[0], prompt, model),
         generated=continue_tokens,
-        generated_same=_greedy_same(ours, theirs, text_S[:prompt], continue_tokens),
+        generated_same=_greedy_same(ours, theirs, text_S[:prompt], continue_tokens, model),
     )
 
 
-def _cached_error(ours: Any, tokens_S: torch.Tensor, their_logits_SV: torch.Tensor, prompt: int) -> float:
+def _cached_error(
+    ours: Any, tokens_S: torch.Tensor, their_logits_SV: torch.Tensor, prompt: int, model: ModelConfig
+) -> float:
     """Run our model with caches along a text: the first `prompt` tokens at once, then one at a time. -> largest difference of
     a logit from theirs, divided by the largest logit."""
-    caches, worst = LayerCaches(), 0.0
-    for start, end in [(0, prompt), *((place, place + 1) for place in range(prompt, len(tokens_S)))]:
-        logits_V = forward_cached(ours, tokens_S[None, start:end], caches)[0, : their_logits_SV.shape[-1]]
-        worst = max(worst, float((logits_V - their_logits_SV[end - 1]).abs().max()))
-    return worst / float(their_logits_SV.abs().max())
+    cuts = [prompt] + [1] * (len(tokens_S) - prompt)
+    logits_SV = logits_in_parts(ours, tokens_S.tolist(), cuts, shape=model)[prompt - 1 :, : their_logits_SV.shape[-1]]
+    return float((logits_SV - their_logits_SV[prompt - 1 : len(tokens_S)]).abs().max() / their_logits_SV.abs().max())
 
 
-def _greedy_same(ours: Any, theirs: Any, prompt_S: torch.Tensor, count: int) -> int:
+def _greedy_same(ours: Any, theirs: Any, prompt_S: torch.Tensor, count: int, model: ModelConfig) -> int:
     """Number of greedy tokens after a prompt that agree before the first difference.
 
     End-of-text tokens get no special treatment: transformers' `generate` would forbid them or stop, so it is not used.
@@ -282,7 +288,9 @@ def _greedy_same(ours: Any, theirs: Any, prompt_S: torch.Tensor, count: int) -> 
     tokens = prompt_S
     for _ in range(count):
         tokens = torch.cat([tokens, theirs(tokens[None], use_cache=False).logits[0, -1:].argmax(-1)])
-    our_ids = generate(ours, prompt_S.tolist(), tokens=count, sampling=Sampling(temperature=0.0))
+    engine = InferenceEngine(ours, model, EngineConfig(rows=1, context_tokens=len(tokens)))
+    events = engine.run([Request(prompt_S.tolist(), count, sampling=Sampling(temperature=0.0))])[0]
+    our_ids = [event.token.id for event in events if event.token is not None]
     pairs = enumerate(zip(our_ids, tokens[len(prompt_S) :].tolist(), strict=True))
     return next((place for place, (a, b) in pairs if a != b), count)
 
@@ -370,7 +378,8 @@ def quiet() -> Iterator[None]:
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:
-        yield
+        with redirect_stderr(io.StringIO()):  # compressed-tensors shows bars without asking
+            yield
     finally:
         logging.set_verbosity(level)
         if bars:

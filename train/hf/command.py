@@ -25,6 +25,7 @@ from data.tokenizer import Tokenizer, load_tokenizer
 from recipes.schema import units
 from recipes.schema.data import SourceConfig, TokenizerConfig
 from recipes.schema.errors import BackendError, CheckpointError, DataError, RecipeError
+from recipes.schema.foreign import printable_lines
 from recipes.schema.model import ModelConfig
 from recipes.schema.options import STRATUM
 from recipes.schema.pattern import parameters
@@ -41,6 +42,7 @@ from train.hf.check import Agreement, compare, load_theirs, their_ids, wrong_sca
 from train.hf.config import CONFIG, NO_CLAMP, SpecialTokens, clamp_of, family_of, from_config, read_config, to_config
 from train.hf.convert import different_weights, export_weights, import_weights, lossless_format
 from train.hf.files import WeightFiles
+from train.hf.quantize_export import Quantizer, open_quantizer, open_weights
 from train.hf.recipe import Imported, imported_recipe, recipe_text
 from train.megatron import choose_device
 
@@ -60,6 +62,8 @@ class CheckOptions:
     device: str
     tolerance: float | None
     open_clamp: bool
+    quantizer: Quantizer | None
+    """Rounds our model's weights before the comparison."""
 
 
 def export_model(parsed: argparse.Namespace) -> int:
@@ -69,7 +73,7 @@ def export_model(parsed: argparse.Namespace) -> int:
     recipe = _recipe_of(manifest.recipe, path)
     family_of(recipe.model)
     carried = published.published_of(path, manifest)
-    if carried is None and "imported_from" in manifest.lineage:
+    if carried is None and published.import_of(manifest.lineage) is not None:
         _print(
             f"note: the folder {published.PUBLISHED} of the import is missing; config.json is written from the recipe alone."
         )
@@ -77,6 +81,7 @@ def export_model(parsed: argparse.Namespace) -> int:
     special = tokens.special_tokens(found[0]) if found else SpecialTokens(None, None, None)
     vocab = parsed.vocab or _published_vocab(manifest, recipe.model, found[0] if found else None)
     stored = StoredTensors(path)
+    parsed.quantizer = quantizer = open_quantizer(parsed, recipe, path)
     name = parsed.name or parsed.out.name
     needed = sum(entry.nbytes for entry in stored.weights.values())
     with _staging_folder(parsed.out, needed=needed) as (folder, publish):
@@ -88,12 +93,17 @@ def export_model(parsed: argparse.Namespace) -> int:
                 format=parsed.dtype,
                 vocab=vocab,
                 file_bytes=int(parsed.file_gb * 1e9),
+                quantizer=quantizer,
                 advance=advance,
             )
-        formats = {entry.dtype for entry in WeightFiles(folder).entries.values()}
+        formats = {entry.dtype for entry in WeightFiles(folder, quantized=True).entries.values()}
         dtype = "bfloat16" if torch.bfloat16 in formats else "float32"
-        stored_as = " and ".join(sorted(str(one).removeprefix("torch.") for one in formats))
+        stored_as = " and ".join(sorted(str(one).removeprefix("torch.") for one in formats if one.is_floating_point))
+        if quantizer is not None:
+            stored_as = f"{dtype}, linear layers {quantizer.form.name}"
         config = _config_for(parsed, recipe, manifest, carried=carried, special=special, dtype=dtype, vocab=vocab)
+        if quantizer is not None:
+            config |= quantizer.config
         (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
         untouched = published.is_untouched(manifest)
         if carried is None:
@@ -101,9 +111,9 @@ def export_model(parsed: argparse.Namespace) -> int:
         if found is not None:
             _write_tokenizer(folder, *found, recipe=recipe, carried=carried, untouched=untouched, config=config)
         elif carried is not None:
-            published.give_back(carried, folder, tokenizer=False)
+            published.restore(carried, folder, tokenizer=False)
         agreement, why = _compare_as_trained(
-            parsed, recipe, config, checkpoint=path, folder=folder, strange=not untouched
+            parsed, recipe, config, checkpoint=path, folder=folder, with_template=not untouched
         )
         origin = published.card_fields(carried) if carried is not None else {}
         release = card.Release(
@@ -112,6 +122,10 @@ def export_model(parsed: argparse.Namespace) -> int:
         card.write_card(folder, release)
         if agreement is not None and agreement.problems:
             return _refuse(agreement, f"{parsed.out} was not written", config=config)
+        if agreement is None and quantizer is not None and not parsed.no_check:
+            raise BackendError(
+                f"{parsed.out} was not written: quantised weights go out compared only. {why} See --no-check."
+            )
         publish()
     _print(
         f"wrote {parsed.out}: {converted.parameters:,} parameters, {units.size(converted.nbytes)}, model card README.md"
@@ -126,11 +140,15 @@ def import_model(parsed: argparse.Namespace) -> int:
     config = read_config(parsed.directory)
     theirs = from_config(config, where=str(parsed.directory / CONFIG))
     step = parsed.vocab_multiple
-    model = replace(theirs, vocab=-(-theirs.vocab // step) * step)
-    files = WeightFiles(parsed.directory)
+    padding = -theirs.vocab % step
+    model = replace(theirs, vocab=theirs.vocab + padding, vocab_padding=padding)
+    files = open_weights(parsed.directory)
     name = parsed.name or parsed.out.name
     params = lossless_format(files, model, vocab=theirs.vocab) if parsed.dtype == "keep" else parsed.dtype
     file, end_of_document = tokens.tokenizer_file(parsed.directory), tokens.end_of_document_of(parsed.directory, config)
+    begin_of_document = None
+    if end_of_document is not None:
+        begin_of_document = tokens.begin_of_document_of(parsed.directory, end_of_document)
     imported = Imported(
         name=name,
         source=named,
@@ -139,6 +157,7 @@ def import_model(parsed: argparse.Namespace) -> int:
         params=params,
         tokenizer=parsed.out / file.name if file is not None else None,
         end_of_document=end_of_document,
+        begin_of_document=begin_of_document,
         row_tokens=min(config.get("max_position_embeddings", 1024), 1024),
     )
     recipe = imported_recipe(imported)
@@ -157,7 +176,7 @@ def import_model(parsed: argparse.Namespace) -> int:
             },
         )
         storage.publish(writing, folder / "checkpoint", state)
-        published.keep(parsed.directory, folder)
+        published.store(parsed.directory, folder)
         (folder / f"{name}.yaml").write_text(recipe_text(imported))
         agreement, why = _compare_as_trained(
             parsed, recipe, config, checkpoint=folder / "checkpoint", folder=parsed.directory
@@ -183,7 +202,7 @@ def check_models(parsed: argparse.Namespace) -> int:
         raise RecipeError(
             f"{parsed.directory / CONFIG} describes a different model than {path}:\n  " + "\n  ".join(differing)
         )
-    files, stored = WeightFiles(parsed.directory), StoredTensors(path)
+    files, stored = open_weights(parsed.directory), StoredTensors(path)
     vocab = theirs.vocab
     different = different_weights(stored, files, model=recipe.model, vocab=vocab)
     _print(
@@ -209,7 +228,8 @@ def _tokenizer_for(
         try:
             found = open_tokenizer(recipe)
         except DataError as error:
-            if "imported_from" in manifest.lineage and not manifest.tokenizer and recipe.data.tokenizer.path is None:
+            imported = published.import_of(manifest.lineage) is not None
+            if imported and not manifest.tokenizer and recipe.data.tokenizer.path is None:
                 _print(
                     "note: the weights were imported without a tokenizer, so none is written. --tokenizer PATH adds one."
                 )
@@ -221,8 +241,12 @@ def _tokenizer_for(
 
 def _published_vocab(manifest: storage.Manifest, model: ModelConfig, tokenizer: Tokenizer | None) -> int | None:
     """Rows of the published embedding, if ours was padded on import and no token uses the added rows; None: as ours."""
-    vocab = manifest.lineage.get("vocab")
-    if not isinstance(vocab, int) or vocab >= model.vocab or (tokenizer is not None and tokenizer.vocab_size > vocab):
+    vocab = (published.import_of(manifest.lineage) or {}).get("vocab")
+    if (
+        not isinstance(vocab, int)
+        or vocab >= model.real_vocab
+        or (tokenizer is not None and tokenizer.vocab_size > vocab)
+    ):
         return None
     return vocab
 
@@ -248,7 +272,7 @@ def _config_for(
         carried,
         recipe.model,
         dtype=dtype,
-        vocab=vocab or recipe.model.vocab,
+        vocab=vocab or recipe.model.real_vocab,
         max_positions=positions,
         untouched=untouched,
     )
@@ -264,20 +288,34 @@ def _write_tokenizer(
     untouched: bool,
     config: dict[str, Any],
 ) -> None:
-    """Write the tokenizer files: the published ones if the tokenizer is the same. After training here, without added tokens."""
+    """Write the tokenizer files: the published ones if the tokenizer is the same. Once trained on here, they add what the
+    recipe adds to a text: its begin-of-document token, or nothing."""
+    if not untouched and tokenizer.template_begin not in (None, recipe.data.tokenizer.begin_of_document):
+        _print(
+            f"note: the template of {file} puts {tokenizer.template_begin!r} before a text, but the model was trained with "
+            f"data.tokenizer.begin_of_document={recipe.data.tokenizer.begin_of_document or 'null'}: the exported tokenizer "
+            f"does as the training did."
+        )
     if carried is not None:
         source = tokens.tokenizer_file(carried)
         same = source is not None and (
             load_tokenizer(source, recipe.data.tokenizer).fingerprint == tokenizer.fingerprint
         )
-        published.give_back(carried, folder, tokenizer=same)
+        published.restore(carried, folder, tokenizer=same)
         if same:
-            if not untouched:
-                tokens.as_trained(folder)
-            return
-    if not tokens.write_tokenizer(folder, file, tokenizer, max_positions=config["max_position_embeddings"]):
+            # SentencePiece files have no place for a template, so transformers adds tokens by its own rules: convert them.
+            if untouched:
+                return
+            if tokenizer.file == tokens.TOKENIZER:
+                tokens.as_trained(folder, tokenizer)
+                return
+    try:
+        tokens.write_tokenizer(folder, file, tokenizer, max_positions=config["max_position_embeddings"])
+    except DataError as error:
+        for name in (tokens.TOKENIZER, tokens.PIECES, tokens.CONFIG):
+            (folder / name).unlink(missing_ok=True)
         _print(
-            f"note: transformers reads {file.name} differently from this project, so it is written without a configuration."
+            f"note: the export has no tokenizer, because transformers would give other ids than training used: {error}"
         )
 
 
@@ -288,13 +326,13 @@ def _compare_as_trained(
     *,
     checkpoint: Path,
     folder: Path,
-    strange: bool = False,
+    with_template: bool = False,
 ) -> tuple[Agreement | None, str]:
     """`_compare_unless`; if only transformers' clamp on dt makes the models differ, without the clamp, with a note."""
-    agreement, why = _compare_unless(parsed, recipe, checkpoint=checkpoint, folder=folder, strange=strange)
+    agreement, why = _compare_unless(parsed, recipe, checkpoint=checkpoint, folder=folder, with_template=with_template)
     if agreement is not None and agreement.problems and clamp_of(config) and not parsed.open_clamp:
         parsed.open_clamp = True  # compare again without the clamp, as the weights were trained
-        opened, _ = _compare_unless(parsed, recipe, checkpoint=checkpoint, folder=folder, strange=strange)
+        opened, _ = _compare_unless(parsed, recipe, checkpoint=checkpoint, folder=folder, with_template=with_template)
         if opened is not None and not opened.problems:
             agreement = opened
             _print(
@@ -305,7 +343,7 @@ def _compare_as_trained(
 
 
 def _compare_unless(
-    parsed: argparse.Namespace, recipe: Recipe, *, checkpoint: Path, folder: Path, strange: bool = False
+    parsed: argparse.Namespace, recipe: Recipe, *, checkpoint: Path, folder: Path, with_template: bool = False
 ) -> tuple[Agreement | None, str]:
     """(comparison after a conversion, "") or (None, why not): --no-check, no transformers, or not enough memory."""
     if parsed.no_check:
@@ -317,33 +355,31 @@ def _compare_unless(
     if options.device == "cpu" and needed > 0.9 * available:
         return None, f"both models need {units.size(needed)} of memory, {units.size(available)} are free here."
     try:
-        return _compare(options, recipe, checkpoint=checkpoint, folder=folder, strange=strange), ""
+        return _compare(options, recipe, checkpoint=checkpoint, folder=folder, with_template=with_template), ""
     except BackendError as error:
         return None, str(error)
 
 
 def _compare(
-    options: CheckOptions, recipe: Recipe, *, checkpoint: Path, folder: Path, strange: bool = False
+    options: CheckOptions, recipe: Recipe, *, checkpoint: Path, folder: Path, with_template: bool = False
 ) -> Agreement:
     """Our model of a checkpoint next to transformers' of a directory, on real text.
 
-    strange: call the directory's tokenizer with its template, as any user would; it must give the ids of training.
+    with_template: call the directory's tokenizer with its template, as any user would; it must give the ids of training.
     """
-
     device = choose_device(options.device)  # type: ignore[arg-type]
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[options.dtype]
     theirs = load_theirs(folder, dtype=dtype, device=device, open_clamp=options.open_clamp)
-    batch = _batch(options, recipe, folder, strange=strange).to(device)
+    batch = _batch(options, recipe, folder, with_template=with_template).to(device)
     plain = replace(recipe, precision=PrecisionConfig(params=options.dtype))  # type: ignore[arg-type]
     with model_on_one_rank(plain, checkpoint, device=device) as ours:
+        if options.quantizer is not None:
+            options.quantizer.apply(ours)
         return compare(ours, theirs, batch, model=recipe.model, tolerance=options.tolerance)
 
 
-def _batch(options: CheckOptions, recipe: Recipe, folder: Path, *, strange: bool) -> torch.Tensor:
+def _batch(options: CheckOptions, recipe: Recipe, folder: Path, *, with_template: bool) -> torch.Tensor:
     """Rows of token ids of real text by the directory's tokenizer, [rows, row_tokens], spread evenly over the text."""
-    source = SourceConfig(path=options.text, max_bytes=4_000_000)
-    text = "\n".join(document.text for document in documents("check", source))
-    ids = _ids(text, recipe, folder, strange=strange)
     chunk = _longest_chunk(recipe, folder)
     row_tokens = options.row_tokens or max(_ROW_TOKENS, 2 * chunk + 1)
     if row_tokens <= chunk:
@@ -351,6 +387,9 @@ def _batch(options: CheckOptions, recipe: Recipe, folder: Path, *, strange: bool
             f"--tokens {row_tokens} is within one chunk of the scan ({chunk} tokens): the state passed between chunks would not "
             f"be compared. Use --tokens {2 * chunk + 1}."
         )
+    source = SourceConfig(path=options.text, max_bytes=4_000_000)
+    text = "\n".join(document.text for document in documents("check", source))
+    ids = _ids(text, recipe, folder, with_template=with_template)
     wanted = options.rows * row_tokens
     if len(ids) < wanted:
         raise DataError(f"{options.text} has {len(ids):,} tokens, {wanted:,} are needed. Lower --rows or --tokens.")
@@ -370,7 +409,7 @@ def _longest_chunk(recipe: Recipe, folder: Path) -> int:
     return max(recipe.model.mamba_chunk, int(theirs or 0)) if "M" in recipe.model.pattern else 0
 
 
-def _ids(text: str, recipe: Recipe, folder: Path, *, strange: bool) -> list[int]:
+def _ids(text: str, recipe: Recipe, folder: Path, *, with_template: bool) -> list[int]:
     """Token ids of a text by the directory's tokenizer, which must give the same ids in transformers and here. Without one, by
     the run's tokenizer, or else the bytes of the text: the comparison of two models does not depend on the meaning of ids."""
     path = tokens.tokenizer_file(folder)
@@ -382,21 +421,34 @@ def _ids(text: str, recipe: Recipe, folder: Path, *, strange: bool) -> list[int]
                 tokenizer = load_tokenizer(path, recipe.data.tokenizer)
         except DataError:
             _print(f"note: {folder} has no tokenizer that can be read; ids are the bytes of the text.")
-            return [byte % recipe.model.vocab for byte in text.encode()]
+            return [byte % recipe.model.real_vocab for byte in text.encode()]
         _print(f"note: {folder} has no tokenizer for transformers; ids are from {path}.")
         return tokenizer.encode(text)
-    ids = their_ids(folder, text, with_special=strange)
+    texts = [text, *tokens.ODD_TEXTS]
+    theirs = their_ids(folder, texts, with_special=with_template)
     try:
-        ours = load_tokenizer(path, recipe.data.tokenizer).encode(text)
+        tokenizer = load_tokenizer(path, recipe.data.tokenizer)
     except DataError as error:
         _print(f"note: the tokenizer was not compared: {error}")
-        return ids
-    if ours != ids:
-        place = next((i for i, (a, b) in enumerate(zip(ours, ids, strict=False)) if a != b), min(len(ours), len(ids)))
-        raise CheckpointError(
-            f"{folder}: transformers and this project give different token ids for the same text, from id {place:,} on."
+        return theirs[0]
+    begin = [] if tokenizer.bod is None else [tokenizer.bod]
+    ours = [(begin if with_template else []) + tokenizer.encode(text) for text in texts]
+    for number, (a, b) in enumerate(zip(ours, theirs, strict=True)):
+        if a == b:
+            continue
+        place = next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+        shown = repr(texts[number][:40])
+        problem = f"{folder}: transformers and this project give different token ids for {shown}, from id {place:,} on"
+        if with_template or number == 0:
+            raise CheckpointError(f"{problem}: {b[place : place + 4]} there, {a[place : place + 4]} here.")
+        _print(f"note: {problem}. Prepared data has the ids of this project.")
+        break
+    if not with_template and their_ids(folder, ["a"], with_special=True)[0] != begin + tokenizer.encode("a"):
+        _print(
+            f"note: called on a text, the tokenizer of {folder} adds other special tokens than training rows have here "
+            f"(data.tokenizer.begin_of_document={recipe.data.tokenizer.begin_of_document or 'null'}, then the text)."
         )
-    return ids
+    return theirs[0]
 
 
 def _options(parsed: argparse.Namespace) -> CheckOptions:
@@ -408,6 +460,7 @@ def _options(parsed: argparse.Namespace) -> CheckOptions:
         device=parsed.device,
         tolerance=parsed.tolerance,
         open_clamp=parsed.open_clamp,
+        quantizer=getattr(parsed, "quantizer", None),
     )
 
 
@@ -425,7 +478,14 @@ def _recipe_of(mapping: dict[str, object], path: Path) -> Recipe:
 def _different_fields(ours: ModelConfig, theirs: ModelConfig) -> list[str]:
     """Differing fields of the two models that affect the function. Our vocabulary may be padded."""
     family = family_of(ours)
-    free = {"init_std", "vocab", "mamba_chunk", "window_tokens" if "w" not in ours.pattern else "", "query_scale"}
+    free = {
+        "init_std",
+        "vocab",
+        "vocab_padding",
+        "mamba_chunk",
+        "window_tokens" if "w" not in ours.pattern else "",
+        "query_scale",
+    }
     free |= {"rope_base", "rope_scaling", "rope_factor", "rope_original_tokens"} if ours.position == "none" else set()
     if family == "nemotron_h":
         free.add("tie_embeddings")  # exported as two equal matrices
@@ -435,8 +495,8 @@ def _different_fields(ours: ModelConfig, theirs: ModelConfig) -> list[str]:
     pairs.append(("query_scale", ours.query_scale or ours.head_dim, theirs.query_scale or theirs.head_dim))
     pairs = [(name, a.replace("|", "") if name == "pattern" else a, b) for name, a, b in pairs]
     found = [f"model.{name}: {a} in the checkpoint, {b} in {CONFIG}" for name, a, b in pairs if a != b]
-    if ours.vocab < theirs.vocab:
-        found.append(f"model.vocab: {ours.vocab} in the checkpoint, {theirs.vocab} in {CONFIG}")
+    if ours.real_vocab < theirs.vocab:
+        found.append(f"model.vocab without padding: {ours.real_vocab} in the checkpoint, {theirs.vocab} in {CONFIG}")
     return found
 
 
@@ -523,4 +583,4 @@ def _show(agreement: Agreement) -> None:
 
 
 def _print(text: str) -> None:
-    sys.stdout.write(text + "\n")
+    sys.stdout.write(printable_lines(text) + "\n")

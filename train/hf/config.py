@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from recipes.schema.errors import RecipeError
-from recipes.schema.foreign import read_json
+from recipes.schema.foreign import printable, read_json
 from recipes.schema.model import ModelConfig
 from recipes.schema.pattern import layer_kinds
 from recipes.schema.typed import FieldError, build
@@ -28,6 +28,12 @@ log = logging.getLogger(__name__)
 
 CONFIG = "config.json"
 NO_CLAMP = 1e-30
+_MOST_LAYERS = 10_000
+_SHOWN = 300
+"""Characters of a config's value that a message shows."""
+_LARGEST_SIZE = 1 << 24
+"""Bound on sizes in a config, so that a hostile one cannot make this program loop or allocate without end: some 60 times the
+largest vocabulary that is published (256,000)."""
 
 
 @dataclass(frozen=True)
@@ -113,7 +119,7 @@ _WRITTEN: dict[Family, dict[str, Any]] = {
 
 _NOT_READ = (
     "_name_or_path", "architectures", "auto_map", "bos_token_id", "eos_token_id", "pad_token_id", "torch_dtype", "dtype",
-    "transformers_version", "model_type", "vocab_size", "num_hidden_layers", "max_position_embeddings",
+    "transformers_version", "quantization_config", "model_type", "vocab_size", "num_hidden_layers", "max_position_embeddings",
     "hybrid_override_pattern", "layers_block_type", "layer_types", "mlp_hidden_act", "attention_head_dim",
     "rms_norm_eps", "query_pre_attn_scalar", "rope_theta", "rope_parameters", "rope_scaling", "time_step_limit",
     "sliding_window_size", "_attn_implementation", "attn_implementation",
@@ -124,6 +130,8 @@ _NOT_READ = (
 )  # fmt: skip
 """Fields that other functions below read, or that do not affect the function computed."""
 
+_LABELS = ("num_labels", "id2label", "label2id")
+"""Fields for classification. transformers builds a table of `num_labels` texts, of whatever size a config gives."""
 _ACTIVATIONS = {"squared_relu": "relu2", "gelu": "gelu_pytorch_tanh", "silu": "silu"}
 _LAYERS = {"M": "linear_attention", "*": "full_attention", "-": "mlp", "E": "moe"}
 _OLD_LAYERS = {"mamba": "M", "attention": "*"}
@@ -143,13 +151,13 @@ def family_of(model: ModelConfig) -> Family:
 def to_config(
     model: ModelConfig, *, tokens: SpecialTokens, max_positions: int, dtype: str, vocab: int | None = None
 ) -> dict[str, Any]:
-    """config.json of a model, keys sorted. dtype: torch's name of the stored format. vocab: theirs; None: as ours."""
+    """config.json of a model, keys sorted. dtype: torch's name of the stored format. vocab: theirs; None: ours unpadded."""
     family = family_of(model)
     kinds = layer_kinds(model.pattern)
     config: dict[str, Any] = {
         "architectures": [_CLASSES[family]],
         "model_type": family,
-        "vocab_size": model.vocab if vocab is None else vocab,
+        "vocab_size": model.real_vocab if vocab is None else vocab,
         "max_position_embeddings": max_positions,
         "bos_token_id": tokens.bos,
         "eos_token_id": tokens.eos,
@@ -194,15 +202,16 @@ def read_config(folder: Path) -> dict[str, Any]:
 def from_config(config: dict[str, Any], *, where: str) -> ModelConfig:
     """The model a config.json describes. RecipeError lists every field that is missing or not supported."""
     family = config.get("model_type")
-    if family not in _CLASSES:
-        raise RecipeError(f"{where}: model_type={family!r} is not supported. Supported: {', '.join(_CLASSES)}.")
+    if not isinstance(family, str) or family not in _CLASSES:
+        shown = printable(repr(family), most=_SHOWN)
+        raise RecipeError(f"{where}: model_type={shown} is not supported. Supported: {', '.join(_CLASSES)}.")
     problems: list[str] = []
     for key, value in _FIXED[family].items():
         if key in config and config[key] != value and (config[key] or value):  # null, false and 0 all mean "not used"
             problems.append(f"{key}={config[key]!r}: only {value!r} is supported")
     known = {*_FIXED[family], *_WRITTEN[family], *_NAMES[family], *_NOT_READ}
     if strange := sorted(config.keys() - known):
-        log.warning("%s: ignored fields: %s", where, ", ".join(strange))
+        log.warning("%s: ignored fields: %s", where, printable(", ".join(strange), most=1000))
 
     def need(key: str, *others: str) -> Any:
         for name in (key, *others):
@@ -217,36 +226,41 @@ def from_config(config: dict[str, Any], *, where: str) -> ModelConfig:
     fields = {ours: need(theirs) for theirs, ours in _NAMES[family].items() if theirs != "head_dim"}
     fields["head_dim"] = need("head_dim", "attention_head_dim")
     fields["vocab"] = need("vocab_size")
+    for name, value in fields.items():
+        if isinstance(value, int) and value > _LARGEST_SIZE:
+            problems.append(f"model.{name} would be {value}: the largest size that is read is {_LARGEST_SIZE:,}")
     if family == "nemotron_h":
         fields["pattern"] = _nemotron_pattern(config, problems)
         _check_bounds(config, problems)
         acts = {theirs: ours for ours, theirs in _ACTIVATIONS.items()}
         act = need("mlp_hidden_act")
-        fields["activation"] = acts.get(act)
-        if act is not None and act not in acts:
+        fields["activation"] = acts.get(act) if isinstance(act, str) else None
+        if act is not None and fields["activation"] is None:
             problems.append(f"mlp_hidden_act={act!r}: supported are {', '.join(acts)}")
     else:
         fields |= _gemma_fields(config, problems)
         scale = need("query_pre_attn_scalar")
         fields["query_scale"] = None if scale == fields["head_dim"] else scale
     if problems:
-        raise RecipeError(f"{where} cannot be converted:\n  " + "\n  ".join(problems))
+        lines = "\n  ".join(printable(problem, most=_SHOWN) for problem in problems)
+        raise RecipeError(f"{where} cannot be converted:\n  {lines}")
     try:
         return build(ModelConfig, fields, "model")
     except FieldError as error:
-        raise RecipeError(f"{where} cannot be converted:\n{error}") from error
+        lines = "\n".join(printable(line, most=_SHOWN) for line in str(error).splitlines())
+        raise RecipeError(f"{where} cannot be converted:\n{lines}") from error
 
 
-def usual(config: dict[str, Any]) -> dict[str, Any]:
+def for_transformers(config: dict[str, Any]) -> dict[str, Any]:
     """The same config in the form that transformers' classes accept: "not used" (null, false or 0) written as the class
-    writes it, and the head width under its usual name."""
+    writes it, the head width under its usual name, and no labels of a classifier."""
     family: Family = config["model_type"]
     fixed = {key: value for key, value in _FIXED[family].items() if key in config and not config[key] and not value}
     if config.get("time_step_min", 1) is None:
         fixed["time_step_min"] = NO_CLAMP
     if config.get("head_dim") is None and config.get("attention_head_dim") is not None:
         fixed["head_dim"] = config["attention_head_dim"]
-    return config | fixed
+    return {key: value for key, value in (config | fixed).items() if key not in _LABELS}
 
 
 def clamp_of(config: dict[str, Any]) -> float:
@@ -291,8 +305,8 @@ def _not_gemma(model: ModelConfig) -> list[str]:
 def _check_bounds(config: dict[str, Any], problems: list[str]) -> None:
     """Our dt has no bounds: refuse `time_step_limit`. `clamp_of` handles the lower bound `time_step_min`."""
     floor = config.get("time_step_min")
-    if floor is not None and not isinstance(floor, int | float):
-        problems.append(f"time_step_min={floor!r} is not a number")
+    if floor is not None and not (isinstance(floor, int | float) and 0 <= floor <= 1):
+        problems.append(f"time_step_min={floor!r} is not a number from 0 to 1")
     limit = config.get("time_step_limit")
     if limit is None:
         return
@@ -300,7 +314,7 @@ def _check_bounds(config: dict[str, Any], problems: list[str]) -> None:
         # transformers writes infinity as an object.
         bounds = (bound["__float__"] if isinstance(bound, dict) else bound for bound in limit)
         low, high = (bound if bound is None else float(bound) for bound in bounds)
-    except (TypeError, ValueError, KeyError):
+    except (TypeError, ValueError, KeyError, OverflowError):
         problems.append(f"time_step_limit={limit!r} is not a pair of numbers")
         return
     if (low or 0.0) > 0 or (high is not None and high != math.inf):
@@ -309,6 +323,9 @@ def _check_bounds(config: dict[str, Any], problems: list[str]) -> None:
 
 def _nemotron_pattern(config: dict[str, Any], problems: list[str]) -> str | None:
     pattern, kinds = config.get("hybrid_override_pattern"), config.get("layers_block_type")
+    if any(isinstance(given, str | list) and len(given) > _MOST_LAYERS for given in (pattern, kinds)):
+        problems.append(f"the pattern has more than {_MOST_LAYERS:,} layers")
+        return None
     if kinds is not None:
         if not isinstance(kinds, list):
             problems.append(f"layers_block_type={kinds!r} is not a list of kinds of layers")
@@ -369,7 +386,11 @@ def _gemma_fields(config: dict[str, Any], problems: list[str]) -> dict[str, Any]
         "tie_embeddings": True,
     }
     if kind in ("linear", "yarn", "llama3"):
-        fields |= {"rope_scaling": kind, "rope_factor": float(rope.pop("factor", 1.0))}
+        factor = rope.pop("factor", 1.0)
+        if not isinstance(factor, int | float) or not 0 < factor < _LARGEST_SIZE:
+            problems.append(f"the rope factor {factor!r} is not a positive number below {_LARGEST_SIZE:,}")
+            factor = 1.0
+        fields |= {"rope_scaling": kind, "rope_factor": float(factor)}
         # If missing, it is the model's maximum length, as in transformers.
         whole = config.get("max_position_embeddings", 8192)
         fields["rope_original_tokens"] = rope.pop("original_max_position_embeddings", None) or whole
@@ -381,6 +402,10 @@ def _gemma_fields(config: dict[str, Any], problems: list[str]) -> dict[str, Any]
         problems.append(f"rope_parameters: {', '.join(sorted(rope))} not supported here")
     count = config.get("num_hidden_layers")
     kinds = config.get("layer_types")
+    sizes = (count, len(kinds) if isinstance(kinds, list) else 0)
+    if any(isinstance(size, int) and size > _MOST_LAYERS for size in sizes):
+        problems.append(f"num_hidden_layers or layer_types: the most layers that are read are {_MOST_LAYERS:,}")
+        return fields
     if kinds is None and isinstance(count, int):
         kinds = ["full_attention" if index % 2 else "sliding_attention" for index in range(count)]
     if kinds is None:

@@ -8,19 +8,22 @@ model. Names and shapes of both sides are compared before anything is written; w
 is an error that names it. Neither direction does arithmetic, so a round trip gives the same bits.
 """
 
+import math
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
 import torch
 
 from recipes.schema.errors import CheckpointError
+from recipes.schema.foreign import printable
 from recipes.schema.model import ModelConfig
 from train.checkpoint.tensors import StoredTensor, StoredTensors, write_weights
 from train.hf.config import family_of
 from train.hf.files import Entry, WeightFiles, WeightWriter
 from train.hf.mapping import Family, Pair, Shape, pairs, to_ours, to_theirs
+from train.hf.quantize_export import Quantizer
 
 Format = Literal["keep", "fp32", "bf16"]
 """How weights are stored: as they are, or converted. A_log, D and dt_bias stay fp32 in bf16, as a bf16 run has them."""
@@ -47,30 +50,34 @@ def export_weights(
     format: Format = "keep",
     vocab: int | None = None,
     file_bytes: int = 5_000_000_000,
+    quantizer: Quantizer | None = None,
     advance: Callable[[int], None] = lambda nbytes: None,
 ) -> Converted:
     """Write `*.safetensors` (and their index) into `folder` from a checkpoint of any layout.
 
-    vocab: rows of the embedding to write, if ours was padded. advance: called with the bytes of each tensor written.
+    quantizer: quantises the linear layers, from the checkpoint's own numbers whatever the format of the others. vocab: rows of
+    the embedding to write, if ours was padded. advance: called with the bytes of each tensor written.
     Raises CheckpointError naming weights that are missing, extra or mis-shaped.
     """
     found = pairs(model, family_of(model), vocab=vocab)
     expected = {name: shape for pair in found for name, shape in pair.ours.items()}
     compare_names(expected, {name: entry.shape for name, entry in stored.weights.items()}, where=str(stored.folder))
-    plan = [
-        Entry(name, shape, _stored_as(format, stored.weights[next(iter(pair.ours))].dtype, pair))
-        for pair in found
-        for name, shape in pair.theirs.items()
-    ]
-    formats = {entry.name: entry.dtype for entry in plan}
+    quantized = quantizer.linears if quantizer is not None else {}
+    plan: list[Entry] = []
+    for pair in found:
+        dtype = _stored_as(format, stored.weights[next(iter(pair.ours))].dtype, pair)
+        for name, shape in pair.theirs.items():
+            plan += quantizer.entries(name, shape) if quantizer and name in quantized else [Entry(name, shape, dtype)]
     with WeightWriter(folder, plan, file_bytes=file_bytes) as writer:
         for pair in found:
-            dtype = formats[next(iter(pair.theirs))]
-            tensors = [_finite(stored.read(name), name, where=stored.folder).to(dtype) for name in pair.ours]
+            tensors = [_finite(stored.read(name), name, where=stored.folder) for name in pair.ours]
             for name, tensor in zip(pair.theirs, to_theirs(pair, tensors), strict=True):
-                writer.add(name, tensor)
+                for part, values in (
+                    quantizer.tensors(name, tensor) if quantizer and name in quantized else [(name, tensor)]
+                ):
+                    writer.add(part, values)
                 advance(tensor.nbytes)
-    return _sum(plan)
+    return replace(_sum(plan), parameters=sum(math.prod(shape) for pair in found for shape in pair.theirs.values()))
 
 
 def import_weights(
@@ -213,7 +220,7 @@ def _finite(tensor: torch.Tensor, name: str, *, where: Path) -> torch.Tensor:
 
 def _some(names: list[str]) -> str:
     more = f", and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
-    return ", ".join(names[:_LISTED]) + more
+    return ", ".join(printable(name, most=200) for name in names[:_LISTED]) + more
 
 
 def _their_dtype(files: WeightFiles, names: Mapping[str, str], pair: Pair) -> torch.dtype:

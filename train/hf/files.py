@@ -22,12 +22,15 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from recipes.schema.errors import CheckpointError
-from recipes.schema.foreign import read_json
+from recipes.schema.foreign import open_regular, printable, read_json
 
 INDEX = "model.safetensors.index.json"
 ONE_FILE = "model.safetensors"
-_CODES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
-_DTYPES = {code: dtype for dtype, code in _CODES.items()}
+_DENSE = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+_QUANTIZED = {torch.int64: "I64", torch.int32: "I32", torch.int8: "I8", torch.float8_e4m3fn: "F8_E4M3"}
+_CODES = _DENSE | _QUANTIZED
+_MOST_INDEX_BYTES = 1 << 27
+"""Size of the largest index that is read: a million tensors."""
 
 
 @dataclass(frozen=True)
@@ -47,23 +50,27 @@ class Entry:
 class WeightFiles:
     """The safetensors files of a directory. Opening reads headers only; CheckpointError names what is wrong.
 
-    Pickles (`pytorch_model.bin`) are refused: opening one can run code.
+    Pickles (`pytorch_model.bin`) are refused: opening one can run code. quantized: also accept the types of quantised weights.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, quantized: bool = False) -> None:
+        supported = {code: dtype for dtype, code in (_CODES if quantized else _DENSE).items()}
         self.folder = folder
         self.entries: dict[str, Entry] = {}
         self._file_of: dict[str, Path] = {}
         for path in self._paths():
             with _opened(path) as file:
                 for name in file.keys():  # noqa: SIM118 - not a mapping
+                    shown = printable(name, most=100)
                     if name in self.entries:
-                        raise CheckpointError(f"{folder}: {name} is in {self._file_of[name].name} and in {path.name}.")
+                        raise CheckpointError(f"{folder}: {shown} is in {self._file_of[name].name} and in {path.name}.")
                     part = file.get_slice(name)
                     code = part.get_dtype()
-                    if code not in _DTYPES:
-                        raise CheckpointError(f"{path}: {name} is stored as {code}. Supported: {', '.join(_DTYPES)}.")
-                    self.entries[name] = Entry(name, tuple(part.get_shape()), _DTYPES[code])
+                    if code not in supported:
+                        raise CheckpointError(
+                            f"{path}: {shown} is stored as {code}. Supported: {', '.join(supported)}."
+                        )
+                    self.entries[name] = Entry(name, tuple(part.get_shape()), supported[code])
                     self._file_of[name] = path
         self._check_index()
 
@@ -78,8 +85,7 @@ class WeightFiles:
             return file.get_tensor(name).clone()
 
     def _paths(self) -> list[Path]:
-        index = self.folder / INDEX
-        if index.is_file():
+        if self._has_index():
             paths = [self.folder / name for name in sorted(set(self._weight_map().values()))]
         else:
             paths = sorted(self.folder.glob("*.safetensors"))
@@ -93,28 +99,36 @@ class WeightFiles:
             )
         raise CheckpointError(f"{self.folder} has no *.safetensors.")
 
+    def _has_index(self) -> bool:
+        index = self.folder / INDEX
+        return index.exists() or index.is_symlink()  # a pipe or a broken link too: reading it is an error
+
     def _weight_map(self) -> dict[str, str]:
         try:
-            files = dict(read_json(self.folder / INDEX, most_bytes=1 << 30)["weight_map"])
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise CheckpointError(f"{self.folder / INDEX} cannot be read: {error!r}. Copy the file again.") from error
+            index = read_json(self.folder / INDEX, most_bytes=_MOST_INDEX_BYTES)
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"{self.folder / INDEX} cannot be read: {error}. Copy the file again.") from error
+        files = index.get("weight_map") if isinstance(index, dict) else None
+        if not isinstance(files, dict):
+            raise CheckpointError(f"{self.folder / INDEX} has no weight_map. Copy the file again.")
         for name, file in files.items():
-            if not isinstance(file, str) or Path(file).name != file:
+            if not isinstance(file, str) or Path(file).name != file or not file.isprintable() or file == "..":
                 raise CheckpointError(
-                    f"{self.folder / INDEX}: {name} is in {file!r}, which is not a file of the directory."
+                    f"{self.folder / INDEX}: {printable(name, most=100)} is in {printable(repr(file), most=100)}, which is not "
+                    f"a file of the directory."
                 )
         return files
 
     def _check_index(self) -> None:
-        if not (self.folder / INDEX).is_file():
+        if not self._has_index():
             return
         listed = self._weight_map()
         wrong = [name for name, file in listed.items() if self._file_of.get(name) != self.folder / file]
         wrong += [name for name in self.entries if name not in listed]
         if wrong:
             raise CheckpointError(
-                f"{self.folder / INDEX} and the files disagree about {len(wrong)} tensors, e.g. {wrong[0]}: a file is "
-                f"missing or was replaced. Copy the directory again."
+                f"{self.folder / INDEX} and the files disagree about {len(wrong)} tensors, e.g. "
+                f"{printable(wrong[0], most=100)}: a file is missing or was replaced. Copy the directory again."
             )
 
 
@@ -214,7 +228,10 @@ def _file_names(count: int) -> list[str]:
 @contextmanager
 def _opened(path: Path) -> Iterator[safe_open]:
     try:
+        open_regular(path).close()  # the library would wait for the writer of a pipe
         with safe_open(path, framework="pt") as file:
             yield file
     except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{path} cannot be read as safetensors: {error}. Copy the file again.") from error
+        raise CheckpointError(
+            f"{path} cannot be read as safetensors: {printable(str(error), most=300)}. Copy the file again."
+        ) from error

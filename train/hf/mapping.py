@@ -135,9 +135,9 @@ TABLE: dict[Family, dict[str, tuple[Rule, ...]]] = {"nemotron_h": _NEMOTRON, "ge
 def pairs(model: ModelConfig, family: Family, *, vocab: int | None = None) -> list[Pair]:
     """Every correspondence of a model, in the order of Hugging Face's files: embedding, layers, final norm, head.
 
-    vocab: rows of Hugging Face's embedding, if ours is padded; None: the same as ours. RecipeError if larger than ours.
+    vocab: rows of Hugging Face's embedding, if ours is padded; None: ours without padding. RecipeError if larger.
     """
-    theirs_vocab = model.vocab if vocab is None else vocab
+    theirs_vocab = model.real_vocab if vocab is None else vocab
     if theirs_vocab > model.vocab:
         raise RecipeError(f"model.vocab={model.vocab:,} is smaller than the vocabulary of {theirs_vocab:,} to convert.")
     sizes = _sizes(model, theirs_vocab)

@@ -30,6 +30,7 @@ class Imported:
     """`fp32` or `bf16`: the recipe's precision group."""
     tokenizer: Path | None
     end_of_document: str | None
+    begin_of_document: str | None
     row_tokens: int
 
 
@@ -66,7 +67,9 @@ def _body(imported: Imported) -> dict[str, Any]:
     }
     tokenizer = TokenizerConfig(path=None if imported.tokenizer is None else str(imported.tokenizer))
     if imported.end_of_document is not None:
-        tokenizer = replace(tokenizer, end_of_document=imported.end_of_document)
+        tokenizer = replace(
+            tokenizer, end_of_document=imported.end_of_document, begin_of_document=imported.begin_of_document
+        )
     data = DataConfig(
         folder=f"runs/data/{imported.name}",
         sources=sources,

@@ -1,48 +1,165 @@
-"""Text from a checkpoint of a run, as a stream of whole characters."""
+"""Texts from a checkpoint of a run: one as a stream of whole characters, or many of a batch as records.
 
+`opened` gives other callers the same model and tokenizer, checked against each other.
+"""
+
+import json
 from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
-from recipes.schema.errors import CheckpointError, refuse
+from data.tokenizer import Tokenizer, load_tokenizer
+from recipes.schema.errors import CheckpointError, DataError, refuse
 from recipes.schema.recipe import Recipe
 from recipes.schema.rules import reading_problems
 from recipes.schema.teacher_rules import tokenizer_problems
 from recipes.schema.tools import GenerateConfig
 from train.build import model_on_one_rank, open_tokenizer
 from train.checkpoint.manager import CheckpointFolder, checkpoint_at
-from train.inference.decode import Sampling, generate
+from train.inference.batch_engine import EngineConfig, InferenceEngine
+from train.inference.request import Event, Request, Sampling, Token
 from train.megatron import choose_device, use_device
+from train.quantize.directory import is_quantized
 
 
-def stream_text(recipe: Recipe, config: GenerateConfig) -> Iterator[str]:
-    """Yield the prompt and then the model's text, in pieces of whole characters.
+@dataclass(frozen=True)
+class Opened:
+    """A model that is ready to generate, and the tokenizer of its texts."""
 
-    For a run without a checkpoint, `run.start_from` is read instead. Raises CheckpointError if there is neither.
+    model: Any
+    tokenizer: Tokenizer
+    checkpoint: Path
+
+    @property
+    def fingerprint(self) -> str:
+        """Identifies weights and tokenizer in the keys of the prefix cache of one process."""
+        return f"{self.checkpoint.resolve()} {self.tokenizer.fingerprint}"
+
+
+@contextmanager
+def opened(recipe: Recipe, *, checkpoint: str | None = None) -> Iterator[Opened]:
+    """The model of a run with the weights of its newest checkpoint, or of the given one.
+
+    For a run without a checkpoint, `run.start_from` is read instead. Raises CheckpointError if there is neither, or if the
+    checkpoint was trained with another tokenizer.
     """
-
     refuse(reading_problems(recipe))
     device = choose_device(recipe.run.device)
     tokenizer, tokenizer_file = open_tokenizer(recipe)
     use_device(device)
 
+    path, fingerprint = _weights_of(recipe, checkpoint)
+    ours, another = tokenizer.fingerprint, "name another checkpoint (+generate.checkpoint)"
+    refuse(
+        tokenizer_problems(str(path), fingerprint, ours, where=str(tokenizer_file), otherwise=another), CheckpointError
+    )
+    with model_on_one_rank(recipe, path, device=device) as model:
+        yield Opened(model, tokenizer, path)
+
+
+def stream_text(recipe: Recipe, config: GenerateConfig) -> Iterator[str]:
+    """Yield the prompt and then the model's text, in pieces of whole characters. Errors: see `opened`."""
+    with opened(recipe, checkpoint=config.checkpoint) as it:
+        ids = it.tokenizer.prompt(config.prompt)
+        (request,) = _requests(ids, config, end=it.tokenizer.eod)
+        engine = InferenceEngine(it.model, recipe.model, EngineConfig(rows=1, context_tokens=len(ids) + config.tokens))
+        engine.add(request)
+        decoder = it.tokenizer.incremental_decoder()
+        yield config.prompt
+        while not engine.is_idle:
+            for event in engine.step():
+                if event.token is not None:
+                    yield decoder.feed(event.token.id)
+        yield decoder.finish()
+
+
+def generate_records(recipe: Recipe, config: GenerateConfig) -> Iterator[dict[str, Any]]:
+    """Continue all prompts in one batch, `config.n` times each. -> a JSON record for each text, in the order of the prompts.
+
+    Errors: see `opened`; DataError for a file of prompts that cannot be read.
+    """
+    prompts = read_prompts(Path(config.prompts)) if config.prompts is not None else [config.prompt]
+    with opened(recipe, checkpoint=config.checkpoint) as it:
+        ids = [it.tokenizer.prompt(prompt) for prompt in prompts]
+        requests = [request for one in ids for request in _requests(one, config, end=it.tokenizer.eod)]
+        context = max(map(len, ids)) + config.tokens
+        engine = InferenceEngine(
+            it.model, recipe.model, EngineConfig(rows=min(len(requests), config.batch), context_tokens=context)
+        )
+        for place, events in enumerate(engine.run(requests)):
+            tokens = [event.token for event in events if event.token is not None]
+            yield {
+                "prompt": prompts[place // config.n],
+                "sample": place % config.n,
+                "text": it.tokenizer.decode([token.id for token in tokens]),
+                "finish": events[-1].finish,
+                **_logprobs(tokens, events, config.logprobs),
+            }
+
+
+def _requests(ids: list[int], config: GenerateConfig, *, end: int) -> list[Request]:
+    """The `config.n` requests of one prompt; their seeds count up from the given one."""
+    base = Sampling(temperature=config.temperature, top_k=config.top_k, top_p=config.top_p)
+    return [
+        Request(
+            ids, config.tokens, sampling=replace(base, seed=config.seed + sample), stop=frozenset({end}),
+            top_logprobs=config.logprobs or 0,
+        )
+        for sample in range(config.n)
+    ]  # fmt: skip
+
+
+def _logprobs(tokens: list[Token], events: list[Event], count: int | None) -> dict[str, Any]:
+    if events[-1].finish == "error":
+        return {"error": events[-1].message}
+    if count is None:
+        return {}
+    found: dict[str, Any] = {"tokens": [token.id for token in tokens], "logprobs": [token.logprob for token in tokens]}
+    return found | ({"top_logprobs": [dict(token.top) for token in tokens]} if count else {})
+
+
+def read_prompts(path: Path) -> list[str]:
+    """The prompts of a file: one a line; in a file `.jsonl` a line is a JSON string, or an object with a text `prompt`."""
+    try:
+        lines = [line for line in path.read_text().splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(
+            f"cannot read the prompts in {path}: {error}. Name a text file with a prompt on each line."
+        ) from error
+    if not lines:
+        raise DataError(f"{path} has no prompts. Write one on each line.")
+    if path.suffix != ".jsonl":
+        return lines
+    prompts = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            value = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise DataError(
+                f"{path}: prompt {number} is not JSON ({error}). Write a JSON string or an object."
+            ) from error
+        text = value.get("prompt") if isinstance(value, dict) else value
+        if not isinstance(text, str):
+            raise DataError(
+                f'{path}: prompt {number} has no text. Write a JSON string, or an object with "prompt": "...".'
+            )
+        prompts.append(text)
+    return prompts
+
+
+def _weights_of(recipe: Recipe, checkpoint: str | None) -> tuple[Path, str]:
+    """(checkpoint or directory of quantised weights, fingerprint of its tokenizer; empty if it has none)."""
+    if checkpoint is not None and is_quantized(Path(checkpoint)):
+        path = Path(checkpoint)
+        file = next((path / name for name in ("tokenizer.json", "tokenizer.model") if (path / name).is_file()), None)
+        return path, "" if file is None else load_tokenizer(file, recipe.data.tokenizer).fingerprint
     folder = Path(recipe.run.folder) / recipe.run.name / "checkpoints"
-    found = CheckpointFolder(folder, recipe.checkpoint).newest() if config.checkpoint is None else None
+    found = CheckpointFolder(folder, recipe.checkpoint).newest() if checkpoint is None else None
     if found is None:
-        place = config.checkpoint or recipe.run.start_from
+        place = checkpoint or recipe.run.start_from
         if place is None:
             raise CheckpointError(f"{folder} contains no checkpoint. Train first: stratum train -cn <recipe>.")
         found = checkpoint_at(place)
-    path, manifest = found
-    ours, another = tokenizer.fingerprint, "name another checkpoint (+generate.checkpoint)"
-    refuse(
-        tokenizer_problems(str(path), manifest.tokenizer, ours, where=str(tokenizer_file), otherwise=another),
-        CheckpointError,
-    )
-    with model_on_one_rank(recipe, path, device=device) as model:
-        ids = tokenizer.prompt(config.prompt)
-        sampling = Sampling(temperature=config.temperature, top_k=config.top_k, top_p=config.top_p, seed=config.seed)
-        decoder = tokenizer.incremental_decoder()
-        yield config.prompt
-        for token in generate(model, ids, tokens=config.tokens, sampling=sampling, end_of_document=tokenizer.eod):
-            yield decoder.feed(token)
-        yield decoder.finish()
+    return found[0], found[1].tokenizer

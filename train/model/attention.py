@@ -1,5 +1,5 @@
 """The attention core: scaled dot-product attention over grouped queries, with rotary positions, a window, a soft cap,
-document boundaries, context parallelism and a key/value cache.
+document boundaries, context parallelism, and pages of keys and values during inference.
 
 Megatron's own core needs Transformer Engine for packed documents and for context parallelism, and has no soft cap; this
 one supports all of them on any device. It is part of Megatron's SelfAttention, which owns the projections and their sharding.
@@ -31,9 +31,10 @@ from megatron.core.transformer.utils import is_layer_window_attention
 from torch.nn import functional as F
 
 from train.model.capped import capped_attention
-from train.model.context import RowContext
+from train.model.context import RowContext, Segments
 from train.model.documents import document_starts
 from train.model.flex import flex, mask_of
+from train.model.paged import paged_attention, pages_of
 from train.model.rotary import Rotary
 from train.native import attention as compiled
 
@@ -104,27 +105,73 @@ class AttentionCore(MegatronModule):
         """Shapes: see the module docstring. Collective over the context group if it has more than one rank."""
         row = packed_seq_params if packed_seq_params is not None else RowContext()
         ranks, here = self.context_group.size(), self.context_group.rank()
-        queries, device, storage = query_SBHD.shape[0], query_SBHD.device, query_SBHD.dtype
-        before = row.caches.length if row.caches is not None else 0
-        sequence = before + queries * ranks
+        if row.segments is not None:
+            return self._continue(query_SBHD, key_SBGD, value_SBGD, row.segments)
+        queries, storage = query_SBHD.shape[0], query_SBHD.dtype
+        sequence = queries * ranks
         if self.rotary is not None:
-            positions = before + zigzag_positions(queries * ranks, rank=here, ranks=ranks, device=device)
+            positions = None
+            if ranks > 1:
+                positions = zigzag_positions(sequence, rank=here, ranks=ranks, device=query_SBHD.device)
             query_SBHD = self.rotary(query_SBHD, positions, length=sequence)
             key_SBGD = self.rotary(key_SBGD, positions, length=sequence)
-        if row.caches is not None:
-            key_SBGD, value_SBGD = self._extend_cache(row, key_SBGD, value_SBGD)
         if ranks > 1:
             key_SBGD, value_SBGD = self._gathered(key_SBGD), self._gathered(value_SBGD)
-        if device.type == "cpu" and storage == torch.bfloat16:
-            query_SBHD, key_SBGD, value_SBGD = query_SBHD.float(), key_SBGD.float(), value_SBGD.float()
-        scale = self.softmax_scale if self.softmax_scale is not None else query_SBHD.shape[-1] ** -0.5
+        query_SBHD, key_SBGD, value_SBGD = _computed(query_SBHD), _computed(key_SBGD), _computed(value_SBGD)
         keys = key_SBGD.shape[0]
         outputs = []
         for part in _query_ranges(queries, keys, rank=here, ranks=ranks):
             q = query_SBHD[part.queries]
-            outputs.append(self._attend(q, key_SBGD, value_SBGD, row, offset=part.offset, scale=scale))
+            outputs.append(self._attend(q, key_SBGD, value_SBGD, row, offset=part.offset))
         output = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
         return output.to(storage)
+
+    def _continue(
+        self, query_T1HD: torch.Tensor, key_T1GD: torch.Tensor, value_T1GD: torch.Tensor, segments: Segments
+    ) -> torch.Tensor:
+        """Attention of the texts of a step of inference, each over its own keys, which are stored. -> [T, 1, H*D]."""
+        assert self.context_group.size() == 1, "inference splits no text over context ranks"
+        if self.rotary is not None:
+            positions, longest = segments.positions_T, segments.longest
+            query_T1HD = self.rotary(query_T1HD, positions, length=longest)
+            key_T1GD = self.rotary(key_T1GD, positions, length=longest)
+        pool = segments.key_pools[self.layer_number]
+        places = segments.keys["*" if self.window_tokens is None else "w"]
+        pool.keys.flatten(0, 1).index_copy_(0, places.new_T, key_T1GD[:, 0])
+        pool.values.flatten(0, 1).index_copy_(0, places.new_T, value_T1GD[:, 0])
+        outputs = []
+        if segments.singles:
+            outputs.append(
+                paged_attention(
+                    query_T1HD[: segments.singles, 0], pool, places.table, segments.table[: segments.singles],
+                    window=self.window_tokens, scale=self._scale(query_T1HD), softcap=self.softcap,
+                )[:, None]
+            )  # fmt: skip
+        for segment in segments.segments[segments.singles :]:
+            new = slice(segment.begin, segment.begin + segment.tokens)
+            key, value, first = key_T1GD[new], value_T1GD[new], segment.before
+            if segment.before:
+                key, value, first = pages_of(pool, places.table, segment, window=self.window_tokens)
+            part = (_computed(query_T1HD[new]), _computed(key), _computed(value))
+            outputs.append(self._attend(*part, RowContext(), offset=segment.before - first))
+        output = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+        return output.to(query_T1HD.dtype)
+
+    def single_tokens(self, qkv_SE: torch.Tensor, segments: Segments) -> torch.Tensor:
+        """`_continue` for a step in which each text has one token, from the output of the projection, compiled. -> [S, H*D]."""
+        pool = segments.key_pools[self.layer_number]
+        places = segments.keys["*" if self.window_tokens is None else "w"]
+        angles = self.rotary.angles_up_to(segments.longest, qkv_SE.device) if self.rotary is not None else None
+        width, groups = pool.keys.shape[-1], pool.keys.shape[-2]
+        scale = self.softmax_scale if self.softmax_scale is not None else width**-0.5
+        output = compiled.paged_step(
+            qkv_SE, angles, places.table, segments.table, pool.keys, pool.values,
+            heads=qkv_SE.shape[1] // width - 2 * groups, window=self.window_tokens, scale=scale, softcap=self.softcap,
+        )  # fmt: skip
+        return output.to(qkv_SE.dtype)
+
+    def _scale(self, query: torch.Tensor) -> float:
+        return self.softmax_scale if self.softmax_scale is not None else query.shape[-1] ** -0.5
 
     def _attend(
         self,
@@ -134,11 +181,10 @@ class AttentionCore(MegatronModule):
         row: RowContext,
         *,
         offset: int,
-        scale: float,
     ) -> torch.Tensor:
         """Attention of neighbouring queries, each from its first key to its own position."""
         queries, rows, device = query_QBHD.shape[0], query_QBHD.shape[1], query_QBHD.device
-        keys = key_KBGD.shape[0]
+        keys, scale = key_KBGD.shape[0], self._scale(query_QBHD)
 
         def first_keys() -> torch.Tensor | None:
             return self._first_keys(queries, offset, row, rows=rows, device=device)
@@ -186,23 +232,10 @@ class AttentionCore(MegatronModule):
         chunks = by_rank.chunk(2 * ranks)  # rank r's two chunks are at 2r and 2r + 1
         return torch.cat([*chunks[0::2], *chunks[:0:-2]])  # first chunks rank 0 upwards, second ones downwards
 
-    def _extend_cache(
-        self, row: RowContext, key_SBGD: torch.Tensor, value_SBGD: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """All keys and values that the new queries may see. Updates the cache; with a window it stores the last
-        window_tokens - 1 only."""
-        assert row.caches is not None
-        cached = row.caches.keys_values
-        if self.layer_number in cached:
-            past_key, past_value = cached[self.layer_number]
-            key_SBGD = torch.cat([past_key, key_SBGD])
-            value_SBGD = torch.cat([past_value, value_SBGD])
-        keep = key_SBGD.shape[0] if self.window_tokens is None else min(self.window_tokens - 1, key_SBGD.shape[0])
-        start = key_SBGD.shape[0] - keep
-        kept = (key_SBGD[start:], value_SBGD[start:])
-        # If tokens are dropped, copy: a slice would keep the memory of the whole tensor alive.
-        cached[self.layer_number] = kept if start == 0 else (kept[0].clone(), kept[1].clone())
-        return key_SBGD, value_SBGD
+
+def _computed(x: torch.Tensor) -> torch.Tensor:
+    """In the format of the arithmetic: fp32 for bf16 on a CPU."""
+    return x.float() if x.device.type == "cpu" and x.dtype == torch.bfloat16 else x
 
 
 def _query_ranges(queries: int, keys: int, *, rank: int, ranks: int) -> Iterator[QueryRange]:

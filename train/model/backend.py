@@ -20,10 +20,12 @@ from recipes.schema.facts import Machine, missing_packages, wants_fp32_block_sca
 from recipes.schema.model import ModelConfig
 from recipes.schema.precision import PrecisionConfig
 from recipes.schema.rules import backend_name, backend_problems, low_precision_problems
+from recipes.schema.weight_formats import weight_format
 from train.model.attention import AttentionCore
 from train.model.linear import use_fast_product
 from train.model.mixer import KernelMixer, ReferenceMixer
 from train.model.norm import RMSNorm
+from train.model.quantized_linear import train_rounded
 from train.parallel.mesh import Mesh
 from train.precision import emulated, te
 from train.precision.control import PrecisionControl
@@ -95,6 +97,8 @@ class ReferenceBackend(LocalSpecProvider):
 
     def equip(self, chunk: torch.nn.Module, *, model: ModelConfig, precision: PrecisionConfig) -> None:
         use_fast_product(chunk)
+        if precision.quantize_weights != "none":
+            train_rounded(chunk, model, weight_format(precision.quantize_weights))
 
     def control(self, chunks: list[Any], *, precision: PrecisionConfig, mesh: Mesh, seed: int) -> PrecisionControl:
         return emulated.EmulatedPrecision(

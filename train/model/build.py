@@ -35,6 +35,7 @@ from train.model.activation import FeedForward, activation_function
 from train.model.attention import AttentionCore
 from train.model.backend import Backend
 from train.model.cross_entropy import soft_cap, vocab_parallel_cross_entropy
+from train.model.head import token_rows
 from train.model.initial import initialize
 from train.model.postnorm import PostNormAttention, PostNormMamba, PostNormMLP
 from train.model.rotary import Rotary, score_factor
@@ -49,17 +50,26 @@ class Model(HybridModel):
     def __init__(self, *, model: ModelConfig, **arguments: Any) -> None:
         super().__init__(**arguments)
         self.logit_softcap = model.logit_softcap
+        self.vocab_padding = model.vocab_padding
         if model.scale_embedding and self.pre_process:
             self.embedding.register_forward_hook(_times_root_of_hidden)
 
     def forward(self, *args: Any, labels: torch.Tensor | None = None, **kwargs: Any) -> torch.Tensor:
-        """Megatron's forward pass; returned logits are soft-capped if the model has a cap. With labels: losses."""
+        """Megatron's forward pass; without labels it returns logits (`capped`), with labels losses."""
         output = super().forward(*args, labels=labels, **kwargs)
         return self.capped(output) if labels is None and self.post_process else output
 
     def capped(self, logits: torch.Tensor) -> torch.Tensor:
-        """The head's logits after the model's soft cap, if it has one."""
-        return logits if self.logit_softcap is None else soft_cap(logits, self.logit_softcap)
+        """The head's logits [..., vocabulary of this rank] after the model's soft cap, if it has one; -inf, so probability 0,
+        for rows that stand for no token."""
+        if self.logit_softcap is not None:
+            logits = soft_cap(logits, self.logit_softcap)
+        slice_size = logits.shape[-1]
+        real = token_rows(slice_size, self.vocab_padding, self.pg_collection.tp)
+        if real == slice_size:
+            return logits
+        # After the cap, which would turn -inf into -cap. Not in place: autograd may need what is here.
+        return logits.masked_fill(torch.arange(slice_size, device=logits.device) >= real, -torch.inf)
 
     def compute_language_model_loss(self, labels: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
         """labels [rows, sequence], logits [sequence, rows, vocabulary of this rank] -> nats per token [rows, sequence].
@@ -67,7 +77,11 @@ class Model(HybridModel):
         Collective over the tensor group.
         """
         loss_SB = vocab_parallel_cross_entropy(
-            logits, labels.t().contiguous(), group=self.pg_collection.tp, softcap=self.logit_softcap
+            logits,
+            labels.t().contiguous(),
+            group=self.pg_collection.tp,
+            softcap=self.logit_softcap,
+            padding=self.vocab_padding,
         )
         return loss_SB.t()
 

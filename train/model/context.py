@@ -1,4 +1,4 @@
-"""What every layer receives in addition to hidden states: document boundaries, and caches during generation.
+"""What every layer receives in addition to hidden states: document boundaries, or the texts and states of a step of inference.
 
 Megatron passes `packed_seq_params` through the schedules, activation recomputation and every layer to the mixer and the
 attention core. `RowContext` extends that class, so no second path is needed.
@@ -11,18 +11,69 @@ import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 
 
-@dataclass
-class LayerCaches:
-    """State of one generation. Attention caches grow with the text (with a window: up to its size); Mamba-2 states have a
-    constant size."""
+@dataclass(frozen=True)
+class KeyPool:
+    """Pages of one attention layer: keys and values, each [pages, page tokens, kv heads, head width]."""
 
-    length: int = 0
-    """Tokens already in the caches."""
-    keys_values: dict[int, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
-    """By layer number: keys and values, each [length, rows, kv heads, head width]; a layer with a window keeps the last
-    window_tokens - 1 only."""
-    mamba: dict[int, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
-    """By layer number: the convolution's last inputs and the scan's fp32 state (shapes: train.model.ssd)."""
+    keys: torch.Tensor
+    values: torch.Tensor
+
+
+@dataclass(frozen=True)
+class MambaPool:
+    """States of one Mamba-2 layer, at least fp32: the convolution's last inputs [slots, taps - 1, channels] and the scan's
+    states [slots, heads, state, head width]."""
+
+    conv: torch.Tensor
+    scan: torch.Tensor
+
+
+@dataclass(frozen=True)
+class KeyPlaces:
+    """Where the attention layers of one kind (all with a window, or all without) keep the keys of the texts of a step."""
+
+    table: torch.Tensor
+    """[slots, pages of a text] int32: the page of the pools that has each page of the text. The pages that a text's next
+    token does not see may be gone."""
+    new_T: torch.Tensor
+    """[T] int64: place (page x page tokens + token of the page) of each token of the step."""
+
+
+@dataclass(frozen=True)
+class Segment:
+    """The next tokens of one text, neighbours in the packed row of a step."""
+
+    begin: int
+    """Index of the first of them in the packed row."""
+    tokens: int
+    before: int
+    """Tokens of the text that were read in earlier steps."""
+    slot: int
+    """Where the text's states are, and its line in the page tables."""
+
+
+@dataclass(frozen=True)
+class Segments:
+    """A step of inference: tokens of several texts as one row [T, 1, hidden], each text continued from its states.
+
+    Layers update the pools in place. Texts with one new token come first: they are computed together.
+    """
+
+    segments: list[Segment]
+    singles: int
+    """How many segments, the first ones, have one token."""
+    table: torch.Tensor
+    """The segments as numbers, [segments, 4] int64: begin, tokens, before, slot."""
+    positions_T: torch.Tensor
+    """[T] int64: position of each token in its text."""
+    longest: int
+    """Tokens of the longest text, the new ones included."""
+    keys: dict[str, KeyPlaces]
+    """By kind of attention layer, `*` or `w`."""
+    key_pools: dict[int, KeyPool]
+    """By layer number."""
+    mamba_pools: dict[int, MambaPool]
+    """By layer number."""
 
 
 @dataclass
@@ -32,8 +83,8 @@ class RowContext(PackedSeqParams):
     qkv_format: str = "sbhd"
     documents: torch.Tensor | None = None
     """[rows, sequence] int: document of each token of the whole row (also under context parallelism). None: one document."""
-    caches: LayerCaches | None = None
-    """Set during generation only."""
+    segments: Segments | None = None
+    """Set during inference only."""
     masks: dict[tuple[int | None, ...], Any] = field(default_factory=dict)
     """Attention masks that layers of this microbatch share (`train.model.flex`)."""
 

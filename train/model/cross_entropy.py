@@ -5,6 +5,9 @@ the largest log-sum-exp of the slices, and the sum of the slices' exponentials r
 the logits; the backward pass computes the probabilities again and overwrites the logits with the gradient. So there is
 never a second tensor of that size: at a vocabulary of 131,072 that memory decides how many rows fit. On a CPU forward and
 backward each read the logits once (`passes.c`).
+
+The last rank's slice may end in rows that stand for no token (`model.vocab_padding`). They are not in the softmax, and their
+gradient is zero.
 """
 
 from typing import Any
@@ -12,6 +15,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from train.model.head import token_rows
 from train.native import passes
 
 PART_LOGITS = {"cpu": 1 << 18, "cuda": 1 << 24}
@@ -21,12 +25,19 @@ PART_LOGITS = {"cpu": 1 << 18, "cuda": 1 << 24}
 class _VocabParallelCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, logits_SBV: torch.Tensor, labels_SB: torch.Tensor, group: dist.ProcessGroup, cap: float | None
+        ctx: Any,
+        logits_SBV: torch.Tensor,
+        labels_SB: torch.Tensor,
+        group: dist.ProcessGroup,
+        cap: float | None,
+        padding: int,
     ) -> torch.Tensor:
         logits_SBV = logits_SBV.contiguous()
-        lines, labels = _lines(logits_SBV), labels_SB.reshape(-1)
+        slice_size = logits_SBV.shape[-1]
+        real = token_rows(slice_size, padding, group)
+        lines, labels = _lines(logits_SBV, real), labels_SB.reshape(-1)
         if group.size() > 1:
-            labels = labels - group.rank() * lines.shape[1]
+            labels = labels - group.rank() * slice_size
             labels = torch.where((labels >= 0) & (labels < lines.shape[1]), labels, -1)
         log_sum, target = _log_sums(lines, labels, cap)
         if group.size() > 1:
@@ -37,19 +48,20 @@ class _VocabParallelCrossEntropy(torch.autograd.Function):
             log_sum += torch.log(total)
             dist.all_reduce(target, group=group)
         ctx.save_for_backward(logits_SBV, log_sum, labels)
-        ctx.cap = cap
+        ctx.cap, ctx.real = cap, real
         return (log_sum - target).view(labels_SB.shape)
 
     @staticmethod
-    def backward(ctx: Any, grad_SB: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad_SB: torch.Tensor) -> tuple[torch.Tensor, None, None, None, None]:  # type: ignore[override]
         logits_SBV, log_sum, labels = ctx.saved_tensors
-        _gradients_(_lines(logits_SBV), labels, log_sum, grad_SB.reshape(-1).contiguous(), ctx.cap)
-        return logits_SBV.detach(), None, None, None
+        logits_SBV.detach()[..., ctx.real :] = 0
+        _gradients_(_lines(logits_SBV, ctx.real), labels, log_sum, grad_SB.reshape(-1).contiguous(), ctx.cap)
+        return logits_SBV.detach(), None, None, None, None
 
 
-def _lines(logits_SBV: torch.Tensor) -> torch.Tensor:
-    """[tokens, vocabulary], detached: autograd raises an error for a saved view that is modified in place."""
-    return logits_SBV.detach().view(-1, logits_SBV.shape[-1])
+def _lines(logits_SBV: torch.Tensor, real: int) -> torch.Tensor:
+    """[tokens, the first `real` columns], detached: autograd raises an error for a saved view that is modified in place."""
+    return logits_SBV.detach().view(-1, logits_SBV.shape[-1])[:, :real]
 
 
 def _log_sums(lines: torch.Tensor, labels: torch.Tensor, cap: float | None) -> tuple[torch.Tensor, torch.Tensor]:
@@ -112,12 +124,18 @@ def soft_cap(x: torch.Tensor, cap: float) -> torch.Tensor:
 
 
 def vocab_parallel_cross_entropy(
-    logits_SBV: torch.Tensor, labels_SB: torch.Tensor, *, group: dist.ProcessGroup, softcap: float | None = None
+    logits_SBV: torch.Tensor,
+    labels_SB: torch.Tensor,
+    *,
+    group: dist.ProcessGroup,
+    softcap: float | None = None,
+    padding: int = 0,
 ) -> torch.Tensor:
     """-log softmax(logits)[label] per token, in nats, fp32; with softcap, of the soft-capped logits.
 
     logits_SBV: this rank's slice of the vocabulary, slices in rank order; labels_SB: ids in the whole vocabulary.
+    padding: the last columns of the last slice that are not in the softmax; no label is one of them.
     -> [sequence, rows]. The backward pass overwrites `logits_SBV` (if contiguous, else a copy), so it can run only once.
     Collective over `group` in the forward pass.
     """
-    return _VocabParallelCrossEntropy.apply(logits_SBV, labels_SB, group, softcap)
+    return _VocabParallelCrossEntropy.apply(logits_SBV, labels_SB, group, softcap, padding)

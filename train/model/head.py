@@ -1,10 +1,21 @@
-"""The model without its output head, for objectives that apply the head themselves to a few tokens at a time."""
+"""The model without its output head, for objectives that apply the head themselves to a few tokens at a time; and which rows
+of the head stand for tokens."""
 
 from typing import Any
 
 import torch
+import torch.distributed as dist
+from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 
 from train.model.context import RowContext
+
+
+def token_rows(slice_size: int, padding: int, group: dist.ProcessGroup) -> int:
+    """How many rows of this tensor rank's slice of the head stand for tokens: all but the padding, which is on the last rank.
+
+    padding: `model.vocab_padding`; a rule keeps it smaller than a slice.
+    """
+    return slice_size - padding if group.rank() == group.size() - 1 else slice_size
 
 
 def hidden_states(
@@ -36,6 +47,31 @@ def head_weight(model: Any) -> torch.Tensor:
             head(weight.new_empty(0, 1, weight.shape[1]), weight=weight)
         head.sequence_parallel = splits_sequence
     return _weight(model)
+
+
+def whole_sequence(model: Any, hidden_SBH: torch.Tensor) -> torch.Tensor:
+    """Hidden states of the whole sequence on every tensor rank, where sequence parallelism has cut it. For use without gradients.
+
+    Collective over the tensor group.
+    """
+    if not model.config.sequence_parallel:
+        return hidden_SBH
+    return gather_from_sequence_parallel_region(hidden_SBH, group=model.pg_collection.tp)
+
+
+def head_logits(model: Any, hidden_NH: torch.Tensor) -> torch.Tensor:
+    """Logits of some tokens, [N, vocabulary of this tensor rank], by the head's own forward pass; before the soft cap.
+
+    hidden_NH: states after the final norm, complete on every tensor rank. `model` is the chunk that has the head.
+    """
+    head = model.output_layer
+    weight = model.shared_embedding_or_output_weight() if model.share_embeddings_and_output_weights else None
+    splits_sequence, head.sequence_parallel = head.sequence_parallel, False  # these tokens are not cut over the ranks
+    try:
+        logits_NBV, _ = head(hidden_NH[:, None], weight=weight)
+    finally:
+        head.sequence_parallel = splits_sequence
+    return logits_NBV[:, 0]
 
 
 def _weight(model: Any) -> torch.Tensor:

@@ -6,7 +6,7 @@ function for the product and its collectives. On a CPU `fast_linear` replaces th
 than fp32 (docs/log.md), so there bf16 only saves memory and traffic.
 """
 
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -101,3 +101,21 @@ def use_fast_product(module: torch.nn.Module) -> None:
     for part in module.modules():
         if isinstance(part, ColumnParallelLinear | RowParallelLinear):
             part._forward_impl = fast_linear
+
+
+class WeightSource(Protocol):
+    """Gives the weight that a linear layer multiplies by, at each call."""
+
+    def weight(self, stored: torch.Tensor) -> torch.Tensor:
+        """The weight [out of this rank, in of this rank]. stored: the layer's own parameter, which may be a placeholder."""
+        ...
+
+
+def take_weight_from(linear: torch.nn.Module, source: WeightSource) -> None:
+    """Make a parallel linear layer multiply by `source.weight(its parameter)`. Product and collectives stay as they are."""
+    plain = linear._forward_impl
+
+    def product(input: torch.Tensor, weight: torch.Tensor, **arguments: Any) -> torch.Tensor:
+        return plain(input=input, weight=source.weight(weight), **arguments)  # type: ignore[operator]
+
+    linear._forward_impl = product  # type: ignore[assignment]

@@ -15,7 +15,7 @@ from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch import nn
 
 from train.model import ssd
-from train.model.context import LayerCaches, RowContext
+from train.model.context import RowContext, Segments
 from train.model.norm import rms_norm
 
 
@@ -100,14 +100,21 @@ class ReferenceMixer(MambaMixer):
         Collective over the tensor group (projections) and the context group (all-to-all around the scan).
         """
         zxbcdt, _ = self.in_proj(hidden_SBH)
-        if packed_seq_params is not None and packed_seq_params.caches is not None:
-            y = self._continue(zxbcdt, packed_seq_params.caches)
+        if packed_seq_params is not None and packed_seq_params.segments is not None:
+            y = self.continued(zxbcdt[:, 0], packed_seq_params.segments)[:, None]
         else:
             zxbcdt = self.cp.pre_conv_ssm(zxbcdt, None)
             documents = packed_seq_params.documents if packed_seq_params is not None else None
             y = ssd.mamba_core(zxbcdt, **self._scan_arguments(), chunk=self.chunk_size, document_BL=documents)
             y = self.cp.post_conv_ssm(y, None)
         return self.out_proj(self.norm(y))
+
+    def continued(self, zxbcdt_TD: torch.Tensor, segments: Segments) -> torch.Tensor:
+        """Convolution, scan and gate of the texts of a step of inference, which update their states. -> [T, H*P]."""
+        pool = segments.mamba_pools[self.layer_number]
+        return ssd.mamba_core_segments(
+            zxbcdt_TD, **self._scan_arguments(), chunk=self.chunk_size, segments=segments, pool=pool
+        )
 
     def _scan_arguments(self) -> dict[str, Any]:
         """Parameters and sizes of the scan on this rank (context ranks use a slice of the tensor rank's heads)."""
@@ -122,12 +129,3 @@ class ReferenceMixer(MambaMixer):
             "state": self.d_state,
             "groups": self.cp.ngroups_local_tpcp,
         }
-
-    def _continue(self, zxbcdt_SBD: torch.Tensor, caches: LayerCaches) -> torch.Tensor:
-        """Continue the scan from the cached state and store the new one. Any number of tokens, constant memory."""
-        state = caches.mamba.get(self.layer_number)
-        y, new_state = ssd.mamba_core_continue(
-            zxbcdt_SBD, **self._scan_arguments(), chunk=self.chunk_size, state_pair=state
-        )
-        caches.mamba[self.layer_number] = new_state
-        return y

@@ -69,16 +69,17 @@ class Rotary:
         self.angles = angles_per_token(model)
         self.table: tuple[torch.Tensor, torch.Tensor] | None = None
 
-    def __call__(self, x_SBHD: torch.Tensor, positions_S: torch.Tensor, *, length: int) -> torch.Tensor:
-        """x_SBHD rotated, in its dtype. positions_S: position of each token in the row, all below `length`."""
-        cos, sin = self._up_to(length, x_SBHD.device)
-        if positions_S.shape[0] == length:
-            cos_S, sin_S = cos[:length], sin[:length]  # a whole row in order
+    def __call__(self, x_SBHD: torch.Tensor, positions_S: torch.Tensor | None, *, length: int) -> torch.Tensor:
+        """x_SBHD rotated, in its dtype. positions_S: position of each token, all below `length`; None: a whole row in order."""
+        cos, sin = self.angles_up_to(length, x_SBHD.device)
+        if positions_S is None:
+            cos_S, sin_S = cos[:length], sin[:length]
         else:
             cos_S, sin_S = cos[positions_S], sin[positions_S]
         return _Rotate.apply(x_SBHD, cos_S[:, None, None], sin_S[:, None, None])
 
-    def _up_to(self, length: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    def angles_up_to(self, length: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+        """(cosines, sines) [at least `length` positions, pairs], fp32."""
         if self.table is None or self.table[0].shape[0] < length or self.table[0].device != device:
             positions = torch.arange(max(length, 256), dtype=torch.float32, device=device)
             angles = torch.outer(positions, self.angles.to(device))

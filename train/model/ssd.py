@@ -31,13 +31,14 @@ import torch
 from torch.nn import functional as F
 
 from train.model.chunked import Chunked
+from train.model.context import MambaPool, Segments
 from train.model.convolution import convolve, convolve_backward
 from train.model.documents import document_starts
 from train.native import scan as compiled
 from train.native.scan import ScanSizes
 
 StatePair = tuple[torch.Tensor, torch.Tensor]
-"""(last W-1 convolution inputs [W-1, B, C], scan state [B, G, N, H/G, P] fp32): constant size for texts of any length."""
+"""(last W-1 convolution inputs [B, W-1, C], scan state [B, H, N, P]), at least fp32: constant size for texts of any length."""
 
 
 def mamba_core(
@@ -87,11 +88,11 @@ def mamba_core_continue(
     taps = conv_weight_CW.shape[1]
     rows = xbc.shape[1]
     if state_pair is None:
-        past = xbc.new_zeros(taps - 1, rows, sizes.conv_channels)
-        before = torch.zeros(rows, groups, state, sizes.heads_per_group, head_dim, dtype=work, device=z.device)
+        past = torch.zeros(rows, taps - 1, sizes.conv_channels, dtype=work, device=z.device)
+        before = torch.zeros(rows, heads, state, head_dim, dtype=work, device=z.device)
     else:
         past, before = state_pair
-    window = torch.cat([past, xbc])
+    window = torch.cat([past.transpose(0, 1), xbc])
     conv = convolve(window, conv_weight_CW.to(work), conv_bias_C.to(work), document_BL=None)[:, taps - 1 :]
     conv = F.silu(conv)
     A = -torch.exp(A_log_H.to(work))
@@ -101,10 +102,62 @@ def mamba_core_continue(
         y_LBI = y.unsqueeze(0)
     else:
         scan = Chunked(conv, dt, A, sizes, document_BL=None)
-        y_KQI, _, after = scan.forward(D_H.to(work), before=before)
+        by_group = before.unflatten(1, (groups, -1)).transpose(2, 3)  # [B, G, N, H/G, P]
+        y_KQI, _, after = scan.forward(D_H.to(work), before=by_group)
+        after = after.transpose(2, 3).flatten(1, 2)
         y_LBI = scan.unchunk(y_KQI).transpose(0, 1)
     out = (y_LBI * F.silu(z.to(work))).to(zxbcdt_LBD.dtype)
-    return out, (window[window.shape[0] - (taps - 1) :].clone(), after)
+    return out, (window[window.shape[0] - (taps - 1) :].transpose(0, 1), after)
+
+
+@torch.no_grad()
+def mamba_core_segments(
+    zxbcdt_TD: torch.Tensor,
+    *,
+    conv_weight_CW: torch.Tensor,
+    conv_bias_C: torch.Tensor,
+    dt_bias_H: torch.Tensor,
+    A_log_H: torch.Tensor,
+    D_H: torch.Tensor,
+    heads: int,
+    head_dim: int,
+    state: int,
+    groups: int,
+    chunk: int,
+    segments: Segments,
+    pool: MambaPool,
+) -> torch.Tensor:
+    """The same recurrence for the texts of a step of inference, each continued from its slot of `pool`, which is updated.
+
+    -> y * silu(z), [T, H*P]. A text that begins (`before` is 0) starts from zeros, whatever is in its slot.
+    """
+    sizes = ScanSizes(heads=heads, head_dim=head_dim, state=state, groups=groups, chunk=chunk)
+    if compiled.scan_usable(zxbcdt_TD, sizes):
+        out = compiled.scan_segments(
+            zxbcdt_TD.float().contiguous(), segments.table, conv_weight_CW=conv_weight_CW.float(),
+            conv_bias_C=conv_bias_C.float(), dt_bias_H=dt_bias_H.float(), A_log_H=A_log_H.float(), D_H=D_H.float(),
+            conv_pool=pool.conv, scan_pool=pool.scan, sizes=sizes,
+        )  # fmt: skip
+        return out.to(zxbcdt_TD.dtype)
+    arguments = {
+        "conv_weight_CW": conv_weight_CW, "conv_bias_C": conv_bias_C, "dt_bias_H": dt_bias_H, "A_log_H": A_log_H, "D_H": D_H,
+        "heads": heads, "head_dim": head_dim, "state": state, "groups": groups, "chunk": chunk,
+    }  # fmt: skip
+    outputs = []
+    alone = segments.segments[segments.singles :]
+    together = [segments.segments[: segments.singles]] * (segments.singles > 0)
+    for texts in [*together, *([segment] for segment in alone)]:
+        slots = torch.tensor([text.slot for text in texts], device=zxbcdt_TD.device)
+        is_new = torch.tensor([text.before == 0 for text in texts], device=zxbcdt_TD.device)
+        begin, tokens = texts[0].begin, texts[0].tokens
+        rows = zxbcdt_TD[begin : begin + tokens * len(texts)].view(len(texts), tokens, -1).transpose(0, 1)
+        old = (
+            pool.conv[slots].masked_fill_(is_new[:, None, None], 0),
+            pool.scan[slots].masked_fill_(is_new[:, None, None, None], 0),
+        )
+        y, (pool.conv[slots], pool.scan[slots]) = mamba_core_continue(rows, **arguments, state_pair=old)
+        outputs.append(y.transpose(0, 1).flatten(0, 1))
+    return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
 
 class _MambaCore(torch.autograd.Function):
@@ -249,17 +302,19 @@ def _single_step(
     dt_BH: torch.Tensor,
     A_H: torch.Tensor,
     D_H: torch.Tensor,
-    state: torch.Tensor,
+    state_BHNP: torch.Tensor,
     sizes: ScanSizes,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """One token of the recurrence. -> (y [B, H*P], new state); `state` is not modified."""
-    g, n, hg = sizes.groups, sizes.state, sizes.heads_per_group
-    x = xbc_BC[:, : sizes.inner].view(-1, g, 1, hg, sizes.head_dim)
-    B = xbc_BC[:, sizes.inner : sizes.inner + g * n].view(-1, g, n, 1, 1)
-    C = xbc_BC[:, sizes.inner + g * n :].view(-1, g, n, 1, 1)
-    dt = dt_BH.view(-1, g, 1, hg, 1)
-    after = state * torch.exp(dt * A_H.view(g, 1, hg, 1)) + B * (dt * x)
-    y = (C * after).sum(2, keepdim=True) + D_H.view(g, 1, hg, 1) * x
+    """One token of the recurrence. -> (y [B, H*P], new state); `state_BHNP` is not modified."""
+    g, n, h, p = sizes.groups, sizes.state, sizes.heads, sizes.head_dim
+    x = xbc_BC[:, : sizes.inner].view(-1, h, 1, p)
+    B, C = (
+        part.view(-1, g, n, 1).repeat_interleave(sizes.heads_per_group, dim=1)
+        for part in xbc_BC[:, sizes.inner :].chunk(2, dim=-1)
+    )
+    dt = dt_BH.view(-1, h, 1, 1)
+    after = state_BHNP * torch.exp(dt * A_H.view(h, 1, 1)) + B * (dt * x)
+    y = (C * after).sum(2, keepdim=True) + D_H.view(h, 1, 1) * x
     return y.reshape(-1, sizes.inner), after
 
 

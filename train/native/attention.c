@@ -245,6 +245,117 @@ int stratum_capped_backward(const Attention *k, const float *q, const float *key
   return failed;
 }
 
+/* ---- a step of inference: one new token of each text, keys and values in pages (train/model/paged.py is the definition) */
+
+typedef struct {
+  int64_t texts, heads, groups, width, page_tokens, pages, window; /* pages: entries of a line of the table; window 0: none */
+  int32_t bf16;
+  float scale, softcap;
+} Paged;
+
+typedef struct {
+  int64_t begin, tokens, before, slot;
+} Segment;
+
+/* Rotates one head in place by an angle for each pair (i, i + D/2). */
+static void rotate(float *x, const float *cosine, const float *sine, int64_t D, int bf16) {
+  for (int64_t i = 0; i < D / 2; i++) {
+    const float a = x[i], b = x[i + D / 2];
+    x[i] = a * cosine[i] - b * sine[i];
+    x[i + D / 2] = b * cosine[i] + a * sine[i];
+  }
+  if (bf16)
+    for (int64_t d = 0; d < D; d += LANES) {
+      put(x, d, (V)(__builtin_convertvector(narrow(load(x + d)), U) << 16), 0);
+    }
+}
+
+/* The queries q [R, D] of one text and key/value head. scores: scratch of R lines of `line` floats. Writes out [R, D]. */
+INLINE void attend_pages(const Paged *k, const float *q, const void *keys, const void *values, const int32_t *pages, int64_t from,
+                         int64_t to, int64_t group, float *scores, int64_t line, float *out, int bf16) {
+  const int64_t R = k->heads / k->groups, D = k->width, seen = to - from, stride = k->groups * D;
+  for (int64_t key = from; key < to; key++) {
+    const int64_t at = ((int64_t)pages[key / k->page_tokens] * k->page_tokens + key % k->page_tokens) * stride + group * D;
+    for (int64_t r = 0; r < R; r++) {
+      V sum = {0};
+      for (int64_t d = 0; d < D; d += LANES) sum += load(q + r * D + d) * get(keys, at + d, bf16);
+      scores[r * line + key - from] = sum_by_halves(sum);
+    }
+  }
+  float weight[R];
+  for (int64_t r = 0; r < R; r++) {
+    float *p = scores + r * line;
+    for (int64_t j = seen; j < line; j++) p[j] = -INFINITY;
+    V most = all(-INFINITY), sum = {0};
+    for (int64_t j = 0; j < line; j += LANES) {
+      V x = load(p + j) * k->scale;
+      if (k->softcap > 0) x = tanh_of(x * (1.0f / k->softcap)) * k->softcap;
+      store(p + j, x);
+      most = choose(x > most, x, most);
+    }
+    const float top = highest_of(most);
+    for (int64_t j = 0; j < line; j += LANES) {
+      V e = within(exp_of(load(p + j) - top), j, 0, seen);
+      store(p + j, e);
+      sum += e;
+    }
+    weight[r] = 1.0f / sum_of(sum);
+    memset(out + r * D, 0, (size_t)D * 4);
+  }
+  float part[R * D]; /* sums of a page, so that rounding does not grow with the number of keys */
+  for (int64_t key = from; key < to;) {
+    const int64_t page = key / k->page_tokens, end = (page + 1) * k->page_tokens < to ? (page + 1) * k->page_tokens : to;
+    memset(part, 0, sizeof part);
+    for (; key < end; key++) {
+      const int64_t at = ((int64_t)pages[page] * k->page_tokens + key % k->page_tokens) * stride + group * D;
+      for (int64_t r = 0; r < R; r++) {
+        const V p = all(scores[r * line + key - from]);
+        for (int64_t d = 0; d < D; d += LANES) store(part + r * D + d, load(part + r * D + d) + p * get(values, at + d, bf16));
+      }
+    }
+    for (int64_t d = 0; d < R * D; d += LANES) store(out + d, load(out + d) + load(part + d));
+  }
+  for (int64_t r = 0; r < R; r++)
+    for (int64_t d = 0; d < D; d += LANES) store(out + r * D + d, load(out + r * D + d) * weight[r]);
+}
+
+/* qkv: [texts, G, (R queries, key, value), D], as Megatron's projection gives it. cosine, sine: [positions, D / 2], or null for
+   no rotation. Stores the new keys and values in their pages, then writes out [texts, H, D], fp32. */
+INLINE int paged_step(const Paged *k, const void *qkv, const float *cosine, const float *sine, const int32_t *table,
+                      const Segment *texts, void *keys, void *values, float *out, int threads, int bf16) {
+  const int64_t R = k->heads / k->groups, D = k->width;
+  int failed = 0;
+#pragma omp parallel for num_threads(threads) schedule(dynamic) if (threads > 1)
+  for (int64_t task = 0; task < k->texts * k->groups; task++) {
+    const Segment *s = texts + task / k->groups;
+    const int64_t group = task % k->groups, own = s->before;
+    const int32_t *pages = table + s->slot * k->pages;
+    const int64_t from = k->window > 0 && own - k->window + 1 > 0 ? own - k->window + 1 : 0;
+    const int64_t line = blocks_of(own + 1 - from, LANES) * LANES;
+    float *memory = scratch((R + 2) * D + R * line), *scores = memory + (R + 2) * D;
+    if (memory == NULL) { failed = 1; continue; }
+    for (int64_t d = 0; d < (R + 2) * D; d += LANES) store(memory + d, get(qkv, task * (R + 2) * D + d, bf16));
+    if (cosine != NULL)
+      for (int64_t r = 0; r <= R; r++) rotate(memory + r * D, cosine + own * (D / 2), sine + own * (D / 2), D, bf16);
+    const int64_t at =
+        (((int64_t)pages[own / k->page_tokens] * k->page_tokens + own % k->page_tokens) * k->groups + group) * D;
+    for (int64_t d = 0; d < D; d += LANES) {
+      put(keys, at + d, load(memory + R * D + d), bf16);
+      put(values, at + d, load(memory + (R + 1) * D + d), bf16);
+    }
+    attend_pages(k, memory, keys, values, pages, from, own + 1, group, scores, line, out + task * R * D, bf16);
+    free(memory);
+  }
+  return failed;
+}
+
+/* -> 0, or 1 if memory is short. */
+int stratum_paged_step(const Paged *k, const void *qkv, const float *cosine, const float *sine, const int32_t *table,
+                       const Segment *texts, void *keys, void *values, float *out, int threads) {
+  return k->bf16 ? paged_step(k, qkv, cosine, sine, table, texts, keys, values, out, threads, 1)
+                 : paged_step(k, qkv, cosine, sine, table, texts, keys, values, out, threads, 0);
+}
+
 /* Floats of a vector: widths must be multiples of it. */
 int stratum_lanes(void) { return LANES; }
 /* Keys of a block. */

@@ -83,3 +83,43 @@ def capped_backward(
         kernels.stratum_capped_backward, head, q, k, v, first_key_BQ, sums, grad, constant, _turned(k, 2), grad_q, grad_k, grad_v
     )  # fmt: skip
     return grad_q, grad_k.sum(0), grad_v.sum(0)
+
+
+class Paged(ctypes.Structure):
+    """Mirror of `Paged` in attention.c."""
+
+    _fields_ = [
+        *((name, ctypes.c_int64) for name in ["texts", "heads", "groups", "width", "page_tokens", "pages", "window"]),
+        ("bf16", ctypes.c_int32), ("scale", ctypes.c_float), ("softcap", ctypes.c_float),
+    ]  # fmt: skip
+
+
+def paged_step(
+    qkv: torch.Tensor,
+    angles: tuple[torch.Tensor, torch.Tensor] | None,
+    table: torch.Tensor,
+    texts_S4: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    *,
+    heads: int,
+    window: int | None,
+    scale: float,
+    softcap: float | None,
+) -> torch.Tensor:
+    """Rotate, store and attend for one new token of each text (`train.model.paged` is the definition). -> [S, H*D] fp32.
+
+    qkv: [S, G * (H/G + 2) * D], by key/value head its queries, its key, its value. angles: cosines and sines by position, or None
+    for no rotation. `keys` and `values`, [pages, page tokens, G, D], are updated.
+    """
+    kernels = library("attention")
+    assert kernels is not None
+    _, page_tokens, groups, width = keys.shape
+    head = Paged(
+        texts=qkv.shape[0], heads=heads, groups=groups, width=width, page_tokens=page_tokens, pages=table.shape[1],
+        window=window or 0, bf16=int(keys.dtype == torch.bfloat16), scale=scale, softcap=softcap or 0.0,
+    )  # fmt: skip
+    out = torch.empty(qkv.shape[0], heads * width)
+    cosine, sine = angles if angles is not None else (None, None)
+    call(kernels.stratum_paged_step, head, qkv, cosine, sine, table, texts_S4, keys, values, out)
+    return out

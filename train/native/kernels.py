@@ -1,4 +1,4 @@
-"""The C kernels of the model (`scan.c`, `attention.c`, `passes.c`), compiled on first use and called on CPU tensors.
+"""The C kernels of the model (`scan.c`, `attention.c`, `passes.c`, `few_rows.c`), compiled on first use, for CPU tensors.
 
 Each has a definition in plain torch, which is used without a compiler, on other devices and in float64; the tests use the
 same tolerances for both. STRATUM_NATIVE=0 turns the compiled versions off.
@@ -25,8 +25,8 @@ def library(name: str) -> ctypes.CDLL | None:
     pointer, number = ctypes.c_void_p, ctypes.c_int
     arguments = {
         "stratum_scan_forward": 9, "stratum_scan_backward": 15, "stratum_scan_finish": 4,
-        "stratum_conv_forward": 5, "stratum_conv_backward": 7,
-        "stratum_capped_forward": 7, "stratum_capped_backward": 11,
+        "stratum_scan_segments": 14, "stratum_conv_forward": 5, "stratum_conv_backward": 7,
+        "stratum_few_rows": 7, "stratum_paged_step": 8, "stratum_capped_forward": 7, "stratum_capped_backward": 11,
         "stratum_norm_forward": 4, "stratum_norm_backward": 7,
         "stratum_activation_forward": 2, "stratum_activation_backward": 3,
         "stratum_loss_forward": 4, "stratum_loss_backward": 4,

@@ -18,59 +18,10 @@ typedef struct {
 } Activation;
 
 typedef struct {
-  int64_t lines, width;
+  int64_t lines, width, pitch; /* `width` logits of each line count; lines begin `pitch` numbers apart */
   int32_t bf16;
   float cap; /* 0: none */
 } Loss;
-
-enum { SQUARED_RELU = 0, GELU = 1, SILU = 2 };
-
-typedef uint16_t Half __attribute__((vector_size(2 * LANES), aligned(2), may_alias));
-typedef uint32_t U __attribute__((vector_size(4 * LANES)));
-
-/* LANES numbers from element i of a tensor; get_some: the first n of them, padded with zeros. */
-INLINE V get(const void *p, int64_t i, int bf16) {
-  if (!bf16) return load((const float *)p + i);
-  return (V)(__builtin_convertvector(*(const Half *)((const uint16_t *)p + i), U) << 16);
-}
-INLINE V get_some(const void *p, int64_t i, int64_t n, int bf16) {
-  float rest[LANES] = {0};
-  for (int64_t j = 0; j < n; j++) {
-    if (bf16) {
-      uint32_t bits = (uint32_t)((const uint16_t *)p)[i + j] << 16;
-      memcpy(rest + j, &bits, 4);
-    } else rest[j] = ((const float *)p)[i + j];
-  }
-  return load(rest);
-}
-
-/* bf16 by rounding to nearest, ties to even, as torch does. */
-INLINE Half narrow(V x) {
-  U bits = (U)x;
-  U rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-  I is_nan = x != x;
-  rounded = (rounded & (U)~is_nan) | ((U)is_nan & 0x7fc0);
-  return __builtin_convertvector(rounded, Half);
-}
-INLINE void put(void *p, int64_t i, V x, int bf16) {
-  if (bf16) *(Half *)((uint16_t *)p + i) = narrow(x);
-  else store((float *)p + i, x);
-}
-INLINE void put_some(void *p, int64_t i, int64_t n, V x, int bf16) {
-  if (bf16) {
-    Half h = narrow(x);
-    for (int64_t j = 0; j < n; j++) ((uint16_t *)p)[i + j] = h[j];
-  } else for (int64_t j = 0; j < n; j++) ((float *)p)[i + j] = x[j];
-}
-
-/* Runs `whole` for full vectors of a line and `part` for the remaining n numbers; j is the index of the first number. */
-#define EACH(width, whole, part)                         \
-  {                                                      \
-    int64_t j = 0;                                       \
-    for (; j + LANES <= (width); j += LANES) { whole; }  \
-    const int64_t n = (width) - j;                       \
-    if (n > 0) { part; }                                 \
-  }
 
 /* ---- RMSNorm: out = x r (weight + offset), r = 1 / sqrt(mean(x^2) + eps) of each line */
 
@@ -120,26 +71,6 @@ INLINE void norm_backward(const Norm *k, const void *x, const float *weight, con
 
 /* ---- activations: out = f(x), or f(gate) * up if gated (a line of x is then [gate | up]) */
 
-INLINE V activated(int function, V x, V *slope) {
-  if (function == SQUARED_RELU) {
-    V positive = at_least(x, 0.0f);
-    *slope = positive + positive;
-    return positive * positive;
-  }
-  /* GELU by tanh is x sigmoid(2u), u = sqrt(2/pi) (x + 0.044715 x^3); SiLU is x sigmoid(x). */
-  V s, bend;
-  if (function == GELU) {
-    V square = x * x;
-    s = sigmoid_of(x * (square * 0.0713548163f + 1.59576912f));
-    bend = square * 0.214064449f + 1.59576912f;
-  } else {
-    s = sigmoid_of(x);
-    bend = all(1.0f);
-  }
-  *slope = s + x * s * (1.0f - s) * bend;
-  return x * s;
-}
-
 INLINE void activation_forward(const Activation *k, const void *x, void *out, int threads, int bf16, int function, int gated) {
 #pragma omp parallel for num_threads(threads) schedule(static)
   for (int64_t line = 0; line < k->lines; line++) {
@@ -181,7 +112,7 @@ INLINE void loss_forward(const Loss *k, const void *logits, const int64_t *label
   const float cap = has_cap ? k->cap : 0;
 #pragma omp parallel for num_threads(threads) schedule(static)
   for (int64_t line = 0; line < k->lines; line++) {
-    const int64_t at = line * k->width;
+    const int64_t at = line * k->pitch;
     V highest = all(-INFINITY), sum = {0};
     EACH(k->width, V x = get(logits, at + j, bf16); highest = choose(x > highest, x, highest),
          for (int64_t i = 0; i < n; i++) { V x = get_some(logits, at + j + i, 1, bf16); if (x[0] > highest[0]) highest[0] = x[0]; })
@@ -202,7 +133,7 @@ INLINE void loss_backward(const Loss *k, void *logits, const int64_t *labels, co
   const float inner = has_cap ? 1.0f / k->cap : 0;
 #pragma omp parallel for num_threads(threads) schedule(static)
   for (int64_t line = 0; line < k->lines; line++) {
-    const int64_t at = line * k->width;
+    const int64_t at = line * k->pitch;
     const float g = grad[line], log_sum = log_sums[line];
     const V own = labels[line] < 0 ? all(0.0f) : get_some(logits, at + labels[line], 1, bf16);
     EACH(k->width,

@@ -35,7 +35,7 @@ class Activation(ctypes.Structure):
 class Loss(ctypes.Structure):
     """Mirror of `Loss` in passes.c."""
 
-    _fields_ = [("lines", i64), ("width", i64), ("bf16", i32), ("cap", f32)]
+    _fields_ = [("lines", i64), ("width", i64), ("pitch", i64), ("bf16", i32), ("cap", f32)]
 
 
 def usable(x: torch.Tensor) -> bool:
@@ -43,8 +43,9 @@ def usable(x: torch.Tensor) -> bool:
     return x.device.type == "cpu" and x.dtype in (torch.float32, torch.bfloat16) and library("passes") is not None
 
 
-def _call(name: str, head: ctypes.Structure, *tensors: torch.Tensor) -> None:
-    assert all(x.is_contiguous() for x in tensors)
+def _call(name: str, head: ctypes.Structure, *tensors: torch.Tensor, apart: torch.Tensor | None = None) -> None:
+    """apart: the one tensor whose lines may be apart, if there is one."""
+    assert all(x.is_contiguous() or x is apart for x in tensors) and (apart is None or apart.stride(-1) == 1)
     failed = getattr(library("passes"), name)(
         ctypes.byref(head), *(x.data_ptr() for x in tensors), torch.get_num_threads()
     )
@@ -121,16 +122,18 @@ def activation_backward(x: torch.Tensor, grad: torch.Tensor, function: str, *, g
 
 
 def _loss(logits: torch.Tensor, cap: float | None) -> Loss:
-    return Loss(lines=logits.shape[0], width=logits.shape[1], bf16=_is_bf16(logits), cap=cap or 0.0)
+    return Loss(
+        lines=logits.shape[0], width=logits.shape[1], pitch=logits.stride(0), bf16=_is_bf16(logits), cap=cap or 0.0
+    )
 
 
 def loss_forward(logits: torch.Tensor, labels: torch.Tensor, *, cap: float | None) -> tuple[torch.Tensor, torch.Tensor]:
-    """logits [lines, vocabulary], labels int64 [lines], negative if the label is in another rank's slice.
+    """logits [lines, vocabulary], lines may be apart; labels int64 [lines], negative if the label is in another rank's slice.
 
     -> (log-sum-exp of each line, (capped) logit at its label or zero), fp32.
     """
     log_sums, targets = torch.empty(2, logits.shape[0]).unbind()
-    _call("stratum_loss_forward", _loss(logits, cap), logits, labels, log_sums, targets)
+    _call("stratum_loss_forward", _loss(logits, cap), logits, labels, log_sums, targets, apart=logits)
     return log_sums, targets
 
 
@@ -138,4 +141,4 @@ def loss_backward_(
     logits: torch.Tensor, labels: torch.Tensor, log_sums: torch.Tensor, grad: torch.Tensor, *, cap: float | None
 ) -> None:
     """Overwrite the logits with their gradients. grad: fp32 [lines]."""
-    _call("stratum_loss_backward", _loss(logits, cap), logits, labels, log_sums, grad)
+    _call("stratum_loss_backward", _loss(logits, cap), logits, labels, log_sums, grad, apart=logits)

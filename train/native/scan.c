@@ -147,61 +147,167 @@ static Chunk new_chunk(const Shape *h, const Sizes *z, float **memory) {
   return k;
 }
 
+/* One task of the forward pass: a row's heads of one split of a group, chunk by chunk. running: the heads' states [H, N, P] of
+   a text that is continued, updated; null: the row begins, and its last state is not needed. states: as above, or null.
+   -> 0, or 1 if memory is short. */
+static int scan_task(const Shape *h, const float *zxbcdt, const float *pre, const float *dt, const float *A, const float *D,
+                     const int64_t *first, float *y, float *out, float *states, float *running, int64_t b, int64_t g,
+                     int64_t split) {
+  const Sizes z = sizes_of(h);
+  const int64_t P = h->head_dim, N = h->state, Q = h->chunk, Qp = z.padded, heads_here = z.per_group / h->splits;
+  int64_t floats = chunk_floats(h, &z) + Q * Qp + 2 * Q * P + Q * N + heads_here * N * P + 5 * Qp + 16 * 16;
+  float *memory = aligned_alloc(64, (size_t)(floats + 15) / 16 * 64), *all_memory = memory;
+  if (memory == NULL) return 1;
+  Chunk k = new_chunk(h, &z, &memory);
+  float *M = take(&memory, Q * Qp), *x = take(&memory, Q * P), *xdt = take(&memory, Q * P), *scaled = take(&memory, Q * N);
+  const Sums s = {take(&memory, Qp), take(&memory, Qp)};
+  float *step = take(&memory, Qp), *carry = take(&memory, Qp), *gain = take(&memory, Qp);
+  float *own = take(&memory, heads_here * N * P);
+  float *state = running == NULL ? own : running + (g * z.per_group + split * heads_here) * N * P;
+  if (running == NULL) memset(state, 0, (size_t)(heads_here * N * P) * 4);
+  memset(M, 0, (size_t)(Q * Qp) * 4); /* right of the diagonal's vectors it stays zero: never written again */
+  for (int64_t c = 0; c < z.chunks; c++) {
+    read_chunk(h, &z, pre, first, b, g, c, &k);
+    for (int64_t local = 0; local < heads_here; local++) {
+      const int64_t head = g * z.per_group + split * heads_here + local;
+      float *S = state + local * N * P;
+      if (states != NULL) memcpy(states + ((b * z.chunks + c) * h->heads + head) * N * P, S, (size_t)(N * P) * 4);
+      const float left = read_head(h, &k, dt, A[head], b, head, s, step, carry, gain, Qp);
+      for (int64_t i = 0; i < k.tokens; i++) {
+        const float *row = pre + (b * h->length + k.start + i) * z.channels + head * P;
+        for (int64_t p = 0; p < P; p += LANES) {
+          V value = silu_of(load(row + p));
+          store(x + i * P + p, value);
+          store(xdt + i * P + p, value * step[i]);
+        }
+        for (int64_t n = 0; n < N; n += LANES) store(scaled + i * N + n, load(k.C + i * N + n) * carry[i]);
+      }
+      decayed(k.tokens, Qp, k.scores, s, NULL, M);
+      float *Y = y + (b * h->length + k.start) * z.inner + head * P;
+      product(LOWER, k.tokens, P, k.tokens, M, Qp, 1, xdt, P, Y, z.inner, 0);
+      product(FULL, k.tokens, P, N, scaled, N, 1, S, P, Y, z.inner, 1);
+      for (int64_t i = 0; i < k.tokens; i++) {
+        const float *gate = zxbcdt + ((k.start + i) * h->rows + b) * h->width + head * P;
+        float *result = out + ((k.start + i) * h->rows + b) * z.inner + head * P;
+        for (int64_t p = 0; p < P; p += LANES) {
+          V value = load(Y + i * z.inner + p) + load(x + i * P + p) * D[head];
+          store(Y + i * z.inner + p, value);
+          store(result + p, value * silu_of(load(gate + p)));
+        }
+        for (int64_t n = 0; n < N; n += LANES) store(scaled + i * N + n, load(k.B + i * N + n) * gain[i]);
+      }
+      for (int64_t i = 0; i < N * P; i += LANES) store(S + i, load(S + i) * left);
+      product(FULL, N, P, k.tokens, scaled, 1, N, xdt, P, S, P, 1);
+    }
+  }
+  free(all_memory);
+  return 0;
+}
+
 /* -> 0, or 1 if memory is short. A = -exp(A_log). Writes y, out and states. */
 int stratum_scan_forward(const Shape *h, const float *zxbcdt, const float *pre, const float *dt, const float *A, const float *D,
                          const int64_t *first, float *y, float *out, float *states, int threads) {
-  const Sizes z = sizes_of(h);
-  const int64_t P = h->head_dim, N = h->state, Q = h->chunk, Qp = z.padded, heads_here = z.per_group / h->splits;
   const int64_t tasks = h->rows * h->groups * h->splits;
   int failed = 0;
 #pragma omp parallel for num_threads(threads) schedule(static)
   for (int64_t task = 0; task < tasks; task++) {
     const int64_t b = task / (h->groups * h->splits), g = task / h->splits % h->groups, split = task % h->splits;
-    int64_t floats = chunk_floats(h, &z) + Q * Qp + 2 * Q * P + Q * N + heads_here * N * P + 5 * Qp + 16 * 16;
-    float *memory = aligned_alloc(64, (size_t)(floats + 15) / 16 * 64), *all_memory = memory;
-    if (memory == NULL) { failed = 1; continue; }
-    Chunk k = new_chunk(h, &z, &memory);
-    float *M = take(&memory, Q * Qp), *x = take(&memory, Q * P), *xdt = take(&memory, Q * P), *scaled = take(&memory, Q * N);
-    const Sums s = {take(&memory, Qp), take(&memory, Qp)};
-    float *step = take(&memory, Qp), *carry = take(&memory, Qp), *gain = take(&memory, Qp);
-    float *state = take(&memory, heads_here * N * P);
-    memset(state, 0, (size_t)(heads_here * N * P) * 4);
-    memset(M, 0, (size_t)(Q * Qp) * 4); /* right of the diagonal's vectors it stays zero: never written again */
-    for (int64_t c = 0; c < z.chunks; c++) {
-      read_chunk(h, &z, pre, first, b, g, c, &k);
-      for (int64_t local = 0; local < heads_here; local++) {
-        const int64_t head = g * z.per_group + split * heads_here + local;
-        float *S = state + local * N * P;
-        memcpy(states + ((b * z.chunks + c) * h->heads + head) * N * P, S, (size_t)(N * P) * 4);
-        const float left = read_head(h, &k, dt, A[head], b, head, s, step, carry, gain, Qp);
-        for (int64_t i = 0; i < k.tokens; i++) {
-          const float *row = pre + (b * h->length + k.start + i) * z.channels + head * P;
-          for (int64_t p = 0; p < P; p += LANES) {
-            V value = silu_of(load(row + p));
-            store(x + i * P + p, value);
-            store(xdt + i * P + p, value * step[i]);
-          }
-          for (int64_t n = 0; n < N; n += LANES) store(scaled + i * N + n, load(k.C + i * N + n) * carry[i]);
-        }
-        decayed(k.tokens, Qp, k.scores, s, NULL, M);
-        float *Y = y + (b * h->length + k.start) * z.inner + head * P;
-        product(LOWER, k.tokens, P, k.tokens, M, Qp, 1, xdt, P, Y, z.inner, 0);
-        product(FULL, k.tokens, P, N, scaled, N, 1, S, P, Y, z.inner, 1);
-        for (int64_t i = 0; i < k.tokens; i++) {
-          const float *gate = zxbcdt + ((k.start + i) * h->rows + b) * h->width + head * P;
-          float *result = out + ((k.start + i) * h->rows + b) * z.inner + head * P;
-          for (int64_t p = 0; p < P; p += LANES) {
-            V value = load(Y + i * z.inner + p) + load(x + i * P + p) * D[head];
-            store(Y + i * z.inner + p, value);
-            store(result + p, value * silu_of(load(gate + p)));
-          }
-          for (int64_t n = 0; n < N; n += LANES) store(scaled + i * N + n, load(k.B + i * N + n) * gain[i]);
-        }
-        for (int64_t i = 0; i < N * P; i += LANES) store(S + i, load(S + i) * left);
-        product(FULL, N, P, k.tokens, scaled, 1, N, xdt, P, S, P, 1);
-      }
+    if (scan_task(h, zxbcdt, pre, dt, A, D, first, y, out, states, NULL, b, g, split)) failed = 1;
+  }
+  return failed;
+}
+
+/* ---- a step of inference: texts (segments of the row [T, width]) that continue from their slots' states */
+
+typedef struct {
+  int64_t begin, tokens, before, slot;
+} Segment;
+
+/* Convolution and dt of one segment; updates the last inputs in its slot, past [taps - 1, C]. weight [taps, C]. */
+static void segment_inputs(const Shape *h, const Sizes *z, const Segment *s, const float *zxbcdt, const float *weight,
+                           const float *bias, const float *dt_bias, float *past, float *pre, float *dt) {
+  const int64_t W = h->taps, C = z->channels;
+  if (s->before == 0) memset(past, 0, (size_t)((W - 1) * C) * 4);
+  for (int64_t l = 0; l < s->tokens; l++) {
+    float *to = pre + (s->begin + l) * C;
+    memcpy(to, bias, (size_t)C * 4);
+    for (int64_t k = 0; k < W; k++) {
+      const float *from = l >= k ? zxbcdt + (s->begin + l - k) * h->width + z->inner : past + (W - 1 + l - k) * C;
+      const float *w = weight + (W - 1 - k) * C;
+      for (int64_t c = 0; c < C; c += LANES) store(to + c, load(to + c) + load(from + c) * load(w + c));
     }
-    free(all_memory);
+    const float *raw = zxbcdt + (s->begin + l) * h->width + z->inner + C;
+    for (int64_t i = 0; i < h->heads; i++) {
+      const float x = raw[i] + dt_bias[i];
+      dt[(s->begin + l) * h->heads + i] = x > 20 ? x : log1pf(expf(x)); /* softplus as torch computes it */
+    }
+  }
+  for (int64_t j = 0; j < W - 1; j++) { /* ascending: an input moves to a place that was read already */
+    const int64_t at = s->tokens + j;
+    memcpy(past + j * C, at < W - 1 ? past + at * C : zxbcdt + (s->begin + at - (W - 1)) * h->width + z->inner, (size_t)C * 4);
+  }
+}
+
+/* One token of the recurrence for the heads of a group. B and C: scratch of N floats. */
+static void single_step(const Shape *h, const Sizes *z, const float *zxbcdt, const float *pre, const float *dt, const float *A,
+                        const float *D, int64_t token, int64_t g, float *state, float *out, float *B, float *C) {
+  const int64_t P = h->head_dim, N = h->state;
+  const float *row = pre + token * z->channels;
+  for (int64_t n = 0; n < N; n += LANES) {
+    store(B + n, silu_of(load(row + z->inner + g * N + n)));
+    store(C + n, silu_of(load(row + z->inner + (h->groups + g) * N + n)));
+  }
+  for (int64_t head = g * z->per_group; head < (g + 1) * z->per_group; head++) {
+    const float step = dt[token * h->heads + head], decay = expf(step * A[head]);
+    float *S = state + head * N * P;
+    for (int64_t p = 0; p < P; p += LANES) {
+      const V x = silu_of(load(row + head * P + p)), xdt = x * step;
+      V even = {0}, odd = {0};
+      for (int64_t n = 0; n < N; n += 2) { /* N is a multiple of the lanes */
+        const V first = load(S + n * P + p) * decay + xdt * B[n], second = load(S + (n + 1) * P + p) * decay + xdt * B[n + 1];
+        store(S + n * P + p, first);
+        store(S + (n + 1) * P + p, second);
+        even += first * C[n];
+        odd += second * C[n + 1];
+      }
+      const V y = even + odd + x * D[head];
+      store(out + token * z->inner + head * P + p, y * silu_of(load(zxbcdt + token * h->width + head * P + p)));
+    }
+  }
+}
+
+/* table: a Segment for each of h->rows texts; h->length tokens in all. conv [slots, taps - 1, C] and scan [slots, H, N, P] are
+   updated. Scratch: turned [taps, C], pre [T, C], dt [T, H], y [T, HP]. Writes out [T, HP]. -> 0, or 1 if memory is short. */
+int stratum_scan_segments(const Shape *h, const float *zxbcdt, const Segment *table, const float *weight, const float *bias,
+                          const float *dt_bias, const float *A_log, const float *D, float *conv, float *scan, float *turned,
+                          float *pre, float *dt, float *y, float *out, int threads) {
+  const Sizes z = sizes_of(h);
+  const int64_t P = h->head_dim, N = h->state, tasks = h->rows * h->groups * h->splits;
+  float A[h->heads];
+  for (int64_t i = 0; i < h->heads; i++) A[i] = -expf(A_log[i]);
+  for (int64_t c = 0; c < z.channels; c++)
+    for (int64_t k = 0; k < h->taps; k++) turned[k * z.channels + c] = weight[c * h->taps + k];
+  int failed = 0;
+#pragma omp parallel for num_threads(threads) schedule(dynamic)
+  for (int64_t i = 0; i < h->rows; i++) {
+    const Segment *s = table + i;
+    segment_inputs(h, &z, s, zxbcdt, turned, bias, dt_bias, conv + s->slot * (h->taps - 1) * z.channels, pre, dt);
+    if (s->before == 0) memset(scan + s->slot * h->heads * N * P, 0, (size_t)(h->heads * N * P) * 4);
+  }
+#pragma omp parallel for num_threads(threads) schedule(dynamic)
+  for (int64_t task = 0; task < tasks; task++) {
+    const Segment *s = table + task / (h->groups * h->splits);
+    const int64_t g = task / h->splits % h->groups, split = task % h->splits;
+    float *state = scan + s->slot * h->heads * N * P, both[2 * N];
+    if (s->tokens == 1) {
+      if (split == 0) single_step(h, &z, zxbcdt, pre, dt, A, D, s->begin, g, state, out, both, both + N);
+      continue;
+    }
+    Shape own = *h;
+    own.rows = 1, own.length = s->tokens, own.chunk = s->tokens < h->chunk ? s->tokens : h->chunk;
+    if (scan_task(&own, zxbcdt + s->begin * h->width, pre + s->begin * z.channels, dt + s->begin * h->heads, A, D, NULL,
+                  y + s->begin * z.inner, out + s->begin * z.inner, NULL, state, 0, g, split))
+      failed = 1;
   }
   return failed;
 }

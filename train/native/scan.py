@@ -153,3 +153,42 @@ def scan_backward(
         grad_bias,
     )
     return grad_weight.t(), grad_bias, grad_dt, grad_A.sum(0), grad_D.sum(0)
+
+
+def scan_segments(
+    zxbcdt_TD: torch.Tensor,
+    table_S4: torch.Tensor,
+    *,
+    conv_weight_CW: torch.Tensor,
+    conv_bias_C: torch.Tensor,
+    dt_bias_H: torch.Tensor,
+    A_log_H: torch.Tensor,
+    D_H: torch.Tensor,
+    conv_pool: torch.Tensor,
+    scan_pool: torch.Tensor,
+    sizes: ScanSizes,
+) -> torch.Tensor:
+    """Convolution, scan and gate of the texts of a step of inference, which update their slots. All fp32 and contiguous; table:
+    (begin, tokens, tokens before, slot) of each text. -> [T, HP]."""
+    kernels = library("scan")
+    assert kernels is not None
+    tokens, width = zxbcdt_TD.shape
+    taps = conv_weight_CW.shape[1]
+    texts = len(table_S4)
+    splits = 1
+    while texts * sizes.groups * splits < torch.get_num_threads() and not sizes.heads_per_group % (2 * splits):
+        splits *= 2
+    head = Shape(
+        rows=texts, length=tokens, width=width, heads=sizes.heads, head_dim=sizes.head_dim, state=sizes.state,
+        groups=sizes.groups, chunk=sizes.chunk, splits=splits, parts=splits, taps=taps,
+    )  # fmt: skip
+    out = torch.empty(tokens, sizes.inner)
+    scratch = torch.empty(taps * sizes.conv_channels + tokens * (sizes.conv_channels + sizes.heads + sizes.inner))
+    turned, pre, dt, y = scratch.split(
+        [taps * sizes.conv_channels, tokens * sizes.conv_channels, tokens * sizes.heads, tokens * sizes.inner]
+    )
+    call(
+        kernels.stratum_scan_segments, head, zxbcdt_TD, table_S4, conv_weight_CW, conv_bias_C, dt_bias_H, A_log_H, D_H, conv_pool,
+        scan_pool, turned, pre, dt, y, out,
+    )  # fmt: skip
+    return out

@@ -13,6 +13,7 @@ from rich.table import Column
 
 from data.system.console import bars, open_console
 from recipes.schema import units
+from recipes.schema.credentials import without_credentials
 from recipes.schema.foreign import printable_lines
 from recipes.schema.run_folder import Line
 from recipes.schema.telemetry import TelemetryConfig
@@ -168,6 +169,7 @@ class WeightsAndBiases:
         identity = folder / "wandb_id"
         if not identity.exists():
             identity.write_text(uuid.uuid4().hex[:12])
+        sys.argv = [without_credentials(word) for word in sys.argv]  # W&B stores the command line
         self._run = wandb.init(
             project=config.wandb_project,
             name=folder.name,
@@ -200,6 +202,12 @@ def _scalars(line: Line) -> dict[str, float]:
             return {f"train/{name}": line[name] for name in names if name in line} | seconds
         case "evaluation":
             return {f"heldout_bits_per_byte/{name}": value for name, value in line["bits_per_byte"].items()}
+        case "tasks":
+            return {
+                f"tasks/{task}/{name}": metric["value"]
+                for task, entry in line["tasks"].items()
+                for name, metric in entry["metrics"].items()
+            }
         case "precision":
             lowest: dict[str, float] = {}
             for reading in line["readings"]:

@@ -1,7 +1,7 @@
 """`stratum report`: a picture and a summary of a run, made from its metrics.jsonl.
 
-metrics.jsonl, recipe.yaml --> loss.png (loss, held-out bits per byte, learning rate), summary.md, and for a
-low-precision run precision.png (quantisation errors)
+metrics.jsonl, recipe.yaml --> loss.png (loss, held-out bits per byte, learning rate), summary.md, for a
+low-precision run precision.png (quantisation errors), for a run with tasks tasks.png
 """
 
 import math
@@ -15,10 +15,12 @@ from typing import Any
 
 from recipes.schema import units
 from recipes.schema.errors import RecipeError, StratumError
-from recipes.schema.foreign import in_markdown, printable, printable_lines, read_bounded
+from recipes.schema.foreign import in_markdown, printable, printable_lines, read_bounded, read_bounded_text
+from recipes.schema.messages import complain
 from recipes.schema.options import CommandParser, run_or_path
 from recipes.schema.run_folder import METRICS, RECIPE, as_number, read_metrics, recipe_in
 from train.record.precision_report import draw_precision, in_picture, is_measurement, precision_section
+from train.record.task_report import Scores, draw_tasks, tasks_section
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,10 @@ class RunRecord:
         """Measurements of quantised operands, the last of each step."""
         last = {line["step"]: line for line in self.events if line["kind"] == "precision" and is_measurement(line)}
         return [last[step] for step in sorted(last)]
+
+    def tasks(self) -> Scores:
+        """Scores of tasks by step, the last of each step."""
+        return {line["step"]: line["tasks"] for line in self.events if line["kind"] == "tasks"}
 
 
 def read_run(folder: Path) -> RunRecord:
@@ -121,6 +127,8 @@ def write_report(folder: Path, *, sample: str | None = None) -> None:
         draw(record, folder / "loss.png", title=in_picture(folder.name), recipe=recipe)
     if measured := record.precision():
         draw_precision(measured, folder / "precision.png", title=in_picture(folder.name))
+    if scored := record.tasks():
+        draw_tasks(scored, folder / "tasks.png", title=in_picture(folder.name))
     (folder / "summary.md").write_text(summary(record, recipe, name=folder.name, sample=sample))
 
 
@@ -204,6 +212,7 @@ def summary(record: RunRecord, recipe: dict[str, Any], *, name: str, sample: str
         "",
         "![training loss, learning rate and held-out bits per byte](loss.png)",
         *_heldout(record),
+        *(tasks_section(scored) if (scored := record.tasks()) else []),
         *(precision_section(measured) if (measured := record.precision()) else []),
         *_times(record),
         *_resumes(record),
@@ -362,10 +371,9 @@ stratum report smoke                               the same: `smoke` is looked u
     parsed = parser.parse_args(arguments)
     try:
         folder = run_or_path(parsed.run)
-        write_report(folder, sample=parsed.sample.read_text() if parsed.sample else None)
-    except (StratumError, OSError) as error:
-        sys.stderr.write(f"error: {error}\n")
-        return 2
+        write_report(folder, sample=read_bounded_text(parsed.sample) if parsed.sample else None)
+    except (StratumError, OSError, ValueError) as error:
+        return complain(error)
     sys.stdout.write(f"wrote {folder}/summary.md and {folder}/loss.png\n")
     return 0
 

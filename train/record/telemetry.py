@@ -6,6 +6,7 @@ line per step. Everything else is made from metrics.jsonl:
     {"kind": "machine", "cpu": ..., "device": ..., "threads": 2, "torch": ..., "flops_per_token": ..., ...}
     {"kind": "step", "step": 12, "tokens": 24576, "loss": ..., "grad_norm": ..., "learning_rate": ..., "seconds": {...}}
     {"kind": "evaluation", "step": 80, "bits_per_byte": {"shakespeare": ..., "python": ...}}
+    {"kind": "tasks", "step": 80, "tasks": {"needle-1k": {"hash": ..., "items": 32, "metrics": {"accuracy": {"value": ...}}}}}
     {"kind": "precision", "step": 20, "scaling": "blockwise", "readings": [{"layer": 0, "linear": ..., "snr_db": ...}]}
     {"kind": "phase", "name": "saving", "seconds": ...}
     {"kind": "save_requested" | "save_staged" | "save" (durable) | "save_retried" | "save_failed", "step": 100, ...}

@@ -85,7 +85,7 @@ def _cache_all_rows(
         top_k=objective.top_k,
         temperature=objective.temperature,
         values=config.values,
-        vocab=recipe.model.vocab,
+        vocab=recipe.model.real_vocab,
         tokenizer=dataset.tokenizer.fingerprint,
         row_tokens=recipe.data.row_tokens,
         documents=recipe.data.reset_at_documents,
@@ -144,7 +144,14 @@ def _top_k_of_rows(recipe: Recipe, mesh: Mesh, teacher: Teacher, batch: Any) -> 
             for first in range(0, tokens, step):
                 logits = targets.logits(slice(first, first + step), temperature=recipe.objective.temperature)
                 (log_p,) = log_softmax_over_ranks([logits], group=mesh.groups.tp)
-                parts.append(top_k_of(log_p, recipe.objective.top_k, group=mesh.groups.tp))
+                parts.append(
+                    top_k_of(
+                        log_p,
+                        recipe.objective.top_k,
+                        slice_size=teacher.head.slice_size,
+                        group=mesh.groups.tp,
+                    )
+                )
             names = ("ids_NK", "log_p_NK", "rest_N")
             yield TopK(*(torch.cat([getattr(part, name) for part in parts]).cpu() for name in names))
 
@@ -155,17 +162,17 @@ def _measure(recipe: Recipe, config: TeacherCacheConfig, *, mesh: Mesh, teacher:
     path, manifest = checkpoint_at(config.student)
     student = teacher_recipe(manifest, path)
     known = dataset.tokenizer.fingerprint
-    if student.model.vocab != recipe.model.vocab or manifest.tokenizer not in ("", known):
+    if student.model.real_vocab != recipe.model.real_vocab or manifest.tokenizer not in ("", known):
         raise RecipeError(
-            f"--student {config.student} has a vocabulary of {student.model.vocab:,} and tokenizer "
-            f"{manifest.tokenizer[:12] or '?'}, but the teacher has {recipe.model.vocab:,} and {known[:12]}: they cannot be "
+            f"--student {config.student} has a vocabulary of {student.model.real_vocab:,} and tokenizer "
+            f"{manifest.tokenizer[:12] or '?'}, but the teacher has {recipe.model.real_vocab:,} and {known[:12]}: they cannot be "
             f"compared. Name a student with the same tokenizer."
         )
     chunk = frozen_model(student, parallel=recipe.parallel, precision=student.precision, mesh=mesh, weights=path,
                          row_tokens=recipe.data.row_tokens, reset_at_documents=recipe.data.reset_at_documents)  # fmt: skip
-    head = Head(head_weight(chunk), softcap=student.model.logit_softcap)
+    head = Head.of(head_weight(chunk), student.model, group=mesh.groups.tp)
     batch = dataset.training_rows(np.arange(config.block_rows))
-    counts = [k for k in (1, 4, 16, 32, 64, 128, 256, 1024) if k < recipe.model.vocab]
+    counts = [k for k in (1, 4, 16, 32, 64, 128, 256, 1024) if k < recipe.model.real_vocab]
     weights = LossWeights(temperature=recipe.objective.temperature)
     sums = dict.fromkeys([*counts, 0], 0.0)
     size = recipe.run.microbatch_rows
@@ -199,8 +206,8 @@ def _measure(recipe: Recipe, config: TeacherCacheConfig, *, mesh: Mesh, teacher:
         "share of the full divergence",
         title=f"student: {path}",
     )
-    width = token_dtype(recipe.model.vocab).itemsize + np.dtype(config.values).itemsize
+    width = token_dtype(recipe.model.real_vocab).itemsize + np.dtype(config.values).itemsize
     for k in counts:
         table.add_row(str(k), str(k * width + 4), f"{sums[k] / total:.5f}", f"{sums[k] / total / whole:.4f}")
-    table.add_row("all", f"{2 * recipe.model.vocab} (16 bits)", f"{whole:.5f}", "1")
+    table.add_row("all", f"{2 * recipe.model.real_vocab} (16 bits)", f"{whole:.5f}", "1")
     open_console().print(table)

@@ -1,6 +1,6 @@
-"""Bytes a rank keeps between the forward and the backward pass, layer by layer, and how many microbatches are in flight.
+"""Bytes that a rank keeps between forward and backward pass, layer by layer, and the pipeline's order of microbatches.
 
-Two sets of modules keep different things: `reference` (this project's plain torch modules on a CPU; measured with autograd's
+Two sets of modules keep different tensors: `reference` (this project's plain torch modules on a CPU; measured with autograd's
 hooks in tests/launch/plan) and `te` (Transformer Engine and mamba-ssm kernels; from their sources, **not measured on a GPU**).
 
 Bytes per token: h hidden width, e bytes of the recipe's format, q and k widths of queries and keys, f width of the MLP, D and C
@@ -26,12 +26,12 @@ LOSS_PART = 1 << 24
 
 CPU_CHUNK_BYTES = 2 << 20
 GPU_CHUNK_BYTES = 256 << 20
-"""Logits in one chunk of the distillation loss, on a CPU and on a GPU (`train.distill.soft_targets`)."""
+"""Bytes of logits in one chunk of the distillation loss, on a CPU and on a GPU (`train.distill.soft_targets`)."""
 
 
 @dataclass(frozen=True)
 class Shape:
-    """What the size of activations depends on."""
+    """Everything that the size of activations depends on."""
 
     model: ModelConfig
     modules: Modules
@@ -55,12 +55,12 @@ class Shape:
 
 
 def hidden_bytes(shape: Shape) -> float:
-    """The residual stream: what a recomputed layer keeps, and what pipeline stages send to each other."""
+    """The residual stream: a recomputed layer keeps only this, and pipeline stages send it to each other."""
     return shape.share * shape.model.hidden * shape.size
 
 
 def layer_bytes(shape: Shape, kind: LayerKind, *, is_low: bool = False) -> float:
-    """What one layer keeps for its backward pass."""
+    """Bytes that one layer keeps for its backward pass."""
     m, e, tokens, te = shape.model, shape.size, shape.tokens, shape.modules == "te"
     copy = 1 if is_low and te else e
     h = m.hidden
@@ -92,7 +92,7 @@ def layer_bytes(shape: Shape, kind: LayerKind, *, is_low: bool = False) -> float
 
 
 def head_bytes(shape: Shape) -> float:
-    """Final norm, logits (overwritten by their gradient) and labels."""
+    """Bytes of the final norm, the logits (overwritten by their gradient) and the labels."""
     m, e = shape.model, shape.size
     norm = shape.share * (m.hidden * 2 * e + 4)
     logits = float(e * shape.tokens * m.vocab / shape.tensor)
@@ -100,8 +100,8 @@ def head_bytes(shape: Shape) -> float:
 
 
 def head_workspace(shape: Shape) -> float:
-    """In addition to the logits while the head runs: the part that the loss processes at once in fp32
-    (`train.model.cross_entropy`); on a CPU with a bf16 recipe, logits or their gradient in fp32."""
+    """Temporary bytes in addition to the logits while the head runs: the logits that the loss processes at once in fp32
+    (`train.model.cross_entropy`); on a CPU with a bf16 recipe, all logits or their gradient in fp32."""
     logits = shape.tokens * shape.model.vocab / shape.tensor
     if shape.modules == "reference":
         return 4.0 * logits if shape.size == 2 else 0.0
@@ -109,16 +109,16 @@ def head_workspace(shape: Shape) -> float:
 
 
 def distilled_head_bytes(shape: Shape) -> float:
-    """Final norm, and what the distillation loss (`train.distill.soft_targets`) keeps instead of logits: gradients of
-    the hidden states and of the head's weight, which it computes together with the loss; labels."""
+    """Bytes of the final norm, the labels, and what the distillation loss (`train.distill.soft_targets`) keeps instead of logits:
+    the gradients of the hidden states and of the head's weight, which it computes together with the loss."""
     m, e = shape.model, shape.size
     norm = shape.share * (m.hidden * 2 * e + 4)
     return norm + e * shape.tokens * m.hidden + 4.0 * m.vocab / shape.tensor * m.hidden + 8.0 * shape.tokens
 
 
 def distilled_head_workspace(shape: Shape) -> float:
-    """In fp32: logits of one chunk of tokens, of both models, with their logarithms and the gradient; the product that is added
-    to the weight's gradient; on a CPU with a bf16 recipe, the weight."""
+    """Temporary bytes, in fp32: one chunk of both models' logits, with their logarithms and the gradient; the product that is
+    added to the weight's gradient; on a CPU with a bf16 recipe, a copy of the weight."""
     m = shape.model
     table = m.vocab / shape.tensor * m.hidden
     budget = CPU_CHUNK_BYTES if shape.modules == "reference" else GPU_CHUNK_BYTES
@@ -128,7 +128,7 @@ def distilled_head_workspace(shape: Shape) -> float:
 
 
 def layer_workspace(shape: Shape, pattern: str) -> float:
-    """Largest gradients alive while one layer's backward pass runs: of its widest activation, and of its input."""
+    """Temporary bytes of one layer's backward pass: the gradients of its widest activation and of its input."""
     m = shape.model
     widths = {
         "-": (2 if m.activation in ("swiglu", "geglu") else 1) * m.ffn * 2.0,
@@ -163,23 +163,23 @@ def _attention_bytes(shape: Shape, *, copy: int, is_low: bool) -> float:
     return kept + 4 * tokens * (query + 2 * keys + copies + (keys if has_rope else 0) + query + flat)
 
 
-def in_flight(*, stage: int, stages: int, virtual: int, microbatches: int) -> Iterator[tuple[int, int]]:
-    """Megatron's order of work on a pipeline rank: (+1, chunk) for a forward pass, (-1, chunk) for a backward pass.
+def pipeline_schedule(*, stage: int, stages: int, virtual: int, microbatches: int) -> Iterator[tuple[int, int]]:
+    """Megatron's order of passes on a pipeline rank: (+1, chunk) for a forward pass, (-1, chunk) for a backward pass.
 
     1F1B; interleaved if virtual > 1 (`schedules.py` of Megatron-Core).
     """
     total = microbatches * virtual
-    ahead = stages - stage - 1
-    warm = min(ahead if virtual == 1 else 2 * ahead + (virtual - 1) * stages, total)
+    later_stages = stages - stage - 1
+    warmup = min(later_stages if virtual == 1 else 2 * later_stages + (virtual - 1) * stages, total)
 
     def chunk(step: int, forward: bool) -> int:
-        place = step % (stages * virtual) // stages
-        return place if forward else virtual - 1 - place
+        index = step % (stages * virtual) // stages
+        return index if forward else virtual - 1 - index
 
-    for step in range(warm):
+    for step in range(warmup):
         yield 1, chunk(step, True)
-    for step in range(total - warm):
-        yield 1, chunk(step + warm, True)
+    for step in range(total - warmup):
+        yield 1, chunk(step + warmup, True)
         yield -1, chunk(step, False)
-    for step in range(total - warm, total):
+    for step in range(total - warmup, total):
         yield -1, chunk(step, False)

@@ -1,7 +1,7 @@
-"""GPUs: peaks, memory, bandwidths, power. `devices.toml` is the only table of devices; the trainer reads its peak there too.
+"""GPUs: peaks, memory, bandwidths, power. `devices.toml` is the only table of devices; the trainer's MFU uses the same peaks.
 
-A device is found by its short name, and by names that contain its words, as people and drivers write them: `h100`, `DGX-H100`,
-`NVIDIA H100 80GB HBM3`, `nvidia_h100_80gb`. Only whole words count: `h1000` is not an H100.
+A device is found by its short name, or by any name that contains its words: `h100`, `DGX-H100`, `NVIDIA H100 80GB HBM3`,
+`nvidia_h100_80gb`. Only whole words count: `h1000` is not an H100.
 """
 
 import difflib
@@ -20,7 +20,7 @@ Format = Literal["bf16", "fp8", "fp4", "fp32"]
 
 @dataclass(frozen=True)
 class Device:
-    """One kind of GPU, in its usual kind of machine. Units and sources: devices.toml."""
+    """One kind of GPU in its usual machine. Units and sources: devices.toml."""
 
     name: str
     generation: str
@@ -40,12 +40,12 @@ class Device:
 
     @property
     def clock(self) -> float:
-        """Clock under a power limit, as a share of the full clock: the square root of the power share."""
+        """Share of the full clock under a power limit: the square root of the power share."""
         return self.power_share**0.5
 
 
-_OTHER = {"mig", "laptop", "d"}
-"""Words of names of smaller variants: a slice of a GPU (MIG), a laptop GPU, the RTX 4090 D."""
+_SMALLER_VARIANTS = {"mig", "laptop", "d"}
+"""Words in names of smaller variants: a slice of a GPU (MIG), a laptop GPU, the RTX 4090 D."""
 
 
 @cache
@@ -56,9 +56,9 @@ def devices() -> dict[str, Device]:
 
 
 def find_device(name: str) -> Device | None:
-    """The device with a name; None if the table does not have it, or if the name is that of a slice or smaller variant."""
+    """The device with this name; None if it is not in the table, or is a slice or a smaller variant of a device."""
     words = set(re.findall(r"[a-z0-9]+", name.lower()))
-    if words & _OTHER:
+    if words & _SMALLER_VARIANTS:
         return None
     matches = [(set(entry.split()), device) for device in devices().values() for entry in device.match]
     hits = [(len(entry), device) for entry, device in matches if entry <= words]
@@ -66,7 +66,7 @@ def find_device(name: str) -> Device | None:
 
 
 def device_named(name: str) -> Device:
-    """Like `find_device`, but raises RecipeError with the most similar names and the list of devices."""
+    """The device with this name. Raises RecipeError with similar names and the list of devices if there is none."""
     device = find_device(name)
     if device is None:
         plain = "_".join(re.findall(r"[a-z0-9]+", name.lower()))

@@ -1,6 +1,7 @@
-"""The few constants that make predicted times match published ones, and what software overlaps or wastes.
+"""The constants of the time model: efficiencies of GPUs, and what each program overlaps or wastes.
 
-docs/plan.md lists the rows they were fitted on. Everything else in `launch.plan.cost` is counted, or from a data sheet.
+Some are fitted so that predicted times match published ones; docs/plan.md lists the rows. Everything else in
+`launch.plan.cost` is counted or comes from a data sheet.
 """
 
 from dataclasses import dataclass, field
@@ -12,7 +13,7 @@ Shards = Literal["optimizer", "gradients", "parameters"]
 
 @dataclass(frozen=True)
 class Efficiency:
-    """Fractions of the data sheet's peak that large kernels reach."""
+    """Fractions of the data sheet's peaks that large kernels reach."""
 
     gemm: dict[str, dict[str, float]] = field(
         default_factory=lambda: {
@@ -23,8 +24,8 @@ class Efficiency:
             "blackwell_ultra": {"bf16": 0.53, "fp8": 0.903, "fp4": 0.50, "fp32": 0.80},
         }
     )
-    """Matrix products, of the format's peak, before tails and memory traffic. Fitted: ampere, hopper and blackwell,
-    blackwell_ultra fp8; the others are set by hand (blackwell_ultra bf16: blackwell's)."""
+    """Matrix products: fraction of the format's peak, before tails and memory traffic. Fitted: ampere, hopper and blackwell,
+    blackwell_ultra fp8. The others are set by hand (blackwell_ultra bf16: the value of blackwell)."""
     attention: dict[str, float] = field(
         default_factory=lambda: {
             "ampere": 0.303,
@@ -34,29 +35,29 @@ class Efficiency:
             "blackwell_ultra": 0.423,
         }
     )
-    """Fused attention forward and backward, of the bf16 peak. Fitted, except ada (ampere's value)."""
+    """Fused attention, forward and backward: fraction of the bf16 peak. Fitted, except ada (the value of ampere)."""
     scan: float = 0.15
-    """The chunked scan, of the bf16 peak. Set by hand: it is 3 to 6 % of the step of the only dense hybrid with published speed
-    (Nemotron-H 56B), which 0.10 and 0.25 fit equally well."""
+    """The chunked scan: fraction of the bf16 peak. Set by hand: the scan is 3 to 6 % of the step of the only dense hybrid with
+    published speed (Nemotron-H 56B), and 0.10 and 0.25 fit its rows equally well."""
     hbm: float = 0.80
-    """Elementwise kernels, of the memory bandwidth."""
+    """Elementwise kernels: fraction of the memory bandwidth."""
     link: float = 0.80
-    """Collectives inside a domain, of its bandwidth."""
+    """Collectives inside a domain: fraction of the link's bandwidth."""
     network: float = 0.80
-    """Collectives between domains, of the network cards' bandwidth."""
+    """Collectives between domains: fraction of the network cards' bandwidth."""
     jitter: float = 0.008
-    """Time lost for each doubling of the number of nodes: stragglers, longer rings."""
+    """Fraction of time lost for each doubling of the number of nodes (stragglers, longer rings)."""
     tail: float = 0.5
     """Share of a wave of tiles that a matrix product wastes at its end, on average."""
     kernel_s: float = 4e-6
-    """From the end of one kernel to the start of the next."""
+    """Seconds from the end of one kernel to the start of the next."""
     hop_s: float = 10e-6
-    """Latency that a ring collective adds for each domain."""
+    """Latency of a ring collective for each domain, in seconds."""
 
 
 @dataclass(frozen=True)
 class Software:
-    """What the program around the kernels overlaps and wastes."""
+    """A training program: what it overlaps, and how much slower its kernels are."""
 
     name: str
     elementwise: float = 1.0
@@ -68,9 +69,9 @@ class Software:
     bucket_bytes: float = 160e6
     """Gradients are reduced in buckets of this size (Megatron-Core: 40 million fp32 elements) ..."""
     bucket_bytes_per_rank: float = 4e6
-    """... or of this for each data-parallel rank, if that is more (Megatron-Core: a million elements)."""
+    """... or of this size for each data-parallel rank, if that is more (Megatron-Core: a million elements)."""
     shards: Shards = "optimizer"
-    """What its data-parallel ranks divide among them."""
+    """What its data-parallel ranks shard."""
     hides_tensor: float = 0.0
     """Share of tensor-parallel traffic that overlaps with matrix products."""
     hides_data: float = 0.95
@@ -82,5 +83,5 @@ class Software:
 MEGATRON = Software("Megatron-Core")
 
 STRATUM = Software("Stratum", elementwise=1.74)
-"""This project's trainer, not measured. Its norms are fused with products (Transformer Engine); the rest of its elementwise
-work is plain torch, so llm-foundry's constant is used; tensor-parallel traffic does not overlap."""
+"""This project's trainer; not measured. Its norms are fused with products (Transformer Engine). Its other elementwise work is
+plain torch, so the constant of llm-foundry is used. Tensor-parallel traffic does not overlap."""

@@ -1,16 +1,17 @@
-"""Goodput: the useful share of a run's time, when machines fail and work since the last save is lost.
+"""Goodput: the useful share of a run's time if machines fail and each failure loses the work since the last save.
 
     train (interval) | stall | train | stall | train ... failure | restart, load | train from the newest durable save
 
-Failures are random and memoryless (exponential). They may come at any time: also while a save is written, and during a
-restart, which then begins again. A save stalls training for `stall_s`; it is durable `write_s` later, in the background, and the
-next save waits for it. Let M be the mean time between failures, T the interval, d the stall, w the writing time, R restart and
-loading, and c = d + max(T, w) the time from one save to the next. The i-th save is durable after t = T + d + (i - 1) c + w; no
-failure comes before that with probability exp(-t/M); and R seconds without a failure take M (exp(R/M) - 1) on average. So
+Failures are random and memoryless (exponential). They can happen at any time, also while a save is written and during a restart,
+which then starts from its beginning. A save stalls training for `stall_s`. It is written in the background and durable `write_s`
+later; the next save waits for that. Let M be the mean time between failures, T the interval, d the stall, w the writing time, R
+restart and loading, and c = d + max(T, w) the time from one save to the next. The i-th save is durable after
+t = T + d + (i - 1) c + w. The probability that no failure happens before t is exp(-t/M). It takes M (exp(R/M) - 1) on average
+until R seconds have passed without a failure. So
 
     goodput = T exp((c - T - d - w - R)/M) / (M (exp(c/M) - 1))
 
-which for w = 0 is J. T. Daly's equation (Future Generation Computer Systems 22, 2006, eq. 20). `simulate` simulates the same
+For w = 0 this is J. T. Daly's equation (Future Generation Computer Systems 22, 2006, eq. 20). `simulate` simulates the same
 process event by event, without these formulas.
 """
 
@@ -19,8 +20,8 @@ import random
 from dataclasses import dataclass
 
 LLAMA_NODE_MTBF_S = 54 * 86400 * (16384 // 8) / 419
-"""Seconds that a node of eight H100s runs between unexpected interruptions of its job: 419 in 54 days on 16,384 GPUs (arXiv
-2407.21783, section 3.3.4), so 264 days."""
+"""Mean seconds between unexpected interruptions of a job for one node of eight H100s: 419 interruptions in 54 days on 16,384 GPUs
+(arXiv 2407.21783, section 3.3.4), so 264 days."""
 
 
 @dataclass(frozen=True)
@@ -30,13 +31,13 @@ class Failures:
     mean_s: float
     """Mean time between failures of the whole job."""
     restart_s: float
-    """From a failure until all processes run again: detection, clean-up, scheduling, start."""
+    """Time from a failure until all processes run again: detection, clean-up, scheduling, start."""
     load_s: float
-    """Reading the checkpoint."""
+    """Time to read the checkpoint."""
 
     @property
-    def back_s(self) -> float:
-        """From a failure until training continues."""
+    def downtime_s(self) -> float:
+        """Time from a failure until training continues."""
         return self.restart_s + self.load_s
 
 
@@ -49,17 +50,17 @@ class Saving:
     stall_s: float
     """Time that training waits for a save."""
     write_s: float = 0.0
-    """From the end of the stall until the save is durable."""
+    """Time from the end of the stall until the save is durable."""
 
     @property
     def cycle_s(self) -> float:
-        """From one save to the next."""
+        """Time from one save to the next."""
         return self.stall_s + max(self.interval_s, self.write_s)
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """The time of a simulated run by kind, in seconds."""
+    """How a simulated run spent its time, in seconds."""
 
     useful: float
     stalled: float
@@ -68,7 +69,7 @@ class Outcome:
     restarting: float
     failures: int
     error: float
-    """Standard error of `goodput`, from blocks of the run."""
+    """Standard error of `goodput`, from 20 blocks of the run."""
 
     @property
     def elapsed(self) -> float:
@@ -82,11 +83,11 @@ class Outcome:
 def expected_goodput(failures: Failures, saving: Saving) -> float:
     """Expected share of useful time of a long run, in closed form."""
     mean = failures.mean_s
-    if failures.back_s + saving.cycle_s + saving.write_s > 500 * mean:
+    if failures.downtime_s + saving.cycle_s + saving.write_s > 500 * mean:
         return 0.0  # nothing ever finishes; exp would overflow
-    early = saving.cycle_s - saving.interval_s - saving.stall_s  # the first save does not wait for another
-    done = saving.interval_s * math.exp((early - saving.write_s - failures.back_s) / mean)
-    return done / (mean * math.expm1(saving.cycle_s / mean))
+    wait = saving.cycle_s - saving.interval_s - saving.stall_s  # for the previous save; the first save does not wait
+    useful = saving.interval_s * math.exp((wait - saving.write_s - failures.downtime_s) / mean)
+    return useful / (mean * math.expm1(saving.cycle_s / mean))
 
 
 def young_interval(failures: Failures, stall_s: float) -> float:
@@ -95,7 +96,7 @@ def young_interval(failures: Failures, stall_s: float) -> float:
 
 
 def daly_interval(failures: Failures, stall_s: float) -> float:
-    """J. T. Daly's higher-order interval (eq. 37 of the paper above): the optimum within a fraction of a percent."""
+    """J. T. Daly's higher-order interval (eq. 37 of the paper above), within a fraction of a percent of the optimum."""
     mean = failures.mean_s
     if stall_s >= 2 * mean:
         return mean
@@ -104,7 +105,7 @@ def daly_interval(failures: Failures, stall_s: float) -> float:
 
 
 def best_interval(failures: Failures, *, stall_s: float, write_s: float) -> float:
-    """The interval with the highest expected goodput, by golden section over its logarithm (goodput has a single maximum)."""
+    """The interval with the highest expected goodput: golden-section search over its logarithm (there is a single maximum)."""
     ratio = (math.sqrt(5) - 1) / 2
     low, high = math.log(1e-3), math.log(20 * failures.mean_s)
 
@@ -122,10 +123,10 @@ def best_interval(failures: Failures, *, stall_s: float, write_s: float) -> floa
     return math.exp((low + high) / 2)
 
 
-def rarest_interval(failures: Failures, *, stall_s: float, write_s: float, lose: float = 1e-3) -> float:
-    """The longest interval whose goodput is within `lose` of the best: fewer saves use less storage and network."""
+def longest_interval(failures: Failures, *, stall_s: float, write_s: float, tolerance: float = 1e-3) -> float:
+    """The longest interval whose goodput is within `tolerance` of the best. Fewer saves use less storage and network."""
     low = best_interval(failures, stall_s=stall_s, write_s=write_s)
-    enough = expected_goodput(failures, Saving(low, stall_s, write_s)) - lose
+    enough = expected_goodput(failures, Saving(low, stall_s, write_s)) - tolerance
     high = 40 * failures.mean_s
     if expected_goodput(failures, Saving(high, stall_s, write_s)) >= enough:
         return low
@@ -139,16 +140,16 @@ def rarest_interval(failures: Failures, *, stall_s: float, write_s: float, lose:
 
 
 def simulate(failures: Failures, saving: Saving, *, count: int = 4000, seed: int = 0) -> Outcome:
-    """Play a run until it failed `count` times."""
-    chance = random.Random(seed)
+    """Simulate a run until it has failed `count` times."""
+    generator = random.Random(seed)
     blocks: list[tuple[float, float]] = []
     stalled = lost = restarting = useful = 0.0
-    began = (0.0, 0.0)
+    block_start = (0.0, 0.0)
     for number in range(1, count + 1):
-        until = chance.expovariate(1 / failures.mean_s)
+        until = generator.expovariate(1 / failures.mean_s)
         now = trained = waited = 0.0
         durable = 0.0
-        pending: tuple[float, float] | None = None  # when it is durable, and the training time that it contains
+        pending: tuple[float, float] | None = None  # time at which the save is durable, training time that it contains
         while now < until:
             skipped = int((until - now) / saving.cycle_s) - 2 if pending is not None else 0
             if skipped > 0 and pending is not None:  # every cycle is the same until a failure
@@ -160,7 +161,9 @@ def simulate(failures: Failures, saving: Saving, *, count: int = 4000, seed: int
             now, trained = now + work, trained + work
             if now >= until:
                 break
-            ready = max(now, pending[0]) if pending is not None else now  # it waits until the last save is durable
+            ready = (
+                max(now, pending[0]) if pending is not None else now
+            )  # a save waits until the previous one is durable
             end = min(until, ready + saving.stall_s)
             waited, now = waited + end - now, end
             if now >= until:
@@ -171,13 +174,13 @@ def simulate(failures: Failures, saving: Saving, *, count: int = 4000, seed: int
         if pending is not None and pending[0] <= until:
             durable = pending[1]
         useful, lost, stalled = useful + durable, lost + trained - durable, stalled + waited
-        while (next_one := chance.expovariate(1 / failures.mean_s)) < failures.back_s:
+        while (next_one := generator.expovariate(1 / failures.mean_s)) < failures.downtime_s:
             restarting += next_one
-        restarting += failures.back_s
+        restarting += failures.downtime_s
         if number % max(1, count // 20) == 0:
             elapsed = useful + lost + stalled + restarting
-            blocks.append((useful - began[0], elapsed - began[1]))
-            began = (useful, elapsed)
+            blocks.append((useful - block_start[0], elapsed - block_start[1]))
+            block_start = (useful, elapsed)
     shares = [done / took for done, took in blocks]
     mean = sum(shares) / len(shares)
     spread = sum((share - mean) ** 2 for share in shares) / max(1, len(shares) - 1)

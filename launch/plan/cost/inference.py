@@ -1,14 +1,17 @@
-"""Memory of running a model: weights, keys and values of its attention layers, states of its Mamba-2 layers.
+"""Memory of inference: weights, keys and values of attention layers, states of Mamba-2 layers.
 
-Compression budgets are given in this memory: Nemotron Nano 9B-v2 was pruned so that its weights and 131,072 tokens fit on one
-A10G (arXiv 2508.14444, section 4).
+Budgets for compression are given in this memory: Nemotron Nano 9B-v2 was pruned so that its weights and a context of 131,072
+tokens fit on one A10G (arXiv 2508.14444, section 4).
 """
 
-from dataclasses import dataclass
+from bisect import bisect_right
+from dataclasses import dataclass, replace
 
+from recipes.schema.errors import RecipeError
 from recipes.schema.model import ModelConfig
 from recipes.schema.pattern import counts, flops_per_token, parameters
-from recipes.schema.units import GIB
+from recipes.schema.units import GIB, gib
+from recipes.schema.weight_formats import stored_linears, weight_format
 
 
 @dataclass(frozen=True)
@@ -18,7 +21,7 @@ class InferenceMemory:
     weights: float
     keys_values: float
     mamba_states: float
-    """Scan state and the last inputs of the convolution: independent of the length."""
+    """Scan state and the last inputs of the convolution. Does not depend on the context length."""
 
     @property
     def total(self) -> float:
@@ -30,10 +33,17 @@ class InferenceMemory:
 
 
 def inference_memory(
-    model: ModelConfig, *, context_tokens: int, batch: int = 1, weight_bytes: float = 2.0, cache_bytes: float = 2.0
+    model: ModelConfig,
+    *,
+    context_tokens: int,
+    batch: int = 1,
+    weight_bytes: float = 2.0,
+    cache_bytes: float = 2.0,
+    quantized: str | None = None,
 ) -> InferenceMemory:
     """Memory of `batch` sequences of `context_tokens` each. weight_bytes, cache_bytes: size of one number (2 for bf16).
 
+    quantized: format of the linear layers' weights (`recipes.schema.weight_formats`); scales have weight_bytes each.
     A `w` layer keeps only the keys and values of its window.
     """
     layers = counts(model.pattern)
@@ -42,22 +52,150 @@ def inference_memory(
     conv = inner + 2 * model.mamba_groups * model.mamba_state
     state = inner * model.mamba_state + conv * (model.mamba_conv - 1)
     return InferenceMemory(
-        weights=weight_bytes * parameters(model).total,
+        weights=_weights(model, weight_bytes, quantized),
         keys_values=batch * cache_bytes * 2 * model.kv_heads * model.head_dim * seen,
         mamba_states=batch * cache_bytes * layers["M"] * state,
     )
 
 
+def _weights(model: ModelConfig, weight_bytes: float, quantized: str | None) -> float:
+    plain = weight_bytes * parameters(model).total
+    if quantized is None:
+        return plain
+    form = weight_format(quantized)
+    shapes = [shape for _, _, shape in stored_linears(model)]
+    dense = weight_bytes * sum(rows * columns for rows, columns in shapes)
+    return plain - dense + sum(form.stored_bytes(shape, scale_bytes=int(weight_bytes)) for shape in shapes)
+
+
 def roofline_tokens_per_s(
     model: ModelConfig, *, context_tokens: int, batch: int, gb_per_s: float, tflops: float
 ) -> float:
-    """Upper bound of tokens generated per second by all rows of a batch at a full context, in 16 bits.
+    """Upper bound of the tokens per second that all rows of a batch generate at a full context, in 16 bits.
 
-    A step is limited by memory (it reads all weights except the embedding, and all caches, and writes the Mamba states) or by
-    its matrix products. Efficiencies are left out: the figure ranks shapes for one device, it is not a prediction.
+    A step is limited by memory traffic (it reads all weights except the embedding, reads all caches, and writes the Mamba states)
+    or by its matrix products. Efficiencies are not included: use the figure to rank shapes on one device, not as a prediction.
     """
     memory = inference_memory(model, context_tokens=context_tokens, batch=batch)
     embedding = 0 if model.tie_embeddings else 2 * parameters(model).embedding
     traffic = memory.weights - embedding + memory.keys_values + 2 * memory.mamba_states
     flops = batch * flops_per_token(model, context_tokens).total / 3
     return batch / max(traffic / (gb_per_s * 1e9), flops / (tflops * 1e12))
+
+
+@dataclass(frozen=True)
+class CacheSizes:
+    """Room for the texts of one inference engine (`train.inference`): the shapes of its pools."""
+
+    rows: int
+    """Texts that run at once."""
+    context_tokens: int
+    """Tokens of the longest text."""
+    page_tokens: int
+    """Tokens whose keys and values share a page."""
+    pages: int
+    """Pages of each `*` layer, for all texts together."""
+    window_pages: int
+    """Pages of each `w` layer."""
+    snapshots: int = 0
+    """Mamba-2 states stored at the ends of shared prefixes, in addition to one for each row."""
+
+    @property
+    def pages_of_a_text(self) -> int:
+        """Entries of one text's page table."""
+        return pages_for(self.context_tokens, self.page_tokens)
+
+
+@dataclass(frozen=True)
+class CacheBytes:
+    """Bytes of an engine's pools on one tensor rank. They are allocated once and never grow."""
+
+    keys_values: int
+    mamba_states: int
+    page_tables: int
+
+    @property
+    def total(self) -> int:
+        return self.keys_values + self.mamba_states + self.page_tables
+
+
+STATE_BYTES = 4
+"""Mamba-2 states are stored in fp32 whatever the model's format: in bf16 a state would lose 0.4 % at every token."""
+TABLE_BYTES = 4
+"""One entry of a page table: the number of a page."""
+
+
+def pages_for(tokens: int, page_tokens: int) -> int:
+    """Pages that `tokens` tokens occupy."""
+    return -(-tokens // page_tokens)
+
+
+def window_pages_for(model: ModelConfig, *, context_tokens: int, page_tokens: int, step_tokens: int) -> int:
+    """Pages of a `w` layer that one text needs: its window, the tokens read in one step, and the rest of a cut page."""
+    longest = pages_for(model.window_tokens - 1 + step_tokens, page_tokens) + 1
+    return min(longest, pages_for(context_tokens, page_tokens))
+
+
+def page_bytes(model: ModelConfig, *, page_tokens: int, number_bytes: int, tensor: int = 1) -> int:
+    """Bytes of one page, keys and values, of one attention layer on one tensor rank."""
+    return 2 * page_tokens * (model.kv_heads // tensor) * model.head_dim * number_bytes
+
+
+def state_bytes(model: ModelConfig, *, tensor: int = 1) -> int:
+    """Bytes of one text's state in one Mamba-2 layer on one tensor rank: scan state and last inputs of the convolution."""
+    inner = model.mamba_heads * model.mamba_head_dim
+    conv = inner + 2 * model.mamba_groups * model.mamba_state
+    return STATE_BYTES * (inner * model.mamba_state + conv * (model.mamba_conv - 1)) // tensor
+
+
+def cache_bytes(model: ModelConfig, sizes: CacheSizes, *, number_bytes: int, tensor: int = 1) -> CacheBytes:
+    """Bytes of the pools of an inference engine on one tensor rank, exact. number_bytes: of one key's number (2 for bf16)."""
+    layers = counts(model.pattern)
+    page = page_bytes(model, page_tokens=sizes.page_tokens, number_bytes=number_bytes, tensor=tensor)
+    tables = (layers["*"] > 0) + (layers["w"] > 0)
+    return CacheBytes(
+        keys_values=page * (layers["*"] * sizes.pages + layers["w"] * sizes.window_pages),
+        mamba_states=layers["M"] * (sizes.rows + sizes.snapshots) * state_bytes(model, tensor=tensor),
+        page_tables=TABLE_BYTES * tables * sizes.rows * sizes.pages_of_a_text,
+    )
+
+
+def cache_sizes(
+    model: ModelConfig,
+    *,
+    rows: int,
+    context_tokens: int,
+    page_tokens: int,
+    step_tokens: int,
+    snapshots: int = 0,
+    number_bytes: int,
+    tensor: int = 1,
+    budget_bytes: int | None = None,
+) -> CacheSizes:
+    """Sizes with which `rows` texts of `context_tokens` fit; with a budget per tensor rank that is smaller, as many pages of `*`
+    layers as it has room for, at least those of one text.
+
+    step_tokens: tokens read in one step at most. Raises RecipeError if not even one text fits; it names the longest that does.
+    """
+    layers = counts(model.pattern)
+
+    def sizes_of(context: int, texts: int) -> CacheSizes:
+        window = window_pages_for(model, context_tokens=context, page_tokens=page_tokens, step_tokens=step_tokens)
+        whole = texts * pages_for(context, page_tokens) * bool(layers["*"])
+        return CacheSizes(rows, context, page_tokens, whole, rows * window * bool(layers["w"]), snapshots)
+
+    def bytes_of(sizes: CacheSizes) -> int:
+        return cache_bytes(model, sizes, number_bytes=number_bytes, tensor=tensor).total
+
+    most, least = sizes_of(context_tokens, rows), sizes_of(context_tokens, 1)
+    if budget_bytes is None or bytes_of(most) <= budget_bytes:
+        return most
+    if bytes_of(least) <= budget_bytes:
+        page = layers["*"] * page_bytes(model, page_tokens=page_tokens, number_bytes=number_bytes, tensor=tensor)
+        return replace(most, pages=most.pages - -(-(bytes_of(most) - budget_bytes) // page))
+    fitting = bisect_right(range(1, context_tokens), budget_bytes, key=lambda tokens: bytes_of(sizes_of(tokens, 1)))
+    raise RecipeError(
+        f"a text of {context_tokens:,} tokens needs {gib(bytes_of(least))} for keys, values and the states of {rows} rows, but "
+        f"only {gib(budget_bytes)} is given. "
+        + (f"The longest that fits has {fitting:,} tokens." if fitting else "Give more memory or fewer rows.")
+    )

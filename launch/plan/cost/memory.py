@@ -1,7 +1,7 @@
-"""Bytes on each rank of a recipe: weights, gradients, optimizer state, low-precision copies, activations, buffers.
+"""Bytes on each rank: weights, gradients, optimizer state, low-precision copies, activations, buffers.
 
-Weights, gradients and optimizer state are exact (`launch.plan.cost.tensors`; tests/launch/plan compares them with built models,
-in all kinds of layout). Activations are within a few percent of what autograd keeps on a CPU; not measured on a GPU.
+Weights, gradients and optimizer state are exact (`launch.plan.cost.tensors`; tests/launch/plan compares them with built models
+in all kinds of layout). Activations are within 10 % of the tensors that autograd saves on a CPU; not measured on a GPU.
 """
 
 from dataclasses import dataclass, replace
@@ -16,9 +16,9 @@ from launch.plan.cost.activations import (
     head_bytes,
     head_workspace,
     hidden_bytes,
-    in_flight,
     layer_bytes,
     layer_workspace,
+    pipeline_schedule,
 )
 from launch.plan.cost.tensors import bucket_size, buffers, stage_tensors
 from recipes.schema.layout import Layout
@@ -35,7 +35,7 @@ RESERVE_BYTES = 2.0 * GIB
 
 @dataclass(frozen=True)
 class RankMemory:
-    """Bytes of one rank. The ranks of a stage differ only in optimizer state; this is the fullest."""
+    """Bytes of the fullest rank of a stage. Its ranks differ only in optimizer state."""
 
     stage: int
     weights: int
@@ -45,20 +45,20 @@ class RankMemory:
     low_copies: int
     """Low-precision copies of the weights, plain and transposed (`te`)."""
     activations: float
-    """What autograd keeps at the peak, over all microbatches in flight."""
+    """Tensors that autograd keeps at the peak, for all microbatches in flight."""
     workspace: float
     """Temporary memory while one layer or the head runs."""
     communication: float
-    """Buffers of messages between stages, and sequences gathered over tensor ranks."""
+    """Message buffers between stages, and sequences gathered over tensor ranks."""
     reserve: float
     teacher: float
-    """A teacher's weights and what its forward pass needs, on the last stage (`launch.plan.teacher`)."""
+    """A teacher's weights and the workspace of its forward pass, on the last stage (`launch.plan.teacher`)."""
     in_flight: int
     """Microbatches (of one model chunk each) whose activations are kept at the peak."""
 
     @property
     def state(self) -> int:
-        """What exists from the first step to the last."""
+        """Memory that is in use from the first step to the last."""
         return self.weights + self.gradients + self.masters + self.moments + self.low_copies
 
     @property
@@ -77,8 +77,8 @@ def optimizer_state(
 ) -> "State":
     """Bytes of weights, gradients and optimizer state of a pipeline rank.
 
-    shard: its index among the data-parallel x context ranks; None: an equal part of every bucket with its padding, which no rank
-    exceeds.
+    shard: its index among the data-parallel x context ranks. None: an equal part of each bucket including padding, an upper bound
+    for all ranks.
     """
     return _state(
         model,
@@ -100,16 +100,16 @@ def _state(
     size = 2 if precision.params == "bf16" else 4
     weights = gradients = masters = moments = low_copies = 0
     for index in range(layout.virtual):
-        place = index * layout.pipeline + stage
-        start = sum(map(len, chunks[:place]))
+        chunk = index * layout.pipeline + stage
+        start = sum(map(len, chunks[:chunk]))
         tensors = stage_tensors(
             model,
-            chunks[place],
+            chunks[chunk],
             tensor=layout.tensor,
-            is_first=place == 0,
-            is_last=place == len(chunks) - 1,
+            is_first=chunk == 0,
+            is_last=chunk == len(chunks) - 1,
             stages=layout.pipeline,
-            low_layers=frozenset(layer - start for layer in low if start <= layer < start + len(chunks[place])),
+            low_layers=frozenset(layer - start for layer in low if start <= layer < start + len(chunks[chunk])),
         )
         bucket = bucket_size(
             data=layout.data,
@@ -119,11 +119,11 @@ def _state(
         )
         for buffer in buffers(tensors, all_fp32=size == 4, shards=shards, bucket_numel=bucket):
             is_fp32 = buffer.is_fp32
-            kept = buffer.numel // shards if shard is None else buffer.shard(shard, shards)
+            own_numel = buffer.numel // shards if shard is None else buffer.shard(shard, shards)
             weights += buffer.numel * (4 if is_fp32 else size)
             gradients += buffer.numel * 4
-            masters += 0 if is_fp32 else 4 * kept
-            moments += 8 * kept
+            masters += 0 if is_fp32 else 4 * own_numel
+            moments += 8 * own_numel
         low_numel = sum(one.numel for one in tensors if one.is_low)
         if precision.fp8_weights:  # the weights themselves are 1 byte, with a transposed copy of 1 byte
             weights -= low_numel * (size - 1)
@@ -135,7 +135,7 @@ def _state(
 
 @dataclass(frozen=True)
 class State:
-    """Bytes that are independent of microbatches."""
+    """Bytes that do not depend on microbatches."""
 
     weights: int
     gradients: int
@@ -157,8 +157,11 @@ def rank_memory(
     teacher: float = 0.0,
     distils: bool = False,
 ) -> RankMemory:
-    """Memory of the fullest rank of a pipeline stage. rows: of a microbatch. teacher: its bytes, on the last stage. distils:
-    whether the loss is distillation, which keeps the logits of only a few tokens at a time."""
+    """Memory of the fullest rank of a pipeline stage.
+
+    rows: rows of a microbatch. teacher: bytes of the teacher on the last stage. distils: whether the loss is distillation, which
+    keeps the logits of only one chunk of tokens at a time.
+    """
     state = optimizer_state(model, parallel=parallel, precision=precision, layout=layout, stage=stage)
     kept, workspace = stage_activations(
         model,
@@ -203,57 +206,61 @@ def stage_activations(
     modules: Modules,
     distils: bool = False,
 ) -> tuple[float, float]:
-    """(bytes autograd keeps at the peak, bytes of the largest temporary need) on a pipeline rank."""
+    """(bytes that autograd keeps at the peak, largest temporary bytes) on a pipeline rank."""
     shape = _shape(model, precision, layout, rows=rows, sequence=sequence, parallel=parallel, modules=modules)
     chunks = cut(model.pattern, layout.pipeline * layout.virtual, model=model)
     low = low_precision_linears(model, precision)
     is_full = parallel.recompute == "full"
     head, workspace = (distilled_head_bytes, distilled_head_workspace) if distils else (head_bytes, head_workspace)
-    kept, again, mine = [], [], []
+    kept, recomputed, ends = (
+        [],
+        [],
+        [],
+    )  # bytes of each chunk of this rank: kept, recomputed in addition, embedding and head
+    patterns = []
     hidden = hidden_bytes(shape)
-    own = hidden if modules == "te" or shape.size == 4 else 0.0  # a layer's input is also its norm's
+    shared = hidden if modules == "te" or shape.size == 4 else 0.0  # the layer's input, which its norm keeps too
     for index in range(layout.virtual):
-        place = index * layout.pipeline + stage
-        start = sum(map(len, chunks[:place]))
+        chunk = index * layout.pipeline + stage
+        start = sum(map(len, chunks[:chunk]))
         layers = [
             layer_bytes(shape, kind, is_low=start + offset in low)  # type: ignore[arg-type]
-            for offset, kind in enumerate(chunks[place])
+            for offset, kind in enumerate(chunks[chunk])
         ]
-        ends = head(shape) if place == len(chunks) - 1 else 0.0
-        ends += 8.0 * shape.tokens if place == 0 else 0.0
         kept.append(len(layers) * hidden if is_full else sum(layers))
-        # Layer i is recomputed when the inputs of the layers behind it are freed already.
-        back = [layer - (len(layers) - count) * hidden - own for count, layer in enumerate(layers, start=1)]
-        again.append((max(0.0, *back) if is_full else 0.0, ends))
-        mine.append(chunks[place])
-    now = worst = 0.0
-    for way, chunk in in_flight(
+        # When layer i is recomputed, the inputs of later layers are already freed.
+        peaks = [layer - (len(layers) - count) * hidden - shared for count, layer in enumerate(layers, start=1)]
+        recomputed.append(max(0.0, *peaks) if is_full else 0.0)
+        ends.append((head(shape) if chunk == len(chunks) - 1 else 0.0) + (8.0 * shape.tokens if chunk == 0 else 0.0))
+        patterns.append(chunks[chunk])
+    now = peak = 0.0
+    for direction, index in pipeline_schedule(
         stage=stage,
         stages=layout.pipeline,
         virtual=layout.virtual,
         microbatches=min(layout.microbatches_per_step, 2 * layout.pipeline),
     ):
-        if way > 0:
-            now += kept[chunk]
-            worst = max(worst, now + again[chunk][1])
+        if direction > 0:
+            now += kept[index]
+            peak = max(peak, now + ends[index])
         else:  # the head is freed before a layer is recomputed
-            worst = max(worst, now + again[chunk][0])
-            now -= kept[chunk]
-    passing = layer_workspace(shape, "".join(mine))
+            peak = max(peak, now + recomputed[index])
+            now -= kept[index]
+    temporary = layer_workspace(shape, "".join(patterns))
     if stage == layout.pipeline - 1:
-        passing = max(passing, workspace(shape))
-    return worst, passing
+        temporary = max(temporary, workspace(shape))
+    return peak, temporary
 
 
 def _most_in_flight(layout: Layout, stage: int) -> int:
-    """The largest number of forward passes of a chunk that wait for their backward pass on a pipeline rank."""
-    ways = in_flight(
+    """The largest number of forward passes of chunks that wait for their backward pass on a pipeline rank."""
+    passes = pipeline_schedule(
         stage=stage,
         stages=layout.pipeline,
         virtual=layout.virtual,
         microbatches=min(layout.microbatches_per_step, 2 * layout.pipeline),
     )
-    return max(accumulate(way for way, _ in ways))
+    return max(accumulate(direction for direction, _ in passes))
 
 
 def _shape(

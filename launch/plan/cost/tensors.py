@@ -1,10 +1,10 @@
-"""Every parameter a rank holds, in the order Megatron registers them, and how its buffers lay them out: exact to the byte.
+"""All parameters of a rank in Megatron's order, and their layout in Megatron's buffers: exact to the byte.
 
     stage pattern --> Tensor, Tensor, ... --(by format, backwards, padded)--> buffers --> shards of the data-parallel ranks
 
-The rules are Megatron-Core's (`optimizer/param_layout.py`, `DistributedOptimizer._compute_per_buffer_param_layout` and
-`DistributedDataParallel` of 0.19): parameters from last to first, each starting at a multiple of 64 elements, buckets ending at a
-multiple of lcm(data-parallel ranks, 128), a tied embedding in a bucket of its own.
+The rules are those of Megatron-Core 0.19 (`optimizer/param_layout.py`, `DistributedOptimizer._compute_per_buffer_param_layout`,
+`DistributedDataParallel`): parameters go from last to first, each starts at a multiple of 64 elements, a bucket ends at a
+multiple of lcm(data-parallel ranks, 128), and a tied embedding has a bucket of its own.
 """
 
 import math
@@ -25,11 +25,11 @@ class Tensor:
 
     numel: int
     is_fp32: bool = False
-    """Always fp32, for every format of the recipe: A_log, D and dt_bias."""
+    """Whether it is fp32 in every recipe: A_log, D and dt_bias."""
     is_shared: bool = False
-    """Embedding or head of a tied model with several stages: it has a bucket of its own."""
+    """Whether it is the embedding or head of a tied model with several stages; it then has a bucket of its own."""
     is_low: bool = False
-    """Weight of a linear layer that runs in low precision."""
+    """Whether it is the weight of a linear layer that runs in low precision."""
 
 
 def stage_tensors(
@@ -46,8 +46,8 @@ def stage_tensors(
     table = model.vocab // tensor * model.hidden
     shared = model.tie_embeddings and stages > 1
     found = [Tensor(table, is_shared=shared)] if is_first else []
-    for place, kind in enumerate(pattern):
-        found += layer_tensors(model, kind, tensor=tensor, is_low=place in low_layers)  # type: ignore[arg-type]
+    for index, kind in enumerate(pattern):
+        found += layer_tensors(model, kind, tensor=tensor, is_low=index in low_layers)  # type: ignore[arg-type]
     if is_last:
         found.append(Tensor(model.hidden))
         if not (model.tie_embeddings and is_first):
@@ -81,11 +81,11 @@ class Buffer:
 
     is_fp32: bool
     numel: int
-    """Elements, padding included: of the weights and of the fp32 gradients."""
-    places: tuple[tuple[int, int], ...]
+    """Elements including padding; the same for weights and fp32 gradients."""
+    parameter_ranges: tuple[tuple[int, int], ...]
     """[start, end) of each parameter."""
     buckets: tuple[tuple[int, int], ...]
-    """[start, end) of each bucket, padding included."""
+    """[start, end) of each bucket, including padding."""
 
     def shard(self, rank: int, ranks: int) -> int:
         """Elements of parameters whose optimizer state is on data-parallel rank `rank` of `ranks` (padding has no state)."""
@@ -93,7 +93,7 @@ class Buffer:
         for start, end in self.buckets:
             size = (end - start) // ranks
             low, high = start + rank * size, start + (rank + 1) * size
-            total += sum(max(0, min(high, b) - max(low, a)) for a, b in self.places)
+            total += sum(max(0, min(high, b) - max(low, a)) for a, b in self.parameter_ranges)
         return total
 
 
@@ -106,13 +106,13 @@ def buffers(tensors: list[Tensor], *, all_fp32: bool, shards: int, bucket_numel:
 
 
 def bucket_size(*, data: int, overlap: bool, is_first_stage: bool, is_first_chunk: bool) -> int | None:
-    """Elements after which Megatron closes a bucket; None if it never does. data: data-parallel ranks without context ranks."""
+    """Elements after which Megatron closes a bucket; None for one bucket. data: data-parallel ranks without context ranks."""
     return max(40_000_000, 1_000_000 * data) if overlap and is_first_stage and is_first_chunk else None
 
 
 def _lay_out(is_fp32: bool, tensors: list[Tensor], *, shards: int, bucket_numel: int | None) -> Buffer:
     divisor = math.lcm(shards, BUCKET_END)
-    places: list[tuple[int, int]] = []
+    parameter_ranges: list[tuple[int, int]] = []
     buckets: list[tuple[int, int]] = []
     at = begin = 0
     in_bucket = 0
@@ -128,7 +128,7 @@ def _lay_out(is_fp32: bool, tensors: list[Tensor], *, shards: int, bucket_numel:
             at = begin = close(at)
             in_bucket = 0
         end = at + one.numel
-        places.append((at, end))
+        parameter_ranges.append((at, end))
         in_bucket += 1
         at = end
         if one.is_shared or (bucket_numel is not None and end - begin >= bucket_numel):
@@ -136,4 +136,4 @@ def _lay_out(is_fp32: bool, tensors: list[Tensor], *, shards: int, bucket_numel:
             in_bucket = 0
     if in_bucket:
         close(at)
-    return Buffer(is_fp32, buckets[-1][1], tuple(places), tuple(buckets))
+    return Buffer(is_fp32, buckets[-1][1], tuple(parameter_ranges), tuple(buckets))

@@ -1,8 +1,8 @@
-"""Seconds of a training step on given GPUs, by part: a model of physics with few constants (`launch.plan.cost.efficiency`).
+"""Seconds of a training step on given GPUs, by part. The constants are in `launch.plan.cost.efficiency`.
 
-    products      FLOPs / (peak x efficiency), with the tail of the last wave of tiles; or bytes / bandwidth if that is longer
+    products      FLOPs / (peak x efficiency), plus the tail of the last wave of tiles; or bytes / bandwidth if that is longer
     elementwise   bytes / bandwidth
-    collectives   bytes / (link or network), without what overlaps with products
+    collectives   bytes / (link or network), minus the part that overlaps with products
     pipeline      (microbatches + (stages - 1) / virtual) x the slowest stage
 
 Not modelled: a network shared with other jobs, slow nodes, a data loader that is too slow.
@@ -16,7 +16,7 @@ from typing import Literal
 
 from launch.plan.cost.device import Device, Format
 from launch.plan.cost.efficiency import MEGATRON, Efficiency, Software
-from launch.plan.cost.work import Gemm, LayerWork, head_work, layer_work
+from launch.plan.cost.layer_work import Gemm, LayerWork, head_work, layer_work
 from recipes.schema.layout import Layout
 from recipes.schema.model import ModelConfig
 from recipes.schema.pattern import LayerKind
@@ -35,7 +35,7 @@ class Parts(defaultdict[str, float]):
 
 
 OPTIMIZER_BYTES = 30.0
-"""Memory traffic of AdamW for one parameter: gradient 4, master and two moments read and written 24, weight written 2."""
+"""Memory traffic of AdamW per parameter: gradient 4, master and two moments read and written 24, weight written 2."""
 
 
 @dataclass(frozen=True)
@@ -51,18 +51,18 @@ class Setting:
     sequence: int
     device: Device
     low: Format | None = None
-    """Format of low-precision products; None: all in `high`."""
+    """Format of low-precision products; None: all products are in `high`."""
     high: Format = "bf16"
     scaling: str = "none"
     high_precision_layers: frozenset[int] = frozenset()
-    """Layers (0 is the first) without low-precision products."""
+    """Indexes of layers without low-precision products."""
     split_sequence: bool = False
     recompute: float = 0.0
-    """Share of the layers' forward pass that is run again: 0 none, 1 full."""
+    """Share of the layers' forward pass that is recomputed: 0 none, 1 full."""
     overlap_grad_reduce: bool = True
     overlap_param_gather: bool = True
     teacher_s: float = 0.0
-    """Seconds of a teacher on the last stage, for each microbatch (`launch.plan.teacher`)."""
+    """Seconds that a teacher adds to each microbatch on the last stage (`launch.plan.teacher`)."""
     software: Software = MEGATRON
     efficiency: Efficiency = field(default_factory=Efficiency)
 
@@ -78,9 +78,10 @@ class StepTime:
 
     seconds: float
     parts: Parts
-    """Seconds by part on the mean rank; `uneven`: what the slowest rank needs in addition. They add up to `seconds`."""
+    """Seconds by part, averaged over pipeline ranks; `uneven` is what the slowest rank needs in addition. They add up to
+    `seconds`."""
     stage_seconds: tuple[float, ...]
-    """One microbatch, forward and backward, on each pipeline rank."""
+    """Seconds of one microbatch, forward and backward, on each pipeline rank."""
 
 
 def step_time(setting: Setting) -> StepTime:
@@ -117,12 +118,12 @@ def layer_seconds(setting: Setting, kind: LayerKind | Literal["head"], *, is_low
 
 
 def forward_seconds(setting: Setting) -> float:
-    """Seconds of one microbatch's forward pass, head included, through all layers on one rank; nothing is kept."""
-    again = replace(setting, recompute=1.0)  # the time of running a layer's forward pass again
+    """Seconds of one microbatch's forward pass through all layers and the head on one rank, without a backward pass."""
+    full = replace(setting, recompute=1.0)  # recomputing a layer takes as long as its forward pass
     layers = Counter("".join(setting.stages))
     total = 0.0
     for kind, count in layers.items():
-        total += count * _layer(again, kind, _work(setting, kind, is_low=setting.low is not None))["recompute"]  # type: ignore[arg-type]
+        total += count * _layer(full, kind, _work(setting, kind, is_low=setting.low is not None))["recompute"]  # type: ignore[arg-type]
     head = head_work(setting.model, tokens=setting.tokens, tensor=setting.layout.tensor)
     return total + sum(_product(setting, gemm, gemm.m, gemm.n, gemm.k) for gemm in head.gemms)
 
@@ -140,7 +141,7 @@ def _work(setting: Setting, kind: LayerKind, *, is_low: bool) -> LayerWork:
 
 
 def _rank_microbatch(setting: Setting, stage: int) -> Parts:
-    """Seconds of one microbatch, forward and backward, on a pipeline rank (all its chunks)."""
+    """Seconds of one microbatch, forward and backward, in all chunks of a pipeline rank."""
     layout = setting.layout
     parts = Parts()
     starts = [sum(len(s) for s in setting.stages[:i]) for i in range(len(setting.stages))]
@@ -165,7 +166,7 @@ def _layer(setting: Setting, kind: str, work: LayerWork) -> Parts:
     memory = device.hbm * eff.hbm
     parts = Parts()
     name = {"M": "mamba", "*": "attention", "w": "attention", "-": "mlp", "head": "head"}[kind]
-    again = setting.recompute if kind != "head" else 0.0
+    recompute = setting.recompute if kind != "head" else 0.0
 
     forward = sum(_product(setting, gemm, gemm.m, gemm.n, gemm.k) for gemm in work.gemms)
     backward = sum(
@@ -180,31 +181,33 @@ def _layer(setting: Setting, kind: str, work: LayerWork) -> Parts:
     parts["scan"] += 3.5 * scan
     elementwise = work.forward_bytes * software.elementwise / memory
     parts["elementwise"] += elementwise + work.backward_bytes * software.elementwise / memory
-    parts["elementwise"] += 2 * setting.software.gradient_bytes * work.weights / memory  # gradients added up
+    parts["elementwise"] += 2 * setting.software.gradient_bytes * work.weights / memory  # adding to the gradient sums
     cast = sum(_cast_bytes(setting, gemm) for gemm in work.gemms) / memory
     parts["quantise"] += cast
     parts["launch"] += eff.kernel_s * (20 if kind != "head" else 10)
 
     if work.tensor_collectives[0]:
         size = work.tensor_bytes * (setting.layout.tensor - 1) / setting.layout.tensor
-        each = size / _bandwidth(setting, size=setting.layout.tensor, stride=1) + 10e-6
-        exposed = each * (1 - software.hides_tensor)
+        seconds = size / _bandwidth(setting, size=setting.layout.tensor, stride=1) + eff.hop_s
+        exposed = seconds * (1 - software.hides_tensor)
         parts["tensor"] += exposed * sum(work.tensor_collectives)
-        parts["recompute"] += again * exposed * work.tensor_collectives[0]
+        parts["recompute"] += recompute * exposed * work.tensor_collectives[0]
     if setting.layout.context > 1:
         parts.add(_context(setting, work, scores))
-    parts["recompute"] += again * (forward + scores + scan + elementwise + cast / 3)
+    parts["recompute"] += recompute * (forward + scores + scan + elementwise + cast / 3)
     return parts
 
 
 def _product(setting: Setting, gemm: Gemm, m: int, n: int, k: int) -> float:
     """Seconds of one matrix product [m, k] x [k, n] of a linear layer."""
     eff, device = setting.efficiency, setting.device
-    form: Format = setting.low if gemm.is_low and setting.low is not None else setting.high
-    if form not in device.peak:
-        form = "bf16" if "bf16" in device.peak else "fp32"
-    size = {"fp32": 4.0, "bf16": 2.0, "fp8": 1.0, "fp4": 0.5625}[form]
-    peak = device.peak[form] * device.clock * eff.gemm[device.generation][form] * setting.software.products
+    operands: Format = setting.low if gemm.is_low and setting.low is not None else setting.high
+    if operands not in device.peak:
+        operands = "bf16" if "bf16" in device.peak else "fp32"
+    size = {"fp32": 4.0, "bf16": 2.0, "fp8": 1.0, "fp4": 0.5625}[
+        operands
+    ]  # fp4: 4 bits, and an 8-bit scale for 16 numbers
+    peak = device.peak[operands] * device.clock * eff.gemm[device.generation][operands] * setting.software.products
     tiles = max(1.0, m / 128) * max(1.0, n / 256)
     compute = 2.0 * m * n * k / peak * (1 + eff.tail * device.sms / tiles)
     traffic = (size * (m * k + k * n) + 2.0 * m * n) / (device.hbm * eff.hbm)
@@ -212,16 +215,16 @@ def _product(setting: Setting, gemm: Gemm, m: int, n: int, k: int) -> float:
 
 
 def _cast_bytes(setting: Setting, gemm: Gemm) -> float:
-    """Memory traffic of quantising a linear layer's operands: input and output gradient, both ways round, each pass."""
+    """Memory traffic of quantising a linear layer's input and output gradient, each along both dimensions."""
     if not gemm.is_low or setting.low is None:
         return 0.0
     elements = gemm.m * (gemm.k + gemm.n)
-    reads = 4.0 if setting.scaling == "current" else 2.0  # once more for the largest magnitude
+    reads = 4.0 if setting.scaling == "current" else 2.0  # current scaling reads once more, for the largest magnitude
     return elements * (reads + 2.0)
 
 
 def _context(setting: Setting, work: LayerWork, scores: float) -> Parts:
-    """Seconds of context parallelism that are not behind attention."""
+    """Seconds of context parallelism that do not overlap with attention."""
     layout, parts = setting.layout, Parts()
     speed = _bandwidth(setting, size=layout.context, stride=layout.tensor)
     ring = (layout.context - 1) * work.ring_bytes / speed
@@ -231,9 +234,10 @@ def _context(setting: Setting, work: LayerWork, scores: float) -> Parts:
 
 
 def _bandwidth(setting: Setting, *, size: int, stride: int) -> float:
-    """Bytes/s a rank moves in a collective over `size` ranks that stand `stride` apart.
+    """Bytes/s that a rank sends in a collective over `size` ranks whose numbers are `stride` apart.
 
-    Inside a domain this is the link. Across domains, the members of the group in a domain share the ring, each with its own card.
+    Inside a domain this is the link's bandwidth. Across domains, the group's members in one domain share the ring, and each
+    uses its own network card.
     """
     device, eff = setting.device, setting.efficiency
     link = device.link * eff.link
@@ -244,12 +248,12 @@ def _bandwidth(setting: Setting, *, size: int, stride: int) -> float:
 
 
 def _latency(setting: Setting, *, size: int, stride: int) -> float:
-    """Seconds that a ring collective needs at any size."""
+    """Seconds of a ring collective that do not depend on its bytes."""
     return setting.efficiency.hop_s * max(1.0, size * stride / setting.device.domain)
 
 
 def _rank_weights(setting: Setting, stage: int) -> float:
-    """Weights in matrix products (embedding too) on a pipeline rank."""
+    """Number of weights in matrix products, and of the embedding, on a pipeline rank."""
     layout, model = setting.layout, setting.model
     total = 0.0
     for chunk in range(stage, len(setting.stages), layout.pipeline):
@@ -270,7 +274,7 @@ def _rank_weights(setting: Setting, stage: int) -> float:
 
 
 def _data_parallel(setting: Setting, microbatch: float) -> Parts:
-    """Seconds of gradient reduction and weight gathering that do not overlap, for each step."""
+    """Seconds of a step's gradient reduction and weight gathering that do not overlap with products."""
     layout, software = setting.layout, setting.software
     parts = Parts()
     size = layout.data * layout.context
@@ -278,11 +282,11 @@ def _data_parallel(setting: Setting, microbatch: float) -> Parts:
         return parts
     weights = max(_rank_weights(setting, stage) for stage in range(layout.pipeline))
     speed = _bandwidth(setting, size=size, stride=layout.tensor)
-    wait = _latency(setting, size=size, stride=layout.tensor)
-    piece = max(software.bucket_bytes, software.bucket_bytes_per_rank * layout.data)
-    pieces = math.ceil(software.gradient_bytes * weights / piece)
-    reduce = software.gradient_bytes * weights * (size - 1) / size / speed + pieces * wait
-    gather = 2.0 * weights * (size - 1) / size / speed + pieces * wait
+    latency = _latency(setting, size=size, stride=layout.tensor)
+    bucket = max(software.bucket_bytes, software.bucket_bytes_per_rank * layout.data)
+    buckets = math.ceil(software.gradient_bytes * weights / bucket)
+    reduce = software.gradient_bytes * weights * (size - 1) / size / speed + buckets * latency
+    gather = 2.0 * weights * (size - 1) / size / speed + buckets * latency
     hidden_reduce = software.hides_data * microbatch * 2 / 3 if setting.overlap_grad_reduce else 0.0
     hidden_gather = software.hides_data * microbatch / 3 if setting.overlap_param_gather else 0.0
     parts["data"] += max(0.1 * reduce, reduce - hidden_reduce) + max(0.1 * gather, gather - hidden_gather)
@@ -290,7 +294,7 @@ def _data_parallel(setting: Setting, microbatch: float) -> Parts:
 
 
 def _gather_parameters(setting: Setting, weights: float, compute: float) -> Parts:
-    """Seconds that a microbatch waits until weights are gathered (forward and backward) and gradients scattered."""
+    """Seconds that a microbatch waits for gathering weights (forward and backward) and scattering gradients (ZeRO-2, ZeRO-3)."""
     layout, software = setting.layout, setting.software
     size = layout.data * layout.context
     if size == 1:

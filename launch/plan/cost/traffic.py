@@ -1,20 +1,20 @@
-"""FLOPs of a training step, bytes through device memory, and bytes between GPUs: counts by part, averaged over GPUs."""
+"""FLOPs of a training step, its memory traffic, and its traffic between GPUs: counts by part, averaged over GPUs."""
 
 from collections import Counter
 from dataclasses import dataclass
 
+from launch.plan.cost.layer_work import LayerWork, head_work, layer_work
 from launch.plan.cost.time import Setting
-from launch.plan.cost.work import LayerWork, head_work, layer_work
 
 
 @dataclass
 class Traffic:
-    """Work of one GPU for one part of the model in a step."""
+    """FLOPs and memory traffic of one GPU for one part of the model in a step."""
 
     flops: float = 0.0
     """Forward, backward and recomputation."""
     memory_bytes: float = 0.0
-    """Reads and writes of its own memory."""
+    """Reads and writes of the GPU's own memory."""
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class StepTraffic:
     parts: dict[str, Traffic]
     """Mamba-2 projections, scan, attention projections, attention scores, MLP, head."""
     wire_bytes: dict[str, float]
-    """Sent to other GPUs, by axis: tensor, context, pipeline, data."""
+    """Bytes sent to other GPUs, by axis: tensor, context, pipeline, data."""
 
 
 PARTS = {
@@ -42,7 +42,7 @@ def step_traffic(setting: Setting) -> StepTraffic:
     names = ("Mamba-2 projections", "Mamba-2 scan", "attention projections", "attention scores", "MLP", "head")
     parts = {name: Traffic() for name in names}
     wire = dict.fromkeys(("tensor", "context", "pipeline", "data"), 0.0)
-    each = layout.microbatches_per_step / layout.pipeline
+    per_rank = layout.microbatches_per_step / layout.pipeline  # microbatches, averaged over stages
     for kind, count in Counter("".join(setting.stages)).items():
         work = layer_work(
             kind,  # type: ignore[arg-type]
@@ -53,17 +53,17 @@ def step_traffic(setting: Setting) -> StepTraffic:
             split_sequence=setting.split_sequence,
             is_low=False,
         )
-        times = each * count
-        again = setting.recompute
-        _products(parts[PARTS[kind]], work, times, again)
+        times = per_rank * count
+        recompute = setting.recompute
+        _products(parts[PARTS[kind]], work, times, recompute)
         if kind == "M":
-            parts["Mamba-2 scan"].flops += times * (3 + again) * work.scan_flops
+            parts["Mamba-2 scan"].flops += times * (3 + recompute) * work.scan_flops
         elif kind in "*w":
-            parts["attention scores"].flops += times * (3 + again) * work.score_flops
-        _wire(setting, wire, work, times, again)
+            parts["attention scores"].flops += times * (3 + recompute) * work.score_flops
+        _wire(setting, wire, work, times, recompute)
     head = head_work(setting.model, tokens=setting.tokens, tensor=layout.tensor)
-    _products(parts["head"], head, each, 0.0)
-    _wire(setting, wire, head, each, 0.0)
+    _products(parts["head"], head, per_rank, 0.0)
+    _wire(setting, wire, head, per_rank, 0.0)
     shards = layout.data * layout.context
     table = setting.model.vocab * setting.model.hidden / layout.tensor
     weights = table * (1.0 if setting.model.tie_embeddings else 2.0)
@@ -91,17 +91,19 @@ def _weights(setting: Setting, kind: str) -> int:
     return work.weights
 
 
-def _products(part: Traffic, work: LayerWork, times: float, again: float) -> None:
-    part.flops += times * (3 + again) * sum(gemm.flops for gemm in work.gemms)
+def _products(part: Traffic, work: LayerWork, times: float, recompute: float) -> None:
+    """Add a layer's products and elementwise work. Backward has two products for each forward one."""
+    part.flops += times * (3 + recompute) * sum(gemm.flops for gemm in work.gemms)
     once = sum(2.0 * (gemm.m * gemm.k + gemm.k * gemm.n + gemm.m * gemm.n) for gemm in work.gemms)
-    part.memory_bytes += times * ((3 + again) * once + (1 + again) * work.forward_bytes + work.backward_bytes)
+    part.memory_bytes += times * ((3 + recompute) * once + (1 + recompute) * work.forward_bytes + work.backward_bytes)
 
 
-def _wire(setting: Setting, wire: dict[str, float], work: LayerWork, times: float, again: float) -> None:
+def _wire(setting: Setting, wire: dict[str, float], work: LayerWork, times: float, recompute: float) -> None:
+    """Add a layer's traffic over the tensor and context ranks."""
     layout = setting.layout
     forward, backward = work.tensor_collectives
     wire["tensor"] += (
-        times * ((1 + again) * forward + backward) * work.tensor_bytes * (layout.tensor - 1) / layout.tensor
+        times * ((1 + recompute) * forward + backward) * work.tensor_bytes * (layout.tensor - 1) / layout.tensor
     )
-    turns = layout.context - 1
-    wire["context"] += times * turns * (3 * work.ring_bytes + 2 * work.exchange_bytes / layout.context)
+    ring_steps = layout.context - 1
+    wire["context"] += times * ring_steps * (3 * work.ring_bytes + 2 * work.exchange_bytes / layout.context)

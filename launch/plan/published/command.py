@@ -6,9 +6,12 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from launch.plan.picture import check_kind
 from launch.plan.published.picture import draw
 from launch.plan.published.rows import PUBLISHED, read_rows
 from launch.plan.published.validate import HEAD, assess, line_json, line_text, report, summary, table
+from recipes.schema.errors import RecipeError
+from recipes.schema.messages import complain
 from recipes.schema.options import CommandParser
 
 _EXAMPLES = """
@@ -28,7 +31,7 @@ def main(arguments: Sequence[str]) -> int:
     """Entry point of `stratum validate`. -> exit status."""
     parser = CommandParser(
         "validate",
-        about="Predictions of the planner next to published throughput, row by row, then the errors.",
+        about="Compare predictions of the planner with published throughput, row by row, and summarise the errors.",
         examples=_EXAMPLES,
         notes=_NOTES,
     )
@@ -41,16 +44,16 @@ def main(arguments: Sequence[str]) -> int:
         "--picture", type=Path, metavar="FILE", help="draw predicted against published (.png, .svg, .pdf)"
     )
     own = parser.parse_args(list(arguments))
-    if own.picture is not None and own.picture.suffix.lower() not in (".png", ".svg", ".pdf"):
-        parser.error(f"--picture {own.picture}: write a .png, .svg or .pdf")
     try:
+        if own.picture is not None:
+            check_kind(own.picture)
         lines = [assess(row) for row in read_rows(own.rows)]
+    except RecipeError as error:
+        return complain(error)
     except OSError as error:
-        sys.stderr.write(f"error: {own.rows}: {error.strerror}. Name a file with the columns of {PUBLISHED.name}.\n")
-        return 2
+        return complain(f"{own.rows}: {error.strerror}. Name a file with the columns of {PUBLISHED.name}.")
     except (ValueError, csv.Error) as error:
-        sys.stderr.write(f"error: {own.rows}: {error}\n")
-        return 2
+        return complain(f"{own.rows}: {error}")
     if own.json:
         sys.stdout.write(json.dumps({"rows": [line_json(line) for line in lines], "summary": summary(lines)}) + "\n")
     elif own.table:

@@ -1,8 +1,7 @@
-"""Peak memory of a published run: weights, gradients and optimizer state as its software keeps them, and the planner's
-activations.
+"""Predicted peak memory of a published run: the weights, gradients and optimizer state of its program, and activations.
 
-The two programs with published peaks differ from this project in the state they keep (below) and in the loss. Activations of
-layers are those of `launch.plan.cost.activations`. Only `UNUSABLE` is fitted.
+The two programs with published peaks keep other state than this project (below) and have another loss. Activations of layers
+are those of `launch.plan.cost.activations`. Only `UNUSABLE` is fitted.
 """
 
 from dataclasses import replace
@@ -65,7 +64,7 @@ def published_memory(found: Published) -> float | None:
             # bf16 weights and gradients, fp32 accumulators; fp32 master and moments, divided by ZeRO-1.
             state = numel * (2 + 2 + 4 + 12 / (layout.data if found.is_optimizer_sharded else 1))
             flight = min(layout.pipeline - stage, layout.microbatches_per_step)
-            # It keeps both inputs as gathered over the tensor ranks.
+            # It keeps the inputs of both layers of a block after gathering them over the tensor ranks.
             gathered = 2 * hidden_bytes(shape) * (layout.tensor - 1)
             kept = flight * layers / 2 * (block + gathered) + 10 * logits
         else:
@@ -81,7 +80,7 @@ def published_memory(found: Published) -> float | None:
 
 
 def _on_megatron(found: Published) -> float:
-    """A run on Megatron-Core by this project's planner, without the memory that the planner reserves."""
+    """Peak GiB of a run on Megatron-Core by this project's planner, without the memory that the planner reserves."""
     setting = found.setting
     parallel = ParallelConfig(
         tensor=setting.layout.tensor,

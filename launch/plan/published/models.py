@@ -1,4 +1,4 @@
-"""From a model's name as people write it to a recipe's model fields, by the table `public_models.toml` in this folder.
+"""From a published model's name to a recipe's model fields, by the table `public_models.toml` in this folder.
 
 "LLAMA3.1_405B", "Llama 3.1 405B" --> pattern `*-` x 126, hidden 16384, ...
 "GPT 7.1B (L30 h4096 a32 vocab131072)" --> the shape written in the name
@@ -37,11 +37,11 @@ _FAMILIES = (
 
 
 class NotExpressible(Exception):
-    """A model that no recipe of this project can express, or that is unknown; the message is the reason."""
+    """The model is unknown, or no recipe of this project can express it. The message is the reason."""
 
 
 def model_named(name: str, *, source: str = "") -> ModelConfig:
-    """The fields of a published model. source: the publisher, for names that are only a size. Raises NotExpressible."""
+    """The fields of a published model. source: the publisher, for names that contain only a size. Raises NotExpressible."""
     if not name.strip():
         raise NotExpressible("model not named")
     plain = re.sub(r"[_/-]+", " ", name.lower())
@@ -81,7 +81,7 @@ def model_named(name: str, *, source: str = "") -> ModelConfig:
 
 
 def public_shapes() -> list[tuple[str, ModelConfig, int]]:
-    """Every entry of the table: name, fields, and the published number of parameters."""
+    """All entries of the table: name, fields, and published number of parameters."""
     return [
         (f"{entry['family']} {'/'.join(entry['versions'])} {shape['size'][0]}B", _config(shape), shape["parameters"])
         for entry in _table()
@@ -117,17 +117,17 @@ def _config(shape: dict[str, Any]) -> ModelConfig:
 
 
 def _blocks(shape: dict[str, Any]) -> str:
-    """Alternating attention and MLP. Attention has a window in all blocks, in the first of every `window_every` blocks, or in all
-    but the last of every `global_every`."""
-    whole = shape.get("global_every", 0)
-    if whole:
-        return "".join("*-" if layer % whole == whole - 1 else "w-" for layer in range(shape["layers"]))
+    """The pattern of alternating attention and MLP. Attention has a window in all blocks, in the first of every `window_every`
+    blocks, or in all but the last of every `global_every` blocks."""
+    global_every = shape.get("global_every", 0)
+    if global_every:
+        return "".join("*-" if layer % global_every == global_every - 1 else "w-" for layer in range(shape["layers"]))
     every = shape.get("window_every", 1 if "window" in shape else 0)
     return "".join("w-" if every and not layer % every else "*-" for layer in range(shape.get("layers", 0)))
 
 
 def _written_shape(plain: str) -> ModelConfig | None:
-    """A shape that a name spells out: L layers, h hidden, a heads, and optionally f, kv and vocab."""
+    """The shape written in a name: L layers, h hidden, a heads, and optionally f, kv and vocab. None if it has no shape."""
     numbers = {
         key: int(found.group(1))
         for key in ("l", "h", "a", "f", "kv", "vocab")

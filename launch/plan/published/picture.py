@@ -1,8 +1,9 @@
-"""Predicted against published tokens/s per GPU: one dot for each row, logarithmic axes, fitted rows hollow."""
+"""The picture of `stratum validate`: predicted against published tokens/s per GPU, a mark per row, fitted rows hollow."""
 
 from collections.abc import Sequence
 from pathlib import Path
 
+from launch.plan.picture import canvas
 from launch.plan.published.validate import Line
 
 _COLORS = {
@@ -16,14 +17,9 @@ _MARKS = {None: "o", "fp8": "s", "fp4": "^"}
 
 
 def draw(lines: Sequence[Line], path: Path) -> None:
-    """Write the scatter plot of lines in scope."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    with pyplot.rc_context({"font.size": 10, "axes.spines.top": False, "axes.spines.right": False}):
-        figure, axis = pyplot.subplots(figsize=(7.5, 7), layout="constrained")
+    """Write the scatter plot of the lines in scope. Raises RecipeError, like `canvas`."""
+    with canvas(path, size=(7.5, 7)) as figure:
+        axis = figure.subplots()
         known = [line for line in lines if line.found is not None]
         ends = [value for line in known if line.found for value in (line.tokens_per_s, line.found.tokens_per_s)]
         low, high = min(ends) * 0.7, max(ends) * 1.4
@@ -48,6 +44,3 @@ def draw(lines: Sequence[Line], path: Path) -> None:
         axis.set_xlabel("published tokens/s per GPU")
         axis.set_ylabel("predicted tokens/s per GPU")
         axis.legend(frameon=False, loc="lower right")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path, dpi=120)
-        pyplot.close(figure)

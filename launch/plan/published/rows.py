@@ -1,4 +1,4 @@
-"""Published throughput rows: from a CSV row to a `Setting` that the planner can predict, or the reason why it cannot.
+"""From a CSV row of published throughput to a `Setting` that the planner can predict, or the reason why it cannot.
 
 Columns (all but model, gpu and n_gpu may be empty): src, release, model, gpu, n_gpu, precision, gbs, mbs, seqlen, fsdp, tp, pp,
 cp, vp, ep, dp, zero, recompute, extra, tok_s_gpu, model_tflops_gpu, mfu_pct, mem_gib, note.
@@ -11,7 +11,7 @@ from pathlib import Path
 
 from launch.plan.cost.device import Format, find_device
 from launch.plan.cost.time import Setting
-from launch.plan.published.cells import gpus, number, whole
+from launch.plan.published.cells import gpu_count, integer, number
 from launch.plan.published.models import NotExpressible, model_named
 from launch.plan.published.software import Row, shards_of, software_of
 from recipes.schema.layout import Layout
@@ -20,17 +20,18 @@ from recipes.schema.pattern import ATTENTION, balanced_ranges, layer_kinds, laye
 
 PUBLISHED = Path(__file__).parent / "published_throughput.csv"
 """333 rows collected from public documents; each row's `src` names its document."""
-MORE = PUBLISHED.with_name("published_more.csv")
-"""Rows of other publishers and models, collected after the planner was built; first predicted without fitting (docs/plan.md)."""
+PUBLISHED_LATER = PUBLISHED.with_name("published_more.csv")
+"""Rows of other publishers and models, collected after the planner was built. They were predicted before any fitting on them
+(docs/plan.md)."""
 
 
 class OutOfScope(Exception):
-    """A row that is not predicted; the message is the reason."""
+    """The row is not predicted. The message is the reason."""
 
 
 @dataclass(frozen=True)
 class Published:
-    """A row the planner can predict."""
+    """A row that the planner can predict."""
 
     setting: Setting
     tokens_per_s: float
@@ -76,7 +77,7 @@ def published(row: Row) -> Published:
     device = find_device(row["gpu"])
     if device is None:
         raise OutOfScope(f"device {row['gpu']!r} is not in the device table" if row["gpu"] else "GPU not named")
-    world, sequence = gpus(row["n_gpu"], device), whole(get("seqlen", ""))
+    world, sequence = gpu_count(row["n_gpu"], device), integer(get("seqlen", ""))
     if not world or not sequence:
         raise OutOfScope("number of GPUs or sequence length not published")
     low, scaling = _precision(get("precision", ""), assumed)
@@ -102,13 +103,13 @@ def published(row: Row) -> Published:
         memory_gib=_memory_gib(row),
         recompute_published=bool(get("recompute", "")),
         is_optimizer_sharded=get("zero", "") != "0",
-        is_loss_compiled="compile" in get("extra", "").lower() and (whole(get("release", "")) or 0) >= 2025,
+        is_loss_compiled="compile" in get("extra", "").lower() and (integer(get("release", "")) or 0) >= 2025,
         assumed=tuple(assumed),
     )
 
 
 def _precision(text: str, assumed: list[str]) -> tuple[Format | None, str]:
-    """(low-precision format, how it is scaled) of a precision as people write it."""
+    """(low-precision format, how it is scaled) of a precision cell."""
     plain = text.lower()
     if "rowwise" in plain or "row-wise" in plain:
         raise OutOfScope("FP8 with row-wise scales, which no recipe of this project has")
@@ -132,7 +133,7 @@ def _layout(row: Row, *, world: int, sequence: int, assumed: list[str]) -> tuple
     """(degrees, rows of a microbatch)."""
 
     def degree(name: str) -> int:
-        return whole(row.get(name, "")) or 1
+        return integer(row.get(name, "")) or 1
 
     tensor, pipeline, context, virtual = degree("tp"), degree("pp"), degree("cp"), degree("vp")
     if row.get("ep") and degree("ep") > 1:
@@ -140,11 +141,11 @@ def _layout(row: Row, *, world: int, sequence: int, assumed: list[str]) -> tuple
     if world % (tensor * pipeline * context):
         raise OutOfScope(f"TP{tensor} x PP{pipeline} x CP{context} does not divide {world} GPUs")
     in_words = shards_of(row) != "optimizer" or re.search(r"\bddp\b", row.get("extra", "").lower())
-    has_layout = in_words or any(whole(row.get(name, "")) for name in ("tp", "pp", "cp", "fsdp", "dp"))
+    has_layout = in_words or any(integer(row.get(name, "")) for name in ("tp", "pp", "cp", "fsdp", "dp"))
     if not has_layout and world > 1:
         raise OutOfScope("layout not published")
     data = world // (tensor * pipeline * context)
-    rows, total = whole(row.get("mbs", "")) or None, whole(row.get("gbs", "")) or None
+    rows, total = integer(row.get("mbs", "")) or None, integer(row.get("gbs", "")) or None
     if total and ("tok" in row["gbs"].lower() or re.match(r"\s*[\d.]+\s?M", row["gbs"])):
         total = max(1, round(total / sequence))  # a batch given in tokens
     tokens = re.search(r"(\d+(?:\.\d+)?)m tokens", row.get("note", "").lower())
@@ -188,7 +189,7 @@ def _stages(model: ModelConfig, stages: int) -> list[str]:
 
 
 def _recompute(text: str) -> float:
-    """Share of the layers' forward pass that is run again."""
+    """Share of the layers' forward pass that is recomputed."""
     plain = text.lower()
     if "full" in plain or plain in ("true", "yes", "on"):
         return 1.0
@@ -198,7 +199,7 @@ def _recompute(text: str) -> float:
 
 
 def _throughput(row: Row, setting: Setting) -> float:
-    """Published tokens/s of one GPU, from any figure that the row has."""
+    """Published tokens/s of one GPU, from tokens/s, TFLOP/s or MFU, whichever the row has."""
     direct = number(row.get("tok_s_gpu", ""))
     if direct:
         return direct
@@ -221,10 +222,10 @@ def _memory_gib(row: Row) -> float | None:
 
 
 def flops_as_published(row: Row, model: ModelConfig, sequence: int) -> float:
-    """FLOPs of a token by the publisher's convention: 6 a weight of a product, the head among them, and attention scores.
+    """FLOPs of a token by the publisher's convention: 6 for each weight of a product (head included), plus attention scores.
 
-    The masked half of attention is included by Megatron-LM's table (mcore 0.8), nanotron, torchtitan and NeMo until
-    25.04; NVIDIA's later tables and this project leave it out.
+    Megatron-LM's table (mcore 0.8), nanotron, torchtitan, llm-foundry and NeMo until 25.04 include the masked half of attention.
+    NVIDIA's later tables and this project do not.
     """
     source = row.get("src", "").lower()
     kinds = layer_kinds(model.pattern)

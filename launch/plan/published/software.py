@@ -1,19 +1,19 @@
-"""Programs with published speed: what they overlap and waste around the kernels, and which one a row is about.
+"""Programs with published speed: what each overlaps and how much slower it is, and which program a row is about.
 
-The numbers are fitted by tests/bench/planner_fit.py, as those of `launch.plan.cost.efficiency`; docs/plan.md lists the rows.
+tests/bench/planner_fit.py fits the numbers together with those of `launch.plan.cost.efficiency`; docs/plan.md lists the rows.
 """
 
 import re
 from dataclasses import replace
 
 from launch.plan.cost.efficiency import Shards, Software
-from launch.plan.published.cells import whole
+from launch.plan.published.cells import integer
 
 Row = dict[str, str]
 
 
 def software_of(row: Row, generation: str, *, is_hybrid: bool = False) -> Software:
-    """The program of a row, from its publisher and from words such as `zero-3` and `async`."""
+    """The program of a row, by its publisher and by words such as `zero-3` and `async`."""
     source, extra = row.get("src", "").lower(), row.get("extra", "").lower()
     shards = shards_of(row)
     if any(name in source for name in ("llm-foundry", *PLAIN_TORCH)):
@@ -28,13 +28,13 @@ def software_of(row: Row, generation: str, *, is_hybrid: bool = False) -> Softwa
 
 
 def shards_of(row: Row) -> Shards:
-    """What data-parallel ranks divide, from the columns fsdp and zero and from words of the column extra."""
+    """What data-parallel ranks shard, by the columns fsdp and zero and by words in the column extra."""
     extra, zero, fsdp = (row.get(name, "").lower() for name in ("extra", "zero", "fsdp"))
     if "shard_grad_op" in extra or re.search(r"zero[- ]?2", extra) or re.search(r"\b(zero[- ]?)?2\b", zero):
         return "gradients"
     # In Megatron-Bridge 25.11, 1 means "with FSDP"; elsewhere it is a degree.
     is_on = bool(re.search(r"yes|true|on\b|[fh]sdp", fsdp)) or (fsdp == "1" and "bridge" in row.get("src", "").lower())
-    if is_on or (whole(fsdp) or 0) > 1 or "full_shard" in extra:
+    if is_on or (integer(fsdp) or 0) > 1 or "full_shard" in extra:
         return "parameters"
     in_words = re.search(r"zero[- ]?3", extra) or re.search(r"\b(zero[- ]?)?3\b", zero)
     return "parameters" if in_words or (not fsdp and re.search(r"\b(fsdp2?|hsdp)\b", extra)) else "optimizer"
@@ -58,15 +58,15 @@ PLAIN_TORCH = (
     "maxtext",
     "paxml",
 )
-"""Programs with plain torch or JAX modules; assumed to be as fast as llm-foundry."""
+"""Publishers that use plain torch or JAX modules; assumed to be as fast as llm-foundry."""
 TUNED = Software("Megatron-Core, tuned", hides_tensor=0.9)
-"""NVIDIA's own runs and others on Megatron-Core: fused kernels, and tensor-parallel traffic that overlaps with products. In
-hybrids it does not overlap: their recipes do not enable it."""
+"""NVIDIA's and other runs on Megatron-Core: fused kernels, and tensor-parallel traffic that overlaps with products. In
+hybrids the traffic does not overlap, because their recipes do not enable it."""
 TITAN = Software("torchtitan", elementwise=1.74, products=0.92)
 TITAN_HOPPER = replace(TITAN, attention=0.705)
 """With and without torch.compile: separate fits gave the same values."""
 FOUNDRY = Software("llm-foundry", elementwise=1.74, gradient_bytes=2)
 """Plain torch modules in bf16 under FSDP, FlashAttention 2."""
 FOUNDRY_HOPPER = replace(FOUNDRY, products=0.762, attention=0.705)
-"""The same in 2023, when the GPU was new: with kernels of Ampere's generation."""
+"""The same in 2023, when the GPU was new and ran kernels written for Ampere."""
 NANOTRON = Software("nanotron", elementwise=1.74, attention=0.705, bucket_bytes=25e6, bucket_bytes_per_rank=0)

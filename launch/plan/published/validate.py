@@ -15,11 +15,11 @@ from typing import Any
 
 from launch.plan.cost.time import step_time
 from launch.plan.published.memory import published_memory
-from launch.plan.published.rows import MORE, PUBLISHED, OutOfScope, Published, published, read_rows
+from launch.plan.published.rows import PUBLISHED, PUBLISHED_LATER, OutOfScope, Published, published, read_rows
 from launch.plan.published.software import Row
 
 FIT_EVERY = 3
-"""Of the distinct configurations of each source, in file order, every third, beginning with the first, is used for fitting."""
+"""Fitting uses every third of the distinct configurations of each source, in file order, starting with the first."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Line:
 
     @property
     def error(self) -> float:
-        """Predicted over published step time, less 1."""
+        """Predicted step time / published step time - 1."""
         assert self.found is not None
         return self.found.tokens_per_s / self.tokens_per_s - 1
 
@@ -69,13 +69,13 @@ class Score:
 
 
 def assess(row: Row) -> Line:
-    """Predict one row, or give the reason why not. Never raises because of the row's content."""
+    """Predict one row, or give the reason why it cannot be predicted. Never raises because of the row's content."""
     try:
         found = published(row)
         seconds = step_time(found.setting).seconds
     except OutOfScope as reason:
         return Line(row, None, str(reason), False, 0.0, None)
-    except Exception as error:  # an unforeseen row must not hide the others
+    except Exception as error:  # a row with unexpected content must not hide the others
         return Line(row, None, f"cannot be read: {type(error).__name__}: {error}", False, 0.0, None)
     predicted = found.tokens_per_s * found.step_s / seconds
     memory = published_memory(found) if found.memory_gib else None
@@ -83,7 +83,7 @@ def assess(row: Row) -> Line:
 
 
 def publisher(row: Row) -> str:
-    """Publisher of a row, in one or two words; `unknown` without a source."""
+    """The publisher of a row, in one or two words; `unknown` if the row has no source."""
     source = row.get("src", "").strip()
     if "maxtext" in source or "paxml" in source:
         return "NVIDIA, JAX"
@@ -111,9 +111,9 @@ def configuration(row: Row, found: Published) -> tuple[str, ...]:
 
 @cache
 def fit_configurations() -> frozenset[tuple[str, ...]]:
-    """Configurations of the shipped files that the constants were fitted on, the first row of each."""
+    """Configurations of the shipped files that the constants were fitted on."""
     order: dict[str, list[tuple[str, ...]]] = defaultdict(list)
-    for row in (row for file in (PUBLISHED, MORE) for row in read_rows(file)):
+    for row in (row for file in (PUBLISHED, PUBLISHED_LATER) for row in read_rows(file)):
         try:
             key = configuration(row, published(row))
         except OutOfScope:
@@ -124,7 +124,7 @@ def fit_configurations() -> frozenset[tuple[str, ...]]:
 
 
 def rank_correlations(lines: Sequence[Line], *, least: int = 4) -> dict[str, tuple[float, int]]:
-    """Spearman's rho of predicted and published tokens/s over the configurations of each model, and their number."""
+    """Spearman's rho of predicted and published tokens/s for each model, and its number of configurations (at least `least`)."""
     groups: dict[str, dict[tuple[str, ...], tuple[float, float]]] = defaultdict(dict)
     for line in lines:
         if line.found is not None:
@@ -243,7 +243,7 @@ def line_json(line: Line) -> dict[str, Any]:
 
 
 def _spearman(pairs: list[tuple[float, float]]) -> float:
-    """Rank correlation; ties have the mean rank. 0 if one side is constant."""
+    """Rank correlation; ties get the mean rank. 0 if one side is constant."""
     left, right = (_ranks([pair[side] for pair in pairs]) for side in (0, 1))
     mean = (len(pairs) + 1) / 2
     top = sum((a - mean) * (b - mean) for a, b in zip(left, right, strict=True))

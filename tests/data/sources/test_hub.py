@@ -8,9 +8,9 @@ import sys
 import threading
 from functools import partial
 from pathlib import Path
-from typing import Any
 from urllib.parse import unquote, urlparse
 
+from hub_server import HubHandler
 from shards import random_documents, write_folder
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -55,29 +55,8 @@ if __name__ == "__main__":
 """
 
 
-class Hub(http.server.BaseHTTPRequestHandler):
+class Hub(HubHandler):
     """One data set, `me/set`, of one revision: what it is, what lies in it, and its files, also in parts."""
-
-    protocol_version = "HTTP/1.1"
-
-    def __init__(self, *arguments: Any, folder: Path) -> None:
-        self.folder = folder
-        super().__init__(*arguments)
-
-    def log_message(self, *arguments: object) -> None:
-        pass
-
-    def answer(self, body: bytes, status: int = 200, **headers: str) -> None:
-        self.send_response(status)
-        for name, value in headers.items():
-            self.send_header(name.replace("_", "-"), value)
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        if self.command != "HEAD":
-            self.wfile.write(body)
-
-    def answer_json(self, value: object) -> None:
-        self.answer(json.dumps(value).encode(), Content_Type="application/json")
 
     def entry(self, path: Path) -> dict[str, object]:
         name = str(path.relative_to(self.folder))

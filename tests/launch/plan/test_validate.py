@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from launch.children import stratum
 from launch.plan.published.models import NotExpressible, model_named, public_shapes
-from launch.plan.published.rows import MORE, PUBLISHED, flops_as_published, published, read_rows
+from launch.plan.published.rows import PUBLISHED, PUBLISHED_LATER, flops_as_published, published, read_rows
 from launch.plan.published.validate import Line, assess, summary, table
 from recipes.schema.pattern import parameters
 
@@ -35,7 +35,7 @@ def test_published_rows_are_predicted(lines: list[Line]) -> None:
 
 def test_rows_of_the_second_file() -> None:
     """The second file. It was first predicted without fitting (docs/plan.md); now a third is fitted, the rest are tests."""
-    some = [assess(row) for row in read_rows(MORE)]
+    some = [assess(row) for row in read_rows(PUBLISHED_LATER)]
     found = summary(some)
     assert found["rows"] == 147 and found["in_scope"] == 147 and found["test_rows"] >= 90
     assert found["test_median_step_time_error"] < 0.10 and found["test_within_15_percent"] > 0.9
@@ -52,7 +52,9 @@ def test_every_row_out_of_scope_has_a_reason(lines: list[Line]) -> None:
 def test_the_page_shows_the_table_as_it_is(lines: list[Line]) -> None:
     page = (ROOT / "docs" / "plan.md").read_text()
     assert table(lines) in page, "stratum validate --table"
-    assert table([assess(row) for row in read_rows(MORE)]) in page, f"stratum validate {MORE.name} --table"
+    assert table([assess(row) for row in read_rows(PUBLISHED_LATER)]) in page, (
+        f"stratum validate {PUBLISHED_LATER.name} --table"
+    )
 
 
 def test_no_single_source_carries_the_score(lines: list[Line]) -> None:
@@ -209,6 +211,6 @@ def test_models_that_no_recipe_can_express_have_a_reason(name: str) -> None:
 
 
 def test_the_shipped_rows_name_their_documents() -> None:
-    for path in (PUBLISHED, MORE):
+    for path in (PUBLISHED, PUBLISHED_LATER):
         with path.open(newline="") as file:
             assert all(row["src"] for row in csv.DictReader(file))

@@ -11,11 +11,11 @@ import pytest
 from slurm_jobs import CPU
 
 from launch.local.failures import RankFailure, write_failure
-from launch.local.rank import adopt_slurm, name_interface
+from launch.local.rank import set_gloo_interface, set_torchrun_variables
 from launch.queue import read_job
 from launch.runs import RunFolder
 from launch.slurm import after_job
-from launch.slurm.after_job import EXCLUDE, STOP, after, main, start_afresh
+from launch.slurm.after_job import EXCLUDE, STOP, decide_after_job, main, reset_state
 from launch.slurm.job_script import training_script
 
 RUNNING = "JobId=7 JobState=RUNNING Reason=None Restarts=0 PreemptTime=None EndTime={end} NodeList=n[1-2]"
@@ -33,7 +33,7 @@ def in_time(seconds: float) -> str:
 def run(tmp_path: Path) -> RunFolder:
     found = RunFolder(tmp_path / "a")
     found.logs.mkdir(parents=True)
-    start_afresh(found)
+    reset_state(found)
     return found
 
 
@@ -58,14 +58,14 @@ def test_who_asked_a_run_to_stop(
     status: int, failures: list[RankFailure], stopped: int | None, job: str, action: str, words: str, run: RunFolder
 ) -> None:
     known = read_job(job.format(end=in_time(3600)))
-    decision = after(run, status, failures=failures, stopped=stopped, job=known, steps=100, restarts=3)
+    decision = decide_after_job(run, status, failures=failures, stopped=stopped, job=known, steps=100, restarts=3)
     assert (decision.action, words in decision.reason) == (action, True), decision
 
 
 def test_launch_cancel_ends_what_would_continue(run: RunFolder) -> None:
     (run.logs / STOP).touch()
     job = read_job(RUNNING.format(end=in_time(3600)))
-    decision = after(run, 0, failures=[], stopped=138, job=job, steps=100, restarts=3)
+    decision = decide_after_job(run, 0, failures=[], stopped=138, job=job, steps=100, restarts=3)
     assert decision.action == "stop" and "cancel" in decision.reason
 
 
@@ -88,7 +88,7 @@ def test_a_failed_rank_restarts_in_the_allocation_until_one_node_has_failed_twic
         said.append(capsys.readouterr().out.strip())
     assert said == ["here", "here", "again", "again"], "400 s are too few: Slurm's only warning may have come"
     assert (run.logs / EXCLUDE).read_text() == "n2\n"
-    start_afresh(run)
+    reset_state(run)
     assert not (run.logs / EXCLUDE).exists()
 
 
@@ -112,11 +112,11 @@ def test_the_script_leaves_out_a_node_that_failed_twice(tmp_path: Path) -> None:
 
 def test_gloo_gets_the_interface_that_leads_to_rank_0() -> None:
     environment = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
-    name_interface(environment)
+    set_gloo_interface(environment)
     if sys.platform == "linux":
         assert environment["GLOO_SOCKET_IFNAME"] == "lo"
     own = {**environment, "GLOO_SOCKET_IFNAME": "ib0"}
-    name_interface(own)
+    set_gloo_interface(own)
     assert own["GLOO_SOCKET_IFNAME"] == "ib0"
 
 
@@ -124,7 +124,7 @@ def test_ranks_of_one_node_meet_on_loopback() -> None:
     slurm = {"SLURM_PROCID": "1", "SLURM_LOCALID": "1", "SLURM_NTASKS": "2", "MASTER_ADDR": "10.0.0.7"}
     for nodes, address in (("1", "127.0.0.1"), ("2", "10.0.0.7")):
         environment = {**slurm, "SLURM_NNODES": nodes}
-        assert adopt_slurm(environment) and environment["MASTER_ADDR"] == address
+        assert set_torchrun_variables(environment) and environment["MASTER_ADDR"] == address
 
 
 def test_the_state_of_an_older_version_is_not_an_error(run: RunFolder) -> None:

@@ -38,8 +38,8 @@ def after(status: int, **facts: object) -> Decision:
         (143, {"has_new_checkpoint": True, "is_preempted": True}, "again", 0),
         (143, {"is_preempted": True}, "again", 1),
         (1, {"is_preempted": True, "has_new_checkpoint": True}, "again", 0),
-        (143, {"was_asked": False}, "again", 1),  # srun ended the ranks because one was killed
-        (143, {"was_asked": False, "failures": 2}, "stop", 3),
+        (143, {"stop_requested": False}, "again", 1),  # srun ended the ranks because one was killed
+        (143, {"stop_requested": False, "failures": 2}, "stop", 3),
         (130, {}, "stop", 0),
         (2, {"has_new_checkpoint": True}, "stop", 0),
         (3, {"has_new_checkpoint": True, "is_preempted": True}, "stop", 0),  # NaN: the same steps again

@@ -283,7 +283,7 @@ def test_a_mistake_is_not_tried_again(stories: dict[str, Story]) -> None:
 
 
 def test_two_jobs_never_write_into_one_run(stories: dict[str, Story]) -> None:
-    assert any(f"is {state} already" in stories["requeued"].notes["second"] for state in ("running", "pending"))
+    assert any(f"is already {state}" in stories["requeued"].notes["second"] for state in ("running", "pending"))
 
 
 def test_cancel_saves_first_and_leaves_no_job_behind(stories: dict[str, Story]) -> None:
@@ -316,7 +316,7 @@ def test_cancel_of_a_run_without_jobs_says_so(stories: dict[str, Story]) -> None
     environment = os.environ.get("SLURM_CONF")
     assert environment, "the cluster still runs"
     result = launch("cancel", str(stories["requeued"].run.path))
-    assert result.returncode == 0 and "has no job that waits or runs" in result.stderr
+    assert result.returncode == 0 and "has no waiting or running job" in result.stderr
 
 
 def test_names_and_options_reach_slurm_as_they_are_and_the_copy_of_the_code_runs(stories: dict[str, Story]) -> None:

@@ -323,7 +323,7 @@ def test_a_dry_run_says_how_many_jobs_the_run_will_take(tmp_path: Path) -> None:
 
 def test_a_dry_run_goes_by_the_runs_own_record(tmp_path: Path) -> None:
     """Steps 10 s apart, 1,000 of them left: 2.8 hours, one job; CPUs without a record are not predicted."""
-    assert "not predicted for CPUs" in advise(tmp_path, "-cn", "smoke", "run.name=new")
+    assert "on CPUs are not predicted" in advise(tmp_path, "-cn", "smoke", "run.name=new")
     run = tmp_path / "old"
     (run / "checkpoints" / "step_00000200").mkdir(parents=True)
     (run / "checkpoints" / "latest").write_text("step_00000200")

@@ -100,7 +100,7 @@ def test_pruning_to_the_identity_is_bitwise_the_parent(
 def test_every_width_is_really_cut(
     axis: str, parent: tuple[Path, ModelConfig], scores: Scores, before: torch.Tensor, tmp_path: Path
 ) -> None:
-    """A no-op would leave parameters or logits as they were (it happened to others: a hook on the wrong module)."""
+    """A no-op would not change parameters or logits (it happened elsewhere: a hook on the wrong module)."""
     path, model = parent
     if model is GEMMA and (axis.startswith("mamba") or axis == "layers"):
         pytest.skip("no Mamba layers; four layers only")
@@ -233,7 +233,7 @@ def test_sizes_that_do_not_fit_are_refused_together() -> None:
 
 
 def test_layers_are_chosen_as_the_recipe_says() -> None:
-    """Removals where asked for, block influence where asked for, attention layers as many as asked for: by hand."""
+    """The configured numbers of removals, of block influences and of attention layers, computed by hand."""
     scores = Scores(model=_mapping(HYBRID), parent="", rows=1, depth_metric="logit_mse")  # M-M*-M*-
     scores.influence = np.array([9.0, 1.0, 8.0, 2.0, 3.0, 7.0, 0.5, 6.0])
     scores.removals = [Removal(7, []), Removal(3, []), Removal(0, [])]

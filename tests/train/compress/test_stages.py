@@ -1,4 +1,4 @@
-"""Stages, killed in the middle: the same command goes on where they were, and none begins before the one before has ended."""
+"""Stages that are killed: the same command continues where they stopped, and no stage starts before the previous one ended."""
 
 import os
 import signal

@@ -26,7 +26,7 @@ Tensors = dict[str, torch.Tensor]
 
 @dataclass(frozen=True)
 class Found:
-    """What a comparison said, small enough to leave a rank."""
+    """The result of a comparison, small enough to pickle."""
 
     problems: list[str]
     first: str

@@ -1,4 +1,4 @@
-"""`stratum hf` as its users run it: export with card, import with a recipe that goes on, check with exit statuses."""
+"""`stratum hf` as its users run it: export with card, import with a recipe that continues, check with exit statuses."""
 
 import json
 import os
@@ -75,7 +75,7 @@ def exports(runs: dict[str, Path]) -> dict[str, Path]:
     return made
 
 
-def test_the_bundle_tells_a_stranger_what_it_is(runs: dict[str, Path], exports: dict[str, Path]) -> None:
+def test_the_model_card_describes_the_model(runs: dict[str, Path], exports: dict[str, Path]) -> None:
     for family, out in exports.items():
         card = (out / "README.md").read_text()
         _, manifest = checkpoint_at(runs[family])
@@ -156,14 +156,14 @@ def test_check_refuses_and_says_where(runs: dict[str, Path], exports: dict[str, 
     assert f"not {a}, {b}" in output and "2 tensors hold other numbers" in output
 
     status, output = command(tmp_path, "import", bad, "--out", tmp_path / "ours", *CHECK, *text)
-    assert status == 0  # the import is right, of what the directory now says
+    assert status == 0  # the import is right: it has the weights of the changed directory
     config = json.loads((bad / "config.json").read_text()) | {"final_logit_softcapping": None}
     (bad / "config.json").write_text(json.dumps(config))
     status, output = command(tmp_path, "check", runs["gemma2"], bad, *CHECK, *text)
     assert status == 2 and "model.logit_softcap: 3.0 in the checkpoint, None in config.json" in output
 
 
-def test_a_published_clamp_is_told_and_does_not_keep_weights_out(
+def test_a_published_clamp_is_reported_and_does_not_prevent_an_import(
     runs: dict[str, Path], exports: dict[str, Path], tmp_path: Path
 ) -> None:
     text = [*CHECK, "--text", str(runs["gemma2"].parent / "verse")]
@@ -185,8 +185,8 @@ def test_a_published_clamp_is_told_and_does_not_keep_weights_out(
     assert "imported_from" in (tmp_path / "again" / "README.md").read_text()
 
 
-def test_what_disagrees_is_not_left_behind(runs: dict[str, Path], exports: dict[str, Path], tmp_path: Path) -> None:
-    """No two implementations round alike, so a tolerance of nothing is a disagreement. Without a tokenizer bytes do."""
+def test_models_that_disagree_are_not_written(runs: dict[str, Path], exports: dict[str, Path], tmp_path: Path) -> None:
+    """Two implementations round differently, so at a tolerance near zero they disagree. Bytes are the ids without a tokenizer."""
     bare = tmp_path / "bare"
     shutil.copytree(exports["gemma2"], bare, ignore=shutil.ignore_patterns("*token*"))
     for words in (["export", runs["gemma2"]], ["import", exports["nemotron_h"]], ["import", bare]):
@@ -251,5 +251,7 @@ def test_the_recipe_in_the_manifest_is_the_one_in_the_file(exports: dict[str, Pa
     assert status == 0 and "NOT COMPARED" in output and "--no-check was given" in output
     _, manifest = checkpoint_at(tmp_path / "mine" / "checkpoint")
     assert manifest.recipe["model"]["vocab"] == 320
+    theirs = json.loads((exports["gemma2"] / "config.json").read_text())["vocab_size"]
+    assert manifest.recipe["model"]["vocab_padding"] == 320 - theirs > 0
     composed_mapping = recipe_mapping(recipe_from_mapping(composed(f"--config-dir={tmp_path / 'mine'}", "-cn", "mine")))
     assert composed_mapping["model"] == manifest.recipe["model"] and composed_mapping["data"] == manifest.recipe["data"]

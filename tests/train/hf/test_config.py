@@ -13,7 +13,7 @@ from transformers import AutoConfig
 from recipes.schema.command import RECIPES
 from recipes.schema.errors import RecipeError
 from recipes.schema.model import ModelConfig
-from train.hf.config import SpecialTokens, clamp_of, family_of, from_config, read_config, to_config, usual
+from train.hf.config import SpecialTokens, clamp_of, family_of, for_transformers, from_config, read_config, to_config
 
 # config.json of nvidia/NVIDIA-Nemotron-Nano-9B-v2 (revision 6533e8de).
 NANO_9B = {
@@ -153,7 +153,7 @@ def test_harmless_spellings_are_read_and_contradictions_are_not() -> None:
         "attention_head_dim": HYBRID.head_dim
     }
     assert from_config(narrow, where="x") == from_config(hybrid, where="x")
-    assert AutoConfig.for_model(**usual(narrow | {"time_step_min": None})).head_dim == HYBRID.head_dim
+    assert AutoConfig.for_model(**for_transformers(narrow | {"time_step_min": None})).head_dim == HYBRID.head_dim
     rope = {"rope_type": "default", "rope_theta": 10000.0}
     for config, message in (
         (gemma | {"rope_theta": 5.0, "rope_parameters": rope}, "rope_theta=5.0 and rope_parameters"),

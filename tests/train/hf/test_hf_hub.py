@@ -10,40 +10,19 @@ import threading
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any
 from urllib.parse import unquote, urlparse
 
 import pytest
 from hf_models import GEMMA, exported, recipe_of, scrambled, trained
+from hub_server import HubHandler
 
 pytestmark = pytest.mark.slow  # commands in processes of their own, which read HF_ENDPOINT when they start
 ROOT = Path(__file__).resolve().parents[3]
 SHA = "a" * 40
 
 
-class Hub(http.server.BaseHTTPRequestHandler):
+class Hub(HubHandler):
     """Models in `folder`/OWNER/NAME, of one revision each; commits write there."""
-
-    protocol_version = "HTTP/1.1"
-
-    def __init__(self, *arguments: Any, folder: Path) -> None:
-        self.folder = folder
-        super().__init__(*arguments)
-
-    def log_message(self, *arguments: object) -> None:
-        pass
-
-    def answer(self, body: bytes, status: int = 200, **headers: str) -> None:
-        self.send_response(status)
-        for name, value in headers.items():
-            self.send_header(name.replace("_", "-"), value)
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        if self.command != "HEAD":
-            self.wfile.write(body)
-
-    def answer_json(self, value: object) -> None:
-        self.answer(json.dumps(value).encode(), Content_Type="application/json")
 
     def do_GET(self) -> None:
         path = unquote(urlparse(self.path).path)
@@ -71,8 +50,8 @@ class Hub(http.server.BaseHTTPRequestHandler):
         body = self.rfile.read(length) if length else b"".join(iter(self._chunk, b""))
         path = urlparse(self.path).path
         if path == "/api/repos/create":
-            asked = json.loads(body)
-            name = f"{asked['organization']}/{asked['name']}"
+            request = json.loads(body)
+            name = f"{request['organization']}/{request['name']}"
             (self.folder / name).mkdir(parents=True, exist_ok=True)
             self.answer_json({"url": f"http://{self.headers['Host']}/{name}", "name": name})
         elif "/preupload/" in path:

@@ -91,7 +91,7 @@ def test_queries_of_a_group_lie_before_its_key_and_value() -> None:
     assert fused.flatten().tolist() == [1, 2, 10, 30, 3, 4, 20, 40]
 
 
-def test_padding_of_the_vocabulary_is_never_the_likeliest() -> None:
+def test_padding_of_the_vocabulary_is_never_the_most_likely() -> None:
     model = replace(FAMILIES["nemotron_h"], vocab=40)
     pair = next(pair for pair in pairs(model, "nemotron_h", vocab=37) if "output_layer.weight" in pair.ours)
     head = torch.randn(37, model.hidden)

@@ -3,17 +3,26 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
 from hf_command import command
 from hf_models import FAMILIES, exported, recipe_of, scrambled, trained
+from pruning_folder import shell
+from ranks import run_ranks
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
+from data import prepare as _prepare  # noqa: F401  imported here, so that the processes forked below need not import it
 from data.make.corpus import documents
+from data.store.manifest import read_manifest
+from data.store.shards import open_entry
 from data.tokenizer import load_tokenizer, train_tokenizer
 from recipes.schema.data import SourceConfig, TokenizerConfig
+from train import run as _run  # noqa: F401  likewise
+from train.compress import commands as _compress  # noqa: F401  likewise
 from train.hf import tokens
+from train.hf.config import NO_CLAMP
 
 TEMPLATE = "{% for m in messages %}{{ m.content }}{% endfor %}"
 
@@ -118,9 +127,97 @@ def test_an_exported_tokenizer_gives_a_stranger_the_ids_of_training(published: d
     tokenizer = load_tokenizer(path, TokenizerConfig(end_of_document="<eos>"))
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "config.json").write_text(json.dumps({"model_type": "gemma2"}))
-    assert tokens.write_tokenizer(tmp_path / "out", path, tokenizer, max_positions=64)
+    tokens.write_tokenizer(tmp_path / "out", path, tokenizer, max_positions=64)
     text = "To be, or not to be"
     assert AutoTokenizer.from_pretrained(tmp_path / "out")(text)["input_ids"] == tokenizer.encode(text)
+
+
+TEXT = "the quick brown fox jumps over the lazy dog, 1234 times\n"
+LITTLE = (
+    "data.folder=prepared", "~data.sources.shakespeare", "~data.sources.python", "+data.sources.words.path=words.txt",
+    "data.row_tokens=32", "run.steps=1", "run.global_rows=1", "schedule.warmup=0", "schedule.decay=0",
+    "evaluate.rows_per_source=2", "telemetry.tensorboard=false", "run.threads=1", "data.workers=1",
+)  # fmt: skip
+CHECK = ("--text", "words.txt", "--tokens", "33", "--rows", "1")
+
+
+def stratum(folder: Path, family: str, *words: str) -> str:
+    """`stratum WORDS` on an import's recipe, in a process of its own. -> what it printed."""
+    recipe = ["--config-dir", f"imports/{family}", "-cn", family, *LITTLE]
+    ((status, text),) = run_ranks(1, shell, folder, [words[0], *words[1:2], *recipe, *words[2:]])
+    assert status == 0, text
+    return text
+
+
+@pytest.fixture(scope="module")
+def imports(published: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Both families imported, and their text prepared with the same tokenizer."""
+    root = tmp_path_factory.mktemp("continued")
+    (root / "words.txt").write_text("\n\n".join(f"{n} {TEXT * 3}" for n in range(60)))
+    for family, theirs in published.items():
+        status, output = command(root, "import", theirs, "--out", f"imports/{family}", *CHECK)
+        assert status == 0 and "other special tokens" not in output, output
+    stratum(root, "gemma2", "prepare")
+    return root
+
+
+def test_an_import_continues_with_its_begin_of_document_token(imports: Path, published: dict[str, Path]) -> None:
+    """Import, prepare, train and export: each document begins with `<bos>`, and so does a text for a stranger's call."""
+    recipe = yaml.safe_load((imports / "imports/gemma2/gemma2.yaml").read_text())
+    assert recipe["data"]["tokenizer"]["begin_of_document"] == "<bos>"
+    (entry,) = read_manifest(imports / "prepared").sources["words"].splits["train"]
+    shard = open_entry(imports / "prepared", entry)
+    assert all(part[0] == 0 and part[-1] == 1 for part in np.split(np.asarray(shard.tokens), shard.ends[:-1]))
+    stratum(imports, "gemma2", "train", "run.name=on")
+    status, output = command(imports, "export", "runs/on", "--out", "on", *CHECK)
+    assert status == 0 and "The two agree." in output, output
+    tokenizer = load_tokenizer(imports / "imports/gemma2/tokenizer.json", TokenizerConfig(end_of_document="<eos>"))
+    theirs = AutoTokenizer.from_pretrained(imports / "on")
+    assert all(theirs(text)["input_ids"] == [0, *tokenizer.encode(text)] for text in tokens.ODD_TEXTS)
+    assert theirs.chat_template == TEMPLATE and theirs.bos_token_id == 0
+    assert (imports / "on/tokenizer.json").read_bytes() == (published["gemma2"] / "tokenizer.json").read_bytes()
+    before, after = (
+        json.loads((folder / "config.json").read_text()) for folder in (published["gemma2"], imports / "on")
+    )
+    assert after == before, "training changes weights only"
+    again = load_file(imports / "on/model.safetensors")
+    weights = {name: t for path in published["gemma2"].glob("*.safetensors") for name, t in load_file(path).items()}
+    assert again.keys() == weights.keys() and not any(weights[name].equal(again[name]) for name in weights)
+
+
+def test_without_the_begin_token_prepare_and_export_say_so(imports: Path) -> None:
+    without = ("data.tokenizer.begin_of_document=null", "data.folder=without")
+    assert "template puts '<bos>' before a text" in " ".join(stratum(imports, "gemma2", "prepare", *without).split())
+    stratum(imports, "gemma2", "train", "run.name=without", *without)
+    status, output = command(imports, "export", "runs/without", "--out", "without_bos", *CHECK)
+    assert status == 0 and "puts '<bos>' before a text, but the model was trained with" in output, output
+    assert AutoTokenizer.from_pretrained(imports / "without_bos")("the quick")["input_ids"][0] != 0
+
+
+@pytest.mark.parametrize(("family", "changes"), [
+    ("nemotron_h", {"intermediate_size": 64, "mamba_num_heads": 4}),
+    ("gemma2", {"intermediate_size": 64}),
+])  # fmt: skip
+def test_an_import_that_was_pruned_keeps_what_pruning_did_not_change(
+    family: str, changes: dict[str, int], imports: Path, published: dict[str, Path]
+) -> None:
+    sizes = {"intermediate_size": "ffn", "mamba_num_heads": "mamba_heads"}
+    target = (f"+compress.{sizes[name]}={value}" for name, value in changes.items())
+    settings = (f"run.name={family}_cut", f"+compress.parent=imports/{family}/checkpoint", "+compress.folder=cut",
+                "+compress.calibration_rows=2", "+compress.depth_rows=2", *target)  # fmt: skip
+    stratum(imports, family, "compress", "score", *settings)
+    stratum(imports, family, "compress", "prune", *settings)
+    status, output = command(imports, "export", f"cut/{family}_cut", "--out", f"{family}_cut", *CHECK)
+    assert status == 0 and "The two agree." in output, output
+    before, after = (
+        json.loads((folder / "config.json").read_text()) for folder in (published[family], imports / f"{family}_cut")
+    )
+    changed = {name: value for name, value in after.items() if before.get(name) != value}
+    assert changed.pop("time_step_min", NO_CLAMP) == NO_CLAMP
+    assert changed == changes and before.keys() == after.keys()
+    card = (imports / f"{family}_cut" / "README.md").read_text()
+    assert yaml.safe_load(card.split("---")[1])["license"] == "gemma" and "imported_from" in card
+    assert (imports / f"{family}_cut" / "LICENSE.md").exists()
 
 
 def test_rows_within_one_chunk_prove_no_scan(published: dict[str, Path], tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from train.model import flex as flex_module
 from train.model.attention import AttentionCore, zigzag_positions
 from train.model.capped import capped_attention
-from train.model.context import LayerCaches, RowContext
+from train.model.context import KeyPlaces, KeyPool, RowContext, Segment, Segments
 from train.model.documents import document_starts
 from train.model.flex import flex, mask_of
 from train.native import attention as compiled
@@ -199,20 +199,37 @@ def test_a_given_scale_is_used() -> None:
     torch.testing.assert_close(core(0.3)(q, k, v).double(), written_out(q, k, v, None, 0.3), rtol=1e-5, atol=1e-6)
 
 
+PAGE = 4
+
+
+def step_of(before: int, tokens: int, pool: KeyPool) -> RowContext:
+    """One text, the next `tokens` tokens of it, in pages that are not in order."""
+    table = torch.tensor([[3, 0, 4, 1, 2]], dtype=torch.int32)
+    positions = torch.arange(before, before + tokens)
+    places = table[0, positions // PAGE].long() * PAGE + positions % PAGE
+    segment = Segment(0, tokens, before, 0)
+    keys = KeyPlaces(table, places)
+    return RowContext(
+        segments=Segments(
+            [segment], int(tokens == 1), torch.tensor([[0, tokens, before, 0]]), positions, before + tokens,
+            {"*": keys, "w": keys}, {1: pool}, {},
+        )
+    )  # fmt: skip
+
+
 @pytest.mark.parametrize("cuts", [[17], [9, 8], [5, 1, 1, 10], [1] * 17])
 @pytest.mark.parametrize(("softcap", "window"), [(None, None), (None, 4), (2.0, None), (2.0, 4), (2.0, 1)])
-def test_reading_through_a_cache_equals_reading_at_once(
+def test_reading_through_pages_equals_reading_at_once(
     cuts: list[int], softcap: float | None, window: int | None
 ) -> None:
-    q, k, v = qkv(17, 4, 2)
+    q, k, v = (x[:, :1] for x in qkv(17, 4, 2))
     whole = core(softcap=softcap, window=window)(q, k, v)
-    module, caches = core(softcap=softcap, window=window), LayerCaches()
-    parts = []
+    module, pool = core(softcap=softcap, window=window), KeyPool(*torch.full((2, 5, PAGE, 2, q.shape[-1]), torch.nan))
+    parts, before = [], 0
     for part in zip(q.split(cuts), k.split(cuts), v.split(cuts), strict=True):
-        parts.append(module(*part, packed_seq_params=RowContext(caches=caches)))
-        caches.length += part[0].shape[0]
+        parts.append(module(*part, packed_seq_params=step_of(before, len(part[0]), pool)))
+        before += len(part[0])
     torch.testing.assert_close(torch.cat(parts), whole, rtol=1e-5, atol=1e-6)
-    assert caches.keys_values[1][0].shape[0] == (17 if window is None else window - 1)
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 4])

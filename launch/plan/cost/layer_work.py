@@ -1,7 +1,7 @@
-"""Work of one layer, and of the head, for one microbatch on one rank: matrix products, attention, scan, memory traffic, traffic
-between GPUs. Independent of the GPU's speed, which `launch.plan.cost.time` adds.
+"""Work of one layer, or of the head, for one microbatch on one rank: matrix products, attention, scan, memory traffic, traffic
+between GPUs. It does not depend on the GPU's speed; `launch.plan.cost.time` turns it into seconds.
 
-A multiply-add is 2 FLOPs. `tokens` are those of a microbatch on one context rank; T below.
+A multiply-add is 2 FLOPs. `tokens` (T below) is the number of tokens of a microbatch on one context rank.
 """
 
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from recipes.schema.scaling import linear_shapes
 
 @dataclass(frozen=True)
 class Gemm:
-    """One linear layer's forward product, [m, k] x [k, n]; backward has two more of the same size."""
+    """One linear layer's forward product, [m, k] x [k, n]. Backward has two products of the same size."""
 
     m: int
     n: int
@@ -28,37 +28,37 @@ class Gemm:
 
 @dataclass(frozen=True)
 class LayerWork:
-    """One layer (or the head) on one rank, one microbatch. Memory bytes are for fused kernels and 2-byte formats."""
+    """One layer (or the head) on one rank for one microbatch. Memory bytes are for fused kernels and 2-byte formats."""
 
     gemms: tuple[Gemm, ...] = ()
     score_flops: float = 0.0
-    """Attention scores and values, forward, without the masked half."""
+    """Products with keys and values in forward attention, without the masked half."""
     scan_flops: float = 0.0
     """The chunked scan, forward."""
     forward_bytes: float = 0.0
-    """Elementwise reads and writes of device memory."""
+    """Device memory that elementwise kernels read and write, forward."""
     backward_bytes: float = 0.0
     tensor_bytes: float = 0.0
     """Size of each gathered or scattered activation: 2 bytes x T x hidden."""
     tensor_collectives: tuple[int, int] = (0, 0)
-    """All-gathers and reduce-scatters of that size over the tensor ranks, forward and backward."""
+    """Number of all-gathers and reduce-scatters of that size over the tensor ranks, (forward, backward)."""
     ring_bytes: float = 0.0
-    """Keys and values that one rank passes to the next in each of context - 1 turns, forward (backward: twice)."""
+    """Keys and values that a rank sends to the next in each of the context - 1 ring steps, forward (backward: twice as much)."""
     exchange_bytes: float = 0.0
     """All-to-all traffic of Mamba layers over the context ranks, forward (backward: the same)."""
     weights: int = 0
-    """Weights in matrix products on this rank."""
+    """Number of weights in matrix products on this rank."""
 
 
 def layer_work(
     kind: LayerKind, model: ModelConfig, *, tokens: int, sequence: int, tensor: int, split_sequence: bool, is_low: bool
 ) -> LayerWork:
-    """Work of one layer. sequence: tokens of a whole row (what a query can see), tokens: T."""
+    """Work of one layer. tokens: T. sequence: tokens of a whole row, which a query can attend to."""
     names = linear_shapes(model, kind, tensor=tensor)
     gemms = tuple(Gemm(tokens, out, into, is_low) for out, into in names.values())
     share = tensor if split_sequence else 1
-    # Norm reads and writes T x hidden, the residual sum reads two and writes one; backward the norm reads two and writes
-    # one and the sum of gradients reads two and writes one.
+    # In units of T x hidden: the norm reads one and writes one, the residual sum reads two and writes one. Backward, the norm
+    # reads two and writes one, and the sum of gradients reads two and writes one.
     norm = 2.0 * model.hidden * tokens / share
     forward, backward = (7 * norm, 9 * norm) if model.post_norms else (5 * norm, 6 * norm)
     score_flops = scan_flops = ring = exchange = 0.0
@@ -66,15 +66,17 @@ def layer_work(
         case "-":
             gates = 2 if model.activation in ("swiglu", "geglu") else 1
             inner = 2.0 * model.ffn * tokens / tensor
-            forward += (gates + 1) * inner  # reads the branches, writes one
-            backward += (2 * gates + 1) * inner  # reads branches and gradient, writes gradients
+            forward += (gates + 1) * inner  # reads the branches, writes the product
+            backward += (
+                2 * gates + 1
+            ) * inner  # reads the branches and one gradient, writes a gradient for each branch
         case "*" | "w":
             query = model.heads * model.head_dim / tensor
             keys = model.kv_heads * model.head_dim / tensor
             window = model.window_tokens if kind == "w" else None
             score_flops = 4.0 * tokens * visible_keys(sequence, window=window) * query
             rotated = (query + keys) if model.position == "rope" else 0.0
-            forward += 2.0 * tokens * (2 * query + 2 * rotated)  # queries split off; rotation
+            forward += 2.0 * tokens * (2 * query + 2 * rotated)  # copying queries out of the projection; rotation
             backward += 2.0 * tokens * (2 * query + 2 * rotated)
             ring = 2.0 * tokens * 2 * keys
         case "M":
@@ -87,8 +89,8 @@ def layer_work(
                 + 2.0 * chunk * inner_width
                 + 4.0 * model.mamba_state * inner_width
             )
-            states = 4.0 * inner_width * model.mamba_state / chunk  # fp32, one a chunk
-            # Convolution, gate, norm and scan read and write their operands; states are written, passed on and read.
+            states = 4.0 * inner_width * model.mamba_state / chunk  # fp32, one state per chunk
+            # Convolution, gate, norm and scan read and write their operands. States are written, passed between chunks, and read.
             forward += tokens * (2.0 * (2 * conv + 6 * inner_width) + 3 * states)
             backward += tokens * (2.0 * (5 * conv + 14 * inner_width) + 6 * states)
             exchange = 2.0 * tokens * (2 * inner_width + 2 * groups * model.mamba_state + inner_width)
@@ -99,8 +101,8 @@ def layer_work(
         forward_bytes=forward,
         backward_bytes=backward,
         tensor_bytes=2.0 * tokens * model.hidden,
-        # Sequence parallel: gather before and scatter after; backward the same, plus one more gather of the input for the
-        # weight gradient. Otherwise one all-reduce (a scatter and a gather) in each direction.
+        # Sequence parallel: an all-gather before the layer and a reduce-scatter after it; backward the same, and an all-gather of
+        # the input for the weight gradient. Otherwise one all-reduce (a scatter and a gather) in each direction.
         tensor_collectives=((2, 3) if split_sequence else (2, 2)) if tensor > 1 else (0, 0),
         ring_bytes=ring,
         exchange_bytes=exchange,
@@ -109,12 +111,13 @@ def layer_work(
 
 
 def head_work(model: ModelConfig, *, tokens: int, tensor: int) -> LayerWork:
-    """Final norm, output projection and cross-entropy. Logits in 2 bytes, the loss in fp32."""
+    """Work of final norm, output projection and cross-entropy. Logits have 2 bytes; the loss is computed in fp32."""
     vocab = model.vocab // tensor
     logits = float(tokens) * vocab
     return LayerWork(
         gemms=(Gemm(tokens, vocab, model.hidden, is_low=False),),
-        forward_bytes=2.0 * 2 * tokens * model.hidden + 14.0 * logits,  # write 2; read 2, write 4; max, sum: read 4 ...
+        forward_bytes=2.0 * 2 * tokens * model.hidden
+        + 14.0 * logits,  # write 2; read 2 and write 4 (fp32); read for max and sum
         backward_bytes=2.0 * 3 * tokens * model.hidden + 10.0 * logits,
         tensor_bytes=2.0 * tokens * model.hidden,
         tensor_collectives=(1, 2) if tensor > 1 else (0, 0),

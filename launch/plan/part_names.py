@@ -1,10 +1,10 @@
-"""Names of the parts of a step's time and of a rank's memory, for tables and pictures."""
+"""Display names of the parts of a step's time and of a rank's memory, for tables and pictures."""
 
 PART_NAMES = {
     "mamba": "Mamba-2 products", "scan": "Mamba-2 scan", "attention": "attention products", "scores": "attention scores",
     "mlp": "MLP products", "head": "head products", "elementwise": "norms, activations, loss", "quantise": "quantising",
     "recompute": "recomputing", "launch": "between kernels", "tensor": "tensor parallel, exposed",
-    "context": "context parallel, exposed", "pipeline": "stages' messages", "bubble": "pipeline bubble", "teacher": "teacher",
+    "context": "context parallel, exposed", "pipeline": "messages of stages", "bubble": "pipeline bubble", "teacher": "teacher",
     "uneven": "uneven stages", "data": "data parallel, exposed", "optimizer": "optimizer", "jitter": "stragglers",
 }  # fmt: skip
 """Parts of a step's time."""

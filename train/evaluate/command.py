@@ -1,0 +1,62 @@
+"""`stratum evaluate`: scores of a checkpoint on tasks, and which training documents contain the tasks' texts.
+
+Imports of torch and of the harness wait until the command line is known to be right.
+"""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from recipes.schema.errors import USER_ERRORS
+from recipes.schema.options import CommandParser, run_or_path
+from recipes.schema.tools import EvaluateToolConfig
+
+_ERRORS: tuple[type[Exception], ...] = (*USER_ERRORS, OSError)
+_EXAMPLES = """
+stratum evaluate runs/smoke --tasks needle-1k,multikey-1k --items 2
+stratum evaluate smoke --tasks needle-1k --items 2 --resume        tasks that are finished are left out
+stratum evaluate --contamination runs/data/smoke --tasks needle-1k --items 2     documents that hold the tasks' texts
+"""
+_NOTES = """
+tasks:
+  needle-1k ... -128k   a number hidden in a long text; also multikey-, tracking-, words- (made from --seed, as in RULER)
+  mine.yaml             your own: cloze, multiple choice, exact match, generation with a verifier, whole texts
+  human-eval            164 functions to complete; runs what the model wrote, so it needs --run-code
+  reasoning/NAME        a generator of reasoning-gym, with its verifier
+docs/evaluate.md explains task files, metrics and intervals.
+"""
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Entry point of `stratum evaluate`."""
+    parser = CommandParser(
+        "evaluate",
+        about="Score a run's newest checkpoint (or a checkpoint folder) on tasks, with confidence intervals.",
+        examples=_EXAMPLES,
+        notes=_NOTES,
+    )
+    parser.add_argument("place", nargs="?", metavar="RUN_OR_FOLDER", help="run (folder or name), or checkpoint folder")
+    parser.add_fields(EvaluateToolConfig)
+    parsed = parser.parse_args(list(arguments))
+    config = parser.fields(EvaluateToolConfig, parsed)
+    if config.tasks is None and config.harness is None:
+        parser.error("name the tasks: --tasks needle-1k,mine.yaml. --help lists them.")
+    if config.contamination is None and parsed.place is None:
+        parser.error("name a run or a checkpoint: stratum evaluate runs/smoke --tasks needle-1k.")
+    if config.contamination is not None and (parsed.place is not None or config.harness is not None):
+        parser.error(
+            "--contamination looks at the texts of --tasks in prepared data: it takes no run and no --harness."
+        )
+    try:
+        # importing torch takes seconds; --help and usage errors do not need it
+        from train.evaluate.evaluation import evaluate_checkpoint, search_data
+
+        if config.contamination is not None:
+            return search_data(config, Path(config.contamination))
+        return evaluate_checkpoint(config, run_or_path(parsed.place))
+    except _ERRORS as error:
+        sys.stderr.write(f"error: {error}\n")
+        return 2
+    except KeyboardInterrupt:
+        sys.stderr.write("error: interrupted. Finished tasks are in results.json; --resume continues.\n")
+        return 130

@@ -1,0 +1,37 @@
+"""Tasks that are scored while a model trains, at any layout (`evaluate.tasks`). Only tasks without generated text."""
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+
+from data.tokenizer import Tokenizer
+from recipes.schema.errors import NumericsError
+from recipes.schema.recipe import Recipe
+from train.engine import Engine
+from train.evaluate.ask import ask
+from train.evaluate.score import forward_of_engine
+from train.evaluate.tasks.catalog import open_tasks
+from train.evaluate.tasks.task import Task
+
+
+def open_training_tasks(recipe: Recipe, tokenizer: Tokenizer) -> list[Task]:
+    """The recipe's tasks, every item read and checked: a mistake shows before the first step. Raises DataError."""
+    config = recipe.evaluate
+    return open_tasks(config.tasks, tokenizer=tokenizer, seed=recipe.run.seed, items=config.task_items)
+
+
+def task_scores(engine: Engine, tasks: Sequence[Task], tokenizer: Tokenizer) -> dict[str, dict[str, Any]]:
+    """Hash, items and metrics of each task by name, as metrics.jsonl records them. Collective over the world; the same on
+    every rank. Raises NumericsError if a log-probability is not finite."""
+    forward = forward_of_engine(engine)
+    found = {}
+    for task in tasks:
+        try:
+            result = ask(task, forward=forward, tokenizer=tokenizer)
+        except NumericsError as error:
+            raise NumericsError(f"{error} Continue from an earlier checkpoint with a lower learning rate.") from error
+        metrics = {name: asdict(metric) for name, metric in result.metrics.items()}
+        found[task.name] = {
+            "hash": result.hash, "items": result.items, "cut_contexts": result.cut_contexts, "metrics": metrics,
+        }  # fmt: skip
+    return found

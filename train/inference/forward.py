@@ -1,0 +1,124 @@
+"""One forward pass over the next tokens of several texts, through the layers that training uses.
+
+    [Read(row, tokens, before), ...] --pack--> one row [T, 1, hidden] --layers and pools--> hidden states --head--> logits
+
+Embeddings, projections, norms and MLPs see one row of T tokens. Mamba-2 and attention layers also receive `Segments`, which
+say where each text begins in the row and where its states are. No padding is added anywhere. Under tensor parallelism all
+ranks call with the same reads; the logits are gathered, so they are the same on all ranks.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from launch.plan.cost.inference import cache_sizes
+from recipes.schema.model import ModelConfig
+from train.inference.pools import Pools
+from train.model.context import KeyPlaces, RowContext, Segment, Segments
+from train.model.few_tokens import MOST, FewTokens
+
+
+@dataclass(frozen=True)
+class Read:
+    """The next tokens of one text."""
+
+    row: int
+    """The text's row in the page tables and slot of its states."""
+    tokens: Sequence[int]
+    before: int
+    """Tokens of the text that were read before."""
+
+
+def pack(reads: Sequence[Read], pools: Pools, *, device: torch.device) -> tuple[torch.Tensor, Segments]:
+    """-> (tokens [1, T], the segments). Reads of one token come first; the pools have pages for all new tokens."""
+    lengths = np.array([len(read.tokens) for read in reads])
+    singles = int((lengths == 1).sum())
+    assert (lengths[:singles] == 1).all(), "reads of one token come first"
+    before = np.array([read.before for read in reads])
+    rows = np.array([read.row for read in reads])
+    begins = np.concatenate([[0], lengths.cumsum()[:-1]])
+    total = int(lengths.sum())
+    of_token = np.repeat(np.arange(len(reads)), lengths)
+    positions = before[of_token] + np.arange(total) - begins[of_token]
+    keys = {}
+    for kind, group in pools.groups.items():
+        page = group.table[rows[of_token], positions // group.page_tokens].astype(np.int64)
+        new = page * group.page_tokens + positions % group.page_tokens
+        keys[kind] = KeyPlaces(pools.table(kind), torch.from_numpy(new).to(device))
+    ids = np.concatenate([np.asarray(read.tokens, np.int64) for read in reads])
+    segments = Segments(
+        segments=[
+            Segment(int(b), int(n), int(p), int(r)) for b, n, p, r in zip(begins, lengths, before, rows, strict=True)
+        ],
+        singles=singles,
+        table=torch.from_numpy(np.stack([begins, lengths, before, rows], axis=1).astype(np.int64)),
+        positions_T=torch.from_numpy(positions).to(device),
+        longest=int((before + lengths).max()),
+        keys=keys,
+        key_pools=pools.keys,
+        mamba_pools=pools.states,
+    )
+    return torch.from_numpy(ids).to(device)[None], segments
+
+
+def read_tokens(model: Any, reads: Sequence[Read], pools: Pools, *, few: FewTokens | None = None) -> torch.Tensor:
+    """Read tokens into the pools. -> hidden states after the final norm, [T, hidden], in the order of the reads.
+
+    few: the same layers prepared for steps in which each text has one token; None calls the layers in every step.
+
+    model: the whole model, or this tensor rank's part, in eval mode. Collective over the tensor group. The caller holds
+    `torch.no_grad()`.
+    """
+    tokens_1T, segments = pack(reads, pools, device=pools.device)
+    hidden = model.embedding(input_ids=tokens_1T, position_ids=segments.positions_T[None])
+    if few is not None and segments.singles == len(reads) <= MOST:
+        return few(hidden[:, 0].contiguous(), segments)
+    context = RowContext(segments=segments)
+    for layer in model.decoder.layers:
+        hidden = layer(hidden_states=hidden, attention_mask=None, packed_seq_params=context)
+        if isinstance(hidden, tuple):
+            hidden = hidden[0]
+    return model.decoder.final_norm(hidden)[:, 0]
+
+
+def logits_of(model: Any, hidden_NH: torch.Tensor, *, few: FewTokens | None = None) -> torch.Tensor:
+    """The head's logits for some hidden states, soft-capped if the model does that, fp32 [N, whole vocabulary].
+
+    Collective over the tensor group.
+    """
+    if few is not None and (logits := few.logits(hidden_NH)) is not None:
+        return logits
+    weight = model.shared_embedding_or_output_weight() if model.share_embeddings_and_output_weights else None
+    part, _ = model.output_layer(hidden_NH[:, None], weight=weight)
+    part = model.capped(part[:, 0].float())
+    group = model.pg_collection.tp
+    if group.size() == 1:
+        return part
+    parts = [torch.empty_like(part) for _ in range(group.size())]
+    dist.all_gather(parts, part.contiguous(), group=group)
+    return torch.cat(parts, dim=-1)
+
+
+@torch.no_grad()
+def logits_in_parts(
+    model: Any, tokens: Sequence[int], cuts: Sequence[int], *, shape: ModelConfig, page_tokens: int = 16
+) -> torch.Tensor:
+    """Logits after every token of one text, fp32 [tokens, vocabulary], read in parts of the given sizes as generation does."""
+    weight = next(model.parameters())
+    sizes = cache_sizes(
+        shape, rows=1, context_tokens=len(tokens), page_tokens=page_tokens, step_tokens=max(cuts),
+        number_bytes=weight.element_size(),
+    )  # fmt: skip
+    pools = Pools(shape, sizes, dtype=weight.dtype, device=weight.device)
+    parts, start = [], 0
+    for count in cuts:
+        end = start + count
+        pools.extend(0, end)
+        parts.append(logits_of(model, read_tokens(model, [Read(0, tokens[start:end], start)], pools)))
+        pools.slide(0, end)
+        start = end
+    return torch.cat(parts)

@@ -1,0 +1,184 @@
+"""The memory of an inference engine: pages of keys and values, slots of Mamba-2 states, and who uses which.
+
+    text --page table (row, page of the text -> page of the pool)--> keys, values of every layer of a group
+    text --slot--> convolution and scan state of every Mamba-2 layer
+
+All of it is allocated once; its bytes are `launch.plan.cost.inference.cache_bytes`. `*` layers are one group and `w` layers
+another: the layers of a group use the same page numbers. A page may belong to several texts and to the prefix cache; it is
+free again when the last of them has let go of it.
+"""
+
+from collections import Counter
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+
+from launch.plan.cost.inference import CacheBytes, CacheSizes
+from recipes.schema.model import ModelConfig
+from recipes.schema.pattern import ATTENTION, layer_kinds
+from train.model.context import KeyPool, MambaPool
+
+
+class FreeList:
+    """Numbers 0 ... count - 1, handed out and given back. Counts users: a number is free when it has none."""
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+        self._free = list(range(count - 1, -1, -1))
+        self._users: Counter[int] = Counter()
+
+    @property
+    def free(self) -> int:
+        return len(self._free)
+
+    def take(self) -> int:
+        """A free number, with one user. The caller has checked that there is one."""
+        number = self._free.pop()
+        self._users[number] = 1
+        return number
+
+    def share(self, number: int) -> None:
+        """One more user."""
+        self._users[number] += 1
+
+    def release(self, number: int) -> None:
+        """One user less."""
+        self._users[number] -= 1
+        if not self._users[number]:
+            del self._users[number]
+            self._free.append(number)
+
+    def users(self, number: int) -> int:
+        return self._users[number]
+
+
+@dataclass
+class PageGroup:
+    """The page tables of the attention layers that see the same keys: all `*` layers, or all `w` layers."""
+
+    page_tokens: int
+    window: int | None
+    """Tokens a query sees; None: all before it."""
+    pages: FreeList
+    table: np.ndarray
+    """[rows, pages of a text] int32: page of the pool that has each page of the text. Entries outside `spans` mean nothing."""
+    spans: dict[int, tuple[int, int]] = field(default_factory=dict)
+    """By row: first page of the text that is still stored, and one past the last."""
+
+    def missing(self, row: int, tokens: int) -> int:
+        """Pages that the row still needs so that its first `tokens` tokens are stored."""
+        _, end = self.spans.get(row, (0, 0))
+        return max(0, -(-tokens // self.page_tokens) - end)
+
+    def extend(self, row: int, tokens: int) -> None:
+        """Take the missing pages; there are enough of them."""
+        first, end = self.spans.get(row, (0, 0))
+        for _ in range(self.missing(row, tokens)):
+            self.table[row, end] = self.pages.take()
+            end += 1
+        self.spans[row] = (first, end)
+
+    def adopt(self, row: int, shared: list[tuple[int, int]], end: int) -> None:
+        """Start a row with pages that others use too: (page of the text, page of the pool) in order, without gaps up to `end`."""
+        for place, page in shared:
+            self.pages.share(page)
+            self.table[row, place] = page
+        self.spans[row] = (shared[0][0] if shared else end, end)
+
+    def first_seen(self, tokens: int) -> int:
+        """The first page that token number `tokens`, the next one, or a later one sees."""
+        return 0 if self.window is None else max(0, tokens - self.window + 1) // self.page_tokens
+
+    def slide(self, row: int, tokens: int) -> None:
+        """Let go of the pages that no token from number `tokens` on sees."""
+        if self.window is None:
+            return
+        first, end = self.spans[row]
+        keep = min(self.first_seen(tokens), end)
+        for place in range(first, keep):
+            self.pages.release(int(self.table[row, place]))
+        self.spans[row] = (max(first, keep), end)
+
+    def drop(self, row: int) -> None:
+        """Let go of all pages of a row."""
+        first, end = self.spans.pop(row, (0, 0))
+        for place in range(first, end):
+            self.pages.release(int(self.table[row, place]))
+
+
+class Pools:
+    """All pools of an engine on this rank. Allocated once, never grown."""
+
+    def __init__(
+        self, model: ModelConfig, sizes: CacheSizes, *, dtype: torch.dtype, device: torch.device, tensor: int = 1
+    ) -> None:
+        self.sizes, self.device = sizes, device
+        kinds = layer_kinds(model.pattern)
+        heads, groups = model.mamba_heads // tensor, model.mamba_groups // tensor
+        channels = heads * model.mamba_head_dim + 2 * groups * model.mamba_state
+        slots, wide = sizes.rows + sizes.snapshots, torch.promote_types(dtype, torch.float32)
+        self.keys: dict[int, KeyPool] = {}
+        self.states: dict[int, MambaPool] = {}
+        for number, kind in enumerate(kinds, start=1):
+            if kind in ATTENTION:
+                pages = sizes.window_pages if kind == "w" else sizes.pages
+                shape = (pages, sizes.page_tokens, model.kv_heads // tensor, model.head_dim)
+                keys, values = torch.zeros(2, *shape, dtype=dtype, device=device).unbind()
+                self.keys[number] = KeyPool(keys, values)
+            elif kind == "M":
+                conv = torch.zeros(slots, model.mamba_conv - 1, channels, dtype=wide, device=device)
+                scan = torch.zeros(slots, heads, model.mamba_state, model.mamba_head_dim, dtype=wide, device=device)
+                self.states[number] = MambaPool(conv, scan)
+        self.groups: dict[str, PageGroup] = {
+            kind: PageGroup(
+                page_tokens=sizes.page_tokens,
+                window=model.window_tokens if kind == "w" else None,
+                pages=FreeList(sizes.window_pages if kind == "w" else sizes.pages),
+                table=np.zeros((sizes.rows, sizes.pages_of_a_text), np.int32),
+            )
+            for kind in ATTENTION
+            if kind in kinds
+        }
+        self.snapshots = FreeList(sizes.snapshots)
+
+    def table(self, kind: str) -> torch.Tensor:
+        """The page table of a kind of attention layer, [rows, pages of a text] int32, as layers read it."""
+        return torch.from_numpy(self.groups[kind].table).to(self.device)
+
+    def bytes(self) -> CacheBytes:
+        """What is allocated, counted on the tensors themselves."""
+        return CacheBytes(
+            keys_values=sum(pool.keys.nbytes + pool.values.nbytes for pool in self.keys.values()),
+            mamba_states=sum(pool.conv.nbytes + pool.scan.nbytes for pool in self.states.values()),
+            page_tables=sum(group.table.nbytes for group in self.groups.values()),
+        )
+
+    def fits(self, row: int, tokens: int) -> bool:
+        """Whether the first `tokens` tokens of a row can be stored with the pages that are free."""
+        return all(group.missing(row, tokens) <= group.pages.free for group in self.groups.values())
+
+    def extend(self, row: int, tokens: int) -> None:
+        """Take the pages for the first `tokens` tokens of a row (`fits` has said yes)."""
+        for group in self.groups.values():
+            group.extend(row, tokens)
+
+    def slide(self, row: int, tokens: int) -> None:
+        """Let go of pages outside of windows, now that a row has `tokens` tokens."""
+        for group in self.groups.values():
+            group.slide(row, tokens)
+
+    def drop(self, row: int) -> None:
+        """Let go of everything of a row."""
+        for group in self.groups.values():
+            group.drop(row)
+
+    def snapshot_slot(self, number: int) -> int:
+        """Where snapshot `number` is among all slots: after those of the rows."""
+        return self.sizes.rows + number
+
+    def copy_states(self, source: int, target: int) -> None:
+        """Copy the Mamba-2 states of a slot to another, in all layers."""
+        for pool in self.states.values():
+            pool.conv[target] = pool.conv[source]
+            pool.scan[target] = pool.scan[source]

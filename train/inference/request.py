@@ -1,0 +1,92 @@
+"""What goes into the inference engine (`Request`) and what comes out (`Event`).
+
+    Request --InferenceEngine.add--> id;   InferenceEngine.step --> [Event(id, token, log-probability, finish), ...]
+
+Token ids only: text, stop strings and chat templates belong to the callers.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+Finish = Literal["stop", "length", "cancelled", "error"]
+"""Why a request ended: a stop token; its `max_new_tokens`; `cancel`; logits that are not finite."""
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is sampled from the model's distribution. The draws depend on the seed and on the number of the
+    token in its request only, never on the other requests of the batch."""
+
+    temperature: float = 0.8
+    """Divides the logits; 0 always takes the most likely token (greedy)."""
+    top_k: int = 0
+    """Only the k most likely tokens; 0: all."""
+    top_p: float = 1.0
+    """Only the most likely tokens that together have this probability (nucleus sampling, arXiv 1904.09751)."""
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Thinking:
+    """A budget for the tokens between two markers (Nemotron Nano 2, arXiv 2508.14444, section 3.4): once `budget` tokens are
+    thought, the end marker is written after the next line break, and at `budget + grace` tokens in any case."""
+
+    budget: int
+    start: tuple[int, ...]
+    """Ids of the marker that starts thinking, such as `<think>`. A prompt that ends inside a pair of markers is thinking."""
+    end: tuple[int, ...]
+    """Ids of the marker that ends it, such as `</think>`."""
+    newlines: frozenset[int]
+    """Ids of the tokens that end a line."""
+    grace: int = 500
+
+
+@dataclass(frozen=True)
+class Request:
+    """One text to continue, or to score."""
+
+    prompt: Sequence[int]
+    """Token ids, at least one."""
+    max_new_tokens: int
+    """Tokens to generate at most; 0 only scores the prompt (`score_from`)."""
+    sampling: Sampling = Sampling()
+    stop: frozenset[int] = frozenset()
+    """Ids that end the request. The stop token is part of the output."""
+    top_logprobs: int = 0
+    """How many of the most likely tokens are reported with each token."""
+    score_from: int | None = None
+    """Report the log-probabilities of the prompt's tokens from this index on (at least 1), as events of their own before
+    those of generated tokens."""
+    thinking: Thinking | None = None
+    priority: int = 0
+    """Higher ones are served first; the lowest of those that run is the first to wait again when memory is short."""
+
+
+@dataclass(frozen=True)
+class Token:
+    """One token with the model's log-probability for it, at temperature 1."""
+
+    id: int
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+    """(id, log-probability) of the most likely tokens, most likely first."""
+    is_likeliest: bool = False
+    """Whether greedy decoding would take this token."""
+    is_forced: bool = False
+    """Whether the thinking budget chose it instead of sampling."""
+
+
+@dataclass(frozen=True)
+class Event:
+    """News of one request."""
+
+    request: int
+    token: Token | None = None
+    """A generated token; None if the event only ends the request or scores its prompt."""
+    finish: Finish | None = None
+    """Set in the last event of a request."""
+    scores: tuple[Token, ...] = ()
+    """Tokens of the prompt, in order, from `score_from` on; a long prompt is scored by several events."""
+    message: str = ""
+    """What went wrong, if `finish` is `error`."""

@@ -1,0 +1,152 @@
+"""The forward pass of a step of inference in which each text has one new token, in few calls: for such a step Megatron's layers
+and autograd cost more time than the arithmetic.
+
+    layer: hidden --[norm, projection]--> --[scan | attention | nothing]--> --[norm, projection, post-norm, + hidden]-->
+
+The arithmetic is that of the layers' own modules (`few_rows.c`, `scan.c`, `attention.c`; the definitions are in `norm.py`,
+`linear.py`, `activation.py`, `ssd.py`, `paged.py`); the weights are the modules' own tensors. A layer of another kind, or built
+from other modules, is called as it is.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from megatron.core.ssm.mamba_layer import MambaLayer
+from megatron.core.ssm.mlp_layer import MLPLayer
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+from megatron.core.transformer.attention import SelfAttention
+from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.transformer_layer import TransformerLayer
+
+from train.model.activation import FeedForward
+from train.model.attention import AttentionCore
+from train.model.context import RowContext, Segments
+from train.model.linear import fast_linear
+from train.model.mixer import ReferenceMixer
+from train.model.norm import RMSNorm
+from train.model.postnorm import PostNormAttention, PostNormMamba, PostNormMLP
+from train.native import attention as compiled_attention
+from train.native.few_rows import FewRows, NormWeight, usable
+
+Layer = Callable[[torch.Tensor, Segments], torch.Tensor]
+"""hidden states [S, hidden] of the texts' new tokens -> the next hidden states."""
+
+
+MOST = 64
+"""Texts of such a step; for more, a product of matrices is faster (measured: equal at about 100)."""
+
+
+class FewTokens:
+    """Layers, final norm and head of a model, prepared. Weights must stay where they are in memory; values may change."""
+
+    def __init__(self, model: Any) -> None:
+        self.layers = [_prepared(layer) for layer in model.decoder.layers]
+        self.final_norm = model.decoder.final_norm
+        self._head = None
+        head, tied = model.output_layer, model.share_embeddings_and_output_weights
+        weight = model.shared_embedding_or_output_weight() if tied else head.weight
+        if usable(weight) and head._forward_impl is fast_linear and head.tp_group.size() == 1:
+            self._head = FewRows(weight.data)
+        self._capped = model.capped
+
+    def __call__(self, hidden_SH: torch.Tensor, segments: Segments) -> torch.Tensor:
+        """-> hidden states after the final norm."""
+        for layer in self.layers:
+            hidden_SH = layer(hidden_SH, segments)
+        return self.final_norm(hidden_SH)
+
+    def logits(self, hidden_NH: torch.Tensor) -> torch.Tensor | None:
+        """Soft-capped logits of a few hidden states, fp32 [N, vocabulary]; None if the head has to be called as it is."""
+        if self._head is None or len(hidden_NH) > MOST:
+            return None
+        return self._capped(self._head(hidden_NH.contiguous()).float())
+
+
+def _prepared(layer: Any) -> Layer:
+    kind, parts, prepare = type(layer), None, _as_it_is
+    if kind in (MambaLayer, PostNormMamba) and type(layer.mixer) is ReferenceMixer:
+        parts, prepare = (layer.norm, layer.mixer.in_proj, layer.mixer.out_proj), _mamba
+    elif kind in (MLPLayer, PostNormMLP) and type(layer.mlp) is FeedForward:
+        parts, prepare = (layer.pre_mlp_layernorm, layer.mlp.linear_fc1, layer.mlp.linear_fc2), _mlp
+    elif kind in (TransformerLayer, PostNormAttention) and _is_plain_attention(layer.self_attention):
+        attention = layer.self_attention
+        parts, prepare = (layer.input_layernorm, attention.linear_qkv, attention.linear_proj), _attention
+    return prepare(layer) if parts is None or _is_plain(*parts) else _as_it_is(layer)
+
+
+def _is_plain(norm: Any, first: Any, last: Any) -> bool:
+    """Whether these are the reference backend's modules, on one tensor rank and without biases."""
+    return (
+        type(norm) is RMSNorm
+        and usable(first.weight)
+        and type(first) is ColumnParallelLinear
+        and type(last) is RowParallelLinear
+        and all(x._forward_impl is fast_linear and x.bias is None and x.tp_group.size() == 1 for x in (first, last))
+    )
+
+
+def _is_plain_attention(attention: Any) -> bool:
+    core = attention.core_attention
+    return (
+        type(attention) is SelfAttention
+        and type(core) is AttentionCore
+        and all(x is None or isinstance(x, IdentityOp) for x in (attention.q_layernorm, attention.k_layernorm))
+        and compiled_attention.attention_usable(
+            attention.linear_qkv.weight.new_empty(attention.hidden_size_per_attention_head)
+        )
+    )
+
+
+def _norm(module: RMSNorm) -> NormWeight:
+    return NormWeight(module.weight.data, module.eps, module.offset)
+
+
+def _post(layer: Any) -> NormWeight | None:
+    return _norm(layer.post_norm) if hasattr(layer, "post_norm") else None
+
+
+def _mamba(layer: Any) -> Layer:
+    mixer = layer.mixer
+    gated_norm = mixer.norm
+    groups = gated_norm.weight.shape[0] // gated_norm.group_size
+    enter = FewRows(mixer.in_proj.weight.data, norm=_norm(layer.norm))
+    leave = FewRows(
+        mixer.out_proj.weight.data,
+        norm=NormWeight(gated_norm.weight.data, gated_norm.eps, groups=groups),
+        post=_post(layer),
+    )
+
+    def run(hidden_SH: torch.Tensor, segments: Segments) -> torch.Tensor:
+        return leave(mixer.continued(enter(hidden_SH), segments), hidden_SH)
+
+    return run
+
+
+def _mlp(layer: Any) -> Layer:
+    choice = layer.mlp.config.activation_func.keywords  # of `train.model.activation.activate`
+    enter = FewRows(layer.mlp.linear_fc1.weight.data, norm=_norm(layer.pre_mlp_layernorm), **choice)
+    leave = FewRows(layer.mlp.linear_fc2.weight.data, post=_post(layer))
+    return lambda hidden_SH, _segments: leave(enter(hidden_SH), hidden_SH)
+
+
+def _attention(layer: Any) -> Layer:
+    attention = layer.self_attention
+    enter = FewRows(attention.linear_qkv.weight.data, norm=_norm(layer.input_layernorm))
+    leave = FewRows(attention.linear_proj.weight.data, post=_post(layer))
+    core = attention.core_attention
+
+    def run(hidden_SH: torch.Tensor, segments: Segments) -> torch.Tensor:
+        return leave(core.single_tokens(enter(hidden_SH), segments), hidden_SH)
+
+    return run
+
+
+def _as_it_is(layer: Any) -> Layer:
+    def run(hidden_SH: torch.Tensor, segments: Segments) -> torch.Tensor:
+        output = layer(
+            hidden_states=hidden_SH[:, None], attention_mask=None, packed_seq_params=RowContext(segments=segments)
+        )
+        return (output[0] if isinstance(output, tuple) else output)[:, 0].contiguous()
+
+    return run

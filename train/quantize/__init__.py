@@ -1,0 +1,1 @@
+"""Quantised weights: rounding, calibration, the files of compressed-tensors, and models that run with them."""

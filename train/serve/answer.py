@@ -1,0 +1,62 @@
+"""From the events of one request to its text: whole characters, stop strings, log-probabilities."""
+
+from dataclasses import dataclass, field
+
+from data.tokenizer import Tokenizer
+from train.inference.request import Event, Token
+
+
+@dataclass(frozen=True)
+class Piece:
+    """News of one choice of an answer."""
+
+    text: str = ""
+    tokens: tuple[Token, ...] = ()
+    finish: str | None = None
+    """`stop` or `length`, as OpenAI names them; set in the last piece."""
+
+
+@dataclass(eq=False)
+class Answer:
+    """The text of one request as it grows. Text that may turn out to be the start of a stop string is held back."""
+
+    tokenizer: Tokenizer
+    stop_strings: tuple[str, ...] = ()
+    generated: int = 0
+    """Tokens so far, with the one that ended the text."""
+    _pending: str = ""
+    _is_done: bool = field(default=False)
+
+    def __post_init__(self) -> None:
+        self._decoder = self.tokenizer.incremental_decoder()
+
+    def piece(self, event: Event) -> Piece | None:
+        """What a client is told of an event; None if nothing. The last piece has `finish`. No event may follow it."""
+        assert not self._is_done
+        token = event.token
+        tokens = () if token is None else (token,)
+        self.generated += len(tokens)
+        if token is not None and event.finish != "stop":  # a stop token is not text
+            self._pending += self._decoder.feed(token.id)
+        if event.finish is not None:
+            self._pending += self._decoder.finish()
+        found = min((at for at in map(self._pending.find, self.stop_strings) if at >= 0), default=None)
+        if found is not None:
+            self._is_done = True
+            return Piece(self._pending[:found], tokens, "stop")
+        if event.finish is not None:
+            self._is_done = True
+            return Piece(self._pending, () if event.finish == "stop" else tokens, event.finish)
+        if token is None:
+            return None
+        kept = self._possible_stop()
+        text, self._pending = self._pending[: len(self._pending) - kept], self._pending[len(self._pending) - kept :]
+        return Piece(text, tokens)
+
+    def _possible_stop(self) -> int:
+        """Characters at the end of the pending text that a stop string may start with."""
+        longest = min(max(map(len, self.stop_strings), default=1) - 1, len(self._pending))
+        for length in range(longest, 0, -1):
+            if any(stop.startswith(self._pending[-length:]) for stop in self.stop_strings):
+                return length
+        return 0

@@ -1,0 +1,520 @@
+"""The HTTP side: OpenAI's completions and chat completions, the list of models, health, metrics and a page to try it.
+
+Every error has OpenAI's form, {"error": {"message", "type", "param", "code"}}. A client that goes away ends its requests.
+"""
+
+import asyncio
+import hmac
+import json
+import secrets
+import time
+import uuid
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass, replace
+from importlib import resources
+from typing import Any
+
+from fastapi import FastAPI, HTTPException, Response
+from fastapi import Request as HttpRequest
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import HTMLResponse, JSONResponse, StreamingResponse
+from starlette.exceptions import HTTPException as StarletteError
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from data.tokenizer import Tokenizer
+from recipes.schema.errors import RecipeError
+from train.inference.request import Event, Request, Sampling, Thinking, Token
+from train.serve.answer import Answer, Piece
+from train.serve.chat import ChatTemplate
+from train.serve.metrics import Metrics
+from train.serve.schema import ChatCall, CompletionCall
+from train.serve.worker import Busy, EngineStopped, Ticket, Worker
+
+_MOST_DROPPED = 32 * 2**20
+"""Bytes of a body that is too long which are read before the connection is closed."""
+
+
+@dataclass(frozen=True)
+class Served:
+    """What the server offers."""
+
+    name: str
+    tokenizer: Tokenizer
+    worker: Worker
+    context_tokens: int
+    template: ChatTemplate | None
+    thinking: Thinking | None
+    """Markers of thinking, with any budget; None if the model has none."""
+    created: int
+    """Unix time."""
+
+
+class ServerRefusal(HTTPException):
+    """An error answer in OpenAI's form."""
+
+    def __init__(
+        self, status: int, message: str, *, param: str | None = None, code: str | None = None, retry_s: int = 0
+    ) -> None:
+        super().__init__(status, message, headers={"Retry-After": str(retry_s)} if retry_s else None)
+        self.body = _error_body(status, message, param=param, code=code)
+
+
+def build_app(served: Served, *, key: str | None, most_body_bytes: int) -> ASGIApp:
+    """The ASGI application. key: clients must send it as a bearer token, if given."""
+    app = FastAPI(title="Stratum", openapi_url=None, docs_url=None, redoc_url=None)
+    metrics = Metrics(served.worker)
+
+    @app.exception_handler(ServerRefusal)
+    async def refusal(_request: HttpRequest, error: ServerRefusal) -> JSONResponse:
+        return JSONResponse(error.body, error.status_code, headers=error.headers)
+
+    @app.exception_handler(StarletteError)
+    async def other_refusal(_request: HttpRequest, error: StarletteError) -> JSONResponse:
+        return JSONResponse(_error_body(error.status_code, str(error.detail)), error.status_code, headers=error.headers)
+
+    @app.exception_handler(RequestValidationError)
+    async def invalid(_request: HttpRequest, error: RequestValidationError) -> JSONResponse:
+        first = error.errors()[0]
+        loc = [str(part)[:100] for part in first["loc"] if part != "body"]
+        message = f"{'.'.join(loc)}: {first['msg']}" if loc else str(first["msg"])
+        return JSONResponse(_error_body(400, message, param=loc[0] if loc else None), 400)
+
+    @app.exception_handler(RecipeError)
+    async def refused(_request: HttpRequest, error: RecipeError) -> JSONResponse:
+        return JSONResponse(_error_body(400, str(error)), 400)
+
+    @app.exception_handler(EngineStopped)
+    async def stopped(_request: HttpRequest, error: EngineStopped) -> JSONResponse:
+        return JSONResponse(_error_body(503, str(error)), 503)
+
+    def check_key(request: HttpRequest) -> None:
+        if key is None:
+            return
+        sent = request.headers.get("authorization", "").removeprefix("Bearer ").encode()
+        if not hmac.compare_digest(sent, key.encode()):
+            raise ServerRefusal(401, "the API key is missing or wrong.", code="invalid_api_key")
+
+    @app.get("/health")
+    async def health() -> Response:
+        return Response(status_code=503 if served.worker.ended.done() else 200)
+
+    @app.get("/metrics")
+    async def metrics_page() -> Response:
+        content, kind = metrics.page()
+        return Response(content, media_type=kind)
+
+    @app.get("/", response_class=HTMLResponse)
+    async def page() -> str:
+        return resources.files("train.serve").joinpath("page.html").read_text()
+
+    @app.get("/v1/models")
+    async def models(request: HttpRequest) -> dict[str, Any]:
+        check_key(request)
+        return {"object": "list", "data": [_model(served)]}
+
+    @app.get("/v1/models/{name:path}")
+    async def model(name: str, request: HttpRequest) -> dict[str, Any]:
+        check_key(request)
+        _check_model(served, name)
+        return _model(served)
+
+    @app.post("/v1/completions")
+    async def completions(request: HttpRequest, call: CompletionCall) -> Response:
+        check_key(request)
+        _check_model(served, call.model)
+        return await _respond(request, _Completion(served, call), metrics)
+
+    @app.post("/v1/chat/completions")
+    async def chat(request: HttpRequest, call: ChatCall) -> Response:
+        check_key(request)
+        _check_model(served, call.model)
+        return await _respond(request, _Chat(served, call), metrics)
+
+    return _LimitedBodies(app, most_body_bytes)
+
+
+class _LimitedBodies:
+    """Refuses bodies above a size before they are in memory."""
+
+    def __init__(self, app: ASGIApp, most: int) -> None:
+        self._app, self._most = app, most
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        message = f"the body is longer than {self._most:,} bytes."
+        refusal = JSONResponse(_error_body(413, message), 413, headers={"connection": "close"})
+        sizes = [value for name, value in scope["headers"] if name == b"content-length"]
+        if any(not size.isdigit() or int(size) > self._most for size in sizes):
+            # A client reads the answer only after it has sent its body, so some of it is read and dropped.
+            dropped, more = 0, True
+            while more and dropped < _MOST_DROPPED:
+                part = await receive()
+                dropped += len(part.get("body", b""))
+                more = part.get("more_body", False)
+            await refusal(scope, receive, send)
+            return
+        read = 0
+
+        async def counted() -> Message:
+            nonlocal read
+            part = await receive()
+            read += len(part.get("body", b""))
+            if read > self._most:
+                raise ServerRefusal(413, message)
+            return part
+
+        await self._app(scope, counted, send)
+
+
+class _Job:
+    """One call: its requests, and how its answer is written as JSON."""
+
+    kind: str
+    """`object` of a whole answer."""
+    part_kind: str
+    """`object` of a part of a stream."""
+    prefix: str
+
+    def __init__(self, served: Served, call: CompletionCall | ChatCall, prompts: list[list[int]]) -> None:
+        self.served, self.call, self.prompts = served, call, prompts
+        self.id = f"{self.prefix}-{uuid.uuid4().hex}"
+        self.created = int(time.time())
+        self.stop_strings = call.stop_strings
+
+    def requests(self) -> list[Request]:
+        """One for each choice. The i-th choice of a prompt has the seed `seed + i`."""
+        call = self.call
+        seed = secrets.randbits(62) if call.seed is None else call.seed
+        stop = frozenset() if call.ignore_eos else frozenset({self.served.tokenizer.eod})
+        thinking = None
+        if call.thinking_budget is not None:
+            if self.served.thinking is None:
+                raise ServerRefusal(
+                    400,
+                    "thinking_budget: this server knows no thinking markers. Start it with --think-start and --think-end.",
+                    param="thinking_budget",
+                )
+            thinking = replace(self.served.thinking, budget=call.thinking_budget)
+        return [
+            Request(
+                prompt,
+                self.new_tokens(prompt),
+                sampling=Sampling(call.temperature, top_k=call.top_k, top_p=call.top_p, seed=seed + index),
+                stop=stop,
+                top_logprobs=self.top_logprobs,
+                score_from=self.score_from(prompt),
+                thinking=thinking,
+            )
+            for prompt in self.prompts
+            for index in range(call.n)
+        ]
+
+    def room(self, prompt: list[int]) -> int:
+        """Tokens that an answer may have at most."""
+        room = self.served.context_tokens - len(prompt)
+        if room < 1:
+            raise ServerRefusal(
+                400,
+                f"the prompt has {len(prompt):,} tokens; a text has at most {self.served.context_tokens:,} here, the answer "
+                "included. Shorten the prompt.",
+                param="prompt",
+                code="context_length_exceeded",
+            )
+        return room
+
+    # What the two kinds of call differ in:
+    top_logprobs: int
+    wants_logprobs: bool
+
+    def new_tokens(self, prompt: list[int]) -> int:
+        raise NotImplementedError
+
+    def score_from(self, prompt: list[int]) -> int | None:
+        return None
+
+    def choice(self, index: int, piece: Piece, scores: tuple[Token, ...], *, is_part: bool) -> dict[str, Any]:
+        raise NotImplementedError
+
+    def first_parts(self) -> list[dict[str, Any]]:
+        """Choices that a stream begins with."""
+        return []
+
+    # Shared by both:
+
+    def body(self, choices: list[dict[str, Any]], *, is_part: bool, usage: dict[str, int] | None) -> dict[str, Any]:
+        body = {
+            "id": self.id,
+            "object": self.part_kind if is_part else self.kind,
+            "created": self.created,
+            "model": self.served.name,
+            "choices": choices,
+        }
+        return body if usage is None else {**body, "usage": usage}
+
+    def usage(self, generated: int) -> dict[str, int]:
+        read = sum(map(len, self.prompts))
+        return {"prompt_tokens": read, "completion_tokens": generated, "total_tokens": read + generated}
+
+
+class _Completion(_Job):
+    kind = part_kind = "text_completion"
+    prefix = "cmpl"
+
+    def __init__(self, served: Served, call: CompletionCall) -> None:
+        if not call.prompt:
+            raise ServerRefusal(400, "prompt: it is empty. Give a text, or token ids.", param="prompt")
+        prompts = [_prompt_ids(served.tokenizer, prompt) for prompt in _prompts(call.prompt)]
+        super().__init__(served, call, prompts)
+        self.echo = call.echo
+        self.most = call.max_tokens
+        self.wants_logprobs = call.logprobs is not None
+        self.top_logprobs = call.logprobs or 0
+        self._offsets = [0] * (len(prompts) * call.n)
+        self._echoed: set[int] = set()
+        if self.most == 0 and not self.echo:
+            raise ServerRefusal(400, "max_tokens=0 gives nothing. Use 1 or more, or echo=true.", param="max_tokens")
+
+    def new_tokens(self, prompt: list[int]) -> int:
+        return min(self.room(prompt), 16) if self.most is None else self.most
+
+    def score_from(self, prompt: list[int]) -> int | None:
+        scores = self.echo and (self.wants_logprobs or self.most == 0)
+        return 1 if scores and (len(prompt) > 1 or self.most == 0) else None
+
+    def choice(self, index: int, piece: Piece, scores: tuple[Token, ...], *, is_part: bool) -> dict[str, Any]:
+        text, found = piece.text, piece.tokens
+        prompt = self.prompts[index // self.call.n]
+        decode = self.served.tokenizer.decode
+        echoed = self.echo and index not in self._echoed  # in the first part of a choice
+        if echoed:
+            self._echoed.add(index)
+            text = decode(prompt) + text
+        choice: dict[str, Any] = {"index": index, "text": text, "logprobs": None, "finish_reason": piece.finish}
+        if self.wants_logprobs:
+            lines = [(token.id, token.logprob, token.top) for token in (*scores, *found)]
+            first = [(prompt[0], None, ())] if echoed else []
+            names, values, tops, offsets = [], [], [], []
+            for id, logprob, top in [*first, *lines]:
+                name = _token_text(self.served.tokenizer, id)
+                names.append(name)
+                values.append(logprob)
+                tops.append({_token_text(self.served.tokenizer, other): value for other, value in top} or None)
+                offsets.append(self._offsets[index])
+                self._offsets[index] += len(name)
+            choice["logprobs"] = {
+                "tokens": names,
+                "token_logprobs": values,
+                "top_logprobs": tops,
+                "text_offset": offsets,
+            }
+        return choice
+
+
+def _prompts(given: str | list[int] | list[str] | list[list[int]]) -> Sequence[str | list[int]]:
+    """The prompts of a call: one, or several in a list."""
+    if isinstance(given, str):
+        return [given]
+    numbers = [entry for entry in given if isinstance(entry, int)]
+    return [numbers] if numbers else [entry for entry in given if not isinstance(entry, int)]
+
+
+def _prompt_ids(tokenizer: Tokenizer, prompt: str | list[int]) -> list[int]:
+    return tokenizer.prompt(prompt) if isinstance(prompt, str) else prompt
+
+
+class _Chat(_Job):
+    kind = "chat.completion"
+    part_kind = "chat.completion.chunk"
+    prefix = "chatcmpl"
+
+    def __init__(self, served: Served, call: ChatCall) -> None:
+        if served.template is None:
+            raise ServerRefusal(
+                400,
+                "this model has no chat template. Start the server with --chat-template FILE (Jinja) or --chat-template plain, "
+                "or use /v1/completions.",
+            )
+        prompt = served.template.ids([{"role": message.role, "content": message.text} for message in call.messages])
+        super().__init__(served, call, [prompt])
+        self.stop_strings += served.template.stop_strings
+        self.most = call.max_completion_tokens or call.max_tokens
+        self.wants_logprobs = call.logprobs
+        self.top_logprobs = (call.top_logprobs or 0) if call.logprobs else 0
+
+    def new_tokens(self, prompt: list[int]) -> int:
+        return self.most or self.room(prompt)
+
+    def first_parts(self) -> list[dict[str, Any]]:
+        return [
+            {"index": index, "delta": {"role": "assistant", "content": ""}, "logprobs": None, "finish_reason": None}
+            for index in range(self.call.n)
+        ]
+
+    def choice(self, index: int, piece: Piece, scores: tuple[Token, ...], *, is_part: bool) -> dict[str, Any]:
+        content = {"content": piece.text}
+        body = {"delta": content if piece.text else {}} if is_part else {"message": {"role": "assistant", **content}}
+        logprobs = None
+        if self.wants_logprobs:
+            logprobs = {
+                "content": [
+                    {
+                        **_token_entry(self.served.tokenizer, token.id, token.logprob),
+                        "top_logprobs": [_token_entry(self.served.tokenizer, *other) for other in token.top],
+                    }
+                    for token in piece.tokens
+                ]
+            }
+        return {"index": index, **body, "logprobs": logprobs, "finish_reason": piece.finish}
+
+
+async def _respond(http: HttpRequest, job: _Job, metrics: Metrics) -> Response:
+    """The whole answer, or a stream of server-sent events."""
+    begin = time.monotonic()
+    try:
+        ticket = await job.served.worker.submit(job.requests())
+    except Busy as error:
+        raise ServerRefusal(429, str(error), code="server_busy", retry_s=metrics.retry_s()) from error
+    if job.call.stream:
+        return StreamingResponse(_stream(job, ticket, metrics, begin), media_type="text/event-stream")
+    collecting = asyncio.create_task(_collect(job, ticket, metrics, begin))
+    leaving = asyncio.create_task(_gone(http))
+    try:
+        await asyncio.wait({collecting, leaving}, return_when=asyncio.FIRST_COMPLETED)
+        if not collecting.done():
+            return Response(status_code=499)  # nobody reads it
+        return JSONResponse(collecting.result())
+    finally:
+        collecting.cancel()
+        leaving.cancel()
+        job.served.worker.release(ticket)
+
+
+async def _gone(http: HttpRequest) -> None:
+    while (await http.receive())["type"] != "http.disconnect":
+        pass
+
+
+@dataclass(eq=False)
+class _News:
+    """One choice's news with the prompt's scores that came before it."""
+
+    index: int
+    piece: Piece
+    scores: tuple[Token, ...]
+
+
+async def _news(
+    job: _Job, ticket: Ticket, answers: list[Answer], metrics: Metrics, begin: float
+) -> AsyncGenerator[_News]:
+    """Pieces of all choices as they come, until all have ended. Raises ServerRefusal if one failed."""
+    numbers = {id: index for index, id in enumerate(ticket.ids)}
+    open_choices = set(range(len(answers)))
+    scores: list[list[Token]] = [[] for _ in answers]
+    is_first = True
+    while open_choices:
+        event: Event = await ticket.events.get()
+        index = numbers[event.request]
+        if index not in open_choices:
+            continue
+        if event.finish == "error":
+            raise ServerRefusal(500, f"the request failed: {event.message}.", code="generation_failed")
+        scores[index] += event.scores
+        piece = answers[index].piece(event)
+        if piece is None:
+            continue
+        if is_first and piece.tokens:
+            metrics.first_token(time.monotonic() - begin)
+            is_first = False
+        if piece.finish is not None:
+            open_choices.discard(index)
+            if event.finish is None:  # a stop string: the engine does not know
+                job.served.worker.cancel(event.request)
+        yield _News(index, piece, tuple(scores[index]))
+        scores[index] = []
+    metrics.request_done(time.monotonic() - begin)
+
+
+def _answers(job: _Job, ticket: Ticket) -> list[Answer]:
+    return [Answer(job.served.tokenizer, job.stop_strings) for _ in ticket.ids]
+
+
+async def _collect(job: _Job, ticket: Ticket, metrics: Metrics, begin: float) -> dict[str, Any]:
+    answers = _answers(job, ticket)
+    found: list[list[_News]] = [[] for _ in answers]
+    async for news in _news(job, ticket, answers, metrics, begin):
+        found[news.index].append(news)
+    choices = [job.choice(index, *_joined(parts), is_part=False) for index, parts in enumerate(found)]
+    return job.body(choices, is_part=False, usage=job.usage(sum(answer.generated for answer in answers)))
+
+
+def _joined(parts: list[_News]) -> tuple[Piece, tuple[Token, ...]]:
+    text = "".join(news.piece.text for news in parts)
+    tokens = tuple(token for news in parts for token in news.piece.tokens)
+    return Piece(text, tokens, parts[-1].piece.finish), tuple(score for news in parts for score in news.scores)
+
+
+async def _stream(job: _Job, ticket: Ticket, metrics: Metrics, begin: float) -> AsyncIterator[str]:
+    """Server-sent events. Closed by Starlette when the client goes, which releases the requests."""
+    try:
+        answers = _answers(job, ticket)
+        wants_usage = job.call.stream_options is not None and job.call.stream_options.include_usage
+        first = job.first_parts()
+        if first:
+            yield _sse(job.body(first, is_part=True, usage=None))
+        async with aclosing(_news(job, ticket, answers, metrics, begin)) as all_news:
+            async for news in all_news:
+                if news.piece.text or news.piece.finish or job.wants_logprobs or news.scores:
+                    choice = job.choice(news.index, news.piece, news.scores, is_part=True)
+                    yield _sse(job.body([choice], is_part=True, usage=None))
+        if wants_usage:
+            usage = job.usage(sum(answer.generated for answer in answers))
+            yield _sse(job.body([], is_part=True, usage=usage))
+    except ServerRefusal as error:
+        yield _sse(error.body)
+    finally:
+        job.served.worker.release(ticket)
+    yield "data: [DONE]\n\n"
+
+
+def _sse(body: dict[str, Any]) -> str:
+    return f"data: {json.dumps(body, ensure_ascii=False, separators=(',', ':'))}\n\n"
+
+
+def _error_body(status: int, message: str, *, param: str | None = None, code: str | None = None) -> dict[str, Any]:
+    kinds = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
+    kind = kinds.get(status, "invalid_request_error" if status < 500 else "server_error")
+    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
+
+
+def _model(served: Served) -> dict[str, Any]:
+    return {
+        "id": served.name,
+        "object": "model",
+        "created": served.created,
+        "owned_by": "stratum",
+        "max_model_len": served.context_tokens,
+    }
+
+
+def _check_model(served: Served, name: str) -> None:
+    if name != served.name:
+        message = f"there is no model {name[:200]!r} here; this server has {served.name!r}."
+        raise ServerRefusal(404, message, param="model", code="model_not_found")
+
+
+def _token_text(tokenizer: Tokenizer, id: int) -> str:
+    """A token as text; the name of a special one; `bytes:\\xe2` for a part of a character, as OpenAI writes it."""
+    content = tokenizer.bytes_of(id)
+    if not content:
+        return tokenizer.special_name(id) or ""
+    try:
+        return content.decode()
+    except UnicodeDecodeError:
+        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in content)
+
+
+def _token_entry(tokenizer: Tokenizer, id: int, logprob: float) -> dict[str, Any]:
+    return {"token": _token_text(tokenizer, id), "logprob": logprob, "bytes": list(tokenizer.bytes_of(id))}

@@ -1,0 +1,107 @@
+"""From a recipe to a running server: model, engine, worker, HTTP."""
+
+import asyncio
+import signal
+import socket
+import sys
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+import uvicorn
+
+from data.tokenizer import Tokenizer
+from recipes.schema.errors import RecipeError, StratumError
+from recipes.schema.foreign import printable
+from recipes.schema.recipe import Recipe
+from recipes.schema.tools import ServeConfig
+from train.inference.batch_engine import EngineConfig, InferenceEngine
+from train.inference.request import Thinking
+from train.inference.text import opened
+from train.serve.app import Served, build_app
+from train.serve.chat import open_template
+from train.serve.worker import Worker
+
+_GIB = 2**30
+
+
+def serve(recipe: Recipe, config: ServeConfig, listener: socket.socket, *, key: str | None) -> int:
+    """Serve until SIGTERM or SIGINT. -> exit status: 0, or 1 if the engine failed."""
+    with opened(recipe, checkpoint=config.checkpoint) as loaded:
+        template = open_template(config.chat_template, loaded.tokenizer) if config.chat_template else None
+        engine = InferenceEngine(
+            loaded.model,
+            recipe.model,
+            EngineConfig(
+                rows=config.rows,
+                context_tokens=config.context_tokens,
+                memory_bytes=None if config.memory_gib is None else int(config.memory_gib * _GIB),
+                step_tokens=config.step_tokens,
+                prefix_blocks=config.prefix_blocks,
+            ),
+            fingerprint=loaded.fingerprint,
+        )
+        thinking = _thinking(config, loaded.tokenizer)
+        name = config.name or recipe.run.name
+
+        async def run() -> int:
+            worker = Worker(engine, most=config.rows + config.queue)
+            served = Served(
+                name, loaded.tokenizer, worker, config.context_tokens, template, thinking, created=int(time.time())
+            )
+            app = build_app(served, key=key, most_body_bytes=int(config.body_mib * 2**20))
+            server = uvicorn.Server(
+                uvicorn.Config(app, log_level="warning", lifespan="off", timeout_graceful_shutdown=config.drain_s)
+            )
+            host, port = listener.getsockname()[:2]
+            address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+            sys.stdout.write(f"Serving {printable(name)} ({loaded.checkpoint}) at http://{address}\n")
+            if not key and host not in ("127.0.0.1", "::1"):
+                sys.stdout.write("Anyone who reaches this address can use it: there is no --key-file.\n")
+            sys.stdout.flush()
+            # uvicorn ends on SIGTERM and SIGINT, then raises them again for the handlers that were there before it.
+            for number in (signal.SIGTERM, signal.SIGINT):
+                signal.signal(number, _no_action)
+            async with _ending_with(worker, server):
+                await server.serve(sockets=[listener])
+            error = await worker.stop()
+            if error is not None:
+                raise StratumError(f"the engine failed: {error!r}") from error
+            return 0
+
+        return asyncio.run(run())
+
+
+def _no_action(_number: int, _frame: object) -> None:
+    pass
+
+
+@asynccontextmanager
+async def _ending_with(worker: Worker, server: uvicorn.Server) -> AsyncIterator[None]:
+    """Let the server end when the engine has ended."""
+
+    async def watch() -> None:
+        await asyncio.shield(worker.ended)
+        server.should_exit = True
+
+    watching = asyncio.create_task(watch())
+    try:
+        yield
+    finally:
+        watching.cancel()
+
+
+def _thinking(config: ServeConfig, tokenizer: Tokenizer) -> Thinking | None:
+    """The markers as token ids, with no budget yet."""
+    if config.think_start is None and config.think_end is None:
+        return None
+    if not config.think_start or not config.think_end:
+        raise RecipeError("--think-start and --think-end belong together: give both or none.")
+    start, end = (_marker_ids(tokenizer, marker) for marker in (config.think_start, config.think_end))
+    newlines = frozenset(id for id in range(tokenizer.vocab_size) if tokenizer.bytes_of(id).endswith(b"\n"))
+    return Thinking(budget=0, start=start, end=end, newlines=newlines)
+
+
+def _marker_ids(tokenizer: Tokenizer, marker: str) -> tuple[int, ...]:
+    special = tokenizer.special
+    return (special[marker],) if marker in special else tuple(tokenizer.encode(marker))
