@@ -79,7 +79,7 @@ def inspect(config: InspectConfig, composed: DictConfig) -> int:
         _samples(dataset, config, console)
     picture = Path(config.picture) if config.picture else dataset.folder / "lengths.png"
     draw(lengths, picture, row_tokens=data.row_tokens)
-    console.print(f"Document lengths: {picture}")
+    console.print(f"Document lengths: {printable(str(picture))}")
     return 0
 
 

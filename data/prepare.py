@@ -45,6 +45,7 @@ from data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 from recipes.schema import units
 from recipes.schema.data import DataConfig
 from recipes.schema.errors import DataError, refuse
+from recipes.schema.foreign import printable
 from recipes.schema.options import hand_over
 from recipes.schema.rules import data_problems
 from recipes.schema.typed import build
@@ -287,7 +288,7 @@ def _changes(config: DataConfig, manifest: Manifest, stamps: dict[str, str]) -> 
 
 
 def _say(console: Console, text: str) -> None:
-    console.print(text, highlight=False, markup=False, soft_wrap=True)
+    console.print(printable(text), highlight=False, markup=False, soft_wrap=True)
 
 
 def _since(started: float) -> str:

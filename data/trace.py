@@ -121,7 +121,7 @@ def _show_step(dataset: Dataset, config: TraceConfig, global_rows: int, *, steps
             continue
         _say(f"\nposition {position:,}: source {name}, row {row.row:,}, epoch {row.epoch + 1}")
         for piece in pieces:
-            place = f"{piece.file} record {piece.record:,}"
+            place = f"{printable(piece.file)} record {piece.record:,}"
             _say(f"  {piece.slot:>6,}  {piece.tokens:>6,} tokens  {place}  (document {piece.document:,}, {piece.part})")
             if piece.text:
                 _say(f"          {piece.text!r}")
@@ -146,7 +146,7 @@ def _show_document(
         _say_json(record)
         return
     _say(
-        f"{origin.file} record {origin.record:,}: document {document:,} of source {name}, {stop - start:,} tokens, in "
+        f"{printable(origin.file)} record {origin.record:,}: document {document:,} of source {name}, {stop - start:,} tokens, in "
         f"{len(held):,} row{'s' * (len(held) != 1)} of {rows.row_tokens:,}"
     )
     if config.chars:

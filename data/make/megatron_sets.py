@@ -110,7 +110,7 @@ def _look_through(
         least, most = int(block.min()), int(block.max())
         if least < 0 or most >= len(token_bytes):
             raise DataError(
-                f"{shard.prefix}.bin holds token id {most if least >= 0 else least:,}, outside the tokenizer's vocabulary "
+                f"{shard.prefix}.bin contains token id {most if least >= 0 else least:,}, outside the tokenizer's vocabulary "
                 f"of {len(token_bytes):,}. Set data.tokenizer.path to the tokenizer this set was made with."
             )
         size = int(token_bytes[block].sum(dtype=np.int64))

@@ -1,9 +1,9 @@
 """The order of training: global row position -> (source, row of that source), a pure function with nothing to save.
 
-Two independent parts. *Which source* is the curriculum's (`data.order.curriculum`): within one row of the asked shares after
-every position, also where shares change and where a source runs out. *Which row*: the k-th draw from a source of n rows is
-number k mod n of epoch k // n in that source's order (`data.order.permutation`), keyed by (seed, source, epoch). No index array;
-start-up and memory do not depend on the corpus.
+Two independent parts. *Which source* follows from the curriculum (`data.order.curriculum`): within one row of the configured
+shares after every position, also where shares change and where a source runs out. *Which row*: the k-th draw from a source of
+n rows is number k mod n of epoch k // n in that source's order (`data.order.permutation`), keyed by (seed, source, epoch). No
+index array is stored; start-up time and memory do not depend on the corpus.
 """
 
 import hashlib
@@ -23,7 +23,7 @@ from recipes.schema.errors import DataError, refuse
 from recipes.schema.rules import order_problems
 
 ORDER = 2
-"""Version of how shares that change, or have no short period, are laid out. A change of it changes the rows of such runs."""
+"""Version of the order of rows for shares that change or have no short period. A new version gives such runs other rows."""
 TREE_ORDER = 3
 """The same for rows drawn by a tree of many sources."""
 _CACHED_WINDOWS = 4
@@ -66,17 +66,19 @@ class Blend:
         row_tokens: int = 1,
         phases: Sequence[PhaseConfig] = (),
         shuffle_shards: int = 0,
-        go_on: bool = False,
+        replace_exhausted: bool = False,
     ) -> None:
-        """go_on: when a source has been read max_epochs times, the others take its place; else reading on is an error.
+        """replace_exhausted: when a source has been read max_epochs times, the others take its place; otherwise reading on is an
+        error.
 
-        DataError for weights or phases that say nothing, or a source that is drawn and has no row.
+        DataError for weights or phases without a positive share, or a source that is drawn and has no row.
         """
         self.sources = list(sources)
         self._row_tokens = row_tokens
         self._most = [None if s.max_epochs is None else int(Fraction(str(s.max_epochs)) * s.rows) for s in self.sources]
-        asked = _phases(self.sources, phases, row_tokens=row_tokens)
-        self.curriculum = Curriculum(asked, self._most if go_on else ())
+        self.curriculum = Curriculum(
+            _phases(self.sources, phases, row_tokens=row_tokens), self._most if replace_exhausted else ()
+        )
         if not self.curriculum.segments:
             raise DataError("every source's max_epochs is less than one row, so there is nothing to draw. Raise one.")
         drawn = [any(s.shares[i] or s.slope[i] for s in self.curriculum.segments) for i in range(len(self.sources))]
@@ -147,7 +149,7 @@ class Blend:
     def check_length(self, rows: int, *, global_rows: int = 1) -> None:
         """DataError if the first `rows` rows, `global_rows` a step, would read a source more often than its max_epochs.
 
-        It says at which step the source runs out, and what could be done.
+        The message names the step at which the source runs out, and the remedies.
         """
         end = self.curriculum.stop
         if end is not None and rows > end:
@@ -163,17 +165,17 @@ class Blend:
                 lines.append(
                     f"source {source.name!r} runs out at step {at // global_rows + 1:,} (row {at:,}, token "
                     f"{at * self._row_tokens:,}): max_epochs={source.max_epochs:g} of its {source.rows:,} rows are {most:,}, "
-                    f"the run's {rows:,} rows would hold {count:,} ({count / max(1, source.rows):.2f} epochs)."
+                    f"the run's {rows:,} rows would contain {count:,} ({count / max(1, source.rows):.2f} epochs)."
                 )
         if lines:
             remedy = (
-                "Lower its weight or run.steps, add text, raise max_epochs, or let the other sources take its place from there "
+                "Lower its weight or run.steps, add text, raise max_epochs, or let the other sources take its place from then "
                 "on: data.on_exhausted=continue."
             )
             raise DataError("\n".join([*lines, remedy]))
 
     def exhausted(self, rows: int) -> list[tuple[str, int]]:
-        """Sources that the others have replaced before `rows`, with the position from which they do, in that order."""
+        """Sources that the others replace before row `rows`, each with the position from which they do, by position."""
         found = [(self.sources[i].name, place) for i, place in self.curriculum.runs_out.items() if place < rows]
         return sorted(found, key=lambda item: item[1])
 
@@ -190,7 +192,7 @@ class Blend:
 
     def _position_of(self, source: int, nth: int, stop: int) -> int:
         """Position of the nth draw (from 0) of a source; it is below `stop`."""
-        low, high = 0, stop  # drawn(low) <= nth < drawn(high)
+        low, high = 0, stop  # invariant: drawn(low) <= nth < drawn(high)
         while high - low > 1:
             middle = (low + high) // 2
             if self.curriculum.drawn(middle)[source] <= nth:
@@ -202,7 +204,7 @@ class Blend:
     def _window(self, position: int) -> tuple[int, Draw]:
         """The window of the order that contains a position: its start, and its draws."""
         window = self.curriculum.window(position)
-        found = self._draws.get(window.start)  # those who read and those who look ahead do not turn each other out
+        found = self._draws.get(window.start)  # several windows: readers and read-ahead use different ones
         return window.start, found or self._draws.keep(window.start, self._resolve(window))
 
     def _resolve(self, window: Window) -> Draw:
@@ -218,9 +220,9 @@ class Blend:
 
 
 def blend_of(config: DataConfig, rows: Sequence[int], *, groups: Sequence[tuple[int, ...]] = ()) -> Blend:
-    """The order that a recipe asks for, of sources that have so many training rows each, in the recipe's order.
+    """The order that a recipe configures. rows: training rows of each source, in the recipe's order.
 
-    groups: rows of each shard of every source, where rows are shuffled within a few shards at a time.
+    groups: rows of each shard of every source, if rows are shuffled within a few shards at a time.
     """
     return Blend(
         [
@@ -233,12 +235,12 @@ def blend_of(config: DataConfig, rows: Sequence[int], *, groups: Sequence[tuple[
         row_tokens=config.row_tokens,
         phases=config.phases,
         shuffle_shards=config.shuffle_shards if groups else 0,
-        go_on=config.on_exhausted == "continue",
+        replace_exhausted=config.on_exhausted == "continue",
     )
 
 
 def _phases(sources: Sequence[BlendSource], phases: Sequence[PhaseConfig], *, row_tokens: int) -> list[Phase]:
-    """Phases in rows, with shares that sum to 1. DataError for what cannot be meant."""
+    """Phases in rows, with shares that sum to 1. DataError if they contradict each other."""
     weights = {source.name: source.weight for source in sources}
     refuse(order_problems(weights, phases, row_tokens=row_tokens), DataError)
     result = [Phase(0, _shares(weights, list(weights)))]
@@ -249,7 +251,7 @@ def _phases(sources: Sequence[BlendSource], phases: Sequence[PhaseConfig], *, ro
 
 
 def _shares(weights: Mapping[str, float], names: Sequence[str]) -> tuple[Fraction, ...]:
-    """Weights, read as the decimals they print as, as exact shares."""
+    """Weights as exact shares. A weight is taken as the decimal that it prints as: 0.1 is 1/10."""
     exact = [Fraction(str(weights.get(name, 0))) for name in names]
     total = sum(exact)
     return tuple(weight / total for weight in exact)

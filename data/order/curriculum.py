@@ -5,30 +5,30 @@
 
 No order by source can follow `owed` exactly; this one stays within one row of it.
 
-*Windows.* Time is cut into windows whose ends are known without looking at any other window. At an end each source has a
-whole number of rows next to what it is owed; between two ends the rows are jobs: the k-th row of a source may come once
-k - 1 rows are owed and must have come before k are owed and a further one (|drawn - owed| <= 1). Unit jobs with release
-times and deadlines are what "earliest deadline first" solves whenever a solution exists; without window ends one always
-does (Tijdeman, The chairman assignment problem, Discrete Mathematics 32, 1980, for shares that may change with every row;
+*Windows.* The order is cut into windows; where a window ends does not depend on other windows. At an end, each source has
+drawn one of the two whole numbers next to what it is owed. Between two ends the rows are jobs: the k-th row of a source may
+come once k - 1 rows are owed, and must come before k + 1 are owed (|drawn - owed| <= 1). "Earliest deadline first" solves
+unit jobs with release times and deadlines whenever a solution exists, and without window ends one always
+exists (Tijdeman, The chairman assignment problem, Discrete Mathematics 32, 1980, for shares that may change with every row;
 Steiner and Yeomans, Management Science 39, 1993).
 
-*Ends.* While shares hold still and are c_i / M, every window is a multiple of M long, so all of them look alike and are
-laid out once. Along a ramp an end is a place where the nearest whole numbers of what is owed add up to the position: each
-source is then within half a row there. Whether an end allows one row on both its sides is known from what is owed near it
-(`_late`, `_early`: Hall's condition for jobs with release times and deadlines, which is exact: between two ends that allow
-it there is an order within one row). Of the places where an end may be, the first that allows it is taken, and where shares
-change, of the ways to round what is owed the first that does.
+*Ends.* While shares are constant and are c_i / M, every window is a multiple of M long, so all windows look alike and are
+laid out once. On a ramp, an end is a position where the owed rows, rounded to the nearest whole numbers, add up to the
+position: each source is then within half a row there. Whether the bound of one row can be met on both sides of an end follows
+from the rows owed near it (`_Stretch.late`, `_Stretch.early`: Hall's condition for jobs with release times and deadlines. It
+is exact: between two ends that meet it, an order within one row exists). The first candidate position that meets it is taken.
+Where shares change, the position is given, and the first way to round the owed rows that meets it is taken.
 
-*Many sources.* Where shares hold still without a short period and several sources draw less than a few rows a window, all
-of these may be owed half a row at the same place, and no end near it adds up. There, and wherever more than 12 sources are
-drawn, each row goes down a tree of the sources instead (`data.order.tree`), which has no windows: a row costs the depth of the
-tree, and the tree says how far off a source may be: below 1 row for one heavy source and many light ones.
+*Many sources.* If shares are constant without a short period and several sources draw only a few rows a window, all of these
+may be owed half a row at the same position, and no end near it adds up. In this case, and if more than 12 sources are drawn,
+each row goes down a tree of the sources instead (`data.order.tree`), which has no windows. A row costs the depth of the tree,
+and the tree gives the bound: below 1 row for one heavy source and many light ones.
 
-*The bound.* Shares that never change: 1 row, always. Phases and ramps: 1 row where such ends were found; each window says
-what it kept (`Window.within`). A chain of ends that is good everywhere exists (Tijdeman), but which of the sources that
-draw less than a row a window have had theirs depends on all that came before; decided in each place anew, from what is owed
-there, it cannot be promised (Balinski and Young, Fair Representation, 1982, for four or more sources). Proven in any case:
-3/2 rows between balanced ends, 2 where shares hold still after a change (an offset below 1 and an order within 1 of it).
+*The bound.* Shares that never change: always 1 row. Phases and ramps: 1 row if such ends were found; `Window.within` is the
+bound that a window meets. A chain of ends that are all good exists (Tijdeman), but it depends on all rows before: which of the
+sources that draw less than a row a window have already drawn theirs. A rule that decides at each end from the rows owed there
+cannot promise it (Balinski and Young, Fair Representation, 1982, for four or more sources). Proven in any case: 3/2 rows
+between balanced ends, 2 if shares are constant after a change (an offset below 1 and an order within 1 of it).
 """
 
 import heapq
@@ -45,22 +45,22 @@ from data.order.tree import ShareTree
 from data.system.recent import Recent
 
 WINDOW_ROWS = 4096
-"""Approximate rows of a window, which is laid out at once (some milliseconds) and cached."""
+"""Rows of a window, approximately. A window is laid out in one go (some milliseconds) and cached."""
 MAX_PERIOD = 1 << 16
 """Longest period, in rows, that is laid out as one window."""
 TOLERANCES = (1.0, 1.25, 1.5, 2.0, 4.0, math.inf)
-"""Distances from what is owed that are tried, in rows."""
+"""Bounds on |drawn - owed| that are tried in this order, in rows."""
 MOST_IN_WINDOWS = 12
-"""Sources drawn whose ends are searched for; more go down a tree."""
+"""Most sources for which window ends are searched; more sources go down a tree."""
 LIGHT_ROWS = 4
-"""A source that draws fewer rows a window is light: several of them go down a tree."""
+"""A source that draws fewer rows per window is light. Two or more light sources go down a tree."""
 _CACHED_WINDOWS = 8
 _PLACES = 32
-"""Balanced places looked at for a window's end."""
+"""Balanced positions that are tried as the end of a window."""
 _ROUNDINGS = 128
-"""Roundings of the exact shares that are tried where shares change."""
+"""Ways to round the owed rows that are tried where shares change."""
 _ROUNDING = 1e-9
-"""Rows owed within a window are computed in float64, from an exact start."""
+"""Tolerance, in rows: within a window, owed rows are computed in float64 from an exact start."""
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ class Window:
 
 @dataclass(frozen=True)
 class _End:
-    """A place between two windows."""
+    """A position between two windows."""
 
     position: int
     drawn: tuple[int, ...]
@@ -102,7 +102,7 @@ class _Part:
     period: int
     """Rows after which the shares have grown by whole numbers, if they are few; else 0."""
     tree: ShareTree | None = None
-    """In place of windows."""
+    """Used instead of windows, if not None."""
 
     @property
     def rows(self) -> int:
@@ -110,13 +110,13 @@ class _Part:
         return self.period * max(1, WINDOW_ROWS // self.period) if self.period else WINDOW_ROWS
 
     def full_windows(self) -> int | None:
-        """Windows before the last one, which takes what is left, up to two's rows. None: all are full."""
+        """Full windows before the last one, which takes the remaining rows, less than two windows. None: all are full."""
         segment = self.segment
         return None if segment.stop is None else max(0, (segment.stop - segment.start) // self.rows - 1)
 
 
 class Curriculum:
-    """The order of sources. Start-up depends on the number of phases, memory on nothing. Safe for threads."""
+    """The order of sources. Start-up time grows with the number of phases; memory is constant. Safe for threads."""
 
     def __init__(self, phases: Sequence[Phase], limits: Sequence[int | None] = ()) -> None:
         """phases and limits: as `data.order.shares` takes them."""
@@ -194,7 +194,7 @@ class Curriculum:
             stop = _End(part.segment.stop, self._final if is_last else self._parts[which + 1].drawn)
             source, earlier, within = _lay_out(part.segment, start, stop)
         elif part.period:
-            if which not in self._layouts:  # two threads at most do the same work twice
+            if which not in self._layouts:  # two threads may both do it: the result is the same
                 self._layouts[which] = _lay_out(part.segment, self._end(which, 0), self._end(which, 1))
             source, earlier, within = self._layouts[which]
         else:
@@ -217,8 +217,8 @@ class Curriculum:
         return found or self._ends.keep((which, number), _balanced_end(part, position))
 
     def _rounded(self, following: Segment | None) -> tuple[int, ...]:
-        """What was drawn of each source where the last part ends: whole numbers next to what is owed there, that keep the
-        order closest before and, in `following`, after."""
+        """Rows drawn of each source at the end of the last part: whole numbers next to what is owed there, chosen so that the
+        order before and, in `following`, after stays closest to what is owed."""
         part = self._parts[-1]
         number, position = part.full_windows(), part.segment.stop
         assert number is not None and position is not None
@@ -252,7 +252,7 @@ class Curriculum:
 
 
 class _Stretch:
-    """What is owed on part of a segment, and how many rows that makes due or lets come: |drawn - owed| <= 1."""
+    """What is owed on part of a segment, and the least and most rows that |drawn - owed| <= 1 allows at each position."""
 
     def __init__(self, segment: Segment, start: int, stop: int) -> None:
         self._base, curves = _curves(segment, start, stop)
@@ -261,12 +261,12 @@ class _Stretch:
         self._after = np.arange(stop - start + 1)
 
     def late(self, drawn: Sequence[int]) -> int:
-        """Rows that would come late where `drawn` had been drawn at its beginning; 0: none has to."""
+        """Rows that must come late if `drawn` rows were drawn before its beginning; 0 if an order without late rows exists."""
         due = np.maximum(self._must - self._relative(drawn), 0).sum(axis=0)
         return max(0, int((due - self._after).max()))
 
     def early(self, drawn: Sequence[int]) -> int:
-        """Rows that would have come early where `drawn` has been drawn at its end; 0: none needs to."""
+        """Rows that must come early if `drawn` rows are drawn before its end; 0 if an order without early rows exists."""
         left = np.maximum(self._relative(drawn) - self._may, 0).sum(axis=0)
         return max(0, int((left - self._after[::-1]).max()))
 
@@ -277,7 +277,7 @@ class _Stretch:
 def _tree(segment: Segment, drawn: Sequence[int], *, runs_out: bool) -> ShareTree | None:
     """The tree that a segment's rows go down; None if they are laid out in windows.
 
-    runs_out: a source reaches its limit where the segment ends, so none may be a row ahead there.
+    runs_out: a source reaches its limit at the segment's end, so no source may be a row ahead there.
     """
     shares = [share for share in segment.shares if share]
     is_many = len(shares) > MOST_IN_WINDOWS or sum(share * WINDOW_ROWS < LIGHT_ROWS for share in shares) > 1
@@ -293,7 +293,7 @@ def _period(segment: Segment) -> int:
 
 
 def _balanced_end(part: _Part, position: int) -> _End:
-    """An end near `position`: where the nearest whole numbers add up and, if there is such a place, allow one row."""
+    """An end near `position` where the rounded owed rows add up; if possible, one that meets the bound of one row."""
     segment, rows = part.segment, part.rows
     first: _End | None = None
     tried = 0
@@ -314,7 +314,7 @@ def _balanced_end(part: _Part, position: int) -> _End:
             break
     if first is not None:
         return first
-    # Many sources hardly move here and their halves add up: the source that moves most makes up for it.
+    # Many sources draw almost nothing here and their half rows add up: the source with the largest share compensates.
     nearest = _nearest(part, position)
     shares = segment.shares_at(position)
     nearest[shares.index(max(shares))] += position - sum(nearest)
@@ -322,7 +322,7 @@ def _balanced_end(part: _Part, position: int) -> _End:
 
 
 def _nearest(part: _Part, position: int) -> list[int]:
-    """Whole numbers nearest to what is owed; never fewer than were drawn before the segment."""
+    """Owed rows rounded to the nearest whole numbers, but not below the rows drawn before the segment."""
     owed = part.segment.owed_at(position)
     return [max(math.floor(o + Fraction(1, 2)), d) for o, d in zip(owed, part.drawn, strict=True)]
 
@@ -335,14 +335,14 @@ def _roundings(owed: Sequence[Fraction], low: Sequence[int], position: int) -> I
     if 0 <= more <= len(waiting):
         for chosen in itertools.combinations(waiting, more):
             yield tuple(count + (i in chosen) for i, count in enumerate(least))
-    else:  # sources that hardly moved are ahead: the one with most rows makes up for it
+    else:  # sources that drew almost nothing are ahead: the one that is owed most compensates
         counts = [count + (i in waiting[: max(0, more)]) for i, count in enumerate(least)]
         counts[max(range(len(owed)), key=lambda i: owed[i] - low[i])] += position - sum(counts)
         yield tuple(counts)
 
 
 def _curves(segment: Segment, start: int, stop: int) -> tuple[list[int], np.ndarray]:
-    """What is owed from `start` to `stop`, both included: whole numbers, and [sources, rows + 1] above them in float64."""
+    """Rows owed from `start` to `stop`, both included: their whole part at `start`, and what exceeds it, [sources, rows + 1]."""
     base = [math.floor(o) for o in segment.owed_at(start)]
     return base, np.stack([_curve(segment, source, start, stop) for source in range(len(base))])
 
@@ -361,12 +361,12 @@ def _lay_out(segment: Segment, start: _End, stop: _End) -> tuple[np.ndarray, np.
     base = [math.floor(o) for o in segment.owed_at(start.position)]
 
     def curve(source: int) -> np.ndarray:
-        """Rows of a source owed after each slot, not counting those drawn before: one at a time, as there may be thousands."""
+        """Rows of a source owed after each slot, less those drawn before. One source at a time: there may be thousands."""
         whole = _curve(segment, source, start.position, stop.position)
         return whole[1:] - (start.drawn[source] - base[source])
 
     counts = [b - a for a, b in zip(start.drawn, stop.drawn, strict=True)]
-    assert sum(counts) == stop.position - start.position and min(counts) >= 0, "window ends fit each other"
+    assert sum(counts) == stop.position - start.position and min(counts) >= 0, "the ends of neighbouring windows agree"
     for within in TOLERANCES:
         order = _earliest_deadline_first(curve, counts, stop.position - start.position, within=within)
         if order is not None:

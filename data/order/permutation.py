@@ -1,11 +1,11 @@
 """The order of a source's rows: a permutation per epoch that is computed, not stored.
 
-    RowOrder(rows, key).rows_at(index, epoch)    row that comes as number `index` of an epoch
-                       .index_of(row, epoch)     the way back
+    RowOrder(rows, key).rows_at(index, epoch)    row number `index` of an epoch
+                       .index_of(row, epoch)     the inverse
 
-A Feistel network permutes a power of four; values that land outside 0..rows-1 walk on until they are inside. With groups
-(the rows of each shard), an epoch goes through a few shards at a time: the shards' order is a permutation, and so is the
-order of the rows of those that are read together.
+A Feistel network permutes the numbers below a power of four. A value outside 0..rows-1 is permuted again until it is inside
+(cycle walking). With groups (the rows of each shard), an epoch reads a few shards at a time: the order of the shards is a
+permutation, and so is the order of the rows of the shards that are read together (a pool).
 """
 
 from collections.abc import Sequence
@@ -43,7 +43,7 @@ class RowOrder:
         return row
 
     def index_of(self, row: int, epoch: int) -> int:
-        """The number of a row within an epoch."""
+        """The index of a row within an epoch."""
         one, at = np.array([row], dtype=np.int64), np.array([epoch], dtype=np.int64)
         if self._groups is None:
             return int(permute(one, at, size=self.rows, key=self._key, back=True)[0])
@@ -62,7 +62,7 @@ class RowOrder:
         return np.concatenate([[0], np.cumsum(self._groups)[:-1]])
 
     def _pools(self, epoch: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Of an epoch: shards in their order, number of the first row of each, number of the first row of each pool."""
+        """Of an epoch: its shards in order, the index of the first row of each shard, and of the first row of each pool."""
         assert self._groups is not None
         count = len(self._groups)
         order = permute(np.arange(count), np.full(count, epoch), size=count, key=self._key ^ _GOLDEN)

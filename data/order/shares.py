@@ -1,11 +1,11 @@
-"""What each source is owed: phases, ramps and sources that run out, as segments on which shares are linear. All exact.
+"""How many rows each source is owed: phases, ramps and sources that run out, as segments with linear shares. All exact.
 
     phases, limits --course_of--> segments, ends        Segment.owed_at(p): rows of each source the first p rows should hold
 
-A phase holds its shares; one with a ramp first moves to them linearly. A source with a limit is left out from the last
-position at which it is owed no more than that: the others share its part in proportion to their own shares, a ramp in
-progress goes on, from the shares so enlarged to those that the others have in the end. Where nothing is left to draw the
-order ends.
+The shares of a phase are constant, after its ramp, if any, along which shares move to them linearly. A source with a limit
+is left out from the last position at which it is owed no more than its limit; the others take its share in proportion to
+their own. A ramp in progress continues, from these larger shares to those that the others have at its end. The order ends
+when no source is left.
 """
 
 import dataclasses
@@ -53,27 +53,27 @@ class Segment:
 
 @dataclass(frozen=True)
 class Course:
-    """All of a curriculum."""
+    """All segments of a curriculum."""
 
     segments: list[Segment]
     """By start, without gaps, from 0."""
     runs_out: dict[int, int]
-    """Position from which a source is left out, by source; of those that are."""
+    """By source that is left out at some point: the position from which it is."""
     stop: int | None
-    """Position at which nothing is left to draw; None: never."""
+    """Position at which no source is left; None if that never happens."""
 
 
 def course_of(phases: Sequence[Phase], limits: Sequence[int | None] = ()) -> Course:
     """The shares that phases configure, without sources that have reached their limits.
 
-    phases: by start; a ramp ends before the next phase starts. limits: most rows of each source; none where empty.
+    phases: by start; a ramp ends before the next phase starts. limits: most rows of each source; empty for no limits.
     """
     assert phases and phases[0].start == 0 and phases[0].ramp == 0, "a curriculum starts at 0, without a ramp"
     sources = len(phases[0].shares)
     segments: list[Segment] = []
     gone: dict[int, int] = {}
     owed: tuple[Fraction, ...] = (Fraction(0),) * sources
-    for start, stop, first, last in _as_asked(phases):
+    for start, stop, first, last in _configured_parts(phases):
         while stop is None or start < stop:
             end = _without(last, gone)
             begin = _without(first, gone) if any(_without(first, gone)) else end
@@ -94,10 +94,10 @@ def course_of(phases: Sequence[Phase], limits: Sequence[int | None] = ()) -> Cou
     return Course(segments, gone, None)
 
 
-def _as_asked(
+def _configured_parts(
     phases: Sequence[Phase],
 ) -> list[tuple[int, int | None, tuple[Fraction, ...], tuple[Fraction, ...]]]:
-    """(start, stop, shares at the start, shares at the stop) of every ramp and level part, as if nothing ran out."""
+    """(start, stop, shares at the start, shares at the stop) of every ramp and constant part, as if no source ran out."""
     parts: list[tuple[int, int | None, tuple[Fraction, ...], tuple[Fraction, ...]]] = []
     for index, phase in enumerate(phases):
         stop = phases[index + 1].start if index + 1 < len(phases) else None
@@ -112,13 +112,13 @@ def _as_asked(
 
 def _without(shares: Sequence[Fraction], gone: Container[int]) -> tuple[Fraction, ...]:
     """Shares of the remaining sources, summing to 1; all 0 if none of them has a share."""
-    kept = [Fraction(0) if i in gone else share for i, share in enumerate(shares)]
-    total = sum(kept)
-    return tuple(share / total if total else share for share in kept)
+    remaining = [Fraction(0) if i in gone else share for i, share in enumerate(shares)]
+    total = sum(remaining)
+    return tuple(share / total if total else share for share in remaining)
 
 
 def _runs_out(segment: Segment, source: int, limit: int) -> int | None:
-    """The last position of a segment at which a source is owed no more than its limit; None if it never gets there."""
+    """The last position of a segment at which a source is owed no more than its limit; None if it stays below the limit."""
 
     def owed(position: int) -> Fraction:
         q = position - segment.start

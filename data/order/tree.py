@@ -4,11 +4,12 @@ A node of weight w_v that has drawn n rows gives
 
     A(n) = floor(n w_a / w_v + 1/2)   to one child, n - A(n) to the other,
 
-so the draws of any leaf before any position are known at once, exactly, and a row costs the depth of the tree, whatever
-the number of sources. Each split adds an error of at most 1/2, of which a child passes on its share: a leaf of weight w is off
-by at most (1 + sum of w / w_v over the inner nodes v between it and the root) / 2. `bound` is the largest of these, about 1 for
-one heavy and many light sources. Some trees are tried: the lightest joined first (Huffman), the sorted weights cut in halves, the
-heaviest split off one by one, each with the lightest sources apart; the one with the smallest bound is used.
+so the exact number of draws of any leaf before any position follows without looking at other positions, and a row costs the
+depth of the tree. Each split adds an error of at most 1/2, and a child inherits the error of its parent in proportion to its
+weight: the error of a leaf of weight w is at most (1 + sum of w / w_v over the inner nodes v between it and the root) / 2.
+`bound` is the largest of these, about 1 for one heavy and many light sources. Several trees are tried, and the one with the
+smallest bound is used: the lightest sources joined first (Huffman), the sorted weights cut in halves, the heaviest sources
+split off one by one; each also with the lightest sources in a subtree of their own.
 """
 
 import heapq
@@ -19,8 +20,8 @@ from fractions import Fraction
 
 import numpy as np
 
-_MOST_APART = 16
-"""Heavy sources that are tried apart from the others."""
+_MOST_HEAVY = 16
+"""Most heavy sources that are tried separately from the others."""
 _Tree = int | tuple["_Tree", "_Tree"]
 """A source, or two trees."""
 
@@ -28,21 +29,21 @@ _Tree = int | tuple["_Tree", "_Tree"]
 class ShareTree:
     """The sources of the rows after a position, while shares are constant."""
 
-    def __init__(self, shares: Sequence[Fraction], ahead: Sequence[Fraction]) -> None:
-        """shares: of each source, summing to 1. ahead: owed less drawn at the position, of each source, summing to 0."""
+    def __init__(self, shares: Sequence[Fraction], behind: Sequence[Fraction]) -> None:
+        """shares: of each source, summing to 1. behind: owed minus drawn at the position, of each source, summing to 0."""
         self._count = len(shares)
         drawn = [i for i, share in enumerate(shares) if share]
-        scale = math.lcm(*(share.denominator for share in shares), *(f.denominator for f in ahead))
+        scale = math.lcm(*(share.denominator for share in shares), *(f.denominator for f in behind))
         self._weights = [int(share * scale) for share in shares]
         trees = _candidates(self._weights, sorted(drawn, key=lambda i: (-shares[i], i)))
         bounds = [_bound(tree, self._weights) for tree in trees]
         which = bounds.index(min(bounds))
         self.bound = bounds[which]
-        """Most that a source may be off, in rows, once what was off at the beginning is made up."""
-        self._ahead = [int(f * scale) for f in ahead]
+        """Most that |drawn - owed| of a source can be, in rows, once the difference at the beginning is made up."""
+        self._behind = [int(f * scale) for f in behind]
         self._scale = scale
         self._nodes: list[tuple[int, int, int, int, int]] = []
-        """Of each inner node: factor, constant and divisor of A(n), and its children (a source is -1 - its number)."""
+        """Of each inner node: factor, constant and divisor of A(n), and its two children (source i is -1 - i)."""
         self._root, _, _ = self._add(trees[which])
 
     def drawn(self, rows: int) -> list[int]:
@@ -81,22 +82,22 @@ class ShareTree:
         return min(max((factor * n + constant) // divisor, 0), n)
 
     def _add(self, tree: _Tree) -> tuple[int, int, int]:
-        """Number, weight and rows ahead of a tree, its nodes added."""
+        """Add the nodes of a tree. -> its number, weight, and rows owed but not drawn (both in units of 1 / scale)."""
         if isinstance(tree, int):
-            return -1 - tree, self._weights[tree], self._ahead[tree]
-        left, weight, ahead = self._add(tree[0])
-        right, other_weight, other_ahead = self._add(tree[1])
-        whole, all_ahead, scale = weight + other_weight, ahead + other_ahead, self._scale
+            return -1 - tree, self._weights[tree], self._behind[tree]
+        left, weight, behind = self._add(tree[0])
+        right, other_weight, other_behind = self._add(tree[1])
+        whole, all_behind, scale = weight + other_weight, behind + other_behind, self._scale
         # floor(f_a + w_a (n - f_v) / w_v + 1/2), with f and w in units of 1 / scale
-        constant = 2 * (ahead * whole - weight * all_ahead) + whole * scale
+        constant = 2 * (behind * whole - weight * all_behind) + whole * scale
         self._nodes.append((2 * weight * scale, constant, 2 * whole * scale, left, right))
-        return len(self._nodes) - 1, whole, all_ahead
+        return len(self._nodes) - 1, whole, all_behind
 
 
 def _candidates(shares: Sequence[int], order: Sequence[int]) -> list[_Tree]:
     """order: sources by falling share."""
     trees = [_huffman(shares, order), _halves(shares, order)]
-    for heavy in range(1, min(len(order), _MOST_APART)):
+    for heavy in range(1, min(len(order), _MOST_HEAVY)):
         light = _halves(shares, order[heavy:])
         trees += [(_huffman(shares, order[:heavy]), light), (_halves(shares, order[:heavy]), light)]
         tree = light
@@ -129,7 +130,7 @@ def _halves(shares: Sequence[int], order: Sequence[int]) -> _Tree:
 
 
 def _bound(tree: _Tree, shares: Sequence[int]) -> float:
-    """Most that a leaf may be off."""
+    """Largest error of a leaf, in rows."""
     worst = 0.0
     waiting: list[tuple[_Tree, float]] = [(tree, 0.0)]
     weights: dict[int, float] = {}

@@ -2,9 +2,9 @@
 
     fill(parts, source, row, ...) -> Filled
 
-Compiled code reads all rows in one call (`data.native.rows`). `packing.py` and `reader.py` read row by row what it leaves out:
-rows that span two shards and the first row of a stream. They also read again, to report the error, where a file changed, ended
-early or contains invalid ids. Both ways give the same rows.
+Compiled code reads all rows in one call (`data.native.rows`). `packing.py` and `reader.py` read the rows that it leaves out:
+those that span two shards, and the first row of a stream. If a file changed, ended early or contains invalid ids, they read
+all rows again and report the error. Both ways give the same rows.
 """
 
 from collections.abc import Sequence
@@ -20,10 +20,10 @@ from recipes.schema.errors import DataError
 
 @dataclass(frozen=True)
 class Filled:
-    """Rows side by side."""
+    """The rows of a batch."""
 
     tokens: np.ndarray
-    """[rows, row_tokens] int64; may be a view of memory it shares with `labels`."""
+    """[rows, row_tokens] int64; may be a view of the same memory as `labels`."""
     labels: np.ndarray
     """[rows, row_tokens] int64."""
     documents: np.ndarray | None
@@ -40,9 +40,9 @@ def fill(
     apart: bool,
     activity: Activity,
 ) -> Filled:
-    """Rows row[i] of parts[source[i]]. apart: tokens and labels in memory of their own; best-fit rows always need it.
+    """Rows row[i] of parts[source[i]]. apart: tokens and labels in separate memory, which best-fit rows always need.
 
-    Raises DataError that names a file which does not hold what it should.
+    Raises DataError that names a file with wrong content.
     """
     row_tokens, count = parts[0].row_tokens, len(row)
     documents = np.empty((count, row_tokens), dtype=np.int32) if with_documents else None
@@ -74,7 +74,7 @@ def _compiled(
     vocab_size: int,
     activity: Activity,
 ) -> list[int] | None:
-    """Fill what one call can. -> the places it left out; None if an error occurred and nothing of it may be used."""
+    """Fill the rows that one call can read. -> the places of the others; None after an error: then no row may be used."""
     plan, left = native.Plan(), list[int]()
     if len(distinct := set(sources)) == 1:
         left = parts[sources[0]].plan(rows, list(range(len(rows))), plan)
@@ -99,7 +99,7 @@ def _chunks(
     *,
     vocab_size: int,
 ) -> list[int]:
-    """All rows of the plain order, read in place and widened once. -> those with ids that are none."""
+    """All rows of the plain order, read in place and widened once. -> the places of rows with invalid ids."""
     narrow = np.empty(tokens.shape, dtype=np.result_type(*(part.stream.dtype for part in parts)))
     for which in set(sources):
         here = [place for place, other in enumerate(sources) if other == which]
@@ -118,7 +118,7 @@ def _chunks(
 
 
 def _row(part: Rows, row: int, filled: Filled, place: int, *, vocab_size: int) -> None:
-    """One row, of any packing, from any number of shards. DataError for ids that are none."""
+    """One row, of any packing, from any number of shards. DataError for invalid ids."""
     pieces = part.pieces(row)
     inputs, labels = part.assemble(pieces)
     for ids in (inputs, labels):
@@ -140,7 +140,7 @@ def _not_ids(ids: np.ndarray, part: Rows, row: int, vocab_size: int) -> DataErro
     start, stream = part.pieces(row)[0].start, part.stream
     which = int(np.searchsorted(stream.shard_starts, start, side="right")) - 1
     return DataError(
-        f"{stream.entries[which].path}.bin holds token id {worst:,} in row {row:,}, outside the vocabulary of "
+        f"{stream.entries[which].path}.bin contains token id {worst:,} in row {row:,}, outside the vocabulary of "
         f"{vocab_size:,}: the shard was replaced or damaged. `stratum inspect -cn RECIPE --verify` checks every "
         f"file; prepare the data again."
     )

@@ -2,9 +2,9 @@
 
     PSM   <prefix> p <suffix> s <middle> m eod         SPM   <prefix> <suffix> s <middle> p m eod
 
-Cut at tokens, not characters. The three special tokens take the place of the document's first three, so that a row stays
-full and keeps its other tokens: three tokens of each rearranged document are no label, and that is counted. Which
-documents, and where they are cut, is a function of (seed, source, place, epoch).
+Documents are cut at tokens, not characters. The three special tokens replace the document's first three, so that the length
+of a row stays the same; `CROPPED_TOKENS` counts the three tokens of each rearranged document that are lost. Which documents
+are rearranged, and where they are cut, is a function of (seed, source, place, epoch).
 """
 
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ from recipes.schema.data import FimConfig
 from recipes.schema.errors import DataError, Problem, refuse
 
 CROPPED_TOKENS = 3
-"""Tokens of a rearranged document that give way to the special tokens."""
+"""Tokens of a rearranged document that the special tokens replace."""
 _SHORTEST = 8
 """Labels of the shortest document that is rearranged."""
 _GOLDEN = 0x9E3779B97F4A7C15
@@ -48,7 +48,7 @@ class Fim:
 
 
 def build_fim(config: FimConfig, *, special: dict[str, int], eod: int) -> Fim | None:
-    """None if it is turned off. DataError if the tokenizer lacks a special token."""
+    """None if the rate is 0. DataError if the tokenizer lacks a special token."""
     if not config.rate:
         return None
     refuse(fim_problems(config, special=special), DataError)
@@ -61,8 +61,8 @@ def fim_problems(config: FimConfig, *, special: dict[str, int]) -> list[Problem]
     for field in ("prefix", "suffix", "middle") if config.rate else ():
         name = getattr(config, field)
         if name not in special:
-            text = f"data.fim.{field}={name!r} is no special token of the tokenizer (it has: {', '.join(special)})."
-            remedy = "Name those it has, or add them under data.tokenizer.special_tokens and prepare the data again."
+            text = f"data.fim.{field}={name!r} is not a special token of the tokenizer (it has: {', '.join(special)})."
+            remedy = "Use special tokens that it has, or add them under data.tokenizer.special_tokens and prepare the data again."
             found.append(Problem(f"data.fim.{field}", text, remedy))
     return found
 

@@ -2,16 +2,16 @@
 
     label   t_0   t_1  ...      input   (token before t_0)   t_0   ...
 
-The input before a document's first token is the end-of-document token before it, in the stream as in a row, so the first
-token is predicted as well, and a document in a row sees what it would see alone: its end-of-document token, then itself.
+The input for a document's first token is the end-of-document token before it, both in the stream and in a row. So the first
+token is predicted too, and a document in a row sees the same inputs as alone: an end-of-document token, then itself.
 
 *chunk*: row r holds labels r S ... r S + S of the stream.
-*best fit* (Ding et al., arXiv 2404.10830): the same stretch of 64 rows, but its documents are arranged so that few are cut.
-Longer ones than a row are cut into rows; the rest go, longest first, where they leave the least room; what fits nowhere
-fills the gaps, cut as needed. So rows are full, no label is padding, row counts are the same, and a row is a pure function
-of its stretch: nothing is stored, nothing is built at start-up.
+*best fit* (Ding et al., arXiv 2404.10830): the labels of each stretch of 64 rows stay in it, but its documents are arranged
+so that few are cut. Documents longer than a row are cut into rows. The rest are placed longest first, each in the row with the
+least room that it fits in; documents that fit in no row fill the gaps, cut as needed. So rows are full, no label is padding,
+the number of rows is the same, and a row is a pure function of its stretch: nothing is stored or built at start-up.
 
-What is left after the last whole row of a source is not used, and counted.
+The tokens after the last whole row of a source are not used; `Rows.cropped_tokens` counts them.
 """
 
 import bisect
@@ -27,8 +27,8 @@ from data.system.recent import Recent
 
 STRETCH_ROWS = 64
 """Rows that best-fit packing arranges together."""
-_KEPT_BYTES = 32 << 20
-"""Of packed stretches, those packed last, in equal parts for every source: over two billion tokens of web text."""
+_CACHE_BYTES = 32 << 20
+"""Memory for packed stretches, shared equally by all sources: enough for over two billion tokens of web text."""
 
 
 class Piece(NamedTuple):
@@ -48,7 +48,7 @@ class Packed(NamedTuple):
     """Of the numbers in memory."""
     rows: int
     entry: int
-    """The stream's entry with all of it and the token before it; -1: several entries, or compiled code cannot read it."""
+    """The stream's entry that has all of it and the token before it; -1 if there is none, or compiled code cannot read it."""
     start: int
     """Token of that entry that is its first label."""
 
@@ -63,7 +63,7 @@ class Rows:
         self.best_fit = best_fit
         self._eod = eod
         self._stretches: Recent[int, Packed] = Recent(
-            most_weight=_KEPT_BYTES // sources, weigh=lambda packed: packed.numbers.nbytes
+            most_weight=_CACHE_BYTES // sources, weigh=lambda packed: packed.numbers.nbytes
         )
 
     @property
@@ -77,7 +77,7 @@ class Rows:
         return self.stream.tokens - self.count * self.row_tokens
 
     def rows_by_shard(self) -> tuple[int, ...]:
-        """Rows that begin in each shard of the stream, empty ones left out."""
+        """Rows that begin in each shard of the stream, without shards in which none begins."""
         edges = np.minimum(-(-self.stream.shard_starts // self.row_tokens), self.count)
         edges[-1] = self.count
         return tuple(int(rows) for rows in np.diff(edges) if rows)
@@ -140,14 +140,14 @@ class Rows:
         return starts - low
 
     def cut(self, low: int, high: int) -> list[Piece]:
-        """The documents between two places of the stream, those at its ends cut."""
+        """The documents between two positions of the stream; those that cross one are cut there."""
         starts, _ = self.stream.document_starts(low + 1, high)
         bounds = [low, *starts.tolist(), high]
         return [Piece(a, b) for a, b in itertools.pairwise(bounds)]
 
     def plan(self, rows: list[int], where: list[int], plan: native.Plan) -> list[int]:
-        """Plan to read row rows[i] to place where[i] of a batch by compiled code. -> the places of those it cannot read: in two
-        shards, or at the beginning of the stream, with no token before."""
+        """Add to `plan`, for compiled code: read row rows[i] to place where[i] of a batch. -> the places of rows it cannot read:
+        those in two shards, and the first of the stream, which has no token before it."""
         left: list[int] = []
         opened: dict[int, OpenShard] = {}
         size, shards, numbers, bounds = self.row_tokens, plan.shards, plan.numbers, self.stream.bounds
@@ -158,7 +158,7 @@ class Rows:
                 packed = stretches[row // STRETCH_ROWS]
                 entry, start = packed.entry, packed.start
             else:
-                start = row * size  # as TokenStream.entry_with, in place: this is done for every row
+                start = row * size  # TokenStream.entry_with, inlined: this runs for every row
                 entry = bisect.bisect_right(bounds, start - 1) - 1
                 if start == 0 or start + size > bounds[entry + 1]:
                     entry = -1
@@ -184,7 +184,7 @@ class Rows:
         return [Piece(low + start, low + start + size) for start, size in zip(places[::2], places[1::2], strict=True)]
 
     def _packed(self, wanted: Sequence[int]) -> dict[int, Packed]:
-        """Stretches by number; those that are not cached are packed in one call."""
+        """Packed stretches by number. Those that are not cached are packed in one call."""
         found = {number: packed for number in wanted if (packed := self._stretches.get(number)) is not None}
         missing = [number for number in dict.fromkeys(wanted) if number not in found]
         for number, packed in self._pack(missing).items() if missing else ():
@@ -229,7 +229,7 @@ class Rows:
 def best_fit(documents: Sequence[Piece], *, rows: int, row_tokens: int) -> list[list[Piece]]:
     """Arrange documents that together are rows x row_tokens long into full rows. -> the pieces of each row.
 
-    Best fit decreasing; documents longer than a row give whole rows first, what fits nowhere is cut into the gaps.
+    Best fit decreasing. Documents longer than a row give whole rows first; documents that fit in no row fill the gaps.
     """
     packed: list[list[Piece]] = []
     rest: list[Piece] = []
@@ -256,7 +256,7 @@ def best_fit(documents: Sequence[Piece], *, rows: int, row_tokens: int) -> list[
             continue
         if room > size:
             bisect.insort(gaps, (room - size, row))
-    for room, row in reversed(gaps):  # what was not placed is exactly as long as all gaps together
+    for room, row in reversed(gaps):  # the unplaced pieces are together exactly as long as the gaps
         while room:
             piece = unplaced.pop()
             taken = min(room, piece.stop - piece.start)

@@ -1,10 +1,10 @@
 """Shards behind a URL, fetched before a row needs them: the next rows are known, because order is a function of position.
 
-    position --blend--> next rows --> their shards, by first need --> copies, as many as the budget holds
+    position --blend--> next rows --> their shards, by first need --> copies, as many as fit the budget
 
-The shards of the rows looked through so far are *needed* until their last such row has passed. Threads fetch them in the
-order in which they are first needed, and look further as room becomes free, so that a copy is never evicted before it was
-read (while only this run uses the cache). What cannot be fetched is left to the row that needs it, which says so.
+A shard is *needed* until the last of its rows among those looked at so far has been read. Threads fetch shards in the order
+in which they are first needed, and look at further rows as room becomes free, so that no copy is evicted before it was read
+(if only this run uses the cache). If a shard cannot be fetched, the first row that needs it tries again and reports the error.
 """
 
 import logging
@@ -21,10 +21,10 @@ from data.store.manifest import ShardEntry
 from recipes.schema.errors import DataError
 
 _SUFFIXES = ("idx", "bin")
-_SHARE = 0.9
-"""Of the budget that needed shards may take; the rest is for what others read."""
+_BUDGET_FRACTION = 0.9
+"""Share of the cache's budget for needed shards; the rest is for other readers."""
 _LOOK_ROWS = 1 << 18
-"""Farthest that is looked ahead, in rows: billions of tokens in long rows, less than a second of work in all."""
+"""Rows looked at ahead of the position, at most: billions of tokens in long rows, found in less than a second."""
 _POLL_S = 0.2
 log = logging.getLogger(__name__)
 
@@ -35,7 +35,7 @@ class _Need:
 
     entry: ShardEntry
     last: int
-    """Last position, as far as was looked, that needs it."""
+    """Last position, of those looked at, that needs it."""
     is_begun: bool = False
 
 
@@ -44,14 +44,14 @@ class FetchAhead:
 
     def __init__(self, blend: Blend, rows: list[Rows], remote: RemoteFolder, *, position: int, threads: int) -> None:
         self.position = position
-        """Rows before it are no longer needed. Set by the reader, which never waits."""
+        """Rows before it are no longer needed. The reader sets it, and never waits for a fetch."""
         self._blend, self._rows, self._remote = blend, rows, remote
-        self._limit = _SHARE * remote.budget_bytes
+        self._limit = _BUDGET_FRACTION * remote.budget_bytes
         self._lock = threading.Lock()
         self._needed: dict[tuple[int, int], _Need] = {}
         self._looked = position
         self._is_full = False
-        self._shards_there_are = sum(len(part.stream.entries) for part in rows)
+        self._shard_count = sum(len(part.stream.entries) for part in rows)
         self._closing = threading.Event()
         for number in range(threads):
             threading.Thread(target=self._run, name=f"fetch-{number}", daemon=True).start()
@@ -77,10 +77,10 @@ class FetchAhead:
                 for suffix in _SUFFIXES:
                     self._remote.local(f"{entry.path}.{suffix}", entry.files[suffix])
             except DataError as error:
-                log.warning("%s Fetched ahead; the first row that needs it tries again.", error)
+                log.warning("%s It was fetched ahead; the first row that needs it tries again.", error)
 
     def _next(self) -> ShardEntry | None:
-        """The shard to fetch next; None if nothing is left, or while there is no room."""
+        """The shard to fetch next; None if all are fetched, or while there is no room."""
         gone = [key for key, need in self._needed.items() if need.last < self.position]
         for key in gone:
             del self._needed[key]
@@ -92,13 +92,13 @@ class FetchAhead:
                     need.is_begun = True
                     return need.entry
             stop = min(self._looked + WINDOW_ROWS, self._blend.curriculum.stop or self._looked + WINDOW_ROWS)
-            is_all = len(self._needed) == self._shards_there_are
+            is_all = len(self._needed) == self._shard_count
             if is_all or self._is_full or stop <= self._looked or stop > self.position + _LOOK_ROWS:
                 return None
             self._look(stop)
 
     def _look(self, stop: int) -> None:
-        """Note the shards of the rows up to `stop`, or up to the first row whose shard does not fit the budget."""
+        """Mark as needed the shards of the rows up to `stop`, or to the first row whose shard does not fit the budget."""
         taken = sum(_size(need.entry) for need in self._needed.values())
         found = self._shards(self._looked, stop)
         for key, (first, _) in sorted(found.items(), key=lambda item: item[1]):
@@ -116,7 +116,7 @@ class FetchAhead:
         self._looked = stop
 
     def _shards(self, start: int, stop: int) -> dict[tuple[int, int], tuple[int, int]]:
-        """(source, shard) of the rows from start to stop: the first and the last position that needs it."""
+        """First and last position that needs a shard, by (source, shard), for the rows from start to stop."""
         found: dict[tuple[int, int], tuple[int, int]] = {}
         if start == stop:
             return found

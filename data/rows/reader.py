@@ -4,8 +4,9 @@
                                .document_starts(lo, hi)     where documents begin between two places
 
 Tokens and indices are read with `pread`, not through a memory map: a file that is cut short while it is read gives an
-error that names it instead of a SIGBUS, and pages of the files do not count as this process's memory. After each read the file is
-looked at; where it changed since it was opened it is verified again before anything is handed on (`data.verify`).
+error that names it instead of a SIGBUS, and pages of the files do not count as this process's memory. After each read the
+file's size and time of change are checked; if it changed since it was opened, it is verified and read again
+(`data.store.verify`).
 """
 
 import bisect
@@ -30,9 +31,9 @@ from recipes.schema.errors import DataError
 _OPEN_SHARDS = 4096
 """Shards open at a time, two files each: shuffled rows of a source come from a different one each time."""
 _OPEN_COPIES = 64
-"""The same for copies that others may remove: they take room on the disk until they are closed."""
+"""The same for copies that others may remove: an open file takes disk space until it is closed."""
 _OTHER_FILES = 512
-"""Files that are left for the rest of the process if it may not open that many."""
+"""File descriptors left for the rest of the process if the limit is lower than wanted."""
 _STARTS_IN_MEMORY = 8 << 20
 """Documents, of all open shards, whose starts are kept in memory (8 bytes each); others are read when needed."""
 _LOOK_EVERY_S = 1.0
@@ -42,13 +43,14 @@ _LOOK_EVERY_S = 1.0
 class FarStarts:
     """Byte offsets at which the documents of an entry begin, read from the index when needed.
 
-    Each read looks whether the index is still the one that was opened: DataError, naming it, where it is not.
+    Each read checks that the index is still the file that was opened. DataError names it if it is not.
     """
 
     def __init__(self, index: Path, header: Header, first: int, count: int) -> None:
         self._index, self._header, self._first, self._count = index, header, first, count
         self._is_plain = header.documents == header.sequences + 1
-        self._fd, self._close = os.open(index, os.O_RDONLY), os.close  # its own name: at exit modules go first
+        self._fd = os.open(index, os.O_RDONLY)
+        self._close = os.close  # bound here: at exit, modules are cleared before __del__ runs
         found = os.fstat(self._fd)
         self._opened = found.st_size, found.st_mtime_ns
 
@@ -70,7 +72,7 @@ class FarStarts:
         return self._read(start, stop)
 
     def describe(self, record: ShardRecord) -> None:
-        """Give compiled code their addresses. It does not look up the starts of documents of several sequences."""
+        """Tell compiled code where the offsets are. It cannot read those of documents that consist of several sequences."""
         if not self._is_plain:
             record.documents = -1
         record.index_fd, (record.index_size, record.index_mtime_ns) = self._fd, self._opened
@@ -105,9 +107,9 @@ class OpenShard:
     """One shard entry, open for reading. Closed when nothing refers to it any more."""
 
     def __init__(self, entry: ShardEntry, tokens: Path, index: Path, *, may_vanish: bool, keep_starts: bool) -> None:
-        """may_vanish: a copy that others may remove while it is read; keep_starts: read where documents begin into memory.
+        """may_vanish: a copy that others may remove while it is read; keep_starts: keep the offsets of documents in memory.
 
-        DataError where index and manifest do not agree.
+        DataError if index and manifest differ.
         """
         self.path = tokens
         self.reading = f"reading {tokens}"
@@ -116,13 +118,13 @@ class OpenShard:
         header = read_header(index)
         if header.dtype != np.dtype(entry.dtype):
             raise DataError(
-                f"{index} says tokens are {header.dtype.name}, the manifest says {entry.dtype}: it was replaced. Prepare "
+                f"{index} has tokens of type {header.dtype.name}, the manifest says {entry.dtype}: it was replaced. Prepare "
                 f"the data again."
             )
         first, count = entry.first_document, entry.documents
         if first + count + 1 > header.documents:
             raise DataError(
-                f"{index} holds {header.documents - 1:,} documents, the manifest says {first + count:,} or more."
+                f"{index} has {header.documents - 1:,} documents, the manifest says {first + count:,} or more."
             )
         far = FarStarts(index, header, first, count)
         self.starts: np.ndarray | FarStarts = far[0:count] if keep_starts else far
@@ -130,7 +132,7 @@ class OpenShard:
         self.search: memoryview[int] | FarStarts = (
             memoryview(self.starts) if isinstance(self.starts, np.ndarray) else far
         )
-        """The same, for `bisect`: plain numbers, a third of the time that numpy's take."""
+        """The same for `bisect`, which takes a third of the time on a memoryview's plain numbers."""
         self.kept_starts = count if keep_starts else 0
         self.itemsize = header.dtype.itemsize
         self.first_byte = self.search[0] if count else 0
@@ -161,7 +163,7 @@ class OpenShard:
         else:
             far.describe(self._record)
         self.record = ctypes.addressof(self._record)
-        """Address of what compiled code reads this entry by; good while this object is."""
+        """Address of the record by which compiled code reads this entry; valid as long as this object exists."""
 
     def __del__(self) -> None:
         if hasattr(self, "_fd"):
@@ -175,11 +177,11 @@ class OpenShard:
         while got < size:  # a signal may interrupt a read
             more = os.preadv(self._fd, [out.view(np.uint8).reshape(-1)[got:]], at + got)
             if not more:
-                raise DataError(f"{self.path} ends at byte {at + got:,}, where more was read before: it was cut short.")
+                raise DataError(f"{self.path} ends at byte {at + got:,}, where it was longer before: it was cut short.")
             got += more
 
     def is_unchanged(self) -> bool:
-        """Whether the file is still the one that was opened. Call after reading: what was read before is then good."""
+        """Whether the file is still as it was opened. Call it after reading: True means that the bytes read are valid."""
         found = os.fstat(self._fd)
         if (found.st_size, found.st_mtime_ns) != self._opened:
             return False
@@ -188,7 +190,7 @@ class OpenShard:
         return self.has_its_name()
 
     def has_its_name(self) -> bool:
-        """Whether no other file took the place of this one, looked up once a second."""
+        """Whether the path still names this file, checked at most once a second."""
         if time.monotonic() - self._looked > _LOOK_EVERY_S:
             self._looked = time.monotonic()
             try:
@@ -204,7 +206,7 @@ class Shelf:
     def __init__(
         self, find: Callable[[ShardEntry, str], Path], *, activity: Activity, may_vanish: bool = False
     ) -> None:
-        """find(entry, suffix): a verified local file of a shard; may_vanish: one that others may remove."""
+        """find(entry, suffix): a verified local file of a shard; may_vanish: others may remove these files."""
         self._may_vanish = may_vanish
         self._find = find
         self.activity = activity
@@ -230,7 +232,7 @@ class Shelf:
             try:
                 paths = self._find(entry, "bin"), self._find(entry, "idx")
                 return OpenShard(entry, *paths, may_vanish=self._may_vanish, keep_starts=keep_starts)
-            except FileNotFoundError:  # the room was needed between finding and opening
+            except FileNotFoundError:  # another process evicted it between finding and opening
                 if not (self._may_vanish and left):
                     raise
         raise AssertionError("returned or raised")
@@ -241,7 +243,7 @@ class Shelf:
 
 
 def _room_for_shards() -> int:
-    """How many shards may be open: as many as wanted, if the limit of open files allows it or can be raised."""
+    """How many shards may be open: _OPEN_SHARDS, if the limit of open files allows it or can be raised."""
     wanted = 2 * _OPEN_SHARDS + _OTHER_FILES
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     most = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
@@ -263,7 +265,7 @@ class TokenStream:
         )
         """Position at which each entry begins, and the end."""
         self.bounds: list[int] = self.shard_starts.tolist()
-        """The same as plain numbers, which the reading of rows looks up."""
+        """The same as a list, in which reading a row searches faster."""
         self.documents_before = np.concatenate([[0], np.cumsum([e.documents for e in entries], dtype=np.int64)])
         self.tokens = int(self.shard_starts[-1])
         self.documents = int(self.documents_before[-1])
@@ -286,18 +288,18 @@ class TokenStream:
             self._read_from(which, places, out)
 
     def open(self, which: int) -> OpenShard:
-        """An entry's shard, open."""
+        """The open shard of an entry."""
         return self._shelf.open(self.entries[which])
 
     def entry_with(self, start: int, stop: int) -> tuple[int, int]:
-        """The entry with all tokens from start to stop, and the number of the first there; -1 if no single entry has them."""
+        """The entry that has all tokens from start to stop, and where it has the first; -1 if no single entry has them all."""
         which = bisect.bisect_right(self.bounds, start) - 1
         if start < 0 or stop > self.bounds[which + 1]:
             return -1, 0
         return which, start - self.bounds[which]
 
     def read(self, start: int, out: np.ndarray) -> None:
-        """Fill `out` (contiguous, of `dtype`) with the tokens from `start` on, over as many shards as it takes."""
+        """Fill `out` (contiguous, of `dtype`) with the tokens from `start` on, from one or more shards."""
         which, done = bisect.bisect_right(self.bounds, start) - 1, 0
         while done < len(out):
             count = min(len(out) - done, self.bounds[which + 1] - start - done)
@@ -354,7 +356,7 @@ class TokenStream:
         return start, int(self.shard_starts[which + 1])
 
     def _read_from(self, which: int, places: list[tuple[int, int]], out: np.ndarray) -> None:
-        """Rows of `out` from one entry, (row, start) each; read again from a verified file if it changed meanwhile."""
+        """Rows of `out` from one entry, (row, start) each; read again from a verified file if the file changed."""
         entry = self.entries[which]
         while True:
             shard = self._shelf.open(entry)

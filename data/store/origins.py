@@ -1,7 +1,8 @@
 """Where a shard's documents came from: file and record of each, stored next to the shard, and the reverse.
 
-    PREFIX.origins    numpy .npz: `files` (their names, UTF-8, a line each), `starts` (first document of each file, and the
-                      count), `records` (record number of every document, from 0: line, row, or 0 for a text file)
+    PREFIX.origins    numpy .npz: `files` (their names, a line each; if a name contains a line break, each name ends with a
+                      zero byte instead), `starts` (first document of each file, and the count), `records` (record number of
+                      every document, from 0: line, row, or 0 for a text file)
 
 Four bytes a document and no text. Documents of a file are neighbours and in the order of its records.
 """
@@ -55,7 +56,8 @@ class Origins:
 def pack_origins(files: list[str], starts: list[int], records: np.ndarray) -> bytes:
     """Content of an origins file. starts: first document of each file; records: uint32 [documents]."""
     stream = io.BytesIO()
-    names = np.frombuffer("\n".join(files).encode(), dtype=np.uint8)
+    text = "".join(f"{name}\0" for name in files) if any("\n" in name for name in files) else "\n".join(files)
+    names = np.frombuffer(text.encode(errors="surrogateescape"), dtype=np.uint8)  # names on a disk may be any bytes
     bounds = np.asarray([*starts, len(records)], dtype="<i8")
     np.savez(stream, files=names, starts=bounds, records=records.astype("<u4"))
     return stream.getvalue()
@@ -69,10 +71,11 @@ def read_origins(folder: Path, entry: ShardEntry, *, file: Path | None = None) -
     path = file or entry.file(folder, "origins")
     try:
         with np.load(path, allow_pickle=False) as arrays:
-            files = bytes(arrays["files"]).decode().split("\n")
+            text = bytes(arrays["files"]).decode(errors="surrogateescape")
             starts, records = arrays["starts"].astype(np.int64), arrays["records"].astype(np.int64)
     except (OSError, ValueError, KeyError, EOFError) as error:
         raise DataError(f"{path} cannot be read as origins of documents: {error}. Prepare the data again.") from error
+    files = text.split("\0")[:-1] if text.endswith("\0") else text.split("\n")
     if len(starts) != len(files) + 1 or len(records) != entry.documents or int(starts[-1]) != entry.documents:
         raise DataError(f"{path} does not fit the {entry.documents:,} documents of its shard. Prepare the data again.")
     return Origins(files, starts, records + entry.first_record)

@@ -1,10 +1,10 @@
 """`tokenizer.json` files; the only module that knows the `tokenizers` library.
 
-Any such file loads. Where it is a byte-level BPE whose merges follow the order of its ids, which is what training makes and
-most published files are, bulk encoding goes through tiktoken, several times faster. Two things must hold for that: `as_ranks`
-shows, token by token, that the merges give the same ids, and `data.tokenizer.proof` has texts on which the two libraries'
-regular expressions, which read some patterns differently, must agree. Otherwise bulk encoding is this library's, and `note`
-says so. During the work, the beginning of a text in every million characters is encoded both ways and compared.
+Any such file loads. If it is a byte-level BPE whose merges follow the order of its ids, as training makes them and in most
+published files, tiktoken encodes in bulk, several times faster. Two conditions must hold: `as_ranks` shows, token by token,
+that the merges give the same ids, and both libraries, whose regular expressions read some patterns differently, give the same
+ids for the texts of `data.tokenizer.proof`. Otherwise `tokenizers` encodes in bulk, and `note` says so. While tiktoken
+encodes, the beginning of one text in every million characters is encoded both ways and compared.
 """
 
 import contextlib
@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, trainers
+from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
 from tokenizers import Tokenizer as Library
 
 from data.tokenizer.backend import Backend, Unencodable, check_ids
@@ -27,7 +27,7 @@ from recipes.schema.foreign import printable
 
 FILE = "tokenizer.json"
 _COMPARED_CHARACTERS = 2048
-"""Compared of every so many: about a hundredth of the work."""
+"""Characters that both libraries encode, of every _COMPARED_EVERY: about a hundredth of the encoding time."""
 _COMPARED_EVERY = 1 << 20
 
 
@@ -38,11 +38,11 @@ class HuggingFace(Backend):
 
     def __init__(self, library: Library, *, fast: bool = True) -> None:
         """fast: encode in bulk with tiktoken where `as_ranks` allows."""
-        library.no_truncation()  # either would silently change documents
+        library.no_truncation()  # truncation and padding would silently change documents
         library.no_padding()
         library.encode_special_tokens = True  # a special token spelled out in a text is text
         if isinstance(library.model, models.BPE):
-            library.model.dropout = None  # it would make ids a matter of chance
+            library.model.dropout = None  # with dropout, ids would be random
         self._library = library
         self.parsed: dict[str, Any] = json.loads(library.to_str())
         """The file's content."""
@@ -56,7 +56,7 @@ class HuggingFace(Backend):
         self.is_exact = self._kind == "bytes"
         self._prefix = str(self.parsed["model"].get("continuing_subword_prefix") or "")
         self._wants_fast = fast
-        self._uncompared = _COMPARED_EVERY  # the first text is
+        self._uncompared = _COMPARED_EVERY  # so that the first text is compared
 
     @functools.cached_property
     def ranks(self) -> Ranks | None:
@@ -69,7 +69,7 @@ class HuggingFace(Backend):
             return None
         try:
             fast = encoding_of(self.ranks)
-        except DataError:  # a pattern that only one of the two libraries understands
+        except DataError:  # only one of the two libraries understands the pattern
             return None
         texts = proof_texts(self.ranks.tokens)
         theirs = self._library.encode_batch_fast(texts, add_special_tokens=False)
@@ -77,7 +77,7 @@ class HuggingFace(Backend):
 
     @property
     def note(self) -> str | None:
-        """Why bulk encoding is the slow one, where that comes as a surprise."""
+        """Why `tokenizers` encodes in bulk although the merges allow tiktoken; None otherwise."""
         if self._wants_fast and self.ranks is not None and self._fast is None:
             return (
                 f"tiktoken reads the pattern {self.ranks.pattern!r} differently from `tokenizers`, so texts are encoded by "
@@ -96,7 +96,7 @@ class HuggingFace(Backend):
             if texts and self._uncompared >= _COMPARED_EVERY:
                 self._uncompared = 0
                 self._compare(texts[0][:_COMPARED_CHARACTERS])
-            with contextlib.suppress(Unencodable):  # what tiktoken gives up on, this library may not
+            with contextlib.suppress(Unencodable):  # this library may encode a text that tiktoken cannot
                 return encode_batch(self._fast, texts, threads)
         return [
             np.asarray(self._as_text(e.ids), dtype=np.int64)
@@ -112,8 +112,8 @@ class HuggingFace(Backend):
 
     @functools.cached_property
     def _spelled(self) -> dict[int, list[int]]:
-        """Ids of each special token's name as text. Only of those that the model's own vocabulary has too: these it finds in a
-        text. The unknown token is what it is, however it came about."""
+        """By id of a special token: the ids that spell its name as text. Only special tokens that are also in the model's
+        vocabulary, because the model finds these in a text; not the unknown token, which also stands for unknown text."""
         vocab = self.parsed["model"]["vocab"]
         known = vocab if isinstance(vocab, dict) else {entry[0] for entry in vocab}
         return {
@@ -123,7 +123,7 @@ class HuggingFace(Backend):
         }
 
     def _letters(self, name: str) -> list[int]:
-        """Ids of a text one character at a time: if the vocabulary can spell a text at all, it can do so."""
+        """Ids of a text, one character at a time: a vocabulary that can spell the text at all can spell it so."""
         ids: list[int] = []
         for at, character in enumerate(name):
             if self._kind == "bytes":
@@ -138,7 +138,7 @@ class HuggingFace(Backend):
         return ids
 
     def _as_text(self, ids: list[int]) -> list[int]:
-        """Ids without special tokens: where the model found one's name in a text, the name is spelled out."""
+        """Ids without special tokens: if the model found the name of one in the text, the name is spelled out."""
         if not self._spelled or self._spelled.keys().isdisjoint(ids):
             return ids
         return [number for found in ids for number in self._spelled.get(found, (found,))]
@@ -148,7 +148,7 @@ class HuggingFace(Backend):
         """Special token that the file's own template puts before a text."""
         encoded = self._library.encode("a", add_special_tokens=True)
         if not encoded.ids or not encoded.special_tokens_mask[0] or 0 not in encoded.special_tokens_mask:
-            return None  # the text comes first, or it has no token and nothing shows what comes before it
+            return None  # the template puts nothing first, or "a" has no token to mark where the text begins
         return self._tokens[encoded.ids[0]]
 
     @functools.cached_property
@@ -162,7 +162,7 @@ class HuggingFace(Backend):
         return number
 
     def image(self, text: str) -> str:
-        """The text as the file's normaliser leaves it."""
+        """The text after the file's normaliser."""
         normal = self._library.normalizer
         if normal is not None:
             text = normal.normalize_str(text)
@@ -182,7 +182,7 @@ class HuggingFace(Backend):
         piece = self._tokens.get(token)
         if piece is None:
             if 0 <= token < self.vocab_size:
-                return b""  # an id that no token has
+                return b""  # an unused id
             raise DataError(f"token id {token} is not in the tokenizer's vocabulary of {self.vocab_size:,}.")
         match self._kind:
             case "bytes":
@@ -200,15 +200,15 @@ class HuggingFace(Backend):
                 )
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Text of ids, special tokens left out."""
+        """Text of ids, without special tokens."""
         if self._kind == "bytes":
             return super().decode(ids)
         text: str = self._library.decode([int(n) for n in ids], skip_special_tokens=True)
         return text
 
     def content(self) -> Any:
-        """The ranks where it has some, so that the same vocabulary in a tekken file is the same tokenizer; else the parts
-        of the file that encoding uses."""
+        """The ranks if it has them, so that the same vocabulary in a tekken file is the same tokenizer; otherwise the parts of
+        the file that encoding uses."""
         if self.ranks is not None:
             return self.ranks.content()
         return {key: self.parsed[key] for key in ("added_tokens", "normalizer", "pre_tokenizer", "model")}
@@ -227,16 +227,16 @@ def load(path: Path, content: bytes, *, fast: bool = True) -> HuggingFace:
         return tokenizer
     except (KeyboardInterrupt, SystemExit):
         raise
-    except BaseException as error:  # plain Exception for every kind of bad file; what panics in Rust is not even that
+    except BaseException as error:  # a panic of the library's Rust code is not an Exception
         raise DataError(f"{path} is not a tokenizer.json: {printable(str(error), most=300)}") from error
 
 
 def _check_special_tokens(parsed: Any) -> None:
-    """ValueError if a special token has the id of another token: a document could then contain it. The library gives it a new id
-    without a word."""
+    """ValueError if a special token has the id of another token: a document could then contain it. The library would silently
+    give it a new id."""
     model, added = parsed["model"], parsed.get("added_tokens") or []
     vocab = model["vocab"]
-    if not isinstance(vocab, dict):  # Unigram: a list of [piece, score], or none yet
+    if not isinstance(vocab, dict):  # Unigram: a list of [piece, score]
         vocab = {entry[0]: number for number, entry in enumerate(vocab)}
     check_ids(vocab.values())
     check_ids(entry["id"] for entry in added)
@@ -250,7 +250,7 @@ def _check_special_tokens(parsed: Any) -> None:
 def train(texts: Iterable[str], config: TokenizerConfig) -> HuggingFace:
     """A byte-level BPE of exactly `vocab_size` tokens. The same texts give the same tokenizer.
 
-    Raises DataError if the texts are too few for so many tokens.
+    Raises DataError if the texts are too short for so many tokens.
     """
     library = Library(models.BPE())
     if config.pattern in (None, "gpt2"):
@@ -270,8 +270,9 @@ def train(texts: Iterable[str], config: TokenizerConfig) -> HuggingFace:
     special = {config.end_of_document: 0} | dict(config.special_tokens)
     if sorted(special.values()) != list(range(len(special))):
         raise DataError(
-            f"data.tokenizer.special_tokens of a trained tokenizer take the ids after {config.end_of_document!r}, which has "
-            f"0 unless it is listed: 1, 2, ... without holes. They are {', '.join(f'{k}={v}' for k, v in special.items())}."
+            f"data.tokenizer.special_tokens of a tokenizer to train must have the ids 0, 1, 2, ... without gaps, together with "
+            f"{config.end_of_document!r}, which has the id 0 unless it is listed. They are "
+            f"{', '.join(f'{k}={v}' for k, v in special.items())}."
         )
     trainer = trainers.BpeTrainer(
         vocab_size=config.vocab_size,
@@ -295,39 +296,14 @@ def train(texts: Iterable[str], config: TokenizerConfig) -> HuggingFace:
     return HuggingFace(library, fast=config.encoder == "auto")
 
 
-def from_ranks(ranks: Ranks) -> HuggingFace:
-    """The same tokenizer as a `tokenizer.json`, for programs that read no ranks. DataError where BPE by merges cannot give
-    the same ids: a token that joining its own bytes does not make, or an id without a token."""
-    rank = {token: number for number, token in enumerate(ranks.tokens)}
-    pairs = [_last_pair(token, rank) if len(token) > 1 else None for token in ranks.tokens]
-    for token, pair in zip(ranks.tokens, pairs, strict=True):
-        if len(token) > 1 and (pair is None or pair[0] + pair[1] not in rank or not set(pair) <= rank.keys()):
-            raise DataError(
-                f"token {token!r} cannot be made by merges, so there is no tokenizer.json with the same ids."
-            )
-    names = {_piece_of(token): ranks.offset + number for number, token in enumerate(ranks.tokens)}
-    model = models.BPE(
-        vocab=names | dict(ranks.special), merges=[(_piece_of(a), _piece_of(b)) for a, b in filter(None, pairs)]
-    )
-    library = Library(model)
-    cut = pre_tokenizers.Split(Regex(portable(ranks.pattern)), behavior="isolated")
-    library.pre_tokenizer = pre_tokenizers.Sequence(
-        [cut, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
-    )
-    library.decoder = decoders.ByteLevel()
-    special = sorted(ranks.special, key=lambda name: ranks.special[name])
-    library.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in special])
-    return HuggingFace(library)
-
-
 def as_ranks(parsed: dict[str, Any]) -> Ranks | None:
     """A `tokenizer.json` as ranks with the same ids for every text; None if that cannot be shown.
 
-    BPE by merges joins the listed pair of lowest number; BPE by ranks joins any two neighbours whose union is a token, lowest
-    rank first. They agree where, for every token t, joining the bytes of t by ranks ends in t through a pair that is a listed
-    merge, and these pairs are listed in the order of their tokens' ids. For what happens inside a stretch of bytes before
-    anything is joined across its ends does not depend on its surroundings: whenever two neighbours make up t, they are the
-    very two that joining t alone ends with. So both ways make the same joins in the same order.
+    BPE by merges joins the neighbours that come first in the list of merges; BPE by ranks joins the neighbours whose union is
+    the token of lowest rank. Both give the same ids if, for every token t, the last join when the bytes of t alone are joined
+    by ranks is a listed merge, and these merges are listed in the order of their tokens' ids. Proof: the joins inside a stretch
+    of bytes do not depend on the bytes around it until something is joined across its ends. So whenever two neighbours make up
+    t, they are the two parts of the last join of t alone, and both ways make the same joins in the same order.
     """
     pattern = _pattern_of(parsed["pre_tokenizer"])
     model = parsed["model"]
@@ -372,14 +348,9 @@ def as_ranks(parsed: dict[str, Any]) -> Ranks | None:
 def as_parsed(ranks: Ranks) -> dict[str, Any]:
     """Ranks as the content of a `tokenizer.json` with the same ids for every text: the inverse of `as_ranks`.
 
-    DataError for a token that no two tokens make up: merges cannot reach it.
+    DataError for a token that is not the union of two tokens: merges cannot make it.
     """
-    letter = {byte: character for character, byte in _BYTE_OF.items()}
     rank = {token: number for number, token in enumerate(ranks.tokens)}
-
-    def piece(token: bytes) -> str:
-        return "".join(letter[byte] for byte in token)
-
     merges = []
     for token in ranks.tokens:
         if len(token) > 1:
@@ -388,7 +359,7 @@ def as_parsed(ranks: Ranks) -> dict[str, Any]:
                 raise DataError(
                     f"the token {token!r} cannot be written as merges, so there is no tokenizer.json for it."
                 )
-            merges.append([piece(part) for part in pair])
+            merges.append([_piece_of(part) for part in pair])
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
     cut = {"type": "Split", "pattern": {"Regex": portable(ranks.pattern)}, "behavior": "Isolated", "invert": False}
     plain = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
@@ -404,24 +375,25 @@ def as_parsed(ranks: Ranks) -> dict[str, Any]:
         "decoder": byte_level,
         "model": {
             "type": "BPE",
-            "vocab": dict(special) | {piece(token): ranks.offset + number for number, token in enumerate(ranks.tokens)},
+            "vocab": dict(special)
+            | {_piece_of(token): ranks.offset + number for number, token in enumerate(ranks.tokens)},
             "merges": merges,
         },
     }
 
 
 def _last_pair(token: bytes, rank: dict[bytes, int]) -> tuple[bytes, bytes] | None:
-    """The two parts whose joining makes `token` when its bytes are joined by ranks; None if they end differently."""
+    """The two parts of the last join when the bytes of `token` are joined by ranks; None if that does not make the token."""
     parts = [token[i : i + 1] for i in range(len(token))]
     while len(parts) > 2:
-        best, where = None, -1
+        best, best_at = None, -1
         for i in range(len(parts) - 1):
             found = rank.get(parts[i] + parts[i + 1])
             if found is not None and (best is None or found < best):
-                best, where = found, i
+                best, best_at = found, i
         if best is None:
             return None
-        parts[where : where + 2] = [parts[where] + parts[where + 1]]
+        parts[best_at : best_at + 2] = [parts[best_at] + parts[best_at + 1]]
     return parts[0], parts[1]
 
 

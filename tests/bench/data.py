@@ -232,7 +232,7 @@ def ours_packed_anew(row: int) -> Iterator[Pair]:
     """As on a corpus so large that a stretch is never met again while it is kept: this one is not."""
     import data.rows.packing
 
-    data.rows.packing._KEPT_BYTES = 0
+    data.rows.packing._CACHE_BYTES = 0
     return ours_best_fit(row)
 
 

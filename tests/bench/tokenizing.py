@@ -92,7 +92,7 @@ def make_inputs(megabytes: float) -> None:
                 (FOLDER / TEKKEN).write_bytes(archive.read(f"mistral_common/data/{TEKKEN}"))
     given = ranks.load(FOLDER / TEKKEN, (FOLDER / TEKKEN).read_bytes(), TokenizerConfig())
     if not (FOLDER / "tokenizer.json").exists():
-        hf.from_ranks(given).save(FOLDER / "tokenizer.json")
+        (FOLDER / "tokenizer.json").write_text(json.dumps(hf.as_parsed(given)))
         rows = json.loads((FOLDER / TEKKEN).read_text())["vocab"][: len(given.tokens)]
         (FOLDER / "megatron.json").write_text(json.dumps(rows))
     special = {*given.special, "<mask>", "<pad>", "<cls>", "<sep>"}  # the last four are Megatron's

@@ -1,18 +1,23 @@
 """Provenance both ways against the texts themselves, and the commands that show it."""
 
+import ast
 import json
+import os
 from collections import defaultdict
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import yaml
+from texts import config_of
 
 from data import commands, inspect, trace
 from data.dataset import open_dataset
+from data.prepare import prepare
+from data.system.console import open_console
 from data.trace import documents_of, pieces_of
-from recipes.schema.data import DataConfig
+from recipes.schema.data import DataConfig, SourceConfig
 from recipes.schema.errors import DataError
 from recipes.schema.tools import TraceConfig
 
@@ -75,8 +80,6 @@ def test_questions_without_an_answer_say_why(prepared: DataConfig) -> None:
 
 def command(program, tmp_path: Path, config: DataConfig, *words: str) -> int:
     """Run a command over a recipe of its own, as from a shell."""
-    from dataclasses import asdict
-
     plain = json.loads(json.dumps(asdict(config)))
     (tmp_path / "own").mkdir(exist_ok=True)
     (tmp_path / "own" / "mine.yaml").write_text(yaml.safe_dump({"run": {"steps": 40, "global_rows": 4}, "data": plain}))
@@ -108,6 +111,70 @@ def test_inspect_from_the_command_line(prepared: DataConfig, tmp_path: Path, cap
     shard.write_bytes(raw)
     assert command(commands.inspect, tmp_path, prepared, *words) == 2
     assert f"{shard} does not match its checksum" in capsys.readouterr().err
+
+
+def test_inspect_limits_number_and_length_of_samples(prepared: DataConfig, tmp_path: Path, capsys) -> None:
+    picture = f"--picture={tmp_path / 'lengths.png'}"
+    dataset = open_dataset(prepared)
+    for samples in (0, 3):
+        assert command(commands.inspect, tmp_path, prepared, picture, f"--samples={samples}", "--chars=5") == 0
+        lines = capsys.readouterr().out.splitlines()
+        heads = [line.split(" document ")[0] for line in lines if " document " in line and line.endswith(" tokens")]
+        for name, rows in zip(dataset.source_names, dataset.train, strict=True):
+            assert heads.count(name) == min(samples, rows.stream.documents)
+        shown = [ast.literal_eval(line) for line in lines if line[:1] in ("'", '"')]
+        assert len(shown) == len(heads) and all(0 < len(text) <= 5 for text in shown)
+    for option, value, most in (("samples", 1001, 1000), ("chars", 100_001, 100_000)):
+        with pytest.raises(SystemExit, match="2"):
+            command(commands.inspect, tmp_path, prepared, picture, f"--{option}={value}")
+        message = f"--{option}={value} is out of range. Use a value >= 0 and <= {most}."
+        assert message in capsys.readouterr().err
+
+
+def test_names_and_texts_of_others_send_no_control_characters_to_the_terminal(tmp_path: Path, capsys) -> None:
+    """Escape codes, a C1 control character, line breaks, text direction, rich's markup and bytes that are not UTF-8, in names
+    of files and in texts."""
+    evil = "\x1b[2J\x9b31m\n\u202e[bold]"
+    (tmp_path / "in").mkdir()
+    names = [f"a{evil}.jsonl", os.fsdecode(b"b\xff.jsonl"), f".{evil}.jsonl"]
+    for name in names:
+        lines = [json.dumps({"text": f"{name!r}{n}{evil} " + "some words " * n}) + "\n" for n in range(40)]
+        (tmp_path / "in" / name).write_text("".join(lines))
+    sources = {"a": SourceConfig(path=str(tmp_path / "in"))}
+    config = config_of(tmp_path, sources=sources, folder=str(tmp_path / f"out{evil}"))
+    prepare(config, console=open_console())
+    assert "left out 1 files" in check_terminal(capsys)
+    dataset = open_dataset(config)
+    documents = range(dataset.train[0].stream.documents)
+    assert {dataset.origin(dataset.train[0].stream, n).file for n in documents} == {
+        str(tmp_path / "in" / name) for name in names[:2]
+    }
+    for program, words in (
+        (commands.inspect, ["--samples=9"]),
+        (commands.trace, ["--step=1"]),
+        (commands.trace, ["--step=1", "--json"]),
+        (commands.trace, ["--source=a", "--document=1"]),
+        (commands.trace, ["--source=a", "--document=1", "--json"]),
+    ):
+        assert command(program, tmp_path, config, *words) == 0
+        shown = check_terminal(capsys)
+        assert "in/" in shown
+        if "--json" in words:
+            record = json.loads(shown.splitlines()[0])
+            file = record["documents"][0]["file"] if "documents" in record else record["file"]
+            assert Path(file).name in names, "scripts get the name itself"
+    with pytest.raises(DataError) as caught:
+        documents_of(dataset, TraceConfig(file="a.json"))
+    assert str(caught.value).isprintable()
+
+
+def check_terminal(capsys: pytest.CaptureFixture[str]) -> str:
+    """What was printed; no line of it has a control character or is a part of a name."""
+    captured = capsys.readouterr()
+    shown = captured.out + captured.err
+    for line in shown.split("\n"):
+        assert line.isprintable() and not line.startswith(("\\u202e", "[bold]")), repr(line)
+    return shown
 
 
 def test_share_cut_counts_documents_that_lie_in_more_than_one_row(prepared: DataConfig) -> None:

@@ -89,7 +89,7 @@ EVERY_RULE: dict[str, tuple[dict[str, Any], str]] = {
     "end of document": ({"data.tokenizer.end_of_document": "</s>"}, "the tokenizer has no special token '</s>'."),
     "fill in the middle": (
         {"data.fim.rate": 0.5},
-        "data.fim.prefix='<|fim_prefix|>' is no special token of the tokenizer (it has: <|endoftext|>).",
+        "data.fim.prefix='<|fim_prefix|>' is not a special token of the tokenizer (it has: <|endoftext|>).",
     ),
     "no teacher named": (DISTIL, "objective.kind=distill needs objective.teacher or objective.teacher_cache."),
     "no teacher there": (DISTIL | {"objective.teacher": "nowhere"}, "objective.teacher: nowhere is no checkpoint"),

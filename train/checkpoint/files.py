@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from recipes.schema.errors import CheckpointError
+from recipes.schema.foreign import printable
 from train.checkpoint import fingerprint
 from train.checkpoint.fingerprint import Sums
 from train.checkpoint.manifest import (
@@ -37,7 +38,7 @@ _CHUNK = 1 << 20
 _ALIGN = 64
 """Data in a file start at a multiple of this many bytes."""
 _LONGEST_HEADER = 1 << 30
-_LABEL = re.compile(r"(?P<tensor>[^\[\]]+)\[(?P<box>(\d+:\d+(,\d+:\d+)*)?)\]")
+_LABEL = re.compile(r"(?P<tensor>[^\[\]]+)\[(?P<box>(\d{1,18}:\d{1,18}(,\d{1,18}:\d{1,18})*)?)\]")
 
 
 @dataclass(frozen=True)
@@ -97,9 +98,24 @@ def read_header(path: Path) -> tuple[dict[str, Any], int]:
     try:
         entries = json.loads(text)
         entries.pop("__metadata__", None)
+        for label, entry in entries.items():
+            _check_entry(label, entry, data_bytes=size - 8 - length)
         return entries, 8 + length
     except (ValueError, RecursionError, AttributeError) as error:
         raise CheckpointError(f"{path} is not a safetensors file: {error}") from error
+
+
+def _check_entry(label: str, entry: Any, *, data_bytes: int) -> None:
+    """ValueError if an entry of a header does not describe bytes of the file's data."""
+    try:
+        dtype, shape, (start, stop) = DTYPES[entry["dtype"]], entry["shape"], entry["data_offsets"]
+        numbers = [start, stop, *shape]
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"its entry {printable(label, most=100)!r} lacks or misstates a field") from error
+    if not all(type(number) is int and 0 <= number < 2**63 for number in numbers):
+        raise ValueError(f"its entry {printable(label, most=100)!r} has numbers that are not sizes")
+    if not start <= stop <= data_bytes or math.prod(shape) * dtype.itemsize != stop - start:
+        raise ValueError(f"its entry {printable(label, most=100)!r} does not fit the file's data")
 
 
 def scan(folder: Path) -> tuple[Index, dict[str, TensorRecord]]:
@@ -113,6 +129,11 @@ def scan(folder: Path) -> tuple[Index, dict[str, TensorRecord]]:
             if found is None:
                 raise CheckpointError(f"{path} contains {label!r}, which is not a TENSOR[START:END,...] name.")
             offset = tuple(int(span.split(":")[0]) for span in found["box"].split(",") if span)
+            if len(offset) != len(entry["shape"]) or label != label_of(found["tensor"], offset, entry["shape"]):
+                raise CheckpointError(f"{path} contains {label!r}, which does not fit its shape {entry['shape']}.")
+            others = index.get(found["tensor"], [])
+            if others and (len(others[0].shape), dtypes[found["tensor"]]) != (len(offset), entry["dtype"]):
+                raise CheckpointError(f"{path} contains {label!r}, which does not fit the tensor's other parts.")
             stored = StoredBox(path.name, begin + entry["data_offsets"][0], offset, tuple(entry["shape"]))
             index.setdefault(found["tensor"], []).append(stored)
             dtypes[found["tensor"]] = entry["dtype"]

@@ -363,7 +363,7 @@ def test_existing_megatron_sets_are_read_where_they_lie(
             assert read_origins(Path(other.folder), entry).of(3).record == start + 3
     assert digests(tmp_path) == before
     read_manifest(Path(other.folder), verify=True)
-    with pytest.raises(DataError, match=r"\.bin holds token id \d+, outside the tokenizer's vocabulary of 300"):
+    with pytest.raises(DataError, match=r"\.bin contains token id \d+, outside the tokenizer's vocabulary of 300"):
         small = elsewhere(config, "small", tokenizer=TokenizerConfig(vocab_size=300))
         prepare(small, console=QUIET)
         wrong = replace(

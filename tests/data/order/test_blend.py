@@ -241,7 +241,7 @@ def test_a_cap_on_repeats_is_known_before_training_and_kept() -> None:
     at = blend.curriculum.window(0).source.tolist().index(0, 400)
     refused = (
         rf"'a' runs out at step {at // 8 + 1} \(row {at}, token {at * 64:,}\): max_epochs=2 of its 100 rows are 200, the run's "
-        r"402 rows would hold 201 \(2.01 epochs\)\.\n.*data\.on_exhausted=continue"
+        r"402 rows would contain 201 \(2.01 epochs\)\.\n.*data\.on_exhausted=continue"
     )
     with pytest.raises(DataError, match=refused):
         blend.check_length(402, global_rows=8)
@@ -252,7 +252,7 @@ def test_a_cap_on_repeats_is_known_before_training_and_kept() -> None:
 def test_where_a_source_runs_out_the_others_go_on_in_proportion() -> None:
     """1.5 epochs of a, then b and c 2 : 1; rows still come once an epoch, wherever reading starts."""
     sources = [BlendSource("a", 0.7, 100, max_epochs=1.5), BlendSource("b", 0.2, 90), BlendSource("c", 0.1, 50)]
-    blend = Blend(sources, seed=0, go_on=True)
+    blend = Blend(sources, seed=0, replace_exhausted=True)
     blend.check_length(10**9)
     ((name, place),) = blend.exhausted(10**9)
     assert name == "a" and 0.7 * place <= 150 < 0.7 * (place + 1)
@@ -263,13 +263,15 @@ def test_where_a_source_runs_out_the_others_go_on_in_proportion() -> None:
     )
     late = draw.source[place:]
     assert abs((late == 1).sum() - len(late) * 2 / 3) <= 2 and (draw.source[place + 2 :] != 0).all()
-    assert np.array_equal(Blend(sources, seed=0, go_on=True).draw(np.arange(1900, 2000)).row, draw.row[1900:])
+    assert np.array_equal(
+        Blend(sources, seed=0, replace_exhausted=True).draw(np.arange(1900, 2000)).row, draw.row[1900:]
+    )
     assert blend.positions_of(0, 5, stop=2000) == np.flatnonzero((draw.source == 0) & (draw.row == 5)).tolist()
 
 
 def test_where_all_have_run_out_the_run_is_refused_with_the_step() -> None:
     sources = [BlendSource("a", 0.5, 10, max_epochs=1), BlendSource("b", 0.5, 30, max_epochs=2)]
-    blend = Blend(sources, seed=0, go_on=True)
+    blend = Blend(sources, seed=0, replace_exhausted=True)
     end = blend.curriculum.stop
     assert end == 70 and len(blend.draw(np.arange(end)).row) == end
     blend.check_length(end)

@@ -202,7 +202,7 @@ def test_packed_stretches_that_are_kept_stay_within_their_bytes(
     every = open_dataset(config)
     count = every.train[0].count
     expected = every.training_rows(np.arange(count))
-    monkeypatch.setattr("data.rows.packing._KEPT_BYTES", 5000)
+    monkeypatch.setattr("data.rows.packing._CACHE_BYTES", 5000)
     few = open_dataset(config)
     for start in range(0, count, 16):
         batch = few.training_rows(np.arange(start, min(count, start + 16)))

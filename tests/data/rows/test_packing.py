@@ -208,5 +208,5 @@ def test_fill_in_the_middle_in_rows(folder: Path) -> None:
         if key[p] == key[q]
     ]
     assert len(same) == count and np.mean(same) < 0.3
-    with pytest.raises(DataError, match=r"data.fim.prefix='<\|fim_prefix\|>' is no special token of the tokenizer"):
+    with pytest.raises(DataError, match=r"data.fim.prefix='<\|fim_prefix\|>' is not a special token of the tokenizer"):
         build_fim(FimConfig(rate=0.1), special={"<|endoftext|>": 0}, eod=0)

@@ -257,7 +257,7 @@ def rewrite(folder: Path, **changes: object) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"dtype": "int32"}, "says tokens are uint16, the manifest says int32"),
+        ({"dtype": "int32"}, "has tokens of type uint16, the manifest says int32"),
         ({"tokens": 100}, "tokens where the manifest says 100"),
         ({"documents": 31}, "documents, the manifest says 31"),
         ({"first_document": 3}, "documents, the manifest says 33"),
@@ -284,7 +284,9 @@ def test_ids_beyond_the_vocabulary_are_named_with_their_shard(folder: Path) -> N
     entry = manifest.sources["a"].splits["train"][1]
     rewrite(folder / "big", files=entry.files | {"bin": file_facts(path)})
     dataset = open_dataset(config_of(folder / "big"))
-    with pytest.raises(DataError, match=r"a.train-0000[01].bin holds token id 61,000 .* outside the vocabulary of 300"):
+    with pytest.raises(
+        DataError, match=r"a.train-0000[01].bin contains token id 61,000 .* outside the vocabulary of 300"
+    ):
         dataset.training_rows(np.arange(dataset.train[0].count))
 
 

@@ -18,7 +18,7 @@ from train.checkpoint.__main__ import main as command
 from train.checkpoint.files import Reader, scan, whole_tensor
 
 STEP = Path(__file__).with_name("version_0_1_0") / "step_00000002"
-COUNTS = pytest.mark.parametrize("count", [25, pytest.param(1000, marks=pytest.mark.slow)], ids=["few", "many"])
+COUNTS = pytest.mark.parametrize("count", [25, pytest.param(250, marks=pytest.mark.slow)], ids=["few", "many"])
 
 
 def read_step(path: Path) -> None:
@@ -58,6 +58,13 @@ def step(tmp_path: Path) -> Path:
 @pytest.mark.parametrize("name", ["manifest.json", "index.json", "rank_00000.safetensors"])
 def test_damaged_bytes_are_contained(name: str, count: int, step: Path) -> None:
     check_reader(read_step, {name: mutants((step / name).read_bytes(), count=count, seed=1)}, folder=step)
+
+
+def test_a_header_entry_without_a_field_is_one_error(step: Path) -> None:
+    path = step / "rank_00000.safetensors"
+    path.write_bytes(path.read_bytes().replace(b"data_offsets", b"data_offsetz", 1))
+    with pytest.raises(CheckpointError, match=r"is not a safetensors file: its entry .* lacks or misstates a field"):
+        scan(step)
 
 
 @COUNTS
