@@ -301,7 +301,7 @@ def _parquet_file(place: str, name: str, stream: Any, **options: Any) -> Any:
     except (pyarrow.ArrowException, OSError, ValueError) as error:
         why = printable(str(error), most=300)
         raise DataError(
-            f"{name} ({place}) cannot be read as parquet: {why}. Make it again, or leave it out."
+            f"{name} ({place}) cannot be read as parquet: {why.rstrip('.')}. Make it again, or leave it out."
         ) from error
 
 

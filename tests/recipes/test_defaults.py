@@ -83,7 +83,14 @@ def test_options_that_earlier_recipes_named_still_compose(tmp_path: Path) -> Non
     assert recipe_from_mapping(plain).data == recipe_from_mapping(composed("-cn", "smoke")).data
 
 
-@given(st.builds(SourceConfig, path=st.text(), weight=st.floats(0, 9), max_bytes=st.none() | st.integers(1)))
+@given(
+    st.builds(
+        SourceConfig,
+        path=st.text(),
+        weight=st.just(0.0) | st.floats(1e-37, 9),
+        max_bytes=st.none() | st.integers(1, 2**63 - 1),
+    )
+)
 def test_what_differs_from_the_defaults_reads_back_as_the_whole(source: SourceConfig) -> None:
     assert build(SourceConfig, differing(source), "") == source
 

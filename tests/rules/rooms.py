@@ -85,8 +85,13 @@ def sources() -> list[Source]:
     return found
 
 
-def imports(source: Source) -> Iterator[tuple[str, int]]:
+@cache
+def imports(source: Source) -> tuple[tuple[str, int], ...]:
     """Every imported module with its line; `from a import b` counts as a.b too, which may be a module."""
+    return tuple(_walk_imports(source))
+
+
+def _walk_imports(source: Source) -> Iterator[tuple[str, int]]:
     for node in ast.walk(source.tree):
         if isinstance(node, ast.Import):
             yield from ((alias.name, node.lineno) for alias in node.names)

@@ -170,7 +170,7 @@ def source(texts: Path, path: str, **fields: object) -> DataConfig:
         ("bad.jsonl", b'{"text": "a"}\n{oops\n', {}, r"bad\.jsonl:2 is not JSON"),
         ("field.jsonl", b'{"body": "a"}\n', {}, r"field\.jsonl:1 has no text under 'text' \(it has: body\)"),
         ("cut.txt.gz", gzip.compress(b"hello world\n" * 100, mtime=0)[:-20], {}, r"cut\.txt\.gz cannot be read"),
-        ("junk.parquet", b"PAR1junk", {}, r"junk\.parquet cannot be read as parquet"),
+        ("junk.parquet", b"PAR1junk", {}, r"junk\.parquet \(data\.sources\.bad\) cannot be read as parquet"),
         ("line.txt", b"only one line", {}, "single line"),
     ],
 )

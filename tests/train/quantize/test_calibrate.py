@@ -11,7 +11,6 @@ import torch
 from hf_models import GEMMA, HYBRID, TOKENS, recipe_of, scrambled, trained
 from ranks import run_ranks
 from tiny import rows_of
-from train.inference.decode import Sampling, generate
 
 from launch.plan.cost.inference import inference_memory
 from recipes.schema.errors import DataError, NumericsError
@@ -23,6 +22,8 @@ from train.checkpoint.tensors import StoredTensors
 from train.hf.config import family_of, to_config
 from train.hf.convert import export_weights
 from train.hf.quantize_export import Quantizer
+from train.inference.batch_engine import EngineConfig, InferenceEngine
+from train.inference.request import Request, Sampling
 from train.model.backend import choose_backend
 from train.model.build import build_model
 from train.quantize.calibrate import calibrated, calibration_rows
@@ -100,11 +101,15 @@ def from_codes(rank: int, recipe: Recipe, path: Path, root: Path, name: str) -> 
         dense = logits(chunk, tokens)
     with model_on_one_rank(recipe, folder, device=CPU) as chunk:
         stored = logits(chunk, tokens)
-        text = list(generate(chunk, [1, 2, 3], tokens=4, sampling=Sampling(temperature=0)))
+        engine = InferenceEngine(chunk, model, EngineConfig(rows=1, context_tokens=7))
+        events = engine.run([Request([1, 2, 3], 4, sampling=Sampling(temperature=0))])[0]
+        text = [event.token.id for event in events if event.token is not None]
+        greedy = logits(chunk, torch.tensor([[1, 2, 3, *text]]))[0, 2:-1].argmax(-1).tolist()
         memory = sum(t.nbytes for t in [*chunk.parameters(), *chunk.buffers()])
     return {
         "equal": torch.equal(dense, stored),
         "written": len(text),
+        "greedy": text == greedy,
         "memory": memory,
         "files": QuantizedFiles(folder).nbytes,
         "planned": inference_memory(model, context_tokens=1, weight_bytes=4, quantized=name).weights,
@@ -116,7 +121,7 @@ def test_codes_compute_what_rounded_weights_do_in_the_planned_bytes(
     made: tuple[Recipe, Path], tmp_path: Path, name: str
 ) -> None:
     found = run_ranks(1, from_codes, *made, tmp_path, name)[0]
-    assert found["equal"] and found["written"] == 4
+    assert found["equal"] and found["written"] == 4 and found["greedy"]
     assert found["memory"] == found["files"] == found["planned"]
 
 

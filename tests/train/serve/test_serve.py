@@ -386,11 +386,12 @@ def test_the_page_continues_texts_and_chats_in_a_browser(server: Server, tmp_pat
             await page.evaluate(
                 "$('mode').value = 'chat'; $('mode').onchange(); $('prompt').value = '<img src=x onerror=alert(1)>'"
             )
-            await page.evaluate("$('form').requestSubmit()")
-            await page.wait_for("messages.length == 2")
+            await page.evaluate("$('tokens').value = 5; $('form').requestSubmit()")
+            await page.wait_for("!running && $('text').textContent")
+            assert await page.evaluate("messages.length") == 2, await page.evaluate("$('text').textContent")
             assert await page.evaluate("$('text').querySelector('img')") is None  # text stays text
             await page.evaluate("$('tokens').value = 100000; $('prompt').value = 'x'; $('form').requestSubmit()")
-            await page.wait_for("$('text').querySelector('.error') && messages.length == 2")
+            await page.wait_for("$('text').querySelector('.error') && !running && messages.length == 2")
             assert "at most" in await page.evaluate("$('text').querySelector('.error').textContent")
             for name, width, dark in (("wide", 1000, False), ("phone", 380, True)):
                 await page.look(width=width, height=700, dark=dark)
