@@ -93,6 +93,13 @@ async def open_page(url: str) -> AsyncIterator[Page]:
                     page = Page(line_)
                     await page.call("Runtime.enable")
                     await page.call("Page.enable")
+                    for _ in range(600):  # the address replaces an empty page, and in between there is none
+                        try:
+                            if await page.evaluate("document.readyState == 'complete' && location.href != 'about:blank'"):
+                                break
+                        except AssertionError:
+                            pass
+                        await asyncio.sleep(0.05)
                     yield page
         finally:
             process.kill()
