@@ -53,6 +53,7 @@ def serve(recipe: Recipe, config: ServeConfig, listener: socket.socket, *, key: 
             server = uvicorn.Server(
                 uvicorn.Config(app, log_level="warning", lifespan="off", timeout_graceful_shutdown=config.drain_s)
             )
+            listener.listen(1024)  # who reads the address below may connect at once, before uvicorn accepts
             host, port = listener.getsockname()[:2]
             address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
             sys.stdout.write(f"Serving {printable(name)} ({loaded.checkpoint}) at http://{address}\n")
