@@ -95,7 +95,9 @@ async def open_page(url: str) -> AsyncIterator[Page]:
                     await page.call("Page.enable")
                     for _ in range(600):  # the address replaces an empty page, and in between there is none
                         try:
-                            if await page.evaluate("document.readyState == 'complete' && location.href != 'about:blank'"):
+                            if await page.evaluate(
+                                "document.readyState == 'complete' && location.href != 'about:blank'"
+                            ):
                                 break
                         except AssertionError:
                             pass

@@ -27,6 +27,7 @@ from launch.plan.planner import STORAGE_PER_NODE, Plan
 from launch.plan.tables import console
 from recipes.schema import units
 from recipes.schema.errors import RecipeError
+from recipes.schema.foreign import printable
 
 _MARKS = ("#b02a30", "#e9a23b", "#2a9d8f", "#8a5a9e", "#555555")
 RESTART_S = 300.0
@@ -217,7 +218,7 @@ def draw_goodput(found: Goodput, plan: Plan, path: Path) -> None:
         axes.set_xlabel("seconds of training between saves")
         axes.set_ylabel("share of useful time")
         axes.set_title(
-            f"{plan.recipe.run.name} on {plan.layout.world:,} x {plan.device.name}: a failure every "
+            f"{printable(plan.recipe.run.name)} on {plan.layout.world:,} x {plan.device.name}: a failure every "
             f"{units.span(found.failures.mean_s)}"
         )
         axes.legend(frameon=False, loc="lower center")

@@ -18,6 +18,7 @@ from launch.plan.search import search
 from launch.plan.tables import console
 from recipes.schema import units
 from recipes.schema.errors import RecipeError
+from recipes.schema.foreign import printable
 from recipes.schema.recipe import Recipe
 from recipes.schema.units import GIB
 
@@ -60,7 +61,8 @@ def show_scale(points: list[Point], recipe: Recipe) -> None:
     """Print a table with one line for each number of GPUs."""
     out = console()
     table = Table(
-        title=f"{recipe.run.name}: {recipe.run.global_rows:,} rows of {recipe.data.row_tokens:,} tokens a step, best layouts",
+        title=f"{printable(recipe.run.name)}: {recipe.run.global_rows:,} rows of {recipe.data.row_tokens:,} tokens a step, "
+        "best layouts",
         title_justify="left", title_style="bold",
     )  # fmt: skip
     for name in ("GPUs", "layout", "s/step", "tokens/s/GPU", "MFU", "of linear", "GiB", "without failures", "goodput",

@@ -11,6 +11,7 @@ from launch.plan.part_names import MEMORY_NAMES, PART_NAMES
 from launch.plan.planner import USABLE, Plan
 from launch.plan.search import SearchResult
 from recipes.schema import units
+from recipes.schema.foreign import printable
 from recipes.schema.layout import rank_coordinates
 from recipes.schema.recipe import Recipe
 from recipes.schema.scaling import describe_precision
@@ -40,7 +41,7 @@ def console() -> Console:
 def _head(plan: Plan) -> Text:
     recipe, layout = plan.recipe, plan.layout
     text = Text()
-    text.append(f"{recipe.run.name}", style="bold")
+    text.append(printable(recipe.run.name), style="bold")
     text.append(
         f": {plan.parameters:,} parameters, {len(''.join(plan.stages))} layers, rows of {recipe.data.row_tokens:,} tokens, "
         f"{recipe.run.global_rows:,} rows a step\n"
@@ -163,7 +164,7 @@ def show_search(found: SearchResult, recipe: Recipe) -> None:
         out.print(f"None of {found.tried:,} layouts works:")
     else:
         first = found.best[0].plan
-        head = Text(recipe.run.name, style="bold")
+        head = Text(printable(recipe.run.name), style="bold")
         head.append(
             f": {first.parameters:,} parameters on {first.layout.world:,} x {first.device.name}; {found.tried:,} layouts "
             f"tried, {found.fitting:,} work. The best:",

@@ -17,6 +17,7 @@ from recipes.schema.launch_rules import environment_problems
 from recipes.schema.read import read_recipe, recipe_mapping, recipe_yaml
 from recipes.schema.recipe import Recipe
 from recipes.schema.run_folder import recipe_in
+from train import stratum
 
 HEAD = "# @package _global_\n"
 SMOKE = "defaults: [smoke, _self_]\n"
@@ -226,3 +227,9 @@ def test_a_run_folder_gives_back_every_text_of_its_recipe(tmp_path: Path, capsys
         name: one.path for name, one in sources.items()
     }
     assert recipe_in(folder) == recipe_mapping(recipe)
+
+
+def test_a_plan_shows_control_characters_of_a_name_as_escapes(capsys: pytest.CaptureFixture[str]) -> None:
+    assert stratum.main(["plan", "-cn", "smoke", "run.name=\x1f"]) != 0
+    shown = capsys.readouterr()
+    assert "\x1f" not in shown.out + shown.err and "\\x1f" in shown.out

@@ -272,7 +272,9 @@ class _Loading:
                 raise CheckpointError(
                     f"{folder} {OTHER_MODEL}: {problem.format(len(weights))}, e.g. {', '.join(weights[:3])}."
                 )
-        if (missing | unread) and not ignored:  # weights alone, for inference or a new run, have no first steps to differ
+        if (
+            missing | unread
+        ) and not ignored:  # weights alone, for inference or a new run, have no first steps to differ
             log.warning(
                 "%s was written by another precision backend: scales and amax histories start fresh, so the first steps will "
                 "differ from those of the run that wrote it.",
