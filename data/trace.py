@@ -62,7 +62,7 @@ def pieces_of(dataset: Dataset, row: RowAt, *, chars: int) -> Iterator[SeenPiece
 
 
 def documents_of(dataset: Dataset, config: TraceConfig) -> list[tuple[int, int]]:
-    """(source, document) of the training documents that the options name. DataError if there are none."""
+    """(source, document) of the training documents that the options name. Raises DataError if no document matches."""
     if config.file is None:
         if config.source is None or config.document is None:
             raise DataError("say what to trace: --step N, --file NAME [--record N], or --source NAME --document N.")

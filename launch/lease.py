@@ -253,7 +253,7 @@ def _numbers(folder: Path) -> list[int]:
 
 
 def _current(folder: Path) -> _Current | None:
-    """The lease with the highest number; None if there is none. Raises LeaseError if it cannot be read."""
+    """The lease with the highest number; None without a lease. Raises LeaseError if it cannot be read."""
     while numbers := _numbers(folder):
         path = folder / _name(numbers[-1])
         try:

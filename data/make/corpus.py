@@ -93,7 +93,7 @@ class Reader:
 
 
 def documents(name: str, source: SourceConfig) -> Iterator[Document]:
-    """All documents of one source, up to `max_bytes` of UTF-8 text. DataError if there is none, and as Reader raises."""
+    """All documents of one source, up to `max_bytes` of UTF-8 text. Raises DataError if the source is empty, and as Reader."""
     reader = Reader(name, source)
     count = 0
     for group in limited(reader.place, source, cut(reader.place, source, _WHOLE)):

@@ -25,7 +25,7 @@ _TOKENS = 1 << 24
 
 
 def find_sets(place: str, source: SourceConfig) -> list[Part]:
-    """The sets that a path stands for: a path without suffix, a folder, or a glob. DataError if there are none."""
+    """The sets that a path stands for: a path without suffix, a folder, or a glob. Raises DataError if it matches no set."""
     if is_remote(source.path):
         raise DataError(f"{place}.path={source.path}: Megatron sets are read in place, so they must be local files.")
     pattern = source.path.removesuffix(".bin").removesuffix(".idx")

@@ -48,7 +48,7 @@ class Packed(NamedTuple):
     """Of the numbers in memory."""
     rows: int
     entry: int
-    """The stream's entry that has all of it and the token before it; -1 if there is none, or compiled code cannot read it."""
+    """The stream's entry with all of it and the token before it; -1 without such an entry, or if compiled code cannot read it."""
     start: int
     """Token of that entry that is its first label."""
 

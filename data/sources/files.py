@@ -64,7 +64,7 @@ class File:
 
 
 def find_files(place: str, path: str, *, hidden: list[str] | None = None) -> list[File]:
-    """The files a source's path stands for, sorted by name. DataError, naming `place`, if there are none.
+    """The files a source's path stands for, sorted by name. Raises DataError with `place` if no file matches.
 
     Files and folders whose names begin with a dot are left out of folders, and added to `hidden`.
     """

@@ -78,7 +78,7 @@ class Tokenizer:
 
     @property
     def template_begin(self) -> str | None:
-        """Special token that the file's own template puts before a text (`<bos>` of Gemma and Llama); None if there is none.
+        """Special token that the file's own template puts before a text (`<bos>` of Gemma and Llama); None without one.
 
         The value for `data.tokenizer.begin_of_document` of a recipe that continues a model with this tokenizer.
         """

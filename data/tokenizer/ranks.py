@@ -214,8 +214,8 @@ def encode_batch(encoding: tiktoken.Encoding, texts: list[str], threads: int) ->
 
 
 def load(path: Path, content: bytes, config: TokenizerConfig) -> Ranks:
-    """Ranks of any of the files. path: for messages. DataError if it is none of them, or lacks something that the recipe does not
-    give either."""
+    """Ranks of any of the files. path: for messages. DataError for another kind of file, or if it lacks something
+    that the recipe does not give either."""
     try:
         if path.suffix == ".json":
             parsed = json.loads(content)

@@ -87,7 +87,7 @@ def pins(machine: Machine) -> dict[str, str]:
 
 
 def project_file(machine: Machine, name: str) -> str:
-    """A file of the project's top folder; "" if there is none."""
+    """A file of the project's top folder; "" if it does not exist."""
     path = machine.project / name
     return path.read_text() if path.is_file() else ""
 

@@ -223,7 +223,7 @@ class _Watch:
             _kill(rank)
 
     def _pump(self) -> None:
-        """Forward the output that has arrived; wait up to _POLL_S if there is none."""
+        """Forward the output that has arrived; wait up to _POLL_S for the first."""
         outputs = [rank.output for rank in self._running if rank.output]
         descriptors = [descriptor for output in outputs for descriptor in output.descriptors()]
         if not descriptors:

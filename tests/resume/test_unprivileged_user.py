@@ -7,7 +7,10 @@ KILLS = "tests/train/checkpoint/test_crash_matrix.py"
 
 
 def test_signals_and_a_few_kills_without_root_privileges() -> None:
-    run_unprivileged("tests/resume/test_signals.py", KILLS, "-k", "answered_at_the_end or of_the_only_one")
+    status, output = run_unprivileged(
+        "tests/resume/test_signals.py", KILLS, "-k", "answered_at_the_end or of_the_only_one"
+    )
+    assert status == 0, output
 
 
 @pytest.mark.slow
@@ -21,4 +24,5 @@ def test_signals_and_a_few_kills_without_root_privileges() -> None:
     ],
 )
 def test_a_matrix_without_root_privileges(file: str) -> None:
-    run_unprivileged(file)
+    status, output = run_unprivileged(file)
+    assert status == 0, output

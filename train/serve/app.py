@@ -9,6 +9,7 @@ import json
 import secrets
 import time
 import uuid
+from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, replace
@@ -169,7 +170,7 @@ class _LimitedBodies:
         await self._app(scope, counted, send)
 
 
-class _Job:
+class _Job(ABC):
     """One call: its requests, and how its answer is written as JSON."""
 
     kind: str
@@ -229,14 +230,16 @@ class _Job:
     top_logprobs: int
     wants_logprobs: bool
 
+    @abstractmethod
     def new_tokens(self, prompt: list[int]) -> int:
-        raise NotImplementedError
+        """How many tokens the answer to a prompt may have."""
 
     def score_from(self, prompt: list[int]) -> int | None:
         return None
 
+    @abstractmethod
     def choice(self, index: int, piece: Piece, scores: tuple[Token, ...], *, is_part: bool) -> dict[str, Any]:
-        raise NotImplementedError
+        """One choice of the answer, or of a part of its stream, as JSON."""
 
     def first_parts(self) -> list[dict[str, Any]]:
         """Choices that a stream begins with."""
