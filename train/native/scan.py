@@ -167,9 +167,10 @@ def scan_segments(
     conv_pool: torch.Tensor,
     scan_pool: torch.Tensor,
     sizes: ScanSizes,
+    trial_S: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Convolution, scan and gate of the texts of a step of inference, which update their slots. All fp32 and contiguous; table:
-    (begin, tokens, tokens before, slot) of each text. -> [T, HP]."""
+    (begin, tokens, tokens before, slot) of each text; trial_S: 1 for a text that leaves its slot as it is. -> [T, HP]."""
     kernels = library("scan")
     assert kernels is not None
     tokens, width = zxbcdt_TD.shape
@@ -189,6 +190,6 @@ def scan_segments(
     )
     call(
         kernels.stratum_scan_segments, head, zxbcdt_TD, table_S4, conv_weight_CW, conv_bias_C, dt_bias_H, A_log_H, D_H, conv_pool,
-        scan_pool, turned, pre, dt, y, out,
+        scan_pool, turned, pre, dt, y, out, trial_S,
     )  # fmt: skip
     return out
