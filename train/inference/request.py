@@ -59,6 +59,8 @@ class Request:
     """Report the log-probabilities of the prompt's tokens from this index on (at least 1), as events of their own before
     those of generated tokens."""
     thinking: Thinking | None = None
+    draft_tokens: int | None = None
+    """Guesses of the engine's drafter at a time at most; 0: none; None: as many as the engine makes."""
     priority: int = 0
     """Higher ones are served first; the lowest of those that run is the first to wait again when memory is short."""
 
@@ -75,6 +77,8 @@ class Token:
     """Whether greedy decoding would take this token."""
     is_forced: bool = False
     """Whether the thinking budget chose it instead of sampling."""
+    is_guessed: bool = False
+    """Whether a drafter had guessed it, so that it cost no step of its own."""
 
 
 @dataclass(frozen=True)
@@ -88,5 +92,7 @@ class Event:
     """Set in the last event of a request."""
     scores: tuple[Token, ...] = ()
     """Tokens of the prompt, in order, from `score_from` on; a long prompt is scored by several events."""
+    guesses: int | None = None
+    """Guesses of a drafter that were checked in the step of this token; set on the first token that a step gives."""
     message: str = ""
     """What went wrong, if `finish` is `error`."""

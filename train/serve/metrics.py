@@ -23,6 +23,12 @@ class _EngineMetrics:
             ("requests_waiting", "Requests that wait for memory or a row.", stats.waiting),
             ("requests_open", "Requests of clients that have not been answered in full.", self._worker.open_requests),
             ("prefix_cache_blocks", "Blocks in the prefix cache.", stats.prefix_blocks),
+            ("speculation_acceptance_ratio", "Share of guesses that became tokens.", stats.acceptance_rate),
+            (
+                "speculation_tokens_per_step",
+                "Tokens that a text gets in a step that gives it any.",
+                stats.tokens_per_step,
+            ),
             ("prefix_cache_hit_ratio", "Share of prompt tokens that the prefix cache had.", stats.hit_rate),
         ):
             yield GaugeMetricFamily(f"stratum_{name}", help, value)
@@ -30,6 +36,8 @@ class _EngineMetrics:
             ("prompt_tokens", "Tokens of prompts.", stats.prompt_tokens),
             ("cached_prompt_tokens", "Tokens of prompts that the prefix cache had.", stats.cached_tokens),
             ("generated_tokens", "Tokens generated.", stats.generated_tokens),
+            ("guessed_tokens", "Guesses of a drafter that were checked.", stats.guessed_tokens),
+            ("accepted_tokens", "Guesses that became tokens.", stats.accepted_tokens),
             ("preemptions", "Requests that had to wait again because memory was short.", stats.preemptions),
             ("steps", "Forward passes.", stats.steps),
         ):

@@ -39,6 +39,8 @@ class _Call(_Body):
     stream_options: StreamOptions | None = None
     thinking_budget: Annotated[int, Field(ge=0)] | None = None
     """Not OpenAI's: tokens of thought after which the end marker is written."""
+    draft_tokens: Annotated[int, Field(ge=0)] | None = None
+    """Not OpenAI's: guesses at a time at most, of a server with --speculate; 0: none."""
     ignore_eos: bool = False
     """Not OpenAI's: do not stop at the end-of-text token."""
     user: str | None = None
