@@ -11,6 +11,7 @@ import torch
 from torch.nn import functional as F
 
 from train.model import ssd
+from train.native.scan import ScanSizes, ScanWeights
 
 pytestmark = pytest.mark.oracle
 HEADS, WIDTH, STATE, CHUNK = 4, 16, 16, 32
@@ -44,9 +45,8 @@ def tensors(groups: int, length: int, rows: int = 1) -> dict[str, torch.Tensor]:
 
 def ours(t: dict[str, torch.Tensor], groups: int, documents: torch.Tensor | None = None) -> torch.Tensor:
     rest = {name: value for name, value in t.items() if name != "zxbcdt"}
-    return ssd.mamba_core(
-        t["zxbcdt"], **rest, heads=HEADS, head_dim=WIDTH, state=STATE, groups=groups, chunk=CHUNK, document_BL=documents
-    )
+    sizes = ScanSizes(heads=HEADS, head_dim=WIDTH, state=STATE, groups=groups, chunk=CHUNK)
+    return ssd.mamba_core(t["zxbcdt"], ScanWeights(**rest), sizes=sizes, document_BL=documents)
 
 
 def agree(t: dict[str, torch.Tensor], mine: torch.Tensor, theirs: torch.Tensor, tolerance: float) -> None:
