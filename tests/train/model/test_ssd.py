@@ -119,7 +119,7 @@ def test_forward_and_every_gradient_equal_the_recurrence(length, chunk, heads, g
     ],
 )
 def test_training_precision_stays_near_float64(dtype, length, rows, heads, groups, chunk, native, packed, monkeypatch):
-    """The compiled form and plain torch, held to the same distances from the recurrence."""
+    """The compiled form and plain torch, with the same tolerances from the recurrence."""
     if not native:
         monkeypatch.setattr(compiled, "scan_usable", lambda *x: False)
     tensors, sizes = arguments(length=length, rows=rows, heads=heads, head_dim=32, state=16, groups=groups, seed=3)
@@ -165,7 +165,7 @@ RATES = ["as initialised", "every size", "half large, half small", "large, then 
 
 @pytest.mark.parametrize("pattern", RATES)
 def test_strong_and_mixed_decays_keep_fp32s_digits(pattern, monkeypatch):
-    """exp(s_i - s_j) of sums kept in one float had errors of 2e-4 here, and the gradient of A_log of 5e-4."""
+    """exp(s_i - s_j) of sums stored in one float had errors of 2e-4 here, and the gradient of A_log of 5e-4."""
     heads, length = 4, 256
     tensors, sizes = arguments(
         length=length, rows=1, heads=heads, head_dim=16, state=16, groups=1, dtype=torch.float32, seed=6
@@ -302,7 +302,7 @@ def test_the_scan_gives_the_same_bits_for_any_number_of_threads(rows, heads, gro
         assert all(torch.equal(a, b) for a, b in zip(runs[0], other, strict=True))
 
 
-def test_the_cached_state_is_fp32_whatever_the_storage():
+def test_the_cached_state_is_fp32_for_every_storage_format():
     """In bf16 a state would lose 0.4 % at every token; Nemotron Nano 2's card asks for an fp32 cache."""
     tensors, sizes = arguments(length=6, rows=2, heads=4, head_dim=16, state=16, groups=2, dtype=torch.bfloat16)
     zxbcdt = tensors.pop("zxbcdt")
