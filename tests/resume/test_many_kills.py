@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from lives import Contents, Kill, Run, contents_at, recipe_in
+from killed_runs import Contents, Kill, Run, contents_at, recipe_in
 
 from recipes.schema import checkpoint_steps as steps
 from train.checkpoint import offline

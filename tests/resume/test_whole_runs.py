@@ -5,7 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from lives import Run, recipe_in
+from killed_runs import Run, recipe_in
 from ranks import run_ranks
 
 from recipes.schema.objective import ObjectiveConfig

@@ -6,8 +6,8 @@
                                 those that are still being read
 
 Memory is a fixed set of pages and states (`pools.py`), allocated at the start. A text is admitted if its tokens so far fit. If a
-running text needs a page and none is free, blocks of the prefix cache go first, then the running text of the lowest priority
-(among equals, the latest): it waits again, and later reads its tokens again, generated ones included, and continues with the
+running text needs a page and none is free, blocks of the prefix cache are removed first. Then the running text of the lowest
+priority (among equals, the latest) waits again: later it reads its tokens again, including generated ones, and continues with the
 same random numbers.
 
 The engine is not thread-safe: one thread calls it. Under tensor parallelism every rank makes the same calls, and every rank
@@ -36,36 +36,36 @@ from train.model.few_tokens import MOST, FewTokens
 
 @dataclass(frozen=True)
 class EngineConfig:
-    """How much an engine holds and does at once."""
+    """Limits of an engine: texts, tokens and memory."""
 
     rows: int = 16
-    """Texts that run at once."""
+    """Largest number of texts that run at once."""
     context_tokens: int = 4096
-    """Tokens of the longest text, prompt and answer together."""
+    """Largest number of tokens of a text, prompt and answer together."""
     memory_bytes: int | None = None
     """Bytes of keys, values and states on this rank; None: enough for `rows` texts of `context_tokens`."""
     page_tokens: int = 16
     """Tokens of a page of keys and values."""
     step_tokens: int = 512
-    """Tokens read in one step at most: bounds the memory of a step, and how long a prompt delays the other texts."""
+    """Largest number of tokens read in a step. It limits the memory of a step, and how long a prompt delays the other texts."""
     prefix_blocks: int = 0
-    """Blocks of prompts whose pages and states are stored for later texts that begin the same; 0: none."""
+    """Number of blocks of prompts whose pages and states are stored for later texts with the same beginning; 0: none."""
     block_tokens: int = 128
-    """Tokens of such a block, whole pages."""
+    """Tokens of such a block; a multiple of `page_tokens`."""
     draft_tokens: int = 4
-    """Guesses for a text in one step at most, if the engine has a drafter."""
+    """Largest number of guesses for a text in one step, if the engine has a drafter."""
 
 
 @dataclass(frozen=True)
 class EngineStats:
-    """Counts since the start, and what is going on now."""
+    """Counts since the start, and the current numbers of texts and free pages."""
 
     running: int
     waiting: int
     prompt_tokens: int
-    """Tokens of the prompts of admitted texts; a text that had to wait again counts with all tokens that it has to read again."""
+    """Prompt tokens of admitted texts. A text that had to wait again adds all tokens that it reads again."""
     cached_tokens: int
-    """Those that the prefix cache had."""
+    """Those that were found in the prefix cache."""
     generated_tokens: int
     preemptions: int
     steps: int
@@ -91,13 +91,13 @@ class EngineStats:
 
     @property
     def hit_rate(self) -> float:
-        """Share of prompt tokens that were not read because the prefix cache had them."""
+        """Share of prompt tokens that were found in the prefix cache and not read."""
         return self.cached_tokens / self.prompt_tokens if self.prompt_tokens else 0.0
 
 
 @dataclass(eq=False)
 class _Text:
-    """A request on its way."""
+    """A request that has not ended, and its state."""
 
     id: int
     request: Request
@@ -105,17 +105,17 @@ class _Text:
     """Prompt and generated tokens."""
     watch: ThinkingWatch | None
     done: int = 0
-    """Tokens that are in the pools."""
+    """Number of tokens that are in the pools."""
     row: int = -1
     """Row in the pools; -1 while waiting."""
     scored: int = 0
-    """Prompt tokens whose scores were reported, counted from the prompt's start."""
+    """Number of prompt tokens, from the start, whose scores were reported."""
     keys: list[bytes] = field(default_factory=list)
-    """Keys of the text's blocks in the prefix cache, as far as computed."""
+    """Keys of the text's blocks in the prefix cache, as far as they are computed."""
     most_guesses: int = 0
-    """Guesses in one step at most; 0: the drafter has nothing to do with the text."""
+    """Largest number of guesses in one step; 0: the drafter ignores the text."""
     guesses: int = 0
-    """Guesses to make at most in the next step: one more than were right, and all again if all were."""
+    """Largest number of guesses in the next step: one more than were right in the last, or `most_guesses` if all were."""
 
     @property
     def generated(self) -> int:
@@ -123,12 +123,12 @@ class _Text:
 
     @property
     def left(self) -> int:
-        """Tokens that are not in the pools yet."""
+        """Number of tokens that are not in the pools yet."""
         return len(self.tokens) - self.done
 
     @property
     def order(self) -> tuple[int, int]:
-        """Sorts by who is served first."""
+        """Sort key: the first text is served first."""
         return (-self.request.priority, self.id)
 
 
@@ -177,9 +177,9 @@ class _Drawn:
 class InferenceEngine:
     """See the module docstring. `model`: a whole model or this tensor rank's part, of shape `shape`.
 
-    drafter: guesses tokens, which changes no distribution (`train.inference.acceptance`). fingerprint: identifies weights and
-    tokenizer in the keys of the prefix cache. Raises RecipeError if `memory_bytes` has no room for one text of
-    `context_tokens`, the message names the longest that fits; or if the drafter has other token ids.
+    drafter: guesses tokens; the distribution of texts stays the same (`train.inference.acceptance`). fingerprint: identifies
+    weights and tokenizer in the keys of the prefix cache. Raises RecipeError if one text of `context_tokens` does not fit into
+    `memory_bytes`, where the message names the longest that fits, or if the drafter has other token ids.
     """
 
     def __init__(
@@ -221,7 +221,7 @@ class InferenceEngine:
         self._counts = {"prompt_tokens": 0, "cached_tokens": 0, "generated_tokens": 0, "preemptions": 0, "steps": 0}
         self._counts |= {"draws": 0, "guessed_tokens": 0, "accepted_tokens": 0}
 
-    # ---- the calls
+    # ---- calls of users
 
     def add(self, request: Request) -> int:
         """Accept a request. -> its id. RecipeError if it is malformed or too long; the message names the limit."""
@@ -240,17 +240,17 @@ class InferenceEngine:
         return text.id
 
     def cancel(self, id: int) -> None:
-        """End a request; its last event comes with the next step. No effect if it has ended."""
+        """End a request. Its last event comes with the next step. No effect if it has ended."""
         if id in self._texts:
             self._end(self._texts[id], "cancelled")
 
     @property
     def is_idle(self) -> bool:
-        """Whether there is nothing to do: no request waits or runs, and no event is left."""
+        """Whether no request waits or runs and no event is left."""
         return not self._texts and not self._events
 
     def step(self) -> list[Event]:
-        """Read and generate the next tokens of all running texts. -> what happened, in no particular order between requests."""
+        """Read and generate the next tokens of all running texts. -> events; their order between requests is not defined."""
         self._admit()
         batch = self._schedule()
         if batch:
@@ -260,7 +260,7 @@ class InferenceEngine:
         return events
 
     def run(self, requests: Sequence[Request]) -> list[list[Event]]:
-        """Add requests and step until all of them have ended. -> the events of each, in order."""
+        """Add requests and run steps until all of them have ended. -> the events of each, in order."""
         ids = [self.add(request) for request in requests]
         found: dict[int, list[Event]] = {id: [] for id in ids}
         while any(id in self._texts for id in ids) or self._events:
@@ -275,7 +275,7 @@ class InferenceEngine:
             **self._counts,
         )  # fmt: skip
 
-    # ---- who runs
+    # ---- which texts run
 
     def _check(self, request: Request) -> None:
         prompt, vocab = request.prompt, self.shape.real_vocab
@@ -312,7 +312,7 @@ class InferenceEngine:
             self._running.append(text)
 
     def _start(self, text: _Text) -> bool:
-        """Give a text a row, and what the prefix cache has of it. -> False if its tokens do not fit now."""
+        """Give a text a row, and its blocks in the prefix cache. -> False if its tokens do not fit now."""
         text.row, text.done = self._free_rows[-1], 0
         if self.prefixes.capacity:
             text.done = self.prefixes.adopt(text.row, self._usable_keys(text))
@@ -345,7 +345,7 @@ class InferenceEngine:
         )
 
     def _has_room(self, text: _Text) -> bool:
-        """Whether all tokens that the text has so far fit into free pages; of a window, those of the next step."""
+        """Whether all tokens of the text so far fit into free pages; for a window, those of the next step."""
         next_tokens = min(len(text.tokens), text.done + self.config.step_tokens)
         return all(
             group.missing(text.row, next_tokens if group.window else len(text.tokens)) <= group.pages.free
@@ -373,7 +373,7 @@ class InferenceEngine:
         text.row, text.done = -1, 0
 
     def _preempt_for(self, text: _Text) -> bool:
-        """Make the running text of the lowest priority wait again, if it comes after `text`. -> whether there was one."""
+        """Make the running text of the lowest priority wait again, if it is served after `text`. -> whether there was one."""
         last = max(self._running, key=lambda other: other.order, default=None)
         if last is None or last.order <= text.order:
             return False
@@ -401,7 +401,7 @@ class InferenceEngine:
     # ---- one step
 
     def _schedule(self) -> list[tuple[_Text, int]]:
-        """Texts and how many tokens of each are read now; those with one token first. Takes the pages that they need."""
+        """(text, number of its tokens to read in this step); texts with one token first. Takes the pages that they need."""
         self._running.sort(key=lambda text: text.order)
         singles: list[tuple[_Text, int]] = []
         parts: list[tuple[_Text, int]] = []
@@ -414,7 +414,7 @@ class InferenceEngine:
             if budget < 1 or text.row < 0:
                 continue
             count = min(text.left, budget)
-            if self.prefixes.capacity:  # stop where a block ends: its states are stored there
+            if self.prefixes.capacity:  # stop at the end of a block, to store its states
                 count = min(count, self.config.block_tokens - text.done % self.config.block_tokens)
             taken = self._take(text, count)
             if taken:
@@ -433,7 +433,7 @@ class InferenceEngine:
         return True
 
     def _take(self, text: _Text, count: int) -> int:
-        """Take the pages for the text's next `count` tokens, or for fewer. -> for how many; 0 if it has to wait."""
+        """Take the pages for the text's next `count` tokens, or for fewer. -> that number; 0 if the text has to wait."""
         while not self._fits(text, text.done + 1):
             if not self.prefixes.evict() and not self._preempt_for(text):
                 return 0
@@ -477,7 +477,7 @@ class InferenceEngine:
     def _run(self, turns: list[_Turn]) -> None:
         befores = [turn.text.done for turn in turns]
         hidden_TH = read_tokens(self.model, [turn.read for turn in turns], self.pools, few=self._few)
-        # The lines of logits that are needed: before each token to score, and after the last token of a text and its guesses.
+        # Logits are needed before each token to score, and after the last token of a text and each of its guesses.
         lines: list[int] = []
         scoring: list[range] = []
         begin = 0
@@ -525,12 +525,12 @@ class InferenceEngine:
             self._report(drawn, *(_of_lines(x, [one.line for one in drawn]) for x in (logits_NV, log_sums_N)))
         for turn in turns:
             if turn.text.row >= 0 and not turn.text.left:
-                self._end(turn.text, "length")  # nothing to generate: its prompt was to be scored
+                self._end(turn.text, "length")  # the request only scores its prompt
 
     def _broken(
         self, turns: list[_Turn], finite_T: torch.Tensor, lines: list[int], finite_N: torch.Tensor
     ) -> list[_Text]:
-        """The texts with a hidden state or logits that are not finite, other than after a guess."""
+        """The texts whose hidden states or logits contain NaN or infinity, other than after a guess."""
         if bool(finite_T.all()) and bool(finite_N.all()):
             return []
         finite_T = finite_T.clone()
@@ -593,7 +593,7 @@ class InferenceEngine:
             self.pools.cut(turn.text.row, turn.text.done + count)
 
     def _advance(self, text: _Text, count: int) -> None:
-        """Count tokens as read; store a block that has just ended; let go of pages outside of windows."""
+        """Count tokens as read, store a block that has just ended, and release pages outside of windows."""
         text.done += count
         blocks, rest = divmod(text.done, self.config.block_tokens)
         if self.prefixes.capacity and not rest:

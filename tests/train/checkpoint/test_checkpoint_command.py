@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from crashes import Act, acts_of_saves
-from lives import Run, recipe_in
+from killed_runs import Run, recipe_in
 from ranks import run_ranks
 from safetensors.numpy import load_file
 
