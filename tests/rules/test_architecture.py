@@ -74,7 +74,7 @@ def imports_point_down(all_sources: list[Source]) -> list[str]:
                 continue
             if there >= here:
                 complaints.append(
-                    f"{source.path}:{line}: {room_of(source.name)} (floor {here}) imports {module} (floor {there}); reverse the dependency"
+                    f"{source.path}:{line}: {room_of(source.name)} (floor {here}) imports {module} (floor {there}); turn it round"
                 )
     return complaints
 

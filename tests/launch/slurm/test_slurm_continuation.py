@@ -1,7 +1,7 @@
 """Job scripts on a real Slurm, over two nodes: requeued and chained continuation, failures, mistakes, cancel, status.
 
-The training is pretended (tests/pretend.py); tests/launch/slurm/test_slurm_training.py trains for real. All jobs run side by
-side; the module's fixture waits for all of them.
+The training is simulated (tests/simulated_train.py); tests/launch/slurm/test_slurm_training.py trains for real. All jobs run
+at the same time; the module's fixture waits for all of them.
 """
 
 import json
@@ -24,7 +24,7 @@ from recipes.schema.launch import ContainerConfig, SlurmConfig
 ROOT = Path(__file__).resolve().parents[3]
 STEPS = 150
 JOB = Job(
-    name="pretended",
+    name="simulated",
     folder="",
     directory=str(ROOT),
     words=(),
@@ -37,7 +37,7 @@ JOB = Job(
     environment={"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "PYTHONUNBUFFERED": "1"},
     slurm=SlurmConfig(time_limit_minutes=10, save_before_end_s=60, options="--nodelist=n[1-2]"),
     container=ContainerConfig(),
-    module="pretend",
+    module="simulated_train",
 )
 CHAIN = replace(JOB.slurm, continuation="chain")
 SPARE = replace(JOB.slurm, partition="spare", options="--nodelist=n[3-4]")

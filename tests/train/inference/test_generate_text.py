@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from lives import recipe_in
+from killed_runs import recipe_in
 from ranks import run_ranks
 
 from recipes.schema.errors import CheckpointError, DataError
