@@ -74,7 +74,8 @@ def imports_point_down(all_sources: list[Source]) -> list[str]:
                 continue
             if there >= here:
                 complaints.append(
-                    f"{source.path}:{line}: {room_of(source.name)} (floor {here}) imports {module} (floor {there}); turn it round"
+                    f"{source.path}:{line}: {room_of(source.name)} (floor {here}) imports {module} (floor {there}); "
+                    f"reverse the dependency"
                 )
     return complaints
 
