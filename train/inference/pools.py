@@ -50,9 +50,6 @@ class FreeList:
             del self._users[number]
             self._free.append(number)
 
-    def users(self, number: int) -> int:
-        return self._users[number]
-
 
 @dataclass
 class PageGroup:

@@ -1,4 +1,5 @@
-"""Steps of one new token a text: the compiled parts equal their definitions, in fp32 and bf16; a text's bits are its own."""
+"""Steps of one new token per text: compiled parts equal their definitions, in fp32 and bf16, and a text has the same bits in any
+batch."""
 
 from typing import Any
 
