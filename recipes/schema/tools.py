@@ -50,8 +50,8 @@ class GenerateConfig:
     speculate: str | None = None
     """Guess tokens and check several at once: `lookup` (in the text itself), or the run or checkpoint of a small model with the
     same tokenizer. Changes the speed, not the distribution of texts."""
-    draft_tokens: DraftTokens = 4
-    """Guesses for a text at a time at most, with --speculate."""
+    draft_tokens: DraftTokens | None = None
+    """Largest number of guesses for a text at a time, with --speculate; 4 if not given."""
 
 
 @dataclass(frozen=True)
@@ -114,8 +114,8 @@ class ServeConfig:
     """Guess tokens and check several at once: `lookup` (in the text itself), or the run or checkpoint of a small model with the
     same tokenizer. Changes the speed, not the distribution of texts. A
     call may give `draft_tokens`: 0 turns it off."""
-    draft_tokens: DraftTokens = 4
-    """Guesses for a text at a time at most, with --speculate."""
+    draft_tokens: DraftTokens | None = None
+    """Largest number of guesses for a text at a time, with --speculate; 4 if not given."""
     body_mib: PositiveFloat = 4
     """MiB of the largest body of a call."""
     key_file: str | None = None

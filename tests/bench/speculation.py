@@ -90,13 +90,13 @@ def compare(run: str, draft: str | None, *, rows: list[int], tokens: int, rounds
                 )  # fmt: skip
 
 
-def rollback(rounds: int) -> None:
+def rollback(rounds: int, widths: list[int]) -> None:
     """Seconds and bytes of both ways, for one text with four guesses, two of them right."""
     guesses, accepted = 4, 3
     print(
         "| hidden | repeat the scan, us | store states, us | bytes of inputs | bytes of states |\n|---|---|---|---|---|"
     )
-    for hidden in (256, 1024):
+    for hidden in widths:
         shape = ModelConfig(
             pattern="M-M*-M-M*-", hidden=hidden, vocab=4096, ffn=4 * hidden, heads=hidden // 64, kv_heads=2, head_dim=64,
             mamba_heads=hidden // 32, mamba_head_dim=64, mamba_state=128, mamba_groups=2,
@@ -142,12 +142,13 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 4])
     parser.add_argument("--temperature", type=float, default=0.0)
+    parser.add_argument("--hidden", type=int, nargs="+", default=[256, 1024])
     parser.add_argument("--part", choices=["compare", "rollback"], default="compare")
     words = parser.parse_args()
     torch.set_num_threads(1)
     print(f"\nload {os.getloadavg()[0]:.1f}, {' '.join(sys.argv[1:])}\n")
     if words.part == "rollback":
-        rollback(words.rounds)
+        rollback(words.rounds, words.hidden)
     elif words.run is None:
         parser.error("name a run")
     else:

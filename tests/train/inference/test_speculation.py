@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 import torch
+from chi_square import surprise
 from ranks import run_ranks
-from test_acceptance import surprise
 from tiny import GEMMA, VOCAB, engine_of, recipe_with
 
 from launch.plan.cost.inference import cache_bytes, cache_sizes, draft_sizes
