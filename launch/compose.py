@@ -11,7 +11,7 @@ from launch.facts import prepared_of
 from launch.runs import RunFolder
 from recipes.schema.command import dotted_keys, inherited_sources, run_command
 from recipes.schema.errors import USER_ERRORS, Problem
-from recipes.schema.facts import Machine, look
+from recipes.schema.facts import Machine, read_disk
 from recipes.schema.layout import Layout, lay_out
 from recipes.schema.read import read_recipe
 from recipes.schema.recipe import Recipe
@@ -46,7 +46,9 @@ def checked_layout(
     world = processes * nodes
     prepared = prepared_of(recipe)
     here = here or (prepared is not None and prepared.is_here)
-    refuse([*problems(recipe, world=world, machine=machine, disk=look(recipe), prepared=prepared, here=here), *more])
+    refuse(
+        [*problems(recipe, world=world, machine=machine, disk=read_disk(recipe), prepared=prepared, here=here), *more]
+    )
     return lay_out(
         model=recipe.model, parallel=recipe.parallel, run=recipe.run, row_tokens=recipe.data.row_tokens, world=world
     )

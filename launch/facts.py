@@ -17,10 +17,10 @@ def prepared_of(recipe: Recipe) -> Prepared | None:
     if not (Path(recipe.data.folder) / MANIFEST).is_file():
         return not_prepared(recipe.data.folder)
     # imports numpy and tokenizers (a second of start-up), which a plan without prepared data does not need
-    from data.prepared import look
+    from data.prepared import read_prepared
 
     rows = recipe.run.global_rows
-    return look(recipe.data, rows=recipe.run.steps * rows, global_rows=rows)
+    return read_prepared(recipe.data, rows=recipe.run.steps * rows, global_rows=rows)
 
 
 def fp32_block_scales_of(recipe: Recipe) -> bool:

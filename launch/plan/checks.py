@@ -10,7 +10,7 @@ from launch.facts import fp32_block_scales_of, prepared_of
 from launch.plan.cost.device import Device
 from recipes.schema.credentials import without_credentials
 from recipes.schema.errors import Problem
-from recipes.schema.facts import Disk, Machine, Prepared, look
+from recipes.schema.facts import Disk, Machine, Prepared, read_disk
 from recipes.schema.launch_rules import script_problems
 from recipes.schema.layout import Layout
 from recipes.schema.recipe import Recipe
@@ -41,7 +41,7 @@ def facts_of(recipe: Recipe, device: Device) -> Facts:
         has_fp8="fp8" in device.peak,
         fp32_block_scales=fp32_block_scales_of(recipe),
     )
-    return Facts(machine=machine, disk=look(recipe), prepared=prepared_of(recipe))
+    return Facts(machine=machine, disk=read_disk(recipe), prepared=prepared_of(recipe))
 
 
 def recipe_problems(recipe: Recipe, facts: Facts, *, world: int) -> list[Problem]:

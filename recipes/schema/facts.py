@@ -1,7 +1,7 @@
 """Facts that rules ask about and a recipe does not say: the machine, the checkpoints and answers a recipe names, the data.
 
     Machine      what computes: GPU or not, its generation, which packages are missing
-    Disk         what is on this disk: `look` reads manifests only (JSON), so that a plan needs no torch
+    Disk         what is on this disk: `read_disk` reads manifests only (JSON), so that a plan needs no torch
     Prepared     the prepared data; `data.prepared` reads it, because a tokenizer's file needs the tokenizer's reader
 
 Plain values. `recipes.schema.rules` judges them; the trainer, the planner and the launchers only collect them.
@@ -162,7 +162,7 @@ def wants_fp32_block_scales(environment: Mapping[str, str]) -> bool:
     return environment.get(BLOCK_SCALES, "0") == "1"
 
 
-def look(recipe: Recipe) -> Disk:
+def read_disk(recipe: Recipe) -> Disk:
     """What is on this disk of a recipe's teacher, start and run. Reads manifests and sizes, no weights; raises nothing."""
     folder = Path(recipe.run.folder) / recipe.run.name
     newest, lost = newest_of(folder)

@@ -100,11 +100,6 @@ def read_json(path: Path, *, most_bytes: int = LARGEST_TEXT) -> Any:
     return parse_json(read_bounded(path, most_bytes=most_bytes))
 
 
-def read_yaml(path: Path) -> Any:
-    """The value of a YAML file. Raises OSError as `read_bounded`, ValueError as `parse_yaml`."""
-    return parse_yaml(read_bounded_text(path))
-
-
 def parse_yaml(text: str) -> Any:
     """Plain values of a YAML text. ValueError, with line and column, if it is not YAML, is tagged, too deep or too large when
     its aliases are written out, or gives a key twice."""

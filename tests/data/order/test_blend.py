@@ -240,8 +240,8 @@ def test_a_cap_on_repeats_is_known_before_training_and_kept() -> None:
     assert (blend.draw(np.arange(400)).source == 0).sum() == 200
     at = blend.curriculum.window(0).source.tolist().index(0, 400)
     refused = (
-        rf"'a' runs out at step {at // 8 + 1} \(row {at}, token {at * 64:,}\): max_epochs=2 of its 100 rows are 200, the run's "
-        r"402 rows would contain 201 \(2.01 epochs\)\.\n.*data\.on_exhausted=continue"
+        rf"'a' runs out at step {at // 8 + 1} \(row {at}, token {at * 64:,}\): max_epochs=2 of its 100 rows are 200, "
+        r"but the run's 402 rows would contain 201 \(2.01 epochs\)\.\n.*data\.on_exhausted=continue"
     )
     with pytest.raises(DataError, match=refused):
         blend.check_length(402, global_rows=8)
