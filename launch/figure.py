@@ -1,4 +1,4 @@
-"""A matplotlib figure that is written to a file: the one set-up for the pictures of `stratum plan` and `stratum validate`."""
+"""A matplotlib figure that is written to a file. All pictures of `stratum plan` and `stratum validate` use it."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,7 +13,9 @@ _STYLE = {"font.size": 10, "axes.spines.top": False, "axes.spines.right": False,
 def check_kind(path: Path) -> None:
     """Raise RecipeError if a picture of this name cannot be written."""
     if path.suffix.lower() not in (".png", ".svg", ".pdf"):
-        raise RecipeError(f"--picture {path}: write a .png, .svg or .pdf.")
+        raise RecipeError(
+            f"--picture {path}: this format is not supported. Use a name that ends in .png, .svg or .pdf."
+        )
 
 
 @contextmanager

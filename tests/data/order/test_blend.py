@@ -303,11 +303,11 @@ def test_the_identity_of_an_order_says_how_it_is_laid_out() -> None:
 @pytest.mark.parametrize(
     ("phases", "message"),
     [
-        ([PhaseConfig(100, {"s9": 1.0})], r"data.phases\[0\].weights names s9; data.sources has s0, s1"),
+        ([PhaseConfig(100, {"s9": 1.0})], r"data.phases\[0\].weights names s9, but data.sources has s0, s1"),
         ([PhaseConfig(100, {"s0": 0.0})], r"phases\[0\].weights: all weights are 0"),
         (
             [PhaseConfig(100, {"s0": 1}, ramp_tokens=50), PhaseConfig(140, {"s1": 1})],
-            "before the end of the phase before",
+            "before the end of the previous phase",
         ),
     ],
 )
