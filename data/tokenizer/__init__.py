@@ -86,8 +86,14 @@ class Tokenizer:
         return self._backend.template_begin
 
     def encode(self, text: str) -> list[int]:
-        """Ids of a text, without special tokens. The name of a special token in the text is encoded as ordinary text."""
-        return self._backend.encode(text)
+        """Ids of a text, without special tokens. The name of a special token in the text is encoded as ordinary text.
+
+        DataError if the text cannot be encoded.
+        """
+        try:
+            return self._backend.encode(text)
+        except Unencodable as error:
+            raise DataError(f"The text {printable(text, most=60)!r} {error}") from error
 
     def encode_batch(self, texts: list[str], *, threads: int = 1) -> list[np.ndarray]:
         """Ids of several texts: the same as from `encode`, but faster."""

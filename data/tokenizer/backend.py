@@ -9,9 +9,11 @@ from typing import Any
 
 import numpy as np
 
+from recipes.schema.errors import DataError
 
-class Unencodable(ValueError):
-    """A tokenizer library cannot encode a text."""
+
+class Unencodable(DataError):
+    """A tokenizer library cannot encode a text. The message is the rest of a sentence that begins with the text's name."""
 
 
 LARGEST_VOCAB = 1 << 24

@@ -214,8 +214,8 @@ def encode_batch(encoding: tiktoken.Encoding, texts: list[str], threads: int) ->
             return encoding.encode_to_numpy(text, disallowed_special=())
         except (
             ValueError
-        ) as error:  # e.g. hundreds of thousands of successive blanks: its regular expressions have a limit
-            raise Unencodable(f"is a text that tiktoken cannot cut into pieces: {error}") from error
+        ) as error:  # its regular expressions have a limit: e.g. hundreds of thousands of successive blanks
+            raise Unencodable(f"cannot be cut into tokens: tiktoken gives up ({error})") from error
 
     if threads == 1 or len(texts) == 1:
         return [encode(text) for text in texts]

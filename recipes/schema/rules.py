@@ -149,6 +149,8 @@ def name_problems(name: str) -> list[Problem]:
         why = f"contains {', '.join(ascii(character) for character in odd[:3])}, which the name of a folder should not contain"
     elif name.startswith("/"):
         why = "starts with `/`, but run.folder says where runs are"
+    elif name.startswith("-"):
+        why = "starts with `-`, which commands would read as an option"
     elif any(part.strip() in ("", ".", "..") for part in parts):
         why = "has an empty part, `.` or `..`, so it would leave run.folder or be the folder of another run"
     elif any(len(part.encode()) > _LONGEST_NAME for part in parts):

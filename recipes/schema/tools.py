@@ -17,6 +17,8 @@ from recipes.schema.fields import (
     TemperatureOrZero,
 )
 
+DraftTokens = Annotated[int, Range(ge=1, le=64)]
+
 
 @dataclass(frozen=True)
 class GenerateConfig:
@@ -45,6 +47,11 @@ class GenerateConfig:
     """Seed of the random choices: the same seed and checkpoint give the same text."""
     checkpoint: str | None = None
     """A checkpoint folder, or a folder of `stratum hf export --quantize`; by default the newest checkpoint of the run."""
+    speculate: str | None = None
+    """Guess tokens and check several at once: `lookup` (guess from the text itself), or the run or checkpoint of a small model
+    with the same tokenizer. It changes the speed, not the distribution of texts."""
+    draft_tokens: DraftTokens = 4
+    """With --speculate: largest number of guesses at a time for one text."""
 
 
 @dataclass(frozen=True)
@@ -103,6 +110,12 @@ class ServeConfig:
     """Largest number of tokens read at once. More let a new prompt delay the other requests longer."""
     prefix_blocks: Count = 256
     """Blocks of 128 prompt tokens to store for later prompts that begin with them; 0: none."""
+    speculate: str | None = None
+    """Guess tokens and check several at once: `lookup` (guess from the text itself), or the run or checkpoint of a small model
+    with the same tokenizer. It changes the speed, not the distribution of texts. A call may set `draft_tokens`; 0 turns it
+    off."""
+    draft_tokens: DraftTokens = 4
+    """With --speculate: largest number of guesses at a time for one text."""
     body_mib: PositiveFloat = 4
     """Size limit of a request's body, in MiB."""
     key_file: str | None = None
