@@ -23,7 +23,7 @@ from openai import AsyncOpenAI, NotFoundError, OpenAI
 from pruning_folder import lay_out, shell
 from ranks import run_ranks
 
-from recipes.schema.foreign import read_yaml
+from recipes.schema.foreign import parse_yaml
 from recipes.schema.read import recipe_from_mapping
 from train import stratum
 from train.inference.batch_engine import EngineConfig, InferenceEngine
@@ -338,7 +338,7 @@ def command(rank: int, folder: Path, words: list[str]) -> tuple[int, str]:
 def broken(rank: int, folder: Path) -> list[tuple[int, str]]:
     """For `run_ranks`: answers of a server whose model weights are infinite in one place, and of the same one mended."""
     os.chdir(folder)
-    recipe = recipe_from_mapping(read_yaml(Path("runs/parent/recipe.yaml")))
+    recipe = recipe_from_mapping(parse_yaml(Path("runs/parent/recipe.yaml").read_text()))
     found = []
 
     async def ask(loaded: Opened) -> None:
