@@ -27,7 +27,8 @@ class CheckpointConfig:
     retry_wait_s: NonNegativeFloat = 5.0
     """Seconds before the first retry; doubled for each further one."""
     on_failure: Literal["stop", "continue"] = "stop"
-    """When a save has failed for good: end the run with an error at the next step, or warn and go on to the next save."""
+    """When a save has failed for good: end the run with an error at the next step, or warn and go on to the next save. With
+    `continue`, lines of metrics.jsonl that the disk refuses wait in memory until it has space."""
     resume: Literal["auto", "never", "required"] = "auto"
     """`auto` continues where the run's folder left off; `never` refuses a folder that already holds checkpoints;
     `required` refuses one that holds none."""
