@@ -38,6 +38,7 @@ from train.checkpoint.manager import CheckpointFolder
 from train.engine import Engine
 from train.loop import train_loop
 from train.model import ssd
+from train.native.scan import ScanSizes, ScanWeights
 from train.record.machine import peak_flops
 from train.record.stopwatch import Stopwatch
 from train.record.telemetry import Telemetry
@@ -242,12 +243,12 @@ def scan_rows(rounds: int) -> list[tuple[str, str]]:
     B, C = randn(ROWS, ROW_TOKENS, groups, state), randn(ROWS, ROW_TOKENS, groups, state)
     z = randn(ROWS, ROW_TOKENS, heads, width)
 
+    parameters = ScanWeights(conv_weight, conv_bias, dt_bias, A_log, D)
+    sizes = ScanSizes(heads=heads, head_dim=width, state=state, groups=groups, chunk=SMOKE.mamba_chunk)
+
     def ours() -> None:  # convolution, scan and gate
-        y = ssd.mamba_core(
-            zxbcdt, conv_weight_CW=conv_weight, conv_bias_C=conv_bias, dt_bias_H=dt_bias, A_log_H=A_log, D_H=D,
-            heads=heads, head_dim=width, state=state, groups=groups, chunk=SMOKE.mamba_chunk,
-        )  # fmt: skip
-        torch.autograd.grad(y, [zxbcdt, conv_weight, conv_bias, dt_bias, A_log, D], weights)
+        y = ssd.mamba_core(zxbcdt, parameters, sizes=sizes)
+        torch.autograd.grad(y, [zxbcdt, *parameters], weights)
 
     def reference() -> None:  # scan and gate only
         y = ssd_chunk_scan_combined_ref(

@@ -48,7 +48,7 @@ def shapes() -> dict[str, ModelConfig]:
 
 
 def now() -> float:
-    """Seconds of the clock that is asked for."""
+    """Seconds of the chosen clock."""
     return time.process_time() if ARGUMENTS.clock == "cpu" else time.perf_counter()
 
 
@@ -61,7 +61,7 @@ def tokens_for(rows: int, length: int, vocab: int = VOCAB) -> tuple[torch.Tensor
     return both[:, :-1].contiguous(), both[:, 1:].contiguous()
 
 
-# ---- transformers, in a process of its own: reads "family length" lines, answers seconds of one step each
+# ---- transformers, in a separate process: reads "family length" lines, prints the seconds of one step for each
 
 
 def serve_peer(threads: int) -> None:
