@@ -8,7 +8,6 @@ folders that nobody but this user (or root) can write, and no link is followed t
 """
 
 import ctypes
-import errno
 import functools
 import hashlib
 import logging
@@ -96,7 +95,7 @@ def load(*sources: Path, flags: tuple[str, ...] = ()) -> ctypes.CDLL:
         return _mapped(kept)
     except (OSError, subprocess.CalledProcessError) as error:
         reason = _reason(error)
-        if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        if isinstance(error, OSError) and error.errno is not None:  # the system's: ours say what to do
             reason += ". Set XDG_CACHE_HOME to a folder that you can write"
     with tempfile.TemporaryDirectory(prefix="stratum-") as private:
         _refuse_open_to_others(Path(private))

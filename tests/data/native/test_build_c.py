@@ -119,6 +119,29 @@ def of_another_user(cache: Path) -> None:
         os.chown(cache / "stratum", NOBODY, NOBODY)
 
 
+def a_file(cache: Path) -> None:
+    cache.touch()
+
+
+def below_a_file(cache: Path) -> None:
+    cache.touch()
+    os.environ["XDG_CACHE_HOME"] = str(cache / "sub")
+
+
+def too_long(cache: Path) -> None:
+    os.environ["XDG_CACHE_HOME"] = str(cache / ("x" * 300))
+
+
+@pytest.mark.parametrize("spoil", [a_file, below_a_file, too_long])
+def test_a_cache_that_cannot_be_made_says_what_to_set(
+    spoil: Callable[[Path], None], source: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    spoil(tmp_path / "cache")
+    with caplog.at_level(logging.WARNING):
+        assert seven(source) == 7
+    assert "Set XDG_CACHE_HOME to a folder that you can write" in caplog.text
+
+
 UNSAFE = {"a shared folder": shared, "a group's": of_a_group, "a link": a_link, "of another user": of_another_user}
 
 
