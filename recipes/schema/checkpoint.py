@@ -27,7 +27,8 @@ class CheckpointConfig:
     retry_wait_s: NonNegativeFloat = 5.0
     """Seconds before the first retry. Each further wait is twice as long."""
     on_failure: Literal["stop", "continue"] = "stop"
-    """After all retries of a save failed: end the run with an error at the next step, or warn and continue to the next save."""
+    """After all retries of a save failed: end the run with an error at the next step, or warn and continue to the next save. With
+    `continue`, lines of metrics.jsonl that the disk refuses wait in memory until it has space."""
     resume: Literal["auto", "never", "required"] = "auto"
     """`auto` continues from the newest checkpoint in the run's folder, if there is one; `never` refuses a folder with
     checkpoints; `required` refuses a folder without checkpoints."""

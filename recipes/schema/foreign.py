@@ -120,9 +120,9 @@ def parse_yaml(text: str) -> Any:
     except yaml.MarkedYAMLError as error:
         reason = " ".join(filter(None, (error.context, error.problem)))
         mark = error.problem_mark or error.context_mark
-        hint = " YAML is indented with blanks, not tabs." if "'\\t'" in reason else ""
+        hint = ". YAML is indented with blanks, not tabs" if "'\\t'" in reason else ""
         where = f" (line {mark.line + 1}, column {mark.column + 1})" if mark is not None else ""
-        raise ValueError(f"it is not YAML that can be read: {printable(reason)}{where}.{hint}") from error
+        raise ValueError(f"it is not YAML that can be read: {printable(reason)}{where}{hint}") from error
     except (yaml.YAMLError, RecursionError, TypeError, OverflowError) as error:
         raise ValueError(f"it is not YAML that can be read: {printable(str(error))}") from error
 

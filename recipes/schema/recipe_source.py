@@ -48,7 +48,7 @@ class RecipeSource(ConfigSource):
             plain = parse_yaml(text)
             header = ConfigSource._get_header_dict(text[:512])
         except (OSError, ValueError) as error:
-            raise RecipeError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}") from error
+            raise RecipeError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}.") from error
         if plain is not None and not isinstance(plain, dict):
             raise RecipeError(f"{path} is not a recipe, because it is not a group of fields. Write it as KEY: VALUE.")
         if plain is not None and not isinstance(plain.get("defaults", []), list):

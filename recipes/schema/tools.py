@@ -50,8 +50,8 @@ class GenerateConfig:
     speculate: str | None = None
     """Guess tokens and check several at once: `lookup` (guess from the text itself), or the run or checkpoint of a small model
     with the same tokenizer. It changes the speed, not the distribution of texts."""
-    draft_tokens: DraftTokens = 4
-    """With --speculate: largest number of guesses at a time for one text."""
+    draft_tokens: DraftTokens | None = None
+    """With --speculate: largest number of guesses at a time for one text; by default 4."""
 
 
 @dataclass(frozen=True)
@@ -114,8 +114,8 @@ class ServeConfig:
     """Guess tokens and check several at once: `lookup` (guess from the text itself), or the run or checkpoint of a small model
     with the same tokenizer. It changes the speed, not the distribution of texts. A call may set `draft_tokens`; 0 turns it
     off."""
-    draft_tokens: DraftTokens = 4
-    """With --speculate: largest number of guesses at a time for one text."""
+    draft_tokens: DraftTokens | None = None
+    """With --speculate: largest number of guesses at a time for one text; by default 4."""
     body_mib: PositiveFloat = 4
     """Size limit of a request's body, in MiB."""
     key_file: str | None = None

@@ -2,6 +2,7 @@
 
 import os
 import random
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -78,6 +79,7 @@ def test_a_strangers_recipe_is_refused_with_the_key(
     status, said, found = say(capsys, "--config-dir", str(tmp_path), "-cn", "evil")
     assert (status, found) == (2, []), said
     assert said.startswith("error: ") and named in said, said
+    assert not re.search(r"\.\.(\s|$)", said), "a sentence ends with one full stop"
 
 
 @pytest.mark.parametrize(
