@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from crashes import Act, acts_of_saves
-from lives import contents_at
+from killed_runs import contents_at
 from mounts import mount_in_memory
 from processes import STEPS, finish, fork, losses
 from ranks import run_ranks
