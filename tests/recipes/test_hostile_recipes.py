@@ -59,7 +59,7 @@ HOSTILE = {
     "other folder": (f"{HEAD}defaults: [/../../evil, _self_]\n", "Could not load"),
     "tag": (f"{HEAD}{SMOKE}run: !!python/object/apply:os.system ['true']\n", "not YAML"),
     "bomb": (f"{HEAD}{SMOKE}{BOMB}", "aliases stand for"),
-    "own alias": (f"{HEAD}{SMOKE}run: &a [*a]\n", "stands for itself"),
+    "own alias": (f"{HEAD}{SMOKE}run: &a [*a]\n", "contains itself"),
     "deep": (f"{HEAD}{SMOKE}run: {'[' * 5000}\n", "levels deep"),
     "tab": (f"{HEAD}run:\n\tname: x\n", "tabs"),
     "syntax": (f"{HEAD}run: [1, 2\nx: }}\n", "line"),

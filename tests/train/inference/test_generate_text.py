@@ -10,7 +10,7 @@ import pytest
 from killed_runs import recipe_in
 from ranks import run_ranks
 
-from recipes.schema.errors import CheckpointError, DataError
+from recipes.schema.errors import CheckpointError, DataError, StratumError
 from recipes.schema.tools import GenerateConfig
 from train.inference.text import generate_records, read_prompts, stream_text
 from train.run import train
@@ -29,11 +29,16 @@ def texts(rank: int, folder: Path) -> dict[str, Any]:
     (folder / "prompts.jsonl").write_text('"ab\\n"\n{"prompt": "c", "id": 1}\n')
     config = GenerateConfig(prompts="prompts.jsonl", n=2, tokens=6, logprobs=2, temperature=1.0, top_p=1.0, seed=3)
     found["records"] = list(generate_records(recipe, config))
+    for name, wrong in {"alone": {"draft_tokens": 3}, "nowhere": {"speculate": "runs/nowhere"}}.items():
+        try:
+            list(generate_records(recipe, replace(config, **wrong)))
+        except StratumError as error:
+            found[name] = str(error)
     greedy = replace(config, temperature=0.0, tokens=30)
     for speculate in (None, "lookup", str(Path(recipe.run.folder) / recipe.run.name)):
-        one = replace(greedy, speculate=speculate, draft_tokens=3)
+        one = replace(greedy, speculate=speculate, draft_tokens=speculate and 3)
         found.setdefault("speculated", []).append(list(generate_records(recipe, one)))
-    found["alone"] = "".join(stream_text(recipe, replace(config, prompt="c", prompts=None, n=1, seed=4)))
+    found["single"] = "".join(stream_text(recipe, replace(config, prompt="c", prompts=None, n=1, seed=4)))
     return found
 
 
@@ -47,7 +52,9 @@ def test_prompts_of_a_file_are_continued_in_one_batch(tmp_path: Path) -> None:
         ("c", 0),
         ("c", 1),
     ]
-    assert found["alone"] == "c" + records[3]["text"], "a text of a batch is the text alone with its seed"
+    assert found["single"] == "c" + records[3]["text"], "a text of a batch is the text alone with its seed"
+    assert "--draft-tokens 3" in found["alone"] and "--speculate lookup" in found["alone"]
+    assert "runs/nowhere" in found["nowhere"]
     plain, *speculated = found["speculated"]
     for guessed in speculated:
         assert [record["tokens"] for record in guessed] == [record["tokens"] for record in plain]
