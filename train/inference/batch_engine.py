@@ -405,7 +405,7 @@ class InferenceEngine:
         self._running.sort(key=lambda text: text.order)
         singles: list[tuple[_Text, int]] = []
         parts: list[tuple[_Text, int]] = []
-        ready = [text for text in self._running if not self._read_ahead(text)]
+        ready = [text for text in list(self._running) if not self._read_ahead(text)]
         for text in [text for text in ready if text.left == 1]:
             if text.row >= 0 and self._take(text, 1):
                 singles.append((text, 1))
@@ -424,12 +424,17 @@ class InferenceEngine:
 
     def _read_ahead(self, text: _Text) -> bool:
         """Let the drafter read the next part of a long prefix that the prefix cache had. -> whether the text waits for it."""
-        if not text.most_guesses or self.drafter is None:
+        if not text.most_guesses or self.drafter is None or text.row < 0:
             return False
         lag, size = self.drafter.lag(text.row, text.done), self.config.step_tokens
         if lag <= size:
             return False
-        self.drafter.follow([Followed(text.row, text.tokens, text.done - lag + size, None)])
+        end = text.done - lag + size
+        while not self.drafter.fits(text.row, end):
+            if not self._preempt_for(text):
+                return True
+        self.drafter.reserve(text.row, end)
+        self.drafter.follow([Followed(text.row, text.tokens, end, None)])
         return True
 
     def _take(self, text: _Text, count: int) -> int:

@@ -247,6 +247,22 @@ def sampled(rank: int) -> dict[str, Any]:
             found["accepted"] += engine.stats().accepted_tokens
             found["preemptions"] += engine.stats().preemptions
 
+        # A prefix that the prefix cache has and the draft model has not: it reads ahead, with little memory.
+        shared = [draw.randrange(VOCAB) for _ in range(48)]
+        requests = [
+            Request([*shared, seed], 9, sampling=Sampling(0.9, seed=seed), priority=seed % 2) for seed in range(6)
+        ]
+        alone = [make(EngineConfig(rows=1, context_tokens=CONTEXT)).run([one])[0] for one in requests]
+        config = EngineConfig(
+            rows=4, context_tokens=CONTEXT, step_tokens=12, prefix_blocks=8, block_tokens=8, page_tokens=4
+        )
+        whole = make(config)
+        enough = whole.pools.bytes().total + whole.drafter.bytes() - whole.pools.bytes().keys_values // 2  # type: ignore[union-attr]
+        engine = make(replace(config, memory_bytes=enough))
+        for index, events in drive(engine, requests, random.Random(3)).items():
+            found["unlike"] += events[-1].finish != "cancelled" and difference(events, alone[index]) > 1e-5
+        found["ahead"] = engine.stats().cached_tokens
+
         # Two tokens after one prompt, against the exact probabilities of the model itself.
         sampling = Sampling(0.7, top_k=3)
         config = EngineConfig(rows=64, context_tokens=16, draft_tokens=2)
@@ -271,7 +287,7 @@ def sampled(rank: int) -> dict[str, Any]:
 
 def test_sampled_texts_depend_on_their_request_only_and_follow_the_model() -> None:
     found = run_ranks(1, sampled)[0]
-    assert found["unlike"] == 0 and found["texts"] and found["accepted"] and found["preemptions"]
+    assert found["unlike"] == 0 and found["texts"] and found["accepted"] and found["preemptions"] and found["ahead"]
     assert found["surprise"] > 1e-3
 
 
