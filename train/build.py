@@ -194,8 +194,18 @@ def model_on_one_rank(recipe: Recipe, checkpoint: Path, *, device: torch.device)
 def model_for_inference(
     recipe: Recipe, checkpoint: Path, *, device: torch.device, rank: int = 0, tensor: int = 1
 ) -> Iterator[Any]:
+    """`model_on_ranks` with one copy of the model, whose tensor ranks are the world."""
+    with model_on_ranks(recipe, checkpoint, device=device, rank=rank, world=tensor, tensor=tensor) as (model, _):
+        yield model
+
+
+@contextmanager
+def model_on_ranks(
+    recipe: Recipe, checkpoint: Path, *, device: torch.device, rank: int, world: int, tensor: int = 1
+) -> Iterator[tuple[Any, Mesh]]:
     """The model of a recipe with a checkpoint's weights, for inference: plain torch, in eval mode, one pipeline stage, split
-    over `tensor` ranks. The checkpoint may be of any layout. Collective over these ranks, which are the world.
+    over `tensor` ranks; each further group of `tensor` ranks has a copy. The checkpoint may be of any layout. Collective over
+    the world.
 
     checkpoint: or a directory of `stratum hf export --quantize`, on one rank: its linear layers keep their codes and scales.
     """
@@ -207,11 +217,13 @@ def model_for_inference(
     use_device(device)
 
     one = replace(
-        recipe, parallel=ParallelConfig(tensor=tensor), run=replace(recipe.run, global_rows=1, microbatch_rows=1)
+        recipe,
+        parallel=ParallelConfig(tensor=tensor),
+        run=replace(recipe.run, global_rows=max(1, world // tensor), microbatch_rows=1),
     )
     if quantized is not None:  # its weights are rounded already
         one = replace(one, precision=replace(one.precision, quantize_weights="none"))
-    layout = check(one, world=tensor)
+    layout = check(one, world=world)
     with mesh_of(one, layout, device=device, rank=rank) as mesh:
         chunks = build_model(
             one.model,
@@ -227,7 +239,7 @@ def model_for_inference(
             read_weights(checkpoint, chunks, groups=mesh.groups)
         else:
             load_quantized(chunks[0], quantized, model=one.model, groups=mesh.groups)
-        yield chunks[0].eval()
+        yield chunks[0].eval(), mesh
 
 
 def _be_deterministic(device: torch.device) -> None:

@@ -63,6 +63,8 @@ class EvaluateToolConfig:
     """Longest row that is scored; the recipe's data.row_tokens if not given. Long-context tasks take what they need."""
     batch_rows: PositiveInt = 8
     """Rows that are scored at once. Changes the memory, not the scores."""
+    tensor: PositiveInt = 1
+    """Processes that share a copy of the model (torchrun). Requests are dealt to the copies."""
     seed: Seed = 0
     """Seed of tasks that are made: long contexts and reasoning."""
     out: str | None = None
