@@ -109,7 +109,7 @@ ONE_CALL = {
     "geo.area(sides=[3, 4])": 0,
     "geo.area(sides=[4, 3], height=5.0)": 0,
     "geo.area(sides=(3, 4), height=5.0)": 0,
-    "geo.area(sides=[3.0, 4.0], height=5.0)": 1,  # the package checks the types of a list's items less strictly
+    "geo.area(sides=[3.0, 4.0], height=5.0)": 0,
     "geo.area(sides=[3, 4], height='5.0')": 0,
     "geo.area(sides=[3, 4], height=5.0, width=1)": 0,
     "geo.area(sides=[3, 4], height=5.0, unit='feet')": 0,

@@ -155,7 +155,9 @@ def by_our_decoder(rank: int, recipe: Recipe, path: Path, prompts: list[str]) ->
         long = decoder.generate(prompts, max_new_tokens=20, stop=[], sampling=greedy)
         cut = decoder.generate(prompts, max_new_tokens=20, stop=["e", " t"], sampling=greedy)
         forward = forward_of_model(model, row_tokens=64, microbatch_rows=4, mesh=mesh)
-        tasks = open_tasks(["human-eval", "reasoning/chain_sum", "bfcl/simple_python"], tokenizer=tokenizer, seed=1, items=2)
+        tasks = open_tasks(
+            ["human-eval", "reasoning/chain_sum", "bfcl/simple_python"], tokenizer=tokenizer, seed=1, items=2
+        )
         asked = [ask(task, forward=forward, tokenizer=tokenizer, decoder=decoder) for task in tasks]
         return long, cut, [result.metrics["score"].value for result in asked]
 

@@ -9,9 +9,10 @@ import torch
 from ranks import run_ranks
 from tiny import GEMMA, TINY, VOCAB, engine_of, recipe_with
 
-from launch.plan.cost.inference import cache_bytes, cache_sizes, state_bytes
+from launch.plan.cost.inference import cache_bytes, cache_sizes, inference_memory, state_bytes
 from recipes.schema.errors import RecipeError
 from recipes.schema.model import ModelConfig
+from recipes.schema.pattern import parameters
 from train.inference.batch_engine import EngineConfig, InferenceEngine
 from train.inference.pools import Pools
 from train.inference.request import Request, Sampling
@@ -34,6 +35,25 @@ def test_pools_have_the_planned_bytes(model: ModelConfig, dtype: torch.dtype, te
     )  # fmt: skip
     pools = Pools(model, sizes, dtype=dtype, device=CPU, tensor=tensor)
     assert pools.bytes() == cache_bytes(model, sizes, number_bytes=dtype.itemsize, tensor=tensor)
+
+
+def weight_bytes_in_memory(rank: int, params: str, model: ModelConfig) -> int:
+    recipe = recipe_with(**{"precision.params": params})
+    with engine_of(replace(recipe, model=model), rank=rank, world=1) as built:
+        return sum(
+            tensor.nbytes for tensor in (*built.chunks[0].module.parameters(), *built.chunks[0].module.buffers())
+        )
+
+
+@pytest.mark.parametrize("model", [TINY, GEMMA_MODEL], ids=["hybrid", "gemma"])
+@pytest.mark.parametrize(("params", "number_bytes"), [("fp32", 4), ("bf16", 2)])
+def test_weights_have_the_planned_bytes(model: ModelConfig, params: str, number_bytes: int) -> None:
+    """Of the hybrid's bf16 weights, A_log, D and dt_bias are fp32: 3 x 8 heads x 4 layers x 2 bytes more."""
+    (found,) = run_ranks(1, weight_bytes_in_memory, params, model)
+    assert found == inference_memory(model, context_tokens=1, weight_bytes=number_bytes).weights
+    assert found == number_bytes * parameters(model).total + (
+        3 * 8 * 4 * 2 if model is TINY and params == "bf16" else 0
+    )
 
 
 def test_planned_bytes_by_hand() -> None:

@@ -268,8 +268,9 @@ def _type_fits(value: Any, possible: Sequence[Any], wanted: type, inner: type | 
     def items_fit(one: Any, inner: type) -> bool:
         return not isinstance(one, list) or all(_type_fits(item, one, inner, None)[0] for item in value)
 
-    if type(value) is wanted and (inner is None or any(items_fit(one, inner) for one in possible)):
-        return True, answer_type is not None and answer_type is not wanted
+    if type(value) is wanted:
+        fits = inner is None or any(items_fit(one, inner) for one in possible)
+        return fits, answer_type is not None and answer_type is not wanted
     return type(value) is answer_type, type(value) is answer_type
 
 
