@@ -120,7 +120,9 @@ def read_task(path: Path) -> TaskConfig:
         raise DataError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}.") from error
     if not isinstance(plain, dict):
         was = "is empty" if plain is None else f"is a {type(plain).__name__}"
-        raise DataError(f"{path} {was}, not a task. Write its fields, such as `kind: cloze` and `data: mine.jsonl`, each on a line.")
+        raise DataError(
+            f"{path} {was}, not a task. Write its fields, such as `kind: cloze` and `data: mine.jsonl`, each on a line."
+        )
     try:
         return build(TaskConfig, plain, "")
     except FieldError as error:

@@ -1,7 +1,7 @@
-"""How rows and texts to be evaluated are dealt to the data-parallel ranks, and the model's state meanwhile.
+"""Deals the rows and texts of an evaluation to the data-parallel ranks, and puts the model into evaluation mode.
 
-Rows are dealt round-robin. Where the pipeline needs a fixed shape and number of microbatches, each rank's last ones are
-filled with rows that do not count. Otherwise whole microbatches are dealt: each consists of the same rows at any number of
+Rows are dealt round-robin. If the pipeline needs microbatches of a fixed shape and number, each rank's last ones are filled
+with rows that do not count. Otherwise whole microbatches are dealt: each consists of the same rows at any number of
 ranks, so that no score depends on it.
 """
 
@@ -17,9 +17,9 @@ from train.parallel.mesh import Mesh
 
 
 def deal(count: int, mesh: Mesh, *, microbatch_rows: int, is_padded: bool = True) -> list[list[tuple[int, bool]]]:
-    """This rank's microbatches of rows 0 ... count: of each row its number and whether it counts (a filler is row 0).
+    """This rank's microbatches of rows 0 to count - 1: the number of each row, and whether it counts (a filler is row 0).
 
-    With `is_padded` all have `microbatch_rows` rows and every rank has equally many of them.
+    is_padded: every microbatch has `microbatch_rows` rows, and every rank has the same number of them.
     """
     layout = mesh.layout
     if not is_padded:
@@ -60,7 +60,7 @@ def in_parts[T](mesh: Mesh, count: int, work: Callable[[range], Sequence[T]]) ->
 
 @contextmanager
 def evaluating(chunks: Sequence[Any]) -> Iterator[None]:
-    """Evaluation mode without gradients, for the parts of the model on this rank; each is then as it was."""
+    """Within the block, the parts of the model on this rank are in evaluation mode, without gradients."""
     were_training = [chunk.training for chunk in chunks]
     for chunk in chunks:
         chunk.eval()

@@ -1,6 +1,6 @@
-"""What generates text for tasks: prompts in, continuations out. The tasks do not know how.
+"""Generates text for tasks: prompts --> continuations.
 
-Data-parallel ranks share the prompts out among themselves; every rank gets all answers. The decoder also scores targets after
+Data-parallel ranks share the prompts; every rank gets all answers. The decoder also scores targets after
 contexts that are longer than the rows of training. It reads them in parts, into caches, so memory does not grow with the
 square of the length.
 """
@@ -31,16 +31,16 @@ class Decoder(Protocol):
     def generate(
         self, prompts: Sequence[str], *, max_new_tokens: int, stop: Sequence[str], sampling: Sampling
     ) -> list[str]:
-        """The continuation of each prompt, in order: up to the end of the document, the first of the `stop` texts (which does
-        not belong to it) or `max_new_tokens`. Collective over the world; the same on every rank."""
+        """The continuation of each prompt, in order. It ends at the end of the document, before the first of the `stop` texts,
+        or after `max_new_tokens`. Collective over the world; the same on every rank."""
 
     def scores(self, requests: Sequence[ScoreRequest]) -> list[Score]:
-        """As `train.evaluate.score.scores`, for requests of any length."""
+        """Like `train.evaluate.score.scores`, for requests of any length."""
 
 
 @dataclass
 class _Answer:
-    """One continuation as it grows."""
+    """A continuation while it is generated."""
 
     decoder: IncrementalDecoder
     text: str = ""
@@ -61,7 +61,7 @@ class BatchedDecoder:
     def generate(
         self, prompts: Sequence[str], *, max_new_tokens: int, stop: Sequence[str], sampling: Sampling
     ) -> list[str]:
-        """As `Decoder.generate`. Raises NumericsError if logits are not finite."""
+        """See `Decoder.generate`. Raises NumericsError if logits are not finite."""
 
         def continued(places: range) -> list[str]:
             mine = [prompts[place] for place in places]
@@ -71,7 +71,7 @@ class BatchedDecoder:
         return in_parts(self._mesh, len(prompts), continued)
 
     def scores(self, requests: Sequence[ScoreRequest]) -> list[Score]:
-        """As `Decoder.scores`. Raises NumericsError if logits are not finite.
+        """See `Decoder.scores`. Raises NumericsError if logits are not finite.
 
         Groups of texts that are read together are dealt, so that no score depends on the number of ranks.
         """
@@ -159,6 +159,6 @@ def _whole(answer: _Answer, stop: Sequence[str]) -> str:
 
 
 def before_stop(text: str, stop: Sequence[str]) -> str | None:
-    """What is before the first stop text; None if none occurs."""
+    """The text before the first stop text; None without a stop text."""
     places = [place for one in stop if one and (place := text.find(one)) >= 0]
     return text[: min(places)] if places else None

@@ -1,7 +1,7 @@
-"""Tasks that are scored while a model trains (`evaluate.tasks`), with the weights where they are.
+"""Tasks that are scored during training (`evaluate.tasks`), with the model that trains.
 
-Tasks without generated text work at any layout. Generated text needs layers that one rank or tensor group runs alone
-(`recipes.schema.tasks.task_problems`); data-parallel ranks share the prompts out among themselves.
+Tasks without generated text work at any layout. Generated text needs all layers and whole sequences on each tensor rank
+(`recipes.schema.tasks.task_problems`); data-parallel ranks share the prompts.
 """
 
 from collections.abc import Sequence
@@ -21,7 +21,7 @@ from train.evaluate.tasks.task import Task
 
 
 def open_training_tasks(recipe: Recipe, tokenizer: Tokenizer) -> list[Task]:
-    """The recipe's tasks, every item read and checked: a mistake shows before the first step. Raises DataError."""
+    """The recipe's tasks, with every item read and checked before the first step. Raises DataError."""
     config = recipe.evaluate
     return open_tasks(config.tasks, tokenizer=tokenizer, seed=recipe.run.seed, items=config.task_items)
 

@@ -1,4 +1,4 @@
-"""Task files: what is asked of a record, and one clear error for each fault, with file and line."""
+"""Task files: the items made of records, and one clear error for each fault, with file and line."""
 
 import codecs
 from pathlib import Path
@@ -18,7 +18,7 @@ def opened(folder: Path, records: list[Any], **fields: Any) -> Task:
 
 
 def test_choices_prompts_and_examples(tmp_path: Path) -> None:
-    """A field's own braces mean nothing; the solved example comes first and is not asked; blank lines are passed over."""
+    """Braces in a field are ordinary text; the solved example comes first and is not an item; blank lines are skipped."""
     fields = {
         "kind": "multiple_choice",
         "prompt": "{{Q}} {country}:",
@@ -56,7 +56,7 @@ FAULTS: list[tuple[list[Any], dict[str, Any], str]] = [
     (["{", ], {"kind": "cloze"}, r"data\.jsonl:1: this line is not JSON"),
     (["", "[1]"], {"kind": "cloze"}, r"data\.jsonl:2: \[1\] is not a record"),
     ([], {"kind": "cloze"}, r"data\.jsonl has no record to ask\. Add records, one JSON object a line\."),
-    (['[{"prompt": "a",', '"target": "b"}]'], {"kind": "cloze"}, r"data\.jsonl:1: this line is not JSON.*Write one record a line"),
+    (['[{"prompt": "a",', '"target": "b"}]'], {"kind": "cloze"}, r"\.jsonl:1: this line is not JSON.*Write one record a line"),
     (['{"prompt": NaN, "target": "b"}'], {"kind": "cloze"}, r":1: prompt=nan is not a text or a number"),
     (['{"prompt": "\\ud800", "target": "b"}'], {"kind": "cloze"}, r":1: prompt='\\ud800' is not a text"),
     (['{"prompt": "a", "prompt": "b", "target": "b"}'], {"kind": "cloze"}, r":1: .*'prompt' is written twice"),
@@ -91,7 +91,7 @@ def test_every_fault_is_named_with_its_place(
         opened(tmp_path, records, **fields)
 
 
-def test_task_files_that_are_missing_or_no_yaml(tmp_path: Path) -> None:
+def test_task_files_that_are_missing_or_not_yaml(tmp_path: Path) -> None:
     task_in(tmp_path, [])
     with pytest.raises(DataError, match=r"there is no task file .*mein\.yaml\. Did you mean mine\.yaml\?"):
         open_task_file(tmp_path / "mein.yaml")
