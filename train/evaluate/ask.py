@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from data.tokenizer import Tokenizer
-from recipes.schema.errors import DataError, NumericsError
+from recipes.schema.errors import DataError, NumericsError, RecipeError
 from train.evaluate.deal import in_parts
 from train.evaluate.decoder import Decoder
 from train.evaluate.intervals import Metric, mean, ratio, share
@@ -154,9 +154,12 @@ def _generated(task: Task, decoder: Decoder, *, mesh: Mesh) -> TaskResult:
     answers: list[str] = []
     for start in range(0, len(task.items), _BLOCK_ITEMS):
         prompts = [item.prompt for item in task.items[start : start + _BLOCK_ITEMS]]
-        answers += decoder.generate(
-            prompts, max_new_tokens=task.max_new_tokens, stop=task.stop, sampling=Sampling(temperature=0.0)
-        )
+        try:
+            answers += decoder.generate(
+                prompts, max_new_tokens=task.max_new_tokens, stop=task.stop, sampling=Sampling(temperature=0.0)
+            )
+        except RecipeError as error:  # the memory has no room for prompt and answer
+            raise RecipeError(f"task {task.name}, max_new_tokens={task.max_new_tokens:,}: {error}") from error
     judged = in_parts(mesh, len(answers), lambda places: [judge(task.items[place], answers[place]) for place in places])
     metric = mean(judged) if task.is_graded else share(round(sum(judged)), len(judged))
     samples = [

@@ -23,7 +23,7 @@ from launch.plan.cost.inference import cache_sizes
 from recipes.schema.errors import RecipeError
 from recipes.schema.model import ModelConfig
 from train.inference.forward import Read, logits_of, read_tokens
-from train.inference.pools import Pools
+from train.inference.pools import Pools, free_bytes
 from train.inference.prefix import PrefixCache
 from train.inference.request import Event, Finish, Request, Token
 from train.inference.sampling import Draw, draw
@@ -40,7 +40,8 @@ class EngineConfig:
     context_tokens: int = 4096
     """Largest number of tokens of a text, prompt and answer together."""
     memory_bytes: int | None = None
-    """Bytes of keys, values and states on this rank; None: enough for `rows` texts of `context_tokens`."""
+    """Bytes of keys, values and states on this rank; None: enough for `rows` texts of `context_tokens`, or nine tenths of
+    the free memory if that is less (on one tensor rank; several ranks must agree)."""
     page_tokens: int = 16
     """Tokens of a page of keys and values."""
     step_tokens: int = 512
@@ -121,10 +122,13 @@ class InferenceEngine:
         self.config = config = config or EngineConfig()
         weight = next(model.parameters())
         tensor = model.pg_collection.tp.size()
+        budget = config.memory_bytes
+        if budget is None and tensor == 1:
+            budget = free_bytes(weight.device) * 9 // 10
         self.sizes = cache_sizes(
             shape, rows=config.rows, context_tokens=config.context_tokens, page_tokens=config.page_tokens,
             step_tokens=config.step_tokens, snapshots=config.prefix_blocks if "M" in shape.pattern else 0,
-            number_bytes=weight.element_size(), tensor=tensor, budget_bytes=config.memory_bytes,
+            number_bytes=weight.element_size(), tensor=tensor, budget_bytes=budget,
         )  # fmt: skip
         self.pools = Pools(shape, self.sizes, dtype=weight.dtype, device=weight.device, tensor=tensor)
         self.prefixes = PrefixCache(

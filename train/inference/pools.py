@@ -12,12 +12,20 @@ from collections import Counter
 from dataclasses import dataclass, field
 
 import numpy as np
+import psutil
 import torch
 
 from launch.plan.cost.inference import CacheBytes, CacheSizes
 from recipes.schema.model import ModelConfig
 from recipes.schema.pattern import ATTENTION, layer_kinds
 from train.model.context import KeyPool, MambaPool
+
+
+def free_bytes(device: torch.device) -> int:
+    """Memory of a device that nothing uses."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return psutil.virtual_memory().available
 
 
 class FreeList:

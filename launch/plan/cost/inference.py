@@ -199,6 +199,6 @@ def cache_sizes(
     fitting = bisect_right(range(1, context_tokens), budget_bytes, key=lambda tokens: bytes_of(sizes_of(tokens, 1)))
     raise RecipeError(
         f"a text of {context_tokens:,} tokens needs {gib(bytes_of(least))} for keys, values and the states of {rows} rows, but "
-        f"only {gib(budget_bytes)} is given. "
+        f"only {gib(budget_bytes)} is available. "
         + (f"The longest that fits has {fitting:,} tokens." if fitting else "Give more memory or fewer rows.")
     )

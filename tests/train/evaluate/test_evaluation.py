@@ -177,6 +177,16 @@ def test_mistakes_are_answered_before_the_model_is_built(
     assert "cannot be read as results" in refused(run_folder, "--tasks", choices, "--out", tmp_path / "out")
 
 
+def test_answers_beyond_the_memory_are_one_error_with_the_longest_that_fits(run_folder: Path, tmp_path: Path) -> None:
+    fields = {"kind": "generate", "max_new_tokens": 10**14}
+    endless = task_in(tmp_path, [{"prompt": "the", "target": " fox"}], **fields)
+    status, text = evaluated(run_folder, "--tasks", endless, "--out", tmp_path / "out")
+    assert status == 2 and text.startswith(
+        "error: task mine, max_new_tokens=100,000,000,000,000: a text of 100,000,000"
+    ), text
+    assert "The longest that fits has " in text and not (tmp_path / "out").exists()
+
+
 def test_numbers_that_are_not_finite_are_one_error(run_folder: Path, tmp_path: Path) -> None:
     """Scored and generated; nothing is written."""
     broken = tmp_path / "broken"

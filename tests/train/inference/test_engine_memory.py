@@ -1,5 +1,6 @@
 """The memory of the inference engine: equal to the plan to the byte, refused when too small, bounded for long texts; prefixes."""
 
+import re
 import resource
 from dataclasses import replace
 from typing import Any
@@ -91,6 +92,10 @@ def limits(rank: int) -> dict[str, Any]:
     found: dict[str, Any] = {}
     with engine_of(recipe_with(), rank=rank, world=1) as built, torch.no_grad():
         model, shape = built.chunks[0].module, built.chunks[0].module.config
+        try:
+            InferenceEngine(model, TINY, EngineConfig(rows=2, context_tokens=10**15))
+        except RecipeError as error:
+            found["beyond memory"] = str(error)
         engine = InferenceEngine(model, TINY, EngineConfig(rows=2, context_tokens=64))
         for name, request in {
             "long": Request(ids(60), 8), "empty": Request([], 8), "foreign": Request([3, VOCAB], 8),
@@ -127,6 +132,8 @@ def test_invalid_requests_are_refused_and_nan_ends_one_request_only() -> None:
     found = run_ranks(1, limits)[0]
     assert "at most 64" in found["long"] and "at most 4 new tokens" in found["long"]
     assert "no tokens" in found["empty"] and str(VOCAB) in found["foreign"] and "score_from=0" in found["score"]
+    assert "a text of 1,000,000,000,000,000 tokens needs" in found["beyond memory"]
+    assert re.search(r"available\. The longest that fits has [\d,]+ tokens\.", found["beyond memory"])
     assert found["finish"][0][0] == "error" and "not finite" in found["finish"][0][1]
     assert found["finish"][1][0] == "length" and found["other"] and found["after"]
 
