@@ -209,5 +209,5 @@ def how_to_import(path: Path) -> str:
     out = shlex.quote(f"imports/{name}")
     return (
         f"{path} is a model in Hugging Face's format. Import it: stratum hf import {shlex.quote(str(path))} --out {out}. Then: "
-        f"stratum generate (or serve) --config-dir {out} -cn {shlex.quote(name)}, stratum evaluate {out}/checkpoint --tasks ..."
+        f"stratum generate (or serve) --config-dir {out} -cn {shlex.quote(name)}, stratum evaluate {out}/checkpoint --tasks NAME."
     )

@@ -106,7 +106,12 @@ def test_tasks_are_scored_at_their_interval_and_survive_a_resume(recipe: Recipe,
         stream.writelines(json.dumps({"kind": "tasks", **line}) + "\n" for line in strange)
     write_report(tmp_path / "run")
     text = (tmp_path / "run" / "summary.md").read_text()
-    assert "## Tasks" in text and "| words | bits_per_byte | 8 | " in text and "| capitals | accuracy | 3 | " in text
+    assert (
+        "## Tasks" in text
+        and "| letters | score | 8 | " in text
+        and "| words | bits_per_byte | 8 | " in text
+        and "| capitals | accuracy | 3 | " in text
+    )
     assert (tmp_path / "run" / "tasks.png").read_bytes()[:4] == b"\x89PNG"
 
 
