@@ -85,6 +85,7 @@ def weight_format(name: str) -> WeightFormat:
     if name not in FORMATS:
         begin = [form for form in FORMATS if form.startswith(name)]
         hint = did_you_mean(name, begin or FORMATS, otherwise=f"There are: {', '.join(FORMATS)}.")
+        hint = f"Did you mean {' or '.join(begin)}?" if len(begin) > 1 else hint
         raise RecipeError(f"{name!r} is not a format of quantised weights. {hint}")
     return FORMATS[name]
 

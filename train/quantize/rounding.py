@@ -66,8 +66,8 @@ def rounded_tokens(x: torch.Tensor, form: WeightFormat) -> torch.Tensor:
     """Inputs of a linear layer [..., width] rounded to a format's codes, each token with a scale of its own. NaN stays NaN."""
     tokens = x.reshape(-1, x.shape[-1])
     by_token = replace(form, block=(1, None))
-    scale = scales_of(tokens, by_token, scale_dtype=x.dtype)
-    return QuantizedMatrix(by_token, round_to(tokens, scale, by_token), scale).dense().reshape(x.shape)
+    scale = scales_of(tokens, by_token)  # in fp32, as inference engines compute it
+    return QuantizedMatrix(by_token, round_to(tokens, scale, by_token), scale).dense().to(x.dtype).reshape(x.shape)
 
 
 def scales_of(weight: torch.Tensor, form: WeightFormat, *, scale_dtype: torch.dtype = torch.float32) -> torch.Tensor:
