@@ -1,4 +1,4 @@
-"""Recipes: what is shipped is complete and right, what is wrong is said before anything is allocated."""
+"""Recipes: shipped ones are complete and right; mistakes are reported before anything is allocated."""
 
 import dataclasses
 import subprocess

@@ -82,7 +82,7 @@ def rows_of(step: int, positions: np.ndarray) -> Batch:
 
 
 def microbatches(recipe: Recipe, mesh: Mesh, step: int) -> list[Batch]:
-    """This rank's microbatches of a step, dealt as `data.stream` deals them."""
+    """This rank's microbatches of a step, distributed as by `data.stream`."""
     size, ranks = recipe.run.microbatch_rows, mesh.layout.data
     starts = range(mesh.data_rank * size, recipe.run.global_rows, ranks * size)
     return [rows_of(step, np.arange(start, start + size)) for start in starts]
@@ -107,7 +107,7 @@ def weights_at(rank: int, recipe: Recipe, world: int, folder: Path) -> dict[str,
 
 @dataclass(frozen=True)
 class Numbers:
-    """What a few steps gave: full-precision losses and gradient norms."""
+    """Full-precision losses and gradient norms of a few steps."""
 
     losses: list[float]
     grad_norms: list[float]

@@ -2,7 +2,7 @@
 
 import logging
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -209,37 +209,64 @@ def model_on_ranks(
 
     checkpoint: or a directory of `stratum hf export --quantize`, on one rank: its linear layers keep their codes and scales.
     """
-    quantized = QuantizedFiles(checkpoint) if is_quantized(checkpoint) else None
-    if quantized is None:
-        check_same_function(read_checkpoint_manifest(checkpoint).recipe, recipe, place=str(checkpoint))
-    elif tensor > 1:
-        raise RecipeError(f"{checkpoint} has quantised weights, which are not split over ranks. Use one rank.")
+    with _models([(recipe, checkpoint)], device=device, rank=rank, world=world, tensor=tensor) as ((model,), mesh):
+        yield model, mesh
+
+
+@contextmanager
+def models_for_inference(
+    sources: Sequence[tuple[Recipe, Path]], *, device: torch.device, rank: int = 0, tensor: int = 1
+) -> Iterator[list[Any]]:
+    """As `model_for_inference` for several models in the same process groups: (recipe, checkpoint) of each."""
+    with _models(sources, device=device, rank=rank, world=tensor, tensor=tensor) as (models, _):
+        yield models
+
+
+@contextmanager
+def _models(
+    sources: Sequence[tuple[Recipe, Path]], *, device: torch.device, rank: int, world: int, tensor: int
+) -> Iterator[tuple[list[Any], Mesh]]:
+    for recipe, checkpoint in sources:
+        if not is_quantized(checkpoint):
+            check_same_function(read_checkpoint_manifest(checkpoint).recipe, recipe, place=str(checkpoint))
+        elif tensor > 1:
+            raise RecipeError(f"{checkpoint} has quantised weights, which are not split over ranks. Use one rank.")
     use_device(device)
 
-    one = replace(
-        recipe,
-        parallel=ParallelConfig(tensor=tensor),
-        run=replace(recipe.run, global_rows=max(1, world // tensor), microbatch_rows=1),
-    )
-    if quantized is not None:  # its weights are rounded already
-        one = replace(one, precision=replace(one.precision, quantize_weights="none"))
-    layout = check(one, world=world)
-    with mesh_of(one, layout, device=device, rank=rank) as mesh:
-        chunks = build_model(
-            one.model,
-            parallel=one.parallel,
-            precision=one.precision,
-            run=one.run,
-            row_tokens=one.data.row_tokens,
-            mesh=mesh,
-            backend=ReferenceBackend(),
-            draw_weights=False,
+    copies = max(1, world // tensor)
+    ones = [
+        replace(
+            recipe,
+            parallel=ParallelConfig(tensor=tensor),
+            run=replace(recipe.run, global_rows=copies, microbatch_rows=1),
         )
-        if quantized is None:
-            read_weights(checkpoint, chunks, groups=mesh.groups)
-        else:
-            load_quantized(chunks[0], quantized, model=one.model, groups=mesh.groups)
-        yield chunks[0].eval(), mesh
+        for recipe, _ in sources
+    ]
+    layouts = [check(one, world=world) for one in ones]
+    with mesh_of(ones[0], layouts[0], device=device, rank=rank) as mesh:
+        yield [_loaded(one, checkpoint, mesh=mesh) for one, (_, checkpoint) in zip(ones, sources, strict=True)], mesh
+
+
+def _loaded(recipe: Recipe, checkpoint: Path, *, mesh: Mesh) -> Any:
+    """A model for inference with a checkpoint's weights, in these process groups. Collective."""
+    quantized = QuantizedFiles(checkpoint) if is_quantized(checkpoint) else None
+    if quantized is not None:  # its weights are rounded already
+        recipe = replace(recipe, precision=replace(recipe.precision, quantize_weights="none"))
+    (chunk,) = build_model(
+        recipe.model,
+        parallel=recipe.parallel,
+        precision=recipe.precision,
+        run=recipe.run,
+        row_tokens=recipe.data.row_tokens,
+        mesh=mesh,
+        backend=ReferenceBackend(),
+        draw_weights=False,
+    )
+    if quantized is None:
+        read_weights(checkpoint, [chunk], groups=mesh.groups)
+    else:
+        load_quantized(chunk, quantized, model=recipe.model, groups=mesh.groups)
+    return chunk.eval()
 
 
 def _be_deterministic(device: torch.device) -> None:

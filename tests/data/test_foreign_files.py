@@ -1,4 +1,4 @@
-"""Files from strangers, damaged in many ways: each reader of `data` gives its own error, in bounded time and memory."""
+"""Untrusted and damaged files: each reader of `data` raises its own error, in bounded time and memory."""
 
 import base64
 import bz2

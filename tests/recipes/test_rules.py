@@ -200,7 +200,7 @@ def test_a_good_recipe_has_no_problem_and_everything_wrong_comes_at_once(place: 
 
 
 @pytest.mark.parametrize(
-    "name", ["", " ", ".", "..", "/abs", "a/../b", "a//b", "a/", "a\nb", "a\x00b", "a\u2028b", "x" * 300]
+    "name", ["", " ", ".", "..", "/abs", "a/../b", "a//b", "a/", "a\nb", "a\x00b", "a\u2028b", "x" * 300, "-rf"]
 )
 def test_names_that_leave_the_folder_or_break_a_line_are_refused(name: str) -> None:
     (problem,) = name_problems(name)

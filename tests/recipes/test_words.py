@@ -1,4 +1,4 @@
-"""The words of a command line mean what a user wrote, and what cannot be read is quoted for them."""
+"""Words of a command line keep the meaning that the user wrote; words that cannot be read are quoted in the error."""
 
 import json
 import shlex
@@ -18,7 +18,7 @@ from recipes.schema.recipe import Recipe
 
 
 def read(word: str) -> object:
-    """The value Hydra reads from one word, as the door hands it over."""
+    """The value that Hydra reads from one word, as our command line passes it on."""
     return OverridesParser.create().parse_override(text_words(["program", word])[1]).value()
 
 

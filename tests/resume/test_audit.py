@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 from crashes import Act, Half, acts_of_saves, manifest_at
-from lives import contents_at, recipe_in
+from killed_runs import contents_at, recipe_in
 from ranks import RankFailed, run_ranks
 from shards import TEXT, tokenizer_entry
 from tiny import with_fields

@@ -27,7 +27,7 @@ _GIB = 2**30
 
 def serve(recipe: Recipe, config: ServeConfig, listener: socket.socket, *, key: str | None) -> int:
     """Serve until SIGTERM or SIGINT. -> exit status: 0, or 1 if the engine failed."""
-    with opened(recipe, checkpoint=config.checkpoint) as loaded:
+    with opened(recipe, checkpoint=config.checkpoint, speculate=config.speculate) as loaded:
         template = open_template(config.chat_template, loaded.tokenizer) if config.chat_template else None
         engine = InferenceEngine(
             loaded.model,
@@ -38,7 +38,9 @@ def serve(recipe: Recipe, config: ServeConfig, listener: socket.socket, *, key: 
                 memory_bytes=None if config.memory_gib is None else int(config.memory_gib * _GIB),
                 step_tokens=config.step_tokens,
                 prefix_blocks=config.prefix_blocks,
+                draft_tokens=config.draft_tokens,
             ),
+            drafter=loaded.drafter,
             fingerprint=loaded.fingerprint,
         )
         thinking = _thinking(config, loaded.tokenizer)

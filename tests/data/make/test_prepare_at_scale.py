@@ -1,4 +1,4 @@
-"""Preparing in many hands: the same bytes with any number of workers and tasks, and after any number of kills."""
+"""Preparing with many processes: the same bytes with any number of workers and tasks, and after any number of kills."""
 
 import gzip
 import hashlib

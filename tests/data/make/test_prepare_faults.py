@@ -1,4 +1,4 @@
-"""What went wrong with files as they are in the world, and must not again: one test for each fault."""
+"""Faults that real files caused: one test for each."""
 
 import bz2
 import json
@@ -67,7 +67,7 @@ def said_by(config: DataConfig) -> str:
 
 
 def test_a_text_that_one_source_holds_out_is_held_out_of_all(tmp_path: Path) -> None:
-    """Each source begins with texts that lie in the middle of another."""
+    """Each source begins with texts from the middle of another."""
     texts = [f"{n} {WORDS} {n * n}" for n in range(40)]
     config = config_of(
         tmp_path,

@@ -1,4 +1,4 @@
-"""Compiled libraries: proven before they are loaded, built again where wrong, never loaded from where others can write."""
+"""Compiled libraries: checked before they are loaded, built again if wrong, never loaded from a place where others can write."""
 
 import ctypes
 import logging
@@ -19,7 +19,7 @@ EIGHT = SEVEN.replace("7", "8")
 
 @pytest.fixture
 def source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A C source of the test's own, and an empty cache."""
+    """A C source for the test, and an empty cache."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.delenv("STRATUM_NATIVE", raising=False)
     path = tmp_path / f"seven{os.getpid()}.c"
@@ -147,7 +147,7 @@ def test_a_cache_that_may_not_be_written_is_replaced_by_a_private_folder(
 
 @pytest.fixture
 def compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A compiler that finds the disk of the cache full, and else does its work."""
+    """A compiler that fails if it writes to the full disk of the cache, and works otherwise."""
     path = tmp_path / "cc"
     real = shutil.which("cc") or shutil.which("gcc")
     said = 'echo "ld: final link failed: No space left on device" >&2; echo "collect2: error: ld returned 1 exit status" >&2'

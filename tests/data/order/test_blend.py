@@ -124,7 +124,7 @@ def test_shares_stay_within_one_row_with_many_sources_phases_and_ramps() -> None
 
 
 def owed_with_limits(phases: list[Phase], limits: list[int | None], rows: int) -> list[list[Fraction]]:
-    """What each source is owed after every prefix, row by row; shorter where nothing is left to draw."""
+    """What each source is owed after every prefix, row by row; shorter if nothing is left to draw."""
     sources = len(limits)
     gone: set[int] = set()
 
@@ -294,7 +294,7 @@ def test_a_phase_added_later_leaves_what_was_drawn_before_it_but_for_a_row_a_sou
 
 
 def test_the_identity_of_an_order_says_how_it_is_laid_out() -> None:
-    """Shares that never change are laid out as ever; others say so, because their rows differ from version 1's."""
+    """Constant shares keep the order of version 1; other recipes record a new version, because their rows differ."""
     assert blend_of([0.6, 0.4], [50, 50]).order == 1
     assert blend_of([0.6, 0.4], [50, 50], phases=[PhaseConfig(100, {"s0": 1.0})]).order == 2
     assert blend_of([0.1234567, 0.4], [50, 50]).order == 2

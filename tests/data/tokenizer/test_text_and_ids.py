@@ -166,7 +166,7 @@ def test_unknown_tokens_are_counted_and_reported(tmp_path: Path) -> None:
 
 
 def test_shards_hold_the_ids_of_the_folders_own_tokenizer(tmp_path: Path) -> None:
-    """Whatever the pattern: each document's ids are those that the saved tokenizer gives it, one by one."""
+    """For each pattern, the ids of each document are those that the saved tokenizer gives, one by one."""
     for n, pattern in enumerate(("cl100k", GAPS, r"\w+|[^\w\s]+|\s+")):
         texts = [f"year {n} {2**n} m² \u00a0x{n}\u3000\r\n" for n in range(40)]
         (tmp_path / "a.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in texts))

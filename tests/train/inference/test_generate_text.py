@@ -38,6 +38,10 @@ def texts(rank: int, folder: Path) -> dict[str, Any]:
             "".join(stream_text(read, asked))
         except StratumError as error:
             found[name] = str(error)
+    greedy = replace(config, temperature=0.0, tokens=30)
+    for speculate in (None, "lookup", str(Path(recipe.run.folder) / recipe.run.name)):
+        one = replace(greedy, speculate=speculate, draft_tokens=3)
+        found.setdefault("speculated", []).append(list(generate_records(recipe, one)))
     found["alone"] = "".join(stream_text(recipe, replace(config, prompt="c", prompts=None, n=1, seed=4)))
     return found
 
@@ -55,6 +59,12 @@ def test_prompts_of_a_file_are_continued_in_one_batch(tmp_path: Path) -> None:
         ("c", 1),
     ]
     assert found["alone"] == "c" + records[3]["text"], "a text of a batch is the text alone with its seed"
+    plain, *speculated = found["speculated"]
+    for guessed in speculated:
+        assert [record["tokens"] for record in guessed] == [record["tokens"] for record in plain]
+        counts = [record.pop("speculation") for record in guessed]
+        assert all(one["steps"] <= len(record["tokens"]) for one, record in zip(counts, guessed, strict=True))
+    assert counts[0]["accepted"] == counts[0]["guessed"] > 0, "a model guesses its own greedy tokens"
     for record in records:
         assert len(record["tokens"]) == len(record["logprobs"]) == len(record["top_logprobs"]) <= 6
         assert record["finish"] in ("length", "stop") and all(len(top) == 2 for top in record["top_logprobs"])

@@ -45,7 +45,7 @@ def made(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 def quantizer_of(model: ModelConfig, name: str, *, scale: torch.dtype = torch.float32, **changes: Any) -> Quantizer:
     chosen = linears(model, family_of(model))
     by_name = {part: linear for linear in chosen for part in linear.pair.theirs}
-    return Quantizer(FORMATS[name], scale, by_name, **({"matrices": {}, "kept": ()} | changes))
+    return Quantizer(FORMATS[name], scale, by_name, **({"matrices": {}, "unquantized": ()} | changes))
 
 
 def write(
