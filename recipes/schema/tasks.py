@@ -132,7 +132,7 @@ def read_task(path: Path) -> TaskConfig:
 def task_problems(
     names: tuple[str, ...], *, row_tokens: int, parallel: ParallelConfig, backend: str, reads_files: bool
 ) -> list[Problem]:
-    """What keeps tasks from being asked during training: unknown names, wrong files, too long for a row, and text to generate
+    """What keeps tasks from running during training: unknown names, wrong files, too long for a row, and text to generate
     at a layout or by a backend that only reads whole rows.
 
     backend: `rules.backend_name`, or `auto` where the machine is not known. reads_files: whether task files are on this machine.
@@ -151,7 +151,7 @@ def task_problems(
 def _during_training(
     name: str, row_tokens: int, parallel: ParallelConfig, backend: str, reads_files: bool
 ) -> tuple[str, str]:
-    """(what is wrong, remedy) of one task; empty if it can be asked. Raises DataError for a wrong name or file."""
+    """(what is wrong, remedy) of one task; empty if it can run. Raises DataError for a wrong name or file."""
     afterwards = f"run `stratum evaluate RUN --tasks {name}` afterwards"
     long = long_context(name)
     if not is_file(name) and long is None and not is_from_package(name):

@@ -1,14 +1,14 @@
-"""Function calls: the Berkeley Function Calling Leaderboard, from the data of the wheel `bfcl-eval`. Nothing of it is run.
+"""Function calls: the Berkeley Function Calling Leaderboard, from data and prompts of the wheel `bfcl-eval`.
 
     question, functions --prompt--> answer --parse--> [Call(name, arguments)] --check--> possible answers of the package
 
-The parts whose calls are Python and one turn long. A call is right if it has the function's name, all required parameters, no
+Only the parts with Python calls and one turn are used. A call is right if it has the function's name, all required parameters, no
 unknown ones, and for each a value of the documented type that is among the possible answers. Texts are compared in lower case
 without blanks and `,./-_*^`. `irrelevance` parts want no call, `live_relevance` wants any. Parsing and rules follow the
 package's own (`model_handler/utils.py`, `ast_checker.py`, version 2026.3.23); tests compare with it. Two differences:
 arithmetic in arguments is bounded instead of handed to `eval`, and `+5` is 5.
 
-The wheel's dependencies (140 packages, numpy 1.26 among them) are needed for none of this: it is installed without them.
+The wheel is installed without its dependencies (numpy 1.26 and clients of many providers among them): none is needed here.
 """
 
 import ast
@@ -33,7 +33,7 @@ _TYPES: dict[str, type] = {
     "string": str, "integer": int, "float": float, "boolean": bool, "array": list, "tuple": list, "dict": dict, "any": str,
 }  # fmt: skip
 _LISTS = ("array", "tuple")
-_READ_OVER = re.compile(r"[ ,./\-_*^]")
+_IGNORED = re.compile(r"[ ,./\-_*^]")
 _HINT = " Note that the provided function is in Python 3 syntax."
 _NO_CALL = "(no function call)"
 _OPERATIONS: dict[type[ast.operator], Callable[[Any, Any], Any]] = {
@@ -50,7 +50,7 @@ class Call:
 
     name: str
     arguments: Mapping[str, Any]
-    """Of the keyword arguments; others are read over, as in the package."""
+    """The keyword arguments. Others are ignored, as in the package."""
 
 
 def open_bfcl(name: str, *, items: int | None = None) -> Task:
@@ -296,7 +296,7 @@ def _dicts_fit(value: Sequence[Any], possible: Sequence[Any]) -> bool:
 
 def _plain(value: Any) -> Any:
     """A text as it is compared; other values as they are."""
-    return _READ_OVER.sub("", value).lower().replace("'", '"') if isinstance(value, str) else value
+    return _IGNORED.sub("", value).lower().replace("'", '"') if isinstance(value, str) else value
 
 
 # ---- the package's files
