@@ -26,7 +26,7 @@ from recipes.schema.model import ModelConfig
 from train.inference.acceptance import Guess, next_tokens
 from train.inference.drafters import Ask, Draft, Drafter, Followed
 from train.inference.forward import Read, logits_of, read_tokens, settle
-from train.inference.pools import Pools, free_bytes
+from train.inference.pools import Pools, memory_budget
 from train.inference.prefix import PrefixCache
 from train.inference.request import Event, Finish, Request, Token
 from train.inference.sampling import Draw
@@ -199,13 +199,10 @@ class InferenceEngine:
         draft = drafter.shape if drafter is not None else None
         if drafter is not None:
             _check_drafter(draft, shape, config)
-        budget = config.memory_bytes
-        if budget is None and tensor == 1:
-            budget = free_bytes(weight.device) * 9 // 10
         self.sizes = cache_sizes(
             shape, rows=config.rows, context_tokens=config.context_tokens, page_tokens=config.page_tokens,
             step_tokens=config.step_tokens, snapshots=config.prefix_blocks if "M" in shape.pattern else 0,
-            number_bytes=weight.element_size(), tensor=tensor, budget_bytes=budget,
+            number_bytes=weight.element_size(), tensor=tensor, budget_bytes=memory_budget(config.memory_bytes, weight.device, tensor=tensor),
             trial_tokens=config.rows * (1 + config.draft_tokens) if drafter is not None else 0, draft=draft,
         )  # fmt: skip
         self.pools = Pools(shape, self.sizes, dtype=weight.dtype, device=weight.device, tensor=tensor)

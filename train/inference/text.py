@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from data.tokenizer import Tokenizer, load_tokenizer
-from recipes.schema.errors import CheckpointError, DataError, refuse
+from recipes.schema.errors import CheckpointError, DataError, RecipeError, refuse
 from recipes.schema.read import recipe_from_mapping
 from recipes.schema.recipe import Recipe
 from recipes.schema.rules import reading_problems
 from recipes.schema.teacher_rules import tokenizer_problems
-from recipes.schema.tools import GenerateConfig
+from recipes.schema.tools import GenerateConfig, ServeConfig
 from train.build import models_for_inference, open_tokenizer
 from train.checkpoint.manager import CheckpointFolder, checkpoint_at
 from train.inference.batch_engine import EngineConfig, InferenceEngine
@@ -80,10 +80,11 @@ def opened(recipe: Recipe, *, checkpoint: str | None = None, speculate: str | No
 
 def stream_text(recipe: Recipe, config: GenerateConfig) -> Iterator[str]:
     """Yield the prompt and then the model's text, in pieces of whole characters. Errors: see `opened`."""
+    guesses = draft_tokens(config)
     with opened(recipe, checkpoint=config.checkpoint, speculate=config.speculate) as it:
         ids = it.tokenizer.prompt(config.prompt)
         (request,) = _requests(ids, config, end=it.tokenizer.eod)
-        engine = _engine(recipe, it, config, rows=1, context=len(ids) + config.tokens)
+        engine = _engine(recipe, it, rows=1, context=len(ids) + config.tokens, guesses=guesses)
         engine.add(request)
         decoder = it.tokenizer.incremental_decoder()
         yield config.prompt
@@ -100,11 +101,12 @@ def generate_records(recipe: Recipe, config: GenerateConfig) -> Iterator[dict[st
     Errors: see `opened`; DataError for a file of prompts that cannot be read.
     """
     prompts = read_prompts(Path(config.prompts)) if config.prompts is not None else [config.prompt]
+    guesses = draft_tokens(config)
     with opened(recipe, checkpoint=config.checkpoint, speculate=config.speculate) as it:
         ids = [it.tokenizer.prompt(prompt) for prompt in prompts]
         requests = [request for one in ids for request in _requests(one, config, end=it.tokenizer.eod)]
         context = max(map(len, ids)) + config.tokens
-        engine = _engine(recipe, it, config, rows=min(len(requests), config.batch), context=context)
+        engine = _engine(recipe, it, rows=min(len(requests), config.batch), context=context, guesses=guesses)
         for place, events in enumerate(engine.run(requests)):
             tokens = [event.token for event in events if event.token is not None]
             yield {
@@ -117,9 +119,19 @@ def generate_records(recipe: Recipe, config: GenerateConfig) -> Iterator[dict[st
             }
 
 
-def _engine(recipe: Recipe, it: Opened, config: GenerateConfig, *, rows: int, context: int) -> InferenceEngine:
-    sizes = EngineConfig(rows=rows, context_tokens=context, draft_tokens=config.draft_tokens)
+def _engine(recipe: Recipe, it: Opened, *, rows: int, context: int, guesses: int) -> InferenceEngine:
+    sizes = EngineConfig(rows=rows, context_tokens=context, draft_tokens=guesses)
     return InferenceEngine(it.model, recipe.model, sizes, drafter=it.drafter)
+
+
+def draft_tokens(config: GenerateConfig | ServeConfig) -> int:
+    """The largest number of guesses at a time. RecipeError if it is given without a drafter."""
+    if config.draft_tokens is not None and config.speculate is None:
+        raise RecipeError(
+            f"--draft-tokens {config.draft_tokens} has no effect without --speculate. Add --speculate lookup, or the run of a "
+            "draft model."
+        )
+    return EngineConfig().draft_tokens if config.draft_tokens is None else config.draft_tokens
 
 
 def _speculation(events: list[Event]) -> dict[str, Any]:
