@@ -147,7 +147,7 @@ EVERY_RULE: dict[str, tuple[dict[str, Any], str]] = {
         {"evaluate.tasks": ("human-eval",)},
         "evaluate.tasks: human-eval runs code that the model wrote.",
     ),
-    "a task longer than a row": ({"evaluate.tasks": ("needle-1k",)}, "needle-1k needs rows of 1,024 tokens, and"),
+    "a task longer than a row": ({"evaluate.tasks": ("needle-1k",)}, "needle-1k needs rows of 1,024 tokens, but"),
     "name": ({"run.name": "../up"}, "run.name='../up' has an empty part, `.` or `..`"),
 }
 

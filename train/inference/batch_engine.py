@@ -202,7 +202,8 @@ class InferenceEngine:
         self.sizes = cache_sizes(
             shape, rows=config.rows, context_tokens=config.context_tokens, page_tokens=config.page_tokens,
             step_tokens=config.step_tokens, snapshots=config.prefix_blocks if "M" in shape.pattern else 0,
-            number_bytes=weight.element_size(), tensor=tensor, budget_bytes=memory_budget(config.memory_bytes, weight.device, tensor=tensor),
+            number_bytes=weight.element_size(), tensor=tensor,
+            budget_bytes=memory_budget(config.memory_bytes, weight.device, tensor=tensor),
             trial_tokens=config.rows * (1 + config.draft_tokens) if drafter is not None else 0, draft=draft,
         )  # fmt: skip
         self.pools = Pools(shape, self.sizes, dtype=weight.dtype, device=weight.device, tensor=tensor)
