@@ -29,6 +29,7 @@ from train.inference.request import Event, Finish, Request, Token
 from train.inference.sampling import Draw, draw
 from train.inference.thinking import ThinkingWatch
 from train.model.few_tokens import FewTokens
+from train.native.few_rows import line_sums
 
 
 @dataclass(frozen=True)
@@ -156,6 +157,11 @@ class InferenceEngine:
         """End a request; its last event comes with the next step. No effect if it has ended."""
         if id in self._texts:
             self._end(self._texts[id], "cancelled")
+
+    def weights_changed(self) -> None:
+        """Call it after the model's weights have changed: the engine holds copies of them, and states that they gave."""
+        self._few.pack()
+        self.prefixes.clear()
 
     @property
     def is_idle(self) -> bool:
@@ -331,21 +337,23 @@ class InferenceEngine:
         logits_NV = logits_of(
             self.model, hidden_TH if lines == list(range(len(hidden_TH))) else hidden_TH[lines], few=self._few
         )
-        log_sums_N = logits_NV.logsumexp(-1)
+        best_N, log_sums_N = line_sums(logits_NV)
         bad = self._broken(batch, finite_T, lines, log_sums_N)
         for (text, count), places in zip(batch, scoring, strict=True):
             if text in bad:
                 continue
             self._advance(text, count)
             if places:
-                self._score(text, logits_NV[places.start : places.stop], log_sums_N[places.start : places.stop])
+                self._score(text, *(x[places.start : places.stop] for x in (logits_NV, log_sums_N, best_N)))
         for text in bad:
             self._end(text, "error", message="the model's output is not finite (NaN or infinity)")
         drawing = [(text, line) for text, line in drawing if text not in bad]
         if drawing:
             chosen = [line for _, line in drawing]
             whole = chosen == list(range(len(lines)))
-            self._draw([text for text, _ in drawing], *((x if whole else x[chosen]) for x in (logits_NV, log_sums_N)))
+            self._draw(
+                [text for text, _ in drawing], *(x if whole else x[chosen] for x in (logits_NV, log_sums_N, best_N))
+            )
         for text, _ in batch:
             if text.row >= 0 and not text.left:
                 self._end(text, "length")  # nothing to generate: its prompt was to be scored
@@ -371,20 +379,24 @@ class InferenceEngine:
             self.prefixes.store(text.row, text.keys[:blocks])
         self.pools.slide(text.row, text.done)
 
-    def _score(self, text: _Text, logits_NV: torch.Tensor, log_sums_N: torch.Tensor) -> None:
+    def _score(self, text: _Text, logits_NV: torch.Tensor, log_sums_N: torch.Tensor, best_N: torch.Tensor) -> None:
         ids = torch.tensor(text.tokens[text.scored : text.scored + len(logits_NV)], device=logits_NV.device)
-        tokens = _tokens(ids, logits_NV, log_sums_N, tops=[text.request.top_logprobs] * len(ids))
+        tokens = _tokens(ids, logits_NV, log_sums_N, best_N, tops=[text.request.top_logprobs] * len(ids))
         text.scored += len(tokens)
         self._events.append(Event(text.id, scores=tuple(tokens)))
 
-    def _draw(self, texts: list[_Text], logits_NV: torch.Tensor, log_sums_N: torch.Tensor) -> None:
+    def _draw(
+        self, texts: list[_Text], logits_NV: torch.Tensor, log_sums_N: torch.Tensor, best_N: torch.Tensor
+    ) -> None:
         """The next token of each text."""
-        ids = draw(logits_NV, [Draw(text.request.sampling, text.generated) for text in texts])
+        ids = draw(logits_NV, [Draw(text.request.sampling, text.generated) for text in texts], best_N)
         forced = [text.watch.forced if text.watch is not None else None for text in texts]
         for line, id in enumerate(forced):
             if id is not None:
                 ids[line] = id
-        tokens = _tokens(ids, logits_NV, log_sums_N, tops=[text.request.top_logprobs for text in texts], forced=forced)
+        tokens = _tokens(
+            ids, logits_NV, log_sums_N, best_N, tops=[text.request.top_logprobs for text in texts], forced=forced
+        )
         self._counts["generated_tokens"] += len(tokens)
         for text, token in zip(texts, tokens, strict=True):
             text.tokens.append(token.id)
@@ -402,13 +414,14 @@ def _tokens(
     ids_N: torch.Tensor,
     logits_NV: torch.Tensor,
     log_sums_N: torch.Tensor,
+    best_N: torch.Tensor,
     *,
     tops: Sequence[int],
     forced: Sequence[int | None] | None = None,
 ) -> list[Token]:
     """The tokens with their log-probabilities."""
     logprobs = (logits_NV.gather(-1, ids_N[:, None])[:, 0] - log_sums_N).tolist()
-    likeliest = logits_NV.argmax(-1).tolist()
+    likeliest = best_N.tolist()
     most = min(max(tops), logits_NV.shape[-1])
     top_ids: list[list[int]] = [[]] * len(likeliest)
     top_values: list[list[float]] = [[]] * len(likeliest)

@@ -28,9 +28,9 @@ def uniform(seed: int, number: int) -> float:
     return (int.from_bytes(digest, "little") >> 11) / 2**53
 
 
-def draw(logits_NV: torch.Tensor, draws: Sequence[Draw]) -> torch.Tensor:
-    """One token for each line of logits, [N]. A line's token depends on that line only."""
-    tokens = logits_NV.argmax(dim=-1)
+def draw(logits_NV: torch.Tensor, draws: Sequence[Draw], best_N: torch.Tensor) -> torch.Tensor:
+    """One token for each line of logits, [N]. A line's token depends on that line only. best: their likeliest tokens."""
+    tokens = best_N.clone()
     warm = [line for line, one in enumerate(draws) if one.sampling.temperature > 0]
     for is_cut in (False, True):
         lines = [line for line in warm if _is_cut(draws[line].sampling) == is_cut]
