@@ -26,7 +26,7 @@ stages: {once more: "compress score run.name=hunt compress.layers=3 compress.att
 
 
 def shell(rank: int, folder: Path, words: list[str]) -> tuple[int, str]:
-    """For `run_ranks`: `stratum WORDS` in a process and folder of its own. -> (exit status, what it printed)."""
+    """For `run_ranks`: `stratum WORDS` in a separate process and folder. -> (exit status, what it printed)."""
     os.chdir(folder)
     words = [*words, *([] if "--config-dir" in " ".join(words) else ["--config-dir", "recipes"])]
     out = io.StringIO()

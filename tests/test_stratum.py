@@ -119,7 +119,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ("teacher-cache -cn smok", "there is no recipe 'smok'. Did you mean smoke?"),
     ],
 )
-def test_a_mistyped_word_is_answered_with_what_was_meant(folder: Path, words: str, message: str) -> None:
+def test_a_mistyped_word_gets_a_suggestion(folder: Path, words: str, message: str) -> None:
     status, text = run(*words.split())
     assert status == 2 and message in text, text
 

@@ -18,11 +18,11 @@ from recipes.schema.changes import check_same_function
 from recipes.schema.errors import DataError, RecipeError, refuse
 from recipes.schema.facts import identity_of, look, read_request
 from recipes.schema.layout import Layout, lay_out
+from recipes.schema.manifest import read_manifest as read_checkpoint_manifest
 from recipes.schema.parallel import ParallelConfig
 from recipes.schema.recipe import Recipe
 from recipes.schema.rules import distill_problems, notes, problems, shape_rules, vocabulary_problems
 from train.checkpoint.manager import checkpoint_at
-from train.checkpoint.storage import read_manifest as read_checkpoint_manifest
 from train.checkpoint.storage import read_weights
 from train.distill import objective as distill
 from train.distill.teacher import Teacher, open_teacher

@@ -50,13 +50,13 @@ def test_a_text_field_takes_its_value_as_written(word: str) -> None:
 
 
 @given(st.text(st.characters(codec="ascii", exclude_characters="\n\r$")))
-def test_whatever_text_is_written_is_read(text: str) -> None:
+def test_any_text_reads_back_as_written(text: str) -> None:
     plain = {"null": None}.get(text.strip().lower(), text)
     if text[:1] not in ("'", '"', "[") and text == text.strip() and "\\" not in text and plain is not None:
         assert read(f"run.name={text}") == text
 
 
-def test_numbers_lists_nothing_quotes_and_references_stay_what_they_are() -> None:
+def test_numbers_lists_null_quotes_and_references_keep_their_types() -> None:
     assert read("optim.lr=1e-3") == 1e-3 and read("data.phases=[]") == []
     assert read("objective.teacher=null") is None and read("run.name='a b'") == "a b"
     assert read("objective.teacher=${compress.parent}") == "${compress.parent}"

@@ -2,11 +2,11 @@
 
     add(Request) -> id          waiting --admit--> running --finish--> gone
     step() -> events            one forward pass over the next tokens of all running texts: one token of each text that
-                                generates, and parts of the prompts of those that are still being read
+                                generates, and parts of the prompts of prompts that are not read completely yet
 
 Memory is a fixed set of pages and states (`pools.py`), allocated at the start. A text is admitted if its tokens so far fit. If a
-running text needs a page and none is free, blocks of the prefix cache go first, then the running text of the lowest priority
-(among equals, the latest): it waits again, and later reads its tokens again, generated ones included, and continues with the
+running text needs a page and none is free, blocks of the prefix cache are removed first. Then the running text of the lowest
+priority (among equals, the latest) waits again: later it reads its tokens again, including generated ones, and continues with the
 same random numbers.
 
 The engine is not thread-safe: one thread calls it. Under tensor parallelism every rank makes the same calls, and every rank
@@ -34,34 +34,34 @@ from train.native.few_rows import line_sums
 
 @dataclass(frozen=True)
 class EngineConfig:
-    """How much an engine holds and does at once."""
+    """Limits of an engine: texts, tokens and memory."""
 
     rows: int = 16
-    """Texts that run at once."""
+    """Largest number of texts that run at once."""
     context_tokens: int = 4096
-    """Tokens of the longest text, prompt and answer together."""
+    """Largest number of tokens of a text, prompt and answer together."""
     memory_bytes: int | None = None
     """Bytes of keys, values and states on this rank; None: enough for `rows` texts of `context_tokens`."""
     page_tokens: int = 16
     """Tokens of a page of keys and values."""
     step_tokens: int = 512
-    """Tokens read in one step at most: bounds the memory of a step, and how long a prompt delays the other texts."""
+    """Largest number of tokens read in a step. It limits the memory of a step, and how long a prompt delays the other texts."""
     prefix_blocks: int = 0
-    """Blocks of prompts whose pages and states are stored for later texts that begin the same; 0: none."""
+    """Number of blocks of prompts whose pages and states are stored for later texts with the same beginning; 0: none."""
     block_tokens: int = 128
-    """Tokens of such a block, whole pages."""
+    """Tokens of such a block; a multiple of `page_tokens`."""
 
 
 @dataclass(frozen=True)
 class EngineStats:
-    """Counts since the start, and what is going on now."""
+    """Counts since the start, and the current numbers of texts and free pages."""
 
     running: int
     waiting: int
     prompt_tokens: int
-    """Tokens of the prompts of admitted texts; a text that had to wait again counts with all tokens that it has to read again."""
+    """Prompt tokens of admitted texts. A text that had to wait again adds all tokens that it reads again."""
     cached_tokens: int
-    """Those that the prefix cache had."""
+    """Those that were found in the prefix cache."""
     generated_tokens: int
     preemptions: int
     steps: int
@@ -71,13 +71,13 @@ class EngineStats:
 
     @property
     def hit_rate(self) -> float:
-        """Share of prompt tokens that were not read because the prefix cache had them."""
+        """Share of prompt tokens that were found in the prefix cache and not read."""
         return self.cached_tokens / self.prompt_tokens if self.prompt_tokens else 0.0
 
 
 @dataclass(eq=False)
 class _Text:
-    """A request on its way."""
+    """A request that has not ended, and its state."""
 
     id: int
     request: Request
@@ -85,13 +85,13 @@ class _Text:
     """Prompt and generated tokens."""
     watch: ThinkingWatch | None
     done: int = 0
-    """Tokens that are in the pools."""
+    """Number of tokens that are in the pools."""
     row: int = -1
     """Row in the pools; -1 while waiting."""
     scored: int = 0
-    """Prompt tokens whose scores were reported, counted from the prompt's start."""
+    """Number of prompt tokens, from the start, whose scores were reported."""
     keys: list[bytes] = field(default_factory=list)
-    """Keys of the text's blocks in the prefix cache, as far as computed."""
+    """Keys of the text's blocks in the prefix cache, as far as they are computed."""
 
     @property
     def generated(self) -> int:
@@ -99,20 +99,20 @@ class _Text:
 
     @property
     def left(self) -> int:
-        """Tokens that are not in the pools yet."""
+        """Number of tokens that are not in the pools yet."""
         return len(self.tokens) - self.done
 
     @property
     def order(self) -> tuple[int, int]:
-        """Sorts by who is served first."""
+        """Sort key: the first text is served first."""
         return (-self.request.priority, self.id)
 
 
 class InferenceEngine:
     """See the module docstring. `model`: a whole model or this tensor rank's part, of shape `shape`.
 
-    fingerprint: identifies weights and tokenizer in the keys of the prefix cache. Raises RecipeError if `memory_bytes` has no
-    room for one text of `context_tokens`; the message names the longest that fits.
+    fingerprint: identifies weights and tokenizer in the keys of the prefix cache. Raises RecipeError if one text of
+    `context_tokens` does not fit into `memory_bytes`; the message names the longest that fits.
     """
 
     def __init__(
@@ -140,7 +140,7 @@ class InferenceEngine:
         self._next_id = 0
         self._counts = {"prompt_tokens": 0, "cached_tokens": 0, "generated_tokens": 0, "preemptions": 0, "steps": 0}
 
-    # ---- the calls
+    # ---- calls of users
 
     def add(self, request: Request) -> int:
         """Accept a request. -> its id. RecipeError if it is malformed or too long; the message names the limit."""
@@ -154,7 +154,7 @@ class InferenceEngine:
         return text.id
 
     def cancel(self, id: int) -> None:
-        """End a request; its last event comes with the next step. No effect if it has ended."""
+        """End a request. Its last event comes with the next step. No effect if it has ended."""
         if id in self._texts:
             self._end(self._texts[id], "cancelled")
 
@@ -165,11 +165,11 @@ class InferenceEngine:
 
     @property
     def is_idle(self) -> bool:
-        """Whether there is nothing to do: no request waits or runs, and no event is left."""
+        """Whether no request waits or runs and no event is left."""
         return not self._texts and not self._events
 
     def step(self) -> list[Event]:
-        """Read and generate the next tokens of all running texts. -> what happened, in no particular order between requests."""
+        """Read and generate the next tokens of all running texts. -> events; their order between requests is not defined."""
         self._admit()
         batch = self._schedule()
         if batch:
@@ -179,7 +179,7 @@ class InferenceEngine:
         return events
 
     def run(self, requests: Sequence[Request]) -> list[list[Event]]:
-        """Add requests and step until all of them have ended. -> the events of each, in order."""
+        """Add requests and run steps until all of them have ended. -> the events of each, in order."""
         ids = [self.add(request) for request in requests]
         found: dict[int, list[Event]] = {id: [] for id in ids}
         while any(id in self._texts for id in ids) or self._events:
@@ -194,7 +194,7 @@ class InferenceEngine:
             **self._counts,
         )  # fmt: skip
 
-    # ---- who runs
+    # ---- which texts run
 
     def _check(self, request: Request) -> None:
         prompt, vocab = request.prompt, self.shape.real_vocab
@@ -228,11 +228,11 @@ class InferenceEngine:
             self._running.append(text)
 
     def _start(self, text: _Text) -> bool:
-        """Give a text a row, and what the prefix cache has of it. -> False if its tokens do not fit now."""
+        """Give a text a row, and its blocks in the prefix cache. -> False if its tokens do not fit now."""
         text.row, text.done = self._free_rows[-1], 0
         if self.prefixes.capacity:
             is_scored = text.scored == len(text.request.prompt)
-            # The token before the next one to draw or to score has to be read.
+            # The token before the next one to draw or score must be read, even if the prefix cache has it.
             known = ((len(text.tokens) if is_scored else text.scored) - 1) // self.config.block_tokens
             self.prefixes.extend_keys(text.keys, text.tokens, known)
             text.done = self.prefixes.adopt(text.row, text.keys[:known])
@@ -247,7 +247,7 @@ class InferenceEngine:
         return True
 
     def _has_room(self, text: _Text) -> bool:
-        """Whether all tokens that the text has so far fit into free pages; of a window, those of the next step."""
+        """Whether all tokens of the text so far fit into free pages; for a window, those of the next step."""
         next_tokens = min(len(text.tokens), text.done + self.config.step_tokens)
         return all(
             group.missing(text.row, next_tokens if group.window else len(text.tokens)) <= group.pages.free
@@ -255,7 +255,7 @@ class InferenceEngine:
         )
 
     def _preempt_for(self, text: _Text) -> bool:
-        """Make the running text of the lowest priority wait again, if it comes after `text`. -> whether there was one."""
+        """Make the running text of the lowest priority wait again, if it is served after `text`. -> whether there was one."""
         last = max(self._running, key=lambda other: other.order, default=None)
         if last is None or last.order <= text.order:
             return False
@@ -282,7 +282,7 @@ class InferenceEngine:
     # ---- one step
 
     def _schedule(self) -> list[tuple[_Text, int]]:
-        """Texts and how many tokens of each are read now; those with one token first. Takes the pages that they need."""
+        """(text, number of its tokens to read in this step); texts with one token first. Takes the pages that they need."""
         self._running.sort(key=lambda text: text.order)
         singles: list[tuple[_Text, int]] = []
         parts: list[tuple[_Text, int]] = []
@@ -294,7 +294,7 @@ class InferenceEngine:
             if budget < 1 or text.row < 0:
                 continue
             count = min(text.left, budget)
-            if self.prefixes.capacity:  # stop where a block ends: its states are stored there
+            if self.prefixes.capacity:  # stop at the end of a block, to store its states
                 count = min(count, self.config.block_tokens - text.done % self.config.block_tokens)
             taken = self._take(text, count)
             if taken:
@@ -303,7 +303,7 @@ class InferenceEngine:
         return [pair for pair in singles + parts if pair[0].row >= 0]
 
     def _take(self, text: _Text, count: int) -> int:
-        """Take the pages for the text's next `count` tokens, or for fewer. -> for how many; 0 if it has to wait."""
+        """Take the pages for the text's next `count` tokens, or for fewer. -> that number; 0 if the text has to wait."""
         while not self.pools.fits(text.row, text.done + 1):
             if not self.prefixes.evict() and not self._preempt_for(text):
                 return 0
@@ -316,7 +316,7 @@ class InferenceEngine:
     def _run(self, batch: list[tuple[_Text, int]]) -> None:
         reads = [Read(text.row, text.tokens[text.done : text.done + count], text.done) for text, count in batch]
         hidden_TH = read_tokens(self.model, reads, self.pools, few=self._few)
-        # The lines of logits that are needed: after the last token of a text, and before each token to score.
+        # Logits are needed after the last token of a text, and before each token to score.
         lines: list[int] = []
         scoring: list[range] = []
         begin = 0
@@ -356,12 +356,12 @@ class InferenceEngine:
             )
         for text, _ in batch:
             if text.row >= 0 and not text.left:
-                self._end(text, "length")  # nothing to generate: its prompt was to be scored
+                self._end(text, "length")  # the request only scores its prompt
 
     def _broken(
         self, batch: list[tuple[_Text, int]], finite_T: torch.Tensor, lines: list[int], log_sums_N: torch.Tensor
     ) -> list[_Text]:
-        """The texts with a hidden state or logits that are not finite."""
+        """The texts whose hidden states or logits contain NaN or infinity."""
         if bool(finite_T.all()) and bool(torch.isfinite(log_sums_N).all()):
             return []
         finite_T = finite_T.clone()
@@ -371,7 +371,7 @@ class InferenceEngine:
         return [text for (text, _), part in zip(batch, parts, strict=True) if not bool(part.all())]
 
     def _advance(self, text: _Text, count: int) -> None:
-        """Count tokens as read; store a block that has just ended; let go of pages outside of windows."""
+        """Count tokens as read, store a block that has just ended, and release pages outside of windows."""
         text.done += count
         blocks, rest = divmod(text.done, self.config.block_tokens)
         if self.prefixes.capacity and not rest:

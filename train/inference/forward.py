@@ -34,7 +34,7 @@ class Read:
 
 
 def pack(reads: Sequence[Read], pools: Pools, *, device: torch.device) -> tuple[torch.Tensor, Segments]:
-    """-> (tokens [1, T], the segments). Reads of one token come first; the pools have pages for all new tokens."""
+    """-> (tokens [1, T], the segments). Reads of one token come first. The pools must have pages for all new tokens."""
     lengths = np.array([len(read.tokens) for read in reads])
     singles = int((lengths == 1).sum())
     assert (lengths[:singles] == 1).all(), "reads of one token come first"
@@ -68,7 +68,7 @@ def pack(reads: Sequence[Read], pools: Pools, *, device: torch.device) -> tuple[
 def read_tokens(model: Any, reads: Sequence[Read], pools: Pools, *, few: FewTokens | None = None) -> torch.Tensor:
     """Read tokens into the pools. -> hidden states after the final norm, [T, hidden], in the order of the reads.
 
-    few: the same layers prepared for steps in which each text has one token; None calls the layers in every step.
+    few: the same layers, prepared for steps in which each text has one token; None: always call the layers.
 
     model: the whole model, or this tensor rank's part, in eval mode. Collective over the tensor group. The caller holds
     `torch.no_grad()`.
@@ -86,7 +86,7 @@ def read_tokens(model: Any, reads: Sequence[Read], pools: Pools, *, few: FewToke
 
 
 def logits_of(model: Any, hidden_NH: torch.Tensor, *, few: FewTokens | None = None) -> torch.Tensor:
-    """The head's logits for some hidden states, soft-capped if the model does that, fp32 [N, whole vocabulary].
+    """The head's logits for some hidden states, soft-capped if the model has a cap, fp32 [N, whole vocabulary].
 
     Collective over the tensor group.
     """
@@ -107,7 +107,7 @@ def logits_of(model: Any, hidden_NH: torch.Tensor, *, few: FewTokens | None = No
 def logits_in_parts(
     model: Any, tokens: Sequence[int], cuts: Sequence[int], *, shape: ModelConfig, page_tokens: int = 16
 ) -> torch.Tensor:
-    """Logits after every token of one text, fp32 [tokens, vocabulary], read in parts of the given sizes as generation does."""
+    """Logits after every token of one text, fp32 [tokens, vocabulary], read in parts of the given sizes, as in generation."""
     weight = next(model.parameters())
     sizes = cache_sizes(
         shape, rows=1, context_tokens=len(tokens), page_tokens=page_tokens, step_tokens=max(cuts),

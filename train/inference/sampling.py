@@ -1,7 +1,7 @@
-"""The next tokens of a batch, drawn from logits: each text with its own options and its own random numbers.
+"""Draws the next tokens of a batch from logits: each text with its own options and random numbers.
 
-A text's random number for its n-th token is a hash of its seed and n. So a text gets the same tokens whatever else is in the
-batch, after it had to wait, and on every tensor rank, and there is no generator whose state must be kept.
+A text's random number for its n-th token is a hash of its seed and n. So a text gets the same tokens in any batch, after it had
+to wait, and on every tensor rank, and no state of a generator has to be stored.
 """
 
 import hashlib
@@ -15,11 +15,11 @@ from train.inference.request import Sampling
 
 @dataclass(frozen=True)
 class Draw:
-    """What one line of logits is drawn with."""
+    """The options for one line of logits."""
 
     sampling: Sampling
     number: int
-    """Tokens that the text has generated so far."""
+    """Number of tokens that the text has generated so far."""
 
 
 def uniform(seed: int, number: int) -> float:
@@ -45,7 +45,7 @@ def _is_cut(sampling: Sampling) -> bool:
 
 
 def _drawn(logits_NV: torch.Tensor, draws: Sequence[Draw], *, is_cut: bool) -> torch.Tensor:
-    """Inverse of the cumulative distribution at each line's random number; sorted lines are cut to the likeliest tokens."""
+    """The token at each line's random number in the cumulative distribution; sorted lines are cut to the likeliest tokens."""
     device = logits_NV.device
     options = [(one.sampling, uniform(one.sampling.seed, one.number)) for one in draws]
     columns = [(s.temperature, s.top_k or logits_NV.shape[-1], s.top_p, place) for s, place in options]
@@ -60,7 +60,7 @@ def _drawn(logits_NV: torch.Tensor, draws: Sequence[Draw], *, is_cut: bool) -> t
         ranks = torch.arange(scaled.shape[-1], device=device)
         probabilities = probabilities.masked_fill(ranks >= top_k, 0)
         kept = probabilities.sum(-1, keepdim=True)
-        # The token that reaches top_p of what top_k has left is still included.
+        # The token at which the sum reaches top_p of the probability left by top_k is included.
         beyond = probabilities.cumsum(-1) - probabilities >= top_p * kept
         probabilities = probabilities.masked_fill(beyond & (ranks > 0), 0)
     sums = probabilities.cumsum(-1)

@@ -1,6 +1,6 @@
-"""Texts from a checkpoint of a run: one as a stream of whole characters, or many of a batch as records.
+"""Generates text from a checkpoint of a run: one text as a stream of whole characters, or a batch of texts as records.
 
-`opened` gives other callers the same model and tokenizer, checked against each other.
+Other callers get the same model and tokenizer from `opened`, which checks that they match.
 """
 
 import json
@@ -34,7 +34,7 @@ class Opened:
 
     @property
     def fingerprint(self) -> str:
-        """Identifies weights and tokenizer in the keys of the prefix cache of one process."""
+        """Identifies weights and tokenizer in the keys of the prefix cache."""
         return f"{self.checkpoint.resolve()} {self.tokenizer.fingerprint}"
 
 
@@ -121,7 +121,7 @@ def _logprobs(tokens: list[Token], events: list[Event], count: int | None) -> di
 
 
 def read_prompts(path: Path) -> list[str]:
-    """The prompts of a file: one a line; in a file `.jsonl` a line is a JSON string, or an object with a text `prompt`."""
+    """The prompts of a file, one per line. A line of a `.jsonl` file is a JSON string, or an object with the text `prompt`."""
     try:
         lines = [line for line in path.read_text().splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
@@ -150,7 +150,7 @@ def read_prompts(path: Path) -> list[str]:
 
 
 def _weights_of(recipe: Recipe, checkpoint: str | None) -> tuple[Path, str]:
-    """(checkpoint or directory of quantised weights, fingerprint of its tokenizer; empty if it has none)."""
+    """(checkpoint or directory of quantised weights, fingerprint of its tokenizer; empty if not known)."""
     if checkpoint is not None and is_quantized(Path(checkpoint)):
         path = Path(checkpoint)
         file = next((path / name for name in ("tokenizer.json", "tokenizer.model") if (path / name).is_file()), None)

@@ -71,7 +71,7 @@ def of_another_source(path: Path, tmp_path: Path) -> None:
 def test_a_library_that_is_not_the_one_built_is_built_again(
     spoil: Callable[[Path, Path], None], source: Path, tmp_path: Path
 ) -> None:
-    """Written by another process: this one has not mapped what is spoilt, which would crash it rightly."""
+    """Written by another process, because overwriting a library that this process has mapped would crash it."""
     pid = os.fork()
     if pid == 0:
         os._exit(seven(source))
@@ -83,7 +83,7 @@ def test_a_library_that_is_not_the_one_built_is_built_again(
     assert not path.is_symlink() and build_c._is_right(path, path.name.rpartition("-")[0])
 
 
-def test_what_is_built_is_closed_to_others_whatever_the_umask(source: Path, tmp_path: Path) -> None:
+def test_built_libraries_are_private_under_any_umask(source: Path, tmp_path: Path) -> None:
     before = os.umask(0)
     try:
         assert seven(source) == 7
@@ -182,7 +182,7 @@ def test_a_folder_that_forbids_execution_is_left_for_a_private_one(
     assert "failed to map segment" in caplog.text
 
 
-def test_without_a_compiler_it_is_said_what_is_used_instead(
+def test_without_a_compiler_a_message_names_the_fallback(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))

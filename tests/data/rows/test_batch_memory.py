@@ -1,4 +1,4 @@
-"""Compiled reading of rows: the rows of the plain form to the last id, whatever dtype, packing and cut into shards."""
+"""Compiled reading gives the same ids as the plain form, for every dtype, packing and division into shards."""
 
 import ctypes
 import itertools
@@ -188,9 +188,7 @@ def test_what_is_waited_for_is_named_row_by_row(tmp_path: Path, monkeypatch: pyt
     assert all(str(plan) == plan.shards[-1].reading for plan in plans)
 
 
-def test_packed_stretches_that_are_kept_stay_within_their_bytes(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_stored_packings_stay_within_their_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_folder(tmp_path, {"a": [random_documents(3000, seed=5)]})
     config = DataConfig(
         folder=str(tmp_path),

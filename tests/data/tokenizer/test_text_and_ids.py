@@ -1,4 +1,4 @@
-"""No text is lost or changed on its way to ids, whatever the pattern, the file or the library that encodes."""
+"""No text is lost or changed on its way to ids, for every pattern, file format and encoding library."""
 
 import io
 import json
@@ -71,7 +71,7 @@ def test_a_published_file_with_a_counted_possessive_keeps_its_librarys_meaning()
     both_ways(hf.HuggingFace(library), ["year 20245", "2024 2024"])
 
 
-def test_the_asked_encoder_is_used_where_the_tokenizer_is_trained_too() -> None:
+def test_the_configured_encoder_is_used_after_training_the_tokenizer_too() -> None:
     trained = hf.train(TRAINING, TokenizerConfig(vocab_size=280, encoder="tokenizers"))
     assert trained._fast is None and trained.note is None
 
@@ -150,7 +150,7 @@ def test_a_text_that_decoding_does_not_give_back_is_an_error_with_its_place(tmp_
     assert manifest is not None and manifest.sources["a"].bad_records == 1
 
 
-def test_unknown_tokens_are_counted_and_said(tmp_path: Path) -> None:
+def test_unknown_tokens_are_counted_and_reported(tmp_path: Path) -> None:
     model = models.WordLevel({"<unk>": 0, "</s>": 1, "the": 2, "fox": 3}, unk_token="<unk>")
     library_of(model, special=["</s>"], pre=pre_tokenizers.WhitespaceSplit()).save(str(tmp_path / "words.json"))
     (tmp_path / "a.jsonl").write_text("\n".join(json.dumps({"text": f"the fox {n} strange"}) for n in range(12)))

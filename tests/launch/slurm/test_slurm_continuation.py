@@ -191,7 +191,7 @@ def test_time_is_up_and_the_same_job_continues_to_the_last_step(stories: dict[st
     assert "stopped at step" in story.rank_log(0) and story.rank_log(0).endswith("finished\n")
 
 
-def test_status_tells_where_a_run_is(stories: dict[str, Story]) -> None:
+def test_status_shows_the_step_of_a_run(stories: dict[str, Story]) -> None:
     result = stories["requeued"].notes["status"]
     said = json.loads(result.stdout)
     assert said["job"]["state"] == "RUNNING" and said["job"]["nodes"] == "n[1-2]"
@@ -265,7 +265,7 @@ def test_setup_lines_may_read_variables_that_are_not_set(stories: dict[str, Stor
     assert story.notes["jobs"][0].state == "COMPLETED" and story.run.checkpoint_step() == STEPS
 
 
-def test_a_chain_whose_nodes_may_not_submit_says_so_and_goes_on(stories: dict[str, Story]) -> None:
+def test_a_chain_whose_nodes_may_not_submit_reports_it_and_continues(stories: dict[str, Story]) -> None:
     story = stories["forbidden"]
     (job,) = story.notes["jobs"]
     assert (job.state, job.restarts) == ("COMPLETED", 1) and story.run.checkpoint_step() == STEPS
@@ -307,7 +307,7 @@ def test_scancel_alone_saves_and_does_not_come_back(stories: dict[str, Story]) -
     assert story.run.checkpoint_step() < STEPS
 
 
-def test_gpus_are_asked_for_and_seen(stories: dict[str, Story]) -> None:
+def test_requested_gpus_are_visible(stories: dict[str, Story]) -> None:
     assert "CUDA_VISIBLE_DEVICES=0,1" in stories["requeued"].rank_log(0)
     assert "CUDA_VISIBLE_DEVICES=none" in stories["chained"].rank_log(0)
 

@@ -31,14 +31,6 @@ from train.checkpoint.stale import MIN_ELEMENTS
 OLD, NEW = 2, 4
 
 
-@pytest.fixture(scope="module")
-def pair(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two checkpoints of two ranks."""
-    folder = tmp_path_factory.mktemp("pair")
-    run_ranks(2, train_on, 2, folder, NEW)
-    return folder
-
-
 @pytest.fixture
 def folder(pair: Path, tmp_path: Path) -> Path:
     shutil.copytree(pair, tmp_path / "checkpoints")
@@ -121,7 +113,7 @@ def test_a_flipped_byte_in_a_header_is_survived_and_found_by_verify(
 
 
 @pytest.mark.parametrize("pointer", ["", "step_0000", "step_00000099\n", "\x00\xff", None])
-def test_a_torn_pointer_is_said_and_costs_nothing(pointer: str | None, folder: Path) -> None:
+def test_a_torn_pointer_is_reported_and_loses_nothing(pointer: str | None, folder: Path) -> None:
     path = folder / "latest"
     path.unlink()
     if pointer is not None:
@@ -159,9 +151,7 @@ REFUSALS = {
 
 
 @pytest.mark.parametrize("fault", REFUSALS)
-def test_what_the_system_refuses_is_raised_on_every_rank_and_loses_nothing(
-    fault: str, pair: Path, tmp_path: Path
-) -> None:
+def test_errors_of_the_system_are_raised_on_every_rank_and_lose_nothing(fault: str, pair: Path, tmp_path: Path) -> None:
     refusal = REFUSALS[fault]
     shutil.copytree(pair / steps.name_of(OLD), tmp_path / steps.name_of(OLD))
     with pytest.raises(RankFailed) as caught:
@@ -224,7 +214,7 @@ def write_past_a_limit(rank: int, folder: Path) -> str:
     return "nothing"
 
 
-def test_a_nearly_full_disk_is_said_with_numbers_that_differ(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_nearly_full_disk_is_reported_with_distinct_numbers(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     piece = Piece("model.a", (1000,), (0,), (1000,), torch.zeros(1000))
     snapshot = Snapshot(Manifest(layout={"world": 1}), [piece])
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=3990))

@@ -131,7 +131,7 @@ def random_of_like(values: torch.Tensor, before: Sums) -> torch.Tensor:
     raise AssertionError("no original has this fingerprint")
 
 
-def test_a_copy_comes_along() -> None:
+def test_the_same_pass_copies_the_bytes() -> None:
     values = random_of((300, 70), torch.float32)
     out = torch.zeros_like(values)
     sums = fingerprint.of_box(values, whole=(300, 70), offset=(0, 0), shape=(300, 70), copy_to=out.data_ptr())

@@ -133,7 +133,7 @@ def sick_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_sick_steps_of_older_versions_are_passed_over_and_kept_apart(sick_run: Path, tmp_path: Path) -> None:
+def test_steps_with_nan_of_older_versions_are_skipped_and_replaced(sick_run: Path, tmp_path: Path) -> None:
     folder = tmp_path / "checkpoints"
     shutil.copytree(sick_run, folder)
     assert finite.newest_finite(folder) == folder / "step_00000001"
@@ -153,7 +153,7 @@ def test_verify_calls_not_finite_numbers_a_failure(sick_run: Path, capsys: pytes
     assert command(["list", str(sick_run), "--verify"]) == 1
 
 
-def test_a_manifest_that_records_what_is_not_finite_is_passed_over_unread(sick_run: Path, tmp_path: Path) -> None:
+def test_a_manifest_that_records_nan_is_skipped_without_reading_tensors(sick_run: Path, tmp_path: Path) -> None:
     run_ranks(1, save_anyway, tmp_path, (3,))
     good, notes = steps.candidates(tmp_path)
     assert [manifest.step for _, manifest in good] == [2, 1]

@@ -140,7 +140,7 @@ def second_removal(rank: int, path: Path, before: list[Removal]) -> list[Removal
                                    metric="logit_mse", before=before))  # fmt: skip
 
 
-def test_attention_layers_are_left_as_asked(alone: Scores) -> None:
+def test_the_configured_number_of_attention_layers_is_left(alone: Scores) -> None:
     """Two layers were removed with one attention layer to be left of two: one of each."""
     kinds = [HYBRID.pattern[removal.layer] for removal in alone.removals]
     assert kinds.count("*") == 1

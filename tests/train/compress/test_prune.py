@@ -193,7 +193,7 @@ def test_pairs_of_merged_heads_are_the_papers() -> None:
     assert head_merges(np.array([1.0, 2.0, 4.0, 3.0]), 2, groups=2) == [(1, 0), (2, 3)]  # never across key/value heads
 
 
-def test_query_heads_kept_take_up_those_dropped(
+def test_kept_query_heads_absorb_the_dropped_ones(
     parent: tuple[Path, ModelConfig], scores: Scores, tmp_path: Path
 ) -> None:
     """Twice the kept head's query rows minus the dropped one's; keys, values and everything else as without merging."""
@@ -258,7 +258,7 @@ def test_layers_are_chosen_as_the_recipe_says() -> None:
             layers(keep, **how)
 
 
-def test_channels_kept_are_followed_through_two_prunings() -> None:
+def test_kept_channels_are_traced_through_two_prunings() -> None:
     """Of eight channels 1, 3, 4, 7 stayed, of those the second and the last: 3 and 7 of the first parent's."""
     first = {"kept": {"hidden": [1, 3, 4, 7]}, "parent_model": {"hidden": 8}, "before": {}}
     second = {"kept": {"hidden": [1, 3]}, "parent_model": {"hidden": 4}, "before": first, "started_from": "runs/x"}

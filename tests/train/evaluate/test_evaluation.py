@@ -56,7 +56,7 @@ def in_child(rank: int, *words: str) -> tuple[int, str]:
 
 
 def evaluated(*words: Any) -> tuple[int, str]:
-    """Run the command in a process of its own: it opens process groups."""
+    """Run the command in a separate process, because it opens process groups."""
     return run_ranks(1, in_child, *map(str, words))[0]
 
 
@@ -98,7 +98,7 @@ def test_results_hold_scores_intervals_and_what_they_are_of(run_folder: Path, tm
     assert status == 0 and "already in results.json: capitals, texts, written" in text
     again = {**found["tasks"]["capitals"]}
     status, text = evaluated(run_folder, "--tasks", choices, "--out", tmp_path / "out", "--resume", "--batch-rows", 7)
-    assert results(tmp_path / "out")["tasks"]["capitals"] == again, "the batch size is no reason to ask again"
+    assert results(tmp_path / "out")["tasks"]["capitals"] == again, "another batch size does not run a task again"
     record = {"country": "Japan", "cities": ["Kobe", "Tokyo"], "right": 1}
     task_in(tmp_path / "c", [*CAPITALS, record], name="capitals", **CHOICES)
     status, text = evaluated(run_folder, "--tasks", tasks, "--out", tmp_path / "out", "--resume")

@@ -16,7 +16,7 @@ from data.make.corpus import documents
 from data.tokenizer import train_tokenizer
 from recipes.schema.data import SourceConfig, TokenizerConfig
 from recipes.schema.errors import CheckpointError, RecipeError
-from train.checkpoint.storage import read_manifest
+from recipes.schema.manifest import read_manifest
 from train.hf import card, published, tokens
 from train.hf.config import CONFIG, SpecialTokens, from_config, read_config
 from train.hf.convert import Converted, their_names

@@ -142,7 +142,7 @@ CHECK = ("--text", "words.txt", "--tokens", "33", "--rows", "1")
 
 
 def stratum(folder: Path, family: str, *words: str) -> str:
-    """`stratum WORDS` on an import's recipe, in a process of its own. -> what it printed."""
+    """`stratum WORDS` on an import's recipe, in a separate process. -> what it printed."""
     recipe = ["--config-dir", f"imports/{family}", "-cn", family, *LITTLE]
     ((status, text),) = run_ranks(1, shell, folder, [words[0], *words[1:2], *recipe, *words[2:]])
     assert status == 0, text

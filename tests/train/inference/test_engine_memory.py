@@ -82,7 +82,7 @@ def limits(rank: int) -> dict[str, Any]:
                 found[name] = str(error)
         assert engine.is_idle and shape is not None
 
-        # One text's states become NaN: only that request fails, and the engine goes on.
+        # One text's states become NaN: only that request fails, and the engine continues.
         first, second = (
             engine.add(Request(ids(9), 6, sampling=GREEDY)),
             engine.add(Request(ids(9, seed=1), 6, sampling=GREEDY)),
@@ -103,7 +103,7 @@ def limits(rank: int) -> dict[str, Any]:
     return found
 
 
-def test_what_cannot_run_is_refused_and_nan_ends_its_own_request_only() -> None:
+def test_invalid_requests_are_refused_and_nan_ends_one_request_only() -> None:
     found = run_ranks(1, limits)[0]
     assert "at most 64" in found["long"] and "at most 4 new tokens" in found["long"]
     assert "no tokens" in found["empty"] and str(VOCAB) in found["foreign"] and "score_from=0" in found["score"]
