@@ -27,6 +27,7 @@ from train.model.linear import fast_linear
 from train.model.mixer import ReferenceMixer
 from train.model.norm import RMSNorm
 from train.model.postnorm import PostNormAttention, PostNormMamba, PostNormMLP
+from train.model.ssd import mamba_core_segments
 from train.native import attention as compiled_attention
 from train.native.few_rows import FewRows, Memory, NormWeight, usable
 
@@ -121,8 +122,13 @@ class _Layers:
             layer, mixer.out_proj, norm=NormWeight(gated_norm.weight.data, gated_norm.eps, groups=groups)
         )
 
+        weights, sizes = mixer.scan_weights(), mixer.scan_sizes()  # views of the parameters
+
         def run(hidden_SH: torch.Tensor, segments: Segments) -> torch.Tensor:
-            return leave(mixer.continued(enter(hidden_SH), segments), hidden_SH)
+            pool = segments.mamba_pools[mixer.layer_number]
+            return leave(
+                mamba_core_segments(enter(hidden_SH), weights, sizes=sizes, segments=segments, pool=pool), hidden_SH
+            )
 
         return run
 

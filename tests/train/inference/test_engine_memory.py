@@ -172,8 +172,8 @@ def long_text(rank: int, tokens: int) -> tuple[float, int, int]:
 
 
 def most_growth(keys_values: int) -> int:
-    """The pages are written for the first time, and a part of a prompt reads copies of them, of the keys twice; the rest is bounded
-    by the part."""
+    """The pages are touched for the first time, and a part of a prompt reads copies of them (of the keys, two); the rest
+    depends on the part only."""
     return 3 * keys_values + (32 << 20)
 
 
