@@ -245,7 +245,7 @@ def equal_parameters(arguments: argparse.Namespace) -> None:
     # Like Qwen3-8B: attention and gated MLP in turn, a quarter as many key/value heads, rotary positions.
     dense = replace(
         hybrid,
-        pattern="*-" * 8,
+        pattern="*-" * 6,
         activation="swiglu",
         position="rope",
         kv_heads=max(1, hybrid.heads // 4),
@@ -253,7 +253,7 @@ def equal_parameters(arguments: argparse.Namespace) -> None:
     )
     budget = parameters(hybrid).total * 4 * 20.96 / 16.56
     config = Qwen3Config(
-        vocab_size=VOCAB, hidden_size=dense.hidden, intermediate_size=dense.ffn, num_hidden_layers=8,
+        vocab_size=VOCAB, hidden_size=dense.hidden, intermediate_size=dense.ffn, num_hidden_layers=6,
         num_attention_heads=dense.heads, num_key_value_heads=dense.kv_heads, head_dim=dense.head_dim, tie_word_embeddings=False,
     )  # fmt: skip
     torch.manual_seed(0)

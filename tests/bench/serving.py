@@ -24,7 +24,7 @@ import uvicorn
 
 from data.tokenizer import train_tokenizer
 from recipes.schema.data import TokenizerConfig
-from tests.bench.inference import PROMPT, load, ours_and_theirs, prompts_of, shapes
+from tests.bench.inference import PROMPT, VOCAB, load, ours_and_theirs, prompts_of, shapes
 from train.inference.batch_engine import EngineConfig, InferenceEngine
 from train.inference.request import Request, Sampling
 from train.serve.app import Served, build_app
@@ -37,9 +37,10 @@ def engine_config(arguments: argparse.Namespace) -> EngineConfig:
 
 def serve(arguments: argparse.Namespace) -> None:
     """Serve the bench's model; prints the port."""
+    texts = (path.read_text() for path in sorted(ROOT.glob("train/**/*.py")))
+    tokenizer = train_tokenizer(texts, TokenizerConfig(vocab_size=VOCAB))
+    assert tokenizer.vocab_size == VOCAB
     shape = shapes(arguments.hidden)["hybrid"]
-    words = (f"line {n} of {n * n} words, {n % 7} again" for n in range(20_000))
-    tokenizer = train_tokenizer(words, TokenizerConfig(vocab_size=1024))
     with ours_and_theirs(shape) as (ours, _), socket.create_server(("127.0.0.1", 0)) as listener:
         engine = InferenceEngine(ours, shape, engine_config(arguments))
 
@@ -87,7 +88,7 @@ def main() -> None:
     if arguments.serve:
         return serve(arguments)
     shape = shapes(arguments.hidden)["hybrid"]
-    prompts = prompts_of(arguments.clients, PROMPT).remainder(1000).tolist()
+    prompts = prompts_of(arguments.clients, PROMPT).tolist()
     command = [sys.executable, "-m", "tests.bench.serving", "--serve"]
     command += [f"--{name}={getattr(arguments, name)}" for name in ("clients", "tokens", "hidden")]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT) as server:
