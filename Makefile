@@ -17,9 +17,10 @@ test: setup ## the fast tests
 test-slow: setup ## the slow tests
 	@OMP_NUM_THREADS=1 $(PY) -m pytest -q -m slow
 
+SLURM_TESTS ?= slurm
 test-slurm: setup ## real Slurm on this machine, several nodes: continuation, time limits, bit for bit (installs slurm-wlm as root)
 	@bash tests/launch/slurm/install_slurm.sh
-	@OMP_NUM_THREADS=1 $(PY) -m pytest -q -rs -m "slow or not slow" tests/launch/slurm/test_slurm_continuation.py tests/launch/slurm/test_slurm_training.py
+	@OMP_NUM_THREADS=1 $(PY) -m pytest -q -rs -m "$(SLURM_TESTS)" tests/launch/slurm
 
 test-oracle: setup ## compare with mamba-ssm, torchao, Transformer Engine, TRL and vLLM, on the CPU; data behind S3 and gs://
 	@bash tests/parity/install.sh

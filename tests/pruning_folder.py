@@ -1,4 +1,4 @@
-"""A recipe of a few lines of text and a model of a few thousand parameters, and the commands given in its folder."""
+"""A recipe with a few lines of text and a model of a few thousand parameters, and commands that run in its folder."""
 
 import contextlib
 import io

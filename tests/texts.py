@@ -1,4 +1,4 @@
-"""A small two-source data configuration for tests."""
+"""A small two-source data configuration for tests, its texts, and its overrides of the smoke recipe."""
 
 from pathlib import Path
 

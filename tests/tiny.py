@@ -81,8 +81,19 @@ def rows_of(step: int, positions: np.ndarray) -> Batch:
     )
 
 
+def one_document_rows(tokens: torch.Tensor, labels: torch.Tensor) -> Batch:
+    """A batch whose rows are one document each; tokens, labels: [rows, length]."""
+    return Batch(
+        tokens=tokens,
+        labels=labels,
+        document_index=torch.zeros(tokens.shape, dtype=torch.int32),
+        source=torch.zeros(len(tokens), dtype=torch.int32),
+        positions=np.arange(len(tokens)),
+    )
+
+
 def microbatches(recipe: Recipe, mesh: Mesh, step: int) -> list[Batch]:
-    """This rank's microbatches of a step, dealt as `data.stream` deals them."""
+    """This rank's microbatches of a step, distributed as by `data.stream`."""
     size, ranks = recipe.run.microbatch_rows, mesh.layout.data
     starts = range(mesh.data_rank * size, recipe.run.global_rows, ranks * size)
     return [rows_of(step, np.arange(start, start + size)) for start in starts]
@@ -107,7 +118,7 @@ def weights_at(rank: int, recipe: Recipe, world: int, folder: Path) -> dict[str,
 
 @dataclass(frozen=True)
 class Numbers:
-    """What a few steps gave: full-precision losses and gradient norms."""
+    """Full-precision losses and gradient norms of a few steps."""
 
     losses: list[float]
     grad_norms: list[float]

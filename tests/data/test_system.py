@@ -1,4 +1,4 @@
-"""What the rooms share: a cache of what was used last, waits before another try, numbers with units."""
+"""Shared helpers: a cache of the last used values, waits before a retry, numbers with units."""
 
 import pytest
 

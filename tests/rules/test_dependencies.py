@@ -1,4 +1,4 @@
-"""What is declared, pinned and documented about other people's packages agrees with what is imported and installed."""
+"""Declared, pinned and documented packages agree with the imported and installed ones."""
 
 import ast
 import importlib

@@ -9,6 +9,7 @@ free when the last of them has released it.
 """
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -48,9 +49,6 @@ class FreeList:
         if not self._users[number]:
             del self._users[number]
             self._free.append(number)
-
-    def users(self, number: int) -> int:
-        return self._users[number]
 
 
 @dataclass
@@ -100,6 +98,14 @@ class PageGroup:
             self.pages.release(int(self.table[row, place]))
         self.spans[row] = (max(first, keep), end)
 
+    def cut(self, row: int, tokens: int) -> None:
+        """Let go of the pages after the first `tokens` tokens of a row, which stay."""
+        first, end = self.spans[row]
+        keep = max(first, -(-tokens // self.page_tokens))
+        for place in range(keep, end):
+            self.pages.release(int(self.table[row, place]))
+        self.spans[row] = (first, min(end, keep))
+
     def drop(self, row: int) -> None:
         """Release all pages of a row."""
         first, end = self.spans.pop(row, (0, 0))
@@ -129,7 +135,9 @@ class Pools:
             elif kind == "M":
                 conv = torch.zeros(slots, model.mamba_conv - 1, channels, dtype=wide, device=device)
                 scan = torch.zeros(slots, heads, model.mamba_state, model.mamba_head_dim, dtype=wide, device=device)
-                self.states[number] = MambaPool(conv, scan)
+                width = channels + heads * model.mamba_head_dim + heads
+                inputs = torch.zeros(sizes.trial_tokens, width, dtype=wide, device=device)
+                self.states[number] = MambaPool(conv, scan, inputs)
         self.groups: dict[str, PageGroup] = {
             kind: PageGroup(
                 page_tokens=sizes.page_tokens,
@@ -152,6 +160,7 @@ class Pools:
             keys_values=sum(pool.keys.nbytes + pool.values.nbytes for pool in self.keys.values()),
             mamba_states=sum(pool.conv.nbytes + pool.scan.nbytes for pool in self.states.values()),
             page_tables=sum(group.table.nbytes for group in self.groups.values()),
+            trial_inputs=sum(pool.inputs.nbytes for pool in self.states.values()),
         )
 
     def fits(self, row: int, tokens: int) -> bool:
@@ -168,6 +177,11 @@ class Pools:
         for group in self.groups.values():
             group.slide(row, tokens)
 
+    def cut(self, row: int, tokens: int) -> None:
+        """Let go of pages after the first `tokens` tokens of a row: later tokens were taken back."""
+        for group in self.groups.values():
+            group.cut(row, tokens)
+
     def drop(self, row: int) -> None:
         """Release all pages of a row."""
         for group in self.groups.values():
@@ -177,8 +191,8 @@ class Pools:
         """Slot of snapshot `number`: the snapshots come after the slots of the rows."""
         return self.sizes.rows + number
 
-    def copy_states(self, source: int, target: int) -> None:
-        """Copy the Mamba-2 states of one slot to another, in all layers."""
+    def copy_states(self, source: int | Sequence[int], target: int | Sequence[int]) -> None:
+        """Copy the Mamba-2 states of one slot to another, or of several slots, in all layers."""
         for pool in self.states.values():
             pool.conv[target] = pool.conv[source]
             pool.scan[target] = pool.scan[source]

@@ -50,9 +50,13 @@ class PrefixCache:
             part = np.asarray(tokens[index * size : (index + 1) * size], np.int64).tobytes()
             keys.append(hashlib.sha256((keys[-1] if keys else self._root) + part).digest())
 
+    def known(self, keys: Sequence[bytes]) -> int:
+        """How many of the given blocks are stored, from the first on."""
+        return next((index for index, key in enumerate(keys) if key not in self._blocks), len(keys))
+
     def adopt(self, row: int, keys: Sequence[bytes]) -> int:
         """Start a row with the longest known chain of the given blocks. -> its tokens; 0 changes nothing."""
-        known = next((index for index, key in enumerate(keys) if key not in self._blocks), len(keys))
+        known = self.known(keys)
         if not known:
             return 0
         tokens, chain = known * self.block_tokens, [self._blocks[key] for key in keys[:known]]

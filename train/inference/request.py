@@ -59,6 +59,8 @@ class Request:
     """Report the log-probabilities of the prompt's tokens from this index on (at least 1), in separate events before those
     of generated tokens."""
     thinking: Thinking | None = None
+    draft_tokens: int | None = None
+    """Guesses of the engine's drafter at a time at most; 0: none; None: as many as the engine makes."""
     priority: int = 0
     """Higher priorities are served first. If memory is short, the running request of the lowest priority waits again."""
 
@@ -75,6 +77,8 @@ class Token:
     """Whether greedy decoding would take this token."""
     is_forced: bool = False
     """Whether the thinking budget chose the token instead of sampling."""
+    is_guessed: bool = False
+    """Whether a drafter had guessed the token."""
 
 
 @dataclass(frozen=True)
@@ -88,5 +92,7 @@ class Event:
     """Set in the last event of a request."""
     scores: tuple[Token, ...] = ()
     """Scored tokens of the prompt, in order, from `score_from` on. A long prompt is scored by several events."""
+    guesses: int | None = None
+    """Number of guesses that were checked in the token's step; set on the first token that a step gives, otherwise None."""
     message: str = ""
     """The reason, if `finish` is `error`."""

@@ -1,5 +1,5 @@
-"""The forward pass of a step of inference in which each text has one new token, in few calls: for such a step Megatron's layers
-and autograd cost more time than the arithmetic.
+"""The forward pass of a step of inference with few new tokens, in few calls: for such a step Megatron's layers and autograd
+cost more time than the arithmetic.
 
     layer: hidden --[norm, projection]--> --[scan | attention | nothing]--> --[norm, projection, post-norm, + hidden]-->
 
@@ -32,11 +32,14 @@ from train.native import attention as compiled_attention
 from train.native.few_rows import FewRows, Memory, NormWeight, usable
 
 Layer = Callable[[torch.Tensor, Segments], torch.Tensor]
-"""hidden states [S, hidden] of the texts' new tokens -> the next hidden states."""
+"""hidden states [T, hidden] of the texts' new tokens -> the next hidden states."""
 
 
 MOST = 64
-"""Texts of such a step; for more, a product of matrices is faster (measured: equal at about 100)."""
+"""Tokens of such a step; for more, a product of matrices is faster (measured: equal at about 100)."""
+MOST_OF_A_TEXT = 16
+"""Tokens of one text in such a step. Up to here the scan runs token by token (`STEPWISE` in scan.c), so that a text has the same
+bits however it is cut into such steps."""
 
 
 class FewTokens:
@@ -61,11 +64,11 @@ class FewTokens:
         for rows in self._make.all:
             rows.pack()
 
-    def __call__(self, hidden_SH: torch.Tensor, segments: Segments) -> torch.Tensor:
+    def __call__(self, hidden_TH: torch.Tensor, segments: Segments) -> torch.Tensor:
         """-> hidden states after the final norm."""
         for layer in self.layers:
-            hidden_SH = layer(hidden_SH, segments)
-        return self.final_norm(hidden_SH)
+            hidden_TH = layer(hidden_TH, segments)
+        return self.final_norm(hidden_TH)
 
     def logits(self, hidden_NH: torch.Tensor) -> torch.Tensor | None:
         """Soft-capped logits, fp32 [N, vocabulary of this rank]; None if the head has to be called as it is."""
@@ -124,10 +127,10 @@ class _Layers:
 
         weights, sizes = mixer.scan_weights(), mixer.scan_sizes()  # views of the parameters
 
-        def run(hidden_SH: torch.Tensor, segments: Segments) -> torch.Tensor:
+        def run(hidden_TH: torch.Tensor, segments: Segments) -> torch.Tensor:
             pool = segments.mamba_pools[mixer.layer_number]
             return leave(
-                mamba_core_segments(enter(hidden_SH), weights, sizes=sizes, segments=segments, pool=pool), hidden_SH
+                mamba_core_segments(enter(hidden_TH), weights, sizes=sizes, segments=segments, pool=pool), hidden_TH
             )
 
         return run
@@ -136,7 +139,7 @@ class _Layers:
         choice = layer.mlp.config.activation_func.keywords  # of `train.model.activation.activate`
         enter = self.rows(layer.mlp.linear_fc1.weight.data, norm=_norm(layer.pre_mlp_layernorm), **choice)
         leave = self._leave(layer, layer.mlp.linear_fc2)
-        return lambda hidden_SH, _segments: leave(enter(hidden_SH), hidden_SH)
+        return lambda hidden_TH, _segments: leave(enter(hidden_TH), hidden_TH)
 
     def _attention(self, layer: Any) -> Layer:
         attention = layer.self_attention
@@ -144,8 +147,8 @@ class _Layers:
         leave = self._leave(layer, attention.linear_proj)
         core = attention.core_attention
 
-        def run(hidden_SH: torch.Tensor, segments: Segments) -> torch.Tensor:
-            return leave(core.single_tokens(enter(hidden_SH), segments), hidden_SH)
+        def run(hidden_TH: torch.Tensor, segments: Segments) -> torch.Tensor:
+            return leave(core.few_tokens(enter(hidden_TH), segments), hidden_TH)
 
         return run
 
@@ -182,9 +185,9 @@ def _post(layer: Any) -> NormWeight | None:
 
 
 def _as_it_is(layer: Any) -> Layer:
-    def run(hidden_SH: torch.Tensor, segments: Segments) -> torch.Tensor:
+    def run(hidden_TH: torch.Tensor, segments: Segments) -> torch.Tensor:
         output = layer(
-            hidden_states=hidden_SH[:, None], attention_mask=None, packed_seq_params=RowContext(segments=segments)
+            hidden_states=hidden_TH[:, None], attention_mask=None, packed_seq_params=RowContext(segments=segments)
         )
         return (output[0] if isinstance(output, tuple) else output)[:, 0].contiguous()
 

@@ -108,8 +108,11 @@ def mamba_core_segments(
 ) -> torch.Tensor:
     """The same recurrence for the texts of a step of inference, each continued from its slot of `pool`, which is updated.
 
-    -> y * silu(z), [T, H*P]. A text that begins (`before` is 0) starts from zeros, whatever is in its slot.
+    -> y * silu(z), [T, H*P]. A text that begins (`before` is 0) starts from zeros, whatever is in its slot. A trial leaves its
+    slot as it is and stores `zxbcdt` of its tokens in `pool.inputs`; the same call with the accepted ones updates the slot.
     """
+    if segments.trial_T is not None:
+        pool.inputs[: len(segments.trial_T)] = zxbcdt_TD[segments.trial_T]
     if compiled.scan_usable(zxbcdt_TD, sizes):
         out = compiled.scan_segments(
             zxbcdt_TD.float().contiguous(),
@@ -118,6 +121,7 @@ def mamba_core_segments(
             conv_pool=pool.conv,
             scan_pool=pool.scan,
             sizes=sizes,
+            trial_S=segments.trial_S,
         )
         return out.to(zxbcdt_TD.dtype)
     outputs = []
@@ -132,7 +136,9 @@ def mamba_core_segments(
             pool.conv[slots].masked_fill_(is_new[:, None, None], 0),
             pool.scan[slots].masked_fill_(is_new[:, None, None, None], 0),
         )
-        y, (pool.conv[slots], pool.scan[slots]) = mamba_core_continue(rows, weights, sizes=sizes, state_pair=old)
+        y, new = mamba_core_continue(rows, weights, sizes=sizes, state_pair=old)
+        if not texts[0].is_trial:
+            pool.conv[slots], pool.scan[slots] = new
         outputs.append(y.transpose(0, 1).flatten(0, 1))
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 

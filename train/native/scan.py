@@ -174,9 +174,10 @@ def scan_segments(
     conv_pool: torch.Tensor,
     scan_pool: torch.Tensor,
     sizes: ScanSizes,
+    trial_S: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Convolution, scan and gate of the texts of a step of inference, which update their slots. All fp32 and contiguous; table:
-    (begin, tokens, tokens before, slot) of each text. -> [T, HP]."""
+    (begin, tokens, tokens before, slot) of each text; trial_S: 1 for a text that leaves its slot as it is. -> [T, HP]."""
     kernels = library("scan")
     assert kernels is not None
     tokens, width = zxbcdt_TD.shape
@@ -207,5 +208,6 @@ def scan_segments(
         dt,
         y,
         out,
+        trial_S,
     )
     return out

@@ -24,6 +24,10 @@ class Answer:
     stop_strings: tuple[str, ...] = ()
     generated: int = 0
     """Number of tokens so far, including the one that ended the text."""
+    guesses: int = 0
+    """Number of guesses of a drafter that were checked."""
+    accepted: int = 0
+    """Number of guesses that became tokens."""
     _pending: str = ""
     _is_done: bool = field(default=False)
 
@@ -36,6 +40,8 @@ class Answer:
         token = event.token
         tokens = () if token is None else (token,)
         self.generated += len(tokens)
+        self.guesses += event.guesses or 0
+        self.accepted += token is not None and token.is_guessed
         if token is not None and event.finish != "stop":  # a stop token is not text
             self._pending += self._decoder.feed(token.id)
         if event.finish is not None:

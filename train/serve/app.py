@@ -49,6 +49,8 @@ class Served:
     """Markers of thinking; their budget is replaced by each call's. None if the model has no markers."""
     created: int
     """Unix time, seconds."""
+    speculates: bool = False
+    """Whether the engine has a drafter."""
 
 
 class ServerRefusal(HTTPException):
@@ -199,6 +201,10 @@ class _Job(ABC):
                     param="thinking_budget",
                 )
             thinking = replace(self.served.thinking, budget=call.thinking_budget)
+        if call.draft_tokens and not self.served.speculates:
+            raise ServerRefusal(
+                400, "draft_tokens: this server makes no guesses. Start it with --speculate.", param="draft_tokens"
+            )
         return [
             Request(
                 prompt,
@@ -208,6 +214,7 @@ class _Job(ABC):
                 top_logprobs=self.top_logprobs,
                 score_from=self.score_from(prompt),
                 thinking=thinking,
+                draft_tokens=call.draft_tokens,
             )
             for prompt in self.prompts
             for index in range(call.n)
@@ -247,7 +254,7 @@ class _Job(ABC):
 
     # Both kinds share these:
 
-    def body(self, choices: list[dict[str, Any]], *, is_part: bool, usage: dict[str, int] | None) -> dict[str, Any]:
+    def body(self, choices: list[dict[str, Any]], *, is_part: bool, usage: dict[str, Any] | None) -> dict[str, Any]:
         body = {
             "id": self.id,
             "object": self.part_kind if is_part else self.kind,
@@ -257,9 +264,18 @@ class _Job(ABC):
         }
         return body if usage is None else {**body, "usage": usage}
 
-    def usage(self, generated: int) -> dict[str, int]:
-        read = sum(map(len, self.prompts))
-        return {"prompt_tokens": read, "completion_tokens": generated, "total_tokens": read + generated}
+    def usage(self, answers: Sequence[Answer]) -> dict[str, Any]:
+        read, generated = sum(map(len, self.prompts)), sum(answer.generated for answer in answers)
+        right, guesses = sum(answer.accepted for answer in answers), sum(answer.guesses for answer in answers)
+        return {
+            "prompt_tokens": read,
+            "completion_tokens": generated,
+            "total_tokens": read + generated,
+            "completion_tokens_details": {
+                "accepted_prediction_tokens": right,
+                "rejected_prediction_tokens": guesses - right,
+            },
+        }
 
 
 class _Completion(_Job):
@@ -450,7 +466,7 @@ async def _collect(job: _Job, ticket: Ticket, metrics: Metrics, begin: float) ->
     async for part in _pieces(job, ticket, answers, metrics, begin):
         found[part.index].append(part)
     choices = [job.choice(index, *_joined(parts), is_part=False) for index, parts in enumerate(found)]
-    return job.body(choices, is_part=False, usage=job.usage(sum(answer.generated for answer in answers)))
+    return job.body(choices, is_part=False, usage=job.usage(answers))
 
 
 def _joined(parts: list[_ScoredPiece]) -> tuple[Piece, tuple[Token, ...]]:
@@ -473,8 +489,7 @@ async def _stream(job: _Job, ticket: Ticket, metrics: Metrics, begin: float) -> 
                     choice = job.choice(part.index, part.piece, part.scores, is_part=True)
                     yield _sse(job.body([choice], is_part=True, usage=None))
         if wants_usage:
-            usage = job.usage(sum(answer.generated for answer in answers))
-            yield _sse(job.body([], is_part=True, usage=usage))
+            yield _sse(job.body([], is_part=True, usage=job.usage(answers)))
     except ServerRefusal as error:
         yield _sse(error.body)
     finally:

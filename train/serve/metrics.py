@@ -24,12 +24,20 @@ class _EngineMetrics:
             ("requests_open", "Requests that are not fully answered yet.", self._worker.open_requests),
             ("prefix_cache_blocks", "Blocks in the prefix cache.", stats.prefix_blocks),
             ("prefix_cache_hit_ratio", "Share of prompt tokens that were found in the prefix cache.", stats.hit_rate),
+            ("speculation_acceptance_ratio", "Share of guesses that became tokens.", stats.acceptance_rate),
+            (
+                "speculation_tokens_per_step",
+                "Tokens that a text gets in a step that gives it any.",
+                stats.tokens_per_step,
+            ),
         ):
             yield GaugeMetricFamily(f"stratum_{name}", help, value)
         for name, help, value in (
             ("prompt_tokens", "Prompt tokens.", stats.prompt_tokens),
             ("cached_prompt_tokens", "Prompt tokens that were found in the prefix cache.", stats.cached_tokens),
             ("generated_tokens", "Tokens generated.", stats.generated_tokens),
+            ("guessed_tokens", "Guesses that were checked.", stats.guessed_tokens),
+            ("accepted_tokens", "Guesses that became tokens.", stats.accepted_tokens),
             ("preemptions", "Times a running request had to wait again for lack of memory.", stats.preemptions),
             ("steps", "Forward passes.", stats.steps),
         ):

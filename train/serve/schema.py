@@ -39,6 +39,8 @@ class _Call(_Body):
     stream_options: StreamOptions | None = None
     thinking_budget: Annotated[int, Field(ge=0)] | None = None
     """Not part of OpenAI's API: number of thinking tokens after which the end marker is written."""
+    draft_tokens: Annotated[int, Field(ge=0)] | None = None
+    """Not part of OpenAI's API: largest number of guesses at a time, of a server with --speculate; 0: none."""
     ignore_eos: bool = False
     """Not part of OpenAI's API: do not stop at the end-of-text token."""
     user: str | None = None

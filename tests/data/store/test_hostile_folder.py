@@ -1,4 +1,4 @@
-"""Folders of prepared data from strangers: what their manifest names is never written or read outside, nor without bound."""
+"""Untrusted folders of prepared data: files outside of the folder are never read or written, and sizes are limited."""
 
 import json
 import os

@@ -5,15 +5,14 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 import tokenizers
+from prepared_files import documents_of
 from rich.console import Console
 from tokenizers import decoders, models, pre_tokenizers
 
 from data.prepare import prepare
 from data.store.manifest import read_manifest
-from data.store.shards import open_entry
 from data.tokenizer import Tokenizer, hf, load_tokenizer, ranks
 from recipes.schema.data import DataConfig, SourceConfig, TokenizerConfig
 from recipes.schema.errors import DataError
@@ -166,7 +165,7 @@ def test_unknown_tokens_are_counted_and_reported(tmp_path: Path) -> None:
 
 
 def test_shards_hold_the_ids_of_the_folders_own_tokenizer(tmp_path: Path) -> None:
-    """Whatever the pattern: each document's ids are those that the saved tokenizer gives it, one by one."""
+    """For each pattern, the ids of each document are those that the saved tokenizer gives, one by one."""
     for n, pattern in enumerate(("cl100k", GAPS, r"\w+|[^\w\s]+|\s+")):
         texts = [f"year {n} {2**n} m² \u00a0x{n}\u3000\r\n" for n in range(40)]
         (tmp_path / "a.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in texts))
@@ -182,8 +181,7 @@ def test_shards_hold_the_ids_of_the_folders_own_tokenizer(tmp_path: Path) -> Non
         found = set()
         for entries in read_manifest(folder).sources["a"].splits.values():
             for entry in entries:
-                shard = open_entry(folder, entry)
-                for ids in np.split(np.asarray(shard.tokens), shard.ends[:-1]):
+                for ids in documents_of(folder, entry):
                     text = load_tokenizer(folder / "tokenizer.json", config.tokenizer).decode(ids)
                     assert ids[:-1].tolist() == reference.encode(text).ids
                     found.add(text)

@@ -19,6 +19,7 @@ from launch.slurm.command import active_jobs, job_numbers
 from recipes.schema.run_folder import METRICS, read_metrics
 
 ROOT = Path(__file__).resolve().parents[3]
+pytestmark = pytest.mark.slurm
 RECIPE = [
     "-cn", "smoke", "model.pattern=M*-", "model.hidden=32", "model.ffn=64", "model.heads=2", "model.kv_heads=2",
     "model.head_dim=16", "model.mamba_heads=4", "model.mamba_head_dim=8", "model.mamba_state=8", f"model.vocab={VOCAB}",

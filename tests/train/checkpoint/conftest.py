@@ -1,4 +1,4 @@
-"""Checkpoints that several files of tests read or copy."""
+"""Checkpoints for several test files."""
 
 from pathlib import Path
 

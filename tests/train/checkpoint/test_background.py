@@ -1,4 +1,4 @@
-"""Background saves: bitwise the state at the request is written, although the optimizer changes it meanwhile."""
+"""Background saves write bitwise the state at the request, although the optimizer changes it meanwhile."""
 
 import hashlib
 import threading

@@ -71,7 +71,7 @@ def kill_in_a_save(world: int, rank: int, number: int, *, whole: Path, work: Pat
 
 
 def test_a_kill_at_every_act_of_a_save(undisturbed: dict[int, Path], tmp_path: Path) -> None:
-    """Two ranks; rank 0 dies at every act there is, from making the folder to deleting the last file of the retired step."""
+    """Two ranks; rank 0 dies at every disk operation, from making the folder to deleting the last file of the old step."""
     log = tmp_path / "acts"
     log.touch()
     killed = []
@@ -93,7 +93,7 @@ def test_a_kill_at_every_act_of_a_save(undisturbed: dict[int, Path], tmp_path: P
 
 
 def steps_left(number: int, killed: list[str]) -> int:
-    """The step that is there after a kill at act `number`: the new one once it has its name."""
+    """The step that exists after a kill at act `number`: the new one if it has its name."""
     return NEW if number > killed.index("rename .step_00000004.writing") else OLD
 
 

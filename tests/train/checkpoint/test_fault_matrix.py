@@ -125,12 +125,12 @@ def test_a_torn_pointer_is_reported_and_loses_nothing(pointer: str | None, folde
 
 def test_a_pointer_without_its_checkpoint_is_no_fresh_start(tmp_path: Path) -> None:
     point_at(tmp_path, "step_00000010")
-    with pytest.raises(CheckpointError, match="the checkpoint it names is not"):
+    with pytest.raises(CheckpointError, match="the checkpoint it names does not"):
         steps.newest_in(tmp_path)
 
 
 class Refuse:
-    """The system refuses one act of the save of step NEW, once or always."""
+    """One disk operation of the save of step NEW fails, once or always."""
 
     def __init__(self, code: int, name: str, target: str, *, times: int = 99) -> None:
         self.code, self.name, self.target, self.times = code, name, target, times
@@ -201,7 +201,7 @@ def test_a_lenient_run_outlives_a_failed_save(tmp_path: Path) -> None:
 
 
 def write_past_a_limit(rank: int, folder: Path) -> str:
-    """A real refusal by the system: files may not grow beyond 16 KiB."""
+    """A real limit of the system: files may not grow beyond 16 KiB."""
     import signal
 
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
@@ -338,7 +338,7 @@ HOSTILE: dict[str, Callable[[dict[str, Any]], None]] = {
 
 @pytest.mark.parametrize("trick", HOSTILE)
 def test_a_hostile_manifest_is_refused_by_name(trick: str, folder: Path) -> None:
-    """Its digest is right: whoever wrote it can compute one."""
+    """Its digest is right, because an attacker can compute it."""
     from recipes.schema.manifest import _digest
 
     path = folder / steps.name_of(NEW) / "manifest.json"
@@ -351,7 +351,7 @@ def test_a_hostile_manifest_is_refused_by_name(trick: str, folder: Path) -> None
 
 
 def change_index(new: Path, change: Callable[[dict[str, Any]], None]) -> None:
-    """Alter index.json, and make every digest right again."""
+    """Change index.json and correct every digest."""
     from recipes.schema.manifest import _digest, sha256
 
     body = json.loads((new / "manifest.json").read_text())
@@ -416,11 +416,11 @@ def test_what_would_hold_a_reader_for_ever_is_no_file(name: str, folder: Path) -
         with pytest.raises(CheckpointError, match=name.replace(".", r"\.")):
             Reader(path.parent)
         (note,) = steps.candidates(folder)[1][:1]
-        assert name in note and note.startswith(steps.PASSED_OVER)
+        assert name in note and note.startswith(steps.SKIPPED)
 
 
 def test_names_that_look_like_steps(folder: Path) -> None:
-    """Digits of other scripts are no step; a folder that holds another step than its name says is passed over, and said."""
+    """A name in digits of other scripts is not a step; a folder whose step differs from its name is skipped and reported."""
     for name in ("step_²", "step_٣", "step_" + "9" * 60, "step_4b"):
         (folder / name).mkdir()
     (folder / "latest").unlink()
@@ -428,12 +428,15 @@ def test_names_that_look_like_steps(folder: Path) -> None:
     shutil.copytree(folder / steps.name_of(OLD), folder / steps.name_of(9))
     good, (note, pointer) = steps.candidates(folder)
     assert [manifest.step for _, manifest in good] == [NEW, OLD]
-    assert f"holds step {OLD}, not the one it is named after. Name it {steps.name_of(OLD)}" in note
+    assert (
+        f"contains step {OLD}, not the step in its name. If it belongs to this run, rename it to {steps.name_of(OLD)}"
+        in note
+    )
     assert "cannot be read: it is a device, not a regular file" in pointer
 
 
 def test_of_a_linked_checkpoint_only_the_link_is_deleted(folder: Path, tmp_path: Path) -> None:
-    """A step kept on another disk, and linked to from the run's folder."""
+    """A step on another disk, with a link in the run's folder."""
     elsewhere = tmp_path / "elsewhere"
     link = folder / steps.name_of(OLD)
     link.rename(elsewhere)

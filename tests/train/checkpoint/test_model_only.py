@@ -1,4 +1,4 @@
-"""Checkpoints without optimizer state: imported, pruned or converted weights, with their lineage, as a run's beginning."""
+"""Checkpoints without optimizer state (imported, pruned or converted weights, with lineage) as the start of a run."""
 
 import shutil
 from pathlib import Path
@@ -30,7 +30,7 @@ def weights_alone(path: Path, folder: Path) -> None:
 
 
 def start_from(rank: int, recipe: Recipe, world: int, folder: Path) -> tuple[Any, str, dict[str, torch.Tensor]]:
-    """Resume where only weights are; save again. -> what training gave, lineage of the next checkpoint, the weights."""
+    """Resume from weights alone; save again. -> numbers of training, lineage of the next checkpoint, weights."""
     with engine_of(recipe, rank=rank, world=world) as engine:
         checkpoints = CheckpointFolder(folder, recipe.checkpoint)
         found = checkpoints.resume(engine)

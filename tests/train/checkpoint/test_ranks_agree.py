@@ -1,4 +1,4 @@
-"""What ranks hold in common: copies of a weight that tensor ranks train side by side; random state at another layout."""
+"""State that ranks have in common: copies of a weight that several tensor ranks train; random state at another layout."""
 
 from pathlib import Path
 

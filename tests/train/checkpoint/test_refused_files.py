@@ -1,5 +1,4 @@
-"""What the system refuses around checkpoints that are there: steps that cannot be deleted, files that cannot be read, random
-state that is not what was saved. Run without root's rights."""
+"""Files of checkpoints that the system refuses to delete or read, and changed random state. Run without root's rights."""
 
 import errno
 import json
@@ -81,7 +80,7 @@ def test_an_old_step_that_cannot_be_deleted_is_warned_of_once_and_left(fault: st
 
 
 def test_a_leftover_in_the_way_of_a_save_is_moved_out_of_it(folder: Path) -> None:
-    """What a killed process left of the very step that is saved next cannot be deleted."""
+    """Files that a killed process left, of the step that is saved next, cannot be deleted."""
     with unprivileged():
         left = folder / f".{steps.name_of(NEW + 2)}.writing"
         left.mkdir()
@@ -191,7 +190,7 @@ def edit_state(new: Path, change: Callable[[bytearray], None], key: str = "torch
 
 
 def edit_records(new: Path, change: Callable[[dict[str, Any]], None]) -> None:
-    """Alter what the manifest says of tensors, and make its digest right again."""
+    """Change the tensors in the manifest and correct its digest."""
     body = json.loads((new / "manifest.json").read_text())
     body.pop("digest")
     change(body["tensors"])

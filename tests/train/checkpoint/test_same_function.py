@@ -1,4 +1,4 @@
-"""Weights are read into the model they were trained in: another function of the same shapes needs an explicit word."""
+"""Weights are read into the model they were trained in: another function of the same shapes must be allowed explicitly."""
 
 import json
 from dataclasses import asdict, replace

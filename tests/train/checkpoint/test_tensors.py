@@ -1,4 +1,4 @@
-"""Weights read and written one at a time, without a model: whole from any layout, into a checkpoint any layout reads."""
+"""Weights read and written one at a time, without a model: from any layout, for any layout."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -51,7 +51,7 @@ def test_weights_of_another_model_are_refused_by_name(tmp_path: Path) -> None:
 
 
 def test_nan_is_compared_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """The same NaN on both sides is no difference; where only one side is a number, the tensor is named first."""
+    """The same NaN on both sides is not a difference; a tensor with NaN on one side only is named first."""
     nan = float("nan")
     base = read_manifest(Path(__file__).with_name("version_0_1_0") / "step_00000002")
     sides = {

@@ -1,4 +1,4 @@
-"""Pruning: to the identity it is the parent, cut zeros change no logit, every width is really cut, what comes out trains."""
+"""Pruning to the same sizes gives the parent; cutting zeros changes no logit; every width is really cut; the result trains."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -75,7 +75,7 @@ def cut(
 
 
 def aside_of(folder: Path) -> Path:
-    """Where a checkpoint is written before it gets its name."""
+    """The temporary folder of a checkpoint."""
     aside = folder.with_name(f".{folder.name}.writing")
     aside.mkdir()
     return aside
@@ -100,7 +100,7 @@ def test_pruning_to_the_identity_is_bitwise_the_parent(
 def test_every_width_is_really_cut(
     axis: str, parent: tuple[Path, ModelConfig], scores: Scores, before: torch.Tensor, tmp_path: Path
 ) -> None:
-    """A no-op would not change parameters or logits (it happened elsewhere: a hook on the wrong module)."""
+    """A no-op would not change parameters or logits (as with a hook on the wrong module)."""
     path, model = parent
     if model is GEMMA and (axis.startswith("mamba") or axis == "layers"):
         pytest.skip("no Mamba layers; four layers only")
@@ -270,7 +270,7 @@ def test_kept_channels_are_traced_through_two_prunings() -> None:
 def test_a_pruned_checkpoint_says_where_it_comes_from_and_is_exported(
     parent: tuple[Path, ModelConfig], scores: Scores, tmp_path: Path
 ) -> None:
-    """As the command writes it; then out to Hugging Face's format, compared there tensor by tensor by the converter."""
+    """Written by the command, then exported to Hugging Face's format, where the converter compares each tensor."""
     path, model = parent
     manifest = read_manifest(path)
     whole = Parent(path, manifest, teacher_recipe(manifest, path))

@@ -118,7 +118,7 @@ def test_mistakes_are_answered_before_the_model_is_built(
 
     monkeypatch.setattr("train.evaluate.evaluation.model_on_one_rank", None)
     assert "there is no task 'needel-1k'. Did you mean needle-1k?" in refused(run_folder, "--tasks", "needel-1k")
-    assert "is no checkpoint" in refused(tmp_path / "nowhere", "--tasks", choices)
+    assert "is neither a checkpoint" in refused(tmp_path / "nowhere", "--tasks", choices)
     assert "name the tasks: --tasks" in refused(run_folder)
     assert "name a run or a checkpoint" in refused("--tasks", choices)
     assert "it takes no run" in refused(run_folder, "--tasks", choices, "--contamination", tmp_path)
@@ -162,7 +162,7 @@ def test_numbers_that_are_not_finite_are_one_error(run_folder: Path, tmp_path: P
 
 
 def test_long_rows_and_cut_contexts(run_folder: Path, tmp_path: Path) -> None:
-    """A long-context task takes the row it needs; other contexts lose their beginning, which is said."""
+    """A long-context task gets the row length it needs; other contexts are cut at the beginning, which is reported."""
     status, text = evaluated(run_folder, "--tasks", "needle-1k", "--items", 2, "--out", tmp_path / "out")
     assert status == 0 and results(tmp_path / "out")["tasks"]["needle-1k"]["cut_contexts"] == 0, text
     cloze = task_in(tmp_path, [{"prompt": TEXT[:600], "target": " fox"}], kind="cloze")

@@ -110,7 +110,7 @@ def by_decoder(rank: int, recipe: Recipe, path: Path, requests: list[Request]) -
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_long_contexts_are_scored_in_parts_with_the_same_result(family: str, checkpoints: dict[str, Path]) -> None:
-    """What the decoder reads into caches, against one forward pass; a context of several parts and pages among them."""
+    """The decoder's scores from caches against one forward pass; one context has several parts and pages."""
     recipe = recipe_of(FAMILIES[family])
     requests = [*random_requests(12), *random_requests(4, seed=5, longest=1500)]
     (found,) = run_ranks(1, by_decoder, recipe, checkpoints[family], requests)

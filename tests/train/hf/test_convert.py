@@ -1,4 +1,4 @@
-"""Conversion of whole models: bitwise there and back from any layout to any layout, names that must fit, memory of one tensor."""
+"""Conversion of whole models: a round trip is bitwise between any layouts, names must match, memory is that of one tensor."""
 
 import json
 import shutil
@@ -123,7 +123,7 @@ def test_names_that_do_not_fit_are_errors_that_name_them(tmp_path: Path) -> None
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_weights_that_are_nan_are_refused_by_name(family: str, tmp_path: Path) -> None:
-    """A row of the embedding that no text reaches is seen by no comparison."""
+    """No comparison reads a row of the embedding that no text uses."""
     model = FAMILIES[family]
     path = trained(tmp_path / "run", recipe_of(model), world=1)
     directory = exported(path, tmp_path / "theirs", model)

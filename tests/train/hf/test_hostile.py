@@ -1,4 +1,4 @@
-"""Directories and checkpoints from a stranger: refused with one message, quickly, and nothing of them takes effect."""
+"""Untrusted directories and checkpoints are refused quickly, with one message, and without effect."""
 
 import json
 import os

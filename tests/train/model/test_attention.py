@@ -208,10 +208,11 @@ def step_of(before: int, tokens: int, pool: KeyPool) -> RowContext:
     positions = torch.arange(before, before + tokens)
     places = table[0, positions // PAGE].long() * PAGE + positions % PAGE
     segment = Segment(0, tokens, before, 0)
+    lines = torch.tensor([[index, 1, before + index, 0] for index in range(tokens)])
     keys = KeyPlaces(table, places)
     return RowContext(
         segments=Segments(
-            [segment], int(tokens == 1), torch.tensor([[0, tokens, before, 0]]), positions, before + tokens,
+            [segment], int(tokens == 1), torch.tensor([[0, tokens, before, 0]]), lines, positions, before + tokens,
             {"*": keys, "w": keys}, {1: pool}, {},
         )
     )  # fmt: skip

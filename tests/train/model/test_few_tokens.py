@@ -1,4 +1,5 @@
-"""Steps of one new token a text: the compiled parts equal their definitions, in fp32 and bf16; a text's bits are its own."""
+"""Steps of one new token per text: compiled parts equal their definitions, in fp32 and bf16, and a text has the same bits in any
+batch."""
 
 from typing import Any
 
@@ -98,7 +99,9 @@ def segments_of(texts: list[tuple[int, int, int]], places: dict[str, Any] | None
     positions = torch.cat([torch.arange(s.before, s.before + s.tokens) for s in found])
     table = torch.tensor([[s.begin, s.tokens, s.before, s.slot] for s in found])
     singles = sum(s.tokens == 1 for s in found)
-    return Segments(found, singles, table, positions, int(positions.max()) + 1, places or {}, {}, {})
+    slots = torch.cat([torch.full((s.tokens,), s.slot) for s in found])
+    by_token = torch.stack([torch.arange(begin), torch.ones_like(positions), positions, slots], dim=1)
+    return Segments(found, singles, table, by_token, positions, int(positions.max()) + 1, places or {}, {}, {})
 
 
 @pytest.mark.parametrize("texts", [[(1, 5, 2), (1, 0, 0)], [(1, 3, 1), (7, 0, 3), (40, 9, 0)], [(2, 1, 1), (3, 2, 2)]])
@@ -115,7 +118,10 @@ def test_the_compiled_scan_of_a_step_equals_its_definition(
     sizes = ScanSizes(heads=heads, head_dim=P, state=N, groups=G, chunk=16)
     segments = segments_of(texts)
     zxbcdt = tensor(total, heads * P + channels + heads, seed=5)
-    pools = [MambaPool(tensor(4, taps - 1, channels, seed=6), tensor(4, heads, N, P, seed=7)) for _ in range(2)]
+    pools = [
+        MambaPool(tensor(4, taps - 1, channels, seed=6), tensor(4, heads, N, P, seed=7), torch.empty(0))
+        for _ in range(2)
+    ]
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:

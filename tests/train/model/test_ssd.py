@@ -1,4 +1,4 @@
-"""The Mamba-2 core against the recurrence it stands for, run step by step in float64 under torch's own autograd."""
+"""The Mamba-2 core against its recurrence, run step by step in float64 under torch's autograd."""
 
 import math
 
@@ -197,7 +197,7 @@ def relative(a: torch.Tensor, b: torch.Tensor) -> float:
 @pytest.mark.parametrize("native", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_documents_numbers_do_not_move_with_the_document_before_it(dtype, native, monkeypatch):
-    """Same places, other contents before: the same bits, of outputs and gradients."""
+    """Same positions, other tokens before: outputs and gradients have the same bits."""
     if not native:
         monkeypatch.setattr(compiled, "scan_usable", lambda *x: False)
     tensors, sizes = arguments(length=90, rows=1, heads=4, head_dim=16, state=16, groups=2, dtype=torch.float32)

@@ -157,7 +157,7 @@ def test_refused_with_value_place_and_remedy(name: str) -> None:
     "name", ["groups of heads", "mamba heads over context ranks", "rows of a step", "row over both"]
 )
 def test_the_remedy_is_accepted(name: str) -> None:
-    """Every number a message offers, put where the message says, is a layout."""
+    """Every number that a message offers gives a valid layout."""
     world, layout, _ = REFUSED[name]
     with pytest.raises(RecipeError) as error:
         layout_of(world, **layout)
@@ -197,7 +197,7 @@ def test_ragged_mlp_of_the_9b_divides_by_eight() -> None:
 
 
 def megatron_coordinates(layout: Layout) -> list[Coordinates]:
-    """Every rank's place, read out of Megatron-Core's own groups (its default order)."""
+    """Every rank's coordinates, from Megatron-Core's groups (its default order)."""
     ranks = RankGenerator(
         tp=layout.tensor, ep=1, dp=layout.data, pp=layout.pipeline, cp=layout.context, order="tp-cp-ep-dp-pp"
     )

@@ -1,4 +1,4 @@
-"""Low-precision state across saves: resume under every recipe, other layouts, other backends, the health policy's memory."""
+"""Low-precision state across saves: resume under every recipe, other layouts, other backends, the state of the health policy."""
 
 import math
 from pathlib import Path
@@ -88,7 +88,7 @@ def test_delayed_scales_come_along_to_another_layout(world: int, changes: dict[s
 
 @pytest.mark.parametrize(("saved_as", "loaded_as"), [("none", "delayed"), ("delayed", "none"), ("current", "none")])
 def test_another_backends_checkpoint_loads_with_fresh_scales(saved_as: str, loaded_as: str, tmp_path: Path) -> None:
-    """Weights and optimizer state come along; what only one side has is left out and said."""
+    """Weights and optimizer state are loaded; state of one backend only is left out, with a warning."""
     base = {"run.microbatch_rows": 4, "precision.amax_history": 3}
     run_ranks(1, save_weights, recipe_with(**base, **{"precision.scaling": saved_as}), tmp_path)
     same, text = run_ranks(1, load_weights, recipe_with(**base, **{"precision.scaling": loaded_as}), tmp_path)[0]
@@ -130,7 +130,7 @@ def final_state(rank: int, recipe: Recipe, world: int) -> Any:
 
 
 def test_amaxes_do_not_depend_on_how_a_step_is_cut() -> None:
-    """One step from the same weights: every rank of every layout holds the amax of the whole step."""
+    """One step from the same weights: every rank of every layout has the amax of the whole step."""
     base = {"precision.scaling": "delayed", "precision.amax_history": 2}
     (want, _), *_ = run_ranks(1, final_state, recipe_with(**base, **{"run.microbatch_rows": 4}), 1)
     assert all(min(scale) > 0 and 1.0 not in scale for scale, _ in want.values())

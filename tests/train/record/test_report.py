@@ -115,7 +115,7 @@ def test_a_gradient_norm_that_differs_is_a_difference(tmp_path: Path) -> None:
 
 
 def test_steps_run_again_without_a_checkpoint_count_too(tmp_path: Path) -> None:
-    """Killed before the first save, a run starts again: no resume, and still the same steps twice."""
+    """A run killed before the first save starts again: the same steps run twice without a resume."""
     write_report(folder_of(tmp_path, [begin("start", 0), step(1, 7.0), begin("start", 0), step(1, 7.0), step(2, 6.0)]))
     assert "1 of 1 steps" in (tmp_path / "summary.md").read_text()
 

@@ -1,4 +1,4 @@
-"""Reading a run's folder that may be damaged or somebody else's: nothing waits for ever, nothing raises what is not said."""
+"""Reading a run folder that may be damaged or foreign: no call hangs, and only documented errors are raised."""
 
 import json
 import os
