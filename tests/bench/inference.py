@@ -21,7 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -170,7 +170,7 @@ def against_peers(arguments: argparse.Namespace) -> None:
             for batch in (1, 16):
                 prompts = prompts_of(batch, PROMPT)
                 engine_tokens(ours, shape, prompts, 4)
-                ways = {
+                ways: dict[str, Callable[[torch.Tensor, int], tuple[list[list[int]], float]]] = {
                     "ours": partial(engine_tokens, ours, shape),
                     "transformers": partial(their_tokens, theirs),
                 }
@@ -258,7 +258,7 @@ def equal_parameters(arguments: argparse.Namespace) -> None:
     )  # fmt: skip
     torch.manual_seed(0)
     qwen = Qwen3ForCausalLM(config).eval()
-    found: dict[str, tuple[float, float, float]] = {}
+    found: dict[str, list[float]] = {}
     print(
         "| model | parameters | batch | ours, tokens/s | transformers, tokens/s | machine |\n|---|---|---|---|---|---|"
     )
@@ -278,7 +278,7 @@ def equal_parameters(arguments: argparse.Namespace) -> None:
             )
             moved = memory.weights - 4 * parameters(shape).embedding + memory.keys_values + 2 * memory.mamba_states
             speeds = [batch * written / seconds for seconds in best]
-            found[name] = (*speeds, batch / moved)
+            found[name] = [*speeds, batch / moved]
             print(
                 f"| {name} | {parameters(shape).total:,} | {batch} | {speeds[0]:,.0f} | {speeds[1]:,.0f} | {load()} |",
                 flush=True,
