@@ -57,9 +57,12 @@ bench: setup ## speed of the smoke recipe, the scan and the loop, as a table
 bench-model: setup ## both model families against transformers, with growing rows (several minutes)
 	@$(PY) -m tests.bench.model
 
-bench-inference: setup ## tokens per second of the inference engine against transformers' generate (several minutes)
+bench-inference: setup ## tokens per second of the inference engine against transformers' generate and vLLM (several minutes)
 	@$(PY) -m tests.bench.inference
 	@$(PY) -m tests.bench.inference --part context
+	@$(PY) -m tests.bench.inference --part equal
+	@$(PY) -m tests.bench.inference --part tensor
+	@$(PY) -m tests.bench.serving
 
 bench-fp8: setup ## what emulating each low-precision recipe costs, as a table
 	@$(PY) -m tests.bench.precision

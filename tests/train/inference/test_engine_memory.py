@@ -212,8 +212,9 @@ def peak_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def long_text(rank: int, tokens: int) -> tuple[float, int]:
-    """-> (largest difference of the last log-probabilities from the whole forward pass's, growth of memory in bytes)"""
+def long_text(rank: int, tokens: int) -> tuple[float, int, int]:
+    """-> (largest difference of the last log-probabilities from the whole forward pass's, growth of memory in bytes, bytes of the
+    keys and values of its one attention layer)"""
     recipe = recipe_with(**SMALL)
     with engine_of(recipe, rank=rank, world=1) as built, torch.no_grad():
         model, text = built.chunks[0].module.eval(), ids(tokens)
@@ -233,18 +234,24 @@ def long_text(rank: int, tokens: int) -> tuple[float, int]:
             hidden_states=model.embedding(tokens_BS, torch.arange(tokens)[None]), attention_mask=None, inference_context=None,
         )  # fmt: skip
         whole = torch.log_softmax(model.output_layer(hidden[-1:])[0][0], -1)
-        return float((last - whole).abs().max()), growth
+        return float((last - whole).abs().max()), growth, pools.keys_values
+
+
+def most_growth(keys_values: int) -> int:
+    """The pages are touched for the first time, and a part of a prompt reads copies of them (of the keys, two); the rest
+    depends on the part only."""
+    return 3 * keys_values + (32 << 20)
 
 
 def test_a_long_text_is_read_in_parts_of_bounded_memory() -> None:
-    error, growth = run_ranks(1, long_text, 4096)[0]
-    assert error < 1e-5 and growth < 64 << 20
+    error, growth, keys_values = run_ranks(1, long_text, 4096)[0]
+    assert error < 1e-5 and growth < most_growth(keys_values)
 
 
 @pytest.mark.slow
 def test_131072_tokens_are_read_in_parts_of_bounded_memory() -> None:
-    error, growth = run_ranks(1, long_text, 131_072, timeout_s=900)[0]
-    assert error < 1e-5 and growth < 64 << 20  # one [tokens, hidden] of all layers would be 10 times as much
+    error, growth, keys_values = run_ranks(1, long_text, 131_072, timeout_s=900)[0]
+    assert error < 1e-5 and growth < most_growth(keys_values)
 
 
 def test_a_model_of_mamba_layers_alone_needs_the_same_memory_at_any_length() -> None:
