@@ -11,6 +11,7 @@ import pytest
 import torch
 from chi_square import surprise
 from ranks import run_ranks
+from test_batch_engine import drive
 from tiny import GEMMA, VOCAB, engine_of, recipe_with
 
 from launch.plan.cost.inference import cache_bytes, cache_sizes, draft_sizes
@@ -86,23 +87,6 @@ def requests_of(draw: random.Random, count: int, *, greedy: bool) -> list[Reques
             )
         )  # fmt: skip
     return found
-
-
-def drive(engine: InferenceEngine, requests: list[Request], draw: random.Random) -> dict[int, list[Event]]:
-    """Requests arrive at random moments; a few are cancelled. -> events by index of the request."""
-    ids: dict[int, int] = {}
-    events: dict[int, list[Event]] = {}
-    left = list(range(len(requests)))
-    while left or not engine.is_idle:
-        for _ in range(draw.randint(0, 3)):
-            if left:
-                index = left.pop(0)
-                ids[engine.add(requests[index])] = index
-        if ids and draw.random() < 0.02:
-            engine.cancel(draw.choice(list(ids)))
-        for event in engine.step():
-            events.setdefault(ids[event.request], []).append(event)
-    return events
 
 
 def difference(found: list[Event], expected: list[Event]) -> float:
@@ -181,7 +165,7 @@ def random_batches(rank: int, changes: dict[str, Any], seeds: range) -> dict[str
                     config_of(draw),
                     draw,
                 )
-                for index, events in drive(engine, requests, draw).items():
+                for index, events in drive(engine, requests, draw, cancelled=0.02).items():
                     if events[-1].finish == "cancelled":
                         continue
                     seen["worst"] = max(seen["worst"], difference(events, plain[index]))
@@ -256,7 +240,7 @@ def sampled(rank: int) -> dict[str, Any]:
                 make(EngineConfig(rows=1, context_tokens=CONTEXT, draft_tokens=1)).run([one])[0] for one in requests
             ]
             engine = short_of_memory(make, config_of(draw), draw)
-            for index, events in drive(engine, requests, draw).items():
+            for index, events in drive(engine, requests, draw, cancelled=0.02).items():
                 if events[-1].finish != "cancelled":
                     found["texts"] += 1
                     found["unlike"] += difference(events, alone[index]) > 1e-5
