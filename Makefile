@@ -21,7 +21,7 @@ test-slurm: setup ## real Slurm on this machine, several nodes: continuation, ti
 	@bash tests/launch/slurm/install_slurm.sh
 	@OMP_NUM_THREADS=1 $(PY) -m pytest -q -rs -m "slow or not slow" tests/launch/slurm/test_slurm_continuation.py tests/launch/slurm/test_slurm_training.py
 
-test-oracle: setup ## compare with mamba-ssm, torchao, Transformer Engine and vLLM, on the CPU; data behind S3 and gs://
+test-oracle: setup ## compare with mamba-ssm, torchao, Transformer Engine, TRL and vLLM, on the CPU; data behind S3 and gs://
 	@bash tests/parity/install.sh
 	@bash tests/data/sources/install_clouds.sh
 	@bash tests/train/evaluate/install_harness.sh
@@ -30,6 +30,8 @@ test-oracle: setup ## compare with mamba-ssm, torchao, Transformer Engine and vL
 	@STRATUM_TEST_TE=1 OMP_NUM_THREADS=1 $(PY) -m pytest -q -m oracle tests/parity/test_te.py
 	@OMP_NUM_THREADS=1 $(PY) -m pytest -q -m oracle tests/data/sources/test_clouds.py
 	@OMP_NUM_THREADS=1 .harness/bin/python -m pytest -q -m oracle tests/train/evaluate/test_harness.py
+	@bash tests/train/align/install_trl.sh
+	@OMP_NUM_THREADS=1 .trl/bin/python -m pytest -q -m oracle tests/train/align/test_trl.py
 	@bash tests/parity/install_vllm.sh
 	@OMP_NUM_THREADS=1 $(PY) -m pytest -q -rs -m oracle tests/parity/test_vllm.py
 
@@ -77,7 +79,7 @@ compress-curves: setup ## prune a tiny teacher, distil its students and train th
 	@.venv/bin/stratum prepare -cn tiny_teacher && .venv/bin/stratum train -cn tiny_teacher && $(PY) -m tests.bench.compress_curves
 
 clean: ## remove caches and the environment; runs/ is left alone
-	rm -rf .venv .oracle .peers .clouds .harness .mypy_cache .ruff_cache .pytest_cache *.egg-info
+	rm -rf .venv .oracle .peers .clouds .harness .trl .mypy_cache .ruff_cache .pytest_cache *.egg-info
 	find . -name __pycache__ -not -path './runs/*' -prune -exec rm -rf {} +
 
 .PHONY: help setup smoke test test-slow test-slurm test-oracle test-gpu check format bench bench-model bench-inference bench-fp8 bench-checkpoint bench-data precision-gap compress-curves clean validate-plan

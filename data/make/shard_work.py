@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from data.chat.template import template_source
 from data.make.corpus import first_two
 from data.make.megatron_sets import find_sets
 from data.sources.files import again_where_far, find_files, is_remote, local_path
@@ -22,7 +23,7 @@ from data.sources.sets import HUB, hub_revision, is_set
 from data.store.manifest import file_sha256
 from data.system import disk
 from recipes.schema.credentials import without_credentials
-from recipes.schema.data import DataConfig
+from recipes.schema.data import CHAT_TEMPLATES, DataConfig
 from recipes.schema.errors import DataError, refuse
 from recipes.schema.foreign import read_json
 from recipes.schema.rules import source_problems
@@ -32,6 +33,7 @@ _NONE = "-"
 """In place of a digest: the split of every text follows from its digest."""
 _PREPARED_FIELDS = ("path", "format", "text_field", "template", "config", "split", "streaming", "on_bad_record",
                     "max_record_bytes", "max_expansion", "max_bytes")  # fmt: skip
+_CHAT_FIELDS = ("kind", "messages_field", "tools_field")
 _TOKENIZER_FIELDS = ("path", "vocab_size", "end_of_document", "special_tokens", "pattern", "rank_offset", "keep_vocab",
                      "train_bytes")  # fmt: skip
 
@@ -82,19 +84,26 @@ def request_of(config: DataConfig) -> dict[str, Any]:
         sources[name]["path"] = without_credentials(source.path)
         if source.heldout_fraction is not None:
             sources[name]["heldout_fraction"] = source.heldout_fraction
+        if source.kind == "chat":
+            sources[name] |= _picked(asdict(source), _CHAT_FIELDS)
     tokenizer = _picked(asdict(config.tokenizer), _TOKENIZER_FIELDS)
     if config.tokenizer.begin_of_document is not None:
         tokenizer["begin_of_document"] = config.tokenizer.begin_of_document
     path = config.tokenizer.path
     if path is not None and Path(path).is_file():
         tokenizer["sha256"] = file_sha256(Path(path))
-    request = {
+    request: dict[str, Any] = {
         "sources": sources,
         "tokenizer": tokenizer,
         "heldout_fraction": config.heldout_fraction,
         "seed": config.seed,
         "shard_bytes": config.shard_bytes,
     }
+    if config.chats:
+        request["chat"] = asdict(config.chat) | {"row_tokens": config.row_tokens}
+        if config.chat.template in CHAT_TEMPLATES or Path(config.chat.template).is_file():
+            digest = hashlib.sha256(template_source(config.chat.template).encode()).hexdigest()
+            request["chat"]["template_sha256"] = digest
     plain: dict[str, Any] = json.loads(json.dumps(request))
     return plain
 
@@ -189,13 +198,15 @@ def _settled(there: dict[str, Any], asked: dict[str, Any]) -> dict[str, Any]:
     """A request with the values of an earlier one in fields that cannot change finished shards.
 
     A shard that was finished while bad records were errors has none, so it is what skipping them, or a higher limit, would
-    have made. `max_expansion` only ever refuses. A tokenizer's file may be gone by now.
+    have made. `max_expansion` only ever refuses. The files of a tokenizer and a chat template may be gone by now.
     """
     same = copy.deepcopy(asked)
     if not {"sha256"} <= (there["tokenizer"].keys() & same["tokenizer"].keys()):
         same["tokenizer"].pop("sha256", None)
         if "sha256" in there["tokenizer"]:
             same["tokenizer"]["sha256"] = there["tokenizer"]["sha256"]
+    if "chat" in there and "chat" in same and "template_sha256" not in same["chat"]:
+        same["chat"] |= {key: there["chat"][key] for key in ("template_sha256",) if key in there["chat"]}
     for name in there["sources"].keys() & same["sources"].keys():
         old, new = there["sources"][name], same["sources"][name]
         new["max_expansion"] = old["max_expansion"]

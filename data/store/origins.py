@@ -4,7 +4,8 @@
                       zero byte instead), `starts` (first document of each file, and the count), `records` (record number of
                       every document, from 0: line, row, or 0 for a text file)
 
-Four bytes a document and no text. Documents of a file are neighbours and in the order of its records.
+Four bytes a document and no text. Documents of a file are neighbours and in the order of its records; chats are as their
+rows arrange them, so that a file may be named several times and one record may be several documents.
 """
 
 import io
@@ -35,7 +36,7 @@ class Origins:
     starts: np.ndarray
     """int64 [files + 1]: first document of each file, then the number of documents."""
     records: np.ndarray
-    """int64 [documents]: increasing within a file."""
+    """int64 [documents]"""
 
     def of(self, document: int) -> Origin:
         """Where document number `document` of the entry came from."""
@@ -43,13 +44,13 @@ class Origins:
         return Origin(self.files[file], int(self.records[document]))
 
     def find(self, file: str, record: int) -> int | None:
-        """The document made from a record; None if this entry has none from it."""
+        """The first document made from a record; None if this entry has none from it."""
         for index, name in enumerate(self.files):
             if name == file:
                 start, stop = int(self.starts[index]), int(self.starts[index + 1])
-                place = start + int(np.searchsorted(self.records[start:stop], record))
-                if place < stop and self.records[place] == record:
-                    return place
+                places = np.flatnonzero(self.records[start:stop] == record)
+                if len(places):
+                    return start + int(places[0])
         return None
 
 

@@ -3,6 +3,8 @@
     NAME.bin    token ids of all documents, one after the other, any of Megatron's whole-number types
     NAME.idx    "MMIDIDX\\0\\0", version 1, dtype code, counts; then lengths int32, byte offsets int64, document ends int64
 
+    NAME.mask.bin, NAME.mask.idx    of chats: 1 for each token that is learned, else 0; the same documents, uint8
+
 Data moves both ways between Megatron-LM and this project unchanged. Files are written aside, made durable, then renamed.
 """
 
@@ -43,9 +45,10 @@ class ShardWriter:
     (a run that was thought dead) do not meet: each writes aside under a name of its own.
     """
 
-    def __init__(self, prefix: Path, *, vocab_size: int) -> None:
+    def __init__(self, prefix: Path, *, vocab_size: int, dtype: str | None = None) -> None:
+        """dtype: how ids are stored; None: as Megatron stores those of such a vocabulary."""
         self.prefix = prefix
-        self.dtype = token_dtype(vocab_size)
+        self.dtype = token_dtype(vocab_size) if dtype is None else np.dtype(dtype)
         self.vocab_size = vocab_size
         self.lengths = array("i")
         self.tokens = 0

@@ -27,6 +27,10 @@ class GenerateConfig:
     prompts: str | None = None
     """A file of texts to continue together, one a line; in a .jsonl file a JSON string or an object with "prompt". The
     output is then a JSON object for each text."""
+    chat: bool = False
+    """Each prompt is a user's message, and the text is the answer. In a .jsonl file a line may also have "messages"."""
+    chat_template: str | None = None
+    """The Jinja file or built-in template of --chat; the recipe's data.chat.template if not given."""
     n: PositiveInt = 1
     """Texts for each prompt; their seeds count up from --seed. More than one: JSON."""
     logprobs: Count | None = None
@@ -108,7 +112,8 @@ class ServeConfig:
     key_file: str | None = None
     """A file with a key that clients must send as bearer token."""
     chat_template: str | None = None
-    """A Jinja file for chat completions, or `plain` for a model that was not trained on chats."""
+    """A Jinja file for chat completions, or a built-in template: chatml, gemma2, nemotron_nano_v2, turns, or `plain` for a model
+    that was not trained on chats."""
     think_start: str | None = None
     """The marker that starts thinking, such as <think>; calls may then give `thinking_budget`."""
     think_end: str | None = None

@@ -4,12 +4,14 @@
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from data.chat.record import checked_messages
+from data.chat.template import open_template
 from data.tokenizer import Tokenizer, load_tokenizer
 from recipes.schema.errors import CheckpointError, DataError, refuse
 from recipes.schema.recipe import Recipe
@@ -22,6 +24,9 @@ from train.inference.batch_engine import EngineConfig, InferenceEngine
 from train.inference.request import Event, Request, Sampling, Token
 from train.megatron import choose_device, use_device
 from train.quantize.directory import is_quantized
+
+Prompt = str | list[dict[str, Any]]
+"""A text, or the messages of a chat."""
 
 
 @dataclass(frozen=True)
@@ -60,14 +65,16 @@ def opened(recipe: Recipe, *, checkpoint: str | None = None) -> Iterator[Opened]
 
 
 def stream_text(recipe: Recipe, config: GenerateConfig) -> Iterator[str]:
-    """Yield the prompt and then the model's text, in pieces of whole characters. Errors: see `opened`."""
+    """Yield the prompt and then the model's text, in pieces of whole characters; of a chat the answer alone. Errors: see
+    `opened`; ChatError for a prompt that the chat template cannot take."""
     with opened(recipe, checkpoint=config.checkpoint) as it:
-        ids = it.tokenizer.prompt(config.prompt)
-        (request,) = _requests(ids, config, end=it.tokenizer.eod)
+        ((ids,), stop) = _prompts(recipe, config, [config.prompt], it.tokenizer)
+        (request,) = _requests(ids, config, stop=stop)
         engine = InferenceEngine(it.model, recipe.model, EngineConfig(rows=1, context_tokens=len(ids) + config.tokens))
         engine.add(request)
         decoder = it.tokenizer.incremental_decoder()
-        yield config.prompt
+        if not config.chat:
+            yield config.prompt
         while not engine.is_idle:
             for event in engine.step():
                 if event.token is not None:
@@ -80,10 +87,12 @@ def generate_records(recipe: Recipe, config: GenerateConfig) -> Iterator[dict[st
 
     Errors: see `opened`; DataError for a file of prompts that cannot be read.
     """
-    prompts = read_prompts(Path(config.prompts)) if config.prompts is not None else [config.prompt]
+    prompts: Sequence[Prompt] = [config.prompt]
+    if config.prompts is not None:
+        prompts = read_prompts(Path(config.prompts), is_chat=config.chat)
     with opened(recipe, checkpoint=config.checkpoint) as it:
-        ids = [it.tokenizer.prompt(prompt) for prompt in prompts]
-        requests = [request for one in ids for request in _requests(one, config, end=it.tokenizer.eod)]
+        ids, stop = _prompts(recipe, config, prompts, it.tokenizer)
+        requests = [request for one in ids for request in _requests(one, config, stop=stop)]
         context = max(map(len, ids)) + config.tokens
         engine = InferenceEngine(
             it.model, recipe.model, EngineConfig(rows=min(len(requests), config.batch), context_tokens=context)
@@ -99,12 +108,24 @@ def generate_records(recipe: Recipe, config: GenerateConfig) -> Iterator[dict[st
             }
 
 
-def _requests(ids: list[int], config: GenerateConfig, *, end: int) -> list[Request]:
+def _prompts(
+    recipe: Recipe, config: GenerateConfig, prompts: Sequence[Prompt], tokenizer: Tokenizer
+) -> tuple[list[list[int]], frozenset[int]]:
+    """(ids of each prompt, ids that end a text)."""
+    end = frozenset({tokenizer.eod})
+    if not config.chat:
+        return [tokenizer.prompt(prompt) for prompt in prompts if isinstance(prompt, str)], end
+    with open_template(config.chat_template or recipe.data.chat.template, tokenizer) as template:
+        chats = [[{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt for prompt in prompts]
+        return [template.ids(chat) for chat in chats], end | template.stop_ids
+
+
+def _requests(ids: list[int], config: GenerateConfig, *, stop: frozenset[int]) -> list[Request]:
     """The `config.n` requests of one prompt; their seeds count up from the given one."""
     base = Sampling(temperature=config.temperature, top_k=config.top_k, top_p=config.top_p)
     return [
         Request(
-            ids, config.tokens, sampling=replace(base, seed=config.seed + sample), stop=frozenset({end}),
+            ids, config.tokens, sampling=replace(base, seed=config.seed + sample), stop=stop,
             top_logprobs=config.logprobs or 0,
         )
         for sample in range(config.n)
@@ -120,8 +141,9 @@ def _logprobs(tokens: list[Token], events: list[Event], count: int | None) -> di
     return found | ({"top_logprobs": [dict(token.top) for token in tokens]} if count else {})
 
 
-def read_prompts(path: Path) -> list[str]:
-    """The prompts of a file: one a line; in a file `.jsonl` a line is a JSON string, or an object with a text `prompt`."""
+def read_prompts(path: Path, *, is_chat: bool = False) -> list[Prompt]:
+    """The prompts of a file: one a line; in a file `.jsonl` a line is a JSON string, or an object with a text `prompt`, or of
+    chats with `messages`."""
     try:
         lines = [line for line in path.read_text().splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
@@ -131,8 +153,8 @@ def read_prompts(path: Path) -> list[str]:
     if not lines:
         raise DataError(f"{path} has no prompts. Write one on each line.")
     if path.suffix != ".jsonl":
-        return lines
-    prompts = []
+        return [*lines]
+    prompts: list[Prompt] = []
     for number, line in enumerate(lines, start=1):
         try:
             value = json.loads(line)
@@ -140,6 +162,12 @@ def read_prompts(path: Path) -> list[str]:
             raise DataError(
                 f"{path}: prompt {number} is not JSON ({error}). Write a JSON string or an object."
             ) from error
+        if is_chat and isinstance(value, dict) and "messages" in value:
+            try:
+                prompts.append(checked_messages(value["messages"]))
+            except ValueError as error:
+                raise DataError(f"{path}: prompt {number}: {error}.") from error
+            continue
         text = value.get("prompt") if isinstance(value, dict) else value
         if not isinstance(text, str):
             raise DataError(
