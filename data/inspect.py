@@ -17,6 +17,7 @@ from data.store.cache import is_remote
 from data.store.manifest import SPLITS, read_manifest
 from data.store.verify import Verifier
 from data.system.console import open_console, progress
+from data.system.figure import MUTED, SERIES, canvas
 from data.tokenizer import Tokenizer
 from recipes.schema.command import section
 from recipes.schema.data import DataConfig
@@ -206,49 +207,31 @@ def _verify(data: DataConfig, console: Console) -> None:
     console.print(f"{len(files):,} files match their checksums.")
 
 
-_INK, _MUTED, _GRID = "#1f2933", "#7b8794", "#e4e7eb"
-_COLORS = ("#2b6cb0", "#2f9e44", "#9c36b5", "#e67700", "#0b7285", "#c2255c")
-
-
 def draw(lengths: dict[str, np.ndarray], path: Path, *, row_tokens: int) -> None:
     """Histograms of document lengths, one panel a source: share of the source's tokens by length of their document."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot, ticker
-
     longest = max(int(some.max()) for some in lengths.values())
     shortest = min(int(some.min()) for some in lengths.values())
     edges = np.geomspace(min(shortest, row_tokens) * 0.9, max(longest, row_tokens) * 1.1, 48)
-    style = {
-        "axes.spines.right": False, "axes.spines.top": False, "font.size": 9, "text.color": _INK,
-        "axes.edgecolor": _MUTED, "axes.labelcolor": _INK, "xtick.color": _MUTED, "ytick.color": _MUTED,
-    }  # fmt: skip
-    with pyplot.rc_context(style):
-        figure, panels = pyplot.subplots(
-            len(lengths), 1, figsize=(8, 0.9 + 1.5 * len(lengths)), sharex=True, squeeze=False, layout="constrained"
-        )
+    with canvas(path, size=(8, 0.9 + 1.5 * len(lengths))) as figure:
+        panels = figure.subplots(len(lengths), 1, sharex=True, squeeze=False)
         for index, (name, some) in enumerate(lengths.items()):
             axes = panels[index, 0]
-            axes.hist(some, bins=edges, weights=some / some.sum() * 100, color=_COLORS[index % len(_COLORS)])
-            axes.axvline(row_tokens, color=_MUTED, linestyle=(0, (4, 3)), linewidth=1)
+            axes.hist(some, bins=edges, weights=some / some.sum() * 100, color=SERIES[index % len(SERIES)])
+            axes.axvline(row_tokens, color=MUTED, linestyle=(0, (4, 3)), linewidth=1)
             axes.set_title(
                 f"{name}: {len(some):,} documents, median {np.median(some):,.0f} tokens", loc="left", fontsize=9
             )
             axes.set_xscale("log")
             axes.set_ylabel("% of tokens")
-            axes.grid(axis="y", color=_GRID)
-            axes.set_axisbelow(True)
+            axes.grid(axis="y")
         top = panels[0, 0]
         top.annotate(
             f"a row ({row_tokens:,})", (row_tokens, top.get_ylim()[1]), (4, -2), textcoords="offset points",
-            color=_MUTED, fontsize=8, va="top",
+            color=MUTED, fontsize=8, va="top",
         )  # fmt: skip
         last = panels[-1, 0]
-        last.xaxis.set_major_formatter(ticker.FuncFormatter(lambda value, _: f"{value:,.0f}"))
+        last.xaxis.set_major_formatter("{x:,.0f}")
         last.set_xlabel("tokens of a document")
-        figure.savefig(path, dpi=140)
-        pyplot.close(figure)
 
 
 if __name__ == "__main__":

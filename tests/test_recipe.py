@@ -1,4 +1,4 @@
-"""Recipes: what is shipped is complete and right, what is wrong is said before anything is allocated."""
+"""Recipes: shipped ones are complete and right; mistakes are reported before anything is allocated."""
 
 import dataclasses
 import subprocess
@@ -168,13 +168,13 @@ def test_a_changed_field_is_typed_by_what_it_does(change: dict, kind: str) -> No
     assert kind == "safe" or refused([difference], ()) is not None
 
 
-def test_the_end_of_a_run_is_arithmetic_where_the_schedule_leans_on_it() -> None:
+def test_a_change_of_the_last_step_is_arithmetic_if_the_schedule_depends_on_it() -> None:
     cosine = recipe_with(**{"schedule.kind": "cosine"})
     longer = dataclasses.replace(cosine, run=dataclasses.replace(cosine.run, steps=16))
     assert [d.kind for d in differences(recipe_mapping(cosine), recipe_mapping(longer))] == ["arithmetic"]
 
 
-def test_the_end_of_a_run_is_arithmetic_where_a_phase_is_a_fraction_of_it() -> None:
+def test_a_change_of_the_last_step_is_arithmetic_if_a_phase_is_a_fraction_of_the_run() -> None:
     part = recipe_with(**{"schedule.kind": "constant", "schedule.warmup": 0.5})
     longer = dataclasses.replace(part, run=dataclasses.replace(part.run, steps=16))
     assert [d.kind for d in differences(recipe_mapping(part), recipe_mapping(longer))] == ["arithmetic"]

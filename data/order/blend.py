@@ -8,6 +8,7 @@ index array is stored; start-up time and memory do not depend on the corpus.
 
 import hashlib
 import math
+from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -192,14 +193,7 @@ class Blend:
 
     def _position_of(self, source: int, nth: int, stop: int) -> int:
         """Position of the nth draw (from 0) of a source; it is below `stop`."""
-        low, high = 0, stop  # invariant: drawn(low) <= nth < drawn(high)
-        while high - low > 1:
-            middle = (low + high) // 2
-            if self.curriculum.drawn(middle)[source] <= nth:
-                low = middle
-            else:
-                high = middle
-        return low
+        return bisect_right(range(1, stop), nth, key=lambda position: self.curriculum.drawn(position)[source])
 
     def _window(self, position: int) -> tuple[int, Draw]:
         """The window of the order that contains a position: its start, and its draws."""

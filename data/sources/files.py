@@ -141,7 +141,8 @@ class Plain:
 
     def __init__(self, name: str, *, max_expansion: int, start: int = 0) -> None:
         self._name = without_credentials(name)
-        self._stored = _Counting(_open_at(name, start), name)
+        self._file = _open_at(name, start)
+        self._stored = _Counting(self._file)
         self._max_expansion = max_expansion
         plain: Any = self._stored
         self._suffix = Path(name.split("?")[0]).suffix.lower()
@@ -189,7 +190,7 @@ class Plain:
         return self
 
     def __exit__(self, *ended: object) -> None:
-        self._stored.close()
+        self._file.close()
 
 
 def check_expansion(name: str, given: int, stored: int, most: int) -> None:
@@ -270,9 +271,8 @@ def expand_braces(path: str) -> list[str]:
 class _Counting(io.RawIOBase):
     """A stream that counts what is read through it."""
 
-    def __init__(self, stream: IO[bytes], name: str) -> None:
+    def __init__(self, stream: Any) -> None:
         self._stream = stream
-        self.name = name
         self.count = 0
 
     def readable(self) -> bool:
@@ -283,10 +283,6 @@ class _Counting(io.RawIOBase):
         buffer[: len(content)] = content
         self.count += len(content)
         return len(content)
-
-    def close(self) -> None:
-        self._stream.close()
-        super().close()
 
 
 class _Members:
@@ -321,25 +317,19 @@ class _Members:
                 return content
 
 
-class _Bounded(io.RawIOBase):
+class _Bounded(_Counting):
     """Decompressed bytes, checked as they come."""
 
     def __init__(self, owner: Plain, stream: Any) -> None:
+        super().__init__(stream)
         self._owner = owner
-        self._stream = stream
-        self._given = 0
-
-    def readable(self) -> bool:
-        return True
 
     def readinto(self, buffer: Any) -> int:
-        content = self._stream.read(len(buffer))
-        buffer[: len(content)] = content
-        self._given += len(content)
-        if not content:
+        size = super().readinto(buffer)
+        if not size:
             self._owner.check_end()
-        self._owner.check(self._given)
-        return len(content)
+        self._owner.check(self.count)
+        return size
 
 
 def _matching(place: str, pattern: str, hidden: list[str]) -> list[File]:

@@ -9,9 +9,11 @@ from typing import Any
 
 import numpy as np
 
+from recipes.schema.errors import DataError
 
-class Unencodable(ValueError):
-    """A text that a tokenizer library cannot encode."""
+
+class Unencodable(DataError):
+    """A text that a tokenizer library cannot encode. The message follows the name of the text."""
 
 
 LARGEST_VOCAB = 1 << 24

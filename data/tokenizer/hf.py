@@ -10,7 +10,8 @@ encodes, the beginning of one text in every million characters is encoded both w
 import contextlib
 import functools
 import json
-from collections.abc import Iterable, Sequence
+import math
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ FILE = "tokenizer.json"
 _COMPARED_CHARACTERS = 2048
 """Characters that both libraries encode, of every _COMPARED_EVERY: about a hundredth of the encoding time."""
 _COMPARED_EVERY = 1 << 20
+_MOST_GROWTH = 1000
 
 
 class HuggingFace(Backend):
@@ -87,7 +89,8 @@ class HuggingFace(Backend):
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text."""
-        return self._as_text(self._library.encode(text, add_special_tokens=False).ids)
+        with _giving_up():
+            return self._as_text(self._library.encode(text, add_special_tokens=False).ids)
 
     def encode_batch(self, texts: list[str], threads: int) -> list[np.ndarray]:
         """Ids of several texts. DataError if the two libraries differ on the beginning of one."""
@@ -98,10 +101,9 @@ class HuggingFace(Backend):
                 self._compare(texts[0][:_COMPARED_CHARACTERS])
             with contextlib.suppress(Unencodable):  # this library may encode a text that tiktoken cannot
                 return encode_batch(self._fast, texts, threads)
-        return [
-            np.asarray(self._as_text(e.ids), dtype=np.int64)
-            for e in self._library.encode_batch_fast(texts, add_special_tokens=False)
-        ]
+        with _giving_up():
+            encoded = self._library.encode_batch_fast(texts, add_special_tokens=False)
+        return [np.asarray(self._as_text(each.ids), dtype=np.int64) for each in encoded]
 
     def _compare(self, text: str) -> None:
         if self._fast.encode_ordinary(text) != self.encode(text):
@@ -218,10 +220,26 @@ class HuggingFace(Backend):
         self._library.save(str(path))
 
 
+@contextlib.contextmanager
+def _giving_up() -> Iterator[None]:
+    """Unencodable where the library's Rust code panics: a pattern of the file takes too many steps on a text. A panic is not an
+    Exception."""
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit, DataError):
+        raise
+    except BaseException as error:
+        raise Unencodable(
+            f"cannot be cut into tokens: tokenizers gives up ({printable(str(error), most=200)})"
+        ) from error
+
+
 def load(path: Path, content: bytes, *, fast: bool = True) -> HuggingFace:
     """Read a `tokenizer.json`. path: of the file, for messages. DataError if it cannot be read."""
     try:
-        _check_special_tokens(json.loads(content))
+        parsed = json.loads(content)
+        _check_special_tokens(parsed)
+        _check_growth(parsed)
         tokenizer = HuggingFace(Library.from_buffer(content), fast=fast)
         tokenizer.encode("a")
         return tokenizer
@@ -245,6 +263,27 @@ def _check_special_tokens(parsed: Any) -> None:
         taken = names.setdefault(entry["id"], entry["content"])
         if taken != entry["content"]:
             raise ValueError(f"its added token {entry['content']!r} has the id {entry['id']} of the token {taken!r}")
+
+
+def _check_growth(parsed: dict[str, Any]) -> None:
+    """ValueError if the file's replacements can make a text _MOST_GROWTH times longer: nine steps that write ten letters for one
+    turn a letter into gigabytes."""
+    for part in ("normalizer", "decoder"):
+        growth = _growth(parsed.get(part))
+        if growth > _MOST_GROWTH:
+            raise ValueError(f"its {part} can make a text {growth:,.0f} times longer; at most {_MOST_GROWTH} is taken")
+
+
+def _growth(step: Any) -> float:
+    """How many times longer one step of a normaliser or decoder can make a text."""
+    match step:
+        case {"type": "Sequence", "normalizers": inner} | {"type": "Sequence", "decoders": inner}:
+            return math.prod(map(_growth, inner))
+        case {"type": "Replace", "pattern": {"String": pattern}, "content": content} if pattern:
+            return max(1.0, len(content.encode()) / len(pattern.encode()))
+        case {"type": "Replace", "content": content}:  # a regular expression may match single letters
+            return 1.0 + len(content.encode())
+    return 1.0
 
 
 def train(texts: Iterable[str], config: TokenizerConfig) -> HuggingFace:

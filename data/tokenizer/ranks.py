@@ -205,7 +205,7 @@ def encode_batch(encoding: tiktoken.Encoding, texts: list[str], threads: int) ->
         try:
             return encoding.encode_to_numpy(text, disallowed_special=())
         except ValueError as error:  # hundreds of thousands of blanks in a row: its regular expressions have a bound
-            raise Unencodable(f"is a text that tiktoken cannot cut into pieces: {error}") from error
+            raise Unencodable(f"cannot be cut into tokens: tiktoken gives up ({error})") from error
 
     if threads == 1 or len(texts) == 1:
         return [encode(text) for text in texts]

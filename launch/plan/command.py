@@ -177,6 +177,7 @@ def as_json(plan: Plan, *, ranks: bool) -> dict[str, Any]:
         "step_memory_bytes_per_gpu": {name: part.memory_bytes for name, part in plan.traffic.parts.items()},
         "step_wire_bytes_per_gpu": plan.traffic.wire_bytes,
         "step_time_parts_s": dict(plan.time.parts),
+        "decode": [asdict(speed) for speed in plan.decode],
         "stages": [
             {
                 "stage": stage,

@@ -10,7 +10,7 @@ from typing import Any
 
 from rich.table import Table
 
-from launch.figure import canvas
+from data.system.figure import canvas
 from launch.plan.cost.goodput import (
     LLAMA_NODE_MTBF_S,
     Failures,

@@ -10,7 +10,7 @@ from typing import Any
 
 from rich.table import Table
 
-from launch.figure import canvas
+from data.system.figure import canvas
 from launch.plan.cost.device import Device
 from launch.plan.goodput import Goodput, goodput_of
 from launch.plan.planner import Plan

@@ -147,6 +147,8 @@ def name_problems(name: str) -> list[Problem]:
         why = f"contains {', '.join(ascii(character) for character in odd[:3])}, which a folder's name should not"
     elif name.startswith("/"):
         why = "starts with `/`; run.folder says where runs are"
+    elif name.startswith("-"):
+        why = "starts with `-`, which commands would read as an option"
     elif any(part.strip() in ("", ".", "..") for part in parts):
         why = "has an empty part, `.` or `..`, and would leave run.folder or share another run's"
     elif any(len(part.encode()) > _LONGEST_NAME for part in parts):

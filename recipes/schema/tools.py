@@ -17,6 +17,8 @@ from recipes.schema.fields import (
     TemperatureOrZero,
 )
 
+DraftTokens = Annotated[int, Range(ge=1, le=64)]
+
 
 @dataclass(frozen=True)
 class GenerateConfig:
@@ -49,6 +51,11 @@ class GenerateConfig:
     """Seed of the random choices: the same seed and checkpoint give the same text."""
     checkpoint: str | None = None
     """A checkpoint folder, or a folder of `stratum hf export --quantize`; the newest checkpoint of the run if not given."""
+    speculate: str | None = None
+    """Guess tokens and check several at once: `lookup` (in the text itself), or the run or checkpoint of a small model with the
+    same tokenizer. Changes the speed, not the distribution of texts."""
+    draft_tokens: DraftTokens = 4
+    """Guesses for a text at a time at most, with --speculate."""
 
 
 @dataclass(frozen=True)
@@ -107,6 +114,12 @@ class ServeConfig:
     """Tokens read at once at most: how long a new prompt delays the other requests."""
     prefix_blocks: Count = 256
     """Blocks of 128 tokens of prompts that are stored for later prompts which begin the same; 0: none."""
+    speculate: str | None = None
+    """Guess tokens and check several at once: `lookup` (in the text itself), or the run or checkpoint of a small model with the
+    same tokenizer. Changes the speed, not the distribution of texts. A
+    call may give `draft_tokens`: 0 turns it off."""
+    draft_tokens: DraftTokens = 4
+    """Guesses for a text at a time at most, with --speculate."""
     body_mib: PositiveFloat = 4
     """MiB of the largest body of a call."""
     key_file: str | None = None

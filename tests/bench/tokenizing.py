@@ -5,7 +5,7 @@
                            IndexedDatasetBuilder
     datasets.map           load_dataset("json") and a batched map with a fast tokenizer of transformers
 
-All with the same vocabulary (tekken, 131,072) and the same documents, one thread, each in a process of its own; the clock
+All with the same vocabulary (tekken, 131,072) and the same documents, one thread, each in a separate process; the clock
 starts when everything is imported and the tokenizer loaded. Per core means by CPU time, so that a busy machine disturbs it
 less; wall time is shown beside it. The ids of every document are compared. tekken's file comes out of the mistral-common
 package, fetched once into runs/bench.
@@ -118,7 +118,7 @@ def run(way: str) -> dict[str, Any]:
 
 
 def digest(documents: Iterable[np.ndarray]) -> str:
-    """Of the ids of all documents, whatever their order."""
+    """Hash of the ids of all documents, in any order."""
     each = sorted(hashlib.sha256(ids.astype("<i4").tobytes()).digest() for ids in documents)
     return hashlib.sha256(b"".join(each)).hexdigest()
 

@@ -79,7 +79,7 @@ def test_questions_without_an_answer_say_why(prepared: DataConfig) -> None:
 
 
 def command(program, tmp_path: Path, config: DataConfig, *words: str) -> int:
-    """Run a command over a recipe of its own, as from a shell."""
+    """Run a command with a separate recipe, as from a shell."""
     plain = json.loads(json.dumps(asdict(config)))
     (tmp_path / "own").mkdir(exist_ok=True)
     (tmp_path / "own" / "mine.yaml").write_text(yaml.safe_dump({"run": {"steps": 40, "global_rows": 4}, "data": plain}))

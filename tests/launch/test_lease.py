@@ -184,7 +184,7 @@ def test_a_damaged_lease_is_named(tmp_path: Path) -> None:
         take(tmp_path, what="a")
 
 
-def test_an_owner_that_was_taken_for_dead_writes_nothing_more(tmp_path: Path) -> None:
+def test_an_owner_whose_lease_was_taken_over_stops_writing(tmp_path: Path) -> None:
     program = (
         "import sys\nfrom pathlib import Path\nfrom dataclasses import asdict\n"
         "from launch import lease\nfrom train.resilience.lease import run_lease\n"

@@ -68,7 +68,7 @@ def test_every_question_to_slurm_ends_after_ten_seconds() -> None:
     assert queue.QUESTION_LIMIT_S == 10.0 and queue._slurm.__kwdefaults__ == {"limit_s": 10.0}
 
 
-def test_a_dead_run_is_called_dead(run: RunFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_dead_run_is_shown_as_dead(run: RunFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     slurm(tmp_path, "echo 'slurm_load_jobs error: Invalid job id specified' >&2; exit 1", monkeypatch)
     assert "dead: no process trains it, and no job of it waits or runs" in describe(run, Queue())
     program = (

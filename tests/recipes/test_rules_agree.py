@@ -64,7 +64,7 @@ def planned_problems(recipe: Recipe, world: int) -> list[str]:
 
 
 def trainer_problems(recipe: Recipe, world: int) -> list[str]:
-    """What the trainer says before it opens or builds anything."""
+    """The trainer's complaints before it opens or builds anything."""
     try:
         check_start(recipe, world=world)
     except RecipeError as error:

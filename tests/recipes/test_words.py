@@ -1,4 +1,4 @@
-"""The words of a command line mean what a user wrote, and what cannot be read is quoted for them."""
+"""Words of a command line keep the meaning that the user wrote; words that cannot be read are quoted in the error."""
 
 import json
 import shlex
@@ -18,7 +18,7 @@ from recipes.schema.recipe import Recipe
 
 
 def read(word: str) -> object:
-    """The value Hydra reads from one word, as the door hands it over."""
+    """The value that Hydra reads from one word, as our command line passes it on."""
     return OverridesParser.create().parse_override(text_words(["program", word])[1]).value()
 
 
@@ -50,13 +50,13 @@ def test_a_text_field_takes_its_value_as_written(word: str) -> None:
 
 
 @given(st.text(st.characters(codec="ascii", exclude_characters="\n\r$")))
-def test_whatever_text_is_written_is_read(text: str) -> None:
+def test_any_text_reads_back_as_written(text: str) -> None:
     plain = {"null": None}.get(text.strip().lower(), text)
     if text[:1] not in ("'", '"', "[") and text == text.strip() and "\\" not in text and plain is not None:
         assert read(f"run.name={text}") == text
 
 
-def test_numbers_lists_nothing_quotes_and_references_stay_what_they_are() -> None:
+def test_numbers_lists_null_quotes_and_references_keep_their_types() -> None:
     assert read("optim.lr=1e-3") == 1e-3 and read("data.phases=[]") == []
     assert read("objective.teacher=null") is None and read("run.name='a b'") == "a b"
     assert read("objective.teacher=${compress.parent}") == "${compress.parent}"

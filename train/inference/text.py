@@ -1,6 +1,6 @@
-"""Texts from a checkpoint of a run: one as a stream of whole characters, or many of a batch as records.
+"""Generates text from a checkpoint of a run: one text as a stream of whole characters, or a batch of texts as records.
 
-`opened` gives other callers the same model and tokenizer, checked against each other.
+Other callers get the same model, tokenizer and drafter from `opened`, which checks that they match.
 """
 
 import json
@@ -14,19 +14,24 @@ from data.chat.record import checked_messages
 from data.chat.template import open_template
 from data.tokenizer import Tokenizer, load_tokenizer
 from recipes.schema.errors import CheckpointError, DataError, refuse
+from recipes.schema.read import recipe_from_mapping
 from recipes.schema.recipe import Recipe
 from recipes.schema.rules import reading_problems
 from recipes.schema.teacher_rules import tokenizer_problems
 from recipes.schema.tools import GenerateConfig
-from train.build import model_on_one_rank, open_tokenizer
+from train.build import models_for_inference, open_tokenizer
 from train.checkpoint.manager import CheckpointFolder, checkpoint_at
 from train.inference.batch_engine import EngineConfig, InferenceEngine
+from train.inference.draft_model import DraftModel
+from train.inference.drafters import Drafter, PromptLookup
 from train.inference.request import Event, Request, Sampling, Token
 from train.megatron import choose_device, use_device
 from train.quantize.directory import is_quantized
 
 Prompt = str | list[dict[str, Any]]
 """A text, or the messages of a chat."""
+LOOKUP = "lookup"
+"""The value of --speculate that needs no draft model."""
 
 
 @dataclass(frozen=True)
@@ -36,19 +41,21 @@ class Opened:
     model: Any
     tokenizer: Tokenizer
     checkpoint: Path
+    drafter: Drafter | None = None
+    """For one engine."""
 
     @property
     def fingerprint(self) -> str:
-        """Identifies weights and tokenizer in the keys of the prefix cache of one process."""
+        """Identifies weights and tokenizer in the keys of the prefix cache."""
         return f"{self.checkpoint.resolve()} {self.tokenizer.fingerprint}"
 
 
 @contextmanager
-def opened(recipe: Recipe, *, checkpoint: str | None = None) -> Iterator[Opened]:
+def opened(recipe: Recipe, *, checkpoint: str | None = None, speculate: str | None = None) -> Iterator[Opened]:
     """The model of a run with the weights of its newest checkpoint, or of the given one.
 
-    For a run without a checkpoint, `run.start_from` is read instead. Raises CheckpointError if there is neither, or if the
-    checkpoint was trained with another tokenizer.
+    For a run without a checkpoint, `run.start_from` is read instead. speculate: `lookup`, or the run or checkpoint of a draft
+    model. Raises CheckpointError if there is no checkpoint, or if one was trained with another tokenizer.
     """
     refuse(reading_problems(recipe))
     device = choose_device(recipe.run.device)
@@ -60,17 +67,28 @@ def opened(recipe: Recipe, *, checkpoint: str | None = None) -> Iterator[Opened]
     refuse(
         tokenizer_problems(str(path), fingerprint, ours, where=str(tokenizer_file), otherwise=another), CheckpointError
     )
-    with model_on_one_rank(recipe, path, device=device) as model:
-        yield Opened(model, tokenizer, path)
+    draft = []
+    if speculate not in (None, LOOKUP):
+        place, manifest = checkpoint_at(speculate)
+        text = "name a draft model with that tokenizer (--speculate)"
+        where = str(tokenizer_file)
+        refuse(tokenizer_problems(str(place), manifest.tokenizer, ours, where=where, otherwise=text), CheckpointError)
+        # Its caches are in the model's memory and number format.
+        draft = [(replace(recipe_from_mapping(manifest.recipe), precision=recipe.precision), place)]
+    with models_for_inference([(recipe, path), *draft], device=device) as (model, *others):
+        drafter: Drafter | None = PromptLookup() if speculate == LOOKUP else None
+        if others:
+            drafter = DraftModel(others[0], draft[0][0].model)
+        yield Opened(model, tokenizer, path, drafter)
 
 
 def stream_text(recipe: Recipe, config: GenerateConfig) -> Iterator[str]:
     """Yield the prompt and then the model's text, in pieces of whole characters; of a chat the answer alone. Errors: see
     `opened`; ChatError for a prompt that the chat template cannot take."""
-    with opened(recipe, checkpoint=config.checkpoint) as it:
+    with opened(recipe, checkpoint=config.checkpoint, speculate=config.speculate) as it:
         ((ids,), stop) = _prompts(recipe, config, [config.prompt], it.tokenizer)
         (request,) = _requests(ids, config, stop=stop)
-        engine = InferenceEngine(it.model, recipe.model, EngineConfig(rows=1, context_tokens=len(ids) + config.tokens))
+        engine = _engine(recipe, it, config, rows=1, context=len(ids) + config.tokens)
         engine.add(request)
         decoder = it.tokenizer.incremental_decoder()
         if not config.chat:
@@ -90,13 +108,11 @@ def generate_records(recipe: Recipe, config: GenerateConfig) -> Iterator[dict[st
     prompts: Sequence[Prompt] = [config.prompt]
     if config.prompts is not None:
         prompts = read_prompts(Path(config.prompts), is_chat=config.chat)
-    with opened(recipe, checkpoint=config.checkpoint) as it:
+    with opened(recipe, checkpoint=config.checkpoint, speculate=config.speculate) as it:
         ids, stop = _prompts(recipe, config, prompts, it.tokenizer)
         requests = [request for one in ids for request in _requests(one, config, stop=stop)]
         context = max(map(len, ids)) + config.tokens
-        engine = InferenceEngine(
-            it.model, recipe.model, EngineConfig(rows=min(len(requests), config.batch), context_tokens=context)
-        )
+        engine = _engine(recipe, it, config, rows=min(len(requests), config.batch), context=context)
         for place, events in enumerate(engine.run(requests)):
             tokens = [event.token for event in events if event.token is not None]
             yield {
@@ -105,6 +121,7 @@ def generate_records(recipe: Recipe, config: GenerateConfig) -> Iterator[dict[st
                 "text": it.tokenizer.decode([token.id for token in tokens]),
                 "finish": events[-1].finish,
                 **_logprobs(tokens, events, config.logprobs),
+                **(_speculation(events) if it.drafter is not None else {}),
             }
 
 
@@ -118,6 +135,18 @@ def _prompts(
     with open_template(config.chat_template or recipe.data.chat.template, tokenizer) as template:
         chats = [[{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt for prompt in prompts]
         return [template.ids(chat) for chat in chats], end | template.stop_ids
+
+
+def _engine(recipe: Recipe, it: Opened, config: GenerateConfig, *, rows: int, context: int) -> InferenceEngine:
+    sizes = EngineConfig(rows=rows, context_tokens=context, draft_tokens=config.draft_tokens)
+    return InferenceEngine(it.model, recipe.model, sizes, drafter=it.drafter)
+
+
+def _speculation(events: list[Event]) -> dict[str, Any]:
+    """How many tokens were guessed, how many of these were right, and in how many steps the text was written."""
+    steps = [event.guesses for event in events if event.guesses is not None]
+    right = sum(event.token.is_guessed for event in events if event.token is not None)
+    return {"speculation": {"guessed": sum(steps), "accepted": right, "steps": len(steps)}}
 
 
 def _requests(ids: list[int], config: GenerateConfig, *, stop: frozenset[int]) -> list[Request]:
@@ -142,8 +171,8 @@ def _logprobs(tokens: list[Token], events: list[Event], count: int | None) -> di
 
 
 def read_prompts(path: Path, *, is_chat: bool = False) -> list[Prompt]:
-    """The prompts of a file: one a line; in a file `.jsonl` a line is a JSON string, or an object with a text `prompt`, or of
-    chats with `messages`."""
+    """The prompts of a file, one per line. A line of a `.jsonl` file is a JSON string, or an object with the text `prompt`; of
+    chats also an object with `messages`."""
     try:
         lines = [line for line in path.read_text().splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
@@ -178,7 +207,7 @@ def read_prompts(path: Path, *, is_chat: bool = False) -> list[Prompt]:
 
 
 def _weights_of(recipe: Recipe, checkpoint: str | None) -> tuple[Path, str]:
-    """(checkpoint or directory of quantised weights, fingerprint of its tokenizer; empty if it has none)."""
+    """(checkpoint or directory of quantised weights, fingerprint of its tokenizer; empty if not known)."""
     if checkpoint is not None and is_quantized(Path(checkpoint)):
         path = Path(checkpoint)
         file = next((path / name for name in ("tokenizer.json", "tokenizer.model") if (path / name).is_file()), None)

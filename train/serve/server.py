@@ -1,4 +1,4 @@
-"""From a recipe to a running server: model, engine, worker, HTTP."""
+"""Builds a running server from a recipe: model, engine, worker, HTTP."""
 
 import asyncio
 import signal
@@ -27,7 +27,10 @@ _GIB = 2**30
 
 def serve(recipe: Recipe, config: ServeConfig, listener: socket.socket, *, key: str | None) -> int:
     """Serve until SIGTERM or SIGINT. -> exit status: 0, or 1 if the engine failed."""
-    with opened(recipe, checkpoint=config.checkpoint) as loaded, _template(config, loaded.tokenizer) as template:
+    with (
+        opened(recipe, checkpoint=config.checkpoint, speculate=config.speculate) as loaded,
+        _template(config, loaded.tokenizer) as template,
+    ):
         engine = InferenceEngine(
             loaded.model,
             recipe.model,
@@ -37,7 +40,9 @@ def serve(recipe: Recipe, config: ServeConfig, listener: socket.socket, *, key: 
                 memory_bytes=None if config.memory_gib is None else int(config.memory_gib * _GIB),
                 step_tokens=config.step_tokens,
                 prefix_blocks=config.prefix_blocks,
+                draft_tokens=config.draft_tokens,
             ),
+            drafter=loaded.drafter,
             fingerprint=loaded.fingerprint,
         )
         thinking = _thinking(config, loaded.tokenizer)
@@ -52,14 +57,14 @@ def serve(recipe: Recipe, config: ServeConfig, listener: socket.socket, *, key: 
             server = uvicorn.Server(
                 uvicorn.Config(app, log_level="warning", lifespan="off", timeout_graceful_shutdown=config.drain_s)
             )
-            listener.listen(1024)  # who reads the address below may connect at once, before uvicorn accepts
+            listener.listen(1024)  # a client that reads the address below may connect before uvicorn accepts
             host, port = listener.getsockname()[:2]
             address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
             sys.stdout.write(f"Serving {printable(name)} ({loaded.checkpoint}) at http://{address}\n")
             if not key and host not in ("127.0.0.1", "::1"):
                 sys.stdout.write("Anyone who reaches this address can use it: there is no --key-file.\n")
             sys.stdout.flush()
-            # uvicorn ends on SIGTERM and SIGINT, then raises them again for the handlers that were there before it.
+            # uvicorn stops at SIGTERM and SIGINT, then raises them again for the previous handlers: those must do nothing.
             for number in (signal.SIGTERM, signal.SIGINT):
                 signal.signal(number, _no_action)
             async with _ending_with(worker, server):
@@ -78,7 +83,7 @@ def _no_action(_number: int, _frame: object) -> None:
 
 @asynccontextmanager
 async def _ending_with(worker: Worker, server: uvicorn.Server) -> AsyncIterator[None]:
-    """Let the server end when the engine has ended."""
+    """Stop the server when the engine has stopped."""
 
     async def watch() -> None:
         await asyncio.shield(worker.ended)
@@ -103,11 +108,11 @@ def _template(config: ServeConfig, tokenizer: Tokenizer) -> Iterator[ChatTemplat
 
 
 def _thinking(config: ServeConfig, tokenizer: Tokenizer) -> Thinking | None:
-    """The markers as token ids, with no budget yet."""
+    """The markers as token ids; the budget is set by each call."""
     if config.think_start is None and config.think_end is None:
         return None
     if not config.think_start or not config.think_end:
-        raise RecipeError("--think-start and --think-end belong together: give both or none.")
+        raise RecipeError("--think-start and --think-end belong together: give both or neither.")
     start, end = (_marker_ids(tokenizer, marker) for marker in (config.think_start, config.think_end))
     newlines = frozenset(id for id in range(tokenizer.vocab_size) if tokenizer.bytes_of(id).endswith(b"\n"))
     return Thinking(budget=0, start=start, end=end, newlines=newlines)

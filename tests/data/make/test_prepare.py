@@ -1,4 +1,4 @@
-"""Preparing: what comes out is what went in, the same whatever the workers, and bad input costs nothing."""
+"""Preparing: the shards contain the input texts, for any number of workers, and bad input loses no data."""
 
 import gzip
 import hashlib
@@ -152,7 +152,7 @@ def test_each_source_may_hold_out_its_own_share_or_all(prepared: DataConfig, tex
 
 
 @pytest.mark.parametrize("value", [-0.1, 1.5, float("nan"), "all"])
-def test_shares_that_cannot_be_held_out(value: object) -> None:
+def test_impossible_held_out_shares_are_refused(value: object) -> None:
     with pytest.raises(DataError, match=r"data\.sources\.a\.heldout_fraction"):
         build(DataConfig, {"sources": {"a": {"path": "x", "heldout_fraction": value}}}, "data")
 

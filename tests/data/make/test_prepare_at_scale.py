@@ -1,4 +1,4 @@
-"""Preparing in many hands: the same bytes with any number of workers and tasks, and after any number of kills."""
+"""Preparing with many processes: the same bytes with any number of workers and tasks, and after any number of kills."""
 
 import gzip
 import hashlib
@@ -92,7 +92,7 @@ def elsewhere(config: DataConfig, name: str, **changes: object) -> DataConfig:
     return replace(config, folder=str(Path(config.folder).parent / name), **changes)  # type: ignore[arg-type]
 
 
-def test_every_record_lies_in_one_shard_and_is_found_again(config: DataConfig, whole: dict[str, str]) -> None:
+def test_every_record_is_in_exactly_one_shard_and_is_found_again(config: DataConfig, whole: dict[str, str]) -> None:
     folder = Path(config.folder)
     manifest = read_manifest(folder, verify=True)
     tokenizer = load_tokenizer(folder / manifest.tokenizer.file, config.tokenizer)
@@ -153,7 +153,7 @@ def test_any_number_of_tasks_gives_the_same_bytes(config: DataConfig, whole: dic
 
 
 @pytest.mark.parametrize("text", ["", "3", "3/3", "-1/3", "all", "1/2/3"])
-def test_tasks_that_are_none(text: str) -> None:
+def test_array_tasks_out_of_range_are_refused(text: str) -> None:
     with pytest.raises(DataError, match="is not a task"):
         parse_task(text)
 
@@ -190,12 +190,7 @@ def test_ten_random_kills_change_nothing(config: DataConfig, whole: dict[str, st
         folder = Path(other.folder)
         finished: dict[Path, int] = {}
         while True:
-            child = os.fork()
-            if child == 0:
-                try:
-                    prepare(other, console=QUIET)
-                finally:
-                    os._exit(0)
+            child = preparing_process(other)
             deadline = time.monotonic() + draw.uniform(0.0, 0.5 if other.workers == 1 else 2.0)
             killed = False
             while os.waitpid(child, os.WNOHANG) == (0, 0):
@@ -213,8 +208,19 @@ def test_ten_random_kills_change_nothing(config: DataConfig, whole: dict[str, st
         assert digests(folder) == whole
 
 
-def test_a_large_compressed_file_is_finished_where_it_was_killed(tmp_path: Path) -> None:
-    """kill -9 as soon as a shard inside the file is finished: that shard is kept, its texts are not tokenized again."""
+def preparing_process(config: DataConfig) -> int:
+    """A child process that prepares. -> its id."""
+    child = os.fork()
+    if child == 0:
+        try:
+            prepare(config, console=QUIET)
+        finally:
+            os._exit(0)
+    return child
+
+
+def test_a_large_compressed_file_continues_after_a_kill(tmp_path: Path) -> None:
+    """kill -9 as soon as a shard inside the file is finished: that shard stays, and its texts are not tokenized again."""
     draw = random.Random(3)
     for name in "ab":  # one job for both, as they are small as stored
         lines = [
@@ -241,12 +247,7 @@ def test_a_large_compressed_file_is_finished_where_it_was_killed(tmp_path: Path)
     other = replace(config, folder=str(folder))
     finished: dict[Path, int] = {}
     for kill in (1, 2):
-        child = os.fork()
-        if child == 0:
-            try:
-                prepare(other, console=QUIET)
-            finally:
-                os._exit(0)
+        child = preparing_process(other)
         while len(list(folder.glob("s/*-*.json"))) < kill:
             assert os.waitpid(child, os.WNOHANG) == (0, 0)
             time.sleep(0.005)
@@ -267,7 +268,7 @@ def test_a_large_compressed_file_is_finished_where_it_was_killed(tmp_path: Path)
 
 
 def test_a_worker_that_dies_is_named(config: DataConfig) -> None:
-    """As the kernel kills a process that takes too much memory; what was finished is kept."""
+    """As the kernel kills a process that takes too much memory; finished shards stay."""
     other = elsewhere(config, "dies", workers=2)
     prepare(other, console=QUIET, task="plan")
     child = os.fork()
@@ -323,9 +324,7 @@ def test_max_bytes_ends_at_the_same_document_in_any_cut(config: DataConfig) -> N
     assert counts[0] == counts[1]
 
 
-def test_existing_megatron_sets_are_read_where_they_lie(
-    config: DataConfig, whole: dict[str, str], tmp_path: Path
-) -> None:
+def test_existing_megatron_sets_are_read_in_place(config: DataConfig, whole: dict[str, str], tmp_path: Path) -> None:
     import torch
     from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 

@@ -1,4 +1,4 @@
-"""What went wrong with files as they are in the world, and must not again: one test for each fault."""
+"""Faults that real files caused: one test for each."""
 
 import bz2
 import json
@@ -67,7 +67,7 @@ def said_by(config: DataConfig) -> str:
 
 
 def test_a_text_that_one_source_holds_out_is_held_out_of_all(tmp_path: Path) -> None:
-    """Each source begins with texts that lie in the middle of another."""
+    """Each source begins with texts from the middle of another."""
     texts = [f"{n} {WORDS} {n * n}" for n in range(40)]
     config = config_of(
         tmp_path,
@@ -81,7 +81,7 @@ def test_a_text_that_one_source_holds_out_is_held_out_of_all(tmp_path: Path) -> 
     assert not set.union(*held.values()) & set.union(*trained.values())
 
 
-def test_hidden_files_are_left_out_and_said(tmp_path: Path) -> None:
+def test_hidden_files_are_left_out_and_reported(tmp_path: Path) -> None:
     jsonl(tmp_path / "in" / "a.jsonl", [f"{n} {WORDS}" for n in range(9)])
     (tmp_path / "in" / ".cache" / "huggingface").mkdir(parents=True)
     (tmp_path / "in" / ".cache" / "huggingface" / "a.metadata").write_text("junk")
@@ -250,7 +250,7 @@ def test_a_set_of_the_hub_that_grew_is_noticed(tmp_path: Path, monkeypatch: pyte
     assert read_manifest(tmp_path / "new").sources["a"].count("train", "documents") > 20
 
 
-def test_the_order_in_which_sources_are_written_decides_nothing(tmp_path: Path) -> None:
+def test_the_order_of_sources_in_the_recipe_does_not_change_the_data(tmp_path: Path) -> None:
     paths = {name: jsonl(tmp_path / f"{name}.jsonl", [f"{name} {n} {WORDS}" for n in range(30)]) for name in "bca"}
     config = config_of(tmp_path, **paths)
     prepare(config, console=QUIET)
@@ -259,7 +259,7 @@ def test_the_order_in_which_sources_are_written_decides_nothing(tmp_path: Path) 
     assert (one.tokens == two.tokens).all() and (one.source == two.source).all()
 
 
-def test_documents_added_to_a_set_leave_its_held_out_part_held_out(tmp_path: Path) -> None:
+def test_documents_held_out_stay_held_out_when_the_set_grows(tmp_path: Path) -> None:
     tokenizer = load_tokenizer_of(tmp_path)
     held = []
     for count in (100, 160):
@@ -281,9 +281,7 @@ def load_tokenizer_of(tmp_path: Path):
     return load_tokenizer(tmp_path / "tokenizer.json", TokenizerConfig())
 
 
-def test_a_server_that_fails_once_while_planning_is_asked_again(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_request_that_fails_once_while_planning_is_repeated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     jsonl(tmp_path / "a.jsonl", [f"{n} {WORDS}" for n in range(20)])
     real, asked = shard_work.cut, []
 

@@ -1,4 +1,4 @@
-"""Compiled libraries: proven before they are loaded, built again where wrong, never loaded from where others can write."""
+"""Compiled libraries: checked before they are loaded, built again if wrong, never loaded from a place where others can write."""
 
 import ctypes
 import logging
@@ -19,7 +19,7 @@ EIGHT = SEVEN.replace("7", "8")
 
 @pytest.fixture
 def source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A C source of the test's own, and an empty cache."""
+    """A C source for the test, and an empty cache."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.delenv("STRATUM_NATIVE", raising=False)
     path = tmp_path / f"seven{os.getpid()}.c"
@@ -71,7 +71,7 @@ def of_another_source(path: Path, tmp_path: Path) -> None:
 def test_a_library_that_is_not_the_one_built_is_built_again(
     spoil: Callable[[Path, Path], None], source: Path, tmp_path: Path
 ) -> None:
-    """Written by another process: this one has not mapped what is spoilt, which would crash it rightly."""
+    """Written by another process, because overwriting a library that this process has mapped would crash it."""
     pid = os.fork()
     if pid == 0:
         os._exit(seven(source))
@@ -83,7 +83,7 @@ def test_a_library_that_is_not_the_one_built_is_built_again(
     assert not path.is_symlink() and build_c._is_right(path, path.name.rpartition("-")[0])
 
 
-def test_what_is_built_is_closed_to_others_whatever_the_umask(source: Path, tmp_path: Path) -> None:
+def test_built_libraries_are_private_under_any_umask(source: Path, tmp_path: Path) -> None:
     before = os.umask(0)
     try:
         assert seven(source) == 7
@@ -147,7 +147,7 @@ def test_a_cache_that_may_not_be_written_is_replaced_by_a_private_folder(
 
 @pytest.fixture
 def compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A compiler that finds the disk of the cache full, and else does its work."""
+    """A compiler that fails if it writes to the full disk of the cache, and works otherwise."""
     path = tmp_path / "cc"
     real = shutil.which("cc") or shutil.which("gcc")
     said = 'echo "ld: final link failed: No space left on device" >&2; echo "collect2: error: ld returned 1 exit status" >&2'
@@ -182,7 +182,7 @@ def test_a_folder_that_forbids_execution_is_left_for_a_private_one(
     assert "failed to map segment" in caplog.text
 
 
-def test_without_a_compiler_it_is_said_what_is_used_instead(
+def test_without_a_compiler_a_message_names_the_fallback(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))

@@ -136,7 +136,7 @@ def logits(rank: int, batches: list[Batch]) -> list[torch.Tensor]:
 
 @pytest.mark.parametrize("packing", ["chunk", "best_fit"])
 def test_a_packed_row_means_to_a_hybrid_what_its_documents_mean_alone(folder: Path, packing: str) -> None:
-    """Loss of every label (a function of its logits) in a row of documents = in a row of its own that begins with it."""
+    """Loss of every label (a function of its logits) in a row of documents = in a separate row that begins with it."""
     dataset = open_dataset(config_of(folder, packing=packing, reset_at_documents=True, row_tokens=64))
     places = [p for p in range(12) if len(dataset.locate(p).pieces) > 2][:2]
     packed = dataset.training_rows(np.array(places))

@@ -106,7 +106,7 @@ def config_of(url: str, cache: Path, *, gib: float = 1.0, **changes: object) -> 
 
 
 def is_settled(ahead: FetchAhead, total: int) -> bool:
-    """Whether it has done what there was to do at the present position."""
+    """Whether it has fetched everything for the current position."""
     with ahead._lock:
         is_up_to_date = all(need.is_begun and need.last >= ahead.position for need in ahead._needed.values())
         copies = [

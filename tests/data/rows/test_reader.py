@@ -36,7 +36,7 @@ def folder(tmp_path: Path) -> Path:
 
 @pytest.fixture(params=["compiled", "plain"])
 def either_way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With compiled reading, and as it is where there is no compiler."""
+    """With compiled reading, and without a compiler."""
     if request.param == "plain":
         monkeypatch.setattr("data.native.rows.library", lambda: None)
 
@@ -208,7 +208,7 @@ def test_files_cut_short_under_a_running_stream_end_it_with_their_name(
 
 
 @pytest.mark.usefixtures("either_way")
-def test_few_shards_and_few_beginnings_are_kept_and_rows_are_the_same(folder: Path, monkeypatch) -> None:
+def test_rows_are_the_same_with_few_open_shards_and_few_stored_packings(folder: Path, monkeypatch) -> None:
     def read(dataset: Dataset) -> list[Batch]:
         return [dataset.training_rows(np.arange(at, at + 3)) for at in range(0, 2 * dataset.train[0].count, 3)]
 
@@ -230,7 +230,7 @@ def test_few_shards_and_few_beginnings_are_kept_and_rows_are_the_same(folder: Pa
 @pytest.mark.parametrize(
     ("soft", "hard", "room", "after"), [(600, 600, 44, 600), (256, 20_000, 4096, 8704), (64, 64, 16, 64)]
 )
-def test_the_limit_of_open_files_is_raised_or_kept_to(soft: int, hard: int, room: int, after: int) -> None:
+def test_the_limit_of_open_files_is_raised_or_respected(soft: int, hard: int, room: int, after: int) -> None:
     program = (
         "import resource; from data.rows.reader import _room_for_shards\n"
         f"resource.setrlimit(resource.RLIMIT_NOFILE, ({soft}, {hard}))\n"
@@ -382,7 +382,7 @@ def test_transfers_that_fail_are_tried_again(folder: Path, store, tmp_path: Path
     assert not list((tmp_path / "cache").rglob("*fetching*"))
 
 
-def test_a_damaged_or_missing_remote_file_is_named_and_never_kept(folder: Path, store, tmp_path: Path) -> None:
+def test_a_damaged_or_missing_remote_file_is_named_and_not_stored(folder: Path, store, tmp_path: Path) -> None:
     upload(store, folder)
     store.pipe(f"/bucket/set/{SHARD}.bin", (folder / f"{SHARD}.bin").read_bytes()[:-1] + b"\x09")
     store.rm("/bucket/set/a.train-00002.bin")

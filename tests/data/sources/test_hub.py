@@ -56,7 +56,7 @@ if __name__ == "__main__":
 
 
 class Hub(HubHandler):
-    """One data set, `me/set`, of one revision: what it is, what lies in it, and its files, also in parts."""
+    """One data set, `me/set`, of one revision: its description, its list of files, and the files, also in parts."""
 
     def entry(self, path: Path) -> dict[str, object]:
         name = str(path.relative_to(self.folder))

@@ -1,4 +1,4 @@
-"""Documents come out the same however their file is packed, cut or reached; what is wrong with one is said with its place."""
+"""Documents are the same for every compression, division and address of their file; errors name the place."""
 
 import bz2
 import contextlib

@@ -1,4 +1,4 @@
-"""The commands as a user gives them, one after the other, on a few lines of text: teacher, teacher cache, scores, search."""
+"""The commands one after the other on a few lines of text, as a user runs them: teacher, teacher cache, scores, search."""
 
 import re
 import shlex

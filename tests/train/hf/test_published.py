@@ -1,4 +1,4 @@
-"""What a published directory says comes back on export: config, generation config, tokenizer files, licence."""
+"""Export restores the files of a published directory: config, generation config, tokenizer files, licence."""
 
 import json
 from pathlib import Path
@@ -142,7 +142,7 @@ CHECK = ("--text", "words.txt", "--tokens", "33", "--rows", "1")
 
 
 def stratum(folder: Path, family: str, *words: str) -> str:
-    """`stratum WORDS` on an import's recipe, in a process of its own. -> what it printed."""
+    """`stratum WORDS` on an import's recipe, in a separate process. -> what it printed."""
     recipe = ["--config-dir", f"imports/{family}", "-cn", family, *LITTLE]
     ((status, text),) = run_ranks(1, shell, folder, [words[0], *words[1:2], *recipe, *words[2:]])
     assert status == 0, text
@@ -162,7 +162,7 @@ def imports(published: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
 
 
 def test_an_import_continues_with_its_begin_of_document_token(imports: Path, published: dict[str, Path]) -> None:
-    """Import, prepare, train and export: each document begins with `<bos>`, and so does a text for a stranger's call."""
+    """After import, preparation, training and export, each document begins with `<bos>`, and so does a text in a plain call."""
     recipe = yaml.safe_load((imports / "imports/gemma2/gemma2.yaml").read_text())
     assert recipe["data"]["tokenizer"]["begin_of_document"] == "<bos>"
     (entry,) = read_manifest(imports / "prepared").sources["words"].splits["train"]

@@ -1,4 +1,4 @@
-"""Tokenizers of every kind leave with the weights: the same ids in transformers as here, and the same tokenizer back."""
+"""Exported tokenizers of every kind give the same ids in transformers as here, and an import gives the same tokenizer."""
 
 import json
 from pathlib import Path
@@ -25,7 +25,7 @@ def write(folder: Path, path: Path, tokenizer: Tokenizer) -> None:
 
 
 def same_ids(folder: Path, tokenizer: Tokenizer) -> None:
-    """As a stranger calls it: transformers' ids are the begin-of-document token, if there is one, and ours."""
+    """In a plain call, transformers' ids are the begin-of-document token, if there is one, and our ids."""
     theirs = AutoTokenizer.from_pretrained(folder)
     begin = [] if tokenizer.bod is None else [tokenizer.bod]
     for text in (TEXTS[1][:20_000], *tokens.ODD_TEXTS):

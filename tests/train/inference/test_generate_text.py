@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from lives import recipe_in
+from killed_runs import recipe_in
 from ranks import run_ranks
 
 from recipes.schema.errors import CheckpointError, DataError
@@ -30,11 +30,15 @@ def texts(rank: int, folder: Path) -> dict[str, Any]:
     config = GenerateConfig(prompts="prompts.jsonl", n=2, tokens=6, logprobs=2, temperature=1.0, top_p=1.0, seed=3)
     found["records"] = list(generate_records(recipe, config))
     (folder / "chats.jsonl").write_text('"hi"\n{"messages": [{"role": "user", "content": "hi"}]}\n')
-    greedy = replace(config, n=1, temperature=0.0, logprobs=None)
-    chats = replace(greedy, prompts="chats.jsonl", chat=True, chat_template="turns")
+    alone = replace(config, n=1, temperature=0.0, logprobs=None)
+    chats = replace(alone, prompts="chats.jsonl", chat=True, chat_template="turns")
     found["chats"] = [record["text"] for record in generate_records(recipe, chats)]
     found["chat"] = "".join(stream_text(recipe, replace(chats, prompts=None, prompt="hi")))
-    found["as text"] = "".join(stream_text(recipe, replace(greedy, prompts=None, prompt="User\nhi\nAssistant\n")))
+    found["as text"] = "".join(stream_text(recipe, replace(alone, prompts=None, prompt="User\nhi\nAssistant\n")))
+    greedy = replace(config, temperature=0.0, tokens=30)
+    for speculate in (None, "lookup", str(Path(recipe.run.folder) / recipe.run.name)):
+        one = replace(greedy, speculate=speculate, draft_tokens=3)
+        found.setdefault("speculated", []).append(list(generate_records(recipe, one)))
     found["alone"] = "".join(stream_text(recipe, replace(config, prompt="c", prompts=None, n=1, seed=4)))
     return found
 
@@ -50,6 +54,12 @@ def test_prompts_of_a_file_are_continued_in_one_batch(tmp_path: Path) -> None:
         ("c", 1),
     ]
     assert found["alone"] == "c" + records[3]["text"], "a text of a batch is the text alone with its seed"
+    plain, *speculated = found["speculated"]
+    for guessed in speculated:
+        assert [record["tokens"] for record in guessed] == [record["tokens"] for record in plain]
+        counts = [record.pop("speculation") for record in guessed]
+        assert all(one["steps"] <= len(record["tokens"]) for one, record in zip(counts, guessed, strict=True))
+    assert counts[0]["accepted"] == counts[0]["guessed"] > 0, "a model guesses its own greedy tokens"
     for record in records:
         assert len(record["tokens"]) == len(record["logprobs"]) == len(record["top_logprobs"]) <= 6
         assert record["finish"] in ("length", "stop") and all(len(top) == 2 for top in record["top_logprobs"])

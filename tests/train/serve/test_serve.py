@@ -1,4 +1,4 @@
-"""`stratum serve` as its clients see it: a real server process, OpenAI's own client, and clients that misbehave."""
+"""`stratum serve` with a real server process, OpenAI's client, and clients that misbehave."""
 
 import asyncio
 import contextlib

@@ -4,6 +4,8 @@ TRL reads each chat alone, in a microbatch of its own; here the chats are packed
 Run by `make test-oracle`, in .trl (install_trl.sh).
 """
 
+import json
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,15 +13,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from chats import SYSTEM, TURNS, assistant, tokenizer, tokenizer_file, user
+from chats import PLAIN, SYSTEM, TURNS, assistant, tokenizer, tokenizer_file, user
+from datasets import Dataset
 from parity.peers import peer_of, their_part
 from ranks import run_ranks
 from tiny import RECIPE, TINY, VOCAB, engine_of
+from transformers import PreTrainedTokenizerFast
 
 from data.batch import Batch
-from data.chat.encode import ChatEncoder
+from data.chat.encode import ChatDocument, ChatEncoder
 from data.chat.pack import RowPacker
-from data.chat.template import open_template
+from data.chat.template import ChatError, ChatTemplate, open_template
 from recipes.schema.data import ChatConfig
 from recipes.schema.model import ModelConfig
 from train.engine import run_schedule
@@ -60,8 +64,6 @@ def conversations() -> list[tuple[np.ndarray, np.ndarray]]:
 
 def packed() -> Batch:
     """The same chats in whole rows, by our packer."""
-    from data.chat.encode import ChatDocument
-
     packer: RowPacker[int] = RowPacker(ROW, EOD, is_single=False)
     documents = [ChatDocument(ids, learned, 0) for ids, learned in conversations()]
     out = [pair for number, document in enumerate(documents) for pair in packer.add(number, document)]
@@ -127,8 +129,6 @@ def compare(rank: int, model: ModelConfig, folder: Path) -> dict[str, float]:
 
 
 def trl_rows() -> Any:
-    from datasets import Dataset
-
     rows = []
     for ids, learned in conversations():
         labels = np.where(learned, ids, -100)
@@ -137,8 +137,6 @@ def trl_rows() -> Any:
 
 
 def fast_tokenizer() -> Any:
-    from transformers import PreTrainedTokenizerFast
-
     return PreTrainedTokenizerFast(
         tokenizer_file=str(tokenizer_file()), eos_token="<|endoftext|>", pad_token="<|endoftext|>", bos_token="<bos>"
     )
@@ -154,8 +152,6 @@ def test_loss_and_gradients_are_those_of_trl(name: str, tmp_path: Path) -> None:
 
 
 def test_mask_is_that_of_trl(tmp_path: Path) -> None:
-    from datasets import Dataset
-
     chats = [TURNS, SYSTEM, [user("Add 1 and 2."), assistant("3", reasoning_content="1 + 2 = 3")]]
     fast = fast_tokenizer()
     with open_template("chatml", tokenizer()) as template:
@@ -167,8 +163,6 @@ def test_mask_is_that_of_trl(tmp_path: Path) -> None:
     )  # fmt: skip
     with ChatEncoder(ChatConfig(), tokenizer(), row_tokens=1000, seed=1) as encoder:
         for chat, theirs in zip(chats, trainer.train_dataset, strict=True):
-            import json
-
             (ours,) = encoder.documents(json.dumps({"messages": chat}))
             assert ours.ids[:-1].tolist() == theirs["input_ids"][: len(ours.ids) - 1]
             assert ours.ids[-1] == tokenizer().eod and not ours.learned[-1]
@@ -177,3 +171,41 @@ def test_mask_is_that_of_trl(tmp_path: Path) -> None:
             else:
                 learned = [label != -100 for label in theirs["labels"]]
                 assert ours.learned[:-1].tolist() == learned[: len(ours.ids) - 1]
+
+
+CALL = {"type": "function", "function": {"name": "add", "arguments": {"a": 1, "b": "<é>"}}}
+PARAMETERS = {"type": "object", "properties": {"a": {"type": "integer", "description": "d"}}, "required": ["a"]}
+TOOLS = [{"type": "function", "function": {"name": "add", "description": "x", "parameters": PARAMETERS}}]
+CALLING = [
+    user("Add."),
+    assistant("", reasoning_content="r", tool_calls=[CALL]),
+    {"role": "tool", "content": "3", "name": "add"},
+    assistant("It is 3."),
+]
+THINKING = [user("a"), assistant("<think>\nhm\n</think>\n\nb"), user("c"), assistant("d", reasoning_content="why")]
+
+
+def test_every_template_that_comes_with_trl_gives_the_text_and_mask_of_transformers() -> None:
+    fast, compared = fast_tokenizer(), 0
+    for path in sorted((Path(trl.__file__).parent / "chat_templates").glob("*.jinja")):
+        with ChatTemplate(path.read_text(), tokenizer("<bos>"), place=path.name) as template:
+            for chat in (PLAIN, TURNS, SYSTEM, CALLING, THINKING):
+                tools = TOOLS if chat is CALLING else None
+                how = {"tools": tools, "chat_template": template.source}
+                try:
+                    wanted = fast.apply_chat_template(chat, tokenize=False, **how)
+                except Exception:  # of any kind: a template that refuses a chat must refuse it here too
+                    with pytest.raises(ChatError):
+                        template.render(chat, tools=tools, date=time.time())
+                    continue
+                rendered = template.render(chat, tools=tools, date=time.time())
+                assert rendered.text == wanted, path.name
+                compared += 1
+                if template.is_tagged:
+                    ours = template.encode(rendered.text, rendered.spans)
+                    theirs = fast.apply_chat_template(chat, return_dict=True, return_assistant_tokens_mask=True, **how)
+                    # Without <bos> in the template, ours puts it before the chat, as the tokenizer here asks.
+                    size = len(theirs["input_ids"])
+                    assert ours.ids[-size:].tolist() == theirs["input_ids"], path.name
+                    assert ours.learned[-size:].astype(int).tolist() == theirs["assistant_masks"], path.name
+    assert compared > 250
