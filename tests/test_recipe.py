@@ -225,13 +225,13 @@ def command(*words: str) -> subprocess.CompletedProcess:
         (["-cn", "smok"], "there is no recipe 'smok'. Did you mean smoke? The recipes are: "),
         (["smoke-not-a-run"], "smoke-not-a-run is not a run: neither it nor runs/smoke-not-a-run has recipe.yaml"),
         (["smoke_not_a_run", "-cn", "smoke"], "'smoke_not_a_run' names a run, and -cn or --config-dir a recipe"),
-        ([], "no recipe named. Start with `stratum train -cn NAME`"),
-        (["-cn", "smoke", "precision=fp8_blokwise"], "Did you mean fp8_blockwise? There are: bf16, fp32,"),
+        ([], "no recipe was named. Use `stratum train -cn NAME`"),
+        (["-cn", "smoke", "precision=fp8_blokwise"], "Did you mean fp8_blockwise? Use one of bf16, fp32,"),
         (["-cn", "smoke", "precison=bf16"], "Did you mean precision?"),
         (["-cn", "smoke", "compress=standard"], "compress is not in this recipe yet. Add it with a plus: +compress="),
         (
             ["-cn", "smoke", "+optim.lr=1"],
-            "optim.lr is in this recipe already. Override it without the plus: optim.lr=",
+            "optim.lr is already in this recipe. Override it without the plus: optim.lr=",
         ),
         (["-cn", "smoke", "--config-dri=x"], "unknown option --config-dri=x. Did you mean --config-dir?"),
         (

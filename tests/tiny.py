@@ -81,6 +81,17 @@ def rows_of(step: int, positions: np.ndarray) -> Batch:
     )
 
 
+def one_document_rows(tokens: torch.Tensor, labels: torch.Tensor) -> Batch:
+    """A batch whose rows are one document each; tokens, labels: [rows, length]."""
+    return Batch(
+        tokens=tokens,
+        labels=labels,
+        document_index=torch.zeros(tokens.shape, dtype=torch.int32),
+        source=torch.zeros(len(tokens), dtype=torch.int32),
+        positions=np.arange(len(tokens)),
+    )
+
+
 def microbatches(recipe: Recipe, mesh: Mesh, step: int) -> list[Batch]:
     """This rank's microbatches of a step, distributed as by `data.stream`."""
     size, ranks = recipe.run.microbatch_rows, mesh.layout.data

@@ -10,13 +10,13 @@ from typing import Any
 
 import torch
 
-from data.prepared import look as look_at_data
+from data.prepared import read_prepared
 from data.store.manifest import MANIFEST, read_manifest
 from data.stream import Dataset, open_dataset
 from data.tokenizer import Tokenizer, load_tokenizer
 from recipes.schema.changes import check_same_function
 from recipes.schema.errors import DataError, RecipeError, refuse
-from recipes.schema.facts import identity_of, look, read_request
+from recipes.schema.facts import identity_of, read_disk, read_request
 from recipes.schema.layout import Layout, lay_out
 from recipes.schema.manifest import read_manifest as read_checkpoint_manifest
 from recipes.schema.parallel import ParallelConfig
@@ -48,8 +48,8 @@ def check_start(recipe: Recipe, *, world: int, rank: int = 0) -> Layout:
     every file of a checkpoint from a shared file system would wait for minutes. Rank 0 also logs likely mistakes.
     """
     machine, is_first = this_machine(), rank == 0
-    data = look_at_data(recipe.data, rows=_rows(recipe), global_rows=recipe.run.global_rows) if is_first else None
-    disk = look(recipe) if is_first else None
+    data = read_prepared(recipe.data, rows=_rows(recipe), global_rows=recipe.run.global_rows) if is_first else None
+    disk = read_disk(recipe) if is_first else None
     refuse(problems(recipe, world=world, machine=machine, disk=disk, prepared=data))
     for note in notes(recipe, machine=machine, prepared=data) if is_first else ():
         log.warning("%s", note)

@@ -1,4 +1,4 @@
-"""A matplotlib figure that is written to a file: the one set-up and style for every picture."""
+"""A matplotlib figure that is written to a file: the set-up and style of every picture."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,7 +21,9 @@ _STYLE = {
 def check_kind(path: Path) -> None:
     """Raise RecipeError if a picture of this name cannot be written."""
     if path.suffix.lower() not in (".png", ".svg", ".pdf"):
-        raise RecipeError(f"--picture {path}: write a .png, .svg or .pdf.")
+        raise RecipeError(
+            f"--picture {path}: this format is not supported. Use a name that ends in .png, .svg or .pdf."
+        )
 
 
 @contextmanager

@@ -21,10 +21,9 @@ from tempfile import TemporaryDirectory
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / ".oracle")]
 
-import numpy as np
 import torch
 from shards import random_documents, write_folder
-from tiny import RECIPE, engine_of
+from tiny import RECIPE, engine_of, one_document_rows
 
 import train.megatron  # noqa: F401  readies Megatron before anything imports it
 from data.batch import Batch
@@ -61,13 +60,7 @@ def recipe_of(model: ModelConfig) -> Recipe:
 
 def batch_of(vocab: int) -> Batch:
     both = torch.randint(0, vocab, (ROWS, ROW_TOKENS + 1), generator=torch.Generator().manual_seed(0))
-    return Batch(
-        tokens=both[:, :-1].contiguous(),
-        labels=both[:, 1:].contiguous(),
-        document_index=torch.zeros(ROWS, ROW_TOKENS, dtype=torch.int32),
-        source=torch.zeros(ROWS, dtype=torch.int32),
-        positions=np.arange(ROWS),
-    )
+    return one_document_rows(both[:, :-1].contiguous(), both[:, 1:].contiguous())
 
 
 def in_turn(rounds: int, *works: Callable[[], object], warmup: int = 2) -> list[float]:

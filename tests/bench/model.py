@@ -116,10 +116,8 @@ class Peer:
 
 def ours(model: ModelConfig, length: int) -> AbstractContextManager[Callable[[], float]]:
     """Context manager of a function that runs one step and returns its seconds."""
-    import numpy as np
-    from tiny import RECIPE, engine_of
+    from tiny import RECIPE, engine_of, one_document_rows
 
-    from data.batch import Batch
     from train.record.stopwatch import Stopwatch
     from train.step import train_step
 
@@ -131,13 +129,7 @@ def ours(model: ModelConfig, length: int) -> AbstractContextManager[Callable[[],
         data=replace(RECIPE.data, row_tokens=length),
     )
     tokens, labels = tokens_for(rows, length, model.vocab)
-    batch = Batch(
-        tokens=tokens,
-        labels=labels,
-        document_index=torch.zeros(rows, length, dtype=torch.int32),
-        source=torch.zeros(rows, dtype=torch.int32),
-        positions=np.arange(rows),
-    )
+    batch = one_document_rows(tokens, labels)
 
     @contextmanager
     def opened() -> Iterator[Callable[[], float]]:

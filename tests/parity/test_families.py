@@ -11,10 +11,9 @@ import pytest
 import torch
 from parity.peers import peer_of, their_part
 from ranks import run_ranks
-from tiny import RECIPE, TINY, engine_of
+from tiny import RECIPE, TINY, engine_of, one_document_rows
 from torch.nn import functional as F
 
-from data.batch import Batch
 from recipes.schema.model import ModelConfig
 from recipes.schema.recipe import Recipe
 from train.model.context import RowContext
@@ -160,14 +159,9 @@ def ten_updates(rank: int, model: ModelConfig) -> tuple[list[float], list[float]
             torch.nn.utils.clip_grad_norm_(peer.parameters(), 1.0)
             optimizer.step()
             theirs.append(float(loss))
-            batch = Batch(
-                tokens=tokens,
-                labels=labels,
-                document_index=torch.zeros(rows, length, dtype=torch.int32),
-                source=torch.zeros(rows, dtype=torch.int32),
-                positions=torch.arange(rows).numpy(),
+            result = train_step(
+                engine, [one_document_rows(tokens, labels)], step=step, learning_rate=rate, watch=Stopwatch()
             )
-            result = train_step(engine, [batch], step=step, learning_rate=rate, watch=Stopwatch())
             ours.append(float(result.loss))
     return theirs, ours
 

@@ -60,7 +60,7 @@ EVERY_RULE: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "unscaled": (
         {"precision.scaling": "unscaled", "precision.backend": "te"},
-        "precision.scaling=unscaled is an example of what goes wrong; only precision.backend=emulated has it.",
+        "precision.scaling=unscaled is an example of what goes wrong, and only precision.backend=emulated has it.",
     ),
     "no layer left in low precision": (
         {"precision.scaling": "blockwise", "precision.high_precision_first": 2, "precision.high_precision_last": 2},
@@ -81,7 +81,7 @@ EVERY_RULE: dict[str, tuple[dict[str, Any], str]] = {
     "all weights 0": ({"data.sources": {"a": SourceConfig("x", weight=0.0)}}, "data.sources: all weights are 0"),
     "a source that is held out and drawn": (
         {"data.sources": {"a": SourceConfig("x", heldout_fraction=1.0), "b": SourceConfig("x")}},
-        "data.sources.a.heldout_fraction=1 keeps all of the source for evaluation, but data.sources.a.weight=1 draws",
+        "data.sources.a.heldout_fraction=1 holds out the whole source for evaluation, but data.sources.a.weight=1 draws",
     ),
     "chats that see each other": (
         {"data.sources": CHATS},
@@ -126,8 +126,11 @@ EVERY_RULE: dict[str, tuple[dict[str, Any], str]] = {
         "data.fim.prefix='<|fim_prefix|>' is not a special token of the tokenizer (it has: <|endoftext|>).",
     ),
     "no teacher named": (DISTIL, "objective.kind=distill needs objective.teacher or objective.teacher_cache."),
-    "no teacher there": (DISTIL | {"objective.teacher": "nowhere"}, "objective.teacher: nowhere is no checkpoint"),
-    "a damaged teacher": (DISTIL | {"objective.teacher": "DISK/damaged"}, "is whole:"),
+    "no teacher there": (
+        DISTIL | {"objective.teacher": "nowhere"},
+        "objective.teacher: nowhere is neither a checkpoint",
+    ),
+    "a damaged teacher": (DISTIL | {"objective.teacher": "DISK/damaged"}, "is complete:"),
     "teacher's vocabulary": (
         DISTIL | {"objective.teacher": "DISK/narrow"},
         f"has a vocabulary of 256, the student (model.vocab) one of {VOCAB + 4}: their distributions cannot be compared.",
@@ -144,19 +147,19 @@ EVERY_RULE: dict[str, tuple[dict[str, Any], str]] = {
         DISTIL | {"objective.teacher_cache": "nowhere"},
         "objective.teacher_cache=nowhere is not a teacher cache",
     ),
-    "no start": ({"run.start_from": "nowhere"}, "run.start_from: nowhere is no checkpoint"),
+    "no start": ({"run.start_from": "nowhere"}, "run.start_from: nowhere is neither a checkpoint"),
     "a start of another tokenizer": (
         {"run.start_from": "DISK/foreign"},
         "trained with another tokenizer (ffffffffffff)",
     ),
     "a start of another model": (
         {"run.start_from": "DISK/teacher"},
-        "has weights of another model (model.ffn: 192 there, 128 here; ",
+        "has weights of another model (model.ffn: 192 in the checkpoint, 128 in the recipe; ",
     ),
-    "resume required": ({"checkpoint.resume": "required"}, "holds no checkpoint. Use checkpoint.resume=auto"),
+    "resume required": ({"checkpoint.resume": "required"}, "has no checkpoint. Use checkpoint.resume=auto"),
     "resume never": (
         {"checkpoint.resume": "never", "run.name": "began"},
-        "checkpoint.resume=never, but DISK/began/checkpoints already holds step_00000003.",
+        "checkpoint.resume=never, but DISK/began/checkpoints already has step_00000003.",
     ),
     "a folder of something else": ({"run.name": "thesis"}, "is not empty (chapter.tex)"),
     "a run of another recipe": ({"run.name": "began", "optim.lr": 0.5}, "optim.lr: 0.001 in the run's folder, 0.5 now"),
@@ -290,7 +293,7 @@ def test_settings_without_effect_are_noted_and_not_refused(place: Place) -> None
 @pytest.mark.parametrize(
     ("device", "changes", "part"),
     [
-        ("h100", {"precision.scaling": "mxfp8"}, "precision.scaling=mxfp8 needs a Blackwell GPU; h100 is hopper."),
+        ("h100", {"precision.scaling": "mxfp8"}, "precision.scaling=mxfp8 needs a Blackwell GPU, but h100 is hopper."),
         ("h100", {"precision.scaling": "mxfp8", "precision.backend": "emulated"}, ""),
         ("h100", {"precision.scaling": "mxfp8", "run.device": "cpu"}, ""),
         ("a100_80gb", {"precision.scaling": "current"}, "(ampere) has no FP8 matrix products."),

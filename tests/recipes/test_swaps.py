@@ -69,7 +69,7 @@ def complaints(plain: dict[str, Any]) -> list[str]:
         found = str(error).splitlines()
     else:
         found = list(plan.problems)
-    return [one for one in found if not one.startswith("memory: ") and " is no checkpoint " not in one]
+    return [one for one in found if not one.startswith("memory: ") and " is neither a checkpoint " not in one]
 
 
 def repaired(plain: dict[str, Any], complaint: str) -> dict[str, Any]:

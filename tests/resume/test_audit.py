@@ -156,10 +156,10 @@ def test_a_run_whose_checkpoints_are_gone_does_not_start_fresh(run: Recipe) -> N
     shutil.rmtree(folder / "checkpoints" / steps.name_of(2))
     (kept / "manifest.json").write_text("")
     said = refusal(run)
-    assert "is whole" in said and str(kept / "manifest.json") in said and "Bring one back, or move" in said
+    assert "is whole" in said and str(kept / "manifest.json") in said and "Restore one, or move" in said
     shutil.rmtree(folder / "checkpoints")
     said = refusal(run)
-    assert "holds a run of 4 steps that wrote checkpoints" in said and "choose another run.name, or move" in said
+    assert "is a run of 4 steps that wrote checkpoints" in said and "choose another run.name, or move" in said
     (folder / METRICS).unlink()  # nothing tells of checkpoints any more
     run_ranks(1, go, run)
     assert contents_at(folder / "checkpoints" / steps.name_of(8))
@@ -177,7 +177,7 @@ def test_a_damaged_pointer_is_reported_and_loses_nothing(pointer: str | None, sa
         path.write_text(pointer)
     text = start(run)
     assert row(text, "step")[1] == "4"
-    assert f"note: {path} {said}; the newest whole checkpoint is step_00000004" in text
+    assert f"note: {path} {said}; the newest complete checkpoint is step_00000004" in text
     assert path.read_text() == "step_00000008\n"
 
 
@@ -186,7 +186,7 @@ def test_other_data_needs_a_word_and_another_tokenizer_is_refused(run: Recipe) -
     manifest = read_manifest(folder)
     write_manifest(folder, replace(manifest, request={"made": "again"}))
     said = refusal(run)
-    assert f"{run.data.folder} now holds" in said and "checkpoint.allow=[data_order]" in said
+    assert f"{run.data.folder} is now" in said and "checkpoint.allow=[data_order]" in said
     text = start(changed(run, **{"checkpoint.allow": ("data_order",)}))
     assert row(text, "data")[-1].endswith("DIFFERENT ROWS from here on (allowed)")
 
@@ -219,7 +219,7 @@ def test_other_kernels_change_bits_and_need_a_word(run: Recipe) -> None:
     assert re.fullmatch(r"compiled for \d+ lanes", then)
     assert [line["kernels"] for line in lines_of(run) if line["kind"] in ("machine", "start")] == [then, then]
     with pytest.raises(
-        RankFailed, match=rf"trained with kernels {then}; this start has them plain torch: bits will differ"
+        RankFailed, match=rf"trained with kernels {then}, but they are plain torch now, so bits will differ"
     ):
         run_ranks(1, go_with_plain_kernels, run, (0,))
     allowed = changed(run, **{"checkpoint.allow": ("arithmetic",)})

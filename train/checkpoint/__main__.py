@@ -165,7 +165,7 @@ def _list(parsed: argparse.Namespace, console: Console) -> int:
     for line in damage:
         console.print(printable_lines(line))
     for note in notes:
-        if not note.startswith(steps.PASSED_OVER):
+        if not note.startswith(steps.SKIPPED):
             console.print(f"note: {printable_lines(note)}")
     for leftover in sorted(folder.glob(".step_*")):
         console.print(

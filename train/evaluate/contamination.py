@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from data.rows.reader import Shelf, TokenStream
+from data.rows.reader import ShardPool, TokenStream
 from data.store.cache import Activity
 from data.store.manifest import read_manifest
 from data.store.origins import Origins, read_origins
@@ -120,12 +120,12 @@ def find_overlap(tasks: Sequence[Task], folder: Path, *, sources: Sequence[str] 
     tokenizer = tokenizer_in(folder)
     overlap, grams = _index(tasks)
     known = {word: None for one in grams for gram in one.items for word in gram.split()}
-    shelf = Shelf(lambda entry, suffix: entry.file(folder, suffix), activity=Activity())
+    pool = ShardPool(lambda entry, suffix: entry.file(folder, suffix), activity=Activity())
     for name, source in manifest.sources.items():
         if sources and name not in sources:
             continue
         entries = source.splits["train"]
-        stream = TokenStream(entries, shelf)
+        stream = TokenStream(entries, pool)
         origins: tuple[int, Origins] | None = None
         for number, tokens in _documents(stream):
             overlap.documents += 1

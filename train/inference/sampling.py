@@ -37,9 +37,8 @@ def uniforms(draws: Sequence[Draw], device: torch.device, purpose: str = "") -> 
 def draw(logits_NV: torch.Tensor, draws: Sequence[Draw]) -> torch.Tensor:
     """One token for each line of logits, [N]. A line's token depends on that line only."""
     tokens = logits_NV.argmax(dim=-1)
-    for lines, probabilities, order in _kinds(logits_NV, draws):
-        found = draw_from(probabilities, uniforms([draws[line] for line in lines], logits_NV.device))
-        tokens[lines] = found if order is None else order.gather(-1, found[:, None])[:, 0]
+    for lines, weights in _kinds(logits_NV, draws):
+        tokens[lines] = draw_from(weights, uniforms([draws[line] for line in lines], logits_NV.device))
     return tokens
 
 
@@ -53,40 +52,33 @@ def draw_from(weights_NV: torch.Tensor, places_N1: torch.Tensor) -> torch.Tensor
 def distribution(logits_NV: torch.Tensor, draws: Sequence[Draw]) -> torch.Tensor:
     """The distribution that `draw` draws from: after temperature, top_k and top_p, float64 [N, V]. Temperatures above 0."""
     result = torch.empty(logits_NV.shape, dtype=torch.float64, device=logits_NV.device)
-    for lines, probabilities, order in _kinds(logits_NV, draws):
-        if order is not None:
-            probabilities = torch.zeros_like(probabilities).scatter_(-1, order, probabilities)
-        result[lines] = probabilities / probabilities.sum(-1, keepdim=True)
+    for lines, weights in _kinds(logits_NV, draws):
+        result[lines] = weights / weights.sum(-1, keepdim=True)
     return result
 
 
-def _kinds(
-    logits_NV: torch.Tensor, draws: Sequence[Draw]
-) -> Iterator[tuple[list[int], torch.Tensor, torch.Tensor | None]]:
-    """(lines, their weights, order of the tokens) of the lines that are not greedy: those of whole distributions, then those
-    whose tail is cut, which are sorted."""
+def _kinds(logits_NV: torch.Tensor, draws: Sequence[Draw]) -> Iterator[tuple[list[int], torch.Tensor]]:
+    """(lines, their weights) of the lines that are not greedy: those of whole distributions, then those whose tail is cut."""
     warm = [line for line, one in enumerate(draws) if one.sampling.temperature > 0]
     for is_cut in (False, True):
         lines = [line for line in warm if _is_cut(draws[line].sampling) == is_cut]
         if lines:
             some = logits_NV if len(lines) == len(draws) else logits_NV[lines]
-            yield lines, *_weights(some, [draws[line].sampling for line in lines], is_cut=is_cut)
+            yield lines, _weights(some, [draws[line].sampling for line in lines], is_cut=is_cut)
 
 
 def _is_cut(sampling: Sampling) -> bool:
     return sampling.top_k > 0 or sampling.top_p < 1
 
 
-def _weights(
-    logits_NV: torch.Tensor, samplings: Sequence[Sampling], *, is_cut: bool
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """(weights, order of the tokens if lines are sorted), float64 [N, V]."""
+def _weights(logits_NV: torch.Tensor, samplings: Sequence[Sampling], *, is_cut: bool) -> torch.Tensor:
+    """Probabilities, 0 for tokens of the tail, float64 [N, V]."""
     device = logits_NV.device
     columns = [(s.temperature, s.top_k or logits_NV.shape[-1], s.top_p) for s in samplings]
     temperature, top_k, top_p = torch.tensor(columns, dtype=torch.float64, device=device).unsqueeze(-1).unbind(1)
     scaled = logits_NV.double() / temperature
     if not is_cut:
-        return torch.softmax(scaled, dim=-1), None
+        return torch.softmax(scaled, dim=-1)
     scaled, order = scaled.sort(dim=-1, descending=True, stable=True)
     probabilities = torch.softmax(scaled, dim=-1)
     ranks = torch.arange(scaled.shape[-1], device=device)
@@ -94,4 +86,7 @@ def _weights(
     kept = probabilities.sum(-1, keepdim=True)
     # The token at which the sum reaches top_p of the probability left by top_k is included.
     beyond = probabilities.cumsum(-1) - probabilities >= top_p * kept
-    return probabilities.masked_fill(beyond & (ranks > 0), 0), order
+    probabilities = probabilities.masked_fill(beyond & (ranks > 0), 0)
+    # Back in the order of the vocabulary: in sorted order, rounding could swap two tokens that are equally likely, and so change
+    # what a random number draws.
+    return torch.zeros_like(probabilities).scatter_(-1, order, probabilities)

@@ -13,12 +13,12 @@ from typing import Any
 from data.chat.record import checked_messages
 from data.chat.template import open_template
 from data.tokenizer import Tokenizer, load_tokenizer
-from recipes.schema.errors import CheckpointError, DataError, refuse
+from recipes.schema.errors import CheckpointError, DataError, RecipeError, refuse
 from recipes.schema.read import recipe_from_mapping
 from recipes.schema.recipe import Recipe
 from recipes.schema.rules import reading_problems
 from recipes.schema.teacher_rules import tokenizer_problems
-from recipes.schema.tools import GenerateConfig
+from recipes.schema.tools import GenerateConfig, ServeConfig
 from train.build import models_for_inference, open_tokenizer
 from train.checkpoint.manager import CheckpointFolder, checkpoint_at
 from train.inference.batch_engine import EngineConfig, InferenceEngine
@@ -85,10 +85,11 @@ def opened(recipe: Recipe, *, checkpoint: str | None = None, speculate: str | No
 def stream_text(recipe: Recipe, config: GenerateConfig) -> Iterator[str]:
     """Yield the prompt and then the model's text, in pieces of whole characters; of a chat the answer alone. Errors: see
     `opened`; ChatError for a prompt that the chat template cannot take."""
+    guesses = draft_tokens(config)
     with opened(recipe, checkpoint=config.checkpoint, speculate=config.speculate) as it:
         ((ids,), stop) = _prompts(recipe, config, [config.prompt], it.tokenizer)
         (request,) = _requests(ids, config, stop=stop)
-        engine = _engine(recipe, it, config, rows=1, context=len(ids) + config.tokens)
+        engine = _engine(recipe, it, rows=1, context=len(ids) + config.tokens, guesses=guesses)
         engine.add(request)
         decoder = it.tokenizer.incremental_decoder()
         if not config.chat:
@@ -108,11 +109,12 @@ def generate_records(recipe: Recipe, config: GenerateConfig) -> Iterator[dict[st
     prompts: Sequence[Prompt] = [config.prompt]
     if config.prompts is not None:
         prompts = read_prompts(Path(config.prompts), is_chat=config.chat)
+    guesses = draft_tokens(config)
     with opened(recipe, checkpoint=config.checkpoint, speculate=config.speculate) as it:
         ids, stop = _prompts(recipe, config, prompts, it.tokenizer)
         requests = [request for one in ids for request in _requests(one, config, stop=stop)]
         context = max(map(len, ids)) + config.tokens
-        engine = _engine(recipe, it, config, rows=min(len(requests), config.batch), context=context)
+        engine = _engine(recipe, it, rows=min(len(requests), config.batch), context=context, guesses=guesses)
         for place, events in enumerate(engine.run(requests)):
             tokens = [event.token for event in events if event.token is not None]
             yield {
@@ -137,9 +139,19 @@ def _prompts(
         return [template.ids(chat) for chat in chats], end | template.stop_ids
 
 
-def _engine(recipe: Recipe, it: Opened, config: GenerateConfig, *, rows: int, context: int) -> InferenceEngine:
-    sizes = EngineConfig(rows=rows, context_tokens=context, draft_tokens=config.draft_tokens)
+def _engine(recipe: Recipe, it: Opened, *, rows: int, context: int, guesses: int) -> InferenceEngine:
+    sizes = EngineConfig(rows=rows, context_tokens=context, draft_tokens=guesses)
     return InferenceEngine(it.model, recipe.model, sizes, drafter=it.drafter)
+
+
+def draft_tokens(config: GenerateConfig | ServeConfig) -> int:
+    """The largest number of guesses at a time. RecipeError if it is given without a drafter."""
+    if config.draft_tokens is not None and config.speculate is None:
+        raise RecipeError(
+            f"--draft-tokens {config.draft_tokens} has no effect without --speculate. Add --speculate lookup, or the run of a "
+            "draft model."
+        )
+    return EngineConfig().draft_tokens if config.draft_tokens is None else config.draft_tokens
 
 
 def _speculation(events: list[Event]) -> dict[str, Any]:

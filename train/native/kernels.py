@@ -5,7 +5,6 @@ same tolerances for both. STRATUM_NATIVE=0 turns the compiled versions off.
 """
 
 import ctypes
-import functools
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ from data.native import build_c
 FOLDER = Path(__file__).parent
 
 
-@functools.cache
+@build_c.Cached
 def library(name: str) -> ctypes.CDLL | None:
     """The compiled `name`.c, or None if it cannot be compiled here (logged once, at info level)."""
     loaded = build_c.load_if_possible(FOLDER / f"{name}.c", FOLDER / "simd.h", what=f"{name}.c is")

@@ -49,6 +49,8 @@ class Served:
     """Markers of thinking; their budget is replaced by each call's. None if the model has no markers."""
     created: int
     """Unix time, seconds."""
+    speculates: bool = False
+    """Whether the engine has a drafter."""
 
 
 class ServerRefusal(HTTPException):
@@ -201,6 +203,10 @@ class _Job(ABC):
                     param="thinking_budget",
                 )
             thinking = replace(self.served.thinking, budget=call.thinking_budget)
+        if call.draft_tokens and not self.served.speculates:
+            raise ServerRefusal(
+                400, "draft_tokens: this server makes no guesses. Start it with --speculate.", param="draft_tokens"
+            )
         return [
             Request(
                 prompt,

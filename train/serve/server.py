@@ -18,7 +18,7 @@ from recipes.schema.recipe import Recipe
 from recipes.schema.tools import ServeConfig
 from train.inference.batch_engine import EngineConfig, InferenceEngine
 from train.inference.request import Thinking
-from train.inference.text import opened
+from train.inference.text import draft_tokens, opened
 from train.serve.app import Served, build_app
 from train.serve.worker import Worker
 
@@ -27,6 +27,7 @@ _GIB = 2**30
 
 def serve(recipe: Recipe, config: ServeConfig, listener: socket.socket, *, key: str | None) -> int:
     """Serve until SIGTERM or SIGINT. -> exit status: 0, or 1 if the engine failed."""
+    guesses = draft_tokens(config)
     with (
         opened(recipe, checkpoint=config.checkpoint, speculate=config.speculate) as loaded,
         _template(config, loaded.tokenizer) as template,
@@ -40,7 +41,7 @@ def serve(recipe: Recipe, config: ServeConfig, listener: socket.socket, *, key: 
                 memory_bytes=None if config.memory_gib is None else int(config.memory_gib * _GIB),
                 step_tokens=config.step_tokens,
                 prefix_blocks=config.prefix_blocks,
-                draft_tokens=config.draft_tokens,
+                draft_tokens=guesses,
             ),
             drafter=loaded.drafter,
             fingerprint=loaded.fingerprint,
@@ -51,7 +52,14 @@ def serve(recipe: Recipe, config: ServeConfig, listener: socket.socket, *, key: 
         async def run() -> int:
             worker = Worker(engine, most=config.rows + config.queue)
             served = Served(
-                name, loaded.tokenizer, worker, config.context_tokens, template, thinking, created=int(time.time())
+                name,
+                loaded.tokenizer,
+                worker,
+                config.context_tokens,
+                template,
+                thinking,
+                created=int(time.time()),
+                speculates=loaded.drafter is not None,
             )
             app = build_app(served, key=key, most_body_bytes=int(config.body_mib * 2**20))
             server = uvicorn.Server(

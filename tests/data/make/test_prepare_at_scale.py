@@ -16,13 +16,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from prepared_files import check_digests, documents_of
 from rich.console import Console
 
 from data.make import megatron_sets
 from data.prepare import parse_task, prepare
 from data.store.manifest import read_manifest
 from data.store.origins import Origin, read_origins
-from data.store.shards import open_entry, open_shard
+from data.store.shards import open_shard
 from data.tokenizer import Tokenizer, load_tokenizer
 from recipes.schema.data import DataConfig, SourceConfig, TokenizerConfig
 from recipes.schema.errors import DataError
@@ -94,18 +95,18 @@ def elsewhere(config: DataConfig, name: str, **changes: object) -> DataConfig:
 
 def test_every_record_is_in_exactly_one_shard_and_is_found_again(config: DataConfig, whole: dict[str, str]) -> None:
     folder = Path(config.folder)
-    manifest = read_manifest(folder, verify=True)
+    manifest = read_manifest(folder)
+    check_digests(folder, manifest)
     tokenizer = load_tokenizer(folder / manifest.tokenizer.file, config.tokenizer)
     seen: dict[Origin, str] = {}
     entries = [entry for split in manifest.sources["web"].splits.values() for entry in split]
     assert len(entries) > 15 and any(entry.first_record for entry in entries)
     for entry in entries:
-        shard, origins = open_entry(folder, entry), read_origins(folder, entry)
-        for document, ids in enumerate(np.split(np.asarray(shard.tokens), shard.ends[:-1])):
+        origins = read_origins(folder, entry)
+        for document, ids in enumerate(documents_of(folder, entry)):
             origin = origins.of(document)
-            assert origin not in seen and origins.find(origin.file, origin.record) == document
+            assert origin not in seen
             seen[origin] = tokenizer.decode(ids)
-        assert origins.find(origins.files[0], 10**6) is None and origins.find("nothing", 0) is None
     wanted = {}
     for file in (folder.parent / "web").iterdir():
         content = gzip.decompress(file.read_bytes()) if file.suffix == ".gz" else file.read_bytes()
@@ -125,8 +126,7 @@ def test_a_text_is_held_out_wherever_it_comes_from(config: DataConfig, whole: di
         tokenizer = load_tokenizer(folder / "tokenizer.json", prepared.tokenizer)
         found = set()
         for entry in read_manifest(folder).sources[name].splits["heldout"]:
-            shard = open_entry(folder, entry)
-            found |= {tokenizer.decode(ids) for ids in np.split(np.asarray(shard.tokens), shard.ends[:-1])}
+            found |= {tokenizer.decode(ids) for ids in documents_of(folder, entry)}
         return found
 
     texts = [json.loads(line)["text"] for line in (Path(config.folder).parent / "web" / "a-large.jsonl").open()]
@@ -289,7 +289,7 @@ def test_a_worker_that_dies_is_named(config: DataConfig) -> None:
     os.kill(int(workers.stdout.split()[-1]), signal.SIGKILL)
     os.waitpid(child, 0)
     message = (Path(other.folder) / "message").read_text()
-    assert "ended by itself (exit status -9)" in message and "Finished shards are kept" in message
+    assert "ended by itself with exit status -9" in message and "Finished shards are kept" in message
 
 
 def test_bad_records_are_counted_in_the_manifest(config: DataConfig, tmp_path: Path) -> None:
@@ -354,14 +354,12 @@ def test_existing_megatron_sets_are_read_in_place(config: DataConfig, whole: dic
     assert [entry.documents for entry in splits["heldout"]] == [10] * 3
     for split, start in (("train", 10), ("heldout", 0)):
         for entry in splits[split]:
-            shard = open_entry(Path(other.folder), entry)
-            documents = np.split(np.asarray(shard.tokens), shard.ends[:-1])
-            for n, document in enumerate(documents, start=start):
+            for n, document in enumerate(documents_of(Path(other.folder), entry), start=start):
                 at = int(lengths[: n + 1].sum())
                 assert document.tolist() == ids[at : at + lengths[n]].tolist()
             assert read_origins(Path(other.folder), entry).of(3).record == start + 3
     assert digests(tmp_path) == before
-    read_manifest(Path(other.folder), verify=True)
+    check_digests(Path(other.folder), read_manifest(Path(other.folder)))
     with pytest.raises(DataError, match=r"\.bin contains token id \d+, outside the tokenizer's vocabulary of 300"):
         small = elsewhere(config, "small", tokenizer=TokenizerConfig(vocab_size=300))
         prepare(small, console=QUIET)
@@ -380,15 +378,15 @@ def test_existing_megatron_sets_are_read_in_place(config: DataConfig, whole: dic
 @pytest.mark.parametrize(
     ("change", "wrong"),
     [
-        ({"documents": [0, 2, 4, 9]}, "has documents from sequence 0 to 9, where there are 4 sequences"),
+        ({"documents": [0, 2, 4, 9]}, "has documents from sequence 0 to 9, but 4 sequences"),
         ({"documents": [1, 2, 4]}, "has documents from sequence 1 to 4"),
         ({"documents": [0, 2]}, "has documents from sequence 0 to 2"),
         ({"documents": []}, "has documents none"),
         ({"documents": [0, 3, 2, 4]}, "lets document 1 end at sequence 2, before it begins at 3"),
         ({"documents": [0, -1, 4]}, "lets document 0 end at sequence -1, before it begins at 0"),
         ({"lengths": [10, -5, 25, 10]}, r"has a sequence of -5 tokens \(sequence 1\)"),
-        ({"offsets": [60, 40, 20, 0]}, "puts sequence 0 at byte 60, where 0 is the end of the one before"),
-        ({"offsets": [0, 20, 41, 60]}, "puts sequence 2 at byte 41, where 40 is"),
+        ({"offsets": [60, 40, 20, 0]}, "puts sequence 0 at byte 60, but the one before ends at 0"),
+        ({"offsets": [0, 20, 41, 60]}, "puts sequence 2 at byte 41, but the one before ends at 40"),
     ],
 )
 def test_an_index_that_makes_no_sense_is_named(tmp_path: Path, change: dict[str, list[int]], wrong: str) -> None:

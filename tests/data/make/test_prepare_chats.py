@@ -153,8 +153,6 @@ def test_a_damaged_mask_is_named(made: DataConfig, tmp_path: Path, suffix: str) 
     content[-1] ^= 1
     path.write_bytes(content)
     with pytest.raises(DataError, match=rf"{path.name} does not match its checksum"):
-        read_manifest(folder, verify=True)
-    with pytest.raises(DataError, match=path.name):
         open_dataset(replace(made, folder=str(folder)))
     path.unlink()
     with pytest.raises(DataError, match=rf"{path.name} is missing"):

@@ -240,8 +240,8 @@ def test_a_cap_on_repeats_is_checked_before_training_and_respected() -> None:
     assert (blend.draw(np.arange(400)).source == 0).sum() == 200
     at = blend.curriculum.window(0).source.tolist().index(0, 400)
     refused = (
-        rf"'a' runs out at step {at // 8 + 1} \(row {at}, token {at * 64:,}\): max_epochs=2 of its 100 rows are 200, the run's "
-        r"402 rows would contain 201 \(2.01 epochs\)\.\n.*data\.on_exhausted=continue"
+        rf"'a' runs out at step {at // 8 + 1} \(row {at}, token {at * 64:,}\): max_epochs=2 of its 100 rows are 200, "
+        r"but the run's 402 rows would contain 201 \(2.01 epochs\)\.\n.*data\.on_exhausted=continue"
     )
     with pytest.raises(DataError, match=refused):
         blend.check_length(402, global_rows=8)
@@ -303,11 +303,11 @@ def test_the_identity_of_an_order_says_how_it_is_laid_out() -> None:
 @pytest.mark.parametrize(
     ("phases", "message"),
     [
-        ([PhaseConfig(100, {"s9": 1.0})], r"data.phases\[0\].weights names s9; data.sources has s0, s1"),
+        ([PhaseConfig(100, {"s9": 1.0})], r"data.phases\[0\].weights names s9, but data.sources has s0, s1"),
         ([PhaseConfig(100, {"s0": 0.0})], r"phases\[0\].weights: all weights are 0"),
         (
             [PhaseConfig(100, {"s0": 1}, ramp_tokens=50), PhaseConfig(140, {"s1": 1})],
-            "before the end of the phase before",
+            "before the end of the previous phase",
         ),
     ],
 )

@@ -166,12 +166,13 @@ def test_compiled_code_does_the_reading(tmp_path: Path, monkeypatch: pytest.Monk
             reset_at_documents=True,
         )  # fmt: skip
         dataset, plain = open_dataset(config), []
-        real = data.rows.batch_memory._row
+        real = data.rows.batch_memory._read_row
         monkeypatch.setattr(
-            "data.rows.batch_memory._row", lambda *a, real=real, plain=plain, **k: (plain.append(a[1]), real(*a, **k))
+            "data.rows.batch_memory._read_row",
+            lambda *a, real=real, plain=plain, **k: (plain.append(a[1]), real(*a, **k)),
         )
         dataset.training_rows(np.arange(dataset.train[0].count))
-        monkeypatch.setattr("data.rows.batch_memory._row", real)
+        monkeypatch.setattr("data.rows.batch_memory._read_row", real)
         assert 0 in plain and len(plain) <= rest
 
 

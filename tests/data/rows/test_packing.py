@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from ranks import run_ranks
 from shards import random_documents, write_folder
-from tiny import engine_of, recipe_with
+from tiny import engine_of, one_document_rows, recipe_with
 
 from data.batch import Batch
 from data.dataset import open_dataset
@@ -149,13 +149,7 @@ def test_a_packed_row_means_to_a_hybrid_what_its_documents_mean_alone(folder: Pa
                 many.append(torch.cat([one[row, slot : slot + size], torch.zeros(64 - size, dtype=torch.int64)]))
             spans.append((row, slot, size))
             slot += size
-    alone = Batch(
-        tokens=torch.stack(alone_tokens),
-        labels=torch.stack(alone_labels),
-        document_index=torch.zeros(len(spans), 64, dtype=torch.int32),
-        source=torch.zeros(len(spans), dtype=torch.int32),
-        positions=np.arange(len(spans)),
-    )
+    alone = one_document_rows(torch.stack(alone_tokens), torch.stack(alone_labels))
     [(together, single)] = run_ranks(1, logits, [packed, alone])
     for number, (row, slot, size) in enumerate(spans):
         torch.testing.assert_close(together[row, slot : slot + size], single[number, :size], atol=2e-5, rtol=0)

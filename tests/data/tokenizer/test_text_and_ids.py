@@ -5,15 +5,14 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 import tokenizers
+from prepared_files import documents_of
 from rich.console import Console
 from tokenizers import decoders, models, pre_tokenizers
 
 from data.prepare import prepare
 from data.store.manifest import read_manifest
-from data.store.shards import open_entry
 from data.tokenizer import Tokenizer, hf, load_tokenizer, ranks
 from recipes.schema.data import DataConfig, SourceConfig, TokenizerConfig
 from recipes.schema.errors import DataError
@@ -182,8 +181,7 @@ def test_shards_hold_the_ids_of_the_folders_own_tokenizer(tmp_path: Path) -> Non
         found = set()
         for entries in read_manifest(folder).sources["a"].splits.values():
             for entry in entries:
-                shard = open_entry(folder, entry)
-                for ids in np.split(np.asarray(shard.tokens), shard.ends[:-1]):
+                for ids in documents_of(folder, entry):
                     text = load_tokenizer(folder / "tokenizer.json", config.tokenizer).decode(ids)
                     assert ids[:-1].tolist() == reference.encode(text).ids
                     found.add(text)

@@ -100,9 +100,9 @@ def test_list_shows_every_checkpoint_and_marks_the_newest(run: Path, say: Say) -
     assert status == 1
     assert re.search(r"^ +6 .* DAMAGED *$", out, re.M)
     assert re.search(
-        r"^step 6 is damaged: rank_00001\.safetensors is 1,000 bytes long, the manifest says [\d,]+ b", out, re.M
+        r"^step 6 is damaged: rank_00001\.safetensors is 1,000 bytes long, but the manifest says [\d,]+ b", out, re.M
     )
-    assert "latest says 'step_00'; the newest whole checkpoint is step_00000008" in out
+    assert "latest says 'step_00'; the newest complete checkpoint is step_00000008" in out
     assert ".step_00000010.writing is being written or deleted" in out
 
 
@@ -327,7 +327,7 @@ def test_a_run_with_a_damaged_newest_says_which_it_shows(run: Path, say: Say, ca
     (at(run, 8) / "index.json").write_text("")
     status, out, _ = say("show", run)
     assert status == 0 and out.startswith(str(at(run, 6)))
-    assert f"passed over: {at(run, 8) / 'index.json'} is 0 bytes long" in caplog.text
+    assert f"skipped: {at(run, 8) / 'index.json'} is 0 bytes long" in caplog.text
 
 
 @pytest.mark.parametrize("word", ["list", "show", "verify", "consolidate"])

@@ -125,7 +125,7 @@ def test_a_torn_pointer_is_reported_and_loses_nothing(pointer: str | None, folde
 
 def test_a_pointer_without_its_checkpoint_is_no_fresh_start(tmp_path: Path) -> None:
     point_at(tmp_path, "step_00000010")
-    with pytest.raises(CheckpointError, match="the checkpoint it names is not"):
+    with pytest.raises(CheckpointError, match="the checkpoint it names does not"):
         steps.newest_in(tmp_path)
 
 
@@ -416,7 +416,7 @@ def test_what_would_hold_a_reader_for_ever_is_no_file(name: str, folder: Path) -
         with pytest.raises(CheckpointError, match=name.replace(".", r"\.")):
             Reader(path.parent)
         (note,) = steps.candidates(folder)[1][:1]
-        assert name in note and note.startswith(steps.PASSED_OVER)
+        assert name in note and note.startswith(steps.SKIPPED)
 
 
 def test_names_that_look_like_steps(folder: Path) -> None:
@@ -428,7 +428,10 @@ def test_names_that_look_like_steps(folder: Path) -> None:
     shutil.copytree(folder / steps.name_of(OLD), folder / steps.name_of(9))
     good, (note, pointer) = steps.candidates(folder)
     assert [manifest.step for _, manifest in good] == [NEW, OLD]
-    assert f"holds step {OLD}, not the one it is named after. Name it {steps.name_of(OLD)}" in note
+    assert (
+        f"contains step {OLD}, not the step in its name. If it belongs to this run, rename it to {steps.name_of(OLD)}"
+        in note
+    )
     assert "cannot be read: it is a device, not a regular file" in pointer
 
 

@@ -143,6 +143,7 @@ BOXES = [
     ((9, 3000), (0, 0), (3, 2049)),  # blocks and one column
     ((9000, 40), (11, 3), (8900, 37)),  # several tiles of narrow rows
     ((700, 5000), (1, 5), (600, 1300)),  # tiles and blocks
+    ((9, 70_000), (1, 5), (7, 69_990)),  # more blocks than coefficients are kept of
     ((5, 6, 7, 30), (1, 2, 3, 4), (3, 4, 2, 26)),  # rows that lie apart
     ((200_001,), (77,), (199_000,)),  # one long row
 ]

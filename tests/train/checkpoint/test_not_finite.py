@@ -95,7 +95,7 @@ def test_state_that_is_not_finite_is_refused_by_name_on_every_rank(fault: str, t
     world, recipe, where, rank, name = SICK[fault]
     texts = run_ranks(world, save_sick, world, tmp_path, recipe, where, rank, rank == 0)
     assert len(set(texts)) == 1, texts
-    assert "step 2 is not saved: 1 tensor holds NaN or infinity" in texts[0] and name in texts[0]
+    assert "step 2 is not saved: 1 tensor contains NaN or infinity" in texts[0] and name in texts[0]
     assert "step_00000001 is the newest finite checkpoint" in texts[0]
     assert list(contents(tmp_path)) == [1] and not list(tmp_path.glob(".*"))
     assert manifest_at(tmp_path, 1).not_finite == {}
@@ -163,6 +163,6 @@ def test_a_manifest_that_records_nan_is_skipped_without_reading_tensors(sick_run
 
 def test_a_run_of_sick_steps_only_is_refused_with_what_is_wrong(tmp_path: Path) -> None:
     run_ranks(1, save_anyway, tmp_path, (1, 2, 3))
-    with pytest.raises(CheckpointError, match=r"no checkpoint in .* is whole:(\n.*NaN or infinity.*){3}"):
+    with pytest.raises(CheckpointError, match=r"no checkpoint in .* is complete:(\n.*NaN or infinity.*){3}"):
         steps.newest_in(tmp_path)
     assert "No earlier checkpoint without them" in finite.advice_after_not_finite(tmp_path)

@@ -80,7 +80,7 @@ def test_a_teacher_of_another_vocabulary_or_tokenizer_is_refused_with_the_reason
         refuse(teacher_problems(careful, nameless, tokenizer="fedcba"))
     with pytest.raises(RecipeError, match=r"another tokenizer"):
         ask(tokenizer="fedcba", student=student)  # trusted, but the recorded tokenizer differs
-    with pytest.raises(CheckpointError, match=r"is no checkpoint"):
+    with pytest.raises(CheckpointError, match=r"is neither a checkpoint"):
         checkpoint_at(teacher / "nothing")
     with pytest.raises(RankFailed, match=r"needs objective.teacher"):
         run_ranks(1, distill_tiny, recipe_with(**{"objective.kind": "distill"}), 1)

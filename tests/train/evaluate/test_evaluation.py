@@ -118,7 +118,7 @@ def test_mistakes_are_answered_before_the_model_is_built(
 
     monkeypatch.setattr("train.evaluate.evaluation.model_on_one_rank", None)
     assert "there is no task 'needel-1k'. Did you mean needle-1k?" in refused(run_folder, "--tasks", "needel-1k")
-    assert "is no checkpoint" in refused(tmp_path / "nowhere", "--tasks", choices)
+    assert "is neither a checkpoint" in refused(tmp_path / "nowhere", "--tasks", choices)
     assert "name the tasks: --tasks" in refused(run_folder)
     assert "name a run or a checkpoint" in refused("--tasks", choices)
     assert "it takes no run" in refused(run_folder, "--tasks", choices, "--contamination", tmp_path)

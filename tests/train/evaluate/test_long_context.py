@@ -67,7 +67,7 @@ def test_lengths_that_are_too_short_are_refused_and_names_are_checked(tokenizer:
     assert long_context("needle-128k") == ("needle", 131072) and long_context("needle-3k") is None
     with pytest.raises(DataError, match=r"there is no task 'neddle-4k'\. Did you mean needle-4k\?"):
         open_tasks(["neddle-4k"], tokenizer=tokenizer, seed=0)
-    with pytest.raises(DataError, match=r"there is no task 'xyz'\. There are needle-1k \.\.\. needle-128k"):
+    with pytest.raises(DataError, match=r"there is no task 'xyz'\. Use needle-1k \.\.\. needle-128k"):
         open_tasks(["xyz"], tokenizer=tokenizer, seed=0)
     with pytest.raises(DataError, match=r"has an empty name"):
         names_of("needle-1k,,words-1k")

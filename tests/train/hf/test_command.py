@@ -194,7 +194,7 @@ def test_mistakes_are_explained_and_leave_nothing(
     run, out = runs["nemotron_h"], exports["nemotron_h"]
     for words, message in (
         (["export", run, "--out", out], "is not empty. Choose another --out; nothing is overwritten."),
-        (["export", tmp_path, "--out", tmp_path / "x"], "is no checkpoint"),
+        (["export", tmp_path, "--out", tmp_path / "x"], "is neither a checkpoint"),
         (["import", tmp_path, "--out", tmp_path / "x"], "config.json cannot be read"),
         (["export", run, "--out", tmp_path / "x", "--tokenizer", tmp_path / "none.json"], "no tokenizer at"),
         (["check", run, exports["gemma2"]], "describes a different model than"),

@@ -95,7 +95,7 @@ def test_sentencepiece_models_by_bpe_give_the_same_ids(
         ({"model_type": "unigram"}, "chosen by the unigram method"),
         ({"model_type": "bpe", "normalization_rule_name": "nmt_nfkc"}, "letters are replaced"),
         ({"model_type": "bpe", "remove_extra_whitespaces": True}, "several spaces become one"),
-        ({"model_type": "bpe", "user_defined_symbols": ["lord"]}, "words of its own are given"),
+        ({"model_type": "bpe", "user_defined_symbols": ["lord"]}, "it has user-defined words"),
     ],
 )
 def test_sentencepiece_models_that_transformers_reads_differently_are_not_written(

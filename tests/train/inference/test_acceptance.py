@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from chi_square import surprise
 
 from train.inference.acceptance import Guess, acceptance, next_tokens, remainder
 from train.inference.request import Sampling
@@ -45,15 +46,6 @@ SAMPLINGS = [
     Sampling(1.0, top_p=0.8),
     Sampling(0.9, top_k=5, top_p=0.9),
 ]
-
-
-def surprise(counts: torch.Tensor, expected: torch.Tensor) -> float:
-    """The chance of counts as far from the expected ones, by Pearson's chi-square."""
-    possible = expected > 0
-    assert not counts[~possible].any()
-    statistic = ((counts - expected)[possible] ** 2 / expected[possible]).sum()
-    freedom = (possible.sum() - 1).double()
-    return float(torch.special.gammaincc(freedom / 2, statistic / 2))
 
 
 @pytest.mark.parametrize("sampling", SAMPLINGS, ids=str)

@@ -10,7 +10,7 @@ import pytest
 from killed_runs import recipe_in
 from ranks import run_ranks
 
-from recipes.schema.errors import CheckpointError, DataError
+from recipes.schema.errors import CheckpointError, DataError, StratumError
 from recipes.schema.tools import GenerateConfig
 from train.inference.text import generate_records, read_prompts, stream_text
 from train.run import train
@@ -35,11 +35,16 @@ def texts(rank: int, folder: Path) -> dict[str, Any]:
     found["chats"] = [record["text"] for record in generate_records(recipe, chats)]
     found["chat"] = "".join(stream_text(recipe, replace(chats, prompts=None, prompt="hi")))
     found["as text"] = "".join(stream_text(recipe, replace(alone, prompts=None, prompt="User\nhi\nAssistant\n")))
+    for name, wrong in {"alone": {"draft_tokens": 3}, "nowhere": {"speculate": "runs/nowhere"}}.items():
+        try:
+            list(generate_records(recipe, replace(config, **wrong)))
+        except StratumError as error:
+            found[name] = str(error)
     greedy = replace(config, temperature=0.0, tokens=30)
     for speculate in (None, "lookup", str(Path(recipe.run.folder) / recipe.run.name)):
-        one = replace(greedy, speculate=speculate, draft_tokens=3)
+        one = replace(greedy, speculate=speculate, draft_tokens=speculate and 3)
         found.setdefault("speculated", []).append(list(generate_records(recipe, one)))
-    found["alone"] = "".join(stream_text(recipe, replace(config, prompt="c", prompts=None, n=1, seed=4)))
+    found["single"] = "".join(stream_text(recipe, replace(config, prompt="c", prompts=None, n=1, seed=4)))
     return found
 
 
@@ -53,7 +58,9 @@ def test_prompts_of_a_file_are_continued_in_one_batch(tmp_path: Path) -> None:
         ("c", 0),
         ("c", 1),
     ]
-    assert found["alone"] == "c" + records[3]["text"], "a text of a batch is the text alone with its seed"
+    assert found["single"] == "c" + records[3]["text"], "a text of a batch is the text alone with its seed"
+    assert "--draft-tokens 3" in found["alone"] and "--speculate lookup" in found["alone"]
+    assert "runs/nowhere" in found["nowhere"]
     plain, *speculated = found["speculated"]
     for guessed in speculated:
         assert [record["tokens"] for record in guessed] == [record["tokens"] for record in plain]

@@ -169,6 +169,25 @@ def test_a_resumed_run_keeps_its_name_at_weights_and_biases(tmp_path: Path, monk
     assert asked[0] == asked[1] and asked[0][1] == "allow"
 
 
+def test_the_terminal_comes_back_after_a_full_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A rank's log is on the same disk as its run."""
+    telemetry, values = recorder(tmp_path, Reducer()), losses()
+    full = SimpleNamespace(write=lambda text: None, flush=_raise_full)
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "stderr", full)
+        run(telemetry, values[:4])
+    run(telemetry, values[4:], first=5)
+    telemetry.close()
+    said = capsys.readouterr().err
+    assert "step 8/10" in said and "off from now on" not in said
+
+
+def _raise_full() -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
 def test_tensorboard_that_fails_is_a_warning(tmp_path: Path) -> None:
     (tmp_path / "tensorboard").write_text("a file where a folder should be")
     telemetry = recorder(tmp_path, Reducer(), tensorboard=True)
