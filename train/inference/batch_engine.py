@@ -26,12 +26,13 @@ from recipes.schema.model import ModelConfig
 from train.inference.acceptance import Guess, next_tokens
 from train.inference.drafters import Ask, Draft, Drafter, Followed
 from train.inference.forward import Read, logits_of, read_tokens, settle
-from train.inference.pools import Pools
+from train.inference.pools import Pools, memory_budget
 from train.inference.prefix import PrefixCache
 from train.inference.request import Event, Finish, Request, Token
 from train.inference.sampling import Draw
 from train.inference.thinking import ThinkingWatch
 from train.model.few_tokens import MOST, FewTokens
+from train.native.few_rows import line_sums
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,8 @@ class EngineConfig:
     context_tokens: int = 4096
     """Largest number of tokens of a text, prompt and answer together."""
     memory_bytes: int | None = None
-    """Bytes of keys, values and states on this rank; None: enough for `rows` texts of `context_tokens`."""
+    """Bytes of keys, values and states on this rank; None: enough for `rows` texts of `context_tokens`, or nine tenths of
+    the free memory if that is less (on one tensor rank; several ranks must agree)."""
     page_tokens: int = 16
     """Tokens of a page of keys and values."""
     step_tokens: int = 512
@@ -201,7 +203,8 @@ class InferenceEngine:
         self.sizes = cache_sizes(
             shape, rows=config.rows, context_tokens=config.context_tokens, page_tokens=config.page_tokens,
             step_tokens=config.step_tokens, snapshots=config.prefix_blocks if "M" in shape.pattern else 0,
-            number_bytes=weight.element_size(), tensor=tensor, budget_bytes=config.memory_bytes,
+            number_bytes=weight.element_size(), tensor=tensor,
+            budget_bytes=memory_budget(config.memory_bytes, weight.device, tensor=tensor),
             trial_tokens=config.rows * (1 + config.draft_tokens) if drafter is not None else 0, draft=draft,
         )  # fmt: skip
         self.pools = Pools(shape, self.sizes, dtype=weight.dtype, device=weight.device, tensor=tensor)
@@ -243,6 +246,11 @@ class InferenceEngine:
         """End a request. Its last event comes with the next step. No effect if it has ended."""
         if id in self._texts:
             self._end(self._texts[id], "cancelled")
+
+    def weights_changed(self) -> None:
+        """Call it after the model's weights have changed: the engine has copies of them, and states computed with them."""
+        self._few.pack()
+        self.prefixes.clear()
 
     @property
     def is_idle(self) -> bool:
@@ -405,7 +413,7 @@ class InferenceEngine:
         self._running.sort(key=lambda text: text.order)
         singles: list[tuple[_Text, int]] = []
         parts: list[tuple[_Text, int]] = []
-        ready = [text for text in self._running if not self._read_ahead(text)]
+        ready = [text for text in list(self._running) if not self._read_ahead(text)]
         for text in [text for text in ready if text.left == 1]:
             if text.row >= 0 and self._take(text, 1):
                 singles.append((text, 1))
@@ -424,12 +432,17 @@ class InferenceEngine:
 
     def _read_ahead(self, text: _Text) -> bool:
         """Let the drafter read the next part of a long prefix that the prefix cache had. -> whether the text waits for it."""
-        if not text.most_guesses or self.drafter is None:
+        if not text.most_guesses or self.drafter is None or text.row < 0:
             return False
         lag, size = self.drafter.lag(text.row, text.done), self.config.step_tokens
         if lag <= size:
             return False
-        self.drafter.follow([Followed(text.row, text.tokens, text.done - lag + size, None)])
+        end = text.done - lag + size
+        while not self.drafter.fits(text.row, end):
+            if not self._preempt_for(text):
+                return True
+        self.drafter.reserve(text.row, end)
+        self.drafter.follow([Followed(text.row, text.tokens, end, None)])
         return True
 
     def _take(self, text: _Text, count: int) -> int:
@@ -497,7 +510,7 @@ class InferenceEngine:
                 drawing.append((turn, range(len(lines), len(lines) + count)))
                 lines += range(begin - count, begin)
         logits_NV = logits_of(self.model, _of_lines(hidden_TH, lines), few=self._few)
-        log_sums_N = logits_NV.logsumexp(-1)
+        best_N, log_sums_N = line_sums(logits_NV)
         finite_T = torch.isfinite(hidden_TH).all(-1)
         finite_N = torch.isfinite(log_sums_N) & finite_T[lines]
         bad = self._broken(turns, finite_T, lines, finite_N)
@@ -509,7 +522,7 @@ class InferenceEngine:
                 continue
             self._advance(turn.text, turn.text.left - 1 if turn.draft.tokens else turn.count)
             if places:
-                self._score(turn.text, logits_NV[places.start : places.stop], log_sums_N[places.start : places.stop])
+                self._score(turn.text, *(x[places.start : places.stop] for x in (logits_NV, log_sums_N, best_N)))
         if self.drafter is not None:
             parts = hidden_TH.split([turn.tokens for turn in turns])
             self.drafter.follow(
@@ -522,7 +535,7 @@ class InferenceEngine:
         for text in bad:
             self._end(text, "error", message=_NOT_FINITE)
         if drawn:
-            self._report(drawn, *(_of_lines(x, [one.line for one in drawn]) for x in (logits_NV, log_sums_N)))
+            self._report(drawn, *(_of_lines(x, [one.line for one in drawn]) for x in (logits_NV, log_sums_N, best_N)))
         for turn in turns:
             if turn.text.row >= 0 and not turn.text.left:
                 self._end(turn.text, "length")  # the request only scores its prompt
@@ -601,16 +614,18 @@ class InferenceEngine:
             self.prefixes.store(text.row, text.keys[:blocks])
         self.pools.slide(text.row, text.done)
 
-    def _score(self, text: _Text, logits_NV: torch.Tensor, log_sums_N: torch.Tensor) -> None:
+    def _score(self, text: _Text, logits_NV: torch.Tensor, log_sums_N: torch.Tensor, best_N: torch.Tensor) -> None:
         ids = torch.tensor(text.tokens[text.scored : text.scored + len(logits_NV)], device=logits_NV.device)
-        tokens = self._tokens(ids, logits_NV, log_sums_N, tops=[text.request.top_logprobs] * len(ids))
+        tokens = self._tokens(ids, logits_NV, log_sums_N, best_N, tops=[text.request.top_logprobs] * len(ids))
         text.scored += len(tokens)
         self._events.append(Event(text.id, scores=tuple(tokens)))
 
-    def _report(self, drawn: list[_Drawn], logits_NV: torch.Tensor, log_sums_N: torch.Tensor) -> None:
+    def _report(
+        self, drawn: list[_Drawn], logits_NV: torch.Tensor, log_sums_N: torch.Tensor, best_N: torch.Tensor
+    ) -> None:
         """Events of new tokens, drawn from these lines."""
         ids = torch.tensor([max(one.id, 0) for one in drawn], device=logits_NV.device)
-        tokens = self._tokens(ids, logits_NV, log_sums_N, tops=[one.text.request.top_logprobs for one in drawn])
+        tokens = self._tokens(ids, logits_NV, log_sums_N, best_N, tops=[one.text.request.top_logprobs for one in drawn])
         for one, token in zip(drawn, tokens, strict=True):
             if one.finish == "error":
                 self._end(one.text, "error", message=_NOT_FINITE)
@@ -623,11 +638,17 @@ class InferenceEngine:
                 self._events.append(Event(one.text.id, token, guesses=one.guesses))
 
     def _tokens(
-        self, ids_N: torch.Tensor, logits_NV: torch.Tensor, log_sums_N: torch.Tensor, *, tops: Sequence[int]
+        self,
+        ids_N: torch.Tensor,
+        logits_NV: torch.Tensor,
+        log_sums_N: torch.Tensor,
+        best_N: torch.Tensor,
+        *,
+        tops: Sequence[int],
     ) -> list[Token]:
         """The tokens with their log-probabilities."""
         logprobs = (logits_NV.gather(-1, ids_N[:, None])[:, 0] - log_sums_N).tolist()
-        likeliest = logits_NV.argmax(-1).tolist()
+        likeliest = best_N.tolist()
         most = min(max(tops), self.shape.real_vocab)  # the padding of the vocabulary is no token
         top_ids: list[list[int]] = [[]] * len(likeliest)
         top_values: list[list[float]] = [[]] * len(likeliest)

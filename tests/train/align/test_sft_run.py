@@ -5,7 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from chats import assistant, tokenizer_file, user, write_chats
-from lives import Kill, Run, contents_at, recipe_in
+from killed_runs import Kill, Run, contents_at, recipe_in
 from rich.console import Console
 
 from data.prepare import prepare
@@ -35,14 +35,14 @@ def recipe_of(folder: Path) -> Recipe:
 def test_a_killed_stage_ends_as_an_undisturbed_one(tmp_path: Path) -> None:
     recipe = recipe_of(tmp_path)
     before = replace(recipe, run=replace(recipe.run, name="before"))
-    Run(before, 1, folder=tmp_path / "said before").life(None)
+    Run(before, 1, folder=tmp_path / "said before").attempt(None)
     ends = []
     for name in ("undisturbed", "killed"):
         stage = replace(recipe, run=replace(recipe.run, name=name, start_from=str(tmp_path / "before")))
         run = Run(stage, 1, folder=tmp_path / f"said {name}")
         if name == "killed":
-            assert run.life(Kill(steps=3, delay_s=0.0))
-        run.life(None)
+            assert run.attempt(Kill(steps=3, delay_s=0.0))
+        run.attempt(None)
         steps = {line["step"]: line["loss"] for line in run.metrics if line["kind"] == "step"}
         assert sorted(steps) == list(range(1, STEPS + 1))
         ends.append((steps, contents_at(run.checkpoints / f"step_{STEPS:08d}")))
