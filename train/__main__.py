@@ -15,7 +15,7 @@ from omegaconf import DictConfig
 
 from data.system.parent import end_with_parent
 from recipes.schema.command import dotted_keys, run_command
-from recipes.schema.errors import USER_ERRORS
+from recipes.schema.errors import USER_ERRORS, StratumError
 from recipes.schema.options import CommandParser
 from recipes.schema.read import read_recipe
 from recipes.schema.recipe import Recipe
@@ -68,7 +68,7 @@ def _train(composed: DictConfig) -> int:
 
             try:
                 write_report(end.folder)
-            except (*USER_ERRORS, OSError) as error:  # e.g. a full disk: the run itself is finished and saved
+            except (StratumError, OSError) as error:  # e.g. a full disk: the run itself is finished and saved
                 _say(f"Finished at step {end.step}. No summary: {error} To write it: stratum report {end.folder}")
             else:
                 _say(f"Finished at step {end.step}. Summary: {end.folder}/summary.md, picture: {end.folder}/loss.png")
