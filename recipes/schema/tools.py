@@ -29,6 +29,10 @@ class GenerateConfig:
     prompts: str | None = None
     """A file of texts to continue together, one per line; in a .jsonl file, a JSON string or an object with "prompt" per line.
     The output is one JSON object per text."""
+    chat: bool = False
+    """Each prompt is a user's message, and the text is the answer. In a .jsonl file a line may also have "messages"."""
+    chat_template: str | None = None
+    """The Jinja file or built-in template of --chat; the recipe's data.chat.template if not given."""
     n: PositiveInt = 1
     """Number of texts for each prompt. Their seeds count up from --seed. More than one are printed as JSON."""
     logprobs: Count | None = None
@@ -123,7 +127,8 @@ class ServeConfig:
     key_file: str | None = None
     """A file with a key that clients must send as a bearer token."""
     chat_template: str | None = None
-    """A Jinja file for chat completions, or `plain` for a model that was not trained on chats."""
+    """A Jinja file for chat completions, or a built-in template: chatml, gemma2, nemotron_nano_v2, turns, or `plain` for a model
+    that was not trained on chats."""
     think_start: str | None = None
     """The marker at which thinking starts, such as <think>. Calls may then set `thinking_budget`."""
     think_end: str | None = None

@@ -112,6 +112,20 @@ class Mesh:
         dist.all_gather_object(values, value, group=self.watching)
         return values
 
+    def begin_sum_over_rows(self, count: int) -> Callable[[], int]:
+        """Sum what each data-parallel rank counts in its own rows, without waiting: the returned function waits, and may be
+        called again. Ranks that share rows pass the same count. Collective over the world."""
+        if self.layout.world == 1:
+            return lambda: count
+        total = torch.tensor([count])
+        work = dist.all_reduce(total, group=self.watching, async_op=True)
+
+        def answer() -> int:
+            work.wait()
+            return int(total.item()) * self.layout.data // self.layout.world
+
+        return answer
+
     def barrier(self) -> None:
         """Wait for all ranks. Collective over the world."""
         if self.layout.world > 1:
