@@ -73,7 +73,15 @@ def problems(
         ),
         *environment_problems(recipe.launch.environment),
         *distill_problems(recipe),
-        *task_problems(recipe.evaluate.tasks, row_tokens=recipe.data.row_tokens, reads_files=here and disk is not None),
+        *task_problems(
+            recipe.evaluate.tasks,
+            row_tokens=recipe.data.row_tokens,
+            parallel=recipe.parallel,
+            backend=recipe.precision.backend
+            if machine is None
+            else backend_name(recipe.precision, _of_run(recipe, machine)),
+            reads_files=here and disk is not None,
+        ),
     ]
     if not pattern_problems(recipe.model.pattern):
         found += precision_problems(recipe, machine)

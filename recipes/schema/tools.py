@@ -70,6 +70,8 @@ class EvaluateToolConfig:
     """Tokens of the longest row to score; by default the recipe's data.row_tokens. Long-context tasks use what they need."""
     batch_rows: PositiveInt = 8
     """Rows scored at once. It changes the memory, not the scores."""
+    tensor: PositiveInt = 1
+    """Processes that share a copy of the model (torchrun). Requests are dealt to the copies."""
     seed: Seed = 0
     """Seed of generated tasks: long contexts and reasoning."""
     out: str | None = None

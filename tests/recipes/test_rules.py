@@ -139,8 +139,15 @@ EVERY_RULE: dict[str, tuple[dict[str, Any], str]] = {
     "environment": ({"launch.environment": "NCCL_DEBUG"}, "'NCCL_DEBUG' is not NAME=VALUE."),
     "an unknown task": ({"evaluate.tasks": ("needel-1k",)}, "there is no task 'needel-1k'. Did you mean needle-1k?"),
     "no task file": ({"evaluate.tasks": ("DISK/mine.yaml",)}, "evaluate.tasks: there is no task file DISK/mine.yaml."),
-    "a task that generates": ({"evaluate.tasks": ("words-1k",)}, "evaluate.tasks: words-1k needs generated text,"),
-    "a task longer than a row": ({"evaluate.tasks": ("needle-1k",)}, "needle-1k needs rows of 1,024 tokens, and"),
+    "a task that generates": (
+        {"evaluate.tasks": ("reasoning/chain_sum",), "parallel.pipeline": 2},
+        "evaluate.tasks: reasoning/chain_sum needs generated text; parallel.pipeline=2 only scores text. Leave it out, and run",
+    ),
+    "a task that runs code": (
+        {"evaluate.tasks": ("human-eval",)},
+        "evaluate.tasks: human-eval runs code that the model wrote.",
+    ),
+    "a task longer than a row": ({"evaluate.tasks": ("needle-1k",)}, "needle-1k needs rows of 1,024 tokens, but"),
     "name": ({"run.name": "../up"}, "run.name='../up' has an empty part, `.` or `..`"),
 }
 

@@ -26,7 +26,7 @@ from recipes.schema.model import ModelConfig
 from train.inference.acceptance import Guess, next_tokens
 from train.inference.drafters import Ask, Draft, Drafter, Followed
 from train.inference.forward import Read, logits_of, read_tokens, settle
-from train.inference.pools import Pools
+from train.inference.pools import Pools, memory_budget
 from train.inference.prefix import PrefixCache
 from train.inference.request import Event, Finish, Request, Token
 from train.inference.sampling import Draw
@@ -44,7 +44,8 @@ class EngineConfig:
     context_tokens: int = 4096
     """Largest number of tokens of a text, prompt and answer together."""
     memory_bytes: int | None = None
-    """Bytes of keys, values and states on this rank; None: enough for `rows` texts of `context_tokens`."""
+    """Bytes of keys, values and states on this rank; None: enough for `rows` texts of `context_tokens`, or nine tenths of
+    the free memory if that is less (on one tensor rank; several ranks must agree)."""
     page_tokens: int = 16
     """Tokens of a page of keys and values."""
     step_tokens: int = 512
@@ -202,7 +203,8 @@ class InferenceEngine:
         self.sizes = cache_sizes(
             shape, rows=config.rows, context_tokens=config.context_tokens, page_tokens=config.page_tokens,
             step_tokens=config.step_tokens, snapshots=config.prefix_blocks if "M" in shape.pattern else 0,
-            number_bytes=weight.element_size(), tensor=tensor, budget_bytes=config.memory_bytes,
+            number_bytes=weight.element_size(), tensor=tensor,
+            budget_bytes=memory_budget(config.memory_bytes, weight.device, tensor=tensor),
             trial_tokens=config.rows * (1 + config.draft_tokens) if drafter is not None else 0, draft=draft,
         )  # fmt: skip
         self.pools = Pools(shape, self.sizes, dtype=weight.dtype, device=weight.device, tensor=tensor)
@@ -411,7 +413,7 @@ class InferenceEngine:
         self._running.sort(key=lambda text: text.order)
         singles: list[tuple[_Text, int]] = []
         parts: list[tuple[_Text, int]] = []
-        ready = [text for text in self._running if not self._read_ahead(text)]
+        ready = [text for text in list(self._running) if not self._read_ahead(text)]
         for text in [text for text in ready if text.left == 1]:
             if text.row >= 0 and self._take(text, 1):
                 singles.append((text, 1))
@@ -430,12 +432,17 @@ class InferenceEngine:
 
     def _read_ahead(self, text: _Text) -> bool:
         """Let the drafter read the next part of a long prefix that the prefix cache had. -> whether the text waits for it."""
-        if not text.most_guesses or self.drafter is None:
+        if not text.most_guesses or self.drafter is None or text.row < 0:
             return False
         lag, size = self.drafter.lag(text.row, text.done), self.config.step_tokens
         if lag <= size:
             return False
-        self.drafter.follow([Followed(text.row, text.tokens, text.done - lag + size, None)])
+        end = text.done - lag + size
+        while not self.drafter.fits(text.row, end):
+            if not self._preempt_for(text):
+                return True
+        self.drafter.reserve(text.row, end)
+        self.drafter.follow([Followed(text.row, text.tokens, end, None)])
         return True
 
     def _take(self, text: _Text, count: int) -> int:

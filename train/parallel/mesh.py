@@ -12,6 +12,7 @@ import socket
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -102,6 +103,14 @@ class Mesh:
             return [bool(value) for value in values.tolist()]
 
         return answer
+
+    def gather_objects(self, value: Any) -> list[Any]:
+        """Every rank's value, in the order of ranks, on every rank; pickled. Collective over the world."""
+        if self.layout.world == 1:
+            return [value]
+        values: list[Any] = [None] * self.layout.world
+        dist.all_gather_object(values, value, group=self.watching)
+        return values
 
     def barrier(self) -> None:
         """Wait for all ranks. Collective over the world."""

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from killed_runs import recipe_in
 from ranks import run_ranks
+from shards import random_documents, write_folder
 
 from recipes.schema.errors import CheckpointError, DataError, StratumError
 from recipes.schema.tools import GenerateConfig
@@ -29,6 +30,14 @@ def texts(rank: int, folder: Path) -> dict[str, Any]:
     (folder / "prompts.jsonl").write_text('"ab\\n"\n{"prompt": "c", "id": 1}\n')
     config = GenerateConfig(prompts="prompts.jsonl", n=2, tokens=6, logprobs=2, temperature=1.0, top_p=1.0, seed=3)
     found["records"] = list(generate_records(recipe, config))
+    write_folder(folder / "other", {"a": [random_documents(9, seed=1)]}, vocab=270)
+    other = replace(recipe, data=replace(recipe.data, folder=str(folder / "other")))
+    one = replace(config, prompt="c", prompts=None, n=1)
+    for name, read, asked in (("tokenizer", other, one), ("beyond memory", recipe, replace(one, tokens=10**15))):
+        try:
+            "".join(stream_text(read, asked))
+        except StratumError as error:
+            found[name] = str(error)
     for name, wrong in {"alone": {"draft_tokens": 3}, "nowhere": {"speculate": "runs/nowhere"}}.items():
         try:
             list(generate_records(recipe, replace(config, **wrong)))
@@ -45,6 +54,8 @@ def texts(rank: int, folder: Path) -> dict[str, Any]:
 def test_prompts_of_a_file_are_continued_in_one_batch(tmp_path: Path) -> None:
     found = run_ranks(1, texts, tmp_path)[0]
     assert "contains no checkpoint" in found["untrained"]
+    assert "The longest that fits has " in found["beyond memory"]
+    assert "was trained with another tokenizer" in found["tokenizer"]
     records = found["records"]
     assert [(record["prompt"], record["sample"]) for record in records] == [
         ("ab\n", 0),
