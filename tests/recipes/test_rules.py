@@ -140,7 +140,7 @@ EVERY_RULE: dict[str, tuple[dict[str, Any], str]] = {
     "an unknown task": ({"evaluate.tasks": ("needel-1k",)}, "there is no task 'needel-1k'. Did you mean needle-1k?"),
     "no task file": ({"evaluate.tasks": ("DISK/mine.yaml",)}, "evaluate.tasks: there is no task file DISK/mine.yaml."),
     "a task that generates": ({"evaluate.tasks": ("words-1k",)}, "evaluate.tasks: words-1k needs generated text,"),
-    "a task longer than a row": ({"evaluate.tasks": ("needle-1k",)}, "needle-1k needs rows of 1,024 tokens, and"),
+    "a task longer than a row": ({"evaluate.tasks": ("needle-1k",)}, "needle-1k needs rows of 1,024 tokens, but"),
     "name": ({"run.name": "../up"}, "run.name='../up' has an empty part, `.` or `..`"),
 }
 
