@@ -69,7 +69,9 @@ def mutated_value(value: Any, rng: random.Random) -> Any:
             owner[rng.choice(("", "extra", "\x1b[31m"))] = owner.pop(key)
         case 3:
             deep: Any = []
-            for _ in range(300):  # deeper ones cannot be copied by a second change
+            for _ in range(
+                250
+            ):  # copying takes two calls a level: below the 100 levels of `_places` a second change can still copy it
                 deep = [deep]
             owner[key] = deep
         case _:
@@ -174,12 +176,13 @@ def _is_inside(path: Any, folder: Path) -> bool:
     return name == str(folder) or name.startswith(f"{folder}/") or name == os.devnull
 
 
-def _places(value: Any) -> Iterator[tuple[Any, Any]]:
-    """Every (mapping or list, key) in plain values."""
+def _places(value: Any, *, levels: int = 100) -> Iterator[tuple[Any, Any]]:
+    """Every (mapping or list, key) of the upper levels of plain values."""
     keys = list(value) if isinstance(value, dict) else range(len(value)) if isinstance(value, list) else ()
     for key in keys:
         yield value, key
-        yield from _places(value[key])
+        if levels > 1:
+            yield from _places(value[key], levels=levels - 1)
 
 
 def _changed_bytes(rng: random.Random) -> Callable[[bytes], bytes]:
