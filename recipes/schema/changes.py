@@ -115,13 +115,10 @@ def check_same_function(saved: dict[str, Any], recipe: Recipe, *, place: str) ->
     saved: the checkpoint's resolved recipe; without a model it is not compared. `checkpoint.allow` permits it:
     `arithmetic` for what a resume may change by that word, `another_function` for everything else.
     """
-    if not saved.get("model"):
-        return
-    then, now = ({"model": _effective(model)} for model in (saved["model"], recipe_mapping(recipe)["model"]))
     words = {"safe", *(kind.replace("_", " ") for kind in recipe.checkpoint.allow)}
     if "another function" in words:
         words.add("another run")
-    changes = [change for change in differences(then, now) if change.kind not in words]
+    changes = [change for change in function_changes(saved, recipe_mapping(recipe)) if change.kind not in words]
     if not changes:
         return
     needed = dict.fromkeys("arithmetic" if change.kind == "arithmetic" else "another_function" for change in changes)
@@ -132,6 +129,16 @@ def check_same_function(saved: dict[str, Any], recipe: Recipe, *, place: str) ->
         f"the weights of {place} were trained as another function than this recipe's model:{lines}\nTake the differences "
         f"back, or add checkpoint.allow=[{','.join(needed)}] to use the weights in this model."
     )
+
+
+def function_changes(a: dict[str, Any], b: dict[str, Any]) -> list[Difference]:
+    """Fields of the model on which two resolved recipes disagree; those of kind `safe` leave the function of the weights alone.
+
+    Empty if a recipe is not known.
+    """
+    if not a.get("model") or not b.get("model"):
+        return []
+    return differences({"model": _effective(a["model"])}, {"model": _effective(b["model"])})
 
 
 def _effective(model: dict[str, Any]) -> dict[str, Any]:
