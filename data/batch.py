@@ -1,4 +1,4 @@
-"""The unit the trainer sees: some rows of tokens with their labels."""
+"""What the trainer gets: rows of tokens with their labels."""
 
 from dataclasses import dataclass
 
@@ -8,22 +8,22 @@ import torch
 
 @dataclass(frozen=True)
 class Batch:
-    """Rows side by side; all tensors on the CPU."""
+    """Some rows. All tensors are on the CPU."""
 
     tokens: torch.Tensor
-    """[rows, row_tokens] int64; may be a view of memory it shares with `labels`."""
+    """[rows, row_tokens] int64; may share its memory with `labels`."""
     labels: torch.Tensor
     """[rows, row_tokens] int64: the token after each of `tokens`."""
     document_index: torch.Tensor | None
-    """[rows, row_tokens] int32: which document of the row each label belongs to, increasing from 0 (the input before a
-    document's first token, its end-of-document token, counts to it). None if documents are not kept apart."""
+    """[rows, row_tokens] int32: index, in its row, of the document that each label belongs to, increasing from 0. (The input
+    for a document's first token is an end-of-document token, which counts as part of it.) None if documents are not separated."""
     source: torch.Tensor
     """[rows] int32: index of the source in the recipe's order."""
     positions: np.ndarray
-    """[rows] int64: place in the global row order (row of the source, for held-out rows)."""
+    """[rows] int64: index in the global row order. For held-out rows, the index among the source's held-out rows."""
 
     def select(self, rows: np.ndarray) -> "Batch":
-        """Some of the rows, in the given order (a row may come twice)."""
+        """A copy of some of the rows, in the given order. A row may occur twice."""
         index = torch.from_numpy(np.asarray(rows, dtype=np.int64))
         return Batch(
             tokens=self.tokens[index],
@@ -34,7 +34,7 @@ class Batch:
         )
 
     def part(self, start: int, stop: int) -> "Batch":
-        """Rows start to stop, in the same memory."""
+        """Rows start to stop, as views of the same memory."""
         return Batch(
             tokens=self.tokens[start:stop],
             labels=self.labels[start:stop],
@@ -44,7 +44,7 @@ class Batch:
         )
 
     def pinned(self) -> "Batch":
-        """The same rows in page-locked memory, from which a GPU copies without waiting."""
+        """A copy in page-locked memory, from which a GPU can copy asynchronously."""
         return Batch(
             tokens=self.tokens.pin_memory(),
             labels=self.labels.pin_memory(),

@@ -1,6 +1,6 @@
-"""`stratum prepare | inspect | trace`: what each says of itself and its options; the work is in the module of that name.
+"""`stratum prepare | inspect | trace`: help text and options of each command. The work is in the module of the same name.
 
-Those modules are imported when the command line is known to be right: NumPy, pyarrow and torch take seconds.
+That module is imported after the command line was checked, because NumPy, pyarrow and torch take seconds to import.
 """
 
 from collections.abc import Sequence
@@ -18,7 +18,7 @@ def prepare(arguments: Sequence[str]) -> int:
     """Entry point of `stratum prepare`."""
 
     def job(config: PrepareConfig, composed: DictConfig) -> int:
-        from data.prepare import prepare_recipe  # NumPy and pyarrow: --help and mistakes answer without them
+        from data.prepare import prepare_recipe  # NumPy and pyarrow take seconds; --help and mistakes do not need them
 
         return prepare_recipe(config.task, composed)
 
@@ -36,10 +36,10 @@ stratum prepare -cn smoke data.folder=runs/data/mine '~data.sources' \
     '+data.sources.mine={path: "texts/*.jsonl", text_field: body}'       texts of your own
 """,
         notes="""
-An array job: start every task with the same folder on a shared file system. Any number of tasks gives the same bytes.
+As an array job, start every task with the same folder on a shared file system. Any number of tasks gives the same bytes.
   --task 3/16    the fourth of 16 tasks, counted from 0: every 16th shard. The last task to finish writes the manifest
-  --task plan    optional, before: which shards there are, and the tokenizer; otherwise each task works this out itself
-  --task merge   optional, after: check that every shard exists and write the manifest
+  --task plan    optional, first: decide which parts make which shard, and train the tokenizer; otherwise the tasks do it
+  --task merge   optional, last: check that every shard exists and write the manifest
 `stratum launch slurm -cn RECIPE --prepare --tasks 16` writes and submits such a job. `stratum fields data` lists the fields.
 """,
         recipe=True,
@@ -52,13 +52,13 @@ def inspect(arguments: Sequence[str]) -> int:
     """Entry point of `stratum inspect`."""
 
     def job(config: InspectConfig, composed: DictConfig) -> int:
-        from data.inspect import inspect  # torch takes seconds: likewise
+        from data.inspect import inspect  # torch takes seconds: as above
 
         return inspect(config, composed)
 
     parser = CommandParser(
         "inspect",
-        about="What prepared data holds: counts, lengths, shares, packing, samples, and a picture of document lengths.",
+        about="What prepared data contains: counts, lengths, shares, packing, samples, and a picture of document lengths.",
         examples="""
 stratum inspect -cn smoke                          tables, samples, and lengths.png in the data's folder
 stratum inspect -cn smoke --verify                 also read every file and compare it with its checksum, once
@@ -74,7 +74,7 @@ def trace(arguments: Sequence[str]) -> int:
     """Entry point of `stratum trace`."""
 
     def job(config: TraceConfig, composed: DictConfig) -> int:
-        from data.trace import trace  # likewise
+        from data.trace import trace  # as above
 
         return trace(config, composed)
 

@@ -1,6 +1,6 @@
-"""Prepared data, opened: rows at any global positions, held-out rows of a source, and where they came from.
+"""Prepared data, opened: training rows at any global positions, held-out rows of a source, and the origin of both.
 
-open_dataset(config)   manifest, tokenizer, checksums, blend; shards open when first read
+open_dataset(config)   reads manifest and tokenizer, checks checksums, makes the blend; a shard is opened when first read
   .training_rows(positions)   a Batch
   .heldout_rows(name, start, count)
   .locate(position)           source, row, epoch and documents of one row
@@ -17,11 +17,11 @@ import torch
 from data.batch import Batch
 from data.order.blend import Blend, blend_of
 from data.prepared import identity_of, row_problems, source_problems, tokenizer_of
-from data.rows.batch_memory import Filled, fill
+from data.rows.batch_memory import BatchArrays, read_batch
 from data.rows.fim import Fim, build_fim, fold_key
 from data.rows.packing import Piece, Rows
 from data.rows.read_ahead import FetchAhead
-from data.rows.reader import Shelf, TokenStream
+from data.rows.reader import ShardPool, TokenStream
 from data.store.cache import Activity, RemoteFolder, is_remote
 from data.store.manifest import LARGEST_TOKENIZER_BYTES, MANIFEST, SPLITS, Manifest, ShardEntry, read_manifest
 from data.store.origins import Origin, Origins, read_origins
@@ -45,7 +45,7 @@ class RowAt:
     row: int
     epoch: int
     pieces: list[Piece]
-    """Parts of documents, in the row's order, as stretches of the source's stream."""
+    """Its documents, or parts of them, in the row's order, as ranges of the source's stream."""
 
 
 @dataclass(frozen=True)
@@ -60,17 +60,17 @@ class Dataset:
     train: list[Rows]
     heldout: list[Rows]
     reset_at_documents: bool
-    """Whether batches say which document each token belongs to."""
+    """Whether batches have a `document_index`."""
     seed: int
     fim: Fim | None
     activity: Activity
-    """The file that reading threads wait for."""
+    """What the reading threads are doing now, for messages about a stall."""
     folder: Path
-    """Folder of the files, or of copies of them."""
+    """Folder of the files, or of local copies of remote ones."""
     find: Callable[[ShardEntry, str], Path]
-    """A local, verified file of a shard, by suffix."""
+    """find(entry, suffix): the local, verified file of a shard."""
     remote: RemoteFolder | None = None
-    """URL of the shards, if they are not local."""
+    """The remote folder of the shards. None if they are local."""
 
     @property
     def manifest_hash(self) -> str:
@@ -85,27 +85,27 @@ class Dataset:
     def training_rows(self, positions: np.ndarray) -> Batch:
         """The rows at global `positions`. DataError names a file with wrong content."""
         draw = self.blend.draw(positions)
-        filled = self._read(self.train, draw.source, draw.row)
+        arrays = self._read(self.train, draw.source, draw.row)
         if self.fim is not None:
             for place, (source, row, epoch) in enumerate(zip(draw.source, draw.row, draw.epoch, strict=True)):
                 pieces = self.train[source].pieces(int(row))
                 self._rearrange(
-                    filled.tokens[place], filled.labels[place], pieces, source=int(source), epoch=int(epoch)
+                    arrays.tokens[place], arrays.labels[place], pieces, source=int(source), epoch=int(epoch)
                 )
-        return _batch(filled, draw.source, np.asarray(positions))
+        return _batch(arrays, draw.source, np.asarray(positions))
 
     def fetch_ahead(self, position: int) -> FetchAhead | None:
-        """Begin to fetch the shards of the rows from `position` on, if they are behind a URL."""
+        """Start fetching the shards of the rows from `position` on. None if the data is local or fetching ahead is off."""
         if self.remote is None or not self.remote.fetch_threads:
             return None
         return FetchAhead(self.blend, self.train, self.remote, position=position, threads=self.remote.fetch_threads)
 
     def heldout_count(self, name: str) -> int:
-        """Held-out rows of a source."""
+        """Number of held-out rows of a source."""
         return self.heldout[self.source_names.index(name)].count
 
     def heldout_rows(self, name: str, start: int, count: int) -> Batch:
-        """Held-out rows start ... start + count of a source, in the order of its documents, never rearranged."""
+        """Held-out rows start to start + count of a source, in the order of its documents, without fill in the middle."""
         source, rows = np.full(count, self.source_names.index(name)), np.arange(start, start + count)
         return _batch(self._read(self.heldout, source, rows), source, rows)
 
@@ -125,21 +125,24 @@ class Dataset:
         file = self.find(entry, "origins") if "origins" in entry.files else None
         return read_origins(self.folder, entry, file=file)
 
-    def _read(self, parts: list[Rows], source: np.ndarray, row: np.ndarray) -> Filled:
-        return fill(
+    def _read(self, parts: list[Rows], source: np.ndarray, row: np.ndarray) -> BatchArrays:
+        return read_batch(
             parts,
             source,
             row,
             vocab_size=self.vocab_size,
             with_documents=self.reset_at_documents,
-            apart=self.fim is not None or parts[0].best_fit,
+            separate=self.fim is not None or parts[0].best_fit,
             activity=self.activity,
         )
 
     def _rearrange(
         self, inputs: np.ndarray, labels: np.ndarray, pieces: list[Piece], *, source: int, epoch: int
     ) -> None:
-        """Fill in the middle, in place: of each document the labels change, and the inputs but the first with them."""
+        """Fill in the middle, in place: rearranges each document's labels, then makes its inputs the labels before them.
+
+        A document's first input is an end-of-document token and does not change.
+        """
         if self.fim is None:
             return
         slot = 0
@@ -152,20 +155,20 @@ class Dataset:
             slot = stop
 
 
-def _batch(filled: Filled, source: np.ndarray, positions: np.ndarray) -> Batch:
+def _batch(arrays: BatchArrays, source: np.ndarray, positions: np.ndarray) -> Batch:
     return Batch(
-        tokens=torch.from_numpy(filled.tokens),
-        labels=torch.from_numpy(filled.labels),
-        document_index=None if filled.documents is None else torch.from_numpy(filled.documents),
+        tokens=torch.from_numpy(arrays.tokens),
+        labels=torch.from_numpy(arrays.labels),
+        document_index=None if arrays.documents is None else torch.from_numpy(arrays.documents),
         source=torch.from_numpy(source.astype(np.int32)),
         positions=positions,
     )
 
 
 def open_dataset(config: DataConfig) -> Dataset:
-    """Open prepared data: checks files as `data.verify` says, and that recipe, shards and tokenizer belong together.
+    """Open prepared data. Checks the files as `data.verify` says, and that recipe, shards and tokenizer match.
 
-    Raises DataError naming what is missing or does not match, with the remedy.
+    Raises DataError that names what is missing or does not match, with the remedy.
     """
     activity = Activity()
     remote: RemoteFolder | None = None
@@ -190,7 +193,7 @@ def open_dataset(config: DataConfig) -> Dataset:
             verifier.check(str(path), entry.files[suffix])
             return path
 
-    shelf = Shelf(find, activity=activity, may_vanish=is_remote(config.folder))
+    pool = ShardPool(find, activity=activity, may_vanish=is_remote(config.folder))
     tokenizer = tokenizer_of(folder / manifest.tokenizer.file, manifest.tokenizer, config)
     refuse([*data_problems(config), *source_problems(config, manifest)], DataError)
     if is_remote(config.folder):
@@ -211,7 +214,7 @@ def open_dataset(config: DataConfig) -> Dataset:
     parts: dict[str, list[Rows]] = {split: [] for split in SPLITS}
     for name in names:
         for split, rows in parts.items():
-            stream = TokenStream(manifest.sources[name].splits[split], shelf)
+            stream = TokenStream(manifest.sources[name].splits[split], pool)
             is_packed = split == "train" and config.packing == "best_fit"
             rows.append(
                 Rows(
@@ -251,7 +254,7 @@ def _check_budget(config: DataConfig, manifest: Manifest, budget_bytes: int) -> 
         shown = without_credentials(config.folder)
         raise DataError(
             f"data.cache.gib={config.cache.gib:g} is less than one shard: shard {path} of {shown} takes "
-            f"{units.gib(size)}. Set data.cache.gib to that at least, or prepare with a lower data.shard_bytes."
+            f"{units.gib(size)}. Set data.cache.gib to that or more, or prepare with a lower data.shard_bytes."
         )
 
 

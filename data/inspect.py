@@ -16,7 +16,9 @@ from data.store.cache import is_remote
 from data.store.manifest import SPLITS, read_manifest
 from data.store.verify import Verifier
 from data.system.console import open_console, progress
+from data.system.figure import MUTED, SERIES, canvas
 from recipes.schema.command import section
+from recipes.schema.credentials import without_credentials
 from recipes.schema.data import DataConfig
 from recipes.schema.errors import DataError
 from recipes.schema.foreign import printable
@@ -24,31 +26,32 @@ from recipes.schema.options import hand_over
 from recipes.schema.tools import InspectConfig
 from recipes.schema.typed import build
 
-_SHARDS_LOOKED_AT = 32
-"""Document lengths are taken from this many shards of a source, evenly spread."""
-_STRETCHES_LOOKED_AT = 16
+_MOST_SHARDS = 32
+"""Document lengths are read from at most this many shards of a source, evenly spread."""
+_MOST_STRETCHES = 16
+"""Cut documents are counted in at most this many stretches of a source, evenly spread."""
 
 
 def lengths_of(rows: Rows) -> np.ndarray:
-    """Tokens of a source's documents; of shards evenly spread over it where it has many."""
+    """Length in tokens of a source's documents. If it has many shards, of a sample of shards, evenly spread."""
     count = len(rows.stream.entries)
-    chosen = np.unique(np.linspace(0, count - 1, min(count, _SHARDS_LOOKED_AT)).astype(int))
+    chosen = np.unique(np.linspace(0, count - 1, min(count, _MOST_SHARDS)).astype(int))
     return np.concatenate([rows.stream.document_lengths(int(which)) for which in chosen])
 
 
 def share_cut(rows: Rows, *, packing: str) -> float:
-    """Share of documents that packing leaves in more than one row, from stretches evenly spread over the source."""
+    """Fraction of documents that packing cuts into more than one row, measured on stretches evenly spread over the source."""
     stretches = max(1, rows.count // STRETCH_ROWS)
     size = STRETCH_ROWS * rows.row_tokens
     documents = cut = 0
-    for stretch in np.unique(np.linspace(0, stretches - 1, min(stretches, _STRETCHES_LOOKED_AT)).astype(int)):
+    for stretch in np.unique(np.linspace(0, stretches - 1, min(stretches, _MOST_STRETCHES)).astype(int)):
         low = int(stretch) * size
         high = min(low + size, rows.count * rows.row_tokens)
         whole = rows.cut(low, high)
         if packing == "best_fit":
             packed = best_fit(whole, rows=(high - low) // rows.row_tokens, row_tokens=rows.row_tokens)
-            kept = set(itertools.chain.from_iterable(packed))
-            cut += sum(piece not in kept for piece in whole)
+            uncut = set(itertools.chain.from_iterable(packed))
+            cut += sum(piece not in uncut for piece in whole)
         else:
             cut += sum(p.start // rows.row_tokens != (p.stop - 1) // rows.row_tokens for p in whole)
         documents += len(whole)
@@ -70,11 +73,11 @@ def inspect(config: InspectConfig, composed: DictConfig) -> int:
     global_rows = int(composed.run.global_rows)
     console.print(_rows_table(dataset, data, steps=int(composed.run.steps), total_rows=total_rows))
     for name, place in dataset.blend.exhausted(total_rows):
-        console.print(f"{name} runs out at step {place // global_rows + 1:,}: others take its place")
+        console.print(f"{name} has no rows left at step {place // global_rows + 1:,}: other sources take its share")
     try:
         dataset.blend.check_length(total_rows, global_rows=global_rows)
     except DataError as error:
-        console.print(f"Such a run would be refused: {error}", style="bold")
+        console.print(f"Training with this recipe would be refused: {error}", style="bold")
     if config.samples:
         _samples(dataset, config, console)
     picture = Path(config.picture) if config.picture else dataset.folder / "lengths.png"
@@ -94,13 +97,13 @@ def _counts(dataset: Dataset) -> Table:
     title = f"{printable(str(dataset.folder))}, data {dataset.manifest_hash[:12]}"
     table = _table(title, "source", "split", "shards", "documents", "tokens", "of all", "B/token")
     sources = dataset.manifest.sources
-    every = sum(sources[name].count(split, "tokens") for name in dataset.source_names for split in SPLITS)
+    all_tokens = sum(sources[name].count(split, "tokens") for name in dataset.source_names for split in SPLITS)
     for name in dataset.source_names:
         for split in SPLITS:
             documents, tokens, text = (sources[name].count(split, w) for w in ("documents", "tokens", "text_bytes"))
             table.add_row(
                 name, split, f"{len(sources[name].splits[split]):,}", f"{documents:,}", f"{tokens:,}",
-                f"{tokens / every:.1%}", f"{text / tokens:.2f}" if tokens else "-",
+                f"{tokens / all_tokens:.1%}", f"{text / tokens:.2f}" if tokens else "-",
             )  # fmt: skip
     return table
 
@@ -144,9 +147,12 @@ def _samples(dataset: Dataset, config: InspectConfig, console: Console) -> None:
 
 
 def _verify(data: DataConfig, console: Console) -> None:
-    """Hash every file of the recipe's sources. DataError names one that does not match."""
+    """Hash every file of the recipe's sources. DataError names a file that does not match its checksum."""
     if is_remote(data.folder):
-        raise DataError("--verify reads local data; copies of remote shards are checked while they are fetched.")
+        raise DataError(
+            f"--verify reads local data, and data.folder={without_credentials(data.folder)} is remote. Copies of remote "
+            f"shards are checked when they are fetched. Leave out --verify."
+        )
     folder = Path(data.folder)
     manifest = read_manifest(folder)
     files = {
@@ -162,49 +168,31 @@ def _verify(data: DataConfig, console: Console) -> None:
     console.print(f"{len(files):,} files match their checksums.")
 
 
-_INK, _MUTED, _GRID = "#1f2933", "#7b8794", "#e4e7eb"
-_COLORS = ("#2b6cb0", "#2f9e44", "#9c36b5", "#e67700", "#0b7285", "#c2255c")
-
-
 def draw(lengths: dict[str, np.ndarray], path: Path, *, row_tokens: int) -> None:
-    """Histograms of document lengths, one panel a source: share of the source's tokens by length of their document."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot, ticker
-
+    """Draw one histogram per source: percentage of its tokens by the length of their document."""
     longest = max(int(some.max()) for some in lengths.values())
     shortest = min(int(some.min()) for some in lengths.values())
     edges = np.geomspace(min(shortest, row_tokens) * 0.9, max(longest, row_tokens) * 1.1, 48)
-    style = {
-        "axes.spines.right": False, "axes.spines.top": False, "font.size": 9, "text.color": _INK,
-        "axes.edgecolor": _MUTED, "axes.labelcolor": _INK, "xtick.color": _MUTED, "ytick.color": _MUTED,
-    }  # fmt: skip
-    with pyplot.rc_context(style):
-        figure, panels = pyplot.subplots(
-            len(lengths), 1, figsize=(8, 0.9 + 1.5 * len(lengths)), sharex=True, squeeze=False, layout="constrained"
-        )
+    with canvas(path, size=(8, 0.9 + 1.5 * len(lengths))) as figure:
+        panels = figure.subplots(len(lengths), 1, sharex=True, squeeze=False)
         for index, (name, some) in enumerate(lengths.items()):
             axes = panels[index, 0]
-            axes.hist(some, bins=edges, weights=some / some.sum() * 100, color=_COLORS[index % len(_COLORS)])
-            axes.axvline(row_tokens, color=_MUTED, linestyle=(0, (4, 3)), linewidth=1)
+            axes.hist(some, bins=edges, weights=some / some.sum() * 100, color=SERIES[index % len(SERIES)])
+            axes.axvline(row_tokens, color=MUTED, linestyle=(0, (4, 3)), linewidth=1)
             axes.set_title(
                 f"{name}: {len(some):,} documents, median {np.median(some):,.0f} tokens", loc="left", fontsize=9
             )
             axes.set_xscale("log")
             axes.set_ylabel("% of tokens")
-            axes.grid(axis="y", color=_GRID)
-            axes.set_axisbelow(True)
+            axes.grid(axis="y")
         top = panels[0, 0]
         top.annotate(
             f"a row ({row_tokens:,})", (row_tokens, top.get_ylim()[1]), (4, -2), textcoords="offset points",
-            color=_MUTED, fontsize=8, va="top",
+            color=MUTED, fontsize=8, va="top",
         )  # fmt: skip
         last = panels[-1, 0]
-        last.xaxis.set_major_formatter(ticker.FuncFormatter(lambda value, _: f"{value:,.0f}"))
+        last.xaxis.set_major_formatter("{x:,.0f}")
         last.set_xlabel("tokens of a document")
-        figure.savefig(path, dpi=140)
-        pyplot.close(figure)
 
 
 if __name__ == "__main__":

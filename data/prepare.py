@@ -1,12 +1,12 @@
 """`stratum prepare`: raw text -> tokenizer, token shards, manifest.
 
-    sources --plan--> shards to make --> plan.json
+    sources --plan--> which parts make which shard --> plan.json
             --train split, or a file--> tokenizer
     each shard: read, tokenize, write --> SOURCE/00000.train.bin/.idx/.origins, ...heldout..., SOURCE/00000.json
     all shards done --> manifest.json
 
-A second run finds the finished work and stops; after a kill, finished shards are not made again. The output does not
-depend on the number of workers or tasks. A folder with other data is never overwritten.
+If the data is prepared already, a second run says so and stops. After a kill, finished shards are not made again. The
+output does not depend on the number of workers or tasks. A folder that contains other data is never overwritten.
 """
 
 import os
@@ -22,11 +22,11 @@ from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
 from data.make.corpus import Reader
+from data.make.folder_plan import FolderPlan, plan_folder, read_stamps, refuse_other_request, request_of, stamp_of
 from data.make.lock import prepare_lock
 from data.make.pool import make_shards
 from data.make.progress import Display
-from data.make.shard_job import ShardJob, dealt, read_results
-from data.make.shard_work import Work, plan_work, read_stamps, request_of, same_request, stamp_of
+from data.make.shard_job import ShardJob, read_results, with_splits
 from data.sources.files import find_files, is_remote
 from data.sources.sets import is_set
 from data.store.manifest import (
@@ -55,16 +55,15 @@ from recipes.schema.typed import build
 class Task:
     """The part of the work that this process does."""
 
-    plan: bool = True
     index: int = 0
     count: int = 1
-    """Shards index, index + count, ... of all; none where count is 0."""
+    """This process makes shards index, index + count, ... of all. 0: it makes no shard."""
     merge: bool = True
-    """Write the manifest in any case; else only where no shard is missing."""
+    """Write the manifest, with a DataError if a shard is missing. False: write it only if all shards exist."""
 
 
 def parse_task(text: str | None) -> Task:
-    """The task that `--task` names. DataError with the allowed ones."""
+    """The task that `--task` names. DataError, with the allowed texts, for any other."""
     if text is None:
         return Task()
     if text == "plan":
@@ -80,9 +79,9 @@ def parse_task(text: str | None) -> Task:
 
 
 def prepare(config: DataConfig, *, console: Console, task: str | None = None) -> Manifest | None:
-    """Prepare the data of `config` in `config.folder`. -> its manifest; None if the task is only a part of the work.
+    """Prepare the data of `config` in `config.folder`. -> its manifest; None if other tasks still have shards to make.
 
-    Raises DataError for bad input, and for a folder that holds other data, which is left as it is.
+    Raises DataError for bad input, and for a folder that contains other data. That folder is not changed.
     """
     todo = parse_task(task)
     refuse(data_problems(config), DataError)
@@ -110,30 +109,33 @@ def _prepare_locked(
         return _up_to_date(config, folder, console)
     if task is None:
         _remove_leftovers(folder)
-    work = plan_work(config, folder, say=lambda line: _say(console, line))
-    jobs = jobs_of(config, work)
+    plan = plan_folder(config, folder, say=lambda line: _say(console, line))
+    jobs = jobs_of(config, plan)
     tokenizer = _tokenizer(config, folder, jobs, console)
     _make_missing(config, todo, jobs, tokenizer, console)
     left = sum(not job.result.exists() for job in jobs)
     if not todo.merge and (left or not todo.count):
-        _say(console, f"Task {task} of {folder} took {_since(started)}; {left} of {len(jobs)} shards are to be made.")
+        _say(
+            console,
+            f"Task {task} of {folder} took {_since(started)}; {left} of {len(jobs)} shards are still to be made.",
+        )
         return None
-    return _merge(folder, work, jobs, tokenizer, console)
+    return _merge(folder, plan, jobs, tokenizer, console)
 
 
 def _up_to_date(config: DataConfig, folder: Path, console: Console) -> Manifest:
-    """A finished folder's manifest. DataError if it holds other data."""
+    """A finished folder's manifest. DataError if it was prepared from another request."""
     manifest = read_manifest(folder)
-    same_request(folder, manifest.request, request_of(config))
+    refuse_other_request(folder, manifest.request, request_of(config))
     _say(console, f"{folder} is up to date.")
     for line in _changes(config, manifest, read_stamps(folder)):
         _say(console, line)
     return manifest
 
 
-def jobs_of(config: DataConfig, work: Work) -> list[ShardJob]:
+def jobs_of(config: DataConfig, plan: FolderPlan) -> list[ShardJob]:
     """Every shard of the folder, source by source."""
-    dealt = work.dealt
+    fixed_splits = plan.fixed_splits  # computed once, not for each job
     return [
         ShardJob(
             folder=Path(config.folder),
@@ -141,13 +143,13 @@ def jobs_of(config: DataConfig, work: Work) -> list[ShardJob]:
             number=number,
             source=config.sources[name],
             parts=parts,
-            dealt=dealt,
+            fixed_splits=fixed_splits,
             is_single=not source.train,
             seed=config.seed,
             fraction=config.heldout_of(name),
             shard_bytes=config.shard_bytes,
         )
-        for name, source in work.sources.items()
+        for name, source in plan.sources.items()
         for number, parts in enumerate(source.shards)
     ]
 
@@ -165,7 +167,7 @@ def prepare_recipe(task: str | None, composed: DictConfig) -> int:
 
 
 def _tokenizer(config: DataConfig, folder: Path, jobs: list[ShardJob], console: Console) -> Tokenizer:
-    """The folder's tokenizer: what is there, a copy of the recipe's, or one trained on the training texts."""
+    """The folder's tokenizer: the stored one, else a copy of the recipe's, else one trained on the training texts."""
     for name in ("tokenizer.json", "tokenizer.model", "tokenizer.ranks.json"):
         if (folder / name).is_file():
             return load_tokenizer(folder / name, config.tokenizer)
@@ -185,14 +187,16 @@ def _tokenizer(config: DataConfig, folder: Path, jobs: list[ShardJob], console: 
 
 
 def _training_texts(config: DataConfig, jobs: list[ShardJob]) -> Iterator[str]:
-    """Training texts of every source, `train_bytes` in all at most, in equal parts from the beginning of each."""
+    """Training texts of every source, at most `train_bytes` in total: the same amount from the beginning of each source."""
     names = {job.name for job in jobs if job.source.format != "megatron"}
     for name in sorted(names):
         left = config.tokenizer.train_bytes // len(names)
-        reader = Reader(name, replace(config.sources[name], on_bad_record="skip"))  # the shard will tell
+        reader = Reader(
+            name, replace(config.sources[name], on_bad_record="skip")
+        )  # making the shard reports bad records
         for job in jobs:
             for part in job.parts if job.name == name else []:
-                for text in dealt(job, reader.documents(part)) if left > 0 else ():
+                for text in with_splits(job, reader.documents(part)) if left > 0 else ():
                     if text.split == "train":
                         left -= text.bytes
                         yield text.document.text
@@ -201,19 +205,19 @@ def _training_texts(config: DataConfig, jobs: list[ShardJob]) -> Iterator[str]:
 
 
 def _make_missing(config: DataConfig, todo: Task, jobs: list[ShardJob], tokenizer: Tokenizer, console: Console) -> None:
-    """Make this task's shards that are not done."""
+    """Make the shards of this task that are not finished."""
     mine = jobs[todo.index :: todo.count] if todo.count else []
     missing = [job for job in mine if not job.result.exists()]
     if len(missing) < len(mine):
-        _say(console, f"{len(mine) - len(missing)} of {len(mine)} shards were done before.")
+        _say(console, f"{len(mine) - len(missing)} of {len(mine)} shards are finished already.")
     if not missing:
         return
-    whole = max((part for job in missing for part in job.parts), key=lambda part: part.size)
-    if config.workers > 1 and whole.size > 4 * config.shard_bytes:
+    largest = max((part for job in missing for part in job.parts), key=lambda part: part.size)
+    if config.workers > 1 and largest.size > 4 * config.shard_bytes:
         _say(
             console,
-            f"{whole.file} ({units.size(whole.size)}) cannot be cut, so one process reads all of it. Many smaller files are "
-            f"prepared faster.",
+            f"{largest.file} ({units.size(largest.size)}) cannot be cut, so one process reads all of it. "
+            f"Smaller files are prepared faster.",
         )
     if tokenizer.note is not None:
         _say(console, tokenizer.note)
@@ -232,13 +236,13 @@ def _make_missing(config: DataConfig, todo: Task, jobs: list[ShardJob], tokenize
     _say(console, f"tokenized {units.size(sum(sizes.values()))}; {display.speed}")
 
 
-def _merge(folder: Path, work: Work, jobs: list[ShardJob], tokenizer: Tokenizer, console: Console) -> Manifest:
-    """Write the manifest of finished shards. DataError names what is missing."""
+def _merge(folder: Path, plan: FolderPlan, jobs: list[ShardJob], tokenizer: Tokenizer, console: Console) -> Manifest:
+    """Write the manifest of the finished shards. DataError if one is missing."""
     missing = [job.prefix for job in jobs if not job.result.exists()]
     if missing:
         raise DataError(
             f"{folder} lacks {len(missing)} of {len(jobs)} shards (the first: {missing[0]}). Run their tasks again, or run "
-            f"without --task, which makes what is missing."
+            f"without --task to make all missing shards."
         )
     manifest = Manifest(
         tokenizer=TokenizerEntry(
@@ -248,43 +252,43 @@ def _merge(folder: Path, work: Work, jobs: list[ShardJob], tokenizer: Tokenizer,
             vocab_size=tokenizer.vocab_size,
             eod=tokenizer.eod,
         ),
-        request=work.request,
-        sources={name: _merge_source(name, work, jobs, tokenizer, console) for name in work.sources},
+        request=plan.request,
+        sources={name: _merge_source(name, plan, jobs, tokenizer, console) for name in plan.sources},
     )
     write_manifest(folder, manifest)
     return manifest
 
 
 def _remove_leftovers(folder: Path) -> None:
-    """Files of processes that were killed as they wrote. Not while other tasks may be running."""
+    """Remove unfinished files of killed processes. Call it only if no other task can be running."""
     for left in folder.rglob("*.writing-*"):
         left.unlink(missing_ok=True)
 
 
 def _changes(config: DataConfig, manifest: Manifest, stamps: dict[str, str]) -> Iterator[str]:
-    """A line for each source whose files, as far as they are here, are no longer those that were read."""
+    """A line for each source whose files changed after they were read. Sources that cannot be found or counted are skipped."""
     for name, source in config.sources.items():
-        kept = "What was prepared is kept; prepare into another data.folder to take them in."
-        there = manifest.sources[name].description
+        remedy = "The prepared data is not changed. To include the changes, prepare into another data.folder."
+        description = manifest.sources[name].description
         is_counted = not (is_remote(source.path) or is_set(source) or source.format == "megatron" or source.max_bytes)
         if is_counted:
             try:
                 now = find_files(f"data.sources.{name}", source.path)
             except DataError:
                 continue  # prepared data does not need its sources
-            if (len(now), sum(file.size for file in now)) != (there["files"], there["bytes"]):
+            if (len(now), sum(file.size for file in now)) != (description["files"], description["bytes"]):
                 yield (
                     f"{name}: there are {len(now):,} files of {units.size(sum(file.size for file in now))} now, "
-                    f"{there['files']:,} of {units.size(there['bytes'])} were read. {kept}"
+                    f"{description['files']:,} of {units.size(description['bytes'])} were read. {remedy}"
                 )
                 continue
         stamp = stamp_of(config, name) if name in stamps else None
         if stamp is None or stamp == stamps[name]:
             continue
         if is_set(source):
-            yield f"{name}: the set {source.path} changed since it was prepared. {kept}"
+            yield f"{name}: the set {source.path} changed since it was prepared. {remedy}"
         else:
-            yield f"{name}: files of {source.path} were changed, added or removed since they were read. {kept}"
+            yield f"{name}: files of {source.path} were changed, added or removed since they were read. {remedy}"
 
 
 def _say(console: Console, text: str) -> None:
@@ -295,27 +299,29 @@ def _since(started: float) -> str:
     return f"{time.perf_counter() - started:.1f} s"
 
 
-def _merge_source(name: str, work: Work, jobs: list[ShardJob], tokenizer: Tokenizer, console: Console) -> SourceEntry:
+def _merge_source(
+    name: str, plan: FolderPlan, jobs: list[ShardJob], tokenizer: Tokenizer, console: Console
+) -> SourceEntry:
     entry = SourceEntry(
         description={
-            "path": work.request["sources"][name]["path"],
-            "files": work.sources[name].files,
-            "bytes": work.sources[name].bytes,
+            "path": plan.request["sources"][name]["path"],
+            "files": plan.sources[name].files,
+            "bytes": plan.sources[name].bytes,
         },
         splits={split: [] for split in SPLITS},
     )
-    before: dict[str, int] = {}
+    records_before: dict[str, int] = {}
     problems: list[str] = []
     unended = unknown = 0
     for job in jobs:
         if job.name != name:
             continue
-        first = before.get(job.parts[0].file, 0)
+        first = records_before.get(job.parts[0].file, 0)
         for result in read_results(job):
             for split, shard in result.splits.items():
                 entry.splits[split].append(replace(shard, first_record=first))
             for file, records in result.records.items():
-                before[file] = before.get(file, 0) + records
+                records_before[file] = records_before.get(file, 0) + records
             problems += result.problems
             unended += result.unended
             unknown += result.unknown
@@ -334,13 +340,14 @@ def _merge_source(name: str, work: Work, jobs: list[ShardJob], tokenizer: Tokeni
     if unended:
         _say(
             console,
-            f"{name}: {unended:,} documents do not end with the end-of-document token (id {tokenizer.eod}); each runs into "
-            f"the next. Check data.tokenizer.end_of_document, or make the set with --append-eod.",
+            f"{name}: {unended:,} documents do not end with the end-of-document token (id {tokenizer.eod}), so the model sees "
+            f"each joined to the next. Check data.tokenizer.end_of_document, or make the set with --append-eod.",
         )
     if unknown:
         _say(
             console,
-            f"{name}: {unknown:,} words or characters became the unknown token, as this tokenizer has none for them.",
+            f"{name}: {unknown:,} words or characters became the unknown token, because the tokenizer "
+            f"has no token for them. Set data.tokenizer.path to a tokenizer that covers this source.",
         )
     if entry.bad_records:
         _say(console, f"{name}: left out {entry.bad_records:,} bad records, e.g. {problems[0]}")

@@ -1,8 +1,8 @@
-"""Facts of a folder of prepared data for `recipes.schema.rules`, read without opening a shard.
+"""Facts about a folder of prepared data for `recipes.schema.rules`, read without opening a shard.
 
     manifest.json, tokenizer --> Prepared(vocabulary, fingerprints, problems: sources, rows, order, special tokens)
 
-`open_dataset` refuses by the same functions, so that the planner and the trainer give the same answer. No torch.
+`open_dataset` calls the same functions, so that the planner and the trainer refuse the same data. Imports no torch.
 """
 
 import hashlib
@@ -20,10 +20,10 @@ from recipes.schema.facts import Prepared, not_prepared
 from recipes.schema.rules import data_problems
 
 
-def look(config: DataConfig, *, rows: int, global_rows: int) -> Prepared | None:
-    """The prepared data in `config.folder` for a run of `rows` rows, `global_rows` a step; None for data behind a URL.
+def read_prepared(config: DataConfig, *, rows: int, global_rows: int) -> Prepared | None:
+    """Facts about the prepared data in `config.folder`, for a run of `rows` rows, `global_rows` a step. None for a URL.
 
-    Sizes of all files are compared with the manifest; no shard is opened.
+    Sizes of all files are compared with the manifest. No shard is opened.
     """
     folder = Path(config.folder)
     if is_remote(config.folder):
@@ -43,7 +43,7 @@ def look(config: DataConfig, *, rows: int, global_rows: int) -> Prepared | None:
     found += row_problems(config, manifest)
     exhausted: Sequence[tuple[str, int]] = ()
     identity = ""
-    if not found and not data_problems(config):  # what the recipe alone shows is reported by the rules
+    if not found and not data_problems(config):  # the rules report what is wrong in the recipe itself
         try:
             blend = blend_of(config, _rows(config, manifest))
             identity = identity_of(manifest, blend)
@@ -68,23 +68,23 @@ def identity_of(manifest: Manifest, blend: Blend) -> str:
 
 
 def tokenizer_of(path: Path, entry: TokenizerEntry, config: DataConfig) -> Tokenizer:
-    """The folder's tokenizer. DataError if it is not the one the shards were made with, to the byte."""
+    """The folder's tokenizer. DataError if its bytes are not those of the tokenizer the shards were made with."""
     if path.is_file() and file_sha256(path) != entry.sha256:
         raise DataError(f"{path} is not the tokenizer the shards were made with. Prepare the data again.")
     return load_tokenizer(path, config.tokenizer, known_fingerprint=entry.fingerprint)
 
 
 def source_problems(config: DataConfig, manifest: Manifest) -> list[Problem]:
-    """Sources of the recipe that the folder lacks, and another token at the beginning of documents."""
+    """Problems with sources: one is missing in the folder, or documents begin with another token than the recipe says."""
     found = []
     tokenizer = manifest.request.get("tokenizer", {})
-    written, asked = tokenizer.get("begin_of_document"), config.tokenizer.begin_of_document
-    if tokenizer and written != asked:
+    stored, configured = tokenizer.get("begin_of_document"), config.tokenizer.begin_of_document
+    if tokenizer and stored != configured:
         text = (
-            f"the documents of {without_credentials(config.folder)} begin with {written or 'no special token'}, and "
-            f"data.tokenizer.begin_of_document={asked or 'null'}."
+            f"the documents of {without_credentials(config.folder)} begin with {stored or 'no special token'}, but "
+            f"data.tokenizer.begin_of_document={configured or 'null'}."
         )
-        remedy = f"Set it to {written or 'null'}, or prepare the data again, into another data.folder."
+        remedy = f"Set it to {stored or 'null'}, or prepare the data again, into another data.folder."
         found.append(Problem("data.tokenizer.begin_of_document", text, remedy))
     missing = [name for name in config.sources if name not in manifest.sources]
     if not missing:
@@ -95,7 +95,7 @@ def source_problems(config: DataConfig, manifest: Manifest) -> list[Problem]:
 
 
 def row_problems(config: DataConfig, manifest: Manifest) -> list[Problem]:
-    """Parts of sources that are shorter than one row."""
+    """Problems with splits of sources that are shorter than one row."""
     found = []
     for name in config.sources:
         for split in SPLITS if name in manifest.sources else ():
@@ -112,5 +112,5 @@ def row_problems(config: DataConfig, manifest: Manifest) -> list[Problem]:
 
 
 def _rows(config: DataConfig, manifest: Manifest) -> list[int]:
-    """Training rows of each source, in the recipe's order (`data.rows.packing.Rows.count`)."""
+    """Number of training rows of each source, in the recipe's order: as `data.rows.packing.Rows.count`, without a shard."""
     return [manifest.sources[name].count("train", "tokens") // config.row_tokens for name in config.sources]

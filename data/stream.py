@@ -1,10 +1,10 @@
-"""One data-parallel rank's share of every step, read ahead by threads, in an order that is a pure function of position.
+"""One data-parallel rank's microbatches of every step, read ahead by threads. Their content is a pure function of position.
 
     Stream(dataset, position=...)         microbatches, step by step
 
-The state of a stream is one integer, the global position of its next step (with the manifest's hash, which says what
-positions refer to). A row's position does not depend on the number of ranks, on the microbatch size or on the threads that
-read it. Tensor, pipeline and context ranks of one data-parallel rank pass the same `rank` and get the same rows.
+The state of a stream is one integer, the global position of its next step. (The manifest's hash identifies the data that
+positions refer to.) A row's position does not depend on the number of ranks, the microbatch size or the threads that read
+it. Tensor, pipeline and context ranks of one data-parallel rank pass the same `rank` and get the same rows.
 """
 
 import logging
@@ -22,14 +22,15 @@ from recipes.schema.errors import DataError
 __all__ = ("Dataset", "Stream", "open_dataset")
 log = logging.getLogger(__name__)
 
-_ROWS_AT_ONCE = 64
+_ROWS_PER_READ = 64
+"""Rows read in one call, at most: one call for each microbatch would cost more."""
 
 
 class Stream:
-    """One data-parallel rank's share of every step, from `position` on.
+    """One data-parallel rank's microbatches of every step, from `position` on.
 
-    Microbatch m of rank r covers global rows position + (m ranks + r) microbatch_rows and the following. Threads read
-    ahead; what they raise is raised by `next`. Close it, or use it as a context manager.
+    Microbatch m of rank r has microbatch_rows rows from global position `position + (m ranks + r) microbatch_rows` on.
+    Threads read ahead, and `next` raises their errors. Close it, or use it as a context manager.
     """
 
     def __init__(
@@ -58,7 +59,7 @@ class Stream:
         self._stall_warning_s, self._stall_limit_s = stall_warning_s, stall_limit_s
         self._changed = threading.Condition()
         self._next_read = position
-        self._ahead = dataset.fetch_ahead(position)
+        self._fetching = dataset.fetch_ahead(position)
         self._read: dict[int, list[Batch] | BaseException] = {}
         self._is_closing = False
         self._threads = [
@@ -71,20 +72,20 @@ class Stream:
         return self
 
     def __next__(self) -> list[Batch]:
-        """This rank's microbatches of the next step; `position` moves on by the step's rows.
+        """This rank's microbatches of the next step. Advances `position` by the step's rows.
 
-        Raises DataError from reading, and when nothing came for `stall_limit_s`, naming what is waited for.
+        Raises DataError if reading fails, and after `stall_limit_s` without rows, with the file that the threads wait for.
         """
         with self._changed:
             if self.position not in self._read:
                 self._wait()
             step = self._read[self.position]
             if isinstance(step, BaseException):
-                raise step  # every later call raises it too
+                raise step  # stays in _read, so that every later call raises it too
             del self._read[self.position]
             self.position += self._global_rows
-            if self._ahead is not None:
-                self._ahead.position = self.position
+            if self._fetching is not None:
+                self._fetching.position = self.position
             self._changed.notify_all()
         return step
 
@@ -97,20 +98,20 @@ class Stream:
         self.close()
 
     def close(self) -> None:
-        """Stop reading and fetching ahead. A thread stuck in a read is left behind; it keeps nothing from ending."""
+        """Stop reading and fetching ahead. A thread stuck in a read is left; it is a daemon, so the process can still end."""
         with self._changed:
             self._is_closing = True
             self._changed.notify_all()
-        if self._ahead is not None:
-            self._ahead.close()
+        if self._fetching is not None:
+            self._fetching.close()
         for thread in self._threads:
             thread.join(timeout=1.0)
 
     def step_at(self, position: int) -> list[Batch]:
-        """This rank's microbatches of the step that starts at `position`. Many are read at once: a call has its price."""
+        """This rank's microbatches of the step that starts at `position`."""
         size = self._microbatch_rows
         starts = np.arange(position + self._rank * size, position + self._global_rows, self._ranks * size)
-        batches, together = [], max(1, _ROWS_AT_ONCE // size)
+        batches, together = [], max(1, _ROWS_PER_READ // size)
         for first in range(0, len(starts), together):
             positions = (starts[first : first + together, None] + np.arange(size)).reshape(-1)
             rows = self._dataset.training_rows(positions)
@@ -118,15 +119,15 @@ class Stream:
         return [batch.pinned() for batch in batches] if self._pin else batches
 
     def _wait(self) -> None:
-        """Until the next step is there. Holds the lock when it returns."""
+        """Wait until the next step is read. The caller holds `_changed`."""
         began = time.monotonic()
         while self.position not in self._read:
             waited = time.monotonic() - began
             left = min(self._stall_warning_s, self._stall_limit_s - waited)
             if left <= 0:
                 raise DataError(
-                    f"no rows for {waited:.0f} s (data.stall_limit_s): {self._dataset.activity.describe()}. Look at that "
-                    f"file's disk or network; the run continues from its last checkpoint."
+                    f"no rows for {waited:.0f} s (data.stall_limit_s): {self._dataset.activity.describe()}. Check that "
+                    f"file's disk or network. Started again, the run continues from its last checkpoint."
                 )
             if not self._changed.wait(timeout=left) and self.position not in self._read:
                 log.warning("no rows for %.0f s: %s.", time.monotonic() - began, self._dataset.activity.describe())

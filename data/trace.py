@@ -1,7 +1,7 @@
 """`stratum trace`: which documents a training step saw, and at which steps a document was seen.
 
-Needs the prepared data and the recipe, no run and no checkpoint: the content of a position is a pure function of them. Steps
-count as in metrics.jsonl, from 1.
+It reads the prepared data and the recipe, but no run and no checkpoint, because the row at a position is a pure function of
+the two. Steps are counted from 1, as in metrics.jsonl.
 """
 
 import difflib
@@ -29,19 +29,19 @@ class SeenPiece:
     """A document, or part of one, in a row."""
 
     slot: int
-    """Its first label in the row."""
+    """Index of its first label in the row."""
     tokens: int
     document: int
-    """Number in the source's training stream."""
+    """Its number in the source's training stream."""
     part: str
-    """`whole`, or which tokens of how many."""
+    """`whole`, or the range of its tokens and their total number."""
     file: str
     record: int
     text: str
 
 
 def pieces_of(dataset: Dataset, row: RowAt, *, chars: int) -> Iterator[SeenPiece]:
-    """The documents of a row, with where they came from and their text."""
+    """The documents of a row, with their origin and text."""
     rows, slot = dataset.train[row.source], 0
     for piece in row.pieces:
         document = rows.stream.document_at(piece.start)
@@ -65,26 +65,33 @@ def documents_of(dataset: Dataset, config: TraceConfig) -> list[tuple[int, int]]
     """(source, document) of the training documents that the options name. Raises DataError if no document matches."""
     if config.file is None:
         if config.source is None or config.document is None:
-            raise DataError("say what to trace: --step N, --file NAME [--record N], or --source NAME --document N.")
+            raise DataError(
+                "nothing to trace was given. Use --step N, --file NAME [--record N], or --source NAME --document N."
+            )
         if config.source not in dataset.source_names:
-            raise DataError(f"--source {config.source}: the recipe has {', '.join(dataset.source_names)}.")
+            raise DataError(
+                f"--source {config.source} is not a source of the recipe. Use one of {', '.join(dataset.source_names)}."
+            )
         source = dataset.source_names.index(config.source)
         count = dataset.train[source].stream.documents
         if config.document >= count:
-            raise DataError(f"--document {config.document}: source {config.source!r} has {count:,} training documents.")
+            raise DataError(
+                f"--document {config.document}: source {config.source!r} has {count:,} training documents, counted from 0. Use a "
+                f"lower number."
+            )
         return [(source, config.document)]
     found: list[tuple[int, int]] = []
-    heldout, names = False, set[str]()
-    for source, (train, held) in enumerate(zip(dataset.train, dataset.heldout, strict=True)):
+    is_heldout, names = False, set[str]()
+    for source, (train, heldout) in enumerate(zip(dataset.train, dataset.heldout, strict=True)):
         if config.source not in (None, dataset.source_names[source]):
             continue
         for document in _matching(dataset, train, config, names):
             found.append((source, document))
-        heldout |= next(_matching(dataset, held, config, names), None) is not None
+        is_heldout |= next(_matching(dataset, heldout, config, names), None) is not None
     if found:
         return found
-    if heldout:
-        raise DataError(f"{config.file}{_record(config)} is held out: it is evaluated on and never trained on.")
+    if is_heldout:
+        raise DataError(f"{config.file}{_record(config)} is held out for evaluation: no step trains on it.")
     near = difflib.get_close_matches(config.file, [*names, *(name.rsplit("/", 1)[-1] for name in names)], n=1)
     hint = f"Did you mean {near[0]}?" if near else f"Files are named like {min(names, default='')}."
     hint = printable(hint, most=300)
@@ -126,9 +133,9 @@ def _show_step(dataset: Dataset, config: TraceConfig, global_rows: int, *, steps
             if piece.text:
                 _say(f"          {piece.text!r}")
     if config.step > steps and not config.json:
-        _say(f"\nThe recipe ends at step {steps:,}: this one would come if run.steps were higher.")
+        _say(f"\nThe recipe ends at step {steps:,}: this step exists only with a higher run.steps.")
     if count < global_rows and not config.json:
-        _say(f"\n({global_rows - count:,} more rows: leave out --rows)")
+        _say(f"\n({global_rows - count:,} more rows. To see them, leave out --rows)")
 
 
 def _show_document(
@@ -137,9 +144,9 @@ def _show_document(
     rows, name = dataset.train[source], dataset.source_names[source]
     start, stop = rows.stream.document_span(document)
     origin = dataset.origin(rows.stream, document)
-    held = rows.rows_of(start, stop)
+    its_rows = rows.rows_of(start, stop)
     stop_at = steps * global_rows
-    seen = sorted((place, row) for row in held for place in dataset.blend.positions_of(source, row, stop=stop_at))
+    seen = sorted((place, row) for row in its_rows for place in dataset.blend.positions_of(source, row, stop=stop_at))
     if config.json:
         places = [{"step": place // global_rows + 1, "position": place, "row": row} for place, row in seen]
         record = {"source": name, "document": document, "file": origin.file, "record": origin.record, "seen": places}
@@ -147,12 +154,12 @@ def _show_document(
         return
     _say(
         f"{printable(origin.file)} record {origin.record:,}: document {document:,} of source {name}, {stop - start:,} tokens, in "
-        f"{len(held):,} row{'s' * (len(held) != 1)} of {rows.row_tokens:,}"
+        f"{len(its_rows):,} row{'s' * (len(its_rows) != 1)} of {rows.row_tokens:,}"
     )
     if config.chars:
         _say(f"  {_text(dataset, rows, Piece(start, stop), config.chars)!r}")
-    if not held:
-        _say("  behind the source's last whole row: never trained on")
+    if not its_rows:
+        _say("  after the source's last whole row, so never trained on")
     elif not seen:
         _say(f"  not seen in the recipe's {steps:,} steps")
     for place, row in seen:
@@ -160,7 +167,7 @@ def _show_document(
 
 
 def _matching(dataset: Dataset, rows: Rows, config: TraceConfig, names: set[str]) -> Iterator[int]:
-    """Documents of a stream that came from `config.file`; names: collects the names of all files."""
+    """Documents of a stream that were read from `config.file`. Adds the names of all files to `names`."""
     assert config.file is not None
     for which, entry in enumerate(rows.stream.entries):
         origins = dataset.origins(entry)
@@ -174,7 +181,7 @@ def _matching(dataset: Dataset, rows: Rows, config: TraceConfig, names: set[str]
 
 
 def _text(dataset: Dataset, rows: Rows, piece: Piece, chars: int) -> str:
-    """The beginning of a piece's text; no token is longer than it is worth reading four a character."""
+    """The first `chars` characters of a piece's text. Decodes 4 tokens a character at most, as a token may be one byte."""
     tokens = np.empty(min(piece.stop - piece.start, 4 * chars), dtype=rows.stream.dtype)
     rows.stream.read(piece.start, tokens)
     text = dataset.tokenizer.decode(tokens.tolist())

@@ -1,7 +1,7 @@
 """How launchers start processes: command lines and environment variables.
 
-`python -m NAME` searches the working directory before installed packages, so a user's own `train.py`, `data/` or `recipes/`
-there would run instead of ours. `-P` turns this off.
+`python -m NAME` searches the working directory before installed packages. A user's own `train.py`, `data/` or `recipes/` there
+would then run instead of ours. `-P` turns this off.
 """
 
 import sys
@@ -15,7 +15,7 @@ PYTHON_FLAGS = ("-P",)
 
 
 def checkout() -> str | None:
-    """The folder of our packages if this is a checkout; None if the packages are installed. A container may have neither."""
+    """The folder of our packages if they run from a checkout; None if they are installed. A container needs it mounted."""
     folder = Path(__file__).resolve().parents[1]
     return str(folder) if (folder / "pyproject.toml").is_file() else None
 
@@ -31,7 +31,7 @@ def rank_environment(recipe: Recipe, *, threads: int | None) -> dict[str, str]:
     if threads:
         variables["OMP_NUM_THREADS"] = str(threads)
     if recipe.parallel.tensor > 1 or recipe.parallel.context > 1:
-        # Megatron overlaps communication with products only if the GPU starts kernels in launch order.
+        # Megatron's overlap of communication with matrix products needs the GPU to start kernels in launch order.
         variables["CUDA_DEVICE_MAX_CONNECTIONS"] = "1"
     return variables
 

@@ -11,20 +11,20 @@ from recipes.schema.recipe import Recipe
 
 
 def prepared_of(recipe: Recipe) -> Prepared | None:
-    """The prepared data of a recipe on this disk; None for data behind a URL."""
+    """Facts about a recipe's prepared data on this disk; None for data behind a URL."""
     if is_remote(recipe.data.folder):
         return None
     if not (Path(recipe.data.folder) / MANIFEST).is_file():
         return not_prepared(recipe.data.folder)
-    # imports numpy and tokenizers (a second of start-up), which a plan without prepared data does not need
-    from data.prepared import look
+    # Importing numpy and tokenizers takes a second, and a plan without prepared data does not need them.
+    from data.prepared import read_prepared
 
     rows = recipe.run.global_rows
-    return look(recipe.data, rows=recipe.run.steps * rows, global_rows=rows)
+    return read_prepared(recipe.data, rows=recipe.run.steps * rows, global_rows=rows)
 
 
 def fp32_block_scales_of(recipe: Recipe) -> bool:
     """Whether the environment of the run's processes makes Transformer Engine use fp32 block scales."""
     words = recipe.launch.environment
-    own = {} if environment_problems(words) else environment_of(words)
-    return wants_fp32_block_scales({**os.environ, **own})
+    variables = {} if environment_problems(words) else environment_of(words)
+    return wants_fp32_block_scales({**os.environ, **variables})

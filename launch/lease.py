@@ -1,16 +1,16 @@
-"""The lease of a run folder: one trainer at a time, on shared folders too. No torch.
+"""The lease of a run folder allows one trainer at a time, also on folders that several machines share. No torch.
 
     runs/NAME/lease/00000007.json   {host, pid, ...}   the highest number owns the run; its file's time is its heartbeat
 
-A number is taken by link(2), which is exclusive on NFS too: two processes never get the same one. The next number may be
-taken only after the owner of the highest has released it or is proved dead. No number is given twice, so an owner that was
-wrongly taken for dead sees a higher number at its next check, and stops. Proof of death, in this order:
+A number is taken with link(2), which is exclusive also on NFS, so two processes never get the same number. The next number may be
+taken only after the owner of the highest one has released it or is proved dead. No number is used twice. So an owner that was
+wrongly judged dead sees a higher number at its next check, and stops. Proof of death, in this order:
 
-    on the same machine    its process id is gone, or belongs to a process that started at another time
-    in a Slurm job         Slurm says that the job has ended, or has been restarted since
-    elsewhere              no heartbeat for EXPIRY_S, by the clock of the file server
+    on the same machine    its process id does not exist, or belongs to a process that started at another time
+    in a Slurm job         Slurm reports that the job has ended, or was restarted since
+    on other machines      no heartbeat for EXPIRY_S, by the clock of the file server
 
-Nothing here relies on flock, which some shared file systems accept and ignore, or on the clocks of two machines agreeing.
+Nothing here needs flock, which some shared file systems accept and ignore, or equal clocks on two machines.
 """
 
 import contextlib
@@ -36,7 +36,7 @@ FOLDER = "lease"
 """Name of the folder in a run folder."""
 HEARTBEAT_S = 10.0
 EXPIRY_S = 60.0
-"""More than one heartbeat, because a busy file server may delay one."""
+"""Several heartbeats, because a busy file server may delay some."""
 _POLL_S = 0.5
 
 
@@ -51,11 +51,11 @@ class Owner:
     host: str
     pid: int
     process_started: int
-    """Clock ticks from the machine's start to the process's start (proc(5)): process ids are used again."""
+    """Clock ticks from the machine's start to the process's start (proc(5)), because process ids are reused."""
     machine: str
-    """Boot id and process-id namespace: `pid` names the same process only if both are equal."""
+    """Boot id and process-id namespace. Two equal `pid` are the same process only if both of these are equal."""
     started: float
-    """Seconds since the epoch, by the owner's clock. For messages only."""
+    """Start of the process in seconds since the epoch, by the owner's clock. For messages only."""
     job: int | None = None
     """Slurm job."""
     job_restarts: int = 0
@@ -82,7 +82,7 @@ class _Current:
 
 
 class Lease:
-    """The right to write into one folder: taken by `take`, given up by `release`."""
+    """The right to write into one folder. `take` takes it, `release` gives it up."""
 
     def __init__(self, folder: Path, number: int, owner: Owner) -> None:
         self._folder = folder
@@ -95,14 +95,14 @@ class Lease:
         return self._folder / _name(self._number)
 
     def renew(self) -> bool:
-        """Send a heartbeat. -> False if another process has taken over; then this one must not write any more.
+        """Send a heartbeat. -> False if another process owns the folder now; then this one must not write any more.
 
         Raises OSError if the folder cannot be reached.
         """
         if max(_numbers(self._folder), default=0) > self._number:
             return False
         try:
-            os.utime(self.path)  # without a time: the file server's clock
+            os.utime(self.path)  # without a time argument, the file server's clock is used
         except FileNotFoundError:
             return False
         return True
@@ -115,10 +115,10 @@ class Lease:
 
 
 def take(folder: Path, *, what: str) -> Lease:
-    """Take the lease in `folder`, which is created if missing; at once if it is free or its owner is proved dead.
+    """Take the lease in `folder`, which is created if missing: at once if it is free or its owner is proved dead.
 
-    Waits, for at most EXPIRY_S, only if the owner is on another machine and its last heartbeat is fresh. what: the name of
-    what is owned, for the refusal. Raises LeaseError naming the owner if it is alive, OSError if the folder cannot be written.
+    Otherwise it waits for at most EXPIRY_S, if the owner is on another machine and its last heartbeat is recent. what: the name
+    of the run, for the message. Raises LeaseError, with the owner, if it is alive; OSError if the folder cannot be written.
     """
     folder.mkdir(parents=True, exist_ok=True)
     first_seen: dict[int, float] = {}
@@ -135,7 +135,9 @@ def take(folder: Path, *, what: str) -> Lease:
         number = 1 if current is None else current.number + 1
         owner = _myself()
         if _create(folder, number, owner):
-            if max(_numbers(folder)) > number:  # we were slow: others have taken this number and higher ones
+            if (
+                max(_numbers(folder)) > number
+            ):  # this process was slow: others have taken this number and higher ones meanwhile
                 (folder / _name(number)).unlink(missing_ok=True)
                 continue
             for old in _numbers(folder):
@@ -145,10 +147,10 @@ def take(folder: Path, *, what: str) -> Lease:
 
 
 def refusal(owner: Owner, *, what: str) -> str:
-    """Why a second process may not write into `what`."""
+    """Why a second process must not write into `what`, with the remedies."""
     end = f"`stratum cancel {what}`" if owner.job is not None else f"`kill {owner.pid}` on {owner.host}"
     return (
-        f"{what} belongs to {owner.describe()}, which still runs; two trainers would damage the run. Wait until it ends, "
+        f"{what} belongs to {owner.describe()}, which is still running. Two trainers would damage the run. Wait until it ends, "
         f"stop it ({end} saves first), or choose another run.name."
     )
 
@@ -167,7 +169,7 @@ def current_owner(run: Path, *, may_ask_slurm: bool = True) -> tuple[Owner, Stat
 
 
 def _state(current: _Current, folder: Path, *, may_ask_slurm: bool = True) -> State:
-    """Whether an owner is alive. "unknown": its last heartbeat is fresh, but it may have died since."""
+    """Whether an owner is alive. "unknown": its last heartbeat is recent, but it may have died since."""
     owner = current.owner
     if owner.machine == _machine() and owner.host == socket.gethostname():
         return "alive" if process_started(owner.pid) == owner.process_started else "dead"
@@ -177,20 +179,20 @@ def _state(current: _Current, folder: Path, *, may_ask_slurm: bool = True) -> St
 
 
 def _job_is_over(owner: Owner) -> bool:
-    """Whether Slurm says that the owner's job has ended; False if Slurm does not answer."""
+    """Whether Slurm reports that the owner's job has ended; False if Slurm does not answer."""
     assert owner.job is not None
     try:
         (job,) = look_up([owner.job]) or (None,)
     except SlurmError:
         return False
-    mine = os.environ.get("SLURM_JOB_ID")
-    if mine == str(owner.job) and int(os.environ.get("SLURM_RESTART_COUNT") or 0) > owner.job_restarts:
+    own_job = os.environ.get("SLURM_JOB_ID")
+    if own_job == str(owner.job) and int(os.environ.get("SLURM_RESTART_COUNT") or 0) > owner.job_restarts:
         return True
     return job is not None and (not job.is_active or job.restarts > owner.job_restarts)
 
 
 def process_started(pid: int) -> int | None:
-    """Start of a process of this machine, in clock ticks since the machine's start; None if it is gone or a zombie."""
+    """Start of a process of this machine, in clock ticks since the machine's start; None if it does not exist or is a zombie."""
     try:
         text = Path(f"/proc/{pid}/stat").read_text()
     except OSError:
@@ -247,7 +249,7 @@ def _numbers(folder: Path) -> list[int]:
         return []
     except OSError as error:
         raise LeaseError(
-            f"{folder} cannot be read: {error.strerror or error}. It must be a folder that you can read."
+            f"{folder} cannot be read: {error.strerror or error}. Make it a folder that you can read."
         ) from None
     return sorted(int(name[:8]) for name in names if re.fullmatch(r"\d{8}\.json", name))
 
@@ -261,11 +263,13 @@ def _current(folder: Path) -> _Current | None:
             return _Current(numbers[-1], owner, path.stat().st_mtime)
         except FileNotFoundError:
             if path.is_symlink():
-                raise LeaseError(f"{path} is a link to nowhere. If no process trains in it, delete {folder}.") from None
-            continue  # a newer owner has just removed it
+                raise LeaseError(
+                    f"{path} is a link to a missing file. If no process trains in it, delete {folder}."
+                ) from None
+            continue  # a newer owner removed it just now
         except (OSError, ValueError) as error:
             raise LeaseError(
-                f"{path} does not say who owns the run ({printable(str(error), most=200)}). If no process trains in it, "
+                f"{path} cannot be read as the owner of the run ({printable(str(error), most=200)}). If no process trains in it, "
                 f"delete {folder}."
             ) from None
     return None
@@ -283,7 +287,7 @@ def _owner_from(value: object) -> Owner:
 
 
 def _create(folder: Path, number: int, owner: Owner) -> bool:
-    """Take a number. -> False if another process has it already."""
+    """Take a number. -> False if another process already has it."""
     aside = folder / f".{owner.token}"
     try:
         disk.write_text(aside, _text(owner), is_own=True)
@@ -293,7 +297,7 @@ def _create(folder: Path, number: int, owner: Owner) -> bool:
         except FileExistsError:
             return False
         except OSError as error:
-            # NFS may lose the reply after making the link; the number of links then shows it (link(2), open(2)).
+            # NFS may lose the reply after it made the link. Then the number of links is 2 (link(2), open(2)).
             if aside.stat().st_nlink == 2:
                 return True
             if error.errno not in (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK, errno.EINVAL):
@@ -319,13 +323,13 @@ def _text(owner: Owner) -> str:
 
 
 def _server_time(folder: Path) -> float:
-    """Now, by the clock that sets the times of files in `folder`."""
+    """The time now, by the clock that sets the times of files in `folder`."""
     probe = folder / f".probe-{uuid.uuid4().hex}"
     try:
         probe.touch()
         return probe.stat().st_mtime
     except OSError:
-        return time.time()  # only the run's owner may write into the folder
+        return time.time()  # this user cannot write into the folder: use this machine's clock
     finally:
         with contextlib.suppress(OSError):
             probe.unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""`stratum logs RUN`: the last lines of a run's newest logs; `--follow` shows new lines as they arrive."""
+"""`stratum logs RUN`: the last lines of a run's newest logs. `--follow` shows new lines as they arrive."""
 
 import re
 import sys
@@ -22,7 +22,7 @@ def main(arguments: Sequence[str]) -> int:
     """Entry point of `stratum logs`. -> exit status."""
     parser = CommandParser(
         "logs",
-        about="The last lines of a run's newest logs: of its ranks, of srun, of its Slurm job.",
+        about="Print the last lines of a run's newest logs: of its ranks, of srun and of its Slurm job.",
         examples="""
 stratum logs smoke                                  rank 0, and the job
 stratum logs runs/smoke --ranks all -n 5            the last five lines of every rank
@@ -33,10 +33,10 @@ stratum logs smoke --follow                         new lines as they arrive
     parser.add_argument("--ranks", default="0", metavar="RANKS", help="ranks to show: 0, 0,3 or all")
     parser.add_argument("-n", "--lines", type=int, default=20, metavar="N", help="lines of each log")
     parser.add_argument("-f", "--follow", action="store_true", help="show new lines as they arrive, until Ctrl-C")
-    own = parser.parse_args(list(arguments))
-    if own.lines < 0:
-        parser.error(f"-n {own.lines}: use 0 or more")
-    return exit_status(lambda: _show(own.run, own.ranks, lines=own.lines, is_following=own.follow))
+    options = parser.parse_args(list(arguments))
+    if options.lines < 0:
+        parser.error(f"-n {options.lines} is negative. Use 0 or more.")
+    return exit_status(lambda: _show(options.run, options.ranks, lines=options.lines, is_following=options.follow))
 
 
 def _show(name: str, ranks_text: str, *, lines: int, is_following: bool) -> int:
@@ -59,7 +59,7 @@ def _show(name: str, ranks_text: str, *, lines: int, is_following: bool) -> int:
 
 
 def logs_of(run: RunFolder, ranks: frozenset[int] | None) -> list[Path]:
-    """The job's newest log, then the logs of the newest attempt. ranks: None takes all."""
+    """The job's newest log, then the logs of the newest attempt. ranks: None: all."""
     found = by_age(run.logs.glob("slurm-*.log"))[-1:]
     for folder in run.attempts()[-1:]:
         srun = folder / SRUN_LOG
@@ -72,7 +72,7 @@ def logs_of(run: RunFolder, ranks: frozenset[int] | None) -> list[Path]:
 
 
 def follow(run: RunFolder, ranks: frozenset[int] | None) -> Iterator[str]:
-    """New text of the newest logs, without end, also of attempts that start later. A line names the log where it changes."""
+    """New text of the newest logs, without end, also of later attempts. A heading names the log whenever it changes."""
     positions = {path: path.stat().st_size for path in logs_of(run, ranks)}
     last: Path | None = None
     while True:
@@ -86,7 +86,7 @@ def follow(run: RunFolder, ranks: frozenset[int] | None) -> Iterator[str]:
                         yield heading + printable_lines(data.decode(errors="replace"))
                     positions[path] = stream.tell()
             except OSError:
-                continue  # a pipe, or a file that is gone
+                continue  # a pipe, or a file that was removed
         time.sleep(_POLL_S)
 
 
@@ -98,4 +98,4 @@ def _ranks(text: str) -> frozenset[int] | None:
     try:
         return None if text == "all" else frozenset(int(word) for word in text.split(","))
     except ValueError:
-        raise RecipeError(f"--ranks={text}: give ranks as in 0,3, or all") from None
+        raise RecipeError(f"--ranks={text} is not a list of ranks. Give ranks as in 0,3, or all.") from None

@@ -1,4 +1,4 @@
-"""Slurm's commands as functions: submit, look up, signal, cancel. Nothing else runs them, except job scripts."""
+"""Slurm's commands as functions: submit, look up, signal, cancel. Only this module and job scripts run them."""
 
 import os
 import re
@@ -12,26 +12,26 @@ from recipes.schema.errors import StratumError
 from recipes.schema.foreign import printable
 
 WAITING = ("PENDING", "REQUEUED", "REQUEUE_HOLD", "SUSPENDED", "REQUEUE_FED")
-QUESTION_LIMIT_S = 10.0
-"""A question without an answer after this time is given up; the caller shows what it knows without Slurm."""
-ORDER_LIMIT_S = 60.0
-"""For orders (submit, cancel): a busy controller may need long, and losing a job's number would be worse than waiting."""
+QUERY_LIMIT_S = 10.0
+"""Time limit for a query. After it, the caller shows what it knows without Slurm."""
+ACTION_LIMIT_S = 60.0
+"""Time limit for an action (submit, cancel). It is longer, because losing a job's number would be worse than waiting."""
 ACTIVE = (*WAITING, "RUNNING", "CONFIGURING", "COMPLETING", "STAGE_OUT", "RESIZING", "SIGNALING", "STOPPED")
 _LONGEST_ANSWER = 2000
 """Characters of Slurm's output that an error message repeats."""
 
 
 class SlurmError(StratumError):
-    """Slurm is not installed here, refused, or does not answer."""
+    """Slurm is not installed on this machine, refused a command, or does not answer."""
 
 
 @dataclass(frozen=True)
 class QueuedJob:
-    """One job as Slurm knows it."""
+    """One job, as Slurm reports it."""
 
     number: int
     state: str
-    """Slurm's word: PENDING, RUNNING, COMPLETED, TIMEOUT, ..."""
+    """PENDING, RUNNING, COMPLETED, TIMEOUT, ..."""
     reason: str
     run_time: str
     time_limit: str
@@ -49,24 +49,24 @@ class QueuedJob:
 
     @property
     def is_waiting(self) -> bool:
-        """Whether it has no processes, either not yet or not at the moment."""
+        """Whether it has no processes now: not yet, or while it is suspended or requeued."""
         return self.state in WAITING
 
 
 def submit(script: Path, *, options: Sequence[str] = ()) -> int:
     """Submit a script. -> job number. Raises SlurmError with sbatch's own message if it refuses."""
-    answer = _slurm("sbatch", "--parsable", *options, str(script), limit_s=ORDER_LIMIT_S)
+    answer = _slurm("sbatch", "--parsable", *options, str(script), limit_s=ACTION_LIMIT_S)
     number = answer.strip().split(";")[0]
     if not number.isdecimal():
         raise SlurmError(
             f"sbatch printed {printable(answer, most=_LONGEST_ANSWER)!r} instead of a job number. The job may have been "
-            f"submitted: look with `squeue --me`."
+            f"submitted. Check with `squeue --me`."
         )
     return int(number)
 
 
 def look_up(numbers: Sequence[int]) -> list[QueuedJob]:
-    """The jobs of these numbers that Slurm still knows (it forgets a job some minutes after its end)."""
+    """The jobs with these numbers, without those that Slurm no longer knows (some minutes after their end)."""
     found = []
     for number in numbers:
         try:
@@ -78,8 +78,8 @@ def look_up(numbers: Sequence[int]) -> list[QueuedJob]:
 
 
 def read_job(text: str) -> QueuedJob:
-    """A job from the output of `scontrol show job --oneliner`. Control characters come back as escapes."""
-    # A job's name and the path of its script may contain `JobState=...`: the name is cut out, and of the rest the first wins.
+    """A job from the output of `scontrol show job --oneliner`. Control characters become escapes."""
+    # A job's name and the path of its script may contain `JobState=...`. So the name is cut out, and then the first value counts.
     text = re.sub(r"\bJobName=.*? (?=UserId=)", "", text, count=1)
     fields: dict[str, str] = {}
     for name, sign, value in (word.partition("=") for word in text.split()):
@@ -100,7 +100,7 @@ def read_job(text: str) -> QueuedJob:
 
 
 def jobs_of_script(script: Path) -> list[int]:
-    """Numbers of this user's waiting and running jobs that were submitted with this script, from anywhere."""
+    """Numbers of this user's waiting and running jobs that were submitted with this script, on any machine."""
     lines = _slurm("squeue", "--noheader", f"--user={os.getuid()}", "--format=%A %o").splitlines()
     pairs = [line.strip().split(" ", 1) for line in lines if " " in line.strip()]
     return sorted({int(number) for number, path in pairs if number.isdecimal() and Path(path) == script.absolute()})
@@ -108,19 +108,19 @@ def jobs_of_script(script: Path) -> list[int]:
 
 def send_signal(number: int, name: str) -> None:
     """Send a signal to the processes of a job's steps, but not to its script."""
-    _slurm("scancel", f"--signal={name}", str(number), limit_s=ORDER_LIMIT_S)
+    _slurm("scancel", f"--signal={name}", str(number), limit_s=ACTION_LIMIT_S)
 
 
 def cancel(number: int) -> None:
     """End a job now: SIGTERM to its processes, SIGKILL after the cluster's KillWait."""
-    _slurm("scancel", str(number), limit_s=ORDER_LIMIT_S)
+    _slurm("scancel", str(number), limit_s=ACTION_LIMIT_S)
 
 
 def _whole(text: str) -> int:
     return int(text) if text.isdecimal() and len(text) < 19 else 0
 
 
-def _slurm(*command: str, limit_s: float = QUESTION_LIMIT_S) -> str:
+def _slurm(*command: str, limit_s: float = QUERY_LIMIT_S) -> str:
     """Standard output of one of Slurm's commands. Raises SlurmError."""
     if shutil.which(command[0]) is None:
         raise SlurmError(
@@ -131,11 +131,11 @@ def _slurm(*command: str, limit_s: float = QUESTION_LIMIT_S) -> str:
         result = subprocess.run(command, capture_output=True, check=False, timeout=limit_s)
     except subprocess.TimeoutExpired:
         raise SlurmError(
-            f"`{' '.join(command)}` has had no answer for {limit_s:g} s: Slurm's controller is down or busy"
-            + (". It may have been carried out: look with `squeue --me`." if limit_s > QUESTION_LIMIT_S else "")
+            f"`{' '.join(command)}` got no answer for {limit_s:g} s: Slurm's controller is down or busy"
+            + (". Slurm may have done it: check with `squeue --me`." if limit_s > QUERY_LIMIT_S else "")
         ) from None
     output, errors = (stream.decode(errors="replace") for stream in (result.stdout, result.stderr))
     if result.returncode:
-        said = printable(errors.strip() or output.strip(), most=_LONGEST_ANSWER)
-        raise SlurmError(f"`{' '.join(command)}` refused: {said}")
+        reason = printable(errors.strip() or output.strip(), most=_LONGEST_ANSWER)
+        raise SlurmError(f"`{' '.join(command)}` refused: {reason}")
     return output

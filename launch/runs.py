@@ -1,10 +1,10 @@
-"""What the files of a run's folder say about it: steps done, newest checkpoint, speed, logs. Reads only; imports no torch.
+"""Facts about a run from the files in its folder: steps done, newest checkpoint, speed, logs. Only reads; imports no torch.
 
 runs/NAME/recipe.yaml  metrics.jsonl  checkpoints/latest          written by the trainer
 runs/NAME/logs/ATTEMPT/rank-00000.log  failure-00003.json         one folder for each start of the processes
 runs/NAME/logs/job.sh  jobs  slurm-JOB.log  stop                  `stratum launch slurm`: the script, its job numbers, its output
 
-The folder may be damaged or somebody else's: what cannot be read, or is not what it should be, counts as missing.
+The folder may be damaged or someone else's. A file that cannot be read, or has unexpected content, counts as missing.
 """
 
 import math
@@ -27,13 +27,13 @@ class Progress:
     loss: float
     tokens_per_s: float
     seconds_left: float | None
-    """At the present speed, with evaluations and saves; None if the total is unknown."""
+    """At the speed of the last steps, including evaluations and saves; None if the total is unknown."""
     age_s: float
     """Time since the last step was recorded."""
 
 
 class RunFolder:
-    """One run, seen from outside."""
+    """The folder of one run, for programs other than its trainer."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -49,7 +49,7 @@ class RunFolder:
         return found[-1].name if found else None
 
     def checkpoint_step(self) -> int:
-        """Steps in the newest checkpoint, 0 if there is none."""
+        """Step of the newest checkpoint; 0 if there is none."""
         found = self._checkpoints()
         return step_of(found[-1]) if found else 0
 
@@ -60,14 +60,14 @@ class RunFolder:
             return []
 
     def total_steps(self) -> int | None:
-        """`run.steps` of the recipe the run was last started with; None before its first start."""
+        """`run.steps` of the recipe with which the run was last started; None before its first start."""
         try:
             return int(recipe_in(self.path)["run"]["steps"])
         except (OSError, RecipeError, KeyError, TypeError, ValueError, OverflowError):
             return None
 
     def progress(self) -> Progress | None:
-        """The last steps on record; None before the first."""
+        """Progress by the last recorded steps; None before the first step."""
         steps = [line for line in last_metrics(self.path / METRICS) if line.get("kind") == "step"]
         steps = [line for line in steps if 0 <= _number(line, "step") < 1e18 and 0 <= _number(line, "time") < 1e11]
         if not steps:
@@ -86,7 +86,7 @@ class RunFolder:
         )
 
     def longest_stop_s(self) -> float:
-        """The longest step plus the longest save on record: the time the run needs to save and stop."""
+        """The longest recorded step plus the longest recorded save: the time that the run needs to save and stop."""
         lines = last_metrics(self.path / METRICS)
         steps = [_number(line, "step_s") for line in lines if line.get("kind") == "step"]
         saves = [
@@ -96,7 +96,7 @@ class RunFolder:
 
 
 def by_age(paths: Iterable[Path]) -> list[Path]:
-    """Paths by the time of their last change, oldest first, without those that are gone or are links to nowhere."""
+    """Paths by the time of their last change, oldest first. Missing files and broken links are left out."""
     times: dict[Path, float] = {}
     for path in paths:
         try:

@@ -2,8 +2,8 @@
 
     prepare data -> train -> kill -9 half-way -> resume -> compare losses bit for bit -> sample -> report
 
-Every step is a command that a user would type, as a process of its own; this module only starts, kills and compares.
-Standard library and rich; imports no torch.
+Each part is a command that a user would type, run as a process of its own. This module only starts, kills and compares. It
+imports no torch.
 """
 
 import argparse
@@ -26,7 +26,7 @@ from recipes.schema.run_folder import METRICS, Line, read_metrics
 
 PROMPT = "ROMEO."
 KILL_AFTER = 6
-"""Steps between a checkpoint and the kill: they are run again and must give the same losses."""
+"""Steps between a checkpoint and the kill. They are run again and must give the same losses."""
 TARGET_BITS_PER_BYTE = 2.4
 
 
@@ -114,7 +114,7 @@ def _train_and_kill(workflow: Workflow) -> int:
         while True:
             status = child.poll()
             if status is not None:
-                raise WorkflowFailed(f"training ended by itself with status {status} before it could be killed")
+                raise WorkflowFailed(f"training ended with status {status} before it was killed")
             lines = _lines(workflow)
             steps = [line["step"] for line in lines if line["kind"] == "step"]
             if kill_at is None:
@@ -148,7 +148,7 @@ def _compare(workflow: Workflow) -> None:
             losses.setdefault(line["step"], []).append(line["loss"])
     twice = {step: values for step, values in losses.items() if len(values) > 1}
     if not twice:
-        raise WorkflowFailed("no step was run twice, so the resume proves nothing")
+        raise WorkflowFailed("no step was run twice, so the resume was not tested")
     table = Table("step", "loss before the kill", "loss after the resume", "same bits")
     for step, values in sorted(twice.items()):
         table.add_row(str(step), repr(values[0]), repr(values[-1]), "yes" if values[0] == values[-1] else "NO")
@@ -171,7 +171,7 @@ def _check_outcome(workflow: Workflow) -> None:
 
 
 def _run(workflow: Workflow, part: str, command: list[str], *, capture: bool = False) -> str:
-    """Run one command to its end; its output is shown (or returned). Ctrl-C reaches it too, and it saves and stops."""
+    """Run one command to its end. Its output is shown, or returned with `capture`. Ctrl-C also reaches it: it saves and stops."""
     started = time.perf_counter()
     result = subprocess.run(command, stdout=subprocess.PIPE if capture else None, text=True, check=False)
     workflow.seconds[part] = time.perf_counter() - started
@@ -181,7 +181,7 @@ def _run(workflow: Workflow, part: str, command: list[str], *, capture: bool = F
 
 
 def _free_name(name: str) -> str:
-    """`name`, with a number appended if such a run exists: existing runs are never changed."""
+    """`name`, with a number appended if such a run exists, so that existing runs are never changed."""
     taken, number = name, 2
     while (Path("runs") / taken).exists():
         taken, number = f"{name}-{number}", number + 1

@@ -1,10 +1,10 @@
-"""The stages of a recipe (`stages:`): commands that run one after the other, each reading the output of the one before.
+"""The stages of a recipe (`stages:`): commands that run one after the other, each with the output of the one before.
 
-    stages --> words of each command --> printed | run, beginning at the first; finished stages are recognised and skipped
+    stages --> arguments of each command --> printed | run in order; finished stages are recognised and skipped
 
-After a kill the same command continues: existing scores and pruned checkpoints are used, training resumes. A stage starts only
-after the one before has ended, and trained to its last step. Ctrl-C, SIGTERM and SIGUSR1 are passed to the running stage, which
-saves and stops; a second signal kills it.
+After a kill, the same command continues: existing scores and pruned checkpoints are used, and training resumes. A stage starts
+only after the one before has ended and has trained to its last step. Ctrl-C, SIGTERM and SIGUSR1 are passed to the running
+stage, which saves and stops; a second signal kills it.
 """
 
 import os
@@ -30,7 +30,7 @@ from recipes.schema.read import read_recipe
 from recipes.schema.recipe import Recipe
 
 LINKS = ("run.name", "run.start_from", "model")
-"""Keys by which stages find each other's runs: the command line cannot set one value for all stages."""
+"""Keys by which stages find each other's runs. The command line cannot set one value for all stages."""
 STAGE_FIRST = ("compress.parent",)
 """Keys for which a stage's own value wins over the command line."""
 
@@ -45,31 +45,31 @@ class Stage:
 
     @property
     def run_name(self) -> str | None:
-        """Name of the run it trains, if its words set it; else None."""
+        """Name of the run that it trains, if its arguments set one; else None."""
         names = [word.removeprefix("run.name=") for word in self.words if word.startswith("run.name=")]
         return names[-1] if names else None
 
 
 def stages_of(composed: DictConfig) -> list[Stage]:
-    """A recipe's stages with the words of the command line. Raises RecipeError for an invalid stage or wrong words."""
+    """A recipe's stages with the overrides of the command line. RecipeError for an invalid stage or a wrong override."""
     stages = section(composed, "stages")
     if not stages:
-        raise RecipeError("this recipe has no stages.")
+        raise RecipeError("this recipe has no stages. Use a recipe with a section `stages:`, such as tiny_compress.")
     _, overrides = recipe_and_overrides()
     found = [_stage(name, text, overrides) for name, text in stages.items()]
     given = {_key(word) for word in overrides}
     for key in LINKS:
-        said = dict.fromkeys(w for text in stages.values() for w in shlex.split(str(text)) if _key(w) == key)
-        if key in given and said:
+        set_by_stages = dict.fromkeys(w for text in stages.values() for w in shlex.split(str(text)) if _key(w) == key)
+        if key in given and set_by_stages:
             raise RecipeError(
-                f"{key} on the command line: the stages set it themselves and find each other by it ({', '.join(said)}). To "
-                f"separate two attempts use run.folder and compress.folder."
+                f"{key} must not be given on the command line, because the stages set it and find each other by it "
+                f"({', '.join(set_by_stages)}). To separate two attempts, use run.folder and compress.folder."
             )
     return found
 
 
 def run_stages(composed: DictConfig, stages: Iterable[Stage]) -> int:
-    """Run them in order. -> 0, or the status of the stage that failed; also 0 if a stage paused (run.stop_after_steps)."""
+    """Run stages in order. -> 0, or the status of the stage that failed; also 0 if a stage paused (run.stop_after_steps)."""
     recipe = read_recipe(composed)
     logs = Path(recipe.run.folder) / f"stages-{units.stamp()}-{os.getpid()}"
     with StopRequest() as stop:
@@ -89,12 +89,14 @@ def run_stages(composed: DictConfig, stages: Iterable[Stage]) -> int:
             if end.status:
                 sys.stderr.write(f"error: stage {stage.name} ended with status {end.status}\n")
                 return end.status
-            left = (
-                _left(Path(recipe.run.folder) / (stage.run_name or recipe.run.name)) if stage.module == "train" else ""
+            incomplete = (
+                _incomplete(Path(recipe.run.folder) / (stage.run_name or recipe.run.name))
+                if stage.module == "train"
+                else ""
             )
-            if left:
+            if incomplete:
                 sys.stderr.write(
-                    f"stage {stage.name} {left}; the stages after it were not started. The same command continues it.\n"
+                    f"stage {stage.name} {incomplete}. The stages after it were not started. The same command continues it.\n"
                 )
                 return 0
     return 0
@@ -116,11 +118,11 @@ def _stage(name: str, text: Any, overrides: list[str]) -> Stage:
         words = words[1:]
     else:
         raise RecipeError(
-            f"stages.{name} starts with {(words or [''])[0]!r}; a stage is `train ...` or `compress COMMAND ...`."
+            f"stages.{name} starts with {(words or [''])[0]!r}. Write a stage as `train ...` or `compress COMMAND ...`."
         )
     folders = [word.removeprefix("--config-dir=") for word in words if word.startswith("--config-dir=")]
-    own = {_key(word) for word in words if _key(word) in STAGE_FIRST}
-    given = [word for word in overrides if _key(word) not in own]
+    kept_keys = {_key(word) for word in words if _key(word) in STAGE_FIRST}
+    given = [word for word in overrides if _key(word) not in kept_keys]
     replaced = {_key(word) for word in given}  # keys that the command line sets instead of the stage
     rest = [word for word in words if not word.startswith("--config-dir=") and _key(word) not in replaced]
     return Stage(name, module, [*command, *recipe_words(folders[0] if folders else None), *rest, *given])
@@ -135,8 +137,8 @@ def _key(word: str) -> str:
     return word.split("=", 1)[0].lstrip("+")
 
 
-def _left(run: Path) -> str:
-    """How far a run is from its last step, for messages; "" if it is complete."""
+def _incomplete(run: Path) -> str:
+    """The state of an incomplete run, for messages; "" if it is complete."""
     folder = RunFolder(run)
     if folder.newest_checkpoint() is None:
         return f"left no checkpoint in {run}"

@@ -1,4 +1,4 @@
-"""`stratum status [RUN ...]`: what runs are doing, from their folders and, if it is installed, from Slurm."""
+"""`stratum status [RUN ...]`: the state of runs, from their folders and, if it is installed, from Slurm."""
 
 import json
 import re
@@ -27,7 +27,7 @@ from recipes.schema.run_folder import last_texts
 
 _LOG_LINES = 8
 _STARTING_S = 120.0
-"""A run without a step may still be starting if its logs are newer than this."""
+"""A run without a recorded step may still be starting if its logs are newer than this."""
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -37,22 +37,22 @@ def main(arguments: Sequence[str]) -> int:
         about="What a run is doing: its Slurm job, step, time left, newest checkpoint, last lines, first error.",
         examples="""
 stratum status                                      a table of all runs in runs/
-stratum status smoke                                one run, in detail: by its name, or by its folder
-stratum status smoke --watch                        again every 10 s, until Ctrl-C
+stratum status smoke                                one run in detail, by its name or its folder
+stratum status smoke --watch                        repeat every 10 s, until Ctrl-C
 stratum status runs/smoke --json                    for scripts
 """,
     )
     parser.add_argument(
         "runs", nargs="*", metavar="RUN", help="run folders or names (default: a table of all in runs/)"
     )
-    parser.add_argument("--json", action="store_true", help="one JSON object a run")
+    parser.add_argument("--json", action="store_true", help="one JSON object per run")
     parser.add_argument(
-        "--watch", nargs="?", const=10.0, type=float, metavar="S", help="again every S seconds (10), until Ctrl-C"
+        "--watch", nargs="?", const=10.0, type=float, metavar="S", help="repeat every S seconds (10), until Ctrl-C"
     )
-    own = parser.parse_args(list(arguments))
-    if own.watch is not None and not 0 <= own.watch <= 86_400:
-        parser.error(f"--watch {own.watch:g}: use 0 to 86,400 seconds")
-    return exit_status(lambda: _show(own.runs, as_json=own.json, every_s=own.watch))
+    options = parser.parse_args(list(arguments))
+    if options.watch is not None and not 0 <= options.watch <= 86_400:
+        parser.error(f"--watch {options.watch:g} is out of range. Use 0 to 86,400 seconds.")
+    return exit_status(lambda: _show(options.runs, as_json=options.json, every_s=options.watch))
 
 
 def _show(names: Sequence[str], *, as_json: bool, every_s: float | None) -> int:
@@ -78,13 +78,14 @@ def _report(names: Sequence[str], *, as_json: bool) -> str:
 
 
 class Queue:
-    """What Slurm knows about runs. If it does not answer once, `problem` says so and it is not asked again."""
+    """What Slurm reports about runs. If it does not answer once, `problem` is set and Slurm is not queried again."""
 
     def __init__(self) -> None:
         self.problem = ""
 
     def newest_job(self, run: RunFolder) -> QueuedJob | None:
-        """The run's job that runs or ran last, rather than one that waits behind it. None if there is none, or no answer."""
+        """The run's newest job with processes; else its newest waiting job; else its last one. None without a job or an
+        answer."""
         numbers = job_numbers(run)
         if shutil.which("scontrol") is None or self.problem or not numbers:
             return None
@@ -105,7 +106,7 @@ def describe(run: RunFolder, queue: Queue) -> str:
     if job is not None:
         lines.append(f"  job {_job_line(job)}")
     lines.append(f"  {_progress_line(run)}")
-    lines.append(f"  {_life(run, job, queue)}")
+    lines.append(f"  {_state(run, job, queue)}")
     refusal = last_texts(run.logs / NO_SUCCESSOR, 3)
     if refusal:
         lines.append(
@@ -123,8 +124,8 @@ def describe(run: RunFolder, queue: Queue) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _life(run: RunFolder, job: QueuedJob | None, queue: Queue) -> str:
-    """Whether a process trains the run, or a job will: by its lease and its job. Otherwise the run is called dead."""
+def _state(run: RunFolder, job: QueuedJob | None, queue: Queue) -> str:
+    """Whether a process trains the run, or a job will, by its lease and its job. Otherwise the run is dead, or finished."""
     try:
         found = current_owner(run.path, may_ask_slurm=not queue.problem)
     except LeaseError as error:
@@ -132,23 +133,19 @@ def _life(run: RunFolder, job: QueuedJob | None, queue: Queue) -> str:
     if found is not None and found[1] == "alive":
         return f"trained by {found[0].describe()}"
     if job is not None and job.is_active:
-        return (
-            "waits for its job" if job.is_waiting else "its job runs; no trainer has taken the run yet, or it has ended"
-        )
+        return "waits for its job" if job.is_waiting else "its job runs; no trainer owns the run yet, or it has ended"
     progress = run.progress()
     if progress is not None and progress.total_steps is not None and progress.step >= progress.total_steps:
         return "finished"
     if queue.problem and job_numbers(run):
-        return "no trainer owns it; whether a job of it waits is unknown, because Slurm did not answer"
+        return "no trainer owns it; whether it has a waiting job is unknown, because Slurm did not answer"
     logs = by_age(path for folder in run.attempts()[-1:] for path in folder.glob("rank-*.log"))
     if logs and time.time() - logs[-1].stat().st_mtime < _STARTING_S and progress is None:
-        return "starts, or has just ended"
+        return "is starting, or has just ended"
     how = "no process trains it"
     if found:
         how = "its trainer ended without releasing the run (killed, or its machine was lost)"
-    return (
-        f"dead: {how}, and no job of it waits or runs. The command that started it continues from the newest checkpoint"
-    )
+    return f"dead: {how}, and it has no waiting or running job. The command that started it continues from the newest checkpoint"
 
 
 def _job_line(job: QueuedJob) -> str:
@@ -167,7 +164,7 @@ def _job_line(job: QueuedJob) -> str:
 def _progress_line(run: RunFolder) -> str:
     progress = run.progress()
     if progress is None:
-        return "no step on record yet"
+        return "no step recorded yet"
     total = "" if progress.total_steps is None else f" of {progress.total_steps}"
     text = f"step {progress.step}{total}, loss {progress.loss:.4f}, {progress.tokens_per_s:,.0f} tokens/s"
     if progress.total_steps is not None and progress.step >= progress.total_steps:
@@ -183,12 +180,12 @@ def _table(runs: Sequence[RunFolder], queue: Queue) -> str:
     table = Table("run", "job", "progress", "state", "checkpoint")
     for run in runs:
         job = queue.newest_job(run)
-        life = re.split(r"[:;(]", _life(run, job, queue))[0].strip()
+        state = re.split(r"[:;(]", _state(run, job, queue))[0].strip()
         cells = (
             printable(str(run.path)),
             _job_line(job) if job else "",
             _progress_line(run),
-            life,
+            state,
             run.newest_checkpoint() or "none yet",
         )
         table.add_row(*cells)
@@ -205,7 +202,7 @@ def _as_mapping(run: RunFolder, queue: Queue) -> dict[str, Any]:
         "run": str(run.path),
         "job": asdict(job) if job else None,
         "progress": asdict(progress) if progress else None,
-        "state": _life(run, job, queue),
+        "state": _state(run, job, queue),
         "slurm": queue.problem or None,
         "no_successor": " ".join(last_texts(run.logs / NO_SUCCESSOR, 3)) or None,
         "checkpoint": run.newest_checkpoint(),

@@ -93,7 +93,7 @@ async def open_page(url: str) -> AsyncIterator[Page]:
                     page = Page(line_)
                     await page.call("Runtime.enable")
                     await page.call("Page.enable")
-                    for _ in range(600):  # the address replaces an empty page, and in between there is none
+                    for _ in range(600):  # the address replaces an empty page; between the two there is no page
                         try:
                             if await page.evaluate(
                                 "document.readyState == 'complete' && location.href != 'about:blank'"

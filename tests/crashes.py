@@ -45,10 +45,10 @@ class _Trapped:
 
         def act(*arguments: Any) -> Any:
             target = os.readlink(f"/proc/self/fd/{arguments[0]}") if isinstance(arguments[0], int) else arguments[0]
-            told = Act(self._count, name, str(target))
+            act = Act(self._count, name, str(target))
             self._count += 1
             try:
-                self._before(told)
+                self._before(act)
             except Half:  # die in the middle of a write
                 os.write(arguments[0], bytes(arguments[1][0])[: len(arguments[1][0]) // 2])
                 os.kill(os.getpid(), signal.SIGKILL)

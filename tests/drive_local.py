@@ -1,4 +1,4 @@
-"""`python drive_local.py FOLDER PROCESSES [--show N] -- options of tests/pretend.py`: simulated `stratum launch local`."""
+"""`python drive_local.py FOLDER PROCESSES [--show N] -- options of tests/simulated_train.py`: a simulated launcher."""
 
 import argparse
 import os
@@ -30,7 +30,7 @@ def main() -> int:
         launch=replace(LaunchConfig(), restarts=2, backoff_s=0.2, grace_s=own.grace),
     )
     return run_to_end(
-        [sys.executable, "-m", "launch.local.rank", "pretend", str(own.folder), *own.words],
+        [sys.executable, "-m", "launch.local.rank", "simulated_train", str(own.folder), *own.words],
         recipe=recipe,
         run=RunFolder(own.folder),
         processes=own.processes,

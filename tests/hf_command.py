@@ -1,4 +1,4 @@
-"""`stratum hf ...` in a process of its own."""
+"""`stratum hf ...` in a separate process."""
 
 import os
 import sys

@@ -9,6 +9,7 @@ import torch
 from ranks import run_ranks
 from tiny import RECIPE, TINY, engine_of, steps_of
 
+from recipes.schema.manifest import read_manifest
 from recipes.schema.model import ModelConfig
 from recipes.schema.recipe import Recipe
 from train.checkpoint import storage
@@ -87,7 +88,7 @@ def scrambled(path: Path, folder: Path, *, step: int = 1) -> Path:
 
     write_weights(aside, stored.weights, moved)
     bare = {"tensors": {}, "files": {}, "updates": None, "index_sha256": ""}
-    storage.publish(aside, final, replace(storage.read_manifest(path), **bare))
+    storage.publish(aside, final, replace(read_manifest(path), **bare))
     return final
 
 

@@ -1,4 +1,4 @@
-"""The part that test servers of the Hugging Face hub share: files of a folder, answers with a length."""
+"""Shared code of test servers of the Hugging Face hub: serves files of a folder, with their lengths."""
 
 import http.server
 import json

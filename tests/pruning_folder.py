@@ -1,4 +1,4 @@
-"""A recipe of a few lines of text and a model of a few thousand parameters, and the commands given in its folder."""
+"""A recipe with a few lines of text and a model of a few thousand parameters, and commands that run in its folder."""
 
 import contextlib
 import io
@@ -26,7 +26,7 @@ stages: {once more: "compress score run.name=hunt compress.layers=3 compress.att
 
 
 def shell(rank: int, folder: Path, words: list[str]) -> tuple[int, str]:
-    """For `run_ranks`: `stratum WORDS` in a process and folder of its own. -> (exit status, what it printed)."""
+    """For `run_ranks`: `stratum WORDS` in a separate process and folder. -> (exit status, what it printed)."""
     os.chdir(folder)
     if "-cn" in words and "--config-dir" not in " ".join(words):
         words = [*words, "--config-dir", "recipes"]

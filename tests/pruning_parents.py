@@ -1,4 +1,4 @@
-"""Parents to prune, their scores, and the logits of what comes out."""
+"""Models to prune, their scores, and the logits of the pruned models."""
 
 from dataclasses import replace
 from pathlib import Path

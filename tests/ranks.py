@@ -1,4 +1,4 @@
-"""Worlds of gloo ranks for tests, forked from this process, so that a rank costs a fork instead of imports.
+"""Groups of gloo ranks for tests, forked from this process: a rank costs a fork, not imports.
 
     results = run_ranks(4, work, argument)      # work(rank, argument) runs in 4 processes that form one world
 

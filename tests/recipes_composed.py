@@ -1,4 +1,4 @@
-"""Recipes composed the way every command does it."""
+"""Recipes composed as by every command."""
 
 import copy
 import functools
@@ -11,7 +11,7 @@ from recipes.schema.recipe import Recipe
 
 
 def composed(*words: str) -> dict[str, Any]:
-    """What the words of a command line, `-cn NAME` first, compose to, as plain values."""
+    """The recipe that the words of a command line compose to (`-cn NAME` first), as plain values."""
     return copy.deepcopy(_composed(*words))
 
 

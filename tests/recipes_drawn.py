@@ -10,7 +10,7 @@ from typing import Any
 from hypothesis import strategies as st
 from shards import random_documents, write_folder
 from teachers import TEACHER, save_teacher
-from tiny import RECIPE
+from tiny import RECIPE, with_fields
 
 from recipes.schema.data import PhaseConfig, SourceConfig
 from recipes.schema.fields import Range
@@ -117,7 +117,7 @@ def recipes(place: Place) -> st.SearchStrategy[Recipe]:
     )
     first = st.one_of(st.just([]), distil, low)
     return st.builds(
-        lambda first, changes: _with(place.base, [*first, *changes]),
+        lambda first, changes: with_fields(place.base, dict([*first, *changes])),
         first,
         st.lists(st.one_of(one, often), max_size=6),
     )
@@ -153,14 +153,3 @@ def _values(hint: Any, key: str) -> list[Any]:
     values = _NUMBERS.get(hint, [])
     most = 64 if key in _SLOW else 16 if not key.endswith("seed") else 2**63
     return [value for value in values if (bounds is None or bounds.admits(value)) and value <= most]
-
-
-def _with(recipe: Any, changes: list[tuple[str, Any]]) -> Any:
-    for key, value in changes:
-        recipe = _replaced(recipe, key.split("."), value)
-    return recipe
-
-
-def _replaced(group: Any, path: list[str], value: Any) -> Any:
-    inner = value if len(path) == 1 else _replaced(getattr(group, path[0]), path[1:], value)
-    return replace(group, **{path[0]: inner})

@@ -1,4 +1,4 @@
-"""Bytes that autograd keeps for the backward pass, counted while a step runs: what a planner's activations must equal."""
+"""Bytes that autograd keeps for the backward pass, counted while a step runs. The planner's activations must equal them."""
 
 import weakref
 from collections import Counter
@@ -10,7 +10,7 @@ import torch
 
 
 class SavedBytes:
-    """Storages held by saved tensors: `now` bytes, and the most there were at once."""
+    """Bytes of storages of saved tensors: `now`, and the largest number at once."""
 
     def __init__(self, parameters: set[int]) -> None:
         self.parameters = parameters
@@ -48,7 +48,7 @@ class _Kept:
 
 @contextmanager
 def saved_bytes(chunks: list[Any]) -> Iterator[SavedBytes]:
-    """Count inside the block. Parameters (and what shares their memory) do not count: they are there anyway."""
+    """Count inside the block. Parameters (and what shares their memory) do not count: they exist anyway."""
     counter = SavedBytes({p.untyped_storage().data_ptr() for chunk in chunks for p in chunk.parameters()})
     with torch.autograd.graph.saved_tensors_hooks(counter.keep, lambda kept: kept.tensor):
         yield counter

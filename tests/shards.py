@@ -7,7 +7,7 @@ import numpy as np
 
 from data.store.manifest import Manifest, ShardEntry, SourceEntry, TokenizerEntry, file_sha256, write_manifest
 from data.store.shards import ShardWriter
-from data.tokenizer import train_tokenizer
+from data.tokenizer import Tokenizer, train_tokenizer
 from recipes.schema.data import TokenizerConfig
 
 TEXT = "the quick brown fox jumps over the lazy dog and runs away from all those documents\n" * 30
@@ -22,7 +22,6 @@ def write_folder(
     """
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer = train_tokenizer([TEXT], TokenizerConfig(vocab_size=min(vocab, 300)))
-    tokenizer.save(folder / "tokenizer.json")
     rng = np.random.default_rng(5)
     entries = {}
     for name, shards in sources.items():
@@ -33,18 +32,24 @@ def write_folder(
             splits={"train": train, "heldout": [write_shard(folder, f"{name}.heldout-00000", held)]},
         )
     manifest = Manifest(
-        tokenizer=TokenizerEntry(
-            file="tokenizer.json",
-            sha256=file_sha256(folder / "tokenizer.json"),
-            fingerprint=tokenizer.fingerprint,
-            vocab_size=tokenizer.vocab_size,
-            eod=tokenizer.eod,
-        ),
+        tokenizer=tokenizer_entry(folder, tokenizer),
         request={},
         sources=entries,
     )
     write_manifest(folder, manifest)
     return manifest
+
+
+def tokenizer_entry(folder: Path, tokenizer: Tokenizer) -> TokenizerEntry:
+    """Write a tokenizer into a folder of data. -> its entry for the manifest."""
+    tokenizer.save(folder / "tokenizer.json")
+    return TokenizerEntry(
+        file="tokenizer.json",
+        sha256=file_sha256(folder / "tokenizer.json"),
+        fingerprint=tokenizer.fingerprint,
+        vocab_size=tokenizer.vocab_size,
+        eod=tokenizer.eod,
+    )
 
 
 def write_shard(folder: Path, name: str, documents: Sequence[np.ndarray]) -> ShardEntry:

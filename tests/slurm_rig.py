@@ -38,7 +38,7 @@ def _cluster(nodes: int, port: int) -> Iterator[Path]:
     folder = Path(tempfile.mkdtemp(prefix="slurm-"))
     environment = {**os.environ, "SLURM_RIG": str(folder), "SLURM_RIG_PORT": str(port)}
     environment["SLURM_RIG_OWNER"] = str(os.getpid())
-    conf = str(folder / "etc" / "slurm.conf")  # named in every command: the machine may belong to a cluster of its own
+    conf = str(folder / "etc" / "slurm.conf")  # named in every command: the machine may belong to another cluster
     try:
         subprocess.run(["bash", str(SCRIPT), "start", str(nodes)], env=environment, check=True, timeout=300)
         with pytest.MonkeyPatch.context() as patch:
@@ -52,7 +52,7 @@ def _cluster(nodes: int, port: int) -> Iterator[Path]:
 
 
 def wait_for[T](ask: Callable[[], T], *, timeout_s: float = 300.0) -> T:
-    """The first true answer of `ask`, asked four times a second."""
+    """The first true result of `ask`, which is called four times a second."""
     deadline = time.monotonic() + timeout_s
     while not (answer := ask()):
         assert time.monotonic() < deadline, f"Slurm did not reach the expected state within {timeout_s:g} s"

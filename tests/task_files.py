@@ -1,4 +1,4 @@
-"""Task files made by tests, and the command that asks them."""
+"""Task files for tests, and the command that evaluates them."""
 
 import contextlib
 import io

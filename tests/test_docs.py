@@ -1,4 +1,4 @@
-"""Pages that are made from the code say what the code says."""
+"""Docs agree with the code: generated pages are up to date, links work, and named tests exist."""
 
 import re
 from pathlib import Path

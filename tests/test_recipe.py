@@ -1,4 +1,4 @@
-"""Recipes: what is shipped is complete and right, what is wrong is said before anything is allocated."""
+"""Recipes: shipped ones are complete and right; mistakes are reported before anything is allocated."""
 
 import dataclasses
 import subprocess
@@ -168,13 +168,13 @@ def test_a_changed_field_is_typed_by_what_it_does(change: dict, kind: str) -> No
     assert kind == "safe" or refused([difference], ()) is not None
 
 
-def test_the_end_of_a_run_is_arithmetic_where_the_schedule_leans_on_it() -> None:
+def test_a_change_of_the_last_step_is_arithmetic_if_the_schedule_depends_on_it() -> None:
     cosine = recipe_with(**{"schedule.kind": "cosine"})
     longer = dataclasses.replace(cosine, run=dataclasses.replace(cosine.run, steps=16))
     assert [d.kind for d in differences(recipe_mapping(cosine), recipe_mapping(longer))] == ["arithmetic"]
 
 
-def test_the_end_of_a_run_is_arithmetic_where_a_phase_is_a_fraction_of_it() -> None:
+def test_a_change_of_the_last_step_is_arithmetic_if_a_phase_is_a_fraction_of_the_run() -> None:
     part = recipe_with(**{"schedule.kind": "constant", "schedule.warmup": 0.5})
     longer = dataclasses.replace(part, run=dataclasses.replace(part.run, steps=16))
     assert [d.kind for d in differences(recipe_mapping(part), recipe_mapping(longer))] == ["arithmetic"]
@@ -225,13 +225,13 @@ def command(*words: str) -> subprocess.CompletedProcess:
         (["-cn", "smok"], "there is no recipe 'smok'. Did you mean smoke? The recipes are: "),
         (["smoke-not-a-run"], "smoke-not-a-run is not a run: neither it nor runs/smoke-not-a-run has recipe.yaml"),
         (["smoke_not_a_run", "-cn", "smoke"], "'smoke_not_a_run' names a run, and -cn or --config-dir a recipe"),
-        ([], "no recipe named. Start with `stratum train -cn NAME`"),
-        (["-cn", "smoke", "precision=fp8_blokwise"], "Did you mean fp8_blockwise? There are: bf16, fp32,"),
+        ([], "no recipe was named. Use `stratum train -cn NAME`"),
+        (["-cn", "smoke", "precision=fp8_blokwise"], "Did you mean fp8_blockwise? Use one of bf16, fp32,"),
         (["-cn", "smoke", "precison=bf16"], "Did you mean precision?"),
         (["-cn", "smoke", "compress=standard"], "compress is not in this recipe yet. Add it with a plus: +compress="),
         (
             ["-cn", "smoke", "+optim.lr=1"],
-            "optim.lr is in this recipe already. Override it without the plus: optim.lr=",
+            "optim.lr is already in this recipe. Override it without the plus: optim.lr=",
         ),
         (["-cn", "smoke", "--config-dri=x"], "unknown option --config-dri=x. Did you mean --config-dir?"),
         (

@@ -1,4 +1,4 @@
-"""The one command, `stratum`: what it lists, how it starts, what it says of mistakes, and that every example of its help runs."""
+"""The command `stratum`: its list of commands, its start, its messages for mistakes; every example of its help runs."""
 
 import contextlib
 import io
@@ -58,7 +58,7 @@ def test_every_command_explains_itself_with_usage_and_examples() -> None:
 
 
 def test_help_and_mistakes_answer_without_torch() -> None:
-    """Everything but `checkpoint`, whose tools are torch's. numpy, too, is not needed to explain a command."""
+    """All commands except `checkpoint`, which needs torch. numpy, too, is not needed to explain a command."""
     pages = [words for words in PAGES if words[0] != "checkpoint"]
     program = (
         "import contextlib, io, sys\nfrom train.stratum import main\n"
@@ -86,7 +86,7 @@ def test_the_list_of_commands_imports_the_standard_library_only() -> None:
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder with a run `smoke` that left its recipe behind."""
+    """A folder with a run `smoke` that has a stored recipe."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs" / "smoke").mkdir(parents=True)
     (tmp_path / "runs" / "smoke" / "recipe.yaml").write_text(
@@ -108,10 +108,10 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ("generate smoke --top-p high", "--top-p='high' is a text, not a number."),
         ("generate smok", "smok is not a run: neither it nor runs/smok has recipe.yaml or logs. Did you mean smoke?"),
         ("generate nemotron_h_tiny", "For the recipe of this name: -cn nemotron_h_tiny."),
-        ("generate smoke -cn smoke", "'smoke' names a run, and -cn or --config-dir a recipe: give one of them."),
+        ("generate smoke -cn smoke", "'smoke' names a run, and -cn or --config-dir a recipe. Give only one of them."),
         ("trace smoke step=3", "unknown recipe key 'step' on the command line. Did you mean --step?"),
         ("train smoke optim=adamw", "this recipe does not take its optim from a group"),
-        ("plan -cn smoke -m optim.lr=1,2", "-m: no sweeps here. Use `stratum train -m`"),
+        ("plan -cn smoke -m optim.lr=1,2", "-m: this command has no sweeps. Use `stratum train -m`"),
         ("checkpoint lst smoke", "Did you mean list?"),
         ("compress prun", "unknown command. Did you mean prune?"),
         ("fields optm", "there is no group 'optm'. Did you mean optim?"),
@@ -119,13 +119,13 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ("teacher-cache -cn smok", "there is no recipe 'smok'. Did you mean smoke?"),
     ],
 )
-def test_a_mistyped_word_is_answered_with_what_was_meant(folder: Path, words: str, message: str) -> None:
+def test_a_mistyped_word_gets_a_suggestion(folder: Path, words: str, message: str) -> None:
     status, text = run(*words.split())
     assert status == 2 and message in text, text
 
 
 def test_a_run_is_named_by_its_folder_or_its_name_and_keeps_its_recipe(folder: Path) -> None:
-    """Whatever the name holds that Hydra's grammar would read otherwise; overrides win; a moved folder is where it is now."""
+    """Names may contain characters of Hydra's grammar; overrides win; a moved folder is read at its new place."""
     names = ["smoke", "a b", "x-optim.lr=0.1,y=[1]", "it's", "42", "tail\\", "${HOME}"[1:]]
     for name in names:
         if name != "smoke":
@@ -223,7 +223,7 @@ def adapted(line: str) -> list[str]:
 
 @pytest.mark.slow
 def test_every_example_in_every_help_text_runs(tmp_path: Path) -> None:
-    """In the order of a run's life, so that each finds what the ones before have made."""
+    """In the order of a run, so that each finds the files of those before."""
     lay_out(tmp_path)
     shutil.copy(ROOT / "launch/plan/published/published_throughput.csv", tmp_path / "rows.csv")
     (tmp_path / "texts").mkdir()

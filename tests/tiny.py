@@ -1,8 +1,9 @@
 """A tiny hybrid and synthetic rows for engine tests: build it in a rank, train a few steps, get exact numbers back."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,9 @@ from recipes.schema.model import ModelConfig
 from recipes.schema.recipe import Recipe
 from recipes.schema.run import RunConfig
 from train.build import build_engine, check, mesh_of
+from train.checkpoint.storage import read_weights
 from train.engine import Engine
+from train.model.initial import global_names
 from train.parallel.mesh import Mesh
 from train.precision.control import Reading
 from train.record.stopwatch import Stopwatch
@@ -52,11 +55,16 @@ GEMMA: dict[str, Any] = {
 
 def recipe_with(**changes: Any) -> Recipe:
     """RECIPE with dotted fields changed: recipe_with(**{"parallel.tensor": 2})."""
-    recipe = RECIPE
-    for key, value in changes.items():
-        group, field = key.split(".")
-        recipe = replace(recipe, **{group: replace(getattr(recipe, group), **{field: value})})
+    recipe: Recipe = with_fields(RECIPE, changes)
     return recipe
+
+
+def with_fields(group: Any, changes: Mapping[str, Any]) -> Any:
+    """A recipe, or a group of one, with dotted fields changed."""
+    for key, value in changes.items():
+        name, _, inner = key.partition(".")
+        group = replace(group, **{name: with_fields(getattr(group, name), {inner: value}) if inner else value})
+    return group
 
 
 def rows_of(step: int, positions: np.ndarray) -> Batch:
@@ -73,8 +81,19 @@ def rows_of(step: int, positions: np.ndarray) -> Batch:
     )
 
 
+def one_document_rows(tokens: torch.Tensor, labels: torch.Tensor) -> Batch:
+    """A batch whose rows are one document each; tokens, labels: [rows, length]."""
+    return Batch(
+        tokens=tokens,
+        labels=labels,
+        document_index=torch.zeros(tokens.shape, dtype=torch.int32),
+        source=torch.zeros(len(tokens), dtype=torch.int32),
+        positions=np.arange(len(tokens)),
+    )
+
+
 def microbatches(recipe: Recipe, mesh: Mesh, step: int) -> list[Batch]:
-    """This rank's microbatches of a step, dealt as `data.stream` deals them."""
+    """This rank's microbatches of a step, distributed as by `data.stream`."""
     size, ranks = recipe.run.microbatch_rows, mesh.layout.data
     starts = range(mesh.data_rank * size, recipe.run.global_rows, ranks * size)
     return [rows_of(step, np.arange(start, start + size)) for start in starts]
@@ -89,9 +108,17 @@ def engine_of(recipe: Recipe, *, rank: int, world: int) -> Iterator[Engine]:
         yield build_engine(recipe, mesh)
 
 
+def weights_at(rank: int, recipe: Recipe, world: int, folder: Path) -> dict[str, torch.Tensor]:
+    """For `run_ranks`: this rank's weights, by name in the whole model, read from a checkpoint."""
+    with engine_of(recipe, rank=rank, world=world) as engine:
+        chunks = [chunk.module for chunk in engine.chunks]
+        read_weights(folder, chunks, groups=engine.mesh.groups)
+        return {name: p.detach().clone() for chunk in chunks for name, p in global_names(chunk)}
+
+
 @dataclass(frozen=True)
 class Numbers:
-    """What a few steps gave: full-precision losses and gradient norms."""
+    """Full-precision losses and gradient norms of a few steps."""
 
     losses: list[float]
     grad_norms: list[float]

@@ -2,7 +2,7 @@
 
 import logging
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,19 +10,19 @@ from typing import Any
 
 import torch
 
-from data.prepared import look as look_at_data
+from data.prepared import read_prepared
 from data.store.manifest import MANIFEST, read_manifest
 from data.stream import Dataset, open_dataset
 from data.tokenizer import Tokenizer, load_tokenizer
 from recipes.schema.changes import check_same_function
 from recipes.schema.errors import DataError, RecipeError, refuse
-from recipes.schema.facts import identity_of, look, read_request
+from recipes.schema.facts import identity_of, read_disk, read_request
 from recipes.schema.layout import Layout, lay_out
+from recipes.schema.manifest import read_manifest as read_checkpoint_manifest
 from recipes.schema.parallel import ParallelConfig
 from recipes.schema.recipe import Recipe
 from recipes.schema.rules import distill_problems, notes, problems, shape_rules, vocabulary_problems
 from train.checkpoint.manager import checkpoint_at
-from train.checkpoint.storage import read_manifest as read_checkpoint_manifest
 from train.checkpoint.storage import read_weights
 from train.distill import objective as distill
 from train.distill.teacher import Teacher, open_teacher
@@ -48,8 +48,8 @@ def check_start(recipe: Recipe, *, world: int, rank: int = 0) -> Layout:
     every file of a checkpoint from a shared file system would wait for minutes. Rank 0 also logs likely mistakes.
     """
     machine, is_first = this_machine(), rank == 0
-    data = look_at_data(recipe.data, rows=_rows(recipe), global_rows=recipe.run.global_rows) if is_first else None
-    disk = look(recipe) if is_first else None
+    data = read_prepared(recipe.data, rows=_rows(recipe), global_rows=recipe.run.global_rows) if is_first else None
+    disk = read_disk(recipe) if is_first else None
     refuse(problems(recipe, world=world, machine=machine, disk=disk, prepared=data))
     for note in notes(recipe, machine=machine, prepared=data) if is_first else ():
         log.warning("%s", note)
@@ -199,35 +199,53 @@ def model_for_inference(
 
     checkpoint: or a directory of `stratum hf export --quantize`, on one rank: its linear layers keep their codes and scales.
     """
-    quantized = QuantizedFiles(checkpoint) if is_quantized(checkpoint) else None
-    if quantized is None:
-        check_same_function(read_checkpoint_manifest(checkpoint).recipe, recipe, place=str(checkpoint))
-    elif tensor > 1:
-        raise RecipeError(f"{checkpoint} has quantised weights, which are not split over ranks. Use one rank.")
+    with models_for_inference([(recipe, checkpoint)], device=device, rank=rank, tensor=tensor) as (model,):
+        yield model
+
+
+@contextmanager
+def models_for_inference(
+    sources: Sequence[tuple[Recipe, Path]], *, device: torch.device, rank: int = 0, tensor: int = 1
+) -> Iterator[list[Any]]:
+    """As `model_for_inference` for several models in the same process groups: (recipe, checkpoint) of each."""
+    for recipe, checkpoint in sources:
+        if not is_quantized(checkpoint):
+            check_same_function(read_checkpoint_manifest(checkpoint).recipe, recipe, place=str(checkpoint))
+        elif tensor > 1:
+            raise RecipeError(f"{checkpoint} has quantised weights, which are not split over ranks. Use one rank.")
     use_device(device)
 
-    one = replace(
-        recipe, parallel=ParallelConfig(tensor=tensor), run=replace(recipe.run, global_rows=1, microbatch_rows=1)
-    )
-    if quantized is not None:  # its weights are rounded already
-        one = replace(one, precision=replace(one.precision, quantize_weights="none"))
-    layout = check(one, world=tensor)
-    with mesh_of(one, layout, device=device, rank=rank) as mesh:
-        chunks = build_model(
-            one.model,
-            parallel=one.parallel,
-            precision=one.precision,
-            run=one.run,
-            row_tokens=one.data.row_tokens,
-            mesh=mesh,
-            backend=ReferenceBackend(),
-            draw_weights=False,
+    ones = [
+        replace(
+            recipe, parallel=ParallelConfig(tensor=tensor), run=replace(recipe.run, global_rows=1, microbatch_rows=1)
         )
-        if quantized is None:
-            read_weights(checkpoint, chunks, groups=mesh.groups)
-        else:
-            load_quantized(chunks[0], quantized, model=one.model, groups=mesh.groups)
-        yield chunks[0].eval()
+        for recipe, _ in sources
+    ]
+    layouts = [check(one, world=tensor) for one in ones]
+    with mesh_of(ones[0], layouts[0], device=device, rank=rank) as mesh:
+        yield [_loaded(one, checkpoint, mesh=mesh) for one, (_, checkpoint) in zip(ones, sources, strict=True)]
+
+
+def _loaded(recipe: Recipe, checkpoint: Path, *, mesh: Mesh) -> Any:
+    """A model for inference with a checkpoint's weights, in these process groups. Collective."""
+    quantized = QuantizedFiles(checkpoint) if is_quantized(checkpoint) else None
+    if quantized is not None:  # its weights are rounded already
+        recipe = replace(recipe, precision=replace(recipe.precision, quantize_weights="none"))
+    (chunk,) = build_model(
+        recipe.model,
+        parallel=recipe.parallel,
+        precision=recipe.precision,
+        run=recipe.run,
+        row_tokens=recipe.data.row_tokens,
+        mesh=mesh,
+        backend=ReferenceBackend(),
+        draw_weights=False,
+    )
+    if quantized is None:
+        read_weights(checkpoint, [chunk], groups=mesh.groups)
+    else:
+        load_quantized(chunk, quantized, model=recipe.model, groups=mesh.groups)
+    return chunk.eval()
 
 
 def _be_deterministic(device: torch.device) -> None:

@@ -99,17 +99,6 @@ def _redirect_to_cpu() -> None:
     _redirect_random_state()
 
 
-@contextlib.contextmanager
-def without_memory() -> Iterator[None]:
-    """Context in which modules are built on the meta device: shapes and names of a model of any size, without weights."""
-    current = torch.cuda.current_device
-    torch.cuda.current_device = lambda: torch.device("meta")  # type: ignore[assignment,return-value]
-    try:
-        yield
-    finally:
-        torch.cuda.current_device = current
-
-
 def _quieten() -> None:
     """Silence the messages that Megatron and torch print at every start: none of them is useful to the user of a recipe."""
     for module in (r"megatron\.", r"torch\.distributed\.(c10d_logger|checkpoint)"):

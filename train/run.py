@@ -129,6 +129,7 @@ def _train(recipe: Recipe, *, mesh: Mesh, dataset: Dataset, folder: Path, check_
             loss_parts=engine.loss_parts,
             kernels=kernels,
             precision_at=lambda tokens: describe_precision(recipe.model, recipe.precision, tokens=tokens),
+            waits_for_space=recipe.checkpoint.on_failure == "continue",
         )
         stack.callback(telemetry.close)
         stream = stack.enter_context(

@@ -1,8 +1,8 @@
-"""Documents of a source, with the policy for records that cannot be used, and the rule that holds some back.
+"""Documents of a source, the policy for records that cannot be used, and the rule that splits train from held-out texts.
 
 parts --Reader--> Document(text, file, record), in an order that depends on the files' names only
-text --held_out--> whether it is kept for evaluation: a function of seed and text, so that a text that comes twice is
-                   never in both splits, however files are named, ordered, cut or shared among sources
+text --is_heldout--> whether it is for evaluation only. This is a function of seed and text: a text that occurs twice is
+                     never in both splits, however files are named, ordered, cut or divided among sources
 """
 
 import hashlib
@@ -17,13 +17,13 @@ from recipes.schema.data import SourceConfig
 from recipes.schema.errors import DataError
 
 SHOWN_PROBLEMS = 3
-"""Messages of bad records that are kept to be shown."""
+"""Number of messages about bad records that are stored, to show some of them."""
 _WHOLE = 1 << 62
 
 
 @dataclass(frozen=True, slots=True)
 class Document:
-    """One text, and where it came from."""
+    """One text, with the file and record it was read from."""
 
     text: str
     file: str
@@ -33,7 +33,7 @@ class Document:
 
 @dataclass
 class Reader:
-    """Reads parts of one source and keeps count of what it leaves out."""
+    """Reads parts of one source and counts the records that it leaves out."""
 
     name: str
     source: SourceConfig
@@ -44,18 +44,18 @@ class Reader:
     records: dict[str, int] = field(default_factory=dict)
     """Records seen by file."""
     stored_bytes: int = 0
-    """Of the current part, read so far."""
+    """Stored bytes of the current part that were read so far."""
 
     @property
     def place(self) -> str:
-        """Dotted place of the source in the recipe."""
+        """Dotted key of the source in the recipe."""
         return f"data.sources.{self.name}"
 
     def documents(self, part: Part, *, first: int = 0) -> Iterator[Document]:
         """The documents of one part, from record `first` on. Empty texts are left out.
 
-        Raises DataError for a file that cannot be read or is not the one planned with, and for a bad record unless the
-        source's policy is to skip them.
+        Raises DataError for a file that cannot be read or whose size changed since the plan, and for a bad record unless
+        the source's policy is to skip them.
         """
         if part.file_size and file_size(with_credentials(part.file, self.source.path)) != part.file_size:
             raise DataError(
@@ -82,7 +82,7 @@ class Reader:
         self.problems = []
 
     def refuse(self, part: Part, number: int, problem: str) -> None:
-        """Stop at, or count, a record that cannot be used."""
+        """Raise DataError for a record that cannot be used, or count it, as the source's `on_bad_record` says."""
         skip = self.source.on_bad_record == "skip"
         if not skip or len(self.problems) < SHOWN_PROBLEMS:
             message = problem_of(self.place, self.source, part, number, problem)
@@ -102,73 +102,77 @@ def documents(name: str, source: SourceConfig) -> Iterator[Document]:
                 count += 1
                 yield document
     if count == 0:
-        raise DataError(f"data.sources.{name}.path={source.path} holds no text: every document is empty.")
+        raise DataError(
+            f"data.sources.{name}.path={source.path} contains no text: every document is empty. Set another path."
+        )
 
 
 def digest(text: bytes, *, seed: int) -> str:
-    """Digest of a text; the split of a text follows from it."""
+    """Digest of a text, as hex. The split of a text follows from it."""
     return hashlib.blake2b(text, digest_size=8, key=seed.to_bytes(8, "little", signed=True)).hexdigest()
 
 
-def held_out(known: str, *, fraction: float) -> bool:
-    """Whether the text of this digest is kept for evaluation."""
-    return int(known, 16) < fraction * 2**64
+def is_heldout(text_digest: str, *, fraction: float) -> bool:
+    """Whether the text of this digest is held out for evaluation."""
+    return int(text_digest, 16) < fraction * 2**64
 
 
 def cut_in_two(name: str, text: str, *, fraction: float) -> tuple[str, str]:
     """(train, held out) of a source that is a single document: cut at a line end. DataError for a single line.
 
-    The beginning is held out: lines added to the end later leave it held out.
+    The beginning is held out. It stays held out if lines are added to the end later.
     """
     lines = text.splitlines(keepends=True)
     if len(lines) < 2:
         raise DataError(f"source {name!r} is a single line, so nothing can be held out. Give it more documents.")
-    held = min(len(lines) - 1, max(1, round(len(lines) * fraction)))
-    return "".join(lines[held:]), "".join(lines[:held])
+    heldout_lines = min(len(lines) - 1, max(1, round(len(lines) * fraction)))
+    return "".join(lines[heldout_lines:]), "".join(lines[:heldout_lines])
 
 
-def first_two(
+def first_of_each_split(
     name: str,
     source: SourceConfig,
     shards: Sequence[Sequence[Part]],
     *,
     seed: int,
     fraction: float,
-    dealt: Mapping[str, str],
+    fixed_splits: Mapping[str, str],
 ) -> tuple[str, str]:
-    """Digests of a text that is held out and one that is trained on, so that neither split of a source is empty: the first
-    two different texts, but for those whose split another source has decided.
+    """Digests of one text to hold out and one to train on, so that neither split of a source is empty.
 
-    dealt: split by digest, of texts that other sources decided. The second digest is empty if the source is a single
-    document, which can be cut in two. DataError if it cannot, if there is no
-    text, or if other sources have put all of it into one split.
+    They are the first two different texts of the source, except texts whose split another source has already fixed.
+    fixed_splits: {digest: split} of those texts. The second digest is empty if the source is a single document, which is
+    then cut in two. DataError if it cannot be cut, if the source contains no text, or if other sources have put all of its
+    texts into one split.
     """
     reader = Reader(name, source)
     found: dict[str, str] = {}
     seen: set[str] = set()
-    count, only = 0, ""
+    count, last_text = 0, ""
     for group in shards:
         for part in group:
             for document in reader.documents(part):
                 count += 1
-                known, only = digest(document.text.encode(), seed=seed), document.text
-                seen.add(known)
-                split = dealt.get(known) or ("train" if "heldout" in found else "heldout")
-                if known not in found.values():
-                    found.setdefault(split, known)
+                text_digest, last_text = digest(document.text.encode(), seed=seed), document.text
+                seen.add(text_digest)
+                split = fixed_splits.get(text_digest) or ("train" if "heldout" in found else "heldout")
+                if text_digest not in found.values():
+                    found.setdefault(split, text_digest)
                 if len(found) == 2:
                     return found["heldout"], found["train"]
     if count == 0:
-        raise DataError(f"{reader.place}.path={source.path} holds no text: every document is empty.")
-    if len(seen) > 1:
-        there, lacking = ("train", "held out") if "train" in found else ("held out", "trained on")
         raise DataError(
-            f"source {name!r}: other sources have all of its {len(seen):,} texts in the {there} split, so none can be {lacking}. "
-            f"Give it texts of its own, or leave it out."
+            f"{reader.place}.path={source.path} contains no text: every document is empty. Set another path."
+        )
+    if len(seen) > 1:
+        full, empty = ("train", "held-out") if "train" in found else ("held-out", "train")
+        raise DataError(
+            f"source {name!r}: other sources have put all of its {len(seen):,} texts into the {full} split, so its {empty} split "
+            f"is empty. Add texts that only this source has, or leave it out."
         )
     if count > 1:
         raise DataError(
             f"source {name!r} is one text {count} times, so nothing can be held out. Give it more documents."
         )
-    cut_in_two(name, only, fraction=fraction)  # it can be
+    cut_in_two(name, last_text, fraction=fraction)  # raises if it is a single line
     return seen.pop(), ""

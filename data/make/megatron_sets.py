@@ -1,8 +1,8 @@
-"""Existing Megatron `.bin/.idx` sets as a source: read in place, never copied, checked once.
+"""Existing Megatron `.bin/.idx` sets as a source. They are read in place, never copied, and checked once.
 
-The first documents of each set are held out: what is appended to a set later leaves them held out (Megatron-LM's own split
-takes the last ones, which training reads once the set has grown). Checksums, the largest id and
-bytes of text are found in one pass over the tokens.
+The first documents of each set are held out, so that they stay held out when documents are appended later. (Megatron-LM
+holds out the last ones. Once the set has grown, its training reads them.) Checksums, the largest id and bytes of text are
+found in one pass over the tokens.
 """
 
 import glob
@@ -21,7 +21,7 @@ from recipes.schema.data import SourceConfig
 from recipes.schema.errors import DataError
 
 _TOKENS = 1 << 24
-"""Tokens looked at at once."""
+"""Tokens read at a time."""
 
 
 def find_sets(place: str, source: SourceConfig) -> list[Part]:
@@ -35,7 +35,7 @@ def find_sets(place: str, source: SourceConfig) -> list[Part]:
         found = [Path(f) for f in sorted(glob.glob(f"{pattern}.idx", recursive=True))]
     if not found:
         raise DataError(
-            f"{place}.path={source.path}: no Megatron set there (no {pattern}.idx). Give it without suffix."
+            f"{place}.path={source.path}: no Megatron set there (no {pattern}.idx). Give the path without suffix."
         )
     prefixes = [str(path.resolve().with_suffix("")) for path in found]
     sizes = [Path(f"{prefix}.bin").stat().st_size if Path(f"{prefix}.bin").is_file() else 0 for prefix in prefixes]
@@ -54,32 +54,32 @@ def unended_documents(prefix: str, eod: int) -> int:
 
 
 def describe_set(
-    prefix: str, tokenizer: Tokenizer, *, fraction: float, first: bool, report: Callable[[int, int, int], None]
+    prefix: str, tokenizer: Tokenizer, *, fraction: float, is_first: bool, report: Callable[[int, int, int], None]
 ) -> dict[str, ShardEntry]:
     """Entries of a set's splits, by split; a split without documents is left out.
 
-    first: hold out at least one document, as the source's first set does. report: called with bytes, bytes of text and
-    tokens gone through. DataError for a damaged set, and for ids beyond the tokenizer's vocabulary.
+    is_first: the source's first set, which holds out at least one document. report: called with bytes, bytes of text and
+    tokens read since the call before. DataError for a damaged set, and for ids beyond the tokenizer's vocabulary.
     """
     shard = open_shard(Path(prefix))
     count = len(shard.ends)
-    held = max(int(first), round(count * fraction))
-    if count < held + int(first and fraction < 1):
+    heldout_count = max(int(is_first), round(count * fraction))
+    if count < heldout_count + int(is_first and fraction < 1):
         raise DataError(
-            f"{prefix}.idx holds {count} documents: too few to hold some out. Give a set with more of them."
+            f"{prefix}.idx has {count} documents: too few to hold some out. Give a set with more documents."
         )
     sha256 = hashlib.sha256()
     text_bytes = {}
-    middle = int(shard.ends[held - 1]) if held else 0
+    middle = int(shard.ends[heldout_count - 1]) if heldout_count else 0
     token_bytes = tokenizer.token_bytes()
     for split, start, stop in (("heldout", 0, middle), ("train", middle, len(shard.tokens))):
-        text_bytes[split] = _look_through(shard, start, stop, sha256, token_bytes, report)
+        text_bytes[split] = _scan(shard, start, stop, sha256, token_bytes, report)
     files = {
         "bin": FileFacts(bytes=len(shard.tokens) * shard.tokens.dtype.itemsize, sha256=sha256.hexdigest()),
         "idx": file_facts(Path(f"{prefix}.idx")),
     }
     tokens = {"train": len(shard.tokens) - middle, "heldout": middle}
-    documents = {"train": count - held, "heldout": held}
+    documents = {"train": count - heldout_count, "heldout": heldout_count}
     return {
         split: ShardEntry(
             path=prefix,
@@ -88,14 +88,14 @@ def describe_set(
             text_bytes=text_bytes[split],
             dtype=shard.tokens.dtype.name,
             files=files,
-            first_document=held if split == "train" else 0,
+            first_document=heldout_count if split == "train" else 0,
         )
         for split in documents
         if documents[split]
     }
 
 
-def _look_through(
+def _scan(
     shard: Shard,
     start: int,
     stop: int,
@@ -103,7 +103,7 @@ def _look_through(
     token_bytes: np.ndarray,
     report: Callable[[int, int, int], None],
 ) -> int:
-    """Bytes of text of tokens start to stop; adds them to the checksum. DataError for ids beyond the vocabulary."""
+    """Bytes of text of tokens start to stop. Adds the tokens to the checksum. DataError for ids beyond the vocabulary."""
     text_bytes = 0
     for _, block in _blocks(shard, start, stop):
         sha256.update(block.tobytes())
@@ -120,12 +120,17 @@ def _look_through(
 
 
 def _blocks(shard: Shard, start: int, stop: int) -> Iterator[tuple[int, np.ndarray]]:
-    """Tokens start to stop in blocks, each with its place: read, not mapped, so that a set cut short meanwhile is an error."""
+    """(index of its first token, block) for tokens start to stop.
+
+    They are read, not mapped: if the set is cut short meanwhile, a read fails with a message, where a map kills the process.
+    """
     path, dtype = Path(f"{shard.prefix}.bin"), shard.tokens.dtype
     with path.open("rb") as stream:
         stream.seek(start * dtype.itemsize)
         for place in range(start, stop, _TOKENS):
             block = np.fromfile(stream, dtype=dtype, count=min(_TOKENS, stop - place))
             if len(block) < min(_TOKENS, stop - place):
-                raise DataError(f"{path} ends after {place + len(block):,} tokens: it was cut short while it was read.")
+                raise DataError(
+                    f"{path} ends after {place + len(block):,} tokens: it was cut short while it was read. Make the set again."
+                )
             yield place, block

@@ -1,7 +1,7 @@
-"""Processes that make shards: each loads the tokenizer once, then takes one shard after the other.
+"""Processes that make shards. Each loads the tokenizer once, then makes one shard after the other.
 
-A process that dies is noticed and named; when this process dies, however suddenly, the others see their pipe close at the
-next batch and end.
+If a worker dies, the error names its shard. If this process dies, even by SIGKILL, the workers find their pipe closed after
+the next batch and end.
 """
 
 import multiprocessing
@@ -18,7 +18,7 @@ from recipes.schema.data import TokenizerConfig
 from recipes.schema.errors import DataError
 
 Advance = Callable[[str, int, int, int], None]
-"""Called with a source's name, and stored bytes, bytes of text and tokens since the call before."""
+"""Called with a source's name, and the stored bytes, bytes of text and tokens done since the call before."""
 
 
 def make_shards(
@@ -30,75 +30,77 @@ def make_shards(
     workers: int,
     advance: Advance,
 ) -> None:
-    """Make all shards, on up to `workers` processes (threads, if there are fewer shards). DataError at the first failure.
+    """Make all shards with up to `workers` processes (threads if there are fewer shards). DataError at the first failure.
 
-    tokenizer: loaded, for a single shard or worker; other processes load it from tokenizer_file.
+    tokenizer: used here, for a single shard or worker. Worker processes load theirs from tokenizer_file.
     """
     count = min(workers, len(jobs))
     threads = max(1, workers // max(1, count))
     if count <= 1:
         for job in jobs:
-            make_shard(job, tokenizer, threads=threads, report=_named(advance, job.name))
+            make_shard(job, tokenizer, threads=threads, report=_for_source(advance, job.name))
         return
     context = multiprocessing.get_context("spawn")
-    waiting = sorted(jobs, key=lambda job: -job.size)  # the largest first, so that none is left over at the end
+    waiting = sorted(
+        jobs, key=lambda job: -job.size
+    )  # the largest first, so that no worker starts it last while the others idle
     connections: dict[Connection, tuple[BaseProcess, ShardJob]] = {}
     processes = []
     try:
         for _ in range(count):
             ours, theirs = context.Pipe()
             process: BaseProcess = context.Process(
-                target=_work, args=(theirs, tokenizer_file, config, threads), daemon=True
+                target=_run_worker, args=(theirs, tokenizer_file, config, threads), daemon=True
             )
             process.start()
             theirs.close()
             processes.append(process)
-            connections[ours] = (process, _give(ours, waiting))
+            connections[ours] = (process, _send_next(ours, waiting))
         while connections:
             for connection in wait(list(connections)):
                 assert isinstance(connection, Connection)
                 process, job = connections[connection]
-                match _received(connection, process, job):
+                match _receive(connection, process, job):
                     case ("progress", stored, text, tokens):
                         advance(job.name, stored, text, tokens)
                     case ("failed", message):
                         raise DataError(message)
                     case "done":
                         if waiting:
-                            connections[connection] = (process, _give(connection, waiting))
+                            connections[connection] = (process, _send_next(connection, waiting))
                         else:
                             connection.close()
                             del connections[connection]
     finally:
         for process in processes:
-            if connections:  # something failed: the others would go on for nothing
+            if connections:  # something failed: the other results are of no use
                 process.terminate()
             process.join()
 
 
-def _named(advance: Advance, name: str) -> Callable[[int, int, int], None]:
+def _for_source(advance: Advance, name: str) -> Callable[[int, int, int], None]:
     return lambda stored, text, tokens: advance(name, stored, text, tokens)
 
 
-def _give(connection: Connection, waiting: list[ShardJob]) -> ShardJob:
+def _send_next(connection: Connection, waiting: list[ShardJob]) -> ShardJob:
     job = waiting.pop(0)
     connection.send(job)
     return job
 
 
-def _received(connection: Connection, process: BaseProcess, job: ShardJob) -> Any:
+def _receive(connection: Connection, process: BaseProcess, job: ShardJob) -> Any:
     try:
         return connection.recv()
     except (EOFError, OSError) as error:
         process.join(timeout=5)
         raise DataError(
-            f"the process that made {job.prefix} ended by itself (exit status {process.exitcode}); -9 is what running out of "
-            f"memory looks like. Finished shards are kept: run again with a lower data.workers or data.shard_bytes."
+            f"the process that made {job.prefix} ended by itself with exit status {process.exitcode} (-9 usually means that "
+            f"memory ran out). Finished shards are kept: run again with a lower data.workers or data.shard_bytes."
         ) from error
 
 
-def _work(connection: Connection, tokenizer_file: Path, config: TokenizerConfig, threads: int) -> None:
-    """A worker process: shards in, progress and results out, until the pipe closes."""
+def _run_worker(connection: Connection, tokenizer_file: Path, config: TokenizerConfig, threads: int) -> None:
+    """A worker process: receives jobs and sends progress and results, until the pipe closes."""
     os.environ["RAYON_NUM_THREADS"] = str(threads)  # the tokenizers library's own thread pool
     tokenizer: Tokenizer | None = None
 
@@ -118,7 +120,7 @@ def _work(connection: Connection, tokenizer_file: Path, config: TokenizerConfig,
                 connection.send(("failed", f"out of memory making {job.prefix}. Lower data.workers."))
                 return
             except OSError as error:
-                if isinstance(error, BrokenPipeError):
+                if isinstance(error, BrokenPipeError):  # the parent is gone; not an error of the disk
                     raise
                 connection.send(("failed", f"cannot write {job.folder}: {error}. Finished shards are kept."))
                 return

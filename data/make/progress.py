@@ -1,4 +1,4 @@
-"""Progress of preparing: bars on a terminal, a line every 20 s elsewhere (a Slurm job's log)."""
+"""Progress of `stratum prepare`: bars on a terminal, otherwise (a Slurm job's log) a line every 20 s."""
 
 import time
 from types import TracebackType
@@ -21,13 +21,13 @@ _LINE_EVERY_S = 20.0
 
 
 class Display:
-    """Progress by source in stored bytes, with the speed of the whole in bytes of text and tokens. A context manager."""
+    """Progress of each source in stored bytes, and the total speed in bytes of text and tokens. A context manager."""
 
     def __init__(self, console: Console, sizes: dict[str, int]) -> None:
-        """sizes: stored bytes to go through, by source; 0 where they are unknown."""
+        """sizes: stored bytes to read, by source; 0 if unknown."""
         self._console = console
         self._sizes = sizes
-        self._started = self._said = time.monotonic()
+        self._started = self._printed_at = time.monotonic()
         self._stored = self._text = self._tokens = 0
         self._bars = bars(
             SpinnerColumn(),
@@ -53,14 +53,14 @@ class Display:
         self._bars.stop()
 
     def advance(self, name: str, stored: int, text: int, tokens: int) -> None:
-        """Some more of a source is done: stored bytes read, bytes of text and tokens written."""
+        """Add what was done of a source since the call before: stored bytes read, bytes of text and tokens written."""
         self._stored += stored
         self._text += text
         self._tokens += tokens
         self._bars.update(self._tasks[name], advance=stored, speed=self.speed)
         now = time.monotonic()
-        if not self._console.is_terminal and now - self._said > _LINE_EVERY_S:
-            self._said = now
+        if not self._console.is_terminal and now - self._printed_at > _LINE_EVERY_S:
+            self._printed_at = now
             total = sum(self._sizes.values())
             share = f"{self._stored / total:.0%} of {units.size(total)}" if total else units.size(self._stored)
             self._console.print(f"tokenized {share}; {self.speed}", highlight=False)

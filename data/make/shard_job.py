@@ -1,15 +1,16 @@
-"""One job of preparing: read its parts, tokenize, write a shard. One process does a job from beginning to end.
+"""One job of `stratum prepare`: read its parts, tokenize, write a shard. One process does the whole job.
 
     SOURCE/00003.train.bin .idx .origins    SOURCE/00003.heldout.bin .idx .origins    SOURCE/00003.json, last
 
-The `.json` has the shard's entries of the manifest and the counts of its records. If it exists, the job is done.
+The `.json` contains the shard's manifest entries and the counts of its records. If it exists, the job is done.
 
-A job whose text is longer than `shard_bytes` (a large compressed file) writes several shards, one after the other:
+A job whose text is longer than `shard_bytes` (one large compressed file, which cannot be cut) writes several shards:
 
     SOURCE/00003-000.*, SOURCE/00003-000.json    SOURCE/00003-001.*, SOURCE/00003-001.json    ...    SOURCE/00003.*
 
-Each `.json` says where the next shard begins. After a kill, the job decompresses and reads up to this place again, but does
-not tokenize again. Where a shard ends depends on the texts only, so the bytes are those of an undisturbed run.
+Each `.json` says at which part and record the next shard begins. After a kill, the job decompresses and reads again up to
+that record, but does not tokenize again. Where a shard ends depends on the texts only, so the bytes are those of a run that
+was not killed.
 """
 
 import json
@@ -22,9 +23,9 @@ from typing import Any
 
 import numpy as np
 
-from data.make.corpus import Document, Reader, cut_in_two, digest, held_out
+from data.make.corpus import Document, Reader, cut_in_two, digest, is_heldout
 from data.make.megatron_sets import describe_set, unended_documents
-from data.sources.files import again_where_far, is_remote
+from data.sources.files import is_remote, retry_if_remote
 from data.sources.records import Part
 from data.store.manifest import SPLITS, ShardEntry, shard_entry
 from data.store.origins import pack_origins
@@ -37,9 +38,10 @@ from recipes.schema.foreign import read_json
 
 _BATCH_DOCUMENTS = 256
 _BATCH_CHARACTERS = 1 << 20
+"""A batch ends at whichever comes first. Tokenizing, progress and the end of a shard work batch by batch."""
 
 Report = Callable[[int, int, int], None]
-"""Called with stored bytes read, bytes of text and tokens written, since the call before."""
+"""Called with the stored bytes read, bytes of text and tokens written since the call before."""
 
 
 @dataclass(frozen=True)
@@ -48,16 +50,18 @@ class ShardJob:
 
     folder: Path
     name: str
-    """Of the source."""
+    """The source's name."""
     number: int
+    """Index of this job among the source's jobs, from 0."""
     source: SourceConfig
     parts: list[Part]
-    dealt: Mapping[str, str]
-    """Split by digest, of texts of any source whose split does not follow from the digest (see `data.make.shard_work`)."""
+    fixed_splits: Mapping[str, str]
+    """{digest: split} of the texts, of any source, whose split does not follow from the digest (see `data.make.folder_plan`)."""
     is_single: bool
-    """Whether the source is one document, which is cut in two."""
+    """Whether the source is one document, which is cut into a training and a held-out text."""
     seed: int
     fraction: float
+    """Fraction of the texts to hold out; 1 for a source that is only evaluated."""
     shard_bytes: int
     """Bytes of text after which a shard ends and the next begins."""
 
@@ -68,11 +72,11 @@ class ShardJob:
 
     @property
     def result(self) -> Path:
-        """File of the result of its last shard: it exists once the job is done."""
+        """Result file of the last shard. It exists once the job is done."""
         return self.folder / f"{self.prefix}.json"
 
     def early_prefix(self, number: int) -> str:
-        """`prefix` of a shard before the last."""
+        """`prefix` of a shard that is not the job's last."""
         return f"{self.prefix}-{number:03d}"
 
     @property
@@ -86,30 +90,30 @@ class ShardResult:
     """The result of one shard: its manifest entries and counts."""
 
     splits: dict[str, ShardEntry]
-    """By split; one without documents is missing."""
+    """Manifest entry by split. A split without documents is left out."""
     records: dict[str, int]
-    """Records read of each file that is cut over several shards."""
+    """Records read of each file whose parts are in several shards. Later shards count their records from there."""
     bad_records: int = 0
     empty_documents: int = 0
     problems: tuple[str, ...] = ()
     unended: int = 0
-    """Documents of an existing set without an end-of-document token."""
+    """Documents of a Megatron set that do not end with the end-of-document token."""
     unknown: int = 0
-    """Unknown tokens that were written."""
+    """Number of unknown tokens written."""
     next_part: int | None = None
     """Index of the part in which the job's next shard begins; None for its last shard."""
     next_record: int = 0
-    """Record of that part at which it begins."""
+    """Number of the record, in that part, at which it begins."""
 
 
 def make_shard(job: ShardJob, tokenizer: Tokenizer, *, threads: int, report: Report) -> None:
-    """Write the shard of a job, or all of its shards that do not exist yet, with their results.
+    """Write the shards of a job that do not exist yet (mostly one), with their results.
 
-    DataError for bad input; a remote file that cannot be read is tried again.
+    DataError for bad input. A remote file that cannot be read is tried again.
     """
     job.result.parent.mkdir(parents=True, exist_ok=True)
-    is_far = job.source.streaming or any(is_remote(part.file) for part in job.parts)
-    again_where_far(is_far, lambda: _make(job, tokenizer, threads, report))
+    is_from_server = job.source.streaming or any(is_remote(part.file) for part in job.parts)
+    retry_if_remote(is_from_server, lambda: _make(job, tokenizer, threads, report))
 
 
 def read_results(job: ShardJob) -> list[ShardResult]:
@@ -118,7 +122,7 @@ def read_results(job: ShardJob) -> list[ShardResult]:
 
 
 def _early_results(job: ShardJob) -> list[ShardResult]:
-    """Results of the shards before the last that are finished."""
+    """Results of the finished shards, except the job's last shard."""
     results: list[ShardResult] = []
     while (path := job.folder / f"{job.early_prefix(len(results))}.json").exists():
         results.append(_read_result(path))
@@ -139,39 +143,40 @@ def _write_result(path: Path, result: ShardResult) -> None:
 
 
 @dataclass(frozen=True, slots=True)
-class Text:
-    """A document and where it goes."""
+class SplitText:
+    """A document with its split."""
 
     split: str
     document: Document
     bytes: int
+    """Length of the text in UTF-8."""
 
 
-def dealt(job: ShardJob, documents: Iterator[Document]) -> Iterator[Text]:
-    """Each document with its split; a source that is one document is cut in two."""
+def with_splits(job: ShardJob, documents: Iterator[Document]) -> Iterator[SplitText]:
+    """Each document with its split. The document of a single-document source becomes two, one for each split."""
     for document in documents:
         if job.is_single:
             train, heldout = cut_in_two(job.name, document.text, fraction=job.fraction)
-            yield Text("train", replace(document, text=train), len(train.encode()))
-            yield Text("heldout", replace(document, text=heldout), len(heldout.encode()))
+            yield SplitText("train", replace(document, text=train), len(train.encode()))
+            yield SplitText("heldout", replace(document, text=heldout), len(heldout.encode()))
             continue
         content = document.text.encode()
-        yield Text(split_of(job, content), document, len(content))
+        yield SplitText(split_of(job, content), document, len(content))
 
 
 def split_of(job: ShardJob, text: bytes) -> str:
-    """The split of a text: by its digest, but for those that make sure that no source's split is empty."""
-    known = digest(text, seed=job.seed)
-    if job.fraction < 1 and known in job.dealt:
-        return job.dealt[known]
-    return "heldout" if held_out(known, fraction=job.fraction) else "train"
+    """The split of a text. It follows from the digest, except for the texts of `fixed_splits`."""
+    text_digest = digest(text, seed=job.seed)
+    if job.fraction < 1 and text_digest in job.fixed_splits:
+        return job.fixed_splits[text_digest]
+    return "heldout" if is_heldout(text_digest, fraction=job.fraction) else "train"
 
 
 def _make(job: ShardJob, tokenizer: Tokenizer, threads: int, report: Report) -> None:
     if job.source.format == "megatron":
         (part,) = job.parts
-        first = job.number == 0
-        splits = describe_set(part.file, tokenizer, fraction=job.fraction, first=first, report=report)
+        is_first = job.number == 0
+        splits = describe_set(part.file, tokenizer, fraction=job.fraction, is_first=is_first, report=report)
         unended = unended_documents(part.file, tokenizer.eod)
         _write_result(job.result, ShardResult(splits=splits, records={}, unended=unended))
         return
@@ -186,29 +191,29 @@ def _make(job: ShardJob, tokenizer: Tokenizer, threads: int, report: Report) -> 
 
 
 class _TextStream:
-    """The texts of a job in batches, from a place in its parts on. The place moves with each batch."""
+    """The texts of a job in batches, from a given part and record on. `part` and `record` follow the batches."""
 
     def __init__(self, job: ShardJob, reader: Reader, *, part: int, record: int) -> None:
-        """part, record: index of the first part, and the first record of it."""
+        """part, record: index of the part to begin with, and of its first record to read."""
         self._job = job
         self.reader = reader
         self.part = part
         """Index of the part that the last batch came from."""
         self.record = record
-        """Record of that part after the last batch."""
+        """The record of that part that follows the last batch."""
         self._reported = 0
         self.batches = self._batches()
 
-    def _batches(self) -> Iterator[list[Text]]:
+    def _batches(self) -> Iterator[list[SplitText]]:
         while self.part < len(self._job.parts):
             documents = self.reader.documents(self._job.parts[self.part], first=self.record)
-            for batch in _batches(dealt(self._job, documents)):
+            for batch in _batches(with_splits(self._job, documents)):
                 self.record = batch[-1].document.record + 1
                 yield batch
             self.part, self.record = self.part + 1, 0
 
     def unreported_bytes(self) -> int:
-        """Stored bytes that were read since the call before."""
+        """Stored bytes read since the call before."""
         before = self._reported
         self._reported = sum(part.size for part in self._job.parts[: self.part])
         if self.part < len(self._job.parts):
@@ -219,7 +224,10 @@ class _TextStream:
 def _write_shard(
     job: ShardJob, number: int, texts: _TextStream, tokenizer: Tokenizer, threads: int, report: Report
 ) -> ShardResult:
-    """Write one shard of a job, up to `shard_bytes` of text or to the end. -> its result, which is not written yet."""
+    """Write one shard of a job, up to `shard_bytes` of text or to the end of the job. -> its result, not yet on disk.
+
+    The caller writes the result file last, so that a shard with a result file is complete.
+    """
     reader = texts.reader
     reader.restart_counts()
     unknown = shard_bytes = 0
@@ -230,6 +238,7 @@ def _write_shard(
             text_bytes = tokens = 0
             ids = _encoded([text.document.text for text in batch], tokenizer, threads)
             for text, numbers in zip(batch, ids, strict=True):
+                # a str is the reason why the text could not be encoded
                 problem = numbers if isinstance(numbers, str) else tokenizer.loss(text.document.text, numbers)
                 if problem is not None or isinstance(numbers, str):
                     reader.refuse(job.parts[texts.part], text.document.record, str(problem))
@@ -243,12 +252,13 @@ def _write_shard(
             if shard_bytes >= job.shard_bytes and not job.is_single:  # the two texts of a single document stay together
                 has_more = True
                 break
-        else:
+        else:  # no text is left: report the bytes after the last one
             report(texts.unreported_bytes(), 0, 0)
         prefix = job.early_prefix(number) if has_more else job.prefix
         splits = {split: output.finish(f"{prefix}.{split}") for split, output in outputs.items() if output.files}
     return ShardResult(
         splits=splits,
+        # Counts are needed only for a file cut into several jobs, and a job of such a part has no other part (parts.cut).
         records=reader.records if len(job.parts) == 1 and not has_more else {},
         bad_records=reader.bad_records,
         empty_documents=reader.empty_documents,
@@ -260,7 +270,7 @@ def _write_shard(
 
 
 class _Output:
-    """The files of one split of a shard, in the making."""
+    """The files of one split of a shard while they are written."""
 
     def __init__(self, job: ShardJob, split: str, tokenizer: Tokenizer) -> None:
         self._folder = job.folder
@@ -278,7 +288,7 @@ class _Output:
     def __exit__(self, *ended: Any) -> None:
         self._writer.__exit__(*ended)
 
-    def add(self, text: Text, ids: np.ndarray) -> None:
+    def add(self, text: SplitText, ids: np.ndarray) -> None:
         """Append a document between its begin-of-document token, if any, and its end-of-document token."""
         if self.files[-1:] != [text.document.file]:
             self.files.append(text.document.file)
@@ -288,7 +298,7 @@ class _Output:
         self._writer.add(np.concatenate([self._begin, ids, [self._eod]]) if self._begin else np.append(ids, self._eod))
 
     def finish(self, name: str) -> ShardEntry:
-        """Make the files visible under their name in the folder, without suffix. -> the manifest's entry."""
+        """Give the files their final name (in the folder, without suffix). -> the manifest's entry."""
         self._writer.prefix = self._folder / name
         facts = self._writer.finish()
         content = pack_origins(self.files, self._starts, np.asarray(self._records, dtype=np.uint32))
@@ -304,7 +314,10 @@ class _Output:
 
 
 def _encoded(texts: list[str], tokenizer: Tokenizer, threads: int) -> list[np.ndarray | str]:
-    """Ids of each text, or what is wrong with it."""
+    """Ids of each text, or the reason why it cannot be encoded.
+
+    If a batch fails, each of its texts is encoded alone to find the bad one.
+    """
     try:
         return list(tokenizer.encode_batch(texts, threads=threads))
     except Unencodable as error:
@@ -313,9 +326,9 @@ def _encoded(texts: list[str], tokenizer: Tokenizer, threads: int) -> list[np.nd
     return [result for text in texts for result in _encoded([text], tokenizer, threads)]
 
 
-def _batches(texts: Iterator[Text]) -> Iterator[list[Text]]:
-    """Texts in batches bounded by number and size, so that memory does not depend on either."""
-    batch: list[Text] = []
+def _batches(texts: Iterator[SplitText]) -> Iterator[list[SplitText]]:
+    """Texts in batches of bounded number and size, so that memory does not grow with their number."""
+    batch: list[SplitText] = []
     size = 0
     for text in texts:
         batch.append(text)

@@ -8,6 +8,7 @@ folders that nobody but this user (or root) can write, and no link is followed t
 """
 
 import ctypes
+import functools
 import hashlib
 import logging
 import os
@@ -16,8 +17,11 @@ import shutil
 import stat
 import subprocess
 import tempfile
+import threading
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from data.system import disk
 
@@ -25,6 +29,29 @@ log = logging.getLogger(__name__)
 
 FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fopenmp")
 """No fast math: it changes results."""
+
+
+class Cached[**P, T]:
+    """A function that works once for each of its arguments. If two threads call it at the same time, one waits for the other:
+    neither `functools.cache` nor a file in the cache folder would keep them from compiling the same library twice."""
+
+    def __init__(self, work: Callable[P, T]) -> None:
+        self._work = work
+        self._lock = threading.Lock()
+        self._results: dict[Any, T] = {}
+        functools.update_wrapper(self, work)
+
+    def __call__(self, *arguments: P.args, **named: P.kwargs) -> T:
+        key = (arguments, tuple(named.items()))
+        if key not in self._results:
+            with self._lock:
+                if key not in self._results:
+                    self._results[key] = self._work(*arguments, **named)
+        return self._results[key]
+
+    def cache_clear(self) -> None:
+        """Forget the results."""
+        self._results.clear()
 
 
 def load_if_possible(
@@ -61,16 +88,48 @@ def load(*sources: Path, flags: tuple[str, ...] = ()) -> ctypes.CDLL:
     key = hashlib.sha256("\n".join([*texts, *FLAGS, *flags, compiler, _processor()]).encode()).hexdigest()[:16]
     name = f"{sources[0].stem}-{key}"
     command = [compiler, *FLAGS, *flags, "-shared", "-fPIC", str(sources[0]), "-lm", "-o"]
+    kept: Path | None = None
     try:
         folder = _cache_folder()
-        return ctypes.CDLL(str(_library_in(folder, name) or _build(command, folder, name)))
+        kept = _library_in(folder, name) or _build(command, folder, name)
+        return _mapped(kept)
     except (OSError, subprocess.CalledProcessError) as error:
         reason = _reason(error)
+        if isinstance(error, OSError) and error.errno is not None:  # the system's: ours say what to do
+            reason += ". Set XDG_CACHE_HOME to a folder that you can write"
     with tempfile.TemporaryDirectory(prefix="stratum-") as private:
         _refuse_open_to_others(Path(private))
-        library = ctypes.CDLL(str(_build(command, Path(private), name)))  # it stays mapped when the folder is gone
-    log.warning("%s was compiled for this process alone, as it will be at each start: %s", sources[0].name, reason)
+        path = (kept and _copy(kept, Path(private), name)) or _build(command, Path(private), name)
+        library = _mapped(path)  # it stays mapped when the folder is gone
+    made = "compiled" if kept is None else "copied"
+    log.warning("%s was %s for this process alone, as it will be at each start: %s", sources[0].name, made, reason)
     return library
+
+
+def _mapped(path: Path) -> ctypes.CDLL:
+    """The library at `path`, loaded. OSError says what to do about a file system that is mounted noexec."""
+    try:
+        return ctypes.CDLL(str(path))
+    except OSError as error:
+        if "failed to map segment" not in str(error):
+            raise
+        raise OSError(
+            f"{error}: nothing on its file system may be executed. Set XDG_CACHE_HOME to a folder on one that is not mounted "
+            f"noexec"
+        ) from error
+
+
+def _copy(kept: Path, folder: Path, name: str) -> Path | None:
+    """A copy of a library in another folder; None if it cannot be read, or is not the one that was built."""
+    try:
+        content = kept.read_bytes()
+    except OSError:
+        return None
+    if _named(name, content) != kept.name:
+        return None
+    path = folder / kept.name
+    disk.write_new(path, [content])
+    return path
 
 
 def _library_in(folder: Path, name: str) -> Path | None:

@@ -5,7 +5,6 @@ same. STRATUM_NATIVE=0 turns the compiled form off.
 """
 
 import ctypes
-import functools
 from array import array
 from collections.abc import Sequence
 from pathlib import Path
@@ -42,7 +41,7 @@ class Stretch(NamedTuple):
     """Documents they may hold."""
 
 
-@functools.cache
+@build_c.Cached
 def library() -> ctypes.CDLL | None:
     """The compiled code, built if need be; None if that is not possible here (logged once, at info level)."""
     source = Path(__file__).with_name("rows.c")

@@ -1,1 +1,1 @@
-"""The row at each position: a pure function."""
+"""Which row is at each position of the global order, as a pure function of the position."""

@@ -1,13 +1,14 @@
-"""The order of training: global row position -> (source, row of that source), a pure function with nothing to save.
+"""The order of training: global row position -> (source, row of that source), a pure function without state to save.
 
-Two independent parts. *Which source* follows from the curriculum (`data.order.curriculum`): within one row of the configured
-shares after every position, also where shares change and where a source runs out. *Which row*: the k-th draw from a source of
-n rows is number k mod n of epoch k // n in that source's order (`data.order.permutation`), keyed by (seed, source, epoch). No
-index array is stored; start-up time and memory do not depend on the corpus.
+It has two independent parts. *Which source*: the curriculum (`data.order.curriculum`) keeps the rows drawn of each source
+within one row of the configured shares at every position, also where shares change or a source has no rows left. *Which row*:
+the k-th draw from a source of n rows is number k mod n of epoch k // n in that source's order (`data.order.permutation`),
+keyed by (seed, source, epoch). No index array is stored. Start-up time and memory do not depend on the size of the data.
 """
 
 import hashlib
 import math
+from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -23,24 +24,24 @@ from recipes.schema.errors import DataError, refuse
 from recipes.schema.rules import order_problems
 
 ORDER = 2
-"""Version of the order of rows for shares that change or have no short period. A new version gives such runs other rows."""
+"""Version of the order of rows if shares change or have no short period. With a new version, such runs get other rows."""
 TREE_ORDER = 3
-"""The same for rows drawn by a tree of many sources."""
+"""Version of the order of rows if a tree of many sources draws them."""
 _CACHED_WINDOWS = 4
 
 
 @dataclass(frozen=True)
 class BlendSource:
-    """One source, as the order of training sees it."""
+    """What the order of training needs to know about a source."""
 
     name: str
     weight: float
     rows: int
-    """Training rows it has, at least 1."""
+    """Number of its training rows, at least 1."""
     max_epochs: float | None = None
-    """Most times it may be read through."""
+    """How many times it may be read in full, at most."""
     groups: tuple[int, ...] = ()
-    """Rows of each of its shards, if rows are shuffled within a few shards at a time."""
+    """Number of rows of each of its shards, if rows are shuffled within a few shards at a time."""
 
 
 @dataclass(frozen=True)
@@ -52,11 +53,11 @@ class Draw:
     row: np.ndarray
     """Row of that source, below its row count."""
     epoch: np.ndarray
-    """How many times the source had been read through before."""
+    """How many times the source had been read in full before."""
 
 
 class Blend:
-    """The order of rows of a weighted set of sources. Holds a few windows of the order; safe for threads."""
+    """The order of rows of a weighted set of sources. Caches a few windows of the order. Thread-safe."""
 
     def __init__(
         self,
@@ -68,10 +69,10 @@ class Blend:
         shuffle_shards: int = 0,
         replace_exhausted: bool = False,
     ) -> None:
-        """replace_exhausted: when a source has been read max_epochs times, the others take its place; otherwise reading on is an
-        error.
+        """replace_exhausted: when a source has been read max_epochs times, the others take its share. Otherwise reading more of
+        it is an error.
 
-        DataError for weights or phases without a positive share, or a source that is drawn and has no row.
+        DataError for weights or phases without a positive share, or a source that is drawn but has no row.
         """
         self.sources = list(sources)
         self._row_tokens = row_tokens
@@ -80,7 +81,9 @@ class Blend:
             _phases(self.sources, phases, row_tokens=row_tokens), self._most if replace_exhausted else ()
         )
         if not self.curriculum.segments:
-            raise DataError("every source's max_epochs is less than one row, so there is nothing to draw. Raise one.")
+            raise DataError(
+                "max_epochs of every source is less than one row, so there is nothing to draw. Raise max_epochs of a source."
+            )
         drawn = [any(s.shares[i] or s.slope[i] for s in self.curriculum.segments) for i in range(len(self.sources))]
         for source, is_drawn in zip(self.sources, drawn, strict=True):
             if is_drawn and source.rows < 1:
@@ -103,7 +106,8 @@ class Blend:
         first, last = min(positions.tolist()), max(positions.tolist())
         if self.curriculum.stop is not None and last >= self.curriculum.stop:
             raise DataError(
-                f"every source that is drawn at row {self.curriculum.stop:,} has been read max_epochs times."
+                f"every source that is drawn at row {self.curriculum.stop:,} has been read max_epochs times. Lower "
+                f"run.steps, add text, or raise max_epochs."
             )
         start, whole = self._window(first)
         if last < start + len(whole.source):
@@ -136,12 +140,12 @@ class Blend:
         )
 
     def epochs(self, position: int) -> np.ndarray:
-        """[sources] float64: how many times each source has been read through before `position`."""
+        """[sources] float64: how many times each source was read in full before `position`."""
         return self.curriculum.drawn(position) / self._rows
 
     @property
     def order(self) -> int:
-        """Version of the order of rows: part of the identity of the data that a run has seen."""
+        """Version of the order of rows. It is part of the identity of the data that a run has seen."""
         if self.curriculum.has_trees:
             return TREE_ORDER
         return 1 if self.curriculum.is_plain else ORDER
@@ -149,7 +153,7 @@ class Blend:
     def check_length(self, rows: int, *, global_rows: int = 1) -> None:
         """DataError if the first `rows` rows, `global_rows` a step, would read a source more often than its max_epochs.
 
-        The message names the step at which the source runs out, and the remedies.
+        The message gives the step at which the source has no rows left, and the remedies.
         """
         end = self.curriculum.stop
         if end is not None and rows > end:
@@ -165,22 +169,22 @@ class Blend:
                 lines.append(
                     f"source {source.name!r} runs out at step {at // global_rows + 1:,} (row {at:,}, token "
                     f"{at * self._row_tokens:,}): max_epochs={source.max_epochs:g} of its {source.rows:,} rows are {most:,}, "
-                    f"the run's {rows:,} rows would contain {count:,} ({count / max(1, source.rows):.2f} epochs)."
+                    f"but the run's {rows:,} rows would contain {count:,} ({count / max(1, source.rows):.2f} epochs)."
                 )
         if lines:
             remedy = (
-                "Lower its weight or run.steps, add text, raise max_epochs, or let the other sources take its place from then "
+                "Lower its weight or run.steps, add text, raise max_epochs, or let the other sources take its share from then "
                 "on: data.on_exhausted=continue."
             )
             raise DataError("\n".join([*lines, remedy]))
 
     def exhausted(self, rows: int) -> list[tuple[str, int]]:
-        """Sources that the others replace before row `rows`, each with the position from which they do, by position."""
+        """(source, position from which the others replace it), by position, for sources that are replaced before row `rows`."""
         found = [(self.sources[i].name, place) for i, place in self.curriculum.runs_out.items() if place < rows]
         return sorted(found, key=lambda item: item[1])
 
     def positions_of(self, source: int, row: int, *, stop: int) -> list[int]:
-        """Every position below `stop` that has a row of this source, in order."""
+        """Every position below `stop` at which this row of this source is drawn, in order."""
         stop = stop if self.curriculum.stop is None else min(stop, self.curriculum.stop)
         total = int(self.curriculum.drawn(stop)[source])
         rows, found = int(self._rows[source]), []
@@ -191,20 +195,15 @@ class Blend:
         return found
 
     def _position_of(self, source: int, nth: int, stop: int) -> int:
-        """Position of the nth draw (from 0) of a source; it is below `stop`."""
-        low, high = 0, stop  # invariant: drawn(low) <= nth < drawn(high)
-        while high - low > 1:
-            middle = (low + high) // 2
-            if self.curriculum.drawn(middle)[source] <= nth:
-                low = middle
-            else:
-                high = middle
-        return low
+        """Position of the nth draw (from 0) of a source. It must be below `stop`."""
+        return bisect_right(range(1, stop), nth, key=lambda position: self.curriculum.drawn(position)[source])
 
     def _window(self, position: int) -> tuple[int, Draw]:
         """The window of the order that contains a position: its start, and its draws."""
         window = self.curriculum.window(position)
-        found = self._draws.get(window.start)  # several windows: readers and read-ahead use different ones
+        found = self._draws.get(
+            window.start
+        )  # several are cached, because reading and fetching ahead use different windows
         return window.start, found or self._draws.keep(window.start, self._resolve(window))
 
     def _resolve(self, window: Window) -> Draw:
@@ -215,14 +214,14 @@ class Blend:
         for which in np.unique(source):
             here = np.flatnonzero(source == which)
             row[here] = self._orders[which].rows_at(index[here], epoch[here])
-        row[nth >= self._limits[source]] = -1  # beyond max_epochs; an error where it is drawn
+        row[nth >= self._limits[source]] = -1  # after max_epochs; `draw` raises if such a row is drawn
         return Draw(source, row, epoch)
 
 
 def blend_of(config: DataConfig, rows: Sequence[int], *, groups: Sequence[tuple[int, ...]] = ()) -> Blend:
-    """The order that a recipe configures. rows: training rows of each source, in the recipe's order.
+    """The order that a recipe configures. rows: number of training rows of each source, in the recipe's order.
 
-    groups: rows of each shard of every source, if rows are shuffled within a few shards at a time.
+    groups: number of rows of each shard of every source, if rows are shuffled within a few shards at a time.
     """
     return Blend(
         [
@@ -251,7 +250,7 @@ def _phases(sources: Sequence[BlendSource], phases: Sequence[PhaseConfig], *, ro
 
 
 def _shares(weights: Mapping[str, float], names: Sequence[str]) -> tuple[Fraction, ...]:
-    """Weights as exact shares. A weight is taken as the decimal that it prints as: 0.1 is 1/10."""
+    """Weights as exact shares. A weight is the decimal number that it prints as: 0.1 is 1/10."""
     exact = [Fraction(str(weights.get(name, 0))) for name in names]
     total = sum(exact)
     return tuple(weight / total for weight in exact)

@@ -1,34 +1,34 @@
-"""The source of each training row: exact shares that may change with time, a pure function of the position.
+"""The source of each training row, for exact shares that may change with time. A pure function of the position.
 
-    phases --data.order.shares--> owed(p): rows of each source that the first p rows should hold, an exact fraction
-           --Curriculum---> window(p): the stretch of rows around p, with the source of each
+    phases --data.order.shares--> owed(p): rows of each source that the first p rows should contain, an exact fraction
+           --Curriculum---> window(p): the successive rows around p, with the source of each
 
-No order by source can follow `owed` exactly; this one stays within one row of it.
+Sources are drawn in whole rows, so no order follows `owed` exactly. This one stays within one row of it.
 
-*Windows.* The order is cut into windows; where a window ends does not depend on other windows. At an end, each source has
-drawn one of the two whole numbers next to what it is owed. Between two ends the rows are jobs: the k-th row of a source may
-come once k - 1 rows are owed, and must come before k + 1 are owed (|drawn - owed| <= 1). "Earliest deadline first" solves
-unit jobs with release times and deadlines whenever a solution exists, and without window ends one always
+*Windows.* The order is cut into windows. The end of a window does not depend on other windows. At an end, the rows drawn of
+each source are one of the two whole numbers next to the rows owed. Between two ends, each row is a job: the k-th row of a
+source may be drawn when k - 1 rows are owed, and must be drawn before k + 1 are owed (|drawn - owed| <= 1). "Earliest deadline
+first" solves unit jobs with release times and deadlines whenever a solution exists. Without window ends one always
 exists (Tijdeman, The chairman assignment problem, Discrete Mathematics 32, 1980, for shares that may change with every row;
 Steiner and Yeomans, Management Science 39, 1993).
 
-*Ends.* While shares are constant and are c_i / M, every window is a multiple of M long, so all windows look alike and are
-laid out once. On a ramp, an end is a position where the owed rows, rounded to the nearest whole numbers, add up to the
-position: each source is then within half a row there. Whether the bound of one row can be met on both sides of an end follows
-from the rows owed near it (`_Stretch.late`, `_Stretch.early`: Hall's condition for jobs with release times and deadlines. It
-is exact: between two ends that meet it, an order within one row exists). The first candidate position that meets it is taken.
-Where shares change, the position is given, and the first way to round the owed rows that meets it is taken.
+*Ends.* While shares are constant and equal to c_i / M, the length of a window is a multiple of M, so all windows are alike
+and only one is laid out. On a ramp, an end is a position where the owed rows, rounded to the nearest whole numbers, add up to
+the position: each source is then within half a row there. Whether the bound of one row can be met on both sides of an end
+follows from the rows owed near it (`_Stretch.late`, `_Stretch.early`). This is Hall's condition for jobs with release times and
+deadlines, and it is exact: between two ends that meet it, an order within one row exists. The first candidate position that
+meets it is used. Where shares change, the position is given, and the first way to round the owed rows that meets it is used.
 
-*Many sources.* If shares are constant without a short period and several sources draw only a few rows a window, all of these
-may be owed half a row at the same position, and no end near it adds up. In this case, and if more than 12 sources are drawn,
-each row goes down a tree of the sources instead (`data.order.tree`), which has no windows. A row costs the depth of the tree,
-and the tree gives the bound: below 1 row for one heavy source and many light ones.
+*Many sources.* If shares are constant without a short period, and several sources draw only a few rows a window, all of these
+may be owed half a row at the same position. Then the rounded rows add up at no position near it. In this case, and if more
+than 12 sources are drawn, a tree of the sources chooses each row's source instead (`data.order.tree`), without windows. A row
+costs the depth of the tree. The tree also gives the bound: below 1 row for one heavy source and many light ones.
 
-*The bound.* Shares that never change: always 1 row. Phases and ramps: 1 row if such ends were found; `Window.within` is the
-bound that a window meets. A chain of ends that are all good exists (Tijdeman), but it depends on all rows before: which of the
-sources that draw less than a row a window have already drawn theirs. A rule that decides at each end from the rows owed there
-cannot promise it (Balinski and Young, Fair Representation, 1982, for four or more sources). Proven in any case: 3/2 rows
-between balanced ends, 2 if shares are constant after a change (an offset below 1 and an order within 1 of it).
+*The bound.* For shares that never change it is 1 row. For phases and ramps it is 1 row if ends that meet Hall's condition were
+found; `Window.within` is the bound that a window meets. A chain of such ends exists (Tijdeman), but it depends on all earlier
+rows: on which sources that draw less than a row a window have already drawn theirs. A rule that looks only at the rows owed
+at each end cannot guarantee it (Balinski and Young, Fair Representation, 1982, for four or more sources). Proven in any case:
+3/2 rows between balanced ends, 2 if shares are constant after a change (an offset below 1 and an order within 1 of it).
 """
 
 import heapq
@@ -45,22 +45,22 @@ from data.order.tree import ShareTree
 from data.system.recent import Recent
 
 WINDOW_ROWS = 4096
-"""Rows of a window, approximately. A window is laid out in one go (some milliseconds) and cached."""
+"""Approximate number of rows in a window. A window is laid out at once (some milliseconds) and cached."""
 MAX_PERIOD = 1 << 16
 """Longest period, in rows, that is laid out as one window."""
 TOLERANCES = (1.0, 1.25, 1.5, 2.0, 4.0, math.inf)
-"""Bounds on |drawn - owed| that are tried in this order, in rows."""
+"""Bounds on |drawn - owed|, in rows, in the order in which they are tried."""
 MOST_IN_WINDOWS = 12
-"""Most sources for which window ends are searched; more sources go down a tree."""
+"""Largest number of sources for which windows are used. A tree is used for more sources."""
 LIGHT_ROWS = 4
-"""A source that draws fewer rows per window is light. Two or more light sources go down a tree."""
+"""A source that draws fewer rows per window is light. A tree is used for two or more light sources."""
 _CACHED_WINDOWS = 8
 _PLACES = 32
-"""Balanced positions that are tried as the end of a window."""
+"""Number of balanced positions that are tried as the end of a window."""
 _ROUNDINGS = 128
-"""Ways to round the owed rows that are tried where shares change."""
+"""Number of ways to round the owed rows that are tried where shares change."""
 _ROUNDING = 1e-9
-"""Tolerance, in rows: within a window, owed rows are computed in float64 from an exact start."""
+"""Tolerance in rows, because owed rows inside a window are computed in float64 from an exact start."""
 
 
 @dataclass(frozen=True)
@@ -69,11 +69,11 @@ class Window:
 
     start: int
     drawn: np.ndarray
-    """[sources] int64: rows of each source before `start`."""
+    """[sources] int64: number of rows of each source before `start`."""
     source: np.ndarray
     """[rows] int16: source of each row."""
     earlier: np.ndarray
-    """[rows] int32: rows of the same source before, within the window."""
+    """[rows] int32: number of earlier rows of the same source in the window."""
     within: float
     """|drawn - owed| is at most this everywhere in the window, in rows."""
 
@@ -89,20 +89,20 @@ class _End:
 
     position: int
     drawn: tuple[int, ...]
-    """Rows of each source before it."""
+    """Number of rows of each source before it."""
 
 
 @dataclass(frozen=True)
 class _Part:
-    """A segment, with the whole numbers it starts from."""
+    """A segment, with the whole numbers of rows drawn before it."""
 
     segment: Segment
     drawn: tuple[int, ...]
-    """Rows of each source before its start: next to what is owed."""
+    """Number of rows of each source before its start: a whole number next to the rows owed."""
     period: int
-    """Rows after which the shares have grown by whole numbers, if they are few; else 0."""
+    """Smallest number of rows of which every source gets a whole number, if at most MAX_PERIOD; else 0."""
     tree: ShareTree | None = None
-    """Used instead of windows, if not None."""
+    """The tree that chooses sources, or None if windows do."""
 
     @property
     def rows(self) -> int:
@@ -110,23 +110,23 @@ class _Part:
         return self.period * max(1, WINDOW_ROWS // self.period) if self.period else WINDOW_ROWS
 
     def full_windows(self) -> int | None:
-        """Full windows before the last one, which takes the remaining rows, less than two windows. None: all are full."""
+        """Full windows before the last one, which has the remaining rows (fewer than two windows). None: all are full."""
         segment = self.segment
         return None if segment.stop is None else max(0, (segment.stop - segment.start) // self.rows - 1)
 
 
 class Curriculum:
-    """The order of sources. Start-up time grows with the number of phases; memory is constant. Safe for threads."""
+    """The order of sources. Start-up time grows with the number of phases; memory is constant. Thread-safe."""
 
     def __init__(self, phases: Sequence[Phase], limits: Sequence[int | None] = ()) -> None:
-        """phases and limits: as `data.order.shares` takes them."""
+        """phases, limits: as for `data.order.shares.course_of`."""
         self._windows: Recent[tuple[int, int], Window] = Recent(most=_CACHED_WINDOWS)
         self._ends: Recent[tuple[int, int], _End] = Recent(most=_CACHED_WINDOWS)
         self._layouts: dict[int, tuple[np.ndarray, np.ndarray, float]] = {}
         course = course_of(phases, limits)
         self.segments, self.stop = course.segments, course.stop
         self.runs_out = course.runs_out
-        """Position from which a source that has reached its limit is left out, by source."""
+        """{source: position from which it is left out, because it has reached its limit}."""
         self._parts: list[_Part] = []
         for segment in self.segments:
             drawn = self._rounded(segment) if self._parts else (0,) * len(segment.owed)
@@ -136,12 +136,12 @@ class Curriculum:
 
     @property
     def is_plain(self) -> bool:
-        """Whether all windows look alike: shares that never change and have a short period."""
+        """Whether all windows are alike: shares never change and have a short period."""
         return len(self._parts) == 1 and self._parts[0].period > 0
 
     @property
     def has_trees(self) -> bool:
-        """Whether some rows go down a tree of the sources."""
+        """Whether a tree chooses the source of some rows."""
         return any(part.tree is not None for part in self._parts)
 
     def owed(self, position: int) -> tuple[Fraction, ...]:
@@ -194,7 +194,7 @@ class Curriculum:
             stop = _End(part.segment.stop, self._final if is_last else self._parts[which + 1].drawn)
             source, earlier, within = _lay_out(part.segment, start, stop)
         elif part.period:
-            if which not in self._layouts:  # two threads may both do it: the result is the same
+            if which not in self._layouts:  # two threads may both do it, with the same result
                 self._layouts[which] = _lay_out(part.segment, self._end(which, 0), self._end(which, 1))
             source, earlier, within = self._layouts[which]
         else:
@@ -217,8 +217,11 @@ class Curriculum:
         return found or self._ends.keep((which, number), _balanced_end(part, position))
 
     def _rounded(self, following: Segment | None) -> tuple[int, ...]:
-        """Rows drawn of each source at the end of the last part: whole numbers next to what is owed there, chosen so that the
-        order before and, in `following`, after stays closest to what is owed."""
+        """Rows drawn of each source up to the end of the last part: whole numbers next to the rows owed there.
+
+        Among the ways to round, the one is chosen whose order before the end, and after it in `following`, stays closest to
+        the rows owed.
+        """
         part = self._parts[-1]
         number, position = part.full_windows(), part.segment.stop
         assert number is not None and position is not None
@@ -234,7 +237,7 @@ class Curriculum:
             stop = following.start + begins.rows if full != 0 else following.stop
             assert stop is not None
             after = _Stretch(following, following.start, stop)
-            if begins.period and full != 0:  # all windows end as they begin
+            if begins.period and full != 0:  # all windows are alike, so the first one's end counts too
                 grown = [int(share * begins.rows) for share in following.shares]
         best: tuple[int, tuple[int, ...]] | None = None
         for drawn in itertools.islice(_roundings(owed, low.drawn, position), _ROUNDINGS):
@@ -252,7 +255,7 @@ class Curriculum:
 
 
 class _Stretch:
-    """What is owed on part of a segment, and the least and most rows that |drawn - owed| <= 1 allows at each position."""
+    """Rows owed on part of a segment, and the fewest and most rows that |drawn - owed| <= 1 allows at each position."""
 
     def __init__(self, segment: Segment, start: int, stop: int) -> None:
         self._base, curves = _curves(segment, start, stop)
@@ -261,12 +264,12 @@ class _Stretch:
         self._after = np.arange(stop - start + 1)
 
     def late(self, drawn: Sequence[int]) -> int:
-        """Rows that must come late if `drawn` rows were drawn before its beginning; 0 if an order without late rows exists."""
+        """Rows that must be late if `drawn` rows were drawn before its start; 0 if an order without late rows exists."""
         due = np.maximum(self._must - self._relative(drawn), 0).sum(axis=0)
         return max(0, int((due - self._after).max()))
 
     def early(self, drawn: Sequence[int]) -> int:
-        """Rows that must come early if `drawn` rows are drawn before its end; 0 if an order without early rows exists."""
+        """Rows that must be early if `drawn` rows are drawn before its end; 0 if an order without early rows exists."""
         left = np.maximum(self._relative(drawn) - self._may, 0).sum(axis=0)
         return max(0, int((left - self._after[::-1]).max()))
 
@@ -275,9 +278,9 @@ class _Stretch:
 
 
 def _tree(segment: Segment, drawn: Sequence[int], *, runs_out: bool) -> ShareTree | None:
-    """The tree that a segment's rows go down; None if they are laid out in windows.
+    """The tree that chooses the sources of a segment's rows; None if windows do.
 
-    runs_out: a source reaches its limit at the segment's end, so no source may be a row ahead there.
+    runs_out: a source reaches its limit at the segment's end, so it must not be a whole row ahead there.
     """
     shares = [share for share in segment.shares if share]
     is_many = len(shares) > MOST_IN_WINDOWS or sum(share * WINDOW_ROWS < LIGHT_ROWS for share in shares) > 1
@@ -293,7 +296,7 @@ def _period(segment: Segment) -> int:
 
 
 def _balanced_end(part: _Part, position: int) -> _End:
-    """An end near `position` where the rounded owed rows add up; if possible, one that meets the bound of one row."""
+    """An end near `position` where the rounded owed rows add up to the position. If possible, it meets the bound of one row."""
     segment, rows = part.segment, part.rows
     first: _End | None = None
     tried = 0
@@ -314,7 +317,7 @@ def _balanced_end(part: _Part, position: int) -> _End:
             break
     if first is not None:
         return first
-    # Many sources draw almost nothing here and their half rows add up: the source with the largest share compensates.
+    # Many sources draw almost nothing here, and their half rows add up. The source with the largest share compensates.
     nearest = _nearest(part, position)
     shares = segment.shares_at(position)
     nearest[shares.index(max(shares))] += position - sum(nearest)
@@ -322,33 +325,33 @@ def _balanced_end(part: _Part, position: int) -> _End:
 
 
 def _nearest(part: _Part, position: int) -> list[int]:
-    """Owed rows rounded to the nearest whole numbers, but not below the rows drawn before the segment."""
+    """Owed rows rounded to the nearest whole numbers, but at least the rows drawn before the segment."""
     owed = part.segment.owed_at(position)
     return [max(math.floor(o + Fraction(1, 2)), d) for o, d in zip(owed, part.drawn, strict=True)]
 
 
 def _roundings(owed: Sequence[Fraction], low: Sequence[int], position: int) -> Iterator[tuple[int, ...]]:
-    """Whole numbers next to `owed`, none below `low`, that sum to the position; the nearest first."""
+    """Whole numbers next to `owed`, at least `low`, that sum to the position. The nearest come first."""
     least = [max(math.floor(o), d) for o, d in zip(owed, low, strict=True)]
     waiting = sorted((i for i, o in enumerate(owed) if least[i] < o), key=lambda i: (math.floor(owed[i]) - owed[i], i))
     more = position - sum(least)
     if 0 <= more <= len(waiting):
         for chosen in itertools.combinations(waiting, more):
             yield tuple(count + (i in chosen) for i, count in enumerate(least))
-    else:  # sources that drew almost nothing are ahead: the one that is owed most compensates
+    else:  # sources that draw almost nothing are ahead; the source that is owed most compensates
         counts = [count + (i in waiting[: max(0, more)]) for i, count in enumerate(least)]
         counts[max(range(len(owed)), key=lambda i: owed[i] - low[i])] += position - sum(counts)
         yield tuple(counts)
 
 
 def _curves(segment: Segment, start: int, stop: int) -> tuple[list[int], np.ndarray]:
-    """Rows owed from `start` to `stop`, both included: their whole part at `start`, and what exceeds it, [sources, rows + 1]."""
+    """Rows owed from `start` to `stop`, both included: their whole part at `start`, and the rest [sources, rows + 1]."""
     base = [math.floor(o) for o in segment.owed_at(start)]
     return base, np.stack([_curve(segment, source, start, stop) for source in range(len(base))])
 
 
 def _curve(segment: Segment, source: int, start: int, stop: int) -> np.ndarray:
-    """The same of one source: float64 [rows + 1], above the whole number owed at `start`."""
+    """Rows owed of one source from `start` to `stop`, minus their whole part at `start`: float64 [rows + 1]."""
     q = start - segment.start
     share, slope = segment.shares[source] + segment.slope[source] * q, segment.slope[source]
     owed = segment.owed[source] + segment.shares[source] * q + slope * q * q / 2
@@ -357,11 +360,11 @@ def _curve(segment: Segment, source: int, start: int, stop: int) -> np.ndarray:
 
 
 def _lay_out(segment: Segment, start: _End, stop: _End) -> tuple[np.ndarray, np.ndarray, float]:
-    """Order of the rows between two ends. -> source, earlier, within."""
+    """Order of the rows between two ends. -> source, earlier, within (as in Window)."""
     base = [math.floor(o) for o in segment.owed_at(start.position)]
 
     def curve(source: int) -> np.ndarray:
-        """Rows of a source owed after each slot, less those drawn before. One source at a time: there may be thousands."""
+        """Rows of a source owed after each slot, minus those drawn before. One source at a time, as there may be thousands."""
         whole = _curve(segment, source, start.position, stop.position)
         return whole[1:] - (start.drawn[source] - base[source])
 
@@ -378,7 +381,7 @@ def _lay_out(segment: Segment, start: _End, stop: _End) -> tuple[np.ndarray, np.
 
 
 def _earlier(source: np.ndarray) -> np.ndarray:
-    """int32: for each row, how many rows of the same source come before it."""
+    """int32: for each row, the number of rows of the same source before it."""
     by_source = np.argsort(source, kind="stable")
     counts = np.bincount(source)
     earlier = np.empty(len(source), dtype=np.int32)
@@ -389,7 +392,7 @@ def _earlier(source: np.ndarray) -> np.ndarray:
 def _earliest_deadline_first(
     curve_of: Callable[[int], np.ndarray], counts: Sequence[int], slots: int, *, within: float
 ) -> list[int] | None:
-    """A source for each slot so that drawn and owed are never more than `within` apart, or None.
+    """The source of each slot, such that |drawn - owed| <= `within` after every slot. None if there is no such order.
 
     curve_of(i)[t]: rows of source i owed after slot t, not counting those drawn before slot 0.
     """

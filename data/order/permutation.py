@@ -4,8 +4,8 @@
                        .index_of(row, epoch)     the inverse
 
 A Feistel network permutes the numbers below a power of four. A value outside 0..rows-1 is permuted again until it is inside
-(cycle walking). With groups (the rows of each shard), an epoch reads a few shards at a time: the order of the shards is a
-permutation, and so is the order of the rows of the shards that are read together (a pool).
+(cycle walking). With groups (the rows of each shard), an epoch reads a few shards at a time, which are a *pool*. The order of
+the shards is a permutation, and so is the order of the rows in a pool.
 """
 
 from collections.abc import Sequence
@@ -14,20 +14,21 @@ import numpy as np
 
 _ROUNDS = 4
 _GOLDEN = 0x9E3779B97F4A7C15
+"""Splitmix64's increment: 2**64 divided by the golden ratio."""
 
 
 class RowOrder:
     """The order of one source's rows in every epoch."""
 
     def __init__(self, rows: int, *, key: int, groups: Sequence[int] = (), together: int = 0) -> None:
-        """groups: rows of each shard, in the source's order; together: shards read at the same time, 0 for all."""
+        """groups: number of rows of each shard, in the source's order. together: shards in a pool; 0 for all."""
         self.rows = rows
         self._key = key
         self._together = together
         self._groups = np.asarray(groups, dtype=np.int64) if together and len(groups) > together else None
 
     def rows_at(self, index: np.ndarray, epoch: np.ndarray) -> np.ndarray:
-        """Rows (int64) that are number `index` of epoch `epoch`."""
+        """Rows (int64) at place `index` of epoch `epoch`."""
         if self._groups is None:
             return permute(index, epoch, size=self.rows, key=self._key)
         row = np.empty_like(index)
@@ -43,7 +44,7 @@ class RowOrder:
         return row
 
     def index_of(self, row: int, epoch: int) -> int:
-        """The index of a row within an epoch."""
+        """The place of a row in an epoch."""
         one, at = np.array([row], dtype=np.int64), np.array([epoch], dtype=np.int64)
         if self._groups is None:
             return int(permute(one, at, size=self.rows, key=self._key, back=True)[0])
@@ -62,7 +63,7 @@ class RowOrder:
         return np.concatenate([[0], np.cumsum(self._groups)[:-1]])
 
     def _pools(self, epoch: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Of an epoch: its shards in order, the index of the first row of each shard, and of the first row of each pool."""
+        """(order of the shards, place of the first row of each shard, place of the first row of each pool) in an epoch."""
         assert self._groups is not None
         count = len(self._groups)
         order = permute(np.arange(count), np.full(count, epoch), size=count, key=self._key ^ _GOLDEN)
@@ -78,7 +79,7 @@ class RowOrder:
 
 
 def permute(index: np.ndarray, epoch: np.ndarray, *, size: int, key: int, back: bool = False) -> np.ndarray:
-    """A permutation of 0..size-1 for each epoch, evaluated at `index` (int64 arrays of equal length); `back` inverts it."""
+    """A permutation of 0..size-1 for each epoch, evaluated at `index`. Arrays are int64 of equal length. `back` inverts it."""
     if size == 1:
         return np.zeros_like(index)
     half = max(1, ((size - 1).bit_length() + 1) // 2)

@@ -1,11 +1,11 @@
-"""How many rows each source is owed: phases, ramps and sources that run out, as segments with linear shares. All exact.
+"""The number of rows that each source is *owed* at a position: how many the rows before it should contain. All exact.
 
-    phases, limits --course_of--> segments, ends        Segment.owed_at(p): rows of each source the first p rows should hold
+    phases, limits --course_of--> segments        Segment.owed_at(p): rows of each source that the first p rows should contain
 
-The shares of a phase are constant, after its ramp, if any, along which shares move to them linearly. A source with a limit
-is left out from the last position at which it is owed no more than its limit; the others take its share in proportion to
-their own. A ramp in progress continues, from these larger shares to those that the others have at its end. The order ends
-when no source is left.
+A phase may begin with a ramp, on which shares change linearly from those of the phase before. After it, shares are constant.
+A source with a limit is left out from the last position at which it is owed at most its limit. The others take its share in
+proportion to their own. A ramp in progress continues, from these larger shares to those that the others have at its end. The
+order ends when no source is left.
 """
 
 import dataclasses
@@ -16,7 +16,7 @@ from fractions import Fraction
 
 @dataclass(frozen=True)
 class Phase:
-    """A stretch of training with its own shares."""
+    """A part of training with its own shares."""
 
     start: int
     """First position; the first phase starts at 0."""
@@ -32,11 +32,11 @@ class Segment:
 
     start: int
     stop: int | None
-    """None: without end."""
+    """None: it does not end."""
     owed: tuple[Fraction, ...]
-    """At `start`."""
+    """Rows of each source owed at `start`."""
     shares: tuple[Fraction, ...]
-    """At `start`."""
+    """Share of each source at `start`."""
     slope: tuple[Fraction, ...]
     """Change of the shares per row."""
 
@@ -58,15 +58,15 @@ class Course:
     segments: list[Segment]
     """By start, without gaps, from 0."""
     runs_out: dict[int, int]
-    """By source that is left out at some point: the position from which it is."""
+    """{source: position from which it is left out}, for the sources that reach their limits."""
     stop: int | None
     """Position at which no source is left; None if that never happens."""
 
 
 def course_of(phases: Sequence[Phase], limits: Sequence[int | None] = ()) -> Course:
-    """The shares that phases configure, without sources that have reached their limits.
+    """The shares that phases configure, without the sources that have reached their limits.
 
-    phases: by start; a ramp ends before the next phase starts. limits: most rows of each source; empty for no limits.
+    phases: by start. A ramp must end before the next phase starts. limits: largest number of rows of each source, or empty.
     """
     assert phases and phases[0].start == 0 and phases[0].ramp == 0, "a curriculum starts at 0, without a ramp"
     sources = len(phases[0].shares)
@@ -97,7 +97,7 @@ def course_of(phases: Sequence[Phase], limits: Sequence[int | None] = ()) -> Cou
 def _configured_parts(
     phases: Sequence[Phase],
 ) -> list[tuple[int, int | None, tuple[Fraction, ...], tuple[Fraction, ...]]]:
-    """(start, stop, shares at the start, shares at the stop) of every ramp and constant part, as if no source ran out."""
+    """(start, stop, shares at the start, shares at the stop) of every ramp and constant part, ignoring limits."""
     parts: list[tuple[int, int | None, tuple[Fraction, ...], tuple[Fraction, ...]]] = []
     for index, phase in enumerate(phases):
         stop = phases[index + 1].start if index + 1 < len(phases) else None
@@ -118,7 +118,7 @@ def _without(shares: Sequence[Fraction], gone: Container[int]) -> tuple[Fraction
 
 
 def _runs_out(segment: Segment, source: int, limit: int) -> int | None:
-    """The last position of a segment at which a source is owed no more than its limit; None if it stays below the limit."""
+    """The last position of a segment at which a source is owed at most its limit; None if it never exceeds it."""
 
     def owed(position: int) -> Fraction:
         q = position - segment.start

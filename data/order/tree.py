@@ -1,10 +1,10 @@
-"""The order of many sources with constant shares: each row goes down a binary tree whose leaves are the sources.
+"""The order of many sources with constant shares. A binary tree, whose leaves are the sources, chooses each row's source.
 
 A node of weight w_v that has drawn n rows gives
 
     A(n) = floor(n w_a / w_v + 1/2)   to one child, n - A(n) to the other,
 
-so the exact number of draws of any leaf before any position follows without looking at other positions, and a row costs the
+so the exact number of draws of any leaf before any position is known without examining other positions, and a row costs the
 depth of the tree. Each split adds an error of at most 1/2, and a child inherits the error of its parent in proportion to its
 weight: the error of a leaf of weight w is at most (1 + sum of w / w_v over the inner nodes v between it and the root) / 2.
 `bound` is the largest of these, about 1 for one heavy and many light sources. Several trees are tried, and the one with the
@@ -21,9 +21,9 @@ from fractions import Fraction
 import numpy as np
 
 _MOST_HEAVY = 16
-"""Most heavy sources that are tried separately from the others."""
+"""Largest number of heavy sources that are tried separately from the others."""
 _Tree = int | tuple["_Tree", "_Tree"]
-"""A source, or two trees."""
+"""A source, or two subtrees."""
 
 
 class ShareTree:
@@ -39,15 +39,15 @@ class ShareTree:
         bounds = [_bound(tree, self._weights) for tree in trees]
         which = bounds.index(min(bounds))
         self.bound = bounds[which]
-        """Most that |drawn - owed| of a source can be, in rows, once the difference at the beginning is made up."""
+        """Largest |drawn - owed| of any source, in rows, once the difference at the start has been made up."""
         self._behind = [int(f * scale) for f in behind]
         self._scale = scale
         self._nodes: list[tuple[int, int, int, int, int]] = []
-        """Of each inner node: factor, constant and divisor of A(n), and its two children (source i is -1 - i)."""
+        """For each inner node: factor, constant and divisor of A(n), and its two children (source i is -1 - i)."""
         self._root, _, _ = self._add(trees[which])
 
     def drawn(self, rows: int) -> list[int]:
-        """Rows of each source among the first `rows`."""
+        """Number of rows of each source among the first `rows`."""
         counts = [0] * self._count
         waiting = [(self._root, rows)]
         while waiting:
@@ -95,7 +95,7 @@ class ShareTree:
 
 
 def _candidates(shares: Sequence[int], order: Sequence[int]) -> list[_Tree]:
-    """order: sources by falling share."""
+    """The trees to try. order: sources by decreasing share."""
     trees = [_huffman(shares, order), _halves(shares, order)]
     for heavy in range(1, min(len(order), _MOST_HEAVY)):
         light = _halves(shares, order[heavy:])
@@ -120,7 +120,7 @@ def _huffman(shares: Sequence[int], drawn: Sequence[int]) -> _Tree:
 
 
 def _halves(shares: Sequence[int], order: Sequence[int]) -> _Tree:
-    """order: sources by falling share."""
+    """A tree that cuts the sources in halves of similar weight. order: sources by decreasing share."""
     if len(order) == 1:
         return order[0]
     whole = sum(shares[i] for i in order)

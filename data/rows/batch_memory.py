@@ -1,10 +1,10 @@
-"""Fills the memory of a batch: labels, the token before each label, and its document, for rows of several sources.
+"""Reads the rows of a batch into arrays: labels, the token before each label, and its document. Rows may be of several sources.
 
-    fill(parts, source, row, ...) -> Filled
+    read_batch(parts, source, row, ...) -> BatchArrays
 
-Compiled code reads all rows in one call (`data.native.rows`). `packing.py` and `reader.py` read the rows that it leaves out:
-those that span two shards, and the first row of a stream. If a file changed, ended early or contains invalid ids, they read
-all rows again and report the error. Both ways give the same rows.
+Compiled code reads the rows in one call (`data.native.rows`), except rows that span two shards and the first row of a
+stream. Python code (`packing.py`, `reader.py`) reads those. If a file changed, ended early or contains invalid ids, Python
+reads all rows again and reports the error. Both give the same rows.
 """
 
 from collections.abc import Sequence
@@ -19,8 +19,8 @@ from recipes.schema.errors import DataError
 
 
 @dataclass(frozen=True)
-class Filled:
-    """The rows of a batch."""
+class BatchArrays:
+    """The rows of a batch, as arrays."""
 
     tokens: np.ndarray
     """[rows, row_tokens] int64; may be a view of the same memory as `labels`."""
@@ -30,40 +30,44 @@ class Filled:
     """[rows, row_tokens] int32: which document of the row each label belongs to, from 0."""
 
 
-def fill(
+def read_batch(
     parts: Sequence[Rows],
     source: np.ndarray,
     row: np.ndarray,
     *,
     vocab_size: int,
     with_documents: bool,
-    apart: bool,
+    separate: bool,
     activity: Activity,
-) -> Filled:
-    """Rows row[i] of parts[source[i]]. apart: tokens and labels in separate memory, which best-fit rows always need.
+) -> BatchArrays:
+    """Row row[i] of parts[source[i]], for each i.
 
-    Raises DataError that names a file with wrong content.
+    separate: tokens and labels in memory of their own. Otherwise both are views of one array, moved by one token. Best-fit
+    rows and fill in the middle need it: there a label is not always the input of the next slot. Raises DataError that names a
+    file with wrong content.
     """
     row_tokens, count = parts[0].row_tokens, len(row)
     documents = np.empty((count, row_tokens), dtype=np.int32) if with_documents else None
-    if apart:
+    if separate:
         tokens, labels = (np.empty((count, row_tokens), dtype=np.int64) for _ in range(2))
-        filled = Filled(tokens, labels, documents)
+        arrays = BatchArrays(tokens, labels, documents)
     else:
         tokens, labels = np.empty((count, row_tokens + 1), dtype=np.int64), None
-        filled = Filled(tokens[:, :-1], tokens[:, 1:], documents)
+        arrays = BatchArrays(tokens[:, :-1], tokens[:, 1:], documents)
     sources, rows = source.tolist(), row.tolist()
-    left: Sequence[int] | None = None
+    remaining: Sequence[int] | None = None
     if native.library() is not None:
-        left = _compiled(parts, sources, rows, tokens, labels, documents, vocab_size=vocab_size, activity=activity)
-    elif not apart:
-        left = _chunks(parts, sources, rows, tokens, documents, vocab_size=vocab_size)
-    for place in range(count) if left is None else left:
-        _row(parts[sources[place]], rows[place], filled, place, vocab_size=vocab_size)
-    return filled
+        remaining = _read_compiled(
+            parts, sources, rows, tokens, labels, documents, vocab_size=vocab_size, activity=activity
+        )
+    elif not separate:
+        remaining = _read_chunks(parts, sources, rows, tokens, documents, vocab_size=vocab_size)
+    for place in range(count) if remaining is None else remaining:
+        _read_row(parts[sources[place]], rows[place], arrays, place, vocab_size=vocab_size)
+    return arrays
 
 
-def _compiled(
+def _read_compiled(
     parts: Sequence[Rows],
     sources: list[int],
     rows: list[int],
@@ -74,23 +78,23 @@ def _compiled(
     vocab_size: int,
     activity: Activity,
 ) -> list[int] | None:
-    """Fill the rows that one call can read. -> the places of the others; None after an error: then no row may be used."""
-    plan, left = native.Plan(), list[int]()
+    """Read the rows that compiled code can read. -> places of the others; None after an error, when no row may be used."""
+    plan, remaining = native.Plan(), list[int]()
     if len(distinct := set(sources)) == 1:
-        left = parts[sources[0]].plan(rows, list(range(len(rows))), plan)
+        remaining = parts[sources[0]].plan(rows, list(range(len(rows))), plan)
     else:
         for which in distinct:
             here = [place for place, other in enumerate(sources) if other == which]
-            left += parts[which].plan([rows[place] for place in here], here, plan)
+            remaining += parts[which].plan([rows[place] for place in here], here, plan)
     if plan.shards:
         with activity.of(plan):
             is_good = plan.read(vocab_size=vocab_size, tokens=tokens, labels=labels, documents=documents)
-        if not is_good or not all(shard.has_its_name() for shard in set(plan.shards)):
+        if not is_good or not all(shard.is_still_at_its_path() for shard in set(plan.shards)):
             return None
-    return left
+    return remaining
 
 
-def _chunks(
+def _read_chunks(
     parts: Sequence[Rows],
     sources: list[int],
     rows: list[int],
@@ -99,7 +103,10 @@ def _chunks(
     *,
     vocab_size: int,
 ) -> list[int]:
-    """All rows of the plain order, read in place and widened once. -> the places of rows with invalid ids."""
+    """Read rows of the plain order without compiled code: all ids as stored, then widened to int64 once.
+
+    -> places of the rows with invalid ids. `_read_row` reads them again and reports the error.
+    """
     narrow = np.empty(tokens.shape, dtype=np.result_type(*(part.stream.dtype for part in parts)))
     for which in set(sources):
         here = [place for place, other in enumerate(sources) if other == which]
@@ -117,16 +124,16 @@ def _chunks(
     return []
 
 
-def _row(part: Rows, row: int, filled: Filled, place: int, *, vocab_size: int) -> None:
-    """One row, of any packing, from any number of shards. DataError for invalid ids."""
+def _read_row(part: Rows, row: int, arrays: BatchArrays, place: int, *, vocab_size: int) -> None:
+    """Read one row of any packing from any number of shards. DataError for invalid ids."""
     pieces = part.pieces(row)
     inputs, labels = part.assemble(pieces)
     for ids in (inputs, labels):
         if not _are_ids(ids, vocab_size):
             raise _not_ids(ids, part, row, vocab_size)
-    filled.tokens[place], filled.labels[place] = inputs, labels
-    if filled.documents is not None:
-        filled.documents[place] = np.repeat(np.arange(len(pieces)), [p.stop - p.start for p in pieces])
+    arrays.tokens[place], arrays.labels[place] = inputs, labels
+    if arrays.documents is not None:
+        arrays.documents[place] = np.repeat(np.arange(len(pieces)), [p.stop - p.start for p in pieces])
 
 
 def _are_ids(ids: np.ndarray, vocab_size: int) -> bool:
@@ -142,5 +149,5 @@ def _not_ids(ids: np.ndarray, part: Rows, row: int, vocab_size: int) -> DataErro
     return DataError(
         f"{stream.entries[which].path}.bin contains token id {worst:,} in row {row:,}, outside the vocabulary of "
         f"{vocab_size:,}: the shard was replaced or damaged. `stratum inspect -cn RECIPE --verify` checks every "
-        f"file; prepare the data again."
+        f"file. Prepare the data again."
     )

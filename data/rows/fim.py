@@ -4,7 +4,7 @@
 
 Documents are cut at tokens, not characters. The three special tokens replace the document's first three, so that the length
 of a row stays the same; `CROPPED_TOKENS` counts the three tokens of each rearranged document that are lost. Which documents
-are rearranged, and where they are cut, is a function of (seed, source, place, epoch).
+are rearranged, and where they are cut, is a function of (seed, source, the document's first token in the stream, epoch).
 """
 
 from dataclasses import dataclass
@@ -17,8 +17,9 @@ from recipes.schema.errors import DataError, Problem, refuse
 CROPPED_TOKENS = 3
 """Tokens of a rearranged document that the special tokens replace."""
 _SHORTEST = 8
-"""Labels of the shortest document that is rearranged."""
+"""Length in labels of the shortest document that is rearranged."""
 _GOLDEN = 0x9E3779B97F4A7C15
+"""Splitmix64's increment: 2**64 divided by the golden ratio."""
 _MASK = 2**64 - 1
 
 
@@ -33,7 +34,7 @@ class Fim:
     eod: int
 
     def rearrange(self, labels: np.ndarray, *, key: int) -> np.ndarray:
-        """The labels of one document, or part of one, perhaps rearranged; as many as before. key: decides how."""
+        """The labels of one document (or part of one), rearranged or not, same length. key: seed of the random choices."""
         draws = _uniform(key)
         if len(labels) < _SHORTEST or draws[0] >= self.config.rate:
             return labels

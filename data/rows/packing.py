@@ -1,17 +1,18 @@
-"""Rows out of a source's stream of tokens: each row `row_tokens` labels, every token a label exactly once.
+"""Rows of a source's stream of tokens. A row has `row_tokens` labels; each token is a label exactly once.
 
     label   t_0   t_1  ...      input   (token before t_0)   t_0   ...
 
-The input for a document's first token is the end-of-document token before it, both in the stream and in a row. So the first
-token is predicted too, and a document in a row sees the same inputs as alone: an end-of-document token, then itself.
+The input for a document's first token is the end-of-document token before it, in the stream and in a row. So the first token
+is predicted too, and a document sees the same inputs in any row: an end-of-document token, then itself.
 
-*chunk*: row r holds labels r S ... r S + S of the stream.
-*best fit* (Ding et al., arXiv 2404.10830): the labels of each stretch of 64 rows stay in it, but its documents are arranged
-so that few are cut. Documents longer than a row are cut into rows. The rest are placed longest first, each in the row with the
-least room that it fits in; documents that fit in no row fill the gaps, cut as needed. So rows are full, no label is padding,
-the number of rows is the same, and a row is a pure function of its stretch: nothing is stored or built at start-up.
+*chunk*: row r has labels r S to r S + S of the stream, with S = row_tokens.
+*best fit* (Ding et al., arXiv 2404.10830): 64 successive rows are a *stretch*. It has the labels of 64 chunk rows,
+but its documents are arranged so that few are cut. A document longer than a row is cut into rows. The rest are placed longest
+first, each in the row with the least room that is enough for it. Documents that fit in no row are cut to fill the gaps. Rows
+are full, no label is padding, and the number of rows does not change. A row depends on its stretch only, so nothing is stored
+or built at start-up.
 
-The tokens after the last whole row of a source are not used; `Rows.cropped_tokens` counts them.
+The tokens after the last whole row of a source are not used. `Rows.cropped_tokens` counts them.
 """
 
 import bisect
@@ -28,7 +29,7 @@ from data.system.recent import Recent
 STRETCH_ROWS = 64
 """Rows that best-fit packing arranges together."""
 _CACHE_BYTES = 32 << 20
-"""Memory for packed stretches, shared equally by all sources: enough for over two billion tokens of web text."""
+"""Memory for packed stretches, divided equally among the sources. Enough for over two billion tokens of web text."""
 
 
 class Piece(NamedTuple):
@@ -39,25 +40,27 @@ class Piece(NamedTuple):
 
 
 class Packed(NamedTuple):
-    """A packed stretch."""
+    """A packed stretch, in the form that compiled code reads."""
 
     numbers: np.ndarray
-    """int32: number of the first piece of each row, and of all pieces; then (start, size) of each piece by row, counted from
-    the stretch's first label."""
+    """int32 (int64 if rows are longer than `native.LONGEST_ROW`). First rows + 1 numbers: the index of each row's first piece,
+    and the number of pieces. Then (start, size) of each piece, row by row; start counts from the stretch's first label."""
     address: int
-    """Of the numbers in memory."""
+    """Memory address of `numbers`."""
     rows: int
+    """Rows of the stretch: 64, or fewer in the last stretch of a source."""
     entry: int
-    """The stream's entry with all of it and the token before it; -1 without such an entry, or if compiled code cannot read it."""
+    """Index of the stream's entry that contains the whole stretch and the token before it. -1 if no single entry does, or if
+    rows are too long for compiled code: then Python reads the rows."""
     start: int
-    """Token of that entry that is its first label."""
+    """Index, in that entry, of the stretch's first label."""
 
 
 class Rows:
     """The rows of a source's stream."""
 
     def __init__(self, stream: TokenStream, *, row_tokens: int, eod: int, best_fit: bool, sources: int = 1) -> None:
-        """sources: how many share the memory for packed stretches."""
+        """sources: number of sources that share the memory for packed stretches."""
         self.stream = stream
         self.row_tokens = row_tokens
         self.best_fit = best_fit
@@ -68,24 +71,24 @@ class Rows:
 
     @property
     def count(self) -> int:
-        """Whole rows."""
+        """Number of whole rows."""
         return self.stream.tokens // self.row_tokens
 
     @property
     def cropped_tokens(self) -> int:
-        """Tokens after the last whole row."""
+        """Number of tokens after the last whole row."""
         return self.stream.tokens - self.count * self.row_tokens
 
     def rows_by_shard(self) -> tuple[int, ...]:
-        """Rows that begin in each shard of the stream, without shards in which none begins."""
+        """Number of rows that begin in each shard of the stream. Shards in which no row begins are left out."""
         edges = np.minimum(-(-self.stream.shard_starts // self.row_tokens), self.count)
         edges[-1] = self.count
         return tuple(int(rows) for rows in np.diff(edges) if rows)
 
     def read_chunks(self, rows: list[int], out: np.ndarray, where: list[int]) -> None:
-        """Rows of the plain order into out[where], [row_tokens + 1] each: inputs [:-1] and labels [1:]."""
+        """Read row rows[i] of the plain order into out[where[i]] ([row_tokens + 1]): inputs are [:-1], labels [1:]."""
         starts = [row * self.row_tokens - 1 for row in rows]
-        if -1 in starts:
+        if -1 in starts:  # row 0 has no token before it: its first input is an end-of-document token
             for place in (w for w, start in zip(where, starts, strict=True) if start < 0):
                 out[place, 0] = self._eod
                 self.stream.read(0, out[place, 1:])
@@ -94,7 +97,7 @@ class Rows:
         self.stream.read_rows(starts, out, where)
 
     def assemble(self, pieces: Sequence[Piece]) -> tuple[np.ndarray, np.ndarray]:
-        """Inputs and labels of a row made of pieces, each [row_tokens] of the stream's dtype."""
+        """(inputs, labels) of a row made of pieces, each [row_tokens] of the stream's dtype."""
         inputs = np.empty(self.row_tokens, dtype=self.stream.dtype)
         labels = np.empty_like(inputs)
         slot = 0
@@ -111,14 +114,14 @@ class Rows:
         return inputs, labels
 
     def pieces(self, row: int) -> list[Piece]:
-        """The documents, or parts of them, of a row, in its order."""
+        """The documents of a row, or parts of them, in the row's order."""
         if not self.best_fit:
             return self.cut(row * self.row_tokens, (row + 1) * self.row_tokens)
         stretch, place = divmod(row, STRETCH_ROWS)
         return self._unpack(stretch, self._packed([stretch])[stretch], place)
 
     def rows_of(self, start: int, stop: int) -> list[int]:
-        """Rows with labels from `start` to `stop` of the stream; labels beyond the last whole row are in no row."""
+        """Rows with a label between `start` and `stop` of the stream. Labels after the last whole row are in no row."""
         stop = min(stop, self.count * self.row_tokens)
         if start >= stop:
             return []
@@ -134,20 +137,23 @@ class Rows:
         return found
 
     def boundaries(self, row: int) -> np.ndarray:
-        """Slots of a row of the plain order, other than 0, at which another document begins."""
+        """Slots of a row of the plain order at which a document begins, except slot 0."""
         low = row * self.row_tokens
         starts, _ = self.stream.document_starts(low + 1, low + self.row_tokens)
         return starts - low
 
     def cut(self, low: int, high: int) -> list[Piece]:
-        """The documents between two positions of the stream; those that cross one are cut there."""
+        """The documents between two positions of the stream. A document that crosses one of them is cut there."""
         starts, _ = self.stream.document_starts(low + 1, high)
         bounds = [low, *starts.tolist(), high]
         return [Piece(a, b) for a, b in itertools.pairwise(bounds)]
 
     def plan(self, rows: list[int], where: list[int], plan: native.Plan) -> list[int]:
-        """Add to `plan`, for compiled code: read row rows[i] to place where[i] of a batch. -> the places of rows it cannot read:
-        those in two shards, and the first of the stream, which has no token before it."""
+        """Add to `plan`, which compiled code runs: read row rows[i] into place where[i] of a batch.
+
+        -> places of the rows that compiled code cannot read: rows in two shards, and the stream's first row, which has no
+        token before it. For the order of the numbers see `native.Plan.numbers`.
+        """
         left: list[int] = []
         opened: dict[int, OpenShard] = {}
         size, shards, numbers, bounds = self.row_tokens, plan.shards, plan.numbers, self.stream.bounds
@@ -158,7 +164,7 @@ class Rows:
                 packed = stretches[row // STRETCH_ROWS]
                 entry, start = packed.entry, packed.start
             else:
-                start = row * size  # TokenStream.entry_with, inlined: this runs for every row
+                start = row * size  # TokenStream.entry_with, inlined, because it runs for every row
                 entry = bisect.bisect_right(bounds, start - 1) - 1
                 if start == 0 or start + size > bounds[entry + 1]:
                     entry = -1
@@ -173,7 +179,7 @@ class Rows:
             if packed is None:
                 numbers.extend((shard.record, start, 0, 0, 0, out))
             else:
-                plan.keep.append(packed)
+                plan.keep.append(packed)  # keeps its memory alive: the plan has only the address
                 numbers.extend((shard.record, start, packed.address, packed.rows, row % STRETCH_ROWS, out))
         return left
 
@@ -184,7 +190,7 @@ class Rows:
         return [Piece(low + start, low + start + size) for start, size in zip(places[::2], places[1::2], strict=True)]
 
     def _packed(self, wanted: Sequence[int]) -> dict[int, Packed]:
-        """Packed stretches by number. Those that are not cached are packed in one call."""
+        """{number: packed stretch}. Stretches that are not cached are packed in one call."""
         found = {number: packed for number in wanted if (packed := self._stretches.get(number)) is not None}
         missing = [number for number in dict.fromkeys(wanted) if number not in found]
         for number, packed in self._pack(missing).items() if missing else ():
@@ -192,6 +198,7 @@ class Rows:
         return found
 
     def _pack(self, stretches: Sequence[int]) -> dict[int, Packed]:
+        """Pack in compiled code the stretches that are in one entry, and in Python the others. Both give the same pieces."""
         size, bounds = STRETCH_ROWS * self.row_tokens, self.stream.bounds
         found: dict[int, Packed] = {}
         opened: dict[int, OpenShard] = {}
@@ -203,6 +210,7 @@ class Rows:
                 shard = opened.get(entry)
                 if shard is None:
                     shard = opened[entry] = self.stream.open(entry)
+                # Documents in the stretch, at the entry's average, times two. If it is too low, `native.pack` tries again.
                 guess = 2 * len(shard.search) * size // max(1, bounds[entry + 1] - bounds[entry])
                 plans.append((number, entry, native.Stretch(shard.record, before + 1, rows, guess)))
         packed = native.pack([plan for *_, plan in plans], row_tokens=self.row_tokens)
@@ -211,10 +219,10 @@ class Rows:
                 found[number] = Packed(numbers, native.address_of(numbers), plan.rows, entry, plan.low)
         for number in stretches:
             if number not in found:
-                found[number] = self._pack_plainly(number)
+                found[number] = self._pack_in_python(number)
         return found
 
-    def _pack_plainly(self, number: int) -> Packed:
+    def _pack_in_python(self, number: int) -> Packed:
         low, rows = number * STRETCH_ROWS * self.row_tokens, min(STRETCH_ROWS, self.count - number * STRETCH_ROWS)
         high = low + rows * self.row_tokens
         arranged = best_fit(self.cut(low, high), rows=rows, row_tokens=self.row_tokens)
@@ -239,8 +247,8 @@ def best_fit(documents: Sequence[Piece], *, rows: int, row_tokens: int) -> list[
             packed.append([Piece(start, start + row_tokens)])
             start += row_tokens
         rest.append(Piece(start, document.stop))
-    rest.sort(key=lambda piece: (piece.start - piece.stop, piece.start))
-    gaps: list[tuple[int, int]] = []  # (room, row), by room
+    rest.sort(key=lambda piece: (piece.start - piece.stop, piece.start))  # longest first, then in the stream's order
+    gaps: list[tuple[int, int]] = []  # (room, row), sorted: bisect finds the smallest room that is enough
     unplaced: list[Piece] = []
     for piece in rest:
         size = piece.stop - piece.start
@@ -256,7 +264,7 @@ def best_fit(documents: Sequence[Piece], *, rows: int, row_tokens: int) -> list[
             continue
         if room > size:
             bisect.insort(gaps, (room - size, row))
-    for room, row in reversed(gaps):  # the unplaced pieces are together exactly as long as the gaps
+    for room, row in reversed(gaps):  # the unplaced pieces have in total exactly the length of the gaps
         while room:
             piece = unplaced.pop()
             taken = min(room, piece.stop - piece.start)

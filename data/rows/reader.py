@@ -1,11 +1,11 @@
-"""A source's shards as one stream of tokens, opened when first needed and read in pieces.
+"""A source's shards as one stream of tokens. Shards are opened when first needed.
 
-    TokenStream(entries, shelf).read_rows(starts, out)      tokens at some places of the stream, one place a row
-                               .document_starts(lo, hi)     where documents begin between two places
+    TokenStream(entries, pool).read_rows(starts, out)       tokens of rows that begin at given positions of the stream
+                              .document_starts(low, high)   positions at which documents begin
 
-Tokens and indices are read with `pread`, not through a memory map: a file that is cut short while it is read gives an
+Tokens and indices are read with `pread`, not through a memory map. So a file that is cut short while it is read gives an
 error that names it instead of a SIGBUS, and pages of the files do not count as this process's memory. After each read the
-file's size and time of change are checked; if it changed since it was opened, it is verified and read again
+file's size and modification time are checked. If it changed since it was opened, it is verified and read again
 (`data.store.verify`).
 """
 
@@ -29,18 +29,18 @@ from data.system.recent import Recent
 from recipes.schema.errors import DataError
 
 _OPEN_SHARDS = 4096
-"""Shards open at a time, two files each: shuffled rows of a source come from a different one each time."""
+"""Shards open at a time, two files each. Many, because each row of a shuffled source is in another shard."""
 _OPEN_COPIES = 64
-"""The same for copies that others may remove: an open file takes disk space until it is closed."""
+"""The same for copies that other processes may remove. Fewer, because a removed file takes disk space while it is open."""
 _OTHER_FILES = 512
-"""File descriptors left for the rest of the process if the limit is lower than wanted."""
+"""File descriptors reserved for the rest of the process if the limit on open files is low."""
 _STARTS_IN_MEMORY = 8 << 20
-"""Documents, of all open shards, whose starts are kept in memory (8 bytes each); others are read when needed."""
-_LOOK_EVERY_S = 1.0
-"""How often a shard's name is looked up, to find that another file took its place."""
+"""Documents, of all open shards, whose starts are in memory (8 bytes each). Other starts are read when needed."""
+_STAT_EVERY_S = 1.0
+"""Time between two checks whether a shard's path still names the opened file, or another one that replaced it."""
 
 
-class FarStarts:
+class StartsOnDisk:
     """Byte offsets at which the documents of an entry begin, read from the index when needed.
 
     Each read checks that the index is still the file that was opened. DataError names it if it is not.
@@ -72,14 +72,14 @@ class FarStarts:
         return self._read(start, stop)
 
     def describe(self, record: ShardRecord) -> None:
-        """Tell compiled code where the offsets are. It cannot read those of documents that consist of several sequences."""
+        """Write into compiled code's record where the offsets are. It cannot read offsets of documents of several sequences."""
         if not self._is_plain:
-            record.documents = -1
+            record.documents = -1  # not known: rows.c leaves what needs them to Python
         record.index_fd, (record.index_size, record.index_mtime_ns) = self._fd, self._opened
         record.index_at = self._header.offsets_at + 8 * self._first
 
     def _read(self, start: int, stop: int) -> np.ndarray:
-        """Offsets of documents start to stop, int64. Megatron may split a document into several sequences."""
+        """Byte offsets of documents start to stop, int64. Megatron may split a document into several sequences."""
         sequences = (
             None if self._is_plain else self._numbers(self._header.documents_at, self._first + start, stop - start)
         )
@@ -104,10 +104,10 @@ class FarStarts:
 
 
 class OpenShard:
-    """One shard entry, open for reading. Closed when nothing refers to it any more."""
+    """One shard entry, open for reading. It is closed when nothing refers to it any more."""
 
     def __init__(self, entry: ShardEntry, tokens: Path, index: Path, *, may_vanish: bool, keep_starts: bool) -> None:
-        """may_vanish: a copy that others may remove while it is read; keep_starts: keep the offsets of documents in memory.
+        """may_vanish: other processes may remove the file while it is read. keep_starts: store the documents' offsets in memory.
 
         DataError if index and manifest differ.
         """
@@ -118,34 +118,35 @@ class OpenShard:
         header = read_header(index)
         if header.dtype != np.dtype(entry.dtype):
             raise DataError(
-                f"{index} has tokens of type {header.dtype.name}, the manifest says {entry.dtype}: it was replaced. Prepare "
+                f"{index} has tokens of type {header.dtype.name}, but the manifest says {entry.dtype}: it was replaced. Prepare "
                 f"the data again."
             )
         first, count = entry.first_document, entry.documents
         if first + count + 1 > header.documents:
             raise DataError(
-                f"{index} has {header.documents - 1:,} documents, the manifest says {first + count:,} or more."
+                f"{index} has {header.documents - 1:,} documents, but the manifest says {first + count:,} or more: it was "
+                f"replaced. Prepare the data again."
             )
-        far = FarStarts(index, header, first, count)
-        self.starts: np.ndarray | FarStarts = far[0:count] if keep_starts else far
+        on_disk = StartsOnDisk(index, header, first, count)
+        self.starts: np.ndarray | StartsOnDisk = on_disk[0:count] if keep_starts else on_disk
         """Byte offset at which each document of the entry begins."""
-        self.search: memoryview[int] | FarStarts = (
-            memoryview(self.starts) if isinstance(self.starts, np.ndarray) else far
+        self.search: memoryview[int] | StartsOnDisk = (
+            memoryview(self.starts) if isinstance(self.starts, np.ndarray) else on_disk
         )
-        """The same for `bisect`, which takes a third of the time on a memoryview's plain numbers."""
-        self.kept_starts = count if keep_starts else 0
+        """`starts` for `bisect`, which takes a third of the time on a memoryview, because its items are Python integers."""
+        self.starts_in_memory = count if keep_starts else 0
         self.itemsize = header.dtype.itemsize
         self.first_byte = self.search[0] if count else 0
         self._fd, self._close = os.open(tokens, os.O_RDONLY), os.close
         found = os.fstat(self._fd)
         self._opened = found.st_size, found.st_mtime_ns
         self._inode = found.st_ino
-        self._looked = time.monotonic()
+        self._checked_at = time.monotonic()
         is_last = first + count + 1 == header.documents
-        end = found.st_size if is_last else far[count]
+        end = found.st_size if is_last else on_disk[count]
         if end - self.first_byte != entry.tokens * self.itemsize or end > found.st_size:
             raise DataError(
-                f"{tokens} has {(end - self.first_byte) // self.itemsize:,} tokens where the manifest says "
+                f"{tokens} has {(end - self.first_byte) // self.itemsize:,} tokens, but the manifest says "
                 f"{entry.tokens:,}: truncated or replaced. Prepare the data again."
             )
         self._record = ShardRecord(
@@ -161,9 +162,9 @@ class OpenShard:
         if isinstance(self.starts, np.ndarray):
             self._record.starts = self.starts.ctypes.data
         else:
-            far.describe(self._record)
+            on_disk.describe(self._record)
         self.record = ctypes.addressof(self._record)
-        """Address of the record by which compiled code reads this entry; valid as long as this object exists."""
+        """Address of the record from which compiled code reads this entry. It is valid as long as this object exists."""
 
     def __del__(self) -> None:
         if hasattr(self, "_fd"):
@@ -177,22 +178,25 @@ class OpenShard:
         while got < size:  # a signal may interrupt a read
             more = os.preadv(self._fd, [out.view(np.uint8).reshape(-1)[got:]], at + got)
             if not more:
-                raise DataError(f"{self.path} ends at byte {at + got:,}, where it was longer before: it was cut short.")
+                raise DataError(
+                    f"{self.path} ends at byte {at + got:,}, but it was longer when it was opened: it was cut short. Prepare the "
+                    f"data again."
+                )
             got += more
 
     def is_unchanged(self) -> bool:
-        """Whether the file is still as it was opened. Call it after reading: True means that the bytes read are valid."""
+        """Whether the file is the same as when it was opened. Call it after a read: True means that the bytes are valid."""
         found = os.fstat(self._fd)
         if (found.st_size, found.st_mtime_ns) != self._opened:
             return False
-        if not found.st_nlink:
+        if not found.st_nlink:  # the file was removed; its open descriptor still reads the old bytes
             return self._may_vanish
-        return self.has_its_name()
+        return self.is_still_at_its_path()
 
-    def has_its_name(self) -> bool:
+    def is_still_at_its_path(self) -> bool:
         """Whether the path still names this file, checked at most once a second."""
-        if time.monotonic() - self._looked > _LOOK_EVERY_S:
-            self._looked = time.monotonic()
+        if time.monotonic() - self._checked_at > _STAT_EVERY_S:
+            self._checked_at = time.monotonic()
             try:
                 return os.stat(self.path).st_ino == self._inode
             except OSError:
@@ -200,21 +204,21 @@ class OpenShard:
         return True
 
 
-class Shelf:
-    """The open shards, a bounded number for all readers. Safe for threads."""
+class ShardPool:
+    """The open shards of all readers, limited in number. Thread-safe."""
 
     def __init__(
         self, find: Callable[[ShardEntry, str], Path], *, activity: Activity, may_vanish: bool = False
     ) -> None:
-        """find(entry, suffix): a verified local file of a shard; may_vanish: others may remove these files."""
+        """find(entry, suffix): a verified local file of a shard. may_vanish: other processes may remove these files."""
         self._may_vanish = may_vanish
         self._find = find
         self.activity = activity
         room = min(_OPEN_COPIES, _OPEN_SHARDS) if may_vanish else _room_for_shards()
-        self._open: Recent[tuple[str, int], OpenShard] = Recent(most=room, weigh=lambda shard: shard.kept_starts)
+        self._open: Recent[tuple[str, int], OpenShard] = Recent(most=room, weigh=lambda shard: shard.starts_in_memory)
 
     def open(self, entry: ShardEntry) -> OpenShard:
-        """The entry's shard, opened if it was not."""
+        """The entry's shard. Opens it if it is not open."""
         key = entry.path, entry.first_document
         found = self._open.get(key)
         if found is not None:
@@ -224,26 +228,28 @@ class Shelf:
             try:
                 shard = self._opened(entry, keep_starts=keep_starts)
             except OSError as error:
-                raise DataError(f"{entry.path} cannot be opened: {error.strerror or error}.") from error
+                raise DataError(
+                    f"shard {entry.path} cannot be opened: {error.strerror or error}. Check data.folder and its disk."
+                ) from error
         return self._open.keep(key, shard)
 
     def _opened(self, entry: ShardEntry, *, keep_starts: bool) -> OpenShard:
-        for left in reversed(range(3)):
+        for tries_left in reversed(range(3)):
             try:
                 paths = self._find(entry, "bin"), self._find(entry, "idx")
                 return OpenShard(entry, *paths, may_vanish=self._may_vanish, keep_starts=keep_starts)
             except FileNotFoundError:  # another process evicted it between finding and opening
-                if not (self._may_vanish and left):
+                if not (self._may_vanish and tries_left):
                     raise
         raise AssertionError("returned or raised")
 
     def forget(self, shard: OpenShard) -> None:
-        """Open and verify this shard again when it is next read."""
+        """Remove a shard from the pool. It is opened and verified again when it is next read."""
         self._open.drop((shard.entry.path, shard.entry.first_document), shard)
 
 
 def _room_for_shards() -> int:
-    """How many shards may be open: _OPEN_SHARDS, if the limit of open files allows it or can be raised."""
+    """Number of shards that may be open: _OPEN_SHARDS if the process's limit on open files allows it or can be raised."""
     wanted = 2 * _OPEN_SHARDS + _OTHER_FILES
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     most = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
@@ -255,17 +261,18 @@ def _room_for_shards() -> int:
 
 
 class TokenStream:
-    """The tokens of some shard entries, one after the other. Positions are tokens from the start of the first."""
+    """The tokens of shard entries, one after the other. A position counts tokens from the start of the first entry."""
 
-    def __init__(self, entries: Sequence[ShardEntry], shelf: Shelf) -> None:
+    def __init__(self, entries: Sequence[ShardEntry], pool: ShardPool) -> None:
         self.entries = list(entries)
-        self._shelf = shelf
+        self._pool = pool
         self.shard_starts = np.concatenate([[0], np.cumsum([e.tokens for e in entries], dtype=np.int64)]).astype(
             np.int64
         )
-        """Position at which each entry begins, and the end."""
+        """Position at which each entry begins, then the position after the last token."""
         self.bounds: list[int] = self.shard_starts.tolist()
-        """The same as a list, in which reading a row searches faster."""
+        """The same as a list, which `bisect` searches faster."""
+        # Document d of the stream is in the entry i with documents_before[i] <= d < documents_before[i + 1].
         self.documents_before = np.concatenate([[0], np.cumsum([e.documents for e in entries], dtype=np.int64)])
         self.tokens = int(self.shard_starts[-1])
         self.documents = int(self.documents_before[-1])
@@ -289,10 +296,10 @@ class TokenStream:
 
     def open(self, which: int) -> OpenShard:
         """The open shard of an entry."""
-        return self._shelf.open(self.entries[which])
+        return self._pool.open(self.entries[which])
 
     def entry_with(self, start: int, stop: int) -> tuple[int, int]:
-        """The entry that has all tokens from start to stop, and where it has the first; -1 if no single entry has them all."""
+        """(entry, index in it of token `start`) if one entry has all tokens from start to stop, else (-1, 0)."""
         which = bisect.bisect_right(self.bounds, start) - 1
         if start < 0 or stop > self.bounds[which + 1]:
             return -1, 0
@@ -313,11 +320,11 @@ class TokenStream:
             which += 1
 
     def document_starts(self, low: int, high: int) -> tuple[np.ndarray, int]:
-        """Positions in low <= position < high at which documents begin, and the number of the first of them."""
+        """The positions, low <= position < high, at which documents begin, and the number of the first such document."""
         parts, number = [], -1
         which = int(np.searchsorted(self.shard_starts, low, side="right")) - 1
         while which < len(self.entries) and self.shard_starts[which] < high:
-            shard = self._shelf.open(self.entries[which])
+            shard = self._pool.open(self.entries[which])
             base = int(self.shard_starts[which])
             lo, hi = (shard.first_byte + (place - base) * shard.itemsize for place in (low, high))
             a, b = bisect.bisect_left(shard.search, lo), bisect.bisect_left(shard.search, hi)
@@ -328,27 +335,27 @@ class TokenStream:
         return (np.concatenate(parts) if parts else np.empty(0, dtype=np.int64)), max(number, 0)
 
     def document_at(self, position: int) -> int:
-        """Number (over all entries) of the document at a position."""
+        """Number of the document at a position, counted over all entries."""
         which = bisect.bisect_right(self.bounds, position) - 1
-        shard = self._shelf.open(self.entries[which])
+        shard = self._pool.open(self.entries[which])
         place = shard.first_byte + (position - self.bounds[which]) * shard.itemsize
         return int(self.documents_before[which]) + bisect.bisect_right(shard.search, place) - 1
 
     def entry_of(self, document: int) -> tuple[int, int]:
-        """The entry of a document, and its number there."""
+        """(entry, number in it) of a document that is numbered over all entries."""
         which = int(np.searchsorted(self.documents_before, document, side="right")) - 1
         return which, document - int(self.documents_before[which])
 
     def document_lengths(self, which: int) -> np.ndarray:
-        """Tokens of every document of an entry."""
-        shard = self._shelf.open(self.entries[which])
+        """Number of tokens of every document of an entry."""
+        shard = self._pool.open(self.entries[which])
         starts = (shard.starts[:] - shard.first_byte) // shard.itemsize
         return np.diff(starts, append=self.entries[which].tokens)
 
     def document_span(self, document: int) -> tuple[int, int]:
-        """Where a document (numbered over all entries) begins and ends in the stream."""
+        """(start, stop) in the stream of a document that is numbered over all entries."""
         which, local = self.entry_of(document)
-        shard = self._shelf.open(self.entries[which])
+        shard = self._pool.open(self.entries[which])
         base = int(self.shard_starts[which])
         start = base + (int(shard.starts[local]) - shard.first_byte) // shard.itemsize
         if local + 1 < len(shard.starts):
@@ -356,13 +363,13 @@ class TokenStream:
         return start, int(self.shard_starts[which + 1])
 
     def _read_from(self, which: int, places: list[tuple[int, int]], out: np.ndarray) -> None:
-        """Rows of `out` from one entry, (row, start) each; read again from a verified file if the file changed."""
+        """Fill rows of `out` from one entry. places: (row, start in the entry). If the file changed meanwhile, reads again."""
         entry = self.entries[which]
         while True:
-            shard = self._shelf.open(entry)
-            with self._shelf.activity.of(shard.reading):
+            shard = self._pool.open(entry)
+            with self._pool.activity.of(shard.reading):
                 for row, start in places:
                     shard.read(start, out[row])
             if shard.is_unchanged():
                 return
-            self._shelf.forget(shard)
+            self._pool.forget(shard)

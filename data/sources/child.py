@@ -1,9 +1,9 @@
-"""Tables that someone else wrote, read in a process of their own: a file that makes a library crash ends that process only.
+"""Reads parquet files and `datasets` sets in a child process. If a damaged file crashes the library, only the child ends.
 
     this process --fork--> child: reads, --blocks of plain values--> this process
 
-The child may take limited memory, so a small file that decodes to gigabytes is an error too. (Fuzzed parquet footers abort
-Arrow; dictionaries repeat one long value for every row.)
+The child's memory is limited, so a small file that decodes to gigabytes is an error too. (Damaged parquet footers abort
+Arrow, and a dictionary can repeat one long value for every row.)
 """
 
 import faulthandler
@@ -26,8 +26,8 @@ from recipes.schema.errors import DataError
 from recipes.schema.foreign import printable
 
 _MEMORY_BYTES = 3 << 30
-"""Data of the child beyond its start, in addition to some records of the largest size. Mapped files do not count."""
-_RECORDS_AT_ONCE = 64
+"""Memory the child may allocate, in addition to four records of the largest size. Mapped files do not count."""
+_RECORDS_PER_BLOCK = 64
 
 
 def records(place: str, source: SourceConfig, part: Part) -> Iterator[Record]:
@@ -42,13 +42,13 @@ def groups(place: str, source: SourceConfig, file: str) -> list[tuple[int, int]]
 
 
 def facts(place: str, source: SourceConfig) -> SetFacts:
-    """`set_facts`, from the child. Raises as `records`."""
+    """`set_facts`, called in the child. Raises as `records`."""
     (block,) = _ask("facts", place, source, None, what=source.path)
     return SetFacts(*block)
 
 
 def _ask(function: str, place: str, source: SourceConfig, argument: Any, *, what: str) -> Iterator[Any]:
-    """The blocks of an answer. The child is a fork: it starts in milliseconds, and uses none of this process's threads."""
+    """The blocks that a function in the child yields. The child is a fork: it starts in milliseconds and has one thread."""
     ours, theirs = os.pipe()
     with tempfile.TemporaryFile() as errors:
         child = os.fork()
@@ -79,26 +79,26 @@ def _ask(function: str, place: str, source: SourceConfig, argument: Any, *, what
         why = f": {printable(lines[-1], most=200)}" if lines else ""
         raise DataError(
             f"{what} ({place}) cannot be read: the library that reads it ended its process (exit status "
-            f"{os.waitstatus_to_exitcode(status)}{why}). The file is damaged, or decodes to too much. Make it again, or leave it "
-            f"out."
+            f"{os.waitstatus_to_exitcode(status)}{why}). The file is damaged, or decodes to too much memory. Make it again, or "
+            f"leave it out."
         )
 
 
 def _serve(out: int, errors: int, function: str, place: str, source: SourceConfig, argument: Any) -> NoReturn:
-    """The child: writes the answer in blocks, and never returns."""
+    """The child process: writes the blocks and ends the process."""
     try:
         faulthandler.disable()
-        for stream in (1, 2):  # what a library says as it dies is for the message
+        for stream in (1, 2):  # the library's last words go into the parent's message
             os.dup2(errors, stream)
         _limit_memory(_MEMORY_BYTES + 4 * source.max_record_bytes)
         with open(out, "wb") as pipe:
             _send(pipe, *_last_message(pipe, function, place, source, argument))
-    except BrokenPipeError:  # the parent has what it wants
+    except BrokenPipeError:  # the parent needs no more blocks
         pass
     except BaseException:
         os.write(errors, traceback.format_exc().strip().rsplit("\n", 1)[-1].encode(errors="replace"))
         os._exit(1)
-    os._exit(0)  # without the clean-up of libraries that a damaged file may have upset
+    os._exit(0)  # skips the libraries' clean-up, which may crash after a damaged file
 
 
 def _last_message(pipe: IO[bytes], function: str, place: str, source: SourceConfig, argument: Any) -> tuple[str, Any]:
@@ -111,7 +111,8 @@ def _last_message(pipe: IO[bytes], function: str, place: str, source: SourceConf
     except DataError as error:
         return "error", str(error)
     except MemoryError:
-        return "error", f"{place}: a row takes more memory than its reader may use. Leave the file out."
+        name = argument.file if isinstance(argument, Part) else argument or source.path
+        return "error", f"{name} ({place}): a row takes more memory than its reader may use. Leave the file out."
 
 
 def _answer(function: str, place: str, source: SourceConfig, argument: Any) -> Iterator[Any]:
@@ -124,7 +125,7 @@ def _answer(function: str, place: str, source: SourceConfig, argument: Any) -> I
         case _:
             part: Part = argument
             read = read_set if part.kind == "dataset" else read_part
-            for some in batched(read(place, source, part), _RECORDS_AT_ONCE):
+            for some in batched(read(place, source, part), _RECORDS_PER_BLOCK):
                 yield [(record.number, record.text, record.problem, record.stored_bytes) for record in some]
 
 
@@ -141,7 +142,7 @@ def _send(out: IO[bytes], kind: str, content: Any) -> None:
 
 
 def _receive(stream: IO[bytes]) -> Any:
-    """The next message; None if the child ended without one."""
+    """The next message; None if the child ended without sending one."""
     size = stream.read(8)
     content = stream.read(int.from_bytes(size, "little")) if len(size) == 8 else b""
     return marshal.loads(content) if content and len(content) == int.from_bytes(size, "little") else None

@@ -1,8 +1,8 @@
-"""Files of a source: finding them, and reading their bytes with bounds; the only module that knows fsspec.
+"""Finds the files of a source and reads their bytes, with limits.
 
-A path is a file, a folder or a glob, here or behind a protocol (`s3://`, `gs://`, `https://`, `hf://`, `memory://`, ...);
-`{000..063}` and `{a,b}` stand for several paths, which also works where nothing can be listed. Two kinds of names belong to
-this project: `package:NAME`, a corpus shipped with it, and `python-stdlib`, the sources of the running Python.
+A path is a file, a folder or a glob, local or behind a protocol (`s3://`, `gs://`, `https://`, `hf://`, `memory://`, ...).
+`{000..063}` and `{a,b}` stand for several paths, also on servers that cannot list files. Two kinds of names are special to
+this project: `package:NAME` is a corpus shipped with it, `python-stdlib` the source code of the running Python.
 """
 
 import bz2
@@ -37,20 +37,20 @@ PACKAGE = "package:"
 STDLIB = "python-stdlib"
 COMPRESSED = (".gz", ".zst", ".zstd", ".bz2", ".xz")
 EXPANSION_FREE_BYTES = 64 << 20
-"""Decompressed bytes below which the expansion of a file is not looked at."""
+"""Below this many decompressed bytes, the expansion of a file is not checked."""
 _EXTRA = {"s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "http": "aiohttp", "https": "aiohttp",
           "hf": "huggingface_hub", "abfs": "adlfs", "az": "adlfs"}  # fmt: skip
 """The package that each protocol needs besides fsspec."""
 _MOST_PATHS = 1_000_000
-"""That the braces of a path may stand for."""
+"""Limit for the number of paths that the braces of a path stand for."""
 _BLOCK = 1 << 20
 _TRIES, _FIRST_WAIT_S = 5, 2.0
-"""Of remote files; the waits between them double."""
+"""Tries for remote files. The wait doubles after each."""
 log = logging.getLogger(__name__)
 
 
 class ReadError(DataError):
-    """A file that cannot be read now: worth another try if it is remote."""
+    """A file cannot be read now. If it is remote, another try may succeed."""
 
 
 @dataclass(frozen=True)
@@ -60,27 +60,27 @@ class File:
     name: str
     """As shown and stored: a path, a URL without credentials, `package:...` or `python-stdlib/...`."""
     size: int
-    """Bytes as stored; 0 if the server does not tell."""
+    """Bytes as stored; 0 if the server does not report the size."""
 
 
 def find_files(place: str, path: str, *, hidden: list[str] | None = None) -> list[File]:
     """The files a source's path stands for, sorted by name. Raises DataError with `place` if no file matches.
 
-    Files and folders whose names begin with a dot are left out of folders, and added to `hidden`.
+    In folders, files and folders whose names begin with a dot are left out. Their names are added to `hidden`.
     """
     hidden = [] if hidden is None else hidden
     if path == STDLIB:
         found = _standard_library()
     elif path.startswith(PACKAGE):
-        found = [File(f"{PACKAGE}{f.name}", f.stat().st_size) for f in _shipped(place, path)]
+        found = [File(f"{PACKAGE}{f.name}", f.stat().st_size) for f in _shipped_corpora(place, path)]
     else:
         found = [file for pattern in expand_braces(path) for file in _matching(place, pattern, hidden)]
     return sorted(set(found), key=lambda file: file.name)
 
 
-def again_where_far[T](is_far: bool, act: Callable[[], T]) -> T:
-    """The value of `act`. If it reads from a server that does not answer, it is tried again; ReadError after the last try."""
-    for failures in range(1, _TRIES if is_far else 1):
+def retry_if_remote[T](is_from_server: bool, act: Callable[[], T]) -> T:
+    """The value of `act`. If it reads from a server and fails with ReadError, it is tried again. ReadError after the last try."""
+    for failures in range(1, _TRIES if is_from_server else 1):
         try:
             return act()
         except ReadError as error:
@@ -91,12 +91,12 @@ def again_where_far[T](is_far: bool, act: Callable[[], T]) -> T:
 
 
 def is_remote(name: str) -> bool:
-    """Whether a name is a URL: of a network, or of another file system of fsspec."""
+    """Whether a name is a URL: of a server, or of another of fsspec's file systems."""
     return "://" in name and not name.startswith("file://")
 
 
 def file_size(name: str) -> int:
-    """Bytes of a file now. ReadError if it is gone."""
+    """Current size of a file in bytes. ReadError if it does not exist."""
     with reading(name):
         if is_remote(name):
             return int(_filesystem(name)[0].info(name).get("size") or 0)
@@ -114,7 +114,7 @@ def local_path(name: str) -> Path:
 
 
 def plain_suffix(name: str) -> str:
-    """The suffix that tells the format: `.jsonl` of `a.jsonl.gz`."""
+    """The suffix that gives the format: `.jsonl` for `a.jsonl.gz`."""
     parts = Path(name.split("?")[0].lower())
     return Path(parts.stem).suffix if parts.suffix in COMPRESSED else parts.suffix
 
@@ -125,7 +125,7 @@ def is_compressed(name: str) -> bool:
 
 
 def open_binary(name: str) -> IO[bytes]:
-    """A file's bytes as stored, seekable if the server can give parts."""
+    """A stream of a file's bytes as stored. It is seekable if the server can send parts of files."""
     if is_remote(name):
         filesystem, path = _filesystem(name)
         stream: IO[bytes] = filesystem.open(path, "rb")
@@ -134,14 +134,15 @@ def open_binary(name: str) -> IO[bytes]:
 
 
 class Plain:
-    """A file's decompressed bytes, read forwards; counts what was read of the file as stored.
+    """A forward stream of a file's decompressed bytes. It counts how many stored bytes were read.
 
-    Raises DataError if the file expands more than `max_expansion` times: a few bytes can expand to any size.
+    Raises DataError if the file expands more than `max_expansion` times, because a few bytes can expand to any size.
     """
 
     def __init__(self, name: str, *, max_expansion: int, start: int = 0) -> None:
         self._name = without_credentials(name)
-        self._stored = _Counting(_open_at(name, start), name)
+        self._file = _open_at(name, start)
+        self._stored = _Counting(self._file)
         self._max_expansion = max_expansion
         plain: Any = self._stored
         self._suffix = Path(name.split("?")[0]).suffix.lower()
@@ -156,10 +157,10 @@ class Plain:
                 plain = _Members(self._stored, lzma.LZMADecompressor)
         self._plain = plain
         self.lines = io.BufferedReader(_Bounded(self, plain), _BLOCK)
-        """The bytes; `readline` takes a bound."""
+        """The decompressed bytes. `readline` takes a limit."""
 
     def read_up_to(self, limit: int) -> bytes:
-        """The next `limit` bytes, fewer at the end; takes no more memory than there are."""
+        """The next `limit` bytes, or fewer at the end. Uses memory for the bytes that exist, not for `limit`."""
         blocks = []
         while limit > 0:
             block = self.lines.read(min(limit, _BLOCK))
@@ -171,44 +172,44 @@ class Plain:
 
     @property
     def stored_bytes(self) -> int:
-        """Bytes of the stored file read so far, some ahead of what was handed out."""
+        """Stored bytes read so far. Because of buffering, some of them were not yet returned."""
         return self._stored.count
 
     def check_end(self) -> None:
-        """Refuse an empty compressed file: its writer did not finish."""
+        """DataError for a compressed file of 0 bytes: whatever wrote it did not finish."""
         if self._suffix in COMPRESSED and not self._stored.count:
             raise DataError(
-                f"{self._name} is 0 bytes long, which no {self._suffix} file is. Make it again, or remove it."
+                f"{self._name} is 0 bytes long, but a valid {self._suffix} file is never empty. Make it again, or remove it."
             )
 
     def check(self, given: int) -> None:
-        """Stop an expansion without end, after `given` decompressed bytes."""
+        """DataError if `given` decompressed bytes are too many for the stored bytes read."""
         check_expansion(self._name, given, self._stored.count, self._max_expansion)
 
     def __enter__(self) -> "Plain":
         return self
 
     def __exit__(self, *ended: object) -> None:
-        self._stored.close()
+        self._file.close()
 
 
 def check_expansion(name: str, given: int, stored: int, most: int) -> None:
-    """DataError if `stored` bytes of a file gave more than `most` times as many; below EXPANSION_FREE_BYTES anything goes."""
+    """DataError if `stored` bytes gave more than `most` times as many. Not checked below EXPANSION_FREE_BYTES."""
     if given > EXPANSION_FREE_BYTES and given > most * max(1, stored):
         raise DataError(
-            f"{name} expands more than max_expansion={most} times: {given:,} bytes out of {stored:,}. Leave it out, or raise "
-            f"max_expansion of this source if it is meant to."
+            f"{name} expands more than max_expansion={most} times: {given:,} bytes from {stored:,}. Leave it out, or raise "
+            f"max_expansion of this source if the file is right."
         )
 
 
 def _open_at(name: str, start: int) -> IO[bytes]:
-    """A file's bytes from `start` on, also from a server that gives whole files only."""
+    """A stream of a file's bytes from `start` on, also from a server that sends whole files only."""
     stream = open_binary(name)
     if start == 0:
         return stream
     try:
         stream.seek(start)
-        if is_remote(name):
+        if is_remote(name):  # some servers fail only at the first read
             stream.read(1)
             stream.seek(start)
     except (OSError, ValueError, NotImplementedError):
@@ -227,7 +228,7 @@ def _open_at(name: str, start: int) -> IO[bytes]:
 
 @contextmanager
 def reading(name: str) -> Iterator[None]:
-    """Turn every failure to read a file into one ReadError that names it, without credentials."""
+    """A context manager that turns any failure to read a file into a ReadError with its name, without credentials."""
     shown = without_credentials(name)
     try:
         yield
@@ -235,7 +236,7 @@ def reading(name: str) -> Iterator[None]:
         raise
     except (OSError, EOFError, zlib.error, lzma.LZMAError, pyarrow.ArrowException) as error:
         raise ReadError(f"{shown} cannot be read: {without_credentials(str(error)) or type(error).__name__}") from error
-    except Exception as error:  # each remote file system has errors of its own
+    except Exception as error:  # each of fsspec's file systems has its own errors
         if not is_remote(name):
             raise
         why = f"{type(error).__name__}: {without_credentials(str(error))}"
@@ -243,7 +244,7 @@ def reading(name: str) -> Iterator[None]:
 
 
 def expand_braces(path: str) -> list[str]:
-    """`a{0..2}{x,y}` -> the six paths. Numbers keep the width they are written with. DataError: none, or too many."""
+    """`a{0..2}{x,y}` -> six paths. Numbers keep their width (`{000..063}`). DataError for no path, or too many."""
     parts = re.split(r"(\{[^{}]*\})", path)
     choices: list[Sequence[str]] = []
     many = 1
@@ -261,18 +262,17 @@ def expand_braces(path: str) -> list[str]:
             choices.append([part])
         if not 0 < many <= _MOST_PATHS:
             raise DataError(
-                f"{part} in {printable(path, most=300)} makes {many:,} paths; at least 1 and at most {_MOST_PATHS:,} are taken. "
-                f"Write the smaller number first, or use a glob."
+                f"{part} in {printable(path, most=300)} makes {many:,} paths, but must make 1 to {_MOST_PATHS:,}. Write "
+                f"the smaller number first, or use a glob."
             )
     return ["".join(picked) for picked in itertools.product(*choices)]
 
 
 class _Counting(io.RawIOBase):
-    """A stream that counts what is read through it."""
+    """A stream that counts the bytes read from it."""
 
-    def __init__(self, stream: IO[bytes], name: str) -> None:
+    def __init__(self, stream: Any) -> None:
         self._stream = stream
-        self.name = name
         self.count = 0
 
     def readable(self) -> bool:
@@ -284,14 +284,12 @@ class _Counting(io.RawIOBase):
         self.count += len(content)
         return len(content)
 
-    def close(self) -> None:
-        self._stream.close()
-        super().close()
-
 
 class _Members:
-    """The members of a .bz2 or .xz file one after the other. Python's own readers take a damaged or padded later member for
-    the end of the file."""
+    """The content of all members of a .bz2 or .xz file.
+
+    Python's own readers mistake a damaged or padded later member for the end of the file, and drop the rest silently.
+    """
 
     def __init__(self, stored: _Counting, decompressor: Callable[[], Any]) -> None:
         self._stored, self._new = stored, decompressor
@@ -299,7 +297,7 @@ class _Members:
         self._waiting = b""
 
     def read(self, size: int) -> bytes:
-        """Up to `size` bytes; none at the end. EOFError if a member is cut short."""
+        """Up to `size` bytes; no bytes at the end. EOFError if a member is cut short."""
         while True:
             if self._member.eof:
                 self._waiting = (self._waiting + self._member.unused_data).lstrip(b"\0")  # .xz may be padded
@@ -321,25 +319,19 @@ class _Members:
                 return content
 
 
-class _Bounded(io.RawIOBase):
-    """Decompressed bytes, checked as they come."""
+class _Bounded(_Counting):
+    """Decompressed bytes. Each read checks the expansion."""
 
     def __init__(self, owner: Plain, stream: Any) -> None:
+        super().__init__(stream)
         self._owner = owner
-        self._stream = stream
-        self._given = 0
-
-    def readable(self) -> bool:
-        return True
 
     def readinto(self, buffer: Any) -> int:
-        content = self._stream.read(len(buffer))
-        buffer[: len(content)] = content
-        self._given += len(content)
-        if not content:
+        size = super().readinto(buffer)
+        if not size:
             self._owner.check_end()
-        self._owner.check(self._given)
-        return len(content)
+        self._owner.check(self.count)
+        return size
 
 
 def _matching(place: str, pattern: str, hidden: list[str]) -> list[File]:
@@ -353,7 +345,7 @@ def _matching(place: str, pattern: str, hidden: list[str]) -> list[File]:
     else:
         files = _in_glob(path)
     if not files:
-        more = f" but {len(hidden):,} whose names begin with a dot" if hidden else ""
+        more = f" except {len(hidden):,} whose names begin with a dot" if hidden else ""
         raise DataError(
             f"{place}.path={pattern}: no file there{more} (looked from {Path.cwd()}). Give a file, a folder, or a glob such as "
             f"texts/*.jsonl."
@@ -362,42 +354,42 @@ def _matching(place: str, pattern: str, hidden: list[str]) -> list[File]:
 
 
 def _in_folder(folder: str, hidden: list[str]) -> list[str]:
-    """Every file below a folder, links followed, each real file and folder once. DataError for a folder that cannot be read."""
+    """Every file below a folder. Follows links, and lists each real file once. DataError for a folder that cannot be read."""
 
     def refuse(error: OSError) -> None:
         raise DataError(
-            f"{error.filename} cannot be read: {error.strerror}. Nothing is left out silently: make it readable."
+            f"{error.filename} cannot be read: {error.strerror}. Make it readable, or choose a path without it."
         )
 
     files, folders = [], {os.path.realpath(folder)}
     for here, below, names in os.walk(folder, followlinks=True, onerror=refuse):
         hidden += [str(Path(here, name)) for name in [*below, *names] if name.startswith(".")]
-        kept = []
+        visited = []
         for name in sorted(below):
             real = os.path.realpath(os.path.join(here, name))
             if not name.startswith(".") and real not in folders:
                 folders.add(real)
-                kept.append(name)
-        below[:] = kept
+                visited.append(name)
+        below[:] = visited
         files += [os.path.join(here, name) for name in names if not name.startswith(".")]
-    return _once([name for name in files if os.path.isfile(name)])
+    return _without_duplicates([name for name in files if os.path.isfile(name)])
 
 
 def _in_glob(pattern: str) -> list[str]:
     for parent in Path(pattern).parents:
         for folder in glob.iglob(str(parent), recursive=True) if glob.has_magic(str(parent)) else [str(parent)]:
             if os.path.isdir(folder) and not os.access(folder, os.R_OK | os.X_OK):
-                raise DataError(f"{folder} cannot be read, so {pattern} may miss files: make it readable.")
+                raise DataError(f"{folder} cannot be read, so {pattern} may miss files. Make it readable.")
     found = [name for name in glob.glob(pattern, recursive=True) if os.path.isfile(name)]
-    return _once(found) if "**" in pattern else found
+    return _without_duplicates(found) if "**" in pattern else found
 
 
-def _once(names: list[str]) -> list[str]:
-    """Each real file by one name, the shortest."""
-    by_place: dict[str, str] = {}
+def _without_duplicates(names: list[str]) -> list[str]:
+    """One name for each real file: the shortest."""
+    by_real_path: dict[str, str] = {}
     for name in sorted(names, key=lambda name: (name.count("/"), len(name), name)):
-        by_place.setdefault(os.path.realpath(name), name)
-    return list(by_place.values())
+        by_real_path.setdefault(os.path.realpath(name), name)
+    return list(by_real_path.values())
 
 
 def _matching_remote(place: str, pattern: str, hidden: list[str]) -> list[File]:
@@ -415,10 +407,8 @@ def _matching_remote(place: str, pattern: str, hidden: list[str]) -> list[File]:
                 facts = filesystem.info(path)
                 found = filesystem.find(path, detail=True) if facts.get("type") == "directory" else {path: facts}
         except FileNotFoundError as error:
-            found, why = (
-                {},
-                f" ({without_credentials(str(error.__cause__ or error))})",
-            )  # a server that does not answer looks like this too
+            # fsspec raises this also for a server that does not answer, so show the cause
+            found, why = {}, f" ({without_credentials(str(error.__cause__ or error))})"
     base = "" if glob.has_magic(path) else path.rstrip("/")
     files = []
     for name, info in found.items():
@@ -441,15 +431,15 @@ def _filesystem(name: str) -> tuple[Any, str]:
     except ImportError as error:
         needed = _EXTRA.get(protocol)
         hint = f"pip install {needed}" if needed else str(error)
-        raise DataError(f"reading {protocol}:// needs a package that is not installed: {hint}") from error
+        raise DataError(f"reading {protocol}:// needs a package that is not installed. Install it: {hint}") from error
     except ValueError as error:
-        raise DataError(f"{error}; known protocols: file, s3, gs, http, https, hf, ...") from error
+        raise DataError(f"{error}. Use a known protocol: file, s3, gs, http, https, hf, ...") from error
     return filesystem, path
 
 
 @functools.cache
 def _stdlib_folder() -> Path:
-    return Path(sysconfig.get_paths()["stdlib"])  # takes a millisecond, and is needed for every file
+    return Path(sysconfig.get_paths()["stdlib"])  # cached: it takes a millisecond, and every file needs it
 
 
 def _standard_library() -> list[File]:
@@ -464,9 +454,9 @@ def _standard_library() -> list[File]:
     return [file for file in found if file.size]
 
 
-def _shipped(place: str, path: str) -> list[Path]:
+def _shipped_corpora(place: str, path: str) -> list[Path]:
     files = sorted(CORPORA.glob(path.removeprefix(PACKAGE) + ".*"))
     if not files:
         shipped = ", ".join(sorted({f.name.split(".")[0] for f in CORPORA.glob("*.gz")}))
-        raise DataError(f"{place}.path={path}: no such corpus is shipped. There are: {shipped}.")
+        raise DataError(f"{place}.path={path}: no such corpus is shipped. Use one of {shipped}.")
     return files

@@ -1,10 +1,10 @@
-"""A source -> the work of each of its shards: lists of parts, decided once, before anything is read.
+"""Cuts a source into parts and groups them by shard. This is decided once, before texts are read.
 
-    files or rows --cut at about shard_bytes--> [[Part, ...], ...]
+    files or rows --cut at about shard_bytes--> [[Part, ...], ...]: the parts of each shard
 
-The cut depends on the names and sizes of the files only, so the shards come out the same with any number of workers and
-tasks. A large file is cut where its format allows it: jsonl at line ends, parquet between row groups, a set between rows.
-Compressed files and text files are read whole.
+The cut depends on the names and sizes of the files only, so the shards are the same for any number of workers and tasks. A
+large file is cut if its format allows it: jsonl at line ends, parquet between row groups, a set between rows. Compressed
+files and text files are not cut.
 """
 
 import itertools
@@ -20,7 +20,7 @@ from recipes.schema.data import SourceConfig
 from recipes.schema.errors import DataError
 
 MAX_FILES = 8192
-"""Files of one shard at most, however small they are."""
+"""Largest number of files in one shard."""
 _KINDS = {".txt": "text", ".text": "text", ".md": "text", ".rst": "text", ".py": "text", ".jsonl": "jsonl", ".json": "jsonl",
           ".ndjson": "jsonl", ".jsonlines": "jsonl", ".parquet": "parquet", ".csv": "csv", ".tsv": "tsv"}  # fmt: skip
 
@@ -30,7 +30,9 @@ def cut(place: str, source: SourceConfig, shard_bytes: int, *, hidden: list[str]
     if is_set(source):
         return _cut_set(place, source, shard_bytes)
     if source.streaming:
-        raise DataError(f"{place}.streaming is for sets of the Hub (path hf:NAME); {source.path} is read as it comes.")
+        raise DataError(
+            f"{place}.streaming is for sets of the Hub (path hf:NAME), and {source.path} is not one. Leave it out."
+        )
     shards: list[list[Part]] = []
     group: list[Part] = []
     grouped = 0
@@ -43,7 +45,7 @@ def cut(place: str, source: SourceConfig, shard_bytes: int, *, hidden: list[str]
             shards += [[piece] for piece in pieces]
             continue
         group.append(Part(file=file.name, kind=kind, size=file.size, file_size=file.size))
-        grouped += file.size or (shard_bytes if is_remote(file.name) else 0)  # a size that is not told may be any
+        grouped += file.size or (shard_bytes if is_remote(file.name) else 0)  # an unknown size counts as a whole shard
         if grouped >= shard_bytes or len(group) == MAX_FILES:
             shards.append(group)
             group, grouped = [], 0
@@ -51,13 +53,13 @@ def cut(place: str, source: SourceConfig, shard_bytes: int, *, hidden: list[str]
 
 
 def kind_of(place: str, source: SourceConfig, file: File) -> str:
-    """How a file is read. DataError if its name does not tell and nobody says."""
+    """The format of a file: the source's `format`, or by the file's name. DataError if neither gives it."""
     kind = source.format if source.format != "auto" else _KINDS.get(plain_suffix(file.name))
     if kind is None:
         raise DataError(
-            f"{file.name} ({place}) is of no kind that its name tells. Set {place}.format (text: the whole file is one document; "
-            f"jsonl, csv, ...), or give a path that leaves it out, such as a glob of *.jsonl. Known: {', '.join(_KINDS)}, each "
-            f"also compressed."
+            f"{file.name} ({place}): its name does not give its format. Set {place}.format (text: the whole file is one "
+            f"document; jsonl, csv, ...), or give a path without it, such as a glob of *.jsonl. Known: {', '.join(_KINDS)}, also "
+            f"compressed."
         )
     return kind
 
@@ -72,7 +74,7 @@ def read(place: str, source: SourceConfig, part: Part) -> Iterator[Record]:
 
 
 def problem_of(place: str, source: SourceConfig, part: Part, number: int, problem: str) -> str:
-    """A bad record's message: file, line or row (from 1), what is wrong."""
+    """Message about a bad record: file, line or row (from 1), problem."""
     if part.kind == "text":
         return f"{part.file} ({place}) {problem}"
     if part.kind == "jsonl":
@@ -84,27 +86,27 @@ def problem_of(place: str, source: SourceConfig, part: Part, number: int, proble
 
 
 def limited(place: str, source: SourceConfig, shards: list[list[Part]]) -> list[list[Part]]:
-    """The shards cut off where `max_bytes` of text are reached (whole documents): reads that much, once."""
+    """The shards up to the document in which `max_bytes` of text are reached. To find it, that much text is read."""
     if source.max_bytes is None:
         return shards
     read_bytes = 0
-    kept: list[list[Part]] = []
+    chosen: list[list[Part]] = []
     for group in shards:
-        kept.append([])
+        chosen.append([])
         for part in group:
             for record in read(place, source, part):
                 if record.problem is not None or not record.text:
                     continue
                 read_bytes += len(record.text.encode())
                 if read_bytes >= source.max_bytes:
-                    kept[-1].append(replace(part, records=record.number + 1))
-                    return kept
-            kept[-1].append(part)
-    return kept
+                    chosen[-1].append(replace(part, records=record.number + 1))
+                    return chosen
+            chosen[-1].append(part)
+    return chosen
 
 
 def _cut_file(place: str, source: SourceConfig, file: File, kind: str, shard_bytes: int) -> list[Part]:
-    """Parts of a large file; an empty list where it is read whole."""
+    """Parts of a large file; an empty list if it cannot be cut."""
     if is_compressed(file.name):
         return []
     if kind == "jsonl":

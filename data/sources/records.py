@@ -1,8 +1,8 @@
-"""Texts out of one part of a file: a text file, lines of jsonl, row groups of parquet, rows of csv and tsv.
+"""Reads the texts of one part of a file: a text file, lines of jsonl, row groups of parquet, rows of csv and tsv.
 
     Part --read_part--> Record(number, text)  or  Record(number, problem), one for every line or row, in order
 
-A bad record says what is wrong with it, and the caller decides what to do; a bad file is a DataError.
+A bad record contains its problem, and the caller decides what to do. A bad file raises DataError.
 """
 
 import csv
@@ -22,43 +22,44 @@ from recipes.schema.errors import DataError
 from recipes.schema.foreign import printable
 
 _ROWS = 64
-"""Rows of parquet decoded at once."""
+"""Rows of parquet decoded at a time."""
 
 
 @dataclass(frozen=True)
 class Part:
-    """What is read in one go: a file, or a range of one."""
+    """A file, or a range of a file, that is read independently of the others."""
 
     file: str
     """Name of the file, or of the set."""
     kind: str
     """`text`, `jsonl`, `parquet`, `csv`, `tsv`, `dataset` or `megatron`."""
     size: int
-    """Stored bytes of this part, for progress; 0 where unknown."""
+    """Stored bytes of this part, for progress; 0 if unknown."""
     file_size: int
-    """Of the whole file when the work was planned; 0 where unknown."""
+    """Size of the whole file when the plan was made; 0 if unknown."""
     start: int = 0
     """First byte (jsonl), row group (parquet), row (a set on disk) or shard (a streamed set)."""
     stop: int | None = None
-    """Where the next part starts; None: to the end."""
+    """Start of the next part, in the unit of `start`; None: read to the end."""
     records: int | None = None
-    """At most so many records; None: all."""
+    """Read at most this many records; None: all."""
 
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """One line or row: its text, or what is wrong with it."""
+    """One line or row: its text, or its problem."""
 
     number: int
-    """From 0 in its part."""
+    """Number in its part, from 0."""
     text: str
     problem: str | None = None
+    """Why it cannot be used, as the rest of a sentence about the record."""
     stored_bytes: int = 0
     """Bytes of the part read so far, for progress."""
 
 
 def read_part(place: str, source: SourceConfig, part: Part) -> Iterator[Record]:
-    """The records of one part, of the kinds that are files. place: dotted place of the source, for messages."""
+    """The records of one part of a file. place: dotted key of the source, for messages."""
     with reading(part.file):
         match part.kind:
             case "text":
@@ -74,7 +75,7 @@ def read_part(place: str, source: SourceConfig, part: Part) -> Iterator[Record]:
 
 
 def text_of(source: SourceConfig) -> Callable[[Any], str]:
-    """A function from a record to its text: the field or the template of a source. It raises ValueError with the reason."""
+    """A function from a record to its text, by the source's field or template. It raises ValueError with the problem."""
     if source.template is None:
         return lambda record: _plain_text(record, source.text_field)
     try:
@@ -84,11 +85,12 @@ def text_of(source: SourceConfig) -> Callable[[Any], str]:
     pieces = [(literal, name) for literal, name, *_ in parsed]
     if any(how or conversion or name == "" for _, name, how, conversion in parsed):
         raise DataError(
-            f"template={source.template!r} has more in braces than a name, or none. Write {{field}}, and {{{{ for a brace."
+            f"template={source.template!r} has more in braces than a field name, or nothing. Write {{field}}, and {{{{ for a "
+            f"brace."
         )
     if all(name is None for _, name in pieces):
         raise DataError(
-            f"template={source.template!r} names no field: every text would be the same. Write it as {{field}} text."
+            f"template={source.template!r} names no field, so every text would be the same. Write it as {{field}} text."
         )
     return lambda record: "".join(
         literal + (_in_template(record, name) if name is not None else "") for literal, name in pieces
@@ -96,7 +98,10 @@ def text_of(source: SourceConfig) -> Callable[[Any], str]:
 
 
 def columns_of(place: str, source: SourceConfig, names: list[str], what: str) -> list[str]:
-    """Columns that a source's text is made of. DataError where `what`, a table with columns `names`, has not got them."""
+    """The columns that a source's text is made of. DataError if one is missing.
+
+    names: the columns of the table; what: the table, for the message.
+    """
     wanted = [source.text_field]
     if source.template is not None:
         wanted = [name for _, name, *_ in Formatter().parse(source.template) if name]
@@ -126,14 +131,14 @@ def _in_template(record: Any, name: str) -> str:
     value = _field(record, name)
     if isinstance(value, list | tuple | dict | bytes):
         raise ValueError(
-            f"has {type(value).__name__} under {name!r}, and a template takes text and numbers. Name a field in it as a.b, or "
+            f"has {type(value).__name__} under {name!r}, but a template takes text and numbers. Name a field in it as a.b, or "
             f"write such records as text before preparing"
         )
     return str(value)
 
 
 def _field(record: Any, name: str) -> Any:
-    """A field, by its name or by a dotted way into groups."""
+    """The value of a field: by its name, or by a dotted path into nested records."""
     if isinstance(record, dict):
         if record.get(name) is not None:
             return record[name]
@@ -147,13 +152,13 @@ def _field(record: Any, name: str) -> Any:
 
 
 def checked(text: str, limit: int) -> str | None:
-    """What makes a text unusable; None if it is fine."""
+    """Why a text cannot be used; None if it can."""
     try:
         size = len(text.encode()) if len(text) * 4 > limit or not text.isascii() else 0
     except UnicodeEncodeError as error:
-        return f"holds half a character (lone surrogate) at {error.start}"
+        return f"contains half a character (a lone surrogate) at character {error.start}"
     if size > limit:
-        return f"holds {size:,} bytes of text, more than max_record_bytes={limit:,}"
+        return f"contains {size:,} bytes of text, more than max_record_bytes={limit:,}"
     return None
 
 
@@ -178,12 +183,12 @@ def _text(source: SourceConfig, part: Part) -> Record:
 
 
 def _jsonl(source: SourceConfig, part: Part) -> Iterator[Record]:
-    """Lines that begin inside the part. A line that begins before it belongs to the part before."""
+    """The lines that begin inside the part. A line that begins before it belongs to the previous part."""
     limit = source.max_record_bytes
     extract = text_of(source)
     with Plain(_opened(source, part), max_expansion=source.max_expansion, start=max(0, part.start - 1)) as plain:
         place = part.start
-        if part.start:
+        if part.start:  # the stream begins one byte earlier, to see whether a line begins exactly at `start`
             place += _rest_of_line(plain) - 1
         number = -1
         while part.stop is None or place < part.stop:
@@ -212,7 +217,7 @@ def _jsonl(source: SourceConfig, part: Part) -> Iterator[Record]:
 
 
 def _rest_of_line(plain: Plain) -> int:
-    """Skip to behind the next line end. -> bytes skipped."""
+    """Skip the rest of the current line, with its line end. -> bytes skipped."""
     skipped = 0
     while True:
         piece = plain.lines.readline(1 << 20)
@@ -222,7 +227,7 @@ def _rest_of_line(plain: Plain) -> int:
 
 
 def lines_before(source: SourceConfig, part: Part) -> int:
-    """Lines of the file that begin before a part of it, to say which line a problem is in."""
+    """Number of lines that begin before a part of a file, so that a message can give the line number in the file."""
     lines, left = 0, part.start
     with open_binary(_opened(source, part)) as stream:
         while left > 0:
@@ -232,12 +237,12 @@ def lines_before(source: SourceConfig, part: Part) -> int:
             lines += block.count(b"\n")
             left -= len(block)
             if left == 0 and not block.endswith(b"\n"):
-                lines += 1  # the line that crosses into the part
+                lines += 1  # the line that begins before the part and ends in it
     return lines
 
 
 def _csv(place: str, source: SourceConfig, part: Part) -> Iterator[Record]:
-    """Rows of a table whose first line names the columns."""
+    """The rows of a table. Its first line gives the names of the columns."""
     limit = source.max_record_bytes
     extract = text_of(source)
     with Plain(_opened(source, part), max_expansion=source.max_expansion) as plain:
@@ -256,19 +261,19 @@ def _csv(place: str, source: SourceConfig, part: Part) -> Iterator[Record]:
             columns_of(place, source, names, part.file)
             for number, row in enumerate(rows):
                 if len(row) != len(names):
-                    problem = f"has {len(row)} fields, the first line names {len(names)}"
+                    problem = f"has {len(row)} fields, but the first line names {len(names)}"
                     yield Record(number, "", problem if row else None, plain.stored_bytes)
                     continue
                 yield _record(number, dict(zip(names, row, strict=True)), extract, source, plain.stored_bytes)
         except (csv.Error, UnicodeDecodeError) as error:
             raise DataError(
-                f"{part.file} row {number + 2} ({place}) cannot be read as a table: {error}. Quotes that do not close and other "
-                f"encodings than UTF-8 look like this."
+                f"{part.file} row {number + 2} ({place}) cannot be read as a table: {error}. Close its quotes, or convert it to "
+                f"UTF-8."
             ) from error
 
 
 def _opened(source: SourceConfig, part: Part) -> str:
-    """The name by which a part's file is opened."""
+    """The name to open a part's file by, with the credentials of the source's path."""
     return with_credentials(part.file, source.path)
 
 
@@ -277,7 +282,7 @@ def _parquet(place: str, source: SourceConfig, part: Part) -> Iterator[Record]:
     with open_binary(_opened(source, part)) as stream:
         table = _parquet_file(place, part.file, stream)
         columns = columns_of(place, source, table.schema_arrow.names, part.file)
-        # Dictionaries stay dictionaries: a value that every row repeats is in memory once.
+        # Read dictionary-encoded columns as dictionaries, so that a value that every row repeats is in memory once.
         texts = [name for name in columns if _is_text(table.schema_arrow.field(name).type)]
         table = _parquet_file(place, part.file, stream, read_dictionary=texts)
         groups = range(part.start, table.num_row_groups if part.stop is None else part.stop)
@@ -320,7 +325,7 @@ def _row(
 
 
 def row_groups(place: str, source: SourceConfig, file: str) -> list[tuple[int, int]]:
-    """(rows, stored bytes) of each row group of a parquet file. DataError if it cannot be read."""
+    """(rows, stored bytes) of each row group of a parquet file. DataError if the file cannot be read."""
     with reading(file), open_binary(with_credentials(file, source.path)) as stream:
         table = _parquet_file(place, file, stream)
         numbers = range(table.num_row_groups)

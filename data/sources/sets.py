@@ -1,9 +1,9 @@
-"""Texts out of a Hugging Face `datasets` set; the only module that knows the `datasets` library.
+"""Reads the texts of a Hugging Face `datasets` set.
 
-    hf:NAME             a set of the Hub, or a local folder that holds one's files: downloaded once, or streamed
+    hf:NAME             a set of the Hub, or a local folder with the files of one: downloaded once, or streamed
     format: dataset     a folder written by `save_to_disk`
 
-On disk a part is a range of rows; streamed, it is one of the set's own shards.
+A part of a set on disk is a range of rows. A part of a streamed set is one of the set's own shards.
 """
 
 import os
@@ -23,13 +23,14 @@ _ROWS = 64
 
 @dataclass(frozen=True)
 class SetFacts:
-    """What the planning of a set needs to know."""
+    """Size of a set, from which parts are cut."""
 
     rows: int
-    """Of a set on disk; 0 for a streamed one."""
+    """Rows of a set on disk; 0 for a streamed one."""
     bytes: int
+    """Bytes of the tables of a set on disk; 0 for a streamed one."""
     shards: int
-    """Of a streamed set; 0 for one on disk."""
+    """Shards of a streamed set; 0 for one on disk."""
 
 
 def is_set(source: SourceConfig) -> bool:
@@ -52,12 +53,12 @@ def set_facts(place: str, source: SourceConfig) -> SetFacts:
 
 
 def hub_revision(source: SourceConfig) -> str | None:
-    """Commit of a set of the Hub as it would be opened now (offline: of its newest copy here). None if it cannot be opened."""
+    """Revision of a set of the Hub that would be opened now; offline, of the newest cached copy. None if it cannot be opened."""
     import datasets
 
     try:
         return datasets.load_dataset_builder(source.path.removeprefix(HUB), source.config).hash
-    except Exception:  # no network, no copy, a wrong name: opening the set says which
+    except Exception:  # no network, no copy, a wrong name: opening the set reports it
         return None
 
 
@@ -103,7 +104,7 @@ def _open(place: str, source: SourceConfig) -> Any:
     name = source.path.removeprefix(HUB)
     if source.streaming and not source.path.startswith(HUB):
         raise DataError(
-            f"{place}.streaming is for sets of the Hub (path hf:NAME); {name} is here already. Leave it off."
+            f"{place}.streaming is for sets of the Hub (path hf:NAME), and {name} is on this disk. Leave it out."
         )
     try:
         if source.path.startswith(HUB):
@@ -113,13 +114,13 @@ def _open(place: str, source: SourceConfig) -> Any:
             if isinstance(opened, datasets.DatasetDict):
                 if source.split not in opened:
                     raise DataError(
-                        f"{place}: {name} has no split {source.split!r} (it has: {', '.join(opened)}). Set split of this "
-                        f"source."
+                        f"{place}: {name} has no split {source.split!r} (it has: {', '.join(opened)}). Set "
+                        f"{place}.split."
                     )
                 opened = opened[source.split]
     except DataError:
         raise
-    except Exception as error:  # a wrong name, no network, a wrong split: the library's message says which
+    except Exception as error:  # a wrong name, a wrong split, no network: the library's message names it
         raise DataError(
             f"{place}: the set {source.path} (config {source.config}, split {source.split}) cannot be opened: "
             f"{type(error).__name__}: {error}"

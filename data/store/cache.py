@@ -1,16 +1,16 @@
-"""Local copies of shards that are behind a URL, within a budget of disk, shared by all processes of a machine.
+"""Local copies of shards behind a URL, within a disk budget, shared by all processes of a machine.
 
     RemoteFolder(url, config).local("web.train-00017.bin", facts) -> path of a copy that matches its checksum
 
-    cache.folder/ledger.json      every copy this cache wrote, with size, time of change and sha256; fetches in progress
+    cache.folder/ledger.json      every copy this cache wrote, with size, modification time and sha256; fetches in progress
                  locks/           one lock for each copy
-                 URL/SHA256/NAME  the copies: new content behind the same name is another file
+                 URL/SHA256/NAME  the copies. New content under the same name is another file
 
-A copy is fetched aside, hashed while it arrives, made durable and renamed: after a crash a copy is whole or absent, and
-what was left half-fetched is removed by the next fetch. One process fetches a file, the others of the machine wait for it.
-A copy is used while its size and time of change are those of the ledger; otherwise its content is hashed again first.
-Beyond the budget the copies that were not opened for longest are removed; a process that still reads one keeps its
-contents until it closes it. Only files that the ledger lists are ever removed.
+A fetch writes a temporary file, hashes it while it arrives, syncs it to disk and renames it. So after a crash a copy is
+complete or absent; the next fetch removes unfinished files. One process fetches a file, and the other processes of the
+machine wait for it. A copy whose size and modification time match the ledger is used as it is; any other is hashed first.
+Above the budget, the least recently opened copies are removed. A process that has one open can read it until it closes it.
+Only files that the ledger lists are removed.
 """
 
 import contextlib
@@ -44,17 +44,17 @@ log = logging.getLogger(__name__)
 
 
 class Activity:
-    """The file each thread waits for, so that the report of a stall can name it."""
+    """What each thread is reading or fetching, so that a message about a stall can name the file."""
 
     def __init__(self) -> None:
         self._doing: dict[int, list[tuple[object, float]]] = {}
 
     def of(self, what: object) -> "_Waiting":
-        """Say what this thread waits for, while in a `with` statement. `what` is made a text only when someone asks."""
+        """A context manager in which this thread is recorded as waiting for `what`. Only `describe` makes it a text."""
         return _Waiting(self._doing.setdefault(threading.get_ident(), []), what)
 
     def describe(self) -> str:
-        """All that is waited for, longest first."""
+        """What all threads wait for, the longest wait first."""
         now = time.monotonic()
         innermost = [stack[-1:] for stack in list(self._doing.values())]
         lines = sorted(((now - since, str(what)) for last in innermost for what, since in last), reverse=True)
@@ -62,7 +62,7 @@ class Activity:
 
 
 class _Waiting:
-    """A context manager without a generator: it is entered for every few rows."""
+    """A class instead of a generator, because it is entered for every few rows and must be cheap."""
 
     def __init__(self, stack: list[tuple[object, float]], what: object) -> None:
         self._stack, self._what = stack, what
@@ -75,23 +75,23 @@ class _Waiting:
 
 
 @dataclass(frozen=True)
-class _Wanted:
+class _Expected:
     """Size and digest that a fetched file must have."""
 
     most_bytes: int
     bytes: int | None
-    """Exactly so many; None if it is not known."""
+    """The exact size; None if it is not known."""
     sha256: str | None
 
     @classmethod
-    def of(cls, facts: FileFacts | None, *, most_bytes: int, sha256: str | None) -> "_Wanted":
+    def of(cls, facts: FileFacts | None, *, most_bytes: int, sha256: str | None) -> "_Expected":
         if facts is None:
             return cls(most_bytes=most_bytes, bytes=None, sha256=sha256)
         return cls(most_bytes=facts.bytes, bytes=facts.bytes, sha256=facts.sha256)
 
 
 def is_inside(path: Path, folder: Path) -> bool:
-    """Whether a file written at `path` is inside `folder`, links of the folders above it followed."""
+    """Whether a file written to `path` is inside `folder`, after following links of its parent folders."""
     return ".." not in path.parts and path.parent.resolve().is_relative_to(folder.resolve())
 
 
@@ -99,7 +99,7 @@ class _Mismatch(Exception):
     """The fetched bytes do not match the manifest."""
 
     def __init__(self, sha256: str) -> None:
-        super().__init__("what arrived does not match its checksum")
+        super().__init__("the fetched file does not match its checksum")
         self.sha256 = sha256
 
 
@@ -110,11 +110,11 @@ class RemoteFolder:
         self, url: str, config: CacheConfig, activity: Activity, *, sleep: Callable[[float], None] = time.sleep
     ) -> None:
         self.url = without_credentials(url.rstrip("/"))
-        """As it is shown."""
+        """The URL without credentials, for messages."""
         self._root = Path(config.folder)
         self.folder = self._root / hashlib.sha256(self.url.encode()).hexdigest()[:16]
         self.budget_bytes = int(config.gib * 2**30)
-        """Disk that copies may take."""
+        """Disk space that copies may take."""
         self.fetch_threads = config.fetch_threads
         self._retries = config.retries
         self._activity = activity
@@ -128,37 +128,38 @@ class RemoteFolder:
     def local(
         self, name: str, facts: FileFacts | None = None, *, most_bytes: int = LARGEST_BYTES, sha256: str | None = None
     ) -> Path:
-        """A local copy of a file. Without facts (the manifest and the tokenizer) it is fetched again: at most `most_bytes`, and
-        only the content of `sha256` if that is given.
+        """A local copy of a file, fetched unless a valid copy exists.
 
-        The copy is always inside the cache's folder, whatever the name. Raises DataError, naming the file, if it cannot be
-        fetched or is not what the manifest says.
+        Without facts (the manifest and the tokenizer) it is always fetched: at most `most_bytes`, with the given sha256 if
+        there is one. Raises DataError, naming the file, if its name leads out of the cache's folder, if it cannot be fetched,
+        or if it does not match the manifest.
         """
         path = self.path_of(name, facts)
         if not is_inside(path, self._root):
             raise DataError(
-                f"{self.url} names a file {printable(name, most=200)!r}, which would be outside data.cache.folder."
+                f"{self.url} names a file {printable(name, most=200)!r}, which would be outside data.cache.folder. Do not use "
+                f"this data: its manifest was made by someone else, or damaged."
             )
         with self._activity.of(f"waiting for a copy of {self.url}/{name}"), _locked(self._lock_of(path)):
             path.parent.mkdir(parents=True, exist_ok=True)
-            _touch(path)  # first: then it is not what goes for want of room
+            _touch(path)  # first, so that another process does not evict it now
             if facts is None or not self._is_whole(path, facts):
-                self._fetch_with_retries(name, path, _Wanted.of(facts, most_bytes=most_bytes, sha256=sha256))
+                self._fetch_with_retries(name, path, _Expected.of(facts, most_bytes=most_bytes, sha256=sha256))
                 self._evict(keep=path)
         return path
 
     def path_of(self, name: str, facts: FileFacts | None) -> Path:
-        """Path of the copy of a file."""
+        """Path of a file's copy, which may not exist."""
         return self.folder / name if facts is None else self.folder / facts.sha256[:16] / Path(name).name
 
     def touch(self, files: Sequence[tuple[str, FileFacts]]) -> None:
-        """Say of copies that they are in use: those that are not go first. Names of files that are not here do no harm."""
+        """Mark copies as used now, so that others are evicted first. Files without a copy are ignored."""
         for name, facts in files:
             _touch(self.path_of(name, facts))
 
     def _lock_of(self, path: Path) -> Path:
-        known = hashlib.sha256(str(path.relative_to(self._root)).encode()).hexdigest()[:32]
-        return self._root / "locks" / known
+        name_digest = hashlib.sha256(str(path.relative_to(self._root)).encode()).hexdigest()[:32]
+        return self._root / "locks" / name_digest
 
     def _is_whole(self, path: Path, facts: FileFacts) -> bool:
         """Whether a copy matches the manifest. It is hashed only if it differs from what the ledger or this process recorded."""
@@ -172,70 +173,75 @@ class RemoteFolder:
         if found.st_size == facts.bytes and file_sha256(path) == facts.sha256:
             self._ledger.seen[str(path)] = now
             return True
-        log.warning("%s is not what was fetched: it was changed or damaged. It is fetched again.", path)
+        log.warning("%s was changed or damaged after it was fetched. It is fetched again.", path)
         return False
 
     def _name_of(self, path: Path) -> str:
         return str(path.relative_to(self._root))
 
-    def _fetch_with_retries(self, name: str, path: Path, wanted: "_Wanted") -> None:
+    def _fetch_with_retries(self, name: str, path: Path, expected: "_Expected") -> None:
         wrong: str | None = None
         attempt = 0
         while True:
             try:
-                self._fetch(name, path, wanted)
+                self._fetch(name, path, expected)
                 return
             except FileNotFoundError as error:
                 raise DataError(
-                    f"{self.url}/{name} does not exist. Is data.folder right, and the data complete?"
+                    f"{self.url}/{name} does not exist. Check data.folder, and that the data there is complete."
                 ) from error
             except DataError:
                 raise
-            except Exception as error:  # each file system has its own kinds
-                again = self._retries
+            except Exception as error:  # each file system of fsspec has its own errors
+                retries = self._retries
                 if isinstance(error, _Mismatch):
-                    if error.sha256 == wrong:  # twice the same: it is not the transfer that is wrong
+                    if (
+                        error.sha256 == wrong
+                    ):  # the same wrong content twice: the stored file is wrong, not the transfer
                         raise DataError(
-                            f"{self.url}/{name} does not match its checksum: it was changed or damaged."
+                            f"{self.url}/{name} does not match its checksum: it was changed or damaged. Copy the "
+                            f"prepared data there again."
                         ) from error
-                    wrong, again = error.sha256, max(1, again)
+                    wrong, retries = error.sha256, max(1, retries)
                 shown = without_credentials(str(error)) or type(error).__name__
-                if attempt >= again:
+                if attempt >= retries:
                     raise DataError(
-                        f"{self.url}/{name} cannot be fetched after {attempt + 1} attempts: {shown}"
+                        f"{self.url}/{name} cannot be fetched after {attempt + 1} attempts: {shown}. Check data.folder "
+                        f"and the network."
                     ) from error
-                log.warning("%s/%s: %s. Attempt %d of %d follows.", self.url, name, shown, attempt + 2, again + 1)
+                log.warning("%s/%s: %s. Attempt %d of %d follows.", self.url, name, shown, attempt + 2, retries + 1)
                 attempt += 1
                 self._sleep(wait_s(attempt, first_s=1.0, most_s=60.0))
 
-    def _fetch(self, name: str, path: Path, wanted: "_Wanted") -> None:
+    def _fetch(self, name: str, path: Path, expected: "_Expected") -> None:
         aside = path.with_name(f"{path.name}.fetching-{os.uname().nodename}-{os.getpid()}")
         with self._changing() as ledger:
             ledger["fetching"][self._name_of(aside)] = self._name_of(path)
         digest, size = hashlib.sha256(), 0
         try:
-            aside.unlink(missing_ok=True)  # never written through: it may be a link
+            aside.unlink(missing_ok=True)  # it may be a link, and must not be written through
             with self._system.open(f"{self._path}/{name}", "rb") as source, aside.open("xb") as target:
                 while piece := source.read(_PIECE_BYTES):
                     target.write(piece)
                     digest.update(piece)
                     size += len(piece)
-                    if size > wanted.most_bytes:
+                    if size > expected.most_bytes:
                         break
-            if wanted.bytes is not None and size < wanted.bytes:
-                raise OSError(f"the transfer ended after {size:,} of {wanted.bytes:,} bytes")
-            if wanted.bytes is None and size > wanted.most_bytes:
+            if expected.bytes is not None and size < expected.bytes:
+                raise OSError(f"the transfer ended after {size:,} of {expected.bytes:,} bytes")
+            if expected.bytes is None and size > expected.most_bytes:
                 raise DataError(
-                    f"{self.url}/{name} is larger than {wanted.most_bytes:,} bytes, so it is not what it should be."
+                    f"{self.url}/{name} is larger than {expected.most_bytes:,} bytes, more than such a file can be. Check "
+                    f"data.folder."
                 )
-            if size > wanted.most_bytes or wanted.sha256 not in (None, digest.hexdigest()):
+            if size > expected.most_bytes or expected.sha256 not in (None, digest.hexdigest()):
                 raise _Mismatch(digest.hexdigest())
             disk.sync(aside)
             found = aside.stat()
             entry = {"bytes": found.st_size, "mtime_ns": found.st_mtime_ns, "sha256": digest.hexdigest()}
             with self._changing() as ledger:
                 disk.rename(aside, path)
-                if wanted.bytes is not None:
+                if expected.bytes is not None:
                     ledger["copies"][self._name_of(path)] = entry
         finally:
             aside.unlink(missing_ok=True)
@@ -244,7 +250,7 @@ class RemoteFolder:
 
     @contextlib.contextmanager
     def _changing(self) -> Iterator[dict[str, Any]]:
-        """The ledger, to be changed by this process alone; written when it was."""
+        """The ledger, locked, as a copy that the caller may change. It is written if it was changed."""
         with _locked(self._root / "budget"):
             content = copy.deepcopy(self._ledger.read())
             yield content
@@ -252,10 +258,10 @@ class RemoteFolder:
                 self._ledger.write(content)
 
     def _evict(self, *, keep: Path) -> None:
-        """Remove the copies that were not opened for longest, until all fit the budget, and what killed processes left."""
+        """Remove unfinished files of killed processes, and the least recently opened copies until the rest fits the budget."""
         with self._changing() as ledger:
-            for name, wanted in list(ledger["fetching"].items()):
-                with _locked_if_free(self._lock_of(self._root / wanted)) as is_free:
+            for name, final_name in list(ledger["fetching"].items()):
+                with _locked_if_free(self._lock_of(self._root / final_name)) as is_free:
                     if is_free:
                         (self._root / name).unlink(missing_ok=True)
                         del ledger["fetching"][name]
@@ -272,7 +278,7 @@ class RemoteFolder:
                 if used <= self.budget_bytes:
                     break
                 with _locked_if_free(self._lock_of(path)) as is_free:
-                    if path != keep and is_free:  # else someone is about to open it
+                    if path != keep and is_free:  # a locked copy is about to be opened
                         path.unlink(missing_ok=True)
                         with contextlib.suppress(OSError):
                             path.parent.rmdir()
@@ -287,10 +293,10 @@ class _Ledger:
         self._path = root / LEDGER
         self._known: tuple[tuple[int, int, int], dict[str, Any]] | None = None
         self.seen: dict[str, dict[str, Any]] = {}
-        """Files found in place that this process has hashed."""
+        """Copies that are not in the ledger, or changed, and that this process has hashed."""
 
     def read(self) -> dict[str, Any]:
-        """`copies` and `fetching`, each by path relative to the cache's folder. Not to be changed."""
+        """`copies` and `fetching`, each by path relative to the cache's folder. The caller must not change them."""
         try:
             found = self._path.stat()
             signature = found.st_ino, found.st_size, found.st_mtime_ns
@@ -301,11 +307,15 @@ class _Ledger:
         except FileNotFoundError:
             pass
         except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-            log.warning("%s cannot be read (%s): copies made before are kept and no longer counted.", self._path, error)
+            log.warning(
+                "%s cannot be read (%s). Its copies stay, but no longer count towards data.cache.gib.",
+                self._path,
+                error,
+            )
         return {"copies": {}, "fetching": {}}
 
     def write(self, content: dict[str, Any]) -> None:
-        """Replace it whole."""
+        """Replace the ledger."""
         disk.write_text(self._path, json.dumps(content, indent=0, sort_keys=True), is_own=True)
 
 
@@ -316,7 +326,7 @@ def _touch(path: Path) -> None:
 
 @contextlib.contextmanager
 def _locked(path: Path) -> Iterator[None]:
-    """Hold the machine-wide lock of a file; released when the process dies."""
+    """Hold the machine-wide lock of a file. It is released when the process dies."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with Path(f"{path}.lock").open("w") as stream:
         fcntl.flock(stream, fcntl.LOCK_EX)

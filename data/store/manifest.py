@@ -1,13 +1,13 @@
-"""The content of a folder of prepared data: the manifest, written last, with size and digest of every file.
+"""The manifest of a folder of prepared data: sizes and digests of every file. It is written last.
 
     manifest.json
       tokenizer   file, sha256, fingerprint, vocabulary size, end-of-document id
-      request     the recipe fields the content depends on
+      request     the recipe fields that the content depends on
       sources     by name: description, counts, and per split the list of shards in reading order
         shard     path (or an existing Megatron set, read in place), documents, tokens, dtype, bytes and sha256 of its files
 
-A source's stream of tokens is its shards one after the other. Which file and record a document came from is kept beside
-each shard (`data.store.origins`), not here, so that the manifest stays small at any number of documents.
+A source's stream of tokens is its shards one after the other. The file and record of each document are stored next to the
+shard (`data.store.origins`), not here, so that the manifest stays small for any number of documents.
 """
 
 import functools
@@ -28,21 +28,21 @@ MANIFEST = "manifest.json"
 FORMAT = 2
 SPLITS = ("train", "heldout")
 LARGEST_BYTES = 1 << 30
-"""Of a manifest, which lists every shard."""
+"""Limit for a manifest, which lists every shard."""
 LARGEST_TOKENIZER_BYTES = 1 << 30
-"""Of a tokenizer's file that is fetched."""
+"""Limit for a tokenizer's file that is fetched."""
 _OWN_FILES = (MANIFEST, "verified.json")
 _SUFFIXES = ("bin", "idx", "origins")
 _ID_TYPES = ("uint8", "int8", "int16", "int32", "int64", "uint16", "uint32", "uint64")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _LARGEST_COUNT = 1 << 62
 _LONGEST_NAME = 255
-"""Bytes (NAME_MAX)."""
+"""Bytes of a file name (NAME_MAX of Linux)."""
 
 
 @dataclass(frozen=True)
 class FileFacts:
-    """Size and content of one file."""
+    """Size and checksum of one file."""
 
     bytes: int
     sha256: str
@@ -50,7 +50,7 @@ class FileFacts:
 
 @dataclass(frozen=True)
 class ShardEntry:
-    """One shard, or a run of documents of one."""
+    """One shard, or successive documents of one."""
 
     path: str
     """The shard's files without suffix: relative to the folder, or the absolute path of a set that is read in place."""
@@ -59,39 +59,39 @@ class ShardEntry:
     text_bytes: int
     """UTF-8 bytes of the documents' text."""
     dtype: str
-    """How ids are stored, a numpy name (`uint16`)."""
+    """Numpy's name of the type in which ids are stored (`uint16`)."""
     files: dict[str, FileFacts]
     """By suffix: `bin`, `idx`, and `origins` (absent for a set read in place)."""
     first_document: int = 0
-    """Where this entry's documents begin in the shard's index; not 0 only for a set read in place."""
+    """Index of this entry's first document in the shard. It is 0 except for a set read in place."""
     first_record: int = 0
-    """Added to the record numbers of the shard's origins: records of the file before the part this shard was made of."""
+    """Number of records of the file before the part that this shard was made of. Added to record numbers of its origins."""
 
     def prefix(self, folder: Path) -> Path:
         """The shard's files without suffix, for data prepared in `folder`."""
-        return folder / self.path  # an absolute path stays as it is
+        return folder / self.path  # an absolute path replaces the folder
 
     def file(self, folder: Path, suffix: str) -> Path:
         """One file of the shard."""
         return Path(self.file_name(str(folder), suffix))
 
     def file_name(self, folder: str, suffix: str) -> str:
-        """The same as text: a folder may have many thousands."""
+        """The same as a text, which is faster: a folder may have many thousands of files."""
         return f"{self.path}.{suffix}" if self.path.startswith("/") else f"{folder}/{self.path}.{suffix}"
 
 
 @dataclass(frozen=True)
 class SourceEntry:
-    """One source, prepared."""
+    """One prepared source."""
 
     description: dict[str, Any]
     """Its input: path, format, number and bytes of its files."""
     splits: dict[str, list[ShardEntry]]
     """By split (`train`, `heldout`): shards in reading order, none empty."""
     bad_records: int = 0
-    """Records left out because they could not be used (`on_bad_record: skip`)."""
+    """Number of records left out because they could not be used (`on_bad_record: skip`)."""
     empty_documents: int = 0
-    """Records whose text is empty, left out."""
+    """Number of records left out because their text is empty."""
 
     def count(self, split: str, what: str) -> int:
         """Sum of `documents`, `tokens` or `text_bytes` over a split's shards."""
@@ -100,17 +100,17 @@ class SourceEntry:
 
 @dataclass(frozen=True)
 class TokenizerEntry:
-    """The tokenizer the ids belong to."""
+    """The tokenizer that the ids belong to."""
 
     file: str
-    """Its file in the folder."""
+    """Name of its file in the folder."""
     sha256: str
-    """Of that file."""
+    """Checksum of that file."""
     fingerprint: str
-    """Of its content; the kind of file does not matter."""
+    """Digest of its vocabulary and rules. It does not depend on the format of the file."""
     vocab_size: int
     eod: int
-    """Id of the end-of-document token, the last of every document."""
+    """Id of the end-of-document token, with which every document ends."""
 
 
 @dataclass(frozen=True)
@@ -119,7 +119,7 @@ class Manifest:
 
     tokenizer: TokenizerEntry
     request: dict[str, Any]
-    """The recipe fields the content depends on."""
+    """The recipe fields that the content depends on."""
     sources: dict[str, SourceEntry] = field(default_factory=dict)
     format: int = FORMAT
 
@@ -130,14 +130,14 @@ class Manifest:
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
-    """Write `manifest.json` aside and rename it: its presence says that the data is complete."""
+    """Write `manifest.json` atomically. If it exists, the data is complete."""
     disk.write_text(folder / MANIFEST, json.dumps(asdict(manifest), indent=1), is_own=True)
 
 
-def read_manifest(folder: Path, *, verify: bool = False, check_files: bool = True) -> Manifest:
-    """The manifest of a folder, sizes checked; with `verify` every checksum too. DataError names what is wrong.
+def read_manifest(folder: Path, *, check_files: bool = True) -> Manifest:
+    """The manifest of a folder. DataError if it is invalid, or if a file is missing or has another size.
 
-    check_files=False: of files that are elsewhere.
+    check_files=False: do not look at the files, because they are behind a URL.
     """
     path = folder / MANIFEST
     if not path.is_file():
@@ -146,7 +146,7 @@ def read_manifest(folder: Path, *, verify: bool = False, check_files: bool = Tru
         raw = read_json(path, most_bytes=LARGEST_BYTES)
         if raw["format"] != FORMAT:
             raise DataError(
-                f"{path} has format {raw['format']}; this version reads {FORMAT}. Prepare the data again, into another "
+                f"{path} has format {raw['format']}; this version reads format {FORMAT}. Prepare the data again, into another "
                 f"data.folder."
             )
         manifest = Manifest(
@@ -156,17 +156,13 @@ def read_manifest(folder: Path, *, verify: bool = False, check_files: bool = Tru
         )
         _check_content(manifest)
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        said = printable(str(error) if isinstance(error, ValueError) else repr(error), most=200)
-        raise DataError(f"{path} cannot be read as a data manifest: {said}. Prepare the data again.") from error
+        reason = printable(str(error) if isinstance(error, ValueError) else repr(error), most=200)
+        raise DataError(f"{path} cannot be read as a data manifest: {reason}. Prepare the data again.") from error
     for source in manifest.sources.values() if check_files else ():
         for entries in source.splits.values():
             for entry in entries:
                 for suffix, facts in entry.files.items():
-                    _check_file(entry.file_name(str(folder), suffix), facts, verify=verify)
-    if verify:
-        tokenizer = folder / manifest.tokenizer.file
-        if not tokenizer.is_file() or file_sha256(tokenizer) != manifest.tokenizer.sha256:
-            raise DataError(f"{tokenizer} is not the tokenizer the shards were made with. Prepare the data again.")
+                    _check_size(entry.file_name(str(folder), suffix), facts)
     return manifest
 
 
@@ -182,7 +178,7 @@ def shard_entry(raw: dict[str, Any]) -> ShardEntry:
 
 
 def file_facts(path: Path) -> FileFacts:
-    """Size and checksum, read from the disk."""
+    """Size and checksum of a file on the disk."""
     return FileFacts(bytes=path.stat().st_size, sha256=file_sha256(path))
 
 
@@ -193,8 +189,10 @@ def file_sha256(path: Path) -> str:
 
 
 def _check_content(manifest: Manifest) -> None:
-    """Raise ValueError for names, counts and digests that no manifest of ours has: it may be a stranger's, and copies of its
-    files are written under its names."""
+    """Raise ValueError for names, counts and digests that `write_manifest` never writes.
+
+    A manifest behind a URL may be hostile, and local copies of its files get the names that it gives.
+    """
     tokenizer = manifest.tokenizer
     if not _is_bare(tokenizer.file) or tokenizer.file in _OWN_FILES:
         raise ValueError(f"tokenizer.file={tokenizer.file!r} is not the bare name of a tokenizer's file")
@@ -230,7 +228,7 @@ def _check_entry(entry: ShardEntry) -> None:
 
 
 def _is_bare(name: object) -> bool:
-    """Whether a name names one file in a folder, and nothing above or outside it."""
+    """Whether a name is that of a file in a folder, not a path that leads elsewhere."""
     if not isinstance(name, str) or name in ("", ".", "..") or "/" in name or "\0" in name:
         return False
     return name.isprintable() and len(name.encode(errors="replace")) <= _LONGEST_NAME
@@ -247,13 +245,11 @@ def _check_counts(where: str, **counts: object) -> None:
             raise ValueError(f"{where}: {key}={str(count)[:40]!r} is not a count")
 
 
-def _check_file(path: str, facts: FileFacts, *, verify: bool) -> None:
+def _check_size(path: str, facts: FileFacts) -> None:
     try:
         size: int | None = os.stat(path).st_size
     except OSError:
         size = None
     if size != facts.bytes:
         found = "missing" if size is None else f"{size:,} bytes long"
-        raise DataError(f"{path} is {found}, the manifest says {facts.bytes:,} bytes. Prepare the data again.")
-    if verify and file_sha256(Path(path)) != facts.sha256:
-        raise DataError(f"{path} does not match its checksum: it was changed or damaged. Prepare the data again.")
+        raise DataError(f"{path} is {found}, but the manifest says {facts.bytes:,} bytes. Prepare the data again.")

@@ -1,10 +1,10 @@
-"""Where a shard's documents came from: file and record of each, stored next to the shard, and the reverse.
+"""The origin (file and record) of each document of a shard, stored next to the shard.
 
-    PREFIX.origins    numpy .npz: `files` (their names, a line each; if a name contains a line break, each name ends with a
-                      zero byte instead), `starts` (first document of each file, and the count), `records` (record number of
-                      every document, from 0: line, row, or 0 for a text file)
+    PREFIX.origins    numpy .npz: `files` (one name a line; if a name contains a line break, each name ends with a zero byte
+                      instead), `starts` (first document of each file, then the number of documents), `records` (record number
+                      of every document, from 0: line, row, or 0 for a text file)
 
-Four bytes a document and no text. Documents of a file are neighbours and in the order of its records.
+It takes four bytes a document. Documents of one file are successive, in the order of its records.
 """
 
 import io
@@ -19,12 +19,12 @@ from recipes.schema.errors import DataError
 
 @dataclass(frozen=True)
 class Origin:
-    """Where one document came from."""
+    """File and record that one document was read from."""
 
     file: str
-    """The source's file as it was named when prepared."""
+    """The name of the source's file at the time of preparing."""
     record: int
-    """Number of the record in it, from 0: line of a jsonl file, row of a table, document of a Megatron set."""
+    """Number of the record in the file, from 0: line of a jsonl file, row of a table, document of a Megatron set."""
 
 
 @dataclass(frozen=True)
@@ -35,22 +35,12 @@ class Origins:
     starts: np.ndarray
     """int64 [files + 1]: first document of each file, then the number of documents."""
     records: np.ndarray
-    """int64 [documents]: increasing within a file."""
+    """int64 [documents]: record numbers, increasing within a file."""
 
     def of(self, document: int) -> Origin:
-        """Where document number `document` of the entry came from."""
+        """Origin of document number `document` of the entry."""
         file = int(np.searchsorted(self.starts, document, side="right")) - 1
         return Origin(self.files[file], int(self.records[document]))
-
-    def find(self, file: str, record: int) -> int | None:
-        """The document made from a record; None if this entry has none from it."""
-        for index, name in enumerate(self.files):
-            if name == file:
-                start, stop = int(self.starts[index]), int(self.starts[index + 1])
-                place = start + int(np.searchsorted(self.records[start:stop], record))
-                if place < stop and self.records[place] == record:
-                    return place
-        return None
 
 
 def pack_origins(files: list[str], starts: list[int], records: np.ndarray) -> bytes:
@@ -64,7 +54,7 @@ def pack_origins(files: list[str], starts: list[int], records: np.ndarray) -> by
 
 
 def read_origins(folder: Path, entry: ShardEntry, *, file: Path | None = None) -> Origins:
-    """Origins of an entry's documents. file: a copy of their file, if it is not in `folder`. DataError if it is damaged."""
+    """Origins of an entry's documents. file: the origins file, if it is not in `folder`. DataError if it is damaged."""
     if "origins" not in entry.files:  # a Megatron set, read in place
         numbers = np.arange(entry.first_document, entry.first_document + entry.documents)
         return Origins([f"{entry.prefix(folder)}.bin"], np.array([0, entry.documents]), numbers)
@@ -77,5 +67,7 @@ def read_origins(folder: Path, entry: ShardEntry, *, file: Path | None = None) -
         raise DataError(f"{path} cannot be read as origins of documents: {error}. Prepare the data again.") from error
     files = text.split("\0")[:-1] if text.endswith("\0") else text.split("\n")
     if len(starts) != len(files) + 1 or len(records) != entry.documents or int(starts[-1]) != entry.documents:
-        raise DataError(f"{path} does not fit the {entry.documents:,} documents of its shard. Prepare the data again.")
+        raise DataError(
+            f"{path} does not match the {entry.documents:,} documents of its shard. Prepare the data again."
+        )
     return Origins(files, starts, records + entry.first_record)

@@ -1,9 +1,10 @@
 """Token shards on disk, in Megatron-LM's indexed format.
 
-    NAME.bin    token ids of all documents, one after the other, any of Megatron's whole-number types
+    NAME.bin    token ids of all documents, one after the other, in any of Megatron's integer types
     NAME.idx    "MMIDIDX\\0\\0", version 1, dtype code, counts; then lengths int32, byte offsets int64, document ends int64
 
-Data moves both ways between Megatron-LM and this project unchanged. Files are written aside, made durable, then renamed.
+Megatron-LM reads these files and this project reads Megatron-LM's, unchanged. A file is written under a temporary name,
+synced to disk, then renamed.
 """
 
 import hashlib
@@ -18,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from data.store.manifest import FileFacts, ShardEntry
+from data.store.manifest import FileFacts
 from data.system import disk
 from recipes.schema.errors import DataError
 
@@ -32,15 +33,15 @@ _CODES = {dtype: code for code, dtype in _DTYPES.items()}
 
 
 def token_dtype(vocab_size: int) -> np.dtype[Any]:
-    """How ids of a vocabulary are stored: uint16 below 65,500 as in Megatron, else int32."""
+    """The type in which ids of a vocabulary are stored: uint16 below 65,500 as in Megatron, else int32."""
     return np.dtype("<u2") if vocab_size < 65500 else np.dtype("<i4")
 
 
 class ShardWriter:
-    """Writes one shard, document by document. Nothing appears under its name before `finish`.
+    """Writes one shard, document by document. The files get their names in `finish`.
 
-    Used as a context manager: leaving it without `finish` removes what was written aside. Two writers of the same shard
-    (a run that was thought dead) do not meet: each writes aside under a name of its own.
+    Use it as a context manager: if it ends without `finish`, the temporary file is removed. Two writers of the same shard (one
+    of a run that was believed dead) do not disturb each other, because each has a temporary name of its own.
     """
 
     def __init__(self, prefix: Path, *, vocab_size: int) -> None:
@@ -54,11 +55,12 @@ class ShardWriter:
         self._sha256 = hashlib.sha256()
 
     def add(self, ids: Sequence[int] | np.ndarray) -> None:
-        """Append one document, its end-of-document token included. DataError for an id outside the vocabulary."""
+        """Append one document with its end-of-document token. DataError for an id outside the vocabulary."""
         numbers = np.asarray(ids, dtype=np.int64)
         if numbers.size == 0 or numbers.min() < 0 or numbers.max() >= self.vocab_size:
             raise DataError(
-                f"{self.prefix}: a document is empty or has ids outside the vocabulary of {self.vocab_size:,}"
+                f"{self.prefix}: a document is empty or has ids outside the vocabulary of {self.vocab_size:,}. Set "
+                f"data.tokenizer to a tokenizer whose ids are below its vocabulary size."
             )
         content = numbers.astype(self.dtype).tobytes()
         self._stream.write(content)
@@ -67,7 +69,7 @@ class ShardWriter:
         self.tokens += numbers.size
 
     def finish(self) -> dict[str, FileFacts]:
-        """Make the shard durable and visible: the token file first, the index last. -> facts by suffix."""
+        """Sync the files and give them their names, the token file first and the index last. -> facts by suffix."""
         self._stream.close()
         count = len(self.lengths)
         lengths = np.asarray(self.lengths, dtype="<i4")
@@ -93,7 +95,7 @@ class ShardWriter:
 
 
 def write_with_facts(path: Path, content: bytes) -> FileFacts:
-    """Write a file, whole or not at all. -> its facts."""
+    """Write a file atomically. -> its facts."""
     disk.write_bytes(path, content, is_own=True)
     return FileFacts(bytes=len(content), sha256=hashlib.sha256(content).hexdigest())
 
@@ -109,17 +111,17 @@ class Header:
 
     @property
     def offsets_at(self) -> int:
-        """Byte of the index at which the sequences' offsets begin."""
+        """Byte of the index file at which the sequences' offsets begin."""
         return _HEADER.size + 4 * self.sequences
 
     @property
     def documents_at(self) -> int:
-        """Byte of the index at which the document index begins."""
+        """Byte of the index file at which the document index begins."""
         return _HEADER.size + 12 * self.sequences
 
 
 def read_header(index: Path) -> Header:
-    """The header of an index, its length checked. DataError names the file where it is damaged."""
+    """The header of an index file. DataError if it is damaged or the file has the wrong length."""
     with index.open("rb") as stream:
         raw = stream.read(_HEADER.size)
         size = os.fstat(stream.fileno()).st_size
@@ -133,47 +135,34 @@ def _header(index: Path, raw: bytes, size: int) -> Header:
     if magic != _MAGIC or version != 1:
         raise DataError(f"{index} is not a Megatron index of version 1. Prepare the data again.")
     if code not in _DTYPES:
-        raise DataError(f"{index} stores tokens as dtype code {code}; token ids are whole numbers: codes 1-5 and 8.")
+        raise DataError(
+            f"{index} stores tokens as dtype code {code}, but token ids are integers: codes 1-5 and 8. Make it "
+            f"again from token ids."
+        )
     expected = _HEADER.size + sequences * 12 + documents * 8
     if size == expected + sequences and sequences:
         raise DataError(
-            f"{index} is the index of a multimodal set (it ends with a mode for each sequence), which is not read. Make the set "
-            f"from text alone."
+            f"{index} is the index of a multimodal set (it ends with a mode for each sequence), which is not supported. Make "
+            f"the set from text alone."
         )
     if size != expected:
-        raise DataError(f"{index} is {size:,} bytes long, {expected:,} expected: it is damaged. Prepare again.")
+        raise DataError(
+            f"{index} is {size:,} bytes long instead of {expected:,}: it is damaged. Prepare the data again."
+        )
     return Header(_DTYPES[code], sequences, documents)
 
 
 @dataclass(frozen=True)
 class Shard:
-    """One shard, memory-mapped. `ends[d]` is where document d stops in `tokens`."""
+    """One shard, memory-mapped. Document d ends before `tokens[ends[d]]`."""
 
     prefix: Path
     tokens: np.ndarray
     ends: np.ndarray
 
 
-def open_entry(folder: Path, entry: ShardEntry) -> Shard:
-    """The documents of one entry of a manifest, its counts checked. DataError names the file that does not fit."""
-    shard = open_shard(entry.prefix(folder))
-    stop = entry.first_document + entry.documents
-    start = int(shard.ends[entry.first_document - 1]) if entry.first_document else 0
-    tokens = int(shard.ends[stop - 1]) - start if 0 < stop <= len(shard.ends) else -1
-    if tokens != entry.tokens or shard.tokens.dtype != np.dtype(entry.dtype):
-        raise DataError(
-            f"{shard.prefix}.idx does not hold the {entry.documents:,} documents of {entry.tokens:,} {entry.dtype} tokens "
-            f"that the manifest says: it was replaced. Prepare the data again."
-        )
-    return Shard(
-        prefix=shard.prefix,
-        tokens=shard.tokens[start : start + tokens],
-        ends=shard.ends[entry.first_document : stop] - start,
-    )
-
-
 def open_shard(prefix: Path) -> Shard:
-    """Map a shard and check that index and token file agree. DataError names the file that does not fit."""
+    """Map a shard and check that index and token file match. DataError names the file that is wrong."""
     index, tokens = Path(f"{prefix}.idx"), Path(f"{prefix}.bin")
     for path in (index, tokens):
         if not path.is_file():
@@ -182,7 +171,7 @@ def open_shard(prefix: Path) -> Shard:
     header = _header(index, raw, len(raw))
     dtype, count, documents = header.dtype, header.sequences, header.documents
     lengths = np.frombuffer(raw, dtype="<i4", count=count, offset=_HEADER.size)
-    # Megatron may split a document into several sequences; the document index says where documents end.
+    # Megatron may split a document into several sequences. The document index gives the sequence at which each ends.
     boundaries = np.frombuffer(raw, dtype="<i8", count=documents, offset=_HEADER.size + count * 12)
     places = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
     offsets = np.frombuffer(raw, dtype="<i8", count=count, offset=_HEADER.size + count * 4)
@@ -196,7 +185,7 @@ def open_shard(prefix: Path) -> Shard:
     total = int(ends[-1]) if len(ends) else 0
     if size != total * dtype.itemsize:
         raise DataError(
-            f"{tokens} is {size:,} bytes long, its index says {total * dtype.itemsize:,}: truncated or replaced. "
+            f"{tokens} is {size:,} bytes long, but its index says {total * dtype.itemsize:,}: truncated or replaced. "
             f"Prepare the data again."
         )
     array = np.memmap(tokens, dtype=dtype, mode="r") if total else np.empty(0, dtype=dtype)
@@ -206,15 +195,15 @@ def open_shard(prefix: Path) -> Shard:
 def _what_is_wrong(
     lengths: np.ndarray, offsets: np.ndarray, boundaries: np.ndarray, expected: np.ndarray
 ) -> str | None:
-    """What makes an index unusable, as a message; None if it is fine. expected: offsets of sequences without gaps."""
+    """Why an index is invalid, for a message; None if it is valid. expected: byte offsets of sequences without gaps."""
     if (lengths < 0).any():
         return f"has a sequence of {lengths.min():,} tokens (sequence {int(lengths.argmin()):,})"
     if (offsets != expected).any():
         at = int((offsets != expected).argmax())
-        return f"puts sequence {at:,} at byte {offsets[at]:,}, where {expected[at]:,} is the end of the one before"
+        return f"puts sequence {at:,} at byte {offsets[at]:,}, but the one before ends at {expected[at]:,}"
     if not len(boundaries) or boundaries[0] or boundaries[-1] != len(lengths):
         found = f"from sequence {boundaries[0]:,} to {boundaries[-1]:,}" if len(boundaries) else "none"
-        return f"has documents {found}, where there are {len(lengths):,} sequences"
+        return f"has documents {found}, but {len(lengths):,} sequences"
     if (np.diff(boundaries) < 0).any():
         at = int((np.diff(boundaries) < 0).argmax())
         return f"lets document {at:,} end at sequence {boundaries[at + 1]:,}, before it begins at {boundaries[at]:,}"

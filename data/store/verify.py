@@ -1,10 +1,10 @@
-"""Which files are known to be what the manifest says: checksums taken once, remembered by size and time of change.
+"""Compares files with the checksums of the manifest, once, and remembers which files matched.
 
     Verifier(folder).check(path, facts)   hashes a file unless it was hashed before and has not changed since
 
-What was checked is kept in `verified.json` next to the data. A file whose size or time of change differs from its entry is
-hashed again before any of it is used; hashing 4 GiB takes some seconds, so larger sets are checked by
-`stratum inspect --verify`, once, instead of by every rank of every run.
+The result is stored in `verified.json` next to the data: size and modification time of each file that matched. If they differ
+from a file's entry, the file is hashed again before it is used. Hashing 4 GiB takes some seconds. Larger data is not hashed
+by every rank of every run, but once by `stratum inspect --verify`.
 """
 
 import json
@@ -23,12 +23,12 @@ from recipes.schema.foreign import read_json
 
 VERIFIED = "verified.json"
 BUDGET_BYTES = 4 << 30
-"""Most that `auto` hashes when data is opened."""
+"""`auto` hashes at most this much when data is opened."""
 log = logging.getLogger(__name__)
 
 
 class Verifier:
-    """Checksums of the files of one folder of data. Safe for threads."""
+    """Checks the files of one folder of data. Thread-safe."""
 
     def __init__(self, folder: Path, *, mode: str) -> None:
         """mode: `auto`, `always` or `never`, as in `data.verify`."""
@@ -43,45 +43,45 @@ class Verifier:
                     str(k): list(map(int, v)) for k, v in read_json(self._path, most_bytes=1 << 30).items()
                 }
         except (OSError, ValueError, TypeError, AttributeError) as error:
-            log.warning("%s cannot be read (%s): files are checked again.", self._path, error)
+            log.warning("%s cannot be read (%s). All files are checked again.", self._path, error)
 
     def check_all(
         self, files: Iterable[tuple[str, FileFacts]], *, progress: Callable[[int], None] = lambda done: None
     ) -> None:
-        """Check the files of a set as `mode` says. DataError names one that does not match. progress(bytes hashed)."""
+        """Check files as `mode` says. DataError names a file that does not match. progress: called with bytes hashed."""
         if self._mode == "never":
             return
-        wanted = [(path, facts) for path, facts in files if not self._is_known(path)]
-        total = sum(facts.bytes for _, facts in wanted)
+        unchecked = [(path, facts) for path, facts in files if not self._is_known(path)]
+        total = sum(facts.bytes for _, facts in unchecked)
         if self._mode == "auto" and total > BUDGET_BYTES:
             log.warning(
-                "%d files of %s have not been checked against their checksums. `stratum inspect -cn RECIPE "
-                "--verify` does it, once; files that change from now on are checked before they are used.",
-                len(wanted),
+                "%d files of %s have not been compared with their checksums. `stratum inspect -cn RECIPE "
+                "--verify` does it once. Files that change from now on are checked before they are used.",
+                len(unchecked),
                 units.gib(total),
             )
             return
         with ThreadPoolExecutor(max_workers=max(1, len(os.sched_getaffinity(0)))) as pool:
-            for facts in pool.map(lambda item: self._hash(*item), wanted):
+            for facts in pool.map(lambda item: self._hash(*item), unchecked):
                 progress(facts.bytes)
-        if wanted:
-            self._keep()
+        if unchecked:
+            self._store()
 
     def check(self, path: str, facts: FileFacts) -> None:
-        """Before a file is used: its size, and its content if it changed since it was checked or first seen."""
+        """Check a file before it is used: its size, and its checksum if it changed since the last check or first use."""
         now = _signature(path)
         if now[0] != facts.bytes:
             raise DataError(
-                f"{path} is {now[0]:,} bytes long, the manifest says {facts.bytes:,}: truncated or replaced. Prepare the "
+                f"{path} is {now[0]:,} bytes long, but the manifest says {facts.bytes:,}: truncated or replaced. Prepare the "
                 f"data again."
             )
         before = self._verified.get(path) or self._seen.setdefault(path, now)
         if before == now:
             return
         if self._mode == "never":
-            raise DataError(f"{path} was changed after it had been opened. Start again, from data that stays as it is.")
+            raise DataError(f"{path} was changed after it had been opened. Restore it and start the run again.")
         self._hash(path, facts)
-        self._keep()
+        self._store()
 
     def _is_known(self, path: str) -> bool:
         return path in self._verified and self._verified[path] == _signature(path)
@@ -94,13 +94,13 @@ class Verifier:
             self._verified[path] = before
         return facts
 
-    def _keep(self) -> None:
+    def _store(self) -> None:
         with self._lock:
             text = json.dumps(self._verified, indent=0)
         try:
             disk.write_text(self._path, text, is_own=True)
         except OSError as error:  # the data may be read-only
-            log.info("%s cannot be written (%s): files are checked again next time.", self._path, error)
+            log.info("%s cannot be written (%s). Files are checked again next time.", self._path, error)
 
 
 def _signature(path: str) -> list[int]:

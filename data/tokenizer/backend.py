@@ -1,4 +1,4 @@
-"""The interface of a tokenizer library, between `data.tokenizer` and the three kinds of files there are."""
+"""The interface of the three tokenizer libraries, one for each kind of file."""
 
 import hashlib
 import json
@@ -9,32 +9,34 @@ from typing import Any
 
 import numpy as np
 
+from recipes.schema.errors import DataError
 
-class Unencodable(ValueError):
-    """A text that a tokenizer library cannot encode."""
+
+class Unencodable(DataError):
+    """A tokenizer library cannot encode a text. The message is the rest of a sentence that begins with the text's name."""
 
 
 LARGEST_VOCAB = 1 << 24
-"""Ids of the largest vocabulary that is read: tables by id take memory for every id up to the largest."""
+"""Limit for ids, because tables by id take memory for every id up to the largest."""
 
 
 def check_ids(ids: Iterable[int]) -> None:
-    """Refuse ids of tokens that are not whole numbers from 0 on, or so large that tables by id would not fit. ValueError."""
+    """ValueError for ids that are not integers from 0 on, or so large that tables by id would not fit into memory."""
     for number in ids:
         if not isinstance(number, int) or not 0 <= number < LARGEST_VOCAB:
-            raise ValueError(f"it has a token of id {number!r}; ids are whole numbers from 0 to {LARGEST_VOCAB - 1:,}")
+            raise ValueError(f"it has a token of id {number!r}, but ids are integers from 0 to {LARGEST_VOCAB - 1:,}")
 
 
 class Backend(ABC):
-    """One loaded tokenizer file. Encoding adds no special tokens and reads none in a text: what looks like one is text."""
+    """One loaded tokenizer file. Encoding gives no special tokens: their names in a text are encoded as ordinary text."""
 
     file: str
-    """Name its file is kept under in a folder of prepared data."""
+    """Name of its file in a folder of prepared data."""
     vocab_size: int
     is_exact = True
-    """Whether decoding gives a text back to the byte. Otherwise words come back, perhaps with other blanks."""
+    """Whether decoding returns exactly the text. Otherwise it returns the same words, maybe with other blanks."""
     special: Mapping[str, int]
-    """Special tokens by name."""
+    """{name: id} of the special tokens."""
 
     @abstractmethod
     def encode(self, text: str) -> list[int]:
@@ -42,39 +44,39 @@ class Backend(ABC):
 
     @abstractmethod
     def encode_batch(self, texts: list[str], threads: int) -> list[np.ndarray]:
-        """Ids of several texts, whole-number arrays, on up to `threads` threads. Unencodable where one of them is."""
+        """Ids of several texts, as integer arrays, with up to `threads` threads. Unencodable if one cannot be encoded."""
 
     @abstractmethod
     def bytes_of(self, token: int) -> bytes:
-        """UTF-8 bytes an id stands for, a part of a character perhaps; nothing for special tokens."""
+        """UTF-8 bytes of an id, maybe only part of a character. No bytes for special tokens."""
 
     def image(self, text: str) -> str:
-        """What decoding should give back: the text as the file's own normaliser leaves it."""
+        """The text after the file's own normaliser, which decoding should return."""
         return text
 
     @property
     def note(self) -> str | None:
-        """What the user should know about the way this file is encoded."""
+        """What the user should know about how texts are encoded with this file."""
         return None
 
     @property
     def template_begin(self) -> str | None:
-        """Special token that the file's own template puts before a text; None if it puts none, or has no template."""
+        """Special token that the file's own template puts before a text; None if it puts none or there is no template."""
         return None
 
     @property
     def unknown(self) -> int | None:
-        """Id of the unknown token; None without one."""
+        """Id of the unknown token; None if there is none."""
         return None
 
     @abstractmethod
     def content(self) -> Any:
-        """All that decides the ids of a text, without what is chance in the file; the same content is one tokenizer."""
+        """Everything in the file that decides the ids of a text, and nothing else. The same content is the same tokenizer."""
 
     def tokenizer_json(self) -> dict[str, Any] | None:
         """Content of a `tokenizer.json` with the same ids for every text; None if no such conversion is known.
 
-        DataError says which part of the tokenizer a `tokenizer.json` cannot represent.
+        DataError names the part of the tokenizer that a `tokenizer.json` cannot represent.
         """
         return None
 

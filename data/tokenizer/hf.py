@@ -1,16 +1,17 @@
-"""`tokenizer.json` files; the only module that knows the `tokenizers` library.
+"""`tokenizer.json` files, through the `tokenizers` library.
 
-Any such file loads. If it is a byte-level BPE whose merges follow the order of its ids, as training makes them and in most
-published files, tiktoken encodes in bulk, several times faster. Two conditions must hold: `as_ranks` shows, token by token,
-that the merges give the same ids, and both libraries, whose regular expressions read some patterns differently, give the same
-ids for the texts of `data.tokenizer.proof`. Otherwise `tokenizers` encodes in bulk, and `note` says so. While tiktoken
-encodes, the beginning of one text in every million characters is encoded both ways and compared.
+Every such file can be loaded. In most published files, and after training, it is a byte-level BPE whose merges follow the
+order of its ids. Then tiktoken encodes in bulk, several times faster, if two conditions hold. `as_ranks` must show, token by
+token, that the merges give the same ids. And both libraries, whose regular expressions read some patterns differently, must
+give the same ids for the texts of `data.tokenizer.proof`. Otherwise `tokenizers` encodes in bulk, and `note` says so. While
+tiktoken encodes, the beginning of one text in every million characters is encoded by both and compared.
 """
 
 import contextlib
 import functools
 import json
-from collections.abc import Iterable, Sequence
+import math
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +28,9 @@ from recipes.schema.foreign import printable
 
 FILE = "tokenizer.json"
 _COMPARED_CHARACTERS = 2048
-"""Characters that both libraries encode, of every _COMPARED_EVERY: about a hundredth of the encoding time."""
+"""Of every _COMPARED_EVERY characters, this many are encoded by both libraries: about 1 % of the encoding time."""
 _COMPARED_EVERY = 1 << 20
+_MOST_GROWTH = 1000
 
 
 class HuggingFace(Backend):
@@ -37,10 +39,10 @@ class HuggingFace(Backend):
     file = FILE
 
     def __init__(self, library: Library, *, fast: bool = True) -> None:
-        """fast: encode in bulk with tiktoken where `as_ranks` allows."""
+        """fast: encode in bulk with tiktoken if it gives the same ids."""
         library.no_truncation()  # truncation and padding would silently change documents
         library.no_padding()
-        library.encode_special_tokens = True  # a special token spelled out in a text is text
+        library.encode_special_tokens = True  # the name of a special token in a text is ordinary text
         if isinstance(library.model, models.BPE):
             library.model.dropout = None  # with dropout, ids would be random
         self._library = library
@@ -60,11 +62,12 @@ class HuggingFace(Backend):
 
     @functools.cached_property
     def ranks(self) -> Ranks | None:
-        """The same tokenizer by ranks; None if `as_ranks` cannot show that there is one."""
+        """The same tokenizer by ranks; None if `as_ranks` cannot show that they give the same ids."""
         return as_ranks(self.parsed)
 
     @functools.cached_property
     def _fast(self) -> Any:
+        """tiktoken's encoder; None if it may not be used. See the top of this file."""
         if not self._wants_fast or self.ranks is None:
             return None
         try:
@@ -80,14 +83,15 @@ class HuggingFace(Backend):
         """Why `tokenizers` encodes in bulk although the merges allow tiktoken; None otherwise."""
         if self._wants_fast and self.ranks is not None and self._fast is None:
             return (
-                f"tiktoken reads the pattern {self.ranks.pattern!r} differently from `tokenizers`, so texts are encoded by "
-                f"`tokenizers`, several times slower."
+                f"tiktoken and `tokenizers` read the pattern {self.ranks.pattern!r} differently, so `tokenizers` encodes texts, "
+                f"several times slower."
             )
         return None
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text."""
-        return self._as_text(self._library.encode(text, add_special_tokens=False).ids)
+        with _giving_up():
+            return self._as_text(self._library.encode(text, add_special_tokens=False).ids)
 
     def encode_batch(self, texts: list[str], threads: int) -> list[np.ndarray]:
         """Ids of several texts. DataError if the two libraries differ on the beginning of one."""
@@ -96,12 +100,11 @@ class HuggingFace(Backend):
             if texts and self._uncompared >= _COMPARED_EVERY:
                 self._uncompared = 0
                 self._compare(texts[0][:_COMPARED_CHARACTERS])
-            with contextlib.suppress(Unencodable):  # this library may encode a text that tiktoken cannot
+            with contextlib.suppress(Unencodable):  # `tokenizers` may encode a text that tiktoken cannot
                 return encode_batch(self._fast, texts, threads)
-        return [
-            np.asarray(self._as_text(e.ids), dtype=np.int64)
-            for e in self._library.encode_batch_fast(texts, add_special_tokens=False)
-        ]
+        with _giving_up():
+            encoded = self._library.encode_batch_fast(texts, add_special_tokens=False)
+        return [np.asarray(self._as_text(each.ids), dtype=np.int64) for each in encoded]
 
     def _compare(self, text: str) -> None:
         if self._fast.encode_ordinary(text) != self.encode(text):
@@ -112,8 +115,11 @@ class HuggingFace(Backend):
 
     @functools.cached_property
     def _spelled(self) -> dict[int, list[int]]:
-        """By id of a special token: the ids that spell its name as text. Only special tokens that are also in the model's
-        vocabulary, because the model finds these in a text; not the unknown token, which also stands for unknown text."""
+        """{id of a special token: ids that spell its name as text}.
+
+        Only special tokens that are also in the model's vocabulary, because the model finds these in a text. Not the unknown
+        token, which also stands for unknown text.
+        """
         vocab = self.parsed["model"]["vocab"]
         known = vocab if isinstance(vocab, dict) else {entry[0] for entry in vocab}
         return {
@@ -123,7 +129,7 @@ class HuggingFace(Backend):
         }
 
     def _letters(self, name: str) -> list[int]:
-        """Ids of a text, one character at a time: a vocabulary that can spell the text at all can spell it so."""
+        """Ids of a text, one character at a time. If the vocabulary can spell the text at all, it can do so by characters."""
         ids: list[int] = []
         for at, character in enumerate(name):
             if self._kind == "bytes":
@@ -138,7 +144,7 @@ class HuggingFace(Backend):
         return ids
 
     def _as_text(self, ids: list[int]) -> list[int]:
-        """Ids without special tokens: if the model found the name of one in the text, the name is spelled out."""
+        """Ids without special tokens. If the model found the name of one in the text, its id is replaced by ids that spell it."""
         if not self._spelled or self._spelled.keys().isdisjoint(ids):
             return ids
         return [number for found in ids for number in self._spelled.get(found, (found,))]
@@ -148,7 +154,7 @@ class HuggingFace(Backend):
         """Special token that the file's own template puts before a text."""
         encoded = self._library.encode("a", add_special_tokens=True)
         if not encoded.ids or not encoded.special_tokens_mask[0] or 0 not in encoded.special_tokens_mask:
-            return None  # the template puts nothing first, or "a" has no token to mark where the text begins
+            return None  # the template puts nothing before the text, or "a" has no token, so that the text's start is unknown
         return self._tokens[encoded.ids[0]]
 
     @functools.cached_property
@@ -176,7 +182,7 @@ class HuggingFace(Backend):
         return self.is_exact and any(step.get("type") == "ByteLevel" and step["add_prefix_space"] for step in steps)
 
     def bytes_of(self, token: int) -> bytes:
-        """Bytes of an id, by the kind of its pieces."""
+        """UTF-8 bytes of an id."""
         if token in self._added:
             return self._added[token]
         piece = self._tokens.get(token)
@@ -207,8 +213,8 @@ class HuggingFace(Backend):
         return text
 
     def content(self) -> Any:
-        """The ranks if it has them, so that the same vocabulary in a tekken file is the same tokenizer; otherwise the parts of
-        the file that encoding uses."""
+        """The ranks, if there are any, so that a tekken file with the same vocabulary is the same tokenizer. Otherwise the parts
+        of the file that encoding uses."""
         if self.ranks is not None:
             return self.ranks.content()
         return {key: self.parsed[key] for key in ("added_tokens", "normalizer", "pre_tokenizer", "model")}
@@ -218,22 +224,41 @@ class HuggingFace(Backend):
         self._library.save(str(path))
 
 
-def load(path: Path, content: bytes, *, fast: bool = True) -> HuggingFace:
-    """Read a `tokenizer.json`. path: of the file, for messages. DataError if it cannot be read."""
+@contextlib.contextmanager
+def _giving_up() -> Iterator[None]:
+    """Unencodable where the library's Rust code panics: a pattern of the file takes too many steps on a text. A panic is not an
+    Exception."""
     try:
-        _check_special_tokens(json.loads(content))
+        yield
+    except (KeyboardInterrupt, SystemExit, DataError):
+        raise
+    except BaseException as error:
+        raise Unencodable(
+            f"cannot be cut into tokens: tokenizers gives up ({printable(str(error), most=200)})"
+        ) from error
+
+
+def load(path: Path, content: bytes, *, fast: bool = True) -> HuggingFace:
+    """Read a `tokenizer.json`. path: for messages. DataError if it cannot be read."""
+    try:
+        parsed = json.loads(content)
+        _check_special_tokens(parsed)
+        _check_growth(parsed)
         tokenizer = HuggingFace(Library.from_buffer(content), fast=fast)
         tokenizer.encode("a")
         return tokenizer
     except (KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:  # a panic of the library's Rust code is not an Exception
-        raise DataError(f"{path} is not a tokenizer.json: {printable(str(error), most=300)}") from error
+        reason = printable(str(error), most=300).rstrip(".")
+        raise DataError(
+            f"{path} is not a tokenizer.json: {reason}. Set data.tokenizer.path to another file."
+        ) from error
 
 
 def _check_special_tokens(parsed: Any) -> None:
-    """ValueError if a special token has the id of another token: a document could then contain it. The library would silently
-    give it a new id."""
+    """ValueError if a special token has the id of another token, because a document could then contain it. The library
+    itself would silently give the special token a new id."""
     model, added = parsed["model"], parsed.get("added_tokens") or []
     vocab = model["vocab"]
     if not isinstance(vocab, dict):  # Unigram: a list of [piece, score]
@@ -245,6 +270,27 @@ def _check_special_tokens(parsed: Any) -> None:
         taken = names.setdefault(entry["id"], entry["content"])
         if taken != entry["content"]:
             raise ValueError(f"its added token {entry['content']!r} has the id {entry['id']} of the token {taken!r}")
+
+
+def _check_growth(parsed: dict[str, Any]) -> None:
+    """ValueError if the file's replacements can make a text _MOST_GROWTH times longer: nine steps that write ten letters for one
+    turn a letter into gigabytes."""
+    for part in ("normalizer", "decoder"):
+        growth = _growth(parsed.get(part))
+        if growth > _MOST_GROWTH:
+            raise ValueError(f"its {part} can make a text {growth:,.0f} times longer; at most {_MOST_GROWTH} is taken")
+
+
+def _growth(step: Any) -> float:
+    """How many times longer one step of a normaliser or decoder can make a text."""
+    match step:
+        case {"type": "Sequence", "normalizers": inner} | {"type": "Sequence", "decoders": inner}:
+            return math.prod(map(_growth, inner))
+        case {"type": "Replace", "pattern": {"String": pattern}, "content": content} if pattern:
+            return max(1.0, len(content.encode()) / len(pattern.encode()))
+        case {"type": "Replace", "content": content}:  # a regular expression may match single letters
+            return 1.0 + len(content.encode())
+    return 1.0
 
 
 def train(texts: Iterable[str], config: TokenizerConfig) -> HuggingFace:
@@ -259,10 +305,10 @@ def train(texts: Iterable[str], config: TokenizerConfig) -> HuggingFace:
         pattern = portable(PATTERNS.get(str(config.pattern), str(config.pattern)))
         try:
             cut = pre_tokenizers.Split(Regex(pattern), behavior="isolated")
-        except Exception as error:  # the library's own type
+        except Exception as error:  # the library raises plain Exception
             raise DataError(
                 f"data.tokenizer.pattern={config.pattern!r} is neither a regular expression nor one of "
-                f"{', '.join(PATTERNS)}: {error}"
+                f"{', '.join(PATTERNS)}: {error}. Use one of these, or correct it."
             ) from error
         whole = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
         library.pre_tokenizer = pre_tokenizers.Sequence([cut, whole])
@@ -270,9 +316,9 @@ def train(texts: Iterable[str], config: TokenizerConfig) -> HuggingFace:
     special = {config.end_of_document: 0} | dict(config.special_tokens)
     if sorted(special.values()) != list(range(len(special))):
         raise DataError(
-            f"data.tokenizer.special_tokens of a tokenizer to train must have the ids 0, 1, 2, ... without gaps, together with "
-            f"{config.end_of_document!r}, which has the id 0 unless it is listed. They are "
-            f"{', '.join(f'{k}={v}' for k, v in special.items())}."
+            f"the special tokens of a tokenizer to train must have the ids 0, 1, 2, ... without gaps, but they are "
+            f"{', '.join(f'{k}={v}' for k, v in special.items())} ({config.end_of_document!r} is 0 unless it is "
+            f"listed). Change the ids in data.tokenizer.special_tokens."
         )
     trainer = trainers.BpeTrainer(
         vocab_size=config.vocab_size,
@@ -290,20 +336,20 @@ def train(texts: Iterable[str], config: TokenizerConfig) -> HuggingFace:
     size = library.get_vocab_size()
     if size != config.vocab_size:
         raise DataError(
-            f"data.tokenizer.vocab_size={config.vocab_size}, but these texts only give {size} tokens. Use more text, or "
+            f"data.tokenizer.vocab_size={config.vocab_size}, but these texts only give {size} tokens. Use more text, or set "
             f"data.tokenizer.vocab_size={size}."
         )
     return HuggingFace(library, fast=config.encoder == "auto")
 
 
 def as_ranks(parsed: dict[str, Any]) -> Ranks | None:
-    """A `tokenizer.json` as ranks with the same ids for every text; None if that cannot be shown.
+    """Ranks that give the same ids for every text as a `tokenizer.json`; None if this cannot be shown.
 
-    BPE by merges joins the neighbours that come first in the list of merges; BPE by ranks joins the neighbours whose union is
-    the token of lowest rank. Both give the same ids if, for every token t, the last join when the bytes of t alone are joined
-    by ranks is a listed merge, and these merges are listed in the order of their tokens' ids. Proof: the joins inside a stretch
-    of bytes do not depend on the bytes around it until something is joined across its ends. So whenever two neighbours make up
-    t, they are the two parts of the last join of t alone, and both ways make the same joins in the same order.
+    BPE by merges joins the pair of neighbours that is first in the list of merges. BPE by ranks joins the pair whose union is
+    the token of lowest rank. Both give the same ids under one condition: for every token t, when the bytes of t alone are joined
+    by ranks, the last join is a listed merge, and these merges are listed in the order of their tokens' ids. Proof: the joins
+    inside a range of bytes do not depend on the bytes around it until a join crosses its ends. So whenever two neighbours make
+    up t, they are the two parts of the last join of t alone, and both ways make the same joins in the same order.
     """
     pattern = _pattern_of(parsed["pre_tokenizer"])
     model = parsed["model"]
@@ -346,9 +392,9 @@ def as_ranks(parsed: dict[str, Any]) -> Ranks | None:
 
 
 def as_parsed(ranks: Ranks) -> dict[str, Any]:
-    """Ranks as the content of a `tokenizer.json` with the same ids for every text: the inverse of `as_ranks`.
+    """The content of a `tokenizer.json` that gives the same ids for every text as ranks. The inverse of `as_ranks`.
 
-    DataError for a token that is not the union of two tokens: merges cannot make it.
+    DataError for a token that is not the union of two tokens, because no merge makes it.
     """
     rank = {token: number for number, token in enumerate(ranks.tokens)}
     merges = []
@@ -383,7 +429,7 @@ def as_parsed(ranks: Ranks) -> dict[str, Any]:
 
 
 def _last_pair(token: bytes, rank: dict[bytes, int]) -> tuple[bytes, bytes] | None:
-    """The two parts of the last join when the bytes of `token` are joined by ranks; None if that does not make the token."""
+    """The two parts of the last join when the bytes of `token` are joined by ranks; None if they do not become the token."""
     parts = [token[i : i + 1] for i in range(len(token))]
     while len(parts) > 2:
         best, best_at = None, -1
@@ -429,8 +475,8 @@ def _sample(parsed: dict[str, Any]) -> Iterable[str]:
 
 
 def _byte_alphabet() -> dict[str, int]:
-    """The byte each character of a byte-level token stands for (GPT-2's table: printable bytes are themselves, the
-    others take the code points from 256 on, in order)."""
+    """{character of a byte-level token: its byte}, by GPT-2's table. A printable byte is its own character; the others have the
+    code points from 256 on, in order."""
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     table = {chr(byte): byte for byte in printable}
     others = (byte for byte in range(256) if byte not in set(printable))

@@ -1,6 +1,6 @@
-"""SentencePiece `.model` files; the only module that knows the `sentencepiece` library.
+"""SentencePiece `.model` files, through the `sentencepiece` library.
 
-SentencePiece may normalise a text and put a space before it, as the file says: decoding gives the normalised text, and
+SentencePiece may normalise a text and put a space before it, as the file says. Decoding returns the normalised text, and
 bytes per token are counted on it.
 """
 
@@ -26,12 +26,14 @@ class SentencePiece(Backend):
     is_exact = False
 
     def __init__(self, path: Path, content: bytes) -> None:
-        """content: of the file, whose path is for messages. DataError if the library refuses it."""
+        """path: for messages. content: of the file. DataError if the library refuses it."""
         self._model = content
         try:
             self._processor = sentencepiece.SentencePieceProcessor(model_proto=self._model)
         except RuntimeError as error:
-            raise DataError(f"{path} is not a SentencePiece model: {error}") from error
+            raise DataError(
+                f"{path} is not a SentencePiece model: {error}. Set data.tokenizer.path to another file."
+            ) from error
         p = self._processor
         self.vocab_size = p.vocab_size()
         numbers = range(self.vocab_size)
@@ -50,7 +52,7 @@ class SentencePiece(Backend):
         ]
 
     def image(self, text: str) -> str:
-        """The text as the model's rules normalise it."""
+        """The text after normalisation by the model's rules."""
         normal: str = self._processor.normalize(text)
         return normal
 
@@ -70,12 +72,12 @@ class SentencePiece(Backend):
         return bytes([int(piece[3:5], 16)]) if self._processor.is_byte(token) else piece.replace(_SPACE, " ").encode()
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Text of ids as the library joins them: without the space it put before the text."""
+        """Text of ids, without the space that the library put before the text."""
         text: str = self._processor.decode([int(n) for n in ids if not self._silent[n]])
         return text
 
     def content(self) -> Any:
-        """Pieces, scores, kinds, and the rules of normalising; not how the model was trained."""
+        """Pieces, scores, kinds, and the rules of normalisation, but not how the model was trained."""
         from sentencepiece import sentencepiece_model_pb2
 
         model = sentencepiece_model_pb2.ModelProto.FromString(self._model)
@@ -96,7 +98,7 @@ class SentencePiece(Backend):
         }
 
     def tokenizer_json(self) -> dict[str, Any]:
-        """The model as a `tokenizer.json`, as Llama 2's and Gemma's are published. DataError for kinds and rules without one."""
+        """The model as a `tokenizer.json`, in the form of Llama 2's and Gemma's. DataError for models that have no such form."""
         from sentencepiece import sentencepiece_model_pb2
 
         model = sentencepiece_model_pb2.ModelProto.FromString(self._model)
@@ -109,7 +111,7 @@ class SentencePiece(Backend):
             "several spaces become one": rules.remove_extra_whitespaces,
             "spaces belong to the word before": trained.treat_whitespace_as_suffix,
             "spaces are not written as \u2581": not rules.escape_whitespaces,
-            "words of its own are given, and a space before each text": rules.add_dummy_prefix
+            "it has user-defined words and puts a space before each text": rules.add_dummy_prefix
             and any(piece.type == kinds.USER_DEFINED for piece in model.pieces),
             "pieces are marked unused": any(piece.type == kinds.UNUSED for piece in model.pieces),
         }  # fmt: skip
@@ -118,7 +120,7 @@ class SentencePiece(Backend):
         ids = {piece.piece: number for number, piece in enumerate(model.pieces)}
         normal = [piece for piece in model.pieces if piece.type == kinds.NORMAL]
         names = {piece.piece for piece in normal}
-        # SentencePiece joins the two neighbours whose union has the best score; merges are listed in this order.
+        # SentencePiece joins the two neighbours whose union has the best score, so merges are listed in the order of scores.
         merges = [
             [text[:cut], text[cut:]]
             for text in (piece.piece for piece in sorted(normal, key=lambda piece: (-piece.score, ids[piece.piece])))
@@ -160,5 +162,5 @@ class SentencePiece(Backend):
         }
 
     def save(self, path: Path) -> None:
-        """The file as it was read."""
+        """Write the file as it was read."""
         path.write_bytes(self._model)

@@ -1,10 +1,10 @@
-"""Texts that tell two ways of cutting apart: what a fast encoder must encode as the reference does before it is used.
+"""Texts that show differences between two encoders. A fast encoder is used only if it encodes them as the reference does.
 
     proof_texts(tokens)   characters of every Unicode category in several contexts, runs of digits and blanks, line ends, emoji
                           sequences, contractions, and every token of the vocabulary in a few contexts
 
-Two encoders with the same merges differ only where one of them cuts inside what the other makes a token of, so the tokens
-themselves are the texts that matter most.
+Two encoders with the same merges differ only where one of them cuts a text inside a token of the other. So the tokens
+themselves are the most important texts.
 """
 
 import functools
@@ -14,11 +14,11 @@ import unicodedata
 from collections.abc import Iterable
 
 _DENSE = 0x20000
-"""Below this the characters of many kinds are; above, ideographs, private use, and a few tags."""
+"""Characters of many categories are below this code point. Above are ideographs, private use, and a few tags."""
 _CHUNK = 48
-"""Characters probed in one text."""
+"""Characters in one text."""
 _MOST_TOKENS = 20_000
-"""Of the vocabulary, evenly spread where it has more."""
+"""Use at most this many tokens of the vocabulary, evenly spread."""
 _WRITTEN = (
     *("1" * n for n in range(1, 10)),
     *(f"year {'7' * n}, x{'2' * n}y -{'3' * n}.{'0' * n}" for n in range(1, 8)),
@@ -36,7 +36,7 @@ _WRITTEN = (
 
 
 def proof_texts(tokens: Iterable[bytes]) -> list[str]:
-    """Texts to encode both ways. tokens: the vocabulary; only tokens that are whole characters are used."""
+    """The texts to encode with both. tokens: the vocabulary; only tokens of complete characters are used."""
     whole = []
     for token in tokens:
         try:
@@ -51,11 +51,11 @@ def proof_texts(tokens: Iterable[bytes]) -> list[str]:
 
 @functools.cache
 def _characters() -> tuple[str, ...]:
-    """Probes that do not depend on the vocabulary."""
+    """The texts that do not depend on the vocabulary."""
     chosen = []
     for category, run in itertools.groupby(range(_DENSE), key=lambda point: unicodedata.category(chr(point))):
         points = list(run)
-        # Ends of a run, and more inside: two libraries know different versions of Unicode, which fill unassigned runs.
+        # The ends of a run and points inside it, because newer versions of Unicode fill unassigned runs.
         stride = 64 if category == "Cn" else 512
         if category != "Cs":
             chosen += sorted({points[0], points[-1], *points[::stride]})

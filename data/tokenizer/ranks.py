@@ -1,13 +1,13 @@
-"""Byte-level BPE given by ranks: tiktoken's and tekken's files, encoded by tiktoken.
+"""Byte-level BPE by ranks: tiktoken's and tekken's files, encoded by tiktoken.
 
-Ranks are tokens (byte strings) in the order they are merged; `offset` is the id of rank 0, and `pattern` the regular
-expression that cuts a text into pieces first. Three kinds of files:
+Ranks are tokens (byte strings) in the order in which they are merged. `offset` is the id of rank 0. `pattern` is the regular
+expression that first cuts a text into pieces. There are three kinds of files:
 
-    *.tiktoken        a line per token: base64 and rank. No pattern and no special tokens inside
+    *.tiktoken        one line per token, base64 and rank. It contains no pattern and no special tokens
     tekken .json      Mistral's: `config`, `vocab`, `special_tokens`
-    rank list .json   a list of {rank, token_bytes, token_str}, as Megatron-LM and Nemotron use it. Nothing else inside
+    rank list .json   a list of {rank, token_bytes, token_str}, as Megatron-LM and Nemotron use it, and nothing else
 
-What a file does not say comes from `data.tokenizer` of the recipe: pattern, rank_offset, special_tokens.
+What a file does not contain comes from `data.tokenizer` of the recipe: pattern, rank_offset, special_tokens.
 """
 
 import base64
@@ -31,8 +31,9 @@ from recipes.schema.foreign import printable
 FILE = "tokenizer.ranks.json"
 _FORMAT = "stratum-ranks-1"
 _MOST_SPECIAL = 100_000
-"""Special tokens that a tekken file may ask for; published ones have 1,000."""
+"""Limit for the special tokens of a tekken file. Published ones have 1,000."""
 _COUNTED = re.compile(r"(\{\d+(?:,\d*)?\})\+")
+"""A counted repetition with a plus: `{1,3}+`. The two libraries read it differently, see `portable`."""
 _ATOM = re.compile(
     r"\\[pP]\{[^}]*\}|\\x\{[^}]*\}|\\.|\[(?:\[:[^\]]*:\]|\\.|\[[^\]]*\]|\^?\]?[^\]\\\[])*\]|.", re.DOTALL
 )
@@ -40,7 +41,7 @@ _ATOM = re.compile(
 _TEKKEN_SPECIAL = ("<unk>", "<s>", "</s>", "[INST]", "[/INST]", "[AVAILABLE_TOOLS]", "[/AVAILABLE_TOOLS]",
                    "[TOOL_RESULTS]", "[/TOOL_RESULTS]", "[TOOL_CALLS]", "[IMG]", "<pad>", "[IMG_BREAK]", "[IMG_END]",
                    "[PREFIX]", "[MIDDLE]", "[SUFFIX]", "[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]", "[TOOL_CONTENT]")  # fmt: skip
-"""Names of the first ids of tekken files that name none (mistral-common, Tekkenizer, files up to version 7)."""
+"""Names of the first ids in tekken files that give no names (mistral-common, Tekkenizer, files up to version 7)."""
 
 _CL100K = r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}| ?[^\s\p{L}\p{N}]++[\r\n]*+|\s++$|\s*[\r\n]|\s+(?!\S)|\s"
 _CASED = r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
@@ -53,9 +54,9 @@ PATTERNS = {
     "o200k": f"{_CASED}{_SHORT}|{_UPPER}{_SHORT}|" + r"\p{N}{1,3}|" + _REST,
     "nemotron": f"{_CASED}|{_UPPER}|" + r"\p{N}|" + _REST,
 }
-"""Published patterns by name: GPT-2, OpenAI's two encodings (tiktoken_ext/openai_public.py), and the one of tekken files,
-which is Megatron-LM's `v2` and Nemotron's. cl100k is published with `\\p{N}{1,3}+`, the same in tiktoken's regular expressions;
-in those of `tokenizers` that means any number of digits."""
+"""Published patterns by name: GPT-2's, OpenAI's two (tiktoken_ext/openai_public.py), and that of tekken files, which is also
+Megatron-LM's `v2` and Nemotron's. cl100k is published with `\\p{N}{1,3}+`. In tiktoken's regular expressions this means the
+same as here; in those of `tokenizers` it means any number of digits."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,7 @@ class Ranks:
     """A byte-level BPE by its ranks."""
 
     tokens: list[bytes]
-    """By rank; every single byte is among them."""
+    """In the order of ranks. Every single byte is among them."""
     offset: int
     pattern: str
     special: Mapping[str, int]
@@ -74,7 +75,7 @@ class Ranks:
         return max(self.offset + len(self.tokens), 1 + max(self.special.values(), default=-1))
 
     def content(self) -> Any:
-        """What decides the ids."""
+        """Everything that decides the ids."""
         digest = hashlib.sha256()
         for token in self.tokens:
             digest.update(len(token).to_bytes(4, "little") + token)
@@ -104,11 +105,11 @@ class Tiktoken(Backend):
         return encode_batch(self._encoding, [text], 1)[0].tolist()
 
     def encode_batch(self, texts: list[str], threads: int) -> list[np.ndarray]:
-        """Ids of several texts; tiktoken works outside of Python's lock."""
+        """Ids of several texts. tiktoken releases Python's lock, so threads help."""
         return encode_batch(self._encoding, texts, threads)
 
     def bytes_of(self, token: int) -> bytes:
-        """Bytes of an id; DataError beyond the vocabulary."""
+        """UTF-8 bytes of an id. DataError outside the vocabulary."""
         if token in self._names:
             return b""
         rank = token - self.ranks.offset
@@ -123,7 +124,7 @@ class Tiktoken(Backend):
         return self.ranks.content()
 
     def save(self, path: Path) -> None:
-        """All of it in one JSON file of this project, pattern and special tokens included."""
+        """Write a JSON file in this project's own format, with pattern and special tokens."""
         tokens = [base64.b64encode(token).decode() for token in self.ranks.tokens]
         content = {
             "format": _FORMAT,
@@ -136,23 +137,24 @@ class Tiktoken(Backend):
 
 
 def portable(pattern: str) -> str:
-    """A pattern as tiktoken reads it, written so that `tokenizers` reads the same.
+    """Rewrite a pattern for tiktoken so that `tokenizers` matches the same texts.
 
-    `X{1,3}+` takes its digits at once and gives none back in Rust's regular expressions; in Oniguruma it repeats the whole.
+    In Rust's regular expressions, `X{1,3}+` is possessive: it matches 1 to 3 times and gives nothing back. In Oniguruma, the
+    plus repeats the whole.
     """
     return _each_counted(pattern, lambda atom, count, is_last: f"{atom}{count}" if is_last else f"(?>{atom}{count})")
 
 
 def from_oniguruma(pattern: str) -> str:
-    """A pattern as `tokenizers` reads it, written so that tiktoken reads the same (see `portable`)."""
+    """Rewrite a pattern for `tokenizers` so that tiktoken matches the same texts (see `portable`)."""
     return _each_counted(pattern, lambda atom, count, is_last: f"(?:{atom}{count})+")
 
 
 def _each_counted(pattern: str, write: Callable[[str, str, bool], str]) -> str:
-    """A pattern with each `atom{n,m}+` written otherwise. write(atom, count, whether its alternative ends there)."""
+    """A pattern with each `atom{n,m}+` replaced by write(atom, count, whether its alternative ends there)."""
     out: list[str] = []
     opened: list[int] = []
-    atom, at = 0, 0  # place in `out` where the atom before begins; place in the pattern
+    atom, at = 0, 0  # index in `out` at which the last atom begins; index in the pattern
     while at < len(pattern):
         counted = _COUNTED.match(pattern, at)
         if counted and out:
@@ -178,15 +180,18 @@ def _each_counted(pattern: str, write: Callable[[str, str, bool], str]) -> str:
 
 
 def encoding_of(ranks: Ranks) -> tiktoken.Encoding:
-    """tiktoken's encoder. DataError for ranks it would not survive.
+    """tiktoken's encoder. DataError for ranks that would crash it.
 
-    What the pattern does not match is a piece of its own, as in `tokenizers`; tiktoken by itself would leave it out.
+    Text that the pattern does not match becomes a piece of its own, as in `tokenizers`. tiktoken would leave it out.
     """
     if len(set(ranks.tokens)) != len(ranks.tokens):
-        raise DataError("the tokenizer has the same token twice.")
+        raise DataError("the tokenizer has the same token twice. Set data.tokenizer.path to another file.")
     lacking = {bytes([byte]) for byte in range(256)} - set(ranks.tokens)
     if lacking:
-        raise DataError(f"the tokenizer has no token for {len(lacking)} of the 256 bytes, e.g. {min(lacking)!r}.")
+        raise DataError(
+            f"the tokenizer has no token for {len(lacking)} of the 256 bytes, e.g. {min(lacking)!r}. Set data.tokenizer.path to "
+            f"another file."
+        )
     try:
         return tiktoken.Encoding(
             name="stratum",
@@ -195,7 +200,10 @@ def encoding_of(ranks: Ranks) -> tiktoken.Encoding:
             special_tokens=dict(ranks.special),
         )
     except ValueError as error:
-        raise DataError(f"the tokenizer's pattern {ranks.pattern!r} is not understood: {error}") from error
+        raise DataError(
+            f"tiktoken cannot read the tokenizer's pattern {ranks.pattern!r}: {error}. Set data.tokenizer.pattern to one of "
+            f"{', '.join(PATTERNS)}."
+        ) from error
 
 
 def encode_batch(encoding: tiktoken.Encoding, texts: list[str], threads: int) -> list[np.ndarray]:
@@ -204,8 +212,10 @@ def encode_batch(encoding: tiktoken.Encoding, texts: list[str], threads: int) ->
     def encode(text: str) -> np.ndarray:
         try:
             return encoding.encode_to_numpy(text, disallowed_special=())
-        except ValueError as error:  # hundreds of thousands of blanks in a row: its regular expressions have a bound
-            raise Unencodable(f"is a text that tiktoken cannot cut into pieces: {error}") from error
+        except (
+            ValueError
+        ) as error:  # its regular expressions have a limit: e.g. hundreds of thousands of successive blanks
+            raise Unencodable(f"cannot be cut into tokens: tiktoken gives up ({error})") from error
 
     if threads == 1 or len(texts) == 1:
         return [encode(text) for text in texts]
@@ -214,8 +224,8 @@ def encode_batch(encoding: tiktoken.Encoding, texts: list[str], threads: int) ->
 
 
 def load(path: Path, content: bytes, config: TokenizerConfig) -> Ranks:
-    """Ranks of any of the files. path: for messages. DataError for another kind of file, or if it lacks something
-    that the recipe does not give either."""
+    """Ranks of any of the three kinds of files. path: for messages. DataError for another kind of file, and for a missing
+    pattern."""
     try:
         if path.suffix == ".json":
             parsed = json.loads(content)
@@ -224,19 +234,22 @@ def load(path: Path, content: bytes, config: TokenizerConfig) -> Ranks:
                 return _checked(Ranks(tokens, parsed["offset"], parsed["pattern"], parsed["special"]))
             if isinstance(parsed, dict):
                 return _tekken(parsed, config)
-            return _completed(_ranked(parsed, config), config, path)
+            pairs = [(row["rank"], base64.b64decode(row["token_bytes"])) for row in parsed]
+            return _completed(_in_order(pairs), config, path)
         lines = (line.split() for line in content.splitlines() if line)
         pairs = sorted((int(rank), base64.b64decode(token)) for token, rank in lines)
-        return _completed(_in_order(pairs, config), config, path)
+        return _completed(_in_order(pairs), config, path)
     except DataError:
         raise
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         why = printable(str(error) if type(error) is ValueError else repr(error), most=300)
-        raise DataError(f"{path} is not a tiktoken or tekken file: {why}") from error
+        raise DataError(
+            f"{path} is not a tiktoken or tekken file: {why.rstrip('.')}. Set data.tokenizer.path to another file."
+        ) from error
 
 
 def _checked(ranks: Ranks) -> Ranks:
-    """Ranks whose special tokens have ids of their own. ValueError."""
+    """The same ranks. ValueError if a special token has the id of an ordinary one, or the pattern is not text."""
     check_ids([ranks.offset, *ranks.special.values()])
     for name, number in ranks.special.items():
         if 0 <= number - ranks.offset < len(ranks.tokens):
@@ -250,30 +263,27 @@ def _tekken(parsed: dict[str, Any], config: TokenizerConfig) -> Ranks:
     settings = parsed["config"]
     offset = settings["default_num_special_tokens"]
     if not isinstance(offset, int) or not 0 <= offset <= _MOST_SPECIAL:
-        raise ValueError(f"default_num_special_tokens={offset!r} is not a whole number from 0 to {_MOST_SPECIAL:,}")
+        raise ValueError(f"default_num_special_tokens={offset!r} is not an integer from 0 to {_MOST_SPECIAL:,}")
     size = config.keep_vocab or settings["default_vocab_size"]
     given = parsed.get("special_tokens")
     names = {entry["token_str"]: entry["rank"] for entry in given} if given else _numbered(_TEKKEN_SPECIAL)
     pairs = [(row["rank"], base64.b64decode(row["token_bytes"])) for row in parsed["vocab"]]
-    tokens = _in_order(pairs, config)[: size - offset]
+    tokens = _in_order(pairs)[: size - offset]
     return _checked(Ranks(tokens, offset, settings["pattern"], _filled(names | config.special_tokens, range(offset))))
 
 
-def _ranked(parsed: Sequence[dict[str, Any]], config: TokenizerConfig) -> list[bytes]:
-    return _in_order([(row["rank"], base64.b64decode(row["token_bytes"])) for row in parsed], config)
-
-
-def _in_order(pairs: Sequence[tuple[int, bytes]], config: TokenizerConfig) -> list[bytes]:
+def _in_order(pairs: Sequence[tuple[int, bytes]]) -> list[bytes]:
+    """The tokens of (rank, token) pairs. ValueError if the ranks are not 0, 1, 2, ... in order."""
     if [rank for rank, _ in pairs] != list(range(len(pairs))):
-        raise ValueError("its ranks do not run from 0 without holes")
+        raise ValueError("its ranks are not 0, 1, 2, ... without gaps")
     return [token for _, token in pairs]
 
 
 def _completed(tokens: list[bytes], config: TokenizerConfig, path: Path) -> Ranks:
-    """Ranks of a file without pattern and special tokens, completed by the recipe."""
+    """Ranks of a file without pattern and special tokens, which the recipe gives."""
     if config.pattern is None:
         raise DataError(
-            f"{path} does not say how texts are cut into pieces. Set data.tokenizer.pattern to {', '.join(PATTERNS)}, or to "
+            f"{path} has no pattern that cuts texts into pieces. Set data.tokenizer.pattern to {', '.join(PATTERNS)}, or to "
             f"a regular expression."
         )
     if config.keep_vocab is not None:
@@ -294,6 +304,6 @@ def _numbered(names: Sequence[str]) -> dict[str, int]:
 
 
 def _filled(special: Mapping[str, int], numbers: range) -> dict[str, int]:
-    """Special tokens with a name for every id of `numbers`, as Megatron-LM and Mistral name the spare ones."""
+    """Special tokens with a name for every id of `numbers`. Spare ids get the names that Megatron-LM and Mistral use."""
     taken = set(special.values())
     return dict(special) | {f"<SPECIAL_{n}>": n for n in numbers if n not in taken}

@@ -174,7 +174,7 @@ def _shown(text: str, processes: int) -> frozenset[int]:
     try:
         ranks = frozenset(int(word) for word in text.split(","))
     except ValueError:
-        raise RecipeError(f"--show={text}: give ranks as in 0,3, or all") from None
+        raise RecipeError(f"--show={text} is not a list of ranks. Give ranks as in 0,3, or all.") from None
     beyond = sorted(rank for rank in ranks if not 0 <= rank < processes)
     if beyond:
         raise RecipeError(f"--show={text}: with {processes} processes there is no rank {beyond[0]}")

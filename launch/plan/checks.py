@@ -10,7 +10,7 @@ from launch.facts import fp32_block_scales_of, prepared_of
 from launch.plan.cost.device import Device
 from recipes.schema.credentials import without_credentials
 from recipes.schema.errors import Problem
-from recipes.schema.facts import Disk, Machine, Prepared, look
+from recipes.schema.facts import Disk, Machine, Prepared, read_disk
 from recipes.schema.launch_rules import script_problems
 from recipes.schema.layout import Layout
 from recipes.schema.recipe import Recipe
@@ -33,7 +33,7 @@ class Facts:
 
 
 def facts_of(recipe: Recipe, device: Device) -> Facts:
-    """Facts for the planned machine, with all packages of the `gpu` extra, and this disk."""
+    """Facts about the planned machine, which has all packages of the `gpu` extra, and about this disk."""
     machine = Machine(
         has_gpu=True,
         name=device.name,
@@ -41,7 +41,7 @@ def facts_of(recipe: Recipe, device: Device) -> Facts:
         has_fp8="fp8" in device.peak,
         fp32_block_scales=fp32_block_scales_of(recipe),
     )
-    return Facts(machine=machine, disk=look(recipe), prepared=prepared_of(recipe))
+    return Facts(machine=machine, disk=read_disk(recipe), prepared=prepared_of(recipe))
 
 
 def recipe_problems(recipe: Recipe, facts: Facts, *, world: int) -> list[Problem]:
@@ -61,17 +61,17 @@ def recipe_warnings(recipe: Recipe, layout: Layout, device: Device, facts: Facts
     found = []
     if layout.tensor > device.domain:
         found.append(
-            f"parallel.tensor={layout.tensor} is larger than the {device.domain} GPUs that {device.name} links directly: every "
-            f"layer waits for the network. Use at most {device.domain}, with parallel.pipeline for the rest."
+            f"parallel.tensor={layout.tensor} is larger than the {device.domain} GPUs that {device.name} links directly, so "
+            f"every layer waits for the network. Use at most {device.domain}, with parallel.pipeline for the rest."
         )
     if layout.tensor > 1 and not recipe.parallel.sequence:
         found.append(
-            "parallel.sequence=false: norms and residuals are kept on every tensor rank. parallel.sequence=true needs less "
+            "parallel.sequence=false: every tensor rank stores all norms and residuals. parallel.sequence=true needs less "
             "memory at the same traffic."
         )
     if layout.pipeline > 1 and layout.microbatches_per_step < layout.pipeline:
         found.append(
-            f"a step has {layout.microbatches_per_step} microbatches for {layout.pipeline} pipeline stages: most stages wait. "
+            f"a step has {layout.microbatches_per_step} microbatches for {layout.pipeline} pipeline stages, so most stages wait. "
             f"Raise run.global_rows, or lower run.microbatch_rows or parallel.pipeline."
         )
     if layout.data > 1 and not recipe.parallel.overlap_grad_reduce:
@@ -81,7 +81,7 @@ def recipe_warnings(recipe: Recipe, layout: Layout, device: Device, facts: Facts
     found += [str(note) for note in notes(recipe, machine=facts.machine, prepared=facts.prepared)]
     found += [f"`stratum launch slurm` would refuse: {problem}" for problem in script_problems(recipe)]
     if recipe.run.device == "cpu":
-        found.append("run.device=cpu: the plan is for GPUs; this recipe will not use them.")
+        found.append("run.device=cpu: the plan is for GPUs, but this recipe will not use them.")
     if recipe.run.deterministic:
         found.append(
             "run.deterministic=true: some deterministic kernels are slower. By how much was not measured on a GPU."

@@ -26,9 +26,9 @@ from recipes.schema.recipe import Recipe
 from recipes.schema.units import GIB
 
 _EXAMPLES = r"""
-stratum plan -cn smoke                                            the recipe as it stands, on H100s
+stratum plan -cn smoke                                            the recipe without changes, on H100s
 stratum plan -cn smoke model=nemotron_nano_12b_v2 precision=fp8_blockwise data.row_tokens=8192 \
-    run.global_rows=128 run.microbatch_rows=1 --gpus 64 parallel.tensor=4 parallel.sequence=true     a layout of your own
+    run.global_rows=128 run.microbatch_rows=1 --gpus 64 parallel.tensor=4 parallel.sequence=true     a layout of your options
 stratum plan -cn nemotron_nano_12b_v2 run.global_rows=768 --gpus 256 --search     the best layouts, with reasons
 stratum plan -cn nemotron_nano_12b_v2 --gpus 736 --json | jq .memory_gib_per_rank     for scripts
 stratum plan -cn smoke --picture plan.png                         memory by stage, time by part
@@ -64,68 +64,68 @@ counted, what is estimated, and how accurate the estimates are.
         "--scale", metavar="N,N,...", help="the best layout at each of these numbers of GPUs, in one table"
     )
     add_options(parser)
-    own, words = parser.parse_recipe(arguments)
-    if own.gpus is not None and own.gpus < 1:
-        parser.error(f"--gpus {own.gpus}: at least 1")
-    wanted = [name for name in ("search", "scale", "goodput") if getattr(own, name)]
-    if len(wanted) > 1:
-        parser.error(f"--{wanted[0]} and --{wanted[1]} cannot be combined: use one at a time")
+    options, words = parser.parse_recipe(arguments)
+    if options.gpus is not None and options.gpus < 1:
+        parser.error(f"--gpus {options.gpus} is less than 1. Use 1 or more.")
+    modes = [name for name in ("search", "scale", "goodput") if getattr(options, name)]
+    if len(modes) > 1:
+        parser.error(f"--{modes[0]} and --{modes[1]} cannot be combined. Use one at a time.")
     notes: list[str] = []
     recipe = compose(words, program="plan", notes=notes)
     if isinstance(recipe, int):
         return recipe
-    return exit_status(functools.partial(_answer, recipe, own, notes))
+    return exit_status(functools.partial(_answer, recipe, options, notes))
 
 
-def _answer(recipe: Recipe, own: argparse.Namespace, notes: Sequence[str]) -> int:
+def _answer(recipe: Recipe, options: argparse.Namespace, notes: Sequence[str]) -> int:
     try:
-        if own.scale is not None:
-            return _scale(recipe, own)
-        return _search(recipe, own) if own.search else _plan(recipe, own, notes)
+        if options.scale is not None:
+            return _scale(recipe, options)
+        return _search(recipe, options) if options.search else _plan(recipe, options, notes)
     except StratumError as error:
-        if own.json:
+        if options.json:
             sys.stdout.write(json.dumps({"problems": str(error).splitlines()}) + "\n")
         raise
 
 
-def _plan(recipe: Recipe, own: argparse.Namespace, notes: Sequence[str]) -> int:
-    plan = make_plan(recipe, world=world_of(recipe, own.gpus), device=device_named(own.device))
+def _plan(recipe: Recipe, options: argparse.Namespace, notes: Sequence[str]) -> int:
+    plan = make_plan(recipe, world=world_of(recipe, options.gpus), device=device_named(options.device))
     plan = replace(plan, warnings=(*plan.warnings, *notes))
-    goodput = goodput_of(plan, own) if own.goodput else None
-    if own.picture is not None:
-        draw(plan, own.picture) if goodput is None else draw_goodput(goodput, plan, own.picture)
-    if own.json:
+    goodput = goodput_of(plan, options) if options.goodput else None
+    if options.picture is not None:
+        draw(plan, options.picture) if goodput is None else draw_goodput(goodput, plan, options.picture)
+    if options.json:
         extra = {} if goodput is None else {"goodput": goodput_json(goodput)}
-        sys.stdout.write(json.dumps(as_json(plan, ranks=own.ranks) | extra) + "\n")
+        sys.stdout.write(json.dumps(as_json(plan, ranks=options.ranks) | extra) + "\n")
     elif goodput is not None:
         show_goodput(goodput, plan)
         for problem in plan.problems:
             sys.stdout.write(f"problem: {problem}\n")
-        if own.picture is not None:
-            sys.stdout.write(f"Picture: {own.picture}\n")
+        if options.picture is not None:
+            sys.stdout.write(f"Picture: {options.picture}\n")
     else:
-        show(plan, every_rank=own.ranks)
-        if own.picture is not None:
-            sys.stdout.write(f"Picture: {own.picture}\n")
+        show(plan, every_rank=options.ranks)
+        if options.picture is not None:
+            sys.stdout.write(f"Picture: {options.picture}\n")
     return 1 if plan.problems else 0
 
 
-def _scale(recipe: Recipe, own: argparse.Namespace) -> int:
-    points = scale(recipe, counts_of(own.scale), device=device_named(own.device), own=own)
-    if own.json:
+def _scale(recipe: Recipe, options: argparse.Namespace) -> int:
+    points = scale(recipe, counts_of(options.scale), device=device_named(options.device), options=options)
+    if options.json:
         sys.stdout.write(json.dumps({"points": scale_json(points)}) + "\n")
     else:
         show_scale(points, recipe)
-    if own.picture is not None:
-        draw_scale(points, recipe, own.picture)
-        if not own.json:
-            sys.stdout.write(f"Picture: {own.picture}\n")
+    if options.picture is not None:
+        draw_scale(points, recipe, options.picture)
+        if not options.json:
+            sys.stdout.write(f"Picture: {options.picture}\n")
     return 0 if all(point.plan is not None for point in points) else 1
 
 
-def _search(recipe: Recipe, own: argparse.Namespace) -> int:
-    found = search(recipe, world=world_of(recipe, own.gpus), device=device_named(own.device), top=own.top)
-    if own.json:
+def _search(recipe: Recipe, options: argparse.Namespace) -> int:
+    found = search(recipe, world=world_of(recipe, options.gpus), device=device_named(options.device), top=options.top)
+    if options.json:
         best = as_json(found.best[0].plan, ranks=False) if found.best else {"problems": list(found.rejected)}
         lines = [
             {
@@ -143,9 +143,9 @@ def _search(recipe: Recipe, own: argparse.Namespace) -> int:
         )
     else:
         show_search(found, recipe)
-        if own.picture is not None and found.best:
-            draw(found.best[0].plan, own.picture)
-            sys.stdout.write(f"Picture of the first: {own.picture}\n")
+        if options.picture is not None and found.best:
+            draw(found.best[0].plan, options.picture)
+            sys.stdout.write(f"Picture of the first: {options.picture}\n")
     return 0 if found.best else 1
 
 
@@ -177,6 +177,7 @@ def as_json(plan: Plan, *, ranks: bool) -> dict[str, Any]:
         "step_memory_bytes_per_gpu": {name: part.memory_bytes for name, part in plan.traffic.parts.items()},
         "step_wire_bytes_per_gpu": plan.traffic.wire_bytes,
         "step_time_parts_s": dict(plan.time.parts),
+        "decode": [asdict(speed) for speed in plan.decode],
         "stages": [
             {
                 "stage": stage,

@@ -10,7 +10,7 @@ from typing import Any
 
 from rich.table import Table
 
-from launch.figure import canvas
+from data.system.figure import canvas
 from launch.plan.cost.goodput import (
     LLAMA_NODE_MTBF_S,
     Failures,
@@ -82,38 +82,38 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         group.add_argument(f"--{name}-s", type=float, metavar="S", help=f"seconds {text} (default: as planned)")
 
 
-def goodput_of(plan: Plan, own: argparse.Namespace) -> Goodput:
+def goodput_of(plan: Plan, options: argparse.Namespace) -> Goodput:
     """Expected and simulated goodput at the recipe's save interval and at recommended ones. Raises RecipeError for negative
     times."""
     for name in ("node_mtbf_hours", "restart_s", "load_s", "stall_s", "write_s"):
-        value = getattr(own, name)
+        value = getattr(options, name)
         if value is not None and (value < 0 or (name == "node_mtbf_hours" and value == 0)):
             raise RecipeError(f"--{name.replace('_', '-')} {value:g}: use a number above 0.")
     nodes = max(1, -(-plan.layout.world // plan.device.node))
-    mean = own.node_mtbf_hours * 3600 / nodes
-    load = load_seconds(plan) if own.load_s is None else own.load_s
-    failures = Failures(mean, own.restart_s, load)
-    stall = plan.checkpoints.stall_s if own.stall_s is None else own.stall_s
-    write = plan.checkpoints.write_s if own.write_s is None else own.write_s
+    mean = options.node_mtbf_hours * 3600 / nodes
+    load = load_seconds(plan) if options.load_s is None else options.load_s
+    failures = Failures(mean, options.restart_s, load)
+    stall = plan.checkpoints.stall_s if options.stall_s is None else options.stall_s
+    write = plan.checkpoints.write_s if options.write_s is None else options.write_s
     step = plan.time.seconds
     best = best_interval(failures, stall_s=stall, write_s=write)
-    wanted: list[tuple[str, float]] = []
+    intervals: list[tuple[str, float]] = []
     if plan.recipe.checkpoint.every_steps:
-        wanted.append(("the recipe's", plan.recipe.checkpoint.every_steps * step))
-    wanted += [
+        intervals.append(("the recipe's", plan.recipe.checkpoint.every_steps * step))
+    intervals += [
         ("Young's", young_interval(failures, stall)),
         ("Daly's", daly_interval(failures, stall)),
         ("best", best),
         ("advised", longest_interval(failures, stall_s=stall, write_s=write)),
     ]
     choices = []
-    for name, seconds in wanted:
+    for name, seconds in intervals:
         steps = max(1, round(seconds / step))
         saving = Saving(steps * step, stall, write)
         choices.append(
             Choice(name, steps, saving, expected_goodput(failures, saving), simulate(failures, saving, count=20_000))
         )
-    return Goodput(failures, nodes, own.node_mtbf_hours * 3600, tuple(choices), _in_memory(plan, failures, stall))
+    return Goodput(failures, nodes, options.node_mtbf_hours * 3600, tuple(choices), _in_memory(plan, failures, stall))
 
 
 def load_seconds(plan: Plan) -> float:

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from launch.figure import canvas
+from data.system.figure import canvas
 from launch.plan.part_names import MEMORY_NAMES, PART_NAMES
 from launch.plan.planner import Plan
 from recipes.schema.units import GIB

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 
 from launch.plan.checks import Facts, facts_of, recipe_problems, recipe_warnings
 from launch.plan.cost.activations import Modules
+from launch.plan.cost.decode import DecodeSpeed, decode_table
 from launch.plan.cost.device import Device, Format
 from launch.plan.cost.efficiency import STRATUM
 from launch.plan.cost.memory import RankMemory, rank_memory
@@ -30,6 +31,10 @@ STORAGE_PER_NODE = 2e9
 """Bytes/s that one node writes to shared storage. An assumption (arXiv 2407.21783: 2 TB/s sustained for 2,000 nodes)."""
 TO_HOST = 20e9
 """Bytes/s from a GPU to its host's memory over PCIe 4, approximately."""
+
+
+DECODE_CONTEXTS = (8_192, 32_768, 131_072)
+"""Contexts for which a plan predicts the speed of generation."""
 
 
 @dataclass(frozen=True)
@@ -113,6 +118,11 @@ class Plan:
     @property
     def gpu_hours(self) -> float:
         return self.hours * self.layout.world
+
+    @property
+    def decode(self) -> list[DecodeSpeed]:
+        """Generation on one GPU: for each context that fits, one text and the largest batch."""
+        return decode_table(self.recipe.model, self.device, DECODE_CONTEXTS)
 
     @property
     def energy_mwh(self) -> float:

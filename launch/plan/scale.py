@@ -10,7 +10,7 @@ from typing import Any
 
 from rich.table import Table
 
-from launch.figure import canvas
+from data.system.figure import canvas
 from launch.plan.cost.device import Device
 from launch.plan.goodput import Goodput, goodput_of
 from launch.plan.planner import Plan
@@ -43,14 +43,14 @@ def counts_of(text: str) -> list[int]:
     return sorted({int(word) for word in words})
 
 
-def scale(recipe: Recipe, counts: list[int], *, device: Device, own: argparse.Namespace) -> list[Point]:
+def scale(recipe: Recipe, counts: list[int], *, device: Device, options: argparse.Namespace) -> list[Point]:
     """Find the best layout for each number of GPUs, with its goodput."""
     points = []
     for gpus in counts:
         found = search(recipe, world=gpus, device=device, top=1)
         if found.best:
             plan = found.best[0].plan
-            points.append(Point(gpus, plan, goodput_of(plan, own), ""))
+            points.append(Point(gpus, plan, goodput_of(plan, options), ""))
         else:
             most = max(found.rejected, key=lambda reason: found.rejected[reason], default="no layout divides them")
             points.append(Point(gpus, None, None, most))

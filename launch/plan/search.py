@@ -85,9 +85,8 @@ def search(recipe: Recipe, *, world: int, device: Device, top: int = 8) -> Searc
         plans.append(plan)
     if not tried:
         step_rows = recipe.run.global_rows
-        odd = world // (
-            world & -world
-        )  # every data-parallel degree is a multiple of it: other degrees are powers of two
+        # The other degrees are powers of two, so every data-parallel degree is a multiple of the odd part of the world.
+        odd = world // (world & -world)
         rejected[
             f"no layout: run.global_rows={step_rows} is not a multiple of the data-parallel ranks of {world} GPUs. Use "
             f"run.global_rows={-(-step_rows // odd) * odd} or other --gpus"

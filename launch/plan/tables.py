@@ -27,6 +27,7 @@ def show(plan: Plan, *, every_rank: bool = False) -> None:
         _work(plan),
         _time(plan),
         _cost(plan),
+        _decode(plan),
     ):
         out.print(part)
         out.print()
@@ -106,6 +107,21 @@ def _work(plan: Plan) -> Table:
     for axis, sent in plan.traffic.wire_bytes.items():
         if sent:
             table.add_row(f"{axis} parallel", "", "", "", f"{sent / 1e9:,.2f}")
+    return table
+
+
+def _decode(plan: Plan) -> Table:
+    table = Table(title=f"Generation on one {plan.device.name}, bf16", title_justify="left", title_style="bold")
+    for name in ("context", "texts", "GiB", "tokens/s", "tokens/s of a text"):
+        table.add_column(name, justify="right")
+    for speed in plan.decode:
+        table.add_row(
+            f"{speed.context_tokens:,}", f"{speed.batch:,}", _gib(speed.memory_bytes), f"{speed.tokens_per_s:,.0f}",
+            f"{speed.tokens_per_s / speed.batch:,.1f}",
+        )  # fmt: skip
+    if not plan.decode:
+        table.add_row("", "0", "", "", "")
+        table.caption = "Its weights and one text do not fit one GPU."
     return table
 
 

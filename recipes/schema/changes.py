@@ -1,4 +1,4 @@
-"""What changed between two recipes of one run, what each change does to it, and whether a resume may bring it."""
+"""Compares two recipes of one run: which fields changed, what each change does to the run, and whether a resume allows it."""
 
 import dataclasses
 import typing
@@ -17,8 +17,8 @@ from recipes.schema.schedule import lengths_of
 from recipes.schema.typed import FieldError, build
 
 Kind = Literal["safe", "data order", "arithmetic", "another run"]
-"""What a changed field does to a run that continues: nothing but rounding; other rows; other numbers from the same rows; or
-it makes checkpoints or step counts meaningless."""
+"""What a changed field does to a run that continues. `safe`: nothing but rounding. `data order`: other rows. `arithmetic`: other
+numbers from the same rows. `another run`: checkpoints or step counts become meaningless."""
 
 _KINDS: dict[str, Kind] = {
     **dict.fromkeys(
@@ -43,12 +43,12 @@ _KINDS: dict[str, Kind] = {
     **dict.fromkeys(("model", "run.global_rows", "data.row_tokens"), "another run"),
     "data": "data order",
 }  # fmt: skip
-"""By field or group; the longest matching name counts. What is not here changes arithmetic."""
+"""{field or group: kind}. The longest matching name decides. A field that is not listed changes arithmetic."""
 
 
 @dataclass(frozen=True)
 class Difference:
-    """One field that two recipes disagree on."""
+    """One field that differs between two recipes."""
 
     key: str
     old: Any
@@ -60,7 +60,7 @@ class Difference:
 
 
 def differences(old: dict[str, Any], new: dict[str, Any]) -> list[Difference]:
-    """What two resolved recipes disagree on, by field name. A field that `old` is too old to have counts with its default."""
+    """Fields that differ between two resolved recipes, by name. A field that is missing in `old` has its default there."""
     before, after = _flat(old), _flat(new)
     found = []
     for key in sorted(before.keys() | after.keys()):
@@ -71,7 +71,7 @@ def differences(old: dict[str, Any], new: dict[str, Any]) -> list[Difference]:
 
 
 def _is_same_length(key: str, old: dict[str, Any], new: dict[str, Any]) -> bool:
-    """Whether a phase of the schedule is as long as before, once written in steps or tokens and once as a fraction."""
+    """Whether warm-up or decay has the same length in both recipes, maybe once in steps or tokens and once as a fraction."""
     if key not in ("schedule.warmup", "schedule.decay"):
         return False
     name, found = key.removeprefix("schedule."), []
@@ -89,31 +89,32 @@ def _is_same_length(key: str, old: dict[str, Any], new: dict[str, Any]) -> bool:
 
 
 def refused(changes: list[Difference], allowed: Sequence[str]) -> str | None:
-    """Why a run may not continue with these changes, or None. allowed: `checkpoint.allow`."""
+    """Why a run must not continue with these changes; None if it may. allowed: `checkpoint.allow`."""
     words = {kind.replace("_", " ") for kind in allowed} | {"safe"}
     forbidden = [change for change in changes if change.kind not in words]
     if not forbidden:
         return None
     lines = "".join(f"\n  {change}  ({_meaning(change.kind)})" for change in forbidden)
     if any(change.kind == "another run" for change in forbidden):
-        return (
-            f"{lines}\nChoose another run.name to start a new run, or take the differences back to continue this one."
-        )
+        return f"{lines}\nChoose another run.name to start a new run, or undo the changes to continue this one."
     kinds = ",".join(dict.fromkeys(change.kind.replace(" ", "_") for change in forbidden))
     if any(change.key.startswith("data.sources.") and change.key.endswith(".weight") for change in forbidden):
-        lines += "\nA weight counts from row 0, so rows may come again. To change it from here on, add a phase to data.phases."
+        lines += (
+            "\nA weight counts from row 0, so some rows may be read again. To change it from here on, add a phase to "
+            "data.phases."
+        )
     return (
-        f"{lines}\nTake the differences back to continue this run, add checkpoint.allow=[{kinds}] to continue it with them, or "
+        f"{lines}\nUndo the changes to continue this run, add checkpoint.allow=[{kinds}] to continue it with them, or "
         f"choose another run.name to start a new run."
     )
 
 
 def check_same_function(saved: dict[str, Any], recipe: Recipe, *, place: str) -> None:
-    """RecipeError where a checkpoint's weights would compute another function in this recipe's model than they were trained
-    for: shapes can agree where activations, norms, angles or heads do not, and no loss would tell for long.
+    """RecipeError if this recipe's model computes another function with a checkpoint's weights than the one they were trained
+    as. Shapes can match while activations, norms, angles or heads differ, and the loss would not show it for a long time.
 
-    saved: the checkpoint's resolved recipe; without a model it is not compared. `checkpoint.allow` permits it:
-    `arithmetic` for what a resume may change by that word, `another_function` for everything else.
+    saved: the checkpoint's resolved recipe. If it has no model, nothing is compared. `checkpoint.allow` permits differences:
+    `arithmetic` those that a resume may have with the same word, `another_function` all others.
     """
     words = {"safe", *(kind.replace("_", " ") for kind in recipe.checkpoint.allow)}
     if "another function" in words:
@@ -126,8 +127,8 @@ def check_same_function(saved: dict[str, Any], recipe: Recipe, *, place: str) ->
         f"\n  {change.key}: {change.old} in the checkpoint, {change.new} in the recipe" for change in changes
     )
     raise RecipeError(
-        f"the weights of {place} were trained as another function than this recipe's model:{lines}\nTake the differences "
-        f"back, or add checkpoint.allow=[{','.join(needed)}] to use the weights in this model."
+        f"the weights of {place} were trained as another function than this recipe's model:{lines}\nUndo the "
+        f"changes, or add checkpoint.allow=[{','.join(needed)}] to use the weights in this model."
     )
 
 
@@ -142,8 +143,11 @@ def function_changes(a: dict[str, Any], b: dict[str, Any]) -> list[Difference]:
 
 
 def _effective(model: dict[str, Any]) -> dict[str, Any]:
-    """A model's fields without those that say nothing about its function: of layers it does not have, of angles it does not
-    turn, cuts between pipeline stages, and a scale that is written out or left to its default."""
+    """A model's fields without those that do not change its function.
+
+    These are fields of layers it does not have, fields of rotary angles it does not use, and cuts between pipeline stages. A
+    query scale left to its default is written out.
+    """
     plain = {field.name: _default(f"model.{field.name}") for field in dataclasses.fields(ModelConfig)} | model
     kinds = set(str(plain["pattern"]))
     plain["pattern"] = str(plain["pattern"]).replace("|", "")
@@ -179,7 +183,7 @@ def _kind(key: str, new: dict[str, Any]) -> Kind:
 
 
 def _default(key: str) -> Any:
-    """Default of a dotted field, as recipes in YAML write it; None if there is none."""
+    """Default of a dotted field, as YAML writes it; None if there is none."""
     cls: Any = Recipe
     *groups, name = key.split(".")
     for group in groups:
@@ -203,14 +207,18 @@ def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def check_folder(folder: Path, recipe: Recipe) -> None:
-    """Refuse a run folder that belongs to another recipe, naming the fields that differ. Changes nothing."""
+    """RecipeError, with the fields that differ, if a run folder belongs to another recipe. Changes nothing on disk."""
     path = folder / RECIPE
     if not path.exists():
-        ours = ("logs", "lease", f".{path.name}.writing")  # launch writes the first two; a kill leaves the third
-        strangers = [p.name for p in folder.iterdir() if p.name not in ours] if folder.is_dir() else []
-        if strangers:
+        own_files = (
+            "logs",
+            "lease",
+            f".{path.name}.writing",
+        )  # the launchers write the first two; a kill may leave the third
+        other_files = [p.name for p in folder.iterdir() if p.name not in own_files] if folder.is_dir() else []
+        if other_files:
             raise RecipeError(
-                f"{folder} is not empty ({', '.join(sorted(strangers)[:3])}) and holds no recipe.yaml, so it is not a "
+                f"{folder} is not empty ({', '.join(sorted(other_files)[:3])}) and has no recipe.yaml, so it is not a "
                 f"run of this project. Choose another run.name or run.folder."
             )
         return
@@ -220,4 +228,4 @@ def check_folder(folder: Path, recipe: Recipe) -> None:
         raise RecipeError(f"{error} Choose another run.name, or move {folder} away.") from error
     why = refused(differences(old, recipe_mapping(recipe)), recipe.checkpoint.allow)
     if why is not None:
-        raise RecipeError(f"{folder} holds a run of another recipe:{why}")
+        raise RecipeError(f"{folder} is a run of another recipe:{why}")

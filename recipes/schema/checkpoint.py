@@ -14,25 +14,26 @@ class CheckpointConfig:
     """When to save and what to keep."""
 
     every_steps: Count = 100
-    """Save at every multiple of this step; 0 saves at the end only."""
+    """Save at every multiple of this step; 0: save at the end only."""
     keep_last: PositiveInt = 2
-    """Checkpoints kept, newest first. Older ones are deleted when the next is durable, never before."""
+    """Number of newest checkpoints to keep. Older ones are deleted after the next one is complete on disk, never before."""
     keep_every_steps: Count = 0
-    """Also keep every checkpoint at a multiple of this step for good; 0 keeps none."""
+    """Also keep every checkpoint at a multiple of this step for ever; 0: keep none of them."""
     background: bool = True
-    """Write while training continues, from a copy in host memory (as big as this rank's part of the checkpoint); false waits
+    """Write while training continues, from a copy in host memory (as large as this rank's part of the checkpoint). false: wait
     for the disk at each save."""
     retries: Count = 2
-    """Times a failed save is tried again from the same copy."""
+    """How often a failed save is tried again, from the same copy."""
     retry_wait_s: NonNegativeFloat = 5.0
-    """Seconds before the first retry; doubled for each further one."""
+    """Seconds before the first retry. Each further wait is twice as long."""
     on_failure: Literal["stop", "continue"] = "stop"
-    """When a save has failed for good: end the run with an error at the next step, or warn and go on to the next save."""
+    """After all retries of a save failed: end the run with an error at the next step, or warn and continue to the next save. With
+    `continue`, lines of metrics.jsonl that the disk refuses wait in memory until it has space."""
     resume: Literal["auto", "never", "required"] = "auto"
-    """`auto` continues where the run's folder left off; `never` refuses a folder that already holds checkpoints;
-    `required` refuses one that holds none."""
+    """`auto` continues from the newest checkpoint in the run's folder, if there is one; `never` refuses a folder with
+    checkpoints; `required` refuses a folder without checkpoints."""
     allow: tuple[Literal["data_order", "arithmetic", "another_function"], ...] = ()
-    """Kinds of recipe changes that a resume may bring: `data_order` (other rows from here on), `arithmetic` (other numbers
-    from the same rows, e.g. optim.lr). Changes that are safe need no word. Reading weights (`run.start_from`, generation)
-    asks for the same word where angles, caps or epsilons differ from the checkpoint's, and for `another_function` where
-    heads, activation, norms or kinds of layers do; a resume is never allowed those."""
+    """Kinds of recipe changes that a resume allows: `data_order` (other rows from here on), `arithmetic` (other numbers from the
+    same rows, e.g. optim.lr). Safe changes need no word. Reading weights (`run.start_from`, generation) needs `arithmetic` if
+    rotary angles, soft caps or epsilons differ from the checkpoint's, and `another_function` if heads, activation, norms or
+    kinds of layers differ. A resume never allows `another_function`."""

@@ -1,6 +1,6 @@
-"""The step folders of a run, as the disk has them: which there are, which is the newest, what a user's path means.
+"""The checkpoints of a run on disk: which exist, which is the newest, and which one a user's path names.
 
-Reading only, no model and no process group: the offline commands and login nodes use this.
+It only reads, without a model or process groups, so that offline commands and login nodes can use it.
 """
 
 import logging
@@ -15,26 +15,26 @@ from recipes.schema.run_folder import steps_in as steps_in
 
 log = logging.getLogger(__name__)
 
-PASSED_OVER = "passed over: "
-"""Begin of a note about a checkpoint that is not whole."""
+SKIPPED = "skipped: "
+"""First word of a note about a checkpoint that is not complete."""
 
 
 def manifest_of(path: Path) -> Manifest:
-    """The manifest of a step's folder. CheckpointError if it is damaged, or of another step than the folder's name says."""
+    """The manifest of a step's folder. CheckpointError if it is damaged, or if its step is not the one in the folder's name."""
     manifest = read_manifest(path)
     if manifest.step != step_of(path):
         raise CheckpointError(
-            f"{path} holds step {manifest.step:,}, not the one it is named after. Name it {name_of(manifest.step)} if it is of "
-            f"this run, or move it away."
+            f"{path} contains step {manifest.step:,}, not the step in its name. If it belongs to this run, rename it to "
+            f"{name_of(manifest.step)}; otherwise move it away."
         )
     return manifest
 
 
 def candidates(folder: Path) -> tuple[list[tuple[Path, Manifest]], list[str]]:
-    """Checkpoints whose manifest and file sizes are right, newest first; and what is wrong with pointer and others.
+    """(checkpoints whose manifest and file sizes are right, newest first; notes about the others and the pointer).
 
-    The content is not read here. The pointer is only a hint: a newer whole checkpoint counts, for a process may die
-    between publishing it and moving the pointer.
+    The tensors are not read. The pointer is only a hint: a process may die after it published a checkpoint and before it
+    moved the pointer, so the newest complete checkpoint counts.
     """
     good, notes = [], []
     for path in reversed(steps_in(folder)):
@@ -44,47 +44,47 @@ def candidates(folder: Path) -> tuple[list[tuple[Path, Manifest]], list[str]]:
                 raise CheckpointError(f"{path}: {describe_not_finite(manifest.not_finite)}")
             good.append((path, manifest))
         except CheckpointError as error:
-            notes.append(f"{PASSED_OVER}{error}")
+            notes.append(f"{SKIPPED}{error}")
     pointer = folder / POINTER
     try:
         named = pointed_at(folder)
     except OSError as error:
         return good, [*notes, f"{pointer} cannot be read: {error.strerror or error}"]
     if good and named != good[0][0].name:
-        said = "is missing" if named is None else "is empty" if not named else f"says {named[:40]!r}"
-        notes.append(f"{pointer} {said}; the newest whole checkpoint is {good[0][0].name}.")
+        state = "is missing" if named is None else "is empty" if not named else f"says {named[:40]!r}"
+        notes.append(f"{pointer} {state}; the newest complete checkpoint is {good[0][0].name}.")
     return good, notes
 
 
 def newest_in(folder: Path) -> tuple[Path, Manifest] | None:
-    """The newest checkpoint whose manifest and file sizes are right, and its manifest; None if there never was one.
+    """The newest checkpoint whose manifest and file sizes are right, with its manifest; None if none was ever written.
 
-    Warns of what is passed over. Raises CheckpointError where checkpoints were written but none is whole: starting from
-    zero would hide the loss of a run.
+    Warns about each that it skips. Raises CheckpointError if checkpoints were written but none is complete, because starting
+    at step 0 would hide the loss of a run.
     """
     good, notes = candidates(folder)
     if good:
         for note in notes:
             log.warning(note)
         return good[0]
-    refuse_to_forget(folder, notes)
+    refuse_lost_checkpoints(folder, notes)
     return None
 
 
-def refuse_to_forget(folder: Path, notes: list[str]) -> None:
-    """Raise CheckpointError where there is a trace of checkpoints but none that can be used."""
+def refuse_lost_checkpoints(folder: Path, notes: list[str]) -> None:
+    """CheckpointError if there are traces of checkpoints but none can be used. notes: those of `candidates`."""
     pointer = folder / POINTER
-    traces = notes or [f"{pointer} is there, the checkpoint it names is not"] * pointer.exists()
+    traces = notes or [f"{pointer} exists, but the checkpoint it names does not"] * pointer.exists()
     if traces:
         raise CheckpointError(
-            f"no checkpoint in {folder} is whole:\n  "
+            f"no checkpoint in {folder} is complete:\n  "
             + "\n  ".join(traces)
-            + f"\nBring one back, or move {folder} away to start from the beginning."
+            + f"\nRestore one, or move {folder} away to start from step 0."
         )
 
 
 def checkpoint_at(place: str | Path) -> tuple[Path, Manifest]:
-    """The checkpoint a user names: a checkpoint folder itself, or the newest of a run's folder; its manifest is checked.
+    """The checkpoint that a user's path names: a checkpoint folder, or the newest in a run's folder. Its manifest is checked.
 
     Raises CheckpointError if there is none, or none is complete.
     """
@@ -100,13 +100,13 @@ def checkpoint_at(place: str | Path) -> tuple[Path, Manifest]:
         if found is not None:
             return found
     raise CheckpointError(
-        f"{path} is no checkpoint (no {MANIFEST}) and no run that has one. Name a folder like runs/NAME or "
+        f"{path} is neither a checkpoint (it has no {MANIFEST}) nor a run with a checkpoint. Name a folder like runs/NAME or "
         f"runs/NAME/checkpoints/{name_of(1000)}."
     )
 
 
 def lost_run(folder: Path) -> str:
-    """What a run's record says of checkpoints that are gone; empty if it never had one."""
+    """A sentence about checkpoints that metrics.jsonl records but that are missing now; empty if none were ever written."""
     try:
         lines = read_metrics(folder / METRICS)
         last = max((int(line["step"]) for line in lines if line["kind"] == "step"), default=0)
@@ -115,4 +115,4 @@ def lost_run(folder: Path) -> str:
     had_checkpoint = any(line["kind"] == "save" for line in lines)
     if not had_checkpoint:
         return ""
-    return f"{folder} holds a run of {last:,} steps that wrote checkpoints, but {folder / CHECKPOINTS} holds none."
+    return f"{folder} is a run of {last:,} steps that wrote checkpoints, but {folder / CHECKPOINTS} has none."

@@ -1,10 +1,11 @@
-"""Hydra's command line for every program of this project, with errors that say what to do.
+"""Hydra's command line for every command of this project, with errors that say what to do.
 
-    words --text_words, whole_words--> Hydra: defaults of the dataclasses <- GROUP/*.yaml <- RECIPE.yaml <- words --> job
+    words --quote_texts, replace_groups--> Hydra: dataclass defaults <- GROUP/*.yaml <- RECIPE.yaml <- words --> job
 
-Hydra parses the words and composes the YAML; nothing else of it is used: no entry point, plugins, callbacks, working folders
-or logging of its own, no `_target_`. A recipe is data that may come from a stranger: `recipes.schema.recipe_source` refuses what
-would run code or read files. Errors a user can cause end in one message on stderr and exit status 2.
+The words are the arguments of the command line. Hydra parses them and composes the YAML. Nothing else of Hydra is used: not its
+entry point, plugins, callbacks, working folders, logging or `_target_`. A recipe may come from someone else, so
+`recipes.schema.recipe_source` refuses whatever would run code or read files. An error that a user can cause ends in one message
+on stderr and exit status 2.
 """
 
 import argparse
@@ -24,9 +25,9 @@ from typing import Any, NoReturn, cast
 
 from hydra import compose as hydra_compose
 
-# Hydra's public `initialize` reads recipe files unchecked and imports every plugin that is installed. These four build the same
-# thing with our reader of recipe files and without plugins. They may move in another Hydra: pyproject.toml stays below 1.4, and
-# tests/rules/test_dependencies.py names what is gone.
+# Hydra's public `initialize` reads recipe files unchecked and imports every installed plugin. These four do the same with our
+# reader of recipe files and without plugins. Another version of Hydra may move them, so pyproject.toml requires one below 1.4,
+# and tests/rules/test_dependencies.py reports what is missing.
 from hydra._internal.config_search_path_impl import ConfigSearchPathImpl
 from hydra._internal.core_plugins.structured_config_source import StructuredConfigSource
 from hydra._internal.hydra import Hydra
@@ -52,30 +53,30 @@ from recipes.schema.suggestions import did_you_mean
 from recipes.schema.typed import defaults_of, type_at
 
 RECIPES = Path(__file__).resolve().parent.parent
-"""Folder of the recipes shipped with this project: Hydra's search path starts here."""
+"""Folder of the recipes shipped with this project, first in Hydra's search path."""
 
 _SEARCH = "hydra.searchpath="
-"""The one setting of Hydra's that the command line may give: more folders of recipes."""
+"""The only setting of Hydra that the command line may contain: more folders of recipes."""
 _MOST_JOBS = 1000
-"""Runs of one sweep."""
+"""Most runs of one sweep."""
 _LONGEST_NAME = 150
-"""Bytes of the name of a sweep's run."""
-_OF_THE_MACHINE = {
+"""Most characters that a sweep adds to the name of a run."""
+_SYSTEM_REMEDIES = {
     errno.EACCES: "Check who may read and write it.",
     errno.EPERM: "Check who may read and write it.",
     errno.EROFS: "The file system cannot be written to. Choose another folder.",
-    errno.ENOSPC: "The disk is full. Free some room, then repeat the command.",
-    errno.EDQUOT: "Your share of the disk is used up. Free some room, then repeat the command.",
+    errno.ENOSPC: "The disk is full. Free some space, then repeat the command.",
+    errno.EDQUOT: "Your disk quota is used up. Free some space, then repeat the command.",
     errno.EMFILE: "Raise the limit: `ulimit -n 65536`.",
-    errno.ENFILE: "The machine has too many open files.",
+    errno.ENFILE: "The machine has too many open files. End other processes, then repeat the command.",
     errno.ENOTDIR: "A part of this path is a file, not a folder. Choose another path.",
     errno.EISDIR: "This path is a folder, not a file. Choose another path.",
-    errno.EEXIST: "It is there already, and is of another kind. Choose another path.",
+    errno.EEXIST: "A file or folder of another kind has this path. Choose another path.",
     errno.ENAMETOOLONG: "Choose a shorter name.",
-    errno.ELOOP: "A link there leads back to itself.",
+    errno.ELOOP: "A link in this path leads back to itself. Choose another path.",
     errno.ENOENT: "Check the path.",
 }
-"""Errors of the operating system that the user has to fix, and how."""
+"""{error of the operating system that the user can fix: remedy}."""
 
 _SECTIONS: dict[str, type] = {"compress": CompressConfig}
 """Sections of a composed recipe that tools read, and their fields."""
@@ -91,8 +92,8 @@ def run_command(
 ) -> int:
     """Compose the recipe that the arguments name and call `job` with it (once per job of a sweep). -> exit status.
 
-    program: the command, as after `stratum`; keys: every dotted key a recipe can have and every option of the command, to
-    name the nearest; user_errors: what ends in a message, not a traceback, besides StratumError.
+    program: the command, as after `stratum`. keys: every dotted key of a recipe and every option of the command, for
+    suggestions. user_errors: errors that end in a message, not a traceback, in addition to StratumError.
     """
     rank = int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")))
     logging.basicConfig(
@@ -116,26 +117,26 @@ def run_command(
     except user_errors as error:
         return complain(error, head=head)
     except OSError as error:
-        if error.errno not in _OF_THE_MACHINE:
+        if error.errno not in _SYSTEM_REMEDIES:
             raise
-        return complain(of_the_machine(error), head=head)
+        return complain(describe_system_error(error), head=head)
     except KeyboardInterrupt:
-        complain("interrupted before a step was finished; nothing was written.", head=head)
+        complain("interrupted before a step was finished. Nothing was written.", head=head)
         return 130
     finally:
         GlobalHydra.instance().clear()
     return max(statuses, default=0)
 
 
-def of_the_machine(error: OSError) -> str:
-    """An error of the operating system as a message: the file, the reason, what to do."""
-    remedy = _OF_THE_MACHINE.get(error.errno or 0, "")
+def describe_system_error(error: OSError) -> str:
+    """An error of the operating system as a message: file, reason, remedy."""
+    remedy = _SYSTEM_REMEDIES.get(error.errno or 0, "")
     named = f"{printable(str(error.filename))}: " if error.filename is not None else ""
     return f"{named}{error.strerror or error}. {remedy}".rstrip()
 
 
 def _parsed(words: Sequence[str], *, program: str) -> argparse.Namespace:
-    """Parse Hydra's words. Hydra's own entry point would act on a recipe before it is checked."""
+    """Parse Hydra's options. Hydra's own entry point would act on a recipe before it is checked."""
     parser = _Words(prog=program, add_help=False, allow_abbrev=False)
     parser.add_argument("overrides", nargs="*")
     parser.add_argument("-cn", "--config-name")
@@ -146,7 +147,7 @@ def _parsed(words: Sequence[str], *, program: str) -> argparse.Namespace:
     parser.add_argument("-m", "--multirun", action="store_true")
     parsed = parser.parse_intermixed_args(list(words))
     if not parsed.config_name:
-        raise RecipeError(f"no recipe named. Start with `{STRATUM} {program} -cn NAME`; {_shipped()}")
+        raise RecipeError(f"no recipe was named. Use `{STRATUM} {program} -cn NAME`; {_shipped()}")
     return parsed
 
 
@@ -155,18 +156,18 @@ def _composed(
 ) -> Iterator[DictConfig]:
     """Compose the recipe, with Hydra's own section: one, or one for each job of a sweep.
 
-    Hydra's section has no effect: its callbacks, plugins and logging are never created. RecipeError says what is wrong.
+    Hydra's section has no effect: its callbacks, plugins and logging are never created. RecipeError names the problem.
     """
     store_defaults()
     by_word = {word.lstrip("+"): word for word in given}
     try:
         for word in parsed.overrides:
             refuse_code_in_word(word)
-        overrides = whole_words(text_words(parsed.overrides, is_sweep=parsed.multirun))
+        overrides = replace_groups(quote_texts(parsed.overrides, is_sweep=parsed.multirun))
         for jobs, is_job in _jobs(overrides, parsed):
             _initialize(parsed)
-            # The group of defaults comes first for every recipe, also one of the user's that does not name it: any field can
-            # then be overridden. `hydra/env` is the group Hydra composes before the recipe and leaves for programs.
+            # The group of defaults comes first for every recipe, also for a user's that does not name it, so that any field can
+            # be overridden. `hydra/env` is the group that Hydra composes before the recipe and reserves for programs.
             composed = hydra_compose(parsed.config_name, ["hydra/env=recipe_defaults", *jobs], return_hydra_config=True)
             HydraConfig.instance().set_config(composed)
             if is_job:
@@ -177,13 +178,13 @@ def _composed(
     except (HydraException, OmegaConfBaseException) as error:
         raise RecipeError(_explain(str(error), program=program, keys=keys)) from error
     except RecursionError as error:
-        raise RecipeError("the recipe or a word of the command line is nested too deeply.") from error
-    except (ValueError, TypeError) as error:  # of Hydra, as for ~model=1e400 or data=[[]]
+        raise RecipeError("the recipe or an argument is nested too deeply. Use fewer braces and brackets.") from error
+    except (ValueError, TypeError) as error:  # Hydra raises these, e.g. for ~model=1e400 or data=[[]]
         raise RecipeError(f"the recipe cannot be composed: {printable(str(error), most=200)}") from error
 
 
 def _initialize(parsed: argparse.Namespace) -> None:
-    """Hydra's search path: the shipped recipes, --config-dir, and folders of hydra.searchpath; all read by RecipeSource."""
+    """Set Hydra's search path: shipped recipes, --config-dir, folders of hydra.searchpath. RecipeSource reads all of them."""
     for source in (RecipeSource, StructuredConfigSource):
         SourcesRegistry.instance().register(source)
     search = ConfigSearchPathImpl()
@@ -191,7 +192,9 @@ def _initialize(parsed: argparse.Namespace) -> None:
     if parsed.config_dir is not None:
         own = Path(parsed.config_dir).resolve()
         if not own.is_dir():
-            raise RecipeError(f"--config-dir {printable(parsed.config_dir)} is not a folder.")
+            raise RecipeError(
+                f"--config-dir {printable(parsed.config_dir)} is not a folder. Give the folder of your recipes."
+            )
         search.append("command-line", f"{RecipeSource.scheme()}://{own}")
     for folder in parsed.more_folders:
         search.append("command-line, more", f"{RecipeSource.scheme()}://{folder}")
@@ -201,7 +204,7 @@ def _initialize(parsed: argparse.Namespace) -> None:
 
 
 def _jobs(words: list[str], parsed: argparse.Namespace) -> Iterator[tuple[list[str], bool]]:
-    """The overrides of each job of a sweep, and whether it is one; without -m those of the one recipe."""
+    """(overrides, True) for each job of a sweep; without -m, (overrides, False) for the one recipe."""
     parsed.more_folders = [folder for word in words if word.startswith(_SEARCH) for folder in _search_folders(word)]
     words = [word for word in words if not word.startswith(_SEARCH)]
     if not parsed.multirun:
@@ -218,7 +221,7 @@ def _jobs(words: list[str], parsed: argparse.Namespace) -> Iterator[tuple[list[s
             choices.append([word])
             continue
         if not override.is_discrete_sweep():
-            raise RecipeError(f"{printable(word)}: a sweep needs values that can be counted, as in 1e-3,3e-4.")
+            raise RecipeError(f"{printable(word)}: a sweep needs a list of values, as in 1e-3,3e-4.")
         key = override.get_key_element()
         values = list(itertools.islice(override.sweep_string_iterator(), _MOST_JOBS + 1))
         choices.append([f"{key}={value}" for value in values])
@@ -230,7 +233,7 @@ def _jobs(words: list[str], parsed: argparse.Namespace) -> Iterator[tuple[list[s
 
 
 def _search_folders(word: str) -> list[str]:
-    """Folders of `hydra.searchpath=[file://FOLDER, ...]`: more places of groups and recipes."""
+    """Folders of `hydra.searchpath=[file://FOLDER, ...]`, which contain more groups and recipes."""
     value = OverridesParser.create().parse_override(word).value()
     if not isinstance(value, list) or not all(isinstance(one, str) and one.startswith("file://") for one in value):
         raise RecipeError(f"{printable(word)}: use {_SEARCH}[file://FOLDER].")
@@ -245,14 +248,16 @@ def _without_hydra(composed: DictConfig) -> DictConfig:
 
 
 def _show(composed: DictConfig, parsed: argparse.Namespace) -> None:
-    """Print the composed recipe, as --cfg, --package and --resolve ask."""
+    """Print the composed recipe in the form that --cfg, --package and --resolve give."""
     shown: Any = composed if parsed.cfg == "all" else _without_hydra(composed)
     if parsed.cfg == "hydra":
         shown = OmegaConf.masked_copy(composed, ["hydra"])
     if parsed.package not in (None, "_global_"):
         shown = OmegaConf.select(shown, parsed.package)
         if shown is None:
-            raise RecipeError(f"--package {printable(parsed.package)}: the recipe has no such part.")
+            raise RecipeError(
+                f"--package {printable(parsed.package)}: the recipe has no such part. Use a group, such as model."
+            )
         sys.stdout.write(f"# @package {printable(parsed.package)}\n")
     try:
         text = OmegaConf.to_yaml(shown, resolve=parsed.resolve) if OmegaConf.is_config(shown) else f"{shown}\n"
@@ -284,18 +289,21 @@ def run_tool[T](
 
 
 def store_defaults() -> None:
-    """Give Hydra the dataclasses' defaults: those of a recipe as what everything else is merged into, and those of the
-    `compress` section, which few recipes have, as the option `compress: standard`."""
+    """Give Hydra the dataclasses' defaults.
+
+    Those of a recipe are the base into which everything else is merged. Those of the `compress` section, which few recipes
+    have, are the option `compress: standard`.
+    """
     store = ConfigStore.instance()
     store.store("recipe_defaults", defaults_of(Recipe), group="hydra/env", package="_global_")
     store.store("standard", defaults_of(CompressConfig), group="compress")
     for name, groups in {
         "default": ("output", "help", "hydra_help", "job_logging", "hydra_logging"),
         "basic": ("launcher", "sweeper"),
-    }.items():  # named by Hydra's own defaults list, and never used
+    }.items():  # Hydra's own defaults list names them; they are never used
         for group in groups:
             store.store(name, {}, group=f"hydra/{group}")
-    # Options that earlier recipes had to name and that contained only defaults.
+    # Earlier recipes had to name these options, which contained only defaults.
     for group, name in (
         *((group, "standard") for group in ("run", "checkpoint", "evaluate", "telemetry")),
         ("data", "reading"),
@@ -303,7 +311,7 @@ def store_defaults() -> None:
         store.store(name, {}, group=group)
 
 
-def text_words(words: list[str], *, is_sweep: bool = False) -> list[str]:
+def quote_texts(words: list[str], *, is_sweep: bool = False) -> list[str]:
     """Quote values of text fields that Hydra's grammar would read as something else.
 
     For Hydra `run.name=123` is a number, `launch.container.mounts=/a:/a,/b:/b` a sweep, `registry#name:tag` an error.
@@ -331,9 +339,12 @@ def text_words(words: list[str], *, is_sweep: bool = False) -> list[str]:
     return list(map(readable, words))
 
 
-def whole_words(words: list[str]) -> list[str]:
-    """A command line in which a named group given whole (`data.sources={...}`) replaces the recipe's, as a list does, and
-    one field of an item (`data.sources.mine.weight=2`) needs no plus, whether or not the YAML names it."""
+def replace_groups(words: list[str]) -> list[str]:
+    """Change overrides of named groups so that Hydra treats them like other fields.
+
+    A whole named group (`data.sources={...}`) then replaces the recipe's, as a list does. One field of an item
+    (`data.sources.mine.weight=2`) needs no plus, whether or not the YAML names it.
+    """
     found = []
     for word in words:
         key, sign, _ = word.partition("=")
@@ -361,13 +372,13 @@ def section(composed: DictConfig, name: str) -> dict[str, Any]:
 
 
 def recipe_and_overrides() -> tuple[str, list[str]]:
-    """(recipe, overrides) of the command line that is running, for commands that write command lines."""
+    """(recipe, overrides) of the running command, for commands that print or store command lines."""
     config = HydraConfig.get()
     return str(config.job.config_name), [word for word in config.overrides.task if not word.startswith("hydra")]
 
 
 def inherited_sources(composed: DictConfig) -> str:
-    """A note for the plan if a recipe with sources of its own also inherits some; otherwise empty. Call it inside a job."""
+    """A note for the plan if a recipe that names sources also inherits others; otherwise empty. Call it inside a job."""
     config = HydraConfig.get()
     files = [Path(source.path) / f"{config.job.config_name}.yaml" for source in config.runtime.config_sources]
     file = next((path for path in files if path.is_file()), None)
@@ -375,15 +386,15 @@ def inherited_sources(composed: DictConfig) -> str:
     names = [str(name) for name in composed.data.sources or () if body and name not in body]
     if not body or not names:
         return ""
-    verb, own = "is" if len(names) == 1 else "are", ", ".join(map(str, body))
+    verb, named = "is" if len(names) == 1 else "are", ", ".join(map(str, body))
     return (
-        f"data.sources: {', '.join(names)} {verb} inherited and mixed with {config.job.config_name}'s own, {own}. To train on "
-        f"its own alone, put data/no_sources before _self_ in its defaults."
+        f"data.sources: {', '.join(names)} {verb} inherited, and mixed with those that {config.job.config_name} names, "
+        f"{named}. To train on these alone, put data/no_sources before _self_ in its defaults."
     )
 
 
 def recipe_words(folder: str | None) -> list[str]:
-    """The words that name the running command's recipe again, with `folder` as one more place of groups and recipes."""
+    """Arguments that name the running command's recipe, with `folder` as one more folder of groups and recipes."""
     config = HydraConfig.get()
     own = [source.path for source in config.runtime.config_sources if source.provider == "command-line"]
     name = ["-cn", str(config.job.config_name)]
@@ -391,12 +402,12 @@ def recipe_words(folder: str | None) -> list[str]:
         return [*(f"--config-dir={path}" for path in own), *name]
     if not own:
         return [f"--config-dir={folder}", *name]
-    # Hydra takes one such folder; further ones are given by its search path.
+    # Hydra accepts one --config-dir. Further folders go into its search path.
     return [f"--config-dir={own[0]}", *name, f"hydra.searchpath=[file://{folder}]"]
 
 
 def dotted_keys(cls: type, prefix: str = "") -> list[str]:
-    """Every dotted key of a dataclass of fields and groups, groups included."""
+    """Every dotted key of a dataclass, groups included."""
     keys = []
     for field in dataclasses.fields(cls):
         keys.append(f"{prefix}{field.name}")
@@ -406,7 +417,7 @@ def dotted_keys(cls: type, prefix: str = "") -> list[str]:
 
 
 def _type_of(key: str) -> Any:
-    """Type of the recipe field, or field of a tool's section, at a dotted key; None if there is none."""
+    """Type of the field at a dotted key, of the recipe or of a tool's section; None if there is none."""
     first, _, rest = key.partition(".")
     return type_at(_SECTIONS[first], rest) if rest and first in _SECTIONS else type_at(Recipe, key)
 
@@ -419,16 +430,16 @@ def _is_in_named_group(key: str) -> bool:
 
 
 def _quoted(value: str) -> str:
-    """A value as one text to Hydra's grammar, in which a backslash counts only before the closing kind of quote."""
+    """A value quoted for Hydra's grammar, in which a backslash has a meaning only before the closing kind of quote."""
     quote = "'" if '"' in value else '"'
     escaped = re.sub(rf"(\\*)({quote}|$)", lambda found: found[1] * 2 + "\\" * bool(found[2]) + found[2], value)
     return f"{quote}{escaped}{quote}"
 
 
 def _name_sweep_job(composed: DictConfig, words: Sequence[str]) -> None:
-    """Give each job of a sweep a run folder of its own, named after what it overrides."""
-    said = (word.lstrip("+") for word in words if not word.startswith(("~", "hydra")))
-    overrides = ",".join(sorted(word for word in said if not word.startswith("run.name=")))
+    """Give each job of a sweep its own run.name, made of its overrides."""
+    stripped = (word.lstrip("+") for word in words if not word.startswith(("~", "hydra")))
+    overrides = ",".join(sorted(word for word in stripped if not word.startswith("run.name=")))
     ending = re.sub(r"[^A-Za-z0-9_.=,+-]", "_", overrides)
     if len(ending) > _LONGEST_NAME:
         ending = f"{ending[:_LONGEST_NAME]}-{hashlib.sha256(overrides.encode()).hexdigest()[:12]}"
@@ -437,20 +448,20 @@ def _name_sweep_job(composed: DictConfig, words: Sequence[str]) -> None:
 
 
 def _explain(message: str, *, program: str, keys: list[str]) -> str:
-    """Hydra's message with a remedy: the nearest key, option, group or recipe, or the plus that is missing."""
+    """Hydra's message with a remedy: the nearest key, option, group or recipe, or a missing plus."""
     message = message.strip()
     if unknown := re.search(r"Could not override '([^']+)'", message):
         return _unknown_key(unknown[1], program=program, keys=keys)
     if there := re.search(r"Could not append to config\. An item is already at '([^']+)'", message):
-        return f"{there[1]} is in this recipe already. Override it without the plus: {there[1]}=..."
+        return f"{there[1]} is already in this recipe. Override it without the plus: {there[1]}=..."
     if gone := re.search(r"Could not delete from config\. '([^']+)' does not exist", message):
-        return f"~{gone[1]} removes nothing: this recipe has no {gone[1]}."
+        return f"~{gone[1]} removes nothing, because this recipe has no {gone[1]}. Leave it out."
     if choice := re.search(
         r"Could not find '(\w+)/([^']+)'\s*\n+Available options in '[^']+':\n((?:\t[^\n]+\n?)+)", message
     ):
         group, wanted, names = choice[1], choice[2], [name.strip() for name in choice[3].strip().splitlines()]
         hint = did_you_mean(wanted, names, otherwise="").strip()
-        return f"{group}={wanted}: there is no such {group}. {hint} There are: {', '.join(names)}.".replace("  ", " ")
+        return f"{group}={wanted}: there is no such {group}. {hint} Use one of {', '.join(names)}.".replace("  ", " ")
     if recipe := re.search(r"Cannot find primary config '([^']+)'", message):
         return (
             f"there is no recipe {recipe[1]!r}. {did_you_mean(recipe[1], _names(), otherwise='')} {_shipped()}".replace(
@@ -466,12 +477,12 @@ def _unknown_key(key: str, *, program: str, keys: list[str]) -> str:
         fields = [field.name for field in dataclasses.fields(SourceConfig)]
         if of_source[2] in fields:
             return f"{key} is not in this recipe yet. Add it with a plus: +{key}=..."
-        hint = did_you_mean(of_source[2], fields, otherwise=f"There are: {', '.join(fields)}.")
+        hint = did_you_mean(of_source[2], fields, otherwise=f"Use one of {', '.join(fields)}.")
         return f"unknown field {of_source[2]!r} of a source on the command line. {hint}"
-    if key in keys and key in _groups():  # a run's recipe.yaml, for one, is not composed of groups
+    if key in keys and key in _groups():  # e.g. a run's recipe.yaml, which is not composed of groups
         return (
             f"{key}=...: this recipe does not take its {key} from a group, so the group cannot be swapped. Override fields, "
-            f"as in {key}.FIELD=..., or name the recipe the run was started with: -cn NAME {key}=..."
+            f"as in {key}.FIELD=..., or name the recipe with which the run was started: -cn NAME {key}=..."
         )
     if key in keys or key in _groups():
         return f"{key} is not in this recipe yet. Add it with a plus: +{key}=..."
@@ -492,11 +503,11 @@ def _groups() -> list[str]:
 
 
 def _unreadable(word: str) -> str:
-    """What Hydra's grammar cannot read, and the same word with its value quoted, once for Hydra and once for the shell."""
+    """A message about an argument that Hydra cannot parse, with the same argument quoted for Hydra and for the shell."""
     key, _, value = word.partition("=")
     if value[:1] in ("{", "["):
         example = shlex.quote(key + '={name: {path: "s3://bucket/day=1/*.parquet"}}')
-        return f"{word} cannot be read. Inside braces and brackets, quote each text that has = : # ( ) or a comma: {example}"
+        return f"{word} cannot be read. Inside braces and brackets, quote each text that contains = : # ( ) or a comma: {example}"
     return f"{word} cannot be read. Quote the value, and the whole word for the shell: {shlex.quote(f'{key}={_quoted(value)}')}"
 
 

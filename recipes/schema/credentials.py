@@ -1,9 +1,9 @@
-"""URLs without what gives access: passwords, tokens and signatures are taken out of everything that is written or shown.
+"""Removes passwords, tokens and signatures from URLs in everything that is stored or shown.
 
     without_credentials("GET https://me:pw@host/a.jsonl?id=3&token=abc failed")
     -> "GET https://host/a.jsonl?id=3&token=*** failed"
 
-A renewed signature gives the same text, so that data prepared with the last one is recognised.
+The result does not depend on the signature, so data prepared with an older signature is recognised.
 """
 
 import re
@@ -20,22 +20,22 @@ _SECRET_VARIABLE = re.compile(
     re.IGNORECASE,
 )
 _OPAQUE_VALUE = re.compile(r"[\w+/=.%~-]{24,}")
-"""A value that nobody types: it may be a key under any name."""
+"""A value too long and random to be typed. It may be a key under any name."""
 _MASK = "***"
 
 
 def without_credentials(text: str) -> str:
-    """A text with the credentials of every URL in it taken out; other texts stay as they are."""
+    """A text without the credentials of its URLs. A text without URLs is not changed."""
     return _URL.sub(lambda found: _clean(found[0]), text) if "://" in text else text
 
 
 def is_secret(name: str, value: str) -> bool:
-    """Whether an environment variable gives access: by its name, or by a URL in it."""
+    """Whether an environment variable is a secret, by its name or by a URL in its value."""
     return bool(_SECRET_VARIABLE.search(name)) or without_credentials(value) != value
 
 
 def mapping_without_credentials(value: Any) -> Any:
-    """Plain values with the credentials of every URL in their texts taken out."""
+    """Plain values without the credentials of URLs in their texts."""
     if isinstance(value, dict):
         return {key: mapping_without_credentials(inner) for key, inner in value.items()}
     if isinstance(value, list):
@@ -44,9 +44,9 @@ def mapping_without_credentials(value: Any) -> Any:
 
 
 def with_credentials(name: str, given: str) -> str:
-    """The name of a file as it is opened: the credentials of `given`, the URL the user wrote, put back into a cleaned name.
+    """The name to open a file by: `name` with the credentials of `given`, the URL that the user wrote.
 
-    Names that the URL does not stand for stay as they are.
+    Names of other hosts are not changed, so that credentials are sent only to the host they are for.
     """
     if "://" not in given or without_credentials(given) == given:
         return name
@@ -63,7 +63,7 @@ def with_credentials(name: str, given: str) -> str:
 
 
 def _host(url: str) -> tuple[str, str]:
-    """Protocol, and host or bucket or first folder."""
+    """(protocol; host, bucket or first folder)."""
     scheme, _, rest = url.partition("://")
     return scheme, rest.lstrip("/").split("/")[0].split("?")[0]
 
@@ -75,9 +75,9 @@ def _clean(url: str) -> str:
         return url
     query, hash_mark, fragment = query.partition("#")
     fields = [field.partition("=") for field in query.split("&")]
-    kept = "&".join(
+    cleaned = "&".join(
         f"{name}={_MASK}" if is_value and (_SECRET_NAME.search(name) or _OPAQUE_VALUE.fullmatch(value)) else
         _MASK if not is_value and _OPAQUE_VALUE.fullmatch(name) else f"{name}{is_value}{value}"
         for name, is_value, value in fields
     )  # fmt: skip
-    return f"{place}?{kept}{hash_mark}{fragment}"
+    return f"{place}?{cleaned}{hash_mark}{fragment}"

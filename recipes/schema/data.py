@@ -1,6 +1,6 @@
-"""Every recipe field of the `data` group, typed and documented. Standard library only: it runs on a login node.
+"""Fields of the `data` group: sources, tokenizer, and the order and packing of rows.
 
-The text under a field is its documentation: meaning, unit, and why the default (docs/recipes.md is made from it).
+The text under a field is its documentation: meaning, unit, range and reason for the default (source of docs/recipes.md).
 """
 
 from dataclasses import dataclass, field
@@ -16,40 +16,40 @@ def is_remote(folder: str) -> bool:
 
 @dataclass(frozen=True)
 class SourceConfig:
-    """One named source of documents; its name is its key under `data.sources`."""
+    """One named source of documents. Its name is its key under `data.sources`."""
 
     path: str
-    """File, folder or glob of text, here or behind `s3://`, `gs://`, `https://`, `hf://` (any fsspec protocol); `.gz`,
-    `.zst`, `.bz2`, `.xz` are decompressed, names that begin with a dot are left out of folders, `{000..063}` and `{a,b}` stand
-    for several paths. `hf:NAME` is a Hugging Face `datasets` set. `package:NAME` is a corpus shipped with this project
-    (data/corpora), `python-stdlib` the standard library sources of the running Python."""
+    """File, folder or glob of text, local or behind `s3://`, `gs://`, `https://`, `hf://` (any fsspec protocol). `.gz`, `.zst`,
+    `.bz2` and `.xz` are decompressed. In folders, names that begin with a dot are left out. `{000..063}` and `{a,b}` stand for
+    several paths. `hf:NAME` is a Hugging Face `datasets` set, `package:NAME` a corpus shipped with this project (data/corpora),
+    `python-stdlib` the source code of the running Python's standard library."""
     weight: NonNegativeFloat = 1.0
-    """Share of training rows drawn from this source, relative to the other weights (they need not sum to 1). 0 keeps it
-    for later phases, or for evaluation only."""
+    """Share of training rows drawn from this source, relative to the other weights (they need not sum to 1). 0: only later
+    phases or evaluation use it."""
     max_epochs: PositiveFloat | None = None
-    """Most times the source may be read through; `data.on_exhausted` says what then. null: no limit. Up to 4 repeats cost
-    little (arXiv 2305.16264)."""
+    """How many times the source may be read in full, at most; `data.on_exhausted` says what happens then. null: no limit. Up to 4
+    repeats cost little (arXiv 2305.16264)."""
     heldout_fraction: Fraction | None = None
-    """Share of this source's documents kept out of training for evaluation, at least one; null: `data.heldout_fraction`.
-    1: all of them, a source for evaluation only (with weight 0)."""
+    """Fraction of this source's documents held out of training for evaluation, at least one; null: `data.heldout_fraction`.
+    1: all of them, for a source that is only evaluated (with weight 0)."""
     format: Literal["auto", "text", "jsonl", "parquet", "csv", "tsv", "dataset", "megatron"] = "auto"
-    """How it is read; `auto` goes by the file's name, and refuses names that do not tell. A text file is one document; `csv`
-    and `tsv` are tables whose first line names the columns; `dataset` is a folder written by
-    `save_to_disk`; `megatron` reads existing `.bin/.idx` sets where they lie (path without suffix, or a glob)."""
+    """Format of the files. `auto`: by the file's name; other names are refused. `text`: a file is one document. `csv`, `tsv`: the
+    first line names the columns. `dataset`: a folder written by `save_to_disk`. `megatron`: existing `.bin/.idx` sets, read in
+    place (path without suffix, or a glob)."""
     text_field: str = "text"
-    """Field of a record that holds the text; `a.b` looks inside the group `a`."""
+    """Field of a record that contains the text; `a.b` is field `b` of the nested record `a`."""
     template: str | None = None
-    """Text made of several fields, such as `"{title}\\n{body}"`; takes the place of text_field."""
+    """Text made of several fields, such as `"{title}\\n{body}"`. Used instead of text_field."""
     config: str | None = None
     """Configuration of a Hugging Face set, such as `sample-10BT`."""
     split: str = "train"
-    """Split of a Hugging Face set that is read; what is held out for evaluation is taken from it."""
+    """Split of a Hugging Face set to read. Held-out documents are taken from it too."""
     streaming: bool = False
     """Read a Hugging Face set as a stream instead of downloading it first."""
     on_bad_record: Literal["error", "skip"] = "error"
-    """A record that is no JSON, no UTF-8, too large, or without text: stop and name it, or leave it out and count it."""
+    """If a record is not JSON, not UTF-8, too large, or has no text: stop and name it, or leave it out and count it."""
     max_record_bytes: PositiveInt = 67_108_864
-    """A larger record is a bad record: no single document may fill the memory."""
+    """A larger record counts as bad, so that no single document fills the memory."""
     max_expansion: PositiveInt = 200
     """A file that decompresses to more than this times its size (beyond 64 MiB) is refused. Text expands 3 to 20 times."""
     max_bytes: PositiveInt | None = None
@@ -61,8 +61,8 @@ class TokenizerConfig:
     """Which tokenizer turns text into token ids."""
 
     path: str | None = None
-    """A tokenizer to load: `tokenizer.json`, SentencePiece `.model`, tekken or tiktoken file; null trains a byte-level BPE
-    on the sources. Either way it is stored with the shards."""
+    """A tokenizer to load: `tokenizer.json`, SentencePiece `.model`, tekken or tiktoken file; null: train a byte-level BPE on the
+    sources. In both cases it is stored with the shards."""
     vocab_size: PositiveInt = 4096
     """Size of the trained vocabulary, special tokens included. Checked against `model.vocab`."""
     end_of_document: str = "<|endoftext|>"
@@ -71,18 +71,18 @@ class TokenizerConfig:
     """Special token written before every document and put before a prompt, for models trained with one (Gemma, Llama:
     `<bos>`, `<|begin_of_text|>`); null: none. `hf import` sets it from the model's own tokenizer."""
     special_tokens: dict[str, int] = field(default_factory=dict)
-    """Further special tokens and their ids, for a trained tokenizer (ids from 1 up) or a file of ranks that names none."""
+    """More special tokens and their ids, for a trained tokenizer (ids from 1 on) or a file of ranks without special tokens."""
     pattern: str | None = None
-    """Regular expression that cuts a text before tokens are made, or one of gpt2, cl100k, o200k, nemotron; for a trained
-    tokenizer (null: gpt2) and for files of ranks without one."""
+    """Regular expression that cuts a text into pieces before tokens are made, or one of gpt2, cl100k, o200k, nemotron. Used for a
+    trained tokenizer (null: gpt2) and for files of ranks without a pattern."""
     rank_offset: Count = 0
     """Id of the first token of a file of ranks without special tokens (Nemotron's: 1000)."""
     keep_vocab: PositiveInt | None = None
-    """Use only the ids below this of a file of ranks; null: what the file says, or all."""
+    """Use only the ids below this number of a file of ranks; null: the number in the file, or all ids."""
     train_bytes: PositiveInt = 1_000_000_000
-    """Bytes of text a trained tokenizer looks at, taken from the beginning of each source in equal parts."""
+    """Bytes of text to train a tokenizer on: the same amount from the beginning of each source."""
     encoder: Literal["auto", "tokenizers"] = "auto"
-    """`auto` encodes a `tokenizer.json` with tiktoken where that provably gives the same ids, several times faster."""
+    """`auto`: encode a `tokenizer.json` with tiktoken, several times faster, if it provably gives the same ids."""
 
 
 @dataclass(frozen=True)
@@ -90,21 +90,21 @@ class PhaseConfig:
     """A later part of training with other weights (Nemotron Nano 2 changes them at 60 % and 90 % of 20T tokens)."""
 
     from_tokens: PositiveInt
-    """Training tokens after which the phase starts; rounded up to a whole row."""
+    """Training tokens after which the phase starts, rounded up to a whole row."""
     weights: dict[str, NonNegativeFloat]
-    """Weight by source; sources left out are not drawn."""
+    """Weight of each source. A source that is left out is not drawn."""
     ramp_tokens: Count = 0
-    """Tokens over which shares move linearly from those before to these; 0 switches at once."""
+    """Tokens over which shares change linearly from those of the phase before to these; 0: at once."""
 
 
 @dataclass(frozen=True)
 class FimConfig:
-    """Fill in the middle (arXiv 2207.14255): some documents are shown as prefix, suffix, middle."""
+    """Fill in the middle (arXiv 2207.14255): some documents are rearranged to prefix, suffix, middle."""
 
     rate: Fraction = 0.0
-    """Share of the documents in a row that are rearranged; 0 turns it off."""
+    """Fraction of the documents in a row that are rearranged; 0: off."""
     spm_rate: Fraction = 0.5
-    """Share of those that come as suffix, prefix, middle."""
+    """Fraction of the rearranged documents with the order suffix, prefix, middle."""
     prefix: str = "<|fim_prefix|>"
     """Special token before the prefix."""
     suffix: str = "<|fim_suffix|>"
@@ -115,17 +115,17 @@ class FimConfig:
 
 @dataclass(frozen=True)
 class CacheConfig:
-    """Shards behind a URL, kept on local disk while they are read."""
+    """Local copies of shards behind a URL."""
 
     folder: str = "runs/cache"
-    """Where copies lie; all processes of a machine share it."""
+    """Folder of the copies, shared by all processes of a machine."""
     gib: PositiveFloat = 64.0
-    """Disk the copies may take, in GiB; those unused for longest go first. Must hold `shuffle_shards` shards of every
-    source at once, or shards are fetched again and again."""
+    """Disk space for the copies, in GiB. If it is full, the least recently used are removed. It must be enough for
+    `shuffle_shards` shards of every source, otherwise shards are fetched again and again."""
     fetch_threads: Count = 2
-    """Shards fetched at the same time, ahead of the rows that need them, as many as `gib` holds; 0: each when it is needed."""
+    """Shards fetched at the same time before rows need them, as far as `gib` allows; 0: fetch a shard when a row needs it."""
     retries: Count = 5
-    """Attempts after a failed transfer, with a growing pause (1, 2, 4, ... seconds)."""
+    """Attempts after a failed transfer, after pauses of 1, 2, 4, ... seconds."""
 
 
 @dataclass(frozen=True)
@@ -133,58 +133,59 @@ class DataConfig:
     """From raw text to rows of tokens."""
 
     folder: str = "runs/data/smoke"
-    """Where prepared shards, tokenizer and manifest lie (written by `stratum prepare`). Reading also takes a URL
-    (`s3://`, `gs://`, `https://`, ...): shards are then copied to `cache.folder` as they are needed."""
+    """Folder of the prepared shards, tokenizer and manifest (written by `stratum prepare`). For reading it may be a URL (`s3://`,
+    `gs://`, `https://`, ...). Shards are then copied to `cache.folder` when they are needed."""
     sources: dict[str, SourceConfig] = field(default_factory=dict)
-    """Sources by name. At least one. The order in which they are written decides nothing."""
+    """Sources by name, at least one. Their order has no effect."""
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
     """The tokenizer of all sources."""
     row_tokens: PositiveInt = 256
     """Tokens of a row: the sequence length of training."""
     heldout_fraction: OpenFraction = 0.02
-    """Share of each source's documents kept out of training for evaluation; at least one document per source. A source may
-    have its own."""
+    """Fraction of each source's documents held out of training for evaluation, at least one document per source. A source may set
+    its own fraction."""
     packing: Literal["chunk", "best_fit"] = "chunk"
-    """`chunk` cuts the stream of documents every `row_tokens`; `best_fit` arranges the documents of a stretch of 64 rows so
-    that few are cut (arXiv 2404.10830). Either way rows are full and every token is a label once."""
+    """`chunk` cuts the stream of documents every `row_tokens`; `best_fit` arranges the documents of each 64 successive rows so
+    that few are cut (arXiv 2404.10830). In both cases rows are full and every token is a label once."""
     fim: FimConfig = field(default_factory=FimConfig)
     """Fill in the middle."""
     reset_at_documents: bool = False
-    """Mask attention and reset Mamba states where a document ends inside a row. Off: a row is one stream of text."""
+    """Mask attention and reset Mamba states where a document ends inside a row. false: a row is one continuous text."""
     phases: tuple[PhaseConfig, ...] = ()
-    """Curriculum after the start, in order; the start has the sources' own weights."""
+    """Later phases of training, in order. Before the first one, the sources' own weights count."""
     on_exhausted: Literal["error", "continue"] = "error"
-    """A source would be read more than its max_epochs: refuse the run before it starts, naming the step; or go on from there
-    with the other sources, in proportion to their weights (a function of the position, like all of the order)."""
+    """If the run would read a source more often than its max_epochs: `error` refuses the run before it starts and names the step;
+    `continue` uses the other sources from there on, in proportion to their weights (a function of the position, like the whole
+    order)."""
     shuffle_shards: Count = 0
-    """0: any row of a source may follow any other. n: rows are shuffled within n shards at a time, those drawn at random;
-    for shards behind a URL, or on disks that seek slowly."""
+    """0: shuffle all rows of a source together. n: shuffle the rows of n random shards at a time, for shards behind a URL or on
+    disks that seek slowly."""
     verify: Literal["auto", "always", "never"] = "auto"
-    """Checksums when data is opened. `auto`: files not checked before, up to 4 GiB, and any file that changed since;
-    `always`: every file; `never`: sizes only. `stratum inspect --verify` checks all, once."""
+    """Which checksums are compared when data is opened. `auto`: files not checked before, up to 4 GiB, and any file that changed
+    since. `always`: every file. `never`: only sizes are compared. `stratum inspect --verify` checks all files once."""
     cache: CacheConfig = field(default_factory=CacheConfig)
     """Local copies of remote shards."""
     stall_warning_s: PositiveFloat = 30.0
-    """Say which file is waited for when no rows came for this long, and again every so often."""
+    """After this long without rows, warn and name the file that is waited for; repeat the warning at this interval."""
     stall_limit_s: PositiveFloat = 480.0
-    """Stop with an error that names the file after this long; below `launch.timeout_s`, so that it is known why."""
+    """After this long without rows, stop and name the file. Less than `launch.timeout_s`, so that this message comes first."""
     seed: Seed = 1234
-    """Seed of the order of rows and of the held-out split; change it and the data order changes."""
+    """Seed of the order of rows and of the held-out split. Another seed is another data order."""
     workers: PositiveInt = 2
     """Processes that tokenize. The output does not depend on it."""
     shard_bytes: PositiveInt = 268_435_456
-    """Input files are grouped, and large ones cut where their format allows, to shards of about this many stored bytes. A
-    shard is what one process makes in one go, and what is made again after a kill."""
+    """Stored input bytes of one shard, approximately: small files are grouped, and large ones cut if their format allows. A
+    shard is made by one process, and made again as a whole after a kill."""
     prefetch_steps: PositiveInt = 2
     """Steps of batches read ahead."""
     read_threads: PositiveInt = 1
-    """Threads that read them; more help where files are far away."""
+    """Threads that read them. More threads help if files are on slow or remote disks."""
 
     def __post_init__(self) -> None:
-        """Sources are in the order of their names: the order in which a recipe lists them decides nothing."""
+        """Sort the sources by name, so that their order in the recipe has no effect."""
         object.__setattr__(self, "sources", dict(sorted(self.sources.items())))
 
     def heldout_of(self, name: str) -> float:
-        """Share of a source's documents that is held out."""
+        """Fraction of a source's documents that is held out."""
         fraction = self.sources[name].heldout_fraction
         return self.heldout_fraction if fraction is None else fraction

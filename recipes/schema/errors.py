@@ -1,4 +1,4 @@
-"""Errors a user can cause. Each message gives the value, the place and the remedy; none needs a traceback to be understood."""
+"""Errors a user can cause. Each message gives value, place and remedy, so that no traceback is needed."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -8,7 +8,7 @@ from recipes.schema.credentials import without_credentials
 
 @dataclass(frozen=True)
 class Problem:
-    """One thing that keeps a recipe from running, as a rule found it (`recipes.schema.rules`)."""
+    """A reason why a recipe cannot run, as a rule returns it (`recipes.schema.rules`)."""
 
     key: str
     """The recipe field it is about, e.g. `parallel.tensor`."""
@@ -23,10 +23,10 @@ class Problem:
 
 
 class StratumError(Exception):
-    """Base of the errors below: what ends a command with one message and an exit status."""
+    """Base of the errors below, which end a command with one message and an exit status."""
 
     status = 2
-    """Something has to be changed before the same command can work: never tried again by itself."""
+    """The user must change something first, so launchers do not restart the run."""
 
 
 class DataError(StratumError):
@@ -45,7 +45,7 @@ class NumericsError(StratumError):
     """Training or an evaluation produced NaN or infinity."""
 
     status = 3
-    """Apart from 2: recipe and checkpoints are usable. Never tried again by itself: the same steps would follow."""
+    """Not 2, because recipe and checkpoints are usable. Launchers do not restart the run: it would repeat the same steps."""
 
 
 class BackendError(StratumError):
@@ -56,7 +56,7 @@ USER_ERRORS: tuple[type[Exception], ...] = (StratumError,)
 
 
 def refuse(problems: Iterable[Problem], error: type[StratumError] = RecipeError) -> None:
-    """Raise `error` with every problem, a line or more each; does nothing if there are none."""
+    """Raise `error` with every problem, one or more lines each. Do nothing if there are no problems."""
     lines = [str(problem) for problem in problems]
     if lines:
         raise error("\n".join(dict.fromkeys(lines)))

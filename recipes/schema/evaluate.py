@@ -13,16 +13,16 @@ class EvaluateConfig:
     """Held-out evaluation and tasks during training."""
 
     every_steps: Count = 100
-    """Evaluate at every multiple of this step, and at the start and end; 0 evaluates at the start and end only."""
+    """Evaluate at every multiple of this step, and at the start and end; 0: at the start and end only."""
     rows_per_source: PositiveInt = 32
-    """Held-out rows of each source that are scored (all of them where there are fewer)."""
+    """Number of held-out rows of each source to score; all of them if there are fewer."""
     tasks: tuple[str, ...] = ()
     """Tasks to score during training: names such as needle-1k, or task files (docs/evaluate.md). Only tasks that need no
     generated text."""
     tasks_every_steps: Count = 1000
-    """Score them at every multiple of this step, and at the start and end; 0 at the start and end only."""
+    """Score tasks at every multiple of this step, and at the start and end; 0: at the start and end only."""
     task_items: PositiveInt = 256
-    """Items of each task that are scored (all of them where there are fewer)."""
+    """Number of items of each task to score; all of them if there are fewer."""
 
 
 def heldout_is_due(config: EvaluateConfig, step: int, *, steps: int) -> bool:

@@ -1,10 +1,10 @@
-"""Facts that rules ask about and a recipe does not say: the machine, the checkpoints and answers a recipe names, the data.
+"""Facts that rules need and that are not in a recipe: the machine, the checkpoints and caches a recipe names, the data.
 
-    Machine      what computes: GPU or not, its generation, which packages are missing
-    Disk         what is on this disk: `look` reads manifests only (JSON), so that a plan needs no torch
-    Prepared     the prepared data; `data.prepared` reads it, because a tokenizer's file needs the tokenizer's reader
+    Machine      with or without a GPU, its generation, missing packages
+    Disk         checkpoints and teacher cache on this disk. `read_disk` reads JSON manifests only, so a plan needs no torch
+    Prepared     the prepared data. `data.prepared` reads it, because a tokenizer's file needs the tokenizer's reader
 
-Plain values. `recipes.schema.rules` judges them; the trainer, the planner and the launchers only collect them.
+They are plain values. The trainer, the planner and the launchers collect them; `recipes.schema.rules` judges them.
 """
 
 import importlib.util
@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from recipes.schema.checkpoint_steps import candidates, checkpoint_at, lost_run, refuse_to_forget, steps_in
+from recipes.schema.checkpoint_steps import candidates, checkpoint_at, lost_run, refuse_lost_checkpoints, steps_in
 from recipes.schema.errors import CheckpointError, DataError, Problem, RecipeError
 from recipes.schema.foreign import read_json
 from recipes.schema.manifest import Manifest
@@ -27,19 +27,19 @@ _PACKAGES = {
     "transformer-engine": ("transformer_engine_torch",),
     "mamba-ssm with causal-conv1d": ("mamba_ssm", "causal_conv1d"),
 }
-"""What the `te` backend is made of -> modules to be found."""
+"""{package that the `te` backend needs: modules that must be importable}."""
 REQUEST = "request.json"
 REQUEST_FORMAT = 2
 
 
 @dataclass(frozen=True)
 class Machine:
-    """The machine a run is for, as far as rules ask."""
+    """What rules need to know about the machine of a run."""
 
     has_gpu: bool
     name: str = "this machine"
     generation: str = ""
-    """`ampere`, `ada`, `hopper`, `blackwell`, ...; empty if it is not known: rules about it are then left to the run."""
+    """`ampere`, `ada`, `hopper`, `blackwell`, ...; empty if unknown. Rules about it are then checked only by the run itself."""
     has_fp8: bool = True
     """Whether the GPU multiplies FP8 matrices."""
     missing: tuple[str, ...] = ()
@@ -50,20 +50,20 @@ class Machine:
 
 @dataclass(frozen=True)
 class Prepared:
-    """A folder of prepared data, judged for one recipe."""
+    """Facts about a folder of prepared data, for one recipe."""
 
     vocab_size: int = 0
-    """0 if it is not known."""
+    """Size of the tokenizer's vocabulary; 0 if unknown."""
     tokenizer: str = ""
-    """Fingerprint; empty if it is not known."""
+    """Fingerprint of the tokenizer; empty if unknown."""
     hash: str = ""
-    """Identity of the data and of the order of its rows; empty if the order is wrong."""
+    """Identity of the data and of the order of its rows; empty if the order is not valid."""
     is_here: bool = True
-    """False: nothing is prepared in the folder, and `problems` says so."""
+    """False: the folder has no prepared data, and `problems` says so."""
     problems: tuple[Problem, ...] = ()
-    """What the folder lacks for this recipe: sources, rows, special tokens."""
+    """What is missing in the folder for this recipe: sources, rows, special tokens."""
     exhausted: tuple[tuple[str, int], ...] = ()
-    """Sources that others replace before the run ends, and the row from which they do."""
+    """(source, row from which others replace it), for sources that are replaced before the run ends."""
 
 
 @dataclass(frozen=True)
@@ -71,43 +71,43 @@ class Named:
     """A checkpoint that a recipe names."""
 
     place: str
-    """As the recipe writes it."""
+    """The path, as the recipe gives it."""
     is_here: bool = True
-    """False: nothing is at that place on this disk."""
+    """False: the path does not exist on this disk."""
     error: str = ""
-    """Why it cannot be used; empty for a good one."""
+    """Why it cannot be used; empty if it can."""
     path: Path | None = None
     manifest: Manifest | None = None
     recipe: Recipe | None = None
-    """Of the run that wrote it. None if the manifest has none that can be read."""
+    """Recipe of the run that wrote it. None if this version cannot read the one in the manifest."""
     recipe_error: str = ""
 
     @property
     def identity(self) -> dict[str, Any]:
-        """`identity_of` a good one."""
+        """`identity_of` a checkpoint without an error."""
         assert self.path is not None and self.manifest is not None
         return identity_of(self.path, self.manifest)
 
 
 @dataclass(frozen=True)
 class CacheRequest:
-    """What a teacher cache contains. Logits of two requests never share a folder."""
+    """What a teacher cache contains. A folder never contains logits of two different requests."""
 
     teacher: str
     """The teacher's checkpoint, at the path it had when the cache was written."""
     step: int
-    """Of that checkpoint."""
+    """Step of that checkpoint."""
     fingerprint: str
-    """Of its weights: they count, not where they are."""
+    """Fingerprint of its weights. The teacher is the same if this is, whatever its path."""
     numbers: str
-    """Number format the teacher computed in, as `fp32` or `bf16, blockwise`."""
+    """Number format in which the teacher computed, such as `fp32` or `bf16, blockwise`."""
     top_k: int
     temperature: float
     values: str
     """`float16` or `float32`: format of the log-probabilities."""
     vocab: int
     tokenizer: str
-    """Fingerprint; empty if unknown."""
+    """Fingerprint of the tokenizer; empty if unknown."""
     row_tokens: int
     documents: bool
     """Whether the teacher separated documents within a row."""
@@ -121,35 +121,35 @@ class CacheRequest:
 
 @dataclass(frozen=True)
 class Disk:
-    """What is on this disk of all that a recipe names, its prepared data aside."""
+    """What is on this disk of the checkpoints and the cache that a recipe names. Prepared data is in `Prepared`."""
 
     teacher: Named | None = None
-    """None: not named, or not run because its logits are read from a cache."""
+    """None: no teacher is named, or it is not needed because its logits are read from a cache."""
     start: Named | None = None
-    """`run.start_from`. None: not named, or not read because the run has checkpoints of its own."""
+    """`run.start_from`. None: not set, or not needed because the run has checkpoints."""
     cache: CacheRequest | None = None
     cache_error: str = ""
     cache_is_here: bool = True
     newest: Named | None = None
     """The newest checkpoint of the run whose manifest and file sizes are right."""
     lost: Problem | None = None
-    """Why the run's folder must not be started over, though no checkpoint in it can be used."""
+    """Why the run must not start at step 0 although no checkpoint in its folder can be used."""
 
 
 def no_data_problem(folder: str | Path) -> Problem:
-    """A folder without prepared data."""
+    """The problem that a folder has no prepared data."""
     return Problem(
         "data.folder", f"no prepared data in {folder} (no manifest.json).", "Prepare it: stratum prepare -cn RECIPE."
     )
 
 
 def not_prepared(folder: str) -> Prepared:
-    """What is known of a folder without prepared data."""
+    """Facts about a folder without prepared data."""
     return Prepared(is_here=False, problems=(no_data_problem(folder),))
 
 
 def missing_packages() -> tuple[str, ...]:
-    """Packages of the `te` backend that this Python does not find."""
+    """Packages of the `te` backend that are not installed."""
     return tuple(
         package
         for package, modules in _PACKAGES.items()
@@ -162,8 +162,8 @@ def wants_fp32_block_scales(environment: Mapping[str, str]) -> bool:
     return environment.get(BLOCK_SCALES, "0") == "1"
 
 
-def look(recipe: Recipe) -> Disk:
-    """What is on this disk of a recipe's teacher, start and run. Reads manifests and sizes, no weights; raises nothing."""
+def read_disk(recipe: Recipe) -> Disk:
+    """What is on this disk of a recipe's teacher, start and run. Reads manifests and sizes, no weights. Raises no error."""
     folder = Path(recipe.run.folder) / recipe.run.name
     newest, lost = newest_of(folder)
     objective = recipe.objective
@@ -183,7 +183,7 @@ def look(recipe: Recipe) -> Disk:
 
 
 def _has_steps(checkpoints: Path) -> bool:
-    """Whether anything was ever saved there; true for a folder that cannot be read (`newest_of` says so)."""
+    """Whether the folder has a step; true also if it cannot be read, which `newest_of` reports."""
     try:
         return bool(steps_in(checkpoints))
     except CheckpointError:
@@ -191,7 +191,7 @@ def _has_steps(checkpoints: Path) -> bool:
 
 
 def named(place: str) -> Named:
-    """The checkpoint at a place that a user names: a checkpoint's folder, or the newest of a run."""
+    """The checkpoint that a user's path names: a checkpoint's folder, or the newest of a run."""
     is_here = os.path.lexists(place)
     try:
         path, manifest = checkpoint_at(place)
@@ -201,19 +201,19 @@ def named(place: str) -> Named:
 
 
 def newest_of(folder: Path) -> tuple[Named | None, Problem | None]:
-    """The newest usable checkpoint of a run's folder; or why the run must not start at step 0."""
+    """(newest usable checkpoint of a run's folder, None) or (None, why the run must not start at step 0, if so)."""
     checkpoints = folder / "checkpoints"
     try:
         good, notes = candidates(checkpoints)
         if good:
             return _described(str(folder), *good[0]), None
-        refuse_to_forget(checkpoints, notes)
+        refuse_lost_checkpoints(checkpoints, notes)
     except OSError as error:
         return None, Problem("run.name", f"{checkpoints} cannot be read: {error}.", "Make it readable.")
     except CheckpointError as error:
         return None, Problem("run.name", str(error))
     text = lost_run(folder)
-    remedy = f"Bring them back, choose another run.name, or move {folder} away to start over."
+    remedy = f"Restore them, choose another run.name, or move {folder} away to start at step 0."
     return None, Problem("run.name", text, remedy) if text else None
 
 
@@ -222,17 +222,17 @@ def _described(place: str, path: Path, manifest: Manifest) -> Named:
     try:
         recipe = recipe_from_mapping(manifest.recipe)
     except RecipeError as problem:
-        error = f"{path} holds no recipe that this version reads: {problem}"
+        error = f"this version cannot read the recipe in {path}: {problem}"
     return Named(place, path=path, manifest=manifest, recipe=recipe, recipe_error=error)
 
 
 def identity_of(path: Path | str, manifest: Manifest) -> dict[str, Any]:
-    """What a run remembers of who taught it (JSON values). Equal fingerprints are equal weights, wherever they are."""
+    """What a run records about its teacher (JSON values). Equal fingerprints mean equal weights, whatever the path."""
     return {"checkpoint": str(path), "step": manifest.step, "fingerprint": manifest.fingerprint}
 
 
 def read_cache(place: str | Path) -> tuple[CacheRequest | None, str]:
-    """The request of a teacher cache, or why it cannot be read."""
+    """(request of a teacher cache, "") or (None, why it cannot be read)."""
     try:
         return read_request(Path(place)), ""
     except DataError as error:
@@ -242,20 +242,20 @@ def read_cache(place: str | Path) -> tuple[CacheRequest | None, str]:
 def read_request(folder: Path) -> CacheRequest:
     """The request of a teacher cache. DataError if it is missing or cannot be read."""
     path = folder / REQUEST
-    again = "stratum teacher-cache with this recipe"
+    command = "stratum teacher-cache with this recipe"
     try:
         plain = read_json(path)
         if plain.get("format") != REQUEST_FORMAT:
             raise DataError(
-                f"{path} has format {plain.get('format')}; this version reads {REQUEST_FORMAT}. Write the cache again, "
-                f"into another folder: {again}."
+                f"{path} has format {plain.get('format')}; this version reads format {REQUEST_FORMAT}. Write the cache again, "
+                f"into another folder: {command}."
             )
         return CacheRequest(**plain)
     except FileNotFoundError as error:
         raise DataError(
-            f"objective.teacher_cache={folder} is not a teacher cache: {path.name} is missing. Write it: {again}."
+            f"objective.teacher_cache={folder} is not a teacher cache: {path.name} is missing. Write it: {command}."
         ) from error
     except (OSError, ValueError, TypeError, AttributeError) as error:
         raise DataError(
-            f"{path} cannot be read ({error}). Restore it, or write the cache again into another folder: {again}."
+            f"{path} cannot be read ({error}). Restore it, or write the cache again into another folder: {command}."
         ) from error

@@ -1,7 +1,7 @@
 """Types of recipe fields: plain types with a range that the recipe reader checks.
 
-A field written `hidden: PositiveInt` is an `int` to every reader and type checker; the range is attached as
-`typing.Annotated` metadata and is enforced in one place, `recipes.schema.read`. Standard library only.
+For code and type checkers, a field `hidden: PositiveInt` is an `int`. The range is `typing.Annotated` metadata, and one
+place checks it, `recipes.schema.typed`.
 """
 
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ from typing import Annotated
 
 @dataclass(frozen=True)
 class Range:
-    """Bounds of a number. `ge`/`le` include the bound, `gt`/`lt` exclude it; None means unbounded."""
+    """Bounds of a number. `ge`/`le` include the bound, `gt`/`lt` exclude it; None: no bound."""
 
     ge: float | None = None
     gt: float | None = None
@@ -18,7 +18,7 @@ class Range:
     lt: float | None = None
 
     def admits(self, value: float) -> bool:
-        """Whether `value` is inside all bounds (NaN never is)."""
+        """Whether `value` is within all bounds. NaN never is."""
         return (
             (self.ge is None or value >= self.ge)
             and (self.gt is None or value > self.gt)
@@ -36,7 +36,7 @@ class Range:
 
 @dataclass(frozen=True)
 class LengthRange(Range):
-    """A whole number of steps or tokens, or a fraction of all of them. They cannot be confused: a fraction is below 1."""
+    """A whole number of steps or tokens, or a fraction of the run, which is below 1."""
 
     def admits(self, value: float) -> bool:
         return value >= 0 if isinstance(value, int) else 0 <= value < 1
@@ -47,7 +47,7 @@ class LengthRange(Range):
 
 @dataclass(frozen=True)
 class TemperatureRange(Range):
-    """0, or from 0.01 to 100: logits divided by less could overflow fp32."""
+    """0, or from 0.01 to 100. Logits divided by a smaller temperature could overflow fp32."""
 
     def admits(self, value: float) -> bool:
         return value == 0 or 0.01 <= value <= 100
@@ -63,11 +63,11 @@ NonNegativeFloat = Annotated[float, Range(ge=0)]
 Fraction = Annotated[float, Range(ge=0, le=1)]
 PositiveFraction = Annotated[float, Range(gt=0, le=1)]
 Temperature = Annotated[float, Range(ge=0.01, le=100)]
-"""Of distillation. Logits divided by a smaller one could overflow fp32."""
+"""Temperature of distillation. Logits divided by a smaller one could overflow fp32."""
 TemperatureOrZero = Annotated[float, TemperatureRange()]
 OpenFraction = Annotated[float, Range(ge=0, lt=1)]
 Port = Annotated[int, Range(ge=0, lt=2**16)]
 Seed = Annotated[int, Range(ge=0, lt=2**63)]
-"""What numpy, torch on a CPU and torch on a GPU all take as a seed."""
+"""A seed that numpy, torch on a CPU and torch on a GPU all accept."""
 Length = Annotated[int | float, LengthRange()]
 SoftCap = Annotated[float, Range(gt=0, le=70)]

@@ -1,11 +1,11 @@
-"""Small files and texts that someone else wrote: read within bounds, shown without control characters.
+"""Reads small files that someone else wrote, with limits, and shows their texts without control characters.
 
-    path --read_bounded--> bytes of a regular file, at most so many        (no pipe, device or endless file blocks a reader)
-    text --parse_yaml--> plain values, as JSON could write them            (no tags, no duplicate keys, no alias bombs)
+    path --read_bounded--> bytes of a regular file, up to a limit          (no pipe, device or endless file blocks a reader)
+    text --parse_yaml--> plain values, as JSON could contain them          (no tags, no duplicate keys, no alias bombs)
     text --printable--> the same text for a terminal or a log              (no escape codes, no line breaks)
 
-Every reader of a run's, a checkpoint's or a model's small files uses these; what is wrong is a ValueError or an OSError, which
-the caller turns into its own error with the file's name.
+Every reader of a run's, a checkpoint's or a model's small files uses these functions. They raise ValueError or OSError, and the
+caller turns it into its own error with the file's name.
 """
 
 import errno
@@ -21,18 +21,18 @@ from typing import Any, BinaryIO
 import yaml
 
 LARGEST_TEXT = 16 << 20
-"""Bytes of the largest recipe, pointer or small JSON file that is read."""
+"""Size limit in bytes of a recipe, pointer or small JSON file."""
 _MOST_YAML_NODES = 200_000
 _DEEPEST = 100
-"""Levels of mappings and lists inside each other."""
+"""Limit for nested mappings and lists."""
 
 
 class NotAFile(OSError):
-    """A pipe, a device, a folder or a file that is too large, where a small file should be."""
+    """A pipe, a device, a folder or a too large file was found instead of a small file."""
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML's plain values only, and no key twice."""
+    """Accepts only YAML's plain values, and no key twice."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[str] = set()
@@ -45,8 +45,8 @@ class _Loader(yaml.SafeLoader):
 
 
 def open_regular(path: Path) -> BinaryIO:
-    """A regular file, opened for reading. Raises OSError: NotAFile for a folder, a pipe or a device."""
-    # Without O_NONBLOCK, opening a pipe that nobody writes to would wait for ever.
+    """Open a regular file for reading. Raises OSError; for a folder, a pipe or a device it is NotAFile."""
+    # Without O_NONBLOCK, opening a pipe without a writer would wait for ever.
     stream = os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY), "rb", closefd=True)
     mode = os.fstat(stream.fileno()).st_mode
     if not stat.S_ISREG(mode):
@@ -56,7 +56,7 @@ def open_regular(path: Path) -> BinaryIO:
 
 
 def read_bounded(path: Path, *, most_bytes: int = LARGEST_TEXT) -> bytes:
-    """The content of a regular file of at most `most_bytes`. Raises OSError: NotAFile for anything else, which is not read."""
+    """The content of a regular file of at most `most_bytes`. Raises OSError; for anything else it is NotAFile."""
     with open_regular(path) as stream:
         size = os.fstat(stream.fileno()).st_size
         content = stream.read(most_bytes + 1) if size <= most_bytes else b""
@@ -71,7 +71,7 @@ def read_bounded_text(path: Path, *, most_bytes: int = LARGEST_TEXT) -> str:
 
 
 def decoded(content: bytes) -> str:
-    """UTF-8 as text. ValueError says which byte is not."""
+    """UTF-8 bytes as text. ValueError names the first byte that is not UTF-8."""
     try:
         return content.decode()
     except UnicodeDecodeError as error:
@@ -79,7 +79,7 @@ def decoded(content: bytes) -> str:
 
 
 def parse_json(content: str | bytes) -> Any:
-    """json.loads with every failure as ValueError, including a key that is written twice."""
+    """json.loads that raises ValueError for every failure, also for a key that is written twice."""
     try:
         return json.loads(decoded(content) if isinstance(content, bytes) else content, object_pairs_hook=_unique)
     except RecursionError as error:
@@ -87,7 +87,7 @@ def parse_json(content: str | bytes) -> Any:
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """An object of JSON from its keys and values."""
+    """A JSON object from its keys and values. ValueError if a key is written twice."""
     value = dict(pairs)
     if len(value) < len(pairs):
         twice = Counter(name for name, _ in pairs).most_common(1)[0][0]
@@ -100,14 +100,12 @@ def read_json(path: Path, *, most_bytes: int = LARGEST_TEXT) -> Any:
     return parse_json(read_bounded(path, most_bytes=most_bytes))
 
 
-def read_yaml(path: Path) -> Any:
-    """The value of a YAML file. Raises OSError as `read_bounded`, ValueError as `parse_yaml`."""
-    return parse_yaml(read_bounded_text(path))
-
-
 def parse_yaml(text: str) -> Any:
-    """Plain values of a YAML text. ValueError, with line and column, if it is not YAML, is tagged, too deep or too large when
-    its aliases are written out, or gives a key twice."""
+    """Plain values of a YAML text.
+
+    ValueError, with line and column, if it is not YAML, has tags, is nested too deeply, is too large when its aliases are
+    written out, or has a key twice.
+    """
     try:
         _check_nesting(text)
         loader = _Loader(text)
@@ -120,18 +118,17 @@ def parse_yaml(text: str) -> Any:
         finally:
             loader.dispose()
     except yaml.MarkedYAMLError as error:
-        said = " ".join(filter(None, (error.context, error.problem)))
+        reason = " ".join(filter(None, (error.context, error.problem)))
         mark = error.problem_mark or error.context_mark
-        hint = " YAML is indented with blanks, not tabs." if "'\\t'" in said else ""
+        hint = ". YAML is indented with blanks, not tabs" if "'\\t'" in reason else ""
         where = f" (line {mark.line + 1}, column {mark.column + 1})" if mark is not None else ""
-        raise ValueError(f"it is not YAML that can be read: {printable(said)}{where}.{hint}") from error
+        raise ValueError(f"it is not YAML that can be read: {printable(reason)}{where}{hint}") from error
     except (yaml.YAMLError, RecursionError, TypeError, OverflowError) as error:
         raise ValueError(f"it is not YAML that can be read: {printable(str(error))}") from error
 
 
 def printable(text: str, *, most: int | None = None) -> str:
-    """A text in which control characters (escape codes, line breaks, text direction) are written as escapes; at most `most`
-    characters of it."""
+    """At most `most` characters of a text, with control characters (escape codes, line breaks, text direction) as escapes."""
     cut = text if most is None or len(text) <= most else text[:most] + "..."
     if cut.isprintable():
         return cut
@@ -139,12 +136,12 @@ def printable(text: str, *, most: int | None = None) -> str:
 
 
 def printable_lines(text: str) -> str:
-    """The same for a text of several lines: line breaks and tabs stay."""
+    """As `printable`, for a text of several lines: line breaks and tabs are kept."""
     return "\n".join("\t".join(map(printable, line.split("\t"))) for line in text.replace("\r\n", "\n").split("\n"))
 
 
 def literal(value: Any) -> Any:
-    """Plain values as a recipe file says them: `${...}` in a text of someone else's is text there, not a reference."""
+    """Plain values for a recipe file: `${...}` in texts is escaped, so that OmegaConf reads it as text, not as a reference."""
     if isinstance(value, dict):
         return {key: literal(inner) for key, inner in value.items()}
     if isinstance(value, list | tuple):
@@ -155,7 +152,7 @@ def literal(value: Any) -> Any:
 
 
 def without_literals(value: Any) -> Any:
-    """The inverse of `literal`: plain values as whoever wrote the recipe file meant them."""
+    """The inverse of `literal`."""
     if isinstance(value, dict):
         return {key: without_literals(inner) for key, inner in value.items()}
     if isinstance(value, list):
@@ -166,8 +163,8 @@ def without_literals(value: Any) -> Any:
 
 
 def in_markdown(text: str, *, most: int = 300) -> str:
-    """A text for one cell or line of Markdown: no markup, no HTML, no line break of it has an effect."""
-    # An underscore between letters or digits is not markup, and names are full of them.
+    """A text for one cell or line of Markdown. Markup, HTML and line breaks in it have no effect."""
+    # An underscore between letters or digits is not markup. Many names contain one, so it is kept.
     return re.sub(
         r"((?<![A-Za-z0-9])_|_(?![A-Za-z0-9])|[\\`*{}\[\]()#+!|~&<>$])",
         lambda found: f"&#{ord(found[1])};",
@@ -193,7 +190,7 @@ def _place(node: yaml.Node) -> str:
 
 
 def _check_nesting(text: str) -> None:
-    """Depth and number of nodes, from the events: nothing is built yet."""
+    """ValueError if the YAML is too deep or too large. Uses parser events, so that nothing is built yet."""
     depth = 0
     for nodes, event in enumerate(yaml.parse(text, Loader=yaml.SafeLoader)):
         if isinstance(event, yaml.CollectionStartEvent):
@@ -207,13 +204,13 @@ def _check_nesting(text: str) -> None:
 
 
 def _check_expansion(root: yaml.Node) -> None:
-    """The number of values once every alias is written out: nine lines of aliases can stand for a billion values."""
+    """ValueError if the YAML is too large when its aliases are written out. Nine lines of aliases can be a billion values."""
     sizes: dict[int, int] = {}
     open_nodes: set[int] = set()
 
     def size(node: yaml.Node) -> int:
         if id(node) in open_nodes:
-            raise ValueError(f"an alias stands for itself ({_place(node)})")
+            raise ValueError(f"an alias contains itself ({_place(node)})")
         if id(node) not in sizes:
             open_nodes.add(id(node))
             inner = node.value if isinstance(node, yaml.CollectionNode) else []

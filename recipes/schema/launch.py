@@ -11,26 +11,27 @@ from recipes.schema.fields import Count, PositiveFloat, PositiveInt
 
 @dataclass(frozen=True)
 class SlurmConfig:
-    """What `stratum launch slurm` asks a cluster for, and how a run continues after a job's time limit."""
+    """What `stratum launch slurm` requests from a cluster, and how a run continues after a job's time limit."""
 
     partition: str | None = None
-    """Partition of the jobs; null takes the cluster's default."""
+    """Partition of the jobs; null: the cluster's default."""
     account: str | None = None
-    """Account that pays; null takes yours."""
+    """Account that is charged; null: your default account."""
     qos: str | None = None
-    """Quality of service; null takes the default."""
+    """Quality of service; null: the default."""
     time_limit_minutes: PositiveInt = 240
     """Time limit of one job. A run takes as many jobs as it needs."""
     save_before_end_s: PositiveInt = 300
-    """SIGUSR1 reaches the processes this long before the time limit (Slurm: up to 60 s earlier): they save and stop. Must
-    cover the longest step and a save."""
+    """This long before the time limit (Slurm: up to 60 s earlier), the processes get SIGUSR1, save and stop. It must be long
+    enough for the longest step and a save."""
     continuation: Literal["requeue", "chain", "none"] = "requeue"
-    """Until the last step: `requeue` puts the same job back into the queue; `chain` keeps the next job waiting behind the
-    running one, which also survives the loss of its first node where the cluster does not requeue; `none` stops."""
+    """How a run goes on after a job's end, until its last step. `requeue`: the same job goes back into the queue. `chain`: the
+    next job always waits behind the running one, which also survives the loss of the first node on clusters that do not requeue.
+    `none`: it stops."""
     cpus_per_process: Count = 0
-    """CPUs of each process, for its threads; 0 leaves it to the cluster."""
+    """CPUs of each process, for its threads; 0: the cluster decides."""
     memory_gib: Count = 0
-    """Memory of each node; 0 leaves it to the cluster."""
+    """Memory of each node; 0: the cluster decides."""
     options: str = ""
     """More sbatch options, as on its command line: `--exclusive --constraint=ib`."""
     setup: str = ""
@@ -39,11 +40,11 @@ class SlurmConfig:
 
 @dataclass(frozen=True)
 class ContainerConfig:
-    """Where the processes of a Slurm job find their software. The present folder is mounted at its own path, and so are
-    folders of the run and its data that are outside it."""
+    """Container of the processes of a Slurm job. The current folder is mounted at its own path, and so are folders of the run and
+    its data outside of it."""
 
     kind: Literal["none", "pyxis", "apptainer"] = "none"
-    """`pyxis`: srun starts the processes in an enroot image; `apptainer`: by `apptainer exec`; `none`: on the bare node."""
+    """`pyxis`: srun starts the processes in an enroot image. `apptainer`: `apptainer exec` starts them. `none`: no container."""
     image: str = ""
     """Image: a `.sqsh` file or `registry#name:tag` for pyxis, a `.sif` file or `docker://name:tag` for apptainer."""
     mounts: str = ""
@@ -59,21 +60,21 @@ class LaunchConfig:
     nodes: PositiveInt = 1
     """Machines (`stratum launch slurm`)."""
     processes: PositiveInt | None = None
-    """Processes on each machine; null takes one a GPU, or without GPUs as many as tensor x pipeline x context need."""
+    """Processes on each machine; null: one per GPU, or without GPUs as many as tensor x pipeline x context."""
     gpus_per_node: Count = 0
-    """GPUs asked for on each node (`stratum launch slurm`); 0 asks for none."""
+    """GPUs requested on each node (`stratum launch slurm`); 0: none."""
     timeout_s: PositiveFloat = 600.0
-    """Collective operations that take longer fail, naming the ranks that did not arrive, instead of hanging for ever."""
+    """A collective operation that takes longer fails and names the ranks that did not arrive, instead of hanging for ever."""
     restarts: Count = 3
-    """Restarts after failures in a row that brought no new checkpoint; then the run gives up. Mistakes in the recipe or
-    the data are never tried again."""
+    """Restarts after successive failures without a new checkpoint; then the run gives up. After a mistake in the recipe or the
+    data there is no restart."""
     backoff_s: PositiveFloat = 10.0
-    """Wait before the first restart that follows no new checkpoint (`stratum launch local`), doubled each time in a row, at
-    most 5 minutes; after a new checkpoint there is no wait."""
+    """Wait before the first restart without a new checkpoint (`stratum launch local`). Each successive wait is twice as long, at
+    most 5 minutes. After a new checkpoint there is no wait."""
     grace_s: PositiveFloat = 600.0
-    """Time to finish the step and save after a signal; what still runs then is killed. Must cover the longest of both."""
+    """Time after a signal to finish the step and save, before processes are killed: at least the longest step and a save."""
     environment: str = ""
-    """More environment variables of the processes: `NCCL_DEBUG=INFO NCCL_IB_HCA=mlx5`."""
+    """More environment variables for the processes: `NCCL_DEBUG=INFO NCCL_IB_HCA=mlx5`."""
     slurm: SlurmConfig = field(default_factory=SlurmConfig)
     """Slurm jobs."""
     container: ContainerConfig = field(default_factory=ContainerConfig)

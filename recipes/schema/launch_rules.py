@@ -1,6 +1,6 @@
-"""Rules of the `launch` group: environment of the processes, processes on a machine, what a Slurm script can contain.
+"""Rules of the `launch` group: environment of the processes, processes on a machine, contents of a Slurm script.
 
-The planner, the trainer and the launchers call them, as those of `recipes.schema.rules`.
+Like those of `recipes.schema.rules`, the planner, the trainer and the launchers call them.
 """
 
 import re
@@ -11,7 +11,7 @@ from recipes.schema.errors import Problem, refuse
 from recipes.schema.recipe import Recipe
 
 _ASSIGNMENT = re.compile(r"\b([A-Za-z_]\w*)=(\S+)")
-"""NAME=VALUE in lines of a shell."""
+"""NAME=VALUE in shell lines."""
 
 
 def environment_of(environment: str) -> dict[str, str]:
@@ -35,13 +35,13 @@ def environment_problems(environment: str) -> list[Problem]:
     secret = [name for name, _, value in (word.partition("=") for word in words) if is_secret(name, value)]
     if secret:
         text = f"launch.environment gives a secret ({', '.join(secret)}), which would be stored in job scripts and checkpoints."
-        remedy = f"Take it out and export it in the shell you launch from: export {secret[0]}=..."
+        remedy = f"Remove it and export it in the shell you launch from: export {secret[0]}=..."
         found = [Problem("launch.environment", text, remedy)]
     return found
 
 
 def local_problems(recipe: Recipe, *, processes: int, gpus: int) -> list[Problem]:
-    """More processes on this machine than it has GPUs. gpus: 0 where the run uses none."""
+    """More processes on this machine than GPUs. gpus: 0 if the run uses none."""
     if not gpus or processes <= gpus:
         return []
     text = f"launch.processes={processes}, but this machine has {gpus} GPU{'s' * (gpus > 1)} (CUDA_VISIBLE_DEVICES counted)."
@@ -49,7 +49,7 @@ def local_problems(recipe: Recipe, *, processes: int, gpus: int) -> list[Problem
 
 
 def script_problems(recipe: Recipe) -> list[Problem]:
-    """What no Slurm script can contain: a container without an image, options with an open quotation, secrets."""
+    """Settings that a Slurm script must not contain: a container without an image, options with an open quotation, secrets."""
     container, slurm, found = recipe.launch.container, recipe.launch.slurm, []
     if container.kind != "none" and not container.image:
         example = "stratum.sqsh" if container.kind == "pyxis" else "stratum.sif"
@@ -75,21 +75,21 @@ def script_problems(recipe: Recipe) -> list[Problem]:
 
 
 def slurm_problems(recipe: Recipe, *, processes: int) -> list[Problem]:
-    """What keeps a recipe from running as Slurm jobs. processes: on each node."""
+    """Reasons why a recipe cannot run as Slurm jobs. processes: per node."""
     launch, found = recipe.launch, script_problems(recipe)
     if launch.gpus_per_node and processes > launch.gpus_per_node:
         text = (
-            f"launch.processes={processes} is more than launch.gpus_per_node={launch.gpus_per_node}: each process needs a "
-            f"GPU of its own."
+            f"launch.processes={processes} is more than launch.gpus_per_node={launch.gpus_per_node}, but each process "
+            f"needs its own GPU."
         )
         remedy = f"Use launch.processes={launch.gpus_per_node}, or null."
         found.append(Problem("launch.processes", text, remedy))
     if launch.slurm.save_before_end_s >= 60 * launch.slurm.time_limit_minutes:
         text = (
-            f"launch.slurm.save_before_end_s={launch.slurm.save_before_end_s} is not inside the time limit "
-            f"(launch.slurm.time_limit_minutes={launch.slurm.time_limit_minutes}): a job would be told to stop before it "
-            f"starts."
+            f"launch.slurm.save_before_end_s={launch.slurm.save_before_end_s} is not less than the time limit "
+            f"(launch.slurm.time_limit_minutes={launch.slurm.time_limit_minutes}), so a job would get the signal to stop before "
+            f"it starts."
         )
-        remedy = "Raise the limit, or lower save_before_end_s to a step and a save."
+        remedy = "Raise the limit, or lower save_before_end_s to the time of a step and a save."
         found.append(Problem("launch.slurm.save_before_end_s", text, remedy))
     return found

@@ -1,9 +1,9 @@
-"""How the processes of a run are laid out, and every rule a layout must keep. Standard library only.
+"""How the processes of a run are laid out, and every rule of a layout.
 
     world = tensor x context x data x pipeline      ranks count tensor first, then context, then data, then pipeline
 
-`lay_out` collects everything that does not fit into one error, so that a recipe is mended in one go. A layout it
-returns keeps Megatron-Core's rules and ours; what it cannot know is the machine (memory, fabric).
+`lay_out` reports all problems in one error, so that a recipe can be corrected at once. A layout that it returns obeys
+Megatron-Core's rules and ours. It does not know the machine (memory, network).
 """
 
 import math
@@ -18,7 +18,7 @@ from recipes.schema.run import RunConfig
 
 @dataclass(frozen=True)
 class Layout:
-    """Degrees of parallelism of a run; `data` is what the others leave of the world."""
+    """Degrees of parallelism of a run. `data` is the world divided by the others."""
 
     world: int
     tensor: int
@@ -38,7 +38,7 @@ class Layout:
 
 @dataclass(frozen=True)
 class Coordinates:
-    """A rank's place along each axis, each from 0."""
+    """A rank's index along each axis, from 0."""
 
     tensor: int
     context: int
@@ -47,7 +47,7 @@ class Coordinates:
 
 
 def rank_coordinates(layout: Layout, rank: int) -> Coordinates:
-    """Where `rank` sits, in Megatron-Core's default order "tp-cp-ep-dp-pp": tensor fastest, pipeline slowest."""
+    """The coordinates of `rank` in Megatron-Core's default order "tp-cp-ep-dp-pp": tensor fastest, pipeline slowest."""
     assert 0 <= rank < layout.world, f"rank {rank} is not one of the {layout.world} ranks"
     rest, tensor = divmod(rank, layout.tensor)
     rest, context = divmod(rest, layout.context)
@@ -56,7 +56,7 @@ def rank_coordinates(layout: Layout, rank: int) -> Coordinates:
 
 
 def lay_out(*, model: ModelConfig, parallel: ParallelConfig, run: RunConfig, row_tokens: int, world: int) -> Layout:
-    """The layout of a recipe on `world` processes. RecipeError: a line (value, place, remedy) for each rule broken."""
+    """The layout of a recipe on `world` processes. RecipeError has a line for each broken rule."""
     refuse(layout_problems(model=model, parallel=parallel, run=run, row_tokens=row_tokens, world=world))
     data = world // (parallel.tensor * parallel.pipeline * parallel.context)
     return Layout(
@@ -89,7 +89,7 @@ def layout_problems(
 
 
 def _world_problems(parallel: ParallelConfig, run: RunConfig, world: int) -> list[Problem]:
-    """Processes that the degrees do not divide, rows that the processes do not."""
+    """Degrees that do not divide the processes, or processes that do not divide the rows of a step."""
     degrees = parallel.tensor * parallel.pipeline * parallel.context
     if world % degrees:
         text = (
@@ -117,7 +117,7 @@ def _world_problems(parallel: ParallelConfig, run: RunConfig, world: int) -> lis
 
 
 def _switch_problems(parallel: ParallelConfig) -> list[Problem]:
-    """Switches that need another one."""
+    """Options that need another option."""
     problems = []
     if parallel.sequence and parallel.tensor == 1:
         problems.append(
@@ -147,7 +147,7 @@ def _switch_problems(parallel: ParallelConfig) -> list[Problem]:
 
 
 def _degree_that_fits(parallel: ParallelConfig, world: int) -> str:
-    """The one degree to lower, and to what, so that `world` processes divide; empty if one is not enough."""
+    """Which single degree to lower, and to what, so that the degrees divide `world`; empty if one is not enough."""
     degrees = parallel.tensor * parallel.pipeline * parallel.context
     for name in ("context", "pipeline", "tensor"):
         degree = getattr(parallel, name)
@@ -158,7 +158,7 @@ def _degree_that_fits(parallel: ParallelConfig, world: int) -> str:
 
 
 def _shape_problems(model: ModelConfig, kinds: set[LayerKind]) -> list[Problem]:
-    """Rules of the model alone, for the kinds of layers it has."""
+    """Rules of the model alone, for its kinds of layers."""
     problems = []
     for owners, part_name, whole_name in ((ATTENTION, "kv_heads", "heads"), (("M",), "mamba_groups", "mamba_heads")):
         part, whole = getattr(model, part_name), getattr(model, whole_name)
@@ -167,18 +167,18 @@ def _shape_problems(model: ModelConfig, kinds: set[LayerKind]) -> list[Problem]:
             problems.append(Problem(f"model.{part_name}", text, f"Use {_choices(whole)}."))
     has_attention = not kinds.isdisjoint(ATTENTION)
     if has_attention and model.position == "rope" and model.head_dim % 2:
-        text = f"model.head_dim={model.head_dim} is odd, but model.position=rope turns pairs of channels."
+        text = f"model.head_dim={model.head_dim} is odd, but model.position=rope rotates pairs of channels."
         problems.append(Problem("model.head_dim", text, f"Use {model.head_dim + 1}, or model.position=none."))
     if model.rope_scaling != "none" and (model.position != "rope" or model.rope_factor <= 1):
         wrong = "position=none" if model.position != "rope" else f"rope_factor={model.rope_factor:g}"
-        text = f"model.rope_scaling={model.rope_scaling} stretches rotary angles, but model.{wrong}."
+        text = f"model.rope_scaling={model.rope_scaling} scales rotary angles, but model.{wrong}."
         remedy = "Use model.position=rope with model.rope_factor > 1, or model.rope_scaling=none."
         problems.append(Problem("model.rope_scaling", text, remedy))
     return problems
 
 
 def _tensor_problems(model: ModelConfig, parallel: ParallelConfig, kinds: set[LayerKind]) -> list[Problem]:
-    """What each tensor rank takes an equal share of. Key/value heads are never copied: there must be one a rank."""
+    """Sizes that the tensor ranks do not divide. Key/value heads are never copied, so each rank needs at least one."""
     sizes = {"model.vocab": model.vocab}
     if not kinds.isdisjoint(ATTENTION):
         sizes |= {"model.heads": model.heads, "model.kv_heads": model.kv_heads}
@@ -201,14 +201,14 @@ def _padding_problems(model: ModelConfig, parallel: ParallelConfig) -> list[Prob
     if model.vocab_padding <= most or model.vocab % parallel.tensor:
         return []
     text = (
-        f"model.vocab_padding={model.vocab_padding:,} leaves no token for the last of the slices into which "
-        f"parallel.tensor={parallel.tensor} cuts model.vocab={model.vocab:,}."
+        f"model.vocab_padding={model.vocab_padding:,} leaves no token for the last rank, as parallel.tensor={parallel.tensor} "
+        f"cuts model.vocab={model.vocab:,} into equal parts."
     )
     return [Problem("model.vocab_padding", text, f"Use at most {most:,}, and a smaller model.vocab.")]
 
 
 def _row_problems(parallel: ParallelConfig, row_tokens: int) -> list[Problem]:
-    """A row is cut into 2 x context chunks (each rank takes an early and a late one), then over the tensor ranks."""
+    """Rows that cannot be cut into 2 x context chunks (an early and a late one for each rank), or over the tensor ranks."""
     problems = []
     context, tensor = parallel.context, parallel.tensor
     whole = math.lcm(tensor * context, 2 * context) if context > 1 else tensor
@@ -230,7 +230,8 @@ def _row_problems(parallel: ParallelConfig, row_tokens: int) -> list[Problem]:
 
 
 def _context_problems(model: ModelConfig, parallel: ParallelConfig, kinds: set[LayerKind]) -> list[Problem]:
-    """Mamba layers trade sequence for heads over the context ranks (megatron.core.ssm.mamba_context_parallel)."""
+    """Rules of Mamba layers under context parallelism, which gives each rank the whole sequence for some of the heads
+    (megatron.core.ssm.mamba_context_parallel)."""
     context, tensor = parallel.context, parallel.tensor
     if context == 1 or "M" not in kinds or model.mamba_heads % tensor or model.mamba_groups % tensor:
         return []
@@ -257,7 +258,7 @@ def _context_problems(model: ModelConfig, parallel: ParallelConfig, kinds: set[L
 
 
 def _step_problems(run: RunConfig, *, data: int) -> list[Problem]:
-    """The rows of a step that cannot be dealt out in whole microbatches, with what could be."""
+    """The problem that the rows of a step are not whole microbatches for every rank, with numbers of rows that would be."""
     turn = run.microbatch_rows * data
     remedy = f"run.global_rows={_nearest_multiples(run.global_rows, turn)}"
     if run.global_rows % data == 0:
@@ -283,7 +284,7 @@ def _choices(size: int) -> str:
 
 
 def _phrase(numbers: list[int]) -> str:
-    """Numbers as words; the middle of a long list is left out."""
+    """Numbers as a phrase. The middle of a long list is left out."""
     words = [str(number) for number in numbers]
     if len(words) > 12:
         words = [*words[:8], "...", *words[-2:]]

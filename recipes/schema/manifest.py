@@ -1,9 +1,9 @@
-"""What a checkpoint says about itself: manifest.json, for people and programs.
+"""manifest.json of a checkpoint, for people and programs.
 
-Plain JSON, guarded by a digest, and believed only after every number in it was checked: a reader of a hostile or damaged
-folder gets a CheckpointError with the file's name and the reason, and no code is run. It is read here, below `data`, `launch`
-and `train`, because a plan must be able to judge a teacher, a start or a resume without torch. Where each part
-of a tensor is stored is in index.json, which only the trainer reads (`train.checkpoint.manifest`).
+It is plain JSON with a digest. Every number in it is checked before use: a hostile or damaged folder gives a CheckpointError
+with the file's name and the reason, and no code is run. It is read here, below `data`, `launch` and `train`, because a plan must
+check a teacher, a start or a resume without torch. index.json says where each part of a tensor is stored; only the trainer reads
+it (`train.checkpoint.manifest`).
 """
 
 import hashlib
@@ -26,13 +26,13 @@ DTYPE_BYTES = {
 }  # fmt: skip
 """Bytes of one number in each of safetensors' formats."""
 _REQUIRED = {"step", "position", "tokens", "layout", "recipe", "data_hash", "versions", "tensors"}
-"""Keys of manifest.json that every version wrote: a file without one is not read with a default instead."""
+"""Keys of manifest.json that every version wrote. A file without one is refused, not read with a default."""
 LARGEST = 1 << 62
 _MOST_DIMENSIONS = 16
 _LONGEST_NAME = 255
 """Bytes of a file's name (NAME_MAX)."""
 _LONGEST_JSON = 1 << 30
-"""Bytes; a longer one is no manifest or index of ours."""
+"""Bytes. No manifest or index that this project writes is longer."""
 _FINGERPRINT = re.compile(r"[0-9a-f]{32}")
 
 
@@ -44,9 +44,9 @@ class TensorRecord:
     """safetensors' name: F32, BF16, ..."""
     shape: tuple[int, ...]
     fingerprint: str
-    """128 bits of the content, the same at any sharding (`train.checkpoint.fingerprint`)."""
+    """128 bits of the content, the same for any sharding (`train.checkpoint.fingerprint`)."""
     not_finite: int | None = None
-    """How many elements are NaN or infinite; None in checkpoints that older versions wrote."""
+    """Number of elements that are NaN or infinite; None in checkpoints of older versions."""
 
     @property
     def bytes(self) -> int:
@@ -56,38 +56,40 @@ class TensorRecord:
 
 @dataclass(frozen=True)
 class RunState:
-    """Where a run stands, tensors aside: what every save records of it. The defaults are those of weights nobody trained here."""
+    """What every save records about its run, in addition to tensors. The defaults are for weights that were not trained here."""
 
     step: int = 0
-    """Optimizer steps finished."""
+    """Number of finished optimizer steps."""
     position: int = 0
-    """Rows consumed from the training stream."""
+    """Number of rows read from the training stream."""
     tokens: int = 0
-    """Tokens trained on."""
+    """Number of tokens trained on."""
     layout: dict[str, int] = field(default_factory=dict)
-    """Degrees it runs at. Informational: any layout can read the checkpoint."""
+    """Degrees of parallelism. For information only: any layout can read the checkpoint."""
     recipe: dict[str, Any] = field(default_factory=dict)
     """The resolved recipe (`recipes.schema.read.recipe_mapping`); empty if unknown."""
     data_hash: str = ""
-    """Hash of the data manifest the position refers to; empty if there is none."""
+    """Hash of the data manifest that the position refers to; empty if there is none."""
     tokenizer: str = ""
     """Fingerprint of the tokenizer the model was trained with; empty if unknown."""
     kernels: str = ""
-    """Form of the CPU kernels on all ranks (`train.native.kernel_versions`); empty if unknown, and off CPUs."""
+    """Form of the CPU kernels on all ranks (`train.native.kernel_versions`); empty if unknown or on a GPU."""
     lineage: dict[str, Any] = field(default_factory=dict)
-    """Where the weights come from, when not from training alone (JSON values): a pruned checkpoint's parent and what was kept."""
+    """Origin of weights that do not come from training alone (JSON values): e.g. a pruned checkpoint's parent and kept
+    channels."""
 
 
 @dataclass(frozen=True)
 class Manifest(RunState):
-    """What a checkpoint says about itself."""
+    """The content of manifest.json."""
 
     versions: dict[str, str] = field(default_factory=dict)
     """Versions of the libraries that wrote it."""
     updates: int | None = None
-    """Adam's step count; None if there is no optimizer state: training then starts with fresh moments."""
+    """Adam's step count; None without optimizer state. Training then starts with zero moments."""
     tensors: dict[str, TensorRecord] = field(default_factory=dict)
-    """By name: `model.NAME`, `optimizer.master.NAME`, `optimizer.exp_avg.NAME`, `optimizer.exp_avg_sq.NAME`, `random.NAME`."""
+    """Tensors by name: `model.NAME`, `optimizer.master.NAME`, `optimizer.exp_avg.NAME`, `optimizer.exp_avg_sq.NAME`,
+    `random.NAME`."""
     files: dict[str, int] = field(default_factory=dict)
     """Size in bytes of every other file of the checkpoint."""
     index_sha256: str = ""
@@ -96,40 +98,40 @@ class Manifest(RunState):
 
     @property
     def bytes(self) -> int:
-        """Size of the checkpoint on disk, the manifest aside."""
+        """Size of the checkpoint on disk, without the manifest."""
         return sum(self.files.values())
 
     @property
     def not_finite(self) -> dict[str, int]:
-        """Tensors with NaN or infinity, and how many elements, as far as the manifest knows."""
+        """{tensor with NaN or infinity: number of such elements}, as far as the manifest records it."""
         return {name: record.not_finite for name, record in self.tensors.items() if record.not_finite}
 
     @property
     def fingerprint(self) -> str:
-        """128 bits over all weights: two checkpoints with the same weights have the same."""
+        """128 bits over all weights. Checkpoints with the same weights have the same fingerprint."""
         names = sorted(name for name in self.tensors if name.startswith("model."))
-        told = "\n".join(
+        described = "\n".join(
             f"{n} {self.tensors[n].dtype} {self.tensors[n].shape} {self.tensors[n].fingerprint}" for n in names
         )
-        return hashlib.sha256(told.encode()).hexdigest()[:32]
+        return hashlib.sha256(described.encode()).hexdigest()[:32]
 
 
 def describe_layout(layout: dict[str, int]) -> str:
-    """Degrees of a manifest in one short line, as `Layout.describe` gives them; `no run` where no run wrote it."""
+    """Degrees of a manifest in one short line, as from `Layout.describe`; `no run` if no run wrote it."""
     names = (("TP", "tensor", 0), ("PP", "pipeline", 0), ("VP", "virtual", 1), ("CP", "context", 1), ("DP", "data", 0))
     parts = [f"{short}{layout[key]}" for short, key, least in names if layout.get(key, 0) > least]
     return " ".join(parts) or "no run"
 
 
 def describe_not_finite(counts: dict[str, int]) -> str:
-    """A few of the tensors with NaN or infinity by name: `3 tensors hold NaN or infinity: model.a (5 elements), ...`."""
+    """Names of some tensors with NaN or infinity: `3 tensors contain NaN or infinity: model.a (5 elements), ...`."""
     named = [f"{name} ({count:,} element{'s' * (count > 1)})" for name, count in sorted(counts.items())]
     few = ", ".join(named[:3]) + (f" and {len(named) - 3:,} more" if len(named) > 3 else "")
-    return f"{len(named):,} tensor{'s hold' if len(named) > 1 else ' holds'} NaN or infinity: {few}"
+    return f"{len(named):,} tensor{'s contain' if len(named) > 1 else ' contains'} NaN or infinity: {few}"
 
 
 def manifest_text(manifest: Manifest) -> str:
-    """manifest.json of a manifest."""
+    """The text of manifest.json, with its digest."""
     body = asdict(manifest)
     return json.dumps(body | {"digest": _digest(body)}, indent=1)
 
@@ -140,11 +142,13 @@ def sha256(content: str) -> str:
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """The manifest of a checkpoint, with its digest and the sizes of all files checked. CheckpointError says what is wrong."""
+    """The manifest of a checkpoint. Its digest and the sizes of all files are checked. CheckpointError names the problem."""
     path = folder / MANIFEST
     raw = _read_json(path)
     if not isinstance(raw, dict) or type(raw.get("format")) is not int:
-        raise CheckpointError(f"{path} is not the manifest of a checkpoint: it names no format.")
+        raise CheckpointError(
+            f"{path} is not the manifest of a checkpoint: it has no format number. Name a checkpoint's folder."
+        )
     if raw["format"] != FORMAT:
         raise CheckpointError(
             f"{folder} has checkpoint format {raw['format']}; this version reads format {FORMAT}. Use the version of this "
@@ -152,7 +156,9 @@ def read_manifest(folder: Path) -> Manifest:
         )
     digest = raw.pop("digest", None)
     if digest != _digest(raw):
-        raise CheckpointError(f"{path} is damaged: its content does not match its digest.")
+        raise CheckpointError(
+            f"{path} is damaged: its content does not match its digest. Remove {folder} to resume from an older one."
+        )
     try:
         if missing := _REQUIRED - raw.keys():
             raise ValueError(f"it lacks {', '.join(sorted(missing))}")
@@ -169,7 +175,7 @@ def read_manifest(folder: Path) -> Manifest:
             raise CheckpointError(f"{file} cannot be read: {error.strerror or error}") from error
         if found != size:
             raise CheckpointError(
-                f"{file} is {'missing' if found is None else f'{found:,} bytes long'}, the manifest says {size:,} bytes."
+                f"{file} is {'missing' if found is None else f'{found:,} bytes long'}, but the manifest says {size:,} bytes."
                 f" The checkpoint is damaged: remove {folder} to resume from an older one."
             )
     return manifest
@@ -183,7 +189,7 @@ def _read_json(path: Path) -> Any:
 
 
 def read_text(path: Path) -> str:
-    """What is in a file, unless it is a pipe, a device or far too long, which would hold the reader for ever."""
+    """The text of a file. CheckpointError for a pipe, a device or a far too long file, which would block the reader."""
     try:
         return read_bounded_text(path, most_bytes=_LONGEST_JSON)
     except (OSError, ValueError) as error:
@@ -196,7 +202,7 @@ def _digest(body: dict[str, Any]) -> str:
 
 def _record(name: str, value: Any) -> TensorRecord:
     if not name.isprintable():
-        raise ValueError(f"{name!r} is no name of a tensor")
+        raise ValueError(f"{name!r} is not the name of a tensor")
     shape = tuple(value["shape"])
     if value["dtype"] not in DTYPE_BYTES:
         raise ValueError(f"{name} is of unknown format {value['dtype']!r}")
@@ -230,17 +236,17 @@ def _check_types(manifest: Manifest) -> None:
             raise ValueError(f"recipe.{group} is not a mapping")
     teacher = manifest.lineage.get("teacher")
     if teacher is not None:
-        said = teacher if isinstance(teacher, dict) else {}
-        if not all(isinstance(said.get(key), str) for key in ("checkpoint", "fingerprint")):
+        fields = teacher if isinstance(teacher, dict) else {}
+        if not all(isinstance(fields.get(key), str) for key in ("checkpoint", "fingerprint")):
             raise ValueError(f"lineage.teacher is {str(teacher)[:80]!r}, not a checkpoint and its fingerprint")
     for name, size in manifest.files.items():
         is_plain = name == Path(name).name and name not in ("", ".", "..") and name.isprintable()
         if not is_plain or len(name.encode()) > _LONGEST_NAME:
-            raise ValueError(f"{name[:_LONGEST_NAME]!r} is no plain file name")
+            raise ValueError(f"{name[:_LONGEST_NAME]!r} is not a plain file name")
         if not is_count(size):
-            raise ValueError(f"{name} is said to be {size!r} bytes long")
+            raise ValueError(f"the size of {name} is {size!r}, not a count")
 
 
 def is_count(value: Any) -> bool:
-    """A whole number from 0 on that fits 64 bits (not JSON's `true` and not 1.0)."""
+    """Whether a value is an integer from 0 on that fits into 64 bits (not JSON's `true` and not 1.0)."""
     return type(value) is int and 0 <= value <= LARGEST

@@ -11,35 +11,35 @@ from recipes.schema.fields import Count, PositiveFloat, PositiveInt, SoftCap
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Shape of the model. Sizes are whole-model sizes; ranks get their share."""
+    """Shape of the model. Sizes are those of the whole model; each rank has its share."""
 
     pattern: str
-    """One character a layer: `M` Mamba-2, `*` attention, `w` attention over a window, `-` MLP. `|` may fix where pipeline
-    stages are cut. A transformer block is two characters: Gemma 2 (arXiv 2408.00118) is `w-*-` again and again."""
+    """One character a layer: `M` Mamba-2, `*` attention, `w` attention over a window, `-` MLP. `|` sets a cut between
+    pipeline stages. A transformer block is two characters: Gemma 2 (arXiv 2408.00118) repeats `w-*-`."""
     hidden: PositiveInt
     """Width of the residual stream."""
     vocab: PositiveInt
-    """Rows of the embedding and of the head; must divide by `parallel.tensor`. Without `vocab_padding`, the tokenizer's size."""
+    """Rows of the embedding and head, divisible by `parallel.tensor`. Without `vocab_padding`, the tokenizer's size."""
     vocab_padding: Count = 0
-    """The last rows of `vocab` that stand for no token: they are not in the softmax, learn nothing and are never generated.
-    `vocab` less this is the tokenizer's size. Must be less than `vocab` / `parallel.tensor`."""
+    """Number of last rows of `vocab` without a token: they are not in the softmax, learn nothing and are never generated. `vocab`
+    minus this is the tokenizer's size. Must be less than `vocab` / `parallel.tensor`."""
     ffn: PositiveInt = 1024
-    """Inner width of an MLP layer (per branch where gated)."""
+    """Inner width of an MLP layer (per branch if gated)."""
     activation: Literal["squared_relu", "swiglu", "geglu", "gelu", "silu"] = "squared_relu"
     """MLP nonlinearity; `swiglu` and `geglu` are gated. Nemotron-H uses squared ReLU (arXiv 2504.03624)."""
     heads: PositiveInt = 4
     """Query heads of an attention layer."""
     kv_heads: PositiveInt = 4
-    """Key/value heads; fewer than `heads` is grouped-query attention. Must divide `heads`."""
+    """Key/value heads; with fewer than `heads`, attention is grouped-query. Must divide `heads`."""
     head_dim: PositiveInt = 64
     """Width of one attention head; heads x head_dim need not equal `hidden` (Nemotron Nano 9B-v2: 40 x 128 on 4,480)."""
     query_scale: PositiveFloat | None = None
-    """Attention scores are divided by the square root of this; null is `head_dim`. Gemma 2 27B: 144 (hidden / heads)."""
+    """Attention scores are divided by the square root of this; null: `head_dim`. Gemma 2 27B: 144 (hidden / heads)."""
     window_tokens: PositiveInt = 4096
     """Tokens a `w` layer sees: the query's own and those before it. Gemma 2 (arXiv 2408.00118): 4,096."""
     attention_softcap: SoftCap | None = None
-    """Attention scores s become c tanh(s / c) before mask and softmax; null leaves them. At most 70: kernels add up exponentials
-    without taking out the largest. Gemma 2: 50."""
+    """Attention scores s become c tanh(s / c) before mask and softmax; null: no cap. At most 70, because kernels sum exponentials
+    without subtracting the largest score. Gemma 2: 50."""
     mamba_heads: PositiveInt = 8
     """Heads of a Mamba-2 layer; inner width = mamba_heads x mamba_head_dim."""
     mamba_head_dim: PositiveInt = 64
@@ -51,36 +51,36 @@ class ModelConfig:
     mamba_conv: PositiveInt = 4
     """Taps of the causal convolution before the scan."""
     mamba_chunk: PositiveInt = 64
-    """Chunk of the scan, in tokens: changes speed and rounding, not the function computed."""
+    """Chunk of the scan, in tokens. It changes speed and rounding, not the function."""
     position: Literal["none", "rope"] = "none"
     """Positional embedding of attention layers. Hybrids need none: the Mamba layers carry order."""
     rope_base: PositiveFloat = 10000.0
-    """Base of the rotary angles, where `position` is `rope`."""
+    """Base of the rotary angles, if `position` is `rope`."""
     rope_scaling: Literal["none", "linear", "yarn", "llama3"] = "none"
     """How angles change for rows longer than those the model was trained on: `linear` divides them all by `rope_factor`
     (arXiv 2306.15595), `yarn` only the slow ones, and sharpens the softmax (arXiv 2309.00071), `llama3` only the slow ones
     (arXiv 2407.21783)."""
     rope_factor: PositiveFloat = 1.0
-    """`rope_scaling`: how many times longer rows become."""
+    """For `rope_scaling`: how many times longer rows become."""
     rope_original_tokens: PositiveInt = 8192
-    """`yarn`, `llama3`: row length the model was trained on before the scaling."""
+    """For `yarn` and `llama3`: row length on which the model was trained before the scaling."""
     norm_eps: PositiveFloat = 1e-5
     """Epsilon of every RMSNorm."""
     norm_offset: Literal[0, 1] = 0
-    """RMSNorm multiplies by this plus its weight: 1 (Gemma 2) has weights start at zero. Not the gated norm of Mamba-2."""
+    """RMSNorm multiplies by this plus its weight; with 1 (Gemma 2), weights start at zero. Not for the gated norm of Mamba-2."""
     post_norms: bool = False
-    """Also norm what a layer gives, before it is added to the residual stream (Gemma 2)."""
+    """Also normalise the output of a layer before it is added to the residual stream (Gemma 2)."""
     scale_embedding: bool = False
     """Multiply embeddings by sqrt(hidden), rounded to the format of activations (Gemma 2)."""
     tie_embeddings: bool = False
-    """Use the embedding matrix as output head too."""
+    """Use the embedding matrix also as the output head."""
     logit_softcap: SoftCap | None = None
-    """Logits z become c tanh(z / c) before the softmax; null leaves them. Gemma 2: 30."""
+    """Logits z become c tanh(z / c) before the softmax; null: no cap. Gemma 2: 30."""
     init_std: PositiveFloat = 0.02
-    """Standard deviation of initial weights; projections back into the residual stream get it divided by
+    """Standard deviation of initial weights. For projections back into the residual stream it is divided by
     sqrt(number of layers)."""
 
     @property
     def real_vocab(self) -> int:
-        """How many token ids there are: the vocabulary without its padding."""
+        """Number of token ids: the vocabulary without its padding."""
         return self.vocab - self.vocab_padding

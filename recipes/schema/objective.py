@@ -20,7 +20,7 @@ class ObjectiveConfig:
     """The teacher: a checkpoint folder, or a run folder (its newest checkpoint). Pattern, size and family may
     differ; vocabulary and tokenizer must be the student's."""
     teacher_tensor: Count = 0
-    """Ranks that share each of the teacher's matrices, whatever the student's layout; 0 takes `parallel.tensor`."""
+    """Ranks that share each of the teacher's matrices, independent of the student's layout; 0: `parallel.tensor`."""
     teacher_params: Literal["as_student", "fp32", "bf16"] = "as_student"
     """Format of the teacher's weights and activations."""
     teacher_scaling: Literal["none", "current", "blockwise", "mxfp8", "nvfp4"] = "none"
@@ -32,8 +32,8 @@ class ObjectiveConfig:
     """Accept a teacher whose checkpoint does not record its tokenizer (a recorded tokenizer that differs is always
     refused)."""
     top_k: Count = 0
-    """Use only the teacher's k most likely tokens and the mass of all others together; 0 uses the whole distribution.
-    The reported loss is then lower: it does not see disagreement within the rest."""
+    """Use only the teacher's k most likely tokens and the total probability of all others; 0: the whole distribution. With k the
+    reported loss is lower, because it ignores differences within the rest."""
     divergence: Literal["kl", "cross_entropy"] = "kl"
     """`kl`: KL(teacher || student), 0 if they agree. `cross_entropy`: KL plus the teacher's entropy, as in Gemma 2.
     Their gradients are the same."""
@@ -54,4 +54,4 @@ class ObjectiveConfig:
     """Weight of the hidden-state match; null weights each row so that the match counts as much as the divergence (Minitron's
     alpha = L_logits / L_hidden)."""
     chunk_tokens: Count = 0
-    """Tokens whose logits are in memory at the same time; 0 chooses by device and vocabulary."""
+    """Tokens whose logits are in memory at the same time; 0: chosen by device and vocabulary."""

@@ -14,7 +14,7 @@ class OptimConfig:
     """AdamW (arXiv 1711.05101) with fp32 masters, sharded over the data-parallel ranks."""
 
     lr: PositiveFloat = 1e-3
-    """Peak learning rate; the schedule multiplies it."""
+    """Peak learning rate. The schedule multiplies it."""
     beta1: OpenFraction = 0.9
     """Decay of the first moment."""
     beta2: OpenFraction = 0.95
@@ -24,7 +24,7 @@ class OptimConfig:
     weight_decay: NonNegativeFloat = 0.1
     """Decoupled weight decay. Norm weights, biases, A_log, D and dt_bias are never decayed."""
     clip_norm: NonNegativeFloat = 1.0
-    """Global gradient norm is scaled down to this; 0 turns clipping off."""
+    """Larger global gradient norms are scaled down to this; 0: no clipping."""
 
 
 @dataclass(frozen=True)
@@ -36,12 +36,12 @@ class ScheduleConfig:
     unit: Literal["steps", "tokens"] = "steps"
     """Unit of `warmup`, `decay` and `total`."""
     warmup: Length = 0
-    """Linear rise from 0 over this long: steps or tokens, or below 1 a fraction of the whole schedule (0.1: a tenth of the
-    run), rounded down."""
+    """Length of the linear rise from 0: steps or tokens, or below 1 a fraction of the whole schedule (0.1: a tenth of the run),
+    rounded down."""
     decay: Length = 0
     """`wsd` only: length of the decay at the end, given like `warmup`."""
     total: PositiveInt | None = None
-    """Where the decay ends; null is the end of the run (`run.steps`)."""
+    """End of the decay; null: the end of the run (`run.steps`)."""
     final_fraction: Fraction = 0.01
     """Factor at the end of the decay (Nemotron Nano 2: 4.5e-6 / 4.5e-4 = 0.01)."""
     decay_shape: Literal["linear", "cosine", "minus_sqrt", "exponential"] = "minus_sqrt"

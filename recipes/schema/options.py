@@ -1,10 +1,10 @@
 """One style of options for every command: `stratum COMMAND [RUN | -cn RECIPE] [key=value ...] [--option value ...]`.
 
-    arguments --CommandParser--> the command's own options, and words for Hydra (recipe, overrides)
+    arguments --CommandParser--> the command's own options, and arguments for Hydra (recipe, overrides)
 
-A tool's options are the fields of a dataclass (`recipes.schema.tools`): name, type, range, default and help text come from
-there. A run is named by its folder or by its name in `runs/`; its `recipe.yaml` is then composed as any recipe is, so that
-its fields can be overridden.
+A tool's options are the fields of a dataclass (`recipes.schema.tools`), which gives name, type, range, default and help text.
+A run is named by its folder or by its name in `runs/`. Its `recipe.yaml` is then composed like any recipe, so that its fields
+can be overridden.
 """
 
 import argparse
@@ -23,38 +23,38 @@ from recipes.schema.suggestions import did_you_mean
 from recipes.schema.typed import FieldError, build, field_docs
 
 STRATUM = "stratum"
-"""Name of the one command that the package installs."""
+"""Name of the command that the package installs."""
 FRONT = "train.stratum"
-"""Its module, for processes that are started by module name."""
+"""Module of the command, for processes that are started by module name."""
 RUNS = Path("runs")
-"""Where a run is looked up by its bare name."""
+"""Folder in which a run is looked up by its name alone."""
 RECIPE_FILE = "recipe.yaml"
-"""File of a run folder with the whole recipe it was last started with."""
+"""File in a run folder: the complete recipe with which the run was last started."""
 
 _RECIPE_HELP = """
 recipe:
   RUN                   a run, by its folder (runs/smoke) or its name (smoke, in runs/); its own recipe is used
   -cn NAME              a recipe by its name (--config-name)
-  key=value             override a field (optim.lr=3e-4) or swap a group (precision=bf16); +key=value adds a key that
-                        the recipe does not have yet, ~key removes one. `stratum fields` says what each means
+  key=value             override a field (optim.lr=3e-4) or swap a group (precision=bf16). +key=value adds a key that the
+                        recipe does not have yet, ~key removes one. `stratum fields` explains all fields
   --config-dir FOLDER   a folder with recipes and groups of your own, in addition to the shipped ones
-  --cfg job             print the composed recipe, do nothing; with --resolve, references are filled in
+  --cfg job             print the composed recipe and do nothing else; --resolve also fills in references
 """
 _SWEEP_HELP = """\
-  -m                    run once for each value of a list (optim.lr=1e-3,3e-4): a sweep, a run folder each (--multirun)
+  -m                    a sweep: one run for each value of a list (optim.lr=1e-3,3e-4), in a folder each (--multirun)
 """
 
 
 def hand_over(*words: str) -> NoReturn:
-    """Become `stratum WORDS`, for older spellings of a command. The process is replaced."""
+    """Replace this process with `stratum WORDS`. Older ways to start a command use it."""
     safe_path = ["-P"] if sys.flags.safe_path else []
     os.execv(sys.executable, [sys.executable, *safe_path, "-m", FRONT, *words])
 
 
 class CommandParser(argparse.ArgumentParser):
-    """The parser of one command: help with examples, errors with suggestions, defaults shown, no abbreviations.
+    """The parser of one command: help with examples and defaults, errors with suggestions, no abbreviations.
 
-    recipe: the command composes a recipe, so it takes RUN, -cn and overrides, and is parsed by `parse_recipe`.
+    recipe: the command composes a recipe. It then takes RUN, -cn and overrides, and `parse_recipe` parses it.
     """
 
     def __init__(
@@ -85,7 +85,7 @@ class CommandParser(argparse.ArgumentParser):
         )
         self._takes_sweeps = sweeps
         if recipe:
-            hidden = argparse.SUPPRESS  # explained in _RECIPE_HELP, where they stand together with the words
+            hidden = argparse.SUPPRESS  # _RECIPE_HELP explains them, together with the overrides
             self.add_argument("words", nargs="*", help=hidden)
             self.add_argument("-cn", "--config-name", help=hidden)
             self.add_argument("-cd", "--config-dir", help=hidden)
@@ -108,7 +108,7 @@ class CommandParser(argparse.ArgumentParser):
             self.add_argument(option, dest=field.name, metavar=_metavar(hints[field.name]), help=help)
 
     def fields[T](self, cls: type[T], parsed: argparse.Namespace) -> T:
-        """The dataclass of the given options. Ends the command if a value does not fit its field."""
+        """The dataclass with the given options. Ends the command if a value is not valid for its field."""
         hints = typing.get_type_hints(cls, include_extras=True)
         names = [field.name for field in dataclasses.fields(cls)]  # type: ignore[arg-type]
         given = {
@@ -122,17 +122,17 @@ class CommandParser(argparse.ArgumentParser):
             )
 
     def parse_recipe(self, arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
-        """The command's own options, and Hydra's words. Ends the command if they are wrong."""
+        """(the command's own options, arguments for Hydra). Ends the command if they are wrong."""
         parsed = self.parse_intermixed_args(list(arguments))
         if parsed.multirun and not self._takes_sweeps:
-            self.error(f"-m: no sweeps here. Use `{STRATUM} train -m`, or one command for each run.")
+            self.error(f"-m: this command has no sweeps. Use `{STRATUM} train -m`, or one command for each run.")
         try:
             return parsed, _hydra_words(parsed)
         except RecipeError as error:
             self.error(str(error))
 
     def error(self, message: str) -> NoReturn:
-        """One message that says what to do, and exit status 2."""
+        """Print one message with a remedy, and end with exit status 2."""
         unknown = re.match(r"unrecognized arguments: (.*)", message)
         choice = re.search(r"invalid choice: '([^']*)'(?: \(choose from (.*)\))?", message)
         if unknown:
@@ -152,20 +152,20 @@ def run_named(name: str) -> Path:
     for path in candidates:
         if is_run(path):
             return path
-    there = sorted(path.name for path in RUNS.iterdir() if is_run(path)) if RUNS.is_dir() else []
-    hint = did_you_mean(Path(name).name, there, otherwise=f"In runs/: {', '.join(there) or 'none'}.")
+    known = sorted(path.name for path in RUNS.iterdir() if is_run(path)) if RUNS.is_dir() else []
+    hint = did_you_mean(Path(name).name, known, otherwise=f"In runs/: {', '.join(known) or 'none'}.")
     raise RecipeError(f"{name} is not a run: neither it nor runs/{Path(name).name} has {RECIPE_FILE} or logs. {hint}")
 
 
 def run_or_path(name: str) -> Path:
-    """For commands that also take other folders (a checkpoint, an export): `runs/name` if only that exists."""
+    """The path `name`, or `runs/name` if only that exists. For commands that also take a checkpoint or an export."""
     path = Path(name)
     return RUNS / path if not path.exists() and "/" not in name and is_run(RUNS / name) else path
 
 
 def is_run(path: Path) -> bool:
-    """Whether a folder holds what a run leaves behind."""
-    # os.path: a name that is too long or has a NUL is no run either.
+    """Whether a folder has files of a run."""
+    # os.path returns False for names that are too long or contain a NUL, where Path raises.
     return os.path.isfile(path / RECIPE_FILE) or os.path.isdir(path / "logs") or os.path.isdir(path / "checkpoints")
 
 
@@ -175,7 +175,7 @@ def option_of(field: str) -> str:
 
 
 def options_of(cls: type) -> list[str]:
-    """The options that `add_fields` makes, to suggest them where a key was written instead."""
+    """The options that `add_fields` makes, for suggestions when a user wrote a key instead."""
     return [option_of(field.name) for field in dataclasses.fields(cls)]
 
 
@@ -184,10 +184,10 @@ def _hydra_words(parsed: argparse.Namespace) -> list[str]:
     runs = [word for word in parsed.words if not _is_override(word)]
     words: list[str] = []
     if len(runs) > 1:
-        raise RecipeError(f"one run, not {len(runs)}: {', '.join(runs)}. Write an override as key=value.")
+        raise RecipeError(f"{len(runs)} runs are named: {', '.join(runs)}. Name one. Write an override as key=value.")
     if runs and (parsed.config_name or parsed.config_dir):
         raise RecipeError(
-            f"{runs[0]!r} names a run, and -cn or --config-dir a recipe: give one of them. Write an override as key=value."
+            f"{runs[0]!r} names a run, and -cn or --config-dir a recipe. Give only one of them. Write an override as key=value."
         )
     if runs:
         words += _recipe_of_run(runs[0])
@@ -204,7 +204,7 @@ def _hydra_words(parsed: argparse.Namespace) -> list[str]:
 
 
 def _recipe_of_run(name: str) -> list[str]:
-    """Words that compose the recipe of a run, wherever its folder is now."""
+    """Arguments for Hydra that compose the recipe of a run, also if its folder was moved."""
     try:
         folder = run_named(name)
     except RecipeError as error:
@@ -238,7 +238,7 @@ def _metavar(hint: Any) -> str:
 
 
 def _typed(hint: Any, value: Any) -> Any:
-    """A word of the command line as its field's type, if it can be read as one; otherwise the reader reports it."""
+    """An argument as an int if its field is one and it can be read as one. Otherwise `build` reports it."""
     is_whole = isinstance(value, str) and re.fullmatch(r"[+-]?\d+", value) is not None
     return int(value) if _metavar_or_flag(hint) == "N" and is_whole else value
 
@@ -252,7 +252,7 @@ def _indented(text: str) -> str:
 
 
 class _Help(argparse.RawDescriptionHelpFormatter):
-    """Help as it was written, with the default of each option that has one."""
+    """Help with its own line breaks, and the default of each option that has one."""
 
     def __init__(self, prog: str) -> None:
         super().__init__(prog, max_help_position=24, width=118)

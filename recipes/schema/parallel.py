@@ -11,21 +11,21 @@ from recipes.schema.fields import PositiveInt
 
 @dataclass(frozen=True)
 class ParallelConfig:
-    """Degrees of parallelism; the data-parallel degree is what is left of the world."""
+    """Degrees of parallelism. The data-parallel degree is the world divided by the others."""
 
     tensor: PositiveInt = 1
     """Ranks that share each matrix."""
     pipeline: PositiveInt = 1
-    """Stages the layers are cut into."""
+    """Number of stages into which the layers are cut."""
     virtual_pipeline: PositiveInt = 1
-    """Model chunks per stage (interleaved schedule); 1 is the plain schedule."""
+    """Model chunks per stage (interleaved schedule); 1: the plain schedule."""
     context: PositiveInt = 1
     """Ranks that share each sequence."""
     sequence: bool = False
-    """Sequence parallelism: norms and residuals split over the tensor ranks along the sequence. Needs tensor > 1."""
+    """Sequence parallelism: the tensor ranks split norms and residuals along the sequence. Needs tensor > 1."""
     recompute: Literal["none", "full"] = "none"
-    """`full` keeps only layer inputs and recomputes the rest in the backward pass: less memory, about 1/3 more work."""
+    """`full` stores only layer inputs and recomputes the rest in the backward pass: less memory, about 1/3 more work."""
     overlap_grad_reduce: bool = False
     """Reduce gradients while the backward pass still runs."""
     overlap_param_gather: bool = False
-    """Gather updated parameters while the next forward pass already runs. Needs overlap_grad_reduce."""
+    """Gather updated parameters while the next forward pass runs. Needs overlap_grad_reduce."""

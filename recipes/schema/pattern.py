@@ -1,8 +1,7 @@
-"""The layer pattern of a hybrid model, and what follows from it alone: stages, parameter counts, FLOPs.
+"""The layer pattern of a hybrid model, and what can be computed from it: stages, parameter counts, FLOPs.
 
-A pattern such as `M-M*-M-M*-` names one residual layer per character: `M` Mamba-2, `*` attention, `w` attention over a
-window of earlier tokens, `-` MLP. `|` fixes where pipeline stages are cut. Standard library only: the planner runs this
-on a login node.
+A pattern such as `M-M*-M-M*-` has one character per residual layer: `M` Mamba-2, `*` attention, `w` attention over a window of
+earlier tokens, `-` MLP. `|` sets a cut between pipeline stages.
 """
 
 import math
@@ -18,18 +17,18 @@ from recipes.schema.model import ModelConfig
 LayerKind = Literal["M", "*", "w", "-"]
 KINDS: dict[str, str] = {"M": "Mamba-2", "*": "attention", "w": "attention over a window", "-": "MLP"}
 ATTENTION: tuple[LayerKind, ...] = ("*", "w")
-"""The kinds that are attention: the same parameters, another mask."""
+"""The kinds of attention. They have the same parameters and different masks."""
 CUT = "|"
 
 
 def layer_kinds(pattern: str) -> list[LayerKind]:
-    """The layers of a pattern in order, cuts left out. RecipeError names the first character that stands for no layer."""
+    """The layers of a pattern in order, without cuts. RecipeError names the first character that is not a layer."""
     refuse(pattern_problems(pattern))
     return [cast(LayerKind, sign) for sign in pattern if sign != CUT]
 
 
 def pattern_problems(pattern: str) -> list[Problem]:
-    """Why a text is not a pattern of layers: the first reason."""
+    """The first reason why a text is not a pattern of layers."""
     key, alphabet = "model.pattern", ", ".join(f"`{sign}` {name}" for sign, name in KINDS.items())
     for place, sign in enumerate(pattern):
         if sign not in KINDS and sign != CUT:
@@ -44,7 +43,7 @@ def pattern_problems(pattern: str) -> list[Problem]:
 
 
 def counts(pattern: str) -> dict[LayerKind, int]:
-    """How many layers of each kind a pattern has; all kinds are keys."""
+    """Number of layers of each kind. All kinds are keys."""
     kinds = layer_kinds(pattern)
     return {kind: kinds.count(kind) for kind in ("M", "*", "w", "-")}
 
@@ -52,9 +51,9 @@ def counts(pattern: str) -> dict[LayerKind, int]:
 def cut(pattern: str, stages: int, *, model: ModelConfig) -> list[str]:
     """The pattern of each pipeline stage, first to last (with virtual stages: of each model chunk, in layer order).
 
-    `|` cuts are followed where the pattern has them (their number must fit) and ignored for a single stage. Without
-    them the layers are cut into contiguous parts whose largest share of the forward FLOPs in matrix products is as
-    small as possible, the head counted with the last part; of the cuts that reach this, the most even one is taken.
+    If the pattern has `|`, it is cut there: as often as there are stages, or not at all for a single stage. Without `|`, the
+    layers are cut into contiguous parts so that the largest share of the forward FLOPs in matrix products is as small as
+    possible, where the head counts with the last part. Of the cuts that reach this, the most even one is used.
     """
     refuse([*pattern_problems(pattern), *cut_problems(pattern, stages)])
     kinds = layer_kinds(pattern)
@@ -69,7 +68,7 @@ def cut(pattern: str, stages: int, *, model: ModelConfig) -> list[str]:
 
 
 def cut_problems(pattern: str, stages: int) -> list[Problem]:
-    """Why a (right) pattern cannot be cut into so many stages."""
+    """Why a valid pattern cannot be cut into this number of stages."""
     layers, parts = len(pattern.replace(CUT, "")), pattern.split(CUT)
     if stages == 1:
         return []
@@ -78,7 +77,7 @@ def cut_problems(pattern: str, stages: int) -> list[Problem]:
             f"model.pattern={pattern} is cut into {len(parts)} stages, but parallel.pipeline x "
             f"parallel.virtual_pipeline = {stages}."
         )
-        return [Problem("model.pattern", text, f"Use {stages - 1} `|`, or none to have it cut evenly.")]
+        return [Problem("model.pattern", text, f"Use {stages - 1} `|`, or none for an even cut.")]
     if stages > layers:
         text = (
             f"parallel.pipeline x parallel.virtual_pipeline = {stages} stages, but model.pattern={pattern} has only "
@@ -89,9 +88,9 @@ def cut_problems(pattern: str, stages: int) -> list[Problem]:
 
 
 def balanced_ranges(costs: list[int], parts: int) -> list[tuple[int, int]]:
-    """Cut a list into `parts` non-empty contiguous ranges [start, end) with the smallest largest sum.
+    """Cut a list into `parts` non-empty contiguous ranges [start, end) so that the largest sum is as small as possible.
 
-    Among those, the smallest sum of squared sums, then the earliest cuts: the answer does not depend on the machine.
+    Of several such cuts, the one with the smallest sum of squared sums, then the earliest. The result is always the same.
     """
     assert 1 <= parts <= len(costs), f"{len(costs)} costs cannot be cut into {parts} non-empty parts"
     return list(_balanced(tuple(costs), parts))
@@ -114,7 +113,10 @@ def _cheapest(
     join: Callable[[float, float], float],
     cost_of: Callable[[int], float],
 ) -> tuple[float, list[tuple[int, int]]]:
-    """The cheapest cut of a list given by its running sums; `join` adds the cost of one more part (monotone)."""
+    """(cost, ranges) of the cheapest cut of a list, by dynamic programming. sums: its running sums.
+
+    join(cost of the earlier parts, cost of one more part) must be monotone.
+    """
     size = len(sums) - 1
     best = [[(math.inf, 0)] * (size + 1) for _ in range(parts + 1)]
     for end in range(1, size + 1):
@@ -125,7 +127,7 @@ def _cheapest(
             for middle in range(end - 1, part - 2, -1):
                 last = cost_of(sums[end] - sums[middle])
                 if last > found[0]:
-                    break  # still longer last parts cost still more
+                    break  # even longer last parts cost even more
                 found = min(found, (join(best[part - 1][middle][0], last), middle))
             best[part][end] = found
     ranges: list[tuple[int, int]] = []
@@ -139,19 +141,18 @@ def _cheapest(
 
 @dataclass(frozen=True)
 class ParameterCount:
-    """Parameters of a whole model, vocabulary unpadded; `mamba`, `attention` (with or without a window) and `mlp` are all
-    layers of that kind."""
+    """Parameters of a whole model. `mamba`, `attention` (with or without a window) and `mlp` count all layers of that kind."""
 
     embedding: int
     head: int
-    """0 where the head is the embedding."""
+    """0 if the head is the embedding."""
     mamba: int
     attention: int
     mlp: int
     final_norm: int
     norms: int
-    """All RMSNorm weights (each layer's pre- and post-norm, the gated norms of Mamba-2, the final norm): part of the
-    above."""
+    """All RMSNorm weights: each layer's pre- and post-norm, the gated norms of Mamba-2, the final norm. The fields above include
+    them."""
 
     @property
     def total(self) -> int:
@@ -168,17 +169,17 @@ def mamba_layer_parameters(model: ModelConfig) -> int:
 
 
 def attention_layer_parameters(model: ModelConfig) -> int:
-    """One attention layer with its norms; no biases."""
+    """One attention layer with its norms. There are no biases."""
     return layer_matmul_weights("*", model) + layer_norms(model)
 
 
 def mlp_layer_parameters(model: ModelConfig) -> int:
-    """One MLP layer with its norms; three matrices where the activation gates."""
+    """One MLP layer with its norms. A gated activation has three matrices."""
     return layer_matmul_weights("-", model) + layer_norms(model)
 
 
 def layer_norms(model: ModelConfig) -> int:
-    """Weights of the norms around a layer: before it, and after it where `post_norms`."""
+    """Weights of the norms around a layer: one before it, and with `post_norms` one after it."""
     return (2 if model.post_norms else 1) * model.hidden
 
 
@@ -198,7 +199,7 @@ def parameters(model: ModelConfig) -> ParameterCount:
 
 
 def weights_of(model: ModelConfig) -> dict[str, object]:
-    """What names and shapes of a model's weights depend on: two models with equal values can load each other's weights."""
+    """Everything that names and shapes of weights depend on. Models with equal values can load each other's weights."""
     kinds = layer_kinds(model.pattern)
     names = ["hidden", "vocab", "tie_embeddings", "post_norms"]
     names += ["heads", "kv_heads", "head_dim"] * bool(set(kinds) & set(ATTENTION))
@@ -212,7 +213,7 @@ def weights_of(model: ModelConfig) -> dict[str, object]:
 
 @dataclass(frozen=True)
 class Flops:
-    """Model FLOPs of training on one token: forward and backward, no recomputation."""
+    """Model FLOPs of training on one token: forward and backward, without recomputation."""
 
     mamba_projections: float
     scan: float
@@ -223,7 +224,7 @@ class Flops:
 
     @property
     def total(self) -> float:
-        """All of them: the numerator of MFU."""
+        """The sum: the numerator of MFU."""
         return (
             self.mamba_projections
             + self.scan
@@ -235,17 +236,18 @@ class Flops:
 
 
 def flops_per_token(model: ModelConfig, sequence: int) -> Flops:
-    """Training FLOPs per token of a model at `sequence` tokens a row.
+    """Training FLOPs per token of a model with rows of `sequence` tokens.
 
-    Convention: a multiply-add is 2 FLOPs, the backward pass is twice the forward pass. So 6 for each weight of a matrix
-    product; the embedding look-up is free, the head counts. Attention scores and values over the keys a token sees,
-    forward: 2 products x 2 FLOPs x keys x heads x head_dim, with `visible_keys` the mean number of keys. Soft caps,
-    rotations, norms and gates are elementwise work and left out.
+    Convention: a multiply-add is 2 FLOPs, and the backward pass is twice the forward pass. So each weight of a matrix product
+    costs 6. The embedding look-up is free; the head counts. Attention scores and values cost, in the forward pass, 2 products
+    x 2 FLOPs x keys x heads x head_dim, where `visible_keys` is the mean number of keys. Soft caps, rotations, norms and gates
+    are elementwise work and not counted.
 
-    The scan as the chunked algorithm computes it (arXiv 2405.21060, section 6), whole chunks of Q tokens, forward, per
-    token, with G groups, H heads of P channels and N states: scores C B^T once a group, 2 Q N G; scores times inputs,
-    2 Q P H; the state each chunk leaves, B^T x, 2 N P H; what the entering state adds, C state, 2 N P H. Elementwise
-    work is left out: states passed from chunk to chunk (2 N P H / Q), decays, norms, activations, the convolution.
+    The scan is counted as the chunked algorithm computes it (arXiv 2405.21060, section 6), for whole chunks of Q tokens. In the
+    forward pass, per token, with G groups, H heads of P channels and N states: scores C B^T once per group, 2 Q N G; scores
+    times inputs, 2 Q P H; the state after each chunk, B^T x, 2 N P H; the contribution of the state before it, C state,
+    2 N P H. Elementwise work is not counted: states passed from chunk to chunk (2 N P H / Q), decays, norms, activations, the
+    convolution.
     """
     layers = counts(model.pattern)
     chunk = min(model.mamba_chunk, sequence)
@@ -266,14 +268,14 @@ def flops_per_token(model: ModelConfig, sequence: int) -> Flops:
 
 
 def visible_keys(sequence: int, *, window: int | None = None) -> float:
-    """Keys a token sees on average in a row of `sequence` tokens: the causal half S/2, within a window W - W^2 / 2S."""
+    """Mean number of keys that a token attends to in a row of S tokens: S/2 (causal), or W - W^2 / 2S within a window W."""
     if window is None or window >= sequence:
         return sequence / 2
     return window - window * window / (2 * sequence)
 
 
 def layer_matmul_weights(kind: LayerKind, model: ModelConfig) -> int:
-    """Weights of a layer that enter matrix products: each costs 2 FLOPs per token forward."""
+    """Number of a layer's weights in matrix products. Each costs 2 FLOPs per token in the forward pass."""
     match kind:
         case "M":
             inner = model.mamba_heads * model.mamba_head_dim

@@ -17,14 +17,14 @@ from recipes.schema.telemetry import TelemetryConfig
 
 @dataclass(frozen=True)
 class Recipe:
-    """A whole run. Groups can be swapped on the command line (`precision=bf16`), fields overridden (`optim.lr=3e-4`)."""
+    """A complete recipe of a run. On the command line, `precision=bf16` swaps a group and `optim.lr=3e-4` overrides a field."""
 
     run: RunConfig
     """Name, length and size of a step."""
     model: ModelConfig
     """Shape of the model."""
     data: DataConfig
-    """Where the tokens come from."""
+    """Sources, tokenizer, and the order of rows."""
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     """Degrees of parallelism."""
     precision: PrecisionConfig = field(default_factory=PrecisionConfig)
@@ -36,7 +36,7 @@ class Recipe:
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     """Learning rate over time."""
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
-    """When to save, what to keep."""
+    """When to save, and what to keep."""
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     """Held-out evaluation."""
     telemetry: TelemetryConfig = field(default_factory=TelemetryConfig)

@@ -1,10 +1,10 @@
-"""Recipe files as Hydra reads them, checked first: a recipe is data, and may come from a stranger.
+"""Checks recipe files before Hydra reads them, because a recipe may come from someone else.
 
-    FOLDER/GROUP/NAME.yaml --RecipeSource--> bounded, plain YAML without code --> Hydra composes it
+    FOLDER/GROUP/NAME.yaml --RecipeSource--> plain YAML of limited size, without code --> Hydra composes it
 
-Refused, with file and key: anything of Hydra's own section (its callbacks, logging, launchers and sweepers name callables and
-files), `_target_`, interpolations other than references to fields of the recipe (`${run.folder}`), which read the environment
-or files, and paths that leave the recipe's folder. Words of the command line follow the same rules.
+These are refused, with file and key: Hydra's own section (its callbacks, logging, launchers and sweepers name callables and
+files); `_target_`; interpolations that are not references to fields of the recipe (`${run.folder}`), because they read the
+environment or files; and paths that leave the recipe's folder. Arguments of the command line follow the same rules.
 """
 
 import io
@@ -26,8 +26,8 @@ from recipes.schema.foreign import parse_yaml, printable, read_bounded_text
 SEARCH = "hydra.searchpath"
 _INTERPOLATION = re.compile(r"(?<!\\)(?:\\\\)*\$\{")
 _REFERENCE = re.compile(r"\$\{ *\.*(?!hydra\b)[\w-]+(?:[.\[][\w\-\]]+)* *\}")
-"""A reference to a field of the recipe: names and dots, no resolver (`name:`), nothing nested."""
-_PLACE = "Write the value itself, or refer to a field of the recipe as ${run.folder} does."
+"""A reference to a field of the recipe: names and dots, without a resolver (`name:`) and without nesting."""
+_REMEDY = "Write the value itself, or a reference to a field of the recipe such as ${run.folder}."
 
 
 class RecipeSource(ConfigSource):
@@ -35,11 +35,11 @@ class RecipeSource(ConfigSource):
 
     @staticmethod
     def scheme() -> str:
-        """`recipe://FOLDER` in Hydra's search path."""
+        """The scheme of `recipe://FOLDER` in Hydra's search path."""
         return "recipe"
 
     def load_config(self, config_path: str) -> ConfigResult:
-        """One file. RecipeError names file and key if it is not a recipe."""
+        """Read one file. RecipeError names file and key if it is not a valid recipe."""
         path = self._file(config_path)
         if not path.is_file():
             raise ConfigLoadError(f"Config not found : {path}")
@@ -48,9 +48,9 @@ class RecipeSource(ConfigSource):
             plain = parse_yaml(text)
             header = ConfigSource._get_header_dict(text[:512])
         except (OSError, ValueError) as error:
-            raise RecipeError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}") from error
+            raise RecipeError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}.") from error
         if plain is not None and not isinstance(plain, dict):
-            raise RecipeError(f"{path} is not a recipe: it is not a group of fields.")
+            raise RecipeError(f"{path} is not a recipe, because it is not a group of fields. Write it as KEY: VALUE.")
         if plain is not None and not isinstance(plain.get("defaults", []), list):
             raise RecipeError(f"{path}: defaults is not a list. Write it as in `defaults: [smoke, _self_]`.")
         for key, why in code_in(plain, package=header["package"] or ""):
@@ -59,7 +59,7 @@ class RecipeSource(ConfigSource):
         return ConfigResult(config=config, path=self.full_path(), provider=self.provider, header=header)
 
     def available(self) -> bool:
-        """Whether the folder is there."""
+        """Whether the folder exists."""
         return Path(self.path).is_dir()
 
     def is_group(self, config_path: str) -> bool:
@@ -91,28 +91,28 @@ class RecipeSource(ConfigSource):
 
 
 def code_in(plain: Any, *, package: str = "") -> Iterator[tuple[str, str]]:
-    """Keys of a recipe file that would do more than give a field a value, and why. package: of the file's head."""
-    if _is_of_hydra(package):
-        yield "@package", f"{printable(package)} is Hydra's own section, which recipes may not set. Take it out."
+    """(key, problem) for each key of a recipe file that does more than give a field a value. package: from the file's header."""
+    if _is_hydra_section(package):
+        yield "@package", f"{printable(package)} is Hydra's own section, which recipes must not set. Remove it."
     for entry in _defaults(plain):
-        if _is_of_hydra(entry):
-            yield "defaults", f"names {printable(entry)!r}, a part of Hydra's own section. Take it out."
+        if _is_hydra_section(entry):
+            yield "defaults", f"names {printable(entry)!r}, a part of Hydra's own section. Remove it."
     yield from _code(plain, "")
 
 
 def refuse_code_in_word(word: str) -> None:
-    """RecipeError for a word of the command line that would do more than give a field of the recipe a value."""
+    """RecipeError for an argument that does more than give a field of the recipe a value."""
     key = word.partition("=")[0].lstrip("+~")
-    is_search = word.startswith(f"{SEARCH}=")  # whose value takes folders only, and is read by `command.py`
-    if _is_of_hydra(key) and not is_search:
-        raise RecipeError(f"{printable(word)}: Hydra's own settings are not used here. Take the word out.")
+    is_search = word.startswith(f"{SEARCH}=")  # command.py reads it and accepts folders only
+    if _is_hydra_section(key) and not is_search:
+        raise RecipeError(f"{printable(word)}: Hydra's own settings are not used here. Remove this argument.")
     if word.count("{") + word.count("[") > 1000:
-        raise RecipeError(f"{printable(word, most=80)}: too many brackets.")
+        raise RecipeError(f"{printable(word, most=80)}: too many brackets. Put the value into a recipe file.")
     try:
         override = OverridesParser.create().parse_override(word)
         value = override.value()
     except (HydraException, RecursionError):
-        value = word.partition("=")[2]  # reported as unreadable later, or read as one text
+        value = word.partition("=")[2]  # later it is reported as unreadable, or read as one text
     name = "_target_" if "_target_" in re.split(r"[.@/\[\]]", key) else key
     for where, why in _code({} if is_search else {name: value}, ""):
         raise RecipeError(f"{printable(word)}: {printable(where)} {why}")
@@ -126,11 +126,11 @@ def _code(value: Any, where: str) -> Iterator[tuple[str, str]]:
             name = f"{where}.{key}" if where else str(key)
             parts = str(key).split(".")
             if "_target_" in parts:
-                yield name, "names something to run; recipes hold values only. Take it out."
-            elif not where and _is_of_hydra(str(key)):
-                yield name, "is Hydra's own section, which recipes may not set. Take it out."
+                yield name, "names code to run, but recipes contain only values. Remove it."
+            elif not where and _is_hydra_section(str(key)):
+                yield name, "is Hydra's own section, which recipes must not set. Remove it."
             elif any(True for _ in _bad_interpolations(str(key))):
-                yield name, "is computed; the name of a field is written out."
+                yield name, "is computed, but the name of a field must be written out."
             yield from _code(inner, name)
     elif isinstance(value, list | tuple):
         for index, inner in enumerate(value):
@@ -146,7 +146,7 @@ def _bad_interpolations(text: str) -> Iterator[str]:
     for found in _INTERPOLATION.finditer(text):
         start = found.end() - 2
         if not _REFERENCE.match(text, start):
-            yield f"has {printable(text[start : start + 40])!r}, which reads something outside the recipe. {_PLACE}"
+            yield f"has {printable(text[start : start + 40])!r}, which reads something outside the recipe. {_REMEDY}"
 
 
 def _defaults(plain: Any) -> Iterator[str]:
@@ -159,7 +159,7 @@ def _defaults(plain: Any) -> Iterator[str]:
             yield str(entry)
 
 
-def _is_of_hydra(name: str) -> bool:
+def _is_hydra_section(name: str) -> bool:
     """Whether a key, a group or a package is in Hydra's section: `hydra/launcher`, `override hydra/env`, `model@hydra.x`."""
     parts = (part.strip() for part in re.split(r"[\s@:]", name))
     return any(re.match(r"(_global_\.)?/?hydra(?![\w-])", part) for part in parts)

@@ -1,6 +1,6 @@
 """`stratum fields [GROUP ...]`: every recipe field with its default, range and meaning, as Markdown.
 
-docs/recipes.md is made from it (`stratum fields > docs/recipes.md`), and a test keeps the two equal.
+docs/recipes.md is its output (`stratum fields > docs/recipes.md`), and a test compares the two.
 """
 
 import dataclasses
@@ -19,24 +19,24 @@ from recipes.schema.typed import field_docs
 
 _HEAD = """# Recipe fields
 
-Made by `stratum fields`; the texts stand under the fields in `recipes/schema/`.
-A recipe is YAML composed by Hydra, in this order, later over earlier: the defaults below, the groups it lists
-(`recipes/GROUP/*.yaml`), the recipe itself, the command line. YAML says only what differs from a default, so that
-`recipes/precision/fp8_blockwise.yaml` is what blockwise *is*; `stratum train -cn smoke --cfg job` prints the whole.
+Made by `stratum fields` from the texts under the fields in `recipes/schema/`.
+A recipe is YAML composed by Hydra from these parts, where a later part overrides an earlier one: the defaults below, the groups
+it lists (`recipes/GROUP/*.yaml`), the recipe itself, the command line. YAML contains only what differs from a default, so that
+`recipes/precision/fp8_blockwise.yaml` shows what blockwise *is*. `stratum train -cn smoke --cfg job` prints the whole recipe.
 
 - Swap a group with `precision=bf16`, override any field with `optim.lr=3e-4`.
-- A text field takes its value as written (`launch.container.image=registry#name:tag`); quote it for the shell only.
-- Your own recipes and groups lie in a folder of yours: `stratum train --config-dir mine -cn my_recipe`. They inherit the
-  defaults without a word. `defaults: [smoke, _self_]` inherits a whole recipe.
+- The value of a text field is used as written (`launch.container.image=registry#name:tag`). Quote it for the shell only.
+- Your own recipes and groups are in a folder of your own: `stratum train --config-dir mine -cn my_recipe`. They inherit the
+  defaults automatically. `defaults: [smoke, _self_]` inherits a whole recipe.
 - `data.sources={mine: {path: words}}` on the command line replaces the recipe's sources; `data.sources.mine.path=words`
-  adds one. A recipe that inherits another's adds to its sources (`stratum plan` names them); with
-  `defaults: [smoke, data/no_sources, _self_]` its own are the only ones.
+  adds one. A recipe that inherits another one adds its sources to the inherited ones (`stratum plan` names them). With
+  `defaults: [smoke, data/no_sources, _self_]` it has only its own.
 - `schedule.warmup` and `schedule.decay` below 1 are fractions of the run, so that `run.steps=20` alone shortens a run.
 """
 
 
 def page(groups: Sequence[str] = ()) -> str:
-    """The Markdown page of some groups, all by default."""
+    """The Markdown page of some groups; by default of all."""
     parts = [_HEAD]
     for field in dataclasses.fields(Recipe):
         if groups and field.name not in groups:
@@ -56,7 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     names = [*(field.name for field in dataclasses.fields(Recipe)), "compress"]
     parser = CommandParser(
         "fields",
-        about="What every recipe field means: type, range, default, as Markdown.",
+        about="Every recipe field with its type, range, default and meaning, as Markdown.",
         examples="""
 stratum fields                                      all of them (docs/recipes.md)
 stratum fields optim schedule                       two groups
@@ -67,7 +67,7 @@ stratum fields optim schedule                       two groups
     for group in groups:
         if group not in names:
             hint = did_you_mean(group, names, otherwise="")
-            parser.error(f"there is no group {group!r}. {hint} The groups are: {', '.join(names)}.".replace("  ", " "))
+            parser.error(f"there is no group {group!r}. {hint} Use one of {', '.join(names)}.".replace("  ", " "))
     sys.stdout.write(page(groups))
     return 0
 

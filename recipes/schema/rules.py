@@ -1,12 +1,12 @@
-"""Every rule that spans the fields of a recipe, once. `problems` is the one entry: it collects everything that is wrong.
+"""Every rule that spans the fields of a recipe. `problems` is the only entry: it calls all rules.
 
     recipe --+
     world, machine (GPU? packages?), disk (checkpoints it names), prepared data --+--> problems --> [Problem(key, text, remedy)]
 
-The trainer, the planner and the launchers pass the facts they have; a rule whose fact is not known (None) is left out. So
-what can be known before a start is refused before it, in the very sentence the trainer would use. Ranges and types of
-single fields are `recipes.schema.fields`'. Rules of layouts, schedules, patterns and shapes are next to the arithmetic they
-protect (`layout`, `schedule`, `pattern`, `scaling`, `teacher_rules`) and are reached through `problems` too.
+The trainer, the planner and the launchers pass the facts that they have. A rule is left out if its fact is not known (None). So
+a mistake that can be found before the start is refused then, in the same words that the trainer uses. Ranges and types of single
+fields are in `recipes.schema.fields`. Rules of layouts, schedules, patterns and shapes are next to the arithmetic they protect
+(`layout`, `schedule`, `pattern`, `scaling`, `teacher_rules`); `problems` calls them too.
 """
 
 import dataclasses
@@ -39,7 +39,7 @@ from recipes.schema.weight_formats import rounding_problems
 
 Backend = Literal["reference", "emulated", "te"]
 _LONGEST_NAME = 200
-"""Characters of a part of a run's name: with what saves and logs add to it, a file's name (255 bytes)."""
+"""Bytes of a part of a run's name. With the endings that saves and logs add, it must fit into a file name (255 bytes)."""
 
 
 def problems(
@@ -51,10 +51,10 @@ def problems(
     prepared: Prepared | None = None,
     here: bool = True,
 ) -> list[Problem]:
-    """Everything that keeps a recipe from running, in the order of its groups; [] if it can start.
+    """All reasons why a recipe cannot run, in the order of its groups; [] if it can start.
 
-    world: processes. machine, disk, prepared: facts (`recipes.schema.facts`); None if they are not known. here: False where
-    the run will start elsewhere, so that what is not on this disk may be there.
+    world: number of processes. machine, disk, prepared: facts (`recipes.schema.facts`); None if not known. here: False if the
+    run will start on another machine, which may have what is missing on this disk.
     """
     found = [
         *name_problems(recipe.run.name),
@@ -85,7 +85,7 @@ def problems(
 
 
 def reading_problems(recipe: Recipe) -> list[Problem]:
-    """What keeps commands from using a recipe that do not train with it: how it would train does not matter to them."""
+    """Problems for commands that read a recipe but do not train with it: the groups that matter for training only are ignored."""
     return problems(
         dataclasses.replace(
             recipe,
@@ -99,16 +99,18 @@ def reading_problems(recipe: Recipe) -> list[Problem]:
 
 
 def notes(recipe: Recipe, *, machine: Machine | None = None, prepared: Prepared | None = None) -> list[Problem]:
-    """What is allowed and probably not meant: the plan shows it as a warning, training logs it once."""
+    """What is allowed but probably a mistake. The plan shows it as a warning, and training logs it once."""
     found = []
     if idle := unused(recipe.objective):
-        text = f"objective.kind=next_token trains on next tokens; not used: {idle}."
+        text = f"objective.kind=next_token trains on next tokens and does not use {idle}."
         found.append(Problem("objective.kind", text))
     if idle := unread(recipe.schedule):
         found.append(Problem("schedule.decay", f"{idle}."))
     precision = recipe.precision
     if precision.switch_at_tokens is None and precision.scaling_after != "none":
-        text = f"precision.scaling_after={precision.scaling_after} is never used: precision.switch_at_tokens=null."
+        text = (
+            f"precision.scaling_after={precision.scaling_after} is never used, because precision.switch_at_tokens=null."
+        )
         found.append(Problem("precision.scaling_after", text, "Set switch_at_tokens, or scaling_after=none."))
     if machine is not None and backend_name(precision, _of_run(recipe, machine)) != "te":
         shapes = "; ".join(str(problem) for problem in _shapes(recipe))
@@ -128,14 +130,14 @@ def notes(recipe: Recipe, *, machine: Machine | None = None, prepared: Prepared 
         for name, row in prepared.exhausted:
             text = (
                 f"source {name!r} has been read max_epochs={recipe.data.sources[name].max_epochs or 0:g} times at step "
-                f"{row // recipe.run.global_rows + 1:,}: the others take its place from there (data.on_exhausted=continue)."
+                f"{row // recipe.run.global_rows + 1:,}: from there on, the others take its share (data.on_exhausted=continue)."
             )
             found.append(Problem(f"data.sources.{name}.max_epochs", text))
     return found
 
 
 def name_problems(name: str) -> list[Problem]:
-    """Names that are not a folder's inside run.folder. Blanks are allowed, and `/` between parts."""
+    """Names that cannot be a folder inside run.folder. Blanks are allowed, and `/` between parts."""
     parts = name.split("/")
     odd = sorted(
         {character for character in name if unicodedata.category(character)[0] == "C" or character in "\u2028\u2029"}
@@ -144,20 +146,22 @@ def name_problems(name: str) -> list[Problem]:
     if not name.strip():
         why = "is empty"
     elif odd:
-        why = f"contains {', '.join(ascii(character) for character in odd[:3])}, which a folder's name should not"
+        why = f"contains {', '.join(ascii(character) for character in odd[:3])}, which the name of a folder should not contain"
     elif name.startswith("/"):
-        why = "starts with `/`; run.folder says where runs are"
+        why = "starts with `/`, but run.folder says where runs are"
+    elif name.startswith("-"):
+        why = "starts with `-`, which commands would read as an option"
     elif any(part.strip() in ("", ".", "..") for part in parts):
-        why = "has an empty part, `.` or `..`, and would leave run.folder or share another run's"
+        why = "has an empty part, `.` or `..`, so it would leave run.folder or be the folder of another run"
     elif any(len(part.encode()) > _LONGEST_NAME for part in parts):
-        why = f"is longer than {_LONGEST_NAME} bytes"
+        why = f"has a part longer than {_LONGEST_NAME} bytes"
     if not why:
         return []
     return [Problem("run.name", f"run.name={name!r} {why}.", "Use letters, digits, blanks, and - _ . = , +")]
 
 
 def data_problems(data: DataConfig) -> list[Problem]:
-    """What a recipe says of its sources that cannot be meant, whatever is prepared."""
+    """Problems with sources and phases that the recipe alone shows, without prepared data."""
     if not data.sources:
         text, remedy = "data.sources is empty.", "Name at least one source, e.g. data.sources.mine.path=texts/*.jsonl."
         return [Problem("data.sources", text, remedy)]
@@ -167,10 +171,10 @@ def data_problems(data: DataConfig) -> list[Problem]:
 
 
 def source_problems(data: DataConfig, name: str) -> list[Problem]:
-    """A source's name, and a source that is kept for evaluation and drawn from."""
+    """Problems with a source's name, and with a source for evaluation only that training draws from."""
     found = []
     if not name or name != Path(name).name or name.startswith(".") or not name.isprintable():
-        text = f"data.sources.{name!r}: the source's name becomes a file's name."
+        text = f"data.sources.{name!r}: the source's name becomes the name of a folder."
         found.append(Problem(f"data.sources.{name}", text, "Use letters, digits, - and _."))
     source = data.sources[name]
     if source.heldout_fraction == 1:
@@ -180,27 +184,27 @@ def source_problems(data: DataConfig, name: str) -> list[Problem]:
                 drawn.append(f"data.phases[{index}].weights.{name}={phase.weights[name]:g}")
         if drawn:
             text = (
-                f"data.sources.{name}.heldout_fraction=1 keeps all of the source for evaluation, but {drawn[0]} draws from "
-                f"it."
+                f"data.sources.{name}.heldout_fraction=1 holds out the whole source for evaluation, but {drawn[0]} draws "
+                f"from it."
             )
             key = f"data.sources.{name}.heldout_fraction"
-            found.append(Problem(key, text, "Set that to 0, or hold out less."))
+            found.append(Problem(key, text, "Set the weight to 0, or hold out less."))
     return found
 
 
 def order_problems(weights: Mapping[str, float], phases: Sequence[PhaseConfig], *, row_tokens: int) -> list[Problem]:
-    """Weights and phases that say nothing or contradict each other. weights: of the start, by source."""
+    """Problems with weights and phases: unknown sources, wrong order, all weights 0. weights: at the start, by source."""
     found, end = _weight_problems(weights, "data.sources"), 0
     for index, phase in enumerate(phases):
         where = f"data.phases[{index}]"
         unknown = [name for name in phase.weights if name not in weights]
         if unknown:
-            text = f"{where}.weights names {', '.join(unknown)}; data.sources has {', '.join(weights)}."
+            text = f"{where}.weights names {', '.join(unknown)}, but data.sources has {', '.join(weights)}."
             found.append(Problem(f"{where}.weights", text, "Name sources of data.sources."))
         start, ramp = -(-phase.from_tokens // row_tokens), -(-phase.ramp_tokens // row_tokens)
         if start < max(1, end):
             text = (
-                f"{where}.from_tokens={phase.from_tokens:,} is before the end of the phase before it, ramp included "
+                f"{where}.from_tokens={phase.from_tokens:,} is before the end of the previous phase and its ramp "
                 f"({end * row_tokens:,} tokens)."
             )
             found.append(Problem(f"{where}.from_tokens", text, "Put phases in order, or shorten the ramp."))
@@ -217,7 +221,7 @@ def _weight_problems(weights: Mapping[str, float], where: str) -> list[Problem]:
 
 
 def device_problems(device: str, *, has_gpu: bool) -> list[Problem]:
-    """A GPU that is asked for and not there. has_gpu: whether this machine has one."""
+    """A recipe that needs a GPU on a machine without one. has_gpu: whether this machine has one."""
     if device != "cuda" or has_gpu:
         return []
     text = "run.device=cuda, but there is no GPU on this machine that torch can use."
@@ -225,7 +229,7 @@ def device_problems(device: str, *, has_gpu: bool) -> list[Problem]:
 
 
 def backend_name(precision: PrecisionConfig, machine: Machine) -> Backend:
-    """The backend that runs on a machine: `auto` is `te` where that can run, else `emulated` for low precision."""
+    """The backend that runs on a machine: `auto` is `te` if it can run, otherwise `emulated` for low precision."""
     used = scalings_used(precision)
     if precision.backend != "auto":
         return precision.backend
@@ -237,7 +241,7 @@ def backend_name(precision: PrecisionConfig, machine: Machine) -> Backend:
 
 
 def precision_problems(recipe: Recipe, machine: Machine | None) -> list[Problem]:
-    """Number formats and backends that exclude each other, or that the machine or the model's shapes cannot do."""
+    """Number formats and backends that exclude each other, or that the machine or the model's shapes do not allow."""
     precision, used = recipe.precision, scalings_used(recipe.precision)
     found = device_problems(recipe.run.device, has_gpu=machine.has_gpu) if machine is not None else []
     found += low_precision_problems(precision)
@@ -258,7 +262,7 @@ def precision_problems(recipe: Recipe, machine: Machine | None) -> list[Problem]
 
 
 def shape_rules(recipe: Recipe, *, backend: str) -> list[Problem]:
-    """Layers and shapes that low precision has no use for, or that a backend cannot take."""
+    """Layers and shapes for which low precision has no effect or is impossible."""
     precision, used, found = recipe.precision, scalings_used(recipe.precision), []
     if used and not low_precision_linears(recipe.model, precision):
         layers = len(layer_kinds(recipe.model.pattern))
@@ -266,7 +270,7 @@ def shape_rules(recipe: Recipe, *, backend: str) -> list[Problem]:
             f"precision.scaling={'/'.join(used)}, but high_precision_first={precision.high_precision_first} and "
             f"high_precision_last={precision.high_precision_last} keep all {layers} layers in high precision."
         )
-        remedy = f"Lower them to less than {layers} together, or use precision.scaling=none."
+        remedy = f"Lower them so that their sum is less than {layers}, or use precision.scaling=none."
         found.append(Problem("precision.high_precision_first", text, remedy))
     found += rotation_problems(recipe.model, precision=precision, rank_tokens=_rank_tokens(recipe))
     found += rounding_problems(recipe.model, precision=precision, tensor=recipe.parallel.tensor)
@@ -274,10 +278,12 @@ def shape_rules(recipe: Recipe, *, backend: str) -> list[Problem]:
 
 
 def low_precision_problems(precision: PrecisionConfig) -> list[Problem]:
-    """What excludes each other in `precision` on every machine."""
+    """Fields of `precision` that exclude each other on every machine."""
     used, found = scalings_used(precision), []
     if "unscaled" in used and precision.backend == "te":
-        text = "precision.scaling=unscaled is an example of what goes wrong; only precision.backend=emulated has it."
+        text = (
+            "precision.scaling=unscaled is an example of what goes wrong, and only precision.backend=emulated has it."
+        )
         found.append(Problem("precision.scaling", text, "Use current, delayed or blockwise."))
     if used and precision.backend == "reference":
         text = f"precision.backend=reference computes in high precision only, but precision.scaling={'/'.join(used)}."
@@ -298,7 +304,7 @@ def low_precision_problems(precision: PrecisionConfig) -> list[Problem]:
 
 
 def backend_problems(precision: PrecisionConfig, machine: Machine) -> list[Problem]:
-    """What a backend lacks on a machine. machine: of the run, its device counted (`run.device=cpu` has no GPU)."""
+    """What a backend needs and a machine does not have. machine: with the run's device (`run.device=cpu`: no GPU)."""
     missing = ", ".join(machine.missing if machine.has_gpu else ["a GPU"])
     found = []
     if precision.backend == "te" and missing:
@@ -318,37 +324,37 @@ def backend_problems(precision: PrecisionConfig, machine: Machine) -> list[Probl
 
 
 def block_scale_problems(precision: PrecisionConfig, *, fp32: bool) -> list[Problem]:
-    """Block scales of another kind than Transformer Engine takes from the environment when it is imported."""
+    """A kind of block scales that differs from the one Transformer Engine reads from the environment when it is imported."""
     if "blockwise" not in scalings_used(precision) or fp32 != precision.power_of_two_scales:
         return []
     text = (
         f"precision.power_of_two_scales={str(precision.power_of_two_scales).lower()}, but {BLOCK_SCALES} is "
         f"{'1' if fp32 else 'not 1'} in the environment."
     )
-    wanted = f"{BLOCK_SCALES}={int(not precision.power_of_two_scales)}"
-    return [Problem("precision.power_of_two_scales", text, f"Start with {wanted} (launch.environment={wanted}).")]
+    setting = f"{BLOCK_SCALES}={int(not precision.power_of_two_scales)}"
+    return [Problem("precision.power_of_two_scales", text, f"Start with {setting} (launch.environment={setting}).")]
 
 
 def _generation_problems(field: str, scaling: str, machine: Machine) -> list[Problem]:
-    """Scalings that a GPU has no arithmetic for; nothing where its generation is not known."""
+    """Scalings for which a GPU has no arithmetic. No problem if its generation is not known."""
     generation, text, remedy = machine.generation, "", ""
     if not generation or scaling in ("none", "unscaled"):
         return []
     if scaling in ("mxfp8", "nvfp4") and not generation.startswith("blackwell"):
-        text = f"{field}={scaling} needs a Blackwell GPU; {machine.name} is {generation}."
+        text = f"{field}={scaling} needs a Blackwell GPU, but {machine.name} is {generation}."
         best = "blockwise" if generation == "hopper" else "current" if machine.has_fp8 else "none"
         remedy = f"Use {field}={best}, precision.backend=emulated, or a Blackwell GPU."
     elif not machine.has_fp8:
         text = f"{field}={scaling}: {machine.name} ({generation}) has no FP8 matrix products."
         remedy = f"Use {field}=none, or a Hopper GPU."
     elif scaling == "blockwise" and generation == "ada":
-        text = f"{field}=blockwise needs a Hopper GPU or a newer one; {machine.name} is {generation}."
+        text = f"{field}=blockwise needs a Hopper GPU or a newer one, but {machine.name} is {generation}."
         remedy = f"Use {field}=current."
     return [Problem(field, text, remedy)] if text else []
 
 
 def _of_run(recipe: Recipe, machine: Machine) -> Machine:
-    """The machine as a run with its `run.device` uses it."""
+    """The machine as the run uses it: without GPU if `run.device=cpu`."""
     return dataclasses.replace(machine, has_gpu=machine.has_gpu and recipe.run.device != "cpu")
 
 
@@ -365,7 +371,7 @@ def _shapes(recipe: Recipe) -> list[Problem]:
 def disk_problems(
     recipe: Recipe, disk: Disk, *, prepared: Prepared | None, here: bool, world: int | None
 ) -> list[Problem]:
-    """What the checkpoints and answers that a recipe names, and the run's own folder, say against it."""
+    """Problems with the checkpoints and the cache that a recipe names, and with the run's own folder."""
     found, tokenizer = [], (prepared.tokenizer or None) if prepared is not None else None
     taught_by = None
     for field, place in (("objective.teacher", disk.teacher), ("run.start_from", disk.start)):
@@ -389,7 +395,7 @@ def disk_problems(
 
 
 def start_problems(recipe: Recipe, start: Named, *, tokenizer: str | None) -> list[Problem]:
-    """What speaks against the weights a run begins with. tokenizer: fingerprint of the data's; None: not known."""
+    """Problems with the weights of `run.start_from`. tokenizer: fingerprint of the data's tokenizer; None: not known."""
     assert start.manifest is not None
     found = tokenizer_problems(
         f"run.start_from={start.place}",
@@ -401,7 +407,7 @@ def start_problems(recipe: Recipe, start: Named, *, tokenizer: str | None) -> li
     if start.recipe is not None and not pattern_problems(recipe.model.pattern):
         ours, theirs = weights_of(recipe.model), weights_of(start.recipe.model)
         keys = sorted(key for key in ours | theirs if ours.get(key) != theirs.get(key))
-        differing = [f"{key}: {theirs.get(key)} there, {ours.get(key)} here" for key in keys]
+        differing = [f"{key}: {theirs.get(key)} in the checkpoint, {ours.get(key)} in the recipe" for key in keys]
         if differing:
             text = f"run.start_from={start.place} has weights of another model ({'; '.join(differing)})."
             found.append(Problem("run.start_from", text, "Use its model, or name a checkpoint of this one."))
@@ -411,7 +417,7 @@ def start_problems(recipe: Recipe, start: Named, *, tokenizer: str | None) -> li
 def _run_problems(
     recipe: Recipe, disk: Disk, *, prepared: Prepared | None, taught_by: dict[str, object] | None
 ) -> list[Problem]:
-    """What the run's own folder says against going on in it."""
+    """Problems with the run's own folder: another recipe, lost or missing checkpoints, changed data or teacher."""
     found = []
     folder = Path(recipe.run.folder) / recipe.run.name
     try:
@@ -436,8 +442,8 @@ def _run_problems(
 
 def required_problem(checkpoints: Path) -> Problem:
     """`checkpoint.resume=required` in a folder without a checkpoint."""
-    text = f"checkpoint.resume=required, but {checkpoints} holds no checkpoint."
-    return Problem("checkpoint.resume", text, "Use checkpoint.resume=auto to start from the beginning.")
+    text = f"checkpoint.resume=required, but {checkpoints} has no checkpoint."
+    return Problem("checkpoint.resume", text, "Use checkpoint.resume=auto to start at step 0.")
 
 
 def resume_problems(
@@ -450,14 +456,14 @@ def resume_problems(
     kernels: str = "",
     taught_by: Mapping[str, object] | None = None,
 ) -> list[Problem]:
-    """Why a run may not continue from a checkpoint of its own. place: the checkpoint's folder.
+    """Why a run must not continue from one of its checkpoints. place: the checkpoint's folder.
 
-    tokenizer, data_hash: of the data now; kernels: `RunState.kernels` now; empty if they are not known. taught_by: the teacher
-    now (`identity_of`).
+    tokenizer, data_hash: of the current data. kernels: current `RunState.kernels`. They are empty if not known. taught_by: the
+    current teacher (`identity_of`).
     """
     found = []
     if recipe.checkpoint.resume == "never":
-        text = f"checkpoint.resume=never, but {Path(place).parent} already holds {Path(place).name}."
+        text = f"checkpoint.resume=never, but {Path(place).parent} already has {Path(place).name}."
         remedy = "Choose another run.name, or checkpoint.resume=auto to continue."
         found.append(Problem("checkpoint.resume", text, remedy))
     found += tokenizer_problems(
@@ -465,12 +471,12 @@ def resume_problems(
     )
     if manifest.data_hash and data_hash not in ("", manifest.data_hash) and "data_order" not in recipe.checkpoint.allow:
         text = (
-            f"{place} was trained on data {manifest.data_hash[:12]}, but {recipe.data.folder} now holds {data_hash[:12]}: rows "
-            f"would no longer be the ones counted."
+            f"{place} was trained on data {manifest.data_hash[:12]}, but {recipe.data.folder} is now {data_hash[:12]}, so "
+            f"positions would be other rows."
         )
         remedy = (
-            "Point data.folder at the old data, start a new run with another run.name, or add checkpoint.allow=[data_order] "
-            "to go on with other rows."
+            "Set data.folder to the old data, start a new run with another run.name, or add checkpoint.allow=[data_order] to "
+            "continue with other rows."
         )
         found.append(Problem("data.folder", text, remedy))
     if manifest.recipe:
@@ -481,39 +487,39 @@ def resume_problems(
     may_change = "arithmetic" in recipe.checkpoint.allow
     if kernels_differ(manifest.kernels, kernels) and not may_change:
         # A missing compiler or a full cache must not change a run unnoticed.
-        text = f"{place} was trained with kernels {manifest.kernels}; this start has them {kernels}: bits will differ."
+        text = f"{place} was trained with kernels {manifest.kernels}, but they are {kernels} now, so bits will differ."
         remedy = (
-            "Restore what they were built with (a C compiler; a cache folder that only you can write; STRATUM_NATIVE), or add "
-            "checkpoint.allow=[arithmetic] to continue with these."
+            "Restore what they were built with (a C compiler, a cache folder that only you can write, STRATUM_NATIVE), or add "
+            "checkpoint.allow=[arithmetic] to continue with the present ones."
         )
         found.append(Problem("checkpoint.allow", text, remedy))
     if before and taught_by and before["fingerprint"] != taught_by["fingerprint"] and not may_change:
-        text = f"{place} learned from {named_teacher(before)}; the teacher is {named_teacher(taught_by)} now."
+        text = f"{place} learned from {named_teacher(before)}, but the teacher is {named_teacher(taught_by)} now."
         remedy = (
-            f"Add checkpoint.allow=[arithmetic] to go on with it (and objective.teacher={before['checkpoint']} to go on with "
-            f"the first), or choose another run.name."
+            f"Add checkpoint.allow=[arithmetic] to continue with the new one, set objective.teacher={before['checkpoint']} to "
+            f"continue with the first, or choose another run.name."
         )
         found.append(Problem("objective.teacher", text, remedy))
     return found
 
 
 def kernels_differ(before: str, now: str) -> bool:
-    """Whether both are known and not the same: the device is a choice of its own, and old checkpoints do not say."""
+    """Whether both are known and differ. They are empty on GPUs and in old checkpoints."""
     return bool(before and now and before != now)
 
 
 def named_teacher(teacher: Mapping[str, object] | None) -> str:
-    """A teacher's identity for people."""
+    """A teacher's identity, for messages."""
     return f"{teacher['checkpoint']} (weights {str(teacher['fingerprint'])[:12]})" if teacher else "none"
 
 
 def prepared_problems(recipe: Recipe, prepared: Prepared) -> list[Problem]:
-    """What prepared data says against a recipe: its own complaints, and a vocabulary the model does not have."""
+    """Problems of prepared data with a recipe: its own, and a vocabulary that is larger than the model's."""
     return [*prepared.problems, *vocabulary_problems(recipe, prepared.vocab_size)]
 
 
 def vocabulary_problems(recipe: Recipe, vocab_size: int, *, vocab: int | None = None) -> list[Problem]:
-    """Token ids that the model has no embedding for. vocab_size: of the data. vocab: of another model than the recipe's."""
+    """Token ids without an embedding. vocab_size: of the data. vocab: of the model, if it is not the recipe's."""
     has = recipe.model.real_vocab if vocab is None else vocab
     if vocab_size <= has:
         return []
@@ -530,7 +536,7 @@ def vocabulary_problems(recipe: Recipe, vocab_size: int, *, vocab: int | None = 
 
 
 def unused(objective: ObjectiveConfig) -> str:
-    """Fields that are set and not looked at, for people; empty if there are none."""
+    """Fields of an objective that are set but not used, for messages; empty if there are none."""
     if objective.kind != "next_token":
         return ""
     plain = ObjectiveConfig()

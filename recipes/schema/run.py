@@ -11,28 +11,28 @@ from recipes.schema.fields import Count, PositiveInt, Seed
 
 @dataclass(frozen=True)
 class RunConfig:
-    """What one run is called, how long it lasts, and how big a step is."""
+    """Name and length of a run, and the size of a step."""
 
     name: str
-    """Name of the run: its files are in `folder`/`name`. Letters, digits, blanks and signs; `/` makes a folder in a folder."""
+    """Name of the run, whose files are in `folder`/`name`. Letters, digits, blanks and signs; `/` makes nested folders."""
     steps: PositiveInt
-    """Optimizer steps to train in all (a resumed run counts the steps before it)."""
+    """Total number of optimizer steps (a resumed run counts its earlier steps)."""
     folder: str = "runs"
     """Folder of all runs."""
     seed: Seed = 1234
-    """Seed of the initial weights. The data order has its own, `data.seed`."""
+    """Seed of the initial weights. The data order has its own seed, `data.seed`."""
     global_rows: PositiveInt = 8
-    """Rows in one optimizer step, over all ranks. Independent of the layout, so is the training."""
+    """Rows in one optimizer step, over all ranks. It does not depend on the layout, so training does not either."""
     microbatch_rows: PositiveInt = 8
-    """Rows one rank runs at once; `global_rows` = microbatch_rows x data-parallel size x accumulation."""
+    """Rows that one rank processes at once; `global_rows` = microbatch_rows x data-parallel size x accumulation."""
     deterministic: bool = True
     """Use deterministic algorithms, so that a resumed run repeats the same bits. On a GPU this costs some speed."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """`auto` takes a GPU when there is one."""
+    """`auto`: a GPU if there is one."""
     threads: Count = 0
-    """CPU threads of a process; 0 shares the machine's cores among the processes on it."""
+    """CPU threads of a process; 0: divide the machine's cores among the processes on it."""
     stop_after_steps: PositiveInt | None = None
-    """Stop (with a checkpoint) after this many steps of this process; null runs to `steps`. For time-sliced machines."""
+    """Stop, with a checkpoint, after this many steps of this process; null: train to `steps`. For machines with time slices."""
     start_from: str | None = None
-    """Checkpoint (or run folder: its newest) whose weights a new run begins with; optimizer, step and data start from zero. A
-    pruned model is trained further this way. Read only while the run has no checkpoint of its own."""
+    """Checkpoint folder, or run folder (its newest checkpoint), whose weights a new run starts with. Optimizer, step and data
+    start from zero. Used to train a pruned model further. Ignored once the run has a checkpoint of its own."""

@@ -1,16 +1,16 @@
-"""The files of a run's folder that others than the trainer read: their names, and reading them safely. No torch.
+"""Names of the files in a run's folder, and safe reading of them by other programs than the trainer.
 
-    RUN/recipe.yaml               the recipe the run was last started with
-    RUN/metrics.jsonl             its record, a JSON object a line, only ever appended (written by train.record.metrics)
+    RUN/recipe.yaml               the recipe with which the run was last started
+    RUN/metrics.jsonl             its record, one JSON object a line, only appended (written by train.record.metrics)
     RUN/checkpoints/step_N/       published checkpoints
-    RUN/checkpoints/latest        name of the newest, a hint for people
+    RUN/checkpoints/latest        name of the newest one, a hint for people
 
-JSON has no NaN and no infinities. As numbers they are written as their names, "NaN", "Infinity", "-Infinity", at any depth; a
-text that reads like one of them (a source may be named so) is written with one more apostrophe in front. So each reads back as
-it was.
+JSON has no NaN and no infinities. Such numbers are written as the texts "NaN", "Infinity" and "-Infinity", at any depth. A text
+that looks like one of them (a source may have such a name) gets one more apostrophe in front. So reading returns what was
+written.
 
-The run may be under way, killed, damaged or somebody else's. So every read is bounded and of regular files only: a pipe or
-a device in place of a file would hold the reader for ever. Lines that are torn are left out.
+The run may be running, killed, damaged or someone else's. So every read has a size limit and accepts regular files only,
+because a pipe or a device would block the reader for ever. Incomplete lines are left out.
 """
 
 import json
@@ -30,7 +30,7 @@ CHECKPOINTS = "checkpoints"
 POINTER = "latest"
 
 Line = dict[str, Any]
-"""One event of metrics.jsonl; `kind` says of what."""
+"""One event of metrics.jsonl. `kind` is the kind of event."""
 
 _RECIPE_BYTES = 8 << 20
 _TAIL_BYTES = 256 * 1024
@@ -52,17 +52,17 @@ _TEXTS = {
     "text",
     "path",
 }
-"""Fields of a line by what they contain. A line with something else in one of them was not written by a trainer."""
+"""Fields that contain counts or texts. A line with another type in one of them was not written by a trainer and is left out."""
 _LARGEST_COUNT = 1 << 62
 
 _NOT_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
-"""How the record writes numbers that JSON does not have."""
+"""The texts for numbers that JSON does not have."""
 _LIKE_A_NUMBER = re.compile("'*(" + "|".join(_NOT_FINITE) + ")")
-"""Texts that need one more apostrophe in front, not to be read as such a number."""
+"""Texts that get one more apostrophe in front, so that they are not read as such a number."""
 
 
 def recipe_in(folder: Path) -> dict[str, Any]:
-    """The mapping in a run's recipe.yaml. FileNotFoundError if there is none; RecipeError if it cannot be read as one."""
+    """The mapping in a run's recipe.yaml. FileNotFoundError if there is none; RecipeError if it cannot be read."""
     path = folder / RECIPE
     try:
         plain = parse_yaml(read_bounded_text(path, most_bytes=_RECIPE_BYTES))
@@ -71,28 +71,28 @@ def recipe_in(folder: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise RecipeError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}.") from error
     if not isinstance(plain, dict):
-        raise RecipeError(f"{path} cannot be read: it holds {type(plain).__name__}, not the fields of a recipe.")
+        raise RecipeError(f"{path} cannot be read: it contains {type(plain).__name__}, not the fields of a recipe.")
     return {str(key): without_literals(value) for key, value in plain.items()}
 
 
 def read_metrics(path: Path) -> list[Line]:
-    """The lines of a metrics.jsonl in order; a torn line is left out. Raises OSError."""
+    """The lines of a metrics.jsonl in order, without incomplete lines. Raises OSError."""
     with open_regular(path) as stream:
         return _lines_of(stream)
 
 
 def last_metrics(path: Path) -> list[Line]:
-    """The last lines of a metrics.jsonl that may be growing and huge; [] if there is none, or it cannot be read."""
+    """The last lines of a metrics.jsonl, which may be huge and growing; [] if it does not exist or cannot be read."""
     return _lines_of(_tail(path).splitlines())
 
 
 def last_texts(path: Path, count: int) -> list[str]:
-    """The last `count` lines of a text file, such as a log; [] if there is none, or it cannot be read."""
+    """The last `count` lines of a text file, such as a log; [] if it does not exist or cannot be read."""
     return _tail(path).decode(errors="replace").splitlines()[-count:]
 
 
 def as_json(value: Any) -> Any:
-    """A value as strict JSON can hold it. NaN and infinities become their names, which reading turns back, at any depth."""
+    """A value that strict JSON can contain. NaN and infinities, at any depth, become texts that reading turns back."""
     match value:
         case dict():
             return {key: as_json(item) for key, item in value.items()}
@@ -106,12 +106,12 @@ def as_json(value: Any) -> Any:
 
 
 def as_number(value: Any) -> float:
-    """What a reader of a record takes for a number: NaN for whatever is not one, so that formatting it cannot fail."""
+    """A value as a float; NaN if it is not a number, so that formatting it cannot fail."""
     if not isinstance(value, int | float) or isinstance(value, bool):
         return math.nan
     try:
         return float(value)
-    except OverflowError:  # a whole number of more than 308 digits
+    except OverflowError:  # an integer of more than 308 digits
         return math.nan
 
 
@@ -121,14 +121,14 @@ def name_of(step: int) -> str:
 
 
 def step_of(path: Path) -> int:
-    """The step that a checkpoint's folder is named after."""
+    """The step in the name of a checkpoint's folder."""
     return int(path.name.removeprefix("step_"))
 
 
 def steps_in(folder: Path) -> list[Path]:
     """Checkpoints that were published in a folder, oldest first. CheckpointError if the folder cannot be read."""
     try:
-        # Not glob: it passes over a folder that may not be read, and a run would start again at step 0.
+        # Not glob: it silently skips a folder that cannot be read, and the run would start again at step 0.
         named = [
             folder / name for name in os.listdir(folder) if _STEP_NAME.fullmatch(name) and (folder / name).is_dir()
         ]
@@ -136,7 +136,7 @@ def steps_in(folder: Path) -> list[Path]:
         return []
     except OSError as error:
         raise CheckpointError(f"{folder} cannot be read: {error.strerror or error}") from error
-    # Two folders of one step: one could not be replaced by a later save, whose name has one more zero. The later one is newer.
+    # One step may have two folders: if a save cannot replace the old one, its name has one more zero. It is the newer one.
     return sorted(named, key=lambda path: (step_of(path), len(path.name)))
 
 
@@ -164,7 +164,7 @@ def _lines_of(texts: Iterable[bytes]) -> list[Line]:
         try:
             line = json.loads(text)
         except (ValueError, RecursionError):
-            continue  # torn: the run was killed as it wrote, or is writing
+            continue  # incomplete: the run was killed while it wrote the line, or is writing it
         if isinstance(line, dict) and "kind" in line:
             line = _read_back(line)
             if _has_right_types(line):
@@ -178,14 +178,17 @@ def _has_right_types(line: Line) -> bool:
             return False
         if key in _TEXTS and not isinstance(value, str):
             return False
-    has_parts = line["kind"] in ("step", "unreduced_step")  # seconds by part of the step; else one number
+    has_parts = line["kind"] in (
+        "step",
+        "unreduced_step",
+    )  # seconds of each part of the step; in other events, one number
     if "seconds" in line and not isinstance(line["seconds"], dict if has_parts else int | float):
         return False
     return isinstance(line.get("bits_per_byte", {}), dict)
 
 
 def _read_back(value: Any) -> Any:
-    """What `as_json` was given."""
+    """The inverse of `as_json`."""
     match value:
         case dict():
             return {key: _read_back(item) for key, item in value.items()}

@@ -1,4 +1,4 @@
-"""What each low-precision recipe is: number formats, blocks and scale rules of the six GEMM operands, and which layers.
+"""The low-precision recipes: number formats, blocks and scale rules of the six GEMM operands, and the layers that use them.
 
 One linear layer has three GEMMs and six quantised operands:
 
@@ -6,11 +6,12 @@ One linear layer has three GEMMs and six quantised operands:
     input grad    = output grad  x weight          data gradient
     weight grad   = output grad' x input           weight gradient (summed over tokens)
 
-A GEMM needs its scales along the dimension it sums over. So blocks of one row lie along features for the first two, and
-along tokens for the weight gradient: recipes with such blocks quantise a tensor twice, each time from the original.
+A block of one row must extend along the dimension that the GEMM sums over, so that one scale can be taken out of a partial sum.
+That dimension is features in the first two GEMMs and tokens in the weight gradient. So recipes with such blocks quantise a
+tensor twice, each time from the original.
 
-Both backends read this table: `emulated` computes it, `te` asks Transformer Engine for the recipe object of that name.
-Standard library only, so that a launch can be planned on a login node. Tables: docs/fp8.md.
+Both low-precision backends use this table: `emulated` computes the numbers, `te` creates Transformer Engine's recipe object of
+the same name. Tables: docs/fp8.md.
 """
 
 import math
@@ -24,9 +25,9 @@ from recipes.schema.pattern import layer_kinds
 from recipes.schema.precision import PrecisionConfig
 
 HADAMARD = 16
-"""Values that the Hadamard rotation of NVFP4 mixes (arXiv 2509.25149)."""
+"""Number of values that the Hadamard rotation of NVFP4 mixes (arXiv 2509.25149)."""
 Orientation = Literal["rows", "columns"]
-"""`rows`: one-dimensional blocks lie along the last dimension (features); `columns`: along the first (tokens)."""
+"""Direction of one-dimensional blocks. `rows`: along the last dimension (features). `columns`: along the first (tokens)."""
 
 
 @dataclass(frozen=True)
@@ -35,34 +36,36 @@ class Format:
 
     name: str
     mantissa: int
-    """Mantissa bits after the leading one."""
+    """Number of mantissa bits, without the implicit leading one."""
     min_exponent: int
-    """Exponent of the smallest normal number; below it the spacing stays 2**(min_exponent - mantissa)."""
+    """Exponent of the smallest normal number. Below it (subnormals), the spacing is constant: 2**(min_exponent - mantissa)."""
     max: float
-    """Largest finite number; larger ones saturate to it."""
+    """Largest finite number. Larger values saturate to it."""
     snr_floor_db: float
-    """Quantising well-scaled values keeps more signal over noise than this; below it something is wrong (docs/fp8.md)."""
+    """Well-scaled values have a higher signal-to-noise ratio than this after quantisation. Less is a sign of a fault
+    (docs/fp8.md)."""
 
     @property
     def overflow(self) -> float:
-        """Half a step beyond the largest number: larger values are not rounded to it but clipped."""
+        """Half a step above the largest number. Values above this are clipped; values between the two round to the largest
+        number."""
         return self.max + 2.0 ** (math.frexp(self.max)[1] - 2 - self.mantissa)
 
 
 E4M3 = Format("e4m3", mantissa=3, min_exponent=-6, max=448.0, snr_floor_db=20.0)
 E5M2 = Format("e5m2", mantissa=2, min_exponent=-14, max=57344.0, snr_floor_db=15.0)
 E2M1 = Format("e2m1", mantissa=1, min_exponent=0, max=6.0, snr_floor_db=10.0)
-"""OCP formats: OFP8 (E4M3 without infinities, E5M2) and MX (E2M1)."""
+"""Formats of the Open Compute Project: OFP8 (E4M3, which has no infinities, and E5M2) and MX (E2M1)."""
 
 Rule = Literal["fp32", "power_of_two", "e8m0", "nvfp4", "history", "unit"]
-"""How a scale follows from a block's largest magnitude (amax):
+"""How a block's scale is computed from its largest magnitude (amax):
 
 fp32           format.max / amax, rounded to fp32
-power_of_two   the same, rounded down to a power of two
+power_of_two   as fp32, then rounded down to a power of two. The product with a power of two is exact
 e8m0           amax / format.max as a power of two, rounded up (OCP MX scales, as Transformer Engine rounds them)
 nvfp4          E4M3 scale per block on top of one fp32 scale per tensor
 history        from the amax of earlier steps (delayed scaling)
-unit           1, always: not a recipe but what happens without one
+unit           always 1: shows what happens without scales
 """
 
 
@@ -73,15 +76,16 @@ class Operand:
     format: Format
     rule: Rule
     block: tuple[int, int] | None = None
-    """(across, along): extent of a scale's block, `along` in the direction of the sum; None is the whole tensor."""
+    """Extent of a scale's block as (across, along), where `along` is the direction of the sum. None: the whole tensor."""
     hadamard: bool = False
-    """Rotate blocks of 16 along the sum by a signed Hadamard matrix first. Both operands of the GEMM must do it."""
+    """First rotate blocks of 16 along the sum by a signed Hadamard matrix. It spreads outliers. Both operands of the GEMM must be
+    rotated: then the rotations cancel in the product."""
     stochastic: bool = False
-    """Round up or down with probability by distance, instead of to the nearest."""
+    """Round up or down with a probability given by the distance, instead of to the nearest, so that the error is 0 on average."""
 
     @property
     def same_both_ways(self) -> bool:
-        """Whether the two orientations give the same numbers, so that one quantisation serves two GEMMs."""
+        """Whether both orientations give the same numbers, so that one quantisation can be used in two GEMMs."""
         square = self.block is None or self.block[0] == self.block[1]
         return square and not self.hadamard and not self.stochastic
 
@@ -94,19 +98,20 @@ class Scaling:
     input: Operand
     weight: Operand
     grad: Operand
-    """Output gradient in the data-gradient GEMM."""
+    """The output gradient in the data-gradient GEMM."""
     input_for_weight_grad: Operand
     grad_for_weight_grad: Operand
     multiple: int
-    """Both dimensions of a low-precision GEMM's matrices must be multiples of this on the GPU."""
+    """On a GPU, both dimensions of the matrices must be multiples of this."""
 
     @property
     def uses_history(self) -> bool:
+        """Whether scales depend on earlier steps, which checkpoints must then store."""
         return self.input.rule == "history"
 
 
 def scaling_of(precision: PrecisionConfig, name: str | None = None) -> Scaling | None:
-    """The scaling a recipe asks for (or the one called `name`, with the recipe's options); None for high precision."""
+    """The scaling that a recipe configures, or the one called `name` with the recipe's options; None for high precision."""
 
     def uniform(name: str, input: Operand, weight: Operand, grad: Operand, multiple: int = 16) -> Scaling:
         return Scaling(name, input, weight, grad, input, grad, multiple)
@@ -151,12 +156,12 @@ LINEARS = {
     "w": ("self_attention.linear_qkv", "self_attention.linear_proj"),
     "-": ("mlp.linear_fc1", "mlp.linear_fc2"),
 }
-"""The linear modules of each layer kind, by their name inside the layer: all that ever runs in low precision. The
-convolution, the scan, softmax, norms, embedding and head never do."""
+"""The linear modules of each layer kind, by their name inside the layer. Only these run in low precision. The convolution, the
+scan, softmax, norms, embedding and head never do."""
 
 
 def low_precision_linears(model: ModelConfig, precision: PrecisionConfig) -> dict[int, tuple[str, ...]]:
-    """Global layer index (0 is the first of the pattern) -> names of its low-precision linears; absent: none.
+    """{global layer index (from 0): names of its low-precision linears}. Layers in high precision are left out.
 
     The first `high_precision_first` and last `high_precision_last` layers of the pattern stay in high precision.
     """
@@ -168,7 +173,7 @@ def low_precision_linears(model: ModelConfig, precision: PrecisionConfig) -> dic
 
 
 def scalings_used(precision: PrecisionConfig) -> list[str]:
-    """The low-precision recipes that some step of a run computes in, in order; [] where all is high precision."""
+    """The low-precision recipes that a run uses, in order of time; [] if all steps are in high precision."""
     names = [precision.scaling, *([precision.scaling_after] if precision.switch_at_tokens is not None else [])]
     return [name for name in dict.fromkeys(names) if name != "none"]
 
@@ -179,12 +184,13 @@ RECIPE_NAMES = {
     "blockwise": "fp8_blockwise",
     "unscaled": "fp8_unscaled",
 }
-"""Scalings whose option of the `precision` group, and name for people, is another."""
+"""{scaling: name for people, and of its option of the `precision` group}, where the two differ."""
 
 
 def describe_precision(model: ModelConfig, precision: PrecisionConfig, *, tokens: int | None = None) -> str:
-    """What really multiplies, for people: `fp8_blockwise, 6 of 10 layers; ends bf16`. A format that no layer gets is not named
-    first: `bf16; fp8_blockwise in none of 4 layers`. tokens: of a step that starts after so many; None: of the whole run."""
+    """The precision that really runs, for people: `fp8_blockwise, 6 of 10 layers; ends bf16`. If no layer uses the low-precision
+    format, it is not named first: `bf16; fp8_blockwise in none of 4 layers`. tokens: describe the step that starts after this
+    many tokens; None: the whole run."""
 
     def words(scaling: str) -> str:
         name = RECIPE_NAMES.get(scaling, scaling)
@@ -211,7 +217,7 @@ def active_scaling(precision: PrecisionConfig, tokens: int) -> Scaling | None:
 
 
 def linear_shapes(model: ModelConfig, kind: str, *, tensor: int = 1) -> dict[str, tuple[int, int]]:
-    """Name of each linear of a layer kind -> (out, in) of one tensor rank's part."""
+    """{name of each linear of a layer kind: (out, in) of one tensor rank's part}."""
     gates = 2 if model.activation in ("swiglu", "geglu") else 1
     inner = model.mamba_heads * model.mamba_head_dim
     conv = inner + 2 * model.mamba_groups * model.mamba_state
@@ -222,12 +228,12 @@ def linear_shapes(model: ModelConfig, kind: str, *, tensor: int = 1) -> dict[str
         "w": ((query + 2 * key, model.hidden), (model.hidden, query)),
         "-": ((gates * model.ffn, model.hidden), (model.hidden, model.ffn)),
     }[kind]
-    column, row = LINEARS[kind]
+    column, row = LINEARS[kind]  # Megatron splits the first linear by outputs (columns), the second by inputs (rows)
     return {column: (whole[0][0] // tensor, whole[0][1]), row: (whole[1][0], whole[1][1] // tensor)}
 
 
 def _width_that_fits(model: ModelConfig, kind: str, tensor: int, multiple: int) -> str:
-    """The one field that repairs the widths of a layer kind, with the next larger value that does."""
+    """A remedy for the widths of a layer kind: one field, with the next larger value for which all widths are allowed."""
     name = {"M": "mamba_heads", "-": "ffn"}.get(kind, "head_dim")
     step = model.mamba_groups if kind == "M" else 1
     value = getattr(model, name)
@@ -245,11 +251,11 @@ def _width_that_fits(model: ModelConfig, kind: str, tensor: int, multiple: int) 
 def shape_problems(
     model: ModelConfig, *, parallel: ParallelConfig, precision: PrecisionConfig, rank_tokens: int
 ) -> list[Problem]:
-    """Why a recipe's shapes cannot run in low precision on a GPU; each names the field and a remedy.
+    """Why a recipe's shapes cannot run in low precision on a GPU.
 
-    rank_tokens: tokens of one microbatch on one rank (rows x tokens of a row, over context ranks). cuBLASLt wants both
-    dimensions of each FP8 matrix to be multiples of 16; MXFP8 and NVFP4 of 32; under sequence parallelism 128-blocks
-    along tokens must not straddle ranks.
+    rank_tokens: tokens of one microbatch on one rank (rows x tokens of a row / context ranks). cuBLASLt needs both dimensions
+    of each FP8 matrix to be multiples of 16; for MXFP8 and NVFP4 it is 32. Under sequence parallelism, 128-blocks along tokens
+    must not extend over two ranks.
     """
     layers = low_precision_linears(model, precision)
     if not layers:
@@ -271,13 +277,13 @@ def shape_problems(
                     remedy = _width_that_fits(model, kind, parallel.tensor, multiple)
                     problems.append(Problem("precision.scaling", text, remedy))
     if rank_tokens % multiple:
-        problems.append(_ragged(names, rank_tokens, multiple))
+        problems.append(_tokens_problem(names, rank_tokens, multiple))
     blocks = [scaling.input.block for scaling in active if scaling.input.block is not None]
     if parallel.sequence and blocks and (rank_tokens // parallel.tensor) % max(along for _, along in blocks):
         along = max(along for _, along in blocks)
         text = (
             f"precision.scaling={names} with parallel.sequence=true: {rank_tokens:,} tokens over {parallel.tensor} tensor "
-            f"ranks leave {rank_tokens / parallel.tensor:g} each, not a multiple of the {along}-token block."
+            f"ranks are {rank_tokens / parallel.tensor:g} each, not a multiple of the {along}-token block."
         )
         remedy = "Use parallel.sequence=false, a longer data.row_tokens or more run.microbatch_rows."
         problems.append(Problem("precision.scaling", text, remedy))
@@ -285,8 +291,11 @@ def shape_problems(
 
 
 def block_notes(model: ModelConfig, *, precision: PrecisionConfig, tensor: int) -> list[Problem]:
-    """Linears whose blocks of scales move with `parallel.tensor`: blocks begin at each rank's shard, so a shard that is not a
-    whole number of them is cut elsewhere than the whole matrix, and other degrees round to other numbers."""
+    """Linears whose quantised numbers depend on `parallel.tensor`.
+
+    Blocks begin at the start of each rank's shard. If a shard is not a whole number of blocks, the blocks are not those of the
+    whole matrix, and another degree rounds to other numbers.
+    """
     wide = max(
         (extent for name in scalings_used(precision) for extent in _block_extents(scaling_of(precision, name))),
         default=1,
@@ -304,20 +313,20 @@ def block_notes(model: ModelConfig, *, precision: PrecisionConfig, tensor: int) 
     if not found:
         return []
     text = (
-        f"blocks of {wide} begin at each of the {tensor} tensor ranks' shards, which are not whole blocks for "
-        f"{', '.join(found)}: another parallel.tensor cuts them elsewhere and rounds to other numbers."
+        f"blocks of {wide} begin at the shard of each of the {tensor} tensor ranks, and shards are not whole blocks for "
+        f"{', '.join(found)}. With another parallel.tensor, the blocks and therefore the rounded numbers are different."
     )
-    return [Problem("parallel.tensor", text, "Compare runs at one degree.")]
+    return [Problem("parallel.tensor", text, "Compare only runs of the same degree.")]
 
 
 def _block_extents(scaling: Scaling | None) -> list[int]:
-    """Extents of a scaling's blocks that are wider than an element."""
+    """Extents of a scaling's blocks."""
     operands = (scaling.input, scaling.weight) if scaling is not None else ()
     return [extent for operand in operands for extent in operand.block or ()]
 
 
 def rotation_problems(model: ModelConfig, *, precision: PrecisionConfig, rank_tokens: int) -> list[Problem]:
-    """Tokens that NVFP4's Hadamard rotation cannot take, on any backend: it turns blocks of 16 along the tokens."""
+    """Numbers of tokens that NVFP4's Hadamard rotation cannot process on any backend: it rotates blocks of 16 tokens."""
     rotated = [
         scaling.name
         for scaling in (scaling_of(precision, name) for name in scalings_used(precision))
@@ -325,9 +334,9 @@ def rotation_problems(model: ModelConfig, *, precision: PrecisionConfig, rank_to
     ]
     if not rotated or not low_precision_linears(model, precision) or rank_tokens % HADAMARD == 0:
         return []
-    return [_ragged(rotated[0], rank_tokens, HADAMARD)]
+    return [_tokens_problem(rotated[0], rank_tokens, HADAMARD)]
 
 
-def _ragged(names: str, rank_tokens: int, multiple: int) -> Problem:
+def _tokens_problem(names: str, rank_tokens: int, multiple: int) -> Problem:
     text = f"precision.scaling={names}: a microbatch has {rank_tokens:,} tokens per rank, not a multiple of {multiple}."
     return Problem("precision.scaling", text, "Change run.microbatch_rows or data.row_tokens.")

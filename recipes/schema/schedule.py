@@ -1,8 +1,8 @@
-"""Learning rate over time as a pure function of the step (or the tokens): nothing to save, nothing to restore.
+"""Learning rate over time as a pure function of the step (or the tokens). It has no state to save.
 
-Convention: update number `step` counts from 0, and its factor is that of the moment after it, when step + 1 updates
-(or their tokens) are done. So no update is lost at factor 0, a warm-up of W updates reaches exactly 1 with its last, a
-decay of D updates reaches exactly `final_fraction` with its last, and warm-up + stable + decay is the whole run.
+Convention: update number `step` counts from 0, and its factor is that of the moment after it, when step + 1 updates (or their
+tokens) are done. So no update has factor 0, the last update of a warm-up of W updates has exactly 1, the last of a decay of D
+updates exactly `final_fraction`, and warm-up + stable + decay is the whole run.
 
       1 |    ____________
         |   /            \\           wsd: warm-up, stable, decay over the last `decay`
@@ -24,7 +24,7 @@ def learning_rate_factor(
 ) -> float:
     """Factor of `optim.lr` for update number `step` (from 0), with `tokens` trained on before it.
 
-    total_steps: where the schedule ends if `schedule.total` is null. A schedule that `check` accepts is assumed.
+    total_steps: end of the schedule if `schedule.total` is null. The schedule must have no `schedule_problems`.
     """
     lengths = lengths_of(schedule, total_steps=total_steps, tokens_per_step=tokens_per_step)
     done = step + 1 if schedule.unit == "steps" else tokens + tokens_per_step
@@ -48,12 +48,12 @@ class Lengths:
 
     warmup: int
     decay: int
-    """0 where nothing decays at the end."""
+    """0 without a decay."""
     whole: int
 
 
 def lengths_of(schedule: ScheduleConfig, *, total_steps: int, tokens_per_step: int) -> Lengths:
-    """The phases in whole steps or tokens; a fraction is of the whole schedule. Fractions of at most 1 together fit."""
+    """The phases in whole steps or tokens. A fraction is of the whole schedule, rounded down: a sum of at most 1 fits."""
     whole = schedule.total or (total_steps if schedule.unit == "steps" else total_steps * tokens_per_step)
 
     def length(value: float) -> int:
@@ -63,7 +63,7 @@ def lengths_of(schedule: ScheduleConfig, *, total_steps: int, tokens_per_step: i
 
 
 def unread(schedule: ScheduleConfig) -> str:
-    """What a schedule sets and does not read, for people; empty if there is nothing. Swapping a group leaves such fields."""
+    """Fields that a schedule sets but does not read, as a message; else empty. Swapping the group can leave such fields."""
     idle = schedule.decay and schedule.kind != "wsd"
     return f"schedule.kind={schedule.kind} does not read schedule.decay={schedule.decay}" if idle else ""
 
@@ -82,8 +82,8 @@ def schedule_problems(schedule: ScheduleConfig, *, total_steps: int, tokens_per_
             f"schedule, {whole}."
         )
         remedy = (
-            f"Shorten them to {end} together, e.g. {_that_fits(lengths)} (below 1: a fraction of the whole), or lengthen "
-            f"run.steps or schedule.total."
+            f"Shorten them to a sum of {end}, e.g. {_that_fits(lengths)} (below 1: a fraction of the whole), or raise run.steps "
+            f"or schedule.total."
         )
         problems.append(Problem("schedule.warmup", text, remedy))
     if schedule.kind == "wsd" and decay and schedule.decay_shape == "exponential" and schedule.final_fraction == 0:
@@ -99,7 +99,7 @@ def check(schedule: ScheduleConfig, *, total_steps: int, tokens_per_step: int) -
 
 
 def _that_fits(lengths: Lengths) -> str:
-    """The one phase to shorten, and to what."""
+    """The phase to shorten, and a fraction that fits."""
     for name, rest, most in (
         ("decay", lengths.whole - lengths.warmup, 20),
         ("warmup", lengths.whole - lengths.decay, 10),
@@ -111,7 +111,7 @@ def _that_fits(lengths: Lengths) -> str:
 
 
 def _progress(done: int, start: int, end: int) -> float:
-    """How far `done` is from `start` (0) to `end` (1), clamped; exact at both ends."""
+    """Where `done` is between `start` (0) and `end` (1), limited to this range and exact at both ends."""
     if done >= end:
         return 1.0
     return max(0.0, (done - start) / (end - start))

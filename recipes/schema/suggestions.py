@@ -1,11 +1,11 @@
-"""What a mistyped word was probably meant to be. Standard library only."""
+"""Suggestions for mistyped words."""
 
 import difflib
 from collections.abc import Iterable
 
 
 def nearest(word: str, choices: Iterable[str]) -> str | None:
-    """The choice that is spelled most like `word`; None if none is close."""
+    """The choice with the most similar spelling; None if none is close."""
     found = difflib.get_close_matches(word, list(choices), n=1, cutoff=0.5)
     return found[0] if found else None
 

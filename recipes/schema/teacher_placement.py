@@ -36,7 +36,7 @@ class TeacherPlacement:
 
     @property
     def replicas(self) -> list[int]:
-        """The ranks that hold the same part of the teacher's weights."""
+        """The ranks that have the same part of the teacher's weights."""
         return list(range(self.index % self.tensor, self.ranks, self.tensor))
 
     @property

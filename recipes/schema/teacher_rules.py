@@ -257,7 +257,7 @@ def cache_problems(
 ) -> list[Problem]:
     """Differences between a teacher cache and the recipe. tokenizer: fingerprint of the data's tokenizer."""
     objective, found = recipe.objective, []
-    place = f"objective.teacher_cache={objective.teacher_cache} does not fit this recipe:"
+    place = f"objective.teacher_cache={objective.teacher_cache} does not match this recipe:"
     remedy = "Use the values that the cache was written with, or write another folder: stratum teacher-cache."
 
     def differs(key: str, text: str) -> None:
@@ -276,9 +276,8 @@ def cache_problems(
         differs("data.folder", f"tokenizer {tokenizer[:12]} in {recipe.data.folder}, but the teacher's is {theirs}")
     if objective.top_k > request.top_k:
         differs("objective.top_k", f"objective.top_k={objective.top_k}, but only {request.top_k} tokens are stored")
-    manifest = (
-        teacher.manifest if teacher is not None else None
-    )  # training from the cache does not need the teacher: it may be deleted
+    # Training from the cache does not need the teacher, so it may be deleted.
+    manifest = teacher.manifest if teacher is not None else None
     if teacher is not None and manifest is not None and manifest.fingerprint != request.fingerprint:
         text = (
             f"{place} objective.teacher={teacher.place} is {teacher.path} with weights {manifest.fingerprint[:12]}, but "

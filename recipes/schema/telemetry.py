@@ -16,10 +16,10 @@ class TelemetryConfig:
     log_every_steps: PositiveInt = 10
     """Steps between reductions of the metrics over ranks; every step of the interval is still recorded."""
     progress: bool = True
-    """Live progress bar (a plain line per interval where the output is not a terminal)."""
+    """Live progress bar (a plain line per interval if the output is not a terminal)."""
     tensorboard: bool = True
     """Write TensorBoard events into the run's folder."""
     wandb: Literal["off", "offline", "online"] = "off"
-    """Weights & Biases; `offline` needs no network (`wandb sync` sends it later). Never stops a run."""
+    """Weights & Biases. `offline` needs no network (`wandb sync` uploads it later). Its failures never stop a run."""
     wandb_project: str = "stratum"
     """Project name at Weights & Biases."""

@@ -1,6 +1,6 @@
-"""Options of the tools: each field is one option of a command (`stratum generate --top-k 40`), with the text under it as help.
+"""Options of the tools. Each field is an option of a command (`stratum generate --top-k 40`), and the text under it is its help.
 
-The shared options of every command that reads a recipe are in `recipes.schema.options`.
+The options that all commands with a recipe share are in `recipes.schema.options`.
 """
 
 from dataclasses import dataclass
@@ -18,6 +18,8 @@ from recipes.schema.fields import (
     TemperatureOrZero,
 )
 
+DraftTokens = Annotated[int, Range(ge=1, le=64)]
+
 
 @dataclass(frozen=True)
 class GenerateConfig:
@@ -26,26 +28,31 @@ class GenerateConfig:
     prompt: str = "\n"
     """Text to continue."""
     prompts: str | None = None
-    """A file of texts to continue together, one a line; in a .jsonl file a JSON string or an object with "prompt". The
-    output is then a JSON object for each text."""
+    """A file of texts to continue together, one per line; in a .jsonl file, a JSON string or an object with "prompt" per line.
+    The output is one JSON object per text."""
     n: PositiveInt = 1
-    """Texts for each prompt; their seeds count up from --seed. More than one: JSON."""
+    """Number of texts for each prompt. Their seeds count up from --seed. More than one are printed as JSON."""
     logprobs: Count | None = None
-    """Also the log-probabilities of tokens, and of this many of the likeliest in each place. As JSON."""
+    """Also print log-probabilities, as JSON: of each token, and of this many most likely tokens at its place."""
     batch: PositiveInt = 16
-    """Texts that are generated at the same time at most."""
+    """Largest number of texts generated at the same time."""
     tokens: PositiveInt = 200
-    """Tokens to write at most."""
+    """Largest number of tokens to write."""
     temperature: TemperatureOrZero = 0.8
-    """0 is greedy."""
+    """Sampling temperature; 0: greedy."""
     top_k: Count = 0
-    """Only the k likeliest tokens; 0: all."""
+    """Choose among the k most likely tokens; 0: all."""
     top_p: PositiveFraction = 0.95
-    """Only the likeliest tokens that hold this share of the probability."""
+    """Choose among the most likely tokens that have this share of the probability in total."""
     seed: Seed = 0
     """Seed of the random choices: the same seed and checkpoint give the same text."""
     checkpoint: str | None = None
-    """A checkpoint folder, or a folder of `stratum hf export --quantize`; the newest checkpoint of the run if not given."""
+    """A checkpoint folder, or a folder of `stratum hf export --quantize`; by default the newest checkpoint of the run."""
+    speculate: str | None = None
+    """Guess tokens and check several at once: `lookup` (guess from the text itself), or the run or checkpoint of a small model
+    with the same tokenizer. It changes the speed, not the distribution of texts."""
+    draft_tokens: DraftTokens | None = None
+    """With --speculate: largest number of guesses at a time for one text; by default 4."""
 
 
 @dataclass(frozen=True)
@@ -57,25 +64,25 @@ class EvaluateToolConfig:
     harness: str | None = None
     """Tasks of lm-evaluation-harness, separated by commas; with --harness-folder. Needs the extra `evaluate`."""
     harness_folder: str | None = None
-    """Folder with the harness's task files (YAML). Without it, the tasks that come with the harness, whose data is online."""
+    """Folder with the harness's task files (YAML); by default the harness's own tasks, whose data is online."""
     items: PositiveInt | None = None
-    """Ask at most so many items of each task."""
+    """Score at most this many items of each task."""
     row_tokens: PositiveInt | None = None
-    """Longest row that is scored; the recipe's data.row_tokens if not given. Long-context tasks take what they need."""
+    """Tokens of the longest row to score; by default the recipe's data.row_tokens. Long-context tasks use what they need."""
     batch_rows: PositiveInt = 8
-    """Rows that are scored at once. Changes the memory, not the scores."""
+    """Rows scored at once. It changes the memory, not the scores."""
     seed: Seed = 0
-    """Seed of tasks that are made: long contexts and reasoning."""
+    """Seed of generated tasks: long contexts and reasoning."""
     out: str | None = None
-    """Folder of results.json; evaluations/step_N in the run's folder if not given."""
+    """Folder of results.json; by default evaluations/step_N in the run's folder."""
     resume: bool = False
-    """Leave out tasks that are finished in results.json with the same items and settings."""
+    """Skip tasks that results.json already has with the same items and settings."""
     run_code: bool = False
-    """Allow tasks that run code which the model wrote (human-eval). It runs without network, in a temporary folder."""
+    """Allow tasks that run model-written code (human-eval). It runs without network, in a temporary folder."""
     contamination: str | None = None
-    """Instead of a model, look for the tasks' texts in this folder of prepared data, and name the documents."""
+    """Instead of scoring a model, search this folder of prepared data for the tasks' texts, and name the documents."""
     tokenizer: str | None = None
-    """The tokenizer's file, if the recipe's prepared data is not here."""
+    """The tokenizer's file, if the recipe's prepared data is not on this machine."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where the model runs."""
 
@@ -85,37 +92,43 @@ class ServeConfig:
     """Options of `stratum serve`."""
 
     host: str = "127.0.0.1"
-    """Address to listen on; the default is reachable from this machine only."""
+    """Address to listen on. The default can be reached from this machine only."""
     port: Port = 8000
-    """Port to listen on; 0: a free one, which the first line of output names."""
+    """Port to listen on; 0: a free port, which the first line of output shows."""
     name: str | None = None
-    """Name of the model in the API; the run's name if not given."""
+    """Name of the model in the API; by default the run's name."""
     checkpoint: str | None = None
-    """A checkpoint folder; the newest of the run if not given."""
+    """A checkpoint folder; by default the newest of the run."""
     rows: PositiveInt = 16
-    """Requests that run at once; more wait."""
+    """Requests that run at the same time. Further ones wait."""
     queue: Count = 64
-    """Requests that may wait; more are refused with status 429."""
+    """Requests that may wait. Further ones are refused with status 429."""
     context_tokens: PositiveInt = 4096
     """Tokens of the longest text, prompt and answer together."""
     memory_gib: PositiveFloat | None = None
-    """GiB of keys, values and states; enough for `rows` texts of `context_tokens` if not given."""
+    """GiB for keys, values and states; by default enough for `rows` texts of `context_tokens`."""
     step_tokens: PositiveInt = 512
-    """Tokens read at once at most: how long a new prompt delays the other requests."""
+    """Largest number of tokens read at once. More let a new prompt delay the other requests longer."""
     prefix_blocks: Count = 256
-    """Blocks of 128 tokens of prompts that are stored for later prompts which begin the same; 0: none."""
+    """Blocks of 128 prompt tokens to store for later prompts that begin with them; 0: none."""
+    speculate: str | None = None
+    """Guess tokens and check several at once: `lookup` (guess from the text itself), or the run or checkpoint of a small model
+    with the same tokenizer. It changes the speed, not the distribution of texts. A call may set `draft_tokens`; 0 turns it
+    off."""
+    draft_tokens: DraftTokens | None = None
+    """With --speculate: largest number of guesses at a time for one text; by default 4."""
     body_mib: PositiveFloat = 4
-    """MiB of the largest body of a call."""
+    """Size limit of a request's body, in MiB."""
     key_file: str | None = None
-    """A file with a key that clients must send as bearer token."""
+    """A file with a key that clients must send as a bearer token."""
     chat_template: str | None = None
     """A Jinja file for chat completions, or `plain` for a model that was not trained on chats."""
     think_start: str | None = None
-    """The marker that starts thinking, such as <think>; calls may then give `thinking_budget`."""
+    """The marker at which thinking starts, such as <think>. Calls may then set `thinking_budget`."""
     think_end: str | None = None
-    """The marker that ends it, such as </think>."""
+    """The marker at which thinking ends, such as </think>."""
     drain_s: Count = 60
-    """After SIGTERM: seconds for open requests to end."""
+    """Seconds after SIGTERM for open requests to end."""
 
 
 @dataclass(frozen=True)
@@ -127,7 +140,7 @@ class TeacherCacheConfig:
     block_rows: PositiveInt = 64
     """Rows written as one file."""
     student: str | None = None
-    """A checkpoint or run: measure with it what keeping fewer tokens loses."""
+    """A checkpoint or run, to measure with it what is lost by storing fewer tokens."""
 
 
 @dataclass(frozen=True)
@@ -135,7 +148,7 @@ class PrepareConfig:
     """Options of `stratum prepare`."""
 
     task: str | None = None
-    """Do one part of an array job: K/N, plan or merge (see below). Without it, everything that is not done yet."""
+    """Do one part of an array job: K/N, plan or merge (see below); by default, everything that is not finished."""
 
 
 @dataclass(frozen=True)
@@ -143,11 +156,11 @@ class InspectConfig:
     """Options of `stratum inspect`."""
 
     samples: Annotated[int, Range(ge=0, le=1000)] = 2
-    """Documents of each source whose beginning is shown."""
+    """Number of documents of each source whose beginning is shown."""
     chars: Annotated[int, Range(ge=0, le=100_000)] = 240
-    """Characters shown of each."""
+    """Number of characters shown of each."""
     picture: str | None = None
-    """File of the histogram; lengths.png in the data's folder if not given."""
+    """File of the histogram; by default lengths.png in the data's folder."""
     verify: bool = False
     """First read every file and compare it with its checksum."""
 
@@ -157,11 +170,11 @@ class TraceConfig:
     """Options of `stratum trace`."""
 
     step: PositiveInt | None = None
-    """Show what this step saw."""
+    """Show the documents that this step saw."""
     rows: PositiveInt | None = None
-    """Only the first of its rows; all if not given."""
+    """Show only this many rows of it, from the first on; by default all."""
     file: str | None = None
-    """Show when documents of this file were seen: its name, or the end of it."""
+    """Show when documents of this file were seen. Give its name, or the end of its name."""
     record: Count | None = None
     """Only this record of the file: line or row, from 0."""
     source: str | None = None
@@ -169,9 +182,9 @@ class TraceConfig:
     document: Count | None = None
     """Number of the document in the source's training stream, from 0."""
     chars: Count = 200
-    """Characters of text shown of each document; 0 for none."""
+    """Characters of text shown of each document; 0: none."""
     json: bool = False
-    """One JSON object a line instead of text."""
+    """Print one JSON object per line instead of text."""
 
 
 @dataclass(frozen=True)

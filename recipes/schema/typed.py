@@ -1,10 +1,10 @@
-"""From a plain mapping to a typed dataclass, with every mistake named at once. Standard library only.
+"""Builds a typed dataclass from a plain mapping, and reports all mistakes at once.
 
-    {"hidden": 256, ...} --build--> ModelConfig(hidden=256, ...)   or one FieldError listing what is wrong, line by line
+    {"hidden": 256, ...} --build--> ModelConfig(hidden=256, ...)   or one FieldError with a line for each mistake
 
-Understood types: dataclasses, int, float, str, bool, Literal, X | None, dict[str, X], list[X], tuple[X, ...], and any of
-them inside `typing.Annotated` with a `Range`. Numbers are not converted silently: `2.0` is no int, `true` is
-no number; only what YAML cannot write otherwise is accepted (an int, or a text such as `1e-3`, for a float).
+Supported types: dataclasses, int, float, str, bool, Literal, X | None, dict[str, X], list[X], tuple[X, ...], and any of them
+inside `typing.Annotated` with a `Range`. Numbers are not converted silently: `2.0` is not an int, and `true` is not a number.
+For a float, an int is accepted, and a text such as `1e-3`, which is how YAML reads this number.
 """
 
 import ast
@@ -23,21 +23,21 @@ from recipes.schema.errors import DataError
 from recipes.schema.fields import Range
 
 SMALLEST = 2.0**-126
-"""The smallest fp32 number with all digits; arithmetic may round smaller ones to 0, and then divide by it."""
+"""The smallest normal fp32 number. Arithmetic may round smaller ones to 0, and then divide by 0."""
 
 
 class FieldError(DataError):
-    """A mapping that does not fit its dataclass."""
+    """A mapping does not match its dataclass."""
 
 
 class _Bad(Exception):
-    """One value that does not fit; caught by the reader, which continues with the others."""
+    """One value is wrong. `_value` catches it and continues with the others."""
 
 
 def build[T](cls: type[T], mapping: Any, where: str) -> T:
-    """An instance of dataclass `cls` from `mapping`; `where` is the dotted place of the mapping in its recipe.
+    """An instance of dataclass `cls` from `mapping`. where: the dotted key of the mapping in its recipe.
 
-    Raises FieldError with a line per problem: the key or value, its place, and the nearest key, range or choices.
+    Raises FieldError with a line for each problem: key or value, its place, and the nearest key, range or choices.
     """
     problems: list[str] = []
     result = _dataclass(cls, mapping, where, problems)
@@ -47,7 +47,7 @@ def build[T](cls: type[T], mapping: Any, where: str) -> T:
 
 
 def defaults_of(cls: type) -> dict[str, Any]:
-    """A dataclass's defaults as a plain mapping of every field, groups inside groups too; `???` if a field has no default."""
+    """A dataclass's defaults as a plain mapping of every field, also in nested groups; `???` for a field without a default."""
     values: dict[str, Any] = {}
     hints = typing.get_type_hints(cls)
     for field in dataclasses.fields(cls):
@@ -63,7 +63,7 @@ def defaults_of(cls: type) -> dict[str, Any]:
 
 
 def differing(value: Any) -> dict[str, Any]:
-    """The fields of a dataclass instance that differ from its defaults, as a plain mapping: how it is written as YAML."""
+    """The fields of an instance that differ from the defaults, as a plain mapping: its shortest form as YAML."""
     own: dict[str, Any] = {}
     for name, default in defaults_of(type(value)).items():
         item = getattr(value, name)
@@ -80,7 +80,7 @@ def differing(value: Any) -> dict[str, Any]:
 
 
 def type_at(cls: type, key: str) -> Any:
-    """Type of the field at a dotted key, `X` for a field `X | None` and inside a named group; None if there is none."""
+    """Type of the field at a dotted key; None if there is none. It is X for a field `X | None` and an item of dict[str, X]."""
     kind: Any = cls
     for name in key.split("."):
         if typing.get_origin(kind) is dict:
@@ -117,7 +117,7 @@ def _dataclass(cls: type, mapping: Any, where: str, problems: list[str]) -> Any:
     for key in mapping:
         if key not in fields:
             near = difflib.get_close_matches(str(key), fields, n=1, cutoff=0.5)
-            hint = f"Did you mean {_at(where, near[0])}?" if near else f"There are: {', '.join(fields)}."
+            hint = f"Did you mean {_at(where, near[0])}?" if near else f"Use one of {', '.join(fields)}."
             problems.append(f"{_at(where, key)} is not a field. {hint}")
     for name, field in fields.items():
         if name in mapping and mapping[name] != "???":
@@ -158,7 +158,7 @@ def _value(hint: Any, value: Any, where: str, problems: list[str]) -> Any:
         number = _scalar(hint, value)
         if bounds is not None and not bounds.admits(number):
             raise _Bad(f"is out of range. Use a value {bounds}.")
-        if isinstance(number, int) and not -(2**63) <= number < 2**63:  # counts end up in arrays and tensors
+        if isinstance(number, int) and not -(2**63) <= number < 2**63:  # counts are stored in 64-bit arrays and tensors
             raise _Bad(f"is out of range. Use a value < {2**63}.")
         return number
     except _Bad as problem:
@@ -167,7 +167,7 @@ def _value(hint: Any, value: Any, where: str, problems: list[str]) -> Any:
 
 
 def _named(hint: Any, group: Mapping[Any, Any], key: Any, where: str, problems: list[str]) -> Any:
-    """One item of a named group. A mistyped name makes a new item, mostly one without its required fields: say so."""
+    """One item of a named group. A mistyped name is a new item, mostly without required fields: suggest the nearest name."""
     before = len(problems)
     item = _value(hint, group[key], _at(where, key), problems)
     near = difflib.get_close_matches(str(key), [str(other) for other in group if other != key], n=1)
@@ -206,7 +206,7 @@ def _scalar(kind: Any, value: Any) -> Any:
 
 
 def _finite(value: int | float) -> float:
-    """A number for a field with fractions. Infinities have no meaning in any field, nor has what fp32 rounds to 0."""
+    """A number as a float. Refused are infinities, and numbers that fp32 may round to 0: no field has a use for them."""
     try:
         number = float(value)
     except OverflowError:  # a whole number above 1.8e308

@@ -1,4 +1,4 @@
-"""Numbers with units for people, one rule for each: sizes, spans of time, moments."""
+"""Formats numbers with units for people: sizes, durations, times. The only place with such rules."""
 
 import time
 
@@ -18,12 +18,12 @@ def size(count: float) -> str:
 
 
 def gib(count: float) -> str:
-    """Bytes of memory, which is bought in powers of 2: `0.50 GiB`, `79.6 GiB`."""
+    """Bytes of memory, in powers of 1,024: `0.50 GiB`, `79.6 GiB`."""
     return f"{_three_digits(count / GIB)} GiB"
 
 
 def span(seconds: float) -> str:
-    """How long something takes, roughly: `8.0 s`, `12.5 min`, `3.1 h`, `2.5 days`."""
+    """A rough duration: `8.0 s`, `12.5 min`, `3.1 h`, `2.5 days`."""
     if seconds >= 48 * 3600:
         return f"{seconds / 86400:,.1f} days"
     if seconds >= 3600:
@@ -32,7 +32,7 @@ def span(seconds: float) -> str:
 
 
 def clock(seconds: float) -> str:
-    """A span to the second: `0:00:07`, `2 d 3:04:05`."""
+    """A duration to the second: `0:00:07`, `2 d 3:04:05`."""
     minutes, second = divmod(round(seconds), 60)
     hours, minute = divmod(minutes, 60)
     days, hour = divmod(hours, 24)
@@ -40,12 +40,12 @@ def clock(seconds: float) -> str:
 
 
 def moment(seconds: float) -> str:
-    """Seconds since the epoch, by this machine's clock and time zone: `2026-03-01 12:00:00`."""
+    """A time in seconds since the epoch, in this machine's time zone: `2026-03-01 12:00:00`."""
     return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(seconds))
 
 
 def stamp() -> str:
-    """Now, for a name that sorts by time: `20260301-120000`."""
+    """The time now, for names that sort by time: `20260301-120000`."""
     return time.strftime("%Y%m%d-%H%M%S")
 
 

@@ -3,7 +3,7 @@
     weight = codes * scale        one scale for a whole row (output), for a group of a row, or for a block of rows and columns
 
 Only the weights of linear layers are quantised. Embedding, head, norms, convolution, A_log, D and dt_bias keep their format.
-Standard library only: the planner counts the bytes of a format on machines without torch.
+The planner uses this file on machines without torch to count the bytes of a format.
 """
 
 import math
@@ -18,7 +18,7 @@ from recipes.schema.precision import PrecisionConfig
 from recipes.schema.suggestions import did_you_mean
 
 Container = Literal["pack-quantized", "int-quantized", "float-quantized", "naive-quantized"]
-"""How compressed-tensors stores codes: packed into 32-bit words, or as they are in int8 or FP8."""
+"""How compressed-tensors stores codes: packed into 32-bit words, or unpacked as int8 or FP8."""
 Codes = Literal["int", "e4m3"]
 Shape = tuple[int, int]
 
@@ -31,7 +31,7 @@ class WeightFormat:
     bits: Literal[4, 8]
     codes: Codes
     block: tuple[int | None, int | None]
-    """(outputs, inputs) that share a scale; None is all of them."""
+    """(outputs, inputs) that share a scale; None: all of them."""
     container: Container
 
     @property
@@ -45,12 +45,12 @@ class WeightFormat:
         return 448.0 if self.codes == "e4m3" else 2.0 ** (self.bits - 1) - 1
 
     def scale_shape(self, shape: Shape) -> Shape:
-        """Shape of the scales of a weight; blocks at the ends may be incomplete."""
+        """Shape of the scales of a weight. Blocks at the ends may be incomplete."""
         rows, columns = (width or size for width, size in zip(self.block, shape, strict=True))
         return math.ceil(shape[0] / rows), math.ceil(shape[1] / columns)
 
     def stored_shapes(self, shape: Shape) -> dict[str, tuple[tuple[int, ...], int | None]]:
-        """Name of each stored tensor of a weight -> (shape, bytes of an element); None: those of the format of the scales."""
+        """{stored tensor of a weight: (shape, bytes of an element)}. Bytes are None if the format of the scales decides them."""
         scale: tuple[tuple[int, ...], int | None] = (self.scale_shape(shape), None)
         if self.container == "pack-quantized":
             packed = (shape[0], math.ceil(shape[1] * self.bits / 32))
@@ -79,14 +79,16 @@ def weight_format(name: str) -> WeightFormat:
     """The format of a name. RecipeError suggests the closest one."""
     if name not in FORMATS:
         begin = [form for form in FORMATS if form.startswith(name)]
-        hint = did_you_mean(name, begin or FORMATS, otherwise=f"There are: {', '.join(FORMATS)}.")
+        hint = did_you_mean(name, begin or FORMATS, otherwise=f"Use one of {', '.join(FORMATS)}.")
         raise RecipeError(f"{name!r} is not a format of quantised weights. {hint}")
     return FORMATS[name]
 
 
 def stored_linears(model: ModelConfig) -> Iterator[tuple[int, str, Shape]]:
-    """(layer, name, [outputs, inputs]) of every matrix of the linear layers, as Hugging Face's files separate them: queries, keys
-    and values, and the two branches of a gated MLP, are matrices of their own with scales of their own."""
+    """(layer, name, [outputs, inputs]) of every matrix of the linear layers, separated as in Hugging Face's files.
+
+    There, queries, keys and values, and the two branches of a gated MLP, are separate matrices with their own scales.
+    """
     inner = model.mamba_heads * model.mamba_head_dim
     in_proj = 2 * inner + 2 * model.mamba_groups * model.mamba_state + model.mamba_heads
     query, key = model.heads * model.head_dim, model.kv_heads * model.head_dim
@@ -108,9 +110,9 @@ def stored_linears(model: ModelConfig) -> Iterator[tuple[int, str, Shape]]:
 
 
 def format_problems(form: WeightFormat, shapes: Mapping[str, tuple[int, ...]], *, key: str) -> list[Problem]:
-    """Matrices whose rows are not whole groups of a format. shapes: by name. key: what chose the format, as messages name it.
+    """Matrices whose rows are not whole groups of a format. shapes: by name. key: the field or option, for messages.
 
-    Incomplete 128x128 blocks are allowed: each has a scale of its own.
+    Incomplete 128x128 blocks are allowed, because each has its own scale.
     """
     group = form.block[1]
     if form.block[0] != 1 or group is None:

@@ -3,7 +3,7 @@
 Everything is measured in one process, in turn (ours, theirs, ours, theirs, ...), because the machine's speed drifts:
 compare figures of one table only. Medians. Needs `make smoke`'s data only by shape: tokens are random.
 
-    python -m tests.bench [--rounds 8] [--threads 2]
+    python -m tests.bench [--part smoke|peers|scan] [--rounds 8] [--threads 2]
 """
 
 import argparse
@@ -11,31 +11,36 @@ import resource
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stderr
 from dataclasses import replace
+from io import StringIO
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / ".oracle")]
 
-import numpy as np
 import torch
-from tiny import RECIPE, engine_of
+from shards import random_documents, write_folder
+from tiny import RECIPE, engine_of, one_document_rows
 
 import train.megatron  # noqa: F401  readies Megatron before anything imports it
 from data.batch import Batch
+from data.dataset import open_dataset
+from data.stream import Stream
+from recipes.schema.data import SourceConfig
 from recipes.schema.model import ModelConfig
 from recipes.schema.pattern import flops_per_token, parameters
 from recipes.schema.recipe import Recipe
-from recipes.schema.schedule import learning_rate_factor
-from recipes.schema.telemetry import TelemetryConfig
+from train.checkpoint.manager import CheckpointFolder
 from train.engine import Engine
+from train.loop import train_loop
 from train.model import ssd
+from train.native.scan import ScanSizes, ScanWeights
 from train.record.machine import peak_flops
 from train.record.stopwatch import Stopwatch
 from train.record.telemetry import Telemetry
-from train.resilience.faults import StopSignals, check_grad_norm
 from train.step import train_step
 
 ROWS, ROW_TOKENS = 8, 256
@@ -55,13 +60,7 @@ def recipe_of(model: ModelConfig) -> Recipe:
 
 def batch_of(vocab: int) -> Batch:
     both = torch.randint(0, vocab, (ROWS, ROW_TOKENS + 1), generator=torch.Generator().manual_seed(0))
-    return Batch(
-        tokens=both[:, :-1].contiguous(),
-        labels=both[:, 1:].contiguous(),
-        document_index=torch.zeros(ROWS, ROW_TOKENS, dtype=torch.int32),
-        source=torch.zeros(ROWS, dtype=torch.int32),
-        positions=np.arange(ROWS),
-    )
+    return one_document_rows(both[:, :-1].contiguous(), both[:, 1:].contiguous())
 
 
 def in_turn(rounds: int, *works: Callable[[], object], warmup: int = 2) -> list[float]:
@@ -81,56 +80,107 @@ def bare_step(engine: Engine, batch: Batch) -> None:
     train_step(engine, [batch], step=0, learning_rate=1e-3, watch=Stopwatch())
 
 
-def loop_body(
-    engine: Engine, batch: Batch, telemetry: Telemetry, recipe: Recipe, signals: StopSignals
-) -> Callable[[], None]:
-    """One turn of train.loop: everything around the step that is not evaluation or saving."""
-    steps = iter(range(1, 1 << 30))
+@contextmanager
+def loop_of(engine: Engine, recipe: Recipe, folder: Path, peak: float) -> Iterator[tuple[Callable[[], None], Batch]]:
+    """A function that trains `recipe.run.stop_after_steps` steps with the real loop: rows read ahead from disk, metrics.jsonl,
+    the terminal's lines; no saves, no evaluations. And a batch of such rows."""
+    run = recipe.run
+    assert run.stop_after_steps is not None
+    names = ("one", "two")
+    write_folder(folder / "data", {name: [random_documents(4000, seed=index)] for index, name in enumerate(names)})
+    data = replace(
+        recipe.data, folder=str(folder / "data"), sources=dict.fromkeys(names, SourceConfig(path="made by hand"))
+    )
+    checkpoints = CheckpointFolder(folder / "checkpoints", recipe.checkpoint)
+    telemetry = Telemetry(
+        folder,
+        recipe.telemetry,
+        is_writer=True,
+        reduce=engine.mesh.sum_over_world,
+        device=engine.mesh.device,
+        total_steps=run.steps,
+        first_step=0,
+        tokens_per_step=TOKENS,
+        flops_per_token=flops_per_token(recipe.model, ROW_TOKENS).total,
+        peak_flops=peak,
+        recipe_dict={},
+    )
+    step = 0
+    with Stream(
+        open_dataset(data), position=0, global_rows=run.global_rows, microbatch_rows=run.microbatch_rows, rank=0, ranks=1,
+        prefetch_steps=data.prefetch_steps, threads=data.read_threads,
+    ) as stream:  # fmt: skip
 
-    def turn() -> None:
-        step, watch = next(steps), Stopwatch()
-        watch.lap("data")
-        factor = learning_rate_factor(recipe.schedule, step=step, tokens=0, total_steps=1 << 30, tokens_per_step=TOKENS)
-        result = train_step(engine, [batch], step=0, learning_rate=1e-3 * factor, watch=watch)
-        check_grad_norm(step, grad_norm=result.grad_norm, advice=str)
-        telemetry.record(
-            step, loss=result.loss, grad_norm=result.grad_norm, learning_rate=1e-3, seconds=watch.seconds()
-        )
-        engine.mesh.any_rank(signals.received is not None)
+        def train() -> None:
+            nonlocal step
+            with redirect_stderr(StringIO()):
+                end = train_loop(
+                    recipe, engine=engine, stream=stream, telemetry=telemetry, first_step=step,
+                    evaluate=lambda _step: None, checkpoints=checkpoints, save=lambda *_at, **_how: None,
+                )  # fmt: skip
+            step = end.step
 
-    return turn
-
-
-def smoke_rows(rounds: int, peak: float) -> list[tuple[str, str]]:
-    recipe = recipe_of(SMOKE)
-    batch = batch_of(SMOKE.vocab)
-    with engine_of(recipe, rank=0, world=1) as engine, TemporaryDirectory() as folder, StopSignals() as signals:
-        torch.set_num_threads(THREADS)
-        telemetry = Telemetry(
-            Path(folder),
-            TelemetryConfig(progress=False),
-            is_writer=True,
-            reduce=engine.mesh.sum_over_world,
-            device=engine.mesh.device,
-            total_steps=1 << 30,
-            first_step=0,
-            tokens_per_step=TOKENS,
-            flops_per_token=1.0,
-            peak_flops=1.0,
-            recipe_dict={},
-        )
-        bare, looped = in_turn(
-            rounds, lambda: bare_step(engine, batch), loop_body(engine, batch, telemetry, recipe, signals)
-        )
+        yield train, stream.step_at(0)[0]
         telemetry.close()
-    flops = flops_per_token(SMOKE, ROW_TOKENS)
+
+
+def clocks() -> tuple[float, float]:
+    """Wall time, and CPU time of all threads."""
+    return time.perf_counter(), time.process_time()
+
+
+def blocks_in_turn(
+    rounds: int, first: Callable[[], object], second: Callable[[], object]
+) -> list[list[tuple[float, float]]]:
+    """Wall and CPU seconds of each block of both, after one block of each that does not count. They take turns, and take turns
+    to be first."""
+    seconds: list[list[tuple[float, float]]] = [[], []]
+    for number in range(rounds + 1):
+        for index, work in sorted(enumerate((first, second)), reverse=bool(number % 2)):
+            started = clocks()
+            work()
+            if number:
+                wall, cpu = (end - start for start, end in zip(started, clocks(), strict=True))
+                seconds[index].append((wall, cpu))
+    return seconds
+
+
+def smoke_rows(rounds: int, peak: float, *, block: int) -> list[tuple[str, str]]:
+    """Speed of the smoke recipe, and what the loop adds to a bare step: blocks of steps in turn, medians of each pair's ratio."""
+    recipe = recipe_of(SMOKE)
+    recipe = replace(
+        recipe,
+        run=replace(recipe.run, steps=1 << 30, stop_after_steps=block),
+        checkpoint=replace(recipe.checkpoint, every_steps=0),
+        evaluate=replace(recipe.evaluate, every_steps=0),
+        telemetry=replace(recipe.telemetry, progress=False, tensorboard=False),
+    )
+    with engine_of(recipe, rank=0, world=1) as engine, TemporaryDirectory() as folder:
+        torch.set_num_threads(THREADS)
+        with loop_of(engine, recipe, Path(folder), peak) as (loop, batch):
+
+            def bare() -> None:
+                for _ in range(block):
+                    bare_step(engine, batch)
+
+            pairs = list(zip(*blocks_in_turn(rounds, bare, loop), strict=True))
+    tokens_per_s = TOKENS * block / statistics.median(looped for _, (looped, _) in pairs)
+    ratios = [[with_loop[clock] / without[clock] for without, with_loop in pairs] for clock in range(2)]
+    flops = flops_per_token(SMOKE, ROW_TOKENS).total
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     return [
-        ("smoke recipe", f"{TOKENS / looped:,.0f} tokens/s ({parameters(SMOKE).total:,} parameters)"),
-        ("share of the GEMM peak", f"{TOKENS * flops.total / looped / peak:.2f} (target 0.6)"),
-        ("whole loop over the bare step", f"{100 * (looped / bare - 1):+.1f} % (target at most 3 %)"),
+        ("smoke recipe", f"{tokens_per_s:,.0f} tokens/s ({parameters(SMOKE).total:,} parameters)"),
+        ("share of the GEMM peak", f"{tokens_per_s * flops / peak:.2f} (target 0.6)"),
+        ("whole loop over the bare step, wall time", f"{spread(ratios[0])} (target at most 3 %)"),
+        ("whole loop over the bare step, CPU time", spread(ratios[1])),
         ("peak memory so far", f"{memory:.2f} GiB"),
     ]
+
+
+def spread(ratios: list[float]) -> str:
+    """Median of ratios as a change in percent, their quartiles and how many there are."""
+    low, middle, high = (100 * (q - 1) for q in statistics.quantiles(ratios, n=4, method="inclusive"))
+    return f"{middle:+.1f} % (middle half of {len(ratios)} pairs: {low:+.1f} to {high:+.1f} %)"
 
 
 def peer_rows(rounds: int, peak: float) -> list[tuple[str, str]]:
@@ -186,12 +236,12 @@ def scan_rows(rounds: int) -> list[tuple[str, str]]:
     B, C = randn(ROWS, ROW_TOKENS, groups, state), randn(ROWS, ROW_TOKENS, groups, state)
     z = randn(ROWS, ROW_TOKENS, heads, width)
 
+    parameters = ScanWeights(conv_weight, conv_bias, dt_bias, A_log, D)
+    sizes = ScanSizes(heads=heads, head_dim=width, state=state, groups=groups, chunk=SMOKE.mamba_chunk)
+
     def ours() -> None:  # convolution, scan and gate
-        y = ssd.mamba_core(
-            zxbcdt, conv_weight_CW=conv_weight, conv_bias_C=conv_bias, dt_bias_H=dt_bias, A_log_H=A_log, D_H=D,
-            heads=heads, head_dim=width, state=state, groups=groups, chunk=SMOKE.mamba_chunk,
-        )  # fmt: skip
-        torch.autograd.grad(y, [zxbcdt, conv_weight, conv_bias, dt_bias, A_log, D], weights)
+        y = ssd.mamba_core(zxbcdt, parameters, sizes=sizes)
+        torch.autograd.grad(y, [zxbcdt, *parameters], weights)
 
     def reference() -> None:  # scan and gate only
         y = ssd_chunk_scan_combined_ref(
@@ -213,17 +263,26 @@ def main() -> None:
     peak = peak_flops(torch.device("cpu"))
     assert peak is not None
     rows = [("machine's GEMM peak, fp32 1024^3", f"{peak / 1e9:.0f} GFLOP/s, {THREADS} threads")]
-    rows += smoke_rows(ARGUMENTS.rounds, peak)
-    rows += peer_rows(ARGUMENTS.rounds, peak)
-    rows += scan_rows(ARGUMENTS.rounds)
+    if ARGUMENTS.part in ("smoke", "all"):
+        rows += smoke_rows(ARGUMENTS.rounds, peak, block=ARGUMENTS.block)
+    if ARGUMENTS.part in ("peers", "all"):
+        rows += peer_rows(ARGUMENTS.rounds, peak)
+    if ARGUMENTS.part in ("scan", "all"):
+        rows += scan_rows(ARGUMENTS.rounds)
     sys.stdout.write("| what | figure |\n|---|---|\n" + "".join(f"| {name} | {figure} |\n" for name, figure in rows))
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(prog="python -m tests.bench", description=__doc__)
-    parser.add_argument("--rounds", type=int, default=8, help="timed rounds of each pair (default 8)")
+    parser.add_argument("--part", choices=["all", "smoke", "peers", "scan"], default="all", help="what to measure")
+    parser.add_argument("--rounds", type=int, default=8, help="timed rounds of each pair, 2 or more (default 8)")
+    parser.add_argument("--block", type=int, default=10, help="steps in a block of bare or looped steps (default 10)")
+    parser.add_argument(
+        "--rows", type=int, default=ROWS, help=f"rows of {ROW_TOKENS} tokens in a step (default {ROWS})"
+    )
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads (default: all cores)")
     ARGUMENTS = parser.parse_args()
     THREADS = ARGUMENTS.threads
+    ROWS, TOKENS = ARGUMENTS.rows, ARGUMENTS.rows * ROW_TOKENS
     torch.set_num_threads(THREADS)
     main()

@@ -22,8 +22,10 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, override
+from unittest import mock
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -35,7 +37,7 @@ from tiny import RECIPE, engine_of, steps_of
 
 import train.megatron  # noqa: F401  readies Megatron before anything imports it
 from recipes.schema.recipe import Recipe
-from train.checkpoint import storage, writing
+from train.checkpoint import fingerprint, storage, writing
 from train.checkpoint.files import bytes_of
 from train.checkpoint.manager import CheckpointFolder
 from train.checkpoint.manifest import RunState
@@ -93,15 +95,21 @@ def read_plainly(path: Path, buffer: torch.Tensor) -> None:
             view = view[got:]
 
 
+class Unverified(writing._Verifier):
+    """Reads nothing back, and gives every piece the fingerprint of nothing."""
+
+    @override
+    def _verify(self, handle: int) -> None:
+        self.sums.extend(fingerprint.ZERO for _ in self._plan.pieces)
+
+
 @contextmanager
 def no_fingerprints(checkpoints: CheckpointFolder) -> Iterator[None]:
     """Saves inside are neither fingerprinted nor read back; what they leave cannot be loaded."""
-    real = writing._Verifier._verify
-    writing._Verifier._verify = lambda self, handle: self.sums.extend((0, 0) for _ in self._plan.pieces)  # type: ignore[method-assign]
     checkpoints._memory.clear()
-    yield
+    with mock.patch.object(writing, "_Verifier", Unverified):
+        yield
     checkpoints._memory.clear()
-    writing._Verifier._verify = real  # type: ignore[method-assign]
 
 
 class Torch:
@@ -131,7 +139,7 @@ def measure(recipe: Recipe, folder: Path, rounds: int) -> tuple[dict[str, list[f
     seconds: dict[str, list[float]] = defaultdict(list)
     with engine_of(recipe, rank=0, world=1) as engine:
         steps_of(engine, recipe, range(2))
-        checkpoints = CheckpointFolder(folder / "ours", replace(recipe.checkpoint, keep_last=1))
+        checkpoints = CheckpointFolder(folder / "ours", replace(recipe.checkpoint, keep_last=1, retries=0))
         theirs = Torch(engine, folder / "theirs")
         size = sum(tensor.numel() * tensor.element_size() for tensor in theirs.state.values())
         plain = folder / "plain"
@@ -144,7 +152,9 @@ def measure(recipe: Recipe, folder: Path, rounds: int) -> tuple[dict[str, list[f
             checkpoints.request(engine, RunState(step=saves, position=0, data_hash="h"), background=background)
 
         def saved() -> dict[str, Any]:
-            return next(event.fields for event in checkpoints.collect() if event.kind == "save")
+            events = checkpoints.collect()
+            checkpoints.check(always=True)
+            return next(event.fields for event in events if event.kind == "save")
 
         def steps(count: int) -> float:
             nonlocal step
@@ -173,12 +183,12 @@ def measure(recipe: Recipe, folder: Path, rounds: int) -> tuple[dict[str, list[f
                 seconds["save" if proven else "save, unproven"].append(fields["seconds"])
                 seconds["deleting"].append(took - fields["seconds"])
                 if proven:
-                    for part, took in fields["parts"].items():
-                        seconds[f"save: {part}"].append(took)
+                    for part, lasted in fields["parts"].items():
+                        seconds[f"save: {part}"].append(lasted)
                     seconds["fingerprint CPU"].append(fields["fingerprint_cpu_s"])
                     path = checkpoints.path_of(saves)
                     forget(path)
-                    seconds["load"].append(timed(lambda path=path: checkpoints.load(engine, path)))
+                    seconds["load"].append(timed(partial(checkpoints.load, engine, path)))
 
             take_memory(folder, buffer)
             seconds["torch save"].append(timed(theirs.save))
@@ -202,8 +212,8 @@ def measure(recipe: Recipe, folder: Path, rounds: int) -> tuple[dict[str, list[f
             checkpoints.wait()
             fields = saved()
             seconds["background save"].append(fields["seconds"])
-            for part, took in fields["parts"].items():
-                seconds[f"background: {part}"].append(took)
+            for part, lasted in fields["parts"].items():
+                seconds[f"background: {part}"].append(lasted)
             take_memory(folder, buffer)
             held, done = theirs.stall()
             seconds["torch held"].append(held)

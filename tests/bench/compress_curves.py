@@ -139,6 +139,16 @@ def best_rate(kind: str) -> float:
     return min(tried)[1] if tried else 0.001
 
 
+def teacher_bits() -> tuple[float, dict[str, float]]:
+    """(tokens, bits per byte by source) of the teacher at its end."""
+    curve = evaluations(TEACHER)
+    if not curve:
+        raise SystemExit(
+            f"{TEACHER} has no evaluations. First train it: stratum prepare -cn tiny_teacher, stratum train -cn tiny_teacher"
+        )
+    return curve[-1]
+
+
 def evaluations(folder: Path) -> list[tuple[float, dict[str, float]]]:
     """(tokens, bits per byte by source) of a run, the last of each step."""
     path = folder / "metrics.jsonl"
@@ -193,7 +203,7 @@ _STYLE = {
 def draw(path: Path) -> None:
     """Held-out bits per byte against tokens: pruned students, the same from scratch, the Gemma 2 student."""
     runs = list(plan())
-    (*_, (_, bits)) = evaluations(TEACHER)
+    _, bits = teacher_bits()
     teacher = statistics.mean(bits.values())
     with plt.rc_context(_STYLE):
         figure, axes = plt.subplots(1, 3, figsize=(13, 4.4), layout="constrained")
@@ -232,7 +242,7 @@ def draw(path: Path) -> None:
 def show(console: Console) -> None:
     """Tables: learning rates, then every comparison, seed by seed."""
     runs = list(plan())
-    (*_, (tokens, bits)) = evaluations(TEACHER)
+    tokens, bits = teacher_bits()
     console.print(f"teacher, {tokens / 1e6:.2f}M tokens: {statistics.mean(bits.values()):.4f} ({_of(bits)})")
     rates = Table("learning rate", *(_NAMES[kind] for kind in KINDS), title=f"quarter, {SHORT} steps, seed {RATE_SEED}")
     for rate in RATES:

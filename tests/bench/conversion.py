@@ -2,7 +2,7 @@
 
     python -m tests.bench.conversion nemotron_nano_9b_v2 runs/conversion      needs twice the model's size on disk
 
-Every step runs in a process of its own, so that its peak is its own; the folder is removed at the end.
+Every step runs in a separate process, so that peaks of memory are measured separately; the folder is removed at the end.
 """
 
 import argparse
@@ -31,7 +31,7 @@ from train.hf.mapping import pairs
 
 
 def alone(name: str, work: Callable[[], object]) -> None:
-    """Run `work` in a fork and say how long it took and the most memory it held."""
+    """Run `work` in a fork. -> its duration and its peak of memory."""
     sys.stdout.flush()
     child = os.fork()
     if child == 0:

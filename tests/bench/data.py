@@ -9,7 +9,7 @@ Prints Markdown.
 
 "memmap" is what one would write by hand: numpy's memory map, a batch gathered by one index, widened once. It keeps no
 shares, epochs, documents or checksums and dies with the file. "Per core": tokens per second of CPU time, all threads.
-Best-fit rows: packed rows are kept up to some bytes (`data/rows/packing.py`), which this corpus does not exceed; "packed anew"
+Best-fit rows: packed rows are stored up to some bytes (`data/rows/packing.py`), which this corpus does not exceed; "packed again"
 is the speed on a corpus a thousand times larger.
 """
 
@@ -229,7 +229,7 @@ def ours_best_fit(row: int) -> Iterator[Pair]:
 
 
 def ours_packed_anew(row: int) -> Iterator[Pair]:
-    """As on a corpus so large that a stretch is never met again while it is kept: this one is not."""
+    """As on a corpus so large that no stored packing is used again."""
     import data.rows.packing
 
     data.rows.packing._CACHE_BYTES = 0
@@ -433,7 +433,7 @@ LOADERS: dict[str, tuple[str, Callable[[int], Iterator[Pair]]]] = {
     "ours_stream": ("this project, read ahead by a thread", ours_stream),
     "ours_documents": ("this project, with document boundaries", ours_documents),
     "ours_best_fit": ("this project, best-fit rows with boundaries", ours_best_fit),
-    "ours_packed_anew": ("this project, best-fit rows, each packed anew", ours_packed_anew),
+    "ours_packed_anew": ("this project, best-fit rows, each packed again", ours_packed_anew),
     "memmap": ("memmap, batched", memmap),
     "memmap_slices": ("memmap, a slice a row", memmap_slices),
     "litdata": ("litdata 0.2.76, TokensLoader", litdata),

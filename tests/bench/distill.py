@@ -1,4 +1,4 @@
-"""`python -m tests.bench.distill`: what a teacher beside the student costs, as a multiple of plain training.
+"""`python -m tests.bench.distill`: the cost of training with an online teacher, as a multiple of plain training.
 
 One process, untrained weights (time does not depend on them): the student of `tiny_gemma2_distill` and the teacher of
 `tiny_teacher`, or other recipes. Per round, in turn: a next-token step, the teacher's forward pass alone (its head too, in

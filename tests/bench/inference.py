@@ -69,7 +69,7 @@ def ours_and_theirs(shape: ModelConfig) -> Iterator[tuple[Any, Any]]:
 
 
 def now() -> float:
-    """Seconds of the clock that is asked for."""
+    """Seconds of the chosen clock."""
     return time.process_time() if CLOCK == "cpu" else time.perf_counter()
 
 

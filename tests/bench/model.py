@@ -13,6 +13,8 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,6 +24,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 import torch
 
 import train.megatron  # noqa: F401  readies Megatron before anything imports it
+from recipes.schema.model import ModelConfig
 
 VOCAB = 8192
 LENGTHS = (256, 512, 1024, 2048, 4096, 8192)
@@ -32,9 +35,7 @@ PEER_BYTES = 10 * 2**30
 KEEP_FREED_MEMORY = f"glibc.malloc.mmap_threshold={1 << 30}:glibc.malloc.trim_threshold={1 << 40}"
 
 
-def shapes() -> dict[str, object]:
-    from recipes.schema.model import ModelConfig
-
+def shapes() -> dict[str, ModelConfig]:
     hybrid = ModelConfig(
         pattern="M-M*M-", hidden=256, vocab=VOCAB, ffn=1024, heads=4, kv_heads=2, head_dim=64,
         mamba_heads=8, mamba_head_dim=64, mamba_state=64, mamba_groups=1, mamba_chunk=64,
@@ -47,7 +48,7 @@ def shapes() -> dict[str, object]:
 
 
 def now() -> float:
-    """Seconds of the clock that is asked for."""
+    """Seconds of the chosen clock."""
     return time.process_time() if ARGUMENTS.clock == "cpu" else time.perf_counter()
 
 
@@ -60,7 +61,7 @@ def tokens_for(rows: int, length: int, vocab: int = VOCAB) -> tuple[torch.Tensor
     return both[:, :-1].contiguous(), both[:, 1:].contiguous()
 
 
-# ---- transformers, in a process of its own: reads "family length" lines, answers seconds of one step each
+# ---- transformers, in a separate process: reads "family length" lines, prints the seconds of one step for each
 
 
 def serve_peer(threads: int) -> None:
@@ -72,7 +73,7 @@ def serve_peer(threads: int) -> None:
     for line in sys.stdin:
         name, length = line.split()
         if name != family:
-            model = peer_of(shapes()[name])  # type: ignore[arg-type]
+            model = peer_of(shapes()[name])
             optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.1, betas=(0.9, 0.95), fused=True)
             family = name
         assert model is not None and optimizer is not None
@@ -113,14 +114,10 @@ class Peer:
 # ---- ours
 
 
-def ours(model: object, length: int):  # type: ignore[no-untyped-def]
+def ours(model: ModelConfig, length: int) -> AbstractContextManager[Callable[[], float]]:
     """Context manager of a function that runs one step and returns its seconds."""
-    from contextlib import contextmanager
+    from tiny import RECIPE, engine_of, one_document_rows
 
-    import numpy as np
-    from tiny import RECIPE, engine_of
-
-    from data.batch import Batch
     from train.record.stopwatch import Stopwatch
     from train.step import train_step
 
@@ -131,17 +128,11 @@ def ours(model: object, length: int):  # type: ignore[no-untyped-def]
         run=replace(RECIPE.run, global_rows=rows, microbatch_rows=rows),
         data=replace(RECIPE.data, row_tokens=length),
     )
-    tokens, labels = tokens_for(rows, length, model.vocab)  # type: ignore[attr-defined]
-    batch = Batch(
-        tokens=tokens,
-        labels=labels,
-        document_index=torch.zeros(rows, length, dtype=torch.int32),
-        source=torch.zeros(rows, dtype=torch.int32),
-        positions=np.arange(rows),
-    )
+    tokens, labels = tokens_for(rows, length, model.vocab)
+    batch = one_document_rows(tokens, labels)
 
     @contextmanager
-    def opened():  # type: ignore[no-untyped-def]
+    def opened() -> Iterator[Callable[[], float]]:
         with engine_of(recipe, rank=0, world=1) as engine:
             torch.set_num_threads(ARGUMENTS.threads)
 
@@ -184,8 +175,8 @@ def families_part(peak: float) -> None:
             continue
         for length in ARGUMENTS.lengths:
             rows = rows_of(length)
-            attention = sum(kind in "*w" for kind in model.pattern)  # type: ignore[attr-defined]
-            fits = 5 * 4 * rows * model.heads * length**2 * attention < PEER_BYTES  # type: ignore[attr-defined]
+            attention = sum(kind in "*w" for kind in model.pattern)
+            fits = 5 * 4 * rows * model.heads * length**2 * attention < PEER_BYTES
             spent: list[list[float]] = [[], [], []]
             with ours(model, length) as step:
                 for turn in range(ARGUMENTS.rounds + 1):
@@ -195,7 +186,7 @@ def families_part(peak: float) -> None:
                             seconds.append(figure)
             mine, installed, kept = (median(seconds) for seconds in spent)
             tokens = rows * length
-            share = tokens * flops_per_token(model, length).total / mine / peak  # type: ignore[arg-type]
+            share = tokens * flops_per_token(model, length).total / mine / peak
             figures = [f"{tokens / mine:,.0f}", f"{share:.2f}"]
             for theirs in (installed, kept):
                 figures += [f"{tokens / theirs:,.0f}", f"{theirs / mine:.2f}"] if fits else ["does not fit", "-"]
@@ -207,7 +198,7 @@ def families_part(peak: float) -> None:
 def mamba_part() -> None:
     """Layers of Mamba-2 alone: the time of a token must not depend on the row's length."""
     hybrid = shapes()["hybrid"]
-    pure = replace(hybrid, pattern="MMMM", vocab=256)  # type: ignore[type-var]
+    pure = replace(hybrid, pattern="MMMM", vocab=256)
     print("| Mamba-2 alone, row | us per token |\n|---|---|")
     for length in ARGUMENTS.lengths:
         with ours(pure, length) as step:

@@ -17,6 +17,7 @@ import sys
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Any
 
 from launch.plan.cost.efficiency import Efficiency
 from launch.plan.cost.time import Setting, step_time
@@ -142,7 +143,8 @@ def with_constants(setting: Setting, constants: Constants) -> Setting:
     gemm["blackwell_ultra"]["bf16"] = constants["blackwell bf16"]
     attention = dict(now.attention) | {name: constants[f"{name} attention"] for name in ATTENTION}
     attention["blackwell_ultra"] = attention["blackwell"]
-    software, changes = setting.software, {}
+    software = setting.software
+    changes: dict[str, Any] = {}
     is_hopper = setting.device.generation == "hopper"
     if software.name == "llm-foundry":
         changes["elementwise"] = constants["foundry elementwise"]

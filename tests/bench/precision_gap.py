@@ -74,6 +74,8 @@ def losses_of(name: str) -> tuple[dict[int, float], dict[int, float]]:
 def compare() -> int:
     """Draw the picture, print the table."""
     found = {name: value for name in RUNS if (value := losses_of(name))[0]}
+    if not found:
+        raise SystemExit("there are no runs/gap_* to compare. Train them: make precision-gap")
 
     def base_of(name: str) -> str:
         return "gemma_bf16" if name.startswith("gemma") else "bf16"

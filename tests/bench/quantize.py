@@ -132,7 +132,8 @@ def _recipe(run: Path) -> tuple[Path, Recipe]:
 @torch.no_grad()
 def _measure(chunk: Any, held: list[Any], base: Measured | None) -> Measured:
     """Mean loss of the held-out rows in nats per token, and the KL from the base model's distribution."""
-    total, count, logs, divergences = 0.0, 0, [], []
+    total, count, logs = 0.0, 0, []
+    divergences: list[float] = []
     for batch in held:
         for start in range(0, len(batch.tokens), 4):
             part = batch.part(start, min(start + 4, len(batch.tokens)))

@@ -5,7 +5,7 @@
                            IndexedDatasetBuilder
     datasets.map           load_dataset("json") and a batched map with a fast tokenizer of transformers
 
-All with the same vocabulary (tekken, 131,072) and the same documents, one thread, each in a process of its own; the clock
+All with the same vocabulary (tekken, 131,072) and the same documents, one thread, each in a separate process; the clock
 starts when everything is imported and the tokenizer loaded. Per core means by CPU time, so that a busy machine disturbs it
 less; wall time is shown beside it. The ids of every document are compared. tekken's file comes out of the mistral-common
 package, fetched once into runs/bench.
@@ -118,7 +118,7 @@ def run(way: str) -> dict[str, Any]:
 
 
 def digest(documents: Iterable[np.ndarray]) -> str:
-    """Of the ids of all documents, whatever their order."""
+    """Hash of the ids of all documents, in any order."""
     each = sorted(hashlib.sha256(ids.astype("<i4").tobytes()).digest() for ids in documents)
     return hashlib.sha256(b"".join(each)).hexdigest()
 
@@ -134,11 +134,11 @@ class Clock:
 
 
 def _ours(way: str, corpus: Path, aside: Path) -> tuple[float, float, list[np.ndarray]]:
+    from data.make.folder_plan import plan_folder
     from data.make.shard_job import make_shard, read_results
-    from data.make.shard_work import plan_work
     from data.prepare import jobs_of, prepare
     from data.store.manifest import SPLITS
-    from data.store.shards import open_entry
+    from data.store.shards import open_shard
     from data.tokenizer import load_tokenizer
     from recipes.schema.data import DataConfig, SourceConfig, TokenizerConfig
 
@@ -153,13 +153,13 @@ def _ours(way: str, corpus: Path, aside: Path) -> tuple[float, float, list[np.nd
     prepare(config, console=Console(quiet=True), task="plan")
     tokenizer = load_tokenizer(file, config.tokenizer)
     tokenizer.encode_batch(["a"])  # the encoder is made at first use
-    (job,) = jobs_of(config, plan_work(config, Path(config.folder)))
+    (job,) = jobs_of(config, plan_folder(config, Path(config.folder)))
     clock = Clock()
     make_shard(job, tokenizer, threads=1, report=lambda stored, text, tokens: None)
     wall, cpu = clock.read()
     documents = []
     for entry in (result.splits[split] for split in SPLITS for result in read_results(job) if split in result.splits):
-        shard = open_entry(Path(config.folder), entry)
+        shard = open_shard(entry.prefix(Path(config.folder)))
         documents += [ids[:-1] for ids in np.split(np.asarray(shard.tokens), shard.ends[:-1])]
     return wall, cpu, documents
 

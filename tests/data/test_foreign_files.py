@@ -1,4 +1,4 @@
-"""Files from strangers, damaged in many ways: each reader of `data` gives its own error, in bounded time and memory."""
+"""Untrusted and damaged files: each reader of `data` raises its own error, in bounded time and memory."""
 
 import base64
 import bz2
@@ -7,6 +7,7 @@ import json
 import lzma
 import os
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 
@@ -173,7 +174,7 @@ def test_a_library_that_aborts_ends_no_prepare(tmp_path: Path, monkeypatch: pyte
 
 def test_paths_whose_braces_stand_for_too_much() -> None:
     said = refusal(lambda: expand_braces("{a,b}" * 30))
-    assert "makes 1,048,576 paths; at least 1 and at most 1,000,000 are taken" in said
+    assert "makes 1,048,576 paths, but must make 1 to 1,000,000" in said
     assert "paths" in refusal(lambda: expand_braces("{0..99999999999999999999}"))
     assert len(expand_braces("{a,b}" * 10)) == 1024
 
@@ -181,10 +182,10 @@ def test_paths_whose_braces_stand_for_too_much() -> None:
 @pytest.mark.parametrize(
     ("changes", "wrong"),
     [
-        ({"default_num_special_tokens": 100_000_000}, "=100000000 is not a whole number from 0 to 100,000"),
-        ({"default_num_special_tokens": "3"}, "default_num_special_tokens='3' is not a whole number"),
+        ({"default_num_special_tokens": 100_000_000}, "=100000000 is not an integer from 0 to 100,000"),
+        ({"default_num_special_tokens": "3"}, "default_num_special_tokens='3' is not an integer"),
         ({"special": [{"rank": 7, "token_str": "</s>"}]}, "special token '</s>' has the id 7 of an ordinary token"),
-        ({"special": [{"rank": 2**40, "token_str": "</s>"}]}, "token of id 1099511627776; ids are whole numbers"),
+        ({"special": [{"rank": 2**40, "token_str": "</s>"}]}, "token of id 1099511627776, but ids are integers"),
     ],
 )
 def test_tekken_files_that_ask_for_too_much(tmp_path: Path, changes: dict[str, object], wrong: str) -> None:
@@ -201,6 +202,42 @@ def test_a_special_token_with_the_id_of_another(valid: dict[str, bytes], tmp_pat
     (tmp_path / "tokenizer.json").write_text(json.dumps(content))
     said = refusal(lambda: load_tokenizer(tmp_path / "tokenizer.json", TOKENIZER))
     assert "its added token '<stop>' has the id 70 of the token" in said
+
+
+def with_parts(valid: dict[str, bytes], path: Path, **parts: object) -> Path:
+    """The valid tokenizer.json with other parts."""
+    path.write_text(json.dumps(json.loads(valid["tokenizer.json"]) | parts))
+    return path
+
+
+def test_a_pattern_that_takes_too_long_on_a_text(valid: dict[str, bytes], tmp_path: Path) -> None:
+    """`tokenizers` ends the search by a panic of its Rust code, which is no Exception."""
+    split = {"type": "Split", "pattern": {"Regex": "(a+)+$"}, "behavior": "Isolated", "invert": False}
+    whole = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
+    path = with_parts(
+        valid, tmp_path / "tokenizer.json", pre_tokenizer={"type": "Sequence", "pretokenizers": [split, whole]}
+    )
+    tokenizer = TokenizerConfig(path=str(path), end_of_document="<|endoftext|>")
+    text = "a" * 40 + "!"
+    assert "'aaaa" in (said := refusal(lambda: load_tokenizer(path, tokenizer).encode(text))), said
+    assert "cannot be cut into tokens: tokenizers gives up" in said
+    lines = tmp_path / "texts.jsonl"
+    lines.write_text("".join(json.dumps({"text": each}) + "\n" for each in ("good text", text, "more text")))
+    source = SourceConfig(path=str(lines), heldout_fraction=0.0)
+    config = DataConfig(folder=str(tmp_path / "out"), tokenizer=tokenizer, sources={"a": source})
+    said = refusal(lambda: prepare(config, console=Console(quiet=True)))
+    assert "texts.jsonl:2 cannot be cut into tokens" in said and "on_bad_record=skip" in said
+    skips = replace(config, sources={"a": replace(source, on_bad_record="skip")})
+    prepare(skips, console=Console(quiet=True))
+    manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
+    assert manifest["sources"]["a"]["bad_records"] == 1
+
+
+def test_a_normaliser_that_writes_gigabytes(valid: dict[str, bytes], tmp_path: Path) -> None:
+    step = {"type": "Replace", "pattern": {"String": "a"}, "content": "a" * 10}
+    path = with_parts(valid, tmp_path / "tokenizer.json", normalizer={"type": "Sequence", "normalizers": [step] * 9})
+    said = refusal(lambda: load_tokenizer(path, TokenizerConfig(end_of_document="<|endoftext|>")))
+    assert "its normalizer can make a text 1,000,000,000 times longer; at most 1000 is taken" in said
 
 
 def test_tokenizer_files_without_end(tmp_path: Path) -> None:

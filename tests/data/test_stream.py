@@ -1,4 +1,4 @@
-"""The one-integer law: whatever the ranks, threads, microbatches and interruptions, the global stream is the same."""
+"""The one-integer law: the global stream does not depend on ranks, threads, microbatches or interruptions."""
 
 import logging
 import threading
@@ -112,7 +112,7 @@ def test_any_schedule_of_ranks_threads_and_microbatches_gives_the_identical_stre
 
 
 def test_one_two_four_three_one_ranks_show_every_row_once_an_epoch(folder: Path) -> None:
-    """A ledger of (source, row) kept while the number of ranks changes, over several epochs of the smallest source."""
+    """A list of all (source, row), written while the number of ranks changes, over several epochs of the smallest source."""
     dataset = open_dataset(config_of(folder))
     ledger: list[tuple[int, int]] = []
     seen: dict[int, tuple] = {}

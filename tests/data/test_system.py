@@ -1,4 +1,4 @@
-"""What the rooms share: a cache of what was used last, waits before another try, numbers with units."""
+"""Shared helpers: a cache of the last used values, waits before a retry, numbers with units."""
 
 import pytest
 
@@ -16,7 +16,7 @@ def test_what_was_unused_for_longest_goes_first() -> None:
     assert (kept.get("a"), kept.get("b"), kept.get("c")) == (1, None, 3)
 
 
-def test_the_weight_of_a_cache_is_that_of_what_is_kept() -> None:
+def test_the_weight_of_a_cache_is_the_sum_over_its_entries() -> None:
     kept: Recent[int, str] = Recent(most_weight=5, weigh=len)
     kept.keep(0, "abc")
     assert kept.keep(0, "other") == "abc" and kept.weight == 3, "the first value stays"
@@ -29,7 +29,9 @@ def test_the_weight_of_a_cache_is_that_of_what_is_kept() -> None:
     kept.drop(1, "de")
     assert kept.get(1) is None and kept.weight == 1
     kept.keep(3, "longer than all room")
-    assert kept.get(3) is not None and kept.get(2) is None, "the newest stays, whatever it weighs"
+    assert kept.get(3) is not None and kept.get(2) is None, (
+        "the newest entry stays, even if it is larger than the limit"
+    )
 
 
 @pytest.mark.parametrize(("failures", "seconds"), [(0, 0), (1, 10), (2, 20), (3, 40), (6, 300), (60, 300)])

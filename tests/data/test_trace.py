@@ -67,19 +67,19 @@ def test_steps_of_a_document_are_those_whose_rows_hold_it(prepared: DataConfig, 
 
 def test_questions_without_an_answer_say_why(prepared: DataConfig) -> None:
     dataset = open_dataset(prepared)
-    with pytest.raises(DataError, match="say what to trace: --step N, --file NAME"):
+    with pytest.raises(DataError, match=r"nothing to trace was given\. Use --step N, --file NAME"):
         documents_of(dataset, TraceConfig(source="verse"))
-    with pytest.raises(DataError, match=r"--source vers: the recipe has code, verse"):
+    with pytest.raises(DataError, match=r"--source vers is not a source of the recipe\. Use one of code, verse"):
         documents_of(dataset, TraceConfig(source="vers", document=1))
     with pytest.raises(DataError, match=r"no document came from 0x.txt. Did you mean"):
         documents_of(dataset, TraceConfig(file="0x.txt"))
     held = dataset.origin(dataset.heldout[0].stream, 0)
-    with pytest.raises(DataError, match="is held out: it is evaluated on and never trained on"):
+    with pytest.raises(DataError, match="is held out for evaluation: no step trains on it"):
         documents_of(dataset, TraceConfig(file=held.file, record=held.record))
 
 
 def command(program, tmp_path: Path, config: DataConfig, *words: str) -> int:
-    """Run a command over a recipe of its own, as from a shell."""
+    """Run a command with a separate recipe, as from a shell."""
     plain = json.loads(json.dumps(asdict(config)))
     (tmp_path / "own").mkdir(exist_ok=True)
     (tmp_path / "own" / "mine.yaml").write_text(yaml.safe_dump({"run": {"steps": 40, "global_rows": 4}, "data": plain}))

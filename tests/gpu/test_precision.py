@@ -139,7 +139,7 @@ def recipe_of(scaling: str, backend: str, **changes: Any) -> Recipe:
 
 
 def train_on_gpu(recipe: Recipe, steps: range, *, load: Path | None = None, save: Path | None = None) -> Any:
-    """Build on the GPU, load where asked, train, save where asked."""
+    """Build on the GPU; load from `load` and save to `save` if they are given; train."""
     from train.build import build_engine, check, mesh_of
     from train.megatron import use_device
 

@@ -106,7 +106,7 @@ def test_escape_codes_and_markup_in_names_logs_and_slurms_answers_are_shown_as_t
 def test_a_lease_with_wrong_values_is_an_error_that_names_the_file(change: dict[str, object], tmp_path: Path) -> None:
     (tmp_path / "lease").mkdir()
     (tmp_path / "lease" / "00000001.json").write_text(json.dumps(OWNER | change))
-    with pytest.raises(LeaseError, match=r"00000001\.json does not say who owns the run"):
+    with pytest.raises(LeaseError, match=r"00000001\.json cannot be read as the owner of the run"):
         current_owner(tmp_path)
 
 

@@ -64,7 +64,9 @@ def test_two_trainers_in_one_run_folder(tmp_path: Path) -> None:
         winners = [pid for what, pid, _ in answers if what == "owner"]
         refusals = [text for what, _, text in answers if what == "refused"]
         assert len(winners) == 1 and len(refusals) == 5, answers
-        assert all(f"runs/a belongs to process {winners[0]} on " in text and "still runs" in text for text in refusals)
+        assert all(
+            f"runs/a belongs to process {winners[0]} on " in text and "is still running" in text for text in refusals
+        )
         assert [path.name for path in (tmp_path / FOLDER).glob("*.json")] == [f"{generation:08d}.json"]
         with pytest.raises(LeaseError, match=f"process {winners[0]} "):
             refuse_second_trainer(run)
@@ -180,11 +182,11 @@ def test_every_file_system_gives_a_number_only_once(tmp_path: Path) -> None:
 
 def test_a_damaged_lease_is_named(tmp_path: Path) -> None:
     (tmp_path / "00000001.json").write_text('{"host": "n')
-    with pytest.raises(LeaseError, match=r"00000001\.json does not say who owns the run"):
+    with pytest.raises(LeaseError, match=r"00000001\.json cannot be read as the owner of the run"):
         take(tmp_path, what="a")
 
 
-def test_an_owner_that_was_taken_for_dead_writes_nothing_more(tmp_path: Path) -> None:
+def test_an_owner_whose_lease_was_taken_over_stops_writing(tmp_path: Path) -> None:
     program = (
         "import sys\nfrom pathlib import Path\nfrom dataclasses import asdict\n"
         "from launch import lease\nfrom train.resilience.lease import run_lease\n"

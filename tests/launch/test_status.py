@@ -52,7 +52,7 @@ def test_without_an_answer_of_slurm_the_folders_are_shown(
     run: RunFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     slurm(tmp_path, "exec sleep 600", monkeypatch)
-    monkeypatch.setattr(queue, "QUESTION_LIMIT_S", 0.5)
+    monkeypatch.setattr(queue, "QUERY_LIMIT_S", 0.5)
     monkeypatch.setattr(queue._slurm, "__kwdefaults__", {"limit_s": 0.5})
     asked, begun = Queue(), time.monotonic()
     said = describe(run, asked) + describe(run, asked)
@@ -60,17 +60,17 @@ def test_without_an_answer_of_slurm_the_folders_are_shown(
         "asked once, not once a run"
     )
     assert said.count("step 30 of 100") == 2 and said.count("newest checkpoint: step_00000020") == 2
-    assert "whether a job of it waits is unknown, because Slurm did not answer" in said
-    assert "has had no answer for 0.5 s" in asked.problem and "dead:" not in said
+    assert "whether it has a waiting job is unknown, because Slurm did not answer" in said
+    assert "got no answer for 0.5 s" in asked.problem and "dead:" not in said
 
 
 def test_every_question_to_slurm_ends_after_ten_seconds() -> None:
-    assert queue.QUESTION_LIMIT_S == 10.0 and queue._slurm.__kwdefaults__ == {"limit_s": 10.0}
+    assert queue.QUERY_LIMIT_S == 10.0 and queue._slurm.__kwdefaults__ == {"limit_s": 10.0}
 
 
-def test_a_dead_run_is_called_dead(run: RunFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_dead_run_is_shown_as_dead(run: RunFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     slurm(tmp_path, "echo 'slurm_load_jobs error: Invalid job id specified' >&2; exit 1", monkeypatch)
-    assert "dead: no process trains it, and no job of it waits or runs" in describe(run, Queue())
+    assert "dead: no process trains it, and it has no waiting or running job" in describe(run, Queue())
     program = (
         f"import time; from pathlib import Path; from launch.lease import take\n"
         f"take(Path({str(run.path / 'lease')!r}), what='a'); print(1, flush=True); time.sleep(60)"

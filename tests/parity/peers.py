@@ -24,16 +24,22 @@ def peer_of(model: ModelConfig, *, attention: str = "eager") -> nn.Module:
     return peer
 
 
+def _sizes(model: ModelConfig) -> dict[str, int]:
+    return {
+        "vocab_size": model.vocab,
+        "hidden_size": model.hidden,
+        "intermediate_size": model.ffn,
+        "num_attention_heads": model.heads,
+        "num_key_value_heads": model.kv_heads,
+        "head_dim": model.head_dim,
+    }
+
+
 def _nemotron_h(model: ModelConfig) -> nn.Module:
     config = NemotronHConfig(
         hybrid_override_pattern=model.pattern,
         num_hidden_layers=len(model.pattern),
-        vocab_size=model.vocab,
-        hidden_size=model.hidden,
-        intermediate_size=model.ffn,
-        num_attention_heads=model.heads,
-        num_key_value_heads=model.kv_heads,
-        head_dim=model.head_dim,
+        **_sizes(model),
         mamba_num_heads=model.mamba_heads,
         mamba_head_dim=model.mamba_head_dim,
         ssm_state_size=model.mamba_state,
@@ -54,12 +60,7 @@ def _gemma2(model: ModelConfig, attention: str) -> nn.Module:
     config = Gemma2Config(
         num_hidden_layers=len(model.pattern) // 2,
         layer_types=[kinds[kind] for kind in model.pattern[::2]],
-        vocab_size=model.vocab,
-        hidden_size=model.hidden,
-        intermediate_size=model.ffn,
-        num_attention_heads=model.heads,
-        num_key_value_heads=model.kv_heads,
-        head_dim=model.head_dim,
+        **_sizes(model),
         query_pre_attn_scalar=int(model.query_scale or model.head_dim),
         sliding_window=model.window_tokens,
         attn_logit_softcapping=model.attention_softcap,

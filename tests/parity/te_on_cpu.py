@@ -163,7 +163,7 @@ def _dtype(given: Any, default: torch.dtype) -> torch.dtype:
 def rmsnorm_fwd(
     x: torch.Tensor, w: torch.Tensor, eps: float, out: Any, quantizer: Any, dtype: Any, margin: int, zero_centered: bool
 ) -> tuple[Any, None, torch.Tensor]:
-    """y = x / rms(x) * w in fp32, then quantised where asked."""
+    """y = x / rms(x) * w in fp32, then quantised if the caller requests it."""
     exact = x.float()
     inverse = torch.rsqrt(exact.square().mean(-1) + eps)
     y = (exact * inverse[:, None] * (w.float() + float(zero_centered))).to(_dtype(dtype, x.dtype))
@@ -288,7 +288,7 @@ def scaled_mm(
 
 
 def _codes(tensor: Any) -> tuple[torch.Tensor, float]:
-    """fp32 values of FP8 storage, whichever way round it is kept, and their scale; of a plain tensor itself and 1."""
+    """(fp32 values, scale) of FP8 storage in either orientation; of a plain tensor, the tensor itself and 1."""
     if not hasattr(tensor, "_fp8_dtype"):
         return tensor.float(), 1.0
     data = tensor._data if tensor._data is not None else tensor._transpose.t().contiguous()

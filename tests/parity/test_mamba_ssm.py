@@ -1,6 +1,6 @@
 """Our scan against the mamba-ssm package: its torch reference, and its real Triton kernels, forward and backward, fp32.
 
-Run by `make test-oracle`, in a process of its own (Triton must be told to interpret before it is imported).
+Run by `make test-oracle`, in a separate process (Triton must be told to interpret before it is imported).
 """
 
 from typing import Any
@@ -11,6 +11,7 @@ import torch
 from torch.nn import functional as F
 
 from train.model import ssd
+from train.native.scan import ScanSizes, ScanWeights
 
 pytestmark = pytest.mark.oracle
 HEADS, WIDTH, STATE, CHUNK = 4, 16, 16, 32
@@ -44,9 +45,8 @@ def tensors(groups: int, length: int, rows: int = 1) -> dict[str, torch.Tensor]:
 
 def ours(t: dict[str, torch.Tensor], groups: int, documents: torch.Tensor | None = None) -> torch.Tensor:
     rest = {name: value for name, value in t.items() if name != "zxbcdt"}
-    return ssd.mamba_core(
-        t["zxbcdt"], **rest, heads=HEADS, head_dim=WIDTH, state=STATE, groups=groups, chunk=CHUNK, document_BL=documents
-    )
+    sizes = ScanSizes(heads=HEADS, head_dim=WIDTH, state=STATE, groups=groups, chunk=CHUNK)
+    return ssd.mamba_core(t["zxbcdt"], ScanWeights(**rest), sizes=sizes, document_BL=documents)
 
 
 def agree(t: dict[str, torch.Tensor], mine: torch.Tensor, theirs: torch.Tensor, tolerance: float) -> None:
@@ -134,9 +134,9 @@ def test_the_mixer_for_gpus_resets_at_documents_as_ours_does() -> None:
     recipe = recipe_with(**{"model.pattern": "M", "model.mamba_chunk": 16})
     with engine_of(recipe, rank=0, world=1) as engine:
         with mock.patch.object(ReferenceBackend, "mixer", lambda _self: KernelMixer):
-            beside = build_engine(recipe, engine.mesh)
+            other = build_engine(recipe, engine.mesh)
         (ours,) = [part for part in engine.chunks[0].modules() if isinstance(part, ReferenceMixer)]
-        (theirs,) = [part for part in beside.chunks[0].modules() if isinstance(part, KernelMixer)]
+        (theirs,) = [part for part in other.chunks[0].modules() if isinstance(part, KernelMixer)]
         documents = torch.tensor([[0] * 20 + [1] * 44, [0] * 64]).sort(dim=1).values
         x = torch.randn(64, 2, recipe.model.hidden, generator=torch.Generator().manual_seed(2))
         rows = RowContext(documents=documents)

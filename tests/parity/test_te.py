@@ -39,7 +39,7 @@ NVFP4 = "transformer_engine.pytorch.custom_recipes.reference_nvfp4.nvfp4_ref_rht
 @pytest.fixture(autouse=True)
 def same_arithmetic(monkeypatch: pytest.MonkeyPatch) -> None:
     """Our side multiplies and norms by the torch operations that the stand-in uses: one last bit flips FP8 codes. Our own
-    products and kernels are held to float64 elsewhere (tests/train/model/test_passes.py)."""
+    products and kernels are compared with float64 elsewhere (tests/train/model/test_passes.py)."""
     monkeypatch.setattr("train.native.gemm._goes_to_onednn", lambda a, b: False)
     monkeypatch.setattr("torch._scaled_mm", te_on_cpu.scaled_mm)
     monkeypatch.setattr("train.native.passes.usable", lambda x: False)
@@ -415,7 +415,7 @@ def test_the_te_backend_resumes_bit_for_bit(te_recipe: str | None, scaling: str,
 
 @pytest.mark.parametrize(("first", "second"), [("te", "emulated"), ("emulated", "te")])
 def test_delayed_scales_move_between_backends(first: str, second: str, tmp_path: Path) -> None:
-    """A run saved by one backend goes on with the other: the same scales to the bit, the same loss."""
+    """A run saved by one backend continues with the other: the same scales to the bit, the same loss."""
     numbers, _ = _train(None, "delayed", params="fp32", backend=first, resume_in=tmp_path)
     same, again = _train(None, "delayed", params="fp32", backend=first, load_from=tmp_path)
     moved, elsewhere = _train(None, "delayed", params="fp32", backend=second, load_from=tmp_path)

@@ -1,4 +1,4 @@
-"""Greedy continuations by vLLM on the CPU, run by `.oracle/vllm/bin/python` in a process of its own.
+"""Greedy continuations by vLLM on the CPU, run by `.oracle/vllm/bin/python` in a separate process.
 
     python vllm_generate.py FOLDER NEW_TOKENS ANSWERS.json < prompts.json
 

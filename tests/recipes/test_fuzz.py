@@ -227,7 +227,7 @@ def as_file(base: str, key: str, value: Any) -> str:
 
 
 def command_lines() -> SearchStrategy[list[str]]:
-    """Any command, with a run, a recipe or neither, options of its own with any value, overrides and loose words."""
+    """Any command, with a run, a recipe or neither, its options with any value, overrides and loose words."""
     groups = [*(name.split() for name in stratum.COMMANDS), *([g, c] for g, cs in SUBCOMMANDS.items() for c in cs)]
 
     def of_command(name: list[str]) -> SearchStrategy[list[str]]:

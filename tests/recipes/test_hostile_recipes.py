@@ -2,6 +2,7 @@
 
 import os
 import random
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -58,7 +59,7 @@ HOSTILE = {
     "other folder": (f"{HEAD}defaults: [/../../evil, _self_]\n", "Could not load"),
     "tag": (f"{HEAD}{SMOKE}run: !!python/object/apply:os.system ['true']\n", "not YAML"),
     "bomb": (f"{HEAD}{SMOKE}{BOMB}", "aliases stand for"),
-    "own alias": (f"{HEAD}{SMOKE}run: &a [*a]\n", "stands for itself"),
+    "own alias": (f"{HEAD}{SMOKE}run: &a [*a]\n", "contains itself"),
     "deep": (f"{HEAD}{SMOKE}run: {'[' * 5000}\n", "levels deep"),
     "tab": (f"{HEAD}run:\n\tname: x\n", "tabs"),
     "syntax": (f"{HEAD}run: [1, 2\nx: }}\n", "line"),
@@ -78,6 +79,7 @@ def test_a_strangers_recipe_is_refused_with_the_key(
     status, said, found = say(capsys, "--config-dir", str(tmp_path), "-cn", "evil")
     assert (status, found) == (2, []), said
     assert said.startswith("error: ") and named in said, said
+    assert not re.search(r"\.\.(\s|$)", said), "a sentence ends with one full stop"
 
 
 @pytest.mark.parametrize(

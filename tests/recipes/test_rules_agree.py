@@ -16,7 +16,7 @@ from launch.plan.checks import facts_of, recipe_problems
 from launch.plan.cost.device import device_named
 from launch.plan.planner import make_plan
 from recipes.schema.errors import RecipeError, StratumError
-from recipes.schema.facts import look
+from recipes.schema.facts import read_disk
 from recipes.schema.recipe import Recipe
 from train.build import build_engine, check, check_start, mesh_of, open_data
 from train.model.backend import this_machine
@@ -64,7 +64,7 @@ def planned_problems(recipe: Recipe, world: int) -> list[str]:
 
 
 def trainer_problems(recipe: Recipe, world: int) -> list[str]:
-    """What the trainer says before it opens or builds anything."""
+    """The trainer's complaints before it opens or builds anything."""
     try:
         check_start(recipe, world=world)
     except RecipeError as error:
@@ -87,7 +87,7 @@ def build_all(rank: int, drawn: list[Recipe]) -> list[str]:
         for recipe in drawn:
             try:
                 dataset = open_data(recipe)
-                start = look(recipe).start
+                start = read_disk(recipe).start
                 weights = start.path if start is not None else None
                 build_engine(recipe, mesh, weights=weights, tokenizer=dataset.tokenizer.fingerprint)
             except Exception:

@@ -60,7 +60,7 @@ def test_hydra_composes_what_merging_by_hand_gives(name: str) -> None:
 
 
 def complaints(plain: dict[str, Any]) -> list[str]:
-    """Everything a plan on B200s says against a recipe, its size and the checkpoints that are not on this disk aside."""
+    """All problems of a recipe in a plan on B200s, except its size and checkpoints that are not on this disk."""
     try:
         recipe = recipe_from_mapping(plain)
         recipe = replace(recipe, run=replace(recipe.run, name="not_there"))
@@ -69,11 +69,11 @@ def complaints(plain: dict[str, Any]) -> list[str]:
         found = str(error).splitlines()
     else:
         found = list(plan.problems)
-    return [one for one in found if not one.startswith("memory: ") and " is no checkpoint " not in one]
+    return [one for one in found if not one.startswith("memory: ") and " is neither a checkpoint " not in one]
 
 
 def repaired(plain: dict[str, Any], complaint: str) -> dict[str, Any]:
-    """The recipe with the one key changed that a complaint names, as it says."""
+    """The recipe after the one change that a complaint names."""
     said = re.search(r"(?:Use|Set|or|use|e\.g\.) ((?:[a-z]\w*\.)?\w+)=([^\s,;]+?)[.,;]?(?:\s|$)", complaint)
     at = re.match(r"([a-z]+\.\w+)=\S+ .*\bUse (?:1, )?(?:1 or )?(\d+)", complaint)
     key, value = said.groups() if said else at.groups() if at else ("", "")

@@ -74,7 +74,7 @@ def test_wrong_values_are_named_with_place_and_remedy(mapping: dict, message: st
     assert message in str(caught.value)
 
 
-def test_all_mistakes_are_told_at_once() -> None:
+def test_all_type_errors_are_reported_at_once() -> None:
     with pytest.raises(FieldError) as caught:
         build(Outer, {"nam": 1, "lr": None, "kind": 1, "deep": {"a": {}}}, "")
     assert len(str(caught.value).splitlines()) == 5

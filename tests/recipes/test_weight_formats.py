@@ -26,7 +26,7 @@ HYBRID = ModelConfig(
 
 @pytest.mark.parametrize(
     ("typed", "meant"),
-    [("int4", "int4-g32"), ("int4-g23", "int4-g32"), ("fp8", "fp8-block"), ("INT8", "There are: int8")],
+    [("int4", "int4-g32"), ("int4-g23", "int4-g32"), ("fp8", "fp8-block"), ("INT8", "Use one of int8")],
 )
 def test_unknown_format_suggests_the_closest(typed: str, meant: str) -> None:
     with pytest.raises(RecipeError, match=f"'{typed}' is not a format of quantised weights.*{meant}"):

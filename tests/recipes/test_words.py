@@ -1,4 +1,4 @@
-"""The words of a command line mean what a user wrote, and what cannot be read is quoted for them."""
+"""Words of a command line keep the meaning that the user wrote; words that cannot be read are quoted in the error."""
 
 import json
 import shlex
@@ -11,15 +11,15 @@ from hypothesis import strategies as st
 from recipes_composed import composed
 
 from launch.plan.command import main as plan
-from recipes.schema.command import dotted_keys, run_command, text_words, whole_words
+from recipes.schema.command import dotted_keys, quote_texts, replace_groups, run_command
 from recipes.schema.errors import USER_ERRORS
 from recipes.schema.read import read_recipe, recipe_from_mapping
 from recipes.schema.recipe import Recipe
 
 
 def read(word: str) -> object:
-    """The value Hydra reads from one word, as the door hands it over."""
-    return OverridesParser.create().parse_override(text_words(["program", word])[1]).value()
+    """The value that Hydra reads from one word, as our command line passes it on."""
+    return OverridesParser.create().parse_override(quote_texts(["program", word])[1]).value()
 
 
 def refusal(capsys: pytest.CaptureFixture[str], *words: str) -> str:
@@ -50,18 +50,18 @@ def test_a_text_field_takes_its_value_as_written(word: str) -> None:
 
 
 @given(st.text(st.characters(codec="ascii", exclude_characters="\n\r$")))
-def test_whatever_text_is_written_is_read(text: str) -> None:
+def test_any_text_reads_back_as_written(text: str) -> None:
     plain = {"null": None}.get(text.strip().lower(), text)
     if text[:1] not in ("'", '"', "[") and text == text.strip() and "\\" not in text and plain is not None:
         assert read(f"run.name={text}") == text
 
 
-def test_numbers_lists_nothing_quotes_and_references_stay_what_they_are() -> None:
+def test_numbers_lists_null_quotes_and_references_keep_their_types() -> None:
     assert read("optim.lr=1e-3") == 1e-3 and read("data.phases=[]") == []
     assert read("objective.teacher=null") is None and read("run.name='a b'") == "a b"
     assert read("objective.teacher=${compress.parent}") == "${compress.parent}"
     assert read("compress.search_layers=[52,54]") == [52, 54] and read("compress.search_layers=52,54") == "52,54"
-    assert text_words(["run.name=a,b"], is_sweep=True) == ["run.name=a,b"]
+    assert quote_texts(["run.name=a,b"], is_sweep=True) == ["run.name=a,b"]
 
 
 def test_sources_given_whole_replace_and_given_one_by_one_join() -> None:
@@ -74,7 +74,7 @@ def test_sources_given_whole_replace_and_given_one_by_one_join() -> None:
     )
     assert set(joined.data.sources) == {"shakespeare", "python", "mine"}
     assert joined.data.sources["python"].max_epochs == 3
-    assert whole_words(["p", "data.tokenizer.special_tokens={a:1}"])[1:] == [
+    assert replace_groups(["p", "data.tokenizer.special_tokens={a:1}"])[1:] == [
         "~data.tokenizer.special_tokens", "+data.tokenizer.special_tokens={a:1}",
     ]  # fmt: skip
 
@@ -97,7 +97,7 @@ def test_a_recipe_that_inherits_may_leave_the_others_sources_out(tmp_path: Path)
         (["data.sources.pyhton.weight=2"], "Or did you mean data.sources.python?"),
         (["data.sources.python.wieght=2"], "Did you mean weight?"),
         (["data.row_tokens=a#b"], "'data.row_tokens=\"a#b\"'"),
-        (["data.sources={mine:{path:s3://b/day=1/*}}"], "quote each text that has"),
+        (["data.sources={mine:{path:s3://b/day=1/*}}"], "quote each text that contains"),
         (["optim.lrr=1"], "Did you mean optim.lr?"),
     ],
 )
@@ -123,4 +123,4 @@ def test_the_plan_says_which_sources_a_recipe_inherits(tmp_path: Path, capsys: p
         )
         said[name] = [line for line in json.loads(capsys.readouterr().out)["warnings"] if "inherited" in line]
     assert said["alone"] == said["smoke"] == []
-    assert "shakespeare, python are inherited and mixed with mixed's own, mine" in said["mixed"][0]
+    assert "shakespeare, python are inherited, and mixed with those that mixed names, mine" in said["mixed"][0]

@@ -11,11 +11,12 @@ from typing import Any
 
 import pytest
 from crashes import Act, Half, acts_of_saves, manifest_at
-from lives import contents_at, recipe_in
+from killed_runs import contents_at, recipe_in
 from ranks import RankFailed, run_ranks
-from shards import TEXT
+from shards import TEXT, tokenizer_entry
+from tiny import with_fields
 
-from data.store.manifest import TokenizerEntry, file_sha256, read_manifest, write_manifest
+from data.store.manifest import read_manifest, write_manifest
 from data.tokenizer import train_tokenizer
 from recipes.schema import checkpoint_steps as steps
 from recipes.schema.data import SourceConfig, TokenizerConfig
@@ -51,10 +52,8 @@ def run(before: tuple[Path, Recipe], tmp_path: Path) -> Recipe:
 
 
 def changed(recipe: Recipe, **changes: Any) -> Recipe:
-    for key, value in changes.items():
-        group, field = key.split(".")
-        recipe = replace(recipe, **{group: replace(getattr(recipe, group), **{field: value})})
-    return recipe
+    new: Recipe = with_fields(recipe, changes)
+    return new
 
 
 def start(recipe: Recipe, world: int = 1) -> str:
@@ -104,7 +103,7 @@ def test_a_kill_in_the_first_act_of_a_run_does_not_spoil_its_folder(run: Recipe)
     assert contents_at(folder / "checkpoints" / steps.name_of(2)) and not (folder / ".recipe.yaml.writing").exists()
 
 
-def test_the_table_says_what_goes_on(run: Recipe) -> None:
+def test_the_table_of_a_resume_shows_step_rows_and_learning_rate(run: Recipe) -> None:
     text = start(run)
     assert text.splitlines()[0].endswith("killed/checkpoints/step_00000004")
     assert row(text, "step") == ["step", "4", "continues with 5 of 8"]
@@ -118,7 +117,7 @@ def test_the_table_says_what_goes_on(run: Recipe) -> None:
     assert "note:" not in text and row(text, "run.folder")[-1] == "safe"
 
 
-def test_another_layout_and_safe_changes_are_told(run: Recipe) -> None:
+def test_another_layout_and_safe_changes_are_reported(run: Recipe) -> None:
     text = start(changed(run, **{"parallel.tensor": 2, "run.device": "cpu", "checkpoint.keep_last": 9}), world=2)
     assert row(text, "layout") == ["layout", "TP1 PP1 DP1", "TP2 PP1 DP1"]
     assert row(text, "random state")[-1] == "seeded by seed and step (another layout)"
@@ -145,22 +144,22 @@ def test_changes_of_data_order_and_arithmetic_need_a_word(run: Recipe) -> None:
     assert now == pytest.approx(then / 2, rel=1e-5)
 
 
-def test_another_model_is_another_run_whatever_is_allowed(run: Recipe) -> None:
+def test_another_model_is_refused_even_with_checkpoint_allow(run: Recipe) -> None:
     said = refusal(changed(run, **{"model.ffn": 128, "checkpoint.allow": ("data_order", "arithmetic")}))
     assert "model.ffn: 64 in the run's folder, 128 now  (a fixed property of a run)" in said
     assert "Choose another run.name" in said
 
 
-def test_a_run_whose_checkpoints_are_gone_is_no_fresh_start(run: Recipe) -> None:
+def test_a_run_whose_checkpoints_are_gone_does_not_start_fresh(run: Recipe) -> None:
     folder = Path(run.run.folder) / run.run.name
     kept = folder / "checkpoints" / steps.name_of(4)
     shutil.rmtree(folder / "checkpoints" / steps.name_of(2))
     (kept / "manifest.json").write_text("")
     said = refusal(run)
-    assert "is whole" in said and str(kept / "manifest.json") in said and "Bring one back, or move" in said
+    assert "is whole" in said and str(kept / "manifest.json") in said and "Restore one, or move" in said
     shutil.rmtree(folder / "checkpoints")
     said = refusal(run)
-    assert "holds a run of 4 steps that wrote checkpoints" in said and "choose another run.name, or move" in said
+    assert "is a run of 4 steps that wrote checkpoints" in said and "choose another run.name, or move" in said
     (folder / METRICS).unlink()  # nothing tells of checkpoints any more
     run_ranks(1, go, run)
     assert contents_at(folder / "checkpoints" / steps.name_of(8))
@@ -171,14 +170,14 @@ def test_a_run_whose_checkpoints_are_gone_is_no_fresh_start(run: Recipe) -> None
     [(None, "is missing"), ("", "is empty"), ("step_0000", "says 'step_0000'")],
     ids=["missing", "empty", "torn"],
 )
-def test_a_spoilt_pointer_is_said_and_costs_nothing(pointer: str | None, said: str, run: Recipe) -> None:
+def test_a_damaged_pointer_is_reported_and_loses_nothing(pointer: str | None, said: str, run: Recipe) -> None:
     path = Path(run.run.folder) / run.run.name / "checkpoints" / "latest"
     path.unlink()
     if pointer is not None:
         path.write_text(pointer)
     text = start(run)
     assert row(text, "step")[1] == "4"
-    assert f"note: {path} {said}; the newest whole checkpoint is step_00000004" in text
+    assert f"note: {path} {said}; the newest complete checkpoint is step_00000004" in text
     assert path.read_text() == "step_00000008\n"
 
 
@@ -187,20 +186,12 @@ def test_other_data_needs_a_word_and_another_tokenizer_is_refused(run: Recipe) -
     manifest = read_manifest(folder)
     write_manifest(folder, replace(manifest, request={"made": "again"}))
     said = refusal(run)
-    assert f"{run.data.folder} now holds" in said and "checkpoint.allow=[data_order]" in said
+    assert f"{run.data.folder} is now" in said and "checkpoint.allow=[data_order]" in said
     text = start(changed(run, **{"checkpoint.allow": ("data_order",)}))
     assert row(text, "data")[-1].endswith("DIFFERENT ROWS from here on (allowed)")
 
     other = train_tokenizer([TEXT[: len(TEXT) // 3].upper()], TokenizerConfig(vocab_size=290))
-    other.save(folder / "tokenizer.json")
-    entry = TokenizerEntry(
-        file="tokenizer.json",
-        sha256=file_sha256(folder / "tokenizer.json"),
-        fingerprint=other.fingerprint,
-        vocab_size=other.vocab_size,
-        eod=other.eod,
-    )
-    write_manifest(folder, replace(manifest, tokenizer=entry))
+    write_manifest(folder, replace(manifest, tokenizer=tokenizer_entry(folder, other)))
     said = refusal(
         changed(run, **{"checkpoint.allow": ("data_order", "arithmetic"), "run.steps": 12, "schedule.total": 8})
     )
@@ -228,7 +219,7 @@ def test_other_kernels_change_bits_and_need_a_word(run: Recipe) -> None:
     assert re.fullmatch(r"compiled for \d+ lanes", then)
     assert [line["kernels"] for line in lines_of(run) if line["kind"] in ("machine", "start")] == [then, then]
     with pytest.raises(
-        RankFailed, match=rf"trained with kernels {then}; this start has them plain torch: bits will differ"
+        RankFailed, match=rf"trained with kernels {then}, but they are plain torch now, so bits will differ"
     ):
         run_ranks(1, go_with_plain_kernels, run, (0,))
     allowed = changed(run, **{"checkpoint.allow": ("arithmetic",)})

@@ -28,7 +28,7 @@ BLOWN = (
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_a_last_update_that_blows_up_is_not_published(ranks: int, words: list[str], tmp_path: Path) -> None:
     output = finish(fork(words, "blown", ranks=ranks, extra=BLOWN), status=NumericsError.status)
-    assert "error: step 1 is not saved:" in output and "hold NaN or infinity: model." in output
+    assert "error: step 1 is not saved:" in output and "contain NaN or infinity: model." in output
     assert "No earlier checkpoint without them" in output
     assert steps_in(tmp_path / "blown" / "checkpoints") == []
 

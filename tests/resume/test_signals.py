@@ -1,4 +1,4 @@
-"""Signals: the first requests a save, its echoes are ignored, a second one ends the process at once, whatever it does."""
+"""Signals: the first requests a save, its echoes are ignored, a second one ends the process at once, even in a blocked call."""
 
 import os
 import signal
@@ -67,7 +67,7 @@ def test_a_signal_is_answered_at_the_end_of_the_step(number: signal.Signals) -> 
     assert status_of(pid, 5) == 128 + number
 
 
-def test_a_closed_terminal_is_nothing_to_a_run_under_nohup() -> None:
+def test_a_closed_terminal_does_not_stop_a_run_under_nohup() -> None:
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
         with StopSignals() as signals:
@@ -106,7 +106,7 @@ def test_handlers_come_back() -> None:
     assert signal.getsignal(signal.SIGUSR1) is before
 
 
-def test_too_little_time_is_said_in_advance() -> None:
+def test_too_little_time_to_save_is_reported_in_advance() -> None:
     assert grace_warning(10, save_s=20, grace_s=60, before_end_s=30) is None
     text = grace_warning(50, save_s=20, grace_s=60, before_end_s=300)
     assert text is not None and "launch.grace_s=60" in text and "50 s" in text

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from crashes import acts_of_saves
-from lives import contents_at
+from killed_runs import contents_at
 from processes import STEPS, finish, fork, losses, saves, start, wait_for_step
 
 from recipes.schema import checkpoint_steps as steps

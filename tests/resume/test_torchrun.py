@@ -1,4 +1,4 @@
-"""torchrun can start the trainer: its four processes train like one."""
+"""torchrun can start the trainer: its processes train like one."""
 
 import signal
 import subprocess
@@ -12,14 +12,14 @@ from processes import RUN, finish, fork, losses, saves, start, wait_for_step
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def test_torchrun_on_four_ranks_trains_the_same(words: list[str], tmp_path: Path) -> None:
+def test_torchrun_on_two_ranks_trains_the_same(words: list[str], tmp_path: Path) -> None:
     short = (*RUN, "run.steps=8", "schedule.warmup=2", "checkpoint.every_steps=4")
-    layout = ("parallel.tensor=2", "parallel.pipeline=2", "parallel.sequence=true", "model.mamba_groups=2")
+    layout = ("parallel.tensor=2", "parallel.sequence=true", "model.mamba_groups=2")
     finish(fork(words, "one", extra=(*short, "model.mamba_groups=2")))
-    finish(start(words, "four", ranks=4, extra=(*short, *layout)))
-    one, four = losses(tmp_path / "one"), losses(tmp_path / "four")
-    assert sorted(four) == list(range(1, 9))
-    assert [four[s] for s in sorted(four)] == pytest.approx([one[s] for s in sorted(one)], rel=2e-6)
+    finish(start(words, "two", ranks=2, extra=(*short, *layout)))
+    one, two = losses(tmp_path / "one"), losses(tmp_path / "two")
+    assert sorted(two) == list(range(1, 9))
+    assert [two[s] for s in sorted(two)] == pytest.approx([one[s] for s in sorted(one)], rel=2e-6)
 
 
 ORPHAN = """

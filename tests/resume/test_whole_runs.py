@@ -5,7 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from lives import Run, recipe_in
+from killed_runs import Run, recipe_in
 from ranks import run_ranks
 
 from recipes.schema.objective import ObjectiveConfig
@@ -40,7 +40,7 @@ def teacher(tmp_path_factory: pytest.TempPathFactory) -> Recipe:
         schedule=replace(recipe.schedule, warmup=0, decay=1),
         launch=replace(recipe.launch, timeout_s=60.0),
     )
-    assert not Run(recipe, 1, folder=folder / "said").life(None)
+    assert not Run(recipe, 1, folder=folder / "said").attempt(None)
     return recipe
 
 
@@ -83,10 +83,10 @@ def test_a_whole_run_at_every_layout(
         evaluate=replace(teacher.evaluate, every_steps=1),
     )
     run = Run(recipe, world, folder=tmp_path / "said")
-    run.life(None)
+    run.attempt(None)
     assert [path.name for path in sorted(run.checkpoints.glob("step_*"))] == ["step_00000001", "step_00000002"]
     run.recipe = replace(recipe, run=replace(recipe.run, stop_after_steps=None))
-    run.life(None)
+    run.attempt(None)
     steps = [line["step"] for line in run.metrics if line["kind"] == "step"]
     assert steps == [1, 2, 3, 4]
     scores = [line for line in run.metrics if line["kind"] == "evaluation"]

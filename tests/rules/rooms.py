@@ -1,7 +1,7 @@
-"""The rooms of the house, and the arrows between them as the imports draw them: `python tests/rules/rooms.py` prints both.
+"""The rooms of the house and the arrows between them, from the imports. `python tests/rules/rooms.py` prints both.
 
-A room is a folder of a package, or a file at its top. A file of a folder that has a storey of its own is a room too: what the
-format of Hugging Face's files is, lower rooms need as well. Imports inside functions and type-checking blocks count.
+A room is a folder of a package, a file at its top, or a file that `STOREYS` names by itself (lower rooms need the formats of
+Hugging Face's files). Imports inside functions and type-checking blocks count.
 """
 
 import ast
@@ -34,7 +34,6 @@ STOREYS = (
         "launch.queue",
         "launch.facts",
         "launch.children",
-        "launch.figure",
         "launch.user_errors",
     ),
     ("launch.plan.published", "launch.compose", "launch.lease"),

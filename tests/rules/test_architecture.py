@@ -1,7 +1,7 @@
-"""The rules of the house, kept by machine: who may import whom, one door per library, texts under fields, no stray state.
+"""Checks the rules of the house: who may import whom, one door per library, texts under fields, no module state.
 
-Every rule is a function over parsed sources that returns complaints `file:line: what, what to do`; each is also shown to
-catch a small sample that breaks it. `rooms.py` next to this file draws the rooms and their arrows from the imports.
+Each rule is a function over parsed sources that returns complaints `file:line: problem, remedy`. A small sample that breaks the
+rule tests each of them. `rooms.py` next to this file lists the rooms and the arrows between them.
 """
 
 import ast
@@ -27,6 +27,7 @@ DOORS = {
     "tiktoken": {"data.tokenizer"},
     "sentencepiece": {"data.tokenizer"},
     "pyarrow": {"data.sources"},
+    "matplotlib": {"data.system.figure"},
     "fsspec": {"data.sources", "data.store"},
     "datasets": {"data.sources"},
     "lm_eval": {"train.evaluate.harness"},
@@ -74,7 +75,8 @@ def imports_point_down(all_sources: list[Source]) -> list[str]:
                 continue
             if there >= here:
                 complaints.append(
-                    f"{source.path}:{line}: {room_of(source.name)} (floor {here}) imports {module} (floor {there}); turn it round"
+                    f"{source.path}:{line}: {room_of(source.name)} (floor {here}) imports {module} (floor {there}); "
+                    f"reverse the dependency"
                 )
     return complaints
 
@@ -114,7 +116,7 @@ def train_takes_the_plan_and_the_lease_from_launch(all_sources: list[Source]) ->
 
 def rooms_without_torch(all_sources: list[Source]) -> list[str]:
     return [
-        f"{source.path}:{line}: imports {module}; {room_of(source.name)} runs where there is no torch"
+        f"{source.path}:{line}: imports {module}; {room_of(source.name)} must run without torch"
         for source in all_sources
         if any(source.name == name or source.name.startswith(name + ".") for name in NO_TORCH)
         for module, line in imports(source)
@@ -136,7 +138,7 @@ def imports_inside_functions_say_why(all_sources: list[Source]) -> list[str]:
                     if not is_explained and not module.startswith(OPTIONAL_OR_SLOW):
                         complaints.append(
                             f"{source.path}:{node.lineno}: an import inside a function; move it to the top, or say in a "
-                            f"comment which optional package or start-up cost it waits for"
+                            f"comment which optional package or start-up cost is the reason"
                         )
     return complaints
 
@@ -189,7 +191,7 @@ def fields_have_texts(all_sources: list[Source]) -> list[str]:
 
 def modules_say_what_they_are(all_sources: list[Source]) -> list[str]:
     return [
-        f"{source.path}:1: no module text; say what enters, what leaves, what holds"
+        f"{source.path}:1: no module docstring; say what enters, what leaves, and the invariant"
         for source in all_sources
         if not ast.get_docstring(source.tree)
     ]

@@ -1,4 +1,4 @@
-"""What is declared, pinned and documented about other people's packages agrees with what is imported and installed."""
+"""Declared, pinned and documented packages agree with the imported and installed ones."""
 
 import ast
 import importlib
@@ -82,7 +82,7 @@ def test_constraints_pin_every_package_that_gets_installed() -> None:
     assert pins.keys() == needed, f"pinned and not installed: {sorted(pins.keys() - needed)}"
 
 
-def test_what_is_imported_from_hydra_is_where_it_was() -> None:
+def test_names_imported_from_hydra_exist() -> None:
     """Names of `hydra._internal` may move in any release. This imports nothing of `recipes`, which could then not be imported."""
     gone = []
     for path in sorted((ROOT / "recipes" / "schema").glob("*.py")):

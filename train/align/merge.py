@@ -18,7 +18,7 @@ from data.system.new_folder import new_folder
 from recipes.schema.changes import function_changes
 from recipes.schema.checkpoint_steps import checkpoint_at, name_of
 from recipes.schema.errors import CheckpointError, RecipeError
-from recipes.schema.manifest import Manifest, RunState, describe_not_finite
+from recipes.schema.manifest import Manifest, RunState, describe_not_finite, read_manifest
 from recipes.schema.read import recipe_from_mapping, recipe_mapping, recipe_yaml
 from recipes.schema.run_folder import CHECKPOINTS, RECIPE
 from train.checkpoint import publishing, storage
@@ -198,7 +198,7 @@ def write_run(
         for name, text in (files or {}).items():
             disk.write_text(folder / name, text)
         publish()
-    return storage.read_manifest(out / CHECKPOINTS / final.name)
+    return read_manifest(out / CHECKPOINTS / final.name)
 
 
 def _lineage(base: Source, sources: Sequence[Source], weights: Sequence[float], rule: dict[str, Any]) -> dict[str, Any]:

@@ -97,7 +97,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     command.add_argument(
         "out",
         type=Path,
-        help="a new run's folder, from which training can resume; or the new checkpoint's own (step_...)",
+        help="a new run's folder, from which training can resume; or a folder for the checkpoint alone (step_...)",
     )
     command.add_argument("fields", nargs="*", metavar="parallel.FIELD=N", help="a layout to check against the model")
     command.add_argument("--ranks", type=_count, help="processes of that layout (default: as few as it needs)")
@@ -165,7 +165,7 @@ def _list(parsed: argparse.Namespace, console: Console) -> int:
     for line in damage:
         console.print(printable_lines(line))
     for note in notes:
-        if not note.startswith(steps.PASSED_OVER):
+        if not note.startswith(steps.SKIPPED):
             console.print(f"note: {printable_lines(note)}")
     for leftover in sorted(folder.glob(".step_*")):
         console.print(

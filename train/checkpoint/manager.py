@@ -113,7 +113,7 @@ class CheckpointFolder:
                 notes.append(str(error))
                 continue
             return LoadedCheckpoint(path, manifest, notes)
-        steps.refuse_to_forget(self.folder, notes)
+        steps.refuse_lost_checkpoints(self.folder, notes)
         return None
 
     def load(self, engine: Engine, path: Path) -> Manifest:

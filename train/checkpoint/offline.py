@@ -7,7 +7,7 @@ import logging
 import math
 import os
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -130,12 +130,7 @@ def reshard(folder: Path, out: Path, *, files: int, with_optimizer: bool, advanc
     tensors = {
         name: record for name, record in reader.manifest.tensors.items() if with_optimizer or name.startswith("model.")
     }
-    if out.exists():
-        raise CheckpointError(f"{out} already exists. Choose another folder, or move it away.")
-    unfinished = disk.aside_of(out)
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        _remove_leftover(unfinished)
+    with _new_output(out) as unfinished:
         disk.make_folder(unfinished)
         new = unfinished
         if is_run(out):
@@ -159,17 +154,30 @@ def reshard(folder: Path, out: Path, *, files: int, with_optimizer: bool, advanc
         if is_run(out):
             publishing.point_at(new.parent, new.name)
             disk.write_text(unfinished / "recipe.yaml", recipe_yaml(manifest.recipe))
-        disk.put_in_place(unfinished, out)
-    except OSError as error:
-        raise CheckpointError(f"{out} cannot be written: {error.strerror or error}") from error
-    finally:
-        _remove_unfinished(unfinished)
     return manifest
 
 
 def is_run(out: Path) -> bool:
     """Whether a folder name is a run's, not a checkpoint's."""
     return not out.name.startswith("step_")
+
+
+@contextmanager
+def _new_output(out: Path) -> Iterator[Path]:
+    """Yields the path to write to; a file or folder there becomes `out` when the context ends. Raises CheckpointError and then
+    leaves no output."""
+    if out.exists():
+        raise CheckpointError(f"{out} already exists. Choose another name, or move it away.")
+    unfinished = disk.aside_of(out)
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        _remove_leftover(unfinished)
+        yield unfinished
+        disk.put_in_place(unfinished, out)
+    except OSError as error:
+        raise CheckpointError(f"{out} cannot be written: {error.strerror or error}") from error
+    finally:
+        _remove_unfinished(unfinished)
 
 
 def _remove_leftover(unfinished: Path) -> None:
@@ -205,21 +213,11 @@ def consolidate(folder: Path, out: Path, *, with_optimizer: bool, dtype: torch.d
         "fingerprint": reader.manifest.fingerprint,
     }
     header, _ = header_of([(labels[n], formats[n], reader.manifest.tensors[n].shape) for n in names], metadata)
-    if out.exists():
-        raise CheckpointError(f"{out} already exists. Choose another name, or move it away.")
-    unfinished = disk.aside_of(out)
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        _remove_leftover(unfinished)
+    with _new_output(out) as unfinished:
         disk.write_new(unfinished, [header])
         for name in names:
             disk.append(unfinished, [bytes_of(_verified_tensor(reader, name).to(formats[name]))])
             advance(reader.manifest.tensors[name].bytes)
-        disk.put_in_place(unfinished, out)
-    except OSError as error:
-        raise CheckpointError(f"{out} cannot be written: {error.strerror or error}") from error
-    finally:
-        _remove_unfinished(unfinished)
     return out.stat().st_size
 
 

@@ -99,19 +99,17 @@ def local_tensors_of(modules: Sequence[Any], data_group: Any) -> dict[str, Local
     return found
 
 
-def owned_pieces(local_tensors: dict[str, LocalTensor], parts: Sequence[OptimizerPart] | None) -> list[Piece]:
+def owned_pieces(local_tensors: dict[str, LocalTensor], parts: Sequence[OptimizerPart]) -> list[Piece]:
     """The pieces that this rank writes. All ranks together write each element of the model and its optimizer exactly once.
 
-    A rank writes the range of a weight whose optimizer state it has. Buffers, and weights without an optimizer (None), are
-    written whole by the first replica.
+    A rank writes the range of a weight whose optimizer state it has. The first replica writes buffers whole.
     """
     pieces: list[Piece] = []
-    for part in parts or ():
+    for part in parts:
         if part.local.is_counted:
             pieces += [piece for group in part_pieces(part).values() for piece in group]
     for local in local_tensors.values():
-        is_in_parts = parts is not None and local.is_trained
-        if not is_in_parts and local.is_counted and local.data_replica == 0:
+        if not local.is_trained and local.is_counted and local.data_replica == 0:
             pieces += _cut(MODEL, local, local.data.reshape(-1), 0)
     return pieces
 

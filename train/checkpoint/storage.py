@@ -20,12 +20,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from data.system import disk
 from recipes.schema.errors import CheckpointError, NumericsError
 from train.checkpoint import fingerprint, publishing
 from train.checkpoint.files import Piece, Reader, scan
 from train.checkpoint.fingerprint import Sums
-from train.checkpoint.manifest import DTYPE_NAMES, MASTER, MODEL, Manifest, RunState, describe_not_finite, read_manifest
+from train.checkpoint.manifest import DTYPE_NAMES, MASTER, MODEL, Manifest, RunState, describe_not_finite
 from train.checkpoint.pieces import (
     LocalTensor,
     copied_pieces,
@@ -36,7 +35,7 @@ from train.checkpoint.pieces import (
     weight_pieces,
 )
 from train.checkpoint.random_state import RANDOM, random_pieces, restore_random_state
-from train.checkpoint.saving import Peers, Save, Snapshot
+from train.checkpoint.saving import Snapshot
 from train.engine import Engine
 from train.parallel.mesh import Mesh
 
@@ -61,46 +60,6 @@ def snapshot_of(engine: Engine, state: RunState) -> Snapshot:
     manifest = _manifest_of(state, updates=_updates(engine))
     pieces = [*owned_pieces(local_tensors, parts), *random_pieces(engine.mesh)]
     return Snapshot(manifest, pieces, parts, copied_pieces(parts))
-
-
-def write_model(folder: Path, chunks: Sequence[Any], *, mesh: Mesh, state: RunState) -> Manifest:
-    """Write the weights of unwrapped model chunks as a verified checkpoint without optimizer state.
-
-    folder: the checkpoint itself, e.g. runs/NAME/checkpoints/step_00000000. It must not exist; its parent is created. Training
-    that starts from it (or resumes from it) uses the weights, fresh moments, and the given step and position. state: its
-    recipe builds the model, its lineage says where the weights come from; its layout is set here.
-
-    Collective over the world. If it raises CheckpointError, it does so on every rank and leaves no files.
-    """
-    manifest = _manifest_of(replace(state, layout=_layout(mesh)))
-    pieces = owned_pieces(local_tensors_of(chunks, mesh.groups.dp_cp), None)
-    unfinished = disk.aside_of(folder)
-
-    def prepare() -> Path:
-        if folder.exists():
-            raise CheckpointError(f"{folder} already exists. Choose another folder, or move it away.")
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        unfinished.mkdir()
-        return unfinished
-
-    def done(unfinished: Path, complete: Manifest) -> dict[str, Any]:
-        publishing.publish(unfinished, folder)
-        return {"path": str(folder)}
-
-    save = Save(
-        Snapshot(manifest, pieces),
-        peers=Peers(mesh.saving),
-        memory={},
-        staging=None,
-        prepare=prepare,
-        publish=done,
-        retries=0,
-        retry_wait_s=0.0,
-    )
-    save.run()
-    if save.error is not None:
-        raise (NumericsError if save.is_numeric else CheckpointError)(save.error)
-    return read_manifest(folder)
 
 
 def read_training(folder: Path, engine: Engine) -> Manifest:

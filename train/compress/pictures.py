@@ -5,25 +5,19 @@ from typing import Any
 
 import numpy as np
 
+from data.system.figure import INK, MARK, MUTED, canvas
 from recipes.schema.pattern import KINDS, layer_kinds
 from train.compress.scores import Scores, model_of
 
-_INK, _MUTED, _GRID, _MARK = "#1f2933", "#7b8794", "#e4e7eb", "#d9480f"
 _COLORS = {"M": "#2b6cb0", "*": "#e67700", "w": "#f0b429", "-": "#2f9e44"}
-_STYLE = {
-    "axes.edgecolor": _MUTED, "axes.labelcolor": _INK, "axes.spines.right": False, "axes.spines.top": False,
-    "axes.titlesize": 11, "axes.titleweight": "bold", "axes.titlelocation": "left", "grid.color": _GRID, "font.size": 9,
-    "legend.frameon": False, "text.color": _INK, "xtick.color": _MUTED, "ytick.color": _MUTED,
-}  # fmt: skip
 _QUARTERS = ("#1a4f8b", "#4a86c5", "#94bce3", "#dbe8f5")
 
 
 def draw_widths(scores: Scores, path: Path, *, title: str) -> None:
     """Draw residual channels by importance, and neurons, heads and Mamba heads by layer."""
-    pyplot = _pyplot()
     kinds = layer_kinds(scores.model["pattern"])
-    with pyplot.rc_context(_STYLE):
-        figure, panels = pyplot.subplots(2, 2, figsize=(11, 6.6), layout="constrained")
+    with canvas(path, size=(11, 6.6)) as figure:
+        panels = figure.subplots(2, 2)
         figure.suptitle(f"{title}: importance of widths, {scores.rows:,} calibration rows", x=0.01, ha="left")
         axes = panels[0, 0]
         axes.plot(np.sort(scores.hidden)[::-1], color=_COLORS["M"], linewidth=2)
@@ -32,21 +26,16 @@ def draw_widths(scores: Scores, path: Path, *, title: str) -> None:
         _quarters(panels[0, 1], scores, [n for n, kind in enumerate(kinds) if kind == "-"])
         _heads(panels[1, 0], scores, "heads", "Query heads (score / layer's mean)")
         _heads(panels[1, 1], scores, "mamba", "Mamba-2 heads (score / layer's mean)")
-        figure.savefig(path, dpi=140)
-        pyplot.close(figure)
 
 
 def draw_layers(scores: Scores, path: Path, *, title: str) -> None:
     """Draw the block influence of each layer and, if removals were tried, the effect of each removal on the logits."""
-    pyplot = _pyplot()
     kinds = layer_kinds(scores.model["pattern"])
     numbers = np.arange(len(kinds))
     rounds = len(scores.removals)
-    with pyplot.rc_context(_STYLE):
-        figure, panels = pyplot.subplots(
-            1 + (rounds > 0), 1, figsize=(max(7, 0.28 * len(kinds) + 3), 3.2 + 0.42 * rounds + 1.2 * (rounds > 0)),
-            layout="constrained", squeeze=False, height_ratios=[2.4, *([0.8 + 0.42 * rounds] if rounds else [])],
-        )  # fmt: skip
+    with canvas(path, size=(max(7, 0.28 * len(kinds) + 3), 3.2 + 0.42 * rounds + 1.2 * (rounds > 0))) as figure:
+        ratios = [2.4, *([0.8 + 0.42 * rounds] if rounds else [])]
+        panels = figure.subplots(1 + (rounds > 0), 1, squeeze=False, height_ratios=ratios)
         bars = panels[0, 0]
         bars.bar(numbers, scores.influence, color=[_COLORS[kind] for kind in kinds])
         bars.set(title=f"{title}: block influence, 1 - cos(input, output)", ylabel="influence")
@@ -56,8 +45,6 @@ def draw_layers(scores: Scores, path: Path, *, title: str) -> None:
         bars.legend(loc="upper right", ncols=4)
         if rounds:
             _removals(panels[1, 0], scores, kinds)
-        figure.savefig(path, dpi=140)
-        pyplot.close(figure)
 
 
 def _removals(axes: Any, scores: Scores, kinds: list[Any]) -> None:
@@ -73,12 +60,12 @@ def _removals(axes: Any, scores: Scores, kinds: list[Any]) -> None:
     axes.set_yticks(range(len(grid)), [str(n + 1) for n in range(len(grid))])
     middle = np.nanmean(np.log10(np.maximum(grid, 1e-6)))
     for index, removal in enumerate(scores.removals):
-        box = {"fill": False, "edgecolor": _MARK, "linewidth": 2}
-        axes.add_patch(_pyplot().Rectangle((removal.layer - 0.5, index - 0.5), 1, 1, **box))
+        box = {"fill": False, "edgecolor": MARK, "linewidth": 2}
+        axes.bar(removal.layer, 1, width=1, bottom=index - 0.5, **box)
         if len(kinds) <= 24:
             for layer, value in enumerate(grid[index]):
                 if np.isfinite(value):
-                    color = "white" if np.log10(max(value, 1e-6)) > middle else _INK
+                    color = "white" if np.log10(max(value, 1e-6)) > middle else INK
                     axes.text(layer, index, f"{value:.2g}", ha="center", va="center", fontsize=7, color=color)
     axes.figure.colorbar(shown, ax=axes, label="log10", pad=0.01)
 
@@ -107,7 +94,7 @@ def _heads(axes: Any, scores: Scores, kind: str, title: str) -> None:
     axes.set_title(title)
     layers = [n for n, parts in scores.layers.items() if kind in parts]
     if not layers:
-        axes.text(0.5, 0.5, "no such layers", ha="center", va="center", color=_MUTED, transform=axes.transAxes)
+        axes.text(0.5, 0.5, "no such layers", ha="center", va="center", color=MUTED, transform=axes.transAxes)
         axes.set_axis_off()
         return
     rows = [scores.layers[n][kind] for n in layers]
@@ -121,13 +108,3 @@ def _heads(axes: Any, scores: Scores, kind: str, title: str) -> None:
     for group in range(1, groups):
         axes.axvline(group * grid.shape[1] / groups - 0.5, color="white", linewidth=1.5)
     axes.figure.colorbar(shown, ax=axes, pad=0.01)
-
-
-def _pyplot() -> Any:
-    # Imported here: matplotlib is slow to import and only rank 0 draws.
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    return pyplot

@@ -20,7 +20,6 @@ output projection stay those of the kept heads. Merging two heads with equal que
 
 import math
 import re
-from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -169,7 +168,6 @@ def _by_influence(influence: np.ndarray, kinds: list[Any], remove: int, quota: i
     return sorted(kept)
 
 
-_Cut = Callable[[torch.Tensor], torch.Tensor]
 _AXES: dict[str, tuple[str | None, ...]] = {
     "embedding.word_embeddings.weight": (None, "hidden"),
     "output_layer.weight": (None, "hidden"),

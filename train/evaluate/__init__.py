@@ -1,1 +1,1 @@
-"""Held-out bits per byte."""
+"""Evaluation: held-out loss, tasks, and confidence intervals of their scores."""

@@ -1,4 +1,4 @@
-"""Asks a model the items of a task: scores of likelihood and judged answers become metrics with intervals.
+"""Runs the items of a task through a model, and turns log-probabilities or judged answers into metrics with intervals.
 
 cloze            accuracy (every token of the target is the likeliest), bits_per_byte of the targets
 multiple_choice  accuracy (the likeliest choice is right), accuracy_per_byte (log-probability per byte of the choice)
@@ -27,7 +27,7 @@ _BLOCK_ITEMS = 256
 
 @dataclass(frozen=True)
 class TaskResult:
-    """What a task gave."""
+    """The result of a task."""
 
     name: str
     kind: str
@@ -35,13 +35,13 @@ class TaskResult:
     items: int
     metrics: dict[str, Metric]
     cut_contexts: int = 0
-    """Contexts whose beginning did not fit into a row."""
+    """Number of contexts that were cut at the beginning to fit into a row."""
     samples: list[dict[str, Any]] = field(default_factory=list)
-    """What was asked and answered, an item each."""
+    """Question and answer of each item."""
 
 
 def ask(task: Task, *, forward: Forward, tokenizer: Tokenizer, decoder: Decoder | None = None) -> TaskResult:
-    """Ask all items. Collective over the world, unless it is a task that generates; the same result on every rank.
+    """Run all items. Collective over the world, unless the task generates text; the same result on every rank.
 
     Raises NumericsError if a log-probability is not finite, DataError if an item does not fit into a row.
     """
@@ -66,7 +66,7 @@ def ask(task: Task, *, forward: Forward, tokenizer: Tokenizer, decoder: Decoder 
 
 
 def requests_of(task: Task, item: Item, tokenizer: Tokenizer, *, row_tokens: int) -> list[Request]:
-    """What is scored of an item: each target after the prompt, or the windows of a text."""
+    """The requests that score an item: each target after the prompt, or the windows of a text."""
     if task.kind == "rolling":
         ids = tokenizer.encode(item.prompt)
         return list(rolling_requests(ids, prefix=begin_token(tokenizer), row_tokens=row_tokens))
@@ -74,7 +74,7 @@ def requests_of(task: Task, item: Item, tokenizer: Tokenizer, *, row_tokens: int
 
 
 def _blocks(task: Task, forward: Forward, tokenizer: Tokenizer) -> Iterator[list[list[Request]]]:
-    """Requests of some items at a time."""
+    """The requests of a few items at a time."""
     block: list[list[Request]] = []
     tokens = 0
     for item in task.items:
@@ -141,12 +141,12 @@ def _judged(task: Task, found: Sequence[Sequence[Score]]) -> tuple[dict[str, Met
 
 
 def _largest(values: Sequence[float]) -> int:
-    """Place of the largest value; of equal ones the first."""
+    """Index of the largest value; among equal values, the first."""
     return max(range(len(values)), key=lambda place: values[place])
 
 
 def _generated(task: Task, decoder: Decoder) -> TaskResult:
-    """Greedy answers and what the judge says of them."""
+    """Greedy answers and their judged scores."""
     assert task.judge is not None
     answers: list[str] = []
     for start in range(0, len(task.items), _BLOCK_ITEMS):

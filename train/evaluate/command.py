@@ -1,6 +1,6 @@
-"""`stratum evaluate`: scores of a checkpoint on tasks, and which training documents contain the tasks' texts.
+"""`stratum evaluate`: score a checkpoint on tasks, or find the training documents that contain texts of the tasks.
 
-Imports of torch and of the harness wait until the command line is known to be right.
+torch and the harness are imported after the command line is checked.
 """
 
 import sys
@@ -15,8 +15,8 @@ from recipes.schema.tools import EvaluateToolConfig
 _ERRORS: tuple[type[Exception], ...] = (*USER_ERRORS, OSError)
 _EXAMPLES = """
 stratum evaluate runs/smoke --tasks needle-1k,multikey-1k --items 2
-stratum evaluate smoke --tasks needle-1k --items 2 --resume        tasks that are finished are left out
-stratum evaluate --contamination runs/data/smoke --tasks needle-1k --items 2     documents that hold the tasks' texts
+stratum evaluate smoke --tasks needle-1k --items 2 --resume        skips finished tasks
+stratum evaluate --contamination runs/data/smoke --tasks needle-1k --items 2     documents that contain the tasks' texts
 """
 _NOTES = """
 tasks:
@@ -46,7 +46,7 @@ def main(arguments: Sequence[str]) -> int:
         parser.error("name a run or a checkpoint: stratum evaluate runs/smoke --tasks needle-1k.")
     if config.contamination is not None and (parsed.place is not None or config.harness is not None):
         parser.error(
-            "--contamination looks at the texts of --tasks in prepared data: it takes no run and no --harness."
+            "--contamination searches prepared data for the texts of --tasks: leave out the run and --harness."
         )
     try:
         # importing torch takes seconds; --help and usage errors do not need it

@@ -1,16 +1,16 @@
-"""Runs one program that a model wrote, confined: started by `train.evaluate.sandbox` as a script of its own, never imported.
+"""Runs one program written by a model, without the means to harm the machine. `train.evaluate.sandbox` starts it as a script.
 
     stdin {"program", "check", "token", limits} --limits, Landlock, seccomp--> exec program, exec check --> "token"
 
 The result goes to the descriptor whose number is the script's argument.
 
-In this order the process gives up: environment and descriptors (the parent passes none), capabilities, resources (memory, CPU
+The process gives up, in this order: environment and descriptors (the parent passes none), capabilities, resources (memory, CPU
 seconds, size of files, open files), the file system (Landlock: the standard library can be read, one folder written), and
 system calls (seccomp: no process, no other program, no socket, no signal, no change of rights, mounts or kernel state). A
 limit that cannot be set ends the process before the program is read. Linux on x86_64 or aarch64, standard library only.
 
-The program shares this interpreter with its check. It could look for the token in memory; a benchmark's score can be
-cheated that way, the machine cannot be harmed.
+The program shares this interpreter with its check, so it could find the token in memory: a program can fake a benchmark's score,
+but it cannot harm the machine.
 """
 
 import ctypes
@@ -34,7 +34,7 @@ REFUSED: dict[str, tuple[int | None, int | None]] = {
     "rt_tgsigqueueinfo": (297, 240), "pidfd_send_signal": (424, 424), "pidfd_open": (434, 434), "pidfd_getfd": (438, 438),
     "ptrace": (101, 117), "process_vm_readv": (310, 270), "process_vm_writev": (311, 271), "process_madvise": (440, 440),
     "setpriority": (141, 140), "ioprio_set": (251, 30), "sched_setscheduler": (144, 119), "sched_setattr": (314, 274),
-    # what Landlock does not cover in the file system
+    # changes of the file system that Landlock does not cover
     "chmod": (90, None), "fchmod": (91, 52), "fchmodat": (268, 53), "fchmodat2": (452, 452), "chown": (92, None),
     "fchown": (93, 55), "lchown": (94, None), "fchownat": (260, 54), "utime": (132, None), "utimes": (235, None),
     "futimesat": (261, None), "utimensat": (280, 88), "setxattr": (188, 5), "lsetxattr": (189, 6), "fsetxattr": (190, 7),
@@ -44,7 +44,7 @@ REFUSED: dict[str, tuple[int | None, int | None]] = {
     "mount": (165, 40), "umount2": (166, 39), "pivot_root": (155, 41), "chroot": (161, 51), "unshare": (272, 97),
     "setns": (308, 268), "open_tree": (428, 428), "move_mount": (429, 429), "fsopen": (430, 430), "fsconfig": (431, 431),
     "fsmount": (432, 432), "fspick": (433, 433), "mount_setattr": (442, 442),
-    # memory that the limits do not count
+    # memory that does not count towards the limits
     "memfd_create": (319, 279), "memfd_secret": (447, 447), "shmget": (29, 194), "shmat": (30, 196), "semget": (64, 190),
     "msgget": (68, 186), "mq_open": (240, 180), "setrlimit": (160, 164), "userfaultfd": (323, 282),
     # the kernel and the machine
@@ -61,16 +61,16 @@ _ARCHITECTURES = {"x86_64": (0, 0xC000003E), "aarch64": (1, 0xC00000B7)}
 
 _READ_FILE, _READ_FOLDER, _WRITE_FILE = 1 << 2, 1 << 3, 1 << 1
 _RIGHTS_OF_ABI = {1: 13, 2: 14, 3: 15, 4: 15, 5: 16}
-"""Number of Landlock's file-system rights by its ABI; of later ABIs as in 5."""
+"""Number of Landlock's file-system rights by ABI version; later versions count like 5."""
 _EPERM, _ENOSYS = 1, 38
 
 
 class Unconfined(Exception):
-    """A limit that this machine cannot set."""
+    """This machine cannot set one of the limits."""
 
 
 def confine(folder: str, *, memory_bytes: int, cpu_s: int, file_bytes: int) -> None:
-    """Give up everything but computing, reading the standard library, and writing in `folder`. Cannot be undone."""
+    """Give up everything except computing, reading the standard library, and writing in `folder`. It cannot be undone."""
     libc = ctypes.CDLL(None, use_errno=True)
     resource.setrlimit(resource.RLIMIT_CPU, (cpu_s, cpu_s + 1))  # SIGXCPU, then SIGKILL
     for limit, value in (
@@ -82,10 +82,10 @@ def confine(folder: str, *, memory_bytes: int, cpu_s: int, file_bytes: int) -> N
         (resource.RLIMIT_MEMLOCK, 0),
     ):
         resource.setrlimit(limit, (value, value))
-    # Version 3 of capabilities, all sets empty: root is then a user who owns root's files.
+    # Capabilities, version 3, all sets empty: root then has only the rights of the owner of root's files.
     if libc.capset(struct.pack("II", 0x20080522, 0), bytes(24)):
         raise Unconfined("capabilities cannot be dropped")
-    if libc.prctl(38, 1, 0, 0, 0):  # PR_SET_NO_NEW_PRIVS, without which the next two need privileges
+    if libc.prctl(38, 1, 0, 0, 0):  # PR_SET_NO_NEW_PRIVS, without it the next two steps need privileges
         raise Unconfined("PR_SET_NO_NEW_PRIVS is not available")
     _landlock(libc, folder)
     _seccomp(libc)
@@ -109,7 +109,7 @@ def _landlock(libc: ctypes.CDLL, folder: str) -> None:
         try:
             place = os.open(path, os.O_PATH | os.O_CLOEXEC)
         except OSError:
-            continue  # not on this system
+            continue  # does not exist on this system
         if libc.syscall(445, rules, 1, struct.pack("=Qi", access, place), 0):
             raise Unconfined(f"Landlock refuses a rule for {path}")
         os.close(place)
@@ -141,7 +141,7 @@ def _filter(machine: str) -> bytes:
     code += [(equal, 0, 4, _CLONE[column]), (load, 0, 0, 16), (has_bits, 0, 1, 0x10000), (answer, 0, 0, allow),
              (answer, 0, 0, refuse)]  # fmt: skip
     code += [(equal, 0, 1, _CLONE3[column]), (answer, 0, 0, unknown)]
-    # prlimit that only reads passes no new limit: its third argument is null.
+    # prlimit is allowed if it only reads: its third argument, the new limit, is null.
     code += [(equal, 0, 6, _PRLIMIT[column]), (load, 0, 0, 32), (equal, 0, 3, 0), (load, 0, 0, 36), (equal, 0, 1, 0),
              (answer, 0, 0, allow), (answer, 0, 0, refuse)]  # fmt: skip
     for numbers in REFUSED.values():
@@ -170,7 +170,7 @@ def main() -> None:
     except BaseException as error:
         answer = f"{type(error).__name__}: {error}".encode(errors="replace")[:500]
     os.write(result, answer)
-    os._exit(0)  # no thread or exit handler of the program runs on
+    os._exit(0)  # ends the program's threads and skips its exit handlers
 
 
 if __name__ == "__main__":

@@ -1,11 +1,11 @@
-"""Which training documents contain texts of the tasks: n-grams of words, as GPT-3's authors counted them.
+"""Finds the training documents that contain texts of the tasks, by n-grams of words as in the GPT-3 paper.
 
     tasks --words--> n-grams --> {n-gram: items}
-    shards, one after another: tokens --> text --> words --> n-grams found --> document, its file, the items it holds
+    shards, one after another: tokens --> text --> words --> n-grams found --> document, its file, the items it contains
 
 Brown et al., arXiv 2005.14165, appendix C: texts in lower case without punctuation, split at blanks; n is the 5th percentile
 of the items' lengths in words, at least 8 and at most 13, for each task; an item is dirty if any of its n-grams occurs. Items
-shorter than n words are not judged, and counted. Memory is bounded by the tasks: of the data one block is there at a time.
+shorter than n words are counted but not judged. Memory depends on the tasks only: one block of data is in memory at a time.
 """
 
 import json
@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from data.rows.reader import Shelf, TokenStream
+from data.rows.reader import ShardPool, TokenStream
 from data.store.cache import Activity
 from data.store.manifest import read_manifest
 from data.store.origins import Origins, read_origins
@@ -29,11 +29,11 @@ from train.evaluate.tasks.task import Task
 FILE = "contamination.json"
 _SHORTEST, _LONGEST = 8, 13
 _BLOCK_TOKENS = 1 << 20
-"""Tokens of one document that are decoded at once."""
+"""Tokens of a document that are decoded at once."""
 _OVERLAP_TOKENS = 1 << 10
-"""Tokens that two blocks of a document share, more than any n-gram has."""
+"""Tokens by which two blocks of a document overlap: more than any n-gram has."""
 _MOST_FOUND = 10_000
-"""Pairs of document and item that are reported; more are only counted."""
+"""Largest number of (document, item) pairs that are listed; further ones are only counted."""
 _WORD = re.compile(r"\w+")
 
 
@@ -49,30 +49,30 @@ class Match:
     document: int
     """Number in the source's training stream, as `stratum trace --document` takes it."""
     text: str
-    """The first n-gram they share."""
+    """The first n-gram that both contain."""
 
 
 @dataclass
 class TaskOverlap:
-    """How much of a task was found."""
+    """How many items of a task were found."""
 
     words: int
-    """n of its n-grams."""
+    """n of the task's n-grams."""
     items: int
     short: int
-    """Items of fewer words, which are not judged."""
+    """Number of items with fewer words, which are not judged."""
     dirty: set[str] = field(default_factory=set)
     """Places of items that share an n-gram with the data."""
 
 
 @dataclass
 class Overlap:
-    """What a search found."""
+    """The result of a search."""
 
     tasks: dict[str, TaskOverlap]
     matches: list[Match] = field(default_factory=list)
     left_out: int = 0
-    """Matches beyond those in the list."""
+    """Number of matches that are not in the list."""
     documents: int = 0
     tokens: int = 0
 
@@ -88,11 +88,11 @@ class Overlap:
 
 @dataclass(frozen=True)
 class _Grams:
-    """n-grams of one length."""
+    """The n-grams of one length."""
 
     words: int
     items: dict[str, list[tuple[str, str]]]
-    """n-gram -> (task, item) that have it."""
+    """n-gram -> the (task, item) pairs that contain it."""
 
 
 def words_of(text: str) -> list[str]:
@@ -120,12 +120,12 @@ def find_overlap(tasks: Sequence[Task], folder: Path, *, sources: Sequence[str] 
     tokenizer = tokenizer_in(folder)
     overlap, grams = _index(tasks)
     known = {word: None for one in grams for gram in one.items for word in gram.split()}
-    shelf = Shelf(lambda entry, suffix: entry.file(folder, suffix), activity=Activity())
+    pool = ShardPool(lambda entry, suffix: entry.file(folder, suffix), activity=Activity())
     for name, source in manifest.sources.items():
         if sources and name not in sources:
             continue
         entries = source.splits["train"]
-        stream = TokenStream(entries, shelf)
+        stream = TokenStream(entries, pool)
         origins: tuple[int, Origins] | None = None
         for number, tokens in _documents(stream):
             overlap.documents += 1
@@ -163,7 +163,7 @@ def _index(tasks: Sequence[Task]) -> tuple[Overlap, list[_Grams]]:
 
 
 def _search(text: str, grams: _Grams, known: dict[str, None], found: dict[tuple[str, str], str]) -> None:
-    """Add the items whose n-grams are in the text. Only runs of words that occur in some task are looked at."""
+    """Add the items whose n-grams are in the text. Only runs of words that occur in a task are compared."""
     words = words_of(text)
     unknown = np.flatnonzero([word not in known for word in words])
     edges = np.concatenate([[-1], unknown, [len(words)]])
@@ -176,7 +176,7 @@ def _search(text: str, grams: _Grams, known: dict[str, None], found: dict[tuple[
 
 
 def _documents(stream: TokenStream) -> Iterator[tuple[int, range]]:
-    """(number, tokens of the stream) of each document, shard by shard."""
+    """(number, tokens) of each document of the training stream, shard by shard."""
     number = 0
     for which in range(len(stream.entries)):
         ends = int(stream.shard_starts[which]) + np.cumsum(stream.document_lengths(which))

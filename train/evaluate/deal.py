@@ -1,7 +1,7 @@
-"""How rows to be evaluated are dealt to the data-parallel ranks, and the model's state meanwhile.
+"""Deals the rows of an evaluation to the data-parallel ranks, and puts the model into evaluation mode.
 
-Rows are dealt round-robin. Where the pipeline needs a fixed shape and number of microbatches, each rank's last ones are
-filled with rows that do not count.
+Rows are dealt round-robin. If the pipeline needs microbatches of a fixed shape and number, each rank's last ones are filled
+with rows that do not count.
 """
 
 import math
@@ -15,9 +15,9 @@ from train.parallel.mesh import Mesh
 
 
 def deal(count: int, mesh: Mesh, *, microbatch_rows: int, is_padded: bool = True) -> list[list[tuple[int, bool]]]:
-    """This rank's microbatches of rows 0 ... count: of each row its number and whether it counts (a filler is row 0).
+    """This rank's microbatches of rows 0 to count - 1: the number of each row, and whether it counts (a filler is row 0).
 
-    With `is_padded` all have `microbatch_rows` rows and every rank has equally many of them.
+    is_padded: every microbatch has `microbatch_rows` rows, and every rank has the same number of them.
     """
     layout = mesh.layout
     # Megatron's interleaved schedule needs a multiple of the number of pipeline stages as its number of microbatches.
@@ -32,7 +32,7 @@ def deal(count: int, mesh: Mesh, *, microbatch_rows: int, is_padded: bool = True
 
 @contextmanager
 def evaluating(chunks: Sequence[Any]) -> Iterator[None]:
-    """Evaluation mode without gradients, for the parts of the model on this rank; each is then as it was."""
+    """Within the block, the parts of the model on this rank are in evaluation mode, without gradients."""
     were_training = [chunk.training for chunk in chunks]
     for chunk in chunks:
         chunk.eval()

@@ -1,4 +1,4 @@
-"""What generates text for tasks: prompts in, continuations out. The tasks do not know how.
+"""Generates text for tasks: prompts --> continuations.
 
 It also scores targets after contexts that are longer than the rows of training. It reads them in parts, into caches, so
 memory does not grow with the square of the length.
@@ -28,16 +28,16 @@ class Decoder(Protocol):
     def generate(
         self, prompts: Sequence[str], *, max_new_tokens: int, stop: Sequence[str], sampling: Sampling
     ) -> list[str]:
-        """The continuation of each prompt, in order: up to the end of the document, the first of the `stop` texts (which does
-        not belong to it) or `max_new_tokens`."""
+        """The continuation of each prompt, in order. It ends at the end of the document, before the first of the `stop` texts,
+        or after `max_new_tokens`."""
 
     def scores(self, requests: Sequence[ScoreRequest]) -> list[Score]:
-        """As `train.evaluate.score.scores`, for requests of any length."""
+        """Like `train.evaluate.score.scores`, for requests of any length."""
 
 
 @dataclass
 class _Answer:
-    """One continuation as it grows."""
+    """A continuation while it is generated."""
 
     decoder: IncrementalDecoder
     text: str = ""
@@ -54,7 +54,7 @@ class BatchedDecoder:
     def generate(
         self, prompts: Sequence[str], *, max_new_tokens: int, stop: Sequence[str], sampling: Sampling
     ) -> list[str]:
-        """As `Decoder.generate`. Raises NumericsError if logits are not finite."""
+        """See `Decoder.generate`. Raises NumericsError if logits are not finite."""
         if not prompts:
             return []
         tokenizer = self._tokenizer
@@ -80,7 +80,7 @@ class BatchedDecoder:
         return [_whole(answer, stop) for answer in answers.values()]
 
     def scores(self, requests: Sequence[ScoreRequest]) -> list[Score]:
-        """As `Decoder.scores`. Raises NumericsError if logits are not finite."""
+        """See `Decoder.scores`. Raises NumericsError if logits are not finite."""
         if not requests:
             return []
         engine = self._engine(len(requests), longest=max(len(r.context) + len(r.target) for r in requests))
@@ -96,7 +96,7 @@ class BatchedDecoder:
         ]
 
     def _engine(self, count: int, *, longest: int) -> InferenceEngine:
-        """An engine for so many texts of at most `longest` tokens."""
+        """An engine for this many texts of at most `longest` tokens."""
         rows = max(1, min(_MOST_ROWS, count, _BATCH_TOKENS // longest))
         return InferenceEngine(self._model, self._shape, EngineConfig(rows=rows, context_tokens=longest))
 
@@ -115,6 +115,6 @@ def _whole(answer: _Answer, stop: Sequence[str]) -> str:
 
 
 def before_stop(text: str, stop: Sequence[str]) -> str | None:
-    """What is before the first stop text; None if none occurs."""
+    """The text before the first stop text; None without a stop text."""
     places = [place for one in stop if one and (place := text.find(one)) >= 0]
     return text[: min(places)] if places else None

@@ -1,4 +1,4 @@
-"""What `stratum evaluate` does: open the tasks, then the model, ask, write results.json after each task, print a table."""
+"""Runs `stratum evaluate`: opens the tasks and the model, scores each task, updates results.json, prints a table."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -77,7 +77,7 @@ def evaluate_checkpoint(config: EvaluateToolConfig, place: Path) -> int:
 
 
 def search_data(config: EvaluateToolConfig, folder: Path) -> int:
-    """Look for the tasks' texts in a folder of prepared data. -> exit status. Raises StratumError."""
+    """Search a folder of prepared data for the tasks' texts. -> exit status. Raises StratumError."""
     console = open_console()
     tokenizer = tokenizer_in(folder)
     tasks = open_tasks(names_of(config.tasks), tokenizer=tokenizer, seed=config.seed, items=config.items)
@@ -124,7 +124,7 @@ def _open(config: EvaluateToolConfig, place: Path) -> _Opened:
 
 
 def _folder(config: EvaluateToolConfig, checkpoint: Path) -> Path:
-    """Where results go: the run's own folder, or next to a checkpoint that belongs to no run."""
+    """Default folder for results: in the run's folder, or next to a checkpoint without a run."""
     if config.out is not None:
         return Path(config.out)
     if checkpoint.parent.name == "checkpoints":
@@ -143,7 +143,7 @@ def _check_code(tasks: list[Task], *, is_allowed: bool) -> None:
 
 @dataclass(frozen=True)
 class _Asking:
-    """What tasks are asked with."""
+    """The forward pass and the decoder that score tasks."""
 
     config: EvaluateToolConfig
     forward: Forward
@@ -153,7 +153,7 @@ class _Asking:
 
 
 def _results(asking: _Asking, tasks: list[Task], harness: list[str]) -> Iterator[tuple[TaskResult, float]]:
-    """(result, seconds) of each task. CheckpointError where the model gives numbers that are not finite."""
+    """(result, seconds) of each task. CheckpointError if the model's output is NaN or infinite."""
     folder = asking.config.harness_folder
     try:
         for task in tasks:
@@ -177,7 +177,7 @@ def _results(asking: _Asking, tasks: list[Task], harness: list[str]) -> Iterator
 
 
 def _harness() -> Callable[..., list[TaskResult]]:
-    """What runs tasks of lm-evaluation-harness. BackendError if it is not installed."""
+    """The function that runs tasks of lm-evaluation-harness. BackendError if it is not installed."""
     with optional_package("lm_eval", extra="evaluate"):
         from train.evaluate.harness import run_harness  # an optional package, and seconds of imports
 
@@ -185,7 +185,7 @@ def _harness() -> Callable[..., list[TaskResult]]:
 
 
 def _report(result: TaskResult, console: Console, *, row_tokens: int, seconds: float) -> None:
-    """A line for a finished task, and one for what was cut."""
+    """Print a line for a finished task, and one for contexts that were cut."""
     values = ", ".join(f"{name} {metric.value:.4f}" for name, metric in result.metrics.items())
     console.print(f"{result.name}: {result.items:,} items, {values} ({seconds:.1f} s)")
     if result.cut_contexts:

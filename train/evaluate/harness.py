@@ -1,8 +1,8 @@
-"""lm-evaluation-harness on our forward pass and decoder: its `TemplateLM`, all three kinds of requests. Its one door.
+"""Runs lm-evaluation-harness on our forward pass and decoder (its `TemplateLM`). Only this module imports the package.
 
     names, folder of YAML files --TaskManager--> tasks --simple_evaluate(HarnessModel)--> samples --> TaskResult
 
-The harness is an optional package (extra `evaluate`): this module is imported when one of its tasks is asked for.
+The harness is an optional package (extra `evaluate`): this module is imported when one of its tasks is requested.
 """
 
 import hashlib
@@ -28,11 +28,11 @@ from train.evaluate.tasks.task import begin_token, split_pair
 from train.inference.request import Sampling
 
 _MOST_NEW_TOKENS = 256
-"""Tokens to generate where a task does not say, as in the harness's own models."""
+"""Tokens to generate if a task does not say, as in the harness's own models."""
 
 
 class HarnessModel(TemplateLM):  # type: ignore[misc]
-    """A model as the harness sees it. Batching, packing and layout are the forward pass's own business."""
+    """Our model behind the harness's interface. The forward pass decides about batches, packing and layout."""
 
     def __init__(self, forward: Forward, tokenizer: Tokenizer, decoder: Decoder) -> None:
         super().__init__()
@@ -45,7 +45,7 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
 
     @property
     def prefix_token_id(self) -> int:
-        """What an empty context is: the token that begins documents, or the one that ends the document before."""
+        """The token that stands for an empty context: begin-of-document, or else end-of-document."""
         return begin_token(self._tokens)
 
     @property
@@ -53,13 +53,13 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
         return self._tokens.fingerprint
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **options: Any) -> list[int]:
-        """Ids of a text, behind the begin-of-document token if the model has one, unless told otherwise."""
+        """Ids of a text, after the begin-of-document token if the model has one and add_special_tokens is not False."""
         begin = [] if self._tokens.bod is None or add_special_tokens is False else [self._tokens.bod]
         return begin + self._tokens.encode(string)
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         """(log-probability, is greedy) of each continuation. The harness's own encoding loses a target whose first letters
-        merge with the context, and drops one that begins with the end-of-document token: `split_pair` does neither."""
+        merge with the context, and a target that begins with the end-of-document token; `split_pair` keeps both."""
         pairs = [(request.args, *split_pair(self._tokens, *request.args)) for request in requests]
         return self._loglikelihood_tokens(pairs, disable_tqdm=disable_tqdm)
 
@@ -92,7 +92,7 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
         return [math.fsum(next(found)[0] for _ in range(count)) for count in counts]
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
-        """A continuation of each context up to one of its stop texts. Requests with equal options are decoded together."""
+        """The continuation of each context, up to one of its stop texts. Requests with equal options are decoded together."""
         answers: dict[int, str] = {}
         groups: dict[str, list[int]] = {}
         for place, request in enumerate(requests):
@@ -119,9 +119,9 @@ def run_harness(
     decoder: Decoder,
     items: int | None = None,
 ) -> list[TaskResult]:
-    """Evaluate a task of the harness, or all of a group. folder: where its YAML file is; None: those that come with the harness.
+    """Evaluate a task of the harness, or all of a group. folder: with its YAML file; None: the tasks that come with the harness.
 
-    Raises DataError for an unknown task, and where the harness cannot read one.
+    Raises DataError for an unknown task, or one that the harness cannot read.
     """
     manager = TaskManager(include_path=None if folder is None else str(folder), include_defaults=folder is None)
     if name not in manager.all_tasks:
@@ -141,7 +141,7 @@ def run_harness(
 
 
 def _sampling(options: dict[str, Any]) -> Sampling:
-    """Greedy unless the task samples."""
+    """The sampling options of a request; greedy by default."""
     if not options.get("do_sample"):
         return Sampling(temperature=0.0)
     return Sampling(
@@ -172,8 +172,8 @@ def _result(name: str, found: dict[str, Any], *, cut: int) -> TaskResult:
 
 
 def _metric(name: str, value: float, items: list[Any], *, is_higher: bool) -> Metric:
-    """The harness's value with an interval of our own from the samples: a share, a mean, or per-byte and per-word rates of
-    (log-probability, length) pairs. Of other aggregations no interval is known."""
+    """The harness's value with our interval, computed from the samples: for a share, a mean, and per-byte and per-word rates of
+    (log-probability, length) pairs. Other aggregations have no interval."""
     unknown = Metric(value, math.nan, math.nan, "unknown", is_higher)
     if not items:
         return unknown

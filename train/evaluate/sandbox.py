@@ -1,9 +1,9 @@
-"""Runs a program that a model wrote together with its check, in a process of its own that can harm nothing.
+"""Runs a program written by a model, and its check, in a separate process that cannot harm the machine.
 
     program, check --> python -I -S confine.py in a new folder --> passed | why not
 
-`train.evaluate.confine` says what the process gives up. Here is what only the parent can see to: the time by the clock, the
-size of the folder, and that nothing is left behind. Code runs only where someone asked for it (`--run-code`).
+`train.evaluate.confine` says what the process gives up. The parent limits wall-clock time and the size of the folder, and removes
+the folder. Code runs only with `--run-code`.
 """
 
 import json
@@ -29,17 +29,17 @@ _UNCONFINED = b"unconfined: "
 
 @dataclass(frozen=True)
 class Limits:
-    """What a program may use."""
+    """The limits of a program."""
 
     memory_bytes: int = 1 << 30
     cpu_s: int = 10
     file_bytes: int = 1 << 20
-    """Of one file in the program's folder."""
+    """Size of one file in the program's folder."""
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What came of a program."""
+    """The result of a program."""
 
     passed: bool
     why: str
@@ -47,9 +47,9 @@ class Outcome:
 
 
 def run(program: str, check: str, *, limits: Limits = Limits(), timeout_s: float = 15.0) -> Outcome:
-    """Execute `program`, then `check` with its names. Passed if both end without an exception.
+    """Execute `program`, then `check` with its names. It passes if both end without an exception.
 
-    Raises BackendError where this machine cannot confine a process; nothing of the program has then run.
+    Raises BackendError if this machine cannot confine a process; no part of the program has run then.
     """
     if sys.platform != "linux":
         raise BackendError("code written by a model runs on Linux only, where it can be confined (Landlock, seccomp).")
@@ -82,7 +82,7 @@ def run(program: str, check: str, *, limits: Limits = Limits(), timeout_s: float
 
 
 def _start(folder: str, *, stdin: int, result: int) -> "subprocess.Popen[bytes]":
-    """The runner, with no descriptor but the job, /dev/null and the result, and an empty environment."""
+    """Start the runner. It has an empty environment, and only the descriptors of the job, /dev/null and the result."""
     return subprocess.Popen(
         [sys.executable, "-I", "-S", "-B", str(_RUNNER), str(result)],
         stdin=stdin,
@@ -96,7 +96,7 @@ def _start(folder: str, *, stdin: int, result: int) -> "subprocess.Popen[bytes]"
 
 
 def _wait(child: "subprocess.Popen[bytes]", folder: Path, *, most_bytes: int, timeout_s: float) -> str | None:
-    """Wait for the end, or kill. -> why it was killed."""
+    """Wait until the process ends, or kill it at a limit. -> why it was killed."""
     deadline, why = time.monotonic() + timeout_s, None
     try:
         while child.poll() is None:
@@ -108,7 +108,7 @@ def _wait(child: "subprocess.Popen[bytes]", folder: Path, *, most_bytes: int, ti
                 break
             time.sleep(_LOOK_EVERY_S)
     finally:
-        child.kill()  # it has no children: it could start none
+        child.kill()  # it has no children, because it cannot start processes
         child.wait()
     return why
 

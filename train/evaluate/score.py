@@ -1,12 +1,12 @@
-"""Log-probabilities of tokens after a context, by the forward pass of training.
+"""Computes log-probabilities of tokens after a context, with the forward pass of training.
 
-    requests --pack--> rows, a document each request --model up to its head--> hidden states
-             --head, only at scored places, a few at a time--> log p and argmax --sum over the world--> a Score each
+    requests --pack--> rows, one document per request --model up to its head--> hidden states
+             --head, only at scored positions, in parts--> log p and argmax --sum over the world--> one Score per request
 
-Where the model keeps documents apart, many requests share a row; otherwise each has a row of its own. Which request lies
-where depends on the requests and the length of a row only, not on the batch size or the number of ranks, so neither changes
-a score beyond rounding. A request is the sequence context + target; the model reads all of it but the last token, and the
-places of its last len(target) inputs predict the target: no token is scored twice, and none reads what it predicts.
+If the model separates documents, many requests share a row; otherwise each request has a separate row. The packing depends
+only on the requests and the row length, so batch size and number of ranks change a score by rounding only. A request is the
+sequence context + target. The model reads all of it except the last token, and its last len(target) positions predict the target:
+each token is scored once, by a position that has not read it.
 """
 
 import math
@@ -28,14 +28,14 @@ from train.objective.next_token import local_rows
 from train.parallel.mesh import Mesh
 
 _OPEN_ROWS = 64
-"""Rows that may still take a request while packing: as good as all rows, at a bounded price."""
+"""Number of rows that packing keeps open. More rows pack hardly better and cost more time."""
 _HEAD_LOGITS = {"cpu": 1 << 20, "cuda": 1 << 26}
-"""Logits computed at once: scored tokens times vocabulary."""
+"""Number of logits computed at once: scored tokens times vocabulary."""
 
 
 @dataclass(frozen=True)
 class Request:
-    """What to score: `target` after `context`. Neither may be empty: without a context the first token has no prediction."""
+    """What to score: `target` after `context`. Neither may be empty: the first token of a sequence has no prediction."""
 
     context: tuple[int, ...]
     target: tuple[int, ...]
@@ -48,7 +48,7 @@ class Score:
     log_probability: float
     """Natural logarithm of the target's probability, summed over its tokens."""
     is_greedy: bool
-    """Whether each token of the target is the most likely one after what precedes it."""
+    """Whether each token of the target is the most likely one after the tokens before it."""
 
 
 @dataclass(frozen=True)
@@ -58,28 +58,28 @@ class Forward:
     mesh: Mesh
     chunks: Sequence[Any]
     row_tokens: int
-    """Longest row."""
+    """Length of the longest row."""
     microbatch_rows: int
     keeps_documents_apart: bool
     """Whether several requests may share a row."""
     run: Callable[[Iterable["PackedRows"], Callable[..., Any]], list[torch.Tensor]]
-    """Runs this rank's microbatches through a forward step. -> the last pipeline stage's reports."""
+    """Runs this rank's microbatches through a forward step. -> the reports, on the last pipeline stage."""
     has_fixed_shape: bool
     """Whether each microbatch must have exactly [microbatch_rows, row_tokens], as pipelines need it."""
 
 
 @dataclass(frozen=True)
 class PackedRows:
-    """Rows of requests, in the form of a `data.batch.Batch` as far as the model is concerned."""
+    """Rows of requests. The model reads the same fields as of a `data.batch.Batch`."""
 
     tokens: torch.Tensor
     """[rows, length] int64."""
     labels: torch.Tensor
-    """[rows, length] int64: the token after each of `tokens` where it is scored, else -1."""
+    """[rows, length] int64: the next token if it is scored, else -1."""
     document_index: torch.Tensor
-    """[rows, length] int32: which request of the row each token belongs to."""
+    """[rows, length] int32: index within the row of the request that each token belongs to."""
     owner: torch.Tensor
-    """[rows, length] int64: number of the request, over all rows; meaningless where labels are -1."""
+    """[rows, length] int64: number of the request over all rows; undefined where the label is -1."""
 
 
 def forward_of_engine(engine: Engine) -> Forward:
@@ -96,7 +96,7 @@ def forward_of_engine(engine: Engine) -> Forward:
 
 
 def forward_of_model(model: Any, *, row_tokens: int, microbatch_rows: int) -> Forward:
-    """Scoring with a whole model in this process (`train.build.model_on_one_rank`), whose layers all keep documents apart."""
+    """Scoring with a whole model in this process (`train.build.model_on_one_rank`), whose layers separate documents."""
     layout = Layout(world=1, tensor=1, pipeline=1, virtual=1, context=1, data=1, microbatches_per_step=1)
     device = next(model.parameters()).device
 
@@ -121,7 +121,7 @@ def forward_of_model(model: Any, *, row_tokens: int, microbatch_rows: int) -> Fo
 def scores(forward: Forward, requests: Sequence[Request]) -> list[Score]:
     """The score of each request, the same on every rank. Collective over the world.
 
-    Raises DataError for a request that does not fit into a row (`rolling_requests`, `fitted` cut them).
+    Raises DataError for a request that does not fit into a row; `rolling_requests` and `fitted` cut texts to fit.
     """
     if not requests:
         return []
@@ -134,13 +134,13 @@ def scores(forward: Forward, requests: Sequence[Request]) -> list[Score]:
     total = torch.zeros(len(requests), 2, dtype=torch.float64, device=mesh.device)
     for owner, nats, misses in reports:
         total.index_add_(0, owner.long(), torch.stack([nats, misses], dim=1))
-    # Context ranks have different tokens of a request and data ranks different requests; tensor ranks have the same ones.
+    # Context ranks have different tokens of a request, data ranks have different requests, tensor ranks have the same tokens.
     total = (mesh.sum_over_world(total) / layout.tensor).cpu()
     return [Score(-float(nats), bool(misses == 0)) for nats, misses in total.tolist()]
 
 
 def pack(requests: Sequence[Request], *, row_tokens: int, is_shared: bool) -> list[list[int]]:
-    """Numbers of the requests in each row: longest first, each into the first of the last rows that has room for it."""
+    """Numbers of the requests in each row: longest first, each into the first open row with enough room."""
     sizes = [_inputs(request) for request in requests]
     for request, size in zip(requests, sizes, strict=True):
         assert request.context and request.target, "a request needs a context and a target"
@@ -164,14 +164,14 @@ def pack(requests: Sequence[Request], *, row_tokens: int, is_shared: bool) -> li
 
 
 def fitted(request: Request, row_tokens: int) -> Request:
-    """The request with the beginning of its context cut off as far as a row needs it; at least one token of it stays."""
+    """The request, with its context cut at the beginning if it does not fit into a row; at least one token of it stays."""
     excess = _inputs(request) - row_tokens
     return request if excess <= 0 else Request(request.context[min(excess, len(request.context) - 1) :], request.target)
 
 
 def rolling_requests(tokens: Sequence[int], *, prefix: int, row_tokens: int) -> Iterator[Request]:
-    """A whole text as requests whose targets are its tokens, each once: the first after `prefix` (the token that begins a
-    document), the last window with as much context as a row has. The windows are lm-evaluation-harness's for a context of 1
+    """A whole text as requests that score each of its tokens once. The first token follows `prefix` (begin-of-document); the
+    last window has as much context as fits into a row. The windows equal those of lm-evaluation-harness for a context of 1
     (`lm_eval.utils.get_rolling_token_windows`)."""
     first = tuple(tokens[:row_tokens])
     if first:
@@ -182,17 +182,17 @@ def rolling_requests(tokens: Sequence[int], *, prefix: int, row_tokens: int) -> 
 
 
 def bits(log_probability: float) -> float:
-    """Nats of a log-probability as bits of information."""
+    """A log-probability in nats as bits of information."""
     return -log_probability / math.log(2)
 
 
 def _inputs(request: Request) -> int:
-    """Tokens that the model reads: all but the last."""
+    """Number of tokens that the model reads: all except the last."""
     return len(request.context) + len(request.target) - 1
 
 
 def _packed(rows: list[list[int]], requests: Sequence[Request], forward: Forward) -> PackedRows:
-    """One microbatch. Without a fixed shape it is as long as its longest row."""
+    """One microbatch. Without a fixed shape, its length is that of its longest row."""
     used = max((sum(_inputs(requests[i]) for i in row) for row in rows), default=0)
     length = forward.row_tokens if forward.has_fixed_shape else used
     tokens = np.zeros((len(rows), length), dtype=np.int64)
@@ -210,7 +210,7 @@ def _packed(rows: list[list[int]], requests: Sequence[Request], forward: Forward
             documents[place, slot:stop] = document
             owner[place, slot:stop] = index
             slot = stop
-        documents[place, slot:] = len(row)  # what fills the row is a document of its own
+        documents[place, slot:] = len(row)  # the filling of the row is a separate document
     return PackedRows(*map(torch.from_numpy, (tokens, labels, documents, owner)))
 
 
@@ -241,10 +241,10 @@ def _step(forward: Forward) -> Callable[..., Any]:
 def _token_scores(
     chunk: Any, hidden_NH: torch.Tensor, labels_N: torch.Tensor, *, group: dist.ProcessGroup
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(nats of each label, 1 where another token is likelier), float64 [N]. Collective over the tensor group."""
+    """(nats of each label, 1 if another token is likelier), float64 [N]. Collective over the tensor group."""
     nats = torch.empty(len(labels_N), dtype=torch.float64, device=hidden_NH.device)
     misses = torch.empty_like(nats)
-    # Of this rank's vocabulary, which is as long on every rank: all ranks make the same number of parts.
+    # All ranks have slices of the vocabulary of the same length, so they compute the same number of parts.
     vocabulary = int(head_logits(chunk, hidden_NH[:0]).shape[-1])
     size = max(1, _HEAD_LOGITS.get(hidden_NH.device.type, 1 << 26) // vocabulary)
     for start in range(0, len(labels_N), size):
@@ -260,7 +260,7 @@ def _token_scores(
 
 
 def _argmax_over_ranks(logits_NV: torch.Tensor, *, group: dist.ProcessGroup) -> torch.Tensor:
-    """Id of the largest logit of each line in the whole vocabulary; of equal ones the first. A soft cap changes nothing."""
+    """Id of the largest logit of each line in the whole vocabulary; among equal ones, the first. A soft cap keeps the order."""
     value, index = logits_NV.float().max(dim=-1)
     index = index + group.rank() * logits_NV.shape[-1]
     if group.size() > 1:

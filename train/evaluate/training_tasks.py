@@ -1,4 +1,4 @@
-"""Tasks that are scored while a model trains, at any layout (`evaluate.tasks`). Only tasks without generated text."""
+"""Tasks that are scored during training, at any layout (`evaluate.tasks`). They do not generate text."""
 
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -15,7 +15,7 @@ from train.evaluate.tasks.task import Task
 
 
 def open_training_tasks(recipe: Recipe, tokenizer: Tokenizer) -> list[Task]:
-    """The recipe's tasks, every item read and checked: a mistake shows before the first step. Raises DataError."""
+    """The recipe's tasks, with every item read and checked before the first step. Raises DataError."""
     config = recipe.evaluate
     return open_tasks(config.tasks, tokenizer=tokenizer, seed=recipe.run.seed, items=config.task_items)
 

@@ -44,7 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except _ERRORS as error:
         return complain(error)
     except KeyboardInterrupt:
-        sys.stderr.write("error: interrupted; nothing was left behind.\n")
+        sys.stderr.write("error: interrupted; all temporary files were removed.\n")
         return 130
 
 

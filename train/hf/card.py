@@ -237,7 +237,7 @@ def _conversion(release: Release) -> list[str]:
 
 
 def _text(text: str) -> str:
-    """A name or text of someone else for a line or cell of Markdown."""
+    """A name or text from elsewhere, for a line or cell of Markdown."""
     return in_markdown(without_credentials(text))
 
 

@@ -378,7 +378,7 @@ def quiet() -> Iterator[None]:
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:
-        with redirect_stderr(io.StringIO()):  # compressed-tensors shows bars without asking
+        with redirect_stderr(io.StringIO()):  # compressed-tensors shows progress bars
             yield
     finally:
         logging.set_verbosity(level)

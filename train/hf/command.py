@@ -1,7 +1,6 @@
 """The commands of `stratum hf`: conversion, tokenizer, recipe or card, comparison, in this order.
 
-Everything is written into a temporary folder next to the target. It is renamed to the target when the models agree. Import
-this module after `train.megatron.prepare`.
+Everything is written into a temporary folder next to the target. It is renamed to the target when the models agree.
 """
 
 import argparse
@@ -124,7 +123,7 @@ def export_model(parsed: argparse.Namespace) -> int:
             return _refuse(agreement, f"{parsed.out} was not written", config=config)
         if agreement is None and quantizer is not None and not parsed.no_check:
             raise BackendError(
-                f"{parsed.out} was not written: quantised weights go out compared only. {why} See --no-check."
+                f"{parsed.out} was not written: quantised weights must be compared first. {why} See --no-check."
             )
         publish()
     _print(
@@ -288,8 +287,8 @@ def _write_tokenizer(
     untouched: bool,
     config: dict[str, Any],
 ) -> None:
-    """Write the tokenizer files: the published ones if the tokenizer is the same. Once trained on here, they add what the
-    recipe adds to a text: its begin-of-document token, or nothing."""
+    """Write the tokenizer files: the published ones if the tokenizer is the same. If the model was trained further, they add what
+    the recipe adds to a text: its begin-of-document token, or nothing."""
     if not untouched and tokenizer.template_begin not in (None, recipe.data.tokenizer.begin_of_document):
         _print(
             f"note: the template of {file} puts {tokenizer.template_begin!r} before a text, but the model was trained with "

@@ -1,7 +1,7 @@
-"""The weights of `stratum hf export --quantize`: what takes the place of a linear layer's weight, and the model to compare with.
+"""The weights of `stratum hf export --quantize`: the tensors that replace a linear layer's weight, and the model to compare with.
 
 Quantizer.matrix(name, weight)   -> codes and scales: calibrated ones, or the nearest codes
-Quantizer.apply(model)              the same numbers as dense weights in our model: what transformers must compute
+Quantizer.apply(model)              the same numbers as dense weights in our model, for the comparison with transformers
 """
 
 import argparse
@@ -41,7 +41,7 @@ class Quantizer:
     """By the names of their weights in the files."""
     matrices: dict[str, QuantizedMatrix]
     """By the names of the matrices, without `.weight`: the calibrated ones, and those rounded to nearest so far."""
-    kept: tuple[str, ...]
+    unquantized: tuple[str, ...]
     """Linear layers that keep their format, by the last part of their names in the files."""
 
     def entries(self, name: str, shape: tuple[int, ...]) -> list[Entry]:
@@ -57,7 +57,7 @@ class Quantizer:
             yield f"{name.removesuffix('weight')}{last}", tensor
 
     def matrix(self, name: str, weight: torch.Tensor) -> QuantizedMatrix:
-        """The quantised weight of a name; kept, so that the comparison uses the codes that were written."""
+        """The quantised weight of a name. It is stored, so that the comparison uses the codes that were written."""
         key = name.removesuffix(".weight")
         if key not in self.matrices:
             self.matrices[key] = quantize(weight, self.form, name=name, scale_dtype=self.scale_dtype)
@@ -74,9 +74,9 @@ class Quantizer:
 
     @property
     def config(self) -> dict[str, Any]:
-        """What config.json says about it."""
+        """The entry in config.json."""
         # A pattern, because the files' names are not those of the modules: transformers and vLLM rename `backbone.`.
-        return {KEY: to_config(self.form, ignore=["lm_head", *(f"re:.*\\.{name}$" for name in self.kept)])}
+        return {KEY: to_config(self.form, ignore=["lm_head", *(f"re:.*\\.{name}$" for name in self.unquantized)])}
 
 
 def open_quantizer(parsed: argparse.Namespace, recipe: Recipe, checkpoint: Path) -> Quantizer | None:
@@ -95,16 +95,16 @@ def open_quantizer(parsed: argparse.Namespace, recipe: Recipe, checkpoint: Path)
             "--quantize compares the result with transformers, which needs compressed-tensors: pip install -e '.[hf]'. "
             "--no-check writes without comparing."
         )
-    kept = tuple(parsed.keep or ())
+    unquantized = tuple(parsed.keep or ())
     every = linears(recipe.model, family)
     last_names = {part.rpartition(".")[2] for linear in every for part in linear.parts}
-    for name in kept:
+    for name in unquantized:
         if name not in last_names:
             hint = did_you_mean(name, last_names, otherwise=f"There are: {', '.join(sorted(last_names))}.")
             raise RecipeError(f"--keep {name}: the model has no such linear layer. {hint}")
-    found = [linear for linear in every if not any(part.rpartition(".")[2] in kept for part in linear.parts)]
+    found = [linear for linear in every if not any(part.rpartition(".")[2] in unquantized for part in linear.parts)]
     if not found:
-        raise RecipeError(f"--keep {' '.join(kept)} leaves no linear layer to quantise. Name fewer.")
+        raise RecipeError(f"--keep {' '.join(unquantized)} leaves no linear layer to quantise. Name fewer.")
     shapes = {
         name.rpartition(".")[0].rpartition(".")[2]: shape for one in found for name, shape in one.pair.theirs.items()
     }
@@ -126,7 +126,7 @@ def open_quantizer(parsed: argparse.Namespace, recipe: Recipe, checkpoint: Path)
                 reset_at_documents=recipe.data.reset_at_documents,
             )
     return Quantizer(
-        form, scale_dtype, {name: linear for linear in found for name in linear.pair.theirs}, matrices, kept
+        form, scale_dtype, {name: linear for linear in found for name in linear.pair.theirs}, matrices, unquantized
     )
 
 

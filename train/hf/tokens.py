@@ -28,7 +28,7 @@ ODD_TEXTS = (
     "नमस्ते ก็ ﷺ", "👨\u200d👩\u200d👧 🇩🇪 ☺️", "▁under▁score", "I'LL it's don't", "aaaaaaaaaaaaaaaaaaaaaaaa", "x\x00\x7f\x85y",
     "def f(x):\n    return x  # {}",
 )  # fmt: skip
-"""Texts that tokenizers often read differently. None has the name of a special token: that is text here, a token there."""
+"""Texts that tokenizers often read differently. None contains the name of a special token: it is text here, a token there."""
 _BOS = ("<bos>", "<s>", "<|begin_of_text|>")
 _PAD = ("<pad>", "<|pad|>", "[PAD]")
 

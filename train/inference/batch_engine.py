@@ -2,81 +2,102 @@
 
     add(Request) -> id          waiting --admit--> running --finish--> gone
     step() -> events            one forward pass over the next tokens of all running texts: one token of each text that
-                                generates, and parts of the prompts of those that are still being read
+                                generates, with the guesses of a drafter for those after it, and parts of the prompts of
+                                those that are still being read
 
 Memory is a fixed set of pages and states (`pools.py`), allocated at the start. A text is admitted if its tokens so far fit. If a
-running text needs a page and none is free, blocks of the prefix cache go first, then the running text of the lowest priority
-(among equals, the latest): it waits again, and later reads its tokens again, generated ones included, and continues with the
+running text needs a page and none is free, blocks of the prefix cache are removed first. Then the running text of the lowest
+priority (among equals, the latest) waits again: later it reads its tokens again, including generated ones, and continues with the
 same random numbers.
 
 The engine is not thread-safe: one thread calls it. Under tensor parallelism every rank makes the same calls, and every rank
 gets the same events.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 
-from launch.plan.cost.inference import cache_sizes
+from launch.plan.cost.inference import cache_sizes, draft_sizes
 from recipes.schema.errors import RecipeError
 from recipes.schema.model import ModelConfig
-from train.inference.forward import Read, logits_of, read_tokens
+from train.inference.acceptance import Guess, next_tokens
+from train.inference.drafters import Ask, Draft, Drafter, Followed
+from train.inference.forward import Read, logits_of, read_tokens, settle
 from train.inference.pools import Pools
 from train.inference.prefix import PrefixCache
 from train.inference.request import Event, Finish, Request, Token
-from train.inference.sampling import Draw, draw
+from train.inference.sampling import Draw
 from train.inference.thinking import ThinkingWatch
-from train.model.few_tokens import FewTokens
+from train.model.few_tokens import MOST, FewTokens
 
 
 @dataclass(frozen=True)
 class EngineConfig:
-    """How much an engine holds and does at once."""
+    """Limits of an engine: texts, tokens and memory."""
 
     rows: int = 16
-    """Texts that run at once."""
+    """Largest number of texts that run at once."""
     context_tokens: int = 4096
-    """Tokens of the longest text, prompt and answer together."""
+    """Largest number of tokens of a text, prompt and answer together."""
     memory_bytes: int | None = None
     """Bytes of keys, values and states on this rank; None: enough for `rows` texts of `context_tokens`."""
     page_tokens: int = 16
     """Tokens of a page of keys and values."""
     step_tokens: int = 512
-    """Tokens read in one step at most: bounds the memory of a step, and how long a prompt delays the other texts."""
+    """Largest number of tokens read in a step. It limits the memory of a step, and how long a prompt delays the other texts."""
     prefix_blocks: int = 0
-    """Blocks of prompts whose pages and states are stored for later texts that begin the same; 0: none."""
+    """Number of blocks of prompts whose pages and states are stored for later texts with the same beginning; 0: none."""
     block_tokens: int = 128
-    """Tokens of such a block, whole pages."""
+    """Tokens of such a block; a multiple of `page_tokens`."""
+    draft_tokens: int = 4
+    """Largest number of guesses for a text in one step, if the engine has a drafter."""
 
 
 @dataclass(frozen=True)
 class EngineStats:
-    """Counts since the start, and what is going on now."""
+    """Counts since the start, and the current numbers of texts and free pages."""
 
     running: int
     waiting: int
     prompt_tokens: int
-    """Tokens of the prompts of admitted texts; a text that had to wait again counts with all tokens that it has to read again."""
+    """Prompt tokens of admitted texts. A text that had to wait again adds all tokens that it reads again."""
     cached_tokens: int
-    """Those that the prefix cache had."""
+    """Those that were found in the prefix cache."""
     generated_tokens: int
     preemptions: int
     steps: int
     free_pages: dict[str, int]
     """By kind of attention layer."""
     prefix_blocks: int
+    draws: int = 0
+    """Times that a text got tokens from a step."""
+    guessed_tokens: int = 0
+    """Guesses of a drafter that were checked."""
+    accepted_tokens: int = 0
+    """Those that became tokens."""
+
+    @property
+    def acceptance_rate(self) -> float:
+        """Share of the guesses that became tokens."""
+        return self.accepted_tokens / self.guessed_tokens if self.guessed_tokens else 0.0
+
+    @property
+    def tokens_per_step(self) -> float:
+        """Tokens that a text gets in a step in which it gets any; 1 without speculation."""
+        return self.generated_tokens / self.draws if self.draws else 0.0
 
     @property
     def hit_rate(self) -> float:
-        """Share of prompt tokens that were not read because the prefix cache had them."""
+        """Share of prompt tokens that were found in the prefix cache and not read."""
         return self.cached_tokens / self.prompt_tokens if self.prompt_tokens else 0.0
 
 
 @dataclass(eq=False)
 class _Text:
-    """A request on its way."""
+    """A request that has not ended, and its state."""
 
     id: int
     request: Request
@@ -84,13 +105,17 @@ class _Text:
     """Prompt and generated tokens."""
     watch: ThinkingWatch | None
     done: int = 0
-    """Tokens that are in the pools."""
+    """Number of tokens that are in the pools."""
     row: int = -1
     """Row in the pools; -1 while waiting."""
     scored: int = 0
-    """Prompt tokens whose scores were reported, counted from the prompt's start."""
+    """Number of prompt tokens, from the start, whose scores were reported."""
     keys: list[bytes] = field(default_factory=list)
-    """Keys of the text's blocks in the prefix cache, as far as computed."""
+    """Keys of the text's blocks in the prefix cache, as far as they are computed."""
+    most_guesses: int = 0
+    """Largest number of guesses in one step; 0: the drafter ignores the text."""
+    guesses: int = 0
+    """Largest number of guesses in the next step: one more than were right in the last, or `most_guesses` if all were."""
 
     @property
     def generated(self) -> int:
@@ -98,35 +123,91 @@ class _Text:
 
     @property
     def left(self) -> int:
-        """Tokens that are not in the pools yet."""
+        """Number of tokens that are not in the pools yet."""
         return len(self.tokens) - self.done
 
     @property
     def order(self) -> tuple[int, int]:
-        """Sorts by who is served first."""
+        """Sort key: the first text is served first."""
         return (-self.request.priority, self.id)
+
+
+@dataclass(eq=False)
+class _Turn:
+    """What a text does in a step."""
+
+    text: _Text
+    count: int
+    """Tokens that it reads for good."""
+    draft: Draft = field(default_factory=Draft)
+    """Guesses that it reads too; only if `count` is all that is left."""
+
+    @property
+    def read(self) -> Read:
+        text = self.text
+        tokens = [*text.tokens[text.done : text.done + self.count], *self.draft.tokens]
+        return Read(text.row, tokens, text.done, is_trial=bool(self.draft.tokens))
+
+    @property
+    def tokens(self) -> int:
+        return self.count + len(self.draft.tokens)
+
+    @property
+    def is_drawing(self) -> bool:
+        """Whether it gets a token."""
+        return self.count == self.text.left and self.text.generated < self.text.request.max_new_tokens
+
+
+@dataclass(frozen=True)
+class _Drawn:
+    """A new token of a text."""
+
+    text: _Text
+    id: int
+    line: int
+    """Of the logits that it was drawn from."""
+    is_forced: bool = False
+    is_guessed: bool = False
+    guesses: int | None = None
+    """As in `Event`."""
+    finish: Finish | None = None
+    """`error`: there is no token."""
 
 
 class InferenceEngine:
     """See the module docstring. `model`: a whole model or this tensor rank's part, of shape `shape`.
 
-    fingerprint: identifies weights and tokenizer in the keys of the prefix cache. Raises RecipeError if `memory_bytes` has no
-    room for one text of `context_tokens`; the message names the longest that fits.
+    drafter: guesses tokens; the distribution of texts stays the same (`train.inference.acceptance`). fingerprint: identifies
+    weights and tokenizer in the keys of the prefix cache. Raises RecipeError if one text of `context_tokens` does not fit into
+    `memory_bytes`, where the message names the longest that fits, or if the drafter has other token ids.
     """
 
     def __init__(
-        self, model: Any, shape: ModelConfig, config: EngineConfig | None = None, *, fingerprint: str = ""
+        self,
+        model: Any,
+        shape: ModelConfig,
+        config: EngineConfig | None = None,
+        *,
+        drafter: Drafter | None = None,
+        fingerprint: str = "",
     ) -> None:
         self.model, self.shape = model.eval(), shape
         self.config = config = config or EngineConfig()
         weight = next(model.parameters())
         tensor = model.pg_collection.tp.size()
+        draft = drafter.shape if drafter is not None else None
+        if drafter is not None:
+            _check_drafter(draft, shape, config)
         self.sizes = cache_sizes(
             shape, rows=config.rows, context_tokens=config.context_tokens, page_tokens=config.page_tokens,
             step_tokens=config.step_tokens, snapshots=config.prefix_blocks if "M" in shape.pattern else 0,
             number_bytes=weight.element_size(), tensor=tensor, budget_bytes=config.memory_bytes,
+            trial_tokens=config.rows * (1 + config.draft_tokens) if drafter is not None else 0, draft=draft,
         )  # fmt: skip
         self.pools = Pools(shape, self.sizes, dtype=weight.dtype, device=weight.device, tensor=tensor)
+        self.drafter = drafter
+        if drafter is not None and draft is not None:
+            drafter.open(draft_sizes(draft, self.sizes, step_tokens=config.step_tokens), step_tokens=config.step_tokens)
         self.prefixes = PrefixCache(
             self.pools, block_tokens=config.block_tokens, capacity=config.prefix_blocks, root=fingerprint
         )
@@ -138,42 +219,48 @@ class InferenceEngine:
         self._events: list[Event] = []
         self._next_id = 0
         self._counts = {"prompt_tokens": 0, "cached_tokens": 0, "generated_tokens": 0, "preemptions": 0, "steps": 0}
+        self._counts |= {"draws": 0, "guessed_tokens": 0, "accepted_tokens": 0}
 
-    # ---- the calls
+    # ---- calls of users
 
     def add(self, request: Request) -> int:
         """Accept a request. -> its id. RecipeError if it is malformed or too long; the message names the limit."""
         self._check(request)
         watch = ThinkingWatch(request.thinking, request.prompt) if request.thinking is not None else None
         scored = request.score_from if request.score_from is not None else len(request.prompt)
-        text = _Text(self._next_id, request, list(request.prompt), watch, scored=scored)
+        most = self.config.draft_tokens if self.drafter is not None else 0
+        if request.draft_tokens is not None:
+            most = min(most, request.draft_tokens)
+        text = _Text(
+            self._next_id, request, list(request.prompt), watch, scored=scored, most_guesses=most, guesses=most
+        )
         self._next_id += 1
         self._texts[text.id] = text
         self._waiting.append(text)
         return text.id
 
     def cancel(self, id: int) -> None:
-        """End a request; its last event comes with the next step. No effect if it has ended."""
+        """End a request. Its last event comes with the next step. No effect if it has ended."""
         if id in self._texts:
             self._end(self._texts[id], "cancelled")
 
     @property
     def is_idle(self) -> bool:
-        """Whether there is nothing to do: no request waits or runs, and no event is left."""
+        """Whether no request waits or runs and no event is left."""
         return not self._texts and not self._events
 
     def step(self) -> list[Event]:
-        """Read and generate the next tokens of all running texts. -> what happened, in no particular order between requests."""
+        """Read and generate the next tokens of all running texts. -> events; their order between requests is not defined."""
         self._admit()
         batch = self._schedule()
         if batch:
             self._counts["steps"] += 1
-            self._run(batch)
+            self._run(self._guess(batch))
         events, self._events = self._events, []
         return events
 
     def run(self, requests: Sequence[Request]) -> list[list[Event]]:
-        """Add requests and step until all of them have ended. -> the events of each, in order."""
+        """Add requests and run steps until all of them have ended. -> the events of each, in order."""
         ids = [self.add(request) for request in requests]
         found: dict[int, list[Event]] = {id: [] for id in ids}
         while any(id in self._texts for id in ids) or self._events:
@@ -188,7 +275,7 @@ class InferenceEngine:
             **self._counts,
         )  # fmt: skip
 
-    # ---- who runs
+    # ---- which texts run
 
     def _check(self, request: Request) -> None:
         prompt, vocab = request.prompt, self.shape.real_vocab
@@ -210,46 +297,83 @@ class InferenceEngine:
             )
 
     def _admit(self) -> None:
-        """Start waiting texts, in order, as long as their tokens fit."""
+        """Start waiting texts, in order, as long as their tokens fit; but not those whose next block is being read."""
         self._waiting.sort(key=lambda text: text.order)
-        while self._waiting:
-            text = self._waiting[0]
-            if not self._free_rows and not self._preempt_for(text):
+        for text in list(self._waiting):
+            if not self._free_rows and all(other.order <= text.order for other in self._running):
                 return
+            if self._is_being_read(text):
+                continue
+            if not self._free_rows:
+                self._preempt_for(text)
             if not self._start(text):
                 return
             self._waiting.remove(text)
             self._running.append(text)
 
     def _start(self, text: _Text) -> bool:
-        """Give a text a row, and what the prefix cache has of it. -> False if its tokens do not fit now."""
+        """Give a text a row, and its blocks in the prefix cache. -> False if its tokens do not fit now."""
         text.row, text.done = self._free_rows[-1], 0
         if self.prefixes.capacity:
-            is_scored = text.scored == len(text.request.prompt)
-            # The token before the next one to draw or to score has to be read.
-            known = ((len(text.tokens) if is_scored else text.scored) - 1) // self.config.block_tokens
-            self.prefixes.extend_keys(text.keys, text.tokens, known)
-            text.done = self.prefixes.adopt(text.row, text.keys[:known])
+            text.done = self.prefixes.adopt(text.row, self._usable_keys(text))
         while not self._has_room(text):
             if not self.prefixes.evict() and not self._preempt_for(text):
-                self.pools.drop(text.row)
-                text.row, text.done = -1, 0
+                self._drop(text)
                 return False
         self._free_rows.remove(text.row)
         self._counts["prompt_tokens"] += len(text.tokens)
         self._counts["cached_tokens"] += text.done
         return True
 
+    def _usable_keys(self, text: _Text) -> list[bytes]:
+        """The keys of the blocks that the text need not read: the token before the next one to draw or to score is read."""
+        is_scored = text.scored == len(text.request.prompt)
+        self.prefixes.extend_keys(text.keys, text.tokens, len(text.tokens) // self.config.block_tokens)
+        return text.keys[: ((len(text.tokens) if is_scored else text.scored) - 1) // self.config.block_tokens]
+
+    def _is_being_read(self, text: _Text) -> bool:
+        """Whether a running text that is served earlier reads the block that this one would begin with: it will be shared."""
+        if not self.prefixes.capacity:
+            return False
+        keys = self._usable_keys(text)
+        first = self.prefixes.known(keys)
+        return first < len(keys) and any(
+            other.order < text.order
+            and other.done < (first + 1) * self.config.block_tokens
+            and other.keys[first : first + 1] == keys[first : first + 1]
+            for other in self._running
+        )
+
     def _has_room(self, text: _Text) -> bool:
-        """Whether all tokens that the text has so far fit into free pages; of a window, those of the next step."""
+        """Whether all tokens of the text so far fit into free pages; for a window, those of the next step."""
         next_tokens = min(len(text.tokens), text.done + self.config.step_tokens)
         return all(
             group.missing(text.row, next_tokens if group.window else len(text.tokens)) <= group.pages.free
             for group in self.pools.groups.values()
-        )
+        ) and self._drafter_fits(text, len(text.tokens))
+
+    def _drafter_fits(self, text: _Text, tokens: int) -> bool:
+        return not text.most_guesses or self.drafter is None or self.drafter.fits(text.row, tokens)
+
+    def _fits(self, text: _Text, tokens: int) -> bool:
+        """Whether the first `tokens` tokens of a running text can be stored with the pages that are free."""
+        return self.pools.fits(text.row, tokens) and self._drafter_fits(text, tokens)
+
+    def _extend(self, text: _Text, tokens: int) -> None:
+        """Take these pages."""
+        self.pools.extend(text.row, tokens)
+        if text.most_guesses and self.drafter is not None:
+            self.drafter.reserve(text.row, tokens)
+
+    def _drop(self, text: _Text) -> None:
+        """Let go of everything that a text has in the pools."""
+        self.pools.drop(text.row)
+        if text.most_guesses and self.drafter is not None:
+            self.drafter.drop(text.row)
+        text.row, text.done = -1, 0
 
     def _preempt_for(self, text: _Text) -> bool:
-        """Make the running text of the lowest priority wait again, if it comes after `text`. -> whether there was one."""
+        """Make the running text of the lowest priority wait again, if it is served after `text`. -> whether there was one."""
         last = max(self._running, key=lambda other: other.order, default=None)
         if last is None or last.order <= text.order:
             return False
@@ -261,34 +385,36 @@ class InferenceEngine:
 
     def _stop(self, text: _Text) -> None:
         self._running.remove(text)
-        self.pools.drop(text.row)
         self._free_rows.append(text.row)
-        text.row, text.done = -1, 0
+        self._drop(text)
 
-    def _end(self, text: _Text, finish: Finish, *, message: str = "", token: Token | None = None) -> None:
+    def _end(
+        self, text: _Text, finish: Finish, *, message: str = "", token: Token | None = None, guesses: int | None = None
+    ) -> None:
         if text.row >= 0:
             self._stop(text)
         else:
             self._waiting.remove(text)
         del self._texts[text.id]
-        self._events.append(Event(text.id, token, finish, message=message))
+        self._events.append(Event(text.id, token, finish, message=message, guesses=guesses))
 
     # ---- one step
 
     def _schedule(self) -> list[tuple[_Text, int]]:
-        """Texts and how many tokens of each are read now; those with one token first. Takes the pages that they need."""
+        """(text, number of its tokens to read in this step); texts with one token first. Takes the pages that they need."""
         self._running.sort(key=lambda text: text.order)
         singles: list[tuple[_Text, int]] = []
         parts: list[tuple[_Text, int]] = []
-        for text in [text for text in self._running if text.left == 1]:
+        ready = [text for text in self._running if not self._read_ahead(text)]
+        for text in [text for text in ready if text.left == 1]:
             if text.row >= 0 and self._take(text, 1):
                 singles.append((text, 1))
         budget = self.config.step_tokens - len(singles)
-        for text in [text for text in self._running if text.left > 1]:
+        for text in [text for text in ready if text.left > 1]:
             if budget < 1 or text.row < 0:
                 continue
             count = min(text.left, budget)
-            if self.prefixes.capacity:  # stop where a block ends: its states are stored there
+            if self.prefixes.capacity:  # stop at the end of a block, to store its states
                 count = min(count, self.config.block_tokens - text.done % self.config.block_tokens)
             taken = self._take(text, count)
             if taken:
@@ -296,74 +422,178 @@ class InferenceEngine:
                 budget -= taken
         return [pair for pair in singles + parts if pair[0].row >= 0]
 
+    def _read_ahead(self, text: _Text) -> bool:
+        """Let the drafter read the next part of a long prefix that the prefix cache had. -> whether the text waits for it."""
+        if not text.most_guesses or self.drafter is None:
+            return False
+        lag, size = self.drafter.lag(text.row, text.done), self.config.step_tokens
+        if lag <= size:
+            return False
+        self.drafter.follow([Followed(text.row, text.tokens, text.done - lag + size, None)])
+        return True
+
     def _take(self, text: _Text, count: int) -> int:
-        """Take the pages for the text's next `count` tokens, or for fewer. -> for how many; 0 if it has to wait."""
-        while not self.pools.fits(text.row, text.done + 1):
+        """Take the pages for the text's next `count` tokens, or for fewer. -> that number; 0 if the text has to wait."""
+        while not self._fits(text, text.done + 1):
             if not self.prefixes.evict() and not self._preempt_for(text):
                 return 0
-        while not self.pools.fits(text.row, text.done + count):
+        while not self._fits(text, text.done + count):
             count -= 1
-        self.pools.extend(text.row, text.done + count)
+        self._extend(text, text.done + count)
         return count
 
+    def _guess(self, batch: list[tuple[_Text, int]]) -> list[_Turn]:
+        """Add the drafter's guesses for texts that are read to their end, as far as there is room. -> turns with one token
+        come first."""
+        turns = [_Turn(text, count) for text, count in batch]
+        asking = [turn for turn in turns if turn.text.most_guesses and turn.is_drawing]
+        if self.drafter is None or not asking:
+            return turns
+        used = sum(count for _, count in batch)
+        # More tokens than MOST are read in another way, which does not pay for guesses.
+        most_tokens = MOST if used == len(batch) else self.config.step_tokens
+        left, asks = max(0, min(most_tokens, self.config.step_tokens) - used), []
+        for place, turn in enumerate(asking):
+            text = turn.text
+            most = min(text.guesses, self._last_guess(text), left // (len(asking) - place)) if text.left == 1 else 0
+            while most and not self._fits(text, len(text.tokens) + most):
+                most -= 1
+            self._extend(text, len(text.tokens) + most)
+            left -= most
+            asks.append(Ask(text.row, text.tokens, most, Draw(text.request.sampling, text.generated)))
+        for turn, draft in zip(asking, self.drafter.propose(asks), strict=True):
+            turn.draft = draft
+            self.pools.cut(turn.text.row, turn.text.done + turn.tokens)
+        return sorted(turns, key=lambda turn: turn.tokens > 1)
+
+    def _last_guess(self, text: _Text) -> int:
+        """Guesses that make sense: the last token needs none after it, and no text may pass the end of a block unseen."""
+        left = text.request.max_new_tokens - text.generated - 1
+        if self.prefixes.capacity:
+            left = min(left, self.config.block_tokens - text.done % self.config.block_tokens - 1)
+        return left
+
     @torch.no_grad()
-    def _run(self, batch: list[tuple[_Text, int]]) -> None:
-        reads = [Read(text.row, text.tokens[text.done : text.done + count], text.done) for text, count in batch]
-        hidden_TH = read_tokens(self.model, reads, self.pools, few=self._few)
-        # The lines of logits that are needed: after the last token of a text, and before each token to score.
+    def _run(self, turns: list[_Turn]) -> None:
+        befores = [turn.text.done for turn in turns]
+        hidden_TH = read_tokens(self.model, [turn.read for turn in turns], self.pools, few=self._few)
+        # Logits are needed before each token to score, and after the last token of a text and each of its guesses.
         lines: list[int] = []
         scoring: list[range] = []
         begin = 0
-        for text, count in batch:
+        for turn in turns:
+            text = turn.text
             first = max(text.scored - 1, text.done)
-            last = min(text.done + count, len(text.request.prompt) - 1)
+            last = min(text.done + turn.count, len(text.request.prompt) - 1)
             scoring.append(range(len(lines), len(lines) + max(0, last - first)))
             lines += range(begin + first - text.done, begin + last - text.done)
-            begin += count
-        drawing = []
+            begin += turn.tokens
+        drawing: list[tuple[_Turn, range]] = []
         begin = 0
-        for text, count in batch:
-            begin += count
-            if count == text.left and text.generated < text.request.max_new_tokens:
-                drawing.append((text, len(lines)))
-                lines.append(begin - 1)
-        finite_T = torch.isfinite(hidden_TH).all(-1)
-        logits_NV = logits_of(
-            self.model, hidden_TH if lines == list(range(len(hidden_TH))) else hidden_TH[lines], few=self._few
-        )
+        for turn in turns:
+            begin += turn.tokens
+            if turn.is_drawing:
+                count = 1 + len(turn.draft.tokens)
+                drawing.append((turn, range(len(lines), len(lines) + count)))
+                lines += range(begin - count, begin)
+        logits_NV = logits_of(self.model, _of_lines(hidden_TH, lines), few=self._few)
         log_sums_N = logits_NV.logsumexp(-1)
-        bad = self._broken(batch, finite_T, lines, log_sums_N)
-        for (text, count), places in zip(batch, scoring, strict=True):
-            if text in bad:
+        finite_T = torch.isfinite(hidden_TH).all(-1)
+        finite_N = torch.isfinite(log_sums_N) & finite_T[lines]
+        bad = self._broken(turns, finite_T, lines, finite_N)
+        drawing = [(turn, places) for turn, places in drawing if turn.text not in bad]
+        drawn = self._draw(drawing, logits_NV, finite_N)
+        self._settle([turn for turn in turns if turn.draft.tokens and turn.text not in bad])
+        for turn, places in zip(turns, scoring, strict=True):
+            if turn.text in bad:
                 continue
-            self._advance(text, count)
+            self._advance(turn.text, turn.text.left - 1 if turn.draft.tokens else turn.count)
             if places:
-                self._score(text, logits_NV[places.start : places.stop], log_sums_N[places.start : places.stop])
+                self._score(turn.text, logits_NV[places.start : places.stop], log_sums_N[places.start : places.stop])
+        if self.drafter is not None:
+            parts = hidden_TH.split([turn.tokens for turn in turns])
+            self.drafter.follow(
+                [
+                    Followed(turn.text.row, turn.text.tokens, turn.text.done, part[: turn.text.done - before])
+                    for turn, part, before in zip(turns, parts, befores, strict=True)
+                    if turn.text.most_guesses and turn.text not in bad
+                ]
+            )
         for text in bad:
-            self._end(text, "error", message="the model's output is not finite (NaN or infinity)")
-        drawing = [(text, line) for text, line in drawing if text not in bad]
-        if drawing:
-            chosen = [line for _, line in drawing]
-            whole = chosen == list(range(len(lines)))
-            self._draw([text for text, _ in drawing], *((x if whole else x[chosen]) for x in (logits_NV, log_sums_N)))
-        for text, _ in batch:
-            if text.row >= 0 and not text.left:
-                self._end(text, "length")  # nothing to generate: its prompt was to be scored
+            self._end(text, "error", message=_NOT_FINITE)
+        if drawn:
+            self._report(drawn, *(_of_lines(x, [one.line for one in drawn]) for x in (logits_NV, log_sums_N)))
+        for turn in turns:
+            if turn.text.row >= 0 and not turn.text.left:
+                self._end(turn.text, "length")  # the request only scores its prompt
 
     def _broken(
-        self, batch: list[tuple[_Text, int]], finite_T: torch.Tensor, lines: list[int], log_sums_N: torch.Tensor
+        self, turns: list[_Turn], finite_T: torch.Tensor, lines: list[int], finite_N: torch.Tensor
     ) -> list[_Text]:
-        """The texts with a hidden state or logits that are not finite."""
-        if bool(finite_T.all()) and bool(torch.isfinite(log_sums_N).all()):
+        """The texts whose hidden states or logits contain NaN or infinity, other than after a guess."""
+        if bool(finite_T.all()) and bool(finite_N.all()):
             return []
         finite_T = finite_T.clone()
-        for line, is_finite in zip(lines, torch.isfinite(log_sums_N).tolist(), strict=True):
-            finite_T[line] &= is_finite
-        parts = finite_T.split([count for _, count in batch])
-        return [text for (text, _), part in zip(batch, parts, strict=True) if not bool(part.all())]
+        finite_T[lines] &= finite_N
+        parts = finite_T.split([turn.tokens for turn in turns])
+        return [turn.text for turn, part in zip(turns, parts, strict=True) if not bool(part[: turn.count].all())]
+
+    def _draw(
+        self, drawing: list[tuple[_Turn, range]], logits_NV: torch.Tensor, finite_N: torch.Tensor
+    ) -> list[_Drawn]:
+        """The next token of each text, and those after it as long as guesses are right. They become part of the texts."""
+        draws: list[Draw] = []
+        guesses: list[Guess | None] = []
+        for turn, places in drawing:
+            text, own = turn.text, turn.draft.guesses
+            draws += (Draw(text.request.sampling, text.generated + index) for index in range(len(places)))
+            guesses += own or [None] * len(places)
+        if not draws:
+            return []
+        all_lines = [line for _, places in drawing for line in places]
+        ids = dict(zip(all_lines, next_tokens(_of_lines(logits_NV, all_lines), draws, guesses).tolist(), strict=True))
+        is_finite = finite_N.tolist()
+        return [one for turn, places in drawing for one in self._accept(turn, places, ids, is_finite)]
+
+    def _accept(self, turn: _Turn, places: range, ids: dict[int, int], is_finite: list[bool]) -> Iterator[_Drawn]:
+        text, guesses = turn.text, turn.draft.tokens
+        right = 0
+        for index, line in enumerate(places):
+            if not is_finite[line]:  # after a right guess: the text ends with what was drawn before
+                yield _Drawn(text, -1, line, guesses=None, finish="error")
+                break
+            forced = text.watch.forced if text.watch is not None else None
+            id = ids[line] if forced is None else forced
+            text.tokens.append(id)
+            if text.watch is not None:
+                text.watch.see(id)
+            is_right = index < len(guesses) and guesses[index] == id
+            right += is_right
+            is_last = text.generated == text.request.max_new_tokens
+            finish: Finish | None = "stop" if id in text.request.stop else "length" if is_last else None
+            yield _Drawn(
+                text, id, line, is_forced=forced is not None, is_guessed=is_right, guesses=None if index else len(guesses),
+                finish=finish,
+            )  # fmt: skip
+            if finish or not is_right:
+                break
+        if guesses:
+            text.guesses = text.most_guesses if right == len(guesses) else right + 1
+        self._counts["guessed_tokens"] += len(guesses)
+        self._counts["accepted_tokens"] += right
+        self._counts["draws"] += 1
+
+    def _settle(self, trials: list[_Turn]) -> None:
+        """Take back the guesses that were wrong."""
+        if not trials:
+            return
+        accepted = [turn.text.left - 1 for turn in trials]  # without the token that was drawn last
+        settle(self.model, [turn.read for turn in trials], accepted, self.pools)
+        for turn, count in zip(trials, accepted, strict=True):
+            self.pools.cut(turn.text.row, turn.text.done + count)
 
     def _advance(self, text: _Text, count: int) -> None:
-        """Count tokens as read; store a block that has just ended; let go of pages outside of windows."""
+        """Count tokens as read, store a block that has just ended, and release pages outside of windows."""
         text.done += count
         blocks, rest = divmod(text.done, self.config.block_tokens)
         if self.prefixes.capacity and not rest:
@@ -373,52 +603,62 @@ class InferenceEngine:
 
     def _score(self, text: _Text, logits_NV: torch.Tensor, log_sums_N: torch.Tensor) -> None:
         ids = torch.tensor(text.tokens[text.scored : text.scored + len(logits_NV)], device=logits_NV.device)
-        tokens = _tokens(ids, logits_NV, log_sums_N, tops=[text.request.top_logprobs] * len(ids))
+        tokens = self._tokens(ids, logits_NV, log_sums_N, tops=[text.request.top_logprobs] * len(ids))
         text.scored += len(tokens)
         self._events.append(Event(text.id, scores=tuple(tokens)))
 
-    def _draw(self, texts: list[_Text], logits_NV: torch.Tensor, log_sums_N: torch.Tensor) -> None:
-        """The next token of each text."""
-        ids = draw(logits_NV, [Draw(text.request.sampling, text.generated) for text in texts])
-        forced = [text.watch.forced if text.watch is not None else None for text in texts]
-        for line, id in enumerate(forced):
-            if id is not None:
-                ids[line] = id
-        tokens = _tokens(ids, logits_NV, log_sums_N, tops=[text.request.top_logprobs for text in texts], forced=forced)
-        self._counts["generated_tokens"] += len(tokens)
-        for text, token in zip(texts, tokens, strict=True):
-            text.tokens.append(token.id)
-            if text.watch is not None:
-                text.watch.see(token.id)
-            if token.id in text.request.stop:
-                self._end(text, "stop", token=token)
-            elif text.generated == text.request.max_new_tokens:
-                self._end(text, "length", token=token)
+    def _report(self, drawn: list[_Drawn], logits_NV: torch.Tensor, log_sums_N: torch.Tensor) -> None:
+        """Events of new tokens, drawn from these lines."""
+        ids = torch.tensor([max(one.id, 0) for one in drawn], device=logits_NV.device)
+        tokens = self._tokens(ids, logits_NV, log_sums_N, tops=[one.text.request.top_logprobs for one in drawn])
+        for one, token in zip(drawn, tokens, strict=True):
+            if one.finish == "error":
+                self._end(one.text, "error", message=_NOT_FINITE)
+                continue
+            self._counts["generated_tokens"] += 1
+            token = replace(token, is_forced=one.is_forced, is_guessed=one.is_guessed)
+            if one.finish is not None:
+                self._end(one.text, one.finish, token=token, guesses=one.guesses)
             else:
-                self._events.append(Event(text.id, token))
+                self._events.append(Event(one.text.id, token, guesses=one.guesses))
+
+    def _tokens(
+        self, ids_N: torch.Tensor, logits_NV: torch.Tensor, log_sums_N: torch.Tensor, *, tops: Sequence[int]
+    ) -> list[Token]:
+        """The tokens with their log-probabilities."""
+        logprobs = (logits_NV.gather(-1, ids_N[:, None])[:, 0] - log_sums_N).tolist()
+        likeliest = logits_NV.argmax(-1).tolist()
+        most = min(max(tops), self.shape.real_vocab)  # the padding of the vocabulary is no token
+        top_ids: list[list[int]] = [[]] * len(likeliest)
+        top_values: list[list[float]] = [[]] * len(likeliest)
+        if most:
+            values, indices = logits_NV[:, : self.shape.real_vocab].topk(most, dim=-1)
+            top_ids, top_values = indices.tolist(), (values - log_sums_N[:, None]).tolist()
+        return [
+            Token(
+                id, logprobs[line], tuple(zip(top_ids[line][: tops[line]], top_values[line][: tops[line]], strict=True)),
+                is_likeliest=id == likeliest[line],
+            )
+            for line, id in enumerate(ids_N.tolist())
+        ]  # fmt: skip
 
 
-def _tokens(
-    ids_N: torch.Tensor,
-    logits_NV: torch.Tensor,
-    log_sums_N: torch.Tensor,
-    *,
-    tops: Sequence[int],
-    forced: Sequence[int | None] | None = None,
-) -> list[Token]:
-    """The tokens with their log-probabilities."""
-    logprobs = (logits_NV.gather(-1, ids_N[:, None])[:, 0] - log_sums_N).tolist()
-    likeliest = logits_NV.argmax(-1).tolist()
-    most = min(max(tops), logits_NV.shape[-1])
-    top_ids: list[list[int]] = [[]] * len(likeliest)
-    top_values: list[list[float]] = [[]] * len(likeliest)
-    if most:
-        values, indices = logits_NV.topk(most, dim=-1)
-        top_ids, top_values = indices.tolist(), (values - log_sums_N[:, None]).tolist()
-    return [
-        Token(
-            id, logprobs[line], tuple(zip(top_ids[line][: tops[line]], top_values[line][: tops[line]], strict=True)),
-            is_likeliest=id == likeliest[line], is_forced=forced is not None and forced[line] is not None,
+_NOT_FINITE = "the model's output is not finite (NaN or infinity)"
+
+
+def _of_lines(x: torch.Tensor, lines: list[int]) -> torch.Tensor:
+    """x[lines], without a copy if these are all lines."""
+    return x if lines == list(range(len(x))) else x[lines]
+
+
+def _check_drafter(draft: ModelConfig | None, shape: ModelConfig, config: EngineConfig) -> None:
+    if draft is not None and draft.real_vocab != shape.real_vocab:
+        raise RecipeError(
+            f"the draft model has {draft.real_vocab:,} token ids and the model has {shape.real_vocab:,}. Use a draft model that "
+            "was trained with the same tokenizer."
         )
-        for line, id in enumerate(ids_N.tolist())
-    ]  # fmt: skip
+    if config.draft_tokens >= config.step_tokens:
+        raise RecipeError(
+            f"{config.draft_tokens} guesses and a token do not fit into a step of {config.step_tokens} tokens. Use at most "
+            f"{config.step_tokens - 1} guesses."
+        )

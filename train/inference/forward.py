@@ -19,7 +19,7 @@ from launch.plan.cost.inference import cache_sizes
 from recipes.schema.model import ModelConfig
 from train.inference.pools import Pools
 from train.model.context import KeyPlaces, RowContext, Segment, Segments
-from train.model.few_tokens import MOST, FewTokens
+from train.model.few_tokens import MOST, MOST_OF_A_TEXT, FewTokens
 
 
 @dataclass(frozen=True)
@@ -31,10 +31,12 @@ class Read:
     tokens: Sequence[int]
     before: int
     """Tokens of the text that were read before."""
+    is_trial: bool = False
+    """Whether some of the tokens may be taken back: `settle` must follow."""
 
 
 def pack(reads: Sequence[Read], pools: Pools, *, device: torch.device) -> tuple[torch.Tensor, Segments]:
-    """-> (tokens [1, T], the segments). Reads of one token come first; the pools have pages for all new tokens."""
+    """-> (tokens [1, T], the segments). Reads of one token come first. The pools must have pages for all new tokens."""
     lengths = np.array([len(read.tokens) for read in reads])
     singles = int((lengths == 1).sum())
     assert (lengths[:singles] == 1).all(), "reads of one token come first"
@@ -43,24 +45,32 @@ def pack(reads: Sequence[Read], pools: Pools, *, device: torch.device) -> tuple[
     begins = np.concatenate([[0], lengths.cumsum()[:-1]])
     total = int(lengths.sum())
     of_token = np.repeat(np.arange(len(reads)), lengths)
-    positions = before[of_token] + np.arange(total) - begins[of_token]
+    indices = np.arange(total)
+    positions = before[of_token] + indices - begins[of_token]
     keys = {}
     for kind, group in pools.groups.items():
         page = group.table[rows[of_token], positions // group.page_tokens].astype(np.int64)
         new = page * group.page_tokens + positions % group.page_tokens
         keys[kind] = KeyPlaces(pools.table(kind), torch.from_numpy(new).to(device))
     ids = np.concatenate([np.asarray(read.tokens, np.int64) for read in reads])
+    by_token = np.stack([indices, np.ones_like(indices), positions, rows[of_token]], axis=1)
+    trial = np.array([read.is_trial for read in reads])
+    has_trial = bool(trial.any())
     segments = Segments(
         segments=[
-            Segment(int(b), int(n), int(p), int(r)) for b, n, p, r in zip(begins, lengths, before, rows, strict=True)
+            Segment(int(b), int(n), int(p), int(r), bool(t))
+            for b, n, p, r, t in zip(begins, lengths, before, rows, trial, strict=True)
         ],
         singles=singles,
         table=torch.from_numpy(np.stack([begins, lengths, before, rows], axis=1).astype(np.int64)),
+        by_token=torch.from_numpy(by_token.astype(np.int64)),
         positions_T=torch.from_numpy(positions).to(device),
         longest=int((before + lengths).max()),
         keys=keys,
         key_pools=pools.keys,
         mamba_pools=pools.states,
+        trial_S=torch.from_numpy(trial.astype(np.int64)) if has_trial else None,
+        trial_T=torch.from_numpy(np.flatnonzero(trial[of_token])).to(device) if has_trial else None,
     )
     return torch.from_numpy(ids).to(device)[None], segments
 
@@ -68,14 +78,14 @@ def pack(reads: Sequence[Read], pools: Pools, *, device: torch.device) -> tuple[
 def read_tokens(model: Any, reads: Sequence[Read], pools: Pools, *, few: FewTokens | None = None) -> torch.Tensor:
     """Read tokens into the pools. -> hidden states after the final norm, [T, hidden], in the order of the reads.
 
-    few: the same layers prepared for steps in which each text has one token; None calls the layers in every step.
+    few: the same layers, prepared for steps with few tokens; None: always call the layers.
 
     model: the whole model, or this tensor rank's part, in eval mode. Collective over the tensor group. The caller holds
     `torch.no_grad()`.
     """
     tokens_1T, segments = pack(reads, pools, device=pools.device)
     hidden = model.embedding(input_ids=tokens_1T, position_ids=segments.positions_T[None])
-    if few is not None and segments.singles == len(reads) <= MOST:
+    if few is not None and len(hidden) <= MOST and max(len(read.tokens) for read in reads) <= MOST_OF_A_TEXT:
         return few(hidden[:, 0].contiguous(), segments)
     context = RowContext(segments=segments)
     for layer in model.decoder.layers:
@@ -85,8 +95,33 @@ def read_tokens(model: Any, reads: Sequence[Read], pools: Pools, *, few: FewToke
     return model.decoder.final_norm(hidden)[:, 0]
 
 
+@torch.no_grad()
+def settle(model: Any, reads: Sequence[Read], accepted: Sequence[int], pools: Pools) -> None:
+    """After `read_tokens` with trials: bring the states of their texts to where the first `accepted` tokens of each have been
+    read, at least one of each. `reads`: those of that step which are trials, in order; states of other texts do not change.
+
+    Mamba-2 layers repeat their scan over the inputs that they stored: no weight is read but those of the convolution.
+    """
+    if not pools.states:
+        return
+    begins = np.concatenate([[0], np.cumsum([len(read.tokens) for read in reads])])
+    lines = [
+        Segment(int(begin), count, read.before, read.row)
+        for read, count, begin in zip(reads, accepted, begins[:-1], strict=True)
+    ]
+    table = torch.tensor([[line.begin, line.tokens, line.before, line.slot] for line in lines])
+    no_tokens = torch.empty(0, dtype=torch.int64)
+    segments = Segments(
+        segments=lines, singles=0, table=table, by_token=no_tokens, positions_T=no_tokens, longest=0, keys={}, key_pools={},
+        mamba_pools=pools.states,
+    )  # fmt: skip
+    for layer in model.decoder.layers:
+        if (number := layer.layer_number) in pools.states:
+            layer.mixer.continued(pools.states[number].inputs[: begins[-1]], segments)
+
+
 def logits_of(model: Any, hidden_NH: torch.Tensor, *, few: FewTokens | None = None) -> torch.Tensor:
-    """The head's logits for some hidden states, soft-capped if the model does that, fp32 [N, whole vocabulary].
+    """The head's logits for some hidden states, soft-capped if the model has a cap, fp32 [N, whole vocabulary].
 
     Collective over the tensor group.
     """
@@ -107,7 +142,7 @@ def logits_of(model: Any, hidden_NH: torch.Tensor, *, few: FewTokens | None = No
 def logits_in_parts(
     model: Any, tokens: Sequence[int], cuts: Sequence[int], *, shape: ModelConfig, page_tokens: int = 16
 ) -> torch.Tensor:
-    """Logits after every token of one text, fp32 [tokens, vocabulary], read in parts of the given sizes as generation does."""
+    """Logits after every token of one text, fp32 [tokens, vocabulary], read in parts of the given sizes, as in generation."""
     weight = next(model.parameters())
     sizes = cache_sizes(
         shape, rows=1, context_tokens=len(tokens), page_tokens=page_tokens, step_tokens=max(cuts),

@@ -1,14 +1,15 @@
-"""The memory of an inference engine: pages of keys and values, slots of Mamba-2 states, and who uses which.
+"""The memory of an inference engine: pages of keys and values, slots of Mamba-2 states, and their users.
 
     text --page table (row, page of the text -> page of the pool)--> keys, values of every layer of a group
     text --slot--> convolution and scan state of every Mamba-2 layer
 
 All of it is allocated once; its bytes are `launch.plan.cost.inference.cache_bytes`. `*` layers are one group and `w` layers
 another: the layers of a group use the same page numbers. A page may belong to several texts and to the prefix cache; it is
-free again when the last of them has let go of it.
+free when the last of them has released it.
 """
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -21,7 +22,7 @@ from train.model.context import KeyPool, MambaPool
 
 
 class FreeList:
-    """Numbers 0 ... count - 1, handed out and given back. Counts users: a number is free when it has none."""
+    """Hands out the numbers 0 to count - 1. It counts the users of each number; a number without users is free."""
 
     def __init__(self, count: int) -> None:
         self.count = count
@@ -33,24 +34,21 @@ class FreeList:
         return len(self._free)
 
     def take(self) -> int:
-        """A free number, with one user. The caller has checked that there is one."""
+        """Take a free number, for one user. The caller has checked that there is one."""
         number = self._free.pop()
         self._users[number] = 1
         return number
 
     def share(self, number: int) -> None:
-        """One more user."""
+        """Add a user of a number."""
         self._users[number] += 1
 
     def release(self, number: int) -> None:
-        """One user less."""
+        """Remove a user of a number."""
         self._users[number] -= 1
         if not self._users[number]:
             del self._users[number]
             self._free.append(number)
-
-    def users(self, number: int) -> int:
-        return self._users[number]
 
 
 @dataclass
@@ -59,20 +57,20 @@ class PageGroup:
 
     page_tokens: int
     window: int | None
-    """Tokens a query sees; None: all before it."""
+    """Number of tokens that a query sees; None: all before it."""
     pages: FreeList
     table: np.ndarray
-    """[rows, pages of a text] int32: page of the pool that has each page of the text. Entries outside `spans` mean nothing."""
+    """[rows, pages of a text] int32: page of the pool for each page of the text. Entries outside `spans` are undefined."""
     spans: dict[int, tuple[int, int]] = field(default_factory=dict)
-    """By row: first page of the text that is still stored, and one past the last."""
+    """For each row: the first stored page of the text, and the one after the last."""
 
     def missing(self, row: int, tokens: int) -> int:
-        """Pages that the row still needs so that its first `tokens` tokens are stored."""
+        """Number of pages that the row needs in addition to store its first `tokens` tokens."""
         _, end = self.spans.get(row, (0, 0))
         return max(0, -(-tokens // self.page_tokens) - end)
 
     def extend(self, row: int, tokens: int) -> None:
-        """Take the missing pages; there are enough of them."""
+        """Take the missing pages. The caller has checked that enough are free."""
         first, end = self.spans.get(row, (0, 0))
         for _ in range(self.missing(row, tokens)):
             self.table[row, end] = self.pages.take()
@@ -80,18 +78,18 @@ class PageGroup:
         self.spans[row] = (first, end)
 
     def adopt(self, row: int, shared: list[tuple[int, int]], end: int) -> None:
-        """Start a row with pages that others use too: (page of the text, page of the pool) in order, without gaps up to `end`."""
+        """Start a row with shared pages: (page of the text, page of the pool), in order and without gaps up to `end`."""
         for place, page in shared:
             self.pages.share(page)
             self.table[row, place] = page
         self.spans[row] = (shared[0][0] if shared else end, end)
 
     def first_seen(self, tokens: int) -> int:
-        """The first page that token number `tokens`, the next one, or a later one sees."""
+        """The first page that token number `tokens` (the next one) or a later one sees."""
         return 0 if self.window is None else max(0, tokens - self.window + 1) // self.page_tokens
 
     def slide(self, row: int, tokens: int) -> None:
-        """Let go of the pages that no token from number `tokens` on sees."""
+        """Release the pages that token number `tokens` and all later ones do not see."""
         if self.window is None:
             return
         first, end = self.spans[row]
@@ -100,15 +98,23 @@ class PageGroup:
             self.pages.release(int(self.table[row, place]))
         self.spans[row] = (max(first, keep), end)
 
+    def cut(self, row: int, tokens: int) -> None:
+        """Let go of the pages after the first `tokens` tokens of a row, which stay."""
+        first, end = self.spans[row]
+        keep = max(first, -(-tokens // self.page_tokens))
+        for place in range(keep, end):
+            self.pages.release(int(self.table[row, place]))
+        self.spans[row] = (first, min(end, keep))
+
     def drop(self, row: int) -> None:
-        """Let go of all pages of a row."""
+        """Release all pages of a row."""
         first, end = self.spans.pop(row, (0, 0))
         for place in range(first, end):
             self.pages.release(int(self.table[row, place]))
 
 
 class Pools:
-    """All pools of an engine on this rank. Allocated once, never grown."""
+    """All pools of an engine on this rank. Allocated once; they never grow."""
 
     def __init__(
         self, model: ModelConfig, sizes: CacheSizes, *, dtype: torch.dtype, device: torch.device, tensor: int = 1
@@ -129,7 +135,9 @@ class Pools:
             elif kind == "M":
                 conv = torch.zeros(slots, model.mamba_conv - 1, channels, dtype=wide, device=device)
                 scan = torch.zeros(slots, heads, model.mamba_state, model.mamba_head_dim, dtype=wide, device=device)
-                self.states[number] = MambaPool(conv, scan)
+                width = channels + heads * model.mamba_head_dim + heads
+                inputs = torch.zeros(sizes.trial_tokens, width, dtype=wide, device=device)
+                self.states[number] = MambaPool(conv, scan, inputs)
         self.groups: dict[str, PageGroup] = {
             kind: PageGroup(
                 page_tokens=sizes.page_tokens,
@@ -147,38 +155,44 @@ class Pools:
         return torch.from_numpy(self.groups[kind].table).to(self.device)
 
     def bytes(self) -> CacheBytes:
-        """What is allocated, counted on the tensors themselves."""
+        """Allocated bytes, counted from the tensors."""
         return CacheBytes(
             keys_values=sum(pool.keys.nbytes + pool.values.nbytes for pool in self.keys.values()),
             mamba_states=sum(pool.conv.nbytes + pool.scan.nbytes for pool in self.states.values()),
             page_tables=sum(group.table.nbytes for group in self.groups.values()),
+            trial_inputs=sum(pool.inputs.nbytes for pool in self.states.values()),
         )
 
     def fits(self, row: int, tokens: int) -> bool:
-        """Whether the first `tokens` tokens of a row can be stored with the pages that are free."""
+        """Whether the first `tokens` tokens of a row fit into the row's pages and the free pages."""
         return all(group.missing(row, tokens) <= group.pages.free for group in self.groups.values())
 
     def extend(self, row: int, tokens: int) -> None:
-        """Take the pages for the first `tokens` tokens of a row (`fits` has said yes)."""
+        """Take the pages for the first `tokens` tokens of a row. Call `fits` first."""
         for group in self.groups.values():
             group.extend(row, tokens)
 
     def slide(self, row: int, tokens: int) -> None:
-        """Let go of pages outside of windows, now that a row has `tokens` tokens."""
+        """Release pages outside of windows when a row has `tokens` tokens."""
         for group in self.groups.values():
             group.slide(row, tokens)
 
+    def cut(self, row: int, tokens: int) -> None:
+        """Let go of pages after the first `tokens` tokens of a row: later tokens were taken back."""
+        for group in self.groups.values():
+            group.cut(row, tokens)
+
     def drop(self, row: int) -> None:
-        """Let go of everything of a row."""
+        """Release all pages of a row."""
         for group in self.groups.values():
             group.drop(row)
 
     def snapshot_slot(self, number: int) -> int:
-        """Where snapshot `number` is among all slots: after those of the rows."""
+        """Slot of snapshot `number`: the snapshots come after the slots of the rows."""
         return self.sizes.rows + number
 
-    def copy_states(self, source: int, target: int) -> None:
-        """Copy the Mamba-2 states of a slot to another, in all layers."""
+    def copy_states(self, source: int | Sequence[int], target: int | Sequence[int]) -> None:
+        """Copy the Mamba-2 states of one slot to another, or of several slots, in all layers."""
         for pool in self.states.values():
             pool.conv[target] = pool.conv[source]
             pool.scan[target] = pool.scan[source]

@@ -1,11 +1,11 @@
-"""Beginnings of texts that were read before: pages and Mamba-2 states at the ends of blocks, found by their content.
+"""The prefix cache: pages and Mamba-2 states at the ends of blocks of earlier texts, found by a hash of their tokens.
 
     root --tokens of block 1--> key 1 --tokens of block 2--> key 2 ...      key = SHA-256(key before, tokens)
     key --> pages of the block, states after the block
 
 A text that begins with known blocks starts after the last of them. Entries are read-only and shared: pages count their
-users. The least recently used entry goes first; an entry is always used together with those before it, so that a chain
-loses its end, never its beginning.
+users. The least recently used entry is removed first. Using an entry also uses all entries before it, so a chain loses its
+end first.
 """
 
 import hashlib
@@ -20,16 +20,16 @@ from train.inference.pools import Pools
 
 @dataclass(frozen=True)
 class Block:
-    """What is stored at the end of one block."""
+    """The entry at the end of one block."""
 
     pages: dict[str, list[tuple[int, int]]]
-    """By kind of attention layer: (page of the text, page of the pool). A `w` layer keeps what tokens after the block see."""
+    """By kind of attention layer: (page of the text, page of the pool). For `w`, only pages that tokens after the block see."""
     snapshot: int
     """Number of the snapshot of the Mamba-2 states; -1 in a model without such layers."""
 
 
 class PrefixCache:
-    """At most `capacity` blocks of `block_tokens` tokens."""
+    """Stores at most `capacity` blocks of `block_tokens` tokens."""
 
     def __init__(self, pools: Pools, *, block_tokens: int, capacity: int, root: str) -> None:
         assert block_tokens % pools.sizes.page_tokens == 0, "a block is whole pages"
@@ -50,9 +50,13 @@ class PrefixCache:
             part = np.asarray(tokens[index * size : (index + 1) * size], np.int64).tobytes()
             keys.append(hashlib.sha256((keys[-1] if keys else self._root) + part).digest())
 
+    def known(self, keys: Sequence[bytes]) -> int:
+        """How many of the given blocks are stored, from the first on."""
+        return next((index for index, key in enumerate(keys) if key not in self._blocks), len(keys))
+
     def adopt(self, row: int, keys: Sequence[bytes]) -> int:
         """Start a row with the longest known chain of the given blocks. -> its tokens; 0 changes nothing."""
-        known = next((index for index, key in enumerate(keys) if key not in self._blocks), len(keys))
+        known = self.known(keys)
         if not known:
             return 0
         tokens, chain = known * self.block_tokens, [self._blocks[key] for key in keys[:known]]
@@ -66,8 +70,8 @@ class PrefixCache:
         return tokens
 
     def store(self, row: int, keys: Sequence[bytes]) -> None:
-        """Store the last of the given blocks, which the row has just read to its end; the blocks before it are stored already,
-        or it is not stored either. Full: makes room, but not at the cost of the blocks before it."""
+        """Store the last of the given blocks, whose end the row has just read. It is not stored if a block before it is missing.
+        A full cache removes another block, but none of those before it."""
         if keys[-1] in self._blocks:
             self._touch(keys)
             return
@@ -90,7 +94,7 @@ class PrefixCache:
         self._touch(keys)
 
     def evict(self, *, but: Sequence[bytes] = ()) -> bool:
-        """Forget the least recently used block that is not among `but`. -> whether there was one."""
+        """Remove the least recently used block that is not among `but`. -> whether there was one."""
         kept = set(but)
         key = next((key for key in self._blocks if key not in kept), None)
         if key is None:
@@ -104,7 +108,7 @@ class PrefixCache:
         return True
 
     def clear(self) -> None:
-        """Forget everything, as after a change of weights."""
+        """Remove all blocks, for example after a change of weights."""
         while self.evict():
             pass
 

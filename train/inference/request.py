@@ -1,8 +1,8 @@
-"""What goes into the inference engine (`Request`) and what comes out (`Event`).
+"""Input (`Request`) and output (`Event`) of the inference engine.
 
     Request --InferenceEngine.add--> id;   InferenceEngine.step --> [Event(id, token, log-probability, finish), ...]
 
-Token ids only: text, stop strings and chat templates belong to the callers.
+The engine handles token ids only: callers handle text, stop strings and chat templates.
 """
 
 from collections.abc import Sequence
@@ -15,8 +15,8 @@ Finish = Literal["stop", "length", "cancelled", "error"]
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the next token is sampled from the model's distribution. The draws depend on the seed and on the number of the
-    token in its request only, never on the other requests of the batch."""
+    """How the next token is sampled from the model's distribution. The draws depend only on the seed and on the number of
+    the token in its request, not on other requests of the batch."""
 
     temperature: float = 0.8
     """Divides the logits; 0 always takes the most likely token (greedy)."""
@@ -29,12 +29,12 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Thinking:
-    """A budget for the tokens between two markers (Nemotron Nano 2, arXiv 2508.14444, section 3.4): once `budget` tokens are
-    thought, the end marker is written after the next line break, and at `budget + grace` tokens in any case."""
+    """A budget for the tokens between two markers (Nemotron Nano 2, arXiv 2508.14444, section 3.4): after `budget` thinking
+    tokens, the end marker is written after the next line break, at the latest after `budget + grace` tokens."""
 
     budget: int
     start: tuple[int, ...]
-    """Ids of the marker that starts thinking, such as `<think>`. A prompt that ends inside a pair of markers is thinking."""
+    """Ids of the marker that starts thinking, such as `<think>`. A prompt that ends between the markers starts in thinking."""
     end: tuple[int, ...]
     """Ids of the marker that ends it, such as `</think>`."""
     newlines: frozenset[int]
@@ -49,18 +49,20 @@ class Request:
     prompt: Sequence[int]
     """Token ids, at least one."""
     max_new_tokens: int
-    """Tokens to generate at most; 0 only scores the prompt (`score_from`)."""
+    """Largest number of tokens to generate; 0 only scores the prompt (`score_from`)."""
     sampling: Sampling = Sampling()
     stop: frozenset[int] = frozenset()
     """Ids that end the request. The stop token is part of the output."""
     top_logprobs: int = 0
     """How many of the most likely tokens are reported with each token."""
     score_from: int | None = None
-    """Report the log-probabilities of the prompt's tokens from this index on (at least 1), as events of their own before
-    those of generated tokens."""
+    """Report the log-probabilities of the prompt's tokens from this index on (at least 1), in separate events before those
+    of generated tokens."""
     thinking: Thinking | None = None
+    draft_tokens: int | None = None
+    """Guesses of the engine's drafter at a time at most; 0: none; None: as many as the engine makes."""
     priority: int = 0
-    """Higher ones are served first; the lowest of those that run is the first to wait again when memory is short."""
+    """Higher priorities are served first. If memory is short, the running request of the lowest priority waits again."""
 
 
 @dataclass(frozen=True)
@@ -74,12 +76,14 @@ class Token:
     is_likeliest: bool = False
     """Whether greedy decoding would take this token."""
     is_forced: bool = False
-    """Whether the thinking budget chose it instead of sampling."""
+    """Whether the thinking budget chose the token instead of sampling."""
+    is_guessed: bool = False
+    """Whether a drafter had guessed the token."""
 
 
 @dataclass(frozen=True)
 class Event:
-    """News of one request."""
+    """Something that happened to a request: a token, scores of its prompt, or its end."""
 
     request: int
     token: Token | None = None
@@ -87,6 +91,8 @@ class Event:
     finish: Finish | None = None
     """Set in the last event of a request."""
     scores: tuple[Token, ...] = ()
-    """Tokens of the prompt, in order, from `score_from` on; a long prompt is scored by several events."""
+    """Scored tokens of the prompt, in order, from `score_from` on. A long prompt is scored by several events."""
+    guesses: int | None = None
+    """Number of guesses that were checked in the token's step; set on the first token that a step gives, otherwise None."""
     message: str = ""
-    """What went wrong, if `finish` is `error`."""
+    """The reason, if `finish` is `error`."""

@@ -1,6 +1,6 @@
-"""Texts from a checkpoint of a run: one as a stream of whole characters, or many of a batch as records.
+"""Generates text from a checkpoint of a run: one text as a stream of whole characters, or a batch of texts as records.
 
-`opened` gives other callers the same model and tokenizer, checked against each other.
+Other callers get the same model, tokenizer and drafter from `opened`, which checks that they match.
 """
 
 import json
@@ -11,17 +11,23 @@ from pathlib import Path
 from typing import Any
 
 from data.tokenizer import Tokenizer, load_tokenizer
-from recipes.schema.errors import CheckpointError, DataError, refuse
+from recipes.schema.errors import CheckpointError, DataError, RecipeError, refuse
+from recipes.schema.read import recipe_from_mapping
 from recipes.schema.recipe import Recipe
 from recipes.schema.rules import reading_problems
 from recipes.schema.teacher_rules import tokenizer_problems
-from recipes.schema.tools import GenerateConfig
-from train.build import model_on_one_rank, open_tokenizer
+from recipes.schema.tools import GenerateConfig, ServeConfig
+from train.build import models_for_inference, open_tokenizer
 from train.checkpoint.manager import CheckpointFolder, checkpoint_at
 from train.inference.batch_engine import EngineConfig, InferenceEngine
+from train.inference.draft_model import DraftModel
+from train.inference.drafters import Drafter, PromptLookup
 from train.inference.request import Event, Request, Sampling, Token
 from train.megatron import choose_device, use_device
 from train.quantize.directory import is_quantized
+
+LOOKUP = "lookup"
+"""The value of --speculate that needs no draft model."""
 
 
 @dataclass(frozen=True)
@@ -31,19 +37,21 @@ class Opened:
     model: Any
     tokenizer: Tokenizer
     checkpoint: Path
+    drafter: Drafter | None = None
+    """For one engine."""
 
     @property
     def fingerprint(self) -> str:
-        """Identifies weights and tokenizer in the keys of the prefix cache of one process."""
+        """Identifies weights and tokenizer in the keys of the prefix cache."""
         return f"{self.checkpoint.resolve()} {self.tokenizer.fingerprint}"
 
 
 @contextmanager
-def opened(recipe: Recipe, *, checkpoint: str | None = None) -> Iterator[Opened]:
+def opened(recipe: Recipe, *, checkpoint: str | None = None, speculate: str | None = None) -> Iterator[Opened]:
     """The model of a run with the weights of its newest checkpoint, or of the given one.
 
-    For a run without a checkpoint, `run.start_from` is read instead. Raises CheckpointError if there is neither, or if the
-    checkpoint was trained with another tokenizer.
+    For a run without a checkpoint, `run.start_from` is read instead. speculate: `lookup`, or the run or checkpoint of a draft
+    model. Raises CheckpointError if there is no checkpoint, or if one was trained with another tokenizer.
     """
     refuse(reading_problems(recipe))
     device = choose_device(recipe.run.device)
@@ -55,16 +63,28 @@ def opened(recipe: Recipe, *, checkpoint: str | None = None) -> Iterator[Opened]
     refuse(
         tokenizer_problems(str(path), fingerprint, ours, where=str(tokenizer_file), otherwise=another), CheckpointError
     )
-    with model_on_one_rank(recipe, path, device=device) as model:
-        yield Opened(model, tokenizer, path)
+    draft = []
+    if speculate not in (None, LOOKUP):
+        place, manifest = checkpoint_at(speculate)
+        text = "name a draft model with that tokenizer (--speculate)"
+        where = str(tokenizer_file)
+        refuse(tokenizer_problems(str(place), manifest.tokenizer, ours, where=where, otherwise=text), CheckpointError)
+        # Its caches are in the model's memory and number format.
+        draft = [(replace(recipe_from_mapping(manifest.recipe), precision=recipe.precision), place)]
+    with models_for_inference([(recipe, path), *draft], device=device) as (model, *others):
+        drafter: Drafter | None = PromptLookup() if speculate == LOOKUP else None
+        if others:
+            drafter = DraftModel(others[0], draft[0][0].model)
+        yield Opened(model, tokenizer, path, drafter)
 
 
 def stream_text(recipe: Recipe, config: GenerateConfig) -> Iterator[str]:
     """Yield the prompt and then the model's text, in pieces of whole characters. Errors: see `opened`."""
-    with opened(recipe, checkpoint=config.checkpoint) as it:
+    guesses = draft_tokens(config)
+    with opened(recipe, checkpoint=config.checkpoint, speculate=config.speculate) as it:
         ids = it.tokenizer.prompt(config.prompt)
         (request,) = _requests(ids, config, end=it.tokenizer.eod)
-        engine = InferenceEngine(it.model, recipe.model, EngineConfig(rows=1, context_tokens=len(ids) + config.tokens))
+        engine = _engine(recipe, it, rows=1, context=len(ids) + config.tokens, guesses=guesses)
         engine.add(request)
         decoder = it.tokenizer.incremental_decoder()
         yield config.prompt
@@ -81,13 +101,12 @@ def generate_records(recipe: Recipe, config: GenerateConfig) -> Iterator[dict[st
     Errors: see `opened`; DataError for a file of prompts that cannot be read.
     """
     prompts = read_prompts(Path(config.prompts)) if config.prompts is not None else [config.prompt]
-    with opened(recipe, checkpoint=config.checkpoint) as it:
+    guesses = draft_tokens(config)
+    with opened(recipe, checkpoint=config.checkpoint, speculate=config.speculate) as it:
         ids = [it.tokenizer.prompt(prompt) for prompt in prompts]
         requests = [request for one in ids for request in _requests(one, config, end=it.tokenizer.eod)]
         context = max(map(len, ids)) + config.tokens
-        engine = InferenceEngine(
-            it.model, recipe.model, EngineConfig(rows=min(len(requests), config.batch), context_tokens=context)
-        )
+        engine = _engine(recipe, it, rows=min(len(requests), config.batch), context=context, guesses=guesses)
         for place, events in enumerate(engine.run(requests)):
             tokens = [event.token for event in events if event.token is not None]
             yield {
@@ -96,7 +115,30 @@ def generate_records(recipe: Recipe, config: GenerateConfig) -> Iterator[dict[st
                 "text": it.tokenizer.decode([token.id for token in tokens]),
                 "finish": events[-1].finish,
                 **_logprobs(tokens, events, config.logprobs),
+                **(_speculation(events) if it.drafter is not None else {}),
             }
+
+
+def _engine(recipe: Recipe, it: Opened, *, rows: int, context: int, guesses: int) -> InferenceEngine:
+    sizes = EngineConfig(rows=rows, context_tokens=context, draft_tokens=guesses)
+    return InferenceEngine(it.model, recipe.model, sizes, drafter=it.drafter)
+
+
+def draft_tokens(config: GenerateConfig | ServeConfig) -> int:
+    """The largest number of guesses at a time. RecipeError if it is given without a drafter."""
+    if config.draft_tokens is not None and config.speculate is None:
+        raise RecipeError(
+            f"--draft-tokens {config.draft_tokens} has no effect without --speculate. Add --speculate lookup, or the run of a "
+            "draft model."
+        )
+    return EngineConfig().draft_tokens if config.draft_tokens is None else config.draft_tokens
+
+
+def _speculation(events: list[Event]) -> dict[str, Any]:
+    """How many tokens were guessed, how many of these were right, and in how many steps the text was written."""
+    steps = [event.guesses for event in events if event.guesses is not None]
+    right = sum(event.token.is_guessed for event in events if event.token is not None)
+    return {"speculation": {"guessed": sum(steps), "accepted": right, "steps": len(steps)}}
 
 
 def _requests(ids: list[int], config: GenerateConfig, *, end: int) -> list[Request]:
@@ -121,7 +163,7 @@ def _logprobs(tokens: list[Token], events: list[Event], count: int | None) -> di
 
 
 def read_prompts(path: Path) -> list[str]:
-    """The prompts of a file: one a line; in a file `.jsonl` a line is a JSON string, or an object with a text `prompt`."""
+    """The prompts of a file, one per line. A line of a `.jsonl` file is a JSON string, or an object with the text `prompt`."""
     try:
         lines = [line for line in path.read_text().splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
@@ -150,7 +192,7 @@ def read_prompts(path: Path) -> list[str]:
 
 
 def _weights_of(recipe: Recipe, checkpoint: str | None) -> tuple[Path, str]:
-    """(checkpoint or directory of quantised weights, fingerprint of its tokenizer; empty if it has none)."""
+    """(checkpoint or directory of quantised weights, fingerprint of its tokenizer; empty if not known)."""
     if checkpoint is not None and is_quantized(Path(checkpoint)):
         path = Path(checkpoint)
         file = next((path / name for name in ("tokenizer.json", "tokenizer.model") if (path / name).is_file()), None)

@@ -1,4 +1,4 @@
-"""The thinking budget of one text (`Thinking` has the rule): watches its tokens and says which must come next."""
+"""Applies the thinking budget of one text (rule: `Thinking`): reads its tokens and forces the next one when required."""
 
 from collections import deque
 from collections.abc import Sequence
@@ -7,14 +7,14 @@ from train.inference.request import Thinking
 
 
 class ThinkingWatch:
-    """The state of one text's budget. `forced` is the token that must come next, if any; `see` is told every token."""
+    """The state of one text's budget. Call `see` with every token; `forced` is the token that must come next, if any."""
 
     def __init__(self, rule: Thinking, prompt: Sequence[int]) -> None:
         self.rule = rule
         self.text = list(prompt)
         starts, ends = _last(prompt, rule.start), _last(prompt, rule.end)
         self.thought: int | None = len(prompt) - starts if starts > ends else None
-        """Tokens thought so far; None outside of thinking."""
+        """Number of thinking tokens so far; None outside of thinking."""
         self._queue: deque[int] = deque()
         self._check()
 
@@ -51,7 +51,7 @@ def _ends_with(text: Sequence[int], marker: tuple[int, ...]) -> bool:
 
 
 def _last(text: Sequence[int], marker: tuple[int, ...]) -> int:
-    """Index after the last occurrence of a marker; -1 if there is none."""
+    """Index after the last occurrence of a marker; -1 without one."""
     size = len(marker)
     ends = range(len(text), size - 1, -1)
     return next((end for end in ends if tuple(text[end - size : end]) == marker), -1)

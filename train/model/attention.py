@@ -157,18 +157,18 @@ class AttentionCore(MegatronModule):
         output = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
         return output.to(query_T1HD.dtype)
 
-    def single_tokens(self, qkv_SE: torch.Tensor, segments: Segments) -> torch.Tensor:
-        """`_continue` for a step in which each text has one token, from the output of the projection, compiled. -> [S, H*D]."""
+    def few_tokens(self, qkv_TE: torch.Tensor, segments: Segments) -> torch.Tensor:
+        """`_continue` for a step with few tokens, from the output of the projection, compiled. -> [T, H*D]."""
         pool = segments.key_pools[self.layer_number]
         places = segments.keys["*" if self.window_tokens is None else "w"]
-        angles = self.rotary.angles_up_to(segments.longest, qkv_SE.device) if self.rotary is not None else None
+        angles = self.rotary.angles_up_to(segments.longest, qkv_TE.device) if self.rotary is not None else None
         width, groups = pool.keys.shape[-1], pool.keys.shape[-2]
         scale = self.softmax_scale if self.softmax_scale is not None else width**-0.5
         output = compiled.paged_step(
-            qkv_SE, angles, places.table, segments.table, pool.keys, pool.values,
-            heads=qkv_SE.shape[1] // width - 2 * groups, window=self.window_tokens, scale=scale, softcap=self.softcap,
+            qkv_TE, angles, places.table, segments.by_token, pool.keys, pool.values,
+            heads=qkv_TE.shape[1] // width - 2 * groups, window=self.window_tokens, scale=scale, softcap=self.softcap,
         )  # fmt: skip
-        return output.to(qkv_SE.dtype)
+        return output.to(qkv_TE.dtype)
 
     def _scale(self, query: torch.Tensor) -> float:
         return self.softmax_scale if self.softmax_scale is not None else query.shape[-1] ** -0.5

@@ -62,8 +62,10 @@ class Model(HybridModel):
     def capped(self, logits: torch.Tensor) -> torch.Tensor:
         """The head's logits [..., vocabulary of this rank] after the model's soft cap, if it has one; -inf, so probability 0,
         for rows that stand for no token."""
-        if self.logit_softcap is not None:
-            logits = soft_cap(logits, self.logit_softcap)
+        return self.without_padding(logits if self.logit_softcap is None else soft_cap(logits, self.logit_softcap))
+
+    def without_padding(self, logits: torch.Tensor) -> torch.Tensor:
+        """Logits after the soft cap; -inf, so probability 0, for rows that stand for no token."""
         slice_size = logits.shape[-1]
         real = token_rows(slice_size, self.vocab_padding, self.pg_collection.tp)
         if real == slice_size:

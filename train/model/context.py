@@ -26,6 +26,8 @@ class MambaPool:
 
     conv: torch.Tensor
     scan: torch.Tensor
+    inputs: torch.Tensor
+    """[places, width of the in-projection]: the layer's inputs of a step's trial tokens, from place 0 on."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,8 @@ class Segment:
     """Tokens of the text that were read in earlier steps."""
     slot: int
     """Where the text's states are, and its line in the page tables."""
+    is_trial: bool = False
+    """Whether some of the tokens may be taken back: Mamba-2 layers leave the states as they are, and store their inputs."""
 
 
 @dataclass(frozen=True)
@@ -64,6 +68,8 @@ class Segments:
     """How many segments, the first ones, have one token."""
     table: torch.Tensor
     """The segments as numbers, [segments, 4] int64: begin, tokens, before, slot."""
+    by_token: torch.Tensor
+    """The same with each token as a segment of its own, [T, 4]."""
     positions_T: torch.Tensor
     """[T] int64: position of each token in its text."""
     longest: int
@@ -74,6 +80,10 @@ class Segments:
     """By layer number."""
     mamba_pools: dict[int, MambaPool]
     """By layer number."""
+    trial_S: torch.Tensor | None = None
+    """[segments] int64: 1 for a trial. None: there are none."""
+    trial_T: torch.Tensor | None = None
+    """Indices of the tokens of trials in the packed row, in order."""
 
 
 @dataclass

@@ -1,5 +1,5 @@
-"""The forward pass of a step of inference in which each text has one new token, in few calls: for such a step Megatron's layers
-and autograd cost more time than the arithmetic.
+"""The forward pass of a step of inference with few new tokens, in few calls: for such a step Megatron's layers and autograd
+cost more time than the arithmetic.
 
     layer: hidden --[norm, projection]--> --[scan | attention | nothing]--> --[norm, projection, post-norm, + hidden]-->
 
@@ -27,52 +27,109 @@ from train.model.mixer import ReferenceMixer
 from train.model.norm import RMSNorm
 from train.model.postnorm import PostNormAttention, PostNormMamba, PostNormMLP
 from train.native import attention as compiled_attention
-from train.native.few_rows import FewRows, NormWeight, usable
+from train.native.few_rows import FewRows, Memory, NormWeight, usable
 
 Layer = Callable[[torch.Tensor, Segments], torch.Tensor]
-"""hidden states [S, hidden] of the texts' new tokens -> the next hidden states."""
+"""hidden states [T, hidden] of the texts' new tokens -> the next hidden states."""
 
 
 MOST = 64
-"""Texts of such a step; for more, a product of matrices is faster (measured: equal at about 100)."""
+"""Tokens of such a step; for more, a product of matrices is faster (measured: equal at about 100)."""
+MOST_OF_A_TEXT = 16
+"""Tokens of one text in such a step. Up to here the scan runs token by token (`STEPWISE` in scan.c), so that a text has the same
+bits however it is cut into such steps."""
 
 
 class FewTokens:
-    """Layers, final norm and head of a model, prepared. Weights must stay where they are in memory; values may change."""
+    """Layers, final norm and head of a model, prepared: the weights of products are copied in the order in which they are read.
+
+    Weights must stay where they are in memory; after a change of their values call `pack`.
+    """
 
     def __init__(self, model: Any) -> None:
-        self.layers = [_prepared(layer) for layer in model.decoder.layers]
+        self._make = _Layers()
+        self.layers = [self._make.prepared(layer) for layer in model.decoder.layers]
         self.final_norm = model.decoder.final_norm
         self._head = None
         head, tied = model.output_layer, model.share_embeddings_and_output_weights
         weight = model.shared_embedding_or_output_weight() if tied else head.weight
         if usable(weight) and head._forward_impl is fast_linear and head.tp_group.size() == 1:
-            self._head = FewRows(weight.data)
-        self._capped = model.capped
+            self._head = self._make.rows(weight.data, softcap=model.logit_softcap, wide=True)
+        self._without_padding = model.without_padding
 
-    def __call__(self, hidden_SH: torch.Tensor, segments: Segments) -> torch.Tensor:
+    def pack(self) -> None:
+        """Copy the weights again."""
+        for rows in self._make.all:
+            rows.pack()
+
+    def __call__(self, hidden_TH: torch.Tensor, segments: Segments) -> torch.Tensor:
         """-> hidden states after the final norm."""
         for layer in self.layers:
-            hidden_SH = layer(hidden_SH, segments)
-        return self.final_norm(hidden_SH)
+            hidden_TH = layer(hidden_TH, segments)
+        return self.final_norm(hidden_TH)
 
     def logits(self, hidden_NH: torch.Tensor) -> torch.Tensor | None:
         """Soft-capped logits of a few hidden states, fp32 [N, vocabulary]; None if the head has to be called as it is."""
         if self._head is None or len(hidden_NH) > MOST:
             return None
-        return self._capped(self._head(hidden_NH.contiguous()).float())
+        return self._without_padding(self._head(hidden_NH.contiguous()))
 
 
-def _prepared(layer: Any) -> Layer:
-    kind, parts, prepare = type(layer), None, _as_it_is
-    if kind in (MambaLayer, PostNormMamba) and type(layer.mixer) is ReferenceMixer:
-        parts, prepare = (layer.norm, layer.mixer.in_proj, layer.mixer.out_proj), _mamba
-    elif kind in (MLPLayer, PostNormMLP) and type(layer.mlp) is FeedForward:
-        parts, prepare = (layer.pre_mlp_layernorm, layer.mlp.linear_fc1, layer.mlp.linear_fc2), _mlp
-    elif kind in (TransformerLayer, PostNormAttention) and _is_plain_attention(layer.self_attention):
+class _Layers:
+    """Prepares layers; they share one memory."""
+
+    def __init__(self) -> None:
+        self.all: list[FewRows] = []
+        self._memory = Memory()
+
+    def rows(self, weight: torch.Tensor, **surroundings: Any) -> FewRows:
+        """A linear layer (`FewRows`)."""
+        self.all.append(FewRows(weight, memory=self._memory, **surroundings))
+        return self.all[-1]
+
+    def prepared(self, layer: Any) -> Layer:
+        kind, parts, prepare = type(layer), None, _as_it_is
+        if kind in (MambaLayer, PostNormMamba) and type(layer.mixer) is ReferenceMixer:
+            parts, prepare = (layer.norm, layer.mixer.in_proj, layer.mixer.out_proj), self._mamba
+        elif kind in (MLPLayer, PostNormMLP) and type(layer.mlp) is FeedForward:
+            parts, prepare = (layer.pre_mlp_layernorm, layer.mlp.linear_fc1, layer.mlp.linear_fc2), self._mlp
+        elif kind in (TransformerLayer, PostNormAttention) and _is_plain_attention(layer.self_attention):
+            attention = layer.self_attention
+            parts, prepare = (layer.input_layernorm, attention.linear_qkv, attention.linear_proj), self._attention
+        return prepare(layer) if parts is None or _is_plain(*parts) else _as_it_is(layer)
+
+    def _mamba(self, layer: Any) -> Layer:
+        mixer = layer.mixer
+        gated_norm = mixer.norm
+        groups = gated_norm.weight.shape[0] // gated_norm.group_size
+        enter = self.rows(mixer.in_proj.weight.data, norm=_norm(layer.norm))
+        leave = self.rows(
+            mixer.out_proj.weight.data,
+            norm=NormWeight(gated_norm.weight.data, gated_norm.eps, groups=groups),
+            post=_post(layer),
+        )
+
+        def run(hidden_TH: torch.Tensor, segments: Segments) -> torch.Tensor:
+            return leave(mixer.continued(enter(hidden_TH), segments), hidden_TH)
+
+        return run
+
+    def _mlp(self, layer: Any) -> Layer:
+        choice = layer.mlp.config.activation_func.keywords  # of `train.model.activation.activate`
+        enter = self.rows(layer.mlp.linear_fc1.weight.data, norm=_norm(layer.pre_mlp_layernorm), **choice)
+        leave = self.rows(layer.mlp.linear_fc2.weight.data, post=_post(layer))
+        return lambda hidden_TH, _segments: leave(enter(hidden_TH), hidden_TH)
+
+    def _attention(self, layer: Any) -> Layer:
         attention = layer.self_attention
-        parts, prepare = (layer.input_layernorm, attention.linear_qkv, attention.linear_proj), _attention
-    return prepare(layer) if parts is None or _is_plain(*parts) else _as_it_is(layer)
+        enter = self.rows(attention.linear_qkv.weight.data, norm=_norm(layer.input_layernorm))
+        leave = self.rows(attention.linear_proj.weight.data, post=_post(layer))
+        core = attention.core_attention
+
+        def run(hidden_TH: torch.Tensor, segments: Segments) -> torch.Tensor:
+            return leave(core.few_tokens(enter(hidden_TH), segments), hidden_TH)
+
+        return run
 
 
 def _is_plain(norm: Any, first: Any, last: Any) -> bool:
@@ -106,46 +163,10 @@ def _post(layer: Any) -> NormWeight | None:
     return _norm(layer.post_norm) if hasattr(layer, "post_norm") else None
 
 
-def _mamba(layer: Any) -> Layer:
-    mixer = layer.mixer
-    gated_norm = mixer.norm
-    groups = gated_norm.weight.shape[0] // gated_norm.group_size
-    enter = FewRows(mixer.in_proj.weight.data, norm=_norm(layer.norm))
-    leave = FewRows(
-        mixer.out_proj.weight.data,
-        norm=NormWeight(gated_norm.weight.data, gated_norm.eps, groups=groups),
-        post=_post(layer),
-    )
-
-    def run(hidden_SH: torch.Tensor, segments: Segments) -> torch.Tensor:
-        return leave(mixer.continued(enter(hidden_SH), segments), hidden_SH)
-
-    return run
-
-
-def _mlp(layer: Any) -> Layer:
-    choice = layer.mlp.config.activation_func.keywords  # of `train.model.activation.activate`
-    enter = FewRows(layer.mlp.linear_fc1.weight.data, norm=_norm(layer.pre_mlp_layernorm), **choice)
-    leave = FewRows(layer.mlp.linear_fc2.weight.data, post=_post(layer))
-    return lambda hidden_SH, _segments: leave(enter(hidden_SH), hidden_SH)
-
-
-def _attention(layer: Any) -> Layer:
-    attention = layer.self_attention
-    enter = FewRows(attention.linear_qkv.weight.data, norm=_norm(layer.input_layernorm))
-    leave = FewRows(attention.linear_proj.weight.data, post=_post(layer))
-    core = attention.core_attention
-
-    def run(hidden_SH: torch.Tensor, segments: Segments) -> torch.Tensor:
-        return leave(core.single_tokens(enter(hidden_SH), segments), hidden_SH)
-
-    return run
-
-
 def _as_it_is(layer: Any) -> Layer:
-    def run(hidden_SH: torch.Tensor, segments: Segments) -> torch.Tensor:
+    def run(hidden_TH: torch.Tensor, segments: Segments) -> torch.Tensor:
         output = layer(
-            hidden_states=hidden_SH[:, None], attention_mask=None, packed_seq_params=RowContext(segments=segments)
+            hidden_states=hidden_TH[:, None], attention_mask=None, packed_seq_params=RowContext(segments=segments)
         )
         return (output[0] if isinstance(output, tuple) else output)[:, 0].contiguous()
 

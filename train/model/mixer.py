@@ -17,6 +17,7 @@ from torch import nn
 from train.model import ssd
 from train.model.context import RowContext, Segments
 from train.model.norm import rms_norm
+from train.native.scan import ScanSizes, ScanWeights
 
 
 class GroupedRMSNorm(nn.Module):
@@ -105,7 +106,7 @@ class ReferenceMixer(MambaMixer):
         else:
             zxbcdt = self.cp.pre_conv_ssm(zxbcdt, None)
             documents = packed_seq_params.documents if packed_seq_params is not None else None
-            y = ssd.mamba_core(zxbcdt, **self._scan_arguments(), chunk=self.chunk_size, document_BL=documents)
+            y = ssd.mamba_core(zxbcdt, self._scan_weights(), sizes=self._scan_sizes(), document_BL=documents)
             y = self.cp.post_conv_ssm(y, None)
         return self.out_proj(self.norm(y))
 
@@ -113,19 +114,24 @@ class ReferenceMixer(MambaMixer):
         """Convolution, scan and gate of the texts of a step of inference, which update their states. -> [T, H*P]."""
         pool = segments.mamba_pools[self.layer_number]
         return ssd.mamba_core_segments(
-            zxbcdt_TD, **self._scan_arguments(), chunk=self.chunk_size, segments=segments, pool=pool
+            zxbcdt_TD, self._scan_weights(), sizes=self._scan_sizes(), segments=segments, pool=pool
         )
 
-    def _scan_arguments(self) -> dict[str, Any]:
-        """Parameters and sizes of the scan on this rank (context ranks use a slice of the tensor rank's heads)."""
-        return {
-            "conv_weight_CW": self.cp.get_conv1d_weight().squeeze(1),
-            "conv_bias_C": self.cp.get_conv1d_bias(),
-            "dt_bias_H": self.cp.get_dt_bias(),
-            "A_log_H": self.cp.get_A_log(),
-            "D_H": self.cp.get_D(),
-            "heads": self.cp.nheads_local_tpcp,
-            "head_dim": self.headdim,
-            "state": self.d_state,
-            "groups": self.cp.ngroups_local_tpcp,
-        }
+    def _scan_weights(self) -> ScanWeights:
+        """Parameters of the scan on this rank (context ranks use a slice of the tensor rank's heads)."""
+        return ScanWeights(
+            conv_weight_CW=self.cp.get_conv1d_weight().squeeze(1),
+            conv_bias_C=self.cp.get_conv1d_bias(),
+            dt_bias_H=self.cp.get_dt_bias(),
+            A_log_H=self.cp.get_A_log(),
+            D_H=self.cp.get_D(),
+        )
+
+    def _scan_sizes(self) -> ScanSizes:
+        return ScanSizes(
+            heads=self.cp.nheads_local_tpcp,
+            head_dim=self.headdim,
+            state=self.d_state,
+            groups=self.cp.ngroups_local_tpcp,
+            chunk=self.chunk_size,
+        )

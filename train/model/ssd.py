@@ -25,6 +25,7 @@ W taps, H heads, P channels of a head, G groups of heads sharing B and C, N stat
 all rows (K = B * ceil(L / Q)). Arithmetic is fp32 (float64 for float64 inputs) for every storage dtype.
 """
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -35,7 +36,7 @@ from train.model.context import MambaPool, Segments
 from train.model.convolution import convolve, convolve_backward
 from train.model.documents import document_starts
 from train.native import scan as compiled
-from train.native.scan import ScanSizes
+from train.native.scan import ScanSizes, ScanWeights
 
 StatePair = tuple[torch.Tensor, torch.Tensor]
 """(last W-1 convolution inputs [B, W-1, C], scan state [B, H, N, P]), at least fp32: constant size for texts of any length."""
@@ -43,17 +44,9 @@ StatePair = tuple[torch.Tensor, torch.Tensor]
 
 def mamba_core(
     zxbcdt_LBD: torch.Tensor,
+    weights: ScanWeights,
     *,
-    conv_weight_CW: torch.Tensor,
-    conv_bias_C: torch.Tensor,
-    dt_bias_H: torch.Tensor,
-    A_log_H: torch.Tensor,
-    D_H: torch.Tensor,
-    heads: int,
-    head_dim: int,
-    state: int,
-    groups: int,
-    chunk: int,
+    sizes: ScanSizes,
     document_BL: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """y * silu(z) of the Mamba-2 recurrence over whole rows, [L, B, H*P] in the input's dtype.
@@ -61,49 +54,43 @@ def mamba_core(
     zxbcdt_LBD: output of the in-projection. document_BL: document index of each token, never decreasing; convolution and
     state restart where it changes. Any L. Deterministic. Differentiable once in all tensors but the documents.
     """
-    sizes = ScanSizes(heads=heads, head_dim=head_dim, state=state, groups=groups, chunk=min(chunk, zxbcdt_LBD.shape[0]))
-    return _MambaCore.apply(zxbcdt_LBD, conv_weight_CW, conv_bias_C, dt_bias_H, A_log_H, D_H, document_BL, sizes)
+    sizes = replace(sizes, chunk=min(sizes.chunk, zxbcdt_LBD.shape[0]))
+    return _MambaCore.apply(zxbcdt_LBD, *weights, document_BL, sizes)
 
 
 @torch.no_grad()
 def mamba_core_continue(
     zxbcdt_LBD: torch.Tensor,
+    weights: ScanWeights,
     *,
-    conv_weight_CW: torch.Tensor,
-    conv_bias_C: torch.Tensor,
-    dt_bias_H: torch.Tensor,
-    A_log_H: torch.Tensor,
-    D_H: torch.Tensor,
-    heads: int,
-    head_dim: int,
-    state: int,
-    groups: int,
-    chunk: int,
+    sizes: ScanSizes,
     state_pair: StatePair | None,
 ) -> tuple[torch.Tensor, StatePair]:
     """The same recurrence continued from `state_pair` (None: zeros). -> (y * silu(z) [L, B, H*P], new state)."""
-    sizes = ScanSizes(heads=heads, head_dim=head_dim, state=state, groups=groups, chunk=min(chunk, zxbcdt_LBD.shape[0]))
+    sizes = replace(sizes, chunk=min(sizes.chunk, zxbcdt_LBD.shape[0]))
     work = _work_dtype(zxbcdt_LBD)
     z, xbc, dt = _split(zxbcdt_LBD, sizes)
-    taps = conv_weight_CW.shape[1]
+    taps = weights.conv_weight_CW.shape[1]
     rows = xbc.shape[1]
     if state_pair is None:
         past = torch.zeros(rows, taps - 1, sizes.conv_channels, dtype=work, device=z.device)
-        before = torch.zeros(rows, heads, state, head_dim, dtype=work, device=z.device)
+        before = torch.zeros(rows, sizes.heads, sizes.state, sizes.head_dim, dtype=work, device=z.device)
     else:
         past, before = state_pair
     window = torch.cat([past.transpose(0, 1), xbc])
-    conv = convolve(window, conv_weight_CW.to(work), conv_bias_C.to(work), document_BL=None)[:, taps - 1 :]
+    conv = convolve(window, weights.conv_weight_CW.to(work), weights.conv_bias_C.to(work), document_BL=None)[
+        :, taps - 1 :
+    ]
     conv = F.silu(conv)
-    A = -torch.exp(A_log_H.to(work))
-    dt = F.softplus(dt.to(work) + dt_bias_H.to(work))
+    A = -torch.exp(weights.A_log_H.to(work))
+    dt = F.softplus(dt.to(work) + weights.dt_bias_H.to(work))
     if zxbcdt_LBD.shape[0] == 1:
-        y, after = _single_step(conv[:, 0], dt[0], A, D_H.to(work), before, sizes)
+        y, after = _single_step(conv[:, 0], dt[0], A, weights.D_H.to(work), before, sizes)
         y_LBI = y.unsqueeze(0)
     else:
         scan = Chunked(conv, dt, A, sizes, document_BL=None)
-        by_group = before.unflatten(1, (groups, -1)).transpose(2, 3)  # [B, G, N, H/G, P]
-        y_KQI, _, after = scan.forward(D_H.to(work), before=by_group)
+        by_group = before.unflatten(1, (sizes.groups, -1)).transpose(2, 3)  # [B, G, N, H/G, P]
+        y_KQI, _, after = scan.forward(weights.D_H.to(work), before=by_group)
         after = after.transpose(2, 3).flatten(1, 2)
         y_LBI = scan.unchunk(y_KQI).transpose(0, 1)
     out = (y_LBI * F.silu(z.to(work))).to(zxbcdt_LBD.dtype)
@@ -113,36 +100,30 @@ def mamba_core_continue(
 @torch.no_grad()
 def mamba_core_segments(
     zxbcdt_TD: torch.Tensor,
+    weights: ScanWeights,
     *,
-    conv_weight_CW: torch.Tensor,
-    conv_bias_C: torch.Tensor,
-    dt_bias_H: torch.Tensor,
-    A_log_H: torch.Tensor,
-    D_H: torch.Tensor,
-    heads: int,
-    head_dim: int,
-    state: int,
-    groups: int,
-    chunk: int,
+    sizes: ScanSizes,
     segments: Segments,
     pool: MambaPool,
 ) -> torch.Tensor:
     """The same recurrence for the texts of a step of inference, each continued from its slot of `pool`, which is updated.
 
-    -> y * silu(z), [T, H*P]. A text that begins (`before` is 0) starts from zeros, whatever is in its slot.
+    -> y * silu(z), [T, H*P]. A text that begins (`before` is 0) starts from zeros, whatever is in its slot. A trial leaves its
+    slot as it is and stores `zxbcdt` of its tokens in `pool.inputs`; the same call with the accepted ones updates the slot.
     """
-    sizes = ScanSizes(heads=heads, head_dim=head_dim, state=state, groups=groups, chunk=chunk)
+    if segments.trial_T is not None:
+        pool.inputs[: len(segments.trial_T)] = zxbcdt_TD[segments.trial_T]
     if compiled.scan_usable(zxbcdt_TD, sizes):
         out = compiled.scan_segments(
-            zxbcdt_TD.float().contiguous(), segments.table, conv_weight_CW=conv_weight_CW.float(),
-            conv_bias_C=conv_bias_C.float(), dt_bias_H=dt_bias_H.float(), A_log_H=A_log_H.float(), D_H=D_H.float(),
-            conv_pool=pool.conv, scan_pool=pool.scan, sizes=sizes,
-        )  # fmt: skip
+            zxbcdt_TD.float().contiguous(),
+            segments.table,
+            weights=ScanWeights(*(weight.float() for weight in weights)),
+            conv_pool=pool.conv,
+            scan_pool=pool.scan,
+            sizes=sizes,
+            trial_S=segments.trial_S,
+        )
         return out.to(zxbcdt_TD.dtype)
-    arguments = {
-        "conv_weight_CW": conv_weight_CW, "conv_bias_C": conv_bias_C, "dt_bias_H": dt_bias_H, "A_log_H": A_log_H, "D_H": D_H,
-        "heads": heads, "head_dim": head_dim, "state": state, "groups": groups, "chunk": chunk,
-    }  # fmt: skip
     outputs = []
     alone = segments.segments[segments.singles :]
     together = [segments.segments[: segments.singles]] * (segments.singles > 0)
@@ -155,7 +136,9 @@ def mamba_core_segments(
             pool.conv[slots].masked_fill_(is_new[:, None, None], 0),
             pool.scan[slots].masked_fill_(is_new[:, None, None, None], 0),
         )
-        y, (pool.conv[slots], pool.scan[slots]) = mamba_core_continue(rows, **arguments, state_pair=old)
+        y, new = mamba_core_continue(rows, weights, sizes=sizes, state_pair=old)
+        if not texts[0].is_trial:
+            pool.conv[slots], pool.scan[slots] = new
         outputs.append(y.transpose(0, 1).flatten(0, 1))
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
@@ -175,7 +158,8 @@ class _MambaCore(torch.autograd.Function):
     ) -> torch.Tensor:
         work = _work_dtype(zxbcdt)
         if compiled.scan_usable(zxbcdt, sizes):
-            return _forward_compiled(ctx, zxbcdt, conv_weight, conv_bias, dt_bias, A_log, D, document_BL, sizes)
+            weights = ScanWeights(conv_weight, conv_bias, dt_bias, A_log, D)
+            return _forward_compiled(ctx, zxbcdt, weights, document_BL, sizes)
         z, xbc, dt_raw = _split(zxbcdt, sizes)
         pre = convolve(xbc, conv_weight.to(work), conv_bias.to(work), document_BL=document_BL)
         dt = F.softplus(dt_raw.to(work) + dt_bias.to(work))
@@ -235,11 +219,7 @@ class _MambaCore(torch.autograd.Function):
 def _forward_compiled(
     ctx: Any,
     zxbcdt: torch.Tensor,
-    conv_weight: torch.Tensor,
-    conv_bias: torch.Tensor,
-    dt_bias: torch.Tensor,
-    A_log: torch.Tensor,
-    D: torch.Tensor,
+    weights: ScanWeights,
     document_BL: torch.Tensor | None,
     sizes: ScanSizes,
 ) -> torch.Tensor:
@@ -248,15 +228,15 @@ def _forward_compiled(
     _, _, dt_raw = _split(wide, sizes)
     out, pre, y, states = compiled.scan_forward(
         wide,
-        conv_weight_CW=conv_weight.float(),
-        conv_bias_C=conv_bias.float(),
-        dt_BLH=F.softplus(dt_raw + dt_bias.float()).transpose(0, 1).contiguous(),
-        A_H=-torch.exp(A_log.float()),
-        D_H=D.float(),
+        conv_weight_CW=weights.conv_weight_CW.float(),
+        conv_bias_C=weights.conv_bias_C.float(),
+        dt_BLH=F.softplus(dt_raw + weights.dt_bias_H.float()).transpose(0, 1).contiguous(),
+        A_H=-torch.exp(weights.A_log_H.float()),
+        D_H=weights.D_H.float(),
         first_BL=None if document_BL is None else document_starts(document_BL),
         sizes=sizes,
     )
-    ctx.save_for_backward(zxbcdt, conv_weight, conv_bias, dt_bias, A_log, D, document_BL, pre, y, states)
+    ctx.save_for_backward(zxbcdt, *weights, document_BL, pre, y, states)
     ctx.sizes, ctx.is_compiled = sizes, True
     return out.to(zxbcdt.dtype)
 

@@ -245,7 +245,7 @@ int stratum_capped_backward(const Attention *k, const float *q, const float *key
   return failed;
 }
 
-/* ---- a step of inference: one new token of each text, keys and values in pages (train/model/paged.py is the definition) */
+/* ---- a step of inference: new tokens of texts, keys and values in pages (train/model/paged.py is the definition) */
 
 typedef struct {
   int64_t texts, heads, groups, width, page_tokens, pages, window; /* pages: entries of a line of the table; window 0: none */
@@ -320,11 +320,26 @@ INLINE void attend_pages(const Paged *k, const float *q, const void *keys, const
 }
 
 /* qkv: [texts, G, (R queries, key, value), D], as Megatron's projection gives it. cosine, sine: [positions, D / 2], or null for
-   no rotation. Stores the new keys and values in their pages, then writes out [texts, H, D], fp32. */
+   no rotation. texts: a line for each token (begin, 1, tokens before it, slot). Stores the new keys and values in their pages, then
+   writes out [texts, H, D], fp32. */
 INLINE int paged_step(const Paged *k, const void *qkv, const float *cosine, const float *sine, const int32_t *table,
                       const Segment *texts, void *keys, void *values, float *out, int threads, int bf16) {
   const int64_t R = k->heads / k->groups, D = k->width;
   int failed = 0;
+  for (int64_t task = 0; task < k->texts * k->groups; task++) { /* first all keys: a text may have several tokens here */
+    const Segment *s = texts + task / k->groups;
+    const int64_t group = task % k->groups, own = s->before;
+    const int32_t *pages = table + s->slot * k->pages;
+    float key[2 * D];
+    for (int64_t d = 0; d < 2 * D; d += LANES) store(key + d, get(qkv, (task * (R + 2) + R) * D + d, bf16));
+    if (cosine != NULL) rotate(key, cosine + own * (D / 2), sine + own * (D / 2), D, bf16);
+    const int64_t at =
+        (((int64_t)pages[own / k->page_tokens] * k->page_tokens + own % k->page_tokens) * k->groups + group) * D;
+    for (int64_t d = 0; d < D; d += LANES) {
+      put(keys, at + d, load(key + d), bf16);
+      put(values, at + d, load(key + D + d), bf16);
+    }
+  }
 #pragma omp parallel for num_threads(threads) schedule(dynamic) if (threads > 1)
   for (int64_t task = 0; task < k->texts * k->groups; task++) {
     const Segment *s = texts + task / k->groups;
@@ -332,17 +347,11 @@ INLINE int paged_step(const Paged *k, const void *qkv, const float *cosine, cons
     const int32_t *pages = table + s->slot * k->pages;
     const int64_t from = k->window > 0 && own - k->window + 1 > 0 ? own - k->window + 1 : 0;
     const int64_t line = blocks_of(own + 1 - from, LANES) * LANES;
-    float *memory = scratch((R + 2) * D + R * line), *scores = memory + (R + 2) * D;
+    float *memory = scratch(R * D + R * line), *scores = memory + R * D;
     if (memory == NULL) { failed = 1; continue; }
-    for (int64_t d = 0; d < (R + 2) * D; d += LANES) store(memory + d, get(qkv, task * (R + 2) * D + d, bf16));
+    for (int64_t d = 0; d < R * D; d += LANES) store(memory + d, get(qkv, task * (R + 2) * D + d, bf16));
     if (cosine != NULL)
-      for (int64_t r = 0; r <= R; r++) rotate(memory + r * D, cosine + own * (D / 2), sine + own * (D / 2), D, bf16);
-    const int64_t at =
-        (((int64_t)pages[own / k->page_tokens] * k->page_tokens + own % k->page_tokens) * k->groups + group) * D;
-    for (int64_t d = 0; d < D; d += LANES) {
-      put(keys, at + d, load(memory + R * D + d), bf16);
-      put(values, at + d, load(memory + (R + 1) * D + d), bf16);
-    }
+      for (int64_t r = 0; r < R; r++) rotate(memory + r * D, cosine + own * (D / 2), sine + own * (D / 2), D, bf16);
     attend_pages(k, memory, keys, values, pages, from, own + 1, group, scores, line, out + task * R * D, bf16);
     free(memory);
   }

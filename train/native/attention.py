@@ -107,7 +107,8 @@ def paged_step(
     scale: float,
     softcap: float | None,
 ) -> torch.Tensor:
-    """Rotate, store and attend for one new token of each text (`train.model.paged` is the definition). -> [S, H*D] fp32.
+    """Rotate, store and attend for new tokens (`train.model.paged` is the definition), each a line of texts_S4: index, 1, tokens
+    before it in its text, slot. -> [S, H*D] fp32.
 
     qkv: [S, G * (H/G + 2) * D], by key/value head its queries, its key, its value. angles: cosines and sines by position, or None
     for no rotation. `keys` and `values`, [pages, page tokens, G, D], are updated.

@@ -12,11 +12,12 @@
    exponent of all ones; only blocks with such an element are counted element by element.
 
    The box is processed in tiles of rows that fit the second-level cache, a tile in blocks of columns whose coefficients fit the
-   first-level cache. While one tile is summed the next one is prefetched in memory order: blocks jump from row to row, which
-   the hardware prefetcher does not follow. */
+   first-level cache. The coefficients are made once for all tiles: wide rows make tiles of few rows. While one tile is summed
+   the next one is prefetched in memory order: blocks jump from row to row, which the hardware prefetcher does not follow. */
 
 #include <errno.h>
 #include <stdint.h>
+#include <stdlib.h>
 #include <string.h>
 #include <unistd.h>
 #if defined(__SSE2__)
@@ -29,6 +30,7 @@
 #define LANES 2
 #define BLOCK 1024       /* columns: 16 KB of coefficients */
 #define TILE (512 << 10) /* bytes */
+#define BLOCKS 64        /* blocks of columns whose coefficients are kept for all tiles: 1 MB */
 #define ALWAYS static inline __attribute__((always_inline))
 
 #if defined(__AVX512F__)
@@ -67,7 +69,7 @@ ALWAYS V loaded(const void *at)
 }
 
 /* alpha of n columns of the whole from `first` on, [lane][plane][BLOCK / planes]. */
-ALWAYS void make_alpha(int64_t n, int planes, int64_t first, uint64_t alpha[LANES][BLOCK])
+static void make_alpha(int64_t n, int planes, int64_t first, uint64_t alpha[LANES][BLOCK])
 {
     for (int lane = 0; lane < LANES; lane++)
         for (int64_t p = 0; p < planes; p++)
@@ -92,9 +94,9 @@ static __attribute__((noinline)) uint64_t count_nonfinite(const char *x, int64_t
     return count;
 }
 
-/* Adds n columns, from x on, of row `row` of the whole tensor. ahead: n columns to prefetch. found, rest: collect the top bits of
-   elements that are not finite. */
-ALWAYS void add_row(const char *x, int64_t n, int width, uint64_t alpha[LANES][BLOCK], uint64_t row, const char *ahead,
+/* Adds n columns, from x on, of row `row` of the whole tensor. ahead: n columns to prefetch, if is_far. found, rest: collect the
+   top bits of elements that are not finite. */
+ALWAYS void add_row(const char *x, int64_t n, int width, uint64_t alpha[LANES][BLOCK], uint64_t row, const char *ahead, int is_far,
                     NonFinite nonfinite, V *found, uint64_t *rest, uint64_t *sums)
 {
     const int planes = 8 / width;
@@ -106,7 +108,8 @@ ALWAYS void add_row(const char *x, int64_t n, int width, uint64_t alpha[LANES][B
     const uint64_t masks[2] = {nonfinite.mask << high >> high, nonfinite.mask >> high}, ones[2] = {nonfinite.one << high >> high, nonfinite.one >> high};
     for (int64_t i = 0; i < vectors; i++) {
         const V word = loaded(x + i * (int64_t)sizeof(V));
-        __builtin_prefetch(ahead + i * (int64_t)sizeof(V), 0, 2);
+        if (is_far)
+            __builtin_prefetch(ahead + i * (int64_t)sizeof(V), 0, 2);
         *found |= NONFINITE(word, mask, one);
         for (int p = 0; p < planes; p++) {
             V bits = word >> (8 * width * p);
@@ -136,6 +139,7 @@ typedef struct {
     int width; /* bytes an element: 4, 2, 1 */
     const int64_t *whole, *offset, *shape;
     int64_t rows, columns, first;
+    uint64_t (*alpha)[LANES][BLOCK]; /* of each block of columns; NULL: to be made when needed */
 } Box;
 
 /* Index in the whole tensor of the box's row r. */
@@ -150,13 +154,13 @@ ALWAYS uint64_t row_of(const Box *box, int64_t r)
     return (uint64_t)(box->outer ? row + (box->offset[0] + r) * stride : 0);
 }
 
-/* Adds rows from..end of a box; data: of row `from`. */
-ALWAYS void add_width(const char *data, int width, const Box *box, int64_t from, int64_t end, char *copy, NonFinite nonfinite,
-                      uint64_t *sums)
+/* Adds rows from..end of a box; data: of row `from`; is_far: they are in memory, not yet in a cache. */
+ALWAYS void add_width(const char *data, int width, const Box *box, int64_t from, int64_t end, char *copy, int is_far,
+                      NonFinite nonfinite, uint64_t *sums)
 {
     const int64_t stride = box->columns * width, tile = TILE / stride > 0 ? TILE / stride : 1;
     const uint64_t tops = width == 4 ? 0x8000000080000000ull : width == 2 ? 0x8000800080008000ull : 0x8080808080808080ull;
-    uint64_t alpha[LANES][BLOCK];
+    uint64_t made[LANES][BLOCK];
     for (int64_t top = from; top < end; top += tile) {
         const int64_t below = end - top < tile ? end : top + tile;
         const char *x = data + (top - from) * stride, *ahead = x + (below - top) * stride;
@@ -164,12 +168,14 @@ ALWAYS void add_width(const char *data, int width, const Box *box, int64_t from,
             memcpy(copy + (top - from) * stride, x, (below - top) * stride);
         for (int64_t start = 0; start < box->columns; start += BLOCK) {
             const int64_t n = box->columns - start < BLOCK ? box->columns - start : BLOCK;
-            if (top == from || box->columns > BLOCK)
-                make_alpha(n, 8 / width, box->first + start, alpha);
+            uint64_t(*alpha)[BLOCK] = box->alpha ? box->alpha[start / BLOCK] : made;
+            if (!box->alpha && (top == from || box->columns > BLOCK))
+                make_alpha(n, 8 / width, box->first + start, made);
             V found = {0};
             uint64_t any = 0;
             for (int64_t r = top; r < below; r++, ahead += n * width)
-                add_row(x + (r - top) * stride + start * width, n, width, alpha, row_of(box, r), ahead, nonfinite, &found, &any, sums);
+                add_row(x + (r - top) * stride + start * width, n, width, alpha, row_of(box, r), ahead, is_far, nonfinite, &found, &any,
+                        sums);
             for (int64_t k = 0; k < WORDS; k++)
                 any |= found[k];
             for (int64_t r = top; r < below && any & tops; r++)
@@ -178,19 +184,20 @@ ALWAYS void add_width(const char *data, int width, const Box *box, int64_t from,
     }
 }
 
-static void add_rows(const char *data, const Box *box, int64_t from, int64_t end, char *copy, NonFinite nonfinite, uint64_t *sums)
+ALWAYS void add_rows(const char *data, const Box *box, int64_t from, int64_t end, char *copy, int is_far, NonFinite nonfinite,
+                     uint64_t *sums)
 {
     if (box->width == 4)
-        add_width(data, 4, box, from, end, copy, nonfinite, sums);
+        add_width(data, 4, box, from, end, copy, is_far, nonfinite, sums);
     else if (box->width == 2)
-        add_width(data, 2, box, from, end, copy, nonfinite, sums);
+        add_width(data, 2, box, from, end, copy, is_far, nonfinite, sums);
     else
-        add_width(data, 1, box, from, end, copy, nonfinite, sums);
+        add_width(data, 1, box, from, end, copy, is_far, nonfinite, sums);
 }
 
 static Box box_of(int width, int dims, const int64_t *whole, const int64_t *offset, const int64_t *shape)
 {
-    Box box = {dims ? dims - 1 : 0, width, whole, offset, shape, 1, 1, 0};
+    Box box = {dims ? dims - 1 : 0, width, whole, offset, shape, 1, 1, 0, NULL};
     if (dims) {
         box.columns = shape[dims - 1];
         box.first = offset[dims - 1];
@@ -207,13 +214,28 @@ static Box box_of(int width, int dims, const int64_t *whole, const int64_t *offs
     return box;
 }
 
+/* Makes the coefficients of all columns once, if more than one tile needs them and they are not too many. Free box->alpha. */
+static void keep_alpha(Box *box)
+{
+    const int64_t blocks = (box->columns + BLOCK - 1) / BLOCK;
+    if (blocks > BLOCKS || box->rows * box->columns * box->width <= TILE)
+        return;
+    box->alpha = malloc(blocks * sizeof *box->alpha);
+    for (int64_t b = 0; box->alpha && b < blocks; b++) {
+        const int64_t n = box->columns - b * BLOCK < BLOCK ? box->columns - b * BLOCK : BLOCK;
+        make_alpha(n, 8 / box->width, box->first + b * BLOCK, box->alpha[b]);
+    }
+}
+
 /* A box in memory. width: bytes per element, 8 counts as two columns of 4. whole, offset, shape: `dims` numbers each. copy: NULL, or
    the destination of a copy of the box. mask, one: see `NonFinite`. sums: one sum per lane, then the number of non-finite elements. */
 void stratum_fingerprint(const char *data, int width, int dims, const int64_t *whole, const int64_t *offset,
                          const int64_t *shape, char *copy, uint64_t mask, uint64_t one, uint64_t *sums)
 {
-    const Box box = box_of(width, dims, whole, offset, shape);
-    add_rows(data, &box, 0, box.rows, copy, (NonFinite){mask, one}, sums);
+    Box box = box_of(width, dims, whole, offset, shape);
+    keep_alpha(&box);
+    add_rows(data, &box, 0, box.rows, copy, 1, (NonFinite){mask, one}, sums);
+    free(box.alpha);
 }
 
 static int read_all(int file, char *into, int64_t size, int64_t at)
@@ -234,17 +256,19 @@ static int read_all(int file, char *into, int64_t size, int64_t at)
 int stratum_fingerprint_file(int file, int64_t at, char *scratch, int64_t room, int width, int dims, const int64_t *whole,
                              const int64_t *offset, const int64_t *shape, uint64_t mask, uint64_t one, uint64_t *sums)
 {
-    const Box box = box_of(width, dims, whole, offset, shape);
+    Box box = box_of(width, dims, whole, offset, shape);
     const NonFinite nonfinite = {mask, one};
     const int64_t stride = box.columns * box.width;
     int problem = 0;
     if (stride <= room) {
         const int64_t step = stride ? room / stride : 1;
+        keep_alpha(&box);
         for (int64_t r = 0; r < box.rows && !problem; r += step, at += step * stride) {
             const int64_t end = box.rows - r < step ? box.rows : r + step;
             if ((problem = read_all(file, scratch, (end - r) * stride, at)) == 0)
-                add_rows(scratch, &box, r, end, NULL, nonfinite, sums);
+                add_rows(scratch, &box, r, end, NULL, 0, nonfinite, sums);
         }
+        free(box.alpha);
         return problem;
     }
     const int64_t most = room / box.width & ~(int64_t)1; /* the halves of an 8-byte element stay together */
@@ -254,7 +278,7 @@ int stratum_fingerprint_file(int file, int64_t at, char *scratch, int64_t room, 
             part.columns = box.columns - c < most ? box.columns - c : most;
             part.first = box.first + c;
             if ((problem = read_all(file, scratch, part.columns * box.width, at)) == 0)
-                add_rows(scratch, &part, r, r + 1, NULL, nonfinite, sums);
+                add_rows(scratch, &part, r, r + 1, NULL, 0, nonfinite, sums);
             at += part.columns * box.width;
         }
     return problem;

@@ -1,13 +1,12 @@
 """Binding of the compiled fingerprint in `fingerprint.c`. `train.checkpoint.fingerprint` is the definition."""
 
 import ctypes
-import functools
 from pathlib import Path
 
 from data.native import build_c
 
 
-@functools.cache
+@build_c.Cached
 def kernels() -> ctypes.CDLL | None:
     library = build_c.load_if_possible(Path(__file__).with_name("fingerprint.c"), what="fingerprints are")
     if library is None:

@@ -5,7 +5,6 @@ same tolerances for both. STRATUM_NATIVE=0 turns the compiled versions off.
 """
 
 import ctypes
-import functools
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ from data.native import build_c
 FOLDER = Path(__file__).parent
 
 
-@functools.cache
+@build_c.Cached
 def library(name: str) -> ctypes.CDLL | None:
     """The compiled `name`.c, or None if it cannot be compiled here (logged once, at info level)."""
     loaded = build_c.load_if_possible(FOLDER / f"{name}.c", FOLDER / "simd.h", what=f"{name}.c is")
@@ -25,8 +24,9 @@ def library(name: str) -> ctypes.CDLL | None:
     pointer, number = ctypes.c_void_p, ctypes.c_int
     arguments = {
         "stratum_scan_forward": 9, "stratum_scan_backward": 15, "stratum_scan_finish": 4,
-        "stratum_scan_segments": 14, "stratum_conv_forward": 5, "stratum_conv_backward": 7,
-        "stratum_few_rows": 7, "stratum_paged_step": 8, "stratum_capped_forward": 7, "stratum_capped_backward": 11,
+        "stratum_scan_segments": 15, "stratum_conv_forward": 5, "stratum_conv_backward": 7,
+        "stratum_few_rows": 7, "stratum_pack": 2, "stratum_line_sums": 3,
+        "stratum_paged_step": 8, "stratum_capped_forward": 7, "stratum_capped_backward": 11,
         "stratum_norm_forward": 4, "stratum_norm_backward": 7,
         "stratum_activation_forward": 2, "stratum_activation_backward": 3,
         "stratum_loss_forward": 4, "stratum_loss_backward": 4,
@@ -34,6 +34,9 @@ def library(name: str) -> ctypes.CDLL | None:
     for function, tensors in arguments.items():
         if hasattr(loaded, function):
             getattr(loaded, function).argtypes = [pointer] * (tensors + 1) + [number]
+    for function in ("stratum_packed", "stratum_few_scratch"):
+        if hasattr(loaded, function):
+            getattr(loaded, function).argtypes, getattr(loaded, function).restype = [pointer], ctypes.c_int64
     loaded.stratum_lanes.restype = number
     return loaded
 

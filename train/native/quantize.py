@@ -5,7 +5,6 @@ compiled version off.
 """
 
 import ctypes
-import functools
 from pathlib import Path
 
 import torch
@@ -32,7 +31,7 @@ class Spec(ctypes.Structure):
     ]
 
 
-@functools.cache
+@build_c.Cached
 def library() -> ctypes.CDLL | None:
     """The compiled kernels, built if needed; None if they cannot be built here (logged once, at info level)."""
     loaded = build_c.load_if_possible(SOURCE, flags=FLAGS, what="low-precision kernels are")

@@ -223,9 +223,13 @@ typedef struct {
   int64_t begin, tokens, before, slot;
 } Segment;
 
-/* Convolution and dt of one segment; updates the last inputs in its slot, past [taps - 1, C]. weight [taps, C]. */
+/* Segments up to this length run token by token: their bits do not depend on how a text is cut into such segments. */
+enum { STEPWISE = 16 };
+
+/* Convolution and dt of one segment; updates the last inputs in its slot, past [taps - 1, C], unless it is a trial.
+   weight [taps, C]. */
 static void segment_inputs(const Shape *h, const Sizes *z, const Segment *s, const float *zxbcdt, const float *weight,
-                           const float *bias, const float *dt_bias, float *past, float *pre, float *dt) {
+                           const float *bias, const float *dt_bias, float *past, float *pre, float *dt, int is_trial) {
   const int64_t W = h->taps, C = z->channels;
   if (s->before == 0) memset(past, 0, (size_t)((W - 1) * C) * 4);
   for (int64_t l = 0; l < s->tokens; l++) {
@@ -242,6 +246,7 @@ static void segment_inputs(const Shape *h, const Sizes *z, const Segment *s, con
       dt[(s->begin + l) * h->heads + i] = x > 20 ? x : log1pf(expf(x)); /* softplus as torch computes it */
     }
   }
+  if (is_trial) return;
   for (int64_t j = 0; j < W - 1; j++) { /* ascending: an input moves to a place that was read already */
     const int64_t at = s->tokens + j;
     memcpy(past + j * C, at < W - 1 ? past + at * C : zxbcdt + (s->begin + at - (W - 1)) * h->width + z->inner, (size_t)C * 4);
@@ -277,12 +282,12 @@ static void single_step(const Shape *h, const Sizes *z, const float *zxbcdt, con
 }
 
 /* table: a Segment for each of h->rows texts; h->length tokens in all. conv [slots, taps - 1, C] and scan [slots, H, N, P] are
-   updated. Scratch: turned [taps, C], pre [T, C], dt [T, H], y [T, HP]. Writes out [T, HP]. -> 0, or 1 if memory is short. */
+   updated, but not by the texts whose number in trial [texts] is 1 (null: none). Scratch: turned [taps, C], pre [T, C], dt [T, H], y [T, HP]. Writes out [T, HP]. -> 0, or 1 if memory is short. */
 int stratum_scan_segments(const Shape *h, const float *zxbcdt, const Segment *table, const float *weight, const float *bias,
                           const float *dt_bias, const float *A_log, const float *D, float *conv, float *scan, float *turned,
-                          float *pre, float *dt, float *y, float *out, int threads) {
+                          float *pre, float *dt, float *y, float *out, const int64_t *trial, int threads) {
   const Sizes z = sizes_of(h);
-  const int64_t P = h->head_dim, N = h->state, tasks = h->rows * h->groups * h->splits;
+  const int64_t P = h->head_dim, N = h->state, tasks = h->rows * h->groups * h->splits, states = h->heads * N * P;
   float A[h->heads];
   for (int64_t i = 0; i < h->heads; i++) A[i] = -expf(A_log[i]);
   for (int64_t c = 0; c < z.channels; c++)
@@ -291,16 +296,27 @@ int stratum_scan_segments(const Shape *h, const float *zxbcdt, const Segment *ta
 #pragma omp parallel for num_threads(threads) schedule(dynamic)
   for (int64_t i = 0; i < h->rows; i++) {
     const Segment *s = table + i;
-    segment_inputs(h, &z, s, zxbcdt, turned, bias, dt_bias, conv + s->slot * (h->taps - 1) * z.channels, pre, dt);
-    if (s->before == 0) memset(scan + s->slot * h->heads * N * P, 0, (size_t)(h->heads * N * P) * 4);
+    segment_inputs(h, &z, s, zxbcdt, turned, bias, dt_bias, conv + s->slot * (h->taps - 1) * z.channels, pre, dt,
+                   trial != NULL && trial[i]);
+    if (s->before == 0) memset(scan + s->slot * states, 0, (size_t)states * 4);
   }
 #pragma omp parallel for num_threads(threads) schedule(dynamic)
   for (int64_t task = 0; task < tasks; task++) {
     const Segment *s = table + task / (h->groups * h->splits);
     const int64_t g = task / h->splits % h->groups, split = task % h->splits;
-    float *state = scan + s->slot * h->heads * N * P, both[2 * N];
-    if (s->tokens == 1) {
-      if (split == 0) single_step(h, &z, zxbcdt, pre, dt, A, D, s->begin, g, state, out, both, both + N);
+    float *state = scan + s->slot * states, *copy = NULL, both[2 * N];
+    if (s->tokens <= STEPWISE && split > 0) continue;
+    if (trial != NULL && trial[s - table]) { /* works on a copy of the group's states */
+      const int64_t first = g * z.per_group * N * P;
+      copy = aligned_alloc(64, (size_t)(states + 15) / 16 * 64);
+      if (copy == NULL) { failed = 1; continue; }
+      memcpy(copy + first, state + first, (size_t)(z.per_group * N * P) * 4);
+      state = copy;
+    }
+    if (s->tokens <= STEPWISE) {
+      for (int64_t l = 0; l < s->tokens; l++)
+        single_step(h, &z, zxbcdt, pre, dt, A, D, s->begin + l, g, state, out, both, both + N);
+      free(copy);
       continue;
     }
     Shape own = *h;
@@ -308,6 +324,7 @@ int stratum_scan_segments(const Shape *h, const float *zxbcdt, const Segment *ta
     if (scan_task(&own, zxbcdt + s->begin * h->width, pre + s->begin * z.channels, dt + s->begin * h->heads, A, D, NULL,
                   y + s->begin * z.inner, out + s->begin * z.inner, NULL, state, 0, g, split))
       failed = 1;
+    free(copy);
   }
   return failed;
 }

@@ -2,6 +2,7 @@
 
 import ctypes
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -29,6 +30,16 @@ class ScanSizes:
     @property
     def heads_per_group(self) -> int:
         return self.heads // self.groups
+
+
+class ScanWeights(NamedTuple):
+    """Parameters of the convolution and the scan on this rank."""
+
+    conv_weight_CW: torch.Tensor
+    conv_bias_C: torch.Tensor
+    dt_bias_H: torch.Tensor
+    A_log_H: torch.Tensor
+    D_H: torch.Tensor
 
 
 class Shape(ctypes.Structure):
@@ -159,21 +170,18 @@ def scan_segments(
     zxbcdt_TD: torch.Tensor,
     table_S4: torch.Tensor,
     *,
-    conv_weight_CW: torch.Tensor,
-    conv_bias_C: torch.Tensor,
-    dt_bias_H: torch.Tensor,
-    A_log_H: torch.Tensor,
-    D_H: torch.Tensor,
+    weights: ScanWeights,
     conv_pool: torch.Tensor,
     scan_pool: torch.Tensor,
     sizes: ScanSizes,
+    trial_S: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Convolution, scan and gate of the texts of a step of inference, which update their slots. All fp32 and contiguous; table:
-    (begin, tokens, tokens before, slot) of each text. -> [T, HP]."""
+    (begin, tokens, tokens before, slot) of each text; trial_S: 1 for a text that leaves its slot as it is. -> [T, HP]."""
     kernels = library("scan")
     assert kernels is not None
     tokens, width = zxbcdt_TD.shape
-    taps = conv_weight_CW.shape[1]
+    taps = weights.conv_weight_CW.shape[1]
     texts = len(table_S4)
     splits = 1
     while texts * sizes.groups * splits < torch.get_num_threads() and not sizes.heads_per_group % (2 * splits):
@@ -188,7 +196,18 @@ def scan_segments(
         [taps * sizes.conv_channels, tokens * sizes.conv_channels, tokens * sizes.heads, tokens * sizes.inner]
     )
     call(
-        kernels.stratum_scan_segments, head, zxbcdt_TD, table_S4, conv_weight_CW, conv_bias_C, dt_bias_H, A_log_H, D_H, conv_pool,
-        scan_pool, turned, pre, dt, y, out,
-    )  # fmt: skip
+        kernels.stratum_scan_segments,
+        head,
+        zxbcdt_TD,
+        table_S4,
+        *weights,
+        conv_pool,
+        scan_pool,
+        turned,
+        pre,
+        dt,
+        y,
+        out,
+        trial_S,
+    )
     return out

@@ -1,12 +1,12 @@
-"""Quantise a model with the inputs that its linear layers have on real rows (GPTQ), layer after layer.
+"""Quantises a model layer by layer, with the inputs that its linear layers have on real rows (GPTQ).
 
     training rows --embedding--> hidden --layer 0--> hidden --layer 1--> ...
                                              |
                      Hessian of each linear layer's inputs --GPTQ--> codes and scales
 
-A layer sees what the quantised layers before it give, and its second linear layer what the quantised first one gives, so later
-layers make up for earlier errors. The forward pass is that of training, document boundaries included. In memory, besides the
-model: the hidden states of all rows and the Hessian of one linear layer.
+The inputs of a layer come from the quantised layers before it, and those of its second linear layer from its quantised first one.
+So later layers correct earlier errors. The forward pass is that of training, with document boundaries. In addition to the model,
+memory contains the hidden states of all rows and the Hessian of one linear layer.
 """
 
 from collections.abc import Sequence
@@ -27,7 +27,7 @@ from train.quantize.rounding import QuantizedMatrix
 
 
 def calibration_rows(recipe: Recipe, count: int) -> list[Batch]:
-    """Training rows spread evenly over a run, one a batch. DataError if its data is not prepared or it has fewer rows."""
+    """Training rows spread evenly over a run, one per batch. DataError if its data is not prepared or it has fewer rows."""
     total = recipe.run.steps * recipe.run.global_rows
     if count > total:
         raise DataError(f"--calibrate {count:,}: the run has {total:,} training rows. Use --calibrate {total} or less.")
@@ -54,7 +54,7 @@ def calibrated(
 ) -> dict[str, QuantizedMatrix]:
     """Quantise the chosen linear layers of a whole model on one rank. -> matrices by their names in the files, without `.weight`.
 
-    The model's weights become the quantised ones. Raises NumericsError if the rows give NaN or infinity.
+    The weights in the model are replaced by the quantised ones. Raises NumericsError if the rows give NaN or infinity.
     """
     device = next(chunk.parameters()).device
     hidden, contexts = [], []

@@ -1,4 +1,4 @@
-"""Directories of quantised weights in compressed-tensors' format: what config.json says, and reading the tensors.
+"""Directories of quantised weights in compressed-tensors' format: reads and writes their config, reads their tensors.
 
     config.json: quantization_config    <--to_config--  WeightFormat  --from_config-->
 
@@ -86,14 +86,14 @@ def from_config(config: dict[str, Any], *, where: str) -> WeightFormat:
 
 
 class QuantizedFiles(WeightFiles):
-    """The weights of a directory, some of them quantised. `entries` and `read` show dense weights under their own names."""
+    """The weights of a directory, some of them quantised. `entries` and `read` give every weight as a dense one."""
 
     def __init__(self, folder: Path) -> None:
         super().__init__(folder, quantized=True)
         self.form = from_config(read_config(folder)[KEY], where=str(folder / CONFIG))
         self.stored = dict(self.entries)
         self.quantized: dict[str, Shape] = {}
-        """Name of each quantised weight -> [outputs, inputs]."""
+        """[outputs, inputs] of each quantised weight, by name."""
         self.entries = {}
         codes = "weight_packed" if self.form.container == "pack-quantized" else "weight"
         for name, entry in self.stored.items():
@@ -152,13 +152,13 @@ class QuantizedFiles(WeightFiles):
         return rows, columns
 
     def _check(self, module: str, shape: Shape) -> None:
-        """CheckpointError if a stored tensor does not have the shape and type that the format and the weight's shape demand."""
+        """CheckpointError if a stored tensor does not have the shape and type required by the format and the weight's shape."""
         is_packed = self.form.container == "pack-quantized"
         for last, (expected, _) in self.form.stored_shapes(shape).items():
             entry = self.stored.get(f"{module}.{last}")
             found = None if entry is None else entry.shape
             if last == "weight_scale" and found is not None and len(found) == 1:
-                found = (found[0], 1)  # scales of whole tensors and rows may come without their second dim
+                found = (found[0], 1)  # scales of whole tensors and of rows may be stored without the second dim
             if found != expected:
                 raise CheckpointError(
                     f"{self.folder}: {module}.{last} is {found}, not {list(expected)}, which {self.form.name} weights of "

@@ -1,11 +1,11 @@
-"""GPTQ (arXiv 2210.17323): choose codes that keep a layer's output on calibration inputs, not its weights.
+"""GPTQ (arXiv 2210.17323): chooses codes that preserve a layer's output on calibration inputs rather than its weights.
 
-    H = sum of x x' over the inputs x of a layer;  columns are rounded one after the other, and each column's error is spread over
-    the columns that are still to come, with the weights that H^-1 gives (section 3, equation 2).
+    H = sum of x x' over the inputs x of a layer.  Columns are rounded one after the other; each column's error is distributed
+    over the columns that are not rounded yet, with weights from H^-1 (section 3, equation 2).
 
-Groups take their scale when their first column is reached, from the weights as they then are. Integer scales are searched: of
-amax times 0.5 to 1 the one with the least squared error, columns weighted by the diagonal of H. FP8 blocks keep the scale of
-their amax, as FP8's steps follow the size of a number.
+The scale of a group is chosen when its first column is reached, from the weights at that moment. Integer scales are searched:
+from 0.5 to 1 times amax, the one with the least squared error, columns weighted by the diagonal of H. FP8 blocks use the scale
+of their amax, because FP8's step size is proportional to the number.
 """
 
 import torch
@@ -17,7 +17,7 @@ from train.quantize.rounding import QuantizedMatrix, half_range, nearest_codes, 
 DAMPING = 0.01
 """Added to the diagonal of H, as a fraction of its mean (section 3, step 3 of the paper)."""
 _COLUMNS = 128
-"""Columns whose errors are spread within a block first, and over the rest of the matrix at once."""
+"""Columns of a block. Errors are distributed within a block at each column, and over the rest of the matrix once per block."""
 _SHRINKS = torch.linspace(1.0, 0.5, 21).tolist()
 
 
@@ -44,7 +44,7 @@ def gptq(
     factor: torch.Tensor,
     scale_dtype: torch.dtype = torch.float32,
 ) -> QuantizedMatrix:
-    """Quantise a matrix [outputs, inputs] for inputs with the Hessian [inputs, inputs]. factor: `inverse_factor` of it."""
+    """Quantise a matrix [outputs, inputs], given the Hessian [inputs, inputs] of its inputs. factor: `inverse_factor` of it."""
     weight = weight.double().clone()
     importance = hessian.diagonal().float()
     group = form.block[1] if form.block[0] == 1 else None

@@ -1,7 +1,7 @@
-"""A directory of quantised weights in a model on one rank: quantised layers keep codes and scales, the rest is filled.
+"""Loads a directory of quantised weights into a model on one rank. Quantised layers store codes and scales.
 
-The model is built with weights that nothing has written to yet. Those of quantised layers are dropped before anything touches
-them, so their memory is never used.
+The model is built with uninitialised weights. Those of quantised layers are freed before they are written, so they never use
+physical memory.
 """
 
 from collections import defaultdict
@@ -23,7 +23,7 @@ _LISTED = 5
 def load_quantized(chunk: Any, files: QuantizedFiles, *, model: ModelConfig, groups: Any) -> None:
     """Fill a whole model with a directory's weights. groups: Megatron's process groups of one rank.
 
-    Raises CheckpointError naming weights that are missing, extra or mis-shaped.
+    Raises CheckpointError that names missing weights, extra weights and weights of another shape.
     """
     family = family_of(model)
     found = pairs(model, family, vocab=_vocabulary(files))
@@ -52,7 +52,7 @@ def load_quantized(chunk: Any, files: QuantizedFiles, *, model: ModelConfig, gro
 
 
 def _vocabulary(files: QuantizedFiles) -> int:
-    """Rows of the embedding; ours may be padded."""
+    """Number of rows of the directory's embedding; our model may have more, as padding."""
     for name in ("backbone.embeddings.weight", "model.embeddings.weight", "model.embed_tokens.weight"):
         if name in files.entries:
             return files.entries[name].shape[0]
@@ -60,7 +60,7 @@ def _vocabulary(files: QuantizedFiles) -> int:
 
 
 def _spelled(name: str, files: QuantizedFiles) -> str:
-    """A name of the table as the files spell it: transformers itself saves Nemotron-H's layers under `model.`."""
+    """The name in the files for a name of the table: transformers saves Nemotron-H's layers under `model.`."""
     return name if name in files.entries else name.replace("backbone.", "model.", 1)
 
 

@@ -1,7 +1,7 @@
 """Integer codes in 32-bit words, as compressed-tensors' `pack-quantized` stores them.
 
-Code i of a row has bits i * b to i * b + b - 1 of the row's words, lowest first, as an unsigned number: code + 2^(b-1). Rows
-are filled up with zero bits to whole words.
+Code i of a row is stored in bits i * b to i * b + b - 1 of the row's words, lowest bit first, as the unsigned number
+code + 2^(b-1). Zero bits fill the last word of a row.
 """
 
 import sys

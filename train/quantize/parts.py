@@ -1,7 +1,7 @@
-"""The matrices of a model's linear layers, as Hugging Face's files have them: what is quantised, and the way back.
+"""Splits the weights of linear layers into the matrices of Hugging Face's files, and joins them again.
 
-Files separate what our layers fuse: queries, keys and values; the two branches of a gated MLP. Each is quantised by itself, so
-that our model computes with the same numbers as a model that reads the files.
+The files separate what our layers fuse: queries, keys and values; the two branches of a gated MLP. Each matrix is quantised
+separately, so that our model computes with the same numbers as a model that reads the files.
 """
 
 from collections.abc import Sequence
@@ -30,7 +30,7 @@ class Linear:
         return tuple(name.removesuffix(".weight") for name in self.pair.theirs)
 
     def split(self, weight: torch.Tensor) -> list[torch.Tensor]:
-        """Our whole weight [outputs, inputs] -> the matrices of the files."""
+        """Split our weight [outputs, inputs] into the matrices of the files."""
         return to_theirs(self.pair, [weight])
 
     def join(self, parts: Sequence[torch.Tensor]) -> torch.Tensor:
@@ -39,7 +39,7 @@ class Linear:
 
 
 def linears(model: ModelConfig, family: Family) -> list[Linear]:
-    """Every linear layer of a model in order, with the names of a family's files."""
+    """Every linear layer of a model in order, with its names in the files of its family."""
     prefixes = {
         f"decoder.layers.{layer}.{name}.weight": (layer, name)
         for layer, kind in enumerate(layer_kinds(model.pattern))
@@ -55,7 +55,7 @@ def linears(model: ModelConfig, family: Family) -> list[Linear]:
 
 
 def linears_of_any(model: ModelConfig) -> list[Linear]:
-    """The same for a model that no family computes: each kind of layer is separated as in the family that has it."""
+    """The same for a model of no family: each kind of layer is split as in the family that has it."""
     gated = model.activation in ("swiglu", "geglu")
     family_of_kind: dict[str, Family] = {"M": "nemotron_h", "-": "gemma2" if gated else "nemotron_h"}
     of_kind = {

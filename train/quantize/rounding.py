@@ -1,9 +1,9 @@
 """Quantised matrices: rounding to the nearest code, and back.
 
-    weight --scales_of--> scale        weight, scale --round_to--> codes        codes * scale = what a model computes with
+    weight --scales_of--> scale        weight, scale --round_to--> codes        codes * scale = the weight that a model uses
 
-The arithmetic is compressed-tensors': scale = amax / (half the range of the codes), codes by division, rounding half to even
-and saturation, and a product in the format that the model computes in. Tests compare each step with that package.
+The arithmetic is that of compressed-tensors: scale = amax / (half the range of the codes); codes by division, rounding half to
+even, and saturation; the product in the format that the model computes in. Tests compare each step with that package.
 """
 
 from collections.abc import Mapping
@@ -63,7 +63,7 @@ def quantize(
 
 
 def scales_of(weight: torch.Tensor, form: WeightFormat, *, scale_dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    """The scale of every block from its largest magnitude."""
+    """The scale of each block, from its largest magnitude."""
     rows, columns = (width or size for width, size in zip(form.block, weight.shape, strict=True))
     padded = torch.nn.functional.pad(weight.float(), (0, -weight.shape[1] % columns, 0, -weight.shape[0] % rows))
     blocks = padded.unflatten(1, (-1, columns)).unflatten(0, (-1, rows))
@@ -76,13 +76,13 @@ def half_range(form: WeightFormat) -> float:
 
 
 def usable(scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Scales in their stored format; those of blocks without a value become the format's epsilon: no division by zero."""
+    """Scales in their stored format. The scale of a block of zeros becomes the format's epsilon, to avoid division by zero."""
     scale = scale.to(dtype)
     return torch.where(scale == 0, torch.finfo(dtype).eps, scale)
 
 
 def round_to(weight: torch.Tensor, scale: torch.Tensor, form: WeightFormat) -> torch.Tensor:
-    """Codes of a matrix for given scales: nearest, ties to even, saturating."""
+    """Codes of a matrix for given scales: nearest, ties to even, saturated."""
     ratio = weight.float() / spread(scale.float(), form, weight.shape)
     return nearest_codes(ratio, form)
 

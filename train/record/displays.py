@@ -1,5 +1,6 @@
 """Displays of a run, in addition to metrics.jsonl: terminal, TensorBoard, Weights & Biases."""
 
+import errno
 import math
 import sys
 import time
@@ -133,9 +134,13 @@ class Screen:
         text = printable_lines(text)  # names of sources and folders may contain escape codes
         if self._live:
             self._bar.console.print(text)
-        else:
+            return
+        try:
             sys.stderr.write(text + "\n")
             sys.stderr.flush()
+        except OSError as error:  # a log file on a full disk; later lines may find space again
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
 
 
 class TensorBoard:

@@ -7,6 +7,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+from data.system.figure import MUTED, canvas
 from recipes.schema.foreign import in_markdown, printable
 from recipes.schema.run_folder import as_number
 
@@ -39,11 +40,6 @@ def in_picture(text: str) -> str:
 def draw_precision(lines: list[Line], path: Path, *, title: str) -> None:
     """Left: signal over noise of every operand of every low-precision layer at the last measured step. Right: over time, the
     lowest value of each operand, and the largest share of numbers that became zero."""
-    import matplotlib  # slow to import, and only needed for pictures
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     last = lines[-1]
     operands = _operands(lines)
     layers = list(dict.fromkeys((r["layer"], r["linear"]) for r in last["readings"]))
@@ -54,46 +50,41 @@ def draw_precision(lines: list[Line], path: Path, *, title: str) -> None:
     ]
     floor = min(as_number(r["floor_db"]) for r in last["readings"])
     height = max(4.6, 1.6 + 0.22 * len(layers))
-    figure = pyplot.figure(figsize=(11, height), layout="constrained")
-    grid = figure.add_gridspec(2, 2, width_ratios=(1.1, 1))
-    left = figure.add_subplot(grid[:, 0])
-    image = left.imshow(values, aspect="auto", cmap="RdYlGn", vmin=floor - 5, vmax=40)
-    left.set_xticks(range(len(operands)), [_SHORT.get(name, name) for name in operands], fontsize=8)
-    left.set_yticks(
-        range(len(layers)), [in_picture(f"{layer} {linear.split('.')[-1]}") for layer, linear in layers], fontsize=7
-    )
-    left.set_title(
-        f"{title}: {in_picture(last['scaling'])}, step {last['step']:,}", loc="left", fontweight="bold", fontsize=11
-    )
-    for row, cells in enumerate(values):
-        for column, value in enumerate(cells):
-            if math.isfinite(value) and len(layers) <= 60:
-                left.text(column, row, f"{value:.0f}", ha="center", va="center", fontsize=6.5)
-    figure.colorbar(image, ax=left, label="signal over quantisation noise, dB", shrink=0.8)
+    with canvas(path, size=(11, height)) as figure:
+        grid = figure.add_gridspec(2, 2, width_ratios=(1.1, 1))
+        left = figure.add_subplot(grid[:, 0])
+        image = left.imshow(values, aspect="auto", cmap="RdYlGn", vmin=floor - 5, vmax=40)
+        left.set_xticks(range(len(operands)), [_SHORT.get(name, name) for name in operands], fontsize=8)
+        left.set_yticks(
+            range(len(layers)), [in_picture(f"{layer} {linear.split('.')[-1]}") for layer, linear in layers], fontsize=7
+        )
+        left.set_title(f"{title}: {in_picture(last['scaling'])}, step {last['step']:,}")
+        for row, cells in enumerate(values):
+            for column, value in enumerate(cells):
+                if math.isfinite(value) and len(layers) <= 60:
+                    left.text(column, row, f"{value:.0f}", ha="center", va="center", fontsize=6.5)
+        figure.colorbar(image, ax=left, label="signal over quantisation noise, dB", shrink=0.8)
 
-    above, below = figure.add_subplot(grid[0, 1]), figure.add_subplot(grid[1, 1])
-    for color, name in zip(_COLORS, operands, strict=False):
-        steps, lowest, underflow = [], [], []
-        for line in lines:
-            mine = [r for r in line["readings"] if r["operand"] == name]
-            if mine:
-                steps.append(line["step"])
-                lowest.append(min(_snr(r) for r in mine))
-                underflow.append(100 * max(as_number(r["underflowed"]) for r in mine))
-        above.plot(steps, lowest, color=color, label=name.replace("_", " "), marker=".")
-        below.plot(steps, underflow, color=color, marker=".")
-    for value, style in sorted({(as_number(r["floor_db"]), ":") for r in last["readings"]}):
-        above.axhline(value, color="#7b8794", linestyle=style, linewidth=1)
-    above.set(ylabel="lowest of any layer, dB")
-    above.set_title("Signal over noise (dotted: lower limit)", loc="left", fontweight="bold", fontsize=11)
-    above.legend(fontsize=7, frameon=False)
-    below.set(xlabel="step", ylabel="most of any layer, %", ylim=(0, None))
-    below.set_title("Numbers that became zero", loc="left", fontweight="bold", fontsize=11)
-    for axes in (above, below):
-        axes.grid(color="#e4e7eb")
-        axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=140)
-    pyplot.close(figure)
+        above, below = figure.add_subplot(grid[0, 1]), figure.add_subplot(grid[1, 1])
+        for color, name in zip(_COLORS, operands, strict=False):
+            steps, lowest, underflow = [], [], []
+            for line in lines:
+                mine = [r for r in line["readings"] if r["operand"] == name]
+                if mine:
+                    steps.append(line["step"])
+                    lowest.append(min(_snr(r) for r in mine))
+                    underflow.append(100 * max(as_number(r["underflowed"]) for r in mine))
+            above.plot(steps, lowest, color=color, label=name.replace("_", " "), marker=".")
+            below.plot(steps, underflow, color=color, marker=".")
+        for value, style in sorted({(as_number(r["floor_db"]), ":") for r in last["readings"]}):
+            above.axhline(value, color=MUTED, linestyle=style, linewidth=1)
+        above.set(ylabel="lowest of any layer, dB")
+        above.set_title("Signal over noise (dotted: lower limit)")
+        above.legend(fontsize=7)
+        below.set(xlabel="step", ylabel="most of any layer, %", ylim=(0, None))
+        below.set_title("Numbers that became zero")
+        for axes in (above, below):
+            axes.grid(visible=True)
 
 
 def precision_section(lines: list[Line]) -> list[str]:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from data.system.figure import MARK, MUTED, SERIES, canvas
 from recipes.schema import units
 from recipes.schema.errors import RecipeError, StratumError
 from recipes.schema.foreign import in_markdown, printable, printable_lines, read_bounded, read_bounded_text
@@ -132,59 +133,34 @@ def write_report(folder: Path, *, sample: str | None = None) -> None:
     (folder / "summary.md").write_text(summary(record, recipe, name=folder.name, sample=sample))
 
 
-_INK, _MUTED, _GRID, _RESUME = "#1f2933", "#7b8794", "#e4e7eb", "#d9480f"
-_SOURCES = ("#2b6cb0", "#2f9e44", "#9c36b5", "#e67700", "#0b7285", "#c2255c")
-_STYLE = {
-    "axes.edgecolor": _MUTED,
-    "axes.labelcolor": _INK,
-    "axes.spines.right": False,
-    "axes.spines.top": False,
-    "axes.titlesize": 11,
-    "axes.titleweight": "bold",
-    "axes.titlelocation": "left",
-    "axes.grid": True,
-    "grid.color": _GRID,
-    "font.size": 9,
-    "legend.frameon": False,
-    "text.color": _INK,
-    "xtick.color": _MUTED,
-    "ytick.color": _MUTED,
-}
-
-
 def draw(record: RunRecord, path: Path, *, title: str, recipe: dict[str, Any]) -> None:
     """Training loss, learning rate, and held-out bits per byte by source; resumes are marked."""
-    import matplotlib  # slow to import, and not needed for the summary
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     steps = list(record.steps)
     losses = [record.steps[step]["loss"] for step in steps]
-    with pyplot.rc_context(_STYLE):
-        figure = pyplot.figure(figsize=(11, 4.6), layout="constrained")
+    with canvas(path, size=(11, 4.6)) as figure:
         grid = figure.add_gridspec(2, 2, width_ratios=(3, 2), height_ratios=(4, 1))
         top = figure.add_subplot(grid[0, 0])
         below = figure.add_subplot(grid[1, 0], sharex=top)
         right = figure.add_subplot(grid[:, 1])
 
         top.plot(steps, losses, color="#a5c8ec", linewidth=0.9, label="each step")
-        top.plot(steps, _smooth(losses), color=_SOURCES[0], linewidth=2, label="running mean")
+        top.plot(steps, _smooth(losses), color=SERIES[0], linewidth=2, label="running mean")
         top.set(title=f"{title}: {_loss(recipe)}", ylabel="nats per token")
         top.tick_params(labelbottom=False)
-        below.plot(steps, [record.steps[step]["learning_rate"] for step in steps], color=_MUTED, linewidth=1.4)
+        below.plot(steps, [record.steps[step]["learning_rate"] for step in steps], color=MUTED, linewidth=1.4)
         below.set(xlabel="step", ylabel="learning rate", ylim=(0, None))
         below.ticklabel_format(axis="y", style="sci", scilimits=(-2, 2))
         for axes in (top, below, right):
+            axes.grid(visible=True)
             for index, step in enumerate(step for step in record.resumes if step < max(steps)):
                 label = "resumed" if index == 0 and axes is top else None
-                axes.axvline(step, color=_RESUME, linestyle=(0, (4, 3)), linewidth=1.1, label=label)
+                axes.axvline(step, color=MARK, linestyle=(0, (4, 3)), linewidth=1.1, label=label)
         top.legend(loc="upper right")
 
         start = "random start" if recipe["run"].get("start_from") is None else "starting weights"
         sources = list(dict.fromkeys(name for scores in record.evaluations.values() for name in scores))
         for index, name in enumerate(sources):
-            color = _SOURCES[index % len(_SOURCES)]
+            color = SERIES[index % len(SERIES)]
             points = sorted((step, scores[name]) for step, scores in record.evaluations.items() if name in scores)
             if points[0][0] == 0:
                 right.axhline(points[0][1], color=color, linestyle=":", linewidth=1, alpha=0.8)
@@ -198,8 +174,6 @@ def draw(record: RunRecord, path: Path, *, title: str, recipe: dict[str, Any]) -
             finite = [s for scores in record.evaluations.values() for s in scores.values() if math.isfinite(s)]
             right.set_ylim(0, 1.1 * max(finite, default=1.0))
             right.legend(loc="lower left")
-        figure.savefig(path, dpi=140)
-        pyplot.close(figure)
 
 
 def summary(record: RunRecord, recipe: dict[str, Any], *, name: str, sample: str | None) -> str:

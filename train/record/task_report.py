@@ -6,14 +6,13 @@ lines of kind "tasks" --> tasks.png (each score over the steps, with its interva
 from pathlib import Path
 from typing import Any
 
+from data.system.figure import SERIES, canvas
 from recipes.schema.foreign import in_markdown
 from recipes.schema.run_folder import as_number
 from train.record.precision_report import in_picture
 
 Scores = dict[int, dict[str, dict[str, Any]]]
 """By step, by task: what `train.evaluate.training_tasks` recorded."""
-
-_COLORS = ("#2b6cb0", "#2f9e44", "#9c36b5", "#e67700", "#0b7285", "#c2255c")
 
 
 def is_scores(line: dict[str, Any]) -> bool:
@@ -28,31 +27,30 @@ def is_scores(line: dict[str, Any]) -> bool:
 
 def draw_tasks(scores: Scores, path: Path, *, title: str) -> None:
     """Left: shares of right answers. Right: bits per byte. The bands are 95 % intervals."""
-    import matplotlib  # slow to import, and only needed for pictures
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
-    for index, (task, metric) in enumerate(_curves(scores)):
-        axes = right if metric == "bits_per_byte" else left
-        points = [(step, _metric(scores[step], task, metric)) for step in sorted(scores)]
-        steps = [step for step, found in points if found]
-        values, low, high = (
-            [as_number(found.get(end)) for _, found in points if found] for end in ("value", "low", "high")
-        )
-        color = _COLORS[index % len(_COLORS)]
-        axes.plot(
-            steps, values, color=color, marker="o", markersize=4, label=in_picture(f"{task}: {metric} {values[-1]:.3f}")
-        )
-        axes.fill_between(steps, low, high, color=color, alpha=0.15, linewidth=0)
-    left.set(title=f"{title}: right answers", xlabel="step", ylim=(-0.02, 1.02))
-    right.set(title="Bits per byte", xlabel="step")
-    for axes in (left, right):
-        if axes.get_legend_handles_labels()[1]:
-            axes.legend(loc="best", fontsize=8, frameon=False)
-    figure.savefig(path, dpi=140)
-    pyplot.close(figure)
+    with canvas(path, size=(11, 4.2)) as figure:
+        left, right = figure.subplots(1, 2)
+        for index, (task, metric) in enumerate(_curves(scores)):
+            axes = right if metric == "bits_per_byte" else left
+            points = [(step, _metric(scores[step], task, metric)) for step in sorted(scores)]
+            steps = [step for step, found in points if found]
+            values, low, high = (
+                [as_number(found.get(end)) for _, found in points if found] for end in ("value", "low", "high")
+            )
+            color = SERIES[index % len(SERIES)]
+            axes.plot(
+                steps,
+                values,
+                color=color,
+                marker="o",
+                markersize=4,
+                label=in_picture(f"{task}: {metric} {values[-1]:.3f}"),
+            )
+            axes.fill_between(steps, low, high, color=color, alpha=0.15, linewidth=0)
+        left.set(title=f"{title}: right answers", xlabel="step", ylim=(-0.02, 1.02))
+        right.set(title="Bits per byte", xlabel="step")
+        for axes in (left, right):
+            if axes.get_legend_handles_labels()[1]:
+                axes.legend(loc="best", fontsize=8)
 
 
 def tasks_section(scores: Scores) -> list[str]:

@@ -14,7 +14,8 @@ line per step. Everything else is made from metrics.jsonl:
 
 Numbers are written so that they read back to the same bits. Lines are only appended: repeated steps after a resume appear
 again, and readers use the last. A line cut short by a kill is ended at the next start and skipped by readers.
-A failure to write metrics.jsonl stops the run; a display that fails is switched off with a warning.
+A failure to write metrics.jsonl stops the run, or its lines wait in memory (`checkpoint.on_failure: continue`). A display that
+fails is switched off with a warning.
 """
 
 import logging
@@ -57,11 +58,13 @@ class Telemetry:
         loss_parts: tuple[str, ...] = (),
         kernels: str = "",
         precision_at: Callable[[int], str] = lambda tokens: "",
+        waits_for_space: bool = False,
     ) -> None:
         """reduce: sums a tensor over all ranks, in place; collective. peak_flops: of all devices together.
         precision_at: text about the precision of a step that starts after this many tokens.
 
         first_step: steps already finished. kernels: which CPU kernels the ranks run (`train.native.kernel_versions`).
+        waits_for_space: see `JsonLines`.
 
         Raises StratumError if metrics.jsonl cannot be written.
         """
@@ -81,7 +84,7 @@ class Telemetry:
         self._screen: Screen | None = None
         if not is_writer:
             return
-        self._record = JsonLines(folder / METRICS)
+        self._record = JsonLines(folder / METRICS, waits_for_space=waits_for_space)
         self._screen = Screen(
             total_steps,
             first_step,
@@ -234,7 +237,8 @@ class Telemetry:
     def _write(self, lines: list[Line]) -> None:
         if self._record is None or not lines:
             return
-        self._record.write(lines)
+        if warning := self._record.write(lines):
+            self._warn(warning)
         for display in list(self._displays):
             self._attempt(display, lambda display=display: display.write(lines))  # type: ignore[misc]
 

@@ -1,4 +1,4 @@
-"""Events that end a run: stop signals (and too little time to save after them), and non-finite values."""
+"""Events that end a run: stop signals (also without enough time to save), and non-finite values."""
 
 import math
 import os

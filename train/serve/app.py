@@ -33,12 +33,12 @@ from train.serve.schema import ChatCall, CompletionCall
 from train.serve.worker import Busy, EngineStopped, Ticket, Worker
 
 _MOST_DROPPED = 32 * 2**20
-"""Bytes of a body that is too long which are read before the connection is closed."""
+"""Bytes of a too long body that are read before the connection is closed."""
 
 
 @dataclass(frozen=True)
 class Served:
-    """What the server offers."""
+    """The model that is served, with everything an answer needs."""
 
     name: str
     tokenizer: Tokenizer
@@ -46,9 +46,11 @@ class Served:
     context_tokens: int
     template: ChatTemplate | None
     thinking: Thinking | None
-    """Markers of thinking, with any budget; None if the model has none."""
+    """Markers of thinking; their budget is replaced by each call's. None if the model has no markers."""
     created: int
-    """Unix time."""
+    """Unix time, seconds."""
+    speculates: bool = False
+    """Whether the engine has a drafter."""
 
 
 class ServerRefusal(HTTPException):
@@ -136,7 +138,7 @@ def build_app(served: Served, *, key: str | None, most_body_bytes: int) -> ASGIA
 
 
 class _LimitedBodies:
-    """Refuses bodies above a size before they are in memory."""
+    """Refuses a body that is too long before all of it is in memory."""
 
     def __init__(self, app: ASGIApp, most: int) -> None:
         self._app, self._most = app, most
@@ -171,12 +173,12 @@ class _LimitedBodies:
 
 
 class _Job(ABC):
-    """One call: its requests, and how its answer is written as JSON."""
+    """One call of the API: the requests it makes, and its answer as JSON."""
 
     kind: str
-    """`object` of a whole answer."""
+    """The field `object` of a whole answer."""
     part_kind: str
-    """`object` of a part of a stream."""
+    """The field `object` of a part of a stream."""
     prefix: str
 
     def __init__(self, served: Served, call: CompletionCall | ChatCall, prompts: list[list[int]]) -> None:
@@ -195,10 +197,14 @@ class _Job(ABC):
             if self.served.thinking is None:
                 raise ServerRefusal(
                     400,
-                    "thinking_budget: this server knows no thinking markers. Start it with --think-start and --think-end.",
+                    "thinking_budget: this server has no thinking markers. Start it with --think-start and --think-end.",
                     param="thinking_budget",
                 )
             thinking = replace(self.served.thinking, budget=call.thinking_budget)
+        if call.draft_tokens and not self.served.speculates:
+            raise ServerRefusal(
+                400, "draft_tokens: this server makes no guesses. Start it with --speculate.", param="draft_tokens"
+            )
         return [
             Request(
                 prompt,
@@ -208,31 +214,32 @@ class _Job(ABC):
                 top_logprobs=self.top_logprobs,
                 score_from=self.score_from(prompt),
                 thinking=thinking,
+                draft_tokens=call.draft_tokens,
             )
             for prompt in self.prompts
             for index in range(call.n)
         ]
 
     def room(self, prompt: list[int]) -> int:
-        """Tokens that an answer may have at most."""
+        """The largest number of tokens that an answer to this prompt may have."""
         room = self.served.context_tokens - len(prompt)
         if room < 1:
             raise ServerRefusal(
                 400,
-                f"the prompt has {len(prompt):,} tokens; a text has at most {self.served.context_tokens:,} here, the answer "
-                "included. Shorten the prompt.",
+                f"the prompt has {len(prompt):,} tokens; prompt and answer together have at most "
+                f"{self.served.context_tokens:,} here. Shorten the prompt.",
                 param="prompt",
                 code="context_length_exceeded",
             )
         return room
 
-    # What the two kinds of call differ in:
+    # The two kinds of call differ in these:
     top_logprobs: int
     wants_logprobs: bool
 
     @abstractmethod
     def new_tokens(self, prompt: list[int]) -> int:
-        """How many tokens the answer to a prompt may have."""
+        """How many tokens to generate at most for a prompt."""
 
     def score_from(self, prompt: list[int]) -> int | None:
         return None
@@ -242,12 +249,12 @@ class _Job(ABC):
         """One choice of the answer, or of a part of its stream, as JSON."""
 
     def first_parts(self) -> list[dict[str, Any]]:
-        """Choices that a stream begins with."""
+        """The choices of the first part of a stream."""
         return []
 
-    # Shared by both:
+    # Both kinds share these:
 
-    def body(self, choices: list[dict[str, Any]], *, is_part: bool, usage: dict[str, int] | None) -> dict[str, Any]:
+    def body(self, choices: list[dict[str, Any]], *, is_part: bool, usage: dict[str, Any] | None) -> dict[str, Any]:
         body = {
             "id": self.id,
             "object": self.part_kind if is_part else self.kind,
@@ -257,9 +264,18 @@ class _Job(ABC):
         }
         return body if usage is None else {**body, "usage": usage}
 
-    def usage(self, generated: int) -> dict[str, int]:
-        read = sum(map(len, self.prompts))
-        return {"prompt_tokens": read, "completion_tokens": generated, "total_tokens": read + generated}
+    def usage(self, answers: Sequence[Answer]) -> dict[str, Any]:
+        read, generated = sum(map(len, self.prompts)), sum(answer.generated for answer in answers)
+        right, guesses = sum(answer.accepted for answer in answers), sum(answer.guesses for answer in answers)
+        return {
+            "prompt_tokens": read,
+            "completion_tokens": generated,
+            "total_tokens": read + generated,
+            "completion_tokens_details": {
+                "accepted_prediction_tokens": right,
+                "rejected_prediction_tokens": guesses - right,
+            },
+        }
 
 
 class _Completion(_Job):
@@ -268,7 +284,7 @@ class _Completion(_Job):
 
     def __init__(self, served: Served, call: CompletionCall) -> None:
         if not call.prompt:
-            raise ServerRefusal(400, "prompt: it is empty. Give a text, or token ids.", param="prompt")
+            raise ServerRefusal(400, "prompt is empty. Give a text, or token ids.", param="prompt")
         prompts = [_prompt_ids(served.tokenizer, prompt) for prompt in _prompts(call.prompt)]
         super().__init__(served, call, prompts)
         self.echo = call.echo
@@ -291,7 +307,7 @@ class _Completion(_Job):
         text, found = piece.text, piece.tokens
         prompt = self.prompts[index // self.call.n]
         decode = self.served.tokenizer.decode
-        echoed = self.echo and index not in self._echoed  # in the first part of a choice
+        echoed = self.echo and index not in self._echoed  # only in the first part of a choice
         if echoed:
             self._echoed.add(index)
             text = decode(prompt) + text
@@ -383,11 +399,11 @@ async def _respond(http: HttpRequest, job: _Job, metrics: Metrics) -> Response:
     if job.call.stream:
         return StreamingResponse(_stream(job, ticket, metrics, begin), media_type="text/event-stream")
     collecting = asyncio.create_task(_collect(job, ticket, metrics, begin))
-    leaving = asyncio.create_task(_gone(http))
+    leaving = asyncio.create_task(_client_gone(http))
     try:
         await asyncio.wait({collecting, leaving}, return_when=asyncio.FIRST_COMPLETED)
         if not collecting.done():
-            return Response(status_code=499)  # nobody reads it
+            return Response(status_code=499)  # the client has disconnected
         return JSONResponse(collecting.result())
     finally:
         collecting.cancel()
@@ -395,23 +411,23 @@ async def _respond(http: HttpRequest, job: _Job, metrics: Metrics) -> Response:
         job.served.worker.release(ticket)
 
 
-async def _gone(http: HttpRequest) -> None:
+async def _client_gone(http: HttpRequest) -> None:
     while (await http.receive())["type"] != "http.disconnect":
         pass
 
 
 @dataclass(eq=False)
-class _News:
-    """One choice's news with the prompt's scores that came before it."""
+class _ScoredPiece:
+    """A piece of one choice, and the scores of prompt tokens that arrived before it."""
 
     index: int
     piece: Piece
     scores: tuple[Token, ...]
 
 
-async def _news(
+async def _pieces(
     job: _Job, ticket: Ticket, answers: list[Answer], metrics: Metrics, begin: float
-) -> AsyncGenerator[_News]:
+) -> AsyncGenerator[_ScoredPiece]:
     """Pieces of all choices as they come, until all have ended. Raises ServerRefusal if one failed."""
     numbers = {id: index for index, id in enumerate(ticket.ids)}
     open_choices = set(range(len(answers)))
@@ -433,9 +449,9 @@ async def _news(
             is_first = False
         if piece.finish is not None:
             open_choices.discard(index)
-            if event.finish is None:  # a stop string: the engine does not know
+            if event.finish is None:  # a stop string ended it, which the engine does not know
                 job.served.worker.cancel(event.request)
-        yield _News(index, piece, tuple(scores[index]))
+        yield _ScoredPiece(index, piece, tuple(scores[index]))
         scores[index] = []
     metrics.request_done(time.monotonic() - begin)
 
@@ -446,35 +462,34 @@ def _answers(job: _Job, ticket: Ticket) -> list[Answer]:
 
 async def _collect(job: _Job, ticket: Ticket, metrics: Metrics, begin: float) -> dict[str, Any]:
     answers = _answers(job, ticket)
-    found: list[list[_News]] = [[] for _ in answers]
-    async for news in _news(job, ticket, answers, metrics, begin):
-        found[news.index].append(news)
+    found: list[list[_ScoredPiece]] = [[] for _ in answers]
+    async for part in _pieces(job, ticket, answers, metrics, begin):
+        found[part.index].append(part)
     choices = [job.choice(index, *_joined(parts), is_part=False) for index, parts in enumerate(found)]
-    return job.body(choices, is_part=False, usage=job.usage(sum(answer.generated for answer in answers)))
+    return job.body(choices, is_part=False, usage=job.usage(answers))
 
 
-def _joined(parts: list[_News]) -> tuple[Piece, tuple[Token, ...]]:
-    text = "".join(news.piece.text for news in parts)
-    tokens = tuple(token for news in parts for token in news.piece.tokens)
-    return Piece(text, tokens, parts[-1].piece.finish), tuple(score for news in parts for score in news.scores)
+def _joined(parts: list[_ScoredPiece]) -> tuple[Piece, tuple[Token, ...]]:
+    text = "".join(part.piece.text for part in parts)
+    tokens = tuple(token for part in parts for token in part.piece.tokens)
+    return Piece(text, tokens, parts[-1].piece.finish), tuple(score for part in parts for score in part.scores)
 
 
 async def _stream(job: _Job, ticket: Ticket, metrics: Metrics, begin: float) -> AsyncIterator[str]:
-    """Server-sent events. Closed by Starlette when the client goes, which releases the requests."""
+    """Server-sent events. Starlette closes the generator when the client disconnects, which releases the requests."""
     try:
         answers = _answers(job, ticket)
         wants_usage = job.call.stream_options is not None and job.call.stream_options.include_usage
         first = job.first_parts()
         if first:
             yield _sse(job.body(first, is_part=True, usage=None))
-        async with aclosing(_news(job, ticket, answers, metrics, begin)) as all_news:
-            async for news in all_news:
-                if news.piece.text or news.piece.finish or job.wants_logprobs or news.scores:
-                    choice = job.choice(news.index, news.piece, news.scores, is_part=True)
+        async with aclosing(_pieces(job, ticket, answers, metrics, begin)) as pieces:
+            async for part in pieces:
+                if part.piece.text or part.piece.finish or job.wants_logprobs or part.scores:
+                    choice = job.choice(part.index, part.piece, part.scores, is_part=True)
                     yield _sse(job.body([choice], is_part=True, usage=None))
         if wants_usage:
-            usage = job.usage(sum(answer.generated for answer in answers))
-            yield _sse(job.body([], is_part=True, usage=usage))
+            yield _sse(job.body([], is_part=True, usage=job.usage(answers)))
     except ServerRefusal as error:
         yield _sse(error.body)
     finally:
@@ -504,7 +519,7 @@ def _model(served: Served) -> dict[str, Any]:
 
 def _check_model(served: Served, name: str) -> None:
     if name != served.name:
-        message = f"there is no model {name[:200]!r} here; this server has {served.name!r}."
+        message = f"this server has no model {name[:200]!r}; it has {served.name!r}."
         raise ServerRefusal(404, message, param="model", code="model_not_found")
 
 

@@ -1,7 +1,7 @@
-"""From the messages of a chat to token ids, by a template in Jinja, the format that Hugging Face's tokenizers carry.
+"""Turns the messages of a chat into token ids with a Jinja template, the format of Hugging Face's tokenizers.
 
-Special tokens come from the template only. A message that contains the text of one is refused: else its author could end the
-message and write the next speaker's part.
+Special tokens come from the template only. A message that contains the text of one is refused: otherwise its author could
+end the message and write the next speaker's part.
 """
 
 import re
@@ -37,7 +37,7 @@ class ChatTemplate:
             raise RecipeError(f"the chat template is not valid: {printable(str(error))}.") from error
 
     def ids(self, messages: list[dict[str, str]]) -> list[int]:
-        """Token ids of a chat up to where the model answers. Raises RecipeError."""
+        """Token ids of a chat, up to the start of the model's answer. Raises RecipeError."""
         special = self._tokenizer.special
         for message in messages:
             for name in special:
@@ -50,7 +50,7 @@ class ChatTemplate:
                 messages=messages, add_generation_prompt=True, bos_token=begin, eos_token=end, tools=None
             )
         except (TemplateError, TypeError, ValueError, ArithmeticError) as error:
-            raise RecipeError(f"the chat template does not take these messages: {printable(str(error))}.") from error
+            raise RecipeError(f"the chat template refuses these messages: {printable(str(error))}.") from error
         ids: list[int] = []
         parts = re.split("(" + "|".join(map(re.escape, sorted(special, key=len, reverse=True))) + ")", text)
         for index, part in enumerate(parts):
@@ -60,7 +60,7 @@ class ChatTemplate:
 
 
 def open_template(place: str, tokenizer: Tokenizer) -> ChatTemplate:
-    """The template in a file, or the built-in one named `plain`."""
+    """The template of a file, or the built-in template `plain`."""
     if place == "plain":
         return ChatTemplate(PLAIN, tokenizer, stop_strings=PLAIN_STOPS)
     try:

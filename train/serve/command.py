@@ -1,4 +1,4 @@
-"""`stratum serve`: put a run's model behind OpenAI's API."""
+"""`stratum serve`: serve a run's model through OpenAI's API."""
 
 import contextlib
 import socket
@@ -28,7 +28,7 @@ With a server running:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Entry point of `stratum serve`. Ends with status 0 after SIGTERM or SIGINT, once open requests are answered."""
+    """Entry point of `stratum serve`. Ends with status 0 after SIGTERM or SIGINT, when all open requests are answered."""
     about = "Answer calls of OpenAI's API (completions, chat completions) with the newest checkpoint of a run."
     parser = CommandParser("serve", about=about, examples=_EXAMPLES, notes=_NOTES, recipe=True)
     return run_tool(parser, arguments, ServeConfig, _serve, keys=dotted_keys(Recipe), user_errors=USER_ERRORS)

@@ -1,7 +1,7 @@
-"""The bodies of OpenAI's API that this server understands (https://platform.openai.com/docs/api-reference).
+"""The request bodies of OpenAI's API that this server supports (https://platform.openai.com/docs/api-reference).
 
-What it does not offer is refused by name, never ignored: a client that asks for a tool or a penalty would take the answer for
-something else. Fields that only label a call (`user`, `metadata`, `store`) have no effect.
+An unsupported field is refused by name, not ignored: otherwise a client that requests a tool or a penalty would believe that the
+answer used it. Fields that only label a call (`user`, `metadata`, `store`) have no effect.
 """
 
 from typing import Annotated, Any, Literal
@@ -31,20 +31,22 @@ class _Call(_Body):
     temperature: Temperature = 1.0
     top_p: Probability = 1.0
     top_k: Annotated[int, Field(ge=0)] = 0
-    """Not OpenAI's: only the k most likely tokens; 0: all."""
+    """Not part of OpenAI's API: only the k most likely tokens; 0: all."""
     n: Annotated[int, Field(ge=1, le=128)] = 1
     seed: Annotated[int, Field(ge=0, lt=2**63 - 128)] | None = None
     stop: StopString | Annotated[list[StopString], Field(max_length=16)] | None = None
     stream: bool = False
     stream_options: StreamOptions | None = None
     thinking_budget: Annotated[int, Field(ge=0)] | None = None
-    """Not OpenAI's: tokens of thought after which the end marker is written."""
+    """Not part of OpenAI's API: number of thinking tokens after which the end marker is written."""
+    draft_tokens: Annotated[int, Field(ge=0)] | None = None
+    """Not part of OpenAI's API: largest number of guesses at a time, of a server with --speculate; 0: none."""
     ignore_eos: bool = False
-    """Not OpenAI's: do not stop at the end-of-text token."""
+    """Not part of OpenAI's API: do not stop at the end-of-text token."""
     user: str | None = None
     metadata: dict[str, Any] | None = None
     store: bool | None = None
-    # No effect on the distribution is possible, or none is asked for:
+    # These are accepted only with values that have no effect:
     frequency_penalty: Nothing = None
     presence_penalty: Nothing = None
     logit_bias: Annotated[dict[str, float], Field(max_length=0)] | None = None

@@ -1,4 +1,4 @@
-"""From a recipe to a running server: model, engine, worker, HTTP."""
+"""Builds a running server from a recipe: model, engine, worker, HTTP."""
 
 import asyncio
 import signal
@@ -17,7 +17,7 @@ from recipes.schema.recipe import Recipe
 from recipes.schema.tools import ServeConfig
 from train.inference.batch_engine import EngineConfig, InferenceEngine
 from train.inference.request import Thinking
-from train.inference.text import opened
+from train.inference.text import draft_tokens, opened
 from train.serve.app import Served, build_app
 from train.serve.chat import open_template
 from train.serve.worker import Worker
@@ -27,7 +27,8 @@ _GIB = 2**30
 
 def serve(recipe: Recipe, config: ServeConfig, listener: socket.socket, *, key: str | None) -> int:
     """Serve until SIGTERM or SIGINT. -> exit status: 0, or 1 if the engine failed."""
-    with opened(recipe, checkpoint=config.checkpoint) as loaded:
+    guesses = draft_tokens(config)
+    with opened(recipe, checkpoint=config.checkpoint, speculate=config.speculate) as loaded:
         template = open_template(config.chat_template, loaded.tokenizer) if config.chat_template else None
         engine = InferenceEngine(
             loaded.model,
@@ -38,7 +39,9 @@ def serve(recipe: Recipe, config: ServeConfig, listener: socket.socket, *, key: 
                 memory_bytes=None if config.memory_gib is None else int(config.memory_gib * _GIB),
                 step_tokens=config.step_tokens,
                 prefix_blocks=config.prefix_blocks,
+                draft_tokens=guesses,
             ),
+            drafter=loaded.drafter,
             fingerprint=loaded.fingerprint,
         )
         thinking = _thinking(config, loaded.tokenizer)
@@ -47,20 +50,27 @@ def serve(recipe: Recipe, config: ServeConfig, listener: socket.socket, *, key: 
         async def run() -> int:
             worker = Worker(engine, most=config.rows + config.queue)
             served = Served(
-                name, loaded.tokenizer, worker, config.context_tokens, template, thinking, created=int(time.time())
+                name,
+                loaded.tokenizer,
+                worker,
+                config.context_tokens,
+                template,
+                thinking,
+                created=int(time.time()),
+                speculates=loaded.drafter is not None,
             )
             app = build_app(served, key=key, most_body_bytes=int(config.body_mib * 2**20))
             server = uvicorn.Server(
                 uvicorn.Config(app, log_level="warning", lifespan="off", timeout_graceful_shutdown=config.drain_s)
             )
-            listener.listen(1024)  # who reads the address below may connect at once, before uvicorn accepts
+            listener.listen(1024)  # a client that reads the address below may connect before uvicorn accepts
             host, port = listener.getsockname()[:2]
             address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
             sys.stdout.write(f"Serving {printable(name)} ({loaded.checkpoint}) at http://{address}\n")
             if not key and host not in ("127.0.0.1", "::1"):
                 sys.stdout.write("Anyone who reaches this address can use it: there is no --key-file.\n")
             sys.stdout.flush()
-            # uvicorn ends on SIGTERM and SIGINT, then raises them again for the handlers that were there before it.
+            # uvicorn stops at SIGTERM and SIGINT, then raises them again for the previous handlers: those must do nothing.
             for number in (signal.SIGTERM, signal.SIGINT):
                 signal.signal(number, _no_action)
             async with _ending_with(worker, server):
@@ -79,7 +89,7 @@ def _no_action(_number: int, _frame: object) -> None:
 
 @asynccontextmanager
 async def _ending_with(worker: Worker, server: uvicorn.Server) -> AsyncIterator[None]:
-    """Let the server end when the engine has ended."""
+    """Stop the server when the engine has stopped."""
 
     async def watch() -> None:
         await asyncio.shield(worker.ended)
@@ -93,11 +103,11 @@ async def _ending_with(worker: Worker, server: uvicorn.Server) -> AsyncIterator[
 
 
 def _thinking(config: ServeConfig, tokenizer: Tokenizer) -> Thinking | None:
-    """The markers as token ids, with no budget yet."""
+    """The markers as token ids; the budget is set by each call."""
     if config.think_start is None and config.think_end is None:
         return None
     if not config.think_start or not config.think_end:
-        raise RecipeError("--think-start and --think-end belong together: give both or none.")
+        raise RecipeError("--think-start and --think-end belong together: give both or neither.")
     start, end = (_marker_ids(tokenizer, marker) for marker in (config.think_start, config.think_end))
     newlines = frozenset(id for id in range(tokenizer.vocab_size) if tokenizer.bytes_of(id).endswith(b"\n"))
     return Thinking(budget=0, start=start, end=end, newlines=newlines)

@@ -1,8 +1,8 @@
-"""The inference engine in a thread of its own.
+"""Runs the inference engine in a separate thread.
 
     submit(requests) --calls--> add, step, step, ... --events of a step, at once--> Ticket.events
 
-Only the engine's thread touches the engine. Everything else here belongs to asyncio's thread.
+Only the engine's thread uses the engine. All other code here runs in asyncio's thread.
 """
 
 import asyncio
@@ -17,11 +17,11 @@ from train.inference.request import Event, Request
 
 
 class Busy(Exception):
-    """No more requests are accepted now."""
+    """Too many requests are open; the client should try again later."""
 
 
 class EngineStopped(Exception):
-    """The engine has ended; the message says why."""
+    """The engine has stopped; the message says why."""
 
 
 @dataclass(eq=False)
@@ -36,16 +36,16 @@ class Ticket:
 
 
 class Worker:
-    """Starts the engine's thread. most: requests that run or wait at once. Ends with `stop`."""
+    """Starts the engine's thread; `stop` ends it. most: largest number of requests that run or wait at once."""
 
     def __init__(self, engine: InferenceEngine, *, most: int) -> None:
         self._engine = engine
         self._most = most
         self._loop = asyncio.get_running_loop()
         self._calls: queue.SimpleQueue[Ticket | tuple[int, ...] | None] = queue.SimpleQueue()
-        """A ticket is added, ids are cancelled, None ends the thread when the engine is idle."""
+        """A ticket: add its requests. Ids: cancel them. None: end the thread when the engine is idle."""
         self._tickets: dict[int, Ticket] = {}
-        """By request id. The engine's thread only."""
+        """By request id. Used only by the engine's thread."""
         self._stopping = False
         self._stats = engine.stats()
         self.open_requests = 0
@@ -80,12 +80,12 @@ class Worker:
         return ticket
 
     def release(self, ticket: Ticket) -> None:
-        """The client needs nothing more: what still runs ends, and its memory comes back."""
+        """End the ticket's requests that still run, and free their memory: the client needs nothing more."""
         self.open_requests -= len(ticket.requests)
         if ticket.accepted.done() and not ticket.accepted.cancelled():
-            ticket.accepted.exception()  # seen, if there was one
+            ticket.accepted.exception()  # mark it as retrieved, or asyncio logs it
             self._calls.put(ticket.ids)
-        else:  # the engine's thread has not reached it yet: it will come before what is put now
+        else:  # The engine's thread has not added it yet, so its ids are not known.
             ticket.accepted.add_done_callback(lambda _: self._calls.put(ticket.ids))
 
     def cancel(self, id: int) -> None:
@@ -104,7 +104,7 @@ class Worker:
         try:
             while self._take_calls():
                 self._hand_out(self._engine.step())
-        except BaseException as caught:  # a fault of the engine: nobody may wait for ever
+        except BaseException as caught:  # a fault of the engine: no client may wait for ever
             error = caught
         events = [Event(id, finish="error", message="the engine has stopped") for id in list(self._tickets)]
         with contextlib.suppress(RuntimeError):  # the event loop is closed already
@@ -112,7 +112,7 @@ class Worker:
             self._loop.call_soon_threadsafe(self._end, error)
 
     def _take_calls(self) -> bool:
-        """Carry out what was asked; wait if there is nothing else to do. -> False to end."""
+        """Carry out the calls in the queue; if the engine is idle, wait for one. -> whether to continue."""
         while True:
             if self._engine.is_idle:
                 if self._stopping:
@@ -154,7 +154,7 @@ class Worker:
             self._loop.call_soon_threadsafe(_deliver, pairs)
 
     def _end(self, error: BaseException | None) -> None:
-        """In asyncio's thread: calls that came too late are refused."""
+        """Runs in asyncio's thread: report the end, and refuse the calls that are still in the queue."""
         self.ended.set_result(error)
         while True:
             try:

@@ -99,6 +99,8 @@ class CacheSizes:
     """Pages of each `w` layer."""
     snapshots: int = 0
     """Mamba-2 states stored at the ends of shared prefixes, in addition to one for each row."""
+    trial_tokens: int = 0
+    """Tokens of a step that may be taken back, of all rows: Mamba-2 layers store their inputs (speculation)."""
 
     @property
     def pages_of_a_text(self) -> int:
@@ -113,10 +115,12 @@ class CacheBytes:
     keys_values: int
     mamba_states: int
     page_tables: int
+    trial_inputs: int = 0
+    """Inputs of Mamba-2 layers for tokens that may be taken back."""
 
     @property
     def total(self) -> int:
-        return self.keys_values + self.mamba_states + self.page_tables
+        return self.keys_values + self.mamba_states + self.page_tables + self.trial_inputs
 
 
 STATE_BYTES = 4
@@ -157,7 +161,29 @@ def cache_bytes(model: ModelConfig, sizes: CacheSizes, *, number_bytes: int, ten
         keys_values=page * (layers["*"] * sizes.pages + layers["w"] * sizes.window_pages),
         mamba_states=layers["M"] * (sizes.rows + sizes.snapshots) * state_bytes(model, tensor=tensor),
         page_tables=TABLE_BYTES * tables * sizes.rows * sizes.pages_of_a_text,
+        trial_inputs=layers["M"] * sizes.trial_tokens * _inputs_bytes(model, tensor=tensor),
     )
+
+
+def _inputs_bytes(model: ModelConfig, *, tensor: int) -> int:
+    """Bytes of a Mamba-2 layer's inputs of one token after its in-projection (gate, convolution's inputs, steps)."""
+    inner = model.mamba_heads * model.mamba_head_dim
+    return STATE_BYTES * (2 * inner + 2 * model.mamba_groups * model.mamba_state + model.mamba_heads) // tensor
+
+
+def draft_sizes(draft: ModelConfig, sizes: CacheSizes, *, step_tokens: int) -> CacheSizes:
+    """Room of a draft model for the texts of an engine with these sizes: the same rows and pages, and one more state for each
+    row, from which the draft continues after its guesses were taken back. The target may have no `*` layers, and so no pages.
+    """
+    layers = counts(draft.pattern)
+    window = window_pages_for(
+        draft, context_tokens=sizes.context_tokens, page_tokens=sizes.page_tokens, step_tokens=step_tokens
+    )
+    pages = sizes.pages or sizes.rows * sizes.pages_of_a_text
+    return CacheSizes(
+        sizes.rows, sizes.context_tokens, sizes.page_tokens, pages * bool(layers["*"]), sizes.rows * window * bool(layers["w"]),
+        snapshots=sizes.rows * bool(layers["M"]),
+    )  # fmt: skip
 
 
 def cache_sizes(
@@ -171,27 +197,39 @@ def cache_sizes(
     number_bytes: int,
     tensor: int = 1,
     budget_bytes: int | None = None,
+    trial_tokens: int = 0,
+    draft: ModelConfig | None = None,
 ) -> CacheSizes:
     """Sizes with which `rows` texts of `context_tokens` fit; with a budget per tensor rank that is smaller, as many pages of `*`
     layers as it has room for, at least those of one text.
 
-    step_tokens: tokens read in one step at most. Raises RecipeError if not even one text fits; it names the longest that does.
+    step_tokens: tokens read in one step at most. draft: a model in the same number format whose caches (`draft_sizes`) must fit
+    too. Raises RecipeError if not even one text fits; it names the longest that does.
     """
     layers = counts(model.pattern)
 
     def sizes_of(context: int, texts: int) -> CacheSizes:
         window = window_pages_for(model, context_tokens=context, page_tokens=page_tokens, step_tokens=step_tokens)
         whole = texts * pages_for(context, page_tokens) * bool(layers["*"])
-        return CacheSizes(rows, context, page_tokens, whole, rows * window * bool(layers["w"]), snapshots)
+        windows = rows * window * bool(layers["w"])
+        return CacheSizes(rows, context, page_tokens, whole, windows, snapshots, trial_tokens)
 
     def bytes_of(sizes: CacheSizes) -> int:
-        return cache_bytes(model, sizes, number_bytes=number_bytes, tensor=tensor).total
+        found = cache_bytes(model, sizes, number_bytes=number_bytes, tensor=tensor).total
+        if draft is not None:
+            its_own = draft_sizes(draft, sizes, step_tokens=step_tokens)
+            found += cache_bytes(draft, its_own, number_bytes=number_bytes, tensor=tensor).total
+        return found
 
     most, least = sizes_of(context_tokens, rows), sizes_of(context_tokens, 1)
     if budget_bytes is None or bytes_of(most) <= budget_bytes:
         return most
     if bytes_of(least) <= budget_bytes:
-        page = layers["*"] * page_bytes(model, page_tokens=page_tokens, number_bytes=number_bytes, tensor=tensor)
+        page = sum(
+            counts(one.pattern)["*"]
+            * page_bytes(one, page_tokens=page_tokens, number_bytes=number_bytes, tensor=tensor)
+            for one in (model, *([draft] if draft is not None and layers["*"] else []))
+        )
         return replace(most, pages=most.pages - -(-(bytes_of(most) - budget_bytes) // page))
     fitting = bisect_right(range(1, context_tokens), budget_bytes, key=lambda tokens: bytes_of(sizes_of(tokens, 1)))
     raise RecipeError(

@@ -80,15 +80,6 @@ def model_named(name: str, *, source: str = "") -> ModelConfig:
     )
 
 
-def public_shapes() -> list[tuple[str, ModelConfig, int]]:
-    """All entries of the table: name, fields, and published number of parameters."""
-    return [
-        (f"{entry['family']} {'/'.join(entry['versions'])} {shape['size'][0]}B", _config(shape), shape["parameters"])
-        for entry in _table()
-        for shape in entry["shapes"]
-    ]
-
-
 @cache
 def _table() -> list[dict[str, Any]]:
     return tomllib.loads((Path(__file__).parent / "public_models.toml").read_text())["model"]

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from launch.figure import canvas
+from data.system.figure import canvas
 from launch.plan.published.validate import Line
 
 _COLORS = {

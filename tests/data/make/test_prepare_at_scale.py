@@ -1,4 +1,4 @@
-"""Preparing in many hands: the same bytes with any number of workers and tasks, and after any number of kills."""
+"""Preparing with many processes: the same bytes with any number of workers and tasks, and after any number of kills."""
 
 import gzip
 import hashlib
@@ -16,13 +16,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from prepared_files import check_digests, documents_of
 from rich.console import Console
 
 from data.make import megatron_sets
 from data.prepare import parse_task, prepare
 from data.store.manifest import read_manifest
 from data.store.origins import Origin, read_origins
-from data.store.shards import open_entry, open_shard
+from data.store.shards import open_shard
 from data.tokenizer import Tokenizer, load_tokenizer
 from recipes.schema.data import DataConfig, SourceConfig, TokenizerConfig
 from recipes.schema.errors import DataError
@@ -92,20 +93,20 @@ def elsewhere(config: DataConfig, name: str, **changes: object) -> DataConfig:
     return replace(config, folder=str(Path(config.folder).parent / name), **changes)  # type: ignore[arg-type]
 
 
-def test_every_record_lies_in_one_shard_and_is_found_again(config: DataConfig, whole: dict[str, str]) -> None:
+def test_every_record_is_in_exactly_one_shard_and_is_found_again(config: DataConfig, whole: dict[str, str]) -> None:
     folder = Path(config.folder)
-    manifest = read_manifest(folder, verify=True)
+    manifest = read_manifest(folder)
+    check_digests(folder, manifest)
     tokenizer = load_tokenizer(folder / manifest.tokenizer.file, config.tokenizer)
     seen: dict[Origin, str] = {}
     entries = [entry for split in manifest.sources["web"].splits.values() for entry in split]
     assert len(entries) > 15 and any(entry.first_record for entry in entries)
     for entry in entries:
-        shard, origins = open_entry(folder, entry), read_origins(folder, entry)
-        for document, ids in enumerate(np.split(np.asarray(shard.tokens), shard.ends[:-1])):
+        origins = read_origins(folder, entry)
+        for document, ids in enumerate(documents_of(folder, entry)):
             origin = origins.of(document)
-            assert origin not in seen and origins.find(origin.file, origin.record) == document
+            assert origin not in seen
             seen[origin] = tokenizer.decode(ids)
-        assert origins.find(origins.files[0], 10**6) is None and origins.find("nothing", 0) is None
     wanted = {}
     for file in (folder.parent / "web").iterdir():
         content = gzip.decompress(file.read_bytes()) if file.suffix == ".gz" else file.read_bytes()
@@ -125,8 +126,7 @@ def test_a_text_is_held_out_wherever_it_comes_from(config: DataConfig, whole: di
         tokenizer = load_tokenizer(folder / "tokenizer.json", prepared.tokenizer)
         found = set()
         for entry in read_manifest(folder).sources[name].splits["heldout"]:
-            shard = open_entry(folder, entry)
-            found |= {tokenizer.decode(ids) for ids in np.split(np.asarray(shard.tokens), shard.ends[:-1])}
+            found |= {tokenizer.decode(ids) for ids in documents_of(folder, entry)}
         return found
 
     texts = [json.loads(line)["text"] for line in (Path(config.folder).parent / "web" / "a-large.jsonl").open()]
@@ -153,7 +153,7 @@ def test_any_number_of_tasks_gives_the_same_bytes(config: DataConfig, whole: dic
 
 
 @pytest.mark.parametrize("text", ["", "3", "3/3", "-1/3", "all", "1/2/3"])
-def test_tasks_that_are_none(text: str) -> None:
+def test_array_tasks_out_of_range_are_refused(text: str) -> None:
     with pytest.raises(DataError, match="is not a task"):
         parse_task(text)
 
@@ -190,12 +190,7 @@ def test_ten_random_kills_change_nothing(config: DataConfig, whole: dict[str, st
         folder = Path(other.folder)
         finished: dict[Path, int] = {}
         while True:
-            child = os.fork()
-            if child == 0:
-                try:
-                    prepare(other, console=QUIET)
-                finally:
-                    os._exit(0)
+            child = preparing_process(other)
             deadline = time.monotonic() + draw.uniform(0.0, 0.5 if other.workers == 1 else 2.0)
             killed = False
             while os.waitpid(child, os.WNOHANG) == (0, 0):
@@ -213,8 +208,19 @@ def test_ten_random_kills_change_nothing(config: DataConfig, whole: dict[str, st
         assert digests(folder) == whole
 
 
-def test_a_large_compressed_file_is_finished_where_it_was_killed(tmp_path: Path) -> None:
-    """kill -9 as soon as a shard inside the file is finished: that shard is kept, its texts are not tokenized again."""
+def preparing_process(config: DataConfig) -> int:
+    """A child process that prepares. -> its id."""
+    child = os.fork()
+    if child == 0:
+        try:
+            prepare(config, console=QUIET)
+        finally:
+            os._exit(0)
+    return child
+
+
+def test_a_large_compressed_file_continues_after_a_kill(tmp_path: Path) -> None:
+    """kill -9 as soon as a shard inside the file is finished: that shard stays, and its texts are not tokenized again."""
     draw = random.Random(3)
     for name in "ab":  # one job for both, as they are small as stored
         lines = [
@@ -241,12 +247,7 @@ def test_a_large_compressed_file_is_finished_where_it_was_killed(tmp_path: Path)
     other = replace(config, folder=str(folder))
     finished: dict[Path, int] = {}
     for kill in (1, 2):
-        child = os.fork()
-        if child == 0:
-            try:
-                prepare(other, console=QUIET)
-            finally:
-                os._exit(0)
+        child = preparing_process(other)
         while len(list(folder.glob("s/*-*.json"))) < kill:
             assert os.waitpid(child, os.WNOHANG) == (0, 0)
             time.sleep(0.005)
@@ -267,7 +268,7 @@ def test_a_large_compressed_file_is_finished_where_it_was_killed(tmp_path: Path)
 
 
 def test_a_worker_that_dies_is_named(config: DataConfig) -> None:
-    """As the kernel kills a process that takes too much memory; what was finished is kept."""
+    """As the kernel kills a process that takes too much memory; finished shards stay."""
     other = elsewhere(config, "dies", workers=2)
     prepare(other, console=QUIET, task="plan")
     child = os.fork()
@@ -288,7 +289,7 @@ def test_a_worker_that_dies_is_named(config: DataConfig) -> None:
     os.kill(int(workers.stdout.split()[-1]), signal.SIGKILL)
     os.waitpid(child, 0)
     message = (Path(other.folder) / "message").read_text()
-    assert "ended by itself (exit status -9)" in message and "Finished shards are kept" in message
+    assert "ended by itself with exit status -9" in message and "Finished shards are kept" in message
 
 
 def test_bad_records_are_counted_in_the_manifest(config: DataConfig, tmp_path: Path) -> None:
@@ -323,9 +324,7 @@ def test_max_bytes_ends_at_the_same_document_in_any_cut(config: DataConfig) -> N
     assert counts[0] == counts[1]
 
 
-def test_existing_megatron_sets_are_read_where_they_lie(
-    config: DataConfig, whole: dict[str, str], tmp_path: Path
-) -> None:
+def test_existing_megatron_sets_are_read_in_place(config: DataConfig, whole: dict[str, str], tmp_path: Path) -> None:
     import torch
     from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
@@ -355,14 +354,12 @@ def test_existing_megatron_sets_are_read_where_they_lie(
     assert [entry.documents for entry in splits["heldout"]] == [10] * 3
     for split, start in (("train", 10), ("heldout", 0)):
         for entry in splits[split]:
-            shard = open_entry(Path(other.folder), entry)
-            documents = np.split(np.asarray(shard.tokens), shard.ends[:-1])
-            for n, document in enumerate(documents, start=start):
+            for n, document in enumerate(documents_of(Path(other.folder), entry), start=start):
                 at = int(lengths[: n + 1].sum())
                 assert document.tolist() == ids[at : at + lengths[n]].tolist()
             assert read_origins(Path(other.folder), entry).of(3).record == start + 3
     assert digests(tmp_path) == before
-    read_manifest(Path(other.folder), verify=True)
+    check_digests(Path(other.folder), read_manifest(Path(other.folder)))
     with pytest.raises(DataError, match=r"\.bin contains token id \d+, outside the tokenizer's vocabulary of 300"):
         small = elsewhere(config, "small", tokenizer=TokenizerConfig(vocab_size=300))
         prepare(small, console=QUIET)
@@ -381,15 +378,15 @@ def test_existing_megatron_sets_are_read_where_they_lie(
 @pytest.mark.parametrize(
     ("change", "wrong"),
     [
-        ({"documents": [0, 2, 4, 9]}, "has documents from sequence 0 to 9, where there are 4 sequences"),
+        ({"documents": [0, 2, 4, 9]}, "has documents from sequence 0 to 9, but 4 sequences"),
         ({"documents": [1, 2, 4]}, "has documents from sequence 1 to 4"),
         ({"documents": [0, 2]}, "has documents from sequence 0 to 2"),
         ({"documents": []}, "has documents none"),
         ({"documents": [0, 3, 2, 4]}, "lets document 1 end at sequence 2, before it begins at 3"),
         ({"documents": [0, -1, 4]}, "lets document 0 end at sequence -1, before it begins at 0"),
         ({"lengths": [10, -5, 25, 10]}, r"has a sequence of -5 tokens \(sequence 1\)"),
-        ({"offsets": [60, 40, 20, 0]}, "puts sequence 0 at byte 60, where 0 is the end of the one before"),
-        ({"offsets": [0, 20, 41, 60]}, "puts sequence 2 at byte 41, where 40 is"),
+        ({"offsets": [60, 40, 20, 0]}, "puts sequence 0 at byte 60, but the one before ends at 0"),
+        ({"offsets": [0, 20, 41, 60]}, "puts sequence 2 at byte 41, but the one before ends at 40"),
     ],
 )
 def test_an_index_that_makes_no_sense_is_named(tmp_path: Path, change: dict[str, list[int]], wrong: str) -> None:

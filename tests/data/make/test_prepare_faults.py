@@ -1,4 +1,4 @@
-"""What went wrong with files as they are in the world, and must not again: one test for each fault."""
+"""Faults that real files caused: one test for each."""
 
 import bz2
 import json
@@ -14,17 +14,18 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
+from prepared_files import documents_of
 from rich.console import Console
 
 from data.dataset import open_dataset
-from data.make import corpus, shard_work
+from data.make import corpus, folder_plan
 from data.make.lock import LOCK, prepare_lock
 from data.make.megatron_sets import describe_set
 from data.prepare import prepare
 from data.sources import files
 from data.sources.files import ReadError, find_files
 from data.store.manifest import read_manifest
-from data.store.shards import ShardWriter, open_entry
+from data.store.shards import ShardWriter
 from data.tokenizer import hf, load_tokenizer
 from recipes.schema.credentials import with_credentials, without_credentials
 from recipes.schema.data import DataConfig, SourceConfig, TokenizerConfig
@@ -55,8 +56,7 @@ def texts_of(config: DataConfig, split: str) -> dict[str, set[str]]:
     folder, found = Path(config.folder), {}
     tokenizer = load_tokenizer(folder / "tokenizer.json", config.tokenizer)
     for name, source in read_manifest(folder).sources.items():
-        shards = [open_entry(folder, entry) for entry in source.splits[split]]
-        pieces = (piece for shard in shards for piece in np.split(np.asarray(shard.tokens), shard.ends[:-1]))
+        pieces = (piece for entry in source.splits[split] for piece in documents_of(folder, entry))
         found[name] = {tokenizer.decode(piece) for piece in pieces}
     return found
 
@@ -67,7 +67,7 @@ def said_by(config: DataConfig) -> str:
 
 
 def test_a_text_that_one_source_holds_out_is_held_out_of_all(tmp_path: Path) -> None:
-    """Each source begins with texts that lie in the middle of another."""
+    """Each source begins with texts from the middle of another."""
     texts = [f"{n} {WORDS} {n * n}" for n in range(40)]
     config = config_of(
         tmp_path,
@@ -81,7 +81,7 @@ def test_a_text_that_one_source_holds_out_is_held_out_of_all(tmp_path: Path) -> 
     assert not set.union(*held.values()) & set.union(*trained.values())
 
 
-def test_hidden_files_are_left_out_and_said(tmp_path: Path) -> None:
+def test_hidden_files_are_left_out_and_reported(tmp_path: Path) -> None:
     jsonl(tmp_path / "in" / "a.jsonl", [f"{n} {WORDS}" for n in range(9)])
     (tmp_path / "in" / ".cache" / "huggingface").mkdir(parents=True)
     (tmp_path / "in" / ".cache" / "huggingface" / "a.metadata").write_text("junk")
@@ -119,7 +119,7 @@ def test_kinds_by_other_names_and_tables(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"a\.csv has no column 'body' \(it has: id, text\)"):
         list(corpus.documents("x", SourceConfig(path=str(tmp_path / "a.csv"), text_field="body")))
     (tmp_path / "a.csv").write_text("id,text\n1,a\n2\n")
-    with pytest.raises(DataError, match=r"a\.csv row 2 has 1 fields, the first line names 2"):
+    with pytest.raises(DataError, match=r"a\.csv row 2 has 1 fields, but the first line names 2"):
         list(corpus.documents("x", SourceConfig(path=str(tmp_path / "a.csv"))))
 
 
@@ -217,7 +217,9 @@ def test_a_set_on_disk_that_grew_is_noticed(tmp_path: Path) -> None:
     config = replace(config, sources={"a": SourceConfig(path=f"hf:{tmp_path / 'set'}")})
     prepare(config, console=QUIET)
     save(30)
-    assert f"the set hf:{tmp_path}/set changed since it was prepared. What was prepared is kept" in said_by(config)
+    assert f"the set hf:{tmp_path}/set changed since it was prepared. The prepared data is not changed" in said_by(
+        config
+    )
 
 
 def test_a_set_of_the_hub_that_grew_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -241,7 +243,7 @@ def test_a_set_of_the_hub_that_grew_is_noticed(tmp_path: Path, monkeypatch: pyte
     prepare(unfinished, console=QUIET, task="plan")
     assert "changed" not in said_by(config)
     download(30, "b" * 40)
-    assert "a: the set hf:me/set changed since it was prepared. What was prepared is kept" in said_by(config)
+    assert "a: the set hf:me/set changed since it was prepared. The prepared data is not changed" in said_by(config)
     with pytest.raises(
         DataError, match=r"the set hf:me/set \(data\.sources\.a\) changed while .*unfinished was being prepared"
     ):
@@ -250,7 +252,7 @@ def test_a_set_of_the_hub_that_grew_is_noticed(tmp_path: Path, monkeypatch: pyte
     assert read_manifest(tmp_path / "new").sources["a"].count("train", "documents") > 20
 
 
-def test_the_order_in_which_sources_are_written_decides_nothing(tmp_path: Path) -> None:
+def test_the_order_of_sources_in_the_recipe_does_not_change_the_data(tmp_path: Path) -> None:
     paths = {name: jsonl(tmp_path / f"{name}.jsonl", [f"{name} {n} {WORDS}" for n in range(30)]) for name in "bca"}
     config = config_of(tmp_path, **paths)
     prepare(config, console=QUIET)
@@ -259,7 +261,7 @@ def test_the_order_in_which_sources_are_written_decides_nothing(tmp_path: Path) 
     assert (one.tokens == two.tokens).all() and (one.source == two.source).all()
 
 
-def test_documents_added_to_a_set_leave_its_held_out_part_held_out(tmp_path: Path) -> None:
+def test_documents_held_out_stay_held_out_when_the_set_grows(tmp_path: Path) -> None:
     tokenizer = load_tokenizer_of(tmp_path)
     held = []
     for count in (100, 160):
@@ -267,7 +269,7 @@ def test_documents_added_to_a_set_leave_its_held_out_part_held_out(tmp_path: Pat
             for n in range(count):
                 writer.add([1 + n % 200, 0])
             writer.finish()
-        splits = describe_set(str(tmp_path / "set"), tokenizer, fraction=0.1, first=True, report=lambda *_: None)
+        splits = describe_set(str(tmp_path / "set"), tokenizer, fraction=0.1, is_first=True, report=lambda *_: None)
         held.append(range(splits["heldout"].first_document, splits["heldout"].documents))
         assert splits["train"].first_document == len(held[-1])
     assert set(held[0]) <= set(held[1])
@@ -281,23 +283,21 @@ def load_tokenizer_of(tmp_path: Path):
     return load_tokenizer(tmp_path / "tokenizer.json", TokenizerConfig())
 
 
-def test_a_server_that_fails_once_while_planning_is_asked_again(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_request_that_fails_once_while_planning_is_repeated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     jsonl(tmp_path / "a.jsonl", [f"{n} {WORDS}" for n in range(20)])
-    real, asked = shard_work.cut, []
+    real, calls = folder_plan.cut, []
 
     def failing(*given: object, **named: object) -> object:
-        asked.append(given)
-        if len(asked) == 1:
+        calls.append(given)
+        if len(calls) == 1:
             raise ReadError("memory://x cannot be read: 500")
         return real(f"{given[0]}", SourceConfig(path=str(tmp_path / "a.jsonl")), 1 << 20)
 
-    monkeypatch.setattr(shard_work, "cut", failing)
+    monkeypatch.setattr(folder_plan, "cut", failing)
     monkeypatch.setattr(files, "_FIRST_WAIT_S", 0.0)
     config = replace(config_of(tmp_path, a=Path("-")), sources={"a": SourceConfig(path="memory://a.jsonl")})
-    shard_work.plan_work(config, tmp_path)
-    assert len(asked) == 2
+    folder_plan.plan_folder(config, tmp_path)
+    assert len(calls) == 2
 
 
 def test_credentials_are_written_nowhere(tmp_path: Path) -> None:
@@ -361,11 +361,10 @@ def test_the_token_that_begins_documents(tmp_path: Path) -> None:
     assert hf.load(tmp_path / "ends.json", (tmp_path / "ends.json").read_bytes()).template_begin is None
     for split in ("train", "heldout"):
         for entry in read_manifest(Path(config.folder)).sources["a"].splits[split]:
-            shard = open_entry(Path(config.folder), entry)
-            pieces = np.split(np.asarray(shard.tokens), shard.ends[:-1])
+            pieces = documents_of(Path(config.folder), entry)
             assert all(piece[0] == 1 and piece[-1] == 0 and (piece == 1).sum() == 1 for piece in pieces)
     without = replace(config, tokenizer=replace(config.tokenizer, begin_of_document=None))
-    with pytest.raises(DataError, match=r"begin with <bos>, and data\.tokenizer\.begin_of_document=null"):
+    with pytest.raises(DataError, match=r"begin with <bos>, but data\.tokenizer\.begin_of_document=null"):
         open_dataset(without)
     said = said_by(replace(without, folder=str(tmp_path / "none")))
     assert "template puts '<bos>' before a text" in said and "set data.tokenizer.begin_of_document='<bos>'" in said
@@ -378,7 +377,7 @@ def test_remedies_fit_the_fault(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"has bytes under 'text', not text: cast the column from binary to string"):
         list(corpus.documents("x", SourceConfig(path=str(tmp_path / "a.parquet"))))
     (tmp_path / "a.jsonl").write_text('{"text": ["a", "b"]}\n')
-    with pytest.raises(DataError, match=r"has list under 'text', and a template takes text and numbers"):
+    with pytest.raises(DataError, match=r"has list under 'text', but a template takes text and numbers"):
         list(corpus.documents("x", SourceConfig(path=str(tmp_path / "a.jsonl"), template="{text}!")))
     config = config_of(tmp_path, a=jsonl(tmp_path / "b.jsonl", [f"{n} {WORDS}" for n in range(12)]))
     prepare(config, console=QUIET)

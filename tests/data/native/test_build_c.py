@@ -1,14 +1,18 @@
-"""Compiled libraries: proven before they are loaded, built again where wrong, never loaded from where others can write."""
+"""Compiled libraries: checked before they are loaded, built again if wrong, never loaded from a place where others can write."""
 
-import ctypes
 import logging
 import os
 import shutil
 import stat
+import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from unittest import mock
 
 import pytest
+from mounts import NOEXEC, mount_in_memory
+from ranks import run_ranks
 from unprivileged import NOBODY, folder_for_anyone, unprivileged
 
 from data.native import build_c
@@ -19,7 +23,7 @@ EIGHT = SEVEN.replace("7", "8")
 
 @pytest.fixture
 def source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A C source of the test's own, and an empty cache."""
+    """A C source for the test, and an empty cache."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.delenv("STRATUM_NATIVE", raising=False)
     path = tmp_path / f"seven{os.getpid()}.c"
@@ -71,7 +75,7 @@ def of_another_source(path: Path, tmp_path: Path) -> None:
 def test_a_library_that_is_not_the_one_built_is_built_again(
     spoil: Callable[[Path, Path], None], source: Path, tmp_path: Path
 ) -> None:
-    """Written by another process: this one has not mapped what is spoilt, which would crash it rightly."""
+    """Written by another process, because overwriting a library that this process has mapped would crash it."""
     pid = os.fork()
     if pid == 0:
         os._exit(seven(source))
@@ -83,7 +87,7 @@ def test_a_library_that_is_not_the_one_built_is_built_again(
     assert not path.is_symlink() and build_c._is_right(path, path.name.rpartition("-")[0])
 
 
-def test_what_is_built_is_closed_to_others_whatever_the_umask(source: Path, tmp_path: Path) -> None:
+def test_built_libraries_are_private_under_any_umask(source: Path, tmp_path: Path) -> None:
     before = os.umask(0)
     try:
         assert seven(source) == 7
@@ -115,6 +119,29 @@ def of_another_user(cache: Path) -> None:
         os.chown(cache / "stratum", NOBODY, NOBODY)
 
 
+def a_file(cache: Path) -> None:
+    cache.touch()
+
+
+def below_a_file(cache: Path) -> None:
+    cache.touch()
+    os.environ["XDG_CACHE_HOME"] = str(cache / "sub")
+
+
+def too_long(cache: Path) -> None:
+    os.environ["XDG_CACHE_HOME"] = str(cache / ("x" * 300))
+
+
+@pytest.mark.parametrize("spoil", [a_file, below_a_file, too_long])
+def test_a_cache_that_cannot_be_made_says_what_to_set(
+    spoil: Callable[[Path], None], source: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    spoil(tmp_path / "cache")
+    with caplog.at_level(logging.WARNING):
+        assert seven(source) == 7
+    assert "Set XDG_CACHE_HOME to a folder that you can write" in caplog.text
+
+
 UNSAFE = {"a shared folder": shared, "a group's": of_a_group, "a link": a_link, "of another user": of_another_user}
 
 
@@ -143,11 +170,12 @@ def test_a_cache_that_may_not_be_written_is_replaced_by_a_private_folder(
         with unprivileged(), caplog.at_level(logging.WARNING):
             library = build_c.load(source)
     assert library.stratum_seven() == 7 and "Permission denied" in caplog.text
+    assert "Set XDG_CACHE_HOME to a folder that you can write" in caplog.text
 
 
 @pytest.fixture
 def compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A compiler that finds the disk of the cache full, and else does its work."""
+    """A compiler that fails if it writes to the full disk of the cache, and works otherwise."""
     path = tmp_path / "cc"
     real = shutil.which("cc") or shutil.which("gcc")
     said = 'echo "ld: final link failed: No space left on device" >&2; echo "collect2: error: ld returned 1 exit status" >&2'
@@ -166,23 +194,47 @@ def test_a_full_disk_is_left_for_a_private_folder(
     assert "No space left on device" in caplog.text and not list((tmp_path / "cache" / "stratum").iterdir())
 
 
-def test_a_folder_that_forbids_execution_is_left_for_a_private_one(
-    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    real = ctypes.CDLL
-
-    def forbidding(name: str) -> ctypes.CDLL:
-        if name.startswith(str(tmp_path / "cache")):
-            raise OSError(f"{name}: failed to map segment from shared object")
-        return real(name)
-
-    monkeypatch.setattr(build_c.ctypes, "CDLL", forbidding)
-    with caplog.at_level(logging.WARNING):
-        assert seven(source) == 7
-    assert "failed to map segment" in caplog.text
+def test_a_folder_that_forbids_execution_is_left_for_a_private_one(tmp_path: Path) -> None:
+    """A file system that is really mounted noexec: the library is compiled there once, and copied at each start."""
+    (tmp_path / "cache").mkdir()
+    texts, compiled = run_ranks(1, start_twice_on_noexec, tmp_path)[0]
+    for text in texts:
+        assert "was copied for this process alone" in text and "failed to map segment" in text, text
+        assert "Set XDG_CACHE_HOME to a folder on one that is not mounted noexec" in text, text
+    assert compiled == 1
 
 
-def test_without_a_compiler_it_is_said_what_is_used_instead(
+def start_twice_on_noexec(_rank: int, folder: Path) -> tuple[list[str], int]:
+    """-> the warnings, and how often the compiler ran."""
+    mount_in_memory(folder / "cache", flags=NOEXEC)
+    source, compiler = folder / "seven.c", folder / "cc"
+    source.write_text(SEVEN)
+    compiler.write_text(
+        f'#!/bin/sh\necho >> {folder}/compiled\nexec {shutil.which("cc") or shutil.which("gcc")} "$@"\n'
+    )
+    compiler.chmod(0o755)
+    os.environ |= {"XDG_CACHE_HOME": str(folder / "cache"), "CC": str(compiler)}
+    with mock.patch.object(build_c.log, "warning") as warned:
+        assert seven(source) == seven(source) == 7
+    texts = [call.args[0] % call.args[1:] for call in warned.call_args_list]
+    return texts, (folder / "compiled").read_text().count("\n")
+
+
+def test_two_threads_that_need_a_library_at_once_compile_it_once() -> None:
+    calls: list[str] = []
+
+    @build_c.Cached
+    def slow(name: str) -> int:
+        calls.append(name)
+        time.sleep(0.05)
+        return len(name)
+
+    with ThreadPoolExecutor(4) as threads:
+        assert list(threads.map(slow, ["a", "a", "bb", "a"])) == [1, 1, 2, 1]
+    assert sorted(calls) == ["a", "bb"]
+
+
+def test_without_a_compiler_a_message_names_the_fallback(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))

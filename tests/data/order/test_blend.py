@@ -103,7 +103,7 @@ def test_shares_are_within_one_row_at_every_prefix_across_phases_and_ramps(phase
         assert bound == 1
 
 
-def test_one_row_is_kept_with_many_sources_phases_and_ramps() -> None:
+def test_shares_stay_within_one_row_with_many_sources_phases_and_ramps() -> None:
     """Windows of 40 random curricula of up to 12 sources. Not proven for all there are (data/order/curriculum.py says why)."""
     rng = np.random.default_rng(0)
     within: list[float] = []
@@ -124,7 +124,7 @@ def test_one_row_is_kept_with_many_sources_phases_and_ramps() -> None:
 
 
 def owed_with_limits(phases: list[Phase], limits: list[int | None], rows: int) -> list[list[Fraction]]:
-    """What each source is owed after every prefix, row by row; shorter where nothing is left to draw."""
+    """What each source is owed after every prefix, row by row; shorter if nothing is left to draw."""
     sources = len(limits)
     gone: set[int] = set()
 
@@ -204,7 +204,7 @@ def test_each_row_comes_once_an_epoch_and_far_positions_are_like_near_ones(rows:
 
 @settings(max_examples=20)
 @given(seed=st.integers(0, 10**6), together=st.sampled_from([0, 2]))
-def test_a_row_is_found_at_every_position_it_lies_at(seed: int, together: int) -> None:
+def test_every_position_of_a_row_is_found(seed: int, together: int) -> None:
     sources = [BlendSource("a", 0.7, 31, groups=(7, 10, 14)), BlendSource("b", 0.3, 17)]
     phases = [PhaseConfig(from_tokens=120, weights={"a": 1, "b": 3}, ramp_tokens=60)]
     blend = Blend(sources, seed=seed, phases=phases, shuffle_shards=together)
@@ -234,14 +234,14 @@ def test_ten_trillion_tokens_with_phases_and_a_ramp_open_at_once() -> None:
     assert np.abs(error).max() <= 1
 
 
-def test_a_cap_on_repeats_is_known_before_training_and_kept() -> None:
+def test_a_cap_on_repeats_is_checked_before_training_and_respected() -> None:
     blend = Blend([BlendSource("a", 0.5, 100, max_epochs=2), BlendSource("b", 0.5, 1000)], seed=0, row_tokens=64)
     blend.check_length(400, global_rows=8)
     assert (blend.draw(np.arange(400)).source == 0).sum() == 200
     at = blend.curriculum.window(0).source.tolist().index(0, 400)
     refused = (
-        rf"'a' runs out at step {at // 8 + 1} \(row {at}, token {at * 64:,}\): max_epochs=2 of its 100 rows are 200, the run's "
-        r"402 rows would contain 201 \(2.01 epochs\)\.\n.*data\.on_exhausted=continue"
+        rf"'a' runs out at step {at // 8 + 1} \(row {at}, token {at * 64:,}\): max_epochs=2 of its 100 rows are 200, "
+        r"but the run's 402 rows would contain 201 \(2.01 epochs\)\.\n.*data\.on_exhausted=continue"
     )
     with pytest.raises(DataError, match=refused):
         blend.check_length(402, global_rows=8)
@@ -249,7 +249,7 @@ def test_a_cap_on_repeats_is_known_before_training_and_kept() -> None:
         blend.draw(np.arange(396, 410))
 
 
-def test_where_a_source_runs_out_the_others_go_on_in_proportion() -> None:
+def test_after_a_source_runs_out_the_others_continue_in_proportion() -> None:
     """1.5 epochs of a, then b and c 2 : 1; rows still come once an epoch, wherever reading starts."""
     sources = [BlendSource("a", 0.7, 100, max_epochs=1.5), BlendSource("b", 0.2, 90), BlendSource("c", 0.1, 50)]
     blend = Blend(sources, seed=0, replace_exhausted=True)
@@ -269,7 +269,7 @@ def test_where_a_source_runs_out_the_others_go_on_in_proportion() -> None:
     assert blend.positions_of(0, 5, stop=2000) == np.flatnonzero((draw.source == 0) & (draw.row == 5)).tolist()
 
 
-def test_where_all_have_run_out_the_run_is_refused_with_the_step() -> None:
+def test_if_all_sources_run_out_the_run_is_refused_with_the_step() -> None:
     sources = [BlendSource("a", 0.5, 10, max_epochs=1), BlendSource("b", 0.5, 30, max_epochs=2)]
     blend = Blend(sources, seed=0, replace_exhausted=True)
     end = blend.curriculum.stop
@@ -294,7 +294,7 @@ def test_a_phase_added_later_leaves_what_was_drawn_before_it_but_for_a_row_a_sou
 
 
 def test_the_identity_of_an_order_says_how_it_is_laid_out() -> None:
-    """Shares that never change are laid out as ever; others say so, because their rows differ from version 1's."""
+    """Constant shares keep the order of version 1; other recipes record a new version, because their rows differ."""
     assert blend_of([0.6, 0.4], [50, 50]).order == 1
     assert blend_of([0.6, 0.4], [50, 50], phases=[PhaseConfig(100, {"s0": 1.0})]).order == 2
     assert blend_of([0.1234567, 0.4], [50, 50]).order == 2
@@ -303,14 +303,14 @@ def test_the_identity_of_an_order_says_how_it_is_laid_out() -> None:
 @pytest.mark.parametrize(
     ("phases", "message"),
     [
-        ([PhaseConfig(100, {"s9": 1.0})], r"data.phases\[0\].weights names s9; data.sources has s0, s1"),
+        ([PhaseConfig(100, {"s9": 1.0})], r"data.phases\[0\].weights names s9, but data.sources has s0, s1"),
         ([PhaseConfig(100, {"s0": 0.0})], r"phases\[0\].weights: all weights are 0"),
         (
             [PhaseConfig(100, {"s0": 1}, ramp_tokens=50), PhaseConfig(140, {"s1": 1})],
-            "before the end of the phase before",
+            "before the end of the previous phase",
         ),
     ],
 )
-def test_phases_that_cannot_be_meant_are_refused(phases: list[PhaseConfig], message: str) -> None:
+def test_contradictory_phases_are_refused(phases: list[PhaseConfig], message: str) -> None:
     with pytest.raises(DataError, match=message):
         blend_of([1.0, 2.0], [50, 50], phases=phases)

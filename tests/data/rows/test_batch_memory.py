@@ -1,4 +1,4 @@
-"""Compiled reading of rows: the rows of the plain form to the last id, whatever dtype, packing and cut into shards."""
+"""Compiled reading gives the same ids as the plain form, for every dtype, packing and division into shards."""
 
 import ctypes
 import itertools
@@ -158,7 +158,7 @@ def test_the_rows_are_the_same_rearranged(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 def test_compiled_code_does_the_reading(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """All but the first row of each shard and those that end in the next: else the tests above would compare nothing."""
+    """All rows except the first of each shard and those that end in the next; otherwise the tests above would compare nothing."""
     write_folder(tmp_path, {"a": [random_documents(400, seed=6), random_documents(300, seed=7)]})
     for packing, rest in (("chunk", 3), ("best_fit", 3 * 64)):
         config = DataConfig(
@@ -166,17 +166,18 @@ def test_compiled_code_does_the_reading(tmp_path: Path, monkeypatch: pytest.Monk
             reset_at_documents=True,
         )  # fmt: skip
         dataset, plain = open_dataset(config), []
-        real = data.rows.batch_memory._row
+        real = data.rows.batch_memory._read_row
         monkeypatch.setattr(
-            "data.rows.batch_memory._row", lambda *a, real=real, plain=plain, **k: (plain.append(a[1]), real(*a, **k))
+            "data.rows.batch_memory._read_row",
+            lambda *a, real=real, plain=plain, **k: (plain.append(a[1]), real(*a, **k)),
         )
         dataset.training_rows(np.arange(dataset.train[0].count))
-        monkeypatch.setattr("data.rows.batch_memory._row", real)
+        monkeypatch.setattr("data.rows.batch_memory._read_row", real)
         assert 0 in plain and len(plain) <= rest
 
 
 def test_what_is_waited_for_is_named_row_by_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A call over several shards says which one it reads: here as it stood when the call ended, at its last row."""
+    """A call over several shards reports which one it reads; here, at the end of the call, the shard of its last row."""
     write_folder(tmp_path, {"a": [random_documents(200, seed=8), random_documents(200, seed=9)]})
     dataset = open_dataset(DataConfig(folder=str(tmp_path), sources={"a": SourceConfig(path="-")}, row_tokens=32))
     real, plans = native.Plan.read, []
@@ -188,9 +189,7 @@ def test_what_is_waited_for_is_named_row_by_row(tmp_path: Path, monkeypatch: pyt
     assert all(str(plan) == plan.shards[-1].reading for plan in plans)
 
 
-def test_packed_stretches_that_are_kept_stay_within_their_bytes(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_stored_packings_stay_within_their_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_folder(tmp_path, {"a": [random_documents(3000, seed=5)]})
     config = DataConfig(
         folder=str(tmp_path),

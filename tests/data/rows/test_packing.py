@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from ranks import run_ranks
 from shards import random_documents, write_folder
-from tiny import engine_of, recipe_with
+from tiny import engine_of, one_document_rows, recipe_with
 
 from data.batch import Batch
 from data.dataset import open_dataset
@@ -136,7 +136,7 @@ def logits(rank: int, batches: list[Batch]) -> list[torch.Tensor]:
 
 @pytest.mark.parametrize("packing", ["chunk", "best_fit"])
 def test_a_packed_row_means_to_a_hybrid_what_its_documents_mean_alone(folder: Path, packing: str) -> None:
-    """Loss of every label (a function of its logits) in a row of documents = in a row of its own that begins with it."""
+    """Loss of every label (a function of its logits) in a row of documents = in a separate row that begins with it."""
     dataset = open_dataset(config_of(folder, packing=packing, reset_at_documents=True, row_tokens=64))
     places = [p for p in range(12) if len(dataset.locate(p).pieces) > 2][:2]
     packed = dataset.training_rows(np.array(places))
@@ -149,13 +149,7 @@ def test_a_packed_row_means_to_a_hybrid_what_its_documents_mean_alone(folder: Pa
                 many.append(torch.cat([one[row, slot : slot + size], torch.zeros(64 - size, dtype=torch.int64)]))
             spans.append((row, slot, size))
             slot += size
-    alone = Batch(
-        tokens=torch.stack(alone_tokens),
-        labels=torch.stack(alone_labels),
-        document_index=torch.zeros(len(spans), 64, dtype=torch.int32),
-        source=torch.zeros(len(spans), dtype=torch.int32),
-        positions=np.arange(len(spans)),
-    )
+    alone = one_document_rows(torch.stack(alone_tokens), torch.stack(alone_labels))
     [(together, single)] = run_ranks(1, logits, [packed, alone])
     for number, (row, slot, size) in enumerate(spans):
         torch.testing.assert_close(together[row, slot : slot + size], single[number, :size], atol=2e-5, rtol=0)

@@ -106,13 +106,13 @@ def config_of(url: str, cache: Path, *, gib: float = 1.0, **changes: object) -> 
 
 
 def is_settled(ahead: FetchAhead, total: int) -> bool:
-    """Whether it has done what there was to do at the present position."""
+    """Whether it has fetched everything for the current position."""
     with ahead._lock:
         is_up_to_date = all(need.is_begun and need.last >= ahead.position for need in ahead._needed.values())
         copies = [
             ahead._remote.path_of(f"{need.entry.path}.bin", need.entry.files["bin"]) for need in ahead._needed.values()
         ]
-    return is_up_to_date and (ahead._is_full or ahead._looked >= total) and all(copy.exists() for copy in copies)
+    return is_up_to_date and (ahead._is_full or ahead._examined >= total) and all(copy.exists() for copy in copies)
 
 
 def wait_for(ask) -> None:
@@ -150,7 +150,7 @@ def test_shards_are_there_before_rows_need_them_within_the_budget(
         far.remote._fetch = noted  # type: ignore[method-assign]
         used = []
         with Stream(far, position=0, global_rows=8, microbatch_rows=8, rank=0, ranks=1, prefetch_steps=1) as stream:
-            ahead = stream._ahead
+            ahead = stream._fetching
             assert ahead is not None
             for step in range(total // 8):
                 wait_for(lambda: is_settled(ahead, total))  # a step of training gives it that time

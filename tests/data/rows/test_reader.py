@@ -36,7 +36,7 @@ def folder(tmp_path: Path) -> Path:
 
 @pytest.fixture(params=["compiled", "plain"])
 def either_way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With compiled reading, and as it is where there is no compiler."""
+    """With compiled reading, and without a compiler."""
     if request.param == "plain":
         monkeypatch.setattr("data.native.rows.library", lambda: None)
 
@@ -79,9 +79,9 @@ def other_dtype(path: Path) -> None:
 @pytest.mark.parametrize(
     ("suffix", "damage", "message"),
     [
-        ("bin", truncate, "bytes long, the manifest says"),
-        ("bin", empty, "0 bytes long, the manifest says"),
-        ("idx", empty, "0 bytes long, the manifest says"),
+        ("bin", truncate, "bytes long, but the manifest says"),
+        ("bin", empty, "0 bytes long, but the manifest says"),
+        ("idx", empty, "0 bytes long, but the manifest says"),
         ("bin", flip, "does not match its checksum"),
         ("idx", lambda path: flip(path, -8 + os.path.getsize(path)), "does not match its checksum"),
         ("idx", other_dtype, "does not match its checksum"),
@@ -132,7 +132,7 @@ def test_sets_beyond_the_budget_are_named_not_read(folder: Path, monkeypatch, ca
     monkeypatch.setattr("data.store.verify.BUDGET_BYTES", 100)
     flip(folder / f"{SHARD}.bin")
     dataset = open_dataset(config_of(folder))
-    assert "have not been checked" in caplog.text and "stratum inspect" in caplog.text
+    assert "have not been compared" in caplog.text and "stratum inspect" in caplog.text
     dataset.training_rows(np.arange(dataset.train[0].count))
     flip(folder / f"{SHARD}.bin")  # put right again, but changed since it was first seen
     dataset.training_rows(np.arange(5))
@@ -148,7 +148,7 @@ def test_sets_beyond_the_budget_are_named_not_read(folder: Path, monkeypatch, ca
 def test_a_shard_replaced_while_it_is_read_is_named(
     folder: Path, how: str, verify: str, packing: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("data.rows.reader._LOOK_EVERY_S", 0.0)
+    monkeypatch.setattr("data.rows.reader._STAT_EVERY_S", 0.0)
     dataset = open_dataset(config_of(folder, verify=verify, packing=packing))
     every = np.arange(dataset.train[0].count)
     dataset.training_rows(every)
@@ -168,7 +168,7 @@ def test_a_shard_replaced_while_it_is_read_is_named(
 
 @pytest.mark.usefixtures("either_way")
 def test_a_shard_put_back_unchanged_is_read_on(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("data.rows.reader._LOOK_EVERY_S", 0.0)
+    monkeypatch.setattr("data.rows.reader._STAT_EVERY_S", 0.0)
     dataset = open_dataset(config_of(folder))
     every = np.arange(dataset.train[0].count)
     before = dataset.training_rows(every)
@@ -188,7 +188,7 @@ def test_files_cut_short_under_a_running_stream_end_it_with_their_name(
 
     kept: indices of up to so many documents are read whole when a shard is opened, so that cutting them changes nothing.
     """
-    monkeypatch.setattr("data.rows.reader._LOOK_EVERY_S", 0.0)
+    monkeypatch.setattr("data.rows.reader._STAT_EVERY_S", 0.0)
     monkeypatch.setattr("data.rows.reader._STARTS_IN_MEMORY", kept)
     dataset = open_dataset(config_of(folder, reset_at_documents=True, verify="never"))
     good = [dataset.training_rows(np.arange(at, at + 8)) for at in range(0, 400, 8)]
@@ -208,7 +208,7 @@ def test_files_cut_short_under_a_running_stream_end_it_with_their_name(
 
 
 @pytest.mark.usefixtures("either_way")
-def test_few_shards_and_few_beginnings_are_kept_and_rows_are_the_same(folder: Path, monkeypatch) -> None:
+def test_rows_are_the_same_with_few_open_shards_and_few_stored_packings(folder: Path, monkeypatch) -> None:
     def read(dataset: Dataset) -> list[Batch]:
         return [dataset.training_rows(np.arange(at, at + 3)) for at in range(0, 2 * dataset.train[0].count, 3)]
 
@@ -221,16 +221,16 @@ def test_few_shards_and_few_beginnings_are_kept_and_rows_are_the_same(folder: Pa
             dataset = open_dataset(config)
             for one, two in zip(read(dataset), expected, strict=True):
                 assert (one.labels == two.labels).all() and (one.document_index == two.document_index).all()
-            shelf = dataset.train[0].stream._shelf
-            kept = shelf._open._values.values()
+            pool = dataset.train[0].stream._pool
+            kept = pool._open._values.values()
             assert len(kept) == 2
-            assert shelf._open.weight == sum(shard.kept_starts for shard in kept) <= 40
+            assert pool._open.weight == sum(shard.starts_in_memory for shard in kept) <= 40
 
 
 @pytest.mark.parametrize(
     ("soft", "hard", "room", "after"), [(600, 600, 44, 600), (256, 20_000, 4096, 8704), (64, 64, 16, 64)]
 )
-def test_the_limit_of_open_files_is_raised_or_kept_to(soft: int, hard: int, room: int, after: int) -> None:
+def test_the_limit_of_open_files_is_raised_or_respected(soft: int, hard: int, room: int, after: int) -> None:
     program = (
         "import resource; from data.rows.reader import _room_for_shards\n"
         f"resource.setrlimit(resource.RLIMIT_NOFILE, ({soft}, {hard}))\n"
@@ -257,10 +257,10 @@ def rewrite(folder: Path, **changes: object) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"dtype": "int32"}, "has tokens of type uint16, the manifest says int32"),
-        ({"tokens": 100}, "tokens where the manifest says 100"),
-        ({"documents": 31}, "documents, the manifest says 31"),
-        ({"first_document": 3}, "documents, the manifest says 33"),
+        ({"dtype": "int32"}, "has tokens of type uint16, but the manifest says int32"),
+        ({"tokens": 100}, "tokens, but the manifest says 100"),
+        ({"documents": 31}, "documents, but the manifest says 31"),
+        ({"first_document": 3}, "documents, but the manifest says 33"),
     ],
 )
 def test_index_and_manifest_that_disagree(folder: Path, changes: dict, message: str) -> None:
@@ -382,7 +382,7 @@ def test_transfers_that_fail_are_tried_again(folder: Path, store, tmp_path: Path
     assert not list((tmp_path / "cache").rglob("*fetching*"))
 
 
-def test_a_damaged_or_missing_remote_file_is_named_and_never_kept(folder: Path, store, tmp_path: Path) -> None:
+def test_a_damaged_or_missing_remote_file_is_named_and_not_stored(folder: Path, store, tmp_path: Path) -> None:
     upload(store, folder)
     store.pipe(f"/bucket/set/{SHARD}.bin", (folder / f"{SHARD}.bin").read_bytes()[:-1] + b"\x09")
     store.rm("/bucket/set/a.train-00002.bin")
@@ -470,7 +470,7 @@ def test_a_copy_damaged_on_the_local_disk_is_fetched_again(folder: Path, store, 
         content = copy.read_bytes()
         copy.write_bytes(bytes(4) + content[4:])  # the same size
     assert (open_dataset(config).training_rows(every).labels == right).all()
-    assert "changed or damaged. It is fetched again" in caplog.text
+    assert "changed or damaged after it was fetched. It is fetched again" in caplog.text
 
 
 def test_one_corrupted_transfer_is_fetched_again(folder: Path, store, tmp_path: Path) -> None:

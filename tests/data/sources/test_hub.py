@@ -30,7 +30,7 @@ def main(home):
     for number, path in enumerate(("texts", "texts/*.jsonl", "texts/part-{0..1}.jsonl")):
         manifest = prepare(
             DataConfig(folder=str(home / f"prepared-{number}"), sources={"s": SourceConfig(path=f"hf://datasets/me/set/{path}")},
-                       tokenizer=TokenizerConfig(vocab_size=300), row_tokens=16, workers=2, shard_bytes=3000),
+                       tokenizer=TokenizerConfig(vocab_size=300), row_tokens=16, workers=1 + (number == 0), shard_bytes=3000),
             console=Console(quiet=True),
         )
         documents = sum(manifest.sources["s"].count(split, "documents") for split in ("train", "heldout"))
@@ -56,7 +56,7 @@ if __name__ == "__main__":
 
 
 class Hub(HubHandler):
-    """One data set, `me/set`, of one revision: what it is, what lies in it, and its files, also in parts."""
+    """One data set, `me/set`, of one revision: its description, its list of files, and the files, also in parts."""
 
     def entry(self, path: Path) -> dict[str, object]:
         name = str(path.relative_to(self.folder))

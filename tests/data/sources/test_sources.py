@@ -1,4 +1,4 @@
-"""Documents come out the same however their file is packed, cut or reached; what is wrong with one is said with its place."""
+"""Documents are the same for every compression, division and address of their file; errors name the place."""
 
 import bz2
 import contextlib
@@ -103,7 +103,7 @@ def test_memory_and_braces_and_folders() -> None:
         ("{2..1}", "0"),
         ("{0..9999}{0..9999}", "100,000,000"),
     ):
-        with pytest.raises(DataError, match=f"makes {many} paths; at least 1 and at most 1,000,000"):
+        with pytest.raises(DataError, match=f"makes {many} paths, but must make 1 to 1,000,000"):
             texts_of(SourceConfig(path=f"memory://corpus/part-{braces}.jsonl"))
     with pytest.raises(DataError, match=r"s3:// needs a package that is not installed: pip install s3fs"):
         texts_of(SourceConfig(path="s3://bucket/a.jsonl"))
@@ -217,7 +217,7 @@ def test_a_template_joins_fields(tmp_path: Path) -> None:
     for template, wrong in (
         ("{title:>9}", "more in braces"),
         ("{title!r}", "more in braces"),
-        ("{}", "or none"),
+        ("{}", "or nothing"),
         ("a", "no field"),
     ):
         with pytest.raises(DataError, match=wrong):

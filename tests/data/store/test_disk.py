@@ -1,4 +1,4 @@
-"""Files are there whole or not at all: what a full disk, a failing block or a second writer leaves."""
+"""Files are complete or do not exist, after a full disk, a failing block or a second writer."""
 
 import errno
 import os

@@ -1,4 +1,4 @@
-"""Folders of prepared data from strangers: what their manifest names is never written or read outside, nor without bound."""
+"""Untrusted folders of prepared data: files outside of the folder are never read or written, and sizes are limited."""
 
 import json
 import os
@@ -72,7 +72,7 @@ def test_a_tokenizers_name_cannot_overwrite_files_elsewhere(name: Any, served: P
         {"dtype": "object"},
     ],
 )
-def test_a_shards_name_and_digest_cannot_lead_elsewhere(wrong: dict[str, Any], served: Path) -> None:
+def test_a_shards_name_and_digest_cannot_name_another_folder(wrong: dict[str, Any], served: Path) -> None:
     change(served, lambda content: content["sources"]["a"]["splits"]["train"][0].update(wrong))
     with pytest.raises(DataError, match="cannot be read as a data manifest"):
         open_dataset(config_of(served))
@@ -81,7 +81,7 @@ def test_a_shards_name_and_digest_cannot_lead_elsewhere(wrong: dict[str, Any], s
 
 
 @pytest.mark.parametrize("content", [b"[]", b"{", b"\xff\xfe", b"[" * 100_000, b'{"format": 2}', b"null"])
-def test_a_manifest_that_is_none_is_one_message(content: bytes, served: Path) -> None:
+def test_a_file_that_is_not_a_manifest_is_one_message(content: bytes, served: Path) -> None:
     (served / "manifest.json").write_bytes(content)
     with pytest.raises(DataError, match="cannot be read as a data manifest"):
         open_dataset(config_of(served))

@@ -1,19 +1,18 @@
-"""No text is lost or changed on its way to ids, whatever the pattern, the file or the library that encodes."""
+"""No text is lost or changed on its way to ids, for every pattern, file format and encoding library."""
 
 import io
 import json
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 import tokenizers
+from prepared_files import documents_of
 from rich.console import Console
 from tokenizers import decoders, models, pre_tokenizers
 
 from data.prepare import prepare
 from data.store.manifest import read_manifest
-from data.store.shards import open_entry
 from data.tokenizer import Tokenizer, hf, load_tokenizer, ranks
 from recipes.schema.data import DataConfig, SourceConfig, TokenizerConfig
 from recipes.schema.errors import DataError
@@ -71,7 +70,7 @@ def test_a_published_file_with_a_counted_possessive_keeps_its_librarys_meaning()
     both_ways(hf.HuggingFace(library), ["year 20245", "2024 2024"])
 
 
-def test_the_asked_encoder_is_used_where_the_tokenizer_is_trained_too() -> None:
+def test_the_configured_encoder_is_used_after_training_the_tokenizer_too() -> None:
     trained = hf.train(TRAINING, TokenizerConfig(vocab_size=280, encoder="tokenizers"))
     assert trained._fast is None and trained.note is None
 
@@ -150,7 +149,7 @@ def test_a_text_that_decoding_does_not_give_back_is_an_error_with_its_place(tmp_
     assert manifest is not None and manifest.sources["a"].bad_records == 1
 
 
-def test_unknown_tokens_are_counted_and_said(tmp_path: Path) -> None:
+def test_unknown_tokens_are_counted_and_reported(tmp_path: Path) -> None:
     model = models.WordLevel({"<unk>": 0, "</s>": 1, "the": 2, "fox": 3}, unk_token="<unk>")
     library_of(model, special=["</s>"], pre=pre_tokenizers.WhitespaceSplit()).save(str(tmp_path / "words.json"))
     (tmp_path / "a.jsonl").write_text("\n".join(json.dumps({"text": f"the fox {n} strange"}) for n in range(12)))
@@ -166,7 +165,7 @@ def test_unknown_tokens_are_counted_and_said(tmp_path: Path) -> None:
 
 
 def test_shards_hold_the_ids_of_the_folders_own_tokenizer(tmp_path: Path) -> None:
-    """Whatever the pattern: each document's ids are those that the saved tokenizer gives it, one by one."""
+    """For each pattern, the ids of each document are those that the saved tokenizer gives, one by one."""
     for n, pattern in enumerate(("cl100k", GAPS, r"\w+|[^\w\s]+|\s+")):
         texts = [f"year {n} {2**n} m² \u00a0x{n}\u3000\r\n" for n in range(40)]
         (tmp_path / "a.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in texts))
@@ -182,8 +181,7 @@ def test_shards_hold_the_ids_of_the_folders_own_tokenizer(tmp_path: Path) -> Non
         found = set()
         for entries in read_manifest(folder).sources["a"].splits.values():
             for entry in entries:
-                shard = open_entry(folder, entry)
-                for ids in np.split(np.asarray(shard.tokens), shard.ends[:-1]):
+                for ids in documents_of(folder, entry):
                     text = load_tokenizer(folder / "tokenizer.json", config.tokenizer).decode(ids)
                     assert ids[:-1].tolist() == reference.encode(text).ids
                     found.add(text)

@@ -75,7 +75,7 @@ def attempts(run: Path) -> list[Path]:
     return sorted((run / "logs").glob("local-*"), key=lambda p: p.stat().st_mtime)
 
 
-def test_ranks_get_torchruns_variables_and_logs_of_their_own(tmp_path: Path) -> None:
+def test_ranks_get_torchruns_variables_and_separate_logs(tmp_path: Path) -> None:
     run = tmp_path / "run"
     out, err = finish(start(run, 3), status=0)
     assert out == "rank 0 of 3 starts after step 0\nfinished\n", "only rank 0 is shown"
@@ -167,7 +167,7 @@ def test_a_kill_after_all_have_saved_says_that_nothing_is_lost(tmp_path: Path) -
     none_left(run)
 
 
-def test_the_grace_period_is_the_launchers_own(tmp_path: Path) -> None:
+def test_the_grace_period_comes_from_the_launcher(tmp_path: Path) -> None:
     run = tmp_path / "run"
     child = start(run, 2, "--steps", "2000", "--fail", "1:5:hang", options=("--grace", "1"))
     wait_until((run / "failed-1-5-hang").exists)
@@ -188,7 +188,7 @@ def test_no_process_outlives_a_killed_launcher(tmp_path: Path) -> None:
     assert (run / "checkpoints" / "latest").exists(), "they saved before they ended"
 
 
-def test_no_restart_once_a_signal_came(tmp_path: Path) -> None:
+def test_no_restart_after_a_signal(tmp_path: Path) -> None:
     run = tmp_path / "run"
     child = start(run, 1, "--fail", "0:1:raise:always", "--steps", "2000")
     wait_until(lambda: list((run / "logs").glob("*/failure-00000.json")))

@@ -11,7 +11,7 @@ from launch.local import ports
 from launch.local.ports import reserved_port
 
 
-def test_every_world_has_a_port_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_world_has_its_own_port(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ports, "PORTS", range(32000, 32008))
     with ExitStack() as worlds:
         taken = {worlds.enter_context(reserved_port()) for _ in range(3)}

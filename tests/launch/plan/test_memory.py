@@ -63,7 +63,7 @@ DISTILLED: dict[str, tuple[int, dict[str, Any]]] = {
 
 
 def measure(rank: int, recipe: Recipe, world: int) -> dict[str, float]:
-    """Bytes that this rank holds, and the peak that autograd kept during a step."""
+    """Bytes of state on this rank, and the largest size of the tensors saved by autograd during a step."""
     with engine_of(recipe, rank=rank, world=world) as engine:
         with saved_bytes(engine.chunks) as saved:
             rows = microbatches(recipe, engine.mesh, 0)

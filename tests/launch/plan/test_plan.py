@@ -134,10 +134,10 @@ def test_a_teacher_takes_its_place_and_time_on_the_last_stage(tmp_path: Path) ->
     fp32 = 3 * 128 * model["pattern"].count("M")
     teacher = [memory.teacher for memory in found.memory]
     assert teacher[0] == 0 and 0 < teacher[1] - 2 * (12_310_001_152 + fp32) < 4 * GIB
-    beside = [replace(memory, teacher=0.0) for memory in (found.memory[1], alone.memory[1])]
-    with_head, without = (replace(memory, activations=0.0, workspace=0.0) for memory in beside)
+    without_teacher = [replace(memory, teacher=0.0) for memory in (found.memory[1], alone.memory[1])]
+    with_head, without = (replace(memory, activations=0.0, workspace=0.0) for memory in without_teacher)
     assert with_head == without, "weights, gradients, masters, moments and buffers are the student's own"
-    assert beside[0].total < beside[1].total, "a distilled head holds logits of a few tokens only"
+    assert without_teacher[0].total < without_teacher[1].total, "a distilled head has the logits of a few tokens only"
     assert found.time.parts["teacher"] > 0 == alone.time.parts["teacher"] and not found.warnings[-1].startswith(
         "objective"
     )

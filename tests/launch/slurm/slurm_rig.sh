@@ -58,7 +58,7 @@ SlurmdTimeout=300
 InactiveLimit=0
 MailProg=/bin/true
 GresTypes=gpu
-NodeName=n[1-$nodes] NodeHostname=$host NodeAddr=127.0.0.1 Port=[$((port + 21))-$((port + 20 + nodes))] CPUs=4 RealMemory=4000 Gres=gpu:2 State=UNKNOWN
+NodeName=n[1-$nodes] NodeHostname=$host NodeAddr=127.0.0.1 Port=[$((port + 21))-$((port + 20 + nodes))] CPUs=16 RealMemory=4000 Gres=gpu:2 State=UNKNOWN
 PartitionName=main Nodes=n[1-$nodes] Default=YES MaxTime=INFINITE State=UP PriorityTier=9 PreemptMode=OFF
 # Jobs of the partition "urgent" take nodes from those of "spare", which have GraceTime seconds to save.
 PreemptType=preempt/partition_prio

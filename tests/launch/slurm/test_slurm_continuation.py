@@ -1,7 +1,7 @@
 """Job scripts on a real Slurm, over two nodes: requeued and chained continuation, failures, mistakes, cancel, status.
 
-The training is pretended (tests/pretend.py); tests/launch/slurm/test_slurm_training.py trains for real. All jobs run side by
-side; the module's fixture waits for all of them.
+The training is simulated (tests/simulated_train.py); tests/launch/slurm/test_slurm_training.py trains for real. All jobs run
+at the same time; the module's fixture waits for all of them.
 """
 
 import json
@@ -22,9 +22,10 @@ from launch.slurm.job_script import Job
 from recipes.schema.launch import ContainerConfig, SlurmConfig
 
 ROOT = Path(__file__).resolve().parents[3]
-STEPS = 150
+pytestmark = pytest.mark.slurm
+STEPS = 60
 JOB = Job(
-    name="pretended",
+    name="simulated",
     folder="",
     directory=str(ROOT),
     words=(),
@@ -37,7 +38,7 @@ JOB = Job(
     environment={"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "PYTHONUNBUFFERED": "1"},
     slurm=SlurmConfig(time_limit_minutes=10, save_before_end_s=60, options="--nodelist=n[1-2]"),
     container=ContainerConfig(),
-    module="pretend",
+    module="simulated_train",
 )
 CHAIN = replace(JOB.slurm, continuation="chain")
 SPARE = replace(JOB.slurm, partition="spare", options="--nodelist=n[3-4]")
@@ -56,11 +57,6 @@ def forbid_sbatch(root: Path) -> str:
     (root / "bin" / "sbatch").write_text("#!/bin/bash\necho 'sbatch: error: Access/permission denied' >&2\nexit 1\n")
     (root / "bin" / "sbatch").chmod(0o755)
     return f"export PATH={root}/bin:$PATH"
-
-
-def expand(nodes: str) -> list[str]:
-    result = subprocess.run(["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, check=True)
-    return result.stdout.split()
 
 
 def node_state(node: str, state: str) -> None:
@@ -133,6 +129,8 @@ def stories(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Stor
             "early": begin(root, "early", slurm=replace(CHAIN, setup="exit 7")),
             "unset": begin(root, "unset", slurm=replace(CHAIN, setup=UNSET)),
             "hostile": in_a_hostile_folder(root),
+            "cancelled": begin(root, "cancelled", *HELD, slurm=CHAIN),
+            "ended": begin(root, "ended", *HELD),
             "forbidden": begin(root, "forbidden", *HELD, slurm=replace(CHAIN, setup=forbid_sbatch(root))),
         }
         notes: dict[str, dict[str, object]] = {name: {} for name in runs}
@@ -145,29 +143,22 @@ def stories(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Stor
             wait_for(lambda name=name: reached(runs[name], 13))
             notes[name]["status"] = launch("status", str(runs[name].path), "--json")
             send_signal(job_numbers(runs[name])[0], "USR1")
-        for run in runs.values():
-            wait_for(lambda run=run: not active_jobs(run))
-
-        run = runs["cancelled"] = begin(root, "cancelled", *HELD, slurm=CHAIN)
-        ended = runs["ended"] = begin(root, "ended", *HELD)
-        notes["cancelled"], notes["ended"] = {}, {}
+        run, ended = runs["cancelled"], runs["ended"]
         wait_for(lambda: reached(run, 13) and reached(ended, 13))
+        cancel(job_numbers(ended)[0])
         notes["cancelled"]["cancel"] = launch("cancel", str(run.path))
         notes["cancelled"]["checkpoint"] = run.checkpoint_step()
         notes["cancelled"]["status"] = launch("status", str(run.path))
-        cancel(job_numbers(ended)[0])
         begin(root, "cancelled")
-        down = runs["down"] = begin(root, "down", *HELD, slurm=replace(CHAIN, options=""))
+        wait_for(lambda: not active_jobs(runs["preempted"]))  # its nodes are free: one can be lost
+        down = runs["down"] = begin(root, "down", *HELD, slurm=replace(CHAIN, options="--nodelist=n[3-4]"))
         notes["down"] = {}
         wait_for(lambda: reached(down, 13) and len(job_numbers(down)) == 2)
-        (job,) = look_up(job_numbers(down)[:1])
-        last_node = expand(job.nodes)[-1]
-        node_state(last_node, "down")
+        node_state("n4", "down")
         wait_for(lambda: not look_up(job_numbers(down)[:1])[0].is_active)
-        node_state(last_node, "resume")
-        wait_for(lambda: not active_jobs(down))
-        for last in (run, ended):
-            wait_for(lambda last=last: not active_jobs(last))
+        node_state("n4", "resume")
+        for run in runs.values():
+            wait_for(lambda run=run: not active_jobs(run))
         for name, run in runs.items():
             notes[name]["jobs"] = look_up(job_numbers(run))
         number = str(job_numbers(runs["hostile"])[0])
@@ -185,13 +176,13 @@ def test_time_is_up_and_the_same_job_continues_to_the_last_step(stories: dict[st
     assert story.run.checkpoint_step() == STEPS
     assert (
         "again: its time limit was near" in story.job_log
-        and "finished: finished; newest checkpoint: step_00000150" in story.job_log
+        and "finished: finished; newest checkpoint: step_00000060" in story.job_log
     )
     assert story.rank_log(1).count("rank 1 of 2 starts after step") == 2, "two nodes, two jobs"
     assert "stopped at step" in story.rank_log(0) and story.rank_log(0).endswith("finished\n")
 
 
-def test_status_tells_where_a_run_is(stories: dict[str, Story]) -> None:
+def test_status_shows_the_step_of_a_run(stories: dict[str, Story]) -> None:
     result = stories["requeued"].notes["status"]
     said = json.loads(result.stdout)
     assert said["job"]["state"] == "RUNNING" and said["job"]["nodes"] == "n[1-2]"
@@ -265,7 +256,7 @@ def test_setup_lines_may_read_variables_that_are_not_set(stories: dict[str, Stor
     assert story.notes["jobs"][0].state == "COMPLETED" and story.run.checkpoint_step() == STEPS
 
 
-def test_a_chain_whose_nodes_may_not_submit_says_so_and_goes_on(stories: dict[str, Story]) -> None:
+def test_a_chain_whose_nodes_may_not_submit_reports_it_and_continues(stories: dict[str, Story]) -> None:
     story = stories["forbidden"]
     (job,) = story.notes["jobs"]
     assert (job.state, job.restarts) == ("COMPLETED", 1) and story.run.checkpoint_step() == STEPS
@@ -307,7 +298,7 @@ def test_scancel_alone_saves_and_does_not_come_back(stories: dict[str, Story]) -
     assert story.run.checkpoint_step() < STEPS
 
 
-def test_gpus_are_asked_for_and_seen(stories: dict[str, Story]) -> None:
+def test_requested_gpus_are_visible(stories: dict[str, Story]) -> None:
     assert "CUDA_VISIBLE_DEVICES=0,1" in stories["requeued"].rank_log(0)
     assert "CUDA_VISIBLE_DEVICES=none" in stories["chained"].rank_log(0)
 

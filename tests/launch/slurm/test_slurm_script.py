@@ -168,7 +168,7 @@ def run_with_stand_ins(script: str, tmp_path: Path, **environment: str) -> subpr
     )
 
 
-def test_a_requeued_job_has_a_port_of_its_own(tmp_path: Path) -> None:
+def test_a_requeued_job_gets_another_port(tmp_path: Path) -> None:
     """Processes that are still ending may hold the old port."""
     script = training_script(replace(CPU, python="python", folder=str(tmp_path / "a run")))
     ports = [

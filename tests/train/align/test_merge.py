@@ -173,7 +173,7 @@ def test_a_result_that_is_not_finite_leaves_nothing(tmp_path: Path) -> None:
     bad = Source(sources[0].path, replace(sources[0].manifest, tensors={
         name: replace(record, not_finite=3) for name, record in sources[0].manifest.tensors.items()
     }))  # fmt: skip
-    with pytest.raises(CheckpointError, match="cannot be merged: 4 tensors hold NaN or infinity"):
+    with pytest.raises(CheckpointError, match="cannot be merged: 4 tensors contain NaN or infinity"):
         check_sources([sources[0], bad])
     assert not (tmp_path / "out").exists() and not disk.aside_of(tmp_path / "out").exists()
 

@@ -101,7 +101,7 @@ def test_wrong_words_are_refused_before_anything_is_read(folder: Path) -> None:
         ("parent other --out runs/no --alpha nan", "'nan' is not a number from 0 to 1"),
         ("parent other --alpha 0.5", "--out is missing"),
         ("parent other --out . --alpha 0.5", "run.name='' is empty"),
-        ("parent nobody --out runs/no --alpha 0.5", "nobody is no checkpoint"),
+        ("parent nobody --out runs/no --alpha 0.5", "nobody is neither a checkpoint"),
         ("parent other --out runs/no --alpha 0.2,0.2 --evaluate heldout", "has a value twice"),
         ("parent other --out runs/no --alpha 0.2,0.4 --evaluate nedle-1k", "needle-1k"),
     ):

@@ -1,4 +1,4 @@
-"""Background saves: bitwise the state at the request is written, whatever the optimizer does meanwhile."""
+"""Background saves write bitwise the state at the request, although the optimizer changes it meanwhile."""
 
 import hashlib
 import threading
@@ -30,7 +30,7 @@ def both_ways(rank: int, recipe: Recipe, world: int, folder: Path) -> tuple[floa
     with engine_of(recipe, rank=rank, world=world) as engine:
         steps_of(engine, recipe, range(1))
         CheckpointFolder(folder / "waited", recipe.checkpoint).save(engine, RunState(step=1, position=4, data_hash="h"))
-        checkpoints = CheckpointFolder(folder / "beside", recipe.checkpoint)
+        checkpoints = CheckpointFolder(folder / "background", recipe.checkpoint)
         released = threading.Event()
         with acts_of_saves(lambda act: act.name == "writev" and released.wait(60)):
             started = time.perf_counter()
@@ -56,8 +56,8 @@ def both_ways(rank: int, recipe: Recipe, world: int, folder: Path) -> tuple[floa
 def test_background_bytes_are_the_waited_ones(world: int, changes: dict[str, object], tmp_path: Path) -> None:
     recipe = recipe_with(**changes)
     results = run_ranks(world, both_ways, recipe, world, tmp_path)
-    waited, beside = (digests(tmp_path / way / "step_00000001") for way in ("waited", "beside"))
-    assert len(waited) == world and waited == beside
+    waited, background = (digests(tmp_path / way / "step_00000001") for way in ("waited", "background"))
+    assert len(waited) == world and waited == background
     for _held, kinds in results:
         assert kinds == ["save_requested", "save_staged", "save"]
 

@@ -77,7 +77,7 @@ def scan_parameters_in_bf16_models(rank: int) -> dict[str, tuple[torch.dtype, to
 
 
 class engine_of_fp32:
-    """The scan parameters a fp32 model starts from, computed by their rule alone."""
+    """The initial scan parameters of an fp32 model, computed from their rule alone."""
 
     def __enter__(self) -> dict[str, torch.Tensor]:
         from tiny import TINY

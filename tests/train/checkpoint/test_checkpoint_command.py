@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from crashes import Act, acts_of_saves
-from lives import Run, recipe_in
+from killed_runs import Run, recipe_in
 from ranks import run_ranks
 from safetensors.numpy import load_file
 
@@ -35,7 +35,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Recipe]:
     recipe = recipe_in(folder, steps_=12)
     recipe = replace(recipe, checkpoint=replace(recipe.checkpoint, every_steps=2, keep_last=3))
     paused = replace(recipe, run=replace(recipe.run, stop_after_steps=8))
-    assert not Run(paused, 2, folder=folder / "said").life(None)
+    assert not Run(paused, 2, folder=folder / "said").attempt(None)
     return folder, recipe
 
 
@@ -65,7 +65,7 @@ def at(run: Path, step: int) -> Path:
 
 
 def whole_tensors(checkpoint: Path) -> dict[str, np.ndarray]:
-    """Every tensor, put together from the rank files by their own labels."""
+    """Every tensor, assembled from the rank files by their labels."""
     tensors: dict[str, np.ndarray] = {}
     shapes = {name: record.shape for name, record in read_manifest(checkpoint).tensors.items()}
     for path in checkpoint.glob("*.safetensors"):
@@ -100,9 +100,9 @@ def test_list_shows_every_checkpoint_and_marks_the_newest(run: Path, say: Say) -
     assert status == 1
     assert re.search(r"^ +6 .* DAMAGED *$", out, re.M)
     assert re.search(
-        r"^step 6 is damaged: rank_00001\.safetensors is 1,000 bytes long, the manifest says [\d,]+ b", out, re.M
+        r"^step 6 is damaged: rank_00001\.safetensors is 1,000 bytes long, but the manifest says [\d,]+ b", out, re.M
     )
-    assert "latest says 'step_00'; the newest whole checkpoint is step_00000008" in out
+    assert "latest says 'step_00'; the newest complete checkpoint is step_00000008" in out
     assert ".step_00000010.writing is being written or deleted" in out
 
 
@@ -160,9 +160,9 @@ def test_diff_measures_what_differs(run: Path, say: Say) -> None:
 
 
 def go(rank: int, recipe: Recipe, output: Path) -> None:
-    from lives import live
+    from killed_runs import run_once
 
-    live(rank, recipe, output)
+    run_once(rank, recipe, output)
 
 
 def test_resharded_it_trains_on_as_before(made: tuple[Path, Recipe], run: Path, tmp_path: Path, say: Say) -> None:
@@ -327,7 +327,7 @@ def test_a_run_with_a_damaged_newest_says_which_it_shows(run: Path, say: Say, ca
     (at(run, 8) / "index.json").write_text("")
     status, out, _ = say("show", run)
     assert status == 0 and out.startswith(str(at(run, 6)))
-    assert f"passed over: {at(run, 8) / 'index.json'} is 0 bytes long" in caplog.text
+    assert f"skipped: {at(run, 8) / 'index.json'} is 0 bytes long" in caplog.text
 
 
 @pytest.mark.parametrize("word", ["list", "show", "verify", "consolidate"])
@@ -338,7 +338,7 @@ def test_a_place_without_checkpoints_is_named(word: str, tmp_path: Path, say: Sa
 
 
 def test_as_a_process_it_helps_and_refuses(run: Path) -> None:
-    """`stratum checkpoint`, once for real."""
+    """`stratum checkpoint` as a real process."""
     (at(run, 8) / "manifest.json").write_bytes(b"\x80\x04.")
     words = [sys.executable, "-m", "train.checkpoint", "show", str(at(run, 8))]
     refused = subprocess.run(words, capture_output=True, text=True, timeout=120)

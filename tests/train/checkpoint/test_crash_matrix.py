@@ -47,7 +47,7 @@ class KillAt:
 
 
 def kill_in_a_save(world: int, rank: int, number: int, *, whole: Path, work: Path, log: Path) -> str | None:
-    """From step OLD on, kill during the save of step NEW, which also retires OLD. -> the act, None if there is none of that
+    """From step OLD on, kill during the save of step NEW, which also retires OLD. -> the act, None without one of that
     number; what is left is checked."""
     folder = work / f"{world}-{rank}-{number}"
     shutil.copytree(whole / steps.name_of(OLD), folder / steps.name_of(OLD))
@@ -71,7 +71,7 @@ def kill_in_a_save(world: int, rank: int, number: int, *, whole: Path, work: Pat
 
 
 def test_a_kill_at_every_act_of_a_save(undisturbed: dict[int, Path], tmp_path: Path) -> None:
-    """Two ranks; rank 0 dies at every act there is, from making the folder to deleting the last file of the retired step."""
+    """Two ranks; rank 0 dies at every disk operation, from making the folder to deleting the last file of the old step."""
     log = tmp_path / "acts"
     log.touch()
     killed = []
@@ -85,7 +85,7 @@ def test_a_kill_at_every_act_of_a_save(undisturbed: dict[int, Path], tmp_path: P
         "unlink rank_00000.safetensors", "unlink rank_00001.safetensors", "rmdir .step_00000002.deleting",
     ):  # fmt: skip
         assert expected in killed, (expected, killed)
-    for number in (1, len(killed) - 1):  # and the run goes on from what is left
+    for number in (1, len(killed) - 1):  # and the run continues from what is left
         folder = tmp_path / f"2-0-{number}"
         (begin, _), _ = run_ranks(2, train_on, 2, folder, END, KEEP_ALL)
         assert begin == steps_left(number, killed)
@@ -93,7 +93,7 @@ def test_a_kill_at_every_act_of_a_save(undisturbed: dict[int, Path], tmp_path: P
 
 
 def steps_left(number: int, killed: list[str]) -> int:
-    """The step that is there after a kill at act `number`: the new one once it has its name."""
+    """The step that exists after a kill at act `number`: the new one if it has its name."""
     return NEW if number > killed.index("rename .step_00000004.writing") else OLD
 
 

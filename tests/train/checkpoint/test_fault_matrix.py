@@ -31,14 +31,6 @@ from train.checkpoint.stale import MIN_ELEMENTS
 OLD, NEW = 2, 4
 
 
-@pytest.fixture(scope="module")
-def pair(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two checkpoints of two ranks."""
-    folder = tmp_path_factory.mktemp("pair")
-    run_ranks(2, train_on, 2, folder, NEW)
-    return folder
-
-
 @pytest.fixture
 def folder(pair: Path, tmp_path: Path) -> Path:
     shutil.copytree(pair, tmp_path / "checkpoints")
@@ -121,7 +113,7 @@ def test_a_flipped_byte_in_a_header_is_survived_and_found_by_verify(
 
 
 @pytest.mark.parametrize("pointer", ["", "step_0000", "step_00000099\n", "\x00\xff", None])
-def test_a_torn_pointer_is_said_and_costs_nothing(pointer: str | None, folder: Path) -> None:
+def test_a_torn_pointer_is_reported_and_loses_nothing(pointer: str | None, folder: Path) -> None:
     path = folder / "latest"
     path.unlink()
     if pointer is not None:
@@ -133,12 +125,12 @@ def test_a_torn_pointer_is_said_and_costs_nothing(pointer: str | None, folder: P
 
 def test_a_pointer_without_its_checkpoint_is_no_fresh_start(tmp_path: Path) -> None:
     point_at(tmp_path, "step_00000010")
-    with pytest.raises(CheckpointError, match="the checkpoint it names is not"):
+    with pytest.raises(CheckpointError, match="the checkpoint it names does not"):
         steps.newest_in(tmp_path)
 
 
 class Refuse:
-    """The system refuses one act of the save of step NEW, once or always."""
+    """One disk operation of the save of step NEW fails, once or always."""
 
     def __init__(self, code: int, name: str, target: str, *, times: int = 99) -> None:
         self.code, self.name, self.target, self.times = code, name, target, times
@@ -159,9 +151,7 @@ REFUSALS = {
 
 
 @pytest.mark.parametrize("fault", REFUSALS)
-def test_what_the_system_refuses_is_raised_on_every_rank_and_loses_nothing(
-    fault: str, pair: Path, tmp_path: Path
-) -> None:
+def test_errors_of_the_system_are_raised_on_every_rank_and_lose_nothing(fault: str, pair: Path, tmp_path: Path) -> None:
     refusal = REFUSALS[fault]
     shutil.copytree(pair / steps.name_of(OLD), tmp_path / steps.name_of(OLD))
     with pytest.raises(RankFailed) as caught:
@@ -211,7 +201,7 @@ def test_a_lenient_run_outlives_a_failed_save(tmp_path: Path) -> None:
 
 
 def write_past_a_limit(rank: int, folder: Path) -> str:
-    """A real refusal by the system: files may not grow beyond 16 KiB."""
+    """A real limit of the system: files may not grow beyond 16 KiB."""
     import signal
 
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
@@ -224,7 +214,7 @@ def write_past_a_limit(rank: int, folder: Path) -> str:
     return "nothing"
 
 
-def test_a_nearly_full_disk_is_said_with_numbers_that_differ(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_nearly_full_disk_is_reported_with_distinct_numbers(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     piece = Piece("model.a", (1000,), (0,), (1000,), torch.zeros(1000))
     snapshot = Snapshot(Manifest(layout={"world": 1}), [piece])
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=3990))
@@ -348,7 +338,7 @@ HOSTILE: dict[str, Callable[[dict[str, Any]], None]] = {
 
 @pytest.mark.parametrize("trick", HOSTILE)
 def test_a_hostile_manifest_is_refused_by_name(trick: str, folder: Path) -> None:
-    """Its digest is right: whoever wrote it can compute one."""
+    """Its digest is right, because an attacker can compute it."""
     from recipes.schema.manifest import _digest
 
     path = folder / steps.name_of(NEW) / "manifest.json"
@@ -361,7 +351,7 @@ def test_a_hostile_manifest_is_refused_by_name(trick: str, folder: Path) -> None
 
 
 def change_index(new: Path, change: Callable[[dict[str, Any]], None]) -> None:
-    """Alter index.json, and make every digest right again."""
+    """Change index.json and correct every digest."""
     from recipes.schema.manifest import _digest, sha256
 
     body = json.loads((new / "manifest.json").read_text())
@@ -426,11 +416,11 @@ def test_what_would_hold_a_reader_for_ever_is_no_file(name: str, folder: Path) -
         with pytest.raises(CheckpointError, match=name.replace(".", r"\.")):
             Reader(path.parent)
         (note,) = steps.candidates(folder)[1][:1]
-        assert name in note and note.startswith(steps.PASSED_OVER)
+        assert name in note and note.startswith(steps.SKIPPED)
 
 
 def test_names_that_look_like_steps(folder: Path) -> None:
-    """Digits of other scripts are no step; a folder that holds another step than its name says is passed over, and said."""
+    """A name in digits of other scripts is not a step; a folder whose step differs from its name is skipped and reported."""
     for name in ("step_²", "step_٣", "step_" + "9" * 60, "step_4b"):
         (folder / name).mkdir()
     (folder / "latest").unlink()
@@ -438,12 +428,15 @@ def test_names_that_look_like_steps(folder: Path) -> None:
     shutil.copytree(folder / steps.name_of(OLD), folder / steps.name_of(9))
     good, (note, pointer) = steps.candidates(folder)
     assert [manifest.step for _, manifest in good] == [NEW, OLD]
-    assert f"holds step {OLD}, not the one it is named after. Name it {steps.name_of(OLD)}" in note
+    assert (
+        f"contains step {OLD}, not the step in its name. If it belongs to this run, rename it to {steps.name_of(OLD)}"
+        in note
+    )
     assert "cannot be read: it is a device, not a regular file" in pointer
 
 
 def test_of_a_linked_checkpoint_only_the_link_is_deleted(folder: Path, tmp_path: Path) -> None:
-    """A step kept on another disk, and linked to from the run's folder."""
+    """A step on another disk, with a link in the run's folder."""
     elsewhere = tmp_path / "elsewhere"
     link = folder / steps.name_of(OLD)
     link.rename(elsewhere)

@@ -77,7 +77,7 @@ def test_both_forms_are_the_formula(
     cuts=st.lists(st.integers(0, 729), max_size=5),
 )
 def test_any_cut_gives_the_same_value(shape: tuple[int, ...], dtype: torch.dtype, cuts: list[int]) -> None:
-    """Runs of the flattened tensor, as the distributed optimizer deals them; each run as boxes; summed in any order."""
+    """Ranges of the flattened tensor, as the distributed optimizer divides it; each range as boxes; summed in any order."""
     values = random_of(shape, dtype)
     size = values.numel()
     edges = sorted({0, size, *(cut % (size + 1) for cut in cuts)})
@@ -123,7 +123,7 @@ def test_every_small_change_shows(data: st.DataObject) -> None:
 
 
 def random_of_like(values: torch.Tensor, before: Sums) -> torch.Tensor:
-    """The original, found by its fingerprint among the hundred that `data` may have drawn."""
+    """The original tensor: the one of a hundred candidates with this fingerprint."""
     for seed in range(100):
         original = random_of((6, 11), values.dtype, seed)
         if whole(original) == before:
@@ -131,7 +131,7 @@ def random_of_like(values: torch.Tensor, before: Sums) -> torch.Tensor:
     raise AssertionError("no original has this fingerprint")
 
 
-def test_a_copy_comes_along() -> None:
+def test_the_same_pass_copies_the_bytes() -> None:
     values = random_of((300, 70), torch.float32)
     out = torch.zeros_like(values)
     sums = fingerprint.of_box(values, whole=(300, 70), offset=(0, 0), shape=(300, 70), copy_to=out.data_ptr())
@@ -143,6 +143,7 @@ BOXES = [
     ((9, 3000), (0, 0), (3, 2049)),  # blocks and one column
     ((9000, 40), (11, 3), (8900, 37)),  # several tiles of narrow rows
     ((700, 5000), (1, 5), (600, 1300)),  # tiles and blocks
+    ((9, 70_000), (1, 5), (7, 69_990)),  # more blocks than coefficients are kept of
     ((5, 6, 7, 30), (1, 2, 3, 4), (3, 4, 2, 26)),  # rows that lie apart
     ((200_001,), (77,), (199_000,)),  # one long row
 ]
@@ -154,7 +155,7 @@ BOXES = [
 def test_large_boxes_in_memory_and_in_a_file(
     whole: tuple[int, ...], offset: tuple[int, ...], shape: tuple[int, ...], dtype: torch.dtype, tmp_path: Path
 ) -> None:
-    """Compiled: in memory, copied on the way, and read from a file by way of little and of much scratch."""
+    """Compiled: in memory, with a copy, and from a file with a small and a large buffer."""
     box = {"whole": whole, "offset": offset, "shape": shape}
     data = random_of(shape, dtype)
     want = fingerprint._in_torch(data, **box)  # proven by the formula above

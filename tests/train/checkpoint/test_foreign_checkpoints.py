@@ -1,4 +1,4 @@
-"""Files of a checkpoint that someone else wrote or that are damaged: read within bounds, or refused with one message."""
+"""Checkpoint files that are foreign or damaged are read within bounds, or refused with one message."""
 
 import json
 import shutil
@@ -37,7 +37,7 @@ def read_step(path: Path) -> None:
 
 
 def with_right_digests(content: bytes, variants: Iterator[tuple[str, bytes]]) -> Iterator[tuple[str, bytes]]:
-    """Whoever writes a hostile manifest can compute its digest."""
+    """An attacker can compute the digest of a hostile manifest."""
     for case, text in variants:
         body = json.loads(text)
         if isinstance(body, dict):
@@ -75,7 +75,7 @@ def test_a_hostile_manifest_is_contained(count: int, step: Path) -> None:
 
 
 def read_step_with_index(path: Path) -> None:
-    """Make size and digest of the index right in the manifest, then read."""
+    """Correct size and digest of the index in the manifest, then read."""
     manifest = path.parent / "manifest.json"
     body = json.loads(manifest.read_text())
     body.pop("digest")

@@ -1,4 +1,4 @@
-"""Any layout to any layout: what is loaded and written again elsewhere is the same checkpoint, and trains on the same.
+"""From any layout to any layout: a checkpoint that is loaded and written again is the same, and training continues the same.
 
 Default tests load at each layout once; `make test-slow` all pairs of {hybrid, attention} x {fp32, bf16, FP8}.
 """
@@ -65,7 +65,7 @@ def save_at(rank: int, recipe: Recipe, world: int, folder: Path, further: int) -
 def load_each(
     rank: int, recipe: Recipe, world: int, folders: dict[str, Path], work: Path, further: int
 ) -> dict[str, Numbers]:
-    """Load each checkpoint, write it again at once, and train on."""
+    """Load each checkpoint, write it again at once, and continue training."""
     results = {}
     with engine_of(recipe, rank=rank, world=world) as engine:
         for name, folder in folders.items():

@@ -1,5 +1,5 @@
-"""NaN and infinity: refused by name before anything is published, passed over where an older version published them, and every
-rank ends the same way."""
+"""NaN and infinity are refused by name before anything is published. Steps of older versions that contain them are skipped.
+Every rank ends the same way."""
 
 import json
 import math
@@ -25,7 +25,7 @@ from train.checkpoint.pieces import local_tensors_of, optimizer_parts
 
 
 def poison(engine: Any, where: str) -> None:
-    """Spoil one number of what this rank is to save. where: `weight`, `moment`, a word in a buffer's or parameter's name, or
+    """Damage one number that this rank will save. where: `weight`, `moment`, a word in a buffer's or parameter's name, or
     `copy`: of the tied embedding on the last stage."""
     module = engine.chunks[-1].module
     named = {**dict(module.named_parameters()), **dict(module.named_buffers())}
@@ -43,7 +43,7 @@ def poison(engine: Any, where: str) -> None:
 
 
 def save_sick(rank: int, world: int, folder: Path, recipe: Any, where: str, sick_rank: int, background: bool) -> str:
-    """Train, save, train, spoil one rank's state, save again. -> what the second save raised."""
+    """Train, save, train, damage one rank's state, save again. -> the error of the second save."""
     with engine_of(recipe, rank=rank, world=world) as engine:
         checkpoints = CheckpointFolder(folder, replace(recipe.checkpoint, on_failure="continue"))
         steps_of(engine, recipe, range(1))
@@ -95,14 +95,14 @@ def test_state_that_is_not_finite_is_refused_by_name_on_every_rank(fault: str, t
     world, recipe, where, rank, name = SICK[fault]
     texts = run_ranks(world, save_sick, world, tmp_path, recipe, where, rank, rank == 0)
     assert len(set(texts)) == 1, texts
-    assert "step 2 is not saved: 1 tensor holds NaN or infinity" in texts[0] and name in texts[0]
+    assert "step 2 is not saved: 1 tensor contains NaN or infinity" in texts[0] and name in texts[0]
     assert "step_00000001 is the newest finite checkpoint" in texts[0]
     assert list(contents(tmp_path)) == [1] and not list(tmp_path.glob(".*"))
     assert manifest_at(tmp_path, 1).not_finite == {}
 
 
 def save_anyway(rank: int, folder: Path, at: tuple[int, ...]) -> None:
-    """As versions did that did not look: steps 1, 2, ..., those in `at` with a row of NaN."""
+    """Checkpoints of a version that did not check for NaN: steps 1, 2, ...; those in `at` have a row of NaN."""
     saving.not_finite = lambda *_: {}
     with engine_of(SMALL, rank=rank, world=1) as engine:
         checkpoints = CheckpointFolder(folder, replace(SMALL.checkpoint, keep_last=9))
@@ -115,7 +115,7 @@ def save_anyway(rank: int, folder: Path, at: tuple[int, ...]) -> None:
 
 
 def forget(path: Path) -> None:
-    """Take out of a manifest what older versions did not write."""
+    """Remove from a manifest the fields that older versions did not write."""
     body = json.loads((path / "manifest.json").read_text())
     body.pop("digest")
     for record in body["tensors"].values():
@@ -133,7 +133,7 @@ def sick_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_sick_steps_of_older_versions_are_passed_over_and_kept_apart(sick_run: Path, tmp_path: Path) -> None:
+def test_steps_with_nan_of_older_versions_are_skipped_and_replaced(sick_run: Path, tmp_path: Path) -> None:
     folder = tmp_path / "checkpoints"
     shutil.copytree(sick_run, folder)
     assert finite.newest_finite(folder) == folder / "step_00000001"
@@ -153,7 +153,7 @@ def test_verify_calls_not_finite_numbers_a_failure(sick_run: Path, capsys: pytes
     assert command(["list", str(sick_run), "--verify"]) == 1
 
 
-def test_a_manifest_that_records_what_is_not_finite_is_passed_over_unread(sick_run: Path, tmp_path: Path) -> None:
+def test_a_manifest_that_records_nan_is_skipped_without_reading_tensors(sick_run: Path, tmp_path: Path) -> None:
     run_ranks(1, save_anyway, tmp_path, (3,))
     good, notes = steps.candidates(tmp_path)
     assert [manifest.step for _, manifest in good] == [2, 1]
@@ -163,6 +163,6 @@ def test_a_manifest_that_records_what_is_not_finite_is_passed_over_unread(sick_r
 
 def test_a_run_of_sick_steps_only_is_refused_with_what_is_wrong(tmp_path: Path) -> None:
     run_ranks(1, save_anyway, tmp_path, (1, 2, 3))
-    with pytest.raises(CheckpointError, match=r"no checkpoint in .* is whole:(\n.*NaN or infinity.*){3}"):
+    with pytest.raises(CheckpointError, match=r"no checkpoint in .* is complete:(\n.*NaN or infinity.*){3}"):
         steps.newest_in(tmp_path)
     assert "No earlier checkpoint without them" in finite.advice_after_not_finite(tmp_path)

@@ -1,4 +1,4 @@
-"""What ranks hold in common: copies of a weight that tensor ranks train side by side; random state at another layout."""
+"""State that ranks have in common: copies of a weight that several tensor ranks train; random state at another layout."""
 
 from pathlib import Path
 
@@ -14,9 +14,9 @@ from train.checkpoint.random_state import random_states
 
 def drift(rank: int, folder: Path) -> list[list[str]]:
     """Saves of a good step, and after one number of one norm's copy on the second tensor rank moved by its last bit, which is
-    trained on. -> the differing copies that each told of."""
+    trained on. -> the differing copies that each save reported."""
     recipe = recipe_with(**{"parallel.tensor": 2, "checkpoint.every_steps": 1})
-    told = []
+    reported = []
     with engine_of(recipe, rank=rank, world=2) as engine:
         checkpoints = CheckpointFolder(folder, recipe.checkpoint)
         norm = dict(engine.chunks[0].module.named_parameters())["decoder.final_norm.weight"]
@@ -26,23 +26,23 @@ def drift(rank: int, folder: Path) -> list[list[str]]:
                 norm.data[7] = torch.nextafter(norm.data[7], torch.tensor(9.0))
             checkpoints.request(engine, RunState(step=step + 1, position=0, data_hash="h"), background=step == 2)
             checkpoints.wait()
-            told += [
+            reported += [
                 event.fields.get("differing_copies", []) for event in checkpoints.collect() if event.kind == "save"
             ]
-    return told
+    return reported
 
 
-def test_a_copy_that_drifted_is_told_of(tmp_path: Path) -> None:
-    told, same = run_ranks(2, drift, tmp_path)
-    assert told == same == [[], ["model.decoder.final_norm.weight"], ["model.decoder.final_norm.weight"]]
+def test_a_copy_that_drifted_is_reported(tmp_path: Path) -> None:
+    reported, same = run_ranks(2, drift, tmp_path)
+    assert reported == same == [[], ["model.decoder.final_norm.weight"], ["model.decoder.final_norm.weight"]]
 
 
 def drift_of_tied(rank: int, folder: Path) -> list[list[str]]:
     """The same with embeddings tied across two pipeline stages of two tensor ranks: the last stage's copy moves before the
-    second save on one tensor rank, before the third on both; the fourth save follows a load. -> the differing copies told of."""
+    second save on one tensor rank, before the third on both; the fourth save follows a load. -> the reported copies."""
     changes = {"parallel.tensor": 2, "parallel.pipeline": 2, "model.tie_embeddings": True, "checkpoint.every_steps": 1}
     recipe = recipe_with(**changes)
-    told = []
+    reported = []
     with engine_of(recipe, rank=rank, world=4) as engine:
         checkpoints = CheckpointFolder(folder, recipe.checkpoint)
         copy = dict(engine.chunks[0].module.named_parameters()).get("output_layer.weight")
@@ -52,19 +52,19 @@ def drift_of_tied(rank: int, folder: Path) -> list[list[str]]:
             if copy is not None and step >= 4 - rank:
                 copy.data[-1, 5] = torch.nextafter(copy.data[-1, 5], torch.tensor(9.0))
             checkpoints.request(engine, RunState(step=step + 1, position=0, data_hash="h"), background=False)
-            told += [event.fields.get("differing_copies", []) for event in checkpoints.collect()][-1:]
+            reported += [event.fields.get("differing_copies", []) for event in checkpoints.collect()][-1:]
         checkpoints.load(engine, checkpoints.path_of(3))
         checkpoints.request(engine, RunState(step=4, position=0, data_hash="h"), background=False)
-        told += [event.fields.get("differing_copies", []) for event in checkpoints.collect()][-1:]
-    return told
+        reported += [event.fields.get("differing_copies", []) for event in checkpoints.collect()][-1:]
+    return reported
 
 
-def test_a_tied_embedding_that_drifted_on_another_stage_is_told_of_and_set_right_by_loading(tmp_path: Path) -> None:
+def test_a_tied_embedding_that_drifted_on_another_stage_is_reported_and_repaired_by_loading(tmp_path: Path) -> None:
     name = "model.embedding.word_embeddings.weight"
-    for told in run_ranks(4, drift_of_tied, tmp_path):
-        assert told == [[], [name], [name], []]
+    for reported in run_ranks(4, drift_of_tied, tmp_path):
+        assert reported == [[], [name], [name], []]
     three, four = (read_manifest(tmp_path / f"step_{step:08d}") for step in (3, 4))
-    assert three.tensors[name] == four.tensors[name], "what was loaded is what the first stage held"
+    assert three.tensors[name] == four.tensors[name], "the first stage's copy was loaded"
 
 
 def states_after_loading(rank: int, folder: Path, step: int, world: int) -> dict[str, bytes]:
@@ -87,7 +87,7 @@ def test_random_state_at_another_layout_comes_from_seed_and_step(tmp_path: Path)
     (first,), (again,) = (run_ranks(1, states_after_loading, tmp_path, 4, 1) for _ in range(2))
     assert first == again, "the same layout takes up what was saved"
     two = run_ranks(2, states_after_loading, tmp_path, 4, 2)
-    assert two == run_ranks(2, states_after_loading, tmp_path, 4, 2), "whatever was drawn before"
+    assert two == run_ranks(2, states_after_loading, tmp_path, 4, 2), "independent of the random numbers drawn before"
     assert two[0] == two[1], "alike on data-parallel ranks"
     (begin,) = run_ranks(1, fresh_states)
     (other, _) = run_ranks(2, states_after_loading, tmp_path, 2, 2)

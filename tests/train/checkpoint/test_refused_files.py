@@ -1,5 +1,4 @@
-"""What the system refuses around checkpoints that are there: steps that cannot be deleted, files that cannot be read, random
-state that is not what was saved. Run without root's rights."""
+"""Files of checkpoints that the system refuses to delete or read, and changed random state. Run without root's rights."""
 
 import errno
 import json
@@ -25,14 +24,6 @@ from train.checkpoint.files import Reader
 
 OLD, NEW = 2, 4
 KEEP_ONE = replace(SMALL, checkpoint=replace(SMALL.checkpoint, keep_last=1))
-
-
-@pytest.fixture(scope="module")
-def pair(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Steps 2 and 4 of two ranks."""
-    folder = tmp_path_factory.mktemp("pair")
-    run_ranks(2, train_on, 2, folder, NEW)
-    return folder
 
 
 @pytest.fixture
@@ -89,7 +80,7 @@ def test_an_old_step_that_cannot_be_deleted_is_warned_of_once_and_left(fault: st
 
 
 def test_a_leftover_in_the_way_of_a_save_is_moved_out_of_it(folder: Path) -> None:
-    """What a killed process left of the very step that is saved next cannot be deleted."""
+    """Files that a killed process left, of the step that is saved next, cannot be deleted."""
     with unprivileged():
         left = folder / f".{steps.name_of(NEW + 2)}.writing"
         left.mkdir()
@@ -199,7 +190,7 @@ def edit_state(new: Path, change: Callable[[bytearray], None], key: str = "torch
 
 
 def edit_records(new: Path, change: Callable[[dict[str, Any]], None]) -> None:
-    """Alter what the manifest says of tensors, and make its digest right again."""
+    """Change the tensors in the manifest and correct its digest."""
     body = json.loads((new / "manifest.json").read_text())
     body.pop("digest")
     change(body["tensors"])
@@ -228,7 +219,7 @@ EDITS: dict[str, Callable[[Path], None]] = {
 
 
 @pytest.mark.parametrize("edit", EDITS)
-def test_random_state_that_is_not_what_was_saved_is_passed_over(edit: str, pair: Path, tmp_path: Path) -> None:
+def test_a_checkpoint_with_changed_random_state_is_skipped(edit: str, pair: Path, tmp_path: Path) -> None:
     folder = tmp_path / "checkpoints"
     shutil.copytree(pair, folder)
     EDITS[edit](folder / steps.name_of(NEW))

@@ -1,4 +1,4 @@
-"""Weights are read into the model they were trained in: another function of the same shapes needs an explicit word."""
+"""Weights are read into the model they were trained in: another function of the same shapes must be allowed explicitly."""
 
 import json
 from dataclasses import asdict, replace
@@ -14,8 +14,8 @@ from recipes.schema.changes import check_same_function
 from recipes.schema.errors import RecipeError
 from recipes.schema.recipe import Recipe
 from train.build import build_engine, check, mesh_of, model_on_one_rank
+from train.checkpoint.manager import CheckpointFolder
 from train.checkpoint.manifest import RunState
-from train.checkpoint.storage import write_model
 
 MODEL = replace(TINY, position="rope", mamba_groups=2)
 SAME_SHAPES: dict[str, dict[str, Any]] = {
@@ -74,7 +74,7 @@ def readers(rank: int, folder: Path) -> list[str]:
     recipe, cpu = with_model(), torch.device("cpu")
     with mesh_of(recipe, check(recipe, world=1), device=cpu, rank=rank) as mesh:
         engine = build_engine(recipe, mesh)
-        write_model(path, [c.module for c in engine.chunks], mesh=mesh, state=RunState(recipe=saved(recipe)))
+        CheckpointFolder(folder, recipe.checkpoint).save(engine, RunState(recipe=saved(recipe)))
         other = with_model(activation="gelu")
         allowed = replace(other, checkpoint=replace(other.checkpoint, allow=("another_function",)))
         with pytest.raises(RecipeError) as raised:

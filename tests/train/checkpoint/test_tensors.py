@@ -1,42 +1,27 @@
-"""Weights read and written one at a time, without a model: whole from any layout, into a checkpoint any layout reads."""
+"""Weights read and written one at a time, without a model: from any layout, for any layout."""
 
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from hf_models import trained
 from ranks import run_ranks
-from tiny import engine_of, recipe_with, steps_of
+from tiny import recipe_with, weights_at
 
-from recipes.schema.recipe import Recipe
+from recipes.schema.manifest import read_manifest
 from train.checkpoint import publishing
 from train.checkpoint.__main__ import main as command
 from train.checkpoint.files import scan
-from train.checkpoint.manager import CheckpointFolder
-from train.checkpoint.manifest import RunState
-from train.checkpoint.storage import publish, read_manifest, read_weights
+from train.checkpoint.storage import publish
 from train.checkpoint.tensors import StoredTensor, StoredTensors, write_weights
-from train.model.initial import global_names
 
 FOUR = {"parallel.tensor": 2, "parallel.pipeline": 2, "parallel.sequence": True, "precision.params": "bf16"}
 
 
-def save(rank: int, recipe: Recipe, world: int, folder: Path) -> Path:
-    with engine_of(recipe, rank=rank, world=world) as engine:
-        steps_of(engine, recipe, range(1))
-        return CheckpointFolder(folder, recipe.checkpoint).save(engine, RunState(step=1, position=4, data_hash="h"))
-
-
-def weights_at(rank: int, recipe: Recipe, world: int, folder: Path) -> dict[str, torch.Tensor]:
-    with engine_of(recipe, rank=rank, world=world) as engine:
-        chunks = [chunk.module for chunk in engine.chunks]
-        read_weights(folder, chunks, groups=engine.mesh.groups)
-        return {name: p.detach().clone() for chunk in chunks for name, p in global_names(chunk)}
-
-
 def test_any_layout_is_read_whole_and_written_for_any_layout(tmp_path: Path) -> None:
     recipe = recipe_with(**FOUR)
-    path = run_ranks(4, save, recipe, 4, tmp_path / "four")[0]
+    path = trained(tmp_path / "four", recipe, world=4)
     stored = StoredTensors(path)
     copy = tmp_path / "copy"
     (tmp_path / "aside").mkdir()
@@ -56,7 +41,7 @@ def test_any_layout_is_read_whole_and_written_for_any_layout(tmp_path: Path) -> 
 
 
 def test_weights_of_another_model_are_refused_by_name(tmp_path: Path) -> None:
-    path = run_ranks(1, save, recipe_with(), 1, tmp_path)[0]
+    path = trained(tmp_path, recipe_with(), world=1)
     with pytest.raises(
         AssertionError, match=r"contains \d+ weights that this model does not have.*decoder\.layers\.[0-9]"
     ):
@@ -65,8 +50,8 @@ def test_weights_of_another_model_are_refused_by_name(tmp_path: Path) -> None:
         run_ranks(1, weights_at, recipe_with(**{"model.pattern": "M-M*-M-M*-*"}), 1, path)
 
 
-def test_what_is_no_number_is_compared_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """The same NaN on both sides is no difference; where only one side is a number, the tensor is named first."""
+def test_nan_is_compared_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The same NaN on both sides is not a difference; a tensor with NaN on one side only is named first."""
     nan = float("nan")
     base = read_manifest(Path(__file__).with_name("version_0_1_0") / "step_00000002")
     sides = {

@@ -1,4 +1,4 @@
-"""A file verified while it is written: what safetensors reads from it, and every way in which writer or verifier stop early."""
+"""A file that is verified while it is written: safetensors reads it, and writer or verifier may stop early in every way."""
 
 import errno
 import os
@@ -32,7 +32,7 @@ def pieces() -> list[Piece]:
 
 @pytest.fixture(autouse=True)
 def small_steps(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Many steps of writing and reading, none of which ends with a piece."""
+    """Many steps of writing and reading that do not end with a piece."""
     monkeypatch.setattr(disk, "STEP", 1999)
     monkeypatch.setattr(files, "_CHUNK", 1000)
 
@@ -61,7 +61,7 @@ def test_the_file_is_what_the_pieces_are(
 
 
 def refuse(name: str, number: int) -> Callable[[Act], None]:
-    """The act of this name with this number, from 0, fails."""
+    """Operation `number` (from 0) of this name fails."""
     seen = iter(range(1000))
 
     def before(act: Act) -> None:
@@ -81,7 +81,7 @@ def test_what_the_system_refuses_ends_both_threads(name: str, number: int, tmp_p
 
 @pytest.mark.parametrize("label", ["a[10:100,0:121]", "b[0:301]", "c[]", "d[0:777]"])
 def test_a_byte_that_changes_on_its_way_is_named(label: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One byte of each piece comes to lie differently in the file."""
+    """One byte of each piece differs in the file."""
     made = pieces()
     plan = plan_file(made)
     at = next(start for piece, start in zip(plan.pieces, plan.starts, strict=True) if piece.label == label) + 5

@@ -1,4 +1,4 @@
-"""The commands as a user gives them, one after the other, on a few lines of text: teacher, teacher cache, scores, search."""
+"""The commands one after the other on a few lines of text, as a user runs them: teacher, teacher cache, scores, search."""
 
 import re
 import shlex
@@ -70,5 +70,5 @@ def test_from_a_teacher_to_the_best_of_a_search(folder: Path) -> None:
     assert re.search(r"Best: hunt_[12]$", run("compress", "pick", *hunt).strip())
     shown = run("stages", "-cn", "little", "run.threads=1", "compress.layers=4")
     refused = run("stages", "-cn", "little", "run.name=mine", status=2)
-    assert "run.name on the command line: the stages set it themselves" in refused
+    assert "run.name must not be given on the command line, because the stages set it" in refused
     assert "# once more\nstratum compress score" in shown and shown.count("compress.layers=") == 1, shown

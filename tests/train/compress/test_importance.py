@@ -1,4 +1,4 @@
-"""Scores: the formulas on activations seen from outside, the same at every layout, a removed layer as a zeroed one."""
+"""Scores equal the formulas on activations from separate hooks, at every layout; removing a layer equals zeroing it."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -59,7 +59,7 @@ def test_scores_do_not_depend_on_the_layout(layout: str, parent: Path, alone: Sc
 
 
 def test_scores_are_the_papers_formulas(parent: Path, alone: Scores) -> None:
-    """Activations taken by hooks of the test's own, formulas in float64 (arXiv 2407.14679 3.1, 2504.11409 3)."""
+    """Activations from the test's hooks, formulas in float64 (arXiv 2407.14679 3.1, 2504.11409 3)."""
     (seen,) = run_ranks(1, activations, parent)
 
     def aggregated(x_SBC: torch.Tensor) -> np.ndarray:
@@ -140,8 +140,8 @@ def second_removal(rank: int, path: Path, before: list[Removal]) -> list[Removal
                                    metric="logit_mse", before=before))  # fmt: skip
 
 
-def test_attention_layers_are_left_as_asked(alone: Scores) -> None:
-    """Two layers were removed with one attention layer to be left of two: one of each."""
+def test_the_configured_number_of_attention_layers_is_left(alone: Scores) -> None:
+    """Two layers are removed, and one of two attention layers must be left: one of each kind."""
     kinds = [HYBRID.pattern[removal.layer] for removal in alone.removals]
     assert kinds.count("*") == 1
     with pytest.raises(RecipeError, match="attention_layers=5"):

@@ -1,4 +1,4 @@
-"""Pruning: to the identity it is the parent, cut zeros change no logit, every width is really cut, what comes out trains."""
+"""Pruning to the same sizes gives the parent; cutting zeros changes no logit; every width is really cut; the result trains."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -75,7 +75,7 @@ def cut(
 
 
 def aside_of(folder: Path) -> Path:
-    """Where a checkpoint is written before it gets its name."""
+    """The temporary folder of a checkpoint."""
     aside = folder.with_name(f".{folder.name}.writing")
     aside.mkdir()
     return aside
@@ -100,7 +100,7 @@ def test_pruning_to_the_identity_is_bitwise_the_parent(
 def test_every_width_is_really_cut(
     axis: str, parent: tuple[Path, ModelConfig], scores: Scores, before: torch.Tensor, tmp_path: Path
 ) -> None:
-    """A no-op would not change parameters or logits (it happened elsewhere: a hook on the wrong module)."""
+    """A no-op would not change parameters or logits (as with a hook on the wrong module)."""
     path, model = parent
     if model is GEMMA and (axis.startswith("mamba") or axis == "layers"):
         pytest.skip("no Mamba layers; four layers only")
@@ -193,7 +193,7 @@ def test_pairs_of_merged_heads_are_the_papers() -> None:
     assert head_merges(np.array([1.0, 2.0, 4.0, 3.0]), 2, groups=2) == [(1, 0), (2, 3)]  # never across key/value heads
 
 
-def test_query_heads_kept_take_up_those_dropped(
+def test_kept_query_heads_absorb_the_dropped_ones(
     parent: tuple[Path, ModelConfig], scores: Scores, tmp_path: Path
 ) -> None:
     """Twice the kept head's query rows minus the dropped one's; keys, values and everything else as without merging."""
@@ -258,7 +258,7 @@ def test_layers_are_chosen_as_the_recipe_says() -> None:
             layers(keep, **how)
 
 
-def test_channels_kept_are_followed_through_two_prunings() -> None:
+def test_kept_channels_are_traced_through_two_prunings() -> None:
     """Of eight channels 1, 3, 4, 7 stayed, of those the second and the last: 3 and 7 of the first parent's."""
     first = {"kept": {"hidden": [1, 3, 4, 7]}, "parent_model": {"hidden": 8}, "before": {}}
     second = {"kept": {"hidden": [1, 3]}, "parent_model": {"hidden": 4}, "before": first, "started_from": "runs/x"}
@@ -270,7 +270,7 @@ def test_channels_kept_are_followed_through_two_prunings() -> None:
 def test_a_pruned_checkpoint_says_where_it_comes_from_and_is_exported(
     parent: tuple[Path, ModelConfig], scores: Scores, tmp_path: Path
 ) -> None:
-    """As the command writes it; then out to Hugging Face's format, compared there tensor by tensor by the converter."""
+    """Written by the command, then exported to Hugging Face's format, where the converter compares each tensor."""
     path, model = parent
     manifest = read_manifest(path)
     whole = Parent(path, manifest, teacher_recipe(manifest, path))

@@ -1,4 +1,4 @@
-"""The search under a budget: Nano 2's own, on paper, and what ranks shapes."""
+"""The search under a budget: Nano 2's, on paper, and the ranking of shapes."""
 
 import functools
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""Slicing by hand: what pruning leaves of a model of transformers, against numpy on transformers' own weights.
+"""Pruned weights of a transformers model against slices of its weights by hand, in numpy.
 
     transformers' model --import--> parent --cut--> small --export--> a model of transformers | its own weights, indexed by hand
 
@@ -189,7 +189,7 @@ def _mean_ratio(energy: np.ndarray, kept: np.ndarray) -> float:
 
 
 def _scores(model: ModelConfig) -> Scores:
-    """Scores that no activation gave: random, so that every choice is another one in each layer."""
+    """Random scores, so that the choice differs in each layer."""
     rng = np.random.default_rng(5)
     scores = Scores(model={name: getattr(model, name) for name in model.__dataclass_fields__}, parent="", rows=1)
     scores.hidden = rng.random(model.hidden)

@@ -84,7 +84,7 @@ def test_a_run_that_paused_has_steps_left(folder: Path) -> None:
 def _stages(
     root: Path, *, until: Callable[[], bool] = lambda: False, send: signal.Signals | None = None
 ) -> tuple[int, str]:
-    """Run the stages in a process of its own, send it a signal once something has happened. -> (status, output)."""
+    """Run the stages in a separate process and send it a signal after an event. -> (status, output)."""
     words = ["stages", "-cn", "little", "--config-dir", "recipes", "--run"]
     log = root / "stages.log"
     with log.open("w") as out:
@@ -116,7 +116,7 @@ def _children(pid: int) -> list[int]:
 
 
 def _runs(pid: int) -> bool:
-    """Whether a process is there and no zombie."""
+    """Whether a process exists and is not a zombie."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
     except FileNotFoundError:

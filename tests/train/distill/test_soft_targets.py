@@ -178,7 +178,7 @@ def test_top_k_divergence_never_exceeds_the_whole_and_reaches_it() -> None:
     torch.testing.assert_close(kept[-1], whole, rtol=0, atol=1e-9)
 
 
-def test_a_teacher_that_is_the_student_costs_nothing_and_pulls_nowhere() -> None:
+def test_a_teacher_equal_to_the_student_gives_zero_loss_and_zero_gradient() -> None:
     (result,) = run_ranks(1, itself)
     assert result[0] < 1e-6 and result[1] < 1e-5
 

@@ -80,7 +80,7 @@ def test_a_teacher_of_another_vocabulary_or_tokenizer_is_refused_with_the_reason
         refuse(teacher_problems(careful, nameless, tokenizer="fedcba"))
     with pytest.raises(RecipeError, match=r"another tokenizer"):
         ask(tokenizer="fedcba", student=student)  # trusted, but the recorded tokenizer differs
-    with pytest.raises(CheckpointError, match=r"is no checkpoint"):
+    with pytest.raises(CheckpointError, match=r"is neither a checkpoint"):
         checkpoint_at(teacher / "nothing")
     with pytest.raises(RankFailed, match=r"needs objective.teacher"):
         run_ranks(1, distill_tiny, recipe_with(**{"objective.kind": "distill"}), 1)
@@ -106,7 +106,7 @@ def test_a_teacher_of_another_vocabulary_or_tokenizer_is_refused_with_the_reason
         ({"objective.hidden_weight": 0.5}, "set hidden_weight to null"),
     ],
 )
-def test_what_cannot_be_done_is_said(changes: dict[str, Any], message: str, teacher: Path) -> None:
+def test_unsupported_settings_are_refused_with_the_reason(changes: dict[str, Any], message: str, teacher: Path) -> None:
     with pytest.raises(RankFailed, match=message):
         run_ranks(1, distill_tiny, student_of(teacher, **changes), 1)
 
@@ -119,7 +119,7 @@ def test_layers_of_earlier_stages_cannot_be_matched(teacher: Path) -> None:
     assert "layer 1 of the student is not on its last pipeline stage (layers 6 to 9)" in str(problem)
 
 
-def test_the_teacher_computes_in_the_numbers_asked_for(teacher: Path) -> None:
+def test_the_teacher_computes_in_the_configured_format(teacher: Path) -> None:
     """bf16 has 8 bits, E4M3 4: the loss moves by less than a per cent, but it moves."""
     exact, bf16, fp8 = (
         run_ranks(1, distill_tiny, student_of(teacher, **changes), 1, 1)[0].losses[0]

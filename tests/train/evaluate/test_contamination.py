@@ -1,4 +1,4 @@
-"""Task texts in training data: found whatever their case and punctuation, with the document named, and nothing else found."""
+"""Task texts in training data are found in any case and punctuation, with their document, and no other text is reported."""
 
 import json
 from pathlib import Path
@@ -81,7 +81,7 @@ def test_n_is_the_fifth_percentile_between_8_and_13_and_words_have_no_punctuatio
 def test_documents_that_hold_items_are_named(
     folder: Path, tmp_path: Path, block: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Also where a long document is read in blocks and the text lies across them."""
+    """Also if a long document is read in blocks and the text crosses a border."""
     monkeypatch.setattr(contamination, "_BLOCK_TOKENS", block)
     task = tasks_in(tmp_path, [{"text": sentence(30, 1000 + i)} for i in range(60)] + ITEMS)
     found = find_overlap([task], folder)

@@ -56,7 +56,7 @@ def in_child(rank: int, *words: str) -> tuple[int, str]:
 
 
 def evaluated(*words: Any) -> tuple[int, str]:
-    """Run the command in a process of its own: it opens process groups."""
+    """Run the command in a separate process, because it opens process groups."""
     return run_ranks(1, in_child, *map(str, words))[0]
 
 
@@ -98,7 +98,7 @@ def test_results_hold_scores_intervals_and_what_they_are_of(run_folder: Path, tm
     assert status == 0 and "already in results.json: capitals, texts, written" in text
     again = {**found["tasks"]["capitals"]}
     status, text = evaluated(run_folder, "--tasks", choices, "--out", tmp_path / "out", "--resume", "--batch-rows", 7)
-    assert results(tmp_path / "out")["tasks"]["capitals"] == again, "the batch size is no reason to ask again"
+    assert results(tmp_path / "out")["tasks"]["capitals"] == again, "another batch size does not run a task again"
     record = {"country": "Japan", "cities": ["Kobe", "Tokyo"], "right": 1}
     task_in(tmp_path / "c", [*CAPITALS, record], name="capitals", **CHOICES)
     status, text = evaluated(run_folder, "--tasks", tasks, "--out", tmp_path / "out", "--resume")
@@ -118,7 +118,7 @@ def test_mistakes_are_answered_before_the_model_is_built(
 
     monkeypatch.setattr("train.evaluate.evaluation.model_on_one_rank", None)
     assert "there is no task 'needel-1k'. Did you mean needle-1k?" in refused(run_folder, "--tasks", "needel-1k")
-    assert "is no checkpoint" in refused(tmp_path / "nowhere", "--tasks", choices)
+    assert "is neither a checkpoint" in refused(tmp_path / "nowhere", "--tasks", choices)
     assert "name the tasks: --tasks" in refused(run_folder)
     assert "name a run or a checkpoint" in refused("--tasks", choices)
     assert "it takes no run" in refused(run_folder, "--tasks", choices, "--contamination", tmp_path)
@@ -162,7 +162,7 @@ def test_numbers_that_are_not_finite_are_one_error(run_folder: Path, tmp_path: P
 
 
 def test_long_rows_and_cut_contexts(run_folder: Path, tmp_path: Path) -> None:
-    """A long-context task takes the row it needs; other contexts lose their beginning, which is said."""
+    """A long-context task gets the row length it needs; other contexts are cut at the beginning, which is reported."""
     status, text = evaluated(run_folder, "--tasks", "needle-1k", "--items", 2, "--out", tmp_path / "out")
     assert status == 0 and results(tmp_path / "out")["tasks"]["needle-1k"]["cut_contexts"] == 0, text
     cloze = task_in(tmp_path, [{"prompt": TEXT[:600], "target": " fox"}], kind="cloze")

@@ -1,4 +1,4 @@
-"""lm-evaluation-harness on our model: the scores of its own model for transformers on the export, all kinds of requests; and
+"""lm-evaluation-harness on our model gives the scores of its model for transformers on the export, for all kinds of requests;
 the tasks of HumanEval and reasoning-gym. Runs in .harness/ (install_harness.sh), so its packages are imported in functions.
 """
 

@@ -1,4 +1,4 @@
-"""Long-context tasks: as long as they say by the model's own tokenizer, solvable from their text, the same for a seed."""
+"""Long-context tasks have the stated length in the model's tokens, can be solved from their text, and depend on the seed only."""
 
 import collections
 import re
@@ -17,13 +17,13 @@ from train.evaluate.tasks.task import Task, request_of, split_pair
 
 @pytest.fixture(scope="module")
 def tokenizer() -> Tokenizer:
-    """A coarse one: about two characters a token."""
+    """A coarse tokenizer: about two characters per token."""
     words = "One of the special magic numbers is hidden. The grass is green. " * 20
     return train_tokenizer([TEXT + words], TokenizerConfig(vocab_size=350))
 
 
 def solved(task: Task) -> list[str]:
-    """Answers found in the prompts by reading them, an item each."""
+    """Answers found by parsing the prompts, one per item."""
     answers = []
     for item in task.items:
         kind = task.name.split("-")[0]
@@ -67,7 +67,7 @@ def test_lengths_that_are_too_short_are_refused_and_names_are_checked(tokenizer:
     assert long_context("needle-128k") == ("needle", 131072) and long_context("needle-3k") is None
     with pytest.raises(DataError, match=r"there is no task 'neddle-4k'\. Did you mean needle-4k\?"):
         open_tasks(["neddle-4k"], tokenizer=tokenizer, seed=0)
-    with pytest.raises(DataError, match=r"there is no task 'xyz'\. There are needle-1k \.\.\. needle-128k"):
+    with pytest.raises(DataError, match=r"there is no task 'xyz'\. Use needle-1k \.\.\. needle-128k"):
         open_tasks(["xyz"], tokenizer=tokenizer, seed=0)
     with pytest.raises(DataError, match=r"has an empty name"):
         names_of("needle-1k,,words-1k")
@@ -77,7 +77,7 @@ def test_lengths_that_are_too_short_are_refused_and_names_are_checked(tokenizer:
 
 
 def test_contexts_and_targets_are_cut_where_the_tokens_allow(tokenizer: Tokenizer) -> None:
-    """Blanks go to the target; a cut inside a token encodes the parts apart; nothing is lost, no target is empty."""
+    """Blanks go to the target; if a token spans the border, the parts are encoded separately."""
     for context, target in [
         ("the quick", " brown"),
         ("the quick ", "brown"),

@@ -1,4 +1,4 @@
-"""Code that a model wrote: right and wrong programs are told apart, and hostile ones harm nothing and end."""
+"""Code written by a model: right programs pass, wrong ones fail, hostile ones end without harm."""
 
 import os
 import re

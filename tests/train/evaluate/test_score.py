@@ -1,4 +1,4 @@
-"""Scores of continuations: equal to transformers' on the exported model, whatever the batch, the packing or the layout."""
+"""Scores of continuations: equal to transformers' on the exported model, for any batch size, packing and layout."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -110,7 +110,7 @@ def by_decoder(rank: int, recipe: Recipe, path: Path, requests: list[Request]) -
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_long_contexts_are_scored_in_parts_with_the_same_result(family: str, checkpoints: dict[str, Path]) -> None:
-    """What the decoder reads into caches, against one forward pass; a context of several parts and pages among them."""
+    """The decoder's scores from caches against one forward pass; one context has several parts and pages."""
     recipe = recipe_of(FAMILIES[family])
     requests = [*random_requests(12), *random_requests(4, seed=5, longest=1500)]
     (found,) = run_ranks(1, by_decoder, recipe, checkpoints[family], requests)
@@ -151,7 +151,7 @@ def at_layout(rank: int, recipe: Recipe, world: int, path: Path, requests: list[
 def test_every_layout_gives_the_scores_of_one_process(
     layout: dict[str, object], microbatch_rows: int, apart: bool, tmp_path: Path
 ) -> None:
-    """Also where documents are not kept apart, so that each request has a row of its own, and more rows than requests."""
+    """Also if documents are not separated, so that each request has a separate row, and with more rows than requests."""
     recipe = recipe_of(replace(FAMILIES["nemotron_h"], heads=4, kv_heads=2), **layout)
     recipe = replace(
         recipe,

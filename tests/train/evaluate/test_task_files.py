@@ -1,4 +1,4 @@
-"""Task files: what is asked of a record, and one clear error for each fault, with file and line."""
+"""Task files: the items made of records, and one clear error for each fault, with file and line."""
 
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ def opened(folder: Path, records: list[Any], **fields: Any) -> Task:
 
 
 def test_choices_prompts_and_examples(tmp_path: Path) -> None:
-    """A field's own braces mean nothing; the solved example comes first and is not asked; blank lines are passed over."""
+    """Braces in a field are ordinary text; the solved example comes first and is not an item; blank lines are skipped."""
     fields = {
         "kind": "multiple_choice",
         "prompt": "{{Q}} {country}:",
@@ -86,7 +86,7 @@ def test_every_fault_is_named_with_its_place(
         opened(tmp_path, records, **fields)
 
 
-def test_task_files_that_are_missing_or_no_yaml(tmp_path: Path) -> None:
+def test_task_files_that_are_missing_or_not_yaml(tmp_path: Path) -> None:
     task_in(tmp_path, [])
     with pytest.raises(DataError, match=r"there is no task file .*mein\.yaml\. Did you mean mine\.yaml\?"):
         open_task_file(tmp_path / "mein.yaml")

@@ -1,4 +1,4 @@
-"""The comparison finds what it is for: faults of conversion, each refused by the logits alone, the first block named."""
+"""The comparison finds faults of conversion: the logits alone refuse each, and the first wrong block is named."""
 
 import json
 import shutil
@@ -156,7 +156,7 @@ CONFIG_FAULTS: dict[str, tuple[str, dict[str, object]]] = {
 
 
 def broken(directory: Path, folder: Path, change: Callable[[Tensors], None]) -> Path:
-    """A copy of a directory with its tensors changed: every name and shape stays right."""
+    """A copy of a directory with changed tensors; names and shapes stay."""
     folder.mkdir()
     shutil.copyfile(directory / "config.json", folder / "config.json")
     tensors = {name: t for path in directory.glob("*.safetensors") for name, t in load_file(path).items()}
@@ -214,7 +214,7 @@ def test_transformers_clamp_on_dt_is_seen_and_can_be_opened(
 def test_a_greedy_text_that_meets_the_end_of_text_token_is_no_disagreement(
     ready: dict[str, tuple[Path, Path]], tmp_path: Path
 ) -> None:
-    """transformers' generate forbade the token on its side only: here every token ends a text."""
+    """transformers' `generate` would forbid the token; here every token ends a text."""
     for family, (checkpoint, directory) in ready.items():
         folder = broken(directory, tmp_path / family, lambda tensors: None)
         config = json.loads((directory / "config.json").read_text())

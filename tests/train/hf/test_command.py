@@ -15,11 +15,9 @@ from hf_command import call, command
 from hf_models import FAMILIES, recipe_of
 from ranks import run_ranks
 from recipes_composed import composed
-from rich.console import Console
 from safetensors.torch import load_file, save_file
-from texts import VOCAB, config_of
+from texts import VOCAB, prepared_in, write_texts
 
-from data.prepare import prepare
 from recipes.schema.command import RECIPES
 from recipes.schema.read import recipe_from_mapping, recipe_mapping
 from recipes.schema.recipe import Recipe
@@ -39,14 +37,7 @@ def run_of(rank: int, recipe: Recipe) -> None:
 def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """A short run of each family on real files, with evaluations."""
     root = tmp_path_factory.mktemp("runs")
-    (root / "verse").mkdir()
-    for index in range(12):
-        lines = [f"line {index} {n}: the quick brown fox über {n * index} naïve dogs\n" for n in range(20)]
-        (root / "verse" / f"{index:02d}.txt").write_text("".join(lines))
-    records = [f'{{"content": "def f{n}(x):\\n    return x + {n}\\n", "id": {n}}}\n' * 3 for n in range(60)]
-    (root / "code.jsonl").write_text("".join(records))
-    data = config_of(root)
-    prepare(data, console=Console(quiet=True))
+    data = prepared_in(write_texts(root))
     made = {}
     for family, model in FAMILIES.items():
         recipe = recipe_of(replace(model, vocab=VOCAB))
@@ -203,7 +194,7 @@ def test_mistakes_are_explained_and_leave_nothing(
     run, out = runs["nemotron_h"], exports["nemotron_h"]
     for words, message in (
         (["export", run, "--out", out], "is not empty. Choose another --out; nothing is overwritten."),
-        (["export", tmp_path, "--out", tmp_path / "x"], "is no checkpoint"),
+        (["export", tmp_path, "--out", tmp_path / "x"], "is neither a checkpoint"),
         (["import", tmp_path, "--out", tmp_path / "x"], "config.json cannot be read"),
         (["export", run, "--out", tmp_path / "x", "--tokenizer", tmp_path / "none.json"], "no tokenizer at"),
         (["check", run, exports["gemma2"]], "describes a different model than"),

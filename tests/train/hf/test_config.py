@@ -1,4 +1,4 @@
-"""config.json: field by field what the published ones say, read back by transformers and by us; strangers are refused."""
+"""config.json: each field as in the published ones, read back by transformers and by us; unknown models are refused."""
 
 import json
 from dataclasses import asdict, replace

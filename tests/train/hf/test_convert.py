@@ -1,4 +1,4 @@
-"""Conversion of whole models: bitwise there and back from any layout to any layout, names that must fit, memory of one tensor."""
+"""Conversion of whole models: a round trip is bitwise between any layouts, names must match, memory is that of one tensor."""
 
 import json
 import shutil
@@ -12,19 +12,17 @@ import torch
 from hf_models import FAMILIES, FOUR, GEMMA, HYBRID, TOKENS, exported, recipe_of, trained
 from ranks import run_ranks
 from safetensors.torch import load_file, save_file
-from tiny import engine_of
+from tiny import weights_at
 from transformers import AutoModelForCausalLM
 
 from recipes.schema.command import RECIPES
 from recipes.schema.errors import CheckpointError
-from recipes.schema.recipe import Recipe
 from train.checkpoint.manifest import RunState
-from train.checkpoint.storage import publish, read_weights
+from train.checkpoint.storage import publish
 from train.checkpoint.tensors import StoredTensors
 from train.hf.config import from_config, read_config, to_config
 from train.hf.convert import import_weights, lossless_format
 from train.hf.files import WeightFiles
-from train.model.initial import global_names
 
 
 def imported(directory: Path, folder: Path, model: object = None, **options: object) -> StoredTensors:
@@ -38,13 +36,6 @@ def imported(directory: Path, folder: Path, model: object = None, **options: obj
 
 def same(a: StoredTensors, b: StoredTensors) -> bool:
     return a.weights == b.weights and all(torch.equal(a.read(name), b.read(name)) for name in a.weights)
-
-
-def weights_at(rank: int, recipe: Recipe, world: int, folder: Path) -> dict[str, torch.Tensor]:
-    with engine_of(recipe, rank=rank, world=world) as engine:
-        chunks = [chunk.module for chunk in engine.chunks]
-        read_weights(folder, chunks, groups=engine.mesh.groups)
-        return {name: p.detach().clone() for chunk in chunks for name, p in global_names(chunk)}
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -131,8 +122,8 @@ def test_names_that_do_not_fit_are_errors_that_name_them(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_numbers_that_are_none_are_refused_by_name(family: str, tmp_path: Path) -> None:
-    """A row of the embedding that no text reaches is seen by no comparison."""
+def test_weights_that_are_nan_are_refused_by_name(family: str, tmp_path: Path) -> None:
+    """No comparison reads a row of the embedding that no text uses."""
     model = FAMILIES[family]
     path = trained(tmp_path / "run", recipe_of(model), world=1)
     directory = exported(path, tmp_path / "theirs", model)

@@ -1,4 +1,4 @@
-"""Weight files: what we write the safetensors package reads, what it writes we read; damage is named; pickles are not opened."""
+"""Weight files: the safetensors package reads ours and we read its files; damage is named; pickles are not opened."""
 
 import json
 from pathlib import Path

@@ -16,7 +16,7 @@ import pytest
 from hf_models import GEMMA, exported, recipe_of, scrambled, trained
 from hub_server import HubHandler
 
-pytestmark = pytest.mark.slow  # commands in processes of their own, which read HF_ENDPOINT when they start
+pytestmark = pytest.mark.slow  # commands run in separate processes, which read HF_ENDPOINT when they start
 ROOT = Path(__file__).resolve().parents[3]
 SHA = "a" * 40
 
@@ -118,7 +118,9 @@ def test_a_model_comes_from_the_hub_and_goes_back(server: tuple[Path, dict[str, 
     assert "license: apache-2.0" in (pushed / "README.md").read_text()
 
 
-def test_names_that_are_nothing_are_refused(server: tuple[Path, dict[str, str]], tmp_path: Path) -> None:
+def test_names_that_are_neither_directory_nor_model_are_refused(
+    server: tuple[Path, dict[str, str]], tmp_path: Path
+) -> None:
     _, environment = server
     status, output = command(environment, tmp_path, "import", "nowhere", "--out", "x")
     assert status == 2 and "nowhere is neither a directory nor the name of a model on the hub" in output, output

@@ -1,4 +1,4 @@
-"""Directories and checkpoints from a stranger: refused with one message, quickly, and nothing of them takes effect."""
+"""Untrusted directories and checkpoints are refused quickly, with one message, and without effect."""
 
 import json
 import os
@@ -16,7 +16,7 @@ from data.make.corpus import documents
 from data.tokenizer import train_tokenizer
 from recipes.schema.data import SourceConfig, TokenizerConfig
 from recipes.schema.errors import CheckpointError, RecipeError
-from train.checkpoint.storage import read_manifest
+from recipes.schema.manifest import read_manifest
 from train.hf import card, published, tokens
 from train.hf.config import CONFIG, SpecialTokens, from_config, read_config
 from train.hf.convert import Converted, their_names

@@ -1,4 +1,4 @@
-"""The table: counts of published models come out of it to the unit, and both moves are exact inverses."""
+"""The table gives the exact parameter counts of published models, and both kinds of moves are exact inverses."""
 
 import math
 from dataclasses import replace

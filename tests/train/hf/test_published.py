@@ -1,13 +1,13 @@
-"""What a published directory says comes back on export: config, generation config, tokenizer files, licence."""
+"""Export restores the files of a published directory: config, generation config, tokenizer files, licence."""
 
 import json
 from pathlib import Path
 
-import numpy as np
 import pytest
 import yaml
 from hf_command import command
 from hf_models import FAMILIES, exported, recipe_of, scrambled, trained
+from prepared_files import documents_of
 from pruning_folder import shell
 from ranks import run_ranks
 from safetensors.torch import load_file, save_file
@@ -16,7 +16,6 @@ from transformers import AutoTokenizer
 from data import prepare as _prepare  # noqa: F401  imported here, so that the processes forked below need not import it
 from data.make.corpus import documents
 from data.store.manifest import read_manifest
-from data.store.shards import open_entry
 from data.tokenizer import load_tokenizer, train_tokenizer
 from recipes.schema.data import SourceConfig, TokenizerConfig
 from train import run as _run  # noqa: F401  likewise
@@ -142,7 +141,7 @@ CHECK = ("--text", "words.txt", "--tokens", "33", "--rows", "1")
 
 
 def stratum(folder: Path, family: str, *words: str) -> str:
-    """`stratum WORDS` on an import's recipe, in a process of its own. -> what it printed."""
+    """`stratum WORDS` on an import's recipe, in a separate process. -> what it printed."""
     recipe = ["--config-dir", f"imports/{family}", "-cn", family, *LITTLE]
     ((status, text),) = run_ranks(1, shell, folder, [words[0], *words[1:2], *recipe, *words[2:]])
     assert status == 0, text
@@ -162,12 +161,11 @@ def imports(published: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
 
 
 def test_an_import_continues_with_its_begin_of_document_token(imports: Path, published: dict[str, Path]) -> None:
-    """Import, prepare, train and export: each document begins with `<bos>`, and so does a text for a stranger's call."""
+    """After import, preparation, training and export, each document begins with `<bos>`, and so does a text in a plain call."""
     recipe = yaml.safe_load((imports / "imports/gemma2/gemma2.yaml").read_text())
     assert recipe["data"]["tokenizer"]["begin_of_document"] == "<bos>"
     (entry,) = read_manifest(imports / "prepared").sources["words"].splits["train"]
-    shard = open_entry(imports / "prepared", entry)
-    assert all(part[0] == 0 and part[-1] == 1 for part in np.split(np.asarray(shard.tokens), shard.ends[:-1]))
+    assert all(ids[0] == 0 and ids[-1] == 1 for ids in documents_of(imports / "prepared", entry))
     stratum(imports, "gemma2", "train", "run.name=on")
     status, output = command(imports, "export", "runs/on", "--out", "on", *CHECK)
     assert status == 0 and "The two agree." in output, output

@@ -10,11 +10,9 @@ import transformers.models.nemotron_h.modeling_nemotron_h  # noqa: F401
 from hf_command import command
 from hf_models import HYBRID, recipe_of
 from ranks import run_ranks
-from rich.console import Console
 from safetensors.torch import load_file
-from texts import VOCAB, config_of
+from texts import VOCAB, prepared_in, write_texts
 
-from data.prepare import prepare
 from launch.plan.cost.inference import inference_memory
 from recipes.schema.recipe import Recipe
 from recipes.schema.tools import GenerateConfig
@@ -38,13 +36,7 @@ def run_of(rank: int, recipe: Recipe) -> None:
 def recipe(tmp_path_factory: pytest.TempPathFactory) -> Recipe:
     """The recipe of a short run on real files, which is done."""
     root = tmp_path_factory.mktemp("quantized")
-    (root / "verse").mkdir()
-    for index in range(12):
-        lines = [f"line {index} {n}: the quick brown fox über {n * index} naïve dogs\n" for n in range(20)]
-        (root / "verse" / f"{index:02d}.txt").write_text("".join(lines))
-    (root / "code.jsonl").write_text("".join(f'{{"content": "x = {n} + {n}\\n", "id": {n}}}\n' * 3 for n in range(60)))
-    data = config_of(root)
-    prepare(data, console=Console(quiet=True))
+    data = prepared_in(write_texts(root))
     recipe = recipe_of(MODEL)
     recipe = replace(
         recipe,

@@ -1,4 +1,4 @@
-"""Tokenizers of every kind leave with the weights: the same ids in transformers as here, and the same tokenizer back."""
+"""Exported tokenizers of every kind give the same ids in transformers as here, and an import gives the same tokenizer."""
 
 import json
 from pathlib import Path
@@ -25,7 +25,7 @@ def write(folder: Path, path: Path, tokenizer: Tokenizer) -> None:
 
 
 def same_ids(folder: Path, tokenizer: Tokenizer) -> None:
-    """As a stranger calls it: transformers' ids are the begin-of-document token, if there is one, and ours."""
+    """In a plain call, transformers' ids are the begin-of-document token, if there is one, and our ids."""
     theirs = AutoTokenizer.from_pretrained(folder)
     begin = [] if tokenizer.bod is None else [tokenizer.bod]
     for text in (TEXTS[1][:20_000], *tokens.ODD_TEXTS):
@@ -95,7 +95,7 @@ def test_sentencepiece_models_by_bpe_give_the_same_ids(
         ({"model_type": "unigram"}, "chosen by the unigram method"),
         ({"model_type": "bpe", "normalization_rule_name": "nmt_nfkc"}, "letters are replaced"),
         ({"model_type": "bpe", "remove_extra_whitespaces": True}, "several spaces become one"),
-        ({"model_type": "bpe", "user_defined_symbols": ["lord"]}, "words of its own are given"),
+        ({"model_type": "bpe", "user_defined_symbols": ["lord"]}, "it has user-defined words"),
     ],
 )
 def test_sentencepiece_models_that_transformers_reads_differently_are_not_written(

@@ -1,5 +1,5 @@
-"""The inference engine: every text of a ragged batch equals the same text alone and the training forward pass, whatever the
-order of arrival, the sizes of pages, steps and pools, and whoever is cancelled or has to wait.
+"""The inference engine: every text of a ragged batch equals the same text alone and the training forward pass, for any
+order of arrival, any sizes of pages, steps and pools, and any texts that are cancelled or have to wait.
 
 The expected numbers come from the training forward pass of whole texts.
 """

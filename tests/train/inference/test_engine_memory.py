@@ -1,5 +1,6 @@
 """The memory of the inference engine: equal to the plan to the byte, refused when too small, bounded for long texts; prefixes."""
 
+import math
 import resource
 from dataclasses import replace
 from typing import Any
@@ -82,7 +83,7 @@ def limits(rank: int) -> dict[str, Any]:
                 found[name] = str(error)
         assert engine.is_idle and shape is not None
 
-        # One text's states become NaN: only that request fails, and the engine goes on.
+        # One text's states become NaN: only that request fails, and the engine continues.
         first, second = (
             engine.add(Request(ids(9), 6, sampling=GREEDY)),
             engine.add(Request(ids(9, seed=1), 6, sampling=GREEDY)),
@@ -103,7 +104,7 @@ def limits(rank: int) -> dict[str, Any]:
     return found
 
 
-def test_what_cannot_run_is_refused_and_nan_ends_its_own_request_only() -> None:
+def test_invalid_requests_are_refused_and_nan_ends_one_request_only() -> None:
     found = run_ranks(1, limits)[0]
     assert "at most 64" in found["long"] and "at most 4 new tokens" in found["long"]
     assert "no tokens" in found["empty"] and str(VOCAB) in found["foreign"] and "score_from=0" in found["score"]
@@ -139,6 +140,44 @@ def test_a_shared_prefix_of_4096_tokens_is_read_once() -> None:
     """A public engine reports 0 hits of 6,211 requests on a hybrid."""
     hit_rate, different, worst = run_ranks(1, shared_prefix, 4096, 24)[0]
     assert hit_rate > 0.9 and different == 0 and worst < 1e-5
+
+
+def together(rank: int) -> dict[str, Any]:
+    """Texts that arrive in one step: the same prompt, the same beginning, and another one."""
+    recipe = recipe_with(**SMALL)
+    with engine_of(recipe, rank=rank, world=1) as built, torch.no_grad():
+        model, prefix = built.chunks[0].module, ids(64)
+        prompts = [prefix, prefix, prefix + ids(9), prefix[:32] + ids(20, seed=3), ids(40, seed=4)]
+        requests = [Request(prompt, 5, sampling=GREEDY) for prompt in prompts]
+        config = EngineConfig(
+            rows=5, context_tokens=96, step_tokens=48, block_tokens=16, page_tokens=8, prefix_blocks=20
+        )
+        engine = InferenceEngine(model, recipe.model, config)
+        found = engine.run(requests)
+        alone = InferenceEngine(model, recipe.model, replace(config, prefix_blocks=0))
+        plain = [alone.run([request])[0] for request in requests]
+        tokens = [[[event.token.id for event in events if event.token] for events in texts] for texts in (found, plain)]
+        tight = InferenceEngine(model, recipe.model, replace(config, prefix_blocks=1, rows=2))
+        tokens.append([[event.token.id for event in events if event.token] for events in tight.run(requests)])
+        return {"equal": tokens[0] == tokens[1] == tokens[2], "cached": engine.stats().cached_tokens}
+
+
+def test_prompts_that_arrive_together_share_what_they_begin_with() -> None:
+    # 48 of the second's 64 tokens (the last block has the token to draw after), all 64 of the third's, 32 of the fourth's.
+    assert run_ranks(1, together)[0] == {"equal": True, "cached": 48 + 64 + 32}
+
+
+def padding(rank: int) -> list[Any]:
+    recipe = recipe_with(**{"model.vocab": 256, "model.vocab_padding": 6})
+    with engine_of(recipe, rank=rank, world=1) as built, torch.no_grad():
+        engine = InferenceEngine(built.chunks[0].module, recipe.model)
+        request = Request([3, 4], 2, top_logprobs=1000, score_from=1)
+        return [token.top for event in engine.run([request])[0] for token in (*event.scores, event.token) if token]
+
+
+def test_the_padding_of_the_vocabulary_is_never_listed() -> None:
+    for top in run_ranks(1, padding)[0]:
+        assert sorted(id for id, _ in top) == list(range(250)) and all(math.isfinite(value) for _, value in top)
 
 
 def peak_bytes() -> int:

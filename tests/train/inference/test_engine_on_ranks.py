@@ -1,5 +1,7 @@
-"""Decoding on two tensor ranks, from a checkpoint of another layout, equals one process; both ranks get the same events."""
+"""Decoding on tensor ranks, from a checkpoint of another layout, equals one process, with and without speculation; all ranks
+get the same events."""
 
+import itertools
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,36 +11,55 @@ from hf_models import FAMILIES, recipe_of, trained
 from ranks import run_ranks
 
 from recipes.schema.recipe import Recipe
-from train.build import model_for_inference
+from train.build import models_for_inference
 from train.inference.batch_engine import EngineConfig, InferenceEngine
-from train.inference.request import Event, Request, Sampling
+from train.inference.draft_model import DraftModel
+from train.inference.drafters import Drafter, PromptLookup
+from train.inference.request import Event, Request, Sampling, Token
 
 
-def continued(rank: int, recipe: Recipe, checkpoint: Path, tensor: int) -> list[list[Event]]:
+def continued(rank: int, recipe: Recipe, checkpoint: Path, tensor: int) -> list[list[list[Event]]]:
+    """The same requests without speculation, with look-up and with a draft model that is right in most cases."""
     torch.set_num_threads(1)
     draw = torch.Generator().manual_seed(0)
     prompts = [torch.randint(0, 256, (length,), generator=draw).tolist() for length in (3, 30, 1, 17)]
     samplings = [Sampling(0.0), Sampling(0.0), Sampling(1.0, seed=4), Sampling(0.8, top_p=0.9, seed=5)]
     requests = [Request(p, 10, sampling=s, score_from=1) for p, s in zip(prompts, samplings, strict=True)]
-    device = torch.device("cpu")
-    with model_for_inference(recipe, checkpoint, device=device, rank=rank, tensor=tensor) as model:
-        config = EngineConfig(rows=2, context_tokens=48, step_tokens=16, page_tokens=4, prefix_blocks=4, block_tokens=8)
-        engine = InferenceEngine(model, recipe.model, config)
-        return engine.run(requests)
+    config = EngineConfig(rows=2, context_tokens=48, step_tokens=16, page_tokens=4, prefix_blocks=4, block_tokens=8)
+    found, sources, device = [], [(recipe, checkpoint)] * 2, torch.device("cpu")
+    with models_for_inference(sources, device=device, rank=rank, tensor=tensor) as (model, other), torch.no_grad():
+        for weight in other.parameters():
+            weight.mul_(1.02)
+        drafters: list[Drafter | None] = [None, PromptLookup(shortest=1), DraftModel(other, recipe.model)]
+        for drafter in drafters:
+            engine = InferenceEngine(model, recipe.model, config, drafter=drafter)
+            found.append(engine.run(requests))
+            assert (drafter is None) == (engine.stats().guessed_tokens == 0)
+        assert engine.stats().accepted_tokens
+    return found
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_two_tensor_ranks_equal_one_process(family: str, tmp_path: Path) -> None:
-    recipe = recipe_of(replace(FAMILIES[family], heads=4, kv_heads=2, init_std=0.1), pipeline=2)
+@pytest.mark.parametrize(
+    ("family", "tensor"),
+    [
+        ("nemotron_h", 4),
+        ("gemma2", 2),
+        pytest.param("nemotron_h", 2, marks=pytest.mark.slow),
+        pytest.param("gemma2", 4, marks=pytest.mark.slow),
+    ],
+)
+def test_tensor_ranks_equal_one_process(family: str, tensor: int, tmp_path: Path) -> None:
+    model = replace(FAMILIES[family], heads=4, kv_heads=4, mamba_groups=4, init_std=0.1)
+    recipe = recipe_of(model, pipeline=2)
     checkpoint = trained(tmp_path / "run", recipe, world=2)  # two stages
     (alone,) = run_ranks(1, continued, recipe, checkpoint, 1)
-    first, second = run_ranks(2, continued, recipe, checkpoint, 2)
-    assert first == second
-    for here, there in zip(alone, first, strict=True):
-        pairs = [
-            pair
-            for a, b in zip(here, there, strict=True)
-            for pair in zip((*a.scores, a.token), (*b.scores, b.token), strict=True)
-        ]
-        assert [a and a.id for a, _ in pairs] == [b and b.id for _, b in pairs]
-        assert max(abs(a.logprob - b.logprob) for a, b in pairs if a and b) < 1e-5
+    first, *others = run_ranks(tensor, continued, recipe, checkpoint, tensor)
+    assert all(other == first for other in others)
+    for here, there in zip(itertools.chain(*alone), itertools.chain(*first), strict=True):
+        pairs = list(zip(_scored(here), _scored(there), strict=True))
+        assert [a.id for a, _ in pairs] == [b.id for _, b in pairs]
+        assert max(abs(a.logprob - b.logprob) for a, b in pairs) < 1e-5
+
+
+def _scored(events: list[Event]) -> list[Token]:
+    return [token for event in events for token in (*event.scores, event.token) if token is not None]

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from lives import recipe_in
+from killed_runs import recipe_in
 from ranks import run_ranks
 
-from recipes.schema.errors import CheckpointError, DataError
+from recipes.schema.errors import CheckpointError, DataError, StratumError
 from recipes.schema.tools import GenerateConfig
 from train.inference.text import generate_records, read_prompts, stream_text
 from train.run import train
@@ -29,7 +29,16 @@ def texts(rank: int, folder: Path) -> dict[str, Any]:
     (folder / "prompts.jsonl").write_text('"ab\\n"\n{"prompt": "c", "id": 1}\n')
     config = GenerateConfig(prompts="prompts.jsonl", n=2, tokens=6, logprobs=2, temperature=1.0, top_p=1.0, seed=3)
     found["records"] = list(generate_records(recipe, config))
-    found["alone"] = "".join(stream_text(recipe, replace(config, prompt="c", prompts=None, n=1, seed=4)))
+    for name, wrong in {"alone": {"draft_tokens": 3}, "nowhere": {"speculate": "runs/nowhere"}}.items():
+        try:
+            list(generate_records(recipe, replace(config, **wrong)))
+        except StratumError as error:
+            found[name] = str(error)
+    greedy = replace(config, temperature=0.0, tokens=30)
+    for speculate in (None, "lookup", str(Path(recipe.run.folder) / recipe.run.name)):
+        one = replace(greedy, speculate=speculate, draft_tokens=speculate and 3)
+        found.setdefault("speculated", []).append(list(generate_records(recipe, one)))
+    found["single"] = "".join(stream_text(recipe, replace(config, prompt="c", prompts=None, n=1, seed=4)))
     return found
 
 
@@ -43,7 +52,15 @@ def test_prompts_of_a_file_are_continued_in_one_batch(tmp_path: Path) -> None:
         ("c", 0),
         ("c", 1),
     ]
-    assert found["alone"] == "c" + records[3]["text"], "a text of a batch is the text alone with its seed"
+    assert found["single"] == "c" + records[3]["text"], "a text of a batch is the text alone with its seed"
+    assert "--draft-tokens 3" in found["alone"] and "--speculate lookup" in found["alone"]
+    assert "runs/nowhere" in found["nowhere"]
+    plain, *speculated = found["speculated"]
+    for guessed in speculated:
+        assert [record["tokens"] for record in guessed] == [record["tokens"] for record in plain]
+        counts = [record.pop("speculation") for record in guessed]
+        assert all(one["steps"] <= len(record["tokens"]) for one, record in zip(counts, guessed, strict=True))
+    assert counts[0]["accepted"] == counts[0]["guessed"] > 0, "a model guesses its own greedy tokens"
     for record in records:
         assert len(record["tokens"]) == len(record["logprobs"]) == len(record["top_logprobs"]) <= 6
         assert record["finish"] in ("length", "stop") and all(len(top) == 2 for top in record["top_logprobs"])

@@ -37,6 +37,16 @@ def test_a_line_is_drawn_the_same_next_to_any_others() -> None:
     assert draw(logits[order], [draws[line] for line in order]).tolist() == [alone[line] for line in order]
 
 
+def test_rounding_does_not_swap_tokens_that_are_equally_likely() -> None:
+    logits = torch.randn(1, 50, generator=torch.Generator().manual_seed(0)).double()
+    logits[0, [7, 30]] = 1.0
+    other = logits.clone()
+    other[0, 30] += 1e-7
+    draws = [Draw(Sampling(1.0, top_k=40, top_p=0.95), number) for number in range(2000)]
+    found, again = (draw(one.expand(2000, -1), draws) for one in (logits, other))
+    assert torch.equal(found, again) and {7, 30} <= set(found.tolist())
+
+
 def test_seeds_and_numbers_give_different_draws() -> None:
     flat = torch.zeros(1, 1000)
     tokens = [int(draw(flat, [Draw(Sampling(1.0, seed=seed), number)])) for seed in (0, 1) for number in range(20)]

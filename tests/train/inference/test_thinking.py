@@ -1,5 +1,5 @@
-"""The thinking budget (arXiv 2508.14444, section 3.4): the end marker comes at the next line break after `budget` tokens, at
-`budget + grace` tokens in any case."""
+"""The thinking budget (arXiv 2508.14444, section 3.4): the end marker comes at the next line break after `budget` tokens, at the
+latest after `budget + grace` tokens."""
 
 import pytest
 
@@ -10,7 +10,7 @@ START, END, LINE = (90, 91), (95, 96), 10
 
 
 def written(free: list[int], *, prompt: list[int], budget: int, grace: int = 500) -> list[int]:
-    """Tokens that come out if the model would write `free`, one after the other."""
+    """The output if the model would write the tokens `free`."""
     watch, out = ThinkingWatch(Thinking(budget, START, END, frozenset({LINE}), grace), prompt), []
     wishes = iter(free)
     while True:

@@ -1,4 +1,4 @@
-"""The proof from outside: transformers' `generate` with the same weights writes the same greedy tokens, and gives them the same
+"""transformers' `generate` with the same weights writes the same greedy tokens and gives them the same
 log-probabilities, for a batch of ragged prompts of both families."""
 
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""Choosing a backend: what is missing is named, and what a backend cannot do is refused instead of done wrongly."""
+"""Choosing a backend: missing packages are named, and unsupported settings are refused instead of computed wrongly."""
 
 import pytest
 import torch

@@ -1,4 +1,5 @@
-"""Steps of one new token a text: the compiled parts equal their definitions, in fp32 and bf16; a text's bits are its own."""
+"""Steps of one new token per text: compiled parts equal their definitions, in fp32 and bf16, and a text has the same bits in any
+batch."""
 
 from typing import Any
 
@@ -21,6 +22,7 @@ from train.model.rotary import _rotate
 from train.native import attention as compiled_attention
 from train.native import scan as compiled_scan
 from train.native.few_rows import FewRows, NormWeight
+from train.native.scan import ScanSizes, ScanWeights
 
 
 def tensor(*shape: int, seed: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -65,7 +67,9 @@ def segments_of(texts: list[tuple[int, int, int]], places: dict[str, Any] | None
     positions = torch.cat([torch.arange(s.before, s.before + s.tokens) for s in found])
     table = torch.tensor([[s.begin, s.tokens, s.before, s.slot] for s in found])
     singles = sum(s.tokens == 1 for s in found)
-    return Segments(found, singles, table, positions, int(positions.max()) + 1, places or {}, {}, {})
+    slots = torch.cat([torch.full((s.tokens,), s.slot) for s in found])
+    by_token = torch.stack([torch.arange(begin), torch.ones_like(positions), positions, slots], dim=1)
+    return Segments(found, singles, table, by_token, positions, int(positions.max()) + 1, places or {}, {}, {})
 
 
 @pytest.mark.parametrize("texts", [[(1, 5, 2), (1, 0, 0)], [(1, 3, 1), (7, 0, 3), (40, 9, 0)], [(2, 1, 1), (3, 2, 2)]])
@@ -75,21 +79,25 @@ def test_the_compiled_scan_of_a_step_equals_its_definition(
 ) -> None:
     heads, P, N, G, taps = 8, 16, 16, 2, 4
     channels, total = heads * P + 2 * G * N, sum(tokens for tokens, _, _ in texts)
-    arguments = {
-        "conv_weight_CW": tensor(channels, taps, seed=0), "conv_bias_C": tensor(channels, seed=1),
-        "dt_bias_H": tensor(heads, seed=2), "A_log_H": tensor(heads, seed=3), "D_H": tensor(heads, seed=4),
-        "heads": heads, "head_dim": P, "state": N, "groups": G, "chunk": 16, "segments": segments_of(texts),
-    }  # fmt: skip
+    weights = ScanWeights(
+        conv_weight_CW=tensor(channels, taps, seed=0), conv_bias_C=tensor(channels, seed=1), dt_bias_H=tensor(heads, seed=2),
+        A_log_H=tensor(heads, seed=3), D_H=tensor(heads, seed=4),
+    )  # fmt: skip
+    sizes = ScanSizes(heads=heads, head_dim=P, state=N, groups=G, chunk=16)
+    segments = segments_of(texts)
     zxbcdt = tensor(total, heads * P + channels + heads, seed=5)
-    pools = [MambaPool(tensor(4, taps - 1, channels, seed=6), tensor(4, heads, N, P, seed=7)) for _ in range(2)]
+    pools = [
+        MambaPool(tensor(4, taps - 1, channels, seed=6), tensor(4, heads, N, P, seed=7), torch.empty(0))
+        for _ in range(2)
+    ]
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        found = ssd.mamba_core_segments(zxbcdt, **arguments, pool=pools[0])
+        found = ssd.mamba_core_segments(zxbcdt, weights, sizes=sizes, segments=segments, pool=pools[0])
     finally:
         torch.set_num_threads(before)
     monkeypatch.setattr(compiled_scan, "scan_usable", lambda *_: False)
-    expected = ssd.mamba_core_segments(zxbcdt, **arguments, pool=pools[1])
+    expected = ssd.mamba_core_segments(zxbcdt, weights, sizes=sizes, segments=segments, pool=pools[1])
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=2e-5)
     for a, b in [(pools[0].conv, pools[1].conv), (pools[0].scan, pools[1].scan)]:
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)

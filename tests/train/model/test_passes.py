@@ -132,7 +132,7 @@ def test_a_logit_that_is_not_a_number_is_not_hidden(form: str, alone: dist.Proce
 
 
 def test_the_same_bits_for_any_number_of_threads(alone: dist.ProcessGroup) -> None:
-    """Products included: what a step computes outside attention and the scan, which have tests of their own."""
+    """Products included: what a step computes outside attention and the scan, which have separate tests."""
     x, weight, wide = random(501, 96, seed=7), random(96, seed=8), random(500, 96, seed=9)
     labels = torch.randint(0, 500, (1, 501), generator=torch.Generator().manual_seed(4))
 

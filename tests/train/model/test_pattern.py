@@ -33,7 +33,7 @@ NANO_12B = "M-M-M-M*-" + "M-M-M-M*-" * 5 + "M-M-M-M-"
 
 
 def published(name: str) -> ModelConfig:
-    """A published model, as its recipe group says it."""
+    """A published model, from its recipe group."""
     path = Path(__file__).resolve().parents[3] / "recipes" / "model" / f"{name}.yaml"
     return ModelConfig(**yaml.safe_load(path.read_text()))
 

@@ -1,4 +1,4 @@
-"""The Mamba-2 core against the recurrence it stands for, run step by step in float64 under torch's own autograd."""
+"""The Mamba-2 core against its recurrence, run step by step in float64 under torch's autograd."""
 
 import math
 
@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from train.model import ssd
 from train.native import scan as compiled
+from train.native.scan import ScanSizes, ScanWeights
 
 
 def sequential(
@@ -64,6 +65,12 @@ def arguments(*, length, rows, heads, head_dim, state, groups, taps=4, seed=0, d
     return {k: v.to(dtype).requires_grad_() for k, v in tensors.items()}, sizes
 
 
+def core(zxbcdt, tensors, sizes, *, chunk, document_BL=None):
+    return ssd.mamba_core(
+        zxbcdt, ScanWeights(**tensors), sizes=ScanSizes(**sizes, chunk=chunk), document_BL=document_BL
+    )
+
+
 def documents(rows, length, seed):
     g = torch.Generator().manual_seed(seed)
     starts = torch.rand(rows, length, generator=g) < 0.15
@@ -85,7 +92,7 @@ def test_forward_and_every_gradient_equal_the_recurrence(length, chunk, heads, g
     document = documents(2, length, seed=1) if packed else None
     zxbcdt = tensors.pop("zxbcdt")
     expected = sequential(zxbcdt, **tensors, **sizes, document_BL=document)
-    got = ssd.mamba_core(zxbcdt, **tensors, **sizes, chunk=chunk, document_BL=document)
+    got = core(zxbcdt, tensors, sizes, chunk=chunk, document_BL=document)
     close(got, expected, 1e-12)
     weights = torch.randn(expected.shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
     inputs = [zxbcdt, *tensors.values()]
@@ -112,7 +119,7 @@ def test_forward_and_every_gradient_equal_the_recurrence(length, chunk, heads, g
     ],
 )
 def test_training_precision_stays_near_float64(dtype, length, rows, heads, groups, chunk, native, packed, monkeypatch):
-    """The compiled form and plain torch, held to the same distances from the recurrence."""
+    """The compiled form and plain torch, with the same tolerances from the recurrence."""
     if not native:
         monkeypatch.setattr(compiled, "scan_usable", lambda *x: False)
     tensors, sizes = arguments(length=length, rows=rows, heads=heads, head_dim=32, state=16, groups=groups, seed=3)
@@ -120,10 +127,8 @@ def test_training_precision_stays_near_float64(dtype, length, rows, heads, group
     zxbcdt = tensors.pop("zxbcdt")
     stored = {k: v.detach().to(torch.float32).requires_grad_() for k, v in tensors.items()}
     rounded = zxbcdt.detach().to(dtype).requires_grad_()
-    assert not native or compiled.scan_usable(rounded, ssd.ScanSizes(**sizes, chunk=chunk)), (
-        "could not be compiled here"
-    )
-    got = ssd.mamba_core(rounded, **stored, **sizes, chunk=chunk, document_BL=document)
+    assert not native or compiled.scan_usable(rounded, ScanSizes(**sizes, chunk=chunk)), "could not be compiled here"
+    got = core(rounded, stored, sizes, chunk=chunk, document_BL=document)
     exact_in = rounded.detach().double().requires_grad_()
     exact = {k: v.detach().double().requires_grad_() for k, v in stored.items()}
     expected = sequential(exact_in, **exact, **sizes, document_BL=document)
@@ -160,7 +165,7 @@ RATES = ["as initialised", "every size", "half large, half small", "large, then 
 
 @pytest.mark.parametrize("pattern", RATES)
 def test_strong_and_mixed_decays_keep_fp32s_digits(pattern, monkeypatch):
-    """exp(s_i - s_j) of sums kept in one float had errors of 2e-4 here, and the gradient of A_log of 5e-4."""
+    """exp(s_i - s_j) of sums stored in one float had errors of 2e-4 here, and the gradient of A_log of 5e-4."""
     heads, length = 4, 256
     tensors, sizes = arguments(
         length=length, rows=1, heads=heads, head_dim=16, state=16, groups=1, dtype=torch.float32, seed=6
@@ -178,7 +183,7 @@ def test_strong_and_mixed_decays_keep_fp32s_digits(pattern, monkeypatch):
         if not native:
             monkeypatch.setattr(compiled, "scan_usable", lambda *x: False)
         for chunk in (16, 64, 256):
-            got = ssd.mamba_core(zxbcdt, **tensors, **sizes, chunk=chunk)
+            got = core(zxbcdt, tensors, sizes, chunk=chunk)
             grads = dict(zip(exact, torch.autograd.grad(got, [zxbcdt, *tensors.values()], weights), strict=True))
             errors = {"output": relative(got, expected)} | {k: relative(grads[k], references[k]) for k in exact}
             errors["dt"] = relative(grads["zxbcdt"][..., -heads:], references["zxbcdt"][..., -heads:])
@@ -192,7 +197,7 @@ def relative(a: torch.Tensor, b: torch.Tensor) -> float:
 @pytest.mark.parametrize("native", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_documents_numbers_do_not_move_with_the_document_before_it(dtype, native, monkeypatch):
-    """Same places, other contents before: the same bits, of outputs and gradients."""
+    """Same positions, other tokens before: outputs and gradients have the same bits."""
     if not native:
         monkeypatch.setattr(compiled, "scan_usable", lambda *x: False)
     tensors, sizes = arguments(length=90, rows=1, heads=4, head_dim=16, state=16, groups=2, dtype=torch.float32)
@@ -204,7 +209,7 @@ def test_a_documents_numbers_do_not_move_with_the_document_before_it(dtype, nati
     results = []
     for contents in (first, other):
         zxbcdt = contents.to(dtype).requires_grad_()
-        y = ssd.mamba_core(zxbcdt, **tensors, **sizes, chunk=64, document_BL=document)
+        y = core(zxbcdt, tensors, sizes, chunk=64, document_BL=document)
         (grad,) = torch.autograd.grad(y, [zxbcdt], weights)
         results.append((y[37:].detach(), grad[37:]))
     assert torch.equal(results[0][0], results[1][0])
@@ -225,8 +230,8 @@ def test_the_chunk_changes_nothing_but_rounding(length, chunk, groups, per_group
     )
     zxbcdt = tensors.pop("zxbcdt")
     document = documents(2, length, seed)
-    one = ssd.mamba_core(zxbcdt, **tensors, **sizes, chunk=chunk, document_BL=document)
-    whole = ssd.mamba_core(zxbcdt, **tensors, **sizes, chunk=length, document_BL=document)
+    one = core(zxbcdt, tensors, sizes, chunk=chunk, document_BL=document)
+    whole = core(zxbcdt, tensors, sizes, chunk=length, document_BL=document)
     close(one, whole, 1e-12)
 
 
@@ -236,7 +241,7 @@ def test_extreme_rates_give_finite_gradients(dt_scale):
         length=96, rows=1, heads=4, head_dim=16, state=16, groups=1, dtype=torch.float32, dt_scale=dt_scale
     )
     zxbcdt = tensors.pop("zxbcdt")
-    y = ssd.mamba_core(zxbcdt, **tensors, **sizes, chunk=32)
+    y = core(zxbcdt, tensors, sizes, chunk=32)
     for grad in torch.autograd.grad(y.square().sum(), [zxbcdt, *tensors.values()]):
         assert torch.isfinite(grad).all()
 
@@ -245,10 +250,10 @@ def test_packed_documents_equal_documents_alone():
     tensors, sizes = arguments(length=50, rows=1, heads=4, head_dim=3, state=4, groups=2)
     zxbcdt = tensors.pop("zxbcdt")
     document = torch.tensor([[0] * 19 + [1] * 31])
-    packed = ssd.mamba_core(zxbcdt, **tensors, **sizes, chunk=16, document_BL=document)
-    alone = torch.cat([ssd.mamba_core(part, **tensors, **sizes, chunk=16) for part in zxbcdt.split([19, 31])])
+    packed = core(zxbcdt, tensors, sizes, chunk=16, document_BL=document)
+    alone = torch.cat([core(part, tensors, sizes, chunk=16) for part in zxbcdt.split([19, 31])])
     close(packed, alone, 1e-13)
-    together = ssd.mamba_core(zxbcdt, **tensors, **sizes, chunk=16)
+    together = core(zxbcdt, tensors, sizes, chunk=16)
     assert (together[19:] - alone[19:]).abs().max() > 1e-2  # so that the test could fail
 
 
@@ -256,10 +261,12 @@ def test_packed_documents_equal_documents_alone():
 def test_reading_in_parts_equals_reading_at_once(cuts):
     tensors, sizes = arguments(length=50, rows=2, heads=4, head_dim=3, state=4, groups=2)
     zxbcdt = tensors.pop("zxbcdt")
-    whole = ssd.mamba_core(zxbcdt, **tensors, **sizes, chunk=16)
+    whole = core(zxbcdt, tensors, sizes, chunk=16)
     state, parts = None, []
     for part in zxbcdt.split(cuts):
-        y, state = ssd.mamba_core_continue(part, **tensors, **sizes, chunk=16, state_pair=state)
+        y, state = ssd.mamba_core_continue(
+            part, ScanWeights(**tensors), sizes=ScanSizes(**sizes, chunk=16), state_pair=state
+        )
         parts.append(y)
     close(torch.cat(parts), whole, 1e-12)
 
@@ -269,7 +276,7 @@ def test_the_same_input_gives_the_same_bits():
     zxbcdt = tensors.pop("zxbcdt")
     runs = []
     for _ in range(2):
-        y = ssd.mamba_core(zxbcdt, **tensors, **sizes, chunk=16)
+        y = core(zxbcdt, tensors, sizes, chunk=16)
         runs.append([y.detach(), *torch.autograd.grad(y.sum(), [zxbcdt, *tensors.values()])])
     assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
 
@@ -285,8 +292,8 @@ def test_the_scan_gives_the_same_bits_for_any_number_of_threads(rows, heads, gro
     try:
         for threads in (1, 2, 3, 8):
             torch.set_num_threads(threads)
-            splits.add(compiled.scan_shape(zxbcdt, ssd.ScanSizes(**sizes, chunk=32), 4).splits)
-            y = ssd.mamba_core(zxbcdt, **tensors, **sizes, chunk=32, document_BL=documents(rows, 150, seed=2))
+            splits.add(compiled.scan_shape(zxbcdt, ScanSizes(**sizes, chunk=32), 4).splits)
+            y = core(zxbcdt, tensors, sizes, chunk=32, document_BL=documents(rows, 150, seed=2))
             runs.append([y.detach(), *torch.autograd.grad(y.square().sum(), [zxbcdt, *tensors.values()])])
     finally:
         torch.set_num_threads(before)
@@ -295,11 +302,13 @@ def test_the_scan_gives_the_same_bits_for_any_number_of_threads(rows, heads, gro
         assert all(torch.equal(a, b) for a, b in zip(runs[0], other, strict=True))
 
 
-def test_the_cached_state_is_fp32_whatever_the_storage():
+def test_the_cached_state_is_fp32_for_every_storage_format():
     """In bf16 a state would lose 0.4 % at every token; Nemotron Nano 2's card asks for an fp32 cache."""
     tensors, sizes = arguments(length=6, rows=2, heads=4, head_dim=16, state=16, groups=2, dtype=torch.bfloat16)
     zxbcdt = tensors.pop("zxbcdt")
     state = None
     for part in zxbcdt.split([4, 1, 1]):
-        _, state = ssd.mamba_core_continue(part, **tensors, **sizes, chunk=16, state_pair=state)
+        _, state = ssd.mamba_core_continue(
+            part, ScanWeights(**tensors), sizes=ScanSizes(**sizes, chunk=16), state_pair=state
+        )
         assert state[0].dtype == state[1].dtype == torch.float32

@@ -1,4 +1,4 @@
-"""AdamW against its formula in float64, weight-decay exclusions, and the optimizer's place inside Megatron's."""
+"""AdamW against its formula in float64, weight-decay exclusions, and the optimizer inside Megatron's."""
 
 import torch
 from ranks import run_ranks

@@ -1,4 +1,4 @@
-"""A rank that does not come to a collective operation is named, with the operation, after exactly launch.timeout_s."""
+"""A rank that does not enter a collective operation is named, with the operation, after exactly launch.timeout_s."""
 
 import os
 import time

@@ -45,7 +45,7 @@ def test_degrees_and_accumulation() -> None:
     assert layout_of(8, pipeline=2, context=2, virtual_pipeline=2).describe() == "TP1 PP2 VP2 CP2 DP2"
 
 
-# Each case: what is asked, and what the message must hold: the value, the place, the remedy.
+# Each case: the world, the layout, and what the message must contain: the value, the place, the remedy.
 REFUSED: dict[str, tuple[int, dict[str, Any], list[str]]] = {
     "world": (6, {"tensor": 4}, ["parallel.tensor=4", "does not divide the 6 processes", "--nproc-per-node 4"]),
     "heads": (
@@ -146,9 +146,9 @@ REFUSED: dict[str, tuple[int, dict[str, Any], list[str]]] = {
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_refused_with_value_place_and_remedy(name: str) -> None:
-    world, asked, words = REFUSED[name]
+    world, layout, words = REFUSED[name]
     with pytest.raises(RecipeError) as error:
-        layout_of(world, **asked)
+        layout_of(world, **layout)
     assert all(word in str(error.value) for word in words), str(error.value)
     assert len(str(error.value).splitlines()) == 1, str(error.value)
 
@@ -157,21 +157,21 @@ def test_refused_with_value_place_and_remedy(name: str) -> None:
     "name", ["groups of heads", "mamba heads over context ranks", "rows of a step", "row over both"]
 )
 def test_the_remedy_is_accepted(name: str) -> None:
-    """Every number a message offers, put where the message says, is a layout."""
-    world, asked, _ = REFUSED[name]
+    """Every number that a message offers gives a valid layout."""
+    world, layout, _ = REFUSED[name]
     with pytest.raises(RecipeError) as error:
-        layout_of(world, **asked)
+        layout_of(world, **layout)
     remedy = str(error.value).split(" Use ")[1]
     for number in map(int, re.findall(r"\d+", remedy.split(", or run.micro")[0])):
         match name:
             case "groups of heads":
                 layout_of(world, model=replace(MODEL, kv_heads=number))
             case "mamba heads over context ranks":
-                layout_of(number, **asked | {"context": number})
+                layout_of(number, **layout | {"context": number})
             case "rows of a step":
-                layout_of(world, run=replace(asked["run"], global_rows=number))
+                layout_of(world, run=replace(layout["run"], global_rows=number))
             case "row over both":
-                layout_of(world, **asked | {"row_tokens": number})
+                layout_of(world, **layout | {"row_tokens": number})
 
 
 def test_all_problems_in_one_error() -> None:
@@ -197,7 +197,7 @@ def test_ragged_mlp_of_the_9b_divides_by_eight() -> None:
 
 
 def megatron_coordinates(layout: Layout) -> list[Coordinates]:
-    """Every rank's place, read out of Megatron-Core's own groups (its default order)."""
+    """Every rank's coordinates, from Megatron-Core's groups (its default order)."""
     ranks = RankGenerator(
         tp=layout.tensor, ep=1, dp=layout.data, pp=layout.pipeline, cp=layout.context, order="tp-cp-ep-dp-pp"
     )

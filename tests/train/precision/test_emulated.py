@@ -135,7 +135,7 @@ def train_and_resume(rank: int, recipe: Recipe, folder: Path) -> tuple[Numbers, 
 
 @pytest.mark.parametrize("name", LOW)
 def test_gemma_trains_in_every_recipe_and_resumes_bit_for_bit(name: str, tmp_path: Path) -> None:
-    """The first step is the plain one's, but for what 8 or 4 bits cost; a step that was resumed is the same to the bit."""
+    """The first step equals the plain one up to the error of 8 or 4 bits; a resumed step is the same to the bit."""
     gemma = GEMMA | WIDE
     low, _ = run_ranks(1, train_and_resume, recipe_with(**gemma, **{"precision.scaling": name}), tmp_path)[0]
     plain = run_ranks(1, train, recipe_with(**gemma), 1, 4)[0]
@@ -208,7 +208,7 @@ def test_healthy_operands_are_in_their_band(name: str, low: float, high: float) 
 
 
 def test_readings_are_those_of_all_ranks_together() -> None:
-    """Blocks do not care who holds them: the same amax, elements and errors over two data ranks as in one process."""
+    """Blocks do not depend on ranks: amax, elements and errors over two data ranks equal those of one process."""
     base = {"precision.scaling": "blockwise", "run.microbatch_rows": 2}
     (one, _), _ = run_ranks(1, health, recipe_with(**WIDE | {"precision.scaling": "blockwise"}), 1)[0]
     for (two, _), _ in run_ranks(2, health, recipe_with(**base), 2):
@@ -281,7 +281,7 @@ def test_an_error_in_a_rank_names_the_backend() -> None:
 
 
 def test_quantize_is_the_one_the_layers_use() -> None:
-    """The layer's operand is `quantize` of the table's entry: nothing else happens to it."""
+    """The layer's operand is exactly `quantize` of the table's entry."""
     x = torch.randn(32, 64, generator=torch.Generator().manual_seed(0))
     linear = layer("blockwise")
     direct = quantize(x, linear.operand("input"), "rows")

@@ -1,4 +1,4 @@
-"""Block quantisers: the compiled and the plain form agree to the bit, scales are exact, rounding at random is unbiased."""
+"""Block quantisers: the compiled and the plain form agree to the bit, scales are exact, random rounding is unbiased."""
 
 import dataclasses
 import math
@@ -94,7 +94,7 @@ def test_the_smallest_numbers_of_all_still_get_a_scale() -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_nan_stays_where_it_is_and_does_not_spread(name: str) -> None:
-    """A NaN must reach the loss; the rest of its block keeps the scale its numbers ask for."""
+    """A NaN must reach the loss; the rest of its block keeps its scale."""
     scaling = scaling_of(PrecisionConfig(), name)
     assert scaling is not None
     x = torch.randn(128, 128, generator=torch.Generator().manual_seed(0))

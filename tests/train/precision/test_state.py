@@ -1,4 +1,4 @@
-"""Low-precision state across saves: resume under every recipe, other layouts, other backends, the health policy's memory."""
+"""Low-precision state across saves: resume under every recipe, other layouts, other backends, the state of the health policy."""
 
 import math
 from pathlib import Path
@@ -12,6 +12,7 @@ from tiny import engine_of, health, recipe_with, steps_of
 from recipes.schema.recipe import Recipe
 from train.checkpoint.manager import CheckpointFolder
 from train.checkpoint.manifest import RunState
+from train.engine import Engine
 
 LOW = ("delayed", "current", "blockwise", "mxfp8", "nvfp4")
 SAVED_AT, STEPS = 2, 4
@@ -38,10 +39,7 @@ def save_on_the_way(rank: int, recipe: Recipe, world: int, folder: Path) -> Any:
 
 def load_and_go_on(rank: int, recipe: Recipe, world: int, folder: Path) -> Any:
     with engine_of(recipe, rank=rank, world=world) as engine:
-        checkpoints = CheckpointFolder(folder, recipe.checkpoint)
-        found = checkpoints.newest()
-        assert found is not None
-        checkpoints.load(engine, found[0])
+        load_newest(engine, recipe, folder)
         state = state_of(engine) if recipe.precision.scaling == "delayed" else None
         return state, steps_of(engine, recipe, range(SAVED_AT, STEPS))
 
@@ -90,7 +88,7 @@ def test_delayed_scales_come_along_to_another_layout(world: int, changes: dict[s
 
 @pytest.mark.parametrize(("saved_as", "loaded_as"), [("none", "delayed"), ("delayed", "none"), ("current", "none")])
 def test_another_backends_checkpoint_loads_with_fresh_scales(saved_as: str, loaded_as: str, tmp_path: Path) -> None:
-    """Weights and optimizer state come along; what only one side has is left out and said."""
+    """Weights and optimizer state are loaded; state of one backend only is left out, with a warning."""
     base = {"run.microbatch_rows": 4, "precision.amax_history": 3}
     run_ranks(1, save_weights, recipe_with(**base, **{"precision.scaling": saved_as}), tmp_path)
     same, text = run_ranks(1, load_weights, recipe_with(**base, **{"precision.scaling": loaded_as}), tmp_path)[0]
@@ -104,6 +102,13 @@ def save_weights(rank: int, recipe: Recipe, folder: Path) -> None:
         torch.save([p.detach().clone() for p in engine.chunks[0].parameters()], folder / "weights.pt")
 
 
+def load_newest(engine: Engine, recipe: Recipe, folder: Path) -> None:
+    checkpoints = CheckpointFolder(folder, recipe.checkpoint)
+    found = checkpoints.newest()
+    assert found is not None
+    checkpoints.load(engine, found[0])
+
+
 def load_weights(rank: int, recipe: Recipe, folder: Path) -> tuple[bool, str]:
     import io
     import logging
@@ -111,10 +116,7 @@ def load_weights(rank: int, recipe: Recipe, folder: Path) -> tuple[bool, str]:
     said = io.StringIO()
     logging.getLogger("train.checkpoint.storage").addHandler(logging.StreamHandler(said))
     with engine_of(recipe, rank=rank, world=1) as engine:
-        checkpoints = CheckpointFolder(folder, recipe.checkpoint)
-        found = checkpoints.newest()
-        assert found is not None
-        checkpoints.load(engine, found[0])
+        load_newest(engine, recipe, folder)
         want = torch.load(folder / "weights.pt")
         same = all(torch.equal(p, w) for p, w in zip(engine.chunks[0].parameters(), want, strict=True))
         steps_of(engine, recipe, range(1, 2))
@@ -128,7 +130,7 @@ def final_state(rank: int, recipe: Recipe, world: int) -> Any:
 
 
 def test_amaxes_do_not_depend_on_how_a_step_is_cut() -> None:
-    """One step from the same weights: every rank of every layout holds the amax of the whole step."""
+    """One step from the same weights: every rank of every layout has the amax of the whole step."""
     base = {"precision.scaling": "delayed", "precision.amax_history": 2}
     (want, _), *_ = run_ranks(1, final_state, recipe_with(**base, **{"run.microbatch_rows": 4}), 1)
     assert all(min(scale) > 0 and 1.0 not in scale for scale, _ in want.values())
@@ -138,7 +140,7 @@ def test_amaxes_do_not_depend_on_how_a_step_is_cut() -> None:
                 assert scale == pytest.approx(want[key][0], rel=1e-2), (key, changes)
 
 
-def test_the_policy_is_remembered_by_checkpoints(tmp_path: Path) -> None:
+def test_layers_switched_to_high_precision_stay_so_after_a_resume(tmp_path: Path) -> None:
     changes = WIDE | {"precision.scaling": "blockwise"}
     (readings, _), _ = run_ranks(1, health, recipe_with(**changes), 1)[0]
     worst: dict[Any, float] = {}
@@ -170,9 +172,6 @@ def fall_back_and_save(rank: int, recipe: Recipe, folder: Path) -> Any:
 
 def load_and_look(rank: int, recipe: Recipe, folder: Path) -> Any:
     with engine_of(recipe, rank=rank, world=1) as engine:
-        checkpoints = CheckpointFolder(folder, recipe.checkpoint)
-        found = checkpoints.newest()
-        assert found is not None
-        checkpoints.load(engine, found[0])
+        load_newest(engine, recipe, folder)
         numbers = steps_of(engine, recipe, range(1, 3))
         return [linear.scaling is None for linear in engine.precision.linears], numbers

@@ -45,7 +45,7 @@ def made(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 def quantizer_of(model: ModelConfig, name: str, **changes: Any) -> Quantizer:
     chosen = linears(model, family_of(model))
     by_name = {part: linear for linear in chosen for part in linear.pair.theirs}
-    return Quantizer(FORMATS[name], torch.float32, by_name, **({"matrices": {}, "kept": ()} | changes))
+    return Quantizer(FORMATS[name], torch.float32, by_name, **({"matrices": {}, "unquantized": ()} | changes))
 
 
 def write(folder: Path, path: Path, model: ModelConfig, quantizer: Quantizer, *, vocab: int | None = None) -> Path:

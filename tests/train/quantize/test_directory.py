@@ -1,4 +1,4 @@
-"""Directories of quantised weights: what compressed-tensors wrote is read with the same numbers; damage is one clear error."""
+"""Directories of quantised weights written by compressed-tensors give the same numbers; damage is one clear error."""
 
 import json
 import struct
@@ -30,7 +30,7 @@ SCHEMES: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 def written(folder: Path, scheme: str) -> tuple[Path, torch.Tensor, dict[str, torch.Tensor]]:
-    """A directory of one layer that the package itself compressed. -> folder, what the package makes of it, the tensors."""
+    """A directory of one layer, compressed by the package. -> folder, the package's decompressed weight, the tensors."""
     container, arguments = SCHEMES[scheme]
     args = QuantizationArgs(**arguments)
     weight = torch.randn(160, 208, generator=torch.Generator().manual_seed(1))

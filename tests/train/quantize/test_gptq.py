@@ -1,4 +1,4 @@
-"""GPTQ: the codes of the paper's procedure in its plain form, and a smaller output error than rounding to nearest."""
+"""GPTQ gives the codes of the paper's plain procedure, and a smaller output error than rounding to nearest."""
 
 import pytest
 import torch

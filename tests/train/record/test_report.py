@@ -100,7 +100,7 @@ def test_a_distilled_run_says_whom_it_learned_from_and_what_its_loss_is(tmp_path
     assert "| training loss (divergence from the teacher, mixed) | 7.0000 -> 0.0000 nats per token |" in text
 
 
-def test_steps_that_came_out_otherwise_are_told(tmp_path: Path) -> None:
+def test_steps_that_differ_after_a_resume_are_reported(tmp_path: Path) -> None:
     other = [*LINES[:11], begin("resume", 4, layout="TP2 PP1 DP1"), step(5, 3.25), step(6, 2.0), step(7, math.pi)]
     write_report(folder_of(tmp_path, other))
     text = (tmp_path / "summary.md").read_text()
@@ -115,12 +115,12 @@ def test_a_gradient_norm_that_differs_is_a_difference(tmp_path: Path) -> None:
 
 
 def test_steps_run_again_without_a_checkpoint_count_too(tmp_path: Path) -> None:
-    """Killed before the first save, a run starts again: no resume, and still the same steps twice."""
+    """A run killed before the first save starts again: the same steps run twice without a resume."""
     write_report(folder_of(tmp_path, [begin("start", 0), step(1, 7.0), begin("start", 0), step(1, 7.0), step(2, 6.0)]))
     assert "1 of 1 steps" in (tmp_path / "summary.md").read_text()
 
 
-def test_losses_that_are_none_do_not_stop_a_report(tmp_path: Path) -> None:
+def test_losses_that_are_nan_do_not_stop_a_report(tmp_path: Path) -> None:
     lines = [begin("start", 0), step(1, 7.0), step(2, 0.0) | {"loss": "NaN"}, step(3, 0.0) | {"loss": "Infinity"}]
     write_report(folder_of(tmp_path, lines))
     assert math.isnan(read_run(tmp_path).steps[2]["loss"])
@@ -150,7 +150,7 @@ def test_a_score_that_is_not_a_number_does_not_stop_a_report(value: str | None, 
     )
 
 
-def test_the_loss_of_a_run_is_said_by_means_of_several_steps(tmp_path: Path) -> None:
+def test_the_reported_loss_of_a_run_is_a_mean_over_steps(tmp_path: Path) -> None:
     """Forty steps around 8 and then around 4, each off by up to a half: a tenth is four steps."""
     noise = (0.5, -0.5, 0.25, -0.25)
     lines = [begin("start", 0), *(step(n, (8.0 if n <= 20 else 4.0) + noise[n % 4]) for n in range(1, 41))]
@@ -169,7 +169,7 @@ def test_the_running_mean_ends_in_a_mean(count: int) -> None:
         assert 0 < mean < 1 and mean != raw
 
 
-def test_a_sample_kept_in_the_folder_stays_in_the_summary(tmp_path: Path) -> None:
+def test_a_stored_sample_stays_in_the_summary(tmp_path: Path) -> None:
     folder_of(tmp_path, LINES)
     (tmp_path / "sample.txt").write_text("with ``` inside")
     write_report(tmp_path)

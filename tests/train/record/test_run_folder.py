@@ -1,4 +1,4 @@
-"""Reading a run's folder that may be damaged or somebody else's: nothing waits for ever, nothing raises what is not said."""
+"""Reading a run folder that may be damaged or foreign: no call hangs, and only documented errors are raised."""
 
 import json
 import os
@@ -49,7 +49,7 @@ def test_what_is_no_file_is_refused_and_never_waited_for(kind: str, tmp_path: Pa
 @pytest.mark.parametrize(
     "content", [b"\xff\xfe", b"[" * 20_000, b"- a\n", b"", b"a: [", b"!!python/object:os.system x"]
 )
-def test_a_recipe_that_is_none_is_named(content: bytes, tmp_path: Path) -> None:
+def test_a_file_that_is_not_a_recipe_is_named(content: bytes, tmp_path: Path) -> None:
     (tmp_path / RECIPE).write_bytes(content)
     with pytest.raises(RecipeError, match=r"recipe\.yaml cannot be read"):
         recipe_in(tmp_path)

@@ -169,6 +169,25 @@ def test_a_resumed_run_keeps_its_name_at_weights_and_biases(tmp_path: Path, monk
     assert asked[0] == asked[1] and asked[0][1] == "allow"
 
 
+def test_the_terminal_comes_back_after_a_full_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A rank's log is on the same disk as its run."""
+    telemetry, values = recorder(tmp_path, Reducer()), losses()
+    full = SimpleNamespace(write=lambda text: None, flush=_raise_full)
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "stderr", full)
+        run(telemetry, values[:4])
+    run(telemetry, values[4:], first=5)
+    telemetry.close()
+    said = capsys.readouterr().err
+    assert "step 8/10" in said and "off from now on" not in said
+
+
+def _raise_full() -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
 def test_tensorboard_that_fails_is_a_warning(tmp_path: Path) -> None:
     (tmp_path / "tensorboard").write_text("a file where a folder should be")
     telemetry = recorder(tmp_path, Reducer(), tensorboard=True)
@@ -178,7 +197,7 @@ def test_tensorboard_that_fails_is_a_warning(tmp_path: Path) -> None:
     assert "TensorBoard is off" in lines[0]["text"] and sum(line["kind"] == "step" for line in lines) == 10
 
 
-def test_numbers_that_are_none_are_strict_json_and_read_back(tmp_path: Path) -> None:
+def test_nan_and_infinity_are_strict_json_and_read_back(tmp_path: Path) -> None:
     telemetry = recorder(tmp_path, Reducer())
     run(telemetry, [torch.tensor(value) for value in (math.nan, math.inf, -math.inf, 1.0)])
     telemetry.close()
@@ -229,7 +248,7 @@ def test_other_ranks_reduce_and_write_nothing(tmp_path: Path) -> None:
     assert reduce.sizes == [4, 4, 2] and not (tmp_path / "run").exists()
 
 
-def test_steps_before_a_failure_are_kept_without_reducing(tmp_path: Path) -> None:
+def test_steps_before_a_failure_are_recorded_without_reducing(tmp_path: Path) -> None:
     reduce = Reducer()
     telemetry = recorder(tmp_path, reduce)
     telemetry.record(1, loss=torch.tensor(1.0), grad_norm=torch.tensor(3.5), learning_rate=1e-3, seconds={"data": 0.5})
@@ -239,7 +258,7 @@ def test_steps_before_a_failure_are_kept_without_reducing(tmp_path: Path) -> Non
     assert (last["step"], last["loss"], last["grad_norm"], last["tokens_per_s"]) == (1, None, 3.5, 200)
 
 
-def test_the_loss_is_let_go_of(tmp_path: Path) -> None:
+def test_the_loss_is_freed(tmp_path: Path) -> None:
     """A recorded loss must not keep its graph, nor be read back from the device, before the flush."""
     telemetry = recorder(tmp_path, Reducer())
     weight = torch.ones((), requires_grad=True)
@@ -325,7 +344,7 @@ def test_phases_are_timed(tmp_path: Path) -> None:
 
 
 def test_a_plain_line_an_interval(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    telemetry = recorder(tmp_path, Reducer(), progress=True)  # captured output is no terminal
+    telemetry = recorder(tmp_path, Reducer(), progress=True)  # captured output is not a terminal
     run(telemetry, losses())
     telemetry.close()
     lines = capsys.readouterr().err.splitlines()

@@ -1,4 +1,4 @@
-"""`stratum serve` as its clients see it: a real server process, OpenAI's own client, and clients that misbehave."""
+"""`stratum serve` with a real server process, OpenAI's client, and clients that misbehave."""
 
 import asyncio
 import contextlib
@@ -23,7 +23,7 @@ from openai import AsyncOpenAI, NotFoundError, OpenAI
 from pruning_folder import lay_out, shell
 from ranks import run_ranks
 
-from recipes.schema.foreign import read_yaml
+from recipes.schema.foreign import parse_yaml
 from recipes.schema.read import recipe_from_mapping
 from train import stratum
 from train.inference.batch_engine import EngineConfig, InferenceEngine
@@ -87,6 +87,7 @@ class Server:
 @pytest.fixture(scope="module")
 def server(folder: Path) -> Iterator[Server]:
     words = ["--context-tokens", str(CONTEXT), "--rows", "8", "--queue", "60", "--chat-template", "plain"]
+    words += ["--speculate", "lookup"]  # so that all of these tests see several tokens at a time
     server = Server(folder, *words, "--key-file", "key.txt", "--body-mib", "0.1", "--prefix-blocks", "0")
     yield server
     server.process.kill()
@@ -120,6 +121,31 @@ def test_the_openai_client_gets_completions(server: Server) -> None:
     if echo.logprobs.tokens[-len(choice.logprobs.tokens) :] == choice.logprobs.tokens:  # cut into the same tokens
         for ours, again in zip(choice.logprobs.token_logprobs[::-1], echo.logprobs.token_logprobs[::-1], strict=False):
             assert abs(ours - again) <= 1e-5
+
+
+def test_guesses_change_no_answer(server: Server) -> None:
+    client, before = server.client(), server.idle_metrics()
+    call = {"model": "parent", "prompt": [5, 6, 7, 8] * 3, "max_tokens": 40, "extra_body": {"ignore_eos": True}}
+    for temperature in (0.0, 1.0):
+        found = client.completions.create(**call, temperature=temperature, seed=3, logprobs=2)
+        plain = client.completions.create(
+            **call | {"extra_body": {"ignore_eos": True, "draft_tokens": 0}},
+            temperature=temperature,
+            seed=3,
+            logprobs=2,
+        )
+        assert found.choices[0].text == plain.choices[0].text
+        pairs = zip(found.choices[0].logprobs.token_logprobs, plain.choices[0].logprobs.token_logprobs, strict=True)
+        assert all(abs(ours - theirs) < 1e-5 for ours, theirs in pairs)
+        details = [answer.usage.completion_tokens_details for answer in (found, plain)]
+        assert (details[1].accepted_prediction_tokens, details[1].rejected_prediction_tokens) == (0, 0)
+        if temperature == 0:
+            assert details[0].accepted_prediction_tokens + details[0].rejected_prediction_tokens > 0
+    after = server.idle_metrics()
+    guessed, accepted = (
+        after[name] - before[name] for name in ("stratum_guessed_tokens_total", "stratum_accepted_tokens_total")
+    )
+    assert guessed > 0 and 0 <= accepted <= guessed and after["stratum_speculation_tokens_per_step"] >= 1
 
 
 def test_choices_and_seeds(server: Server) -> None:
@@ -312,7 +338,7 @@ def command(rank: int, folder: Path, words: list[str]) -> tuple[int, str]:
 def broken(rank: int, folder: Path) -> list[tuple[int, str]]:
     """For `run_ranks`: answers of a server whose model weights are infinite in one place, and of the same one mended."""
     os.chdir(folder)
-    recipe = recipe_from_mapping(read_yaml(Path("runs/parent/recipe.yaml")))
+    recipe = recipe_from_mapping(parse_yaml(Path("runs/parent/recipe.yaml").read_text()))
     found = []
 
     async def ask(loaded: Opened) -> None:
@@ -330,6 +356,8 @@ def broken(rank: int, folder: Path) -> list[tuple[int, str]]:
                 for stream in (False, True):
                     answer = await http.post("/v1/completions", json={**call, "stream": stream})
                     found.append((answer.status_code, answer.text))
+            answer = await http.post("/v1/completions", json={**call, "draft_tokens": 2})
+            found.append((answer.status_code, answer.text))
             found.append(((await http.get("/health")).status_code, ""))
         await worker.stop()
 
@@ -339,10 +367,11 @@ def broken(rank: int, folder: Path) -> list[tuple[int, str]]:
 
 
 def test_logits_that_are_not_finite_fail_the_request_and_the_server_lives(folder: Path) -> None:
-    bad, bad_stream, good, good_stream, health = run_ranks(1, broken, folder)[0]
+    bad, bad_stream, good, good_stream, guesses, health = run_ranks(1, broken, folder)[0]
     assert bad[0] == 500 and "not finite" in bad[1]
     assert "not finite" in bad_stream[1] and bad_stream[1].endswith("data: [DONE]\n\n")
     assert good[0] == 200 and "error" not in good_stream[1] and health[0] == 200
+    assert guesses[0] == 400 and "--speculate" in guesses[1]
 
 
 def test_what_cannot_start_says_why(folder: Path) -> None:

@@ -1,1 +1,1 @@
-"""Evaluation tasks: from files of one's own, made from a seed, or out of packages that ship data."""
+"""Evaluation tasks: from the user's files, generated from a seed, or from packages that contain data."""

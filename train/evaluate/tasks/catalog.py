@@ -1,4 +1,4 @@
-"""From the names of tasks to open tasks: `needle-4k,human-eval,mine.yaml` --> list[Task]."""
+"""Opens tasks by their names: `needle-4k,human-eval,mine.yaml` --> list[Task]."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,7 +13,7 @@ from train.evaluate.tasks.task import Task
 
 
 def names_of(listed: str | None) -> list[str]:
-    """Names separated by commas; none if there is no list. DataError if one is empty."""
+    """The names in a list separated by commas; None: no names. DataError if a name is empty."""
     names = [name.strip() for name in listed.split(",")] if listed is not None else []
     if not all(names):
         raise DataError(f"{listed!r} has an empty name. Separate the names of tasks by commas: needle-1k,mine.yaml.")
@@ -21,9 +21,9 @@ def names_of(listed: str | None) -> list[str]:
 
 
 def open_tasks(names: Sequence[str], *, tokenizer: Tokenizer, seed: int, items: int | None = None) -> list[Task]:
-    """The tasks of some names. seed: of tasks that are made. items: at most so many of each; None: each task's own number.
+    """Open tasks by name. seed: for generated tasks. items: the largest number of items of each; None: each task's own number.
 
-    Raises DataError for unknown names, wrong files and two tasks of one name; BackendError for a missing package.
+    Raises DataError for unknown names, wrong files and two tasks with the same name; BackendError for a missing package.
     """
     opened = [_open(name, tokenizer=tokenizer, seed=seed, items=items) for name in dict.fromkeys(names)]
     seen: set[str] = set()

@@ -1,6 +1,6 @@
-"""Tasks from files of one's own: a YAML file (`recipes.schema.tasks.TaskConfig`) and the jsonl file it names.
+"""Tasks from the user's files: a YAML file (`recipes.schema.tasks.TaskConfig`) and the jsonl file that it names.
 
-Every record is read and checked before the first is asked; what is wrong is named with file and line.
+Every record is read and checked before the task starts; errors name file and line.
 """
 
 import re
@@ -29,7 +29,7 @@ _KINDS: dict[str, Kind] = {
 
 
 def open_task_file(path: Path, *, items: int | None = None) -> Task:
-    """The task of a file. items: ask at most so many. DataError names file, line and field of what is wrong."""
+    """The task of a file. items: the largest number of items. DataError names file, line and field of an error."""
     config = read_task(path)
     data = path.parent / config.data
     most = min(config.items or _MOST_ITEMS, items or _MOST_ITEMS)
@@ -65,7 +65,7 @@ def open_task_file(path: Path, *, items: int | None = None) -> Task:
 
 
 def filled(template: str, record: Mapping[str, Any], *, place: str, key: str) -> str:
-    """A template with the record's fields put in. The fields' own braces mean nothing."""
+    """A template with the record's fields filled in. Braces inside the fields are ordinary text."""
     parts = []
     for found in _PIECES.finditer(template):
         piece, name = found[0], found[1]

@@ -1,14 +1,14 @@
-"""Long-context tasks after RULER (Hsieh et al., arXiv 2404.06654), made from a seed: nothing is downloaded.
+"""Long-context tasks after RULER (Hsieh et al., arXiv 2404.06654), generated from a seed, without downloads.
 
-    needle      a sentence with a number in a text of repeated sentences; what was the number    (RULER's niah_single_1)
-    multikey    the same in a text of such sentences, each about another key                     (niah_multikey_2)
-    tracking    variables set to each other in a chain; which have the first one's value         (vt, 1 chain, 4 hops)
-    words       a long list of words; which ten come most often                                  (cwe)
+    needle      a sentence with a number among repeated sentences; which number?                 (RULER's niah_single_1)
+    multikey    the same among sentences of the same form, each with another key                 (niah_multikey_2)
+    tracking    variables assigned to each other in a chain; which have the first one's value?   (vt, 1 chain, 4 hops)
+    words       a long list of words; which ten occur most often?                                (cwe)
 
 Prompts are RULER's, with its answer prefixes, so that a base model can answer. Keys and words are syllables drawn from the
-seed instead of a word list. An item has at most the named number of tokens by the model's own tokenizer, answer included.
-The needle's answer is scored as a cloze: it is right if its tokens are the likeliest ones, which is what greedy decoding
-would write. The other two need generated text, and are scored by the share of the expected names in it.
+seed instead of a word list. An item has at most the named number of tokens of the model's tokenizer, including the answer.
+The answers of needle and multikey are scored as a cloze: an answer is right if its tokens are the likeliest ones, as greedy
+decoding would choose. The other two tasks generate text, and the score is the share of the expected names in it.
 """
 
 import itertools
@@ -23,23 +23,23 @@ from train.evaluate.tasks.task import Item, Kind, Task, context_ids
 from train.evaluate.tasks.verify import every
 
 ITEMS = 32
-"""Items where no other number is asked for; RULER has 500."""
+"""Default number of items; RULER has 500."""
 _NOISE = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."  # RULER's
 _ANSWER_TOKENS = {"tracking": 30, "words": 120}
 """Tokens to generate, as in RULER."""
 _LEAST_FILLING = {"needle": 1, "multikey": 4, "tracking": 1, "words": 20}
-"""Sentences or words around what is asked for, at least: otherwise there is nothing to find it among."""
+"""Smallest number of sentences or words around the answer."""
 _HOPS = 4
 _COMMON = 10
 _REPEATS = ((30, 3), (10, 1), (4, 1))
-"""How often common and other words come; RULER's first, smaller ones where that does not fit."""
+"""How often common and other words occur: RULER's numbers first, smaller ones if they do not fit."""
 
 Maker = Callable[[np.random.Generator, int], Item]
 """(generator, amount of filling) -> item."""
 
 
 def open_long_context(kind: str, tokens: int, *, tokenizer: Tokenizer, seed: int, items: int | None = None) -> Task:
-    """A task of the given kind at `tokens` tokens. DataError if the tokenizer needs more for its shortest item."""
+    """A task of the given kind with items of `tokens` tokens. DataError if the shortest item has more with this tokenizer."""
     name = f"{kind}-{tokens // 1024}k"
     makers: dict[str, list[Maker]] = {
         "needle": [partial(_needle, is_noise=True)],
@@ -80,7 +80,7 @@ def open_long_context(kind: str, tokens: int, *, tokenizer: Tokenizer, seed: int
 
 
 def _longest(make: Maker, key: Iterable[int], size: Callable[[Item], int], most: int, *, least: int) -> Item | None:
-    """The item with as much filling as fits; None if not even the least does. Same generator at each size."""
+    """The longest item that fits; None if the shortest does not fit. Each size starts from the same random state."""
 
     def at(amount: int) -> Item:
         return make(np.random.default_rng([*key]), amount)
@@ -131,7 +131,7 @@ def _tracking(rng: np.random.Generator, amount: int) -> Item:
 
 
 def _words(rng: np.random.Generator, amount: int, common_times: int, other_times: int) -> Item:
-    """`amount` words other than the common ones."""
+    """`amount` words that are not among the common ones."""
     words = _distinct_words(rng, _COMMON + amount)
     listed = [w for w in words[:_COMMON] for _ in range(common_times)]
     listed += [w for w in words[_COMMON:] for _ in range(other_times)]
@@ -146,7 +146,7 @@ def _words(rng: np.random.Generator, amount: int, common_times: int, other_times
 
 
 def _distinct_words(rng: np.random.Generator, count: int) -> list[str]:
-    """Words of three syllables, no two alike: 421,875 there are."""
+    """Different words of three syllables; there are 421,875."""
     consonants, vowels = "bdfgklmnprstvwz", "aeiou"
     syllables = np.array([c + v for c in consonants for v in vowels])
     words: dict[str, None] = {}

@@ -1,6 +1,6 @@
-"""Tasks out of packages that ship data or generators (extra `evaluate`): HumanEval, reasoning-gym.
+"""Tasks from packages that contain data or generators (extra `evaluate`): HumanEval, reasoning-gym.
 
-Each package is imported when one of its tasks is opened; without it, the error says what to install.
+Each package is imported when one of its tasks is opened. If it is missing, the error says what to install.
 """
 
 from typing import Any
@@ -11,9 +11,9 @@ from train.evaluate.sandbox import run
 from train.evaluate.tasks.task import Item, Task
 
 ITEMS = 100
-"""Items of a reasoning task where no other number is asked for."""
+"""Default number of items of a reasoning task."""
 _CODE_STOP = ("\nclass", "\ndef", "\n#", "\nif", "\nprint")
-"""Where a completion ends: Chen et al., arXiv 2107.03374, section 3.1."""
+"""Texts that end a completion: Chen et al., arXiv 2107.03374, section 3.1."""
 
 
 def open_human_eval(*, items: int | None = None) -> Task:

@@ -1,4 +1,4 @@
-"""What a task is once it is open: items with a prompt and targets, and how an answer is judged."""
+"""An open task: items with a prompt and targets, and how an answer is judged."""
 
 import functools
 import hashlib
@@ -18,15 +18,15 @@ class Item:
     """One question."""
 
     place: str
-    """Where it comes from, for messages: `capitals.jsonl:3`, `needle-4k 7`."""
+    """Its origin, for messages: `capitals.jsonl:3`, `needle-4k 7`."""
     prompt: str
-    """What the model reads; of a rolling task the text itself."""
+    """The text that the model reads; for a rolling task, the whole text."""
     targets: tuple[str, ...] = ()
-    """What may follow: the target of a cloze, all choices, the expected answer of a generation."""
+    """The texts that may follow: the target of a cloze, all choices, or the expected answer."""
     answer: int = 0
-    """Which of the targets is right."""
+    """Index of the right target."""
     facts: Mapping[str, Any] = field(default_factory=dict)
-    """What the judge of a generated answer needs."""
+    """Data for the judge of a generated answer."""
 
 
 @dataclass(frozen=True)
@@ -43,17 +43,17 @@ class Task:
     judge: Callable[[Item, str], float] | None = None
     """Score of a generated answer, 0 to 1; None for tasks that are scored by likelihood."""
     is_graded: bool = False
-    """Whether a judge also gives scores between 0 and 1."""
+    """Whether scores between 0 and 1 are possible."""
     runs_code: bool = False
     """Whether judging runs code that the model wrote."""
     row_tokens: int = 0
-    """Tokens that every item needs in one row; 0: as the model is trained."""
+    """Row length in tokens that the items need; 0: that of training."""
     settings: Mapping[str, Any] = field(default_factory=dict)
-    """What else the result depends on."""
+    """Other settings that the result depends on."""
 
     @functools.cached_property
     def hash(self) -> str:
-        """sha256 of everything that is asked and expected: equal hashes ask the same."""
+        """sha256 of all prompts and expected answers: tasks with equal hashes are equal."""
         plain = {
             "kind": self.kind, "items": [asdict(item) | {"place": ""} for item in self.items],
             "end_of_document": self.end_of_document, "max_new_tokens": self.max_new_tokens, "stop": self.stop,
@@ -62,26 +62,26 @@ class Task:
         return hashlib.sha256(json.dumps(plain, sort_keys=True, default=str).encode()).hexdigest()
 
     def texts(self) -> list[tuple[str, str]]:
-        """(place, text) of each item, as a corpus might hold it: the prompt with the right target."""
+        """(place, text) of each item as a corpus might contain it: the prompt with the right target."""
         return [(item.place, item.prompt + (item.targets[item.answer] if item.targets else "")) for item in self.items]
 
 
 def begin_token(tokenizer: Tokenizer) -> int:
-    """What the first token of a text is predicted from: the token that begins documents, or the one that ends the last."""
+    """The token before the first token of a text: begin-of-document, or else end-of-document."""
     return tokenizer.eod if tokenizer.bod is None else tokenizer.bod
 
 
 def context_ids(tokenizer: Tokenizer, text: str) -> list[int]:
-    """Ids of a context: behind the token that begins documents if there is one; alone, an empty text is the end of the
-    document before."""
+    """Ids of a context, after the begin-of-document token if the tokenizer has one. An empty context is that token, or else the
+    end-of-document token."""
     return tokenizer.prompt(text)
 
 
 def split_pair(tokenizer: Tokenizer, context: str, target: str) -> tuple[list[int], list[int]]:
-    """Ids of a context and of what follows it, cut where the whole text's ids allow it.
+    """Ids of a context and ids of its target, taken from the ids of the whole text if no token spans the border.
 
-    Blanks at the end of the context belong to the target, as in lm-evaluation-harness: most tokenizers join them to the word
-    that follows. If a token spans the cut all the same, the two are encoded apart, so that no target is empty or lacks bytes.
+    Blanks at the end of the context belong to the target, as in lm-evaluation-harness: most tokenizers join them to the next
+    word. If a token spans the border, context and target are encoded separately, so that no target is empty or lacks bytes.
     """
     blanks = len(context) - len(context.rstrip(" "))
     if blanks and context.strip(" "):

@@ -1,11 +1,11 @@
-"""Judges of generated answers: text against the expected text, no model involved."""
+"""Judges of generated answers: they compare text with the expected text, without a model."""
 
 from train.evaluate.last_number import last_number
 from train.evaluate.tasks.task import Item
 
 
 def exact(item: Item, answer: str) -> float:
-    """1 if the answer is the target, blanks around it apart."""
+    """1 if the answer equals the target, apart from surrounding blanks."""
     return float(answer.strip() == item.targets[0].strip())
 
 
@@ -15,16 +15,16 @@ def contains(item: Item, answer: str) -> float:
 
 
 def number(item: Item, answer: str) -> float:
-    """1 if the last number of the answer equals the last of the target; thousands separators are read over."""
+    """1 if the last number of the answer equals the last of the target; thousands separators are ignored."""
     found, wanted = last_number(answer), last_number(item.targets[0])
     return float(found is not None and found == wanted)
 
 
 def every(item: Item, answer: str) -> float:
-    """Share of the target's lines that occur in the answer, in any case: RULER's `string_match_all` (arXiv 2404.06654)."""
+    """Share of the target's lines that occur in the answer, ignoring case: RULER's `string_match_all` (arXiv 2404.06654)."""
     wanted = [line.strip() for line in item.targets[0].splitlines() if line.strip()]
     return sum(line.lower() in answer.lower() for line in wanted) / len(wanted)
 
 
 JUDGES = {"exact": exact, "contains": contains, "number": number, "all": every}
-"""By the name of `TaskConfig.verifier`."""
+"""The judges by the names of `TaskConfig.verifier`."""

@@ -1,9 +1,9 @@
-"""One training run, started several times: real `train.run.train` on forked ranks and real prepared data, each time until its
-end or a SIGKILL.
+"""A training run that is started several times, each time until its end or a SIGKILL: the real `train.run.train` on forked ranks
+and real prepared data.
 
 run = Run(recipe, world, folder=...)
-run.life(Kill(steps=3, delay_s=0.01))        start it and kill it in its fourth step
-run.life(None)                               start it and let it finish
+run.attempt(Kill(steps=3, delay_s=0.01))     start it and kill it in its fourth step
+run.attempt(None)                            start it and let it finish
 """
 
 import os
@@ -53,7 +53,7 @@ def recipe_in(folder: Path, *, steps_: int) -> Recipe:
 
 
 def contents_at(path: Path) -> Contents:
-    """What a checkpoint's manifest says it holds."""
+    """The contents of a checkpoint by its manifest."""
     return {name: record.fingerprint for name, record in read_manifest(path).tensors.items()}
 
 
@@ -69,7 +69,7 @@ class Kill:
 
 
 class Run:
-    """A run that is started again and again."""
+    """A run that is started several times."""
 
     def __init__(self, recipe: Recipe, world: int, *, folder: Path) -> None:
         """folder: for the ranks' output and results."""
@@ -87,11 +87,11 @@ class Run:
         path = self.folder / METRICS
         return read_metrics(path) if path.exists() else []
 
-    def life(self, kill: Kill | None) -> bool:
+    def attempt(self, kill: Kill | None) -> bool:
         """Start the run and wait for its end, or kill it. -> whether it was killed."""
         path = self.folder / METRICS
         before = path.stat().st_size if path.exists() else 0
-        children = start_ranks(self.world, live, self.recipe, self._said / "output", folder=self._said)
+        children = start_ranks(self.world, run_once, self.recipe, self._said / "output", folder=self._said)
         if kill is None:
             deaths = [os.waitpid(pid, 0)[1] for pid in children]
             assert not any(deaths), self._last_words()
@@ -128,7 +128,7 @@ class Run:
             time.sleep(0.001)
 
 
-def live(rank: int, recipe: Recipe, output: Path) -> None:
+def run_once(rank: int, recipe: Recipe, output: Path) -> None:
     """One rank of one start."""
     handle = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(handle, 1)

@@ -1,6 +1,6 @@
 """A simulated `stratum train` for tests of the launcher: the same signals, exit statuses and files, without torch.
 
-    python -m launch.local.rank pretend RUN_FOLDER --steps 40 [--fail RANK:STEP:HOW]...
+    python -m launch.local.rank simulated_train RUN_FOLDER --steps 40 [--fail RANK:STEP:HOW]...
 
 Each step takes `--step-s`. Rank 0 writes metrics.jsonl and checkpoints/latest. A `--fail` happens once per run folder (or
 each time, with `always`), so that a restart gets past it. HOW: raise, error (status 2), kill (SIGKILL), peer (raise

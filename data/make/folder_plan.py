@@ -1,11 +1,12 @@
-"""The plan of a folder, made once: the parts of each shard, and the texts whose split is fixed.
+"""The plan of a folder of data, made once: which parts make which shard, and the texts whose split is fixed.
 
-    plan.json    request (the recipe fields the content depends on), and per source the parts of each shard
+    plan.json    request (the recipe fields that the content depends on), and per source the parts of each shard
 
-Every task and every restart works from the same plan, which is why the bytes do not depend on how the work was shared out.
+Every task and every restart reads the same plan. This is why the bytes do not depend on which process made which shard.
 """
 
 import copy
+import functools
 import hashlib
 import json
 from collections.abc import Callable, Mapping
@@ -13,9 +14,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from data.make.corpus import first_two
+from data.make.corpus import first_of_each_split
 from data.make.megatron_sets import find_sets
-from data.sources.files import again_where_far, find_files, is_remote, local_path
+from data.sources.files import find_files, is_remote, local_path, retry_if_remote
 from data.sources.parts import cut, limited
 from data.sources.records import Part
 from data.sources.sets import HUB, hub_revision, is_set
@@ -29,7 +30,7 @@ from recipes.schema.rules import source_problems
 
 PLAN = "plan.json"
 _NONE = "-"
-"""In place of a digest: the split of every text follows from its digest."""
+"""Stored instead of a digest for a source without fixed texts: every text of it is held out."""
 _PREPARED_FIELDS = ("path", "format", "text_field", "template", "config", "split", "streaming", "on_bad_record",
                     "max_record_bytes", "max_expansion", "max_bytes")  # fmt: skip
 _TOKENIZER_FIELDS = ("path", "vocab_size", "end_of_document", "special_tokens", "pattern", "rank_offset", "keep_vocab",
@@ -37,19 +38,19 @@ _TOKENIZER_FIELDS = ("path", "vocab_size", "end_of_document", "special_tokens", 
 
 
 @dataclass(frozen=True)
-class SourceWork:
-    """The work of one source."""
+class SourcePlan:
+    """The shards to make of one source, and its two texts whose split is fixed."""
 
     shards: list[list[Part]]
-    """Parts of each shard; of a Megatron set, one part that names it."""
+    """Parts of each shard. A Megatron set is one shard of one part, which names the set."""
     heldout: str
-    """Digest of a text that is always held out, so that the split is not empty; empty for a Megatron set."""
+    """Digest of a text that is always held out, so that the split is not empty. An empty string for a Megatron set."""
     train: str
-    """The same for training; empty if the source is a single document, which is cut in two."""
+    """Digest of a text that is always trained on. An empty string for a Megatron set, and for a single document (cut in two)."""
 
     @property
     def bytes(self) -> int:
-        """Stored bytes of the files; of a set on disk, of its tables."""
+        """Stored bytes of the files, or of the tables of a `datasets` set on disk."""
         whole = {part.file: part.file_size or 0 for group in self.shards for part in group}
         return sum(whole.values()) or sum(part.size for group in self.shards for part in group)
 
@@ -60,23 +61,23 @@ class SourceWork:
 
 
 @dataclass(frozen=True)
-class Work:
-    """The work of all sources."""
+class FolderPlan:
+    """The plan of all sources, as `plan.json` stores it."""
 
     request: dict[str, Any]
-    sources: dict[str, SourceWork]
+    sources: dict[str, SourcePlan]
     seen: dict[str, str] = field(default_factory=dict)
-    """`stamp_of` of the sources that have one, when the plan was made."""
+    """`stamp_of` each source when the plan was made, for the sources that have one."""
 
     @property
-    def dealt(self) -> dict[str, str]:
-        """Split by digest, of texts whose split does not follow from the digest; the same in every source."""
-        pairs = ((split, getattr(work, split)) for work in self.sources.values() for split in ("heldout", "train"))
-        return {known: split for split, known in pairs if known not in ("", _NONE)}
+    def fixed_splits(self) -> dict[str, str]:
+        """{digest: split} of the texts whose split does not follow from the digest. It is valid for the texts of every source."""
+        pairs = ((split, getattr(plan, split)) for plan in self.sources.values() for split in ("heldout", "train"))
+        return {text_digest: split for split, text_digest in pairs if text_digest not in ("", _NONE)}
 
 
 def request_of(config: DataConfig) -> dict[str, Any]:
-    """The fields the prepared files depend on."""
+    """The recipe fields that the prepared files depend on."""
     sources = {name: _picked(asdict(source), _PREPARED_FIELDS) for name, source in config.sources.items()}
     for name, source in config.sources.items():
         sources[name]["path"] = without_credentials(source.path)
@@ -99,11 +100,11 @@ def request_of(config: DataConfig) -> dict[str, Any]:
     return plain
 
 
-def plan_work(config: DataConfig, folder: Path, *, say: Callable[[str], None] = lambda line: None) -> Work:
-    """The plan of a folder: that of another task or an earlier run, or a new one, which is stored. Reads the beginning of each
-    source, and `max_bytes` of those that have it.
+def plan_folder(config: DataConfig, folder: Path, *, say: Callable[[str], None] = lambda line: None) -> FolderPlan:
+    """The folder's stored plan if it has one, otherwise a new one, which is stored.
 
-    Raises DataError for sources without files or text, and for a folder begun with another request.
+    A new plan reads the beginning of each source, and the first `max_bytes` of sources that set it. Raises DataError for
+    sources without files or text, and for a folder that was begun with another request.
     """
     request = request_of(config)
     path = folder / PLAN
@@ -113,22 +114,23 @@ def plan_work(config: DataConfig, folder: Path, *, say: Callable[[str], None] = 
             sources = {name: _source_work(entry) for name, entry in raw["sources"].items()}
         except (ValueError, KeyError, TypeError) as error:
             raise DataError(f"{path} cannot be read: {error!r}. Remove {folder} and prepare again.") from error
-        same_request(folder, raw["request"], request)
+        refuse_other_request(folder, raw["request"], request)
         _check_sets(folder, config, raw.get("seen", {}))
-        work = Work(request, sources, raw.get("seen", {}))
-        if request != raw["request"]:  # settings that cannot change what is finished
-            disk.write_text(path, json.dumps(asdict(work)), is_own=True)
-        return work
-    work = Work(request, {}, {name: stamp for name in config.sources if (stamp := stamp_of(config, name))})
+        plan = FolderPlan(request, sources, raw.get("seen", {}))
+        if request != raw["request"]:  # only settings that cannot change finished shards
+            disk.write_text(path, json.dumps(asdict(plan)), is_own=True)
+        return plan
+    plan = FolderPlan(request, {}, {name: stamp for name in config.sources if (stamp := stamp_of(config, name))})
     for name in config.sources:
-        is_far = config.sources[name].streaming or is_remote(config.sources[name].path)
-        work.sources[name] = again_where_far(is_far, lambda name=name: _plan_source(config, name, work.dealt, say))  # type: ignore[misc]
-    disk.write_text(path, json.dumps(asdict(work)), is_own=True)
-    return work
+        is_from_server = config.sources[name].streaming or is_remote(config.sources[name].path)
+        plan_source = functools.partial(_plan_source, config, name, plan.fixed_splits, say)
+        plan.sources[name] = retry_if_remote(is_from_server, plan_source)
+    disk.write_text(path, json.dumps(asdict(plan)), is_own=True)
+    return plan
 
 
 def read_stamps(folder: Path) -> dict[str, str]:
-    """`seen` of a folder's plan; empty without a plan."""
+    """`seen` of the stored plan. Empty without a plan."""
     try:
         return dict(read_json(folder / PLAN, most_bytes=1 << 30).get("seen", {}))
     except (OSError, ValueError, TypeError, AttributeError):
@@ -136,7 +138,7 @@ def read_stamps(folder: Path) -> dict[str, str]:
 
 
 def _check_sets(folder: Path, config: DataConfig, seen: Mapping[str, str]) -> None:
-    """Refuse to continue with a set that changed since the plan: its rows are known by number only."""
+    """DataError if a set changed since the plan. Its rows are known by number only, so new rows would take their places."""
     for name, source in config.sources.items():
         stamp = stamp_of(config, name) if name in seen and is_set(source) else None
         if stamp is not None and stamp != seen[name]:
@@ -147,8 +149,8 @@ def _check_sets(folder: Path, config: DataConfig, seen: Mapping[str, str]) -> No
 
 
 def stamp_of(config: DataConfig, name: str) -> str | None:
-    """State of a source, to notice changes: the revision of a set of the Hub, or a digest of the names, sizes and times of change
-    of files on this machine. None if neither can be found out."""
+    """A text that changes when a source changes: the revision of a set on the Hub, or a digest of the names, sizes and
+    modification times of files on this machine. None if neither is known."""
     source = config.sources[name]
     path = source.path.removeprefix(HUB) if is_set(source) else source.path
     if is_remote(path):
@@ -173,31 +175,32 @@ def _facts(path: Path) -> tuple[int, int]:
     return found.st_size, found.st_mtime_ns
 
 
-def same_request(folder: Path, there: dict[str, Any], asked: dict[str, Any]) -> None:
-    """Refuse to mix the work of two requests. DataError names what changed."""
-    asked = _settled(there, asked)
-    if there == asked:
+def refuse_other_request(folder: Path, stored: dict[str, Any], wanted: dict[str, Any]) -> None:
+    """DataError, naming the changed fields, if a folder was begun with another request than the wanted one."""
+    wanted = _without_harmless_changes(stored, wanted)
+    if stored == wanted:
         return
-    changed = ", ".join(_differences(there, asked, ""))
+    changed = ", ".join(_differences(stored, wanted, ""))
     raise DataError(
-        f"{folder} holds data prepared differently ({changed} changed). Nothing was overwritten: choose another "
+        f"{folder} contains data prepared differently ({changed} changed). Nothing was overwritten: choose another "
         f"data.folder, or remove {folder}."
     )
 
 
-def _settled(there: dict[str, Any], asked: dict[str, Any]) -> dict[str, Any]:
-    """A request with the values of an earlier one in fields that cannot change finished shards.
+def _without_harmless_changes(stored: dict[str, Any], wanted: dict[str, Any]) -> dict[str, Any]:
+    """The wanted request, with the stored values in fields whose change cannot affect finished shards.
 
-    A shard that was finished while bad records were errors has none, so it is what skipping them, or a higher limit, would
-    have made. `max_expansion` only ever refuses. A tokenizer's file may be gone by now.
+    on_bad_record, max_record_bytes: while bad records are errors, a finished shard has none, so skipping them or raising the
+    limit would give the same shard. max_expansion can only refuse a file. The tokenizer's file may no longer exist, and then
+    its checksum is not known.
     """
-    same = copy.deepcopy(asked)
-    if not {"sha256"} <= (there["tokenizer"].keys() & same["tokenizer"].keys()):
+    same = copy.deepcopy(wanted)
+    if not {"sha256"} <= (stored["tokenizer"].keys() & same["tokenizer"].keys()):
         same["tokenizer"].pop("sha256", None)
-        if "sha256" in there["tokenizer"]:
-            same["tokenizer"]["sha256"] = there["tokenizer"]["sha256"]
-    for name in there["sources"].keys() & same["sources"].keys():
-        old, new = there["sources"][name], same["sources"][name]
+        if "sha256" in stored["tokenizer"]:
+            same["tokenizer"]["sha256"] = stored["tokenizer"]["sha256"]
+    for name in stored["sources"].keys() & same["sources"].keys():
+        old, new = stored["sources"][name], same["sources"][name]
         new["max_expansion"] = old["max_expansion"]
         if old["on_bad_record"] == "error":
             new["on_bad_record"] = "error"
@@ -206,38 +209,42 @@ def _settled(there: dict[str, Any], asked: dict[str, Any]) -> dict[str, Any]:
     return same
 
 
-def _plan_source(config: DataConfig, name: str, dealt: Mapping[str, str], say: Callable[[str], None]) -> SourceWork:
+def _plan_source(
+    config: DataConfig, name: str, fixed_splits: Mapping[str, str], say: Callable[[str], None]
+) -> SourcePlan:
     source, place = config.sources[name], f"data.sources.{name}"
     refuse(source_problems(config, name), DataError)
     if source.format == "megatron":
-        return SourceWork([[part] for part in find_sets(place, source)], heldout="", train="")
+        return SourcePlan([[part] for part in find_sets(place, source)], heldout="", train="")
     hidden: list[str] = []
     shards = limited(place, source, cut(place, source, config.shard_bytes, hidden=hidden))
     if hidden:
         say(f"{name}: left out {len(hidden):,} files and folders whose names begin with a dot, e.g. {hidden[0]}")
     fraction = config.heldout_of(name)
     if fraction == 1:
-        return SourceWork(shards, heldout=_NONE, train=_NONE)
-    heldout, train = first_two(name, source, shards, seed=config.seed, fraction=fraction, dealt=dealt)
-    return SourceWork(shards, heldout=heldout, train=train)
+        return SourcePlan(shards, heldout=_NONE, train=_NONE)
+    heldout, train = first_of_each_split(
+        name, source, shards, seed=config.seed, fraction=fraction, fixed_splits=fixed_splits
+    )
+    return SourcePlan(shards, heldout=heldout, train=train)
 
 
-def _source_work(raw: dict[str, Any]) -> SourceWork:
+def _source_work(raw: dict[str, Any]) -> SourcePlan:
     shards = [[Part(**part) for part in group] for group in raw["shards"]]
-    return SourceWork(shards, heldout=raw["heldout"], train=raw["train"])
+    return SourcePlan(shards, heldout=raw["heldout"], train=raw["train"])
 
 
 def _picked(values: dict[str, Any], names: tuple[str, ...]) -> dict[str, Any]:
     return {name: values[name] for name in names}
 
 
-def _differences(there: Any, asked: Any, where: str) -> list[str]:
-    """Dotted names of what differs."""
-    if not isinstance(there, dict) or not isinstance(asked, dict):
-        return [where] if there != asked else []
+def _differences(stored: Any, wanted: Any, where: str) -> list[str]:
+    """Dotted names of the values that differ."""
+    if not isinstance(stored, dict) or not isinstance(wanted, dict):
+        return [where] if stored != wanted else []
     dotted = f"{where}." if where else ""
     return [
         difference
-        for key in sorted(there.keys() | asked.keys())
-        for difference in _differences(there.get(key), asked.get(key), f"{dotted}{key}")
+        for key in sorted(stored.keys() | wanted.keys())
+        for difference in _differences(stored.get(key), wanted.get(key), f"{dotted}{key}")
     ]

@@ -1,0 +1,60 @@
+"""Which guesses of a drafter become tokens: the distribution of the tokens stays the model's own (arXiv 2211.17192, 2302.01318).
+
+    guess d ~ q        accepted with probability min(1, p(d) / q(d)); otherwise a token is drawn from max(0, p - q), normalised
+    d without a q      the token is drawn from p as if there was no guess; the guess is accepted if it is that token
+
+The second rule is the first one for a q that is certain of d: the token is d with probability p(d), and otherwise follows p
+without d. It gives the very tokens of a text without speculation. So does greedy decoding, with either kind of drafter.
+
+p and q are the distributions after temperature, top_k and top_p, in float64. All random numbers are functions of the
+request's seed and the token's number. So a text depends on its request and the two models, not on how many guesses were made,
+on the batch, or on whether the text had to wait.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from train.inference.sampling import Draw, distribution, draw, draw_from, uniforms
+
+
+@dataclass(frozen=True)
+class Guess:
+    """A token that was drawn from a distribution."""
+
+    id: int
+    distribution_V: torch.Tensor
+    """float64; the ids after its end have probability 0."""
+
+
+def acceptance(p_NV: torch.Tensor, q_NV: torch.Tensor, ids_N: torch.Tensor) -> torch.Tensor:
+    """Probability with which each guess is accepted, [N]; q of a guess is above 0."""
+    p, q = (x.gather(-1, ids_N[:, None])[:, 0] for x in (p_NV, q_NV))
+    return (p / q).clamp(max=1)
+
+
+def remainder(p_NV: torch.Tensor, q_NV: torch.Tensor) -> torch.Tensor:
+    """Weights from which a token is drawn instead of a rejected guess, [N, V]."""
+    rest = (p_NV - q_NV).clamp(min=0)
+    # Without a rest, p and q are equal up to rounding, and so is p to what is looked for.
+    return torch.where(rest.sum(-1, keepdim=True) > 0, rest, p_NV)
+
+
+def next_tokens(logits_NV: torch.Tensor, draws: Sequence[Draw], guesses: Sequence[Guess | None]) -> torch.Tensor:
+    """The token after each line of logits, [N]. guesses: of each line; None draws it as without speculation."""
+    lines = [line for line, guess in enumerate(guesses) if guess is not None and draws[line].sampling.temperature > 0]
+    if not lines:
+        return draw(logits_NV, draws)
+    tokens = torch.empty(len(draws), dtype=torch.int64, device=logits_NV.device)
+    guessed = set(lines)
+    others = [line for line in range(len(draws)) if line not in guessed]
+    if others:
+        tokens[others] = draw(logits_NV[others], [draws[line] for line in others])
+    some, found = [draws[line] for line in lines], [guess for line in lines if (guess := guesses[line]) is not None]
+    ids = torch.tensor([guess.id for guess in found], device=logits_NV.device)
+    q = torch.stack([guess.distribution_V for guess in found])
+    p = distribution(logits_NV[lines], some)[:, : q.shape[-1]]
+    is_accepted = uniforms(some, p.device, " accept")[:, 0] < acceptance(p, q, ids)
+    tokens[lines] = torch.where(is_accepted, ids, draw_from(remainder(p, q), uniforms(some, p.device, " remainder")))
+    return tokens
