@@ -31,7 +31,7 @@ test-oracle: setup ## compare with mamba-ssm, torchao, Transformer Engine, TRL a
 	@OMP_NUM_THREADS=1 $(PY) -m pytest -q -m oracle tests/parity/test_torchao.py
 	@STRATUM_TEST_TE=1 OMP_NUM_THREADS=1 $(PY) -m pytest -q -m oracle tests/parity/test_te.py
 	@OMP_NUM_THREADS=1 $(PY) -m pytest -q -m oracle tests/data/sources/test_clouds.py
-	@OMP_NUM_THREADS=1 .harness/bin/python -m pytest -q -m oracle tests/train/evaluate/test_harness.py
+	@OMP_NUM_THREADS=1 .harness/bin/python -m pytest -q -m oracle tests/train/evaluate/test_harness.py tests/train/evaluate/test_function_calls.py
 	@OMP_NUM_THREADS=1 .trl/bin/python -m pytest -q -m oracle tests/train/align
 	@bash tests/parity/install_vllm.sh
 	@OMP_NUM_THREADS=1 $(PY) -m pytest -q -rs -m oracle tests/parity/test_vllm.py
@@ -58,9 +58,12 @@ bench: setup ## speed of the smoke recipe, the scan and the loop, as a table
 bench-model: setup ## both model families against transformers, with growing rows (several minutes)
 	@$(PY) -m tests.bench.model
 
-bench-inference: setup ## tokens per second of the inference engine against transformers' generate (several minutes)
+bench-inference: setup ## tokens per second of the inference engine against transformers' generate and vLLM (several minutes)
 	@$(PY) -m tests.bench.inference
 	@$(PY) -m tests.bench.inference --part context
+	@$(PY) -m tests.bench.inference --part equal
+	@$(PY) -m tests.bench.inference --part tensor
+	@$(PY) -m tests.bench.serving
 
 bench-fp8: setup ## what emulating each low-precision recipe costs, as a table
 	@$(PY) -m tests.bench.precision

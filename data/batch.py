@@ -1,5 +1,6 @@
 """What the trainer gets: rows of tokens with their labels."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,6 +22,11 @@ class Batch:
     """[rows] int32: index of the source in the recipe's order."""
     positions: np.ndarray
     """[rows] int64: index in the global row order. For held-out rows, the index among the source's held-out rows."""
+    learned: torch.Tensor | None = None
+    """[rows, row_tokens] bool: the labels that are learned, of chats what the assistant wrote. None: all."""
+    labels_per_microbatch: Callable[[], float] | None = None
+    """Mean number of learned labels of the microbatches of a step, over all ranks; set by the trainer where not all labels are
+    learned. It may wait for the other ranks."""
 
     def select(self, rows: np.ndarray) -> "Batch":
         """A copy of some of the rows, in the given order. A row may occur twice."""
@@ -31,6 +37,8 @@ class Batch:
             document_index=None if self.document_index is None else self.document_index[index],
             source=self.source[index],
             positions=self.positions[rows],
+            learned=None if self.learned is None else self.learned[index],
+            labels_per_microbatch=self.labels_per_microbatch,
         )
 
     def part(self, start: int, stop: int) -> "Batch":
@@ -41,6 +49,8 @@ class Batch:
             document_index=None if self.document_index is None else self.document_index[start:stop],
             source=self.source[start:stop],
             positions=self.positions[start:stop],
+            learned=None if self.learned is None else self.learned[start:stop],
+            labels_per_microbatch=self.labels_per_microbatch,
         )
 
     def pinned(self) -> "Batch":
@@ -51,4 +61,6 @@ class Batch:
             document_index=None if self.document_index is None else self.document_index.pin_memory(),
             source=self.source,
             positions=self.positions,
+            learned=None if self.learned is None else self.learned.pin_memory(),
+            labels_per_microbatch=self.labels_per_microbatch,
         )

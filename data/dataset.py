@@ -92,7 +92,8 @@ class Dataset:
                 self._rearrange(
                     arrays.tokens[place], arrays.labels[place], pieces, source=int(source), epoch=int(epoch)
                 )
-        return _batch(arrays, draw.source, np.asarray(positions))
+        learned = self._learned(self.train, draw.source, draw.row)
+        return _batch(arrays, draw.source, np.asarray(positions), learned)
 
     def fetch_ahead(self, position: int) -> FetchAhead | None:
         """Start fetching the shards of the rows from `position` on. None if the data is local or fetching ahead is off."""
@@ -107,7 +108,8 @@ class Dataset:
     def heldout_rows(self, name: str, start: int, count: int) -> Batch:
         """Held-out rows start to start + count of a source, in the order of its documents, without fill in the middle."""
         source, rows = np.full(count, self.source_names.index(name)), np.arange(start, start + count)
-        return _batch(self._read(self.heldout, source, rows), source, rows)
+        filled = self._read(self.heldout, source, rows)
+        return _batch(filled, source, rows, self._learned(self.heldout, source, rows))
 
     def locate(self, position: int) -> RowAt:
         """The documents of the row at a position."""
@@ -132,9 +134,30 @@ class Dataset:
             row,
             vocab_size=self.vocab_size,
             with_documents=self.reset_at_documents,
-            separate=self.fim is not None or parts[0].best_fit,
+            separate=self.fim is not None or any(part.best_fit for part in parts),
             activity=self.activity,
         )
+
+    def _learned(self, parts: list[Rows], source: np.ndarray, row: np.ndarray) -> np.ndarray | None:
+        """[rows, row_tokens] bool: the labels that are learned; None if the data has no chats."""
+        masks = [part.mask for part in parts]
+        if not any(masks):
+            return None
+        learned = np.ones((len(row), self.row_tokens), dtype=bool)
+        places = np.flatnonzero([masks[which] is not None for which in source])
+        some = [mask or parts[which] for which, mask in enumerate(masks)]  # sources without a mask are not read
+        if len(places):
+            arrays = read_batch(
+                some,
+                source[places],
+                row[places],
+                vocab_size=2,
+                with_documents=False,
+                separate=False,
+                activity=self.activity,
+            )
+            learned[places] = arrays.labels != 0
+        return learned
 
     def _rearrange(
         self, inputs: np.ndarray, labels: np.ndarray, pieces: list[Piece], *, source: int, epoch: int
@@ -155,13 +178,14 @@ class Dataset:
             slot = stop
 
 
-def _batch(arrays: BatchArrays, source: np.ndarray, positions: np.ndarray) -> Batch:
+def _batch(arrays: BatchArrays, source: np.ndarray, positions: np.ndarray, learned: np.ndarray | None) -> Batch:
     return Batch(
         tokens=torch.from_numpy(arrays.tokens),
         labels=torch.from_numpy(arrays.labels),
         document_index=None if arrays.documents is None else torch.from_numpy(arrays.documents),
         source=torch.from_numpy(source.astype(np.int32)),
         positions=positions,
+        learned=None if learned is None else torch.from_numpy(learned),
     )
 
 
@@ -208,14 +232,20 @@ def open_dataset(config: DataConfig) -> Dataset:
                 for name in names
                 for split in SPLITS
                 for entry in manifest.sources[name].splits[split]
-                for suffix in ("bin", "idx")
+                for suffix in entry.token_files
             }.items()
         )
     parts: dict[str, list[Rows]] = {split: [] for split in SPLITS}
     for name in names:
         for split, rows in parts.items():
-            stream = TokenStream(manifest.sources[name].splits[split], pool)
-            is_packed = split == "train" and config.packing == "best_fit"
+            entries = manifest.sources[name].splits[split]
+            stream = TokenStream(entries, pool)
+            masks = [found for entry in entries if (found := entry.mask) is not None]
+            mask = None
+            if masks:
+                mask = Rows(TokenStream(masks, pool), row_tokens=config.row_tokens, eod=0, best_fit=False)
+            # Chats were packed when they were prepared.
+            is_packed = split == "train" and config.packing == "best_fit" and mask is None
             rows.append(
                 Rows(
                     stream,
@@ -223,6 +253,7 @@ def open_dataset(config: DataConfig) -> Dataset:
                     eod=manifest.tokenizer.eod,
                     best_fit=is_packed,
                     sources=len(names),
+                    mask=mask,
                 )
             )
     refuse(row_problems(config, manifest), DataError)
@@ -249,7 +280,9 @@ def open_dataset(config: DataConfig) -> Dataset:
 
 def _check_budget(config: DataConfig, manifest: Manifest, budget_bytes: int) -> None:
     entries = (e for name in config.sources for split in SPLITS for e in manifest.sources[name].splits[split])
-    size, path = max(((e.files["bin"].bytes + e.files["idx"].bytes, e.path) for e in entries), default=(0, ""))
+    size, path = max(
+        ((sum(e.files[suffix].bytes for suffix in e.token_files), e.path) for e in entries), default=(0, "")
+    )
     if size > budget_bytes:
         shown = without_credentials(config.folder)
         raise DataError(

@@ -9,6 +9,7 @@ from omegaconf import DictConfig
 from rich import box
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from data.dataset import Dataset, open_dataset
 from data.rows.packing import STRETCH_ROWS, Rows, best_fit
@@ -17,6 +18,7 @@ from data.store.manifest import SPLITS, read_manifest
 from data.store.verify import Verifier
 from data.system.console import open_console, progress
 from data.system.figure import MUTED, SERIES, canvas
+from data.tokenizer import Tokenizer
 from recipes.schema.command import section
 from recipes.schema.credentials import without_credentials
 from recipes.schema.data import DataConfig
@@ -69,6 +71,8 @@ def inspect(config: InspectConfig, composed: DictConfig) -> int:
     trained = [(n, rows) for n, rows in zip(dataset.source_names, dataset.train, strict=True) if rows.count]
     lengths = {name: lengths_of(rows) for name, rows in trained}
     console.print(_counts(dataset))
+    if (chats := _chat_table(dataset)) is not None:
+        console.print(chats)
     console.print(_lengths_table(lengths))
     global_rows = int(composed.run.global_rows)
     console.print(_rows_table(dataset, data, steps=int(composed.run.steps), total_rows=total_rows))
@@ -123,7 +127,7 @@ def _rows_table(dataset: Dataset, data: DataConfig, *, steps: int, total_rows: i
     )  # fmt: skip
     drawn, epochs = dataset.blend.curriculum.drawn(total_rows), dataset.blend.epochs(total_rows)
     for index, (name, rows) in enumerate(zip(dataset.source_names, dataset.train, strict=True)):
-        cut = f"{share_cut(rows, packing=data.packing):.1%}" if rows.count else "-"
+        cut = f"{share_cut(rows, packing='best_fit' if rows.best_fit else 'chunk'):.1%}" if rows.count else "-"
         table.add_row(
             name, f"{rows.count:,}", f"{rows.cropped_tokens:,}", cut,
             f"{drawn[index] / max(1, total_rows):.2%}", f"{epochs[index]:.2f}",
@@ -140,10 +144,50 @@ def _samples(dataset: Dataset, config: InspectConfig, console: Console) -> None:
             tokens = np.empty(min(stop - start, 4 * config.chars), dtype=rows.stream.dtype)
             rows.stream.read(start, tokens)
             origin = dataset.origin(rows.stream, int(document))
-            text = dataset.tokenizer.decode(tokens.tolist())[: config.chars]
             console.print(f"\n{name} document {document:,}, {stop - start:,} tokens", style="bold")
             console.print(f"{printable(origin.file)} record {origin.record:,}", style="dim")
-            console.print(repr(text))
+            if rows.mask is None:
+                console.print(repr(dataset.tokenizer.decode(tokens.tolist())[: config.chars]))
+            else:
+                learned = rows.mask.read_labels(start, len(tokens)) != 0
+                console.print(coloured(dataset.tokenizer, tokens, learned, chars=config.chars, console=console))
+
+
+def coloured(tokenizer: Tokenizer, tokens: np.ndarray, learned: np.ndarray, *, chars: int, console: Console) -> Text:
+    """A chat's beginning with its special tokens; what is learned is green, or between arrows where there are no colours."""
+    edges = np.flatnonzero(np.diff(learned)) + 1
+    text, left = Text(), chars
+    for part, is_learned in zip(np.split(tokens, edges), np.split(learned, edges), strict=True):
+        piece = printable(repr(tokenizer.decode_all(part.tolist()))[1:-1], most=left)
+        left -= len(piece)
+        if is_learned[0] and not console.is_terminal:
+            piece = f"\u2192{piece}\u2190"
+        text.append(piece, style="green" if is_learned[0] else None)
+        if left <= 0:
+            break
+    return text
+
+
+def _chat_table(dataset: Dataset) -> Table | None:
+    """How many tokens of chats are learned; None without chats."""
+    chats = {
+        name: dataset.manifest.sources[name].description
+        for name in dataset.source_names
+        if "chats" in dataset.manifest.sources[name].description
+    }
+    if not chats:
+        return None
+    table = _table(
+        "chats", "source", "split", "learned", "of all", "fill up rows", "of all", "left out, longer than a row"
+    )
+    for name, description in chats.items():
+        for split in SPLITS:
+            counts, every = description["chats"][split], max(1, dataset.manifest.sources[name].count(split, "tokens"))
+            table.add_row(
+                name, split, f"{counts['learned']:,}", f"{counts['learned'] / every:.1%}", f"{counts['padding']:,}",
+                f"{counts['padding'] / every:.1%}", f"{description['long_records']:,}" if split == "train" else "",
+            )  # fmt: skip
+    return table
 
 
 def _verify(data: DataConfig, console: Console) -> None:

@@ -21,6 +21,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
+from data.chat.record import words_of
 from data.make.corpus import Reader
 from data.make.folder_plan import FolderPlan, plan_folder, read_stamps, refuse_other_request, request_of, stamp_of
 from data.make.lock import prepare_lock
@@ -148,6 +149,8 @@ def jobs_of(config: DataConfig, plan: FolderPlan) -> list[ShardJob]:
             seed=config.seed,
             fraction=config.heldout_of(name),
             shard_bytes=config.shard_bytes,
+            chat=config.chat,
+            row_tokens=config.row_tokens,
         )
         for name, source in plan.sources.items()
         for number, parts in enumerate(source.shards)
@@ -199,7 +202,7 @@ def _training_texts(config: DataConfig, jobs: list[ShardJob]) -> Iterator[str]:
                 for text in with_splits(job, reader.documents(part)) if left > 0 else ():
                     if text.split == "train":
                         left -= text.bytes
-                        yield text.document.text
+                        yield words_of(text.document.text) if job.is_chat else text.document.text
                     if left <= 0:
                         break
 
@@ -312,7 +315,8 @@ def _merge_source(
     )
     records_before: dict[str, int] = {}
     problems: list[str] = []
-    unended = unknown = 0
+    unended = unknown = long_records = 0
+    chats: dict[str, dict[str, int]] = {}
     for job in jobs:
         if job.name != name:
             continue
@@ -325,11 +329,18 @@ def _merge_source(
             problems += result.problems
             unended += result.unended
             unknown += result.unknown
+            long_records += result.long_records
+            for split, counts in result.chats.items():
+                sums = chats.setdefault(split, {"learned": 0, "padding": 0})
+                sums["learned"] += counts.learned
+                sums["padding"] += counts.padding
             entry = replace(
                 entry,
                 bad_records=entry.bad_records + result.bad_records,
                 empty_documents=entry.empty_documents + result.empty_documents,
             )
+    if chats:
+        entry = replace(entry, description=entry.description | {"chats": chats, "long_records": long_records})
     tokens, text_bytes = (sum(entry.count(split, what) for split in SPLITS) for what in ("tokens", "text_bytes"))
     _say(
         console,
@@ -337,6 +348,13 @@ def _merge_source(
         f"{text_bytes / max(1, tokens):.2f} bytes per token; held out: "
         f"{entry.count('heldout', 'documents'):,} documents, {entry.count('heldout', 'tokens'):,} tokens",
     )
+    if chats:
+        train, all_tokens = chats["train"], max(1, entry.count("train", "tokens"))
+        _say(
+            console,
+            f"{name}: {train['learned']:,} tokens are learned ({train['learned'] / all_tokens:.1%}), {train['padding']:,} "
+            f"fill up rows ({train['padding'] / all_tokens:.1%}); {long_records:,} chats left out, longer than a row",
+        )
     if unended:
         _say(
             console,

@@ -86,6 +86,24 @@ def source_problems(config: DataConfig, manifest: Manifest) -> list[Problem]:
         )
         remedy = f"Set it to {stored or 'null'}, or prepare the data again, into another data.folder."
         found.append(Problem("data.tokenizer.begin_of_document", text, remedy))
+    chat = manifest.request.get("chat")
+    if config.chats and chat is not None and chat["row_tokens"] != config.row_tokens:
+        text = (
+            f"the chats of {without_credentials(config.folder)} are packed in rows of {chat['row_tokens']:,} tokens, and "
+            f"data.row_tokens={config.row_tokens:,}."
+        )
+        remedy = f"Set data.row_tokens={chat['row_tokens']}, or prepare the data again, into another data.folder."
+        found.append(Problem("data.row_tokens", text, remedy))
+    for name, source in config.sources.items():
+        there = manifest.sources.get(name)
+        if there is not None and ("chats" in there.description) != (source.kind == "chat"):
+            is_text = source.kind == "text"
+            text = (
+                f"source {name!r} of {without_credentials(config.folder)} was prepared as {'chats' if is_text else 'text'}, and "
+                f"data.sources.{name}.kind={source.kind}."
+            )
+            remedy = "Set its kind as it was, or prepare the data again, into another data.folder."
+            found.append(Problem(f"data.sources.{name}.kind", text, remedy))
     missing = [name for name in config.sources if name not in manifest.sources]
     if not missing:
         return found

@@ -38,6 +38,8 @@ class SeenPiece:
     file: str
     record: int
     text: str
+    learned: int
+    """Tokens of it that are learned."""
 
 
 def pieces_of(dataset: Dataset, row: RowAt, *, chars: int) -> Iterator[SeenPiece]:
@@ -57,6 +59,7 @@ def pieces_of(dataset: Dataset, row: RowAt, *, chars: int) -> Iterator[SeenPiece
             file=origin.file,
             record=origin.record,
             text=_text(dataset, rows, piece, chars) if chars else "",
+            learned=size if rows.mask is None else int(rows.mask.read_labels(piece.start, size).sum(dtype=np.int64)),
         )
         slot += size
 
@@ -129,7 +132,9 @@ def _show_step(dataset: Dataset, config: TraceConfig, global_rows: int, *, steps
         _say(f"\nposition {position:,}: source {name}, row {row.row:,}, epoch {row.epoch + 1}")
         for piece in pieces:
             place = f"{printable(piece.file)} record {piece.record:,}"
-            _say(f"  {piece.slot:>6,}  {piece.tokens:>6,} tokens  {place}  (document {piece.document:,}, {piece.part})")
+            learned = "" if dataset.train[row.source].mask is None else f", {piece.learned:,} learned"
+            document = f"document {piece.document:,}, {piece.part}{learned}"
+            _say(f"  {piece.slot:>6,}  {piece.tokens:>6,} tokens  {place}  ({document})")
             if piece.text:
                 _say(f"          {piece.text!r}")
     if config.step > steps and not config.json:

@@ -18,6 +18,7 @@ from train.checkpoint.manifest import RunState
 from train.checkpoint.tensors import StoredTensors, write_weights
 from train.hf.config import SpecialTokens, to_config
 from train.hf.convert import Format, export_weights
+from train.hf.quantize_export import Quantizer
 
 HYBRID = replace(TINY, pattern="M-M*-M*-", heads=6, kv_heads=3)
 GEMMA = ModelConfig(
@@ -100,11 +101,16 @@ def exported(
     format: Format = "keep",
     vocab: int | None = None,
     max_positions: int = 128,
+    quantizer: Quantizer | None = None,
 ) -> Path:
     """A directory in Hugging Face's format, without a tokenizer, in several files."""
     folder.mkdir(parents=True)
-    export_weights(StoredTensors(path), folder, model=model, format=format, vocab=vocab, file_bytes=200_000)
-    config = to_config(model, tokens=TOKENS, max_positions=max_positions, dtype="float32", vocab=vocab)
+    export_weights(
+        StoredTensors(path), folder, model=model, format=format, vocab=vocab, file_bytes=200_000, quantizer=quantizer
+    )
+    dtype = "bfloat16" if format == "bf16" else "float32"
+    config = to_config(model, tokens=TOKENS, max_positions=max_positions, dtype=dtype, vocab=vocab)
+    config |= quantizer.config if quantizer is not None else {}
     (folder / "config.json").write_text(json.dumps(config))
     return folder
 

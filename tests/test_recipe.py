@@ -261,3 +261,11 @@ def test_every_recipe_meant_for_a_gpu_has_widths_that_fp8_takes_there(name: str)
     """cuBLASLt needs both dimensions of an FP8 matrix to be multiples of 16. The 130M recipe had an in_proj of 4,120 rows."""
     recipe = recipe_from_mapping(composed(name, "precision=fp8_current"))
     assert shape_rules(recipe, backend="te") == []
+
+
+def test_a_field_that_an_older_run_did_not_have_is_no_change_if_it_has_its_default() -> None:
+    old = recipe_mapping(RECIPE)
+    for source in old["data"]["sources"].values():
+        del source["kind"]
+    del old["data"]["chat"]
+    assert differences(old, recipe_mapping(RECIPE)) == []

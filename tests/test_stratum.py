@@ -144,6 +144,22 @@ def test_a_run_is_named_by_its_folder_or_its_name_and_keeps_its_recipe(folder: P
     assert found["run"]["folder"] == str(moved.parent)
 
 
+def test_a_model_in_hugging_faces_format_names_the_import(folder: Path) -> None:
+    (folder / "their model").mkdir()
+    (folder / "their model" / "config.json").write_text("{}")
+    (folder / "their model" / "model-00001.safetensors").touch()
+    place = str(folder / "their model")
+    words = f"Import it: stratum hf import {shlex.quote(place)} --out 'imports/their model'. Then: stratum generate (or serve)"
+    for command in (
+        ["generate", place],
+        ["serve", place],
+        ["evaluate", place, "--tasks", "needle-1k"],
+        ["status", place],
+    ):
+        status, text = run(*command)
+        assert status == 2 and words in text and "evaluate 'imports/their model'/checkpoint" in text, text
+
+
 def test_every_command_that_is_named_anywhere_exists() -> None:
     """In documents, messages and docstrings: `stratum WORD`, and no `python -m` where there is a command."""
     first = {name.split()[0] for name in stratum.COMMANDS}

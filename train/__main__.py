@@ -15,7 +15,7 @@ from omegaconf import DictConfig
 
 from data.system.parent import end_with_parent
 from recipes.schema.command import dotted_keys, run_command
-from recipes.schema.errors import USER_ERRORS
+from recipes.schema.errors import USER_ERRORS, StratumError
 from recipes.schema.options import CommandParser
 from recipes.schema.read import read_recipe
 from recipes.schema.recipe import Recipe
@@ -66,8 +66,12 @@ def _train(composed: DictConfig) -> int:
         if end.reason == "finished":
             from train.record.report import write_report  # needed only at the end of a run, on one rank
 
-            write_report(end.folder)
-            _say(f"Finished at step {end.step}. Summary: {end.folder}/summary.md, picture: {end.folder}/loss.png")
+            try:
+                write_report(end.folder)
+            except (StratumError, OSError) as error:  # e.g. a full disk: the run itself is finished and saved
+                _say(f"Finished at step {end.step}. No summary: {error} To write it: stratum report {end.folder}")
+            else:
+                _say(f"Finished at step {end.step}. Summary: {end.folder}/summary.md, picture: {end.folder}/loss.png")
         else:
             _say(
                 f"Stopped at step {end.step} ({end.reason}); the checkpoint is written. The same command continues "

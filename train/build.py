@@ -194,13 +194,23 @@ def model_on_one_rank(recipe: Recipe, checkpoint: Path, *, device: torch.device)
 def model_for_inference(
     recipe: Recipe, checkpoint: Path, *, device: torch.device, rank: int = 0, tensor: int = 1
 ) -> Iterator[Any]:
+    """`model_on_ranks` with one copy of the model, whose tensor ranks are the world."""
+    with model_on_ranks(recipe, checkpoint, device=device, rank=rank, world=tensor, tensor=tensor) as (model, _):
+        yield model
+
+
+@contextmanager
+def model_on_ranks(
+    recipe: Recipe, checkpoint: Path, *, device: torch.device, rank: int, world: int, tensor: int = 1
+) -> Iterator[tuple[Any, Mesh]]:
     """The model of a recipe with a checkpoint's weights, for inference: plain torch, in eval mode, one pipeline stage, split
-    over `tensor` ranks. The checkpoint may be of any layout. Collective over these ranks, which are the world.
+    over `tensor` ranks; each further group of `tensor` ranks has a copy. The checkpoint may be of any layout. Collective over
+    the world.
 
     checkpoint: or a directory of `stratum hf export --quantize`, on one rank: its linear layers keep their codes and scales.
     """
-    with models_for_inference([(recipe, checkpoint)], device=device, rank=rank, tensor=tensor) as (model,):
-        yield model
+    with _models([(recipe, checkpoint)], device=device, rank=rank, world=world, tensor=tensor) as ((model,), mesh):
+        yield model, mesh
 
 
 @contextmanager
@@ -208,6 +218,14 @@ def models_for_inference(
     sources: Sequence[tuple[Recipe, Path]], *, device: torch.device, rank: int = 0, tensor: int = 1
 ) -> Iterator[list[Any]]:
     """As `model_for_inference` for several models in the same process groups: (recipe, checkpoint) of each."""
+    with _models(sources, device=device, rank=rank, world=tensor, tensor=tensor) as (models, _):
+        yield models
+
+
+@contextmanager
+def _models(
+    sources: Sequence[tuple[Recipe, Path]], *, device: torch.device, rank: int, world: int, tensor: int
+) -> Iterator[tuple[list[Any], Mesh]]:
     for recipe, checkpoint in sources:
         if not is_quantized(checkpoint):
             check_same_function(read_checkpoint_manifest(checkpoint).recipe, recipe, place=str(checkpoint))
@@ -215,15 +233,18 @@ def models_for_inference(
             raise RecipeError(f"{checkpoint} has quantised weights, which are not split over ranks. Use one rank.")
     use_device(device)
 
+    copies = max(1, world // tensor)
     ones = [
         replace(
-            recipe, parallel=ParallelConfig(tensor=tensor), run=replace(recipe.run, global_rows=1, microbatch_rows=1)
+            recipe,
+            parallel=ParallelConfig(tensor=tensor),
+            run=replace(recipe.run, global_rows=copies, microbatch_rows=1),
         )
         for recipe, _ in sources
     ]
-    layouts = [check(one, world=tensor) for one in ones]
+    layouts = [check(one, world=world) for one in ones]
     with mesh_of(ones[0], layouts[0], device=device, rank=rank) as mesh:
-        yield [_loaded(one, checkpoint, mesh=mesh) for one, (_, checkpoint) in zip(ones, sources, strict=True)]
+        yield [_loaded(one, checkpoint, mesh=mesh) for one, (_, checkpoint) in zip(ones, sources, strict=True)], mesh
 
 
 def _loaded(recipe: Recipe, checkpoint: Path, *, mesh: Mesh) -> Any:

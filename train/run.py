@@ -156,7 +156,7 @@ def _train(recipe: Recipe, *, mesh: Mesh, dataset: Dataset, folder: Path, check_
                 check_scores(at, scores, advice=lambda: checkpoints.advice(mesh))
             if tasks_are_due(recipe.evaluate, at, steps=recipe.run.steps):
                 with telemetry.phase("scoring tasks"):
-                    results = task_scores(engine, tasks, dataset.tokenizer)
+                    results = task_scores(engine, tasks, dataset.tokenizer, shape=recipe.model)
                 telemetry.event("tasks", step=at, tasks=results)
 
         def save(at: int, rows: int, *, background: bool) -> None:

@@ -6,7 +6,9 @@ from typing import Any
 
 import torch
 
+from recipes.schema.errors import DataError
 from train.engine import Engine, run_schedule
+from train.objective.next_token import count_labels
 from train.optim.optimizer import set_learning_rate
 from train.record.stopwatch import Stopwatch
 
@@ -36,6 +38,8 @@ def train_step(
     """One update of the weights. Collective over the world.
 
     step: steps finished before this one. measure: take readings of quantised operands (`engine.precision.health`).
+    DataError for a step without a learned label, before the weights change.
+
     before_update: called after the gradients are complete and before weights and moments change.
     """
     tokens = len(microbatches) * engine.microbatch_rows * engine.mesh.layout.data * engine.row_tokens
@@ -43,7 +47,13 @@ def train_step(
     for chunk in engine.chunks:
         chunk.zero_grad_buffer()
     engine.optimizer.zero_grad()
+    microbatches, count = count_labels(engine.mesh, microbatches)
     reports = run_schedule(engine, microbatches, forward_step=engine.forward_step)
+    if count is not None and not count():
+        raise DataError(
+            f"step {step + 1:,} has no label that is learned, so it has no loss. `stratum trace --step {step + 1}` shows its "
+            f"rows: answers cut off by data.chat.long_record=cut look like this. Use more rows a step, or long_record=drop."
+        )
     # Each report is [loss, *parts].
     total = torch.zeros(1 + len(engine.loss_parts), device=engine.mesh.device)
     if reports:

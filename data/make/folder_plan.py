@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from data.chat.template import template_source
 from data.make.corpus import first_of_each_split
 from data.make.megatron_sets import find_sets
 from data.sources.files import find_files, is_remote, local_path, retry_if_remote
@@ -23,7 +24,7 @@ from data.sources.sets import HUB, hub_revision, is_set
 from data.store.manifest import file_sha256
 from data.system import disk
 from recipes.schema.credentials import without_credentials
-from recipes.schema.data import DataConfig
+from recipes.schema.data import CHAT_TEMPLATES, DataConfig
 from recipes.schema.errors import DataError, refuse
 from recipes.schema.foreign import read_json
 from recipes.schema.rules import source_problems
@@ -33,6 +34,7 @@ _NONE = "-"
 """Stored instead of a digest for a source without fixed texts: every text of it is held out."""
 _PREPARED_FIELDS = ("path", "format", "text_field", "template", "config", "split", "streaming", "on_bad_record",
                     "max_record_bytes", "max_expansion", "max_bytes")  # fmt: skip
+_CHAT_FIELDS = ("kind", "messages_field", "tools_field")
 _TOKENIZER_FIELDS = ("path", "vocab_size", "end_of_document", "special_tokens", "pattern", "rank_offset", "keep_vocab",
                      "train_bytes")  # fmt: skip
 
@@ -83,19 +85,26 @@ def request_of(config: DataConfig) -> dict[str, Any]:
         sources[name]["path"] = without_credentials(source.path)
         if source.heldout_fraction is not None:
             sources[name]["heldout_fraction"] = source.heldout_fraction
+        if source.kind == "chat":
+            sources[name] |= _picked(asdict(source), _CHAT_FIELDS)
     tokenizer = _picked(asdict(config.tokenizer), _TOKENIZER_FIELDS)
     if config.tokenizer.begin_of_document is not None:
         tokenizer["begin_of_document"] = config.tokenizer.begin_of_document
     path = config.tokenizer.path
     if path is not None and Path(path).is_file():
         tokenizer["sha256"] = file_sha256(Path(path))
-    request = {
+    request: dict[str, Any] = {
         "sources": sources,
         "tokenizer": tokenizer,
         "heldout_fraction": config.heldout_fraction,
         "seed": config.seed,
         "shard_bytes": config.shard_bytes,
     }
+    if config.chats:
+        request["chat"] = asdict(config.chat) | {"row_tokens": config.row_tokens}
+        if config.chat.template in CHAT_TEMPLATES or Path(config.chat.template).is_file():
+            digest = hashlib.sha256(template_source(config.chat.template).encode()).hexdigest()
+            request["chat"]["template_sha256"] = digest
     plain: dict[str, Any] = json.loads(json.dumps(request))
     return plain
 
@@ -191,14 +200,16 @@ def _without_harmless_changes(stored: dict[str, Any], wanted: dict[str, Any]) ->
     """The wanted request, with the stored values in fields whose change cannot affect finished shards.
 
     on_bad_record, max_record_bytes: while bad records are errors, a finished shard has none, so skipping them or raising the
-    limit would give the same shard. max_expansion can only refuse a file. The tokenizer's file may no longer exist, and then
-    its checksum is not known.
+    limit would give the same shard. max_expansion can only refuse a file. The tokenizer's or the chat
+    template's file may no longer exist, and then its checksum is not known.
     """
     same = copy.deepcopy(wanted)
     if not {"sha256"} <= (stored["tokenizer"].keys() & same["tokenizer"].keys()):
         same["tokenizer"].pop("sha256", None)
         if "sha256" in stored["tokenizer"]:
             same["tokenizer"]["sha256"] = stored["tokenizer"]["sha256"]
+    if "chat" in stored and "chat" in same and "template_sha256" not in same["chat"]:
+        same["chat"] |= {key: stored["chat"][key] for key in ("template_sha256",) if key in stored["chat"]}
     for name in stored["sources"].keys() & same["sources"].keys():
         old, new = stored["sources"][name], same["sources"][name]
         new["max_expansion"] = old["max_expansion"]

@@ -17,22 +17,26 @@ import json
 from array import array
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from data.chat.encode import ChatDocument, ChatEncoder, ChatTooLong
+from data.chat.pack import RowPacker
+from data.chat.template import ChatError
 from data.make.corpus import Document, Reader, cut_in_two, digest, is_heldout
 from data.make.megatron_sets import describe_set, unended_documents
 from data.sources.files import is_remote, retry_if_remote
+from data.sources.parts import problem_of
 from data.sources.records import Part
-from data.store.manifest import SPLITS, ShardEntry, shard_entry
+from data.store.manifest import MASK, MASK_DTYPE, SPLITS, ShardEntry, shard_entry
 from data.store.origins import pack_origins
 from data.store.shards import ShardWriter, write_with_facts
 from data.system import disk
 from data.tokenizer import Tokenizer, Unencodable
-from recipes.schema.data import SourceConfig
+from recipes.schema.data import ChatConfig, SourceConfig
 from recipes.schema.errors import DataError
 from recipes.schema.foreign import read_json
 
@@ -64,6 +68,15 @@ class ShardJob:
     """Fraction of the texts to hold out; 1 for a source that is only evaluated."""
     shard_bytes: int
     """Bytes of text after which a shard ends and the next begins."""
+    chat: ChatConfig
+    """How chats become tokens, if the source has chats."""
+    row_tokens: int
+    """Tokens of the rows that chats are packed in."""
+
+    @property
+    def is_chat(self) -> bool:
+        """Whether the source's records are chats."""
+        return self.source.kind == "chat"
 
     @property
     def prefix(self) -> str:
@@ -86,6 +99,27 @@ class ShardJob:
 
 
 @dataclass(frozen=True)
+class PlainDocument:
+    """A text as tokens, between its begin-of-document token, if any, and its end-of-document token."""
+
+    ids: np.ndarray
+    text_bytes: int
+
+
+_Document = PlainDocument | ChatDocument
+
+
+@dataclass(frozen=True)
+class ChatCounts:
+    """What became of the chats of one split of a shard."""
+
+    learned: int
+    """Tokens that are learned."""
+    padding: int
+    """Tokens that rows were filled up with."""
+
+
+@dataclass(frozen=True)
 class ShardResult:
     """The result of one shard: its manifest entries and counts."""
 
@@ -100,6 +134,10 @@ class ShardResult:
     """Documents of a Megatron set that do not end with the end-of-document token."""
     unknown: int = 0
     """Number of unknown tokens written."""
+    chats: dict[str, ChatCounts] = field(default_factory=dict)
+    """By split, if the source has chats."""
+    long_records: int = 0
+    """Chats left out because they are longer than a row."""
     next_part: int | None = None
     """Index of the part in which the job's next shard begins; None for its last shard."""
     next_record: int = 0
@@ -133,7 +171,8 @@ def _read_result(path: Path) -> ShardResult:
     try:
         raw: dict[str, Any] = read_json(path, most_bytes=1 << 30)
         splits = {split: shard_entry(entry) for split, entry in raw["splits"].items()}
-        return ShardResult(**(raw | {"splits": splits, "problems": tuple(raw["problems"])}))
+        chats = {split: ChatCounts(**counts) for split, counts in raw.get("chats", {}).items()}
+        return ShardResult(**(raw | {"splits": splits, "problems": tuple(raw["problems"]), "chats": chats}))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(f"{path} cannot be read: {error!r}. Remove it and prepare again.") from error
 
@@ -184,9 +223,10 @@ def _make(job: ShardJob, tokenizer: Tokenizer, threads: int, report: Report) -> 
     start, record = (done[-1].next_part or 0, done[-1].next_record) if done else (0, 0)
     texts = _TextStream(job, Reader(job.name, job.source), part=start, record=record)
     number = len(done)
-    while (result := _write_shard(job, number, texts, tokenizer, threads, report)).next_part is not None:
-        _write_result(job.folder / f"{job.early_prefix(number)}.json", result)
-        number += 1
+    with _Encoder(job, tokenizer, threads) as encoder:
+        while (result := _write_shard(job, number, texts, encoder, report)).next_part is not None:
+            _write_result(job.folder / f"{job.early_prefix(number)}.json", result)
+            number += 1
     _write_result(job.result, result)
 
 
@@ -221,32 +261,73 @@ class _TextStream:
         return self._reported - before
 
 
-def _write_shard(
-    job: ShardJob, number: int, texts: _TextStream, tokenizer: Tokenizer, threads: int, report: Report
-) -> ShardResult:
+class _Encoder:
+    """Turns the texts of a job into documents."""
+
+    def __init__(self, job: ShardJob, tokenizer: Tokenizer, threads: int) -> None:
+        self.tokenizer = tokenizer
+        self._job = job
+        self._threads = threads
+        self.chats: ChatEncoder | None = None
+        if job.is_chat:
+            self.chats = ChatEncoder(job.chat, tokenizer, row_tokens=job.row_tokens, seed=job.seed)
+
+    def __enter__(self) -> "_Encoder":
+        return self
+
+    def __exit__(self, *ended: Any) -> None:
+        if self.chats is not None:
+            self.chats.__exit__(*ended)
+
+    def encoded(self, batch: list[SplitText], part: Part) -> Iterator[tuple[SplitText, list[_Document] | str]]:
+        """Each text with its documents, or with what is wrong with it. part: where the batch was read."""
+        if self.chats is not None:
+            yield from ((text, self._chat(text, part)) for text in batch)
+            return
+        before, after = [] if self.tokenizer.bod is None else [self.tokenizer.bod], [self.tokenizer.eod]
+        ids = _encoded([text.document.text for text in batch], self.tokenizer, self._threads)
+        for text, numbers in zip(batch, ids, strict=True):
+            problem = numbers if isinstance(numbers, str) else self.tokenizer.loss(text.document.text, numbers)
+            if problem is not None or isinstance(numbers, str):
+                yield text, str(problem)
+            else:
+                yield text, [PlainDocument(np.concatenate([before, numbers, after]), text.bytes)]
+
+    def _chat(self, text: SplitText, part: Part) -> list[_Document] | str:
+        assert self.chats is not None
+        try:
+            return [*self.chats.documents(text.document.text)]
+        except ChatTooLong as error:
+            place = f"data.sources.{self._job.name}"
+            raise DataError(problem_of(place, self._job.source, part, text.document.record, str(error))) from error
+        except ChatError as error:
+            return str(error)
+
+
+def _write_shard(job: ShardJob, number: int, texts: _TextStream, encoder: _Encoder, report: Report) -> ShardResult:
     """Write one shard of a job, up to `shard_bytes` of text or to the end of the job. -> its result, not yet on disk.
 
     The caller writes the result file last, so that a shard with a result file is complete.
     """
-    reader = texts.reader
+    reader, tokenizer = texts.reader, encoder.tokenizer
     reader.restart_counts()
     unknown = shard_bytes = 0
+    long_before = encoder.chats.long_records if encoder.chats is not None else 0
     has_more = False
     with ExitStack() as stack:
         outputs = {split: stack.enter_context(_Output(job, split, tokenizer)) for split in SPLITS}
         for batch in texts.batches:
             text_bytes = tokens = 0
-            ids = _encoded([text.document.text for text in batch], tokenizer, threads)
-            for text, numbers in zip(batch, ids, strict=True):
-                # a str is the reason why the text could not be encoded
-                problem = numbers if isinstance(numbers, str) else tokenizer.loss(text.document.text, numbers)
-                if problem is not None or isinstance(numbers, str):
-                    reader.refuse(job.parts[texts.part], text.document.record, str(problem))
+            part = job.parts[texts.part]
+            for text, documents in encoder.encoded(batch, part):
+                if isinstance(documents, str):
+                    reader.refuse(part, text.document.record, documents)
                     continue
-                unknown += tokenizer.unknown_count(numbers)
-                outputs[text.split].add(text, numbers)
+                for document in documents:
+                    unknown += tokenizer.unknown_count(document.ids)
+                    outputs[text.split].add(text, document)
+                    tokens += len(document.ids)
                 text_bytes += text.bytes
-                tokens += len(numbers) + 1 + (tokenizer.bod is not None)
             report(texts.unreported_bytes(), text_bytes, tokens)
             shard_bytes += text_bytes
             if shard_bytes >= job.shard_bytes and not job.is_single:  # the two texts of a single document stay together
@@ -255,7 +336,11 @@ def _write_shard(
         else:  # no text is left: report the bytes after the last one
             report(texts.unreported_bytes(), 0, 0)
         prefix = job.early_prefix(number) if has_more else job.prefix
-        splits = {split: output.finish(f"{prefix}.{split}") for split, output in outputs.items() if output.files}
+        splits = {}
+        for split, output in outputs.items():
+            output.flush()
+            if output.files:
+                splits[split] = output.finish(f"{prefix}.{split}")
     return ShardResult(
         splits=splits,
         # Counts are needed only for a file cut into several jobs, and a job of such a part has no other part (parts.cut).
@@ -264,19 +349,25 @@ def _write_shard(
         empty_documents=reader.empty_documents,
         problems=tuple(reader.problems),
         unknown=unknown,
+        chats={split: output.counts for split, output in outputs.items() if job.is_chat},
+        long_records=encoder.chats.long_records - long_before if encoder.chats is not None else 0,
         next_part=texts.part if has_more else None,
         next_record=texts.record if has_more else 0,
     )
 
 
 class _Output:
-    """The files of one split of a shard while they are written."""
+    """The files of one split of a shard while they are written. The mask of chats is a second set of files (`store.shards`)."""
 
     def __init__(self, job: ShardJob, split: str, tokenizer: Tokenizer) -> None:
         self._folder = job.folder
-        self._begin = [] if tokenizer.bod is None else [tokenizer.bod]
-        self._eod = tokenizer.eod
         self._writer = ShardWriter(job.folder / f"{job.prefix}.{split}", vocab_size=tokenizer.vocab_size)
+        self._mask: ShardWriter | None = None
+        self._packer: RowPacker[SplitText] | None = None
+        if job.is_chat:
+            self._mask = ShardWriter(job.folder / f"{job.prefix}.{split}.{MASK}", vocab_size=2, dtype=MASK_DTYPE)
+            self._packer = RowPacker(job.row_tokens, tokenizer.eod, is_single=job.chat.packing == "single")
+        self._learned = 0
         self._starts: list[int] = []
         self._records = array("I")
         self._text_bytes = 0
@@ -286,21 +377,49 @@ class _Output:
         return self
 
     def __exit__(self, *ended: Any) -> None:
-        self._writer.__exit__(*ended)
+        for writer in (self._writer, self._mask):
+            if writer is not None:
+                writer.__exit__(*ended)
 
-    def add(self, text: SplitText, ids: np.ndarray) -> None:
-        """Append a document between its begin-of-document token, if any, and its end-of-document token."""
+    @property
+    def counts(self) -> ChatCounts:
+        """What was written of chats."""
+        return ChatCounts(self._learned, self._packer.padding if self._packer is not None else 0)
+
+    def add(self, text: SplitText, document: _Document) -> None:
+        """Append a document; a chat when its row is finished."""
+        if self._packer is None:
+            self._write(text, document)
+            return
+        assert isinstance(document, ChatDocument)
+        for where, chat in self._packer.add(text, document):
+            self._write(where, chat)
+
+    def flush(self) -> None:
+        """Append what waits for its row to be finished."""
+        if self._packer is not None:
+            for where, chat in self._packer.finish():
+                self._write(where, chat)
+
+    def _write(self, text: SplitText, document: _Document) -> None:
         if self.files[-1:] != [text.document.file]:
             self.files.append(text.document.file)
             self._starts.append(len(self._records))
         self._records.append(text.document.record)
-        self._text_bytes += text.bytes
-        self._writer.add(np.concatenate([self._begin, ids, [self._eod]]) if self._begin else np.append(ids, self._eod))
+        self._text_bytes += document.text_bytes
+        self._writer.add(document.ids)
+        if self._mask is not None:
+            assert isinstance(document, ChatDocument)
+            self._mask.add(document.learned)
+            self._learned += int(document.learned.sum())
 
     def finish(self, name: str) -> ShardEntry:
         """Give the files their final name (in the folder, without suffix). -> the manifest's entry."""
         self._writer.prefix = self._folder / name
         facts = self._writer.finish()
+        if self._mask is not None:
+            self._mask.prefix = self._folder / f"{name}.{MASK}"
+            facts |= {f"{MASK}.{suffix}": found for suffix, found in self._mask.finish().items()}
         content = pack_origins(self.files, self._starts, np.asarray(self._records, dtype=np.uint32))
         facts["origins"] = write_with_facts(self._folder / f"{name}.origins", content)
         return ShardEntry(

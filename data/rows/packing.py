@@ -59,8 +59,20 @@ class Packed(NamedTuple):
 class Rows:
     """The rows of a source's stream."""
 
-    def __init__(self, stream: TokenStream, *, row_tokens: int, eod: int, best_fit: bool, sources: int = 1) -> None:
-        """sources: number of sources that share the memory for packed stretches."""
+    def __init__(
+        self,
+        stream: TokenStream,
+        *,
+        row_tokens: int,
+        eod: int,
+        best_fit: bool,
+        sources: int = 1,
+        mask: "Rows | None" = None,
+    ) -> None:
+        """sources: number of sources that share the memory for packed stretches. mask: rows of 1 for labels that are learned,
+        else 0."""
+        self.mask = mask
+        """None if all labels are learned."""
         self.stream = stream
         self.row_tokens = row_tokens
         self.best_fit = best_fit
@@ -112,6 +124,12 @@ class Rows:
             inputs[slot : slot + size], labels[slot : slot + size] = part[:-1], part[1:]
             slot += size
         return inputs, labels
+
+    def read_labels(self, start: int, count: int) -> np.ndarray:
+        """`count` labels from `start` of the stream on, of its dtype."""
+        labels = np.empty(count, dtype=self.stream.dtype)
+        self.stream.read(start, labels)
+        return labels
 
     def pieces(self, row: int) -> list[Piece]:
         """The documents of a row, or parts of them, in the row's order."""

@@ -20,7 +20,6 @@ from data.store.cache import RemoteFolder
 from data.store.manifest import ShardEntry
 from recipes.schema.errors import DataError
 
-_SUFFIXES = ("idx", "bin")
 _BUDGET_FRACTION = 0.9
 """Fraction of the cache's budget for needed shards. The rest is for other readers."""
 _MOST_ROWS_AHEAD = 1 << 18
@@ -68,14 +67,14 @@ class FetchAhead:
                 present = [
                     (f"{need.entry.path}.{suffix}", need.entry.files[suffix])
                     for need in self._needed.values()
-                    for suffix in _SUFFIXES
+                    for suffix in need.entry.token_files
                 ]
             if entry is None:
                 self._closing.wait(_POLL_S)
                 continue
             self._remote.touch(present)
             try:
-                for suffix in _SUFFIXES:
+                for suffix in entry.token_files:
                     self._remote.local(f"{entry.path}.{suffix}", entry.files[suffix])
             except DataError as error:
                 log.warning("%s It was fetched ahead of need. The first row that needs it tries again.", error)
@@ -138,4 +137,4 @@ class FetchAhead:
 
 
 def _size(entry: ShardEntry) -> int:
-    return sum(entry.files[suffix].bytes for suffix in _SUFFIXES)
+    return sum(entry.files[suffix].bytes for suffix in entry.token_files)

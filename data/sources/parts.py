@@ -61,6 +61,11 @@ def kind_of(place: str, source: SourceConfig, file: File) -> str:
             f"document; jsonl, csv, ...), or give a path without it, such as a glob of *.jsonl. Known: {', '.join(_KINDS)}, also "
             f"compressed."
         )
+    if kind == "text" and source.kind == "chat":
+        raise DataError(
+            f"{file.name} ({place}) is a text file, and {place}.kind=chat needs records with messages. Set {place}.format, or "
+            f"give a path of jsonl or parquet files."
+        )
     return kind
 
 

@@ -15,6 +15,7 @@ from typing import Any
 import pyarrow
 import pyarrow.parquet
 
+from data.chat.record import chat_of
 from data.sources.files import Plain, check_expansion, open_binary, reading
 from recipes.schema.credentials import with_credentials
 from recipes.schema.data import SourceConfig
@@ -74,8 +75,11 @@ def read_part(place: str, source: SourceConfig, part: Part) -> Iterator[Record]:
                 raise AssertionError(part.kind)
 
 
-def text_of(source: SourceConfig) -> Callable[[Any], str]:
-    """A function from a record to its text, by the source's field or template. It raises ValueError with the problem."""
+def text_of(source: SourceConfig, *, is_table: bool = False) -> Callable[[Any], str]:
+    """A function from a record to its text, by the source's field or template; of a chat, its messages as JSON (is_table: see
+    `chat_of`). It raises ValueError with the problem."""
+    if source.kind == "chat":
+        return chat_of(source, is_table=is_table)
     if source.template is None:
         return lambda record: _plain_text(record, source.text_field)
     try:
@@ -103,15 +107,16 @@ def columns_of(place: str, source: SourceConfig, names: list[str], what: str) ->
     names: the columns of the table; what: the table, for the message.
     """
     wanted = [source.text_field]
-    if source.template is not None:
+    if source.kind == "chat":
+        wanted = [source.messages_field, *([source.tools_field] if source.tools_field in names else [])]
+    elif source.template is not None:
         wanted = [name for _, name, *_ in Formatter().parse(source.template) if name]
     columns = []
     for name in wanted:
         column = name if name in names else name.split(".")[0]
         if column not in names:
-            raise DataError(
-                f"{what} has no column {name!r} (it has: {', '.join(names)}). Set text_field or template of {place}."
-            )
+            fields = "messages_field" if source.kind == "chat" else "text_field or template"
+            raise DataError(f"{what} has no column {name!r} (it has: {', '.join(names)}). Set {fields} of {place}.")
         columns.append(column)
     return list(dict.fromkeys(columns))
 
@@ -278,7 +283,7 @@ def _opened(source: SourceConfig, part: Part) -> str:
 
 
 def _parquet(place: str, source: SourceConfig, part: Part) -> Iterator[Record]:
-    extract = text_of(source)
+    extract = text_of(source, is_table=True)
     with open_binary(_opened(source, part)) as stream:
         table = _parquet_file(place, part.file, stream)
         columns = columns_of(place, source, table.schema_arrow.names, part.file)

@@ -65,7 +65,7 @@ def hub_revision(source: SourceConfig) -> str | None:
 def read_set(place: str, source: SourceConfig, part: Part) -> Iterator[Record]:
     """The records of one part of a set."""
     opened = _open(place, source)
-    extract = text_of(source)
+    extract = text_of(source, is_table=True)
     if not source.streaming:
         columns = columns_of(place, source, opened.column_names, f"the set {source.path}")
     try:

@@ -15,7 +15,7 @@ import hashlib
 import json
 import os
 import re
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,10 @@ LARGEST_BYTES = 1 << 30
 LARGEST_TOKENIZER_BYTES = 1 << 30
 """Limit for a tokenizer's file that is fetched."""
 _OWN_FILES = (MANIFEST, "verified.json")
-_SUFFIXES = ("bin", "idx", "origins")
+MASK = "mask"
+"""Added to a shard's name: the set that says which of its tokens are learned."""
+MASK_DTYPE = "uint8"
+_SUFFIXES = ("bin", "idx", "origins", f"{MASK}.bin", f"{MASK}.idx")
 _ID_TYPES = ("uint8", "int8", "int16", "int32", "int64", "uint16", "uint32", "uint64")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _LARGEST_COUNT = 1 << 62
@@ -61,11 +64,25 @@ class ShardEntry:
     dtype: str
     """Numpy's name of the type in which ids are stored (`uint16`)."""
     files: dict[str, FileFacts]
-    """By suffix: `bin`, `idx`, and `origins` (absent for a set read in place)."""
+    """By suffix: `bin`, `idx`, `origins` (absent for a set read in place), and of chats `mask.bin` and `mask.idx`."""
     first_document: int = 0
     """Index of this entry's first document in the shard. It is 0 except for a set read in place."""
     first_record: int = 0
     """Number of records of the file before the part that this shard was made of. Added to record numbers of its origins."""
+
+    @property
+    def mask(self) -> "ShardEntry | None":
+        """The set that says which tokens are learned, as an entry of its own: the same documents, 1 or 0 for each token. None
+        if all are."""
+        if f"{MASK}.bin" not in self.files:
+            return None
+        files = {suffix: self.files[f"{MASK}.{suffix}"] for suffix in ("bin", "idx")}
+        return replace(self, path=f"{self.path}.{MASK}", dtype=MASK_DTYPE, text_bytes=0, files=files)
+
+    @property
+    def token_files(self) -> list[str]:
+        """Suffixes of the files that rows are read from."""
+        return [suffix for suffix in self.files if suffix != "origins"]
 
     def prefix(self, folder: Path) -> Path:
         """The shard's files without suffix, for data prepared in `folder`."""
@@ -220,6 +237,8 @@ def _check_entry(entry: ShardEntry) -> None:
         key: getattr(entry, key) for key in ("documents", "tokens", "text_bytes", "first_document", "first_record")
     }
     _check_counts(path, **counts)
+    if (f"{MASK}.bin" in entry.files) != (f"{MASK}.idx" in entry.files):
+        raise ValueError(f"{path!r} has one of the two files of its mask")
     for suffix, facts in entry.files.items():
         if suffix not in _SUFFIXES:
             raise ValueError(f"{path!r} has a file of unknown kind {suffix!r}")

@@ -4,7 +4,8 @@
                       instead), `starts` (first document of each file, then the number of documents), `records` (record number
                       of every document, from 0: line, row, or 0 for a text file)
 
-It takes four bytes a document. Documents of one file are successive, in the order of its records.
+It takes four bytes a document. Documents of one file are successive, in the order of its records. Chats are in the order of
+their rows, so a file may be named several times, and one record may be several documents.
 """
 
 import io
@@ -35,7 +36,7 @@ class Origins:
     starts: np.ndarray
     """int64 [files + 1]: first document of each file, then the number of documents."""
     records: np.ndarray
-    """int64 [documents]: record numbers, increasing within a file."""
+    """int64 [documents]: record numbers."""
 
     def of(self, document: int) -> Origin:
         """Origin of document number `document` of the entry."""

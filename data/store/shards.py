@@ -3,6 +3,8 @@
     NAME.bin    token ids of all documents, one after the other, in any of Megatron's integer types
     NAME.idx    "MMIDIDX\\0\\0", version 1, dtype code, counts; then lengths int32, byte offsets int64, document ends int64
 
+    NAME.mask.bin, NAME.mask.idx    of chats: 1 for each token that is learned, else 0; the same documents, uint8
+
 Megatron-LM reads these files and this project reads Megatron-LM's, unchanged. A file is written under a temporary name,
 synced to disk, then renamed.
 """
@@ -44,9 +46,10 @@ class ShardWriter:
     of a run that was believed dead) do not disturb each other, because each has a temporary name of its own.
     """
 
-    def __init__(self, prefix: Path, *, vocab_size: int) -> None:
+    def __init__(self, prefix: Path, *, vocab_size: int, dtype: str | None = None) -> None:
+        """dtype: how ids are stored; None: as Megatron stores those of such a vocabulary."""
         self.prefix = prefix
-        self.dtype = token_dtype(vocab_size)
+        self.dtype = token_dtype(vocab_size) if dtype is None else np.dtype(dtype)
         self.vocab_size = vocab_size
         self.lengths = array("i")
         self.tokens = 0

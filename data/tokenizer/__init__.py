@@ -11,7 +11,8 @@ per byte.
 
 import codecs
 import functools
-from collections.abc import Iterable
+import itertools
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -155,6 +156,12 @@ class Tokenizer:
     def decode(self, ids: Iterable[int]) -> str:
         """The text of ids, without special tokens."""
         return self._backend.decode([int(i) for i in ids])
+
+    def decode_all(self, ids: Sequence[int]) -> str:
+        """The text of ids, special tokens by their names."""
+        special = {id: name for name, id in self._backend.special.items()}
+        runs = itertools.groupby(ids, key=lambda id: int(id) in special)
+        return "".join("".join(special[int(i)] for i in run) if named else self.decode(run) for named, run in runs)
 
     def bytes_of(self, id: int) -> bytes:
         """UTF-8 bytes of one token; empty for special tokens."""

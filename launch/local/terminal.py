@@ -82,9 +82,11 @@ class Output:
         self.pump()
         for descriptor, stream in self._streams.items():
             os.close(descriptor)
-            self._log.write(stream.rest())
+            with contextlib.suppress(OSError):
+                self._log.write(stream.rest())
         self._streams.clear()
-        self._log.close()
+        with contextlib.suppress(OSError):  # a full disk must not end the launcher
+            self._log.close()
 
     def _follow_size(self) -> None:
         """Give the pseudo-terminal the size of the real one."""

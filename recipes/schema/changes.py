@@ -187,9 +187,14 @@ def _default(key: str) -> Any:
     cls: Any = Recipe
     *groups, name = key.split(".")
     for group in groups:
+        if typing.get_origin(cls) is dict:  # `group` is a key, such as a source's name
+            cls = typing.get_args(cls)[1]
+            continue
         cls = typing.get_type_hints(cls).get(group)
-        if not dataclasses.is_dataclass(cls):
+        if not (dataclasses.is_dataclass(cls) or typing.get_origin(cls) is dict):
             return None
+    if not dataclasses.is_dataclass(cls):
+        return None
     field = next((field for field in dataclasses.fields(cls) if field.name == name), None)
     if field is None or field.default is dataclasses.MISSING:
         return None

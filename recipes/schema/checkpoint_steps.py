@@ -8,7 +8,7 @@ from pathlib import Path
 
 from recipes.schema.errors import CheckpointError
 from recipes.schema.manifest import MANIFEST, Manifest, describe_not_finite, read_manifest
-from recipes.schema.run_folder import CHECKPOINTS, METRICS, POINTER, pointed_at, read_metrics
+from recipes.schema.run_folder import CHECKPOINTS, METRICS, POINTER, how_to_import, pointed_at, read_metrics
 from recipes.schema.run_folder import name_of as name_of
 from recipes.schema.run_folder import step_of as step_of
 from recipes.schema.run_folder import steps_in as steps_in
@@ -99,6 +99,8 @@ def checkpoint_at(place: str | Path) -> tuple[Path, Manifest]:
         found = newest_in(folder)
         if found is not None:
             return found
+    if foreign := how_to_import(path):
+        raise CheckpointError(foreign)
     raise CheckpointError(
         f"{path} is neither a checkpoint (it has no {MANIFEST}) nor a run with a checkpoint. Name a folder like runs/NAME or "
         f"runs/NAME/checkpoints/{name_of(1000)}."

@@ -8,6 +8,9 @@ from typing import Literal
 
 from recipes.schema.fields import Count, Fraction, NonNegativeFloat, OpenFraction, PositiveFloat, PositiveInt, Seed
 
+CHAT_TEMPLATES = ("chatml", "gemma2", "nemotron_nano_v2", "turns", "plain")
+"""Chat templates that come with this project (data/chat/templates)."""
+
 
 def is_remote(folder: str) -> bool:
     """Whether a folder is a URL."""
@@ -23,6 +26,9 @@ class SourceConfig:
     `.bz2` and `.xz` are decompressed. In folders, names that begin with a dot are left out. `{000..063}` and `{a,b}` stand for
     several paths. `hf:NAME` is a Hugging Face `datasets` set, `package:NAME` a corpus shipped with this project (data/corpora),
     `python-stdlib` the source code of the running Python's standard library."""
+    kind: Literal["text", "chat"] = "text"
+    """`text`: documents, every token of which is learned. `chat`: records with messages, of which the assistant's are learned
+    (`data.chat`, docs/align.md)."""
     weight: NonNegativeFloat = 1.0
     """Share of training rows drawn from this source, relative to the other weights (they need not sum to 1). 0: only later
     phases or evaluation use it."""
@@ -38,6 +44,10 @@ class SourceConfig:
     place (path without suffix, or a glob)."""
     text_field: str = "text"
     """Field of a record that contains the text; `a.b` is field `b` of the nested record `a`."""
+    messages_field: str = "messages"
+    """Field with the messages of a chat: a list of `{role, content}`, or that list as JSON."""
+    tools_field: str = "tools"
+    """Field with the functions that the assistant of a chat may call; a record need not have it."""
     template: str | None = None
     """Text made of several fields, such as `"{title}\\n{body}"`. Used instead of text_field."""
     config: str | None = None
@@ -114,6 +124,37 @@ class FimConfig:
 
 
 @dataclass(frozen=True)
+class ChatConfig:
+    """Sources of `kind: chat`: from messages to tokens, and which of them are learned (docs/align.md)."""
+
+    template: str = "chatml"
+    """A Jinja file (a model's `chat_template.jinja`), or one of chatml, gemma2, nemotron_nano_v2, turns, plain. What the
+    assistant wrote is marked with `{% generation %}`; without it, it is found by rendering the chat up to each answer."""
+    packing: Literal["rows", "single"] = "rows"
+    """`rows`: whole chats together in a row, the rest of it filled with end-of-document tokens that are not learned. `single`:
+    each chat in a row of its own (Nemotron Nano 2's second stage)."""
+    long_record: Literal["refuse", "drop", "cut"] = "refuse"
+    """A chat longer than `data.row_tokens`: stop and name it; leave it out and count it; or keep its beginning."""
+    earlier_thinking: Literal["drop", "keep"] = "drop"
+    """`drop`: a chat with thinking in an earlier turn becomes a sequence for each user turn, without the thinking of earlier
+    turns, of which the last turn is learned (Nemotron 3). `keep`: one sequence with all of it."""
+    strip_thinking_fraction: Fraction = 0.0
+    """Share of the chats whose thinking is removed, so that the model also answers without (Nemotron Nano 2: 0.1)."""
+    stripped_thinking: str = ""
+    """What an answer begins with in place of removed thinking (Nemotron Nano 2: `<think></think>`)."""
+    cut_thinking_fraction: Fraction = 0.0
+    """Share of the chats whose thinking is cut short, with the answer kept, for budget control (Nemotron 3: 0.03)."""
+    cut_thinking_min: PositiveInt = 1000
+    """Fewest tokens that are left of thinking that is cut."""
+    cut_thinking_max: PositiveInt = 2000
+    """Most tokens that are left of it; the number is drawn for each chat."""
+    think_start: str = "<think>"
+    """Marker before thinking that stands in an answer's content."""
+    think_end: str = "</think>"
+    """Marker after it."""
+
+
+@dataclass(frozen=True)
 class CacheConfig:
     """Local copies of shards behind a URL."""
 
@@ -139,6 +180,8 @@ class DataConfig:
     """Sources by name, at least one. Their order has no effect."""
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
     """The tokenizer of all sources."""
+    chat: ChatConfig = field(default_factory=ChatConfig)
+    """Sources of chats."""
     row_tokens: PositiveInt = 256
     """Tokens of a row: the sequence length of training."""
     heldout_fraction: OpenFraction = 0.02
@@ -184,6 +227,11 @@ class DataConfig:
     def __post_init__(self) -> None:
         """Sort the sources by name, so that their order in the recipe has no effect."""
         object.__setattr__(self, "sources", dict(sorted(self.sources.items())))
+
+    @property
+    def chats(self) -> list[str]:
+        """Names of the sources of chats."""
+        return [name for name, source in self.sources.items() if source.kind == "chat"]
 
     def heldout_of(self, name: str) -> float:
         """Fraction of a source's documents that is held out."""

@@ -19,6 +19,7 @@ from typing import Any, NoReturn
 
 from recipes.schema.errors import RecipeError
 from recipes.schema.messages import complain
+from recipes.schema.run_folder import how_to_import
 from recipes.schema.suggestions import did_you_mean
 from recipes.schema.typed import FieldError, build, field_docs
 
@@ -152,6 +153,8 @@ def run_named(name: str) -> Path:
     for path in candidates:
         if is_run(path):
             return path
+    if foreign := how_to_import(Path(name)):
+        raise RecipeError(foreign)
     known = sorted(path.name for path in RUNS.iterdir() if is_run(path)) if RUNS.is_dir() else []
     hint = did_you_mean(Path(name).name, known, otherwise=f"In runs/: {', '.join(known) or 'none'}.")
     raise RecipeError(f"{name} is not a run: neither it nor runs/{Path(name).name} has {RECIPE_FILE} or logs. {hint}")

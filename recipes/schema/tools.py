@@ -30,6 +30,10 @@ class GenerateConfig:
     prompts: str | None = None
     """A file of texts to continue together, one per line; in a .jsonl file, a JSON string or an object with "prompt" per line.
     The output is one JSON object per text."""
+    chat: bool = False
+    """Each prompt is a user's message, and the text is the answer. In a .jsonl file a line may also have "messages"."""
+    chat_template: str | None = None
+    """The Jinja file or built-in template of --chat; the recipe's data.chat.template if not given."""
     n: PositiveInt = 1
     """Number of texts for each prompt. Their seeds count up from --seed. More than one are printed as JSON."""
     logprobs: Count | None = None
@@ -71,6 +75,8 @@ class EvaluateToolConfig:
     """Tokens of the longest row to score; by default the recipe's data.row_tokens. Long-context tasks use what they need."""
     batch_rows: PositiveInt = 8
     """Rows scored at once. It changes the memory, not the scores."""
+    tensor: PositiveInt = 1
+    """Processes that share a copy of the model (torchrun). Requests are dealt to the copies."""
     seed: Seed = 0
     """Seed of generated tasks: long contexts and reasoning."""
     out: str | None = None
@@ -122,7 +128,8 @@ class ServeConfig:
     key_file: str | None = None
     """A file with a key that clients must send as a bearer token."""
     chat_template: str | None = None
-    """A Jinja file for chat completions, or `plain` for a model that was not trained on chats."""
+    """A Jinja file for chat completions, or a built-in template: chatml, gemma2, nemotron_nano_v2, turns, or `plain` for a model
+    that was not trained on chats."""
     think_start: str | None = None
     """The marker at which thinking starts, such as <think>. Calls may then set `thinking_budget`."""
     think_end: str | None = None

@@ -2,7 +2,8 @@
 
     weight = codes * scale        one scale for a whole row (output), for a group of a row, or for a block of rows and columns
 
-Only the weights of linear layers are quantised. Embedding, head, norms, convolution, A_log, D and dt_bias keep their format.
+Only linear layers are quantised: their weights, and in `w8a8` formats also their inputs, which the engine rounds as it runs, with
+a scale for each token. Embedding, head, norms, convolution, A_log, D and dt_bias keep their format.
 The planner uses this file on machines without torch to count the bytes of a format.
 """
 
@@ -33,6 +34,8 @@ class WeightFormat:
     block: tuple[int | None, int | None]
     """(outputs, inputs) that share a scale; None: all of them."""
     container: Container
+    rounds_inputs: bool = False
+    """Whether an engine also rounds the inputs of these layers to the same codes, with a scale for each token."""
 
     @property
     def lowest(self) -> float:
@@ -70,6 +73,8 @@ FORMATS = {
         WeightFormat("int4-g32", 4, "int", (1, 32), "pack-quantized"),
         WeightFormat("int4-g128", 4, "int", (1, 128), "pack-quantized"),
         WeightFormat("fp8-block", 8, "e4m3", (128, 128), "float-quantized"),
+        WeightFormat("int8-w8a8", 8, "int", (1, None), "int-quantized", rounds_inputs=True),
+        WeightFormat("fp8-w8a8", 8, "e4m3", (1, None), "float-quantized", rounds_inputs=True),
     )
 }
 """The formats that `stratum hf export --quantize` writes, by name."""
@@ -80,6 +85,7 @@ def weight_format(name: str) -> WeightFormat:
     if name not in FORMATS:
         begin = [form for form in FORMATS if form.startswith(name)]
         hint = did_you_mean(name, begin or FORMATS, otherwise=f"Use one of {', '.join(FORMATS)}.")
+        hint = f"Did you mean {' or '.join(begin)}?" if len(begin) > 1 else hint
         raise RecipeError(f"{name!r} is not a format of quantised weights. {hint}")
     return FORMATS[name]
 

@@ -1,6 +1,6 @@
 """Greedy continuations by vLLM on the CPU, run by `.oracle/vllm/bin/python` in a separate process.
 
-    python vllm_generate.py FOLDER NEW_TOKENS ANSWERS.json < prompts.json
+    python vllm_generate.py FOLDER NEW_TOKENS ANSWERS.json [DTYPE] < prompts.json
 
 Prompts are a list of lists of token ids. Each answer holds the new ids and their log-probabilities.
 """
@@ -14,14 +14,14 @@ os.environ.update(
 )
 
 
-def main(folder: str, new_tokens: int, answers_file: str) -> None:
+def main(folder: str, new_tokens: int, answers_file: str, dtype: str) -> None:
     from vllm import LLM, SamplingParams, TokensPrompt  # after the settings above
 
     prompts = json.load(sys.stdin)
     engine = LLM(
         model=folder,
         skip_tokenizer_init=True,
-        dtype="float32",
+        dtype=dtype,
         enforce_eager=True,
         max_model_len=max(len(prompt) for prompt in prompts) + new_tokens,
         enable_prefix_caching=False,
@@ -37,4 +37,4 @@ def main(folder: str, new_tokens: int, answers_file: str) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]), sys.argv[3])
+    main(sys.argv[1], int(sys.argv[2]), sys.argv[3], sys.argv[4] if len(sys.argv) > 4 else "float32")

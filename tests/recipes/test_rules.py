@@ -26,6 +26,7 @@ from train.model.backend import this_machine
 
 FP8 = {"precision.scaling": "current", "precision.high_precision_first": 0}
 DISTIL = {"objective.kind": "distill"}
+CHATS = {"a": SourceConfig("x", kind="chat")}
 EVERY_RULE: dict[str, tuple[dict[str, Any], str]] = {
     "te on a cpu": ({"precision.backend": "te", "run.device": "cpu"}, "precision.backend=te needs a GPU."),
     "fp8 weights, emulated": (
@@ -81,6 +82,38 @@ EVERY_RULE: dict[str, tuple[dict[str, Any], str]] = {
     "a source that is held out and drawn": (
         {"data.sources": {"a": SourceConfig("x", heldout_fraction=1.0), "b": SourceConfig("x")}},
         "data.sources.a.heldout_fraction=1 holds out the whole source for evaluation, but data.sources.a.weight=1 draws",
+    ),
+    "chats that see each other": (
+        {"data.sources": CHATS},
+        "source 'a' has chats, of which a row holds several, and data.reset_at_documents=false lets them see each other.",
+    ),
+    "chats in another order": (
+        {"data.sources": CHATS, "data.fim.rate": 0.5},
+        "data.fim.rate=0.5 rearranges documents, but source 'a' has chats, whose order is what is learned.",
+    ),
+    "a template that cannot be learned": (
+        {"data.sources": CHATS, "data.chat.template": "plain"},
+        "data.chat.template=plain does not end an answer: a model that learns it would never stop. Use turns",
+    ),
+    "more left of cut thinking than at most": (
+        {"data.sources": CHATS, "data.chat.cut_thinking_min": 9, "data.chat.cut_thinking_max": 8},
+        "data.chat.cut_thinking_min=9 is above cut_thinking_max=8.",
+    ),
+    "chats of a format without records": (
+        {"data.sources": {"a": SourceConfig("x", kind="chat", format="text")}},
+        "data.sources.a.format=text has no records with messages, which kind=chat needs.",
+    ),
+    "chats made by a template of texts": (
+        {"data.sources": {"a": SourceConfig("x", kind="chat", template="{a}")}},
+        "data.sources.a.template makes text of fields, but the source is of kind chat. Set data.chat.template instead.",
+    ),
+    "chats where there are texts": (
+        {"data.sources": CHATS},
+        "was prepared as text, and data.sources.a.kind=chat.",
+    ),
+    "distilling chats": (
+        DISTIL | {"data.sources": CHATS},
+        "objective.kind=distill matches the teacher on every token, but data.sources.a has chats, of which only answers are",
     ),
     "rows longer than a source": (
         {"data.row_tokens": 8192},
@@ -139,8 +172,15 @@ EVERY_RULE: dict[str, tuple[dict[str, Any], str]] = {
     "environment": ({"launch.environment": "NCCL_DEBUG"}, "'NCCL_DEBUG' is not NAME=VALUE."),
     "an unknown task": ({"evaluate.tasks": ("needel-1k",)}, "there is no task 'needel-1k'. Did you mean needle-1k?"),
     "no task file": ({"evaluate.tasks": ("DISK/mine.yaml",)}, "evaluate.tasks: there is no task file DISK/mine.yaml."),
-    "a task that generates": ({"evaluate.tasks": ("words-1k",)}, "evaluate.tasks: words-1k needs generated text,"),
-    "a task longer than a row": ({"evaluate.tasks": ("needle-1k",)}, "needle-1k needs rows of 1,024 tokens, and"),
+    "a task that generates": (
+        {"evaluate.tasks": ("reasoning/chain_sum",), "parallel.pipeline": 2},
+        "evaluate.tasks: reasoning/chain_sum needs generated text; parallel.pipeline=2 only scores text. Leave it out, and run",
+    ),
+    "a task that runs code": (
+        {"evaluate.tasks": ("human-eval",)},
+        "evaluate.tasks: human-eval runs code that the model wrote.",
+    ),
+    "a task longer than a row": ({"evaluate.tasks": ("needle-1k",)}, "needle-1k needs rows of 1,024 tokens, but"),
     "name": ({"run.name": "../up"}, "run.name='../up' has an empty part, `.` or `..`"),
 }
 

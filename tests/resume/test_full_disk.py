@@ -1,18 +1,22 @@
 """A disk that another process fills in the middle of a run, and that later has space again: a small real file system."""
 
+import errno
+import os
 import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from unittest import mock
 
 from crashes import Act, acts_of_saves
-from lives import contents_at
+from killed_runs import contents_at
 from mounts import mount_in_memory
 from processes import STEPS, finish, fork, losses
 from ranks import run_ranks
 
 from recipes.schema import checkpoint_steps as steps
 from recipes.schema.run_folder import METRICS, read_metrics
+from train.record import report
 
 
 @contextmanager
@@ -66,3 +70,15 @@ def test_a_disk_filled_by_another_process_stops_a_run_or_not_and_loses_nothing(
     words = [*(word for word in words if not word.startswith("checkpoint.every_steps=")), *saves]
     (tmp_path / "disk").mkdir()
     run_ranks(1, on_a_small_disk, words, tmp_path / "disk")
+
+
+@contextmanager
+def full_at_the_report() -> Iterator[None]:
+    with mock.patch.object(report, "draw", side_effect=OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "loss.png")):
+        yield
+
+
+def test_a_finished_run_is_finished_when_its_report_finds_the_disk_full(words: list[str], tmp_path: Path) -> None:
+    said = finish(fork(words, "run", extra=("run.steps=7", "schedule.decay=0"), within=full_at_the_report))
+    assert "Finished at step 7. No summary: [Errno 28] No space left on device: 'loss.png'" in said, said
+    assert f"stratum report {tmp_path / 'run'}" in said and "Traceback" not in said, said

@@ -18,8 +18,9 @@ STOREYS = (
     # recipes
     ("recipes", "recipes.schema"),
     # data
-    ("data", "data.system"),
+    ("data", "data.system", "data.chat.record"),
     ("data.native", "data.batch", "data.sources", "data.store", "data.tokenizer", "data.order"),
+    ("data.chat",),
     ("data.rows", "data.make"),
     ("data.prepared",),
     ("data.dataset", "data.prepare"),

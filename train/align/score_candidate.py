@@ -15,7 +15,7 @@ from recipes.schema.parallel import ParallelConfig
 from recipes.schema.recipe import Recipe
 from recipes.schema.teacher_rules import tokenizer_problems
 from recipes.schema.tools import MergeConfig
-from train.build import check, mesh_of, model_on_one_rank, open_data, open_tokenizer
+from train.build import check, mesh_of, model_on_ranks, open_data, open_tokenizer
 from train.compress.parent import layout_recipe, parent_at, scoring_engine
 from train.evaluate.ask import ask
 from train.evaluate.decoder import BatchedDecoder
@@ -110,9 +110,13 @@ class _Tasks:
 
     def __call__(self, run: Path) -> Scores:
         parent = parent_at(run)
-        with model_on_one_rank(parent.recipe, parent.path, device=self._device) as model:
-            forward = forward_of_model(model, row_tokens=parent.recipe.data.row_tokens, microbatch_rows=_BATCH_ROWS)
-            decoder = BatchedDecoder(model, parent.recipe.model, self._tokenizer)
+        with model_on_ranks(parent.recipe, parent.path, device=self._device, rank=0, world=1, tensor=1) as (
+            model,
+            mesh,
+        ):
+            row_tokens = parent.recipe.data.row_tokens
+            forward = forward_of_model(model, row_tokens=row_tokens, microbatch_rows=_BATCH_ROWS, mesh=mesh)
+            decoder = BatchedDecoder(model, parent.recipe.model, self._tokenizer, mesh=mesh)
             found = {}
             for task in self._tasks:
                 metrics = ask(task, forward=forward, tokenizer=self._tokenizer, decoder=decoder).metrics

@@ -12,12 +12,14 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from data.tokenizer import Tokenizer
-from recipes.schema.errors import DataError, NumericsError
+from recipes.schema.errors import DataError, NumericsError, RecipeError
+from train.evaluate.deal import in_parts
 from train.evaluate.decoder import Decoder
 from train.evaluate.intervals import Metric, mean, ratio, share
 from train.evaluate.score import Forward, Request, Score, bits, fitted, rolling_requests, scores
 from train.evaluate.tasks.task import Item, Task, begin_token, request_of
 from train.inference.request import Sampling
+from train.parallel.mesh import Mesh
 
 _BLOCK_TOKENS = 1 << 22
 """Tokens of items whose rows are in memory at once."""
@@ -41,13 +43,13 @@ class TaskResult:
 
 
 def ask(task: Task, *, forward: Forward, tokenizer: Tokenizer, decoder: Decoder | None = None) -> TaskResult:
-    """Run all items. Collective over the world, unless the task generates text; the same result on every rank.
+    """Run all items. Collective over the world; the same result on every rank.
 
     Raises NumericsError if a log-probability is not finite, DataError if an item does not fit into a row.
     """
     if task.judge is not None:
         assert decoder is not None, "a task that generates needs a decoder"
-        return _generated(task, decoder)
+        return _generated(task, decoder, mesh=forward.mesh)
     is_long = task.row_tokens > forward.row_tokens
     if is_long:
         assert decoder is not None, "the rules refuse tasks that are longer than the rows of training"
@@ -145,16 +147,20 @@ def _largest(values: Sequence[float]) -> int:
     return max(range(len(values)), key=lambda place: values[place])
 
 
-def _generated(task: Task, decoder: Decoder) -> TaskResult:
-    """Greedy answers and their judged scores."""
-    assert task.judge is not None
+def _generated(task: Task, decoder: Decoder, *, mesh: Mesh) -> TaskResult:
+    """Greedy answers and their judged scores. The ranks share the work of both."""
+    judge = task.judge
+    assert judge is not None
     answers: list[str] = []
     for start in range(0, len(task.items), _BLOCK_ITEMS):
         prompts = [item.prompt for item in task.items[start : start + _BLOCK_ITEMS]]
-        answers += decoder.generate(
-            prompts, max_new_tokens=task.max_new_tokens, stop=task.stop, sampling=Sampling(temperature=0.0)
-        )
-    judged = [task.judge(item, answer) for item, answer in zip(task.items, answers, strict=True)]
+        try:
+            answers += decoder.generate(
+                prompts, max_new_tokens=task.max_new_tokens, stop=task.stop, sampling=Sampling(temperature=0.0)
+            )
+        except RecipeError as error:  # the memory has no room for prompt and answer
+            raise RecipeError(f"task {task.name}, max_new_tokens={task.max_new_tokens:,}: {error}") from error
+    judged = in_parts(mesh, len(answers), lambda places: [judge(task.items[place], answers[place]) for place in places])
     metric = mean(judged) if task.is_graded else share(round(sum(judged)), len(judged))
     samples = [
         {"item": item.place, "answer": answer, "expected": item.targets[item.answer], "score": value}

@@ -3,10 +3,12 @@
 torch and the harness are imported after the command line is checked.
 """
 
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from data.system.parent import end_with_parent
 from recipes.schema.errors import USER_ERRORS
 from recipes.schema.messages import complain
 from recipes.schema.options import CommandParser, run_or_path
@@ -16,6 +18,7 @@ _ERRORS: tuple[type[Exception], ...] = (*USER_ERRORS, OSError)
 _EXAMPLES = """
 stratum evaluate runs/smoke --tasks needle-1k,multikey-1k --items 2
 stratum evaluate smoke --tasks needle-1k --items 2 --resume        skips finished tasks
+torchrun --nproc-per-node 2 -m train.stratum evaluate smoke --tasks needle-1k --items 2 --out runs/by_two
 stratum evaluate --contamination runs/data/smoke --tasks needle-1k --items 2     documents that contain the tasks' texts
 """
 _NOTES = """
@@ -48,6 +51,9 @@ def main(arguments: Sequence[str]) -> int:
         parser.error(
             "--contamination searches prepared data for the texts of --tasks: leave out the run and --harness."
         )
+    rank = int(os.environ.get("RANK", "0"))
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        end_with_parent()
     try:
         # importing torch takes seconds; --help and usage errors do not need it
         from train.evaluate.evaluation import evaluate_checkpoint, search_data
@@ -56,7 +62,7 @@ def main(arguments: Sequence[str]) -> int:
             return search_data(config, Path(config.contamination))
         return evaluate_checkpoint(config, run_or_path(parsed.place))
     except _ERRORS as error:
-        return complain(error)
+        return complain(error, head="error" if rank == 0 else f"error on rank {rank}")
     except KeyboardInterrupt:
         sys.stderr.write("error: interrupted. Finished tasks are in results.json; --resume continues.\n")
         return 130

@@ -1,4 +1,7 @@
-"""Runs `stratum evaluate`: opens the tasks and the model, scores each task, updates results.json, prints a table."""
+"""Runs `stratum evaluate`: opens the tasks and the model, scores each task, updates results.json, prints a table.
+
+Each of several processes reads tasks and results.json itself; all score together; rank 0 writes and prints.
+"""
 
 import time
 from collections.abc import Callable, Iterator
@@ -10,13 +13,13 @@ from rich.console import Console
 from data.system.console import open_console
 from data.system.optional_package import optional_package
 from data.tokenizer import Tokenizer, load_tokenizer
-from recipes.schema.errors import BackendError, CheckpointError, NumericsError, refuse
+from recipes.schema.errors import BackendError, CheckpointError, NumericsError, RecipeError, refuse
 from recipes.schema.foreign import printable
 from recipes.schema.read import recipe_from_mapping
 from recipes.schema.recipe import Recipe
 from recipes.schema.teacher_rules import tokenizer_problems
 from recipes.schema.tools import EvaluateToolConfig
-from train.build import model_on_one_rank, open_tokenizer
+from train.build import model_on_ranks, open_tokenizer
 from train.checkpoint.manager import checkpoint_at
 from train.evaluate.ask import TaskResult, ask
 from train.evaluate.contamination import find_overlap, tokenizer_in
@@ -26,6 +29,7 @@ from train.evaluate.score import Forward, forward_of_model
 from train.evaluate.tasks.catalog import names_of, open_tasks
 from train.evaluate.tasks.task import Task
 from train.megatron import choose_device, use_device
+from train.parallel.mesh import world_from_environment
 
 _MATCHES_SHOWN = 20
 
@@ -42,7 +46,9 @@ class _Opened:
 
 def evaluate_checkpoint(config: EvaluateToolConfig, place: Path) -> int:
     """Evaluate the newest checkpoint of a run, or the checkpoint itself. -> exit status. Raises StratumError."""
-    console = open_console()
+    rank, world = world_from_environment()
+    _check_ranks(world, tensor=config.tensor)
+    console = open_console(quiet=rank != 0)
     device = choose_device(config.device)
     use_device(device)
     opened = _open(config, place)
@@ -62,12 +68,14 @@ def evaluate_checkpoint(config: EvaluateToolConfig, place: Path) -> int:
         tasks = [task for task in tasks if task.name not in finished]
         harness = [name for name in harness if name not in finished]
     if tasks or harness:
-        with model_on_one_rank(opened.recipe, opened.path, device=device) as model:
-            forward = forward_of_model(model, row_tokens=row_tokens, microbatch_rows=config.batch_rows)
-            decoder = BatchedDecoder(model, opened.recipe.model, opened.tokenizer)
+        with model_on_ranks(
+            opened.recipe, opened.path, device=device, rank=rank, world=world, tensor=config.tensor
+        ) as (model, mesh):
+            forward = forward_of_model(model, row_tokens=row_tokens, microbatch_rows=config.batch_rows, mesh=mesh)
+            decoder = BatchedDecoder(model, opened.recipe.model, opened.tokenizer, mesh=mesh)
             asking = _Asking(config, forward, opened.tokenizer, decoder, run_harness)
             for result, seconds in _results(asking, tasks, harness):
-                results.add(result, settings=settings, seconds=seconds)
+                results.add(result, settings=settings, seconds=seconds, is_written=rank == 0)
                 asked += [] if result.name in asked else [result.name]  # a group of the harness has many tasks
                 _report(result, console, row_tokens=row_tokens, seconds=seconds)
     shown = {name: entry for name, entry in results.tasks.items() if name in asked}
@@ -92,6 +100,14 @@ def search_data(config: EvaluateToolConfig, folder: Path) -> int:
     if config.out is not None:
         console.print(f"{found.write(Path(config.out), folder)}")
     return 0
+
+
+def _check_ranks(world: int, *, tensor: int) -> None:
+    if world % tensor:
+        raise RecipeError(
+            f"--tensor {tensor} needs a multiple of {tensor} processes, and there {'is' if world == 1 else 'are'} {world}. Start "
+            f"them: torchrun --nproc-per-node {tensor} -m train.stratum evaluate ... --tensor {tensor}."
+        )
 
 
 def _open(config: EvaluateToolConfig, place: Path) -> _Opened:

@@ -2,6 +2,8 @@
 
 bits per byte = (sum of -log2 p(label)) / (UTF-8 bytes of the labels)
 
+Of chats, only the labels that are learned count: the answers.
+
 Rows are dealt to the data-parallel ranks (`train.evaluate.deal`). Apart from rounding, the sums do not depend on the layout.
 """
 
@@ -39,6 +41,8 @@ def _bits_per_byte(engine: Engine, dataset: Any, name: str, *, limit: int, token
         output = model(rows.tokens, rows.positions, None, labels=rows.labels, packed_seq_params=rows.context)
 
         def loss_of(token_losses: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            if rows.learned is not None:
+                token_losses = torch.where(rows.learned, token_losses, 0)
             per_row = token_losses.double().sum(dim=1)
             return per_row.sum().float(), per_row
 
@@ -50,5 +54,6 @@ def _bits_per_byte(engine: Engine, dataset: Any, name: str, *, limit: int, token
         nats = (torch.cat(reports) * torch.from_numpy(counts).to(mesh.device)).sum()
     # The sum is over the world. Tensor ranks have equal losses; only the last pipeline stage reports losses.
     nats = mesh.sum_over_world(nats) / layout.tensor
-    total_bytes = int(token_bytes[batch.labels.numpy()].sum())
+    labels = batch.labels if batch.learned is None else batch.labels[batch.learned]
+    total_bytes = max(1, int(token_bytes[labels.numpy()].sum()))
     return float(nats) / math.log(2) / total_bytes

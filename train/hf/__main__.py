@@ -104,7 +104,7 @@ def _parser() -> CommandParser:
     export.add_argument(
         "--quantize",
         metavar="FORMAT",
-        help="quantise the linear layers: int8, int4-g32, int4-g128 or fp8-block (weights only)",
+        help="quantise the linear layers: int8, int4-g32, int4-g128, fp8-block; with their inputs: int8-w8a8, fp8-w8a8",
     )
     export.add_argument(
         "--calibrate",

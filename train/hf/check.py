@@ -124,8 +124,9 @@ class Agreement:
 def load_theirs(folder: Path, *, dtype: torch.dtype, device: torch.device, open_clamp: bool = False) -> Any:
     """transformers' model of a directory; no code of the directory is run. BackendError if the package is missing.
 
-    open_clamp: let transformers' Nemotron-H use dt below `time_step_min`, as in its training. CheckpointError if weights are
-    missing or unexpected.
+    open_clamp: let transformers' Nemotron-H use dt below `time_step_min`, as in its training. Inputs of linear layers are not
+    rounded (`w8a8` formats): one code that rounds the other way changes all that follow, and no two implementations agree to
+    more than a tenth of the rounding itself. CheckpointError if weights are missing or unexpected.
     """
     transformers = _transformers()
     with quiet():
@@ -152,6 +153,9 @@ def load_theirs(folder: Path, *, dtype: torch.dtype, device: torch.device, open_
     ]
     if problems:
         raise CheckpointError(f"transformers cannot load all weights of {folder}: {'; '.join(problems)}.")
+    for module in model.modules():
+        if (scheme := getattr(module, "quantization_scheme", None)) is not None:  # of compressed-tensors
+            scheme.input_activations = None
     return model.eval().to(device)
 
 

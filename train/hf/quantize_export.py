@@ -23,6 +23,7 @@ from train.checkpoint.tensors import StoredTensors
 from train.hf.config import family_of
 from train.hf.files import Entry, WeightFiles
 from train.megatron import choose_device
+from train.model.quantized_linear import round_inputs
 from train.quantize.calibrate import calibrated, calibration_rows
 from train.quantize.directory import KEY, QuantizedFiles, is_quantized, to_config
 from train.quantize.parts import Linear, linears
@@ -64,13 +65,16 @@ class Quantizer:
         return self.matrices[key]
 
     @torch.no_grad()
-    def apply(self, chunk: Any) -> None:
-        """Round the weights of a whole model on one rank."""
+    def apply(self, chunk: Any, *, with_inputs: bool = False) -> None:
+        """Round the weights of a whole model on one rank. with_inputs: from then on also the inputs of the layers, if the format
+        does that."""
         for linear in {id(one): one for one in self.linears.values()}.values():
             module = chunk.decoder.layers[linear.layer].get_submodule(linear.name)
             names = zip(linear.pair.theirs, linear.split(module.weight), strict=True)
             parts = [self.matrix(name, part).dense(module.weight.dtype) for name, part in names]
             module.weight.copy_(linear.join(parts))
+            if with_inputs:
+                round_inputs(module, self.form)
 
     @property
     def config(self) -> dict[str, Any]:

@@ -1,14 +1,14 @@
-"""Which guesses of a drafter become tokens: the distribution of the tokens stays the model's own (arXiv 2211.17192, 2302.01318).
+"""Decides which guesses of a drafter become tokens, without changing the distribution of tokens (arXiv 2211.17192, 2302.01318).
 
     guess d ~ q        accepted with probability min(1, p(d) / q(d)); otherwise a token is drawn from max(0, p - q), normalised
-    d without a q      the token is drawn from p as if there was no guess; the guess is accepted if it is that token
+    d without a q      the token is drawn from p as without a guess; the guess is accepted if it equals the token
 
-The second rule is the first one for a q that is certain of d: the token is d with probability p(d), and otherwise follows p
-without d. It gives the very tokens of a text without speculation. So does greedy decoding, with either kind of drafter.
+The second rule is the first one for a q that gives d probability 1: the token is d with probability p(d), and otherwise follows p
+without d. It gives the same tokens as without speculation. Greedy decoding does so too, with either kind of drafter.
 
 p and q are the distributions after temperature, top_k and top_p, in float64. All random numbers are functions of the
-request's seed and the token's number. So a text depends on its request and the two models, not on how many guesses were made,
-on the batch, or on whether the text had to wait.
+request's seed and the token's number. So a text depends on its request and the two models, but not on the number of
+guesses, the batch, or waiting.
 """
 
 from collections.abc import Sequence
@@ -25,7 +25,7 @@ class Guess:
 
     id: int
     distribution_V: torch.Tensor
-    """float64; the ids after its end have probability 0."""
+    """float64; ids beyond its length have probability 0."""
 
 
 def acceptance(p_NV: torch.Tensor, q_NV: torch.Tensor, ids_N: torch.Tensor) -> torch.Tensor:
@@ -37,12 +37,12 @@ def acceptance(p_NV: torch.Tensor, q_NV: torch.Tensor, ids_N: torch.Tensor) -> t
 def remainder(p_NV: torch.Tensor, q_NV: torch.Tensor) -> torch.Tensor:
     """Weights from which a token is drawn instead of a rejected guess, [N, V]."""
     rest = (p_NV - q_NV).clamp(min=0)
-    # Without a rest, p and q are equal up to rounding, and so is p to what is looked for.
+    # If max(0, p - q) is zero, p and q are equal up to rounding, so p itself is the right distribution.
     return torch.where(rest.sum(-1, keepdim=True) > 0, rest, p_NV)
 
 
 def next_tokens(logits_NV: torch.Tensor, draws: Sequence[Draw], guesses: Sequence[Guess | None]) -> torch.Tensor:
-    """The token after each line of logits, [N]. guesses: of each line; None draws it as without speculation."""
+    """The token after each line of logits, [N]. guesses: one for each line; None: draw as without speculation."""
     lines = [line for line, guess in enumerate(guesses) if guess is not None and draws[line].sampling.temperature > 0]
     if not lines:
         return draw(logits_NV, draws)

@@ -14,8 +14,8 @@ The engine is not thread-safe: one thread calls it. Under tensor parallelism eve
 gets the same events.
 """
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -24,14 +24,16 @@ from launch.plan.cost.inference import cache_sizes, draft_sizes
 from recipes.schema.errors import RecipeError
 from recipes.schema.model import ModelConfig
 from train.inference.acceptance import Guess, next_tokens
-from train.inference.drafters import Ask, Draft, Drafter, Followed
-from train.inference.forward import Read, logits_of, read_tokens, settle
-from train.inference.pools import Pools
+from train.inference.drafters import Ask, Drafter, Followed
+from train.inference.forward import logits_of, read_tokens, settle
+from train.inference.pools import Pools, memory_budget
 from train.inference.prefix import PrefixCache
 from train.inference.request import Event, Finish, Request, Token
 from train.inference.sampling import Draw
 from train.inference.thinking import ThinkingWatch
+from train.inference.turns import Drawn, OpenText, Turn
 from train.model.few_tokens import MOST, FewTokens
+from train.native.few_rows import line_sums
 
 
 @dataclass(frozen=True)
@@ -43,7 +45,8 @@ class EngineConfig:
     context_tokens: int = 4096
     """Largest number of tokens of a text, prompt and answer together."""
     memory_bytes: int | None = None
-    """Bytes of keys, values and states on this rank; None: enough for `rows` texts of `context_tokens`."""
+    """Bytes of keys, values and states on this rank; None: enough for `rows` texts of `context_tokens`, or nine tenths of
+    the free memory if that is less (on one tensor rank; several ranks must agree)."""
     page_tokens: int = 16
     """Tokens of a page of keys and values."""
     step_tokens: int = 512
@@ -95,85 +98,6 @@ class EngineStats:
         return self.cached_tokens / self.prompt_tokens if self.prompt_tokens else 0.0
 
 
-@dataclass(eq=False)
-class _Text:
-    """A request that has not ended, and its state."""
-
-    id: int
-    request: Request
-    tokens: list[int]
-    """Prompt and generated tokens."""
-    watch: ThinkingWatch | None
-    done: int = 0
-    """Number of tokens that are in the pools."""
-    row: int = -1
-    """Row in the pools; -1 while waiting."""
-    scored: int = 0
-    """Number of prompt tokens, from the start, whose scores were reported."""
-    keys: list[bytes] = field(default_factory=list)
-    """Keys of the text's blocks in the prefix cache, as far as they are computed."""
-    most_guesses: int = 0
-    """Largest number of guesses in one step; 0: the drafter ignores the text."""
-    guesses: int = 0
-    """Largest number of guesses in the next step: one more than were right in the last, or `most_guesses` if all were."""
-
-    @property
-    def generated(self) -> int:
-        return len(self.tokens) - len(self.request.prompt)
-
-    @property
-    def left(self) -> int:
-        """Number of tokens that are not in the pools yet."""
-        return len(self.tokens) - self.done
-
-    @property
-    def order(self) -> tuple[int, int]:
-        """Sort key: the first text is served first."""
-        return (-self.request.priority, self.id)
-
-
-@dataclass(eq=False)
-class _Turn:
-    """What a text does in a step."""
-
-    text: _Text
-    count: int
-    """Tokens that it reads for good."""
-    draft: Draft = field(default_factory=Draft)
-    """Guesses that it reads too; only if `count` is all that is left."""
-
-    @property
-    def read(self) -> Read:
-        text = self.text
-        tokens = [*text.tokens[text.done : text.done + self.count], *self.draft.tokens]
-        return Read(text.row, tokens, text.done, is_trial=bool(self.draft.tokens))
-
-    @property
-    def tokens(self) -> int:
-        return self.count + len(self.draft.tokens)
-
-    @property
-    def is_drawing(self) -> bool:
-        """Whether it gets a token."""
-        return self.count == self.text.left and self.text.generated < self.text.request.max_new_tokens
-
-
-@dataclass(frozen=True)
-class _Drawn:
-    """A new token of a text."""
-
-    text: _Text
-    id: int
-    line: int
-    """Of the logits that it was drawn from."""
-    is_forced: bool = False
-    is_guessed: bool = False
-    guesses: int | None = None
-    """As in `Event`."""
-    finish: Finish | None = None
-    """`error`: there is no token."""
-
-
 class InferenceEngine:
     """See the module docstring. `model`: a whole model or this tensor rank's part, of shape `shape`.
 
@@ -201,7 +125,8 @@ class InferenceEngine:
         self.sizes = cache_sizes(
             shape, rows=config.rows, context_tokens=config.context_tokens, page_tokens=config.page_tokens,
             step_tokens=config.step_tokens, snapshots=config.prefix_blocks if "M" in shape.pattern else 0,
-            number_bytes=weight.element_size(), tensor=tensor, budget_bytes=config.memory_bytes,
+            number_bytes=weight.element_size(), tensor=tensor,
+            budget_bytes=memory_budget(config.memory_bytes, weight.device, tensor=tensor),
             trial_tokens=config.rows * (1 + config.draft_tokens) if drafter is not None else 0, draft=draft,
         )  # fmt: skip
         self.pools = Pools(shape, self.sizes, dtype=weight.dtype, device=weight.device, tensor=tensor)
@@ -213,9 +138,9 @@ class InferenceEngine:
         )
         self._few = FewTokens(model)
         self._free_rows = list(range(config.rows - 1, -1, -1))
-        self._running: list[_Text] = []
-        self._waiting: list[_Text] = []
-        self._texts: dict[int, _Text] = {}
+        self._running: list[OpenText] = []
+        self._waiting: list[OpenText] = []
+        self._texts: dict[int, OpenText] = {}
         self._events: list[Event] = []
         self._next_id = 0
         self._counts = {"prompt_tokens": 0, "cached_tokens": 0, "generated_tokens": 0, "preemptions": 0, "steps": 0}
@@ -231,7 +156,7 @@ class InferenceEngine:
         most = self.config.draft_tokens if self.drafter is not None else 0
         if request.draft_tokens is not None:
             most = min(most, request.draft_tokens)
-        text = _Text(
+        text = OpenText(
             self._next_id, request, list(request.prompt), watch, scored=scored, most_guesses=most, guesses=most
         )
         self._next_id += 1
@@ -243,6 +168,11 @@ class InferenceEngine:
         """End a request. Its last event comes with the next step. No effect if it has ended."""
         if id in self._texts:
             self._end(self._texts[id], "cancelled")
+
+    def weights_changed(self) -> None:
+        """Call it after the model's weights have changed: the engine has copies of them, and states computed with them."""
+        self._few.pack()
+        self.prefixes.clear()
 
     @property
     def is_idle(self) -> bool:
@@ -311,7 +241,7 @@ class InferenceEngine:
             self._waiting.remove(text)
             self._running.append(text)
 
-    def _start(self, text: _Text) -> bool:
+    def _start(self, text: OpenText) -> bool:
         """Give a text a row, and its blocks in the prefix cache. -> False if its tokens do not fit now."""
         text.row, text.done = self._free_rows[-1], 0
         if self.prefixes.capacity:
@@ -325,13 +255,13 @@ class InferenceEngine:
         self._counts["cached_tokens"] += text.done
         return True
 
-    def _usable_keys(self, text: _Text) -> list[bytes]:
+    def _usable_keys(self, text: OpenText) -> list[bytes]:
         """The keys of the blocks that the text need not read: the token before the next one to draw or to score is read."""
         is_scored = text.scored == len(text.request.prompt)
         self.prefixes.extend_keys(text.keys, text.tokens, len(text.tokens) // self.config.block_tokens)
         return text.keys[: ((len(text.tokens) if is_scored else text.scored) - 1) // self.config.block_tokens]
 
-    def _is_being_read(self, text: _Text) -> bool:
+    def _is_being_read(self, text: OpenText) -> bool:
         """Whether a running text that is served earlier reads the block that this one would begin with: it will be shared."""
         if not self.prefixes.capacity:
             return False
@@ -344,7 +274,7 @@ class InferenceEngine:
             for other in self._running
         )
 
-    def _has_room(self, text: _Text) -> bool:
+    def _has_room(self, text: OpenText) -> bool:
         """Whether all tokens of the text so far fit into free pages; for a window, those of the next step."""
         next_tokens = min(len(text.tokens), text.done + self.config.step_tokens)
         return all(
@@ -352,27 +282,27 @@ class InferenceEngine:
             for group in self.pools.groups.values()
         ) and self._drafter_fits(text, len(text.tokens))
 
-    def _drafter_fits(self, text: _Text, tokens: int) -> bool:
+    def _drafter_fits(self, text: OpenText, tokens: int) -> bool:
         return not text.most_guesses or self.drafter is None or self.drafter.fits(text.row, tokens)
 
-    def _fits(self, text: _Text, tokens: int) -> bool:
+    def _fits(self, text: OpenText, tokens: int) -> bool:
         """Whether the first `tokens` tokens of a running text can be stored with the pages that are free."""
         return self.pools.fits(text.row, tokens) and self._drafter_fits(text, tokens)
 
-    def _extend(self, text: _Text, tokens: int) -> None:
+    def _extend(self, text: OpenText, tokens: int) -> None:
         """Take these pages."""
         self.pools.extend(text.row, tokens)
         if text.most_guesses and self.drafter is not None:
             self.drafter.reserve(text.row, tokens)
 
-    def _drop(self, text: _Text) -> None:
+    def _drop(self, text: OpenText) -> None:
         """Let go of everything that a text has in the pools."""
         self.pools.drop(text.row)
         if text.most_guesses and self.drafter is not None:
             self.drafter.drop(text.row)
         text.row, text.done = -1, 0
 
-    def _preempt_for(self, text: _Text) -> bool:
+    def _preempt_for(self, text: OpenText) -> bool:
         """Make the running text of the lowest priority wait again, if it is served after `text`. -> whether there was one."""
         last = max(self._running, key=lambda other: other.order, default=None)
         if last is None or last.order <= text.order:
@@ -383,13 +313,19 @@ class InferenceEngine:
         self._counts["preemptions"] += 1
         return True
 
-    def _stop(self, text: _Text) -> None:
+    def _stop(self, text: OpenText) -> None:
         self._running.remove(text)
         self._free_rows.append(text.row)
         self._drop(text)
 
     def _end(
-        self, text: _Text, finish: Finish, *, message: str = "", token: Token | None = None, guesses: int | None = None
+        self,
+        text: OpenText,
+        finish: Finish,
+        *,
+        message: str = "",
+        token: Token | None = None,
+        guesses: int | None = None,
     ) -> None:
         if text.row >= 0:
             self._stop(text)
@@ -400,12 +336,12 @@ class InferenceEngine:
 
     # ---- one step
 
-    def _schedule(self) -> list[tuple[_Text, int]]:
+    def _schedule(self) -> list[tuple[OpenText, int]]:
         """(text, number of its tokens to read in this step); texts with one token first. Takes the pages that they need."""
         self._running.sort(key=lambda text: text.order)
-        singles: list[tuple[_Text, int]] = []
-        parts: list[tuple[_Text, int]] = []
-        ready = [text for text in self._running if not self._read_ahead(text)]
+        singles: list[tuple[OpenText, int]] = []
+        parts: list[tuple[OpenText, int]] = []
+        ready = [text for text in list(self._running) if not self._read_ahead(text)]
         for text in [text for text in ready if text.left == 1]:
             if text.row >= 0 and self._take(text, 1):
                 singles.append((text, 1))
@@ -422,17 +358,22 @@ class InferenceEngine:
                 budget -= taken
         return [pair for pair in singles + parts if pair[0].row >= 0]
 
-    def _read_ahead(self, text: _Text) -> bool:
+    def _read_ahead(self, text: OpenText) -> bool:
         """Let the drafter read the next part of a long prefix that the prefix cache had. -> whether the text waits for it."""
-        if not text.most_guesses or self.drafter is None:
+        if not text.most_guesses or self.drafter is None or text.row < 0:
             return False
         lag, size = self.drafter.lag(text.row, text.done), self.config.step_tokens
         if lag <= size:
             return False
-        self.drafter.follow([Followed(text.row, text.tokens, text.done - lag + size, None)])
+        end = text.done - lag + size
+        while not self.drafter.fits(text.row, end):
+            if not self._preempt_for(text):
+                return True
+        self.drafter.reserve(text.row, end)
+        self.drafter.follow([Followed(text.row, text.tokens, end, None)])
         return True
 
-    def _take(self, text: _Text, count: int) -> int:
+    def _take(self, text: OpenText, count: int) -> int:
         """Take the pages for the text's next `count` tokens, or for fewer. -> that number; 0 if the text has to wait."""
         while not self._fits(text, text.done + 1):
             if not self.prefixes.evict() and not self._preempt_for(text):
@@ -442,10 +383,10 @@ class InferenceEngine:
         self._extend(text, text.done + count)
         return count
 
-    def _guess(self, batch: list[tuple[_Text, int]]) -> list[_Turn]:
+    def _guess(self, batch: list[tuple[OpenText, int]]) -> list[Turn]:
         """Add the drafter's guesses for texts that are read to their end, as far as there is room. -> turns with one token
         come first."""
-        turns = [_Turn(text, count) for text, count in batch]
+        turns = [Turn(text, count) for text, count in batch]
         asking = [turn for turn in turns if turn.text.most_guesses and turn.is_drawing]
         if self.drafter is None or not asking:
             return turns
@@ -466,7 +407,7 @@ class InferenceEngine:
             self.pools.cut(turn.text.row, turn.text.done + turn.tokens)
         return sorted(turns, key=lambda turn: turn.tokens > 1)
 
-    def _last_guess(self, text: _Text) -> int:
+    def _last_guess(self, text: OpenText) -> int:
         """Guesses that make sense: the last token needs none after it, and no text may pass the end of a block unseen."""
         left = text.request.max_new_tokens - text.generated - 1
         if self.prefixes.capacity:
@@ -474,7 +415,7 @@ class InferenceEngine:
         return left
 
     @torch.no_grad()
-    def _run(self, turns: list[_Turn]) -> None:
+    def _run(self, turns: list[Turn]) -> None:
         befores = [turn.text.done for turn in turns]
         hidden_TH = read_tokens(self.model, [turn.read for turn in turns], self.pools, few=self._few)
         # Logits are needed before each token to score, and after the last token of a text and each of its guesses.
@@ -488,7 +429,7 @@ class InferenceEngine:
             scoring.append(range(len(lines), len(lines) + max(0, last - first)))
             lines += range(begin + first - text.done, begin + last - text.done)
             begin += turn.tokens
-        drawing: list[tuple[_Turn, range]] = []
+        drawing: list[tuple[Turn, range]] = []
         begin = 0
         for turn in turns:
             begin += turn.tokens
@@ -497,7 +438,7 @@ class InferenceEngine:
                 drawing.append((turn, range(len(lines), len(lines) + count)))
                 lines += range(begin - count, begin)
         logits_NV = logits_of(self.model, _of_lines(hidden_TH, lines), few=self._few)
-        log_sums_N = logits_NV.logsumexp(-1)
+        best_N, log_sums_N = line_sums(logits_NV)
         finite_T = torch.isfinite(hidden_TH).all(-1)
         finite_N = torch.isfinite(log_sums_N) & finite_T[lines]
         bad = self._broken(turns, finite_T, lines, finite_N)
@@ -509,7 +450,7 @@ class InferenceEngine:
                 continue
             self._advance(turn.text, turn.text.left - 1 if turn.draft.tokens else turn.count)
             if places:
-                self._score(turn.text, logits_NV[places.start : places.stop], log_sums_N[places.start : places.stop])
+                self._score(turn.text, *(x[places.start : places.stop] for x in (logits_NV, log_sums_N, best_N)))
         if self.drafter is not None:
             parts = hidden_TH.split([turn.tokens for turn in turns])
             self.drafter.follow(
@@ -522,14 +463,14 @@ class InferenceEngine:
         for text in bad:
             self._end(text, "error", message=_NOT_FINITE)
         if drawn:
-            self._report(drawn, *(_of_lines(x, [one.line for one in drawn]) for x in (logits_NV, log_sums_N)))
+            self._report(drawn, *(_of_lines(x, [one.line for one in drawn]) for x in (logits_NV, log_sums_N, best_N)))
         for turn in turns:
             if turn.text.row >= 0 and not turn.text.left:
                 self._end(turn.text, "length")  # the request only scores its prompt
 
     def _broken(
-        self, turns: list[_Turn], finite_T: torch.Tensor, lines: list[int], finite_N: torch.Tensor
-    ) -> list[_Text]:
+        self, turns: list[Turn], finite_T: torch.Tensor, lines: list[int], finite_N: torch.Tensor
+    ) -> list[OpenText]:
         """The texts whose hidden states or logits contain NaN or infinity, other than after a guess."""
         if bool(finite_T.all()) and bool(finite_N.all()):
             return []
@@ -538,9 +479,7 @@ class InferenceEngine:
         parts = finite_T.split([turn.tokens for turn in turns])
         return [turn.text for turn, part in zip(turns, parts, strict=True) if not bool(part[: turn.count].all())]
 
-    def _draw(
-        self, drawing: list[tuple[_Turn, range]], logits_NV: torch.Tensor, finite_N: torch.Tensor
-    ) -> list[_Drawn]:
+    def _draw(self, drawing: list[tuple[Turn, range]], logits_NV: torch.Tensor, finite_N: torch.Tensor) -> list[Drawn]:
         """The next token of each text, and those after it as long as guesses are right. They become part of the texts."""
         draws: list[Draw] = []
         guesses: list[Guess | None] = []
@@ -553,37 +492,13 @@ class InferenceEngine:
         all_lines = [line for _, places in drawing for line in places]
         ids = dict(zip(all_lines, next_tokens(_of_lines(logits_NV, all_lines), draws, guesses).tolist(), strict=True))
         is_finite = finite_N.tolist()
-        return [one for turn, places in drawing for one in self._accept(turn, places, ids, is_finite)]
+        drawn = [one for turn, places in drawing for one in turn.accept(places, ids, is_finite)]
+        self._counts["draws"] += len(drawing)
+        self._counts["guessed_tokens"] += sum(len(turn.draft.tokens) for turn, _ in drawing)
+        self._counts["accepted_tokens"] += sum(one.is_guessed for one in drawn)
+        return drawn
 
-    def _accept(self, turn: _Turn, places: range, ids: dict[int, int], is_finite: list[bool]) -> Iterator[_Drawn]:
-        text, guesses = turn.text, turn.draft.tokens
-        right = 0
-        for index, line in enumerate(places):
-            if not is_finite[line]:  # after a right guess: the text ends with what was drawn before
-                yield _Drawn(text, -1, line, guesses=None, finish="error")
-                break
-            forced = text.watch.forced if text.watch is not None else None
-            id = ids[line] if forced is None else forced
-            text.tokens.append(id)
-            if text.watch is not None:
-                text.watch.see(id)
-            is_right = index < len(guesses) and guesses[index] == id
-            right += is_right
-            is_last = text.generated == text.request.max_new_tokens
-            finish: Finish | None = "stop" if id in text.request.stop else "length" if is_last else None
-            yield _Drawn(
-                text, id, line, is_forced=forced is not None, is_guessed=is_right, guesses=None if index else len(guesses),
-                finish=finish,
-            )  # fmt: skip
-            if finish or not is_right:
-                break
-        if guesses:
-            text.guesses = text.most_guesses if right == len(guesses) else right + 1
-        self._counts["guessed_tokens"] += len(guesses)
-        self._counts["accepted_tokens"] += right
-        self._counts["draws"] += 1
-
-    def _settle(self, trials: list[_Turn]) -> None:
+    def _settle(self, trials: list[Turn]) -> None:
         """Take back the guesses that were wrong."""
         if not trials:
             return
@@ -592,7 +507,7 @@ class InferenceEngine:
         for turn, count in zip(trials, accepted, strict=True):
             self.pools.cut(turn.text.row, turn.text.done + count)
 
-    def _advance(self, text: _Text, count: int) -> None:
+    def _advance(self, text: OpenText, count: int) -> None:
         """Count tokens as read, store a block that has just ended, and release pages outside of windows."""
         text.done += count
         blocks, rest = divmod(text.done, self.config.block_tokens)
@@ -601,16 +516,18 @@ class InferenceEngine:
             self.prefixes.store(text.row, text.keys[:blocks])
         self.pools.slide(text.row, text.done)
 
-    def _score(self, text: _Text, logits_NV: torch.Tensor, log_sums_N: torch.Tensor) -> None:
+    def _score(self, text: OpenText, logits_NV: torch.Tensor, log_sums_N: torch.Tensor, best_N: torch.Tensor) -> None:
         ids = torch.tensor(text.tokens[text.scored : text.scored + len(logits_NV)], device=logits_NV.device)
-        tokens = self._tokens(ids, logits_NV, log_sums_N, tops=[text.request.top_logprobs] * len(ids))
+        tokens = self._tokens(ids, logits_NV, log_sums_N, best_N, tops=[text.request.top_logprobs] * len(ids))
         text.scored += len(tokens)
         self._events.append(Event(text.id, scores=tuple(tokens)))
 
-    def _report(self, drawn: list[_Drawn], logits_NV: torch.Tensor, log_sums_N: torch.Tensor) -> None:
+    def _report(
+        self, drawn: list[Drawn], logits_NV: torch.Tensor, log_sums_N: torch.Tensor, best_N: torch.Tensor
+    ) -> None:
         """Events of new tokens, drawn from these lines."""
         ids = torch.tensor([max(one.id, 0) for one in drawn], device=logits_NV.device)
-        tokens = self._tokens(ids, logits_NV, log_sums_N, tops=[one.text.request.top_logprobs for one in drawn])
+        tokens = self._tokens(ids, logits_NV, log_sums_N, best_N, tops=[one.text.request.top_logprobs for one in drawn])
         for one, token in zip(drawn, tokens, strict=True):
             if one.finish == "error":
                 self._end(one.text, "error", message=_NOT_FINITE)
@@ -623,11 +540,17 @@ class InferenceEngine:
                 self._events.append(Event(one.text.id, token, guesses=one.guesses))
 
     def _tokens(
-        self, ids_N: torch.Tensor, logits_NV: torch.Tensor, log_sums_N: torch.Tensor, *, tops: Sequence[int]
+        self,
+        ids_N: torch.Tensor,
+        logits_NV: torch.Tensor,
+        log_sums_N: torch.Tensor,
+        best_N: torch.Tensor,
+        *,
+        tops: Sequence[int],
     ) -> list[Token]:
         """The tokens with their log-probabilities."""
         logprobs = (logits_NV.gather(-1, ids_N[:, None])[:, 0] - log_sums_N).tolist()
-        likeliest = logits_NV.argmax(-1).tolist()
+        likeliest = best_N.tolist()
         most = min(max(tops), self.shape.real_vocab)  # the padding of the vocabulary is no token
         top_ids: list[list[int]] = [[]] * len(likeliest)
         top_values: list[list[float]] = [[]] * len(likeliest)

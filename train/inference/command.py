@@ -18,6 +18,7 @@ stratum generate runs/smoke --prompt "ROMEO."                    continue a prom
 stratum generate smoke --prompt "ROMEO." --temperature 0         greedy; `smoke` is looked up in runs/
 stratum generate runs/smoke --top-p 0.9 --tokens 40 --seed 7
 stratum generate smoke --prompts prompts.txt --n 4               many prompts in one batch, four texts each, as JSON lines
+stratum generate runs/tiny_sft --chat --prompt "What is 3 plus 4?"      answer a message, by the recipe's chat template
 stratum generate smoke --prompt "ROMEO." --logprobs 5            with the log-probabilities of the tokens, as JSON
 stratum generate smoke --speculate lookup --prompts prompts.txt  faster where texts repeat themselves; runs/SMALL: a draft model
 stratum generate -cn smoke --checkpoint runs/smoke/checkpoints/step_00000002      an older checkpoint, by its folder

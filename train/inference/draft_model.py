@@ -1,6 +1,6 @@
-"""A small model that guesses for a large one: another model of the same tokenizer, with caches of its own in the engine's memory.
+"""A small model that guesses for a large one. It has the same tokenizer, and separate caches in the engine's memory.
 
-    texts --what is new, read for good--> states --copied--> one guess after the other, read --states copied back-->
+    texts --read new tokens--> states --copied--> one guess after the other, each read --states copied back-->
 
 Under tensor parallelism it is split like the large model.
 """
@@ -28,7 +28,7 @@ class DraftModel(Drafter):
         self._model = model.eval()
         self._few = FewTokens(model)
         self._done: dict[int, int] = {}
-        """By row: tokens that were read for good."""
+        """By row: number of final tokens that were read."""
 
     def open(self, sizes: CacheSizes, *, step_tokens: int) -> None:
         weight, tensor = next(self._model.parameters()), self._model.pg_collection.tp.size()
@@ -39,7 +39,7 @@ class DraftModel(Drafter):
         return tokens - self._done.get(row, 0)
 
     def fits(self, row: int, tokens: int) -> bool:
-        group = self.pools.groups.get("*")  # each row has its own pages of windows
+        group = self.pools.groups.get("*")  # each row has separate pages for windows
         return group is None or group.missing(row, tokens) <= group.pages.free
 
     def reserve(self, row: int, tokens: int) -> None:
@@ -55,14 +55,14 @@ class DraftModel(Drafter):
 
     @torch.no_grad()
     def follow(self, texts: Sequence[Followed]) -> None:
-        # Parts of prompts. The last tokens are read in `propose`, together with those that are new by then.
+        # Parts of prompts. `propose` reads the last tokens, together with later ones.
         parts = [text for text in texts if text.end < len(text.tokens) - 1 and self.lag(text.row, text.end) > 0]
         self._catch_up([(text.row, text.tokens, text.end) for text in parts])
 
     @torch.no_grad()
     def propose(self, asks: Sequence[Ask]) -> list[Draft]:
         found: list[list[Guess]] = [[] for _ in asks]
-        # A greedy text that wants no guess needs no distribution either.
+        # A greedy text without guesses needs no distribution.
         first = [place for place, ask in enumerate(asks) if ask.most or ask.draw.sampling.temperature > 0]
         if not first:
             return [Draft() for _ in asks]
@@ -95,9 +95,9 @@ class DraftModel(Drafter):
     def _guess(
         self, asks: Sequence[Ask], active: Sequence[int], hidden_NH: torch.Tensor, found: list[list[Guess]]
     ) -> None:
-        """One more guess of each active text, from the hidden state of its last token."""
+        """One more guess for each active text, from the hidden state of its last token."""
         logits = logits_of(self._model, hidden_NH, few=self._few)[:, : self.shape.real_vocab]
-        # A draft that is not finite guesses at random: the large model decides.
+        # If the draft model's output is not finite, the guess is random: the large model decides.
         logits = logits.masked_fill(~torch.isfinite(logits.logsumexp(-1, keepdim=True)), 0.0)
         likeliest = logits.argmax(-1).tolist()
         samplings = [asks[place].draw.sampling for place in active]
@@ -112,7 +112,7 @@ class DraftModel(Drafter):
             found[place].append(drawn[line] if line in drawn else Guess(likeliest[line], logits.new_empty(0)))
 
     def _catch_up(self, texts: Sequence[tuple[int, Sequence[int], int]]) -> list[torch.Tensor]:
-        """Read (row, tokens, end) for good, at least one token of each. -> hidden states after the last token of each."""
+        """Read final tokens (row, tokens, end), at least one of each text. -> hidden states after the last token of each."""
         last: dict[int, torch.Tensor] = {}
         left = {place: end - self._done.get(row, 0) for place, (row, _, end) in enumerate(texts)}
         assert all(count > 0 for count in left.values()), "a text without new tokens"

@@ -2,8 +2,8 @@
 
     Ask(text so far, most) --Drafter.propose--> Draft(tokens, and the distributions that they were drawn from)
 
-A drafter may be wrong as often as it likes: that costs time, never a token. `PromptLookup` is here, a small model is in
-`train.inference.draft_model`. Heads that predict several tokens can be a third kind: `follow` gives the hidden states.
+Wrong guesses cost time, but never change a token. `PromptLookup` is here, a small model in `train.inference.draft_model`. Heads
+that predict several tokens could be a third kind: `follow` gets the hidden states.
 """
 
 from abc import ABC, abstractmethod
@@ -21,16 +21,16 @@ from train.inference.sampling import Draw
 
 @dataclass(frozen=True)
 class Ask:
-    """A text whose next tokens are to be guessed."""
+    """A text whose next tokens should be guessed."""
 
     row: int
     """The text's row in the engine, until `Drafter.drop`."""
     tokens: Sequence[int]
     """All of its tokens."""
     most: int
-    """Guesses at most; 0 if only the distribution of the next token is needed."""
+    """Largest number of guesses; 0: only the distribution of the next token is needed."""
     draw: Draw
-    """What the next token is drawn with; the one after it has the next number."""
+    """Options and number of the next token's draw; the token after it has the next number."""
 
 
 @dataclass(frozen=True)
@@ -39,31 +39,31 @@ class Draft:
 
     tokens: tuple[int, ...] = ()
     guesses: tuple[Guess, ...] = ()
-    """If they were drawn from distributions: the guesses, and one more for the token after them. Otherwise none."""
+    """The distributions that the guesses were drawn from, and that of the token after them; empty without distributions."""
 
 
 @dataclass(frozen=True)
 class Followed:
-    """Tokens of a text that were read for good."""
+    """Final tokens of a text that were read."""
 
     row: int
     tokens: Sequence[int]
-    """All of the text's."""
+    """All tokens of the text."""
     end: int
-    """How many of them are read now."""
+    """How many of them have been read so far."""
     hidden_TH: torch.Tensor | None
-    """The model's hidden states of the newest of them, after the final norm. None: the prefix cache had them."""
+    """The model's hidden states of the newest of them, after the final norm. None: they were in the prefix cache."""
 
 
 class Drafter(ABC):
-    """What the engine calls. Under tensor parallelism all ranks make the same calls and must give the same guesses."""
+    """The interface that the engine calls. Under tensor parallelism all ranks make the same calls and return the same guesses."""
 
     shape: ModelConfig | None = None
-    """Of a model whose caches belong to the engine's memory; None: there are none."""
+    """Shape of the model whose caches are in the engine's memory; None: no caches."""
 
     @abstractmethod
     def open(self, sizes: CacheSizes, *, step_tokens: int) -> None:
-        """Called once by the engine. sizes: room for the caches of `shape`; step_tokens: tokens read at once at most."""
+        """Called once by the engine. sizes: of the caches for `shape`; step_tokens: largest number of tokens read at once."""
 
     @abstractmethod
     def propose(self, asks: Sequence[Ask]) -> list[Draft]:
@@ -71,23 +71,23 @@ class Drafter(ABC):
 
     @abstractmethod
     def follow(self, texts: Sequence[Followed]) -> None:
-        """Tokens were read for good: parts of prompts, accepted guesses and the token before them."""
+        """Called after final tokens were read: parts of prompts, accepted guesses and the token before them."""
 
     def lag(self, row: int, tokens: int) -> int:
-        """How many of the first `tokens` tokens of a text the drafter has still to read."""
+        """How many of the first `tokens` tokens of a text the drafter has not read yet."""
         return 0
 
     def fits(self, row: int, tokens: int) -> bool:
-        """Whether there is room for the first `tokens` tokens of a row."""
+        """Whether the caches have room for the first `tokens` tokens of a row."""
         return True
 
     @abstractmethod
     def reserve(self, row: int, tokens: int) -> None:
-        """Take that room (`fits` has said yes)."""
+        """Take that room. Call `fits` first."""
 
     @abstractmethod
     def drop(self, row: int) -> None:
-        """The row's text has ended or has to wait: let go of everything of it."""
+        """The row's text has ended or has to wait: release its caches."""
 
     def bytes(self) -> int:
         """Bytes of the caches."""
@@ -95,14 +95,13 @@ class Drafter(ABC):
 
 
 class PromptLookup(Drafter):
-    """Guesses that a text continues as it did where its last tokens were before (arXiv 2304.04487): the longest match of at
-    most `longest` and at least `shortest` tokens, the latest of equals. Costs no model; good for answers that repeat their
-    prompt."""
+    """Guesses that a text continues as after an earlier occurrence of its last tokens (arXiv 2304.04487): the longest match of
+    `shortest` to `longest` tokens, and the latest among equals. Needs no model; useful if answers repeat their prompt."""
 
     def __init__(self, *, longest: int = 4, shortest: int = 2) -> None:
         self._lengths = range(longest, shortest - 1, -1)
         self._texts: dict[int, bytearray] = {}
-        """By row: the text as 32-bit numbers, so that a search is one over bytes."""
+        """By row: the text as 32-bit numbers, so that it can be searched as bytes."""
 
     def propose(self, asks: Sequence[Ask]) -> list[Draft]:
         return [Draft(self._guess(ask)) if ask.most else Draft() for ask in asks]
@@ -125,7 +124,7 @@ class PromptLookup(Drafter):
         for length in self._lengths:
             start = _last_match(text, length)
             if start is not None:
-                period = len(tokens) - length - start  # past the text's end, the guesses continue as they began
+                period = len(tokens) - length - start  # beyond the end of the text, the guesses repeat from their start
                 return tuple(tokens[start + length + index % period] for index in range(ask.most))
         return ()
 
@@ -134,11 +133,11 @@ _BYTES = array("i").itemsize
 
 
 def _last_match(text: bytearray, length: int) -> int | None:
-    """Where the last `length` tokens of a text were before, as the index of the first; the latest such place."""
+    """Index of the latest earlier occurrence of the last `length` tokens of a text."""
     pattern = text[-length * _BYTES :]
     if len(text) <= len(pattern):
         return None
     found = text.rfind(pattern, 0, len(text) - _BYTES)
-    while found >= 0 and found % _BYTES:  # not at a number's first byte
+    while found >= 0 and found % _BYTES:  # the match does not start at the first byte of a number
         found = text.rfind(pattern, 0, found + len(pattern) - 1)
     return found // _BYTES if found >= 0 else None

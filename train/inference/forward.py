@@ -125,11 +125,11 @@ def logits_of(model: Any, hidden_NH: torch.Tensor, *, few: FewTokens | None = No
 
     Collective over the tensor group.
     """
-    if few is not None and (logits := few.logits(hidden_NH)) is not None:
-        return logits
-    weight = model.shared_embedding_or_output_weight() if model.share_embeddings_and_output_weights else None
-    part, _ = model.output_layer(hidden_NH[:, None], weight=weight)
-    part = model.capped(part[:, 0].float())
+    part = few.logits(hidden_NH) if few is not None else None
+    if part is None:
+        weight = model.shared_embedding_or_output_weight() if model.share_embeddings_and_output_weights else None
+        part, _ = model.output_layer(hidden_NH[:, None], weight=weight)
+        part = model.capped(part[:, 0].float())
     group = model.pg_collection.tp
     if group.size() == 1:
         return part

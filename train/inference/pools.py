@@ -13,12 +13,22 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
+import psutil
 import torch
 
 from launch.plan.cost.inference import CacheBytes, CacheSizes
 from recipes.schema.model import ModelConfig
 from recipes.schema.pattern import ATTENTION, layer_kinds
 from train.model.context import KeyPool, MambaPool
+
+
+def memory_budget(given: int | None, device: torch.device, *, tensor: int) -> int | None:
+    """Bytes that pools may take: the given ones, or nine tenths of the device's free memory. None: no limit, because several
+    tensor ranks need equal pools but may see different free memory."""
+    if given is not None or tensor > 1:
+        return given
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+    return free * 9 // 10
 
 
 class FreeList:

@@ -4,12 +4,14 @@ Other callers get the same model, tokenizer and drafter from `opened`, which che
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from data.chat.record import checked_messages
+from data.chat.template import open_template
 from data.tokenizer import Tokenizer, load_tokenizer
 from recipes.schema.errors import CheckpointError, DataError, RecipeError, refuse
 from recipes.schema.read import recipe_from_mapping
@@ -26,6 +28,8 @@ from train.inference.request import Event, Request, Sampling, Token
 from train.megatron import choose_device, use_device
 from train.quantize.directory import is_quantized
 
+Prompt = str | list[dict[str, Any]]
+"""A text, or the messages of a chat."""
 LOOKUP = "lookup"
 """The value of --speculate that needs no draft model."""
 
@@ -79,15 +83,17 @@ def opened(recipe: Recipe, *, checkpoint: str | None = None, speculate: str | No
 
 
 def stream_text(recipe: Recipe, config: GenerateConfig) -> Iterator[str]:
-    """Yield the prompt and then the model's text, in pieces of whole characters. Errors: see `opened`."""
+    """Yield the prompt and then the model's text, in pieces of whole characters; of a chat the answer alone. Errors: see
+    `opened`; ChatError for a prompt that the chat template cannot take."""
     guesses = draft_tokens(config)
     with opened(recipe, checkpoint=config.checkpoint, speculate=config.speculate) as it:
-        ids = it.tokenizer.prompt(config.prompt)
-        (request,) = _requests(ids, config, end=it.tokenizer.eod)
+        ((ids,), stop) = _prompts(recipe, config, [config.prompt], it.tokenizer)
+        (request,) = _requests(ids, config, stop=stop)
         engine = _engine(recipe, it, rows=1, context=len(ids) + config.tokens, guesses=guesses)
         engine.add(request)
         decoder = it.tokenizer.incremental_decoder()
-        yield config.prompt
+        if not config.chat:
+            yield config.prompt
         while not engine.is_idle:
             for event in engine.step():
                 if event.token is not None:
@@ -100,11 +106,13 @@ def generate_records(recipe: Recipe, config: GenerateConfig) -> Iterator[dict[st
 
     Errors: see `opened`; DataError for a file of prompts that cannot be read.
     """
-    prompts = read_prompts(Path(config.prompts)) if config.prompts is not None else [config.prompt]
+    prompts: Sequence[Prompt] = [config.prompt]
+    if config.prompts is not None:
+        prompts = read_prompts(Path(config.prompts), is_chat=config.chat)
     guesses = draft_tokens(config)
     with opened(recipe, checkpoint=config.checkpoint, speculate=config.speculate) as it:
-        ids = [it.tokenizer.prompt(prompt) for prompt in prompts]
-        requests = [request for one in ids for request in _requests(one, config, end=it.tokenizer.eod)]
+        ids, stop = _prompts(recipe, config, prompts, it.tokenizer)
+        requests = [request for one in ids for request in _requests(one, config, stop=stop)]
         context = max(map(len, ids)) + config.tokens
         engine = _engine(recipe, it, rows=min(len(requests), config.batch), context=context, guesses=guesses)
         for place, events in enumerate(engine.run(requests)):
@@ -117,6 +125,18 @@ def generate_records(recipe: Recipe, config: GenerateConfig) -> Iterator[dict[st
                 **_logprobs(tokens, events, config.logprobs),
                 **(_speculation(events) if it.drafter is not None else {}),
             }
+
+
+def _prompts(
+    recipe: Recipe, config: GenerateConfig, prompts: Sequence[Prompt], tokenizer: Tokenizer
+) -> tuple[list[list[int]], frozenset[int]]:
+    """(ids of each prompt, ids that end a text)."""
+    end = frozenset({tokenizer.eod})
+    if not config.chat:
+        return [tokenizer.prompt(prompt) for prompt in prompts if isinstance(prompt, str)], end
+    with open_template(config.chat_template or recipe.data.chat.template, tokenizer) as template:
+        chats = [[{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt for prompt in prompts]
+        return [template.ids(chat) for chat in chats], end | template.stop_ids
 
 
 def _engine(recipe: Recipe, it: Opened, *, rows: int, context: int, guesses: int) -> InferenceEngine:
@@ -141,12 +161,12 @@ def _speculation(events: list[Event]) -> dict[str, Any]:
     return {"speculation": {"guessed": sum(steps), "accepted": right, "steps": len(steps)}}
 
 
-def _requests(ids: list[int], config: GenerateConfig, *, end: int) -> list[Request]:
+def _requests(ids: list[int], config: GenerateConfig, *, stop: frozenset[int]) -> list[Request]:
     """The `config.n` requests of one prompt; their seeds count up from the given one."""
     base = Sampling(temperature=config.temperature, top_k=config.top_k, top_p=config.top_p)
     return [
         Request(
-            ids, config.tokens, sampling=replace(base, seed=config.seed + sample), stop=frozenset({end}),
+            ids, config.tokens, sampling=replace(base, seed=config.seed + sample), stop=stop,
             top_logprobs=config.logprobs or 0,
         )
         for sample in range(config.n)
@@ -162,8 +182,9 @@ def _logprobs(tokens: list[Token], events: list[Event], count: int | None) -> di
     return found | ({"top_logprobs": [dict(token.top) for token in tokens]} if count else {})
 
 
-def read_prompts(path: Path) -> list[str]:
-    """The prompts of a file, one per line. A line of a `.jsonl` file is a JSON string, or an object with the text `prompt`."""
+def read_prompts(path: Path, *, is_chat: bool = False) -> list[Prompt]:
+    """The prompts of a file, one per line. A line of a `.jsonl` file is a JSON string, or an object with the text `prompt`; of
+    chats also an object with `messages`."""
     try:
         lines = [line for line in path.read_text().splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
@@ -173,8 +194,8 @@ def read_prompts(path: Path) -> list[str]:
     if not lines:
         raise DataError(f"{path} has no prompts. Write one on each line.")
     if path.suffix != ".jsonl":
-        return lines
-    prompts = []
+        return [*lines]
+    prompts: list[Prompt] = []
     for number, line in enumerate(lines, start=1):
         try:
             value = json.loads(line)
@@ -182,6 +203,12 @@ def read_prompts(path: Path) -> list[str]:
             raise DataError(
                 f"{path}: prompt {number} is not JSON ({error}). Write a JSON string or an object."
             ) from error
+        if is_chat and isinstance(value, dict) and "messages" in value:
+            try:
+                prompts.append(checked_messages(value["messages"]))
+            except ValueError as error:
+                raise DataError(f"{path}: prompt {number}: {error}.") from error
+            continue
         text = value.get("prompt") if isinstance(value, dict) else value
         if not isinstance(text, str):
             raise DataError(

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from megatron.core.ssm.mamba_layer import MambaLayer
 from megatron.core.ssm.mlp_layer import MLPLayer
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
@@ -26,6 +27,7 @@ from train.model.linear import fast_linear
 from train.model.mixer import ReferenceMixer
 from train.model.norm import RMSNorm
 from train.model.postnorm import PostNormAttention, PostNormMamba, PostNormMLP
+from train.model.ssd import mamba_core_segments
 from train.native import attention as compiled_attention
 from train.native.few_rows import FewRows, Memory, NormWeight, usable
 
@@ -53,7 +55,7 @@ class FewTokens:
         self._head = None
         head, tied = model.output_layer, model.share_embeddings_and_output_weights
         weight = model.shared_embedding_or_output_weight() if tied else head.weight
-        if usable(weight) and head._forward_impl is fast_linear and head.tp_group.size() == 1:
+        if usable(weight) and head._forward_impl is fast_linear and not head.sequence_parallel:
             self._head = self._make.rows(weight.data, softcap=model.logit_softcap, wide=True)
         self._without_padding = model.without_padding
 
@@ -69,7 +71,7 @@ class FewTokens:
         return self.final_norm(hidden_TH)
 
     def logits(self, hidden_NH: torch.Tensor) -> torch.Tensor | None:
-        """Soft-capped logits of a few hidden states, fp32 [N, vocabulary]; None if the head has to be called as it is."""
+        """Soft-capped logits, fp32 [N, vocabulary of this rank]; None if the head has to be called as it is."""
         if self._head is None or len(hidden_NH) > MOST:
             return None
         return self._without_padding(self._head(hidden_NH.contiguous()))
@@ -98,32 +100,51 @@ class _Layers:
             parts, prepare = (layer.input_layernorm, attention.linear_qkv, attention.linear_proj), self._attention
         return prepare(layer) if parts is None or _is_plain(*parts) else _as_it_is(layer)
 
+    def _leave(
+        self, layer: Any, last: Any, *, norm: NormWeight | None = None
+    ) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
+        """The last projection of a layer, its norm and the residual: (input of the projection, residual) -> hidden states."""
+        group = last.tp_group
+        if group.size() == 1:
+            return self.rows(last.weight.data, norm=norm, post=_post(layer))
+        product, post_norm = self.rows(last.weight.data, norm=norm), getattr(layer, "post_norm", None)
+
+        def summed(x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+            out = product(x)
+            dist.all_reduce(out, group=group)
+            return residual + (out if post_norm is None else post_norm(out))
+
+        return summed
+
     def _mamba(self, layer: Any) -> Layer:
         mixer = layer.mixer
         gated_norm = mixer.norm
         groups = gated_norm.weight.shape[0] // gated_norm.group_size
         enter = self.rows(mixer.in_proj.weight.data, norm=_norm(layer.norm))
-        leave = self.rows(
-            mixer.out_proj.weight.data,
-            norm=NormWeight(gated_norm.weight.data, gated_norm.eps, groups=groups),
-            post=_post(layer),
+        leave = self._leave(
+            layer, mixer.out_proj, norm=NormWeight(gated_norm.weight.data, gated_norm.eps, groups=groups)
         )
 
+        weights, sizes = mixer.scan_weights(), mixer.scan_sizes()  # views of the parameters
+
         def run(hidden_TH: torch.Tensor, segments: Segments) -> torch.Tensor:
-            return leave(mixer.continued(enter(hidden_TH), segments), hidden_TH)
+            pool = segments.mamba_pools[mixer.layer_number]
+            return leave(
+                mamba_core_segments(enter(hidden_TH), weights, sizes=sizes, segments=segments, pool=pool), hidden_TH
+            )
 
         return run
 
     def _mlp(self, layer: Any) -> Layer:
         choice = layer.mlp.config.activation_func.keywords  # of `train.model.activation.activate`
         enter = self.rows(layer.mlp.linear_fc1.weight.data, norm=_norm(layer.pre_mlp_layernorm), **choice)
-        leave = self.rows(layer.mlp.linear_fc2.weight.data, post=_post(layer))
+        leave = self._leave(layer, layer.mlp.linear_fc2)
         return lambda hidden_TH, _segments: leave(enter(hidden_TH), hidden_TH)
 
     def _attention(self, layer: Any) -> Layer:
         attention = layer.self_attention
         enter = self.rows(attention.linear_qkv.weight.data, norm=_norm(layer.input_layernorm))
-        leave = self.rows(attention.linear_proj.weight.data, post=_post(layer))
+        leave = self._leave(layer, attention.linear_proj)
         core = attention.core_attention
 
         def run(hidden_TH: torch.Tensor, segments: Segments) -> torch.Tensor:
@@ -133,13 +154,13 @@ class _Layers:
 
 
 def _is_plain(norm: Any, first: Any, last: Any) -> bool:
-    """Whether these are the reference backend's modules, on one tensor rank and without biases."""
+    """Whether these are the reference backend's modules, without biases and with whole sequences on every tensor rank."""
     return (
         type(norm) is RMSNorm
         and usable(first.weight)
         and type(first) is ColumnParallelLinear
         and type(last) is RowParallelLinear
-        and all(x._forward_impl is fast_linear and x.bias is None and x.tp_group.size() == 1 for x in (first, last))
+        and all(x._forward_impl is fast_linear and x.bias is None and not x.sequence_parallel for x in (first, last))
     )
 
 

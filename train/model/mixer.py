@@ -106,7 +106,7 @@ class ReferenceMixer(MambaMixer):
         else:
             zxbcdt = self.cp.pre_conv_ssm(zxbcdt, None)
             documents = packed_seq_params.documents if packed_seq_params is not None else None
-            y = ssd.mamba_core(zxbcdt, self._scan_weights(), sizes=self._scan_sizes(), document_BL=documents)
+            y = ssd.mamba_core(zxbcdt, self.scan_weights(), sizes=self.scan_sizes(), document_BL=documents)
             y = self.cp.post_conv_ssm(y, None)
         return self.out_proj(self.norm(y))
 
@@ -114,10 +114,10 @@ class ReferenceMixer(MambaMixer):
         """Convolution, scan and gate of the texts of a step of inference, which update their states. -> [T, H*P]."""
         pool = segments.mamba_pools[self.layer_number]
         return ssd.mamba_core_segments(
-            zxbcdt_TD, self._scan_weights(), sizes=self._scan_sizes(), segments=segments, pool=pool
+            zxbcdt_TD, self.scan_weights(), sizes=self.scan_sizes(), segments=segments, pool=pool
         )
 
-    def _scan_weights(self) -> ScanWeights:
+    def scan_weights(self) -> ScanWeights:
         """Parameters of the scan on this rank (context ranks use a slice of the tensor rank's heads)."""
         return ScanWeights(
             conv_weight_CW=self.cp.get_conv1d_weight().squeeze(1),
@@ -127,7 +127,7 @@ class ReferenceMixer(MambaMixer):
             D_H=self.cp.get_D(),
         )
 
-    def _scan_sizes(self) -> ScanSizes:
+    def scan_sizes(self) -> ScanSizes:
         return ScanSizes(
             heads=self.cp.nheads_local_tpcp,
             head_dim=self.headdim,

@@ -2,8 +2,9 @@
 
     train_rounded(chunk)       training: the product uses the rounded weight, the gradient goes to the weight itself
     store_quantized(layer)     inference: layers keep codes and scales, and compute their weight for each product
+    round_inputs(layer)        inference: a layer's inputs are rounded too (`w8a8` formats)
 
-Both take the place of the weight only (`train.model.linear.take_weight_from`); no other code knows of them.
+The first two take the place of the weight only (`train.model.linear.take_weight_from`); no other code knows of them.
 """
 
 from collections.abc import Sequence
@@ -15,7 +16,7 @@ from recipes.schema.model import ModelConfig
 from recipes.schema.weight_formats import WeightFormat
 from train.model.linear import take_weight_from
 from train.quantize.parts import Linear, linears_of_any
-from train.quantize.rounding import QuantizedMatrix, quantize
+from train.quantize.rounding import QuantizedMatrix, quantize, rounded_tokens
 
 
 class _Straight(torch.autograd.Function):
@@ -85,3 +86,10 @@ def store_quantized(module: Any, linear: Linear, matrices: Sequence[QuantizedMat
     module.weight = torch.nn.Parameter(torch.empty(0, dtype=dtype, device=device), requires_grad=False)
     module.quantized = source
     take_weight_from(module, source)
+    round_inputs(module, matrices[0].form)
+
+
+def round_inputs(module: torch.nn.Module, form: WeightFormat) -> None:
+    """Make a linear layer round its inputs token by token, if the format does that."""
+    if form.rounds_inputs:
+        module.register_forward_pre_hook(lambda _, inputs: (rounded_tokens(inputs[0], form), *inputs[1:]))

@@ -274,12 +274,29 @@ static void rotate(float *x, const float *cosine, const float *sine, int64_t D, 
 INLINE void attend_pages(const Paged *k, const float *q, const void *keys, const void *values, const int32_t *pages, int64_t from,
                          int64_t to, int64_t group, float *scores, int64_t line, float *out, int bf16) {
   const int64_t R = k->heads / k->groups, D = k->width, seen = to - from, stride = k->groups * D;
-  for (int64_t key = from; key < to; key++) {
-    const int64_t at = ((int64_t)pages[key / k->page_tokens] * k->page_tokens + key % k->page_tokens) * stride + group * D;
+  for (int64_t key = from, end; key < to; key = end) {
+    const int64_t page = key / k->page_tokens, last = (page + 1) * k->page_tokens < to ? (page + 1) * k->page_tokens : to;
+    const int64_t at = ((int64_t)pages[page] * k->page_tokens + key % k->page_tokens) * stride + group * D;
+    end = key + LANES <= last ? key + LANES : last;
     for (int64_t r = 0; r < R; r++) {
-      V sum = {0};
-      for (int64_t d = 0; d < D; d += LANES) sum += load(q + r * D + d) * get(keys, at + d, bf16);
-      scores[r * line + key - from] = sum_by_halves(sum);
+      float *p = scores + r * line + key - from;
+      if (end - key == LANES) {
+        V sum[LANES];
+#pragma GCC unroll 16
+        for (int j = 0; j < LANES; j++) sum[j] = (V){0};
+        for (int64_t d = 0; d < D; d += LANES) {
+          const V own = load(q + r * D + d);
+#pragma GCC unroll 16
+          for (int j = 0; j < LANES; j++) sum[j] += own * get(keys, at + j * stride + d, bf16);
+        }
+        store(p, sums_by_halves(sum));
+        continue;
+      }
+      for (int64_t j = 0; j < end - key; j++) {
+        V sum = {0};
+        for (int64_t d = 0; d < D; d += LANES) sum += load(q + r * D + d) * get(keys, at + j * stride + d, bf16);
+        p[j] = sum_by_halves(sum);
+      }
     }
   }
   float weight[R];
@@ -302,18 +319,16 @@ INLINE void attend_pages(const Paged *k, const float *q, const void *keys, const
     weight[r] = 1.0f / sum_of(sum);
     memset(out + r * D, 0, (size_t)D * 4);
   }
-  float part[R * D]; /* sums of a page, so that rounding does not grow with the number of keys */
-  for (int64_t key = from; key < to;) {
-    const int64_t page = key / k->page_tokens, end = (page + 1) * k->page_tokens < to ? (page + 1) * k->page_tokens : to;
-    memset(part, 0, sizeof part);
-    for (; key < end; key++) {
-      const int64_t at = ((int64_t)pages[page] * k->page_tokens + key % k->page_tokens) * stride + group * D;
-      for (int64_t r = 0; r < R; r++) {
-        const V p = all(scores[r * line + key - from]);
-        for (int64_t d = 0; d < D; d += LANES) store(part + r * D + d, load(part + r * D + d) + p * get(values, at + d, bf16));
+  for (int64_t key = from, end; key < to; key = end) { /* sums of a page, so that rounding does not grow with the number of keys */
+    const int64_t page = key / k->page_tokens;
+    const int64_t at = ((int64_t)pages[page] * k->page_tokens + key % k->page_tokens) * stride + group * D;
+    end = (page + 1) * k->page_tokens < to ? (page + 1) * k->page_tokens : to;
+    for (int64_t r = 0; r < R; r++)
+      for (int64_t d = 0; d < D; d += LANES) {
+        V part = {0};
+        for (int64_t j = 0; j < end - key; j++) part += all(scores[r * line + key - from + j]) * get(values, at + j * stride + d, bf16);
+        store(out + r * D + d, load(out + r * D + d) + part);
       }
-    }
-    for (int64_t d = 0; d < R * D; d += LANES) store(out + d, load(out + d) + load(part + d));
   }
   for (int64_t r = 0; r < R; r++)
     for (int64_t d = 0; d < D; d += LANES) store(out + r * D + d, load(out + r * D + d) * weight[r]);

@@ -54,6 +54,23 @@ static inline float sum_by_halves(V x) {
   return x[0];
 }
 
+/* Lanes without bit `half` get the sums of x's halves, the others those of y's. */
+static inline V fold(V x, V y, const int half) {
+  const I n = lane_numbers(), from_y = ((n & half) != 0) & LANES;
+  return mix(x, y, (n & ~half) + from_y) + mix(x, y, (n | half) + from_y);
+}
+/* Lane i is sum_by_halves(x[i]), bit by bit. Overwrites x. */
+#define FOLD_ALL(half) _Pragma("GCC unroll 16") for (int i = 0; i < (half); i++) x[i] = fold(x[i], x[i + (half)], half);
+static inline V sums_by_halves(V x[LANES]) {
+#if LANES == 16
+  FOLD_ALL(8)
+#endif
+  FOLD_ALL(4)
+  FOLD_ALL(2)
+  FOLD_ALL(1)
+  return x[0];
+}
+
 static inline float highest_of(V x) {
   for (int half = LANES / 2; half > 0; half /= 2) {
     const V other = mix(x, x, (lane_numbers() + half) & (LANES - 1));

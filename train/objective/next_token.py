@@ -1,7 +1,8 @@
-"""The next-token objective: mean cross-entropy of a step's labels, in nats."""
+"""The next-token objective: mean cross-entropy of a step's labels, in nats. Supervised fine-tuning is this objective on chats,
+where the labels that are learned are the assistant's (`Batch.learned`)."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -18,6 +19,8 @@ class LocalRows:
     tokens: torch.Tensor
     labels: torch.Tensor
     positions: torch.Tensor
+    learned: torch.Tensor | None
+    """Labels that are learned; None: all."""
     context: RowContext | None
 
 
@@ -27,12 +30,16 @@ def local_rows(batch: Any, mesh: Mesh, *, reset_at_documents: bool) -> LocalRows
     labels = batch.labels.to(mesh.device, non_blocking=True)
     groups = mesh.groups.cp
     where = zigzag_positions(tokens.shape[1], rank=groups.rank(), ranks=groups.size(), device=mesh.device)
+    learned = batch.learned
+    if learned is not None:
+        learned = learned.to(mesh.device, non_blocking=True)
     if groups.size() > 1:
         tokens, labels = tokens[:, where].contiguous(), labels[:, where].contiguous()
+        learned = None if learned is None else learned[:, where]
     context = None
     if reset_at_documents:
         context = RowContext(documents=batch.document_index.to(mesh.device, non_blocking=True))
-    return LocalRows(tokens=tokens, labels=labels, positions=where.expand_as(tokens), context=context)
+    return LocalRows(tokens, labels, positions=where.expand_as(tokens), learned=learned, context=context)
 
 
 def forward_step(
@@ -43,17 +50,38 @@ def forward_step(
     The loss is the sum over this rank's tokens divided by the tokens of the whole rows, so that its sum over context ranks
     is the microbatch's mean. Megatron divides by the number of microbatches, averages over data and context ranks, and
     multiplies by the context degree to undo the latter.
+
+    Where not all labels are learned, microbatches differ in how many are. Each must count by its labels, not by its number, so
+    the sum is divided by the mean number of learned labels of the step's microbatches (`count_labels`) instead.
     """
     context_ranks = mesh.groups.cp.size()
 
     def step(microbatches: Any, model: torch.nn.Module) -> Any:
-        rows = local_rows(next(microbatches), mesh, reset_at_documents=reset_at_documents)
+        batch = next(microbatches)
+        rows = local_rows(batch, mesh, reset_at_documents=reset_at_documents)
         output = model(rows.tokens, rows.positions, None, labels=rows.labels, packed_seq_params=rows.context)
 
         def loss_of(token_losses: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-            loss = token_losses.sum() / (token_losses.numel() * context_ranks)
+            if rows.learned is None:
+                loss = token_losses.sum() / (token_losses.numel() * context_ranks)
+            else:
+                loss = torch.where(rows.learned, token_losses, 0).sum() / batch.labels_per_microbatch()
             return loss, loss.detach().clone()
 
         return output, loss_of
 
     return step
+
+
+def count_labels(mesh: Mesh, microbatches: list[Any]) -> tuple[list[Any], Callable[[], int] | None]:
+    """Begin to count the labels of a whole step that are learned. -> (microbatches that know the mean, the count); None if all
+    are learned. Collective over the world; nothing waits until the first loss of the step."""
+    if not microbatches or microbatches[0].learned is None:
+        return microbatches, None
+    count = mesh.begin_sum_over_rows(sum(int(batch.learned.sum()) for batch in microbatches))
+    in_step = len(microbatches) * mesh.layout.data
+
+    def mean() -> float:
+        return max(1, count()) / in_step
+
+    return [replace(batch, labels_per_microbatch=mean) for batch in microbatches], count

@@ -12,6 +12,7 @@ import socket
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -100,6 +101,28 @@ class Mesh:
         def answer() -> list[bool]:
             work.wait()
             return [bool(value) for value in values.tolist()]
+
+        return answer
+
+    def gather_objects(self, value: Any) -> list[Any]:
+        """Every rank's value, in the order of ranks, on every rank; pickled. Collective over the world."""
+        if self.layout.world == 1:
+            return [value]
+        values: list[Any] = [None] * self.layout.world
+        dist.all_gather_object(values, value, group=self.watching)
+        return values
+
+    def begin_sum_over_rows(self, count: int) -> Callable[[], int]:
+        """Sum what each data-parallel rank counts in its own rows, without waiting: the returned function waits, and may be
+        called again. Ranks that share rows pass the same count. Collective over the world."""
+        if self.layout.world == 1:
+            return lambda: count
+        total = torch.tensor([count])
+        work = dist.all_reduce(total, group=self.watching, async_op=True)
+
+        def answer() -> int:
+            work.wait()
+            return int(total.item()) * self.layout.data // self.layout.world
 
         return answer
 

@@ -3,9 +3,10 @@
     config.json: quantization_config    <--to_config--  WeightFormat  --from_config-->
 
 Reads what `stratum hf export --quantize` writes, and symmetric int4, int8 and FP8 weights that compressed-tensors or LLM
-Compressor wrote for the same models, with or without packing. Activations are never quantised here.
+Compressor wrote for the same models, with or without packing; inputs of the layers may be rounded token by token (W8A8).
 """
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,13 @@ def to_config(form: WeightFormat, *, ignore: list[str]) -> dict[str, Any]:
     }
     if rows != 1:
         weights["block_structure"] = [rows, columns]
-    group = {"targets": ["Linear"], "weights": weights, "input_activations": None, "output_activations": None}
+    inputs = {"num_bits": form.bits, "type": weights["type"], "symmetric": True, "dynamic": True, "strategy": "token"}
+    group = {
+        "targets": ["Linear"],
+        "weights": weights,
+        "input_activations": inputs if form.rounds_inputs else None,
+        "output_activations": None,
+    }
     return {
         "quant_method": METHOD,
         "format": form.container,
@@ -79,10 +86,24 @@ def from_config(config: dict[str, Any], *, where: str) -> WeightFormat:
         problems.append("symmetric=false: zero points are not supported")
     if weights.get("actorder") not in (None, "weight", "static"):
         problems.append(f"actorder={weights['actorder']!r} is not supported")
+    inputs = group.get("input_activations") if isinstance(group, dict) else None
+    if inputs is not None and not _rounds_tokens(inputs, weights):
+        problems.append(
+            f"input_activations={inputs}, supported are none, or symmetric ones of the weights' type and bits with "
+            f"dynamic=true and strategy='token'"
+        )
     if problems:
         raise CheckpointError(f"{where}: {KEY} has {'; '.join(problems)}.")
     codes: Codes = "int" if kind == "int" else "e4m3"
-    return WeightFormat(f"{codes}-{bits} {strategy}", 4 if bits == 4 else 8, codes, blocks[strategy], config["format"])
+    form = WeightFormat(f"{codes}-{bits} {strategy}", 4 if bits == 4 else 8, codes, blocks[strategy], config["format"])
+    return replace(form, rounds_inputs=inputs is not None)
+
+
+def _rounds_tokens(inputs: Any, weights: dict[str, Any]) -> bool:
+    """Whether inputs are rounded as `WeightFormat.rounds_inputs` says."""
+    wanted = {"num_bits": weights.get("num_bits"), "type": weights.get("type"), "dynamic": True, "strategy": "token"}
+    is_symmetric = isinstance(inputs, dict) and inputs.get("symmetric", True)
+    return is_symmetric and all(inputs.get(key) == value for key, value in wanted.items())
 
 
 class QuantizedFiles(WeightFiles):

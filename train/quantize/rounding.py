@@ -7,7 +7,7 @@ even, and saturation; the product in the format that the model computes in. Test
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -60,6 +60,14 @@ def quantize(
         )
     scale = scales_of(weight, form, scale_dtype=scale_dtype)
     return QuantizedMatrix(form, round_to(weight, scale, form), scale)
+
+
+def rounded_tokens(x: torch.Tensor, form: WeightFormat) -> torch.Tensor:
+    """Inputs of a linear layer [..., width] rounded to a format's codes, each token with a scale of its own. NaN stays NaN."""
+    tokens = x.reshape(-1, x.shape[-1])
+    by_token = replace(form, block=(1, None))
+    scale = scales_of(tokens, by_token)  # in fp32, as inference engines compute it
+    return QuantizedMatrix(by_token, round_to(tokens, scale, by_token), scale).dense().to(x.dtype).reshape(x.shape)
 
 
 def scales_of(weight: torch.Tensor, form: WeightFormat, *, scale_dtype: torch.dtype = torch.float32) -> torch.Tensor:

@@ -23,11 +23,11 @@ from fastapi.responses import HTMLResponse, JSONResponse, StreamingResponse
 from starlette.exceptions import HTTPException as StarletteError
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from data.chat.template import ChatError, ChatTemplate
 from data.tokenizer import Tokenizer
 from recipes.schema.errors import RecipeError
 from train.inference.request import Event, Request, Sampling, Thinking, Token
 from train.serve.answer import Answer, Piece
-from train.serve.chat import ChatTemplate
 from train.serve.metrics import Metrics
 from train.serve.schema import ChatCall, CompletionCall
 from train.serve.worker import Busy, EngineStopped, Ticket, Worker
@@ -83,8 +83,9 @@ def build_app(served: Served, *, key: str | None, most_body_bytes: int) -> ASGIA
         message = f"{'.'.join(loc)}: {first['msg']}" if loc else str(first["msg"])
         return JSONResponse(_error_body(400, message, param=loc[0] if loc else None), 400)
 
+    @app.exception_handler(ChatError)
     @app.exception_handler(RecipeError)
-    async def refused(_request: HttpRequest, error: RecipeError) -> JSONResponse:
+    async def refused(_request: HttpRequest, error: ChatError | RecipeError) -> JSONResponse:
         return JSONResponse(_error_body(400, str(error)), 400)
 
     @app.exception_handler(EngineStopped)
@@ -186,12 +187,13 @@ class _Job(ABC):
         self.id = f"{self.prefix}-{uuid.uuid4().hex}"
         self.created = int(time.time())
         self.stop_strings = call.stop_strings
+        self.stop = frozenset({served.tokenizer.eod})
 
     def requests(self) -> list[Request]:
         """One for each choice. The i-th choice of a prompt has the seed `seed + i`."""
         call = self.call
         seed = secrets.randbits(62) if call.seed is None else call.seed
-        stop = frozenset() if call.ignore_eos else frozenset({self.served.tokenizer.eod})
+        stop = frozenset() if call.ignore_eos else self.stop
         thinking = None
         if call.thinking_budget is not None:
             if self.served.thinking is None:
@@ -359,6 +361,7 @@ class _Chat(_Job):
         prompt = served.template.ids([{"role": message.role, "content": message.text} for message in call.messages])
         super().__init__(served, call, [prompt])
         self.stop_strings += served.template.stop_strings
+        self.stop |= served.template.stop_ids
         self.most = call.max_completion_tokens or call.max_tokens
         self.wants_logprobs = call.logprobs
         self.top_logprobs = (call.top_logprobs or 0) if call.logprobs else 0

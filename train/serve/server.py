@@ -5,11 +5,12 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
 
 import uvicorn
 
+from data.chat.template import ChatTemplate, open_template
 from data.tokenizer import Tokenizer
 from recipes.schema.errors import RecipeError, StratumError
 from recipes.schema.foreign import printable
@@ -19,7 +20,6 @@ from train.inference.batch_engine import EngineConfig, InferenceEngine
 from train.inference.request import Thinking
 from train.inference.text import draft_tokens, opened
 from train.serve.app import Served, build_app
-from train.serve.chat import open_template
 from train.serve.worker import Worker
 
 _GIB = 2**30
@@ -28,8 +28,10 @@ _GIB = 2**30
 def serve(recipe: Recipe, config: ServeConfig, listener: socket.socket, *, key: str | None) -> int:
     """Serve until SIGTERM or SIGINT. -> exit status: 0, or 1 if the engine failed."""
     guesses = draft_tokens(config)
-    with opened(recipe, checkpoint=config.checkpoint, speculate=config.speculate) as loaded:
-        template = open_template(config.chat_template, loaded.tokenizer) if config.chat_template else None
+    with (
+        opened(recipe, checkpoint=config.checkpoint, speculate=config.speculate) as loaded,
+        _template(config, loaded.tokenizer) as template,
+    ):
         engine = InferenceEngine(
             loaded.model,
             recipe.model,
@@ -100,6 +102,17 @@ async def _ending_with(worker: Worker, server: uvicorn.Server) -> AsyncIterator[
         yield
     finally:
         watching.cancel()
+
+
+@contextmanager
+def _template(config: ServeConfig, tokenizer: Tokenizer) -> Iterator[ChatTemplate | None]:
+    """The template of chats, checked; None without one."""
+    if config.chat_template is None:
+        yield None
+        return
+    with open_template(config.chat_template, tokenizer) as template:
+        _ = template.stop_ids  # a template that cannot be used is reported before the server starts
+        yield template
 
 
 def _thinking(config: ServeConfig, tokenizer: Tokenizer) -> Thinking | None:

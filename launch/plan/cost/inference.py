@@ -59,7 +59,9 @@ def inference_memory(
 
 
 def _weights(model: ModelConfig, weight_bytes: float, quantized: str | None) -> float:
-    plain = weight_bytes * parameters(model).total
+    # A_log, D and dt_bias of Mamba-2 layers are fp32 in every format.
+    scan = 3 * model.mamba_heads * counts(model.pattern)["M"]
+    plain = weight_bytes * (parameters(model).total - scan) + SCAN_PARAMETER_BYTES * scan
     if quantized is None:
         return plain
     form = weight_format(quantized)
@@ -123,6 +125,7 @@ class CacheBytes:
         return self.keys_values + self.mamba_states + self.page_tables + self.trial_inputs
 
 
+SCAN_PARAMETER_BYTES = 4
 STATE_BYTES = 4
 """Mamba-2 states are stored in fp32 whatever the model's format: in bf16 a state would lose 0.4 % at every token."""
 TABLE_BYTES = 4
@@ -234,6 +237,6 @@ def cache_sizes(
     fitting = bisect_right(range(1, context_tokens), budget_bytes, key=lambda tokens: bytes_of(sizes_of(tokens, 1)))
     raise RecipeError(
         f"a text of {context_tokens:,} tokens needs {gib(bytes_of(least))} for keys, values and the states of {rows} rows, but "
-        f"only {gib(budget_bytes)} is given. "
+        f"only {gib(budget_bytes)} is available. "
         + (f"The longest that fits has {fitting:,} tokens." if fitting else "Give more memory or fewer rows.")
     )

@@ -105,7 +105,7 @@ def test_memory_and_braces_and_folders() -> None:
     ):
         with pytest.raises(DataError, match=f"makes {many} paths, but must make 1 to 1,000,000"):
             texts_of(SourceConfig(path=f"memory://corpus/part-{braces}.jsonl"))
-    with pytest.raises(DataError, match=r"s3:// needs a package that is not installed: pip install s3fs"):
+    with pytest.raises(DataError, match=r"s3:// needs a package that is not installed\. Install it: pip install s3fs"):
         texts_of(SourceConfig(path="s3://bucket/a.jsonl"))
     with pytest.raises(DataError, match="Protocol not known: s4"):
         texts_of(SourceConfig(path="s4://bucket/a.jsonl"))

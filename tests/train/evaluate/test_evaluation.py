@@ -106,6 +106,34 @@ def test_results_hold_scores_intervals_and_what_they_are_of(run_folder: Path, tm
     assert results(tmp_path / "out")["tasks"]["capitals"]["items"] == 4
 
 
+def test_ranks_share_the_requests_out_and_give_the_scores_of_one_process(run_folder: Path, tmp_path: Path) -> None:
+    """To the bit over data-parallel ranks, to rounding over tensor ranks. Only rank 0 prints and writes."""
+    texts = [{"text": TEXT[start : start + 90]} for start in range(7)]
+    rolling = task_in(tmp_path / "r", texts, kind="rolling", prompt="{text}", name="texts")
+    letters = [{"prompt": prompt, "target": letter} for prompt in ("the", "a lazy", " fox") for letter in "eoa"]
+    fields = {"kind": "generate", "verifier": "contains", "max_new_tokens": 6, "stop": []}
+    written = task_in(tmp_path / "w", letters, name="written", **fields)
+    words = [run_folder, "--tasks", f"{rolling},{written},needle-1k", "--items", 9, "--batch-rows", 2]
+    assert evaluated(*words, "--out", tmp_path / "one")[0] == 0
+    for world, tensor in ((2, 1), (2, 2)):
+        out = tmp_path / f"tensor_{tensor}"
+        answers = run_ranks(world, in_child, *map(str, [*words, "--tensor", tensor, "--out", out]))
+        assert [status for status, _ in answers] == [0] * world and [text for _, text in answers[1:]] == [""] * (
+            world - 1
+        )
+        assert str(out / "results.json") in answers[0][1]
+        for name, task in results(tmp_path / "one")["tasks"].items():
+            found = results(out)["tasks"][name]
+            assert found["hash"] == task["hash"] and found["items"] == task["items"]
+            for metric, value in task["metrics"].items():
+                if tensor == 1:
+                    assert found["metrics"][metric] == value, (name, metric)
+                assert found["metrics"][metric]["value"] == pytest.approx(value["value"], rel=1e-6)
+    assert evaluated(*words, "--out", tmp_path / "tensor_2", "--resume")[1].startswith(
+        "already in results.json: texts, written,"
+    )
+
+
 def test_mistakes_are_answered_before_the_model_is_built(
     run_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -116,12 +144,16 @@ def test_mistakes_are_answered_before_the_model_is_built(
         assert status == 2 and text.startswith("error: ") and "Traceback" not in text, text
         return text
 
-    monkeypatch.setattr("train.evaluate.evaluation.model_on_one_rank", None)
+    monkeypatch.setattr("train.evaluate.evaluation.model_on_ranks", None)
+    assert (
+        "--tensor 2 needs a multiple of 2 processes, and there is 1. Start them: torchrun --nproc-per-node 2 -m"
+        in refused(run_folder, "--tasks", choices, "--tensor", 2)
+    )
     assert "there is no task 'needel-1k'. Did you mean needle-1k?" in refused(run_folder, "--tasks", "needel-1k")
     assert "is neither a checkpoint" in refused(tmp_path / "nowhere", "--tasks", choices)
     assert "name the tasks: --tasks" in refused(run_folder)
     assert "name a run or a checkpoint" in refused("--tasks", choices)
-    assert "it takes no run" in refused(run_folder, "--tasks", choices, "--contamination", tmp_path)
+    assert "leave out the run" in refused(run_folder, "--tasks", choices, "--contamination", tmp_path)
     assert "unknown option --task" in refused(run_folder, "--task", choices)
     assert "--items=0 is out of range" in refused(run_folder, "--tasks", choices, "--items", 0)
     task_in(tmp_path, [{**CAPITALS[0], "cities": []}], **CHOICES)
@@ -143,6 +175,16 @@ def test_mistakes_are_answered_before_the_model_is_built(
     )
     (tmp_path / "out" / "results.json").write_text("{")
     assert "cannot be read as results" in refused(run_folder, "--tasks", choices, "--out", tmp_path / "out")
+
+
+def test_answers_beyond_the_memory_are_one_error_with_the_longest_that_fits(run_folder: Path, tmp_path: Path) -> None:
+    fields = {"kind": "generate", "max_new_tokens": 10**14}
+    endless = task_in(tmp_path, [{"prompt": "the", "target": " fox"}], **fields)
+    status, text = evaluated(run_folder, "--tasks", endless, "--out", tmp_path / "out")
+    assert status == 2 and text.startswith(
+        "error: task mine, max_new_tokens=100,000,000,000,000: a text of 100,000,000"
+    ), text
+    assert "The longest that fits has " in text and not (tmp_path / "out").exists()
 
 
 def test_numbers_that_are_not_finite_are_one_error(run_folder: Path, tmp_path: Path) -> None:

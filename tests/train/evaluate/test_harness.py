@@ -19,7 +19,7 @@ from data.tokenizer import load_tokenizer
 from recipes.schema.data import SourceConfig, TokenizerConfig
 from recipes.schema.errors import DataError
 from recipes.schema.recipe import Recipe
-from train.build import model_on_one_rank
+from train.build import model_on_ranks
 from train.evaluate.ask import ask
 from train.evaluate.decoder import BatchedDecoder, before_stop
 from train.evaluate.score import forward_of_model
@@ -149,13 +149,15 @@ def _same_answers(task: str, ours: list[Any], theirs: list[Any]) -> None:
 def by_our_decoder(rank: int, recipe: Recipe, path: Path, prompts: list[str]) -> tuple[list[str], list[str], Any]:
     torch.set_num_threads(1)
     tokenizer = load_tokenizer(Path(recipe.data.folder) / "tokenizer.json", TokenizerConfig())
-    with model_on_one_rank(recipe, path, device=CPU) as model:
-        decoder = BatchedDecoder(model, recipe.model, tokenizer)
+    with model_on_ranks(recipe, path, device=CPU, rank=0, world=1) as (model, mesh):
+        decoder = BatchedDecoder(model, recipe.model, tokenizer, mesh=mesh)
         greedy = Sampling(temperature=0.0)
         long = decoder.generate(prompts, max_new_tokens=20, stop=[], sampling=greedy)
         cut = decoder.generate(prompts, max_new_tokens=20, stop=["e", " t"], sampling=greedy)
-        forward = forward_of_model(model, row_tokens=64, microbatch_rows=4)
-        tasks = open_tasks(["human-eval", "reasoning/chain_sum"], tokenizer=tokenizer, seed=1, items=2)
+        forward = forward_of_model(model, row_tokens=64, microbatch_rows=4, mesh=mesh)
+        tasks = open_tasks(
+            ["human-eval", "reasoning/chain_sum", "bfcl/simple_python"], tokenizer=tokenizer, seed=1, items=2
+        )
         asked = [ask(task, forward=forward, tokenizer=tokenizer, decoder=decoder) for task in tasks]
         return long, cut, [result.metrics["score"].value for result in asked]
 
@@ -167,7 +169,7 @@ def test_stop_texts_end_answers_and_packages_ask_their_items(place: tuple[Recipe
     for whole, part in zip(long, cut, strict=True):
         ended = before_stop(whole, ["e", " t"])
         assert part == (whole if ended is None else ended)
-    assert values == [0.0, pytest.approx(0.0, abs=0.1)], "a model of random weights solves nothing"
+    assert values == [0.0, pytest.approx(0.0, abs=0.1), 0.0], "a model of random weights solves nothing"
 
 
 def test_right_answers_of_the_packages_are_right_and_wrong_ones_wrong(place: tuple[Recipe, Path, Path]) -> None:

@@ -14,7 +14,7 @@ from ranks import run_ranks
 from recipes.schema.errors import DataError
 from recipes.schema.layout import Layout
 from recipes.schema.recipe import Recipe
-from train.build import build_engine, check, mesh_of, model_on_one_rank
+from train.build import build_engine, check, mesh_of, model_on_ranks
 from train.evaluate.deal import deal
 from train.evaluate.decoder import BatchedDecoder
 from train.evaluate.score import (
@@ -66,9 +66,9 @@ def on_one_rank(
     rank: int, recipe: Recipe, path: Path, requests: list[Request], row_tokens: int, batch_rows: list[int]
 ) -> list[list[Score]]:
     torch.set_num_threads(1)
-    with model_on_one_rank(recipe, path, device=CPU) as model:
+    with model_on_ranks(recipe, path, device=CPU, rank=0, world=1) as (model, mesh):
         return [
-            scores(forward_of_model(model, row_tokens=row_tokens, microbatch_rows=size), requests)
+            scores(forward_of_model(model, row_tokens=row_tokens, microbatch_rows=size, mesh=mesh), requests)
             for size in batch_rows
         ]
 
@@ -104,8 +104,8 @@ def test_scores_are_those_of_transformers_on_the_export(
 
 def by_decoder(rank: int, recipe: Recipe, path: Path, requests: list[Request]) -> list[Score]:
     torch.set_num_threads(1)
-    with model_on_one_rank(recipe, path, device=CPU) as model:
-        return BatchedDecoder(model, recipe.model, tokenizer=None).scores(requests)  # type: ignore[arg-type]
+    with model_on_ranks(recipe, path, device=CPU, rank=0, world=1) as (model, mesh):
+        return BatchedDecoder(model, recipe.model, tokenizer=None, mesh=mesh).scores(requests)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -1,5 +1,6 @@
 """Task files: the items made of records, and one clear error for each fault, with file and line."""
 
+import codecs
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +56,12 @@ FAULTS: list[tuple[list[Any], dict[str, Any], str]] = [
     ([{"prompt": "a", "target": True}], {"kind": "cloze"}, r":1: target=True is not a text"),
     (["{", ], {"kind": "cloze"}, r"data\.jsonl:1: this line is not JSON"),
     (["", "[1]"], {"kind": "cloze"}, r"data\.jsonl:2: \[1\] is not a record"),
-    ([], {"kind": "cloze"}, r"data\.jsonl has no record to ask"),
+    ([], {"kind": "cloze"}, r"data\.jsonl has no record to ask\. Add records, one JSON object a line\."),
+    (['[{"prompt": "a",', '"target": "b"}]'], {"kind": "cloze"}, r"\.jsonl:1: this line is not JSON.*Write one record a line"),
+    (['{"prompt": NaN, "target": "b"}'], {"kind": "cloze"}, r":1: prompt=nan is not a text or a number"),
+    (['{"prompt": "\\ud800", "target": "b"}'], {"kind": "cloze"}, r":1: prompt='\\ud800' is not a text"),
+    (['{"prompt": "a", "prompt": "b", "target": "b"}'], {"kind": "cloze"}, r":1: .*'prompt' is written twice"),
+    ([{"prompt": "a", "target": "b"}], {"kind": "generate", "stop": ["x", ""]}, r"mine\.yaml: stop=.* has an empty text"),
     ([{"prompt": "a", "target": "b"}], {"kind": "cloze", "shots": 1}, r"has no record to ask \(1 of them serve as examples"),
     ([{"prompt": "", "target": "b"}], {"kind": "rolling"}, r":1: the text is empty"),
     ([{"prompt": "a", "choices": [], "answer": 0}], {"kind": "multiple_choice"}, r":1: choices=\[\] is not a list of two"),
@@ -90,9 +96,22 @@ def test_task_files_that_are_missing_or_not_yaml(tmp_path: Path) -> None:
     task_in(tmp_path, [])
     with pytest.raises(DataError, match=r"there is no task file .*mein\.yaml\. Did you mean mine\.yaml\?"):
         open_task_file(tmp_path / "mein.yaml")
+    for text, was in {"": "is empty", "- a": "is a list", "hello": "is a str"}.items():
+        (tmp_path / "mine.yaml").write_text(text)
+        with pytest.raises(DataError, match=rf"mine\.yaml {was}, not a task\. Write its fields, such as `kind: cloze`"):
+            open_task_file(tmp_path / "mine.yaml")
     (tmp_path / "mine.yaml").write_text("kind: [")
     with pytest.raises(DataError, match=r"mine\.yaml cannot be read: it is not YAML .* \(line 1"):
         open_task_file(tmp_path / "mine.yaml")
+
+
+def test_files_of_other_editors_are_read(tmp_path: Path) -> None:
+    """A mark at the begin, lines that end with carriage returns, no end of the last line, records and ids that come twice."""
+    path = task_in(tmp_path, [], kind="cloze")
+    record = b'{"id": 1, "prompt": "a", "target": " b"}'
+    (tmp_path / "data.jsonl").write_bytes(codecs.BOM_UTF8 + record + b"\r\n" + record)
+    path.write_bytes(codecs.BOM_UTF8 + path.read_bytes().replace(b"\n", b"\r\n"))
+    assert [(item.prompt, item.targets) for item in open_task_file(path).items] == [("a", (" b",))] * 2
 
 
 @pytest.mark.parametrize(

@@ -16,21 +16,27 @@ from recipes.schema.data import SourceConfig
 from recipes.schema.recipe import Recipe
 from recipes.schema.run_folder import METRICS, read_metrics
 from train import run
-from train.build import model_on_one_rank, open_tokenizer
+from train.build import model_on_ranks, open_tokenizer
 from train.checkpoint.manager import checkpoint_at
 from train.evaluate.ask import ask
+from train.evaluate.decoder import BatchedDecoder
 from train.evaluate.score import forward_of_model
 from train.evaluate.training_tasks import open_training_tasks
 from train.record.report import write_report
+
+WRITTEN: dict[str, Any] = {"verifier": "contains", "max_new_tokens": 6, "stop": []}
+"""Fields of a task whose answers the model writes."""
 
 
 @pytest.fixture
 def recipe(tmp_path: Path) -> Recipe:
     write_folder(tmp_path / "data", {"a": [random_documents(300, seed=3)]})
+    letters = [{"prompt": prompt, "target": letter} for prompt in ("the", "a lazy", " fox") for letter in "eoa"]
     clozes = [{"prompt": "the quick", "target": " brown fox"}, {"prompt": "a lazy", "target": " dog"}] * 5
     tasks = (
         task_in(tmp_path, CAPITALS, name="capitals", **CHOICES),
         task_in(tmp_path / "cloze", clozes, kind="cloze", name="words"),
+        task_in(tmp_path / "letters", letters, kind="generate", name="letters", **WRITTEN),
     )
     return replace(
         RECIPE,
@@ -61,9 +67,13 @@ def of_checkpoint(rank: int, recipe: Recipe) -> dict[str, dict[str, float]]:
     torch.set_num_threads(1)
     folder = Path(recipe.run.folder) / recipe.run.name
     tokenizer, _ = open_tokenizer(recipe)
-    with model_on_one_rank(recipe, checkpoint_at(folder)[0], device=torch.device("cpu")) as model:
-        forward = forward_of_model(model, row_tokens=64, microbatch_rows=3)
-        found = [ask(task, forward=forward, tokenizer=tokenizer) for task in open_training_tasks(recipe, tokenizer)]
+    with model_on_ranks(recipe, checkpoint_at(folder)[0], device=torch.device("cpu"), rank=0, world=1) as (model, mesh):
+        forward = forward_of_model(model, row_tokens=64, microbatch_rows=3, mesh=mesh)
+        decoder = BatchedDecoder(model, recipe.model, tokenizer, mesh=mesh)
+        found = [
+            ask(task, forward=forward, tokenizer=tokenizer, decoder=decoder)
+            for task in open_training_tasks(recipe, tokenizer)
+        ]
     return {result.name: {name: metric.value for name, metric in result.metrics.items()} for result in found}
 
 
@@ -96,14 +106,24 @@ def test_tasks_are_scored_at_their_interval_and_survive_a_resume(recipe: Recipe,
         stream.writelines(json.dumps({"kind": "tasks", **line}) + "\n" for line in strange)
     write_report(tmp_path / "run")
     text = (tmp_path / "run" / "summary.md").read_text()
-    assert "## Tasks" in text and "| words | bits_per_byte | 8 | " in text and "| capitals | accuracy | 3 | " in text
+    assert (
+        "## Tasks" in text
+        and "| letters | score | 8 | " in text
+        and "| words | bits_per_byte | 8 | " in text
+        and "| capitals | accuracy | 3 | " in text
+    )
     assert (tmp_path / "run" / "tasks.png").read_bytes()[:4] == b"\x89PNG"
 
 
-def test_data_parallel_ranks_score_what_one_process_scores(recipe: Recipe, tmp_path: Path) -> None:
+def test_tensor_and_data_parallel_ranks_score_what_one_process_scores(recipe: Recipe, tmp_path: Path) -> None:
+    """Likelihoods and generated answers, of which each data-parallel rank writes and judges its part."""
     assert run_ranks(1, trained, recipe) == ["finished"]
-    assert run_ranks(2, trained, replace(recipe, run=replace(recipe.run, name="pair"))) == ["finished", "finished"]
-    one, two = (lines(tmp_path / name, "tasks") for name in ("run", "pair"))
+    four = replace(recipe, run=replace(recipe.run, name="four"), parallel=replace(recipe.parallel, tensor=2))
+    assert run_ranks(4, trained, four) == ["finished"] * 4
+    one, two = (lines(tmp_path / name, "tasks") for name in ("run", "four"))
+    assert {0, 1} != {line["tasks"]["letters"]["metrics"]["score"]["value"] for line in one.values()}, (
+        "too easy or hard"
+    )
     assert list(one) == list(two)
     for step, line in one.items():
         for task, entry in line["tasks"].items():

@@ -74,6 +74,16 @@ def test_calibrated_export_reloads_in_transformers_generates_here_and_comes_back
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("name", ["int8-w8a8", "fp8-w8a8"])
+def test_formats_that_round_inputs_are_compared_by_their_weights(recipe: Recipe, name: str) -> None:
+    root = Path(recipe.run.folder)
+    status, said = command(root, "export", root / "run", "--out", root / name, "--quantize", name, *CHECK)
+    assert status == 0 and "The two agree." in said, said
+    assert QuantizedFiles(root / name).form.rounds_inputs
+    assert run_ranks(1, text_of, recipe, root / name)[0].startswith("\n")
+
+
+@pytest.mark.slow
 def test_layers_kept_in_full_precision_are_ignored_by_every_reader(recipe: Recipe) -> None:
     root = Path(recipe.run.folder)
     words = ["--quantize", "fp8-block", "--keep", "in_proj", "--dtype", "bf16", "--tolerance", "0.01"]

@@ -51,7 +51,7 @@ SAMPLINGS = [
 @pytest.mark.parametrize("sampling", SAMPLINGS, ids=str)
 @pytest.mark.parametrize("is_certain", [False, True], ids=["draft model", "look-up"])
 def test_tokens_of_many_draws_follow_the_models_distribution(sampling: Sampling, is_certain: bool) -> None:
-    draws = [Draw(sampling, number) for number in range(20_000)]
+    draws = [Draw(sampling, number) for number in range(8_000)]
     given = torch.Generator().manual_seed(3)
     model, draft = (1.5 * torch.randn(1, 6, generator=given, dtype=torch.float64) for _ in range(2))
     p, q = distribution(model, draws[:1])[0], distribution(draft, draws[:1])[0]
@@ -69,7 +69,7 @@ def test_tokens_of_many_draws_follow_the_models_distribution(sampling: Sampling,
 
 def test_a_rule_that_accepts_too_often_is_noticed() -> None:
     """What the counts above would be if every guess were accepted, or if a rejected one were drawn from p."""
-    draws = [Draw(Sampling(1.0), number) for number in range(20_000)]
+    draws = [Draw(Sampling(1.0), number) for number in range(8_000)]
     given = torch.Generator().manual_seed(3)
     p, q = (torch.softmax(1.5 * torch.randn(1, 6, generator=given, dtype=torch.float64), -1) for _ in range(2))
     all_p, all_q = p.expand(len(draws), -1), q.expand(len(draws), -1)

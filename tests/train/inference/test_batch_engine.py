@@ -78,8 +78,10 @@ def pages_in_use(engine: InferenceEngine) -> int:
     return sum(group.pages.count - group.pages.free for group in engine.pools.groups.values())
 
 
-def drive(engine: InferenceEngine, requests: list[Request], draw: random.Random) -> dict[int, list[Event]]:
-    """Requests arrive at random moments; a few are cancelled. -> events by index of the request."""
+def drive(
+    engine: InferenceEngine, requests: list[Request], draw: random.Random, *, cancelled: float = 0.04
+) -> dict[int, list[Event]]:
+    """Requests arrive at random moments. cancelled: probability of a cancel at each step. -> events by index of the request."""
     ids: dict[int, int] = {}
     events: dict[int, list[Event]] = {}
     left = list(range(len(requests)))
@@ -88,7 +90,7 @@ def drive(engine: InferenceEngine, requests: list[Request], draw: random.Random)
             if left:
                 index = left.pop(0)
                 ids[engine.add(requests[index])] = index
-        if ids and draw.random() < 0.04:
+        if ids and draw.random() < cancelled:
             engine.cancel(draw.choice(list(ids)))
         for event in engine.step():
             events.setdefault(ids[event.request], []).append(event)

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from killed_runs import recipe_in
 from ranks import run_ranks
+from shards import random_documents, write_folder
 
 from recipes.schema.errors import CheckpointError, DataError, StratumError
 from recipes.schema.tools import GenerateConfig
@@ -29,6 +30,20 @@ def texts(rank: int, folder: Path) -> dict[str, Any]:
     (folder / "prompts.jsonl").write_text('"ab\\n"\n{"prompt": "c", "id": 1}\n')
     config = GenerateConfig(prompts="prompts.jsonl", n=2, tokens=6, logprobs=2, temperature=1.0, top_p=1.0, seed=3)
     found["records"] = list(generate_records(recipe, config))
+    (folder / "chats.jsonl").write_text('"hi"\n{"messages": [{"role": "user", "content": "hi"}]}\n')
+    alone = replace(config, n=1, temperature=0.0, logprobs=None)
+    chats = replace(alone, prompts="chats.jsonl", chat=True, chat_template="turns")
+    found["chats"] = [record["text"] for record in generate_records(recipe, chats)]
+    found["chat"] = "".join(stream_text(recipe, replace(chats, prompts=None, prompt="hi")))
+    found["as text"] = "".join(stream_text(recipe, replace(alone, prompts=None, prompt="User\nhi\nAssistant\n")))
+    write_folder(folder / "other", {"a": [random_documents(9, seed=1)]}, vocab=270)
+    other = replace(recipe, data=replace(recipe.data, folder=str(folder / "other")))
+    one = replace(config, prompt="c", prompts=None, n=1)
+    for name, read, asked in (("tokenizer", other, one), ("beyond memory", recipe, replace(one, tokens=10**15))):
+        try:
+            "".join(stream_text(read, asked))
+        except StratumError as error:
+            found[name] = str(error)
     for name, wrong in {"alone": {"draft_tokens": 3}, "nowhere": {"speculate": "runs/nowhere"}}.items():
         try:
             list(generate_records(recipe, replace(config, **wrong)))
@@ -45,6 +60,8 @@ def texts(rank: int, folder: Path) -> dict[str, Any]:
 def test_prompts_of_a_file_are_continued_in_one_batch(tmp_path: Path) -> None:
     found = run_ranks(1, texts, tmp_path)[0]
     assert "contains no checkpoint" in found["untrained"]
+    assert "The longest that fits has " in found["beyond memory"]
+    assert "was trained with another tokenizer" in found["tokenizer"]
     records = found["records"]
     assert [(record["prompt"], record["sample"]) for record in records] == [
         ("ab\n", 0),
@@ -66,6 +83,10 @@ def test_prompts_of_a_file_are_continued_in_one_batch(tmp_path: Path) -> None:
         assert record["finish"] in ("length", "stop") and all(len(top) == 2 for top in record["top_logprobs"])
     assert json.loads(json.dumps(records[0]))["text"] == records[0]["text"]
 
+    # The answer alone, and the same text as after the words that the template writes.
+    assert found["chats"] == [found["chat"]] * 2
+    assert found["as text"] == "User\nhi\nAssistant\n" + found["chat"]
+
 
 @pytest.mark.parametrize(
     ("content", "problem"),
@@ -75,6 +96,9 @@ def test_a_wrong_file_of_prompts_is_named(content: str, problem: str, tmp_path: 
     (tmp_path / "prompts.jsonl").write_text(content)
     with pytest.raises(DataError, match=problem):
         read_prompts(tmp_path / "prompts.jsonl")
+    (tmp_path / "prompts.jsonl").write_text('{"messages": [{"role": "user"}, "hi"]}\n')
+    with pytest.raises(DataError, match="prompt 1: message 2 is a str"):
+        read_prompts(tmp_path / "prompts.jsonl", is_chat=True)
 
 
 def test_prompts_are_lines_of_a_text_file(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import pytest
 import torch
 from chi_square import surprise
 from ranks import run_ranks
+from test_batch_engine import drive
 from tiny import GEMMA, VOCAB, engine_of, recipe_with
 
 from launch.plan.cost.inference import cache_bytes, cache_sizes, draft_sizes
@@ -86,23 +87,6 @@ def requests_of(draw: random.Random, count: int, *, greedy: bool) -> list[Reques
             )
         )  # fmt: skip
     return found
-
-
-def drive(engine: InferenceEngine, requests: list[Request], draw: random.Random) -> dict[int, list[Event]]:
-    """Requests arrive at random moments; a few are cancelled. -> events by index of the request."""
-    ids: dict[int, int] = {}
-    events: dict[int, list[Event]] = {}
-    left = list(range(len(requests)))
-    while left or not engine.is_idle:
-        for _ in range(draw.randint(0, 3)):
-            if left:
-                index = left.pop(0)
-                ids[engine.add(requests[index])] = index
-        if ids and draw.random() < 0.02:
-            engine.cancel(draw.choice(list(ids)))
-        for event in engine.step():
-            events.setdefault(ids[event.request], []).append(event)
-    return events
 
 
 def difference(found: list[Event], expected: list[Event]) -> float:
@@ -181,7 +165,7 @@ def random_batches(rank: int, changes: dict[str, Any], seeds: range) -> dict[str
                     config_of(draw),
                     draw,
                 )
-                for index, events in drive(engine, requests, draw).items():
+                for index, events in drive(engine, requests, draw, cancelled=0.02).items():
                     if events[-1].finish == "cancelled":
                         continue
                     seen["worst"] = max(seen["worst"], difference(events, plain[index]))
@@ -256,12 +240,28 @@ def sampled(rank: int) -> dict[str, Any]:
                 make(EngineConfig(rows=1, context_tokens=CONTEXT, draft_tokens=1)).run([one])[0] for one in requests
             ]
             engine = short_of_memory(make, config_of(draw), draw)
-            for index, events in drive(engine, requests, draw).items():
+            for index, events in drive(engine, requests, draw, cancelled=0.02).items():
                 if events[-1].finish != "cancelled":
                     found["texts"] += 1
                     found["unlike"] += difference(events, alone[index]) > 1e-5
             found["accepted"] += engine.stats().accepted_tokens
             found["preemptions"] += engine.stats().preemptions
+
+        # A prefix that the prefix cache has and the draft model has not: it reads ahead, with little memory.
+        shared = [draw.randrange(VOCAB) for _ in range(48)]
+        requests = [
+            Request([*shared, seed], 9, sampling=Sampling(0.9, seed=seed), priority=seed % 2) for seed in range(6)
+        ]
+        alone = [make(EngineConfig(rows=1, context_tokens=CONTEXT)).run([one])[0] for one in requests]
+        config = EngineConfig(
+            rows=4, context_tokens=CONTEXT, step_tokens=12, prefix_blocks=8, block_tokens=8, page_tokens=4
+        )
+        whole = make(config)
+        enough = whole.pools.bytes().total + whole.drafter.bytes() - whole.pools.bytes().keys_values // 2  # type: ignore[union-attr]
+        engine = make(replace(config, memory_bytes=enough))
+        for index, events in drive(engine, requests, random.Random(3)).items():
+            found["unlike"] += events[-1].finish != "cancelled" and difference(events, alone[index]) > 1e-5
+        found["ahead"] = engine.stats().cached_tokens
 
         # Two tokens after one prompt, against the exact probabilities of the model itself.
         sampling = Sampling(0.7, top_k=3)
@@ -287,7 +287,7 @@ def sampled(rank: int) -> dict[str, Any]:
 
 def test_sampled_texts_depend_on_their_request_only_and_follow_the_model() -> None:
     found = run_ranks(1, sampled)[0]
-    assert found["unlike"] == 0 and found["texts"] and found["accepted"] and found["preemptions"]
+    assert found["unlike"] == 0 and found["texts"] and found["accepted"] and found["preemptions"] and found["ahead"]
     assert found["surprise"] > 1e-3
 
 

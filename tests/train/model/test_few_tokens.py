@@ -21,7 +21,7 @@ from train.model.paged import paged_attention
 from train.model.rotary import _rotate
 from train.native import attention as compiled_attention
 from train.native import scan as compiled_scan
-from train.native.few_rows import FewRows, NormWeight
+from train.native.few_rows import FewRows, NormWeight, line_sums
 from train.native.scan import ScanSizes, ScanWeights
 
 
@@ -56,6 +56,38 @@ def test_a_row_has_the_same_bits_alone_and_with_others() -> None:
     whole = layer(x)
     for rows in (1, 2, 3, 5, 8, 22):
         assert torch.equal(layer(x[:rows]), whole[:rows])
+
+
+@pytest.mark.parametrize(("rows", "inputs", "outputs"), [(1, 600, 70), (3, 257, 16), (13, 512, 33), (40, 300, 130)])
+def test_sums_over_several_parts_of_inputs_and_panels_of_outputs(rows: int, inputs: int, outputs: int) -> None:
+    x, weight = tensor(rows, inputs, seed=0), tensor(outputs, inputs, seed=1)
+    layer = FewRows(weight)
+    expected = (x.double() @ weight.double().t()).float()
+    torch.testing.assert_close(layer(x), expected, rtol=1e-5, atol=1e-4)
+    weight *= 2  # the layer has a copy
+    torch.testing.assert_close(layer(x), expected, rtol=1e-5, atol=1e-4)
+    layer.pack()
+    torch.testing.assert_close(layer(x), 2 * expected, rtol=1e-5, atol=1e-4)
+
+
+def test_a_soft_cap_in_the_product_gives_fp32() -> None:
+    x, weight = tensor(3, 64, seed=0, dtype=torch.bfloat16), tensor(40, 64, seed=1, dtype=torch.bfloat16)
+    product = F.linear(x.double(), weight.double()).to(torch.bfloat16).float()
+    found = FewRows(weight, softcap=3.0, wide=True)(x)
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, 3 * torch.tanh(product / 3), rtol=1e-2, atol=1e-2)
+
+
+def test_likeliest_tokens_and_log_sums_equal_torch() -> None:
+    logits = tensor(9, 75, seed=0) * 20
+    logits[1, 5:60] = -torch.inf
+    logits[2, [7, 40]] = 90.0  # the first of equals
+    best, log_sums = line_sums(logits)
+    assert torch.equal(best, logits.argmax(-1)) and best[2] == 7
+    torch.testing.assert_close(log_sums, logits.double().logsumexp(-1).float(), rtol=1e-6, atol=1e-6)
+    logits[3, 74], logits[4, 0], logits[5] = torch.nan, torch.inf, -torch.inf
+    _, log_sums = line_sums(logits)
+    assert torch.isfinite(log_sums).tolist() == [line not in (3, 4, 5) for line in range(9)]
 
 
 def segments_of(texts: list[tuple[int, int, int]], places: dict[str, Any] | None = None) -> Segments:

@@ -20,7 +20,7 @@ from recipes.schema.weight_formats import FORMATS
 from train.build import check, mesh_of, model_on_one_rank
 from train.checkpoint.tensors import StoredTensors
 from train.hf.config import family_of, to_config
-from train.hf.convert import export_weights
+from train.hf.convert import Format, export_weights
 from train.hf.quantize_export import Quantizer
 from train.inference.batch_engine import EngineConfig, InferenceEngine
 from train.inference.request import Request, Sampling
@@ -42,16 +42,26 @@ def made(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     return recipe, scrambled(trained(root / "drawn", recipe, world=1), root)
 
 
-def quantizer_of(model: ModelConfig, name: str, **changes: Any) -> Quantizer:
+def quantizer_of(model: ModelConfig, name: str, *, scale: torch.dtype = torch.float32, **changes: Any) -> Quantizer:
     chosen = linears(model, family_of(model))
     by_name = {part: linear for linear in chosen for part in linear.pair.theirs}
-    return Quantizer(FORMATS[name], torch.float32, by_name, **({"matrices": {}, "unquantized": ()} | changes))
+    return Quantizer(FORMATS[name], scale, by_name, **({"matrices": {}, "unquantized": ()} | changes))
 
 
-def write(folder: Path, path: Path, model: ModelConfig, quantizer: Quantizer, *, vocab: int | None = None) -> Path:
+def write(
+    folder: Path,
+    path: Path,
+    model: ModelConfig,
+    quantizer: Quantizer,
+    *,
+    vocab: int | None = None,
+    format: Format = "keep",
+) -> Path:
     """A quantised directory, as `stratum hf export --quantize` writes it."""
     folder.mkdir()
-    export_weights(StoredTensors(path), folder, model=model, quantizer=quantizer, vocab=vocab, file_bytes=60_000)
+    export_weights(
+        StoredTensors(path), folder, model=model, quantizer=quantizer, vocab=vocab, file_bytes=60_000, format=format
+    )
     config = to_config(model, tokens=TOKENS, max_positions=128, dtype="float32", vocab=vocab) | quantizer.config
     (folder / "config.json").write_text(json.dumps(config))
     return folder
@@ -97,7 +107,7 @@ def from_codes(rank: int, recipe: Recipe, path: Path, root: Path, name: str) -> 
     quantizer = quantizer_of(model, name)
     folder = write(root / name, path, model, quantizer)
     with model_on_one_rank(recipe, path, device=CPU) as chunk:
-        quantizer.apply(chunk)
+        quantizer.apply(chunk, with_inputs=True)
         dense = logits(chunk, tokens)
     with model_on_one_rank(recipe, folder, device=CPU) as chunk:
         stored = logits(chunk, tokens)
@@ -106,8 +116,14 @@ def from_codes(rank: int, recipe: Recipe, path: Path, root: Path, name: str) -> 
         text = [event.token.id for event in events if event.token is not None]
         greedy = logits(chunk, torch.tensor([[1, 2, 3, *text]]))[0, 2:-1].argmax(-1).tolist()
         memory = sum(t.nbytes for t in [*chunk.parameters(), *chunk.buffers()])
+    half = replace(recipe, precision=replace(recipe.precision, params="bf16"))
+    rounded = quantizer_of(model, name, scale=torch.bfloat16)
+    folder_of_half = write(root / f"{name}-bf16", path, model, rounded, format="bf16")
+    with model_on_one_rank(half, folder_of_half, device=CPU) as chunk:
+        memory_of_half = sum(t.nbytes for t in [*chunk.parameters(), *chunk.buffers()])
     return {
         "equal": torch.equal(dense, stored),
+        "half": memory_of_half - inference_memory(model, context_tokens=1, weight_bytes=2, quantized=name).weights,
         "written": len(text),
         "greedy": text == greedy,
         "memory": memory,
@@ -116,13 +132,13 @@ def from_codes(rank: int, recipe: Recipe, path: Path, root: Path, name: str) -> 
     }
 
 
-@pytest.mark.parametrize("name", ["int8", "int4-g32", "fp8-block"])
+@pytest.mark.parametrize("name", ["int8", "int4-g32", "fp8-block", "fp8-w8a8"])
 def test_codes_compute_what_rounded_weights_do_in_the_planned_bytes(
     made: tuple[Recipe, Path], tmp_path: Path, name: str
 ) -> None:
     found = run_ranks(1, from_codes, *made, tmp_path, name)[0]
     assert found["equal"] and found["written"] == 4 and found["greedy"]
-    assert found["memory"] == found["files"] == found["planned"]
+    assert found["memory"] == found["files"] == found["planned"] and found["half"] == 0
 
 
 def straight(rank: int, recipe: Recipe, name: str) -> list[bool]:

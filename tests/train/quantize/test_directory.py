@@ -2,6 +2,7 @@
 
 import json
 import struct
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -67,12 +68,7 @@ def test_our_config_is_the_packages_and_comes_back(name: str) -> None:
     theirs = QuantizationConfig(**config)
     assert theirs.format == FORMATS[name].container and theirs.ignore == ["lm_head"]
     back = from_config(config, where="config.json")
-    assert (back.bits, back.codes, back.block, back.container) == (
-        FORMATS[name].bits,
-        FORMATS[name].codes,
-        FORMATS[name].block,
-        FORMATS[name].container,
-    )
+    assert replace(back, name=name) == FORMATS[name]
 
 
 @pytest.mark.parametrize("rest", [0, 4, 40, 3000, 20_000])
@@ -121,6 +117,14 @@ def test_schemes_that_are_not_read_are_named(change: dict[str, Any], message: st
     config = to_config(FORMATS["int4-g32"], ignore=[])
     config["config_groups"]["group_0"]["weights"] |= change
     with pytest.raises(CheckpointError, match=message):
+        from_config(config, where="config.json")
+
+
+@pytest.mark.parametrize("change", [{"dynamic": False}, {"strategy": "tensor"}, {"num_bits": 4}, {"symmetric": False}])
+def test_inputs_that_are_rounded_another_way_are_named(change: dict[str, Any]) -> None:
+    config = to_config(FORMATS["int8-w8a8"], ignore=[])
+    config["config_groups"]["group_0"]["input_activations"] |= change
+    with pytest.raises(CheckpointError, match=r"input_activations=.*supported are none, or symmetric ones"):
         from_config(config, where="config.json")
 
 

@@ -7,7 +7,8 @@ import torch
 from compressed_tensors.compressors import BaseCompressor
 from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32, unpack_from_int32
 from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
-from compressed_tensors.quantization.utils import calculate_qparams
+from compressed_tensors.quantization.lifecycle.forward import fake_quantize
+from compressed_tensors.quantization.utils import calculate_qparams, compute_dynamic_scales_and_zp
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -15,7 +16,7 @@ from recipes.schema.errors import CheckpointError
 from recipes.schema.weight_formats import FORMATS, WeightFormat
 from train.quantize.directory import to_config
 from train.quantize.packing import pack, unpack
-from train.quantize.rounding import QuantizedMatrix, quantize
+from train.quantize.rounding import QuantizedMatrix, quantize, rounded_tokens
 
 
 def drawn(seed: int, rows: int, columns: int) -> torch.Tensor:
@@ -85,6 +86,18 @@ def test_stored_tensors_have_the_shapes_and_bytes_that_the_plan_counts(name: str
                 key: (size, width or dtype.itemsize) for key, (size, width) in form.stored_shapes(shape).items()
             }
             assert form.stored_bytes(shape, scale_bytes=dtype.itemsize) == sum(t.nbytes for t in stored.values())
+
+
+@pytest.mark.parametrize("name", ["int8-w8a8", "fp8-w8a8"])
+def test_inputs_are_rounded_token_by_token_as_the_package_rounds_them(name: str) -> None:
+    x = drawn(4, 12, 96).reshape(3, 4, 96)
+    args = QuantizationArgs(**to_config(FORMATS[name], ignore=[])["config_groups"]["group_0"]["input_activations"])
+    scale, zero = compute_dynamic_scales_and_zp(x, args, torch.nn.Linear(1, 1))
+    assert torch.equal(rounded_tokens(x, FORMATS[name]), fake_quantize(x, scale, zero, args))
+    half = x.bfloat16()
+    assert torch.equal(rounded_tokens(half, FORMATS[name]), rounded_tokens(half.float(), FORMATS[name]).bfloat16())
+    x[1, 2, 3] = torch.nan
+    assert bool(rounded_tokens(x, FORMATS[name])[1, 2].isnan().all()), "NaN must not become a number"
 
 
 def test_error_is_at_most_half_a_step_or_where_the_largest_code_ends() -> None:

@@ -387,6 +387,7 @@ def test_what_cannot_start_says_why(folder: Path) -> None:
             (["--chat-template", "nothing.jinja"], "nothing.jinja"),
             (["--think-start", "<think>"], "--think-end"),
             (["--memory-gib", "0.000001"], "GiB"),
+            (["--context-tokens", "1000000000000000"], "The longest that fits has "),
             (["--checkpoint", "runs/none"], "runs/none"),
         ):
             status, output = run_ranks(1, command, folder, ["serve", "runs/parent", "--port", "0", *words])[0]

