@@ -8,9 +8,10 @@ import pytest
 from task_files import CAPITALS, task_in
 
 from recipes.schema.errors import DataError
+from train.evaluate.last_number import last_number
 from train.evaluate.tasks.files import open_task_file
 from train.evaluate.tasks.task import Item, Task
-from train.evaluate.tasks.verify import JUDGES, last_number
+from train.evaluate.tasks.verify import JUDGES
 
 
 def opened(folder: Path, records: list[Any], **fields: Any) -> Task:
