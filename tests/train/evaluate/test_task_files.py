@@ -76,7 +76,7 @@ FAULTS: list[tuple[list[Any], dict[str, Any], str]] = [
     ([{"prompt": "a", "target": "b"}], {"kind": "cloze", "prompt": "{prompt} {"}, r"has a single '\{'\. Write \{\{"),
     ([{"prompt": "a", "target": "b"}], {"kind": "generate", "verifier": "number"}, r":1: the target 'b' has no number"),
     ([{"prompt": "a", "target": "b"}], {"kind": "clozed"}, r"mine\.yaml: kind='clozed' is not a choice\. Did you mean cloze\?"),
-    ([{"prompt": "a", "target": "b"}], {}, r"mine\.yaml: kind is missing: cloze: how likely"),
+    ([{"prompt": "a", "target": "b"}], {}, r"mine\.yaml: kind is missing: cloze: the probability"),
     ([{"prompt": "a", "target": "b"}], {"kind": "cloze", "promt": "x"}, r"promt is not a field\. Did you mean prompt"),
     ([{"prompt": "a", "target": "b"}], {"kind": "cloze", "data": "gone.jsonl"}, r"gone\.jsonl, the data of .*mine\.yaml"),
 ]  # fmt: skip

@@ -1,4 +1,4 @@
-"""The child process in which verifiers run: `python -m train.align.verify.worker DESCRIPTOR`. Started by `judge.py`.
+"""The child process in which verifiers run. `judge.py` starts it; its argument is the DESCRIPTOR for results.
 
     stdin: {"verifier": {...}, "memory_bytes": N}, then a sample a line     DESCRIPTOR: {"ready": ...}, a reward a line
 
