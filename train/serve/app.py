@@ -26,7 +26,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from data.chat.template import ChatError, ChatTemplate
 from data.tokenizer import Tokenizer
 from recipes.schema.errors import RecipeError
-from train.inference.request import Event, Request, Sampling, Thinking, Token
+from train.inference.request import Request, Sampling, Thinking, Token
 from train.serve.answer import Answer, Piece
 from train.serve.metrics import Metrics
 from train.serve.schema import ChatCall, CompletionCall
@@ -430,44 +430,50 @@ class _ScoredPiece:
 
 async def _pieces(
     job: _Job, ticket: Ticket, answers: list[Answer], metrics: Metrics, begin: float
-) -> AsyncGenerator[_ScoredPiece]:
-    """Pieces of all choices as they come, until all have ended. Raises ServerRefusal if one failed."""
-    numbers = {id: index for index, id in enumerate(ticket.ids)}
+) -> AsyncGenerator[list[_ScoredPiece]]:
+    """Pieces of all choices, until all have ended; together those that are ready together. Raises ServerRefusal if one failed."""
     open_choices = set(range(len(answers)))
     scores: list[list[Token]] = [[] for _ in answers]
     is_first = True
     while open_choices:
-        event: Event = await ticket.events.get()
-        index = numbers[event.request]
-        if index not in open_choices:
-            continue
-        if event.finish == "error":
-            raise ServerRefusal(500, f"the request failed: {event.message}.", code="generation_failed")
-        scores[index] += event.scores
-        piece = answers[index].piece(event)
-        if piece is None:
-            continue
-        if is_first and piece.tokens:
-            metrics.first_token(time.monotonic() - begin)
-            is_first = False
-        if piece.finish is not None:
-            open_choices.discard(index)
-            if event.finish is None:  # a stop string ended it, which the engine does not know
-                job.served.worker.cancel(event.request)
-        yield _ScoredPiece(index, piece, tuple(scores[index]))
-        scores[index] = []
+        ready: list[_ScoredPiece] = []
+        failed = ""
+        for index, event in await ticket.take():
+            if index not in open_choices:
+                continue
+            if event.finish == "error":
+                failed = event.message
+                break
+            scores[index] += event.scores
+            piece = answers[index].piece(event)
+            if piece is None:
+                continue
+            if is_first and piece.tokens:
+                metrics.first_token(time.monotonic() - begin)
+                is_first = False
+            if piece.finish is not None:
+                open_choices.discard(index)
+                if event.finish is None:  # a stop string ended it, which the engine does not know
+                    job.served.worker.cancel(ticket, index)
+            ready.append(_ScoredPiece(index, piece, tuple(scores[index])))
+            scores[index] = []
+        if ready:
+            yield ready
+        if failed:
+            raise ServerRefusal(500, f"the request failed: {failed}.", code="generation_failed")
     metrics.request_done(time.monotonic() - begin)
 
 
 def _answers(job: _Job, ticket: Ticket) -> list[Answer]:
-    return [Answer(job.served.tokenizer, job.stop_strings) for _ in ticket.ids]
+    return [Answer(job.served.tokenizer, job.stop_strings) for _ in ticket.requests]
 
 
 async def _collect(job: _Job, ticket: Ticket, metrics: Metrics, begin: float) -> dict[str, Any]:
     answers = _answers(job, ticket)
     found: list[list[_ScoredPiece]] = [[] for _ in answers]
-    async for part in _pieces(job, ticket, answers, metrics, begin):
-        found[part.index].append(part)
+    async for parts in _pieces(job, ticket, answers, metrics, begin):
+        for part in parts:
+            found[part.index].append(part)
     choices = [job.choice(index, *_joined(parts), is_part=False) for index, parts in enumerate(found)]
     return job.body(choices, is_part=False, usage=job.usage(answers))
 
@@ -478,8 +484,9 @@ def _joined(parts: list[_ScoredPiece]) -> tuple[Piece, tuple[Token, ...]]:
     return Piece(text, tokens, parts[-1].piece.finish), tuple(score for part in parts for score in part.scores)
 
 
-async def _stream(job: _Job, ticket: Ticket, metrics: Metrics, begin: float) -> AsyncIterator[str]:
-    """Server-sent events. Starlette closes the generator when the client disconnects, which releases the requests."""
+async def _stream(job: _Job, ticket: Ticket, metrics: Metrics, begin: float) -> AsyncIterator[bytes]:
+    """Server-sent events; those that are ready together are one write. Starlette closes the generator when the client
+    disconnects, which releases the requests."""
     try:
         answers = _answers(job, ticket)
         wants_usage = job.call.stream_options is not None and job.call.stream_options.include_usage
@@ -487,21 +494,33 @@ async def _stream(job: _Job, ticket: Ticket, metrics: Metrics, begin: float) -> 
         if first:
             yield _sse(job.body(first, is_part=True, usage=None))
         async with aclosing(_pieces(job, ticket, answers, metrics, begin)) as pieces:
-            async for part in pieces:
-                if part.piece.text or part.piece.finish or job.wants_logprobs or part.scores:
-                    choice = job.choice(part.index, part.piece, part.scores, is_part=True)
-                    yield _sse(job.body([choice], is_part=True, usage=None))
+            async for parts in pieces:
+                ready = b"".join(
+                    _sse(
+                        job.body(
+                            [job.choice(part.index, part.piece, part.scores, is_part=True)], is_part=True, usage=None
+                        )
+                    )
+                    for part in parts
+                    if part.piece.text or part.piece.finish or job.wants_logprobs or part.scores
+                )
+                if ready:
+                    yield ready
         if wants_usage:
             yield _sse(job.body([], is_part=True, usage=job.usage(answers)))
     except ServerRefusal as error:
         yield _sse(error.body)
     finally:
         job.served.worker.release(ticket)
-    yield "data: [DONE]\n\n"
+    yield b"data: [DONE]\n\n"
 
 
-def _sse(body: dict[str, Any]) -> str:
-    return f"data: {json.dumps(body, ensure_ascii=False, separators=(',', ':'))}\n\n"
+_as_json = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
+"""json.dumps would make such an encoder for each event."""
+
+
+def _sse(body: dict[str, Any]) -> bytes:
+    return b"data: %b\n\n" % _as_json(body).encode()
 
 
 def _error_body(status: int, message: str, *, param: str | None = None, code: str | None = None) -> dict[str, Any]:

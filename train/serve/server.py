@@ -1,14 +1,20 @@
-"""Builds a running server from a recipe: model, engine, worker, HTTP."""
+"""Builds a running server from a recipe: model and engine in this process, HTTP in another."""
 
 import asyncio
+import multiprocessing
 import signal
 import socket
 import sys
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from contextlib import asynccontextmanager, contextmanager
+from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
+from typing import Any
 
 import uvicorn
+from starlette.types import ASGIApp
+from uvicorn.server import HANDLED_SIGNALS
 
 from data.chat.template import ChatTemplate, open_template
 from data.tokenizer import Tokenizer
@@ -20,6 +26,7 @@ from train.inference.batch_engine import EngineConfig, InferenceEngine
 from train.inference.request import Thinking
 from train.inference.text import draft_tokens, opened
 from train.serve.app import Served, build_app
+from train.serve.engine_loop import EngineLoop
 from train.serve.worker import Worker
 
 _GIB = 2**30
@@ -49,8 +56,8 @@ def serve(recipe: Recipe, config: ServeConfig, listener: socket.socket, *, key: 
         thinking = _thinking(config, loaded.tokenizer)
         name = config.name or recipe.run.name
 
-        async def run() -> int:
-            worker = Worker(engine, most=config.rows + config.queue)
+        async def answer(pipe: Connection) -> None:
+            worker = Worker(pipe, stats, most=config.rows + config.queue)
             served = Served(
                 name,
                 loaded.tokenizer,
@@ -62,31 +69,72 @@ def serve(recipe: Recipe, config: ServeConfig, listener: socket.socket, *, key: 
                 speculates=loaded.drafter is not None,
             )
             app = build_app(served, key=key, most_body_bytes=int(config.body_mib * 2**20))
-            server = uvicorn.Server(
-                uvicorn.Config(app, log_level="warning", lifespan="off", timeout_graceful_shutdown=config.drain_s)
-            )
-            listener.listen(1024)  # a client that reads the address below may connect before uvicorn accepts
-            host, port = listener.getsockname()[:2]
-            address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+            await answer_clients(app, worker, listener, drain_s=config.drain_s)
+
+        stats = engine.stats()
+        listener.listen(1024)  # a client that reads the address below may connect before uvicorn accepts
+        host, port = listener.getsockname()[:2]
+        address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+        with _held_signals():
             sys.stdout.write(f"Serving {printable(name)} ({loaded.checkpoint}) at http://{address}\n")
             if not key and host not in ("127.0.0.1", "::1"):
                 sys.stdout.write("Anyone who reaches this address can use it: there is no --key-file.\n")
             sys.stdout.flush()
-            # uvicorn stops at SIGTERM and SIGINT, then raises them again for the previous handlers: those must do nothing.
-            for number in (signal.SIGTERM, signal.SIGINT):
-                signal.signal(number, _no_action)
-            async with _ending_with(worker, server):
-                await server.serve(sockets=[listener])
-            error = await worker.stop()
-            if error is not None:
-                raise StratumError(f"the engine failed: {error!r}") from error
-            return 0
+            process, pipe = start_http(answer)
+            listener.close()  # it is the other process's now
+            for (
+                number
+            ) in HANDLED_SIGNALS:  # SIGTERM also for Ctrl-C, which the other process gets too: a second one means haste
+                signal.signal(number, lambda _number, _frame: process.terminate())
+        try:
+            EngineLoop(engine, pipe).run()
+        except Exception as error:
+            raise StratumError(f"the engine failed: {error!r}") from error
+        finally:
+            process.join()
+        if process.exitcode:
+            raise StratumError(f"the HTTP process failed: status {process.exitcode}.")
+        return 0
 
-        return asyncio.run(run())
+
+def start_http(answer: Callable[[Connection], Coroutine[Any, Any, None]]) -> tuple[BaseProcess, Connection]:
+    """Run `answer` in a new process with one end of a pipe. -> (the process, the other end).
+
+    The process is a fork, so that it has the tokenizer and the template as they were loaded. It must not use torch: torch's
+    threads and a GPU are not usable in a fork.
+    """
+    ours, theirs = multiprocessing.Pipe()
+
+    def run() -> None:
+        ours.close()  # or it would not notice that this process has gone
+        asyncio.run(answer(theirs))
+
+    process = multiprocessing.get_context("fork").Process(target=run, name="HTTP")
+    process.start()
+    theirs.close()
+    return process, ours
 
 
-def _no_action(_number: int, _frame: object) -> None:
-    pass
+async def answer_clients(app: ASGIApp, worker: Worker, listener: socket.socket, *, drain_s: int | None = None) -> None:
+    """Serve HTTP until SIGTERM or SIGINT, or until the engine has ended; then end the engine."""
+    server = uvicorn.Server(uvicorn.Config(app, log_level="warning", lifespan="off", timeout_graceful_shutdown=drain_s))
+    # uvicorn takes these signals only while it serves, and afterwards it raises them again for the previous handlers.
+    for number in HANDLED_SIGNALS:
+        signal.signal(number, server.handle_exit)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, HANDLED_SIGNALS)
+    async with _ending_with(worker, server):
+        await server.serve(sockets=[listener])
+    await worker.stop()
+
+
+@contextmanager
+def _held_signals() -> Iterator[None]:
+    """SIGTERM and SIGINT wait until both processes have handlers for them."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, HANDLED_SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, HANDLED_SIGNALS)
 
 
 @asynccontextmanager

@@ -1,19 +1,23 @@
-"""Runs the inference engine in a separate thread.
+"""The HTTP side's view of the engine, which runs in another process (`engine_loop.py`).
 
-    submit(requests) --calls--> add, step, step, ... --events of a step, at once--> Ticket.events
+    submit(requests) --Add--> pipe --> engine --> pipe --all events of a step, one message--> Ticket.take
 
-Only the engine's thread uses the engine. All other code here runs in asyncio's thread.
+All code here runs in asyncio's thread, except the writing to the pipe: it may have to wait for the engine's current step.
 """
 
 import asyncio
 import contextlib
+import itertools
 import queue
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from multiprocessing.connection import Connection
 
-from train.inference.batch_engine import EngineStats, InferenceEngine
+from recipes.schema.errors import RecipeError
+from train.inference.batch_engine import EngineStats
 from train.inference.request import Event, Request
+from train.serve.engine_loop import Accepted, Add, Call, Cancel, Ended, Message, Step
 
 
 class Busy(Exception):
@@ -28,32 +32,39 @@ class EngineStopped(Exception):
 class Ticket:
     """The requests of one client's call."""
 
+    number: int
     requests: tuple[Request, ...]
     accepted: asyncio.Future[None]
-    events: asyncio.Queue[Event] = field(default_factory=asyncio.Queue)
-    ids: tuple[int, ...] = ()
-    """The engine's ids, one for each request; known once `accepted` is done."""
+    _events: list[tuple[int, Event]] = field(default_factory=list)
+    _arrived: asyncio.Event = field(default_factory=asyncio.Event)
+
+    def put(self, index: int, event: Event) -> None:
+        self._events.append((index, event))
+        self._arrived.set()
+
+    async def take(self) -> list[tuple[int, Event]]:
+        """All events that have come since the last call, each with the index of its request; waits for one."""
+        await self._arrived.wait()
+        self._arrived.clear()
+        events, self._events = self._events, []
+        return events
 
 
 class Worker:
-    """Starts the engine's thread; `stop` ends it. most: largest number of requests that run or wait at once."""
+    """Gives requests to the engine at the other end of `pipe`. most: largest number of requests that run or wait at once."""
 
-    def __init__(self, engine: InferenceEngine, *, most: int) -> None:
-        self._engine = engine
-        self._most = most
+    def __init__(self, pipe: Connection, stats: EngineStats, *, most: int) -> None:
+        self._pipe, self._stats, self._most = pipe, stats, most
         self._loop = asyncio.get_running_loop()
-        self._calls: queue.SimpleQueue[Ticket | tuple[int, ...] | None] = queue.SimpleQueue()
-        """A ticket: add its requests. Ids: cancel them. None: end the thread when the engine is idle."""
+        self._calls: queue.SimpleQueue[Call] = queue.SimpleQueue()
         self._tickets: dict[int, Ticket] = {}
-        """By request id. Used only by the engine's thread."""
-        self._stopping = False
-        self._stats = engine.stats()
+        self._numbers = itertools.count()
         self.open_requests = 0
         """Requests accepted and not released yet."""
-        self.ended: asyncio.Future[BaseException | None] = self._loop.create_future()
-        """Done when the thread has ended; its result is the error that ended it, if any."""
-        self._thread = threading.Thread(target=self._run, name="inference engine", daemon=True)
-        self._thread.start()
+        self.ended: asyncio.Future[str | None] = self._loop.create_future()
+        """Done when the engine has ended; its result is the error that ended it, if any."""
+        self._loop.add_reader(pipe.fileno(), self._read)
+        threading.Thread(target=self._write, name="calls to the engine", daemon=True).start()
 
     @property
     def stats(self) -> EngineStats:
@@ -69,11 +80,12 @@ class Worker:
             raise EngineStopped(f"the engine has stopped: {self.ended.result()}")
         if self.open_requests + len(requests) > self._most:
             raise Busy(f"{self.open_requests} requests are open; the server takes {self._most}. Try again later.")
-        ticket = Ticket(tuple(requests), self._loop.create_future())
+        ticket = Ticket(next(self._numbers), tuple(requests), self._loop.create_future())
+        self._tickets[ticket.number] = ticket
         self.open_requests += len(requests)
-        self._calls.put(ticket)
+        self._calls.put(Add(ticket.number, ticket.requests))
         try:
-            await asyncio.shield(ticket.accepted)
+            await ticket.accepted
         except BaseException:  # also when the client has gone
             self.release(ticket)
             raise
@@ -82,96 +94,56 @@ class Worker:
     def release(self, ticket: Ticket) -> None:
         """End the ticket's requests that still run, and free their memory: the client needs nothing more."""
         self.open_requests -= len(ticket.requests)
-        if ticket.accepted.done() and not ticket.accepted.cancelled():
-            ticket.accepted.exception()  # mark it as retrieved, or asyncio logs it
-            self._calls.put(ticket.ids)
-        else:  # The engine's thread has not added it yet, so its ids are not known.
-            ticket.accepted.add_done_callback(lambda _: self._calls.put(ticket.ids))
+        del self._tickets[ticket.number]
+        self._calls.put(Cancel(ticket.number))
 
-    def cancel(self, id: int) -> None:
+    def cancel(self, ticket: Ticket, index: int) -> None:
         """End one request of a ticket."""
-        self._calls.put((id,))
+        self._calls.put(Cancel(ticket.number, index))
 
-    async def stop(self) -> BaseException | None:
-        """End the thread after the open requests. -> the error that ended it, if any."""
+    async def stop(self) -> str | None:
+        """End the engine after the open requests. -> the error that ended it, if any."""
         self._calls.put(None)
         return await self.ended
 
-    # ---- the engine's thread
+    def _write(self) -> None:
+        """Runs in a thread of its own."""
+        with contextlib.suppress(OSError):  # the engine has ended; `_read` reports it
+            while True:
+                self._pipe.send(self._calls.get())
 
-    def _run(self) -> None:
-        error: BaseException | None = None
+    def _read(self) -> None:
         try:
-            while self._take_calls():
-                self._hand_out(self._engine.step())
-        except BaseException as caught:  # a fault of the engine: no client may wait for ever
-            error = caught
-        events = [Event(id, finish="error", message="the engine has stopped") for id in list(self._tickets)]
-        with contextlib.suppress(RuntimeError):  # the event loop is closed already
-            self._hand_out(events)
-            self._loop.call_soon_threadsafe(self._end, error)
+            message: Message = self._pipe.recv()
+        except (EOFError, OSError):
+            message = Ended("its process has gone")
+        match message:
+            case Step(events, stats):
+                self._stats = stats
+                for number, index, event in events:
+                    if number in self._tickets:
+                        self._tickets[number].put(index, event)
+            case Accepted(number, refusal):
+                if number in self._tickets:
+                    _accept(self._tickets[number], None if refusal is None else RecipeError(refusal))
+            case Ended(error):
+                self._end(error)
 
-    def _take_calls(self) -> bool:
-        """Carry out the calls in the queue; if the engine is idle, wait for one. -> whether to continue."""
-        while True:
-            if self._engine.is_idle:
-                if self._stopping:
-                    return False
-                call = self._calls.get()
-            else:
-                try:
-                    call = self._calls.get_nowait()
-                except queue.Empty:
-                    return True
-            match call:
-                case None:
-                    self._stopping = True
-                case Ticket():
-                    self._add(call)
-                case ids:
-                    for id in ids:
-                        self._engine.cancel(id)
-
-    def _add(self, ticket: Ticket) -> None:
-        ids: list[int] = []
-        refusal: Exception | None = None
-        try:
-            for request in ticket.requests:
-                ids.append(self._engine.add(request))
-        except Exception as error:
-            refusal = error
-        ticket.ids = tuple(ids)
-        self._tickets |= dict.fromkeys(ids, ticket)
-        self._loop.call_soon_threadsafe(_accept, ticket, refusal)
-
-    def _hand_out(self, events: list[Event]) -> None:
-        pairs = [(self._tickets[event.request], event) for event in events]
-        for event in events:
-            if event.finish is not None:
-                del self._tickets[event.request]
-        self._stats = self._engine.stats()
-        if pairs:
-            self._loop.call_soon_threadsafe(_deliver, pairs)
-
-    def _end(self, error: BaseException | None) -> None:
-        """Runs in asyncio's thread: report the end, and refuse the calls that are still in the queue."""
+    def _end(self, error: str | None) -> None:
+        """No client may wait for ever: end all open requests, and refuse those that the engine has not seen."""
+        self._loop.remove_reader(self._pipe.fileno())
         self.ended.set_result(error)
-        while True:
-            try:
-                call = self._calls.get_nowait()
-            except queue.Empty:
-                return
-            if isinstance(call, Ticket):
-                _accept(call, EngineStopped("the engine has stopped"))
+        for ticket in self._tickets.values():
+            if not ticket.accepted.done():
+                _accept(ticket, EngineStopped("the engine has stopped"))
+            for index in range(len(ticket.requests)):
+                ticket.put(index, Event(index, finish="error", message="the engine has stopped"))
 
 
 def _accept(ticket: Ticket, refusal: Exception | None) -> None:
+    if ticket.accepted.done():  # the client has gone
+        return
     if refusal is None:
         ticket.accepted.set_result(None)
     else:
         ticket.accepted.set_exception(refusal)
-
-
-def _deliver(pairs: list[tuple[Ticket, Event]]) -> None:
-    for ticket, event in pairs:
-        ticket.events.put_nowait(event)

@@ -5,12 +5,14 @@ import contextlib
 import io
 import json
 import math
+import multiprocessing
 import os
 import re
 import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -29,6 +31,7 @@ from train import stratum
 from train.inference.batch_engine import EngineConfig, InferenceEngine
 from train.inference.text import Opened, opened
 from train.serve.app import Served, build_app
+from train.serve.engine_loop import EngineLoop
 from train.serve.worker import Worker
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -343,7 +346,10 @@ def broken(rank: int, folder: Path) -> list[tuple[int, str]]:
 
     async def ask(loaded: Opened) -> None:
         engine = InferenceEngine(loaded.model, recipe.model, EngineConfig(rows=4, context_tokens=CONTEXT))
-        worker = Worker(engine, most=8)
+        ours, theirs = multiprocessing.Pipe()
+        loop = threading.Thread(target=EngineLoop(engine, ours).run)
+        loop.start()
+        worker = Worker(theirs, engine.stats(), most=8)
         app = build_app(
             Served("parent", loaded.tokenizer, worker, CONTEXT, None, None, 0), key=None, most_body_bytes=1000
         )
@@ -360,6 +366,7 @@ def broken(rank: int, folder: Path) -> list[tuple[int, str]]:
             found.append((answer.status_code, answer.text))
             found.append(((await http.get("/health")).status_code, ""))
         await worker.stop()
+        loop.join()
 
     with opened(recipe) as loaded:
         asyncio.run(ask(loaded))
