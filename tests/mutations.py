@@ -91,8 +91,9 @@ def check_reader(
     """Call `read(path)` on every variant of every file, in one child process. files: variants by the name of their file, which
     is written to `folder`.
 
-    AssertionError if a variant raises anything but `errors`, kills the process, runs longer than `seconds`, takes more than
-    `most_bytes` of memory, starts a program, loads a pickle, or changes a file outside `folder`.
+    AssertionError if a variant raises anything but `errors`, kills the process, takes more than `seconds` of processor time or six
+    times that in all (other programs may run), takes more than `most_bytes` of memory, starts a program, loads a pickle, or
+    changes a file outside `folder`.
     """
     folder = folder.resolve()
     log = folder / ".case"
@@ -112,7 +113,7 @@ def check_reader(
             os._exit(status)
     _, status = os.waitpid(child, 0)
     assert os.waitstatus_to_exitcode(status) == 0, (
-        f"exit status {os.waitstatus_to_exitcode(status)} (-14: longer than {seconds} s) at {log.read_text()}"
+        f"exit status {os.waitstatus_to_exitcode(status)} (-27, -14: longer than {seconds} s) at {log.read_text()}"
     )
 
 
@@ -126,7 +127,8 @@ def _read_all(
     seconds: int,
     most_bytes: int,
 ) -> None:
-    signal.signal(signal.SIGALRM, signal.SIG_DFL)  # ends the process inside a library's C code too
+    for number in (signal.SIGPROF, signal.SIGALRM):
+        signal.signal(number, signal.SIG_DFL)  # ends the process inside a library's C code too
     peak = _peak_bytes()
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     _watch(folder)
@@ -134,11 +136,13 @@ def _read_all(
         path = folder / name
         path.write_bytes(content)
         log.write_text(f"{name}, {case}: ")
-        signal.alarm(seconds)
+        signal.setitimer(signal.ITIMER_PROF, seconds)
+        signal.alarm(6 * seconds)
         try:
             read(path)
         except errors as error:
             assert "\x1b" not in str(error), f"the message has an escape code: {str(error)!r}"
+        signal.setitimer(signal.ITIMER_PROF, 0)
         signal.alarm(0)
         path.unlink(missing_ok=True)
         used = max(_peak_bytes(), _peak_bytes(resource.RUSAGE_CHILDREN)) - peak
