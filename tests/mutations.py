@@ -91,8 +91,8 @@ def check_reader(
     """Call `read(path)` on every variant of every file, in one child process. files: variants by the name of their file, which
     is written to `folder`.
 
-    AssertionError if a variant raises anything but `errors`, kills the process, takes more than `seconds` of processor time or six
-    times that in all (other programs may run), takes more than `most_bytes` of memory, starts a program, loads a pickle, or
+    AssertionError if a variant raises anything but `errors`, kills the process, takes more than `seconds` of processor time or
+    six times that in all (other programs may run), takes more than `most_bytes` of memory, starts a program, loads a pickle, or
     changes a file outside `folder`.
     """
     folder = folder.resolve()
