@@ -28,10 +28,14 @@ stages: {once more: "compress score run.name=hunt compress.layers=3 compress.att
 def shell(rank: int, folder: Path, words: list[str]) -> tuple[int, str]:
     """For `run_ranks`: `stratum WORDS` in a separate process and folder. -> (exit status, what it printed)."""
     os.chdir(folder)
-    words = [*words, *([] if "--config-dir" in " ".join(words) else ["--config-dir", "recipes"])]
+    if "-cn" in words and "--config-dir" not in " ".join(words):
+        words = [*words, "--config-dir", "recipes"]
     out = io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):
-        status = stratum.main(words)
+        try:
+            status = stratum.main(words)
+        except SystemExit as end:
+            status = int(end.code or 0)
     return status, out.getvalue()
 
 

@@ -246,10 +246,13 @@ def test_every_example_in_every_help_text_runs(tmp_path: Path) -> None:
     (tmp_path / "prompts.txt").write_text("one prompt\nanother\n")
     (tmp_path / "texts" / "a.jsonl").write_text("".join(f'{{"body": "words of document {n}"}}\n' for n in range(400)))
     (tmp_path / "stratum.sqsh").touch()
-    order = "prepare inspect train trace generate evaluate report status checkpoint hf plan launch logs doctor fields"
+    order = (
+        "prepare inspect train trace generate evaluate report status checkpoint merge hf plan launch logs doctor fields"
+    )
     order += " validate compress"
     rank_of = {name: rank for rank, name in enumerate(order.split())}
-    for first in (["prepare", *LITTLE], ["train", *LITTLE], ["train", *LITTLE, "run.name=smoke"]):
+    twice = ["checkpoint.every_steps=1"]  # two checkpoints, for `merge --window`
+    for first in (["prepare", *LITTLE], ["train", *LITTLE], ["train", *LITTLE, "run.name=smoke", *twice]):
         assert run_ranks(1, _example, tmp_path, first)[0][0] == 0
     failed = []
     for name in sorted(stratum.COMMANDS, key=lambda name: rank_of.get(name.split()[0], len(rank_of))):

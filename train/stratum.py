@@ -38,6 +38,7 @@ COMMANDS = {
     "serve": Command("training", "train.serve.command:main", "a model behind OpenAI's API, with a page to try it"),
     "report": Command("training", "train.record.report:main", "picture and summary of a run, also while it trains"),
     "checkpoint": Command("training", "train.checkpoint.__main__:main", "list, verify, compare and rewrite checkpoints"),
+    "merge": Command("training", "train.align.command:main", "a weighted sum of two models, or an average of checkpoints"),
     "hf": Command("training", "train.hf.__main__:main", "models to and from Hugging Face's format, compared block by block"),
     "plan": Command("runs", "launch.plan.command:main", "memory, time, cost and every mistake of a run, before it starts"),
     "launch local": Command("runs", "launch.local.command:main", "1..N processes on this machine, with restarts"),

@@ -58,7 +58,7 @@ def _chat(record: Any, source: SourceConfig) -> str:
         if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
             raise ValueError(f"has tools under {source.tools_field!r} that are not a list of objects")
         chat["tools"] = tools
-    _check_order(chat["messages"])
+    check_order(chat["messages"])
     try:
         return json.dumps(chat, ensure_ascii=False)
     except TypeError as error:
@@ -121,7 +121,7 @@ def _is_call(call: Any) -> bool:
     return isinstance(function, Mapping) and isinstance(function.get("name"), str) and "arguments" in function
 
 
-def _check_order(messages: list[dict[str, Any]]) -> None:
+def check_order(messages: list[dict[str, Any]]) -> None:
     """Who may follow whom. ValueError names the first message out of order."""
     before, has_calls = "", False
     for place, message in enumerate(messages, start=1):

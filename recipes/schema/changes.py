@@ -116,13 +116,10 @@ def check_same_function(saved: dict[str, Any], recipe: Recipe, *, place: str) ->
     saved: the checkpoint's resolved recipe. If it has no model, nothing is compared. `checkpoint.allow` permits differences:
     `arithmetic` those that a resume may have with the same word, `another_function` all others.
     """
-    if not saved.get("model"):
-        return
-    then, now = ({"model": _effective(model)} for model in (saved["model"], recipe_mapping(recipe)["model"]))
     words = {"safe", *(kind.replace("_", " ") for kind in recipe.checkpoint.allow)}
     if "another function" in words:
         words.add("another run")
-    changes = [change for change in differences(then, now) if change.kind not in words]
+    changes = [change for change in function_changes(saved, recipe_mapping(recipe)) if change.kind not in words]
     if not changes:
         return
     needed = dict.fromkeys("arithmetic" if change.kind == "arithmetic" else "another_function" for change in changes)
@@ -133,6 +130,16 @@ def check_same_function(saved: dict[str, Any], recipe: Recipe, *, place: str) ->
         f"the weights of {place} were trained as another function than this recipe's model:{lines}\nUndo the "
         f"changes, or add checkpoint.allow=[{','.join(needed)}] to use the weights in this model."
     )
+
+
+def function_changes(a: dict[str, Any], b: dict[str, Any]) -> list[Difference]:
+    """Fields of the model on which two resolved recipes disagree; those of kind `safe` leave the function of the weights alone.
+
+    Empty if a recipe is not known.
+    """
+    if not a.get("model") or not b.get("model"):
+        return []
+    return differences({"model": _effective(a["model"])}, {"model": _effective(b["model"])})
 
 
 def _effective(model: dict[str, Any]) -> dict[str, Any]:

@@ -246,7 +246,10 @@ def width_problems(recipe: Recipe, teacher: Recipe, lineage: dict[str, Any]) -> 
 def kept_channels(lineage: dict[str, Any], *, of: int) -> list[int] | None:
     """Residual channels left after one or more prunings of an ancestor with `of` channels; None if no ancestor had `of`."""
     kept: list[int] | None = None
-    while lineage.get("kept"):
+    while lineage:
+        if not lineage.get("kept"):  # a merge of checkpoints that were pruned alike: what was pruned is one level up
+            lineage = lineage.get("before") or {}
+            continue
         chosen: list[int] = lineage["kept"]["hidden"]
         # Each pruning numbers channels by its own parent: map them to the numbers of the ancestor, one level up.
         kept = chosen if kept is None else [chosen[index] for index in kept]

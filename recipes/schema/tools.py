@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 
 from recipes.schema.fields import (
     Count,
+    Fraction,
     Port,
     PositiveFloat,
     PositiveFraction,
@@ -191,3 +192,32 @@ class TraceConfig:
     """Characters of text shown of each document; 0: none."""
     json: bool = False
     """Print one JSON object per line instead of text."""
+
+
+@dataclass(frozen=True)
+class MergeConfig:
+    """Options of `stratum merge`."""
+
+    out: str | None = None
+    """Folder of the new run."""
+    alpha: str | None = None
+    """Of two models: share of the second, (1 - alpha) FIRST + alpha SECOND. Several, separated by commas, are a sweep: each is
+    scored with --evaluate, and the best becomes the new run."""
+    window: str | None = None
+    """Of one run: average its checkpoints from one step to another, FROM:TO, both included; either may be left out."""
+    weights: str = "equal"
+    """Of a window: equal; linear, cosine or minus_sqrt, which emulate this decay of the learning rate; or numbers separated
+    by commas, which must sum to 1."""
+    final_fraction: Fraction = 0.0
+    """Learning rate at the end of the emulated decay, as a fraction of that at its start."""
+    evaluate: str | None = None
+    """How a sweep is scored: `heldout` (bits per byte of the recipe's held-out data) or tasks of `stratum evaluate`, whose mean
+    score counts."""
+    rows: PositiveInt = 64
+    """Held-out rows of each source."""
+    items: PositiveInt | None = None
+    """Ask at most so many items of each task."""
+    seed: Seed = 0
+    """Seed of tasks that are made."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where the model is evaluated."""

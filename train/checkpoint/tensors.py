@@ -1,12 +1,13 @@
 """Reads and writes a checkpoint's weights one whole tensor at a time, without building a model. Converters use it.
 
     StoredTensors(folder)            names, shapes, dtypes; read(name) -> the whole tensor, at any layout
+    read_rows(name, first, into)     some rows of it, in fp32; verify(name): whether it is what was saved
     write_weights(folder, ...)       a checkpoint of weights only, tensor by tensor, that any layout can start from
 
-Memory use is about one tensor. Nothing in a checkpoint is executed: it is JSON and safetensors.
+Memory use is about one tensor, or one block of rows. Nothing in a checkpoint is executed: it is JSON and safetensors.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,10 +15,10 @@ import torch
 
 from data.system import disk
 from recipes.schema.errors import CheckpointError
+from train.checkpoint import fingerprint
 from train.checkpoint.files import Reader, bytes_of, header_of, label_of, whole_tensor
-from train.checkpoint.manifest import DTYPES
+from train.checkpoint.manifest import DTYPES, MASTER, MODEL
 
-_SECTION = "model."
 _PRECISION_STATE = ".low_precision_"
 
 
@@ -47,14 +48,36 @@ class StoredTensors:
         self.folder = folder
         self._reader = Reader(folder)
         self.weights = {
-            name.removeprefix(_SECTION): StoredTensor(record.shape, DTYPES[record.dtype])
+            name.removeprefix(MODEL): StoredTensor(record.shape, DTYPES[record.dtype])
             for name, record in self._reader.manifest.tensors.items()
-            if name.startswith(_SECTION) and _PRECISION_STATE not in name
+            if name.startswith(MODEL) and _PRECISION_STATE not in name
         }
 
     def read(self, name: str) -> torch.Tensor:
         """One whole weight, in its stored dtype."""
-        return whole_tensor(self._reader, _SECTION + name)
+        return whole_tensor(self._reader, MODEL + name)
+
+    def read_rows(self, name: str, first: int, into: torch.Tensor) -> None:
+        """Fill fp32 `into` with the rows of a weight from row `first` on; a scalar has no rows and is read whole.
+
+        Reads the optimizer's fp32 master if the checkpoint has one: a weight stored as bf16 is its rounding.
+        """
+        offset = [first, *[0] * (into.dim() - 1)][: into.dim()]
+        self._reader.read(self._most_precise(name), offset=offset, into=into)
+
+    def verify(self, name: str) -> None:
+        """CheckpointError if what `read_rows` would read of a weight is not what was saved."""
+        source = self._most_precise(name)
+        found = fingerprint.text(self._reader.sums(source))
+        if found != self._reader.manifest.tensors[source].fingerprint:
+            raise CheckpointError(
+                f"{self.folder} is damaged: {source} is not what was saved. `stratum checkpoint verify {self.folder}` names "
+                f"the files."
+            )
+
+    def _most_precise(self, name: str) -> str:
+        master = MASTER + name
+        return master if master in self._reader.manifest.tensors else MODEL + name
 
 
 def write_weights(folder: Path, weights: dict[str, StoredTensor], read: Callable[[str], torch.Tensor]) -> None:
@@ -63,20 +86,36 @@ def write_weights(folder: Path, weights: dict[str, StoredTensor], read: Callable
     `storage.publish` then adds the manifest. Tensors are written in the order of `weights`, wide dtypes first. Raises
     CheckpointError if the disk cannot be written.
     """
+
+    def whole(name: str) -> Iterable[torch.Tensor]:
+        tensor = read(name)
+        assert tuple(tensor.shape) == weights[name].shape, name
+        return [tensor]
+
+    write_weights_in_blocks(folder, weights, whole)
+
+
+def write_weights_in_blocks(
+    folder: Path, weights: dict[str, StoredTensor], read: Callable[[str], Iterable[torch.Tensor]]
+) -> None:
+    """As `write_weights`; `read` returns each tensor as blocks of rows, one after the other, so that none need be whole."""
     names = sorted(weights, key=lambda name: -weights[name].dtype.itemsize)
     entries = []
     for name in names:
         stored = weights[name]
-        entries.append((label_of(_SECTION + name, [0] * len(stored.shape), stored.shape), stored.dtype, stored.shape))
+        entries.append((label_of(MODEL + name, [0] * len(stored.shape), stored.shape), stored.dtype, stored.shape))
     header, _ = header_of(entries)
     path = folder / "rank_00000.safetensors"
 
     try:
         disk.write_new(path, [header])
         for name in names:
-            tensor = read(name)
-            assert (tuple(tensor.shape), tensor.dtype) == (weights[name].shape, weights[name].dtype), name
-            disk.append(path, [bytes_of(tensor.contiguous())])
+            elements = 0
+            for block in read(name):
+                assert block.dtype == weights[name].dtype, name
+                elements += block.numel()
+                disk.append(path, [bytes_of(block.contiguous())])
+            assert elements == weights[name].shape_numel, name
         disk.sync(path)
     except OSError as error:
         raise CheckpointError(f"{path} cannot be written: {error.strerror or error}") from error

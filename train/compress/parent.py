@@ -36,9 +36,14 @@ def parent_of(config: CompressConfig) -> Parent:
     if config.parent is None:
         raise RecipeError("compress.parent is not set: name a checkpoint folder, or a run folder such as runs/NAME.")
     try:
-        path, manifest = checkpoint_at(config.parent)
+        return parent_at(config.parent)
     except CheckpointError as error:
         raise CheckpointError(f"compress.parent: {error}") from error
+
+
+def parent_at(place: str | Path) -> Parent:
+    """The checkpoint at a place, or the newest of a run. CheckpointError if there is none, or it has no recipe."""
+    path, manifest = checkpoint_at(place)
     return Parent(path, manifest, teacher_recipe(manifest, path))
 
 

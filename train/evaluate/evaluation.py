@@ -11,6 +11,7 @@ from pathlib import Path
 from rich.console import Console
 
 from data.system.console import open_console
+from data.system.optional_package import optional_package
 from data.tokenizer import Tokenizer, load_tokenizer
 from recipes.schema.errors import BackendError, CheckpointError, NumericsError, RecipeError, refuse
 from recipes.schema.foreign import printable
@@ -26,7 +27,6 @@ from train.evaluate.decoder import BatchedDecoder
 from train.evaluate.results import HARNESS, Results, Subject, overlap_table, results_table
 from train.evaluate.score import Forward, forward_of_model
 from train.evaluate.tasks.catalog import names_of, open_tasks
-from train.evaluate.tasks.packages import optional_package
 from train.evaluate.tasks.task import Task
 from train.megatron import choose_device, use_device
 from train.parallel.mesh import world_from_environment
@@ -194,7 +194,7 @@ def _results(asking: _Asking, tasks: list[Task], harness: list[str]) -> Iterator
 
 def _harness() -> Callable[..., list[TaskResult]]:
     """The function that runs tasks of lm-evaluation-harness. BackendError if it is not installed."""
-    with optional_package("lm_eval"):
+    with optional_package("lm_eval", extra="evaluate"):
         from train.evaluate.harness import run_harness  # an optional package, and seconds of imports
 
         return run_harness

@@ -79,6 +79,8 @@ class PackedRows:
     """[rows, length] int32: index within the row of the request that each token belongs to."""
     owner: torch.Tensor
     """[rows, length] int64: number of the request over all rows; undefined where the label is -1."""
+    learned: None = None
+    """As in a `Batch`; always None, because `labels` say which tokens are scored."""
 
 
 def forward_of_engine(engine: Engine) -> Forward:

@@ -216,7 +216,7 @@ def _lineage(release: Release, record: RunRecord | None) -> list[str]:
     if manifest.lineage:
         rows["lineage"] = _code(_listed(manifest.lineage) or ", ".join(manifest.lineage))
     if (origin := import_of(manifest.lineage)) is not None and origin is not manifest.lineage:
-        rows["lineage before pruning"] = _code(_listed(origin))
+        rows["lineage of the import"] = _code(_listed(origin))
     if release.recipe.objective.teacher:
         rows["teacher"] = _code(release.recipe.objective.teacher)
     if record is not None and record.resumes:

@@ -18,8 +18,8 @@ import psutil
 import torch
 
 from data.make.corpus import documents
-from data.system import disk
 from data.system.console import progress
+from data.system.new_folder import new_folder
 from data.tokenizer import Tokenizer, load_tokenizer
 from recipes.schema import units
 from recipes.schema.data import SourceConfig, TokenizerConfig
@@ -83,7 +83,7 @@ def export_model(parsed: argparse.Namespace) -> int:
     parsed.quantizer = quantizer = open_quantizer(parsed, recipe, path)
     name = parsed.name or parsed.out.name
     needed = sum(entry.nbytes for entry in stored.weights.values())
-    with _staging_folder(parsed.out, needed=needed) as (folder, publish):
+    with new_folder(parsed.out, needed=needed) as (folder, publish):
         with _bar(f"exporting {name}", folder, stored) as advance:
             converted = export_weights(
                 stored,
@@ -160,7 +160,7 @@ def import_model(parsed: argparse.Namespace) -> int:
         row_tokens=min(config.get("max_position_embeddings", 1024), 1024),
     )
     recipe = imported_recipe(imported)
-    with _staging_folder(parsed.out, needed=files.nbytes) as (folder, publish):
+    with new_folder(parsed.out, needed=files.nbytes) as (folder, publish):
         writing = folder / ".checkpoint.writing"
         writing.mkdir()
         with _bar(f"importing {name}", folder, files) as advance:
@@ -510,33 +510,6 @@ def _copy_tokenizer(file: Path | None, folder: Path, end_of_document: str | None
     except DataError as error:
         _print(f"note: {error}")
         return ""
-
-
-@contextmanager
-def _staging_folder(out: Path, *, needed: int) -> Iterator[tuple[Path, Callable[[], None]]]:
-    """A temporary folder next to `out`, and a function that renames it to `out`. If that is not called, it is removed."""
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise RecipeError(f"{out} is not empty. Choose another --out; nothing is overwritten.")
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise RecipeError(f"{out.parent} cannot be created: {error.strerror}. Choose another --out.") from error
-    free = shutil.disk_usage(out.parent).free
-    if free < needed:
-        raise RecipeError(f"{out} needs {units.size(needed)}, {units.size(free)} are free there.")
-    folder = disk.aside_of(out)
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir()
-
-    def publish() -> None:
-        if out.exists():
-            out.rmdir()
-        disk.put_in_place(folder, out)
-
-    try:
-        yield folder, publish
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 @contextmanager

@@ -8,9 +8,10 @@ import pytest
 from task_files import CAPITALS, task_in
 
 from recipes.schema.errors import DataError
+from train.evaluate.last_number import last_number
 from train.evaluate.tasks.files import open_task_file
 from train.evaluate.tasks.task import Item, Task
-from train.evaluate.tasks.verify import JUDGES, last_number
+from train.evaluate.tasks.verify import JUDGES
 
 
 def opened(folder: Path, records: list[Any], **fields: Any) -> Task:
@@ -75,7 +76,7 @@ FAULTS: list[tuple[list[Any], dict[str, Any], str]] = [
     ([{"prompt": "a", "target": "b"}], {"kind": "cloze", "prompt": "{prompt} {"}, r"has a single '\{'\. Write \{\{"),
     ([{"prompt": "a", "target": "b"}], {"kind": "generate", "verifier": "number"}, r":1: the target 'b' has no number"),
     ([{"prompt": "a", "target": "b"}], {"kind": "clozed"}, r"mine\.yaml: kind='clozed' is not a choice\. Did you mean cloze\?"),
-    ([{"prompt": "a", "target": "b"}], {}, r"mine\.yaml: kind is missing: cloze: how likely"),
+    ([{"prompt": "a", "target": "b"}], {}, r"mine\.yaml: kind is missing: cloze: the probability"),
     ([{"prompt": "a", "target": "b"}], {"kind": "cloze", "promt": "x"}, r"promt is not a field\. Did you mean prompt"),
     ([{"prompt": "a", "target": "b"}], {"kind": "cloze", "data": "gone.jsonl"}, r"gone\.jsonl, the data of .*mine\.yaml"),
 ]  # fmt: skip

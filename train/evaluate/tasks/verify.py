@@ -1,10 +1,7 @@
 """Judges of generated answers: they compare text with the expected text, without a model."""
 
-import re
-
+from train.evaluate.last_number import last_number
 from train.evaluate.tasks.task import Item
-
-_NUMBER = re.compile(r"[-+]?(?:\d[\d,]*\.?\d*|\.\d+)(?:[eE][-+]?\d+)?")
 
 
 def exact(item: Item, answer: str) -> float:
@@ -31,9 +28,3 @@ def every(item: Item, answer: str) -> float:
 
 JUDGES = {"exact": exact, "contains": contains, "number": number, "all": every}
 """The judges by the names of `TaskConfig.verifier`."""
-
-
-def last_number(text: str) -> float | None:
-    """The last number in a text; None without a number."""
-    found = _NUMBER.findall(text)
-    return float(found[-1].replace(",", "")) if found else None

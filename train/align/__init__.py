@@ -1,0 +1,1 @@
+"""Alignment: losses on preferences and rewards, verifiers, and merging of trained models."""

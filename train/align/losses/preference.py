@@ -1,0 +1,132 @@
+"""Losses on preferences: DPO on log-probabilities of answers, Bradley-Terry on rewards.
+
+Shapes: N pairs of this microbatch; K ranked answers to one context, padded with absent ones.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+
+@dataclass(frozen=True)
+class PairLogProbs:
+    """Natural log-probabilities of a pair's answers given the context, each summed over the answer's tokens: [N] each.
+
+    The reference's have no gradient. The numbers of tokens are read only by length normalisation and the SFT term.
+    """
+
+    chosen: torch.Tensor
+    rejected: torch.Tensor
+    reference_chosen: torch.Tensor
+    reference_rejected: torch.Tensor
+    chosen_tokens: torch.Tensor
+    rejected_tokens: torch.Tensor
+
+
+@dataclass(frozen=True)
+class DpoOptions:
+    """How preferences are weighed."""
+
+    beta: float = 0.1
+    """Strength of the pull to the reference (Rafailov et al., arXiv 2305.18290, equation 7)."""
+    label_smoothing: float = 0.0
+    """Probability with which a pair is assumed to be the wrong way round; below 0.5 (cDPO: arXiv 2305.18290's repository)."""
+    length_normalized: bool = False
+    """Divide each log-ratio by the tokens of its answer."""
+    sft_weight: float = 0.0
+    """Weight of the chosen answers' cross-entropy, in nats per token."""
+
+
+@dataclass(frozen=True)
+class PairLoss:
+    """Share of the step's loss, and what is reported."""
+
+    loss: torch.Tensor
+    """Scalar with gradient: preference + sft_weight * sft."""
+    preference: torch.Tensor
+    """Scalar without gradient."""
+    sft: torch.Tensor
+    """Scalar without gradient."""
+    chosen_rewards: torch.Tensor
+    """beta x log-ratio to the reference, [N], without gradient; its margin over the rejected one is the implicit reward."""
+    rejected_rewards: torch.Tensor
+
+
+def dpo_loss(pairs: PairLogProbs, options: DpoOptions, *, step_pairs: int, step_chosen_tokens: int) -> PairLoss:
+    """-log sigmoid(beta (chosen log-ratio - rejected log-ratio)), smoothed, summed and divided by the step's pairs.
+
+    step_pairs, step_chosen_tokens: of all microbatches and data ranks together.
+    """
+    chosen_N = pairs.chosen - pairs.reference_chosen
+    rejected_N = pairs.rejected - pairs.reference_rejected
+    if options.length_normalized:
+        chosen_N = chosen_N / pairs.chosen_tokens.clamp(min=1)
+        rejected_N = rejected_N / pairs.rejected_tokens.clamp(min=1)
+    margin_N = options.beta * (chosen_N - rejected_N)
+    smoothing = options.label_smoothing
+    losses_N = -(1 - smoothing) * F.logsigmoid(margin_N) - smoothing * F.logsigmoid(-margin_N)
+    preference = losses_N.sum() / step_pairs
+    sft = -pairs.chosen.sum() / max(1, step_chosen_tokens)
+    loss = preference + options.sft_weight * sft if options.sft_weight else preference
+    return PairLoss(
+        loss,
+        preference.detach(),
+        sft.detach(),
+        (options.beta * chosen_N).detach(),
+        (options.beta * rejected_N).detach(),
+    )
+
+
+def bradley_terry_loss(
+    chosen_N: torch.Tensor,
+    rejected_N: torch.Tensor,
+    *,
+    step_pairs: int,
+    margin_N: torch.Tensor | None = None,
+    center_weight: float = 0.0,
+) -> torch.Tensor:
+    """-log sigmoid(r chosen - r rejected - margin), summed and divided by the step's pairs. Rewards: [N].
+
+    margin_N: how much better the chosen answer is (Llama 2, arXiv 2307.09288, equation 2). center_weight: of (r chosen +
+    r rejected)^2, which fixes the free constant of rewards near 0 (arXiv 2312.09244).
+    """
+    gap_N = chosen_N - rejected_N if margin_N is None else chosen_N - rejected_N - margin_N
+    losses_N = -F.logsigmoid(gap_N)
+    if center_weight:
+        losses_N = losses_N + center_weight * (chosen_N + rejected_N) ** 2
+    return losses_N.sum() / step_pairs
+
+
+def ranking_loss(rewards_NK: torch.Tensor, ranks_NK: torch.Tensor, *, step_contexts: int) -> torch.Tensor:
+    """Bradley-Terry over all pairs of ranked answers: the mean over a context's pairs, summed, divided by the step's contexts.
+
+    ranks_NK: int, lower is better; equal ranks form no pair; -1: absent. InstructGPT, arXiv 2203.02155, equation 1: all pairs
+    of a context belong to one step, because they are not independent.
+    """
+    present = ranks_NK >= 0
+    is_better_NKK = ranks_NK[:, :, None] < ranks_NK[:, None, :]
+    is_pair_NKK = is_better_NKK & present[:, :, None] & present[:, None, :]
+    # Only pairs are computed: the reward of an absent answer may be anything, and 0 x NaN is NaN.
+    context, better, worse = is_pair_NKK.nonzero(as_tuple=True)
+    losses = -F.logsigmoid(rewards_NK[context, better] - rewards_NK[context, worse])
+    pairs_N = is_pair_NKK.sum(dim=(1, 2)).to(losses.dtype)
+    return (losses / pairs_N[context]).sum() / step_contexts
+
+
+def pair_accuracy(chosen_N: torch.Tensor, rejected_N: torch.Tensor) -> torch.Tensor:
+    """Share of pairs whose chosen answer has the higher reward; equal rewards count as half."""
+    return (chosen_N > rejected_N).double().mean() + 0.5 * (chosen_N == rejected_N).double().mean()
+
+
+def calibration_error(chosen_N: torch.Tensor, rejected_N: torch.Tensor, *, bins: int = 10) -> torch.Tensor:
+    """Expected calibration error of a reward model's probabilities (arXiv 1706.04599, equation 3), from 0 to 1.
+
+    The model predicts the answer with the higher reward, with probability sigmoid(|difference|), from 0.5 to 1.
+    """
+    gaps_N = (chosen_N - rejected_N).double()
+    confidence_N = torch.sigmoid(gaps_N.abs())
+    is_right_N = torch.where(gaps_N == 0, 0.5, (gaps_N > 0).double())
+    bin_N = ((confidence_N - 0.5) * 2 * bins).long().clamp(max=bins - 1)
+    gap_by_bin = torch.zeros(bins, dtype=torch.float64, device=gaps_N.device)
+    return gap_by_bin.index_add_(0, bin_N, confidence_N - is_right_N).abs().sum() / len(gaps_N)
