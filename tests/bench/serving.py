@@ -78,11 +78,11 @@ def stream_all(port: int, prompts: list[list[int]], tokens: int) -> None:
     for call_bytes in calls:
         line = socket.create_connection(("127.0.0.1", port))
         line.sendall(call_bytes)
-        lines.register(line, selectors.EVENT_READ)
+        lines.register(line, selectors.EVENT_READ, line)
         tails[line.fileno()] = b""
     while lines.get_map():
         for ready, _ in lines.select():
-            part = ready.fileobj.recv(1 << 16)
+            part = ready.data.recv(1 << 16)
             tails[ready.fd] = (tails[ready.fd] + part)[-1000:]
             if not part:
                 lines.unregister(ready.fileobj)

@@ -1,6 +1,7 @@
 """`stratum serve`: a model behind OpenAI's API.
 
-    HTTP (app.py) --schema.py, chat.py--> requests of the engine --worker.py--> engine thread --events--> answer.py --> JSON
+    HTTP (app.py) --schema.py--> requests of the engine --worker.py--> pipe --engine_loop.py--> engine
+                  <--answer.py-- events <----------------------------- pipe <------------------
 
-One process, one model. asyncio serves the clients; the inference engine runs in a separate thread (`worker.py`).
+One model, two processes: the engine runs in the main one, and asyncio serves the clients in the other.
 """

@@ -7,6 +7,7 @@ carries all events of a step.
 """
 
 import contextlib
+import pickle
 from multiprocessing.connection import Connection
 from typing import NamedTuple
 
@@ -23,10 +24,10 @@ class Add(NamedTuple):
 
 
 class Cancel(NamedTuple):
-    """End a request of a ticket. Without `index`: end all of them; the HTTP side has forgotten the ticket."""
+    """End a request of a ticket. Without `choice`, its index: end all of them; the HTTP side has forgotten the ticket."""
 
     ticket: int
-    index: int | None = None
+    choice: int | None = None
 
 
 Call = Add | Cancel | None
@@ -74,13 +75,13 @@ class EngineLoop:
         try:
             with contextlib.suppress(EOFError, ConnectionError):  # the HTTP side has gone
                 while self._take_calls():
-                    self._send(self._engine.step())
+                    self._hand_out(self._engine.step())
         except BaseException as fault:
             error = repr(fault)
             raise
         finally:
             with contextlib.suppress(ConnectionError):
-                self._pipe.send(Ended(error))
+                self._send(Ended(error))
             self._pipe.close()
 
     def _take_calls(self) -> bool:
@@ -97,11 +98,9 @@ class EngineLoop:
                     self._stopping = True
                 case Add():
                     self._add(call)
-                case Cancel(ticket, None):
-                    for id in self._ids.pop(ticket):
+                case Cancel(ticket, choice):
+                    for id in self._ids.pop(ticket) if choice is None else [self._ids[ticket][choice]]:
                         self._engine.cancel(id)
-                case Cancel(ticket, index):
-                    self._engine.cancel(self._ids[ticket][index])
 
     def _add(self, call: Add) -> None:
         ids = self._ids[call.ticket] = []
@@ -112,11 +111,15 @@ class EngineLoop:
                 self._places[ids[-1]] = call.ticket, index
         except RecipeError as error:
             refusal = str(error)
-        self._pipe.send(Accepted(call.ticket, refusal))
+        self._send(Accepted(call.ticket, refusal))
 
-    def _send(self, events: list[Event]) -> None:
+    def _hand_out(self, events: list[Event]) -> None:
         placed = [(*self._places[event.request], event) for event in events]
         for event in events:
             if event.finish is not None:
                 del self._places[event.request]
-        self._pipe.send(Step(placed, self._engine.stats()))
+        self._send(Step(placed, self._engine.stats()))
+
+    def _send(self, message: Message) -> None:
+        # Connection.send pickles with a Python class: 166 us for a step of 16 texts instead of 48.
+        self._pipe.send_bytes(pickle.dumps(message, pickle.HIGHEST_PROTOCOL))

@@ -18,6 +18,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
+import psutil
 import pytest
 import torch
 from browser import CHROMIUM, open_page
@@ -324,6 +325,24 @@ def test_sigterm_lets_open_requests_end(folder: Path) -> None:
     assert texts[-1]["finish_reason"] == "length"
     assert server.process.wait(60) == 0, server.process.communicate()
     server.process.communicate()
+
+
+@pytest.mark.parametrize("killed", ["engine", "HTTP"])
+def test_no_process_stays_when_the_other_is_killed(folder: Path, killed: str) -> None:
+    server = Server(folder, "--context-tokens", "600")
+    call = {"model": "parent", "prompt": PROMPT, "max_tokens": 590, "stream": True, "ignore_eos": True}
+    with contextlib.suppress(httpx.TransportError):
+        with httpx.stream("POST", f"{server.url}/v1/completions", json=call, timeout=60) as answer:
+            lines = answer.iter_lines()
+            next(lines)
+            (http,) = psutil.Process(server.process.pid).children()
+            (http if killed == "HTTP" else server.process).kill()
+            rest = "".join(lines)
+    _, errors = server.process.communicate(timeout=60)  # ends when both processes have closed their output
+    if killed == "HTTP":
+        assert server.process.returncode not in (0, -signal.SIGKILL) and "HTTP process failed" in errors
+    else:
+        assert "the engine has stopped" in rest and rest.endswith("data: [DONE]")
 
 
 def command(rank: int, folder: Path, words: list[str]) -> tuple[int, str]:
