@@ -66,9 +66,7 @@ class ChatEncoder:
         """
         chat = json.loads(text)
         tools = chat.get("tools")
-        self._template.refuse_special(chat["messages"], allowed=self._markers)
-        if tools is not None:
-            self._template.refuse_special([{"content": json.dumps(tools, ensure_ascii=False)}])
+        self._template.refuse_special(chat["messages"], tools=tools, allowed=self._markers)
         found = lessons(chat["messages"], self._config, key=key_of(text, seed=self._seed), cut=self._first_tokens)
         return [document for lesson in found if (document := self._document(lesson, tools)) is not None]
 
@@ -93,7 +91,8 @@ class ChatEncoder:
         return ChatDocument(ids, learned, text_bytes)
 
     def _encoded(self, lesson: Lesson, tools: Any) -> tuple[Encoded, int]:
-        rendered = self._template.render(lesson.messages, tools=tools)
+        kept = (*self._markers, self._config.stripped_thinking)
+        rendered = self._template.render(lesson.messages, tools=tools, kept=kept)
         answers = [place for place, message in enumerate(lesson.messages) if message["role"] == "assistant"]
         if self._template.is_tagged:
             spans = rendered.spans

@@ -1,6 +1,7 @@
 """Renders one chat template, confined: started by `data.chat.template` as a script of its own, never imported.
 
-    stdin: {"template"}, then {"messages", ...} for each chat    --Jinja's sandbox, limits-->    stdout: {"text"} or {"error"}
+    stdin: {"template", "special"}, then {"messages", ...} for each chat    --Jinja's sandbox, limits-->
+    stdout: {"text", "spans", "written"} or {"error"}
 
 Each message on the pipes is JSON after its length (8 bytes, little-endian). Templates come from strangers. Jinja's sandbox keeps
 them from Python's internals, but not from taking all memory or never ending. So this process has almost no environment, can
@@ -9,10 +10,15 @@ gone.
 
 The environment is that of transformers' `apply_chat_template` (transformers 5.23, `utils/chat_template_utils.py`), so that
 the text is the same. What stands between `{% generation %}` and `{% endgeneration %}` is put between two marks, which no chat
-can contain because they are drawn for each chat.
+can contain because they are drawn for each chat. The chat is rendered without marks too: a template that changes or repeats
+marked text writes something else then, and is refused.
+
+Which special tokens does the template write, and which come out of messages? To tell them apart, the chat is rendered once more
+with inert text of the same shape in place of all that its authors wrote (`inert`).
 """
 
 import json
+import re
 import resource
 import secrets
 import signal
@@ -31,6 +37,22 @@ SECONDS = 10
 """For one chat."""
 LARGEST_TEXT = 64 << 20
 """Characters of the longest text that is sent back."""
+ROLES = ("system", "developer", "user", "assistant", "tool")
+PROSE = ("content", "reasoning_content", "thinking", "reasoning")
+"""Fields of a message that are never a kind or a name."""
+PRIVATE, PRIVATE_COUNT = 0xE000, 0x1900
+"""Unicode's characters for private use: not letters, digits or blanks, in no case, never escaped in JSON."""
+
+
+class Substitutes(dict[int, int]):
+    """For `str.translate`: blanks stay, every other character becomes one for private use, in the same order."""
+
+    def __missing__(self, code: int) -> int:
+        self[code] = code if chr(code).isspace() else PRIVATE + code % PRIVATE_COUNT
+        return self[code]
+
+
+SUBSTITUTES = Substitutes()
 
 
 class Generation(Extension):
@@ -38,6 +60,7 @@ class Generation(Extension):
 
     tags = {"generation"}
     start, stop = "", ""
+    is_used = False
 
     def parse(self, parser: Parser) -> nodes.Node:
         """The tag's body, handed to `marked`."""
@@ -47,6 +70,7 @@ class Generation(Extension):
 
     def marked(self, caller: Any) -> str:
         """The text of the tag's body between the marks."""
+        Generation.is_used = True
         return f"{Generation.start}{caller()}{Generation.stop}"
 
 
@@ -72,26 +96,86 @@ def compiled(source: str) -> Any:
     return environment.from_string(source)
 
 
-def rendered(template: Any, chat: dict[str, Any]) -> dict[str, Any]:
-    """The answer to one chat: its text and the marks in it, or what is wrong."""
+class Template:
+    """A template with what is needed to check its texts. Raises TemplateError."""
+
+    def __init__(self, source: str, special: list[str]) -> None:
+        """special: names of the tokenizer's special tokens, the longest first."""
+        self.jinja = compiled(source)
+        self.special = re.compile("|".join(map(re.escape, special)))
+        tree = self.jinja.environment.parse(source)
+        constants = {node.value for node in tree.find_all(nodes.Const) if isinstance(node.value, str)}
+        self.keys = constants | {node.attr for node in tree.find_all(nodes.Getattr)} | {"role", "content"}
+        """What the template may look up in a message or a tool."""
+        self.values = {text for text in constants if not any(text in name or name in text for name in special)}
+        """What the template may compare a kind or a name with."""
+
+    def inert(self, value: Any, kept: re.Pattern[str], *, is_prose: bool = False) -> Any:
+        """Inert text of the same shape for every text in `value`. Kept are the keys that the template looks up, texts that equal
+        a constant of the template (not for prose), and `kept` wherever it stands."""
+        if isinstance(value, dict):
+            return {
+                key if key in self.keys else self.inert(key, kept): inner
+                if key == "role" and inner in ROLES
+                else self.inert(inner, kept, is_prose=is_prose or key in PROSE)
+                for key, inner in value.items()
+            }
+        if isinstance(value, list):
+            return [self.inert(inner, kept, is_prose=is_prose) for inner in value]
+        if not isinstance(value, str) or (value in self.values and not is_prose):
+            return value
+        pieces = kept.split(value)
+        pieces[::2] = [piece.translate(SUBSTITUTES) for piece in pieces[::2]]
+        return "".join(pieces)
+
+
+def rendered(template: Template, chat: dict[str, Any]) -> dict[str, Any]:
+    """The answer to one chat, or what is wrong: its text, the spans of marked text in it, and, if "kept" is not null, the special
+    tokens that the template writes with inert text in place of all texts except those of "kept"."""
     mark = secrets.token_hex(16)
-    Generation.start, Generation.stop = f"<{mark}>", f"</{mark}>"
-    date = chat.pop("date")
+    start, stop = f"<{mark}>", f"</{mark}>"
+    date, kept = chat.pop("date"), chat.pop("kept")
 
     def strftime_now(how: str) -> str:
         if date is None:
             raise_exception("it asks for today's date, so the same data prepared tomorrow would differ")
         return time.strftime(how, time.localtime(date))
 
+    def render(chat: dict[str, Any], start: str = "", stop: str = "") -> str:
+        Generation.start, Generation.stop, Generation.is_used = start, stop, False
+        text: str = template.jinja.render(**chat, strftime_now=strftime_now)
+        return text
+
+    what = "does not take these messages"
     try:
-        text = template.render(**chat, strftime_now=strftime_now)
+        # Not by a pattern: a new one for each chat would take longer to compile than the chat to render.
+        parts = [part.split(stop) for part in render(chat, start, stop).split(start)]
+        text = "".join(piece for part in parts for piece in part)
+        if Generation.is_used and render(chat) != text:
+            raise_exception(
+                "it writes something else with {% generation %} than without: it changes or repeats what is marked, or draws"
+            )
+        if any(len(part) != (2 if index else 1) for index, part in enumerate(parts)):
+            raise_exception("it has {% generation %} inside {% generation %}, or repeats or drops marked text")
+        if len(text) > LARGEST_TEXT:
+            return {"error": f"the chat template makes a text of {len(text):,} characters"}
+        written = None
+        if kept is not None:
+            what = "cannot be checked for special tokens out of these messages: with inert text in their place"
+            words = re.compile(f"({'|'.join(map(re.escape, kept))})")
+            inert = [template.inert(message, words) for message in chat["messages"]]
+            written = template.special.findall(
+                render(chat | {"messages": inert, "tools": template.inert(chat["tools"], words)})
+            )
     except MemoryError:
         return {"error": f"the chat template takes more than {MEMORY_BYTES:,} bytes of memory"}
     except Exception as error:  # of any kind: the template may do anything that Jinja's sandbox allows
-        return {"error": f"the chat template does not take these messages: {str(error)[:500] or type(error).__name__}"}
-    if len(text) > LARGEST_TEXT:
-        return {"error": f"the chat template makes a text of {len(text):,} characters"}
-    return {"text": text, "start": Generation.start, "stop": Generation.stop}
+        return {"error": f"the chat template {what}: {str(error)[:500] or type(error).__name__}"}
+    spans, at = [], len(parts[0][0])
+    for inside, after in parts[1:]:
+        spans.append((at, at + len(inside)))
+        at += len(inside) + len(after)
+    return {"text": text, "spans": spans, "written": written}
 
 
 def receive(stream: BinaryIO) -> Any:
@@ -110,7 +194,8 @@ def send(stream: BinaryIO, message: Any) -> None:
 def main() -> None:
     """Answer until the parent closes the pipe."""
     # What Python and Jinja load when it is first needed, and could not be opened below.
-    compiled("{% set n = namespace(a=[1]) %}{{ '\\n' ~ n.a | tojson ~ now('%d %B %Y') }}").render(now=time.strftime)
+    source = "{% set n = namespace(a=[1]) %}{{ '\\n' ~ n.a | tojson ~ now('%d %B %Y') }}"
+    Template(source, ["a"]).jinja.render(now=time.strftime)
     for limit, most in (
         (resource.RLIMIT_AS, MEMORY_BYTES),
         (resource.RLIMIT_FSIZE, 0),
@@ -123,7 +208,8 @@ def main() -> None:
     # An alarm that nothing handles ends the process: Python need not get a turn for it.
     signal.setitimer(signal.ITIMER_REAL, SECONDS)
     try:
-        template = compiled(receive(given)["template"])
+        first = receive(given)
+        template = Template(first["template"], first["special"])
         send(answers, {"error": None})
     except (TemplateError, ValueError, RecursionError, MemoryError) as error:
         send(answers, {"error": str(error)[:500] or type(error).__name__})

@@ -3,8 +3,9 @@
     messages --render.py, a confined process--> text --special tokens, tokenizer--> ids [, which of them are learned]
 
 The one implementation for preparing, `generate --chat` and the server. The ids are those of transformers' `apply_chat_template`,
-except that a message with the text of a special token is refused: else its author could end the message and write the next
-speaker's part.
+except that a special token may only come from the template: else the author of a message could end it and write the next
+speaker's part. Refused is a message or tool with the text of a special token, in any field; and, because templates change texts,
+a chat whose rendered text has other special tokens than it has with inert text in place of all messages and tools.
 """
 
 import functools
@@ -16,15 +17,16 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import numpy as np
 
-from data.chat.record import REASONING
+from data.chat.record import REASONING, ROLES
 from data.tokenizer import Tokenizer, Unencodable
 from recipes.schema.data import CHAT_TEMPLATES
 from recipes.schema.errors import DataError
@@ -33,7 +35,12 @@ from recipes.schema.foreign import printable, read_bounded_text
 Message = Mapping[str, Any]
 _FOLDER = Path(__file__).with_name("templates")
 _SCRIPT = Path(__file__).with_name("render.py")
+_SWITCHES = ("/think", "/no_think")
+"""Words in messages that choose the mode of a model; templates branch on them."""
+THINKING = ("<think>", "</think>")
+"""Markers around thinking, if no recipe names others."""
 _TAG = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
+_FIELDS = ("role", "content", "tool_calls", *REASONING)
 _ENVIRONMENT = ("LD_LIBRARY_PATH", "TZ")
 """Variables of the environment that the process gets: what Python may need to start, and the time zone of dates."""
 _STOPS = {"plain": ("\n\nUser:", "\n\nSystem:")}
@@ -42,6 +49,10 @@ _STOPS = {"plain": ("\n\nUser:", "\n\nSystem:")}
 
 class ChatError(DataError):
     """Messages that a template cannot take, or text that cannot be learned from. The message says why."""
+
+
+class ChatTimeout(ChatError):
+    """Messages on which a template takes too long."""
 
 
 @dataclass(frozen=True)
@@ -69,6 +80,7 @@ class ChatTemplate:
         names = {id: name for name, id in self._special.items()}
         self._eos, self._bos = names[tokenizer.eod], names.get(tokenizer.bod or -1, "")
         longest_first = sorted((name for name in self._special if name), key=len, reverse=True)
+        self._longest_first = longest_first
         self._split = re.compile("(" + "|".join(map(re.escape, longest_first)) + ")")
         self._process: subprocess.Popen[bytes] | None = None
         self._lock = threading.Lock()
@@ -99,10 +111,14 @@ class ChatTemplate:
         add_generation_prompt: bool = False,
         date: float | None = None,
         options: Mapping[str, Any] | None = None,
+        kept: Sequence[str] | None = None,
     ) -> Rendered:
         """The text of a chat. date: seconds since 1970 for templates that ask for today's date; None refuses them.
 
-        Raises ChatError; DataError for a template that is not valid Jinja.
+        kept: refuse special tokens that come out of messages or tools. The template may branch on these words in them, which
+        stay in the inert text. None: the chat is not checked.
+
+        Raises ChatError, ChatTimeout; DataError for a template that is not valid Jinja.
         """
         chat = {
             "messages": [_with_reasoning(message) for message in messages],
@@ -112,35 +128,38 @@ class ChatTemplate:
             "bos_token": self._bos,
             "eos_token": self._eos,
             "date": date,
+            "kept": None if kept is None else sorted({*kept, *_SWITCHES} - {""}, key=len, reverse=True),
             **(options or {}),
         }
         with self._lock:
             answer = self._ask(chat)
         if "text" not in answer:
             raise ChatError(printable(str(answer["error"]), most=600))
-        text, spans = answer["text"], []
-        pieces = re.split(f"{answer['start']}(.*?){answer['stop']}", text, flags=re.DOTALL)
-        at = 0
-        for index, piece in enumerate(pieces):
-            if index % 2:
-                spans.append((at, at + len(piece)))
-            at += len(piece)
-        return Rendered("".join(pieces), tuple(spans))
+        text, written = answer["text"], answer["written"]
+        if written is not None and (found := self._split.findall(text)) != written:
+            pairs = zip_longest(found, written)
+            name = next(one or other for one, other in pairs if one != other)
+            raise ChatError(
+                f"the chat template writes other special tokens with these messages than with inert text in their place (the "
+                f"first is {name!r}): a message could speak for another. Change the messages, or the template"
+            )
+        return Rendered(text, tuple((start, stop) for start, stop in answer["spans"]))
 
     def ids(self, messages: Sequence[Message], *, tools: Any = None) -> list[int]:
         """Token ids of a chat up to where the model answers. Raises ChatError, DataError as `render`."""
-        self.refuse_special(messages)
-        rendered = self.render(messages, tools=tools, add_generation_prompt=True, date=time.time())
+        self.refuse_special(messages, tools=tools)
+        rendered = self.render(messages, tools=tools, add_generation_prompt=True, date=time.time(), kept=THINKING)
         return self.encode(rendered.text, ()).ids.tolist()
 
-    def refuse_special(self, messages: Sequence[Message], *, allowed: Sequence[str] = ()) -> None:
-        """ChatError for a message that contains the text of a special token. allowed: what the assistant may write."""
-        for message in messages:
-            found = self._split.findall(_text_of(message))
-            if message.get("role") == "assistant":
+    def refuse_special(self, messages: Sequence[Message], *, tools: Any = None, allowed: Sequence[str] = ()) -> None:
+        """ChatError for messages or tools with the text of a special token. allowed: what the assistant may write."""
+        written = [("a message contains", message) for message in messages] + [("the tools contain", tools)]
+        for what, value in written:
+            found = [name for text in _texts_in(value) for name in self._split.findall(text)]
+            if isinstance(value, Mapping) and value.get("role") == "assistant":
                 found = [name for name in found if name not in allowed]
             if found:
-                raise ChatError(f"a message contains {found[0]!r}, a special token of this model. Remove it")
+                raise ChatError(f"{what} {found[0]!r}, a special token of this model. Remove it")
 
     def special_tokens(self, text: str) -> list[int]:
         """Where the special tokens in a text end."""
@@ -216,7 +235,11 @@ class ChatTemplate:
         """One chat's answer from the process, which is started if there is none."""
         if self._process is None:
             self._start()
-        return self._exchange(chat) or {"error": f"the chat template {self._end()} on these messages"}
+        answer = self._exchange(chat)
+        if answer is None:
+            why, is_timeout = self._end()
+            raise (ChatTimeout if is_timeout else ChatError)(f"the chat template {why} on these messages")
+        return answer
 
     def _start(self) -> None:
         self._process = subprocess.Popen(
@@ -224,20 +247,22 @@ class ChatTemplate:
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, cwd="/",
             env={name: os.environ[name] for name in _ENVIRONMENT if name in os.environ},
         )  # fmt: skip
-        answer = self._exchange({"template": self.source})
+        answer = self._exchange({"template": self.source, "special": self._longest_first})
         if answer is None or answer["error"] is not None:
-            why = f"it {self._end()}" if answer is None else printable(str(answer["error"]), most=300)
+            why = f"it {self._end()[0]}" if answer is None else printable(str(answer["error"]), most=300)
             self.close()
             raise DataError(
                 f"the chat template {printable(self.place)} is not valid: {why}. Correct it, or name another."
             )
 
-    def _end(self) -> str:
-        """Why the process has ended, for messages. The next chat starts another one."""
+    def _end(self) -> tuple[str, bool]:
+        """Why the process has ended, for messages, and whether it took too long. The next chat starts another one."""
         assert self._process is not None
         status = self._process.wait()
         self.close()
-        return "takes longer than 10 seconds" if status == -signal.SIGALRM else f"ended its process (status {status})"
+        if status == -signal.SIGALRM:
+            return "takes longer than 10 seconds", True
+        return f"ended its process (status {status})", False
 
     def _exchange(self, message: Any) -> dict[str, Any] | None:
         """Send a message and read the answer; None if the process ended instead."""
@@ -289,11 +314,19 @@ def _with_reasoning(message: Message) -> dict[str, Any]:
     return dict(message) if thinking is None else {"thinking": thinking, **message, "reasoning_content": thinking}
 
 
-def _text_of(message: Message) -> str:
-    """All that a message's author wrote."""
-    parts = [message.get("content") or "", *(message.get(name) or "" for name in REASONING)]
-    calls = message.get("tool_calls")
-    return "\n".join(map(str, parts)) + (json.dumps(calls, ensure_ascii=False) if calls else "")
+def _texts_in(value: Any) -> Iterator[str]:
+    """All texts that an author wrote, at any depth, keys included; not the names of roles and of a message's usual fields."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        for key, inner in value.items():
+            if key not in _FIELDS:
+                yield str(key)
+            if key != "role" or inner not in ROLES:
+                yield from _texts_in(inner)
+    elif isinstance(value, list | tuple):
+        for inner in value:
+            yield from _texts_in(inner)
 
 
 def _common(ids: np.ndarray, other: list[int]) -> int:
