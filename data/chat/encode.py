@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from data.chat.template import ChatError, Encoded, open_template
-from data.chat.thinking import Lesson, key_of, lessons, split_thinking
+from data.chat.thinking import Lesson, has_answer, key_of, lessons, split_thinking
 from data.tokenizer import Tokenizer
 from recipes.schema.data import ChatConfig
 from recipes.schema.errors import DataError
@@ -67,6 +67,9 @@ class ChatEncoder:
         chat = json.loads(text)
         tools = chat.get("tools")
         self._template.refuse_special(chat["messages"], tools=tools, allowed=self._markers)
+        for place, message in enumerate(chat["messages"], start=1):
+            if message["role"] == "assistant" and not has_answer(message, self._config):
+                raise ChatError(f"message {place} is an empty answer: it has thinking only")
         found = lessons(chat["messages"], self._config, key=key_of(text, seed=self._seed), cut=self._first_tokens)
         return [document for lesson in found if (document := self._document(lesson, tools)) is not None]
 

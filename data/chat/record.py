@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from recipes.schema.data import SourceConfig
+from recipes.schema.foreign import parse_json
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 _BEFORE = {
@@ -63,6 +64,8 @@ def _chat(record: Any, source: SourceConfig) -> str:
         return json.dumps(chat, ensure_ascii=False)
     except TypeError as error:
         raise ValueError(f"has a value that JSON does not have: {error}") from error
+    except RecursionError as error:
+        raise ValueError("is nested too deeply") from error
 
 
 def _without_nulls(value: Any) -> Any:
@@ -76,8 +79,8 @@ def _parsed(value: Any, name: str) -> Any:
     if not isinstance(value, str):
         return value
     try:
-        return json.loads(value) if value.strip() else None
-    except (ValueError, RecursionError) as error:
+        return parse_json(value) if value.strip() else None
+    except ValueError as error:
         raise ValueError(f"has text under {name!r} that is not JSON: {error}") from error
 
 

@@ -1,6 +1,6 @@
 """Renders one chat template, confined: started by `data.chat.template` as a script of its own, never imported.
 
-    stdin: {"template", "special"}, then {"messages", ...} for each chat    --Jinja's sandbox, limits-->
+    stdin: {"source", "special", ...}, then {"messages", ...} for each chat    --Jinja's sandbox, limits-->
     stdout: {"text", "spans", "written"} or {"error"}
 
 Each message on the pipes is JSON after its length (8 bytes, little-endian). Templates come from strangers. Jinja's sandbox keeps
@@ -37,9 +37,6 @@ SECONDS = 10
 """For one chat."""
 LARGEST_TEXT = 64 << 20
 """Characters of the longest text that is sent back."""
-ROLES = ("system", "developer", "user", "assistant", "tool")
-PROSE = ("content", "reasoning_content", "thinking", "reasoning")
-"""Fields of a message that are never a kind or a name."""
 PRIVATE, PRIVATE_COUNT = 0xE000, 0x1900
 """Unicode's characters for private use: not letters, digits or blanks, in no case, never escaped in JSON."""
 
@@ -99,8 +96,10 @@ def compiled(source: str) -> Any:
 class Template:
     """A template with what is needed to check its texts. Raises TemplateError."""
 
-    def __init__(self, source: str, special: list[str]) -> None:
-        """special: names of the tokenizer's special tokens, the longest first."""
+    def __init__(self, source: str, special: list[str], roles: list[str], prose: list[str]) -> None:
+        """special: names of the tokenizer's special tokens, the longest first. roles: the known ones. prose: fields of a message
+        that are never a kind or a name."""
+        self.roles, self.prose = roles, prose
         self.jinja = compiled(source)
         self.special = re.compile("|".join(map(re.escape, special)))
         tree = self.jinja.environment.parse(source)
@@ -116,8 +115,8 @@ class Template:
         if isinstance(value, dict):
             return {
                 key if key in self.keys else self.inert(key, kept): inner
-                if key == "role" and inner in ROLES
-                else self.inert(inner, kept, is_prose=is_prose or key in PROSE)
+                if key == "role" and inner in self.roles
+                else self.inert(inner, kept, is_prose=is_prose or key in self.prose)
                 for key, inner in value.items()
             }
         if isinstance(value, list):
@@ -132,7 +131,8 @@ class Template:
 def rendered(template: Template, chat: dict[str, Any]) -> dict[str, Any]:
     """The answer to one chat, or what is wrong: its text, the spans of marked text in it, and, if "kept" is not null, the special
     tokens that the template writes with inert text in place of all texts except those of "kept"."""
-    mark = secrets.token_hex(16)
+    # With every digit, so that a template that changes one of them changes every mark.
+    mark = secrets.token_hex(16) + "0123456789abcdef"
     start, stop = f"<{mark}>", f"</{mark}>"
     date, kept = chat.pop("date"), chat.pop("kept")
 
@@ -153,7 +153,7 @@ def rendered(template: Template, chat: dict[str, Any]) -> dict[str, Any]:
         text = "".join(piece for part in parts for piece in part)
         if Generation.is_used and render(chat) != text:
             raise_exception(
-                "it writes something else with {% generation %} than without: it changes or repeats what is marked, or draws"
+                "it writes something else without {% generation %}: it changes or repeats what is marked, or draws at random"
             )
         if any(len(part) != (2 if index else 1) for index, part in enumerate(parts)):
             raise_exception("it has {% generation %} inside {% generation %}, or repeats or drops marked text")
@@ -195,7 +195,7 @@ def main() -> None:
     """Answer until the parent closes the pipe."""
     # What Python and Jinja load when it is first needed, and could not be opened below.
     source = "{% set n = namespace(a=[1]) %}{{ '\\n' ~ n.a | tojson ~ now('%d %B %Y') }}"
-    Template(source, ["a"]).jinja.render(now=time.strftime)
+    Template(source, ["a"], [], []).jinja.render(now=time.strftime)
     for limit, most in (
         (resource.RLIMIT_AS, MEMORY_BYTES),
         (resource.RLIMIT_FSIZE, 0),
@@ -208,8 +208,7 @@ def main() -> None:
     # An alarm that nothing handles ends the process: Python need not get a turn for it.
     signal.setitimer(signal.ITIMER_REAL, SECONDS)
     try:
-        first = receive(given)
-        template = Template(first["template"], first["special"])
+        template = Template(**receive(given))
         send(answers, {"error": None})
     except (TemplateError, ValueError, RecursionError, MemoryError) as error:
         send(answers, {"error": str(error)[:500] or type(error).__name__})

@@ -247,7 +247,8 @@ class ChatTemplate:
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, cwd="/",
             env={name: os.environ[name] for name in _ENVIRONMENT if name in os.environ},
         )  # fmt: skip
-        answer = self._exchange({"template": self.source, "special": self._longest_first})
+        prose = ("content", *REASONING)
+        answer = self._exchange({"source": self.source, "special": self._longest_first, "roles": ROLES, "prose": prose})
         if answer is None or answer["error"] is not None:
             why = f"it {self._end()[0]}" if answer is None else printable(str(answer["error"]), most=300)
             self.close()
@@ -316,17 +317,16 @@ def _with_reasoning(message: Message) -> dict[str, Any]:
 
 def _texts_in(value: Any) -> Iterator[str]:
     """All texts that an author wrote, at any depth, keys included; not the names of roles and of a message's usual fields."""
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, Mapping):
-        for key, inner in value.items():
-            if key not in _FIELDS:
-                yield str(key)
-            if key != "role" or inner not in ROLES:
-                yield from _texts_in(inner)
-    elif isinstance(value, list | tuple):
-        for inner in value:
-            yield from _texts_in(inner)
+    waiting = [value]  # not recursive: a record may be nested deeper than Python's calls
+    while waiting:
+        match waiting.pop():
+            case str() as text:
+                yield text
+            case Mapping() as fields:
+                yield from (str(key) for key in fields if key not in _FIELDS)
+                waiting += (inner for key, inner in fields.items() if key != "role" or inner not in ROLES)
+            case list() | tuple() as inner:
+                waiting += inner
 
 
 def _common(ids: np.ndarray, other: list[int]) -> int:

@@ -65,6 +65,14 @@ def split_thinking(message: Mapping[str, Any], config: ChatConfig) -> tuple[str,
     return _split(message["content"], config)
 
 
+def has_answer(message: Mapping[str, Any], config: ChatConfig) -> bool:
+    """Whether a message by the assistant says or calls anything besides thinking, however often it thinks."""
+    rest = str(message["content"]).strip()
+    while rest.startswith(config.think_start) and config.think_end in rest:
+        rest = rest.partition(config.think_end)[2].strip()
+    return bool(rest or message.get("tool_calls"))
+
+
 def _with_thinking(
     message: Mapping[str, Any], change: Callable[[str], str], config: ChatConfig, *, is_earlier: bool = False
 ) -> dict[str, Any]:

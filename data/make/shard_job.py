@@ -14,6 +14,7 @@ was not killed.
 """
 
 import json
+import logging
 from array import array
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
@@ -25,7 +26,7 @@ import numpy as np
 
 from data.chat.encode import ChatDocument, ChatEncoder, ChatTooLong
 from data.chat.pack import RowPacker
-from data.chat.template import ChatError
+from data.chat.template import ChatError, ChatTimeout
 from data.make.corpus import Document, Reader, cut_in_two, digest, is_heldout
 from data.make.megatron_sets import describe_set, unended_documents
 from data.sources.files import is_remote, retry_if_remote
@@ -43,6 +44,11 @@ from recipes.schema.foreign import read_json
 _BATCH_DOCUMENTS = 256
 _BATCH_CHARACTERS = 1 << 20
 """A batch ends at whichever comes first. Tokenizing, progress and the end of a shard work batch by batch."""
+
+_MOST_TIMEOUTS = 3
+"""Chats of a job on which its template may take too long before the template is at fault, not the chats."""
+
+log = logging.getLogger(__name__)
 
 Report = Callable[[int, int, int], None]
 """Called with the stored bytes read, bytes of text and tokens written since the call before."""
@@ -269,6 +275,7 @@ class _Encoder:
         self._job = job
         self._threads = threads
         self.chats: ChatEncoder | None = None
+        self._timeouts = 0
         if job.is_chat:
             self.chats = ChatEncoder(job.chat, tokenizer, row_tokens=job.row_tokens, seed=job.seed)
 
@@ -300,8 +307,22 @@ class _Encoder:
         except ChatTooLong as error:
             place = f"data.sources.{self._job.name}"
             raise DataError(problem_of(place, self._job.source, part, text.document.record, str(error))) from error
+        except ChatTimeout as error:
+            self._timeouts += 1
+            place = f"data.sources.{self._job.name}"
+            message = problem_of(place, self._job.source, part, text.document.record, str(error))
+            if self._timeouts == _MOST_TIMEOUTS:
+                raise DataError(
+                    f"{message}, after {_MOST_TIMEOUTS - 1} other chats: the template is at fault. Correct "
+                    f"data.chat.template={self._job.chat.template}, or name another."
+                ) from error
+            if self._timeouts == 1 and self._job.source.on_bad_record == "skip":
+                log.warning("%s. It is left out; preparing stops at time-out %d.", message, _MOST_TIMEOUTS)
+            return str(error)
         except ChatError as error:
             return str(error)
+        except RecursionError:
+            return "is nested too deeply"
 
 
 def _write_shard(job: ShardJob, number: int, texts: _TextStream, encoder: _Encoder, report: Report) -> ShardResult:

@@ -505,9 +505,17 @@ def _groups() -> list[str]:
 def _unreadable(word: str) -> str:
     """A message about an argument that Hydra cannot parse, with the same argument quoted for Hydra and for the shell."""
     key, _, value = word.partition("=")
+    in_file = (
+        "write a name with other characters than letters, digits, _ - and . in a recipe file (--config-dir FOLDER)"
+    )
+    if re.search(r"""[{,]\s*(["'])(?:(?!\1).)*\1\s*:""", value):
+        return f"{word} cannot be read. A key in braces cannot be quoted on a command line: {in_file}."
     if value[:1] in ("{", "["):
         example = shlex.quote(key + '={name: {path: "s3://bucket/day=1/*.parquet"}}')
-        return f"{word} cannot be read. Inside braces and brackets, quote each text that contains = : # ( ) or a comma: {example}"
+        return (
+            f"{word} cannot be read. Inside braces and brackets, quote each text that contains = : # ( ) or a comma: {example}. "
+            f"Keys cannot be quoted: {in_file}."
+        )
     return f"{word} cannot be read. Quote the value, and the whole word for the shell: {shlex.quote(f'{key}={_quoted(value)}')}"
 
 

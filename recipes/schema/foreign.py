@@ -47,12 +47,12 @@ class _Loader(yaml.SafeLoader):
 def open_regular(path: Path) -> BinaryIO:
     """Open a regular file for reading. Raises OSError; for a folder, a pipe or a device it is NotAFile."""
     # Without O_NONBLOCK, opening a pipe without a writer would wait for ever.
-    stream = os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY), "rb", closefd=True)
-    mode = os.fstat(stream.fileno()).st_mode
-    if not stat.S_ISREG(mode):
-        stream.close()
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY)
+    mode = os.fstat(descriptor).st_mode
+    if not stat.S_ISREG(mode):  # before fdopen, which refuses a folder by the descriptor's number
+        os.close(descriptor)
         raise NotAFile(errno.EINVAL, f"it is {_kind(mode)}, not a regular file", str(path))
-    return stream
+    return os.fdopen(descriptor, "rb")
 
 
 def read_bounded(path: Path, *, most_bytes: int = LARGEST_TEXT) -> bytes:

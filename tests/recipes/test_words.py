@@ -98,6 +98,14 @@ def test_a_recipe_that_inherits_may_leave_the_others_sources_out(tmp_path: Path)
         (["data.sources.python.wieght=2"], "Did you mean weight?"),
         (["data.row_tokens=a#b"], "'data.row_tokens=\"a#b\"'"),
         (["data.sources={mine:{path:s3://b/day=1/*}}"], "quote each text that contains"),
+        (
+            ['data.tokenizer.special_tokens={"<|im_start|>": 1}'],
+            "key in braces cannot be quoted on a command line: write",
+        ),
+        (
+            ["data.tokenizer.special_tokens={<|im_start|>: 1}"],
+            "Keys cannot be quoted: write a name with other characters",
+        ),
         (["optim.lrr=1"], "Did you mean optim.lr?"),
     ],
 )

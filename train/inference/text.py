@@ -3,7 +3,6 @@
 Other callers get the same model, tokenizer and drafter from `opened`, which checks that they match.
 """
 
-import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -14,6 +13,7 @@ from data.chat.record import checked_messages
 from data.chat.template import open_template
 from data.tokenizer import Tokenizer, load_tokenizer
 from recipes.schema.errors import CheckpointError, DataError, RecipeError, refuse
+from recipes.schema.foreign import parse_json
 from recipes.schema.read import recipe_from_mapping
 from recipes.schema.recipe import Recipe
 from recipes.schema.rules import reading_problems
@@ -198,8 +198,8 @@ def read_prompts(path: Path, *, is_chat: bool = False) -> list[Prompt]:
     prompts: list[Prompt] = []
     for number, line in enumerate(lines, start=1):
         try:
-            value = json.loads(line)
-        except json.JSONDecodeError as error:
+            value = parse_json(line)
+        except ValueError as error:
             raise DataError(
                 f"{path}: prompt {number} is not JSON ({error}). Write a JSON string or an object."
             ) from error

@@ -226,3 +226,7 @@ def test_a_template_that_is_not_jinja_is_named(tmp_path: Path) -> None:
         template.render(PLAIN)
     with pytest.raises(DataError, match="cannot be read"):
         open_template(str(tmp_path / "none.jinja"), tokenizer())
+    with pytest.raises(
+        DataError, match=f"{tmp_path} cannot be read: .*it is a folder, not a regular file: '{tmp_path}'"
+    ):
+        open_template(str(tmp_path), tokenizer())
