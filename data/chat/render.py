@@ -57,7 +57,8 @@ class Generation(Extension):
 
     tags = {"generation"}
     start, stop = "", ""
-    is_used = False
+    count = 0
+    """Times that the tag was rendered."""
 
     def parse(self, parser: Parser) -> nodes.Node:
         """The tag's body, handed to `marked`."""
@@ -67,7 +68,7 @@ class Generation(Extension):
 
     def marked(self, caller: Any) -> str:
         """The text of the tag's body between the marks."""
-        Generation.is_used = True
+        Generation.count += 1
         return f"{Generation.start}{caller()}{Generation.stop}"
 
 
@@ -142,7 +143,7 @@ def rendered(template: Template, chat: dict[str, Any]) -> dict[str, Any]:
         return time.strftime(how, time.localtime(date))
 
     def render(chat: dict[str, Any], start: str = "", stop: str = "") -> str:
-        Generation.start, Generation.stop, Generation.is_used = start, stop, False
+        Generation.start, Generation.stop, Generation.count = start, stop, 0
         text: str = template.jinja.render(**chat, strftime_now=strftime_now)
         return text
 
@@ -150,12 +151,12 @@ def rendered(template: Template, chat: dict[str, Any]) -> dict[str, Any]:
     try:
         # Not by a pattern: a new one for each chat would take longer to compile than the chat to render.
         parts = [part.split(stop) for part in render(chat, start, stop).split(start)]
-        text = "".join(piece for part in parts for piece in part)
-        if Generation.is_used and render(chat) != text:
+        text, count = "".join(piece for part in parts for piece in part), Generation.count
+        if count and render(chat) != text:
             raise_exception(
                 "it writes something else without {% generation %}: it changes or repeats what is marked, or draws at random"
             )
-        if any(len(part) != (2 if index else 1) for index, part in enumerate(parts)):
+        if [len(part) for part in parts] != [1] + [2] * count:
             raise_exception("it has {% generation %} inside {% generation %}, or repeats or drops marked text")
         if len(text) > LARGEST_TEXT:
             return {"error": f"the chat template makes a text of {len(text):,} characters"}

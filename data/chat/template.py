@@ -28,7 +28,7 @@ import numpy as np
 
 from data.chat.record import REASONING, ROLES
 from data.tokenizer import Tokenizer, Unencodable
-from recipes.schema.data import CHAT_TEMPLATES
+from recipes.schema.data import CHAT_TEMPLATES, ChatConfig
 from recipes.schema.errors import DataError
 from recipes.schema.foreign import printable, read_bounded_text
 
@@ -37,7 +37,7 @@ _FOLDER = Path(__file__).with_name("templates")
 _SCRIPT = Path(__file__).with_name("render.py")
 _SWITCHES = ("/think", "/no_think")
 """Words in messages that choose the mode of a model; templates branch on them."""
-THINKING = ("<think>", "</think>")
+_THINKING = (ChatConfig.think_start, ChatConfig.think_end)
 """Markers around thinking, if no recipe names others."""
 _TAG = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 _FIELDS = ("role", "content", "tool_calls", *REASONING)
@@ -148,7 +148,7 @@ class ChatTemplate:
     def ids(self, messages: Sequence[Message], *, tools: Any = None) -> list[int]:
         """Token ids of a chat up to where the model answers. Raises ChatError, DataError as `render`."""
         self.refuse_special(messages, tools=tools)
-        rendered = self.render(messages, tools=tools, add_generation_prompt=True, date=time.time(), kept=THINKING)
+        rendered = self.render(messages, tools=tools, add_generation_prompt=True, date=time.time(), kept=_THINKING)
         return self.encode(rendered.text, ()).ids.tolist()
 
     def refuse_special(self, messages: Sequence[Message], *, tools: Any = None, allowed: Sequence[str] = ()) -> None:

@@ -178,6 +178,7 @@ def test_a_template_may_branch_on_roles_kinds_thinking_and_modes() -> None:
         "{% set x %}{% generation %}a{% endgeneration %}{% endset %}{{ x | urlencode }}",
         "{% set x %}{% generation %}a{% endgeneration %}{% endset %}{{ x[:9] }}",
         "{% set x %}{% generation %}a{% endgeneration %}{% endset %}{{ x | length }}",
+        "{% set x %}{% generation %}a{% endgeneration %}{% endset %}{{ x }}{{ x }}",
     ],
 )
 def test_marks_of_generation_never_become_text(body: str) -> None:

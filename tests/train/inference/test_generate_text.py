@@ -90,7 +90,12 @@ def test_prompts_of_a_file_are_continued_in_one_batch(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("content", "problem"),
-    [('"a"\n{"text": "b"}\n', "prompt 2 has no text"), ("{\n", "prompt 1 is not JSON"), ("\n \n", "has no prompts")],
+    [
+        ('"a"\n{"text": "b"}\n', "prompt 2 has no text"),
+        ("{\n", "prompt 1 is not JSON"),
+        ("\n \n", "has no prompts"),
+        ('{"prompt": "a", "prompt": "b"}\n', "the key 'prompt' is written twice"),
+    ],
 )
 def test_a_wrong_file_of_prompts_is_named(content: str, problem: str, tmp_path: Path) -> None:
     (tmp_path / "prompts.jsonl").write_text(content)
