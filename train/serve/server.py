@@ -54,6 +54,7 @@ def serve(recipe: Recipe, config: ServeConfig, listener: socket.socket, *, key: 
             fingerprint=loaded.fingerprint,
         )
         thinking = _thinking(config, loaded.tokenizer)
+        _ = loaded.tokenizer.most_bytes_per_token  # it may take a second: before the fork, not while clients wait
         name = config.name or recipe.run.name
 
         async def answer(pipe: Connection) -> None:
@@ -82,9 +83,8 @@ def serve(recipe: Recipe, config: ServeConfig, listener: socket.socket, *, key: 
             sys.stdout.flush()
             process, pipe = start_http(answer)
             listener.close()  # it is the other process's now
-            for (
-                number
-            ) in HANDLED_SIGNALS:  # SIGTERM also for Ctrl-C, which the other process gets too: a second one means haste
+            # SIGTERM also for Ctrl-C, which the other process gets too: a second Ctrl-C there means haste.
+            for number in HANDLED_SIGNALS:
                 signal.signal(number, lambda _number, _frame: process.terminate())
         try:
             EngineLoop(engine, pipe).run()
@@ -160,6 +160,7 @@ def _template(config: ServeConfig, tokenizer: Tokenizer) -> Iterator[ChatTemplat
         return
     with open_template(config.chat_template, tokenizer) as template:
         _ = template.stop_ids  # a template that cannot be used is reported before the server starts
+        template.close()  # the HTTP process starts the template's process for itself
         yield template
 
 

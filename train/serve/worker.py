@@ -54,7 +54,8 @@ class Worker:
     """Gives requests to the engine at the other end of `pipe`. most: largest number of requests that run or wait at once."""
 
     def __init__(self, pipe: Connection, stats: EngineStats, *, most: int) -> None:
-        self._pipe, self._stats, self._most = pipe, stats, most
+        self._pipe, self._stats = pipe, stats
+        self.most = most
         self._loop = asyncio.get_running_loop()
         self._calls: queue.SimpleQueue[Call] = queue.SimpleQueue()
         self._tickets: dict[int, Ticket] = {}
@@ -71,15 +72,19 @@ class Worker:
         """Counts of the engine after its last step."""
         return self._stats
 
+    def check_room(self, count: int) -> None:
+        """Raises Busy if `count` more requests would be too many now, and EngineStopped."""
+        if self.ended.done():
+            raise EngineStopped(f"the engine has stopped: {self.ended.result()}")
+        if self.open_requests + count > self.most:
+            raise Busy(f"{self.open_requests} requests are open; the server takes {self.most}. Try again later.")
+
     async def submit(self, requests: Sequence[Request]) -> Ticket:
         """Give requests to the engine. The caller must `release` the ticket.
 
         Raises Busy if too many are open, EngineStopped, and RecipeError for a request that the engine refuses.
         """
-        if self.ended.done():
-            raise EngineStopped(f"the engine has stopped: {self.ended.result()}")
-        if self.open_requests + len(requests) > self._most:
-            raise Busy(f"{self.open_requests} requests are open; the server takes {self._most}. Try again later.")
+        self.check_room(len(requests))
         ticket = Ticket(next(self._numbers), tuple(requests), self._loop.create_future())
         self._tickets[ticket.number] = ticket
         self.open_requests += len(requests)
