@@ -60,6 +60,8 @@ class Worker:
         self._calls: queue.SimpleQueue[Call] = queue.SimpleQueue()
         self._tickets: dict[int, Ticket] = {}
         self._numbers = itertools.count()
+        self._closed: str | None = None
+        """Why no more requests are taken."""
         self.open_requests = 0
         """Requests accepted and not released yet."""
         self.ended: asyncio.Future[str | None] = self._loop.create_future()
@@ -76,6 +78,8 @@ class Worker:
         """Raises Busy if `count` more requests would be too many now, and EngineStopped."""
         if self.ended.done():
             raise EngineStopped(f"the engine has stopped: {self.ended.result()}")
+        if self._closed is not None:
+            raise EngineStopped(self._closed)
         if self.open_requests + count > self.most:
             raise Busy(f"{self.open_requests} requests are open; the server takes {self.most}. Try again later.")
 
@@ -138,11 +142,15 @@ class Worker:
         """No client may wait for ever: end all open requests, and refuse those that the engine has not seen."""
         self._loop.remove_reader(self._pipe.fileno())
         self.ended.set_result(error)
+        self.end_open("the engine has stopped")
+
+    def end_open(self, reason: str) -> None:
+        """End all open requests with an error, and refuse later ones with EngineStopped."""
+        self._closed = reason
         for ticket in self._tickets.values():
-            if not ticket.accepted.done():
-                _accept(ticket, EngineStopped("the engine has stopped"))
+            _accept(ticket, EngineStopped(reason))
             for index in range(len(ticket.requests)):
-                ticket.put(index, Event(index, finish="error", message="the engine has stopped"))
+                ticket.put(index, Event(index, finish="error", message=reason))
 
 
 def _accept(ticket: Ticket, refusal: Exception | None) -> None:

@@ -15,6 +15,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx
@@ -59,7 +60,13 @@ class Server:
         command = [sys.executable, "-P", "-m", "train.stratum", "serve", "runs/parent", "--port", "0", *words]
         env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
         self.process = subprocess.Popen(
-            command, cwd=folder, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+            command,
+            cwd=folder,
+            env=env,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            process_group=0,  # for Ctrl-C, which a terminal sends to all processes of a group
         )
         assert self.process.stdout is not None
         line = self.process.stdout.readline()
@@ -443,6 +450,25 @@ def test_sigterm_lets_open_requests_end(folder: Path) -> None:
     assert texts[-1]["finish_reason"] == "length"
     assert server.process.wait(60) == 0, server.process.communicate()
     server.process.communicate()
+
+
+@pytest.mark.parametrize("words", [["--drain-s", "1"], []], ids=["after drain-s", "after a second Ctrl-C"])
+def test_ctrl_c_ends_open_requests_with_an_error_and_prints_nothing(folder: Path, words: list[str]) -> None:
+    server = Server(folder, "--context-tokens", "20000", "--chat-template", "plain", *words)
+    call = {"model": "parent", "messages": [{"role": "user", "content": "a"}], "max_tokens": 19000, "ignore_eos": True}
+    path = f"{server.url}/v1/chat/completions"
+    parts: list[str] = []
+    with ThreadPoolExecutor(1) as pool, httpx.stream("POST", path, json={**call, "stream": True}, timeout=60) as answer:
+        whole = pool.submit(httpx.post, path, json=call, timeout=60)
+        for line in filter(None, answer.iter_lines()):
+            parts.append(line)
+            if len(parts) == 20:  # the other call runs too: both began at about the same time
+                os.killpg(server.process.pid, signal.SIGINT)
+            if len(parts) == 40 and not words:
+                os.killpg(server.process.pid, signal.SIGINT)
+    assert parts[-1] == "data: [DONE]" and "the server is stopping" in parts[-2], parts[-2:]
+    assert whole.result().status_code == 500 and "the server is stopping" in whole.result().json()["error"]["message"]
+    assert server.process.communicate(timeout=30) == ("", "") and server.process.returncode == 0
 
 
 @pytest.mark.parametrize("killed", ["engine", "HTTP"])
