@@ -185,8 +185,9 @@ def build_engine(recipe: Recipe, mesh: Mesh, *, weights: Path | None = None, tok
 
 @contextmanager
 def model_on_one_rank(recipe: Recipe, checkpoint: Path, *, device: torch.device) -> Iterator[Any]:
-    """The whole model of a recipe in this process with a checkpoint's weights, for inference: plain torch, in eval mode."""
-    with model_for_inference(recipe, checkpoint, device=device) as model:
+    """The whole model of a recipe in this process, for inference, with the weights that an export of the checkpoint has: those
+    of a bf16 run are bf16 numbers, not its fp32 masters."""
+    with _models([(recipe, checkpoint)], device=device, rank=0, world=1, tensor=1, masters=False) as ((model,), _):
         yield model
 
 
@@ -224,8 +225,15 @@ def models_for_inference(
 
 @contextmanager
 def _models(
-    sources: Sequence[tuple[Recipe, Path]], *, device: torch.device, rank: int, world: int, tensor: int
+    sources: Sequence[tuple[Recipe, Path]],
+    *,
+    device: torch.device,
+    rank: int,
+    world: int,
+    tensor: int,
+    masters: bool = True,
 ) -> Iterator[tuple[list[Any], Mesh]]:
+    """masters: a model in fp32 reads the fp32 masters of a checkpoint that has them, otherwise its weights."""
     for recipe, checkpoint in sources:
         if not is_quantized(checkpoint):
             check_same_function(read_checkpoint_manifest(checkpoint).recipe, recipe, place=str(checkpoint))
@@ -244,10 +252,11 @@ def _models(
     ]
     layouts = [check(one, world=world) for one in ones]
     with mesh_of(ones[0], layouts[0], device=device, rank=rank) as mesh:
-        yield [_loaded(one, checkpoint, mesh=mesh) for one, (_, checkpoint) in zip(ones, sources, strict=True)], mesh
+        pairs = zip(ones, sources, strict=True)
+        yield [_loaded(one, checkpoint, mesh=mesh, masters=masters) for one, (_, checkpoint) in pairs], mesh
 
 
-def _loaded(recipe: Recipe, checkpoint: Path, *, mesh: Mesh) -> Any:
+def _loaded(recipe: Recipe, checkpoint: Path, *, mesh: Mesh, masters: bool) -> Any:
     """A model for inference with a checkpoint's weights, in these process groups. Collective."""
     quantized = QuantizedFiles(checkpoint) if is_quantized(checkpoint) else None
     if quantized is not None:  # its weights are rounded already
@@ -263,7 +272,7 @@ def _loaded(recipe: Recipe, checkpoint: Path, *, mesh: Mesh) -> Any:
         draw_weights=False,
     )
     if quantized is None:
-        read_weights(checkpoint, [chunk], groups=mesh.groups)
+        read_weights(checkpoint, [chunk], groups=mesh.groups, masters=masters)
     else:
         load_quantized(chunk, quantized, model=recipe.model, groups=mesh.groups)
     return chunk.eval()

@@ -137,10 +137,10 @@ class CommandParser(argparse.ArgumentParser):
         unknown = re.match(r"unrecognized arguments: (.*)", message)
         choice = re.search(r"invalid choice: '([^']*)'(?: \(choose from (.*)\))?", message)
         if unknown:
-            word = unknown[1].split()[0]
+            word = next(iter(unknown[1].split()), "")
             options = [name for name in self._option_string_actions if name.startswith("--")]
             hint = did_you_mean(word.split("=")[0], options, otherwise=f"`{self.prog} --help` lists the options.")
-            message = f"unknown {'option' if word.startswith('-') else 'word'} {unknown[1]}. {hint}"
+            message = f"unknown {'option' if word.startswith('-') else 'word'} {unknown[1] or repr(unknown[1])}. {hint}"
         elif choice and choice[2]:
             choices = [name.strip("' ") for name in choice[2].split(",")]
             message = f"{message}. {did_you_mean(choice[1], choices, otherwise='')}".rstrip()

@@ -38,7 +38,7 @@ def distill_problems(recipe: Recipe) -> list[Problem]:
             f"objective.kind=distill matches the teacher on every token, but data.sources.{recipe.data.chats[0]} has chats, of "
             f"which only answers are learned."
         )
-        remedy = "Use objective=next_token, or prepare the chats as text (kind: text)."
+        remedy = "Use objective.kind=next_token, or prepare the chats as text (kind: text)."
         found.append(Problem("objective.kind", text, remedy))
     if objective.top_k > recipe.model.real_vocab:
         text = (

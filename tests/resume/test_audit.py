@@ -156,7 +156,7 @@ def test_a_run_whose_checkpoints_are_gone_does_not_start_fresh(run: Recipe) -> N
     shutil.rmtree(folder / "checkpoints" / steps.name_of(2))
     (kept / "manifest.json").write_text("")
     said = refusal(run)
-    assert "is whole" in said and str(kept / "manifest.json") in said and "Restore one, or move" in said
+    assert "is complete" in said and str(kept / "manifest.json") in said and "Restore one, or move" in said
     shutil.rmtree(folder / "checkpoints")
     said = refusal(run)
     assert "is a run of 4 steps that wrote checkpoints" in said and "choose another run.name, or move" in said

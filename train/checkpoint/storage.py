@@ -94,17 +94,19 @@ def read_training(folder: Path, engine: Engine) -> Manifest:
     return reader.manifest
 
 
-def read_weights(folder: Path, chunks: list[Any], *, groups: Any) -> None:
+def read_weights(folder: Path, chunks: list[Any], *, groups: Any, masters: bool = True) -> None:
     """Fill only the weights of unwrapped model chunks (evaluation, generation, teachers), at any layout. Collective.
 
-    groups: Megatron's process groups of the chunks' layout. Raises CheckpointError on every rank, with the names, if model and
-    checkpoint do not have the same weights. State of a precision backend may be missing.
+    groups: Megatron's process groups of the chunks' layout. masters: fp32 weights are filled from masters, if the checkpoint has
+    them. Raises CheckpointError on every rank, with the names, if model and checkpoint do not have the same weights. State of a
+    precision backend may be missing.
     """
     reader, error = _open(folder)
     _raise_if_any(error)
     assert reader is not None
     local_tensors = local_tensors_of(chunks, groups.dp_cp)
-    loading = _Loading(reader, torch.device("cuda" if dist.get_backend() == "nccl" else "cpu"))
+    device = torch.device("cuda" if dist.get_backend() == "nccl" else "cpu")
+    loading = _Loading(reader, device, masters=masters)
     loading.request(weight_pieces(local_tensors))
     loading.finish(ignored=("optimizer.",))
     _copy_back_to_fp8(local_tensors)
@@ -137,8 +139,9 @@ class _Loading:
     the elements of a tensor, their fingerprints must add up to n times the saved one.
     """
 
-    def __init__(self, reader: Reader, device: torch.device) -> None:
+    def __init__(self, reader: Reader, device: torch.device, *, masters: bool = True) -> None:
         self.reader = reader
+        self.masters = masters
         self.device = device
         self.names = sorted(reader.manifest.tensors)
         self.number = {name: i for i, name in enumerate(self.names)}
@@ -249,7 +252,7 @@ class _Loading:
         """The checkpoint's tensor for a piece. If precisions differ, a master is read for a weight or the reverse."""
         tensors = self.reader.manifest.tensors
         name = piece.tensor
-        if name.startswith(MODEL) and piece.data.dtype == torch.float32:
+        if self.masters and name.startswith(MODEL) and piece.data.dtype == torch.float32:
             master = MASTER + name.removeprefix(MODEL)
             if master in tensors:
                 return master

@@ -40,12 +40,12 @@ def decode_memory(model: ModelConfig, *, context_tokens: int, batch: int) -> flo
 
 
 def largest_batch(model: ModelConfig, device: Device, *, context_tokens: int) -> int:
-    """Texts of `context_tokens` whose caches fit next to the weights; 0 if not even one does."""
-    room = USABLE * device.memory_gib * GIB - decode_memory(model, context_tokens=context_tokens, batch=0)
-    each = decode_memory(model, context_tokens=context_tokens, batch=1) - decode_memory(
-        model, context_tokens=context_tokens, batch=0
-    )
-    return max(0, int(room // each))
+    """Texts of `context_tokens` whose caches fit next to the weights; 0 if not even one does. 1 for a model without caches (MLP
+    layers alone)."""
+    weights = decode_memory(model, context_tokens=context_tokens, batch=0)
+    each = decode_memory(model, context_tokens=context_tokens, batch=1) - weights
+    room = USABLE * device.memory_gib * GIB - weights
+    return max(0, int(room // each)) if each else int(room >= 0)
 
 
 def decode_speed(

@@ -1,6 +1,7 @@
 """Predicted speed of generation against published figures."""
 
 import json
+from dataclasses import replace
 
 import pytest
 from test_inference import shipped
@@ -55,6 +56,12 @@ def test_the_largest_batch_is_the_last_that_fits() -> None:
         ]
         assert fits == [True, False]
     assert largest_batch(shipped("nemotron_nano_12b_v2"), A10G, context_tokens=1024) == 0
+
+
+def test_a_model_without_caches_has_no_largest_batch() -> None:
+    layers = ModelConfig(pattern="--", hidden=64, ffn=128, vocab=256)
+    assert largest_batch(layers, A10G, context_tokens=1024) == 1
+    assert largest_batch(replace(layers, hidden=1 << 17, ffn=1 << 17), A10G, context_tokens=1024) == 0
 
 
 def test_a_plan_prints_the_speed_of_generation(capsys: pytest.CaptureFixture[str]) -> None:

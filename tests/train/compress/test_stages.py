@@ -13,7 +13,7 @@ from ranks import run_ranks
 
 from data import prepare as _prepare  # noqa: F401  here, so that the processes forked below need not import it
 from launch.children import stratum
-from launch.stages import _left
+from launch.stages import _incomplete
 from recipes.schema.checkpoint_steps import checkpoint_at
 from recipes.schema.run_folder import METRICS, read_metrics
 from train import run as _assembly  # noqa: F401  likewise
@@ -74,11 +74,11 @@ def test_killed_and_stopped_stages_go_on(folder: Path) -> None:
     assert second.lineage["kept"] == saved.lineage["kept"] and "teacher" not in second.lineage
 
 
-def test_a_run_that_paused_has_steps_left(folder: Path) -> None:
+def test_a_run_that_paused_has_steps_incomplete(folder: Path) -> None:
     _run(folder, "train", "-cn", "little", "run.name=paused", "run.stop_after_steps=1")
-    assert _left(folder / "runs" / "paused") == "paused at step 1 of 2"
-    assert _left(folder / "runs" / "parent") == ""
-    assert "left no checkpoint" in _left(folder / "runs" / "nothing")
+    assert _incomplete(folder / "runs" / "paused") == "paused at step 1 of 2"
+    assert _incomplete(folder / "runs" / "parent") == ""
+    assert "left no checkpoint" in _incomplete(folder / "runs" / "nothing")
 
 
 def _stages(

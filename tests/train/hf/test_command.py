@@ -35,12 +35,12 @@ def run_of(rank: int, recipe: Recipe) -> None:
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """A short run of each family on real files, with evaluations."""
+    """A short run of each family on real files, with evaluations; `bf16` has bf16 weights with fp32 masters."""
     root = tmp_path_factory.mktemp("runs")
     data = prepared_in(write_texts(root))
     made = {}
-    for family, model in FAMILIES.items():
-        recipe = recipe_of(replace(model, vocab=VOCAB))
+    for family, model in {**FAMILIES, "bf16": FAMILIES["nemotron_h"]}.items():
+        recipe = recipe_of(replace(model, vocab=VOCAB), params="bf16" if family == "bf16" else "fp32")
         recipe = replace(
             recipe,
             run=replace(recipe.run, name=family, folder=str(root), steps=3),
@@ -56,7 +56,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 @pytest.fixture(scope="module")
 def exports(runs: dict[str, Path]) -> dict[str, Path]:
     made = {}
-    for family, run in runs.items():
+    for family in FAMILIES:
+        run = runs[family]
         text = run.parent / "code.jsonl"
         out = run.parent / "exports" / family
         status, output = command(run.parent, "export", run, "--out", out, *CHECK, "--text", text.with_name("verse"))
@@ -82,6 +83,15 @@ def test_the_model_card_describes_the_model(runs: dict[str, Path], exports: dict
         assert (out / "loss.png").stat().st_size > 10_000
         parameters = sum(t.numel() for t in load_file(out / "model.safetensors").values())
         assert f"{parameters:,} parameters" in card
+
+
+@pytest.mark.parametrize("words", [[], ["--quantize", "int4-g32"]], ids=["as stored", "quantised"])
+def test_a_bf16_run_is_compared_by_its_bf16_weights(runs: dict[str, Path], tmp_path: Path, words: list[str]) -> None:
+    """Its fp32 masters are other numbers than the weights that are written."""
+    out = tmp_path / "out"
+    text = ["--text", str(runs["bf16"].parent / "verse")]
+    status, output = command(tmp_path, "export", runs["bf16"], "--out", out, *CHECK, *text, *words)
+    assert status == 0 and "The two agree." in output, output
 
 
 def test_transformers_loads_it_as_its_users_do(exports: dict[str, Path]) -> None:

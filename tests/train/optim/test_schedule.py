@@ -155,7 +155,7 @@ def test_without_a_decay_wsd_stays_at_its_peak() -> None:
     [
         (
             ScheduleConfig(warmup=60, decay=50),
-            ["schedule.warmup=60", "schedule.decay=50", "run.steps=100", "100 together"],
+            ["schedule.warmup=60", "schedule.decay=50", "run.steps=100", "a sum of 100"],
         ),
         (ScheduleConfig(warmup=6, decay=5, total=10), ["schedule.total=10", "Shorten"]),
         (
