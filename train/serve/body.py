@@ -61,7 +61,9 @@ async def read_call[Call: BaseModel](request: HttpRequest, kind: type[Call]) -> 
     try:
         return kind.model_validate(fields)
     except ValidationError as error:
-        first = error.errors(include_url=False, include_context=False, include_input=False)[0]
+        errors = error.errors(include_url=False, include_context=False, include_input=False)
+        # Each kind of prompt has an error; the list that is too long is of the right kind.
+        first = next((each for each in errors if each["type"] == "too_long"), errors[0])
         loc = [printable(str(part), most=100) for part in first["loc"]]
         message = f"{'.'.join(loc)}: {first['msg']}" if loc else str(first["msg"])
         raise ServerRefusal(400, message, param=loc[0] if loc else None) from error

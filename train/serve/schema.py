@@ -19,6 +19,9 @@ Zero = Annotated[float, Field(strict=True, ge=0, le=0)]
 StopString = Annotated[str, Field(min_length=1, max_length=200)]
 _FAIL_FAST = Field(fail_fast=True)
 """Only the first error of a list is wanted: a list may have a million wrong entries."""
+_MOST_ENTRIES = 10_000
+"""Prompts, messages, or parts of a message: to check a million of them would stop other clients for a second."""
+_ENTRIES = Field(max_length=_MOST_ENTRIES, fail_fast=True)
 Ids = Annotated[list[Count], _FAIL_FAST]
 _MOST_FIELDS = 100
 """Of one object. A body may have a million unknown ones, and each would become an error message."""
@@ -74,7 +77,7 @@ class _Call(_Body):
 class CompletionCall(_Call):
     """POST /v1/completions."""
 
-    prompt: str | Ids | Annotated[list[str], _FAIL_FAST] | Annotated[list[Ids], _FAIL_FAST]
+    prompt: str | Ids | Annotated[list[str], _ENTRIES] | Annotated[list[Ids], _ENTRIES]
     max_tokens: Count | None = 16
     echo: Flag = False
     logprobs: Logprobs | None = None
@@ -89,7 +92,7 @@ class TextPart(_Body):
 
 class Message(_Body):
     role: Annotated[str, Field(pattern="^[a-z_]{1,20}$")]
-    content: str | Annotated[list[TextPart], _FAIL_FAST]
+    content: str | Annotated[list[TextPart], _ENTRIES]
     name: str | None = None
 
     @property
@@ -104,7 +107,7 @@ class TextFormat(_Body):
 class ChatCall(_Call):
     """POST /v1/chat/completions."""
 
-    messages: Annotated[list[Message], Field(min_length=1, fail_fast=True)]
+    messages: Annotated[list[Message], Field(min_length=1, max_length=_MOST_ENTRIES, fail_fast=True)]
     max_tokens: Positive | None = None
     max_completion_tokens: Positive | None = None
     logprobs: Flag = False

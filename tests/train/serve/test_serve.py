@@ -274,6 +274,7 @@ BAD = [
     ({"prompt": "a", "n": 100}, 400, "at most 68"),
     ({"prompt": ["a"] * 23, "n": 3}, 400, "makes 69 requests"),
     ({"prompt": [[1]] * 100}, 400, "at most 68"),
+    ({"prompt": [[1]] * 10_001}, 400, "at most 10000 items"),
     ({"prompt": "a", "seed": 2**63}, 400, "seed"),
     ({"prompt": "a", "stop": ""}, 400, "stop"),
     ({"prompt": "a", "max_tokens": 0}, 400, "echo"),
