@@ -28,6 +28,9 @@ from recipes.schema.foreign import parse_json, printable, read_bounded
 LARGEST_BYTES = 256 << 20
 """Size of the largest tokenizer file that is read. Gemma's, one of the largest, has 34 MB."""
 
+_MOST_SHORTENED = 4
+"""How many times longer than its tokens a text is assumed to be at most. Unicode's NFC makes 3 bytes of 9 (Hangul)."""
+
 
 class Tokenizer:
     """A loaded tokenizer. If it is byte-level, it encodes any text, and decoding returns exactly that text."""
@@ -180,6 +183,16 @@ class Tokenizer:
         sizes = np.array([len(self._backend.bytes_of(i)) for i in range(self.vocab_size)], dtype=np.int32)
         sizes.flags.writeable = False
         return sizes
+
+    @functools.cached_property
+    def most_bytes_per_token(self) -> int:
+        """A text of n tokens has at most n times as many UTF-8 bytes.
+
+        This holds for every text if the tokenizer keeps all bytes. Others may drop blanks, or give one token for many unknown
+        letters. For these it is _MOST_SHORTENED times the longest token: a limit that ordinary texts do not reach.
+        """
+        longest = max(1, int(self.token_bytes().max(initial=0)))
+        return longest if self._backend.keeps_bytes else _MOST_SHORTENED * longest
 
     @functools.cached_property
     def _solid_bytes(self) -> np.ndarray:

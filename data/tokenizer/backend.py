@@ -55,6 +55,11 @@ class Backend(ABC):
         return text
 
     @property
+    def keeps_bytes(self) -> bool:
+        """Whether the ids of any text have together at least as many bytes as the text. False if that is not known."""
+        return self.is_exact
+
+    @property
     def note(self) -> str | None:
         """What the user should know about how texts are encoded with this file."""
         return None

@@ -31,6 +31,8 @@ _COMPARED_CHARACTERS = 2048
 """Of every _COMPARED_EVERY characters, this many are encoded by both libraries: about 1 % of the encoding time."""
 _COMPARED_EVERY = 1 << 20
 _MOST_GROWTH = 1000
+_MOST_LOCKED = 4096
+"""Characters of the longest text that is encoded with the interpreter lock held: a few milliseconds."""
 
 
 class HuggingFace(Backend):
@@ -91,7 +93,10 @@ class HuggingFace(Backend):
     def encode(self, text: str) -> list[int]:
         """Ids of a text."""
         with _giving_up():
-            return self._as_text(self._library.encode(text, add_special_tokens=False).ids)
+            if len(text) <= _MOST_LOCKED:
+                return self._as_text(self._library.encode(text, add_special_tokens=False).ids)
+            # The same ids; other threads run meanwhile, because only this function releases the interpreter lock.
+            return self._as_text(self._library.encode_batch_fast([text], add_special_tokens=False)[0].ids)
 
     def encode_batch(self, texts: list[str], threads: int) -> list[np.ndarray]:
         """Ids of several texts. DataError if the two libraries differ on the beginning of one."""
@@ -112,6 +117,26 @@ class HuggingFace(Backend):
                 f"tokenizers and tiktoken give different ids for the same text and vocabulary. Set "
                 f"data.tokenizer.encoder=tokenizers, and please report the tokenizer.json with this text: {text!r}"
             )
+
+    @functools.cached_property
+    def keeps_bytes(self) -> bool:  # type: ignore[override]
+        """Whether no step of the file drops or shortens anything: no normaliser, and a token for each byte."""
+        pre, model = self.parsed["pre_tokenizer"] or {}, self.parsed["model"]
+        steps = pre.get("pretokenizers", [pre])
+        return (
+            self.is_exact
+            and self.parsed["normalizer"] is None
+            and model["type"] == "BPE"
+            and not any(model.get(key) for key in ("continuing_subword_prefix", "end_of_word_suffix"))
+            and all(self._library.token_to_id(character) is not None for character in _BYTE_OF)
+            and not any(entry["lstrip"] or entry["rstrip"] for entry in self.parsed["added_tokens"])
+            and any(step.get("type") == "ByteLevel" for step in steps)
+            and all(
+                step.get("type") in ("ByteLevel", "Digits")
+                or (step.get("type") == "Split" and step["behavior"] != "Removed")
+                for step in steps
+            )
+        )
 
     @functools.cached_property
     def _spelled(self) -> dict[int, list[int]]:

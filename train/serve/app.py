@@ -1,6 +1,6 @@
 """The HTTP side: OpenAI's completions and chat completions, the list of models, health, metrics and a page to try it.
 
-Every error has OpenAI's form, {"error": {"message", "type", "param", "code"}}. A client that goes away ends its requests.
+Every error has OpenAI's form (refusal.py). A client that goes away ends its requests.
 """
 
 import asyncio
@@ -16,24 +16,24 @@ from dataclasses import dataclass, replace
 from importlib import resources
 from typing import Any
 
-from fastapi import FastAPI, HTTPException, Response
+from fastapi import FastAPI, Response
 from fastapi import Request as HttpRequest
-from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse, StreamingResponse
 from starlette.exceptions import HTTPException as StarletteError
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.requests import ClientDisconnect
+from starlette.types import ASGIApp
 
-from data.chat.template import ChatError, ChatTemplate
+from data.chat.template import ChatTemplate
 from data.tokenizer import Tokenizer
-from recipes.schema.errors import RecipeError
+from recipes.schema.errors import StratumError
 from train.inference.request import Request, Sampling, Thinking, Token
 from train.serve.answer import Answer, Piece
+from train.serve.body import LimitedBodies, read_call
 from train.serve.metrics import Metrics
+from train.serve.prompt_ids import PromptEncoder, too_long
+from train.serve.refusal import ServerRefusal, error_body
 from train.serve.schema import ChatCall, CompletionCall
 from train.serve.worker import Busy, EngineStopped, Ticket, Worker
-
-_MOST_DROPPED = 32 * 2**20
-"""Bytes of a too long body that are read before the connection is closed."""
 
 
 @dataclass(frozen=True)
@@ -53,20 +53,11 @@ class Served:
     """Whether the engine has a drafter."""
 
 
-class ServerRefusal(HTTPException):
-    """An error answer in OpenAI's form."""
-
-    def __init__(
-        self, status: int, message: str, *, param: str | None = None, code: str | None = None, retry_s: int = 0
-    ) -> None:
-        super().__init__(status, message, headers={"Retry-After": str(retry_s)} if retry_s else None)
-        self.body = _error_body(status, message, param=param, code=code)
-
-
 def build_app(served: Served, *, key: str | None, most_body_bytes: int) -> ASGIApp:
     """The ASGI application. key: clients must send it as a bearer token, if given."""
     app = FastAPI(title="Stratum", openapi_url=None, docs_url=None, redoc_url=None)
     metrics = Metrics(served.worker)
+    encoder = PromptEncoder(served.tokenizer, served.template, served.context_tokens)
 
     @app.exception_handler(ServerRefusal)
     async def refusal(_request: HttpRequest, error: ServerRefusal) -> JSONResponse:
@@ -74,23 +65,28 @@ def build_app(served: Served, *, key: str | None, most_body_bytes: int) -> ASGIA
 
     @app.exception_handler(StarletteError)
     async def other_refusal(_request: HttpRequest, error: StarletteError) -> JSONResponse:
-        return JSONResponse(_error_body(error.status_code, str(error.detail)), error.status_code, headers=error.headers)
+        return JSONResponse(error_body(error.status_code, str(error.detail)), error.status_code, headers=error.headers)
 
-    @app.exception_handler(RequestValidationError)
-    async def invalid(_request: HttpRequest, error: RequestValidationError) -> JSONResponse:
-        first = error.errors()[0]
-        loc = [str(part)[:100] for part in first["loc"] if part != "body"]
-        message = f"{'.'.join(loc)}: {first['msg']}" if loc else str(first["msg"])
-        return JSONResponse(_error_body(400, message, param=loc[0] if loc else None), 400)
+    @app.exception_handler(StratumError)
+    async def refused(_request: HttpRequest, error: StratumError) -> JSONResponse:
+        return JSONResponse(error_body(400, str(error)), 400)
 
-    @app.exception_handler(ChatError)
-    @app.exception_handler(RecipeError)
-    async def refused(_request: HttpRequest, error: ChatError | RecipeError) -> JSONResponse:
-        return JSONResponse(_error_body(400, str(error)), 400)
+    @app.exception_handler(ClientDisconnect)
+    async def gone(_request: HttpRequest, _error: ClientDisconnect) -> Response:
+        return Response(status_code=499)  # nobody reads it
+
+    @app.exception_handler(Busy)
+    async def busy(_request: HttpRequest, error: Busy) -> JSONResponse:
+        body = error_body(429, str(error), code="server_busy")
+        return JSONResponse(body, 429, headers={"Retry-After": str(metrics.retry_s())})
+
+    @app.exception_handler(Exception)
+    async def failed(_request: HttpRequest, _error: Exception) -> JSONResponse:
+        return JSONResponse(error_body(500, "the server failed on this call; its log says why."), 500)
 
     @app.exception_handler(EngineStopped)
     async def stopped(_request: HttpRequest, error: EngineStopped) -> JSONResponse:
-        return JSONResponse(_error_body(503, str(error)), 503)
+        return JSONResponse(error_body(503, str(error)), 503)
 
     def check_key(request: HttpRequest) -> None:
         if key is None:
@@ -124,53 +120,30 @@ def build_app(served: Served, *, key: str | None, most_body_bytes: int) -> ASGIA
         return _model(served)
 
     @app.post("/v1/completions")
-    async def completions(request: HttpRequest, call: CompletionCall) -> Response:
+    async def completions(request: HttpRequest) -> Response:
+        begin = time.monotonic()
         check_key(request)
+        call = await read_call(request, CompletionCall)
         _check_model(served, call.model)
-        return await _respond(request, _Completion(served, call), metrics)
+        if not call.prompt:
+            raise ServerRefusal(400, "prompt is empty. Give a text, or token ids.", param="prompt")
+        prompts = _prompts(call.prompt)
+        _check_count(served, len(prompts), call.n)
+        job = _Completion(served, call, await encoder.prompts(prompts))
+        return await _respond(request, job, metrics, begin)
 
     @app.post("/v1/chat/completions")
-    async def chat(request: HttpRequest, call: ChatCall) -> Response:
+    async def chat(request: HttpRequest) -> Response:
+        begin = time.monotonic()
         check_key(request)
+        call = await read_call(request, ChatCall)
         _check_model(served, call.model)
-        return await _respond(request, _Chat(served, call), metrics)
+        _check_count(served, 1, call.n)
+        messages = [{"role": message.role, "content": message.text} for message in call.messages]
+        job = _Chat(served, call, [await encoder.chat(messages)])
+        return await _respond(request, job, metrics, begin)
 
-    return _LimitedBodies(app, most_body_bytes)
-
-
-class _LimitedBodies:
-    """Refuses a body that is too long before all of it is in memory."""
-
-    def __init__(self, app: ASGIApp, most: int) -> None:
-        self._app, self._most = app, most
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            await self._app(scope, receive, send)
-            return
-        message = f"the body is longer than {self._most:,} bytes."
-        refusal = JSONResponse(_error_body(413, message), 413, headers={"connection": "close"})
-        sizes = [value for name, value in scope["headers"] if name == b"content-length"]
-        if any(not size.isdigit() or int(size) > self._most for size in sizes):
-            # A client reads the answer only after it has sent its body, so some of it is read and dropped.
-            dropped, more = 0, True
-            while more and dropped < _MOST_DROPPED:
-                part = await receive()
-                dropped += len(part.get("body", b""))
-                more = part.get("more_body", False)
-            await refusal(scope, receive, send)
-            return
-        read = 0
-
-        async def counted() -> Message:
-            nonlocal read
-            part = await receive()
-            read += len(part.get("body", b""))
-            if read > self._most:
-                raise ServerRefusal(413, message)
-            return part
-
-        await self._app(scope, counted, send)
+    return LimitedBodies(app, most_body_bytes)
 
 
 class _Job(ABC):
@@ -181,6 +154,8 @@ class _Job(ABC):
     part_kind: str
     """The field `object` of a part of a stream."""
     prefix: str
+    prompt_field: str
+    """Name of the call's field with the prompt."""
 
     def __init__(self, served: Served, call: CompletionCall | ChatCall, prompts: list[list[int]]) -> None:
         self.served, self.call, self.prompts = served, call, prompts
@@ -226,13 +201,7 @@ class _Job(ABC):
         """The largest number of tokens that an answer to this prompt may have."""
         room = self.served.context_tokens - len(prompt)
         if room < 1:
-            raise ServerRefusal(
-                400,
-                f"the prompt has {len(prompt):,} tokens; prompt and answer together have at most "
-                f"{self.served.context_tokens:,} here. Shorten the prompt.",
-                param="prompt",
-                code="context_length_exceeded",
-            )
+            raise too_long(len(prompt), self.served.context_tokens, param=self.prompt_field)
         return room
 
     # The two kinds of call differ in these:
@@ -283,11 +252,9 @@ class _Job(ABC):
 class _Completion(_Job):
     kind = part_kind = "text_completion"
     prefix = "cmpl"
+    prompt_field = "prompt"
 
-    def __init__(self, served: Served, call: CompletionCall) -> None:
-        if not call.prompt:
-            raise ServerRefusal(400, "prompt is empty. Give a text, or token ids.", param="prompt")
-        prompts = [_prompt_ids(served.tokenizer, prompt) for prompt in _prompts(call.prompt)]
+    def __init__(self, served: Served, call: CompletionCall, prompts: list[list[int]]) -> None:
         super().__init__(served, call, prompts)
         self.echo = call.echo
         self.most = call.max_tokens
@@ -342,24 +309,15 @@ def _prompts(given: str | list[int] | list[str] | list[list[int]]) -> Sequence[s
     return [numbers] if numbers else [entry for entry in given if not isinstance(entry, int)]
 
 
-def _prompt_ids(tokenizer: Tokenizer, prompt: str | list[int]) -> list[int]:
-    return tokenizer.prompt(prompt) if isinstance(prompt, str) else prompt
-
-
 class _Chat(_Job):
     kind = "chat.completion"
     part_kind = "chat.completion.chunk"
     prefix = "chatcmpl"
+    prompt_field = "messages"
 
-    def __init__(self, served: Served, call: ChatCall) -> None:
-        if served.template is None:
-            raise ServerRefusal(
-                400,
-                "this model has no chat template. Start the server with --chat-template FILE (Jinja) or --chat-template plain, "
-                "or use /v1/completions.",
-            )
-        prompt = served.template.ids([{"role": message.role, "content": message.text} for message in call.messages])
-        super().__init__(served, call, [prompt])
+    def __init__(self, served: Served, call: ChatCall, prompts: list[list[int]]) -> None:
+        super().__init__(served, call, prompts)
+        assert served.template is not None, "PromptEncoder refuses a chat without one"
         self.stop_strings += served.template.stop_strings
         self.stop |= served.template.stop_ids
         self.most = call.max_completion_tokens or call.max_tokens
@@ -392,13 +350,9 @@ class _Chat(_Job):
         return {"index": index, **body, "logprobs": logprobs, "finish_reason": piece.finish}
 
 
-async def _respond(http: HttpRequest, job: _Job, metrics: Metrics) -> Response:
-    """The whole answer, or a stream of server-sent events."""
-    begin = time.monotonic()
-    try:
-        ticket = await job.served.worker.submit(job.requests())
-    except Busy as error:
-        raise ServerRefusal(429, str(error), code="server_busy", retry_s=metrics.retry_s()) from error
+async def _respond(http: HttpRequest, job: _Job, metrics: Metrics, begin: float) -> Response:
+    """The whole answer, or a stream of server-sent events. begin: when the call came (time.monotonic)."""
+    ticket = await job.served.worker.submit(job.requests())
     if job.call.stream:
         return StreamingResponse(_stream(job, ticket, metrics, begin), media_type="text/event-stream")
     collecting = asyncio.create_task(_collect(job, ticket, metrics, begin))
@@ -523,12 +477,6 @@ def _sse(body: dict[str, Any]) -> bytes:
     return b"data: %b\n\n" % _as_json(body).encode()
 
 
-def _error_body(status: int, message: str, *, param: str | None = None, code: str | None = None) -> dict[str, Any]:
-    kinds = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
-    kind = kinds.get(status, "invalid_request_error" if status < 500 else "server_error")
-    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
-
-
 def _model(served: Served) -> dict[str, Any]:
     return {
         "id": served.name,
@@ -543,6 +491,19 @@ def _check_model(served: Served, name: str) -> None:
     if name != served.name:
         message = f"this server has no model {name[:200]!r}; it has {served.name!r}."
         raise ServerRefusal(404, message, param="model", code="model_not_found")
+
+
+def _check_count(served: Served, prompts: int, choices: int) -> None:
+    """Before a prompt is encoded. ServerRefusal for more requests than ever fit; Busy if they do not fit now."""
+    count, most = prompts * choices, served.worker.most
+    if count > most:
+        raise ServerRefusal(
+            400,
+            f"n={choices} for {prompts:,} prompt{'s' if prompts > 1 else ''} makes {count:,} requests; this server takes at most "
+            f"{most:,} at once. Use fewer, or start the server with a larger --queue.",
+            param="n" if choices > 1 else "prompt",
+        )
+    served.worker.check_room(count)
 
 
 def _token_text(tokenizer: Tokenizer, id: int) -> str:

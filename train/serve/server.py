@@ -1,19 +1,20 @@
 """Builds a running server from a recipe: model and engine in this process, HTTP in another."""
 
 import asyncio
+import contextlib
+import math
 import multiprocessing
 import signal
 import socket
 import sys
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
-from contextlib import asynccontextmanager, contextmanager
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from typing import Any
 
 import uvicorn
-from starlette.types import ASGIApp
+from starlette.types import ASGIApp, Receive, Scope, Send
 from uvicorn.server import HANDLED_SIGNALS
 
 from data.chat.template import ChatTemplate, open_template
@@ -30,6 +31,9 @@ from train.serve.engine_loop import EngineLoop
 from train.serve.worker import Worker
 
 _GIB = 2**30
+_STOPPING = "the server is stopping"
+_LAST_WRITES_S = 5
+"""Seconds for clients to read the error that ends their requests."""
 
 
 def serve(recipe: Recipe, config: ServeConfig, listener: socket.socket, *, key: str | None) -> int:
@@ -54,6 +58,7 @@ def serve(recipe: Recipe, config: ServeConfig, listener: socket.socket, *, key: 
             fingerprint=loaded.fingerprint,
         )
         thinking = _thinking(config, loaded.tokenizer)
+        _ = loaded.tokenizer.most_bytes_per_token  # it may take a second: before the fork, not while clients wait
         name = config.name or recipe.run.name
 
         async def answer(pipe: Connection) -> None:
@@ -82,9 +87,8 @@ def serve(recipe: Recipe, config: ServeConfig, listener: socket.socket, *, key: 
             sys.stdout.flush()
             process, pipe = start_http(answer)
             listener.close()  # it is the other process's now
-            for (
-                number
-            ) in HANDLED_SIGNALS:  # SIGTERM also for Ctrl-C, which the other process gets too: a second one means haste
+            # SIGTERM also for Ctrl-C, which the other process gets too: a second Ctrl-C there means haste.
+            for number in HANDLED_SIGNALS:
                 signal.signal(number, lambda _number, _frame: process.terminate())
         try:
             EngineLoop(engine, pipe).run()
@@ -116,18 +120,31 @@ def start_http(answer: Callable[[Connection], Coroutine[Any, Any, None]]) -> tup
 
 
 async def answer_clients(app: ASGIApp, worker: Worker, listener: socket.socket, *, drain_s: int | None = None) -> None:
-    """Serve HTTP until SIGTERM or SIGINT, or until the engine has ended; then end the engine."""
-    server = uvicorn.Server(uvicorn.Config(app, log_level="warning", lifespan="off", timeout_graceful_shutdown=drain_s))
+    """Serve HTTP until SIGTERM or SIGINT, or until the engine has ended; then end the engine.
+
+    Open requests may continue for `drain_s` seconds, or until a second SIGINT; then they end with an error.
+    """
+
+    async def quiet(scope: Scope, receive: Receive, send: Send) -> None:
+        with contextlib.suppress(asyncio.CancelledError):  # uvicorn would print a traceback
+            await app(scope, receive, send)
+
+    # uvicorn's own limit is for clients that do not read their error.
+    most_s = None if drain_s is None else drain_s + _LAST_WRITES_S
+    server = uvicorn.Server(
+        uvicorn.Config(quiet, log_level="warning", lifespan="off", timeout_graceful_shutdown=most_s)
+    )
     # uvicorn takes these signals only while it serves, and afterwards it raises them again for the previous handlers.
     for number in HANDLED_SIGNALS:
         signal.signal(number, server.handle_exit)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, HANDLED_SIGNALS)
-    async with _ending_with(worker, server):
+    async with _ending_with(worker, server, drain_s):
         await server.serve(sockets=[listener])
+    worker.end_open(_STOPPING)
     await worker.stop()
 
 
-@contextmanager
+@contextlib.contextmanager
 def _held_signals() -> Iterator[None]:
     """SIGTERM and SIGINT wait until both processes have handlers for them."""
     signal.pthread_sigmask(signal.SIG_BLOCK, HANDLED_SIGNALS)
@@ -137,22 +154,32 @@ def _held_signals() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, HANDLED_SIGNALS)
 
 
-@asynccontextmanager
-async def _ending_with(worker: Worker, server: uvicorn.Server) -> AsyncIterator[None]:
-    """Stop the server when the engine has stopped."""
+@contextlib.asynccontextmanager
+async def _ending_with(worker: Worker, server: uvicorn.Server, drain_s: int | None) -> AsyncIterator[None]:
+    """Stop the server when the engine has stopped, and end the requests that are open `drain_s` seconds after a signal."""
 
     async def watch() -> None:
         await asyncio.shield(worker.ended)
         server.should_exit = True
 
-    watching = asyncio.create_task(watch())
+    async def drain() -> None:
+        # Signal handlers set both flags. After a second Ctrl-C uvicorn waits for its connections all the same.
+        while not server.should_exit:
+            await asyncio.sleep(0.1)
+        end = math.inf if drain_s is None else time.monotonic() + drain_s
+        while not server.force_exit and time.monotonic() < end:
+            await asyncio.sleep(0.1)
+        worker.end_open(_STOPPING)
+
+    watching = [asyncio.create_task(watch()), asyncio.create_task(drain())]
     try:
         yield
     finally:
-        watching.cancel()
+        for task in watching:
+            task.cancel()
 
 
-@contextmanager
+@contextlib.contextmanager
 def _template(config: ServeConfig, tokenizer: Tokenizer) -> Iterator[ChatTemplate | None]:
     """The template of chats, checked; None without one."""
     if config.chat_template is None:
@@ -160,6 +187,7 @@ def _template(config: ServeConfig, tokenizer: Tokenizer) -> Iterator[ChatTemplat
         return
     with open_template(config.chat_template, tokenizer) as template:
         _ = template.stop_ids  # a template that cannot be used is reported before the server starts
+        template.close()  # the HTTP process starts the template's process for itself
         yield template
 
 

@@ -54,11 +54,14 @@ class Worker:
     """Gives requests to the engine at the other end of `pipe`. most: largest number of requests that run or wait at once."""
 
     def __init__(self, pipe: Connection, stats: EngineStats, *, most: int) -> None:
-        self._pipe, self._stats, self._most = pipe, stats, most
+        self._pipe, self._stats = pipe, stats
+        self.most = most
         self._loop = asyncio.get_running_loop()
         self._calls: queue.SimpleQueue[Call] = queue.SimpleQueue()
         self._tickets: dict[int, Ticket] = {}
         self._numbers = itertools.count()
+        self._closed: str | None = None
+        """Why no more requests are taken."""
         self.open_requests = 0
         """Requests accepted and not released yet."""
         self.ended: asyncio.Future[str | None] = self._loop.create_future()
@@ -71,15 +74,21 @@ class Worker:
         """Counts of the engine after its last step."""
         return self._stats
 
+    def check_room(self, count: int) -> None:
+        """Raises Busy if `count` more requests would be too many now, and EngineStopped."""
+        if self.ended.done():
+            raise EngineStopped(f"the engine has stopped: {self.ended.result()}")
+        if self._closed is not None:
+            raise EngineStopped(self._closed)
+        if self.open_requests + count > self.most:
+            raise Busy(f"{self.open_requests} requests are open; the server takes {self.most}. Try again later.")
+
     async def submit(self, requests: Sequence[Request]) -> Ticket:
         """Give requests to the engine. The caller must `release` the ticket.
 
         Raises Busy if too many are open, EngineStopped, and RecipeError for a request that the engine refuses.
         """
-        if self.ended.done():
-            raise EngineStopped(f"the engine has stopped: {self.ended.result()}")
-        if self.open_requests + len(requests) > self._most:
-            raise Busy(f"{self.open_requests} requests are open; the server takes {self._most}. Try again later.")
+        self.check_room(len(requests))
         ticket = Ticket(next(self._numbers), tuple(requests), self._loop.create_future())
         self._tickets[ticket.number] = ticket
         self.open_requests += len(requests)
@@ -133,11 +142,15 @@ class Worker:
         """No client may wait for ever: end all open requests, and refuse those that the engine has not seen."""
         self._loop.remove_reader(self._pipe.fileno())
         self.ended.set_result(error)
+        self.end_open("the engine has stopped")
+
+    def end_open(self, reason: str) -> None:
+        """End all open requests with an error, and refuse later ones with EngineStopped."""
+        self._closed = reason
         for ticket in self._tickets.values():
-            if not ticket.accepted.done():
-                _accept(ticket, EngineStopped("the engine has stopped"))
+            _accept(ticket, EngineStopped(reason))
             for index in range(len(ticket.requests)):
-                ticket.put(index, Event(index, finish="error", message="the engine has stopped"))
+                ticket.put(index, Event(index, finish="error", message=reason))
 
 
 def _accept(ticket: Ticket, refusal: Exception | None) -> None:

@@ -15,6 +15,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx
@@ -59,7 +60,13 @@ class Server:
         command = [sys.executable, "-P", "-m", "train.stratum", "serve", "runs/parent", "--port", "0", *words]
         env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
         self.process = subprocess.Popen(
-            command, cwd=folder, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+            command,
+            cwd=folder,
+            env=env,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            process_group=0,  # for Ctrl-C, which a terminal sends to all processes of a group
         )
         assert self.process.stdout is not None
         line = self.process.stdout.readline()
@@ -264,7 +271,10 @@ BAD = [
     ({"prompt": "a", "temperature": "warm"}, 400, "temperature"),
     ({"prompt": "a", "top_p": 0}, 400, "top_p"),
     ({"prompt": "a", "n": 0}, 400, "n"),
-    ({"prompt": "a", "n": 100}, 429, "Try again"),
+    ({"prompt": "a", "n": 100}, 400, "at most 68"),
+    ({"prompt": ["a"] * 23, "n": 3}, 400, "makes 69 requests"),
+    ({"prompt": [[1]] * 100}, 400, "at most 68"),
+    ({"prompt": [[1]] * 10_001}, 400, "at most 10000 items"),
     ({"prompt": "a", "seed": 2**63}, 400, "seed"),
     ({"prompt": "a", "stop": ""}, 400, "stop"),
     ({"prompt": "a", "max_tokens": 0}, 400, "echo"),
@@ -286,11 +296,6 @@ def test_bad_calls_are_refused_in_openais_form(server: Server) -> None:
             assert answer.status_code == status, (change, answer.text)
             error = answer.json()["error"]
             assert words in error["message"] and set(error) == {"message", "type", "param", "code"}, (change, error)
-            if status == 429:
-                assert 1 <= int(answer.headers["retry-after"]) <= 60
-        for content in (b"", b"{", b"\xff\xfe", b"[]", b"null", b"[" * 50_000, b'{"model": NaN}', b'{"prompt": 1e999}'):
-            answer = http.post("/v1/completions", content=content, headers={"content-type": "application/json"})
-            assert answer.status_code == 400 and answer.json()["error"]["message"], (content[:20], answer.text)
         for messages, words in (
             ([], "messages"),
             ([{"role": "user", "content": "<|endoftext|>"}], "special token"),
@@ -311,6 +316,127 @@ def test_bad_calls_are_refused_in_openais_form(server: Server) -> None:
     assert server.idle_metrics()["stratum_requests_open"] == 0
 
 
+BAD_BODIES = [
+    (b"", None, "is not JSON: Expecting value at byte 0. Send one JSON object"),
+    (b'{"model": "\xc3\xa9", x}', None, "at byte 16"),  # the é has two bytes
+    (b"\xff\xfe", None, "byte 0 is 0xff"),
+    (b'{"prompt": "\xed\xa0\x80"}', None, "byte 12 is 0xed"),
+    (b"[]", None, "not a JSON object. Send one"),
+    (b"null", None, "not a JSON object"),
+    (b"[" * 50_000, None, "nested too deeply. Send"),
+    (b'{"n": 1, "n": 2}', None, "'n' is written twice"),
+    (b'{"n": ' + b"9" * 5000 + b"}", None, "4300 digits"),
+    (b'{"model": NaN}', "model", "model"),
+    (b'{"prompt": 1e999}', "model", "model"),
+    (b'{"model": "parent", "prompt": "\\ud800"}', "prompt", "\\ud800, half of a surrogate pair"),
+    (b'{"model": "parent", "prompt": ["a", "\\uDC00\\uD83D"]}', "prompt", "\\udc00, half"),
+    (b'{"model": "parent", "prompt": "a", "stop": "\\ud800"}', "stop", "half of a surrogate"),
+    (b'{"model": "parent", "prompt": "a", "\\ud800": 1}', "\\ud800", "half of a surrogate"),
+    (json.dumps({f"field{n}": 1 for n in range(5000)}).encode(), None, "5,000 fields"),
+]
+
+
+def test_bodies_that_are_not_calls_say_where_and_what_to_send(server: Server) -> None:
+    head = {"authorization": "Bearer open sesame", "content-type": "application/json"}
+    with httpx.Client(base_url=server.url, headers=head) as http:
+        for content, param, words in BAD_BODIES:
+            answer = http.post("/v1/completions", content=content)
+            assert answer.status_code == 400, (content[:50], answer.text)
+            error = answer.json()["error"]
+            assert words in error["message"] and error["param"] == param, (content[:50], error)
+        for half in ("\\ud800", "a\\udfff"):
+            content = b'{"model": "parent", "messages": [{"role": "user", "content": "%b"}]}' % half.encode()
+            answer = http.post("/v1/chat/completions", content=content)
+            assert answer.status_code == 400 and "half of a surrogate" in answer.json()["error"]["message"]
+        pair = http.post("/v1/completions", content=b'{"model": "parent", "prompt": "\\ud83d\\ude00", "max_tokens": 1}')
+        assert pair.status_code == 200, pair.text
+        form = http.post("/v1/completions", content=b"{}", headers={"content-type": "text/plain"})
+        assert form.status_code == 400 and "content-type: application/json" in form.json()["error"]["message"]
+
+
+def test_numbers_and_flags_are_not_coerced(server: Server) -> None:
+    head = {"authorization": "Bearer open sesame"}
+    integers = ("max_tokens", "n", "seed", "top_k", "draft_tokens", "thinking_budget", "logprobs", "best_of")
+    numbers = ("temperature", "top_p", "frequency_penalty", "presence_penalty")
+    flags = ("stream", "echo", "ignore_eos", "store")
+    wrong: list[tuple[str, object]] = [(name, value) for name in (*integers, *numbers) for value in (True, False, "1")]
+    wrong += [(name, 1.0) for name in integers] + [(name, value) for name in flags for value in (1, 0, "true")]
+    wrong += [
+        ("prompt", [True]),
+        ("prompt", [[1, True]]),
+        ("prompt", [1, "1"]),
+        ("stream_options", {"include_usage": 1}),
+    ]
+    with httpx.Client(base_url=server.url, headers=head) as http:
+        for name, value in wrong:
+            answer = http.post("/v1/completions", json={"model": "parent", "prompt": "a", "max_tokens": 1, name: value})
+            assert answer.status_code == 400 and answer.json()["error"]["param"] == name, (name, value, answer.text)
+        for field in ("max_tokens", "max_completion_tokens", "logprobs", "top_logprobs"):
+            call = {"model": "parent", "messages": [{"role": "user", "content": "a"}], field: "1"}
+            answer = http.post("/v1/chat/completions", json=call)
+            assert answer.status_code == 400 and answer.json()["error"]["param"] == field, (field, answer.text)
+        whole = {
+            "temperature": 1,
+            "top_p": 1,
+            "frequency_penalty": 0.0,
+            "presence_penalty": 0,
+            "best_of": 1,
+            "top_k": 10**30,
+        }
+        answer = http.post("/v1/completions", json={"model": "parent", "prompt": "a", "max_tokens": 1, **whole})
+        assert answer.status_code == 200, answer.text
+
+
+def test_a_full_server_says_try_again_and_an_impossible_call_does_not(server: Server) -> None:
+    head = {"authorization": "Bearer open sesame"}
+    call = {"model": "parent", "prompt": "a", "max_tokens": 60, "ignore_eos": True}
+    with httpx.Client(base_url=server.url, headers=head) as http:
+        with http.stream("POST", "/v1/completions", json={**call, "n": 60, "stream": True}):
+            answer = http.post("/v1/completions", json={**call, "n": 60})
+            assert answer.status_code == 429 and "Try again" in answer.text
+            assert 1 <= int(answer.headers["retry-after"]) <= 60
+            answer = http.post("/v1/completions", json={**call, "n": 69})
+            assert answer.status_code == 400 and "at most 68" in answer.json()["error"]["message"]
+    server.idle_metrics()
+
+
+def test_long_prompts_do_not_stop_other_clients(folder: Path) -> None:
+    """First prompts that are refused by their length in bytes, then the longest that must be encoded."""
+    server = Server(folder, "--context-tokens", "60000", "--rows", "1", "--chat-template", "plain")
+    waits: list[float] = []
+
+    async def attack(text: str) -> list[str]:
+        async with httpx.AsyncClient(base_url=server.url, timeout=120) as http:
+            chat = [{"role": "user", "content": text}]
+            calls = asyncio.gather(
+                http.post("/v1/completions", json={"model": "parent", "prompt": text}),
+                http.post("/v1/completions", json={"model": "parent", "prompt": ["a", text]}),
+                http.post("/v1/chat/completions", json={"model": "parent", "messages": chat}),
+            )
+            while not calls.done():
+                begin = time.monotonic()
+                assert (await http.get("/health")).status_code == 200
+                waits.append(time.monotonic() - begin)
+                await asyncio.sleep(0.005)
+        answers = await calls
+        assert [answer.status_code for answer in answers] == [400] * 3
+        errors = [answer.json()["error"] for answer in answers]
+        assert {error["code"] for error in errors} == {"context_length_exceeded"}
+        return [error["message"] for error in errors]
+
+    try:
+        messages = asyncio.run(attack("a " * 1_900_000))
+        found = [re.search(r"has at most ([\d,]+)\. Shorten", message) for message in messages]
+        most = min(int(each[1].replace(",", "")) for each in found if each is not None)
+        assert None not in found and most >= 60_000
+        messages = asyncio.run(attack("\u4e00" * ((most - 100) // 3)))  # a letter without a token: three tokens
+        assert all(re.search(r"has [\d,]+ tokens", message) for message in messages)
+    finally:
+        server.process.kill()
+        _, errors = server.process.communicate()
+    assert max(waits) < 1 and not errors, (sorted(waits)[-5:], errors)
+
+
 def test_sigterm_lets_open_requests_end(folder: Path) -> None:
     server = Server(folder, "--context-tokens", "600", "--think-start", "line", "--think-end", "again")
     call = {"model": "parent", "prompt": PROMPT, "max_tokens": 400, "stream": True, "ignore_eos": True}
@@ -325,6 +451,27 @@ def test_sigterm_lets_open_requests_end(folder: Path) -> None:
     assert texts[-1]["finish_reason"] == "length"
     assert server.process.wait(60) == 0, server.process.communicate()
     server.process.communicate()
+
+
+@pytest.mark.parametrize("words", [["--drain-s", "1"], []], ids=["after drain-s", "after a second Ctrl-C"])
+def test_ctrl_c_ends_open_requests_with_an_error_and_prints_nothing(folder: Path, words: list[str]) -> None:
+    server = Server(folder, "--context-tokens", "20000", "--chat-template", "plain", *words)
+    call = {"model": "parent", "messages": [{"role": "user", "content": "a"}], "max_tokens": 19000, "ignore_eos": True}
+    path = f"{server.url}/v1/chat/completions"
+    parts: list[str] = []
+    with ThreadPoolExecutor(1) as pool, httpx.stream("POST", path, json={**call, "stream": True}, timeout=60) as answer:
+        whole = pool.submit(httpx.post, path, json=call, timeout=60)
+        for line in filter(None, answer.iter_lines()):
+            parts.append(line)
+            if len(parts) == 20:
+                while server.metrics()["stratum_requests_running"] < 2:
+                    time.sleep(0.05)
+                os.killpg(server.process.pid, signal.SIGINT)
+            if len(parts) == 40 and not words:
+                os.killpg(server.process.pid, signal.SIGINT)
+    assert parts[-1] == "data: [DONE]" and "the server is stopping" in parts[-2], parts[-2:]
+    assert whole.result().status_code == 500 and "the server is stopping" in whole.result().json()["error"]["message"]
+    assert server.process.communicate(timeout=30) == ("", "") and server.process.returncode == 0
 
 
 @pytest.mark.parametrize("killed", ["engine", "HTTP"])
