@@ -245,6 +245,7 @@ class ChatTemplate:
         self._process = subprocess.Popen(
             [sys.executable, "-I", "-B", str(_SCRIPT)],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, cwd="/",
+            start_new_session=True,  # Ctrl-C is for this process, which may still answer open requests
             env={name: os.environ[name] for name in _ENVIRONMENT if name in os.environ},
         )  # fmt: skip
         prose = ("content", *REASONING)
