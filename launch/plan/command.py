@@ -20,6 +20,7 @@ from launch.plan.search import search
 from launch.plan.tables import show, show_search
 from launch.user_errors import exit_status
 from recipes.schema.errors import StratumError
+from recipes.schema.foreign import printable_lines
 from recipes.schema.layout import rank_coordinates
 from recipes.schema.options import CommandParser
 from recipes.schema.recipe import Recipe
@@ -100,7 +101,7 @@ def _plan(recipe: Recipe, options: argparse.Namespace, notes: Sequence[str]) -> 
     elif goodput is not None:
         show_goodput(goodput, plan)
         for problem in plan.problems:
-            sys.stdout.write(f"problem: {problem}\n")
+            sys.stdout.write(f"problem: {printable_lines(problem)}\n")
         if options.picture is not None:
             sys.stdout.write(f"Picture: {options.picture}\n")
     else:

@@ -11,7 +11,7 @@ from launch.plan.part_names import MEMORY_NAMES, PART_NAMES
 from launch.plan.planner import USABLE, Plan
 from launch.plan.search import SearchResult
 from recipes.schema import units
-from recipes.schema.foreign import printable
+from recipes.schema.foreign import printable, printable_lines
 from recipes.schema.layout import rank_coordinates
 from recipes.schema.recipe import Recipe
 from recipes.schema.scaling import describe_precision
@@ -164,9 +164,9 @@ def _cost(plan: Plan) -> Table:
 
 def _print_problems(out: Console, plan: Plan) -> None:
     for problem in plan.problems:
-        out.print(Text("problem: ", style="bold red") + Text(problem))
+        out.print(Text("problem: ", style="bold red") + Text(printable_lines(problem)))
     for warning in plan.warnings:
-        out.print(Text("warning: ", style="yellow") + Text(warning))
+        out.print(Text("warning: ", style="yellow") + Text(printable_lines(warning)))
     if plan.problems:
         out.print(f"\nThis run would fail: {len(plan.problems)} problem{'s' * (len(plan.problems) > 1)}.")
     else:

@@ -38,7 +38,7 @@ from launch.user_errors import exit_status
 from recipes.schema.data import is_remote
 from recipes.schema.errors import RecipeError, refuse
 from recipes.schema.facts import Machine
-from recipes.schema.foreign import read_bounded_text
+from recipes.schema.foreign import printable_lines, read_bounded_text
 from recipes.schema.launch_rules import environment_of, script_problems, slurm_problems
 from recipes.schema.options import CommandParser
 from recipes.schema.recipe import Recipe
@@ -133,7 +133,7 @@ def check_plan(recipe: Recipe, *, world: int, device: str, force: bool) -> None:
     problems = make_plan(recipe, world=world, device=kind).problems
     if not problems:
         return
-    text = "".join(f"\n  {problem}" for problem in problems)
+    text = "".join(f"\n  {printable_lines(problem)}" for problem in problems)
     if not force:
         raise RecipeError(
             f"on {world} {kind.name} GPUs this run would fail:{text}\n`stratum plan` with the same words shows the plan; "

@@ -231,7 +231,8 @@ def test_a_run_folder_gives_back_every_text_of_its_recipe(tmp_path: Path, capsys
     assert recipe_in(folder) == recipe_mapping(recipe)
 
 
-def test_a_plan_shows_control_characters_of_a_name_as_escapes(capsys: pytest.CaptureFixture[str]) -> None:
-    assert stratum.main(["plan", "-cn", "smoke", "run.name=\x1f"]) != 0
+@pytest.mark.parametrize("words", [["run.name=\x1f"], ["objective.teacher_cache=\x1f"]])
+def test_a_plan_shows_control_characters_as_escapes(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    stratum.main(["plan", "-cn", "smoke", *words])
     shown = capsys.readouterr()
     assert "\x1f" not in shown.out + shown.err and "\\x1f" in shown.out
