@@ -44,12 +44,12 @@ class RunFolder:
         return by_age(path for path in self.logs.glob("*-*") if path.is_dir()) if self.logs.is_dir() else []
 
     def newest_checkpoint(self) -> str | None:
-        """Name of the newest published checkpoint; None if there is none. Only the trainer verifies checkpoints."""
+        """Name of the newest published checkpoint; None without one. Only the trainer verifies checkpoints."""
         found = self._checkpoints()
         return found[-1].name if found else None
 
     def checkpoint_step(self) -> int:
-        """Step of the newest checkpoint; 0 if there is none."""
+        """Step of the newest checkpoint; 0 without one."""
         found = self._checkpoints()
         return step_of(found[-1]) if found else 0
 

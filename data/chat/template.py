@@ -232,7 +232,7 @@ class ChatTemplate:
         return flags
 
     def _ask(self, chat: dict[str, Any]) -> dict[str, Any]:
-        """One chat's answer from the process, which is started if there is none."""
+        """One chat's answer from the process, started at the first call."""
         if self._process is None:
             self._start()
         answer = self._exchange(chat)

@@ -47,7 +47,7 @@ class Tokenizer:
         self._backend = backend
         self.eod: int = self._special_id("end_of_document", end_of_document)
         self.bod: int | None = None
-        """Id of the token before every document; None if there is none."""
+        """Id of the token before every document; None without one."""
         if begin_of_document is not None:
             self.bod = self._special_id("begin_of_document", begin_of_document)
         self.vocab_size: int = backend.vocab_size

@@ -71,7 +71,7 @@ class Backend(ABC):
 
     @property
     def unknown(self) -> int | None:
-        """Id of the unknown token; None if there is none."""
+        """Id of the unknown token; None without one."""
         return None
 
     @abstractmethod

@@ -183,7 +183,7 @@ def _kind(key: str, new: dict[str, Any]) -> Kind:
 
 
 def _default(key: str) -> Any:
-    """Default of a dotted field, as YAML writes it; None if there is none."""
+    """Default of a dotted field, as YAML writes it; None without one."""
     cls: Any = Recipe
     *groups, name = key.split(".")
     for group in groups:

@@ -359,7 +359,7 @@ def replace_groups(words: list[str]) -> list[str]:
 
 
 def section(composed: DictConfig, name: str) -> dict[str, Any]:
-    """A section of the composed YAML as plain values; empty if there is none."""
+    """A section of the composed YAML as plain values; empty without one."""
     found = composed.get(name)
     if found is None:
         return {}
@@ -417,7 +417,7 @@ def dotted_keys(cls: type, prefix: str = "") -> list[str]:
 
 
 def _type_of(key: str) -> Any:
-    """Type of the field at a dotted key, of the recipe or of a tool's section; None if there is none."""
+    """Type of the field at a dotted key, of the recipe or of a tool's section; None without one."""
     first, _, rest = key.partition(".")
     return type_at(_SECTIONS[first], rest) if rest and first in _SECTIONS else type_at(Recipe, key)
 

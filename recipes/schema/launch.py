@@ -25,7 +25,7 @@ class SlurmConfig:
     """This long before the time limit (Slurm: up to 60 s earlier), the processes get SIGUSR1, save and stop. It must be long
     enough for the longest step and a save."""
     continuation: Literal["requeue", "chain", "none"] = "requeue"
-    """How a run goes on after a job's end, until its last step. `requeue`: the same job goes back into the queue. `chain`: the
+    """How a run continues after its job ends, until its last step. `requeue`: the same job goes back into the queue. `chain`: the
     next job always waits behind the running one, which also survives the loss of the first node on clusters that do not requeue.
     `none`: it stops."""
     cpus_per_process: Count = 0

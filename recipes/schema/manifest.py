@@ -69,7 +69,7 @@ class RunState:
     recipe: dict[str, Any] = field(default_factory=dict)
     """The resolved recipe (`recipes.schema.read.recipe_mapping`); empty if unknown."""
     data_hash: str = ""
-    """Hash of the data manifest that the position refers to; empty if there is none."""
+    """Hash of the data manifest that the position refers to; empty without one."""
     tokenizer: str = ""
     """Fingerprint of the tokenizer the model was trained with; empty if unknown."""
     kernels: str = ""
@@ -149,6 +149,8 @@ def read_manifest(folder: Path) -> Manifest:
         raise CheckpointError(
             f"{path} is not the manifest of a checkpoint: it has no format number. Name a checkpoint's folder."
         )
+    if "sources" in raw and "tensors" not in raw:
+        raise CheckpointError(f"{folder} has prepared data, not a checkpoint. Name a run's folder or a checkpoint's.")
     if raw["format"] != FORMAT:
         raise CheckpointError(
             f"{folder} has checkpoint format {raw['format']}; this version reads format {FORMAT}. Use the version of this "

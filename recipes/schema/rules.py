@@ -583,7 +583,7 @@ def vocabulary_problems(recipe: Recipe, vocab_size: int, *, vocab: int | None = 
 
 
 def unused(objective: ObjectiveConfig) -> str:
-    """Fields of an objective that are set but not used, for messages; empty if there are none."""
+    """Fields of an objective that are set but not used, for messages; empty if all are used."""
     if objective.kind != "next_token":
         return ""
     plain = ObjectiveConfig()

@@ -80,7 +80,7 @@ def differing(value: Any) -> dict[str, Any]:
 
 
 def type_at(cls: type, key: str) -> Any:
-    """Type of the field at a dotted key; None if there is none. It is X for a field `X | None` and an item of dict[str, X]."""
+    """Type of the field at a dotted key; None without one. It is X for a field `X | None` and an item of dict[str, X]."""
     kind: Any = cls
     for name in key.split("."):
         if typing.get_origin(kind) is dict:

@@ -8,7 +8,7 @@ from train.checkpoint.files import Reader
 
 
 def newest_finite(folder: Path) -> Path | None:
-    """The newest whole checkpoint without NaN or infinity; None if there is none.
+    """The newest whole checkpoint without NaN or infinity; None without one.
 
     Older versions did not count NaN and infinity in the manifest: then this reads the tensors. Raises CheckpointError if the
     folder cannot be read.

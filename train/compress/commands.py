@@ -209,7 +209,7 @@ def _write_pruned(
 
 
 def _manifest_at(checkpoint: Path) -> Any:
-    """Manifest of a complete checkpoint; None if there is none."""
+    """Manifest of a complete checkpoint; None without one."""
     try:
         return read_manifest(checkpoint)
     except CheckpointError:

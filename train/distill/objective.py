@@ -192,7 +192,7 @@ def _distance(student: torch.Tensor, teacher: torch.Tensor, kind: str) -> torch.
 
 
 def hidden_match(recipe: Recipe, teacher: Teacher | None) -> HiddenMatch | None:
-    """The hidden-state match that `objective.hidden_*` configures; None if there is none. teacher: None on earlier stages."""
+    """The hidden-state match that `objective.hidden_*` configures; None without one. teacher: None on earlier stages."""
     objective = recipe.objective
     if objective.hidden_match == "none" or teacher is None:
         return None

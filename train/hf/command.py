@@ -500,7 +500,7 @@ def _different_fields(ours: ModelConfig, theirs: ModelConfig) -> list[str]:
 
 
 def _copy_tokenizer(file: Path | None, folder: Path, end_of_document: str | None) -> str:
-    """Copy the tokenizer. -> its fingerprint; empty if there is none or this project cannot read it."""
+    """Copy the tokenizer. -> its fingerprint; empty if there was none, or none that this project can read."""
     if file is None or end_of_document is None:
         _print("note: the directory has no tokenizer; set data.tokenizer in the recipe before preparing data.")
         return ""

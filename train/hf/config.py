@@ -38,7 +38,7 @@ largest vocabulary that is published (256,000)."""
 
 @dataclass(frozen=True)
 class SpecialTokens:
-    """Special token ids of Hugging Face's configs and tokenizers; None if there is none."""
+    """Special token ids of Hugging Face's configs and tokenizers; None without one."""
 
     bos: int | None
     eos: int | None
@@ -264,7 +264,7 @@ def for_transformers(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def clamp_of(config: dict[str, Any]) -> float:
-    """The lower bound on dt that transformers applies for this config; 0 if there is none, or if it is negligible."""
+    """The lower bound on dt that transformers applies for this config; 0 without one, or if it is negligible."""
     if config.get("model_type") != "nemotron_h":
         return 0.0
     floor = config.get("time_step_min", 1e-3)

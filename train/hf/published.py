@@ -83,7 +83,7 @@ def import_of(lineage: dict[str, Any]) -> dict[str, Any] | None:
 
 
 def published_of(checkpoint: Path, manifest: Manifest) -> Path | None:
-    """The folder that `store` wrote for a checkpoint, or for one that its weights come from; None if there is none."""
+    """The folder that `store` wrote for a checkpoint, or for one that its weights come from; None without one."""
     waiting, seen = [(checkpoint, manifest)], {checkpoint}
     while waiting:
         path, current = waiting.pop(0)

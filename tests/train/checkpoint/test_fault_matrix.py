@@ -451,3 +451,11 @@ def test_of_a_linked_checkpoint_only_the_link_is_deleted(folder: Path, tmp_path:
 def test_pieces_know_their_name() -> None:
     piece = Piece("model.a", (4, 6), (1, 2), (2, 3), torch.arange(6.0))
     assert piece.label == "model.a[1:3,2:5]"
+
+
+def test_prepared_data_is_not_called_a_damaged_checkpoint(tmp_path: Path) -> None:
+    """The advice for a damaged checkpoint is to remove its folder."""
+    (tmp_path / "manifest.json").write_text(json.dumps({"format": 1, "sources": {}, "tokenizer": {}}))
+    with pytest.raises(CheckpointError, match="has prepared data, not a checkpoint") as caught:
+        read_manifest(tmp_path)
+    assert "Remove" not in str(caught.value)

@@ -111,3 +111,9 @@ def test_prompts_are_lines_of_a_text_file(tmp_path: Path) -> None:
     assert read_prompts(tmp_path / "prompts.txt") == ["one", '{"two"}']
     with pytest.raises(DataError, match="cannot read the prompts"):
         read_prompts(tmp_path / "absent.txt")
+
+
+def test_only_line_breaks_end_a_prompt(tmp_path: Path) -> None:
+    """U+2028 and U+0085 are characters of a JSON string."""
+    (tmp_path / "p.jsonl").write_text('"a\u2028b"\n{"prompt": "x\u0085y"}\n', encoding="utf-8")
+    assert read_prompts(tmp_path / "p.jsonl") == ["a\u2028b", "x\u0085y"]
