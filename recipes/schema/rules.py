@@ -21,6 +21,7 @@ from recipes.schema.errors import Problem, RecipeError
 from recipes.schema.errors import refuse as refuse
 from recipes.schema.evaluate import EvaluateConfig
 from recipes.schema.facts import BLOCK_SCALES, Disk, Machine, Named, Prepared
+from recipes.schema.grpo_rules import grpo_notes, grpo_problems
 from recipes.schema.launch_rules import environment_problems
 from recipes.schema.layout import layout_problems
 from recipes.schema.manifest import Manifest
@@ -35,6 +36,7 @@ from recipes.schema.scaling import block_notes, low_precision_linears, rotation_
 from recipes.schema.schedule import schedule_problems, unread
 from recipes.schema.tasks import task_problems
 from recipes.schema.teacher_rules import cache_problems, distill_problems, teacher_problems, tokenizer_problems
+from recipes.schema.typed import differing
 from recipes.schema.weight_formats import rounding_problems
 
 Backend = Literal["reference", "emulated", "te"]
@@ -56,9 +58,10 @@ def problems(
     world: number of processes. machine, disk, prepared: facts (`recipes.schema.facts`); None if not known. here: False if the
     run will start on another machine, which may have what is missing on this disk.
     """
+    backend = recipe.precision.backend if machine is None else backend_name(recipe.precision, _of_run(recipe, machine))
     found = [
         *name_problems(recipe.run.name),
-        *data_problems(recipe.data),
+        *data_problems(recipe.data, needs_sources=recipe.objective.kind != "grpo"),
         *schedule_problems(
             recipe.schedule,
             total_steps=recipe.run.steps,
@@ -73,13 +76,12 @@ def problems(
         ),
         *environment_problems(recipe.launch.environment),
         *distill_problems(recipe),
+        *grpo_problems(recipe, backend=backend),
         *task_problems(
             recipe.evaluate.tasks,
             row_tokens=recipe.data.row_tokens,
             parallel=recipe.parallel,
-            backend=recipe.precision.backend
-            if machine is None
-            else backend_name(recipe.precision, _of_run(recipe, machine)),
+            backend=backend,
             reads_files=here and disk is not None,
         ),
     ]
@@ -94,7 +96,7 @@ def problems(
 
 def reading_problems(recipe: Recipe) -> list[Problem]:
     """Problems for commands that read a recipe but do not train with it: the groups that matter for training only are ignored."""
-    return problems(
+    found = problems(
         dataclasses.replace(
             recipe,
             parallel=ParallelConfig(),
@@ -104,14 +106,17 @@ def reading_problems(recipe: Recipe) -> list[Problem]:
             evaluate=EvaluateConfig(),
         )
     )
+    # A run that learns from rewards has no sources. A command that does read rows reports their absence itself.
+    return [problem for problem in found if recipe.data.sources or problem.key != "data.sources"]
 
 
 def notes(recipe: Recipe, *, machine: Machine | None = None, prepared: Prepared | None = None) -> list[Problem]:
     """What is allowed but probably a mistake. The plan shows it as a warning, and training logs it once."""
     found = []
     if idle := unused(recipe.objective):
-        text = f"objective.kind=next_token trains on next tokens and does not use {idle}."
+        text = f"objective.kind={recipe.objective.kind} does not use {idle}."
         found.append(Problem("objective.kind", text))
+    found += grpo_notes(recipe)
     if idle := unread(recipe.schedule):
         found.append(Problem("schedule.decay", f"{idle}."))
     precision = recipe.precision
@@ -168,8 +173,10 @@ def name_problems(name: str) -> list[Problem]:
     return [Problem("run.name", f"run.name={name!r} {why}.", "Use letters, digits, blanks, and - _ . = , +")]
 
 
-def data_problems(data: DataConfig) -> list[Problem]:
+def data_problems(data: DataConfig, *, needs_sources: bool = True) -> list[Problem]:
     """Problems with sources and phases that the recipe alone shows, without prepared data."""
+    if not data.sources and not needs_sources:
+        return []
     if not data.sources:
         text, remedy = "data.sources is empty.", "Name at least one source, e.g. data.sources.mine.path=texts/*.jsonl."
         return [Problem("data.sources", text, remedy)]
@@ -517,15 +524,18 @@ def resume_problems(
         place, manifest.tokenizer, tokenizer or None, where=recipe.data.folder, otherwise="choose another run.name"
     )
     if manifest.data_hash and data_hash not in ("", manifest.data_hash) and "data_order" not in recipe.checkpoint.allow:
+        is_data = recipe.objective.kind != "grpo"
+        field = "data.folder" if is_data else "objective.grpo.prompts"
+        what = recipe.data.folder if is_data else f"{field} (with template and tokenizer)"
         text = (
-            f"{place} was trained on data {manifest.data_hash[:12]}, but {recipe.data.folder} is now {data_hash[:12]}, so "
-            f"positions would be other rows."
+            f"{place} was trained on data {manifest.data_hash[:12]}, but {what} is now {data_hash[:12]}, so positions would be "
+            f"other rows."
         )
         remedy = (
-            "Set data.folder to the old data, start a new run with another run.name, or add checkpoint.allow=[data_order] to "
-            "continue with other rows."
+            f"{'Set data.folder to the old data' if is_data else 'Restore the old prompts'}, start a new run with another "
+            f"run.name, or add checkpoint.allow=[data_order] to continue with other rows."
         )
-        found.append(Problem("data.folder", text, remedy))
+        found.append(Problem(field, text, remedy))
     if manifest.recipe:
         why = refused(differences(manifest.recipe, recipe_mapping(recipe)), recipe.checkpoint.allow)
         if why is not None:
@@ -584,9 +594,10 @@ def vocabulary_problems(recipe: Recipe, vocab_size: int, *, vocab: int | None = 
 
 def unused(objective: ObjectiveConfig) -> str:
     """Fields of an objective that are set but not used, for messages; empty if all are used."""
-    if objective.kind != "next_token":
-        return ""
-    plain = ObjectiveConfig()
-    names = [field.name for field in dataclasses.fields(objective) if field.name != "kind"]
-    changed = [name for name in names if getattr(objective, name) != getattr(plain, name)]
-    return ", ".join(f"objective.{name}={getattr(objective, name)}" for name in changed)
+    found = []
+    for name, value in differing(objective).items():
+        if isinstance(value, dict):  # a nested group belongs to the kind of its name
+            found += [f"objective.{name}.{key}={inner}" for key, inner in value.items() if name != objective.kind]
+        elif name != "kind" and objective.kind != "distill":
+            found.append(f"objective.{name}={value}")
+    return ", ".join(found)

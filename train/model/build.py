@@ -51,6 +51,8 @@ class Model(HybridModel):
         super().__init__(**arguments)
         self.logit_softcap = model.logit_softcap
         self.vocab_padding = model.vocab_padding
+        self.temperature = 1.0
+        """Of the distribution whose losses `forward` returns. Logits are always those of temperature 1."""
         if model.scale_embedding and self.pre_process:
             self.embedding.register_forward_hook(_times_root_of_hidden)
 
@@ -78,11 +80,14 @@ class Model(HybridModel):
 
         Collective over the tensor group.
         """
+        softcap = self.logit_softcap
+        if self.temperature != 1:  # cap tanh(x / cap) / T = (cap / T) tanh((x / T) / (cap / T))
+            logits, softcap = logits / self.temperature, softcap and softcap / self.temperature
         loss_SB = vocab_parallel_cross_entropy(
             logits,
             labels.t().contiguous(),
             group=self.pg_collection.tp,
-            softcap=self.logit_softcap,
+            softcap=softcap,
             padding=self.vocab_padding,
         )
         return loss_SB.t()

@@ -1,0 +1,69 @@
+"""Small runs of GRPO: a hybrid of random weights as the start, a few prompts, rewards that it can learn in seconds."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from chats import tokenizer, tokenizer_file
+from tiny import RECIPE, with_fields
+
+from recipes.schema.align import GrpoConfig
+from recipes.schema.data import ChatConfig, DataConfig, TokenizerConfig
+from recipes.schema.objective import ObjectiveConfig
+from recipes.schema.optim import OptimConfig
+from recipes.schema.read import recipe_mapping
+from recipes.schema.recipe import Recipe
+from train.build import build_engine, check, mesh_of
+from train.checkpoint.manager import CheckpointFolder
+from train.checkpoint.manifest import RunState
+
+DIGITS = "tests.reward_functions:digit_share"
+
+
+def prompts_in(folder: Path, *, count: int = 6, function: str = DIGITS, **facts: Any) -> Path:
+    """A file of prompts that a reward function judges."""
+    path = folder / "prompts.jsonl"
+    record = {"verifier": {"kind": "function", "name": function}, **facts}
+    path.write_text("".join(json.dumps({"prompt": f"Say {n}.", **record}) + "\n" for n in range(count)))
+    return path
+
+
+def policy_recipe(folder: Path, **changes: Any) -> Recipe:
+    """A hybrid of three layers; changes: dotted fields. The start is not there yet (`write_start`)."""
+    data = DataConfig(
+        folder=str(folder / "none"), tokenizer=TokenizerConfig(path=str(tokenizer_file())), row_tokens=64,
+        chat=ChatConfig(template="turns"), reset_at_documents=True,
+    )  # fmt: skip
+    grpo = GrpoConfig(
+        prompts=(str(folder / "prompts.jsonl"),), prompts_per_step=3, generations_per_prompt=4, max_answer_tokens=8,
+        allowed_functions=tuple(f"tests.reward_functions:{name}" for name in ("digit_share", "random_reward", "fails")),
+    )  # fmt: skip
+    recipe = replace(
+        RECIPE,
+        run=replace(
+            RECIPE.run, name="grpo", folder=str(folder), steps=4, global_rows=4, microbatch_rows=1, deterministic=True,
+            start_from=str(folder / "start"),
+        ),
+        model=replace(
+            RECIPE.model, pattern="M*-", hidden=32, ffn=64, heads=2, kv_heads=2, head_dim=16, mamba_heads=4,
+            mamba_head_dim=8, mamba_state=8, mamba_groups=2, mamba_chunk=8, vocab=400,
+        ),
+        data=data,
+        objective=ObjectiveConfig(kind="grpo", grpo=grpo),
+        optim=OptimConfig(lr=3e-3, weight_decay=0.0),
+        schedule=replace(RECIPE.schedule, kind="constant"),
+        checkpoint=replace(RECIPE.checkpoint, every_steps=1, keep_last=2),
+        telemetry=replace(RECIPE.telemetry, log_every_steps=1, tensorboard=False, progress=False),
+    )  # fmt: skip
+    return with_fields(recipe, changes)
+
+
+def write_start(rank: int, recipe: Recipe) -> None:
+    """For `run_ranks` in one process: a run folder `start` with a checkpoint of random weights."""
+    torch.set_num_threads(1)
+    with mesh_of(recipe, check(recipe, world=1), device=torch.device("cpu"), rank=rank) as mesh:
+        engine = build_engine(replace(recipe, objective=ObjectiveConfig()), mesh)
+        state = RunState(recipe=recipe_mapping(recipe), tokenizer=tokenizer().fingerprint)
+        CheckpointFolder(Path(recipe.run.folder) / "start" / "checkpoints", recipe.checkpoint).save(engine, state)
