@@ -88,3 +88,12 @@ class GrpoConfig:
     """Reward functions of your own that prompts may name (`module:function`). They run with your rights; others are refused."""
     samples_every_steps: Count = 10
     """Record some answers in metrics.jsonl at every multiple of this step; 0: never."""
+
+
+@dataclass(frozen=True)
+class RewardConfig:
+    """Training of a reward model (docs/align.md)."""
+
+    center_weight: NonNegativeFloat = 0.0
+    """Weight of (better reward + worse reward)^2 in the loss of a pair, which keeps rewards near 0; otherwise only their
+    differences are learned. TRL's documentation recommends 0.01 (arXiv 2312.09244)."""

@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
-from recipes.schema.changes import check_folder, differences, refused
+from recipes.schema.changes import check_folder, differences, refused, replaces_head
 from recipes.schema.data import DataConfig, PhaseConfig
 from recipes.schema.errors import Problem, RecipeError
 from recipes.schema.errors import refuse as refuse
@@ -26,6 +26,7 @@ from recipes.schema.launch_rules import environment_problems
 from recipes.schema.layout import layout_problems
 from recipes.schema.manifest import Manifest
 from recipes.schema.objective import ObjectiveConfig
+from recipes.schema.objective_rules import reward_problems, unused
 from recipes.schema.optim import ScheduleConfig
 from recipes.schema.parallel import ParallelConfig
 from recipes.schema.pattern import layer_kinds, pattern_problems, weights_of
@@ -36,7 +37,6 @@ from recipes.schema.scaling import block_notes, low_precision_linears, rotation_
 from recipes.schema.schedule import schedule_problems, unread
 from recipes.schema.tasks import task_problems
 from recipes.schema.teacher_rules import cache_problems, distill_problems, teacher_problems, tokenizer_problems
-from recipes.schema.typed import differing
 from recipes.schema.weight_formats import rounding_problems
 
 Backend = Literal["reference", "emulated", "te"]
@@ -77,6 +77,7 @@ def problems(
         *environment_problems(recipe.launch.environment),
         *distill_problems(recipe),
         *grpo_problems(recipe, backend=backend),
+        *reward_problems(recipe),
         *task_problems(
             recipe.evaluate.tasks,
             row_tokens=recipe.data.row_tokens,
@@ -101,7 +102,7 @@ def reading_problems(recipe: Recipe) -> list[Problem]:
             recipe,
             parallel=ParallelConfig(),
             precision=PrecisionConfig(),
-            objective=ObjectiveConfig(),
+            objective=ObjectiveConfig(kind="reward" if recipe.model.head == "scalar" else "next_token"),
             schedule=ScheduleConfig(),
             evaluate=EvaluateConfig(),
         )
@@ -459,7 +460,10 @@ def start_problems(recipe: Recipe, start: Named, *, tokenizer: str | None) -> li
         otherwise="name another run.start_from",
     )
     if start.recipe is not None and not pattern_problems(recipe.model.pattern):
-        ours, theirs = weights_of(recipe.model), weights_of(start.recipe.model)
+        model = start.recipe.model
+        if replaces_head(start.manifest.recipe, recipe):
+            model = dataclasses.replace(model, head="scalar")
+        ours, theirs = weights_of(recipe.model), weights_of(model)
         keys = sorted(key for key in ours | theirs if ours.get(key) != theirs.get(key))
         differing = [f"{key}: {theirs.get(key)} in the checkpoint, {ours.get(key)} in the recipe" for key in keys]
         if differing:
@@ -590,14 +594,3 @@ def vocabulary_problems(recipe: Recipe, vocab_size: int, *, vocab: int | None = 
         larger = f"model.vocab_padding={recipe.model.vocab - vocab_size}"
     remedy = f"Set {larger}, or prepare the data again with a smaller tokenizer."
     return [Problem("model.vocab", text, remedy if vocab is None else "Use the data the model was trained on.")]
-
-
-def unused(objective: ObjectiveConfig) -> str:
-    """Fields of an objective that are set but not used, for messages; empty if all are used."""
-    found = []
-    for name, value in differing(objective).items():
-        if isinstance(value, dict):  # a nested group belongs to the kind of its name
-            found += [f"objective.{name}.{key}={inner}" for key, inner in value.items() if name != objective.kind]
-        elif name != "kind" and objective.kind != "distill":
-            found.append(f"objective.{name}={value}")
-    return ", ".join(found)

@@ -49,7 +49,7 @@ STOREYS = (
     ("train.model",),
     ("train.objective", "train.engine", "train.align.losses"),
     ("train.step", "train.checkpoint"),
-    ("train.distill", "train.loop", "train.quantize.loading", "train.align.policy_step"),
+    ("train.distill", "train.align.policy_step", "train.align.reward", "train.loop", "train.quantize.loading"),
     ("train.build",),
     ("train.quantize.calibrate",),
     ("train.compress", "train.inference", "train.teacher_cache"),
