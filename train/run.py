@@ -25,8 +25,8 @@ from recipes.schema.read import recipe_mapping, recipe_yaml
 from recipes.schema.recipe import Recipe
 from recipes.schema.rules import start_problems
 from recipes.schema.scaling import describe_precision
+from train.align.frozen_models import FrozenModels, open_frozen_models
 from train.align.policy_stream import PolicyStream
-from train.align.reference import REFERENCE, open_reference
 from train.build import build_engine, check_start, mesh_of, open_material
 from train.checkpoint.manager import CheckpointFolder, checkpoint_at
 from train.checkpoint.manifest import RunState
@@ -113,11 +113,13 @@ def _train(
         ),
     )
     step, position = start.state.step, start.state.position
-    reference = None
-    if isinstance(material, PromptSet) and recipe.objective.grpo.kl_weight:
-        recorded = start.state.lineage.get(REFERENCE) if start.path is not None else None
-        reference, identity = open_reference(recipe, mesh=mesh, tokenizer=tokenizer.fingerprint, before=recorded)
-        start = replace(start, state=replace(start.state, lineage=start.state.lineage | {REFERENCE: identity}))
+    frozen = FrozenModels()
+    if isinstance(material, PromptSet):
+        recorded = start.state.lineage if start.path is not None else {}
+        frozen = open_frozen_models(
+            recipe, mesh=mesh, tokenizer=tokenizer.fingerprint, eod=tokenizer.eod, before=recorded
+        )
+        start = replace(start, state=replace(start.state, lineage=start.state.lineage | frozen.lineage))
     if mesh.rank == 0:
         _warn_if_start_changed(recipe, start.state.lineage)
         if isinstance(material, Dataset):
@@ -151,7 +153,7 @@ def _train(
                 recipe,
                 engine=engine,
                 prompts=material,
-                reference=reference,
+                frozen=frozen,
                 telemetry=telemetry,
                 folder=folder,
                 start=start.state,

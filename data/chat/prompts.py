@@ -40,8 +40,8 @@ class Prompt:
 
     messages: list[dict[str, Any]]
     tools: Any
-    verifier: dict[str, Any]
-    """A mapping such as {"kind": "number"}; `train.align.verify` reads it."""
+    verifier: dict[str, Any] | None
+    """A mapping such as {"kind": "number"}; `train.align.verify` reads it. None: the record has none."""
     facts: dict[str, Any]
     place: str
     """File and line, for messages."""
@@ -73,7 +73,7 @@ def prompt_of(record: Any) -> str:
     if tools is not None and not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
         raise ValueError("has tools that are not a list of objects")
     verifier, facts = record.get("verifier"), record.get("facts", {})
-    if not isinstance(verifier, dict):
+    if verifier is not None and not isinstance(verifier, dict):
         raise ValueError('has no mapping under \'verifier\', such as {"kind": "number"}')
     if not isinstance(facts, dict):
         raise ValueError("has facts that are not a mapping")
@@ -167,6 +167,10 @@ class PromptSet:
         """Number of the record at a position of the run."""
         passes, place = divmod(position, len(self.prompts))
         return int(self._order.rows_at(_one(place), _one(passes))[0])
+
+    def at(self, position: int) -> Prompt:
+        """The prompt at a position of the run."""
+        return self.prompts[self.index_at(position)]
 
     def ids(self, index: int) -> list[int]:
         """Token ids of a record's prompt, up to where the model answers. DataError names file and line."""

@@ -48,6 +48,9 @@ class GrpoConfig:
     d. The gradient of k1 is 0 in expectation."""
     reference: str | None = None
     """Checkpoint or run folder of the reference; null: `run.start_from`."""
+    reward_model: str | None = None
+    """Run or checkpoint of a reward model (`objective.kind: reward`), whose rewards are learned from (RLHF). Rewards of verifiers
+    are then only recorded, and a prompt need not have one. null: learn from the verifiers' rewards."""
     advantage: Literal["group_mean", "leave_one_out"] = "group_mean"
     """What a reward is compared with: the mean of its group, or of the other answers of its group (arXiv 2402.14740)."""
     normalize: bool = True

@@ -38,6 +38,7 @@ class Case:
     number: int
     """Of the answer in its group."""
     prompt: Prompt
+    """With a verifier."""
     answer: str
 
     @property
@@ -52,6 +53,13 @@ def check_prompts(prompts: Sequence[Prompt], config: GrpoConfig) -> list[dict[st
     for a function that the recipe does not allow."""
     found: dict[str, dict[str, Any]] = {}
     for prompt in prompts:
+        if prompt.verifier is None:
+            if config.reward_model is None:
+                raise DataError(
+                    f'{prompt.place}: the prompt has no verifier. Add one, such as {{"kind": "number"}}, or set '
+                    f"objective.grpo.reward_model."
+                )
+            continue
         text = _text_of(prompt.verifier)
         if text in found:
             continue
@@ -108,7 +116,7 @@ class Judges:
             if place not in found:
                 todo.setdefault(_text_of(case.prompt.verifier), []).append(place)
         for text, places in todo.items():
-            judge = self._judge(text, cases[places[0]].prompt.verifier)
+            judge = self._judge(text, cases[places[0]].prompt.verifier or {})
             samples = [Sample(cases[i].prompt.text, cases[i].answer, cases[i].prompt.facts) for i in places]
             rewards = judge.rewards(samples)
             self._write([(cases[i], reward) for i, reward in zip(places, rewards, strict=True)], step)
@@ -159,5 +167,5 @@ def _entries(folder: Path) -> Iterator[tuple[str, Reward]]:
                 yield plain["key"], Reward(plain["value"], plain["failure"], plain["what"])
 
 
-def _text_of(verifier: dict[str, Any]) -> str:
+def _text_of(verifier: dict[str, Any] | None) -> str:
     return json.dumps(verifier, sort_keys=True)

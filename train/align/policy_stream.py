@@ -8,6 +8,7 @@ Every rank gets all answers, so that rows do not depend on the layout. The state
 and, if answers are left (several updates from a batch, or a batch drawn ahead), those with their numbers: `state`.
 """
 
+import math
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
@@ -23,6 +24,7 @@ from data.chat.prompts import PromptSet
 from recipes.schema.errors import CheckpointError, NumericsError, StratumError
 from recipes.schema.manifest import RunState
 from recipes.schema.recipe import Recipe
+from train.align.frozen_models import FrozenModels
 from train.align.judging import Case, Judges, check_prompts
 from train.align.losses.policy import group_advantages, without_overlong
 from train.align.policy_step import PolicyRows, token_losses
@@ -47,6 +49,9 @@ class Group:
     position: int
     answers: list[Answer]
     rewards: list[Reward]
+    """Those that are learned from."""
+    verified: list[Reward]
+    """Those of the prompt's verifier; empty without one."""
 
     @property
     def is_informative(self) -> bool:
@@ -99,14 +104,14 @@ class PolicyStream:
         *,
         engine: Engine,
         prompts: PromptSet,
-        reference: Any,
+        frozen: FrozenModels,
         telemetry: Telemetry,
         folder: Path,
         start: RunState,
         state: dict[str, torch.Tensor],
         oldest_step: Callable[[], int],
     ) -> None:
-        """reference: a frozen model; None without a KL term. folder: of the run. start, state: where the run is, and what its
+        """frozen: reference and reward model. folder: of the run. start, state: where the run is, and what its
         checkpoint has of this stream. oldest_step: of the run's checkpoints. Collective over the world. Raises DataError,
         RecipeError, BackendError for a wrong verifier, CheckpointError for a state that cannot be used."""
         self.position = start.position
@@ -117,7 +122,7 @@ class PolicyStream:
         """Those of all steps so far."""
         self._config, self._recipe = recipe.objective.grpo, recipe
         self._engine, self._mesh = engine, engine.mesh
-        self._prompts, self._reference, self._telemetry = prompts, reference, telemetry
+        self._prompts, self._frozen, self._telemetry = prompts, frozen, telemetry
         self._step, self._oldest_step = start.step, oldest_step
         verifiers = check_prompts(prompts.prompts, self._config)
         self._judges = Judges(folder / JOURNAL, self._config, rank=self._mesh.rank)
@@ -195,7 +200,7 @@ class PolicyStream:
         self._parts = self._parts_of(batch)
         if self._config.off_policy_steps:
             batch = replace(batch, old=self._log_probs(self._parts, temperature=self._config.temperature))
-        if self._reference is not None:
+        if self._frozen.reference is not None:
             batch = replace(batch, reference=self._reference_log_probs())
         self._batch, self._at = batch, 0
 
@@ -245,27 +250,50 @@ class PolicyStream:
         return replace(drawn, old=tempered)
 
     def _groups(self, model: Any, positions: Sequence[int], seconds: "_Seconds") -> list[Group]:
-        """This data rank's groups: drawn by its tensor ranks together, judged on the first of them."""
+        """This data rank's groups: drawn by its tensor ranks together, judged by verifiers on the first of them."""
         began = time.perf_counter()
         groups = draw_answers(
             model, self._recipe.model, self._prompts, positions, config=self._config, seed=self._recipe.run.seed
         )
         seconds.generation += time.perf_counter() - began
+        began = time.perf_counter()
+        scored = self._scored(positions, groups)
         if self._mesh.groups.tp.rank() != 0:
             return []  # `in_parts` takes the first tensor rank's
-        began = time.perf_counter()
         cases = [
-            Case(position, number, self._prompts.prompts[self._prompts.index_at(position)], self._text(answer))
+            Case(position, number, prompt, self._text(answer))
             for position, answers in zip(positions, groups, strict=True)
+            if (prompt := self._prompts.at(position)).verifier is not None
             for number, answer in enumerate(answers)
         ]
-        rewards = self._judges.rewards(cases, step=self._step)
+        verified: dict[int, list[Reward]] = {position: [] for position in positions}
+        for case, reward in zip(cases, self._judges.rewards(cases, step=self._step), strict=True):
+            verified[case.position].append(reward)
         seconds.judging += time.perf_counter() - began
-        count = self._config.generations_per_prompt
         return [
-            Group(position, answers, rewards[place * count : (place + 1) * count])
-            for place, (position, answers) in enumerate(zip(positions, groups, strict=True))
+            Group(position, answers, scored.get(position, verified[position]), verified[position])
+            for position, answers in zip(positions, groups, strict=True)
         ]
+
+    def _scored(self, positions: Sequence[int], groups: Sequence[Sequence[Answer]]) -> dict[int, list[Reward]]:
+        """Rewards of a reward model by position; empty without one. Collective over the tensor group."""
+        if self._frozen.rewards is None or not positions:
+            return {}
+        texts = [
+            [*self._prompts.ids(self._prompts.index_at(position)), *answer.tokens.tolist()]
+            for position, answers in zip(positions, groups, strict=True)
+            for answer in answers
+        ]
+        with torch.no_grad():
+            values = iter(self._frozen.rewards.scores(texts))
+        wrong = "the reward model gave a number that is not finite"
+        return {
+            position: [
+                Reward(value) if math.isfinite(value := next(values)) else Reward(None, wrong, "not a number")
+                for _ in answers
+            ]
+            for position, answers in zip(positions, groups, strict=True)
+        }
 
     def _text(self, answer: Answer) -> str:
         """What verifiers read: special tokens by their names, without the one that ended the answer."""
@@ -358,7 +386,9 @@ class PolicyStream:
     def _reference_log_probs(self) -> list[np.ndarray]:
         def run(batches: list[Any]) -> list[torch.Tensor]:
             temperature = self._config.temperature
-            return [token_losses(self._reference, one, mesh=self._mesh, temperature=temperature) for one in batches]
+            return [
+                token_losses(self._frozen.reference, one, mesh=self._mesh, temperature=temperature) for one in batches
+            ]
 
         with torch.no_grad():
             return self._gathered(self._parts, run)
@@ -411,23 +441,15 @@ class PolicyStream:
         answers = [answer for group in groups for answer in group.answers]
         rewards = [reward for group in groups for reward in group.rewards]
         values = [reward.value for reward in rewards if reward.value is not None]
-        kinds: dict[str, dict[str, Any]] = defaultdict(lambda: {"answers": 0, "passed": 0, "failures": Counter()})
-        for group in groups:
-            verifier = self._prompts.prompts[self._prompts.index_at(group.position)].verifier
-            row, high = kinds[str(verifier["kind"])], float(verifier.get("high", 1.0))
-            for reward in group.rewards:
-                row["answers"] += 1
-                row["passed"] += reward.value is not None and reward.value >= high
-                row["failures"].update([reward.what] if reward.what else [])
         lengths = [len(answer.tokens) for answer in answers]
         self._telemetry.event(
             "rollouts",
             step=self._step + 1,
             prompts=len(groups),
             answers=len(answers),
-            reward_mean=float(np.mean(values)) if values else None,
+            reward_mean=_mean(values),
             reward_std=float(np.std(values)) if values else None,
-            verifiers={kind: row | {"failures": dict(row["failures"])} for kind, row in sorted(kinds.items())},
+            verifiers=self._verifiers(groups),
             informative=sum(group.is_informative for group in groups) / len(groups),
             answer_tokens_mean=float(np.mean(lengths)),
             answer_tokens_max=max(lengths),
@@ -441,17 +463,42 @@ class PolicyStream:
         if every and (self._step % every == 0 or self._step + self._config.updates_per_batch >= self._recipe.run.steps):
             self._telemetry.event("rollout_samples", step=self._step + 1, samples=self._samples(groups))
 
+    def _verifiers(self, groups: list[Group]) -> dict[str, dict[str, Any]]:
+        """By kind of verifier: answers, how many got the highest reward, their mean reward, and failures by what happened."""
+        rewards: dict[str, list[Reward]] = defaultdict(list)
+        passed: Counter[str] = Counter()
+        for group in groups:
+            verifier = self._prompts.at(group.position).verifier
+            if verifier is not None:
+                kind, high = str(verifier["kind"]), float(verifier.get("high", 1.0))
+                rewards[kind] += group.verified
+                passed[kind] += sum(one.value is not None and one.value >= high for one in group.verified)
+        return {
+            kind: {
+                "answers": len(some),
+                "passed": passed[kind],
+                "reward_mean": _mean([one.value for one in some if one.value is not None]),
+                "failures": dict(Counter(one.what for one in some if one.what)),
+            }
+            for kind, some in sorted(rewards.items())
+        }
+
     def _samples(self, groups: list[Group]) -> list[dict[str, Any]]:
         """The first answer of some groups, as texts."""
         return [
             {
-                "prompt": self._prompts.prompts[self._prompts.index_at(group.position)].text[:_SHOWN_CHARS],
+                "prompt": self._prompts.at(group.position).text[:_SHOWN_CHARS],
                 "answer": self._text(group.answers[0])[:_SHOWN_CHARS],
                 "reward": group.rewards[0].value,
                 "failure": group.rewards[0].failure,
+                "verified": group.verified[0].value if group.verified else None,
             }
             for group in groups[:_SHOWN]
         ]
+
+
+def _mean(values: Sequence[float]) -> float | None:
+    return float(np.mean(values)) if values else None
 
 
 def _places(rows: list[list[int]], requests: list[Request], row_tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
