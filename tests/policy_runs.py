@@ -12,7 +12,6 @@ from chats import tokenizer, tokenizer_file
 from tiny import RECIPE, Numbers, engine_of, with_fields
 
 from data.prepared import open_prompts
-
 from recipes.schema.align import GrpoConfig
 from recipes.schema.data import ChatConfig, DataConfig, TokenizerConfig
 from recipes.schema.objective import ObjectiveConfig
@@ -103,17 +102,15 @@ class Events:
 
 @contextmanager
 def policy_stream(
-    engine: Engine, recipe: Recipe, *, start: RunState = RunState(), state: dict[str, torch.Tensor] | None = None,
+    engine: Engine, recipe: Recipe, *, start: RunState | None = None, state: dict[str, torch.Tensor] | None = None,
 ) -> Iterator[tuple[PolicyStream, Events]]:  # fmt: skip
     """A stream of answers of this engine, without a run around it."""
     events = Events()
     prompts = open_prompts(recipe, tokenizer())
-    frozen = open_frozen_models(
-        recipe, mesh=engine.mesh, tokenizer=tokenizer().fingerprint, eod=tokenizer().eod, before={}
-    )
+    frozen = open_frozen_models(recipe, mesh=engine.mesh, tokenizer=tokenizer().fingerprint, eod=tokenizer().eod)
     with PolicyStream(
         recipe, engine=engine, prompts=prompts, frozen=frozen, telemetry=events,  # type: ignore[arg-type]
-        folder=Path(recipe.run.folder), start=start, state=state or {}, oldest_step=lambda: 0,
+        folder=Path(recipe.run.folder), start=start or RunState(), state=state or {}, oldest_step=lambda: 0,
     ) as stream:  # fmt: skip
         yield stream, events
 

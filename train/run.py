@@ -25,7 +25,7 @@ from recipes.schema.read import recipe_mapping, recipe_yaml
 from recipes.schema.recipe import Recipe
 from recipes.schema.rules import start_problems
 from recipes.schema.scaling import describe_precision
-from train.align.frozen_models import FrozenModels, open_frozen_models
+from train.align.frozen_models import FrozenModels, check_frozen_models, open_frozen_models
 from train.align.policy_stream import PolicyStream
 from train.build import build_engine, check_start, mesh_of, open_material
 from train.checkpoint.manager import CheckpointFolder, checkpoint_at
@@ -99,6 +99,9 @@ def _train(
         origin |= {"started_from": str(initial), "started_from_fingerprint": before.fingerprint}
     engine = build_engine(recipe, mesh, weights=initial, tokenizer=tokenizer.fingerprint)
     mapping = recipe_mapping(recipe)
+    frozen = FrozenModels()
+    if isinstance(material, PromptSet):
+        frozen = open_frozen_models(recipe, mesh=mesh, tokenizer=tokenizer.fingerprint, eod=tokenizer.eod)
     kernels = _kernels(mesh)
     start = resume(
         checkpoints,
@@ -113,13 +116,9 @@ def _train(
         ),
     )
     step, position = start.state.step, start.state.position
-    frozen = FrozenModels()
-    if isinstance(material, PromptSet):
-        recorded = start.state.lineage if start.path is not None else {}
-        frozen = open_frozen_models(
-            recipe, mesh=mesh, tokenizer=tokenizer.fingerprint, eod=tokenizer.eod, before=recorded
-        )
-        start = replace(start, state=replace(start.state, lineage=start.state.lineage | frozen.lineage))
+    if start.path is not None:
+        check_frozen_models(frozen, recipe, before=start.state.lineage)
+    start = replace(start, state=replace(start.state, lineage=start.state.lineage | frozen.lineage))
     if mesh.rank == 0:
         _warn_if_start_changed(recipe, start.state.lineage)
         if isinstance(material, Dataset):

@@ -30,34 +30,43 @@ class FrozenModels:
     """Their identities, for checkpoints."""
 
 
-def open_frozen_models(
-    recipe: Recipe, *, mesh: Mesh, tokenizer: str, eod: int, before: Mapping[str, Any]
-) -> FrozenModels:
+def open_frozen_models(recipe: Recipe, *, mesh: Mesh, tokenizer: str, eod: int) -> FrozenModels:
     """Load the models that `objective.grpo` names. Collective over the world.
 
-    tokenizer, eod: fingerprint and end-of-document token of the run's tokenizer. before: the lineage of a resumed run. Raises
-    CheckpointError or RecipeError if one cannot be read, has another tokenizer, or is not the one that the run began with.
+    Call it before a checkpoint's random state is restored: building a model draws random numbers. tokenizer, eod: fingerprint and
+    end-of-document token of the run's tokenizer. Raises CheckpointError or RecipeError if one cannot be read, or has another
+    tokenizer.
     """
     config = recipe.objective.grpo
     reference, rewards, lineage = None, None, {}
     if config.kl_weight:
-        reference, identity = _open_reference(recipe, mesh=mesh, tokenizer=tokenizer, before=before.get(REFERENCE))
-        lineage[REFERENCE] = identity
+        reference, lineage[REFERENCE] = _open_reference(recipe, mesh=mesh, tokenizer=tokenizer)
     if config.reward_model is not None:
         # One more token than a row: the scorer puts the end-of-document token before each text.
         rows = {"row_tokens": recipe.data.row_tokens + 1, "batch_rows": recipe.run.microbatch_rows}
         rewards = open_reward_model(config.reward_model, mesh=mesh, tokenizer=tokenizer, eod=eod, **rows)
         lineage[REWARD_MODEL] = identity_of(*checkpoint_at(config.reward_model))
-        _check_same(
-            recipe, "objective.grpo.reward_model", config.reward_model, lineage[REWARD_MODEL], before.get(REWARD_MODEL)
-        )
     return FrozenModels(reference, rewards, lineage)
 
 
-def _open_reference(
-    recipe: Recipe, *, mesh: Mesh, tokenizer: str, before: Mapping[str, Any] | None
-) -> tuple[Any, dict[str, Any]]:
-    """(frozen model, its identity). before: the identity that the run has recorded. Errors: see `open_frozen_models`."""
+def check_frozen_models(frozen: FrozenModels, recipe: Recipe, *, before: Mapping[str, Any]) -> None:
+    """CheckpointError if a model has other weights than the one that the run began with, unless the recipe allows it.
+
+    before: the lineage of the checkpoint that the run continues from.
+    """
+    for name, identity in frozen.lineage.items():
+        then = before.get(name)
+        if then is None or then["fingerprint"] == identity["fingerprint"] or "arithmetic" in recipe.checkpoint.allow:
+            continue
+        raise CheckpointError(
+            f"the {name.replace('_', ' ')} of this run was {then['checkpoint']} with weights {str(then['fingerprint'])[:12]}, "
+            f"but objective.grpo now gives {identity['checkpoint']} with weights {str(identity['fingerprint'])[:12]}. Set "
+            f"objective.grpo.{name} to the first one, or add checkpoint.allow=[arithmetic] to continue with the new one."
+        )
+
+
+def _open_reference(recipe: Recipe, *, mesh: Mesh, tokenizer: str) -> tuple[Any, dict[str, Any]]:
+    """(frozen model, its identity). Errors: see `open_frozen_models`."""
     config = recipe.objective.grpo
     key = "objective.grpo.reference" if config.reference is not None else "run.start_from"
     place = config.reference or recipe.run.start_from
@@ -70,8 +79,6 @@ def _open_reference(
         tokenizer_problems(place, found.manifest.tokenizer, tokenizer, where=recipe.data.folder, otherwise=another),
         CheckpointError,
     )
-    identity = identity_of(found.path, found.manifest)
-    _check_same(recipe, key, place, identity, before)
     chunk = frozen_model(
         teacher_recipe(found.manifest, found.path),
         parallel=ParallelConfig(tensor=recipe.parallel.tensor),
@@ -81,17 +88,4 @@ def _open_reference(
         row_tokens=recipe.data.row_tokens,
         reset_at_documents=True,
     )
-    return chunk, identity
-
-
-def _check_same(
-    recipe: Recipe, key: str, place: str, identity: Mapping[str, Any], before: Mapping[str, Any] | None
-) -> None:
-    """CheckpointError if a model has other weights than the one that the run has recorded, unless the recipe allows it."""
-    if before is None or before["fingerprint"] == identity["fingerprint"] or "arithmetic" in recipe.checkpoint.allow:
-        return
-    raise CheckpointError(
-        f"{key}={place} has weights {str(identity['fingerprint'])[:12]}, but this run began with {before['checkpoint']} with "
-        f"weights {str(before['fingerprint'])[:12]}. Name that one, or add checkpoint.allow=[arithmetic] to continue with the "
-        f"new one."
-    )
+    return chunk, identity_of(found.path, found.manifest)
