@@ -457,7 +457,9 @@ class PolicyStream:
             entropy=-float(np.concatenate(log_probs).mean(dtype=np.float64)),
             log_prob_gap=gaps,
             generated_tokens=sum(lengths),
-            seconds={"generation": seconds.generation, "judging": seconds.judging, "log_probs": seconds.log_probs},
+            generation_s=seconds.generation,
+            judging_s=seconds.judging,
+            log_probs_s=seconds.log_probs,
         )
         every = self._config.samples_every_steps
         if every and (self._step % every == 0 or self._step + self._config.updates_per_batch >= self._recipe.run.steps):
