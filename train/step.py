@@ -10,6 +10,7 @@ from recipes.schema.errors import DataError
 from train.engine import Engine, run_schedule
 from train.objective.next_token import count_labels
 from train.optim.optimizer import set_learning_rate
+from train.record.profile import phase
 from train.record.stopwatch import Stopwatch
 
 
@@ -48,7 +49,8 @@ def train_step(
         chunk.zero_grad_buffer()
     engine.optimizer.zero_grad()
     microbatches, count = count_labels(engine.mesh, microbatches)
-    reports = run_schedule(engine, microbatches, forward_step=engine.forward_step)
+    with phase("forward and backward"):
+        reports = run_schedule(engine, microbatches, forward_step=engine.forward_step)
     if count is not None and not count():
         raise DataError(
             f"step {step + 1:,} has no label that is learned, so it has no loss. `stratum trace --step {step + 1}` shows its "
@@ -65,7 +67,8 @@ def train_step(
         before_update()
         watch.lap("staging")
     set_learning_rate(engine.optimizer, learning_rate)
-    _succeeded, grad_norm, _zeros = engine.optimizer.step()
+    with phase("optimizer"):
+        _succeeded, grad_norm, _zeros = engine.optimizer.step()
     engine.precision.finish_step()
     watch.lap("optimizer")
     return StepResult(loss=total[0], parts=total[1:], grad_norm=grad_norm)

@@ -86,6 +86,7 @@ def test_a_report_in_a_browser(tmp_path: Path) -> None:
                 "stopped or starting",
                 "To be <script>",
                 "Abacus 2000",
+                "aten::mm",
             ):
                 assert part in texts, part
             assert (
