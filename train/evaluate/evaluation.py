@@ -15,6 +15,7 @@ from data.system.optional_package import optional_package
 from data.tokenizer import Tokenizer, load_tokenizer
 from recipes.schema.errors import BackendError, CheckpointError, NumericsError, RecipeError, refuse
 from recipes.schema.foreign import printable
+from recipes.schema.objective_rules import language_model_problems
 from recipes.schema.read import recipe_from_mapping
 from recipes.schema.recipe import Recipe
 from recipes.schema.teacher_rules import tokenizer_problems
@@ -115,6 +116,7 @@ def _open(config: EvaluateToolConfig, place: Path) -> _Opened:
     if not manifest.recipe:
         raise CheckpointError(f"{path} has no recipe, so its model is not known.")
     recipe = recipe_from_mapping(manifest.recipe)
+    refuse(language_model_problems(recipe.model, place=str(path)))
     if config.tokenizer is not None:
         file = Path(config.tokenizer)
         tokenizer = load_tokenizer(file, recipe.data.tokenizer)
