@@ -66,7 +66,9 @@ def by_hand(engine: Engine, batch: Batch) -> list[float]:
     assert batch.document_index is not None and batch.learned is not None
     assert batch.ranks is not None and batch.groups is not None
     for row in range(len(batch.tokens)):
-        for document, (rank, group) in enumerate(zip(batch.ranks[row].tolist(), batch.groups[row].tolist(), strict=True)):
+        for document, (rank, group) in enumerate(
+            zip(batch.ranks[row].tolist(), batch.groups[row].tolist(), strict=True)
+        ):
             if rank >= 0:
                 of_answer = (batch.document_index[row] == document) & batch.learned[row]
                 last = int(of_answer.nonzero().max()) + 1  # the input that is the last learned label
@@ -203,7 +205,9 @@ def test_a_language_model_is_a_start_and_only_its_head_is_drawn(tied: bool, tmp_
     assert all(torch.equal(weights[HEAD], after[HEAD]) for weights in run_ranks(2, started, split, 2, path))
     if not tied:
         other = recipe_with(**REWARD, **{"model.norm_eps": 1e-3})
-        assert "model.norm_eps: 1e-05 in the checkpoint, 0.001 in the recipe" in run_ranks(1, started, other, 1, path)[0]
+        assert (
+            "model.norm_eps: 1e-05 in the checkpoint, 0.001 in the recipe" in run_ranks(1, started, other, 1, path)[0]
+        )
         back = recipe_with(**{"model.head": "vocabulary"})
         again = tmp_path / "reward"
         run_ranks(1, saved_language_model, reward, again)
