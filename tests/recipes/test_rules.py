@@ -125,6 +125,18 @@ EVERY_RULE: dict[str, tuple[dict[str, Any], str]] = {
         {"data.fim.rate": 0.5},
         "data.fim.prefix='<|fim_prefix|>' is not a special token of the tokenizer (it has: <|endoftext|>).",
     ),
+    "a reward model with a vocabulary": (
+        {"objective.kind": "reward"},
+        "objective.kind=reward trains a scalar head, but model.head=vocabulary. Set model.head=scalar.",
+    ),
+    "next tokens of a scalar head": (
+        {"model.head": "scalar"},
+        "model.head=scalar predicts no tokens, but objective.kind=next_token needs a distribution over tokens.",
+    ),
+    "tasks of a scalar head": (
+        {"model.head": "scalar", "objective.kind": "reward", "evaluate.tasks": ("needle-1k",)},
+        "evaluate.tasks=needle-1k needs a language model, but model.head=scalar.",
+    ),
     "no teacher named": (DISTIL, "objective.kind=distill needs objective.teacher or objective.teacher_cache."),
     "no teacher there": (
         DISTIL | {"objective.teacher": "nowhere"},

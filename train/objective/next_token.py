@@ -65,7 +65,7 @@ def forward_step(
             if rows.learned is None:
                 loss = token_losses.sum() / (token_losses.numel() * context_ranks)
             else:
-                loss = torch.where(rows.learned, token_losses, 0).sum() / batch.labels_per_microbatch()
+                loss = torch.where(rows.learned, token_losses, 0).sum() / batch.per_microbatch()[0]
             return loss, loss.detach().clone()
 
         return output, loss_of
@@ -84,4 +84,4 @@ def count_labels(mesh: Mesh, microbatches: list[Any]) -> tuple[list[Any], Callab
     def mean() -> float:
         return max(1, count()) / in_step
 
-    return [replace(batch, labels_per_microbatch=mean) for batch in microbatches], count
+    return [replace(batch, per_microbatch=lambda: (mean(),)) for batch in microbatches], count
