@@ -32,6 +32,7 @@ from train.megatron import use_device
 from train.model.backend import ReferenceBackend, choose_backend, this_machine
 from train.model.build import build_model
 from train.objective import next_token
+from train.objective.step_counts import Counter
 from train.optim.optimizer import build_optimizer
 from train.parallel.mesh import Mesh, close_mesh, open_mesh
 from train.parallel.wrap import connect, wrap_chunks
@@ -115,6 +116,8 @@ class Objective:
 
     forward_step: Callable[..., Any]
     parts: tuple[str, ...] = ()
+    counter: Counter = next_token.count_labels
+    """What is counted in the rows of a step (`train.objective.step_counts`)."""
     teacher: dict[str, Any] | None = None
     """Identity of the teacher's weights (`recipes.schema.facts.identity_of`), the same on every rank."""
 
@@ -134,12 +137,12 @@ def build_objective(recipe: Recipe, *, mesh: Mesh, chunks: list[Any], tokenizer:
         request = read_request(Path(objective.teacher_cache))
         source = TeacherCache.open(recipe, tokenizer=tokenizer) if mesh.is_last_stage else None
         step = distill.distill_step(recipe, mesh=mesh, source=source, match=None)
-        return Objective(step, distill.PARTS, request.identity)
+        return Objective(step, distill.PARTS, teacher=request.identity)
     source = open_teacher(recipe, mesh=mesh, tokenizer=tokenizer)
     match = distill.hidden_match(recipe, source)
     assert objective.teacher is not None, "open_teacher refuses a recipe without a teacher"
     step = distill.distill_step(recipe, mesh=mesh, source=source, match=match)
-    return Objective(step, distill.PARTS, identity_of(*checkpoint_at(objective.teacher)))
+    return Objective(step, distill.PARTS, teacher=identity_of(*checkpoint_at(objective.teacher)))
 
 
 def build_engine(recipe: Recipe, mesh: Mesh, *, weights: Path | None = None, tokenizer: str | None = None) -> Engine:
@@ -175,6 +178,7 @@ def build_engine(recipe: Recipe, mesh: Mesh, *, weights: Path | None = None, tok
         optimizer=optimizer,
         precision=backend.control(wrapped, precision=recipe.precision, mesh=mesh, seed=recipe.run.seed),
         forward_step=objective.forward_step,
+        counter=objective.counter,
         loss_parts=objective.parts,
         teacher=objective.teacher,
         row_tokens=recipe.data.row_tokens,
