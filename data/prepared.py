@@ -48,7 +48,7 @@ def read_prepared(config: DataConfig, *, rows: int, global_rows: int) -> Prepare
     identity = ""
     if not found and not data_problems(config):  # the rules report what is wrong in the recipe itself
         try:
-            blend = blend_of(config, _rows(config, manifest))
+            blend = blend_of(config, source_rows(config, manifest))
             identity = identity_of(manifest, blend)
             exhausted = blend.exhausted(rows)
             blend.check_length(rows, global_rows=global_rows)
@@ -132,6 +132,6 @@ def row_problems(config: DataConfig, manifest: Manifest) -> list[Problem]:
     return found
 
 
-def _rows(config: DataConfig, manifest: Manifest) -> list[int]:
+def source_rows(config: DataConfig, manifest: Manifest) -> list[int]:
     """Number of training rows of each source, in the recipe's order: as `data.rows.packing.Rows.count`, without a shard."""
     return [manifest.sources[name].count("train", "tokens") // config.row_tokens for name in config.sources]
