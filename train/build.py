@@ -5,6 +5,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from data.prepared import read_prepared
 from data.store.manifest import MANIFEST, read_manifest
 from data.stream import Dataset, open_dataset
 from data.tokenizer import Tokenizer, load_tokenizer
-from recipes.schema.changes import check_same_function
+from recipes.schema.changes import check_same_function, replaces_head
 from recipes.schema.errors import DataError, RecipeError, refuse
 from recipes.schema.facts import identity_of, read_disk, read_request
 from recipes.schema.layout import Layout, lay_out
@@ -22,6 +23,7 @@ from recipes.schema.manifest import read_manifest as read_checkpoint_manifest
 from recipes.schema.parallel import ParallelConfig
 from recipes.schema.recipe import Recipe
 from recipes.schema.rules import distill_problems, notes, problems, shape_rules, vocabulary_problems
+from train.align.reward import REWARD_PARTS, count_contexts, reward_step
 from train.checkpoint.manager import checkpoint_at
 from train.checkpoint.storage import read_weights
 from train.distill import objective as distill
@@ -31,6 +33,7 @@ from train.engine import Engine
 from train.megatron import use_device
 from train.model.backend import ReferenceBackend, choose_backend, this_machine
 from train.model.build import build_model
+from train.model.initial import HEAD, initialize
 from train.objective import next_token
 from train.objective.step_counts import Counter
 from train.optim.optimizer import build_optimizer
@@ -130,6 +133,8 @@ def build_objective(recipe: Recipe, *, mesh: Mesh, chunks: list[Any], tokenizer:
     """
     refuse(distill_problems(recipe))
     objective = recipe.objective
+    if objective.kind == "reward":
+        return Objective(reward_step(mesh, objective.reward), REWARD_PARTS, counter=count_contexts)
     if objective.kind == "next_token":
         return Objective(next_token.forward_step(mesh, reset_at_documents=recipe.data.reset_at_documents))
     source: Teacher | TeacherCache | None
@@ -148,7 +153,8 @@ def build_objective(recipe: Recipe, *, mesh: Mesh, chunks: list[Any], tokenizer:
 def build_engine(recipe: Recipe, mesh: Mesh, *, weights: Path | None = None, tokenizer: str | None = None) -> Engine:
     """Model, data parallelism and optimizer of a recipe on this rank. Collective over the world.
 
-    weights: a checkpoint to load the initial weights from, instead of random ones. tokenizer: fingerprint of the data's
+    weights: a checkpoint to load the initial weights from, instead of random ones; if it is of a language model and the recipe
+    has a scalar head, the head is drawn. tokenizer: fingerprint of the data's
     tokenizer; a teacher's must be equal.
     """
 
@@ -166,8 +172,12 @@ def build_engine(recipe: Recipe, mesh: Mesh, *, weights: Path | None = None, tok
         draw_weights=weights is None,
     )
     if weights is not None:
-        check_same_function(read_checkpoint_manifest(weights).recipe, recipe, place=str(weights))
-        read_weights(weights, chunks, groups=mesh.groups)
+        saved = read_checkpoint_manifest(weights).recipe
+        drawn = (HEAD,) if replaces_head(saved, recipe) else ()
+        check_same_function(saved, recipe, place=str(weights), except_head=bool(drawn))
+        read_weights(weights, chunks, groups=mesh.groups, without=drawn)
+        for chunk, name in product(chunks, drawn):
+            initialize(chunk, model=recipe.model, seed=recipe.run.seed, tensor_group=mesh.groups.tp, only=name)
     objective = build_objective(recipe, mesh=mesh, chunks=chunks, tokenizer=tokenizer)
     wrapped = wrap_chunks(chunks, parallel=recipe.parallel, mesh=mesh, fp8_weights=recipe.precision.fp8_weights)
     optimizer = build_optimizer(wrapped, optim=recipe.optim, precision=recipe.precision, mesh=mesh)
@@ -227,6 +237,24 @@ def models_for_inference(
         yield models
 
 
+def model_in_mesh(recipe: Recipe, checkpoint: Path, *, mesh: Mesh) -> Any:
+    """The model of a recipe with a checkpoint's weights, for inference, in process groups that are open: split over the tensor
+    ranks, a copy in each of the tensor groups, one pipeline stage. Collective over the world.
+
+    Raises RecipeError if the model cannot be split over so many ranks.
+    """
+    check_same_function(read_checkpoint_manifest(checkpoint).recipe, recipe, place=str(checkpoint))
+    one = _on_tensor_ranks(recipe, mesh.layout.tensor, copies=1)
+    check(one, world=mesh.layout.tensor)
+    return _loaded(one, checkpoint, mesh=mesh, masters=True)
+
+
+def _on_tensor_ranks(recipe: Recipe, tensor: int, *, copies: int) -> Recipe:
+    """The recipe with nothing but tensor parallelism, as inference has it."""
+    run = replace(recipe.run, global_rows=copies, microbatch_rows=1)
+    return replace(recipe, parallel=ParallelConfig(tensor=tensor), run=run)
+
+
 @contextmanager
 def _models(
     sources: Sequence[tuple[Recipe, Path]],
@@ -246,14 +274,7 @@ def _models(
     use_device(device)
 
     copies = max(1, world // tensor)
-    ones = [
-        replace(
-            recipe,
-            parallel=ParallelConfig(tensor=tensor),
-            run=replace(recipe.run, global_rows=copies, microbatch_rows=1),
-        )
-        for recipe, _ in sources
-    ]
+    ones = [_on_tensor_ranks(recipe, tensor, copies=copies) for recipe, _ in sources]
     layouts = [check(one, world=world) for one in ones]
     with mesh_of(ones[0], layouts[0], device=device, rank=rank) as mesh:
         pairs = zip(ones, sources, strict=True)

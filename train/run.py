@@ -30,6 +30,7 @@ from train.checkpoint.manifest import RunState
 from train.checkpoint.resume import TEACHER, resume
 from train.checkpoint.saving import Peers
 from train.distill.teacher_cache import TeacherCache
+from train.evaluate.heldout_preferences import heldout_preferences, recorded
 from train.evaluate.losses import heldout_bits_per_byte
 from train.evaluate.training_tasks import open_training_tasks, task_scores
 from train.loop import train_loop
@@ -150,10 +151,16 @@ def _train(recipe: Recipe, *, mesh: Mesh, dataset: Dataset, folder: Path, check_
 
         def evaluate(at: int) -> None:
             if heldout_is_due(recipe.evaluate, at, steps=recipe.run.steps):
+                rows = recipe.evaluate.rows_per_source
                 with telemetry.phase("evaluating"):
-                    scores = heldout_bits_per_byte(engine, dataset, rows_per_source=recipe.evaluate.rows_per_source)
-                telemetry.evaluation(at, scores)
-                check_scores(at, scores, advice=lambda: checkpoints.advice(mesh))
+                    if recipe.model.head == "scalar":
+                        found = heldout_preferences(engine, dataset, rows_per_source=rows)
+                        telemetry.event("tasks", step=at, tasks=recorded(found))
+                        scores, measure = {one.name: one.metrics["loss"].value for one in found}, "losses"
+                    else:
+                        scores, measure = heldout_bits_per_byte(engine, dataset, rows_per_source=rows), "bits per byte"
+                        telemetry.evaluation(at, scores)
+                check_scores(at, scores, measure=measure, advice=lambda: checkpoints.advice(mesh))
             if tasks_are_due(recipe.evaluate, at, steps=recipe.run.steps):
                 with telemetry.phase("scoring tasks"):
                     results = task_scores(engine, tasks, dataset.tokenizer, shape=recipe.model)

@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
 
-from recipes.schema.changes import check_folder, differences, refused
+from recipes.schema.changes import check_folder, differences, refused, replaces_head
 from recipes.schema.data_rules import data_problems
 from recipes.schema.errors import Problem, RecipeError
 from recipes.schema.errors import refuse as refuse
@@ -25,6 +25,7 @@ from recipes.schema.launch_rules import environment_problems
 from recipes.schema.layout import layout_problems
 from recipes.schema.manifest import Manifest
 from recipes.schema.objective import PREFERENCE_OBJECTIVES, ObjectiveConfig
+from recipes.schema.objective_rules import data_fit_problems, reward_problems, unused
 from recipes.schema.optim import ScheduleConfig
 from recipes.schema.parallel import ParallelConfig
 from recipes.schema.pattern import layer_kinds, pattern_problems, weights_of
@@ -72,7 +73,9 @@ def problems(
             world=world,
         ),
         *environment_problems(recipe.launch.environment),
-        *objective_problems(recipe),
+        *distill_problems(recipe),
+        *data_fit_problems(recipe),
+        *reward_problems(recipe),
         *task_problems(
             recipe.evaluate.tasks,
             row_tokens=recipe.data.row_tokens,
@@ -90,27 +93,6 @@ def problems(
     if prepared is not None and (here or prepared.is_here):
         found += prepared_problems(recipe, prepared)
     return list({str(problem): problem for problem in found}.values())
-
-
-def objective_problems(recipe: Recipe) -> list[Problem]:
-    """Problems of an objective that the recipe alone shows: of distillation, and an objective that the data does not fit."""
-    kind, preferences = recipe.objective.kind, recipe.data.preferences
-    found = distill_problems(recipe)
-    if preferences and kind not in PREFERENCE_OBJECTIVES:
-        name = preferences[0]
-        text = (
-            f"objective.kind={kind}, but data.sources.{name} has preferences: it would learn the rejected answers like the "
-            f"chosen ones."
-        )
-        remedy = (
-            f"Use objective.kind={' or '.join(PREFERENCE_OBJECTIVES)}, or a source of the chosen answers (kind: chat)."
-        )
-        found.append(Problem("objective.kind", text, remedy))
-    if not preferences and kind in PREFERENCE_OBJECTIVES:
-        name = next(iter(recipe.data.sources), "NAME")
-        text = f"objective.kind={kind} learns from preferences, and data.sources.{name} is not of kind preference."
-        found.append(Problem("objective.kind", text, f"Set data.sources.{name}.kind=preference, or another objective."))
-    return found
 
 
 def reading_problems(recipe: Recipe) -> list[Problem]:
@@ -132,7 +114,7 @@ def notes(recipe: Recipe, *, machine: Machine | None = None, prepared: Prepared 
     """What is allowed but probably a mistake. The plan shows it as a warning, and training logs it once."""
     found = []
     if idle := unused(recipe.objective):
-        text = f"objective.kind=next_token trains on next tokens and does not use {idle}."
+        text = f"objective.kind={recipe.objective.kind} does not use {idle}."
         found.append(Problem("objective.kind", text))
     if idle := unread(recipe.schedule):
         found.append(Problem("schedule.decay", f"{idle}."))
@@ -375,7 +357,10 @@ def start_problems(recipe: Recipe, start: Named, *, tokenizer: str | None) -> li
         otherwise="name another run.start_from",
     )
     if start.recipe is not None and not pattern_problems(recipe.model.pattern):
-        ours, theirs = weights_of(recipe.model), weights_of(start.recipe.model)
+        model = start.recipe.model
+        if replaces_head(start.manifest.recipe, recipe):
+            model = dataclasses.replace(model, head="scalar")
+        ours, theirs = weights_of(recipe.model), weights_of(model)
         keys = sorted(key for key in ours | theirs if ours.get(key) != theirs.get(key))
         differing = [f"{key}: {theirs.get(key)} in the checkpoint, {ours.get(key)} in the recipe" for key in keys]
         if differing:
@@ -503,13 +488,3 @@ def vocabulary_problems(recipe: Recipe, vocab_size: int, *, vocab: int | None = 
         larger = f"model.vocab_padding={recipe.model.vocab - vocab_size}"
     remedy = f"Set {larger}, or prepare the data again with a smaller tokenizer."
     return [Problem("model.vocab", text, remedy if vocab is None else "Use the data the model was trained on.")]
-
-
-def unused(objective: ObjectiveConfig) -> str:
-    """Fields of an objective that are set but not used, for messages; empty if all are used."""
-    if objective.kind != "next_token":
-        return ""
-    plain = ObjectiveConfig()
-    names = [field.name for field in dataclasses.fields(objective) if field.name != "kind"]
-    changed = [name for name in names if getattr(objective, name) != getattr(plain, name)]
-    return ", ".join(f"objective.{name}={getattr(objective, name)}" for name in changed)

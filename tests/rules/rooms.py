@@ -51,7 +51,7 @@ STOREYS = (
     ("train.model",),
     ("train.objective", "train.engine", "train.align.losses"),
     ("train.step", "train.checkpoint", "train.report"),
-    ("train.distill", "train.loop", "train.quantize.loading"),
+    ("train.distill", "train.align.reward", "train.loop", "train.quantize.loading"),
     ("train.build",),
     ("train.quantize.calibrate",),
     ("train.compress", "train.inference", "train.teacher_cache"),

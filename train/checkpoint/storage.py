@@ -94,12 +94,14 @@ def read_training(folder: Path, engine: Engine) -> Manifest:
     return reader.manifest
 
 
-def read_weights(folder: Path, chunks: list[Any], *, groups: Any, masters: bool = True) -> None:
+def read_weights(
+    folder: Path, chunks: list[Any], *, groups: Any, masters: bool = True, without: tuple[str, ...] = ()
+) -> None:
     """Fill only the weights of unwrapped model chunks (evaluation, generation, teachers), at any layout. Collective.
 
     groups: Megatron's process groups of the chunks' layout. masters: fp32 weights are filled from masters, if the checkpoint has
-    them. Raises CheckpointError on every rank, with the names, if model and checkpoint do not have the same weights. State of a
-    precision backend may be missing.
+    them. without: weights that stay as they are, whatever the checkpoint has under their names. Raises CheckpointError on every
+    rank, with the names, if model and checkpoint do not have the same weights. State of a precision backend may be missing.
     """
     reader, error = _open(folder)
     _raise_if_any(error)
@@ -107,8 +109,9 @@ def read_weights(folder: Path, chunks: list[Any], *, groups: Any, masters: bool 
     local_tensors = local_tensors_of(chunks, groups.dp_cp)
     device = torch.device("cuda" if dist.get_backend() == "nccl" else "cpu")
     loading = _Loading(reader, device, masters=masters)
-    loading.request(weight_pieces(local_tensors))
-    loading.finish(ignored=("optimizer.",))
+    left = tuple(MODEL + name for name in without)
+    loading.request([piece for piece in weight_pieces(local_tensors) if piece.tensor not in left])
+    loading.finish(ignored=("optimizer.", *left))
     _copy_back_to_fp8(local_tensors)
 
 

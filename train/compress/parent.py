@@ -9,6 +9,7 @@ from typing import Any
 from data.stream import Dataset
 from recipes.schema.compress import CompressConfig
 from recipes.schema.errors import CheckpointError, RecipeError, refuse
+from recipes.schema.objective_rules import language_model_problems
 from recipes.schema.recipe import Recipe
 from recipes.schema.rules import vocabulary_problems
 from recipes.schema.teacher_rules import tokenizer_problems
@@ -36,9 +37,11 @@ def parent_of(config: CompressConfig) -> Parent:
     if config.parent is None:
         raise RecipeError("compress.parent is not set: name a checkpoint folder, or a run folder such as runs/NAME.")
     try:
-        return parent_at(config.parent)
+        parent = parent_at(config.parent)
     except CheckpointError as error:
         raise CheckpointError(f"compress.parent: {error}") from error
+    refuse(language_model_problems(parent.recipe.model, place=f"compress.parent={parent.path}", key="compress.parent"))
+    return parent
 
 
 def parent_at(place: str | Path) -> Parent:

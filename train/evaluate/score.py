@@ -148,9 +148,17 @@ def pack(requests: Sequence[Request], *, row_tokens: int, is_shared: bool) -> li
                 f"a text of {len(request.context):,} + {len(request.target):,} tokens does not fit into a row of "
                 f"{row_tokens:,}. Shorten it, or allow longer rows (--row-tokens)."
             )
+    return first_fit(sizes, row_tokens=row_tokens, is_shared=is_shared)
+
+
+def first_fit(sizes: Sequence[int], *, row_tokens: int, is_shared: bool = True) -> list[list[int]]:
+    """Numbers of the texts of these sizes in each row: longest first, each into the first open row with enough room.
+
+    is_shared: whether a row may have several texts.
+    """
     rows: list[list[int]] = []
     room: list[int] = []
-    for index in sorted(range(len(requests)), key=lambda i: -sizes[i]):
+    for index in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
         first = max(0, len(rows) - _OPEN_ROWS) if is_shared else len(rows)
         place = next((row for row in range(first, len(rows)) if room[row] >= sizes[index]), None)
         if place is None:

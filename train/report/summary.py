@@ -154,7 +154,7 @@ def draw(record: RunRecord, path: Path, *, title: str, recipe: dict[str, Any]) -
 
         top.plot(steps, losses, color="#a5c8ec", linewidth=0.9, label="each step")
         top.plot(steps, smooth(losses), color=SERIES[0], linewidth=2, label="running mean")
-        top.set(title=f"{title}: {_loss(recipe)}", ylabel="nats per token")
+        top.set(title=f"{title}: {_loss(recipe)}", ylabel=f"nats per {_unit(recipe)}")
         top.tick_params(labelbottom=False)
         below.plot(steps, [record.steps[step]["learning_rate"] for step in steps], color=MUTED, linewidth=1.4)
         below.set(xlabel="step", ylabel="learning rate", ylim=(0, None))
@@ -221,7 +221,7 @@ def facts(record: RunRecord, recipe: dict[str, Any]) -> dict[str, str]:
         "layout": f"{start.get('layout', '?')} on {start.get('device', '?')}",
         "steps": f"{last['step']:,} of {recipe['run']['steps']:,}",
         "tokens": f"{last['tokens']:,}",
-        _loss(recipe): _loss_change([line["loss"] for line in steps]),
+        _loss(recipe): _loss_change([line["loss"] for line in steps], unit=_unit(recipe)),
         "speed": f"{statistics.median(line['tokens_per_s'] for line in steps):,.0f} tokens/s (median)",
     }
     shares = [line["mfu"] for line in steps if "mfu" in line]
@@ -258,17 +258,24 @@ def _code_before(text: str, separator: str) -> str:
     return f"{_code(first)}{separator}{in_markdown(rest)}"
 
 
-def _loss_change(losses: list[float]) -> str:
+def _unit(recipe: dict[str, Any]) -> str:
+    """What the training loss is a mean over."""
+    return "context" if recipe.get("objective", {}).get("kind") == "reward" else "token"
+
+
+def _loss_change(losses: list[float], *, unit: str) -> str:
     """Mean loss of the first steps and of the last: a tenth of the run each, at most 50, because single steps are noisy."""
     count = min(50, max(1, len(losses) // 10))
     first, last = (sum(part) / count for part in (losses[:count], losses[-count:]))
     of = f" (means of the first and last {count} steps)" if count > 1 else ""
-    return f"{first:.4f} -> {last:.4f} nats per token{of}"
+    return f"{first:.4f} -> {last:.4f} nats per {unit}{of}"
 
 
 def _loss(recipe: dict[str, Any]) -> str:
     """Name of the training loss. A divergence from a teacher is not a next-token loss, and it approaches 0."""
     objective = recipe.get("objective", {})
+    if objective.get("kind") == "reward":
+        return "training loss (Bradley-Terry)"
     if objective.get("kind") != "distill":
         return "training loss"
     is_mixed = objective.get("next_token_weight", 0) or objective.get("hidden_match", "none") != "none"
