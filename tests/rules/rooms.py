@@ -19,6 +19,7 @@ STOREYS = (
     ("recipes", "recipes.schema"),
     # data
     ("data", "data.system", "data.chat.record"),
+    ("data.chat.preferences",),
     ("data.native", "data.batch", "data.sources", "data.store", "data.tokenizer", "data.order"),
     ("data.chat",),
     ("data.rows", "data.make"),
