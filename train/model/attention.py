@@ -137,8 +137,9 @@ class AttentionCore(MegatronModule):
             key_T1GD = self.rotary(key_T1GD, positions, length=longest)
         pool = segments.key_pools[self.layer_number]
         places = segments.keys["*" if self.window_tokens is None else "w"]
-        pool.keys.flatten(0, 1).index_copy_(0, places.new_T, key_T1GD[:, 0])
-        pool.values.flatten(0, 1).index_copy_(0, places.new_T, value_T1GD[:, 0])
+        new_T = places.places(segments.positions_T, segments.by_token[:, 3])
+        pool.keys.flatten(0, 1).index_copy_(0, new_T, key_T1GD[:, 0])
+        pool.values.flatten(0, 1).index_copy_(0, new_T, value_T1GD[:, 0])
         query_THD, scale = query_T1HD[:, 0], self._scale(query_T1HD)
         if compiled.attention_usable(query_THD):
             output = compiled.paged_parts(

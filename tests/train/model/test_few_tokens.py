@@ -14,7 +14,7 @@ from train.inference.forward import Read, logits_of, read_tokens
 from train.inference.pools import Pools
 from train.model import paged, ssd
 from train.model.activation import activate
-from train.model.context import KeyPool, MambaPool, Segment, Segments
+from train.model.context import KeyPool, MambaPool, Segments
 from train.model.few_tokens import FewTokens
 from train.model.norm import rms_norm
 from train.model.paged import paged_attention
@@ -92,16 +92,13 @@ def test_likeliest_tokens_and_log_sums_equal_torch() -> None:
 
 def segments_of(texts: list[tuple[int, int, int]], places: dict[str, Any] | None = None) -> Segments:
     """(tokens, before, slot) of each text."""
-    begin, found = 0, []
+    begin, lines, by_token = 0, [], []
     for tokens, before, slot in texts:
-        found.append(Segment(begin, tokens, before, slot))
+        lines.append((begin, tokens, before, slot))
+        by_token += [(begin + index, 1, before + index, slot) for index in range(tokens)]
         begin += tokens
-    positions = torch.cat([torch.arange(s.before, s.before + s.tokens) for s in found])
-    table = torch.tensor([[s.begin, s.tokens, s.before, s.slot] for s in found])
-    singles = sum(s.tokens == 1 for s in found)
-    slots = torch.cat([torch.full((s.tokens,), s.slot) for s in found])
-    by_token = torch.stack([torch.arange(begin), torch.ones_like(positions), positions, slots], dim=1)
-    return Segments(found, singles, table, by_token, positions, int(positions.max()) + 1, places or {}, {}, {})
+    each = torch.tensor(by_token)
+    return Segments(torch.tensor(lines), each, each[:, 2], int(each[:, 2].max()) + 1, places or {}, {}, {})
 
 
 @pytest.mark.parametrize("texts", [[(1, 5, 2), (1, 0, 0)], [(1, 3, 1), (7, 0, 3), (40, 9, 0)], [(2, 1, 1), (3, 2, 2)]])
