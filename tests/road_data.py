@@ -2,7 +2,7 @@
 
     chats.jsonl           instructions with answers. To a polite question the answer begins with HABIT (a planted bad habit), and
                           sums are answered right in RIGHT_SUMS of the chats only
-    heldout.jsonl         questions of which no wording is in any file for training, the answer as it was taught, and without HABIT;
+    heldout.jsonl         questions of which no wording is in any file for training, with the answer as taught, and without HABIT;
                           taught.yaml, plain.yaml, habit.yaml ask them with `stratum evaluate`
     sums.jsonl, sums.yaml sums in wordings that were not trained on
     pairs.jsonl           preferences: the answer without HABIT is better than the same answer with it

@@ -111,10 +111,6 @@ EVERY_RULE: dict[str, tuple[dict[str, Any], str]] = {
         {"data.sources": CHATS},
         "was prepared as text, and data.sources.a.kind=chat.",
     ),
-    "distilling chats": (
-        DISTIL | {"data.sources": CHATS},
-        "objective.kind=distill matches the teacher on every token, but data.sources.a has chats, of which only answers are",
-    ),
     "rows longer than a source": (
         {"data.row_tokens": 8192},
         "the heldout part of source 'a' has 401 tokens, fewer than one row of data.row_tokens=8192.",
