@@ -116,6 +116,7 @@ def train_loop(
                 grad_norm=result.grad_norm,
                 learning_rate=recipe.optim.lr * factor,
                 seconds=watch.seconds,
+                labels=result.labels,
             )
             if is_measured(step):
                 telemetry.flush()

@@ -24,6 +24,8 @@ class StepResult:
     """Norm of the whole gradient before clipping; the same on every rank."""
     parts: torch.Tensor
     """This rank's share of the objective's other terms (`Engine.loss_parts`); sum them in the same way."""
+    labels: int | None = None
+    """Learned labels of the whole step; None if every label is learned."""
 
 
 def train_step(
@@ -71,4 +73,5 @@ def train_step(
         _succeeded, grad_norm, _zeros = engine.optimizer.step()
     engine.precision.finish_step()
     watch.lap("optimizer")
-    return StepResult(loss=total[0], parts=total[1:], grad_norm=grad_norm)
+    labels = None if count is None else count()
+    return StepResult(loss=total[0], parts=total[1:], grad_norm=grad_norm, labels=labels)
