@@ -34,6 +34,7 @@ from train.checkpoint.resume import TEACHER, resume
 from train.checkpoint.saving import Peers
 from train.checkpoint.stream_state import read_stream_state
 from train.distill.teacher_cache import TeacherCache
+from train.evaluate.heldout_preferences import heldout_preferences, recorded
 from train.evaluate.losses import heldout_bits_per_byte
 from train.evaluate.training_tasks import open_training_tasks, task_scores
 from train.loop import train_loop
@@ -41,6 +42,7 @@ from train.megatron import choose_device, use_device
 from train.native.kernel_versions import describe, of_all_ranks
 from train.parallel.mesh import Mesh, world_from_environment
 from train.record.machine import peak_flops
+from train.record.profile import Profiler
 from train.record.telemetry import Telemetry
 from train.resilience.faults import check_scores
 from train.resilience.hangs import hangs_named, record_operations
@@ -165,10 +167,16 @@ def _train(
 
         def evaluate(at: int) -> None:
             if isinstance(material, Dataset) and heldout_is_due(recipe.evaluate, at, steps=recipe.run.steps):
+                rows = recipe.evaluate.rows_per_source
                 with telemetry.phase("evaluating"):
-                    scores = heldout_bits_per_byte(engine, material, rows_per_source=recipe.evaluate.rows_per_source)
-                telemetry.evaluation(at, scores)
-                check_scores(at, scores, advice=lambda: checkpoints.advice(mesh))
+                    if recipe.model.head == "scalar":
+                        found = heldout_preferences(engine, material, rows_per_source=rows)
+                        telemetry.event("tasks", step=at, tasks=recorded(found))
+                        scores, measure = {one.name: one.metrics["loss"].value for one in found}, "losses"
+                    else:
+                        scores, measure = heldout_bits_per_byte(engine, material, rows_per_source=rows), "bits per byte"
+                        telemetry.evaluation(at, scores)
+                check_scores(at, scores, measure=measure, advice=lambda: checkpoints.advice(mesh))
             if tasks_are_due(recipe.evaluate, at, steps=recipe.run.steps):
                 with telemetry.phase("scoring tasks"):
                     results = task_scores(engine, tasks, tokenizer, shape=recipe.model)
@@ -181,6 +189,8 @@ def _train(
                 checkpoints.request(engine, state, stream=stream.state(), background=background)
 
         stack.callback(checkpoints.close)
+        profiler = Profiler(recipe.run, folder=folder, chunks=engine.chunks, rank=mesh.rank, device=mesh.device)
+        stack.callback(profiler.close)
         if start.text:
             telemetry.event("audit", step=step, text=start.text)
         telemetry.event(
@@ -189,6 +199,7 @@ def _train(
             total_steps=recipe.run.steps,
             parameters=parameters(recipe.model).total,
             layout=mesh.layout.describe(),
+            world=mesh.layout.world,
             device=str(mesh.device),
             kernels=kernels,
             precision=describe_precision(recipe.model, recipe.precision),
@@ -204,6 +215,7 @@ def _train(
             evaluate=evaluate,
             checkpoints=checkpoints,
             save=save,
+            profiler=profiler,
         )
     return RunEnd(folder=folder, step=end.step, reason=end.reason)
 
