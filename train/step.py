@@ -8,6 +8,7 @@ import torch
 
 from recipes.schema.errors import DataError
 from train.engine import Engine, run_schedule
+from train.objective.next_token import count_labels
 from train.objective.step_counts import count_step
 from train.optim.optimizer import set_learning_rate
 from train.record.profile import phase
@@ -73,5 +74,5 @@ def train_step(
         _succeeded, grad_norm, _zeros = engine.optimizer.step()
     engine.precision.finish_step()
     watch.lap("optimizer")
-    labels = None if count is None else count()
+    labels = sums()[0] if sums is not None and engine.counter is count_labels else None
     return StepResult(loss=total[0], parts=total[1:], grad_norm=grad_norm, labels=labels)
