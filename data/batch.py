@@ -26,14 +26,14 @@ class Batch:
     """[rows, row_tokens] bool: the labels that are learned, of chats what the assistant wrote, of preferences the ranked answers.
     None: all."""
     ranks: torch.Tensor | None = None
-    """[rows, most documents] int16: the rank of each document of a row, an answer of a preference; 0 is the best, equal ranks are
-    equally good, -1: the row has no such document. The second index is a document's `document_index`. What fills a row up has the
-    index of its last answer and is not learned. None if the data has no preferences."""
+    """[rows, most documents] int16: the rank of each document of a row, an answer of a preference. 0 is the best, equal ranks
+    are equally good, -1: the row has no such document. The second index is a document's `document_index`. What fills a row up
+    has the index of its last answer and is not learned. None if the data has no preferences."""
     groups: torch.Tensor | None = None
-    """[rows, most documents] int32: index, in its row, of the preference that each document belongs to, increasing from 0; -1: no
-    such document. All answers of a preference are in one row, best first."""
+    """[rows, most documents] int32: index, in its row, of the preference that each document belongs to, increasing from 0; -1:
+    no such document. All answers of a preference are in one row, best first."""
     per_microbatch: Callable[[], tuple[float, ...]] | None = None
-    """Mean numbers, over the microbatches of a step on all ranks, of what the objective counts, such as learned labels; set by
+    """Mean numbers, over the microbatches of a step on all ranks, of what the objective counts, such as learned labels. Set by
     the trainer if it counts anything. It may wait for the other ranks."""
 
     def select(self, rows: np.ndarray) -> "Batch":

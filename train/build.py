@@ -23,7 +23,7 @@ from recipes.schema.manifest import read_manifest as read_checkpoint_manifest
 from recipes.schema.parallel import ParallelConfig
 from recipes.schema.recipe import Recipe
 from recipes.schema.rules import distill_problems, notes, problems, shape_rules, vocabulary_problems
-from train.align.reward import REWARD_PARTS, reward_step
+from train.align.reward import REWARD_PARTS, count_contexts, reward_step
 from train.checkpoint.manager import checkpoint_at
 from train.checkpoint.storage import read_weights
 from train.distill import objective as distill
@@ -35,6 +35,7 @@ from train.model.backend import ReferenceBackend, choose_backend, this_machine
 from train.model.build import build_model
 from train.model.initial import HEAD, initialize
 from train.objective import next_token
+from train.objective.step_counts import Counter
 from train.optim.optimizer import build_optimizer
 from train.parallel.mesh import Mesh, close_mesh, open_mesh
 from train.parallel.wrap import connect, wrap_chunks
@@ -118,6 +119,8 @@ class Objective:
 
     forward_step: Callable[..., Any]
     parts: tuple[str, ...] = ()
+    counter: Counter = next_token.count_labels
+    """What is counted in the rows of a step (`train.objective.step_counts`)."""
     teacher: dict[str, Any] | None = None
     """Identity of the teacher's weights (`recipes.schema.facts.identity_of`), the same on every rank."""
 
@@ -131,7 +134,7 @@ def build_objective(recipe: Recipe, *, mesh: Mesh, chunks: list[Any], tokenizer:
     refuse(distill_problems(recipe))
     objective = recipe.objective
     if objective.kind == "reward":
-        return Objective(reward_step(mesh, objective.reward), REWARD_PARTS)
+        return Objective(reward_step(mesh, objective.reward), REWARD_PARTS, counter=count_contexts)
     if objective.kind == "next_token":
         return Objective(next_token.forward_step(mesh, reset_at_documents=recipe.data.reset_at_documents))
     source: Teacher | TeacherCache | None
@@ -139,12 +142,12 @@ def build_objective(recipe: Recipe, *, mesh: Mesh, chunks: list[Any], tokenizer:
         request = read_request(Path(objective.teacher_cache))
         source = TeacherCache.open(recipe, tokenizer=tokenizer) if mesh.is_last_stage else None
         step = distill.distill_step(recipe, mesh=mesh, source=source, match=None)
-        return Objective(step, distill.PARTS, request.identity)
+        return Objective(step, distill.PARTS, teacher=request.identity)
     source = open_teacher(recipe, mesh=mesh, tokenizer=tokenizer)
     match = distill.hidden_match(recipe, source)
     assert objective.teacher is not None, "open_teacher refuses a recipe without a teacher"
     step = distill.distill_step(recipe, mesh=mesh, source=source, match=match)
-    return Objective(step, distill.PARTS, identity_of(*checkpoint_at(objective.teacher)))
+    return Objective(step, distill.PARTS, teacher=identity_of(*checkpoint_at(objective.teacher)))
 
 
 def build_engine(recipe: Recipe, mesh: Mesh, *, weights: Path | None = None, tokenizer: str | None = None) -> Engine:
@@ -185,6 +188,7 @@ def build_engine(recipe: Recipe, mesh: Mesh, *, weights: Path | None = None, tok
         optimizer=optimizer,
         precision=backend.control(wrapped, precision=recipe.precision, mesh=mesh, seed=recipe.run.seed),
         forward_step=objective.forward_step,
+        counter=objective.counter,
         loss_parts=objective.parts,
         teacher=objective.teacher,
         row_tokens=recipe.data.row_tokens,

@@ -26,6 +26,8 @@ class Engine:
     precision: PrecisionControl
     forward_step: Callable[..., Any]
     """Called by Megatron's schedules for each microbatch (`train.objective`)."""
+    counter: Callable[[Any], tuple[int, ...]]
+    """What the objective counts in rows (`train.objective.step_counts`)."""
     row_tokens: int
     microbatch_rows: int
     reset_at_documents: bool

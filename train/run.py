@@ -180,6 +180,7 @@ def _train(recipe: Recipe, *, mesh: Mesh, dataset: Dataset, folder: Path, check_
             total_steps=recipe.run.steps,
             parameters=parameters(recipe.model).total,
             layout=mesh.layout.describe(),
+            world=mesh.layout.world,
             device=str(mesh.device),
             kernels=kernels,
             precision=describe_precision(recipe.model, recipe.precision),

@@ -8,7 +8,7 @@ import torch
 
 from recipes.schema.errors import DataError
 from train.engine import Engine, run_schedule
-from train.objective.next_token import count_labels
+from train.objective.step_counts import count_step
 from train.optim.optimizer import set_learning_rate
 from train.record.stopwatch import Stopwatch
 
@@ -47,9 +47,9 @@ def train_step(
     for chunk in engine.chunks:
         chunk.zero_grad_buffer()
     engine.optimizer.zero_grad()
-    microbatches, count = count_labels(engine.mesh, microbatches)
+    microbatches, sums = count_step(engine.mesh, microbatches, engine.counter)
     reports = run_schedule(engine, microbatches, forward_step=engine.forward_step)
-    if count is not None and not count():
+    if sums is not None and not sums()[0]:
         raise DataError(
             f"step {step + 1:,} has no label that is learned, so it has no loss. `stratum trace --step {step + 1}` shows its "
             f"rows: answers cut off by data.chat.long_record=cut look like this. Use more rows a step, or long_record=drop."

@@ -9,6 +9,9 @@ from typing import Literal
 from recipes.schema.align import RewardConfig
 from recipes.schema.fields import Count, NonNegativeFloat, Temperature
 
+PREFERENCE_OBJECTIVES = ("dpo", "reward")
+"""Objectives that learn from preferences (`kind: preference` of a source)."""
+
 
 @dataclass(frozen=True)
 class ObjectiveConfig:

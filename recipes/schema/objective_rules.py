@@ -1,4 +1,4 @@
-"""Rules of objectives: fields that one does not use, and what goes with a scalar head or a model without a vocabulary.
+"""Rules of objectives: fields that one does not use, data that does not fit, and what goes with a scalar head.
 
 `recipes.schema.rules.problems` calls them; commands that need a language model call `language_model_problems`.
 """
@@ -8,7 +8,7 @@ from typing import Any
 
 from recipes.schema.errors import Problem
 from recipes.schema.model import ModelConfig
-from recipes.schema.objective import ObjectiveConfig
+from recipes.schema.objective import PREFERENCE_OBJECTIVES, ObjectiveConfig
 from recipes.schema.recipe import Recipe
 
 
@@ -25,6 +25,27 @@ def reward_problems(recipe: Recipe) -> list[Problem]:
         text = f"evaluate.tasks={','.join(recipe.evaluate.tasks)} needs a language model, but model.head=scalar."
         remedy = "Set evaluate.tasks=[]: held-out preferences are scored in any case."
         found.append(Problem("evaluate.tasks", text, remedy))
+    return found
+
+
+def data_fit_problems(recipe: Recipe) -> list[Problem]:
+    """An objective that needs preferences without them, and preferences with another objective."""
+    kind, preferences = recipe.objective.kind, recipe.data.preferences
+    found = []
+    if preferences and kind not in PREFERENCE_OBJECTIVES:
+        name = preferences[0]
+        text = (
+            f"objective.kind={kind}, but data.sources.{name} has preferences: it would learn the rejected answers like the "
+            f"chosen ones."
+        )
+        remedy = (
+            f"Use objective.kind={' or '.join(PREFERENCE_OBJECTIVES)}, or a source of the chosen answers (kind: chat)."
+        )
+        found.append(Problem("objective.kind", text, remedy))
+    if not preferences and kind in PREFERENCE_OBJECTIVES:
+        name = next(iter(recipe.data.sources), "NAME")
+        text = f"objective.kind={kind} learns from preferences, and data.sources.{name} is not of kind preference."
+        found.append(Problem("objective.kind", text, f"Set data.sources.{name}.kind=preference, or another objective."))
     return found
 
 

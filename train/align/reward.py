@@ -89,12 +89,17 @@ def pairs_of(batch: Any, values_BS: torch.Tensor, positions_S: torch.Tensor, *, 
     return ranked_pairs(rewards_CK, ranks_CK)
 
 
+def count_contexts(batch: Any) -> tuple[int, ...]:
+    """(number of contexts,) of some rows of preferences, for `train.objective.step_counts`."""
+    return (int((batch.groups.amax(dim=1) + 1).sum()),)
+
+
 def reward_step(mesh: Mesh, config: RewardConfig) -> Callable[..., Any]:
     """The function that Megatron's schedules call for each microbatch of preferences: (output, loss function).
 
     Every context rank computes the whole loss, and its gradient for its own tokens; the parts are divided by the number of
     context ranks, because reports are summed over them. The divisor is the mean number of contexts of the step's microbatches
-    (`count_labels`), as for the next-token objective.
+    (`train.objective.step_counts`).
     """
     context_ranks = mesh.groups.cp.size()
 

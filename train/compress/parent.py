@@ -19,7 +19,7 @@ from train.distill.teacher import teacher_recipe
 from train.engine import Engine
 from train.model.backend import ReferenceBackend
 from train.model.build import build_model
-from train.objective.next_token import forward_step
+from train.objective.next_token import count_labels, forward_step
 from train.parallel.mesh import Mesh
 
 
@@ -101,6 +101,7 @@ def scoring_engine(parent: Parent, recipe: Recipe, mesh: Mesh) -> Iterator[Engin
         optimizer=None,  # type: ignore[arg-type]
         precision=backend.control(chunks, precision=precision, mesh=mesh, seed=0),
         forward_step=forward_step(mesh, reset_at_documents=recipe.data.reset_at_documents),
+        counter=count_labels,
         row_tokens=recipe.data.row_tokens,
         microbatch_rows=recipe.run.microbatch_rows,
         reset_at_documents=recipe.data.reset_at_documents,

@@ -23,7 +23,7 @@ from train.hf.check import Agreement
 from train.hf.config import SpecialTokens, family_of
 from train.hf.convert import Converted
 from train.hf.published import import_of
-from train.record.report import RunRecord, draw, read_run
+from train.report.summary import RunRecord, draw, read_run
 
 _ARTICLES = {
     "nemotron_h": ("Nemotron-H", "arXiv 2504.03624, 2508.14444"),

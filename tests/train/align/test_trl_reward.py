@@ -16,11 +16,11 @@ from preference_rows import EOD, batch_of, preference_row
 from ranks import run_ranks
 from test_trl import accelerator, metrics
 from tiny import RECIPE, TINY, VOCAB, engine_of
-from train.objective.step_counts import count_step
 from transformers import Gemma2ForSequenceClassification
 
 from recipes.schema.align import RewardConfig
 from train.engine import run_schedule
+from train.objective.step_counts import count_step
 
 trl = pytest.importorskip("trl")
 pytestmark = pytest.mark.oracle

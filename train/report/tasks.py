@@ -9,7 +9,7 @@ from typing import Any
 from data.system.figure import SERIES, canvas
 from recipes.schema.foreign import in_markdown
 from recipes.schema.run_folder import as_number
-from train.record.precision_report import in_picture
+from train.report.precision import in_picture
 
 Scores = dict[int, dict[str, dict[str, Any]]]
 """By step, by task: what `train.evaluate.training_tasks` recorded."""
