@@ -4,9 +4,10 @@ undisturbed; its held-out scores are those of `stratum evaluate`; commands that 
 import json
 import os
 import sys
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+import pytest
 from chats import assistant, tokenizer_file, user, write_chats
 from killed_runs import Kill, Run, contents_at, recipe_in
 from ranks import run_ranks
@@ -69,64 +70,89 @@ def call(rank: int, folder: Path, words: list[str]) -> tuple[int, str]:
     return status, Path("output").read_text()
 
 
-def test_a_run_continues_after_a_kill_is_evaluated_and_refused_where_it_cannot_work(tmp_path: Path) -> None:
-    language, reward = recipes_in(tmp_path)
+@dataclass(frozen=True)
+class Trained:
+    """A language model and two runs of the same reward model that started from it, the second killed in the middle."""
+
+    before: Recipe
+    undisturbed: Run
+    killed: Run
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
+    folder = tmp_path_factory.mktemp("reward")
+    language, reward = recipes_in(folder)
     before = replace(language, run=replace(language.run, name="before", steps=1))
-    Run(before, 1, folder=tmp_path / "said before").attempt(None)
-    ends = []
+    Run(before, 1, folder=folder / "said before").attempt(None)
+    runs = []
     for name in ("undisturbed", "killed"):
-        stage = replace(reward, run=replace(reward.run, name=name, start_from=str(tmp_path / "before")))
-        run = Run(stage, 1, folder=tmp_path / f"said {name}")
+        stage = replace(reward, run=replace(reward.run, name=name, start_from=str(folder / "before")))
+        runs.append(Run(stage, 1, folder=folder / f"said {name}"))
         if name == "killed":
-            assert run.attempt(Kill(steps=2, delay_s=0.0))
-        run.attempt(None)
+            assert runs[-1].attempt(Kill(steps=2, delay_s=0.0))
+        runs[-1].attempt(None)
+    return Trained(before, *runs)
+
+
+def test_a_killed_run_ends_as_an_undisturbed_one(trained: Trained) -> None:
+    ends = []
+    for run in (trained.undisturbed, trained.killed):
         steps = {line["step"]: (line["loss"], line["loss_parts"]) for line in run.metrics if line["kind"] == "step"}
         assert sorted(steps) == list(range(1, STEPS + 1))
         ends.append((steps, contents_at(run.checkpoints / f"step_{STEPS:08d}")))
     assert ends[0] == ends[1]
     assert ends[0][1]["model.output_layer.weight"]
 
+
+def test_heldout_scores_of_the_run_are_those_of_evaluate_and_in_the_report(trained: Trained) -> None:
+    run, home = trained.killed, trained.killed.folder.parent
     scores = {line["step"]: line["tasks"]["heldout/preference"] for line in run.metrics if line["kind"] == "tasks"}
     assert sorted(scores) == [0, STEPS] and scores[0]["items"] >= 5
     assert set(scores[0]["metrics"]) == {"accuracy", "calibration_error", "loss"}
-
-    folder = str(run.folder)
-    status, text = run_ranks(1, call, tmp_path, ["evaluate", folder, "--heldout", "5"])[0]
+    status, text = run_ranks(1, call, home, ["evaluate", str(run.folder), "--heldout", "5"])[0]
     assert status == 0 and "heldout/preference" in text, text
     (results,) = run.folder.glob("evaluations/*/results.json")
     again = json.loads(results.read_text())["tasks"]["heldout/preference"]
     assert again["items"] == scores[STEPS]["items"]
     for name, metric in scores[STEPS]["metrics"].items():
         assert abs(again["metrics"][name]["value"] - metric["value"]) < 1e-6, name
-    status, text = run_ranks(1, call, tmp_path, ["report", folder])[0]
+    status, text = run_ranks(1, call, home, ["report", str(run.folder)])[0]
     page = (run.folder / "summary.md").read_text()
     assert status == 0 and "training loss (Bradley-Terry)" in page and "heldout/preference | accuracy" in page
 
-    (tmp_path / "mine").mkdir()
-    for recipe in (before, run.recipe):
-        (tmp_path / "mine" / f"{recipe.run.name}.yaml").write_text(recipe_yaml(recipe_mapping(recipe)))
+
+@pytest.mark.slow
+def test_commands_work_or_say_why_not(trained: Trained) -> None:
+    home, folder, before = trained.killed.folder.parent, str(trained.killed.folder), "before"
+    (home / "mine").mkdir()
+    for recipe in (trained.before, trained.killed.recipe):
+        (home / "mine" / f"{recipe.run.name}.yaml").write_text(recipe_yaml(recipe_mapping(recipe)))
     mine = ["--config-dir", "mine", "-cn"]
     is_reward = (
         "is a reward model (model.head=scalar): it gives a text one number and predicts no tokens. Name a language"
     )
+    distil = ["objective.kind=distill", f"objective.teacher={folder}"]
     refused = {
-        "generate": ["generate", *mine, "killed", "--prompt", "a"],
-        "evaluate": ["evaluate", folder, "--tasks", "needle-1k"],
-        "compress": ["compress", "score", *mine, "before", f"compress.parent={folder}"],
-        "a draft model": ["generate", *mine, "before", "--prompt", "a", "--speculate", folder],
-        "a teacher": ["train", *mine, "before", "run.name=student", "objective.kind=distill", f"objective.teacher={folder}"],
-    }  # fmt: skip
-    for what, words in refused.items():
-        status, text = run_ranks(1, call, tmp_path, words)[0]
-        assert status == 2 and is_reward in " ".join(text.split()), f"{what}: {status} {text}"
-    status, text = run_ranks(1, call, tmp_path, ["hf", "export", folder, "--out", "exported"])[0]
-    assert status == 2 and "NemotronHForCausalLM: model.head=scalar" in text, text
-    status, text = run_ranks(1, call, tmp_path, ["evaluate", str(tmp_path / "before"), "--heldout", "5"])[0]
-    assert status == 2 and "is a language model. Name tasks instead" in text, text
-    status, text = run_ranks(
-        1, call, tmp_path, ["merge", str(tmp_path / "before"), folder, "--out", "m", "--alpha", "0.5"]
-    )[0]
-    assert status == 2 and "head" in text, text
-    two = [str(tmp_path / "undisturbed"), folder, "--out", "merged", "--alpha", "0.2,0.5", "--evaluate", "heldout"]
-    status, text = run_ranks(1, call, tmp_path, ["merge", *two])[0]
-    assert status == 0, text
+        "generate": (["generate", *mine, "killed", "--prompt", "a"], is_reward),
+        "serve": (["serve", *mine, "killed", "--port", "0"], is_reward),
+        "evaluate": (["evaluate", folder, "--tasks", "needle-1k"], is_reward),
+        "compress": (["compress", "score", *mine, before, f"+compress.parent={folder}"], is_reward),
+        "a draft model": (["generate", *mine, before, "--prompt", "a", "--speculate", folder], is_reward),
+        "a teacher": (["train", *mine, before, "run.name=student", *distil], is_reward),
+        "quantize": (["hf", "export", folder, "--out", "int8", "--quantize", "int8"], "head=scalar"),
+        "hf export": (["hf", "export", folder, "--out", "exported"], "NemotronHForCausalLM: model.head=scalar"),
+        "held-out rows": (["evaluate", before, "--heldout", "5"], "is a language model. Name tasks instead"),
+        "merge": (["merge", before, folder, "--out", "mixed", "--alpha", "0.5"], "model.head"),
+        "a sweep by tasks": (
+            ["merge", "undisturbed", folder, "--out", "m", "--alpha", "0.2,0.5", "--evaluate", "needle-1k"],
+            is_reward,
+        ),
+    }
+    for what, (words, reason) in refused.items():
+        status, text = run_ranks(1, call, home, words)[0]
+        assert status == 2 and reason in " ".join(text.split()), f"{what}: {status} {text}"
+    sweep = ["merge", "undisturbed", folder, "--out", "merged", "--alpha", "0.2,0.5", "--evaluate", "heldout"]
+    for words in (sweep, ["plan", *mine, "killed"], ["checkpoint", "show", folder], ["inspect", *mine, "killed"]):
+        status, text = run_ranks(1, call, home, words)[0]
+        assert status == 0, text
