@@ -38,6 +38,7 @@ from train.megatron import choose_device, use_device
 from train.native.kernel_versions import describe, of_all_ranks
 from train.parallel.mesh import Mesh, world_from_environment
 from train.record.machine import peak_flops
+from train.record.profile import Profiler
 from train.record.telemetry import Telemetry
 from train.resilience.faults import check_scores
 from train.resilience.hangs import hangs_named, record_operations
@@ -172,6 +173,8 @@ def _train(recipe: Recipe, *, mesh: Mesh, dataset: Dataset, folder: Path, check_
                 checkpoints.request(engine, replace(start.state, step=at, position=rows), background=background)
 
         stack.callback(checkpoints.close)
+        profiler = Profiler(recipe.run, folder=folder, chunks=engine.chunks, rank=mesh.rank, device=mesh.device)
+        stack.callback(profiler.close)
         if start.text:
             telemetry.event("audit", step=step, text=start.text)
         telemetry.event(
@@ -196,6 +199,7 @@ def _train(recipe: Recipe, *, mesh: Mesh, dataset: Dataset, folder: Path, check_
             evaluate=evaluate,
             checkpoints=checkpoints,
             save=save,
+            profiler=profiler,
         )
     return RunEnd(folder=folder, step=end.step, reason=end.reason)
 

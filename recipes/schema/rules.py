@@ -30,6 +30,7 @@ from recipes.schema.optim import ScheduleConfig
 from recipes.schema.parallel import ParallelConfig
 from recipes.schema.pattern import layer_kinds, pattern_problems, weights_of
 from recipes.schema.precision import PrecisionConfig
+from recipes.schema.profile import profile_problems
 from recipes.schema.read import recipe_mapping
 from recipes.schema.recipe import Recipe
 from recipes.schema.scaling import block_notes, low_precision_linears, rotation_problems, scalings_used, shape_problems
@@ -59,6 +60,7 @@ def problems(
     """
     found = [
         *name_problems(recipe.run.name),
+        *profile_problems(recipe.run),
         *data_problems(recipe.data),
         *schedule_problems(
             recipe.schedule,

@@ -112,10 +112,6 @@ EVERY_RULE: dict[str, tuple[dict[str, Any], str]] = {
         {"data.sources": CHATS},
         "was prepared as text, and data.sources.a.kind=chat.",
     ),
-    "distilling chats": (
-        DISTIL | {"data.sources": CHATS},
-        "objective.kind=distill matches the teacher on every token, but data.sources.a has chats, of which only answers are",
-    ),
     "preferences beside other documents": (
         {"data.sources": PAIRS | {"b": SourceConfig("x")}, "data.reset_at_documents": True},
         "data.sources.a has preferences and data.sources.b is of kind text: one run learns from preferences or from documents.",

@@ -5,6 +5,7 @@ line per step. Everything else is made from metrics.jsonl:
 
     {"kind": "machine", "cpu": ..., "device": ..., "threads": 2, "torch": ..., "flops_per_token": ..., ...}
     {"kind": "step", "step": 12, "tokens": 24576, "loss": ..., "grad_norm": ..., "learning_rate": ..., "seconds": {...}}
+                     of chats also "labels": learned ones of the step
     {"kind": "evaluation", "step": 80, "bits_per_byte": {"shakespeare": ..., "python": ...}}
     {"kind": "tasks", "step": 80, "tasks": {"needle-1k": {"hash": ..., "items": 32, "metrics": {"accuracy": {"value": ...}}}}}
     {"kind": "precision", "step": 20, "scaling": "blockwise", "readings": [{"layer": 0, "linear": ..., "snr_db": ...}]}
@@ -117,12 +118,13 @@ class Telemetry:
         learning_rate: float,
         seconds: dict[str, float] | Callable[[], dict[str, float]],
         parts: torch.Tensor | None = None,
+        labels: int | None = None,
     ) -> None:
         """Record one finished step. `loss` is this rank's share; the next flush, possibly in this call, sums it over ranks.
 
         Nothing is read from the device before the flush. seconds: time of each part; their sum is the step's time. If it is a
         function, it is called at the flush, on the writer only.
-        parts: this rank's share of the loss's parts (`loss_parts`).
+        parts: this rank's share of the loss's parts (`loss_parts`). labels: learned labels of the step, where not all are.
         """
         self._losses[len(self._pending), 0] = loss.detach()
         if self._loss_parts:
@@ -138,6 +140,7 @@ class Telemetry:
                 "learning_rate": learning_rate,
                 "seconds": seconds,
                 "time": time.time(),
+                **({} if labels is None else {"labels": labels}),
             }
         )
         if self._screen:

@@ -68,6 +68,9 @@ def test_a_report_in_a_browser(tmp_path: Path) -> None:
     """Charts, linked zoom, another axis, hostile texts, a phone, dark colours, two runs: one page each, no error, no request."""
     one = run_folder(tmp_path, "one", RICH)
     (one / "sample.txt").write_text(f"To be {EVIL}")
+    (one / "profile" / "steps_2").mkdir(parents=True)
+    table = [{"name": f"aten::mm {EVIL}", "calls": 3, "seconds": 0.5, "share": 0.25}, {"name": 3}, 7]
+    (one / "profile" / "steps_2" / "rank-00000.table.json").write_text(json.dumps(table))
     two = run_folder(tmp_path, "two <b>", RICH, optim={"lr": 0.5})
     assert main([str(one)]) == 0
     assert main([str(one), str(two), "--out", str(tmp_path / "both.html")]) == 0
@@ -86,6 +89,7 @@ def test_a_report_in_a_browser(tmp_path: Path) -> None:
                 "stopped or starting",
                 "To be <script>",
                 "Abacus 2000",
+                "aten::mm",
             ):
                 assert part in texts, part
             assert (
