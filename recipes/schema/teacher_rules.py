@@ -12,6 +12,7 @@ from recipes.schema.facts import CacheRequest, Named
 from recipes.schema.layout import lay_out, layout_problems
 from recipes.schema.model import ModelConfig
 from recipes.schema.objective import ObjectiveConfig
+from recipes.schema.objective_rules import language_model_problems
 from recipes.schema.parallel import ParallelConfig
 from recipes.schema.pattern import cut, layer_kinds
 from recipes.schema.recipe import Recipe
@@ -139,7 +140,8 @@ def teacher_problems(
     if teacher.recipe is None:
         return [Problem("objective.teacher", teacher.recipe_error)]
     objective, model, path = recipe.objective, teacher.recipe.model, teacher.path
-    found = teacher_vocabulary_problems(recipe, model, path=path)
+    found = language_model_problems(model, place=f"the teacher in {path}", key="objective.teacher")
+    found += teacher_vocabulary_problems(recipe, model, path=path)
     found += tokenizer_problems(
         f"the teacher in {path}",
         teacher.manifest.tokenizer,

@@ -23,7 +23,7 @@ from train.hf.check import Agreement
 from train.hf.config import SpecialTokens, family_of
 from train.hf.convert import Converted
 from train.hf.published import import_of
-from train.record.report import RunRecord, draw, read_run
+from train.report.summary import RunRecord, draw, read_run
 
 _ARTICLES = {
     "nemotron_h": ("Nemotron-H", "arXiv 2504.03624, 2508.14444"),
@@ -70,9 +70,13 @@ def _page(release: Release, record: RunRecord | None) -> list[str]:
     recipe, manifest = release.recipe, release.manifest
     family = family_of(recipe.model)
     name, papers = _ARTICLES[family]
+    is_reward = recipe.model.head == "scalar"
+    about = "It is a base model: it continues text and was not trained to follow instructions."
+    if is_reward:
+        about = "It gives a chat one number, the reward of its last answer, and does not continue text."
     head = {
         "library_name": "transformers",
-        "pipeline_tag": "text-generation",
+        "pipeline_tag": "text-classification" if is_reward else "text-generation",
         "license": release.license or "unknown",
         "tags": [family, "pretraining", "stratum"],
     } | {key: value for key, value in release.origin.items() if not (release.license and key.startswith("license"))}
@@ -83,8 +87,8 @@ def _page(release: Release, record: RunRecord | None) -> list[str]:
         "",
         f"# {_text(release.name)}",
         "",
-        f"A language model of the {name} family ({papers}) with {release.converted.parameters:,} parameters, after "
-        f"{manifest.tokens:,} tokens. It is a base model: it continues text and was not trained to follow instructions.",
+        f"A {'reward' if is_reward else 'language'} model of the {name} family ({papers}) with "
+        f"{release.converted.parameters:,} parameters, after {manifest.tokens:,} tokens. {about}",
         "",
         *_model(release),
         *_use(release),
@@ -100,7 +104,7 @@ def _model(release: Release) -> list[str]:
     model = release.recipe.model
     count = parameters(model)
     layers = ", ".join(f"{number} {KINDS[kind]}" for kind, number in counts(model.pattern).items() if number)
-    tied = "; the head is the embedding" if model.tie_embeddings else ""
+    tied = "" if model.has_own_head else "; the head is the embedding"
     return [
         "## Model",
         "",
@@ -119,17 +123,28 @@ def _model(release: Release) -> list[str]:
 
 
 def _use(release: Release) -> list[str]:
+    kind = "AutoModelForCausalLM"
+    code = [
+        'prompt = tokenizer("Once", return_tensors="pt")',
+        "print(tokenizer.decode(model.generate(**prompt, max_new_tokens=100)[0]))",
+    ]
+    if release.recipe.model.head == "scalar":
+        kind = "AutoModelForSequenceClassification"
+        code = [
+            "# The reward is that of the last token, so a text ends with the token that ends the answer's turn.",
+            'chat = tokenizer("...", return_tensors="pt")',
+            "print(model(**chat).logits[0, 0])",
+        ]
     return [
         "",
         "## Use",
         "",
         "```python",
-        "from transformers import AutoModelForCausalLM, AutoTokenizer",
+        f"from transformers import {kind}, AutoTokenizer",
         "",
         f"tokenizer = AutoTokenizer.from_pretrained({json.dumps(release.name)})",
-        f"model = AutoModelForCausalLM.from_pretrained({json.dumps(release.name)})",
-        'prompt = tokenizer("Once", return_tensors="pt")',
-        "print(tokenizer.decode(model.generate(**prompt, max_new_tokens=100)[0]))",
+        f"model = {kind}.from_pretrained({json.dumps(release.name)})",
+        *code,
         "```",
         "",
         "No code from this directory is run: transformers has the class built in.",

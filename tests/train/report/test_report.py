@@ -9,7 +9,8 @@ import pytest
 
 from recipes.schema.errors import StratumError
 from recipes.schema.run_folder import METRICS
-from train.record.report import _smooth, main, read_run, write_report
+from train.report.command import main
+from train.report.summary import read_run, smooth, write_report
 
 RECIPE = {"model": {"pattern": "M-", "hidden": 8}, "precision": {"params": "fp32"}, "run": {"steps": 8}}
 
@@ -168,9 +169,9 @@ def test_the_reported_loss_of_a_run_is_a_mean_over_steps(tmp_path: Path) -> None
 @pytest.mark.parametrize("count", [5, 40, 400])
 def test_the_running_mean_ends_in_a_mean(count: int) -> None:
     values = [float(n % 2) for n in range(count)]
-    smooth = _smooth(values)
-    assert len(smooth) == count
-    for raw, mean in ((values[0], smooth[0]), (values[-1], smooth[-1])):
+    means = smooth(values)
+    assert len(means) == count
+    for raw, mean in ((values[0], means[0]), (values[-1], means[-1])):
         assert 0 < mean < 1 and mean != raw
 
 
