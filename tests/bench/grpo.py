@@ -1,4 +1,4 @@
-"""`make bench-align`, part GRPO: a step of ours against TRL's with transformers' `generate`, on random weights of the same shape. Prints Markdown.
+"""`make bench-align`: a step of GRPO against TRL's with transformers' `generate`, of models of the same shape. Prints Markdown.
 
 Both draw the same number of answers to the same prompts at temperature 1, at most the same number of tokens (random weights
 rarely end an answer), score them with the same function, keep a reference for the KL term, and update all weights once. They take
@@ -157,8 +157,8 @@ def main() -> None:
         "| | s a step | generation | tokens drawn | tokens/s, whole step | tokens/s, generation |\n|---|---|---|---|---|---|"
     )
     speeds = {}
-    for name, found in rows.items():
-        step, generation, tokens = (statistics.median(values) for values in zip(*found, strict=True))
+    for name, steps in rows.items():
+        step, generation, tokens = (statistics.median(one[place] for one in steps) for place in range(3))
         speeds[name] = tokens / step
         print(
             f"| {name} | {step:.2f} | {100 * generation / step:.0f} % | {tokens:,.0f} | {tokens / step:,.0f} | "
