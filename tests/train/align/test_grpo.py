@@ -10,12 +10,14 @@ import pytest
 import torch
 from policy_runs import Learned, learn, policy_recipe, policy_stream, prompts_in, write_start
 from ranks import RankFailed, run_ranks
-from tiny import engine_of
+from tiny import GEMMA, engine_of, recipe_with, rows_of
 
 from recipes.schema.objective import ObjectiveConfig
 from recipes.schema.recipe import Recipe
 from train.align import policy_stream as stream_module
 from train.align.losses.policy import group_advantages
+from train.align.policy_step import token_losses
+from train.model.context import RowContext
 
 ROUNDING = 2e-6  # test_layouts_agree
 LAYOUTS: dict[str, dict[str, Any]] = {"TP2": {"parallel.tensor": 2}, "DP2": {}}
@@ -139,3 +141,21 @@ def test_rewards_of_a_reward_model_are_learned_from_and_verifiers_recorded(tmp_p
     assert event["reward_mean"] == pytest.approx(np.mean(scores), abs=1e-6)
     assert event["verifiers"]["function"]["answers"] == 12
     assert event["verifiers"]["function"]["reward_mean"] != event["reward_mean"]
+
+
+def tempered(rank: int, recipe: Recipe) -> tuple[torch.Tensor, torch.Tensor]:
+    """Nats of labels at temperature 0.7: of the objective, and from the model's own logits in float64."""
+    with engine_of(recipe, rank=rank, world=1) as engine:
+        model, rows = engine.chunks[0].module, rows_of(0, np.arange(2))
+        with torch.no_grad():
+            ours = token_losses(model, rows, mesh=engine.mesh, temperature=0.7)
+            context = RowContext(documents=rows.document_index)
+            positions = torch.arange(rows.tokens.shape[1]).expand_as(rows.tokens)
+            logits = model(rows.tokens, positions, None, packed_seq_params=context).double() / 0.7
+        assert model.temperature == 1
+        return ours, -torch.log_softmax(logits, -1).gather(-1, rows.labels[..., None])[..., 0]
+
+
+def test_the_loss_is_that_of_the_temperature_also_with_a_soft_cap() -> None:
+    ours, expected = run_ranks(1, tempered, recipe_with(**GEMMA, **{"data.reset_at_documents": True}))[0]
+    torch.testing.assert_close(ours.double(), expected, rtol=2e-6, atol=2e-6)
