@@ -23,10 +23,18 @@ class Batch:
     positions: np.ndarray
     """[rows] int64: index in the global row order. For held-out rows, the index among the source's held-out rows."""
     learned: torch.Tensor | None = None
-    """[rows, row_tokens] bool: the labels that are learned, of chats what the assistant wrote. None: all."""
-    labels_per_microbatch: Callable[[], float] | None = None
-    """Mean number of learned labels of the microbatches of a step, over all ranks; set by the trainer where not all labels are
-    learned. It may wait for the other ranks."""
+    """[rows, row_tokens] bool: the labels that are learned, of chats what the assistant wrote, of preferences the ranked answers.
+    None: all."""
+    ranks: torch.Tensor | None = None
+    """[rows, most documents] int16: the rank of each document of a row, an answer of a preference. 0 is the best, equal ranks
+    are equally good, -1: the row has no such document. The second index is a document's `document_index`. What fills a row up
+    has the index of its last answer and is not learned. None if the data has no preferences."""
+    groups: torch.Tensor | None = None
+    """[rows, most documents] int32: index, in its row, of the preference that each document belongs to, increasing from 0; -1:
+    no such document. All answers of a preference are in one row, best first."""
+    per_microbatch: Callable[[], tuple[float, ...]] | None = None
+    """Mean numbers, over the microbatches of a step on all ranks, of what the objective counts, such as learned labels. Set by
+    the trainer if it counts anything. It may wait for the other ranks."""
 
     def select(self, rows: np.ndarray) -> "Batch":
         """A copy of some of the rows, in the given order. A row may occur twice."""
@@ -38,7 +46,9 @@ class Batch:
             source=self.source[index],
             positions=self.positions[rows],
             learned=None if self.learned is None else self.learned[index],
-            labels_per_microbatch=self.labels_per_microbatch,
+            ranks=None if self.ranks is None else self.ranks[index],
+            groups=None if self.groups is None else self.groups[index],
+            per_microbatch=self.per_microbatch,
         )
 
     def part(self, start: int, stop: int) -> "Batch":
@@ -50,7 +60,9 @@ class Batch:
             source=self.source[start:stop],
             positions=self.positions[start:stop],
             learned=None if self.learned is None else self.learned[start:stop],
-            labels_per_microbatch=self.labels_per_microbatch,
+            ranks=None if self.ranks is None else self.ranks[start:stop],
+            groups=None if self.groups is None else self.groups[start:stop],
+            per_microbatch=self.per_microbatch,
         )
 
     def pinned(self) -> "Batch":
@@ -62,5 +74,7 @@ class Batch:
             source=self.source,
             positions=self.positions,
             learned=None if self.learned is None else self.learned.pin_memory(),
-            labels_per_microbatch=self.labels_per_microbatch,
+            ranks=None if self.ranks is None else self.ranks.pin_memory(),
+            groups=None if self.groups is None else self.groups.pin_memory(),
+            per_microbatch=self.per_microbatch,
         )

@@ -30,8 +30,8 @@ from data.tokenizer import Tokenizer
 from recipes.schema import units
 from recipes.schema.credentials import without_credentials
 from recipes.schema.data import DataConfig
+from recipes.schema.data_rules import data_problems
 from recipes.schema.errors import DataError, refuse
-from recipes.schema.rules import data_problems
 
 log = logging.getLogger(__name__)
 
@@ -92,8 +92,7 @@ class Dataset:
                 self._rearrange(
                     arrays.tokens[place], arrays.labels[place], pieces, source=int(source), epoch=int(epoch)
                 )
-        learned = self._learned(self.train, draw.source, draw.row)
-        return _batch(arrays, draw.source, np.asarray(positions), learned)
+        return self._batch(self.train, arrays, draw.source, draw.row, np.asarray(positions))
 
     def fetch_ahead(self, position: int) -> FetchAhead | None:
         """Start fetching the shards of the rows from `position` on. None if the data is local or fetching ahead is off."""
@@ -109,7 +108,7 @@ class Dataset:
         """Held-out rows start to start + count of a source, in the order of its documents, without fill in the middle."""
         source, rows = np.full(count, self.source_names.index(name)), np.arange(start, start + count)
         filled = self._read(self.heldout, source, rows)
-        return _batch(filled, source, rows, self._learned(self.heldout, source, rows))
+        return self._batch(self.heldout, filled, source, rows, rows)
 
     def locate(self, position: int) -> RowAt:
         """The documents of the row at a position."""
@@ -138,8 +137,23 @@ class Dataset:
             activity=self.activity,
         )
 
+    def _batch(
+        self, parts: list[Rows], arrays: BatchArrays, source: np.ndarray, row: np.ndarray, positions: np.ndarray
+    ) -> Batch:
+        learned, ranked = self._learned(parts, source, row), _ranked(parts, source, row)
+        return Batch(
+            tokens=torch.from_numpy(arrays.tokens),
+            labels=torch.from_numpy(arrays.labels),
+            document_index=None if arrays.documents is None else torch.from_numpy(arrays.documents),
+            source=torch.from_numpy(source.astype(np.int32)),
+            positions=positions,
+            learned=None if learned is None else torch.from_numpy(learned),
+            ranks=None if ranked is None else torch.from_numpy(ranked[0]),
+            groups=None if ranked is None else torch.from_numpy(ranked[1]),
+        )
+
     def _learned(self, parts: list[Rows], source: np.ndarray, row: np.ndarray) -> np.ndarray | None:
-        """[rows, row_tokens] bool: the labels that are learned; None if the data has no chats."""
+        """[rows, row_tokens] bool: the labels that are learned; None if all are."""
         masks = [part.mask for part in parts]
         if not any(masks):
             return None
@@ -178,15 +192,17 @@ class Dataset:
             slot = stop
 
 
-def _batch(arrays: BatchArrays, source: np.ndarray, positions: np.ndarray, learned: np.ndarray | None) -> Batch:
-    return Batch(
-        tokens=torch.from_numpy(arrays.tokens),
-        labels=torch.from_numpy(arrays.labels),
-        document_index=None if arrays.documents is None else torch.from_numpy(arrays.documents),
-        source=torch.from_numpy(source.astype(np.int32)),
-        positions=positions,
-        learned=None if learned is None else torch.from_numpy(learned),
-    )
+def _ranked(parts: list[Rows], source: np.ndarray, row: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
+    """(ranks, groups) of the rows' answers, as in a `Batch`; None if the data has no preferences."""
+    if not any(part.has_ranks for part in parts):
+        return None
+    found = [parts[which].ranks_in(number) for which, number in zip(source.tolist(), row.tolist(), strict=True)]
+    shape = len(found), max((len(answers) for answers in found), default=0)
+    ranks, groups = np.full(shape, -1, dtype=np.int16), np.full(shape, -1, dtype=np.int32)
+    for place, answers in enumerate(found):
+        ranks[place, : len(answers)] = answers[:, 0]
+        groups[place, : len(answers)] = answers[:, 1].cumsum(dtype=np.int32) - 1
+    return ranks, groups
 
 
 def open_dataset(config: DataConfig) -> Dataset:
@@ -242,9 +258,10 @@ def open_dataset(config: DataConfig) -> Dataset:
             stream = TokenStream(entries, pool)
             masks = [found for entry in entries if (found := entry.mask) is not None]
             mask = None
+            ranked = [found for entry in entries if (found := entry.ranks) is not None]
             if masks:
                 mask = Rows(TokenStream(masks, pool), row_tokens=config.row_tokens, eod=0, best_fit=False)
-            # Chats were packed when they were prepared.
+            # Chats and preferences were packed when they were prepared.
             is_packed = split == "train" and config.packing == "best_fit" and mask is None
             rows.append(
                 Rows(
@@ -254,6 +271,7 @@ def open_dataset(config: DataConfig) -> Dataset:
                     best_fit=is_packed,
                     sources=len(names),
                     mask=mask,
+                    ranks=TokenStream(ranked, pool) if ranked else None,
                 )
             )
     refuse(row_problems(config, manifest), DataError)

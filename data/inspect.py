@@ -147,6 +147,9 @@ def _samples(dataset: Dataset, config: InspectConfig, console: Console) -> None:
     parts = zip(dataset.source_names, dataset.train, dataset.heldout, strict=True)
     for name, rows in ((name, train if train.count else heldout) for name, train, heldout in parts):
         for document in sorted(rng.choice(rows.stream.documents, min(config.samples, rows.stream.documents), False)):
+            if rows.has_ranks:
+                _show_preference(dataset, config, console, name, rows, int(document))
+                continue
             start, stop = rows.stream.document_span(int(document))
             tokens = np.empty(min(stop - start, 4 * config.chars), dtype=rows.stream.dtype)
             rows.stream.read(start, tokens)
@@ -156,8 +159,49 @@ def _samples(dataset: Dataset, config: InspectConfig, console: Console) -> None:
             if rows.mask is None:
                 console.print(repr(dataset.tokenizer.decode(tokens.tolist())[: config.chars]))
             else:
-                learned = rows.mask.read_labels(start, len(tokens)) != 0
+                learned = _mask_of(rows, start, len(tokens))
                 console.print(coloured(dataset.tokenizer, tokens, learned, chars=config.chars, console=console))
+
+
+def _show_preference(
+    dataset: Dataset, config: InspectConfig, console: Console, name: str, rows: Rows, document: int
+) -> None:
+    """Print the preference that a document is an answer of: the context once, and every answer."""
+    answers = group_of(rows, document)
+    origin = dataset.origin(rows.stream, answers[0])
+    console.print(f"\n{name} preference with {len(answers):,} answers, document {answers[0]:,} on", style="bold")
+    console.print(f"{printable(origin.file)} record {origin.record:,}", style="dim")
+    for place, (answer, rank) in enumerate(zip(answers, rows.ranks_of(answers[0], len(answers))[:, 0], strict=True)):
+        start, stop = rows.stream.document_span(answer)
+        tokens, learned = rows.read_labels(start, stop - start), _mask_of(rows, start, stop - start)
+        first, last = np.flatnonzero(learned)[[0, -1]]
+        if not place:
+            context = printable(repr(dataset.tokenizer.decode_all(tokens[:first].tolist()))[1:-1], most=1 << 30)
+            console.print(f"{'...' if len(context) > config.chars else ''}{context[-config.chars :]}", markup=False)
+        shown = slice(first, last + 1)
+        text = coloured(dataset.tokenizer, tokens[shown], learned[shown], chars=config.chars, console=console)
+        console.print(Text(f"{label_of(int(rank), len(answers))}: ", style="bold") + text)
+
+
+def group_of(rows: Rows, document: int) -> list[int]:
+    """Numbers of the documents that are answers of the same preference, best first."""
+    first = document
+    while not rows.ranks_of(first, 1)[0, 1]:
+        first -= 1
+    after = document + 1
+    while after < rows.stream.documents and not rows.ranks_of(after, 1)[0, 1]:
+        after += 1
+    return list(range(first, after))
+
+
+def label_of(rank: int, answers: int) -> str:
+    """What an answer of a preference is called: chosen or rejected of a pair, otherwise its rank."""
+    return ("chosen", "rejected")[rank] if answers == 2 else f"rank {rank}"
+
+
+def _mask_of(rows: Rows, start: int, count: int) -> np.ndarray:
+    assert rows.mask is not None, "only of chats and preferences"
+    return rows.mask.read_labels(start, count) != 0
 
 
 def coloured(tokenizer: Tokenizer, tokens: np.ndarray, learned: np.ndarray, *, chars: int, console: Console) -> Text:
@@ -176,22 +220,23 @@ def coloured(tokenizer: Tokenizer, tokens: np.ndarray, learned: np.ndarray, *, c
 
 
 def _chat_table(dataset: Dataset) -> Table | None:
-    """How many tokens of chats are learned; None without chats."""
-    chats = {
-        name: dataset.manifest.sources[name].description
-        for name in dataset.source_names
-        if "chats" in dataset.manifest.sources[name].description
-    }
-    if not chats:
-        return None
-    table = _table(
-        "chats", "source", "split", "learned", "of all", "fill up rows", "of all", "left out, longer than a row"
+    """How many tokens of chats or preferences are learned; None without them. A run has only one of both."""
+    sources = dataset.manifest.sources
+    what = next(
+        (w for w in ("chats", "preferences") for n in dataset.source_names if w in sources[n].description), None
     )
-    for name, description in chats.items():
-        for split in SPLITS:
-            counts, every = description["chats"][split], max(1, dataset.manifest.sources[name].count(split, "tokens"))
+    if what is None:
+        return None
+    counted = ["preferences", "pairs"] if what == "preferences" else []
+    heads = [*counted, "learned", "of all", "fill up rows", "of all", "left out, longer than a row"]
+    table = _table(what, "source", "split", *heads)
+    for name in dataset.source_names:
+        description = sources[name].description
+        for split in SPLITS if what in description else ():
+            counts, every = description[what][split], max(1, sources[name].count(split, "tokens"))
             table.add_row(
-                name, split, f"{counts['learned']:,}", f"{counts['learned'] / every:.1%}", f"{counts['padding']:,}",
+                name, split, *(f"{counts[key]:,}" for key in (("groups", "pairs") if counted else ())),
+                f"{counts['learned']:,}", f"{counts['learned'] / every:.1%}", f"{counts['padding']:,}",
                 f"{counts['padding'] / every:.1%}", f"{description['long_records']:,}" if split == "train" else "",
             )  # fmt: skip
     return table

@@ -45,10 +45,10 @@ from data.system.console import open_console
 from data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 from recipes.schema import units
 from recipes.schema.data import DataConfig
+from recipes.schema.data_rules import data_problems
 from recipes.schema.errors import DataError, refuse
 from recipes.schema.foreign import printable
 from recipes.schema.options import hand_over
-from recipes.schema.rules import data_problems
 from recipes.schema.typed import build
 
 
@@ -202,7 +202,7 @@ def _training_texts(config: DataConfig, jobs: list[ShardJob]) -> Iterator[str]:
                 for text in with_splits(job, reader.documents(part)) if left > 0 else ():
                     if text.split == "train":
                         left -= text.bytes
-                        yield words_of(text.document.text) if job.is_chat else text.document.text
+                        yield words_of(text.document.text) if job.has_messages else text.document.text
                     if left <= 0:
                         break
 
@@ -317,6 +317,9 @@ def _merge_source(
     problems: list[str] = []
     unended = unknown = long_records = 0
     chats: dict[str, dict[str, int]] = {}
+    is_preference = plan.request["sources"][name].get("kind") == "preference"
+    what = "preferences" if is_preference else "chats"
+    wanted = ("learned", "padding", "groups", "pairs") if is_preference else ("learned", "padding")
     for job in jobs:
         if job.name != name:
             continue
@@ -331,16 +334,16 @@ def _merge_source(
             unknown += result.unknown
             long_records += result.long_records
             for split, counts in result.chats.items():
-                sums = chats.setdefault(split, {"learned": 0, "padding": 0})
-                sums["learned"] += counts.learned
-                sums["padding"] += counts.padding
+                sums = chats.setdefault(split, dict.fromkeys(wanted, 0))
+                for key in wanted:
+                    sums[key] += getattr(counts, key)
             entry = replace(
                 entry,
                 bad_records=entry.bad_records + result.bad_records,
                 empty_documents=entry.empty_documents + result.empty_documents,
             )
     if chats:
-        entry = replace(entry, description=entry.description | {"chats": chats, "long_records": long_records})
+        entry = replace(entry, description=entry.description | {what: chats, "long_records": long_records})
     tokens, text_bytes = (sum(entry.count(split, what) for split in SPLITS) for what in ("tokens", "text_bytes"))
     _say(
         console,
@@ -353,8 +356,11 @@ def _merge_source(
         _say(
             console,
             f"{name}: {train['learned']:,} tokens are learned ({train['learned'] / all_tokens:.1%}), {train['padding']:,} "
-            f"fill up rows ({train['padding'] / all_tokens:.1%}); {long_records:,} chats left out, longer than a row",
+            f"fill up rows ({train['padding'] / all_tokens:.1%}); {long_records:,} {what} left out, longer than a row",
         )
+    if is_preference:
+        shown = [f"{chats[split]['groups']:,} with {chats[split]['pairs']:,} pairs" for split in SPLITS]
+        _say(console, f"{name}: preferences: {shown[0]}; held out: {shown[1]}")
     if unended:
         _say(
             console,

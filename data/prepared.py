@@ -9,15 +9,21 @@ import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 
+from data.chat.prompts import FIELD, PromptSet
 from data.order.blend import Blend, blend_of
 from data.rows.fim import fim_problems
+from data.sources.files import find_files
 from data.store.manifest import MANIFEST, SPLITS, Manifest, TokenizerEntry, file_sha256, read_manifest
 from data.tokenizer import Tokenizer, load_tokenizer
 from recipes.schema.credentials import without_credentials
 from recipes.schema.data import DataConfig, is_remote
+from recipes.schema.data_rules import data_problems
 from recipes.schema.errors import DataError, Problem
 from recipes.schema.facts import Prepared, not_prepared
-from recipes.schema.rules import data_problems
+from recipes.schema.recipe import Recipe
+
+_DESCRIBED = {"chat": "chats", "preference": "preferences"}
+"""By kind of source: the key of its counts in the manifest's description."""
 
 
 def read_prepared(config: DataConfig, *, rows: int, global_rows: int) -> Prepared | None:
@@ -45,7 +51,7 @@ def read_prepared(config: DataConfig, *, rows: int, global_rows: int) -> Prepare
     identity = ""
     if not found and not data_problems(config):  # the rules report what is wrong in the recipe itself
         try:
-            blend = blend_of(config, _rows(config, manifest))
+            blend = blend_of(config, source_rows(config, manifest))
             identity = identity_of(manifest, blend)
             exhausted = blend.exhausted(rows)
             blend.check_length(rows, global_rows=global_rows)
@@ -87,20 +93,20 @@ def source_problems(config: DataConfig, manifest: Manifest) -> list[Problem]:
         remedy = f"Set it to {stored or 'null'}, or prepare the data again, into another data.folder."
         found.append(Problem("data.tokenizer.begin_of_document", text, remedy))
     chat = manifest.request.get("chat")
-    if config.chats and chat is not None and chat["row_tokens"] != config.row_tokens:
+    if config.conversations and chat is not None and chat["row_tokens"] != config.row_tokens:
         text = (
-            f"the chats of {without_credentials(config.folder)} are packed in rows of {chat['row_tokens']:,} tokens, and "
-            f"data.row_tokens={config.row_tokens:,}."
+            f"the {'chats' if config.chats else 'preferences'} of {without_credentials(config.folder)} are packed in rows of "
+            f"{chat['row_tokens']:,} tokens, and data.row_tokens={config.row_tokens:,}."
         )
         remedy = f"Set data.row_tokens={chat['row_tokens']}, or prepare the data again, into another data.folder."
         found.append(Problem("data.row_tokens", text, remedy))
     for name, source in config.sources.items():
         there = manifest.sources.get(name)
-        if there is not None and ("chats" in there.description) != (source.kind == "chat"):
-            is_text = source.kind == "text"
+        prepared_as = next((kind for kind, key in _DESCRIBED.items() if there and key in there.description), "text")
+        if there is not None and prepared_as != source.kind:
             text = (
-                f"source {name!r} of {without_credentials(config.folder)} was prepared as {'chats' if is_text else 'text'}, and "
-                f"data.sources.{name}.kind={source.kind}."
+                f"source {name!r} of {without_credentials(config.folder)} was prepared as {_DESCRIBED.get(prepared_as, 'text')}, "
+                f"and data.sources.{name}.kind={source.kind}."
             )
             remedy = "Set its kind as it was, or prepare the data again, into another data.folder."
             found.append(Problem(f"data.sources.{name}.kind", text, remedy))
@@ -129,6 +135,47 @@ def row_problems(config: DataConfig, manifest: Manifest) -> list[Problem]:
     return found
 
 
-def _rows(config: DataConfig, manifest: Manifest) -> list[int]:
+def source_rows(config: DataConfig, manifest: Manifest) -> list[int]:
     """Number of training rows of each source, in the recipe's order: as `data.rows.packing.Rows.count`, without a shard."""
     return [manifest.sources[name].count("train", "tokens") // config.row_tokens for name in config.sources]
+
+
+def read_material(recipe: Recipe, *, checks: bool) -> Prepared | None:
+    """Facts about what a run learns from: prepared data, or prompts. None for prepared data behind a URL.
+
+    checks: also render every prompt, so that a bad one is found now.
+    """
+    if recipe.objective.kind == "grpo":
+        return _prompt_facts(recipe, checks=checks)
+    rows = recipe.run.global_rows
+    return read_prepared(recipe.data, rows=recipe.run.steps * rows, global_rows=rows)
+
+
+def _prompt_facts(recipe: Recipe, *, checks: bool) -> Prepared:
+    try:
+        for path in recipe.objective.grpo.prompts:
+            find_files(FIELD, path)
+        tokenizer, _ = tokenizer_or_file(recipe.data)
+    except DataError as error:
+        return Prepared(is_here=False, problems=(Problem(FIELD, str(error)),))
+    try:
+        with open_prompts(recipe, tokenizer, checks=checks) as found:
+            return Prepared(vocab_size=found.vocab_size, tokenizer=tokenizer.fingerprint, hash=found.manifest_hash)
+    except DataError as error:
+        return Prepared(problems=(Problem(FIELD, str(error)),))
+
+
+def open_prompts(recipe: Recipe, tokenizer: Tokenizer, *, checks: bool = False) -> PromptSet:
+    """The prompts of a recipe (`objective.grpo`). checks: see `read_material`. Close it. Raises DataError."""
+    config = recipe.objective.grpo
+    most = recipe.data.row_tokens - config.max_answer_tokens
+    return PromptSet(recipe.data, config.prompts, tokenizer, most_tokens=most, checks=checks)
+
+
+def tokenizer_or_file(config: DataConfig) -> tuple[Tokenizer, Path]:
+    """(tokenizer, its file): of the prepared data, or the recipe's own if no data is prepared. DataError without one."""
+    folder = Path(config.folder)
+    if not (folder / MANIFEST).is_file() and config.tokenizer.path is not None:
+        return load_tokenizer(Path(config.tokenizer.path), config.tokenizer), Path(config.tokenizer.path)
+    entry = read_manifest(folder).tokenizer
+    return load_tokenizer(folder / entry.file, config.tokenizer), folder / entry.file

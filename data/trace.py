@@ -40,6 +40,8 @@ class SeenPiece:
     text: str
     learned: int
     """Tokens of it that are learned."""
+    rank: int | None
+    """Of an answer of a preference: its rank, 0 for the best."""
 
 
 def pieces_of(dataset: Dataset, row: RowAt, *, chars: int) -> Iterator[SeenPiece]:
@@ -60,6 +62,7 @@ def pieces_of(dataset: Dataset, row: RowAt, *, chars: int) -> Iterator[SeenPiece
             record=origin.record,
             text=_text(dataset, rows, piece, chars) if chars else "",
             learned=size if rows.mask is None else int(rows.mask.read_labels(piece.start, size).sum(dtype=np.int64)),
+            rank=int(rows.ranks_of(document, 1)[0, 0]) if rows.has_ranks else None,
         )
         slot += size
 
@@ -133,7 +136,8 @@ def _show_step(dataset: Dataset, config: TraceConfig, global_rows: int, *, steps
         for piece in pieces:
             place = f"{printable(piece.file)} record {piece.record:,}"
             learned = "" if dataset.train[row.source].mask is None else f", {piece.learned:,} learned"
-            document = f"document {piece.document:,}, {piece.part}{learned}"
+            rank = "" if piece.rank is None else f", rank {piece.rank}"
+            document = f"document {piece.document:,}, {piece.part}{learned}{rank}"
             _say(f"  {piece.slot:>6,}  {piece.tokens:>6,} tokens  {place}  ({document})")
             if piece.text:
                 _say(f"          {piece.text!r}")

@@ -77,7 +77,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parts = ", ".join(f"{name} {value:.0f} s" for name, value in workflow.seconds.items())
     workflow.say(f"Done in {time.perf_counter() - started:.0f} s ({parts}).")
     workflow.console.print(
-        f"Look at {workflow.folder}/loss.png and {workflow.folder}/summary.md; metrics in metrics.jsonl and tensorboard/.\n"
+        f"Look at {workflow.folder}/report.html and {workflow.folder}/summary.md; metrics in metrics.jsonl and tensorboard/.\n"
         f'More text: {STRATUM} generate {workflow.folder} --prompt "HAMLET."',
     )
     return 0
@@ -159,7 +159,15 @@ def _compare(workflow: Workflow) -> None:
 
 
 def _check_outcome(workflow: Workflow) -> None:
-    expected = ("recipe.yaml", "metrics.jsonl", "loss.png", "summary.md", "tensorboard", "checkpoints/latest")
+    expected = (
+        "recipe.yaml",
+        "metrics.jsonl",
+        "loss.png",
+        "summary.md",
+        "report.html",
+        "tensorboard",
+        "checkpoints/latest",
+    )
     missing = [name for name in expected if not (workflow.folder / name).exists()]
     if missing:
         raise WorkflowFailed(f"{workflow.folder} does not have {', '.join(missing)}")

@@ -77,6 +77,7 @@ def place_in(folder: Path) -> Place:
                 {**sources, "b": replace(sources["b"], heldout_fraction=1.0)},
                 {**sources, "b": replace(sources["b"], max_epochs=0.5)},
                 {**sources, "b": replace(sources["b"], kind="chat")},
+                {"b": replace(sources["b"], kind="preference")},
                 {},
             ],
             "data.phases": [(), (PhaseConfig(64, {"a": 1.0}),), (PhaseConfig(64, {"z": 1.0}),), (PhaseConfig(64, {"a": 0.0}),)],

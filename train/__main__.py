@@ -64,14 +64,14 @@ def _train(composed: DictConfig) -> int:
     end = train(recipe)
     if int(os.environ.get("RANK", "0")) == 0:
         if end.reason == "finished":
-            from train.record.report import write_report  # needed only at the end of a run, on one rank
+            from train.report.files import write_files  # needed only at the end of a run, on one rank
 
             try:
-                write_report(end.folder)
+                write_files(end.folder)
             except (StratumError, OSError) as error:  # e.g. a full disk: the run itself is finished and saved
                 _say(f"Finished at step {end.step}. No summary: {error} To write it: stratum report {end.folder}")
             else:
-                _say(f"Finished at step {end.step}. Summary: {end.folder}/summary.md, picture: {end.folder}/loss.png")
+                _say(f"Finished at step {end.step}. Look at {end.folder}/report.html; summary: {end.folder}/summary.md")
         else:
             _say(
                 f"Stopped at step {end.step} ({end.reason}); the checkpoint is written. The same command continues "

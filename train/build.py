@@ -5,16 +5,17 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from data.prepared import read_prepared
-from data.store.manifest import MANIFEST, read_manifest
+from data.chat.prompts import PromptSet
+from data.prepared import open_prompts, read_material, tokenizer_or_file
 from data.stream import Dataset, open_dataset
-from data.tokenizer import Tokenizer, load_tokenizer
-from recipes.schema.changes import check_same_function
+from data.tokenizer import Tokenizer
+from recipes.schema.changes import check_same_function, replaces_head
 from recipes.schema.errors import DataError, RecipeError, refuse
 from recipes.schema.facts import identity_of, read_disk, read_request
 from recipes.schema.layout import Layout, lay_out
@@ -22,6 +23,9 @@ from recipes.schema.manifest import read_manifest as read_checkpoint_manifest
 from recipes.schema.parallel import ParallelConfig
 from recipes.schema.recipe import Recipe
 from recipes.schema.rules import distill_problems, notes, problems, shape_rules, vocabulary_problems
+from train.align.policy_step import PARTS as POLICY_PARTS
+from train.align.policy_step import policy_step
+from train.align.reward import REWARD_PARTS, count_contexts, reward_step
 from train.checkpoint.manager import checkpoint_at
 from train.checkpoint.storage import read_weights
 from train.distill import objective as distill
@@ -31,7 +35,9 @@ from train.engine import Engine
 from train.megatron import use_device
 from train.model.backend import ReferenceBackend, choose_backend, this_machine
 from train.model.build import build_model
+from train.model.initial import HEAD, initialize
 from train.objective import next_token
+from train.objective.step_counts import Counter
 from train.optim.optimizer import build_optimizer
 from train.parallel.mesh import Mesh, close_mesh, open_mesh
 from train.parallel.wrap import connect, wrap_chunks
@@ -48,7 +54,7 @@ def check_start(recipe: Recipe, *, world: int, rank: int = 0) -> Layout:
     every file of a checkpoint from a shared file system would wait for minutes. Rank 0 also logs likely mistakes.
     """
     machine, is_first = this_machine(), rank == 0
-    data = read_prepared(recipe.data, rows=_rows(recipe), global_rows=recipe.run.global_rows) if is_first else None
+    data = read_material(recipe, checks=True) if is_first else None
     disk = read_disk(recipe) if is_first else None
     refuse(problems(recipe, world=world, machine=machine, disk=disk, prepared=data))
     for note in notes(recipe, machine=machine, prepared=data) if is_first else ():
@@ -72,6 +78,15 @@ def check(recipe: Recipe, *, world: int) -> Layout:
     )
 
 
+def open_material(recipe: Recipe) -> Dataset | PromptSet:
+    """What a run learns from: prepared data, or prompts, which the caller closes. Errors: see `open_data`."""
+    if recipe.objective.kind != "grpo":
+        return open_data(recipe)
+    prompts = open_prompts(recipe, open_tokenizer(recipe)[0])
+    refuse(vocabulary_problems(recipe, prompts.vocab_size), DataError)
+    return prompts
+
+
 def open_data(recipe: Recipe) -> Dataset:
     """The prepared data of a recipe, checked against its model. DataError names what does not match."""
     dataset = open_dataset(recipe.data)
@@ -82,11 +97,7 @@ def open_data(recipe: Recipe) -> Dataset:
 
 def open_tokenizer(recipe: Recipe) -> tuple[Tokenizer, Path]:
     """(tokenizer, its file): from the prepared data, or from the recipe's path if no data is prepared yet."""
-    folder, config = Path(recipe.data.folder), recipe.data.tokenizer
-    if not (folder / MANIFEST).is_file() and config.path is not None:
-        return load_tokenizer(Path(config.path), config), Path(config.path)
-    entry = read_manifest(folder).tokenizer
-    return load_tokenizer(folder / entry.file, config), folder / entry.file
+    return tokenizer_or_file(recipe.data)
 
 
 @contextmanager
@@ -115,6 +126,8 @@ class Objective:
 
     forward_step: Callable[..., Any]
     parts: tuple[str, ...] = ()
+    counter: Counter = next_token.count_labels
+    """What is counted in the rows of a step (`train.objective.step_counts`)."""
     teacher: dict[str, Any] | None = None
     """Identity of the teacher's weights (`recipes.schema.facts.identity_of`), the same on every rank."""
 
@@ -127,25 +140,30 @@ def build_objective(recipe: Recipe, *, mesh: Mesh, chunks: list[Any], tokenizer:
     """
     refuse(distill_problems(recipe))
     objective = recipe.objective
+    if objective.kind == "reward":
+        return Objective(reward_step(mesh, objective.reward), REWARD_PARTS, counter=count_contexts)
     if objective.kind == "next_token":
         return Objective(next_token.forward_step(mesh, reset_at_documents=recipe.data.reset_at_documents))
+    if objective.kind == "grpo":
+        return Objective(policy_step(objective.grpo, mesh=mesh), POLICY_PARTS)
     source: Teacher | TeacherCache | None
     if objective.teacher_cache is not None:
         request = read_request(Path(objective.teacher_cache))
         source = TeacherCache.open(recipe, tokenizer=tokenizer) if mesh.is_last_stage else None
         step = distill.distill_step(recipe, mesh=mesh, source=source, match=None)
-        return Objective(step, distill.PARTS, request.identity)
+        return Objective(step, distill.PARTS, teacher=request.identity)
     source = open_teacher(recipe, mesh=mesh, tokenizer=tokenizer)
     match = distill.hidden_match(recipe, source)
     assert objective.teacher is not None, "open_teacher refuses a recipe without a teacher"
     step = distill.distill_step(recipe, mesh=mesh, source=source, match=match)
-    return Objective(step, distill.PARTS, identity_of(*checkpoint_at(objective.teacher)))
+    return Objective(step, distill.PARTS, teacher=identity_of(*checkpoint_at(objective.teacher)))
 
 
 def build_engine(recipe: Recipe, mesh: Mesh, *, weights: Path | None = None, tokenizer: str | None = None) -> Engine:
     """Model, data parallelism and optimizer of a recipe on this rank. Collective over the world.
 
-    weights: a checkpoint to load the initial weights from, instead of random ones. tokenizer: fingerprint of the data's
+    weights: a checkpoint to load the initial weights from, instead of random ones; if it is of a language model and the recipe
+    has a scalar head, the head is drawn. tokenizer: fingerprint of the data's
     tokenizer; a teacher's must be equal.
     """
 
@@ -163,8 +181,12 @@ def build_engine(recipe: Recipe, mesh: Mesh, *, weights: Path | None = None, tok
         draw_weights=weights is None,
     )
     if weights is not None:
-        check_same_function(read_checkpoint_manifest(weights).recipe, recipe, place=str(weights))
-        read_weights(weights, chunks, groups=mesh.groups)
+        saved = read_checkpoint_manifest(weights).recipe
+        drawn = (HEAD,) if replaces_head(saved, recipe) else ()
+        check_same_function(saved, recipe, place=str(weights), except_head=bool(drawn))
+        read_weights(weights, chunks, groups=mesh.groups, without=drawn)
+        for chunk, name in product(chunks, drawn):
+            initialize(chunk, model=recipe.model, seed=recipe.run.seed, tensor_group=mesh.groups.tp, only=name)
     objective = build_objective(recipe, mesh=mesh, chunks=chunks, tokenizer=tokenizer)
     wrapped = wrap_chunks(chunks, parallel=recipe.parallel, mesh=mesh, fp8_weights=recipe.precision.fp8_weights)
     optimizer = build_optimizer(wrapped, optim=recipe.optim, precision=recipe.precision, mesh=mesh)
@@ -175,6 +197,7 @@ def build_engine(recipe: Recipe, mesh: Mesh, *, weights: Path | None = None, tok
         optimizer=optimizer,
         precision=backend.control(wrapped, precision=recipe.precision, mesh=mesh, seed=recipe.run.seed),
         forward_step=objective.forward_step,
+        counter=objective.counter,
         loss_parts=objective.parts,
         teacher=objective.teacher,
         row_tokens=recipe.data.row_tokens,
@@ -223,6 +246,24 @@ def models_for_inference(
         yield models
 
 
+def model_in_mesh(recipe: Recipe, checkpoint: Path, *, mesh: Mesh) -> Any:
+    """The model of a recipe with a checkpoint's weights, for inference, in process groups that are open: split over the tensor
+    ranks, a copy in each of the tensor groups, one pipeline stage. Collective over the world.
+
+    Raises RecipeError if the model cannot be split over so many ranks.
+    """
+    check_same_function(read_checkpoint_manifest(checkpoint).recipe, recipe, place=str(checkpoint))
+    one = _on_tensor_ranks(recipe, mesh.layout.tensor, copies=1)
+    check(one, world=mesh.layout.tensor)
+    return _loaded(one, checkpoint, mesh=mesh, masters=True)
+
+
+def _on_tensor_ranks(recipe: Recipe, tensor: int, *, copies: int) -> Recipe:
+    """The recipe with nothing but tensor parallelism, as inference has it."""
+    run = replace(recipe.run, global_rows=copies, microbatch_rows=1)
+    return replace(recipe, parallel=ParallelConfig(tensor=tensor), run=run)
+
+
 @contextmanager
 def _models(
     sources: Sequence[tuple[Recipe, Path]],
@@ -242,14 +283,7 @@ def _models(
     use_device(device)
 
     copies = max(1, world // tensor)
-    ones = [
-        replace(
-            recipe,
-            parallel=ParallelConfig(tensor=tensor),
-            run=replace(recipe.run, global_rows=copies, microbatch_rows=1),
-        )
-        for recipe, _ in sources
-    ]
+    ones = [_on_tensor_ranks(recipe, tensor, copies=copies) for recipe, _ in sources]
     layouts = [check(one, world=world) for one in ones]
     with mesh_of(ones[0], layouts[0], device=device, rank=rank) as mesh:
         pairs = zip(ones, sources, strict=True)

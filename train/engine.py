@@ -26,6 +26,8 @@ class Engine:
     precision: PrecisionControl
     forward_step: Callable[..., Any]
     """Called by Megatron's schedules for each microbatch (`train.objective`)."""
+    counter: Callable[[Any], tuple[int, ...]]
+    """What the objective counts in rows (`train.objective.step_counts`)."""
     row_tokens: int
     microbatch_rows: int
     reset_at_documents: bool
@@ -33,6 +35,15 @@ class Engine:
     """Names of the terms that the objective reports in addition to the loss."""
     teacher: dict[str, Any] | None = None
     """Identity of the teacher's weights (`recipes.schema.facts.identity_of`); None without a teacher."""
+
+
+def live_model(engine: Engine) -> Any:
+    """The model that trains, for inference between two steps: its only chunk on this rank, with up-to-date weights. For layouts
+    without pipeline ranks. Collective over the data-parallel group if parameters are gathered late."""
+    (chunk,) = engine.chunks
+    if chunk.ddp_config.overlap_param_gather:
+        chunk.start_param_sync(force_sync=True)  # inference does not call the modules whose hooks would wait for it
+    return chunk.module
 
 
 def run_schedule(

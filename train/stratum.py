@@ -36,7 +36,7 @@ COMMANDS = {
     "generate": Command("training", "train.inference.command:main", "stream text from a checkpoint of a run"),
     "evaluate": Command("training", "train.evaluate.command:main", "scores of a checkpoint on tasks, with intervals"),
     "serve": Command("training", "train.serve.command:main", "a model behind OpenAI's API, with a page to try it"),
-    "report": Command("training", "train.record.report:main", "picture and summary of a run, also while it trains"),
+    "report": Command("training", "train.report.command:main", "a page about a run, or several side by side"),
     "checkpoint": Command("training", "train.checkpoint.__main__:main", "list, verify, compare and rewrite checkpoints"),
     "merge": Command("training", "train.align.command:main", "a weighted sum of two models, or an average of checkpoints"),
     "hf": Command("training", "train.hf.__main__:main", "models to and from Hugging Face's format, compared block by block"),

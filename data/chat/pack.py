@@ -1,5 +1,7 @@
 """Whole chats into rows: none is cut, and every row is filled up with tokens that are not learned.
 
+The answers of a preference are packed like one chat: they are neighbours in one row.
+
     chats, in the order of their records --best fit, a stretch at a time--> rows of exactly `row_tokens`, one after the other
 
 A chat that is cut would leave answers without their questions. So rows are made when the data is prepared, and a reader's rows of
@@ -8,7 +10,7 @@ for the chats of the next.
 """
 
 import bisect
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -32,16 +34,17 @@ class RowPacker[Label]:
     """Each chat in a row of its own."""
     padding: int = 0
     """Tokens that rows were filled up with."""
-    _waiting: list[tuple[Label, ChatDocument]] = field(default_factory=list)
+    _waiting: list[tuple[Label, tuple[ChatDocument, ...]]] = field(default_factory=list)
     _tokens: int = 0
 
-    def add(self, label: Label, document: ChatDocument) -> Iterator[tuple[Label, ChatDocument]]:
-        """Take one chat; give the chats of the rows that are finished, each row's last filled up."""
+    def add(self, label: Label, *documents: ChatDocument) -> Iterator[tuple[Label, ChatDocument]]:
+        """Take one chat, or all answers of one preference; give the chats of the rows that are finished, each row's last filled
+        up."""
         if self.is_single:
-            yield from self._row([(label, document)])
+            yield from self._row([(label, documents)])
             return
-        self._waiting.append((label, document))
-        self._tokens += len(document.ids)
+        self._waiting.append((label, documents))
+        self._tokens += _tokens_of(documents)
         if self._tokens >= _STRETCH_ROWS * self.row_tokens:
             yield from self._arrange(is_last=False)
 
@@ -51,8 +54,8 @@ class RowPacker[Label]:
 
     def _arrange(self, *, is_last: bool) -> Iterator[tuple[Label, ChatDocument]]:
         waiting, self._waiting, self._tokens = self._waiting, [], 0
-        rows = best_fit_whole([len(document.ids) for _, document in waiting], row_tokens=self.row_tokens)
-        fill = [sum(len(waiting[place][1].ids) for place in row) for row in rows]
+        rows = best_fit_whole([_tokens_of(documents) for _, documents in waiting], row_tokens=self.row_tokens)
+        fill = [sum(_tokens_of(waiting[place][1]) for place in row) for row in rows]
         is_any_full = any(tokens >= _FULL * self.row_tokens for tokens in fill)
         left: list[int] = []
         for row, tokens in zip(rows, fill, strict=True):
@@ -61,9 +64,10 @@ class RowPacker[Label]:
             else:
                 left += row
         self._waiting = [waiting[place] for place in sorted(left)]
-        self._tokens = sum(len(document.ids) for _, document in self._waiting)
+        self._tokens = sum(_tokens_of(documents) for _, documents in self._waiting)
 
-    def _row(self, chats: list[tuple[Label, ChatDocument]]) -> Iterator[tuple[Label, ChatDocument]]:
+    def _row(self, packed: list[tuple[Label, tuple[ChatDocument, ...]]]) -> Iterator[tuple[Label, ChatDocument]]:
+        chats = [(label, document) for label, documents in packed for document in documents]
         yield from chats[:-1]
         label, last = chats[-1]
         missing = self.row_tokens - sum(len(document.ids) for _, document in chats)
@@ -71,6 +75,10 @@ class RowPacker[Label]:
         self.padding += missing
         ids = np.concatenate([last.ids, np.full(missing, self.eod, dtype=last.ids.dtype)])
         yield label, replace(last, ids=ids, learned=np.concatenate([last.learned, np.zeros(missing, dtype=bool)]))
+
+
+def _tokens_of(documents: Sequence[ChatDocument]) -> int:
+    return sum(len(document.ids) for document in documents)
 
 
 def best_fit_whole(sizes: list[int], *, row_tokens: int) -> list[list[int]]:

@@ -6,18 +6,28 @@
     {"context": [messages], "completions": [{"rank": 0, "completion": [messages]}, ...]}       (NeMo-RL; lower is better)
 
     record --preference_of--> Preference(context, answers), best first --pairs--> (better, worse) of different ranks
+           --preference_text_of--> '{"context": [...], "answers": [{"rank": 0, "messages": [...]}, ...], "tools": [...]}'
 
-A record that is no preference is a ValueError that says why, as in `data.chat.record`.
+The text passes through the same reading, sizes and held-out split as a chat's. A record that is not a preference is a ValueError
+that says why, as in `data.chat.record`.
 """
 
-from collections.abc import Iterator, Mapping
+import json
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from typing import Any
 
-from data.chat.record import check_order, checked_messages
+from data.chat.record import as_line, check_order, checked_messages, without_nulls
+from recipes.schema.data import SourceConfig
+from recipes.schema.foreign import parse_json
 
 Messages = list[dict[str, Any]]
+FIELDS = ("prompt", "chosen", "rejected", "context", "completions")
+"""Fields of the four forms of records."""
+MOST_ANSWERS = (1 << 15) - 1
+"""Ranks are stored as int16."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +52,25 @@ class Preference:
         for better, worse in combinations(self.answers, 2):
             if better.rank < worse.rank:
                 yield better, worse
+
+
+def pair_count(ranks: Sequence[int]) -> int:
+    """Number of pairs of answers of different ranks."""
+    same = sum(count * (count - 1) // 2 for count in Counter(ranks).values())
+    return len(ranks) * (len(ranks) - 1) // 2 - same
+
+
+def preference_text_of(source: SourceConfig, *, is_table: bool) -> Callable[[Any], str]:
+    """A function from a record to its preference as a line of JSON: ranks count from 0 without gaps, best first. It raises
+    ValueError with the reason. is_table: as for `data.chat.record.chat_of`."""
+    return lambda record: _text(without_nulls(record) if is_table else record, source)
+
+
+def _text(record: Any, source: SourceConfig) -> str:
+    preference = preference_of(record)
+    ranks = {rank: place for place, rank in enumerate(sorted({answer.rank for answer in preference.answers}))}
+    answers = [{"rank": ranks[answer.rank], "messages": answer.messages} for answer in preference.answers]
+    return as_line({"context": preference.context, "answers": answers}, record, tools_field=source.tools_field)
 
 
 def preference_of(record: Any) -> Preference:
@@ -74,6 +103,8 @@ def _ranked(record: Mapping[str, Any]) -> Preference:
     context, completions = _messages(record.get("context"), "context", role="user"), record["completions"]
     if not isinstance(completions, list) or len(completions) < 2:
         raise ValueError("has completions that are not a list of at least two")
+    if len(completions) > MOST_ANSWERS:
+        raise ValueError(f"has {len(completions):,} completions, more than {MOST_ANSWERS:,}")
     answers = []
     for place, entry in enumerate(completions, start=1):
         rank = entry.get("rank") if isinstance(entry, Mapping) else None
@@ -86,11 +117,24 @@ def _ranked(record: Mapping[str, Any]) -> Preference:
 
 
 def _messages(value: Any, name: str, *, role: str = "assistant") -> Messages:
-    """Messages of a field; a text is one message of `role`."""
+    """Messages of a field; a text is one message of `role`, if it is not a list of messages that is written as JSON."""
     try:
-        return checked_messages([{"role": role, "content": value}] if isinstance(value, str) else value)
+        return checked_messages(
+            _written_messages(value) or [{"role": role, "content": value}] if isinstance(value, str) else value
+        )
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from error
+
+
+def _written_messages(text: str) -> Any:
+    """The list of messages that a text is, as tables of other tools write it; None for any other text."""
+    if not text.lstrip().startswith("["):
+        return None
+    try:
+        value = parse_json(text)
+    except (ValueError, RecursionError):
+        return None
+    return value if value and all(isinstance(message, dict) and "role" in message for message in value) else None
 
 
 def _checked(context: Messages, answers: list[RankedAnswer], *, names: Any) -> Preference:
@@ -106,7 +150,16 @@ def _checked(context: Messages, answers: list[RankedAnswer], *, names: Any) -> P
             raise ValueError(f"{name}, after the context: {error}") from error
         if answer.messages[0]["role"] != "assistant":
             raise ValueError(f"{name} starts with a message by {answer.messages[0]['role']}, not by assistant")
-    for (name, answer), (other_name, other) in combinations(zip(names, answers, strict=True), 2):
-        if answer.rank != other.rank and answer.messages == other.messages:
-            raise ValueError(f"has {name} equal to {other_name}: nothing is preferred")
+    first: dict[str, tuple[str, int]] = {}  # an answer as text: the name and rank of the first such answer
+    for name, answer in zip(names, answers, strict=True):
+        other, rank = first.setdefault(_identity(answer.messages), (name, answer.rank))
+        if rank != answer.rank:
+            raise ValueError(f"has {other} equal to {name}: nothing is preferred")
     return Preference(context, tuple(sorted(answers, key=lambda answer: answer.rank)))
+
+
+def _identity(messages: Messages) -> str:
+    try:
+        return json.dumps(messages, sort_keys=True, default=repr)
+    except RecursionError as error:
+        raise ValueError("is nested too deeply") from error

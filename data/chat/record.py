@@ -29,7 +29,7 @@ def chat_of(source: SourceConfig, *, is_table: bool) -> Callable[[Any], str]:
 
     is_table: a table's records have every field that any record has, null where it was absent: null is no value there.
     """
-    return lambda record: _chat(_without_nulls(record) if is_table else record, source)
+    return lambda record: _chat(without_nulls(record) if is_table else record, source)
 
 
 def checked_messages(value: Any) -> list[dict[str, Any]]:
@@ -40,8 +40,13 @@ def checked_messages(value: Any) -> list[dict[str, Any]]:
 
 
 def words_of(chat: str) -> str:
-    """What the messages of a chat say, for training a tokenizer. chat: as `chat_of` gives it."""
-    return "\n".join(message["content"] for message in json.loads(chat)["messages"])
+    """What the messages of a chat or a preference say, for training a tokenizer. chat: as `chat_of` gives it, or
+    `data.chat.preferences`."""
+    record = json.loads(chat)
+    messages = record["messages"] if "messages" in record else list(record["context"])
+    for answer in record.get("answers", ()):
+        messages += answer["messages"]
+    return "\n".join(message["content"] for message in messages)
 
 
 def _chat(record: Any, source: SourceConfig) -> str:
@@ -54,12 +59,17 @@ def _chat(record: Any, source: SourceConfig) -> str:
             f"messages_field of this source"
         )
     chat: dict[str, Any] = {"messages": [_message(message, place) for place, message in enumerate(messages, start=1)]}
-    tools = _parsed(record.get(source.tools_field), source.tools_field)
+    check_order(chat["messages"])
+    return as_line(chat, record, tools_field=source.tools_field)
+
+
+def as_line(chat: dict[str, Any], record: Mapping[str, Any], *, tools_field: str) -> str:
+    """A checked chat or preference, with the tools of its record, as a line of JSON. ValueError says what JSON does not have."""
+    tools = _parsed(record.get(tools_field), tools_field)
     if tools:
         if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
-            raise ValueError(f"has tools under {source.tools_field!r} that are not a list of objects")
+            raise ValueError(f"has tools under {tools_field!r} that are not a list of objects")
         chat["tools"] = tools
-    check_order(chat["messages"])
     try:
         return json.dumps(chat, ensure_ascii=False)
     except TypeError as error:
@@ -68,10 +78,11 @@ def _chat(record: Any, source: SourceConfig) -> str:
         raise ValueError("is nested too deeply") from error
 
 
-def _without_nulls(value: Any) -> Any:
+def without_nulls(value: Any) -> Any:
+    """A record of a table, without the fields that it does not have."""
     if isinstance(value, Mapping):
-        return {name: _without_nulls(inner) for name, inner in value.items() if inner is not None}
-    return [_without_nulls(inner) for inner in value] if isinstance(value, list) else value
+        return {name: without_nulls(inner) for name, inner in value.items() if inner is not None}
+    return [without_nulls(inner) for inner in value] if isinstance(value, list) else value
 
 
 def _parsed(value: Any, name: str) -> Any:

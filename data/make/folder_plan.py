@@ -25,16 +25,17 @@ from data.store.manifest import file_sha256
 from data.system import disk
 from recipes.schema.credentials import without_credentials
 from recipes.schema.data import CHAT_TEMPLATES, DataConfig
+from recipes.schema.data_rules import source_problems
 from recipes.schema.errors import DataError, refuse
 from recipes.schema.foreign import read_json
-from recipes.schema.rules import source_problems
 
 PLAN = "plan.json"
 _NONE = "-"
 """Stored instead of a digest for a source without fixed texts: every text of it is held out."""
 _PREPARED_FIELDS = ("path", "format", "text_field", "template", "config", "split", "streaming", "on_bad_record",
                     "max_record_bytes", "max_expansion", "max_bytes")  # fmt: skip
-_CHAT_FIELDS = ("kind", "messages_field", "tools_field")
+_MESSAGE_FIELDS = {"chat": ("kind", "messages_field", "tools_field"), "preference": ("kind", "tools_field")}
+"""More fields of sources of chats and of preferences."""
 _TOKENIZER_FIELDS = ("path", "vocab_size", "end_of_document", "special_tokens", "pattern", "rank_offset", "keep_vocab",
                      "train_bytes")  # fmt: skip
 
@@ -85,8 +86,7 @@ def request_of(config: DataConfig) -> dict[str, Any]:
         sources[name]["path"] = without_credentials(source.path)
         if source.heldout_fraction is not None:
             sources[name]["heldout_fraction"] = source.heldout_fraction
-        if source.kind == "chat":
-            sources[name] |= _picked(asdict(source), _CHAT_FIELDS)
+        sources[name] |= _picked(asdict(source), _MESSAGE_FIELDS.get(source.kind, ()))
     tokenizer = _picked(asdict(config.tokenizer), _TOKENIZER_FIELDS)
     if config.tokenizer.begin_of_document is not None:
         tokenizer["begin_of_document"] = config.tokenizer.begin_of_document
@@ -100,7 +100,7 @@ def request_of(config: DataConfig) -> dict[str, Any]:
         "seed": config.seed,
         "shard_bytes": config.shard_bytes,
     }
-    if config.chats:
+    if config.conversations:
         request["chat"] = asdict(config.chat) | {"row_tokens": config.row_tokens}
         if config.chat.template in CHAT_TEMPLATES or Path(config.chat.template).is_file():
             digest = hashlib.sha256(template_source(config.chat.template).encode()).hexdigest()

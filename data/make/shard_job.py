@@ -16,7 +16,7 @@ was not killed.
 import json
 import logging
 from array import array
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -26,13 +26,14 @@ import numpy as np
 
 from data.chat.encode import ChatDocument, ChatEncoder, ChatTooLong
 from data.chat.pack import RowPacker
+from data.chat.preferences import MOST_ANSWERS, pair_count
 from data.chat.template import ChatError, ChatTimeout
 from data.make.corpus import Document, Reader, cut_in_two, digest, is_heldout
 from data.make.megatron_sets import describe_set, unended_documents
 from data.sources.files import is_remote, retry_if_remote
 from data.sources.parts import problem_of
 from data.sources.records import Part
-from data.store.manifest import MASK, MASK_DTYPE, SPLITS, ShardEntry, shard_entry
+from data.store.manifest import MASK, MASK_DTYPE, RANKS, RANKS_DTYPE, SPLITS, ShardEntry, shard_entry
 from data.store.origins import pack_origins
 from data.store.shards import ShardWriter, write_with_facts
 from data.system import disk
@@ -80,9 +81,9 @@ class ShardJob:
     """Tokens of the rows that chats are packed in."""
 
     @property
-    def is_chat(self) -> bool:
-        """Whether the source's records are chats."""
-        return self.source.kind == "chat"
+    def has_messages(self) -> bool:
+        """Whether the source's records are chats or preferences."""
+        return self.source.kind != "text"
 
     @property
     def prefix(self) -> str:
@@ -113,16 +114,22 @@ class PlainDocument:
 
 
 _Document = PlainDocument | ChatDocument
+_Group = Sequence[_Document]
+"""Documents that belong into one row: the answers of a preference; otherwise one."""
 
 
 @dataclass(frozen=True)
 class ChatCounts:
-    """What became of the chats of one split of a shard."""
+    """What became of the chats or preferences of one split of a shard."""
 
     learned: int
     """Tokens that are learned."""
     padding: int
     """Tokens that rows were filled up with."""
+    groups: int = 0
+    """Preferences: answers to one context."""
+    pairs: int = 0
+    """Pairs of answers of different ranks."""
 
 
 @dataclass(frozen=True)
@@ -141,9 +148,9 @@ class ShardResult:
     unknown: int = 0
     """Number of unknown tokens written."""
     chats: dict[str, ChatCounts] = field(default_factory=dict)
-    """By split, if the source has chats."""
+    """By split, if the source has chats or preferences."""
     long_records: int = 0
-    """Chats left out because they are longer than a row."""
+    """Chats or preferences left out because they are longer than a row."""
     next_part: int | None = None
     """Index of the part in which the job's next shard begins; None for its last shard."""
     next_record: int = 0
@@ -276,7 +283,7 @@ class _Encoder:
         self._threads = threads
         self.chats: ChatEncoder | None = None
         self._timeouts = 0
-        if job.is_chat:
+        if job.has_messages:
             self.chats = ChatEncoder(job.chat, tokenizer, row_tokens=job.row_tokens, seed=job.seed)
 
     def __enter__(self) -> "_Encoder":
@@ -286,7 +293,7 @@ class _Encoder:
         if self.chats is not None:
             self.chats.__exit__(*ended)
 
-    def encoded(self, batch: list[SplitText], part: Part) -> Iterator[tuple[SplitText, list[_Document] | str]]:
+    def encoded(self, batch: list[SplitText], part: Part) -> Iterator[tuple[SplitText, list[_Group] | str]]:
         """Each text with its documents, or with what is wrong with it. part: where the batch was read."""
         if self.chats is not None:
             yield from ((text, self._chat(text, part)) for text in batch)
@@ -298,12 +305,15 @@ class _Encoder:
             if problem is not None or isinstance(numbers, str):
                 yield text, str(problem)
             else:
-                yield text, [PlainDocument(np.concatenate([before, numbers, after]), text.bytes)]
+                yield text, [[PlainDocument(np.concatenate([before, numbers, after]), text.bytes)]]
 
-    def _chat(self, text: SplitText, part: Part) -> list[_Document] | str:
+    def _chat(self, text: SplitText, part: Part) -> list[_Group] | str:
         assert self.chats is not None
         try:
-            return [*self.chats.documents(text.document.text)]
+            if self._job.source.kind == "preference":
+                answers = self.chats.answers(text.document.text)
+                return [answers] if answers else []
+            return [[document] for document in self.chats.documents(text.document.text)]
         except ChatTooLong as error:
             place = f"data.sources.{self._job.name}"
             raise DataError(problem_of(place, self._job.source, part, text.document.record, str(error))) from error
@@ -340,14 +350,14 @@ def _write_shard(job: ShardJob, number: int, texts: _TextStream, encoder: _Encod
         for batch in texts.batches:
             text_bytes = tokens = 0
             part = job.parts[texts.part]
-            for text, documents in encoder.encoded(batch, part):
-                if isinstance(documents, str):
-                    reader.refuse(part, text.document.record, documents)
+            for text, groups in encoder.encoded(batch, part):
+                if isinstance(groups, str):
+                    reader.refuse(part, text.document.record, groups)
                     continue
-                for document in documents:
-                    unknown += tokenizer.unknown_count(document.ids)
-                    outputs[text.split].add(text, document)
-                    tokens += len(document.ids)
+                for group in groups:
+                    unknown += sum(tokenizer.unknown_count(document.ids) for document in group)
+                    outputs[text.split].add(text, group)
+                    tokens += sum(len(document.ids) for document in group)
                 text_bytes += text.bytes
             report(texts.unreported_bytes(), text_bytes, tokens)
             shard_bytes += text_bytes
@@ -370,7 +380,7 @@ def _write_shard(job: ShardJob, number: int, texts: _TextStream, encoder: _Encod
         empty_documents=reader.empty_documents,
         problems=tuple(reader.problems),
         unknown=unknown,
-        chats={split: output.counts for split, output in outputs.items() if job.is_chat},
+        chats={split: output.counts for split, output in outputs.items() if job.has_messages},
         long_records=encoder.chats.long_records - long_before if encoder.chats is not None else 0,
         next_part=texts.part if has_more else None,
         next_record=texts.record if has_more else 0,
@@ -378,17 +388,20 @@ def _write_shard(job: ShardJob, number: int, texts: _TextStream, encoder: _Encod
 
 
 class _Output:
-    """The files of one split of a shard while they are written. The mask of chats is a second set of files (`store.shards`)."""
+    """The files of one split of a shard while they are written. The mask of chats and the ranks of preferences are sets of files
+    of their own (`store.shards`)."""
 
     def __init__(self, job: ShardJob, split: str, tokenizer: Tokenizer) -> None:
         self._folder = job.folder
         self._writer = ShardWriter(job.folder / f"{job.prefix}.{split}", vocab_size=tokenizer.vocab_size)
-        self._mask: ShardWriter | None = None
+        self._more: dict[str, ShardWriter] = {}
         self._packer: RowPacker[SplitText] | None = None
-        if job.is_chat:
-            self._mask = ShardWriter(job.folder / f"{job.prefix}.{split}.{MASK}", vocab_size=2, dtype=MASK_DTYPE)
+        if job.has_messages:
+            self._open_set(job, split, MASK, vocab_size=2, dtype=MASK_DTYPE)
             self._packer = RowPacker(job.row_tokens, tokenizer.eod, is_single=job.chat.packing == "single")
-        self._learned = 0
+        if job.source.kind == "preference":
+            self._open_set(job, split, RANKS, vocab_size=MOST_ANSWERS + 1, dtype=RANKS_DTYPE)
+        self._learned = self._groups = self._pairs = 0
         self._starts: list[int] = []
         self._records = array("I")
         self._text_bytes = 0
@@ -398,22 +411,30 @@ class _Output:
         return self
 
     def __exit__(self, *ended: Any) -> None:
-        for writer in (self._writer, self._mask):
-            if writer is not None:
-                writer.__exit__(*ended)
+        for writer in (self._writer, *self._more.values()):
+            writer.__exit__(*ended)
+
+    def _open_set(self, job: ShardJob, split: str, name: str, *, vocab_size: int, dtype: str) -> None:
+        prefix = job.folder / f"{job.prefix}.{split}.{name}"
+        self._more[name] = ShardWriter(prefix, vocab_size=vocab_size, dtype=dtype)
 
     @property
     def counts(self) -> ChatCounts:
-        """What was written of chats."""
-        return ChatCounts(self._learned, self._packer.padding if self._packer is not None else 0)
+        """What was written of chats and preferences."""
+        padding = self._packer.padding if self._packer is not None else 0
+        return ChatCounts(self._learned, padding, groups=self._groups, pairs=self._pairs)
 
-    def add(self, text: SplitText, document: _Document) -> None:
-        """Append a document; a chat when its row is finished."""
+    def add(self, text: SplitText, group: _Group) -> None:
+        """Append documents that belong into one row; of chats and preferences, when that row is finished."""
         if self._packer is None:
-            self._write(text, document)
+            for document in group:
+                self._write(text, document)
             return
-        assert isinstance(document, ChatDocument)
-        for where, chat in self._packer.add(text, document):
+        chats = [document for document in group if isinstance(document, ChatDocument)]
+        ranks = [chat.rank for chat in chats if chat.rank is not None]
+        self._groups += bool(ranks)
+        self._pairs += pair_count(ranks)
+        for where, chat in self._packer.add(text, *chats):
             self._write(where, chat)
 
     def flush(self) -> None:
@@ -429,18 +450,19 @@ class _Output:
         self._records.append(text.document.record)
         self._text_bytes += document.text_bytes
         self._writer.add(document.ids)
-        if self._mask is not None:
-            assert isinstance(document, ChatDocument)
-            self._mask.add(document.learned)
+        if isinstance(document, ChatDocument):
+            self._more[MASK].add(document.learned)
             self._learned += int(document.learned.sum())
+            if document.rank is not None:
+                self._more[RANKS].add([document.rank, document.begins_group])
 
     def finish(self, name: str) -> ShardEntry:
         """Give the files their final name (in the folder, without suffix). -> the manifest's entry."""
         self._writer.prefix = self._folder / name
         facts = self._writer.finish()
-        if self._mask is not None:
-            self._mask.prefix = self._folder / f"{name}.{MASK}"
-            facts |= {f"{MASK}.{suffix}": found for suffix, found in self._mask.finish().items()}
+        for kind, writer in self._more.items():
+            writer.prefix = self._folder / f"{name}.{kind}"
+            facts |= {f"{kind}.{suffix}": found for suffix, found in writer.finish().items()}
         content = pack_origins(self.files, self._starts, np.asarray(self._records, dtype=np.uint32))
         facts["origins"] = write_with_facts(self._folder / f"{name}.origins", content)
         return ShardEntry(

@@ -20,8 +20,8 @@ from data.order.permutation import RowOrder
 from data.order.shares import Phase
 from data.system.recent import Recent
 from recipes.schema.data import DataConfig, PhaseConfig
+from recipes.schema.data_rules import order_problems
 from recipes.schema.errors import DataError, refuse
-from recipes.schema.rules import order_problems
 
 ORDER = 2
 """Version of the order of rows if shares change or have no short period. With a new version, such runs get other rows."""

@@ -24,6 +24,7 @@ import numpy as np
 
 from data.native import rows as native
 from data.rows.reader import OpenShard, TokenStream
+from data.store.manifest import RANK_NUMBERS
 from data.system.recent import Recent
 
 STRETCH_ROWS = 64
@@ -68,11 +69,13 @@ class Rows:
         best_fit: bool,
         sources: int = 1,
         mask: "Rows | None" = None,
+        ranks: TokenStream | None = None,
     ) -> None:
         """sources: number of sources that share the memory for packed stretches. mask: rows of 1 for labels that are learned,
-        else 0."""
+        else 0. ranks: `RANK_NUMBERS` numbers for each document, as they are stored."""
         self.mask = mask
         """None if all labels are learned."""
+        self._ranks = ranks
         self.stream = stream
         self.row_tokens = row_tokens
         self.best_fit = best_fit
@@ -159,6 +162,23 @@ class Rows:
         low = row * self.row_tokens
         starts, _ = self.stream.document_starts(low + 1, low + self.row_tokens)
         return starts - low
+
+    @property
+    def has_ranks(self) -> bool:
+        """Whether the documents are ranked answers of preferences."""
+        return self._ranks is not None
+
+    def ranks_of(self, first: int, count: int) -> np.ndarray:
+        """[count, RANK_NUMBERS] int16 of documents `first` to first + count: rank, and whether a group begins."""
+        assert self._ranks is not None, "only of preferences"
+        found = np.empty(count * RANK_NUMBERS, dtype=self._ranks.dtype)
+        self._ranks.read(first * RANK_NUMBERS, found)
+        return found.reshape(count, RANK_NUMBERS)
+
+    def ranks_in(self, row: int) -> np.ndarray:
+        """The same of the documents of a row. Rows of preferences are packed when they are prepared: none is cut."""
+        starts, first = self.stream.document_starts(row * self.row_tokens, (row + 1) * self.row_tokens)
+        return self.ranks_of(first, len(starts))
 
     def cut(self, low: int, high: int) -> list[Piece]:
         """The documents between two positions of the stream. A document that crosses one of them is cut there."""

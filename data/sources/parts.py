@@ -61,10 +61,10 @@ def kind_of(place: str, source: SourceConfig, file: File) -> str:
             f"document; jsonl, csv, ...), or give a path without it, such as a glob of *.jsonl. Known: {', '.join(_KINDS)}, also "
             f"compressed."
         )
-    if kind == "text" and source.kind == "chat":
+    if kind == "text" and source.kind != "text":
         raise DataError(
-            f"{file.name} ({place}) is a text file, and {place}.kind=chat needs records with messages. Set {place}.format, or "
-            f"give a path of jsonl or parquet files."
+            f"{file.name} ({place}) is a text file, and {place}.kind={source.kind} needs records with messages. Set "
+            f"{place}.format, or give a path of jsonl or parquet files."
         )
     return kind
 

@@ -15,6 +15,7 @@ from typing import Any
 import pyarrow
 import pyarrow.parquet
 
+from data.chat.preferences import FIELDS, preference_text_of
 from data.chat.record import chat_of
 from data.sources.files import Plain, check_expansion, open_binary, reading
 from recipes.schema.credentials import with_credentials
@@ -59,14 +60,17 @@ class Record:
     """Bytes of the part read so far, for progress."""
 
 
-def read_part(place: str, source: SourceConfig, part: Part) -> Iterator[Record]:
-    """The records of one part of a file. place: dotted key of the source, for messages."""
+def read_part(
+    place: str, source: SourceConfig, part: Part, *, extract: Callable[[Any], str] | None = None
+) -> Iterator[Record]:
+    """The records of one part of a file. place: dotted key of the source, for messages. extract: of a jsonl file, from a record
+    to its text, instead of the source's `text_of`."""
     with reading(part.file):
         match part.kind:
             case "text":
                 yield _text(source, part)
             case "jsonl":
-                yield from _jsonl(source, part)
+                yield from _jsonl(source, part, extract or text_of(source))
             case "parquet":
                 yield from _parquet(place, source, part)
             case "csv" | "tsv":
@@ -76,10 +80,12 @@ def read_part(place: str, source: SourceConfig, part: Part) -> Iterator[Record]:
 
 
 def text_of(source: SourceConfig, *, is_table: bool = False) -> Callable[[Any], str]:
-    """A function from a record to its text, by the source's field or template; of a chat, its messages as JSON (is_table: see
-    `chat_of`). It raises ValueError with the problem."""
+    """A function from a record to its text, by the source's field or template; of a chat or a preference, its messages as JSON
+    (is_table: see `chat_of`). It raises ValueError with the problem."""
     if source.kind == "chat":
         return chat_of(source, is_table=is_table)
+    if source.kind == "preference":
+        return preference_text_of(source, is_table=is_table)
     if source.template is None:
         return lambda record: _plain_text(record, source.text_field)
     try:
@@ -107,7 +113,14 @@ def columns_of(place: str, source: SourceConfig, names: list[str], what: str) ->
     names: the columns of the table; what: the table, for the message.
     """
     wanted = [source.text_field]
-    if source.kind == "chat":
+    if source.kind == "preference":
+        wanted = [field for field in (*FIELDS, source.tools_field) if field in names]
+        if not ({"chosen", "rejected"} <= set(names) or {"context", "completions"} <= set(names)):
+            raise DataError(
+                f"{what} has no columns chosen and rejected, and no context and completions (it has: {', '.join(names)}), which "
+                f"{place}.kind=preference needs. Rename its columns, or set another kind."
+            )
+    elif source.kind == "chat":
         wanted = [source.messages_field, *([source.tools_field] if source.tools_field in names else [])]
     elif source.template is not None:
         wanted = [name for _, name, *_ in Formatter().parse(source.template) if name]
@@ -187,12 +200,11 @@ def _text(source: SourceConfig, part: Part) -> Record:
         return Record(0, "", f"is not UTF-8 text: {error.reason} at byte {error.start}", part.size)
 
 
-def _jsonl(source: SourceConfig, part: Part) -> Iterator[Record]:
+def _jsonl(source: SourceConfig, part: Part, extract: Callable[[Any], str]) -> Iterator[Record]:
     """The lines that begin inside the part. A line that begins before it belongs to the previous part."""
     limit = source.max_record_bytes
-    extract = text_of(source)
     # A key that is written twice could show another chat than the one that is learned. Texts are read faster without that check.
-    parse = parse_json if source.kind == "chat" else json.loads
+    parse = json.loads if source.kind == "text" else parse_json
     with Plain(_opened(source, part), max_expansion=source.max_expansion, start=max(0, part.start - 1)) as plain:
         place = part.start
         if part.start:  # the stream begins one byte earlier, to see whether a line begins exactly at `start`

@@ -35,7 +35,12 @@ _OWN_FILES = (MANIFEST, "verified.json")
 MASK = "mask"
 """Added to a shard's name: the set that says which of its tokens are learned."""
 MASK_DTYPE = "uint8"
-_SUFFIXES = ("bin", "idx", "origins", f"{MASK}.bin", f"{MASK}.idx")
+RANKS = "ranks"
+"""Added to a shard's name: the set that says for each of its documents, answers of preferences, their rank and group."""
+RANKS_DTYPE = "int16"
+RANK_NUMBERS = 2
+"""Numbers stored for an answer: its rank (0 is the best), and 1 if it is the first of its group, else 0."""
+_SUFFIXES = ("bin", "idx", "origins", *(f"{name}.{suffix}" for name in (MASK, RANKS) for suffix in ("bin", "idx")))
 _ID_TYPES = ("uint8", "int8", "int16", "int32", "int64", "uint16", "uint32", "uint64")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _LARGEST_COUNT = 1 << 62
@@ -64,7 +69,8 @@ class ShardEntry:
     dtype: str
     """Numpy's name of the type in which ids are stored (`uint16`)."""
     files: dict[str, FileFacts]
-    """By suffix: `bin`, `idx`, `origins` (absent for a set read in place), and of chats `mask.bin` and `mask.idx`."""
+    """By suffix: `bin`, `idx`, `origins` (absent for a set read in place), of chats and preferences `mask.bin` and `mask.idx`, of
+    preferences `ranks.bin` and `ranks.idx`."""
     first_document: int = 0
     """Index of this entry's first document in the shard. It is 0 except for a set read in place."""
     first_record: int = 0
@@ -74,10 +80,19 @@ class ShardEntry:
     def mask(self) -> "ShardEntry | None":
         """The set that says which tokens are learned, as an entry of its own: the same documents, 1 or 0 for each token. None
         if all are."""
-        if f"{MASK}.bin" not in self.files:
+        return self._set(MASK, dtype=MASK_DTYPE, tokens=self.tokens)
+
+    @property
+    def ranks(self) -> "ShardEntry | None":
+        """The set of its documents' ranks and groups, as an entry of its own: the same documents, `RANK_NUMBERS` numbers for
+        each. None if they are not answers of preferences."""
+        return self._set(RANKS, dtype=RANKS_DTYPE, tokens=RANK_NUMBERS * self.documents)
+
+    def _set(self, name: str, *, dtype: str, tokens: int) -> "ShardEntry | None":
+        if f"{name}.bin" not in self.files:
             return None
-        files = {suffix: self.files[f"{MASK}.{suffix}"] for suffix in ("bin", "idx")}
-        return replace(self, path=f"{self.path}.{MASK}", dtype=MASK_DTYPE, text_bytes=0, files=files)
+        files = {suffix: self.files[f"{name}.{suffix}"] for suffix in ("bin", "idx")}
+        return replace(self, path=f"{self.path}.{name}", dtype=dtype, tokens=tokens, text_bytes=0, files=files)
 
     @property
     def token_files(self) -> list[str]:
@@ -237,8 +252,11 @@ def _check_entry(entry: ShardEntry) -> None:
         key: getattr(entry, key) for key in ("documents", "tokens", "text_bytes", "first_document", "first_record")
     }
     _check_counts(path, **counts)
-    if (f"{MASK}.bin" in entry.files) != (f"{MASK}.idx" in entry.files):
-        raise ValueError(f"{path!r} has one of the two files of its mask")
+    for name in (MASK, RANKS):
+        if (f"{name}.bin" in entry.files) != (f"{name}.idx" in entry.files):
+            raise ValueError(f"{path!r} has one of the two files of its {name}")
+    if f"{RANKS}.bin" in entry.files and f"{MASK}.bin" not in entry.files:
+        raise ValueError(f"{path!r} has ranks of answers, but no mask that says which tokens are theirs")
     for suffix, facts in entry.files.items():
         if suffix not in _SUFFIXES:
             raise ValueError(f"{path!r} has a file of unknown kind {suffix!r}")

@@ -3,7 +3,8 @@
     NAME.bin    token ids of all documents, one after the other, in any of Megatron's integer types
     NAME.idx    "MMIDIDX\\0\\0", version 1, dtype code, counts; then lengths int32, byte offsets int64, document ends int64
 
-    NAME.mask.bin, NAME.mask.idx    of chats: 1 for each token that is learned, else 0; the same documents, uint8
+    NAME.mask.bin, NAME.mask.idx    of chats and preferences: 1 for each token that is learned, else 0; the same documents, uint8
+    NAME.ranks.bin, NAME.ranks.idx  of preferences: rank, and 1 or 0 whether a group begins, for each document, int16
 
 Megatron-LM reads these files and this project reads Megatron-LM's, unchanged. A file is written under a temporary name,
 synced to disk, then renamed.

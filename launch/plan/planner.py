@@ -121,7 +121,9 @@ class Plan:
 
     @property
     def decode(self) -> list[DecodeSpeed]:
-        """Generation on one GPU: for each context that fits, one text and the largest batch."""
+        """Generation on one GPU: for each context that fits, one text and the largest batch. A reward model generates nothing."""
+        if self.recipe.model.head == "scalar":
+            return []
         return decode_table(self.recipe.model, self.device, DECODE_CONTEXTS)
 
     @property

@@ -19,7 +19,7 @@ from recipes.schema.scaling import describe_precision
 
 def show(plan: Plan, *, every_rank: bool = False) -> None:
     """Print a plan."""
-    out = console()
+    out, recipe = console(), plan.recipe
     for part in (
         _head(plan),
         _ranks(plan, every_rank=every_rank),
@@ -27,7 +27,7 @@ def show(plan: Plan, *, every_rank: bool = False) -> None:
         _work(plan),
         _time(plan),
         _cost(plan),
-        _decode(plan),
+        *([_decode(plan)] if recipe.model.head == "vocabulary" else []),
     ):
         out.print(part)
         out.print()

@@ -24,11 +24,14 @@ _KINDS: dict[str, Kind] = {
     **dict.fromkeys(
         (
             "run.folder", "run.name", "run.microbatch_rows", "run.device", "run.threads", "run.stop_after_steps",
-            "run.deterministic", "run.start_from", "objective.teacher_tensor", "objective.chunk_tokens", "parallel",
+            "run.deterministic", "run.start_from", "run.profile", "run.profile_ranks", "run.profile_memory",
+            "run.garbage_every_steps", "objective.teacher_tensor", "objective.chunk_tokens", "parallel",
             "precision.backend", "precision.health", "precision.health_policy", "precision.health_floor_db",
             "checkpoint", "evaluate", "telemetry", "launch", "data.folder", "data.workers", "data.prefetch_steps",
             "data.read_threads", "data.cache", "data.verify", "data.stall_warning_s", "data.stall_limit_s",
-            "generate", "model.mamba_chunk", "model.init_std",
+            "generate", "model.mamba_chunk", "model.init_std", "objective.grpo.generation_rows",
+            "objective.grpo.log_prob_gap", "objective.grpo.mean_log_prob_gap", "objective.grpo.allowed_functions",
+            "objective.grpo.samples_every_steps", "objective.grpo.verifier_gib",
         ),
         "safe",
     ),
@@ -40,8 +43,15 @@ _KINDS: dict[str, Kind] = {
         ),
         "arithmetic",
     ),
-    **dict.fromkeys(("model", "run.global_rows", "data.row_tokens"), "another run"),
-    "data": "data order",
+    **dict.fromkeys(
+        (
+            "model", "run.global_rows", "data.row_tokens", "objective.grpo.prompts_per_step",
+            "objective.grpo.generations_per_prompt", "objective.grpo.updates_per_batch", "objective.grpo.passes_per_batch",
+            "objective.grpo.off_policy_steps",
+        ),
+        "another run",
+    ),
+    **dict.fromkeys(("data", "objective.grpo.prompts"), "data order"),
 }  # fmt: skip
 """{field or group: kind}. The longest matching name decides. A field that is not listed changes arithmetic."""
 
@@ -109,16 +119,26 @@ def refused(changes: list[Difference], allowed: Sequence[str]) -> str | None:
     )
 
 
-def check_same_function(saved: dict[str, Any], recipe: Recipe, *, place: str) -> None:
+def replaces_head(saved: dict[str, Any], recipe: Recipe) -> bool:
+    """Whether a reward model's run starts from the weights of a language model: its head is left out, and a scalar one is drawn.
+    No other field of the model may differ. saved: the checkpoint's resolved recipe."""
+    model = saved.get("model") or {}
+    return recipe.model.head == "scalar" and model.get("head", _default("model.head")) == "vocabulary"
+
+
+def check_same_function(saved: dict[str, Any], recipe: Recipe, *, place: str, except_head: bool = False) -> None:
     """RecipeError if this recipe's model computes another function with a checkpoint's weights than the one they were trained
     as. Shapes can match while activations, norms, angles or heads differ, and the loss would not show it for a long time.
 
-    saved: the checkpoint's resolved recipe. If it has no model, nothing is compared. `checkpoint.allow` permits differences:
+    saved: the checkpoint's resolved recipe. If it has no model, nothing is compared. except_head: compare up to the last hidden
+    state (`replaces_head`). `checkpoint.allow` permits differences:
     `arithmetic` those that a resume may have with the same word, `another_function` all others.
     """
     words = {"safe", *(kind.replace("_", " ") for kind in recipe.checkpoint.allow)}
     if "another function" in words:
         words.add("another run")
+    if except_head and saved.get("model"):
+        saved = {**saved, "model": {**saved["model"], "head": recipe.model.head}}
     changes = [change for change in function_changes(saved, recipe_mapping(recipe)) if change.kind not in words]
     if not changes:
         return
@@ -154,6 +174,7 @@ def _effective(model: dict[str, Any]) -> dict[str, Any]:
     plain["query_scale"] = plain["query_scale"] or plain["head_dim"]
     unused = [] if kinds & {"*", "w"} else _ATTENTION
     unused = unused if "w" in kinds else [*unused, "window_tokens"]
+    unused = unused if plain["head"] == "vocabulary" else [*unused, "tie_embeddings", "logit_softcap"]
     unused = unused if "-" in kinds else [*unused, "ffn", "activation"]
     unused = unused if "M" in kinds else [*unused, *(name for name in plain if name.startswith("mamba_"))]
     if plain["position"] == "none" or not kinds & {"*", "w"}:

@@ -26,9 +26,9 @@ class SourceConfig:
     `.bz2` and `.xz` are decompressed. In folders, names that begin with a dot are left out. `{000..063}` and `{a,b}` stand for
     several paths. `hf:NAME` is a Hugging Face `datasets` set, `package:NAME` a corpus shipped with this project (data/corpora),
     `python-stdlib` the source code of the running Python's standard library."""
-    kind: Literal["text", "chat"] = "text"
+    kind: Literal["text", "chat", "preference"] = "text"
     """`text`: documents, every token of which is learned. `chat`: records with messages, of which the assistant's are learned
-    (`data.chat`, docs/align.md)."""
+    (`data.chat`, docs/align.md). `preference`: records with a context and ranked answers to it, for `objective=dpo`."""
     weight: NonNegativeFloat = 1.0
     """Share of training rows drawn from this source, relative to the other weights (they need not sum to 1). 0: only later
     phases or evaluation use it."""
@@ -125,7 +125,7 @@ class FimConfig:
 
 @dataclass(frozen=True)
 class ChatConfig:
-    """Sources of `kind: chat`: from messages to tokens, and which of them are learned (docs/align.md)."""
+    """Sources of `kind: chat` and `kind: preference`: from messages to tokens, and which of them are learned (docs/align.md)."""
 
     template: str = "chatml"
     """A Jinja file (a model's `chat_template.jinja`), or one of chatml, gemma2, nemotron_nano_v2, turns, plain. What the
@@ -134,7 +134,8 @@ class ChatConfig:
     """`rows`: whole chats together in a row, the rest of it filled with end-of-document tokens that are not learned. `single`:
     each chat in a row of its own (Nemotron Nano 2's second stage)."""
     long_record: Literal["refuse", "drop", "cut"] = "refuse"
-    """A chat longer than `data.row_tokens`: stop and name it; leave it out and count it; or keep its beginning."""
+    """A chat longer than `data.row_tokens`: stop and name it; leave it out and count it; or keep its beginning. The answers of a
+    preference count together, and the longest are cut."""
     earlier_thinking: Literal["drop", "keep"] = "drop"
     """`drop`: a chat with thinking in an earlier turn becomes a sequence for each user turn, without the thinking of earlier
     turns, of which the last turn is learned (Nemotron 3). `keep`: one sequence with all of it."""
@@ -232,6 +233,16 @@ class DataConfig:
     def chats(self) -> list[str]:
         """Names of the sources of chats."""
         return [name for name, source in self.sources.items() if source.kind == "chat"]
+
+    @property
+    def preferences(self) -> list[str]:
+        """Names of the sources of preferences."""
+        return [name for name, source in self.sources.items() if source.kind == "preference"]
+
+    @property
+    def conversations(self) -> list[str]:
+        """Names of the sources whose records have messages, which the chat template renders."""
+        return [name for name, source in self.sources.items() if source.kind != "text"]
 
     def heldout_of(self, name: str) -> float:
         """Fraction of a source's documents that is held out."""

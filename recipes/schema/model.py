@@ -72,10 +72,13 @@ class ModelConfig:
     """Also normalise the output of a layer before it is added to the residual stream (Gemma 2)."""
     scale_embedding: bool = False
     """Multiply embeddings by sqrt(hidden), rounded to the format of activations (Gemma 2)."""
+    head: Literal["vocabulary", "scalar"] = "vocabulary"
+    """What the model computes from the last hidden state: `vocabulary`, logits of the next token; `scalar`, one number, the
+    reward of a text (a reward model, docs/align.md), which `objective.kind=reward` trains."""
     tie_embeddings: bool = False
-    """Use the embedding matrix also as the output head."""
+    """Use the embedding matrix also as the output head. A scalar head is a weight of its own in any case."""
     logit_softcap: SoftCap | None = None
-    """Logits z become c tanh(z / c) before the softmax; null: no cap. Gemma 2: 30."""
+    """Logits z become c tanh(z / c) before the softmax; null: no cap. Gemma 2: 30. Rewards are not capped."""
     init_std: PositiveFloat = 0.02
     """Standard deviation of initial weights. For projections back into the residual stream it is divided by
     sqrt(number of layers)."""
@@ -84,3 +87,13 @@ class ModelConfig:
     def real_vocab(self) -> int:
         """Number of token ids: the vocabulary without its padding."""
         return self.vocab - self.vocab_padding
+
+    @property
+    def head_rows(self) -> int:
+        """Outputs of the head: one for each row of the vocabulary, or one."""
+        return 1 if self.head == "scalar" else self.vocab
+
+    @property
+    def has_own_head(self) -> bool:
+        """Whether the head is a weight of its own, not the embedding."""
+        return self.head == "scalar" or not self.tie_embeddings

@@ -3,19 +3,29 @@
 The text under a field is its documentation: meaning, unit, range and reason for the default (source of docs/recipes.md).
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
+from recipes.schema.align import GrpoConfig, RewardConfig
 from recipes.schema.fields import Count, NonNegativeFloat, Temperature
+
+PREFERENCE_OBJECTIVES = ("dpo", "reward")
+"""Objectives that learn from preferences (`kind: preference` of a source)."""
 
 
 @dataclass(frozen=True)
 class ObjectiveConfig:
-    """What the model is trained to do: predict the next token, or match a teacher (docs/compress.md)."""
+    """What the model is trained to do: predict the next token, match a teacher (docs/compress.md), reward answers or earn rewards
+    (docs/align.md)."""
 
-    kind: Literal["next_token", "distill"] = "next_token"
+    kind: Literal["next_token", "distill", "reward", "grpo"] = "next_token"
     """`next_token`: cross-entropy of the labels. `distill`: match a teacher's whole distribution (Gemma 2,
-    arXiv 2408.00118; Minitron, arXiv 2407.14679). All other fields of this group belong to `distill`."""
+    arXiv 2408.00118; Minitron, arXiv 2407.14679). `reward`: give the better of two answers the higher reward. `grpo`: raise the
+    rewards of the model's own answers. A nested group belongs to the kind of its name, all other fields to `distill`."""
+    reward: RewardConfig = field(default_factory=RewardConfig)
+    """How a reward model is trained."""
+    grpo: GrpoConfig = field(default_factory=GrpoConfig)
+    """Reinforcement learning from rewards."""
     teacher: str | None = None
     """The teacher: a checkpoint folder, or a run folder (its newest checkpoint). Pattern, size and family may
     differ; vocabulary and tokenizer must be the student's."""

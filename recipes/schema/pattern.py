@@ -63,7 +63,7 @@ def cut(pattern: str, stages: int, *, model: ModelConfig) -> list[str]:
     if CUT in pattern:
         return pattern.split(CUT)
     costs = [layer_matmul_weights(kind, model) for kind in kinds]
-    costs[-1] += model.vocab * model.hidden
+    costs[-1] += model.head_rows * model.hidden
     return [layers[start:end] for start, end in balanced_ranges(costs, stages)]
 
 
@@ -189,7 +189,7 @@ def parameters(model: ModelConfig) -> ParameterCount:
     norms = sum(layers.values()) * layer_norms(model) + model.hidden
     return ParameterCount(
         embedding=model.vocab * model.hidden,
-        head=0 if model.tie_embeddings else model.vocab * model.hidden,
+        head=model.head_rows * model.hidden if model.has_own_head else 0,
         mamba=layers["M"] * mamba_layer_parameters(model),
         attention=(layers["*"] + layers["w"]) * attention_layer_parameters(model),
         mlp=layers["-"] * mlp_layer_parameters(model),
@@ -201,7 +201,8 @@ def parameters(model: ModelConfig) -> ParameterCount:
 def weights_of(model: ModelConfig) -> dict[str, object]:
     """Everything that names and shapes of weights depend on. Models with equal values can load each other's weights."""
     kinds = layer_kinds(model.pattern)
-    names = ["hidden", "vocab", "tie_embeddings", "post_norms"]
+    names = ["hidden", "vocab", "head", "post_norms"]
+    names += ["tie_embeddings"] * (model.head == "vocabulary")
     names += ["heads", "kv_heads", "head_dim"] * bool(set(kinds) & set(ATTENTION))
     names += ["mamba_heads", "mamba_head_dim", "mamba_state", "mamba_groups", "mamba_conv"] * ("M" in kinds)
     found = {f"model.{name}": getattr(model, name) for name in names}
@@ -263,7 +264,7 @@ def flops_per_token(model: ModelConfig, sequence: int) -> Flops:
         attention_projections=6 * attention_layers * layer_matmul_weights("*", model),
         attention_scores=3 * 4 * keys * model.heads * model.head_dim,
         mlp=6 * layers["-"] * layer_matmul_weights("-", model),
-        head=6 * model.vocab * model.hidden,
+        head=6 * model.head_rows * model.hidden,
     )
 
 

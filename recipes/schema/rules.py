@@ -11,24 +11,27 @@ fields are in `recipes.schema.fields`. Rules of layouts, schedules, patterns and
 
 import dataclasses
 import unicodedata
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
 
-from recipes.schema.changes import check_folder, differences, refused
-from recipes.schema.data import DataConfig, PhaseConfig
+from recipes.schema.changes import check_folder, differences, refused, replaces_head
+from recipes.schema.data_rules import data_problems
 from recipes.schema.errors import Problem, RecipeError
 from recipes.schema.errors import refuse as refuse
 from recipes.schema.evaluate import EvaluateConfig
 from recipes.schema.facts import BLOCK_SCALES, Disk, Machine, Named, Prepared
+from recipes.schema.grpo_rules import grpo_notes, grpo_problems
 from recipes.schema.launch_rules import environment_problems
 from recipes.schema.layout import layout_problems
 from recipes.schema.manifest import Manifest
-from recipes.schema.objective import ObjectiveConfig
+from recipes.schema.objective import PREFERENCE_OBJECTIVES, ObjectiveConfig
+from recipes.schema.objective_rules import data_fit_problems, reward_problems, unused
 from recipes.schema.optim import ScheduleConfig
 from recipes.schema.parallel import ParallelConfig
 from recipes.schema.pattern import layer_kinds, pattern_problems, weights_of
 from recipes.schema.precision import PrecisionConfig
+from recipes.schema.profile import profile_problems
 from recipes.schema.read import recipe_mapping
 from recipes.schema.recipe import Recipe
 from recipes.schema.scaling import block_notes, low_precision_linears, rotation_problems, scalings_used, shape_problems
@@ -56,9 +59,11 @@ def problems(
     world: number of processes. machine, disk, prepared: facts (`recipes.schema.facts`); None if not known. here: False if the
     run will start on another machine, which may have what is missing on this disk.
     """
+    backend = recipe.precision.backend if machine is None else backend_name(recipe.precision, _of_run(recipe, machine))
     found = [
         *name_problems(recipe.run.name),
-        *data_problems(recipe.data),
+        *profile_problems(recipe.run),
+        *(data_problems(recipe.data) if recipe.data.sources or recipe.objective.kind != "grpo" else []),
         *schedule_problems(
             recipe.schedule,
             total_steps=recipe.run.steps,
@@ -73,13 +78,14 @@ def problems(
         ),
         *environment_problems(recipe.launch.environment),
         *distill_problems(recipe),
+        *grpo_problems(recipe, backend=backend),
+        *data_fit_problems(recipe),
+        *reward_problems(recipe),
         *task_problems(
             recipe.evaluate.tasks,
             row_tokens=recipe.data.row_tokens,
             parallel=recipe.parallel,
-            backend=recipe.precision.backend
-            if machine is None
-            else backend_name(recipe.precision, _of_run(recipe, machine)),
+            backend=backend,
             reads_files=here and disk is not None,
         ),
     ]
@@ -94,24 +100,28 @@ def problems(
 
 def reading_problems(recipe: Recipe) -> list[Problem]:
     """Problems for commands that read a recipe but do not train with it: the groups that matter for training only are ignored."""
-    return problems(
+    kind = recipe.objective.kind
+    found = problems(
         dataclasses.replace(
             recipe,
             parallel=ParallelConfig(),
             precision=PrecisionConfig(),
-            objective=ObjectiveConfig(),
+            objective=ObjectiveConfig(kind=kind if kind in PREFERENCE_OBJECTIVES else "next_token"),
             schedule=ScheduleConfig(),
             evaluate=EvaluateConfig(),
         )
     )
+    # A run that learns from rewards has no sources. A command that does read rows reports their absence itself.
+    return [problem for problem in found if recipe.data.sources or problem.key != "data.sources"]
 
 
 def notes(recipe: Recipe, *, machine: Machine | None = None, prepared: Prepared | None = None) -> list[Problem]:
     """What is allowed but probably a mistake. The plan shows it as a warning, and training logs it once."""
     found = []
     if idle := unused(recipe.objective):
-        text = f"objective.kind=next_token trains on next tokens and does not use {idle}."
+        text = f"objective.kind={recipe.objective.kind} does not use {idle}."
         found.append(Problem("objective.kind", text))
+    found += grpo_notes(recipe)
     if idle := unread(recipe.schedule):
         found.append(Problem("schedule.decay", f"{idle}."))
     precision = recipe.precision
@@ -166,105 +176,6 @@ def name_problems(name: str) -> list[Problem]:
     if not why:
         return []
     return [Problem("run.name", f"run.name={name!r} {why}.", "Use letters, digits, blanks, and - _ . = , +")]
-
-
-def data_problems(data: DataConfig) -> list[Problem]:
-    """Problems with sources and phases that the recipe alone shows, without prepared data."""
-    if not data.sources:
-        text, remedy = "data.sources is empty.", "Name at least one source, e.g. data.sources.mine.path=texts/*.jsonl."
-        return [Problem("data.sources", text, remedy)]
-    found = [problem for name in data.sources for problem in source_problems(data, name)]
-    found += chat_problems(data)
-    weights = {name: source.weight for name, source in data.sources.items()}
-    return found + order_problems(weights, data.phases, row_tokens=data.row_tokens)
-
-
-def chat_problems(data: DataConfig) -> list[Problem]:
-    """What a recipe with sources of chats excludes."""
-    if not data.chats:
-        return []
-    found, name = [], data.chats[0]
-    if not data.reset_at_documents and data.chat.packing == "rows":
-        text = (
-            f"source {name!r} has chats, of which a row holds several, and data.reset_at_documents=false lets them see each "
-            f"other."
-        )
-        remedy = "Set reset_at_documents=true, or data.chat.packing=single."
-        found.append(Problem("data.reset_at_documents", text, remedy))
-    if data.fim.rate:
-        text = (
-            f"data.fim.rate={data.fim.rate:g} rearranges documents, but source {name!r} has chats, whose order is what is "
-            f"learned."
-        )
-        found.append(Problem("data.fim.rate", text, "Set it to 0."))
-    if data.chat.template == "plain":
-        text = "data.chat.template=plain does not end an answer: a model that learns it would never stop."
-        found.append(Problem("data.chat.template", text, "Use turns, which ends it with the end-of-document token."))
-    if data.chat.cut_thinking_min > data.chat.cut_thinking_max:
-        text = (
-            f"data.chat.cut_thinking_min={data.chat.cut_thinking_min} is above "
-            f"cut_thinking_max={data.chat.cut_thinking_max}."
-        )
-        found.append(Problem("data.chat.cut_thinking_min", text, "Set it to at most that."))
-    for name in data.chats:
-        source = data.sources[name]
-        if source.format in ("text", "megatron"):
-            text = f"data.sources.{name}.format={source.format} has no records with messages, which kind=chat needs."
-            found.append(Problem(f"data.sources.{name}.format", text, "Use jsonl, parquet or a set."))
-        if source.template is not None:
-            text = f"data.sources.{name}.template makes text of fields, but the source is of kind chat."
-            found.append(Problem(f"data.sources.{name}.template", text, "Set data.chat.template instead."))
-    return found
-
-
-def source_problems(data: DataConfig, name: str) -> list[Problem]:
-    """Problems with a source's name, and with a source for evaluation only that training draws from."""
-    found = []
-    if not name or name != Path(name).name or name.startswith(".") or not name.isprintable():
-        text = f"data.sources.{name!r}: the source's name becomes the name of a folder."
-        found.append(Problem(f"data.sources.{name}", text, "Use letters, digits, - and _."))
-    source = data.sources[name]
-    if source.heldout_fraction == 1:
-        drawn = [f"data.sources.{name}.weight={source.weight:g}"] if source.weight else []
-        for index, phase in enumerate(data.phases):
-            if phase.weights.get(name):
-                drawn.append(f"data.phases[{index}].weights.{name}={phase.weights[name]:g}")
-        if drawn:
-            text = (
-                f"data.sources.{name}.heldout_fraction=1 holds out the whole source for evaluation, but {drawn[0]} draws "
-                f"from it."
-            )
-            key = f"data.sources.{name}.heldout_fraction"
-            found.append(Problem(key, text, "Set the weight to 0, or hold out less."))
-    return found
-
-
-def order_problems(weights: Mapping[str, float], phases: Sequence[PhaseConfig], *, row_tokens: int) -> list[Problem]:
-    """Problems with weights and phases: unknown sources, wrong order, all weights 0. weights: at the start, by source."""
-    found, end = _weight_problems(weights, "data.sources"), 0
-    for index, phase in enumerate(phases):
-        where = f"data.phases[{index}]"
-        unknown = [name for name in phase.weights if name not in weights]
-        if unknown:
-            text = f"{where}.weights names {', '.join(unknown)}, but data.sources has {', '.join(weights)}."
-            found.append(Problem(f"{where}.weights", text, "Name sources of data.sources."))
-        start, ramp = -(-phase.from_tokens // row_tokens), -(-phase.ramp_tokens // row_tokens)
-        if start < max(1, end):
-            text = (
-                f"{where}.from_tokens={phase.from_tokens:,} is before the end of the previous phase and its ramp "
-                f"({end * row_tokens:,} tokens)."
-            )
-            found.append(Problem(f"{where}.from_tokens", text, "Put phases in order, or shorten the ramp."))
-        end = start + ramp
-        found += _weight_problems(phase.weights, f"{where}.weights")
-    return found
-
-
-def _weight_problems(weights: Mapping[str, float], where: str) -> list[Problem]:
-    if any(weights.values()):
-        return []
-    text = f"{where}: all weights are 0, so there is nothing to draw."
-    return [Problem(where, text, "Give one source a weight above 0.")]
 
 
 def device_problems(device: str, *, has_gpu: bool) -> list[Problem]:
@@ -452,7 +363,10 @@ def start_problems(recipe: Recipe, start: Named, *, tokenizer: str | None) -> li
         otherwise="name another run.start_from",
     )
     if start.recipe is not None and not pattern_problems(recipe.model.pattern):
-        ours, theirs = weights_of(recipe.model), weights_of(start.recipe.model)
+        model = start.recipe.model
+        if replaces_head(start.manifest.recipe, recipe):
+            model = dataclasses.replace(model, head="scalar")
+        ours, theirs = weights_of(recipe.model), weights_of(model)
         keys = sorted(key for key in ours | theirs if ours.get(key) != theirs.get(key))
         differing = [f"{key}: {theirs.get(key)} in the checkpoint, {ours.get(key)} in the recipe" for key in keys]
         if differing:
@@ -517,15 +431,18 @@ def resume_problems(
         place, manifest.tokenizer, tokenizer or None, where=recipe.data.folder, otherwise="choose another run.name"
     )
     if manifest.data_hash and data_hash not in ("", manifest.data_hash) and "data_order" not in recipe.checkpoint.allow:
+        is_data = recipe.objective.kind != "grpo"
+        field = "data.folder" if is_data else "objective.grpo.prompts"
+        what = recipe.data.folder if is_data else f"{field} (with template and tokenizer)"
         text = (
-            f"{place} was trained on data {manifest.data_hash[:12]}, but {recipe.data.folder} is now {data_hash[:12]}, so "
-            f"positions would be other rows."
+            f"{place} was trained on data {manifest.data_hash[:12]}, but {what} is now {data_hash[:12]}, so positions would be "
+            f"other rows."
         )
         remedy = (
-            "Set data.folder to the old data, start a new run with another run.name, or add checkpoint.allow=[data_order] to "
-            "continue with other rows."
+            f"{'Set data.folder to the old data' if is_data else 'Restore the old prompts'}, start a new run with another "
+            f"run.name, or add checkpoint.allow=[data_order] to continue with other rows."
         )
-        found.append(Problem("data.folder", text, remedy))
+        found.append(Problem(field, text, remedy))
     if manifest.recipe:
         why = refused(differences(manifest.recipe, recipe_mapping(recipe)), recipe.checkpoint.allow)
         if why is not None:
@@ -580,13 +497,3 @@ def vocabulary_problems(recipe: Recipe, vocab_size: int, *, vocab: int | None = 
         larger = f"model.vocab_padding={recipe.model.vocab - vocab_size}"
     remedy = f"Set {larger}, or prepare the data again with a smaller tokenizer."
     return [Problem("model.vocab", text, remedy if vocab is None else "Use the data the model was trained on.")]
-
-
-def unused(objective: ObjectiveConfig) -> str:
-    """Fields of an objective that are set but not used, for messages; empty if all are used."""
-    if objective.kind != "next_token":
-        return ""
-    plain = ObjectiveConfig()
-    names = [field.name for field in dataclasses.fields(objective) if field.name != "kind"]
-    changed = [name for name in names if getattr(objective, name) != getattr(plain, name)]
-    return ", ".join(f"objective.{name}={getattr(objective, name)}" for name in changed)

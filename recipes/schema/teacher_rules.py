@@ -12,6 +12,7 @@ from recipes.schema.facts import CacheRequest, Named
 from recipes.schema.layout import lay_out, layout_problems
 from recipes.schema.model import ModelConfig
 from recipes.schema.objective import ObjectiveConfig
+from recipes.schema.objective_rules import language_model_problems
 from recipes.schema.parallel import ParallelConfig
 from recipes.schema.pattern import cut, layer_kinds
 from recipes.schema.recipe import Recipe
@@ -33,13 +34,6 @@ def distill_problems(recipe: Recipe) -> list[Problem]:
             "objective=next_token."
         )
         found.append(Problem("objective.teacher", text, remedy))
-    if recipe.data.chats:
-        text = (
-            f"objective.kind=distill matches the teacher on every token, but data.sources.{recipe.data.chats[0]} has chats, of "
-            f"which only answers are learned."
-        )
-        remedy = "Use objective.kind=next_token, or prepare the chats as text (kind: text)."
-        found.append(Problem("objective.kind", text, remedy))
     if objective.top_k > recipe.model.real_vocab:
         text = (
             f"objective.top_k={objective.top_k} is more than the vocabulary, model.vocab={_vocabulary(recipe.model)}."
@@ -146,7 +140,8 @@ def teacher_problems(
     if teacher.recipe is None:
         return [Problem("objective.teacher", teacher.recipe_error)]
     objective, model, path = recipe.objective, teacher.recipe.model, teacher.path
-    found = teacher_vocabulary_problems(recipe, model, path=path)
+    found = language_model_problems(model, place=f"the teacher in {path}", key="objective.teacher")
+    found += teacher_vocabulary_problems(recipe, model, path=path)
     found += tokenizer_problems(
         f"the teacher in {path}",
         teacher.manifest.tokenizer,

@@ -65,6 +65,8 @@ class EvaluateToolConfig:
 
     tasks: str | None = None
     """Tasks, separated by commas: names (needle-4k, human-eval, reasoning/chain_sum) and task files (mine.yaml)."""
+    heldout: Count = 0
+    """Of a reward model: score so many held-out rows of each source of its data (accuracy, calibration, loss)."""
     harness: str | None = None
     """Tasks of lm-evaluation-harness, separated by commas; with --harness-folder. Needs the extra `evaluate`."""
     harness_folder: str | None = None
@@ -211,8 +213,8 @@ class MergeConfig:
     final_fraction: Fraction = 0.0
     """Learning rate at the end of the emulated decay, as a fraction of that at its start."""
     evaluate: str | None = None
-    """How a sweep is scored: `heldout` (bits per byte of the recipe's held-out data) or tasks of `stratum evaluate`, whose mean
-    score counts."""
+    """How a sweep is scored: `heldout` (bits per byte of the recipe's held-out data, of reward models the loss of pairs) or tasks
+    of `stratum evaluate`, whose mean score counts."""
     rows: PositiveInt = 64
     """Held-out rows of each source."""
     items: PositiveInt | None = None

@@ -27,6 +27,7 @@ from train.model.backend import this_machine
 FP8 = {"precision.scaling": "current", "precision.high_precision_first": 0}
 DISTIL = {"objective.kind": "distill"}
 CHATS = {"a": SourceConfig("x", kind="chat")}
+PAIRS = {"a": SourceConfig("x", kind="preference")}
 EVERY_RULE: dict[str, tuple[dict[str, Any], str]] = {
     "te on a cpu": ({"precision.backend": "te", "run.device": "cpu"}, "precision.backend=te needs a GPU."),
     "fp8 weights, emulated": (
@@ -111,9 +112,29 @@ EVERY_RULE: dict[str, tuple[dict[str, Any], str]] = {
         {"data.sources": CHATS},
         "was prepared as text, and data.sources.a.kind=chat.",
     ),
-    "distilling chats": (
-        DISTIL | {"data.sources": CHATS},
-        "objective.kind=distill matches the teacher on every token, but data.sources.a has chats, of which only answers are",
+    "preferences beside other documents": (
+        {"data.sources": PAIRS | {"b": SourceConfig("x")}, "data.reset_at_documents": True},
+        "data.sources.a has preferences and data.sources.b is of kind text: one run learns from preferences or from documents.",
+    ),
+    "preferences that see each other": (
+        {"data.sources": PAIRS},
+        "data.sources.a has preferences, whose answers share a row, and data.reset_at_documents=false lets them see each other.",
+    ),
+    "preferences whose thinking changes": (
+        {"data.sources": PAIRS, "data.chat.strip_thinking_fraction": 0.1},
+        "data.chat.strip_thinking_fraction=0.1 changes answers, but those of data.sources.a were compared as they are.",
+    ),
+    "preferences of a format without records": (
+        {"data.sources": {"a": SourceConfig("x", kind="preference", format="text")}},
+        "data.sources.a.format=text has no records with messages, which kind=preference needs.",
+    ),
+    "next tokens of preferences": (
+        {"data.sources": PAIRS},
+        "objective.kind=next_token, but data.sources.a has preferences: it would learn the rejected answers like the chosen",
+    ),
+    "distilling preferences": (
+        DISTIL | {"data.sources": PAIRS},
+        "objective.kind=distill, but data.sources.a has preferences: it would learn the rejected answers like the chosen ones.",
     ),
     "rows longer than a source": (
         {"data.row_tokens": 8192},
@@ -124,6 +145,18 @@ EVERY_RULE: dict[str, tuple[dict[str, Any], str]] = {
     "fill in the middle": (
         {"data.fim.rate": 0.5},
         "data.fim.prefix='<|fim_prefix|>' is not a special token of the tokenizer (it has: <|endoftext|>).",
+    ),
+    "a reward model with a vocabulary": (
+        {"objective.kind": "reward"},
+        "objective.kind=reward trains a scalar head, but model.head=vocabulary. Set model.head=scalar.",
+    ),
+    "next tokens of a scalar head": (
+        {"model.head": "scalar"},
+        "model.head=scalar predicts no tokens, but objective.kind=next_token needs a distribution over tokens.",
+    ),
+    "tasks of a scalar head": (
+        {"model.head": "scalar", "objective.kind": "reward", "evaluate.tasks": ("needle-1k",)},
+        "evaluate.tasks=needle-1k needs a language model, but model.head=scalar.",
     ),
     "no teacher named": (DISTIL, "objective.kind=distill needs objective.teacher or objective.teacher_cache."),
     "no teacher there": (

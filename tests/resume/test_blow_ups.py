@@ -13,7 +13,7 @@ from processes import finish, fork
 from recipes.schema.checkpoint_steps import steps_in
 from recipes.schema.errors import NumericsError
 from recipes.schema.run_folder import METRICS, read_metrics
-from train.record.report import write_report
+from train.report.summary import write_report
 
 BLOWN = (
     "run.steps=1",

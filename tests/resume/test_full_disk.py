@@ -16,7 +16,7 @@ from ranks import run_ranks
 
 from recipes.schema import checkpoint_steps as steps
 from recipes.schema.run_folder import METRICS, read_metrics
-from train.record import report
+from train.report import summary as report
 
 
 @contextmanager

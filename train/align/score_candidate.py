@@ -11,6 +11,7 @@ import torch
 from data.stream import Dataset
 from data.tokenizer import Tokenizer
 from recipes.schema.errors import NumericsError, RecipeError, refuse
+from recipes.schema.objective_rules import language_model_problems
 from recipes.schema.parallel import ParallelConfig
 from recipes.schema.recipe import Recipe
 from recipes.schema.teacher_rules import tokenizer_problems
@@ -19,6 +20,7 @@ from train.build import check, mesh_of, model_on_ranks, open_data, open_tokenize
 from train.compress.parent import layout_recipe, parent_at, scoring_engine
 from train.evaluate.ask import ask
 from train.evaluate.decoder import BatchedDecoder
+from train.evaluate.heldout_preferences import heldout_preferences
 from train.evaluate.losses import heldout_bits_per_byte
 from train.evaluate.score import forward_of_model
 from train.evaluate.tasks.catalog import names_of, open_tasks
@@ -61,6 +63,7 @@ def open_scorer(config: MergeConfig, recipe: Recipe, *, tokenizer: str, place: s
         dataset = open_data(recipe)
         _check_tokenizer(place, tokenizer, dataset.tokenizer.fingerprint, recipe.data.folder)
         return _Heldout(dataset, device=device, rows=config.rows)
+    refuse(language_model_problems(recipe.model, place=f"--evaluate {config.evaluate}: {place}", key="--evaluate"))
     opened, file = open_tokenizer(recipe)
     _check_tokenizer(place, tokenizer, opened.fingerprint, str(file))
     tasks = open_tasks(names_of(config.evaluate), tokenizer=opened, seed=config.seed, items=config.items)
@@ -76,7 +79,7 @@ def _check_tokenizer(place: str, trained_with: str, ours: str, where: str) -> No
 
 
 class _Heldout:
-    """Bits per byte of each source of held-out data."""
+    """Bits per byte of each source of held-out data; of a reward model the loss of its pairs."""
 
     higher_is_better = False
 
@@ -91,7 +94,11 @@ class _Heldout:
             mesh_of(recipe, layout, device=self._device, rank=0) as mesh,
             scoring_engine(parent, recipe, mesh) as engine,
         ):
-            found = heldout_bits_per_byte(engine, self._dataset, rows_per_source=self._rows)
+            if parent.recipe.model.head == "scalar":
+                results = heldout_preferences(engine, self._dataset, rows_per_source=self._rows)
+                found = {one.name: one.metrics["loss"].value for one in results}
+            else:
+                found = heldout_bits_per_byte(engine, self._dataset, rows_per_source=self._rows)
         return _finite(found)
 
 

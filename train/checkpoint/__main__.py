@@ -42,6 +42,7 @@ _SECTIONS = (
     ("first moments", "optimizer.exp_avg."),
     ("second moments", "optimizer.exp_avg_sq."),
     ("random state", "random."),
+    ("answers to learn from", "stream."),
 )
 _EXAMPLES = """
 stratum checkpoint list runs/smoke                         checkpoints of a run and their state
@@ -212,7 +213,9 @@ def _show(parsed: argparse.Namespace, console: Console) -> int:
     if manifest.recipe:
         model = manifest.recipe.get("model", {})
         rows.insert(0, ("run", str(manifest.recipe.get("run", {}).get("name"))))
-        rows.append(("model", f"{model.get('pattern')}, hidden {model.get('hidden')}, vocabulary {model.get('vocab')}"))
+        head = ", scalar head" if model.get("head") == "scalar" else ""
+        text = f"{model.get('pattern')}, hidden {model.get('hidden')}, vocabulary {model.get('vocab')}{head}"
+        rows.append(("model", text))
     rows += [(f"lineage: {key}", json.dumps(value)[:200]) for key, value in manifest.lineage.items()]
     console.print(printable_lines(str(path)))
     _pairs(console, rows)

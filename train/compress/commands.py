@@ -35,7 +35,7 @@ from train.compress.scores import SCORES, Scores, model_of
 from train.compress.search import describe, feasible, ranked, shape_of, targets
 from train.megatron import choose_device, use_device
 from train.parallel.mesh import world_from_environment
-from train.record.report import read_run
+from train.report.summary import read_run
 
 FIRST_STEP = "step_00000000"
 

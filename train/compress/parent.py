@@ -9,6 +9,7 @@ from typing import Any
 from data.stream import Dataset
 from recipes.schema.compress import CompressConfig
 from recipes.schema.errors import CheckpointError, RecipeError, refuse
+from recipes.schema.objective_rules import language_model_problems
 from recipes.schema.recipe import Recipe
 from recipes.schema.rules import vocabulary_problems
 from recipes.schema.teacher_rules import tokenizer_problems
@@ -18,7 +19,7 @@ from train.distill.teacher import teacher_recipe
 from train.engine import Engine
 from train.model.backend import ReferenceBackend
 from train.model.build import build_model
-from train.objective.next_token import forward_step
+from train.objective.next_token import count_labels, forward_step
 from train.parallel.mesh import Mesh
 
 
@@ -36,9 +37,11 @@ def parent_of(config: CompressConfig) -> Parent:
     if config.parent is None:
         raise RecipeError("compress.parent is not set: name a checkpoint folder, or a run folder such as runs/NAME.")
     try:
-        return parent_at(config.parent)
+        parent = parent_at(config.parent)
     except CheckpointError as error:
         raise CheckpointError(f"compress.parent: {error}") from error
+    refuse(language_model_problems(parent.recipe.model, place=f"compress.parent={parent.path}", key="compress.parent"))
+    return parent
 
 
 def parent_at(place: str | Path) -> Parent:
@@ -98,6 +101,7 @@ def scoring_engine(parent: Parent, recipe: Recipe, mesh: Mesh) -> Iterator[Engin
         optimizer=None,  # type: ignore[arg-type]
         precision=backend.control(chunks, precision=precision, mesh=mesh, seed=0),
         forward_step=forward_step(mesh, reset_at_documents=recipe.data.reset_at_documents),
+        counter=count_labels,
         row_tokens=recipe.data.row_tokens,
         microbatch_rows=recipe.run.microbatch_rows,
         reset_at_documents=recipe.data.reset_at_documents,

@@ -27,6 +27,7 @@ tasks:
   mine.yaml             your own: cloze, multiple choice, exact match, generation with a verifier, whole texts
   human-eval            164 functions to complete; runs what the model wrote, so it needs --run-code
   reasoning/NAME        a generator of reasoning-gym, with its verifier
+reward models take no tasks: `stratum evaluate RUN --heldout 64` gives accuracy and calibration on held-out preferences.
 docs/evaluate.md explains task files, metrics and intervals.
 """
 
@@ -43,8 +44,14 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_fields(EvaluateToolConfig)
     parsed = parser.parse_args(list(arguments))
     config = parser.fields(EvaluateToolConfig, parsed)
-    if config.tasks is None and config.harness is None:
-        parser.error("name the tasks: --tasks needle-1k,mine.yaml. --help lists them.")
+    if config.tasks is None and config.harness is None and not config.heldout:
+        parser.error(
+            "name the tasks: --tasks needle-1k,mine.yaml (of a reward model: --heldout 64). --help lists them."
+        )
+    if config.heldout and (config.tasks is not None or config.harness is not None or config.contamination is not None):
+        parser.error(
+            "--heldout is for reward models, which take no tasks: leave out --tasks, --harness and --contamination."
+        )
     if config.contamination is None and parsed.place is None:
         parser.error("name a run or a checkpoint: stratum evaluate runs/smoke --tasks needle-1k.")
     if config.contamination is not None and (parsed.place is not None or config.harness is not None):

@@ -5,25 +5,30 @@ Each of several processes reads tasks and results.json itself; all score togethe
 
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+import torch
 from rich.console import Console
 
 from data.system.console import open_console
 from data.system.optional_package import optional_package
 from data.tokenizer import Tokenizer, load_tokenizer
-from recipes.schema.errors import BackendError, CheckpointError, NumericsError, RecipeError, refuse
+from recipes.schema.errors import BackendError, CheckpointError, DataError, NumericsError, RecipeError, refuse
 from recipes.schema.foreign import printable
+from recipes.schema.objective_rules import language_model_problems
+from recipes.schema.parallel import ParallelConfig
 from recipes.schema.read import recipe_from_mapping
 from recipes.schema.recipe import Recipe
 from recipes.schema.teacher_rules import tokenizer_problems
 from recipes.schema.tools import EvaluateToolConfig
-from train.build import model_on_ranks, open_tokenizer
+from train.build import check, mesh_of, model_on_ranks, open_data, open_tokenizer
 from train.checkpoint.manager import checkpoint_at
+from train.compress.parent import layout_recipe, parent_at, scoring_engine
 from train.evaluate.ask import TaskResult, ask
 from train.evaluate.contamination import find_overlap, tokenizer_in
 from train.evaluate.decoder import BatchedDecoder
+from train.evaluate.heldout_preferences import heldout_preferences
 from train.evaluate.results import HARNESS, Results, Subject, overlap_table, results_table
 from train.evaluate.score import Forward, forward_of_model
 from train.evaluate.tasks.catalog import names_of, open_tasks
@@ -52,6 +57,8 @@ def evaluate_checkpoint(config: EvaluateToolConfig, place: Path) -> int:
     device = choose_device(config.device)
     use_device(device)
     opened = _open(config, place)
+    if config.heldout:
+        return _evaluate_heldout(config, opened, console, device=device)
     tasks = open_tasks(names_of(config.tasks), tokenizer=opened.tokenizer, seed=config.seed, items=config.items)
     _check_code(tasks, is_allowed=config.run_code)
     harness = [HARNESS + name for name in names_of(config.harness)]
@@ -79,6 +86,31 @@ def evaluate_checkpoint(config: EvaluateToolConfig, place: Path) -> int:
                 asked += [] if result.name in asked else [result.name]  # a group of the harness has many tasks
                 _report(result, console, row_tokens=row_tokens, seconds=seconds)
     shown = {name: entry for name, entry in results.tasks.items() if name in asked}
+    console.print(results_table(shown, title=f"{opened.path} (step {opened.subject.step:,})"))
+    console.print(f"{results.path}")
+    return 0
+
+
+def _evaluate_heldout(config: EvaluateToolConfig, opened: _Opened, console: Console, *, device: torch.device) -> int:
+    """Score the held-out preferences of a reward model's own data, in one process. -> exit status."""
+    if world_from_environment()[1] > 1:
+        raise RecipeError("--heldout runs in one process: start it without torchrun.")
+    dataset, parent = open_data(opened.recipe), parent_at(opened.path)
+    results = Results(_folder(config, opened.path), opened.subject)
+    recipe = layout_recipe(parent, replace(opened.recipe, parallel=ParallelConfig()), world=1)
+    began = time.monotonic()
+    with (
+        mesh_of(recipe, check(recipe, world=1), device=device, rank=0) as mesh,
+        scoring_engine(parent, recipe, mesh) as engine,
+    ):
+        found = heldout_preferences(engine, dataset, rows_per_source=config.heldout)
+    if not found:
+        raise DataError(
+            f"{opened.recipe.data.folder} has no held-out preferences. Set data.heldout_fraction and prepare the data again."
+        )
+    for result in found:
+        results.add(result, settings={"rows": config.heldout}, seconds=time.monotonic() - began)
+    shown = {result.name: results.tasks[result.name] for result in found}
     console.print(results_table(shown, title=f"{opened.path} (step {opened.subject.step:,})"))
     console.print(f"{results.path}")
     return 0
@@ -115,6 +147,12 @@ def _open(config: EvaluateToolConfig, place: Path) -> _Opened:
     if not manifest.recipe:
         raise CheckpointError(f"{path} has no recipe, so its model is not known.")
     recipe = recipe_from_mapping(manifest.recipe)
+    if config.heldout and recipe.model.head == "vocabulary":
+        raise RecipeError(
+            f"--heldout {config.heldout}: {path} is a language model. Name tasks instead: --tasks needle-1k."
+        )
+    if not config.heldout:
+        refuse(language_model_problems(recipe.model, place=str(path)))
     if config.tokenizer is not None:
         file = Path(config.tokenizer)
         tokenizer = load_tokenizer(file, recipe.data.tokenizer)

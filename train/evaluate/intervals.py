@@ -28,8 +28,9 @@ class Metric:
     higher_is_better: bool = True
 
 
-def share(right: int, count: int) -> Metric:
-    """Share of `right` of `count` with Wilson's score interval (E. B. Wilson, JASA 22, 1927; without continuity correction)."""
+def share(right: float, count: int) -> Metric:
+    """Share of `right` of `count` with Wilson's score interval (E. B. Wilson, JASA 22, 1927; without continuity correction).
+    A tie may count as half a right one."""
     assert 0 <= right <= count and count > 0, f"{right} of {count}"
     z2 = _z() ** 2
     p = right / count

@@ -17,13 +17,14 @@ from recipes.schema.foreign import in_markdown, printable
 from recipes.schema.pattern import KINDS, counts, flops_per_token, parameters
 from recipes.schema.read import recipe_mapping, recipe_yaml
 from recipes.schema.recipe import Recipe
+from recipes.schema.run_folder import as_number
 from recipes.schema.scaling import describe_precision
 from train.checkpoint.storage import Manifest
 from train.hf.check import Agreement
 from train.hf.config import SpecialTokens, family_of
 from train.hf.convert import Converted
 from train.hf.published import import_of
-from train.record.report import RunRecord, draw, read_run
+from train.report.summary import RunRecord, draw, read_run, unit_of
 
 _ARTICLES = {
     "nemotron_h": ("Nemotron-H", "arXiv 2504.03624, 2508.14444"),
@@ -70,11 +71,15 @@ def _page(release: Release, record: RunRecord | None) -> list[str]:
     recipe, manifest = release.recipe, release.manifest
     family = family_of(recipe.model)
     name, papers = _ARTICLES[family]
+    is_reward = recipe.model.head == "scalar"
+    about = "It is a base model: it continues text and was not trained to follow instructions."
+    if is_reward:
+        about = "It gives a chat one number, the reward of its last answer, and does not continue text."
     head = {
         "library_name": "transformers",
-        "pipeline_tag": "text-generation",
+        "pipeline_tag": "text-classification" if is_reward else "text-generation",
         "license": release.license or "unknown",
-        "tags": [family, "pretraining", "stratum"],
+        "tags": [family, "reward-model" if is_reward else "pretraining", "stratum"],
     } | {key: value for key, value in release.origin.items() if not (release.license and key.startswith("license"))}
     return [
         "---",
@@ -83,8 +88,8 @@ def _page(release: Release, record: RunRecord | None) -> list[str]:
         "",
         f"# {_text(release.name)}",
         "",
-        f"A language model of the {name} family ({papers}) with {release.converted.parameters:,} parameters, after "
-        f"{manifest.tokens:,} tokens. It is a base model: it continues text and was not trained to follow instructions.",
+        f"A {'reward' if is_reward else 'language'} model of the {name} family ({papers}) with "
+        f"{release.converted.parameters:,} parameters, after {manifest.tokens:,} tokens. {about}",
         "",
         *_model(release),
         *_use(release),
@@ -100,7 +105,7 @@ def _model(release: Release) -> list[str]:
     model = release.recipe.model
     count = parameters(model)
     layers = ", ".join(f"{number} {KINDS[kind]}" for kind, number in counts(model.pattern).items() if number)
-    tied = "; the head is the embedding" if model.tie_embeddings else ""
+    tied = "" if model.has_own_head else "; the head is the embedding"
     return [
         "## Model",
         "",
@@ -119,17 +124,28 @@ def _model(release: Release) -> list[str]:
 
 
 def _use(release: Release) -> list[str]:
+    kind = "AutoModelForCausalLM"
+    code = [
+        'prompt = tokenizer("Once", return_tensors="pt")',
+        "print(tokenizer.decode(model.generate(**prompt, max_new_tokens=100)[0]))",
+    ]
+    if release.recipe.model.head == "scalar":
+        kind = "AutoModelForSequenceClassification"
+        code = [
+            "# The reward is that of the last token, so a text ends with the token that ends the answer's turn.",
+            'chat = tokenizer("...", return_tensors="pt")',
+            "print(model(**chat).logits[0, 0])",
+        ]
     return [
         "",
         "## Use",
         "",
         "```python",
-        "from transformers import AutoModelForCausalLM, AutoTokenizer",
+        f"from transformers import {kind}, AutoTokenizer",
         "",
         f"tokenizer = AutoTokenizer.from_pretrained({json.dumps(release.name)})",
-        f"model = AutoModelForCausalLM.from_pretrained({json.dumps(release.name)})",
-        'prompt = tokenizer("Once", return_tensors="pt")',
-        "print(tokenizer.decode(model.generate(**prompt, max_new_tokens=100)[0]))",
+        f"model = {kind}.from_pretrained({json.dumps(release.name)})",
+        *code,
         "```",
         "",
         "No code from this directory is run: transformers has the class built in.",
@@ -151,15 +167,29 @@ def _versions(release: Release) -> list[str]:
 
 def _evaluation(record: RunRecord | None, step: int) -> list[str]:
     lines = ["", "## Evaluation", ""]
+    scored = {at: tasks for at, tasks in record.tasks().items() if at <= step} if record is not None else {}
+    if record is not None and not record.evaluations and scored:  # a reward model
+        last = max(scored)
+        lines += [
+            f"Held-out preferences at step {last}:",
+            "",
+            "| source | pairs | metric | value |",
+            "|---|---|---|---|",
+        ]
+        for name, entry in scored[last].items():
+            for metric, found in entry["metrics"].items():
+                value = f"{as_number(found['value']):.3f}"
+                lines.append(f"| {_text(name)} | {as_number(entry['items']):g} | {_text(metric)} | {value} |")
+        return lines
     known = [at for at in record.evaluations if at <= step] if record is not None else []
     if record is None or not known:
         return [*lines, "No evaluation of this checkpoint was recorded."]
     first, last = min(known), max(known)
     lines += ["Held-out text of each source, bits per byte (comparable across tokenizers):", ""]
     lines += [f"| source | step {first} | step {last} |", "|---|---|---|"]
-    for name, value in record.evaluations[last].items():
+    for name, score in record.evaluations[last].items():
         before = record.evaluations[first].get(name, float("nan"))
-        lines.append(f"| {_text(name)} | {before:.3f} | {value:.3f} |")
+        lines.append(f"| {_text(name)} | {before:.3f} | {score:.3f} |")
     if last != step:
         lines += ["", f"The checkpoint is of step {step}; the last evaluation before it was at step {last}."]
     return lines
@@ -182,7 +212,8 @@ def _training(release: Release, record: RunRecord | None) -> list[str]:
         steps = [line for step, line in record.steps.items() if step <= manifest.step]
         lines += ["", "![training loss, learning rate and held-out bits per byte](loss.png)"]
         if steps:
-            lines += ["", f"Training loss {steps[0]['loss']:.4f} -> {steps[-1]['loss']:.4f} nats per token."]
+            change = f"{steps[0]['loss']:.4f} -> {steps[-1]['loss']:.4f}"
+            lines += ["", f"Training loss {change} nats per {unit_of(recipe_mapping(recipe))}."]
     return lines
 
 

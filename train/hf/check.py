@@ -22,7 +22,7 @@ from recipes.schema.errors import BackendError, CheckpointError
 from recipes.schema.foreign import printable
 from recipes.schema.model import ModelConfig
 from recipes.schema.pattern import layer_kinds
-from train.hf.config import NO_CLAMP, family_of, for_transformers, read_config
+from train.hf.config import NO_CLAMP, family_of, for_transformers, is_reward_model, read_config
 from train.hf.mapping import layer_name
 from train.inference.batch_engine import EngineConfig, InferenceEngine
 from train.inference.forward import logits_in_parts
@@ -74,6 +74,8 @@ class Agreement:
     """Tokens generated greedily by both. Information only: rounding alone can change the choice between two likely tokens."""
     generated_same: int
     """How many of them agree before the first difference."""
+    is_reward: bool = False
+    """Of a reward model: logits are the rewards of every token, and there are no caches and no text to compare."""
 
     @property
     def first_drift(self) -> Row | None:
@@ -113,6 +115,11 @@ class Agreement:
 
     def summary(self) -> list[str]:
         """The results that are not in the table, one per line."""
+        if self.is_reward:
+            return [
+                f"{self.tokens:,} tokens of text in {self.dtype}: rewards of every token within {self.logits_worst:.1e} of the "
+                f"largest, {self.tolerance:.0e} allowed."
+            ]
         return [
             f"{self.tokens:,} tokens of text in {self.dtype}: logits within {self.logits_worst:.1e} of the largest, "
             f"{self.tolerance:.0e} allowed; the same most likely token at {100 * self.same_choice:.2f} % of the positions.",
@@ -131,10 +138,14 @@ def load_theirs(folder: Path, *, dtype: torch.dtype, device: torch.device, open_
     transformers = _transformers()
     with quiet():
         try:
-            config = transformers.AutoConfig.for_model(**for_transformers(read_config(folder)))
+            plain = read_config(folder)
+            config = transformers.AutoConfig.for_model(**for_transformers(plain))
             if open_clamp and hasattr(config, "time_step_min"):
                 config.time_step_min = NO_CLAMP
-            model, loading = transformers.AutoModelForCausalLM.from_pretrained(
+            kind = transformers.AutoModelForCausalLM
+            if is_reward_model(plain):
+                kind, config.num_labels = transformers.AutoModelForSequenceClassification, 1
+            model, loading = kind.from_pretrained(
                 folder,
                 config=config,
                 dtype=dtype,
@@ -212,8 +223,13 @@ def _compare(
     final = getattr(base, "norm_f", None) or base.norm
     with _traced([*layers, ours.decoder.final_norm]) as our_calls:
         our_logits = ours(tokens_BS, positions, None).float()
+    is_reward = model.head == "scalar"
     with _traced([*blocks, final]) as their_calls:
-        their_logits = theirs(tokens_BS, use_cache=False).logits.float()
+        if is_reward:  # its forward pass scores the last token only
+            their_logits = theirs.score(base(tokens_BS, use_cache=False).last_hidden_state).float()
+            our_logits = our_logits[..., None]
+        else:
+            their_logits = theirs(tokens_BS, use_cache=False).logits.float()
     our_logits = our_logits[..., : their_logits.shape[-1]]
 
     rows = []
@@ -261,6 +277,8 @@ def _compare(
     rows.append(Row("logits", "logits", head_alone, tolerance, error, _cosine(our_logits, their_logits)))
     prompt = min(32, tokens_BS.shape[1])
     text_S = tokens_BS[0, : prompt + continue_tokens]
+    if is_reward:
+        continue_tokens = 0
     return Agreement(
         rows=rows,
         tokens=tokens_BS.numel(),
@@ -268,9 +286,10 @@ def _compare(
         dtype=str(dtype).removeprefix("torch."),
         logits_worst=float((our_logits - their_logits).abs().max() / their_logits.abs().max()),
         same_choice=float((our_logits.argmax(-1) == their_logits.argmax(-1)).float().mean()),
-        cached_worst=_cached_error(ours, text_S, their_logits[0], prompt, model),
+        cached_worst=0.0 if is_reward else _cached_error(ours, text_S, their_logits[0], prompt, model),
         generated=continue_tokens,
-        generated_same=_greedy_same(ours, theirs, text_S[:prompt], continue_tokens, model),
+        generated_same=0 if is_reward else _greedy_same(ours, theirs, text_S[:prompt], continue_tokens, model),
+        is_reward=is_reward,
     )
 
 

@@ -186,7 +186,8 @@ def import_model(parsed: argparse.Namespace) -> int:
     _print(
         f"wrote {parsed.out}: {converted.parameters:,} parameters in {parsed.out}/checkpoint; the recipe is {name}.yaml:"
     )
-    for command in ("prepare", "train", "generate"):
+    uses = () if model.head == "scalar" else ("generate",)
+    for command in ("prepare", "train", *uses):
         _print(f"  {STRATUM} {command} --config-dir {parsed.out} -cn {name}")
     return _conclude(agreement, why, f"stratum hf check {parsed.out} {parsed.directory}")
 
@@ -486,8 +487,8 @@ def _different_fields(ours: ModelConfig, theirs: ModelConfig) -> list[str]:
         "query_scale",
     }
     free |= {"rope_base", "rope_scaling", "rope_factor", "rope_original_tokens"} if ours.position == "none" else set()
-    if family == "nemotron_h":
-        free.add("tie_embeddings")  # exported as two equal matrices
+    if family == "nemotron_h" or ours.head == "scalar":
+        free.add("tie_embeddings")  # exported as two equal matrices, or without a matrix for the head
     else:
         free |= {name for name in asdict(ours) if name.startswith("mamba_")}
     pairs = [(name, value, asdict(theirs)[name]) for name, value in asdict(ours).items() if name not in free]

@@ -47,6 +47,9 @@ class SpecialTokens:
 
 _CLASSES: dict[Family, str] = {"nemotron_h": "NemotronHForCausalLM", "gemma2": "Gemma2ForCausalLM"}
 
+_SCORED = "Gemma2ForSequenceClassification"
+"""The class of a reward model: one label, whose logit is the reward. transformers has none for Nemotron-H."""
+
 _SHARED = {
     "hidden_size": "hidden",
     "intermediate_size": "ffn",
@@ -155,7 +158,7 @@ def to_config(
     family = family_of(model)
     kinds = layer_kinds(model.pattern)
     config: dict[str, Any] = {
-        "architectures": [_CLASSES[family]],
+        "architectures": [_CLASSES[family] if model.head == "vocabulary" else _SCORED],
         "model_type": family,
         "vocab_size": model.real_vocab if vocab is None else vocab,
         "max_position_embeddings": max_positions,
@@ -184,6 +187,8 @@ def to_config(
                 "rope_theta": model.rope_base,
                 "rope_parameters": _rope(model),
             }
+    if model.head == "scalar":
+        config |= {"id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}  # as transformers writes one label
     return dict(sorted(config.items()))
 
 
@@ -209,7 +214,7 @@ def from_config(config: dict[str, Any], *, where: str) -> ModelConfig:
     for key, value in _FIXED[family].items():
         if key in config and config[key] != value and (config[key] or value):  # null, false and 0 all mean "not used"
             problems.append(f"{key}={config[key]!r}: only {value!r} is supported")
-    known = {*_FIXED[family], *_WRITTEN[family], *_NAMES[family], *_NOT_READ}
+    known = {*_FIXED[family], *_WRITTEN[family], *_NAMES[family], *_NOT_READ, *_LABELS}
     if strange := sorted(config.keys() - known):
         log.warning("%s: ignored fields: %s", where, printable(", ".join(strange), most=1000))
 
@@ -225,6 +230,7 @@ def from_config(config: dict[str, Any], *, where: str) -> ModelConfig:
         problems.append(f"max_position_embeddings={positions!r} is not a positive whole number")
     fields = {ours: need(theirs) for theirs, ours in _NAMES[family].items() if theirs != "head_dim"}
     fields["head_dim"] = need("head_dim", "attention_head_dim")
+    fields["head"] = _head_of(config, problems)
     fields["vocab"] = need("vocab_size")
     for name, value in fields.items():
         if isinstance(value, int) and value > _LARGEST_SIZE:
@@ -271,10 +277,30 @@ def clamp_of(config: dict[str, Any]) -> float:
     return float(floor) if isinstance(floor, int | float) and floor > 1e-9 else 0.0
 
 
+def is_reward_model(config: dict[str, Any]) -> bool:
+    """Whether a config is of a reward model."""
+    return _head_of(config, []) == "scalar"
+
+
+def _head_of(config: dict[str, Any], problems: list[str]) -> str:
+    """What the model computes, by the class that the config names."""
+    classes = config.get("architectures")
+    names = [name for name in classes if isinstance(name, str)] if isinstance(classes, list) else []
+    if not any(name.endswith("ForSequenceClassification") for name in names):
+        return "vocabulary"
+    if _SCORED not in names:
+        problems.append(f"architectures={classes!r}: the only classifier that is supported is {_SCORED}")
+    labels = config.get("id2label")
+    count = len(labels) if isinstance(labels, dict) else config.get("num_labels", 2)  # 2: the default of transformers
+    if count != 1:
+        problems.append(f"{_SCORED} with {count!r} labels: only 1 is supported, the reward")
+    return "scalar"
+
+
 def _not_nemotron(model: ModelConfig) -> list[str]:
     wanted = {
         "position": "none", "attention_softcap": None, "logit_softcap": None, "norm_offset": 0, "post_norms": False,
-        "scale_embedding": False,
+        "scale_embedding": False, "head": "vocabulary",
     }  # fmt: skip
     problems = [f"model.{key}={getattr(model, key)}" for key, value in wanted.items() if getattr(model, key) != value]
     if "w" in model.pattern:
@@ -289,8 +315,8 @@ def _not_nemotron(model: ModelConfig) -> list[str]:
 def _not_gemma(model: ModelConfig) -> list[str]:
     wanted = {
         "position": "rope", "activation": "geglu", "norm_offset": 1, "post_norms": True, "scale_embedding": True,
-        "tie_embeddings": True,
     }  # fmt: skip
+    wanted |= {"tie_embeddings": True} if model.head == "vocabulary" else {}
     problems = [f"model.{key}={getattr(model, key)}" for key, value in wanted.items() if getattr(model, key) != value]
     kinds = layer_kinds(model.pattern)
     if len(kinds) % 2 or set(kinds[::2]) - {"w", "*"} or set(kinds[1::2]) != {"-"}:

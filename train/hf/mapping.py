@@ -5,7 +5,8 @@
     to_theirs(pair, tensors)  <-->  to_ours(pair, tensors)     exact: no arithmetic, so a round trip is bitwise
 
 Two families: Nemotron-H (arXiv 2504.03624, Nemotron Nano 2 too) with transformers' NemotronHForCausalLM, and Gemma 2
-(arXiv 2408.00118) with Gemma2ForCausalLM. Two kinds of moves are enough for both:
+(arXiv 2408.00118) with Gemma2ForCausalLM, or Gemma2ForSequenceClassification for a reward model. Two kinds of moves are enough
+for all:
 
 - `rows`: our tensors concatenated along rows equal theirs concatenated along rows. For projections that only one side fuses
   (Mamba's z, x, B, C, dt; the two branches of a gated MLP), and for everything that is equal on both sides.
@@ -127,6 +128,7 @@ _GEMMA: dict[str, tuple[Rule, ...]] = {
         Rule({"post_norm.weight": "h"}, {"post_feedforward_layernorm.weight": "h"}),
     ),
     "last": (Rule({"decoder.final_norm.weight": "h"}, {"model.norm.weight": "h"}),),
+    "scalar": (Rule({"output_layer.weight": "1 h"}, {"score.weight": "1 h"}),),
 }
 
 TABLE: dict[Family, dict[str, tuple[Rule, ...]]] = {"nemotron_h": _NEMOTRON, "gemma2": _GEMMA}
@@ -146,12 +148,11 @@ def pairs(model: ModelConfig, family: Family, *, vocab: int | None = None) -> li
     for index, kind in enumerate(layer_kinds(model.pattern)):
         ours, theirs = f"decoder.layers.{index}.", f"{layer_name(family, index)}."
         found += [_pair(rule, ours, theirs, sizes=sizes, model=model) for rule in table[kind]]
-    found += [
-        _pair(rule, "", "", sizes=sizes, model=model)
-        for rule in table["last"]
-        if not (model.tie_embeddings and "output_layer.weight" in rule.ours)
-    ]
-    if model.tie_embeddings and family == "nemotron_h":  # NemotronHForCausalLM always has a separate head
+    has_head = model.head == "vocabulary" and model.has_own_head
+    last = [rule for rule in table["last"] if has_head or "output_layer.weight" not in rule.ours]
+    last += table["scalar"] if model.head == "scalar" else ()
+    found += [_pair(rule, "", "", sizes=sizes, model=model) for rule in last]
+    if not model.has_own_head and family == "nemotron_h":  # NemotronHForCausalLM always has a separate head
         head = Rule({_EMBEDDING: "v h"}, {"lm_head.weight": "u h"}, pads=True)
         found.append(_pair(head, "", "", sizes=sizes, model=model))
     return found

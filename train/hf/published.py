@@ -121,7 +121,7 @@ def carried_config(
     before = from_config(config, where=str(published / CONFIG))
     common = {"tokens": SpecialTokens(None, None, None), "max_positions": 1, "dtype": dtype}
     then, now = (to_config(m, vocab=vocab, **common) for m in (before, model))  # type: ignore[arg-type]
-    changes = {key: value for key, value in now.items() if then[key] != value}
+    changes = {key: value for key, value in now.items() if then.get(key) != value}
     if config["vocab_size"] != vocab:
         changes["vocab_size"] = vocab
     if max_positions is not None:

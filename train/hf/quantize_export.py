@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from recipes.schema.errors import BackendError, RecipeError, refuse
+from recipes.schema.objective_rules import language_model_problems
 from recipes.schema.precision import PrecisionConfig
 from recipes.schema.recipe import Recipe
 from recipes.schema.suggestions import did_you_mean
@@ -93,6 +94,7 @@ def open_quantizer(parsed: argparse.Namespace, recipe: Recipe, checkpoint: Path)
             if getattr(parsed, option):
                 raise RecipeError(f"--{option} needs a format: --quantize int4-g32.")
         return None
+    refuse(language_model_problems(recipe.model, place=f"--quantize {parsed.quantize}: {checkpoint}", key="--quantize"))
     form, family = weight_format(parsed.quantize), family_of(recipe.model)
     if not parsed.no_check and importlib.util.find_spec("compressed_tensors") is None:
         raise BackendError(

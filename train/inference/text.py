@@ -14,6 +14,7 @@ from data.chat.template import open_template
 from data.tokenizer import Tokenizer, load_tokenizer
 from recipes.schema.errors import CheckpointError, DataError, RecipeError, refuse
 from recipes.schema.foreign import parse_json
+from recipes.schema.objective_rules import language_model_problems
 from recipes.schema.read import recipe_from_mapping
 from recipes.schema.recipe import Recipe
 from recipes.schema.rules import reading_problems
@@ -63,6 +64,7 @@ def opened(recipe: Recipe, *, checkpoint: str | None = None, speculate: str | No
     use_device(device)
 
     path, fingerprint = _weights_of(recipe, checkpoint)
+    refuse(language_model_problems(recipe.model, place=str(path)))
     ours, another = tokenizer.fingerprint, "name another checkpoint (+generate.checkpoint)"
     refuse(
         tokenizer_problems(str(path), fingerprint, ours, where=str(tokenizer_file), otherwise=another), CheckpointError
@@ -75,6 +77,7 @@ def opened(recipe: Recipe, *, checkpoint: str | None = None, speculate: str | No
         refuse(tokenizer_problems(str(place), manifest.tokenizer, ours, where=where, otherwise=text), CheckpointError)
         # Its caches are in the model's memory and number format.
         draft = [(replace(recipe_from_mapping(manifest.recipe), precision=recipe.precision), place)]
+        refuse(language_model_problems(draft[0][0].model, place=f"--speculate {place}", key="--speculate"))
     with models_for_inference([(recipe, path), *draft], device=device) as (model, *others):
         drafter: Drafter | None = PromptLookup() if speculate == LOOKUP else None
         if others:

@@ -35,7 +35,7 @@ from train.model.activation import FeedForward, activation_function
 from train.model.attention import AttentionCore
 from train.model.backend import Backend
 from train.model.cross_entropy import soft_cap, vocab_parallel_cross_entropy
-from train.model.head import token_rows
+from train.model.head import ScalarHead, token_rows
 from train.model.initial import initialize
 from train.model.postnorm import PostNormAttention, PostNormMamba, PostNormMLP
 from train.model.rotary import Rotary, score_factor
@@ -45,19 +45,33 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 class Model(HybridModel):
-    """Megatron's HybridModel with this project's cross-entropy, and Gemma 2's scaling of embeddings and cap on logits."""
+    """Megatron's HybridModel with this project's cross-entropy, Gemma 2's scaling of embeddings and cap on logits, and the head
+    of reward models."""
 
     def __init__(self, *, model: ModelConfig, **arguments: Any) -> None:
         super().__init__(**arguments)
         self.logit_softcap = model.logit_softcap
         self.vocab_padding = model.vocab_padding
+        self.temperature = 1.0
+        """Of the distribution whose losses `forward` returns. Logits are always those of temperature 1."""
+        self.has_scalar_head = model.head == "scalar"
+        if self.has_scalar_head and self.post_process:
+            # Megatron has no way to leave out its own, so for a moment there is a head for the vocabulary.
+            device = self.decoder.final_norm.weight.device
+            self.output_layer = ScalarHead(self.config, group=self.pg_collection.tp, device=device)
         if model.scale_embedding and self.pre_process:
             self.embedding.register_forward_hook(_times_root_of_hidden)
 
     def forward(self, *args: Any, labels: torch.Tensor | None = None, **kwargs: Any) -> torch.Tensor:
-        """Megatron's forward pass; without labels it returns logits (`capped`), with labels losses."""
+        """Megatron's forward pass; without labels it returns logits (`capped`), with labels losses.
+
+        With a scalar head it returns rewards, fp32 [rows, sequence], and takes no labels.
+        """
+        assert labels is None or not self.has_scalar_head, "a reward model predicts no tokens"
         output = super().forward(*args, labels=labels, **kwargs)
-        return self.capped(output) if labels is None and self.post_process else output
+        if not self.post_process or labels is not None:
+            return output
+        return output.squeeze(-1) if self.has_scalar_head else self.capped(output)
 
     def capped(self, logits: torch.Tensor) -> torch.Tensor:
         """The head's logits [..., vocabulary of this rank] after the model's soft cap, if it has one; -inf, so probability 0,
@@ -78,11 +92,14 @@ class Model(HybridModel):
 
         Collective over the tensor group.
         """
+        softcap = self.logit_softcap
+        if self.temperature != 1:  # cap tanh(x / cap) / T = (cap / T) tanh((x / T) / (cap / T))
+            logits, softcap = logits / self.temperature, softcap and softcap / self.temperature
         loss_SB = vocab_parallel_cross_entropy(
             logits,
             labels.t().contiguous(),
             group=self.pg_collection.tp,
-            softcap=self.logit_softcap,
+            softcap=softcap,
             padding=self.vocab_padding,
         )
         return loss_SB.t()
@@ -268,7 +285,7 @@ def build_model(
             pre_process=stage == 0,
             post_process=stage == stages - 1,
             parallel_output=True,
-            share_embeddings_and_output_weights=model.tie_embeddings,
+            share_embeddings_and_output_weights=not model.has_own_head,
             position_embedding_type="none",  # the attention core applies rotary positions itself
             pg_collection=mesh.groups,
             vp_stage=chunk if chunks_per_rank > 1 else None,

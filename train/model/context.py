@@ -91,9 +91,9 @@ class Segments:
     def segments(self) -> list[Segment]:
         """The segments as objects (layers whose kernels are compiled need the table only)."""
         trial = self.trial_S.tolist() if self.trial_S is not None else [0] * len(self.table)
+        lines = zip(self.table.tolist(), trial, strict=True)
         return [
-            Segment(begin, tokens, before, slot, bool(is_trial))
-            for (begin, tokens, before, slot), is_trial in zip(self.table.tolist(), trial, strict=True)
+            Segment(begin, tokens, before, slot, bool(is_trial)) for (begin, tokens, before, slot), is_trial in lines
         ]
 
     @cached_property

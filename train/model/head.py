@@ -1,13 +1,55 @@
-"""The model without its output head, for objectives that apply the head themselves to a few tokens at a time; and which rows
-of the head stand for tokens."""
+"""The output head: of a reward model, the head itself; of a language model, its forward pass over a few tokens at a time, the
+model without it, and which rows of it stand for tokens."""
 
 from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
+from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 
 from train.model.context import RowContext
+
+
+class ScalarHead(MegatronModule):
+    """A number for each token, the product of its hidden state with a weight [1, hidden], in fp32.
+
+    It takes the place of Megatron's output layer, so it has its signature and its name in checkpoints. The weight is the same
+    on every tensor rank. Under sequence parallelism each rank has some of the tokens, so Megatron must add up its gradients.
+    """
+
+    def __init__(self, config: TransformerConfig, *, group: dist.ProcessGroup, device: torch.device) -> None:
+        super().__init__(config=config)
+        self.group = group
+        self.sequence_parallel = config.sequence_parallel
+        self.weight = torch.nn.Parameter(torch.empty(1, config.hidden_size, dtype=config.params_dtype, device=device))
+        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+
+    def forward(
+        self, hidden_SBH: torch.Tensor, weight: None = None, runtime_gather_output: bool | None = None
+    ) -> tuple[torch.Tensor, None]:
+        """-> (values [whole sequence of the context rank, rows, 1], no bias). Collective over the tensor group."""
+        values = F.linear(hidden_SBH.float(), self.weight.float())
+        if self.sequence_parallel:
+            # All tensor ranks compute the same loss, so each takes its own part of the gradient; a sum would count it twice.
+            values = gather_from_sequence_parallel_region(values, tensor_parallel_output_grad=False, group=self.group)
+        return values, None
+
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: Any = (), metadata: dict[str, Any] | None = None
+    ) -> dict[str, Any]:
+        """The weight as a tensor of which every tensor rank has a copy."""
+        assert metadata is not None
+        return make_sharded_tensors_for_checkpoint(
+            self.state_dict(prefix="", keep_vars=True),
+            prefix,
+            sharded_offsets=sharded_offsets,
+            tp_group=self.group,
+            dp_cp_group=metadata["dp_cp_group"],
+        )
 
 
 def token_rows(slice_size: int, padding: int, group: dist.ProcessGroup) -> int:

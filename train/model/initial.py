@@ -6,7 +6,8 @@ keeps its part: every layout starts from the same weights, and losses can be com
 
 Rules (L layers): projections N(0, init_std); projections into the residual stream N(0, init_std / sqrt(L)); norm weights
 and D one (zero for norm weights to which one is added); A uniform in [1, 16]; softplus(dt_bias) log-uniform in
-[0.001, 0.1]; convolution uniform in +-1/sqrt(taps) (mamba-ssm's Mamba2 module, arXiv 2405.21060).
+[0.001, 0.1]; convolution uniform in +-1/sqrt(taps) (mamba-ssm's Mamba2 module, arXiv 2405.21060); a scalar head
+N(0, 1/sqrt(hidden + 1)) (arXiv 2009.01325).
 
 Cost: a rank draws the full tensor of each of its parameters, one at a time, on the CPU.
 """
@@ -24,7 +25,8 @@ from recipes.schema.model import ModelConfig
 from recipes.schema.pattern import layer_kinds
 
 _RESIDUAL = ("linear_proj.weight", "linear_fc2.weight", "out_proj.weight")
-_PLAIN = ("linear_qkv.weight", "linear_fc1.weight", "in_proj.weight", "word_embeddings.weight", "output_layer.weight")
+HEAD = "output_layer.weight"
+_PLAIN = ("linear_qkv.weight", "linear_fc1.weight", "in_proj.weight", "word_embeddings.weight", HEAD)
 _GATED_NORM = "mixer.norm.weight"
 _NORMS = ("norm.weight", "layernorm.weight", "layer_norm_weight")
 A_RANGE = (1.0, 16.0)
@@ -43,16 +45,19 @@ def global_names(chunk: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
         yield name, parameter
 
 
-def initialize(chunk: nn.Module, *, model: ModelConfig, seed: int, tensor_group: dist.ProcessGroup) -> None:
-    """Fill every parameter of `chunk` in place. Same result for the same seed at every layout. Not collective.
+def initialize(
+    chunk: nn.Module, *, model: ModelConfig, seed: int, tensor_group: dist.ProcessGroup, only: str | None = None
+) -> None:
+    """Fill every parameter of `chunk` in place, or the one that is named. Same result for the same seed at every layout. Not
+    collective.
 
     Parameters without memory (meta device) are skipped.
     """
     layers = len(layer_kinds(model.pattern))
     for name, parameter in global_names(chunk):
-        if parameter.is_meta:
+        if parameter.is_meta or only not in (None, name):
             continue
-        if model.tie_embeddings and name == "output_layer.weight":
+        if not model.has_own_head and name == HEAD:
             name = "embedding.word_embeddings.weight"  # the last pipeline stage's copy of the one matrix
         whole = _draw(name, _whole_shape(parameter, tensor_group.size()), model=model, layers=layers, seed=seed)
         parameter.data.copy_(_part(whole, parameter, rank=tensor_group.rank(), ranks=tensor_group.size()))
@@ -86,6 +91,8 @@ def _draw(name: str, shape: list[int], *, model: ModelConfig, layers: int, seed:
     def uniform(low: float, high: float) -> torch.Tensor:
         return torch.empty(shape).uniform_(low, high, generator=generator)
 
+    if name == HEAD and model.head == "scalar":
+        return torch.empty(shape).normal_(0.0, 1 / math.sqrt(model.hidden + 1), generator=generator)
     if name.endswith(_RESIDUAL):
         return torch.empty(shape).normal_(0.0, model.init_std / math.sqrt(layers), generator=generator)
     if name.endswith(_PLAIN):

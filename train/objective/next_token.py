@@ -2,7 +2,7 @@
 where the labels that are learned are the assistant's (`Batch.learned`)."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -51,8 +51,8 @@ def forward_step(
     is the microbatch's mean. Megatron divides by the number of microbatches, averages over data and context ranks, and
     multiplies by the context degree to undo the latter.
 
-    Where not all labels are learned, microbatches differ in how many are. Each must count by its labels, not by its number, so
-    the sum is divided by the mean number of learned labels of the step's microbatches (`count_labels`) instead.
+    Where not all labels are learned, microbatches differ in how many are, and the sum is divided by the mean number of learned
+    labels of the step's microbatches (`train.objective.step_counts`) instead.
     """
     context_ranks = mesh.groups.cp.size()
 
@@ -65,7 +65,7 @@ def forward_step(
             if rows.learned is None:
                 loss = token_losses.sum() / (token_losses.numel() * context_ranks)
             else:
-                loss = torch.where(rows.learned, token_losses, 0).sum() / batch.labels_per_microbatch()
+                loss = torch.where(rows.learned, token_losses, 0).sum() / batch.per_microbatch()[0]
             return loss, loss.detach().clone()
 
         return output, loss_of
@@ -73,15 +73,6 @@ def forward_step(
     return step
 
 
-def count_labels(mesh: Mesh, microbatches: list[Any]) -> tuple[list[Any], Callable[[], int] | None]:
-    """Begin to count the labels of a whole step that are learned. -> (microbatches that know the mean, the count); None if all
-    are learned. Collective over the world; nothing waits until the first loss of the step."""
-    if not microbatches or microbatches[0].learned is None:
-        return microbatches, None
-    count = mesh.begin_sum_over_rows(sum(int(batch.learned.sum()) for batch in microbatches))
-    in_step = len(microbatches) * mesh.layout.data
-
-    def mean() -> float:
-        return max(1, count()) / in_step
-
-    return [replace(batch, labels_per_microbatch=mean) for batch in microbatches], count
+def count_labels(batch: Any) -> tuple[int, ...]:
+    """(number of labels that are learned,) of some rows, for `step_counts`; empty if all are."""
+    return () if batch.learned is None else (int(batch.learned.sum()),)

@@ -112,17 +112,17 @@ class Mesh:
         dist.all_gather_object(values, value, group=self.watching)
         return values
 
-    def begin_sum_over_rows(self, count: int) -> Callable[[], int]:
+    def begin_sum_over_rows(self, *counts: int) -> Callable[[], tuple[int, ...]]:
         """Sum what each data-parallel rank counts in its own rows, without waiting: the returned function waits, and may be
-        called again. Ranks that share rows pass the same count. Collective over the world."""
+        called again. Ranks that share rows pass the same counts. Collective over the world."""
         if self.layout.world == 1:
-            return lambda: count
-        total = torch.tensor([count])
+            return lambda: counts
+        total = torch.tensor(counts)
         work = dist.all_reduce(total, group=self.watching, async_op=True)
 
-        def answer() -> int:
+        def answer() -> tuple[int, ...]:
             work.wait()
-            return int(total.item()) * self.layout.data // self.layout.world
+            return tuple(count * self.layout.data // self.layout.world for count in total.tolist())
 
         return answer
 

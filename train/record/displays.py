@@ -108,6 +108,13 @@ class Screen:
             case "evaluation":
                 scores = ", ".join(f"{name} {value:.3f}" for name, value in line["bits_per_byte"].items())
                 return f"step {line['step']}: held-out bits per byte: {scores}"
+            case "tasks":
+                scores = ", ".join(
+                    f"{task} {name} {metric['value']:.3f}"
+                    for task, entry in line["tasks"].items()
+                    for name, metric in list(entry["metrics"].items())[:1]
+                )
+                return f"step {line['step']}: {scores}"
             case "save":
                 shares = f" ({units.size(line['bytes'])} in {line['seconds']:.1f} s)" if "bytes" in line else ""
                 return f"step {line['step']}: saved {line['path']}{shares}"

@@ -138,12 +138,14 @@ def check_losses(not_finite: tuple[int, float] | None, *, advice: Callable[[], s
         )
 
 
-def check_scores(step: int, scores: dict[str, float], *, advice: Callable[[], str]) -> None:
+def check_scores(
+    step: int, scores: dict[str, float], *, advice: Callable[[], str], measure: str = "bits per byte"
+) -> None:
     """Raise NumericsError if an evaluation gave NaN or infinity for any source. advice: see `check_grad_norm`."""
     wrong = {name: score for name, score in scores.items() if not math.isfinite(score)}
     if wrong:
         named = ", ".join(f"{name} {score}" for name, score in list(wrong.items())[:3])
         raise NumericsError(
-            f"step {step}: held-out bits per byte are not finite for {len(wrong)} of {len(scores)} sources ({named}): the "
-            f"model's logits overflow or contain NaN. {advice()}"
+            f"step {step}: held-out {measure} are not finite for {len(wrong)} of {len(scores)} sources ({named}): the "
+            f"model's outputs overflow or contain NaN. {advice()}"
         )

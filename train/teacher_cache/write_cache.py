@@ -13,6 +13,7 @@ from data.store.shards import token_dtype
 from data.system.console import open_console, progress
 from recipes.schema.errors import RecipeError, refuse
 from recipes.schema.facts import CacheRequest
+from recipes.schema.objective_rules import language_model_problems
 from recipes.schema.parallel import ParallelConfig
 from recipes.schema.recipe import Recipe
 from recipes.schema.rules import reading_problems
@@ -161,6 +162,7 @@ def _measure(recipe: Recipe, config: TeacherCacheConfig, *, mesh: Mesh, teacher:
     assert config.student is not None
     path, manifest = checkpoint_at(config.student)
     student = teacher_recipe(manifest, path)
+    refuse(language_model_problems(student.model, place=f"--student {config.student}", key="--student"))
     known = dataset.tokenizer.fingerprint
     if student.model.real_vocab != recipe.model.real_vocab or manifest.tokenizer not in ("", known):
         raise RecipeError(

@@ -92,9 +92,12 @@ def layer_bytes(shape: Shape, kind: LayerKind, *, is_low: bool = False) -> float
 
 
 def head_bytes(shape: Shape) -> float:
-    """Bytes of the final norm, the logits (overwritten by their gradient) and the labels."""
+    """Bytes of the final norm, the logits (overwritten by their gradient) and the labels. A scalar head keeps its input in
+    fp32 and rewards instead of logits."""
     m, e = shape.model, shape.size
     norm = shape.share * (m.hidden * 2 * e + 4)
+    if m.head == "scalar":
+        return norm + shape.share * m.hidden * (4 if e == 2 else 0) + (4.0 + 8.0) * shape.tokens
     logits = float(e * shape.tokens * m.vocab / shape.tensor)
     return norm + logits + 8.0 * shape.tokens
 
@@ -102,6 +105,8 @@ def head_bytes(shape: Shape) -> float:
 def head_workspace(shape: Shape) -> float:
     """Temporary bytes in addition to the logits while the head runs: the logits that the loss processes at once in fp32
     (`train.model.cross_entropy`); on a CPU with a bf16 recipe, all logits or their gradient in fp32."""
+    if shape.model.head == "scalar":
+        return 4.0 * shape.share * shape.model.hidden  # the gradient of its input
     logits = shape.tokens * shape.model.vocab / shape.tensor
     if shape.modules == "reference":
         return 4.0 * logits if shape.size == 2 else 0.0

@@ -56,7 +56,7 @@ def decode_speed(
     read = context_tokens if read_tokens is None else round(read_tokens)
     memory = inference_memory(model, context_tokens=read, batch=batch)
     # One row of the embedding is read for a token; with tied weights the head reads all of it.
-    embedding = 0.0 if model.tie_embeddings else 2.0 * parameters(model).embedding
+    embedding = 2.0 * parameters(model).embedding if model.has_own_head else 0.0
     moved = memory.weights - embedding + memory.keys_values + 2 * _states(model, batch)  # states are read and written
     flops = batch * flops_per_token(model, read).total / 3  # backward passes are two thirds
     seconds = max(moved / (BANDWIDTH_SHARE * device.hbm), flops / device.peak["bf16"])

@@ -79,7 +79,7 @@ def roofline_tokens_per_s(
     or by its matrix products. Efficiencies are not included: use the figure to rank shapes on one device, not as a prediction.
     """
     memory = inference_memory(model, context_tokens=context_tokens, batch=batch)
-    embedding = 0 if model.tie_embeddings else 2 * parameters(model).embedding
+    embedding = 2 * parameters(model).embedding if model.has_own_head else 0
     traffic = memory.weights - embedding + memory.keys_values + 2 * memory.mamba_states
     flops = batch * flops_per_token(model, context_tokens).total / 3
     return batch / max(traffic / (gb_per_s * 1e9), flops / (tflops * 1e12))

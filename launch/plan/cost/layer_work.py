@@ -111,8 +111,11 @@ def layer_work(
 
 
 def head_work(model: ModelConfig, *, tokens: int, tensor: int) -> LayerWork:
-    """Work of final norm, output projection and cross-entropy. Logits have 2 bytes; the loss is computed in fp32."""
-    vocab = model.vocab // tensor
+    """Work of final norm, output projection and cross-entropy. Logits have 2 bytes; the loss is computed in fp32.
+
+    A scalar head is computed by every tensor rank.
+    """
+    vocab = 1 if model.head == "scalar" else model.vocab // tensor
     logits = float(tokens) * vocab
     return LayerWork(
         gemms=(Gemm(tokens, vocab, model.hidden, is_low=False),),

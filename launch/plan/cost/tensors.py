@@ -44,13 +44,15 @@ def stage_tensors(
 ) -> list[Tensor]:
     """Parameters of one model chunk on one tensor rank, in order. low_layers: indexes in `pattern` with low precision."""
     table = model.vocab // tensor * model.hidden
-    shared = model.tie_embeddings and stages > 1
+    shared = not model.has_own_head and stages > 1
     found = [Tensor(table, is_shared=shared)] if is_first else []
     for index, kind in enumerate(pattern):
         found += layer_tensors(model, kind, tensor=tensor, is_low=index in low_layers)  # type: ignore[arg-type]
     if is_last:
         found.append(Tensor(model.hidden))
-        if not (model.tie_embeddings and is_first):
+        if model.head == "scalar":
+            found.append(Tensor(model.hidden))  # the same on every tensor rank
+        elif model.has_own_head or not is_first:
             found.append(Tensor(table, is_shared=shared))
     return found
 

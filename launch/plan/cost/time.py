@@ -269,8 +269,9 @@ def _rank_weights(setting: Setting, stage: int) -> float:
             )
             total += count * work.weights
     table = model.vocab * model.hidden / layout.tensor
+    head = model.hidden if model.head == "scalar" else table
     first, last = stage == 0, stage == layout.pipeline - 1
-    return total + table * (first + last - (first and last and model.tie_embeddings))
+    return total + table * first + head * (last and (model.has_own_head or not first))
 
 
 def _data_parallel(setting: Setting, microbatch: float) -> Parts:

@@ -66,7 +66,8 @@ def step_traffic(setting: Setting) -> StepTraffic:
     _wire(setting, wire, head, per_rank, 0.0)
     shards = layout.data * layout.context
     table = setting.model.vocab * setting.model.hidden / layout.tensor
-    weights = table * (1.0 if setting.model.tie_embeddings else 2.0)
+    own_head = setting.model.hidden if setting.model.head == "scalar" else table
+    weights = table + own_head * setting.model.has_own_head
     for kind, count in Counter("".join(setting.stages)).items():
         weights += count * _weights(setting, kind)
     wire["data"] += 6.0 * weights / layout.pipeline * (shards - 1) / shards

@@ -8,10 +8,11 @@ import torch
 from train.align.losses.preference import (
     DpoOptions,
     PairLogProbs,
-    bradley_terry_loss,
+    bradley_terry_losses,
     calibration_error,
     dpo_loss,
     pair_accuracy,
+    ranked_pairs,
     ranking_loss,
 )
 
@@ -91,13 +92,16 @@ def test_bradley_terry_with_margins_and_centre() -> None:
     chosen, rejected, margins = [1.5, -0.5, 60.0], [0.5, 1.0, -60.0], [0.0, 1.0, 3.0]
     tensors = [torch.tensor(v, dtype=torch.float64) for v in (chosen, rejected, margins)]
     expected = -sum(log_sigmoid(a - b) for a, b in zip(chosen, rejected, strict=True)) / 3
-    assert bradley_terry_loss(tensors[0], tensors[1], step_pairs=3).item() == pytest.approx(expected, rel=1e-12)
+    assert bradley_terry_losses(tensors[0], tensors[1]).mean().item() == pytest.approx(expected, rel=1e-12)
     expected = (
         sum(-log_sigmoid(a - b - m) + 0.01 * (a + b) ** 2 for a, b, m in zip(chosen, rejected, margins, strict=True))
         / 4
     )
-    found = bradley_terry_loss(tensors[0], tensors[1], step_pairs=4, margin_N=tensors[2], center_weight=0.01)
-    assert found.item() == pytest.approx(expected, rel=1e-12)
+    found = bradley_terry_losses(tensors[0], tensors[1], margin_N=tensors[2], center_weight=0.01)
+    assert found.sum().item() / 4 == pytest.approx(expected, rel=1e-12)
+    pairs = ranked_pairs(torch.stack(tensors[:2], dim=1), torch.tensor([[0, 1]] * 3))
+    expected = sum(-log_sigmoid(a - b) + 0.01 * (a + b) ** 2 for a, b in zip(chosen, rejected, strict=True)) / 4
+    assert ranking_loss(pairs, step_contexts=4, center_weight=0.01).item() == pytest.approx(expected, rel=1e-12)
 
 
 def test_a_ranking_is_the_mean_over_its_pairs() -> None:
@@ -105,7 +109,7 @@ def test_a_ranking_is_the_mean_over_its_pairs() -> None:
     rewards = torch.tensor([[0.3, -1.0, 2.0, 0.9], [1.0, 0.0, math.nan, math.inf], [5.0, 4.0, 0.0, 0.0]])
     ranks = torch.tensor([[1, 2, 0, 1], [1, 0, -1, -1], [2, 2, -1, -1]])
     leaf = rewards.double().requires_grad_()
-    loss = ranking_loss(leaf, ranks, step_contexts=3)
+    loss = ranking_loss(ranked_pairs(leaf, ranks), step_contexts=3)
     loss.backward()
     first = [(2.0, 0.3), (2.0, 0.9), (2.0, -1.0), (0.3, -1.0), (0.9, -1.0)]
     expected = -sum(log_sigmoid(a - b) for a, b in first) / 5 / 3 - log_sigmoid(0.0 - 1.0) / 3

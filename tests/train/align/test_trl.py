@@ -11,7 +11,14 @@ import pytest
 import torch
 
 from train.align.losses.policy import Answers, PolicyOptions, group_advantages, policy_loss
-from train.align.losses.preference import DpoOptions, PairLogProbs, bradley_terry_loss, dpo_loss
+from train.align.losses.preference import (
+    DpoOptions,
+    PairLogProbs,
+    bradley_terry_losses,
+    dpo_loss,
+    ranked_pairs,
+    ranking_loss,
+)
 
 pytestmark = pytest.mark.oracle
 VALUES, GRADIENTS = {"rtol": 0, "atol": 1e-6}, {"rtol": 0, "atol": 1e-5}
@@ -98,7 +105,7 @@ def test_label_smoothing() -> None:
     torch.testing.assert_close(leaf.grad * one[:, 1:], gradient * one[:, 1:], **GRADIENTS)
 
 
-@pytest.mark.parametrize(("margin", "center"), [(False, None), (True, None), (True, 0.01)])
+@pytest.mark.parametrize(("margin", "center"), [(False, None), (False, 0.02), (True, None), (True, 0.01)])
 def test_reward_model(margin: bool, center: float | None) -> None:
     from trl import RewardTrainer
 
@@ -116,9 +123,12 @@ def test_reward_model(margin: bool, center: float | None) -> None:
 
     loss = RewardTrainer.compute_loss(trainer, model, inputs)
     loss.backward()
-    found = bradley_terry_loss(
-        leaf[:3], leaf[3:], step_pairs=3, margin_N=margins if margin else None, center_weight=center or 0.0
-    )
+    if margin:
+        losses = bradley_terry_losses(leaf[:3], leaf[3:], margin_N=margins, center_weight=center or 0.0)
+        found = losses.sum() / 3
+    else:
+        pairs = ranked_pairs(torch.stack([leaf[:3], leaf[3:]], dim=1), torch.tensor([[0, 1]] * 3))
+        found = ranking_loss(pairs, step_contexts=3, center_weight=center or 0.0)
     found.backward()
     torch.testing.assert_close(found, loss, **VALUES)
     torch.testing.assert_close(leaf.grad, rewards.grad, **GRADIENTS)

@@ -28,6 +28,7 @@ from recipes.schema.data import ChatConfig
 from recipes.schema.model import ModelConfig
 from train.engine import run_schedule
 from train.objective.next_token import count_labels
+from train.objective.step_counts import count_step
 
 trl = pytest.importorskip("trl")
 pytestmark = pytest.mark.oracle
@@ -119,7 +120,9 @@ def compare(rank: int, model: ModelConfig, folder: Path) -> dict[str, float]:
             for name, parameter in ours.named_parameters():
                 parameter.copy_(their_part(name, weights, model))
         engine.chunks[0].zero_grad_buffer()
-        microbatches, _ = count_labels(engine.mesh, [batch.part(row, row + 1) for row in range(len(batch.labels))])
+        microbatches, _ = count_step(
+            engine.mesh, [batch.part(row, row + 1) for row in range(len(batch.labels))], count_labels
+        )
         reports = run_schedule(engine, microbatches, forward_step=engine.forward_step)
         found["loss"] = abs(float(torch.stack(reports).mean()) / float(loss) - 1)
         for name, parameter in ours.named_parameters():

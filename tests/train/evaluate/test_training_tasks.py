@@ -22,7 +22,7 @@ from train.evaluate.ask import ask
 from train.evaluate.decoder import BatchedDecoder
 from train.evaluate.score import forward_of_model
 from train.evaluate.training_tasks import open_training_tasks
-from train.record.report import write_report
+from train.report.summary import write_report
 
 WRITTEN: dict[str, Any] = {"verifier": "contains", "max_new_tokens": 6, "stop": []}
 """Fields of a task whose answers the model writes."""

@@ -19,9 +19,9 @@ from recipes.schema.telemetry import TelemetryConfig
 from train.precision.control import Reading
 from train.record.machine import peak_by_name, peak_flops
 from train.record.metrics import JsonLines
-from train.record.report import read_run
 from train.record.stopwatch import Stopwatch
 from train.record.telemetry import Telemetry
+from train.report.summary import read_run
 
 
 class Reducer:

@@ -1,6 +1,6 @@
 """Losses on preferences: DPO on log-probabilities of answers, Bradley-Terry on rewards.
 
-Shapes: N pairs of this microbatch; K ranked answers to one context, padded with absent ones.
+Shapes: N pairs of this microbatch; K ranked answers to each of C contexts, padded with absent ones.
 """
 
 from dataclasses import dataclass
@@ -78,40 +78,56 @@ def dpo_loss(pairs: PairLogProbs, options: DpoOptions, *, step_pairs: int, step_
     )
 
 
-def bradley_terry_loss(
-    chosen_N: torch.Tensor,
-    rejected_N: torch.Tensor,
+def bradley_terry_losses(
+    better_N: torch.Tensor,
+    worse_N: torch.Tensor,
     *,
-    step_pairs: int,
     margin_N: torch.Tensor | None = None,
     center_weight: float = 0.0,
 ) -> torch.Tensor:
-    """-log sigmoid(r chosen - r rejected - margin), summed and divided by the step's pairs. Rewards: [N].
+    """-log sigmoid(r better - r worse - margin) of each pair, [N]. Rewards: [N].
 
-    margin_N: how much better the chosen answer is (Llama 2, arXiv 2307.09288, equation 2). center_weight: of (r chosen +
-    r rejected)^2, which fixes the free constant of rewards near 0 (arXiv 2312.09244).
+    margin_N: how much better the first answer is (Llama 2, arXiv 2307.09288, equation 2). center_weight: of (r better +
+    r worse)^2, which fixes the free constant of rewards near 0 (arXiv 2312.09244).
     """
-    gap_N = chosen_N - rejected_N if margin_N is None else chosen_N - rejected_N - margin_N
+    gap_N = better_N - worse_N if margin_N is None else better_N - worse_N - margin_N
     losses_N = -F.logsigmoid(gap_N)
     if center_weight:
-        losses_N = losses_N + center_weight * (chosen_N + rejected_N) ** 2
-    return losses_N.sum() / step_pairs
+        losses_N = losses_N + center_weight * (better_N + worse_N) ** 2
+    return losses_N
 
 
-def ranking_loss(rewards_NK: torch.Tensor, ranks_NK: torch.Tensor, *, step_contexts: int) -> torch.Tensor:
-    """Bradley-Terry over all pairs of ranked answers: the mean over a context's pairs, summed, divided by the step's contexts.
+@dataclass(frozen=True)
+class RankedPairs:
+    """All pairs of answers to the same context that have different ranks."""
 
-    ranks_NK: int, lower is better; equal ranks form no pair; -1: absent. InstructGPT, arXiv 2203.02155, equation 1: all pairs
+    better_N: torch.Tensor
+    """Rewards of the better answers, [N]."""
+    worse_N: torch.Tensor
+    weight_N: torch.Tensor
+    """1 / pairs of the same context, so that each context counts once however many answers it has."""
+
+
+def ranked_pairs(rewards_CK: torch.Tensor, ranks_CK: torch.Tensor) -> RankedPairs:
+    """The pairs of C contexts with K ranked answers each.
+
+    ranks_CK: int, lower is better; equal ranks form no pair; -1: absent. InstructGPT, arXiv 2203.02155, equation 1: all pairs
     of a context belong to one step, because they are not independent.
     """
-    present = ranks_NK >= 0
-    is_better_NKK = ranks_NK[:, :, None] < ranks_NK[:, None, :]
-    is_pair_NKK = is_better_NKK & present[:, :, None] & present[:, None, :]
+    present = ranks_CK >= 0
+    is_better_CKK = ranks_CK[:, :, None] < ranks_CK[:, None, :]
+    is_pair_CKK = is_better_CKK & present[:, :, None] & present[:, None, :]
     # Only pairs are computed: the reward of an absent answer may be anything, and 0 x NaN is NaN.
-    context, better, worse = is_pair_NKK.nonzero(as_tuple=True)
-    losses = -F.logsigmoid(rewards_NK[context, better] - rewards_NK[context, worse])
-    pairs_N = is_pair_NKK.sum(dim=(1, 2)).to(losses.dtype)
-    return (losses / pairs_N[context]).sum() / step_contexts
+    context_N, better_N, worse_N = is_pair_CKK.nonzero(as_tuple=True)
+    pairs_C = is_pair_CKK.sum(dim=(1, 2)).to(rewards_CK.dtype)
+    return RankedPairs(rewards_CK[context_N, better_N], rewards_CK[context_N, worse_N], 1 / pairs_C[context_N])
+
+
+def ranking_loss(pairs: RankedPairs, *, step_contexts: float, center_weight: float = 0.0) -> torch.Tensor:
+    """Bradley-Terry over all pairs of ranked answers: the mean over a context's pairs, summed, divided by the step's contexts.
+    With two answers to each context it is the usual loss of pairs."""
+    losses_N = bradley_terry_losses(pairs.better_N, pairs.worse_N, center_weight=center_weight)
+    return (losses_N * pairs.weight_N).sum() / step_contexts
 
 
 def pair_accuracy(chosen_N: torch.Tensor, rejected_N: torch.Tensor) -> torch.Tensor:

@@ -16,8 +16,8 @@ from launch.runs import RunFolder
 from recipes.schema.checkpoint_steps import lost_run
 from recipes.schema.errors import StratumError
 from recipes.schema.run_folder import METRICS
-from train.record import report
 from train.record.displays import Screen
+from train.report import summary as report
 
 READING = {
     "layer": 2, "linear": "mixer.in_proj", "operand": "input", "format": "e4m3", "snr_db": 30.0, "amax": 1.0, "saturated": 0.0,

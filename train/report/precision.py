@@ -121,6 +121,11 @@ def precision_section(lines: list[Line]) -> list[str]:
     ]
 
 
+def operand_order(reading: dict[str, Any]) -> int:
+    """Place of a reading's operand in tables."""
+    return _ORDER.index(reading["operand"]) if reading["operand"] in _ORDER else len(_ORDER)
+
+
 def _operands(lines: list[Line]) -> list[str]:
     found = {r["operand"] for line in lines for r in line["readings"]}
     return [name for name in _ORDER if name in found]

@@ -9,7 +9,7 @@ from typing import Any
 from data.system.figure import SERIES, canvas
 from recipes.schema.foreign import in_markdown
 from recipes.schema.run_folder import as_number
-from train.record.precision_report import in_picture
+from train.report.precision import in_picture
 
 Scores = dict[int, dict[str, dict[str, Any]]]
 """By step, by task: what `train.evaluate.training_tasks` recorded."""
@@ -26,11 +26,11 @@ def is_scores(line: dict[str, Any]) -> bool:
 
 
 def draw_tasks(scores: Scores, path: Path, *, title: str) -> None:
-    """Left: shares of right answers. Right: bits per byte. The bands are 95 % intervals."""
+    """Left: shares of right answers. Right: bits per byte and losses. The bands are 95 % intervals."""
     with canvas(path, size=(11, 4.2)) as figure:
         left, right = figure.subplots(1, 2)
         for index, (task, metric) in enumerate(_curves(scores)):
-            axes = right if metric == "bits_per_byte" else left
+            axes = right if metric in ("bits_per_byte", "loss") else left
             points = [(step, _metric(scores[step], task, metric)) for step in sorted(scores)]
             steps = [step for step, found in points if found]
             values, low, high = (
@@ -47,7 +47,8 @@ def draw_tasks(scores: Scores, path: Path, *, title: str) -> None:
             )
             axes.fill_between(steps, low, high, color=color, alpha=0.15, linewidth=0)
         left.set(title=f"{title}: right answers", xlabel="step", ylim=(-0.02, 1.02))
-        right.set(title="Bits per byte", xlabel="step")
+        is_loss = any(metric == "loss" for _, metric in _curves(scores))
+        right.set(title="Loss of pairs, nats" if is_loss else "Bits per byte", xlabel="step")
         for axes in (left, right):
             if axes.get_legend_handles_labels()[1]:
                 axes.legend(loc="best", fontsize=8)
@@ -66,7 +67,7 @@ def tasks_section(scores: Scores) -> list[str]:
         lines.append(
             f"| {in_markdown(task)} | {in_markdown(metric)} | {as_number(scores[steps[-1]][task].get('items')):g} | "
             f"{as_number(first.get('value')):.3f} ({steps[0]}) | {as_number(last.get('value')):.3f} ({steps[-1]}) | "
-            f"{low:.3f} to {high:.3f} |"
+            f"{f'{low:.3f} to {high:.3f}' if low == low else ''} |"
         )
     return lines
 

@@ -7,21 +7,19 @@ low-precision run precision.png (quantisation errors), for a run with tasks task
 import math
 import re
 import statistics
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 from data.system.figure import MARK, MUTED, SERIES, canvas
 from recipes.schema import units
 from recipes.schema.errors import RecipeError, StratumError
-from recipes.schema.foreign import in_markdown, printable, printable_lines, read_bounded, read_bounded_text
-from recipes.schema.messages import complain
-from recipes.schema.options import CommandParser, run_or_path
+from recipes.schema.foreign import in_markdown, printable, printable_lines, read_bounded
 from recipes.schema.run_folder import METRICS, RECIPE, as_number, read_metrics, recipe_in
-from train.record.precision_report import draw_precision, in_picture, is_measurement, precision_section
-from train.record.task_report import Scores, draw_tasks, is_scores, tasks_section
+from train.report.precision import draw_precision, in_picture, is_measurement, precision_section
+from train.report.tasks import Scores, draw_tasks, is_scores, tasks_section
 
 
 @dataclass(frozen=True)
@@ -111,17 +109,28 @@ def _numbers_of(line: dict[str, Any]) -> dict[str, Any]:
     return line | {name: as_number(line[name]) for name in names if name in line} | {"seconds": seconds}
 
 
-def write_report(folder: Path, *, sample: str | None = None) -> None:
-    """Write loss.png and summary.md into a run folder, replacing earlier ones. StratumError if it is not a run folder.
-
-    sample: text shown in the summary; None takes sample.txt of the run folder, if it exists.
-    """
-    record = read_run(folder)
+def recipe_of(folder: Path) -> dict[str, Any]:
+    """The recipe of a run folder. StratumError if it cannot be read or lacks what a report shows."""
     try:
         recipe = recipe_in(folder)
     except (FileNotFoundError, RecipeError) as error:
         why = error if isinstance(error, RecipeError) else f"{folder / RECIPE} cannot be read: it is missing."
         raise StratumError(f"{why} A report needs it.") from error
+    for group, name, kind in (("run", "steps", int), ("model", "pattern", str), ("model", "hidden", int)):
+        fields = recipe.get(group)
+        if not isinstance(fields, dict) or type(fields.get(name)) is not kind:
+            raise StratumError(f"{folder / RECIPE} has no {group}.{name} that is {kind.__name__}. A report needs it.")
+    if not isinstance(recipe.get("precision"), dict):
+        raise StratumError(f"{folder / RECIPE} has no group `precision`. A report needs it.")
+    return recipe
+
+
+def write_report(folder: Path, *, sample: str | None = None) -> None:
+    """Write loss.png and summary.md into a run folder, replacing earlier ones. StratumError if it is not a run folder.
+
+    sample: text shown in the summary; None takes sample.txt of the run folder, if it exists.
+    """
+    record, recipe = read_run(folder), recipe_of(folder)
     if sample is None and (folder / "sample.txt").exists():
         sample = read_bounded(folder / "sample.txt").decode(errors="replace")
     if record.steps:
@@ -144,8 +153,8 @@ def draw(record: RunRecord, path: Path, *, title: str, recipe: dict[str, Any]) -
         right = figure.add_subplot(grid[:, 1])
 
         top.plot(steps, losses, color="#a5c8ec", linewidth=0.9, label="each step")
-        top.plot(steps, _smooth(losses), color=SERIES[0], linewidth=2, label="running mean")
-        top.set(title=f"{title}: {_loss(recipe)}", ylabel="nats per token")
+        top.plot(steps, smooth(losses), color=SERIES[0], linewidth=2, label="running mean")
+        top.set(title=f"{title}: {_loss(recipe)}", ylabel=f"nats per {unit_of(recipe)}")
         top.tick_params(labelbottom=False)
         below.plot(steps, [record.steps[step]["learning_rate"] for step in steps], color=MUTED, linewidth=1.4)
         below.set(xlabel="step", ylabel="learning rate", ylim=(0, None))
@@ -199,20 +208,21 @@ def summary(record: RunRecord, recipe: dict[str, Any], *, name: str, sample: str
     return "\n".join(lines)
 
 
-def _facts(record: RunRecord, recipe: dict[str, Any]) -> list[str]:
-    """Table of model, progress, loss, speed and machine."""
+def facts(record: RunRecord, recipe: dict[str, Any]) -> dict[str, str]:
+    """Model, progress, loss, speed and machine of a run with at least one step, as plain texts by name."""
     steps = list(record.steps.values())
     last, machine = steps[-1], record.machine
     start: dict[str, Any] = next((e for e in reversed(record.events) if e["kind"] in ("start", "resume")), {})
     rows = {
-        "model": f"{_code(recipe['model']['pattern'])}, hidden {recipe['model']['hidden']}, "
+        "model": f"{recipe['model']['pattern']}, hidden {recipe['model']['hidden']}, "
         f"{start.get('parameters', 0):,} parameters",
         **_origin(recipe),
-        "precision": in_markdown(start.get("precision") or _precision(recipe["precision"])),
-        "layout": in_markdown(f"{start.get('layout', '?')} on {start.get('device', '?')}"),
+        "precision": start.get("precision") or _precision(recipe["precision"]),
+        "layout": f"{start.get('layout', '?')} on {start.get('device', '?')}",
         "steps": f"{last['step']:,} of {recipe['run']['steps']:,}",
         "tokens": f"{last['tokens']:,}",
-        _loss(recipe): _loss_change([line["loss"] for line in steps]),
+        **_learned(steps),
+        _loss(recipe): _loss_change([line["loss"] for line in steps], unit=unit_of(recipe)),
         "speed": f"{statistics.median(line['tokens_per_s'] for line in steps):,.0f} tokens/s (median)",
     }
     shares = [line["mfu"] for line in steps if "mfu" in line]
@@ -226,21 +236,47 @@ def _facts(record: RunRecord, recipe: dict[str, Any]) -> list[str]:
         threads = f"{machine['threads']} thread{'s' * (machine['threads'] != 1)}"
         kernels = f", kernels {machine['kernels']}" if machine.get("kernels") else ""
         versions = f"torch {machine['torch']}, Python {machine['python']}"
-        rows["machine"] = in_markdown(f"{where}, {threads} a process{kernels}; {versions}")
-    return ["| | |", "|---|---|", *(f"| {key} | {value} |" for key, value in rows.items())]
+        rows["machine"] = f"{where}, {threads} a process{kernels}; {versions}"
+    return rows
 
 
-def _loss_change(losses: list[float]) -> str:
+def _facts(record: RunRecord, recipe: dict[str, Any]) -> list[str]:
+    """The facts as a table of Markdown. Names of folders and the pattern are shown as code."""
+    cells = facts(record, recipe)
+    for name in ("precision", "layout", "machine"):  # they contain texts of the record; the others are numbers
+        if name in cells:
+            cells[name] = in_markdown(cells[name])
+    for name in ("started from", "teacher"):
+        if name in cells:
+            cells[name] = _code(cells[name])
+    cells["model"] = _code_before(cells["model"], ", ")
+    return ["| | |", "|---|---|", *(f"| {name} | {cell} |" for name, cell in cells.items())]
+
+
+def _code_before(text: str, separator: str) -> str:
+    """Markdown: the part before the first separator as code, the rest as text."""
+    first, _, rest = text.partition(separator)
+    return f"{_code(first)}{separator}{in_markdown(rest)}"
+
+
+def unit_of(recipe: dict[str, Any]) -> str:
+    """What the training loss is a mean over."""
+    return "context" if recipe.get("objective", {}).get("kind") == "reward" else "token"
+
+
+def _loss_change(losses: list[float], *, unit: str) -> str:
     """Mean loss of the first steps and of the last: a tenth of the run each, at most 50, because single steps are noisy."""
     count = min(50, max(1, len(losses) // 10))
     first, last = (sum(part) / count for part in (losses[:count], losses[-count:]))
     of = f" (means of the first and last {count} steps)" if count > 1 else ""
-    return f"{first:.4f} -> {last:.4f} nats per token{of}"
+    return f"{first:.4f} -> {last:.4f} nats per {unit}{of}"
 
 
 def _loss(recipe: dict[str, Any]) -> str:
     """Name of the training loss. A divergence from a teacher is not a next-token loss, and it approaches 0."""
     objective = recipe.get("objective", {})
+    if objective.get("kind") == "reward":
+        return "training loss (Bradley-Terry)"
     if objective.get("kind") != "distill":
         return "training loss"
     is_mixed = objective.get("next_token_weight", 0) or objective.get("hidden_match", "none") != "none"
@@ -251,10 +287,21 @@ def _loss(recipe: dict[str, Any]) -> str:
 def _origin(recipe: dict[str, Any]) -> dict[str, str]:
     """Rows for starting weights and teacher, if the run has them."""
     objective, start = recipe.get("objective", {}), recipe["run"].get("start_from")
-    rows = {"started from": _code(str(start))} if start else {}
+    rows = {"started from": str(start)} if start else {}
     if objective.get("kind") == "distill":
-        rows["teacher"] = _code(str(objective.get("teacher_cache") or objective.get("teacher")))
+        rows["teacher"] = str(objective.get("teacher_cache") or objective.get("teacher"))
     return rows
+
+
+def _learned(steps: list[dict[str, Any]]) -> dict[str, str]:
+    """Row for the labels that were learned, if a step recorded them: those of chats are the assistant's."""
+    counted = [line for line in steps if "labels" in line]
+    if not counted:
+        return {}
+    labels = [as_number(line["labels"]) for line in counted]
+    tokens = sum(line["tokens_per_s"] * line["step_s"] for line in counted)
+    share = f"{100 * sum(labels) / tokens:.1f} % of the tokens" if tokens > 0 else "of no tokens"
+    return {"learned labels": f"{sum(labels):,.0f}, {share}; {min(labels):,.0f} to {max(labels):,.0f} a step"}
 
 
 def _precision(precision: dict[str, Any]) -> str:
@@ -330,33 +377,14 @@ def _code(text: str) -> str:
     return f"`{printable(text, most=300)}`"
 
 
-def main(arguments: Sequence[str]) -> int:
-    """Entry point of `stratum report`."""
-    parser = CommandParser(
-        "report",
-        about="Write the picture and the summary of a run (loss.png, summary.md). Works while it trains.",
-        examples="""
-stratum report runs/smoke
-stratum report smoke                               the same: `smoke` is looked up in runs/
-""",
-    )
-    parser.add_argument("run", metavar="RUN", help="run folder (runs/smoke), or its name (smoke)")
-    parser.add_argument("--sample", type=Path, metavar="FILE", help="text file with a sample to show in the summary")
-    parsed = parser.parse_args(arguments)
-    try:
-        folder = run_or_path(parsed.run)
-        write_report(folder, sample=read_bounded_text(parsed.sample) if parsed.sample else None)
-    except (StratumError, OSError, ValueError) as error:
-        return complain(error)
-    sys.stdout.write(f"wrote {folder}/summary.md and {folder}/loss.png\n")
-    return 0
-
-
-def _smooth(values: list[float]) -> list[float]:
+def smooth(values: Sequence[float]) -> list[float]:
     """Running mean over up to a twentieth of the run (2 to 50 steps) on either side. Non-finite values are left out."""
     half = min(50, max(2, len(values) // 20))
+    sums = list(accumulate((value if math.isfinite(value) else 0.0 for value in values), initial=0.0))
+    counts = list(accumulate(map(math.isfinite, values), initial=0))
     means = []
-    for index in range(len(values)):
-        near = [value for value in values[max(0, index - half) : index + half + 1] if math.isfinite(value)]
-        means.append(statistics.fmean(near) if near else math.nan)
+    for place in range(len(values)):
+        first, last = max(0, place - half), min(len(values), place + half + 1)
+        count = counts[last] - counts[first]
+        means.append((sums[last] - sums[first]) / count if count else math.nan)
     return means

@@ -1,0 +1,82 @@
+"""Rules of objectives: fields that one does not use, data that does not fit, and what goes with a scalar head.
+
+`recipes.schema.rules.problems` calls them; commands that need a language model call `language_model_problems`.
+"""
+
+import dataclasses
+from typing import Any
+
+from recipes.schema.errors import Problem
+from recipes.schema.model import ModelConfig
+from recipes.schema.objective import PREFERENCE_OBJECTIVES, ObjectiveConfig
+from recipes.schema.recipe import Recipe
+
+
+def reward_problems(recipe: Recipe) -> list[Problem]:
+    """An objective that does not fit the model's head, and tasks that need a language model."""
+    kind, head, found = recipe.objective.kind, recipe.model.head, []
+    if kind == "reward" and head != "scalar":
+        text = f"objective.kind=reward trains a scalar head, but model.head={head}."
+        found.append(Problem("model.head", text, "Set model.head=scalar."))
+    if kind != "reward" and head == "scalar":
+        text = f"model.head=scalar predicts no tokens, but objective.kind={kind} needs a distribution over tokens."
+        found.append(Problem("model.head", text, "Set objective=reward, or model.head=vocabulary."))
+    if head == "scalar" and recipe.evaluate.tasks:
+        text = f"evaluate.tasks={','.join(recipe.evaluate.tasks)} needs a language model, but model.head=scalar."
+        remedy = "Set evaluate.tasks=[]: held-out preferences are scored in any case."
+        found.append(Problem("evaluate.tasks", text, remedy))
+    return found
+
+
+def data_fit_problems(recipe: Recipe) -> list[Problem]:
+    """An objective that needs preferences without them, and preferences with another objective."""
+    kind, preferences = recipe.objective.kind, recipe.data.preferences
+    found = []
+    if preferences and kind not in PREFERENCE_OBJECTIVES:
+        name = preferences[0]
+        text = (
+            f"objective.kind={kind}, but data.sources.{name} has preferences: it would learn the rejected answers like the "
+            f"chosen ones."
+        )
+        remedy = (
+            f"Use objective.kind={' or '.join(PREFERENCE_OBJECTIVES)}, or a source of the chosen answers (kind: chat)."
+        )
+        found.append(Problem("objective.kind", text, remedy))
+    if not preferences and kind in PREFERENCE_OBJECTIVES:
+        name = next(iter(recipe.data.sources), "NAME")
+        text = f"objective.kind={kind} learns from preferences, and data.sources.{name} is not of kind preference."
+        found.append(
+            Problem(
+                "objective.kind", text, f"Set data.sources.{name}.kind=preference, or use objective.kind=next_token."
+            )
+        )
+    return found
+
+
+def language_model_problems(model: ModelConfig, *, place: str, key: str = "model.head") -> list[Problem]:
+    """A reward model where a language model is needed. place: the checkpoint or run; key: the field that names it."""
+    if model.head == "vocabulary":
+        return []
+    text = f"{place} is a reward model (model.head=scalar): it gives a text one number and predicts no tokens."
+    return [Problem(key, text, "Name a language model, such as the one that it started from (run.start_from).")]
+
+
+def unused(objective: ObjectiveConfig) -> str:
+    """Fields of an objective that are set but not used, for messages; empty if all are used.
+
+    A section belongs to the kind of its name, all other fields to `distill`.
+    """
+    found: list[str] = []
+    for field in dataclasses.fields(objective):
+        value, default = getattr(objective, field.name), getattr(ObjectiveConfig(), field.name)
+        owner = field.name if dataclasses.is_dataclass(value) else "distill"
+        if field.name != "kind" and owner != objective.kind:
+            found += _changed(f"objective.{field.name}", value, default)
+    return ", ".join(found)
+
+
+def _changed(key: str, value: Any, default: Any) -> list[str]:
+    if not dataclasses.is_dataclass(value):
+        return [f"{key}={value}"] * (value != default)
+    names = [field.name for field in dataclasses.fields(value)]
+    return [text for name in names for text in _changed(f"{key}.{name}", getattr(value, name), getattr(default, name))]
