@@ -82,8 +82,10 @@ precision-gap: setup ## train a small hybrid in every precision and compare the 
 compress-curves: setup ## prune a tiny teacher, distil its students and train them otherwise, at equal tokens (hours; resumes)
 	@.venv/bin/stratum prepare -cn tiny_teacher && .venv/bin/stratum train -cn tiny_teacher && $(PY) -m tests.bench.compress_curves
 
-bench-align: setup ## tokens per second of fine-tuning against pretraining, at one shape and on equal rows (2 minutes)
+bench-align: setup ## tokens per second of fine-tuning against pretraining, and of GRPO against TRL (4 minutes)
 	@$(PY) -m tests.bench.align
+	@bash tests/train/align/install_trl.sh
+	@.trl/bin/python -m tests.bench.grpo
 
 align-road: setup ## a small model pretrained, fine-tuned and merged, with what each stage changed (about 15 minutes; resumes)
 	@$(PY) -m tests.bench.align_road
