@@ -8,6 +8,7 @@ import pytest
 from road_data import HABIT, SKILLS, write_all
 
 from data.chat.preferences import preference_of
+from data.chat.prompts import read_prompts
 from data.chat.record import chat_of
 from recipes.schema.data import SourceConfig
 from train.align.verify.answers import exact
@@ -58,8 +59,8 @@ def test_every_record_is_what_its_reader_takes(folder: Path) -> None:
         assert worse.messages[0]["content"] == HABIT + better.messages[0]["content"]
     assert all(len(preference_of(record).answers) == 3 for record in records(folder / "rankings.jsonl"))
     for name in ("prompts_plain", "prompts_sums", "prompts_gamed"):
-        for record in records(folder / f"{name}.jsonl"):
-            check_verifier(record["verifier"])
+        prompts, _ = read_prompts([str(folder / f"{name}.jsonl")])
+        assert {check_verifier(prompt.verifier or {}) for prompt in prompts} <= {"exact", "constraints"}
     for path in folder.rglob("*.yaml"):
         assert open_task_file(path).items
 

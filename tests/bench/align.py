@@ -96,7 +96,7 @@ def sft(recipe: Recipe, options: argparse.Namespace, folder: Path) -> list[Row]:
 
 
 PARTS: dict[str, Callable[[Recipe, argparse.Namespace, Path], list[Row]]] = {"sft": sft}
-"""Measures of each part. One for DPO and one for GRPO belong here when they train."""
+"""Measures of each part; a DPO step belongs here. GRPO is measured next to TRL (tests/bench/grpo.py)."""
 
 
 def in_turn(rounds: int, *works: Callable[[], object]) -> list[list[float]]:

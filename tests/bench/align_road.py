@@ -75,7 +75,7 @@ def sft() -> Result:
 def broken_sft() -> Result:
     """The same with a broken mask: the whole chat is learned, or only what the assistant did not write."""
     found = {}
-    for fault in ("whole_chat", "prompt_only"):
+    for fault in ("prompt_only", "whole_chat"):
         words = _fine_tuning(f"sft_{fault}", "sft", start="base", steps=SFT_STEPS, rate=SFT_RATE)
         run([sys.executable, "-m", "tests.bench.broken_alignment", fault, *words])
         found[fault] = evaluate(f"sft_{fault}", *_tasks("taught"))["taught"]
