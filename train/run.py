@@ -24,12 +24,16 @@ from recipes.schema.read import recipe_mapping, recipe_yaml
 from recipes.schema.recipe import Recipe
 from recipes.schema.rules import start_problems
 from recipes.schema.scaling import describe_precision
+from train.align.dpo import implicit_pairs_step
+from train.align.reference import Attach, open_reference, reference_of
 from train.build import build_engine, check_start, mesh_of, open_data
 from train.checkpoint.manager import CheckpointFolder, checkpoint_at
 from train.checkpoint.manifest import RunState
 from train.checkpoint.resume import TEACHER, resume
 from train.checkpoint.saving import Peers
 from train.distill.teacher_cache import TeacherCache
+from train.engine import Engine
+from train.evaluate.ask import TaskResult
 from train.evaluate.heldout_preferences import heldout_preferences, recorded
 from train.evaluate.losses import heldout_bits_per_byte
 from train.evaluate.training_tasks import open_training_tasks, task_scores
@@ -114,6 +118,11 @@ def _train(recipe: Recipe, *, mesh: Mesh, dataset: Dataset, folder: Path, check_
         folder.mkdir(parents=True, exist_ok=True)
         disk.write_text(folder / "recipe.yaml", recipe_yaml(mapping))
     mesh.barrier()
+    reference: Attach | None = None
+    if recipe.objective.kind == "dpo":
+        weights = reference_of(recipe, start.state.lineage, step=step, tokenizer=dataset.tokenizer.fingerprint)
+        reference = open_reference(recipe, engine, dataset, weights, folder=folder, is_new=not checkpoints.published())
+        engine = replace(engine, prepare=reference)
 
     with ExitStack() as stack:
         telemetry = Telemetry(
@@ -154,8 +163,8 @@ def _train(recipe: Recipe, *, mesh: Mesh, dataset: Dataset, folder: Path, check_
             if heldout_is_due(recipe.evaluate, at, steps=recipe.run.steps):
                 rows = recipe.evaluate.rows_per_source
                 with telemetry.phase("evaluating"):
-                    if recipe.model.head == "scalar":
-                        found = heldout_preferences(engine, dataset, rows_per_source=rows)
+                    if recipe.data.preferences:
+                        found = _heldout_preferences(recipe, engine, dataset, reference)
                         telemetry.event("tasks", step=at, tasks=recorded(found))
                         scores, measure = {one.name: one.metrics["loss"].value for one in found}, "losses"
                     else:
@@ -202,6 +211,21 @@ def _train(recipe: Recipe, *, mesh: Mesh, dataset: Dataset, folder: Path, check_
             profiler=profiler,
         )
     return RunEnd(folder=folder, step=end.step, reason=end.reason)
+
+
+def _heldout_preferences(
+    recipe: Recipe, engine: Engine, dataset: Dataset, reference: Attach | None
+) -> list[TaskResult]:
+    rows = recipe.evaluate.rows_per_source
+    if reference is None:
+        return heldout_preferences(engine, dataset, rows_per_source=rows)
+    return heldout_preferences(
+        engine,
+        dataset,
+        rows_per_source=rows,
+        pairs_step=implicit_pairs_step(engine.mesh, recipe.objective.dpo),
+        prepare=lambda batches: reference(batches, is_heldout=True),
+    )
 
 
 def _check_teacher_cache(recipe: Recipe, dataset: Dataset, position: int) -> None:

@@ -6,7 +6,7 @@ The text under a field is its documentation: meaning, unit, range and reason for
 from dataclasses import dataclass, field
 from typing import Literal
 
-from recipes.schema.align import RewardConfig
+from recipes.schema.align import DpoConfig, RewardConfig
 from recipes.schema.fields import Count, NonNegativeFloat, Temperature
 
 PREFERENCE_OBJECTIVES = ("dpo", "reward")
@@ -15,13 +15,16 @@ PREFERENCE_OBJECTIVES = ("dpo", "reward")
 
 @dataclass(frozen=True)
 class ObjectiveConfig:
-    """What the model is trained to do: predict the next token, match a teacher (docs/compress.md), or reward answers
-    (docs/align.md)."""
+    """What the model is trained to do: predict the next token, match a teacher (docs/compress.md), prefer answers or reward
+    them (docs/align.md)."""
 
-    kind: Literal["next_token", "distill", "reward"] = "next_token"
+    kind: Literal["next_token", "distill", "dpo", "reward"] = "next_token"
     """`next_token`: cross-entropy of the labels. `distill`: match a teacher's whole distribution (Gemma 2,
-    arXiv 2408.00118; Minitron, arXiv 2407.14679). `reward`: give the better of two answers the higher reward. The fields of
-    `reward` belong to it, all others of this group to `distill`."""
+    arXiv 2408.00118; Minitron, arXiv 2407.14679). `dpo`: make the better of two answers more
+    likely than the worse one, compared with a reference. `reward`: give the better of two answers the higher reward. The fields
+    of `dpo` and `reward` belong to these kinds, all others of this group to `distill`."""
+    dpo: DpoConfig = field(default_factory=DpoConfig)
+    """Direct preference optimisation."""
     reward: RewardConfig = field(default_factory=RewardConfig)
     """How a reward model is trained."""
     teacher: str | None = None
