@@ -20,7 +20,7 @@ def reward_problems(recipe: Recipe) -> list[Problem]:
         found.append(Problem("model.head", text, "Set model.head=scalar."))
     if kind != "reward" and head == "scalar":
         text = f"model.head=scalar predicts no tokens, but objective.kind={kind} needs a distribution over tokens."
-        found.append(Problem("model.head", text, "Set objective=reward, or model.head=vocabulary."))
+        found.append(Problem("model.head", text, "Set model.head=vocabulary, or objective.kind=reward."))
     if head == "scalar" and recipe.evaluate.tasks:
         text = f"evaluate.tasks={','.join(recipe.evaluate.tasks)} needs a language model, but model.head=scalar."
         remedy = "Set evaluate.tasks=[]: held-out preferences are scored in any case."
@@ -51,6 +51,16 @@ def data_fit_problems(recipe: Recipe) -> list[Problem]:
             )
         )
     return found
+
+
+def dpo_problems(recipe: Recipe) -> list[Problem]:
+    """DPO without a reference."""
+    if recipe.objective.kind != "dpo" or recipe.objective.dpo.reference or recipe.run.start_from:
+        return []
+    text = "objective.kind=dpo compares answers with a reference, but objective.dpo.reference=null and run.start_from=null."
+    return [
+        Problem("objective.dpo.reference", text, "Set run.start_from to the model to improve, or name a reference.")
+    ]
 
 
 def language_model_problems(model: ModelConfig, *, place: str, key: str = "model.head") -> list[Problem]:
