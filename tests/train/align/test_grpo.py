@@ -73,7 +73,7 @@ def test_a_larger_gap_stops_the_run_and_names_answer_and_token(folder: Path) -> 
     with pytest.raises(
         RankFailed, match=r"NumericsError: step 1: .* answer \d to the prompt at position \d+: log p of token \d+"
     ):
-        learned(folder, "gap", 2, **{"objective.grpo.mean_log_prob_gap": 1e-12})
+        learned(folder, "gap", 1, **{"objective.grpo.mean_log_prob_gap": 1e-12})
 
 
 def digits(rank: int, recipe: Recipe, steps: int, is_broken: bool) -> list[float]:
