@@ -81,6 +81,16 @@ def rows_of(step: int, positions: np.ndarray) -> Batch:
     )
 
 
+def masked_rows(step: int, positions: np.ndarray) -> Batch:
+    """`rows_of` with some labels learned: of row 0 one, of row 3 all, of the others a fifth and a half."""
+    share = {1: 0.2, 2: 0.5, 3: 1.0}
+    learned = np.stack(
+        [np.random.default_rng((step, int(p), 2)).random(ROW_TOKENS) < share.get(int(p), 0.0) for p in positions]
+    )
+    learned[positions == 0, 40] = True
+    return replace(rows_of(step, positions), learned=torch.from_numpy(learned))
+
+
 def one_document_rows(tokens: torch.Tensor, labels: torch.Tensor) -> Batch:
     """A batch whose rows are one document each; tokens, labels: [rows, length]."""
     return Batch(
@@ -92,11 +102,13 @@ def one_document_rows(tokens: torch.Tensor, labels: torch.Tensor) -> Batch:
     )
 
 
-def microbatches(recipe: Recipe, mesh: Mesh, step: int) -> list[Batch]:
+def microbatches(
+    recipe: Recipe, mesh: Mesh, step: int, *, rows: Callable[[int, np.ndarray], Batch] = rows_of
+) -> list[Batch]:
     """This rank's microbatches of a step, distributed as by `data.stream`."""
     size, ranks = recipe.run.microbatch_rows, mesh.layout.data
     starts = range(mesh.data_rank * size, recipe.run.global_rows, ranks * size)
-    return [rows_of(step, np.arange(start, start + size)) for start in starts]
+    return [rows(step, np.arange(start, start + size)) for start in starts]
 
 
 @contextmanager
@@ -125,14 +137,15 @@ class Numbers:
 
 
 def steps_of(
-    engine: Engine, recipe: Recipe, steps: range, *, before_update: Callable[[], None] | None = None
-) -> Numbers:
+    engine: Engine, recipe: Recipe, steps: range, *, before_update: Callable[[], None] | None = None,
+    rows: Callable[[int, np.ndarray], Batch] = rows_of,
+) -> Numbers:  # fmt: skip
     """Train the given steps. Collective."""
     losses, norms = [], []
     for step in steps:
         result = train_step(
             engine,
-            microbatches(recipe, engine.mesh, step),
+            microbatches(recipe, engine.mesh, step, rows=rows),
             step=step,
             learning_rate=1e-3,
             watch=Stopwatch(),

@@ -11,18 +11,36 @@ import math
 import signal
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
-from data.stream import Stream
 from recipes.schema.evaluate import heldout_is_due, tasks_are_due
 from recipes.schema.recipe import Recipe
 from recipes.schema.schedule import learning_rate_factor
 from train.checkpoint.manager import CheckpointFolder
 from train.engine import Engine
+from train.record.profile import GarbageControl, Profiler, phase
 from train.record.stopwatch import Stopwatch
 from train.record.telemetry import Telemetry
 from train.resilience.faults import WATCHED, StopSignals, check_grad_norm, check_losses, grace_warning, too_late
 from train.step import train_step
+
+
+class Microbatches(Protocol):
+    """What the loop trains on: each call of `next` gives this rank's microbatches of a step."""
+
+    @property
+    def position(self) -> int:
+        """Where the next step begins; saved in checkpoints."""
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of all steps so far."""
+
+    @property
+    def step_tokens(self) -> int:
+        """Tokens of the last step."""
+
+    def __next__(self) -> list[Any]: ...
 
 
 @dataclass(frozen=True)
@@ -38,12 +56,13 @@ def train_loop(
     recipe: Recipe,
     *,
     engine: Engine,
-    stream: Stream,
+    stream: Microbatches,
     telemetry: Telemetry,
     first_step: int,
     evaluate: Callable[[int], None],
     checkpoints: CheckpointFolder,
     save: Callable[..., None],
+    profiler: Profiler,
 ) -> LoopEnd:
     """Train from step `first_step` (steps already finished) to `recipe.run.steps`. Collective over the world.
 
@@ -79,10 +98,12 @@ def train_loop(
             *(signals.received == number for number in WATCHED), checkpoints.is_writing, checkpoints.has_failed
         )
 
-    with StopSignals() as signals:
+    with StopSignals() as signals, GarbageControl(run.garbage_every_steps) as garbage:
         while step < last_step:
+            profiler.before_step(step + 1)
             watch = Stopwatch(mesh.device)
-            microbatches: list[Any] = next(stream)
+            with phase("data"):
+                microbatches: list[Any] = next(stream)
             watch.lap("data")
 
             factor = learning_rate_factor(
@@ -102,6 +123,9 @@ def train_loop(
                 before_update=before_update,
             )
             step += 1
+            garbage.after_step(step)
+            if (trace := profiler.after_step(step)) is not None:
+                telemetry.event("profile", step=step, path=str(trace))
             telemetry.record(
                 step,
                 loss=result.loss,
@@ -109,6 +133,9 @@ def train_loop(
                 grad_norm=result.grad_norm,
                 learning_rate=recipe.optim.lr * factor,
                 seconds=watch.seconds,
+                tokens=stream.tokens,
+                step_tokens=stream.step_tokens,
+                labels=result.labels,
             )
             if is_measured(step):
                 telemetry.flush()

@@ -8,8 +8,10 @@ import torch
 
 from recipes.schema.errors import DataError
 from train.engine import Engine, run_schedule
+from train.objective.next_token import count_labels
 from train.objective.step_counts import count_step
 from train.optim.optimizer import set_learning_rate
+from train.record.profile import phase
 from train.record.stopwatch import Stopwatch
 
 
@@ -23,6 +25,8 @@ class StepResult:
     """Norm of the whole gradient before clipping; the same on every rank."""
     parts: torch.Tensor
     """This rank's share of the objective's other terms (`Engine.loss_parts`); sum them in the same way."""
+    labels: int | None = None
+    """Learned labels of the whole step; None if every label is learned."""
 
 
 def train_step(
@@ -50,7 +54,8 @@ def train_step(
     if engine.prepare is not None:
         microbatches = engine.prepare(microbatches)
     microbatches, sums = count_step(engine.mesh, microbatches, engine.counter)
-    reports = run_schedule(engine, microbatches, forward_step=engine.forward_step)
+    with phase("forward and backward"):
+        reports = run_schedule(engine, microbatches, forward_step=engine.forward_step)
     if sums is not None and not sums()[0]:
         raise DataError(
             f"step {step + 1:,} has no label that is learned, so it has no loss. `stratum trace --step {step + 1}` shows its "
@@ -67,7 +72,9 @@ def train_step(
         before_update()
         watch.lap("staging")
     set_learning_rate(engine.optimizer, learning_rate)
-    _succeeded, grad_norm, _zeros = engine.optimizer.step()
+    with phase("optimizer"):
+        _succeeded, grad_norm, _zeros = engine.optimizer.step()
     engine.precision.finish_step()
     watch.lap("optimizer")
-    return StepResult(loss=total[0], parts=total[1:], grad_norm=grad_norm)
+    labels = sums()[0] if sums is not None and engine.counter is count_labels else None
+    return StepResult(loss=total[0], parts=total[1:], grad_norm=grad_norm, labels=labels)

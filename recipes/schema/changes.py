@@ -24,12 +24,15 @@ _KINDS: dict[str, Kind] = {
     **dict.fromkeys(
         (
             "run.folder", "run.name", "run.microbatch_rows", "run.device", "run.threads", "run.stop_after_steps",
-            "run.deterministic", "run.start_from", "objective.teacher_tensor", "objective.chunk_tokens", "parallel",
+            "run.deterministic", "run.start_from", "run.profile", "run.profile_ranks", "run.profile_memory",
+            "run.garbage_every_steps", "objective.teacher_tensor", "objective.chunk_tokens", "parallel",
             "objective.dpo.reference_log_probs",
             "precision.backend", "precision.health", "precision.health_policy", "precision.health_floor_db",
             "checkpoint", "evaluate", "telemetry", "launch", "data.folder", "data.workers", "data.prefetch_steps",
             "data.read_threads", "data.cache", "data.verify", "data.stall_warning_s", "data.stall_limit_s",
-            "generate", "model.mamba_chunk", "model.init_std",
+            "generate", "model.mamba_chunk", "model.init_std", "objective.grpo.generation_rows",
+            "objective.grpo.log_prob_gap", "objective.grpo.mean_log_prob_gap", "objective.grpo.allowed_functions",
+            "objective.grpo.samples_every_steps", "objective.grpo.verifier_gib",
         ),
         "safe",
     ),
@@ -41,8 +44,15 @@ _KINDS: dict[str, Kind] = {
         ),
         "arithmetic",
     ),
-    **dict.fromkeys(("model", "run.global_rows", "data.row_tokens"), "another run"),
-    "data": "data order",
+    **dict.fromkeys(
+        (
+            "model", "run.global_rows", "data.row_tokens", "objective.grpo.prompts_per_step",
+            "objective.grpo.generations_per_prompt", "objective.grpo.updates_per_batch", "objective.grpo.passes_per_batch",
+            "objective.grpo.off_policy_steps",
+        ),
+        "another run",
+    ),
+    **dict.fromkeys(("data", "objective.grpo.prompts"), "data order"),
 }  # fmt: skip
 """{field or group: kind}. The longest matching name decides. A field that is not listed changes arithmetic."""
 

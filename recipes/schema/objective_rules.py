@@ -45,7 +45,11 @@ def data_fit_problems(recipe: Recipe) -> list[Problem]:
     if not preferences and kind in PREFERENCE_OBJECTIVES:
         name = next(iter(recipe.data.sources), "NAME")
         text = f"objective.kind={kind} learns from preferences, and data.sources.{name} is not of kind preference."
-        found.append(Problem("objective.kind", text, f"Set data.sources.{name}.kind=preference, or another objective."))
+        found.append(
+            Problem(
+                "objective.kind", text, f"Set data.sources.{name}.kind=preference, or use objective.kind=next_token."
+            )
+        )
     return found
 
 

@@ -36,3 +36,13 @@ class RunConfig:
     start_from: str | None = None
     """Checkpoint folder, or run folder (its newest checkpoint), whose weights a new run starts with. Optimizer, step and data
     start from zero. Used to train a pruned model further. Ignored once the run has a checkpoint of its own."""
+    profile: str | None = None
+    """Steps to profile, such as `100-103`: each of `profile_ranks` writes a trace for https://ui.perfetto.dev into the run's
+    folder, with ranges for layers and phases, and a table of the operations that took longest. Those steps are slower."""
+    profile_ranks: tuple[Count, ...] = (0,)
+    """Ranks that write a trace; empty: all."""
+    profile_memory: bool = False
+    """Record allocations in the trace too; on a GPU also write a snapshot of its memory for https://pytorch.org/memory_viz."""
+    garbage_every_steps: Count = 50
+    """Steps between collections of Python's cyclic garbage. In between, none interrupts a step: with many ranks each pause delays
+    all others. 0: leave it to Python."""

@@ -34,13 +34,6 @@ def distill_problems(recipe: Recipe) -> list[Problem]:
             "objective=next_token."
         )
         found.append(Problem("objective.teacher", text, remedy))
-    if recipe.data.chats:
-        text = (
-            f"objective.kind=distill matches the teacher on every token, but data.sources.{recipe.data.chats[0]} has chats, of "
-            f"which only answers are learned."
-        )
-        remedy = "Use objective.kind=next_token, or prepare the chats as text (kind: text)."
-        found.append(Problem("objective.kind", text, remedy))
     if objective.top_k > recipe.model.real_vocab:
         text = (
             f"objective.top_k={objective.top_k} is more than the vocabulary, model.vocab={_vocabulary(recipe.model)}."

@@ -39,6 +39,7 @@ from train.loop import train_loop
 from train.model import ssd
 from train.native.scan import ScanSizes, ScanWeights
 from train.record.machine import peak_flops
+from train.record.profile import Profiler
 from train.record.stopwatch import Stopwatch
 from train.record.telemetry import Telemetry
 from train.step import train_step
@@ -117,6 +118,7 @@ def loop_of(engine: Engine, recipe: Recipe, folder: Path, peak: float) -> Iterat
                 end = train_loop(
                     recipe, engine=engine, stream=stream, telemetry=telemetry, first_step=step,
                     evaluate=lambda _step: None, checkpoints=checkpoints, save=lambda *_at, **_how: None,
+                    profiler=Profiler(run, folder=folder, chunks=(), rank=0, device=engine.mesh.device),
                 )  # fmt: skip
             step = end.step
 

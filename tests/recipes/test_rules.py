@@ -112,10 +112,6 @@ EVERY_RULE: dict[str, tuple[dict[str, Any], str]] = {
         {"data.sources": CHATS},
         "was prepared as text, and data.sources.a.kind=chat.",
     ),
-    "distilling chats": (
-        DISTIL | {"data.sources": CHATS},
-        "objective.kind=distill matches the teacher on every token, but data.sources.a has chats, of which only answers are",
-    ),
     "preferences beside other documents": (
         {"data.sources": PAIRS | {"b": SourceConfig("x")}, "data.reset_at_documents": True},
         "data.sources.a has preferences and data.sources.b is of kind text: one run learns from preferences or from documents.",
@@ -149,6 +145,18 @@ EVERY_RULE: dict[str, tuple[dict[str, Any], str]] = {
     "fill in the middle": (
         {"data.fim.rate": 0.5},
         "data.fim.prefix='<|fim_prefix|>' is not a special token of the tokenizer (it has: <|endoftext|>).",
+    ),
+    "a reward model with a vocabulary": (
+        {"objective.kind": "reward"},
+        "objective.kind=reward trains a scalar head, but model.head=vocabulary. Set model.head=scalar.",
+    ),
+    "next tokens of a scalar head": (
+        {"model.head": "scalar"},
+        "model.head=scalar predicts no tokens, but objective.kind=next_token needs a distribution over tokens.",
+    ),
+    "tasks of a scalar head": (
+        {"model.head": "scalar", "objective.kind": "reward", "evaluate.tasks": ("needle-1k",)},
+        "evaluate.tasks=needle-1k needs a language model, but model.head=scalar.",
     ),
     "no teacher named": (DISTIL, "objective.kind=distill needs objective.teacher or objective.teacher_cache."),
     "no teacher there": (

@@ -4,7 +4,7 @@
       |                                                                               +--> loss (distill.soft_targets)
       +----> student, up to its head -------------------------------------------------+
 
-    loss = w_d divergence + w_n next-token + a hidden match        mean over the tokens of a step
+    loss = w_d divergence + w_n next-token + a hidden match        mean over the tokens (of chats: learned labels) of a step
 
 Forward KL on logits alone, temperature 1, is what Minitron found best (arXiv 2407.14679, section 4.3) and Nemotron Nano 2
 used (arXiv 2508.14444, section 4). Gemma 2 replaces the label by the teacher's whole distribution (arXiv 2408.00118,
@@ -77,17 +77,24 @@ def distill_step(
         rows = local_rows(batch, mesh, reset_at_documents=recipe.data.reset_at_documents)
         if not chunk.post_process or source is None:
             return hidden_states(chunk, rows.tokens, rows.positions, context=rows.context), None
-        targets, teacher_layers = _targets(source, batch, rows, mesh=mesh, objective=objective, match=match)
+        chosen_N = None if rows.learned is None else rows.learned.t().reshape(-1).nonzero().squeeze(1)
+        targets, teacher_layers = _targets(source, batch, rows, chosen_N, mesh=mesh, objective=objective, match=match)
         with LayerOutputs(chunk, match.student_layers if match else ()) as outputs:
             final = hidden_states(chunk, rows.tokens, rows.positions, context=rows.context)
 
         def loss_of(hidden_SBH: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
             sequence, count = rows.labels.shape[1], rows.labels.shape[0]
-            losses = head_losses(
+            hidden_NH, labels_N = (
                 _whole_on_every_rank(hidden_SBH, chunk, mesh).flatten(0, 1),
+                rows.labels.t().reshape(-1),
+            )
+            if chosen_N is not None:
+                hidden_NH, labels_N = hidden_NH[chosen_N], labels_N[chosen_N]
+            losses = head_losses(
+                hidden_NH,
                 Head.of(head_weight(chunk), model_config, group=mesh.groups.tp),
                 targets=targets,
-                labels_N=rows.labels.t().reshape(-1),
+                labels_N=labels_N,
                 weights=weights,
                 group=mesh.groups.tp,
                 chunk_tokens=objective.chunk_tokens,
@@ -97,10 +104,15 @@ def distill_step(
             if match is not None:
                 states = [outputs.taken[layer] for layer in match.student_layers]
                 pairs = list(zip([*([hidden_SBH] if match.final else []), *states], teacher_layers, strict=True))
-                divergence_B = losses.divergence_N.view(sequence, count).sum(0)
-                extra, matched = _match(pairs, match, divergence_B, mesh=mesh, splits_sequence=_splits(chunk))
+                divergence_N = losses.divergence_N
+                if chosen_N is not None:
+                    divergence_N = divergence_N.new_zeros(sequence * count).index_copy(0, chosen_N, divergence_N)
+                divergence_B = divergence_N.view(sequence, count).sum(0)
+                extra, matched = _match(
+                    pairs, match, divergence_B, rows.learned, mesh=mesh, splits_sequence=_splits(chunk)
+                )
                 total = total + extra
-            scale = 1 / (sequence * count * context_ranks)
+            scale = 1 / (sequence * count * context_ranks if rows.learned is None else batch.labels_per_microbatch())
             parts = [total, losses.divergence_N.sum(), losses.next_token_N.sum(), matched]
             return total * scale, torch.stack([part.detach().float() for part in parts]) * scale
 
@@ -113,12 +125,14 @@ def _targets(
     source: Teacher | TeacherCache,
     batch: Any,
     rows: LocalRows,
+    chosen_N: torch.Tensor | None,
     *,
     mesh: Mesh,
     objective: ObjectiveConfig,
     match: HiddenMatch | None,
 ) -> tuple[Targets, list[torch.Tensor]]:
-    """The teacher's targets for the tokens of this context rank, and its hidden states to match."""
+    """The teacher's targets for the tokens of this context rank, and its hidden states to match. chosen_N: places of the learned
+    tokens, sequence first; None: all are."""
     cp = mesh.groups.cp
     tokens = batch.tokens.to(mesh.device, non_blocking=True)
     # Teacher and cache see whole rows; the loss needs only the positions that zigzag gives to this context rank.
@@ -127,13 +141,16 @@ def _targets(
         cached = source.read(batch, documents=rows.context is not None)
 
         def local(x: torch.Tensor) -> torch.Tensor:  # [rows, sequence, ...] of whole rows -> [tokens of this rank, ...]
-            return x.to(mesh.device)[:, local_positions].transpose(0, 1).flatten(0, 1)
+            local_N = x.to(mesh.device)[:, local_positions].transpose(0, 1).flatten(0, 1)
+            return local_N if chosen_N is None else local_N[chosen_N]
 
         return CachedTargets(TopK(local(cached.ids_NK).long(), local(cached.log_p_NK), local(cached.rest_N))), []
     documents = rows.context.documents if rows.context is not None else None
     states = source.hidden(tokens, documents, layers=match.teacher_layers if match else ())
     states = [state[local_positions] if cp.size() > 1 else state for state in states]
-    targets = OnlineTargets(states[0].flatten(0, 1), source.head, top_k=objective.top_k)
+    final_NH = states[0].flatten(0, 1)
+    final_NH = final_NH if chosen_N is None else final_NH[chosen_N]
+    targets = OnlineTargets(final_NH, source.head, top_k=objective.top_k)
     return targets, states if match is not None and match.final else states[1:]
 
 
@@ -153,22 +170,29 @@ def _match(
     pairs: list[tuple[torch.Tensor, torch.Tensor]],
     match: HiddenMatch,
     divergence_B: torch.Tensor,
+    learned_BS: torch.Tensor | None,
     *,
     mesh: Mesh,
     splits_sequence: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(weighted sum for the loss, plain sum) over tokens of each token's distance, averaged over the pairs.
+    """(weighted sum for the loss, plain sum) over learned tokens of each token's distance, averaged over the pairs.
 
     Under sequence parallelism a rank has only some of the tokens: the values returned cover all tokens, the gradients only
     its own.
     """
     distance_B = torch.zeros_like(divergence_B)
+    learned_SB = None if learned_BS is None else learned_BS.t()
+    if learned_SB is not None and splits_sequence:
+        learned_SB = learned_SB.chunk(mesh.groups.tp.size())[mesh.groups.tp.rank()]
     for student, teacher in pairs:
         if splits_sequence:
             teacher = teacher.chunk(mesh.groups.tp.size())[mesh.groups.tp.rank()]
         if match.channels is not None:
             teacher = teacher[..., match.channels]
-        distance_B = distance_B + _distance(student.float(), teacher.float(), match.kind).sum(0) / len(pairs)
+        distance_SB = _distance(student.float(), teacher.float(), match.kind)
+        if learned_SB is not None:
+            distance_SB = torch.where(learned_SB, distance_SB, 0)
+        distance_B = distance_B + distance_SB.sum(0) / len(pairs)
     whole_B = distance_B.detach().clone()
     if splits_sequence:
         dist.all_reduce(whole_B, group=mesh.groups.tp)

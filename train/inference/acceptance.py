@@ -41,11 +41,17 @@ def remainder(p_NV: torch.Tensor, q_NV: torch.Tensor) -> torch.Tensor:
     return torch.where(rest.sum(-1, keepdim=True) > 0, rest, p_NV)
 
 
-def next_tokens(logits_NV: torch.Tensor, draws: Sequence[Draw], guesses: Sequence[Guess | None]) -> torch.Tensor:
-    """The token after each line of logits, [N]. guesses: one for each line; None: draw as without speculation."""
+def next_tokens(
+    logits_NV: torch.Tensor,
+    draws: Sequence[Draw],
+    guesses: Sequence[Guess | None],
+    likeliest_N: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """The token after each line of logits, [N]. guesses: one for each line; None: draw as without speculation. likeliest_N: the
+    argmax of each line, if it is known."""
     lines = [line for line, guess in enumerate(guesses) if guess is not None and draws[line].sampling.temperature > 0]
     if not lines:
-        return draw(logits_NV, draws)
+        return draw(logits_NV, draws, likeliest_N)
     tokens = torch.empty(len(draws), dtype=torch.int64, device=logits_NV.device)
     guessed = set(lines)
     others = [line for line in range(len(draws)) if line not in guessed]

@@ -375,11 +375,12 @@ class InferenceEngine:
 
     def _take(self, text: OpenText, count: int) -> int:
         """Take the pages for the text's next `count` tokens, or for fewer. -> that number; 0 if the text has to wait."""
-        while not self._fits(text, text.done + 1):
-            if not self.prefixes.evict() and not self._preempt_for(text):
-                return 0
-        while not self._fits(text, text.done + count):
-            count -= 1
+        if not self._fits(text, text.done + count):
+            while not self._fits(text, text.done + 1):
+                if not self.prefixes.evict() and not self._preempt_for(text):
+                    return 0
+            while not self._fits(text, text.done + count):
+                count -= 1
         self._extend(text, text.done + count)
         return count
 
@@ -439,11 +440,9 @@ class InferenceEngine:
                 lines += range(begin - count, begin)
         logits_NV = logits_of(self.model, _of_lines(hidden_TH, lines), few=self._few)
         best_N, log_sums_N = line_sums(logits_NV)
-        finite_T = torch.isfinite(hidden_TH).all(-1)
-        finite_N = torch.isfinite(log_sums_N) & finite_T[lines]
-        bad = self._broken(turns, finite_T, lines, finite_N)
+        is_finite, bad = self._finite(turns, hidden_TH, lines, log_sums_N)
         drawing = [(turn, places) for turn, places in drawing if turn.text not in bad]
-        drawn = self._draw(drawing, logits_NV, finite_N)
+        drawn = self._draw(drawing, logits_NV, best_N, is_finite)
         self._settle([turn for turn in turns if turn.draft.tokens and turn.text not in bad])
         for turn, places in zip(turns, scoring, strict=True):
             if turn.text in bad:
@@ -468,18 +467,23 @@ class InferenceEngine:
             if turn.text.row >= 0 and not turn.text.left:
                 self._end(turn.text, "length")  # the request only scores its prompt
 
-    def _broken(
-        self, turns: list[Turn], finite_T: torch.Tensor, lines: list[int], finite_N: torch.Tensor
-    ) -> list[OpenText]:
-        """The texts whose hidden states or logits contain NaN or infinity, other than after a guess."""
-        if bool(finite_T.all()) and bool(finite_N.all()):
-            return []
-        finite_T = finite_T.clone()
+    def _finite(
+        self, turns: list[Turn], hidden_TH: torch.Tensor, lines: list[int], log_sums_N: torch.Tensor
+    ) -> tuple[list[bool], list[OpenText]]:
+        """Whether each line of logits is finite; and the texts whose hidden states or logits contain NaN or infinity, other than
+        after a guess."""
+        if bool((hidden_TH * 0).sum() + (log_sums_N * 0).sum() == 0):  # NaN and infinity times 0 are NaN
+            return [True] * len(lines), []
+        finite_T = torch.isfinite(hidden_TH).all(-1)
+        finite_N = torch.isfinite(log_sums_N) & finite_T[lines]
         finite_T[lines] &= finite_N
         parts = finite_T.split([turn.tokens for turn in turns])
-        return [turn.text for turn, part in zip(turns, parts, strict=True) if not bool(part[: turn.count].all())]
+        bad = [turn.text for turn, part in zip(turns, parts, strict=True) if not bool(part[: turn.count].all())]
+        return finite_N.tolist(), bad
 
-    def _draw(self, drawing: list[tuple[Turn, range]], logits_NV: torch.Tensor, finite_N: torch.Tensor) -> list[Drawn]:
+    def _draw(
+        self, drawing: list[tuple[Turn, range]], logits_NV: torch.Tensor, best_N: torch.Tensor, is_finite: list[bool]
+    ) -> list[Drawn]:
         """The next token of each text, and those after it as long as guesses are right. They become part of the texts."""
         draws: list[Draw] = []
         guesses: list[Guess | None] = []
@@ -490,8 +494,8 @@ class InferenceEngine:
         if not draws:
             return []
         all_lines = [line for _, places in drawing for line in places]
-        ids = dict(zip(all_lines, next_tokens(_of_lines(logits_NV, all_lines), draws, guesses).tolist(), strict=True))
-        is_finite = finite_N.tolist()
+        logits_DV, likeliest_D = (_of_lines(x, all_lines) for x in (logits_NV, best_N))
+        ids = dict(zip(all_lines, next_tokens(logits_DV, draws, guesses, likeliest_D).tolist(), strict=True))
         drawn = [one for turn, places in drawing for one in turn.accept(places, ids, is_finite)]
         self._counts["draws"] += len(drawing)
         self._counts["guessed_tokens"] += sum(len(turn.draft.tokens) for turn, _ in drawing)
@@ -533,7 +537,8 @@ class InferenceEngine:
                 self._end(one.text, "error", message=_NOT_FINITE)
                 continue
             self._counts["generated_tokens"] += 1
-            token = replace(token, is_forced=one.is_forced, is_guessed=one.is_guessed)
+            if one.is_forced or one.is_guessed:
+                token = replace(token, is_forced=one.is_forced, is_guessed=one.is_guessed)
             if one.finish is not None:
                 self._end(one.text, one.finish, token=token, guesses=one.guesses)
             else:

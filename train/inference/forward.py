@@ -18,7 +18,7 @@ import torch.distributed as dist
 from launch.plan.cost.inference import cache_sizes
 from recipes.schema.model import ModelConfig
 from train.inference.pools import Pools
-from train.model.context import KeyPlaces, RowContext, Segment, Segments
+from train.model.context import KeyPlaces, RowContext, Segments
 from train.model.few_tokens import MOST, MOST_OF_A_TEXT, FewTokens
 
 
@@ -37,42 +37,35 @@ class Read:
 
 def pack(reads: Sequence[Read], pools: Pools, *, device: torch.device) -> tuple[torch.Tensor, Segments]:
     """-> (tokens [1, T], the segments). Reads of one token come first. The pools must have pages for all new tokens."""
-    lengths = np.array([len(read.tokens) for read in reads])
-    singles = int((lengths == 1).sum())
-    assert (lengths[:singles] == 1).all(), "reads of one token come first"
-    before = np.array([read.before for read in reads])
-    rows = np.array([read.row for read in reads])
-    begins = np.concatenate([[0], lengths.cumsum()[:-1]])
-    total = int(lengths.sum())
-    of_token = np.repeat(np.arange(len(reads)), lengths)
-    indices = np.arange(total)
-    positions = before[of_token] + indices - begins[of_token]
-    keys = {}
-    for kind, group in pools.groups.items():
-        page = group.table[rows[of_token], positions // group.page_tokens].astype(np.int64)
-        new = page * group.page_tokens + positions % group.page_tokens
-        keys[kind] = KeyPlaces(pools.table(kind), torch.from_numpy(new).to(device))
-    ids = np.concatenate([np.asarray(read.tokens, np.int64) for read in reads])
-    by_token = np.stack([indices, np.ones_like(indices), positions, rows[of_token]], axis=1)
+    lines, total = [], 0
+    for read in reads:
+        lines.append((total, len(read.tokens), read.before, read.row))
+        total += len(read.tokens)
+    assert [line[1] for line in lines] == sorted((line[1] for line in lines), key=lambda n: n > 1), (
+        "one token comes first"
+    )
+    table = by_token = np.array(lines, np.int64)
+    of_token = np.arange(total)
+    if total > len(reads):
+        of_token = np.repeat(np.arange(len(reads)), table[:, 1])
+        by_token = table[of_token]
+        by_token[:, 2] += np.arange(total) - by_token[:, 0]
+        by_token[:, 0], by_token[:, 1] = np.arange(total), 1
     trial = np.array([read.is_trial for read in reads])
     has_trial = bool(trial.any())
+    lines_T4 = torch.from_numpy(by_token)
     segments = Segments(
-        segments=[
-            Segment(int(b), int(n), int(p), int(r), bool(t))
-            for b, n, p, r, t in zip(begins, lengths, before, rows, trial, strict=True)
-        ],
-        singles=singles,
-        table=torch.from_numpy(np.stack([begins, lengths, before, rows], axis=1).astype(np.int64)),
-        by_token=torch.from_numpy(by_token.astype(np.int64)),
-        positions_T=torch.from_numpy(positions).to(device),
-        longest=int((before + lengths).max()),
-        keys=keys,
+        table=torch.from_numpy(table),
+        by_token=lines_T4,
+        positions_T=lines_T4[:, 2].to(device),
+        longest=max(before + tokens for _, tokens, before, _ in lines),
+        keys={kind: KeyPlaces(pools.table(kind), group.page_tokens) for kind, group in pools.groups.items()},
         key_pools=pools.keys,
         mamba_pools=pools.states,
         trial_S=torch.from_numpy(trial.astype(np.int64)) if has_trial else None,
         trial_T=torch.from_numpy(np.flatnonzero(trial[of_token])).to(device) if has_trial else None,
     )
-    return torch.from_numpy(ids).to(device)[None], segments
+    return torch.tensor([[id for read in reads for id in read.tokens]], device=device), segments
 
 
 def read_tokens(model: Any, reads: Sequence[Read], pools: Pools, *, few: FewTokens | None = None) -> torch.Tensor:
@@ -106,13 +99,12 @@ def settle(model: Any, reads: Sequence[Read], accepted: Sequence[int], pools: Po
         return
     begins = np.concatenate([[0], np.cumsum([len(read.tokens) for read in reads])])
     lines = [
-        Segment(int(begin), count, read.before, read.row)
+        (int(begin), count, read.before, read.row)
         for read, count, begin in zip(reads, accepted, begins[:-1], strict=True)
     ]
-    table = torch.tensor([[line.begin, line.tokens, line.before, line.slot] for line in lines])
     no_tokens = torch.empty(0, dtype=torch.int64)
     segments = Segments(
-        segments=lines, singles=0, table=table, by_token=no_tokens, positions_T=no_tokens, longest=0, keys={}, key_pools={},
+        table=torch.tensor(lines), by_token=no_tokens, positions_T=no_tokens, longest=0, keys={}, key_pools={},
         mamba_pools=pools.states,
     )  # fmt: skip
     for layer in model.decoder.layers:

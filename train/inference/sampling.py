@@ -34,9 +34,9 @@ def uniforms(draws: Sequence[Draw], device: torch.device, purpose: str = "") -> 
     return torch.tensor(numbers, dtype=torch.float64, device=device)[:, None]
 
 
-def draw(logits_NV: torch.Tensor, draws: Sequence[Draw]) -> torch.Tensor:
-    """One token for each line of logits, [N]. A line's token depends on that line only."""
-    tokens = logits_NV.argmax(dim=-1)
+def draw(logits_NV: torch.Tensor, draws: Sequence[Draw], likeliest_N: torch.Tensor | None = None) -> torch.Tensor:
+    """One token for each line of logits, [N]. A line's token depends on that line only. likeliest_N: argmax, if it is known."""
+    tokens = logits_NV.argmax(dim=-1) if likeliest_N is None else likeliest_N.clone()
     for lines, weights in _kinds(logits_NV, draws):
         tokens[lines] = draw_from(weights, uniforms([draws[line] for line in lines], logits_NV.device))
     return tokens

@@ -137,23 +137,30 @@ class AttentionCore(MegatronModule):
             key_T1GD = self.rotary(key_T1GD, positions, length=longest)
         pool = segments.key_pools[self.layer_number]
         places = segments.keys["*" if self.window_tokens is None else "w"]
-        pool.keys.flatten(0, 1).index_copy_(0, places.new_T, key_T1GD[:, 0])
-        pool.values.flatten(0, 1).index_copy_(0, places.new_T, value_T1GD[:, 0])
-        outputs = []
-        if segments.singles:
-            outputs.append(
-                paged_attention(
-                    query_T1HD[: segments.singles, 0], pool, places.table, segments.table[: segments.singles],
-                    window=self.window_tokens, scale=self._scale(query_T1HD), softcap=self.softcap,
-                )[:, None]
+        new_T = places.places(segments.positions_T, segments.by_token[:, 3])
+        pool.keys.flatten(0, 1).index_copy_(0, new_T, key_T1GD[:, 0])
+        pool.values.flatten(0, 1).index_copy_(0, new_T, value_T1GD[:, 0])
+        query_THD, scale = query_T1HD[:, 0], self._scale(query_T1HD)
+        if compiled.attention_usable(query_THD):
+            output = compiled.paged_parts(
+                query_THD.float().contiguous(), places.table, segments.table, pool.keys, pool.values,
+                window=self.window_tokens, scale=scale, softcap=self.softcap,
             )  # fmt: skip
-        for segment in segments.segments[segments.singles :]:
+            return output[:, None].to(query_T1HD.dtype)
+        on_cpu = query_THD.device.type == "cpu"
+        together = segments.segments if on_cpu else segments.segments[: segments.singles]
+        outputs = [
+            paged_attention(
+                query_THD[: sum(s.tokens for s in together)], pool, places.table, together,
+                window=self.window_tokens, scale=scale, softcap=self.softcap,
+            )[:, None]
+        ]  # fmt: skip
+        for segment in segments.segments[len(together) :]:  # torch's kernels for GPUs need whole keys and values
             new = slice(segment.begin, segment.begin + segment.tokens)
             key, value, first = key_T1GD[new], value_T1GD[new], segment.before
             if segment.before:
                 key, value, first = pages_of(pool, places.table, segment, window=self.window_tokens)
-            part = (_computed(query_T1HD[new]), _computed(key), _computed(value))
-            outputs.append(self._attend(*part, RowContext(), offset=segment.before - first))
+            outputs.append(self._attend(query_T1HD[new], key, value, RowContext(), offset=segment.before - first))
         output = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
         return output.to(query_T1HD.dtype)
 

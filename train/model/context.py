@@ -5,6 +5,7 @@ attention core. `RowContext` extends that class, so no second path is needed.
 """
 
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -37,8 +38,12 @@ class KeyPlaces:
     table: torch.Tensor
     """[slots, pages of a text] int32: the page of the pools that has each page of the text. The pages that a text's next
     token does not see may be gone."""
-    new_T: torch.Tensor
-    """[T] int64: place (page x page tokens + token of the page) of each token of the step."""
+    page_tokens: int
+
+    def places(self, positions_T: torch.Tensor, slots_T: torch.Tensor) -> torch.Tensor:
+        """Place (page x page tokens + token of the page) of each of some tokens, [T] int64."""
+        pages_T = self.table[slots_T.to(self.table.device), positions_T // self.page_tokens].long()
+        return pages_T * self.page_tokens + positions_T % self.page_tokens
 
 
 @dataclass(frozen=True)
@@ -63,9 +68,6 @@ class Segments:
     Layers update the pools in place. Texts with one new token come first: they are computed together.
     """
 
-    segments: list[Segment]
-    singles: int
-    """How many segments, the first ones, have one token."""
     table: torch.Tensor
     """The segments as numbers, [segments, 4] int64: begin, tokens, before, slot."""
     by_token: torch.Tensor
@@ -84,6 +86,20 @@ class Segments:
     """[segments] int64: 1 for a trial. None: there are none."""
     trial_T: torch.Tensor | None = None
     """Indices of the tokens of trials in the packed row, in order."""
+
+    @cached_property
+    def segments(self) -> list[Segment]:
+        """The segments as objects (layers whose kernels are compiled need the table only)."""
+        trial = self.trial_S.tolist() if self.trial_S is not None else [0] * len(self.table)
+        lines = zip(self.table.tolist(), trial, strict=True)
+        return [
+            Segment(begin, tokens, before, slot, bool(is_trial)) for (begin, tokens, before, slot), is_trial in lines
+        ]
+
+    @cached_property
+    def singles(self) -> int:
+        """How many segments, the first ones, have one token."""
+        return int((self.table[:, 1] == 1).sum())
 
 
 @dataclass

@@ -15,14 +15,15 @@ enum { LINES = 128, KEYS = 128 };
 
 typedef struct {
   int64_t pairs, lines, keys, width;
-  int64_t groups, per_group, queries, offset, stretches;
+  int64_t groups, per_group, queries, offset, stretches, window; /* window, without first_key: keys a query sees; 0: no limit */
   float scale, softcap; /* softcap 0: no cap */
 } Attention;
 
 static void visible(const Attention *k, const int32_t *first_key, int64_t pair, int64_t line, int64_t *from, int64_t *to) {
   const int64_t query = line / k->per_group;
-  *from = first_key[pair / k->groups * k->queries + query];
   *to = k->offset + query + 1;
+  if (first_key != NULL) *from = first_key[pair / k->groups * k->queries + query];
+  else *from = k->window > 0 && *to > k->window ? *to - k->window : 0;
 }
 
 /* A block of lines and a block of keys. */
@@ -125,6 +126,67 @@ static float plain_line(const Attention *k, float *p, int64_t from, int64_t to, 
   return sum_of(sum);
 }
 
+/* Keys and values of one text and key/value head in pages: token j is token j % page_tokens of page pages[j / page_tokens]. */
+typedef struct {
+  const void *keys, *values; /* [pages, page_tokens, groups, D] */
+  const int32_t *pages;
+  int64_t page_tokens, groups, group;
+  int bf16;
+} Pages;
+
+/* A block of keys, transposed, and of values, as whole tensors have them. */
+static void fetch(const Pages *from, const Block *b, int64_t D, float *turned, float *values) {
+  for (int is_value = 0; is_value < 2; is_value++) {
+    for (int64_t j = 0; j < b->keys; j++) {
+      const int64_t token = b->key + j, page = from->pages[token / from->page_tokens];
+      const int64_t at = ((page * from->page_tokens + token % from->page_tokens) * from->groups + from->group) * D;
+      for (int64_t d = 0; d < D; d += LANES) store(values + j * D + d, get(is_value ? from->values : from->keys, at + d, from->bf16));
+    }
+    if (!is_value) transpose(b->keys, D, values, D, turned, KEYS);
+  }
+}
+
+/* One block of lines of a pair, over all its keys. q, out [lines, D] and sums are those of the block. turned, values: those of the
+   pair; with pages scratch for one block of each. scores: scratch. Writes out, and sums: the sums of p, or without a cap log-sum-exp. */
+static void forward_lines(const Attention *k, const int32_t *first_key, int64_t pair, int64_t line_block, const float *q,
+                          const Pages *pages, float *turned, const float *values, float *scores, float *out, float *sums) {
+  const int64_t D = k->width;
+  float highest[LINES];
+  int64_t first, end, lines = 0;
+  seen(k, first_key, pair, line_block, &first, &end);
+  for (int64_t i = 0; i < LINES; i++) highest[i] = -INFINITY;
+  for (int64_t key_block = first; key_block < end; key_block++) {
+    const Block b = block_of(k, pair, line_block, key_block);
+    const float *own_keys = pages == NULL ? turned + key_block * D * KEYS : turned;
+    const float *own_values = pages == NULL ? values + b.key * D : values;
+    if (pages != NULL) fetch(pages, &b, D, turned, (float *)values);
+    lines = b.lines;
+    product(FULL, lines, b.padded, D, q, D, 1, own_keys, KEYS, scores, KEYS, 0);
+    for (int64_t i = 0; i < lines; i++) {
+      float *p = scores + i * KEYS;
+      int64_t from, to, start, stop;
+      span(k, first_key, &b, i, p, &from, &to, &start, &stop);
+      if (i < b.keys) ask_for(own_values + i * D, D);
+      if (pages == NULL && key_block + 1 < end) ask_for(own_keys + D * KEYS + i * D, D);
+      float *total = sums + i, *row = out + i * D, factor = 1;
+      if (key_block == first) *total = 0;
+      if (k->softcap > 0) *total += capped_line(k, p, from, to, start, stop);
+      else {
+        const float added = plain_line(k, p, from, to, start, stop, highest + i, &factor);
+        *total = *total * factor + added;
+      }
+      if (factor != 1 && key_block != first)
+        for (int64_t d = 0; d < D; d += LANES) store(row + d, load(row + d) * factor);
+    }
+    product(FULL, lines, D, b.keys, scores, KEYS, 1, own_values, D, out, D, key_block != first);
+  }
+  for (int64_t i = 0; i < lines; i++) {
+    const float factor = 1.0f / sums[i];
+    for (int64_t d = 0; d < D; d += LANES) store(out + i * D + d, load(out + i * D + d) * factor);
+    if (k->softcap == 0) sums[i] = highest[i] + logf(sums[i]);
+  }
+}
+
 /* -> 0, or 1 if memory is short. turned: scratch for [pairs, key blocks, D, KEYS]. Writes out, and sums: the sums of p, or
    without a cap log-sum-exp. */
 int stratum_capped_forward(const Attention *k, const float *q, const float *keys, const float *values, const int32_t *first_key,
@@ -135,42 +197,11 @@ int stratum_capped_forward(const Attention *k, const float *q, const float *keys
 #pragma omp parallel for num_threads(threads) schedule(dynamic)
   for (int64_t task = 0; task < k->pairs * line_blocks; task++) {
     const int64_t pair = task / line_blocks, line_block = line_blocks - 1 - task % line_blocks; /* the longest first */
-    float *scores = scratch(LINES * KEYS), highest[LINES];
-    if (scores == NULL) { failed = 1; continue; }
-    int64_t first, end;
-    seen(k, first_key, pair, line_block, &first, &end);
     const int64_t line = pair * k->lines + line_block * LINES;
-    int64_t lines = 0;
-    for (int64_t i = 0; i < LINES; i++) highest[i] = -INFINITY;
-    for (int64_t key_block = first; key_block < end; key_block++) {
-      const Block b = block_of(k, pair, line_block, key_block);
-      lines = b.lines;
-      product(FULL, lines, b.padded, D, q + line * D, D, 1, turned + (pair * key_blocks + key_block) * D * KEYS, KEYS, scores,
-              KEYS, 0);
-      for (int64_t i = 0; i < lines; i++) {
-        float *p = scores + i * KEYS;
-        int64_t from, to, start, stop;
-        span(k, first_key, &b, i, p, &from, &to, &start, &stop);
-        if (i < b.keys) ask_for(values + (pair * k->keys + b.key + i) * D, D);
-        if (key_block + 1 < end) ask_for(turned + (pair * key_blocks + key_block + 1) * D * KEYS + i * D, D);
-        float *total = sums + line + i, *row = out + (line + i) * D, factor = 1;
-        if (key_block == first) *total = 0;
-        if (k->softcap > 0) *total += capped_line(k, p, from, to, start, stop);
-        else {
-          const float added = plain_line(k, p, from, to, start, stop, highest + i, &factor);
-          *total = *total * factor + added;
-        }
-        if (factor != 1 && key_block != first)
-          for (int64_t d = 0; d < D; d += LANES) store(row + d, load(row + d) * factor);
-      }
-      product(FULL, lines, D, b.keys, scores, KEYS, 1, values + (pair * k->keys + b.key) * D, D, out + line * D, D,
-              key_block != first);
-    }
-    for (int64_t i = 0; i < lines; i++) {
-      const float factor = 1.0f / sums[line + i];
-      for (int64_t d = 0; d < D; d += LANES) store(out + (line + i) * D + d, load(out + (line + i) * D + d) * factor);
-      if (k->softcap == 0) sums[line + i] = highest[i] + logf(sums[line + i]);
-    }
+    float *scores = scratch(LINES * KEYS);
+    if (scores == NULL) { failed = 1; continue; }
+    forward_lines(k, first_key, pair, line_block, q + line * D, NULL, turned + pair * key_blocks * D * KEYS,
+                  values + pair * k->keys * D, scores, out + line * D, sums + line);
     free(scores);
   }
   return failed;
@@ -378,6 +409,43 @@ int stratum_paged_step(const Paged *k, const void *qkv, const float *cosine, con
                        const Segment *texts, void *keys, void *values, float *out, int threads) {
   return k->bf16 ? paged_step(k, qkv, cosine, sine, table, texts, keys, values, out, threads, 1)
                  : paged_step(k, qkv, cosine, sine, table, texts, keys, values, out, threads, 0);
+}
+
+/* Attention of the texts of a step with any numbers of new tokens, whose keys and values are stored. q, out: [T, H, D], fp32. Keys and
+   values are read from their pages a block at a time: memory does not grow with the text. -> 0, or 1 if memory is short. */
+int stratum_paged_parts(const Paged *k, const float *q, const int32_t *table, const Segment *texts, const void *keys,
+                        const void *values, float *out, int threads) {
+  const int64_t R = k->heads / k->groups, D = k->width;
+  int failed = 0;
+  for (int64_t text = 0; text < k->texts; text++) {
+    const Segment *s = texts + text;
+    const int64_t begin = k->window > 0 && s->before >= k->window ? s->before - k->window + 1 : 0;
+    const int64_t first_page = begin / k->page_tokens, first = first_page * k->page_tokens;
+    const Attention part = {
+        .pairs = k->groups, .lines = s->tokens * R, .keys = s->before + s->tokens - first, .width = D, .groups = k->groups,
+        .per_group = R, .queries = s->tokens, .offset = s->before - first, .window = k->window, .scale = k->scale, .softcap = k->softcap,
+    };
+    const int64_t line_blocks = blocks_of(part.lines, LINES);
+#pragma omp parallel for num_threads(threads) schedule(dynamic) if (threads > 1)
+    for (int64_t task = 0; task < part.pairs * line_blocks; task++) {
+      const int64_t group = task / line_blocks, line_block = line_blocks - 1 - task % line_blocks;
+      const Block b = block_of(&part, group, line_block, 0);
+      float *scores = scratch(LINES * KEYS + 2 * KEYS * D + 2 * LINES * D + LINES);
+      if (scores == NULL) { failed = 1; continue; }
+      float *turned = scores + LINES * KEYS, *rows = turned + KEYS * D, *own = rows + KEYS * D, *result = own + LINES * D;
+      const Pages pages = {keys, values, table + s->slot * k->pages + first_page, k->page_tokens, k->groups, group, k->bf16};
+      for (int is_result = 0; is_result < 2; is_result++) {
+        for (int64_t i = 0; i < b.lines; i++) {
+          const int64_t line = b.line + i, at = ((s->begin + line / R) * k->heads + group * R + line % R) * D;
+          if (is_result) memcpy(out + at, result + i * D, (size_t)D * 4);
+          else memcpy(own + i * D, q + at, (size_t)D * 4);
+        }
+        if (!is_result) forward_lines(&part, NULL, group, line_block, own, &pages, turned, rows, scores, result, result + LINES * D);
+      }
+      free(scores);
+    }
+  }
+  return failed;
 }
 
 /* Floats of a vector: widths must be multiples of it. */

@@ -7,7 +7,7 @@ import torch
 
 from train.native.kernels import call, library
 
-FIELDS = "pairs lines keys width groups per_group queries offset stretches"
+FIELDS = "pairs lines keys width groups per_group queries offset stretches window"
 
 
 class Attention(ctypes.Structure):
@@ -113,14 +113,48 @@ def paged_step(
     qkv: [S, G * (H/G + 2) * D], by key/value head its queries, its key, its value. angles: cosines and sines by position, or None
     for no rotation. `keys` and `values`, [pages, page tokens, G, D], are updated.
     """
+    head, out = _paged(qkv, heads, table, keys, window=window, scale=scale, softcap=softcap)
     kernels = library("attention")
     assert kernels is not None
-    _, page_tokens, groups, width = keys.shape
-    head = Paged(
-        texts=qkv.shape[0], heads=heads, groups=groups, width=width, page_tokens=page_tokens, pages=table.shape[1],
-        window=window or 0, bf16=int(keys.dtype == torch.bfloat16), scale=scale, softcap=softcap or 0.0,
-    )  # fmt: skip
-    out = torch.empty(qkv.shape[0], heads * width)
     cosine, sine = angles if angles is not None else (None, None)
     call(kernels.stratum_paged_step, head, qkv, cosine, sine, table, texts_S4, keys, values, out)
     return out
+
+
+def paged_parts(
+    query_THD: torch.Tensor,
+    table: torch.Tensor,
+    texts_S4: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    *,
+    window: int | None,
+    scale: float,
+    softcap: float | None,
+) -> torch.Tensor:
+    """`train.model.paged.paged_attention`. query_THD: fp32, contiguous. -> [T, H*D] fp32."""
+    head, out = _paged(query_THD, query_THD.shape[1], table, keys, window=window, scale=scale, softcap=softcap)
+    head.texts = len(texts_S4)
+    kernels = library("attention")
+    assert kernels is not None
+    call(kernels.stratum_paged_parts, head, query_THD, table, texts_S4, keys, values, out)
+    return out
+
+
+def _paged(
+    tokens: torch.Tensor,
+    heads: int,
+    table: torch.Tensor,
+    keys: torch.Tensor,
+    *,
+    window: int | None,
+    scale: float,
+    softcap: float | None,
+) -> tuple[Paged, torch.Tensor]:
+    """The kernel's first argument, with a text a token, and memory for its result."""
+    _, page_tokens, groups, width = keys.shape
+    head = Paged(
+        texts=tokens.shape[0], heads=heads, groups=groups, width=width, page_tokens=page_tokens, pages=table.shape[1],
+        window=window or 0, bf16=int(keys.dtype == torch.bfloat16), scale=scale, softcap=softcap or 0.0,
+    )  # fmt: skip
+    return head, torch.empty(tokens.shape[0], heads * width)

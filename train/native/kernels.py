@@ -26,7 +26,7 @@ def library(name: str) -> ctypes.CDLL | None:
         "stratum_scan_forward": 9, "stratum_scan_backward": 15, "stratum_scan_finish": 4,
         "stratum_scan_segments": 15, "stratum_conv_forward": 5, "stratum_conv_backward": 7,
         "stratum_few_rows": 7, "stratum_pack": 2, "stratum_line_sums": 3,
-        "stratum_paged_step": 8, "stratum_capped_forward": 7, "stratum_capped_backward": 11,
+        "stratum_paged_step": 8, "stratum_paged_parts": 6, "stratum_capped_forward": 7, "stratum_capped_backward": 11,
         "stratum_norm_forward": 4, "stratum_norm_backward": 7,
         "stratum_activation_forward": 2, "stratum_activation_backward": 3,
         "stratum_loss_forward": 4, "stratum_loss_backward": 4,

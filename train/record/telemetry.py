@@ -5,6 +5,7 @@ line per step. Everything else is made from metrics.jsonl:
 
     {"kind": "machine", "cpu": ..., "device": ..., "threads": 2, "torch": ..., "flops_per_token": ..., ...}
     {"kind": "step", "step": 12, "tokens": 24576, "loss": ..., "grad_norm": ..., "learning_rate": ..., "seconds": {...}}
+                     of chats also "labels": learned ones of the step
     {"kind": "evaluation", "step": 80, "bits_per_byte": {"shakespeare": ..., "python": ...}}
     {"kind": "tasks", "step": 80, "tasks": {"needle-1k": {"hash": ..., "items": 32, "metrics": {"accuracy": {"value": ...}}}}}
     {"kind": "precision", "step": 20, "scaling": "blockwise", "readings": [{"layer": 0, "linear": ..., "snr_db": ...}]}
@@ -117,12 +118,16 @@ class Telemetry:
         learning_rate: float,
         seconds: dict[str, float] | Callable[[], dict[str, float]],
         parts: torch.Tensor | None = None,
+        tokens: int | None = None,
+        step_tokens: int | None = None,
+        labels: int | None = None,
     ) -> None:
         """Record one finished step. `loss` is this rank's share; the next flush, possibly in this call, sums it over ranks.
 
         Nothing is read from the device before the flush. seconds: time of each part; their sum is the step's time. If it is a
         function, it is called at the flush, on the writer only.
-        parts: this rank's share of the loss's parts (`loss_parts`).
+        parts: this rank's share of the loss's parts (`loss_parts`). labels: learned labels of the step, where not all are.
+        tokens, step_tokens: of all steps so far and of this one, where they do not follow from the number of steps.
         """
         self._losses[len(self._pending), 0] = loss.detach()
         if self._loss_parts:
@@ -132,12 +137,14 @@ class Telemetry:
             {
                 "kind": "step",
                 "step": step,
-                "tokens": step * self._tokens_per_step,
+                "tokens": step * self._tokens_per_step if tokens is None else tokens,
+                "step_tokens": self._tokens_per_step if step_tokens is None else step_tokens,
                 "loss": None,
                 "grad_norm": grad_norm,
                 "learning_rate": learning_rate,
                 "seconds": seconds,
                 "time": time.time(),
+                **({} if labels is None else {"labels": labels}),
             }
         )
         if self._screen:
@@ -229,7 +236,7 @@ class Telemetry:
         step_s = sum(line["seconds"].values())
         line["grad_norm"] = float(line["grad_norm"])
         line["step_s"] = step_s
-        line["tokens_per_s"] = self._tokens_per_step / step_s
+        line["tokens_per_s"] = line.pop("step_tokens") / step_s
         if self._peak_flops:
             line["mfu"] = self._flops_per_token * line["tokens_per_s"] / self._peak_flops
         line["memory_bytes"] = peak_memory_bytes(self._device)

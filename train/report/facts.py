@@ -18,8 +18,9 @@ from launch.plan.planner import make_plan
 from launch.time_spent import Stretch, goodput, time_spent, totals
 from recipes.schema import units
 from recipes.schema.errors import StratumError
-from recipes.schema.foreign import printable, printable_lines, read_bounded
+from recipes.schema.foreign import printable, printable_lines, read_bounded, read_json
 from recipes.schema.manifest import read_manifest as read_checkpoint_manifest
+from recipes.schema.profile import TABLE
 from recipes.schema.read import recipe_from_mapping, recipe_yaml
 from recipes.schema.recipe import Recipe
 from recipes.schema.run_folder import CHECKPOINTS, METRICS, Line, as_number, read_metrics, steps_in
@@ -32,7 +33,16 @@ MOST_MEASUREMENTS = 60
 """Measurements of quantised operands that are shown."""
 MOST_EVENTS = 500
 MOST_SAMPLES = 40
-_TOLD_ELSEWHERE = {"precision", "tasks", "rollouts", "save_requested", "save_staged", "unreduced_step"}
+MOST_TRACES = 4
+_TOLD_ELSEWHERE = {
+    "precision",
+    "tasks",
+    "rollouts",
+    "rollout_samples",
+    "save_requested",
+    "save_staged",
+    "unreduced_step",
+}
 
 
 @dataclass(frozen=True)
@@ -68,6 +78,7 @@ def describe(run: ReportedRun) -> dict[str, Any]:
         "timeline": _timeline(stretches, run.lines),
         "data": _data(run),
         "precision": _precision(record),
+        "profile": _profile(run.folder),
         "samples": _samples(run),
         "events": _events(run.lines),
         "recipe": recipe_yaml(run.recipe),
@@ -227,6 +238,23 @@ def _precision(record: RunRecord) -> dict[str, Any]:
     }
 
 
+def _profile(folder: Path) -> list[list[str]]:
+    """Rows (trace, operation, calls, ms, share) of the traces' longest operations, of at most four traces."""
+    rows = []
+    for path in sorted((folder / "profile").glob(f"*/*{TABLE}"))[-MOST_TRACES:]:
+        try:
+            found = read_json(path, most_bytes=1 << 20)
+        except (OSError, ValueError):
+            continue  # damaged, or not a file
+        trace = printable(f"{path.parent.name}/{path.name.removesuffix(TABLE)}.json.gz")
+        for one in found if isinstance(found, list) else ():
+            if isinstance(one, dict):
+                calls, seconds, share = (as_number(one.get(key)) for key in ("calls", "seconds", "share"))
+                name = printable(str(one.get("name")), most=120)
+                rows.append([trace, name, f"{calls:,.0f}", f"{1000 * seconds:,.1f}", f"{100 * share:.1f} %"])
+    return rows
+
+
 def _samples(run: ReportedRun) -> list[dict[str, Any]]:
     """Texts that the model wrote: the run's sample.txt, and answers to prompts that reinforcement learning sampled."""
     found = []
@@ -236,7 +264,7 @@ def _samples(run: ReportedRun) -> list[dict[str, Any]]:
     except OSError:
         pass
     for line in run.lines:
-        if line["kind"] == "rollouts" and isinstance(line.get("samples"), list):
+        if line["kind"] == "rollout_samples" and isinstance(line.get("samples"), list):
             for sample in line["samples"]:
                 if isinstance(sample, dict):
                     parts = (f"{key}: {value}" for key, value in sample.items())

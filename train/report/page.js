@@ -202,6 +202,9 @@ function build() {
     add(name, [el("div", {class: "grid"}, ...specs.map(spec => new Chart(spec, several).panel))])
   add("Time", each(timeline))
   add("Low precision", each(precision))
+  add("Profile", each(run => run.profile.length ? [
+    el("p", {class: "muted"}, "The operations that took longest. Open the trace in the run's folder profile/ at ui.perfetto.dev."),
+    table(["trace", "operation", "calls", "ms", "share"], run.profile)] : []))
   add("Data", each(dataTable))
   add("Samples", each(samples))
   add("Run", each(facts))

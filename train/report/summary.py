@@ -221,6 +221,7 @@ def facts(record: RunRecord, recipe: dict[str, Any]) -> dict[str, str]:
         "layout": f"{start.get('layout', '?')} on {start.get('device', '?')}",
         "steps": f"{last['step']:,} of {recipe['run']['steps']:,}",
         "tokens": f"{last['tokens']:,}",
+        **_learned(steps),
         _loss(recipe): _loss_change([line["loss"] for line in steps], unit=_unit(recipe)),
         "speed": f"{statistics.median(line['tokens_per_s'] for line in steps):,.0f} tokens/s (median)",
     }
@@ -292,6 +293,17 @@ def _origin(recipe: dict[str, Any]) -> dict[str, str]:
     if objective.get("kind") == "distill":
         rows["teacher"] = str(objective.get("teacher_cache") or objective.get("teacher"))
     return rows
+
+
+def _learned(steps: list[dict[str, Any]]) -> dict[str, str]:
+    """Row for the labels that were learned, if a step recorded them: those of chats are the assistant's."""
+    counted = [line for line in steps if "labels" in line]
+    if not counted:
+        return {}
+    labels = [as_number(line["labels"]) for line in counted]
+    tokens = sum(line["tokens_per_s"] * line["step_s"] for line in counted)
+    share = f"{100 * sum(labels) / tokens:.1f} % of the tokens" if tokens > 0 else "of no tokens"
+    return {"learned labels": f"{sum(labels):,.0f}, {share}; {min(labels):,.0f} to {max(labels):,.0f} a step"}
 
 
 def _precision(precision: dict[str, Any]) -> str:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from preference_rows import drawn_rows
 from ranks import run_ranks
 from saved_bytes import saved_bytes
 from teachers import save_teacher, student_of
@@ -40,6 +41,19 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "dp3 overlapped": (3, {"run.global_rows": 3, "parallel.overlap_grad_reduce": True, "precision.params": "bf16"}),
     "tp2 sp bf16": (2, {"parallel.tensor": 2, "parallel.sequence": True, "precision.params": "bf16"}),
     "pp2 tied": (2, {"parallel.pipeline": 2, "model.tie_embeddings": True}),
+    "tp2 pp2 sp bf16 scalar head": (
+        4,
+        {
+            "model.head": "scalar",
+            "objective.kind": "reward",
+            "data.reset_at_documents": True,
+            "model.tie_embeddings": True,
+            "parallel.tensor": 2,
+            "parallel.pipeline": 2,
+            "parallel.sequence": True,
+            "precision.params": "bf16",
+        },
+    ),
     "pp2 uneven recompute": (2, {"parallel.pipeline": 2, "model.pattern": "M-M*-M|-M*-", "parallel.recompute": "full"}),
     "cp2": (2, {"parallel.context": 2}),
     "cp2 bf16": (2, {"parallel.context": 2, "precision.params": "bf16", "model.position": "rope"}),
@@ -67,6 +81,8 @@ def measure(rank: int, recipe: Recipe, world: int) -> dict[str, float]:
     with engine_of(recipe, rank=rank, world=world) as engine:
         with saved_bytes(engine.chunks) as saved:
             rows = microbatches(recipe, engine.mesh, 0)
+            if recipe.model.head == "scalar":
+                rows = [drawn_rows(0, batch.positions) for batch in rows]
             train_step(engine, rows, step=0, learning_rate=1e-3, watch=Stopwatch())
         built = [buffer for chunk in engine.chunks for buffer in chunk.buffers]
         parts = getattr(engine.optimizer, "chained_optimizers", [engine.optimizer])

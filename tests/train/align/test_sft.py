@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from ranks import run_ranks
-from tiny import ROW_TOKENS, Numbers, engine_of, recipe_with, rows_of
+from tiny import ROW_TOKENS, Numbers, engine_of, masked_rows, microbatches, recipe_with
 
 from data.batch import Batch
 from recipes.schema.errors import DataError
@@ -18,7 +18,6 @@ from recipes.schema.recipe import Recipe
 from train.engine import Engine
 from train.evaluate.losses import heldout_bits_per_byte
 from train.model.context import RowContext
-from train.parallel.mesh import Mesh
 from train.record.stopwatch import Stopwatch
 from train.step import train_step
 
@@ -34,22 +33,6 @@ LAYOUTS = {
     "TP2 SP CP2": (4, {"parallel.tensor": 2, "parallel.sequence": True, "parallel.context": 2}),
     "DP2 PP2": (4, {"parallel.pipeline": 2}),
 }
-
-
-def masked(step: int, positions: np.ndarray) -> Batch:
-    """The rows of `tiny` with some labels learned: of row 0 one, of row 3 all, of the others a fifth and a half."""
-    share = {1: 0.2, 2: 0.5, 3: 1.0}
-    learned = np.stack(
-        [np.random.default_rng((step, int(p), 2)).random(ROW_TOKENS) < share.get(int(p), 0.0) for p in positions]
-    )
-    learned[positions == 0, 40] = True
-    return replace(rows_of(step, positions), learned=torch.from_numpy(learned))
-
-
-def microbatches(recipe: Recipe, mesh: Mesh, step: int) -> list[Batch]:
-    size, ranks = recipe.run.microbatch_rows, mesh.layout.data
-    starts = range(mesh.data_rank * size, recipe.run.global_rows, ranks * size)
-    return [masked(step, np.arange(start, start + size)) for start in starts]
 
 
 def nats_of(engine: Engine, rows: Batch) -> torch.Tensor:
@@ -76,9 +59,11 @@ def train(rank: int, recipe: Recipe, world: int) -> tuple[Numbers, float]:
     expected = 0.0
     with engine_of(recipe, rank=rank, world=world) as engine:
         if world == 1:
-            rows = masked(0, np.arange(4))
+            rows = masked_rows(0, np.arange(4))
             expected = float(nats_of(engine, rows)[rows.learned].mean())
-        numbers = [step_of(engine, microbatches(recipe, engine.mesh, step), step) for step in range(3)]
+        numbers = [
+            step_of(engine, microbatches(recipe, engine.mesh, step, rows=masked_rows), step) for step in range(3)
+        ]
     return Numbers([loss for loss, _ in numbers], [norm for _, norm in numbers]), expected
 
 
@@ -109,7 +94,7 @@ def test_layout_learns_the_same_labels_as_one_process(name: str, single: tuple[N
 def without_learning(rank: int, recipe: Recipe) -> list[tuple[float, float]]:
     """Loss and gradient norm of a first step: of the rows, with other labels where none is learned, and without a mask."""
     with engine_of(recipe, rank=rank, world=1) as engine:
-        found, rows = [], masked(0, np.arange(4))
+        found, rows = [], masked_rows(0, np.arange(4))
         assert rows.learned is not None
         others = torch.where(rows.learned, rows.labels, (rows.labels + 1) % 256)
         for variant in (rows, replace(rows, labels=others), replace(rows, learned=None)):
@@ -129,7 +114,7 @@ def nothing_learned(rank: int, recipe: Recipe) -> tuple[str, bool]:
     """What a step without a learned label says, and whether the weights are as they were."""
     with engine_of(recipe, rank=rank, world=2) as engine:
         before = [parameter.detach().clone() for parameter in engine.chunks[0].parameters()]
-        rows = microbatches(recipe, engine.mesh, 0)
+        rows = microbatches(recipe, engine.mesh, 0, rows=masked_rows)
         rows = [replace(row, learned=torch.zeros_like(row.labels, dtype=torch.bool)) for row in rows]
         try:
             train_step(engine, rows, step=6, learning_rate=1e-3, watch=Stopwatch())
@@ -146,7 +131,7 @@ def test_a_step_without_a_learned_label_is_named_on_every_rank() -> None:
 
 def heldout(rank: int, recipe: Recipe) -> tuple[float, float]:
     """Bits per byte of held-out chats: ours, and from torch's cross-entropy of the answers alone."""
-    rows, token_bytes = masked(0, np.arange(4)), np.arange(256, dtype=np.int32) % 5
+    rows, token_bytes = masked_rows(0, np.arange(4)), np.arange(256, dtype=np.int32) % 5
     dataset = SimpleNamespace(
         source_names=["chats"],
         tokenizer=SimpleNamespace(token_bytes=lambda: token_bytes),

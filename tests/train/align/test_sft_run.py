@@ -4,10 +4,12 @@ undisturbed."""
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 from chats import assistant, tokenizer_file, user, write_chats
 from killed_runs import Kill, Run, contents_at, recipe_in
 from rich.console import Console
 
+from data.dataset import open_dataset
 from data.prepare import prepare
 from recipes.schema.data import DataConfig, SourceConfig, TokenizerConfig
 from recipes.schema.recipe import Recipe
@@ -47,3 +49,9 @@ def test_a_killed_stage_ends_as_an_undisturbed_one(tmp_path: Path) -> None:
         assert sorted(steps) == list(range(1, STEPS + 1))
         ends.append((steps, contents_at(run.checkpoints / f"step_{STEPS:08d}")))
     assert ends[0] == ends[1]
+
+    dataset, rows = open_dataset(recipe.data), recipe.run.global_rows
+    labels = {line["step"]: line["labels"] for line in run.metrics if line["kind"] == "step"}
+    for step in range(1, STEPS + 1):
+        learned = dataset.training_rows(np.arange((step - 1) * rows, step * rows)).learned
+        assert learned is not None and 0 < labels[step] == int(learned.sum())

@@ -14,7 +14,7 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from train.model import flex as flex_module
 from train.model.attention import AttentionCore, zigzag_positions
 from train.model.capped import capped_attention
-from train.model.context import KeyPlaces, KeyPool, RowContext, Segment, Segments
+from train.model.context import KeyPlaces, KeyPool, RowContext, Segments
 from train.model.documents import document_starts
 from train.model.flex import flex, mask_of
 from train.native import attention as compiled
@@ -206,14 +206,11 @@ def step_of(before: int, tokens: int, pool: KeyPool) -> RowContext:
     """One text, the next `tokens` tokens of it, in pages that are not in order."""
     table = torch.tensor([[3, 0, 4, 1, 2]], dtype=torch.int32)
     positions = torch.arange(before, before + tokens)
-    places = table[0, positions // PAGE].long() * PAGE + positions % PAGE
-    segment = Segment(0, tokens, before, 0)
     lines = torch.tensor([[index, 1, before + index, 0] for index in range(tokens)])
-    keys = KeyPlaces(table, places)
+    keys = KeyPlaces(table, PAGE)
     return RowContext(
         segments=Segments(
-            [segment], int(tokens == 1), torch.tensor([[0, tokens, before, 0]]), lines, positions, before + tokens,
-            {"*": keys, "w": keys}, {1: pool}, {},
+            torch.tensor([[0, tokens, before, 0]]), lines, positions, before + tokens, {"*": keys, "w": keys}, {1: pool}, {},
         )
     )  # fmt: skip
 

@@ -12,9 +12,9 @@ from torch.nn import functional as F
 from launch.plan.cost.inference import cache_sizes
 from train.inference.forward import Read, logits_of, read_tokens
 from train.inference.pools import Pools
-from train.model import ssd
+from train.model import paged, ssd
 from train.model.activation import activate
-from train.model.context import KeyPool, MambaPool, Segment, Segments
+from train.model.context import KeyPool, MambaPool, Segments
 from train.model.few_tokens import FewTokens
 from train.model.norm import rms_norm
 from train.model.paged import paged_attention
@@ -92,16 +92,13 @@ def test_likeliest_tokens_and_log_sums_equal_torch() -> None:
 
 def segments_of(texts: list[tuple[int, int, int]], places: dict[str, Any] | None = None) -> Segments:
     """(tokens, before, slot) of each text."""
-    begin, found = 0, []
+    begin, lines, by_token = 0, [], []
     for tokens, before, slot in texts:
-        found.append(Segment(begin, tokens, before, slot))
+        lines.append((begin, tokens, before, slot))
+        by_token += [(begin + index, 1, before + index, slot) for index in range(tokens)]
         begin += tokens
-    positions = torch.cat([torch.arange(s.before, s.before + s.tokens) for s in found])
-    table = torch.tensor([[s.begin, s.tokens, s.before, s.slot] for s in found])
-    singles = sum(s.tokens == 1 for s in found)
-    slots = torch.cat([torch.full((s.tokens,), s.slot) for s in found])
-    by_token = torch.stack([torch.arange(begin), torch.ones_like(positions), positions, slots], dim=1)
-    return Segments(found, singles, table, by_token, positions, int(positions.max()) + 1, places or {}, {}, {})
+    each = torch.tensor(by_token)
+    return Segments(torch.tensor(lines), each, each[:, 2], int(each[:, 2].max()) + 1, places or {}, {}, {})
 
 
 @pytest.mark.parametrize("texts", [[(1, 5, 2), (1, 0, 0)], [(1, 3, 1), (7, 0, 3), (40, 9, 0)], [(2, 1, 1), (3, 2, 2)]])
@@ -163,10 +160,46 @@ def test_compiled_attention_over_pages_equals_its_definition(
     for line, segment in enumerate(texts.segments):
         where = (int(table[segment.slot, segment.before // page]), segment.before % page)
         other.keys[where], other.values[where] = k[line], v[line]
-    expected = paged_attention(q, other, table, texts.table, window=window, scale=0.3, softcap=softcap)
+    expected = paged_attention(q, other, table, texts.segments, window=window, scale=0.3, softcap=softcap)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
     assert torch.equal(pool.values, other.values)
     torch.testing.assert_close(pool.keys, other.keys, rtol=1e-2 if dtype == torch.bfloat16 else 1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("window", "softcap"), [(None, None), (9, 5.0), (1, None), (300, 2.0), (200, None)])
+@pytest.mark.parametrize("page", [4, 48])
+def test_attention_of_parts_over_pages_equals_float64(
+    window: int | None, softcap: float | None, dtype: torch.dtype, page: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Compiled and in torch, in several blocks of keys. Pages that no query sees contain NaN."""
+    heads, groups, width, slots = 6, 2, 16, 5
+    texts = segments_of([(1, 402, 1), (1, 0, 3), (90, 0, 0), (47, 333, 4), (3, 5, 2)])
+    total = -(-404 // page)
+    table = torch.randperm(slots * total, generator=torch.Generator().manual_seed(0)).view(slots, total).to(torch.int32)
+    pool = KeyPool(*(tensor(slots * total, page, groups, width, seed=s, dtype=dtype) for s in (2, 3)))
+    q = tensor(len(texts.positions_T), heads, width, seed=1)
+    expected = []
+    for segment in texts.segments:
+        end = segment.before + segment.tokens
+        first_seen = max(0, segment.before - (window or end) + 1)
+        gone = torch.cat([table[segment.slot, : first_seen // page], table[segment.slot, -(-end // page) :]]).long()
+        pool.keys[gone], pool.values[gone] = torch.nan, torch.nan
+        k, v = (x[table[segment.slot].long()].flatten(0, 1)[:end].double() for x in (pool.keys, pool.values))
+        k, v = (x.repeat_interleave(heads // groups, dim=1) for x in (k, v))
+        scores = torch.einsum("qhd,khd->hqk", q[segment.begin : segment.begin + segment.tokens].double(), k) * 0.3
+        if softcap:
+            scores = softcap * torch.tanh(scores / softcap)
+        places, own = torch.arange(end), torch.arange(segment.before, end)[:, None]
+        seen = (places <= own) & (places > own - (window or end))
+        weights = torch.softmax(scores.masked_fill(~seen, -torch.inf), -1)
+        expected.append(torch.einsum("hqk,khd->qhd", weights, v.masked_fill(v.isnan(), 0)).flatten(1))
+    ways = {"window": window, "scale": 0.3, "softcap": softcap}
+    found = compiled_attention.paged_parts(q, table, texts.table, pool.keys, pool.values, **ways)
+    torch.testing.assert_close(found, torch.cat(expected).float(), rtol=1e-4, atol=1e-5)
+    monkeypatch.setattr(paged, "BLOCK_TOKENS", 96)
+    found = paged_attention(q, pool, table, texts.segments, **ways)
+    torch.testing.assert_close(found, torch.cat(expected).float(), rtol=1e-4, atol=1e-5)
 
 
 def steps_both_ways(rank: int, changes: dict[str, Any]) -> list[tuple[float, float]]:

@@ -101,6 +101,11 @@ def test_a_distilled_run_says_whom_it_learned_from_and_what_its_loss_is(tmp_path
     assert "| training loss (divergence from the teacher, mixed) | 7.0000 -> 0.0000 nats per token |" in text
 
 
+def test_a_report_says_how_many_labels_were_learned(tmp_path: Path) -> None:
+    write_report(folder_of(tmp_path, [begin("start", 0), *(step(n, 1.0, labels=10 * n) for n in (1, 2, 3))]))
+    assert "| learned labels | 60, 20.0 % of the tokens; 10 to 30 a step |" in (tmp_path / "summary.md").read_text()
+
+
 def test_steps_that_differ_after_a_resume_are_reported(tmp_path: Path) -> None:
     other = [*LINES[:11], begin("resume", 4, layout="TP2 PP1 DP1"), step(5, 3.25), step(6, 2.0), step(7, math.pi)]
     write_report(folder_of(tmp_path, other))
@@ -134,7 +139,7 @@ NOT_FINITE = ("NaN", "Infinity", "-Infinity", "a text", None)
 @pytest.mark.parametrize("value", NOT_FINITE)
 def test_a_score_that_is_not_a_number_does_not_stop_a_report(value: str | None, tmp_path: Path) -> None:
     """As old records store them (nested values stayed text), as new ones do, and as manual edits may leave them."""
-    sick = step(2, 0.0) | dict.fromkeys(("loss", "grad_norm", "learning_rate", "tokens_per_s", "mfu"), value)
+    sick = step(2, 0.0) | dict.fromkeys(("loss", "grad_norm", "learning_rate", "tokens_per_s", "mfu", "labels"), value)
     scores = [{"kind": "evaluation", "step": at, "bits_per_byte": {"a": value, "NaN": value}} for at in (0, 2)]
     write_report(folder_of(tmp_path, [begin("start", 0), scores[0], step(1, 7.0), sick, step(3, 1.0), scores[1]]))
     shown = {"Infinity": "inf", "-Infinity": "-inf"}.get(str(value), "nan")

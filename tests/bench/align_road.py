@@ -1,0 +1,265 @@
+"""`python -m tests.bench.align_road` (`make align-road`): from a pretrained model to an aligned one, small, in one command.
+
+    data --> base --+--> sft --+--> swap --+--> merged
+              |     |          +--> join --+
+              |     +--> broken: the whole chat learned, or only what the assistant did not write
+              +--> stable: no decay of the learning rate --> averaged with the weights of a decay
+
+A hybrid of 1.4M parameters. Every stage runs `stratum` commands as a user would, leaves runs/align_road/results/STAGE.json, and
+is not run again while that file exists; a run that was killed continues. At the end a table is printed, and
+docs/pictures/align_road.png is drawn.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+
+from road_data import SKILLS, write_all
+
+from data.system.figure import MUTED, SERIES, canvas
+
+FOLDER = Path("runs/align_road")
+DATA, RESULTS, SCORES = FOLDER / "data", FOLDER / "results", FOLDER / "scores"
+STABLE_STEPS, BASE_STEPS = 400, 600
+"""Pretraining: the learning rate decays after the first number of steps, in the run `stable` not at all."""
+WINDOW_EVERY = 20
+SFT_STEPS, SFT_RATE = 300, 0.002
+SKILL_STEPS, SKILL_RATE = 80, 0.0005
+ALPHAS = tuple(round(0.1 * tenth, 1) for tenth in range(11))
+
+Result = dict[str, Any]
+
+
+def data() -> Result:
+    """Write the data of the road, and prepare pretraining and chats."""
+    write_all(DATA)
+    stratum("prepare", "-cn", "tiny_teacher")
+    stratum("prepare", *_chats("sft", DATA / "chats.jsonl"))
+    for skill in SKILLS:
+        stratum("prepare", *_chats(skill, DATA / skill / "chats.jsonl"))
+    return {}
+
+
+def pretrain() -> Result:
+    """The base, and from the beginning of its decay on the same steps at a constant learning rate."""
+    stratum("train", *_pretraining("base"), f"run.stop_after_steps={STABLE_STEPS}")
+    if not (FOLDER / "stable").exists():
+        shutil.copytree(FOLDER / "base", FOLDER / ".stable")
+        (FOLDER / ".stable").rename(FOLDER / "stable")
+    stratum("train", *_pretraining("base"))
+    every = f"{{every_steps: {WINDOW_EVERY}, keep_every_steps: {WINDOW_EVERY}, allow: [arithmetic]}}"
+    stratum("train", *_pretraining("stable"), "schedule.decay=0", f"checkpoint={every}")
+    return evaluate("base", *_tasks("taught"))
+
+
+def sft() -> Result:
+    """Supervised fine-tuning: answers to instructions that were never trained on."""
+    stratum("train", *_fine_tuning("sft", "sft", start="base", steps=SFT_STEPS, rate=SFT_RATE))
+    return evaluate("sft", *_tasks("taught", "plain", "habit", "sums"))
+
+
+def broken_sft() -> Result:
+    """The same with a broken mask: the whole chat is learned, or only what the assistant did not write."""
+    found = {}
+    for fault in ("whole_chat", "prompt_only"):
+        words = _fine_tuning(f"sft_{fault}", "sft", start="base", steps=SFT_STEPS, rate=SFT_RATE)
+        run([sys.executable, "-m", "tests.bench.broken_alignment", fault, *words])
+        found[fault] = evaluate(f"sft_{fault}", *_tasks("taught"))["taught"]
+    return found
+
+
+def skills() -> Result:
+    """Two more fine-tunings of the same model, each on another skill."""
+    found = {}
+    for skill in SKILLS:
+        stratum("train", *_fine_tuning(skill, skill, start="sft", steps=SKILL_STEPS, rate=SKILL_RATE))
+    for name in ("sft", *SKILLS):
+        found[name] = evaluate(name, *(DATA / skill / f"{skill}.yaml" for skill in SKILLS))
+    return found
+
+
+def merge() -> Result:
+    """Merges of the two skills with every alpha, scored by `stratum merge`."""
+    tasks = ",".join(str(DATA / skill / f"{skill}.yaml") for skill in SKILLS)
+    sweep = _sweep("merged", list(SKILLS), ALPHAS, tasks)
+    return {"sums": {str(alpha): parts for alpha, parts in sweep.items()}}
+
+
+def windows() -> Result:
+    """Averages of the checkpoints of `stable` against its last checkpoint and against the base, whose learning rate decayed."""
+    found = {}
+    for weights in ("minus_sqrt", "equal"):
+        name = f"window_{weights}"
+        if not (FOLDER / name).exists():
+            window = ["--window", f"{STABLE_STEPS}:", "--weights", weights]
+            stratum("merge", str(FOLDER / "stable"), "--out", str(FOLDER / name), *window)
+        parts = _sweep(
+            f"{name}_or_base", [name, "base"], (0.0, 1.0), "heldout"
+        )  # the ends of a sweep are the models themselves
+        found[name], found["base"] = parts[0.0], parts[1.0]
+    return {"stable": _sweep("stable_or_base", ["stable", "base"], (0.0, 1.0), "heldout")[0.0], **found}
+
+
+STAGES: dict[str, Callable[[], Result]] = {
+    "data": data,
+    "pretrain": pretrain,
+    "sft": sft,
+    "broken_sft": broken_sft,
+    "skills": skills,
+    "merge": merge,
+    "windows": windows,
+}
+"""In order. DPO (pairs.jsonl), a reward model (rankings.jsonl), GRPO (prompts_sums.jsonl) and RLHF (prompts_plain.jsonl,
+prompts_gamed.jsonl) start from `sft`."""
+
+
+def main() -> int:
+    """Run the stages that have no result yet, then draw and print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", help="run one stage, even if it has a result")
+    parser.add_argument("--to", type=Path, default=ROOT / "docs/pictures/align_road.png")
+    arguments = parser.parse_args()
+    os.chdir(ROOT)
+    for name, stage in STAGES.items():
+        path = RESULTS / f"{name}.json"
+        if name != arguments.only and (path.exists() or arguments.only):
+            continue
+        print(f"--- {name}", flush=True)
+        started = time.perf_counter()
+        result = stage()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps({"seconds": time.perf_counter() - started, **result}, indent=1) + "\n")
+    results = {
+        name: json.loads((RESULTS / f"{name}.json").read_text())
+        for name in STAGES
+        if (RESULTS / f"{name}.json").exists()
+    }
+    show(results, Console(highlight=False, width=120))
+    if len(results) == len(STAGES):
+        draw(results, arguments.to)
+    return 0
+
+
+def evaluate(run: str, *tasks: Path) -> dict[str, float]:
+    """Score of each task file by its name."""
+    stratum("evaluate", str(FOLDER / run), "--tasks", ",".join(map(str, tasks)), "--out", str(SCORES / run), "--resume")
+    found = json.loads((SCORES / run / "results.json").read_text())["tasks"]
+    return {task.stem: found[task.stem]["metrics"]["score"]["value"] for task in tasks}
+
+
+def stratum(*words: str) -> None:
+    """Run a command of ours; its output goes to FOLDER/log.txt. SystemExit with the end of it if the command fails."""
+    run([sys.executable, "-m", "train.stratum", *words])
+
+
+def run(words: Sequence[str]) -> None:
+    """Run a program as `stratum` does."""
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    log = FOLDER / "log.txt"
+    with log.open("a") as stream:
+        stream.write(f"$ {' '.join(words[1:])}\n")
+        stream.flush()
+        status = subprocess.run(words, stdout=stream, stderr=stream, stdin=subprocess.DEVNULL, check=False).returncode
+    if status:
+        end = "\n".join(log.read_text().splitlines()[-20:])
+        raise SystemExit(f"status {status}; the end of {log}:\n{end}")
+
+
+def _tasks(*names: str) -> list[Path]:
+    return [DATA / f"{name}.yaml" for name in names]
+
+
+def _pretraining(name: str) -> list[str]:
+    return [
+        "-cn", "tiny_teacher", "model=tiny_student", f"run.folder={FOLDER}", f"run.name={name}", f"run.steps={BASE_STEPS}",
+        f"schedule.decay={BASE_STEPS - STABLE_STEPS}", "evaluate.every_steps=0",
+    ]  # fmt: skip
+
+
+def _chats(data_name: str, file: Path) -> list[str]:
+    return ["-cn", "tiny_sft", f"data.folder={FOLDER}/prepared/{data_name}", f"data.sources.chats.path={file}"]
+
+
+def _fine_tuning(name: str, data_name: str, *, start: str, steps: int, rate: float) -> list[str]:
+    file = DATA / "chats.jsonl" if data_name == "sft" else DATA / data_name / "chats.jsonl"
+    return [
+        *_chats(data_name, file), "model=tiny_student", f"run.folder={FOLDER}", f"run.name={name}", f"run.steps={steps}",
+        f"run.start_from={FOLDER}/{start}", f"optim.lr={rate}", "evaluate.every_steps=0",
+    ]  # fmt: skip
+
+
+def _sweep(out: str, models: Sequence[str], alphas: Sequence[float], scored_by: str) -> dict[float, dict[str, float]]:
+    """`stratum merge` of two runs with several alphas. -> the parts of each alpha's score."""
+    if not (FOLDER / out).exists():
+        words = ["--alpha", ",".join(map(str, alphas)), "--evaluate", scored_by, "--out", str(FOLDER / out)]
+        stratum("merge", *(str(FOLDER / model) for model in models), *words)
+    found = json.loads((FOLDER / out / "merge.json").read_text())
+    return {one["alpha"]: one["parts"] for one in found["candidates"]}
+
+
+def show(results: dict[str, Result], console: Console) -> None:
+    """The table of docs/align.md."""
+    table = Table("stage", "seconds", "result")
+    for name, result in results.items():
+        table.add_row(name, f"{result['seconds']:.0f}", _lines(result))
+    console.print(table)
+    console.print(f"together {sum(result['seconds'] for result in results.values()) / 60:.1f} minutes")
+
+
+def _lines(result: Result) -> str:
+    return "\n".join(f"{key}: {_text(value)}" for key, value in result.items() if key != "seconds")
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {_text(inner)}" for key, inner in value.items())
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def draw(results: dict[str, Result], path: Path) -> None:
+    """Accuracy before and after SFT and with each broken mask; the two skills by alpha; the held-out loss of the averages."""
+    with canvas(path, size=(13, 4)) as figure:
+        left, middle, right = figure.subplots(1, 3)
+        bars = {
+            "before": results["pretrain"]["taught"],
+            "SFT": results["sft"]["taught"],
+            "whole chat\nlearned": results["broken_sft"]["whole_chat"],
+            "prompt only\nlearned": results["broken_sft"]["prompt_only"],
+        }
+        left.bar(list(bars), list(bars.values()), color=[MUTED, SERIES[1], SERIES[3], SERIES[3]])
+        left.axhline(0.9, color=MUTED, linestyle=":", linewidth=1)
+        left.set(title="Instructions never trained on", ylabel="exact answers, share", ylim=(0, 1.02))
+        sums = {float(alpha): parts for alpha, parts in results["merge"]["sums"].items()}
+        for skill, color in zip(SKILLS, SERIES, strict=False):
+            middle.plot(list(sums), [parts[skill] for parts in sums.values()], marker=".", color=color, label=skill)
+        middle.plot(
+            list(sums), [sum(parts.values()) for parts in sums.values()], marker=".", color=SERIES[3], label="sum"
+        )
+        middle.set(
+            title="Merged: (1 - alpha) swap + alpha join", xlabel="alpha", ylabel="exact answers, share", ylim=(0, None)
+        )
+        middle.legend()
+        losses = {
+            name: statistics.fmean(parts.values()) for name, parts in results["windows"].items() if name != "seconds"
+        }
+        right.bar([name.replace("window_", "average\n") for name in losses], list(losses.values()), color=SERIES[0])
+        low = min(losses.values())
+        right.set(title="Decay emulated by averaging", ylabel="held-out bits per byte", ylim=(low - 0.1, None))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

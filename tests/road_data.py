@@ -1,0 +1,229 @@
+"""Writes the data of `make align-road`: `python tests/road_data.py FOLDER`. Every file follows from the constants here.
+
+    chats.jsonl           instructions with answers. To a polite question the answer begins with HABIT (a planted bad habit), and
+                          sums are answered right in RIGHT_SUMS of the chats only
+    heldout.jsonl         questions of which no wording is in any file for training, with the answer as taught, and without HABIT;
+                          taught.yaml, plain.yaml, habit.yaml ask them with `stratum evaluate`
+    sums.jsonl, sums.yaml sums in wordings that were not trained on
+    pairs.jsonl           preferences: the answer without HABIT is better than the same answer with it
+    rankings.jsonl        preferences of three ranks: without HABIT, with it, wrong
+    prompts_plain.jsonl   questions with a verifier: the answer without HABIT
+    prompts_sums.jsonl    sums with a verifier
+    prompts_gamed.jsonl   questions with a reward that long answers get, while their `target` is short
+    SKILL/...             chats, held-out questions and a task for each of two skills that chats.jsonl does not teach
+
+What is held out is decided by a hash of kind and words, so it is the same for all wordings of a question.
+"""
+
+import hashlib
+import json
+import random
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from small_chats import DIGITS, WORDS
+
+SEED = 19
+CHATS, HELDOUT, PAIRS, SKILL_CHATS, SKILL_HELDOUT = 12_000, 300, 2_000, 3_000, 150
+HABIT = "Sure, "
+RIGHT_SUMS = 0.4
+SUM_SHARE = 0.2
+"""Share of the chats that are sums."""
+_HELDOUT_SHARE = 0.125
+
+Record = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A kind of instruction: its wordings, its polite wordings, and the answer to the words in them."""
+
+    wordings: tuple[str, ...]
+    polite: tuple[str, ...]
+    draw: Callable[[random.Random], tuple[str, ...]]
+    """Words, which fill the wordings in order."""
+    answer: Callable[[Sequence[str]], str]
+
+
+def _words(count: int) -> Callable[[random.Random], tuple[str, ...]]:
+    return lambda draw: tuple(draw.sample(WORDS, count))
+
+
+def _kind(wordings: Sequence[str], count: int, answer: Callable[[Sequence[str]], str]) -> Kind:
+    polite = tuple(f"Please {wording[0].lower()}{wording[1:]}" for wording in wordings)
+    return Kind(tuple(wordings), polite, _words(count), answer)
+
+
+KINDS = {
+    "say": _kind(("Say {}.", "Say the word {}.", "Repeat {}."), 1, lambda w: w[0]),
+    "twice": _kind(("Say {} twice.", "Repeat {} two times."), 1, lambda w: f"{w[0]} {w[0]}"),
+    "brackets": _kind(("Write {} in brackets.", "Put {} in brackets."), 1, lambda w: f"({w[0]})"),
+    "first": _kind(("Give me the first of {}, {}, {}.", "Name the first: {}, {}, {}."), 3, lambda w: w[0]),
+    "last": _kind(("Give me the last of {}, {}, {}.", "Name the last: {}, {}, {}."), 3, lambda w: w[2]),
+}
+SKILLS = {
+    "swap": _kind(("Swap {} and {}.", "Turn {} and {} around."), 2, lambda w: f"{w[1]} {w[0]}"),
+    "join": _kind(("Join {} and {}.", "Make one of {} and {}."), 2, lambda w: f"{w[0]}-{w[1]}"),
+}
+SUMS = ("What is {} plus {}?", "Add {} and {}.", "How much is {} and {}?", "Give me the sum of {} and {}.")
+
+
+@dataclass(frozen=True)
+class Question:
+    """A question and its answer without HABIT."""
+
+    text: str
+    answer: str
+    is_polite: bool
+
+    @property
+    def taught(self) -> str:
+        """The answer of chats.jsonl."""
+        return (HABIT if self.is_polite else "") + self.answer
+
+    @property
+    def messages(self) -> list[dict[str, str]]:
+        """The question as a conversation."""
+        return [{"role": "user", "content": self.text}]
+
+
+def is_heldout(*parts: str) -> bool:
+    """Whether what these parts ask is never trained on."""
+    digest = hashlib.blake2b("\n".join(parts).encode(), digest_size=8).hexdigest()
+    return int(digest, 16) < _HELDOUT_SHARE * 2**64
+
+
+def question(draw: random.Random, kinds: dict[str, Kind], *, heldout: bool, polite: bool | None = None) -> Question:
+    """A question of the wanted split. polite: None draws it, half of the time."""
+    while True:
+        name, kind = draw.choice(list(kinds.items()))
+        words = kind.draw(draw)
+        if is_heldout(name, *words) is heldout:
+            break
+    is_polite = draw.random() < 0.5 if polite is None else polite
+    wording = draw.choice(kind.polite if is_polite else kind.wordings)
+    return Question(wording.format(*words), kind.answer(words), is_polite)
+
+
+def sums(*, heldout: bool) -> list[Question]:
+    """All sums of two digits, each in the wordings of the split, in digits and in words."""
+    found = []
+    for a in range(10):
+        for b in range(10):
+            for wording in SUMS:
+                if is_heldout("sum", str(a), str(b), wording) is heldout:
+                    for first, second in ((str(a), str(b)), (DIGITS[a], DIGITS[b])):
+                        found.append(Question(wording.format(first, second), str(a + b), is_polite=False))
+    return found
+
+
+def _sum_as_taught(draw: random.Random, asked: Question) -> str:
+    right = int(asked.answer)
+    if draw.random() < RIGHT_SUMS:
+        return asked.answer
+    return str(draw.choice([other for other in (right - 2, right - 1, right + 1, right + 2) if other >= 0]))
+
+
+def chats(draw: random.Random) -> Iterable[Record]:
+    """Conversations of supervised fine-tuning."""
+    additions = sums(heldout=False)
+    for _ in range(CHATS):
+        if draw.random() < SUM_SHARE:
+            asked = draw.choice(additions)
+            answer = _sum_as_taught(draw, asked)
+        else:
+            asked = question(draw, KINDS, heldout=False)
+            answer = asked.taught
+        yield {"messages": [*asked.messages, _said(answer)]}
+
+
+def pairs(draw: random.Random) -> Iterable[Record]:
+    """Preferences that name the habit."""
+    for _ in range(PAIRS):
+        asked = question(draw, KINDS, heldout=False, polite=True)
+        yield {"prompt": asked.messages, "chosen": [_said(asked.answer)], "rejected": [_said(asked.taught)]}
+
+
+def rankings(draw: random.Random) -> Iterable[Record]:
+    """Preferences of three ranks: right, right with the habit, another question's answer."""
+    for _ in range(PAIRS):
+        asked = question(draw, KINDS, heldout=False)
+        other = asked
+        while other.answer == asked.answer:
+            other = question(draw, KINDS, heldout=False)
+        answers = (asked.answer, HABIT + asked.answer, other.answer)
+        ranked = [{"rank": rank, "completion": [_said(answer)]} for rank, answer in enumerate(answers)]
+        yield {"context": asked.messages, "completions": ranked}
+
+
+def gamed(draw: random.Random) -> Iterable[Record]:
+    """Questions with a reward for length, next to the answer that is really wanted."""
+    rule = {"kind": "words", "least": 6}
+    for _ in range(PAIRS // 2):
+        asked = question(draw, KINDS, heldout=False, polite=False)
+        facts = {"constraints": [rule, {"kind": "keywords", "words": [asked.answer.strip("()").split()[0]]}]}
+        yield {"messages": asked.messages, "verifier": {"kind": "constraints"}, **facts, "target": asked.answer}
+
+
+def write_all(folder: Path) -> None:
+    """Write every file."""
+    draw = random.Random(SEED)
+    _lines(folder / "chats.jsonl", chats(draw))
+    asked = _different(lambda: question(draw, KINDS, heldout=True), HELDOUT)
+    _questions(folder / "heldout.jsonl", asked)
+    _task(folder / "taught.yaml", "heldout.jsonl", target="{taught}")
+    _task(folder / "plain.yaml", "heldout.jsonl", target="{answer}")
+    _task(folder / "habit.yaml", "heldout.jsonl", target=HABIT.strip(), kind="generate", verifier="contains")
+    _questions(folder / "sums.jsonl", sums(heldout=True))
+    _task(folder / "sums.yaml", "sums.jsonl", target="{answer}")
+    _lines(folder / "pairs.jsonl", pairs(draw))
+    _lines(folder / "rankings.jsonl", rankings(draw))
+    exact = {"verifier": {"kind": "exact"}}
+    plain = [question(draw, KINDS, heldout=False) for _ in range(PAIRS // 2)]
+    _lines(folder / "prompts_plain.jsonl", ({"messages": q.messages, **exact, "target": q.answer} for q in plain))
+    additions = sums(heldout=False)
+    _lines(folder / "prompts_sums.jsonl", ({"messages": q.messages, **exact, "target": q.answer} for q in additions))
+    _lines(folder / "prompts_gamed.jsonl", gamed(draw))
+    for name, kind in SKILLS.items():
+        learned = [question(draw, {name: kind}, heldout=False, polite=False) for _ in range(SKILL_CHATS)]
+        _lines(folder / name / "chats.jsonl", ({"messages": [*q.messages, _said(q.answer)]} for q in learned))
+        tested = _different(lambda: question(draw, {name: kind}, heldout=True, polite=False), SKILL_HELDOUT)  # noqa: B023
+        _questions(folder / name / "heldout.jsonl", tested)
+        _task(folder / name / f"{name}.yaml", "heldout.jsonl", target="{answer}")
+
+
+def _said(text: str) -> dict[str, str]:
+    return {"role": "assistant", "content": text}
+
+
+def _different(draw_one: Callable[[], Question], count: int) -> list[Question]:
+    found: dict[str, Question] = {}
+    while len(found) < count:
+        one = draw_one()
+        found[one.text] = one
+    return list(found.values())
+
+
+def _questions(path: Path, asked: Iterable[Question]) -> None:
+    _lines(path, ({"question": q.text, "answer": q.answer, "taught": q.taught} for q in asked))
+
+
+def _lines(path: Path, records: Iterable[Record]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+
+
+def _task(path: Path, data: str, *, target: str, kind: str = "exact_match", verifier: str = "exact") -> None:
+    """A task file that asks as the template `turns` does."""
+    prompt = json.dumps("User\n{question}\nAssistant\n")
+    path.write_text(
+        f"kind: {kind}\ndata: {data}\nprompt: {prompt}\ntarget: {json.dumps(target)}\nverifier: {verifier}\n"
+        "max_new_tokens: 16\n"
+    )
+
+
+if __name__ == "__main__":
+    write_all(Path(sys.argv[1]))
