@@ -32,6 +32,8 @@ class Batch:
     groups: torch.Tensor | None = None
     """[rows, most documents] int32: index, in its row, of the preference that each document belongs to, increasing from 0; -1:
     no such document. All answers of a preference are in one row, best first."""
+    reference: torch.Tensor | None = None
+    """[rows, most documents] float64: log-probability of each answer under the reference of DPO, set by the trainer."""
     per_microbatch: Callable[[], tuple[float, ...]] | None = None
     """Mean numbers, over the microbatches of a step on all ranks, of what the objective counts, such as learned labels. Set by
     the trainer if it counts anything. It may wait for the other ranks."""
@@ -48,6 +50,7 @@ class Batch:
             learned=None if self.learned is None else self.learned[index],
             ranks=None if self.ranks is None else self.ranks[index],
             groups=None if self.groups is None else self.groups[index],
+            reference=None if self.reference is None else self.reference[index],
             per_microbatch=self.per_microbatch,
         )
 
@@ -62,6 +65,7 @@ class Batch:
             learned=None if self.learned is None else self.learned[start:stop],
             ranks=None if self.ranks is None else self.ranks[start:stop],
             groups=None if self.groups is None else self.groups[start:stop],
+            reference=None if self.reference is None else self.reference[start:stop],
             per_microbatch=self.per_microbatch,
         )
 
@@ -76,5 +80,6 @@ class Batch:
             learned=None if self.learned is None else self.learned.pin_memory(),
             ranks=None if self.ranks is None else self.ranks.pin_memory(),
             groups=None if self.groups is None else self.groups.pin_memory(),
+            reference=None if self.reference is None else self.reference.pin_memory(),
             per_microbatch=self.per_microbatch,
         )

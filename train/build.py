@@ -23,6 +23,7 @@ from recipes.schema.manifest import read_manifest as read_checkpoint_manifest
 from recipes.schema.parallel import ParallelConfig
 from recipes.schema.recipe import Recipe
 from recipes.schema.rules import distill_problems, notes, problems, shape_rules, vocabulary_problems
+from train.align.dpo import DPO_PARTS, count_pairs, dpo_step
 from train.align.policy_step import PARTS as POLICY_PARTS
 from train.align.policy_step import policy_step
 from train.align.reward import REWARD_PARTS, count_contexts, reward_step
@@ -142,6 +143,8 @@ def build_objective(recipe: Recipe, *, mesh: Mesh, chunks: list[Any], tokenizer:
     objective = recipe.objective
     if objective.kind == "reward":
         return Objective(reward_step(mesh, objective.reward), REWARD_PARTS, counter=count_contexts)
+    if objective.kind == "dpo":
+        return Objective(dpo_step(mesh, objective.dpo), DPO_PARTS, counter=count_pairs)
     if objective.kind == "next_token":
         return Objective(next_token.forward_step(mesh, reset_at_documents=recipe.data.reset_at_documents))
     if objective.kind == "grpo":
@@ -200,6 +203,39 @@ def build_engine(recipe: Recipe, mesh: Mesh, *, weights: Path | None = None, tok
         counter=objective.counter,
         loss_parts=objective.parts,
         teacher=objective.teacher,
+        row_tokens=recipe.data.row_tokens,
+        microbatch_rows=recipe.run.microbatch_rows,
+        reset_at_documents=recipe.data.reset_at_documents,
+    )
+
+
+def frozen_engine(recipe: Recipe, checkpoint: Path, mesh: Mesh) -> Engine:
+    """The recipe's model with a checkpoint's weights for forward passes at the recipe's layout, next to another engine: without
+    gradients and optimizer. Collective over the world."""
+    check(recipe, world=mesh.layout.world)
+    backend = choose_backend(recipe.precision, mesh.device)
+    chunks = build_model(
+        recipe.model,
+        parallel=recipe.parallel,
+        precision=recipe.precision,
+        run=recipe.run,
+        row_tokens=recipe.data.row_tokens,
+        mesh=mesh,
+        backend=backend,
+        reset_at_documents=recipe.data.reset_at_documents,
+        draw_weights=False,
+    )
+    read_weights(checkpoint, chunks, groups=mesh.groups)
+    for chunk in chunks:
+        chunk.requires_grad_(False)
+        chunk.eval()
+    return Engine(
+        mesh=mesh,
+        chunks=list(chunks),
+        optimizer=None,  # type: ignore[arg-type]
+        precision=backend.control(chunks, precision=recipe.precision, mesh=mesh, seed=0),
+        forward_step=next_token.forward_step(mesh, reset_at_documents=recipe.data.reset_at_documents),
+        counter=next_token.count_labels,
         row_tokens=recipe.data.row_tokens,
         microbatch_rows=recipe.run.microbatch_rows,
         reset_at_documents=recipe.data.reset_at_documents,

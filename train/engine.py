@@ -31,6 +31,8 @@ class Engine:
     row_tokens: int
     microbatch_rows: int
     reset_at_documents: bool
+    prepare: Callable[[list[Any]], list[Any]] | None = None
+    """What this rank's microbatches get before a step, such as the reference's log-probabilities. Collective over the world."""
     loss_parts: tuple[str, ...] = ()
     """Names of the terms that the objective reports in addition to the loss."""
     teacher: dict[str, Any] | None = None

@@ -25,8 +25,10 @@ from recipes.schema.read import recipe_mapping, recipe_yaml
 from recipes.schema.recipe import Recipe
 from recipes.schema.rules import start_problems
 from recipes.schema.scaling import describe_precision
+from train.align.dpo import implicit_pairs_step
 from train.align.frozen_models import FrozenModels, check_frozen_models, open_frozen_models
 from train.align.policy_stream import PolicyStream
+from train.align.reference import Attach, open_reference, reference_of
 from train.build import build_engine, check_start, mesh_of, open_material
 from train.checkpoint.manager import CheckpointFolder, checkpoint_at
 from train.checkpoint.manifest import RunState
@@ -34,6 +36,8 @@ from train.checkpoint.resume import TEACHER, resume
 from train.checkpoint.saving import Peers
 from train.checkpoint.stream_state import read_stream_state
 from train.distill.teacher_cache import TeacherCache
+from train.engine import Engine
+from train.evaluate.ask import TaskResult
 from train.evaluate.heldout_preferences import heldout_preferences, recorded
 from train.evaluate.losses import heldout_bits_per_byte
 from train.evaluate.training_tasks import open_training_tasks, task_scores
@@ -128,6 +132,11 @@ def _train(
         folder.mkdir(parents=True, exist_ok=True)
         disk.write_text(folder / "recipe.yaml", recipe_yaml(mapping))
     mesh.barrier()
+    reference: Attach | None = None
+    if recipe.objective.kind == "dpo" and isinstance(material, Dataset):
+        weights = reference_of(recipe, start.state.lineage, step=step, tokenizer=tokenizer.fingerprint)
+        reference = open_reference(recipe, engine, material, weights, folder=folder, is_new=not checkpoints.published())
+        engine = replace(engine, prepare=reference)
 
     with ExitStack() as stack:
         telemetry = Telemetry(
@@ -169,8 +178,8 @@ def _train(
             if isinstance(material, Dataset) and heldout_is_due(recipe.evaluate, at, steps=recipe.run.steps):
                 rows = recipe.evaluate.rows_per_source
                 with telemetry.phase("evaluating"):
-                    if recipe.model.head == "scalar":
-                        found = heldout_preferences(engine, material, rows_per_source=rows)
+                    if recipe.data.preferences:
+                        found = _heldout_preferences(recipe, engine, material, reference)
                         telemetry.event("tasks", step=at, tasks=recorded(found))
                         scores, measure = {one.name: one.metrics["loss"].value for one in found}, "losses"
                     else:
@@ -218,6 +227,21 @@ def _train(
             profiler=profiler,
         )
     return RunEnd(folder=folder, step=end.step, reason=end.reason)
+
+
+def _heldout_preferences(
+    recipe: Recipe, engine: Engine, dataset: Dataset, reference: Attach | None
+) -> list[TaskResult]:
+    rows = recipe.evaluate.rows_per_source
+    if reference is None:
+        return heldout_preferences(engine, dataset, rows_per_source=rows)
+    return heldout_preferences(
+        engine,
+        dataset,
+        rows_per_source=rows,
+        pairs_step=implicit_pairs_step(engine.mesh, recipe.objective.dpo),
+        prepare=lambda batches: reference(batches, is_heldout=True),
+    )
 
 
 def _stream_of_rows(recipe: Recipe, dataset: Dataset, *, mesh: Mesh, position: int) -> Stream:

@@ -51,6 +51,8 @@ def train_step(
     for chunk in engine.chunks:
         chunk.zero_grad_buffer()
     engine.optimizer.zero_grad()
+    if engine.prepare is not None:
+        microbatches = engine.prepare(microbatches)
     microbatches, sums = count_step(engine.mesh, microbatches, engine.counter)
     with phase("forward and backward"):
         reports = run_schedule(engine, microbatches, forward_step=engine.forward_step)

@@ -9,6 +9,7 @@ from typing import Literal
 from recipes.schema.fields import (
     Count,
     GroupSize,
+    HalfFraction,
     NonNegativeFloat,
     PositiveFloat,
     PositiveFraction,
@@ -16,6 +17,26 @@ from recipes.schema.fields import (
     Temperature,
     ZeroOrOne,
 )
+
+
+@dataclass(frozen=True)
+class DpoConfig:
+    """Direct preference optimisation (arXiv 2305.18290; docs/align.md)."""
+
+    beta: PositiveFloat = 0.1
+    """Strength of the pull to the reference. 0.1 is the paper's usual value."""
+    label_smoothing: HalfFraction = 0.0
+    """Probability with which a pair is assumed to be the wrong way round (conservative DPO)."""
+    length_normalized: bool = False
+    """Divide the log-ratio of an answer to the reference by its tokens, so that long answers do not count more."""
+    sft_weight: NonNegativeFloat = 0.0
+    """Weight of the cross-entropy of the chosen answers, in nats per token, which keeps them likely."""
+    reference: str | None = None
+    """The model that answers are compared with: a checkpoint folder, or a run folder (its newest checkpoint). null: the
+    weights of `run.start_from`."""
+    reference_log_probs: Literal["cached", "online"] = "cached"
+    """`cached`: compute the reference's log-probabilities of all rows of the run before step 1 and keep them in the run's
+    folder. `online`: keep the reference in memory and compute them at every step."""
 
 
 @dataclass(frozen=True)
@@ -79,8 +100,8 @@ class GrpoConfig:
     generation_rows: PositiveInt = 64
     """Answers that a tensor group generates at a time. More need more memory for keys and states (shown by `stratum plan`)."""
     log_prob_gap: PositiveFloat | None = None
-    """Largest allowed |log p by the sampler - log p by the trainer| of a token; a larger one stops the run. null: 1e-5 in fp32, 1
-    in bf16 and low precision. It is recorded at every batch."""
+    """Largest allowed difference of a token's log p between sampler and trainer; a larger one stops the run. null: 1e-5 in fp32,
+    1 in bf16 and low precision. It is recorded at every batch."""
     mean_log_prob_gap: PositiveFloat | None = None
     """The same for the mean over the tokens of a batch. null: 1e-6 in fp32, 0.05 in bf16 and low precision."""
     verifier_seconds: PositiveFloat = 5.0

@@ -61,6 +61,7 @@ Count = Annotated[int, Range(ge=0)]
 PositiveFloat = Annotated[float, Range(gt=0)]
 NonNegativeFloat = Annotated[float, Range(ge=0)]
 Fraction = Annotated[float, Range(ge=0, le=1)]
+HalfFraction = Annotated[float, Range(ge=0, lt=0.5)]
 PositiveFraction = Annotated[float, Range(gt=0, le=1)]
 Temperature = Annotated[float, Range(ge=0.01, le=100)]
 """Temperature of distillation. Logits divided by a smaller one could overflow fp32."""

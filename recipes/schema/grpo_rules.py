@@ -24,7 +24,7 @@ def grpo_problems(recipe: Recipe, *, backend: str) -> list[Problem]:
         found.append(Problem("run.start_from", text, "Name the run or checkpoint to start from."))
     if whole := reads_whole_rows_only(recipe.parallel, backend):
         text = f"objective.kind=grpo draws answers from the model that trains; {', '.join(whole)} cannot generate text."
-        remedy = "Use parallel.tensor and data ranks, with parallel.pipeline=1, context=1, sequence=false and backend=reference."
+        remedy = "Use tensor and data ranks only, sequence=false and precision.backend=reference."
         found.append(Problem("objective.kind", text, remedy))
     if not recipe.data.reset_at_documents:
         text = "data.reset_at_documents=false, but a row holds several answers, which must not see each other."

@@ -53,6 +53,16 @@ def data_fit_problems(recipe: Recipe) -> list[Problem]:
     return found
 
 
+def dpo_problems(recipe: Recipe) -> list[Problem]:
+    """DPO without a reference."""
+    if recipe.objective.kind != "dpo" or recipe.objective.dpo.reference or recipe.run.start_from:
+        return []
+    text = "objective.kind=dpo compares answers with a reference, but objective.dpo.reference=null and run.start_from=null."
+    return [
+        Problem("objective.dpo.reference", text, "Set run.start_from to the model to improve, or name a reference.")
+    ]
+
+
 def language_model_problems(model: ModelConfig, *, place: str, key: str = "model.head") -> list[Problem]:
     """A reward model where a language model is needed. place: the checkpoint or run; key: the field that names it."""
     if model.head == "vocabulary":

@@ -26,7 +26,7 @@ from recipes.schema.launch_rules import environment_problems
 from recipes.schema.layout import layout_problems
 from recipes.schema.manifest import Manifest
 from recipes.schema.objective import PREFERENCE_OBJECTIVES, ObjectiveConfig
-from recipes.schema.objective_rules import data_fit_problems, reward_problems, unused
+from recipes.schema.objective_rules import data_fit_problems, dpo_problems, reward_problems, unused
 from recipes.schema.optim import ScheduleConfig
 from recipes.schema.parallel import ParallelConfig
 from recipes.schema.pattern import layer_kinds, pattern_problems, weights_of
@@ -80,6 +80,7 @@ def problems(
         *distill_problems(recipe),
         *grpo_problems(recipe, backend=backend),
         *data_fit_problems(recipe),
+        *dpo_problems(recipe),
         *reward_problems(recipe),
         *task_problems(
             recipe.evaluate.tasks,
@@ -101,12 +102,13 @@ def problems(
 def reading_problems(recipe: Recipe) -> list[Problem]:
     """Problems for commands that read a recipe but do not train with it: the groups that matter for training only are ignored."""
     kind = recipe.objective.kind
+    is_fit = kind in PREFERENCE_OBJECTIVES
     found = problems(
         dataclasses.replace(
             recipe,
             parallel=ParallelConfig(),
             precision=PrecisionConfig(),
-            objective=ObjectiveConfig(kind=kind if kind in PREFERENCE_OBJECTIVES else "next_token"),
+            objective=ObjectiveConfig(kind=kind, dpo=recipe.objective.dpo) if is_fit else ObjectiveConfig(),
             schedule=ScheduleConfig(),
             evaluate=EvaluateConfig(),
         )

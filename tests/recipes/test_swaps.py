@@ -16,6 +16,7 @@ from recipes.schema.errors import StratumError
 from recipes.schema.read import recipe_from_mapping
 from recipes.schema.recipe import Recipe
 from recipes.schema.scaling import shape_problems
+from recipes.schema.schedule import schedule_problems
 from recipes.schema.typed import defaults_of
 
 GROUPS = ("schedule", "precision", "optim", "data", "model", "parallel", "objective", "launch")
@@ -119,3 +120,9 @@ def test_a_gpu_takes_every_linear_of_the_smoke_model_in_every_precision() -> Non
             assert not shape_problems(
                 found.model, parallel=found.parallel, precision=found.precision, rank_tokens=tokens
             )
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if re.search("tiny|smoke|gap", name)])
+def test_a_small_recipe_can_be_tried_for_two_steps(name: str) -> None:
+    recipe = recipe_from_mapping(composed("-cn", name, "run.steps=2"))
+    assert schedule_problems(recipe.schedule, total_steps=2, tokens_per_step=1) == []

@@ -1,4 +1,4 @@
-"""Held-out preferences under a reward model: loss, accuracy and calibration of each source.
+"""Held-out preferences under a reward model, or under a model that DPO trains: loss, accuracy and calibration of each source.
 
     rows, dealt to the data-parallel ranks --model--> rewards --pairs--> gathered on every rank --> metrics
 
@@ -6,7 +6,7 @@ Every pair of answers of different ranks counts once. Intervals cover the choice
 pairs of one ranking are not.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -20,15 +20,28 @@ from train.evaluate.ask import TaskResult
 from train.evaluate.deal import deal, evaluating
 from train.evaluate.intervals import Metric, mean, share
 from train.objective.next_token import local_rows
+from train.parallel.mesh import Mesh
 
 
-def heldout_preferences(engine: Engine, dataset: Any, *, rows_per_source: int) -> list[TaskResult]:
+def heldout_preferences(
+    engine: Engine,
+    dataset: Any,
+    *,
+    rows_per_source: int,
+    pairs_step: Callable[..., Any] | None = None,
+    prepare: Callable[[list[Any]], list[Any]] = lambda batches: batches,
+) -> list[TaskResult]:
     """Metrics of each source's first held-out rows; sources without held-out preferences are left out. Collective over the
-    world; the same result on every rank."""
+    world; the same result on every rank.
+
+    pairs_step: the forward step that reports the `RankedPairs` of a microbatch; None: by the rewards of a reward model. prepare:
+    what the microbatches get first.
+    """
     found = []
+    forward = pairs_step or reward_pairs_step(engine.mesh)
     with evaluating(engine.chunks):
         for name in dataset.source_names:
-            pairs = _pairs(engine, dataset, name, limit=rows_per_source)
+            pairs = _pairs(engine, dataset, name, limit=rows_per_source, forward=forward, prepare=prepare)
             if pairs.shape[1]:
                 metrics = metrics_of(pairs[0], pairs[1])
                 found.append(
@@ -60,16 +73,8 @@ def metrics_of(better_N: torch.Tensor, worse_N: torch.Tensor) -> dict[str, Metri
     }
 
 
-def _pairs(engine: Engine, dataset: Any, name: str, *, limit: int) -> torch.Tensor:
-    """Rewards of the better and the worse answer of all pairs, [2, pairs] float64 on the CPU."""
-    mesh = engine.mesh
-    count = min(limit, dataset.heldout_count(name))
-    batch = dataset.heldout_rows(name, 0, count)
-    microbatches = []
-    for part in deal(count, mesh, microbatch_rows=engine.microbatch_rows):
-        rows = batch.select(np.array([row for row, _ in part]))
-        counts = torch.tensor([is_counted for _, is_counted in part])
-        microbatches.append(replace(rows, ranks=torch.where(counts[:, None], rows.ranks, -1)))
+def reward_pairs_step(mesh: Mesh) -> Callable[..., Any]:
+    """A forward step of a reward model. Its report: the rewards of the microbatch's pairs."""
 
     def step(iterator: Any, model: torch.nn.Module) -> Any:
         rows_of_step = next(iterator)
@@ -81,7 +86,29 @@ def _pairs(engine: Engine, dataset: Any, name: str, *, limit: int) -> torch.Tens
 
         return output, report_of
 
-    reports = run_schedule(engine, microbatches, forward_step=step, forward_only=True)
+    return step
+
+
+def _pairs(
+    engine: Engine,
+    dataset: Any,
+    name: str,
+    *,
+    limit: int,
+    forward: Callable[..., Any],
+    prepare: Callable[[list[Any]], list[Any]],
+) -> torch.Tensor:
+    """Rewards of the better and the worse answer of all pairs, [2, pairs] float64 on the CPU."""
+    mesh = engine.mesh
+    count = min(limit, dataset.heldout_count(name))
+    batch = dataset.heldout_rows(name, 0, count)
+    microbatches = []
+    for part in deal(count, mesh, microbatch_rows=engine.microbatch_rows):
+        rows = batch.select(np.array([row for row, _ in part]))
+        counts = torch.tensor([is_counted for _, is_counted in part])
+        microbatches.append(replace(rows, ranks=torch.where(counts[:, None], rows.ranks, -1)))
+
+    reports = run_schedule(engine, prepare(microbatches), forward_step=forward, forward_only=True)
     # Tensor and context ranks have equal rewards; earlier pipeline stages have none.
     is_first = mesh.groups.tp.rank() == 0 and mesh.groups.cp.rank() == 0
     own = [torch.stack([one.better_N, one.worse_N]).double().cpu() for one in reports] if is_first else []  # type: ignore[attr-defined]

@@ -178,8 +178,8 @@ def _evaluation(record: RunRecord | None, step: int) -> list[str]:
         ]
         for name, entry in scored[last].items():
             for metric, found in entry["metrics"].items():
-                value = f"{as_number(found['value']):.3f}"
-                lines.append(f"| {_text(name)} | {as_number(entry['items']):g} | {_text(metric)} | {value} |")
+                pairs, shown = as_number(entry["items"]), as_number(found["value"])
+                lines.append(f"| {_text(name)} | {pairs:g} | {_text(metric)} | {shown:.3f} |")
         return lines
     known = [at for at in record.evaluations if at <= step] if record is not None else []
     if record is None or not known:

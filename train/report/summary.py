@@ -261,7 +261,7 @@ def _code_before(text: str, separator: str) -> str:
 
 def unit_of(recipe: dict[str, Any]) -> str:
     """What the training loss is a mean over."""
-    return "context" if recipe.get("objective", {}).get("kind") == "reward" else "token"
+    return {"reward": "context", "dpo": "pair"}.get(recipe.get("objective", {}).get("kind", ""), "token")
 
 
 def _loss_change(losses: list[float], *, unit: str) -> str:
@@ -277,6 +277,8 @@ def _loss(recipe: dict[str, Any]) -> str:
     objective = recipe.get("objective", {})
     if objective.get("kind") == "reward":
         return "training loss (Bradley-Terry)"
+    if objective.get("kind") == "dpo":
+        return "training loss (DPO)"
     if objective.get("kind") != "distill":
         return "training loss"
     is_mixed = objective.get("next_token_weight", 0) or objective.get("hidden_match", "none") != "none"

@@ -53,28 +53,34 @@ class PairLoss:
     rejected_rewards: torch.Tensor
 
 
-def dpo_loss(pairs: PairLogProbs, options: DpoOptions, *, step_pairs: int, step_chosen_tokens: int) -> PairLoss:
-    """-log sigmoid(beta (chosen log-ratio - rejected log-ratio)), smoothed, summed and divided by the step's pairs.
-
-    step_pairs, step_chosen_tokens: of all microbatches and data ranks together.
-    """
+def implicit_rewards(pairs: PairLogProbs, options: DpoOptions) -> tuple[torch.Tensor, torch.Tensor]:
+    """(of the chosen, of the rejected answers): beta x log-ratio to the reference, [N] each."""
     chosen_N = pairs.chosen - pairs.reference_chosen
     rejected_N = pairs.rejected - pairs.reference_rejected
     if options.length_normalized:
         chosen_N = chosen_N / pairs.chosen_tokens.clamp(min=1)
         rejected_N = rejected_N / pairs.rejected_tokens.clamp(min=1)
-    margin_N = options.beta * (chosen_N - rejected_N)
+    return options.beta * chosen_N, options.beta * rejected_N
+
+
+def dpo_loss(pairs: PairLogProbs, options: DpoOptions, *, step_pairs: float, step_chosen_tokens: float) -> PairLoss:
+    """-log sigmoid(beta (chosen log-ratio - rejected log-ratio)), smoothed, summed and divided by the step's pairs.
+
+    step_pairs, step_chosen_tokens: of all microbatches and data ranks together.
+    """
+    chosen_N, rejected_N = implicit_rewards(pairs, options)
+    margin_N = chosen_N - rejected_N
     smoothing = options.label_smoothing
     losses_N = -(1 - smoothing) * F.logsigmoid(margin_N) - smoothing * F.logsigmoid(-margin_N)
     preference = losses_N.sum() / step_pairs
-    sft = -pairs.chosen.sum() / max(1, step_chosen_tokens)
+    sft = -pairs.chosen.sum() / (step_chosen_tokens or 1)
     loss = preference + options.sft_weight * sft if options.sft_weight else preference
     return PairLoss(
         loss,
         preference.detach(),
         sft.detach(),
-        (options.beta * chosen_N).detach(),
-        (options.beta * rejected_N).detach(),
+        chosen_N.detach(),
+        rejected_N.detach(),
     )
 
 
