@@ -72,7 +72,8 @@ def write_start(rank: int, recipe: Recipe) -> None:
     """For `run_ranks` in one process: a run folder `start` with a checkpoint of random weights."""
     torch.set_num_threads(1)
     with mesh_of(recipe, check(recipe, world=1), device=torch.device("cpu"), rank=rank) as mesh:
-        engine = build_engine(replace(recipe, objective=ObjectiveConfig()), mesh)
+        objective = ObjectiveConfig(kind="reward" if recipe.model.head == "scalar" else "next_token")
+        engine = build_engine(replace(recipe, objective=objective), mesh)
         state = RunState(recipe=recipe_mapping(recipe), tokenizer=tokenizer().fingerprint)
         CheckpointFolder(Path(recipe.run.folder) / "start" / "checkpoints", recipe.checkpoint).save(engine, state)
 

@@ -12,7 +12,7 @@ def digit_share(prompt: str, answer: str, facts: dict[str, Any]) -> float:
 
 def random_reward(prompt: str, answer: str, facts: dict[str, Any]) -> float:
     """Another number at every call."""
-    return int.from_bytes(os.urandom(2), "little") / 2**16
+    return int.from_bytes(os.urandom(6), "little") / 2**48
 
 
 def fails(prompt: str, answer: str, facts: dict[str, Any]) -> float:

@@ -88,6 +88,11 @@ class ChatEncoder:
             lesson = self._lessons(messages, record, text)[-1]  # the last: with the thinking of the last turn only
             own = frozenset(place for place in lesson.learned if place >= len(context))
             document = self._document(Lesson(lesson.messages, own), record.get("tools"))
+            if document.learned[-1]:
+                # The end-of-document token ends the turn itself. A reward model must read the token that ends an answer, so
+                # another label has to follow it in the document.
+                ids, learned = np.append(document.ids, self._tokenizer.eod), np.append(document.learned, False)
+                document = replace(document, ids=ids, learned=learned)
             documents.append(replace(document, rank=answer["rank"], begins_group=not documents))
         if _has_equal_answers(documents):
             raise ChatError("has answers of different ranks that the chat template and the tokenizer make equal")

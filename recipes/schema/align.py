@@ -100,8 +100,8 @@ class GrpoConfig:
     generation_rows: PositiveInt = 64
     """Answers that a tensor group generates at a time. More need more memory for keys and states (shown by `stratum plan`)."""
     log_prob_gap: PositiveFloat | None = None
-    """Largest allowed |log p by the sampler - log p by the trainer| of a token; a larger one stops the run. null: 1e-5 in fp32, 1
-    in bf16 and low precision. It is recorded at every batch."""
+    """Largest allowed difference of a token's log p between sampler and trainer; a larger one stops the run. null: 1e-5 in fp32,
+    1 in bf16 and low precision. It is recorded at every batch."""
     mean_log_prob_gap: PositiveFloat | None = None
     """The same for the mean over the tokens of a batch. null: 1e-6 in fp32, 0.05 in bf16 and low precision."""
     verifier_seconds: PositiveFloat = 5.0

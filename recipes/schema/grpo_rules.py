@@ -15,16 +15,15 @@ def grpo_problems(recipe: Recipe, *, backend: str) -> list[Problem]:
         return []
     config, found = recipe.objective.grpo, []
     if not config.prompts:
-        text = "objective.grpo.prompts is empty."
-        found.append(
-            Problem("objective.grpo.prompts", text, "Name files, e.g. objective.grpo.prompts=[prompts/*.jsonl].")
-        )
+        text = "objective.kind=grpo learns from answers to prompts, and objective.grpo.prompts is empty."
+        remedy = "Name files of prompts with verifiers, such as [prompts/*.jsonl], or use objective.kind=next_token."
+        found.append(Problem("objective.grpo.prompts", text, remedy))
     if recipe.run.start_from is None:
         text = "run.start_from=null: a model of random weights earns no rewards to learn from."
         found.append(Problem("run.start_from", text, "Name the run or checkpoint to start from."))
     if whole := reads_whole_rows_only(recipe.parallel, backend):
         text = f"objective.kind=grpo draws answers from the model that trains; {', '.join(whole)} cannot generate text."
-        remedy = "Use parallel.tensor and data ranks, with parallel.pipeline=1, context=1, sequence=false and backend=reference."
+        remedy = "Use tensor and data ranks only, sequence=false and precision.backend=reference."
         found.append(Problem("objective.kind", text, remedy))
     if not recipe.data.reset_at_documents:
         text = "data.reset_at_documents=false, but a row holds several answers, which must not see each other."

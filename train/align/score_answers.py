@@ -63,9 +63,9 @@ class RewardScorer:
         """The reward of each text, the same on every tensor rank, which all call with the same texts. Collective over the tensor
         group.
 
-        A text is a document as in prepared data: context and answer, up to the end-of-turn that ends the answer (or to its last
-        token, if it was cut off), without end-of-document tokens. Its reward is the head's output at the last token. DataError
-        for a text that is empty or longer than a row.
+        A text is a document as in prepared data, without the end-of-document tokens before and after it: context and answer, up
+        to the end-of-turn that ends the answer, or to its last token if it was cut off. Its reward is the head's output at the
+        last token. DataError for a text that is empty or longer than a row.
         """
         sizes = [1 + len(text) for text in token_ids]  # as in training, the end-of-document token comes before
         for size in sizes:

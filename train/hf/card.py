@@ -17,13 +17,14 @@ from recipes.schema.foreign import in_markdown, printable
 from recipes.schema.pattern import KINDS, counts, flops_per_token, parameters
 from recipes.schema.read import recipe_mapping, recipe_yaml
 from recipes.schema.recipe import Recipe
+from recipes.schema.run_folder import as_number
 from recipes.schema.scaling import describe_precision
 from train.checkpoint.storage import Manifest
 from train.hf.check import Agreement
 from train.hf.config import SpecialTokens, family_of
 from train.hf.convert import Converted
 from train.hf.published import import_of
-from train.report.summary import RunRecord, draw, read_run
+from train.report.summary import RunRecord, draw, read_run, unit_of
 
 _ARTICLES = {
     "nemotron_h": ("Nemotron-H", "arXiv 2504.03624, 2508.14444"),
@@ -78,7 +79,7 @@ def _page(release: Release, record: RunRecord | None) -> list[str]:
         "library_name": "transformers",
         "pipeline_tag": "text-classification" if is_reward else "text-generation",
         "license": release.license or "unknown",
-        "tags": [family, "pretraining", "stratum"],
+        "tags": [family, "reward-model" if is_reward else "pretraining", "stratum"],
     } | {key: value for key, value in release.origin.items() if not (release.license and key.startswith("license"))}
     return [
         "---",
@@ -166,15 +167,29 @@ def _versions(release: Release) -> list[str]:
 
 def _evaluation(record: RunRecord | None, step: int) -> list[str]:
     lines = ["", "## Evaluation", ""]
+    scored = {at: tasks for at, tasks in record.tasks().items() if at <= step} if record is not None else {}
+    if record is not None and not record.evaluations and scored:  # a reward model
+        last = max(scored)
+        lines += [
+            f"Held-out preferences at step {last}:",
+            "",
+            "| source | pairs | metric | value |",
+            "|---|---|---|---|",
+        ]
+        for name, entry in scored[last].items():
+            for metric, found in entry["metrics"].items():
+                pairs, shown = as_number(entry["items"]), as_number(found["value"])
+                lines.append(f"| {_text(name)} | {pairs:g} | {_text(metric)} | {shown:.3f} |")
+        return lines
     known = [at for at in record.evaluations if at <= step] if record is not None else []
     if record is None or not known:
         return [*lines, "No evaluation of this checkpoint was recorded."]
     first, last = min(known), max(known)
     lines += ["Held-out text of each source, bits per byte (comparable across tokenizers):", ""]
     lines += [f"| source | step {first} | step {last} |", "|---|---|---|"]
-    for name, value in record.evaluations[last].items():
+    for name, score in record.evaluations[last].items():
         before = record.evaluations[first].get(name, float("nan"))
-        lines.append(f"| {_text(name)} | {before:.3f} | {value:.3f} |")
+        lines.append(f"| {_text(name)} | {before:.3f} | {score:.3f} |")
     if last != step:
         lines += ["", f"The checkpoint is of step {step}; the last evaluation before it was at step {last}."]
     return lines
@@ -197,7 +212,8 @@ def _training(release: Release, record: RunRecord | None) -> list[str]:
         steps = [line for step, line in record.steps.items() if step <= manifest.step]
         lines += ["", "![training loss, learning rate and held-out bits per byte](loss.png)"]
         if steps:
-            lines += ["", f"Training loss {steps[0]['loss']:.4f} -> {steps[-1]['loss']:.4f} nats per token."]
+            change = f"{steps[0]['loss']:.4f} -> {steps[-1]['loss']:.4f}"
+            lines += ["", f"Training loss {change} nats per {unit_of(recipe_mapping(recipe))}."]
     return lines
 
 

@@ -186,7 +186,8 @@ def import_model(parsed: argparse.Namespace) -> int:
     _print(
         f"wrote {parsed.out}: {converted.parameters:,} parameters in {parsed.out}/checkpoint; the recipe is {name}.yaml:"
     )
-    for command in ("prepare", "train", "generate"):
+    uses = () if model.head == "scalar" else ("generate",)
+    for command in ("prepare", "train", *uses):
         _print(f"  {STRATUM} {command} --config-dir {parsed.out} -cn {name}")
     return _conclude(agreement, why, f"stratum hf check {parsed.out} {parsed.directory}")
 

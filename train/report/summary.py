@@ -154,7 +154,7 @@ def draw(record: RunRecord, path: Path, *, title: str, recipe: dict[str, Any]) -
 
         top.plot(steps, losses, color="#a5c8ec", linewidth=0.9, label="each step")
         top.plot(steps, smooth(losses), color=SERIES[0], linewidth=2, label="running mean")
-        top.set(title=f"{title}: {_loss(recipe)}", ylabel=f"nats per {_unit(recipe)}")
+        top.set(title=f"{title}: {_loss(recipe)}", ylabel=f"nats per {unit_of(recipe)}")
         top.tick_params(labelbottom=False)
         below.plot(steps, [record.steps[step]["learning_rate"] for step in steps], color=MUTED, linewidth=1.4)
         below.set(xlabel="step", ylabel="learning rate", ylim=(0, None))
@@ -222,7 +222,7 @@ def facts(record: RunRecord, recipe: dict[str, Any]) -> dict[str, str]:
         "steps": f"{last['step']:,} of {recipe['run']['steps']:,}",
         "tokens": f"{last['tokens']:,}",
         **_learned(steps),
-        _loss(recipe): _loss_change([line["loss"] for line in steps], unit=_unit(recipe)),
+        _loss(recipe): _loss_change([line["loss"] for line in steps], unit=unit_of(recipe)),
         "speed": f"{statistics.median(line['tokens_per_s'] for line in steps):,.0f} tokens/s (median)",
     }
     shares = [line["mfu"] for line in steps if "mfu" in line]
@@ -259,7 +259,7 @@ def _code_before(text: str, separator: str) -> str:
     return f"{_code(first)}{separator}{in_markdown(rest)}"
 
 
-def _unit(recipe: dict[str, Any]) -> str:
+def unit_of(recipe: dict[str, Any]) -> str:
     """What the training loss is a mean over."""
     return {"reward": "context", "dpo": "pair"}.get(recipe.get("objective", {}).get("kind", ""), "token")
 

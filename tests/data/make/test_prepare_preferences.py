@@ -14,11 +14,12 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 import torch
-from chats import assistant, tokenizer_file, user
+from chats import assistant, tokenizer, tokenizer_file, user
 from omegaconf import OmegaConf
 from rich.console import Console
 
 from data.batch import Batch
+from data.chat.encode import ChatEncoder
 from data.dataset import Dataset, open_dataset
 from data.inspect import inspect
 from data.prepare import prepare
@@ -330,3 +331,19 @@ def test_trace_and_inspect_show_record_rank_and_answers(made: DataConfig, capsys
 
 def composed_recipe(config: DataConfig) -> Any:
     return OmegaConf.create({"data": asdict(config), "run": {"steps": 2, "global_rows": 4}})
+
+
+@pytest.mark.parametrize("template", ["turns", "chatml"])
+def test_the_token_that_ends_an_answer_is_also_read(template: str) -> None:
+    """`turns` ends an answer with the end-of-document token. As the last label of a document, no input would be that token."""
+    with ChatEncoder(ChatConfig(template=template), tokenizer(), row_tokens=ROW, seed=1) as encoder:
+        text = json.dumps(
+            {
+                "context": [user("Hi.")],
+                "answers": [{"rank": n, "messages": [assistant(words)]} for n, words in enumerate(("Yes.", "No."))],
+            }
+        )
+        for document in encoder.answers(text):
+            assert document.ids[-1] == tokenizer().eod and not document.learned[-1]
+            last = np.flatnonzero(document.learned)[-1]
+            assert document.ids[last] == (tokenizer().eod if template == "turns" else 2)  # <|im_end|>

@@ -8,12 +8,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from policy_runs import Learned, learn, policy_recipe, prompts_in, write_start
+from policy_runs import Learned, learn, policy_recipe, policy_stream, prompts_in, write_start
 from ranks import RankFailed, run_ranks
+from tiny import GEMMA, engine_of, recipe_with, rows_of
 
+from recipes.schema.objective import ObjectiveConfig
 from recipes.schema.recipe import Recipe
-from train.align import policy_stream
+from train.align import policy_stream as stream_module
 from train.align.losses.policy import group_advantages
+from train.align.policy_step import token_losses
+from train.model.context import RowContext
 
 ROUNDING = 2e-6  # test_layouts_agree
 LAYOUTS: dict[str, dict[str, Any]] = {"TP2": {"parallel.tensor": 2}, "DP2": {}}
@@ -75,7 +79,7 @@ def test_a_larger_gap_stops_the_run_and_names_answer_and_token(folder: Path) -> 
 def digits(rank: int, recipe: Recipe, steps: int, is_broken: bool) -> list[float]:
     """Mean rewards of the batches."""
     if is_broken:
-        policy_stream.group_advantages = lambda *a, **k: torch.zeros_like(group_advantages(*a, **k))
+        stream_module.group_advantages = lambda *a, **k: torch.zeros_like(group_advantages(*a, **k))
     return [event["reward_mean"] for event in learn(rank, recipe, 1, steps).events if event["kind"] == "rollouts"]
 
 
@@ -111,3 +115,47 @@ def test_failing_verifiers_cost_their_answers_the_reward_and_are_counted(tmp_pat
     assert event["verifiers"]["function"]["failures"] == {"raised": 2, "timed out": 2, "not a number": 2}
     assert event["verifiers"]["function"]["answers"] == 8 and event["reward_mean"] is not None
     assert np.isfinite(found.numbers.losses).all() and np.isfinite(found.numbers.grad_norms).all()
+
+
+def rewarded(rank: int, recipe: Recipe) -> tuple[list[float], list[float], list[dict[str, Any]]]:
+    """(rewards of a batch, what the reward model gives the same texts, events)."""
+    with engine_of(recipe, rank=rank, world=1) as engine, policy_stream(engine, recipe) as (stream, events):
+        next(stream)
+        assert stream._batch is not None and stream._frozen.rewards is not None
+        texts = [[*request.context, *request.target] for request in stream._parts[0].requests]
+        with torch.no_grad():
+            scores = stream._frozen.rewards.scores(texts)
+        return stream._batch.rewards.reshape(-1).tolist(), scores, events.found
+
+
+def test_rewards_of_a_reward_model_are_learned_from_and_verifiers_recorded(tmp_path: Path) -> None:
+    prompts_in(tmp_path)
+    model = policy_recipe(
+        tmp_path, **{"run.seed": 7, "model.head": "scalar", "objective": ObjectiveConfig(kind="reward")}
+    )
+    run_ranks(1, write_start, model)
+    options = {"objective.grpo.reward_model": str(tmp_path / "start"), "objective.grpo.kl_weight": 0.0}
+    rewards, scores, events = run_ranks(1, rewarded, policy_recipe(tmp_path, **options))[0]
+    assert rewards == pytest.approx(scores, abs=1e-6) and len(set(rewards)) == len(rewards)
+    (event,) = [event for event in events if event["kind"] == "rollouts"]
+    assert event["reward_mean"] == pytest.approx(np.mean(scores), abs=1e-6)
+    assert event["verifiers"]["function"]["answers"] == 12
+    assert event["verifiers"]["function"]["reward_mean"] != event["reward_mean"]
+
+
+def tempered(rank: int, recipe: Recipe) -> tuple[torch.Tensor, torch.Tensor]:
+    """Nats of labels at temperature 0.7: of the objective, and from the model's own logits in float64."""
+    with engine_of(recipe, rank=rank, world=1) as engine:
+        model, rows = engine.chunks[0].module, rows_of(0, np.arange(2))
+        with torch.no_grad():
+            ours = token_losses(model, rows, mesh=engine.mesh, temperature=0.7)
+            context = RowContext(documents=rows.document_index)
+            positions = torch.arange(rows.tokens.shape[1]).expand_as(rows.tokens)
+            logits = model(rows.tokens, positions, None, packed_seq_params=context).double() / 0.7
+        assert model.temperature == 1
+        return ours, -torch.log_softmax(logits, -1).gather(-1, rows.labels[..., None])[..., 0]
+
+
+def test_the_loss_is_that_of_the_temperature_also_with_a_soft_cap() -> None:
+    ours, expected = run_ranks(1, tempered, recipe_with(**GEMMA, **{"data.reset_at_documents": True}))[0]
+    torch.testing.assert_close(ours.double(), expected, rtol=2e-6, atol=2e-6)

@@ -54,7 +54,7 @@ def compare(rank: int, center_weight: float) -> dict[str, float]:
     longest = max(map(len, texts))
     ids = torch.tensor([text + [PAD] * (longest - len(text)) for text in texts])
     trainer = SimpleNamespace(
-        model=peer, accelerator=accelerator(), _metrics=metrics(), _total_train_tokens=0,
+        model=peer, accelerator=accelerator(), _metrics=metrics(), _total_train_tokens=0, _tp_size=1,
         args=SimpleNamespace(center_rewards_coefficient=center_weight or None),
     )  # fmt: skip
     peer.train()
