@@ -82,9 +82,17 @@ precision-gap: setup ## train a small hybrid in every precision and compare the 
 compress-curves: setup ## prune a tiny teacher, distil its students and train them otherwise, at equal tokens (hours; resumes)
 	@.venv/bin/stratum prepare -cn tiny_teacher && .venv/bin/stratum train -cn tiny_teacher && $(PY) -m tests.bench.compress_curves
 
+bench-align: setup ## tokens per second of fine-tuning against pretraining, and of GRPO against TRL (4 minutes)
+	@$(PY) -m tests.bench.align
+	@bash tests/train/align/install_trl.sh
+	@.trl/bin/python -m tests.bench.grpo
+
+align-road: setup ## a small model pretrained, fine-tuned and merged, with what each stage changed (about 15 minutes; resumes)
+	@$(PY) -m tests.bench.align_road
+
 clean: ## remove caches and the environment; runs/ is left alone
 	rm -rf .venv .oracle .peers .clouds .harness .trl .mypy_cache .ruff_cache .pytest_cache *.egg-info
 	find . -name __pycache__ -not -path './runs/*' -prune -exec rm -rf {} +
 
-.PHONY: help setup smoke test test-slow test-slurm test-oracle test-gpu check format bench bench-model bench-inference bench-fp8 bench-checkpoint bench-data precision-gap compress-curves clean validate-plan
+.PHONY: help setup smoke test test-slow test-slurm test-oracle test-gpu check format bench bench-model bench-inference bench-fp8 bench-checkpoint bench-data precision-gap compress-curves bench-align align-road clean validate-plan
 .DEFAULT_GOAL := help

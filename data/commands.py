@@ -18,6 +18,7 @@ def prepare(arguments: Sequence[str]) -> int:
     """Entry point of `stratum prepare`."""
 
     def job(config: PrepareConfig, composed: DictConfig) -> int:
+        _refuse_prompts(composed)
         from data.prepare import prepare_recipe  # NumPy and pyarrow take seconds; --help and mistakes do not need them
 
         return prepare_recipe(config.task, composed)
@@ -52,6 +53,7 @@ def inspect(arguments: Sequence[str]) -> int:
     """Entry point of `stratum inspect`."""
 
     def job(config: InspectConfig, composed: DictConfig) -> int:
+        _refuse_prompts(composed)
         from data.inspect import inspect  # torch takes seconds: as above
 
         return inspect(config, composed)
@@ -74,6 +76,7 @@ def trace(arguments: Sequence[str]) -> int:
     """Entry point of `stratum trace`."""
 
     def job(config: TraceConfig, composed: DictConfig) -> int:
+        _refuse_prompts(composed)
         from data.trace import trace  # as above
 
         return trace(config, composed)
@@ -95,3 +98,12 @@ stratum trace -cn smoke --step 123 --json              for scripts
     )
     keys = dotted_keys(DataConfig, "data.")
     return run_tool(parser, arguments, TraceConfig, job, keys=keys, user_errors=(DataError,))
+
+
+def _refuse_prompts(composed: DictConfig) -> None:
+    """DataError for a recipe without sources that learns from its own answers: it has no prepared data."""
+    if composed.objective.kind == "grpo" and not composed.data.sources:
+        raise DataError(
+            "objective.kind=grpo learns from answers to objective.grpo.prompts, which need no preparation, and data.sources is "
+            "empty. `stratum train` checks all prompts before its first step, and records samples of answers in metrics.jsonl."
+        )

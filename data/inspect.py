@@ -122,7 +122,7 @@ def _lengths_table(lengths: dict[str, np.ndarray]) -> Table:
 
 def _rows_table(dataset: Dataset, data: DataConfig, *, steps: int, total_rows: int) -> Table:
     table = _table(
-        f"rows of {dataset.row_tokens:,} tokens ({data.packing}) in a run of {steps:,} steps, {total_rows:,} rows",
+        f"rows of {dataset.row_tokens:,} tokens ({_packing(dataset, data)}) in a run of {steps:,} steps, {total_rows:,} rows",
         "source", "rows", "left over", "documents cut", "of the run", "epochs",
     )  # fmt: skip
     drawn, epochs = dataset.blend.curriculum.drawn(total_rows), dataset.blend.epochs(total_rows)
@@ -133,6 +133,13 @@ def _rows_table(dataset: Dataset, data: DataConfig, *, steps: int, total_rows: i
             f"{drawn[index] / max(1, total_rows):.2%}", f"{epochs[index]:.2f}",
         )  # fmt: skip
     return table
+
+
+def _packing(dataset: Dataset, data: DataConfig) -> str:
+    """How the rows are filled: chats are packed by `data.chat.packing`."""
+    chats = "one chat a row" if data.chat.packing == "single" else "whole chats"
+    kinds = {chats if rows.mask is not None else data.packing for rows in dataset.train}
+    return ", ".join(sorted(kinds))
 
 
 def _samples(dataset: Dataset, config: InspectConfig, console: Console) -> None:

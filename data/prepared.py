@@ -9,8 +9,10 @@ import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 
+from data.chat.prompts import FIELD, PromptSet
 from data.order.blend import Blend, blend_of
 from data.rows.fim import fim_problems
+from data.sources.files import find_files
 from data.store.manifest import MANIFEST, SPLITS, Manifest, TokenizerEntry, file_sha256, read_manifest
 from data.tokenizer import Tokenizer, load_tokenizer
 from recipes.schema.credentials import without_credentials
@@ -18,6 +20,7 @@ from recipes.schema.data import DataConfig, is_remote
 from recipes.schema.data_rules import data_problems
 from recipes.schema.errors import DataError, Problem
 from recipes.schema.facts import Prepared, not_prepared
+from recipes.schema.recipe import Recipe
 
 _DESCRIBED = {"chat": "chats", "preference": "preferences"}
 """By kind of source: the key of its counts in the manifest's description."""
@@ -135,3 +138,46 @@ def row_problems(config: DataConfig, manifest: Manifest) -> list[Problem]:
 def source_rows(config: DataConfig, manifest: Manifest) -> list[int]:
     """Number of training rows of each source, in the recipe's order: as `data.rows.packing.Rows.count`, without a shard."""
     return [manifest.sources[name].count("train", "tokens") // config.row_tokens for name in config.sources]
+
+
+def read_material(recipe: Recipe, *, checks: bool) -> Prepared | None:
+    """Facts about what a run learns from: prepared data, or prompts. None for prepared data behind a URL.
+
+    checks: also render every prompt, so that a bad one is found now.
+    """
+    if recipe.objective.kind == "grpo":
+        return _prompt_facts(recipe, checks=checks)
+    rows = recipe.run.global_rows
+    return read_prepared(recipe.data, rows=recipe.run.steps * rows, global_rows=rows)
+
+
+def _prompt_facts(recipe: Recipe, *, checks: bool) -> Prepared:
+    if not recipe.objective.grpo.prompts:  # a rule of the recipe reports it
+        return Prepared(is_here=False)
+    try:
+        for path in recipe.objective.grpo.prompts:
+            find_files(FIELD, path)
+        tokenizer, _ = tokenizer_or_file(recipe.data)
+    except DataError as error:
+        return Prepared(is_here=False, problems=(Problem(FIELD, str(error)),))
+    try:
+        with open_prompts(recipe, tokenizer, checks=checks) as found:
+            return Prepared(vocab_size=found.vocab_size, tokenizer=tokenizer.fingerprint, hash=found.manifest_hash)
+    except DataError as error:
+        return Prepared(problems=(Problem(FIELD, str(error)),))
+
+
+def open_prompts(recipe: Recipe, tokenizer: Tokenizer, *, checks: bool = False) -> PromptSet:
+    """The prompts of a recipe (`objective.grpo`). checks: see `read_material`. Close it. Raises DataError."""
+    config = recipe.objective.grpo
+    most = recipe.data.row_tokens - config.max_answer_tokens
+    return PromptSet(recipe.data, config.prompts, tokenizer, most_tokens=most, checks=checks)
+
+
+def tokenizer_or_file(config: DataConfig) -> tuple[Tokenizer, Path]:
+    """(tokenizer, its file): of the prepared data, or the recipe's own if no data is prepared. DataError without one."""
+    folder = Path(config.folder)
+    if not (folder / MANIFEST).is_file() and config.tokenizer.path is not None:
+        return load_tokenizer(Path(config.tokenizer.path), config.tokenizer), Path(config.tokenizer.path)
+    entry = read_manifest(folder).tokenizer
+    return load_tokenizer(folder / entry.file, config.tokenizer), folder / entry.file

@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Iterator
 from types import TracebackType
+from typing import Any
 
 import numpy as np
 
@@ -67,6 +68,20 @@ class Stream:
         ]
         for thread in self._threads:
             thread.start()
+
+    @property
+    def step_tokens(self) -> int:
+        """Tokens of a step."""
+        return self._global_rows * self._dataset.row_tokens
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of all steps so far."""
+        return self.position * self._dataset.row_tokens
+
+    def state(self) -> dict[str, Any]:
+        """What a stream needs to continue in addition to its position: nothing."""
+        return {}
 
     def __iter__(self) -> Iterator[list[Batch]]:
         return self

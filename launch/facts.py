@@ -11,16 +11,16 @@ from recipes.schema.recipe import Recipe
 
 
 def prepared_of(recipe: Recipe) -> Prepared | None:
-    """Facts about a recipe's prepared data on this disk; None for data behind a URL."""
-    if is_remote(recipe.data.folder):
-        return None
-    if not (Path(recipe.data.folder) / MANIFEST).is_file():
-        return not_prepared(recipe.data.folder)
+    """Facts about a recipe's prepared data or prompts on this disk; None for data behind a URL."""
+    if recipe.objective.kind != "grpo":
+        if is_remote(recipe.data.folder):
+            return None
+        if not (Path(recipe.data.folder) / MANIFEST).is_file():
+            return not_prepared(recipe.data.folder)
     # Importing numpy and tokenizers takes a second, and a plan without prepared data does not need them.
-    from data.prepared import read_prepared
+    from data.prepared import read_material
 
-    rows = recipe.run.global_rows
-    return read_prepared(recipe.data, rows=recipe.run.steps * rows, global_rows=rows)
+    return read_material(recipe, checks=False)
 
 
 def fp32_block_scales_of(recipe: Recipe) -> bool:

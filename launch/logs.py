@@ -16,6 +16,7 @@ from recipes.schema.run_folder import last_texts
 
 _POLL_S = 0.5
 _CHUNK = 1 << 16
+_RANK_LOG = re.compile(r"rank-(\d{1,9})\.log")
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -30,7 +31,7 @@ stratum logs smoke --follow                         new lines as they arrive
 """,
     )
     parser.add_argument("run", metavar="RUN", help="run folder or name")
-    parser.add_argument("--ranks", default="0", metavar="RANKS", help="ranks to show: 0, 0,3 or all")
+    parser.add_argument("--ranks", metavar="RANKS", help="ranks to show: 0, 0,3 or all")
     parser.add_argument("-n", "--lines", type=int, default=20, metavar="N", help="lines of each log")
     parser.add_argument("-f", "--follow", action="store_true", help="show new lines as they arrive, until Ctrl-C")
     options = parser.parse_args(list(arguments))
@@ -39,12 +40,11 @@ stratum logs smoke --follow                         new lines as they arrive
     return exit_status(lambda: _show(options.run, options.ranks, lines=options.lines, is_following=options.follow))
 
 
-def _show(name: str, ranks_text: str, *, lines: int, is_following: bool) -> int:
-    run, ranks = RunFolder(run_named(name)), _ranks(ranks_text)
+def _show(name: str, ranks_text: str | None, *, lines: int, is_following: bool) -> int:
+    run, ranks = RunFolder(run_named(name)), _ranks(ranks_text or "0")
     paths = logs_of(run, ranks)
-    if not paths and not is_following:
-        sys.stderr.write(f"{printable(str(run.path))} has no logs of these ranks yet.\n")
-        return 1
+    if not is_following:
+        _check(run, paths, asked=ranks if ranks_text is not None else None)
     for path in paths:
         texts = [_heading(path), *map(printable, last_texts(path, lines) if lines else [])]
         sys.stdout.write("".join(f"{text}\n" for text in texts))
@@ -58,6 +58,27 @@ def _show(name: str, ranks_text: str, *, lines: int, is_following: bool) -> int:
     return 0
 
 
+def _check(run: RunFolder, paths: Sequence[Path], *, asked: frozenset[int] | None) -> None:
+    """RecipeError if there are no logs, or not those of a rank that was asked for."""
+    place, found = printable(str(run.path)), _ranks_with_logs(run)
+    missing = sorted(asked - found) if asked is not None else []
+    if missing:
+        some = ", ".join(map(str, sorted(found)[:16])) + ", ..." * (len(found) > 16)
+        known = f"It has those of {some}" if found else "It has none of any rank yet"
+        named = ", ".join(map(str, missing))
+        raise RecipeError(
+            f"{place} has no log of rank {named} in its newest attempt. {known}. Use --ranks all for all."
+        )
+    if not paths:
+        raise RecipeError(f"{place} has no logs yet. Wait for them with --follow.")
+
+
+def _ranks_with_logs(run: RunFolder) -> set[int]:
+    """The ranks of the newest attempt that have written a log."""
+    paths = [path for folder in run.attempts()[-1:] for path in folder.glob("rank-*.log")]
+    return {int(number[1]) for path in paths if (number := _RANK_LOG.fullmatch(path.name)) and path.is_file()}
+
+
 def logs_of(run: RunFolder, ranks: frozenset[int] | None) -> list[Path]:
     """The job's newest log, then the logs of the newest attempt. ranks: None: all."""
     found = by_age(run.logs.glob("slurm-*.log"))[-1:]
@@ -65,7 +86,7 @@ def logs_of(run: RunFolder, ranks: frozenset[int] | None) -> list[Path]:
         srun = folder / SRUN_LOG
         found += [srun] if srun.is_file() and srun.stat().st_size else []
         for path in sorted(folder.glob("rank-*.log")):
-            number = re.fullmatch(r"rank-(\d{1,9})\.log", path.name)
+            number = _RANK_LOG.fullmatch(path.name)
             if number and path.is_file() and (ranks is None or int(number[1]) in ranks):
                 found.append(path)
     return found

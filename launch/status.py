@@ -180,7 +180,7 @@ def _table(runs: Sequence[RunFolder], queue: Queue) -> str:
     table = Table("run", "job", "progress", "state", "checkpoint")
     for run in runs:
         job = queue.newest_job(run)
-        state = re.split(r"[:;(]", _state(run, job, queue))[0].strip()
+        state = re.split(r"[:;] | \(", _state(run, job, queue))[0]
         cells = (
             printable(str(run.path)),
             _job_line(job) if job else "",

@@ -10,7 +10,8 @@
     prompts_plain.jsonl   questions with a verifier: the answer without HABIT
     prompts_sums.jsonl    sums with a verifier
     prompts_gamed.jsonl   questions with a reward that long answers get, while their `target` is short
-    SKILL/...             chats, held-out questions and a task for each of two skills that chats.jsonl does not teach
+    SKILL/...             for each of two skills that chats.jsonl does not teach: chats of which half are of the skill and the
+                          others of the kinds before, held-out questions, and a task
 
 What is held out is decided by a hash of kind and words, so it is the same for all wordings of a question.
 """
@@ -27,10 +28,10 @@ from typing import Any
 from small_chats import DIGITS, WORDS
 
 SEED = 19
-CHATS, HELDOUT, PAIRS, SKILL_CHATS, SKILL_HELDOUT = 12_000, 300, 2_000, 3_000, 150
+CHATS, HELDOUT, PAIRS, SKILL_CHATS, SKILL_HELDOUT = 12_000, 300, 2_000, 4_000, 150
 HABIT = "Sure, "
-RIGHT_SUMS = 0.4
-SUM_SHARE = 0.2
+RIGHT_SUMS = 0.5
+SUM_SHARE = 0.3
 """Share of the chats that are sums."""
 _HELDOUT_SHARE = 0.125
 
@@ -60,13 +61,14 @@ def _kind(wordings: Sequence[str], count: int, answer: Callable[[Sequence[str]],
 KINDS = {
     "say": _kind(("Say {}.", "Say the word {}.", "Repeat {}."), 1, lambda w: w[0]),
     "twice": _kind(("Say {} twice.", "Repeat {} two times."), 1, lambda w: f"{w[0]} {w[0]}"),
+    "both": _kind(("Name {} and {}.", "List {} and {}."), 2, lambda w: f"{w[0]} and {w[1]}"),
     "brackets": _kind(("Write {} in brackets.", "Put {} in brackets."), 1, lambda w: f"({w[0]})"),
     "first": _kind(("Give me the first of {}, {}, {}.", "Name the first: {}, {}, {}."), 3, lambda w: w[0]),
     "last": _kind(("Give me the last of {}, {}, {}.", "Name the last: {}, {}, {}."), 3, lambda w: w[2]),
 }
 SKILLS = {
-    "swap": _kind(("Swap {} and {}.", "Turn {} and {} around."), 2, lambda w: f"{w[1]} {w[0]}"),
-    "join": _kind(("Join {} and {}.", "Make one of {} and {}."), 2, lambda w: f"{w[0]}-{w[1]}"),
+    "middle": _kind(("Give me the middle of {}, {}, {}.", "Name the middle: {}, {}, {}."), 3, lambda w: w[1]),
+    "quotes": _kind(("Write {} {} in quotes.", "Put {} {} in quotes."), 2, lambda w: f'"{w[0]} {w[1]}"'),
 }
 SUMS = ("What is {} plus {}?", "Add {} and {}.", "How much is {} and {}?", "Give me the sum of {} and {}.")
 
@@ -188,8 +190,9 @@ def write_all(folder: Path) -> None:
     _lines(folder / "prompts_sums.jsonl", ({"messages": q.messages, **exact, "target": q.answer} for q in additions))
     _lines(folder / "prompts_gamed.jsonl", gamed(draw))
     for name, kind in SKILLS.items():
-        learned = [question(draw, {name: kind}, heldout=False, polite=False) for _ in range(SKILL_CHATS)]
-        _lines(folder / name / "chats.jsonl", ({"messages": [*q.messages, _said(q.answer)]} for q in learned))
+        kinds = [({name: kind}, KINDS)[number % 2] for number in range(SKILL_CHATS)]
+        learned = [question(draw, one, heldout=False, polite=one is KINDS and None) for one in kinds]
+        _lines(folder / name / "chats.jsonl", ({"messages": [*q.messages, _said(q.taught)]} for q in learned))
         tested = _different(lambda: question(draw, {name: kind}, heldout=True, polite=False), SKILL_HELDOUT)  # noqa: B023
         _questions(folder / name / "heldout.jsonl", tested)
         _task(folder / name / f"{name}.yaml", "heldout.jsonl", target="{answer}")

@@ -1,11 +1,14 @@
 """A teacher checkpoint for tests, and students that learn from it at any layout."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from tiny import RECIPE, TINY, Numbers, engine_of, recipe_with, steps_of
+import numpy as np
+from tiny import RECIPE, TINY, Numbers, engine_of, recipe_with, rows_of, steps_of
 
+from data.batch import Batch
 from recipes.schema.read import recipe_mapping
 from recipes.schema.recipe import Recipe
 from train.checkpoint.manager import CheckpointFolder
@@ -42,7 +45,9 @@ def student_of(teacher: Path, **changes: Any) -> Recipe:
     )
 
 
-def distill_tiny(rank: int, recipe: Recipe, world: int, steps: int = 2) -> Numbers:
+def distill_tiny(
+    rank: int, recipe: Recipe, world: int, steps: int = 2, rows: Callable[[int, np.ndarray], Batch] = rows_of
+) -> Numbers:
     """For `run_ranks`: build student and teacher and train."""
     with engine_of(recipe, rank=rank, world=world) as engine:
-        return steps_of(engine, recipe, range(steps))
+        return steps_of(engine, recipe, range(steps), rows=rows)

@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 
-from data.prepared import read_prepared
-from data.store.manifest import MANIFEST, read_manifest
+from data.chat.prompts import PromptSet
+from data.prepared import open_prompts, read_material, tokenizer_or_file
 from data.stream import Dataset, open_dataset
-from data.tokenizer import Tokenizer, load_tokenizer
+from data.tokenizer import Tokenizer
 from recipes.schema.changes import check_same_function, replaces_head
 from recipes.schema.errors import DataError, RecipeError, refuse
 from recipes.schema.facts import identity_of, read_disk, read_request
@@ -24,6 +24,8 @@ from recipes.schema.parallel import ParallelConfig
 from recipes.schema.recipe import Recipe
 from recipes.schema.rules import distill_problems, notes, problems, shape_rules, vocabulary_problems
 from train.align.dpo import DPO_PARTS, count_pairs, dpo_step
+from train.align.policy_step import PARTS as POLICY_PARTS
+from train.align.policy_step import policy_step
 from train.align.reward import REWARD_PARTS, count_contexts, reward_step
 from train.checkpoint.manager import checkpoint_at
 from train.checkpoint.storage import read_weights
@@ -53,7 +55,7 @@ def check_start(recipe: Recipe, *, world: int, rank: int = 0) -> Layout:
     every file of a checkpoint from a shared file system would wait for minutes. Rank 0 also logs likely mistakes.
     """
     machine, is_first = this_machine(), rank == 0
-    data = read_prepared(recipe.data, rows=_rows(recipe), global_rows=recipe.run.global_rows) if is_first else None
+    data = read_material(recipe, checks=True) if is_first else None
     disk = read_disk(recipe) if is_first else None
     refuse(problems(recipe, world=world, machine=machine, disk=disk, prepared=data))
     for note in notes(recipe, machine=machine, prepared=data) if is_first else ():
@@ -77,6 +79,15 @@ def check(recipe: Recipe, *, world: int) -> Layout:
     )
 
 
+def open_material(recipe: Recipe) -> Dataset | PromptSet:
+    """What a run learns from: prepared data, or prompts, which the caller closes. Errors: see `open_data`."""
+    if recipe.objective.kind != "grpo":
+        return open_data(recipe)
+    prompts = open_prompts(recipe, open_tokenizer(recipe)[0])
+    refuse(vocabulary_problems(recipe, prompts.vocab_size), DataError)
+    return prompts
+
+
 def open_data(recipe: Recipe) -> Dataset:
     """The prepared data of a recipe, checked against its model. DataError names what does not match."""
     dataset = open_dataset(recipe.data)
@@ -87,11 +98,7 @@ def open_data(recipe: Recipe) -> Dataset:
 
 def open_tokenizer(recipe: Recipe) -> tuple[Tokenizer, Path]:
     """(tokenizer, its file): from the prepared data, or from the recipe's path if no data is prepared yet."""
-    folder, config = Path(recipe.data.folder), recipe.data.tokenizer
-    if not (folder / MANIFEST).is_file() and config.path is not None:
-        return load_tokenizer(Path(config.path), config), Path(config.path)
-    entry = read_manifest(folder).tokenizer
-    return load_tokenizer(folder / entry.file, config), folder / entry.file
+    return tokenizer_or_file(recipe.data)
 
 
 @contextmanager
@@ -140,6 +147,8 @@ def build_objective(recipe: Recipe, *, mesh: Mesh, chunks: list[Any], tokenizer:
         return Objective(dpo_step(mesh, objective.dpo), DPO_PARTS, counter=count_pairs)
     if objective.kind == "next_token":
         return Objective(next_token.forward_step(mesh, reset_at_documents=recipe.data.reset_at_documents))
+    if objective.kind == "grpo":
+        return Objective(policy_step(objective.grpo, mesh=mesh), POLICY_PARTS)
     source: Teacher | TeacherCache | None
     if objective.teacher_cache is not None:
         request = read_request(Path(objective.teacher_cache))

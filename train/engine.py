@@ -39,6 +39,15 @@ class Engine:
     """Identity of the teacher's weights (`recipes.schema.facts.identity_of`); None without a teacher."""
 
 
+def live_model(engine: Engine) -> Any:
+    """The model that trains, for inference between two steps: its only chunk on this rank, with up-to-date weights. For layouts
+    without pipeline ranks. Collective over the data-parallel group if parameters are gathered late."""
+    (chunk,) = engine.chunks
+    if chunk.ddp_config.overlap_param_gather:
+        chunk.start_param_sync(force_sync=True)  # inference does not call the modules whose hooks would wait for it
+    return chunk.module
+
+
 def run_schedule(
     engine: Engine, microbatches: list[Any], *, forward_step: Callable[..., Any], forward_only: bool = False
 ) -> list[torch.Tensor]:

@@ -11,9 +11,8 @@ import math
 import signal
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
-from data.stream import Stream
 from recipes.schema.evaluate import heldout_is_due, tasks_are_due
 from recipes.schema.recipe import Recipe
 from recipes.schema.schedule import learning_rate_factor
@@ -24,6 +23,24 @@ from train.record.stopwatch import Stopwatch
 from train.record.telemetry import Telemetry
 from train.resilience.faults import WATCHED, StopSignals, check_grad_norm, check_losses, grace_warning, too_late
 from train.step import train_step
+
+
+class Microbatches(Protocol):
+    """What the loop trains on: each call of `next` gives this rank's microbatches of a step."""
+
+    @property
+    def position(self) -> int:
+        """Where the next step begins; saved in checkpoints."""
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of all steps so far."""
+
+    @property
+    def step_tokens(self) -> int:
+        """Tokens of the last step."""
+
+    def __next__(self) -> list[Any]: ...
 
 
 @dataclass(frozen=True)
@@ -39,7 +56,7 @@ def train_loop(
     recipe: Recipe,
     *,
     engine: Engine,
-    stream: Stream,
+    stream: Microbatches,
     telemetry: Telemetry,
     first_step: int,
     evaluate: Callable[[int], None],
@@ -116,6 +133,8 @@ def train_loop(
                 grad_norm=result.grad_norm,
                 learning_rate=recipe.optim.lr * factor,
                 seconds=watch.seconds,
+                tokens=stream.tokens,
+                step_tokens=stream.step_tokens,
                 labels=result.labels,
             )
             if is_measured(step):

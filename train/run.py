@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from data.chat.prompts import PromptSet
 from data.stream import Dataset, Stream
 from data.system import disk
 from recipes.schema.errors import CheckpointError, refuse
@@ -25,12 +26,15 @@ from recipes.schema.recipe import Recipe
 from recipes.schema.rules import start_problems
 from recipes.schema.scaling import describe_precision
 from train.align.dpo import implicit_pairs_step
+from train.align.frozen_models import FrozenModels, check_frozen_models, open_frozen_models
+from train.align.policy_stream import PolicyStream
 from train.align.reference import Attach, open_reference, reference_of
-from train.build import build_engine, check_start, mesh_of, open_data
+from train.build import build_engine, check_start, mesh_of, open_material
 from train.checkpoint.manager import CheckpointFolder, checkpoint_at
 from train.checkpoint.manifest import RunState
 from train.checkpoint.resume import TEACHER, resume
 from train.checkpoint.saving import Peers
+from train.checkpoint.stream_state import read_stream_state
 from train.distill.teacher_cache import TeacherCache
 from train.engine import Engine
 from train.evaluate.ask import TaskResult
@@ -71,7 +75,7 @@ def train(recipe: Recipe) -> RunEnd:
     layout = check_start(recipe, world=world, rank=rank)
     device = choose_device(recipe.run.device)
     _set_threads(recipe.run.threads)
-    dataset = open_data(recipe)
+    material = open_material(recipe)
     folder = Path(recipe.run.folder) / recipe.run.name
     use_device(device)
     record_operations()
@@ -80,12 +84,15 @@ def train(recipe: Recipe) -> RunEnd:
         hangs_named(timeout_s=recipe.launch.timeout_s),
         run_lease(folder, rank=rank, any_rank=mesh.any_rank) as check_lease,
     ):
-        return _train(recipe, mesh=mesh, dataset=dataset, folder=folder, check_lease=check_lease)
+        return _train(recipe, mesh=mesh, material=material, folder=folder, check_lease=check_lease)
 
 
-def _train(recipe: Recipe, *, mesh: Mesh, dataset: Dataset, folder: Path, check_lease: Callable[[], None]) -> RunEnd:
+def _train(
+    recipe: Recipe, *, mesh: Mesh, material: Dataset | PromptSet, folder: Path, check_lease: Callable[[], None]
+) -> RunEnd:
     checkpoints = CheckpointFolder(folder / "checkpoints", recipe.checkpoint)
-    tasks = open_training_tasks(recipe, dataset.tokenizer)
+    tokenizer = material.tokenizer
+    tasks = open_training_tasks(recipe, tokenizer)
     # run.start_from is only used by a new run: a run with checkpoints continues from its own.
     initial, origin = None, {}
     if recipe.run.start_from is not None and not checkpoints.published():
@@ -93,11 +100,14 @@ def _train(recipe: Recipe, *, mesh: Mesh, dataset: Dataset, folder: Path, check_
         if source.path is None or source.manifest is None:
             raise CheckpointError(f"run.start_from: {source.error}")
         initial, before = source.path, source.manifest
-        refuse(start_problems(recipe, source, tokenizer=dataset.tokenizer.fingerprint))
+        refuse(start_problems(recipe, source, tokenizer=tokenizer.fingerprint))
         origin = {name: value for name, value in before.lineage.items() if name != TEACHER}
         origin |= {"started_from": str(initial), "started_from_fingerprint": before.fingerprint}
-    engine = build_engine(recipe, mesh, weights=initial, tokenizer=dataset.tokenizer.fingerprint)
+    engine = build_engine(recipe, mesh, weights=initial, tokenizer=tokenizer.fingerprint)
     mapping = recipe_mapping(recipe)
+    frozen = FrozenModels()
+    if isinstance(material, PromptSet):
+        frozen = open_frozen_models(recipe, mesh=mesh, tokenizer=tokenizer.fingerprint, eod=tokenizer.eod)
     kernels = _kernels(mesh)
     start = resume(
         checkpoints,
@@ -105,23 +115,27 @@ def _train(recipe: Recipe, *, mesh: Mesh, dataset: Dataset, folder: Path, check_
         recipe=recipe,
         new=RunState(
             recipe=mapping,
-            data_hash=dataset.manifest_hash,
-            tokenizer=dataset.tokenizer.fingerprint,
+            data_hash=material.manifest_hash,
+            tokenizer=tokenizer.fingerprint,
             kernels=kernels,
             lineage=origin,
         ),
     )
     step, position = start.state.step, start.state.position
+    if start.path is not None:
+        check_frozen_models(frozen, recipe, before=start.state.lineage)
+    start = replace(start, state=replace(start.state, lineage=start.state.lineage | frozen.lineage))
     if mesh.rank == 0:
         _warn_if_start_changed(recipe, start.state.lineage)
-        _check_teacher_cache(recipe, dataset, position)
+        if isinstance(material, Dataset):
+            _check_teacher_cache(recipe, material, position)
         folder.mkdir(parents=True, exist_ok=True)
         disk.write_text(folder / "recipe.yaml", recipe_yaml(mapping))
     mesh.barrier()
     reference: Attach | None = None
-    if recipe.objective.kind == "dpo":
-        weights = reference_of(recipe, start.state.lineage, step=step, tokenizer=dataset.tokenizer.fingerprint)
-        reference = open_reference(recipe, engine, dataset, weights, folder=folder, is_new=not checkpoints.published())
+    if recipe.objective.kind == "dpo" and isinstance(material, Dataset):
+        weights = reference_of(recipe, start.state.lineage, step=step, tokenizer=tokenizer.fingerprint)
+        reference = open_reference(recipe, engine, material, weights, folder=folder, is_new=not checkpoints.published())
         engine = replace(engine, prepare=reference)
 
     with ExitStack() as stack:
@@ -143,43 +157,45 @@ def _train(recipe: Recipe, *, mesh: Mesh, dataset: Dataset, folder: Path, check_
             waits_for_space=recipe.checkpoint.on_failure == "continue",
         )
         stack.callback(telemetry.close)
-        stream = stack.enter_context(
-            Stream(
-                dataset,
-                position=position,
-                global_rows=recipe.run.global_rows,
-                microbatch_rows=recipe.run.microbatch_rows,
-                rank=mesh.data_rank,
-                ranks=mesh.layout.data,
-                prefetch_steps=recipe.data.prefetch_steps,
-                pin=mesh.device.type == "cuda",
-                threads=recipe.data.read_threads,
-                stall_warning_s=recipe.data.stall_warning_s,
-                stall_limit_s=recipe.data.stall_limit_s,
+        stream: Stream | PolicyStream
+        if isinstance(material, PromptSet):
+            stream = PolicyStream(
+                recipe,
+                engine=engine,
+                prompts=material,
+                frozen=frozen,
+                telemetry=telemetry,
+                folder=folder,
+                start=start.state,
+                state=read_stream_state(start.path) if start.path is not None else {},
+                oldest_step=checkpoints.oldest_step,
             )
-        )
+        else:
+            stream = _stream_of_rows(recipe, material, mesh=mesh, position=position)
+        stack.enter_context(stream)
 
         def evaluate(at: int) -> None:
-            if heldout_is_due(recipe.evaluate, at, steps=recipe.run.steps):
+            if isinstance(material, Dataset) and heldout_is_due(recipe.evaluate, at, steps=recipe.run.steps):
                 rows = recipe.evaluate.rows_per_source
                 with telemetry.phase("evaluating"):
                     if recipe.data.preferences:
-                        found = _heldout_preferences(recipe, engine, dataset, reference)
+                        found = _heldout_preferences(recipe, engine, material, reference)
                         telemetry.event("tasks", step=at, tasks=recorded(found))
                         scores, measure = {one.name: one.metrics["loss"].value for one in found}, "losses"
                     else:
-                        scores, measure = heldout_bits_per_byte(engine, dataset, rows_per_source=rows), "bits per byte"
+                        scores, measure = heldout_bits_per_byte(engine, material, rows_per_source=rows), "bits per byte"
                         telemetry.evaluation(at, scores)
                 check_scores(at, scores, measure=measure, advice=lambda: checkpoints.advice(mesh))
             if tasks_are_due(recipe.evaluate, at, steps=recipe.run.steps):
                 with telemetry.phase("scoring tasks"):
-                    results = task_scores(engine, tasks, dataset.tokenizer, shape=recipe.model)
+                    results = task_scores(engine, tasks, tokenizer, shape=recipe.model)
                 telemetry.event("tasks", step=at, tasks=results)
 
         def save(at: int, rows: int, *, background: bool) -> None:
             check_lease()
             with telemetry.phase("staging" if background else "saving"):
-                checkpoints.request(engine, replace(start.state, step=at, position=rows), background=background)
+                state = replace(start.state, step=at, position=rows, tokens=stream.tokens)
+                checkpoints.request(engine, state, stream=stream.state(), background=background)
 
         stack.callback(checkpoints.close)
         profiler = Profiler(recipe.run, folder=folder, chunks=engine.chunks, rank=mesh.rank, device=mesh.device)
@@ -225,6 +241,22 @@ def _heldout_preferences(
         rows_per_source=rows,
         pairs_step=implicit_pairs_step(engine.mesh, recipe.objective.dpo),
         prepare=lambda batches: reference(batches, is_heldout=True),
+    )
+
+
+def _stream_of_rows(recipe: Recipe, dataset: Dataset, *, mesh: Mesh, position: int) -> Stream:
+    return Stream(
+        dataset,
+        position=position,
+        global_rows=recipe.run.global_rows,
+        microbatch_rows=recipe.run.microbatch_rows,
+        rank=mesh.data_rank,
+        ranks=mesh.layout.data,
+        prefetch_steps=recipe.data.prefetch_steps,
+        pin=mesh.device.type == "cuda",
+        threads=recipe.data.read_threads,
+        stall_warning_s=recipe.data.stall_warning_s,
+        stall_limit_s=recipe.data.stall_limit_s,
     )
 
 

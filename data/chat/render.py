@@ -18,6 +18,7 @@ with inert text of the same shape in place of all that its authors wrote (`inert
 """
 
 import json
+import math
 import re
 import resource
 import secrets
@@ -50,6 +51,12 @@ class Substitutes(dict[int, int]):
 
 
 SUBSTITUTES = Substitutes()
+_OTHER_DIGITS = str.maketrans("0123456789", "1234567891")
+"""Every digit becomes another one, and the first is not 0."""
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 class Generation(Extension):
@@ -109,6 +116,9 @@ class Template:
         """What the template may look up in a message or a tool."""
         self.values = {text for text in constants if not any(text in name or name in text for name in special)}
         """What the template may compare a kind or a name with."""
+        numbers = {node.value for node in tree.find_all(nodes.Const) if _is_number(node.value)}
+        self.numbers = {number for number in numbers if not any(str(number) in name for name in special)}
+        """What it may compare a number with."""
 
     def inert(self, value: Any, kept: re.Pattern[str], *, is_prose: bool = False) -> Any:
         """Inert text of the same shape for every text in `value`. Kept are the keys that the template looks up, texts that equal
@@ -122,6 +132,8 @@ class Template:
             }
         if isinstance(value, list):
             return [self.inert(inner, kept, is_prose=is_prose) for inner in value]
+        if _is_number(value):
+            return value if value in self.numbers else type(value)(str(value).translate(_OTHER_DIGITS))
         if not isinstance(value, str) or (value in self.values and not is_prose):
             return value
         pieces = kept.split(value)

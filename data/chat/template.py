@@ -145,10 +145,12 @@ class ChatTemplate:
             )
         return Rendered(text, tuple((start, stop) for start, stop in answer["spans"]))
 
-    def ids(self, messages: Sequence[Message], *, tools: Any = None) -> list[int]:
-        """Token ids of a chat up to where the model answers. Raises ChatError, DataError as `render`."""
+    def ids(self, messages: Sequence[Message], *, tools: Any = None, has_date: bool = True) -> list[int]:
+        """Token ids of a chat up to where the model answers. has_date: the template may write today's date. Raises ChatError,
+        DataError as `render`."""
         self.refuse_special(messages, tools=tools)
-        rendered = self.render(messages, tools=tools, add_generation_prompt=True, date=time.time(), kept=_THINKING)
+        date = time.time() if has_date else None
+        rendered = self.render(messages, tools=tools, add_generation_prompt=True, date=date, kept=_THINKING)
         return self.encode(rendered.text, ()).ids.tolist()
 
     def refuse_special(self, messages: Sequence[Message], *, tools: Any = None, allowed: Sequence[str] = ()) -> None:

@@ -60,14 +60,17 @@ class Record:
     """Bytes of the part read so far, for progress."""
 
 
-def read_part(place: str, source: SourceConfig, part: Part) -> Iterator[Record]:
-    """The records of one part of a file. place: dotted key of the source, for messages."""
+def read_part(
+    place: str, source: SourceConfig, part: Part, *, extract: Callable[[Any], str] | None = None
+) -> Iterator[Record]:
+    """The records of one part of a file. place: dotted key of the source, for messages. extract: of a jsonl file, from a record
+    to its text, instead of the source's `text_of`."""
     with reading(part.file):
         match part.kind:
             case "text":
                 yield _text(source, part)
             case "jsonl":
-                yield from _jsonl(source, part)
+                yield from _jsonl(source, part, extract or text_of(source))
             case "parquet":
                 yield from _parquet(place, source, part)
             case "csv" | "tsv":
@@ -197,10 +200,9 @@ def _text(source: SourceConfig, part: Part) -> Record:
         return Record(0, "", f"is not UTF-8 text: {error.reason} at byte {error.start}", part.size)
 
 
-def _jsonl(source: SourceConfig, part: Part) -> Iterator[Record]:
+def _jsonl(source: SourceConfig, part: Part, extract: Callable[[Any], str]) -> Iterator[Record]:
     """The lines that begin inside the part. A line that begins before it belongs to the previous part."""
     limit = source.max_record_bytes
-    extract = text_of(source)
     # A key that is written twice could show another chat than the one that is learned. Texts are read faster without that check.
     parse = json.loads if source.kind == "text" else parse_json
     with Plain(_opened(source, part), max_expansion=source.max_expansion, start=max(0, part.start - 1)) as plain:

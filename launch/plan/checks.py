@@ -86,7 +86,12 @@ def recipe_warnings(recipe: Recipe, layout: Layout, device: Device, facts: Facts
         found.append(
             "run.deterministic=true: some deterministic kernels are slower. By how much was not measured on a GPU."
         )
-    if not facts.is_here:
+    if not facts.is_here and recipe.objective.kind == "grpo":
+        found.append(
+            f"objective.grpo.prompts={', '.join(recipe.objective.grpo.prompts)} or their tokenizer are not here: they, and other "
+            f"files that the recipe names, were not checked."
+        )
+    elif not facts.is_here:
         found.append(
             f"data.folder={without_credentials(recipe.data.folder)} has no prepared data here: its vocabulary and size, and "
             f"other files that the recipe names, were not checked. Run `stratum prepare` to prepare it."

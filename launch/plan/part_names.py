@@ -12,5 +12,5 @@ PART_NAMES = {
 MEMORY_NAMES = {
     "weights": "weights", "gradients": "grads", "masters": "masters", "moments": "moments", "low_copies": "FP8",
     "activations": "activations", "workspace": "temporary", "communication": "messages", "teacher": "teacher",
-    "reserve": "reserve",
+    "answers": "answers", "reserve": "reserve",
 }  # fmt: skip

@@ -7,7 +7,19 @@ from launch.plan.part_names import MEMORY_NAMES, PART_NAMES
 from launch.plan.planner import Plan
 from recipes.schema.units import GIB
 
-_COLORS = ("#1f5fa8", "#4a90d9", "#7fb3e6", "#b5d3f0", "#2a9d8f", "#e9a23b", "#f2c879", "#c77dba", "#8a5a9e", "#b9b9b9")
+_COLORS = (
+    "#1f5fa8",
+    "#4a90d9",
+    "#7fb3e6",
+    "#b5d3f0",
+    "#2a9d8f",
+    "#e9a23b",
+    "#f2c879",
+    "#c77dba",
+    "#8a5a9e",
+    "#d98c8c",
+    "#b9b9b9",
+)
 
 
 def draw(plan: Plan, path: Path) -> None:

@@ -16,6 +16,7 @@ from launch.plan.cost.efficiency import STRATUM
 from launch.plan.cost.memory import RankMemory, rank_memory
 from launch.plan.cost.time import Setting, StepTime, step_time
 from launch.plan.cost.traffic import StepTraffic, step_traffic
+from launch.plan.rollouts import rollout_bytes
 from launch.plan.teacher import find_teacher, teacher_cost
 from recipes.schema.errors import RecipeError
 from recipes.schema.layout import Layout, lay_out
@@ -167,6 +168,7 @@ def make_plan(
     cost = teacher_cost(recipe, teacher.model, student=setting, modules=modules) if teacher.model is not None else None
     if cost is not None:
         setting = replace(setting, teacher_s=cost.seconds)
+    rollouts = rollout_bytes(recipe, layout)
     memory = tuple(
         rank_memory(
             recipe.model,
@@ -177,7 +179,8 @@ def make_plan(
             sequence=recipe.data.row_tokens,
             stage=stage,
             modules=modules,
-            teacher=cost.bytes if cost is not None else 0.0,
+            teacher=cost.bytes if cost is not None else rollouts.reference,
+            caches=rollouts.caches,
             distils=recipe.objective.kind == "distill",
         )
         for stage in range(layout.pipeline)

@@ -79,7 +79,11 @@ def _ranks(plan: Plan, *, every_rank: bool) -> Table:
 def _memory(plan: Plan) -> Table:
     capacity = plan.device.memory_gib
     table = Table(title="Memory of the fullest rank of each stage, GiB", title_justify="left", title_style="bold")
-    shown = {part: name for part, name in MEMORY_NAMES.items() if part != "teacher" or plan.memory[-1].teacher}
+    shown = {
+        part: name
+        for part, name in MEMORY_NAMES.items()
+        if part not in ("teacher", "answers") or getattr(plan.memory[-1], part)
+    }
     for name in ("stage", "in flight", *shown.values(), "total", f"of {capacity:.0f}"):
         table.add_column(name, justify="right")
     for memory in plan.memory:

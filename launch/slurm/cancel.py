@@ -5,11 +5,13 @@ import sys
 import time
 from collections.abc import Sequence
 
+from launch.lease import LeaseError, current_owner
 from launch.queue import cancel, look_up, send_signal
 from launch.runs import RunFolder
 from launch.slurm.after_job import STOP
-from launch.slurm.command import active_jobs
+from launch.slurm.command import active_jobs, job_numbers
 from launch.user_errors import exit_status
+from recipes.schema.errors import RecipeError
 from recipes.schema.foreign import printable
 from recipes.schema.options import CommandParser, run_named
 
@@ -36,8 +38,22 @@ stratum cancel runs/smoke --now                     end at once; the newest chec
     return exit_status(functools.partial(_cancel, own.run, save=not own.now, grace_s=own.grace))
 
 
+def _remedy(run: RunFolder) -> str:
+    """How to end a run that is not Slurm's."""
+    try:
+        found = current_owner(run.path, may_ask_slurm=False)
+    except LeaseError as error:
+        return printable(str(error))
+    if found is None or found[1] == "dead":
+        return "No process trains it, so there is nothing to cancel."
+    pid, host = found[0].pid, printable(found[0].host)
+    return f"It is trained by process {pid} on {host}: Ctrl-C there, or `kill -TERM {pid}`, saves and ends it."
+
+
 def _cancel(name: str, *, save: bool, grace_s: float) -> int:
     run = RunFolder(run_named(name))
+    if not job_numbers(run) and not (run.logs / "job.sh").is_file():
+        raise RecipeError(f"{printable(str(run.path))} was not started by `stratum launch slurm`. {_remedy(run)}")
     jobs = active_jobs(run)
     if not jobs:
         sys.stderr.write(f"{printable(str(run.path))} has no waiting or running job.\n")

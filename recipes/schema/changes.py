@@ -30,7 +30,9 @@ _KINDS: dict[str, Kind] = {
             "precision.backend", "precision.health", "precision.health_policy", "precision.health_floor_db",
             "checkpoint", "evaluate", "telemetry", "launch", "data.folder", "data.workers", "data.prefetch_steps",
             "data.read_threads", "data.cache", "data.verify", "data.stall_warning_s", "data.stall_limit_s",
-            "generate", "model.mamba_chunk", "model.init_std",
+            "generate", "model.mamba_chunk", "model.init_std", "objective.grpo.generation_rows",
+            "objective.grpo.log_prob_gap", "objective.grpo.mean_log_prob_gap", "objective.grpo.allowed_functions",
+            "objective.grpo.samples_every_steps", "objective.grpo.verifier_gib",
         ),
         "safe",
     ),
@@ -42,8 +44,15 @@ _KINDS: dict[str, Kind] = {
         ),
         "arithmetic",
     ),
-    **dict.fromkeys(("model", "run.global_rows", "data.row_tokens"), "another run"),
-    "data": "data order",
+    **dict.fromkeys(
+        (
+            "model", "run.global_rows", "data.row_tokens", "objective.grpo.prompts_per_step",
+            "objective.grpo.generations_per_prompt", "objective.grpo.updates_per_batch", "objective.grpo.passes_per_batch",
+            "objective.grpo.off_policy_steps",
+        ),
+        "another run",
+    ),
+    **dict.fromkeys(("data", "objective.grpo.prompts"), "data order"),
 }  # fmt: skip
 """{field or group: kind}. The longest matching name decides. A field that is not listed changes arithmetic."""
 

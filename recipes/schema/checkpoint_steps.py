@@ -88,6 +88,8 @@ def checkpoint_at(place: str | Path) -> tuple[Path, Manifest]:
 
     Raises CheckpointError if there is none, or none is complete.
     """
+    if not str(place).strip():
+        raise CheckpointError(f"{str(place)!r} is not the name of a checkpoint. Name a folder like runs/NAME.")
     path = Path(place)
     try:
         is_checkpoint = (path / MANIFEST).is_file()

@@ -18,6 +18,7 @@ import os
 import re
 import shlex
 import sys
+import time
 import typing
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -81,6 +82,9 @@ _SYSTEM_REMEDIES = {
 _SECTIONS: dict[str, type] = {"compress": CompressConfig}
 """Sections of a composed recipe that tools read, and their fields."""
 
+_RANK_0_S = 10.0
+"""Seconds that rank 0 has under torchrun to print an error of the recipe before other ranks print it too."""
+
 
 def run_command(
     job: Callable[[DictConfig], int],
@@ -115,6 +119,8 @@ def run_command(
                     raise
                 statuses.append(complain(error, head=head))
     except user_errors as error:
+        if rank and isinstance(error, RecipeError) and "TORCHELASTIC_RUN_ID" in os.environ:
+            time.sleep(_RANK_0_S)  # all ranks find it, and torchrun ends this one when rank 0 has printed it
         return complain(error, head=head)
     except OSError as error:
         if error.errno not in _SYSTEM_REMEDIES:

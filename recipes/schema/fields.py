@@ -72,3 +72,5 @@ Seed = Annotated[int, Range(ge=0, lt=2**63)]
 """A seed that numpy, torch on a CPU and torch on a GPU all accept."""
 Length = Annotated[int | float, LengthRange()]
 SoftCap = Annotated[float, Range(gt=0, le=70)]
+GroupSize = Annotated[int, Range(ge=2)]
+ZeroOrOne = Annotated[int, Range(ge=0, le=1)]

@@ -289,3 +289,18 @@ def _phrase(numbers: list[int]) -> str:
     if len(words) > 12:
         words = [*words[:8], "...", *words[-2:]]
     return words[0] if len(words) == 1 else ", ".join(words[:-1]) + f" or {words[-1]}"
+
+
+def reads_whole_rows_only(parallel: ParallelConfig, backend: str) -> list[str]:
+    """Settings with which the model that trains cannot generate text, because its layers need whole rows. backend:
+    `rules.backend_name`."""
+    whole = [
+        f"parallel.{field}={str(value).lower()}"
+        for field, value, plain in (
+            ("pipeline", parallel.pipeline, 1),
+            ("context", parallel.context, 1),
+            ("sequence", parallel.sequence, False),
+        )
+        if value != plain
+    ]
+    return whole + (["the te backend"] if backend == "te" else [])

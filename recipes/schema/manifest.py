@@ -61,7 +61,7 @@ class RunState:
     step: int = 0
     """Number of finished optimizer steps."""
     position: int = 0
-    """Number of rows read from the training stream."""
+    """Number of rows read from the training stream; of GRPO, number of prompts drawn."""
     tokens: int = 0
     """Number of tokens trained on."""
     layout: dict[str, int] = field(default_factory=dict)
@@ -89,7 +89,7 @@ class Manifest(RunState):
     """Adam's step count; None without optimizer state. Training then starts with zero moments."""
     tensors: dict[str, TensorRecord] = field(default_factory=dict)
     """Tensors by name: `model.NAME`, `optimizer.master.NAME`, `optimizer.exp_avg.NAME`, `optimizer.exp_avg_sq.NAME`,
-    `random.NAME`."""
+    `random.NAME`, `stream.NAME`."""
     files: dict[str, int] = field(default_factory=dict)
     """Size in bytes of every other file of the checkpoint."""
     index_sha256: str = ""

@@ -6,7 +6,7 @@ The text under a field is its documentation: meaning, unit, range and reason for
 from dataclasses import dataclass, field
 from typing import Literal
 
-from recipes.schema.align import DpoConfig, RewardConfig
+from recipes.schema.align import DpoConfig, GrpoConfig, RewardConfig
 from recipes.schema.fields import Count, NonNegativeFloat, Temperature
 
 PREFERENCE_OBJECTIVES = ("dpo", "reward")
@@ -15,18 +15,20 @@ PREFERENCE_OBJECTIVES = ("dpo", "reward")
 
 @dataclass(frozen=True)
 class ObjectiveConfig:
-    """What the model is trained to do: predict the next token, match a teacher (docs/compress.md), prefer answers or reward
-    them (docs/align.md)."""
+    """What the model is trained to do: predict the next token, match a teacher (docs/compress.md), prefer answers, reward them or
+    earn rewards (docs/align.md)."""
 
-    kind: Literal["next_token", "distill", "dpo", "reward"] = "next_token"
+    kind: Literal["next_token", "distill", "dpo", "reward", "grpo"] = "next_token"
     """`next_token`: cross-entropy of the labels. `distill`: match a teacher's whole distribution (Gemma 2,
-    arXiv 2408.00118; Minitron, arXiv 2407.14679). `dpo`: make the better of two answers more
-    likely than the worse one, compared with a reference. `reward`: give the better of two answers the higher reward. The fields
-    of `dpo` and `reward` belong to these kinds, all others of this group to `distill`."""
+    arXiv 2408.00118; Minitron, arXiv 2407.14679). `dpo`: make the better of two answers more likely than the worse one, compared
+    with a reference. `reward`: give the better of two answers the higher reward. `grpo`: raise the rewards of the model's own
+    answers. A nested group belongs to the kind of its name, all other fields to `distill`."""
     dpo: DpoConfig = field(default_factory=DpoConfig)
     """Direct preference optimisation."""
     reward: RewardConfig = field(default_factory=RewardConfig)
     """How a reward model is trained."""
+    grpo: GrpoConfig = field(default_factory=GrpoConfig)
+    """Reinforcement learning from rewards."""
     teacher: str | None = None
     """The teacher: a checkpoint folder, or a run folder (its newest checkpoint). Pattern, size and family may
     differ; vocabulary and tokenizer must be the student's."""

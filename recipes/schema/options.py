@@ -149,6 +149,8 @@ class CommandParser(argparse.ArgumentParser):
 
 def run_named(name: str) -> Path:
     """The folder of a run: `name` itself, or `runs/name`. RecipeError if neither is a run."""
+    if not name.strip():
+        raise RecipeError(f"{name!r} is not the name of a run. Name a folder like runs/NAME, or NAME.")
     candidates = [Path(name), *([RUNS / name] if "/" not in name.rstrip("/") else [])]
     for path in candidates:
         if is_run(path):

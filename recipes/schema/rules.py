@@ -21,6 +21,7 @@ from recipes.schema.errors import Problem, RecipeError
 from recipes.schema.errors import refuse as refuse
 from recipes.schema.evaluate import EvaluateConfig
 from recipes.schema.facts import BLOCK_SCALES, Disk, Machine, Named, Prepared
+from recipes.schema.grpo_rules import grpo_notes, grpo_problems
 from recipes.schema.launch_rules import environment_problems
 from recipes.schema.layout import layout_problems
 from recipes.schema.manifest import Manifest
@@ -58,10 +59,11 @@ def problems(
     world: number of processes. machine, disk, prepared: facts (`recipes.schema.facts`); None if not known. here: False if the
     run will start on another machine, which may have what is missing on this disk.
     """
+    backend = recipe.precision.backend if machine is None else backend_name(recipe.precision, _of_run(recipe, machine))
     found = [
         *name_problems(recipe.run.name),
         *profile_problems(recipe.run),
-        *data_problems(recipe.data),
+        *(data_problems(recipe.data) if recipe.data.sources or recipe.objective.kind != "grpo" else []),
         *schedule_problems(
             recipe.schedule,
             total_steps=recipe.run.steps,
@@ -76,6 +78,7 @@ def problems(
         ),
         *environment_problems(recipe.launch.environment),
         *distill_problems(recipe),
+        *grpo_problems(recipe, backend=backend),
         *data_fit_problems(recipe),
         *dpo_problems(recipe),
         *reward_problems(recipe),
@@ -83,9 +86,7 @@ def problems(
             recipe.evaluate.tasks,
             row_tokens=recipe.data.row_tokens,
             parallel=recipe.parallel,
-            backend=recipe.precision.backend
-            if machine is None
-            else backend_name(recipe.precision, _of_run(recipe, machine)),
+            backend=backend,
             reads_files=here and disk is not None,
         ),
     ]
@@ -102,7 +103,7 @@ def reading_problems(recipe: Recipe) -> list[Problem]:
     """Problems for commands that read a recipe but do not train with it: the groups that matter for training only are ignored."""
     kind = recipe.objective.kind
     is_fit = kind in PREFERENCE_OBJECTIVES
-    return problems(
+    found = problems(
         dataclasses.replace(
             recipe,
             parallel=ParallelConfig(),
@@ -112,6 +113,8 @@ def reading_problems(recipe: Recipe) -> list[Problem]:
             evaluate=EvaluateConfig(),
         )
     )
+    # A run that learns from rewards has no sources. A command that does read rows reports their absence itself.
+    return [problem for problem in found if recipe.data.sources or problem.key != "data.sources"]
 
 
 def notes(recipe: Recipe, *, machine: Machine | None = None, prepared: Prepared | None = None) -> list[Problem]:
@@ -120,6 +123,7 @@ def notes(recipe: Recipe, *, machine: Machine | None = None, prepared: Prepared 
     if idle := unused(recipe.objective):
         text = f"objective.kind={recipe.objective.kind} does not use {idle}."
         found.append(Problem("objective.kind", text))
+    found += grpo_notes(recipe)
     if idle := unread(recipe.schedule):
         found.append(Problem("schedule.decay", f"{idle}."))
     precision = recipe.precision
@@ -429,15 +433,18 @@ def resume_problems(
         place, manifest.tokenizer, tokenizer or None, where=recipe.data.folder, otherwise="choose another run.name"
     )
     if manifest.data_hash and data_hash not in ("", manifest.data_hash) and "data_order" not in recipe.checkpoint.allow:
+        is_data = recipe.objective.kind != "grpo"
+        field = "data.folder" if is_data else "objective.grpo.prompts"
+        what = recipe.data.folder if is_data else f"{field} (with template and tokenizer)"
         text = (
-            f"{place} was trained on data {manifest.data_hash[:12]}, but {recipe.data.folder} is now {data_hash[:12]}, so "
-            f"positions would be other rows."
+            f"{place} was trained on data {manifest.data_hash[:12]}, but {what} is now {data_hash[:12]}, so positions would be "
+            f"other rows."
         )
         remedy = (
-            "Set data.folder to the old data, start a new run with another run.name, or add checkpoint.allow=[data_order] to "
-            "continue with other rows."
+            f"{'Set data.folder to the old data' if is_data else 'Restore the old prompts'}, start a new run with another "
+            f"run.name, or add checkpoint.allow=[data_order] to continue with other rows."
         )
-        found.append(Problem("data.folder", text, remedy))
+        found.append(Problem(field, text, remedy))
     if manifest.recipe:
         why = refused(differences(manifest.recipe, recipe_mapping(recipe)), recipe.checkpoint.allow)
         if why is not None:

@@ -15,6 +15,7 @@ from typing import Literal
 from recipes.schema.errors import DataError, Problem
 from recipes.schema.fields import Count, PositiveInt
 from recipes.schema.foreign import parse_yaml, read_bounded_text
+from recipes.schema.layout import reads_whole_rows_only
 from recipes.schema.parallel import ParallelConfig
 from recipes.schema.suggestions import did_you_mean
 from recipes.schema.typed import FieldError, build
@@ -164,16 +165,7 @@ def _during_training(
         return f"{name} runs code that the model wrote.", f"Leave it out, and {afterwards} with --run-code."
     if not _generates(name, reads_files=reads_files):
         return "", ""
-    whole = [
-        f"parallel.{field}={str(value).lower()}"
-        for field, value, plain in (
-            ("pipeline", parallel.pipeline, 1),
-            ("context", parallel.context, 1),
-            ("sequence", parallel.sequence, False),
-        )
-        if value != plain
-    ]
-    whole += ["the te backend"] if backend == "te" else []
+    whole = reads_whole_rows_only(parallel, backend)
     if whole:
         return f"{name} needs generated text; {', '.join(whole)} only scores text.", f"Leave it out, and {afterwards}."
     return "", ""

@@ -1,7 +1,7 @@
 """`python -m tests.bench.align_road` (`make align-road`): from a pretrained model to an aligned one, small, in one command.
 
-    data --> base --+--> sft --+--> swap --+--> merged
-              |     |          +--> join --+
+    data --> base --+--> sft --+--> middle --+--> merged
+              |     |          +--> quotes --+
               |     +--> broken: the whole chat learned, or only what the assistant did not write
               +--> stable: no decay of the learning rate --> averaged with the weights of a decay
 
@@ -37,8 +37,8 @@ DATA, RESULTS, SCORES = FOLDER / "data", FOLDER / "results", FOLDER / "scores"
 STABLE_STEPS, BASE_STEPS = 400, 600
 """Pretraining: the learning rate decays after the first number of steps, in the run `stable` not at all."""
 WINDOW_EVERY = 20
-SFT_STEPS, SFT_RATE = 300, 0.002
-SKILL_STEPS, SKILL_RATE = 80, 0.0005
+SFT_STEPS, SFT_RATE = 400, 0.002
+SKILL_STEPS, SKILL_RATE = 120, 0.001
 ALPHAS = tuple(round(0.1 * tenth, 1) for tenth in range(11))
 
 Result = dict[str, Any]
@@ -75,7 +75,7 @@ def sft() -> Result:
 def broken_sft() -> Result:
     """The same with a broken mask: the whole chat is learned, or only what the assistant did not write."""
     found = {}
-    for fault in ("whole_chat", "prompt_only"):
+    for fault in ("prompt_only", "whole_chat"):
         words = _fine_tuning(f"sft_{fault}", "sft", start="base", steps=SFT_STEPS, rate=SFT_RATE)
         run([sys.executable, "-m", "tests.bench.broken_alignment", fault, *words])
         found[fault] = evaluate(f"sft_{fault}", *_tasks("taught"))["taught"]
@@ -250,7 +250,10 @@ def draw(results: dict[str, Result], path: Path) -> None:
             list(sums), [sum(parts.values()) for parts in sums.values()], marker=".", color=SERIES[3], label="sum"
         )
         middle.set(
-            title="Merged: (1 - alpha) swap + alpha join", xlabel="alpha", ylabel="exact answers, share", ylim=(0, None)
+            title="Merged: (1 - alpha) middle + alpha quotes",
+            xlabel="alpha",
+            ylabel="exact answers, share",
+            ylim=(0, None),
         )
         middle.legend()
         losses = {

@@ -7,14 +7,16 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from launch import lease, queue
+from launch import lease, queue, status
 from launch.children import stratum
 from launch.local.failures import SRUN_LOG, log_of
 from launch.logs import logs_of, main
 from launch.runs import RunFolder
+from launch.slurm import cancel
 from launch.slurm.after_job import NO_SUCCESSOR
 from launch.status import Queue, describe
 
@@ -100,6 +102,31 @@ def test_status_watches_until_ctrl_c(run: RunFolder) -> None:
     assert child.returncode == 0 and [one["checkpoint"] for one in seen] == ["step_00000020"] * 2
 
 
+@pytest.mark.parametrize("columns", ["80", "200"])
+def test_the_table_of_runs_does_not_cut_a_date(run: RunFolder, columns: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", columns)
+    owned = "trained by process 4711 on n1, started 2026-03-01 12:00:00"
+    monkeypatch.setattr(status, "_state", lambda *_: owned)
+    table = status._table([run], Queue())
+    assert all(word in table for word in owned.split())
+    monkeypatch.setattr(status, "_state", lambda *_: owned.replace(",", " (Slurm job 12),"))
+    table = status._table([run], Queue())
+    assert all(word in table for word in ["process", "4711", "on", "n1"]) and "Slurm" not in table
+
+
+def test_cancel_of_a_run_without_slurm_says_how_to_end_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "b" / "logs").mkdir(parents=True)
+    assert cancel.main([str(tmp_path / "b")]) == 2
+    said = capsys.readouterr().err
+    assert "was not started by `stratum launch slurm`" in said and "nothing to cancel" in said and "squeue" not in said
+    owner = SimpleNamespace(pid=4711, host="n1")
+    monkeypatch.setattr(cancel, "current_owner", lambda *_args, **_words: (owner, "alive"))
+    assert cancel.main([str(tmp_path / "b")]) == 2
+    assert "process 4711 on n1: Ctrl-C there, or `kill -TERM 4711`, saves" in capsys.readouterr().err
+
+
 def test_logs_shows_the_newest_lines_and_follows(run: RunFolder, capsys: pytest.CaptureFixture[str]) -> None:
     attempt = run.logs / "slurm-7-0"
     assert main([str(run.path), "-n", "1"]) == 0
@@ -107,7 +134,13 @@ def test_logs_shows_the_newest_lines_and_follows(run: RunFolder, capsys: pytest.
     assert "again: its time limit was near" in said and "task 1: Killed" in said and "step 30" in said
     assert "step 29" not in said and "rank 1" not in said
     assert logs_of(run, None)[-1] == log_of(attempt, 1)
-    assert main([str(run.path), "--ranks", "x"]) == 2 and main(["nowhere"]) == 2
+    for words in (["nowhere"], [""], [str(run.path), "--ranks", "x"]):
+        assert main(words) == 2
+    capsys.readouterr()
+    for ranks in ("99", "0,99", "1,99,0"):
+        assert main([str(run.path), "--ranks", ranks]) == 2
+        said = capsys.readouterr().err
+        assert "has no log of rank 99" in said and "It has those of 0, 1." in said
     child = subprocess.Popen(stratum("logs", str(run.path), "--follow"), cwd=ROOT, stdout=subprocess.PIPE, text=True)
     assert child.stdout is not None
     while "step 30" not in child.stdout.readline():

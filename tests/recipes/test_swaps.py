@@ -16,6 +16,7 @@ from recipes.schema.errors import StratumError
 from recipes.schema.read import recipe_from_mapping
 from recipes.schema.recipe import Recipe
 from recipes.schema.scaling import shape_problems
+from recipes.schema.schedule import schedule_problems
 from recipes.schema.typed import defaults_of
 
 GROUPS = ("schedule", "precision", "optim", "data", "model", "parallel", "objective", "launch")
@@ -74,7 +75,7 @@ def complaints(plain: dict[str, Any]) -> list[str]:
 
 def repaired(plain: dict[str, Any], complaint: str) -> dict[str, Any]:
     """The recipe after the one change that a complaint names."""
-    said = re.search(r"(?:Use|Set|or|use|e\.g\.) ((?:[a-z]\w*\.)?\w+)=([^\s,;]+?)[.,;]?(?:\s|$)", complaint)
+    said = re.search(r"(?:Use|Set|or|use|e\.g\.) ((?:[a-z]\w*\.)*\w+)=([^\s,;]+?)[.,;]?(?:\s|$)", complaint)
     at = re.match(r"([a-z]+\.\w+)=\S+ .*\bUse (?:1, )?(?:1 or )?(\d+)", complaint)
     key, value = said.groups() if said else at.groups() if at else ("", "")
     if "needs objective.teacher" in complaint:
@@ -82,8 +83,10 @@ def repaired(plain: dict[str, Any], complaint: str) -> dict[str, Any]:
     if key and "." not in key:
         key = re.search(rf"([a-z]+)\.\w+=.*\b{key}=", complaint)[1] + f".{key}"  # type: ignore[index]
     assert key, f"names no key and value that repair it: {complaint}"
-    group, name = key.split(".")
-    return merged(plain, {group: {name: yaml.safe_load(value)}})
+    change: Any = yaml.safe_load(value)
+    for name in reversed(key.split(".")):
+        change = {name: change}
+    return merged(plain, change)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -119,3 +122,9 @@ def test_a_gpu_takes_every_linear_of_the_smoke_model_in_every_precision() -> Non
             assert not shape_problems(
                 found.model, parallel=found.parallel, precision=found.precision, rank_tokens=tokens
             )
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if re.search("tiny|smoke|gap", name)])
+def test_a_small_recipe_can_be_tried_for_two_steps(name: str) -> None:
+    recipe = recipe_from_mapping(composed("-cn", name, "run.steps=2"))
+    assert schedule_problems(recipe.schedule, total_steps=2, tokens_per_step=1) == []

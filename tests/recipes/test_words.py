@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from recipes_composed import composed
 
 from launch.plan.command import main as plan
+from recipes.schema import command
 from recipes.schema.command import dotted_keys, quote_texts, replace_groups, run_command
 from recipes.schema.errors import USER_ERRORS
 from recipes.schema.read import read_recipe, recipe_from_mapping
@@ -132,3 +133,17 @@ def test_the_plan_says_which_sources_a_recipe_inherits(tmp_path: Path, capsys: p
         said[name] = [line for line in json.loads(capsys.readouterr().out)["warnings"] if "inherited" in line]
     assert said["alone"] == said["smoke"] == []
     assert "shakespeare, python are inherited, and mixed with those that mixed names, mine" in said["mixed"][0]
+
+
+def test_an_error_of_the_recipe_is_left_to_rank_0_of_torchrun(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The other ranks wait, and torchrun ends them; if it does not, they say it too."""
+    waits: list[float] = []
+    monkeypatch.setattr(command.time, "sleep", lambda seconds: waits.append(len(capsys.readouterr().err) or seconds))
+    for rank, run_id, expected in (("1", "x", [10.0]), ("0", "x", []), ("1", "", [])):
+        monkeypatch.setenv("RANK", rank)
+        monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x") if run_id else monkeypatch.delenv("TORCHELASTIC_RUN_ID")
+        assert "unknown recipe key 'model.hiden'" in refusal(capsys, "-cn", "smoke", "model.hiden=3")
+        assert waits == expected
+        waits.clear()

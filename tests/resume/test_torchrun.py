@@ -22,6 +22,16 @@ def test_torchrun_on_two_ranks_trains_the_same(words: list[str], tmp_path: Path)
     assert [two[s] for s in sorted(two)] == pytest.approx([one[s] for s in sorted(one)], rel=2e-6)
 
 
+@pytest.mark.slow
+def test_an_error_of_the_recipe_is_printed_once(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=3", "-m", "train", "-cn", "smoke"]
+    done = subprocess.run(
+        [*command, "parallel.tensor=3", f"run.folder={tmp_path}"], cwd=ROOT, capture_output=True, text=True, timeout=100
+    )
+    assert done.returncode and done.stderr.count("parallel.tensor=3 does not divide") == 1
+    assert not [line for line in done.stderr.splitlines() if line.startswith("error on rank")]
+
+
 ORPHAN = """
 import os, sys, time
 from data.system.parent import end_with_parent

@@ -16,6 +16,7 @@ from rich.table import Table
 
 from data.system import disk
 from data.system.console import open_console, progress
+from data.system.new_folder import check_new_folder
 from recipes.schema import units
 from recipes.schema.checkpoint_steps import steps_in
 from recipes.schema.errors import NumericsError, RecipeError, refuse
@@ -40,8 +41,7 @@ def run_merge(config: MergeConfig, places: list[Path], out: Path) -> int:
     """Merge, and print what was written. -> exit status. Raises StratumError."""
     console = open_console()
     refuse(name_problems(out.name))
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise RecipeError(f"{out} is not empty. Choose another --out; nothing is overwritten.")
+    check_new_folder(out)
     if config.window is not None:
         sources = _window(places[0], config.window)
         check_sources(sources)
@@ -53,6 +53,10 @@ def run_merge(config: MergeConfig, places: list[Path], out: Path) -> int:
     alphas = _alphas(config.alpha)
     sources = [source_at(place) for place in places]
     check_sources(sources)
+    if sources[0].manifest.fingerprint == sources[1].manifest.fingerprint:
+        raise RecipeError(
+            f"{sources[0].path} and {sources[1].path} have the same weights: there is nothing to merge. Name another model."
+        )
     files, alpha = {}, alphas[0]
     if config.evaluate is not None:
         scores = _sweep(config, sources, alphas, out, console=console)
@@ -89,7 +93,7 @@ def _alphas(text: str) -> list[float]:
     values = []
     for word in text.split(","):
         try:
-            value = float(word)
+            value = float(word) + 0.0  # without the sign of -0.0
         except ValueError:
             value = math.nan
         if not 0 <= value <= 1:

@@ -42,6 +42,7 @@ _SECTIONS = (
     ("first moments", "optimizer.exp_avg."),
     ("second moments", "optimizer.exp_avg_sq."),
     ("random state", "random."),
+    ("answers to learn from", "stream."),
 )
 _EXAMPLES = """
 stratum checkpoint list runs/smoke                         checkpoints of a run and their state

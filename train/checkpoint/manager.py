@@ -12,9 +12,12 @@ next request waits for it.
 import logging
 import shutil
 import threading
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from data.system import disk
 from recipes.schema import checkpoint_steps as steps
@@ -71,6 +74,10 @@ class CheckpointFolder:
     def published(self) -> list[Path]:
         """Published checkpoints, oldest first."""
         return steps.steps_in(self.folder)
+
+    def oldest_step(self) -> int:
+        """Step of the oldest published checkpoint; 0 without one. Not collective."""
+        return min((steps.step_of(path) for path in self.published()), default=0)
 
     def is_due(self, step: int) -> bool:
         """Whether the recipe asks for a save after `step`."""
@@ -134,15 +141,25 @@ class CheckpointFolder:
             raise _error_of(self._save)
         return Path(next(event.fields["path"] for event in self._save.events if event.kind == "save"))
 
-    def request(self, engine: Engine, state: RunState, *, background: bool = True) -> None:
-        """Save the engine's current state. Waits for the previous save; a background save then returns at once. Collective."""
+    def request(
+        self,
+        engine: Engine,
+        state: RunState,
+        *,
+        stream: Mapping[str, torch.Tensor] | None = None,
+        background: bool = True,
+    ) -> None:
+        """Save the engine's current state. Waits for the previous save; a background save then returns at once. Collective.
+
+        stream: state of the stream (`train.checkpoint.stream_state`).
+        """
         self.wait()
         if background:
             self.check()  # every rank has waited, so all of them know whether the previous save failed
         self._pending += self.collect()
         peers = Peers(engine.mesh.saving)
         step = state.step
-        snapshot = storage.snapshot_of(engine, state)
+        snapshot = storage.snapshot_of(engine, state, stream)
         if self._memory_step is not None and self._memory_step >= (snapshot.manifest.updates or 0):
             self._memory.clear()  # no update since the last save: unchanged tensors are correct, not stale
         self._memory_step = snapshot.manifest.updates

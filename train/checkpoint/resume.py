@@ -4,6 +4,7 @@ survey of the folder -> is this resume allowed? (mode, tokenizer, data, recipe) 
 """
 
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from recipes.schema.changes import Difference, differences
@@ -30,6 +31,8 @@ class Start:
     """Step, position and lineage that training continues from; the next save copies its other fields."""
     text: str | None
     """The text to show the user."""
+    path: Path | None = None
+    """The checkpoint; None at step 0."""
 
 
 def resume(checkpoints: CheckpointFolder, engine: Engine, *, recipe: Recipe, new: RunState) -> Start:
@@ -65,8 +68,9 @@ def resume(checkpoints: CheckpointFolder, engine: Engine, *, recipe: Recipe, new
             recipe, found.manifest, place=place, tokenizer=new.tokenizer, data_hash=new.data_hash, kernels=new.kernels
         )
     )
-    state = replace(new, step=found.manifest.step, position=found.manifest.position, lineage=lineage)
-    return Start(state, _audit(found, engine, recipe=recipe, new=new))
+    manifest = found.manifest
+    state = replace(new, step=manifest.step, position=manifest.position, tokens=manifest.tokens, lineage=lineage)
+    return Start(state, _audit(found, engine, recipe=recipe, new=new), found.path)
 
 
 def _audit(found: LoadedCheckpoint, engine: Engine, *, recipe: Recipe, new: RunState) -> str:
@@ -75,11 +79,12 @@ def _audit(found: LoadedCheckpoint, engine: Engine, *, recipe: Recipe, new: RunS
     now = engine.mesh.layout.describe()
     teacher = engine.teacher
     then = describe_layout(manifest.layout)
+    is_grpo = recipe.objective.kind == "grpo"
     rows = [
         ("", "saved", "now"),
         ("step", f"{manifest.step:,}", _next_step(manifest.step, recipe.run.steps)),
         ("tokens", f"{manifest.tokens:,}", ""),
-        ("position", f"row {manifest.position:,}", "the next row"),
+        ("position", f"{'prompt' if is_grpo else 'row'} {manifest.position:,}", "the next one"),
         ("learning rate", _rate(manifest.recipe, manifest), _rate(new.recipe, manifest)),
         ("layout", then, now if now != then else "the same"),
         (

@@ -11,7 +11,7 @@ tensors of all ranks are fingerprinted and compared with the manifest, so that t
 
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, fields, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -36,6 +36,7 @@ from train.checkpoint.pieces import (
 )
 from train.checkpoint.random_state import RANDOM, random_pieces, restore_random_state
 from train.checkpoint.saving import Snapshot
+from train.checkpoint.stream_state import STREAM, stream_pieces
 from train.engine import Engine
 from train.parallel.mesh import Mesh
 
@@ -46,19 +47,22 @@ OTHER_MODEL = "is of another model"
 """In the message of every such error: `CheckpointFolder.resume` then stops instead of trying an older checkpoint."""
 
 
-def snapshot_of(engine: Engine, state: RunState) -> Snapshot:
+def snapshot_of(engine: Engine, state: RunState, stream: Mapping[str, torch.Tensor] | None = None) -> Snapshot:
     """What this rank saves of a training run: weights, buffers, masters, moments, random state. Collective, because scales are
     gathered (`engine.precision.gather_state`).
 
-    state: its layout and tokens are set here, from the engine.
+    state: its layout is set here, and its tokens if the caller has not counted them. stream: state of the stream
+    (`stream_state`), the same on every rank.
     """
     engine.precision.gather_state()
     modules = [chunk.module for chunk in engine.chunks]
     local_tensors = local_tensors_of(modules, engine.mesh.groups.dp_cp)
     parts = optimizer_parts(engine.optimizer, modules, local_tensors)
-    state = replace(state, layout=_layout(engine.mesh), tokens=state.position * engine.row_tokens)
+    tokens = state.tokens or state.position * engine.row_tokens
+    state = replace(state, layout=_layout(engine.mesh), tokens=tokens)
     manifest = _manifest_of(state, updates=_updates(engine))
     pieces = [*owned_pieces(local_tensors, parts), *random_pieces(engine.mesh)]
+    pieces += stream_pieces(stream or {}, rank=engine.mesh.rank)
     return Snapshot(manifest, pieces, parts, copied_pieces(parts))
 
 
@@ -223,7 +227,7 @@ class _Loading:
             name
             for name in self.names
             if name not in read
-            and not name.startswith((RANDOM, MASTER, *ignored))
+            and not name.startswith((RANDOM, STREAM, MASTER, *ignored))
             and MASTER + name.removeprefix(MODEL) not in read
         }
         missing = {name for names in _all_gather(sorted(self.missing)) for name in names}

@@ -112,7 +112,7 @@ def distill_step(
                     pairs, match, divergence_B, rows.learned, mesh=mesh, splits_sequence=_splits(chunk)
                 )
                 total = total + extra
-            scale = 1 / (sequence * count * context_ranks if rows.learned is None else batch.labels_per_microbatch())
+            scale = 1 / (sequence * count * context_ranks if rows.learned is None else batch.per_microbatch()[0])
             parts = [total, losses.divergence_N.sum(), losses.next_token_N.sum(), matched]
             return total * scale, torch.stack([part.detach().float() for part in parts]) * scale
 

@@ -128,7 +128,8 @@ def scores(forward: Forward, requests: Sequence[Request]) -> list[Score]:
     rows = pack(requests, row_tokens=forward.row_tokens, is_shared=forward.keeps_documents_apart)
     mine = deal(len(rows), mesh, microbatch_rows=forward.microbatch_rows, is_padded=forward.has_fixed_shape)
     with evaluating(forward.chunks):
-        batches = (_packed([rows[i] if counts else [] for i, counts in part], requests, forward) for part in mine)
+        length = forward.row_tokens if forward.has_fixed_shape else None
+        batches = (packed_rows([rows[i] if counts else [] for i, counts in part], requests, length) for part in mine)
         reports = forward.run(batches, _step(forward))
     total = torch.zeros(len(requests), 2, dtype=torch.float64, device=mesh.device)
     for owner, nats, misses in reports:
@@ -198,10 +199,10 @@ def _inputs(request: Request) -> int:
     return len(request.context) + len(request.target) - 1
 
 
-def _packed(rows: list[list[int]], requests: Sequence[Request], forward: Forward) -> PackedRows:
-    """One microbatch. Without a fixed shape, its length is that of its longest row."""
-    used = max((sum(_inputs(requests[i]) for i in row) for row in rows), default=0)
-    length = forward.row_tokens if forward.has_fixed_shape else used
+def packed_rows(rows: list[list[int]], requests: Sequence[Request], length: int | None) -> PackedRows:
+    """One microbatch, of rows of `length` tokens; None: of its longest row."""
+    if length is None:
+        length = max((sum(_inputs(requests[i]) for i in row) for row in rows), default=0)
     tokens = np.zeros((len(rows), length), dtype=np.int64)
     labels = np.full_like(tokens, -1)
     documents = np.zeros(tokens.shape, dtype=np.int32)

@@ -12,7 +12,7 @@ from data.tokenizer import Tokenizer
 from recipes.schema.errors import NumericsError
 from recipes.schema.model import ModelConfig
 from recipes.schema.recipe import Recipe
-from train.engine import Engine
+from train.engine import Engine, live_model
 from train.evaluate.ask import ask
 from train.evaluate.decoder import BatchedDecoder
 from train.evaluate.score import forward_of_engine
@@ -34,10 +34,7 @@ def task_scores(
     forward = forward_of_engine(engine)
     decoder = None
     if any(task.judge is not None for task in tasks):
-        (chunk,) = engine.chunks
-        if chunk.ddp_config.overlap_param_gather:
-            chunk.start_param_sync(force_sync=True)  # decoding does not call the modules whose hooks would wait for it
-        decoder = BatchedDecoder(chunk.module, shape, tokenizer, mesh=engine.mesh)
+        decoder = BatchedDecoder(live_model(engine), shape, tokenizer, mesh=engine.mesh)
     found = {}
     for task in tasks:
         try:

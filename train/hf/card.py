@@ -187,9 +187,9 @@ def _evaluation(record: RunRecord | None, step: int) -> list[str]:
     first, last = min(known), max(known)
     lines += ["Held-out text of each source, bits per byte (comparable across tokenizers):", ""]
     lines += [f"| source | step {first} | step {last} |", "|---|---|---|"]
-    for name, value in record.evaluations[last].items():
+    for name, score in record.evaluations[last].items():
         before = record.evaluations[first].get(name, float("nan"))
-        lines.append(f"| {_text(name)} | {before:.3f} | {value:.3f} |")
+        lines.append(f"| {_text(name)} | {before:.3f} | {score:.3f} |")
     if last != step:
         lines += ["", f"The checkpoint is of step {step}; the last evaluation before it was at step {last}."]
     return lines

@@ -52,6 +52,8 @@ class Model(HybridModel):
         super().__init__(**arguments)
         self.logit_softcap = model.logit_softcap
         self.vocab_padding = model.vocab_padding
+        self.temperature = 1.0
+        """Of the distribution whose losses `forward` returns. Logits are always those of temperature 1."""
         self.has_scalar_head = model.head == "scalar"
         if self.has_scalar_head and self.post_process:
             # Megatron has no way to leave out its own, so for a moment there is a head for the vocabulary.
@@ -90,11 +92,14 @@ class Model(HybridModel):
 
         Collective over the tensor group.
         """
+        softcap = self.logit_softcap
+        if self.temperature != 1:  # cap tanh(x / cap) / T = (cap / T) tanh((x / T) / (cap / T))
+            logits, softcap = logits / self.temperature, softcap and softcap / self.temperature
         loss_SB = vocab_parallel_cross_entropy(
             logits,
             labels.t().contiguous(),
             group=self.pg_collection.tp,
-            softcap=self.logit_softcap,
+            softcap=softcap,
             padding=self.vocab_padding,
         )
         return loss_SB.t()

@@ -118,6 +118,8 @@ class Telemetry:
         learning_rate: float,
         seconds: dict[str, float] | Callable[[], dict[str, float]],
         parts: torch.Tensor | None = None,
+        tokens: int | None = None,
+        step_tokens: int | None = None,
         labels: int | None = None,
     ) -> None:
         """Record one finished step. `loss` is this rank's share; the next flush, possibly in this call, sums it over ranks.
@@ -125,6 +127,7 @@ class Telemetry:
         Nothing is read from the device before the flush. seconds: time of each part; their sum is the step's time. If it is a
         function, it is called at the flush, on the writer only.
         parts: this rank's share of the loss's parts (`loss_parts`). labels: learned labels of the step, where not all are.
+        tokens, step_tokens: of all steps so far and of this one, where they do not follow from the number of steps.
         """
         self._losses[len(self._pending), 0] = loss.detach()
         if self._loss_parts:
@@ -134,7 +137,8 @@ class Telemetry:
             {
                 "kind": "step",
                 "step": step,
-                "tokens": step * self._tokens_per_step,
+                "tokens": step * self._tokens_per_step if tokens is None else tokens,
+                "step_tokens": self._tokens_per_step if step_tokens is None else step_tokens,
                 "loss": None,
                 "grad_norm": grad_norm,
                 "learning_rate": learning_rate,
@@ -232,7 +236,7 @@ class Telemetry:
         step_s = sum(line["seconds"].values())
         line["grad_norm"] = float(line["grad_norm"])
         line["step_s"] = step_s
-        line["tokens_per_s"] = self._tokens_per_step / step_s
+        line["tokens_per_s"] = line.pop("step_tokens") / step_s
         if self._peak_flops:
             line["mfu"] = self._flops_per_token * line["tokens_per_s"] / self._peak_flops
         line["memory_bytes"] = peak_memory_bytes(self._device)

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from recipes.schema.run_folder import as_number
+from recipes.schema.run_folder import Line, as_number
 from train.report.summary import RunRecord, smooth
 
 MOST_POINTS = 2000
@@ -98,6 +98,7 @@ def charts_of(records: Sequence[RunRecord]) -> dict[str, list[Chart]]:
             ),
             *_parts(records),
         ],
+        "Rollouts": _rollouts(records),
         "Tasks": [*_tasks(records)],
         "Speed": [
             Chart("Speed", "tokens/s", [_field(record, "tokens_per_s") for record in records], from_zero=True),
@@ -190,6 +191,82 @@ def _parts(records: Sequence[RunRecord]) -> list[Chart]:
             curves.append([thin("", steps, smooth(values))] if steps else [])
         charts.append(Chart(name.replace("_", " "), "", curves))
     return charts
+
+
+def _rollouts(records: Sequence[RunRecord]) -> list[Chart]:
+    """What reinforcement learning drew: events `rollouts` of `train.align.policy_stream`."""
+    batches = [
+        [line for line in record.events if line["kind"] == "rollouts" and type(line.get("step")) is int]
+        for record in records
+    ]
+
+    def chart(title: str, unit: str, *paths: str, is_log: bool = False) -> Chart:
+        return Chart(title, unit, [_paths(lines, paths) for lines in batches], is_log=is_log)
+
+    kinds = sorted({kind for lines in batches for line in lines for kind in _mapping(line, "verifiers")})
+    return [
+        Chart("Reward", "", [_reward(lines) for lines in batches]),
+        Chart("Answers that passed, by kind of verifier", "%", [_passed(lines, kinds) for lines in batches]),
+        Chart("Verifiers that failed", "answers of a batch", [_failed(lines, kinds) for lines in batches]),
+        chart("Length of answers", "tokens", "answer_tokens_mean", "answer_tokens_max"),
+        chart("Entropy", "nats per token", "entropy"),
+        chart("Share of answers that ended", "", "ended"),
+        chart("Share of groups with different rewards", "", "informative"),
+        chart("Gap between sampler and trainer", "nats", "log_prob_gap.max", "log_prob_gap.mean", is_log=True),
+        chart("Seconds of a batch", "s", "generation_s", "judging_s", "log_probs_s"),
+    ]
+
+
+def _paths(lines: Sequence[Line], paths: Sequence[str]) -> list[Curve]:
+    """A curve for each field, or field of a field."""
+    curves = []
+    for path in paths:
+        group, _, name = path.rpartition(".")
+        found = [(line["step"], _mapping(line, group) if group else line) for line in lines]
+        points = [(step, as_number(fields[name])) for step, fields in found if name in fields]
+        if points:
+            label = name.removesuffix("_s").replace("_", " ") if len(paths) > 1 else ""
+            curves.append(thin(label, [step for step, _ in points], [value for _, value in points]))
+    return curves
+
+
+def _reward(lines: Sequence[Line]) -> list[Curve]:
+    """The mean reward, with a standard deviation on either side."""
+    means, deviations = ([as_number(line.get(name)) for line in lines] for name in ("reward_mean", "reward_std"))
+    low = [mean - deviation for mean, deviation in zip(means, deviations, strict=True)]
+    high = [mean + deviation for mean, deviation in zip(means, deviations, strict=True)]
+    return [Curve("", [line["step"] for line in lines], means, low, high)] if lines else []
+
+
+def _passed(lines: Sequence[Line], kinds: Sequence[str]) -> list[Curve]:
+    curves = []
+    for kind in kinds:
+        found = [(line["step"], _mapping(_mapping(line, "verifiers"), kind)) for line in lines]
+        points = [
+            (step, 100 * as_number(one.get("passed")) / answers)
+            for step, one in found
+            if (answers := as_number(one.get("answers"))) > 0
+        ]
+        if points:
+            curves.append(thin(kind, [step for step, _ in points], [share for _, share in points]))
+    return curves
+
+
+def _failed(lines: Sequence[Line], kinds: Sequence[str]) -> list[Curve]:
+    """Curves of the verifiers that failed at all."""
+    curves = []
+    for kind in kinds:
+        failures = [_mapping(_mapping(_mapping(line, "verifiers"), kind), "failures") for line in lines]
+        counts = [sum(map(as_number, one.values())) for one in failures]
+        if any(counts):
+            curves.append(thin(kind, [line["step"] for line in lines], counts))
+    return curves
+
+
+def _mapping(line: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    """A field that should be a mapping; the record may be damaged."""
+    found = line.get(name)
+    return found if isinstance(found, dict) else {}
 
 
 def _tasks(records: Sequence[RunRecord]) -> list[Chart]:

@@ -34,7 +34,15 @@ MOST_MEASUREMENTS = 60
 MOST_EVENTS = 500
 MOST_SAMPLES = 40
 MOST_TRACES = 4
-_TOLD_ELSEWHERE = {"precision", "tasks", "rollouts", "save_requested", "save_staged", "unreduced_step"}
+_TOLD_ELSEWHERE = {
+    "precision",
+    "tasks",
+    "rollouts",
+    "rollout_samples",
+    "save_requested",
+    "save_staged",
+    "unreduced_step",
+}
 
 
 @dataclass(frozen=True)
@@ -256,7 +264,7 @@ def _samples(run: ReportedRun) -> list[dict[str, Any]]:
     except OSError:
         pass
     for line in run.lines:
-        if line["kind"] == "rollouts" and isinstance(line.get("samples"), list):
+        if line["kind"] == "rollout_samples" and isinstance(line.get("samples"), list):
             for sample in line["samples"]:
                 if isinstance(sample, dict):
                     parts = (f"{key}: {value}" for key, value in sample.items())

@@ -6,6 +6,7 @@ bytes --length--> --UTF-8, JSON--> plain values --schema.py--> CompletionCall | 
 import json
 from typing import Any
 
+import numpy as np
 from fastapi import Request as HttpRequest
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ValidationError
@@ -16,6 +17,8 @@ from train.serve.refusal import ServerRefusal, error_body
 
 _MOST_DROPPED = 32 * 2**20
 """Bytes of a too long body that are read before the connection is closed."""
+_MOST_VALUES = 200_000
+"""Values of a body's JSON: to read a million of them would stop other clients for a second."""
 _REMEDY = 'Send one JSON object in UTF-8, such as {"model": "NAME", "prompt": "TEXT"}.'
 
 
@@ -83,6 +86,12 @@ def _fields(content: bytes) -> dict[str, Any]:
         text = decoded(content)
     except ValueError as error:
         raise ServerRefusal(400, f"the body is not JSON: {error}. {_REMEDY}") from error
+    values = _values_in(content)
+    if values > _MOST_VALUES:
+        raise ServerRefusal(
+            413,
+            f"the body has {values:,} JSON values; at most {_MOST_VALUES:,} are read. Send fewer prompts at a time, or texts.",
+        )
     try:
         fields = parse_json(text)
     except json.JSONDecodeError as error:
@@ -96,6 +105,15 @@ def _fields(content: bytes) -> dict[str, Any]:
         for name, value in fields.items():
             _check_surrogates(name, value)
     return fields
+
+
+def _values_in(content: bytes) -> int:
+    """About how many values a JSON text has: its commas, colons and opening brackets, outside of texts."""
+    if len(content) <= _MOST_VALUES:
+        return 0
+    codes = np.frombuffer(content.replace(b"\\\\", b"__").replace(b'\\"', b"__"), np.uint8)
+    is_text = np.logical_xor.accumulate(codes == ord('"'))
+    return sum(int(np.count_nonzero((codes == code) & ~is_text)) for code in b",:[{")
 
 
 def _check_surrogates(name: str, value: Any) -> None:

@@ -52,7 +52,10 @@ class RankMemory:
     """Message buffers between stages, and sequences gathered over tensor ranks."""
     reserve: float
     teacher: float
-    """A teacher's weights and the workspace of its forward pass, on the last stage (`launch.plan.teacher`)."""
+    """A teacher's weights and the workspace of its forward pass, on the last stage (`launch.plan.teacher`); the weights of
+    GRPO's reference."""
+    answers: float
+    """Caches of the answers that GRPO generates, beyond the activations and temporary memory that are not in use meanwhile."""
     in_flight: int
     """Microbatches (of one model chunk each) whose activations are kept at the peak."""
 
@@ -63,7 +66,15 @@ class RankMemory:
 
     @property
     def total(self) -> float:
-        return self.state + self.activations + self.workspace + self.communication + self.teacher + self.reserve
+        return (
+            self.state
+            + self.activations
+            + self.workspace
+            + self.communication
+            + self.teacher
+            + self.answers
+            + self.reserve
+        )
 
 
 def optimizer_state(
@@ -155,11 +166,13 @@ def rank_memory(
     stage: int,
     modules: Modules = "te",
     teacher: float = 0.0,
+    caches: float = 0.0,
     distils: bool = False,
 ) -> RankMemory:
     """Memory of the fullest rank of a pipeline stage.
 
-    rows: rows of a microbatch. teacher: bytes of the teacher on the last stage. distils: whether the loss is distillation, which
+    rows: rows of a microbatch. teacher: bytes of the teacher on the last stage. caches: bytes in use while answers are generated.
+    distils: whether the loss is distillation, which
     keeps the logits of only one chunk of tokens at a time.
     """
     state = optimizer_state(model, parallel=parallel, precision=precision, layout=layout, stage=stage)
@@ -190,6 +203,7 @@ def rank_memory(
         communication=waiting + gathered,
         reserve=RESERVE_BYTES if modules == "te" else 0.0,
         teacher=teacher if stage == layout.pipeline - 1 else 0.0,
+        answers=max(0.0, caches - kept - workspace),
         in_flight=_most_in_flight(layout, stage),
     )
 

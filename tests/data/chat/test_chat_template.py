@@ -125,6 +125,11 @@ def test_a_message_cannot_speak_for_another() -> None:
         ("{% for m in messages %}<{{ m.content }}>{% endfor %}", [user("bos")]),
         ("{% for m in messages %}{{ m.content | replace('{end}', '<|im_end|>') }}{% endfor %}", [user("{end}")]),
         ("{% for m in messages %}{% if 'x' not in m.content %}<bos>{% endif %}{% endfor %}", [user("x")]),
+        ("{% for m in messages %}<SPECIAL_{{ m.turn }}>{% endfor %}", [{**user("hi"), "turn": 11}]),
+        (
+            "{% for m in messages %}{% if m.turn != 1 %}<SPECIAL_{{ m.turn }}>{% endif %}{% endfor %}",
+            [{**user("hi"), "turn": 11}],
+        ),
     ],
 )
 def test_a_special_token_that_a_template_makes_of_a_message_is_refused(source: str, chat: list[Any]) -> None:

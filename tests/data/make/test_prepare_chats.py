@@ -22,7 +22,7 @@ from test_prepare import digests
 
 import data.make.shard_job as shard_job
 from data.dataset import Dataset, open_dataset
-from data.inspect import coloured
+from data.inspect import _rows_table, coloured
 from data.native import rows as native
 from data.prepare import prepare
 from data.store.manifest import read_manifest
@@ -142,6 +142,13 @@ def test_inspect_colours_what_is_learned(made: DataConfig) -> None:
         shown = console.file.getvalue()  # type: ignore[attr-defined]
         marked = re.findall(f"{re.escape(before)}(.*?){re.escape(after)}", shown)
         assert marked == [run.replace("\n", "\\n") for run in learned_runs(dataset, ids, learned)] and marked
+
+
+@pytest.mark.parametrize(("packing", "words"), [("rows", "whole chats"), ("single", "one chat a row")])
+def test_inspect_names_how_chats_are_packed(made: DataConfig, packing: Any, words: str) -> None:
+    data = replace(made, chat=replace(made.chat, packing=packing))
+    title = _rows_table(open_dataset(data), data, steps=2, total_rows=4).title
+    assert f"({words})" in str(title)
 
 
 @pytest.mark.parametrize("suffix", ["mask.bin", "mask.idx"])

@@ -24,18 +24,21 @@ def run(folder: Path, *words: str, status: int = 0) -> str:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Prepared data, a run `parent` with checkpoints of steps 1 to 3, and a run `other` from another seed."""
+    """Prepared data, a run `parent` with checkpoints of steps 1 to 3, and a run `other` with other weights."""
     root = tmp_path_factory.mktemp("merge")
     lay_out(root)
     keep = ["checkpoint.every_steps=1", "checkpoint.keep_last=5", "run.steps=3"]
     run(root, "prepare", "-cn", "little")
     run(root, "train", "-cn", "little", *keep)
-    run(root, "train", "-cn", "little", *keep, "run.name=other", "run.seed=7")
+    run(root, "merge", "parent", "--out", "runs/other", "--window", ":2", "--weights=-2,3")
     return root
 
 
 def test_a_merge_generates_trains_on_and_is_exported(folder: Path) -> None:
+    left = folder / "runs" / ".half.writing" / "checkpoints"  # what a killed merge left
+    left.mkdir(parents=True)
     text = run(folder, "merge", "parent", "runs/other", "--out", "runs/half", "--alpha", "0.5")
+    assert not left.parent.exists()
     assert "0.500000  runs/parent" in text and "wrote runs/half" in text and "step 0" in text
     assert "is not empty" in run(folder, "merge", "parent", "other", "--out", "runs/half", "--alpha", "1", status=2)
     assert run(folder, "generate", "half", "--prompt", "line", "--tokens", "4")
@@ -93,7 +96,20 @@ def test_a_sweep_by_tasks_takes_the_highest_mean(folder: Path) -> None:
 
 
 def test_wrong_words_are_refused_before_anything_is_read(folder: Path) -> None:
+    (folder / "runs" / "link").symlink_to("nowhere")
     for words, message in (
+        ("parent runs/parent/checkpoints/step_00000003 --out runs/no --alpha 0.5", "have the same weights"),
+        (
+            "parent other --out runs/parent/checkpoints/step_00000009 --alpha 0.5",
+            "parent/checkpoints, which has checkpoints",
+        ),
+        (
+            "parent other --out runs/parent/checkpoints/step_00000003/no --alpha 0.5",
+            "step_00000003, which has checkpoints",
+        ),
+        ("parent other --out prepared/no --alpha 0.5", "prepared, which has checkpoints or data"),
+        ("parent other --out runs/link --alpha 0.5", "runs/link is a symbolic link"),
+        ("parent other --out words.txt --alpha 0.5", "words.txt is a file"),
         ("parent other --out runs/no", "2 models take --alpha 0.5 and no other."),
         ("parent --out runs/no --alpha 0.5", "1 model takes --window FROM:TO and no other."),
         ("parent other --out runs/no --alpha 0.5,0.6", "several values of --alpha and --evaluate go together"),

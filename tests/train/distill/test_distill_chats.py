@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 from ranks import run_ranks
-from teachers import TEACHER, save_teacher, student_of
-from tiny import Numbers, engine_of, masked_rows, microbatches, steps_of, with_fields
+from teachers import TEACHER, distill_tiny, save_teacher, student_of
+from tiny import Numbers, engine_of, masked_rows, microbatches, with_fields
 from torch.nn import functional as F
 
 from data.batch import Batch
@@ -42,11 +42,6 @@ def some_rows_unlearned(step: int, positions: np.ndarray) -> Batch:
     return replace(rows, learned=rows.learned & keep[:, None])
 
 
-def distill_chats(rank: int, recipe: Recipe, world: int) -> Numbers:
-    with engine_of(recipe, rank=rank, world=world) as engine:
-        return steps_of(engine, recipe, range(2), rows=some_rows_unlearned)
-
-
 @pytest.fixture(scope="module")
 def mixed(teacher: Path) -> Recipe:
     changes = {"objective.next_token_weight": 0.3, "objective.hidden_match": "mse", "objective.chunk_tokens": 24}
@@ -55,13 +50,13 @@ def mixed(teacher: Path) -> Recipe:
 
 @pytest.fixture(scope="module")
 def alone(mixed: Recipe) -> Numbers:
-    return run_ranks(1, distill_chats, mixed, 1)[0]
+    return run_ranks(1, distill_tiny, mixed, 1, 2, some_rows_unlearned)[0]
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_every_layout_matches_the_teacher_on_the_same_labels(name: str, mixed: Recipe, alone: Numbers) -> None:
     world, changes = LAYOUTS[name]
-    for numbers in run_ranks(world, distill_chats, with_fields(mixed, changes), world):
+    for numbers in run_ranks(world, distill_tiny, with_fields(mixed, changes), world, 2, some_rows_unlearned):
         assert numbers.losses == pytest.approx(alone.losses, rel=2e-6)
         assert numbers.grad_norms == pytest.approx(alone.grad_norms, rel=2e-5)
 

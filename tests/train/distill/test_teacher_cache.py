@@ -9,7 +9,7 @@ import pytest
 import torch
 from ranks import RankFailed, run_ranks
 from teachers import TEACHER, TOKENIZER, distill_tiny, save_teacher, student_of
-from tiny import rows_of
+from tiny import masked_rows, rows_of
 
 from data.batch import Batch
 from recipes.schema.errors import DataError, RecipeError
@@ -81,6 +81,9 @@ def test_any_layout_writes_and_reads_what_the_teacher_computes_online(teacher: P
         for numbers in run_ranks(world, distill_tiny, recipe, world, STEPS):
             np.testing.assert_allclose(numbers.losses, expected.losses, rtol=2e-6)
             np.testing.assert_allclose(numbers.grad_norms, expected.grad_norms, rtol=1e-5)
+    masked = [run_ranks(1, distill_tiny, recipe, 1, STEPS, masked_rows)[0] for recipe in (by_one, online)]
+    np.testing.assert_allclose(masked[0].losses, masked[1].losses, rtol=2e-6)  # of chats
+    np.testing.assert_allclose(masked[0].grad_norms, masked[1].grad_norms, rtol=1e-5)
     half = cache_of(teacher, tmp_path / "half", world=1, values="float16")
     (rounded,) = run_ranks(1, distill_tiny, half, 1, STEPS)
     np.testing.assert_allclose(rounded.losses, expected.losses, rtol=1e-3)

@@ -75,6 +75,9 @@ FAULTS: list[tuple[list[Any], dict[str, Any], str]] = [
     ([{"prompt": "a", "choices": ["x", "y"]}], {"kind": "multiple_choice"}, r"no field 'answer', which `answer` needs"),
     ([{"prompt": "a", "target": "b"}], {"kind": "cloze", "prompt": "{prompt} {"}, r"has a single '\{'\. Write \{\{"),
     ([{"prompt": "a", "target": "b"}], {"kind": "generate", "verifier": "number"}, r":1: the target 'b' has no number"),
+    ([{"id": 3, "prompt": "a", "target": "b"}, {"id": "3", "prompt": "c", "target": "d"}], {"kind": "cloze"},
+     r"data\.jsonl:2: id='3' is that of .*data\.jsonl:1 too\. Remove one"),
+    ([{"task_id": "x", "prompt": "a", "target": "b"}] * 2, {"kind": "cloze"}, r":2: task_id='x' is that of .*:1 too"),
     ([{"prompt": "a", "target": "b"}], {"kind": "clozed"}, r"mine\.yaml: kind='clozed' is not a choice\. Did you mean cloze\?"),
     ([{"prompt": "a", "target": "b"}], {}, r"mine\.yaml: kind is missing: cloze: the probability"),
     ([{"prompt": "a", "target": "b"}], {"kind": "cloze", "promt": "x"}, r"promt is not a field\. Did you mean prompt"),
@@ -106,9 +109,9 @@ def test_task_files_that_are_missing_or_not_yaml(tmp_path: Path) -> None:
 
 
 def test_files_of_other_editors_are_read(tmp_path: Path) -> None:
-    """A mark at the begin, lines that end with carriage returns, no end of the last line, records and ids that come twice."""
+    """A mark at the begin, lines that end with carriage returns, no end of the last line, records that come twice."""
     path = task_in(tmp_path, [], kind="cloze")
-    record = b'{"id": 1, "prompt": "a", "target": " b"}'
+    record = b'{"prompt": "a", "target": " b"}'
     (tmp_path / "data.jsonl").write_bytes(codecs.BOM_UTF8 + record + b"\r\n" + record)
     path.write_bytes(codecs.BOM_UTF8 + path.read_bytes().replace(b"\n", b"\r\n"))
     assert [(item.prompt, item.targets) for item in open_task_file(path).items] == [("a", (" b",))] * 2

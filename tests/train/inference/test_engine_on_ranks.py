@@ -9,13 +9,16 @@ import pytest
 import torch
 from hf_models import FAMILIES, recipe_of, trained
 from ranks import run_ranks
+from tiny import VOCAB, engine_of, recipe_with
 
 from recipes.schema.recipe import Recipe
 from train.build import models_for_inference
 from train.inference.batch_engine import EngineConfig, InferenceEngine
 from train.inference.draft_model import DraftModel
 from train.inference.drafters import Drafter, PromptLookup
+from train.inference.forward import logits_in_parts
 from train.inference.request import Event, Request, Sampling, Token
+from train.model.attention import zigzag_positions
 
 
 def continued(rank: int, recipe: Recipe, checkpoint: Path, tensor: int) -> list[list[list[Event]]]:
@@ -63,3 +66,34 @@ def test_tensor_ranks_equal_one_process(family: str, tensor: int, tmp_path: Path
 
 def _scored(events: list[Event]) -> list[Token]:
     return [token for event in events for token in (*event.scores, event.token) if token is not None]
+
+
+def log_probabilities(rank: int, context: int, tokens: int) -> dict[int, list[float]]:
+    """By position, at 65 places of a text: of the trainer's forward pass over `context` ranks, or (0) of the engine in parts."""
+    changes = {"model.pattern": "M*-M", "model.init_std": 0.1, "data.row_tokens": tokens}
+    recipe = recipe_with(**changes, **({"parallel.context": context} if context else {}))
+    text = torch.randint(0, VOCAB, (tokens,), generator=torch.Generator().manual_seed(0))
+    places = torch.cat([torch.arange(0, tokens, tokens // 64), torch.tensor([tokens - 1])])
+    with engine_of(recipe, rank=rank, world=max(1, context)) as built, torch.no_grad():
+        model = built.chunks[0].module.eval()
+        if not context:
+            cuts = [min(512, tokens - start) for start in range(0, tokens, 512)]
+            logits = logits_in_parts(model, text.tolist(), cuts, shape=recipe.model, page_tokens=64)[places]
+        else:
+            own = zigzag_positions(tokens, rank=rank, ranks=context, device=torch.device("cpu"))
+            hidden = model.decoder(
+                hidden_states=model.embedding(text[own][None], own[None]), attention_mask=None, inference_context=None
+            )
+            places = own[torch.isin(own, places)]
+            logits = model.output_layer(hidden[torch.isin(own, places)])[0][:, 0]
+        return dict(zip(places.tolist(), torch.log_softmax(logits, -1).tolist(), strict=True))
+
+
+@pytest.mark.parametrize("tokens", [1024, pytest.param(131_072, marks=pytest.mark.slow)])
+def test_the_engine_agrees_with_the_trainer_over_two_context_ranks(tokens: int) -> None:
+    (engine,) = run_ranks(1, log_probabilities, 0, tokens, timeout_s=900)
+    first, second = run_ranks(2, log_probabilities, 2, tokens, timeout_s=900)
+    trainer = first | second
+    assert sorted(trainer) == sorted(engine) and len(engine) == 65
+    worst = max(abs(a - b) for place in engine for a, b in zip(engine[place], trainer[place], strict=True))
+    assert worst < 1e-5

@@ -44,7 +44,11 @@ def texts(rank: int, folder: Path) -> dict[str, Any]:
             "".join(stream_text(read, asked))
         except StratumError as error:
             found[name] = str(error)
-    for name, wrong in {"alone": {"draft_tokens": 3}, "nowhere": {"speculate": "runs/nowhere"}}.items():
+    for name, wrong in {
+        "alone": {"draft_tokens": 3},
+        "nowhere": {"speculate": "runs/nowhere"},
+        "empty": {"speculate": ""},
+    }.items():
         try:
             list(generate_records(recipe, replace(config, **wrong)))
         except StratumError as error:
@@ -71,7 +75,7 @@ def test_prompts_of_a_file_are_continued_in_one_batch(tmp_path: Path) -> None:
     ]
     assert found["single"] == "c" + records[3]["text"], "a text of a batch is the text alone with its seed"
     assert "--draft-tokens 3" in found["alone"] and "--speculate lookup" in found["alone"]
-    assert "runs/nowhere" in found["nowhere"]
+    assert "runs/nowhere" in found["nowhere"] and "'' is not the name of a checkpoint" in found["empty"]
     plain, *speculated = found["speculated"]
     for guessed in speculated:
         assert [record["tokens"] for record in guessed] == [record["tokens"] for record in plain]

@@ -30,6 +30,11 @@ STEPS = [
     for n in range(1, 41)
 ]
 ACCURACY = {"value": 0.5, "low": 0.2, "high": 0.8}
+ROLLOUTS = {
+    "reward_std": 0.25, "ended": 1.0, "entropy": 0.5, "answer_tokens_mean": 4.0, "answer_tokens_max": 7, "informative": 0.5,
+    "log_prob_gap": {"max": 1e-6, "mean": 1e-7}, "generation_s": 1.5, "judging_s": 0.1,
+    "verifiers": {EVIL: {"answers": 8, "passed": 6, "failures": {"timeout": 1}}},
+}  # fmt: skip
 RICH: list[dict[str, Any]] = [
     MACHINE | {"time": 1.7e9},
     begin("start", 0) | {"time": 1.7e9 + 1},
@@ -43,7 +48,9 @@ RICH: list[dict[str, Any]] = [
     {"kind": "precision", "step": 20, "scaling": EVIL, "readings": [READING], "time": 1.7e9 + 82},
     {"kind": "precision", "step": 40, "scaling": "current", "readings": [READING | {"snr_db": None}], "time": 1.7e9 + 83},
     {"kind": "tasks", "step": 40, "tasks": {EVIL: {"items": 3, "metrics": {"accuracy": ACCURACY}}}},
-    {"kind": "rollouts", "step": 40, "samples": [{"prompt": EVIL, "answer": "</script>", "reward": 1.0}], "time": 1.7e9 + 83},
+    *({"kind": "rollouts", "step": n, "reward_mean": n / 40, "time": 1.7e9 + 83, **ROLLOUTS} for n in (1, 40)),
+    {"kind": "rollouts", "step": 41, "verifiers": [], "log_prob_gap": None},
+    {"kind": "rollout_samples", "step": 40, "samples": [{"prompt": EVIL, "answer": "</script>", "reward": 1.0}]},
     {"kind": "warning", "text": EVIL, "time": 1.7e9 + 84},
 ]  # fmt: skip
 
@@ -132,6 +139,9 @@ def test_the_page_has_what_the_run_recorded(tmp_path: Path) -> None:
     assert run["timeline"]["marks"] == [[round(41 / 84, 5), "save", 20], [round(41.6 / 84, 5), "resume", 20]]
     charts = {chart["title"]: chart for section in data["charts"].values() for chart in section}
     assert charts["Held-out text"]["runs"][0][0]["values"] == [4.0, 2.0]
+    assert charts["Reward"]["runs"][0][0]["high"] == [0.275, 1.25, None]
+    assert charts["Answers that passed, by kind of verifier"]["runs"][0][0]["values"] == [75.0, 75.0]
+    assert [curve["label"] for curve in charts["Gap between sampler and trainer"]["runs"][0]] == ["max", "mean"]
     assert charts["accuracy"]["runs"][0][0]["low"] == [0.2]
     assert run["precision"]["rows"][0][2] == [30.0, None]
     assert run["data"]["note"] and data["differences"] == []

@@ -32,8 +32,10 @@ from recipes.schema.read import recipe_from_mapping
 from train import stratum
 from train.inference.batch_engine import EngineConfig, InferenceEngine
 from train.inference.text import Opened, opened
+from train.serve import body
 from train.serve.app import Served, build_app
 from train.serve.engine_loop import EngineLoop
+from train.serve.refusal import ServerRefusal
 from train.serve.worker import Worker
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -352,6 +354,24 @@ def test_bodies_that_are_not_calls_say_where_and_what_to_send(server: Server) ->
         assert pair.status_code == 200, pair.text
         form = http.post("/v1/completions", content=b"{}", headers={"content-type": "text/plain"})
         assert form.status_code == 400 and "content-type: application/json" in form.json()["error"]["message"]
+
+
+@pytest.mark.parametrize("unit", ["[],", "{},", "1,", '{"a":1},', '[[1],"\\\\"],'])
+def test_a_body_of_millions_of_values_is_refused_before_it_is_parsed(
+    unit: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To parse 4 MiB of empty objects took 1.9 s, in which the server answered no one."""
+    monkeypatch.setattr(body, "parse_json", lambda _: pytest.fail("parsed"))
+    content = '{"model": "m", "prompt": [' + unit * ((4 << 20) // len(unit)) + "1]}"
+    with pytest.raises(ServerRefusal, match=r"JSON values; at most 200,000 are read"):
+        body._fields(content.encode())
+
+
+def test_brackets_and_commas_in_a_long_text_are_not_values() -> None:
+    text = 'f(x, [1, {"a\\": "\\\\"}], "y")\n' * 60_000
+    assert body._fields(json.dumps({"model": "m", "prompt": text}).encode())["prompt"] == text
+    ids = list(range(150_000))
+    assert body._fields(json.dumps({"model": "m", "prompt": ids}).encode())["prompt"] == ids
 
 
 def test_numbers_and_flags_are_not_coerced(server: Server) -> None:

@@ -47,6 +47,8 @@ class Reward:
 
     value: float | None
     failure: str = ""
+    what: str = ""
+    """Kind of failure, as in `Judge.failures`."""
 
 
 class Judge:
@@ -139,7 +141,7 @@ class Judge:
 
     def _failed(self, what: str, why: str) -> Reward:
         self.failures[what] += 1
-        return Reward(None, f"verifier {self.kind} {why}")
+        return Reward(None, f"verifier {self.kind} {why}", what)
 
     def _ask(self, request: dict[str, Any], *, seconds: float) -> dict[str, Any]:
         """Send a line and read the answer. -> the message, or {"failed": why} if none comes in time."""

@@ -21,6 +21,7 @@ from train.evaluate.tasks.verify import JUDGES, exact
 _LONGEST_LINE = 16 << 20
 _MOST_ITEMS = 1_000_000
 _PIECES = re.compile(r"\{\{|\}\}|\{(\w+)\}|[{}]|[^{}]+")
+_ID_FIELDS = ("id", "task_id")
 _KINDS: dict[str, Kind] = {
     "cloze": "cloze",
     "multiple_choice": "multiple_choice",
@@ -39,7 +40,9 @@ def open_task_file(path: Path, *, items: int | None = None) -> Task:
     most = min(config.items or _MOST_ITEMS, items or _MOST_ITEMS)
     shots: list[str] = []
     asked: list[Item] = []
+    seen: dict[tuple[str, str], str] = {}
     for place, record in _records(data, told_by=path):
+        _check_ids(record, place, seen)
         item = _item(config, record, place)
         if len(shots) < config.shots:
             shots.append(item.prompt + (item.targets[item.answer] if item.targets else ""))
@@ -65,6 +68,17 @@ def open_task_file(path: Path, *, items: int | None = None) -> Task:
         is_graded=judge is JUDGES["all"],
         settings={"verifier": "exact" if is_exact else config.verifier} if judge else {},
     )
+
+
+def _check_ids(record: Mapping[str, Any], place: str, seen: dict[tuple[str, str], str]) -> None:
+    """DataError for an `id` or `task_id` that an earlier record has: a copy would count twice. seen: where each one is."""
+    for key in _ID_FIELDS:
+        if isinstance(value := record.get(key), str | int):
+            first = seen.setdefault((key, str(value)), place)
+            if first != place:
+                raise DataError(
+                    f"{place}: {key}={_shown(value)} is that of {first} too. Remove one of the two records."
+                )
 
 
 def filled(template: str, record: Mapping[str, Any], *, place: str, key: str) -> str:

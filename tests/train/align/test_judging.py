@@ -1,0 +1,82 @@
+"""The rewards of a run's answers: which code may run, and what the journal keeps."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from policy_runs import policy_recipe
+
+from data.chat.prompts import Prompt
+from recipes.schema.align import GrpoConfig
+from recipes.schema.errors import CheckpointError, DataError, RecipeError
+from recipes.schema.manifest import Manifest
+from recipes.schema.rules import resume_problems
+from train.align.frozen_models import REFERENCE, FrozenModels, check_frozen_models
+from train.align.judging import Case, Judges, check_prompts
+
+RANDOM = {"kind": "function", "name": "tests.reward_functions:random_reward"}
+CONFIG = GrpoConfig(allowed_functions=("tests.reward_functions:random_reward",))
+
+
+def prompt(verifier: dict[str, Any] | None, **facts: Any) -> Prompt:
+    return Prompt([{"role": "user", "content": "Say 7."}], None, verifier, facts, "p.jsonl line 3")
+
+
+@pytest.mark.parametrize(
+    ("verifier", "error", "text"),
+    [
+        ({"kind": "numbr"}, DataError, "p.jsonl line 3: kind='numbr' is not a verifier. Did you mean number"),
+        (None, DataError, "p.jsonl line 3: the prompt has no verifier"),
+        ({"kind": "function", "name": "os:system"}, RecipeError, "os:system is code that would run with your rights"),
+    ],
+)
+def test_a_verifier_that_may_not_run_is_named(verifier: Any, error: type[Exception], text: str) -> None:
+    with pytest.raises(error, match=re.escape(text)):
+        check_prompts([prompt({"kind": "exact"}), prompt(verifier)], CONFIG)
+
+
+def test_a_reward_model_needs_no_verifiers() -> None:
+    assert check_prompts([prompt(None)], GrpoConfig(reward_model="runs/reward")) == []
+    assert check_prompts([prompt(RANDOM), prompt(RANDOM), prompt({"kind": "exact"})], CONFIG) == [
+        RANDOM,
+        {"kind": "exact"},
+    ]
+
+
+def test_the_journal_gives_rewards_again_for_the_same_answers_only(tmp_path: Path) -> None:
+    folder, ours = tmp_path / "rewards", prompt(RANDOM)
+    cases = [Case(0, number, ours, text) for number, text in enumerate(["a", "a", "b"])]
+    with Judges(folder, CONFIG, rank=0) as judges:
+        first = judges.rewards(cases, step=4)
+    assert len({reward.value for reward in first}) == 3, "equal texts are judged each by itself"
+    (path,) = folder.iterdir()
+    path.write_text(path.read_text() + '{"key": "cut')  # a kill cut the last line
+    others = [Case(0, 0, ours, "c"), Case(1, 0, ours, "a"), Case(0, 0, prompt(RANDOM, more=1), "a")]
+    with Judges(folder, CONFIG, rank=0) as judges:
+        assert judges.rewards(cases, step=4) == first
+        again = judges.rewards([*others, cases[2]], step=4)
+    assert again[3] == first[2] and not {one.value for one in again[:3]} & {one.value for one in first}
+    with Judges(folder, CONFIG, rank=0) as judges:
+        assert judges.rewards([*cases, *others], step=5) == [*first, *again[:3]]
+        judges.forget_before(4)
+        assert list(folder.iterdir())
+        judges.forget_before(5)
+        assert not list(folder.iterdir())
+
+
+def test_another_reference_than_at_the_start_is_refused(tmp_path: Path) -> None:
+    then, now = ({"checkpoint": f"runs/{name}", "fingerprint": name * 8} for name in "ab")
+    frozen = FrozenModels(lineage={REFERENCE: now})
+    check_frozen_models(frozen, policy_recipe(tmp_path), before={REFERENCE: now})
+    with pytest.raises(CheckpointError, match=r"the reference of this run was runs/a .*objective.grpo.reference"):
+        check_frozen_models(frozen, policy_recipe(tmp_path), before={REFERENCE: then})
+    check_frozen_models(
+        frozen, policy_recipe(tmp_path, **{"checkpoint.allow": ("arithmetic",)}), before={REFERENCE: then}
+    )
+
+
+def test_changed_prompts_are_refused_like_changed_data(tmp_path: Path) -> None:
+    manifest = Manifest(data_hash="a" * 64)
+    (problem,) = resume_problems(policy_recipe(tmp_path), manifest, place="step_1", data_hash="b" * 64)
+    assert problem.key == "objective.grpo.prompts" and "Restore the old prompts" in problem.remedy
