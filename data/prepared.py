@@ -152,6 +152,8 @@ def read_material(recipe: Recipe, *, checks: bool) -> Prepared | None:
 
 
 def _prompt_facts(recipe: Recipe, *, checks: bool) -> Prepared:
+    if not recipe.objective.grpo.prompts:  # a rule of the recipe reports it
+        return Prepared(is_here=False)
     try:
         for path in recipe.objective.grpo.prompts:
             find_files(FIELD, path)

@@ -15,10 +15,9 @@ def grpo_problems(recipe: Recipe, *, backend: str) -> list[Problem]:
         return []
     config, found = recipe.objective.grpo, []
     if not config.prompts:
-        text = "objective.grpo.prompts is empty."
-        found.append(
-            Problem("objective.grpo.prompts", text, "Name files, e.g. objective.grpo.prompts=[prompts/*.jsonl].")
-        )
+        text = "objective.kind=grpo learns from answers to prompts, and objective.grpo.prompts is empty."
+        remedy = "Name files of prompts with verifiers, such as [prompts/*.jsonl], or use objective.kind=next_token."
+        found.append(Problem("objective.grpo.prompts", text, remedy))
     if recipe.run.start_from is None:
         text = "run.start_from=null: a model of random weights earns no rewards to learn from."
         found.append(Problem("run.start_from", text, "Name the run or checkpoint to start from."))

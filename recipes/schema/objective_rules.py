@@ -20,7 +20,7 @@ def reward_problems(recipe: Recipe) -> list[Problem]:
         found.append(Problem("model.head", text, "Set model.head=scalar."))
     if kind != "reward" and head == "scalar":
         text = f"model.head=scalar predicts no tokens, but objective.kind={kind} needs a distribution over tokens."
-        found.append(Problem("model.head", text, "Set objective=reward, or model.head=vocabulary."))
+        found.append(Problem("model.head", text, "Set model.head=vocabulary, or objective.kind=reward."))
     if head == "scalar" and recipe.evaluate.tasks:
         text = f"evaluate.tasks={','.join(recipe.evaluate.tasks)} needs a language model, but model.head=scalar."
         remedy = "Set evaluate.tasks=[]: held-out preferences are scored in any case."

@@ -15,10 +15,12 @@ from recipes.schema.fields import (
     PositiveInt,
     Range,
     Seed,
+    Temperature,
     TemperatureOrZero,
 )
 
 DraftTokens = Annotated[int, Range(ge=1, le=64)]
+SampleCount = Annotated[int, Range(ge=2)]
 
 
 @dataclass(frozen=True)
@@ -223,3 +225,31 @@ class MergeConfig:
     """Seed of tasks that are made."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where the model is evaluated."""
+
+
+@dataclass(frozen=True)
+class PreferencesConfig:
+    """Options of `stratum preferences`."""
+
+    prompts: str | None = None
+    """Prompts: jsonl files as `objective.grpo.prompts` takes them, each record with a verifier."""
+    out: str | None = None
+    """The file of preferences to write, for a source of kind preference."""
+    samples: SampleCount = 8
+    """Answers to each prompt: the best and the worst become a record."""
+    tokens: PositiveInt = 256
+    """Longest answer. Answers that are cut off belong to no record."""
+    temperature: Temperature = 1.0
+    """Divides the logits when answers are drawn."""
+    top_p: PositiveFraction = 1.0
+    """Draw only from the most likely tokens that together have this probability."""
+    min_gap: PositiveFloat = 1e-6
+    """Smallest difference between the rewards of the best and the worst answer; prompts below it are left out."""
+    seed: Seed = 0
+    """Seed of the answers: with the same seed and checkpoint, the same records."""
+    batch: PositiveInt = 64
+    """Answers generated at a time."""
+    checkpoint: str | None = None
+    """A checkpoint folder; by default the newest checkpoint of the run."""
+    allow_functions: str = ""
+    """Reward functions of your own that prompts may name (`module:function`), separated by commas. They run with your rights."""

@@ -75,7 +75,7 @@ def complaints(plain: dict[str, Any]) -> list[str]:
 
 def repaired(plain: dict[str, Any], complaint: str) -> dict[str, Any]:
     """The recipe after the one change that a complaint names."""
-    said = re.search(r"(?:Use|Set|or|use|e\.g\.) ((?:[a-z]\w*\.)?\w+)=([^\s,;]+?)[.,;]?(?:\s|$)", complaint)
+    said = re.search(r"(?:Use|Set|or|use|e\.g\.) ((?:[a-z]\w*\.)*\w+)=([^\s,;]+?)[.,;]?(?:\s|$)", complaint)
     at = re.match(r"([a-z]+\.\w+)=\S+ .*\bUse (?:1, )?(?:1 or )?(\d+)", complaint)
     key, value = said.groups() if said else at.groups() if at else ("", "")
     if "needs objective.teacher" in complaint:
@@ -83,8 +83,10 @@ def repaired(plain: dict[str, Any], complaint: str) -> dict[str, Any]:
     if key and "." not in key:
         key = re.search(rf"([a-z]+)\.\w+=.*\b{key}=", complaint)[1] + f".{key}"  # type: ignore[index]
     assert key, f"names no key and value that repair it: {complaint}"
-    group, name = key.split(".")
-    return merged(plain, {group: {name: yaml.safe_load(value)}})
+    change: Any = yaml.safe_load(value)
+    for name in reversed(key.split(".")):
+        change = {name: change}
+    return merged(plain, change)
 
 
 @pytest.mark.parametrize("name", NAMES)

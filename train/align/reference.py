@@ -32,6 +32,7 @@ from recipes.schema.scaling import describe_precision
 from recipes.schema.teacher_rules import tokenizer_problems
 from train.align.dpo import log_prob_step
 from train.build import frozen_engine
+from train.checkpoint.random_state import random_state_kept
 from train.engine import Engine, run_schedule
 from train.evaluate.deal import deal, evaluating
 from train.parallel.mesh import Mesh
@@ -126,7 +127,8 @@ def _built(recipe: Recipe, weights: ReferenceWeights, mesh: Mesh) -> Engine:
             f"{weights.fingerprint[:12]}). Restore it, or choose another run.name."
         )
     refuse(language_model_problems(found.recipe.model, place=str(weights.path), key="objective.dpo.reference"))
-    return frozen_engine(replace(recipe, model=found.recipe.model), found.path, mesh)
+    with random_state_kept(mesh):  # that of the run is restored already
+        return frozen_engine(replace(recipe, model=found.recipe.model), found.path, mesh)
 
 
 @dataclass(frozen=True)

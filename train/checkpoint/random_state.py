@@ -6,6 +6,9 @@ random.RANK.torch   random.RANK.cuda   random.RANK.tracker.NAME      torch's gen
 import train.megatron  # noqa: F401  prepares Megatron before the imports below
 
 # isort: split
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 
@@ -27,6 +30,19 @@ def random_states(mesh: Mesh) -> dict[str, torch.Tensor]:
         states["cuda"] = torch.cuda.get_rng_state(mesh.device)
     tracked = get_cuda_rng_tracker().get_states()
     return states | {f"tracker.{name}": state for name, state in tracked.items() if isinstance(state, torch.Tensor)}
+
+
+@contextmanager
+def random_state_kept(mesh: Mesh) -> Iterator[None]:
+    """Restore this rank's random state at the end of the block. Building a model draws random numbers."""
+    states, tracked = random_states(mesh), dict(get_cuda_rng_tracker().get_states())
+    try:
+        yield
+    finally:
+        torch.set_rng_state(states["torch"])
+        if "cuda" in states:
+            torch.cuda.set_rng_state(states["cuda"], mesh.device)
+        get_cuda_rng_tracker().set_states(tracked)
 
 
 def random_pieces(mesh: Mesh) -> list[Piece]:

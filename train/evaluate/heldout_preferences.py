@@ -101,6 +101,8 @@ def _pairs(
     """Rewards of the better and the worse answer of all pairs, [2, pairs] float64 on the CPU."""
     mesh = engine.mesh
     count = min(limit, dataset.heldout_count(name))
+    if not count:
+        return torch.empty(2, 0, dtype=torch.float64)
     batch = dataset.heldout_rows(name, 0, count)
     microbatches = []
     for part in deal(count, mesh, microbatch_rows=engine.microbatch_rows):

@@ -99,7 +99,12 @@ def test_the_first_loss_is_that_of_equal_models_and_pairs_are_learned(undisturbe
 
 def test_online_and_a_named_reference_and_two_ranks_give_the_same_losses(place: Recipe, undisturbed: Run) -> None:
     online = named(place, "online", reference_log_probs="online")
-    others = [run_of(online), run_of(named(place, "two", reference=place.run.start_from), world=2)]
+    others = [
+        run_of(online, Kill(steps=1, delay_s=0.0)),
+        run_of(named(place, "two", reference=place.run.start_from), world=2),
+    ]
+    ends = [contents_at(run.checkpoints / f"step_{STEPS:08d}") for run in (others[0], undisturbed)]
+    assert ends[0] == ends[1]  # the random state too
     for other in others:
         assert losses_of(other) == pytest.approx(losses_of(undisturbed), rel=1e-6)
 

@@ -135,6 +135,8 @@ def test_gate_is_a_third_matrix_and_a_tied_head_is_free() -> None:
     plain, gated = parameters(SMALL), parameters(replace(SMALL, activation="swiglu"))
     assert gated.total - plain.total == mlps * SMALL.hidden * SMALL.ffn
     assert parameters(replace(SMALL, activation="geglu")) == gated
+    scored = parameters(replace(SMALL, head="scalar", tie_embeddings=True))
+    assert scored.head == SMALL.hidden and plain.total - scored.total == (SMALL.vocab - 1) * SMALL.hidden
     assert plain.total - parameters(replace(SMALL, tie_embeddings=True)).total == SMALL.vocab * SMALL.hidden
 
 
