@@ -56,14 +56,22 @@ def data() -> Result:
 
 def pretrain() -> Result:
     """The base, and from the beginning of its decay on the same steps at a constant learning rate."""
-    stratum("train", *_pretraining("base"), f"run.stop_after_steps={STABLE_STEPS}")
+    stratum("train", *_pretraining("base"), f"checkpoint.keep_every_steps={STABLE_STEPS}")
     if not (FOLDER / "stable").exists():
-        shutil.copytree(FOLDER / "base", FOLDER / ".stable")
+        shutil.rmtree(FOLDER / ".stable", ignore_errors=True)
+        shutil.copytree(FOLDER / "base", FOLDER / ".stable", ignore=_later_than_stable)
         (FOLDER / ".stable").rename(FOLDER / "stable")
-    stratum("train", *_pretraining("base"))
     every = f"{{every_steps: {WINDOW_EVERY}, keep_every_steps: {WINDOW_EVERY}, allow: [arithmetic]}}"
     stratum("train", *_pretraining("stable"), "schedule.decay=0", f"checkpoint={every}")
     return evaluate("base", *_tasks("taught"))
+
+
+def _later_than_stable(_folder: str, names: list[str]) -> list[str]:
+    """For `copytree`: all of a run except its checkpoint before the decay, and its recipe."""
+    start = f"step_{STABLE_STEPS:08d}"
+    return [
+        name for name in names if name in ("latest", "metrics.jsonl") or (name.startswith("step_") and name != start)
+    ]
 
 
 def sft() -> Result:
@@ -130,13 +138,14 @@ prompts_gamed.jsonl) start from `sft`."""
 def main() -> int:
     """Run the stages that have no result yet, then draw and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--draw-only", action="store_true", help="table and picture of the results so far; run nothing")
     parser.add_argument("--only", help="run one stage, even if it has a result")
     parser.add_argument("--to", type=Path, default=ROOT / "docs/pictures/align_road.png")
     arguments = parser.parse_args()
     os.chdir(ROOT)
     for name, stage in STAGES.items():
         path = RESULTS / f"{name}.json"
-        if name != arguments.only and (path.exists() or arguments.only):
+        if arguments.draw_only or (name != arguments.only and (path.exists() or arguments.only)):
             continue
         print(f"--- {name}", flush=True)
         started = time.perf_counter()
@@ -149,7 +158,7 @@ def main() -> int:
         if (RESULTS / f"{name}.json").exists()
     }
     show(results, Console(highlight=False, width=120))
-    if len(results) == len(STAGES):
+    if {"pretrain", "sft", "merge", "windows"} <= results.keys():
         draw(results, arguments.to)
     return 0
 
@@ -186,7 +195,7 @@ def _tasks(*names: str) -> list[Path]:
 def _pretraining(name: str) -> list[str]:
     return [
         "-cn", "tiny_teacher", "model=tiny_student", f"run.folder={FOLDER}", f"run.name={name}", f"run.steps={BASE_STEPS}",
-        f"schedule.decay={BASE_STEPS - STABLE_STEPS}", "evaluate.every_steps=0",
+        f"schedule.decay={BASE_STEPS - STABLE_STEPS}", "schedule.warmup=40", "evaluate.every_steps=0",
     ]  # fmt: skip
 
 
@@ -198,7 +207,7 @@ def _fine_tuning(name: str, data_name: str, *, start: str, steps: int, rate: flo
     file = DATA / "chats.jsonl" if data_name == "sft" else DATA / data_name / "chats.jsonl"
     return [
         *_chats(data_name, file), "model=tiny_student", f"run.folder={FOLDER}", f"run.name={name}", f"run.steps={steps}",
-        f"run.start_from={FOLDER}/{start}", f"optim.lr={rate}", "evaluate.every_steps=0",
+        f"run.start_from={FOLDER}/{start}", f"optim.lr={rate}", "schedule.warmup=20", "evaluate.every_steps=0",
     ]  # fmt: skip
 
 
@@ -234,13 +243,11 @@ def draw(results: dict[str, Result], path: Path) -> None:
     """Accuracy before and after SFT and with each broken mask; the two skills by alpha; the held-out loss of the averages."""
     with canvas(path, size=(13, 4)) as figure:
         left, middle, right = figure.subplots(1, 3)
-        bars = {
-            "before": results["pretrain"]["taught"],
-            "SFT": results["sft"]["taught"],
-            "whole chat\nlearned": results["broken_sft"]["whole_chat"],
-            "prompt only\nlearned": results["broken_sft"]["prompt_only"],
-        }
-        left.bar(list(bars), list(bars.values()), color=[MUTED, SERIES[1], SERIES[3], SERIES[3]])
+        bars = {"before": results["pretrain"]["taught"], "SFT": results["sft"]["taught"]}
+        names = {"whole_chat": "whole chat\nlearned", "prompt_only": "prompt only\nlearned"}
+        broken = results.get("broken_sft", {})
+        bars |= {names[fault]: share for fault, share in broken.items() if fault in names}
+        left.bar(list(bars), list(bars.values()), color=[MUTED, SERIES[1], SERIES[3], SERIES[3]][: len(bars)])
         left.axhline(0.9, color=MUTED, linestyle=":", linewidth=1)
         left.set(title="Instructions never trained on", ylabel="exact answers, share", ylim=(0, 1.02))
         sums = {float(alpha): parts for alpha, parts in results["merge"]["sums"].items()}
@@ -259,9 +266,11 @@ def draw(results: dict[str, Result], path: Path) -> None:
         losses = {
             name: statistics.fmean(parts.values()) for name, parts in results["windows"].items() if name != "seconds"
         }
-        right.bar([name.replace("window_", "average\n") for name in losses], list(losses.values()), color=SERIES[0])
-        low = min(losses.values())
-        right.set(title="Decay emulated by averaging", ylabel="held-out bits per byte", ylim=(low - 0.1, None))
+        names = {name: name.replace("window_", "average,\n").replace("base", "decayed") for name in losses}
+        right.plot([names[name] for name in losses], list(losses.values()), "o", color=SERIES[0])
+        right.set(title="Decay emulated by averaging", ylabel="held-out bits per byte")
+        right.margins(x=0.2)
+        right.grid(visible=True, axis="y")
 
 
 if __name__ == "__main__":
