@@ -33,7 +33,8 @@ def grpo_problems(recipe: Recipe, *, backend: str) -> list[Problem]:
             f"objective.grpo.max_answer_tokens={config.max_answer_tokens:,} leaves no room for a prompt in a row of "
             f"data.row_tokens={recipe.data.row_tokens:,}."
         )
-        found.append(Problem("objective.grpo.max_answer_tokens", text, "Use shorter answers or longer rows."))
+        remedy = f"Use objective.grpo.max_answer_tokens={max(1, recipe.data.row_tokens // 2)}, or longer rows."
+        found.append(Problem("objective.grpo.max_answer_tokens", text, remedy))
     if config.updates_per_batch % config.passes_per_batch:
         text = (
             f"objective.grpo.passes_per_batch={config.passes_per_batch} does not divide "

@@ -45,11 +45,8 @@ def data_fit_problems(recipe: Recipe) -> list[Problem]:
     if not preferences and kind in PREFERENCE_OBJECTIVES:
         name = next(iter(recipe.data.sources), "NAME")
         text = f"objective.kind={kind} learns from preferences, and data.sources.{name} is not of kind preference."
-        found.append(
-            Problem(
-                "objective.kind", text, f"Set data.sources.{name}.kind=preference, or use objective.kind=next_token."
-            )
-        )
+        remedy = "Use objective.kind=next_token, or sources that all have kind: preference."
+        found.append(Problem("objective.kind", text, remedy))
     return found
 
 
@@ -58,9 +55,8 @@ def dpo_problems(recipe: Recipe) -> list[Problem]:
     if recipe.objective.kind != "dpo" or recipe.objective.dpo.reference or recipe.run.start_from:
         return []
     text = "objective.kind=dpo compares answers with a reference, but objective.dpo.reference=null and run.start_from=null."
-    return [
-        Problem("objective.dpo.reference", text, "Set run.start_from to the model to improve, or name a reference.")
-    ]
+    remedy = "Set run.start_from=runs/NAME, the run of the model to improve, or objective.dpo.reference."
+    return [Problem("objective.dpo.reference", text, remedy)]
 
 
 def language_model_problems(model: ModelConfig, *, place: str, key: str = "model.head") -> list[Problem]:
