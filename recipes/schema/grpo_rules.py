@@ -27,7 +27,7 @@ def grpo_problems(recipe: Recipe, *, backend: str) -> list[Problem]:
         found.append(Problem("objective.kind", text, remedy))
     if not recipe.data.reset_at_documents:
         text = "data.reset_at_documents=false, but a row holds several answers, which must not see each other."
-        found.append(Problem("data.reset_at_documents", text, "Set it to true."))
+        found.append(Problem("data.reset_at_documents", text, "Set data.reset_at_documents=true."))
     if config.max_answer_tokens >= recipe.data.row_tokens:
         text = (
             f"objective.grpo.max_answer_tokens={config.max_answer_tokens:,} leaves no room for a prompt in a row of "
@@ -43,13 +43,15 @@ def grpo_problems(recipe: Recipe, *, backend: str) -> list[Problem]:
         found.append(Problem("objective.grpo.passes_per_batch", text, "Each pass is a whole number of updates."))
     if config.off_policy_steps and config.importance_cap is None:
         text = "objective.grpo.off_policy_steps=1 learns from answers of older weights, and importance_cap=null ignores that."
-        found.append(Problem("objective.grpo.importance_cap", text, "Set it to 2, for example."))
+        found.append(
+            Problem("objective.grpo.importance_cap", text, "Set objective.grpo.importance_cap=2, for example.")
+        )
     if recipe.schedule.unit == "tokens":
         text = "schedule.unit=tokens: the tokens of a step depend on the lengths of answers."
-        found.append(Problem("schedule.unit", text, "Use steps."))
+        found.append(Problem("schedule.unit", text, "Use schedule.unit=steps."))
     if recipe.precision.switch_at_tokens is not None:
         text = "precision.switch_at_tokens: the tokens of a step depend on the lengths of answers."
-        found.append(Problem("precision.switch_at_tokens", text, "Set it to null."))
+        found.append(Problem("precision.switch_at_tokens", text, "Set precision.switch_at_tokens=null."))
     return found
 
 

@@ -20,7 +20,13 @@ from recipes.schema.schedule import schedule_problems
 from recipes.schema.typed import defaults_of
 
 GROUPS = ("schedule", "precision", "optim", "data", "model", "parallel", "objective", "launch")
-OPTIONS = [(g, p.stem) for g in GROUPS for p in sorted((RECIPES / g).glob("*.yaml")) if p.stem != "no_sources"]
+OPTIONS = [
+    (g, p.stem)
+    for g in GROUPS
+    for p in sorted((RECIPES / g).glob("*.yaml"))
+    if g != "data" or re.search("^sources:|^defaults:", p.read_text(), re.MULTILINE)
+]
+"""Data without sources is left out: it is for recipes that name their own, or that learn from prompts."""
 NAMES = sorted(path.stem for path in RECIPES.glob("*.yaml"))
 
 
