@@ -24,7 +24,7 @@ OPTIONS = [
     (g, p.stem)
     for g in GROUPS
     for p in sorted((RECIPES / g).glob("*.yaml"))
-    if g != "data" or re.search("^sources:|^defaults:", p.read_text(), re.MULTILINE)
+    if g != "data" or re.search("^sources:$|^defaults:", p.read_text(), re.MULTILINE)
 ]
 """Data without sources is left out: it is for recipes that name their own, or that learn from prompts."""
 NAMES = sorted(path.stem for path in RECIPES.glob("*.yaml"))
