@@ -23,7 +23,10 @@ def grpo_problems(recipe: Recipe, *, backend: str) -> list[Problem]:
         found.append(Problem("run.start_from", text, "Name the run or checkpoint to start from."))
     if whole := reads_whole_rows_only(recipe.parallel, backend):
         text = f"objective.kind=grpo draws answers from the model that trains; {', '.join(whole)} cannot generate text."
-        remedy = "Use tensor and data ranks only, sequence=false and precision.backend=reference."
+        plain = {"parallel.pipeline": 1, "parallel.context": 1, "parallel.sequence": "false"}
+        remedies = [f"{key}={plain[key]}" for key in (name.partition("=")[0] for name in whole) if key in plain]
+        remedies += ["precision.backend=reference"] if backend == "te" else []
+        remedy = f"Use {', '.join(remedies)}. Tensor and data ranks may stay."
         found.append(Problem("objective.kind", text, remedy))
     if not recipe.data.reset_at_documents:
         text = "data.reset_at_documents=false, but a row holds several answers, which must not see each other."
