@@ -3,6 +3,7 @@
 import functools
 import re
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -64,6 +65,12 @@ def test_hydra_composes_what_merging_by_hand_gives(name: str) -> None:
     choices = {"data": "nemotron_long", "launch": "slurm_pyxis", "precision": "mxfp8", "schedule": "cosine"}
     words = [f"{group}={option}" for group, option in choices.items()]
     assert recipe_from_mapping(composed("-cn", name, *words)) == recipe_from_mapping(swapped(name, **choices))
+
+
+@pytest.fixture(autouse=True)
+def an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that no prepared data of this checkout takes part."""
+    monkeypatch.chdir(tmp_path)
 
 
 def complaints(plain: dict[str, Any]) -> list[str]:
