@@ -208,6 +208,7 @@ MAY_FAIL = {
     "compress pick": "was not trained yet",
     "doctor --gpu": '"absent"',
     "cancel smoke": "error: ",
+    "preferences runs/tiny_sft": "error: ",
     "cancel runs/smoke": "error: ",
 }
 """Begin of an example -> what it says where it ends with a status: the checkpoints differ, there is no GPU or Slurm, ..."""
