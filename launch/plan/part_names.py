@@ -11,6 +11,6 @@ PART_NAMES = {
 
 MEMORY_NAMES = {
     "weights": "weights", "gradients": "grads", "masters": "masters", "moments": "moments", "low_copies": "FP8",
-    "activations": "activations", "workspace": "temporary", "communication": "messages", "teacher": "teacher",
+    "activations": "activations", "workspace": "temporary", "communication": "messages", "teacher": "frozen",
     "answers": "answers", "reserve": "reserve",
 }  # fmt: skip

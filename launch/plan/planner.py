@@ -8,6 +8,7 @@ It needs no torch and no GPU and allocates no tensors, so it runs on a login nod
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from launch.plan.alignment import alignment_cost, with_rows_of_answers
 from launch.plan.checks import Facts, facts_of, recipe_problems, recipe_warnings
 from launch.plan.cost.activations import Modules
 from launch.plan.cost.decode import DecodeSpeed, decode_table
@@ -16,7 +17,6 @@ from launch.plan.cost.efficiency import STRATUM
 from launch.plan.cost.memory import RankMemory, rank_memory
 from launch.plan.cost.time import Setting, StepTime, step_time
 from launch.plan.cost.traffic import StepTraffic, step_traffic
-from launch.plan.rollouts import rollout_bytes
 from launch.plan.teacher import find_teacher, teacher_cost
 from recipes.schema.errors import RecipeError
 from recipes.schema.layout import Layout, lay_out
@@ -157,6 +157,8 @@ def make_plan(
         )
     except RecipeError as error:  # `problems` includes it
         raise RecipeError("\n".join(problems)) from error
+    recipe = with_rows_of_answers(recipe, layout)
+    layout = replace(layout, microbatches_per_step=recipe.run.global_rows // (recipe.run.microbatch_rows * layout.data))
     if stages is not None and len(stages) > 1:
         recipe = replace(recipe, model=replace(recipe.model, pattern="|".join(stages)))
     chunks = tuple(cut(recipe.model.pattern, layout.pipeline * layout.virtual, model=recipe.model))
@@ -168,7 +170,8 @@ def make_plan(
     cost = teacher_cost(recipe, teacher.model, student=setting, modules=modules) if teacher.model is not None else None
     if cost is not None:
         setting = replace(setting, teacher_s=cost.seconds)
-    rollouts = rollout_bytes(recipe, layout)
+    aligned = alignment_cost(recipe, layout, stages=chunks)
+    frozen = aligned.frozen if cost is None else (*[0.0] * (layout.pipeline - 1), cost.bytes)
     memory = tuple(
         rank_memory(
             recipe.model,
@@ -179,8 +182,8 @@ def make_plan(
             sequence=recipe.data.row_tokens,
             stage=stage,
             modules=modules,
-            teacher=cost.bytes if cost is not None else rollouts.reference,
-            caches=rollouts.caches,
+            teacher=frozen[stage],
+            caches=aligned.caches,
             distils=recipe.objective.kind == "distill",
         )
         for stage in range(layout.pipeline)
@@ -198,7 +201,7 @@ def make_plan(
         traffic=step_traffic(setting),
         checkpoints=checkpoints_of(recipe, layout=layout, device=device),
         problems=tuple(dict.fromkeys([*problems, *teacher.problems])),
-        warnings=(*recipe_warnings(recipe, layout, device, facts), *teacher.notes),
+        warnings=(*recipe_warnings(recipe, layout, device, facts), *teacher.notes, *aligned.notes),
     )
     return replace(plan, problems=(*plan.problems, *_memory_problems(plan)))
 

@@ -7,6 +7,7 @@ stage, divided by `objective.teacher_tensor`, weights in one format, forward pas
 
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -15,7 +16,7 @@ from launch.plan.cost.tensors import stage_tensors
 from launch.plan.cost.time import Setting, forward_seconds
 from recipes.schema.command import RECIPES
 from recipes.schema.errors import RecipeError
-from recipes.schema.facts import Named
+from recipes.schema.facts import Named, named
 from recipes.schema.model import ModelConfig
 from recipes.schema.recipe import Recipe
 from recipes.schema.run_folder import recipe_in
@@ -61,18 +62,15 @@ def find_teacher(recipe: Recipe, checkpoint: Named | None) -> FoundTeacher:
     path = Path(objective.teacher)
     if checkpoint is not None and checkpoint.recipe is not None:
         return FoundTeacher(checkpoint.recipe.model)  # recipes.schema.teacher_rules has checked it
-    model, notes = _model_of(path), []
+    model, where = model_named(path)
     if model is None:
-        named = RECIPES / "model" / f"{path.name}.yaml"
-        if not named.is_file():
-            return FoundTeacher(
-                notes=(
-                    f"objective.teacher={path} is not on this disk, and no model recipe is named {path.name}: the "
-                    f"teacher's memory and time are not in this plan.",
-                )
+        return FoundTeacher(
+            notes=(
+                f"objective.teacher={path} is not on this disk, and no recipe is named {path.name}: the teacher's memory and "
+                f"time are not in this plan.",
             )
-        model = build(ModelConfig, yaml.safe_load(named.read_text()), "model")
-        notes.append(f"objective.teacher={path} is not on this disk: the teacher is planned as model={path.name}.")
+        )
+    notes = [f"objective.teacher={path} is not on this disk: the teacher is planned as {where}."] if where else []
     wrong = teacher_vocabulary_problems(recipe, model, path=path)
     return FoundTeacher(model, tuple(notes), tuple(map(str, wrong)))
 
@@ -124,9 +122,24 @@ def teacher_cost(recipe: Recipe, model: ModelConfig, *, student: Setting, module
     return TeacherCost(weights=weights, workspace=workspace, seconds=seconds * placement.row_sets)
 
 
-def _model_of(path: Path) -> ModelConfig | None:
-    """The model of a run that has a recipe but no checkpoint yet; None if there is no such run."""
+def model_named(path: Path) -> tuple[ModelConfig | None, str | None]:
+    """(Shape of the model in a checkpoint or run folder, None). If the folder is not on this disk: the model of the model recipe
+    or recipe of the same name, and which it is (`model=gemma2_9b`); (None, None) without one."""
     try:
-        return build(ModelConfig, recipe_in(path)["model"], "model")
+        found = named(str(path)).recipe
+        return (found.model if found is not None else build(ModelConfig, recipe_in(path)["model"], "model")), None
     except (OSError, RecipeError, KeyError, FieldError):
-        return None  # the caller then looks for a model recipe of that name
+        pass  # no such run: look for a recipe of that name
+    if (RECIPES / "model" / f"{path.name}.yaml").is_file():
+        return build(ModelConfig, _group("model", path.name), "model"), f"model={path.name}"
+    if not (RECIPES / f"{path.name}.yaml").is_file():
+        return None, None
+    whole = _group("", path.name)
+    choices = [entry["model"] for entry in whole["defaults"] if isinstance(entry, dict) and "model" in entry]
+    if len(choices) != 1:
+        return None, None
+    return build(ModelConfig, _group("model", choices[0]) | whole.get("model", {}), "model"), f"recipe {path.name}"
+
+
+def _group(folder: str, name: str) -> dict[str, Any]:
+    return yaml.safe_load((RECIPES / folder / f"{name}.yaml").read_text())

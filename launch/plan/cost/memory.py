@@ -52,8 +52,8 @@ class RankMemory:
     """Message buffers between stages, and sequences gathered over tensor ranks."""
     reserve: float
     teacher: float
-    """A teacher's weights and the workspace of its forward pass, on the last stage (`launch.plan.teacher`); the weights of
-    GRPO's reference."""
+    """Frozen models: a teacher's weights and the workspace of its forward pass, on the last stage (`launch.plan.teacher`), or the
+    weights of a reference and a reward model (`launch.plan.alignment`)."""
     answers: float
     """Caches of the answers that GRPO generates, beyond the activations and temporary memory that are not in use meanwhile."""
     in_flight: int
@@ -171,9 +171,8 @@ def rank_memory(
 ) -> RankMemory:
     """Memory of the fullest rank of a pipeline stage.
 
-    rows: rows of a microbatch. teacher: bytes of the teacher on the last stage. caches: bytes in use while answers are generated.
-    distils: whether the loss is distillation, which
-    keeps the logits of only one chunk of tokens at a time.
+    rows: rows of a microbatch. teacher: bytes of frozen models on this stage. caches: bytes in use while answers are
+    generated. distils: whether the loss is distillation, which keeps the logits of only one chunk of tokens at a time.
     """
     state = optimizer_state(model, parallel=parallel, precision=precision, layout=layout, stage=stage)
     kept, workspace = stage_activations(
@@ -202,7 +201,7 @@ def rank_memory(
         workspace=workspace,
         communication=waiting + gathered,
         reserve=RESERVE_BYTES if modules == "te" else 0.0,
-        teacher=teacher if stage == layout.pipeline - 1 else 0.0,
+        teacher=teacher,
         answers=max(0.0, caches - kept - workspace),
         in_flight=_most_in_flight(layout, stage),
     )
